@@ -1,0 +1,158 @@
+// Python face of the native module: the parameter structs as classes with keyword constructors,
+// one launcher per op and backend, and build_info(). Shapes are validated in orthrus_rt/ops.py.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "orthrus/ops.h"
+
+namespace py = pybind11;
+using namespace orthrus;
+
+namespace {
+
+// A struct member as a Python property: pointers travel as integers, nested structs as themselves.
+template <typename Struct, typename Member>
+void bind_field(py::class_<Struct>& cls, const char* name, Member Struct::*member) {
+  if constexpr (std::is_pointer_v<Member>) {
+    cls.def_property(
+        name, [member](const Struct& s) { return reinterpret_cast<uintptr_t>(s.*member); },
+        [member](Struct& s, uintptr_t value) { s.*member = reinterpret_cast<Member>(value); });
+  } else {
+    cls.def_readwrite(name, member);
+  }
+}
+
+template <typename Struct>
+py::class_<Struct> bind_struct(py::module_& m, const char* name) {
+  py::class_<Struct> cls(m, name);
+  cls.def(py::init([](const py::kwargs& fields) {
+    Struct s{};
+    py::object self = py::cast(&s, py::return_value_policy::reference);
+    for (const auto& field : fields) py::setattr(self, field.first, field.second);
+    return s;
+  }));
+  return cls;
+}
+
+#define FIELD(member) bind_field(cls, #member, &T::member)
+
+void bind_params(py::module_& m) {
+  {
+    using T = Rows;
+    auto cls = bind_struct<T>(m, "Rows");
+    FIELD(token); FIELD(position); FIELD(seq); FIELD(prefix_len); FIELD(group_start); FIELD(num_rows);
+    FIELD(num_rows_ar); FIELD(num_groups); FIELD(num_groups_ar); FIELD(max_group_rows);
+  }
+  {
+    using T = PagedKv;
+    auto cls = bind_struct<T>(m, "PagedKv");
+    FIELD(k_pages); FIELD(v_pages); FIELD(page_table); FIELD(num_pages); FIELD(max_pages); FIELD(page_size);
+    FIELD(num_heads_kv); FIELD(head_dim);
+  }
+  {
+    using T = RowLinearParams;
+    auto cls = bind_struct<T>(m, "RowLinearParams");
+    FIELD(x); FIELD(weight); FIELD(weight_diff); FIELD(residual); FIELD(out); FIELD(partial_value);
+    FIELD(partial_id); FIELD(workspace); FIELD(x_stride); FIELD(workspace_bytes); FIELD(num_rows);
+    FIELD(num_rows_ar); FIELD(in_features); FIELD(out_features); FIELD(num_partials); FIELD(epilogue);
+  }
+  {
+    using T = QkvCommitParams;
+    auto cls = bind_struct<T>(m, "QkvCommitParams");
+    FIELD(qkv); FIELD(cos_sin); FIELD(q_norm); FIELD(k_norm); FIELD(q_norm_diff); FIELD(k_norm_diff);
+    FIELD(q_out); FIELD(scratch_k); FIELD(scratch_v); FIELD(rows); FIELD(kv); FIELD(num_heads_q);
+    FIELD(max_positions); FIELD(eps);
+  }
+  {
+    using T = DualAttnParams;
+    auto cls = bind_struct<T>(m, "DualAttnParams");
+    FIELD(q); FIELD(scratch_k); FIELD(scratch_v); FIELD(out); FIELD(workspace); FIELD(workspace_bytes);
+    FIELD(rows); FIELD(kv); FIELD(num_heads_q); FIELD(max_seq_len); FIELD(softmax_scale);
+  }
+  {
+    using T = RmsNormParams;
+    auto cls = bind_struct<T>(m, "RmsNormParams");
+    FIELD(x); FIELD(weight); FIELD(row_index); FIELD(out); FIELD(num_rows); FIELD(hidden); FIELD(eps);
+  }
+  {
+    using T = EmbedParams;
+    auto cls = bind_struct<T>(m, "EmbedParams");
+    FIELD(token); FIELD(table); FIELD(out); FIELD(num_rows); FIELD(hidden); FIELD(vocab_size);
+  }
+  {
+    using T = SlotState;
+    auto cls = bind_struct<T>(m, "SlotState");
+    FIELD(cache_seqlens); FIELD(block_tokens); FIELD(num_drafts); FIELD(num_accepted); FIELD(limit);
+    FIELD(stop_ids); FIELD(finish); FIELD(output); FIELD(num_output); FIELD(num_slots); FIELD(block_len);
+    FIELD(max_stop_ids); FIELD(output_capacity);
+  }
+  {
+    using T = ConsensusParams;
+    auto cls = bind_struct<T>(m, "ConsensusParams");
+    FIELD(partial_value); FIELD(partial_id); FIELD(state); FIELD(next_token); FIELD(next_position);
+    FIELD(next_seq); FIELD(next_prefix_len); FIELD(rows_per_slot); FIELD(num_partials); FIELD(mask_token_id);
+    FIELD(step); FIELD(next_pass);
+  }
+}
+
+void bind_cpu(py::module_ m) {
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def("isa", &cpu::isa);
+  m.def("set_num_threads", &cpu::set_num_threads);
+  m.def("row_linear", &cpu::row_linear, release);
+  m.def("qkv_commit", &cpu::qkv_commit, release);
+  m.def("dual_attn", &cpu::dual_attn, release);
+  m.def("consensus", &cpu::consensus, release);
+  m.def("rms_norm", &cpu::rms_norm, release);
+  m.def("embed", &cpu::embed, release);
+}
+
+#if defined(ORTHRUS_WITH_CUDA)
+void check(const char* op, int error) {
+  if (error) throw std::runtime_error(std::string(op) + ": " + cuda::error_string(error));
+}
+
+template <typename Params>
+void bind_launcher(py::module_& m, const char* name, int (*launch)(const Params&, void*)) {
+  m.def(name, [name, launch](const Params& p, uintptr_t stream) {
+    check(name, launch(p, reinterpret_cast<void*>(stream)));
+  });
+}
+
+void bind_cuda(py::module_ m) {
+  bind_launcher(m, "row_linear", &cuda::row_linear);
+  bind_launcher(m, "qkv_commit", &cuda::qkv_commit);
+  bind_launcher(m, "dual_attn", &cuda::dual_attn);
+  bind_launcher(m, "consensus", &cuda::consensus);
+  m.def("row_linear_workspace", &cuda::row_linear_workspace);
+  m.def("row_linear_num_partials", &cuda::row_linear_num_partials);
+  m.def("dual_attn_workspace", &cuda::dual_attn_workspace);
+  m.def("device_count", &cuda::device_count);
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  bind_params(m);
+  bind_cpu(m.def_submodule("cpu"));
+#if defined(ORTHRUS_WITH_CUDA)
+  bind_cuda(m.def_submodule("cuda"));
+#endif
+  m.def("build_info", [] {
+    py::dict info;
+#if defined(ORTHRUS_WITH_CUDA)
+    info["cuda_archs"] = ORTHRUS_CUDA_ARCHS;
+    info["cuda_version"] = ORTHRUS_CUDA_VERSION;
+#else
+    info["cuda_archs"] = "";
+    info["cuda_version"] = "";
+#endif
+    info["compiler"] = ORTHRUS_CXX_COMPILER;
+    info["cpu_isa"] = cpu::isa();
+    return info;
+  });
+}

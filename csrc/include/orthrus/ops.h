@@ -1,0 +1,41 @@
+// Launchers of the native ops. Nothing here allocates, synchronises or knows torch or Python.
+#pragma once
+#include "orthrus/params.h"
+
+namespace orthrus::cpu {
+
+// ISA variant in use: "avx512_bf16", "avx2" or "portable"; chosen once, overridden by ORTHRUS_CPU_ISA.
+const char* isa();
+// Threads of the pool that runs every CPU op; takes effect with the next op.
+void set_num_threads(int32_t num_threads);
+
+void row_linear(const RowLinearParams& p);
+void qkv_commit(const QkvCommitParams& p);
+void dual_attn(const DualAttnParams& p);
+void consensus(const ConsensusParams& p);
+void rms_norm(const RmsNormParams& p);
+void embed(const EmbedParams& p);
+
+}  // namespace orthrus::cpu
+
+namespace orthrus::cuda {
+
+// Every launcher returns a cudaError_t as int and enqueues on `stream` (a cudaStream_t) alone.
+int row_linear(const RowLinearParams& p, void* stream);
+int qkv_commit(const QkvCommitParams& p, void* stream);
+int dual_attn(const DualAttnParams& p, void* stream);
+int consensus(const ConsensusParams& p, void* stream);
+
+// Bytes of workspace, zero-initialised once by the caller and reusable by every later call on the
+// same stream: each launch leaves its counters at zero again.
+int64_t row_linear_workspace(int32_t max_rows, int32_t in_features, int32_t out_features);
+int64_t dual_attn_workspace(int32_t max_rows, int32_t max_groups, int32_t num_heads_q, int32_t head_dim,
+                            int32_t max_seq_len);
+// Partial maxima per row that kArgmax writes for a vocabulary of out_features ids.
+int32_t row_linear_num_partials(int32_t in_features, int32_t out_features);
+
+const char* error_string(int error);
+// Devices that a driver reports; 0 where there is no driver at all.
+int32_t device_count();
+
+}  // namespace orthrus::cuda

@@ -1,0 +1,173 @@
+// Plain-old-data parameters of every native op, shared by the CPU and CUDA implementations.
+//
+// Pointers are device pointers for CUDA and host pointers for the CPU. Shapes are in the comments,
+// row-major and contiguous unless a stride says otherwise. `bf16` storage is a raw 16-bit word so
+// that this header needs neither CUDA nor torch. The caller allocates everything.
+#pragma once
+#include <cstdint>
+
+namespace orthrus {
+
+using bf16_t = uint16_t;
+
+// One pass = a list of rows (see rows.h for the mask they define). All arrays are int32.
+// Rows [0, num_rows_ar) use the AR view's weights, the rest the diffusion view's.
+// A group is a run of consecutive rows that share a sequence and, for diffusion rows, a block:
+// group g holds rows [group_start[g], group_start[g+1]); the first num_groups_ar groups are AR.
+struct Rows {
+  const int32_t* token;        // [num_rows]
+  const int32_t* position;     // [num_rows] absolute position; -1 marks an invalid (padding) row
+  const int32_t* seq;          // [num_rows] slot: the row of page_table it reads
+  const int32_t* prefix_len;   // [num_rows] visible cache entries 0 ... prefix_len-1; 0 if invalid
+  const int32_t* group_start;  // [num_groups + 1]
+  int32_t num_rows;
+  int32_t num_rows_ar;
+  int32_t num_groups;
+  int32_t num_groups_ar;
+  int32_t max_group_rows;      // no group has more rows than this
+};
+
+// One layer's paged KV: page p, head h, slot t, lane d at ((p*num_heads_kv + h)*page_size + t)*head_dim + d.
+// Page 0 is the sink: invalid rows write there and nobody reads it.
+struct PagedKv {
+  bf16_t* k_pages;             // [num_pages, num_heads_kv, page_size, head_dim]
+  bf16_t* v_pages;             // same shape
+  const int32_t* page_table;   // [num_slots, max_pages] page of positions [i*page_size, (i+1)*page_size)
+  int32_t num_pages;
+  int32_t max_pages;           // columns of page_table
+  int32_t page_size;           // 64
+  int32_t num_heads_kv;
+  int32_t head_dim;
+};
+
+enum class Epilogue : int32_t {
+  kNone = 0,      // out[bf16]  = round(acc)
+  kResidual = 1,  // out[bf16]  = round(acc + residual)
+  kSiluMul = 2,   // out[bf16]  = round(silu(acc_gate) * acc_up), out_features/2 columns
+  kLogits = 3,    // out[fp32]  = acc, not rounded
+  kArgmax = 4,    // partial_value/partial_id: per row and vocabulary tile, ties to the lowest id
+};
+
+// y[r, n] = sum_k x[r, k] * W(r)[n, k], W(r) = weight for r < num_rows_ar, else weight_diff.
+struct RowLinearParams {
+  const bf16_t* x;             // [num_rows, in_features], row stride x_stride
+  const void* weight;          // packed by the implementation's own layout
+  const void* weight_diff;     // packed likewise; null: all rows use `weight`
+  const bf16_t* residual;      // [num_rows, out_features] (kResidual), may alias out
+  void* out;                   // see Epilogue
+  float* partial_value;        // [num_rows, num_partials] (kArgmax)
+  int32_t* partial_id;         // [num_rows, num_partials] (kArgmax)
+  void* workspace;             // implementation's own size, zero-initialised once by the caller
+  int64_t x_stride;
+  int64_t workspace_bytes;
+  int32_t num_rows;
+  int32_t num_rows_ar;
+  int32_t in_features;
+  int32_t out_features;        // of the weight: 2 * intermediate size for kSiluMul
+  int32_t num_partials;
+  int32_t epilogue;            // Epilogue
+};
+
+// QK RMSNorm (optional) + RoPE (half-split) + write. q goes to q_out; k and v of AR rows go to their
+// page at `position`, of diffusion rows to the scratch at row - num_rows_ar. fp32 inside, one rounding.
+struct QkvCommitParams {
+  const bf16_t* qkv;           // [num_rows, (num_heads_q + 2*num_heads_kv) * head_dim]: q | k | v heads
+  const float* cos_sin;        // [max_positions, head_dim]: cos of the half-dims, then sin
+  const float* q_norm;         // [head_dim] or null (Llama family has none)
+  const float* k_norm;         // [head_dim] or null
+  const float* q_norm_diff;    // [head_dim] or null
+  const float* k_norm_diff;    // [head_dim] or null
+  bf16_t* q_out;               // [num_rows, num_heads_q, head_dim]
+  bf16_t* scratch_k;           // [num_rows - num_rows_ar, num_heads_kv, head_dim]
+  bf16_t* scratch_v;           // same shape
+  Rows rows;
+  PagedKv kv;
+  int32_t num_heads_q;
+  int32_t max_positions;
+  float eps;
+};
+
+// Softmax attention of each row over the keys that rows.h makes visible to it. A row that sees
+// nothing yields zeros.
+struct DualAttnParams {
+  const bf16_t* q;             // [num_rows, num_heads_q, head_dim]
+  const bf16_t* scratch_k;     // [num_rows - num_rows_ar, num_heads_kv, head_dim]
+  const bf16_t* scratch_v;     // same shape
+  bf16_t* out;                 // [num_rows, num_heads_q, head_dim]
+  void* workspace;             // implementation's own size, zero-initialised once by the caller
+  int64_t workspace_bytes;
+  Rows rows;
+  PagedKv kv;
+  int32_t num_heads_q;
+  int32_t max_seq_len;         // no prefix_len exceeds this
+  float softmax_scale;
+};
+
+struct RmsNormParams {
+  const bf16_t* x;             // [num_rows_in, hidden]
+  const float* weight;         // [hidden]
+  const int32_t* row_index;    // [num_rows] input row of each output row; null: identity
+  bf16_t* out;                 // [num_rows, hidden] = round(x * rsqrt(mean(x^2) + eps) * weight)
+  int32_t num_rows;
+  int32_t hidden;
+  float eps;
+};
+
+struct EmbedParams {
+  const int32_t* token;        // [num_rows]
+  const bf16_t* table;         // [vocab_size, hidden]
+  bf16_t* out;                 // [num_rows, hidden]
+  int32_t num_rows;
+  int32_t hidden;
+  int32_t vocab_size;
+};
+
+enum class FinishReason : int32_t { kEmpty = -1, kRunning = 0, kStop = 1, kLength = 2 };
+
+// Which rows the choices of this call belong to.
+enum class ConsensusStep : int32_t {
+  kDraft = 0,   // choices of diffusion rows 0 ... block_len-2 of each slot become its drafts
+  kVerify = 1,  // choices of AR rows 0 ... rows_per_slot-1 decide what is accepted
+};
+
+// What to stage for the next pass.
+enum class NextPass : int32_t {
+  kNone = 0,
+  kDraft = 1,   // block_len diffusion rows per slot: [t0, MASK, ...]
+  kVerify = 2,  // block_len AR rows per slot: [t0, d1, ...], rows past num_drafts invalid
+  kAr = 3,      // 1 AR row per slot: [t0]
+};
+
+// Per-slot decode state, all int32, MUTATED by consensus.
+struct SlotState {
+  int32_t* cache_seqlens;      // [num_slots] committed tokens, whose AR keys/values are in the cache
+  int32_t* block_tokens;       // [num_slots, block_len] t0 (known, not yet cached), then the drafts
+  int32_t* num_drafts;         // [num_slots] drafts to verify, <= block_len - 1
+  int32_t* num_accepted;       // [num_slots] accepted drafts of the last verification
+  int32_t* limit;              // [num_slots] total tokens the sequence may have
+  int32_t* stop_ids;           // [num_slots, max_stop_ids], padded with -1
+  int32_t* finish;             // [num_slots] FinishReason
+  int32_t* output;             // [num_slots, output_capacity] ring of emitted tokens
+  int32_t* num_output;         // [num_slots] tokens emitted so far (ring index = num_output % capacity)
+  int32_t num_slots;
+  int32_t block_len;           // K
+  int32_t max_stop_ids;
+  int32_t output_capacity;
+};
+
+struct ConsensusParams {
+  const float* partial_value;  // [num_slots * rows_per_slot, num_partials]; null if num_partials == 1
+  const int32_t* partial_id;   // same shape
+  SlotState state;
+  int32_t* next_token;         // rows of the next pass, [num_slots * rows] each, MUTATED whole
+  int32_t* next_position;
+  int32_t* next_seq;
+  int32_t* next_prefix_len;
+  int32_t rows_per_slot;       // choice rows per slot: block_len-1 (kDraft), block_len or 1 (kVerify)
+  int32_t num_partials;
+  int32_t mask_token_id;
+  int32_t step;                // ConsensusStep
+  int32_t next_pass;           // NextPass
+};
+
+}  // namespace orthrus

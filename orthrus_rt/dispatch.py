@@ -1,0 +1,112 @@
+"""Which implementation runs each op, decided by device, capability and dtype, and never silently.
+
+``ORTHRUS_BACKEND`` overrides the choice: ``reference`` (all ops), or per op, e.g.
+``ORTHRUS_BACKEND=dual_attn=triton,rms_norm=reference``. A requested implementation that is not
+available raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+
+log = logging.getLogger("orthrus_rt")
+
+OPS = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus", "process_logits")
+IMPLEMENTATIONS = ("cpu", "cuda", "triton", "reference")
+
+# Preference per device type; the first available one wins.
+_PREFERENCE = {
+    "cpu": {op: ("cpu", "reference") for op in OPS} | {"process_logits": ("reference",)},
+    "cuda": {op: ("cuda", "reference") for op in OPS}
+    | {op: ("triton", "reference") for op in ("embed", "rms_norm", "process_logits")}
+    | {"dual_attn": ("cuda", "triton", "reference")},
+}
+
+
+@functools.cache
+def native():
+    """The native module, or None where it was not built."""
+    try:
+        from orthrus_rt import _native
+    except ImportError:
+        return None
+    return _native
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def unavailable(impl: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why ``impl`` cannot run ``op`` for tensors of this device and dtype; None if it can."""
+    if impl == "reference":
+        return None
+    if dtype is not torch.bfloat16 and op != "process_logits":
+        return f"{impl} kernels take bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if impl in ("cpu", "cuda"):
+        if device_type != impl:
+            return f"the {impl} implementation needs {impl} tensors, not {device_type}"
+        if op not in _PREFERENCE[impl] or impl not in _PREFERENCE[impl][op]:
+            return f"{op} has no {impl} implementation"
+        if native() is None:
+            return "the native module is not built (pip install -e .)"
+        if impl == "cuda" and not hasattr(native(), "cuda"):
+            return "the native module was built without CUDA (ORTHRUS_CUDA=ON builds it)"
+        if impl == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+            return "compute capability 8.0 or newer is needed"
+        return None
+    if impl == "triton":
+        if op not in ("embed", "rms_norm", "process_logits", "dual_attn"):
+            return f"{op} has no triton implementation"
+        if device_type != "cuda":
+            return "triton kernels need cuda tensors"
+        if not has_triton():
+            return "triton is not installed"
+        return None
+    raise ValueError(f"unknown implementation {impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def requested() -> dict[str, str]:
+    """The overrides in ``ORTHRUS_BACKEND`` as {op: implementation}."""
+    chosen: dict[str, str] = {}
+    for item in filter(None, os.environ.get("ORTHRUS_BACKEND", "").split(",")):
+        op, _, impl = item.strip().rpartition("=")
+        if (op and op not in OPS) or impl not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"ORTHRUS_BACKEND: cannot read {item!r}; expected an implementation "
+                f"({', '.join(IMPLEMENTATIONS)}) or op=implementation with op one of {', '.join(OPS)}"
+            )
+        for name in [op] if op else OPS:
+            chosen[name] = impl
+    return chosen
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the implementation of ``op`` for tensors of this device and dtype.
+
+    Raises:
+        ValueError: ``ORTHRUS_BACKEND`` cannot be read.
+        RuntimeError: the requested implementation is not available here.
+    """
+    return _select(op, device.type, dtype, os.environ.get("ORTHRUS_BACKEND", ""))
+
+
+@functools.cache
+def _select(op, device_type, dtype, _env):
+    override = requested().get(op)
+    if override:
+        why = unavailable(override, op, device_type, dtype)
+        if why:
+            raise RuntimeError(f"{op}: the {override} implementation was requested but is unavailable: {why}")
+        chosen = override
+    else:
+        order = _PREFERENCE.get(device_type, {}).get(op, ("reference",))
+        chosen = next(i for i in order if unavailable(i, op, device_type, dtype) is None)
+    log.info("%s on %s %s: %s", op, device_type, dtype, chosen)
+    return chosen

@@ -1,0 +1,166 @@
+"""Launchers of the native module: tensors in, parameter structs out. Validation is in ops.py."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_rt import dispatch
+from orthrus_rt.plan import Rows
+from orthrus_rt.state import SlotState
+
+EPILOGUE = {"none": 0, "residual": 1, "silu_mul": 2, "logits": 3, "argmax": 4}
+
+
+def ptr(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def rows_struct(rows: Rows):
+    return dispatch.native().Rows(
+        token=ptr(rows.token),
+        position=ptr(rows.position),
+        seq=ptr(rows.seq),
+        prefix_len=ptr(rows.prefix_len),
+        group_start=ptr(rows.group_start),
+        num_rows=rows.num_rows,
+        num_rows_ar=rows.num_rows_ar,
+        num_groups=rows.num_groups,
+        num_groups_ar=rows.num_groups_ar,
+        max_group_rows=rows.max_group_rows,
+    )
+
+
+def kv_struct(k_pages, v_pages, page_table):
+    return dispatch.native().PagedKv(
+        k_pages=ptr(k_pages),
+        v_pages=ptr(v_pages),
+        page_table=ptr(page_table),
+        num_pages=k_pages.shape[0],
+        max_pages=page_table.shape[1],
+        page_size=k_pages.shape[2],
+        num_heads_kv=k_pages.shape[1],
+        head_dim=k_pages.shape[3],
+    )
+
+
+def state_struct(state: SlotState):
+    return dispatch.native().SlotState(
+        cache_seqlens=ptr(state.cache_seqlens),
+        block_tokens=ptr(state.block_tokens),
+        num_drafts=ptr(state.num_drafts),
+        num_accepted=ptr(state.num_accepted),
+        limit=ptr(state.limit),
+        stop_ids=ptr(state.stop_ids),
+        finish=ptr(state.finish),
+        output=ptr(state.output),
+        num_output=ptr(state.num_output),
+        num_slots=state.num_slots,
+        block_len=state.block_len,
+        max_stop_ids=state.stop_ids.shape[1],
+        output_capacity=state.output.shape[1],
+    )
+
+
+def _launch(op: str, params, device: torch.device) -> None:
+    if device.type == "cuda":
+        getattr(dispatch.native().cuda, op)(params, torch.cuda.current_stream(device).cuda_stream)
+    else:
+        getattr(dispatch.native().cpu, op)(params)
+
+
+def embed(token, table, out):
+    params = dispatch.native().EmbedParams(
+        token=ptr(token), table=ptr(table), out=ptr(out),
+        num_rows=token.shape[0], hidden=table.shape[1], vocab_size=table.shape[0],
+    )  # fmt: skip
+    _launch("embed", params, out.device)
+
+
+def rms_norm(x, weight, eps, out, row_index=None):
+    params = dispatch.native().RmsNormParams(
+        x=ptr(x), weight=ptr(weight), row_index=ptr(row_index), out=ptr(out),
+        num_rows=out.shape[0], hidden=x.shape[1], eps=eps,
+    )  # fmt: skip
+    _launch("rms_norm", params, out.device)
+
+
+def row_linear(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=None, epilogue="none", workspace=None):
+    value, index = out if epilogue == "argmax" else (None, None)
+    params = dispatch.native().RowLinearParams(
+        x=ptr(x),
+        weight=ptr(weight.data),
+        weight_diff=ptr(weight_diff.data) if weight_diff is not None else 0,
+        residual=ptr(residual),
+        out=0 if epilogue == "argmax" else ptr(out),
+        partial_value=ptr(value),
+        partial_id=ptr(index),
+        workspace=ptr(workspace),
+        x_stride=x.stride(0),
+        workspace_bytes=0 if workspace is None else workspace.numel() * workspace.element_size(),
+        num_rows=x.shape[0],
+        num_rows_ar=x.shape[0] if num_rows_ar is None else num_rows_ar,
+        in_features=weight.in_features,
+        out_features=weight.out_features,
+        num_partials=weight.num_partials,
+        epilogue=EPILOGUE[epilogue],
+    )
+    _launch("row_linear", params, x.device)
+
+
+def qkv_commit(qkv, rows, cos_sin, norms, eps, k_pages, v_pages, page_table, scratch_k, scratch_v, q_out):
+    q_norm, k_norm, q_norm_diff, k_norm_diff = norms or (None,) * 4
+    params = dispatch.native().QkvCommitParams(
+        qkv=ptr(qkv),
+        cos_sin=ptr(cos_sin),
+        q_norm=ptr(q_norm),
+        k_norm=ptr(k_norm),
+        q_norm_diff=ptr(q_norm_diff),
+        k_norm_diff=ptr(k_norm_diff),
+        q_out=ptr(q_out),
+        scratch_k=ptr(scratch_k),
+        scratch_v=ptr(scratch_v),
+        rows=rows_struct(rows),
+        kv=kv_struct(k_pages, v_pages, page_table),
+        num_heads_q=q_out.shape[1],
+        max_positions=cos_sin.shape[0],
+        eps=eps,
+    )
+    _launch("qkv_commit", params, qkv.device)
+
+
+def dual_attn(
+    q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softmax_scale, out, *, max_seq_len, workspace=None
+):
+    params = dispatch.native().DualAttnParams(
+        q=ptr(q),
+        scratch_k=ptr(scratch_k),
+        scratch_v=ptr(scratch_v),
+        out=ptr(out),
+        workspace=ptr(workspace),
+        workspace_bytes=0 if workspace is None else workspace.numel() * workspace.element_size(),
+        rows=rows_struct(rows),
+        kv=kv_struct(k_pages, v_pages, page_table),
+        num_heads_q=q.shape[1],
+        max_seq_len=max_seq_len,
+        softmax_scale=softmax_scale,
+    )
+    _launch("dual_attn", params, q.device)
+
+
+def consensus(state, partials, step, next_pass, rows_next, mask_token_id):
+    value, index = partials
+    params = dispatch.native().ConsensusParams(
+        partial_value=ptr(value),
+        partial_id=ptr(index),
+        state=state_struct(state),
+        next_token=ptr(rows_next.token) if rows_next else 0,
+        next_position=ptr(rows_next.position) if rows_next else 0,
+        next_seq=ptr(rows_next.seq) if rows_next else 0,
+        next_prefix_len=ptr(rows_next.prefix_len) if rows_next else 0,
+        rows_per_slot=index.shape[0] // max(state.num_slots, 1),
+        num_partials=index.shape[1],
+        mask_token_id=mask_token_id,
+        step=step,
+        next_pass=next_pass,
+    )
+    _launch("consensus", params, index.device)

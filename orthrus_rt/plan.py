@@ -1,0 +1,91 @@
+"""Row plans: every forward pass is a list of rows, and a mode is only a way to list them.
+
+A row is one token to push through the network. The mask of a row is one predicate, everywhere:
+``kv < prefix_len[row]`` over its sequence's pages, or "same block" over the diffusion scratch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Rows:
+    """The rows of one pass, on the engine's device.
+
+    Rows ``[0, num_rows_ar)`` belong to the AR view, the rest to the diffusion view. A *group* is a
+    run of consecutive rows that share a sequence and, for diffusion rows, a block.
+
+    Attributes:
+        token: int32 ``[num_rows]``, the token ids.
+        position: int32 ``[num_rows]``, absolute positions; -1 marks an invalid (padding) row.
+        seq: int32 ``[num_rows]``, the slot whose pages the row reads and writes.
+        prefix_len: int32 ``[num_rows]``, cache entries ``0 ... prefix_len-1`` are visible.
+        group_start: int32 ``[num_groups + 1]``, first row of each group.
+        num_rows_ar, num_groups_ar: how many rows and groups are AR (they come first).
+        max_group_rows: no group has more rows than this.
+    """
+
+    token: torch.Tensor
+    position: torch.Tensor
+    seq: torch.Tensor
+    prefix_len: torch.Tensor
+    group_start: torch.Tensor
+    num_rows_ar: int
+    num_groups_ar: int
+    max_group_rows: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.token.shape[0]
+
+    @property
+    def num_rows_diff(self) -> int:
+        return self.num_rows - self.num_rows_ar
+
+    @property
+    def num_groups(self) -> int:
+        return self.group_start.shape[0] - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.token.device
+
+
+def empty_rows(num_groups_ar: int, rows_ar: int, num_groups_diff: int, rows_diff: int, device) -> Rows:
+    """Rows of a fixed layout, all invalid: AR groups of ``rows_ar`` rows, then diffusion blocks of ``rows_diff``."""
+    sizes = [rows_ar] * num_groups_ar + [rows_diff] * num_groups_diff
+    n = sum(sizes)
+    start = torch.zeros(len(sizes) + 1, dtype=torch.int32)
+    start[1:] = torch.tensor(sizes, dtype=torch.int32).cumsum(0)
+    zeros = torch.zeros(4, n, dtype=torch.int32, device=device)
+    zeros[1] = -1
+    return Rows(
+        token=zeros[0],
+        position=zeros[1],
+        seq=zeros[2],
+        prefix_len=zeros[3],
+        group_start=start.to(device),
+        num_rows_ar=num_groups_ar * rows_ar,
+        num_groups_ar=num_groups_ar,
+        max_group_rows=max(sizes, default=0),
+    )
+
+
+def prefill_rows(token_ids: torch.Tensor, start: int, slot: int) -> Rows:
+    """AR rows of one prompt chunk: ``token_ids`` int32 ``[n]`` at positions ``start ... start+n-1`` of ``slot``."""
+    n = token_ids.shape[0]
+    device = token_ids.device
+    position = torch.arange(start, start + n, dtype=torch.int32, device=device)
+    return Rows(
+        token=token_ids.to(torch.int32),
+        position=position,
+        seq=torch.full_like(position, slot),
+        prefix_len=position + 1,
+        group_start=torch.tensor([0, n], dtype=torch.int32, device=device),
+        num_rows_ar=n,
+        num_groups_ar=1,
+        max_group_rows=n,
+    )

@@ -1,0 +1,205 @@
+"""The oracle: every op in plain torch, obvious and slow. Runs on any device and float dtype.
+
+Each function has the signature of its twin in :mod:`orthrus_rt.ops` and the same rounding points:
+arithmetic in fp32, one rounding to the output's dtype. It is also a backend (``ORTHRUS_BACKEND=reference``),
+the only one for float32 models. It is *not* row-invariant: torch's own reductions may change with the shape.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_rt import state as st
+from orthrus_rt.plan import Rows
+
+
+def embed(token, table, out):
+    """out[r] = table[token[r]]."""
+    out.copy_(table[token.long()])
+
+
+def rms_norm(x, weight, eps, out, row_index=None):
+    """out = round(x * rsqrt(mean(x^2) + eps) * weight), rows picked by ``row_index`` if given."""
+    if row_index is not None:
+        x = x[row_index.long()]
+    y = x.float()
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+    out.copy_(y * weight.float())
+
+
+def row_linear(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=None, epilogue="none"):
+    """y[r] = x[r] @ W(r)^T with fp32 accumulation, then the epilogue. ``weight`` is ``[out_features, in_features]``."""
+    if weight_diff is None:
+        acc = x.float() @ weight.float().T
+    else:
+        acc = torch.cat([x[:num_rows_ar].float() @ weight.float().T, x[num_rows_ar:].float() @ weight_diff.float().T])
+    if epilogue == "residual":
+        acc = acc + residual.float()
+    elif epilogue == "silu_mul":
+        gate, up = acc.chunk(2, dim=-1)
+        acc = gate / (1 + torch.exp(-gate)) * up
+    if epilogue == "argmax":
+        value, index = out
+        value.copy_(_partial(acc, value.shape[1]).values)
+        tile = -(-acc.shape[1] // value.shape[1])
+        first = torch.arange(value.shape[1], device=acc.device) * tile
+        index.copy_(_partial(acc, value.shape[1]).indices + first)
+    else:
+        out.copy_(acc)
+
+
+def _partial(logits, num_partials):
+    """Max and first arg-max of each of ``num_partials`` equal tiles of the vocabulary; NaN never wins."""
+    tile = -(-logits.shape[1] // num_partials)
+    padded = torch.full((logits.shape[0], num_partials * tile), -torch.inf, device=logits.device)
+    padded[:, : logits.shape[1]] = torch.where(logits.isnan(), -torch.inf, logits)
+    padded = padded.view(logits.shape[0], num_partials, tile)
+    values = padded.amax(-1)
+    return torch.return_types.max((values, (padded == values[..., None]).int().argmax(-1)))
+
+
+def rope(x, position, cos_sin):
+    """Half-split rotary embedding of ``x`` fp32 ``[rows, heads, head_dim]`` at int ``position`` ``[rows]``."""
+    half = x.shape[-1] // 2
+    table = cos_sin[position.clamp(min=0).long()]
+    cos, sin = table[:, None, :half], table[:, None, half:]
+    lo, hi = x[..., :half], x[..., half:]
+    return torch.cat([lo * cos - hi * sin, hi * cos + lo * sin], dim=-1)
+
+
+def qkv_commit(qkv, rows: Rows, cos_sin, norms, eps, k_pages, v_pages, page_table, scratch_k, scratch_v, q_out):
+    """QK RMSNorm and RoPE in fp32, one rounding; AR keys/values to their pages, diffusion ones to the scratch.
+
+    ``norms`` is None or ``(q_norm, k_norm, q_norm_diff, k_norm_diff)``, each ``[head_dim]``.
+    """
+    num_heads_q, head_dim = q_out.shape[1:]
+    num_heads_kv = k_pages.shape[1]
+    split = [num_heads_q, num_heads_kv, num_heads_kv]
+    q, k, v = qkv.view(rows.num_rows, -1, head_dim).float().split(split, dim=1)
+    if norms is not None:
+        q_norm, k_norm, q_norm_diff, k_norm_diff = norms
+        ar = (torch.arange(rows.num_rows, device=qkv.device) < rows.num_rows_ar)[:, None, None]
+        q = q * torch.rsqrt(q.pow(2).mean(-1, keepdim=True) + eps) * torch.where(ar, q_norm, q_norm_diff).float()
+        k = k * torch.rsqrt(k.pow(2).mean(-1, keepdim=True) + eps) * torch.where(ar, k_norm, k_norm_diff).float()
+    q_out.copy_(rope(q, rows.position, cos_sin))
+    k = rope(k, rows.position, cos_sin).to(k_pages.dtype)
+    v = v.to(v_pages.dtype)
+    n = rows.num_rows_ar
+    page_size = k_pages.shape[2]
+    position = rows.position[:n].long()
+    page = page_table[rows.seq[:n].long(), position.clamp(min=0) // page_size].long()
+    page = torch.where(position >= 0, page, 0)
+    slot = position.clamp(min=0) % page_size
+    k_pages[page, :, slot] = k[:n]
+    v_pages[page, :, slot] = v[:n]
+    if rows.num_rows_diff:
+        scratch_k.copy_(k[n:])
+        scratch_v.copy_(v[n:])
+
+
+def dual_attn(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows: Rows, softmax_scale, out):
+    """Softmax attention, group by group, over ``kv < prefix_len[row] or same block``. Rows that see nothing get 0."""
+    page_size = k_pages.shape[2]
+    heads_per_kv = q.shape[1] // k_pages.shape[1]
+    starts = rows.group_start.tolist()
+    prefix_len = rows.prefix_len.tolist()
+    seqs = rows.seq.tolist()
+    for g in range(rows.num_groups):
+        a, b = starts[g], starts[g + 1]
+        if a == b:
+            continue
+        longest = max(prefix_len[a:b])
+        pages = page_table[seqs[a], : -(-longest // page_size)].long()
+        k = k_pages[pages].transpose(1, 2).flatten(0, 1)[:longest].float()  # [kv, heads_kv, head_dim]
+        v = v_pages[pages].transpose(1, 2).flatten(0, 1)[:longest].float()
+        position = torch.arange(longest, device=q.device)
+        visible = position[None, :] < rows.prefix_len[a:b, None]
+        if g >= rows.num_groups_ar:
+            lo, hi = a - rows.num_rows_ar, b - rows.num_rows_ar
+            k = torch.cat([k, scratch_k[lo:hi].float()])
+            v = torch.cat([v, scratch_v[lo:hi].float()])
+            own = (rows.position[a:b] >= 0)[None, :] & (rows.position[a:b] >= 0)[:, None]
+            visible = torch.cat([visible, own], dim=1)
+        seen_by_any = visible.any(0)
+        k = torch.where(seen_by_any[:, None, None], k, 0)  # unused cache may hold anything, NaN included
+        v = torch.where(seen_by_any[:, None, None], v, 0)
+        k = k.repeat_interleave(heads_per_kv, dim=1)
+        v = v.repeat_interleave(heads_per_kv, dim=1)
+        scores = torch.einsum("rhd,khd->hrk", q[a:b].float(), k) * softmax_scale
+        scores = scores.masked_fill(~visible, -torch.inf)
+        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min) if k.shape[0] else 0.0
+        weights = torch.exp(scores - top)
+        total = weights.sum(-1)  # [heads, rows]
+        mixed = torch.einsum("hrk,khd->rhd", weights, v)
+        out[a:b] = torch.where(total.T[..., None] > 0, mixed / total.T[..., None].clamp(min=1e-30), 0).to(out.dtype)
+
+
+def consensus(state: st.SlotState, partials, step, next_pass, rows_next: Rows | None, mask_token_id):
+    """Accept, stop, commit and stage, slot by slot; see :func:`orthrus_rt.ops.consensus` for the contract."""
+    value, index = partials
+    if value is None:
+        choices = index[:, 0].tolist()
+    else:
+        best = (value == value.amax(-1, keepdim=True)).int().argmax(-1)
+        choices = index.gather(1, best[:, None])[:, 0].tolist()
+    per_slot = len(choices) // state.num_slots if state.num_slots else 0
+    for s in range(state.num_slots):
+        if int(state.finish[s]) == st.RUNNING:
+            mine = choices[s * per_slot : (s + 1) * per_slot]
+            if step == st.STEP_DRAFT:
+                _take_drafts(state, s, mine)
+            else:
+                _accept(state, s, mine)
+        if next_pass != st.NEXT_NONE:
+            _stage(state, s, next_pass, rows_next, mask_token_id)
+
+
+def _take_drafts(state, s, choices):
+    room = int(state.limit[s]) - 1 - int(state.cache_seqlens[s])
+    drafts = choices[: max(0, min(len(choices), room))]
+    state.num_drafts[s] = len(drafts)
+    for i, token in enumerate(drafts):
+        state.block_tokens[s, 1 + i] = token
+
+
+def _accept(state, s, choices):
+    drafts = state.block_tokens[s, 1 : 1 + int(state.num_drafts[s])].tolist()
+    accepted = 0
+    while accepted < len(drafts) and drafts[accepted] == choices[accepted]:
+        accepted += 1
+    n = int(state.cache_seqlens[s])
+    emitted = choices[: min(accepted + 1, int(state.limit[s]) - 1 - n)]
+    finish = st.LENGTH if n + 1 + len(emitted) >= int(state.limit[s]) else st.RUNNING
+    stop_ids = set(state.stop_ids[s].tolist()) - {-1}
+    for i, token in enumerate(emitted):
+        if token in stop_ids:
+            emitted, finish = emitted[: i + 1], st.STOP
+            break
+    for token in emitted:
+        state.output[s, int(state.num_output[s]) % state.output.shape[1]] = token
+        state.num_output[s] += 1
+    if emitted:
+        state.block_tokens[s, 0] = emitted[-1]
+    state.cache_seqlens[s] = n + len(emitted)
+    state.num_accepted[s] = min(accepted, len(emitted))
+    state.num_drafts[s] = 0
+    state.finish[s] = finish
+
+
+def _stage(state, s, next_pass, rows: Rows, mask_token_id):
+    running = int(state.finish[s]) == st.RUNNING
+    n, limit = int(state.cache_seqlens[s]), int(state.limit[s])
+    count = 1 if next_pass == st.NEXT_AR else state.block_len
+    for i in range(count):
+        r = s * count + i
+        valid = running and n + i < limit
+        token = int(state.block_tokens[s, i])
+        if next_pass == st.NEXT_VERIFY:
+            valid = valid and i <= int(state.num_drafts[s])
+        elif next_pass == st.NEXT_DRAFT and i > 0:
+            token = mask_token_id
+        rows.token[r] = token if valid else 0
+        rows.position[r] = n + i if valid else -1
+        rows.seq[r] = s
+        prefix_len = n if next_pass == st.NEXT_DRAFT else n + i + 1
+        rows.prefix_len[r] = prefix_len if valid else 0

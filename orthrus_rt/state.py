@@ -1,0 +1,68 @@
+"""Per-slot decode state, resident on the engine's device. Mirrors ``SlotState`` in csrc/include/orthrus/params.h."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# FinishReason
+EMPTY, RUNNING, STOP, LENGTH = -1, 0, 1, 2
+# ConsensusStep: whose choices are these
+STEP_DRAFT, STEP_VERIFY = 0, 1
+# NextPass: what to stage
+NEXT_NONE, NEXT_DRAFT, NEXT_VERIFY, NEXT_AR = 0, 1, 2, 3
+
+
+@dataclass
+class SlotState:
+    """Decode state of ``num_slots`` sequences, every tensor int32 on one device.
+
+    Attributes:
+        cache_seqlens: ``[num_slots]`` committed tokens, whose AR keys/values are in the cache.
+        block_tokens: ``[num_slots, block_len]`` the known next token t0, then the drafts.
+        num_drafts: ``[num_slots]`` drafts to verify, at most ``block_len - 1``.
+        num_accepted: ``[num_slots]`` drafts accepted by the last verification.
+        limit: ``[num_slots]`` total tokens the sequence may have, prompt included.
+        stop_ids: ``[num_slots, max_stop_ids]`` ids that end the sequence, padded with -1.
+        finish: ``[num_slots]`` EMPTY, RUNNING, STOP or LENGTH.
+        output: ``[num_slots, output_capacity]`` ring of emitted tokens.
+        num_output: ``[num_slots]`` tokens emitted so far.
+    """
+
+    cache_seqlens: torch.Tensor
+    block_tokens: torch.Tensor
+    num_drafts: torch.Tensor
+    num_accepted: torch.Tensor
+    limit: torch.Tensor
+    stop_ids: torch.Tensor
+    finish: torch.Tensor
+    output: torch.Tensor
+    num_output: torch.Tensor
+
+    @property
+    def num_slots(self) -> int:
+        return self.cache_seqlens.shape[0]
+
+    @property
+    def block_len(self) -> int:
+        return self.block_tokens.shape[1]
+
+    @staticmethod
+    def allocate(num_slots: int, block_len: int, output_capacity: int, max_stop_ids: int, device) -> SlotState:
+        """All slots EMPTY."""
+
+        def zeros(*shape):
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        return SlotState(
+            cache_seqlens=zeros(num_slots),
+            block_tokens=zeros(num_slots, block_len),
+            num_drafts=zeros(num_slots),
+            num_accepted=zeros(num_slots),
+            limit=zeros(num_slots),
+            stop_ids=zeros(num_slots, max_stop_ids) - 1,
+            finish=zeros(num_slots) + EMPTY,
+            output=zeros(num_slots, output_capacity),
+            num_output=zeros(num_slots),
+        )

@@ -1,0 +1,46 @@
+"""Builds the native module through CMake + ninja; everything declarative is in pyproject.toml."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def find_nvcc():
+    """nvcc from CUDACXX, CUDA_HOME, PATH or CUDA's default location; None where there is none."""
+    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
+    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", *sorted(map(str, Path("/usr/local").glob("cuda-*")))[::-1]):
+        if home:
+            candidates.append(os.path.join(home, "bin", "nvcc"))
+    return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        import pybind11
+
+        out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build.mkdir(parents=True, exist_ok=True)
+        args = [
+            "-G", "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DORTHRUS_CUDA={os.environ.get('ORTHRUS_CUDA', 'AUTO')}",
+        ]  # fmt: skip
+        if archs := os.environ.get("ORTHRUS_CUDA_ARCHS"):
+            args.append(f"-DORTHRUS_CUDA_ARCHS={archs}")
+        if (nvcc := find_nvcc()) and os.environ.get("ORTHRUS_CUDA") != "OFF":
+            args.append(f"-DCMAKE_CUDA_COMPILER={os.path.realpath(nvcc)}")
+        subprocess.run(["cmake", *args, str(ROOT)], cwd=build, check=True)
+        subprocess.run(["cmake", "--build", "."], cwd=build, check=True)
+        subprocess.run(["cmake", "--install", ".", "--prefix", str(out.parent)], cwd=build, check=True)
+
+
+setup(ext_modules=[Extension("orthrus_rt._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
