@@ -203,3 +203,115 @@ def _stage(state, s, next_pass, rows: Rows, mask_token_id):
         rows.seq[r] = s
         prefix_len = n if next_pass == st.NEXT_DRAFT else n + i + 1
         rows.prefix_len[r] = prefix_len if valid else 0
+
+
+# --- process_logits ---------------------------------------------------------------------------------
+#
+# Sums of probability are sums of integers: the mass of a token is trunc(exp(y - max) * 2**40). They
+# are exact in any order, so the same bits come out for any batch and any way to split the row.
+MASS_ONE = 1 << 40
+FLOAT_MAX = torch.finfo(torch.float32).max
+
+# Purposes of noise: two draws share their randomness only if they are meant to.
+PURPOSE_CHOICE, PURPOSE_DRAFT, PURPOSE_ACCEPT, PURPOSE_RESIDUAL = range(4)
+
+
+def philox(seed, position, purpose, token):
+    """Philox 4x32-10 as int64 tensors in [0, 2**32): word ``token % 4`` of counter (token // 4, position, purpose, 0).
+
+    The key is (low, high) half of ``seed``. Arguments are ints or int tensors that broadcast.
+    """
+    token, position, seed, purpose = (torch.as_tensor(x).long() for x in (token, position, seed, purpose))
+    low = 0xFFFFFFFF
+    c = [token >> 2, position & low, purpose, torch.zeros_like(token)]
+    key = [seed & low, (seed >> 32) & low]
+
+    def product(m, x):  # high and low word of m * x without leaving int64
+        return (m * (x >> 16) + (m * (x & 0xFFFF) >> 16)) >> 16, (m * x) & low
+
+    for _ in range(10):
+        hi0, lo0 = product(0xD2511F53, c[0])
+        hi1, lo1 = product(0xCD9E8D57, c[2])
+        c = [hi1 ^ c[1] ^ key[0], lo1, hi0 ^ c[3] ^ key[1], lo0]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    lane = token & 3
+    return torch.where(lane < 2, torch.where(lane == 0, c[0], c[1]), torch.where(lane == 2, c[2], c[3]))
+
+
+def uniform(seed, position, purpose, token=0):
+    """fp32 in (0, 1), the same bits everywhere: min((fp32(word) + 0.5) * 2**-32, 1 - 2**-24)."""
+    return ((philox(seed, position, purpose, token).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+
+
+def exponential(seed, position, purpose, token):
+    """-log(1 - uniform), fp32, with full relative precision near 0, where samples are decided.
+
+    ``argmax(y - log(exponential))`` draws from softmax(y): -log of it is Gumbel noise. Logarithms
+    differ in the last bits between implementations; the uniforms do not.
+    """
+    u = uniform(seed, position, purpose, token)
+    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4))))
+    return torch.where(u < 2.0**-7, series, -torch.log(1 - u))
+
+
+def _mass(y, top):
+    return (torch.exp(y - top) * MASS_ONE).long()
+
+
+def _per_row(value, logits, dtype):
+    return torch.as_tensor(value, dtype=dtype, device=logits.device).expand(logits.shape[0])[:, None]
+
+
+def _filter(logits, temperature, top_k, top_p, min_p):
+    """(y, top, keep): scaled logits, their maximum and the kept tokens of each row (one token if greedy)."""
+    vocab = logits.shape[1]
+    temperature = _per_row(temperature, logits, torch.float32)
+    top_k = _per_row(top_k, logits, torch.int64)
+    top_p = _per_row(top_p, logits, torch.float32)
+    min_p = _per_row(min_p, logits, torch.float32)
+    y = torch.where(logits.isnan(), -torch.inf, logits.float())
+    y = (y / torch.where(temperature > 0, temperature, 1)).clamp(max=FLOAT_MAX)
+    top = y.amax(-1, keepdim=True)
+    greedy = (temperature <= 0) | (top == -torch.inf)
+    threshold = torch.where(min_p > 0, top + torch.log(min_p), -torch.inf)
+    limited = top_k.clamp(0, vocab)
+    if (largest := int(limited.max()) if limited.numel() else 0) > 0:
+        kth = y.topk(largest).values.gather(1, (limited - 1).clamp(min=0))
+        kth = torch.where(limited > 0, kth, -torch.inf)
+    else:
+        kth = torch.full_like(top, -torch.inf)
+    nucleus = (top_p < 1) & ~greedy
+    if nucleus.any():
+        threshold = torch.where(nucleus, torch.maximum(threshold, _nucleus(y, top, kth, top_p)), threshold)
+    keep = y >= torch.maximum(threshold, kth)
+    first = (y == top).int().argmax(-1, keepdim=True)
+    keep = torch.where(greedy, torch.arange(vocab, device=y.device) == first, keep)
+    return y, top, keep
+
+
+def _nucleus(y, top, kth, top_p):
+    """Smallest y of the shortest sorted prefix that holds ``top_p`` of the mass of ``y >= kth``."""
+    total = torch.where(y >= kth, _mass(y, top), 0).sum(-1, keepdim=True)
+    target = (top_p.double() * total.double()).long().clamp(min=1)
+    for width in (1024, y.shape[1]):  # the nucleus is nearly always small: a full sort is the exception
+        ordered = y.topk(min(width, y.shape[1])).values
+        reached = _mass(ordered, top).cumsum(-1) >= target
+        if reached[:, -1].all():
+            break
+    return ordered.gather(1, reached.int().argmax(-1, keepdim=True))
+
+
+def process_logits_probs(logits, temperature, top_k, top_p, min_p):
+    """Probabilities fp32 ``[num_rows, vocab_size]`` of the tokens that each row may choose.
+
+    Temperature first; then ``top_k`` (0: off), ``top_p`` (1: off; the shortest prefix of the sorted
+    distribution whose mass is at least ``top_p``), ``min_p`` relative to the largest probability.
+    Tokens equal to the last kept one are kept. ``temperature`` 0 puts everything on the largest logit
+    (lowest id). NaN counts as -inf; a row of nothing else chooses id 0. Parameters are numbers or
+    ``[num_rows]`` tensors. Row-invariant.
+    """
+    y, top, keep = _filter(logits, temperature, top_k, top_p, min_p)
+    alone = keep.sum(-1, keepdim=True) == 1
+    weight = torch.where(keep, torch.exp(y - top), 0)
+    total = (weight * MASS_ONE).long().sum(-1, keepdim=True).double() / MASS_ONE
+    return torch.where(alone, keep.float(), weight / total.float())
