@@ -8,6 +8,7 @@ available raises.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -36,6 +37,11 @@ def native():
     except ImportError:
         return None
     return _native
+
+
+def triton_module(op: str):
+    """The module of triton_kernels that holds ``op``."""
+    return importlib.import_module(f"orthrus_rt.triton_kernels.{op}")
 
 
 @functools.cache

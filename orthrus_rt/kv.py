@@ -1,0 +1,66 @@
+"""The one KV cache: paged, shared by both views, written in place and never copied."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_rt.config import ModelConfig
+from orthrus_rt.ops import PAGE_SIZE
+
+SINK_PAGE = 0  # invalid rows write here; nobody reads it
+
+
+class OutOfPages(RuntimeError):
+    """No free page is left."""
+
+
+class PagedKvCache:
+    """Pages of 64 positions for every layer, and the table that maps slots to pages.
+
+    Attributes:
+        k_pages, v_pages: per layer ``[num_pages, num_heads_kv, 64, head_dim]``. Contents beyond what a slot committed or
+            is verifying are undefined: kernels never use them.
+        page_table: int32 ``[num_slots, max_pages]``; entry i holds positions ``64*i ... 64*i+63``.
+    """
+
+    def __init__(self, config: ModelConfig, *, num_slots: int, max_seq_len: int, num_pages: int, device, dtype):
+        self.max_pages = -(-max_seq_len // PAGE_SIZE)
+        self.num_pages = num_pages
+        shape = (config.num_layers, 2, num_pages, config.num_heads_kv, PAGE_SIZE, config.head_dim)
+        self.pages = torch.empty(shape, dtype=dtype, device=device)
+        self.k_pages = [self.pages[i, 0] for i in range(config.num_layers)]
+        self.v_pages = [self.pages[i, 1] for i in range(config.num_layers)]
+        self.page_table = torch.full((num_slots, self.max_pages), SINK_PAGE, dtype=torch.int32, device=device)
+        self._free = list(range(num_pages - 1, SINK_PAGE, -1))
+        self._held: list[list[int]] = [[] for _ in range(num_slots)]
+
+    @property
+    def num_free_pages(self) -> int:
+        return len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        return self.pages.numel() * self.pages.element_size()
+
+    def reserve(self, slot: int, length: int) -> None:
+        """Give ``slot`` pages for positions ``0 ... length-1``; nothing changes if that fails.
+
+        Raises:
+            OutOfPages: fewer pages are free than needed.
+        """
+        held = self._held[slot]
+        need = -(-length // PAGE_SIZE) - len(held)
+        if need <= 0:
+            return
+        if need > len(self._free):
+            raise OutOfPages(f"KV cache: slot {slot} needs {need} more pages for {length} tokens, {len(self._free)} free")
+        first = len(held)
+        held.extend(self._free.pop() for _ in range(need))
+        new = torch.tensor(held[first:], dtype=torch.int32)
+        self.page_table[slot, first : len(held)] = new.to(self.page_table.device)
+
+    def release(self, slot: int) -> None:
+        """Return every page of ``slot``."""
+        self._free.extend(reversed(self._held[slot]))
+        self._held[slot] = []
+        self.page_table[slot] = SINK_PAGE

@@ -1,0 +1,178 @@
+"""The network: weights of both views and one forward over a row plan. It knows nothing of modes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from orthrus_rt import ops, weights
+from orthrus_rt.checkpoint import Checkpoint
+from orthrus_rt.config import ModelConfig
+from orthrus_rt.kv import PagedKvCache
+from orthrus_rt.plan import Rows
+from orthrus_rt.rope import cos_sin_table
+from orthrus_rt.weights import PackedWeight
+
+
+@dataclass
+class Layer:
+    """One decoder layer. ``*_diff`` belong to the diffusion view, everything else serves both views."""
+
+    input_norm: torch.Tensor
+    qkv: PackedWeight
+    qkv_diff: PackedWeight
+    qk_norms: tuple[torch.Tensor, ...] | None  # q, k, q_diff, k_diff
+    o: PackedWeight
+    o_diff: PackedWeight
+    post_attn_norm: torch.Tensor
+    gate_up: PackedWeight
+    down: PackedWeight
+
+
+class Model:
+    """Weights on one device in one dtype, packed for the chosen ``row_linear``."""
+
+    def __init__(self, checkpoint: Checkpoint, *, device, dtype: torch.dtype, max_seq_len: int):
+        config, tensors = checkpoint.config, checkpoint.tensors
+        self.config: ModelConfig = config
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.softmax_scale = config.head_dim**-0.5
+
+        def get(name):
+            return tensors[name].to(device=self.device, dtype=dtype)
+
+        def norm(name):
+            return tensors[name].to(device=self.device, dtype=torch.float32).contiguous()
+
+        def pack(*names, **kwargs):
+            return weights.pack(torch.cat([get(n) for n in names]) if len(names) > 1 else get(names[0]), **kwargs)
+
+        self.embedding = get("model.embed_tokens.weight").contiguous()
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        self.lm_head = pack(head)
+        self.final_norm = norm("model.norm.weight")
+        self.cos_sin = cos_sin_table(config, max_seq_len).to(self.device)
+        self.layers = []
+        for i in range(config.num_layers):
+            p, attn = f"model.layers.{i}.", f"model.layers.{i}.self_attn."
+            qk_norms = None
+            if config.qk_norm:
+                qk_norms = tuple(norm(f"{attn}{n}.weight") for n in ("q_norm", "k_norm", "q_norm_diff", "k_norm_diff"))
+            self.layers.append(
+                Layer(
+                    input_norm=norm(p + "input_layernorm.weight"),
+                    qkv=pack(*(f"{attn}{n}_proj.weight" for n in "qkv")),
+                    qkv_diff=pack(*(f"{attn}{n}_proj_diff.weight" for n in "qkv")),
+                    qk_norms=qk_norms,
+                    o=pack(attn + "o_proj.weight"),
+                    o_diff=pack(attn + "o_proj_diff.weight"),
+                    post_attn_norm=norm(p + "post_attention_layernorm.weight"),
+                    gate_up=pack(p + "mlp.gate_proj.weight", p + "mlp.up_proj.weight", gate_up=True),
+                    down=pack(p + "mlp.down_proj.weight"),
+                )
+            )
+
+    def linear_shapes(self) -> set[tuple[int, int]]:
+        """Every weight's ``(in_features, out_features)``."""
+        layer = self.layers[0]
+        packed = (layer.qkv, layer.o, layer.gate_up, layer.down, self.lm_head)
+        return {(w.in_features, w.out_features) for w in packed}
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the packed weights: ``ar``, ``diffusion`` (its own projections) and the embedding table."""
+        ar = self.lm_head.nbytes + sum(
+            w.nbytes for layer in self.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        )
+        diffusion = sum(w.nbytes for layer in self.layers for w in (layer.qkv_diff, layer.o_diff))
+        return {"ar": ar, "diffusion": diffusion, "embedding": self.embedding.numel() * self.embedding.element_size()}
+
+
+class Activations:
+    """Buffers of one forward for at most ``max_rows`` rows, ``max_rows_diff`` of them of the diffusion view.
+
+    Every layer reuses them, so they do not grow with depth or context.
+    """
+
+    def __init__(self, model: Model, max_rows: int, max_rows_diff: int):
+        c, kw = model.config, dict(dtype=model.dtype, device=model.device)
+        self.hidden = torch.empty(max_rows, c.hidden_size, **kw)
+        self.normed = torch.empty(max_rows, c.hidden_size, **kw)
+        self.qkv = torch.empty(max_rows, (c.num_heads_q + 2 * c.num_heads_kv) * c.head_dim, **kw)
+        self.q = torch.empty(max_rows, c.num_heads_q, c.head_dim, **kw)
+        self.attn = torch.empty(max_rows, c.num_heads_q, c.head_dim, **kw)
+        self.mlp = torch.empty(max_rows, c.intermediate_size, **kw)
+        self.scratch_k = torch.empty(max_rows_diff, c.num_heads_kv, c.head_dim, **kw)
+        self.scratch_v = torch.empty(max_rows_diff, c.num_heads_kv, c.head_dim, **kw)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in vars(self).values())
+
+
+@dataclass
+class Workspace:
+    """Scratch memory of the kernels themselves, zeroed once; None where the implementation needs none."""
+
+    linear: torch.Tensor | None
+    attn: torch.Tensor | None
+
+    @staticmethod
+    def allocate(model: Model, *, max_rows: int, max_groups: int, max_seq_len: int) -> Workspace:
+        c = model.config
+        linear, attn = ops.workspace_bytes(
+            model.device, model.dtype, max_rows=max_rows, max_groups=max_groups, num_heads_q=c.num_heads_q,
+            head_dim=c.head_dim, max_seq_len=max_seq_len, linear_shapes=model.linear_shapes(),
+        )  # fmt: skip
+
+        def zeros(nbytes):
+            return torch.zeros(nbytes, dtype=torch.uint8, device=model.device) if nbytes else None
+
+        return Workspace(zeros(linear), zeros(attn))
+
+
+def forward(
+    model: Model,
+    kv: PagedKvCache,
+    rows: Rows,
+    act: Activations,
+    workspace: Workspace,
+    *,
+    logit_rows: torch.Tensor | None,
+    epilogue: str,
+    out,
+    max_seq_len: int,
+) -> None:
+    """Push the rows through every layer; AR rows' keys and values land in the cache.
+
+    Args:
+        logit_rows: int32 ``[n]``, the rows whose logits are wanted; None for no logits at all.
+        epilogue: ``"argmax"`` or ``"logits"``, as in :func:`orthrus_rt.ops.row_linear`.
+        out: that epilogue's output for n rows, MUTATED.
+    """
+    n, nd, nr = rows.num_rows, rows.num_rows_diff, rows.num_rows_ar
+    eps = model.config.rms_norm_eps
+    hidden, normed, qkv, q, attn, mlp = (
+        t[:n] for t in (act.hidden, act.normed, act.qkv, act.q, act.attn, act.mlp)
+    )  # fmt: skip
+    scratch = (act.scratch_k[:nd], act.scratch_v[:nd])
+    views = dict(num_rows_ar=nr, workspace=workspace.linear)
+    ops.embed(rows.token, model.embedding, hidden)
+    for i, layer in enumerate(model.layers):
+        cache = (kv.k_pages[i], kv.v_pages[i], kv.page_table)
+        ops.rms_norm(hidden, layer.input_norm, eps, normed)
+        ops.row_linear(normed, layer.qkv, qkv, weight_diff=layer.qkv_diff, **views)
+        ops.qkv_commit(qkv, rows, model.cos_sin, layer.qk_norms, eps, *cache, *scratch, q)
+        ops.dual_attn(
+            q, *cache, *scratch, rows, model.softmax_scale, attn, max_seq_len=max_seq_len, workspace=workspace.attn
+        )
+        flat = attn.view(n, -1)
+        ops.row_linear(flat, layer.o, hidden, weight_diff=layer.o_diff, residual=hidden, epilogue="residual", **views)
+        ops.rms_norm(hidden, layer.post_attn_norm, eps, normed)
+        ops.row_linear(normed, layer.gate_up, mlp, epilogue="silu_mul", workspace=workspace.linear)
+        ops.row_linear(mlp, layer.down, hidden, residual=hidden, epilogue="residual", workspace=workspace.linear)
+    if logit_rows is not None:
+        chosen = normed[: logit_rows.shape[0]]
+        ops.rms_norm(hidden, model.final_norm, eps, chosen, logit_rows)
+        ops.row_linear(chosen, model.lm_head, out, epilogue=epilogue, workspace=workspace.linear)

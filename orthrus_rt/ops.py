@@ -1,0 +1,318 @@
+"""The kernel surface: one validated signature per op, whatever implementation runs it.
+
+Every op writes into tensors that the caller allocates, takes any number of rows (none included: then it
+does nothing), is deterministic and, except for ``reference``, row-invariant to the bit: a row's result
+depends on its own inputs only. Shapes and rounding points are in ``csrc/include/orthrus/params.h``;
+oracles in :mod:`orthrus_rt.reference`; which implementation runs is decided in :mod:`orthrus_rt.dispatch`.
+
+All ops raise ValueError naming op, argument, expected and got.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_rt import dispatch, native, reference
+from orthrus_rt import state as st
+from orthrus_rt.plan import Rows
+from orthrus_rt.weights import PackedWeight
+
+PAGE_SIZE = 64
+
+
+def _need(op: str, what: str, expected, got) -> None:
+    if expected != got:
+        raise ValueError(f"{op}: {what} must be {expected}, got {got}")
+
+
+def _tensor(op: str, name: str, t: torch.Tensor, shape: tuple, dtype, device) -> None:
+    """Check one tensor; None in ``shape`` admits any size."""
+    got = tuple(t.shape)
+    if len(got) != len(shape) or any(want is not None and want != have for want, have in zip(shape, got, strict=True)):
+        text = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{op}: {name}.shape must be [{text}], got {list(got)}")
+    _need(op, f"{name}.dtype", dtype, t.dtype)
+    _need(op, f"{name}.device", device, t.device)
+    if not t.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {t.stride()} for shape {list(got)}")
+
+
+def _rows(op: str, rows: Rows, device) -> None:
+    n = rows.num_rows
+    for name in ("token", "position", "seq", "prefix_len"):
+        _tensor(op, f"rows.{name}", getattr(rows, name), (n,), torch.int32, device)
+    _tensor(op, "rows.group_start", rows.group_start, (rows.num_groups + 1,), torch.int32, device)
+    if not 0 <= rows.num_rows_ar <= n:
+        raise ValueError(f"{op}: rows.num_rows_ar must be within [0, {n}], got {rows.num_rows_ar}")
+    if not 0 <= rows.num_groups_ar <= rows.num_groups:
+        raise ValueError(f"{op}: rows.num_groups_ar must be within [0, {rows.num_groups}], got {rows.num_groups_ar}")
+
+
+def _pages(op: str, k_pages, v_pages, page_table, head_dim, dtype, device) -> None:
+    _tensor(op, "k_pages", k_pages, (None, None, PAGE_SIZE, head_dim), dtype, device)
+    _tensor(op, "v_pages", v_pages, tuple(k_pages.shape), dtype, device)
+    _tensor(op, "page_table", page_table, (None, None), torch.int32, device)
+
+
+def _scratch(op: str, scratch_k, scratch_v, rows: Rows, num_heads_kv, head_dim, dtype, device) -> None:
+    if rows.num_rows_diff:
+        shape = (rows.num_rows_diff, num_heads_kv, head_dim)
+        _tensor(op, "scratch_k", scratch_k, shape, dtype, device)
+        _tensor(op, "scratch_v", scratch_v, shape, dtype, device)
+
+
+def _choose(op: str, device: torch.device, dtype: torch.dtype):
+    """The chosen implementation's function for ``op``."""
+    impl = dispatch.select(op, device, dtype)
+    if impl == "reference":
+        return getattr(reference, op)
+    if impl == "triton":
+        return getattr(dispatch.triton_module(op), op)
+    return getattr(native, op)
+
+
+def embed(token: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+    """``out[r] = table[token[r]]``.
+
+    Args:
+        token: int32 ``[num_rows]``, ids within the vocabulary (the engine checks prompts).
+        table: ``[vocab_size, hidden]``.
+        out: ``[num_rows, hidden]``, MUTATED.
+    """
+    op, dtype, device = "embed", table.dtype, table.device
+    _tensor(op, "token", token, (None,), torch.int32, device)
+    _tensor(op, "table", table, (None, None), dtype, device)
+    _tensor(op, "out", out, (token.shape[0], table.shape[1]), dtype, device)
+    if token.shape[0]:
+        _choose(op, device, dtype)(token, table, out)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, row_index=None) -> None:
+    """``out = round(x * rsqrt(mean(x^2) + eps) * weight)``, fp32 inside, one rounding.
+
+    Args:
+        x: ``[num_rows_in, hidden]``.
+        weight: fp32 ``[hidden]``.
+        out: ``[num_rows, hidden]``, MUTATED.
+        row_index: int32 ``[num_rows]``, the input row of each output row; None for all rows in order.
+    """
+    op, dtype, device = "rms_norm", x.dtype, x.device
+    _tensor(op, "x", x, (None, None), dtype, device)
+    _tensor(op, "weight", weight, (x.shape[1],), torch.float32, device)
+    num_rows = x.shape[0] if row_index is None else row_index.shape[0]
+    if row_index is not None:
+        _tensor(op, "row_index", row_index, (num_rows,), torch.int32, device)
+    _tensor(op, "out", out, (num_rows, x.shape[1]), dtype, device)
+    if num_rows:
+        _choose(op, device, dtype)(x, weight, eps, out, row_index)
+
+
+def row_linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    out,
+    *,
+    weight_diff: PackedWeight | None = None,
+    num_rows_ar: int | None = None,
+    residual: torch.Tensor | None = None,
+    epilogue: str = "none",
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """``y[r] = x[r] @ W(r)^T`` with fp32 accumulation, then one epilogue; both views' rows in one launch.
+
+    Args:
+        x: ``[num_rows, in_features]``; rows may be strided.
+        weight: W of rows ``[0, num_rows_ar)``; of all rows if ``weight_diff`` is None.
+        out: by epilogue: ``none`` and ``residual`` ``[num_rows, out_features]``; ``silu_mul``
+            ``[num_rows, out_features / 2]``; ``logits`` the same as ``none`` in fp32, never rounded;
+            ``argmax`` a pair ``(value fp32, id int32)``, each ``[num_rows, weight.num_partials]``, the maximum and its
+            lowest id per vocabulary tile. MUTATED.
+        residual: ``[num_rows, out_features]``, added before the rounding; may be ``out``.
+        workspace: from :func:`workspace_bytes`, zeroed once; CUDA only.
+    """
+    op, dtype, device = "row_linear", x.dtype, x.device
+    n = x.shape[0]
+    _need(op, "x.shape[1]", weight.in_features, x.shape[1])
+    _need(op, "x.stride(1)", 1, x.stride(1))
+    if epilogue not in native.EPILOGUE:
+        raise ValueError(f"{op}: epilogue must be one of {', '.join(native.EPILOGUE)}, got {epilogue!r}")
+    _need(op, "weight.gate_up", epilogue == "silu_mul", weight.gate_up)
+    if weight_diff is not None:
+        facts = ("out_features", "in_features", "impl", "gate_up")
+        _need(op, "weight_diff", *({f: getattr(w, f) for f in facts} for w in (weight, weight_diff)))
+        if num_rows_ar is None or not 0 <= num_rows_ar <= n:
+            raise ValueError(f"{op}: num_rows_ar must be within [0, {n}] where weight_diff is given, got {num_rows_ar}")
+    if epilogue == "argmax":
+        _tensor(op, "out[0]", out[0], (n, weight.num_partials), torch.float32, device)
+        _tensor(op, "out[1]", out[1], (n, weight.num_partials), torch.int32, device)
+    else:
+        width = weight.out_features // 2 if epilogue == "silu_mul" else weight.out_features
+        _tensor(op, "out", out, (n, width), torch.float32 if epilogue == "logits" else dtype, device)
+    if (residual is not None) != (epilogue == "residual"):
+        raise ValueError(f"{op}: residual must be given for the residual epilogue alone, got epilogue {epilogue!r}")
+    if residual is not None:
+        _tensor(op, "residual", residual, (n, weight.out_features), dtype, device)
+    if not n:
+        return
+    kwargs = dict(num_rows_ar=num_rows_ar, residual=residual, epilogue=epilogue)
+    if weight.impl == "reference":
+        reference.row_linear(x, weight.data, out, weight_diff=weight_diff and weight_diff.data, **kwargs)
+    else:
+        native.row_linear(x, weight, out, weight_diff=weight_diff, workspace=workspace, **kwargs)
+
+
+def qkv_commit(
+    qkv: torch.Tensor,
+    rows: Rows,
+    cos_sin: torch.Tensor,
+    norms: tuple | None,
+    eps: float,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    scratch_k: torch.Tensor | None,
+    scratch_v: torch.Tensor | None,
+    q_out: torch.Tensor,
+) -> None:
+    """QK RMSNorm (Qwen3), half-split RoPE and the in-place cache write; fp32 inside, one rounding.
+
+    Args:
+        qkv: ``[num_rows, (num_heads_q + 2 * num_heads_kv) * head_dim]``, q then k then v heads.
+        cos_sin: fp32 ``[max_positions, head_dim]``, cosines of the half dims, then sines.
+        norms: None, or fp32 ``(q_norm, k_norm, q_norm_diff, k_norm_diff)``, each ``[head_dim]``.
+        k_pages, v_pages: ``[num_pages, num_heads_kv, 64, head_dim]``; MUTATED at the AR rows' positions. Page 0 takes
+            the invalid rows' writes.
+        page_table: int32 ``[num_slots, max_pages]``.
+        scratch_k, scratch_v: ``[num_rows_diff, num_heads_kv, head_dim]``, MUTATED whole; None without diffusion rows.
+        q_out: ``[num_rows, num_heads_q, head_dim]``, MUTATED.
+    """
+    op, dtype, device = "qkv_commit", qkv.dtype, qkv.device
+    _rows(op, rows, device)
+    n, (num_heads_q, head_dim), num_heads_kv = rows.num_rows, q_out.shape[1:], k_pages.shape[1]
+    _tensor(op, "qkv", qkv, (n, (num_heads_q + 2 * num_heads_kv) * head_dim), dtype, device)
+    _tensor(op, "cos_sin", cos_sin, (None, head_dim), torch.float32, device)
+    for name, norm in zip(("q_norm", "k_norm", "q_norm_diff", "k_norm_diff"), norms or (), strict=norms is not None):
+        _tensor(op, name, norm, (head_dim,), torch.float32, device)
+    _pages(op, k_pages, v_pages, page_table, head_dim, dtype, device)
+    _scratch(op, scratch_k, scratch_v, rows, num_heads_kv, head_dim, dtype, device)
+    _tensor(op, "q_out", q_out, (n, num_heads_q, head_dim), dtype, device)
+    if n:
+        args = (qkv, rows, cos_sin, norms, eps, k_pages, v_pages, page_table, scratch_k, scratch_v, q_out)
+        _choose(op, device, dtype)(*args)
+
+
+def dual_attn(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    scratch_k: torch.Tensor | None,
+    scratch_v: torch.Tensor | None,
+    rows: Rows,
+    softmax_scale: float,
+    out: torch.Tensor,
+    *,
+    max_seq_len: int,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """Attention of every row over ``kv < prefix_len[row] or same block``; rows that see nothing get zeros.
+
+    Args:
+        q: ``[num_rows, num_heads_q, head_dim]``.
+        k_pages, v_pages, page_table: the paged cache, as in :func:`qkv_commit`; entries that no row sees are never used.
+        scratch_k, scratch_v: the diffusion rows' own keys and values; None without diffusion rows.
+        out: like ``q``, MUTATED.
+        max_seq_len: no ``prefix_len`` exceeds it.
+        workspace: from :func:`workspace_bytes`, zeroed once; CUDA only.
+    """
+    op, dtype, device = "dual_attn", q.dtype, q.device
+    _rows(op, rows, device)
+    n, num_heads_q, head_dim = q.shape
+    _tensor(op, "q", q, (rows.num_rows, num_heads_q, head_dim), dtype, device)
+    _pages(op, k_pages, v_pages, page_table, head_dim, dtype, device)
+    num_heads_kv = k_pages.shape[1]
+    if num_heads_q % num_heads_kv:
+        raise ValueError(f"{op}: num_heads_q must be a multiple of num_heads_kv ({num_heads_kv}), got {num_heads_q}")
+    if page_table.shape[1] * PAGE_SIZE < max_seq_len:
+        raise ValueError(
+            f"{op}: page_table.shape[1] must be >= {-(-max_seq_len // PAGE_SIZE)} "
+            f"(max_seq_len {max_seq_len} / page_size {PAGE_SIZE}), got {page_table.shape[1]}"
+        )
+    _scratch(op, scratch_k, scratch_v, rows, num_heads_kv, head_dim, dtype, device)
+    _tensor(op, "out", out, (n, num_heads_q, head_dim), dtype, device)
+    if not n:
+        return
+    args = (q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softmax_scale, out)
+    run = _choose(op, device, dtype)
+    if run is native.dual_attn:
+        run(*args, max_seq_len=max_seq_len, workspace=workspace)
+    else:
+        run(*args)
+
+
+def consensus(
+    state: st.SlotState,
+    partials: tuple[torch.Tensor | None, torch.Tensor],
+    step: int,
+    next_pass: int,
+    rows_next: Rows | None,
+    mask_token_id: int,
+) -> None:
+    """Take a pass's choices into the slots' state and stage the next pass's rows; one launch.
+
+    Per running slot, a choice is the id of the largest partial maximum of its row, ties to the lowest id.
+    ``STEP_DRAFT``: the choices of rows 0 ... m-1 become the drafts d1 ... dm, m = min(rows, limit - 1 - cache_seqlens).
+    ``STEP_VERIFY``: with a = the longest prefix of drafts equal to the choices, the choices 0 ... a are emitted, cut after
+    the first stop id and at ``limit`` tokens; ``cache_seqlens`` grows by as many (that is the commit), the last one
+    becomes the known next token, ``num_accepted`` = the drafts among them.
+    Rows of the next pass whose position reaches ``limit``, and all rows of slots that do not run, are staged invalid.
+
+    Args:
+        state: MUTATED.
+        partials: ``(value fp32, id int32)``, each ``[num_slots * rows_per_slot, num_partials]``; value may be None where
+            num_partials is 1.
+        step: STEP_DRAFT or STEP_VERIFY of :mod:`orthrus_rt.state`.
+        next_pass: NEXT_NONE, NEXT_DRAFT, NEXT_VERIFY or NEXT_AR.
+        rows_next: rows of the next pass, one group per slot; all but ``group_start`` MUTATED. None for NEXT_NONE.
+        mask_token_id: token of the draft rows behind t0.
+    """
+    op, device = "consensus", state.finish.device
+    value, index = partials
+    s = state.num_slots
+    if index.dim() != 2 or (s and index.shape[0] % s):
+        raise ValueError(f"{op}: partials[1].shape must be [{s} * rows_per_slot, num_partials], got {list(index.shape)}")
+    _tensor(op, "partials[1]", index, tuple(index.shape), torch.int32, device)
+    if value is not None:
+        _tensor(op, "partials[0]", value, tuple(index.shape), torch.float32, device)
+    elif index.shape[1] != 1:
+        raise ValueError(f"{op}: partials[0] may be None only for num_partials 1, got {index.shape[1]}")
+    per_slot = index.shape[0] // max(s, 1)
+    most = state.block_len - 1 if step == st.STEP_DRAFT else state.block_len
+    if s and not (0 if step == st.STEP_DRAFT else 1) <= per_slot <= most:
+        raise ValueError(f"{op}: rows per slot must be at most {most} for block_len {state.block_len}, got {per_slot}")
+    if next_pass != st.NEXT_NONE:
+        want = s * (1 if next_pass == st.NEXT_AR else state.block_len)
+        _rows(op, rows_next, device)
+        _need(op, "rows_next.num_rows", want, rows_next.num_rows)
+    if s:
+        # int32 state has no dtype of its own: the native kernels serve every model dtype.
+        impl = dispatch.select(op, device, torch.bfloat16)
+        run = reference.consensus if impl == "reference" else native.consensus
+        run(state, partials, step, next_pass, rows_next, mask_token_id)
+
+
+def workspace_bytes(
+    device, dtype, *, max_rows, max_groups, num_heads_q, head_dim, max_seq_len, linear_shapes
+) -> tuple[int, int]:
+    """Bytes of workspace that ``row_linear`` and ``dual_attn`` need at most; 0 where the implementation needs none.
+
+    Args:
+        linear_shapes: every weight's ``(in_features, out_features)``.
+    """
+    linear = attn = 0
+    if dispatch.select("row_linear", device, dtype) == "cuda":
+        size = dispatch.native().cuda.row_linear_workspace
+        linear = max(size(max_rows, k, n) for k, n in linear_shapes)
+    if dispatch.select("dual_attn", device, dtype) == "cuda":
+        attn = dispatch.native().cuda.dual_attn_workspace(max_rows, max_groups, num_heads_q, head_dim, max_seq_len)
+    return linear, attn

@@ -1,0 +1,125 @@
+"""Sampling parameters and the published rejection rule, by which two-pass decoding at temperature > 0 is
+lossless in distribution: accept a draft with probability min(1, p/q), else sample from the positive part
+of p - q; p and q are the AR and diffusion distributions after temperature, top-k, top-p and min-p.
+(Speculative sampling: Leviathan et al. 2023, Chen et al. 2023; arXiv 2605.12825 for this use.)
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from orthrus_rt.reference import process_logits_probs
+
+# Every random number is keyed by (seed, position, purpose), never by call order.
+DRAFT, ACCEPT, RECOVER = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue one prompt.
+
+    Args:
+        max_new_tokens: at most this many tokens are generated, >= 1.
+        temperature: 0 is greedy (the default); above, logits are divided by it.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens whose mass reaches it, in (0, 1].
+        min_p: drop tokens less likely than min_p x the likeliest, in [0, 1).
+        seed: non-negative int below 2**63; None draws one, reported in ``stats.seed``.
+        stop_token_ids: ids that end the sequence besides the model's own; they are part of the output.
+        ignore_eos: do not stop at the model's own end-of-sequence ids.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop_token_ids", tuple(int(t) for t in self.stop_token_ids))
+        checks = (
+            ("max_new_tokens", ">= 1", self.max_new_tokens >= 1),
+            ("temperature", "finite and >= 0", 0 <= self.temperature < float("inf")),
+            ("top_k", ">= 0", self.top_k >= 0),
+            ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
+            ("min_p", "in [0, 1)", 0 <= self.min_p < 1),
+            ("seed", "None or in [0, 2**63)", self.seed is None or 0 <= self.seed < 2**63),
+            ("stop_token_ids", "all >= 0", all(t >= 0 for t in self.stop_token_ids)),
+        )
+        for name, expected, good in checks:
+            if not good:
+                raise ValueError(f"SamplingParams: {name} must be {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def uniform(seed: int, position: int, purpose: int) -> float:
+    """One fp64 uniform in [0, 1) from the counter-based Philox generator, keyed by its arguments."""
+    bits = np.random.Philox(key=[seed, purpose], counter=[position, 0, 0, 0])
+    return np.random.Generator(bits).random()
+
+
+def pick(weights: torch.Tensor, u: float) -> int:
+    """Inverse-CDF draw from non-negative fp64 ``weights`` ``[vocab_size]`` (any positive sum)."""
+    cdf = weights.cumsum(0)
+    index = int(torch.searchsorted(cdf, u * float(cdf[-1]), right=True))
+    return min(index, int(weights.nonzero()[-1]))
+
+
+class RejectionSampler:
+    """One request's sampler. A rejected draft's recovery token never equals the draft (its residual is 0 there), so
+    consensus by comparing ids accepts exactly what the rule accepted.
+    """
+
+    def __init__(self, params: SamplingParams, seed: int | None = None):
+        self.params = params
+        self.seed = params.seed if params.seed is not None else secrets.randbits(62) if seed is None else seed
+        self._draft_probs: torch.Tensor | None = None
+
+    def _probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """fp64 ``[rows, vocab_size]``, computed in fp32."""
+        p = self.params
+        if bool(logits.isnan().any()):
+            raise FloatingPointError("sampling: the logits contain NaN; are the weights finite?")
+        probs = process_logits_probs(logits, p.temperature, p.top_k, p.top_p, p.min_p).double()
+        return probs / probs.sum(-1, keepdim=True)
+
+    def draft(self, logits: torch.Tensor, position: int) -> torch.Tensor:
+        """Draft tokens int32 ``[rows]`` for positions ``position, position + 1, ...`` from fp32 ``[rows, vocab_size]``."""
+        self._draft_probs = self._probs(logits)
+        ids = [pick(q, uniform(self.seed, position + i, DRAFT)) for i, q in enumerate(self._draft_probs)]
+        return torch.tensor(ids, dtype=torch.int32)
+
+    def verify(self, logits: torch.Tensor, drafts: list[int], position: int) -> torch.Tensor:
+        """Choices int32 ``[len(drafts) + 1]`` for positions ``position, ...``: each draft until the first rejected one,
+        there the recovery token, and after all drafts the bonus token.
+        """
+        probs = self._probs(logits[: len(drafts) + 1])
+        choices = list(drafts)
+        for i, token in enumerate(drafts):
+            p, q = probs[i], self._draft_probs[i]
+            # u < p/q without the division; u = 0 must not accept what p forbids.
+            u = uniform(self.seed, position + i, ACCEPT)
+            if p[token] > 0 and u * q[token] < p[token]:
+                continue
+            residual = (p - q).clamp(min=0)
+            if not residual.any():
+                continue  # p and q are one distribution to the last bit: rejecting would be a rounding error
+            choices[i] = pick(residual, uniform(self.seed, position + i, RECOVER))
+            break
+        else:
+            choices.append(pick(probs[len(drafts)], uniform(self.seed, position + len(drafts), RECOVER)))
+        padded = choices + [0] * (len(drafts) + 1 - len(choices))
+        return torch.tensor(padded, dtype=torch.int32)

@@ -1,0 +1,81 @@
+"""What the published implementation computes on two tiny checkpoints in the official layout: logits of both views,
+tokens, and drafts accepted per cycle.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orthrus_rt.engine import Engine
+from orthrus_rt.sampling import SamplingParams
+from orthrus_rt.plan import Rows, prefill_rows
+from tests.forward import logits_of
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CHECKPOINTS = ("qwen3-tied-k8", "qwen3-untied-k32-sharded")
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def golden(request):
+    folder = GOLDEN / request.param
+    engine = Engine.from_pretrained(str(folder), device="cpu", dtype="float32", max_seq_len=512)
+    return engine, load_file(folder / "expected.safetensors")
+
+
+def assert_close(got, want):
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("prompt", (0, 1))
+def test_ar_logits(golden, prompt):
+    engine, want = golden
+    ids = want[f"{prompt}.prompt"].flatten().int()
+    engine.kv.reserve(0, 512)
+    got = logits_of(engine, prefill_rows(ids, 0, 0))
+    engine.kv.release(0)
+    assert_close(got, want[f"{prompt}.ar_logits"].reshape(len(ids), -1))
+
+
+@pytest.mark.parametrize("prompt", (0, 1))
+def test_draft_logits(golden, prompt):
+    engine, want = golden
+    ids = want[f"{prompt}.prompt"].flatten().int()
+    block = want[f"{prompt}.draft_block"].flatten().int()
+    n, k = len(ids), len(block)
+    engine.kv.reserve(0, 512)
+    logits_of(engine, prefill_rows(ids, 0, 0))
+    rows = Rows(
+        token=block,
+        position=torch.arange(n, n + k, dtype=torch.int32),
+        seq=torch.zeros(k, dtype=torch.int32),
+        prefix_len=torch.full((k,), n, dtype=torch.int32),
+        group_start=torch.tensor([0, k], dtype=torch.int32),
+        num_rows_ar=0,
+        num_groups_ar=0,
+        max_group_rows=k,
+    )
+    got = logits_of(engine, rows)
+    engine.kv.release(0)
+    assert_close(got, want[f"{prompt}.draft_logits"].reshape(k, -1))
+
+
+@pytest.mark.parametrize("prompt", (0, 1))
+def test_tokens_and_acceptance(golden, prompt):
+    engine, want = golden
+    ids = want[f"{prompt}.prompt"].flatten().tolist()
+    expected = want[f"{prompt}.generated_no_eos"].flatten().tolist()
+    expected = expected[len(ids) :] if expected[: len(ids)] == ids else expected
+    params = SamplingParams(max_new_tokens=len(expected), ignore_eos=True)
+    accepted = []
+    out = []
+    cycles = 0
+    for piece in engine.stream(ids, params):
+        out += piece.token_ids
+        if piece.stats.cycles > cycles:
+            cycles = piece.stats.cycles
+            accepted.append(int(engine._cycle("two_pass", engine.draft_len).state.num_accepted[0]))
+    assert out == expected
+    assert accepted == want[f"{prompt}.accepted_per_cycle"].flatten().tolist()
+    assert engine.generate(ids, params, mode="ar").token_ids == expected
