@@ -6,6 +6,7 @@
 #include <string>
 #include <type_traits>
 
+#include "cpu/tape.h"
 #include "orthrus/ops.h"
 
 namespace py = pybind11;
@@ -98,6 +99,10 @@ void bind_params(py::module_& m) {
   }
 }
 
+struct Recording {
+  py::object tape;
+};
+
 void bind_cpu(py::module_ m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("isa", &cpu::isa);
@@ -108,6 +113,16 @@ void bind_cpu(py::module_ m) {
   m.def("consensus", &cpu::consensus, release);
   m.def("rms_norm", &cpu::rms_norm, release);
   m.def("embed", &cpu::embed, release);
+
+  // `with tape.record(): ...` records the cpu ops called on this thread; replay() runs them.
+  py::class_<cpu::Tape>(m, "Tape")
+      .def(py::init())
+      .def("record", [](py::object tape) { return Recording{std::move(tape)}; })
+      .def("replay", &cpu::Tape::replay, release)
+      .def("__len__", &cpu::Tape::size);
+  py::class_<Recording>(m, "Recording")
+      .def("__enter__", [](Recording& r) { r.tape.cast<cpu::Tape&>().start(); })
+      .def("__exit__", [](Recording& r, const py::args&) { r.tape.cast<cpu::Tape&>().stop(); });
 }
 
 #if defined(ORTHRUS_WITH_CUDA)

@@ -65,7 +65,9 @@ def _launch(op: str, params, device: torch.device) -> None:
     if device.type == "cuda":
         getattr(dispatch.native().cuda, op)(params, torch.cuda.current_stream(device).cuda_stream)
     else:
-        getattr(dispatch.native().cpu, op)(params)
+        cpu = dispatch.native().cpu
+        cpu.set_num_threads(torch.get_num_threads())
+        getattr(cpu, op)(params)
 
 
 def embed(token, table, out):

@@ -8,8 +8,10 @@ import torch
 
 from orthrus_rt import dispatch
 
-# CPU: 32 outputs x 2 inputs, so that one vdpbf16ps takes 16 outputs' pairs from one cache line.
-CPU_TILE_OUT = 32
+# CPU: strips of 32 outputs (16 gates and their 16 ups for silu_mul) x 2 inputs, so that one vdpbf16ps takes
+# 16 outputs' pairs from one cache line; one partial maximum per 512 ids. See csrc/cpu/row_linear.h.
+CPU_STRIP = 32
+CPU_ARGMAX_TILE = 512
 
 
 @dataclass
@@ -52,7 +54,19 @@ def pack(weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None
 
 
 def _pack_cpu(weight, gate_up):
-    raise NotImplementedError
+    in_features = weight.shape[1]
+
+    def strips(rows, height):
+        out = rows.new_zeros(-(-rows.shape[0] // height) * height, in_features + in_features % 2)
+        out[: rows.shape[0], :in_features] = rows
+        return out.view(-1, height, out.shape[1] // 2, 2)
+
+    if gate_up:
+        gate, up = weight.chunk(2)
+        data = torch.cat([strips(gate, CPU_STRIP // 2), strips(up, CPU_STRIP // 2)], dim=1)
+    else:
+        data = strips(weight, CPU_STRIP)
+    return data.transpose(1, 2).contiguous(), -(-weight.shape[0] // CPU_ARGMAX_TILE)
 
 
 def _pack_cuda(weight, gate_up):

@@ -1,0 +1,249 @@
+// Paged attention of AR and diffusion rows under the mask of rows.h.
+//
+// Keys are taken 64 at a time at fixed absolute positions, a block's own keys last, in an online
+// softmax. A query is one row's head; a tile holds up to 24 queries that share a KV head. A key that
+// a query does not see never enters that query's sums, so tiles change no bit and unused cache may
+// hold anything. Scores: dot2 over ascending pairs of lanes. Weights stay fp32.
+#pragma once
+#include "orthrus/rows.h"
+#include "pool.h"
+#include "simd.h"
+
+namespace orthrus::cpu::ORTHRUS_ISA {
+
+constexpr int kKeys = 64;
+constexpr int kKeyVecs = kKeys / kLanes;
+constexpr int kQueries = 24;
+constexpr int kMaxHeadDim = 256;
+
+// One tile of keys as a query tile sees it.
+struct KeyTile {
+  const bf16_t* k_row[kKeys];
+  const bf16_t* v_row[kKeys];
+  int64_t num_keys;
+  int64_t visible[kQueries];                       // the first so many keys are visible to the query
+  alignas(64) uint32_t k_pairs[kMaxHeadDim / 2][kKeys];  // k_row transposed, in pairs of lanes
+};
+
+struct QueryTile {
+  const bf16_t* q_row[kQueries];
+  bf16_t* out_row[kQueries];
+  int32_t row[kQueries];
+  int64_t num_queries;
+  int64_t head_dim;
+  float scale;
+  float top[kQueries];                             // running maximum of the scores
+  float decay[kQueries];                           // e^(old maximum - new maximum) of this key tile
+  alignas(64) float weight[kQueries][kKeys];       // scores, then e^(score - top)
+  alignas(64) float total[kQueries][kLanes];       // running sum of the weights, lane by lane
+  alignas(64) float mixed[kQueries][kMaxHeadDim];  // running weighted sum of the values
+};
+
+ORTHRUS_INLINE void transpose_keys(KeyTile& keys, int64_t head_dim) {
+  const int64_t num_pairs = head_dim / 2;
+  for (int64_t j = 0; j < keys.num_keys; j += kLanes) {
+    const uint32_t* in[kLanes];
+    for (int64_t d = 0; d < num_pairs; d += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        in[i] = reinterpret_cast<const uint32_t*>(keys.k_row[min_of(j + i, keys.num_keys - 1)]) + d;
+      }
+      if (d + kLanes <= num_pairs) {
+        transpose16(in, &keys.k_pairs[d][j], kKeys);
+      } else {
+        for (int64_t c = d; c < num_pairs; ++c) {
+          for (int64_t i = 0; i < kLanes; ++i) keys.k_pairs[c][j + i] = in[i][c - d];
+        }
+      }
+    }
+  }
+}
+
+template <int kCount, int kVecs>
+inline void score_queries(QueryTile& queries, const KeyTile& keys, int64_t first, int64_t first_key) {
+  Vec acc[kCount][kVecs];
+  for (int q = 0; q < kCount; ++q) {
+    for (int b = 0; b < kVecs; ++b) acc[q][b] = zero();
+  }
+  const bf16_t* q_row[kCount];
+  for (int q = 0; q < kCount; ++q) q_row[q] = queries.q_row[first + q];
+  for (int64_t d = 0; d < queries.head_dim / 2; ++d) {
+    PairVec k[kVecs];
+    for (int b = 0; b < kVecs; ++b) {
+      k[b] = load_pairs(reinterpret_cast<const bf16_t*>(&keys.k_pairs[d][first_key + b * kLanes]));
+    }
+#pragma GCC unroll 6
+    for (int q = 0; q < kCount; ++q) {
+      const PairVec pair = set1_pair(load_pair(q_row[q] + 2 * d));
+#pragma GCC unroll 4
+      for (int b = 0; b < kVecs; ++b) acc[q][b] = dot2(acc[q][b], k[b], pair);
+    }
+  }
+  const Vec scale = set1(queries.scale);
+  for (int q = 0; q < kCount; ++q) {
+    for (int b = 0; b < kVecs; ++b) {
+      const int64_t key = first_key + b * kLanes;
+      const Vec seen = keep_first(mul(acc[q][b], scale), keys.visible[first + q] - key, -__builtin_inff());
+      store(&queries.weight[first + q][key], seen);
+    }
+  }
+}
+
+// Scores to weights: new maximum, e^(score - maximum), running sum.
+ORTHRUS_INLINE void weigh_query(QueryTile& queries, int64_t q, int64_t num_vecs) {
+  float* weight = queries.weight[q];
+  Vec top = load(weight);
+  for (int64_t b = 1; b < num_vecs; ++b) top = max(top, load(weight + b * kLanes));
+  const float old_top = queries.top[q];
+  const float tile_top = reduce_max(top);
+  const float new_top = tile_top > old_top ? tile_top : old_top;
+  float decay[kLanes];
+  store(decay, exp(set1(old_top - new_top)));
+  queries.top[q] = new_top;
+  queries.decay[q] = decay[0];
+  Vec total = mul(load(queries.total[q]), set1(decay[0]));
+  for (int64_t b = 0; b < num_vecs; ++b) {
+    const Vec w = exp(sub(load(weight + b * kLanes), set1(new_top)));
+    store(weight + b * kLanes, w);
+    total = add(total, w);
+  }
+  store(queries.total[q], total);
+}
+
+// mixed = mixed * decay + weights x values, for queries that see the same number of keys.
+template <int kCount, int kVecs>
+inline void mix_queries(QueryTile& queries, const KeyTile& keys, int64_t first, int64_t lane) {
+  Vec acc[kCount][kVecs];
+  for (int q = 0; q < kCount; ++q) {
+    for (int c = 0; c < kVecs; ++c) {
+      acc[q][c] = mul(load(&queries.mixed[first + q][lane + c * kLanes]), set1(queries.decay[first + q]));
+    }
+  }
+  const int64_t count = keys.visible[first];
+  for (int64_t j = 0; j < count; ++j) {
+    Vec v[kVecs];
+    for (int c = 0; c < kVecs; ++c) v[c] = load_bf16(keys.v_row[j] + lane + c * kLanes);
+#pragma GCC unroll 6
+    for (int q = 0; q < kCount; ++q) {
+      const Vec w = set1(queries.weight[first + q][j]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kVecs; ++c) acc[q][c] = fma(w, v[c], acc[q][c]);
+    }
+  }
+  for (int q = 0; q < kCount; ++q) {
+    for (int c = 0; c < kVecs; ++c) store(&queries.mixed[first + q][lane + c * kLanes], acc[q][c]);
+  }
+}
+
+template <int kCount>
+inline void attend_queries(QueryTile& queries, const KeyTile& keys, int64_t first, int64_t count) {
+  if constexpr (kCount > 1) {
+    if (count < kCount) return attend_queries<kCount - 1>(queries, keys, first, count);
+  }
+  const int64_t num_vecs = div_up(keys.visible[first], kLanes);
+  if (num_vecs > 2) {
+    score_queries<kCount, 4>(queries, keys, first, 0);
+  } else if (num_vecs > 1) {
+    score_queries<kCount, 2>(queries, keys, first, 0);
+  } else {
+    score_queries<kCount, 1>(queries, keys, first, 0);
+  }
+  for (int64_t q = first; q < first + kCount; ++q) weigh_query(queries, q, num_vecs);
+  int64_t lane = 0;
+  for (; lane + 4 * kLanes <= queries.head_dim; lane += 4 * kLanes) mix_queries<kCount, 4>(queries, keys, first, lane);
+  for (; lane < queries.head_dim; lane += kLanes) mix_queries<kCount, 1>(queries, keys, first, lane);
+}
+
+// Folds one tile of keys into every query that sees any of it.
+ORTHRUS_INLINE void attend_keys(QueryTile& queries, KeyTile& keys) {
+  transpose_keys(keys, queries.head_dim);
+  for (int64_t first = 0, last; first < queries.num_queries; first = last) {
+    last = first + 1;
+    while (last < queries.num_queries && last - first < kTileQueries && keys.visible[last] == keys.visible[first]) ++last;
+    if (keys.visible[first] > 0) attend_queries<kTileQueries>(queries, keys, first, last - first);
+  }
+}
+
+ORTHRUS_INLINE void attend_prefix(const DualAttnParams& p, int64_t slot, int64_t head_kv, QueryTile& queries, KeyTile& keys) {
+  int64_t longest = 0;
+  for (int64_t q = 0; q < queries.num_queries; ++q) longest = max_of(longest, p.rows.prefix_len[queries.row[q]]);
+  const int32_t* pages = p.kv.page_table + slot * p.kv.max_pages;
+  const int64_t page_size = p.kv.page_size;
+  for (int64_t begin = 0; begin < longest; begin += kKeys) {
+    keys.num_keys = min_of(kKeys, longest - begin);
+    for (int64_t j = 0; j < keys.num_keys; ++j) {
+      const int64_t page = pages[(begin + j) / page_size];
+      const int64_t at = ((page * p.kv.num_heads_kv + head_kv) * page_size + (begin + j) % page_size) * queries.head_dim;
+      keys.k_row[j] = p.kv.k_pages + at;
+      keys.v_row[j] = p.kv.v_pages + at;
+    }
+    for (int64_t q = 0; q < queries.num_queries; ++q) {
+      keys.visible[q] = max_of(0, min_of(keys.num_keys, p.rows.prefix_len[queries.row[q]] - begin));
+    }
+    attend_keys(queries, keys);
+  }
+}
+
+ORTHRUS_INLINE void attend_block(const DualAttnParams& p, int64_t begin, int64_t end, int64_t head_kv, QueryTile& queries,
+                                 KeyTile& keys) {
+  for (int64_t row = begin; row < end;) {
+    keys.num_keys = 0;
+    for (; row < end && keys.num_keys < kKeys; ++row) {
+      if (!sees_block(p.rows.position[row])) continue;
+      const int64_t at = ((row - p.rows.num_rows_ar) * p.kv.num_heads_kv + head_kv) * queries.head_dim;
+      keys.k_row[keys.num_keys] = p.scratch_k + at;
+      keys.v_row[keys.num_keys] = p.scratch_v + at;
+      ++keys.num_keys;
+    }
+    for (int64_t q = 0; q < queries.num_queries; ++q) {
+      keys.visible[q] = row_is_valid(p.rows.position[queries.row[q]]) ? keys.num_keys : 0;
+    }
+    if (keys.num_keys > 0) attend_keys(queries, keys);
+  }
+}
+
+ORTHRUS_INLINE void attend_tile(const DualAttnParams& p, int64_t group, int64_t tile, int64_t head_kv) {
+  const int64_t begin = p.rows.group_start[group], end = p.rows.group_start[group + 1];
+  const int64_t heads_per_kv = p.num_heads_q / p.kv.num_heads_kv;
+  const int64_t first = tile * kQueries;
+  if (first >= (end - begin) * heads_per_kv) return;
+
+  QueryTile queries;
+  KeyTile keys;
+  queries.num_queries = min_of(kQueries, (end - begin) * heads_per_kv - first);
+  queries.head_dim = p.kv.head_dim;
+  queries.scale = p.softmax_scale;
+  for (int64_t q = 0; q < queries.num_queries; ++q) {
+    const int64_t row = begin + (first + q) / heads_per_kv;
+    const int64_t at = (row * p.num_heads_q + head_kv * heads_per_kv + (first + q) % heads_per_kv) * queries.head_dim;
+    queries.row[q] = static_cast<int32_t>(row);
+    queries.q_row[q] = p.q + at;
+    queries.out_row[q] = p.out + at;
+    queries.top[q] = -__builtin_inff();
+    std::memset(queries.total[q], 0, sizeof queries.total[q]);
+    std::memset(queries.mixed[q], 0, queries.head_dim * sizeof(float));
+  }
+
+  attend_prefix(p, p.rows.seq[begin], head_kv, queries, keys);
+  if (group >= p.rows.num_groups_ar) attend_block(p, begin, end, head_kv, queries, keys);
+
+  for (int64_t q = 0; q < queries.num_queries; ++q) {
+    const float total = reduce_add(load(queries.total[q]));
+    const float inverse = total == 0.f ? 0.f : 1.f / total;  // a row that sees nothing yields zeros
+    for (int64_t d = 0; d < queries.head_dim; d += kLanes) {
+      store_bf16(queries.out_row[q] + d, mul(load(&queries.mixed[q][d]), set1(inverse)));
+    }
+  }
+}
+
+inline void dual_attn(const DualAttnParams& p) {
+  const int64_t heads_per_kv = p.num_heads_q / p.kv.num_heads_kv;
+  const int64_t tiles = div_up(p.rows.max_group_rows * heads_per_kv, kQueries);
+  const int64_t num_items = p.rows.num_groups * tiles * p.kv.num_heads_kv;
+  // Backwards: in a causal chunk the last tiles are the longest.
+  parallel_each(num_items, [&](int64_t i) {
+    const int64_t item = num_items - 1 - i;
+    attend_tile(p, item / p.kv.num_heads_kv / tiles, item / p.kv.num_heads_kv % tiles, item % p.kv.num_heads_kv);
+  });
+}
+
+}  // namespace orthrus::cpu::ORTHRUS_ISA

@@ -1,0 +1,112 @@
+// The small row-wise ops: embed, rms_norm, qkv_commit. Sums run over 16 lanes in a fixed order.
+#pragma once
+#include "orthrus/rows.h"
+#include "pool.h"
+#include "simd.h"
+
+namespace orthrus::cpu::ORTHRUS_ISA {
+
+// Rows below which a second thread costs more than it brings.
+constexpr int64_t kMinRowsPerThread = 16;
+
+inline void embed(const EmbedParams& p) {
+  parallel_for(p.num_rows, kMinRowsPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t token = p.token[r];
+      bf16_t* out = p.out + r * p.hidden;
+      if (token < 0 || token >= p.vocab_size) {
+        std::memset(out, 0, p.hidden * sizeof(bf16_t));
+      } else {
+        std::memcpy(out, p.table + token * p.hidden, p.hidden * sizeof(bf16_t));
+      }
+    }
+  });
+}
+
+// 1 / sqrt(mean(x^2) + eps).
+ORTHRUS_INLINE float inverse_rms(const bf16_t* x, int64_t count, float eps) {
+  Vec squares = zero();
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec v = load_bf16(x + i);
+    squares = fma(v, v, squares);
+  }
+  float sum = reduce_add(squares);
+  for (; i < count; ++i) sum += to_float(x[i]) * to_float(x[i]);
+  return 1.f / __builtin_sqrtf(sum / static_cast<float>(count) + eps);
+}
+
+inline void rms_norm(const RmsNormParams& p) {
+  parallel_for(p.num_rows, kMinRowsPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const bf16_t* x = p.x + int64_t{p.row_index ? p.row_index[r] : static_cast<int32_t>(r)} * p.hidden;
+      bf16_t* out = p.out + r * p.hidden;
+      const float scale = inverse_rms(x, p.hidden, p.eps);
+      for (int64_t i = 0; i < p.hidden; ++i) out[i] = to_bf16(to_float(x[i]) * scale * p.weight[i]);
+    }
+  });
+}
+
+// RMSNorm (if `norm`) and half-split RoPE of one head, one rounding.
+ORTHRUS_INLINE void rotate_head(const bf16_t* x, const float* norm, float eps, const float* cos_sin, int64_t head_dim,
+                                bf16_t* out) {
+  const int64_t half = head_dim / 2;
+  const float scale = norm ? inverse_rms(x, head_dim, eps) : 1.f;
+  for (int64_t i = 0; i < half; ++i) {
+    const float weight_lo = norm ? norm[i] : 1.f, weight_hi = norm ? norm[half + i] : 1.f;
+    const float lo = to_float(x[i]) * scale * weight_lo;
+    const float hi = to_float(x[half + i]) * scale * weight_hi;
+    const float cos = cos_sin[i], sin = cos_sin[half + i];
+    out[i] = to_bf16(lo * cos - hi * sin);
+    out[half + i] = to_bf16(hi * cos + lo * sin);
+  }
+}
+
+ORTHRUS_INLINE void commit_row(const QkvCommitParams& p, int64_t r) {
+  const int64_t head_dim = p.kv.head_dim;
+  const int64_t num_heads_kv = p.kv.num_heads_kv;
+  const bool is_ar = r < p.rows.num_rows_ar;
+  const float* q_norm = is_ar ? p.q_norm : p.q_norm_diff;
+  const float* k_norm = is_ar ? p.k_norm : p.k_norm_diff;
+  const int32_t position = p.rows.position[r];
+  const bool valid = row_is_valid(position);
+  const float* cos_sin = p.cos_sin + (valid ? position : 0) * head_dim;
+
+  const bf16_t* q = p.qkv + r * (p.num_heads_q + 2 * num_heads_kv) * head_dim;
+  const bf16_t* k = q + p.num_heads_q * head_dim;
+  const bf16_t* v = k + num_heads_kv * head_dim;
+  bf16_t* q_out = p.q_out + r * p.num_heads_q * head_dim;
+  for (int64_t h = 0; h < p.num_heads_q; ++h) {
+    rotate_head(q + h * head_dim, q_norm, p.eps, cos_sin, head_dim, q_out + h * head_dim);
+  }
+
+  bf16_t* k_out;
+  bf16_t* v_out;
+  int64_t stride_head;
+  if (is_ar) {
+    const int64_t slot = valid ? position % p.kv.page_size : 0;
+    const int64_t page =
+        valid ? p.kv.page_table[int64_t{p.rows.seq[r]} * p.kv.max_pages + position / p.kv.page_size] : 0;
+    const int64_t at = (page * num_heads_kv * p.kv.page_size + slot) * head_dim;
+    k_out = p.kv.k_pages + at;
+    v_out = p.kv.v_pages + at;
+    stride_head = p.kv.page_size * head_dim;
+  } else {
+    const int64_t at = (r - p.rows.num_rows_ar) * num_heads_kv * head_dim;
+    k_out = p.scratch_k + at;
+    v_out = p.scratch_v + at;
+    stride_head = head_dim;
+  }
+  for (int64_t h = 0; h < num_heads_kv; ++h) {
+    rotate_head(k + h * head_dim, k_norm, p.eps, cos_sin, head_dim, k_out + h * stride_head);
+    std::memcpy(v_out + h * stride_head, v + h * head_dim, head_dim * sizeof(bf16_t));
+  }
+}
+
+inline void qkv_commit(const QkvCommitParams& p) {
+  parallel_for(p.rows.num_rows, kMinRowsPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) commit_row(p, r);
+  });
+}
+
+}  // namespace orthrus::cpu::ORTHRUS_ISA

@@ -1,0 +1,68 @@
+// Vec: 16 fp32 lanes, and PairVec: 16 lanes of two bf16 inputs each, on the instruction set that
+// this translation unit is compiled for. The lane count is the same everywhere, so that kernels and
+// packed layouts are written once; the sets differ in how a product of pairs is rounded.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "orthrus/params.h"
+
+#define ORTHRUS_INLINE inline __attribute__((always_inline))
+#define ORTHRUS_LAMBDA __attribute__((always_inline))
+
+#if defined(ORTHRUS_ISA_avx512_bf16)
+#include "simd_avx512_bf16.h"
+#elif defined(ORTHRUS_ISA_avx2)
+#include "simd_avx2.h"
+#else
+#include "simd_portable.h"
+#endif
+
+namespace orthrus::cpu::ORTHRUS_ISA {
+
+constexpr int kLanes = 16;
+
+ORTHRUS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+ORTHRUS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+ORTHRUS_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+ORTHRUS_INLINE float to_float(bf16_t x) {
+  const uint32_t bits = uint32_t{x} << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+// Round to nearest even; a NaN stays one.
+ORTHRUS_INLINE bf16_t to_bf16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<bf16_t>((bits >> 16) | 0x40u);
+  return static_cast<bf16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Two consecutive bf16 values as one word, the first in the low half (little endian).
+ORTHRUS_INLINE uint32_t load_pair(const bf16_t* p) {
+  uint32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word;
+}
+
+// e^x to 2 ulp; 0 below -87.3, finite above 88.3. The polynomial is the Taylor series on |r| <= ln2/2.
+ORTHRUS_INLINE Vec exp(Vec x) {
+  const Vec bounded = min(set1(88.3f), max(set1(-87.3f), x));
+  const Vec n = round(mul(bounded, set1(1.44269504f)));
+  Vec r = fma(n, set1(-0.693145752f), bounded);
+  r = fma(n, set1(-1.42860677e-6f), r);
+  Vec p = set1(1.f / 5040);
+  p = fma(p, r, set1(1.f / 720));
+  p = fma(p, r, set1(1.f / 120));
+  p = fma(p, r, set1(1.f / 24));
+  p = fma(p, r, set1(1.f / 6));
+  p = fma(p, r, set1(0.5f));
+  p = fma(p, r, set1(1.f));
+  p = fma(p, r, set1(1.f));
+  return zero_where_less(x, -87.3f, scale_by_pow2(p, n));
+}
+
+}  // namespace orthrus::cpu::ORTHRUS_ISA

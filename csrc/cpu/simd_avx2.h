@@ -1,0 +1,134 @@
+#pragma once
+#include <immintrin.h>
+
+namespace orthrus::cpu::avx2 {
+
+// Rows of the register tile of row_linear (times 32 outputs) and queries of those of dual_attn.
+constexpr int kTileRows = 3;
+constexpr int kTileQueries = 1;
+
+struct Vec {
+  __m256 lo, hi;
+};
+struct PairVec {
+  __m256i lo, hi;
+};
+
+#define ORTHRUS_EACH(name, call) \
+  ORTHRUS_INLINE Vec name(Vec a, Vec b) { return {call(a.lo, b.lo), call(a.hi, b.hi)}; }
+ORTHRUS_EACH(add, _mm256_add_ps)
+ORTHRUS_EACH(sub, _mm256_sub_ps)
+ORTHRUS_EACH(mul, _mm256_mul_ps)
+ORTHRUS_EACH(div, _mm256_div_ps)
+// A NaN in b passes through max and min.
+ORTHRUS_EACH(max, _mm256_max_ps)
+ORTHRUS_EACH(min, _mm256_min_ps)
+#undef ORTHRUS_EACH
+
+ORTHRUS_INLINE Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+ORTHRUS_INLINE Vec set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+ORTHRUS_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+ORTHRUS_INLINE void store(float* p, Vec v) {
+  _mm256_storeu_ps(p, v.lo);
+  _mm256_storeu_ps(p + 8, v.hi);
+}
+ORTHRUS_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+ORTHRUS_INLINE Vec round(Vec a) {
+  constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(a.lo, kMode), _mm256_round_ps(a.hi, kMode)};
+}
+ORTHRUS_INLINE __m256 pow2(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+ORTHRUS_INLINE Vec scale_by_pow2(Vec a, Vec n) { return mul(a, {pow2(n.lo), pow2(n.hi)}); }
+ORTHRUS_INLINE Vec zero_where_less(Vec x, float bound, Vec v) {
+  const __m256 b = _mm256_set1_ps(bound);
+  return {_mm256_andnot_ps(_mm256_cmp_ps(x.lo, b, _CMP_LT_OQ), v.lo),
+          _mm256_andnot_ps(_mm256_cmp_ps(x.hi, b, _CMP_LT_OQ), v.hi)};
+}
+ORTHRUS_INLINE Vec replace_nan(Vec v, float x) {
+  const __m256 b = _mm256_set1_ps(x);
+  return {_mm256_blendv_ps(v.lo, b, _mm256_cmp_ps(v.lo, v.lo, _CMP_UNORD_Q)),
+          _mm256_blendv_ps(v.hi, b, _mm256_cmp_ps(v.hi, v.hi, _CMP_UNORD_Q))};
+}
+ORTHRUS_INLINE __m256 first_lanes(int64_t count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const int32_t bound = static_cast<int32_t>(count < 0 ? 0 : count > 8 ? 8 : count);
+  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(bound), lane));
+}
+// Lanes 0 ... count-1 of v, the others x.
+ORTHRUS_INLINE Vec keep_first(Vec v, int64_t count, float x) {
+  const __m256 b = _mm256_set1_ps(x);
+  return {_mm256_blendv_ps(b, v.lo, first_lanes(count)), _mm256_blendv_ps(b, v.hi, first_lanes(count - 8))};
+}
+
+ORTHRUS_INLINE __m256 widen(__m128i half) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+ORTHRUS_INLINE Vec load_bf16(const bf16_t* p) {
+  return {widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+          widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+ORTHRUS_INLINE __m256i round_to_bf16(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+  return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+}
+ORTHRUS_INLINE void store_bf16(bf16_t* p, Vec v) {
+  const __m256i packed = _mm256_packus_epi32(round_to_bf16(v.lo), round_to_bf16(v.hi));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
+ORTHRUS_INLINE PairVec load_pairs(const bf16_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16))};
+}
+ORTHRUS_INLINE PairVec set1_pair(uint32_t pair) {
+  const __m256i v = _mm256_set1_epi32(static_cast<int32_t>(pair));
+  return {v, v};
+}
+ORTHRUS_INLINE __m256 first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+ORTHRUS_INLINE __m256 second_of(__m256i pairs) {
+  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+}
+ORTHRUS_INLINE __m256 dot2(__m256 acc, __m256i a, __m256i b) {
+  return _mm256_fmadd_ps(second_of(a), second_of(b), _mm256_fmadd_ps(first_of(a), first_of(b), acc));
+}
+// acc + a.first * b.first, then + a.second * b.second, each fused.
+ORTHRUS_INLINE Vec dot2(Vec acc, PairVec a, PairVec b) { return {dot2(acc.lo, a.lo, b.lo), dot2(acc.hi, a.hi, b.hi)}; }
+
+ORTHRUS_INLINE float reduce_add(Vec v) {
+  const __m256 eight = _mm256_add_ps(v.lo, v.hi);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+ORTHRUS_INLINE float reduce_max(Vec v) {
+  const __m256 eight = _mm256_max_ps(v.lo, v.hi);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+// First lane equal to x.
+ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
+  const __m256 b = _mm256_set1_ps(x);
+  const int lo = _mm256_movemask_ps(_mm256_cmp_ps(v.lo, b, _CMP_EQ_OQ));
+  const int hi = _mm256_movemask_ps(_mm256_cmp_ps(v.hi, b, _CMP_EQ_OQ));
+  return __builtin_ctz(static_cast<uint32_t>(lo | (hi << 8)) | 0x10000u);
+}
+
+ORTHRUS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are `stride` words apart.
+ORTHRUS_INLINE void transpose16(const uint32_t* const* in, uint32_t* out, int64_t stride) {
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) out[j * stride + i] = in[i][j];
+  }
+}
+
+}  // namespace orthrus::cpu::avx2

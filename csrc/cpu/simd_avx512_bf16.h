@@ -1,0 +1,95 @@
+#pragma once
+#include <immintrin.h>
+
+namespace orthrus::cpu::avx512_bf16 {
+
+// Rows of the register tile of row_linear (times 32 outputs) and queries of those of dual_attn.
+constexpr int kTileRows = 12;
+constexpr int kTileQueries = 6;
+
+using Vec = __m512;
+using PairVec = __m512i;
+
+ORTHRUS_INLINE Vec zero() { return _mm512_setzero_ps(); }
+ORTHRUS_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
+ORTHRUS_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+ORTHRUS_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+ORTHRUS_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+ORTHRUS_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+ORTHRUS_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+ORTHRUS_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+ORTHRUS_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+// A NaN in b passes through max and min.
+ORTHRUS_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+ORTHRUS_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+ORTHRUS_INLINE Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+ORTHRUS_INLINE Vec scale_by_pow2(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
+ORTHRUS_INLINE Vec zero_where_less(Vec x, float bound, Vec v) {
+  return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(x, set1(bound), _CMP_LT_OQ), zero());
+}
+ORTHRUS_INLINE Vec replace_nan(Vec v, float x) {
+  return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), set1(x));
+}
+// Lanes 0 ... count-1 of v, the others x.
+ORTHRUS_INLINE Vec keep_first(Vec v, int64_t count, float x) {
+  const __mmask16 mask = count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
+  return _mm512_mask_mov_ps(set1(x), mask, v);
+}
+
+ORTHRUS_INLINE Vec load_bf16(const bf16_t* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+ORTHRUS_INLINE void store_bf16(bf16_t* p, Vec v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+}
+
+ORTHRUS_INLINE PairVec load_pairs(const bf16_t* p) { return _mm512_loadu_si512(p); }
+ORTHRUS_INLINE PairVec set1_pair(uint32_t pair) { return _mm512_set1_epi32(static_cast<int32_t>(pair)); }
+// acc + a.first * b.first + a.second * b.second, as vdpbf16ps rounds it (denormals count as zero).
+ORTHRUS_INLINE Vec dot2(Vec acc, PairVec a, PairVec b) {
+  return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+ORTHRUS_INLINE float reduce_add(Vec v) { return _mm512_reduce_add_ps(v); }
+ORTHRUS_INLINE float reduce_max(Vec v) { return _mm512_reduce_max_ps(v); }
+// First lane equal to x.
+ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
+  return __builtin_ctz(_mm512_cmp_ps_mask(v, set1(x), _CMP_EQ_OQ) | 0x10000u);
+}
+
+ORTHRUS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are `stride` words apart.
+ORTHRUS_INLINE void transpose16(const uint32_t* const* in, uint32_t* out, int64_t stride) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(in[i]);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  // a[4q + j] holds columns j, j+4, j+8, j+12 (one per 128-bit lane) of rows 4q ... 4q+3.
+  for (int j = 0; j < 4; ++j) {
+    const __m512i lo01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44);
+    const __m512i hi01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xee);
+    const __m512i lo23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
+    const __m512i hi23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xee);
+    _mm512_storeu_si512(out + j * stride, _mm512_shuffle_i32x4(lo01, lo23, 0x88));
+    _mm512_storeu_si512(out + (j + 4) * stride, _mm512_shuffle_i32x4(lo01, lo23, 0xdd));
+    _mm512_storeu_si512(out + (j + 8) * stride, _mm512_shuffle_i32x4(hi01, hi23, 0x88));
+    _mm512_storeu_si512(out + (j + 12) * stride, _mm512_shuffle_i32x4(hi01, hi23, 0xdd));
+  }
+}
+
+}  // namespace orthrus::cpu::avx512_bf16

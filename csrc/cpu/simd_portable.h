@@ -1,0 +1,109 @@
+#pragma once
+
+namespace orthrus::cpu::portable {
+
+// Rows of the register tile of row_linear (times 32 outputs) and queries of those of dual_attn.
+constexpr int kTileRows = 1;
+constexpr int kTileQueries = 1;
+
+struct Vec {
+  float lane[16];
+};
+struct PairVec {
+  uint32_t lane[16];
+};
+
+ORTHRUS_INLINE float as_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+ORTHRUS_INLINE uint32_t as_bits(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  return bits;
+}
+
+#define ORTHRUS_EACH(signature, expression) \
+  ORTHRUS_INLINE Vec signature {            \
+    Vec out;                                \
+    for (int i = 0; i < 16; ++i) out.lane[i] = expression; \
+    return out;                             \
+  }
+ORTHRUS_EACH(set1(float x), x)
+ORTHRUS_EACH(load(const float* p), p[i])
+ORTHRUS_EACH(add(Vec a, Vec b), a.lane[i] + b.lane[i])
+ORTHRUS_EACH(sub(Vec a, Vec b), a.lane[i] - b.lane[i])
+ORTHRUS_EACH(mul(Vec a, Vec b), a.lane[i] * b.lane[i])
+ORTHRUS_EACH(div(Vec a, Vec b), a.lane[i] / b.lane[i])
+// Rounds twice: a fused product is a library call on machines without the instruction.
+ORTHRUS_EACH(fma(Vec a, Vec b, Vec c), a.lane[i] * b.lane[i] + c.lane[i])
+// A NaN in b passes through max and min.
+ORTHRUS_EACH(max(Vec a, Vec b), a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i])
+ORTHRUS_EACH(min(Vec a, Vec b), a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i])
+// Nearest even for |a| < 2^22, by the rounding of the addition itself.
+ORTHRUS_EACH(round(Vec a), (a.lane[i] + 12582912.f) - 12582912.f)
+ORTHRUS_EACH(scale_by_pow2(Vec a, Vec n), a.lane[i] * as_float((static_cast<uint32_t>(static_cast<int32_t>(n.lane[i])) + 127u) << 23))
+ORTHRUS_EACH(zero_where_less(Vec x, float bound, Vec v), x.lane[i] < bound ? 0.f : v.lane[i])
+ORTHRUS_EACH(replace_nan(Vec v, float x), v.lane[i] == v.lane[i] ? v.lane[i] : x)
+// Lanes 0 ... count-1 of v, the others x.
+ORTHRUS_EACH(keep_first(Vec v, int64_t count, float x), i < count ? v.lane[i] : x)
+ORTHRUS_EACH(load_bf16(const bf16_t* p), as_float(uint32_t{p[i]} << 16))
+#undef ORTHRUS_EACH
+
+ORTHRUS_INLINE Vec zero() { return set1(0.f); }
+ORTHRUS_INLINE void store(float* p, Vec v) { std::memcpy(p, v.lane, sizeof v.lane); }
+ORTHRUS_INLINE void store_bf16(bf16_t* p, Vec v) {
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t bits = as_bits(v.lane[i]);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    p[i] = static_cast<bf16_t>(v.lane[i] == v.lane[i] ? rounded : (bits >> 16) | 0x40u);
+  }
+}
+
+ORTHRUS_INLINE PairVec load_pairs(const bf16_t* p) {
+  PairVec out;
+  std::memcpy(out.lane, p, sizeof out.lane);
+  return out;
+}
+ORTHRUS_INLINE PairVec set1_pair(uint32_t pair) {
+  PairVec out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = pair;
+  return out;
+}
+// acc + a.first * b.first, then + a.second * b.second, every step rounded.
+ORTHRUS_INLINE Vec dot2(Vec acc, PairVec a, PairVec b) {
+  for (int i = 0; i < 16; ++i) {
+    acc.lane[i] += as_float(a.lane[i] << 16) * as_float(b.lane[i] << 16);
+    acc.lane[i] += as_float(a.lane[i] & 0xffff0000u) * as_float(b.lane[i] & 0xffff0000u);
+  }
+  return acc;
+}
+
+ORTHRUS_INLINE float reduce_add(Vec v) {
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) v.lane[i] += v.lane[i + width];
+  }
+  return v.lane[0];
+}
+ORTHRUS_INLINE float reduce_max(Vec v) {
+  for (int i = 1; i < 16; ++i) v.lane[0] = v.lane[0] > v.lane[i] ? v.lane[0] : v.lane[i];
+  return v.lane[0];
+}
+// First lane equal to x.
+ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
+  int32_t i = 0;
+  while (i < 16 && v.lane[i] != x) ++i;
+  return i;
+}
+
+ORTHRUS_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+
+// out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are `stride` words apart.
+ORTHRUS_INLINE void transpose16(const uint32_t* const* in, uint32_t* out, int64_t stride) {
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) out[j * stride + i] = in[i][j];
+  }
+}
+
+}  // namespace orthrus::cpu::portable

@@ -1,0 +1,36 @@
+#include "tape.h"
+
+#include <stdexcept>
+
+#include "orthrus/ops.h"
+
+namespace orthrus::cpu {
+namespace {
+
+thread_local Tape* current = nullptr;
+
+void run(const RowLinearParams& p) { row_linear(p); }
+void run(const QkvCommitParams& p) { qkv_commit(p); }
+void run(const DualAttnParams& p) { dual_attn(p); }
+void run(const ConsensusParams& p) { consensus(p); }
+void run(const RmsNormParams& p) { rms_norm(p); }
+void run(const EmbedParams& p) { embed(p); }
+
+}  // namespace
+
+Tape* Tape::recording() { return current; }
+
+void Tape::start() {
+  if (current) throw std::runtime_error("Tape.record: another tape is recording on this thread");
+  ops_.clear();
+  current = this;
+}
+
+void Tape::stop() { current = nullptr; }
+
+void Tape::replay() const {
+  if (current) throw std::runtime_error("Tape.replay: a tape is recording on this thread");
+  for (const Op& op : ops_) std::visit([](const auto& p) { run(p); }, op);
+}
+
+}  // namespace orthrus::cpu
