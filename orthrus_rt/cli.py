@@ -1,0 +1,317 @@
+"""The ``orthrus-rt`` command. Everything heavy is imported by the subcommand that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+
+EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="orthrus-rt",
+        description="Lossless dual-view decoding: drafts from a diffusion view, verified by the autoregressive view.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
+    generate.set_defaults(run=run_generate)
+    source = generate.add_mutually_exclusive_group()
+    source.add_argument("prompt", nargs="?", help="the prompt; without it and --file, standard input is read")
+    source.add_argument("--file", metavar="PATH", help="read the prompt from a file")
+    form = generate.add_mutually_exclusive_group()
+    form.add_argument(
+        "--chat", dest="chat", action="store_true", default=None, help="one user turn of the chat template"
+    )
+    form.add_argument("--raw", dest="chat", action="store_false", help="text to continue (default: --chat if it can)")
+    _add_model_options(generate, engine=True)
+    generate.add_argument("--mode", choices=("auto", "ar", "two_pass"), default="auto", help="how to decode")
+    generate.add_argument("--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)")
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
+    sampling = generate.add_argument_group("sampling")
+    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0 keeps all")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens of mass P")
+    sampling.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P x the likeliest")
+    sampling.add_argument("--seed", type=int, help="default: drawn, and reported with --stats or --json")
+    generate.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end-of-sequence ids")
+    generate.add_argument("--stats", action="store_true", help="print a table of rates after the text")
+    generate.add_argument(
+        "--compare-ar", action="store_true", help="decode again in ar mode; exit 1 if a token differs"
+    )
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of streaming the text")
+
+    info = commands.add_parser(
+        "info", help="what runs where", description="Device, implementation per op, model, versions."
+    )
+    info.set_defaults(run=run_info)
+    _add_model_options(info, engine=False)
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+
+    verify = commands.add_parser(
+        "verify",
+        help="compare two modes token by token",
+        description="Decode prompts in two modes and report the first difference of each: its position, both tokens "
+        "and the top-2 logit gap there. Exits 1 if there is one.",
+    )
+    verify.set_defaults(run=run_verify)
+    _add_model_options(verify, engine=True)
+    verify.add_argument("--modes", nargs=2, choices=("ar", "two_pass"), default=("ar", "two_pass"), metavar="MODE")
+    verify.add_argument("--prompts", metavar="PATH", help="one raw prompt a line (default: the built-in prompts)")
+    verify.add_argument("-n", "--num-prompts", type=int, metavar="N", help="only the first N prompts")
+    verify.add_argument("--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)")
+    verify.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", default="smollm2-135m", help="smollm2-135m (default), a checkpoint folder or a hub id"
+    )
+    group.add_argument("--adapter", metavar="PATH", help="folder of a diffusion view for a base that has none")
+    group.add_argument("--base-gguf", metavar="PATH", help="the embedded model's base as a GGUF file")
+    group.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    group.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default: %(default)s"
+    )
+    if engine:
+        group.add_argument("--max-seq-len", type=int, default=4096, metavar="N", help="default: %(default)s")
+
+
+def _load_engine(args, mode: str = "auto"):
+    from orthrus_rt.engine import Engine
+
+    return Engine.from_pretrained(
+        args.model, device=args.device, dtype=args.dtype, mode=mode, max_seq_len=args.max_seq_len,
+        draft_len=args.draft_len, adapter=args.adapter, base_gguf=args.base_gguf,
+    )  # fmt: skip
+
+
+def _read_prompt(args) -> str:
+    if args.prompt is not None:
+        return args.prompt
+    if args.file is not None:
+        with open(args.file, encoding="utf-8") as file:
+            return file.read()
+    if sys.stdin.isatty():
+        raise ValueError("a prompt is needed: as an argument, from --file, or on standard input")
+    return sys.stdin.read()
+
+
+def run_generate(args) -> int:
+    if args.compare_ar and args.temperature > 0:
+        raise ValueError("--compare-ar needs temperature 0: sampled modes agree in distribution, not token by token")
+    text = _read_prompt(args)
+    from orthrus_rt import prompts
+    from orthrus_rt.sampling import SamplingParams
+
+    params = SamplingParams(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+        min_p=args.min_p, seed=args.seed, ignore_eos=args.ignore_eos,
+    )  # fmt: skip
+    engine = _load_engine(args, args.mode)
+    chat = bool(engine.tokenizer.chat_template) if args.chat is None else args.chat
+    prompt_ids = prompts.encode(engine.tokenizer, text, chat=chat)
+    if args.compare_ar:
+        _warm_up(engine, prompt_ids)
+    output, decoded = _decode(engine, prompt_ids, params, show=not args.json)
+    other = engine.generate(prompt_ids, params, mode="ar") if args.compare_ar else None
+    if args.json:
+        print(json.dumps(_generate_facts(args, engine, prompt_ids, output, decoded, other)))
+    else:
+        if args.stats or other:
+            print("\n" + _stats_table([output, *([other] if other else [])]))
+            print(_footer(args, engine, output))
+        if other:
+            print(f"identical tokens: {_verdict(engine, output, other)}")
+    return EXIT_DIFFERENT if other and other.token_ids != output.token_ids else 0
+
+
+def _warm_up(engine, prompt_ids) -> None:
+    """A few tokens in both modes, so that neither one's rate carries first-use costs."""
+    from orthrus_rt.sampling import SamplingParams
+
+    for mode in (None, "ar"):
+        engine.generate(prompt_ids, SamplingParams(max_new_tokens=4, ignore_eos=True), mode=mode)
+
+
+def _decode(engine, prompt_ids, params, *, show: bool):
+    """Generate, writing the text as it comes if ``show``. Returns ``(GenerationOutput, text)``."""
+    from orthrus_rt.engine import GenerationOutput
+    from orthrus_rt.terminal import StatusLine, TextStream
+
+    tokens, text = [], []
+    stream = TextStream(engine.tokenizer)
+
+    def emit(part):
+        text.append(part)
+        if show:
+            sys.stdout.write(part)
+            sys.stdout.flush()
+
+    with StatusLine() as status:
+        try:
+            for piece in engine.stream(prompt_ids, params):
+                tokens += piece.token_ids
+                emit(stream.push(piece.token_ids))
+                if show:
+                    status.show(_progress(piece.stats))
+            emit(stream.end())
+        finally:
+            if show:
+                print(flush=True)
+    return GenerationOutput(tokens, piece.finish_reason, piece.stats), "".join(text)
+
+
+def _progress(s) -> str:
+    return f"{s.mode}  {s.tokens} tokens  {s.tokens_per_cycle:.2f} tokens/cycle  {s.tokens_per_second:.1f} tok/s"
+
+
+def _stats_table(outputs) -> str:
+    from orthrus_rt.terminal import table
+
+    rows = [("mode", "block length", "tokens", "cycles", "passes", "tokens/cycle", "tokens/pass", "tok/s")]
+    for s in (output.stats for output in outputs):
+        rates = (f"{s.tokens_per_cycle:.2f}", f"{s.tokens_per_pass:.2f}", f"{s.tokens_per_second:.1f}")
+        rows.append((s.mode, str(s.block_len), str(s.tokens), str(s.cycles), str(s.passes), *rates))
+    return table(rows)
+
+
+def _footer(args, engine, output) -> str:
+    from orthrus_rt.info import device_facts
+
+    device, s = device_facts(engine.model.device), output.stats
+    where = device["name"] if device["type"] == "cuda" else f"CPU {device['isa'] or 'reference'}"
+    facts = [args.model, where, args.dtype, f"prompt {s.prompt_tokens} tokens in {s.prefill_seconds:.2f} s"]
+    if s.seed is not None:
+        facts.append(f"seed {s.seed}")
+    return ", ".join([*facts, f"finished: {output.finish_reason}"])
+
+
+def _verdict(engine, output, other) -> str:
+    from orthrus_rt.verify import first_difference
+
+    difference = first_difference(output.token_ids, other.token_ids)
+    if difference is None:
+        return f"yes ({len(output.token_ids)} of {len(output.token_ids)})"
+    return f"no, first difference at token {difference.index}: {_tokens_text(engine.tokenizer, difference.tokens)}"
+
+
+def _tokens_text(tokenizer, tokens) -> str:
+    return " against ".join("the end" if t is None else f"{t} {tokenizer.decode([t])!r}" for t in tokens)
+
+
+def _stats_facts(stats) -> dict:
+    from dataclasses import asdict
+
+    names = ("tokens_per_cycle", "tokens_per_pass", "tokens_per_second")
+    return asdict(stats) | {name: getattr(stats, name) for name in names}
+
+
+def _generate_facts(args, engine, prompt_ids, output, text, other) -> dict:
+    facts = {
+        "model": args.model,
+        "device": str(engine.model.device),
+        "dtype": args.dtype,
+        "prompt_token_ids": prompt_ids,
+        "token_ids": output.token_ids,
+        "text": text,
+        "finish_reason": output.finish_reason,
+        "stats": _stats_facts(output.stats),
+    }
+    if other:
+        facts["ar"] = {"token_ids": other.token_ids, "stats": _stats_facts(other.stats)}
+        facts["identical_tokens"] = other.token_ids == output.token_ids
+    return facts
+
+
+def run_info(args) -> int:
+    from orthrus_rt import info
+    from orthrus_rt.terminal import table
+
+    facts = info.collect(
+        device=args.device, dtype=args.dtype, model=args.model, adapter=args.adapter, base_gguf=args.base_gguf
+    )
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    versions = (f"{name} {version or 'not installed'}" for name, version in facts["versions"].items())
+    print("versions  " + ", ".join(versions))
+    native = facts["native"]
+    if native:
+        cuda = f"CUDA {native['cuda_version']} for {native['cuda_archs']}" if native["cuda_archs"] else "no CUDA half"
+        print(f"native    {native['compiler']}, {cuda}, CPU {native['cpu_isa']}")
+    else:
+        print("native    not built: every op runs the reference (pip install -e . builds it)")
+    print("device    " + ", ".join(f"{k} {v}" for k, v in facts["device"].items()))
+    print("model     " + ", ".join(f"{k} {v}" for k, v in facts["model"].items()))
+    rows = [(f"op ({facts['dtype']})", "runs on", "available")]
+    rows += [(op, impl, ", ".join(facts["ops_available"][op])) for op, impl in facts["ops"].items()]
+    print("\n" + table(rows))
+    return 0
+
+
+def run_verify(args) -> int:
+    from orthrus_rt import prompts, verify
+    from orthrus_rt.sampling import SamplingParams
+
+    if args.prompts:
+        with open(args.prompts, encoding="utf-8") as file:
+            lines = [line.rstrip("\n") for line in file if line.strip()]
+        todo = [prompts.Prompt(f"line {i + 1}", "code", line) for i, line in enumerate(lines)]
+    else:
+        todo = prompts.load()
+    todo = todo[: args.num_prompts]
+    if not todo:
+        raise ValueError("verify: there is no prompt to decode")
+    params = SamplingParams(max_new_tokens=args.max_new_tokens)
+    engine = _load_engine(args)
+    results, different = [], 0
+    for prompt in todo:
+        prompt_ids = prompt.encode(engine.tokenizer)
+        outputs, difference = verify.compare(engine, prompt_ids, params, tuple(args.modes))
+        rates = [output.stats.tokens_per_cycle for output in outputs]
+        results.append({
+            "prompt": prompt.name, "tokens": [len(o.token_ids) for o in outputs], "tokens_per_cycle": rates,
+            "difference": difference and vars(difference),
+        })  # fmt: skip
+        different += difference is not None
+        if args.json:
+            continue
+        verdict = "identical"
+        if difference:
+            pair = _tokens_text(engine.tokenizer, difference.tokens)
+            verdict = f"differ at token {difference.index}: {pair}, top-2 gap {difference.gap:.3g}"
+        rate = " / ".join(f"{r:.2f}" for r in rates)
+        print(f"{prompt.name:24} {len(outputs[0].token_ids):4} tokens  {rate} tokens/cycle  {verdict}", flush=True)
+    if args.json:
+        print(json.dumps({"modes": list(args.modes), "dtype": args.dtype, "different": different, "prompts": results}))
+    else:
+        same = f"{len(todo) - different} of {len(todo)} identical"
+        print(f"{args.modes[0]} against {args.modes[1]}, {args.dtype}: {same}")
+    return EXIT_DIFFERENT if different else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away: nothing more can be said, not even by the flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except (OSError, ValueError, ArithmeticError, RuntimeError, ImportError) as error:
+        print(f"orthrus-rt {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""What runs where: the facts that ``orthrus-rt info`` prints and that benchmarks put on their results."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from orthrus_rt import dispatch
+from orthrus_rt.config import CheckpointError
+from orthrus_rt.engine import DTYPES, pick_device
+
+PACKAGES = ("orthrus-rt", "torch", "triton", "transformers", "safetensors", "gguf", "numpy")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def device_facts(device: torch.device) -> dict:
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        return {
+            "type": "cuda", "name": p.name, "capability": f"{p.major}.{p.minor}",
+            "memory_gib": round(p.total_memory / 2**30, 1),
+        }  # fmt: skip
+    native = dispatch.native()
+    isa = native.cpu.isa() if native else None
+    return {"type": "cpu", "name": _cpu_name(), "isa": isa, "threads": torch.get_num_threads()}
+
+
+def model_facts(model: str, **sources) -> dict:
+    """Facts from the checkpoint's headers; the weights are not read.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    from orthrus_rt import checkpoint
+
+    c = checkpoint.load(model, **sources).config
+    names = (
+        "family", "num_layers", "hidden_size", "intermediate_size", "num_heads_q", "num_heads_kv", "head_dim",
+        "vocab_size", "max_position_embeddings", "block_len", "mask_token_id", "eos_token_ids",
+    )  # fmt: skip
+    return {"name": c.name} | {name: getattr(c, name) for name in names}
+
+
+def collect(*, device: str = "auto", dtype: str = "bfloat16", model: str | None = None, **sources) -> dict:
+    """Everything as one dictionary of plain values. A model that cannot be opened is reported, not raised."""
+    chosen = pick_device(device)
+    native = dispatch.native()
+    facts = {
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "native": dict(native.build_info()) if native else None,
+        "device": device_facts(chosen),
+        "dtype": dtype,
+        "ops": {op: dispatch.select(op, chosen, DTYPES[dtype]) for op in dispatch.OPS},
+        "ops_available": {
+            op: [i for i in dispatch.IMPLEMENTATIONS if dispatch.unavailable(i, op, chosen.type, DTYPES[dtype]) is None]
+            for op in dispatch.OPS
+        },
+    }
+    if model is not None:
+        try:
+            facts["model"] = model_facts(model, **sources)
+        except CheckpointError as error:
+            facts["model"] = {"name": model, "error": str(error)}
+    return facts

@@ -1,0 +1,42 @@
+"""The prompts that ``orthrus-rt verify``, tests and benchmarks decode: chat questions, code to complete, long texts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+
+KINDS = ("chat", "code", "long")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``chat`` prompts want the chat template, ``code`` and ``long`` ones are raw text to continue."""
+
+    name: str
+    kind: str
+    text: str
+
+    def encode(self, tokenizer) -> list[int]:
+        """Token ids, with the chat template for a chat prompt."""
+        return encode(tokenizer, self.text, chat=self.kind == "chat")
+
+
+def load(kind: str | None = None) -> list[Prompt]:
+    """All prompts in a fixed order that alternates the kinds, or those of one kind."""
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"prompts: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    text = resources.files("orthrus_rt.data").joinpath("prompts.json").read_text(encoding="utf-8")
+    prompts = [Prompt(**entry) for entry in json.loads(text)]
+    return [p for p in prompts if kind in (None, p.kind)]
+
+
+def encode(tokenizer, text: str, *, chat: bool) -> list[int]:
+    """Token ids of ``text``: as one user turn of the chat template, or as it stands."""
+    if not chat:
+        return tokenizer(text).input_ids
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; use raw text (--raw)")
+    turns = [{"role": "user", "content": text}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids

@@ -1,0 +1,89 @@
+"""What the command line shows: text as it is decoded, one status line below it, tables."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+
+class TextStream:
+    """Token ids in, text out, such that the pieces joined are the decoding of the whole.
+
+    A character may span several tokens and a token may hold half of one, so text that ends in an unfinished character
+    is held back. Only the tokens since the last two safe points are decoded again.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+    """
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown_ids = 0  # of _ids, those whose text is out; they stay as context for the next ones
+
+    def _decode(self, ids) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def push(self, token_ids) -> str:
+        """The text that these tokens complete."""
+        self._ids += token_ids
+        return self._advance(final=False)
+
+    def end(self) -> str:
+        """The text held back until now, unfinished characters as U+FFFD."""
+        return self._advance(final=True)
+
+    def _advance(self, final: bool) -> str:
+        before = self._decode(self._ids[: self._shown_ids])
+        text = self._decode(self._ids)
+        if len(text) <= len(before) or (text.endswith("\ufffd") and not final):
+            return ""
+        self._ids = self._ids[self._shown_ids :]
+        self._shown_ids = len(self._ids)
+        return text[len(before) :]
+
+
+class StatusLine:
+    """One line at the bottom of the terminal, below text that scrolls: a context manager.
+
+    Shows nothing unless stderr is a terminal. The last row is taken out of the scrolling region, so text written
+    meanwhile to the same terminal wraps and scrolls as ever.
+    """
+
+    def __init__(self, file=None):
+        self._file = file or sys.stderr
+        self._rows = 0
+        self._on = self._file.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+    def _write(self, text: str) -> None:
+        self._file.write(text)
+        self._file.flush()
+
+    def show(self, text: str) -> None:
+        if not self._on:
+            return
+        columns, rows = shutil.get_terminal_size()
+        if rows != self._rows:
+            # IND scrolls by one if the cursor is on the last row, and keeps its column; then the cursor goes back up.
+            self._write(f"\x1bD\x1b7\x1b[1;{rows - 1}r\x1b8\x1b[1A")
+            self._rows = rows
+        self._write(f"\x1b7\x1b[{rows};1H\x1b[2K\x1b[2m{text[: columns - 1]}\x1b[0m\x1b8")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._rows:
+            self._write(f"\x1b7\x1b[r\x1b[{self._rows};1H\x1b[2K\x1b8")
+
+
+def table(rows: list[tuple]) -> str:
+    """Rows of strings as aligned columns: the first column left, the others right; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row):
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        return "  ".join([first.strip().ljust(widths[0]), *others]).rstrip()
+
+    return "\n".join(map(line, rows))

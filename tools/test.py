@@ -1,0 +1,175 @@
+"""Run every test tier that this machine can run, cheap ones first, and say in a line each what was skipped and why.
+
+Usage: python tools/test.py [--full] [TIER ...]
+A tier named on the command line must run: where it cannot, that is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TEST_TIMEOUT_S = 300
+
+
+def has_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def why_no_lint() -> str | None:
+    return None if has_module("ruff") else "ruff is not installed"
+
+
+def why_no_triton() -> str | None:
+    return None if has_module("triton") else "triton is not installed"
+
+
+def why_no_compiler() -> str | None:
+    if has_module("triton") or shutil.which("nvcc") or os.path.exists("/usr/local/cuda/bin/nvcc"):
+        return None
+    return "neither nvcc nor triton is installed"
+
+
+def why_no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def always() -> None:
+    return None
+
+
+@dataclass
+class Tier:
+    """``args`` are pytest's, or a whole command where ``command`` is set."""
+
+    name: str
+    args: list[str]
+    why_not: Callable[[], str | None] = always
+    env: dict[str, str] = field(default_factory=dict)
+    command: bool = False
+
+
+TIERS = [
+    Tier("lint", ["-m", "ruff", "check", "--quiet", "."], why_no_lint, command=True),
+    Tier("doctest", ["--doctest-modules", "--doctest-glob=*.md", "orthrus_rt", "README.md"]),
+    Tier("cpu", ["tests/cpu"]),
+    Tier("interpret", ["tests/interpret"], why_no_triton, {"TRITON_INTERPRET": "1"}),
+    Tier("compile", ["tests/compile"], why_no_compiler),
+    Tier("gpu", ["-m", "gpu", "tests/gpu"], why_no_gpu),
+]
+
+
+@dataclass
+class Result:
+    passed: int = 0
+    failed: int = 0
+    skipped: collections.Counter = field(default_factory=collections.Counter)
+    files: dict[str, list[float]] = field(default_factory=dict)  # file -> [passed, failed, skipped, seconds]
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        return f"{self.passed} passed, {self.failed} failed, {self.skipped.total()} skipped in {self.seconds:.0f} s"
+
+
+def read_junit(path: str, result: Result) -> None:
+    for case in ET.parse(path).iter("testcase"):
+        name = case.get("classname", "").split(".")
+        row = result.files.setdefault(next((p for p in name if p.startswith("test_")), name[0]), [0, 0, 0, 0.0])
+        row[3] += float(case.get("time", 0))
+        skip = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            result.failed += 1
+            row[1] += 1
+        elif skip is not None:
+            result.skipped[skip.get("message", "").splitlines()[0]] += 1
+            row[2] += 1
+        else:
+            result.passed += 1
+            row[0] += 1
+
+
+def run(tier: Tier, full: bool) -> Result:
+    result = Result()
+    start = time.monotonic()
+    print(f"== {tier.name}", flush=True)
+    env = {**os.environ, **tier.env}
+    if tier.command:
+        code = subprocess.run([sys.executable, *tier.args], cwd=ROOT, env=env).returncode
+        result.passed, result.failed = int(code == 0), int(code != 0)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            report = os.path.join(folder, "report.xml")
+            command = [sys.executable, "-m", "pytest", "-q", "-r", "fE", f"--junitxml={report}", *tier.args]
+            if not full and tier.name != "gpu":
+                command += ["-m", "not full"]
+            if has_module("pytest_timeout"):
+                command.append(f"--timeout={TEST_TIMEOUT_S}")
+            code = subprocess.run(command, cwd=ROOT, env=env).returncode
+            if os.path.exists(report):
+                read_junit(report, result)
+        if code != 0 and result.failed == 0:
+            result.failed = 1  # collection errors, or no test at all
+    result.seconds = time.monotonic() - start
+    return result
+
+
+def print_per_op(result: Result) -> None:
+    for name, (passed, failed, skipped, seconds) in sorted(result.files.items()):
+        state = "FAILED" if failed else "ok" if passed else "skipped"
+        op = name.removeprefix("test_")
+        print(f"{op:24} {state:8} {passed:5} passed {failed:3} failed {skipped:3} skipped {seconds:7.1f} s")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="the whole grids, tests marked 'full' included")
+    parser.add_argument("tiers", nargs="*", metavar="TIER", help=", ".join(t.name for t in TIERS))
+    args = parser.parse_args()
+    unknown = set(args.tiers) - {t.name for t in TIERS}
+    if unknown:
+        parser.error(f"unknown tier {', '.join(sorted(unknown))}: expected {', '.join(t.name for t in TIERS)}")
+
+    done: dict[str, Result | str] = {}
+    for tier in TIERS:
+        if args.tiers and tier.name not in args.tiers:
+            continue
+        why = tier.why_not()
+        done[tier.name] = why if why else run(tier, args.full)
+
+    print("\n== summary")
+    total = Result()
+    for name, result in done.items():
+        if isinstance(result, str):
+            total.failed += bool(args.tiers)
+            print(f"{name:10} skipped: {result}")
+            continue
+        print(f"{name:10} {result.line()}")
+        for reason, count in result.skipped.items():
+            print(f"{'':10} {count} skipped: {reason}")
+        if name == "gpu":
+            print_per_op(result)
+        total.passed += result.passed
+        total.failed += result.failed
+        total.skipped += result.skipped
+    if not args.full and not args.tiers:
+        print(f"{'full':10} skipped: the whole grids run in `make test-full`")
+    print(f"{total.passed} passed, {total.failed} failed, {total.skipped.total()} skipped")
+    return 1 if total.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
