@@ -155,8 +155,8 @@ def _resolve(path_or_id: str) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(path_or_id, allow_patterns=HUB_PATTERNS))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever the client or its transport raises
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise CheckpointError(
             f"{path_or_id!r}: is no folder here and could not be fetched from the Hugging Face hub "
             f"({type(error).__name__}: {reason})"

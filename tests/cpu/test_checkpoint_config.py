@@ -1,0 +1,125 @@
+"""config.json and generation_config.json: what is read, and the one error for each thing that is not supported."""
+
+import pytest
+
+from orthrus_rt.config import CheckpointError, parse
+from tests.checkpoints import raw_config, tiny_config
+
+UNSUPPORTED = [
+    ({"model_type": "mistral"}, "model_type must be one of qwen3, orthrus, llama, got 'mistral'"),
+    ({"model_type": ...}, "model_type must be one of qwen3, orthrus, llama, got None"),
+    ({"architectures": ["Qwen3MoeForCausalLM"]}, "architectures must name one of OrthrusLM"),
+    ({"attention_bias": True}, "attention_bias must be false (biases are not supported), got True"),
+    ({"mlp_bias": True}, "mlp_bias must be false (biases are not supported), got True"),
+    ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config must be absent"),
+    (
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        "every layer must use full attention, but layer_types holds ['sliding_attention']",
+    ),
+    (
+        {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1},
+        "every layer must use full attention, but sliding_window is 128",
+    ),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type must be one of default, linear, yarn"),
+    (
+        {"rope_parameters": {"rope_type": "longrope"}},
+        "rope_type must be one of default, linear, yarn, llama3, got 'lo",
+    ),
+    ({"rope_parameters": {"rope_type": "spiral"}}, "got 'spiral'"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "factor must be a positive number, got None"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor must be a positive number, got None"),
+    (
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        "rope_parameters must be one set for all",
+    ),
+    ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta must be a positive number, got -1.0"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1 (the whole head rotates), got 0.5"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor must be 1"),
+    ({"hidden_size": ...}, "hidden_size must be a positive integer, got None"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, got 0"),
+    ({"vocab_size": "96"}, "vocab_size must be a positive integer, got '96'"),
+    ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads 3, got 4"),
+    ({"head_dim": 63}, "head_dim must be even, got 63"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, got 0"),
+    ({"block_size": ...}, "block_size must be a positive integer, got None"),
+    ({"block_size": 1}, "block_size must be ≥ 2, got 1"),
+    ({"mask_token_id": ...}, "mask_token_id must be in 0 … 95 (vocab_size - 1), got None"),
+    ({"mask_token_id": 96}, "mask_token_id must be in 0 … 95 (vocab_size - 1), got 96"),
+    ({"eos_token_id": [2, 200]}, "eos_token_id must be in 0 … 95 (vocab_size - 1), got 200"),
+    ({"eos_token_id": "2"}, "eos_token_id must be an integer or a list of integers, got ['2']"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), UNSUPPORTED)
+def test_one_clear_error_each(changes, message):
+    with pytest.raises(CheckpointError) as error:
+        parse(raw_config(**changes), name="tiny", where="folder/config.json")
+    assert str(error.value).startswith("folder/config.json: ")
+    assert message in str(error.value)
+
+
+def test_facts_of_both_families():
+    qwen = tiny_config()
+    assert (qwen.family, qwen.qk_norm, qwen.block_len, qwen.mask_token_id) == ("qwen3", True, 8, 95)
+    assert tiny_config(model_type="orthrus") == qwen
+    llama = tiny_config("llama", head_dim=..., num_key_value_heads=..., tie_word_embeddings=...)
+    assert (llama.family, llama.qk_norm, llama.head_dim, llama.num_heads_kv) == ("llama", False, 16, 4)
+    assert not llama.tie_word_embeddings
+    assert tiny_config(head_dim=...).head_dim == 128
+
+
+@pytest.mark.parametrize(
+    ("ours", "generation", "expected"),
+    [
+        (2, None, (2,)),
+        ([2, 3], {}, (2, 3)),
+        (2, {"eos_token_id": 5}, (2, 5)),
+        (2, {"eos_token_id": [5, 2, 7]}, (2, 5, 7)),
+        (None, {"eos_token_id": [5]}, (5,)),
+        (..., None, ()),
+        (0, {"eos_token_id": 0}, (0,)),
+    ],
+)
+def test_every_eos_id_counts(ours, generation, expected):
+    assert parse(raw_config(eos_token_id=ours), generation, name="tiny").eos_token_ids == expected
+
+
+def test_bad_eos_id_of_generation_config_is_named():
+    with pytest.raises(CheckpointError, match=r"tiny \(generation_config.json\): eos_token_id must be an integer"):
+        parse(raw_config(), {"eos_token_id": [True]}, name="tiny")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 5e5}),
+        ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_type": "default", "rope_theta": 5e5}),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
+            {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
+        ),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 512},
+        ),
+        ({}, {"rope_type": "default", "rope_theta": 10000.0}),
+    ],
+)
+def test_old_and_new_rope_keys_say_the_same(old, new):
+    from_old = tiny_config(rope_parameters=..., **old)
+    assert from_old.rope == new
+    assert from_old == tiny_config(rope_parameters=new)
+
+
+@pytest.mark.parametrize(
+    "unused",
+    [
+        {"use_sliding_window": False, "sliding_window": 4096},
+        {"use_sliding_window": True, "sliding_window": None},
+        {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 28},
+        {"layer_types": ["full_attention", "full_attention"], "sliding_window": 128, "use_sliding_window": True},
+    ],
+)
+def test_a_sliding_window_that_no_layer_uses_is_no_error(unused):
+    assert tiny_config(**unused) == tiny_config()
