@@ -12,6 +12,8 @@ from orthrus_rt import dispatch
 # 16 outputs' pairs from one cache line; one partial maximum per 512 ids. See csrc/cpu/row_linear.h.
 CPU_STRIP = 32
 CPU_ARGMAX_TILE = 512
+# CUDA: blocks of 64 outputs x 64 inputs, inputs fastest; see csrc/cuda/row_linear_plan.h.
+CUDA_BLOCK = 64
 
 
 @dataclass
@@ -70,4 +72,31 @@ def _pack_cpu(weight, gate_up):
 
 
 def _pack_cuda(weight, gate_up):
-    raise NotImplementedError
+    out_features, in_features = weight.shape
+    partials = dispatch.native().cuda.row_linear_num_partials(in_features, out_features)
+    return cuda_blocks(weight, gate_up), partials
+
+
+def cuda_blocks(weight: torch.Tensor, gate_up: bool) -> torch.Tensor:
+    """``weight`` as the CUDA kernels stream it: ``[blocks, in_features / 64, 64 rows, 8 chunks, 8]``.
+
+    Rows are padded with zeros to whole blocks; gates and ups alternate by 8 rows; the 16-byte chunks of row ``r``
+    lie in the order ``chunk ^ (r % 8)``.
+
+    Raises:
+        ValueError: ``in_features`` is no multiple of 64, or gates and ups no multiple of 8.
+    """
+    out_features, in_features = weight.shape
+    if in_features % CUDA_BLOCK:
+        raise ValueError(f"row_linear: in_features must be a multiple of {CUDA_BLOCK}, got {in_features}")
+    if gate_up:
+        if out_features % 16:
+            raise ValueError(f"row_linear: out_features of gate and up must be a multiple of 16, got {out_features}")
+        weight = weight.view(2, -1, 8, in_features).transpose(0, 1)
+    blocks = -(-out_features // CUDA_BLOCK)
+    rows = weight.new_zeros(blocks * CUDA_BLOCK, in_features)
+    rows[:out_features] = weight.reshape(out_features, in_features)
+    rows = rows.view(blocks, CUDA_BLOCK, in_features // CUDA_BLOCK, 8, 8).transpose(1, 2)
+    chunk = torch.arange(8, device=weight.device)
+    order = chunk[None, :] ^ (torch.arange(CUDA_BLOCK, device=weight.device) % 8)[:, None]
+    return rows.gather(3, order[:, :, None].expand(rows.shape)).contiguous()

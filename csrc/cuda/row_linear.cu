@@ -1,0 +1,117 @@
+// row_linear's host side: the plan of a weight's shape, the workspace, and the choice of kernel.
+#include <cstdlib>
+#include <cstring>
+
+#include "orthrus/ops.h"
+#include "row_linear_plan.h"
+
+namespace orthrus::cuda {
+namespace {
+
+// A cut costs a round trip through L2, so tiles are cut only where whole ones would leave more than
+// this share of the CTAs' time idle, and only where each CTA still gets a few units.
+constexpr double kTolerableIdle = 0.04;
+constexpr int kMinUnits = 6;
+// Taller tiles read x half as often; narrow weights take short ones, cut in fewer pieces.
+constexpr int kMinTallTiles = 24;
+
+struct Device {
+  int num_sms = 0;
+  bool hopper = false;
+};
+
+cudaError_t current_device(Device* device) {
+  int id = 0, major = 0, minor = 0;
+  if (const cudaError_t error = cudaGetDevice(&id)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&device->num_sms, cudaDevAttrMultiProcessorCount, id))
+    return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id)) return error;
+  const char* isa = std::getenv("ORTHRUS_CUDA_ISA");  // "sm80": the portable variant, wherever it runs
+  device->hopper = major == 9 && minor == 0 && !(isa && !std::strcmp(isa, "sm80"));
+  return cudaSuccess;
+}
+
+RowLinearPlan make_plan(int in_features, int out_features, bool whole_tiles, int num_sms) {
+  RowLinearPlan plan{};
+  plan.k_blocks = in_features / kBlock;
+  plan.blocks = (out_features + kBlock - 1) / kBlock;
+  plan.blocks_per_tile = plan.blocks % 2 == 0 && plan.blocks / 2 >= kMinTallTiles ? 2 : 1;
+  plan.tiles = plan.blocks / plan.blocks_per_tile;
+  const int rounds = (plan.tiles + num_sms - 1) / num_sms;
+  const bool idle = rounds * num_sms - plan.tiles > kTolerableIdle * rounds * num_sms;
+  plan.split = !whole_tiles && idle && plan.tiles * plan.k_blocks >= kMinUnits * num_sms &&
+               2 * plan.blocks <= kMaxCounters;
+  if (!plan.split && plan.blocks <= num_sms) {
+    plan.blocks_per_tile = 1;
+    plan.tiles = plan.blocks;
+  }
+  plan.grid = plan.split || plan.tiles > num_sms ? num_sms : plan.tiles;
+  return plan;
+}
+
+bool needs_whole_tiles(int epilogue) {
+  // Materialised logits and partial maxima must come from the same bits, and a CTA must see whole sums.
+  return epilogue == static_cast<int>(Epilogue::kLogits) || epilogue == static_cast<int>(Epilogue::kArgmax);
+}
+
+int tokens_per_tile(int rows, const TokenTiles& tiles) {
+  for (int tokens : {16, 32, 64, 128})
+    if (rows <= tokens && tokens < tiles.widest) return tokens;
+  return tiles.widest;
+}
+
+int64_t workspace_bytes(const RowLinearPlan& plan, int views, int tokens) {
+  return plan.split ? partial_offset(plan, views, 0, 0, 0, tokens) * 4 : 0;
+}
+
+bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+}  // namespace
+
+int64_t row_linear_workspace(int32_t max_rows, int32_t in_features, int32_t out_features) {
+  Device device;
+  if (current_device(&device) != cudaSuccess) return 0;
+  return workspace_bytes(make_plan(in_features, out_features, false, device.num_sms), 2,
+                         tokens_per_tile(max_rows, device.hopper ? kTokensSm90 : kTokensMma));
+}
+
+int32_t row_linear_num_partials(int32_t in_features, int32_t out_features) {
+  Device device;
+  if (current_device(&device) != cudaSuccess) return 0;
+  return make_plan(in_features, out_features, true, device.num_sms).grid;
+}
+
+int row_linear(const RowLinearParams& params, void* stream) {
+  if (params.num_rows == 0 || params.out_features == 0) return cudaSuccess;
+  if (params.in_features <= 0 || params.in_features % kBlock || params.x_stride % 8 ||
+      params.num_rows_ar < 0 || params.num_rows_ar > params.num_rows)
+    return cudaErrorInvalidValue;
+  if (!aligned16(params.x) || !aligned16(params.weight) || !aligned16(params.weight_diff) ||
+      !aligned16(params.residual) || !aligned16(params.out) || !aligned16(params.workspace))
+    return cudaErrorMisalignedAddress;
+  Device device;
+  if (const cudaError_t error = current_device(&device)) return error;
+
+  RowLinearArgs args{};
+  args.p = params;
+  if (!params.weight_diff) args.p.num_rows_ar = params.num_rows;
+  args.plan = make_plan(params.in_features, params.out_features, needs_whole_tiles(params.epilogue), device.num_sms);
+  args.num_sms = device.num_sms;
+  const bool argmax = params.epilogue == static_cast<int>(Epilogue::kArgmax);
+  if (argmax && params.num_partials != args.plan.grid) return cudaErrorInvalidValue;
+
+  const int rows_ar = args.p.num_rows_ar, rows_diff = params.num_rows - rows_ar;
+  const int most_rows = rows_ar > rows_diff ? rows_ar : rows_diff;
+  const TokenTiles& tiles = device.hopper ? kTokensSm90 : kTokensMma;
+  const bool prefill = most_rows > tiles.widest && !argmax;
+  const int tokens = prefill ? tiles.prefill : tokens_per_tile(most_rows, tiles);
+  args.row_tiles_ar = (rows_ar + tokens - 1) / tokens;
+  args.row_tiles = args.row_tiles_ar + (rows_diff + tokens - 1) / tokens;
+  if (!prefill && params.workspace_bytes < workspace_bytes(args.plan, rows_diff ? 2 : 1, tokens))
+    return cudaErrorInvalidValue;
+  const auto launch = device.hopper ? launch_row_linear_sm90 : launch_row_linear_mma;
+  return launch(args, tokens, prefill, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace orthrus::cuda

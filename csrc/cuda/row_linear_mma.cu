@@ -1,0 +1,220 @@
+// row_linear on any device from sm_80 on: cp.async into a ring of shared-memory stages, ldmatrix,
+// mma.sync m16n8k16 (features are M, tokens N). A group's four warps own 16 features each, which
+// gives every thread the same accumulators as the wgmma variant: fold and epilogues are shared.
+#include "row_linear_finish.cuh"
+
+namespace orthrus::cuda {
+namespace {
+
+constexpr int kSharedBudget = 99 * 1024;  // the least that a device from sm_80 on grants a CTA
+constexpr int kMaxStages = 6;
+
+__device__ __forceinline__ uint32_t smem_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void copy16(uint32_t dst, const void* src, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+
+__device__ __forceinline__ void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Where the 16-byte chunk (row, chunk) of a [rows, 64] bf16 matrix lies, for W as packed and for x.
+__device__ __forceinline__ int swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+// Loads of one CTA: unit after unit of its range (decode) or of whole tiles (prefill).
+template <int kTokens, bool kPrefill, int kBlocks>
+struct Stream {
+  static constexpr int kThreads = kBlocks * kGroupThreads;
+  static constexpr int kStageBytes = kBlocks * kBlockBytes + kTokens * kBlock * 2;
+  static constexpr int kFixedBytes =
+      kBlocks * (kStagingFloats * 4 + 8) + (kPrefill ? 0 : kBlocks * kTokens * static_cast<int>(sizeof(BestLogit)));
+  static constexpr int kFit = (kSharedBudget - kFixedBytes) / kStageBytes;
+  static constexpr int kStages = kFit < kMaxStages ? kFit : kMaxStages;
+
+  const RowLinearArgs& args;
+  uint8_t* stages;
+  int first_block, row_begin, row_end;
+  bool diff;
+  int load_stage = 0, read_stage = 0;
+
+  __device__ void load(int kb) {
+    const RowLinearParams& p = args.p;
+    const uint32_t base = smem_address(stages + load_stage * kStageBytes);
+    const uint8_t* weight = static_cast<const uint8_t*>(diff ? p.weight_diff : p.weight);
+#pragma unroll
+    for (int i = 0; i < kBlocks * kBlockBytes / 16 / kThreads; ++i) {
+      const int chunk = threadIdx.x + i * kThreads;
+      const int block = first_block + chunk / (kBlockBytes / 16);
+      const bool valid = block < args.plan.blocks;
+      const int64_t unit = static_cast<int64_t>(valid ? block : 0) * args.plan.k_blocks + kb;
+      copy16(base + chunk * 16, weight + unit * kBlockBytes + chunk % (kBlockBytes / 16) * 16, valid);
+    }
+    const uint32_t x_base = base + kBlocks * kBlockBytes;
+#pragma unroll
+    for (int i = 0; i < (kTokens * 8 + kThreads - 1) / kThreads; ++i) {
+      const int chunk = threadIdx.x + i * kThreads;
+      if (kTokens * 8 % kThreads != 0 && chunk >= kTokens * 8) break;
+      const int row = row_begin + chunk / 8;
+      const bool valid = row < row_end;
+      copy16(x_base + swizzled(chunk / 8, chunk % 8),
+             p.x + (valid ? row * p.x_stride : 0) + kb * kBlock + chunk % 8 * 8, valid);
+    }
+    load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
+  }
+
+  __device__ void multiply(float (&acc)[kTokens / 2]) {
+    const int thread = threadIdx.x % kGroupThreads, lane = thread % 32;
+    const uint32_t base = smem_address(stages + read_stage * kStageBytes);
+    const uint32_t weight = base + threadIdx.x / kGroupThreads * kBlockBytes;
+    const uint32_t x = base + kBlocks * kBlockBytes;
+    const int feature = thread / 32 * 16 + lane % 16;
+    const int token = lane % 8 + lane / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < kBlock / 16; ++k) {
+      uint32_t a[4];
+      load_matrices(a, weight + swizzled(feature, 2 * k + lane / 16));
+#pragma unroll
+      for (int t = 0; t < kTokens / 16; ++t) {
+        uint32_t b[4];
+        load_matrices(b, x + swizzled(16 * t + token, 2 * k + lane / 8 % 2));
+        mma(acc + 8 * t, a, b[0], b[1]);
+        mma(acc + 8 * t + 4, a, b[2], b[3]);
+      }
+    }
+    read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
+  }
+
+  // acc = the sum over k-blocks [begin, end), from zero.
+  __device__ void sum_segment(float (&acc)[kTokens / 2], int begin, int end) {
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
+    __syncthreads();  // the previous segment's stages have been read
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) {
+      if (begin + s < end) load(begin + s);
+      copy_commit();
+    }
+    for (int kb = begin; kb < end; ++kb) {
+      copy_wait<kStages - 2>();
+      __syncthreads();
+      if (kb + kStages - 1 < end) load(kb + kStages - 1);
+      copy_commit();
+      multiply(acc);
+    }
+  }
+};
+
+template <int kTokens, bool kPrefill, int kBlocks>
+__global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
+    row_linear_mma(const __grid_constant__ RowLinearArgs args) {
+  using S = Stream<kTokens, kPrefill, kBlocks>;
+  extern __shared__ __align__(128) uint8_t shared[];
+  const RowLinearPlan& plan = args.plan;
+  const int group = threadIdx.x / kGroupThreads;
+  float* staging = reinterpret_cast<float*>(shared + S::kStages * S::kStageBytes);
+  int32_t* flags = reinterpret_cast<int32_t*>(staging + kBlocks * kStagingFloats);
+  BestLogit* best = reinterpret_cast<BestLogit*>(flags + 2 * kBlocks);
+  staging += group * kStagingFloats;
+  S stream{args, shared, 0, 0, 0, false};
+  float acc[kTokens / 2];
+
+  auto enter = [&](int row_tile) {
+    stream.diff = args.is_diff(row_tile);
+    stream.row_begin = args.row_begin(row_tile, kTokens);
+    stream.row_end = args.row_end(row_tile);
+  };
+  if constexpr (kPrefill) {
+    float sum[kTokens / 2];
+    const int items = (plan.blocks + kBlocks - 1) / kBlocks * args.row_tiles;
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+      enter(item % args.row_tiles);
+      stream.first_block = item / args.row_tiles * kBlocks;
+      const int block = stream.first_block + group;
+      const int tile = stream.first_block / plan.blocks_per_tile;
+      for (int kb = 0; kb < plan.k_blocks;) {
+        const int end = plan.segment_end(tile, kb);
+        stream.sum_segment(acc, kb, end);
+#pragma unroll
+        for (int i = 0; i < kTokens / 2; ++i) sum[i] = kb == 0 ? acc[i] : sum[i] + acc[i];
+        kb = end;
+      }
+      if (block < plan.blocks)
+        finish_block<kTokens>(sum, args, block, stream.row_begin, stream.row_end, group, staging, nullptr);
+    }
+  } else {
+    const bool argmax = args.p.epilogue == static_cast<int>(Epilogue::kArgmax);
+    const int begin = plan.range_begin(blockIdx.x), range_end = plan.range_begin(blockIdx.x + 1);
+    for (int row_tile = 0; row_tile < args.row_tiles; ++row_tile) {
+      enter(row_tile);
+      if (argmax) reset_best<kTokens>(args, best, group);
+      for (int unit = begin; unit < range_end;) {
+        const int tile = unit / plan.k_blocks, kb = unit % plan.k_blocks;
+        const int end = min(plan.k_blocks, kb + range_end - unit);
+        stream.first_block = tile * kBlocks;
+        stream.sum_segment(acc, kb, end);
+        if (end - kb == plan.k_blocks || fold_partials<kTokens>(acc, args, stream.diff, tile, kb, group, flags + group))
+          finish_block<kTokens>(acc, args, stream.first_block + group, stream.row_begin, stream.row_end, group,
+                                staging, best + group * kTokens);
+        unit += end - kb;
+      }
+      if (argmax) {
+        __syncthreads();
+        write_best<kTokens>(args, best, stream.row_begin, stream.row_end);
+        __syncthreads();
+      }
+    }
+  }
+}
+
+template <int kTokens, bool kPrefill, int kBlocks>
+cudaError_t launch(const RowLinearArgs& args, cudaStream_t stream) {
+  using S = Stream<kTokens, kPrefill, kBlocks>;
+  static_assert(S::kStages >= 3);
+  constexpr int kShared = S::kStages * S::kStageBytes + S::kFixedBytes;
+  const auto kernel = row_linear_mma<kTokens, kPrefill, kBlocks>;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared))
+    return error;
+  const int items = (args.plan.blocks + kBlocks - 1) / kBlocks * args.row_tiles;
+  const int grid = kPrefill ? (items < args.num_sms ? items : args.num_sms) : args.plan.grid;
+  kernel<<<grid, S::kThreads, kShared, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <int kBlocks>
+cudaError_t launch_tokens(const RowLinearArgs& args, int tokens, cudaStream_t stream) {
+  switch (tokens) {
+    case 16: return launch<16, false, kBlocks>(args, stream);
+    case 32: return launch<32, false, kBlocks>(args, stream);
+    case 64: return launch<64, false, kBlocks>(args, stream);
+    default: return launch<kTokensMma.widest, false, kBlocks>(args, stream);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_row_linear_mma(const RowLinearArgs& args, int tokens, bool prefill, cudaStream_t stream) {
+  const bool pair = args.plan.blocks_per_tile == 2;
+  if (prefill)
+    return pair ? launch<kTokensMma.prefill, true, 2>(args, stream) : launch<kTokensMma.prefill, true, 1>(args, stream);
+  return pair ? launch_tokens<2>(args, tokens, stream) : launch_tokens<1>(args, tokens, stream);
+}
+
+}  // namespace orthrus::cuda

@@ -1,0 +1,86 @@
+// How row_linear divides a weight among CTAs, and the arguments its kernels share.
+//
+// The packed weight is a grid of 64 x 64 blocks, 8 KiB each, k fastest: block (b, kb) holds output
+// features [64b, 64b+64) and inputs [64kb, 64kb+64), each feature's 128 bytes with its 16-byte
+// chunks permuted by chunk ^ (feature & 7), which is both the 128-byte wgmma swizzle and free of
+// bank conflicts for ldmatrix. A block column of x times one block of W is a *unit* of work.
+//
+// A tile is one or two blocks tall. The units of all tiles, in order, are cut into `grid` equal
+// ranges; where a cut falls inside a tile its sum is cut there too. The cuts depend on the weight's
+// shape and the device alone, so a row's sum is folded in the same order whatever shares the call.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "orthrus/params.h"
+
+namespace orthrus::cuda {
+
+constexpr int kBlock = 64;
+constexpr int kBlockBytes = kBlock * kBlock * 2;
+constexpr int kGroupThreads = 128;     // the threads that own one 64-feature block of a tile
+constexpr int kMaxCounters = 4096;     // arrival counters at the start of the workspace
+constexpr int kStagingStride = kBlock + 4;
+constexpr int kStagingTokens = 16;
+constexpr int kStagingFloats = kStagingTokens * kStagingStride;  // one group's transposition buffer
+
+struct RowLinearPlan {
+  int32_t k_blocks;         // in_features / 64
+  int32_t blocks;           // ceil(out_features / 64)
+  int32_t blocks_per_tile;  // 1 or 2
+  int32_t tiles;
+  int32_t grid;             // CTAs, and for kArgmax partial maxima per row
+  int32_t split;            // cuts may fall inside a tile
+
+  __host__ __device__ int range_begin(int cta) const {
+    return split ? static_cast<int>(static_cast<int64_t>(cta) * tiles * k_blocks / grid)
+                 : static_cast<int>(static_cast<int64_t>(cta) * tiles / grid) * k_blocks;
+  }
+  // The CTA whose range holds `unit` (split plans only).
+  __host__ __device__ int owner(int unit) const {
+    return static_cast<int>((static_cast<int64_t>(unit + 1) * grid - 1) / (static_cast<int64_t>(tiles) * k_blocks));
+  }
+  // One past the last k-block summed without a fold, for a sum of `tile` that starts at `kb`.
+  __host__ __device__ int segment_end(int tile, int kb) const {
+    if (!split) return k_blocks;
+    const int end = range_begin(owner(tile * k_blocks + kb) + 1) - tile * k_blocks;
+    return end < k_blocks ? end : k_blocks;
+  }
+};
+
+struct RowLinearArgs {
+  RowLinearParams p;
+  RowLinearPlan plan;
+  int32_t row_tiles_ar;   // row tiles of `tokens` rows, the AR view's first; no tile holds both views
+  int32_t row_tiles;
+  int32_t num_sms;
+  int32_t num_stages;     // of the shared-memory ring
+  int32_t trigger_steps;  // the next kernel may start when this many of a CTA's loads remain
+
+  __device__ bool is_diff(int row_tile) const { return row_tile >= row_tiles_ar; }
+  __device__ int row_begin(int row_tile, int tokens) const {
+    return is_diff(row_tile) ? p.num_rows_ar + (row_tile - row_tiles_ar) * tokens : row_tile * tokens;
+  }
+  __device__ int row_end(int row_tile) const { return is_diff(row_tile) ? p.num_rows : p.num_rows_ar; }
+};
+
+// Partial sums follow the counters: [view][2 * cta + which][block of the tile][tokens * 64] floats,
+// in the order of the owning threads' accumulators.
+__host__ __device__ inline int64_t partial_offset(const RowLinearPlan& plan, int view, int cta, int which, int group,
+                                                  int tokens) {
+  const int64_t slot = ((static_cast<int64_t>(view) * plan.grid + cta) * 2 + which) * plan.blocks_per_tile + group;
+  return kMaxCounters + slot * tokens * kBlock;
+}
+
+// Rows per tile: the narrowest variant that holds the larger view's rows. More rows than the widest
+// holds take the prefill variant: whole sums per CTA, folded in registers at the same cuts.
+struct TokenTiles {
+  int32_t widest;
+  int32_t prefill;
+};
+constexpr TokenTiles kTokensSm90{160, 128};
+constexpr TokenTiles kTokensMma{96, 96};
+
+cudaError_t launch_row_linear_sm90(const RowLinearArgs& args, int tokens, bool prefill, cudaStream_t stream);
+cudaError_t launch_row_linear_mma(const RowLinearArgs& args, int tokens, bool prefill, cudaStream_t stream);
+
+}  // namespace orthrus::cuda
