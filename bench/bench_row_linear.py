@@ -1,0 +1,173 @@
+"""row_linear, op by op and chained over a model's layers under a CUDA graph, against torch.mm.
+
+python bench/bench_row_linear.py --model 8b --rows 1,16,32,64,128,160 --out results/
+Every layer has its own weights, so nothing is read from a cache. Bytes are the packed weights alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from common import graphed, header, measure, read_bandwidth, report
+
+from orthrus_rt import dispatch, ops
+from orthrus_rt.weights import PackedWeight, pack
+
+# name -> hidden, MLP, query heads, key/value heads, head_dim, layers, vocabulary
+MODELS = {
+    "135m": (576, 1536, 9, 3, 64, 30, 49152),
+    "1.7b": (2048, 6144, 16, 8, 128, 28, 151936),
+    "4b": (2560, 9728, 32, 8, 128, 36, 151936),
+    "8b": (4096, 12288, 32, 8, 128, 36, 151936),
+}
+OPS = ("qkv", "o", "gate_up", "down", "lm_head")
+EPILOGUES = {"qkv": "none", "o": "residual", "gate_up": "silu_mul", "down": "residual", "lm_head": "argmax"}
+
+
+class Chain:
+    """A model's linears with random weights, and the activations they pass on for a number of rows."""
+
+    def __init__(self, model: str, device: torch.device, layers: int | None, diff: bool):
+        hidden, mlp, heads_q, heads_kv, head_dim, depth, vocab = MODELS[model]
+        self.hidden, self.mlp, self.q_width, self.device = hidden, mlp, heads_q * head_dim, device
+        self.layers = layers or depth
+        shapes = {
+            "qkv": ((heads_q + 2 * heads_kv) * head_dim, hidden),
+            "o": (hidden, self.q_width),
+            "gate_up": (2 * mlp, hidden),
+            "down": (hidden, mlp),
+            "lm_head": (vocab, hidden),
+        }
+        self.weights = {op: [self._random(op, shapes[op]) for _ in range(self.layers)] for op in OPS[:-1]}
+        self.weights["lm_head"] = [self._random("lm_head", shapes["lm_head"])]
+        self.diff = {op: [self._random(op, shapes[op]) for _ in range(self.layers)] for op in ("qkv", "o") if diff}
+        self.shapes = shapes
+
+    def _random(self, op: str, shape) -> PackedWeight:
+        weight = torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(0, shape[1] ** -0.5)
+        return pack(weight, gate_up=op == "gate_up")
+
+    def rows(self, num_rows: int) -> None:
+        def empty(*shape, dtype=torch.bfloat16):
+            return torch.empty(shape, dtype=dtype, device=self.device)
+
+        head = self.weights["lm_head"][0]
+        self.num_rows = num_rows
+        self.x = empty(num_rows, self.hidden).normal_()
+        self.qkv, self.act = empty(num_rows, self.shapes["qkv"][0]), empty(num_rows, self.mlp)
+        self.best = tuple(empty(num_rows, head.num_partials, dtype=t) for t in (torch.float32, torch.int32))
+        self.wide = empty(num_rows, 2 * self.mlp)
+        self.logits = None
+        self.workspace = None
+        if self.device.type == "cuda":
+            need = dispatch.native().cuda.row_linear_workspace
+            size = max(need(num_rows, k, n) for n, k in self.shapes.values())
+            self.workspace = torch.zeros(size, dtype=torch.uint8, device=self.device)
+
+    def run(self, op: str, layer: int) -> None:
+        weight = self.weights[op][layer]
+        inputs = {"o": self.qkv[:, : self.q_width], "down": self.act}.get(op, self.x)
+        out = {"qkv": self.qkv, "gate_up": self.act, "lm_head": self.best}.get(op, self.x)
+        views = dict(weight_diff=self.diff[op][layer], num_rows_ar=self.num_rows // 2) if op in self.diff else {}
+        residual = self.x if EPILOGUES[op] == "residual" else None
+        ops.row_linear(inputs, weight, out, residual=residual, epilogue=EPILOGUES[op], workspace=self.workspace, **views)
+
+    def run_mm(self, op: str, layer: int) -> None:
+        """The same product by torch, epilogue left out, over the packed bytes read as a plain matrix."""
+        n, k = self.shapes[op]
+        weight = self.weights[op][layer].data.view(-1, k)[:n]
+        inputs = {"o": self.qkv[:, : self.q_width], "down": self.act}.get(op, self.x)
+        if op == "lm_head":
+            if self.logits is None:
+                self.logits = torch.empty(self.num_rows, n, dtype=torch.bfloat16, device=self.device)
+            torch.mm(inputs, weight.T, out=self.logits)
+        else:
+            torch.mm(inputs, weight.T, out={"qkv": self.qkv, "gate_up": self.wide}.get(op, self.x))
+
+    def run_all(self, launch) -> None:
+        for layer in range(self.layers):
+            for op in OPS[:-1]:
+                launch(op, layer)
+        launch("lm_head", 0)
+
+    def nbytes(self, op: str) -> int:
+        extra = self.diff[op][0].nbytes if op in self.diff and self.num_rows > 1 else 0
+        return self.weights[op][0].nbytes + extra
+
+    def max_error(self, op: str) -> float:
+        """Largest error against float64, over the largest value; 0.004 is a bf16 rounding."""
+        n, k = self.shapes[op]
+        x = torch.randn(min(self.num_rows, 64), k, device=self.device).bfloat16()
+        plain = torch.randn(256, k, device=self.device).bfloat16()
+        out = torch.empty(x.shape[0], 256, dtype=torch.bfloat16, device=self.device)
+        ops.row_linear(x, pack(plain), out, workspace=self.workspace)
+        want = x.double() @ plain.double().T
+        return float((out.double() - want).abs().max() / want.abs().max())
+
+
+def loop(chain: Chain, op: str, seconds: float) -> None:
+    """One op over and over under an NVTX range, for ncu or nsys."""
+    depth = len(chain.weights[op])
+    with torch.cuda.nvtx.range(f"row_linear/{op}"):
+        for i in range(max(depth, int(seconds * 1e4))):
+            chain.run(op, i % depth)
+    torch.cuda.synchronize()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="8b", choices=MODELS)
+    parser.add_argument("--rows", default="1,16,32,64,128,160")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--diff", action="store_true", help="half of the rows use the diffusion view's qkv and o")
+    parser.add_argument("--no-baseline", action="store_true")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--loop", choices=OPS, help="run this op in a loop, for a profiler")
+    parser.add_argument("--out", help="folder for the JSON and the table")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    chain = Chain(args.model, device, args.layers, args.diff)
+    row_counts = [int(r) for r in args.rows.split(",")]
+    if args.loop:
+        chain.rows(row_counts[0])
+        loop(chain, args.loop, 0.1)
+        return 0
+    bandwidth = read_bandwidth(device)
+    results = []
+    for num_rows in row_counts:
+        chain.rows(num_rows)
+
+        def add(op, run, run_mm, nbytes, flops, count, error):
+            took = measure(graphed(run, device), device, repeats=args.repeats)  # noqa: B023
+            base = None if args.no_baseline else measure(graphed(run_mm, device), device, repeats=args.repeats)["p50"]
+            us = took["p50"] / count
+            results.append({
+                "op": op, "impl": chain.weights["qkv"][0].impl, "rows": num_rows, "dtype": "bf16",  # noqa: B023
+                "us p50": us, "us p20": took["p20"] / count, "us p80": took["p80"] / count,
+                "GB/s": nbytes / count / us * 1e-3, "share of read bandwidth": nbytes / count / us * 1e-3 / bandwidth,
+                "TFLOP/s": flops / count / us * 1e-6, "torch.mm us": base and base / count,
+                "torch.mm / own": base and base / took["p50"], "max error": error,
+            })  # fmt: skip
+
+        for op in OPS:
+            depth = len(chain.weights[op])
+            n, k = chain.shapes[op]
+            add(
+                op,
+                lambda op=op, depth=depth: [chain.run(op, i) for i in range(depth)],
+                lambda op=op, depth=depth: [chain.run_mm(op, i) for i in range(depth)],
+                chain.nbytes(op) * depth, 2 * num_rows * n * k * depth, depth, chain.max_error(op),
+            )  # fmt: skip
+        total = sum(chain.nbytes(op) * len(chain.weights[op]) for op in OPS)
+        flops = sum(2 * num_rows * n * k * len(chain.weights[op]) for op, (n, k) in chain.shapes.items())
+        add("chain", lambda: chain.run_all(chain.run), lambda: chain.run_all(chain.run_mm), total, flops, 1, None)
+    facts = header(device) | {"measured read GB/s": bandwidth, "model": args.model, "layers": chain.layers}
+    report(f"row_linear_{args.model}{'_diff' if args.diff else ''}_{device.type}", facts, results, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
