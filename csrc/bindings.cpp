@@ -106,6 +106,7 @@ struct Recording {
 void bind_cpu(py::module_ m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("isa", &cpu::isa);
+  m.def("set_isa", &cpu::set_isa);
   m.def("set_num_threads", &cpu::set_num_threads);
   m.def("row_linear", &cpu::row_linear, release);
   m.def("qkv_commit", &cpu::qkv_commit, release);

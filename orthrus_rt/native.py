@@ -133,6 +133,8 @@ def qkv_commit(qkv, rows, cos_sin, norms, eps, k_pages, v_pages, page_table, scr
 def dual_attn(
     q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softmax_scale, out, *, max_seq_len, workspace=None
 ):
+    if q.device.type == "cpu" and (q.shape[2] % 16 or q.shape[2] > 256):
+        raise ValueError(f"dual_attn: head_dim must be a multiple of 16 up to 256 on the CPU, got {q.shape[2]}")
     params = dispatch.native().DualAttnParams(
         q=ptr(q),
         scratch_k=ptr(scratch_k),

@@ -1,5 +1,8 @@
 // Picks the instruction-set variant once, and routes each op to it or to the recording tape.
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -17,33 +20,40 @@ struct Choice {
   const Variant* variant;
 };
 
-Choice choose() {
-  const Choice choices[] = {
+const Choice kChoices[] = {
 #if defined(ORTHRUS_HAS_avx512_bf16)
-      {"avx512_bf16",
-       __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-       &avx512_bf16::kVariant},
+    {"avx512_bf16",
+     __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+     &avx512_bf16::kVariant},
 #endif
 #if defined(ORTHRUS_HAS_avx2)
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2::kVariant},
+    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2::kVariant},
 #endif
-      {"portable", true, &portable::kVariant},
-  };
-  const char* wanted = std::getenv("ORTHRUS_CPU_ISA");
-  for (const Choice& c : choices) {
-    if (wanted && *wanted ? c.name == std::string(wanted) : c.supported) {
-      if (c.supported) return c;
-      throw std::runtime_error(std::string("ORTHRUS_CPU_ISA: this CPU has no ") + c.name);
-    }
+    {"portable", true, &portable::kVariant},
+};
+
+const Choice* find(const std::string& name) {
+  for (const Choice& c : kChoices) {
+    if (c.name != name) continue;
+    if (!c.supported) throw std::runtime_error("ORTHRUS_CPU_ISA: this CPU has no " + name);
+    return &c;
   }
-  throw std::runtime_error(std::string("ORTHRUS_CPU_ISA: must be avx512_bf16, avx2 or portable, got ") + wanted);
+  throw std::runtime_error("ORTHRUS_CPU_ISA: must be avx512_bf16, avx2 or portable, got " + name);
 }
 
-const Choice& chosen() {
-  static const Choice choice = choose();
+const Choice* choose() {
+  const char* wanted = std::getenv("ORTHRUS_CPU_ISA");
+  if (wanted && *wanted) return find(wanted);
+  return std::find_if(std::begin(kChoices), std::end(kChoices), [](const Choice& c) { return c.supported; });
+}
+
+std::atomic<const Choice*>& chosen() {
+  static std::atomic<const Choice*> choice{choose()};
   return choice;
 }
+
+const Variant& variant() { return *chosen().load(std::memory_order_relaxed)->variant; }
 
 template <typename Params, typename Run>
 void record_or(const Params& p, Run run) {
@@ -56,13 +66,14 @@ void record_or(const Params& p, Run run) {
 
 }  // namespace
 
-const char* isa() { return chosen().name; }
+const char* isa() { return chosen().load()->name; }
+void set_isa(const char* name) { chosen() = find(name); }
 
-void row_linear(const RowLinearParams& p) { record_or(p, chosen().variant->row_linear); }
-void qkv_commit(const QkvCommitParams& p) { record_or(p, chosen().variant->qkv_commit); }
-void dual_attn(const DualAttnParams& p) { record_or(p, chosen().variant->dual_attn); }
+void row_linear(const RowLinearParams& p) { record_or(p, variant().row_linear); }
+void qkv_commit(const QkvCommitParams& p) { record_or(p, variant().qkv_commit); }
+void dual_attn(const DualAttnParams& p) { record_or(p, variant().dual_attn); }
 void consensus(const ConsensusParams& p) { record_or(p, run_consensus); }
-void rms_norm(const RmsNormParams& p) { record_or(p, chosen().variant->rms_norm); }
-void embed(const EmbedParams& p) { record_or(p, chosen().variant->embed); }
+void rms_norm(const RmsNormParams& p) { record_or(p, variant().rms_norm); }
+void embed(const EmbedParams& p) { record_or(p, variant().embed); }
 
 }  // namespace orthrus::cpu

@@ -1,0 +1,128 @@
+"""row_linear on the CPU: the float64 product, its epilogues, and the same bits for any number of rows."""
+
+import pytest
+import torch
+
+from orthrus_rt import ops, weights
+from tests.native_cpu import assert_rounded, poison, randn, threads
+
+SHAPES = [(1, 1), (16, 2), (33, 7), (96, 64), (200, 130), (1100, 33)]  # out_features, in_features
+ROWS = (1, 2, 3, 11, 12, 13, 25, 128)
+
+
+def product(x, w):
+    """float64 logits and the rounding error that fp32 accumulation in any order may leave."""
+    exact = x.double() @ w.double().T
+    return exact, (x.double().abs() @ w.double().abs().T) * (x.shape[1] + 4) * 2.0**-24
+
+
+def logits(x, packed, **kwargs):
+    out = poison(x.shape[0], packed.out_features, dtype=torch.float32)
+    ops.row_linear(x, packed, out, epilogue="logits", **kwargs)
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_product_and_epilogues(isa, shape):
+    w = randn(*shape, seed=1)
+    packed = weights.pack(w, impl="cpu")
+    for n in ROWS:
+        x = randn(n, shape[1], seed=n)
+        exact, bound = product(x, w)
+        got = logits(x, packed)
+        assert bool(((got.double() - exact).abs() <= bound).all())
+        plain = poison(n, shape[0])
+        ops.row_linear(x, packed, plain)
+        assert torch.equal(plain, got.bfloat16())
+        residual = randn(n, shape[0], seed=2)
+        inplace = residual.clone()
+        ops.row_linear(x, packed, inplace, residual=inplace, epilogue="residual")
+        assert torch.equal(inplace, (got + residual.float()).bfloat16())
+
+
+@pytest.mark.parametrize("width", [1, 16, 33, 100])
+def test_silu_mul(isa, width):
+    w = randn(2 * width, 48, seed=3)
+    packed = weights.pack(w, gate_up=True, impl="cpu")
+    gate_only, up_only = weights.pack(w[:width], impl="cpu"), weights.pack(w[width:], impl="cpu")
+    x = randn(13, 48, seed=4)
+    got = poison(13, width)
+    ops.row_linear(x, packed, got, epilogue="silu_mul")
+    gate, up = logits(x, gate_only).double(), logits(x, up_only).double()
+    assert_rounded(got, gate / (1 + torch.exp(-gate)) * up, slack=1e-6)
+
+
+def test_silu_mul_extremes(isa):
+    """Gates far out on both sides: x or 0, no overflow on the way; a NaN stays one."""
+    w = torch.zeros(2, 2).bfloat16()
+    w[0, 0] = w[1, 1] = 1.0
+    packed = weights.pack(w, gate_up=True, impl="cpu")
+    x = torch.tensor([[200.0, 2], [-200.0, 2], [-85.0, 1], [torch.nan, 1], [0.0, 3]]).bfloat16()
+    got = poison(5, 1)
+    ops.row_linear(x, packed, got, epilogue="silu_mul")
+    assert got[0] == 400 and abs(float(got[1])) < 1e-30 and abs(float(got[2])) < 1e-30
+    assert bool(got[3].isnan()) and got[4] == 0
+
+
+@pytest.mark.parametrize("vocab", [3, 512, 513, 1500])
+def test_argmax_is_the_argmax_of_the_logits(isa, vocab):
+    w = randn(vocab, 32, seed=5)
+    w[vocab // 2 :] = w[: vocab - vocab // 2].clone()  # every maximum is tied with a later id
+    packed = weights.pack(w, impl="cpu")
+    assert packed.num_partials == -(-vocab // 512)
+    for n in (1, 16, 40):
+        x = randn(n, 32, seed=n)
+        x[n // 2] = 0  # all logits tied
+        value = poison(n, packed.num_partials, dtype=torch.float32)
+        index = torch.full((n, packed.num_partials), -7, dtype=torch.int32)
+        ops.row_linear(x, packed, (value, index), epilogue="argmax")
+        full = logits(x, packed)
+        for r in range(n):
+            for t, part in enumerate(full[r].split(512)):
+                assert value[r, t] == part.max()
+                assert index[r, t] == t * 512 + int((part == part.max()).nonzero()[0])
+
+
+def test_argmax_of_nan(isa):
+    """NaN never wins; a tile of nothing else yields -inf and a valid id."""
+    w = torch.zeros(600, 2).bfloat16()
+    w[:, 0] = 1
+    w[5, 1], w[512:, 1] = torch.nan, torch.nan
+    packed = weights.pack(w, impl="cpu")
+    value, index = torch.zeros(1, 2), torch.zeros(1, 2).int()
+    ops.row_linear(torch.tensor([[-3.0, 1.0]]).bfloat16(), packed, (value, index), epilogue="argmax")
+    assert value.tolist() == [[-3.0, -torch.inf]] and index.tolist() == [[0, 512]]
+
+
+def test_two_views_in_one_launch(isa):
+    w, w_diff = randn(70, 34, seed=6), randn(70, 34, seed=7)
+    packed, packed_diff = weights.pack(w, impl="cpu"), weights.pack(w_diff, impl="cpu")
+    x = randn(20, 34, seed=8)
+    for split in (0, 1, 7, 20):
+        got = logits(x, packed, weight_diff=packed_diff, num_rows_ar=split)
+        assert torch.equal(got[:split], logits(x[:split], packed))
+        assert torch.equal(got[split:], logits(x[split:], packed_diff))
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (576, 1536), (513, 31)], ids=str)
+def test_row_invariance(isa, shape):
+    """A row's bits: alone, among 16 and 1000 rows (one of them NaN), in any order, strided, on any thread count."""
+    packed = weights.pack(randn(*shape, seed=9, scale=0.1), impl="cpu")
+    x = randn(1000, shape[1], seed=10)
+    x[3] = torch.nan
+    everything = logits(x, packed)
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    for count in (1, 2, 3):
+        with threads(count):
+            assert torch.equal(logits(x, packed).nan_to_num(7.0), everything.nan_to_num(7.0))
+            assert torch.equal(logits(x[order], packed).nan_to_num(7.0), everything[order].nan_to_num(7.0))
+            for n in (1, 5, 16, 128):
+                assert torch.equal(logits(x[40 : 40 + n], packed), everything[40 : 40 + n])
+    wide = poison(16, shape[1] + 9)
+    wide[:, : shape[1]] = x[40:56]
+    assert torch.equal(logits(wide[:, : shape[1]], packed), everything[40:56])
+
+
+def test_no_rows(isa):
+    packed = weights.pack(randn(40, 8), impl="cpu")
+    assert logits(randn(0, 8), packed).shape == (0, 40)

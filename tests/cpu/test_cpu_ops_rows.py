@@ -1,0 +1,152 @@
+"""embed, rms_norm, qkv_commit and consensus on the CPU against float64 and the oracle."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as hs
+
+from orthrus_rt import native, ops, reference
+from orthrus_rt import state as st
+from orthrus_rt.plan import empty_rows
+from tests.native_cpu import assert_rounded, make_rows, poison, randn, threads
+
+
+def test_embed(isa):
+    table = randn(50, 33)
+    token = torch.tensor([0, 49, 7, 7] * 20, dtype=torch.int32)
+    out = poison(80, 33)
+    ops.embed(token, table, out)
+    assert torch.equal(out, table[token.long()])
+    ops.embed(token[:0], table, out[:0])
+
+
+@pytest.mark.parametrize("hidden", [1, 16, 33, 576])
+def test_rms_norm(isa, hidden):
+    x = randn(200, hidden)
+    x[5] = 0
+    x[6] = torch.nan
+    weight = torch.rand(hidden) + 0.5
+    index = torch.randperm(200, generator=torch.Generator().manual_seed(0)).int()
+    out, picked, one = poison(200, hidden), poison(200, hidden), poison(1, hidden)
+    ops.rms_norm(x, weight, 1e-5, out)
+    exact = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-5) * weight.double()
+    keep = torch.arange(200) != 6
+    assert_rounded(out[keep], exact[keep])
+    assert bool(out[6].isnan().all())
+    for count in (1, 2):
+        with threads(count):
+            ops.rms_norm(x, weight, 1e-5, picked, index)
+            assert torch.equal(picked.nan_to_num(9.0), out[index.long()].nan_to_num(9.0))
+    ops.rms_norm(x[17:18], weight, 1e-5, one)
+    assert torch.equal(one[0], out[17])
+
+
+# Slot 0 crosses a page, slot 1 starts one, slot 2 is padding; then two blocks, the second with an invalid last row.
+GROUPS = [
+    (0, [(62 + i, 63 + i) for i in range(4)]),
+    (1, [(0, 1)]),
+    (2, [(-1, 0)]),
+    (0, [(66 + i, 66) for i in range(3)]),
+    (1, [(1, 1), (-1, 0)]),
+]
+TABLE = torch.tensor([[3, 5], [7, 0], [0, 0]], dtype=torch.int32)
+
+
+def commit(qkv, rows, cos_sin, norms, heads_q, heads_kv, head_dim):
+    k_pages, v_pages = poison(9, heads_kv, 64, head_dim), poison(9, heads_kv, 64, head_dim)
+    sk, sv = poison(rows.num_rows_diff, heads_kv, head_dim), poison(rows.num_rows_diff, heads_kv, head_dim)
+    q_out = poison(rows.num_rows, heads_q, head_dim)
+    ops.qkv_commit(qkv, rows, cos_sin, norms, 1e-6, k_pages, v_pages, TABLE, sk, sv, q_out)
+    return q_out, k_pages, v_pages, sk, sv
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(("heads_q", "heads_kv", "head_dim"), [(9, 3, 64), (4, 2, 128), (2, 1, 16), (1, 1, 6)])
+def test_qkv_commit(isa, qk_norm, heads_q, heads_kv, head_dim):
+    rows = make_rows(GROUPS, 3)
+    qkv = randn(rows.num_rows, (heads_q + 2 * heads_kv) * head_dim)
+    angle = torch.rand(128, head_dim // 2) * 6
+    cos_sin = torch.cat([angle.cos(), angle.sin()], dim=-1)
+    norms = tuple(torch.rand(head_dim) + 0.5 for _ in range(4)) if qk_norm else None
+    q_out, k_pages, v_pages, sk, sv = commit(qkv, rows, cos_sin, norms, heads_q, heads_kv, head_dim)
+
+    x = qkv.view(rows.num_rows, -1, head_dim).double()
+    qk, v = x[:, : heads_q + heads_kv], qkv.view(rows.num_rows, -1, head_dim)[:, heads_q + heads_kv :]
+    if qk_norm:
+        qk = qk * torch.rsqrt(qk.pow(2).mean(-1, keepdim=True) + 1e-6)
+        for r in range(rows.num_rows):
+            q_norm, k_norm = norms[:2] if r < rows.num_rows_ar else norms[2:]
+            qk[r, :heads_q] *= q_norm
+            qk[r, heads_q:] *= k_norm
+    cos, sin = cos_sin[rows.position.clamp(min=0).long(), None].double().chunk(2, dim=-1)
+    lo, hi = qk.chunk(2, dim=-1)
+    want = torch.cat([lo * cos - hi * sin, hi * cos + lo * sin], dim=-1)
+    slack = 1e-6 * float(want.abs().max())  # a difference of products may cancel
+    assert_rounded(q_out, want[:, :heads_q], slack)
+    assert_rounded(sk, want[rows.num_rows_ar :, heads_q:], slack)
+    assert torch.equal(sv, v[rows.num_rows_ar :])
+    written = torch.zeros(9, 64, dtype=torch.bool)
+    for r in range(rows.num_rows_ar):
+        position, seq = int(rows.position[r]), int(rows.seq[r])
+        if position >= 0:
+            page, slot = int(TABLE[seq, position // 64]), position % 64
+            written[page, slot] = True
+            assert_rounded(k_pages[page, :, slot], want[r, heads_q:], slack)
+            assert torch.equal(v_pages[page, :, slot], v[r])
+    untouched = ~written
+    untouched[0] = False  # the sink takes the padding rows
+    for pages in (k_pages, v_pages):
+        assert bool(pages.transpose(1, 2)[untouched].isnan().all())
+
+
+def test_qkv_commit_row_invariance(isa):
+    """128 AR rows at once, on one thread or two, write the same bits as one row at a time."""
+    qkv = randn(128, 5 * 64)
+    cos_sin = torch.rand(128, 64)
+    norms = tuple(torch.rand(64) + 0.5 for _ in range(4))
+    rows = make_rows([(0, [(i, i + 1) for i in range(128)])], 1)
+    whole = commit(qkv, rows, cos_sin, norms, 3, 1, 64)
+    for count in (1, 2):
+        with threads(count):
+            again = commit(qkv, rows, cos_sin, norms, 3, 1, 64)
+        assert all(torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(whole, again, strict=True))
+    for i in (0, 63, 64, 127):
+        one = commit(qkv[i : i + 1], make_rows([(0, [(i, i + 1)])], 1), cos_sin, norms, 3, 1, 64)
+        page = int(TABLE[0, i // 64])
+        assert torch.equal(one[0][0], whole[0][i])
+        assert torch.equal(one[1][page, :, i % 64], whole[1][page, :, i % 64])
+
+
+@settings(max_examples=300, deadline=None)
+@given(hs.data())
+def test_consensus_equals_the_oracle(data):
+    k, slots, partials = data.draw(hs.integers(1, 5)), data.draw(hs.integers(1, 3)), data.draw(hs.integers(1, 3))
+    step = data.draw(hs.sampled_from([st.STEP_DRAFT, st.STEP_VERIFY]))
+    next_pass = data.draw(hs.sampled_from([st.NEXT_NONE, st.NEXT_DRAFT, st.NEXT_VERIFY, st.NEXT_AR]))
+    state = st.SlotState.allocate(slots, k, 7, 2, "cpu")
+    for s in range(slots):
+        n = data.draw(hs.integers(0, 6))
+        state.cache_seqlens[s] = n
+        state.limit[s] = n + data.draw(hs.integers(1, 7))
+        state.num_drafts[s] = data.draw(hs.integers(0, k - 1))
+        state.block_tokens[s] = torch.tensor(data.draw(hs.lists(hs.integers(0, 2), min_size=k, max_size=k))).int()
+        state.stop_ids[s, 0] = data.draw(hs.integers(-1, 3))
+        state.finish[s] = data.draw(hs.sampled_from([st.EMPTY, st.RUNNING, st.RUNNING, st.STOP]))
+        state.num_output[s] = data.draw(hs.integers(0, 20))
+    per_slot = k - 1 if step == st.STEP_DRAFT else k
+    shape = (slots * per_slot, partials)
+    count = shape[0] * partials
+    value = torch.tensor(data.draw(hs.lists(hs.sampled_from([0.0, 1.0, -torch.inf]), min_size=count, max_size=count)))
+    index = torch.tensor(data.draw(hs.lists(hs.integers(0, 3), min_size=count, max_size=count)), dtype=torch.int32)
+    given_partials = (value.float().view(shape), index.view(shape))
+    rows = empty_rows(0, 0, slots, 1 if next_pass == st.NEXT_AR else k, "cpu")
+    expected_state, expected_rows = copy.deepcopy(state), copy.deepcopy(rows)
+    reference.consensus(expected_state, given_partials, step, next_pass, expected_rows, 9)
+    native.consensus(state, given_partials, step, next_pass, rows, 9)
+    for got, want in ((state, expected_state), (rows, expected_rows)):
+        for field in dataclasses.fields(got):
+            a, b = getattr(got, field.name), getattr(want, field.name)
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name

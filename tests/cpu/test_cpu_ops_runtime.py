@@ -1,0 +1,124 @@
+"""The machinery under the CPU ops: the tape, threads, forks and the choice of the ISA variant."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch, ops, weights
+from tests.native_cpu import make_rows, poison, randn, threads
+
+
+class Layer:
+    """One layer's ops over fixed buffers: 20 AR rows of slot 0, a block of 4 rows of slot 1."""
+
+    def __init__(self):
+        self.rows = make_rows([(0, [(p, p + 1) for p in range(60, 80)]), (1, [(p, 5) for p in range(5, 9)])], 1)
+        n = self.rows.num_rows
+        self.rows.token.copy_(torch.arange(n))
+        self.table = randn(40, 64, seed=1)
+        self.norm = torch.rand(64, generator=torch.Generator().manual_seed(2))
+        self.cos_sin = torch.rand(128, 32, generator=torch.Generator().manual_seed(3))
+        self.qkv_weight = weights.pack(randn(4 * 32, 64, seed=4, scale=0.1), impl="cpu")
+        self.head = weights.pack(randn(40, 64, seed=5), impl="cpu")
+        self.pages = randn(2, 5, 1, 64, 32, seed=6)
+        self.page_table = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)
+        self.hidden, self.normed = poison(n, 64), poison(n, 64)
+        self.qkv, self.q, self.attn = poison(n, 128), poison(n, 2, 32), poison(n, 2, 32)
+        self.sk, self.sv = poison(4, 1, 32), poison(4, 1, 32)
+        self.logits = poison(n, 40, dtype=torch.float32)
+
+    def run(self):
+        cache = (*self.pages, self.page_table, self.sk, self.sv)
+        ops.embed(self.rows.token, self.table, self.hidden)
+        ops.rms_norm(self.hidden, self.norm, 1e-5, self.normed)
+        ops.row_linear(self.normed, self.qkv_weight, self.qkv)
+        ops.qkv_commit(self.qkv, self.rows, self.cos_sin, None, 1e-5, *cache, self.q)
+        ops.dual_attn(self.q, *cache, self.rows, 32**-0.5, self.attn, max_seq_len=128)
+        flat = self.attn.view(self.rows.num_rows, 64)
+        ops.row_linear(flat, self.head, self.logits, epilogue="logits")
+
+
+def test_tape_replays_what_eager_runs(isa):
+    """Recording runs nothing; a replay reads what the pointers hold by then and gives eager's bits."""
+    eager, taped = Layer(), Layer()
+    tape = dispatch.native().cpu.Tape()
+    with tape.record():
+        taped.run()
+    assert len(tape) == 6
+    assert bool(taped.logits.isnan().all())
+    for shift in range(3):
+        for layer in (eager, taped):
+            layer.rows.token.copy_((torch.arange(24) + shift) % 40)
+        eager.run()
+        tape.replay()
+        assert torch.equal(taped.logits, eager.logits)
+        assert torch.equal(taped.pages, eager.pages)
+
+
+def test_tape_misuse():
+    cpu = dispatch.native().cpu
+    tape = cpu.Tape()
+    with tape.record():
+        with pytest.raises(RuntimeError, match="another tape is recording"), cpu.Tape().record():
+            pass
+        with pytest.raises(RuntimeError, match="a tape is recording"):
+            tape.replay()
+    with pytest.raises(KeyError), tape.record():
+        raise KeyError
+    tape.replay()
+    assert len(tape) == 0
+
+
+def test_threads_of_python_share_the_pool():
+    """Four Python threads inside ops at once: each gets the bits it gets alone."""
+    want = Layer()
+    want.run()
+    layers = [Layer() for _ in range(4)]
+
+    def work(layer):
+        for _ in range(50):
+            layer.run()
+
+    with threads(2):
+        workers = [threading.Thread(target=work, args=(layer,)) for layer in layers]
+        for w in workers:
+            w.start()
+        for w in workers:
+            w.join()
+    assert all(torch.equal(layer.logits, want.logits) for layer in layers)
+
+
+def test_ops_run_in_a_forked_child():
+    """The pool's threads do not survive a fork: the child starts its own."""
+    code = """
+import os
+from tests.cpu.test_cpu_ops_runtime import Layer
+from tests.native_cpu import threads
+import torch
+with threads(2):
+    layer, child = Layer(), Layer()
+    layer.run()
+    if (pid := os.fork()) == 0:
+        child.run()
+        os._exit(0 if torch.equal(child.logits, layer.logits) else 3)
+    assert os.waitpid(pid, 0)[1] == 0
+    child.run()
+"""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)
+
+
+def isa_of(**env):
+    code = "from orthrus_rt import _native; print(_native.cpu.isa())"
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True)
+
+
+def test_isa_override():
+    assert isa_of(ORTHRUS_CPU_ISA="portable").stdout == "portable\n"
+    wrong = isa_of(ORTHRUS_CPU_ISA="sse9")
+    assert wrong.returncode
+    assert "ORTHRUS_CPU_ISA: must be avx512_bf16, avx2 or portable, got sse9" in wrong.stderr
