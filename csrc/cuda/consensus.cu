@@ -1,0 +1,149 @@
+// Choice, acceptance, stop, commit and staging of one cycle; contract in orthrus/params.h.
+//
+// One launch, one CTA a slot. Warps reduce the partial maxima of the slot's rows; one thread walks the
+// block in shared memory; all threads write the results. Integers only beside the comparisons, so
+// deterministic; graph-safe: limits, stop ids and lengths are read on the device. Reads 8 bytes a
+// partial; everything else is small.
+#include "orthrus/launch.cuh"
+#include "orthrus/ops.h"
+
+namespace orthrus::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxBlockLen = 256;
+
+// Id of the largest partial of one row, ties to the lowest id. NaN never wins. Warp-collective.
+__device__ int choose(const float* values, const int32_t* ids, int num_partials, int lane) {
+  if (!values) return ids[0];
+  float best = -INFINITY;
+  int best_id = INT32_MAX;
+  for (int i = lane; i < num_partials; i += 32) {
+    const float value = values[i];
+    const int id = ids[i];
+    if (value > best || (value == best && id < best_id)) {
+      best = value;
+      best_id = id;
+    }
+  }
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const float value = __shfl_xor_sync(~0u, best, mask);
+    const int id = __shfl_xor_sync(~0u, best_id, mask);
+    if (value > best || (value == best && id < best_id)) {
+      best = value;
+      best_id = id;
+    }
+  }
+  return best_id == INT32_MAX ? ids[0] : best_id;
+}
+
+struct Slot {
+  int32_t cached, limit, finish, num_drafts, num_output;
+  int32_t num_emitted;
+};
+
+// The walk of a verification: accepted prefix, then cut at the limit and at the first stop id.
+__device__ void accept(Slot& slot, int32_t* num_accepted, const int32_t* choices, const int32_t* drafts,
+                       const bool* is_stop, int num_choices) {
+  int accepted = 0;
+  while (accepted < slot.num_drafts && accepted < num_choices && drafts[accepted] == choices[accepted]) ++accepted;
+  int emitted = accepted + 1 < num_choices ? accepted + 1 : num_choices;
+  const int room = slot.limit - 1 - slot.cached;
+  if (emitted > room) emitted = room > 0 ? room : 0;
+  slot.finish = static_cast<int32_t>(slot.cached + 1 + emitted >= slot.limit ? FinishReason::kLength
+                                                                              : FinishReason::kRunning);
+  for (int i = 0; i < emitted; ++i) {
+    if (is_stop[i]) {
+      emitted = i + 1;
+      slot.finish = static_cast<int32_t>(FinishReason::kStop);
+    }
+  }
+  *num_accepted = accepted < emitted ? accepted : emitted;
+  slot.num_drafts = 0;
+  slot.num_emitted = emitted;
+}
+
+__global__ void __launch_bounds__(kThreads) consensus_kernel(const __grid_constant__ ConsensusParams p) {
+  __shared__ int32_t choices[kMaxBlockLen];
+  __shared__ int32_t tokens[kMaxBlockLen];  // the slot's block: t0, then the drafts
+  __shared__ bool is_stop[kMaxBlockLen];
+  __shared__ Slot slot;
+  pdl_wait();
+  pdl_launch_dependents();
+  const SlotState& state = p.state;
+  const int s = blockIdx.x, thread = threadIdx.x, block_len = state.block_len;
+  int32_t* const block_tokens = state.block_tokens + static_cast<int64_t>(s) * block_len;
+
+  for (int i = thread; i < block_len; i += kThreads) tokens[i] = block_tokens[i];
+  if (thread == 0) {
+    slot = {state.cache_seqlens[s], state.limit[s], state.finish[s], state.num_drafts[s], state.num_output[s], 0};
+  }
+  for (int i = thread / 32; i < p.rows_per_slot; i += kThreads / 32) {
+    const int64_t first = (static_cast<int64_t>(s) * p.rows_per_slot + i) * p.num_partials;
+    const float* values = p.partial_value ? p.partial_value + first : nullptr;
+    const int choice = choose(values, p.partial_id + first, p.num_partials, thread % 32);
+    bool stop = false;
+    for (int j = thread % 32; j < state.max_stop_ids; j += 32) {
+      const int id = state.stop_ids[static_cast<int64_t>(s) * state.max_stop_ids + j];
+      stop |= id >= 0 && id == choice;
+    }
+    stop = __any_sync(~0u, stop);
+    if (thread % 32 == 0) {
+      choices[i] = choice;
+      is_stop[i] = stop;
+    }
+  }
+  __syncthreads();
+
+  const bool was_running = slot.finish == static_cast<int32_t>(FinishReason::kRunning);
+  const bool verify = p.step == static_cast<int32_t>(ConsensusStep::kVerify);
+  __syncthreads();  // before the walk changes slot.finish
+  if (was_running && thread == 0) {
+    if (verify) {
+      accept(slot, &state.num_accepted[s], choices, tokens + 1, is_stop, p.rows_per_slot);
+      if (slot.num_emitted > 0) tokens[0] = choices[slot.num_emitted - 1];
+      state.cache_seqlens[s] = slot.cached += slot.num_emitted;
+      state.num_output[s] = slot.num_output + slot.num_emitted;
+      state.finish[s] = slot.finish;
+      block_tokens[0] = tokens[0];
+    } else {
+      const int room = slot.limit - 1 - slot.cached;
+      slot.num_drafts = room < p.rows_per_slot ? (room > 0 ? room : 0) : p.rows_per_slot;
+    }
+    state.num_drafts[s] = slot.num_drafts;
+  }
+  __syncthreads();
+  if (was_running && verify) {
+    int32_t* const output = state.output + static_cast<int64_t>(s) * state.output_capacity;
+    for (int i = thread; i < slot.num_emitted; i += kThreads)
+      output[(slot.num_output + i) % state.output_capacity] = choices[i];
+  } else if (was_running) {
+    for (int i = thread; i < slot.num_drafts; i += kThreads) tokens[1 + i] = block_tokens[1 + i] = choices[i];
+  }
+  if (p.next_pass == static_cast<int32_t>(NextPass::kNone)) return;
+  __syncthreads();
+
+  const bool running = slot.finish == static_cast<int32_t>(FinishReason::kRunning);
+  const bool draft = p.next_pass == static_cast<int32_t>(NextPass::kDraft);
+  const int count = p.next_pass == static_cast<int32_t>(NextPass::kAr) ? 1 : block_len;
+  for (int i = thread; i < count; i += kThreads) {
+    const int64_t row = static_cast<int64_t>(s) * count + i;
+    bool valid = running && slot.cached + i < slot.limit;
+    if (p.next_pass == static_cast<int32_t>(NextPass::kVerify)) valid = valid && i <= slot.num_drafts;
+    const int token = draft && i > 0 ? p.mask_token_id : tokens[i];
+    p.next_token[row] = valid ? token : 0;
+    p.next_position[row] = valid ? slot.cached + i : -1;
+    p.next_seq[row] = s;
+    p.next_prefix_len[row] = !valid ? 0 : draft ? slot.cached : slot.cached + i + 1;
+  }
+}
+
+}  // namespace
+
+int consensus(const ConsensusParams& p, void* stream) {
+  if (p.state.num_slots == 0) return cudaSuccess;
+  if (p.rows_per_slot > kMaxBlockLen || p.state.block_len > kMaxBlockLen) return cudaErrorInvalidValue;
+  return launch(consensus_kernel, p, dim3(p.state.num_slots), kThreads, 0, stream, device_info());
+}
+
+}  // namespace orthrus::cuda

@@ -1,0 +1,95 @@
+// Mixed-mask attention over the paged cache and the diffusion blocks; contract in orthrus/params.h.
+//
+// Reads every visible key and value once per unit of 16, 64 or 128 (row, head) pairs; multiplies them
+// on the tensor cores (mma.sync, fp32 accumulation) with online softmax inside a split, and folds a
+// row's splits in ascending order. Three ways to the same bits: a CTA folds all splits of its unit in
+// registers (many units: prefill); or every split is a work item of its own and a second kernel folds
+// the partial results (few units: decoding); or a row has one split and nothing is folded.
+// Rounding points: probabilities to bf16 before the product with the values, the output to bf16.
+// Row-invariant, deterministic, graph-safe: the grid depends on host integers alone.
+#include "dual_attn_kernel.cuh"
+#include "orthrus/ops.h"
+
+namespace orthrus::cuda {
+namespace {
+
+// Splitting pays while a unit's work is worth more than the traffic of its partial results; up to this
+// many (unit, kv head) pairs per multiprocessor. Large units fill one multiprocessor each.
+constexpr int kSplitPairsPerSm = 4;
+constexpr int kMaxUnits = 1024;  // of a split launch: their table is in shared memory
+
+int64_t partial_heads(int num_rows, int num_heads_q, int max_seq_len) {
+  return static_cast<int64_t>(num_splits(max_seq_len) + 1) * num_rows * num_heads_q;
+}
+
+int64_t workspace_bytes(int num_rows, int num_heads_q, int head_dim, int max_seq_len) {
+  return partial_heads(num_rows, num_heads_q, max_seq_len) * (head_dim * sizeof(float) + sizeof(float2));
+}
+
+template <typename V>
+int launch_split(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
+  const int smem = V::kSmemBytes + a.num_units * static_cast<int>(sizeof(Unit) + sizeof(int));
+  const int64_t items = static_cast<int64_t>(a.num_units) * a.p.kv.num_heads_kv * (a.num_splits + 1);
+  const int64_t resident = static_cast<int64_t>(device.num_sms) * max(1, device.smem_per_sm / (smem + 1024));
+  const int error = launch(dual_attn_split_kernel<V>, a, dim3(static_cast<unsigned>(min(items, resident))),
+                           V::kThreads, smem, stream, device);
+  if (error) return error;
+  const int64_t heads = static_cast<int64_t>(a.p.rows.num_rows) * a.p.num_heads_q;
+  return launch(dual_attn_merge_kernel<V::kHeadDim>, a, dim3(static_cast<unsigned>((heads + 3) / 4)), 128, 0, stream,
+                device);
+}
+
+// Units of 16 * kWarps rows, and whether each of their splits is worth a work item.
+void cut(DualAttnLaunch& a, int warps) {
+  const int tile_m = 16 * warps;
+  a.units_per_group = (a.p.rows.max_group_rows * a.heads_per_kv + tile_m - 1) / tile_m;
+  a.num_units = a.units_per_group * a.p.rows.num_groups;
+}
+
+template <int kHeadDim>
+int run(DualAttnLaunch a, void* stream) {
+  const DeviceInfo device = device_info();
+  const int tall = a.p.rows.max_group_rows * a.heads_per_kv;
+  const int warps = tall <= 16 ? 1 : tall <= 64 ? 4 : 8;
+  cut(a, warps);
+  const int64_t pairs = static_cast<int64_t>(a.num_units) * a.p.kv.num_heads_kv;
+  const bool enough = warps == 8 ? 4 * pairs >= 3 * device.num_sms : pairs >= kSplitPairsPerSm * device.num_sms;
+  const int64_t needed = workspace_bytes(a.p.rows.num_rows, a.p.num_heads_q, kHeadDim, a.p.max_seq_len);
+  if (enough || a.num_units > kMaxUnits || !a.p.workspace || a.p.workspace_bytes < needed) {
+    using V = Variant<kHeadDim, 8, true, 2>;
+    cut(a, V::kWarps);
+    return launch(dual_attn_fold_kernel<V>, a, dim3(a.num_units * a.p.kv.num_heads_kv), V::kThreads, V::kSmemBytes,
+                  stream, device);
+  }
+  a.partial = static_cast<float*>(a.p.workspace);
+  a.partial_state = reinterpret_cast<float2*>(
+      a.partial + partial_heads(a.p.rows.num_rows, a.p.num_heads_q, a.p.max_seq_len) * kHeadDim);
+  if (warps == 1) return launch_split<Variant<kHeadDim, 1, false, 2>>(a, stream, device);
+  if (warps == 4) return launch_split<Variant<kHeadDim, 4, false, 2>>(a, stream, device);
+  return launch_split<Variant<kHeadDim, 8, false, 2>>(a, stream, device);
+}
+
+}  // namespace
+
+// For any pass of up to max_rows rows in max_groups groups that splits; a pass that got less than it
+// needs folds in registers instead, with the same bits.
+int64_t dual_attn_workspace(int32_t max_rows, int32_t max_groups, int32_t num_heads_q, int32_t head_dim,
+                            int32_t max_seq_len) {
+  (void)max_groups;
+  return workspace_bytes(min(max_rows, 512), num_heads_q, head_dim, max_seq_len);
+}
+
+int dual_attn(const DualAttnParams& p, void* stream) {
+  if (p.rows.num_rows == 0 || p.rows.num_groups == 0) return cudaSuccess;
+  if (p.kv.page_size != kTileKv) return cudaErrorInvalidValue;
+  DualAttnLaunch a{};
+  a.p = p;
+  a.num_splits = num_splits(p.max_seq_len);
+  a.heads_per_kv = p.num_heads_q / p.kv.num_heads_kv;
+  a.scale_log2 = p.softmax_scale * 1.4426950408889634f;
+  if (p.kv.head_dim == 64) return run<64>(a, stream);
+  if (p.kv.head_dim == 128) return run<128>(a, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace orthrus::cuda

@@ -1,0 +1,364 @@
+// The attention kernel of dual_attn: one CTA works on a unit (see dual_attn_schedule.cuh) of one kv
+// head, 16 query rows a warp, over a run of tiles that all warps share.
+#pragma once
+#include "dual_attn_schedule.cuh"
+#include "dual_attn_tile.cuh"
+#include "orthrus/launch.cuh"
+
+namespace orthrus::cuda {
+
+struct DualAttnLaunch {
+  DualAttnParams p;
+  float* partial;        // [num_splits + 1, num_rows, num_heads_q, head_dim] unnormalised; last: own block
+  float2* partial_state;  // [num_splits + 1, num_rows, num_heads_q] (top, total) of RowState
+  int num_splits;        // of max_seq_len
+  int heads_per_kv;
+  int units_per_group;
+  int num_units;
+  float scale_log2;      // softmax_scale * log2(e)
+};
+
+// How many results (prefix splits and own block) the row's output is folded from.
+__device__ __forceinline__ int num_results(const Rows& rows, int row) {
+  const bool own = row >= rows.num_rows_ar && row_is_valid(rows.position[row]);
+  return num_splits(rows.prefix_len[row]) + own;
+}
+
+__device__ __forceinline__ float inverse_total(float total) { return total > 0.f ? __frcp_rn(total) : 0.f; }
+
+template <int kHeadDim_, int kWarps_, bool kFold_, int kStages_>
+struct Variant {
+  static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kStages = kStages_;
+  static constexpr bool kFold = kFold_;  // a CTA folds all splits of its unit; else one split a work item
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kTileM = 16 * kWarps;
+  static constexpr int kTileBytes = kTileKv * kHeadDim * 2;
+  static constexpr int kQueryBytes = kTileM * kHeadDim * 2;
+  static constexpr int kSmemBytes = kQueryBytes + kStages * 2 * kTileBytes;
+};
+
+template <typename V>
+class Attention {
+ public:
+  __device__ Attention(const DualAttnLaunch& a, char* smem) : a_(a), p_(a.p), smem_(smem_address(smem)) {}
+
+  // Warp-collective. The unit's rows are rows of a group x q heads of a kv head, flattened.
+  __device__ Unit read_unit(int u) const {
+    const Rows& rows = p_.rows;
+    const int group = u / a_.units_per_group, offset = u % a_.units_per_group * V::kTileM;
+    const int first = rows.group_start[group], num_rows = rows.group_start[group + 1] - first;
+    if (offset >= num_rows * a_.heads_per_kv) return {0, 0, 0, 0};
+    const int last = min(num_rows, (offset + V::kTileM - 1) / a_.heads_per_kv + 1);
+    int longest = 0;
+    for (int r = offset / a_.heads_per_kv + threadIdx.x % 32; r < last; r += 32)
+      longest = max(longest, rows.prefix_len[first + r]);
+    return {__reduce_max_sync(~0u, longest), first, rows.seq[first], num_rows};
+  }
+
+  __device__ bool has_block(int u) const { return u / a_.units_per_group >= p_.rows.num_groups_ar; }
+
+  // Attends over prefix tiles [first_tile, last_tile) and, if asked, the group's own block. Without
+  // kFold these belong to one split, whose result goes to `slot`.
+  __device__ void run(int u, const Unit& unit, int head, int first_tile, int last_tile, bool block, int slot) {
+    unit_ = unit;
+    head_ = head;
+    offset_ = u % a_.units_per_group * V::kTileM;
+    first_tile_ = first_tile;
+    num_prefix_ = last_tile - first_tile;
+    num_tiles_ = num_prefix_ + (block ? num_tiles(unit.num_rows) : 0);
+    if (num_prefix_ > 0) next_page_ = page_of(0);
+    read_rows();
+
+    __syncthreads();  // the previous item's last tile has been read
+    load_queries();
+#pragma unroll
+    for (int t = 0; t < V::kStages - 1; ++t) load_tile(t);
+
+    float mixed[V::kHeadDim / 8][4], folded[V::kFold ? V::kHeadDim / 8 : 1][4];
+    float folded_top[2] = {-INFINITY, -INFINITY}, folded_total[2] = {0.f, 0.f};
+    clear(mixed);
+    clear(folded);
+    RowState state = empty_state();
+
+    for (int t = 0; t < num_tiles_; ++t) {
+      copy_wait<2 * V::kStages - 3>();
+      __syncthreads();  // keys of tile t are there, and nobody reads tile t-1 any more
+      load_tile(t + V::kStages - 1);
+
+      const bool own = t >= num_prefix_;
+      int visible[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        visible[i] = own ? (valid_[i] ? kTileKv : 0) : prefix_len_[i] - (first_tile_ + t) * kTileKv;
+      const bool needed = __any_sync(~0u, visible[0] > 0 || visible[1] > 0);
+      const uint32_t k = stage(t), v = k + V::kTileBytes;
+      float scores[8][4], decay[2];
+      if (needed) {
+        score_tile<V::kTileM, V::kHeadDim>(scores, smem_, warp() * 16, k, lane());
+        const uint64_t keys = keys_of(t);
+        if (~keys || visible[0] < kTileKv || visible[1] < kTileKv) mask_tile(scores, visible, keys, lane());
+        softmax_tile(scores, state, decay, a_.scale_log2);
+      }
+      copy_wait<2 * V::kStages - 2>();
+      __syncthreads();  // values of tile t are there
+      if (needed) mix_tile<V::kHeadDim>(mixed, scores, decay, v, lane());
+
+      if constexpr (V::kFold) {
+        if (t + 1 == num_tiles_ || t + 1 == num_prefix_ ||
+            (!own && split_of_tile(first_tile_ + t + 1) != split_of_tile(first_tile_ + t))) {
+          reduce_totals(state);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const Fold step = fold_step(folded_top[i], state.top[i]);
+            folded_total[i] = fold(step, folded_total[i], state.total[i]);
+#pragma unroll
+            for (int j = 0; j < V::kHeadDim / 8; ++j) {
+#pragma unroll
+              for (int e = 2 * i; e < 2 * i + 2; ++e) folded[j][e] = fold(step, folded[j][e], mixed[j][e]);
+            }
+          }
+          clear(mixed);
+          state = empty_state();
+        }
+      }
+    }
+    copy_wait<0>();
+
+    if constexpr (V::kFold) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (row_[i] >= 0) write_output(folded, folded_total[i], i);
+      }
+    } else {
+      reduce_totals(state);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (row_[i] < 0 || !(block ? valid_[i] : prefix_len_[i] > first_tile_ * kTileKv)) continue;
+        if (num_results(p_.rows, row_[i]) == 1) {
+          write_output(mixed, state.total[i], i);
+        } else {
+          write_partial(mixed, state, i, slot);
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ static int lane() { return threadIdx.x % 32; }
+  __device__ static int warp() { return threadIdx.x / 32; }
+  __device__ uint32_t stage(int t) const {
+    return smem_ + V::kQueryBytes + t % V::kStages * (2 * V::kTileBytes);
+  }
+
+  template <int kN>
+  __device__ static void clear(float (&x)[kN][4]) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[j][e] = 0.f;
+    }
+  }
+
+  __device__ int page_of(int t) const {
+    return p_.kv.page_table[static_cast<int64_t>(unit_.seq) * p_.kv.max_pages + first_tile_ + t];
+  }
+
+  __device__ void read_rows() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int m = offset_ + warp() * 16 + lane() / 4 + 8 * i;
+      const int r = m / a_.heads_per_kv;
+      const bool exists = r < unit_.num_rows;
+      row_[i] = exists ? unit_.first_row + r : -1;
+      head_q_[i] = head_ * a_.heads_per_kv + m % a_.heads_per_kv;
+      prefix_len_[i] = exists ? p_.rows.prefix_len[row_[i]] : 0;
+      valid_[i] = exists && row_is_valid(p_.rows.position[row_[i]]);
+    }
+  }
+
+  __device__ void load_queries() const {
+    constexpr int kChunks = V::kHeadDim / 8;
+#pragma unroll 4
+    for (int c = threadIdx.x; c < V::kTileM * kChunks; c += V::kThreads) {
+      const int row = c / kChunks, chunk = c % kChunks;
+      const int m = offset_ + row, r = m / a_.heads_per_kv;
+      const bool exists = r < unit_.num_rows;
+      const int64_t head = static_cast<int64_t>(unit_.first_row + (exists ? r : 0)) * p_.num_heads_q +
+                           head_ * a_.heads_per_kv + m % a_.heads_per_kv;
+      copy_async(smem_ + tile_offset<V::kTileM>(row, chunk), p_.q + head * V::kHeadDim + chunk * 8, exists);
+    }
+  }
+
+  // Warp-collective: bit c says that key c of tile t exists. What lies behind the longest prefix is
+  // unused cache and may hold anything.
+  __device__ uint64_t keys_of(int t) const {
+    if (t < num_prefix_) {
+      const int n = unit_.longest - (first_tile_ + t) * kTileKv;
+      return n >= kTileKv ? ~0ull : n <= 0 ? 0ull : ~0ull >> (kTileKv - n);
+    }
+    uint64_t keys = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = (t - num_prefix_) * kTileKv + half * 32 + lane();
+      const bool exists = key < unit_.num_rows && sees_block(p_.rows.position[unit_.first_row + key]);
+      keys |= static_cast<uint64_t>(__ballot_sync(~0u, exists)) << (half * 32);
+    }
+    return keys;
+  }
+
+  // Starts the copies of tile t, keys and values as one group each; keys that do not exist become zeros.
+  __device__ void load_tile(int t) {
+    if (t >= num_tiles_) {
+      copy_commit();
+      copy_commit();
+      return;
+    }
+    const uint64_t keys = keys_of(t);
+    if (t < num_prefix_) {
+      const int64_t base =
+          (static_cast<int64_t>(next_page_) * p_.kv.num_heads_kv + head_) * (kTileKv * V::kHeadDim);
+      if (t + 1 < num_prefix_) next_page_ = page_of(t + 1);
+      load_rows(stage(t), p_.kv.k_pages + base, V::kHeadDim, keys);
+      load_rows(stage(t) + V::kTileBytes, p_.kv.v_pages + base, V::kHeadDim, keys);
+    } else {
+      const int64_t key = unit_.first_row - p_.rows.num_rows_ar + (t - num_prefix_) * kTileKv;
+      const int64_t base = (key * p_.kv.num_heads_kv + head_) * V::kHeadDim;
+      const int64_t stride = static_cast<int64_t>(p_.kv.num_heads_kv) * V::kHeadDim;
+      load_rows(stage(t), p_.scratch_k + base, stride, keys);
+      load_rows(stage(t) + V::kTileBytes, p_.scratch_v + base, stride, keys);
+    }
+  }
+
+  __device__ void load_rows(uint32_t dst, const bf16_t* src, int64_t stride, uint64_t keys) const {
+    constexpr int kChunks = V::kHeadDim / 8, kRowsAtOnce = V::kThreads / kChunks;
+    const int row0 = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+#pragma unroll 8
+    for (int row = row0; row < kTileKv; row += kRowsAtOnce) {
+      copy_async(dst + tile_offset<kTileKv>(row, chunk), src + row * stride + chunk * 8, keys >> row & 1);
+    }
+    copy_commit();
+  }
+
+  template <int kN>
+  __device__ void write_output(const float (&mixed)[kN][4], float total, int i) const {
+    const int64_t head = static_cast<int64_t>(row_[i]) * p_.num_heads_q + head_q_[i];
+    uint32_t* out = reinterpret_cast<uint32_t*>(p_.out + head * V::kHeadDim) + lane() % 4;
+    const float inverse = inverse_total(total);
+#pragma unroll
+    for (int j = 0; j < kN; ++j)
+      out[j * 4] = pack_bf16(__fmul_rn(mixed[j][2 * i], inverse), __fmul_rn(mixed[j][2 * i + 1], inverse));
+  }
+
+  template <int kN>
+  __device__ void write_partial(const float (&mixed)[kN][4], const RowState& state, int i, int slot) const {
+    const int64_t head =
+        (static_cast<int64_t>(slot) * p_.rows.num_rows + row_[i]) * p_.num_heads_q + head_q_[i];
+    float2* out = reinterpret_cast<float2*>(a_.partial + head * V::kHeadDim) + lane() % 4;
+#pragma unroll
+    for (int j = 0; j < kN; ++j) out[j * 4] = make_float2(mixed[j][2 * i], mixed[j][2 * i + 1]);
+    if (lane() % 4 == 0) a_.partial_state[head] = make_float2(state.top[i], state.total[i]);
+  }
+
+  const DualAttnLaunch& a_;
+  const DualAttnParams& p_;
+  uint32_t smem_;
+
+  Unit unit_;
+  int head_, offset_, first_tile_, num_prefix_, num_tiles_, next_page_;
+  // The two rows of this thread's fragments: -1 if there is none.
+  int row_[2], head_q_[2], prefix_len_[2];
+  bool valid_[2];
+};
+
+extern __shared__ __align__(1024) char dual_attn_smem[];
+
+// One CTA per (unit, kv head), heaviest first where prefixes grow along the rows.
+template <typename V>
+__global__ void __launch_bounds__(V::kThreads) dual_attn_fold_kernel(const __grid_constant__ DualAttnLaunch a) {
+  pdl_wait();
+  pdl_launch_dependents();
+  Attention<V> attention(a, dual_attn_smem);
+  const int u = a.num_units - 1 - blockIdx.x / a.p.kv.num_heads_kv, head = blockIdx.x % a.p.kv.num_heads_kv;
+  const Unit unit = attention.read_unit(u);
+  if (unit.num_rows == 0) return;
+  attention.run(u, unit, head, 0, num_tiles(unit.longest), attention.has_block(u), 0);
+}
+
+// A grid that fills the chip once and strides over the work items, which lengths on the device define.
+template <typename V>
+__global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __grid_constant__ DualAttnLaunch a) {
+  pdl_wait();
+  pdl_launch_dependents();
+  Attention<V> attention(a, dual_attn_smem);
+  Unit* units = reinterpret_cast<Unit*>(dual_attn_smem + V::kSmemBytes);
+  int* layers = reinterpret_cast<int*>(units + a.num_units);
+  for (int u = threadIdx.x / 32; u < a.num_units; u += V::kWarps) {
+    const Unit unit = attention.read_unit(u);
+    if (threadIdx.x % 32 == 0) {
+      units[u] = unit;
+      layers[u] = unit.num_rows == 0 ? 0 : num_splits(unit.longest) + attention.has_block(u);
+    }
+  }
+  __syncthreads();
+  int ranks = 0;
+  for (int u = threadIdx.x % 32; u < a.num_units; u += 32) ranks += layers[u];
+  ranks = __reduce_add_sync(~0u, ranks);
+
+  const int heads = a.p.kv.num_heads_kv;
+  for (int i = blockIdx.x; i < ranks * heads; i += gridDim.x) {
+    const Item item = find_item(i / heads, layers, a.num_units, a.num_splits + 1);
+    const Unit unit = units[item.unit];
+    const int split = item.layer - attention.has_block(item.unit);
+    if (split < 0) {
+      attention.run(item.unit, unit, i % heads, 0, 0, true, a.num_splits);
+    } else {
+      const int last = min(first_tile_of_split(split + 1), num_tiles(unit.longest));
+      attention.run(item.unit, unit, i % heads, first_tile_of_split(split), last, false, split);
+    }
+  }
+}
+
+// Folds the partial results of each (row, q head) in ascending order, the own block last; one warp each.
+template <int kHeadDim>
+__global__ void __launch_bounds__(128) dual_attn_merge_kernel(const __grid_constant__ DualAttnLaunch a) {
+  constexpr int kLaneDims = kHeadDim / 32, kAhead = 8;
+  pdl_wait();
+  pdl_launch_dependents();
+  const Rows& rows = a.p.rows;
+  const int heads = a.p.num_heads_q, lane = threadIdx.x % 32;
+  const int64_t head = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
+  if (head >= static_cast<int64_t>(rows.num_rows) * heads) return;
+  const int row = static_cast<int>(head / heads);
+  const int splits = num_splits(rows.prefix_len[row]), results = num_results(rows, row);
+  if (results == 1) return;  // written by the attention kernel
+
+  const int64_t slot_stride = static_cast<int64_t>(rows.num_rows) * heads;
+  float top = -INFINITY, total = 0.f, folded[kLaneDims] = {};
+  for (int first = 0; first < results; first += kAhead) {
+    float2 state[kAhead];
+    float part[kAhead][kLaneDims];
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) {
+      if (first + s >= results) break;
+      const int64_t at = (first + s < splits ? first + s : a.num_splits) * slot_stride + head;
+      state[s] = a.partial_state[at];
+#pragma unroll
+      for (int d = 0; d < kLaneDims; ++d) part[s][d] = a.partial[at * kHeadDim + lane * kLaneDims + d];
+    }
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) {
+      if (first + s >= results) break;
+      const Fold step = fold_step(top, state[s].x);
+      total = fold(step, total, state[s].y);
+#pragma unroll
+      for (int d = 0; d < kLaneDims; ++d) folded[d] = fold(step, folded[d], part[s][d]);
+    }
+  }
+  const float inverse = inverse_total(total);
+  uint32_t* out = reinterpret_cast<uint32_t*>(a.p.out + head * kHeadDim) + lane * kLaneDims / 2;
+#pragma unroll
+  for (int d = 0; d < kLaneDims / 2; ++d)
+    out[d] = pack_bf16(__fmul_rn(folded[2 * d], inverse), __fmul_rn(folded[2 * d + 1], inverse));
+}
+
+}  // namespace orthrus::cuda

@@ -1,0 +1,90 @@
+// How dual_attn cuts its work: splits of the KV axis at fixed absolute positions (part of the
+// numerics: a row's result is the ascending fold of its splits), and the list of work items.
+#pragma once
+#include "orthrus/rows.h"
+
+namespace orthrus::cuda {
+
+constexpr int kTileKv = 64;  // keys of one tile = positions of one page
+
+// Tiles per split: short splits early, so that a short context still spreads over the chip; long
+// ones later, so that partial results stay small beside the keys and values read.
+constexpr int kShortTiles = 2, kShortEnd = 16;
+constexpr int kMediumTiles = 4, kMediumEnd = 64;
+constexpr int kLongTiles = 8;
+constexpr int kShortSplits = kShortEnd / kShortTiles;
+constexpr int kMediumSplits = (kMediumEnd - kShortEnd) / kMediumTiles;
+
+ORTHRUS_HD int split_of_tile(int tile) {
+  if (tile < kShortEnd) return tile / kShortTiles;
+  if (tile < kMediumEnd) return kShortSplits + (tile - kShortEnd) / kMediumTiles;
+  return kShortSplits + kMediumSplits + (tile - kMediumEnd) / kLongTiles;
+}
+
+ORTHRUS_HD int first_tile_of_split(int split) {
+  if (split < kShortSplits) return split * kShortTiles;
+  split -= kShortSplits;
+  if (split < kMediumSplits) return kShortEnd + split * kMediumTiles;
+  return kMediumEnd + (split - kMediumSplits) * kLongTiles;
+}
+
+ORTHRUS_HD int num_tiles(int length) { return (length + kTileKv - 1) / kTileKv; }
+
+// Splits that hold the positions 0 ... length-1.
+ORTHRUS_HD int num_splits(int length) { return length <= 0 ? 0 : split_of_tile(num_tiles(length) - 1) + 1; }
+
+// A unit is one tile of a group's query rows: rows x (q heads of a kv head), up to kTileM of them.
+struct alignas(16) Unit {
+  int32_t longest;    // longest prefix_len of its rows
+  int32_t first_row;  // first row of its group
+  int32_t seq;
+  int32_t num_rows;   // of its group; 0: the unit is empty
+};
+
+// One work item is one split of one unit; layer 0 is a diffusion group's own block, the prefix
+// splits follow in ascending order.
+struct Item {
+  int unit;
+  int layer;
+};
+
+}  // namespace orthrus::cuda
+
+#if defined(__CUDACC__)
+namespace orthrus::cuda {
+
+// Item number `rank` in order of descending layer, then unit: long splits come first, and groups that
+// share a sequence read the same pages at about the same time. Warp-collective; layers[u] counts the
+// items of unit u, none above max_layers; rank is below their sum.
+__device__ inline Item find_item(int rank, const int* layers, int num_units, int max_layers) {
+  const int lane = threadIdx.x % 32;
+  // Layers >= lo hold more than `rank` items, layers >= hi do not but hold `above`.
+  int lo = 0, hi = max_layers, above = 0;
+  while (hi - lo > 1) {
+    const int mid = (lo + hi) / 2;
+    int items = 0;
+    for (int u = lane; u < num_units; u += 32) items += max(layers[u] - mid, 0);
+    items = __reduce_add_sync(~0u, items);
+    if (items > rank) {
+      lo = mid;
+    } else {
+      hi = mid;
+      above = items;
+    }
+  }
+  int left = rank - above;
+  for (int base = 0; base < num_units; base += 32) {
+    const int u = base + lane;
+    unsigned holders = __ballot_sync(~0u, u < num_units && layers[u] > lo);
+    if (left >= __popc(holders)) {
+      left -= __popc(holders);
+      continue;
+    }
+    for (; left > 0; --left) holders &= holders - 1;
+    return {base + __ffs(holders) - 1, lo};
+  }
+  return {0, 0};  // not reached
+}
+
+}  // namespace orthrus::cuda
+#endif

@@ -1,0 +1,198 @@
+// The arithmetic of dual_attn on one tile of 64 keys, for one warp of 16 query rows. Every variant of
+// the kernel runs these functions in the same order, so a row's bits do not depend on the variant.
+#pragma once
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+namespace orthrus::cuda {
+
+// ---- shared memory: tiles of rows x head_dim bf16, cut into halves of 64 columns (128 bytes a row),
+// 16-byte chunks swizzled by the row so that eight rows of one column chunk hit distinct banks.
+template <int kRows>
+__device__ __forceinline__ uint32_t tile_offset(int row, int chunk) {
+  return (chunk / 8) * (kRows * 128) + row * 128 + ((chunk ^ row) & 7) * 16;
+}
+
+__device__ __forceinline__ uint32_t smem_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// 16 bytes global -> shared, or zeros without reading.
+__device__ __forceinline__ void copy_async(uint32_t dst, const void* src, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Softmax state of the two rows that a thread holds of each 16-row fragment (lane/4 and lane/4 + 8).
+// `top` is the running maximum of the scaled scores in units of log2; -inf: no visible key yet.
+struct RowState {
+  float top[2];
+  float total[2];  // this thread's columns only, until reduced over the four threads of a row
+};
+
+__device__ __forceinline__ RowState empty_state() {
+  return {{-INFINITY, -INFINITY}, {0.f, 0.f}};
+}
+
+// scores = q . k^T for 64 keys. `q` and `k` are shared-memory tiles; the warp's rows start at `q_row`.
+template <int kTileM, int kHeadDim>
+__device__ __forceinline__ void score_tile(float (&scores)[8][4], uint32_t q, int q_row, uint32_t k, int lane) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) scores[j][e] = 0.f;
+  }
+#pragma unroll
+  for (int kk = 0; kk < kHeadDim / 16; ++kk) {
+    uint32_t a[4];
+    ldmatrix(a, q + tile_offset<kTileM>(q_row + lane % 16, kk * 2 + lane / 16));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      uint32_t b[4];
+      ldmatrix(b, k + tile_offset<64>(j * 16 + lane % 8 + lane / 16 * 8, kk * 2 + lane / 8 % 2));
+      mma(scores[2 * j], a, b[0], b[1]);
+      mma(scores[2 * j + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// Hides the keys that a row must not see: row `i` sees column c of the tile if c < visible[i] and
+// bit c of `keys` is set. Hidden scores become -inf whatever they were, NaN included.
+__device__ __forceinline__ void mask_tile(float (&scores)[8][4], const int (&visible)[2], uint64_t keys, int lane) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int column = j * 8 + lane % 4 * 2 + e % 2;
+      if (column >= visible[e / 2] || !(keys >> column & 1)) scores[j][e] = -INFINITY;
+    }
+  }
+}
+
+// Online softmax: scores become probabilities relative to the new running maximum; returns in `decay`
+// the factor for what was accumulated before. A row that sees nothing of the tile keeps what it had.
+__device__ __forceinline__ void softmax_tile(float (&scores)[8][4], RowState& state, float (&decay)[2],
+                                             float scale_log2) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float top = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(scores[j][2 * i], scores[j][2 * i + 1]));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    top = fmaxf(state.top[i], __fmul_rn(top, scale_log2));
+    const float base = top == -INFINITY ? 0.f : top;
+    decay[i] = exp2_fast(__fsub_rn(state.top[i], base));
+    state.top[i] = top;
+    float total = __fmul_rn(state.total[i], decay[i]);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int e = 2 * i; e < 2 * i + 2; ++e) {
+        scores[j][e] = exp2_fast(__fmaf_rn(scores[j][e], scale_log2, -base));
+        total = __fadd_rn(total, scores[j][e]);
+      }
+    }
+    state.total[i] = total;
+  }
+}
+
+// mixed = mixed * decay + probabilities . v.
+template <int kHeadDim>
+__device__ __forceinline__ void mix_tile(float (&mixed)[kHeadDim / 8][4], const float (&probs)[8][4],
+                                         const float (&decay)[2], uint32_t v, int lane) {
+  // Multiplying by one changes no bit, so a warp may skip it.
+  if (__any_sync(~0u, decay[0] != 1.f || decay[1] != 1.f)) {
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) mixed[j][e] = __fmul_rn(mixed[j][e], decay[e / 2]);
+    }
+  }
+#pragma unroll
+  for (int kk = 0; kk < 4; ++kk) {
+    const uint32_t a[4] = {
+        pack_bf16(probs[2 * kk][0], probs[2 * kk][1]), pack_bf16(probs[2 * kk][2], probs[2 * kk][3]),
+        pack_bf16(probs[2 * kk + 1][0], probs[2 * kk + 1][1]), pack_bf16(probs[2 * kk + 1][2], probs[2 * kk + 1][3])};
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 16; ++j) {
+      uint32_t b[4];
+      ldmatrix_trans(b, v + tile_offset<64>(kk * 16 + lane % 16, j * 2 + lane / 16));
+      mma(mixed[2 * j], a, b[0], b[1]);
+      mma(mixed[2 * j + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// Row totals over the four threads that share a row; every one of them gets the same bits.
+__device__ __forceinline__ void reduce_totals(RowState& state) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    state.total[i] = __fadd_rn(state.total[i], __shfl_xor_sync(~0u, state.total[i], 1));
+    state.total[i] = __fadd_rn(state.total[i], __shfl_xor_sync(~0u, state.total[i], 2));
+  }
+}
+
+// One step of the ascending fold of splits: how the running result and the next split enter it.
+// A split that saw nothing leaves the running result as it is; the first that saw something is taken
+// over unchanged, so a row with one split has the same bits whether it was folded or not.
+struct Fold {
+  float keep;   // factor of the running result
+  float take;   // factor of the split
+  bool replace;  // the running result is empty
+};
+
+__device__ __forceinline__ Fold fold_step(float& top, float split_top) {
+  const Fold step = {exp2_fast(__fsub_rn(top, fmaxf(top, split_top))),
+                     exp2_fast(__fsub_rn(split_top, fmaxf(top, split_top))), top == -INFINITY};
+  top = fmaxf(top, split_top);
+  return step;
+}
+
+__device__ __forceinline__ float fold(const Fold& step, float running, float split) {
+  const float both = __fmaf_rn(split, step.take, __fmul_rn(running, step.keep));
+  return step.replace ? split : step.take == 0.f ? running : both;
+}
+
+}  // namespace orthrus::cuda

@@ -1,0 +1,120 @@
+// QK RMSNorm, RoPE and the write of keys and values; contract in orthrus/params.h.
+//
+// One launch, head_dim / 4 threads a head: each thread holds two dims of the lower half and their
+// partners of the upper half, so that rotation stays in registers. fp32 inside, one rounding to bf16;
+// the norm's sum is four squares a thread, then a butterfly over the head's threads: the same order
+// for every row. Row-invariant, deterministic, graph-safe. Moves 2 * (q + 2 * kv) * head_dim bytes a
+// row in and the same out, with head_dim * 4 bytes of cos_sin.
+#include <cuda_bf16.h>
+
+#include "orthrus/launch.cuh"
+#include "orthrus/ops.h"
+#include "orthrus/rows.h"
+
+namespace orthrus::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct Dims {
+  float lo[2], hi[2];  // dims 2t, 2t+1 and head_dim/2 + 2t, head_dim/2 + 2t + 1 of thread t
+};
+
+__device__ Dims load_dims(const bf16_t* head, int t, int half) {
+  const float2 lo = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(head + 2 * t));
+  const float2 hi = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(head + half + 2 * t));
+  return {{lo.x, lo.y}, {hi.x, hi.y}};
+}
+
+__device__ void store_dims(bf16_t* head, int t, int half, const Dims& x) {
+  *reinterpret_cast<__nv_bfloat162*>(head + 2 * t) = __floats2bfloat162_rn(x.lo[0], x.lo[1]);
+  *reinterpret_cast<__nv_bfloat162*>(head + half + 2 * t) = __floats2bfloat162_rn(x.hi[0], x.hi[1]);
+}
+
+template <int kHeadDim>
+__device__ void normalise(Dims& x, const float* weight, int t, float eps) {
+  float sum = 0.f;
+  for (int i = 0; i < 2; ++i) sum = __fadd_rn(sum, __fmul_rn(x.lo[i], x.lo[i]));
+  for (int i = 0; i < 2; ++i) sum = __fadd_rn(sum, __fmul_rn(x.hi[i], x.hi[i]));
+  for (int mask = kHeadDim / 8; mask > 0; mask /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, mask));
+  const float scale = rsqrtf(sum / kHeadDim + eps);
+  for (int i = 0; i < 2; ++i) {
+    x.lo[i] = x.lo[i] * scale * weight[2 * t + i];
+    x.hi[i] = x.hi[i] * scale * weight[kHeadDim / 2 + 2 * t + i];
+  }
+}
+
+// `table` is the row of cos_sin for the position: cos of the half-dims, then sin.
+__device__ void rotate(Dims& x, const float* table, int t, int half) {
+  for (int i = 0; i < 2; ++i) {
+    const float cos = table[2 * t + i], sin = table[half + 2 * t + i];
+    const float lo = x.lo[i], hi = x.hi[i];
+    x.lo[i] = lo * cos - hi * sin;
+    x.hi[i] = hi * cos + lo * sin;
+  }
+}
+
+// Where the key or value of (row, kv head) lives, as an offset into the pages or the scratch.
+__device__ int64_t kv_offset(const QkvCommitParams& p, int row, int head, int position) {
+  if (row >= p.rows.num_rows_ar) {
+    return (static_cast<int64_t>(row - p.rows.num_rows_ar) * p.kv.num_heads_kv + head) * p.kv.head_dim;
+  }
+  int page = 0, slot = 0;  // the sink
+  if (row_is_valid(position)) {
+    page = p.kv.page_table[static_cast<int64_t>(p.rows.seq[row]) * p.kv.max_pages + position / p.kv.page_size];
+    slot = position % p.kv.page_size;
+  }
+  return ((static_cast<int64_t>(page) * p.kv.num_heads_kv + head) * p.kv.page_size + slot) * p.kv.head_dim;
+}
+
+template <int kHeadDim>
+__global__ void __launch_bounds__(kThreads) qkv_commit_kernel(const __grid_constant__ QkvCommitParams p) {
+  constexpr int kHalf = kHeadDim / 2, kHeadThreads = kHeadDim / 4;
+  pdl_wait();
+  pdl_launch_dependents();
+  const int heads = p.num_heads_q + 2 * p.kv.num_heads_kv;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * (kThreads / kHeadThreads) + threadIdx.x / kHeadThreads;
+  // Surplus threads redo the last head without storing it: whole warps take part in the reductions.
+  const int64_t last = static_cast<int64_t>(p.rows.num_rows) * heads - 1;
+  const int64_t at = index < last ? index : last;
+  const int row = static_cast<int>(at / heads), head = static_cast<int>(at % heads), t = threadIdx.x % kHeadThreads;
+  const bool diff = row >= p.rows.num_rows_ar;
+  const int position = p.rows.position[row];
+
+  Dims x = load_dims(p.qkv + at * kHeadDim, t, kHalf);
+  const bool is_q = head < p.num_heads_q, is_v = head >= p.num_heads_q + p.kv.num_heads_kv;
+  const float* weight = is_q ? (diff ? p.q_norm_diff : p.q_norm) : (diff ? p.k_norm_diff : p.k_norm);
+  Dims y = x;
+  if (weight) normalise<kHeadDim>(y, weight, t, p.eps);
+  rotate(y, p.cos_sin + static_cast<int64_t>(row_is_valid(position) ? position : 0) * kHeadDim, t, kHalf);
+  if (index > last) return;
+
+  if (is_q) {
+    store_dims(p.q_out + (static_cast<int64_t>(row) * p.num_heads_q + head) * kHeadDim, t, kHalf, y);
+  } else if (is_v) {
+    const int64_t offset = kv_offset(p, row, head - p.num_heads_q - p.kv.num_heads_kv, position);
+    store_dims((diff ? p.scratch_v : p.kv.v_pages) + offset, t, kHalf, x);
+  } else {
+    const int64_t offset = kv_offset(p, row, head - p.num_heads_q, position);
+    store_dims((diff ? p.scratch_k : p.kv.k_pages) + offset, t, kHalf, y);
+  }
+}
+
+template <int kHeadDim>
+int run(const QkvCommitParams& p, void* stream) {
+  const int64_t heads = static_cast<int64_t>(p.rows.num_rows) * (p.num_heads_q + 2 * p.kv.num_heads_kv);
+  const int64_t heads_per_block = kThreads / (kHeadDim / 4);
+  const dim3 grid(static_cast<unsigned>((heads + heads_per_block - 1) / heads_per_block));
+  return launch(qkv_commit_kernel<kHeadDim>, p, grid, kThreads, 0, stream, device_info());
+}
+
+}  // namespace
+
+int qkv_commit(const QkvCommitParams& p, void* stream) {
+  if (p.rows.num_rows == 0) return cudaSuccess;
+  if (p.kv.head_dim == 64) return run<64>(p, stream);
+  if (p.kv.head_dim == 128) return run<128>(p, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace orthrus::cuda

@@ -1,0 +1,63 @@
+// Kernel launch with programmatic dependent launch: a kernel may start while its predecessor on the
+// stream still runs, and waits for it inside. The host shim of the CPU tests provides its own twin.
+#pragma once
+#include <cuda_runtime.h>
+
+namespace orthrus::cuda {
+
+// Blocks until every earlier kernel of the stream has finished and its writes are visible. Every
+// kernel calls it before it touches a tensor, also on its early exits: a later kernel relies on it
+// to see not only its predecessor's writes but all writes before that.
+__device__ __forceinline__ void pdl_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel of the stream start its prologue once every CTA of this one got here.
+__device__ __forceinline__ void pdl_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+struct DeviceInfo {
+  int num_sms;
+  int smem_per_sm;
+  bool pdl;  // compute capability 9.0 and newer
+};
+
+inline DeviceInfo device_info() {
+  int device = 0, major = 0;
+  DeviceInfo info{};
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&info.num_sms, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&info.smem_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  info.pdl = major >= 9;
+  return info;
+}
+
+// Returns a cudaError_t as int.
+template <typename Params>
+int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int smem_bytes, void* stream,
+           const DeviceInfo& device) {
+  if (smem_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+    if (error != cudaSuccess) return static_cast<int>(error);
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = device.pdl ? 1 : 0;
+  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, params));
+}
+
+}  // namespace orthrus::cuda

@@ -1,0 +1,76 @@
+"""Random decode states for consensus, with every way a cycle can end."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+
+from orthrus_rt import state as st
+from orthrus_rt.plan import empty_rows
+
+MASK = 99
+
+
+def random_state(generator, slots, block_len, capacity=7, stops=3) -> st.SlotState:
+    """Slots of every FinishReason, drafts from a tiny vocabulary, limits near and far, rings about to wrap."""
+
+    def draw(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
+
+    state = st.SlotState.allocate(slots, block_len, capacity, stops, "cpu")
+    state.cache_seqlens.copy_(draw(0, 50, slots))
+    state.limit.copy_(state.cache_seqlens + 2 + draw(0, 2 * block_len, slots))
+    state.block_tokens.copy_(draw(0, 3, slots, block_len))
+    room = (state.limit - 1 - state.cache_seqlens).clamp(max=block_len - 1)
+    state.num_drafts.copy_((draw(0, 1 << 30, slots) % (room + 1)).int())
+    state.stop_ids.copy_(draw(0, 5, slots, stops).masked_fill(draw(0, 2, slots, stops) == 0, -1))
+    state.finish.copy_(torch.where(draw(0, 4, slots) > 0, st.RUNNING, draw(-1, 3, slots)))
+    state.num_output.copy_(draw(0, 100, slots))
+    state.output.copy_(draw(0, 3, slots, capacity))
+    return state
+
+
+def random_partials(generator, rows, num_partials):
+    """Partial maxima of ``rows`` rows: ids ascending by partial, values with many ties."""
+    value = torch.randint(0, 6, (rows, num_partials), generator=generator).float()
+    value[torch.rand(value.shape, generator=generator) < 0.1] = -torch.inf
+    ids = torch.randint(0, 3, (rows, num_partials), generator=generator, dtype=torch.int32)
+    return value, ids + torch.arange(num_partials, dtype=torch.int32) * 3
+
+
+def steps(block_len):
+    """Every (step, choice rows per slot, next pass) that a mode may use."""
+    draft = [(st.STEP_DRAFT, block_len - 1, st.NEXT_VERIFY)] if block_len > 1 else []
+    verify = [(st.STEP_VERIFY, block_len, n) for n in (st.NEXT_NONE, st.NEXT_DRAFT, st.NEXT_VERIFY, st.NEXT_AR)]
+    return [*draft, *verify, (st.STEP_VERIFY, 1, st.NEXT_AR)]
+
+
+def staged_rows(slots, block_len, next_pass):
+    """Rows for ``next_pass`` with poison in every field that must be written; None for NEXT_NONE."""
+    if next_pass == st.NEXT_NONE:
+        return None
+    rows = empty_rows(0, 0, slots, 1 if next_pass == st.NEXT_AR else block_len, "cpu")
+    for name in ("token", "position", "seq", "prefix_len"):
+        getattr(rows, name).fill_(-77)
+    return rows
+
+
+def clone(value, device="cpu"):
+    """A deep copy of a state or rows on ``device``."""
+    if value is None:
+        return None
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    moved = {k: v.to(device, copy=True) if isinstance(v, torch.Tensor) else copy.copy(v) for k, v in fields.items()}
+    return type(value)(**moved)
+
+
+def assert_same(got, want):
+    """Equality of two states or two rows, field by field."""
+    if want is None:
+        return
+    for f in dataclasses.fields(want):
+        a, b = getattr(got, f.name), getattr(want, f.name)
+        if isinstance(b, torch.Tensor):
+            assert torch.equal(a.cpu(), b.cpu()), f.name

@@ -1,0 +1,66 @@
+"""Builds the plain CUDA kernels as host C++ and calls them on CPU tensors through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[2] / "csrc"
+SOURCES = (HERE / "kernels.cpp", CSRC / "cuda" / "qkv_commit.cu", CSRC / "cuda" / "consensus.cu")
+SCALARS = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+
+
+@functools.cache
+def compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+@functools.cache
+def structs() -> dict[str, type[ctypes.Structure]]:
+    """The structs of params.h as ctypes classes, by name."""
+    text = (CSRC / "include" / "orthrus" / "params.h").read_text()
+    found: dict[str, type[ctypes.Structure]] = {}
+    for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", text, re.M | re.S):
+        fields = []
+        for kind, pointer, field in re.findall(r"^  (?:const )?(\w+)(\*?) (\w+);", body, re.M):
+            fields.append((field, ctypes.c_void_p if pointer else (SCALARS | found)[kind]))
+        found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return found
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernels.so"
+        flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall"]
+        include = [f"-I{HERE}", f"-I{CSRC / 'include'}"]
+        subprocess.run([compiler(), *flags, *include, "-x", "c++", *map(str, SOURCES), "-o", str(path)], check=True)
+        loaded = ctypes.CDLL(str(path))
+    for name in ("QkvCommitParams", "ConsensusParams"):
+        size = getattr(loaded, f"sizeof_{name}")
+        size.restype = ctypes.c_int64
+        assert size() == ctypes.sizeof(structs()[name]), f"{name}: params.h was misread"
+    return loaded
+
+
+def fill(name: str, **values) -> ctypes.Structure:
+    """A parameter struct; tensors become pointers."""
+    struct = structs()[name]()
+    known = {field for field, _ in struct._fields_}
+    for field, value in values.items():
+        assert field in known, field
+        setattr(struct, field, value.data_ptr() if isinstance(value, torch.Tensor) else value)
+    return struct
+
+
+def call(op: str, params: ctypes.Structure, descending: bool) -> None:
+    error = getattr(library(), op)(ctypes.byref(params), int(descending))
+    assert error == 0, f"{op} returned {error}"

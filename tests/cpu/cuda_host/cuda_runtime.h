@@ -1,0 +1,158 @@
+// The part of CUDA that plain kernels use, as host C++: one fiber per thread of a block, blocks one
+// after the other. Barriers and warp exchanges hand control to the next fiber, in ascending or
+// descending thread order; a result that depends on the order is a race.
+#pragma once
+#include <ucontext.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__ static
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct float2 {
+  float x, y;
+};
+enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+
+namespace cuda_host {
+
+inline bool descending = false;
+
+struct Fiber {
+  enum State { kReady, kWarp, kBlock, kDone };
+  static constexpr int kStackBytes = 1 << 15;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  State state = kReady;
+  int exchanges = 0;
+  uint64_t value[2] = {};  // of this and the previous warp exchange: a lane runs at most one ahead
+};
+
+class Block {
+ public:
+  static Block& current() {
+    static Block* block = new Block;
+    return *block;
+  }
+
+  void run(int threads, const std::function<void()>& kernel) {
+    fibers_.resize(threads);
+    kernel_ = &kernel;
+    for (Fiber& fiber : fibers_) {
+      fiber.state = Fiber::kReady;
+      fiber.exchanges = 0;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = Fiber::kStackBytes;
+      fiber.context.uc_link = &scheduler_;
+      makecontext(&fiber.context, [] { current().enter(); }, 0);
+    }
+    while (step()) {
+    }
+  }
+
+  void wait(Fiber::State state) {
+    fibers_[active_].state = state;
+    swapcontext(&fibers_[active_].context, &scheduler_);
+  }
+
+  // What the warp's lanes pass to the same exchange.
+  template <typename T>
+  std::array<T, 32> exchange(T value) {
+    Fiber& self = fibers_[active_];
+    const int slot = self.exchanges++ % 2, first = active_ / 32 * 32;
+    __builtin_memcpy(&self.value[slot], &value, sizeof(T));
+    wait(Fiber::kWarp);
+    std::array<T, 32> lanes{};
+    for (int i = 0; i < 32 && first + i < static_cast<int>(fibers_.size()); ++i)
+      __builtin_memcpy(&lanes[i], &fibers_[first + i].value[slot], sizeof(T));
+    return lanes;
+  }
+
+ private:
+  void enter() {
+    (*kernel_)();
+    fibers_[active_].state = Fiber::kDone;
+  }
+
+  // Runs every ready fiber once, then opens the warp exchanges or the barrier that all live ones reached.
+  bool step() {
+    const int n = static_cast<int>(fibers_.size());
+    bool ran = false;
+    for (int i = 0; i < n; ++i) {
+      const int t = descending ? n - 1 - i : i;
+      if (fibers_[t].state != Fiber::kReady) continue;
+      ran = true;
+      active_ = t;
+      threadIdx.x = t;
+      swapcontext(&scheduler_, &fibers_[t].context);
+    }
+    for (int first = 0; first < n; first += 32) ran |= open(Fiber::kWarp, first, first + 32 < n ? first + 32 : n);
+    if (!ran) ran = open(Fiber::kBlock, 0, n);
+    for (const Fiber& fiber : fibers_) {
+      if (!ran && fiber.state != Fiber::kDone) {
+        std::fprintf(stderr, "cuda_host: threads of a block wait for each other\n");
+        std::abort();
+      }
+    }
+    return ran;
+  }
+
+  bool open(Fiber::State state, int first, int last) {
+    int waiting = 0;
+    for (int t = first; t < last; ++t) {
+      if (fibers_[t].state == state) {
+        ++waiting;
+      } else if (fibers_[t].state != Fiber::kDone) {
+        return false;
+      }
+    }
+    for (int t = first; t < last; ++t) {
+      if (fibers_[t].state == state) fibers_[t].state = Fiber::kReady;
+    }
+    return waiting > 0;
+  }
+
+  std::vector<Fiber> fibers_;
+  ucontext_t scheduler_;
+  const std::function<void()>* kernel_ = nullptr;
+  int active_ = 0;
+};
+
+}  // namespace cuda_host
+
+inline void __syncthreads() { cuda_host::Block::current().wait(cuda_host::Fiber::kBlock); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  const int lane = threadIdx.x % 32;
+  return cuda_host::Block::current().exchange(value)[lane ^ mask];
+}
+
+inline bool __any_sync(unsigned, bool value) {
+  for (const int lane : cuda_host::Block::current().exchange<int>(value)) {
+    if (lane) return true;
+  }
+  return false;
+}

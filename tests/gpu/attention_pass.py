@@ -1,0 +1,168 @@
+"""Attention passes for the GPU tests and benchmarks: rows, a poisoned paged cache and the float64 answer.
+
+Everything a row depends on is drawn from a seed of its own (sequence, view, position), so the same row in
+another pass has the same inputs and must get the same bits.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+
+from orthrus_rt import ops
+from orthrus_rt.plan import Rows
+
+WILD_PAGE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Group:
+    """``n`` rows of sequence ``seq`` from position ``start``; the last ``invalid`` of them are padding."""
+
+    view: str  # "ar" or "diff"
+    seq: int
+    start: int
+    n: int
+    invalid: int = 0
+
+
+@dataclass(frozen=True)
+class Heads:
+    q: int
+    kv: int
+    dim: int
+
+
+def draw(device, *shape, key) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).bfloat16()
+
+
+class Pass:
+    """One dual_attn call: AR groups first, as rows require."""
+
+    def __init__(self, heads: Heads, groups: list[Group], device="cuda", max_seq_len=None, first_page=1):
+        groups = sorted(groups, key=lambda g: g.view != "ar")
+        self.heads, self.groups, self.device = heads, groups, device
+        position, seq, prefix = [], [], []
+        for g in groups:
+            for i in range(g.n):
+                valid = i < g.n - g.invalid
+                position.append(g.start + i if valid else -1)
+                seq.append(g.seq)
+                prefix.append(0 if not valid else g.start + i + 1 if g.view == "ar" else g.start)
+        sizes = [g.n for g in groups]
+        starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        ar = [g.n for g in groups if g.view == "ar"]
+        as_int = dict(dtype=torch.int32, device=device)
+        self.rows = Rows(
+            token=torch.zeros(len(seq), **as_int),
+            position=torch.tensor(position, **as_int),
+            seq=torch.tensor(seq, **as_int),
+            prefix_len=torch.tensor(prefix, **as_int),
+            group_start=torch.tensor(starts, **as_int),
+            num_rows_ar=sum(ar),
+            num_groups_ar=len(ar),
+            max_group_rows=max(sizes, default=0),
+        )
+        self.q = self._rows("q", heads.q, 0)
+        self.scratch_k = self._rows("k", heads.kv, sum(ar)) if len(ar) < len(groups) else None
+        self.scratch_v = self._rows("v", heads.kv, sum(ar)) if len(ar) < len(groups) else None
+        self.lengths = {}
+        for g, a, b in zip(groups, starts, starts[1:], strict=False):
+            self.lengths[g.seq] = max([self.lengths.get(g.seq, 0), *prefix[a:b]])
+        self.max_seq_len = max_seq_len or max(64, *self.lengths.values())
+        self._fill_cache(first_page)
+
+    def _rows(self, what, heads, first):
+        rows = []
+        for g in self.groups:
+            for i in range(g.n):
+                if i < g.n - g.invalid:
+                    rows.append(draw(self.device, heads, self.heads.dim, key=(what, g.view, g.seq, g.start + i)))
+                else:
+                    rows.append(self._nan_row(heads))
+        return torch.stack(rows)[first:].contiguous() if rows else self._nan_row(heads)[None][:0]
+
+    def _nan_row(self, heads):
+        return torch.full((heads, self.heads.dim), torch.nan, dtype=torch.bfloat16, device=self.device)
+
+    def _fill_cache(self, first_page):
+        """Random keys and values where some row looks, NaN elsewhere; pages in random order."""
+        heads, device = self.heads, self.device
+        columns = -(-self.max_seq_len // ops.PAGE_SIZE)
+        counts = {s: -(-n // ops.PAGE_SIZE) for s, n in self.lengths.items()}
+        total = sum(counts.values())
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(1)) + first_page
+        shape = (first_page + total, heads.kv, ops.PAGE_SIZE, heads.dim)
+        self.k_pages = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        self.v_pages = torch.empty_like(self.k_pages)
+        for pages in (self.k_pages, self.v_pages):
+            pages[0] = torch.nan
+            pages[first_page:] = torch.nan
+        self.page_table = torch.full((max(counts, default=0) + 1, columns), WILD_PAGE, dtype=torch.int32)
+        used = 0
+        for s, n in self.lengths.items():
+            pages = order[used : used + counts[s]]
+            used += counts[s]
+            self.page_table[s, : counts[s]] = pages.int()
+            for name, store in (("K", self.k_pages), ("V", self.v_pages)):
+                # Drawn per page, so that a longer run of the same sequence starts with the same bits.
+                for i, page in enumerate(pages.tolist()):
+                    m = min(ops.PAGE_SIZE, n - i * ops.PAGE_SIZE)
+                    store[page, :, :m] = draw(device, heads.kv, ops.PAGE_SIZE, heads.dim, key=(name, s, i))[:, :m]
+        self.page_table = self.page_table.to(device)
+
+    def workspace(self):
+        size = ops.workspace_bytes(
+            self.q.device, torch.bfloat16, max_rows=self.rows.num_rows, max_groups=self.rows.num_groups,
+            num_heads_q=self.heads.q, head_dim=self.heads.dim, max_seq_len=self.max_seq_len, linear_shapes=[(64, 64)],
+        )[1]  # fmt: skip
+        return torch.zeros(size, dtype=torch.uint8, device=self.device)
+
+    def call(self, out, workspace, softmax_scale=None):
+        scale = softmax_scale or self.heads.dim**-0.5
+        ops.dual_attn(
+            self.q, self.k_pages, self.v_pages, self.page_table, self.scratch_k, self.scratch_v, self.rows, scale, out,
+            max_seq_len=self.max_seq_len, workspace=workspace,
+        )  # fmt: skip
+
+    def run(self, split=True) -> torch.Tensor:
+        """Output rows; ``split=False`` withholds the workspace, so that CTAs fold all splits themselves."""
+        out = torch.full_like(self.q, torch.nan)
+        self.call(out, self.workspace() if split else None)
+        return out
+
+    def by_group(self, out) -> dict[Group, torch.Tensor]:
+        starts = self.rows.group_start.tolist()
+        return {g: out[a:b] for g, a, b in zip(self.groups, starts, starts[1:], strict=False)}
+
+    def expected(self) -> torch.Tensor:
+        """Softmax attention in float64, group by group, over the keys that each row may see."""
+        out = torch.zeros(self.q.shape, dtype=torch.float64, device=self.device)
+        starts, position, prefix = (getattr(self.rows, n).tolist() for n in ("group_start", "position", "prefix_len"))
+        repeat = self.heads.q // self.heads.kv
+        for g, a, b in zip(self.groups, starts, starts[1:], strict=False):
+            longest = max(prefix[a:b], default=0)
+            pages = self.page_table[g.seq, : -(-longest // ops.PAGE_SIZE)].long()
+            keys, values = (
+                p[pages].transpose(1, 2).flatten(0, 1)[:longest].double() for p in (self.k_pages, self.v_pages)
+            )
+            valid = self.rows.position[a:b] >= 0
+            seen = torch.arange(longest, device=self.device)[None] < self.rows.prefix_len[a:b, None]
+            if g.view == "diff":
+                own = slice(a - self.rows.num_rows_ar, b - self.rows.num_rows_ar)
+                keys = torch.cat([keys, self.scratch_k[own].double()])
+                values = torch.cat([values, self.scratch_v[own].double()])
+                seen = torch.cat([seen, valid[None] & valid[:, None]], 1)
+            rows = [i for i in range(b - a) if position[a + i] >= 0 and bool(seen[i].any())]
+            for at in range(0, len(rows), 128):
+                some = torch.tensor(rows[at : at + 128], device=self.device)
+                any_row = seen[some].any(0)
+                k, v = (x[any_row].repeat_interleave(repeat, 1) for x in (keys, values))
+                scores = torch.einsum("rhd,khd->rhk", self.q[a + some].double(), k) * self.heads.dim**-0.5
+                weights = scores.masked_fill(~seen[some][:, any_row][:, None], -torch.inf).softmax(-1)
+                out[a + some] = torch.einsum("rhk,khd->rhd", weights, v)
+        return out
