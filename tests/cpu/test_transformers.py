@@ -1,0 +1,91 @@
+"""Against transformers: logits of both views from its own blocks, and its own greedy ``generate`` token for token."""
+
+import pytest
+import torch
+
+from orthrus_rt import checkpoint as ckpt
+from orthrus_rt import prompts
+from orthrus_rt.engine import Engine
+from orthrus_rt.plan import Rows, prefill_rows
+from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints
+from tests import transformers_oracle as oracle
+from tests.forward import logits_of
+
+VARIANTS = {
+    "qwen3": dict(family="qwen3"),
+    "qwen3-untied": dict(family="qwen3", tie_word_embeddings=False),
+    "llama": dict(family="llama"),
+    "llama-rope-llama3": dict(
+        family="llama",
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        },
+    ),
+    "qwen3-rope-yarn": dict(
+        family="qwen3",
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+        },
+    ),
+}  # fmt: skip
+
+
+def both_views_agree(name, max_seq_len=256):
+    checkpoint = ckpt.load(name)
+    ar, diffusion = oracle.build(checkpoint, "ar"), oracle.build(checkpoint, "diffusion")
+    engine = Engine.from_pretrained(name, device="cpu", dtype="float32", max_seq_len=max_seq_len)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, engine.config.vocab_size, (130,), generator=generator).tolist()
+    n, k = len(ids), engine.config.block_len
+    engine.kv.reserve(0, max_seq_len)
+    got = logits_of(engine, prefill_rows(torch.tensor(ids, dtype=torch.int32), 0, 0))
+    want = oracle.ar_logits(ar, ids)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    block = [5] + [engine.config.mask_token_id] * (k - 1)
+    rows = Rows(
+        token=torch.tensor(block, dtype=torch.int32),
+        position=torch.arange(n, n + k, dtype=torch.int32),
+        seq=torch.zeros(k, dtype=torch.int32),
+        prefix_len=torch.full((k,), n, dtype=torch.int32),
+        group_start=torch.tensor([0, k], dtype=torch.int32),
+        num_rows_ar=0,
+        num_groups_ar=0,
+        max_group_rows=k,
+    )
+    got = logits_of(engine, rows)
+    want = oracle.diffusion_logits(ar, diffusion, ids, block)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_of_both_views_tiny(variant, tmp_path):
+    checkpoints.make(tmp_path, **VARIANTS[variant])
+    both_views_agree(str(tmp_path))
+
+
+def test_logits_of_both_views_embedded():
+    both_views_agree("smollm2-135m")
+
+
+def same_as_generate(chosen, max_new_tokens):
+    checkpoint = ckpt.load("smollm2-135m")
+    ar = oracle.build(checkpoint, "ar")
+    engine = Engine.from_pretrained("smollm2-135m", device="cpu", dtype="float32", max_seq_len=2048)
+    for prompt in chosen:
+        ids = prompt.encode(engine.tokenizer)
+        want = oracle.greedy(ar, ids, max_new_tokens)
+        for mode in ("two_pass", "ar"):
+            got = engine.generate(ids, SamplingParams(max_new_tokens=max_new_tokens), mode=mode)
+            assert got.token_ids == want, (prompt.name, mode)
+
+
+def test_tokens_of_generate_small_grid():
+    same_as_generate([p for kind in prompts.KINDS for p in prompts.load(kind)[:2]], 64)
+
+
+@pytest.mark.full
+def test_tokens_of_generate_whole_grid():
+    assert len(prompts.load()) >= 24
+    same_as_generate(prompts.load(), 128)
