@@ -155,16 +155,17 @@ def _decode(engine, prompt_ids, params, *, show: bool):
             sys.stdout.write(part)
             sys.stdout.flush()
 
+    pieces = engine.stream(prompt_ids, params)
     with StatusLine() as status:
         try:
-            for piece in engine.stream(prompt_ids, params):
+            for piece in pieces:
                 tokens += piece.token_ids
                 emit(stream.push(piece.token_ids))
                 if show:
                     status.show(_progress(piece.stats))
             emit(stream.end())
         finally:
-            if show:
+            if show and tokens:
                 print(flush=True)
     return GenerationOutput(tokens, piece.finish_reason, piece.stats), "".join(text)
 
@@ -184,10 +185,11 @@ def _stats_table(outputs) -> str:
 
 
 def _footer(args, engine, output) -> str:
-    from orthrus_rt.info import device_facts
+    from orthrus_rt import dispatch, info
 
-    device, s = device_facts(engine.model.device), output.stats
-    where = device["name"] if device["type"] == "cuda" else f"CPU {device['isa'] or 'reference'}"
+    device, s = info.device_facts(engine.model.device), output.stats
+    impl = dispatch.select("row_linear", engine.model.device, engine.model.dtype)
+    where = f"{device['name']}, {device['isa'] if impl == 'cpu' else impl}"
     facts = [args.model, where, args.dtype, f"prompt {s.prompt_tokens} tokens in {s.prefill_seconds:.2f} s"]
     if s.seed is not None:
         facts.append(f"seed {s.seed}")

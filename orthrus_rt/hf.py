@@ -1,0 +1,159 @@
+"""The call that users of the published Orthrus code know, on this engine."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_rt.engine import DTYPES, Engine
+from orthrus_rt.sampling import SamplingParams
+
+GENERATE_ARGUMENTS = (
+    "input_ids", "max_new_tokens", "max_length", "temperature", "top_k", "top_p", "eos_token_id", "use_diffusion_mode",
+    "streamer", "attention_mask", "pad_token_id",
+)  # fmt: skip
+
+
+class OrthrusForCausalLM:
+    """An :class:`orthrus_rt.Engine` behind ``from_pretrained`` and ``generate`` of the published code.
+
+    >>> import torch
+    >>> from orthrus_rt.hf import OrthrusForCausalLM
+    >>> model = OrthrusForCausalLM.from_pretrained("smollm2-135m", dtype=torch.bfloat16, max_seq_len=256)
+    >>> input_ids = torch.tensor([model.tokenizer("def add(a, b):").input_ids])
+    >>> output_ids = model.generate(input_ids=input_ids, max_new_tokens=8, use_diffusion_mode=True)
+    >>> output_ids.shape[1] - input_ids.shape[1]
+    8
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str, *, dtype=torch.bfloat16, device_map="auto", trust_remote_code=None, **engine_arguments
+    ) -> OrthrusForCausalLM:
+        """Load a checkpoint.
+
+        Args:
+            model: as in :meth:`orthrus_rt.Engine.from_pretrained`.
+            dtype: a torch dtype or its name; ``"auto"`` is bfloat16.
+            device_map: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``: the whole model lives on one device.
+            trust_remote_code: accepted and without effect: no code is ever fetched.
+            engine_arguments: ``max_seq_len``, ``draft_len``, ``adapter``, ``base_gguf`` of the engine.
+
+        Raises:
+            TypeError: an argument that is none of these.
+            CheckpointError, ValueError: as the engine's.
+        """
+        allowed = {"max_seq_len", "draft_len", "adapter", "base_gguf"}
+        _refuse("from_pretrained", engine_arguments.keys() - allowed, ("dtype", "device_map", *sorted(allowed)))
+        if not isinstance(device_map, str | torch.device):
+            raise ValueError(f"from_pretrained: device_map must name one device, got {device_map!r}")
+        name = str(dtype).removeprefix("torch.")
+        name = "bfloat16" if name == "auto" else name
+        if name not in DTYPES:
+            raise ValueError(f"from_pretrained: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        return cls(Engine.from_pretrained(model, device=str(device_map), dtype=name, **engine_arguments))
+
+    @property
+    def config(self):
+        return self.engine.config
+
+    @property
+    def tokenizer(self):
+        return self.engine.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.engine.model.dtype
+
+    def eval(self) -> OrthrusForCausalLM:
+        return self
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = 20,
+        top_p: float | None = 0.8,
+        eos_token_id: int | list[int] | None = None,
+        use_diffusion_mode: bool = True,
+        streamer=None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        pad_token_id: int | None = None,
+        **unsupported,
+    ) -> torch.Tensor:
+        """Continue one prompt.
+
+        Args:
+            input_ids: integer ``[1, n]``.
+            max_new_tokens: at most this many tokens are added.
+            max_length: total length instead, prompt included; wins over ``max_new_tokens``.
+            temperature: 0 is greedy; above, ``top_k`` and ``top_p`` apply, and torch's global generator gives the seed,
+                so ``torch.manual_seed`` makes a run repeatable.
+            eos_token_id: an id or a list of them instead of the checkpoint's own.
+            use_diffusion_mode: two-pass decoding; False decodes autoregressively. The tokens are the same.
+            streamer: gets the prompt, then tokens as they are accepted, then ``end()``.
+            attention_mask: tolerated if all ones. pad_token_id: has nothing to do here, one prompt needs no padding.
+
+        Returns:
+            int64 ``[1, n + m]`` on the device of ``input_ids``: the prompt and m new tokens.
+
+        Raises:
+            TypeError: an argument that is none of these.
+            ValueError: a value out of its range, or a length beyond the engine's ``max_seq_len``.
+        """
+        _refuse("generate", unsupported.keys(), GENERATE_ARGUMENTS)
+        if input_ids.dim() != 2 or input_ids.shape[0] != 1:
+            raise ValueError(f"generate: input_ids must have shape [1, n], got {list(input_ids.shape)}")
+        if attention_mask is not None and not bool((attention_mask == 1).all()):
+            raise ValueError("generate: attention_mask must be all ones (no padding), got zeros in it")
+        params = self._params(input_ids.shape[1], max_new_tokens, max_length, temperature, top_k, top_p, eos_token_id)
+        stream = self.engine.stream(input_ids[0], params, mode="two_pass" if use_diffusion_mode else "ar")
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        tokens: list[int] = []
+        for piece in stream:
+            tokens += piece.token_ids
+            if streamer is not None:
+                streamer.put(torch.tensor(piece.token_ids))
+        if streamer is not None:
+            streamer.end()
+        new = torch.tensor([tokens], dtype=torch.int64, device=input_ids.device)
+        return torch.cat([input_ids.long(), new], dim=1)
+
+    def _params(self, length, max_new_tokens, max_length, temperature, top_k, top_p, eos_token_id) -> SamplingParams:
+        if max_length is None:
+            if max_new_tokens is None:
+                raise ValueError("generate: max_new_tokens or max_length must be given")
+            max_length = length + max_new_tokens
+        if max_length <= length:
+            raise ValueError(f"generate: max_length must exceed the prompt's {length} tokens, got {max_length}")
+        if max_length > self.engine.max_seq_len:
+            raise ValueError(
+                f"generate: {max_length} tokens in all exceed max_seq_len {self.engine.max_seq_len}; "
+                "pass a larger max_seq_len to from_pretrained"
+            )
+        stop = () if eos_token_id is None else eos_token_id
+        greedy = temperature == 0
+        return SamplingParams(
+            max_new_tokens=max_length - length,
+            temperature=temperature,
+            top_k=top_k or 0,
+            top_p=1.0 if top_p is None else top_p,
+            seed=None if greedy else int(torch.randint(2**62, ())),
+            stop_token_ids=(stop,) if isinstance(stop, int) else tuple(stop),
+            ignore_eos=eos_token_id is not None,
+        )
+
+
+def _refuse(call: str, names, supported) -> None:
+    if names:
+        raise TypeError(f"{call}: {', '.join(sorted(names))} is not supported; supported are {', '.join(supported)}")

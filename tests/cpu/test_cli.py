@@ -1,0 +1,206 @@
+"""The command line on a tiny checkpoint: what it prints, how it fails, how it ends."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from orthrus_rt import prompts
+from orthrus_rt.cli import main
+from orthrus_rt.engine import Engine
+from tests import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = byte_tokenizer.make_checkpoint(tmp_path_factory.mktemp("model"))
+    return str(path)
+
+
+@pytest.fixture
+def run(folder, capsys):
+    def call(command, *args):
+        options = ["--model", folder, "--device", "cpu"]
+        if command != "info":
+            options += ["--max-seq-len", "256"]
+        code = main([command, *options, *args])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def generate(run, *args):
+    code, out, err = run("generate", "--json", "--max-new-tokens", "24", "--ignore-eos", *args)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_prompt_from_argument_file_and_stdin_is_the_same(run, tmp_path, monkeypatch):
+    text = "Grüße, 世界\n"
+    (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
+    want = generate(run, text)
+    assert generate(run, "--file", str(tmp_path / "prompt.txt"))["prompt_token_ids"] == want["prompt_token_ids"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert generate(run)["token_ids"] == want["token_ids"]
+
+
+def test_chat_is_the_default_where_there_is_a_template(run):
+    tokenizer = byte_tokenizer.build()
+    for options in ([], ["--chat"]):
+        ids = generate(run, "hi", *options)["prompt_token_ids"]
+        assert tokenizer.decode(ids) == "<user>hi<|end|><assistant>" and ids.count(byte_tokenizer.END) == 1
+    assert tokenizer.decode(generate(run, "hi", "--raw")["prompt_token_ids"]) == "hi"
+
+
+def test_text_and_table_agree_with_json(run):
+    want = generate(run, "hello", "--compare-ar")
+    code, out, err = run("generate", "hello", "--max-new-tokens", "24", "--ignore-eos", "--compare-ar", "--stats")
+    assert code == 0 and err == ""
+    assert out.startswith(want["text"] + "\n")
+    lines = out[len(want["text"]) :].strip().splitlines()
+    for line, stats in zip(lines[1:3], (want["stats"], want["ar"]["stats"]), strict=True):
+        names = ("mode", "block_len", "tokens", "cycles", "passes")
+        assert line.split()[:5] == [str(stats[name]) for name in names]
+        assert line.split()[5:7] == [f"{stats[name]:.2f}" for name in ("tokens_per_cycle", "tokens_per_pass")]
+    assert want["stats"]["mode"] == "two_pass" and want["stats"]["tokens_per_cycle"] > 1.2
+    assert want["identical_tokens"] and lines[-1] == "identical tokens: yes (24 of 24)"
+
+
+def test_draft_len_mode_and_sampling_reach_the_engine(run):
+    assert generate(run, "x", "--draft-len", "3")["stats"]["block_len"] == 4
+    assert generate(run, "x", "--mode", "ar")["stats"]["mode"] == "ar"
+    sampled = generate(run, "x", "--temperature", "1", "--top-k", "20", "--seed", "7")
+    assert sampled["stats"]["seed"] == 7
+    assert sampled["token_ids"] == generate(run, "x", "--temperature", "1", "--top-k", "20", "--seed", "7")["token_ids"]
+
+
+@pytest.fixture
+def broken_two_pass(monkeypatch):
+    """Token 5 of every two_pass output is wrong."""
+    honest = Engine.generate
+
+    def broken(self, prompt_ids, params=None, *, mode=None, draft_len=None):
+        out = honest(self, prompt_ids, params, mode=mode, draft_len=draft_len)
+        if mode == "two_pass":
+            out.token_ids[5] ^= 1
+        return out
+
+    monkeypatch.setattr(Engine, "generate", broken)
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("abc\n\ndef\n")
+    return str(path)
+
+
+def test_verify_finds_no_difference(run, prompt_file):
+    code, out, _ = run("verify", "--prompts", prompt_file, "--max-new-tokens", "12")
+    assert code == 0 and out.count("tokens/cycle  identical\n") == 2
+    assert out.endswith("ar against two_pass, bfloat16: 2 of 2 identical\n")
+    code, out, _ = run("verify", "-n", "1", "--max-new-tokens", "12")
+    assert code == 0 and out.startswith(prompts.load()[0].name)
+
+
+def test_verify_reports_the_first_difference(run, broken_two_pass, prompt_file):
+    options = ("--prompts", prompt_file, "--max-new-tokens", "12")
+    code, out, _ = run("verify", *options, "--json")
+    facts = json.loads(out)
+    assert code == 1 and facts["different"] == 2
+    for entry in facts["prompts"]:
+        difference = entry["difference"]
+        right, wrong = difference["tokens"]
+        assert difference["index"] == 5 and right ^ 1 == wrong and difference["gap"] > 0
+    code, out, _ = run("verify", *options)
+    assert code == 1 and re.search(r"line 1 .* differ at token 5: \d+ '.*' against \d+ '.*', top-2 gap \d", out)
+    assert out.endswith("0 of 2 identical\n")
+
+
+def test_compare_ar_says_no(run, monkeypatch):
+    honest = Engine.generate
+
+    def broken(self, *args, mode=None, **kwargs):
+        out = honest(self, *args, mode=mode, **kwargs)
+        out.token_ids[-1] ^= 1
+        return out
+
+    monkeypatch.setattr(Engine, "generate", broken)
+    code, out, _ = run("generate", "hello", "--max-new-tokens", "8", "--ignore-eos", "--compare-ar")
+    assert code == 1 and "identical tokens: no, first difference at token 7: " in out
+
+
+def test_info_names_every_op_and_the_model(run, folder):
+    code, out, _ = run("info", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["ops"]["row_linear"] == "cpu"
+    assert facts["model"]["name"] == folder and facts["model"]["block_len"] == 8
+    assert facts["device"]["type"] == "cpu" and facts["versions"]["torch"]
+    code, out, _ = run("info")
+    assert code == 0 and all(op in out for op in facts["ops"])
+
+
+def test_info_reports_a_model_that_cannot_be_opened(run):
+    code, out, _ = run("info", "--model", "/nowhere")
+    assert code == 0 and "/nowhere" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--draft-len", "8", "x"], r"draft_len must be within \[1, 7\]"),
+        (["--max-new-tokens", "0", "x"], "max_new_tokens must be >= 1, got 0"),
+        (["--temperature", "1", "--compare-ar", "x"], "--compare-ar needs temperature 0"),
+        (["--raw", ""], "at least one token"),
+        (["--file", "/nowhere/prompt.txt"], "No such file"),
+        (["--model", "/nowhere", "x"], "/nowhere"),
+        (["--raw", "x" * 300], r"shorter than max_seq_len \(256 tokens\), got 300"),
+        (["--device", "tpu", "x"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+    ],
+)
+def test_errors_are_one_line(run, args, message):
+    code, out, err = run("generate", *args)
+    assert code == 2 and out == ""
+    assert re.search(message, err) and err.startswith("orthrus-rt generate: ") and err.count("\n") == 1
+
+
+def test_ctrl_c_ends_without_a_traceback(folder):
+    command = [
+        sys.executable,
+        "-m",
+        "orthrus_rt.cli",
+        "generate",
+        "--model",
+        folder,
+        "--dtype",
+        "float32",
+        "--raw",
+        "hello",
+    ]
+    command += ["--mode", "ar", "--ignore-eos", "--max-new-tokens", "500", "--max-seq-len", "512"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert os.read(process.stdout.fileno(), 1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in err
+
+
+def test_a_reader_that_leaves_is_no_traceback(folder):
+    command = [sys.executable, "-m", "orthrus_rt.cli", "info", "--model", folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.wait() == 2 and b"Traceback" not in err and b"Exception" not in err
+
+
+def test_built_in_prompts():
+    loaded = prompts.load()
+    assert len(loaded) >= 24 and len({p.name for p in loaded}) == len(loaded)
+    assert {p.kind for p in loaded[:6]} == set(prompts.KINDS)
+    for kind in prompts.KINDS:
+        assert prompts.load(kind)

@@ -1,0 +1,105 @@
+"""The call that users of the published code know."""
+
+import pytest
+import torch
+from transformers import TextStreamer
+
+from orthrus_rt import SamplingParams
+from orthrus_rt.hf import OrthrusForCausalLM
+from tests import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = byte_tokenizer.make_checkpoint(tmp_path_factory.mktemp("model"))
+    return OrthrusForCausalLM.from_pretrained(
+        str(path), dtype=torch.bfloat16, device_map="cpu", max_seq_len=128, trust_remote_code=True
+    ).eval()
+
+
+@pytest.fixture
+def input_ids(model):
+    return torch.tensor([model.tokenizer("hello").input_ids])
+
+
+class Recorder:
+    def __init__(self):
+        self.calls = []
+
+    def put(self, value):
+        self.calls.append(value)
+
+    def end(self):
+        self.calls.append("end")
+
+
+def test_returns_prompt_and_new_tokens(model, input_ids):
+    want = model.engine.generate(input_ids[0], SamplingParams(max_new_tokens=20), mode="ar").token_ids
+    for diffusion in (True, False):
+        out = model.generate(input_ids=input_ids, max_new_tokens=20, use_diffusion_mode=diffusion)
+        assert out.dtype == torch.int64 and out.tolist() == [input_ids[0].tolist() + want]
+    assert model.generate(input_ids, max_length=12).shape == (1, 12)
+
+
+def test_streamer_gets_prompt_tokens_and_end(model, input_ids):
+    recorder = Recorder()
+    out = model.generate(input_ids, max_new_tokens=20, streamer=recorder)
+    prompt, *pieces, end = recorder.calls
+    assert torch.equal(prompt, input_ids) and end == "end" and len(pieces) < 20
+    assert torch.cat(pieces).tolist() == out[0, input_ids.shape[1] :].tolist()
+
+
+def test_text_streamer_prints_the_text(model, input_ids, capsys):
+    streamer = TextStreamer(model.tokenizer, skip_prompt=True)
+    out = model.generate(input_ids, max_new_tokens=20, streamer=streamer)
+    assert capsys.readouterr().out == model.tokenizer.decode(out[0, input_ids.shape[1] :]) + "\n"
+
+
+def test_eos_token_id_replaces_the_checkpoints_own(model, input_ids):
+    tokens = model.generate(input_ids, max_new_tokens=20, eos_token_id=-1 % 2**31)[0, input_ids.shape[1] :].tolist()
+    for eos in (tokens[3], [tokens[3], 10**6]):
+        out = model.generate(input_ids, max_new_tokens=20, eos_token_id=eos)
+        assert out[0, input_ids.shape[1] :].tolist() == tokens[: tokens.index(tokens[3]) + 1]
+
+
+def test_manual_seed_makes_sampling_repeatable(model, input_ids):
+    def sample(seed):
+        torch.manual_seed(seed)
+        return model.generate(input_ids, max_new_tokens=20, temperature=1.0, top_k=None, top_p=None).tolist()
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_mask_of_ones_and_pad_id_are_tolerated(model, input_ids):
+    out = model.generate(input_ids, max_new_tokens=4, attention_mask=torch.ones_like(input_ids), pad_token_id=0)
+    assert torch.equal(out, model.generate(input_ids, max_new_tokens=4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"do_sample": True, "max_new_tokens": 4}, TypeError, "do_sample is not supported; supported are input_ids"),
+        ({}, ValueError, "max_new_tokens or max_length must be given"),
+        ({"max_length": 5}, ValueError, "max_length must exceed the prompt's 5 tokens, got 5"),
+        ({"max_new_tokens": 124}, ValueError, "129 tokens in all exceed max_seq_len 128"),
+        ({"max_new_tokens": 4, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, ValueError, "must be all ones"),
+        ({"max_new_tokens": 4, "top_p": 1.5}, ValueError, "top_p"),
+    ],
+)
+def test_errors(model, input_ids, arguments, error, message):
+    with pytest.raises(error, match=message):
+        model.generate(input_ids, **arguments)
+
+
+def test_one_prompt_at_a_time(model):
+    with pytest.raises(ValueError, match=r"input_ids must have shape \[1, n\], got \[2, 3\]"):
+        model.generate(torch.zeros(2, 3, dtype=torch.int64), max_new_tokens=4)
+
+
+def test_from_pretrained_refuses_what_it_cannot_honour():
+    with pytest.raises(TypeError, match="attn_implementation is not supported"):
+        OrthrusForCausalLM.from_pretrained("x", attn_implementation="sdpa")
+    with pytest.raises(ValueError, match="device_map must name one device"):
+        OrthrusForCausalLM.from_pretrained("x", device_map={"": 0})
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        OrthrusForCausalLM.from_pretrained("x", dtype=torch.int8)
