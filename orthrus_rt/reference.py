@@ -212,9 +212,6 @@ def _stage(state, s, next_pass, rows: Rows, mask_token_id):
 MASS_ONE = 1 << 40
 FLOAT_MAX = torch.finfo(torch.float32).max
 
-# Purposes of noise: two draws share their randomness only if they are meant to.
-PURPOSE_CHOICE, PURPOSE_DRAFT, PURPOSE_ACCEPT, PURPOSE_RESIDUAL = range(4)
-
 
 def philox(seed, position, purpose, token):
     """Philox 4x32-10 as int64 tensors in [0, 2**32): word ``token % 4`` of counter (token // 4, position, purpose, 0).
@@ -311,7 +308,39 @@ def process_logits_probs(logits, temperature, top_k, top_p, min_p):
     ``[num_rows]`` tensors. Row-invariant.
     """
     y, top, keep = _filter(logits, temperature, top_k, top_p, min_p)
+    return _normalise(y, top, keep)
+
+
+def _normalise(y, top, keep):
+    total = torch.where(keep, _mass(y, top), 0).sum(-1, keepdim=True).double() / MASS_ONE
     alone = keep.sum(-1, keepdim=True) == 1
-    weight = torch.where(keep, torch.exp(y - top), 0)
-    total = (weight * MASS_ONE).long().sum(-1, keepdim=True).double() / MASS_ONE
-    return torch.where(alone, keep.float(), weight / total.float())
+    return torch.where(alone, keep.float(), torch.where(keep, torch.exp(y - top), 0) / total.float())
+
+
+def process_logits(
+    logits, temperature, top_k, top_p, min_p, seed, position, purpose, choice, *, log_probs=None,
+    penalties=None, token_counts=None, bias_ids=None, bias_values=None, stop_ids=None, min_position=None,
+):  # fmt: skip
+    """Penalties, bias and stop mask, then a draw from :func:`process_logits_probs` by Gumbel noise; see ops.py."""
+    y = torch.where(logits.isnan(), -torch.inf, logits.float())
+    if penalties is not None:
+        repetition, presence, frequency = (penalties[:, i : i + 1] for i in range(3))
+        punished = torch.where(y > 0, y / repetition, y * repetition)
+        y = torch.where(token_counts != 0, punished, y)
+        y = torch.where(token_counts > 0, y - (presence + frequency * token_counts), y)
+    if bias_ids is not None:
+        for ids, values in zip(bias_ids.T.long(), bias_values.T, strict=True):
+            here = torch.zeros_like(y).scatter_(1, ids.clamp(min=0)[:, None], torch.where(ids >= 0, values, 0)[:, None])
+            y = y + here
+    if stop_ids is not None:
+        early = (position < min_position)[:, None] & (stop_ids >= 0)
+        banned = torch.zeros_like(y).scatter_add_(1, stop_ids.clamp(min=0).long(), early.float())
+        y = torch.where(banned > 0, -torch.inf, y)
+    y, top, keep = _filter(y, temperature, top_k, top_p, min_p)
+    row, token = keep.nonzero(as_tuple=True)  # noise costs: draw it for kept tokens only
+    noise = exponential(seed[row], position[row], purpose, token)
+    score = torch.full_like(y, -torch.inf)
+    score[row, token] = y[row, token] - torch.log(noise)
+    choice.copy_((score == score.amax(-1, keepdim=True)).int().argmax(-1))
+    if log_probs is not None:
+        log_probs.copy_(torch.log(_normalise(y, top, keep)))

@@ -1,0 +1,94 @@
+"""Every Triton kernel, as its launcher launches it at real model shapes, compiled for every architecture."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
+
+from orthrus_rt import plan  # noqa: E402
+from orthrus_rt.triton_kernels import dual_attn, embed, process_logits, rms_norm  # noqa: E402
+from tests.compile.recorder import record  # noqa: E402
+
+# Bytes of shared memory that one block may have.
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+REGISTERS = 65536
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch):
+    """Compiled kernels are kept in the build folder under a hash of their source."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(Path(__file__).resolve().parents[2] / "build" / "triton"))
+
+
+def int32(*shape):
+    return torch.empty(shape, dtype=torch.int32)
+
+
+def fp32(*shape):
+    return torch.empty(shape)
+
+
+def bf16(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16)
+
+
+def call_rms_norm(hidden, with_index, dtype=torch.bfloat16):
+    x = torch.empty(4, hidden, dtype=dtype)
+    return rms_norm.rms_norm, (x, fp32(hidden), 1e-6, x, int32(4) if with_index else None), {}
+
+
+def call_embed(hidden):
+    return embed.embed, (int32(4), bf16(100, hidden), bf16(4, hidden)), {}
+
+
+def call_dual_attn(heads_q, heads_kv, head_dim, blocks, dtype=torch.bfloat16):
+    rows = plan.empty_rows(2, 4, blocks, 16, "cpu")
+    q = torch.empty(rows.num_rows, heads_q, head_dim, dtype=dtype)
+    pages = torch.empty(8, heads_kv, 64, head_dim, dtype=dtype)
+    scratch = torch.empty(rows.num_rows_diff, heads_kv, head_dim, dtype=dtype) if blocks else None
+    return dual_attn.dual_attn, (q, pages, pages, int32(2, 4), scratch, scratch, rows, 0.1, q), {}
+
+
+def call_process_logits(vocab, extras):
+    n = 2
+    args = fp32(n, vocab), fp32(n), int32(n), fp32(n), fp32(n), torch.empty(n, dtype=torch.int64), int32(n), 1, int32(n)
+    more = dict(
+        log_probs=fp32(n, vocab), penalties=fp32(n, 3), token_counts=int32(n, vocab), bias_ids=int32(n, 5),
+        bias_values=fp32(n, 5), stop_ids=int32(n, 3), min_position=int32(n),
+    )  # fmt: skip
+    return process_logits.process_logits, args, more if extras else {}
+
+
+CALLS = {
+    "rms_norm-576": call_rms_norm(576, False),
+    "rms_norm-2048-index": call_rms_norm(2048, True),
+    "rms_norm-4096": call_rms_norm(4096, False),
+    "rms_norm-4096-fp32": call_rms_norm(4096, False, torch.float32),
+    "embed-576": call_embed(576),
+    "embed-4096": call_embed(4096),
+    "dual_attn-9-3-64": call_dual_attn(9, 3, 64, 2),
+    "dual_attn-32-8-128": call_dual_attn(32, 8, 128, 2),
+    "dual_attn-16-8-128-ar": call_dual_attn(16, 8, 128, 0),
+    "process_logits-49152": call_process_logits(49152, True),
+    "process_logits-151936": call_process_logits(151936, False),
+}
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_within_the_chip(name, arch, monkeypatch):
+    launcher, args, kwargs = CALLS[name]
+    launches = record(monkeypatch, launcher, *args, **kwargs)
+    assert launches
+    for launch in launches:
+        used = launch.resources(arch)
+        what = f"{launch.fn.__name__} sm_{arch}: {used}"
+        assert used["STACK"] == 0 and used["LOCAL"] == 0, f"spills: {what}"
+        threads = 32 * launch.options["num_warps"]
+        assert threads * -(-used["REG"] // 8) * 8 <= REGISTERS, f"registers: {what}"
+        assert used["SHARED"] <= SHARED_LIMIT[arch], f"shared memory: {what}"
