@@ -27,18 +27,20 @@ class StoredTensor:
 
 
 class LazyTensors(Mapping):
-    """Name -> tensor, read from its file on each access and checked for NaN and inf."""
+    """Name -> tensor, read from its file on each access and checked for NaN and inf.
+
+    The file is opened anew each time: its mapping, and the pages read through it, go with the last tensor.
+    """
 
     def __init__(self, stored: dict[str, StoredTensor]):
         self._stored = stored
-        self._files = {file: _open(file) for file in {entry.file for entry in stored.values()}}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         entry = self._stored[name]
-        file = self._files[entry.file]
-        tensor = file.get_tensor(entry.key)
-        if entry.scale is not None:
-            tensor = tensor.float() * file.get_tensor(entry.scale)[:, None]
+        with _open(entry.file) as file:
+            tensor = file.get_tensor(entry.key)
+            if entry.scale is not None:
+                tensor = tensor.float() * file.get_tensor(entry.scale)[:, None]
         # NaN propagates through aminmax, so two numbers tell about all, without a mask in memory.
         low, high = tensor.aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
