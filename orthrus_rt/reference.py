@@ -308,13 +308,12 @@ def process_logits_probs(logits, temperature, top_k, top_p, min_p):
     ``[num_rows]`` tensors. Row-invariant.
     """
     y, top, keep = _filter(logits, temperature, top_k, top_p, min_p)
-    return _normalise(y, top, keep)
-
-
-def _normalise(y, top, keep):
-    total = torch.where(keep, _mass(y, top), 0).sum(-1, keepdim=True).double() / MASS_ONE
     alone = keep.sum(-1, keepdim=True) == 1
-    return torch.where(alone, keep.float(), torch.where(keep, torch.exp(y - top), 0) / total.float())
+    return torch.where(alone, keep.float(), torch.where(keep, torch.exp(y - top), 0) / _total(y, top, keep))
+
+
+def _total(y, top, keep):
+    return (torch.where(keep, _mass(y, top), 0).sum(-1, keepdim=True).double() / MASS_ONE).float()
 
 
 def process_logits(
@@ -343,4 +342,6 @@ def process_logits(
     score[row, token] = y[row, token] - torch.log(noise)
     choice.copy_((score == score.amax(-1, keepdim=True)).int().argmax(-1))
     if log_probs is not None:
-        log_probs.copy_(torch.log(_normalise(y, top, keep)))
+        alone = keep.sum(-1, keepdim=True) == 1
+        value = torch.where(alone, 0, y - top - torch.log(_total(y, top, keep)))
+        log_probs.copy_(torch.where(keep, value, -torch.inf))

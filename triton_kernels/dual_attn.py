@@ -122,5 +122,5 @@ def dual_attn(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softm
         page_table.shape[1], rows.num_rows_ar, rows.num_groups_ar, num_heads_q, num_heads_kv,
         softmax_scale * math.log2(math.e),
         HEADS_PER_KV=heads_per_kv, HEAD_DIM=head_dim, PAGE_SIZE=page_size, BLOCK_M=BLOCK_M,
-        PRECISION="ieee", num_warps=4 if head_dim <= 64 else 8, num_stages=2, enable_fp_fusion=False,
+        PRECISION="ieee", num_warps=8, num_stages=2, enable_fp_fusion=False,
     )  # fmt: skip

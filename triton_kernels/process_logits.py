@@ -355,7 +355,7 @@ def process_logits(
     _cut_kernel[(num_rows,)](
         logits, tile_value, temperature, top_k, top_p, min_p, count, mass, found, cut, top, total,
         stride, vocab, num_tiles, WITH_TOTAL=log_probs is not None,
-        TILES=tiles, RUNGS=RUNGS, BLOCK=SWEEP, num_warps=8, enable_fp_fusion=False,
+        TILES=tiles, RUNGS=RUNGS, BLOCK=SWEEP, num_warps=8, maxnreg=128, enable_fp_fusion=False,
     )  # fmt: skip
     _draw_kernel[(num_rows, num_tiles)](
         logits, cut, temperature, seed, position, tile_value, tile_token, purpose, stride, vocab, num_tiles,

@@ -10,9 +10,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
 
-from orthrus_rt import plan  # noqa: E402
-from orthrus_rt.triton_kernels import dual_attn, embed, process_logits, rms_norm  # noqa: E402
-from tests.compile.recorder import record  # noqa: E402
+from orthrus_rt.triton_kernels import dual_attn, embed, process_logits, rms_norm
+
+from orthrus_rt import plan
+from tests.compile.recorder import record
 
 # Bytes of shared memory that one block may have.
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}

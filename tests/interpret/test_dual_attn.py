@@ -1,0 +1,87 @@
+"""The portable dual_attn under the interpreter, against float64; caches are NaN wherever no row looks."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from orthrus_rt.triton_kernels import dual_attn
+
+from orthrus_rt.plan import empty_rows
+from tests.gpu.attention_pass import Group, Heads, Pass
+
+HEADS = Heads(6, 2, 16)
+GROUPS = [
+    Group("ar", 0, 130, 3),
+    Group("ar", 1, 0, 1),
+    Group("ar", 2, 63, 2, invalid=1),
+    Group("ar", 3, 5, 2, invalid=2),
+    Group("diff", 0, 130, 4),
+    Group("diff", 4, 0, 3),
+    Group("diff", 1, 64, 5, invalid=2),
+    Group("diff", 3, 10, 2, invalid=2),
+]
+
+
+class TritonPass(Pass):
+    def __init__(self, heads, groups, dtype=torch.float32):
+        super().__init__(heads, groups, device="cpu")
+        for name in ("q", "k_pages", "v_pages", "scratch_k", "scratch_v"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).to(dtype))
+
+    def workspace(self):
+        return None
+
+    def call(self, out, workspace, softmax_scale=None):
+        dual_attn.dual_attn(
+            self.q, self.k_pages, self.v_pages, self.page_table, self.scratch_k, self.scratch_v, self.rows,
+            self.heads.dim**-0.5, out,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("heads", [HEADS, Heads(2, 2, 32), Heads(8, 1, 16)], ids=str)
+def test_against_float64(heads, dtype):
+    case = TritonPass(heads, GROUPS, dtype)
+    got = case.run()
+    tolerance = 1e-5 if dtype is torch.float32 else 4e-3
+    torch.testing.assert_close(got.double(), case.expected(), rtol=tolerance, atol=tolerance)
+    assert not got[case.rows.position < 0].any()
+
+
+def test_groups_larger_than_a_tile():
+    case = TritonPass(HEADS, [Group("ar", 0, 30, 50), Group("diff", 1, 70, 80, invalid=7)])
+    torch.testing.assert_close(case.run().double(), case.expected(), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_do_not_depend_on_company():
+    together = TritonPass(HEADS, GROUPS)
+    want = together.by_group(together.run())
+    backwards = TritonPass(HEADS, GROUPS[::-1])
+    got = backwards.by_group(backwards.run())
+    for g in GROUPS:
+        assert torch.equal(got[g], want[g])
+        assert torch.equal(TritonPass(HEADS, [g]).run(), want[g])
+    for i in range(3):  # a row of a verification is the row of AR decoding
+        alone = TritonPass(HEADS, [Group("ar", 0, 130 + i, 1)]).run()
+        assert torch.equal(alone[0], want[GROUPS[0]][i])
+
+
+def test_nothing_to_do():
+    assert TritonPass(HEADS, [Group("ar", 0, 0, 0)]).run().shape == (0, 6, 16)
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        (Heads(2, 1, 24), "dual_attn: head_dim must be a power of two >= 16 for triton, got 24"),
+        (Heads(65, 1, 16), "dual_attn: num_heads_q / num_heads_kv must be <= 64, got 65"),
+    ],
+    ids=str,
+)
+def test_refuses(heads, message):
+    q = torch.zeros(1, heads.q, heads.dim)
+    pages = torch.zeros(1, heads.kv, 64, heads.dim)
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        dual_attn.dual_attn(q, pages, pages, table, None, None, empty_rows(1, 1, 0, 0, "cpu"), 1.0, q)

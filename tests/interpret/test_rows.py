@@ -1,0 +1,57 @@
+"""rms_norm and embed under the interpreter, against the oracle."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from orthrus_rt.triton_kernels import embed, rms_norm
+
+from orthrus_rt import reference
+
+DTYPES = [torch.float32, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [16, 100, 576, 2048])
+def test_rms_norm(hidden, dtype):
+    x = torch.randn(7, hidden).to(dtype) * 3
+    weight = torch.randn(hidden)
+    got, want = torch.empty_like(x), torch.empty_like(x)
+    rms_norm.rms_norm(x, weight, 1e-6, got)
+    reference.rms_norm(x, weight, 1e-6, want)
+    torch.testing.assert_close(got, want, rtol=1e-6 if dtype is torch.float32 else 1e-3, atol=1e-6)
+
+
+def test_rms_norm_picks_rows_and_a_row_does_not_depend_on_company():
+    x, weight = torch.randn(9, 200), torch.randn(200)
+    index = torch.tensor([8, 0, 0, 3], dtype=torch.int32)
+    whole, picked, one = torch.empty_like(x), torch.empty(4, 200), torch.empty(1, 200)
+    rms_norm.rms_norm(x, weight, 1e-5, whole)
+    rms_norm.rms_norm(x, weight, 1e-5, picked, index)
+    rms_norm.rms_norm(x, weight, 1e-5, one, index[3:])
+    assert torch.equal(picked, whole[index.long()])
+    assert torch.equal(one[0], whole[3])
+
+
+def test_rms_norm_strided_and_in_place():
+    wide, weight = torch.randn(5, 300), torch.randn(128)
+    x = wide[:, 100:228]
+    want = torch.empty(5, 128)
+    reference.rms_norm(x, weight, 1e-6, want)
+    rms_norm.rms_norm(x, weight, 1e-6, x)
+    torch.testing.assert_close(x, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [16, 100, 2050])
+def test_embed(hidden, dtype):
+    table = torch.randn(11, hidden).to(dtype)
+    token = torch.tensor([10, 0, 3, 3], dtype=torch.int32)
+    out = torch.empty(4, hidden, dtype=dtype)
+    embed.embed(token, table, out)
+    assert torch.equal(out, table[token.long()])
+
+
+def test_nothing_to_do():
+    rms_norm.rms_norm(torch.empty(0, 64), torch.ones(64), 1e-6, torch.empty(0, 64))
+    embed.embed(torch.empty(0, dtype=torch.int32), torch.ones(3, 64), torch.empty(0, 64))
