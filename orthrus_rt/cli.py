@@ -144,29 +144,25 @@ def _warm_up(engine, prompt_ids) -> None:
 def _decode(engine, prompt_ids, params, *, show: bool):
     """Generate, writing the text as it comes if ``show``. Returns ``(GenerationOutput, text)``."""
     from orthrus_rt.engine import GenerationOutput
-    from orthrus_rt.terminal import StatusLine, TextStream
+    from orthrus_rt.terminal import Screen, TextStream
 
     tokens, text = [], []
     stream = TextStream(engine.tokenizer)
-
-    def emit(part):
-        text.append(part)
-        if show:
-            sys.stdout.write(part)
-            sys.stdout.flush()
-
     pieces = engine.stream(prompt_ids, params)
-    with StatusLine() as status:
+    with Screen() as screen:
         try:
             for piece in pieces:
                 tokens += piece.token_ids
-                emit(stream.push(piece.token_ids))
+                text.append(stream.push(piece.token_ids))
                 if show:
-                    status.show(_progress(piece.stats))
-            emit(stream.end())
+                    screen.write(text[-1])
+                    screen.status(_progress(piece.stats))
+            text.append(stream.end())
+            if show:
+                screen.write(text[-1])
         finally:
             if show and tokens:
-                print(flush=True)
+                screen.write("\n")
     return GenerationOutput(tokens, piece.finish_reason, piece.stats), "".join(text)
 
 

@@ -1,10 +1,11 @@
-"""What the command line shows: text as it is decoded, one status line below it, tables."""
+"""What the command line shows: text as it is decoded, a status line below it, tables."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
+import unicodedata
 
 
 class TextStream:
@@ -44,38 +45,54 @@ class TextStream:
         return text[len(before) :]
 
 
-class StatusLine:
-    """One line at the bottom of the terminal, below text that scrolls: a context manager.
+class Screen:
+    """Writes text to stdout and, while it runs, one status line at the bottom of the terminal: a context manager.
 
-    Shows nothing unless stderr is a terminal. The last row is taken out of the scrolling region, so text written
-    meanwhile to the same terminal wraps and scrolls as ever.
+    The status line shows only if stdout and stderr are terminals. It takes the last row out of the scrolling region,
+    so the text above it wraps and scrolls as ever.
     """
 
-    def __init__(self, file=None):
-        self._file = file or sys.stderr
+    def __init__(self):
+        capable = os.environ.get("TERM", "dumb") != "dumb"
+        self._has_status = capable and sys.stdout.isatty() and sys.stderr.isatty()
         self._rows = 0
-        self._on = self._file.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self._column = 0
 
-    def _write(self, text: str) -> None:
-        self._file.write(text)
-        self._file.flush()
+    def write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        for char in text:
+            self._column = 0 if char == "\n" else self._column + char_width(char)
 
-    def show(self, text: str) -> None:
-        if not self._on:
-            return
+    def status(self, text: str) -> None:
         columns, rows = shutil.get_terminal_size()
+        # A full row leaves the cursor between two rows, which saving and restoring it would not keep.
+        if not self._has_status or (self._column and self._column % columns == 0):
+            return
         if rows != self._rows:
             # IND scrolls by one if the cursor is on the last row, and keeps its column; then the cursor goes back up.
-            self._write(f"\x1bD\x1b7\x1b[1;{rows - 1}r\x1b8\x1b[1A")
+            _control(f"\x1bD\x1b7\x1b[1;{rows - 1}r\x1b8\x1b[1A")
             self._rows = rows
-        self._write(f"\x1b7\x1b[{rows};1H\x1b[2K\x1b[2m{text[: columns - 1]}\x1b[0m\x1b8")
+        _control(f"\x1b7\x1b[{rows};1H\x1b[2K\x1b[2m{text[: columns - 1]}\x1b[0m\x1b8")
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         if self._rows:
-            self._write(f"\x1b7\x1b[r\x1b[{self._rows};1H\x1b[2K\x1b8")
+            _control(f"\x1b7\x1b[r\x1b[{self._rows};1H\x1b[2K\x1b8")
+
+
+def _control(sequence: str) -> None:
+    sys.stderr.write(sequence)
+    sys.stderr.flush()
+
+
+def char_width(char: str) -> int:
+    """Columns that a printed character takes: 0, 1 or 2."""
+    if unicodedata.combining(char):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
 def table(rows: list[tuple]) -> str:

@@ -1,12 +1,14 @@
 """Text that streams, the status line and tables."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orthrus_rt.terminal import StatusLine, TextStream, table
+from orthrus_rt import terminal
+from orthrus_rt.terminal import Screen, TextStream, table
 from tests import byte_tokenizer
 
 
@@ -48,26 +50,47 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_status_line_gives_its_row_back(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "20")
-    monkeypatch.setenv("LINES", "10")
-    terminal = Terminal()
-    with pytest.raises(KeyboardInterrupt), StatusLine(terminal) as status:
-        status.show("x" * 100)
+@pytest.fixture
+def streams(monkeypatch):
+    """Replaces stdout and stderr by terminals of 20 columns and 10 rows."""
+    for name, value in {"TERM": "xterm", "COLUMNS": "20", "LINES": "10"}.items():
+        monkeypatch.setenv(name, value)
+    pair = SimpleNamespace(stdout=Terminal(), stderr=Terminal())
+    monkeypatch.setattr(terminal, "sys", pair)
+    return pair
+
+
+def test_status_line_gives_its_row_back(streams):
+    with pytest.raises(KeyboardInterrupt), Screen() as screen:
+        screen.write("text")
+        screen.status("x" * 100)
         raise KeyboardInterrupt
-    written = terminal.getvalue()
-    assert "\x1b[1;9r" in written and "x" * 19 in written and "x" * 20 not in written
-    assert written.index("\x1b[r") > written.index("x" * 19)
+    control = streams.stderr.getvalue()
+    assert streams.stdout.getvalue() == "text"
+    assert "\x1b[1;9r" in control and "x" * 19 in control and "x" * 20 not in control
+    assert control.index("\x1b[r") > control.index("x" * 19)
 
 
-@pytest.mark.parametrize(("file", "term"), [(io.StringIO, "xterm"), (Terminal, "dumb")])
-def test_no_status_line_without_a_capable_terminal(monkeypatch, file, term):
-    monkeypatch.setenv("TERM", term)
-    out = file()
-    with StatusLine(out) as status:
-        status.show("text")
-    assert out.getvalue() == ""
+@pytest.mark.parametrize(
+    ("text", "shown"), [("a" * 19, True), ("a" * 20, False), ("世" * 10, False), ("a" * 20 + "\n", True)]
+)
+def test_no_status_while_the_cursor_hangs_behind_a_full_row(streams, text, shown):
+    with Screen() as screen:
+        screen.write(text)
+        screen.status("status")
+    assert ("status" in streams.stderr.getvalue()) == shown
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr", "TERM"])
+def test_no_status_line_without_a_capable_terminal(streams, monkeypatch, stream):
+    if stream == "TERM":
+        monkeypatch.setenv("TERM", "dumb")
+    else:
+        setattr(streams, stream, io.StringIO())
+    with Screen() as screen:
+        screen.write("text")
+        screen.status("status")
+    assert streams.stderr.getvalue() == "" and streams.stdout.getvalue() == "text"
 
 
 def test_table_aligns_its_columns():
