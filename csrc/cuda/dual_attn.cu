@@ -30,9 +30,11 @@ template <typename V>
 int launch_split(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
   const int smem = V::kSmemBytes + a.num_units * static_cast<int>(sizeof(Unit) + sizeof(int));
   const int64_t items = static_cast<int64_t>(a.num_units) * a.p.kv.num_heads_kv * (a.num_splits + 1);
-  const int64_t resident = static_cast<int64_t>(device.num_sms) * max(1, device.smem_per_sm / (smem + 1024));
-  const int error = launch(dual_attn_split_kernel<V>, a, dim3(static_cast<unsigned>(min(items, resident))),
-                           V::kThreads, smem, stream, device);
+  int per_sm = 0;
+  int error = occupancy(dual_attn_split_kernel<V>, V::kThreads, smem, &per_sm);
+  if (error) return error;
+  const int64_t grid = min(items, static_cast<int64_t>(device.num_sms) * per_sm);
+  error = launch(dual_attn_split_kernel<V>, a, dim3(static_cast<unsigned>(grid)), V::kThreads, smem, stream, device);
   if (error) return error;
   const int64_t heads = static_cast<int64_t>(a.p.rows.num_rows) * a.p.num_heads_q;
   return launch(dual_attn_merge_kernel<V::kHeadDim>, a, dim3(static_cast<unsigned>((heads + 3) / 4)), 128, 0, stream,
@@ -56,7 +58,7 @@ int run(DualAttnLaunch a, void* stream) {
   const bool enough = warps == 8 ? 4 * pairs >= 3 * device.num_sms : pairs >= kSplitPairsPerSm * device.num_sms;
   const int64_t needed = workspace_bytes(a.p.rows.num_rows, a.p.num_heads_q, kHeadDim, a.p.max_seq_len);
   if (enough || a.num_units > kMaxUnits || !a.p.workspace || a.p.workspace_bytes < needed) {
-    using V = Variant<kHeadDim, 8, true, 2>;
+    using V = Variant<kHeadDim, 8, true, 3>;
     cut(a, V::kWarps);
     return launch(dual_attn_fold_kernel<V>, a, dim3(a.num_units * a.p.kv.num_heads_kv), V::kThreads, V::kSmemBytes,
                   stream, device);
@@ -66,7 +68,7 @@ int run(DualAttnLaunch a, void* stream) {
       a.partial + partial_heads(a.p.rows.num_rows, a.p.num_heads_q, a.p.max_seq_len) * kHeadDim);
   if (warps == 1) return launch_split<Variant<kHeadDim, 1, false, 2>>(a, stream, device);
   if (warps == 4) return launch_split<Variant<kHeadDim, 4, false, 2>>(a, stream, device);
-  return launch_split<Variant<kHeadDim, 8, false, 2>>(a, stream, device);
+  return launch_split<Variant<kHeadDim, 8, false, 3>>(a, stream, device);
 }
 
 }  // namespace

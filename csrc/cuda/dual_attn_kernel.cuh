@@ -40,7 +40,7 @@ struct Variant {
 template <typename V>
 class Attention {
  public:
-  __device__ Attention(const DualAttnLaunch& a, char* smem) : a_(a), p_(a.p), smem_(smem_address(smem)) {}
+  __device__ Attention(const DualAttnLaunch& a, const uint8_t* smem) : a_(a), p_(a.p), smem_(shared_address(smem)) {}
 
   // Warp-collective. The unit's rows are rows of a group x q heads of a kv head, flattened.
   __device__ Unit read_unit(int u) const {
@@ -91,7 +91,7 @@ class Attention {
       for (int i = 0; i < 2; ++i)
         visible[i] = own ? (valid_[i] ? kTileKv : 0) : prefix_len_[i] - (first_tile_ + t) * kTileKv;
       const bool needed = __any_sync(~0u, visible[0] > 0 || visible[1] > 0);
-      const uint32_t k = stage(t), v = k + V::kTileBytes;
+      const SharedAddress k = stage(t), v = k + V::kTileBytes;
       float scores[8][4], decay[2];
       if (needed) {
         score_tile<V::kTileM, V::kHeadDim>(scores, smem_, warp() * 16, k, lane());
@@ -146,7 +146,7 @@ class Attention {
  private:
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int warp() { return threadIdx.x / 32; }
-  __device__ uint32_t stage(int t) const {
+  __device__ SharedAddress stage(int t) const {
     return smem_ + V::kQueryBytes + t % V::kStages * (2 * V::kTileBytes);
   }
 
@@ -185,7 +185,7 @@ class Attention {
       const bool exists = r < unit_.num_rows;
       const int64_t head = static_cast<int64_t>(unit_.first_row + (exists ? r : 0)) * p_.num_heads_q +
                            head_ * a_.heads_per_kv + m % a_.heads_per_kv;
-      copy_async(smem_ + tile_offset<V::kTileM>(row, chunk), p_.q + head * V::kHeadDim + chunk * 8, exists);
+      copy16(smem_ + tile_offset<V::kTileM>(row, chunk), p_.q + head * V::kHeadDim + chunk * 8, exists);
     }
   }
 
@@ -229,12 +229,12 @@ class Attention {
     }
   }
 
-  __device__ void load_rows(uint32_t dst, const bf16_t* src, int64_t stride, uint64_t keys) const {
+  __device__ void load_rows(SharedAddress dst, const bf16_t* src, int64_t stride, uint64_t keys) const {
     constexpr int kChunks = V::kHeadDim / 8, kRowsAtOnce = V::kThreads / kChunks;
     const int row0 = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
 #pragma unroll 8
     for (int row = row0; row < kTileKv; row += kRowsAtOnce) {
-      copy_async(dst + tile_offset<kTileKv>(row, chunk), src + row * stride + chunk * 8, keys >> row & 1);
+      copy16(dst + tile_offset<kTileKv>(row, chunk), src + row * stride + chunk * 8, keys >> row & 1);
     }
     copy_commit();
   }
@@ -255,13 +255,13 @@ class Attention {
         (static_cast<int64_t>(slot) * p_.rows.num_rows + row_[i]) * p_.num_heads_q + head_q_[i];
     float2* out = reinterpret_cast<float2*>(a_.partial + head * V::kHeadDim) + lane() % 4;
 #pragma unroll
-    for (int j = 0; j < kN; ++j) out[j * 4] = make_float2(mixed[j][2 * i], mixed[j][2 * i + 1]);
-    if (lane() % 4 == 0) a_.partial_state[head] = make_float2(state.top[i], state.total[i]);
+    for (int j = 0; j < kN; ++j) out[j * 4] = float2{mixed[j][2 * i], mixed[j][2 * i + 1]};
+    if (lane() % 4 == 0) a_.partial_state[head] = float2{state.top[i], state.total[i]};
   }
 
   const DualAttnLaunch& a_;
   const DualAttnParams& p_;
-  uint32_t smem_;
+  SharedAddress smem_;
 
   Unit unit_;
   int head_, offset_, first_tile_, num_prefix_, num_tiles_, next_page_;
@@ -270,14 +270,12 @@ class Attention {
   bool valid_[2];
 };
 
-extern __shared__ __align__(1024) char dual_attn_smem[];
-
 // One CTA per (unit, kv head), heaviest first where prefixes grow along the rows.
 template <typename V>
 __global__ void __launch_bounds__(V::kThreads) dual_attn_fold_kernel(const __grid_constant__ DualAttnLaunch a) {
   pdl_wait();
   pdl_launch_dependents();
-  Attention<V> attention(a, dual_attn_smem);
+  Attention<V> attention(a, dynamic_shared());
   const int u = a.num_units - 1 - blockIdx.x / a.p.kv.num_heads_kv, head = blockIdx.x % a.p.kv.num_heads_kv;
   const Unit unit = attention.read_unit(u);
   if (unit.num_rows == 0) return;
@@ -289,8 +287,9 @@ template <typename V>
 __global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __grid_constant__ DualAttnLaunch a) {
   pdl_wait();
   pdl_launch_dependents();
-  Attention<V> attention(a, dual_attn_smem);
-  Unit* units = reinterpret_cast<Unit*>(dual_attn_smem + V::kSmemBytes);
+  uint8_t* const smem = dynamic_shared();
+  Attention<V> attention(a, smem);
+  Unit* units = reinterpret_cast<Unit*>(smem + V::kSmemBytes);
   int* layers = reinterpret_cast<int*>(units + a.num_units);
   for (int u = threadIdx.x / 32; u < a.num_units; u += V::kWarps) {
     const Unit unit = attention.read_unit(u);

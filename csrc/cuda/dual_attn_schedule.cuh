@@ -1,6 +1,7 @@
 // How dual_attn cuts its work: splits of the KV axis at fixed absolute positions (part of the
 // numerics: a row's result is the ascending fold of its splits), and the list of work items.
 #pragma once
+#include "orthrus/launch.cuh"
 #include "orthrus/rows.h"
 
 namespace orthrus::cuda {
@@ -48,11 +49,6 @@ struct Item {
   int layer;
 };
 
-}  // namespace orthrus::cuda
-
-#if defined(__CUDACC__)
-namespace orthrus::cuda {
-
 // Item number `rank` in order of descending layer, then unit: long splits come first, and groups that
 // share a sequence read the same pages at about the same time. Warp-collective; layers[u] counts the
 // items of unit u, none above max_layers; rank is below their sum.
@@ -87,4 +83,3 @@ __device__ inline Item find_item(int rank, const int* layers, int num_units, int
 }
 
 }  // namespace orthrus::cuda
-#endif

@@ -1,9 +1,9 @@
 // The arithmetic of dual_attn on one tile of 64 keys, for one warp of 16 query rows. Every variant of
 // the kernel runs these functions in the same order, so a row's bits do not depend on the variant.
 #pragma once
-#include <cuda_bf16.h>
-
 #include <cstdint>
+
+#include "orthrus/sm80.cuh"
 
 namespace orthrus::cuda {
 
@@ -14,54 +14,14 @@ __device__ __forceinline__ uint32_t tile_offset(int row, int chunk) {
   return (chunk / 8) * (kRows * 128) + row * 128 + ((chunk ^ row) & 7) * 16;
 }
 
-__device__ __forceinline__ uint32_t smem_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// 16 bytes global -> shared, or zeros without reading.
-__device__ __forceinline__ void copy_async(uint32_t dst, const void* src, bool valid) {
-  const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 __device__ __forceinline__ float exp2_fast(float x) {
+#if defined(__CUDA_ARCH__)
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-__device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
-  return *reinterpret_cast<const uint32_t*>(&pair);
+#else
+  return exp2f(x);
+#endif
 }
 
 // Softmax state of the two rows that a thread holds of each 16-row fragment (lane/4 and lane/4 + 8).
@@ -77,7 +37,7 @@ __device__ __forceinline__ RowState empty_state() {
 
 // scores = q . k^T for 64 keys. `q` and `k` are shared-memory tiles; the warp's rows start at `q_row`.
 template <int kTileM, int kHeadDim>
-__device__ __forceinline__ void score_tile(float (&scores)[8][4], uint32_t q, int q_row, uint32_t k, int lane) {
+__device__ __forceinline__ void score_tile(float (&scores)[8][4], SharedAddress q, int q_row, SharedAddress k, int lane) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
 #pragma unroll
@@ -86,11 +46,11 @@ __device__ __forceinline__ void score_tile(float (&scores)[8][4], uint32_t q, in
 #pragma unroll
   for (int kk = 0; kk < kHeadDim / 16; ++kk) {
     uint32_t a[4];
-    ldmatrix(a, q + tile_offset<kTileM>(q_row + lane % 16, kk * 2 + lane / 16));
+    load_matrices(a, q + tile_offset<kTileM>(q_row + lane % 16, kk * 2 + lane / 16));
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       uint32_t b[4];
-      ldmatrix(b, k + tile_offset<64>(j * 16 + lane % 8 + lane / 16 * 8, kk * 2 + lane / 8 % 2));
+      load_matrices(b, k + tile_offset<64>(j * 16 + lane % 8 + lane / 16 * 8, kk * 2 + lane / 8 % 2));
       mma(scores[2 * j], a, b[0], b[1]);
       mma(scores[2 * j + 1], a, b[2], b[3]);
     }
@@ -141,7 +101,7 @@ __device__ __forceinline__ void softmax_tile(float (&scores)[8][4], RowState& st
 // mixed = mixed * decay + probabilities . v.
 template <int kHeadDim>
 __device__ __forceinline__ void mix_tile(float (&mixed)[kHeadDim / 8][4], const float (&probs)[8][4],
-                                         const float (&decay)[2], uint32_t v, int lane) {
+                                         const float (&decay)[2], SharedAddress v, int lane) {
   // Multiplying by one changes no bit, so a warp may skip it.
   if (__any_sync(~0u, decay[0] != 1.f || decay[1] != 1.f)) {
 #pragma unroll
@@ -158,7 +118,7 @@ __device__ __forceinline__ void mix_tile(float (&mixed)[kHeadDim / 8][4], const 
 #pragma unroll
     for (int j = 0; j < kHeadDim / 16; ++j) {
       uint32_t b[4];
-      ldmatrix_trans(b, v + tile_offset<64>(kk * 16 + lane % 16, j * 2 + lane / 16));
+      load_matrices_transposed(b, v + tile_offset<64>(kk * 16 + lane % 16, j * 2 + lane / 16));
       mma(mixed[2 * j], a, b[0], b[1]);
       mma(mixed[2 * j + 1], a, b[2], b[3]);
     }

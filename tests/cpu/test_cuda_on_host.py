@@ -36,7 +36,7 @@ def host_consensus(state, partials, step, next_pass, rows, descending):
         next_pass=next_pass,
         **staged,
     )
-    cuda_host.call("consensus", params, descending)
+    cuda_host.call("consensus", params, descending=descending)
 
 
 @pytest.mark.parametrize("descending", [False, True])
@@ -108,7 +108,7 @@ def test_qkv_commit(heads, norms, descending):
     if norms:
         for name, weight in zip(("q_norm", "k_norm", "q_norm_diff", "k_norm_diff"), weights, strict=True):
             setattr(params, name, weight.data_ptr())
-    cuda_host.call("qkv_commit", params, descending)
+    cuda_host.call("qkv_commit", params, descending=descending)
 
     want = outputs()
     page_table.clamp_(0, num_pages - 1)  # the oracle gathers before it discards

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.gpu.attention_pass import Group, Heads, Pass
+from tests.attention_pass import Group, Heads, Pass, assert_close
 
 pytestmark = pytest.mark.gpu
 
@@ -28,14 +28,6 @@ PASSES = {
     "prefill": [ar(0, 0, 500), ar(1, 129, 77)],
     "padding": [ar(0, 10, 4, invalid=4), ar(1, 200, 4), diff(2, 10, 4, invalid=4)],
 }
-
-
-def assert_close(got, want):
-    assert not got.isnan().any()
-    error = (got.double() - want).norm() / want.norm().clamp(min=1e-9)
-    # Probabilities and output are rounded to bf16: each adds 2^-9 / sqrt(3) of noise at most.
-    assert error < 3e-3, float(error)
-    assert (got.double() - want).abs().max() < 2**-6 * want.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)

@@ -23,7 +23,6 @@ __device__ __forceinline__ void pdl_launch_dependents() {
 
 struct DeviceInfo {
   int num_sms;
-  int smem_per_sm;
   bool pdl;  // compute capability 9.0 and newer
 };
 
@@ -32,21 +31,32 @@ inline DeviceInfo device_info() {
   DeviceInfo info{};
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&info.num_sms, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&info.smem_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   info.pdl = major >= 9;
   return info;
+}
+
+template <typename Params>
+cudaError_t allow_smem(void (*kernel)(Params), int smem_bytes) {
+  if (smem_bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              smem_bytes);
+}
+
+// CTAs of `kernel` that one multiprocessor holds. Returns a cudaError_t as int.
+template <typename Params>
+int occupancy(void (*kernel)(Params), int threads, int smem_bytes, int* ctas) {
+  const cudaError_t error = allow_smem(kernel, smem_bytes);
+  if (error != cudaSuccess) return static_cast<int>(error);
+  return static_cast<int>(cudaOccupancyMaxActiveBlocksPerMultiprocessor(ctas, kernel, threads, smem_bytes));
 }
 
 // Returns a cudaError_t as int.
 template <typename Params>
 int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int smem_bytes, void* stream,
            const DeviceInfo& device) {
-  if (smem_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
-    if (error != cudaSuccess) return static_cast<int>(error);
-  }
+  const cudaError_t error = allow_smem(kernel, smem_bytes);
+  if (error != cudaSuccess) return static_cast<int>(error);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -1,4 +1,4 @@
-"""Builds the plain CUDA kernels as host C++ and calls them on CPU tensors through ctypes."""
+"""Builds CUDA kernels as host C++ over a small shim and calls them on CPU tensors through ctypes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
-SOURCES = (HERE / "kernels.cpp", CSRC / "cuda" / "qkv_commit.cu", CSRC / "cuda" / "consensus.cu")
+OPS = {"qkv_commit": "QkvCommitParams", "consensus": "ConsensusParams", "dual_attn": "DualAttnParams"}
+SOURCES = (HERE / "kernels.cpp", *(CSRC / "cuda" / f"{op}.cu" for op in OPS))
 SCALARS = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
 
 
@@ -40,11 +41,12 @@ def structs() -> dict[str, type[ctypes.Structure]]:
 def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernels.so"
-        flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall"]
+        flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off"]
         include = [f"-I{HERE}", f"-I{CSRC / 'include'}"]
         subprocess.run([compiler(), *flags, *include, "-x", "c++", *map(str, SOURCES), "-o", str(path)], check=True)
         loaded = ctypes.CDLL(str(path))
-    for name in ("QkvCommitParams", "ConsensusParams"):
+    loaded.dual_attn_workspace.restype = ctypes.c_int64
+    for name in OPS.values():
         size = getattr(loaded, f"sizeof_{name}")
         size.restype = ctypes.c_int64
         assert size() == ctypes.sizeof(structs()[name]), f"{name}: params.h was misread"
@@ -61,6 +63,8 @@ def fill(name: str, **values) -> ctypes.Structure:
     return struct
 
 
-def call(op: str, params: ctypes.Structure, descending: bool) -> None:
-    error = getattr(library(), op)(ctypes.byref(params), int(descending))
+def call(op: str, params: ctypes.Structure, *, descending: bool = False, num_sms: int = 3) -> None:
+    """Run ``op`` with the threads of a block in ascending or descending order, as on a GPU of ``num_sms`` SMs."""
+    library().configure(int(descending), num_sms)
+    error = getattr(library(), op)(ctypes.byref(params))
     assert error == 0, f"{op} returned {error}"

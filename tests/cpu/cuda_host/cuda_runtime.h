@@ -4,6 +4,7 @@
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -33,11 +34,21 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __frcp_rn(float x) { return 1.f / x; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 
 namespace cuda_host {
 
 inline bool descending = false;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "cuda_host: block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
+  std::abort();
+}
 
 struct Fiber {
   enum State { kReady, kWarp, kBlock, kDone };
@@ -46,7 +57,8 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state = kReady;
   int exchanges = 0;
-  uint64_t value[2] = {};  // of this and the previous warp exchange: a lane runs at most one ahead
+  // Of this and the previous warp exchange: a lane runs at most one ahead of its warp.
+  alignas(16) char value[2][32] = {};
 };
 
 class Block {
@@ -82,11 +94,12 @@ class Block {
   std::array<T, 32> exchange(T value) {
     Fiber& self = fibers_[active_];
     const int slot = self.exchanges++ % 2, first = active_ / 32 * 32;
-    __builtin_memcpy(&self.value[slot], &value, sizeof(T));
+    static_assert(sizeof(T) <= sizeof(self.value[slot]));
+    __builtin_memcpy(self.value[slot], &value, sizeof(T));
     wait(Fiber::kWarp);
     std::array<T, 32> lanes{};
     for (int i = 0; i < 32 && first + i < static_cast<int>(fibers_.size()); ++i)
-      __builtin_memcpy(&lanes[i], &fibers_[first + i].value[slot], sizeof(T));
+      __builtin_memcpy(&lanes[i], fibers_[first + i].value[slot], sizeof(T));
     return lanes;
   }
 
@@ -111,10 +124,7 @@ class Block {
     for (int first = 0; first < n; first += 32) ran |= open(Fiber::kWarp, first, first + 32 < n ? first + 32 : n);
     if (!ran) ran = open(Fiber::kBlock, 0, n);
     for (const Fiber& fiber : fibers_) {
-      if (!ran && fiber.state != Fiber::kDone) {
-        std::fprintf(stderr, "cuda_host: threads of a block wait for each other\n");
-        std::abort();
-      }
+      if (!ran && fiber.state != Fiber::kDone) fail("threads wait for each other");
     }
     return ran;
   }
@@ -150,9 +160,22 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return cuda_host::Block::current().exchange(value)[lane ^ mask];
 }
 
-inline bool __any_sync(unsigned, bool value) {
-  for (const int lane : cuda_host::Block::current().exchange<int>(value)) {
-    if (lane) return true;
-  }
-  return false;
+inline unsigned __ballot_sync(unsigned, bool value) {
+  unsigned bits = 0;
+  const auto lanes = cuda_host::Block::current().exchange<int>(value);
+  for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(lanes[i]) << i;
+  return bits;
+}
+
+inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
+
+inline int __reduce_add_sync(unsigned, int value) {
+  int sum = 0;
+  for (const int lane : cuda_host::Block::current().exchange(value)) sum += lane;
+  return sum;
+}
+
+inline int __reduce_max_sync(unsigned, int value) {
+  const auto lanes = cuda_host::Block::current().exchange(value);
+  return *std::max_element(lanes.begin(), lanes.end());
 }

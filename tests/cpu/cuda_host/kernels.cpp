@@ -1,16 +1,19 @@
-// C interface to the plain CUDA kernels, compiled for the host beside this file.
-#include "cuda_runtime.h"
+// C interface to the CUDA kernels that are compiled for the host beside this file.
+#include "orthrus/launch.cuh"
 #include "orthrus/ops.h"
 
 extern "C" {
-int qkv_commit(const orthrus::QkvCommitParams* p, int descending) {
+void configure(int descending, int num_sms) {
   cuda_host::descending = descending;
-  return orthrus::cuda::qkv_commit(*p, nullptr);
+  cuda_host::num_sms = num_sms;
 }
-int consensus(const orthrus::ConsensusParams* p, int descending) {
-  cuda_host::descending = descending;
-  return orthrus::cuda::consensus(*p, nullptr);
+int qkv_commit(const orthrus::QkvCommitParams* p) { return orthrus::cuda::qkv_commit(*p, nullptr); }
+int consensus(const orthrus::ConsensusParams* p) { return orthrus::cuda::consensus(*p, nullptr); }
+int dual_attn(const orthrus::DualAttnParams* p) { return orthrus::cuda::dual_attn(*p, nullptr); }
+int64_t dual_attn_workspace(int max_rows, int max_groups, int num_heads_q, int head_dim, int max_seq_len) {
+  return orthrus::cuda::dual_attn_workspace(max_rows, max_groups, num_heads_q, head_dim, max_seq_len);
 }
 int64_t sizeof_QkvCommitParams() { return sizeof(orthrus::QkvCommitParams); }
 int64_t sizeof_ConsensusParams() { return sizeof(orthrus::ConsensusParams); }
+int64_t sizeof_DualAttnParams() { return sizeof(orthrus::DualAttnParams); }
 }

@@ -1,4 +1,4 @@
-"""Attention passes for the GPU tests and benchmarks: rows, a poisoned paged cache and the float64 answer.
+"""Attention passes for the tests: rows, a poisoned paged cache and the float64 answer.
 
 Everything a row depends on is drawn from a seed of its own (sequence, view, position), so the same row in
 another pass has the same inputs and must get the same bits.
@@ -115,6 +115,10 @@ class Pass:
                     store[page, :, :m] = draw(device, heads.kv, ops.PAGE_SIZE, heads.dim, key=(name, s, i))[:, :m]
         self.page_table = self.page_table.to(device)
 
+    @property
+    def softmax_scale(self):
+        return self.heads.dim**-0.5
+
     def workspace(self):
         size = ops.workspace_bytes(
             self.q.device, torch.bfloat16, max_rows=self.rows.num_rows, max_groups=self.rows.num_groups,
@@ -122,11 +126,10 @@ class Pass:
         )[1]  # fmt: skip
         return torch.zeros(size, dtype=torch.uint8, device=self.device)
 
-    def call(self, out, workspace, softmax_scale=None):
-        scale = softmax_scale or self.heads.dim**-0.5
+    def call(self, out, workspace):
         ops.dual_attn(
-            self.q, self.k_pages, self.v_pages, self.page_table, self.scratch_k, self.scratch_v, self.rows, scale, out,
-            max_seq_len=self.max_seq_len, workspace=workspace,
+            self.q, self.k_pages, self.v_pages, self.page_table, self.scratch_k, self.scratch_v, self.rows,
+            self.softmax_scale, out, max_seq_len=self.max_seq_len, workspace=workspace,
         )  # fmt: skip
 
     def run(self, split=True) -> torch.Tensor:
@@ -162,7 +165,15 @@ class Pass:
                 some = torch.tensor(rows[at : at + 128], device=self.device)
                 any_row = seen[some].any(0)
                 k, v = (x[any_row].repeat_interleave(repeat, 1) for x in (keys, values))
-                scores = torch.einsum("rhd,khd->rhk", self.q[a + some].double(), k) * self.heads.dim**-0.5
+                scores = torch.einsum("rhd,khd->rhk", self.q[a + some].double(), k) * self.softmax_scale
                 weights = scores.masked_fill(~seen[some][:, any_row][:, None], -torch.inf).softmax(-1)
                 out[a + some] = torch.einsum("rhk,khd->rhd", weights, v)
         return out
+
+
+def assert_close(got, want):
+    """Probabilities and output are rounded to bf16: each adds 2^-9 / sqrt(3) of noise at most."""
+    assert not got.isnan().any()
+    error = (got.double() - want).norm() / want.norm().clamp(min=1e-9)
+    assert error < 3e-3, float(error)
+    assert (got.double() - want).abs().max() < 2**-6 * want.abs().max().clamp(min=1)

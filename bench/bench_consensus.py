@@ -1,0 +1,132 @@
+"""consensus: one launch for all slots, against the same arithmetic as eager torch on the device.
+
+python bench/bench_consensus.py --out results/
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from common import graphed, header, measure, read_bandwidth, report
+
+from orthrus_rt import dispatch, ops, reference
+from orthrus_rt import state as st
+from orthrus_rt.plan import empty_rows
+
+MASK = 99
+VOCABULARY = 150000
+
+
+class Case:
+    """``slots`` running sequences whose verification accepts about half a block."""
+
+    def __init__(self, slots: int, block_len: int, num_partials: int, device):
+        generator = torch.Generator().manual_seed(0)
+        self.state = st.SlotState.allocate(slots, block_len, 4096, 8, device)
+        self.state.limit.fill_(1 << 30)
+        self.state.finish.fill_(st.RUNNING)
+        self.state.stop_ids[:, :2] = torch.tensor([VOCABULARY, VOCABULARY + 1], dtype=torch.int32)
+        shape = (slots * block_len, num_partials)
+        self.value = torch.randn(shape, generator=generator).to(device)
+        width = VOCABULARY // num_partials
+        ids = torch.randint(0, width, shape, generator=generator) + torch.arange(num_partials) * width
+        self.ids = ids.int().to(device)
+        self.drafts = self._choices().view(slots, block_len)[:, : block_len - 1].clone()
+        wrong = torch.rand(self.drafts.shape, generator=generator) < 1 / block_len
+        self.drafts[wrong.to(device)] = -5
+        self.rows = empty_rows(0, 0, slots, block_len, device)
+        self.restore()
+
+    def _choices(self):
+        return self.ids.gather(1, self.value.argmax(1, keepdim=True))[:, 0]
+
+    def restore(self):
+        self.state.block_tokens[:, 1:] = self.drafts
+        self.state.num_drafts.fill_(self.state.block_len - 1)
+
+    def call(self):
+        ops.consensus(self.state, (self.value, self.ids), st.STEP_VERIFY, st.NEXT_DRAFT, self.rows, MASK)
+
+    def eager(self):
+        """What the launch does, as torch operations on whole tensors."""
+        s, k = self.state, self.state.block_len
+        choices = self._choices().view(-1, k)
+        drafts = s.block_tokens[:, 1:]
+        pending = torch.arange(k - 1, device=drafts.device) < s.num_drafts[:, None]
+        accepted = ((drafts == choices[:, :-1]) & pending).int().cumprod(1).sum(1)
+        emitted = torch.minimum(accepted + 1, s.limit - 1 - s.cache_seqlens)
+        column = torch.arange(k, device=drafts.device)
+        is_stop = (choices[:, :, None] == s.stop_ids[:, None]).any(-1) & (column < emitted[:, None])
+        emitted = torch.minimum(emitted, torch.where(is_stop, column + 1, k).amin(1)).int()
+        ring = (s.num_output[:, None] + column) % s.output.shape[1]
+        taken = column < emitted[:, None]
+        s.output.scatter_(1, ring.long(), torch.where(taken, choices, s.output.gather(1, ring.long())))
+        s.num_output += emitted
+        s.cache_seqlens += emitted
+        s.num_accepted.copy_(torch.minimum(accepted, emitted))
+        ended = torch.where(s.cache_seqlens + 1 >= s.limit, st.LENGTH, st.RUNNING)
+        s.finish.copy_(torch.where(is_stop.any(1), st.STOP, ended))
+        s.block_tokens[:, 0] = choices.gather(1, (emitted.long() - 1)[:, None])[:, 0]
+        s.num_drafts.zero_()
+        position = s.cache_seqlens[:, None] + column
+        valid = (s.finish == st.RUNNING)[:, None] & (position < s.limit[:, None])
+        token = torch.where(column == 0, s.block_tokens[:, :1], MASK)
+        self.rows.token.copy_(torch.where(valid, token, 0).flatten())
+        self.rows.position.copy_(torch.where(valid, position, -1).flatten())
+        self.rows.prefix_len.copy_(torch.where(valid, s.cache_seqlens[:, None], 0).flatten())
+
+    def wrong_values(self) -> int:
+        """Values that differ from the oracle's after one call; anything but 0 is a bug."""
+        self.restore()
+        plain = st.SlotState(**{k: v.cpu().clone() for k, v in vars(self.state).items()})
+        rows = empty_rows(0, 0, plain.num_slots, plain.block_len, "cpu")
+        self.call()
+        partials = (self.value.cpu(), self.ids.cpu())
+        reference.consensus(plain, partials, st.STEP_VERIFY, st.NEXT_DRAFT, rows, MASK)
+        pairs = [(v, getattr(plain, k)) for k, v in vars(self.state).items()]
+        pairs += [(getattr(self.rows, n), getattr(rows, n)) for n in ("token", "position", "seq", "prefix_len")]
+        return sum(int((a.cpu() != b).sum()) for a, b in pairs)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slots", default="1,16,64,256")
+    parser.add_argument("--block-len", default="16,32")
+    parser.add_argument("--partials", type=int, default=150)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--loop", type=int, help="run the first shape this often under an NVTX range, for a profiler")
+    parser.add_argument("--out", help="folder for the JSON and the table")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    shapes = [(int(s), int(k)) for k in args.block_len.split(",") for s in args.slots.split(",")]
+    if args.loop:
+        case = Case(*shapes[0], args.partials, device)
+        with torch.cuda.nvtx.range("consensus"):
+            for _ in range(args.loop):
+                case.call()
+        torch.cuda.synchronize()
+        return 0
+    bandwidth = read_bandwidth(device)
+    results = []
+    for slots, block_len in shapes:
+        case = Case(slots, block_len, args.partials, device)
+        wrong = case.wrong_values()
+        took = measure(graphed(case.call, device), device, repeats=50)
+        eager = measure(case.eager, device, repeats=20)["p50"]
+        graph = measure(graphed(case.eager, device), device, repeats=50)["p50"]
+        gbs = case.value.numel() * 8e-3 / took["p50"]
+        results.append({
+            "op": "consensus", "impl": dispatch.select("consensus", device, torch.bfloat16), "slots": slots,
+            "block_len": block_len, "partials": args.partials, "us p50": took["p50"], "us p20": took["p20"],
+            "us p80": took["p80"], "GB/s": gbs, "share": gbs / bandwidth, "baseline": "eager torch",
+            "baseline us": eager, "ratio": eager / took["p50"], "graphed eager us": graph, "wrong values": wrong,
+        })  # fmt: skip
+        print(*results[-1].values(), flush=True)
+    report("consensus", header(device) | {"read bandwidth GB/s": bandwidth}, results, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""dual_attn against the bandwidth of its keys and values, SDPA, compiled FlexAttention and flash-attn.
+
+python bench/bench_dual_attn.py --heads 32,8,128 --out results/
+Each call of the timed graph reads another copy of the cache, so that nothing is read from L2. Bytes are
+the visible keys and values, once per sequence; FLOPs count visible keys only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from dataclasses import dataclass
+
+import torch
+from common import graphed, header, measure, read_bandwidth, report
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from orthrus_rt import dispatch, ops
+from orthrus_rt.plan import Rows
+
+COLD_BYTES = 200 << 20  # of cache copies: several times any L2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``batch`` sequences with ``context`` cached tokens, each with AR rows and diffusion blocks on top."""
+
+    batch: int
+    ar_rows: int
+    blocks: int
+    block_len: int
+
+    def __str__(self):
+        parts = [f"{self.ar_rows} ar"] if self.ar_rows else []
+        parts += [f"{self.blocks}x{self.block_len} diff"] if self.blocks else []
+        return (f"{self.batch} x " if self.batch > 1 else "") + " + ".join(parts)
+
+    @property
+    def rows(self):
+        return self.batch * (self.ar_rows + self.blocks * self.block_len)
+
+
+DECODE = [
+    Shape(1, 1, 0, 0), Shape(1, 16, 0, 0), Shape(1, 32, 0, 0), Shape(1, 0, 1, 32), Shape(1, 16, 1, 16),
+    Shape(1, 32, 2, 32), Shape(16, 1, 0, 0), Shape(16, 16, 0, 0),
+]  # fmt: skip
+
+
+class Case:
+    def __init__(self, shape: Shape, context: int, heads, device):
+        self.shape, self.context, self.device = shape, context, device
+        self.heads_q, self.heads_kv, self.dim = heads
+        position, seq, prefix, sizes = [], [], [], []
+        for s in range(shape.batch if shape.ar_rows else 0):
+            position += range(context, context + shape.ar_rows)
+            prefix += range(context + 1, context + shape.ar_rows + 1)
+            seq += [s] * shape.ar_rows
+            sizes.append(shape.ar_rows)
+        num_groups_ar = len(sizes)
+        for s in range(shape.batch):
+            for _ in range(shape.blocks):
+                position += range(context, context + shape.block_len)
+                prefix += [context] * shape.block_len
+                seq += [s] * shape.block_len
+                sizes.append(shape.block_len)
+        ints = dict(dtype=torch.int32, device=device)
+        self.rows = Rows(
+            token=torch.zeros(len(seq), **ints),
+            position=torch.tensor(position, **ints),
+            seq=torch.tensor(seq, **ints),
+            prefix_len=torch.tensor(prefix, **ints),
+            group_start=torch.tensor([sum(sizes[:i]) for i in range(len(sizes) + 1)], **ints),
+            num_rows_ar=shape.batch * shape.ar_rows,
+            num_groups_ar=num_groups_ar,
+            max_group_rows=max(sizes),
+        )
+        self.cached = context + shape.ar_rows
+        self.max_seq_len = -(-max(self.cached, 4096) // ops.PAGE_SIZE) * ops.PAGE_SIZE
+        columns = -(-self.cached // ops.PAGE_SIZE)
+        page_bytes = self.heads_kv * ops.PAGE_SIZE * self.dim * 4
+        self.copies = -(-COLD_BYTES // (page_bytes * columns * shape.batch)) if device.type == "cuda" else 1
+        num_pages = 1 + self.copies * shape.batch * columns
+        bf16 = dict(dtype=torch.bfloat16, device=device)
+        self.k_pages, self.v_pages = (
+            torch.randn(num_pages, self.heads_kv, ops.PAGE_SIZE, self.dim, **bf16) for _ in range(2)
+        )
+        order = torch.randperm(num_pages - 1, device=device).int() + 1
+        self.page_tables = order.view(self.copies, shape.batch, columns)
+        pad = (0, self.max_seq_len // ops.PAGE_SIZE - columns)
+        self.wide_tables = [functional.pad(t, pad, value=-1).contiguous() for t in self.page_tables]
+        n_diff = self.rows.num_rows_diff
+        self.q = torch.randn(self.rows.num_rows, self.heads_q, self.dim, **bf16)
+        self.scratch = (
+            [torch.randn(n_diff, self.heads_kv, self.dim, **bf16) for _ in range(2)] if n_diff else [None] * 2
+        )
+        self.out = torch.empty_like(self.q)
+        size = ops.workspace_bytes(
+            device, torch.bfloat16, max_rows=self.rows.num_rows, max_groups=self.rows.num_groups,
+            num_heads_q=self.heads_q, head_dim=self.dim, max_seq_len=self.max_seq_len, linear_shapes=[(64, 64)],
+        )[1]  # fmt: skip
+        self.workspace = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
+
+    def call(self, copy=0):
+        args = (self.q, self.k_pages, self.v_pages, self.wide_tables[copy], *self.scratch, self.rows)
+        ops.dual_attn(*args, self.dim**-0.5, self.out, max_seq_len=self.max_seq_len, workspace=self.workspace)
+
+    @property
+    def nbytes(self):
+        shape = self.shape
+        keys = shape.batch * (self.cached + shape.blocks * shape.block_len)
+        return keys * self.heads_kv * self.dim * 4 + 4 * self.q.numel()
+
+    @property
+    def flops(self):
+        keys = int(self.rows.prefix_len.sum()) + self.rows.num_rows_diff * self.shape.block_len
+        return 4 * keys * self.heads_q * self.dim
+
+    def order(self):
+        """Row indices as [batch, rows of a sequence]: AR rows, then its blocks."""
+        seq = self.rows.seq.long()
+        return torch.argsort(seq, stable=True).view(self.shape.batch, -1)
+
+    def dense(self):
+        """For dense attention: q, and per copy k and v, each [batch, heads, length, dim]; the mask [rows, keys]."""
+        order, shape = self.order(), self.shape
+        q = self.q[order].transpose(1, 2).contiguous()
+        copies = []
+        for table in self.page_tables:
+            pair = []
+            for pages, scratch in zip((self.k_pages, self.v_pages), self.scratch, strict=True):
+                x = pages[table.long()].transpose(2, 3).flatten(1, 2)[:, : self.cached]
+                if scratch is not None:
+                    x = torch.cat([x, scratch.view(shape.batch, -1, self.heads_kv, self.dim)], 1)
+                pair.append(x.transpose(1, 2).contiguous())
+            copies.append(pair)
+        prefix = self.rows.prefix_len[order[0]]
+        block = torch.arange(q.shape[2], device=self.device) - shape.ar_rows
+        block = torch.where(block < 0, -1, block // max(shape.block_len, 1))
+        cached = torch.arange(self.cached, device=self.device)[None] < prefix[:, None]
+        own = block[:, None] == torch.arange(shape.blocks, device=self.device).repeat_interleave(shape.block_len)[None]
+        return q, copies, torch.cat([cached, own], 1), prefix, block
+
+    def max_error(self):
+        """Largest error against float64, of the first sequence and at most 64 of its rows."""
+        q, copies, mask, *_ = self.dense()
+        k, v = (x[:1].double() for x in copies[0])
+        rows = slice(0, 64)
+        bias = torch.zeros(mask[rows].shape, dtype=torch.float64, device=self.device).masked_fill(
+            ~mask[rows], -torch.inf
+        )
+        repeat = self.heads_q // self.heads_kv
+        want = torch.stack([
+            functional.scaled_dot_product_attention(q[0, h, rows].double(), k[0, h // repeat], v[0, h // repeat], bias)
+            for h in range(self.heads_q)
+        ])  # fmt: skip
+        self.out.fill_(torch.nan)
+        self.call()
+        got = self.out[self.order()[0, rows]].transpose(0, 1)
+        return float((got.double() - want).abs().max())
+
+
+def over_copies(case: Case, run):
+    """Microseconds of one call, each on the next copy of the cache."""
+    device = case.device
+
+    def all_copies():
+        for i in range(case.copies):
+            run(i)
+
+    took = measure(graphed(all_copies, device), device)
+    return {k: v / case.copies for k, v in took.items()}
+
+
+def baselines(case: Case, flex: bool):
+    """(name, microseconds) of each dense attention that can do this mask here."""
+    q, copies, mask, prefix, block = case.dense()
+    kwargs = dict(enable_gqa=True, scale=case.dim**-0.5)
+
+    def sdpa(i):
+        functional.scaled_dot_product_attention(q, *copies[i], attn_mask=mask, **kwargs)
+
+    found = [("sdpa", over_copies(case, sdpa)["p50"])]
+    if flex and case.device.type == "cuda":
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        cached, length = case.cached, mask.shape[1]
+
+        def visible(b, h, row, key):
+            own = (block[row] >= 0) & (key >= cached) & ((key - cached) // max(case.shape.block_len, 1) == block[row])
+            return ((key < cached) & (key < prefix[row])) | own
+
+        compiled = torch.compile(flex_attention, dynamic=False)
+        block_mask = create_block_mask(visible, None, None, q.shape[2], length, device=case.device)
+        found.append(
+            ("flex", over_copies(case, lambda i: compiled(q, *copies[i], block_mask=block_mask, **kwargs))["p50"])
+        )
+    if importlib.util.find_spec("flash_attn") and not case.shape.blocks:
+        from flash_attn import flash_attn_func
+
+        def flash(i):
+            args = (x.transpose(1, 2) for x in (q, *copies[i]))
+            flash_attn_func(*args, softmax_scale=case.dim**-0.5, causal=True)
+
+        found.append(("flash-attn", over_copies(case, flash)["p50"]))
+    return found
+
+
+def prefill_baseline(case: Case):
+    q, copies, *_ = case.dense()
+
+    def flash(i):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            functional.scaled_dot_product_attention(q, *copies[i], is_causal=True, enable_gqa=True)
+
+    return [("sdpa flash", over_copies(case, flash)["p50"])]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", default="32,8,128", help="query heads, key/value heads, head_dim")
+    parser.add_argument("--context", default="1024,8192,40000")
+    parser.add_argument("--prefill", default="2048,4096,8192", help="prompts prefilled at once; empty: none")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-baseline", action="store_true")
+    parser.add_argument("--flex", action="store_true", help="also FlexAttention, which compiles for every shape")
+    parser.add_argument("--loop", type=int, help="run the first shape this often under an NVTX range, for a profiler")
+    parser.add_argument("--out", help="folder for the JSON and the table")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    heads = tuple(int(x) for x in args.heads.split(","))
+    contexts = [int(x) for x in args.context.split(",") if x]
+    if args.loop:
+        case = Case(DECODE[0], contexts[0], heads, device)
+        with torch.cuda.nvtx.range("dual_attn"):
+            for i in range(args.loop):
+                case.call(i % case.copies)
+        torch.cuda.synchronize()
+        return 0
+    bandwidth = read_bandwidth(device)
+    cases = [(shape, context) for context in contexts for shape in DECODE if shape.rows * context < 4 << 20]
+    cases += [(Shape(1, int(n), 0, 0), 0) for n in args.prefill.split(",") if n]
+    results = []
+    for shape, context in cases:
+        torch.manual_seed(0)
+        case = Case(shape, context, heads, device)
+        error = case.max_error()
+        took = over_copies(case, case.call)
+        base = []
+        if not args.no_baseline:
+            base = baselines(case, args.flex) if context else prefill_baseline(case)
+        name, best = min(base, key=lambda pair: pair[1], default=(None, None))
+        gbs = case.nbytes / took["p50"] * 1e-3
+        results.append({
+            "op": "dual_attn", "impl": dispatch.select("dual_attn", device, torch.bfloat16), "rows": str(shape),
+            "context": context, "heads": args.heads, "dtype": "bf16", "us p50": took["p50"], "us p20": took["p20"],
+            "us p80": took["p80"], "GB/s": gbs, "share": gbs / bandwidth, "TFLOP/s": case.flops / took["p50"] * 1e-6,
+            "baseline": name, "baseline us": best, "ratio": best and best / took["p50"],
+            "others": "; ".join(f"{n} {us:.4g} us" for n, us in base), "max error": error,
+        })  # fmt: skip
+        print(*results[-1].values(), flush=True)
+        del case
+    facts = header(device) | {"read bandwidth GB/s": bandwidth}
+    report("dual_attn-" + args.heads.replace(",", "-"), facts, results, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

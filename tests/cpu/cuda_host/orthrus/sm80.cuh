@@ -1,0 +1,181 @@
+// Twin of csrc/include/orthrus/sm80.cuh for host-compiled kernels. A cp.async lands only when its
+// group is waited for, so that a missing wait reads poison.
+#pragma once
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+#define __host__
+#define __align__(bytes) alignas(bytes)
+
+struct float4 {
+  float x, y, z, w;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+namespace cuda_host {
+
+inline int num_sms = 1;
+
+// Polls until `ready`; a thread that polls for ever is a deadlock.
+template <typename Ready>
+void poll(const Ready& ready) {
+  for (int turns = 0; !ready(); ++turns) {
+    if (turns == 1000000) {
+      std::fprintf(stderr, "cuda_host: thread %u of block %u polls for ever\n", threadIdx.x, blockIdx.x);
+      std::abort();
+    }
+    Block::current().wait(Fiber::kReady);
+  }
+}
+
+struct NamedBarrier {
+  int arrived = 0, generation = 0;
+};
+
+struct Copy {
+  uint8_t* dst;
+  const void* src;
+};
+
+inline std::map<int, NamedBarrier> named_barriers;
+inline std::map<int, std::deque<std::vector<Copy>>> copy_groups;  // of each thread; the last one is open
+
+inline float widen(const uint8_t* bf16) {
+  uint16_t half;
+  std::memcpy(&half, bf16, 2);
+  const uint32_t word = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+alignas(1024) inline uint8_t dynamic_shared[228 * 1024];
+
+}  // namespace cuda_host
+
+// The device is a Hopper with as many SMs as the test says.
+using cudaError_t = int;
+enum { cudaErrorMisalignedAddress = 716 };
+enum { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+inline cudaError_t cudaGetDevice(int* id) {
+  *id = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  const int values[] = {cuda_host::num_sms, 9, 0};
+  *value = values[attribute];
+  return cudaSuccess;
+}
+
+using std::max;
+using std::min;
+
+inline float __uint_as_float(uint32_t word) {
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+inline void __threadfence() {}
+inline int atomicAdd(int32_t* p, int32_t value) {
+  const int32_t old = *p;
+  *p += value;
+  return old;
+}
+inline void __stcg(float4* p, float4 value) { *p = value; }
+inline float4 __ldcg(const float4* p) { return *p; }
+
+namespace orthrus::cuda {
+
+using SharedAddress = uintptr_t;
+
+inline SharedAddress shared_address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+inline uint8_t* dynamic_shared() { return cuda_host::dynamic_shared; }
+
+inline void named_barrier(int id, int threads) {
+  cuda_host::NamedBarrier& barrier = cuda_host::named_barriers[id];
+  const int generation = barrier.generation;
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+  cuda_host::poll([&] { return barrier.generation != generation; });
+}
+
+inline void copy16(SharedAddress dst, const void* src, bool valid) {
+  auto& groups = cuda_host::copy_groups[threadIdx.x];
+  if (groups.empty()) groups.emplace_back();
+  uint8_t* to = reinterpret_cast<uint8_t*>(dst);
+  std::memset(to, 0xff, 16);
+  groups.back().push_back({to, valid ? src : nullptr});
+}
+inline void copy_commit() { cuda_host::copy_groups[threadIdx.x].emplace_back(); }
+template <int kPending>
+void copy_wait() {
+  auto& groups = cuda_host::copy_groups[threadIdx.x];
+  while (static_cast<int>(groups.size()) > kPending + 1) {
+    for (const cuda_host::Copy& copy : groups.front()) {
+      if (copy.src) {
+        std::memcpy(copy.dst, copy.src, 16);
+      } else {
+        std::memset(copy.dst, 0, 16);
+      }
+    }
+    groups.pop_front();
+  }
+}
+
+inline void load_matrices(uint32_t (&r)[4], SharedAddress row) {
+  const auto rows = cuda_host::Block::current().exchange(row);
+  const int lane = threadIdx.x % 32;
+  for (int m = 0; m < 4; ++m)
+    std::memcpy(&r[m], reinterpret_cast<const uint8_t*>(rows[8 * m + lane / 4]) + lane % 4 * 4, 4);
+}
+
+inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress row) {
+  const auto rows = cuda_host::Block::current().exchange(row);
+  const int lane = threadIdx.x % 32;
+  for (int m = 0; m < 4; ++m) {
+    for (int half = 0; half < 2; ++half) {
+      const auto* from = reinterpret_cast<const uint8_t*>(rows[8 * m + lane % 4 * 2 + half]) + lane / 4 * 2;
+      std::memcpy(reinterpret_cast<uint8_t*>(&r[m]) + half * 2, from, 2);
+    }
+  }
+}
+
+inline void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  auto& block = cuda_host::Block::current();
+  std::array<std::array<uint32_t, 32>, 6> words;  // of all lanes
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  for (int i = 0; i < 6; ++i) words[i] = block.exchange(mine[i]);
+  const int lane = threadIdx.x % 32;
+  auto element = [&](int word, int row, int k) {
+    return cuda_host::widen(reinterpret_cast<const uint8_t*>(&words[word][row * 4 + k / 2]) + k % 2 * 2);
+  };
+  for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < 16; ++k) {
+      const float av = element(i / 2 + 2 * (k / 8), lane / 4, k % 8);
+      d[i] += av * element(4 + k / 8, lane % 4 * 2 + i % 2, k % 8);
+    }
+  }
+}
+
+inline uint32_t pack_bf16(float lo, float hi) {
+  auto round = [](float f) -> uint32_t {
+    uint32_t word;
+    std::memcpy(&word, &f, 4);
+    if (f != f) return 0x7fff;
+    return (word + 0x7fff + (word >> 16 & 1)) >> 16;
+  };
+  return round(lo) | round(hi) << 16;
+}
+
+}  // namespace orthrus::cuda

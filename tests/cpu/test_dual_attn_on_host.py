@@ -1,0 +1,109 @@
+"""dual_attn's CUDA kernels as host C++: every index, wait and barrier, and row-invariance to the bit."""
+
+import pytest
+import torch
+
+from tests.attention_pass import Group, Heads, Pass, assert_close
+from tests.cpu import cuda_host
+
+pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no C++ compiler")
+
+MANY_SMS = 1000  # so many that every unit is split
+
+
+class HostPass(Pass):
+    """A pass that runs the CUDA source on the CPU; one that splits may ask for the fold in registers."""
+
+    def __init__(self, heads, groups, **kwargs):
+        super().__init__(heads, groups, device="cpu", **kwargs)
+
+    def workspace(self):
+        args = (self.rows.num_rows, self.rows.num_groups, self.heads.q, self.heads.dim, self.max_seq_len)
+        return torch.zeros(cuda_host.library().dual_attn_workspace(*args), dtype=torch.uint8)
+
+    def call(self, out, workspace, **kwargs):
+        rows = self.rows
+        fields = {n: getattr(rows, n) for n in ("token", "position", "seq", "prefix_len", "group_start")}
+        sizes = {
+            n: getattr(rows, n) for n in ("num_rows", "num_rows_ar", "num_groups", "num_groups_ar", "max_group_rows")
+        }
+        kv = cuda_host.fill(
+            "PagedKv", k_pages=self.k_pages, v_pages=self.v_pages, page_table=self.page_table,
+            num_pages=self.k_pages.shape[0], max_pages=self.page_table.shape[1], page_size=64,
+            num_heads_kv=self.heads.kv, head_dim=self.heads.dim,
+        )  # fmt: skip
+        params = cuda_host.fill(
+            "DualAttnParams", q=self.q, out=out, rows=cuda_host.fill("Rows", **fields, **sizes), kv=kv,
+            workspace_bytes=0 if workspace is None else workspace.numel(), num_heads_q=self.heads.q,
+            max_seq_len=self.max_seq_len, softmax_scale=self.softmax_scale,
+        )  # fmt: skip
+        for name, tensor in (("scratch_k", self.scratch_k), ("scratch_v", self.scratch_v), ("workspace", workspace)):
+            if tensor is not None:
+                setattr(params, name, tensor.data_ptr())
+        cuda_host.call("dual_attn", params, **{"num_sms": MANY_SMS, **kwargs})
+
+
+def ar(seq, start, n, invalid=0):
+    return Group("ar", seq, start, n, invalid)
+
+
+def diff(seq, start, n, invalid=0):
+    return Group("diff", seq, start, n, invalid)
+
+
+PASSES = {
+    "decode": [ar(0, 300, 1), ar(1, 63, 1), ar(2, 64, 1), ar(3, 0, 1), ar(4, 127, 1)],
+    "verify": [ar(0, 130, 6, invalid=2)],
+    "draft": [diff(0, 0, 4), diff(1, 100, 4, invalid=1)],
+    "one_pass": [ar(0, 200, 8), diff(0, 205, 8), diff(1, 30, 8, invalid=7)],
+    "tall": [ar(1, 129, 50), diff(0, 10, 70)],
+    "padding": [ar(0, 10, 4, invalid=4), ar(1, 70, 2), diff(2, 10, 4, invalid=4)],
+    "empty groups": [ar(0, 10, 2), ar(1, 0, 0), diff(2, 0, 0)],
+}
+SMALL = Heads(3, 1, 64)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("name", PASSES)
+def test_against_float64(name, descending):
+    case = HostPass(SMALL, PASSES[name])
+    split, fold = (torch.full_like(case.q, torch.nan) for _ in range(2))
+    case.call(split, case.workspace(), descending=descending)
+    case.call(fold, None, descending=descending)
+    assert_close(split, case.expected())
+    assert torch.equal(split, fold)
+    assert not split[case.rows.position < 0].any()
+
+
+@pytest.mark.parametrize("heads", [Heads(8, 2, 128), Heads(4, 4, 64), Heads(8, 1, 64)], ids=str)
+def test_heads(heads):
+    case = HostPass(heads, [ar(0, 190, 3), diff(1, 70, 3)])
+    split = case.run()
+    assert_close(split, case.expected())
+    assert torch.equal(split, case.run(split=False))
+
+
+def test_rows_do_not_depend_on_company():
+    """Alone or together, in tiles of 16, 64 or 128 rows, in any order, on any number of SMs: the same bits."""
+    groups = [ar(0, 1100, 1), diff(0, 1101, 4), ar(1, 140, 9), ar(2, 5, 3)]
+    together = HostPass(SMALL, groups)
+    want = together.by_group(together.run())
+    shuffled = HostPass(SMALL, [ar(7, 0, 30), *groups[::-1]], max_seq_len=5000)
+    got = shuffled.by_group(shuffled.run())
+    assert all(torch.equal(got[g], want[g]) for g in groups)
+    out = torch.full_like(together.q, torch.nan)
+    together.call(out, together.workspace(), num_sms=5)
+    assert all(torch.equal(together.by_group(out)[g], want[g]) for g in groups)
+    for g in groups:
+        assert torch.equal(HostPass(SMALL, [g]).run(), want[g])
+
+
+def test_verify_rows_equal_decode_rows_and_chunks():
+    start, n = 120, 45
+    want = HostPass(SMALL, [ar(0, start, n)]).run()
+    for i in (0, 7, 8, n - 1):
+        assert torch.equal(HostPass(SMALL, [ar(0, start + i, 1)]).run()[0], want[i]), i
+    for size in (7, 16):
+        for at in range(0, n, size):
+            part = HostPass(SMALL, [ar(0, start + at, min(size, n - at))])
+            assert torch.equal(part.run(), want[at : at + size]), (size, at)
