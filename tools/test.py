@@ -114,8 +114,8 @@ def run(tier: Tier, full: bool) -> Result:
         with tempfile.TemporaryDirectory() as folder:
             report = os.path.join(folder, "report.xml")
             command = [sys.executable, "-m", "pytest", "-q", "-r", "fE", f"--junitxml={report}", *tier.args]
-            if not full and tier.name != "gpu":
-                command += ["-m", "not full"]
+            if full:
+                command.append("--full")
             if has_module("pytest_timeout"):
                 command.append(f"--timeout={TEST_TIMEOUT_S}")
             code = subprocess.run(command, cwd=ROOT, env=env).returncode
@@ -165,8 +165,6 @@ def main() -> int:
         total.passed += result.passed
         total.failed += result.failed
         total.skipped += result.skipped
-    if not args.full and not args.tiers:
-        print(f"{'full':10} skipped: the whole grids run in `make test-full`")
     print(f"{total.passed} passed, {total.failed} failed, {total.skipped.total()} skipped")
     return 1 if total.failed else 0
 

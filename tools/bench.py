@@ -1,0 +1,41 @@
+"""Run every benchmark that this machine can run: python tools/bench.py [--out DIR]."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# module and arguments, and the device it is for
+RUNS = [
+    ("cpu", "bench_cpu_pass", []),
+    *(("cuda", "bench_row_linear", ["--model", model]) for model in ("1.7b", "4b", "8b")),
+    ("cuda", "bench_dual_attn", []),
+    ("cuda", "bench_consensus", []),
+    *(("cuda", "bench_decode", ["--model", model]) for model in ("1.7b", "4b", "8b")),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default=str(ROOT / "bench" / "results"), help="folder for JSON and tables")
+    args = parser.parse_args()
+    failed = 0
+    for device, module, options in RUNS:
+        name = " ".join([module, *options])
+        if device == "cuda" and not torch.cuda.is_available():
+            print(f"== {name}: skipped, no CUDA device", flush=True)
+            continue
+        print(f"== {name}", flush=True)
+        command = [sys.executable, "-m", f"bench.{module}", *options, "--out", args.out]
+        failed += subprocess.run(command, cwd=ROOT).returncode != 0
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
