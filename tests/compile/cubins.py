@@ -1,0 +1,103 @@
+"""Every CUDA source compiled for every architecture, two at a time, the reports kept under a hash of what went in."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120")
+FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-cubin", "-Xptxas=-v", f"-I{ROOT / 'csrc/include'}")
+
+
+@functools.cache
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+
+
+def sources() -> list[str]:
+    """CUDA_SOURCES of CMakeLists.txt, the only list there is."""
+    listed = re.search(r"set\(CUDA_SOURCES\s+([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
+    return listed.group(1).split()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry function as ptxas reports it."""
+
+    name: str
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    static_shared_bytes: int
+
+
+@functools.cache
+def _common_hash() -> bytes:
+    digest = hashlib.sha256()
+    digest.update(subprocess.check_output([nvcc(), "--version"]))
+    digest.update(repr([f.replace(str(ROOT), "") for f in FLAGS]).encode())
+    for path in sorted((ROOT / "csrc").rglob("*.*h")):
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def report(source: str, arch: str) -> str:
+    """What ptxas says about ``source`` for ``arch``: from the build folder if nothing has changed since.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
+    key = hashlib.sha256(_common_hash() + (ROOT / source).read_bytes() + arch.encode()).hexdigest()[:24]
+    kept = ROOT / "build" / "cubins" / f"{Path(source).stem}-{arch}-{key}.txt"
+    if kept.exists():
+        return kept.read_text()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    command = [nvcc(), *FLAGS, f"-arch={arch}", "-o", str(kept.with_suffix(".cubin")), str(ROOT / source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{source} does not compile for {arch}:\n{done.stderr}")
+    for old in kept.parent.glob(f"{Path(source).stem}-{arch}-*.txt"):
+        old.unlink(missing_ok=True)
+    kept.with_suffix(".cubin").unlink()
+    partial = kept.with_suffix(".partial")
+    partial.write_text(done.stderr)
+    partial.rename(kept)
+    return done.stderr
+
+
+@functools.cache
+def reports() -> dict:
+    """Futures of all reports by (source, arch)."""
+    pool = ThreadPoolExecutor(2)
+    # The largest sources first, so that none is left running alone at the end.
+    by_size = sorted(sources(), key=lambda s: -(ROOT / s).stat().st_size)
+    return {(source, arch): pool.submit(report, source, arch) for source in by_size for arch in ARCHS}
+
+
+def parse(text: str) -> list[Kernel]:
+    """The entry functions of a ptxas report."""
+    kernels = []
+    for part in re.split(r"Compiling entry function ", text)[1:]:
+        properties = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        used = re.search(r"Used (\d+) registers([^\n]*)", part)
+        shared = re.search(r"(\d+) bytes smem", used.group(2))
+        stack, stores, loads = map(int, properties.groups())
+        kernels.append(
+            Kernel(
+                name=re.match(r"'([^']+)'", part).group(1),
+                registers=int(used.group(1)),
+                stack_bytes=stack,
+                spill_bytes=stores + loads,
+                static_shared_bytes=int(shared.group(1)) if shared else 0,
+            )
+        )
+    return kernels

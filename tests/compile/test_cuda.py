@@ -1,0 +1,39 @@
+"""Every CUDA source for every architecture: it compiles, nothing spills, static shared memory fits."""
+
+import pytest
+
+from tests.compile import cubins
+
+STATIC_SHARED_LIMIT = 48 << 10  # of any architecture; more has to be dynamic
+
+pytestmark = pytest.mark.skipif(cubins.nvcc() is None, reason="nvcc is not installed: CUDA sources are not compiled")
+
+
+@pytest.mark.parametrize("arch", cubins.ARCHS)
+@pytest.mark.parametrize("source", cubins.sources())
+def test_compiles_without_spills(source, arch):
+    for kernel in cubins.parse(cubins.reports()[source, arch].result()):
+        assert kernel.spill_bytes == 0, f"{source} {arch}: {kernel}"
+        assert kernel.registers <= 255, f"{source} {arch}: {kernel}"
+        assert kernel.static_shared_bytes <= STATIC_SHARED_LIMIT, f"{source} {arch}: {kernel}"
+
+
+@pytest.mark.parametrize("arch", cubins.ARCHS)
+def test_every_architecture_has_kernels(arch):
+    """A guard that compiles everything away would pass the test above."""
+    names = [k.name for s in cubins.sources() for k in cubins.parse(cubins.reports()[s, arch].result())]
+    for op in ("row_linear", "qkv_commit", "dual_attn", "consensus"):
+        assert any(op in name for name in names), f"{arch}: no kernel of {op} among {names}"
+
+
+def test_reads_a_report():
+    text = """ptxas info    : Compiling entry function '_Z1fv' for 'sm_80'
+ptxas info    : Function properties for _Z1fv
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 1024 bytes smem, 400 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1gv' for 'sm_80'
+ptxas info    : Function properties for _Z1gv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers
+"""
+    assert cubins.parse(text) == [cubins.Kernel("_Z1fv", 255, 8, 16, 1024), cubins.Kernel("_Z1gv", 8, 0, 0, 0)]
