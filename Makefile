@@ -1,5 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Each target does its own set-up (see tools/with-env).
 PROMPT ?= Write a Python function that checks whether a number is prime, and explain how it works.
+override PROMPT := $(value PROMPT)
 export PROMPT
 
 .PHONY: help demo test test-full bench gpu-check
