@@ -45,8 +45,9 @@ def _common_hash() -> bytes:
     digest = hashlib.sha256()
     digest.update(subprocess.check_output([nvcc(), "--version"]))
     digest.update(repr([f.replace(str(ROOT), "") for f in FLAGS]).encode())
-    for path in sorted((ROOT / "csrc").rglob("*.*h")):
-        digest.update(path.read_bytes())
+    for folder in ("include", "cuda"):
+        for path in sorted((ROOT / "csrc" / folder).rglob("*.*h")):
+            digest.update(path.read_bytes())
     return digest.digest()
 
 

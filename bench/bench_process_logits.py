@@ -1,0 +1,115 @@
+"""process_logits against the same filters and draw as eager torch operations (sort, cumsum, multinomial).
+
+python bench/bench_process_logits.py --out results/
+Bytes are one read of the logits: the least that any choice costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from common import graphed, header, measure, read_bandwidth, report
+
+from orthrus_rt import dispatch, reference
+
+# name: temperature, top_k, top_p, min_p
+FILTERS = {
+    "greedy": (0.0, 0, 1.0, 0.0),
+    "temperature": (0.7, 0, 1.0, 0.0),
+    "top-k 20, top-p 0.8": (0.7, 20, 0.8, 0.0),
+    "top-p 0.95": (0.7, 0, 0.95, 0.0),
+    "top-p 0.95 at T 2": (2.0, 0, 0.95, 0.0),
+    "min-p 0.05": (1.0, 0, 1.0, 0.05),
+}
+
+
+class Case:
+    """``rows`` rows of logits as language models give them: few tokens far above a wide crowd."""
+
+    def __init__(self, rows: int, vocab: int, filters, device):
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(rows, vocab, generator=generator) * 1.5
+        crowd = noise - 8 + 14 * torch.rand(rows, vocab, generator=generator) ** 12
+        # The op scales its logits in place: scaled beforehand and run at temperature 1, every call sees the same.
+        self.source = (crowd / (filters[0] or 1)).to(device)
+        self.logits = self.source.clone()
+        filters = self.filters = (float(filters[0] > 0), *filters[1:])
+        columns = zip(filters, (torch.float32, torch.int32, torch.float32, torch.float32), strict=True)
+        self.parameters = [torch.full((rows,), value, dtype=dtype, device=device) for value, dtype in columns]
+        self.seed = torch.arange(rows, device=device)
+        self.position = torch.arange(rows, dtype=torch.int32, device=device)
+        self.choice = torch.empty(rows, dtype=torch.int32, device=device)
+        self.impl = dispatch.select("process_logits", device, torch.float32)
+        module = dispatch.triton_module("process_logits") if self.impl == "triton" else reference
+        self.op = module.process_logits
+
+    def call(self):
+        self.op(self.logits, *self.parameters, self.seed, self.position, 0, self.choice)
+
+    def eager(self):
+        temperature, top_k, top_p, min_p = self.filters
+        if temperature == 0:
+            return self.source.argmax(-1)
+        y = self.source / temperature  # 1, but it has to be divided
+        if top_k:
+            y = y.masked_fill(y < y.topk(top_k).values[:, -1:], -torch.inf)
+        if top_p < 1:
+            ordered, index = y.sort(-1, descending=True)
+            probs = ordered.softmax(-1)
+            drop = probs.cumsum(-1) - probs >= top_p
+            y = torch.empty_like(y).scatter_(1, index, ordered.masked_fill(drop, -torch.inf))
+        probs = y.softmax(-1)
+        if min_p:
+            probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
+        return torch.multinomial(probs, 1)
+
+    def rows_unlike_the_oracle(self) -> int:
+        """Rows whose choice differs; at most a near-tie in many rows, as exp and log differ in the last bits."""
+        self.call()
+        want = torch.empty_like(self.choice)
+        reference.process_logits(self.source.clone(), *self.parameters, self.seed, self.position, 0, want)
+        return int((self.choice != want).sum())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="1,16,32,128")
+    parser.add_argument("--vocab", default="151936,49152")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--loop", type=int, help="run the first shape this often under an NVTX range, for a profiler")
+    parser.add_argument("--out", help="folder for the JSON and the table")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    shapes = [(int(r), int(v)) for v in args.vocab.split(",") for r in args.rows.split(",")]
+    if args.loop:
+        case = Case(*shapes[0], FILTERS["top-p 0.95"], device)
+        with torch.cuda.nvtx.range("process_logits"):
+            for _ in range(args.loop):
+                case.call()
+        torch.cuda.synchronize()
+        return 0
+    bandwidth = read_bandwidth(device)
+    repeats = 50 if device.type == "cuda" else 3
+    results = []
+    for rows, vocab in shapes:
+        for name, filters in FILTERS.items():
+            case = Case(rows, vocab, filters, device)
+            unlike = case.rows_unlike_the_oracle()
+            took = measure(graphed(case.call, device), device, repeats=repeats)
+            eager = measure(case.eager, device, repeats=repeats)["p50"]
+            gbs = case.source.numel() * 4e-3 / took["p50"]
+            results.append({
+                "op": "process_logits", "impl": case.impl, "filters": name, "rows": rows, "vocab": vocab,
+                "dtype": "fp32", "us p50": took["p50"], "us p20": took["p20"], "us p80": took["p80"], "GB/s": gbs,
+                "share": gbs / bandwidth, "baseline": "eager torch", "baseline us": eager,
+                "ratio": eager / took["p50"], "rows unlike the oracle": unlike,
+            })  # fmt: skip
+            print(*results[-1].values(), flush=True)
+    report("process_logits", header(device) | {"read bandwidth GB/s": bandwidth}, results, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

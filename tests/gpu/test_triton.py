@@ -1,0 +1,250 @@
+"""Triton kernels on the device: against the oracle, to the bit whatever the company, and under a graph."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from orthrus_rt.triton_kernels import dual_attn, embed, process_logits, rms_norm
+
+from orthrus_rt import reference
+from tests.gpu.attention_pass import Group, Heads, Pass
+from tests.logits_cases import FILTERS, extras, logits, with_filters
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+ULP = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20}
+
+
+def on_graph(run):
+    """``run`` captured once (after a warm-up, which compiles) and its replay."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [64, 576, 2048, 2560, 4096])
+def test_rms_norm(hidden, dtype):
+    x = torch.randn(33, hidden, device="cuda").to(dtype) * 3
+    weight = torch.randn(hidden, device="cuda")
+    index = torch.randint(0, 33, (50,), device="cuda", dtype=torch.int32)
+    got, want = torch.empty_like(x), torch.empty_like(x)
+    picked, one = torch.empty(50, hidden, device="cuda", dtype=dtype), torch.empty_like(x[:1])
+    rms_norm.rms_norm(x, weight, 1e-6, got)
+    rms_norm.rms_norm(x, weight, 1e-6, picked, index)
+    rms_norm.rms_norm(x[7:8], weight, 1e-6, one)
+    torch.cuda.synchronize()
+    reference.rms_norm(x, weight, 1e-6, want)
+    torch.testing.assert_close(got, want, rtol=ULP[dtype], atol=1e-6)
+    assert torch.equal(picked, got[index.long()])
+    assert torch.equal(one[0], got[7])
+
+
+def test_chain_of_dependent_launches_under_a_graph():
+    """Kernels that may start early (programmatic dependent launch) still see all that came before them."""
+    table = torch.randn(1000, 4096, device="cuda", dtype=torch.bfloat16)
+    weight = torch.rand(4096, device="cuda") + 0.5
+    token = torch.zeros(40, device="cuda", dtype=torch.int32)
+    x, y = torch.empty(2, 40, 4096, device="cuda", dtype=torch.bfloat16)
+
+    def run():
+        embed.embed(token, table, x)
+        for _ in range(20):
+            rms_norm.rms_norm(x, weight, 1e-6, y)
+            rms_norm.rms_norm(y, weight, 1e-6, x)
+
+    replay = on_graph(run)
+    for seed in range(20):
+        token.copy_(torch.randint(0, 1000, (40,), generator=torch.Generator().manual_seed(seed)))
+        replay()
+        got = x.clone()
+        torch.cuda.synchronize()
+        x.fill_(torch.nan)
+        embed.embed(token, table, x)
+        torch.cuda.synchronize()
+        for _ in range(20):
+            rms_norm.rms_norm(x, weight, 1e-6, y)
+            torch.cuda.synchronize()
+            rms_norm.rms_norm(y, weight, 1e-6, x)
+            torch.cuda.synchronize()
+        assert torch.equal(got, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embed(dtype):
+    table = torch.randn(500, 2050, device="cuda").to(dtype)
+    token = torch.randint(0, 500, (70,), device="cuda", dtype=torch.int32)
+    out = torch.empty(70, 2050, device="cuda", dtype=dtype)
+    embed.embed(token, table, out)
+    assert torch.equal(out, table[token.long()])
+
+
+def test_embed_64_bit_offsets():
+    table = torch.zeros(600_000, 4096, device="cuda", dtype=torch.bfloat16)  # 2.46e9 elements
+    table[599_999] = 3
+    out = torch.empty(1, 4096, device="cuda", dtype=torch.bfloat16)
+    embed.embed(torch.tensor([599_999], device="cuda", dtype=torch.int32), table, out)
+    assert (out == 3).all()
+
+
+def ar(seq, start, n, invalid=0):
+    return Group("ar", seq, start, n, invalid)
+
+
+def diff(seq, start, n, invalid=0):
+    return Group("diff", seq, start, n, invalid)
+
+
+class TritonPass(Pass):
+    def workspace(self):
+        return None
+
+    def call(self, out, workspace, softmax_scale=None):
+        scale = softmax_scale or self.heads.dim**-0.5
+        dual_attn.dual_attn(
+            self.q, self.k_pages, self.v_pages, self.page_table, self.scratch_k, self.scratch_v, self.rows, scale, out
+        )
+
+
+PASSES = {
+    "decode": [ar(0, 1000, 1), ar(1, 63, 1), ar(2, 64, 1), ar(3, 0, 1), ar(4, 5000, 1)],
+    "one_pass": [ar(0, 1500, 32), diff(0, 1510, 32), diff(0, 1532, 32), ar(1, 40, 32), diff(1, 41, 32, invalid=30)],
+    "long_block": [diff(0, 70, 100), diff(1, 10, 3), diff(2, 0, 16)],
+    "prefill": [ar(0, 0, 500), ar(1, 129, 77)],
+    "padding": [ar(0, 10, 4, invalid=4), ar(1, 200, 4), diff(2, 10, 4, invalid=4)],
+}
+HEADS = [Heads(32, 8, 128), Heads(16, 8, 128), Heads(9, 3, 64)]
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("name", PASSES)
+def test_dual_attn(name, heads):
+    case = TritonPass(heads, PASSES[name])
+    got = case.run()
+    torch.cuda.synchronize()
+    want = case.expected()
+    assert not got.isnan().any()
+    # Weights and output are rounded to bf16: each adds 2^-9 / sqrt(3) of noise at most.
+    assert (got.double() - want).norm() < 3e-3 * want.norm().clamp(min=1e-9)
+    assert not got[case.rows.position < 0].any()
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_dual_attn_rows_do_not_depend_on_company(heads):
+    groups = [ar(0, 2000, 16), ar(1, 700, 32), ar(2, 9000, 1), ar(3, 5, 200), diff(0, 2001, 16), diff(1, 705, 32)]
+    together = TritonPass(heads, groups)
+    want = together.by_group(together.run())
+    backwards = TritonPass(heads, groups[::-1])
+    got = backwards.by_group(backwards.run())
+    for g in groups:
+        assert torch.equal(got[g], want[g])
+        assert torch.equal(TritonPass(heads, [g]).run(), want[g])
+    for i in (0, 7, 15):
+        assert torch.equal(TritonPass(heads, [ar(0, 2000 + i, 1)]).run()[0], want[groups[0]][i])
+
+
+def test_dual_attn_64_bit_offsets():
+    case = TritonPass(HEADS[0], [ar(0, 200, 1), diff(0, 200, 16)], first_page=33000)
+    assert case.k_pages.numel() > 2**31
+    assert torch.equal(case.run(), TritonPass(HEADS[0], case.groups).run())
+
+
+def test_dual_attn_under_a_graph_reads_lengths_on_the_device():
+    case = TritonPass(HEADS[0], [ar(0, 3000, 4), diff(0, 3000, 4)], max_seq_len=4096)
+    want = case.run()
+    prefix = case.rows.prefix_len.clone()
+    case.rows.prefix_len.fill_(1)
+    out = torch.empty_like(case.q)
+    replay = on_graph(lambda: case.call(out, None))
+    case.rows.prefix_len.copy_(prefix)
+    replay()
+    assert torch.equal(out, want)
+
+
+def choose(implementation, args, purpose=2, log_probs=True, **kwargs):
+    n, vocab = args[0].shape
+    choice = torch.full((n,), -7, dtype=torch.int32, device=args[0].device)
+    wanted = torch.empty(n, vocab, device=args[0].device) if log_probs else None
+    implementation(args[0].clone(), *args[1:], purpose, choice, log_probs=wanted, **kwargs)
+    return choice, wanted
+
+
+def assert_agrees(args, **kwargs):
+    """The same sets and choices as the oracle. exp and log differ in the last bits between the two, so a row may
+    differ where it is that close: at most one in 50.
+    """
+    choice, log_probs = choose(process_logits.process_logits, args, **kwargs)
+    torch.cuda.synchronize()
+    want, want_log = choose(reference.process_logits, args, **kwargs)
+    sets = (log_probs.isneginf() == want_log.isneginf()).all(1)
+    same = sets & (choice == want)
+    assert (~same).sum() <= max(1, len(same) // 50), same.tolist()
+    torch.testing.assert_close(log_probs[sets], want_log[sets], rtol=1e-5, atol=5e-6)
+    assert choice.min() >= 0 and choice.max() < args[0].shape[1]
+    greedy = args[1] == 0
+    assert torch.equal(choice[greedy], want[greedy])
+
+
+@pytest.mark.parametrize("kind", ["normal", "peaked", "tied", "hostile"])
+@pytest.mark.parametrize("vocab", [1, 300, 49152, 151936])
+def test_process_logits(vocab, kind):
+    assert_agrees(with_filters(logits(6 * len(FILTERS), vocab, kind), device="cuda"))
+
+
+@pytest.mark.parametrize("kind", ["normal", "tied"])
+def test_process_logits_penalties_bias_and_stop_ids(kind):
+    n, vocab = 6 * len(FILTERS), 49152
+    args = with_filters(logits(n, vocab, kind), device="cuda")
+    assert_agrees(args, **extras(n, vocab, args[6], device="cuda"))
+
+
+@pytest.mark.parametrize("kind", ["peaked", "tied"])
+def test_process_logits_rows_do_not_depend_on_company(kind):
+    args = with_filters(logits(128, 151936, kind), device="cuda")
+    choice, log_probs = choose(process_logits.process_logits, args)
+    for some in (slice(5, 6), slice(0, 16), slice(37, 53), slice(127, 128)):
+        part, part_log = choose(process_logits.process_logits, tuple(a[some] for a in args))
+        assert torch.equal(part, choice[some]) and torch.equal(part_log, log_probs[some])
+    order = torch.randperm(128, device="cuda")
+    shuffled, _ = choose(process_logits.process_logits, tuple(a[order] for a in args))
+    assert torch.equal(shuffled, choice[order])
+    again, _ = choose(process_logits.process_logits, args, log_probs=False)
+    assert torch.equal(again, choice)
+
+
+def test_process_logits_under_a_graph():
+    """Parameters, seeds and positions are read on the device at every replay."""
+    args = with_filters(logits(24, 49152, "peaked"), device="cuda")
+    source, scratch = args[0], args[0].clone()
+    choice = torch.empty(24, dtype=torch.int32, device="cuda")
+
+    def run():
+        scratch.copy_(source)
+        process_logits.process_logits(scratch, *args[1:], 1, choice)
+
+    replay = on_graph(run)
+    for step in range(5):
+        args[6].fill_(step)
+        args[1].copy_(args[1].roll(1))
+        args[3].copy_(args[3].roll(1))
+        replay()
+        want, _ = choose(process_logits.process_logits, args, purpose=1, log_probs=False)
+        assert torch.equal(choice, want)
+
+
+def test_process_logits_draws_follow_the_distribution():
+    n, vocab = 20000, 50
+    row = logits(1, vocab, "normal")
+    args = list(with_filters(row.expand(n, vocab), [(1.2, 30, 0.95, 0.01)], device="cuda"))
+    args[5] = torch.full((n,), 99, device="cuda")
+    choice, _ = choose(process_logits.process_logits, tuple(args))
+    expected = reference.process_logits_probs(row, 1.2, 30, 0.95, 0.01)[0] * n
+    counts = torch.bincount(choice.cpu(), minlength=vocab)
+    kept = expected > 0
+    assert not counts[~kept].any()
+    degrees = int(kept.sum()) - 1
+    assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < degrees + 5 * (2 * degrees) ** 0.5
