@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from orthrus_rt.triton_kernels import dual_attn, embed, process_logits, rms_norm
 
 from orthrus_rt import reference
-from tests.gpu.attention_pass import Group, Heads, Pass
+from tests.attention_pass import Group, Heads, Pass
 from tests.logits_cases import FILTERS, extras, logits, with_filters
 
 pytestmark = pytest.mark.gpu

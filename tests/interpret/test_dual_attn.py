@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 from orthrus_rt.triton_kernels import dual_attn
 
 from orthrus_rt.plan import empty_rows
-from tests.gpu.attention_pass import Group, Heads, Pass
+from tests.attention_pass import Group, Heads, Pass
 
 HEADS = Heads(6, 2, 16)
 GROUPS = [
