@@ -72,7 +72,8 @@ class Chain:
         out = {"qkv": self.qkv, "gate_up": self.act, "lm_head": self.best}.get(op, self.x)
         views = dict(weight_diff=self.diff[op][layer], num_rows_ar=self.num_rows // 2) if op in self.diff else {}
         residual = self.x if EPILOGUES[op] == "residual" else None
-        ops.row_linear(inputs, weight, out, residual=residual, epilogue=EPILOGUES[op], workspace=self.workspace, **views)
+        rest = dict(residual=residual, epilogue=EPILOGUES[op], workspace=self.workspace)
+        ops.row_linear(inputs, weight, out, **rest, **views)
 
     def run_mm(self, op: str, layer: int) -> None:
         """The same product by torch, epilogue left out, over the packed bytes read as a plain matrix."""
@@ -98,7 +99,7 @@ class Chain:
 
     def max_error(self, op: str) -> float:
         """Largest error against float64, over the largest value; 0.004 is a bf16 rounding."""
-        n, k = self.shapes[op]
+        k = self.shapes[op][1]
         x = torch.randn(min(self.num_rows, 64), k, device=self.device).bfloat16()
         plain = torch.randn(256, k, device=self.device).bfloat16()
         out = torch.empty(x.shape[0], 256, dtype=torch.bfloat16, device=self.device)
@@ -141,7 +142,7 @@ def main() -> int:
         chain.rows(num_rows)
 
         def add(op, run, run_mm, nbytes, flops, count, error):
-            took = measure(graphed(run, device), device, repeats=args.repeats)  # noqa: B023
+            took = measure(graphed(run, device), device, repeats=args.repeats)
             base = None if args.no_baseline else measure(graphed(run_mm, device), device, repeats=args.repeats)["p50"]
             us = took["p50"] / count
             results.append({

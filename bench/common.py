@@ -86,7 +86,8 @@ def header(device: torch.device) -> dict[str, str]:
     }
     if device.type == "cuda":
         query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
-        smi = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        smi = subprocess.run(command, capture_output=True, text=True)
         values = [v.strip() for v in smi.stdout.strip().split("\n")[torch.cuda.current_device()].split(",")]
         facts |= dict(zip(query.split(","), values, strict=True), cuda=torch.version.cuda)
     return facts

@@ -111,7 +111,7 @@ int row_linear(const RowLinearParams& params, void* stream) {
   if (!prefill && params.workspace_bytes < workspace_bytes(args.plan, rows_diff ? 2 : 1, tokens))
     return cudaErrorInvalidValue;
   const auto launch = device.hopper ? launch_row_linear_sm90 : launch_row_linear_mma;
-  return launch(args, tokens, prefill, static_cast<cudaStream_t>(stream));
+  return launch(args, tokens, prefill, stream);
 }
 
 }  // namespace orthrus::cuda

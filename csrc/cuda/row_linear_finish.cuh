@@ -10,15 +10,7 @@
 
 namespace orthrus::cuda {
 
-__device__ __forceinline__ void group_sync(int group) {
-  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
-}
-
-__device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
-  uint32_t packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
-  return packed;
-}
+__device__ __forceinline__ void group_sync(int group) { named_barrier(group + 1, kGroupThreads); }
 
 // Running best logit of each token in this CTA, one entry per group and token.
 struct BestLogit {

@@ -1,6 +1,7 @@
 // row_linear on any device from sm_80 on: cp.async into a ring of shared-memory stages, ldmatrix,
 // mma.sync m16n8k16 (features are M, tokens N). A group's four warps own 16 features each, which
 // gives every thread the same accumulators as the wgmma variant: fold and epilogues are shared.
+#include "orthrus/launch.cuh"
 #include "row_linear_finish.cuh"
 
 namespace orthrus::cuda {
@@ -8,33 +9,6 @@ namespace {
 
 constexpr int kSharedBudget = 99 * 1024;  // the least that a device from sm_80 on grants a CTA
 constexpr int kMaxStages = 6;
-
-__device__ __forceinline__ uint32_t smem_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ void copy16(uint32_t dst, const void* src, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-
-__device__ __forceinline__ void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 // Where the 16-byte chunk (row, chunk) of a [rows, 64] bf16 matrix lies, for W as packed and for x.
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
@@ -57,7 +31,7 @@ struct Stream {
 
   __device__ void load(int kb) {
     const RowLinearParams& p = args.p;
-    const uint32_t base = smem_address(stages + load_stage * kStageBytes);
+    const SharedAddress base = shared_address(stages + load_stage * kStageBytes);
     const uint8_t* weight = static_cast<const uint8_t*>(diff ? p.weight_diff : p.weight);
 #pragma unroll
     for (int i = 0; i < kBlocks * kBlockBytes / 16 / kThreads; ++i) {
@@ -67,7 +41,7 @@ struct Stream {
       const int64_t unit = static_cast<int64_t>(valid ? block : 0) * args.plan.k_blocks + kb;
       copy16(base + chunk * 16, weight + unit * kBlockBytes + chunk % (kBlockBytes / 16) * 16, valid);
     }
-    const uint32_t x_base = base + kBlocks * kBlockBytes;
+    const SharedAddress x_base = base + kBlocks * kBlockBytes;
 #pragma unroll
     for (int i = 0; i < (kTokens * 8 + kThreads - 1) / kThreads; ++i) {
       const int chunk = threadIdx.x + i * kThreads;
@@ -82,9 +56,9 @@ struct Stream {
 
   __device__ void multiply(float (&acc)[kTokens / 2]) {
     const int thread = threadIdx.x % kGroupThreads, lane = thread % 32;
-    const uint32_t base = smem_address(stages + read_stage * kStageBytes);
-    const uint32_t weight = base + threadIdx.x / kGroupThreads * kBlockBytes;
-    const uint32_t x = base + kBlocks * kBlockBytes;
+    const SharedAddress base = shared_address(stages + read_stage * kStageBytes);
+    const SharedAddress weight = base + threadIdx.x / kGroupThreads * kBlockBytes;
+    const SharedAddress x = base + kBlocks * kBlockBytes;
     const int feature = thread / 32 * 16 + lane % 16;
     const int token = lane % 8 + lane / 16 * 8;
 #pragma unroll
@@ -125,8 +99,9 @@ struct Stream {
 template <int kTokens, bool kPrefill, int kBlocks>
 __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
     row_linear_mma(const __grid_constant__ RowLinearArgs args) {
+  pdl_wait();
   using S = Stream<kTokens, kPrefill, kBlocks>;
-  extern __shared__ __align__(128) uint8_t shared[];
+  uint8_t* shared = dynamic_shared();
   const RowLinearPlan& plan = args.plan;
   const int group = threadIdx.x / kGroupThreads;
   float* staging = reinterpret_cast<float*>(shared + S::kStages * S::kStageBytes);
@@ -185,35 +160,31 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
 }
 
 template <int kTokens, bool kPrefill, int kBlocks>
-cudaError_t launch(const RowLinearArgs& args, cudaStream_t stream) {
+int launch_variant(const RowLinearArgs& args, void* stream) {
   using S = Stream<kTokens, kPrefill, kBlocks>;
   static_assert(S::kStages >= 3);
   constexpr int kShared = S::kStages * S::kStageBytes + S::kFixedBytes;
-  const auto kernel = row_linear_mma<kTokens, kPrefill, kBlocks>;
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared))
-    return error;
   const int items = (args.plan.blocks + kBlocks - 1) / kBlocks * args.row_tiles;
   const int grid = kPrefill ? (items < args.num_sms ? items : args.num_sms) : args.plan.grid;
-  kernel<<<grid, S::kThreads, kShared, stream>>>(args);
-  return cudaGetLastError();
+  return launch(row_linear_mma<kTokens, kPrefill, kBlocks>, args, grid, S::kThreads, kShared, stream, device_info());
 }
 
 template <int kBlocks>
-cudaError_t launch_tokens(const RowLinearArgs& args, int tokens, cudaStream_t stream) {
+int launch_tokens(const RowLinearArgs& args, int tokens, void* stream) {
   switch (tokens) {
-    case 16: return launch<16, false, kBlocks>(args, stream);
-    case 32: return launch<32, false, kBlocks>(args, stream);
-    case 64: return launch<64, false, kBlocks>(args, stream);
-    default: return launch<kTokensMma.widest, false, kBlocks>(args, stream);
+    case 16: return launch_variant<16, false, kBlocks>(args, stream);
+    case 32: return launch_variant<32, false, kBlocks>(args, stream);
+    case 64: return launch_variant<64, false, kBlocks>(args, stream);
+    default: return launch_variant<kTokensMma.widest, false, kBlocks>(args, stream);
   }
 }
 
 }  // namespace
 
-cudaError_t launch_row_linear_mma(const RowLinearArgs& args, int tokens, bool prefill, cudaStream_t stream) {
+int launch_row_linear_mma(const RowLinearArgs& args, int tokens, bool prefill, void* stream) {
   const bool pair = args.plan.blocks_per_tile == 2;
   if (prefill)
-    return pair ? launch<kTokensMma.prefill, true, 2>(args, stream) : launch<kTokensMma.prefill, true, 1>(args, stream);
+    return pair ? launch_variant<kTokensMma.prefill, true, 2>(args, stream) : launch_variant<kTokensMma.prefill, true, 1>(args, stream);
   return pair ? launch_tokens<2>(args, tokens, stream) : launch_tokens<1>(args, tokens, stream);
 }
 

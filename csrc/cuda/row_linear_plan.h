@@ -9,9 +9,8 @@
 // ranges; where a cut falls inside a tile its sum is cut there too. The cuts depend on the weight's
 // shape and the device alone, so a row's sum is folded in the same order whatever shares the call.
 #pragma once
-#include <cuda_runtime.h>
-
 #include "orthrus/params.h"
+#include "orthrus/sm80.cuh"
 
 namespace orthrus::cuda {
 
@@ -54,6 +53,7 @@ struct RowLinearArgs {
   int32_t row_tiles;
   int32_t num_sms;
   int32_t num_stages;     // of the shared-memory ring
+  int32_t prefetch_steps; // units that are brought to L2 beyond the ring, before the previous kernel has finished
   int32_t trigger_steps;  // the next kernel may start when this many of a CTA's loads remain
 
   __device__ bool is_diff(int row_tile) const { return row_tile >= row_tiles_ar; }
@@ -80,7 +80,7 @@ struct TokenTiles {
 constexpr TokenTiles kTokensSm90{160, 128};
 constexpr TokenTiles kTokensMma{96, 96};
 
-cudaError_t launch_row_linear_sm90(const RowLinearArgs& args, int tokens, bool prefill, cudaStream_t stream);
-cudaError_t launch_row_linear_mma(const RowLinearArgs& args, int tokens, bool prefill, cudaStream_t stream);
+int launch_row_linear_sm90(const RowLinearArgs& args, int tokens, bool prefill, void* stream);
+int launch_row_linear_mma(const RowLinearArgs& args, int tokens, bool prefill, void* stream);
 
 }  // namespace orthrus::cuda

@@ -1,31 +1,41 @@
 // row_linear on Hopper: one warp streams weights through a ring of shared-memory stages with bulk
 // copies, one or two warpgroups multiply them with wgmma as they land (features are M, tokens N).
 //
-// The ring is filled before waiting for the previous kernel (weights do not depend on it), and the
-// next kernel is let in shortly before this one's last loads: the memory bus stays busy across
+// The ring is filled, and some more brought to L2, before waiting for the previous kernel (weights do not depend
+// on it), and the next kernel is let in shortly before this one's last loads: the memory bus stays busy across
 // kernel boundaries. That needs two CTAs to fit an SM, hence the shared-memory budget.
-#include <cudaTypedefs.h>
-
+#include "orthrus/launch.cuh"
+#include "orthrus/sm90.cuh"
 #include "row_linear_finish.cuh"
-#include "sm90.cuh"
 
 namespace orthrus::cuda {
 namespace {
 
 constexpr int kMaxStages = 16;
 constexpr int kSharedPerSm = 227 * 1024;
+// From a kernel's last load to its successor's first free stage pass several microseconds: more than
+// the stages can absorb at 24 KB a microsecond and SM. This much more waits in L2.
+constexpr int kPrefetchBytes = 96 * 1024;
 
 template <int kTokens>
 __host__ __device__ constexpr int stage_bytes(int blocks) {
   return blocks * kBlockBytes + kTokens * kBlock * 2;
 }
 
+struct Sm90Params {
+  sm90::TensorMap x_map;
+  RowLinearArgs args;
+};
+
 // Two of them overlap across kernel boundaries; wide tiles need the whole SM's registers.
 constexpr int ctas_per_sm(int tokens, bool prefill) { return prefill || tokens > 64 ? 1 : 2; }
 
-// Shared memory beside the stages: alignment slack, barriers, transposition buffers, argmax state.
+// One thread produces; only whole warpgroups can hand their registers over to the prefill's two sets of sums.
+constexpr int producer_threads(bool prefill) { return prefill ? kGroupThreads : 32; }
+
+// Shared memory beside the stages: barriers, transposition buffers, argmax state.
 constexpr int fixed_shared(int blocks, int tokens, bool argmax) {
-  return 1024 + 2 * kMaxStages * 8 + 16 + blocks * kStagingFloats * 4 +
+  return 2 * kMaxStages * 8 + 16 + blocks * kStagingFloats * 4 +
          (argmax ? blocks * tokens * static_cast<int>(sizeof(BestLogit)) : 0);
 }
 
@@ -77,26 +87,30 @@ struct Walk {
 };
 
 template <int kTokens, bool kPrefill>
-__device__ void produce(const RowLinearArgs& args, const CUtensorMap* x_map, const Ring& ring, int blocks) {
+__device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map, const Ring& ring, int blocks) {
   using namespace sm90;
   const Walk<kTokens, kPrefill> walk(args);
   const int total = walk.items() * walk.length;
   const uint64_t policy = evict_first_policy();
 
+  const int64_t block_stride = static_cast<int64_t>(args.plan.k_blocks) * kBlockBytes;
+  auto first_block = [&](int step) { return walk.first_block(step / walk.length, step % walk.length); };
+  auto block_count = [&](int step) { return min(blocks, args.plan.blocks - first_block(step)); };
+  auto source = [&](int step) {
+    const bool diff = args.is_diff(walk.row_tile(step / walk.length));
+    return static_cast<const uint8_t*>(diff ? args.p.weight_diff : args.p.weight) + first_block(step) * block_stride +
+           walk.k_block(step % walk.length) * kBlockBytes;
+  };
   auto load_weight = [&](int step, int stage) {
-    const int item = step / walk.length, offset = step % walk.length;
-    const int first = walk.first_block(item, offset), kb = walk.k_block(offset);
-    const int count = min(blocks, args.plan.blocks - first);
-    const bool diff = args.is_diff(walk.row_tile(item));
-    const uint8_t* weight = static_cast<const uint8_t*>(diff ? args.p.weight_diff : args.p.weight);
     uint8_t* dst = ring.stages + stage * ring.stage_bytes;
+    const uint8_t* src = source(step);
+    const int count = block_count(step);
     barrier_arrive_expect(&ring.full[stage], stage_bytes<kTokens>(count));
     for (int b = 0; b < count; ++b) {
-      const uint8_t* src = weight + (static_cast<int64_t>(first + b) * args.plan.k_blocks + kb) * kBlockBytes;
       if (kPrefill)
-        bulk_load(dst + b * kBlockBytes, src, kBlockBytes, &ring.full[stage]);
+        bulk_load(dst + b * kBlockBytes, src + b * block_stride, kBlockBytes, &ring.full[stage]);
       else
-        bulk_load(dst + b * kBlockBytes, src, kBlockBytes, &ring.full[stage], policy);
+        bulk_load(dst + b * kBlockBytes, src + b * block_stride, kBlockBytes, &ring.full[stage], policy);
     }
   };
   auto load_x = [&](int step, int stage) {
@@ -107,15 +121,18 @@ __device__ void produce(const RowLinearArgs& args, const CUtensorMap* x_map, con
 
   const int ahead = min(total, ring.num_stages);
   for (int step = 0; step < ahead; ++step) load_weight(step, step);
-  if (total <= args.trigger_steps) launch_dependents();
-  wait_previous_kernel();
+  if (total == ahead) pdl_launch_dependents();
+  const int fetched = kPrefill ? ahead : min(total, ahead + args.prefetch_steps);
+  for (int step = ahead; step < fetched; ++step)
+    for (int b = 0; b < block_count(step); ++b) bulk_prefetch(source(step) + b * block_stride, kBlockBytes, policy);
+  pdl_wait();
   for (int step = 0; step < ahead; ++step) load_x(step, step);
   Cursor cursor;
   for (int step = ahead; step < total; ++step) {
     barrier_wait(&ring.empty[cursor.stage], cursor.parity);
     load_weight(step, cursor.stage);
     load_x(step, cursor.stage);
-    if (step == total - args.trigger_steps) launch_dependents();
+    if (step == max(ahead, total - args.trigger_steps)) pdl_launch_dependents();
     cursor.advance(ring.num_stages);
   }
 }
@@ -128,11 +145,12 @@ __device__ __forceinline__ void multiply(float (&acc)[kTokens / 2], const uint8_
 #pragma unroll
   for (int k = 0; k < kBlock / 16; ++k) {
     const int add = accumulate || k > 0;
+    const uint64_t step = descriptor_offset(k * 16 * 2);  // along K, inside the swizzled 128 bytes
     if constexpr (kTokens == 160) {
-      wgmma<128>(acc, a + k * kDescriptorStep16, b + k * kDescriptorStep16, add);
-      wgmma<32>(acc + 64, a + k * kDescriptorStep16, b + k * kDescriptorStep16 + (128 * 128 >> 4), add);
+      wgmma<128>(acc, a + step, b + step, add);
+      wgmma<32>(acc + 64, a + step, b + step + descriptor_offset(128 * kBlock * 2), add);
     } else {
-      wgmma<kTokens>(acc, a + k * kDescriptorStep16, b + k * kDescriptorStep16, add);
+      wgmma<kTokens>(acc, a + step, b + step, add);
     }
   }
 }
@@ -164,9 +182,7 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Rin
   if (releases) barrier_arrive(&ring.empty[previous]);
 }
 
-__device__ __forceinline__ void consumers_sync(int blocks) {
-  asm volatile("bar.sync 3, %0;" ::"r"(blocks * kGroupThreads) : "memory");
-}
+__device__ __forceinline__ void consumers_sync(int blocks) { named_barrier(3, blocks * kGroupThreads); }
 
 template <int kTokens>
 __device__ void consume_decode(const RowLinearArgs& args, const Ring& ring, int group, float* staging, int32_t* flag,
@@ -224,13 +240,14 @@ __device__ void consume_prefill(const RowLinearArgs& args, const Ring& ring, int
 #endif
 
 template <int kTokens, bool kPrefill>
-__global__ void __launch_bounds__(2 * kGroupThreads + 32, ctas_per_sm(kTokens, kPrefill))
-    row_linear_sm90(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ RowLinearArgs args) {
+__global__ void __launch_bounds__(2 * kGroupThreads + producer_threads(kPrefill), ctas_per_sm(kTokens, kPrefill))
+    row_linear_sm90(const __grid_constant__ Sm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ uint8_t shared[];
+  const RowLinearArgs& args = params.args;
+  uint8_t* shared = dynamic_shared();
   const int blocks = kPrefill ? 2 : args.plan.blocks_per_tile;
   Ring ring;
-  ring.stages = shared + (-sm90::smem_address(shared) & 1023);
+  ring.stages = shared;
   ring.num_stages = args.num_stages;
   ring.stage_bytes = stage_bytes<kTokens>(blocks);
   float* staging = reinterpret_cast<float*>(ring.stages + ring.num_stages * ring.stage_bytes);
@@ -239,8 +256,8 @@ __global__ void __launch_bounds__(2 * kGroupThreads + 32, ctas_per_sm(kTokens, k
   int32_t* flags = reinterpret_cast<int32_t*>(ring.empty + kMaxStages);
   BestLogit* best = reinterpret_cast<BestLogit*>(flags + 4);
 
-  const int warp = threadIdx.x / 32;
-  if (threadIdx.x == 0) {
+  const int thread = threadIdx.x, group = thread / kGroupThreads;
+  if (thread == 0) {
     for (int s = 0; s < ring.num_stages; ++s) {
       sm90::barrier_init(&ring.full[s], 1);
       sm90::barrier_init(&ring.empty[s], 4 * blocks);  // one arrival per consumer warp
@@ -248,51 +265,34 @@ __global__ void __launch_bounds__(2 * kGroupThreads + 32, ctas_per_sm(kTokens, k
     sm90::fence_barrier_init();
   }
   __syncthreads();
-  if (warp == 4 * blocks) {
-    if (threadIdx.x % 32 == 0) {
-      sm90::prefetch_map(&x_map);
-      produce<kTokens, kPrefill>(args, &x_map, ring, blocks);
+  if (group == blocks) {
+    if constexpr (kPrefill) sm90::give_registers<40>();
+    if (thread == blocks * kGroupThreads) {
+      sm90::prefetch_map(&params.x_map);
+      produce<kTokens, kPrefill>(args, &params.x_map, ring, blocks);
+    } else {
+      pdl_wait();
     }
     return;
   }
-  sm90::wait_previous_kernel();
-  const int group = warp / 4;
-  if constexpr (kPrefill)
+  pdl_wait();
+  if constexpr (kPrefill) {
+    sm90::take_registers<232>();
     consume_prefill<kTokens>(args, ring, group, staging + group * kStagingFloats);
-  else
+  } else {
     consume_decode<kTokens>(args, ring, group, staging + group * kStagingFloats, flags + group, best);
+  }
 #else
   __trap();  // never launched: row_linear.cu sends other architectures to the mma variant
 #endif
 }
 
-PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-  static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) !=
-            cudaSuccess ||
-        found != cudaDriverEntryPointSuccess)
-      function = nullptr;
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-  }();
-  return encode;
-}
-
-bool encode_x(CUtensorMap* map, const RowLinearParams& p, int tokens) {
-  const auto encode = tensor_map_encoder();
-  if (!encode) return false;
-  const cuuint64_t size[2] = {static_cast<cuuint64_t>(p.in_features), static_cast<cuuint64_t>(p.num_rows)};
-  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(p.x_stride) * 2};
-  const cuuint32_t box[2] = {kBlock, static_cast<cuuint32_t>(tokens)};
-  const cuuint32_t step[2] = {1, 1};
-  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16_t*>(p.x), size, stride, box, step,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 template <int kTokens, bool kPrefill>
-cudaError_t launch(RowLinearArgs args, cudaStream_t stream) {
+int launch_variant(const RowLinearArgs& plain, void* stream) {
+  Sm90Params params{{}, plain};
+  RowLinearArgs& args = params.args;
+  if (!sm90::make_row_map(&params.x_map, args.p.x, args.p.num_rows, args.p.in_features, args.p.x_stride, kTokens))
+    return cudaErrorInvalidValue;
   const int blocks = kPrefill ? 2 : args.plan.blocks_per_tile;
   const bool argmax = args.p.epilogue == static_cast<int>(Epilogue::kArgmax);
   const int fixed = fixed_shared(blocks, kTokens, argmax);
@@ -300,42 +300,29 @@ cudaError_t launch(RowLinearArgs args, cudaStream_t stream) {
   const int budget = kSharedPerSm / ctas - (ctas - 1) * 1024;
   args.num_stages = min((budget - fixed) / stage_bytes<kTokens>(blocks), kMaxStages);
   args.trigger_steps = args.num_stages;
+  args.prefetch_steps = kPrefetchBytes / (blocks * kBlockBytes);
   const int shared = fixed + args.num_stages * stage_bytes<kTokens>(blocks);
 
-  CUtensorMap x_map;
-  if (!encode_x(&x_map, args.p, kTokens)) return cudaErrorInvalidValue;
   const auto kernel = row_linear_sm90<kTokens, kPrefill>;
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
-    return error;
   // The same carve-out in every variant: a change of it would keep neighbours from sharing an SM.
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                                      cudaSharedmemCarveoutMaxShared))
     return error;
-
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = args.plan.grid;
-  if (kPrefill) config.gridDim = min(args.num_sms, (args.plan.blocks + 1) / 2 * args.row_tiles);
-  config.blockDim = blocks * kGroupThreads + 32;
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, x_map, static_cast<const RowLinearArgs>(args));
+  int grid = args.plan.grid;
+  if (kPrefill) grid = min(args.num_sms, (args.plan.blocks + 1) / 2 * args.row_tiles);
+  return launch(kernel, params, grid, blocks * kGroupThreads + producer_threads(kPrefill), shared, stream, device_info());
 }
 
 }  // namespace
 
-cudaError_t launch_row_linear_sm90(const RowLinearArgs& args, int tokens, bool prefill, cudaStream_t stream) {
-  if (prefill) return launch<kTokensSm90.prefill, true>(args, stream);
+int launch_row_linear_sm90(const RowLinearArgs& args, int tokens, bool prefill, void* stream) {
+  if (prefill) return launch_variant<kTokensSm90.prefill, true>(args, stream);
   switch (tokens) {
-    case 16: return launch<16, false>(args, stream);
-    case 32: return launch<32, false>(args, stream);
-    case 64: return launch<64, false>(args, stream);
-    case 128: return launch<128, false>(args, stream);
-    default: return launch<kTokensSm90.widest, false>(args, stream);
+    case 16: return launch_variant<16, false>(args, stream);
+    case 32: return launch_variant<32, false>(args, stream);
+    case 64: return launch_variant<64, false>(args, stream);
+    case 128: return launch_variant<128, false>(args, stream);
+    default: return launch_variant<kTokensSm90.widest, false>(args, stream);
   }
 }
 

@@ -152,13 +152,11 @@ inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress row) {
 }
 
 inline void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  auto& block = cuda_host::Block::current();
-  std::array<std::array<uint32_t, 32>, 6> words;  // of all lanes
-  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  for (int i = 0; i < 6; ++i) words[i] = block.exchange(mine[i]);
+  using Words = std::array<uint32_t, 6>;
+  const std::array<Words, 32> lanes = cuda_host::Block::current().exchange(Words{a[0], a[1], a[2], a[3], b0, b1});
   const int lane = threadIdx.x % 32;
   auto element = [&](int word, int row, int k) {
-    return cuda_host::widen(reinterpret_cast<const uint8_t*>(&words[word][row * 4 + k / 2]) + k % 2 * 2);
+    return cuda_host::widen(reinterpret_cast<const uint8_t*>(&lanes[row * 4 + k / 2][word]) + k % 2 * 2);
   };
   for (int i = 0; i < 4; ++i) {
     for (int k = 0; k < 16; ++k) {

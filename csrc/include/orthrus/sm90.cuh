@@ -1,7 +1,7 @@
-// The sm_90a instructions that row_linear streams with: mbarriers, bulk copies, wgmma and programmatic
-// dependent launch. Thin wrappers over PTX, no policy.
+// The sm_90a instructions that kernels stream with: mbarriers, bulk and tensor copies, wgmma. Thin wrappers
+// over PTX, no policy. The host shim of the CPU tests provides its own twin.
 #pragma once
-#include <cuda.h>
+#include <cudaTypedefs.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -48,37 +48,57 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
 }
 
 __device__ __forceinline__ void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   smem_address(dst)),
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+               "[%0], [%1], %2, [%3];" ::"r"(smem_address(dst)),
                "l"(src), "r"(bytes), "r"(smem_address(barrier))
                : "memory");
 }
 
 __device__ __forceinline__ void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          smem_address(dst)),
-      "l"(src), "r"(bytes), "r"(smem_address(barrier)), "l"(policy)
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+               "[%0], [%1], %2, [%3], %4;" ::"r"(smem_address(dst)),
+               "l"(src), "r"(bytes), "r"(smem_address(barrier)), "l"(policy)
+               : "memory");
 }
 
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+// Brings global memory as far as L2.
+__device__ __forceinline__ void bulk_prefetch(const void* src, int bytes, uint64_t policy) {
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(src), "r"(bytes), "l"(policy)
+               : "memory");
+}
+
+using TensorMap = CUtensorMap;
+
+// A map over the rows of a bf16 matrix in boxes of `box_rows` x 64 elements, 128-byte swizzled in shared memory.
+inline bool make_row_map(TensorMap* map, const uint16_t* data, int rows, int columns, int64_t stride, int box_rows) {
+  static const auto encode = [] {
+    void* function = nullptr;  // from the driver, which this module does not link
+    cudaDriverEntryPointQueryResult found{};
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) function = nullptr;
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  }();
+  const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t stride_bytes[1] = {static_cast<cuuint64_t>(stride) * 2};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t step[2] = {1, 1};
+  return encode && encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<uint16_t*>(data), size, stride_bytes,
+                          box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // The box of a 2-D tensor map whose first element is (row, column); elements outside the tensor are 0.
-__device__ __forceinline__ void tensor_load(void* dst, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          smem_address(dst)),
-      "l"(map), "r"(column), "r"(row), "r"(smem_address(barrier))
-      : "memory");
+__device__ __forceinline__ void tensor_load(void* dst, const TensorMap* map, int column, int row, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%2, %3}], [%4];" ::"r"(smem_address(dst)),
+               "l"(map), "r"(column), "r"(row), "r"(smem_address(barrier))
+               : "memory");
 }
-
-// Lets the next kernel of the stream start its CTAs where they fit.
-__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-// Blocks until the stream's previous kernel has completed and its writes are visible.
-__device__ __forceinline__ void wait_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Descriptor of a K-major operand in rows of 64 bf16 under the 128-byte swizzle, 8 rows per 1024 bytes.
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* smem) {
@@ -86,13 +106,23 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* smem) {
   constexpr uint64_t kStrideOf8Rows = static_cast<uint64_t>(1024 >> 4) << 32;
   return kSwizzle128 | kStrideOf8Rows | (1ull << 16) | ((smem_address(smem) & 0x3ffff) >> 4);
 }
-constexpr uint64_t kDescriptorStep16 = 32 >> 4;  // 16 elements further along K
+__device__ constexpr uint64_t descriptor_offset(int bytes) { return bytes >> 4; }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Moves registers between the warpgroups of a CTA; each must execute its own as a whole.
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // Keeps the compiler from moving accesses of accumulators across an asynchronous instruction.
@@ -102,8 +132,9 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#define ORTHRUS_ACC8(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define ORTHRUS_ACC8(i)                                                                          \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
 
 // d (+)= A[64 x 16] B[N x 16]^T, both in shared memory.
 template <int kN>

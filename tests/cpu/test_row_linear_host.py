@@ -1,0 +1,169 @@
+"""Both CUDA variants of row_linear run on the host over a shim: indexing, cuts, folds, stages and epilogues.
+
+The shim's copies and multiplications happen as late as the kernel's waits allow and blocks run one after the
+other, so this shows what the code computes, not what the hardware does with it: tests/gpu does that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from orthrus_rt.native import EPILOGUE
+from orthrus_rt.weights import cuda_blocks
+from tests.cpu import cuda_host
+
+pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="needs a C++ compiler")
+SOURCES = [cuda_host.CSRC / "cuda" / f"row_linear{part}.cu" for part in ("", "_mma", "_sm90")]
+GUARD = 8
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    flags = ["-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+    include = [f"-I{cuda_host.HERE}", f"-I{cuda_host.CSRC / 'include'}"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "row_linear.so"
+        sources = map(str, [*SOURCES, cuda_host.HERE / "row_linear.cpp"])
+        subprocess.run(
+            [cuda_host.compiler(), *flags, *include, "-shared", "-x", "c++", *sources, "-o", str(path)], check=True
+        )
+        loaded = ctypes.CDLL(str(path))
+    loaded.row_linear_workspace.restype = ctypes.c_int64
+    loaded.sizeof_RowLinearParams.restype = ctypes.c_int64
+    assert loaded.sizeof_RowLinearParams() == ctypes.sizeof(cuda_host.structs()["RowLinearParams"])
+    return loaded
+
+
+@pytest.fixture(params=["sm90", "sm80"], autouse=True)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("ORTHRUS_CUDA_ISA", request.param)
+    return request.param
+
+
+def tensor(*shape, scale=1.0, seed=0):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+
+
+def run(x, plain, epilogue="none", *, residual=None, diff=None, num_rows_ar=None, sms=5, descending=False, space=None):
+    """The op on a device of ``sms`` SMs, into a NaN-filled output between guards, with weights packed here."""
+    n, k = plain.shape
+    rows, gate_up = x.shape[0], epilogue == "silu_mul"
+    partials = library().row_linear_num_partials(k, n, sms)
+    width = {"silu_mul": n // 2, "argmax": partials}.get(epilogue, n)
+    dtype = torch.float32 if epilogue in ("logits", "argmax") else torch.bfloat16
+    guarded = torch.full((rows + 2 * GUARD, width), torch.nan, dtype=dtype)
+    index = torch.full((rows, width), -7, dtype=torch.int32)
+    out = guarded[GUARD:-GUARD]
+    if space is None:
+        space = torch.zeros(library().row_linear_workspace(rows, k, n, sms) + 16, dtype=torch.uint8)
+    packed = cuda_blocks(plain, gate_up)
+    packed_diff = None if diff is None else cuda_blocks(diff, gate_up)
+    params = cuda_host.fill(
+        "RowLinearParams", x=x, weight=packed, weight_diff=packed_diff, residual=residual,
+        out=None if epilogue == "argmax" else out, partial_value=out, partial_id=index, workspace=space,
+        x_stride=x.stride(0), workspace_bytes=space.numel(), num_rows=rows,
+        num_rows_ar=rows if num_rows_ar is None else num_rows_ar, in_features=k, out_features=n,
+        num_partials=partials, epilogue=EPILOGUE[epilogue],
+    )  # fmt: skip
+    error = library().row_linear(ctypes.byref(params), int(descending), sms)
+    assert error == 0, f"row_linear returned {error}"
+    assert guarded[:GUARD].isnan().all()
+    assert guarded[-GUARD:].isnan().all()
+    assert not space[: 4 * 4096].any()  # the counters are back at zero
+    return (out, index) if epilogue == "argmax" else out
+
+
+def close(got, exact, magnitude):
+    rounding = 2.0**-8 if got.dtype == torch.bfloat16 else 0.0
+    bound = rounding * exact.abs() + 2e-6 * magnitude + 1e-30
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+# in_features, out_features, SMs: whole tiles of one and two blocks, and cut tiles, some cut several times.
+SHAPES = [(64, 64, 3), (192, 37, 2), (128, 1001, 4), (1024, 192, 5), (640, 320, 7), (256, 3200, 7), (1024, 128, 5)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_oracle(shape):
+    k, n, sms = shape
+    rows = 17
+    plain, x, residual = tensor(n, k, scale=k**-0.5, seed=1), tensor(rows, k, seed=2), tensor(rows, n, seed=3)
+    exact = x.double() @ plain.double().T
+    magnitude = x.double().abs() @ plain.double().abs().T
+    for descending in (False, True):
+        close(run(x, plain, sms=sms, descending=descending), exact, magnitude)
+    close(run(x, plain, "logits", sms=sms), exact, magnitude)
+    got = run(x, plain, "residual", residual=residual, sms=sms)
+    close(got, exact + residual.double(), magnitude + residual.double().abs())
+
+
+@pytest.mark.parametrize("mlp", [8, 200, 256])
+def test_silu_mul(mlp):
+    k = 1024
+    plain, x = tensor(2 * mlp, k, scale=k**-0.5, seed=1), tensor(20, k, seed=2)
+    gate, up = (x.double() @ plain.double().T).chunk(2, dim=1)
+    magnitude = (x.double().abs() @ plain.double().abs().T).chunk(2, dim=1)
+    bound = 4 * (magnitude[0] * up.abs() + magnitude[1] * gate.abs()) + up.abs()
+    close(run(x, plain, "silu_mul"), gate * gate.sigmoid() * up, bound)
+
+
+MORE = [pytest.param(shape, marks=pytest.mark.full) for shape in [(128, 320, 7), (1024, 128, 5), (256, 3200, 7)]]
+
+
+@pytest.mark.parametrize("shape", [(512, 192, 4), *MORE])
+def test_row_invariance(shape):
+    """Whole sums of prefill (170 rows) against cut sums of every narrower variant."""
+    k, n, sms = shape
+    plain, x = tensor(n, k, seed=1), tensor(170, k, seed=2)
+    want = run(x, plain, sms=sms)
+    for rows in (1, 17, 64, 96, 128, 160):
+        assert torch.equal(run(x[:rows], plain, sms=sms), want[:rows]), rows
+    order = torch.randperm(170, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(run(x[order], plain, sms=sms), want[order])
+
+
+@pytest.mark.parametrize(("rows", "ar"), [(1, 0), (20, 0), (20, 20), (21, 1), (50, 32), (200, 30)])
+def test_both_views(rows, ar):
+    k, n = 512, 128
+    weight, diff, x = tensor(n, k, seed=1), tensor(n, k, seed=2), tensor(rows, k, seed=3)
+    got = run(x, weight, diff=diff, num_rows_ar=ar)
+    assert torch.equal(got[:ar], run(x[:ar], weight) if ar else got[:0])
+    assert torch.equal(got[ar:], run(x[ar:], diff) if rows - ar else got[:0])
+
+
+@pytest.mark.parametrize("shape", [(64, 512, 3), (128, 37, 4), (64, 1001, 5), (64, 3136, 6)])
+@pytest.mark.parametrize("rows", [1, 33, 200])
+def test_argmax(shape, rows):
+    k, n, sms = shape
+    plain, x = tensor(n, k, seed=1), tensor(rows, k, seed=2)
+    plain[n // 2 :: 7] = plain[n // 3]
+    plain[n // 5] = torch.nan
+    x[0] = plain[n // 3]
+    value, index = run(x, plain, "argmax", sms=sms)
+    logits = run(x, plain, "logits", sms=sms)
+    logits[logits.isnan()] = -torch.inf
+    assert torch.equal(value, logits.gather(1, index.long()))
+    top = value.amax(1, keepdim=True)
+    best = torch.where(value == top, index, n).amin(1)
+    assert torch.equal(top, logits.amax(1, keepdim=True))
+    assert torch.equal(best.long(), (logits == top).int().argmax(1))
+    assert best[0] == n // 3
+
+
+def test_strided_rows_and_reused_workspace():
+    plain, wide = tensor(128, 1024, seed=1), tensor(24, 2048, seed=2)
+    space = torch.zeros(library().row_linear_workspace(160, 1024, 128, 5), dtype=torch.uint8)
+    want = run(wide[:, 512:1536].contiguous(), plain)
+    for _ in range(3):
+        assert torch.equal(run(wide[:, 512:1536], plain, space=space), want)
+
+
+def test_no_rows():
+    assert run(tensor(0, 64), tensor(64, 64)).shape == (0, 64)

@@ -1,0 +1,213 @@
+"""CUDA row_linear: against float64, and bit against bit where the contract says that bits do not change."""
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch, ops
+from orthrus_rt.weights import pack
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+# in_features, out_features: whole tiles, cut tiles of one and of two blocks, outputs that fill no block.
+SHAPES = [
+    (64, 64),
+    (576, 960),
+    (1536, 576),
+    (128, 37),
+    (256, 1001),
+    (2048, 2048),
+    (4096, 6144),
+    (9728, 2560),
+    (640, 9000),
+]
+ROWS = [1, 2, 15, 16, 17, 33, 64, 100, 160, 161, 300]
+
+
+@pytest.fixture(params=["", "sm80"], autouse=True)
+def isa(request, monkeypatch):
+    """Both instruction variants, over the same packed weights."""
+    monkeypatch.setenv("ORTHRUS_CUDA_ISA", request.param)
+    return request.param
+
+
+def tensor(*shape, scale=1.0, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return (torch.randn(shape, generator=generator, device="cuda") * scale).bfloat16()
+
+
+def workspace(max_rows, in_features, out_features):
+    size = dispatch.native().cuda.row_linear_workspace(max_rows, in_features, out_features)
+    return torch.zeros(max(size, 16), dtype=torch.uint8, device="cuda")
+
+
+def run(x, weight, epilogue="none", *, residual=None, space=None, **views):
+    """The op into a NaN-filled output that lies between guards, which must stay."""
+    if space is None:
+        space = workspace(x.shape[0], weight.in_features, weight.out_features)
+    width = weight.out_features // 2 if epilogue == "silu_mul" else weight.out_features
+    if epilogue == "argmax":
+        width = weight.num_partials
+    dtype = torch.float32 if epilogue in ("logits", "argmax") else torch.bfloat16
+    guarded = torch.full((x.shape[0] + 16, width), torch.nan, dtype=dtype, device="cuda")
+    out = guarded[8:-8]
+    if epilogue == "argmax":
+        out = (out, torch.full(out.shape, -7, dtype=torch.int32, device="cuda"))
+    ops.row_linear(x, weight, out, epilogue=epilogue, residual=residual, workspace=space, **views)
+    torch.cuda.synchronize()
+    assert guarded[:8].isnan().all()
+    assert guarded[-8:].isnan().all()
+    return out
+
+
+def close(got, exact, magnitude):
+    """fp32 accumulation of products whose absolute values sum to ``magnitude``, then one rounding to got's dtype."""
+    rounding = 2.0**-8 if got.dtype == torch.bfloat16 else 0.0
+    bound = rounding * exact.abs() + 2e-6 * magnitude + 1e-30
+    worst = ((got.double() - exact).abs() / bound).max() if got.numel() else 0.0
+    assert worst <= 1, f"error is {float(worst):.2f} times the bound"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_oracle(shape):
+    k, n = shape
+    plain = tensor(n, k, scale=k**-0.5, seed=1)
+    weight = pack(plain)
+    for rows in ROWS:
+        x, residual = tensor(rows, k, seed=rows), tensor(rows, n, seed=rows + 1)
+        got = {
+            e: run(x, weight, e, residual=residual if e == "residual" else None) for e in ("none", "residual", "logits")
+        }
+        exact = x.double() @ plain.double().T
+        magnitude = x.double().abs() @ plain.double().abs().T
+        close(got["none"], exact, magnitude)
+        close(got["logits"], exact, magnitude)
+        close(got["residual"], exact + residual.double(), magnitude + residual.double().abs())
+
+
+@pytest.mark.parametrize(("k", "mlp"), [(576, 1536), (2048, 6144), (64, 8), (128, 1000)])
+def test_silu_mul(k, mlp):
+    plain = tensor(2 * mlp, k, scale=k**-0.5, seed=2)
+    weight = pack(plain, gate_up=True)
+    for rows in (1, 16, 40, 160, 300):
+        x = tensor(rows, k, seed=rows)
+        got = run(x, weight, "silu_mul")
+        gate, up = (x.double() @ plain.double().T).chunk(2, dim=1)
+        magnitude = (x.double().abs() @ plain.double().abs().T).chunk(2, dim=1)
+        close(got, gate * gate.sigmoid() * up, 4 * (magnitude[0] * up.abs() + magnitude[1] * gate.abs()) + up.abs())
+
+
+@pytest.mark.parametrize("shape", [(576, 960), (2048, 2048), (4096, 6144)])
+@pytest.mark.parametrize(("rows", "ar"), [(1, 0), (1, 1), (32, 0), (32, 1), (33, 32), (64, 17), (300, 7), (400, 200)])
+def test_both_views(shape, rows, ar):
+    k, n = shape
+    weight, diff = pack(tensor(n, k, seed=1)), pack(tensor(n, k, seed=2))
+    x, residual = tensor(rows, k, seed=3), tensor(rows, n, seed=4)
+    got = run(x, weight, "residual", residual=residual, weight_diff=diff, num_rows_ar=ar)
+    if ar:
+        assert torch.equal(got[:ar], run(x[:ar], weight, "residual", residual=residual[:ar]))
+    if rows - ar:
+        assert torch.equal(got[ar:], run(x[ar:], diff, "residual", residual=residual[ar:]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("epilogue", ["none", "logits"])
+def test_row_invariance(shape, epilogue):
+    k, n = shape
+    weight = pack(tensor(n, k, seed=1))
+    x = tensor(1000, k, seed=5)
+    want = run(x, weight, epilogue)
+    alone = torch.cat([run(x[i : i + 1], weight, epilogue) for i in range(0, 1000, 111)])
+    assert torch.equal(alone, want[::111])
+    for rows in [*range(2, 40, 5), 63, 64, 65, 96, 97, 127, 128, 129, 159, 160, 161, 200]:
+        assert torch.equal(run(x[:rows], weight, epilogue), want[:rows]), rows
+    order = torch.randperm(1000, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    assert torch.equal(run(x[order], weight, epilogue), want[order])
+    assert torch.equal(run(x[order[:128]], weight, epilogue), want[order[:128]])
+
+
+def test_strided_rows():
+    weight = pack(tensor(960, 576, seed=1))
+    wide = tensor(48, 1024, seed=2)
+    assert torch.equal(run(wide[:, 64:640], weight), run(wide[:, 64:640].contiguous(), weight))
+
+
+def best(partials):
+    """The choice that partial maxima amount to: highest value, then lowest id."""
+    value, index = partials
+    top = value.amax(1, keepdim=True)
+    return top[:, 0], torch.where(value == top, index, 2**31 - 1).amin(1)
+
+
+@pytest.mark.parametrize("shape", [(64, 512), (576, 49152), (128, 37), (256, 1001), (2048, 20000)])
+def test_argmax(shape):
+    k, n = shape
+    plain = tensor(n, k, seed=1)
+    plain[n // 2 :: 7] = plain[n // 3]  # ties: the same logit at many ids
+    plain[n // 5] = torch.nan
+    weight = pack(plain)
+    for rows in (1, 5, 32, 100, 160, 200):
+        x = tensor(rows, k, seed=rows)
+        x[0] = plain[n // 3]  # its likeliest token is one of the equal ones
+        partials = run(x, weight, "argmax")
+        value, index = best(partials)
+        logits = run(x, weight, "logits")
+        logits[logits.isnan()] = -torch.inf
+        assert torch.equal(value, logits.amax(1))
+        assert torch.equal(index.long(), (logits == logits.amax(1, keepdim=True)).int().argmax(1))
+        assert index[0] == n // 3
+        assert torch.equal(partials[0], torch.gather(logits, 1, partials[1].long()))
+    value, index = run(tensor(3, k).fill_(torch.nan), weight, "argmax")
+    assert (value == -torch.inf).all()
+    assert ((index >= 0) & (index < n)).all()
+
+
+@pytest.mark.parametrize("rows", [1, 32, 160, 300])
+def test_graph_and_reuse(rows):
+    """One workspace through many launches of several shapes, eager and replayed, always the same bits."""
+    shapes = [(4096, 6144), (2048, 2048), (2048, 12288), (6144, 2048), (576, 960)]
+    weights = [pack(tensor(n, k, seed=n)) for k, n in shapes]
+    xs = [tensor(rows, k, seed=k) for k, _ in shapes]
+    space = torch.zeros(max(workspace(rows, k, n).numel() for k, n in shapes), dtype=torch.uint8, device="cuda")
+    want = [run(x, w) for x, w in zip(xs, weights, strict=True)]
+    outs = [torch.empty_like(w) for w in want]
+
+    def all_of_them():
+        for x, w, out in zip(xs, weights, outs, strict=True):
+            ops.row_linear(x, w, out, workspace=space)
+
+    def check():
+        torch.cuda.synchronize()
+        for out, bits in zip(outs, want, strict=True):
+            assert torch.equal(out, bits)
+            out.fill_(torch.nan)
+
+    for _ in range(50):
+        all_of_them()
+    check()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            all_of_them()
+    check()
+    for _ in range(20):
+        graph.replay()
+    check()
+
+
+def test_in_place_residual():
+    weight = pack(tensor(2048, 2048, scale=0.02, seed=1))
+    x, hidden = tensor(32, 2048, seed=2), tensor(32, 2048, seed=3)
+    want = run(x, weight, "residual", residual=hidden)
+    ops.row_linear(x, weight, hidden, residual=hidden, epilogue="residual", workspace=workspace(32, 2048, 2048))
+    assert torch.equal(hidden, want)
+
+
+def test_no_rows():
+    weight = pack(tensor(960, 576))
+    assert run(tensor(0, 576), weight).shape == (0, 960)
+
+
+def test_errors():
+    weight = pack(tensor(6144, 4096))
+    with pytest.raises(RuntimeError, match="row_linear: "):  # a workspace too small
+        run(tensor(32, 4096), weight, space=torch.zeros(16, dtype=torch.uint8, device="cuda"))
