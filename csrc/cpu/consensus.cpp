@@ -82,7 +82,9 @@ void stage(const ConsensusParams& p, int32_t slot) {
 void run_consensus(const ConsensusParams& p) {
   for (int32_t slot = 0; slot < p.state.num_slots; ++slot) {
     if (p.state.finish[slot] == static_cast<int32_t>(FinishReason::kRunning)) {
-      if (p.step == static_cast<int32_t>(ConsensusStep::kDraft)) take_drafts(p, slot); else accept(p, slot);
+      const auto step = static_cast<ConsensusStep>(p.step);
+      if (step == ConsensusStep::kDraft) take_drafts(p, slot);
+      if (step == ConsensusStep::kVerify) accept(p, slot);
     }
     if (p.next_pass != static_cast<int32_t>(NextPass::kNone)) stage(p, slot);
   }

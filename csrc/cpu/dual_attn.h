@@ -170,11 +170,14 @@ ORTHRUS_INLINE void attend_prefix(const DualAttnParams& p, int64_t slot, int64_t
   const int64_t page_size = p.kv.page_size;
   for (int64_t begin = 0; begin < longest; begin += kKeys) {
     keys.num_keys = min_of(kKeys, longest - begin);
-    for (int64_t j = 0; j < keys.num_keys; ++j) {
+    for (int64_t j = 0; j < keys.num_keys;) {
       const int64_t page = pages[(begin + j) / page_size];
-      const int64_t at = ((page * p.kv.num_heads_kv + head_kv) * page_size + (begin + j) % page_size) * queries.head_dim;
-      keys.k_row[j] = p.kv.k_pages + at;
-      keys.v_row[j] = p.kv.v_pages + at;
+      const int64_t slot = (begin + j) % page_size;
+      int64_t at = ((page * p.kv.num_heads_kv + head_kv) * page_size + slot) * queries.head_dim;
+      for (int64_t in_page = slot; in_page < page_size && j < keys.num_keys; ++in_page, ++j, at += queries.head_dim) {
+        keys.k_row[j] = p.kv.k_pages + at;
+        keys.v_row[j] = p.kv.v_pages + at;
+      }
     }
     for (int64_t q = 0; q < queries.num_queries; ++q) {
       keys.visible[q] = max_of(0, min_of(keys.num_keys, p.rows.prefix_len[queries.row[q]] - begin));

@@ -16,7 +16,7 @@ constexpr int kStrip = 32;
 // Vocabulary ids per partial maximum.
 constexpr int kArgmaxTile = 512;
 // Bytes ahead of the strip that a first pass over it asks for: hides memory latency behind the tile.
-constexpr int kPrefetchBytes = 4096;
+constexpr int kPrefetchBytes = 8192;
 
 // acc[r][0 ... 31] of kRows rows against one strip.
 template <int kRows>

@@ -42,20 +42,37 @@ inline void rms_norm(const RmsNormParams& p) {
       const bf16_t* x = p.x + int64_t{p.row_index ? p.row_index[r] : static_cast<int32_t>(r)} * p.hidden;
       bf16_t* out = p.out + r * p.hidden;
       const float scale = inverse_rms(x, p.hidden, p.eps);
-      for (int64_t i = 0; i < p.hidden; ++i) out[i] = to_bf16(to_float(x[i]) * scale * p.weight[i]);
+      int64_t i = 0;
+      for (; i + kLanes <= p.hidden; i += kLanes) {
+        store_bf16(out + i, mul(mul(load_bf16(x + i), set1(scale)), load(p.weight + i)));
+      }
+      for (; i < p.hidden; ++i) out[i] = to_bf16(to_float(x[i]) * scale * p.weight[i]);
     }
   });
 }
 
-// RMSNorm (if `norm`) and half-split RoPE of one head, one rounding.
+// RMSNorm (if `norm`) and half-split RoPE of one head, one rounding. out may not overlap x.
 ORTHRUS_INLINE void rotate_head(const bf16_t* x, const float* norm, float eps, const float* cos_sin, int64_t head_dim,
                                 bf16_t* out) {
   const int64_t half = head_dim / 2;
   const float scale = norm ? inverse_rms(x, head_dim, eps) : 1.f;
-  for (int64_t i = 0; i < half; ++i) {
-    const float weight_lo = norm ? norm[i] : 1.f, weight_hi = norm ? norm[half + i] : 1.f;
-    const float lo = to_float(x[i]) * scale * weight_lo;
-    const float hi = to_float(x[half + i]) * scale * weight_hi;
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    Vec lo = load_bf16(x + i), hi = load_bf16(x + half + i);
+    if (norm) {
+      lo = mul(mul(lo, set1(scale)), load(norm + i));
+      hi = mul(mul(hi, set1(scale)), load(norm + half + i));
+    }
+    const Vec cos = load(cos_sin + i), sin = load(cos_sin + half + i);
+    store_bf16(out + i, sub(mul(lo, cos), mul(hi, sin)));
+    store_bf16(out + half + i, add(mul(hi, cos), mul(lo, sin)));
+  }
+  for (; i < half; ++i) {
+    float lo = to_float(x[i]), hi = to_float(x[half + i]);
+    if (norm) {
+      lo = lo * scale * norm[i];
+      hi = hi * scale * norm[half + i];
+    }
     const float cos = cos_sin[i], sin = cos_sin[half + i];
     out[i] = to_bf16(lo * cos - hi * sin);
     out[half + i] = to_bf16(hi * cos + lo * sin);
