@@ -6,13 +6,14 @@ The names below are imported on first use: ``import orthrus_rt`` costs nothing a
 from importlib import import_module
 
 _HOME = {
+    "AsyncEngine": "aio",
     "CheckpointError": "config",
     "Engine": "engine",
-    "GenerationOutput": "engine",
+    "GenerationOutput": "outputs",
     "ModelConfig": "config",
+    "RequestOutput": "outputs",
     "SamplingParams": "sampling",
-    "Stats": "engine",
-    "StreamPiece": "engine",
+    "Stats": "outputs",
 }
 __all__ = list(_HOME)
 

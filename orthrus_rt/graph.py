@@ -1,12 +1,14 @@
 """A decode cycle as a fixed sequence of passes over static buffers: built once, run (or replayed) many times.
 
-A cycle is a list of :class:`Pass`; running one is a forward, a choice per row and a consensus that stages
-the next pass's rows. Nothing in it depends on the values in the state, so a CUDA graph (or, on the CPU, a
+A cycle stages its first rows from the slots' state, then alternates forward and consensus; the consensus of one
+pass stages the next. Nothing in it depends on the values in the state, so a CUDA graph (or, on the CPU, a
 recorded tape of native calls) replays the whole cycle.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,29 +28,35 @@ class Pass:
     """One forward of a cycle and what becomes of its choices.
 
     Attributes:
-        rows: the static rows, staged by the consensus before it.
-        logit_rows: int32, the rows whose choice is wanted, slot by slot.
-        step: STEP_DRAFT or STEP_VERIFY.
+        kind: NEXT_DRAFT, NEXT_VERIFY or NEXT_AR: how its rows are staged.
+        step: STEP_DRAFT or STEP_VERIFY: what its choices are.
+        rows: static; staged by the consensus before it.
+        per_slot: choices per slot. logit_rows: int32, the rows they belong to, slot by slot.
         partials: ``(value, id)``, the greedy choices' partial maxima.
-        next_pass, rows_next: what this pass's consensus stages.
     """
 
-    rows: Rows
-    logit_rows: torch.Tensor
+    kind: int
     step: int
+    rows: Rows
+    per_slot: int
+    logit_rows: torch.Tensor
     partials: tuple[torch.Tensor, torch.Tensor]
-    next_pass: int = st.NEXT_NONE
-    rows_next: Rows | None = None
 
 
-def _pass(model: Model, rows: Rows, per_slot: int, step: int) -> Pass:
-    """A pass whose choices are those of the first ``per_slot`` rows of each group."""
-    picked = rows.group_start[:-1, None] + torch.arange(per_slot, dtype=torch.int32, device=rows.device)
+def _pass(model: Model, kind: int, slots: int, block_len: int) -> Pass:
+    draft = kind == st.NEXT_DRAFT
+    rows_each = 1 if kind == st.NEXT_AR else block_len
+    groups = (0, 0, slots, rows_each) if draft else (slots, rows_each, 0, 0)
+    rows = empty_rows(*groups, model.device)
+    per_slot = rows_each - 1 if draft else rows_each  # a block's last row predicts beyond the block
+    picked = rows.group_start[:-1, None] + torch.arange(per_slot, dtype=torch.int32, device=model.device)
     shape = (picked.numel(), model.lm_head.num_partials)
     return Pass(
+        kind=kind,
+        step=st.STEP_DRAFT if draft else st.STEP_VERIFY,
         rows=rows,
+        per_slot=per_slot,
         logit_rows=picked.flatten().contiguous(),
-        step=step,
         partials=(
             torch.empty(shape, dtype=torch.float32, device=model.device),
             torch.empty(shape, dtype=torch.int32, device=model.device),
@@ -56,41 +64,34 @@ def _pass(model: Model, rows: Rows, per_slot: int, step: int) -> Pass:
     )
 
 
-class Cycle:
-    """The decode cycle of one mode and block length over all slots of ``state``.
+@functools.cache
+def _shared_pool():
+    """One memory pool for every graph: only one replays at a time."""
+    return torch.cuda.graph_pool_handle()
 
-    ``two_pass`` is draft then verify, ``ar`` a verification without drafts: the modes differ in their rows alone.
+
+class Cycle:
+    """The decode cycle of one mode and block length over the slots of ``state``.
+
+    ``two_pass`` is draft then verify, ``ar`` a verification without drafts: modes differ in their rows alone.
+
+    Args:
+        activations, workspace: shared with every other cycle; large enough for ``num_slots * block_len`` rows.
     """
 
-    def __init__(self, model: Model, kv: PagedKvCache, state: SlotState, mode: str, *, max_seq_len: int):
+    def __init__(
+        self, model: Model, kv: PagedKvCache, state: SlotState, mode: str, *, activations, workspace, max_seq_len
+    ):
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self.model, self.kv, self.state, self.mode = model, kv, state, mode
+        self.activations: Activations = activations
+        self.workspace: Workspace = workspace
         self.max_seq_len = max_seq_len
-        slots, block_len = state.num_slots, state.block_len
-        device = model.device
-        if mode == "ar":
-            passes = [_pass(model, empty_rows(slots, 1, 0, 0, device), 1, st.STEP_VERIFY)]
-            kinds = [st.NEXT_AR]
-        else:
-            passes = [
-                _pass(model, empty_rows(0, 0, slots, block_len, device), block_len - 1, st.STEP_DRAFT),
-                _pass(model, empty_rows(slots, block_len, 0, 0, device), block_len, st.STEP_VERIFY),
-            ]
-            kinds = [st.NEXT_DRAFT, st.NEXT_VERIFY]
-        for i, p in enumerate(passes):
-            following = (i + 1) % len(passes)
-            p.next_pass, p.rows_next = kinds[following], passes[following].rows
-        self.passes = passes
-        max_rows = max(p.rows.num_rows for p in passes)
-        self.activations = Activations(model, max_rows, max(p.rows.num_rows_diff for p in passes))
-        self.workspace = Workspace.allocate(model, max_rows=max_rows, max_groups=slots, max_seq_len=max_seq_len)
-        self._replay = None
-
-    @property
-    def first(self) -> tuple[int, Rows]:
-        """What the consensus before this cycle must stage: ``(next_pass, rows_next)``."""
-        return self.passes[-1].next_pass, self.passes[-1].rows_next
+        kinds = [st.NEXT_AR] if mode == "ar" else [st.NEXT_DRAFT, st.NEXT_VERIFY]
+        self.passes = [_pass(model, kind, state.num_slots, state.block_len) for kind in kinds]
+        self._replay: Callable[[], None] | None = None
+        self.graph_bytes = 0
 
     def forward(self, p: Pass, epilogue: str, out) -> None:
         forward(
@@ -98,19 +99,30 @@ class Cycle:
             logit_rows=p.logit_rows, epilogue=epilogue, out=out, max_seq_len=self.max_seq_len,
         )  # fmt: skip
 
-    def consensus(self, p: Pass, partials) -> None:
-        ops.consensus(self.state, partials, p.step, p.next_pass, p.rows_next, self.model.config.mask_token_id)
+    def stage_first(self) -> None:
+        """Stage the first pass's rows from the state as it is."""
+        self._consensus(st.STEP_STAGE, (None, None), self.passes[0])
+
+    def take(self, p: Pass, partials) -> None:
+        """Take the choices of pass ``p`` and stage the pass after it, if there is one."""
+        following = self.passes.index(p) + 1
+        self._consensus(p.step, partials, self.passes[following] if following < len(self.passes) else None)
+
+    def _consensus(self, step: int, partials, staged: Pass | None) -> None:
+        kind, rows = (staged.kind, staged.rows) if staged else (st.NEXT_NONE, None)
+        ops.consensus(self.state, partials, step, kind, rows, self.model.config.mask_token_id)
 
     def run_eager(self) -> None:
         """One greedy cycle of every running slot, op by op."""
+        self.stage_first()
         for p in self.passes:
             self.forward(p, "argmax", p.partials)
-            self.consensus(p, p.partials)
+            self.take(p, p.partials)
 
     def run(self) -> None:
-        """One greedy cycle of every running slot: a graph replay where this device can record one.
+        """One greedy cycle of every running slot: a replay where this device can record one.
 
-        The first call runs eagerly (which also warms the kernels up), the second records.
+        The first call runs eagerly (which also warms the kernels up) and then records.
         """
         if self._replay is None:
             self.run_eager()
@@ -118,12 +130,14 @@ class Cycle:
         else:
             self._replay()
 
-    def _record(self):
+    def _record(self) -> Callable[[], None]:
+        # Recording runs nothing: the state stays as the eager cycle left it.
         if self.model.device.type == "cuda":
-            # Recording runs nothing, so the state stays as the eager cycle left it.
+            before = torch.cuda.memory_reserved(self.model.device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=_shared_pool()):
                 self.run_eager()
+            self.graph_bytes = torch.cuda.memory_reserved(self.model.device) - before
             return graph.replay
         if self._all_native_cpu():
             tape = dispatch.native().cpu.Tape()

@@ -18,8 +18,8 @@ class PagedKvCache:
     """Pages of 64 positions for every layer, and the table that maps slots to pages.
 
     Attributes:
-        k_pages, v_pages: per layer ``[num_pages, num_heads_kv, 64, head_dim]``. Contents beyond what a slot committed or
-            is verifying are undefined: kernels never use them.
+        k_pages, v_pages: per layer ``[num_pages, num_heads_kv, 64, head_dim]``. What lies beyond the positions that a
+            slot committed or is verifying is undefined: kernels never use it.
         page_table: int32 ``[num_slots, max_pages]``; entry i holds positions ``64*i ... 64*i+63``.
     """
 
@@ -49,15 +49,28 @@ class PagedKvCache:
             OutOfPages: fewer pages are free than needed.
         """
         held = self._held[slot]
-        need = -(-length // PAGE_SIZE) - len(held)
+        need = self.num_pages_for(length) - len(held)
         if need <= 0:
             return
         if need > len(self._free):
-            raise OutOfPages(f"KV cache: slot {slot} needs {need} more pages for {length} tokens, {len(self._free)} free")
+            free = len(self._free)
+            raise OutOfPages(f"KV cache: slot {slot} needs {need} more pages for {length} tokens, {free} are free")
         first = len(held)
         held.extend(self._free.pop() for _ in range(need))
         new = torch.tensor(held[first:], dtype=torch.int32)
         self.page_table[slot, first : len(held)] = new.to(self.page_table.device)
+
+    def num_pages_for(self, length: int) -> int:
+        """Pages that ``length`` positions take."""
+        return -(-length // PAGE_SIZE)
+
+    def move(self, source: int, target: int) -> None:
+        """Hand every page of ``source`` to the empty slot ``target``; no key or value moves."""
+        if self._held[target]:
+            raise ValueError(f"KV cache: slot {target} must be empty to receive slot {source}")
+        self._held[target], self._held[source] = self._held[source], []
+        self.page_table[target] = self.page_table[source]
+        self.page_table[source] = SINK_PAGE
 
     def release(self, slot: int) -> None:
         """Return every page of ``slot``."""

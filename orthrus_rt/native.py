@@ -161,10 +161,10 @@ def consensus(state, partials, step, next_pass, rows_next, mask_token_id):
         next_position=ptr(rows_next.position) if rows_next else 0,
         next_seq=ptr(rows_next.seq) if rows_next else 0,
         next_prefix_len=ptr(rows_next.prefix_len) if rows_next else 0,
-        rows_per_slot=index.shape[0] // max(state.num_slots, 1),
-        num_partials=index.shape[1],
+        rows_per_slot=0 if index is None else index.shape[0] // max(state.num_slots, 1),
+        num_partials=0 if index is None else index.shape[1],
         mask_token_id=mask_token_id,
         step=step,
         next_pass=next_pass,
     )
-    _launch("consensus", params, index.device)
+    _launch("consensus", params, state.finish.device)

@@ -219,7 +219,7 @@ def dual_attn(
 
     Args:
         q: ``[num_rows, num_heads_q, head_dim]``.
-        k_pages, v_pages, page_table: the paged cache, as in :func:`qkv_commit`; entries that no row sees are never used.
+        k_pages, v_pages, page_table: the paged cache, as in :func:`qkv_commit`; what no row sees is never used.
         scratch_k, scratch_v: the diffusion rows' own keys and values; None without diffusion rows.
         out: like ``q``, MUTATED.
         max_seq_len: no ``prefix_len`` exceeds it.
@@ -270,8 +270,8 @@ def consensus(
     Args:
         state: MUTATED.
         partials: ``(value fp32, id int32)``, each ``[num_slots * rows_per_slot, num_partials]``; value may be None where
-            num_partials is 1.
-        step: STEP_DRAFT or STEP_VERIFY of :mod:`orthrus_rt.state`.
+            num_partials is 1. ``(None, None)`` for STEP_STAGE.
+        step: STEP_DRAFT, STEP_VERIFY or STEP_STAGE (take no choices, only stage) of :mod:`orthrus_rt.state`.
         next_pass: NEXT_NONE, NEXT_DRAFT, NEXT_VERIFY or NEXT_AR.
         rows_next: rows of the next pass, one group per slot; all but ``group_start`` MUTATED. None for NEXT_NONE.
         mask_token_id: token of the draft rows behind t0.
@@ -279,6 +279,8 @@ def consensus(
     op, device = "consensus", state.finish.device
     value, index = partials
     s = state.num_slots
+    if step == st.STEP_STAGE:
+        index = torch.empty(0, 1, dtype=torch.int32, device=device)
     if index.dim() != 2 or (s and index.shape[0] % s):
         raise ValueError(f"{op}: partials[1].shape must be [{s} * rows_per_slot, num_partials], got {list(index.shape)}")
     _tensor(op, "partials[1]", index, tuple(index.shape), torch.int32, device)
@@ -288,7 +290,7 @@ def consensus(
         raise ValueError(f"{op}: partials[0] may be None only for num_partials 1, got {index.shape[1]}")
     per_slot = index.shape[0] // max(s, 1)
     most = state.block_len - 1 if step == st.STEP_DRAFT else state.block_len
-    if s and not (0 if step == st.STEP_DRAFT else 1) <= per_slot <= most:
+    if s and not (1 if step == st.STEP_VERIFY else 0) <= per_slot <= most:
         raise ValueError(f"{op}: rows per slot must be at most {most} for block_len {state.block_len}, got {per_slot}")
     if next_pass != st.NEXT_NONE:
         want = s * (1 if next_pass == st.NEXT_AR else state.block_len)

@@ -40,10 +40,10 @@ def row_linear(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=N
         acc = gate / (1 + torch.exp(-gate)) * up
     if epilogue == "argmax":
         value, index = out
-        value.copy_(_partial(acc, value.shape[1]).values)
+        best, within = _partial(acc, value.shape[1])
         tile = -(-acc.shape[1] // value.shape[1])
-        first = torch.arange(value.shape[1], device=acc.device) * tile
-        index.copy_(_partial(acc, value.shape[1]).indices + first)
+        value.copy_(best)
+        index.copy_(within + torch.arange(value.shape[1], device=acc.device) * tile)
     else:
         out.copy_(acc)
 
@@ -55,7 +55,7 @@ def _partial(logits, num_partials):
     padded[:, : logits.shape[1]] = torch.where(logits.isnan(), -torch.inf, logits)
     padded = padded.view(logits.shape[0], num_partials, tile)
     values = padded.amax(-1)
-    return torch.return_types.max((values, (padded == values[..., None]).int().argmax(-1)))
+    return values, first_argmax(padded)
 
 
 def rope(x, position, cos_sin):
@@ -134,13 +134,21 @@ def dual_attn(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows: Rows,
         out[a:b] = torch.where(total.T[..., None] > 0, mixed / total.T[..., None].clamp(min=1e-30), 0).to(out.dtype)
 
 
+def first_argmax(x):
+    """Index of the maximum of each row, ties to the lowest."""
+    index = torch.arange(x.shape[-1], device=x.device)
+    return torch.where(x == x.amax(-1, keepdim=True), index, x.shape[-1]).amin(-1)
+
+
 def consensus(state: st.SlotState, partials, step, next_pass, rows_next: Rows | None, mask_token_id):
     """Accept, stop, commit and stage, slot by slot; see :func:`orthrus_rt.ops.consensus` for the contract."""
     value, index = partials
-    if value is None:
+    if step == st.STEP_STAGE:
+        choices = []
+    elif value is None:
         choices = index[:, 0].tolist()
     else:
-        best = (value == value.amax(-1, keepdim=True)).int().argmax(-1)
+        best = first_argmax(value)
         choices = index.gather(1, best[:, None])[:, 0].tolist()
     per_slot = len(choices) // state.num_slots if state.num_slots else 0
     for s in range(state.num_slots):
@@ -148,7 +156,7 @@ def consensus(state: st.SlotState, partials, step, next_pass, rows_next: Rows | 
             mine = choices[s * per_slot : (s + 1) * per_slot]
             if step == st.STEP_DRAFT:
                 _take_drafts(state, s, mine)
-            else:
+            elif step == st.STEP_VERIFY:
                 _accept(state, s, mine)
         if next_pass != st.NEXT_NONE:
             _stage(state, s, next_pass, rows_next, mask_token_id)

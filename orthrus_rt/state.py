@@ -9,7 +9,7 @@ import torch
 # FinishReason
 EMPTY, RUNNING, STOP, LENGTH = -1, 0, 1, 2
 # ConsensusStep: whose choices are these
-STEP_DRAFT, STEP_VERIFY = 0, 1
+STEP_DRAFT, STEP_VERIFY, STEP_STAGE = 0, 1, 2
 # NextPass: what to stage
 NEXT_NONE, NEXT_DRAFT, NEXT_VERIFY, NEXT_AR = 0, 1, 2, 3
 
@@ -39,6 +39,14 @@ class SlotState:
     finish: torch.Tensor
     output: torch.Tensor
     num_output: torch.Tensor
+
+    def view(self, slots: slice, block_len: int) -> SlotState:
+        """The same memory for some of the slots and a shorter block; ``block_tokens`` is laid anew over its storage, so
+        the block length may change only while no slot runs.
+        """
+        fields = {name: tensor[slots] for name, tensor in vars(self).items() if name != "block_tokens"}
+        flat = self.block_tokens.flatten()[: self.num_slots * block_len].view(self.num_slots, block_len)
+        return SlotState(block_tokens=flat[slots], **fields)
 
     @property
     def num_slots(self) -> int:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from orthrus_rt.engine import PREFILL_CHUNK, Engine
-from orthrus_rt.model import forward
-from orthrus_rt.plan import prefill_rows
+from orthrus_rt.engine import Engine
 
 
 @dataclass
@@ -41,26 +37,6 @@ def first_difference(a: list[int], b: list[int]) -> Difference | None:
     return None
 
 
-@torch.inference_mode()
-def next_logits(engine: Engine, token_ids: list[int]) -> torch.Tensor:
-    """AR logits fp32 ``[vocab_size]`` for the token after ``token_ids``; the engine must be idle."""
-    model, kv = engine.model, engine.kv
-    out = torch.empty(1, engine.config.vocab_size, dtype=torch.float32, device=model.device)
-    tokens = torch.tensor(token_ids, dtype=torch.int32, device=model.device)
-    kv.reserve(0, len(token_ids))
-    try:
-        for start in range(0, len(token_ids), PREFILL_CHUNK):
-            rows = prefill_rows(tokens[start : start + PREFILL_CHUNK], start, 0)
-            last = torch.tensor([rows.num_rows - 1], dtype=torch.int32, device=model.device)
-            forward(
-                model, kv, rows, engine._prefill_act, engine._prefill_workspace,
-                logit_rows=last, epilogue="logits", out=out, max_seq_len=engine.max_seq_len,
-            )  # fmt: skip
-    finally:
-        kv.release(0)
-    return out[0]
-
-
 def compare(engine: Engine, prompt_ids: list[int], params, modes: tuple[str, str]):
     """Decode a prompt in two modes.
 
@@ -70,6 +46,6 @@ def compare(engine: Engine, prompt_ids: list[int], params, modes: tuple[str, str
     outputs = [engine.generate(prompt_ids, params, mode=mode) for mode in modes]
     difference = first_difference(outputs[0].token_ids, outputs[1].token_ids)
     if difference:
-        top = next_logits(engine, prompt_ids + outputs[0].token_ids[: difference.index]).topk(2).values
+        top = engine.next_logits(prompt_ids + outputs[0].token_ids[: difference.index]).topk(2).values
         difference.gap = float(top[0] - top[1])
     return outputs, difference

@@ -95,10 +95,11 @@ __global__ void __launch_bounds__(kThreads) consensus_kernel(const __grid_consta
   }
   __syncthreads();
 
-  const bool was_running = slot.finish == static_cast<int32_t>(FinishReason::kRunning);
+  const bool takes = slot.finish == static_cast<int32_t>(FinishReason::kRunning) &&
+                     p.step != static_cast<int32_t>(ConsensusStep::kStage);
   const bool verify = p.step == static_cast<int32_t>(ConsensusStep::kVerify);
   __syncthreads();  // before the walk changes slot.finish
-  if (was_running && thread == 0) {
+  if (takes && thread == 0) {
     if (verify) {
       accept(slot, &state.num_accepted[s], choices, tokens + 1, is_stop, p.rows_per_slot);
       if (slot.num_emitted > 0) tokens[0] = choices[slot.num_emitted - 1];
@@ -113,11 +114,11 @@ __global__ void __launch_bounds__(kThreads) consensus_kernel(const __grid_consta
     state.num_drafts[s] = slot.num_drafts;
   }
   __syncthreads();
-  if (was_running && verify) {
+  if (takes && verify) {
     int32_t* const output = state.output + static_cast<int64_t>(s) * state.output_capacity;
     for (int i = thread; i < slot.num_emitted; i += kThreads)
       output[(slot.num_output + i) % state.output_capacity] = choices[i];
-  } else if (was_running) {
+  } else if (takes) {
     for (int i = thread; i < slot.num_drafts; i += kThreads) tokens[1 + i] = block_tokens[1 + i] = choices[i];
   }
   if (p.next_pass == static_cast<int32_t>(NextPass::kNone)) return;

@@ -68,14 +68,13 @@ def test_tokens_and_acceptance(golden, prompt):
     expected = want[f"{prompt}.generated_no_eos"].flatten().tolist()
     expected = expected[len(ids) :] if expected[: len(ids)] == ids else expected
     params = SamplingParams(max_new_tokens=len(expected), ignore_eos=True)
-    accepted = []
-    out = []
-    cycles = 0
+    accepted, out, before = [], [], []
     for piece in engine.stream(ids, params):
         out += piece.token_ids
-        if piece.stats.cycles > cycles:
-            cycles = piece.stats.cycles
-            accepted.append(int(engine._cycle("two_pass", engine.draft_len).state.num_accepted[0]))
+        after = list(piece.stats.accepted)
+        before += [0] * (len(after) - len(before))
+        accepted += [j for j, count in enumerate(after) if count > before[j]]
+        before = after
     assert out == expected
     assert accepted == want[f"{prompt}.accepted_per_cycle"].flatten().tolist()
     assert engine.generate(ids, params, mode="ar").token_ids == expected

@@ -64,7 +64,7 @@ def test_prefill_of_two_thousand_tokens(engine, monkeypatch):
     held = engine.kv
     cache = []
     for chunk in (512, 300, 64):
-        monkeypatch.setattr("orthrus_rt.engine.PREFILL_CHUNK", chunk)
+        monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", chunk)
         stream = engine.stream(ids, params)
         next(stream)
         pages = held.page_table[0, : 2000 // 64].long()

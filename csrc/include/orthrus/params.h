@@ -128,6 +128,7 @@ enum class FinishReason : int32_t { kEmpty = -1, kRunning = 0, kStop = 1, kLengt
 enum class ConsensusStep : int32_t {
   kDraft = 0,   // choices of diffusion rows 0 ... block_len-2 of each slot become its drafts
   kVerify = 1,  // choices of AR rows 0 ... rows_per_slot-1 decide what is accepted
+  kStage = 2,   // no choices (rows_per_slot 0): only stage the next pass from the state as it is
 };
 
 // What to stage for the next pass.

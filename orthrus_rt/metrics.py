@@ -1,0 +1,79 @@
+"""Counters of one engine, as a plain dict and in Prometheus' text form."""
+
+from __future__ import annotations
+
+import time
+
+
+class Metrics:
+    """Counts what the engine did; reading never disturbs it."""
+
+    def __init__(self, engine):
+        self._engine = engine
+        self.tokens = self.prompt_tokens = self.cycles = self.passes = self.preemptions = 0
+        self.accepted: dict[int, int] = {}
+        self.requests = {"stop": 0, "length": 0, "abort": 0}
+        self.busy_seconds = 0.0
+        self._since: float | None = None
+
+    def generated(self, tokens: int, accepted: int | None) -> None:
+        """Tokens of one request's cycle (or of its prefill: ``accepted`` None)."""
+        self.tokens += tokens
+        if accepted is not None:
+            self.accepted[accepted] = self.accepted.get(accepted, 0) + 1
+
+    def launched(self, flight) -> None:
+        """A cycle (or a prefill, of no passes) whose results were read."""
+        self.cycles += flight.num_passes > 0
+        self.passes += flight.num_passes
+
+    def finished(self, reason: str) -> None:
+        self.requests[reason] += 1
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        self.busy_seconds += time.perf_counter() - self._since
+
+    def as_dict(self) -> dict:
+        """All counters and gauges; ``accepted`` maps drafts accepted to cycles of a sequence."""
+        engine = self._engine
+        return {
+            "tokens": self.tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "cycles": self.cycles,
+            "passes": self.passes,
+            "preemptions": self.preemptions,
+            "busy_seconds": self.busy_seconds,
+            "accepted": dict(sorted(self.accepted.items())),
+            "finished": dict(self.requests),
+            "waiting": len(engine.scheduler.waiting),
+            "running": len(engine.scheduler.active),
+            "pages_free": engine.kv.num_free_pages,
+            "pages": engine.kv.num_pages - 1,
+        }
+
+    def as_prometheus(self) -> str:
+        """The same in the text exposition format, names prefixed with ``orthrus_``."""
+        facts, lines = self.as_dict(), []
+        gauges = ("waiting", "running", "pages_free", "pages")
+        for name, value in facts.items():
+            if name == "accepted":
+                lines += _histogram("orthrus_accepted_drafts", value)
+            elif name == "finished":
+                lines.append("# TYPE orthrus_finished_total counter")
+                lines += [f'orthrus_finished_total{{reason="{reason}"}} {n}' for reason, n in value.items()]
+            else:
+                kind, metric = ("gauge", f"orthrus_{name}") if name in gauges else ("counter", f"orthrus_{name}_total")
+                lines += [f"# TYPE {metric} {kind}", f"{metric} {value}"]
+        return "\n".join(lines) + "\n"
+
+
+def _histogram(metric: str, counts: dict[int, int]) -> list[str]:
+    lines, running = [f"# TYPE {metric} histogram"], 0
+    for bound, count in counts.items():
+        running += count
+        lines.append(f'{metric}_bucket{{le="{bound}"}} {running}')
+    total = sum(bound * count for bound, count in counts.items())
+    return [*lines, f'{metric}_bucket{{le="+Inf"}} {running}', f"{metric}_sum {total}", f"{metric}_count {running}"]

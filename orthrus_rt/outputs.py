@@ -1,0 +1,69 @@
+"""What comes out of the engine: tokens, why they ended, and what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Stats:
+    """What one generation did. Tokens per cycle and per pass leave out the prefill and the token it yields.
+
+    Attributes:
+        mode: the mode that ran. block_len: its K (1 for ``ar``).
+        tokens: generated tokens, the stop token included.
+        cycles: decode cycles. passes: forward passes of these cycles, of any view.
+        accepted: histogram, ``accepted[j]`` cycles accepted j drafts.
+        seconds: from the first token to the last; prefill_seconds: from the start of the prefill to the first token.
+        preemptions: how often it had to give its pages up and recompute them.
+        seed: the seed used, drawn if none was given; None for greedy decoding.
+    """
+
+    mode: str
+    block_len: int
+    prompt_tokens: int = 0
+    tokens: int = 0
+    cycles: int = 0
+    passes: int = 0
+    accepted: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    preemptions: int = 0
+    seed: int | None = None
+
+    @property
+    def tokens_per_cycle(self) -> float:
+        return (self.tokens - 1) / self.cycles if self.cycles else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return (self.tokens - 1) / self.passes if self.passes else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return (self.tokens - 1) / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class GenerationOutput:
+    """``token_ids`` without the prompt; ``finish_reason`` is ``"stop"``, ``"length"`` or ``"abort"``."""
+
+    token_ids: list[int]
+    finish_reason: str
+    stats: Stats
+
+
+@dataclass
+class RequestOutput:
+    """New tokens of one request. ``finish_reason`` is None until ``finished``. ``stats`` runs along."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finished: bool
+    finish_reason: str | None
+    stats: Stats
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The new tokens; the name that pieces of :meth:`Engine.stream` are read by."""
+        return self.new_token_ids

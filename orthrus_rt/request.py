@@ -1,0 +1,108 @@
+"""One prompt on its way to its last token: what the host knows of it, and the checks it passes first."""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+import torch
+
+from orthrus_rt.config import ModelConfig
+from orthrus_rt.outputs import RequestOutput, Stats
+from orthrus_rt.sampling import RejectionSampler, SamplingParams
+
+MAX_STOP_TOKEN_IDS = 64
+
+
+class Request:
+    """``tokens`` is all that the host knows to be generated; everything on the device can be rebuilt from it."""
+
+    def __init__(self, request_id: str, prompt: list[int], params: SamplingParams, stop_ids: list[int], limit: int):
+        self.request_id, self.prompt, self.params, self.stop_ids, self.limit = (
+            request_id, prompt, params, stop_ids, limit,
+        )  # fmt: skip
+        self.tokens: list[int] = []
+        self.sampler = None if params.greedy else RejectionSampler(params)
+        self.stats = Stats("", 0, len(prompt), seed=self.sampler and self.sampler.seed)
+        self.finish_reason: str | None = None
+        self.arrival = -1
+        self.slot: int | None = None
+        self.to_prefill: list[int] = []
+        self.prefilled = 0
+        self.delivered = 0
+        self.started = self.first_token = 0.0
+
+    @property
+    def length(self) -> int:
+        """Tokens known so far, prompt included."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def decoding(self) -> bool:
+        """In a slot with its whole prompt in the cache."""
+        return self.slot is not None and self.prefilled == len(self.to_prefill)
+
+    def take_output(self) -> RequestOutput | None:
+        """What is new since the last call; None if nothing is."""
+        new = self.tokens[self.delivered :]
+        if not new and self.finish_reason is None:
+            return None
+        self.delivered = len(self.tokens)
+        return RequestOutput(self.request_id, new, self.finish_reason is not None, self.finish_reason, self.stats)
+
+    def record(self, new: list[int], accepted: int | None, num_passes: int, mode: str, block_len: int) -> None:
+        """Take the tokens of one cycle, or of the prefill (``accepted`` None)."""
+        now = time.perf_counter()
+        self.tokens += new
+        stats = self.stats
+        stats.tokens = len(self.tokens)
+        stats.mode, stats.block_len = mode, block_len
+        if accepted is None:
+            self.first_token = now
+            stats.prefill_seconds = now - self.started
+        else:
+            stats.cycles += 1
+            stats.passes += num_passes
+            stats.accepted += [0] * (block_len - len(stats.accepted))
+            stats.accepted[accepted] += 1
+        stats.seconds = now - self.first_token
+
+
+def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int) -> list[int]:
+    """The prompt as a list of ints.
+
+    Raises:
+        ValueError: it is empty, too long, not integers, or has ids outside the vocabulary.
+    """
+    if isinstance(prompt_ids, torch.Tensor):
+        if prompt_ids.dim() != 1 or prompt_ids.is_floating_point():
+            raise ValueError(
+                f"prompt_ids: a tensor must be 1-D and integer, got {prompt_ids.dtype} {list(prompt_ids.shape)}"
+            )
+        prompt_ids = prompt_ids.tolist()
+    ids = [int(t) for t in prompt_ids]
+    if not ids:
+        raise ValueError("prompt_ids must hold at least one token, got none")
+    if len(ids) >= max_seq_len:
+        raise ValueError(f"prompt_ids must be shorter than max_seq_len ({max_seq_len} tokens), got {len(ids)}")
+    for i, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"prompt_ids[{i}] must be within the vocabulary [0, {vocab_size}), got {token}")
+    return ids
+
+
+def make_request(
+    prompt_ids, params: SamplingParams, request_id: str | None, config: ModelConfig, max_seq_len: int
+) -> Request:
+    """A request that this model can serve within ``max_seq_len``.
+
+    Raises:
+        ValueError: as :func:`check_prompt`, or there are too many stop ids.
+    """
+    ids = check_prompt(prompt_ids, config.vocab_size, max_seq_len)
+    if len(params.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        got = len(params.stop_token_ids)
+        raise ValueError(f"stop_token_ids: at most {MAX_STOP_TOKEN_IDS} are supported, got {got}")
+    stop = sorted({*(() if params.ignore_eos else config.eos_token_ids), *params.stop_token_ids})
+    limit = min(len(ids) + params.max_new_tokens, max_seq_len)
+    return Request(request_id or uuid.uuid4().hex, ids, params, stop, limit)

@@ -1,0 +1,204 @@
+"""The device side of the engine: memory planned up front, prompts and cycles run, results posted back.
+
+The host never waits for the cycle it has just launched where the device is asynchronous (``lag`` 1): it reads
+the results of the one before, through pinned memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from orthrus_rt import ops, reference
+from orthrus_rt import state as st
+from orthrus_rt.graph import Cycle, Pass
+from orthrus_rt.kv import PagedKvCache
+from orthrus_rt.model import Activations, Model, Workspace, forward
+from orthrus_rt.plan import prefill_rows
+from orthrus_rt.scheduler import Request
+from orthrus_rt.state import SlotState
+
+PREFILL_CHUNK = 512  # prompt tokens per prefill pass
+
+
+@dataclass
+class Flight:
+    """Work launched and not yet read: whose, what kind, and where its results will be."""
+
+    requests: list[tuple[int, Request]]  # (slot at launch, request)
+    num_passes: int  # 0 for a prefill
+    mode: str
+    block_len: int
+    results: dict[str, torch.Tensor]
+    done: torch.cuda.Event | None
+
+    def collect(self) -> dict[str, list]:
+        """Wait for the results; per slot ``num_output``, ``finish``, ``num_accepted`` and the ``output`` ring."""
+        if self.done is not None:
+            self.done.synchronize()
+        return {name: tensor.tolist() for name, tensor in self.results.items()}
+
+
+class Runner:
+    """Static buffers for ``num_slots`` sequences of at most ``max_seq_len`` tokens, and everything that runs on them."""
+
+    def __init__(self, model: Model, *, num_slots: int, max_seq_len: int, block_len: int, num_pages: int, max_stop_ids):
+        self.model, self.max_seq_len, self.num_slots = model, max_seq_len, num_slots
+        self.lag = 1 if model.device.type == "cuda" else 0
+        self.kv = PagedKvCache(
+            model.config, num_slots=num_slots, max_seq_len=max_seq_len, num_pages=num_pages, device=model.device,
+            dtype=model.dtype,
+        )  # fmt: skip
+        self.state = SlotState.allocate(num_slots, block_len, max(64, 4 * block_len), max_stop_ids, model.device)
+        chunk = min(PREFILL_CHUNK, max_seq_len)
+        self.activations = Activations(model, max(chunk, num_slots * block_len), num_slots * block_len)
+        self.workspace = Workspace.allocate(
+            model, max_rows=max(chunk, num_slots * block_len), max_groups=num_slots, max_seq_len=max_seq_len
+        )
+        self.flights: list[Flight] = []
+        self._cycles: dict[tuple[str, int, int], Cycle] = {}
+
+    def cycle(self, mode: str, block_len: int, num_slots: int) -> Cycle:
+        """The cycle of the smallest batch bucket (a power of two) that holds ``num_slots`` slots; built on first use."""
+        bucket = min(1 << (num_slots - 1).bit_length(), self.num_slots)
+        key = (mode, block_len, bucket)
+        if key not in self._cycles:
+            self._cycles[key] = Cycle(
+                self.model, self.kv, self.state.view(slice(0, bucket), block_len), mode, activations=self.activations,
+                workspace=self.workspace, max_seq_len=self.max_seq_len,
+            )  # fmt: skip
+        return self._cycles[key]
+
+    @property
+    def graph_bytes(self) -> int:
+        """Device memory that recorded graphs hold."""
+        return sum(cycle.graph_bytes for cycle in self._cycles.values())
+
+    def begin(self, request: Request) -> None:
+        """Write the request into its slot; the slot does not run before its prefill is through."""
+        state, slot = self.state, request.slot
+        state.cache_seqlens[slot] = len(request.to_prefill) - (0 if request.tokens else 1)
+        state.num_drafts[slot] = 0
+        state.num_output[slot] = len(request.tokens)
+        state.limit[slot] = request.limit
+        stop = torch.full((state.stop_ids.shape[1],), -1, dtype=torch.int32)
+        stop[: len(request.stop_ids)] = torch.tensor(request.stop_ids, dtype=torch.int32)
+        state.stop_ids[slot] = stop.to(state.stop_ids.device)
+
+    def clear(self, slot: int) -> None:
+        """The slot's rows are invalid from the next cycle on."""
+        self.state.finish[slot] = st.EMPTY
+
+    def move(self, source: int, target: int, block_len: int) -> None:
+        """Carry a slot's state over; its pages are moved by the scheduler."""
+        view = self.state.view(slice(None), block_len)
+        for tensor in vars(view).values():
+            tensor[target] = tensor[source]
+        self.clear(source)
+
+    def prefill(self, request: Request, budget: int, mode: str, block_len: int) -> int:
+        """Push at most ``budget`` more prompt tokens through the AR view; how many it took.
+
+        The last token's row is, to consensus, a verification without drafts: its choice is the first known token. A
+        resumed request knows that token already.
+        """
+        slot, first = request.slot, request.prefilled
+        chunk = request.to_prefill[first : first + min(budget, PREFILL_CHUNK)]
+        tokens = torch.tensor(chunk, dtype=torch.int32, device=self.model.device)
+        last = first + len(chunk) == len(request.to_prefill)
+        wants_choice = last and not request.tokens
+        picked = torch.tensor([len(chunk) - 1], dtype=torch.int32, device=self.model.device) if wants_choice else None
+        out = self._buffers(1, request.sampler is not None)
+        self._forward(prefill_rows(tokens, first, slot), picked, request.sampler is not None, out)
+        request.prefilled += len(chunk)
+        if last:
+            view = self.state.view(slice(slot, slot + 1), block_len)
+            view.finish.fill_(st.RUNNING)
+            if wants_choice:
+                self._first_choice(request, view, out)
+                self._post([(0, request)], view, 0, mode, block_len)
+            else:
+                view.block_tokens[0, 0] = request.tokens[-1]
+        return len(chunk)
+
+    def _first_choice(self, request: Request, view: SlotState, out) -> None:
+        value, _ = out
+        if not bool(value.max().isfinite()):
+            raise FloatingPointError("prefill: the logits are not finite; are the weights?")
+        partials = out
+        if request.sampler is not None:
+            ids = request.sampler.verify(value, [], len(request.prompt))
+            partials = (None, ids.to(value.device)[:, None].contiguous())
+        ops.consensus(view, partials, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id)
+
+    def _buffers(self, rows: int, logits: bool):
+        """``(value, id)``: fp32 logits (id None) or partial maxima of ``rows`` rows."""
+        width = self.model.config.vocab_size if logits else self.model.lm_head.num_partials
+        value = torch.empty(rows, width, dtype=torch.float32, device=self.model.device)
+        return value, None if logits else torch.empty(rows, width, dtype=torch.int32, device=self.model.device)
+
+    def _forward(self, rows, logit_rows, logits: bool, out) -> None:
+        forward(
+            self.model, self.kv, rows, self.activations, self.workspace, logit_rows=logit_rows,
+            epilogue="logits" if logits else "argmax", out=out[0] if logits else out, max_seq_len=self.max_seq_len,
+        )  # fmt: skip
+
+    def next_logits(self, token_ids: list[int]) -> torch.Tensor:
+        """AR logits fp32 ``[vocab_size]`` for the token after ``token_ids``; uses slot 0, which must be free."""
+        self.kv.reserve(0, len(token_ids))
+        try:
+            tokens = torch.tensor(token_ids, dtype=torch.int32, device=self.model.device)
+            out = self._buffers(1, True)
+            for first in range(0, len(token_ids), PREFILL_CHUNK):
+                rows = prefill_rows(tokens[first : first + PREFILL_CHUNK], first, 0)
+                picked = torch.tensor([rows.num_rows - 1], dtype=torch.int32, device=self.model.device)
+                self._forward(rows, picked, True, out)
+        finally:
+            self.kv.release(0)
+        return out[0][0]
+
+    def decode(self, requests: list[Request], mode: str, block_len: int) -> None:
+        """Launch one cycle for the running slots, which ``requests`` hold."""
+        cycle = self.cycle(mode, block_len, 1 + max(r.slot for r in requests))
+        if all(r.sampler is None for r in requests):
+            cycle.run()
+        else:
+            self._sampled_cycle(cycle, requests)
+        self._post([(r.slot, r) for r in requests], cycle.state, len(cycle.passes), mode, block_len)
+
+    def _sampled_cycle(self, cycle: Cycle, requests: list[Request]) -> None:
+        """A cycle whose logits are materialised, for batches that hold a sampled request."""
+        cycle.stage_first()
+        for p in cycle.passes:
+            logits, _ = self._buffers(len(p.logit_rows), True)
+            cycle.forward(p, "logits", logits)
+            ids = reference.first_argmax(logits).to(torch.int32).cpu()
+            for request in requests:
+                if request.sampler is not None:
+                    mine = slice(request.slot * p.per_slot, (request.slot + 1) * p.per_slot)
+                    choices = self._sampled_choices(cycle.state, p, request, logits[mine])
+                    ids[mine][: len(choices)] = choices
+            cycle.take(p, (None, ids.to(logits.device)[:, None].contiguous()))
+
+    def _sampled_choices(self, state: SlotState, p: Pass, request: Request, logits) -> torch.Tensor:
+        slot = request.slot
+        position = int(state.cache_seqlens[slot]) + 1
+        if p.step == st.STEP_DRAFT:
+            return request.sampler.draft(logits, position)
+        drafts = state.block_tokens[slot, 1 : 1 + int(state.num_drafts[slot])].tolist()
+        return request.sampler.verify(logits, drafts, position)
+
+    def _post(self, requests, state: SlotState, num_passes: int, mode: str, block_len: int) -> None:
+        """Queue the slots' results for reading: a copy to pinned memory on CUDA, the state itself on the CPU."""
+        names = ("num_output", "finish", "num_accepted", "output")
+        results = {name: getattr(state, name) for name in names}
+        done = None
+        if self.lag:
+            pinned = {n: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for n, t in results.items()}
+            for name, tensor in results.items():
+                pinned[name].copy_(tensor, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+            results = pinned
+        self.flights.append(Flight(requests, num_passes, mode, block_len, results, done))

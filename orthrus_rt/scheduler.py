@@ -1,0 +1,74 @@
+"""Who runs next: first come, first served, over slots and pages. Knows nothing of the network."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+
+from orthrus_rt.kv import PagedKvCache
+from orthrus_rt.request import Request
+
+
+class Scheduler:
+    """Slots and pages for waiting requests, in order of arrival.
+
+    The earliest request in a slot can always grow (the cache holds at least one whole sequence), and a preempted
+    request returns to its place in the queue: nobody starves.
+    """
+
+    def __init__(self, kv: PagedKvCache, num_slots: int):
+        self.kv, self.num_slots = kv, num_slots
+        self.waiting: deque[Request] = deque()
+        self.slots: list[Request | None] = [None] * num_slots
+        self._arrivals = itertools.count()
+
+    @property
+    def active(self) -> list[Request]:
+        """Requests that hold a slot, in order of arrival."""
+        return sorted((r for r in self.slots if r is not None), key=lambda r: r.arrival)
+
+    def enqueue(self, request: Request) -> None:
+        """To the end of the queue, or (a preempted one) back to its place."""
+        if request.arrival < 0:
+            request.arrival = next(self._arrivals)
+        later = next((i for i, r in enumerate(self.waiting) if r.arrival > request.arrival), len(self.waiting))
+        self.waiting.insert(later, request)
+
+    def admit(self, margin: int) -> list[Request]:
+        """Move requests from the queue into free slots while pages for them and ``margin`` more positions are free."""
+        admitted = []
+        while self.waiting and None in self.slots:
+            request = self.waiting[0]
+            length = min(request.length + margin, request.limit)
+            if self.kv.num_pages_for(length) > self.kv.num_free_pages:
+                break
+            self.waiting.popleft()
+            request.slot = self.slots.index(None)
+            self.slots[request.slot] = request
+            self.kv.reserve(request.slot, length)
+            # Without tokens, the last prompt token's row gives the first one; with some, the last is the known next.
+            request.to_prefill = request.prompt + request.tokens[:-1]
+            request.prefilled = 0
+            request.started = request.started or time.perf_counter()
+            admitted.append(request)
+        return admitted
+
+    def vacate(self, request: Request) -> int:
+        """Take the request out of its slot, its pages back at once; the slot it had."""
+        slot, request.slot = request.slot, None
+        self.slots[slot] = None
+        self.kv.release(slot)
+        return slot
+
+    def compact(self) -> list[tuple[int, int]]:
+        """Close holes so that active requests hold the lowest slots; the ``(source, target)`` moves made."""
+        moves = []
+        for source in range(self.num_slots - 1, 0, -1):
+            target = self.slots.index(None) if None in self.slots else source
+            if self.slots[source] is not None and target < source:
+                request = self.slots[source]
+                self.slots[target], self.slots[source], request.slot = request, None, target
+                self.kv.move(source, target)
+                moves.append((source, target))
+        return moves
