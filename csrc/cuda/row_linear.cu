@@ -40,8 +40,9 @@ RowLinearPlan make_plan(int in_features, int out_features, bool whole_tiles, int
   plan.tiles = plan.blocks / plan.blocks_per_tile;
   const int rounds = (plan.tiles + num_sms - 1) / num_sms;
   const bool idle = rounds * num_sms - plan.tiles > kTolerableIdle * rounds * num_sms;
-  plan.split = !whole_tiles && idle && plan.tiles * plan.k_blocks >= kMinUnits * num_sms &&
-               2 * plan.blocks <= kMaxCounters;
+  const int64_t units = static_cast<int64_t>(plan.tiles) * plan.k_blocks;
+  plan.split = !whole_tiles && idle && units >= kMinUnits * num_sms && 2 * plan.blocks <= kMaxCounters &&
+               (units + 1) * num_sms < INT32_MAX;
   if (!plan.split && plan.blocks <= num_sms) {
     plan.blocks_per_tile = 1;
     plan.tiles = plan.blocks;

@@ -30,13 +30,14 @@ struct RowLinearPlan {
   int32_t grid;             // CTAs, and for kArgmax partial maxima per row
   int32_t split;            // cuts may fall inside a tile
 
+  // make_plan keeps these products within 31 bits.
   __host__ __device__ int range_begin(int cta) const {
-    return split ? static_cast<int>(static_cast<int64_t>(cta) * tiles * k_blocks / grid)
-                 : static_cast<int>(static_cast<int64_t>(cta) * tiles / grid) * k_blocks;
+    return split ? static_cast<uint32_t>(cta * tiles * k_blocks) / grid
+                 : static_cast<uint32_t>(cta * tiles) / grid * k_blocks;
   }
   // The CTA whose range holds `unit` (split plans only).
   __host__ __device__ int owner(int unit) const {
-    return static_cast<int>((static_cast<int64_t>(unit + 1) * grid - 1) / (static_cast<int64_t>(tiles) * k_blocks));
+    return static_cast<uint32_t>((unit + 1) * grid - 1) / (tiles * k_blocks);
   }
   // One past the last k-block summed without a fold, for a sum of `tile` that starts at `kb`.
   __host__ __device__ int segment_end(int tile, int kb) const {

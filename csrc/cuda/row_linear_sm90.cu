@@ -60,11 +60,12 @@ struct Cursor {
   }
 };
 
-// The sequence of units that a CTA streams, as producer and consumers both walk it.
-template <int kTokens, bool kPrefill>
+// The items that a CTA works through: its range of units for one row tile after the other (decode), or whole
+// tiles of two blocks (prefill), there with the row tile varying fastest so that a weight is read from memory once.
+template <bool kPrefill>
 struct Walk {
   const RowLinearArgs& args;
-  int begin, length;  // units of one row tile (decode), or k-blocks (prefill)
+  int begin, length;  // units of an item: within the weight (decode) or within a tile (prefill)
 
   __device__ explicit Walk(const RowLinearArgs& a) : args(a) {
     begin = kPrefill ? 0 : a.plan.range_begin(blockIdx.x);
@@ -75,63 +76,91 @@ struct Walk {
     const int all = (args.plan.blocks + 1) / 2 * args.row_tiles;
     return (all - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
   }
-  // Row tiles vary fastest, so that a weight is read from memory once.
   __device__ int row_tile(int item) const {
     return kPrefill ? (blockIdx.x + item * gridDim.x) % args.row_tiles : item;
   }
-  __device__ int first_block(int item, int offset) const {
+  __device__ int first_block(int item) const {
     return kPrefill ? (blockIdx.x + item * gridDim.x) / args.row_tiles * 2
-                    : (begin + offset) / args.plan.k_blocks * args.plan.blocks_per_tile;
+                    : begin / args.plan.k_blocks * args.plan.blocks_per_tile;
   }
-  __device__ int k_block(int offset) const { return kPrefill ? offset : (begin + offset) % args.plan.k_blocks; }
+};
+
+// One unit of the walk as the producer needs it; stepping costs no division within an item.
+template <int kTokens, bool kPrefill>
+struct Position {
+  const Walk<kPrefill>& walk;
+  int item = 0, offset, block, kb, row;
+  const uint8_t* weight;  // of the item's view
+  const uint8_t* source;
+
+  __device__ explicit Position(const Walk<kPrefill>& w) : walk(w) { enter(); }
+  __device__ void enter() {
+    const RowLinearArgs& args = walk.args;
+    const int row_tile = walk.row_tile(item);
+    weight = static_cast<const uint8_t*>(args.is_diff(row_tile) ? args.p.weight_diff : args.p.weight);
+    row = args.row_begin(row_tile, kTokens);
+    offset = 0;
+    block = walk.first_block(item);
+    kb = walk.begin % args.plan.k_blocks;
+    locate();
+  }
+  __device__ void locate() {
+    source = weight + (static_cast<int64_t>(block) * walk.args.plan.k_blocks + kb) * kBlockBytes;
+  }
+  __device__ void advance() {
+    source += kBlockBytes;
+    if (++offset == walk.length) {
+      ++item;
+      enter();
+    } else if (++kb == walk.args.plan.k_blocks) {
+      block += walk.args.plan.blocks_per_tile;
+      kb = 0;
+      locate();
+    }
+  }
 };
 
 template <int kTokens, bool kPrefill>
 __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map, const Ring& ring, int blocks) {
   using namespace sm90;
-  const Walk<kTokens, kPrefill> walk(args);
+  using Position = Position<kTokens, kPrefill>;
+  const Walk<kPrefill> walk(args);
   const int total = walk.items() * walk.length;
+  const int64_t block_stride = static_cast<int64_t>(args.plan.k_blocks) * kBlockBytes;
   const uint64_t policy = evict_first_policy();
 
-  const int64_t block_stride = static_cast<int64_t>(args.plan.k_blocks) * kBlockBytes;
-  auto first_block = [&](int step) { return walk.first_block(step / walk.length, step % walk.length); };
-  auto block_count = [&](int step) { return min(blocks, args.plan.blocks - first_block(step)); };
-  auto source = [&](int step) {
-    const bool diff = args.is_diff(walk.row_tile(step / walk.length));
-    return static_cast<const uint8_t*>(diff ? args.p.weight_diff : args.p.weight) + first_block(step) * block_stride +
-           walk.k_block(step % walk.length) * kBlockBytes;
-  };
-  auto load_weight = [&](int step, int stage) {
+  auto load_weight = [&](const Position& at, int stage) {
     uint8_t* dst = ring.stages + stage * ring.stage_bytes;
-    const uint8_t* src = source(step);
-    const int count = block_count(step);
+    const int count = min(blocks, args.plan.blocks - at.block);
     barrier_arrive_expect(&ring.full[stage], stage_bytes<kTokens>(count));
     for (int b = 0; b < count; ++b) {
       if (kPrefill)
-        bulk_load(dst + b * kBlockBytes, src + b * block_stride, kBlockBytes, &ring.full[stage]);
+        bulk_load(dst + b * kBlockBytes, at.source + b * block_stride, kBlockBytes, &ring.full[stage]);
       else
-        bulk_load(dst + b * kBlockBytes, src + b * block_stride, kBlockBytes, &ring.full[stage], policy);
+        bulk_load(dst + b * kBlockBytes, at.source + b * block_stride, kBlockBytes, &ring.full[stage], policy);
     }
   };
-  auto load_x = [&](int step, int stage) {
-    const int item = step / walk.length, offset = step % walk.length;
-    tensor_load(ring.stages + stage * ring.stage_bytes + blocks * kBlockBytes, x_map, walk.k_block(offset) * kBlock,
-                args.row_begin(walk.row_tile(item), kTokens), &ring.full[stage]);
+  auto load_x = [&](const Position& at, int stage) {
+    tensor_load(ring.stages + stage * ring.stage_bytes + blocks * kBlockBytes, x_map, at.kb * kBlock, at.row,
+                &ring.full[stage]);
   };
 
   const int ahead = min(total, ring.num_stages);
-  for (int step = 0; step < ahead; ++step) load_weight(step, step);
+  Position next(walk), first(walk);
+  for (int step = 0; step < ahead; ++step, next.advance()) load_weight(next, step);
   if (total == ahead) pdl_launch_dependents();
-  const int fetched = kPrefill ? ahead : min(total, ahead + args.prefetch_steps);
-  for (int step = ahead; step < fetched; ++step)
-    for (int b = 0; b < block_count(step); ++b) bulk_prefetch(source(step) + b * block_stride, kBlockBytes, policy);
+  if (!kPrefill) {
+    Position later(next);
+    for (int step = ahead; step < min(total, ahead + args.prefetch_steps); ++step, later.advance())
+      for (int b = 0; b < blocks; ++b) bulk_prefetch(later.source + b * block_stride, kBlockBytes, policy);
+  }
   pdl_wait();
-  for (int step = 0; step < ahead; ++step) load_x(step, step);
+  for (int step = 0; step < ahead; ++step, first.advance()) load_x(first, step);
   Cursor cursor;
-  for (int step = ahead; step < total; ++step) {
+  for (int step = ahead; step < total; ++step, next.advance()) {
     barrier_wait(&ring.empty[cursor.stage], cursor.parity);
-    load_weight(step, cursor.stage);
-    load_x(step, cursor.stage);
+    load_weight(next, cursor.stage);
+    load_x(next, cursor.stage);
     if (step == max(ahead, total - args.trigger_steps)) pdl_launch_dependents();
     cursor.advance(ring.num_stages);
   }
@@ -188,7 +217,7 @@ template <int kTokens>
 __device__ void consume_decode(const RowLinearArgs& args, const Ring& ring, int group, float* staging, int32_t* flag,
                                BestLogit* best) {
   const RowLinearPlan& plan = args.plan;
-  const Walk<kTokens, false> walk(args);
+  const Walk<false> walk(args);
   const bool argmax = args.p.epilogue == static_cast<int>(Epilogue::kArgmax);
   Cursor cursor;
   float acc[kTokens / 2];
@@ -197,7 +226,7 @@ __device__ void consume_decode(const RowLinearArgs& args, const Ring& ring, int 
     if (argmax) reset_best<kTokens>(args, best, group);
     for (int offset = 0; offset < walk.length;) {
       const int tile = (walk.begin + offset) / plan.k_blocks;
-      const int kb = walk.k_block(offset);
+      const int kb = (walk.begin + offset) % plan.k_blocks;
       const int length = min(plan.k_blocks - kb, walk.length - offset);
       sum_segment<kTokens>(acc, ring, cursor, length, group, plan.blocks_per_tile);
       if (length == plan.k_blocks ||
@@ -218,11 +247,11 @@ __device__ void consume_decode(const RowLinearArgs& args, const Ring& ring, int 
 template <int kTokens>
 __device__ void consume_prefill(const RowLinearArgs& args, const Ring& ring, int group, float* staging) {
   const RowLinearPlan& plan = args.plan;
-  const Walk<kTokens, true> walk(args);
+  const Walk<true> walk(args);
   Cursor cursor;
   float acc[kTokens / 2], sum[kTokens / 2];
   for (int item = 0, items = walk.items(); item < items; ++item) {
-    const int block = walk.first_block(item, 0) + group;
+    const int block = walk.first_block(item) + group;
     const int tile = min(block, plan.blocks - 1) / plan.blocks_per_tile;
     for (int kb = 0; kb < plan.k_blocks;) {
       const int end = plan.segment_end(tile, kb);
