@@ -1,0 +1,325 @@
+"""Many requests at once: whoever joins, leaves, is aborted, preempted or hit by a fault, every other request gets
+exactly the tokens that it gets alone, and all pages come back. On a tiny bf16 model with the native CPU kernels.
+"""
+
+import asyncio
+import random
+import threading
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch
+from orthrus_rt.aio import AsyncEngine
+from orthrus_rt.engine import Engine
+from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+VOCAB = 96
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
+
+
+def make(folder, **kwargs):
+    return Engine.from_pretrained(folder, device="cpu", **({"max_seq_len": 256, "max_batch_size": 8} | kwargs))
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Tokens of a request decoded by AR, with nothing beside it; remembered."""
+    engine = make(folder, max_batch_size=1, mode="ar")
+    known = {}
+
+    def tokens(prompt, params):
+        key = (tuple(prompt), params)
+        if key not in known:
+            known[key] = engine.generate(prompt, params)
+        return known[key].token_ids
+
+    return tokens
+
+
+def request(rng, longest=60):
+    """A random prompt and greedy parameters, sometimes with stop ids that many outputs contain."""
+    prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))]
+    stops = tuple(rng.sample(range(VOCAB), rng.choice((0, 0, 8))))
+    params = SamplingParams(max_new_tokens=rng.randint(1, 40), stop_token_ids=stops, ignore_eos=rng.random() < 0.5)
+    return prompt, params
+
+
+def drain(engine, got=None, after_step=lambda: None):
+    """Step to the end; tokens and finish reason by request id."""
+    got = {} if got is None else got
+    while engine.has_unfinished():
+        for out in engine.step():
+            tokens, _ = got.setdefault(out.request_id, ([], None))
+            tokens += out.new_token_ids
+            got[out.request_id] = (tokens, out.finish_reason)
+        after_step()
+    return got
+
+
+def all_pages_back(engine):
+    assert engine.kv.num_free_pages == engine.kv.num_pages - 1
+    assert bool((engine.kv.page_table == 0).all()) and not any(engine.scheduler.slots)
+
+
+@pytest.mark.parametrize("mode", ("ar", "two_pass"))
+def test_a_batch_gives_what_each_gives_alone(folder, alone, mode):
+    rng = random.Random(1)
+    engine = make(folder, mode=mode)
+    jobs = [request(rng) for _ in range(20)]
+    outs = engine.generate([p for p, _ in jobs], [q for _, q in jobs])
+    assert [o.token_ids for o in outs] == [alone(*job) for job in jobs]
+    all_pages_back(engine)
+    if mode == "two_pass":  # the tiny drafter does draft: pinned loosely against a collapse to 1
+        assert sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs) > 1.5
+
+
+def test_the_cache_holds_the_same_bits_alone_or_batched(folder):
+    """Prefill chunking and company change no bit of the keys and values."""
+    rng = random.Random(5)
+    prompt = [rng.randrange(VOCAB) for _ in range(150)]
+    held = []
+    for company in (0, 3):
+        engine = make(folder)
+        others = [engine.submit(*request(rng)) for _ in range(company)]
+        mine = engine.submit(prompt, SamplingParams(max_new_tokens=2, ignore_eos=True))
+        while not any(out.request_id == mine for out in engine.step()):
+            pass
+        slot = next(r.slot for r in engine.scheduler.active if r.request_id == mine)
+        pages = engine.kv.page_table[slot, :2].long()  # 128 whole positions
+        held.append(engine.kv.pages[:, :, pages].clone())
+        assert len(others) == company
+        engine.close()
+    assert torch.equal(held[0].view(torch.int16), held[1].view(torch.int16))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_arrivals_aborts_and_few_pages(folder, alone, seed):
+    """300 requests through 8 slots with pages for about three long ones: arrivals, aborts, preemption."""
+    rng = random.Random(seed)
+    engine = make(folder, num_pages=6, mode="two_pass")
+    todo, jobs, got, aborted = 300, {}, {}, set()
+    while todo or engine.has_unfinished():
+        for _ in range(min(todo, rng.choice((0, 0, 1, 2, 12)))):
+            job = request(rng, longest=200)
+            jobs[engine.submit(*job)] = job
+            todo -= 1
+        for out in engine.step():
+            tokens, _ = got.setdefault(out.request_id, ([], None))
+            got[out.request_id] = (tokens + out.new_token_ids, out.finish_reason)
+        unfinished = [i for i in jobs if got.get(i, (0, None))[1] is None and i not in aborted]
+        if unfinished and rng.random() < 0.05:
+            aborted.add(unfinished[0])
+            engine.abort(unfinished[0])
+    assert set(got) == set(jobs)
+    for request_id, job in jobs.items():
+        tokens, reason = got[request_id]
+        want = alone(*job)
+        if request_id in aborted:
+            assert reason == "abort" and tokens == want[: len(tokens)]
+        else:
+            assert tokens == want and reason in ("stop", "length")
+    assert engine.metrics.preemptions > 0
+    all_pages_back(engine)
+
+
+@pytest.mark.full
+def test_a_thousand_requests(folder, alone):
+    rng = random.Random(9)
+    engine = make(folder)
+    jobs = {}
+    for _ in range(1000):
+        job = request(rng)
+        jobs[engine.submit(*job)] = job
+    got = drain(engine)
+    assert all(got[i][0] == alone(*job) for i, job in jobs.items())
+    all_pages_back(engine)
+
+
+@pytest.mark.parametrize("fault", (RuntimeError, KeyboardInterrupt))
+def test_faults_lose_nothing(folder, alone, fault, monkeypatch):
+    """Whatever is raised inside a step, at whatever point, the next steps go on with the same tokens."""
+    rng = random.Random(3)
+    engine = make(folder)
+    jobs = {}
+    for _ in range(12):
+        job = request(rng)
+        jobs[engine.submit(*job)] = job
+    for name in ("decode", "prefill", "begin"):
+        real = getattr(engine.runner, name)
+
+        def faulty(*args, real=real):
+            if rng.random() < 0.1:
+                raise fault("injected before")
+            result = real(*args)
+            if rng.random() < 0.1:
+                raise fault("injected after")
+            return result
+
+        monkeypatch.setattr(engine.runner, name, faulty)
+    got, faults = {}, 0
+    while engine.has_unfinished():
+        try:
+            outputs = engine.step()
+        except fault:
+            faults += 1
+            continue
+        for out in outputs:
+            tokens, _ = got.setdefault(out.request_id, ([], None))
+            got[out.request_id] = (tokens + out.new_token_ids, out.finish_reason)
+    assert faults > 3
+    assert {i: tokens for i, (tokens, _) in got.items()} == {i: alone(*job) for i, job in jobs.items()}
+    all_pages_back(engine)
+
+
+def test_first_come_first_served(folder):
+    engine = make(folder, max_batch_size=2)
+    ids = [engine.submit([i + 1] * 5, SamplingParams(max_new_tokens=12, ignore_eos=True)) for i in range(7)]
+    first_seen = []
+    drain_order = []
+    while engine.has_unfinished():
+        for out in engine.step():
+            if out.request_id not in first_seen:
+                first_seen.append(out.request_id)
+            if out.finished:
+                drain_order.append(out.request_id)
+    assert first_seen == ids and len(drain_order) == 7
+
+
+def test_greedy_beside_sampled(folder, alone):
+    """Per-request parameters in one batch; a sampled request repeats what its seed gives alone in the same mode."""
+    engine = make(folder, mode="two_pass")
+    sampled = SamplingParams(max_new_tokens=20, temperature=0.9, top_k=20, seed=5, ignore_eos=True)
+    greedy = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    want = engine.generate([7, 8, 9], sampled).token_ids
+    outs = engine.generate([[1, 2], [7, 8, 9], [3]], [greedy, sampled, greedy])
+    assert [o.token_ids for o in outs] == [alone([1, 2], greedy), want, alone([3], greedy)]
+
+
+def test_a_callers_exception_inside_a_stream(folder, alone):
+    engine = make(folder)
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True)
+    other = engine.submit([4, 5, 6], params)
+    with pytest.raises(ZeroDivisionError):
+        for _ in engine.stream([1, 2, 3], params):
+            1 / 0  # noqa: B018
+    assert drain(engine)[other] == (alone([4, 5, 6], params), "length")
+    all_pages_back(engine)
+
+
+def test_calls_from_two_threads_are_refused(folder):
+    engine = make(folder)
+    inside, leave, errors = threading.Event(), threading.Event(), []
+    real = engine.runner.prefill
+
+    def slow(*args):
+        inside.set()
+        leave.wait(10)
+        return real(*args)
+
+    engine.runner.prefill = slow
+    worker = threading.Thread(target=lambda: engine.generate([1, 2], SamplingParams(max_new_tokens=2)))
+    worker.start()
+    assert inside.wait(10)
+    try:
+        engine.step()
+    except RuntimeError as error:
+        errors.append(str(error))
+    leave.set()
+    worker.join()
+    assert errors == ["this engine is in use by another thread; share it through orthrus_rt.AsyncEngine"]
+
+
+def test_async_streams_and_cancellation(folder, alone):
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True)
+
+    async def collect(shared, prompt, at_most=None):
+        tokens = []
+        async for out in shared.stream(prompt, params):
+            tokens += out.new_token_ids
+            if at_most and len(tokens) >= at_most:
+                break
+        return tokens
+
+    async def main():
+        engine = make(folder)
+        shared = AsyncEngine(engine)
+        prompts = [[i, i + 1, i + 2] for i in range(10)]
+        cancelled = asyncio.create_task(collect(shared, [50, 51]))
+        tasks = [asyncio.create_task(collect(shared, p)) for p in prompts]
+        await asyncio.sleep(0.01)
+        cancelled.cancel()
+        assert await asyncio.gather(*tasks) == [alone(p, params) for p in prompts]
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        with pytest.raises(ValueError, match="at least one token"):
+            await collect(shared, [])
+        assert (await collect(shared, [9]))[:3] == alone([9], params)[:3]
+        while engine.has_unfinished():  # the cancelled request's last output is still to be taken
+            engine.step()
+        all_pages_back(engine)
+        await shared.close()
+
+    asyncio.run(main())
+
+
+def test_submit_validates_now(folder):
+    engine = make(folder)
+    with pytest.raises(ValueError, match="at least one token"):
+        engine.submit([])
+    engine.submit([1], request_id="a")
+    with pytest.raises(ValueError, match="request_id must be unused, got 'a' twice"):
+        engine.submit([1], request_id="a")
+    with pytest.raises(KeyError):
+        engine.abort("b")
+    engine.abort("a")
+    (out,) = engine.step()
+    assert out.finished and out.finish_reason == "abort" and not engine.has_unfinished()
+    engine.close()
+    engine.close()
+    with pytest.raises(RuntimeError, match="this engine is closed"):
+        engine.submit([1])
+
+
+def test_limits_of_the_constructor(folder):
+    with pytest.raises(ValueError, match=r"num_pages must be >= 4 \(one sequence of 256\), got 3"):
+        make(folder, num_pages=3)
+    with pytest.raises(ValueError, match="max_batch_size must be >= 1, got 0"):
+        make(folder, max_batch_size=0)
+
+
+def test_metrics_count_what_happened(folder):
+    engine = make(folder, mode="two_pass")
+    outs = engine.generate([[1, 2, 3], [4]], SamplingParams(max_new_tokens=10, ignore_eos=True))
+    facts = engine.metrics.as_dict()
+    assert facts["tokens"] == 20 and facts["prompt_tokens"] == 4 and facts["finished"]["length"] == 2
+    assert facts["passes"] == 2 * facts["cycles"]
+    assert sum(facts["accepted"].values()) == sum(o.stats.cycles for o in outs)
+    text = engine.metrics.as_prometheus()
+    assert "orthrus_tokens_total 20\n" in text and 'orthrus_finished_total{reason="length"} 2\n' in text
+    assert f"orthrus_accepted_drafts_count {sum(o.stats.cycles for o in outs)}\n" in text
+
+
+def test_memory_beyond_ar_does_not_grow_with_context(folder):
+    short, long = (make(folder, max_seq_len=n).memory_report() for n in (64, 512))
+    for name in ("weights", "weights_diffusion", "scratch"):
+        assert short[name] == long[name] > 0
+    assert long["kv_pages"] > short["kv_pages"]
+    assert long["total"] == sum(v for k, v in long.items() if k != "total")
+    config = make(folder).config
+    rows = 8 * config.block_len
+    assert long["scratch"] == 2 * rows * config.num_heads_kv * config.head_dim * 2
+
+
+def test_warmup_changes_nothing(folder, alone):
+    engine = make(folder)
+    engine.warmup()
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    assert engine.generate([5, 6, 7], params).token_ids == alone([5, 6, 7], params)
