@@ -1,0 +1,63 @@
+"""Models in the official shapes with random weights, made on the device tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from orthrus_rt.checkpoint import Checkpoint, expected_tensors
+from orthrus_rt.config import ModelConfig
+
+# size -> hidden, MLP, layers, query heads, tied head
+SHAPES = {
+    "1.7b": (2048, 6144, 28, 16, True),
+    "4b": (2560, 9728, 36, 32, True),
+    "8b": (4096, 12288, 36, 32, False),
+}
+
+
+class RandomTensors(Mapping):
+    """Tensors of the given shapes, seeded by name; nothing is kept."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], device):
+        self.shapes, self.device = shapes, device
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape, device=self.device)
+        generator = torch.Generator(self.device).manual_seed(hash(name) % 2**31)
+        out = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        return out.normal_(0, shape[1] ** -0.5, generator=generator)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def random_checkpoint(size: str, device, block_len: int = 32) -> Checkpoint:
+    """The official shape ``size`` (1.7b, 4b or 8b) with random weights on ``device``."""
+    hidden, mlp, layers, heads, tied = SHAPES[size]
+    config = ModelConfig(
+        family="qwen3",
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_layers=layers,
+        num_heads_q=heads,
+        num_heads_kv=8,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=40960,
+        tie_word_embeddings=tied,
+        qk_norm=True,
+        block_len=block_len,
+        mask_token_id=151669,
+        eos_token_ids=(151645,),
+        rope={"rope_type": "default", "rope_theta": 1000000.0},
+        name=f"random-{size}",
+    )
+    return Checkpoint(config=config, tensors=RandomTensors(expected_tensors(config), device), tokenizer_dir=None)
