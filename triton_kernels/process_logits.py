@@ -352,6 +352,7 @@ def process_logits(
         logits, tile_value, temperature, top_k, top_p, count, mass, found, stride, vocab, num_tiles,
         TILES=tiles, RUNGS=RUNGS, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
+    # maxnreg: without it some versions of ptxas spill for an occupancy that one block a row cannot use.
     _cut_kernel[(num_rows,)](
         logits, tile_value, temperature, top_k, top_p, min_p, count, mass, found, cut, top, total,
         stride, vocab, num_tiles, WITH_TOTAL=log_probs is not None,

@@ -5,11 +5,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from orthrus_rt.triton_kernels import dual_attn, embed, process_logits, rms_norm
+from orthrus_rt.triton_kernels import embed, process_logits, rms_norm
 
 from orthrus_rt import reference
-from tests.attention_pass import Group, Heads, Pass
+from tests.attention_pass import Group, Heads
 from tests.logits_cases import FILTERS, extras, logits, with_filters
+from tests.triton_pass import TritonPass
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -97,17 +98,6 @@ def ar(seq, start, n, invalid=0):
 
 def diff(seq, start, n, invalid=0):
     return Group("diff", seq, start, n, invalid)
-
-
-class TritonPass(Pass):
-    def workspace(self):
-        return None
-
-    def call(self, out, workspace, softmax_scale=None):
-        scale = softmax_scale or self.heads.dim**-0.5
-        dual_attn.dual_attn(
-            self.q, self.k_pages, self.v_pages, self.page_table, self.scratch_k, self.scratch_v, self.rows, scale, out
-        )
 
 
 PASSES = {

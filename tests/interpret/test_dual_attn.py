@@ -7,7 +7,8 @@ pytest.importorskip("triton")
 from orthrus_rt.triton_kernels import dual_attn
 
 from orthrus_rt.plan import empty_rows
-from tests.attention_pass import Group, Heads, Pass
+from tests.attention_pass import Group, Heads
+from tests.triton_pass import TritonPass
 
 HEADS = Heads(6, 2, 16)
 GROUPS = [
@@ -22,27 +23,14 @@ GROUPS = [
 ]
 
 
-class TritonPass(Pass):
-    def __init__(self, heads, groups, dtype=torch.float32):
-        super().__init__(heads, groups, device="cpu")
-        for name in ("q", "k_pages", "v_pages", "scratch_k", "scratch_v"):
-            if getattr(self, name) is not None:
-                setattr(self, name, getattr(self, name).to(dtype))
-
-    def workspace(self):
-        return None
-
-    def call(self, out, workspace, softmax_scale=None):
-        dual_attn.dual_attn(
-            self.q, self.k_pages, self.v_pages, self.page_table, self.scratch_k, self.scratch_v, self.rows,
-            self.heads.dim**-0.5, out,
-        )  # fmt: skip
+def on_cpu(groups, heads=HEADS, dtype=torch.float32):
+    return TritonPass(heads, groups, dtype, device="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("heads", [HEADS, Heads(2, 2, 32), Heads(8, 1, 16)], ids=str)
 def test_against_float64(heads, dtype):
-    case = TritonPass(heads, GROUPS, dtype)
+    case = on_cpu(GROUPS, heads, dtype)
     got = case.run()
     tolerance = 1e-5 if dtype is torch.float32 else 4e-3
     torch.testing.assert_close(got.double(), case.expected(), rtol=tolerance, atol=tolerance)
@@ -50,25 +38,25 @@ def test_against_float64(heads, dtype):
 
 
 def test_groups_larger_than_a_tile():
-    case = TritonPass(HEADS, [Group("ar", 0, 30, 50), Group("diff", 1, 70, 80, invalid=7)])
+    case = on_cpu([Group("ar", 0, 30, 50), Group("diff", 1, 70, 80, invalid=7)])
     torch.testing.assert_close(case.run().double(), case.expected(), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_do_not_depend_on_company():
-    together = TritonPass(HEADS, GROUPS)
+    together = on_cpu(GROUPS)
     want = together.by_group(together.run())
-    backwards = TritonPass(HEADS, GROUPS[::-1])
+    backwards = on_cpu(GROUPS[::-1])
     got = backwards.by_group(backwards.run())
     for g in GROUPS:
         assert torch.equal(got[g], want[g])
-        assert torch.equal(TritonPass(HEADS, [g]).run(), want[g])
+        assert torch.equal(on_cpu([g]).run(), want[g])
     for i in range(3):  # a row of a verification is the row of AR decoding
-        alone = TritonPass(HEADS, [Group("ar", 0, 130 + i, 1)]).run()
+        alone = on_cpu([Group("ar", 0, 130 + i, 1)]).run()
         assert torch.equal(alone[0], want[GROUPS[0]][i])
 
 
 def test_nothing_to_do():
-    assert TritonPass(HEADS, [Group("ar", 0, 0, 0)]).run().shape == (0, 6, 16)
+    assert on_cpu([Group("ar", 0, 0, 0)]).run().shape == (0, 6, 16)
 
 
 @pytest.mark.parametrize(
