@@ -108,6 +108,9 @@ void bind_cpu(py::module_ m) {
   m.def("isa", &cpu::isa);
   m.def("set_isa", &cpu::set_isa);
   m.def("set_num_threads", &cpu::set_num_threads);
+  m.def("advise_huge_pages", [](uintptr_t data, int64_t num_bytes) {
+    cpu::advise_huge_pages(reinterpret_cast<void*>(data), num_bytes);
+  });
   m.def("row_linear", &cpu::row_linear, release);
   m.def("qkv_commit", &cpu::qkv_commit, release);
   m.def("dual_attn", &cpu::dual_attn, release);
@@ -143,6 +146,7 @@ void bind_cuda(py::module_ m) {
   bind_launcher(m, "qkv_commit", &cuda::qkv_commit);
   bind_launcher(m, "dual_attn", &cuda::dual_attn);
   bind_launcher(m, "consensus", &cuda::consensus);
+  m.def("isa", &cuda::isa);
   m.def("row_linear_workspace", &cuda::row_linear_workspace);
   m.def("row_linear_num_partials", &cuda::row_linear_num_partials);
   m.def("dual_attn_workspace", &cuda::dual_attn_workspace);

@@ -11,6 +11,10 @@
 #include "tape.h"
 #include "variant.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace orthrus::cpu {
 namespace {
 
@@ -68,6 +72,15 @@ void record_or(const Params& p, Run run) {
 
 const char* isa() { return chosen().load()->name; }
 void set_isa(const char* name) { chosen() = find(name); }
+
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num_bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + num_bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 void row_linear(const RowLinearParams& p) { record_or(p, variant().row_linear); }
 void qkv_commit(const QkvCommitParams& p) { record_or(p, variant().qkv_commit); }

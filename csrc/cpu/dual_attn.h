@@ -61,29 +61,37 @@ ORTHRUS_INLINE void transpose_keys(KeyTile& keys, int64_t head_dim) {
 template <int kCount, int kVecs>
 inline void score_queries(QueryTile& queries, const KeyTile& keys, int64_t first, int64_t first_key) {
   Vec acc[kCount][kVecs];
+  ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) {
+    ORTHRUS_UNROLL
     for (int b = 0; b < kVecs; ++b) acc[q][b] = zero();
   }
   const bf16_t* q_row[kCount];
+  ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) q_row[q] = queries.q_row[first + q];
   for (int64_t d = 0; d < queries.head_dim / 2; ++d) {
     PairVec k[kVecs];
+    ORTHRUS_UNROLL
     for (int b = 0; b < kVecs; ++b) {
       k[b] = load_pairs(reinterpret_cast<const bf16_t*>(&keys.k_pairs[d][first_key + b * kLanes]));
     }
-#pragma GCC unroll 6
+    ORTHRUS_UNROLL
     for (int q = 0; q < kCount; ++q) {
       const PairVec pair = set1_pair(load_pair(q_row[q] + 2 * d));
-#pragma GCC unroll 4
+      ORTHRUS_UNROLL
       for (int b = 0; b < kVecs; ++b) acc[q][b] = dot2(acc[q][b], k[b], pair);
     }
   }
   const Vec scale = set1(queries.scale);
+  const int64_t visible = keys.visible[first];
+  const bool all = visible >= first_key + kVecs * kLanes;
+  ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) {
+    ORTHRUS_UNROLL
     for (int b = 0; b < kVecs; ++b) {
       const int64_t key = first_key + b * kLanes;
-      const Vec seen = keep_first(mul(acc[q][b], scale), keys.visible[first + q] - key, -__builtin_inff());
-      store(&queries.weight[first + q][key], seen);
+      const Vec score = mul(acc[q][b], scale);
+      store(&queries.weight[first + q][key], all ? score : keep_first(score, visible - key, -__builtin_inff()));
     }
   }
 }
@@ -113,7 +121,9 @@ ORTHRUS_INLINE void weigh_query(QueryTile& queries, int64_t q, int64_t num_vecs)
 template <int kCount, int kVecs>
 inline void mix_queries(QueryTile& queries, const KeyTile& keys, int64_t first, int64_t lane) {
   Vec acc[kCount][kVecs];
+  ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) {
+    ORTHRUS_UNROLL
     for (int c = 0; c < kVecs; ++c) {
       acc[q][c] = mul(load(&queries.mixed[first + q][lane + c * kLanes]), set1(queries.decay[first + q]));
     }
@@ -121,15 +131,18 @@ inline void mix_queries(QueryTile& queries, const KeyTile& keys, int64_t first, 
   const int64_t count = keys.visible[first];
   for (int64_t j = 0; j < count; ++j) {
     Vec v[kVecs];
+    ORTHRUS_UNROLL
     for (int c = 0; c < kVecs; ++c) v[c] = load_bf16(keys.v_row[j] + lane + c * kLanes);
-#pragma GCC unroll 6
+    ORTHRUS_UNROLL
     for (int q = 0; q < kCount; ++q) {
       const Vec w = set1(queries.weight[first + q][j]);
-#pragma GCC unroll 4
+      ORTHRUS_UNROLL
       for (int c = 0; c < kVecs; ++c) acc[q][c] = fma(w, v[c], acc[q][c]);
     }
   }
+  ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) {
+    ORTHRUS_UNROLL
     for (int c = 0; c < kVecs; ++c) store(&queries.mixed[first + q][lane + c * kLanes], acc[q][c]);
   }
 }

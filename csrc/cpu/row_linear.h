@@ -15,19 +15,26 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 constexpr int kStrip = 32;
 // Vocabulary ids per partial maximum.
 constexpr int kArgmaxTile = 512;
-// Bytes ahead of the strip that a first pass over it asks for: hides memory latency behind the tile.
-constexpr int kPrefetchBytes = 8192;
+// What a tile asks memory for while it computes: `lines` cache lines (0, 1 or 2) per step over k.
+struct Ahead {
+  const bf16_t* from;
+  int64_t lines;
+};
+// Distance at which a lone tile, which reads each weight once, runs ahead of itself.
+constexpr int kAheadBytes = 8192;
+constexpr int kLineElements = 32;
 
 // acc[r][0 ... 31] of kRows rows against one strip.
 template <int kRows>
-inline __attribute__((noinline)) void multiply_tile(const bf16_t* x, int64_t x_stride, const bf16_t* w, int64_t in_features,
-                                             bool prefetch_ahead, float* acc) {
+inline __attribute__((noinline)) void multiply_tile(const bf16_t* x, int64_t x_stride, const bf16_t* w,
+                                                    int64_t in_features, Ahead ahead, float* acc) {
   Vec lo[kRows], hi[kRows];
+  ORTHRUS_UNROLL
   for (int r = 0; r < kRows; ++r) lo[r] = hi[r] = zero();
   const auto step = [&](const bf16_t* weights, auto pair_of_row) ORTHRUS_LAMBDA {
     const PairVec w_lo = load_pairs(weights);
     const PairVec w_hi = load_pairs(weights + kStrip);
-#pragma GCC unroll 12
+    ORTHRUS_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const PairVec pair = set1_pair(pair_of_row(r));
       lo[r] = dot2(lo[r], w_lo, pair);
@@ -35,28 +42,34 @@ inline __attribute__((noinline)) void multiply_tile(const bf16_t* x, int64_t x_s
     }
   };
   const int64_t num_pairs = in_features / 2;
-  if (prefetch_ahead) {
+  const auto stream = [&](auto prefetch_at) ORTHRUS_LAMBDA {
     for (int64_t k = 0; k < num_pairs; ++k) {
-      prefetch(w + 2 * kStrip * k + kPrefetchBytes / 2);
-      prefetch(w + 2 * kStrip * k + kPrefetchBytes / 2 + kStrip);
+      prefetch_at(k);
       step(w + 2 * kStrip * k, [&](int r) ORTHRUS_LAMBDA { return load_pair(x + r * x_stride + 2 * k); });
     }
+  };
+  if (ahead.lines == 2) {
+    stream([&](int64_t k) ORTHRUS_LAMBDA {
+      prefetch(ahead.from + 2 * k * kLineElements);
+      prefetch(ahead.from + (2 * k + 1) * kLineElements);
+    });
+  } else if (ahead.lines == 1) {
+    stream([&](int64_t k) ORTHRUS_LAMBDA { prefetch(ahead.from + k * kLineElements); });
   } else {
-    for (int64_t k = 0; k < num_pairs; ++k) {
-      step(w + 2 * kStrip * k, [&](int r) ORTHRUS_LAMBDA { return load_pair(x + r * x_stride + 2 * k); });
-    }
+    stream([](int64_t) ORTHRUS_LAMBDA {});
   }
   if (in_features % 2) {
     step(w + 2 * kStrip * num_pairs,
          [&](int r) ORTHRUS_LAMBDA { return uint32_t{x[r * x_stride + in_features - 1]}; });
   }
+  ORTHRUS_UNROLL
   for (int r = 0; r < kRows; ++r) {
     store(acc + r * kStrip, lo[r]);
     store(acc + r * kStrip + kLanes, hi[r]);
   }
 }
 
-using MultiplyTile = void (*)(const bf16_t*, int64_t, const bf16_t*, int64_t, bool, float*);
+using MultiplyTile = void (*)(const bf16_t*, int64_t, const bf16_t*, int64_t, Ahead, float*);
 
 ORTHRUS_INLINE MultiplyTile multiply_tile_of(int64_t rows) {
 #if defined(ORTHRUS_ISA_avx512_bf16)
@@ -141,10 +154,15 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParams& p, const void* weight,
   const bf16_t* w = static_cast<const bf16_t*>(weight) + strip * strip_size;
   const int64_t num_tiles = div_up(end - begin, kTileRows);
   alignas(64) float acc[kTileRows * kStrip];
+  // Several tiles read the strip from cache: the first two fetch one half of the next strip each.
+  const auto ahead = [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
+    if (num_tiles == 1) return {w + kAheadBytes / 2, 2};
+    return {w + strip_size + tile * (strip_size / 2), tile < 2};
+  };
   for (int64_t t = 0; t < num_tiles; ++t) {
     const int64_t first = begin + (end - begin) * t / num_tiles;
     const int64_t last = begin + (end - begin) * (t + 1) / num_tiles;
-    multiply_tile_of(last - first)(p.x + first * p.x_stride, p.x_stride, w, p.in_features, t == 0, acc);
+    multiply_tile_of(last - first)(p.x + first * p.x_stride, p.x_stride, w, p.in_features, ahead(t), acc);
     for (int64_t r = first; r < last; ++r) finish_row(p, acc + (r - first) * kStrip, r, strip);
   }
 }

@@ -10,6 +10,8 @@ const char* isa();
 void set_isa(const char* name);
 // Threads of the pool that runs every CPU op; takes effect with the next op.
 void set_num_threads(int32_t num_threads);
+// Ask for huge pages under memory that is about to be filled; where the system has none, nothing happens.
+void advise_huge_pages(void* data, int64_t num_bytes);
 
 void row_linear(const RowLinearParams& p);
 void qkv_commit(const QkvCommitParams& p);
@@ -36,6 +38,9 @@ int64_t dual_attn_workspace(int32_t max_rows, int32_t max_groups, int32_t num_he
 // Partial maxima per row that kArgmax writes for a vocabulary of out_features ids.
 int32_t row_linear_num_partials(int32_t in_features, int32_t out_features);
 
+// Instructions that row_linear multiplies with on the current device: "sm90a" (wgmma), "sm80" (mma.sync, also
+// where ORTHRUS_CUDA_ISA asks for it) or "none". The two round alike but sum in different orders.
+const char* isa();
 const char* error_string(int error);
 // Devices that a driver reports; 0 where there is no driver at all.
 int32_t device_count();
