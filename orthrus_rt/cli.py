@@ -81,7 +81,7 @@ def _add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default: %(default)s"
     )
     if engine:
-        group.add_argument("--max-seq-len", type=int, default=4096, metavar="N", help="default: %(default)s")
+        group.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and output (default: up to 4096)")
 
 
 def _load_engine(args, mode: str = "auto"):
@@ -89,7 +89,7 @@ def _load_engine(args, mode: str = "auto"):
 
     return Engine.from_pretrained(
         args.model, device=args.device, dtype=args.dtype, mode=mode, max_seq_len=args.max_seq_len,
-        draft_len=args.draft_len, adapter=args.adapter, base_gguf=args.base_gguf,
+        draft_len=args.draft_len, adapter=args.adapter, base_gguf=args.base_gguf, max_batch_size=1,
     )  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def _warm_up(engine, prompt_ids) -> None:
 
 def _decode(engine, prompt_ids, params, *, show: bool):
     """Generate, writing the text as it comes if ``show``. Returns ``(GenerationOutput, text)``."""
-    from orthrus_rt.engine import GenerationOutput
+    from orthrus_rt.outputs import GenerationOutput
     from orthrus_rt.terminal import Screen, TextStream
 
     tokens, text = [], []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from orthrus_rt.engine import DTYPES, Engine
+from orthrus_rt.device import DTYPES
+from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
 GENERATE_ARGUMENTS = (
@@ -53,7 +54,9 @@ class OrthrusForCausalLM:
         name = "bfloat16" if name == "auto" else name
         if name not in DTYPES:
             raise ValueError(f"from_pretrained: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        return cls(Engine.from_pretrained(model, device=str(device_map), dtype=name, **engine_arguments))
+        return cls(
+            Engine.from_pretrained(model, device=str(device_map), dtype=name, max_batch_size=1, **engine_arguments)
+        )
 
     @property
     def config(self):

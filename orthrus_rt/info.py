@@ -10,7 +10,7 @@ import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt.config import CheckpointError
-from orthrus_rt.engine import DTYPES, pick_device
+from orthrus_rt.device import DTYPES, pick_device
 
 PACKAGES = ("orthrus-rt", "torch", "triton", "transformers", "safetensors", "gguf", "numpy")
 

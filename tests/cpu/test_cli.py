@@ -80,17 +80,21 @@ def test_draft_len_mode_and_sampling_reach_the_engine(run):
 
 
 @pytest.fixture
-def broken_two_pass(monkeypatch):
-    """Token 5 of every two_pass output is wrong."""
-    honest = Engine.generate
+def break_token(monkeypatch):
+    """``break_token(i, mode)``: token i of that mode's outputs is wrong from now on."""
 
-    def broken(self, prompt_ids, params=None, *, mode=None, draft_len=None):
-        out = honest(self, prompt_ids, params, mode=mode, draft_len=draft_len)
-        if mode == "two_pass":
-            out.token_ids[5] ^= 1
-        return out
+    def install(index, mode):
+        honest = Engine.generate
 
-    monkeypatch.setattr(Engine, "generate", broken)
+        def broken(self, *args, **kwargs):
+            out = honest(self, *args, **kwargs)
+            if kwargs.get("mode") == mode and not isinstance(out, list):
+                out.token_ids[index] ^= 1
+            return out
+
+        monkeypatch.setattr(Engine, "generate", broken)
+
+    return install
 
 
 @pytest.fixture
@@ -108,7 +112,8 @@ def test_verify_finds_no_difference(run, prompt_file):
     assert code == 0 and out.startswith(prompts.load()[0].name)
 
 
-def test_verify_reports_the_first_difference(run, broken_two_pass, prompt_file):
+def test_verify_reports_the_first_difference(run, break_token, prompt_file):
+    break_token(5, "two_pass")
     options = ("--prompts", prompt_file, "--max-new-tokens", "12")
     code, out, _ = run("verify", *options, "--json")
     facts = json.loads(out)
@@ -122,17 +127,10 @@ def test_verify_reports_the_first_difference(run, broken_two_pass, prompt_file):
     assert out.endswith("0 of 2 identical\n")
 
 
-def test_compare_ar_says_no(run, monkeypatch):
-    honest = Engine.generate
-
-    def broken(self, *args, mode=None, **kwargs):
-        out = honest(self, *args, mode=mode, **kwargs)
-        out.token_ids[-1] ^= 1
-        return out
-
-    monkeypatch.setattr(Engine, "generate", broken)
+def test_compare_ar_says_no(run, break_token):
+    break_token(2, "ar")
     code, out, _ = run("generate", "hello", "--max-new-tokens", "8", "--ignore-eos", "--compare-ar")
-    assert code == 1 and "identical tokens: no, first difference at token 7: " in out
+    assert code == 1 and "identical tokens: no, first difference at token 2: " in out
 
 
 def test_info_names_every_op_and_the_model(run, folder):
