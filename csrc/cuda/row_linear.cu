@@ -15,9 +15,16 @@ constexpr int kMinUnits = 6;
 // Taller tiles read x half as often; narrow weights take short ones, cut in fewer pieces.
 constexpr int kMinTallTiles = 24;
 
+// The wgmma kernels are in the module; where they are not, Hopper too runs the portable ones.
+#if defined(ORTHRUS_CUDA_ARCHS)
+bool has_wgmma() { return std::strstr(ORTHRUS_CUDA_ARCHS, "90a"); }
+#else
+bool has_wgmma() { return true; }
+#endif
+
 struct Device {
   int num_sms = 0;
-  bool hopper = false;
+  bool wgmma = false;
 };
 
 cudaError_t current_device(Device* device) {
@@ -28,7 +35,7 @@ cudaError_t current_device(Device* device) {
   if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id)) return error;
   const char* isa = std::getenv("ORTHRUS_CUDA_ISA");  // "sm80": the portable variant, wherever it runs
-  device->hopper = major == 9 && minor == 0 && !(isa && !std::strcmp(isa, "sm80"));
+  device->wgmma = major == 9 && minor == 0 && has_wgmma() && !(isa && !std::strcmp(isa, "sm80"));
   return cudaSuccess;
 }
 
@@ -70,11 +77,17 @@ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 
 }  // namespace
 
+const char* isa() {
+  Device device;
+  if (current_device(&device) != cudaSuccess) return "none";
+  return device.wgmma ? "sm90a" : "sm80";
+}
+
 int64_t row_linear_workspace(int32_t max_rows, int32_t in_features, int32_t out_features) {
   Device device;
   if (current_device(&device) != cudaSuccess) return 0;
   return workspace_bytes(make_plan(in_features, out_features, false, device.num_sms), 2,
-                         tokens_per_tile(max_rows, device.hopper ? kTokensSm90 : kTokensMma));
+                         tokens_per_tile(max_rows, device.wgmma ? kTokensSm90 : kTokensMma));
 }
 
 int32_t row_linear_num_partials(int32_t in_features, int32_t out_features) {
@@ -89,8 +102,10 @@ int row_linear(const RowLinearParams& params, void* stream) {
       params.num_rows_ar < 0 || params.num_rows_ar > params.num_rows)
     return cudaErrorInvalidValue;
   if (!aligned16(params.x) || !aligned16(params.weight) || !aligned16(params.weight_diff) ||
-      !aligned16(params.residual) || !aligned16(params.out) || !aligned16(params.workspace))
+      !aligned16(params.workspace))
     return cudaErrorMisalignedAddress;
+  const bool wide_rows = params.out_features % 4 == 0;  // which are read and written 16 bytes at a time
+  if (wide_rows && !(aligned16(params.residual) && aligned16(params.out))) return cudaErrorMisalignedAddress;
   Device device;
   if (const cudaError_t error = current_device(&device)) return error;
 
@@ -104,14 +119,14 @@ int row_linear(const RowLinearParams& params, void* stream) {
 
   const int rows_ar = args.p.num_rows_ar, rows_diff = params.num_rows - rows_ar;
   const int most_rows = rows_ar > rows_diff ? rows_ar : rows_diff;
-  const TokenTiles& tiles = device.hopper ? kTokensSm90 : kTokensMma;
+  const TokenTiles& tiles = device.wgmma ? kTokensSm90 : kTokensMma;
   const bool prefill = most_rows > tiles.widest && !argmax;
   const int tokens = prefill ? tiles.prefill : tokens_per_tile(most_rows, tiles);
   args.row_tiles_ar = (rows_ar + tokens - 1) / tokens;
   args.row_tiles = args.row_tiles_ar + (rows_diff + tokens - 1) / tokens;
   if (!prefill && params.workspace_bytes < workspace_bytes(args.plan, rows_diff ? 2 : 1, tokens))
     return cudaErrorInvalidValue;
-  const auto launch = device.hopper ? launch_row_linear_sm90 : launch_row_linear_mma;
+  const auto launch = device.wgmma ? launch_row_linear_sm90 : launch_row_linear_mma;
   return launch(args, tokens, prefill, stream);
 }
 

@@ -202,6 +202,11 @@ def test_in_place_residual():
     assert torch.equal(hidden, want)
 
 
+def test_isa(isa):
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert dispatch.native().cuda.isa() == ("sm80" if isa or not hopper else "sm90a")
+
+
 def test_no_rows():
     weight = pack(tensor(960, 576))
     assert run(tensor(0, 576), weight).shape == (0, 960)
@@ -209,5 +214,5 @@ def test_no_rows():
 
 def test_errors():
     weight = pack(tensor(6144, 4096))
-    with pytest.raises(RuntimeError, match="row_linear: "):  # a workspace too small
+    with pytest.raises(ValueError, match="row_linear: workspace must be at least .* bytes for 32 rows, got 16"):
         run(tensor(32, 4096), weight, space=torch.zeros(16, dtype=torch.uint8, device="cuda"))
