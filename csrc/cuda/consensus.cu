@@ -1,6 +1,6 @@
 // Choice, acceptance, stop, commit and staging of one cycle; contract in orthrus/params.h.
 //
-// One launch, one CTA a slot. Warps reduce the partial maxima of the slot's rows; one thread walks the
+// One launch, one CTA a slot, one warp a row where they suffice. Warps reduce the partial maxima; one thread walks the
 // block in shared memory; all threads write the results. Integers only beside the comparisons, so
 // deterministic; graph-safe: limits, stop ids and lengths are read on the device. Reads 8 bytes a
 // partial; everything else is small.
@@ -10,31 +10,40 @@
 namespace orthrus::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kMaxThreads = 1024;
 constexpr int kMaxBlockLen = 256;
 
-// Id of the largest partial of one row, ties to the lowest id. NaN never wins. Warp-collective.
-__device__ int choose(const float* values, const int32_t* ids, int num_partials, int lane) {
-  if (!values) return ids[0];
-  float best = -INFINITY;
-  int best_id = INT32_MAX;
-  for (int i = lane; i < num_partials; i += 32) {
-    const float value = values[i];
-    const int id = ids[i];
-    if (value > best || (value == best && id < best_id)) {
-      best = value;
-      best_id = id;
+// The larger of two partials, ties to the lower id. NaN never wins.
+struct Best {
+  float value = -INFINITY;
+  int id = INT32_MAX;
+  __device__ void take(float other, int other_id) {
+    if (other > value || (other == value && other_id < id)) {
+      value = other;
+      id = other_id;
     }
+  }
+};
+
+// Id of the largest partial of one row. Warp-collective; all loads of 256 partials are in flight at once.
+__device__ int choose(const float* values, const int32_t* ids, int num_partials, int lane) {
+  constexpr int kAhead = 8;
+  if (!values) return ids[0];
+  Best best;
+  for (int first = lane; first < num_partials; first += 32 * kAhead) {
+    Best ahead[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (first + 32 * j < num_partials) ahead[j] = {values[first + 32 * j], ids[first + 32 * j]};
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) best.take(ahead[j].value, ahead[j].id);
   }
   for (int mask = 16; mask > 0; mask /= 2) {
-    const float value = __shfl_xor_sync(~0u, best, mask);
-    const int id = __shfl_xor_sync(~0u, best_id, mask);
-    if (value > best || (value == best && id < best_id)) {
-      best = value;
-      best_id = id;
-    }
+    const float value = __shfl_xor_sync(~0u, best.value, mask);
+    best.take(value, __shfl_xor_sync(~0u, best.id, mask));
   }
-  return best_id == INT32_MAX ? ids[0] : best_id;
+  return best.id == INT32_MAX ? ids[0] : best.id;
 }
 
 struct Slot {
@@ -63,7 +72,7 @@ __device__ void accept(Slot& slot, int32_t* num_accepted, const int32_t* choices
   slot.num_emitted = emitted;
 }
 
-__global__ void __launch_bounds__(kThreads) consensus_kernel(const __grid_constant__ ConsensusParams p) {
+__global__ void __launch_bounds__(kMaxThreads) consensus_kernel(const __grid_constant__ ConsensusParams p) {
   __shared__ int32_t choices[kMaxBlockLen];
   __shared__ int32_t tokens[kMaxBlockLen];  // the slot's block: t0, then the drafts
   __shared__ bool is_stop[kMaxBlockLen];
@@ -71,14 +80,14 @@ __global__ void __launch_bounds__(kThreads) consensus_kernel(const __grid_consta
   pdl_wait();
   pdl_launch_dependents();
   const SlotState& state = p.state;
-  const int s = blockIdx.x, thread = threadIdx.x, block_len = state.block_len;
+  const int s = blockIdx.x, thread = threadIdx.x, num_threads = blockDim.x, block_len = state.block_len;
   int32_t* const block_tokens = state.block_tokens + static_cast<int64_t>(s) * block_len;
 
-  for (int i = thread; i < block_len; i += kThreads) tokens[i] = block_tokens[i];
+  for (int i = thread; i < block_len; i += num_threads) tokens[i] = block_tokens[i];
   if (thread == 0) {
     slot = {state.cache_seqlens[s], state.limit[s], state.finish[s], state.num_drafts[s], state.num_output[s], 0};
   }
-  for (int i = thread / 32; i < p.rows_per_slot; i += kThreads / 32) {
+  for (int i = thread / 32; i < p.rows_per_slot; i += num_threads / 32) {
     const int64_t first = (static_cast<int64_t>(s) * p.rows_per_slot + i) * p.num_partials;
     const float* values = p.partial_value ? p.partial_value + first : nullptr;
     const int choice = choose(values, p.partial_id + first, p.num_partials, thread % 32);
@@ -116,10 +125,10 @@ __global__ void __launch_bounds__(kThreads) consensus_kernel(const __grid_consta
   __syncthreads();
   if (takes && verify) {
     int32_t* const output = state.output + static_cast<int64_t>(s) * state.output_capacity;
-    for (int i = thread; i < slot.num_emitted; i += kThreads)
+    for (int i = thread; i < slot.num_emitted; i += num_threads)
       output[(slot.num_output + i) % state.output_capacity] = choices[i];
   } else if (takes) {
-    for (int i = thread; i < slot.num_drafts; i += kThreads) tokens[1 + i] = block_tokens[1 + i] = choices[i];
+    for (int i = thread; i < slot.num_drafts; i += num_threads) tokens[1 + i] = block_tokens[1 + i] = choices[i];
   }
   if (p.next_pass == static_cast<int32_t>(NextPass::kNone)) return;
   __syncthreads();
@@ -127,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) consensus_kernel(const __grid_consta
   const bool running = slot.finish == static_cast<int32_t>(FinishReason::kRunning);
   const bool draft = p.next_pass == static_cast<int32_t>(NextPass::kDraft);
   const int count = p.next_pass == static_cast<int32_t>(NextPass::kAr) ? 1 : block_len;
-  for (int i = thread; i < count; i += kThreads) {
+  for (int i = thread; i < count; i += num_threads) {
     const int64_t row = static_cast<int64_t>(s) * count + i;
     bool valid = running && slot.cached + i < slot.limit;
     if (p.next_pass == static_cast<int32_t>(NextPass::kVerify)) valid = valid && i <= slot.num_drafts;
@@ -144,7 +153,8 @@ __global__ void __launch_bounds__(kThreads) consensus_kernel(const __grid_consta
 int consensus(const ConsensusParams& p, void* stream) {
   if (p.state.num_slots == 0) return cudaSuccess;
   if (p.rows_per_slot > kMaxBlockLen || p.state.block_len > kMaxBlockLen) return cudaErrorInvalidValue;
-  return launch(consensus_kernel, p, dim3(p.state.num_slots), kThreads, 0, stream, device_info());
+  const int warps = p.rows_per_slot < 4 ? 4 : p.rows_per_slot < kMaxThreads / 32 ? p.rows_per_slot : kMaxThreads / 32;
+  return launch(consensus_kernel, p, dim3(p.state.num_slots), 32 * warps, 0, stream, device_info());
 }
 
 }  // namespace orthrus::cuda

@@ -13,22 +13,21 @@
 namespace orthrus::cuda {
 namespace {
 
-// Splitting pays while a unit's work is worth more than the traffic of its partial results; up to this
-// many (unit, kv head) pairs per multiprocessor. Large units fill one multiprocessor each.
-constexpr int kSplitPairsPerSm = 4;
 constexpr int kMaxUnits = 1024;  // of a split launch: their table is in shared memory
+constexpr int kCounterBytes = 256;
+constexpr int64_t kMaxWorkspaceBytes = 256 << 20;
 
 int64_t partial_heads(int num_rows, int num_heads_q, int max_seq_len) {
   return static_cast<int64_t>(num_splits(max_seq_len) + 1) * num_rows * num_heads_q;
 }
 
 int64_t workspace_bytes(int num_rows, int num_heads_q, int head_dim, int max_seq_len) {
-  return partial_heads(num_rows, num_heads_q, max_seq_len) * (head_dim * sizeof(float) + sizeof(float2));
+  return kCounterBytes + partial_heads(num_rows, num_heads_q, max_seq_len) * (head_dim * sizeof(float) + sizeof(float2));
 }
 
 template <typename V>
 int launch_split(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
-  const int smem = V::kSmemBytes + a.num_units * static_cast<int>(sizeof(Unit) + sizeof(int));
+  const int smem = V::kSmemBytes + sizeof(Schedule) + a.num_units * static_cast<int>(sizeof(Unit) + sizeof(int));
   const int64_t items = static_cast<int64_t>(a.num_units) * a.p.kv.num_heads_kv * (a.num_splits + 1);
   int per_sm = 0;
   int error = occupancy(dual_attn_split_kernel<V>, V::kThreads, smem, &per_sm);
@@ -41,9 +40,7 @@ int launch_split(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
                 device);
 }
 
-// Units of 16 * kWarps rows, and whether each of their splits is worth a work item.
-void cut(DualAttnLaunch& a, int warps) {
-  const int tile_m = 16 * warps;
+void cut_into_units(DualAttnLaunch& a, int tile_m) {
   a.units_per_group = (a.p.rows.max_group_rows * a.heads_per_kv + tile_m - 1) / tile_m;
   a.num_units = a.units_per_group * a.p.rows.num_groups;
 }
@@ -52,33 +49,36 @@ template <int kHeadDim>
 int run(DualAttnLaunch a, void* stream) {
   const DeviceInfo device = device_info();
   const int tall = a.p.rows.max_group_rows * a.heads_per_kv;
-  const int warps = tall <= 16 ? 1 : tall <= 64 ? 4 : 8;
-  cut(a, warps);
+  const int tile_m = tall <= 16 ? 16 : tall <= 64 ? 64 : 128;
+  cut_into_units(a, tile_m);
   const int64_t pairs = static_cast<int64_t>(a.num_units) * a.p.kv.num_heads_kv;
-  const bool enough = warps == 8 ? 4 * pairs >= 3 * device.num_sms : pairs >= kSplitPairsPerSm * device.num_sms;
+  // Groups of several units are prefills: alike in length, and with much to fold. Others may differ in
+  // length, so that only many of them balance without being split.
+  const bool enough = a.units_per_group > 1 ? 4 * pairs >= 3 * device.num_sms : pairs >= 4 * device.num_sms;
   const int64_t needed = workspace_bytes(a.p.rows.num_rows, a.p.num_heads_q, kHeadDim, a.p.max_seq_len);
   if (enough || a.num_units > kMaxUnits || !a.p.workspace || a.p.workspace_bytes < needed) {
-    using V = Variant<kHeadDim, 8, true, 3>;
-    cut(a, V::kWarps);
-    return launch(dual_attn_fold_kernel<V>, a, dim3(a.num_units * a.p.kv.num_heads_kv), V::kThreads, V::kSmemBytes,
-                  stream, device);
+    using V = Variant<kHeadDim, 8, 1, true>;
+    cut_into_units(a, V::kTileM);
+    return launch(dual_attn_fold_kernel<V>, a, dim3(a.num_units * a.p.kv.num_heads_kv), V::kThreads,
+                  V::kSmemBytes + sizeof(Schedule), stream, device);
   }
-  a.partial = static_cast<float*>(a.p.workspace);
+  a.next_item = static_cast<int32_t*>(a.p.workspace);
+  a.partial = reinterpret_cast<float*>(static_cast<char*>(a.p.workspace) + kCounterBytes);
   a.partial_state = reinterpret_cast<float2*>(
       a.partial + partial_heads(a.p.rows.num_rows, a.p.num_heads_q, a.p.max_seq_len) * kHeadDim);
-  if (warps == 1) return launch_split<Variant<kHeadDim, 1, false, 2>>(a, stream, device);
-  if (warps == 4) return launch_split<Variant<kHeadDim, 4, false, 2>>(a, stream, device);
-  return launch_split<Variant<kHeadDim, 8, false, 3>>(a, stream, device);
+  if (tall <= 16) return launch_split<Variant<kHeadDim, 1, 1, false>>(a, stream, device);
+  if (tall <= 64) return launch_split<Variant<kHeadDim, 4, 1, false>>(a, stream, device);
+  return launch_split<Variant<kHeadDim, 4, 2, false>>(a, stream, device);
 }
 
 }  // namespace
 
-// For any pass of up to max_rows rows in max_groups groups that splits; a pass that got less than it
-// needs folds in registers instead, with the same bits.
+// Enough for every pass of up to max_rows rows that gains by splitting, up to a limit; a pass that would
+// need more folds in registers instead, with the same bits.
 int64_t dual_attn_workspace(int32_t max_rows, int32_t max_groups, int32_t num_heads_q, int32_t head_dim,
                             int32_t max_seq_len) {
   (void)max_groups;
-  return workspace_bytes(min(max_rows, 512), num_heads_q, head_dim, max_seq_len);
+  return min(kMaxWorkspaceBytes, workspace_bytes(max_rows, num_heads_q, head_dim, max_seq_len));
 }
 
 int dual_attn(const DualAttnParams& p, void* stream) {

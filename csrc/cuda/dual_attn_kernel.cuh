@@ -1,5 +1,5 @@
 // The attention kernel of dual_attn: one CTA works on a unit (see dual_attn_schedule.cuh) of one kv
-// head, 16 query rows a warp, over a run of tiles that all warps share.
+// head, 16 or 32 query rows a warp, over a run of tiles that all warps share.
 #pragma once
 #include "dual_attn_schedule.cuh"
 #include "dual_attn_tile.cuh"
@@ -9,6 +9,7 @@ namespace orthrus::cuda {
 
 struct DualAttnLaunch {
   DualAttnParams p;
+  int32_t* next_item;     // work items handed out beyond the first of each CTA; zero between launches
   float* partial;        // [num_splits + 1, num_rows, num_heads_q, head_dim] unnormalised; last: own block
   float2* partial_state;  // [num_splits + 1, num_rows, num_heads_q] (top, total) of RowState
   int num_splits;        // of max_seq_len
@@ -26,14 +27,15 @@ __device__ __forceinline__ int num_results(const Rows& rows, int row) {
 
 __device__ __forceinline__ float inverse_total(float total) { return total > 0.f ? __frcp_rn(total) : 0.f; }
 
-template <int kHeadDim_, int kWarps_, bool kFold_, int kStages_>
+template <int kHeadDim_, int kWarps_, int kFrags_, bool kFold_>
 struct Variant {
-  static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kStages = kStages_;
+  static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kFrags = kFrags_;
   static constexpr bool kFold = kFold_;  // a CTA folds all splits of its unit; else one split a work item
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kTileM = 16 * kWarps;
+  static constexpr int kTileM = 16 * kFrags * kWarps;
   static constexpr int kTileBytes = kTileKv * kHeadDim * 2;
   static constexpr int kQueryBytes = kTileM * kHeadDim * 2;
+  static constexpr int kStages = 2;  // more leave no room for other CTAs, which hide latency better
   static constexpr int kSmemBytes = kQueryBytes + kStages * 2 * kTileBytes;
 };
 
@@ -57,10 +59,13 @@ class Attention {
 
   __device__ bool has_block(int u) const { return u / a_.units_per_group >= p_.rows.num_groups_ar; }
 
-  // Attends over prefix tiles [first_tile, last_tile) and, if asked, the group's own block. Without
-  // kFold these belong to one split, whose result goes to `slot`.
-  __device__ void run(int u, const Unit& unit, int head, int first_tile, int last_tile, bool block, int slot) {
-    unit_ = unit;
+  // Attends over prefix tiles [first_tile, last_tile), and the group's own block if asked. Without kFold
+  // these are the tiles of one split, or the own block alone. Calls while_loading() in the shadow of the
+  // first copies.
+  template <typename WhileLoading>
+  __device__ void run(int u, const Unit& unit, int head, int first_tile, int last_tile, bool block,
+                      const WhileLoading& while_loading) {
+    unit_ = &unit;
     head_ = head;
     offset_ = u % a_.units_per_group * V::kTileM;
     first_tile_ = first_tile;
@@ -73,12 +78,19 @@ class Attention {
     load_queries();
 #pragma unroll
     for (int t = 0; t < V::kStages - 1; ++t) load_tile(t);
+    while_loading();
 
-    float mixed[V::kHeadDim / 8][4], folded[V::kFold ? V::kHeadDim / 8 : 1][4];
-    float folded_top[2] = {-INFINITY, -INFINITY}, folded_total[2] = {0.f, 0.f};
-    clear(mixed);
-    clear(folded);
-    RowState state = empty_state();
+    float mixed[V::kFrags][V::kHeadDim / 8][4], folded[V::kFold ? V::kFrags : 1][V::kFold ? V::kHeadDim / 8 : 1][4];
+    float folded_top[V::kFrags][2], folded_total[V::kFrags][2];
+    RowState state[V::kFrags];
+#pragma unroll
+    for (int f = 0; f < V::kFrags; ++f) {
+      clear(mixed[f]);
+      if constexpr (V::kFold) clear(folded[f]);
+      folded_top[f][0] = folded_top[f][1] = -INFINITY;
+      folded_total[f][0] = folded_total[f][1] = 0.f;
+      state[f] = empty_state();
+    }
 
     for (int t = 0; t < num_tiles_; ++t) {
       copy_wait<2 * V::kStages - 3>();
@@ -86,58 +98,75 @@ class Attention {
       load_tile(t + V::kStages - 1);
 
       const bool own = t >= num_prefix_;
-      int visible[2];
+      int visible[V::kFrags][2];
+      bool some = false;
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        visible[i] = own ? (valid_[i] ? kTileKv : 0) : prefix_len_[i] - (first_tile_ + t) * kTileKv;
-      const bool needed = __any_sync(~0u, visible[0] > 0 || visible[1] > 0);
+      for (int f = 0; f < V::kFrags; ++f) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          visible[f][i] = keys_seen(f, i, t, own);
+          some |= visible[f][i] > 0;
+        }
+      }
+      const bool needed = __any_sync(~0u, some);
       const SharedAddress k = stage(t), v = k + V::kTileBytes;
-      float scores[8][4], decay[2];
+      uint32_t probs[V::kFrags][4][4];
       if (needed) {
-        score_tile<V::kTileM, V::kHeadDim>(scores, smem_, warp() * 16, k, lane());
+        float scores[V::kFrags][8][4];
+        score_tile<V::kTileM, V::kHeadDim>(scores, smem_, first_row_of_warp(), k, lane());
         const uint64_t keys = keys_of(t);
-        if (~keys || visible[0] < kTileKv || visible[1] < kTileKv) mask_tile(scores, visible, keys, lane());
-        softmax_tile(scores, state, decay, a_.scale_log2);
+#pragma unroll
+        for (int f = 0; f < V::kFrags; ++f) {
+          if (~keys || visible[f][0] < kTileKv || visible[f][1] < kTileKv)
+            mask_tile(scores[f], visible[f], keys, lane());
+          float decay[2];
+          softmax_tile(probs[f], scores[f], state[f], decay, a_.scale_log2);
+          decay_mixed<V::kHeadDim>(mixed[f], decay);
+        }
       }
       copy_wait<2 * V::kStages - 2>();
       __syncthreads();  // values of tile t are there
-      if (needed) mix_tile<V::kHeadDim>(mixed, scores, decay, v, lane());
+      if (needed) mix_tile<V::kHeadDim>(mixed, probs, v, lane());
 
       if constexpr (V::kFold) {
         if (t + 1 == num_tiles_ || t + 1 == num_prefix_ ||
             (!own && split_of_tile(first_tile_ + t + 1) != split_of_tile(first_tile_ + t))) {
-          reduce_totals(state);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const Fold step = fold_step(folded_top[i], state.top[i]);
-            folded_total[i] = fold(step, folded_total[i], state.total[i]);
+          for (int f = 0; f < V::kFrags; ++f) {
+            reduce_totals(state[f]);
 #pragma unroll
-            for (int j = 0; j < V::kHeadDim / 8; ++j) {
+            for (int i = 0; i < 2; ++i) {
+              const Fold step = fold_step(folded_top[f][i], state[f].top[i]);
+              folded_total[f][i] = fold(step, folded_total[f][i], state[f].total[i]);
 #pragma unroll
-              for (int e = 2 * i; e < 2 * i + 2; ++e) folded[j][e] = fold(step, folded[j][e], mixed[j][e]);
+              for (int j = 0; j < V::kHeadDim / 8; ++j) {
+#pragma unroll
+                for (int e = 2 * i; e < 2 * i + 2; ++e) folded[f][j][e] = fold(step, folded[f][j][e], mixed[f][j][e]);
+              }
             }
+            clear(mixed[f]);
+            state[f] = empty_state();
           }
-          clear(mixed);
-          state = empty_state();
         }
       }
     }
     copy_wait<0>();
 
-    if constexpr (V::kFold) {
+#pragma unroll
+    for (int f = 0; f < V::kFrags; ++f) {
+      if constexpr (!V::kFold) reduce_totals(state[f]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (row_[i] >= 0) write_output(folded, folded_total[i], i);
-      }
-    } else {
-      reduce_totals(state);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (row_[i] < 0 || !(block ? valid_[i] : prefix_len_[i] > first_tile_ * kTileKv)) continue;
-        if (num_results(p_.rows, row_[i]) == 1) {
-          write_output(mixed, state.total[i], i);
-        } else {
-          write_partial(mixed, state, i, slot);
+        const Place at = place(f, i);
+        if (at.row < 0) continue;
+        if constexpr (V::kFold) {
+          write_output(folded[f], folded_total[f][i], at, i);
+        } else if (keys_seen(f, i, 0, num_prefix_ == 0) > 0) {
+          if (num_results(p_.rows, at.row) == 1) {
+            write_output(mixed[f], state[f].total[i], at, i);
+          } else {
+            write_partial(mixed[f], state[f], at, i, num_prefix_ == 0 ? a_.num_splits : split_of_tile(first_tile_));
+          }
         }
       }
     }
@@ -146,6 +175,7 @@ class Attention {
  private:
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int warp() { return threadIdx.x / 32; }
+  __device__ static int first_row_of_warp() { return warp() * 16 * V::kFrags; }
   __device__ SharedAddress stage(int t) const {
     return smem_ + V::kQueryBytes + t % V::kStages * (2 * V::kTileBytes);
   }
@@ -160,32 +190,51 @@ class Attention {
   }
 
   __device__ int page_of(int t) const {
-    return p_.kv.page_table[static_cast<int64_t>(unit_.seq) * p_.kv.max_pages + first_tile_ + t];
+    return p_.kv.page_table[static_cast<int64_t>(unit_->seq) * p_.kv.max_pages + first_tile_ + t];
   }
+
+  // A row of the unit: which row of the pass it is, -1 if there is none, and which q head.
+  struct Place {
+    int row, head_q;
+  };
+  __device__ Place place(int m) const {
+    const int r = (offset_ + m) / a_.heads_per_kv;
+    return {r < unit_->num_rows ? unit_->first_row + r : -1,
+            head_ * a_.heads_per_kv + (offset_ + m) % a_.heads_per_kv};
+  }
+  // The row that this thread holds as number i of fragment f.
+  __device__ Place place(int f, int i) const { return place(first_row_of_warp() + f * 16 + lane() / 4 + 8 * i); }
 
   __device__ void read_rows() {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int m = offset_ + warp() * 16 + lane() / 4 + 8 * i;
-      const int r = m / a_.heads_per_kv;
-      const bool exists = r < unit_.num_rows;
-      row_[i] = exists ? unit_.first_row + r : -1;
-      head_q_[i] = head_ * a_.heads_per_kv + m % a_.heads_per_kv;
-      prefix_len_[i] = exists ? p_.rows.prefix_len[row_[i]] : 0;
-      valid_[i] = exists && row_is_valid(p_.rows.position[row_[i]]);
+    for (int f = 0; f < V::kFrags; ++f) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = place(f, i).row;
+        const bool valid = row >= 0 && row_is_valid(p_.rows.position[row]);
+        prefix_keys_[f][i] = row < 0 ? 0 : p_.rows.prefix_len[row] - first_tile_ * kTileKv;
+        if (V::kFold) {
+          block_keys_[f][i] = valid ? kTileKv : 0;
+        } else if (num_prefix_ == 0) {
+          prefix_keys_[f][i] = valid ? INT32_MAX : 0;
+        }
+      }
     }
+  }
+
+  // How many keys of tile t, counted from its first, this row may see.
+  __device__ int keys_seen(int f, int i, int t, bool own) const {
+    return V::kFold && own ? block_keys_[f][i] : prefix_keys_[f][i] - t * kTileKv;
   }
 
   __device__ void load_queries() const {
     constexpr int kChunks = V::kHeadDim / 8;
-#pragma unroll 4
+#pragma unroll 1
     for (int c = threadIdx.x; c < V::kTileM * kChunks; c += V::kThreads) {
-      const int row = c / kChunks, chunk = c % kChunks;
-      const int m = offset_ + row, r = m / a_.heads_per_kv;
-      const bool exists = r < unit_.num_rows;
-      const int64_t head = static_cast<int64_t>(unit_.first_row + (exists ? r : 0)) * p_.num_heads_q +
-                           head_ * a_.heads_per_kv + m % a_.heads_per_kv;
-      copy16(smem_ + tile_offset<V::kTileM>(row, chunk), p_.q + head * V::kHeadDim + chunk * 8, exists);
+      const int m = c / kChunks, chunk = c % kChunks;
+      const Place at = place(m);
+      const int64_t head = static_cast<int64_t>(max(at.row, 0)) * p_.num_heads_q + at.head_q;
+      copy16(chunk_address(smem_, m, chunk) + chunk / 8 * (V::kTileM * 128), p_.q + head * V::kHeadDim + chunk * 8, at.row >= 0);
     }
   }
 
@@ -193,14 +242,14 @@ class Attention {
   // unused cache and may hold anything.
   __device__ uint64_t keys_of(int t) const {
     if (t < num_prefix_) {
-      const int n = unit_.longest - (first_tile_ + t) * kTileKv;
+      const int n = unit_->longest - (first_tile_ + t) * kTileKv;
       return n >= kTileKv ? ~0ull : n <= 0 ? 0ull : ~0ull >> (kTileKv - n);
     }
     uint64_t keys = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int key = (t - num_prefix_) * kTileKv + half * 32 + lane();
-      const bool exists = key < unit_.num_rows && sees_block(p_.rows.position[unit_.first_row + key]);
+      const bool exists = key < unit_->num_rows && sees_block(p_.rows.position[unit_->first_row + key]);
       keys |= static_cast<uint64_t>(__ballot_sync(~0u, exists)) << (half * 32);
     }
     return keys;
@@ -221,7 +270,7 @@ class Attention {
       load_rows(stage(t), p_.kv.k_pages + base, V::kHeadDim, keys);
       load_rows(stage(t) + V::kTileBytes, p_.kv.v_pages + base, V::kHeadDim, keys);
     } else {
-      const int64_t key = unit_.first_row - p_.rows.num_rows_ar + (t - num_prefix_) * kTileKv;
+      const int64_t key = unit_->first_row - p_.rows.num_rows_ar + (t - num_prefix_) * kTileKv;
       const int64_t base = (key * p_.kv.num_heads_kv + head_) * V::kHeadDim;
       const int64_t stride = static_cast<int64_t>(p_.kv.num_heads_kv) * V::kHeadDim;
       load_rows(stage(t), p_.scratch_k + base, stride, keys);
@@ -230,18 +279,29 @@ class Attention {
   }
 
   __device__ void load_rows(SharedAddress dst, const bf16_t* src, int64_t stride, uint64_t keys) const {
-    constexpr int kChunks = V::kHeadDim / 8, kRowsAtOnce = V::kThreads / kChunks;
-    const int row0 = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-#pragma unroll 8
-    for (int row = row0; row < kTileKv; row += kRowsAtOnce) {
-      copy16(dst + tile_offset<kTileKv>(row, chunk), src + row * stride + chunk * 8, keys >> row & 1);
+    if (~keys) {
+      load_rows<false>(dst, src, stride, keys);
+    } else {
+      load_rows<true>(dst, src, stride, keys);
     }
     copy_commit();
   }
 
+  template <bool kAll>
+  __device__ void load_rows(SharedAddress dst, const bf16_t* src, int64_t stride, uint64_t keys) const {
+    constexpr int kChunks = V::kHeadDim / 8, kRowsAtOnce = V::kThreads / kChunks;
+    const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    const SharedAddress first = chunk_address(dst, row, chunk) + chunk / 8 * (kTileKv * 128);
+    src += row * stride + chunk * 8;
+#pragma unroll 8
+    for (int i = 0; i < kTileKv; i += kRowsAtOnce) {
+      copy16((first ^ (i & 7) * 16) + i * 128, src + i * stride, kAll || (keys >> (row + i) & 1));
+    }
+  }
+
   template <int kN>
-  __device__ void write_output(const float (&mixed)[kN][4], float total, int i) const {
-    const int64_t head = static_cast<int64_t>(row_[i]) * p_.num_heads_q + head_q_[i];
+  __device__ void write_output(const float (&mixed)[kN][4], float total, const Place& at, int i) const {
+    const int64_t head = static_cast<int64_t>(at.row) * p_.num_heads_q + at.head_q;
     uint32_t* out = reinterpret_cast<uint32_t*>(p_.out + head * V::kHeadDim) + lane() % 4;
     const float inverse = inverse_total(total);
 #pragma unroll
@@ -250,9 +310,9 @@ class Attention {
   }
 
   template <int kN>
-  __device__ void write_partial(const float (&mixed)[kN][4], const RowState& state, int i, int slot) const {
+  __device__ void write_partial(const float (&mixed)[kN][4], const RowState& state, const Place& at, int i, int slot) const {
     const int64_t head =
-        (static_cast<int64_t>(slot) * p_.rows.num_rows + row_[i]) * p_.num_heads_q + head_q_[i];
+        (static_cast<int64_t>(slot) * p_.rows.num_rows + at.row) * p_.num_heads_q + at.head_q;
     float2* out = reinterpret_cast<float2*>(a_.partial + head * V::kHeadDim) + lane() % 4;
 #pragma unroll
     for (int j = 0; j < kN; ++j) out[j * 4] = float2{mixed[j][2 * i], mixed[j][2 * i + 1]};
@@ -263,12 +323,23 @@ class Attention {
   const DualAttnParams& p_;
   SharedAddress smem_;
 
-  Unit unit_;
+  const Unit* unit_;  // in shared memory
   int head_, offset_, first_tile_, num_prefix_, num_tiles_, next_page_;
-  // The two rows of this thread's fragments: -1 if there is none.
-  int row_[2], head_q_[2], prefix_len_[2];
-  bool valid_[2];
+  // Of the two rows that this thread holds of each fragment: prefix keys from the first tile on, and what
+  // it sees of each tile of its own block; 0 where there is no row.
+  int prefix_keys_[V::kFrags][2], block_keys_[V::kFrags][2];
 };
+
+// What a kernel keeps in shared memory behind the tiles.
+struct Schedule {
+  int num_items, next;
+  Unit units[1];  // as many as the launch has room for
+};
+
+template <typename V>
+__device__ Schedule& schedule() {
+  return *reinterpret_cast<Schedule*>(dynamic_shared() + V::kSmemBytes);
+}
 
 // One CTA per (unit, kv head), heaviest first where prefixes grow along the rows.
 template <typename V>
@@ -277,43 +348,53 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_fold_kernel(const __gri
   pdl_launch_dependents();
   Attention<V> attention(a, dynamic_shared());
   const int u = a.num_units - 1 - blockIdx.x / a.p.kv.num_heads_kv, head = blockIdx.x % a.p.kv.num_heads_kv;
-  const Unit unit = attention.read_unit(u);
+  Unit& unit = schedule<V>().units[0];
+  if (threadIdx.x < 32) {
+    const Unit read = attention.read_unit(u);
+    if (threadIdx.x == 0) unit = read;
+  }
+  __syncthreads();
   if (unit.num_rows == 0) return;
-  attention.run(u, unit, head, 0, num_tiles(unit.longest), attention.has_block(u), 0);
+  attention.run(u, unit, head, 0, num_tiles(unit.longest), attention.has_block(u), [] {});
 }
 
-// A grid that fills the chip once and strides over the work items, which lengths on the device define.
+// A grid that fills the chip once: CTAs take work items, which lengths on the device define, until none
+// is left. Which CTA takes which changes no bit.
 template <typename V>
 __global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __grid_constant__ DualAttnLaunch a) {
   pdl_wait();
   pdl_launch_dependents();
-  uint8_t* const smem = dynamic_shared();
-  Attention<V> attention(a, smem);
-  Unit* units = reinterpret_cast<Unit*>(smem + V::kSmemBytes);
-  int* layers = reinterpret_cast<int*>(units + a.num_units);
+  Attention<V> attention(a, dynamic_shared());
+  Schedule& plan = schedule<V>();
+  int* const layers = reinterpret_cast<int*>(plan.units + a.num_units);
   for (int u = threadIdx.x / 32; u < a.num_units; u += V::kWarps) {
     const Unit unit = attention.read_unit(u);
     if (threadIdx.x % 32 == 0) {
-      units[u] = unit;
+      plan.units[u] = unit;
       layers[u] = unit.num_rows == 0 ? 0 : num_splits(unit.longest) + attention.has_block(u);
     }
   }
   __syncthreads();
-  int ranks = 0;
-  for (int u = threadIdx.x % 32; u < a.num_units; u += 32) ranks += layers[u];
-  ranks = __reduce_add_sync(~0u, ranks);
-
   const int heads = a.p.kv.num_heads_kv;
-  for (int i = blockIdx.x; i < ranks * heads; i += gridDim.x) {
+  if (threadIdx.x < 32) {
+    int items = 0;
+    for (int u = threadIdx.x; u < a.num_units; u += 32) items += layers[u] * heads;
+    items = __reduce_add_sync(~0u, items);
+    if (threadIdx.x == 0) plan.num_items = items;
+  }
+  __syncthreads();
+
+  for (int i = blockIdx.x; i < plan.num_items;) {
     const Item item = find_item(i / heads, layers, a.num_units, a.num_splits + 1);
-    const Unit unit = units[item.unit];
+    const Unit& unit = plan.units[item.unit];
     const int split = item.layer - attention.has_block(item.unit);
-    if (split < 0) {
-      attention.run(item.unit, unit, i % heads, 0, 0, true, a.num_splits);
-    } else {
-      const int last = min(first_tile_of_split(split + 1), num_tiles(unit.longest));
-      attention.run(item.unit, unit, i % heads, first_tile_of_split(split), last, false, split);
-    }
+    const int first = split < 0 ? 0 : first_tile_of_split(split);
+    const int last = split < 0 ? 0 : min(first_tile_of_split(split + 1), num_tiles(unit.longest));
+    attention.run(item.unit, unit, i % heads, first, last, split < 0, [&] {
+      if (threadIdx.x == 0) plan.next = gridDim.x + atomicAdd(a.next_item, 1);
+    });
+    __syncthreads();
+    i = plan.next;
   }
 }
 
@@ -328,6 +409,7 @@ __global__ void __launch_bounds__(128) dual_attn_merge_kernel(const __grid_const
   const int64_t head = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
   if (head >= static_cast<int64_t>(rows.num_rows) * heads) return;
   const int row = static_cast<int>(head / heads);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *a.next_item = 0;
   const int splits = num_splits(rows.prefix_len[row]), results = num_results(rows, row);
   if (results == 1) return;  // written by the attention kernel
 

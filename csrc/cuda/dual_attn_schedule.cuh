@@ -8,25 +8,34 @@ namespace orthrus::cuda {
 
 constexpr int kTileKv = 64;  // keys of one tile = positions of one page
 
-// Tiles per split: short splits early, so that a short context still spreads over the chip; long
-// ones later, so that partial results stay small beside the keys and values read.
-constexpr int kShortTiles = 2, kShortEnd = 16;
-constexpr int kMediumTiles = 4, kMediumEnd = 64;
-constexpr int kLongTiles = 8;
-constexpr int kShortSplits = kShortEnd / kShortTiles;
-constexpr int kMediumSplits = (kMediumEnd - kShortEnd) / kMediumTiles;
+// Tiles per split: short splits early, so that a short context still spreads over the chip; long ones
+// later, so that partial results stay small beside the keys and values read.
+struct SplitRange {
+  int first_tile, tiles_per_split, first_split;
+};
+constexpr SplitRange kShort = {0, 2, 0}, kMedium = {16, 4, 8}, kLong = {64, 8, 20}, kLongest = {256, 16, 44};
+
+constexpr int next_split(const SplitRange& range, const SplitRange& next) {
+  return range.first_split + (next.first_tile - range.first_tile) / range.tiles_per_split;
+}
+static_assert(next_split(kShort, kMedium) == kMedium.first_split);
+static_assert(next_split(kMedium, kLong) == kLong.first_split);
+static_assert(next_split(kLong, kLongest) == kLongest.first_split);
 
 ORTHRUS_HD int split_of_tile(int tile) {
-  if (tile < kShortEnd) return tile / kShortTiles;
-  if (tile < kMediumEnd) return kShortSplits + (tile - kShortEnd) / kMediumTiles;
-  return kShortSplits + kMediumSplits + (tile - kMediumEnd) / kLongTiles;
+  const SplitRange r = tile < kMedium.first_tile    ? kShort
+                       : tile < kLong.first_tile    ? kMedium
+                       : tile < kLongest.first_tile ? kLong
+                                                    : kLongest;
+  return r.first_split + (tile - r.first_tile) / r.tiles_per_split;
 }
 
 ORTHRUS_HD int first_tile_of_split(int split) {
-  if (split < kShortSplits) return split * kShortTiles;
-  split -= kShortSplits;
-  if (split < kMediumSplits) return kShortEnd + split * kMediumTiles;
-  return kMediumEnd + (split - kMediumSplits) * kLongTiles;
+  const SplitRange r = split < kMedium.first_split    ? kShort
+                       : split < kLong.first_split    ? kMedium
+                       : split < kLongest.first_split ? kLong
+                                                      : kLongest;
+  return r.first_tile + (split - r.first_split) * r.tiles_per_split;
 }
 
 ORTHRUS_HD int num_tiles(int length) { return (length + kTileKv - 1) / kTileKv; }

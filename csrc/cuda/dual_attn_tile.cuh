@@ -1,5 +1,6 @@
-// The arithmetic of dual_attn on one tile of 64 keys, for one warp of 16 query rows. Every variant of
-// the kernel runs these functions in the same order, so a row's bits do not depend on the variant.
+// The arithmetic of dual_attn on one tile of 64 keys, for one warp with kFrags fragments of 16 query rows,
+// which share what it reads of the keys and values. Every variant of the kernel does the same to a row in
+// the same order, so a row's bits do not depend on the variant.
 #pragma once
 #include <cstdint>
 
@@ -7,11 +8,17 @@
 
 namespace orthrus::cuda {
 
-// ---- shared memory: tiles of rows x head_dim bf16, cut into halves of 64 columns (128 bytes a row),
-// 16-byte chunks swizzled by the row so that eight rows of one column chunk hit distinct banks.
+// Shared memory holds tiles of rows x head_dim bf16, cut into halves of 64 columns (128 bytes a row), with
+// 16-byte chunks swizzled by the row, so that eight rows of one column chunk hit distinct banks. Tiles are
+// aligned to 128 bytes, hence other rows and chunks are an XOR and an immediate offset away from a first one.
+__device__ __forceinline__ SharedAddress chunk_address(SharedAddress tile, int row, int chunk) {
+  return tile + row * 128 + ((chunk ^ row) & 7) * 16;
+}
+
+// From the address of (row, chunk), row below 16 and chunk below 2, to that of (row + 16 * rows, chunk + 2 * pairs).
 template <int kRows>
-__device__ __forceinline__ uint32_t tile_offset(int row, int chunk) {
-  return (chunk / 8) * (kRows * 128) + row * 128 + ((chunk ^ row) & 7) * 16;
+__device__ __forceinline__ SharedAddress fragment_address(SharedAddress first, int rows, int pairs) {
+  return (first ^ (pairs % 4 * 32)) + pairs / 4 * (kRows * 128) + rows * (16 * 128);
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -36,23 +43,33 @@ __device__ __forceinline__ RowState empty_state() {
 }
 
 // scores = q . k^T for 64 keys. `q` and `k` are shared-memory tiles; the warp's rows start at `q_row`.
-template <int kTileM, int kHeadDim>
-__device__ __forceinline__ void score_tile(float (&scores)[8][4], SharedAddress q, int q_row, SharedAddress k, int lane) {
+template <int kTileM, int kHeadDim, int kFrags>
+__device__ __forceinline__ void score_tile(float (&scores)[kFrags][8][4], SharedAddress q, int q_row, SharedAddress k,
+                                           int lane) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
+  for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) scores[j][e] = 0.f;
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[f][j][e] = 0.f;
+    }
   }
+  const SharedAddress first_q = chunk_address(q + q_row * 128, lane % 16, lane / 16);
+  const SharedAddress first_k = chunk_address(k, lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
   for (int kk = 0; kk < kHeadDim / 16; ++kk) {
-    uint32_t a[4];
-    load_matrices(a, q + tile_offset<kTileM>(q_row + lane % 16, kk * 2 + lane / 16));
+    uint32_t a[kFrags][4];
+#pragma unroll
+    for (int f = 0; f < kFrags; ++f) load_matrices(a[f], fragment_address<kTileM>(first_q, f, kk));
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       uint32_t b[4];
-      load_matrices(b, k + tile_offset<64>(j * 16 + lane % 8 + lane / 16 * 8, kk * 2 + lane / 8 % 2));
-      mma(scores[2 * j], a, b[0], b[1]);
-      mma(scores[2 * j + 1], a, b[2], b[3]);
+      load_matrices(b, fragment_address<64>(first_k, j, kk));
+#pragma unroll
+      for (int f = 0; f < kFrags; ++f) {
+        mma(scores[f][2 * j], a[f], b[0], b[1]);
+        mma(scores[f][2 * j + 1], a[f], b[2], b[3]);
+      }
     }
   }
 }
@@ -70,10 +87,11 @@ __device__ __forceinline__ void mask_tile(float (&scores)[8][4], const int (&vis
   }
 }
 
-// Online softmax: scores become probabilities relative to the new running maximum; returns in `decay`
-// the factor for what was accumulated before. A row that sees nothing of the tile keeps what it had.
-__device__ __forceinline__ void softmax_tile(float (&scores)[8][4], RowState& state, float (&decay)[2],
-                                             float scale_log2) {
+// Online softmax: probabilities relative to the new running maximum, rounded to bf16 as the left operand of
+// the product with the values; `decay` is the factor for what was accumulated before. A row that sees
+// nothing of the tile keeps what it had.
+__device__ __forceinline__ void softmax_tile(uint32_t (&probs)[4][4], float (&scores)[8][4], RowState& state,
+                                             float (&decay)[2], float scale_log2) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float top = -INFINITY;
@@ -96,31 +114,40 @@ __device__ __forceinline__ void softmax_tile(float (&scores)[8][4], RowState& st
     }
     state.total[i] = total;
   }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) probs[j / 2][j % 2 * 2 + i] = pack_bf16(scores[j][2 * i], scores[j][2 * i + 1]);
+  }
 }
 
-// mixed = mixed * decay + probabilities . v.
+// mixed = mixed * decay. Multiplying by one changes no bit, so a warp may skip it.
 template <int kHeadDim>
-__device__ __forceinline__ void mix_tile(float (&mixed)[kHeadDim / 8][4], const float (&probs)[8][4],
-                                         const float (&decay)[2], SharedAddress v, int lane) {
-  // Multiplying by one changes no bit, so a warp may skip it.
-  if (__any_sync(~0u, decay[0] != 1.f || decay[1] != 1.f)) {
+__device__ __forceinline__ void decay_mixed(float (&mixed)[kHeadDim / 8][4], const float (&decay)[2]) {
+  if (!__any_sync(~0u, decay[0] != 1.f || decay[1] != 1.f)) return;
 #pragma unroll
-    for (int j = 0; j < kHeadDim / 8; ++j) {
+  for (int j = 0; j < kHeadDim / 8; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) mixed[j][e] = __fmul_rn(mixed[j][e], decay[e / 2]);
-    }
+    for (int e = 0; e < 4; ++e) mixed[j][e] = __fmul_rn(mixed[j][e], decay[e / 2]);
   }
+}
+
+// mixed += probabilities . v.
+template <int kHeadDim, int kFrags>
+__device__ __forceinline__ void mix_tile(float (&mixed)[kFrags][kHeadDim / 8][4], const uint32_t (&probs)[kFrags][4][4],
+                                         SharedAddress v, int lane) {
+  const SharedAddress first_v = chunk_address(v, lane % 16, lane / 16);
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk) {
-    const uint32_t a[4] = {
-        pack_bf16(probs[2 * kk][0], probs[2 * kk][1]), pack_bf16(probs[2 * kk][2], probs[2 * kk][3]),
-        pack_bf16(probs[2 * kk + 1][0], probs[2 * kk + 1][1]), pack_bf16(probs[2 * kk + 1][2], probs[2 * kk + 1][3])};
 #pragma unroll
     for (int j = 0; j < kHeadDim / 16; ++j) {
       uint32_t b[4];
-      load_matrices_transposed(b, v + tile_offset<64>(kk * 16 + lane % 16, j * 2 + lane / 16));
-      mma(mixed[2 * j], a, b[0], b[1]);
-      mma(mixed[2 * j + 1], a, b[2], b[3]);
+      load_matrices_transposed(b, fragment_address<64>(first_v, kk, j));
+#pragma unroll
+      for (int f = 0; f < kFrags; ++f) {
+        mma(mixed[f][2 * j], probs[f][kk], b[0], b[1]);
+        mma(mixed[f][2 * j + 1], probs[f][kk], b[2], b[3]);
+      }
     }
   }
 }

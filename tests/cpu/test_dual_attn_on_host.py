@@ -68,7 +68,9 @@ SMALL = Heads(3, 1, 64)
 def test_against_float64(name, descending):
     case = HostPass(SMALL, PASSES[name])
     split, fold = (torch.full_like(case.q, torch.nan) for _ in range(2))
-    case.call(split, case.workspace(), descending=descending)
+    workspace = case.workspace()
+    case.call(split, workspace, descending=descending)
+    case.call(split.fill_(torch.nan), workspace, descending=descending, num_sms=20)  # its counter is zero again
     case.call(fold, None, descending=descending)
     assert_close(split, case.expected())
     assert torch.equal(split, fold)
@@ -107,3 +109,10 @@ def test_verify_rows_equal_decode_rows_and_chunks():
         for at in range(0, n, size):
             part = HostPass(SMALL, [ar(0, start + at, min(size, n - at))])
             assert torch.equal(part.run(), want[at : at + size]), (size, at)
+
+
+def test_long_context_reaches_every_length_of_split():
+    case = HostPass(Heads(1, 1, 64), [ar(0, 17500, 1), diff(0, 17400, 2)])
+    split = case.run()
+    assert_close(split, case.expected())
+    assert torch.equal(split, case.run(split=False))
