@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# module and arguments, and the device it is for
+# device it is for, script, arguments
 RUNS = [
     ("cpu", "bench_cpu_pass", []),
+    ("cpu", "bench_generate", []),
     *(("cuda", "bench_row_linear", ["--model", model]) for model in ("1.7b", "4b", "8b")),
     ("cuda", "bench_dual_attn", []),
     ("cuda", "bench_consensus", []),
+    ("cuda", "bench_process_logits", []),
     *(("cuda", "bench_decode", ["--model", model]) for model in ("1.7b", "4b", "8b")),
 ]
 
@@ -26,14 +29,14 @@ def main() -> int:
     parser.add_argument("--out", default=str(ROOT / "bench" / "results"), help="folder for JSON and tables")
     args = parser.parse_args()
     failed = 0
-    for device, module, options in RUNS:
-        name = " ".join([module, *options])
+    for device, script, options in RUNS:
+        name = " ".join([script, *options])
         if device == "cuda" and not torch.cuda.is_available():
             print(f"== {name}: skipped, no CUDA device", flush=True)
             continue
         print(f"== {name}", flush=True)
-        command = [sys.executable, "-m", f"bench.{module}", *options, "--out", args.out]
-        failed += subprocess.run(command, cwd=ROOT).returncode != 0
+        command = [sys.executable, f"bench/{script}.py", *options, "--out", args.out]
+        failed += subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode != 0
     return 1 if failed else 0
 
 

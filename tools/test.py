@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TEST_TIMEOUT_S = 300
+TEST_TIMEOUT_S = 600
 
 
 def has_module(name: str) -> bool:
