@@ -16,7 +16,7 @@ def why_not() -> str | None:
         return "triton is not installed"
     import numpy
 
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
         try:
             int(numpy.zeros(1))
         except TypeError:
