@@ -3,7 +3,9 @@
 // Keys are taken 64 at a time at fixed absolute positions, a block's own keys last, in an online
 // softmax. A query is one row's head; a tile holds up to 24 queries that share a KV head. A key that
 // a query does not see never enters that query's sums, so tiles change no bit and unused cache may
-// hold anything. Scores: dot2 over ascending pairs of lanes. Weights stay fp32.
+// hold anything. Scores: dot2 over ascending pairs of lanes. Weights e^(score - maximum) are rounded
+// to bf16; their sum and, by dot2 over ascending pairs of keys, their product with the values take
+// the rounded ones.
 #pragma once
 #include "orthrus/rows.h"
 #include "pool.h"
@@ -32,9 +34,10 @@ struct QueryTile {
   int64_t num_queries;
   int64_t head_dim;
   float scale;
-  float top[kQueries];                             // running maximum of the scores
-  float decay[kQueries];                           // e^(old maximum - new maximum) of this key tile
-  alignas(64) float weight[kQueries][kKeys];       // scores, then e^(score - top)
+  float top[kQueries + kLanes];                    // running maximum of the scores
+  float decay[kLanes];                             // e^(old maximum - new maximum) of the queries at hand
+  alignas(64) float score[kQueries][kKeys];
+  alignas(64) bf16_t weight[kQueries][kKeys];      // e^(score - top)
   alignas(64) float total[kQueries][kLanes];       // running sum of the weights, lane by lane
   alignas(64) float mixed[kQueries][kMaxHeadDim];  // running weighted sum of the values
 };
@@ -91,30 +94,33 @@ inline void score_queries(QueryTile& queries, const KeyTile& keys, int64_t first
     for (int b = 0; b < kVecs; ++b) {
       const int64_t key = first_key + b * kLanes;
       const Vec score = mul(acc[q][b], scale);
-      store(&queries.weight[first + q][key], all ? score : keep_first(score, visible - key, -__builtin_inff()));
+      store(&queries.score[first + q][key], all ? score : keep_first(score, visible - key, -__builtin_inff()));
     }
   }
 }
 
-// Scores to weights: new maximum, e^(score - maximum), running sum.
-ORTHRUS_INLINE void weigh_query(QueryTile& queries, int64_t q, int64_t num_vecs) {
-  float* weight = queries.weight[q];
-  Vec top = load(weight);
-  for (int64_t b = 1; b < num_vecs; ++b) top = max(top, load(weight + b * kLanes));
-  const float old_top = queries.top[q];
-  const float tile_top = reduce_max(top);
-  const float new_top = tile_top > old_top ? tile_top : old_top;
-  float decay[kLanes];
-  store(decay, exp(set1(old_top - new_top)));
-  queries.top[q] = new_top;
-  queries.decay[q] = decay[0];
-  Vec total = mul(load(queries.total[q]), set1(decay[0]));
-  for (int64_t b = 0; b < num_vecs; ++b) {
-    const Vec w = exp(sub(load(weight + b * kLanes), set1(new_top)));
-    store(weight + b * kLanes, w);
-    total = add(total, w);
+// Scores to weights, for queries [first, first + kCount): new maxima, e^(score - maximum), running sums.
+template <int kCount>
+inline void weigh_queries(QueryTile& queries, int64_t first, int64_t num_vecs) {
+  static_assert(kCount <= kLanes);
+  const Vec old_top = load(&queries.top[first]);
+  for (int64_t q = first; q < first + kCount; ++q) {
+    Vec top = load(queries.score[q]);
+    for (int64_t b = 1; b < num_vecs; ++b) top = max(top, load(&queries.score[q][b * kLanes]));
+    const float tile_top = reduce_max(top);
+    if (tile_top > queries.top[q]) queries.top[q] = tile_top;
   }
-  store(queries.total[q], total);
+  store(queries.decay, exp(sub(old_top, load(&queries.top[first]))));
+  for (int64_t q = first; q < first + kCount; ++q) {
+    const Vec top = set1(queries.top[q]);
+    Vec total = mul(load(queries.total[q]), set1(queries.decay[q - first]));
+    for (int64_t b = 0; b < num_vecs; ++b) {
+      bf16_t* weight = &queries.weight[q][b * kLanes];
+      store_bf16(weight, exp(sub(load(&queries.score[q][b * kLanes]), top)));
+      total = add(total, load_bf16(weight));
+    }
+    store(queries.total[q], total);
+  }
 }
 
 // mixed = mixed * decay + weights x values, for queries that see the same number of keys.
@@ -123,22 +129,30 @@ inline void mix_queries(QueryTile& queries, const KeyTile& keys, int64_t first, 
   Vec acc[kCount][kVecs];
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) {
+    const Vec decay = set1(queries.decay[q]);
     ORTHRUS_UNROLL
-    for (int c = 0; c < kVecs; ++c) {
-      acc[q][c] = mul(load(&queries.mixed[first + q][lane + c * kLanes]), set1(queries.decay[first + q]));
-    }
+    for (int c = 0; c < kVecs; ++c) acc[q][c] = mul(load(&queries.mixed[first + q][lane + c * kLanes]), decay);
   }
-  const int64_t count = keys.visible[first];
-  for (int64_t j = 0; j < count; ++j) {
-    Vec v[kVecs];
+  const auto add_keys = [&](auto values_of, auto weights_of) ORTHRUS_LAMBDA {
+    PairVec v[kVecs];
     ORTHRUS_UNROLL
-    for (int c = 0; c < kVecs; ++c) v[c] = load_bf16(keys.v_row[j] + lane + c * kLanes);
+    for (int c = 0; c < kVecs; ++c) v[c] = values_of(lane + c * kLanes);
     ORTHRUS_UNROLL
     for (int q = 0; q < kCount; ++q) {
-      const Vec w = set1(queries.weight[first + q][j]);
+      const PairVec w = set1_pair(weights_of(queries.weight[first + q]));
       ORTHRUS_UNROLL
-      for (int c = 0; c < kVecs; ++c) acc[q][c] = fma(w, v[c], acc[q][c]);
+      for (int c = 0; c < kVecs; ++c) acc[q][c] = dot2(acc[q][c], v[c], w);
     }
+  };
+  const int64_t count = keys.visible[first];
+  int64_t j = 0;
+  for (; j + 2 <= count; j += 2) {
+    add_keys([&](int64_t d) ORTHRUS_LAMBDA { return zip_pairs(keys.v_row[j] + d, keys.v_row[j + 1] + d); },
+             [&](const bf16_t* weight) ORTHRUS_LAMBDA { return load_pair(weight + j); });
+  }
+  if (j < count) {  // the next key is not visible, and zero times its value may be NaN
+    add_keys([&](int64_t d) ORTHRUS_LAMBDA { return zip_pairs(keys.v_row[j] + d, nullptr); },
+             [&](const bf16_t* weight) ORTHRUS_LAMBDA { return uint32_t{weight[j]}; });
   }
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) {
@@ -160,7 +174,7 @@ inline void attend_queries(QueryTile& queries, const KeyTile& keys, int64_t firs
   } else {
     score_queries<kCount, 1>(queries, keys, first, 0);
   }
-  for (int64_t q = first; q < first + kCount; ++q) weigh_query(queries, q, num_vecs);
+  weigh_queries<kCount>(queries, first, num_vecs);
   int64_t lane = 0;
   for (; lane + 4 * kLanes <= queries.head_dim; lane += 4 * kLanes) mix_queries<kCount, 4>(queries, keys, first, lane);
   for (; lane < queries.head_dim; lane += kLanes) mix_queries<kCount, 1>(queries, keys, first, lane);
@@ -228,13 +242,13 @@ ORTHRUS_INLINE void attend_tile(const DualAttnParams& p, int64_t group, int64_t 
   queries.num_queries = min_of(kQueries, (end - begin) * heads_per_kv - first);
   queries.head_dim = p.kv.head_dim;
   queries.scale = p.softmax_scale;
+  for (float& top : queries.top) top = -__builtin_inff();
   for (int64_t q = 0; q < queries.num_queries; ++q) {
     const int64_t row = begin + (first + q) / heads_per_kv;
     const int64_t at = (row * p.num_heads_q + head_kv * heads_per_kv + (first + q) % heads_per_kv) * queries.head_dim;
     queries.row[q] = static_cast<int32_t>(row);
     queries.q_row[q] = p.q + at;
     queries.out_row[q] = p.out + at;
-    queries.top[q] = -__builtin_inff();
     std::memset(queries.total[q], 0, sizeof queries.total[q]);
     std::memset(queries.mixed[q], 0, queries.head_dim * sizeof(float));
   }

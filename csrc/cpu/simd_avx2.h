@@ -88,6 +88,16 @@ ORTHRUS_INLINE PairVec load_pairs(const bf16_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16))};
 }
+ORTHRUS_INLINE __m256i zip_pairs8(const bf16_t* p, const bf16_t* q) {
+  const __m256i first = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i second = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+  return _mm256_or_si256(first, _mm256_slli_epi32(second, 16));
+}
+// Lane i: p[i] and q[i], or p[i] and 0 without q.
+ORTHRUS_INLINE PairVec zip_pairs(const bf16_t* p, const bf16_t* q) {
+  constexpr bf16_t kZeros[16] = {};
+  return q ? PairVec{zip_pairs8(p, q), zip_pairs8(p + 8, q + 8)} : PairVec{zip_pairs8(p, kZeros), zip_pairs8(p + 8, kZeros)};
+}
 ORTHRUS_INLINE PairVec set1_pair(uint32_t pair) {
   const __m256i v = _mm256_set1_epi32(static_cast<int32_t>(pair));
   return {v, v};

@@ -50,6 +50,13 @@ ORTHRUS_INLINE void store_bf16(bf16_t* p, Vec v) {
 }
 
 ORTHRUS_INLINE PairVec load_pairs(const bf16_t* p) { return _mm512_loadu_si512(p); }
+// Lane i: p[i] and q[i], or p[i] and 0 without q.
+ORTHRUS_INLINE PairVec zip_pairs(const bf16_t* p, const bf16_t* q) {
+  const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  if (!q) return first;
+  const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
+  return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+}
 ORTHRUS_INLINE PairVec set1_pair(uint32_t pair) { return _mm512_set1_epi32(static_cast<int32_t>(pair)); }
 // acc + a.first * b.first + a.second * b.second, as vdpbf16ps rounds it (denormals count as zero).
 ORTHRUS_INLINE Vec dot2(Vec acc, PairVec a, PairVec b) {

@@ -66,6 +66,12 @@ ORTHRUS_INLINE PairVec load_pairs(const bf16_t* p) {
   std::memcpy(out.lane, p, sizeof out.lane);
   return out;
 }
+// Lane i: p[i] and q[i], or p[i] and 0 without q.
+ORTHRUS_INLINE PairVec zip_pairs(const bf16_t* p, const bf16_t* q) {
+  PairVec out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = p[i] | (q ? uint32_t{q[i]} << 16 : 0u);
+  return out;
+}
 ORTHRUS_INLINE PairVec set1_pair(uint32_t pair) {
   PairVec out;
   for (int i = 0; i < 16; ++i) out.lane[i] = pair;

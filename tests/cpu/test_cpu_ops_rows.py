@@ -124,7 +124,7 @@ def test_qkv_commit_row_invariance(isa):
 @given(hs.data())
 def test_consensus_equals_the_oracle(data):
     k, slots, partials = data.draw(hs.integers(1, 5)), data.draw(hs.integers(1, 3)), data.draw(hs.integers(1, 3))
-    step = data.draw(hs.sampled_from([st.STEP_DRAFT, st.STEP_VERIFY]))
+    step = data.draw(hs.sampled_from([st.STEP_DRAFT, st.STEP_VERIFY, st.STEP_STAGE]))
     next_pass = data.draw(hs.sampled_from([st.NEXT_NONE, st.NEXT_DRAFT, st.NEXT_VERIFY, st.NEXT_AR]))
     state = st.SlotState.allocate(slots, k, 7, 2, "cpu")
     for s in range(slots):

@@ -88,7 +88,8 @@ struct QkvCommitParams {
 };
 
 // Softmax attention of each row over the keys that rows.h makes visible to it. A row that sees
-// nothing yields zeros.
+// nothing yields zeros. Rounding points: weights e^(score - maximum) to bf16 before they meet the
+// values, the output to bf16; everything else fp32.
 struct DualAttnParams {
   const bf16_t* q;             // [num_rows, num_heads_q, head_dim]
   const bf16_t* scratch_k;     // [num_rows - num_rows_ar, num_heads_kv, head_dim]
