@@ -35,8 +35,8 @@ struct Variant {
   static constexpr int kTileM = 16 * kFrags * kWarps;
   static constexpr int kTileBytes = kTileKv * kHeadDim * 2;
   static constexpr int kQueryBytes = kTileM * kHeadDim * 2;
-  static constexpr int kStages = 2;  // more leave no room for other CTAs, which hide latency better
-  static constexpr int kSmemBytes = kQueryBytes + kStages * 2 * kTileBytes;
+  // Two stages of keys and values: more would leave no room for other CTAs, which hide latency better.
+  static constexpr int kSmemBytes = kQueryBytes + 2 * 2 * kTileBytes;
 };
 
 template <typename V>
@@ -76,8 +76,7 @@ class Attention {
 
     __syncthreads();  // the previous item's last tile has been read
     load_queries();
-#pragma unroll
-    for (int t = 0; t < V::kStages - 1; ++t) load_tile(t);
+    load_tile(0);
     while_loading();
 
     float mixed[V::kFrags][V::kHeadDim / 8][4], folded[V::kFold ? V::kFrags : 1][V::kFold ? V::kHeadDim / 8 : 1][4];
@@ -93,9 +92,13 @@ class Attention {
     }
 
     for (int t = 0; t < num_tiles_; ++t) {
-      copy_wait<2 * V::kStages - 3>();
-      __syncthreads();  // keys of tile t are there, and nobody reads tile t-1 any more
-      load_tile(t + V::kStages - 1);
+      if (t == 0) {
+        copy_wait<1>();
+      } else {
+        copy_wait<0>();
+      }
+      __syncthreads();  // tile t is there (of the first only the keys), and nobody reads tile t-1 any more
+      load_tile(t + 1);
 
       const bool own = t >= num_prefix_;
       int visible[V::kFrags][2];
@@ -124,8 +127,10 @@ class Attention {
           decay_mixed<V::kHeadDim>(mixed[f], decay);
         }
       }
-      copy_wait<2 * V::kStages - 2>();
-      __syncthreads();  // values of tile t are there
+      if (t == 0) {
+        copy_wait<2>();
+        __syncthreads();  // the values too
+      }
       if (needed) mix_tile<V::kHeadDim>(mixed, probs, v, lane());
 
       if constexpr (V::kFold) {
@@ -177,7 +182,7 @@ class Attention {
   __device__ static int warp() { return threadIdx.x / 32; }
   __device__ static int first_row_of_warp() { return warp() * 16 * V::kFrags; }
   __device__ SharedAddress stage(int t) const {
-    return smem_ + V::kQueryBytes + t % V::kStages * (2 * V::kTileBytes);
+    return smem_ + V::kQueryBytes + t % 2 * (2 * V::kTileBytes);
   }
 
   template <int kN>
