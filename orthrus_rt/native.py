@@ -70,6 +70,11 @@ def _launch(op: str, params, device: torch.device) -> None:
         getattr(cpu, op)(params)
 
 
+def _need_cuda(op: str, what: str, got: int, allowed, device: torch.device) -> None:
+    if device.type == "cuda" and got not in allowed:
+        raise ValueError(f"{op}: {what} must be in {allowed} on CUDA, got {got}")
+
+
 def embed(token, table, out):
     params = dispatch.native().EmbedParams(
         token=ptr(token), table=ptr(table), out=ptr(out),
@@ -115,6 +120,7 @@ def row_linear(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=N
 
 
 def qkv_commit(qkv, rows, cos_sin, norms, eps, k_pages, v_pages, page_table, scratch_k, scratch_v, q_out):
+    _need_cuda("qkv_commit", "head_dim", q_out.shape[2], (64, 128), qkv.device)
     q_norm, k_norm, q_norm_diff, k_norm_diff = norms or (None,) * 4
     params = dispatch.native().QkvCommitParams(
         qkv=ptr(qkv),
@@ -138,6 +144,7 @@ def qkv_commit(qkv, rows, cos_sin, norms, eps, k_pages, v_pages, page_table, scr
 def dual_attn(
     q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softmax_scale, out, *, max_seq_len, workspace=None
 ):
+    _need_cuda("dual_attn", "head_dim", q.shape[2], (64, 128), q.device)
     if q.device.type == "cpu" and (q.shape[2] % 16 or q.shape[2] > 256):
         raise ValueError(f"dual_attn: head_dim must be a multiple of 16 up to 256 on the CPU, got {q.shape[2]}")
     params = dispatch.native().DualAttnParams(
@@ -157,6 +164,7 @@ def dual_attn(
 
 
 def consensus(state, partials, step, next_pass, rows_next, mask_token_id):
+    _need_cuda("consensus", "block_len", state.block_len, range(257), index.device)
     value, index = partials
     params = dispatch.native().ConsensusParams(
         partial_value=ptr(value),

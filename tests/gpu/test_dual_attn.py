@@ -143,3 +143,9 @@ def test_repeats_to_the_bit():
         out = torch.full_like(case.q, torch.nan)
         case.call(out, workspace)
         assert torch.equal(out, want)
+
+
+def test_head_dim_error():
+    case = Pass(Heads(4, 2, 96), [ar(0, 10, 1)])
+    with pytest.raises(ValueError, match=r"dual_attn: head_dim must be in \(64, 128\) on CUDA, got 96"):
+        case.run()
