@@ -164,8 +164,8 @@ def dual_attn(
 
 
 def consensus(state, partials, step, next_pass, rows_next, mask_token_id):
-    _need_cuda("consensus", "block_len", state.block_len, range(257), index.device)
     value, index = partials
+    _need_cuda("consensus", "block_len", state.block_len, range(257), index.device)
     params = dispatch.native().ConsensusParams(
         partial_value=ptr(value),
         partial_id=ptr(index),
