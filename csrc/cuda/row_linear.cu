@@ -1,4 +1,13 @@
 // row_linear's host side: the plan of a weight's shape, the workspace, and the choice of kernel.
+//
+// Contract (shapes in params.h). x, weights and workspace 16-byte aligned, out and residual too where out_features is
+// a multiple of 4; in_features and x_stride multiples of 64 and 8. MUTATED: out or the partial maxima, all rows, and
+// the workspace. No rows: nothing is launched. fp32 accumulation; one rounding, in the epilogue (none for kLogits).
+// Deterministic, row-invariant, graph-safe: each launch leaves the workspace's counters at zero. One launch per call.
+// The weights must be complete before the stream's *previous* kernel ends: they are read before it has.
+// kArgmax: partial p covers the p-th of num_partials runs of whole tiles; ties go to the lowest id, NaN never wins, a
+// run of nothing but NaN gives -inf and its first id.
+// Bytes: each view's packed weight once, plus x once per tile from L2. FLOP: 2 * num_rows * in * out_features.
 #include <cstdlib>
 #include <cstring>
 

@@ -60,9 +60,12 @@ def run(x, weight, epilogue="none", *, residual=None, space=None, **views):
 
 
 def close(got, exact, magnitude):
-    """fp32 accumulation of products whose absolute values sum to ``magnitude``, then one rounding to got's dtype."""
+    """Products whose absolute values sum to ``magnitude``, added in fp32, then one rounding to got's dtype.
+
+    Tensor cores cut the sum's low bits off at every step of 16 products, 2^-23 of it each time.
+    """
     rounding = 2.0**-8 if got.dtype == torch.bfloat16 else 0.0
-    bound = rounding * exact.abs() + 2e-6 * magnitude + 1e-30
+    bound = rounding * exact.abs() + 5e-6 * magnitude + 1e-30
     worst = ((got.double() - exact).abs() / bound).max() if got.numel() else 0.0
     assert worst <= 1, f"error is {float(worst):.2f} times the bound"
 
@@ -214,5 +217,5 @@ def test_no_rows():
 
 def test_errors():
     weight = pack(tensor(6144, 4096))
-    with pytest.raises(ValueError, match="row_linear: workspace must be at least .* bytes for 32 rows, got 16"):
+    with pytest.raises(ValueError, match=r"row_linear: workspace must be at least .* bytes for 32 rows, got 16"):
         run(tensor(32, 4096), weight, space=torch.zeros(16, dtype=torch.uint8, device="cuda"))
