@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent
 def find_nvcc():
     """nvcc from CUDACXX, CUDA_HOME, PATH or CUDA's default location; None where there is none."""
     candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
-    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", *sorted(map(str, Path("/usr/local").glob("cuda-*")))[::-1]):
+    versions = sorted(map(str, Path("/usr/local").glob("cuda-*")), reverse=True)
+    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", *versions):
         if home:
             candidates.append(os.path.join(home, "bin", "nvcc"))
     return next((c for c in candidates if c and os.access(c, os.X_OK)), None)

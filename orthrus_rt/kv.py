@@ -58,7 +58,7 @@ class PagedKvCache:
         first = len(held)
         held.extend(self._free.pop() for _ in range(need))
         new = torch.tensor(held[first:], dtype=torch.int32)
-        self.page_table[slot, first : len(held)] = new.to(self.page_table.device)
+        self.page_table[slot, first : len(held)] = new.to(self.page_table.device, non_blocking=True)
 
     def num_pages_for(self, length: int) -> int:
         """Pages that ``length`` positions take."""

@@ -262,15 +262,15 @@ def consensus(
 
     Per running slot, a choice is the id of the largest partial maximum of its row, ties to the lowest id.
     ``STEP_DRAFT``: the choices of rows 0 ... m-1 become the drafts d1 ... dm, m = min(rows, limit - 1 - cache_seqlens).
-    ``STEP_VERIFY``: with a = the longest prefix of drafts equal to the choices, the choices 0 ... a are emitted, cut after
-    the first stop id and at ``limit`` tokens; ``cache_seqlens`` grows by as many (that is the commit), the last one
-    becomes the known next token, ``num_accepted`` = the drafts among them.
+    ``STEP_VERIFY``: with a = the longest prefix of drafts equal to the choices, the choices 0 ... a are emitted, cut
+    after the first stop id and at ``limit`` tokens; ``cache_seqlens`` grows by as many (that is the commit), the last
+    one becomes the known next token, ``num_accepted`` = the drafts among them.
     Rows of the next pass whose position reaches ``limit``, and all rows of slots that do not run, are staged invalid.
 
     Args:
         state: MUTATED.
-        partials: ``(value fp32, id int32)``, each ``[num_slots * rows_per_slot, num_partials]``; value may be None where
-            num_partials is 1. ``(None, None)`` for STEP_STAGE.
+        partials: ``(value fp32, id int32)``, each ``[num_slots * rows_per_slot, num_partials]``; value may be None
+            where num_partials is 1. ``(None, None)`` for STEP_STAGE.
         step: STEP_DRAFT, STEP_VERIFY or STEP_STAGE (take no choices, only stage) of :mod:`orthrus_rt.state`.
         next_pass: NEXT_NONE, NEXT_DRAFT, NEXT_VERIFY or NEXT_AR.
         rows_next: rows of the next pass, one group per slot; all but ``group_start`` MUTATED. None for NEXT_NONE.
@@ -282,7 +282,9 @@ def consensus(
     if step == st.STEP_STAGE:
         index = torch.empty(0, 1, dtype=torch.int32, device=device)
     if index.dim() != 2 or (s and index.shape[0] % s):
-        raise ValueError(f"{op}: partials[1].shape must be [{s} * rows_per_slot, num_partials], got {list(index.shape)}")
+        raise ValueError(
+            f"{op}: partials[1].shape must be [{s} * rows_per_slot, num_partials], got {list(index.shape)}"
+        )
     _tensor(op, "partials[1]", index, tuple(index.shape), torch.int32, device)
     if value is not None:
         _tensor(op, "partials[0]", value, tuple(index.shape), torch.float32, device)

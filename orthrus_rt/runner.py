@@ -20,6 +20,7 @@ from orthrus_rt.scheduler import Request
 from orthrus_rt.state import SlotState
 
 PREFILL_CHUNK = 512  # prompt tokens per prefill pass
+RESULTS = ("num_output", "finish", "num_accepted", "output")  # what the host reads of every slot
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Flight:
 
 
 class Runner:
-    """Static buffers for ``num_slots`` sequences of at most ``max_seq_len`` tokens, and everything that runs on them."""
+    """Static buffers for ``num_slots`` sequences of at most ``max_seq_len`` tokens, and all that runs on them."""
 
     def __init__(self, model: Model, *, num_slots: int, max_seq_len: int, block_len: int, num_pages: int, max_stop_ids):
         self.model, self.max_seq_len, self.num_slots = model, max_seq_len, num_slots
@@ -58,9 +59,10 @@ class Runner:
         )
         self.flights: list[Flight] = []
         self._cycles: dict[tuple[str, int, int], Cycle] = {}
+        self._mailboxes: dict[int, list[dict[str, torch.Tensor]]] = {}
 
     def cycle(self, mode: str, block_len: int, num_slots: int) -> Cycle:
-        """The cycle of the smallest batch bucket (a power of two) that holds ``num_slots`` slots; built on first use."""
+        """The cycle of the smallest batch bucket (a power of two) with ``num_slots`` slots; built on first use."""
         bucket = min(1 << (num_slots - 1).bit_length(), self.num_slots)
         key = (mode, block_len, bucket)
         if key not in self._cycles:
@@ -124,7 +126,7 @@ class Runner:
 
     def _first_choice(self, request: Request, view: SlotState, out) -> None:
         value, _ = out
-        if not bool(value.max().isfinite()):
+        if not self.lag and not bool(value.max().isfinite()):  # reading it would stall a device that runs ahead
             raise FloatingPointError("prefill: the logits are not finite; are the weights?")
         partials = out
         if request.sampler is not None:
@@ -191,14 +193,24 @@ class Runner:
 
     def _post(self, requests, state: SlotState, num_passes: int, mode: str, block_len: int) -> None:
         """Queue the slots' results for reading: a copy to pinned memory on CUDA, the state itself on the CPU."""
-        names = ("num_output", "finish", "num_accepted", "output")
-        results = {name: getattr(state, name) for name in names}
+        results = {name: getattr(state, name) for name in RESULTS}
         done = None
         if self.lag:
-            pinned = {n: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for n, t in results.items()}
+            mailbox = self._mailbox(state.num_slots)
             for name, tensor in results.items():
-                pinned[name].copy_(tensor, non_blocking=True)
+                mailbox[name].copy_(tensor, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-            results = pinned
+            results = mailbox
         self.flights.append(Flight(requests, num_passes, mode, block_len, results, done))
+
+    def _mailbox(self, num_slots: int) -> dict[str, torch.Tensor]:
+        """Pinned buffers that no unread flight holds; as many as flights are ever unread, then used again."""
+        in_use = [flight.results for flight in self.flights]
+        for box in self._mailboxes.setdefault(num_slots, []):
+            if not any(box is used for used in in_use):
+                return box
+        shapes = {name: getattr(self.state, name)[:num_slots] for name in RESULTS}
+        box = {n: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for n, t in shapes.items()}
+        self._mailboxes[num_slots].append(box)
+        return box

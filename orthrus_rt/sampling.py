@@ -97,7 +97,7 @@ class RejectionSampler:
         return probs / probs.sum(-1, keepdim=True)
 
     def draft(self, logits: torch.Tensor, position: int) -> torch.Tensor:
-        """Draft tokens int32 ``[rows]`` for positions ``position, position + 1, ...`` from fp32 ``[rows, vocab_size]``."""
+        """Draft tokens int32 ``[rows]`` for ``position, position + 1, ...`` from fp32 logits ``[rows, vocab_size]``."""
         self._draft_probs = self._probs(logits)
         ids = [pick(q, uniform(self.seed, position + i, DRAFT)) for i, q in enumerate(self._draft_probs)]
         return torch.tensor(ids, dtype=torch.int32)

@@ -16,7 +16,7 @@ def make_state(slots, block_len, capacity=7, stops=3):
 
 
 def spec_emitted(drafts, choices, n, limit, stops):
-    """Tokens that a verification must emit, from the rule in words: AR decoding's own tokens, as far as drafts agreed."""
+    """What a verification must emit, from the rule in words: AR decoding's own tokens, as far as drafts agreed."""
     emitted = []
     for i, token in enumerate(choices):
         if n + 1 + i >= limit:

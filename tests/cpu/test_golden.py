@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from orthrus_rt.engine import Engine
-from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.plan import Rows, prefill_rows
+from orthrus_rt.sampling import SamplingParams
 from tests.forward import logits_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"

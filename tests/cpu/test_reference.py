@@ -1,5 +1,6 @@
 """The oracle against naive float64 loops written from the definitions."""
 
+import itertools
 import math
 
 import pytest
@@ -29,7 +30,7 @@ def make_rows(specs, num_groups_ar):
         group_start=torch.tensor(starts, dtype=torch.int32),
         num_rows_ar=starts[num_groups_ar],
         num_groups_ar=num_groups_ar,
-        max_group_rows=max(b - a for a, b in zip(starts[:-1], starts[1:], strict=True)),
+        max_group_rows=max(b - a for a, b in itertools.pairwise(starts)),
     )
 
 
