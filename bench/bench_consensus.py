@@ -1,6 +1,6 @@
 """consensus: one launch for all slots, against the same arithmetic as eager torch on the device.
 
-python bench/bench_consensus.py --out results/
+PYTHONPATH=. python bench/bench_consensus.py --out results/
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import argparse
 import sys
 
 import torch
-from common import graphed, header, measure, read_bandwidth, report
 
+from bench.common import graphed, header, measure, read_bandwidth, report
 from orthrus_rt import dispatch, ops, reference
 from orthrus_rt import state as st
 from orthrus_rt.plan import empty_rows

@@ -116,3 +116,11 @@ def test_long_context_reaches_every_length_of_split():
     split = case.run()
     assert_close(split, case.expected())
     assert torch.equal(split, case.run(split=False))
+
+
+def test_64_bit_offsets():
+    """Pages beyond 2^31 elements; what is not touched takes no memory."""
+    groups = [ar(0, 70, 2), diff(0, 70, 2)]
+    far = HostPass(Heads(1, 1, 64), groups, first_page=(1 << 31) // (64 * 64) + 1)
+    assert far.k_pages.numel() > 2**31
+    assert torch.equal(far.run(), HostPass(Heads(1, 1, 64), groups).run())
