@@ -259,8 +259,8 @@ def exponential(seed, position, purpose, token):
     return torch.where(u < 2.0**-7, series, -torch.log(1 - u))
 
 
-def _mass(y, top):
-    return (torch.exp(y - top) * MASS_ONE).long()
+def _mass(weight):
+    return (weight * MASS_ONE).long()
 
 
 def _per_row(value, logits, dtype):
@@ -268,7 +268,7 @@ def _per_row(value, logits, dtype):
 
 
 def _filter(logits, temperature, top_k, top_p, min_p):
-    """(y, top, keep): scaled logits, their maximum and the kept tokens of each row (one token if greedy)."""
+    """(y, weight, keep): scaled logits, exp(y - max) and the kept tokens of each row (one token if greedy)."""
     vocab = logits.shape[1]
     temperature = _per_row(temperature, logits, torch.float32)
     top_k = _per_row(top_k, logits, torch.int64)
@@ -277,33 +277,32 @@ def _filter(logits, temperature, top_k, top_p, min_p):
     y = torch.where(logits.isnan(), -torch.inf, logits.float())
     y = (y / torch.where(temperature > 0, temperature, 1)).clamp(max=FLOAT_MAX)
     top = y.amax(-1, keepdim=True)
+    weight = torch.exp(y - top)
     greedy = (temperature <= 0) | (top == -torch.inf)
-    threshold = torch.where(min_p > 0, top + torch.log(min_p), -torch.inf)
-    limited = top_k.clamp(0, vocab)
-    if (largest := int(limited.max()) if limited.numel() else 0) > 0:
-        kth = y.topk(largest).values.gather(1, (limited - 1).clamp(min=0))
-        kth = torch.where(limited > 0, kth, -torch.inf)
-    else:
-        kth = torch.full_like(top, -torch.inf)
-    nucleus = (top_p < 1) & ~greedy
-    if nucleus.any():
-        threshold = torch.where(nucleus, torch.maximum(threshold, _nucleus(y, top, kth, top_p)), threshold)
-    keep = y >= torch.maximum(threshold, kth)
-    first = (y == top).int().argmax(-1, keepdim=True)
-    keep = torch.where(greedy, torch.arange(vocab, device=y.device) == first, keep)
-    return y, top, keep
+    cut = torch.full_like(top, -torch.inf)
+    limited = torch.where((top_k > 0) & (top_k < vocab) & ~greedy, top_k, 0)
+    if limited.any():
+        kth = y.topk(int(limited.max())).values.gather(1, (limited - 1).clamp(min=0))
+        cut = torch.where(limited > 0, kth, cut)
+    rows = ((top_p < 1) & ~greedy)[:, 0].nonzero()[:, 0]
+    if rows.numel():
+        cut[rows] = _nucleus(y[rows], weight[rows], cut[rows], top_p[rows])
+    cut = torch.where(min_p > 0, torch.maximum(cut, top + torch.log(min_p)), cut)
+    first = (y == top).to(torch.uint8).argmax(-1, keepdim=True)
+    keep = torch.where(greedy, torch.arange(vocab, device=y.device) == first, y >= cut)
+    return y, weight, keep
 
 
-def _nucleus(y, top, kth, top_p):
-    """Smallest y of the shortest sorted prefix that holds ``top_p`` of the mass of ``y >= kth``."""
-    total = torch.where(y >= kth, _mass(y, top), 0).sum(-1, keepdim=True)
+def _nucleus(y, weight, cut, top_p):
+    """Smallest y of the shortest sorted prefix that holds ``top_p`` of the mass of ``y >= cut``."""
+    total = _mass(torch.where(y >= cut, weight, 0)).sum(-1, keepdim=True)
     target = (top_p.double() * total.double()).long().clamp(min=1)
     for width in (1024, y.shape[1]):  # the nucleus is nearly always small: a full sort is the exception
-        ordered = y.topk(min(width, y.shape[1])).values
-        reached = _mass(ordered, top).cumsum(-1) >= target
+        index = y.topk(min(width, y.shape[1])).indices
+        reached = _mass(weight.gather(1, index)).cumsum(-1) >= target
         if reached[:, -1].all():
             break
-    return ordered.gather(1, reached.int().argmax(-1, keepdim=True))
+    return y.gather(1, index.gather(1, reached.int().argmax(-1, keepdim=True)))
 
 
 def process_logits_probs(logits, temperature, top_k, top_p, min_p):
@@ -315,20 +314,24 @@ def process_logits_probs(logits, temperature, top_k, top_p, min_p):
     (lowest id). NaN counts as -inf; a row of nothing else chooses id 0. Parameters are numbers or
     ``[num_rows]`` tensors. Row-invariant.
     """
-    y, top, keep = _filter(logits, temperature, top_k, top_p, min_p)
+    _, weight, keep = _filter(logits, temperature, top_k, top_p, min_p)
     alone = keep.sum(-1, keepdim=True) == 1
-    return torch.where(alone, keep.float(), torch.where(keep, torch.exp(y - top), 0) / _total(y, top, keep))
+    kept = torch.where(keep, weight, 0)
+    return torch.where(alone, keep.float(), kept / _total(kept))
 
 
-def _total(y, top, keep):
-    return (torch.where(keep, _mass(y, top), 0).sum(-1, keepdim=True).double() / MASS_ONE).float()
+def _total(kept):
+    return (_mass(kept).sum(-1, keepdim=True).double() / MASS_ONE).float()
 
 
 def process_logits(
     logits, temperature, top_k, top_p, min_p, seed, position, purpose, choice, *, log_probs=None,
     penalties=None, token_counts=None, bias_ids=None, bias_values=None, stop_ids=None, min_position=None,
 ):  # fmt: skip
-    """Penalties, bias and stop mask, then a draw from :func:`process_logits_probs` by Gumbel noise; see ops.py."""
+    """Penalties, bias and stop mask, then a draw from :func:`process_logits_probs` by Gumbel noise.
+
+    The contract is that of its twin in ``triton_kernels/process_logits.py``.
+    """
     y = torch.where(logits.isnan(), -torch.inf, logits.float())
     if penalties is not None:
         repetition, presence, frequency = (penalties[:, i : i + 1] for i in range(3))
@@ -343,13 +346,17 @@ def process_logits(
         early = (position < min_position)[:, None] & (stop_ids >= 0)
         banned = torch.zeros_like(y).scatter_add_(1, stop_ids.clamp(min=0).long(), early.float())
         y = torch.where(banned > 0, -torch.inf, y)
-    y, top, keep = _filter(y, temperature, top_k, top_p, min_p)
-    row, token = keep.nonzero(as_tuple=True)  # noise costs: draw it for kept tokens only
+    y, weight, keep = _filter(y, temperature, top_k, top_p, min_p)
+    # Noise costs: draw it only for kept tokens that could still beat the likeliest one. It is at most 22.9.
+    top, best = y.max(-1)
+    lead = (top - torch.log(exponential(seed, position, purpose, best)))[:, None]
+    row, token = (keep & (y >= lead - 23)).nonzero(as_tuple=True)
     noise = exponential(seed[row], position[row], purpose, token)
     score = torch.full_like(y, -torch.inf)
     score[row, token] = y[row, token] - torch.log(noise)
     choice.copy_((score == score.amax(-1, keepdim=True)).int().argmax(-1))
     if log_probs is not None:
         alone = keep.sum(-1, keepdim=True) == 1
-        value = torch.where(alone, 0, y - top - torch.log(_total(y, top, keep)))
+        total = _total(torch.where(keep, weight, 0))
+        value = torch.where(alone, 0, y - y.amax(-1, keepdim=True) - torch.log(total))
         log_probs.copy_(torch.where(keep, value, -torch.inf))
