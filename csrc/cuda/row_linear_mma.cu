@@ -166,11 +166,13 @@ int launch_variant(const RowLinearArgs& args, void* stream) {
   constexpr int kShared = S::kStages * S::kStageBytes + S::kFixedBytes;
   const int items = (args.plan.blocks + kBlocks - 1) / kBlocks * args.row_tiles;
   const int grid = kPrefill ? (items < args.num_sms ? items : args.num_sms) : args.plan.grid;
-  return launch(row_linear_mma<kTokens, kPrefill, kBlocks>, args, grid, S::kThreads, kShared, stream, device_info());
+  const auto kernel = row_linear_mma<kTokens, kPrefill, kBlocks>;
+  return launch(kernel, args, grid, S::kThreads, kShared, stream, device_info());
 }
 
 template <int kBlocks>
-int launch_tokens(const RowLinearArgs& args, int tokens, void* stream) {
+int launch_tokens(const RowLinearArgs& args, int tokens, bool prefill, void* stream) {
+  if (prefill) return launch_variant<kTokensMma.prefill, true, kBlocks>(args, stream);
   switch (tokens) {
     case 16: return launch_variant<16, false, kBlocks>(args, stream);
     case 32: return launch_variant<32, false, kBlocks>(args, stream);
@@ -183,9 +185,7 @@ int launch_tokens(const RowLinearArgs& args, int tokens, void* stream) {
 
 int launch_row_linear_mma(const RowLinearArgs& args, int tokens, bool prefill, void* stream) {
   const bool pair = args.plan.blocks_per_tile == 2;
-  if (prefill)
-    return pair ? launch_variant<kTokensMma.prefill, true, 2>(args, stream) : launch_variant<kTokensMma.prefill, true, 1>(args, stream);
-  return pair ? launch_tokens<2>(args, tokens, stream) : launch_tokens<1>(args, tokens, stream);
+  return pair ? launch_tokens<2>(args, tokens, prefill, stream) : launch_tokens<1>(args, tokens, prefill, stream);
 }
 
 }  // namespace orthrus::cuda

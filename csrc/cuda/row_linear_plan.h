@@ -50,12 +50,10 @@ struct RowLinearPlan {
 struct RowLinearArgs {
   RowLinearParams p;
   RowLinearPlan plan;
-  int32_t row_tiles_ar;   // row tiles of `tokens` rows, the AR view's first; no tile holds both views
+  int32_t row_tiles_ar;  // row tiles of `tokens` rows, the AR view's first; no tile holds both views
   int32_t row_tiles;
   int32_t num_sms;
-  int32_t num_stages;     // of the shared-memory ring
-  int32_t prefetch_steps; // units that are brought to L2 beyond the ring, before the previous kernel has finished
-  int32_t trigger_steps;  // the next kernel may start when this many of a CTA's loads remain
+  int32_t num_stages;    // of the shared-memory ring
 
   __device__ bool is_diff(int row_tile) const { return row_tile >= row_tiles_ar; }
   __device__ int row_begin(int row_tile, int tokens) const {

@@ -2,8 +2,8 @@
 // copies, one or two warpgroups multiply them with wgmma as they land (features are M, tokens N).
 //
 // The ring is filled, and some more brought to L2, before waiting for the previous kernel (weights do not depend
-// on it), and the next kernel is let in shortly before this one's last loads: the memory bus stays busy across
-// kernel boundaries. That needs two CTAs to fit an SM, hence the shared-memory budget.
+// on it), and the next kernel is let in with this one's last load, not sooner, lest its loads hold up ours: the
+// memory bus stays busy across kernel boundaries. That needs two CTAs to fit an SM, hence the shared-memory budget.
 #include "orthrus/launch.cuh"
 #include "orthrus/sm90.cuh"
 #include "row_linear_finish.cuh"
@@ -13,9 +13,6 @@ namespace {
 
 constexpr int kMaxStages = 16;
 constexpr int kSharedPerSm = 227 * 1024;
-// From a kernel's last load to its successor's first free stage pass several microseconds: more than
-// the stages can absorb at 24 KB a microsecond and SM. This much more waits in L2.
-constexpr int kPrefetchBytes = 96 * 1024;
 
 template <int kTokens>
 __host__ __device__ constexpr int stage_bytes(int blocks) {
@@ -40,6 +37,11 @@ constexpr int fixed_shared(int blocks, int tokens, bool argmax) {
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// From a kernel's last load to its successor's first free stage pass several microseconds: more than the stages can
+// absorb at 24 KB a microsecond and SM. So L2 is filled this much further ahead of them, all along: when the successor
+// starts at last, its reads from L2 catch up while memory goes on.
+constexpr int kPrefetchBytes = 96 * 1024;
 
 struct Ring {
   uint8_t* stages;
@@ -145,15 +147,19 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
                 &ring.full[stage]);
   };
 
+  // Steps brought to L2 before they are loaded; prefill, with one CTA an SM and reuse in L2, does without.
+  const int lead = kPrefill ? 0 : kPrefetchBytes / (blocks * kBlockBytes);
+  auto prefetch = [&](Position& at) {
+    for (int b = 0; b < blocks; ++b) bulk_prefetch(at.source + b * block_stride, kBlockBytes, policy);
+    at.advance();
+  };
+
   const int ahead = min(total, ring.num_stages);
-  Position next(walk), first(walk);
+  Position first(walk), next(walk);
   for (int step = 0; step < ahead; ++step, next.advance()) load_weight(next, step);
   if (total == ahead) pdl_launch_dependents();
-  if (!kPrefill) {
-    Position later(next);
-    for (int step = ahead; step < min(total, ahead + args.prefetch_steps); ++step, later.advance())
-      for (int b = 0; b < blocks; ++b) bulk_prefetch(later.source + b * block_stride, kBlockBytes, policy);
-  }
+  Position later(next);
+  for (int step = ahead; step < min(total, ahead + lead); ++step) prefetch(later);
   pdl_wait();
   for (int step = 0; step < ahead; ++step, first.advance()) load_x(first, step);
   Cursor cursor;
@@ -161,7 +167,8 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
     barrier_wait(&ring.empty[cursor.stage], cursor.parity);
     load_weight(next, cursor.stage);
     load_x(next, cursor.stage);
-    if (step == max(ahead, total - args.trigger_steps)) pdl_launch_dependents();
+    if (step == total - 1) pdl_launch_dependents();
+    if (lead > 0 && step + lead < total) prefetch(later);
     cursor.advance(ring.num_stages);
   }
 }
@@ -328,8 +335,6 @@ int launch_variant(const RowLinearArgs& plain, void* stream) {
   const int ctas = ctas_per_sm(kTokens, kPrefill);
   const int budget = kSharedPerSm / ctas - (ctas - 1) * 1024;
   args.num_stages = min((budget - fixed) / stage_bytes<kTokens>(blocks), kMaxStages);
-  args.trigger_steps = args.num_stages;
-  args.prefetch_steps = kPrefetchBytes / (blocks * kBlockBytes);
   const int shared = fixed + args.num_stages * stage_bytes<kTokens>(blocks);
 
   const auto kernel = row_linear_sm90<kTokens, kPrefill>;
@@ -339,7 +344,8 @@ int launch_variant(const RowLinearArgs& plain, void* stream) {
     return error;
   int grid = args.plan.grid;
   if (kPrefill) grid = min(args.num_sms, (args.plan.blocks + 1) / 2 * args.row_tiles);
-  return launch(kernel, params, grid, blocks * kGroupThreads + producer_threads(kPrefill), shared, stream, device_info());
+  const int threads = blocks * kGroupThreads + producer_threads(kPrefill);
+  return launch(kernel, params, grid, threads, shared, stream, device_info());
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Twin of csrc/include/orthrus/sm90.cuh for host-compiled kernels. Copies land late and one at a time,
-// onto poison; a wgmma reads shared memory only when its group is waited for: a stage that is read
+// Twin of csrc/include/orthrus/sm90.cuh for host-compiled kernels. Copies land late, one at a time,
+// oldest or newest first, onto poison; a wgmma reads shared memory only when its group is waited for: a stage that is read
 // too early or released too soon gives a wrong result.
 #pragma once
 #include <functional>
@@ -70,7 +70,10 @@ inline void barrier_wait(uint64_t* barrier, int parity) {
   cuda_host::poll([&] {
     if (cuda_host::transactions[barrier].parity != parity) return true;
     auto& copies = cuda_host::copies_in_flight;
-    if (!copies.empty()) {
+    if (!copies.empty() && cuda_host::descending) {
+      copies.back()();
+      copies.pop_back();
+    } else if (!copies.empty()) {
       copies.front()();
       copies.pop_front();
     }
