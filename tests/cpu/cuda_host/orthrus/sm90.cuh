@@ -1,6 +1,6 @@
-// Twin of csrc/include/orthrus/sm90.cuh for host-compiled kernels. Copies land late, one at a time,
-// oldest or newest first, onto poison; a wgmma reads shared memory only when its group is waited for: a stage that is read
-// too early or released too soon gives a wrong result.
+// Twin of csrc/include/orthrus/sm90.cuh for host-compiled kernels. Copies land late, one at a time, oldest or newest
+// first, onto poison; a wgmma reads shared memory only when its group is waited for: a stage that is read too early
+// or released too soon gives a wrong result.
 #pragma once
 #include <functional>
 
