@@ -305,6 +305,66 @@ def consensus(
         run(state, partials, step, next_pass, rows_next, mask_token_id)
 
 
+def process_logits(
+    logits, temperature, top_k, top_p, min_p, seed, position, purpose, choice, *, log_probs=None,
+    penalties=None, token_counts=None, bias_ids=None, bias_values=None, stop_ids=None, min_position=None,
+) -> None:  # fmt: skip
+    """One token per row: a draw from the filtered distribution, or the largest logit where ``temperature`` is 0.
+
+    Steps, all in fp32: NaN counts as -inf; penalties; bias; stop mask; division by the temperature; keep the ``top_k``
+    largest (0: all); of those the shortest sorted prefix with mass >= ``top_p`` (1: all); of those what is at least
+    ``min_p`` times as likely as the best. The choice is the argmax over kept tokens of y plus Gumbel noise, ties to the
+    lowest id. The noise is a function of (seed, position, purpose, token id) alone: see
+    :func:`orthrus_rt.reference.exponential`.
+
+    Args:
+        logits: fp32 ``[num_rows, vocab_size]``; its contents are undefined afterwards.
+        temperature, top_p, min_p: fp32 ``[num_rows]``. top_k: int32 ``[num_rows]``. seed: int64 ``[num_rows]``.
+        position: int32 ``[num_rows]``, that of the token to be chosen.
+        purpose: int >= 0; rows that must not share noise differ in it.
+        choice: int32 ``[num_rows]``, MUTATED.
+        log_probs: None, or fp32 like ``logits``, MUTATED: log of the filtered distribution.
+        penalties: None, or fp32 ``[num_rows, 3]``: repetition, presence, frequency, with ``token_counts`` int32
+            ``[num_rows, vocab_size]``: times generated, -1 for tokens of the prompt alone.
+        bias_ids, bias_values: None, or int32 and fp32 ``[num_rows, n]``; id -1 pads.
+        stop_ids, min_position: None, or int32 ``[num_rows, n]`` (-1 pads) and int32 ``[num_rows]``: these ids cannot be
+            chosen at positions below.
+    """
+    op, device = "process_logits", logits.device
+    n, vocab = logits.shape
+    _tensor(op, "logits", logits, (n, vocab), torch.float32, device)
+    for name, tensor, dtype in (
+        ("temperature", temperature, torch.float32), ("top_k", top_k, torch.int32), ("top_p", top_p, torch.float32),
+        ("min_p", min_p, torch.float32), ("seed", seed, torch.int64), ("position", position, torch.int32),
+        ("choice", choice, torch.int32),
+    ):  # fmt: skip
+        _tensor(op, name, tensor, (n,), dtype, device)
+    if purpose < 0:
+        raise ValueError(f"{op}: purpose must be >= 0, got {purpose}")
+    if log_probs is not None:
+        _tensor(op, "log_probs", log_probs, (n, vocab), torch.float32, device)
+    f32, i32 = torch.float32, torch.int32
+    _pair(op, "penalties", penalties, (n, 3), f32, "token_counts", token_counts, (n, vocab), i32, device)
+    _pair(op, "bias_ids", bias_ids, (n, None), i32, "bias_values", bias_values, (n, None), f32, device)
+    _pair(op, "stop_ids", stop_ids, (n, None), i32, "min_position", min_position, (n,), i32, device)
+    if n:
+        _choose(op, device, torch.float32)(
+            logits, temperature, top_k, top_p, min_p, seed, position, purpose, choice, log_probs=log_probs,
+            penalties=penalties, token_counts=token_counts, bias_ids=bias_ids, bias_values=bias_values,
+            stop_ids=stop_ids, min_position=min_position,
+        )  # fmt: skip
+
+
+def _pair(op, name_a, a, shape_a, dtype_a, name_b, b, shape_b, dtype_b, device) -> None:
+    """Two optional tensors that come together or not at all."""
+    if (a is None) != (b is None):
+        given, missing = (name_a, name_b) if b is None else (name_b, name_a)
+        raise ValueError(f"{op}: {missing} must be given with {given}, got None")
+    if a is not None:
+        _tensor(op, name_a, a, shape_a, dtype_a, device)
+        _tensor(op, name_b, b, shape_b, dtype_b, device)
+
+
 def workspace_bytes(
     device, dtype, *, max_rows, max_groups, num_heads_q, head_dim, max_seq_len, linear_shapes
 ) -> tuple[int, int]:
