@@ -71,18 +71,12 @@ inline __attribute__((noinline)) void multiply_tile(const bf16_t* x, int64_t x_s
 
 using MultiplyTile = void (*)(const bf16_t*, int64_t, const bf16_t*, int64_t, Ahead, float*);
 
+template <int kRows = kTileRows>
 ORTHRUS_INLINE MultiplyTile multiply_tile_of(int64_t rows) {
-#if defined(ORTHRUS_ISA_avx512_bf16)
-  constexpr MultiplyTile kTiles[] = {multiply_tile<1>, multiply_tile<2>,  multiply_tile<3>,  multiply_tile<4>,
-                                     multiply_tile<5>, multiply_tile<6>,  multiply_tile<7>,  multiply_tile<8>,
-                                     multiply_tile<9>, multiply_tile<10>, multiply_tile<11>, multiply_tile<12>};
-#elif defined(ORTHRUS_ISA_avx2)
-  constexpr MultiplyTile kTiles[] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>};
-#else
-  constexpr MultiplyTile kTiles[] = {multiply_tile<1>};
-#endif
-  static_assert(sizeof kTiles / sizeof kTiles[0] == kTileRows);
-  return kTiles[rows - 1];
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return multiply_tile_of<kRows - 1>(rows);
+  }
+  return multiply_tile<kRows>;
 }
 
 // Writes `count` lanes of v, rounded, at out; adds `residual` first if there is one (it may alias out).

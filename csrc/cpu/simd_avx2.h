@@ -4,8 +4,8 @@
 namespace orthrus::cpu::avx2 {
 
 // Rows of the register tile of row_linear (times 32 outputs) and queries of those of dual_attn.
-constexpr int kTileRows = 3;
-constexpr int kTileQueries = 1;
+constexpr int kTileRows = 4;
+constexpr int kTileQueries = 2;
 
 struct Vec {
   __m256 lo, hi;

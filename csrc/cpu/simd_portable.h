@@ -3,8 +3,8 @@
 namespace orthrus::cpu::portable {
 
 // Rows of the register tile of row_linear (times 32 outputs) and queries of those of dual_attn.
-constexpr int kTileRows = 1;
-constexpr int kTileQueries = 1;
+constexpr int kTileRows = 8;
+constexpr int kTileQueries = 2;
 
 struct Vec {
   float lane[16];
