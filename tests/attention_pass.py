@@ -73,7 +73,7 @@ class Pass:
         self.lengths = {}
         for g, a, b in zip(groups, starts, starts[1:], strict=False):
             self.lengths[g.seq] = max([self.lengths.get(g.seq, 0), *prefix[a:b]])
-        self.max_seq_len = max_seq_len or max(64, *self.lengths.values())
+        self.max_seq_len = max_seq_len or max([64, *self.lengths.values()])
         self._fill_cache(first_page)
 
     def _rows(self, what, heads, first):
