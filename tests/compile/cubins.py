@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,16 +63,17 @@ def report(source: str, arch: str) -> str:
     if kept.exists():
         return kept.read_text()
     kept.parent.mkdir(parents=True, exist_ok=True)
-    command = [nvcc(), *FLAGS, f"-arch={arch}", "-o", str(kept.with_suffix(".cubin")), str(ROOT / source)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{source} does not compile for {arch}:\n{done.stderr}")
-    for old in kept.parent.glob(f"{Path(source).stem}-{arch}-*.txt"):
-        old.unlink(missing_ok=True)
-    kept.with_suffix(".cubin").unlink()
-    partial = kept.with_suffix(".partial")
-    partial.write_text(done.stderr)
-    partial.rename(kept)
+    # Two runs of this tier may share the build folder, so each writes elsewhere and renames at the end.
+    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+        command = [nvcc(), *FLAGS, f"-arch={arch}", "-o", f"{folder}/out.cubin", str(ROOT / source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{source} does not compile for {arch}:\n{done.stderr}")
+        for old in kept.parent.glob(f"{Path(source).stem}-{arch}-*.txt"):
+            old.unlink(missing_ok=True)
+        finished = Path(folder) / "report.txt"
+        finished.write_text(done.stderr)
+        finished.rename(kept)
     return done.stderr
 
 
