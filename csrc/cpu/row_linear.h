@@ -21,7 +21,7 @@ struct Ahead {
   int64_t lines;
 };
 // Distance at which a lone tile, which reads each weight once, runs ahead of itself.
-constexpr int kAheadBytes = 8192;
+constexpr int kAheadBytes = 16384;
 constexpr int kLineElements = 32;
 
 // acc[r][0 ... 31] of kRows rows against one strip.

@@ -132,7 +132,8 @@ ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
   return __builtin_ctz(static_cast<uint32_t>(lo | (hi << 8)) | 0x10000u);
 }
 
-ORTHRUS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// Into L2: what is needed soon, but not before what L1 holds now.
+ORTHRUS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are `stride` words apart.
 ORTHRUS_INLINE void transpose16(const uint32_t* const* in, uint32_t* out, int64_t stride) {
