@@ -149,8 +149,11 @@ class Engine:
         draft_len = self.draft_len if draft_len is None else self._check_draft_len(draft_len)
         return mode, 1 if mode == "ar" else draft_len + 1
 
-    def _make_request(self, prompt_ids, params: SamplingParams | None, request_id: str | None = None) -> Request:
-        return make_request(prompt_ids, params or SamplingParams(), request_id, self.config, self.max_seq_len)
+    def _make_request(self, prompt_ids, params: SamplingParams | None, mode: str, request_id=None) -> Request:
+        request = make_request(prompt_ids, params or SamplingParams(), request_id, self.config, self.max_seq_len)
+        if request.rejection and mode != "two_pass":
+            raise ValueError(f"acceptance='rejection' belongs to mode two_pass alone, got mode {mode!r}")
+        return request
 
     @contextlib.contextmanager
     def _exclusive(self):
@@ -180,7 +183,7 @@ class Engine:
             ValueError: the prompt or the parameters cannot be served, or the id is in use.
         """
         with self._exclusive():
-            request = self._make_request(prompt_ids, params, request_id)
+            request = self._make_request(prompt_ids, params, self._plan[0], request_id)
             if request.request_id in self._submitted:
                 raise ValueError(f"request_id must be unused, got {request.request_id!r} twice")
             self._submitted[request.request_id] = request
@@ -364,7 +367,8 @@ class Engine:
             raise ValueError(f"params: expected one or {len(prompt_ids)}, got {len(each)}")
         from tqdm import tqdm
 
-        requests = [self._make_request(ids, p) for ids, p in zip(prompt_ids, each, strict=True)]
+        chosen, _ = self._make_plan(mode, draft_len)
+        requests = [self._make_request(ids, p, chosen) for ids, p in zip(prompt_ids, each, strict=True)]
         with self._planned(mode, draft_len), tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
             for _ in self._run(requests):
                 bar.update(sum(r.finish_reason is not None for r in requests) - bar.n)
@@ -375,8 +379,8 @@ class Engine:
 
         Arguments are checked now, not at the first piece. Closing the iterator aborts the request.
         """
-        request = self._make_request(prompt_ids, params)
-        self._make_plan(mode, draft_len)
+        chosen, _ = self._make_plan(mode, draft_len)
+        request = self._make_request(prompt_ids, params, chosen)
         return self._stream(request, mode, draft_len)
 
     def _stream(self, request: Request, mode, draft_len) -> Iterator[RequestOutput]:

@@ -18,9 +18,10 @@ from orthrus_rt import state as st
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import Rows, empty_rows
-from orthrus_rt.state import SlotState
+from orthrus_rt.state import SlotSampling, SlotState
 
 MODES = ("ar", "two_pass")
+COUPLED = 0  # purpose of the noise that both views share
 
 
 @dataclass
@@ -76,15 +77,19 @@ class Cycle:
     ``two_pass`` is draft then verify, ``ar`` a verification without drafts: modes differ in their rows alone.
 
     Args:
+        sampling: None for greedy slots alone: choices come from partial maxima, no logits are materialised. Else the
+            slots' sampling parameters.
         activations, workspace: shared with every other cycle; large enough for ``num_slots * block_len`` rows.
     """
 
     def __init__(
-        self, model: Model, kv: PagedKvCache, state: SlotState, mode: str, *, activations, workspace, max_seq_len
-    ):
+        self, model: Model, kv: PagedKvCache, state: SlotState, mode: str, *, sampling, activations, workspace,
+        max_seq_len,
+    ):  # fmt: skip
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self.model, self.kv, self.state, self.mode = model, kv, state, mode
+        self.sampling: SlotSampling | None = sampling
         self.activations: Activations = activations
         self.workspace: Workspace = workspace
         self.max_seq_len = max_seq_len
@@ -103,6 +108,23 @@ class Cycle:
         """Stage the first pass's rows from the state as it is."""
         self._consensus(st.STEP_STAGE, (None, None), self.passes[0])
 
+    def logits(self, p: Pass) -> torch.Tensor:
+        """Forward pass ``p`` and materialise the logits of its choices: fp32 ``[len(p.logit_rows), vocab_size]``."""
+        out = torch.empty(
+            len(p.logit_rows), self.model.config.vocab_size, dtype=torch.float32, device=self.model.device
+        )
+        self.forward(p, "logits", out)
+        return out
+
+    def sample(self, p: Pass, logits: torch.Tensor) -> torch.Tensor:
+        """Coupled choices int32 ``[len(p.logit_rows)]``: each row chooses the token after its own position."""
+        slots = p.rows.seq[p.logit_rows].long()
+        position = p.rows.position[p.logit_rows] + 1
+        choice = torch.empty_like(position)
+        *filters, seed = self.sampling.rows(slots)
+        ops.process_logits(logits, *filters, seed, position, COUPLED, choice)
+        return choice
+
     def take(self, p: Pass, partials) -> None:
         """Take the choices of pass ``p`` and stage the pass after it, if there is one."""
         following = self.passes.index(p) + 1
@@ -113,14 +135,17 @@ class Cycle:
         ops.consensus(self.state, partials, step, kind, rows, self.model.config.mask_token_id)
 
     def run_eager(self) -> None:
-        """One greedy cycle of every running slot, op by op."""
+        """One cycle of every running slot, op by op."""
         self.stage_first()
         for p in self.passes:
-            self.forward(p, "argmax", p.partials)
-            self.take(p, p.partials)
+            if self.sampling is None:
+                self.forward(p, "argmax", p.partials)
+                self.take(p, p.partials)
+            else:
+                self.take(p, (None, self.sample(p, self.logits(p))[:, None]))
 
     def run(self) -> None:
-        """One greedy cycle of every running slot: a replay where this device can record one.
+        """One cycle of every running slot: a replay where this device can record one.
 
         The first call runs eagerly (which also warms the kernels up) and then records.
         """
@@ -148,4 +173,5 @@ class Cycle:
 
     def _all_native_cpu(self) -> bool:
         used = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus")
-        return all(dispatch.select(op, self.model.device, self.model.dtype) == "cpu" for op in used)
+        device, dtype = self.model.device, self.model.dtype
+        return self.sampling is None and all(dispatch.select(op, device, dtype) == "cpu" for op in used)

@@ -165,7 +165,7 @@ def dual_attn(
 
 def consensus(state, partials, step, next_pass, rows_next, mask_token_id):
     value, index = partials
-    _need_cuda("consensus", "block_len", state.block_len, range(257), index.device)
+    _need_cuda("consensus", "block_len", state.block_len, range(257), state.finish.device)
     params = dispatch.native().ConsensusParams(
         partial_value=ptr(value),
         partial_id=ptr(index),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 import uuid
 
@@ -22,8 +23,12 @@ class Request:
             request_id, prompt, params, stop_ids, limit,
         )  # fmt: skip
         self.tokens: list[int] = []
-        self.sampler = None if params.greedy else RejectionSampler(params)
-        self.stats = Stats("", 0, len(prompt), seed=self.sampler and self.sampler.seed)
+        seed = None
+        if not params.greedy:
+            seed = secrets.randbits(62) if params.seed is None else params.seed
+        by_rejection = seed is not None and params.acceptance == "rejection"
+        self.rejection = RejectionSampler(params, seed) if by_rejection else None
+        self.stats = Stats("", 0, len(prompt), seed=seed)
         self.finish_reason: str | None = None
         self.arrival = -1
         self.slot: int | None = None

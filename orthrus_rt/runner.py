@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from orthrus_rt import ops, reference
+from orthrus_rt import ops
 from orthrus_rt import state as st
-from orthrus_rt.graph import Cycle, Pass
+from orthrus_rt.graph import COUPLED, Cycle, Pass
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import prefill_rows
 from orthrus_rt.scheduler import Request
-from orthrus_rt.state import SlotState
+from orthrus_rt.state import SlotSampling, SlotState
 
 PREFILL_CHUNK = 512  # prompt tokens per prefill pass
 RESULTS = ("num_output", "finish", "num_accepted", "output")  # what the host reads of every slot
@@ -52,23 +52,25 @@ class Runner:
             dtype=model.dtype,
         )  # fmt: skip
         self.state = SlotState.allocate(num_slots, block_len, max(64, 4 * block_len), max_stop_ids, model.device)
+        self.sampling = SlotSampling.allocate(num_slots, model.device)
         chunk = min(PREFILL_CHUNK, max_seq_len)
         self.activations = Activations(model, max(chunk, num_slots * block_len), num_slots * block_len)
         self.workspace = Workspace.allocate(
             model, max_rows=max(chunk, num_slots * block_len), max_groups=num_slots, max_seq_len=max_seq_len
         )
         self.flights: list[Flight] = []
-        self._cycles: dict[tuple[str, int, int], Cycle] = {}
+        self._cycles: dict[tuple[str, int, int, bool], Cycle] = {}
         self._mailboxes: dict[int, list[dict[str, torch.Tensor]]] = {}
 
-    def cycle(self, mode: str, block_len: int, num_slots: int) -> Cycle:
+    def cycle(self, mode: str, block_len: int, num_slots: int, greedy: bool = True) -> Cycle:
         """The cycle of the smallest batch bucket (a power of two) with ``num_slots`` slots; built on first use."""
         bucket = min(1 << (num_slots - 1).bit_length(), self.num_slots)
-        key = (mode, block_len, bucket)
+        key = (mode, block_len, bucket, greedy)
         if key not in self._cycles:
             self._cycles[key] = Cycle(
-                self.model, self.kv, self.state.view(slice(0, bucket), block_len), mode, activations=self.activations,
-                workspace=self.workspace, max_seq_len=self.max_seq_len,
+                self.model, self.kv, self.state.view(slice(0, bucket), block_len), mode,
+                sampling=None if greedy else self.sampling, activations=self.activations, workspace=self.workspace,
+                max_seq_len=self.max_seq_len,
             )  # fmt: skip
         return self._cycles[key]
 
@@ -87,6 +89,12 @@ class Runner:
         stop = torch.full((state.stop_ids.shape[1],), -1, dtype=torch.int32)
         stop[: len(request.stop_ids)] = torch.tensor(request.stop_ids, dtype=torch.int32)
         state.stop_ids[slot] = stop.to(state.stop_ids.device)
+        params, sampling = request.params, self.sampling
+        sampling.temperature[slot] = params.temperature
+        sampling.top_k[slot] = params.top_k
+        sampling.top_p[slot] = params.top_p
+        sampling.min_p[slot] = params.min_p
+        sampling.seed[slot] = request.stats.seed or 0
 
     def clear(self, slot: int) -> None:
         """The slot's rows are invalid from the next cycle on."""
@@ -95,7 +103,7 @@ class Runner:
     def move(self, source: int, target: int, block_len: int) -> None:
         """Carry a slot's state over; its pages are moved by the scheduler."""
         view = self.state.view(slice(None), block_len)
-        for tensor in vars(view).values():
+        for tensor in (*vars(view).values(), *vars(self.sampling).values()):
             tensor[target] = tensor[source]
         self.clear(source)
 
@@ -111,8 +119,8 @@ class Runner:
         last = first + len(chunk) == len(request.to_prefill)
         wants_choice = last and not request.tokens
         picked = torch.tensor([len(chunk) - 1], dtype=torch.int32, device=self.model.device) if wants_choice else None
-        out = self._buffers(1, request.sampler is not None)
-        self._forward(prefill_rows(tokens, first, slot), picked, request.sampler is not None, out)
+        out = self._buffers(1, not request.params.greedy)
+        self._forward(prefill_rows(tokens, first, slot), picked, not request.params.greedy, out)
         request.prefilled += len(chunk)
         if last:
             view = self.state.view(slice(slot, slot + 1), block_len)
@@ -129,9 +137,16 @@ class Runner:
         if not self.lag and not bool(value.max().isfinite()):  # reading it would stall a device that runs ahead
             raise FloatingPointError("prefill: the logits are not finite; are the weights?")
         partials = out
-        if request.sampler is not None:
-            ids = request.sampler.verify(value, [], len(request.prompt))
-            partials = (None, ids.to(value.device)[:, None].contiguous())
+        if request.rejection is not None:
+            ids = request.rejection.verify(value, [], len(request.prompt))
+            partials = (None, ids.to(value.device)[:, None])
+        elif not request.params.greedy:
+            slot = torch.tensor([request.slot], device=value.device)
+            position = torch.tensor([len(request.prompt)], dtype=torch.int32, device=value.device)
+            choice = torch.empty_like(position)
+            *filters, seed = self.sampling.rows(slot)
+            ops.process_logits(value, *filters, seed, position, COUPLED, choice)
+            partials = (None, choice[:, None])
         ops.consensus(view, partials, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id)
 
     def _buffers(self, rows: int, logits: bool):
@@ -162,34 +177,34 @@ class Runner:
 
     def decode(self, requests: list[Request], mode: str, block_len: int) -> None:
         """Launch one cycle for the running slots, which ``requests`` hold."""
-        cycle = self.cycle(mode, block_len, 1 + max(r.slot for r in requests))
-        if all(r.sampler is None for r in requests):
-            cycle.run()
+        greedy = all(r.params.greedy for r in requests)
+        cycle = self.cycle(mode, block_len, 1 + max(r.slot for r in requests), greedy)
+        if any(r.rejection for r in requests):
+            self._rejection_cycle(cycle, requests)
         else:
-            self._sampled_cycle(cycle, requests)
+            cycle.run()
         self._post([(r.slot, r) for r in requests], cycle.state, len(cycle.passes), mode, block_len)
 
-    def _sampled_cycle(self, cycle: Cycle, requests: list[Request]) -> None:
-        """A cycle whose logits are materialised, for batches that hold a sampled request."""
+    def _rejection_cycle(self, cycle: Cycle, requests: list[Request]) -> None:
+        """A cycle in which some requests choose by the published rule, on the host; the others choose as ever."""
         cycle.stage_first()
         for p in cycle.passes:
-            logits, _ = self._buffers(len(p.logit_rows), True)
-            cycle.forward(p, "logits", logits)
-            ids = reference.first_argmax(logits).to(torch.int32).cpu()
-            for request in requests:
-                if request.sampler is not None:
-                    mine = slice(request.slot * p.per_slot, (request.slot + 1) * p.per_slot)
-                    choices = self._sampled_choices(cycle.state, p, request, logits[mine])
-                    ids[mine][: len(choices)] = choices
-            cycle.take(p, (None, ids.to(logits.device)[:, None].contiguous()))
+            logits = cycle.logits(p)
+            kept = {r: logits[r.slot * p.per_slot : (r.slot + 1) * p.per_slot].clone() for r in requests if r.rejection}
+            ids = cycle.sample(p, logits)
+            for request, mine in kept.items():
+                choices = self._rejection_choices(cycle.state, p, request, mine)
+                first = request.slot * p.per_slot
+                ids[first : first + len(choices)] = choices.to(ids.device)
+            cycle.take(p, (None, ids[:, None]))
 
-    def _sampled_choices(self, state: SlotState, p: Pass, request: Request, logits) -> torch.Tensor:
+    def _rejection_choices(self, state: SlotState, p: Pass, request: Request, logits) -> torch.Tensor:
         slot = request.slot
         position = int(state.cache_seqlens[slot]) + 1
         if p.step == st.STEP_DRAFT:
-            return request.sampler.draft(logits, position)
+            return request.rejection.draft(logits, position)
         drafts = state.block_tokens[slot, 1 : 1 + int(state.num_drafts[slot])].tolist()
-        return request.sampler.verify(logits, drafts, position)
+        return request.rejection.verify(logits, drafts, position)
 
     def _post(self, requests, state: SlotState, num_passes: int, mode: str, block_len: int) -> None:
         """Queue the slots' results for reading: a copy to pinned memory on CUDA, the state itself on the CPU."""

@@ -1,12 +1,14 @@
-"""Sampling parameters and the published rejection rule, by which two-pass decoding at temperature > 0 is
-lossless in distribution: accept a draft with probability min(1, p/q), else sample from the positive part
-of p - q; p and q are the AR and diffusion distributions after temperature, top-k, top-p and min-p.
-(Speculative sampling: Leviathan et al. 2023, Chen et al. 2023; arXiv 2605.12825 for this use.)
+"""Sampling parameters, and the published rejection rule.
+
+By default acceptance is *coupled*: at every position both views choose under the same noise, keyed by seed, position
+and token id, so decoding at temperature > 0 is as lossless as greedy decoding (that is ``process_logits``; nothing
+here is needed). The *rejection* rule is lossless in distribution: accept a draft with probability min(1, p/q), else
+sample from the positive part of p - q; p and q are the AR and diffusion distributions after temperature, top-k, top-p
+and min-p. (Speculative sampling: Leviathan et al. 2023, Chen et al. 2023; arXiv 2605.12825 for this use.)
 """
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +33,8 @@ class SamplingParams:
         seed: non-negative int below 2**63; None draws one, reported in ``stats.seed``.
         stop_token_ids: ids that end the sequence besides the model's own; they are part of the output.
         ignore_eos: do not stop at the model's own end-of-sequence ids.
+        acceptance: ``"coupled"``: a seed gives the same text in every mode and batch; or ``"rejection"``, the published
+            rule, in ``two_pass`` alone: lossless in distribution.
 
     Raises:
         ValueError: a value is out of its range.
@@ -44,6 +48,7 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    acceptance: str = "coupled"
 
     def __post_init__(self):
         object.__setattr__(self, "stop_token_ids", tuple(int(t) for t in self.stop_token_ids))
@@ -55,6 +60,7 @@ class SamplingParams:
             ("min_p", "in [0, 1)", 0 <= self.min_p < 1),
             ("seed", "None or in [0, 2**63)", self.seed is None or 0 <= self.seed < 2**63),
             ("stop_token_ids", "all >= 0", all(t >= 0 for t in self.stop_token_ids)),
+            ("acceptance", "'coupled' or 'rejection'", self.acceptance in ("coupled", "rejection")),
         )
         for name, expected, good in checks:
             if not good:
@@ -83,9 +89,8 @@ class RejectionSampler:
     consensus by comparing ids accepts exactly what the rule accepted.
     """
 
-    def __init__(self, params: SamplingParams, seed: int | None = None):
-        self.params = params
-        self.seed = params.seed if params.seed is not None else secrets.randbits(62) if seed is None else seed
+    def __init__(self, params: SamplingParams, seed: int):
+        self.params, self.seed = params, seed
         self._draft_probs: torch.Tensor | None = None
 
     def _probs(self, logits: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,31 @@ NEXT_NONE, NEXT_DRAFT, NEXT_VERIFY, NEXT_AR = 0, 1, 2, 3
 
 
 @dataclass
+class SlotSampling:
+    """Sampling parameters, each ``[num_slots]``, as ``process_logits`` takes them; temperature 0 is greedy.
+
+    A choice's noise is keyed by (seed, position, token id) alone and shared by both views, so a seed gives the same
+    text in every mode: a draft is accepted where the diffusion view, under the same noise, chose as the AR view does.
+    """
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    seed: torch.Tensor
+
+    @staticmethod
+    def allocate(num_slots: int, device) -> SlotSampling:
+        """All slots greedy."""
+        dtypes = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64)
+        return SlotSampling(*(torch.zeros(num_slots, dtype=dtype, device=device) for dtype in dtypes))
+
+    def rows(self, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The parameters of the rows whose slots are given, in the order of ``process_logits``."""
+        return tuple(tensor[slots] for tensor in vars(self).values())
+
+
+@dataclass
 class SlotState:
     """Decode state of ``num_slots`` sequences, every tensor int32 on one device.
 

@@ -3,6 +3,7 @@ exactly the tokens that it gets alone, and all pages come back. On a tiny bf16 m
 """
 
 import asyncio
+import dataclasses
 import random
 import threading
 
@@ -44,12 +45,15 @@ def alone(folder):
     return tokens
 
 
-def request(rng, longest=60):
-    """A random prompt and greedy parameters, sometimes with stop ids that many outputs contain."""
+def request(rng, longest=60, sampled_share=0.0):
+    """A random prompt; greedy or, at times, sampled; some with stop ids that many outputs contain."""
     prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))]
     stops = tuple(rng.sample(range(VOCAB), rng.choice((0, 0, 8))))
-    params = SamplingParams(max_new_tokens=rng.randint(1, 40), stop_token_ids=stops, ignore_eos=rng.random() < 0.5)
-    return prompt, params
+    sampled = {}
+    if rng.random() < sampled_share:
+        sampled = {"temperature": 0.8, "top_k": rng.choice((0, 5)), "seed": rng.randrange(1000)}
+    length = rng.randint(1, 40)
+    return prompt, SamplingParams(length, stop_token_ids=stops, ignore_eos=rng.random() < 0.5, **sampled)
 
 
 def drain(engine, got=None, after_step=lambda: None):
@@ -102,13 +106,14 @@ def test_the_cache_holds_the_same_bits_alone_or_batched(folder):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_arrivals_aborts_and_few_pages(folder, alone, seed):
-    """300 requests through 8 slots with pages for about three long ones: arrivals, aborts, preemption."""
+    """Requests through 8 slots with pages for about three long ones: arrivals, aborts, preemption."""
     rng = random.Random(seed)
     engine = make(folder, num_pages=6, mode="two_pass")
-    todo, jobs, got, aborted = 300, {}, {}, set()
+    sampled_share = 0.2 if seed == 0 else 0.0
+    todo, jobs, got, aborted = 60 if seed == 0 else 300, {}, {}, set()
     while todo or engine.has_unfinished():
         for _ in range(min(todo, rng.choice((0, 0, 1, 2, 12)))):
-            job = request(rng, longest=200)
+            job = request(rng, 200, sampled_share)
             jobs[engine.submit(*job)] = job
             todo -= 1
         for out in engine.step():
@@ -194,13 +199,16 @@ def test_first_come_first_served(folder):
 
 
 def test_greedy_beside_sampled(folder, alone):
-    """Per-request parameters in one batch; a sampled request repeats what its seed gives alone in the same mode."""
+    """Per-request parameters in one batch; coupled requests give what AR gives them alone, rejection repeats itself."""
     engine = make(folder, mode="two_pass")
-    sampled = SamplingParams(max_new_tokens=20, temperature=0.9, top_k=20, seed=5, ignore_eos=True)
     greedy = SamplingParams(max_new_tokens=20, ignore_eos=True)
-    want = engine.generate([7, 8, 9], sampled).token_ids
-    outs = engine.generate([[1, 2], [7, 8, 9], [3]], [greedy, sampled, greedy])
-    assert [o.token_ids for o in outs] == [alone([1, 2], greedy), want, alone([3], greedy)]
+    coupled = SamplingParams(max_new_tokens=20, temperature=0.9, top_k=20, seed=5, ignore_eos=True)
+    rejection = dataclasses.replace(coupled, acceptance="rejection")
+    outs = engine.generate([[1, 2], [7, 8, 9], [3]], [greedy, coupled, greedy])
+    assert [o.token_ids for o in outs] == [alone([1, 2], greedy), alone([7, 8, 9], coupled), alone([3], greedy)]
+    want = engine.generate([7, 8, 9], rejection).token_ids
+    outs = engine.generate([[1, 2], [7, 8, 9], [7, 8, 9]], [greedy, rejection, coupled])
+    assert [o.token_ids for o in outs] == [alone([1, 2], greedy), want, alone([7, 8, 9], coupled)]
 
 
 def test_a_callers_exception_inside_a_stream(folder, alone):

@@ -123,14 +123,29 @@ def test_stale_cache_changes_nothing(engine):
     assert greedy(engine, 30, mode="ar").token_ids == want
 
 
-@pytest.mark.parametrize("mode", ("ar", "two_pass"))
-def test_a_seed_repeats_itself(engine, mode):
-    params = SamplingParams(max_new_tokens=30, temperature=0.8, top_k=10, top_p=0.95, seed=7, ignore_eos=True)
-    a, b = (engine.generate(PROMPT, params, mode=mode) for _ in range(2))
-    assert a.token_ids == b.token_ids and a.stats.seed == 7
-    drawn = engine.generate(PROMPT, SamplingParams(max_new_tokens=30, temperature=0.8, ignore_eos=True), mode=mode)
-    again = SamplingParams(max_new_tokens=30, temperature=0.8, seed=drawn.stats.seed, ignore_eos=True)
-    assert engine.generate(PROMPT, again, mode=mode).token_ids == drawn.token_ids
+FILTERS = ({}, {"top_k": 10}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 12, "top_p": 0.95, "min_p": 0.01})
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_a_seed_gives_the_same_text_in_every_mode(engine, filters):
+    params = SamplingParams(max_new_tokens=24, temperature=0.9, seed=3, ignore_eos=True, **filters)
+    want = engine.generate(PROMPT, params, mode="ar")
+    assert want.stats.seed == 3
+    for draft_len in (1, 7):
+        got = engine.generate(PROMPT, params, mode="two_pass", draft_len=draft_len)
+        assert got.token_ids == want.token_ids
+        assert got.stats.tokens_per_cycle > 1.0
+    drawn = engine.generate(PROMPT, dataclasses.replace(params, seed=None))
+    again = dataclasses.replace(params, seed=drawn.stats.seed)
+    assert engine.generate(PROMPT, again, mode="ar").token_ids == drawn.token_ids
+
+
+def test_rejection_belongs_to_two_pass(engine):
+    params = SamplingParams(30, temperature=0.8, top_k=10, seed=7, ignore_eos=True, acceptance="rejection")
+    a, b = (engine.generate(PROMPT, params, mode="two_pass") for _ in range(2))
+    assert a.token_ids == b.token_ids
+    with pytest.raises(ValueError, match="acceptance='rejection' belongs to mode two_pass alone, got mode 'ar'"):
+        engine.generate(PROMPT, params, mode="ar")
 
 
 def test_top_k_one_is_greedy(engine):

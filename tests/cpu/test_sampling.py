@@ -22,7 +22,7 @@ SETTINGS = ({}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.
 
 def first_tokens(sampler_type, params, q_logits, trials=TRIALS):
     """The first token of ``trials`` cycles with one draft each, at distinct positions."""
-    sampler = sampler_type(params)
+    sampler = sampler_type(params, params.seed)
     compute, known = sampler._probs, {}
 
     def cached(logits):  # the same few logits every time
@@ -56,7 +56,7 @@ def test_first_token_has_the_ar_distribution(drafter, setting):
 
 def test_a_draft_equal_to_ar_is_always_accepted():
     params = SamplingParams(temperature=1.0, seed=1)
-    sampler = RejectionSampler(params)
+    sampler = RejectionSampler(params, params.seed)
     for position in range(200):
         draft = sampler.draft(P_LOGITS[:1], position).tolist()
         assert sampler.verify(P_LOGITS, draft, position).tolist()[0] == draft[0]
@@ -107,7 +107,7 @@ def test_noise_is_keyed_not_ordered():
 
 
 def test_nan_logits_raise():
-    sampler = RejectionSampler(SamplingParams(temperature=1.0, seed=0))
+    sampler = RejectionSampler(SamplingParams(temperature=1.0), 0)
     with pytest.raises(FloatingPointError, match="the logits contain NaN"):
         sampler.draft(torch.full((1, VOCAB), torch.nan), 0)
 
@@ -122,6 +122,7 @@ def test_nan_logits_raise():
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"min_p": 1.0}, r"min_p must be in \[0, 1\), got 1.0"),
         ({"seed": -3}, "seed must be None or in"),
+        ({"acceptance": "hope"}, "acceptance must be 'coupled' or 'rejection', got 'hope'"),
         ({"stop_token_ids": (-1,)}, "stop_token_ids must be all >= 0"),
     ],
 )
