@@ -147,7 +147,6 @@ void bind_cuda(py::module_ m) {
   bind_launcher(m, "dual_attn", &cuda::dual_attn);
   bind_launcher(m, "consensus", &cuda::consensus);
   m.def("isa", &cuda::isa);
-  m.def("isa", &cuda::isa);
   m.def("row_linear_workspace", &cuda::row_linear_workspace);
   m.def("row_linear_num_partials", &cuda::row_linear_num_partials);
   m.def("dual_attn_workspace", &cuda::dual_attn_workspace);

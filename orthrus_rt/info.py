@@ -31,13 +31,14 @@ def _cpu_name() -> str:
 
 
 def device_facts(device: torch.device) -> dict:
+    native = dispatch.native()
     if device.type == "cuda":
+        isa = native.cuda.isa() if hasattr(native, "cuda") else None
         p = torch.cuda.get_device_properties(device)
         return {
             "type": "cuda", "name": p.name, "capability": f"{p.major}.{p.minor}",
-            "memory_gib": round(p.total_memory / 2**30, 1),
+            "memory_gib": round(p.total_memory / 2**30, 1), "isa": isa,
         }  # fmt: skip
-    native = dispatch.native()
     isa = native.cpu.isa() if native else None
     return {"type": "cpu", "name": _cpu_name(), "isa": isa, "threads": torch.get_num_threads()}
 

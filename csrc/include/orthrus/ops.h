@@ -41,9 +41,6 @@ int32_t row_linear_num_partials(int32_t in_features, int32_t out_features);
 // Instructions that row_linear multiplies with on the current device: "sm90a" (wgmma), "sm80" (mma.sync, also
 // where ORTHRUS_CUDA_ISA asks for it) or "none". The two round alike but sum in different orders.
 const char* isa();
-// Instructions that row_linear multiplies with on the current device: "sm90a" (wgmma), "sm80" (mma.sync, also
-// where ORTHRUS_CUDA_ISA asks for it) or "none". The two round alike but sum in different orders.
-const char* isa();
 const char* error_string(int error);
 // Devices that a driver reports; 0 where there is no driver at all.
 int32_t device_count();
