@@ -22,7 +22,8 @@ int64_t partial_heads(int num_rows, int num_heads_q, int max_seq_len) {
 }
 
 int64_t workspace_bytes(int num_rows, int num_heads_q, int head_dim, int max_seq_len) {
-  return kCounterBytes + partial_heads(num_rows, num_heads_q, max_seq_len) * (head_dim * sizeof(float) + sizeof(float2));
+  const int64_t head_bytes = head_dim * sizeof(float) + sizeof(float2);
+  return kCounterBytes + partial_heads(num_rows, num_heads_q, max_seq_len) * head_bytes;
 }
 
 template <typename V>

@@ -152,6 +152,7 @@ class Block {
 
 }  // namespace cuda_host
 
+inline void __syncwarp() { cuda_host::Block::current().wait(cuda_host::Fiber::kWarp); }
 inline void __syncthreads() { cuda_host::Block::current().wait(cuda_host::Fiber::kBlock); }
 
 template <typename T>

@@ -1,0 +1,330 @@
+// The work of one CTA of dual_attn: a unit (see dual_attn_schedule.cuh) of one kv head, 16 or 32 query rows
+// a warp, over a run of tiles that all warps share.
+#pragma once
+#include "dual_attn_schedule.cuh"
+#include "dual_attn_tile.cuh"
+#include "orthrus/launch.cuh"
+
+namespace orthrus::cuda {
+
+struct DualAttnLaunch {
+  DualAttnParams p;
+  int32_t* next_item;     // work items handed out beyond the first of each CTA; zero between launches
+  float* partial;        // [num_splits + 1, num_rows, num_heads_q, head_dim] unnormalised; last: own block
+  float2* partial_state;  // [num_splits + 1, num_rows, num_heads_q] (top, total) of RowState
+  int num_splits;        // of max_seq_len
+  int heads_per_kv;
+  int units_per_group;
+  int num_units;
+  float scale_log2;      // softmax_scale * log2(e)
+};
+
+// How many results (prefix splits and own block) the row's output is folded from.
+__device__ __forceinline__ int num_results(const Rows& rows, int row) {
+  const bool own = row >= rows.num_rows_ar && row_is_valid(rows.position[row]);
+  return num_splits(rows.prefix_len[row]) + own;
+}
+
+__device__ __forceinline__ float inverse_total(float total) { return total > 0.f ? __frcp_rn(total) : 0.f; }
+
+template <int kHeadDim_, int kWarps_, int kFrags_, bool kFold_>
+struct Variant {
+  static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kFrags = kFrags_;
+  static constexpr bool kFold = kFold_;  // a CTA folds all splits of its unit; else one split a work item
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kTileM = 16 * kFrags * kWarps;
+  static constexpr int kTileBytes = kTileKv * kHeadDim * 2;
+  static constexpr int kQueryBytes = kTileM * kHeadDim * 2;
+  // Two stages of keys and values: more would leave no room for other CTAs, which hide latency better.
+  static constexpr int kSmemBytes = kQueryBytes + 2 * 2 * kTileBytes;
+};
+
+template <typename V>
+class Attention {
+ public:
+  __device__ Attention(const DualAttnLaunch& a, const uint8_t* smem) : a_(a), p_(a.p), smem_(shared_address(smem)) {}
+
+  // Warp-collective. The unit's rows are rows of a group x q heads of a kv head, flattened.
+  __device__ Unit read_unit(int u) const {
+    const Rows& rows = p_.rows;
+    const int group = u / a_.units_per_group, offset = u % a_.units_per_group * V::kTileM;
+    const int first = rows.group_start[group], num_rows = rows.group_start[group + 1] - first;
+    if (offset >= num_rows * a_.heads_per_kv) return {0, 0, 0, 0};
+    const int last = min(num_rows, (offset + V::kTileM - 1) / a_.heads_per_kv + 1);
+    int longest = 0;
+    for (int r = offset / a_.heads_per_kv + threadIdx.x % 32; r < last; r += 32)
+      longest = max(longest, rows.prefix_len[first + r]);
+    return {__reduce_max_sync(~0u, longest), first, rows.seq[first], num_rows};
+  }
+
+  __device__ bool has_block(int u) const { return u / a_.units_per_group >= p_.rows.num_groups_ar; }
+
+  // Attends over prefix tiles [first_tile, last_tile), and the group's own block if asked. Without kFold
+  // these are the tiles of one split, or the own block alone. Calls while_loading() in the shadow of the
+  // first copies.
+  template <typename WhileLoading>
+  __device__ void run(int u, const Unit& unit, int head, int first_tile, int last_tile, bool block,
+                      const WhileLoading& while_loading) {
+    unit_ = &unit;
+    head_ = head;
+    offset_ = u % a_.units_per_group * V::kTileM;
+    first_tile_ = first_tile;
+    num_prefix_ = last_tile - first_tile;
+    num_tiles_ = num_prefix_ + (block ? num_tiles(unit.num_rows) : 0);
+    if (num_prefix_ > 0) next_page_ = page_of(0);
+    read_rows();
+
+    __syncthreads();  // the previous item's last tile has been read
+    load_tile(0);
+    load_queries();
+    while_loading();
+
+    float mixed[V::kFrags][V::kHeadDim / 8][4], folded[V::kFold ? V::kFrags : 1][V::kFold ? V::kHeadDim / 8 : 1][4];
+    float folded_top[V::kFrags][2], folded_total[V::kFrags][2];
+    RowState state[V::kFrags];
+#pragma unroll
+    for (int f = 0; f < V::kFrags; ++f) {
+      clear(mixed[f]);
+      if constexpr (V::kFold) clear(folded[f]);
+      folded_top[f][0] = folded_top[f][1] = -INFINITY;
+      folded_total[f][0] = folded_total[f][1] = 0.f;
+      state[f] = empty_state();
+    }
+
+    for (int t = 0; t < num_tiles_; ++t) {
+      copy_wait<0>();
+      __syncthreads();  // tile t is there, and nobody reads tile t-1 any more
+      load_tile(t + 1);
+
+      const bool own = t >= num_prefix_;
+      int visible[V::kFrags][2];
+      bool some = false;
+#pragma unroll
+      for (int f = 0; f < V::kFrags; ++f) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          visible[f][i] = keys_seen(f, i, t, own);
+          some |= visible[f][i] > 0;
+        }
+      }
+      const bool needed = __any_sync(~0u, some);
+      const SharedAddress k = stage(t), v = k + V::kTileBytes;
+      uint32_t probs[V::kFrags][4][4];
+      if (needed) {
+        float scores[V::kFrags][8][4];
+        score_tile<V::kTileM, V::kHeadDim>(scores, smem_, first_row_of_warp(), k, lane());
+        const uint64_t keys = keys_of(t);
+#pragma unroll
+        for (int f = 0; f < V::kFrags; ++f) {
+          if (~keys || visible[f][0] < kTileKv || visible[f][1] < kTileKv)
+            mask_tile(scores[f], visible[f], keys, lane());
+          float decay[2];
+          softmax_tile(probs[f], scores[f], state[f], decay, a_.scale_log2);
+          decay_mixed<V::kHeadDim>(mixed[f], decay);
+        }
+      }
+      __syncwarp();  // else the compiler fetches values while the scores still fill the registers
+      if (needed) mix_tile<V::kHeadDim>(mixed, probs, v, lane());
+
+      if constexpr (V::kFold) {
+        if (t + 1 == num_tiles_ || t + 1 == num_prefix_ ||
+            (!own && split_of_tile(first_tile_ + t + 1) != split_of_tile(first_tile_ + t))) {
+#pragma unroll
+          for (int f = 0; f < V::kFrags; ++f) {
+            reduce_totals(state[f]);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const Fold step = fold_step(folded_top[f][i], state[f].top[i]);
+              folded_total[f][i] = fold(step, folded_total[f][i], state[f].total[i]);
+#pragma unroll
+              for (int j = 0; j < V::kHeadDim / 8; ++j) {
+#pragma unroll
+                for (int e = 2 * i; e < 2 * i + 2; ++e) folded[f][j][e] = fold(step, folded[f][j][e], mixed[f][j][e]);
+              }
+            }
+            clear(mixed[f]);
+            state[f] = empty_state();
+          }
+        }
+      }
+    }
+    copy_wait<0>();
+
+#pragma unroll
+    for (int f = 0; f < V::kFrags; ++f) {
+      if constexpr (!V::kFold) reduce_totals(state[f]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const Place at = place(f, i);
+        if (at.row < 0) continue;
+        if constexpr (V::kFold) {
+          write_output(folded[f], folded_total[f][i], at, i);
+        } else if (keys_seen(f, i, 0, num_prefix_ == 0) > 0) {
+          if (num_results(p_.rows, at.row) == 1) {
+            write_output(mixed[f], state[f].total[i], at, i);
+          } else {
+            write_partial(mixed[f], state[f], at, i, num_prefix_ == 0 ? a_.num_splits : split_of_tile(first_tile_));
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ static int lane() { return threadIdx.x % 32; }
+  __device__ static int warp() { return threadIdx.x / 32; }
+  __device__ static int first_row_of_warp() { return warp() * 16 * V::kFrags; }
+  __device__ SharedAddress stage(int t) const {
+    return smem_ + V::kQueryBytes + t % 2 * (2 * V::kTileBytes);
+  }
+
+  template <int kN>
+  __device__ static void clear(float (&x)[kN][4]) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[j][e] = 0.f;
+    }
+  }
+
+  __device__ int page_of(int t) const {
+    return p_.kv.page_table[static_cast<int64_t>(unit_->seq) * p_.kv.max_pages + first_tile_ + t];
+  }
+
+  // A row of the unit: which row of the pass it is, -1 if there is none, and which q head.
+  struct Place {
+    int row, head_q;
+  };
+  __device__ Place place(int m) const {
+    const int r = (offset_ + m) / a_.heads_per_kv;
+    return {r < unit_->num_rows ? unit_->first_row + r : -1,
+            head_ * a_.heads_per_kv + (offset_ + m) % a_.heads_per_kv};
+  }
+  // The row that this thread holds as number i of fragment f.
+  __device__ Place place(int f, int i) const { return place(first_row_of_warp() + f * 16 + lane() / 4 + 8 * i); }
+
+  __device__ void read_rows() {
+#pragma unroll
+    for (int f = 0; f < V::kFrags; ++f) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = place(f, i).row;
+        const bool valid = row >= 0 && row_is_valid(p_.rows.position[row]);
+        prefix_keys_[f][i] = row < 0 ? 0 : p_.rows.prefix_len[row] - first_tile_ * kTileKv;
+        if (V::kFold) {
+          block_keys_[f][i] = valid ? kTileKv : 0;
+        } else if (num_prefix_ == 0) {
+          prefix_keys_[f][i] = valid ? INT32_MAX : 0;
+        }
+      }
+    }
+  }
+
+  // How many keys of tile t, counted from its first, this row may see.
+  __device__ int keys_seen(int f, int i, int t, bool own) const {
+    return V::kFold && own ? block_keys_[f][i] : prefix_keys_[f][i] - t * kTileKv;
+  }
+
+  __device__ void load_queries() const {
+    constexpr int kChunks = V::kHeadDim / 8;
+#pragma unroll 1
+    for (int c = threadIdx.x; c < V::kTileM * kChunks; c += V::kThreads) {
+      const int m = c / kChunks, chunk = c % kChunks;
+      const Place at = place(m);
+      const int64_t head = static_cast<int64_t>(max(at.row, 0)) * p_.num_heads_q + at.head_q;
+      const SharedAddress dst = chunk_address(smem_, m, chunk) + chunk / 8 * (V::kTileM * 128);
+      copy16(dst, p_.q + head * V::kHeadDim + chunk * 8, at.row >= 0);
+    }
+    copy_commit();
+  }
+
+  // Warp-collective: bit c says that key c of tile t exists. What lies behind the longest prefix is
+  // unused cache and may hold anything.
+  __device__ uint64_t keys_of(int t) const {
+    if (t < num_prefix_) {
+      const int n = unit_->longest - (first_tile_ + t) * kTileKv;
+      return n >= kTileKv ? ~0ull : n <= 0 ? 0ull : ~0ull >> (kTileKv - n);
+    }
+    uint64_t keys = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = (t - num_prefix_) * kTileKv + half * 32 + lane();
+      const bool exists = key < unit_->num_rows && sees_block(p_.rows.position[unit_->first_row + key]);
+      keys |= static_cast<uint64_t>(__ballot_sync(~0u, exists)) << (half * 32);
+    }
+    return keys;
+  }
+
+  // Starts the copies of tile t, if there is one; keys that do not exist become zeros.
+  __device__ void load_tile(int t) {
+    if (t >= num_tiles_) return;
+    const uint64_t keys = keys_of(t);
+    if (t < num_prefix_) {
+      const int64_t base =
+          (static_cast<int64_t>(next_page_) * p_.kv.num_heads_kv + head_) * (kTileKv * V::kHeadDim);
+      if (t + 1 < num_prefix_) next_page_ = page_of(t + 1);
+      load_rows(stage(t), p_.kv.k_pages + base, V::kHeadDim, keys);
+      load_rows(stage(t) + V::kTileBytes, p_.kv.v_pages + base, V::kHeadDim, keys);
+    } else {
+      const int64_t key = unit_->first_row - p_.rows.num_rows_ar + (t - num_prefix_) * kTileKv;
+      const int64_t base = (key * p_.kv.num_heads_kv + head_) * V::kHeadDim;
+      const int64_t stride = static_cast<int64_t>(p_.kv.num_heads_kv) * V::kHeadDim;
+      load_rows(stage(t), p_.scratch_k + base, stride, keys);
+      load_rows(stage(t) + V::kTileBytes, p_.scratch_v + base, stride, keys);
+    }
+    copy_commit();
+  }
+
+  __device__ void load_rows(SharedAddress dst, const bf16_t* src, int64_t stride, uint64_t keys) const {
+    if (~keys) {
+      load_rows<false>(dst, src, stride, keys);
+    } else {
+      load_rows<true>(dst, src, stride, keys);
+    }
+  }
+
+  template <bool kAll>
+  __device__ void load_rows(SharedAddress dst, const bf16_t* src, int64_t stride, uint64_t keys) const {
+    constexpr int kChunks = V::kHeadDim / 8, kRowsAtOnce = V::kThreads / kChunks;
+    const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    const SharedAddress first = chunk_address(dst, row, chunk) + chunk / 8 * (kTileKv * 128);
+    src += row * stride + chunk * 8;
+#pragma unroll 8
+    for (int i = 0; i < kTileKv; i += kRowsAtOnce) {
+      copy16((first ^ (i & 7) * 16) + i * 128, src + i * stride, kAll || (keys >> (row + i) & 1));
+    }
+  }
+
+  template <int kN>
+  __device__ void write_output(const float (&mixed)[kN][4], float total, const Place& at, int i) const {
+    const int64_t head = static_cast<int64_t>(at.row) * p_.num_heads_q + at.head_q;
+    uint32_t* out = reinterpret_cast<uint32_t*>(p_.out + head * V::kHeadDim) + lane() % 4;
+    const float inverse = inverse_total(total);
+#pragma unroll
+    for (int j = 0; j < kN; ++j)
+      out[j * 4] = pack_bf16(__fmul_rn(mixed[j][2 * i], inverse), __fmul_rn(mixed[j][2 * i + 1], inverse));
+  }
+
+  template <int kN>
+  __device__ void write_partial(const float (&mixed)[kN][4], const RowState& state, const Place& at, int i,
+                                int slot) const {
+    const int64_t head =
+        (static_cast<int64_t>(slot) * p_.rows.num_rows + at.row) * p_.num_heads_q + at.head_q;
+    float2* out = reinterpret_cast<float2*>(a_.partial + head * V::kHeadDim) + lane() % 4;
+#pragma unroll
+    for (int j = 0; j < kN; ++j) out[j * 4] = float2{mixed[j][2 * i], mixed[j][2 * i + 1]};
+    if (lane() % 4 == 0) a_.partial_state[head] = float2{state.top[i], state.total[i]};
+  }
+
+  const DualAttnLaunch& a_;
+  const DualAttnParams& p_;
+  SharedAddress smem_;
+
+  const Unit* unit_;  // in shared memory
+  int head_, offset_, first_tile_, num_prefix_, num_tiles_, next_page_;
+  // Of the two rows that this thread holds of each fragment: prefix keys from the first tile on, and what
+  // it sees of each tile of its own block; 0 where there is no row.
+  int prefix_keys_[V::kFrags][2], block_keys_[V::kFrags][2];
+};
+
+}  // namespace orthrus::cuda
