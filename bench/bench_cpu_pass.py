@@ -9,6 +9,7 @@ recorded on a tape and replayed. Per-op columns time a tape of that op's calls a
 from __future__ import annotations
 
 import argparse
+import os
 from unittest import mock
 
 import torch
@@ -81,6 +82,7 @@ def main() -> None:
     kv.reserve(0, max_seq_len)
     bandwidth, weight_bytes = read_bandwidth(device), model.nbytes()["ar"]
     facts = header(device) | {
+        "load average": os.getloadavg()[0],
         "isa": cpu.isa(), "context": args.context, "weights": weight_bytes // 2, "read GB/s": bandwidth
     }  # fmt: skip
     table = []

@@ -55,7 +55,8 @@ void accept(const ConsensusParams& p, int32_t slot) {
   s.num_accepted[slot] = accepted;
   s.num_drafts[slot] = 0;
   const bool full = n + 1 + emitted >= s.limit[slot];
-  s.finish[slot] = static_cast<int32_t>(stopped ? FinishReason::kStop : full ? FinishReason::kLength : FinishReason::kRunning);
+  const auto unless_stopped = full ? FinishReason::kLength : FinishReason::kRunning;
+  s.finish[slot] = static_cast<int32_t>(stopped ? FinishReason::kStop : unless_stopped);
 }
 
 void stage(const ConsensusParams& p, int32_t slot) {

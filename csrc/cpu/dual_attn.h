@@ -185,12 +185,14 @@ ORTHRUS_INLINE void attend_keys(QueryTile& queries, KeyTile& keys) {
   transpose_keys(keys, queries.head_dim);
   for (int64_t first = 0, last; first < queries.num_queries; first = last) {
     last = first + 1;
-    while (last < queries.num_queries && last - first < kTileQueries && keys.visible[last] == keys.visible[first]) ++last;
+    const auto joins = [&](int64_t q) { return q < queries.num_queries && keys.visible[q] == keys.visible[first]; };
+    while (last - first < kTileQueries && joins(last)) ++last;
     if (keys.visible[first] > 0) attend_queries<kTileQueries>(queries, keys, first, last - first);
   }
 }
 
-ORTHRUS_INLINE void attend_prefix(const DualAttnParams& p, int64_t slot, int64_t head_kv, QueryTile& queries, KeyTile& keys) {
+ORTHRUS_INLINE void attend_prefix(const DualAttnParams& p, int64_t slot, int64_t head_kv, QueryTile& queries,
+                                  KeyTile& keys) {
   int64_t longest = 0;
   for (int64_t q = 0; q < queries.num_queries; ++q) longest = max_of(longest, p.rows.prefix_len[queries.row[q]]);
   const int32_t* pages = p.kv.page_table + slot * p.kv.max_pages;
@@ -213,8 +215,8 @@ ORTHRUS_INLINE void attend_prefix(const DualAttnParams& p, int64_t slot, int64_t
   }
 }
 
-ORTHRUS_INLINE void attend_block(const DualAttnParams& p, int64_t begin, int64_t end, int64_t head_kv, QueryTile& queries,
-                                 KeyTile& keys) {
+ORTHRUS_INLINE void attend_block(const DualAttnParams& p, int64_t begin, int64_t end, int64_t head_kv,
+                                 QueryTile& queries, KeyTile& keys) {
   for (int64_t row = begin; row < end;) {
     keys.num_keys = 0;
     for (; row < end && keys.num_keys < kKeys; ++row) {

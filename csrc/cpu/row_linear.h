@@ -142,7 +142,8 @@ ORTHRUS_INLINE void finish_row(const RowLinearParams& p, const float* acc, int64
 }
 
 // Rows [begin, end) against one strip of `weight`, in row tiles of nearly equal height.
-ORTHRUS_INLINE void multiply_strip(const RowLinearParams& p, const void* weight, int64_t strip, int64_t begin, int64_t end) {
+ORTHRUS_INLINE void multiply_strip(const RowLinearParams& p, const void* weight, int64_t strip, int64_t begin,
+                                   int64_t end) {
   if (begin == end) return;
   const int64_t strip_size = div_up(p.in_features, 2) * 2 * kStrip;
   const bf16_t* w = static_cast<const bf16_t*>(weight) + strip * strip_size;

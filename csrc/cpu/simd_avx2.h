@@ -96,7 +96,8 @@ ORTHRUS_INLINE __m256i zip_pairs8(const bf16_t* p, const bf16_t* q) {
 // Lane i: p[i] and q[i], or p[i] and 0 without q.
 ORTHRUS_INLINE PairVec zip_pairs(const bf16_t* p, const bf16_t* q) {
   constexpr bf16_t kZeros[16] = {};
-  return q ? PairVec{zip_pairs8(p, q), zip_pairs8(p + 8, q + 8)} : PairVec{zip_pairs8(p, kZeros), zip_pairs8(p + 8, kZeros)};
+  if (!q) return {zip_pairs8(p, kZeros), zip_pairs8(p + 8, kZeros)};
+  return {zip_pairs8(p, q), zip_pairs8(p + 8, q + 8)};
 }
 ORTHRUS_INLINE PairVec set1_pair(uint32_t pair) {
   const __m256i v = _mm256_set1_epi32(static_cast<int32_t>(pair));
@@ -110,7 +111,9 @@ ORTHRUS_INLINE __m256 dot2(__m256 acc, __m256i a, __m256i b) {
   return _mm256_fmadd_ps(second_of(a), second_of(b), _mm256_fmadd_ps(first_of(a), first_of(b), acc));
 }
 // acc + a.first * b.first, then + a.second * b.second, each fused.
-ORTHRUS_INLINE Vec dot2(Vec acc, PairVec a, PairVec b) { return {dot2(acc.lo, a.lo, b.lo), dot2(acc.hi, a.hi, b.hi)}; }
+ORTHRUS_INLINE Vec dot2(Vec acc, PairVec a, PairVec b) {
+  return {dot2(acc.lo, a.lo, b.lo), dot2(acc.hi, a.hi, b.hi)};
+}
 
 ORTHRUS_INLINE float reduce_add(Vec v) {
   const __m256 eight = _mm256_add_ps(v.lo, v.hi);

@@ -43,7 +43,8 @@ ORTHRUS_EACH(max(Vec a, Vec b), a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i])
 ORTHRUS_EACH(min(Vec a, Vec b), a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i])
 // Nearest even for |a| < 2^22, by the rounding of the addition itself.
 ORTHRUS_EACH(round(Vec a), (a.lane[i] + 12582912.f) - 12582912.f)
-ORTHRUS_EACH(scale_by_pow2(Vec a, Vec n), a.lane[i] * as_float((static_cast<uint32_t>(static_cast<int32_t>(n.lane[i])) + 127u) << 23))
+ORTHRUS_EACH(scale_by_pow2(Vec a, Vec n),
+             a.lane[i] * as_float((static_cast<uint32_t>(static_cast<int32_t>(n.lane[i])) + 127u) << 23))
 ORTHRUS_EACH(zero_where_less(Vec x, float bound, Vec v), x.lane[i] < bound ? 0.f : v.lane[i])
 ORTHRUS_EACH(replace_nan(Vec v, float x), v.lane[i] == v.lane[i] ? v.lane[i] : x)
 // Lanes 0 ... count-1 of v, the others x.

@@ -24,7 +24,8 @@ class Tape {
   static Tape* recording();
 
  private:
-  using Op = std::variant<RowLinearParams, QkvCommitParams, DualAttnParams, ConsensusParams, RmsNormParams, EmbedParams>;
+  using Op =
+      std::variant<RowLinearParams, QkvCommitParams, DualAttnParams, ConsensusParams, RmsNormParams, EmbedParams>;
   std::vector<Op> ops_;
 };
 
