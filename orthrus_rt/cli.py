@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -105,8 +106,6 @@ def _read_prompt(args) -> str:
 
 
 def run_generate(args) -> int:
-    if args.compare_ar and args.temperature > 0:
-        raise ValueError("--compare-ar needs temperature 0: sampled modes agree in distribution, not token by token")
     text = _read_prompt(args)
     from orthrus_rt import prompts
     from orthrus_rt.sampling import SamplingParams
@@ -121,7 +120,10 @@ def run_generate(args) -> int:
     if args.compare_ar:
         _warm_up(engine, prompt_ids)
     output, decoded = _decode(engine, prompt_ids, params, show=not args.json)
-    other = engine.generate(prompt_ids, params, mode="ar") if args.compare_ar else None
+    other = None
+    if args.compare_ar:
+        same_seed = dataclasses.replace(params, seed=output.stats.seed)
+        other = engine.generate(prompt_ids, same_seed, mode="ar")
     if args.json:
         print(json.dumps(_generate_facts(args, engine, prompt_ids, output, decoded, other)))
     else:
