@@ -1,0 +1,171 @@
+"""The validated signatures: bad arguments are named with op, argument, expected and got; and who runs what."""
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch, ops
+from orthrus_rt import state as st
+from orthrus_rt.plan import empty_rows, prefill_rows
+from orthrus_rt.state import SlotState
+from orthrus_rt.weights import pack
+
+F32, I32 = torch.float32, torch.int32
+ROWS, HEADS_Q, HEADS_KV, DIM = 3, 4, 2, 64
+
+
+def f32(*shape):
+    return torch.zeros(shape)
+
+
+def i32(*shape):
+    return torch.zeros(shape, dtype=I32)
+
+
+def attention(**changes):
+    """Arguments of a dual_attn call over three AR rows, some of them changed."""
+    arguments = dict(
+        q=f32(ROWS, HEADS_Q, DIM),
+        k_pages=f32(5, HEADS_KV, 64, DIM),
+        v_pages=f32(5, HEADS_KV, 64, DIM),
+        page_table=i32(1, 12),
+        scratch_k=None,
+        scratch_v=None,
+        rows=prefill_rows(i32(ROWS), 0, 0),
+        softmax_scale=1.0,
+        out=f32(ROWS, HEADS_Q, DIM),
+        max_seq_len=768,
+    )
+    ops.dual_attn(**(arguments | changes))
+
+
+def commit(**changes):
+    arguments = dict(
+        qkv=f32(ROWS, (HEADS_Q + 2 * HEADS_KV) * DIM),
+        rows=prefill_rows(i32(ROWS), 0, 0),
+        cos_sin=f32(64, DIM),
+        norms=None,
+        eps=1e-6,
+        k_pages=f32(5, HEADS_KV, 64, DIM),
+        v_pages=f32(5, HEADS_KV, 64, DIM),
+        page_table=i32(1, 12),
+        scratch_k=None,
+        scratch_v=None,
+        q_out=f32(ROWS, HEADS_Q, DIM),
+    )
+    ops.qkv_commit(**(arguments | changes))
+
+
+def linear(**changes):
+    weight = changes.pop("weight", None) or pack(f32(6, 8))
+    arguments = dict(x=f32(ROWS, 8), weight=weight, out=f32(ROWS, 6))
+    ops.row_linear(**(arguments | changes))
+
+
+def consensus(**changes):
+    arguments = dict(
+        state=SlotState.allocate(2, 4, 16, 2, "cpu"),
+        partials=(None, i32(8, 1)),
+        step=st.STEP_VERIFY,
+        next_pass=st.NEXT_DRAFT,
+        rows_next=empty_rows(0, 0, 2, 4, "cpu"),
+        mask_token_id=9,
+    )
+    ops.consensus(**(arguments | changes))
+
+
+def logits(**changes):
+    ones = torch.ones(2)
+    arguments = dict(
+        logits=f32(2, 10), temperature=ones, top_k=i32(2), top_p=ones, min_p=f32(2),
+        seed=torch.zeros(2, dtype=torch.int64), position=i32(2), purpose=0, choice=i32(2),
+    )  # fmt: skip
+    ops.process_logits(**(arguments | changes))
+
+
+CASES = [
+    (attention, {"page_table": i32(1, 8)},
+     "dual_attn: page_table.shape[1] must be >= 12 (max_seq_len 768 / page_size 64), got 8"),
+    (attention, {"out": f32(ROWS, HEADS_Q, 32)}, "dual_attn: out.shape must be [3, 4, 64], got [3, 4, 32]"),
+    (attention, {"q": f32(2, HEADS_Q, DIM)}, "dual_attn: q.shape must be [3, 4, 64], got [2, 4, 64]"),
+    (attention, {"k_pages": f32(5, 3, 64, DIM), "v_pages": f32(5, 3, 64, DIM)},
+     "dual_attn: num_heads_q must be a multiple of num_heads_kv (3), got 4"),
+    (attention, {"k_pages": f32(5, HEADS_KV, 16, DIM)}, "dual_attn: k_pages.shape must be [any, any, 64, 64]"),
+    (attention, {"page_table": torch.zeros(1, 12)}, "dual_attn: page_table.dtype must be torch.int32"),
+    (attention, {"out": f32(HEADS_Q, ROWS, DIM).transpose(0, 1)}, "dual_attn: out must be contiguous, got strides"),
+    (attention, {"rows": empty_rows(0, 0, 1, 3, "cpu"), "scratch_k": f32(1, HEADS_KV, DIM)},
+     "dual_attn: scratch_k.shape must be [3, 2, 64], got [1, 2, 64]"),
+    (commit, {"qkv": f32(ROWS, 100)}, "qkv_commit: qkv.shape must be [3, 512], got [3, 100]"),
+    (commit, {"norms": (f32(DIM), f32(DIM), f32(DIM), f32(8))}, "qkv_commit: k_norm_diff.shape must be [64], got [8]"),
+    (commit, {"cos_sin": f32(64, 32)}, "qkv_commit: cos_sin.shape must be [any, 64], got [64, 32]"),
+    (linear, {"x": f32(ROWS, 9)}, "row_linear: x.shape[1] must be 8, got 9"),
+    (linear, {"epilogue": "gelu"}, "row_linear: epilogue must be one of none, residual, silu_mul, logits, argmax"),
+    (linear, {"epilogue": "silu_mul"}, "row_linear: weight.gate_up must be True, got False"),
+    (linear, {"epilogue": "residual"}, "row_linear: residual must be given for the residual epilogue alone"),
+    (linear, {"weight_diff": pack(f32(6, 8))},
+     "row_linear: num_rows_ar must be within [0, 3] where weight_diff is given, got None"),
+    (linear, {"weight_diff": pack(f32(5, 8)), "num_rows_ar": 1}, "row_linear: weight_diff must be"),
+    (linear, {"out": f32(ROWS, 5)}, "row_linear: out.shape must be [3, 6], got [3, 5]"),
+    (consensus, {"partials": (None, i32(7, 1))},
+     "consensus: partials[1].shape must be [2 * rows_per_slot, num_partials], got [7, 1]"),
+    (consensus, {"partials": (None, i32(8, 2))}, "consensus: partials[0] may be None only for num_partials 1, got 2"),
+    (consensus, {"partials": (None, i32(10, 1))}, "consensus: rows per slot must be at most 4 for block_len 4, got 5"),
+    (consensus, {"rows_next": empty_rows(0, 0, 2, 3, "cpu")}, "consensus: rows_next.num_rows must be 8, got 6"),
+    (logits, {"top_k": f32(2)}, "process_logits: top_k.dtype must be torch.int32, got torch.float32"),
+    (logits, {"purpose": -1}, "process_logits: purpose must be >= 0, got -1"),
+    (logits, {"bias_ids": i32(2, 3)}, "process_logits: bias_values must be given with bias_ids, got None"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "changes", "message"), CASES, ids=[c[2][:60] for c in CASES])
+def test_messages(call, changes, message):
+    call()
+    with pytest.raises(ValueError) as error:
+        call(**changes)
+    assert message in str(error.value)
+
+
+def test_small_ops_name_their_arguments():
+    with pytest.raises(ValueError, match=r"embed: out.shape must be \[3, 8\], got \[3, 7\]"):
+        ops.embed(i32(3), f32(10, 8), f32(3, 7))
+    with pytest.raises(ValueError, match=r"rms_norm: weight.dtype must be torch.float32, got torch.bfloat16"):
+        ops.rms_norm(f32(3, 8), torch.ones(8, dtype=torch.bfloat16), 1e-6, f32(3, 8))
+
+
+def test_nothing_to_do_is_done():
+    """No rows: no error, no launch."""
+    empty = prefill_rows(i32(0), 0, 0)
+    attention(q=f32(0, HEADS_Q, DIM), out=f32(0, HEADS_Q, DIM), rows=empty)
+    commit(qkv=f32(0, 512), q_out=f32(0, HEADS_Q, DIM), rows=empty)
+    linear(x=f32(0, 8), out=f32(0, 6))
+    ops.embed(i32(0), f32(10, 8), f32(0, 8))
+    ops.rms_norm(f32(0, 8), torch.ones(8), 1e-6, f32(0, 8))
+
+
+def test_float32_runs_the_reference():
+    assert all(dispatch.select(op, torch.device("cpu"), F32) == "reference" for op in ("row_linear", "dual_attn"))
+
+
+@pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+def test_bfloat16_runs_the_native_kernels_unless_told_otherwise(monkeypatch):
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    native = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus")
+    assert all(dispatch.select(op, cpu, bf16) == "cpu" for op in native)
+    monkeypatch.setenv("ORTHRUS_BACKEND", "reference")
+    assert all(dispatch.select(op, cpu, bf16) == "reference" for op in native)
+    monkeypatch.setenv("ORTHRUS_BACKEND", "dual_attn=reference")
+    assert dispatch.select("dual_attn", cpu, bf16) == "reference" and dispatch.select("embed", cpu, bf16) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("dual_attn=triton", RuntimeError, "dual_attn: the triton implementation was requested but is unavailable"),
+        ("cuda", RuntimeError, "the cuda implementation needs cuda tensors, not cpu"),
+        ("fast", ValueError, "ORTHRUS_BACKEND: cannot read 'fast'"),
+        ("attention=cpu", ValueError, "ORTHRUS_BACKEND: cannot read 'attention=cpu'"),
+    ],
+)
+def test_what_is_asked_for_and_missing_raises(monkeypatch, value, error, message):
+    monkeypatch.setenv("ORTHRUS_BACKEND", value)
+    with pytest.raises(error, match=message):
+        dispatch.select("dual_attn", torch.device("cpu"), torch.bfloat16)
