@@ -13,10 +13,11 @@ from orthrus_rt.sampling import SamplingParams
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
 # Tokens per two-pass cycle, greedy, bf16, K = 16, at most 128 tokens a prompt, token-weighted over all prompts of the
-# kind. CPU variants (ISA) round differently and may part at a near-tie, hence the tolerance; a broken drafter gives
-# about 1.
+# kind, on AVX-512 BF16. The other CPU variants round differently: where two logits nearly tie they write another text,
+# whose rate differs (long, 4 prompts: 4.79 on AVX2). A broken drafter gives about 1.
 PINNED = {"code": 3.56, "chat": 3.31, "long": 5.03}
-TOLERANCE = 0.15
+TOLERANCE = {"avx512_bf16": 0.05}
+TOLERANCE_ELSEWHERE = 0.4
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,8 @@ def test_tokens_per_cycle_is_pinned(engine, kind):
     for prompt in prompts.load(kind):
         stats = engine.generate(prompt.encode(engine.tokenizer), SamplingParams(max_new_tokens=128)).stats
         tokens, cycles = tokens + stats.tokens - 1, cycles + stats.cycles
-    assert tokens / cycles == pytest.approx(PINNED[kind], abs=TOLERANCE)
+    tolerance = TOLERANCE.get(dispatch.native().cpu.isa(), TOLERANCE_ELSEWHERE)
+    assert tokens / cycles == pytest.approx(PINNED[kind], abs=tolerance)
 
 
 def test_prefill_of_two_thousand_tokens(engine, monkeypatch):
