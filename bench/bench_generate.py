@@ -3,7 +3,7 @@
 Every row decodes the same prompts, prefill included. ``two_pass`` runs with the acceptance of the real model. A peak of
 resident memory and a prefill time are measured in a process of their own.
 
-    python -m bench.bench_generate --tokens 128 --out DIR
+    python -m bench.bench_generate --out DIR
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ def own_process() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"])
-    parser.add_argument("--draft-len", type=int, nargs="+", default=[3, 5, 7, 11, 15])
+    parser.add_argument("--draft-len", type=int, nargs="+", default=[3, 5, 7, 15])
     parser.add_argument("--out", help="folder for the JSON and the table")
     parser.add_argument("--own-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
