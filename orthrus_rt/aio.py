@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,6 +23,7 @@ class AsyncEngine:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="orthrus")
         self._queues: dict[str, asyncio.Queue] = {}
         self._loop_task: asyncio.Task | None = None
+        self._closed = False
 
     def _call(self, function, *args):
         return asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
@@ -32,12 +34,13 @@ class AsyncEngine:
         Raises:
             ValueError: the request cannot be served, as :meth:`Engine.submit`.
         """
-        request_id = await self._call(self.engine.submit, prompt_ids, params)
+        request_id = uuid.uuid4().hex
         queue = self._queues[request_id] = asyncio.Queue()
-        if self._loop_task is None or self._loop_task.done():
-            self._loop_task = asyncio.create_task(self._pump())
         finished = False
         try:
+            await self._call(self.engine.submit, prompt_ids, params, request_id)
+            if self._loop_task is None or self._loop_task.done():
+                self._loop_task = asyncio.create_task(self._pump())
             while not finished:
                 output = await queue.get()
                 if isinstance(output, BaseException):
@@ -46,7 +49,7 @@ class AsyncEngine:
                 yield output
         finally:
             del self._queues[request_id]
-            if not finished:
+            if not finished and not self._closed:
                 # Not awaited: the stream may be closing because its task was cancelled.
                 self._worker.submit(self._abort, request_id)
 
@@ -70,5 +73,6 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """Close the engine; open streams end with an error."""
+        self._closed = True
         await self._call(self.engine.close)
         self._worker.shutdown(wait=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -151,7 +152,7 @@ def _decode(engine, prompt_ids, params, *, show: bool):
     tokens, text = [], []
     stream = TextStream(engine.tokenizer)
     pieces = engine.stream(prompt_ids, params)
-    with Screen() as screen:
+    with Screen() as screen, contextlib.closing(pieces):
         try:
             for piece in pieces:
                 tokens += piece.token_ids

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -24,3 +26,8 @@ def pick_device(device: str) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but no CUDA device is available")
     return chosen
+
+
+def device_scope(device: torch.device):
+    """A context in which ``device`` is the current CUDA device; for the CPU nothing changes."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -53,7 +53,7 @@ def unavailable(impl: str, op: str, device_type: str, dtype: torch.dtype) -> str
     """Why ``impl`` cannot run ``op`` for tensors of this device and dtype; None if it can."""
     if impl == "reference":
         return None
-    if dtype is not torch.bfloat16 and op != "process_logits":
+    if dtype is not torch.bfloat16 and op not in ("process_logits", "consensus"):  # these see no activations
         return f"{impl} kernels take bfloat16, not {str(dtype).removeprefix('torch.')}"
     if impl in ("cpu", "cuda"):
         if device_type != impl:

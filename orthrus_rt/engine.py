@@ -15,7 +15,7 @@ import torch
 
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import state as st
-from orthrus_rt.device import DTYPES, pick_device
+from orthrus_rt.device import DTYPES, device_scope, pick_device
 from orthrus_rt.graph import MODES
 from orthrus_rt.kv import OutOfPages
 from orthrus_rt.memory import memory_report
@@ -64,11 +64,12 @@ class Engine:
         self._checkpoint, self._tokenizer = checkpoint, None
         self.mode = self._check_mode(mode)
         self.draft_len = self._check_draft_len(draft_len)
-        self.model = Model(checkpoint, device=device, dtype=dtype, max_seq_len=max_seq_len)
-        self.runner = Runner(
-            self.model, num_slots=max_batch_size, max_seq_len=max_seq_len, block_len=config.block_len,
-            num_pages=num_pages + 1, max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS,
-        )  # fmt: skip
+        with device_scope(device):
+            self.model = Model(checkpoint, device=device, dtype=dtype, max_seq_len=max_seq_len)
+            self.runner = Runner(
+                self.model, num_slots=max_batch_size, max_seq_len=max_seq_len, block_len=config.block_len,
+                num_pages=num_pages + 1, max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS,
+            )  # fmt: skip
         self.kv = self.runner.kv
         self.scheduler = Scheduler(self.kv, max_batch_size)
         self.metrics = Metrics(self)
@@ -163,7 +164,7 @@ class Engine:
         try:
             if self._closed:
                 raise RuntimeError("this engine is closed")
-            with torch.inference_mode():
+            with torch.inference_mode(), device_scope(self.model.device):
                 yield
         finally:
             self._lock.release()
@@ -183,6 +184,8 @@ class Engine:
             ValueError: the prompt or the parameters cannot be served, or the id is in use.
         """
         with self._exclusive():
+            if self._idle():
+                self._plan = self._default_plan
             request = self._make_request(prompt_ids, params, self._plan[0], request_id)
             if request.request_id in self._submitted:
                 raise ValueError(f"request_id must be unused, got {request.request_id!r} twice")
@@ -220,7 +223,7 @@ class Engine:
         return request_id in self._submitted
 
     def close(self) -> None:
-        """Abort everything and release the cache; the engine refuses calls from then on. Closing twice is harmless."""
+        """Abort everything; the engine refuses calls from then on. Closing twice is harmless."""
         if self._closed:
             return
         with self._exclusive():
@@ -231,7 +234,7 @@ class Engine:
             self.runner.flights.clear()
 
     def warmup(self, progress: bool = False) -> None:
-        """Build, and where the device can, record the cycles of every batch bucket for the engine's own mode."""
+        """Build, and where the device can, record the greedy cycles of every batch bucket for the engine's own mode."""
         from tqdm import tqdm
 
         sizes = [min(1 << i, self.scheduler.num_slots) for i in range((self.scheduler.num_slots - 1).bit_length() + 1)]
@@ -252,9 +255,9 @@ class Engine:
                 raise RuntimeError("next_logits: the engine must be idle")
             return self.runner.next_logits(check_prompt(token_ids, self.config.vocab_size, self.max_seq_len + 1))
 
-    def _abort(self, request: Request) -> None:
+    def _abort(self, request: Request, reason: str = "abort") -> None:
         if request.finish_reason is None:
-            self._finish(request, "abort")
+            self._finish(request, reason)
             if request in self.scheduler.waiting:
                 self.scheduler.waiting.remove(request)
 
@@ -262,7 +265,11 @@ class Engine:
         request.finish_reason = reason
         if request.slot is not None:
             self.runner.clear(self.scheduler.vacate(request))
+        self.scheduler.forget(request)
         self.metrics.finished(reason)
+
+    def _idle(self) -> bool:
+        return not self.scheduler.waiting and not any(self.scheduler.slots)
 
     def _advance(self) -> None:
         """One round: a cycle for those that decode, then prompts into the cache, then read what has arrived."""
@@ -314,7 +321,11 @@ class Engine:
         budget = PREFILL_CHUNK
         for request in self.scheduler.active:
             if budget and not request.decoding:
-                took = self.runner.prefill(request, budget, mode, block_len)
+                try:
+                    took = self.runner.prefill(request, budget, mode, block_len)
+                except FloatingPointError:  # it would meet the same logits again
+                    self._finish(request, "abort")
+                    raise
                 self.metrics.prompt_tokens += took
                 budget -= took
         return budget < PREFILL_CHUNK
@@ -339,11 +350,13 @@ class Engine:
             self._finish(request, FINISH_REASONS[result["finish"]])
 
     def _recover(self) -> None:
-        """After a fault: forget the device's state; every request starts again from the tokens that the host knows."""
-        self.runner.flights.clear()
-        for request in self.scheduler.active:
-            self.runner.clear(self.scheduler.vacate(request))
-            self.scheduler.enqueue(request)
+        """After a fault, wherever it struck: start again from the tokens that the host knows, and nothing else."""
+        self.runner.reset()
+        for request in self.scheduler.reset():
+            if request.tokens and request.tokens[-1] in request.stop_ids:
+                self._abort(request, "stop")
+            elif request.length >= request.limit:
+                self._abort(request, "length")
 
     def generate(self, prompt_ids, params=None, *, mode=None, draft_len=None, progress: bool = False):
         """Continue one prompt, or a batch of them together.
@@ -361,6 +374,8 @@ class Engine:
             ValueError: a prompt is empty, too long, or has ids outside the vocabulary; nothing has run then.
         """
         if not _is_batch(prompt_ids):
+            if isinstance(params, Sequence):
+                raise ValueError(f"params: one prompt takes one SamplingParams, got a list of {len(params)}")
             return self.generate([prompt_ids], [params], mode=mode, draft_len=draft_len, progress=progress)[0]
         each = params if isinstance(params, Sequence) else [params] * len(prompt_ids)
         if len(each) != len(prompt_ids):
@@ -369,8 +384,8 @@ class Engine:
 
         chosen, _ = self._make_plan(mode, draft_len)
         requests = [self._make_request(ids, p, chosen) for ids, p in zip(prompt_ids, each, strict=True)]
-        with self._planned(mode, draft_len), tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
-            for _ in self._run(requests):
+        with tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
+            for _ in self._run(requests, self._make_plan(mode, draft_len)):
                 bar.update(sum(r.finish_reason is not None for r in requests) - bar.n)
         return [GenerationOutput(r.tokens, r.finish_reason, r.stats) for r in requests]
 
@@ -381,20 +396,29 @@ class Engine:
         """
         chosen, _ = self._make_plan(mode, draft_len)
         request = self._make_request(prompt_ids, params, chosen)
-        return self._stream(request, mode, draft_len)
+        return self._stream(request, self._make_plan(mode, draft_len))
 
-    def _stream(self, request: Request, mode, draft_len) -> Iterator[RequestOutput]:
-        with self._planned(mode, draft_len):
-            for _ in self._run([request]):
-                if piece := request.take_output():
-                    yield piece
+    def _stream(self, request: Request, plan: tuple[str, int]) -> Iterator[RequestOutput]:
+        for _ in self._run([request], plan):
+            if piece := request.take_output():
+                yield piece
+        if piece := request.take_output():  # another stream's step may have brought the end
+            yield piece
 
-    def _run(self, requests: list[Request]) -> Iterator[None]:
-        """Step until these requests are through; whatever else is queued runs along."""
-        with self._exclusive():
-            for request in requests:
-                self.scheduler.enqueue(request)
+    def _run(self, requests: list[Request], plan: tuple[str, int]) -> Iterator[None]:
+        """Step until these requests are through; whatever else is queued runs along.
+
+        Mode and block length belong to the whole batch: whoever finds the engine idle sets them.
+        """
         try:
+            with self._exclusive():
+                if self._idle():
+                    self._plan = plan
+                elif plan != self._plan:
+                    now = self._plan
+                    raise RuntimeError(f"mode and draft_len cannot change while requests run (now {now}, asked {plan})")
+                for request in requests:
+                    self.scheduler.enqueue(request)
             while any(r.finish_reason is None for r in requests):
                 with self._exclusive():
                     self._advance()
@@ -405,18 +429,8 @@ class Engine:
                     for request in requests:
                         self._abort(request)
 
-    @contextlib.contextmanager
-    def _planned(self, mode, draft_len):
-        """Run with another mode or draft length; both belong to whole batches."""
-        plan = self._make_plan(mode, draft_len)
-        if plan != self._plan and (self.scheduler.waiting or any(self.scheduler.slots)):
-            raise RuntimeError(f"mode and draft_len cannot change while requests run (now {self._plan}, asked {plan})")
-        before, self._plan = self._plan, plan
-        try:
-            yield
-        finally:
-            self._plan = before
-
 
 def _is_batch(prompt_ids) -> bool:
-    return isinstance(prompt_ids, Sequence) and bool(prompt_ids) and isinstance(prompt_ids[0], Sequence | torch.Tensor)
+    if isinstance(prompt_ids, str | bytes) or not isinstance(prompt_ids, Sequence) or not prompt_ids:
+        return False
+    return isinstance(prompt_ids[0], Sequence | torch.Tensor)

@@ -157,21 +157,18 @@ class Cycle:
 
     def _record(self) -> Callable[[], None]:
         # Recording runs nothing: the state stays as the eager cycle left it.
-        if self.model.device.type == "cuda":
-            before = torch.cuda.memory_reserved(self.model.device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=_shared_pool()):
-                self.run_eager()
-            self.graph_bytes = torch.cuda.memory_reserved(self.model.device) - before
-            return graph.replay
-        if self._all_native_cpu():
+        used = dispatch.OPS if self.sampling is not None else [op for op in dispatch.OPS if op != "process_logits"]
+        chosen = {dispatch.select(op, self.model.device, self.model.dtype) for op in used}
+        if "reference" in chosen:  # it reads values on the host, which no recording can
+            return self.run_eager
+        if self.model.device.type == "cpu":
             tape = dispatch.native().cpu.Tape()
             with tape.record():
                 self.run_eager()
             return tape.replay
-        return self.run_eager
-
-    def _all_native_cpu(self) -> bool:
-        used = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus")
-        device, dtype = self.model.device, self.model.dtype
-        return self.sampling is None and all(dispatch.select(op, device, dtype) == "cpu" for op in used)
+        before = torch.cuda.memory_reserved(self.model.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=_shared_pool()):
+            self.run_eager()
+        self.graph_bytes = torch.cuda.memory_reserved(self.model.device) - before
+        return graph.replay

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from orthrus_rt.device import DTYPES
@@ -123,10 +125,11 @@ class OrthrusForCausalLM:
         if streamer is not None:
             streamer.put(input_ids.cpu())
         tokens: list[int] = []
-        for piece in stream:
-            tokens += piece.token_ids
-            if streamer is not None:
-                streamer.put(torch.tensor(piece.token_ids))
+        with contextlib.closing(stream):
+            for piece in stream:
+                tokens += piece.token_ids
+                if streamer is not None:
+                    streamer.put(torch.tensor(piece.token_ids))
         if streamer is not None:
             streamer.end()
         new = torch.tensor([tokens], dtype=torch.int64, device=input_ids.device)

@@ -31,8 +31,13 @@ class PagedKvCache:
         self.k_pages = [self.pages[i, 0] for i in range(config.num_layers)]
         self.v_pages = [self.pages[i, 1] for i in range(config.num_layers)]
         self.page_table = torch.full((num_slots, self.max_pages), SINK_PAGE, dtype=torch.int32, device=device)
-        self._free = list(range(num_pages - 1, SINK_PAGE, -1))
-        self._held: list[list[int]] = [[] for _ in range(num_slots)]
+        self.reset()
+
+    def reset(self) -> None:
+        """Every page is free."""
+        self._free = list(range(self.num_pages - 1, SINK_PAGE, -1))
+        self._held: list[list[int]] = [[] for _ in range(self.page_table.shape[0])]
+        self.page_table.fill_(SINK_PAGE)
 
     @property
     def num_free_pages(self) -> int:

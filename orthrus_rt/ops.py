@@ -299,8 +299,7 @@ def consensus(
         _rows(op, rows_next, device)
         _need(op, "rows_next.num_rows", want, rows_next.num_rows)
     if s:
-        # int32 state has no dtype of its own: the native kernels serve every model dtype.
-        impl = dispatch.select(op, device, torch.bfloat16)
+        impl = dispatch.select(op, device, torch.int32)
         run = reference.consensus if impl == "reference" else native.consensus
         run(state, partials, step, next_pass, rows_next, mask_token_id)
 

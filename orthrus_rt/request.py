@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 import time
 import uuid
@@ -34,7 +35,7 @@ class Request:
         self.slot: int | None = None
         self.to_prefill: list[int] = []
         self.prefilled = 0
-        self.delivered = 0
+        self.delivered, self.all_delivered = 0, False
         self.started = self.first_token = 0.0
 
     @property
@@ -48,11 +49,11 @@ class Request:
         return self.slot is not None and self.prefilled == len(self.to_prefill)
 
     def take_output(self) -> RequestOutput | None:
-        """What is new since the last call; None if nothing is."""
-        new = self.tokens[self.delivered :]
-        if not new and self.finish_reason is None:
+        """What is new since the last call; None if nothing is. The finish reason comes once, with the last tokens."""
+        new, finished = self.tokens[self.delivered :], self.finish_reason is not None
+        if self.all_delivered or not (new or finished):
             return None
-        self.delivered = len(self.tokens)
+        self.delivered, self.all_delivered = len(self.tokens), finished
         return RequestOutput(self.request_id, new, self.finish_reason is not None, self.finish_reason, self.stats)
 
     def record(self, new: list[int], accepted: int | None, num_passes: int, mode: str, block_len: int) -> None:
@@ -85,7 +86,12 @@ def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int) -> list[int]:
                 f"prompt_ids: a tensor must be 1-D and integer, got {prompt_ids.dtype} {list(prompt_ids.shape)}"
             )
         prompt_ids = prompt_ids.tolist()
-    ids = [int(t) for t in prompt_ids]
+    if isinstance(prompt_ids, str | bytes):
+        raise ValueError("prompt_ids must be token ids, got text; encode it with engine.tokenizer")
+    try:
+        ids = [operator.index(t) for t in prompt_ids]
+    except TypeError as error:
+        raise ValueError(f"prompt_ids must be a list of ints or a 1-D integer tensor: {error}") from error
     if not ids:
         raise ValueError("prompt_ids must hold at least one token, got none")
     if len(ids) >= max_seq_len:

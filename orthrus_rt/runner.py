@@ -82,6 +82,7 @@ class Runner:
     def begin(self, request: Request) -> None:
         """Write the request into its slot; the slot does not run before its prefill is through."""
         state, slot = self.state, request.slot
+        state.finish[slot] = st.EMPTY
         state.cache_seqlens[slot] = len(request.to_prefill) - (0 if request.tokens else 1)
         state.num_drafts[slot] = 0
         state.num_output[slot] = len(request.tokens)
@@ -95,6 +96,11 @@ class Runner:
         sampling.top_p[slot] = params.top_p
         sampling.min_p[slot] = params.min_p
         sampling.seed[slot] = request.stats.seed or 0
+
+    def reset(self) -> None:
+        """Forget what was launched; no slot runs."""
+        self.flights.clear()
+        self.state.finish.fill_(st.EMPTY)
 
     def clear(self, slot: int) -> None:
         """The slot's rows are invalid from the next cycle on."""

@@ -9,6 +9,7 @@ and min-p. (Speculative sampling: Leviathan et al. 2023, Chen et al. 2023; arXiv
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,15 +52,18 @@ class SamplingParams:
     acceptance: str = "coupled"
 
     def __post_init__(self):
-        object.__setattr__(self, "stop_token_ids", tuple(int(t) for t in self.stop_token_ids))
+        for name in ("max_new_tokens", "top_k", *(["seed"] if self.seed is not None else [])):
+            object.__setattr__(self, name, _integer(name, getattr(self, name)))
+        stop = tuple(_integer("stop_token_ids", t) for t in self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", stop)
         checks = (
             ("max_new_tokens", ">= 1", self.max_new_tokens >= 1),
             ("temperature", "finite and >= 0", 0 <= self.temperature < float("inf")),
-            ("top_k", ">= 0", self.top_k >= 0),
+            ("top_k", "in [0, 2**31)", 0 <= self.top_k < 2**31),
             ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
             ("min_p", "in [0, 1)", 0 <= self.min_p < 1),
             ("seed", "None or in [0, 2**63)", self.seed is None or 0 <= self.seed < 2**63),
-            ("stop_token_ids", "all >= 0", all(t >= 0 for t in self.stop_token_ids)),
+            ("stop_token_ids", "all in [0, 2**31)", all(0 <= t < 2**31 for t in self.stop_token_ids)),
             ("acceptance", "'coupled' or 'rejection'", self.acceptance in ("coupled", "rejection")),
         )
         for name, expected, good in checks:
@@ -69,6 +73,13 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+def _integer(name: str, value) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"SamplingParams: {name} must be an integer, got {value!r}") from None
 
 
 def uniform(seed: int, position: int, purpose: int) -> float:

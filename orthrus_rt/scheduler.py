@@ -21,6 +21,7 @@ class Scheduler:
         self.kv, self.num_slots = kv, num_slots
         self.waiting: deque[Request] = deque()
         self.slots: list[Request | None] = [None] * num_slots
+        self._live: dict[int, Request] = {}  # by arrival: all that are not finished
         self._arrivals = itertools.count()
 
     @property
@@ -32,6 +33,7 @@ class Scheduler:
         """To the end of the queue, or (a preempted one) back to its place."""
         if request.arrival < 0:
             request.arrival = next(self._arrivals)
+            self._live[request.arrival] = request
         later = next((i for i, r in enumerate(self.waiting) if r.arrival > request.arrival), len(self.waiting))
         self.waiting.insert(later, request)
 
@@ -60,6 +62,20 @@ class Scheduler:
         self.slots[slot] = None
         self.kv.release(slot)
         return slot
+
+    def forget(self, request: Request) -> None:
+        """The request is finished."""
+        self._live.pop(request.arrival, None)
+
+    def reset(self) -> list[Request]:
+        """Take everybody back into the queue, in order of arrival, and every page back; the requests there now."""
+        self.slots = [None] * self.num_slots
+        live = [self._live[arrival] for arrival in sorted(self._live)]
+        for request in live:
+            request.slot = None
+        self.waiting = deque(r for r in live if r.finish_reason is None)
+        self.kv.reset()
+        return list(self.waiting)
 
     def compact(self) -> list[tuple[int, int]]:
         """Close holes so that active requests hold the lowest slots; the ``(source, target)`` moves made."""

@@ -81,7 +81,9 @@ def test_a_batch_gives_what_each_gives_alone(folder, alone, mode):
     outs = engine.generate([p for p, _ in jobs], [q for _, q in jobs])
     assert [o.token_ids for o in outs] == [alone(*job) for job in jobs]
     all_pages_back(engine)
-    if mode == "two_pass":  # the tiny drafter does draft: pinned loosely against a collapse to 1
+    if mode == "two_pass":  # the drafter too: the same drafts are accepted, cycle for cycle, and it does draft
+        lonely = make(folder, max_batch_size=1, mode=mode)
+        assert [o.stats.accepted for o in outs] == [lonely.generate(*job).stats.accepted for job in jobs]
         assert sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs) > 1.5
 
 
@@ -157,18 +159,21 @@ def test_faults_lose_nothing(folder, alone, fault, monkeypatch):
     for _ in range(12):
         job = request(rng)
         jobs[engine.submit(*job)] = job
-    for name in ("decode", "prefill", "begin"):
-        real = getattr(engine.runner, name)
+    points = [(engine.runner, n) for n in ("decode", "prefill", "begin", "clear", "move")]
+    points += [(engine.scheduler, n) for n in ("vacate", "compact", "admit")] + [(engine.kv, "release")]
+    points += [(engine, "_take_results")]
+    for owner, name in points:
+        real = getattr(owner, name)
 
         def faulty(*args, real=real):
-            if rng.random() < 0.1:
+            if rng.random() < 0.03:
                 raise fault("injected before")
             result = real(*args)
-            if rng.random() < 0.1:
+            if rng.random() < 0.03:
                 raise fault("injected after")
             return result
 
-        monkeypatch.setattr(engine.runner, name, faulty)
+        monkeypatch.setattr(owner, name, faulty)
     got, faults = {}, 0
     while engine.has_unfinished():
         try:
@@ -219,6 +224,59 @@ def test_a_callers_exception_inside_a_stream(folder, alone):
         for _ in engine.stream([1, 2, 3], params):
             1 / 0  # noqa: B018
     assert drain(engine)[other] == (alone([4, 5, 6], params), "length")
+    all_pages_back(engine)
+
+
+def test_interleaved_streams_lose_nothing(folder, alone):
+    """Streams, a generate and steps move each other along; each still gets all its tokens and its finish reason."""
+    engine = make(folder)
+    short, long = (SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (10, 40))
+    a, b = engine.stream([1, 2, 3], short), engine.stream([4, 5], long)
+    got = {"a": [], "b": []}
+    for name, stream in (("a", a), ("b", b)):
+        got[name].append(next(stream))
+    assert engine.generate([6, 7], long).token_ids == alone([6, 7], long)
+    got["a"] += list(a)
+    got["b"] += list(b)
+    for name, prompt, params in (("a", [1, 2, 3], short), ("b", [4, 5], long)):
+        assert [t for piece in got[name] for t in piece.token_ids] == alone(prompt, params)
+        assert got[name][-1].finish_reason == "length"
+    all_pages_back(engine)
+
+
+def test_a_mode_belongs_to_those_who_run(folder, alone):
+    """Whoever finds the engine idle sets the mode; it stays until all of them are through."""
+    engine = make(folder, mode="two_pass")
+    short, long = (SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (5, 30))
+    a, b = engine.stream([1, 2, 3], short, mode="ar"), engine.stream([4, 5], long, mode="ar")
+    first = [next(a), next(b)]
+    late = engine.submit([8, 9], long)
+    with pytest.raises(RuntimeError, match="cannot change while requests run"):
+        engine.generate([1], short, mode="two_pass")
+    tokens = [t for piece in [first[0], *a] for t in piece.token_ids]
+    assert tokens == alone([1, 2, 3], short)
+    assert [t for piece in [first[1], *b] for t in piece.token_ids] == alone([4, 5], long)
+    assert drain(engine)[late][0] == alone([8, 9], long)
+    out = engine.generate([1, 2, 3], long)
+    assert out.stats.mode == "two_pass" and out.token_ids == alone([1, 2, 3], long)
+
+
+def test_logits_that_are_not_finite_end_their_request_alone(folder, alone, monkeypatch):
+    engine = make(folder)
+    params = SamplingParams(max_new_tokens=10, ignore_eos=True)
+    good, bad = engine.submit([1, 2], params), engine.submit([3, 4], params)
+    real = engine.runner._first_choice
+
+    def first_choice(request, *args):
+        if request.request_id == bad:
+            raise FloatingPointError("prefill: the logits are not finite; are the weights?")
+        return real(request, *args)
+
+    monkeypatch.setattr(engine.runner, "_first_choice", first_choice)
+    with pytest.raises(FloatingPointError):
+        engine.step()
+    got = drain(engine)
+    assert got[good] == (alone([1, 2], params), "length") and got[bad] == ([], "abort")
     all_pages_back(engine)
 
 

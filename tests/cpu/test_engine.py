@@ -162,6 +162,8 @@ def test_top_k_one_is_greedy(engine):
         ([1] * 512, r"prompt_ids must be shorter than max_seq_len \(512 tokens\), got 512"),
         ([1, 24], r"prompt_ids\[1\] must be within the vocabulary \[0, 24\), got 24"),
         ([-1], r"prompt_ids\[0\] must be within the vocabulary \[0, 24\), got -1"),
+        ("12", "prompt_ids must be token ids, got text"),
+        ([1.5], "prompt_ids must be a list of ints or a 1-D integer tensor"),
         (torch.ones(2), "a tensor must be 1-D and integer"),
         (torch.ones(1, 2, dtype=torch.int64), "a tensor must be 1-D and integer"),
     ],
@@ -185,6 +187,8 @@ def test_bad_arguments(engine):
             Engine.from_pretrained(folder, **({"device": "cpu"} | kwargs))
     default = Engine.from_pretrained(folder, device="cpu", dtype="float32")
     assert default.max_seq_len == 512  # the checkpoint's own limit is below 4096
+    with pytest.raises(ValueError, match="one prompt takes one SamplingParams, got a list of 1"):
+        engine.generate(PROMPT, [SamplingParams()])
     with pytest.raises(ValueError, match="at most 64 are supported"):
         engine.stream(PROMPT, SamplingParams(stop_token_ids=tuple(range(70))))
     if not torch.cuda.is_available():

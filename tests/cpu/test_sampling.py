@@ -118,12 +118,14 @@ def test_nan_logits_raise():
         ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
         ({"temperature": -1.0}, "temperature must be finite and >= 0, got -1.0"),
         ({"temperature": float("nan")}, "temperature must be finite and >= 0, got nan"),
-        ({"top_k": -1}, "top_k must be >= 0, got -1"),
+        ({"top_k": -1}, r"top_k must be in \[0, 2\*\*31\), got -1"),
+        ({"top_k": 2**40}, r"top_k must be in \[0, 2\*\*31\)"),
+        ({"max_new_tokens": 5.5}, "max_new_tokens must be an integer, got 5.5"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"min_p": 1.0}, r"min_p must be in \[0, 1\), got 1.0"),
         ({"seed": -3}, "seed must be None or in"),
         ({"acceptance": "hope"}, "acceptance must be 'coupled' or 'rejection', got 'hope'"),
-        ({"stop_token_ids": (-1,)}, "stop_token_ids must be all >= 0"),
+        ({"stop_token_ids": (-1,)}, r"stop_token_ids must be all in \[0, 2\*\*31\)"),
     ],
 )
 def test_bad_parameters(kwargs, message):
