@@ -1,8 +1,24 @@
-"""One forward of an engine's model over given rows, all logits wanted."""
+"""One forward of an engine's model over given rows, all logits wanted; and the rows of one draft block."""
 
 import torch
 
 from orthrus_rt.model import Activations, Workspace, forward
+from orthrus_rt.plan import Rows
+
+
+def draft_rows(block, start):
+    """One diffusion block, int32 ``[k]``, of slot 0, right after ``start`` committed tokens."""
+    k = len(block)
+    return Rows(
+        token=block,
+        position=torch.arange(start, start + k, dtype=torch.int32),
+        seq=torch.zeros(k, dtype=torch.int32),
+        prefix_len=torch.full((k,), start, dtype=torch.int32),
+        group_start=torch.tensor([0, k], dtype=torch.int32),
+        num_rows_ar=0,
+        num_groups_ar=0,
+        max_group_rows=k,
+    )
 
 
 def logits_of(engine, rows):

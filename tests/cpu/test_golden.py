@@ -5,13 +5,12 @@ tokens, and drafts accepted per cycle.
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from orthrus_rt.engine import Engine
-from orthrus_rt.plan import Rows, prefill_rows
+from orthrus_rt.plan import prefill_rows
 from orthrus_rt.sampling import SamplingParams
-from tests.forward import logits_of
+from tests.forward import draft_rows, logits_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINTS = ("qwen3-tied-k8", "qwen3-untied-k32-sharded")
@@ -46,16 +45,7 @@ def test_draft_logits(golden, prompt):
     n, k = len(ids), len(block)
     engine.kv.reserve(0, 512)
     logits_of(engine, prefill_rows(ids, 0, 0))
-    rows = Rows(
-        token=block,
-        position=torch.arange(n, n + k, dtype=torch.int32),
-        seq=torch.zeros(k, dtype=torch.int32),
-        prefix_len=torch.full((k,), n, dtype=torch.int32),
-        group_start=torch.tensor([0, k], dtype=torch.int32),
-        num_rows_ar=0,
-        num_groups_ar=0,
-        max_group_rows=k,
-    )
+    rows = draft_rows(block, n)
     got = logits_of(engine, rows)
     engine.kv.release(0)
     assert_close(got, want[f"{prompt}.draft_logits"].reshape(k, -1))

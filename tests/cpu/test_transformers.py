@@ -6,11 +6,11 @@ import torch
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import prompts
 from orthrus_rt.engine import Engine
-from orthrus_rt.plan import Rows, prefill_rows
+from orthrus_rt.plan import prefill_rows
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
 from tests import transformers_oracle as oracle
-from tests.forward import logits_of
+from tests.forward import draft_rows, logits_of
 
 VARIANTS = {
     "qwen3": dict(family="qwen3"),
@@ -44,16 +44,7 @@ def both_views_agree(name, max_seq_len=256):
     want = oracle.ar_logits(ar, ids)
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     block = [5] + [engine.config.mask_token_id] * (k - 1)
-    rows = Rows(
-        token=torch.tensor(block, dtype=torch.int32),
-        position=torch.arange(n, n + k, dtype=torch.int32),
-        seq=torch.zeros(k, dtype=torch.int32),
-        prefix_len=torch.full((k,), n, dtype=torch.int32),
-        group_start=torch.tensor([0, k], dtype=torch.int32),
-        num_rows_ar=0,
-        num_groups_ar=0,
-        max_group_rows=k,
-    )
+    rows = draft_rows(torch.tensor(block, dtype=torch.int32), n)
     got = logits_of(engine, rows)
     want = oracle.diffusion_logits(ar, diffusion, ids, block)
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
