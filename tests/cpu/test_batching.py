@@ -56,15 +56,20 @@ def request(rng, longest=60, sampled_share=0.0):
     return prompt, SamplingParams(length, stop_token_ids=stops, ignore_eos=rng.random() < 0.5, **sampled)
 
 
-def drain(engine, got=None, after_step=lambda: None):
+def submit_many(engine, rng, count):
+    """Random greedy requests by their ids."""
+    jobs = [request(rng) for _ in range(count)]
+    return {engine.submit(*job): job for job in jobs}
+
+
+def drain(engine):
     """Step to the end; tokens and finish reason by request id."""
-    got = {} if got is None else got
+    got = {}
     while engine.has_unfinished():
         for out in engine.step():
             tokens, _ = got.setdefault(out.request_id, ([], None))
             tokens += out.new_token_ids
             got[out.request_id] = (tokens, out.finish_reason)
-        after_step()
     return got
 
 
@@ -141,10 +146,7 @@ def test_random_arrivals_aborts_and_few_pages(folder, alone, seed):
 def test_a_thousand_requests(folder, alone):
     rng = random.Random(9)
     engine = make(folder)
-    jobs = {}
-    for _ in range(1000):
-        job = request(rng)
-        jobs[engine.submit(*job)] = job
+    jobs = submit_many(engine, rng, 1000)
     got = drain(engine)
     assert all(got[i][0] == alone(*job) for i, job in jobs.items())
     all_pages_back(engine)
@@ -152,13 +154,10 @@ def test_a_thousand_requests(folder, alone):
 
 @pytest.mark.parametrize("fault", (RuntimeError, KeyboardInterrupt))
 def test_faults_lose_nothing(folder, alone, fault, monkeypatch):
-    """Whatever is raised inside a step, at whatever point, the next steps go on with the same tokens."""
+    """Raised before or after any part of a step: the next steps go on with the same tokens."""
     rng = random.Random(3)
     engine = make(folder)
-    jobs = {}
-    for _ in range(12):
-        job = request(rng)
-        jobs[engine.submit(*job)] = job
+    jobs = submit_many(engine, rng, 12)
     points = [(engine.runner, n) for n in ("decode", "prefill", "begin", "clear", "move")]
     points += [(engine.scheduler, n) for n in ("vacate", "compact", "admit")] + [(engine.kv, "release")]
     points += [(engine, "_take_results")]
