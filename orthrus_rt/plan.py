@@ -7,8 +7,21 @@ A row is one token to push through the network. The mask of a row is one predica
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+
+class CyclePlan(NamedTuple):
+    """Which rows a decode cycle has, per slot.
+
+    ``ar``: 1 AR row. ``two_pass``: ``block_len`` diffusion rows, then as many AR rows. ``one_pass``: ``block_len`` AR
+    rows and ``fan_out`` blocks of ``block_len`` diffusion rows, in one pass.
+    """
+
+    mode: str
+    block_len: int = 1
+    fan_out: int = 0
 
 
 @dataclass
