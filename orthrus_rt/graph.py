@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orthrus_rt import dispatch, ops
+from orthrus_rt import dispatch, nvtx, ops
 from orthrus_rt import state as st
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
@@ -98,6 +98,7 @@ class Cycle:
         self._replay: Callable[[], None] | None = None
         self.graph_bytes = 0
 
+    @nvtx.ranged(lambda self, p, *_: "draft pass" if p.step == st.STEP_DRAFT else "verify pass")
     def forward(self, p: Pass, epilogue: str, out) -> None:
         forward(
             self.model, self.kv, p.rows, self.activations, self.workspace,
@@ -144,6 +145,7 @@ class Cycle:
             else:
                 self.take(p, (None, self.sample(p, self.logits(p))[:, None]))
 
+    @nvtx.ranged(lambda self: f"{self.mode} cycle")
     def run(self) -> None:
         """One cycle of every running slot: a replay where this device can record one.
 

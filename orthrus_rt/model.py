@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orthrus_rt import ops, weights
+from orthrus_rt import nvtx, ops, weights
 from orthrus_rt.checkpoint import Checkpoint
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.kv import PagedKvCache
@@ -151,28 +151,35 @@ def forward(
         epilogue: ``"argmax"`` or ``"logits"``, as in :func:`orthrus_rt.ops.row_linear`.
         out: that epilogue's output for n rows, MUTATED.
     """
-    n, nd, nr = rows.num_rows, rows.num_rows_diff, rows.num_rows_ar
-    eps = model.config.rms_norm_eps
+    n = rows.num_rows
+    hidden, normed = act.hidden[:n], act.normed[:n]
+    ops.embed(rows.token, model.embedding, hidden)
+    for i in range(len(model.layers)):
+        _layer(model, kv, rows, act, workspace, i, max_seq_len)
+    if logit_rows is not None:
+        chosen = normed[: logit_rows.shape[0]]
+        ops.rms_norm(hidden, model.final_norm, model.config.rms_norm_eps, chosen, logit_rows)
+        ops.row_linear(chosen, model.lm_head, out, epilogue=epilogue, workspace=workspace.linear)
+
+
+@nvtx.ranged(lambda model, kv, rows, act, workspace, i, max_seq_len: f"layer {i}")
+def _layer(model: Model, kv: PagedKvCache, rows: Rows, act: Activations, workspace: Workspace, i: int, max_seq_len):
+    """Layer ``i``: ``act.hidden`` in, ``act.hidden`` out."""
+    n, nd, eps, layer = rows.num_rows, rows.num_rows_diff, model.config.rms_norm_eps, model.layers[i]
     hidden, normed, qkv, q, attn, mlp = (
         t[:n] for t in (act.hidden, act.normed, act.qkv, act.q, act.attn, act.mlp)
     )  # fmt: skip
     scratch = (act.scratch_k[:nd], act.scratch_v[:nd])
-    views = dict(num_rows_ar=nr, workspace=workspace.linear)
-    ops.embed(rows.token, model.embedding, hidden)
-    for i, layer in enumerate(model.layers):
-        cache = (kv.k_pages[i], kv.v_pages[i], kv.page_table)
-        ops.rms_norm(hidden, layer.input_norm, eps, normed)
-        ops.row_linear(normed, layer.qkv, qkv, weight_diff=layer.qkv_diff, **views)
-        ops.qkv_commit(qkv, rows, model.cos_sin, layer.qk_norms, eps, *cache, *scratch, q)
-        ops.dual_attn(
-            q, *cache, *scratch, rows, model.softmax_scale, attn, max_seq_len=max_seq_len, workspace=workspace.attn
-        )
-        flat = attn.view(n, -1)
-        ops.row_linear(flat, layer.o, hidden, weight_diff=layer.o_diff, residual=hidden, epilogue="residual", **views)
-        ops.rms_norm(hidden, layer.post_attn_norm, eps, normed)
-        ops.row_linear(normed, layer.gate_up, mlp, epilogue="silu_mul", workspace=workspace.linear)
-        ops.row_linear(mlp, layer.down, hidden, residual=hidden, epilogue="residual", workspace=workspace.linear)
-    if logit_rows is not None:
-        chosen = normed[: logit_rows.shape[0]]
-        ops.rms_norm(hidden, model.final_norm, eps, chosen, logit_rows)
-        ops.row_linear(chosen, model.lm_head, out, epilogue=epilogue, workspace=workspace.linear)
+    cache = (kv.k_pages[i], kv.v_pages[i], kv.page_table)
+    views = dict(num_rows_ar=rows.num_rows_ar, workspace=workspace.linear)
+    ops.rms_norm(hidden, layer.input_norm, eps, normed)
+    ops.row_linear(normed, layer.qkv, qkv, weight_diff=layer.qkv_diff, **views)
+    ops.qkv_commit(qkv, rows, model.cos_sin, layer.qk_norms, eps, *cache, *scratch, q)
+    ops.dual_attn(
+        q, *cache, *scratch, rows, model.softmax_scale, attn, max_seq_len=max_seq_len, workspace=workspace.attn
+    )
+    flat = attn.view(n, -1)
+    ops.row_linear(flat, layer.o, hidden, weight_diff=layer.o_diff, residual=hidden, epilogue="residual", **views)
+    ops.rms_norm(hidden, layer.post_attn_norm, eps, normed)
+    ops.row_linear(normed, layer.gate_up, mlp, epilogue="silu_mul", workspace=workspace.linear)
+    ops.row_linear(mlp, layer.down, hidden, residual=hidden, epilogue="residual", workspace=workspace.linear)

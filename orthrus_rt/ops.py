@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from orthrus_rt import dispatch, native, reference
+from orthrus_rt import dispatch, native, nvtx, reference
 from orthrus_rt import state as st
 from orthrus_rt.plan import Rows
 from orthrus_rt.weights import PackedWeight
@@ -71,6 +71,7 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype):
     return getattr(native, op)
 
 
+@nvtx.ranged("embed")
 def embed(token: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
     """``out[r] = table[token[r]]``.
 
@@ -87,6 +88,7 @@ def embed(token: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
         _choose(op, device, dtype)(token, table, out)
 
 
+@nvtx.ranged("rms_norm")
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, row_index=None) -> None:
     """``out = round(x * rsqrt(mean(x^2) + eps) * weight)``, fp32 inside, one rounding.
 
@@ -107,6 +109,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
         _choose(op, device, dtype)(x, weight, eps, out, row_index)
 
 
+@nvtx.ranged("row_linear")
 def row_linear(
     x: torch.Tensor,
     weight: PackedWeight,
@@ -161,6 +164,7 @@ def row_linear(
         native.row_linear(x, weight, out, weight_diff=weight_diff, workspace=workspace, **kwargs)
 
 
+@nvtx.ranged("qkv_commit")
 def qkv_commit(
     qkv: torch.Tensor,
     rows: Rows,
@@ -201,6 +205,7 @@ def qkv_commit(
         _choose(op, device, dtype)(*args)
 
 
+@nvtx.ranged("dual_attn")
 def dual_attn(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -250,6 +255,7 @@ def dual_attn(
         run(*args)
 
 
+@nvtx.ranged("consensus")
 def consensus(
     state: st.SlotState,
     partials: tuple[torch.Tensor | None, torch.Tensor],
@@ -304,6 +310,7 @@ def consensus(
         run(state, partials, step, next_pass, rows_next, mask_token_id)
 
 
+@nvtx.ranged("process_logits")
 def process_logits(
     logits, temperature, top_k, top_p, min_p, seed, position, purpose, choice, *, log_probs=None,
     penalties=None, token_counts=None, bias_ids=None, bias_values=None, stop_ids=None, min_position=None,

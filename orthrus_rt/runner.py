@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orthrus_rt import ops
+from orthrus_rt import nvtx, ops
 from orthrus_rt import state as st
 from orthrus_rt.graph import COUPLED, Cycle, Pass
 from orthrus_rt.kv import PagedKvCache
@@ -113,6 +113,7 @@ class Runner:
             tensor[target] = tensor[source]
         self.clear(source)
 
+    @nvtx.ranged("prefill")
     def prefill(self, request: Request, budget: int, mode: str, block_len: int) -> int:
         """Push at most ``budget`` more prompt tokens through the AR view; how many it took.
 
@@ -191,6 +192,7 @@ class Runner:
             cycle.run()
         self._post([(r.slot, r) for r in requests], cycle.state, len(cycle.passes), mode, block_len)
 
+    @nvtx.ranged("rejection cycle")
     def _rejection_cycle(self, cycle: Cycle, requests: list[Request]) -> None:
         """A cycle in which some requests choose by the published rule, on the host; the others choose as ever."""
         cycle.stage_first()

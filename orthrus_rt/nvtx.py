@@ -1,0 +1,35 @@
+"""NVTX ranges for profilers, per cycle, pass, layer and op, if ``ORTHRUS_NVTX=1`` is set when this module is imported.
+
+Without it :func:`ranged` returns functions as they are, so that nothing is paid per call. A replayed CUDA graph runs
+no Python: inside one, only the cycle's own range is seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+
+VARIABLE = "ORTHRUS_NVTX"
+ENABLED = os.environ.get(VARIABLE, "0") not in ("", "0")
+
+
+def ranged(name: str | Callable[..., str]):
+    """Decorator: every call lies in a range of this name, or of what ``name`` makes of the call's arguments."""
+
+    def wrap(function):
+        if not ENABLED:
+            return function
+        import torch
+
+        @functools.wraps(function)
+        def in_range(*args, **kwargs):
+            torch.cuda.nvtx.range_push(name(*args, **kwargs) if callable(name) else name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                torch.cuda.nvtx.range_pop()
+
+        return in_range
+
+    return wrap

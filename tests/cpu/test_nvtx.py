@@ -1,0 +1,51 @@
+"""NVTX ranges, with a recorder in the profiler's place: each variable's setting in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from orthrus_rt import dispatch
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "qwen3-tied-k8"
+CODE = f"""
+import json, torch
+events = []
+torch.cuda.nvtx.range_push = lambda name: events.append(name)
+torch.cuda.nvtx.range_pop = lambda: events.append(None)
+import orthrus_rt
+engine = orthrus_rt.Engine.from_pretrained({str(GOLDEN)!r}, device="cpu", dtype="float32", max_seq_len=32)
+engine.generate([1, 2, 3], orthrus_rt.SamplingParams(max_new_tokens=4, ignore_eos=True))
+print(json.dumps(events))
+"""
+
+
+def events(value):
+    env = {**os.environ, "ORTHRUS_NVTX": value}
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=env, check=True)
+    return json.loads(done.stdout)
+
+
+def test_off_never_calls():
+    assert events("0") == [] == events("")
+
+
+def test_ranges_nest_cycle_pass_layer_op():
+    depth, paths = [], set()
+    for name in events("1"):
+        if name is None:
+            depth.pop()
+        else:
+            depth.append(name)
+            paths.add("/".join(depth))
+    assert not depth
+    layers = {p.split("/")[-1] for p in paths if p.split("/")[-1].startswith("layer")}
+    assert layers == {"layer 0", "layer 1"}
+    for one_pass in ("prefill", "two_pass cycle/draft pass", "two_pass cycle/verify pass"):
+        for op in ("rms_norm", "row_linear", "qkv_commit", "dual_attn"):
+            assert f"{one_pass}/layer 1/{op}" in paths
+        assert f"{one_pass}/embed" in paths
+    assert "two_pass cycle/consensus" in paths
+    ops = {p.split("/")[-1] for p in paths} - layers - {"prefill", "two_pass cycle", "draft pass", "verify pass"}
+    assert ops == set(dispatch.OPS) - {"process_logits"}
