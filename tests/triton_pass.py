@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from orthrus_rt.triton_kernels import dual_attn
 
+from orthrus_rt.triton_kernels import dual_attn
 from tests.attention_pass import Pass
 
 

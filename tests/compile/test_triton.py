@@ -10,9 +10,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
 
-from orthrus_rt.triton_kernels import dual_attn, embed, process_logits, rms_norm
-
 from orthrus_rt import plan
+from orthrus_rt.triton_kernels import dual_attn, embed, process_logits, rms_norm
 from tests.compile.recorder import record
 
 # Bytes of shared memory that one block may have.

@@ -5,9 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from orthrus_rt.triton_kernels import embed, process_logits, rms_norm
-
 from orthrus_rt import reference
+from orthrus_rt.triton_kernels import embed, process_logits, rms_norm
 from tests.attention_pass import Group, Heads
 from tests.logits_cases import FILTERS, extras, logits, with_filters
 from tests.triton_pass import TritonPass

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from orthrus_rt.triton_kernels import dual_attn
-
 from orthrus_rt.plan import empty_rows
+from orthrus_rt.triton_kernels import dual_attn
 from tests.attention_pass import Group, Heads
 from tests.triton_pass import TritonPass
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from orthrus_rt.triton_kernels import process_logits as kernel
-
 from orthrus_rt import reference
+from orthrus_rt.triton_kernels import process_logits as kernel
 from tests.logits_cases import FILTERS, extras, logits, with_filters
 
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from orthrus_rt.triton_kernels import embed, rms_norm
-
 from orthrus_rt import reference
+from orthrus_rt.triton_kernels import embed, rms_norm
 
 DTYPES = [torch.float32, torch.float16]
 
