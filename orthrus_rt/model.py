@@ -39,6 +39,7 @@ class Model:
         self.device = torch.device(device)
         self.dtype = dtype
         self.softmax_scale = config.head_dim**-0.5
+        ops.check_head_dim(config.head_dim, self.device, dtype)
 
         def get(name):
             return tensors[name].to(device=self.device, dtype=dtype)

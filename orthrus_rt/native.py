@@ -70,9 +70,12 @@ def _launch(op: str, params, device: torch.device) -> None:
         getattr(cpu, op)(params)
 
 
-def _need_cuda(op: str, what: str, got: int, allowed, device: torch.device) -> None:
-    if device.type == "cuda" and got not in allowed:
-        raise ValueError(f"{op}: {what} must be in {allowed} on CUDA, got {got}")
+def check_head_dim(op: str, head_dim: int, device_type: str) -> None:
+    """Refuse a head_dim that the native kernel of ``op`` does not have."""
+    if device_type == "cuda" and head_dim not in (64, 128):
+        raise ValueError(f"{op}: head_dim must be in (64, 128) on CUDA, got {head_dim}")
+    if op == "dual_attn" and device_type == "cpu" and (head_dim % 16 or head_dim > 256):
+        raise ValueError(f"{op}: head_dim must be a multiple of 16 up to 256 on the CPU, got {head_dim}")
 
 
 def embed(token, table, out):
@@ -120,7 +123,7 @@ def row_linear(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=N
 
 
 def qkv_commit(qkv, rows, cos_sin, norms, eps, k_pages, v_pages, page_table, scratch_k, scratch_v, q_out):
-    _need_cuda("qkv_commit", "head_dim", q_out.shape[2], (64, 128), qkv.device)
+    check_head_dim("qkv_commit", q_out.shape[2], qkv.device.type)
     q_norm, k_norm, q_norm_diff, k_norm_diff = norms or (None,) * 4
     params = dispatch.native().QkvCommitParams(
         qkv=ptr(qkv),
@@ -144,9 +147,7 @@ def qkv_commit(qkv, rows, cos_sin, norms, eps, k_pages, v_pages, page_table, scr
 def dual_attn(
     q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softmax_scale, out, *, max_seq_len, workspace=None
 ):
-    _need_cuda("dual_attn", "head_dim", q.shape[2], (64, 128), q.device)
-    if q.device.type == "cpu" and (q.shape[2] % 16 or q.shape[2] > 256):
-        raise ValueError(f"dual_attn: head_dim must be a multiple of 16 up to 256 on the CPU, got {q.shape[2]}")
+    check_head_dim("dual_attn", q.shape[2], q.device.type)
     params = dispatch.native().DualAttnParams(
         q=ptr(q),
         scratch_k=ptr(scratch_k),
@@ -165,7 +166,8 @@ def dual_attn(
 
 def consensus(state, partials, step, next_pass, rows_next, mask_token_id):
     value, index = partials
-    _need_cuda("consensus", "block_len", state.block_len, range(257), state.finish.device)
+    if state.finish.is_cuda and state.block_len > 256:
+        raise ValueError(f"consensus: block_len must be at most 256 on CUDA, got {state.block_len}")
     params = dispatch.native().ConsensusParams(
         partial_value=ptr(value),
         partial_id=ptr(index),

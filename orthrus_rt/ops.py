@@ -371,6 +371,17 @@ def _pair(op, name_a, a, shape_a, dtype_a, name_b, b, shape_b, dtype_b, device) 
         _tensor(op, name_b, b, shape_b, dtype_b, device)
 
 
+def check_head_dim(head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse, before any weight is packed, a head_dim that the chosen attention kernels do not have.
+
+    Raises:
+        ValueError: naming the op and its limit.
+    """
+    for op in ("qkv_commit", "dual_attn"):
+        if dispatch.select(op, device, dtype) in ("cpu", "cuda"):
+            native.check_head_dim(op, head_dim, device.type)
+
+
 def workspace_bytes(
     device, dtype, *, max_rows, max_groups, num_heads_q, head_dim, max_seq_len, linear_shapes
 ) -> tuple[int, int]:

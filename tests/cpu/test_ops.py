@@ -5,9 +5,11 @@ import torch
 
 from orthrus_rt import dispatch, ops
 from orthrus_rt import state as st
+from orthrus_rt.engine import Engine
 from orthrus_rt.plan import empty_rows, prefill_rows
 from orthrus_rt.state import SlotState
 from orthrus_rt.weights import pack
+from tests import checkpoints
 
 F32, I32 = torch.float32, torch.int32
 ROWS, HEADS_Q, HEADS_KV, DIM = 3, 4, 2, 64
@@ -169,3 +171,18 @@ def test_what_is_asked_for_and_missing_raises(monkeypatch, value, error, message
     monkeypatch.setenv("ORTHRUS_BACKEND", value)
     with pytest.raises(error, match=message):
         dispatch.select("dual_attn", torch.device("cpu"), torch.bfloat16)
+
+
+def test_head_dims_without_a_kernel_are_refused_at_load(tmp_path, monkeypatch):
+    """Before anything is packed, and for CUDA too (whose choice of kernels needs no device)."""
+    folder = checkpoints.make(tmp_path, "llama", dtype=torch.bfloat16, head_dim=24)
+    if dispatch.native() is not None:
+        monkeypatch.setattr("orthrus_rt.weights.pack", None)
+        with pytest.raises(ValueError, match="dual_attn: head_dim must be a multiple of 16 up to 256 on the CPU"):
+            Engine.from_pretrained(str(folder), device="cpu")
+    cuda, impl = torch.device("cuda"), {torch.bfloat16: "cuda", torch.float32: "reference"}
+    monkeypatch.setattr(dispatch, "select", lambda op, device, dtype: impl[dtype])
+    with pytest.raises(ValueError, match=r"qkv_commit: head_dim must be in \(64, 128\) on CUDA, got 80"):
+        ops.check_head_dim(80, cuda, torch.bfloat16)
+    for head_dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (80, torch.float32)):
+        ops.check_head_dim(head_dim, cuda, dtype)
