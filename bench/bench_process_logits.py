@@ -12,7 +12,9 @@ import sys
 import torch
 from common import graphed, header, measure, read_bandwidth, report
 
-from orthrus_rt import dispatch, reference
+from orthrus_rt import dispatch, ops, reference
+from orthrus_rt.plan import prefill_rows
+from orthrus_rt.state import SlotSampling, empty_partials, num_score_tiles
 
 # name: temperature, top_k, top_p, min_p
 FILTERS = {
@@ -35,18 +37,21 @@ class Case:
         # The op scales its logits in place: scaled beforehand and run at temperature 1, every call sees the same.
         self.source = (crowd / (filters[0] or 1)).to(device)
         self.logits = self.source.clone()
-        filters = self.filters = (float(filters[0] > 0), *filters[1:])
-        columns = zip(filters, (torch.float32, torch.int32, torch.float32, torch.float32), strict=True)
-        self.parameters = [torch.full((rows,), value, dtype=dtype, device=device) for value, dtype in columns]
-        self.seed = torch.arange(rows, device=device)
-        self.position = torch.arange(rows, dtype=torch.int32, device=device)
-        self.choice = torch.empty(rows, dtype=torch.int32, device=device)
+        self.filters = (float(filters[0] > 0), *filters[1:])
+        self.rows = prefill_rows(torch.zeros(rows, dtype=torch.int32, device=device), 100, 0)
+        self.logit_rows = torch.arange(rows, dtype=torch.int32, device=device)
+        self.sampling = SlotSampling.allocate(1, device)
+        for tensor, value in zip(self.sampling.filters(), self.filters, strict=False):
+            tensor.fill_(value)
+        self.cache_seqlens = torch.full((1,), 100, dtype=torch.int32, device=device)
+        self.partials = empty_partials(rows, num_score_tiles(vocab), device)
         self.impl = dispatch.select("process_logits", device, torch.float32)
-        module = dispatch.triton_module("process_logits") if self.impl == "triton" else reference
-        self.op = module.process_logits
 
     def call(self):
-        self.op(self.logits, *self.parameters, self.seed, self.position, 0, self.choice)
+        self._run(ops.process_logits, self.logits, self.partials)
+
+    def _run(self, op, logits, partials):
+        op(logits, self.rows, self.logit_rows, self.sampling, self.cache_seqlens, 0, partials)
 
     def eager(self):
         temperature, top_k, top_p, min_p = self.filters
@@ -68,9 +73,10 @@ class Case:
     def rows_unlike_the_oracle(self) -> int:
         """Rows whose choice differs; at most a near-tie in many rows, as exp and log differ in the last bits."""
         self.call()
-        want = torch.empty_like(self.choice)
-        reference.process_logits(self.source.clone(), *self.parameters, self.seed, self.position, 0, want)
-        return int((self.choice != want).sum())
+        want = empty_partials(*self.partials[0].shape, self.source.device)
+        self._run(reference.process_logits, self.source.clone(), want)
+        got, want = (index.gather(1, reference.first_argmax(value)[:, None]) for value, index in (self.partials, want))
+        return int((got != want).sum())
 
 
 def main() -> int:

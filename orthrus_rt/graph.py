@@ -33,7 +33,8 @@ class Pass:
         step: STEP_DRAFT or STEP_VERIFY: what its choices are.
         rows: static; staged by the consensus before it.
         per_slot: choices per slot. logit_rows: int32, the rows they belong to, slot by slot.
-        partials: ``(value, id)``, the greedy choices' partial maxima.
+        partials: ``(value, id)``, the choices' partial maxima, of logits or of scores.
+        logits: fp32 ``[len(logit_rows), vocab_size]`` that every pass shares; None where none are materialised.
     """
 
     kind: int
@@ -42,26 +43,27 @@ class Pass:
     per_slot: int
     logit_rows: torch.Tensor
     partials: tuple[torch.Tensor, torch.Tensor]
+    logits: torch.Tensor | None
 
 
-def _pass(model: Model, kind: int, slots: int, block_len: int) -> Pass:
+def _pass(model: Model, kind: int, slots: int, block_len: int, activations: Activations | None) -> Pass:
+    """A pass whose choices are scored from logits in ``activations``, or if None by the head's own partial maxima."""
     draft = kind == st.NEXT_DRAFT
     rows_each = 1 if kind == st.NEXT_AR else block_len
     groups = (0, 0, slots, rows_each) if draft else (slots, rows_each, 0, 0)
     rows = empty_rows(*groups, model.device)
     per_slot = rows_each - 1 if draft else rows_each  # a block's last row predicts beyond the block
     picked = rows.group_start[:-1, None] + torch.arange(per_slot, dtype=torch.int32, device=model.device)
-    shape = (picked.numel(), model.lm_head.num_partials)
+    scored = activations is not None
+    num_partials = st.num_score_tiles(model.config.vocab_size) if scored else model.lm_head.num_partials
     return Pass(
         kind=kind,
         step=st.STEP_DRAFT if draft else st.STEP_VERIFY,
         rows=rows,
         per_slot=per_slot,
         logit_rows=picked.flatten().contiguous(),
-        partials=(
-            torch.empty(shape, dtype=torch.float32, device=model.device),
-            torch.empty(shape, dtype=torch.int32, device=model.device),
-        ),
+        partials=st.empty_partials(picked.numel(), num_partials, model.device),
+        logits=activations.logits(picked.numel()) if scored else None,
     )
 
 
@@ -94,12 +96,15 @@ class Cycle:
         self.workspace: Workspace = workspace
         self.max_seq_len = max_seq_len
         kinds = [st.NEXT_AR] if mode == "ar" else [st.NEXT_DRAFT, st.NEXT_VERIFY]
-        self.passes = [_pass(model, kind, state.num_slots, state.block_len) for kind in kinds]
+        scored = None if sampling is None else activations
+        self.passes = [_pass(model, kind, state.num_slots, state.block_len, scored) for kind in kinds]
         self._replay: Callable[[], None] | None = None
         self.graph_bytes = 0
 
-    @nvtx.ranged(lambda self, p, *_: "draft pass" if p.step == st.STEP_DRAFT else "verify pass")
-    def forward(self, p: Pass, epilogue: str, out) -> None:
+    @nvtx.ranged(lambda self, p: "draft pass" if p.step == st.STEP_DRAFT else "verify pass")
+    def forward(self, p: Pass) -> None:
+        """Push pass ``p`` to its logits, or where none are materialised to its partial maxima."""
+        epilogue, out = ("argmax", p.partials) if p.logits is None else ("logits", p.logits)
         forward(
             self.model, self.kv, p.rows, self.activations, self.workspace,
             logit_rows=p.logit_rows, epilogue=epilogue, out=out, max_seq_len=self.max_seq_len,
@@ -109,22 +114,10 @@ class Cycle:
         """Stage the first pass's rows from the state as it is."""
         self._consensus(st.STEP_STAGE, (None, None), self.passes[0])
 
-    def logits(self, p: Pass) -> torch.Tensor:
-        """Forward pass ``p`` and materialise the logits of its choices: fp32 ``[len(p.logit_rows), vocab_size]``."""
-        out = torch.empty(
-            len(p.logit_rows), self.model.config.vocab_size, dtype=torch.float32, device=self.model.device
-        )
-        self.forward(p, "logits", out)
-        return out
-
-    def sample(self, p: Pass, logits: torch.Tensor) -> torch.Tensor:
-        """Coupled choices int32 ``[len(p.logit_rows)]``: each row chooses the token after its own position."""
-        slots = p.rows.seq[p.logit_rows].long()
-        position = p.rows.position[p.logit_rows] + 1
-        choice = torch.empty_like(position)
-        *filters, seed = self.sampling.rows(slots)
-        ops.process_logits(logits, *filters, seed, position, COUPLED, choice)
-        return choice
+    def sample(self, p: Pass) -> None:
+        """Coupled choices from the logits of pass ``p``, into its partials."""
+        seqlens = self.state.cache_seqlens
+        ops.process_logits(p.logits, p.rows, p.logit_rows, self.sampling, seqlens, COUPLED, p.partials)
 
     def take(self, p: Pass, partials) -> None:
         """Take the choices of pass ``p`` and stage the pass after it, if there is one."""
@@ -139,11 +132,10 @@ class Cycle:
         """One cycle of every running slot, op by op."""
         self.stage_first()
         for p in self.passes:
-            if self.sampling is None:
-                self.forward(p, "argmax", p.partials)
-                self.take(p, p.partials)
-            else:
-                self.take(p, (None, self.sample(p, self.logits(p))[:, None]))
+            self.forward(p)
+            if p.logits is not None:
+                self.sample(p)
+            self.take(p, p.partials)
 
     @nvtx.ranged(lambda self: f"{self.mode} cycle")
     def run(self) -> None:

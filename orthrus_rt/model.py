@@ -106,6 +106,13 @@ class Activations:
         self.mlp = torch.empty(max_rows, c.intermediate_size, **kw)
         self.scratch_k = torch.empty(max_rows_diff, c.num_heads_kv, c.head_dim, **kw)
         self.scratch_v = torch.empty(max_rows_diff, c.num_heads_kv, c.head_dim, **kw)
+        self._logits = torch.empty(0, c.vocab_size, dtype=torch.float32, device=model.device)
+
+    def logits(self, num_rows: int) -> torch.Tensor:
+        """fp32 ``[num_rows, vocab_size]``; allocated on first use, as greedy decoding materialises no logits."""
+        if self._logits.shape[0] < num_rows:
+            self._logits = self._logits.new_empty(max(num_rows, self.scratch_k.shape[0]), self._logits.shape[1])
+        return self._logits[:num_rows]
 
     @property
     def nbytes(self) -> int:

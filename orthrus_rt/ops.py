@@ -312,63 +312,74 @@ def consensus(
 
 @nvtx.ranged("process_logits")
 def process_logits(
-    logits, temperature, top_k, top_p, min_p, seed, position, purpose, choice, *, log_probs=None,
-    penalties=None, token_counts=None, bias_ids=None, bias_values=None, stop_ids=None, min_position=None,
-) -> None:  # fmt: skip
-    """One token per row: a draw from the filtered distribution, or the largest logit where ``temperature`` is 0.
+    logits: torch.Tensor,
+    rows: Rows,
+    logit_rows: torch.Tensor,
+    sampling: st.SlotSampling,
+    cache_seqlens: torch.Tensor,
+    purpose: int,
+    partials: tuple[torch.Tensor, torch.Tensor],
+    *,
+    log_probs: torch.Tensor | None = None,
+) -> None:
+    """Scores whose largest is a row's choice: a draw from its filtered distribution, or the best logit if greedy.
 
-    Steps, all in fp32: NaN counts as -inf; penalties; bias; stop mask; division by the temperature; keep the ``top_k``
-    largest (0: all); of those the shortest sorted prefix with mass >= ``top_p`` (1: all); of those what is at least
-    ``min_p`` times as likely as the best. The choice is the argmax over kept tokens of y plus Gumbel noise, ties to the
-    lowest id. The noise is a function of (seed, position, purpose, token id) alone: see
-    :func:`orthrus_rt.reference.exponential`.
+    Row i of ``logits`` belongs to row r = ``logit_rows[i]`` of the pass, obeys the parameters of its slot
+    ``rows.seq[r]`` and chooses the token at ``rows.position[r] + 1``. Steps, all in fp32: NaN counts as -inf; the
+    slot's edits (penalties, bias, stop mask); division by the temperature; keep the ``top_k`` largest (0: all); of
+    those the shortest sorted prefix with mass >= ``top_p`` (1: all); of those what is at least ``min_p`` times as
+    likely as the best. Values equal to the last kept one are kept. The score of a kept token is its logit plus Gumbel
+    noise, a function of (seed, position, purpose, token id) alone: see :func:`orthrus_rt.reference.exponential`.
+    Where the temperature is 0 it is the edited logit of every token. Penalties count what the slot has committed and,
+    for an AR row, the drafts before the position: the tokens of its own and earlier rows from position
+    ``cache_seqlens + 1`` on.
 
     Args:
-        logits: fp32 ``[num_rows, vocab_size]``; its contents are undefined afterwards.
-        temperature, top_p, min_p: fp32 ``[num_rows]``. top_k: int32 ``[num_rows]``. seed: int64 ``[num_rows]``.
-        position: int32 ``[num_rows]``, that of the token to be chosen.
-        purpose: int >= 0; rows that must not share noise differ in it.
-        choice: int32 ``[num_rows]``, MUTATED.
+        logits: fp32 ``[n, vocab_size]``; its contents are undefined afterwards.
+        rows: the pass. A row at position -1 yields scores 0.
+        logit_rows: int32 ``[n]``.
+        sampling: per slot.
+        cache_seqlens: int32 ``[num_slots or fewer]``, read where there are penalties.
+        purpose: int >= 0; choices that must not share noise differ in it.
+        partials: ``(value fp32, id int32)``, each ``[n, ceil(vocab_size / 128)]``, MUTATED: per 128 tokens the largest
+            score and its lowest id; -inf and the first id where none is kept. Scores that cannot be the row's largest,
+            because the likeliest token's is more than 23 above the logit, may be left out.
         log_probs: None, or fp32 like ``logits``, MUTATED: log of the filtered distribution.
-        penalties: None, or fp32 ``[num_rows, 3]``: repetition, presence, frequency, with ``token_counts`` int32
-            ``[num_rows, vocab_size]``: times generated, -1 for tokens of the prompt alone.
-        bias_ids, bias_values: None, or int32 and fp32 ``[num_rows, n]``; id -1 pads.
-        stop_ids, min_position: None, or int32 ``[num_rows, n]`` (-1 pads) and int32 ``[num_rows]``: these ids cannot be
-            chosen at positions below.
     """
     op, device = "process_logits", logits.device
     n, vocab = logits.shape
-    _tensor(op, "logits", logits, (n, vocab), torch.float32, device)
-    for name, tensor, dtype in (
-        ("temperature", temperature, torch.float32), ("top_k", top_k, torch.int32), ("top_p", top_p, torch.float32),
-        ("min_p", min_p, torch.float32), ("seed", seed, torch.int64), ("position", position, torch.int32),
-        ("choice", choice, torch.int32),
-    ):  # fmt: skip
-        _tensor(op, name, tensor, (n,), dtype, device)
+    f32, i32 = torch.float32, torch.int32
+    _tensor(op, "logits", logits, (n, vocab), f32, device)
+    _rows(op, rows, device)
+    _tensor(op, "logit_rows", logit_rows, (n,), i32, device)
+    slots = sampling.seed.shape[0]
+    dtypes = dict(temperature=f32, top_k=i32, top_p=f32, min_p=f32, seed=torch.int64)
+    for name, dtype in dtypes.items():
+        _tensor(op, f"sampling.{name}", getattr(sampling, name), (slots,), dtype, device)
+    if sampling.edits is not None:
+        _edits(op, sampling.edits, slots, vocab, device)
+    _tensor(op, "cache_seqlens", cache_seqlens, (None,), i32, device)
     if purpose < 0:
         raise ValueError(f"{op}: purpose must be >= 0, got {purpose}")
+    tiles = st.num_score_tiles(vocab)
+    _tensor(op, "partials[0]", partials[0], (n, tiles), f32, device)
+    _tensor(op, "partials[1]", partials[1], (n, tiles), i32, device)
     if log_probs is not None:
-        _tensor(op, "log_probs", log_probs, (n, vocab), torch.float32, device)
-    f32, i32 = torch.float32, torch.int32
-    _pair(op, "penalties", penalties, (n, 3), f32, "token_counts", token_counts, (n, vocab), i32, device)
-    _pair(op, "bias_ids", bias_ids, (n, None), i32, "bias_values", bias_values, (n, None), f32, device)
-    _pair(op, "stop_ids", stop_ids, (n, None), i32, "min_position", min_position, (n,), i32, device)
+        _tensor(op, "log_probs", log_probs, (n, vocab), f32, device)
     if n:
-        _choose(op, device, torch.float32)(
-            logits, temperature, top_k, top_p, min_p, seed, position, purpose, choice, log_probs=log_probs,
-            penalties=penalties, token_counts=token_counts, bias_ids=bias_ids, bias_values=bias_values,
-            stop_ids=stop_ids, min_position=min_position,
-        )  # fmt: skip
+        run = _choose(op, device, f32)
+        run(logits, rows, logit_rows, sampling, cache_seqlens, purpose, partials, log_probs=log_probs)
 
 
-def _pair(op, name_a, a, shape_a, dtype_a, name_b, b, shape_b, dtype_b, device) -> None:
-    """Two optional tensors that come together or not at all."""
-    if (a is None) != (b is None):
-        given, missing = (name_a, name_b) if b is None else (name_b, name_a)
-        raise ValueError(f"{op}: {missing} must be given with {given}, got None")
-    if a is not None:
-        _tensor(op, name_a, a, shape_a, dtype_a, device)
-        _tensor(op, name_b, b, shape_b, dtype_b, device)
+def _edits(op: str, edits: st.SlotEdits, slots: int, vocab: int | None, device) -> None:
+    f32, i32 = torch.float32, torch.int32
+    bias = edits.bias_ids.shape[-1]
+    for name, shape, dtype in (
+        ("penalties", (slots, 3), f32), ("token_counts", (slots, vocab), i32), ("num_counted", (slots,), i32),
+        ("bias_ids", (slots, None), i32), ("bias_values", (slots, bias), f32), ("stop_ids", (slots, None), i32),
+        ("min_position", (slots,), i32),
+    ):  # fmt: skip
+        _tensor(op, f"sampling.edits.{name}", getattr(edits, name), shape, dtype, device)
 
 
 def check_head_dim(head_dim: int, device: torch.device, dtype: torch.dtype) -> None:

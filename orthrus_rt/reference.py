@@ -39,23 +39,20 @@ def row_linear(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=N
         gate, up = acc.chunk(2, dim=-1)
         acc = gate / (1 + torch.exp(-gate)) * up
     if epilogue == "argmax":
-        value, index = out
-        best, within = _partial(acc, value.shape[1])
-        tile = -(-acc.shape[1] // value.shape[1])
-        value.copy_(best)
-        index.copy_(within + torch.arange(value.shape[1], device=acc.device) * tile)
+        _partials(acc, -(-acc.shape[1] // out[0].shape[1]), out)
     else:
         out.copy_(acc)
 
 
-def _partial(logits, num_partials):
-    """Max and first arg-max of each of ``num_partials`` equal tiles of the vocabulary; NaN never wins."""
-    tile = -(-logits.shape[1] // num_partials)
-    padded = torch.full((logits.shape[0], num_partials * tile), -torch.inf, device=logits.device)
-    padded[:, : logits.shape[1]] = torch.where(logits.isnan(), -torch.inf, logits)
-    padded = padded.view(logits.shape[0], num_partials, tile)
-    values = padded.amax(-1)
-    return values, first_argmax(padded)
+def _partials(x, tile, out):
+    """Maximum and its lowest id of every ``tile`` ids of ``x`` ``[num_rows, vocab_size]``; NaN never wins."""
+    value, index = out
+    n, tiles = value.shape
+    padded = torch.full((n, tiles * tile), -torch.inf, device=x.device)
+    padded[:, : x.shape[1]] = torch.where(x.isnan(), -torch.inf, x)
+    padded = padded.view(n, tiles, tile)
+    value.copy_(padded.amax(-1))
+    index.copy_(first_argmax(padded) + torch.arange(tiles, device=x.device) * tile)
 
 
 def rope(x, position, cos_sin):
@@ -325,38 +322,52 @@ def _total(kept):
 
 
 def process_logits(
-    logits, temperature, top_k, top_p, min_p, seed, position, purpose, choice, *, log_probs=None,
-    penalties=None, token_counts=None, bias_ids=None, bias_values=None, stop_ids=None, min_position=None,
-):  # fmt: skip
-    """Penalties, bias and stop mask, then a draw from :func:`process_logits_probs` by Gumbel noise.
+    logits, rows: Rows, logit_rows, sampling: st.SlotSampling, cache_seqlens, purpose, partials, *, log_probs=None
+):
+    """Edits, then the scores of a Gumbel draw from :func:`process_logits_probs`; greedy rows score every logit.
 
-    The contract is that of its twin in ``triton_kernels/process_logits.py``.
+    See :func:`orthrus_rt.ops.process_logits` for the contract.
     """
-    y = torch.where(logits.isnan(), -torch.inf, logits.float())
-    if penalties is not None:
-        repetition, presence, frequency = (penalties[:, i : i + 1] for i in range(3))
-        punished = torch.where(y > 0, y / repetition, y * repetition)
-        y = torch.where(token_counts != 0, punished, y)
-        y = torch.where(token_counts > 0, y - (presence + frequency * token_counts), y)
-    if bias_ids is not None:
-        for ids, values in zip(bias_ids.T.long(), bias_values.T, strict=True):
-            here = torch.zeros_like(y).scatter_(1, ids.clamp(min=0)[:, None], torch.where(ids >= 0, values, 0)[:, None])
-            y = y + here
-    if stop_ids is not None:
-        early = (position < min_position)[:, None] & (stop_ids >= 0)
-        banned = torch.zeros_like(y).scatter_add_(1, stop_ids.clamp(min=0).long(), early.float())
-        y = torch.where(banned > 0, -torch.inf, y)
+    r = logit_rows.long()
+    slot, position = rows.seq[r].long(), rows.position[r] + 1
+    y = torch.where(logits.isnan(), -torch.inf, logits)
+    if sampling.edits is not None:
+        y = _edit(y, rows, r, slot, position, sampling.edits, cache_seqlens)
+    temperature, top_k, top_p, min_p, seed = (t[slot] for t in sampling.filters())
     y, weight, keep = _filter(y, temperature, top_k, top_p, min_p)
     # Noise costs: draw it only for kept tokens that could still beat the likeliest one. It is at most 22.9.
     top, best = y.max(-1)
     lead = (top - torch.log(exponential(seed, position, purpose, best)))[:, None]
-    row, token = (keep & (y >= lead - 23)).nonzero(as_tuple=True)
+    greedy = (temperature <= 0)[:, None]
+    row, token = (keep & (y >= lead - 23) & ~greedy).nonzero(as_tuple=True)
     noise = exponential(seed[row], position[row], purpose, token)
-    score = torch.full_like(y, -torch.inf)
+    score = torch.where(greedy, y, -torch.inf)
     score[row, token] = y[row, token] - torch.log(noise)
-    choice.copy_((score == score.amax(-1, keepdim=True)).int().argmax(-1))
+    score[position == 0] = 0
+    _partials(score, st.SCORE_TILE, partials)
     if log_probs is not None:
         alone = keep.sum(-1, keepdim=True) == 1
         total = _total(torch.where(keep, weight, 0))
         value = torch.where(alone, 0, y - y.amax(-1, keepdim=True) - torch.log(total))
         log_probs.copy_(torch.where(keep, value, -torch.inf))
+
+
+def _edit(y, rows: Rows, r, slot, position, edits: st.SlotEdits, cache_seqlens):
+    """Penalties, bias and stop mask. An AR row also counts the drafts up to its own, which are not committed."""
+    counts = edits.token_counts[slot]
+    drafts = torch.where(r < rows.num_rows_ar, position - 1 - cache_seqlens[slot], 0)
+    for i, (row, count) in enumerate(zip(r.tolist(), drafts.tolist(), strict=True)):
+        for token in rows.token[row + 1 - count : row + 1].tolist() if count > 0 else ():
+            counts[i, token] = max(int(counts[i, token]), 0) + 1
+    repetition, presence, frequency = edits.penalties[slot].unsqueeze(-1).unbind(1)
+    punished = torch.where(y > 0, y / repetition, y * repetition)
+    y = torch.where(counts != 0, punished, y)
+    y = torch.where(counts > 0, y - (presence + frequency * counts), y)
+    ids, values = edits.bias_ids[slot].long(), edits.bias_values[slot]
+    for i in range(ids.shape[1]):
+        here = torch.where(ids[:, i] >= 0, values[:, i], 0)
+        y = y + torch.zeros_like(y).scatter_(1, ids[:, i, None].clamp(min=0), here[:, None])
+    stop = edits.stop_ids[slot].long()
+    early = (position < edits.min_position[slot])[:, None] & (stop >= 0)
+    banned = torch.zeros_like(y).scatter_add_(1, stop.clamp(min=0), early.float())
+    return torch.where(banned > 0, -torch.inf, y)

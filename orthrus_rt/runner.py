@@ -15,7 +15,8 @@ from orthrus_rt import state as st
 from orthrus_rt.graph import COUPLED, Cycle, Pass
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
-from orthrus_rt.plan import prefill_rows
+from orthrus_rt.plan import Rows, prefill_rows
+from orthrus_rt.reference import first_argmax
 from orthrus_rt.scheduler import Request
 from orthrus_rt.state import SlotSampling, SlotState
 
@@ -109,7 +110,7 @@ class Runner:
     def move(self, source: int, target: int, block_len: int) -> None:
         """Carry a slot's state over; its pages are moved by the scheduler."""
         view = self.state.view(slice(None), block_len)
-        for tensor in (*vars(view).values(), *vars(self.sampling).values()):
+        for tensor in (*vars(view).values(), *self.sampling.tensors()):
             tensor[target] = tensor[source]
         self.clear(source)
 
@@ -127,19 +128,20 @@ class Runner:
         wants_choice = last and not request.tokens
         picked = torch.tensor([len(chunk) - 1], dtype=torch.int32, device=self.model.device) if wants_choice else None
         out = self._buffers(1, not request.params.greedy)
-        self._forward(prefill_rows(tokens, first, slot), picked, not request.params.greedy, out)
+        rows = prefill_rows(tokens, first, slot)
+        self._forward(rows, picked, not request.params.greedy, out)
         request.prefilled += len(chunk)
         if last:
             view = self.state.view(slice(slot, slot + 1), block_len)
             view.finish.fill_(st.RUNNING)
             if wants_choice:
-                self._first_choice(request, view, out)
+                self._first_choice(request, view, rows, picked, out)
                 self._post([(0, request)], view, 0, mode, block_len)
             else:
                 view.block_tokens[0, 0] = request.tokens[-1]
         return len(chunk)
 
-    def _first_choice(self, request: Request, view: SlotState, out) -> None:
+    def _first_choice(self, request: Request, view: SlotState, rows: Rows, picked: torch.Tensor, out) -> None:
         value, _ = out
         if not self.lag and not bool(value.max().isfinite()):  # reading it would stall a device that runs ahead
             raise FloatingPointError("prefill: the logits are not finite; are the weights?")
@@ -148,19 +150,17 @@ class Runner:
             ids = request.rejection.verify(value, [], len(request.prompt))
             partials = (None, ids.to(value.device)[:, None])
         elif not request.params.greedy:
-            slot = torch.tensor([request.slot], device=value.device)
-            position = torch.tensor([len(request.prompt)], dtype=torch.int32, device=value.device)
-            choice = torch.empty_like(position)
-            *filters, seed = self.sampling.rows(slot)
-            ops.process_logits(value, *filters, seed, position, COUPLED, choice)
-            partials = (None, choice[:, None])
+            partials = st.empty_partials(1, st.num_score_tiles(value.shape[1]), value.device)
+            seqlens = self.state.cache_seqlens
+            ops.process_logits(value, rows, picked, self.sampling, seqlens, COUPLED, partials)
         ops.consensus(view, partials, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id)
 
     def _buffers(self, rows: int, logits: bool):
         """``(value, id)``: fp32 logits (id None) or partial maxima of ``rows`` rows."""
-        width = self.model.config.vocab_size if logits else self.model.lm_head.num_partials
-        value = torch.empty(rows, width, dtype=torch.float32, device=self.model.device)
-        return value, None if logits else torch.empty(rows, width, dtype=torch.int32, device=self.model.device)
+        if logits:
+            vocab_size = self.model.config.vocab_size
+            return torch.empty(rows, vocab_size, dtype=torch.float32, device=self.model.device), None
+        return st.empty_partials(rows, self.model.lm_head.num_partials, self.model.device)
 
     def _forward(self, rows, logit_rows, logits: bool, out) -> None:
         forward(
@@ -197,9 +197,12 @@ class Runner:
         """A cycle in which some requests choose by the published rule, on the host; the others choose as ever."""
         cycle.stage_first()
         for p in cycle.passes:
-            logits = cycle.logits(p)
-            kept = {r: logits[r.slot * p.per_slot : (r.slot + 1) * p.per_slot].clone() for r in requests if r.rejection}
-            ids = cycle.sample(p, logits)
+            cycle.forward(p)
+            by_slot = p.logits.view(cycle.state.num_slots, p.per_slot, -1)
+            kept = {r: by_slot[r.slot].clone() for r in requests if r.rejection}
+            cycle.sample(p)
+            value, index = p.partials
+            ids = index.gather(1, first_argmax(value)[:, None])[:, 0]
             for request, mine in kept.items():
                 choices = self._rejection_choices(cycle.state, p, request, mine)
                 first = request.slot * p.per_slot

@@ -14,12 +14,65 @@ STEP_DRAFT, STEP_VERIFY, STEP_STAGE = 0, 1, 2
 NEXT_NONE, NEXT_DRAFT, NEXT_VERIFY, NEXT_AR = 0, 1, 2, 3
 
 
+# process_logits gives one partial maximum per this many tokens.
+SCORE_TILE = 128
+
+
+def num_score_tiles(vocab_size: int) -> int:
+    return -(-vocab_size // SCORE_TILE)
+
+
+def empty_partials(num_rows: int, num_partials: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(value, id)``: fp32 and int32 ``[num_rows, num_partials]``."""
+    shape = (num_rows, num_partials)
+    value = torch.empty(shape, dtype=torch.float32, device=device)
+    return value, torch.empty(shape, dtype=torch.int32, device=device)
+
+
+@dataclass
+class SlotEdits:
+    """What changes a slot's logits before anything filters them.
+
+    Attributes:
+        penalties: fp32 ``[num_slots, 3]``: repetition (> 0; divides positive and multiplies other logits of tokens
+            seen), presence and frequency (subtracted for tokens generated). ``1, 0, 0`` changes nothing.
+        token_counts: int32 ``[num_slots, vocab_size]``: times generated so far; -1: in the prompt alone.
+        num_counted: int32 ``[num_slots]`` tokens of the output ring that are counted.
+        bias_ids, bias_values: int32 and fp32 ``[num_slots, max_bias]``, added in order; padded with -1.
+        stop_ids: int32 ``[num_slots, max_stop_ids]``, padded with -1; may be those of :class:`SlotState`.
+        min_position: int32 ``[num_slots]``: stop ids cannot be chosen for absolute positions below.
+    """
+
+    penalties: torch.Tensor
+    token_counts: torch.Tensor
+    num_counted: torch.Tensor
+    bias_ids: torch.Tensor
+    bias_values: torch.Tensor
+    stop_ids: torch.Tensor
+    min_position: torch.Tensor
+
+    @staticmethod
+    def allocate(num_slots: int, vocab_size: int, max_bias: int, stop_ids: torch.Tensor) -> SlotEdits:
+        """Edits that change nothing."""
+        i32 = dict(dtype=torch.int32, device=stop_ids.device)
+        return SlotEdits(
+            penalties=torch.tensor([1.0, 0.0, 0.0], device=stop_ids.device).repeat(num_slots, 1),
+            token_counts=torch.zeros(num_slots, vocab_size, **i32),
+            num_counted=torch.zeros(num_slots, **i32),
+            bias_ids=torch.full((num_slots, max_bias), -1, **i32),
+            bias_values=torch.zeros(num_slots, max_bias, device=stop_ids.device),
+            stop_ids=stop_ids,
+            min_position=torch.zeros(num_slots, **i32),
+        )
+
+
 @dataclass
 class SlotSampling:
     """Sampling parameters, each ``[num_slots]``, as ``process_logits`` takes them; temperature 0 is greedy.
 
     A choice's noise is keyed by (seed, position, token id) alone and shared by both views, so a seed gives the same
     text in every mode: a draft is accepted where the diffusion view, under the same noise, chose as the AR view does.
+    ``edits`` is None where no slot needs any.
     """
 
     temperature: torch.Tensor
@@ -27,6 +80,7 @@ class SlotSampling:
     top_p: torch.Tensor
     min_p: torch.Tensor
     seed: torch.Tensor
+    edits: SlotEdits | None = None
 
     @staticmethod
     def allocate(num_slots: int, device) -> SlotSampling:
@@ -34,9 +88,13 @@ class SlotSampling:
         dtypes = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64)
         return SlotSampling(*(torch.zeros(num_slots, dtype=dtype, device=device) for dtype in dtypes))
 
-    def rows(self, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The parameters of the rows whose slots are given, in the order of ``process_logits``."""
-        return tuple(tensor[slots] for tensor in vars(self).values())
+    def filters(self) -> tuple[torch.Tensor, ...]:
+        """Temperature, top-k, top-p, min-p and seed."""
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.seed
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that a slot owns."""
+        return (*self.filters(), *(vars(self.edits).values() if self.edits is not None else ()))
 
 
 @dataclass

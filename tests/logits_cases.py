@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+
 import torch
+
+from orthrus_rt.plan import Rows
+from orthrus_rt.reference import first_argmax
+from orthrus_rt.state import SlotEdits, SlotSampling, empty_partials, num_score_tiles
 
 # temperature, top_k, top_p, min_p
 FILTERS = [
@@ -21,24 +28,83 @@ FILTERS = [
 ]
 
 
-def with_filters(logits, filters=None, position=100, device="cpu"):
-    """Arguments of process_logits before ``purpose``: row i gets filter i, in turn."""
-    n = logits.shape[0]
+@dataclass
+class Case:
+    """Arguments of process_logits before ``purpose``."""
+
+    logits: torch.Tensor
+    rows: Rows
+    logit_rows: torch.Tensor
+    sampling: SlotSampling
+    cache_seqlens: torch.Tensor
+
+    def __len__(self):
+        return len(self.logit_rows)
+
+    def run(self, implementation, purpose=2):
+        """``(value, id, log_probs)`` of ``implementation``; the logits stay as they are."""
+        n, vocab = self.logits.shape
+        value, index = empty_partials(n, num_score_tiles(vocab), self.logits.device)
+        log_probs = torch.full_like(self.logits, 7.0)
+        value.fill_(7.0), index.fill_(-7)
+        args = self.logits.clone(), self.rows, self.logit_rows, self.sampling, self.cache_seqlens
+        implementation(*args, purpose, (value, index), log_probs=log_probs)
+        return value, index, log_probs
+
+    def choose(self, implementation, purpose=2):
+        """Choices, as consensus takes them."""
+        value, index, _ = self.run(implementation, purpose)
+        return choices(value, index)
+
+    def only(self, which) -> Case:
+        """Some of the logits' rows, of the same pass."""
+        return dataclasses.replace(self, logits=self.logits[which], logit_rows=self.logit_rows[which].contiguous())
+
+
+def choices(value, index):
+    return index.gather(1, first_argmax(value)[:, None])[:, 0]
+
+
+def with_filters(logits, filters=None, position=100, edits=False, device="cpu") -> Case:
+    """Row i gets filter i, in turn, in a slot of its own; a last, invalid row belongs to no logits.
+
+    Slots and pass rows run in opposite orders, so that neither passes for the other.
+    """
+    n, vocab = logits.shape
     chosen = [(filters or FILTERS)[i % len(filters or FILTERS)] for i in range(n)]
     temperature, top_k, top_p, min_p = zip(*chosen, strict=True)
 
     def column(values, dtype):
-        return torch.tensor(values, dtype=dtype, device=device)
+        return torch.tensor(values, dtype=dtype).flip(0)
 
-    return (
-        logits.to(device),
-        column(temperature, torch.float32),
-        column(top_k, torch.int32),
-        column(top_p, torch.float32),
-        column(min_p, torch.float32),
-        torch.arange(n, device=device) * 10**12 + 12345,
-        torch.arange(n, dtype=torch.int32, device=device) + position,
+    backwards = torch.arange(n, dtype=torch.int32).flip(0)
+    at = backwards + position
+    stay = torch.tensor([-1], dtype=torch.int32)
+    sampling = SlotSampling(
+        column(temperature, torch.float32), column(top_k, torch.int32), column(top_p, torch.float32),
+        column(min_p, torch.float32), (torch.arange(n) * 10**12 + 12345).flip(0),
+        extras(n, vocab, at) if edits else None,
+    )  # fmt: skip
+    rows = Rows(
+        token=torch.zeros(n + 1, dtype=torch.int32),
+        position=torch.cat([at.flip(0) - 1, stay]),
+        seq=torch.cat([backwards, stay * 0]),
+        prefix_len=torch.cat([at.flip(0), stay + 1]),
+        group_start=torch.arange(n + 2, dtype=torch.int32),
+        num_rows_ar=n + 1,
+        num_groups_ar=n + 1,
+        max_group_rows=1,
     )
+    return moved(Case(logits, rows, torch.arange(n, dtype=torch.int32), sampling, at - 1), device)
+
+
+def moved(value, device):
+    """A dataclass with all its tensors, at any depth, on ``device``."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if dataclasses.is_dataclass(value):
+        return type(value)(**{name: moved(item, device) for name, item in vars(value).items()})
+    return value
 
 
 def logits(n, vocab, kind, seed=0):
@@ -60,8 +126,8 @@ def logits(n, vocab, kind, seed=0):
     return x * 3
 
 
-def extras(n, vocab, position, seed=0, device="cpu"):
-    """Penalties, bias and stop ids: half the rows before their min_position, half beyond."""
+def extras(n, vocab, position, seed=0) -> SlotEdits:
+    """Penalties, bias and stop ids: half the slots choose before their min_position, half beyond."""
     generator = torch.Generator().manual_seed(seed)
 
     def integers(low, high, *shape):
@@ -72,11 +138,30 @@ def extras(n, vocab, position, seed=0, device="cpu"):
     penalties = torch.stack([torch.linspace(0.8, 1.5, n), torch.linspace(-0.5, 1, n), torch.linspace(0, 0.4, n)], 1)
     bias_ids = integers(-1, vocab, n, 7)
     bias_ids[:, 3] = bias_ids[:, 2]
-    return {
-        name: t.to(device).contiguous()
-        for name, t in dict(
-            penalties=penalties, token_counts=counts, bias_ids=bias_ids,
-            bias_values=torch.randn(n, 7, generator=generator) * 4, stop_ids=integers(-1, vocab, n, 5),
-            min_position=position.cpu() + torch.arange(n, dtype=torch.int32) % 2,
-        ).items()
-    }  # fmt: skip
+    return SlotEdits(
+        penalties=penalties, token_counts=counts, num_counted=torch.zeros(n, dtype=torch.int32), bias_ids=bias_ids,
+        bias_values=torch.randn(n, 7, generator=generator) * 4, stop_ids=integers(-1, vocab, n, 5),
+        min_position=position + torch.arange(n, dtype=torch.int32) % 2,
+    )  # fmt: skip
+
+
+def block_with_edits(vocab, block_len=5, seed=0) -> Case:
+    """A pass of 2 AR blocks and a diffusion block over 3 slots, with penalties; the drafts repeat tokens.
+
+    Slot 1's last two rows are invalid; logits are there for all rows but the first, in another order than the rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.tensor([20, 7, 31], dtype=torch.int32)
+    step = torch.arange(block_len, dtype=torch.int32)
+    position = (base[:, None] + step).flatten()
+    position[2 * block_len - 2 : 2 * block_len] = -1
+    token = torch.randint(0, min(vocab, 4), (3 * block_len,), generator=generator, dtype=torch.int32)
+    rows = Rows(
+        token=token, position=position, seq=torch.arange(3, dtype=torch.int32).repeat_interleave(block_len),
+        prefix_len=position + 1, group_start=torch.arange(4, dtype=torch.int32) * block_len,
+        num_rows_ar=2 * block_len, num_groups_ar=2, max_group_rows=block_len,
+    )  # fmt: skip
+    order = (torch.randperm(3 * block_len - 1, generator=generator) + 1).int()
+    sampling = with_filters(torch.zeros(3, vocab), [(0.0, 0, 1.0, 0.0), (0.9, 0, 0.9, 0.0)], edits=True).sampling
+    sampling.edits.min_position.copy_(base + 3)
+    return Case(logits(len(order), vocab, "normal", seed), rows, order, sampling, base)

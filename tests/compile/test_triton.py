@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
 
 from orthrus_rt import plan
+from orthrus_rt.state import SlotEdits, SlotSampling, empty_partials, num_score_tiles
 from orthrus_rt.triton_kernels import dual_attn, embed, process_logits, rms_norm
 from tests.compile.recorder import record
 
@@ -56,12 +57,12 @@ def call_dual_attn(heads_q, heads_kv, head_dim, blocks, dtype=torch.bfloat16):
 
 def call_process_logits(vocab, extras):
     n = 2
-    args = fp32(n, vocab), fp32(n), int32(n), fp32(n), fp32(n), torch.empty(n, dtype=torch.int64), int32(n), 1, int32(n)
-    more = dict(
-        log_probs=fp32(n, vocab), penalties=fp32(n, 3), token_counts=int32(n, vocab), bias_ids=int32(n, 5),
-        bias_values=fp32(n, 5), stop_ids=int32(n, 3), min_position=int32(n),
-    )  # fmt: skip
-    return process_logits.process_logits, args, more if extras else {}
+    i64 = torch.empty(n, dtype=torch.int64)
+    edits = SlotEdits.allocate(n, vocab, 5, int32(n, 3)) if extras else None
+    sampling = SlotSampling(fp32(n), int32(n), fp32(n), fp32(n), i64, edits)
+    rows = plan.prefill_rows(int32(n), 0, 0)
+    args = fp32(n, vocab), rows, int32(n), sampling, int32(n), 1, empty_partials(n, num_score_tiles(vocab), "cpu")
+    return process_logits.process_logits, args, {"log_probs": fp32(n, vocab)} if extras else {}
 
 
 CALLS = {

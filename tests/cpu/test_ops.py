@@ -7,7 +7,7 @@ from orthrus_rt import dispatch, ops
 from orthrus_rt import state as st
 from orthrus_rt.engine import Engine
 from orthrus_rt.plan import empty_rows, prefill_rows
-from orthrus_rt.state import SlotState
+from orthrus_rt.state import SlotEdits, SlotSampling, SlotState, empty_partials
 from orthrus_rt.weights import pack
 from tests import checkpoints
 
@@ -76,10 +76,15 @@ def consensus(**changes):
 
 
 def logits(**changes):
-    ones = torch.ones(2)
+    sampling = SlotSampling.allocate(2, "cpu")
+    sampling.edits = SlotEdits.allocate(2, 300, 4, i32(2, 3))
+    for name in set(changes) & set(vars(sampling)):
+        setattr(sampling, name, changes.pop(name))
+    for name in set(changes) & set(vars(sampling.edits)):
+        setattr(sampling.edits, name, changes.pop(name))
     arguments = dict(
-        logits=f32(2, 10), temperature=ones, top_k=i32(2), top_p=ones, min_p=f32(2),
-        seed=torch.zeros(2, dtype=torch.int64), position=i32(2), purpose=0, choice=i32(2),
+        logits=f32(3, 300), rows=prefill_rows(i32(4), 0, 0), logit_rows=i32(3), sampling=sampling,
+        cache_seqlens=i32(2), purpose=0, partials=empty_partials(3, 3, "cpu"),
     )  # fmt: skip
     ops.process_logits(**(arguments | changes))
 
@@ -112,9 +117,14 @@ CASES = [
     (consensus, {"partials": (None, i32(8, 2))}, "consensus: partials[0] may be None only for num_partials 1, got 2"),
     (consensus, {"partials": (None, i32(10, 1))}, "consensus: rows per slot must be at most 4 for block_len 4, got 5"),
     (consensus, {"rows_next": empty_rows(0, 0, 2, 3, "cpu")}, "consensus: rows_next.num_rows must be 8, got 6"),
-    (logits, {"top_k": f32(2)}, "process_logits: top_k.dtype must be torch.int32, got torch.float32"),
+    (logits, {"top_k": f32(2)}, "process_logits: sampling.top_k.dtype must be torch.int32, got torch.float32"),
+    (logits, {"min_p": f32(3)}, "process_logits: sampling.min_p.shape must be [2], got [3]"),
     (logits, {"purpose": -1}, "process_logits: purpose must be >= 0, got -1"),
-    (logits, {"bias_ids": i32(2, 3)}, "process_logits: bias_values must be given with bias_ids, got None"),
+    (logits, {"logit_rows": i32(2)}, "process_logits: logit_rows.shape must be [3], got [2]"),
+    (logits, {"partials": empty_partials(3, 1, "cpu")}, "process_logits: partials[0].shape must be [3, 3], got [3, 1]"),
+    (logits, {"bias_values": f32(2, 3)}, "process_logits: sampling.edits.bias_values.shape must be [2, 4], got [2, 3]"),
+    (logits, {"token_counts": i32(2, 299)},
+     "process_logits: sampling.edits.token_counts.shape must be [2, 300], got [2, 299]"),
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orthrus_rt import reference
-from tests.logits_cases import FILTERS, extras, logits, with_filters
+from tests.logits_cases import FILTERS, block_with_edits, logits, with_filters
 
 
 def naive_probs(row, temperature, top_k, top_p, min_p):
@@ -32,12 +32,17 @@ def naive_probs(row, temperature, top_k, top_p, min_p):
     return [kept.get(i, 0.0) for i in range(len(clean))]
 
 
+def probs_of(case):
+    """process_logits_probs of every row of a case."""
+    *filters, _ = (t[case.rows.seq[case.logit_rows].long()] for t in case.sampling.filters())
+    return reference.process_logits_probs(case.logits, *filters)
+
+
 @pytest.mark.parametrize("kind", ["normal", "peaked", "tied"])
 @pytest.mark.parametrize("vocab", [1, 7, 300, 3000])
 def test_probs_are_the_definition(vocab, kind):
-    args = with_filters(logits(len(FILTERS), vocab, kind))
-    got = reference.process_logits_probs(*args[:5])
-    for row, filters, probs in zip(args[0].tolist(), FILTERS, got, strict=True):
+    case = with_filters(logits(len(FILTERS), vocab, kind))
+    for row, filters, probs in zip(case.logits.tolist(), FILTERS, probs_of(case), strict=True):
         want = torch.tensor(naive_probs(row, *filters), dtype=torch.float64)
         assert torch.equal(probs > 0, want.float() > 0), filters
         torch.testing.assert_close(probs.double(), want, rtol=1e-4, atol=1e-7)
@@ -52,47 +57,85 @@ def test_numbers_stand_for_columns():
 
 
 def test_a_row_does_not_depend_on_company():
-    args = with_filters(logits(len(FILTERS), 5000, "peaked"))
-    together = reference.process_logits_probs(*args[:5])
+    case = with_filters(logits(len(FILTERS), 5000, "peaked"))
+    together = probs_of(case)
     for i in range(len(FILTERS)):
-        assert torch.equal(reference.process_logits_probs(*(a[i : i + 1] for a in args[:5]))[0], together[i])
+        assert torch.equal(probs_of(case.only(slice(i, i + 1)))[0], together[i])
 
 
 def test_hostile_rows_choose_a_token():
-    args = with_filters(logits(len(FILTERS), 300, "hostile"))
-    choice = torch.full((len(FILTERS),), -1, dtype=torch.int32)
-    reference.process_logits(*args, 0, choice)
+    case = with_filters(logits(len(FILTERS), 300, "hostile"))
+    choice = case.choose(reference.process_logits)
     assert choice.min() >= 0 and choice.max() < 300
-    nothing = torch.full((2, 9), torch.nan)
-    reference.process_logits(*with_filters(nothing, [(1.0, 5, 0.5, 0.1)]), 0, choice[:2])
-    assert choice[:2].tolist() == [0, 0]
-    assert not reference.process_logits_probs(args[0], *args[1:5]).isnan().any()
+    nothing = with_filters(torch.full((2, 9), torch.nan), [(1.0, 5, 0.5, 0.1), (0.0, 0, 1.0, 0.0)])
+    assert nothing.choose(reference.process_logits).tolist() == [0, 0]
+    assert not probs_of(case).isnan().any()
+
+
+def test_scores_are_partial_maxima():
+    """Per 128 tokens, the best of y + Gumbel noise over the kept tokens; a greedy row's are its logits, all of them."""
+    rows = logits(4, 700, "normal")
+    case = with_filters(rows, [(0.0, 3, 0.5, 0.5), (0.8, 0, 0.9, 0.0)])
+    value, index, log_probs = case.run(reference.process_logits)
+    for i, row in enumerate(rows):
+        r, slot = int(case.logit_rows[i]), int(case.rows.seq[case.logit_rows[i]])
+        temperature, position = float(case.sampling.temperature[slot]), int(case.rows.position[r]) + 1
+        noise = reference.exponential(case.sampling.seed[slot], position, 2, torch.arange(700))
+        score = row if temperature == 0 else row / temperature - torch.log(noise)
+        if temperature:
+            score = torch.where(log_probs[i].isneginf(), -torch.inf, score)
+        for tile, part in enumerate(score.split(128)):
+            left_out = temperature > 0 and not bool(value[i, tile].isfinite())
+            assert left_out or float(value[i, tile]) == float(part.max())
+            assert int(index[i, tile]) == 128 * tile + (0 if left_out else int(part.argmax()))
+            assert not left_out or float(part.max()) < float(value[i].max())
+
+
+def edited(row, case, i):
+    """One row of logits after penalties, bias and stop mask: a loop over lists."""
+    edits, r = case.sampling.edits, int(case.logit_rows[i])
+    slot, position = int(case.rows.seq[r]), int(case.rows.position[r])
+    counts = edits.token_counts[slot].tolist()
+    if r < case.rows.num_rows_ar:
+        for token in case.rows.token[r + 1 - (position - int(case.cache_seqlens[slot])) : r + 1].tolist():
+            counts[token] = max(counts[token], 0) + 1
+    row = list(row)
+    repetition, presence, frequency = edits.penalties[slot].tolist()
+    for t, count in enumerate(counts):
+        if count:
+            row[t] = row[t] / repetition if row[t] > 0 else row[t] * repetition
+        if count > 0:
+            row[t] -= presence + frequency * count
+    for t, value in zip(edits.bias_ids[slot].tolist(), edits.bias_values[slot].tolist(), strict=True):
+        if t >= 0:
+            row[t] += value
+    if position + 1 < int(edits.min_position[slot]):
+        for t in edits.stop_ids[slot].tolist():
+            if t >= 0:
+                row[t] = -math.inf
+    return row
 
 
 def test_penalties_bias_and_stop_ids_are_their_definition():
-    n, vocab = 6, 200
-    args = with_filters(logits(n, vocab, "normal"), [(1.0, 0, 1.0, 0.0)])
-    more = extras(n, vocab, args[6])
-    got = torch.empty(n, vocab)
-    choice = torch.empty(n, dtype=torch.int32)
-    reference.process_logits(*args, 0, choice, log_probs=got, **more)
-    for r in range(n):
-        row = args[0][r].tolist()
-        repetition, presence, frequency = more["penalties"][r].tolist()
-        for t, count in enumerate(more["token_counts"][r].tolist()):
-            if count:
-                row[t] = row[t] / repetition if row[t] > 0 else row[t] * repetition
-            if count > 0:
-                row[t] -= presence + frequency * count
-        for t, value in zip(more["bias_ids"][r].tolist(), more["bias_values"][r].tolist(), strict=True):
-            if t >= 0:
-                row[t] += value
-        if args[6][r] < more["min_position"][r]:
-            for t in more["stop_ids"][r].tolist():
-                if t >= 0:
-                    row[t] = -math.inf
-        want = torch.tensor(row, dtype=torch.float64).log_softmax(0)
-        torch.testing.assert_close(got[r].double(), want, rtol=1e-5, atol=1e-5)
+    """In every row of blocks whose drafts count too, AR alone; slots 0 and 2 are greedy."""
+    case = block_with_edits(200)
+    value, index, log_probs = case.run(reference.process_logits)
+    seen = set()
+    for i, r in enumerate(case.logit_rows.tolist()):
+        if case.rows.position[r] < 0:
+            assert value[i].tolist() == [0, 0] and index[i].tolist() == [0, 128]
+            continue
+        slot = int(case.rows.seq[r])
+        seen.add(slot)
+        row = torch.tensor(edited(case.logits[i].tolist(), case, i), dtype=torch.float64)
+        if slot == 1:
+            want = torch.tensor(naive_probs(row.tolist(), 0.9, 0, 0.9, 0.0), dtype=torch.float64).log()
+            torch.testing.assert_close(log_probs[i].double(), want, rtol=1e-5, atol=1e-5)
+        else:
+            want = torch.stack([part.max() for part in row.split(128)])
+            torch.testing.assert_close(value[i].double(), want, rtol=1e-5, atol=1e-5)
+            assert index[i].tolist() == [int(row[:128].argmax()), 128 + int(row[128:].argmax())]
+    assert seen == {0, 1, 2}
 
 
 def test_philox_known_answers():
@@ -116,10 +159,9 @@ def test_choices_follow_the_distribution():
     """Chi-square of 20,000 draws at as many positions."""
     n, vocab = 20000, 50
     row = logits(1, vocab, "normal")
-    args = list(with_filters(row.expand(n, vocab), [(1.2, 30, 0.95, 0.01)]))
-    args[5] = torch.full((n,), 99)
-    choice = torch.empty(n, dtype=torch.int32)
-    reference.process_logits(*args, 1, choice)
+    case = with_filters(row.expand(n, vocab), [(1.2, 30, 0.95, 0.01)])
+    case.sampling.seed.fill_(99)
+    choice = case.choose(reference.process_logits)
     expected = reference.process_logits_probs(row, 1.2, 30, 0.95, 0.01)[0] * n
     counts = torch.bincount(choice, minlength=vocab)
     kept = expected > 0

@@ -6,9 +6,10 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from orthrus_rt import reference
+from orthrus_rt.state import empty_partials, num_score_tiles
 from orthrus_rt.triton_kernels import embed, process_logits, rms_norm
 from tests.attention_pass import Group, Heads
-from tests.logits_cases import FILTERS, extras, logits, with_filters
+from tests.logits_cases import FILTERS, block_with_edits, choices, logits, moved, with_filters
 from tests.triton_pass import TritonPass
 
 pytestmark = pytest.mark.gpu
@@ -154,28 +155,23 @@ def test_dual_attn_under_a_graph_reads_lengths_on_the_device():
     assert torch.equal(out, want)
 
 
-def choose(implementation, args, purpose=2, log_probs=True, **kwargs):
-    n, vocab = args[0].shape
-    choice = torch.full((n,), -7, dtype=torch.int32, device=args[0].device)
-    wanted = torch.empty(n, vocab, device=args[0].device) if log_probs else None
-    implementation(args[0].clone(), *args[1:], purpose, choice, log_probs=wanted, **kwargs)
-    return choice, wanted
-
-
-def assert_agrees(args, **kwargs):
+def assert_agrees(case):
     """The same sets and choices as the oracle. exp and log differ in the last bits between the two, so a row may
     differ where it is that close: at most one in 50.
     """
-    choice, log_probs = choose(process_logits.process_logits, args, **kwargs)
+    value, index, log_probs = case.run(process_logits.process_logits)
     torch.cuda.synchronize()
-    want, want_log = choose(reference.process_logits, args, **kwargs)
+    want_value, want_index, want_log = case.run(reference.process_logits)
+    choice, want = choices(value, index), choices(want_value, want_index)
     sets = (log_probs.isneginf() == want_log.isneginf()).all(1)
     same = sets & (choice == want)
     assert (~same).sum() <= max(1, len(same) // 50), same.tolist()
     torch.testing.assert_close(log_probs[sets], want_log[sets], rtol=1e-5, atol=5e-6)
-    assert choice.min() >= 0 and choice.max() < args[0].shape[1]
-    greedy = args[1] == 0
-    assert torch.equal(choice[greedy], want[greedy])
+    assert choice.min() >= 0 and choice.max() < case.logits.shape[1]
+    greedy = case.sampling.temperature[case.rows.seq[case.logit_rows.long()].long()] == 0
+    assert torch.equal(index[greedy], want_index[greedy])
+    if case.sampling.edits is None:  # with them a product and a sum may be fused
+        assert torch.equal(value[greedy], want_value[greedy])
 
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "tied", "hostile"])
@@ -186,51 +182,56 @@ def test_process_logits(vocab, kind):
 
 @pytest.mark.parametrize("kind", ["normal", "tied"])
 def test_process_logits_penalties_bias_and_stop_ids(kind):
-    n, vocab = 6 * len(FILTERS), 49152
-    args = with_filters(logits(n, vocab, kind), device="cuda")
-    assert_agrees(args, **extras(n, vocab, args[6], device="cuda"))
+    assert_agrees(with_filters(logits(6 * len(FILTERS), 49152, kind), edits=True, device="cuda"))
+
+
+def test_process_logits_blocks_with_edits():
+    case = block_with_edits(49152, 16)
+    valid = case.rows.position[case.logit_rows.long()] >= 0
+    assert_agrees(moved(case.only(valid), "cuda"))
 
 
 @pytest.mark.parametrize("kind", ["peaked", "tied"])
 def test_process_logits_rows_do_not_depend_on_company(kind):
-    args = with_filters(logits(128, 151936, kind), device="cuda")
-    choice, log_probs = choose(process_logits.process_logits, args)
-    for some in (slice(5, 6), slice(0, 16), slice(37, 53), slice(127, 128)):
-        part, part_log = choose(process_logits.process_logits, tuple(a[some] for a in args))
-        assert torch.equal(part, choice[some]) and torch.equal(part_log, log_probs[some])
+    case = with_filters(logits(128, 151936, kind), device="cuda")
+    together = case.run(process_logits.process_logits)
     order = torch.randperm(128, device="cuda")
-    shuffled, _ = choose(process_logits.process_logits, tuple(a[order] for a in args))
-    assert torch.equal(shuffled, choice[order])
-    again, _ = choose(process_logits.process_logits, args, log_probs=False)
-    assert torch.equal(again, choice)
+    for some in (slice(5, 6), slice(0, 16), slice(37, 53), slice(127, 128), order):
+        part = case.only(some).run(process_logits.process_logits)
+        assert all(torch.equal(one, all_[some]) for one, all_ in zip(part, together, strict=True))
+    value, index = empty_partials(*together[0].shape, "cuda")
+    args = case.logits.clone(), case.rows, case.logit_rows, case.sampling, case.cache_seqlens
+    process_logits.process_logits(*args, 2, (value, index))
+    assert torch.equal(value, together[0]) and torch.equal(index, together[1])
 
 
 def test_process_logits_under_a_graph():
     """Parameters, seeds and positions are read on the device at every replay."""
-    args = with_filters(logits(24, 49152, "peaked"), device="cuda")
-    source, scratch = args[0], args[0].clone()
-    choice = torch.empty(24, dtype=torch.int32, device="cuda")
+    case = with_filters(logits(24, 49152, "peaked"), device="cuda")
+    scratch = case.logits.clone()
+    partials = empty_partials(24, num_score_tiles(49152), "cuda")
 
     def run():
-        scratch.copy_(source)
-        process_logits.process_logits(scratch, *args[1:], 1, choice)
+        scratch.copy_(case.logits)
+        args = scratch, case.rows, case.logit_rows, case.sampling, case.cache_seqlens
+        process_logits.process_logits(*args, 1, partials)
 
     replay = on_graph(run)
     for step in range(5):
-        args[6].fill_(step)
-        args[1].copy_(args[1].roll(1))
-        args[3].copy_(args[3].roll(1))
+        case.rows.position.fill_(step)
+        for parameter in (case.sampling.temperature, case.sampling.top_p):
+            parameter.copy_(parameter.roll(1))
         replay()
-        want, _ = choose(process_logits.process_logits, args, purpose=1, log_probs=False)
-        assert torch.equal(choice, want)
+        want_value, want_index, _ = case.run(process_logits.process_logits, purpose=1)
+        assert torch.equal(partials[0], want_value) and torch.equal(partials[1], want_index)
 
 
 def test_process_logits_draws_follow_the_distribution():
     n, vocab = 20000, 50
     row = logits(1, vocab, "normal")
-    args = list(with_filters(row.expand(n, vocab), [(1.2, 30, 0.95, 0.01)], device="cuda"))
-    args[5] = torch.full((n,), 99, device="cuda")
-    choice, _ = choose(process_logits.process_logits, tuple(args))
+    case = with_filters(row.expand(n, vocab), [(1.2, 30, 0.95, 0.01)], device="cuda")
+    case.sampling.seed.fill_(99)
+    choice = case.choose(process_logits.process_logits)
     expected = reference.process_logits_probs(row, 1.2, 30, 0.95, 0.01)[0] * n
     counts = torch.bincount(choice.cpu(), minlength=vocab)
     kept = expected > 0
