@@ -1,4 +1,4 @@
-"""The prompts that ``orthrus-rt verify``, tests and benchmarks decode: chat questions, code to complete, long texts."""
+"""The prompts that ``verify``, tests and benchmarks decode: questions, sums, code, other text to continue."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 
-KINDS = ("chat", "code", "long")
+KINDS = ("chat", "code", "long", "math", "data", "prose")
+CHAT_KINDS = ("chat", "math")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """``chat`` prompts want the chat template, ``code`` and ``long`` ones are raw text to continue."""
+    """``chat`` and ``math`` prompts want the chat template, the others are raw text to continue."""
 
     name: str
     kind: str
     text: str
 
     def encode(self, tokenizer) -> list[int]:
-        """Token ids, with the chat template for a chat prompt."""
-        return encode(tokenizer, self.text, chat=self.kind == "chat")
+        """Token ids, with the chat template where the kind wants it."""
+        return encode(tokenizer, self.text, chat=self.kind in CHAT_KINDS)
 
 
 def load(kind: str | None = None) -> list[Prompt]:
-    """All prompts in a fixed order that alternates the kinds, or those of one kind."""
+    """All prompts in a fixed order, or those of one kind."""
     if kind is not None and kind not in KINDS:
         raise ValueError(f"prompts: kind must be one of {', '.join(KINDS)}, got {kind!r}")
     text = resources.files("orthrus_rt.data").joinpath("prompts.json").read_text(encoding="utf-8")

@@ -1,6 +1,5 @@
-"""Lossless in bf16: the mode and the block length never change a token, on the embedded model; and it is not slow.
-
-The small grid runs always, the whole one in ``make test-full``.
+"""Lossless to the bit on the embedded model in bf16, and not slow: tokens, the logits behind each and the cache are
+those of AR decoding alone, in every mode, batch and order. The small grid always, the whole in ``make test-full``.
 """
 
 import pytest
@@ -9,6 +8,8 @@ import torch
 from orthrus_rt import dispatch, prompts
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
+from tests import lossless
+from tests.traces import decode
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
@@ -18,34 +19,73 @@ pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native mo
 PINNED = {"code": 3.663, "chat": 3.217, "long": 5.03}
 TOLERANCE = {"avx512_bf16": 0.05}
 TOLERANCE_ELSEWHERE = 0.4
+SMALL = [prompts.load(kind)[0] for kind in prompts.KINDS]
+# The same over the small grid (one prompt a kind, 48 tokens), by draft_len: greedy, and sampled (16 tokens).
+PINNED_SMALL = {1: (1.831, 1.8), 5: (2.738, 2.432), 15: (2.82, 2.432)}
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine.from_pretrained("smollm2-135m", device="cpu", dtype="bfloat16", max_seq_len=2048)
+    return Engine.from_pretrained("smollm2-135m", device="cpu", dtype="bfloat16", max_seq_len=2048, num_pages=64)
 
 
-def same_tokens(engine, chosen, max_new_tokens, draft_lens):
-    params = SamplingParams(max_new_tokens=max_new_tokens)
-    for prompt in chosen:
-        ids = prompt.encode(engine.tokenizer)
-        want = engine.generate(ids, params, mode="ar").token_ids
-        for draft_len in draft_lens:
-            got = engine.generate(ids, params, mode="two_pass", draft_len=draft_len)
-            assert got.token_ids == want, (prompt.name, draft_len)
-            assert got.stats.tokens_per_cycle > 1.2, (prompt.name, draft_len)
+@pytest.fixture(scope="module", params=("greedy", "sampled"))
+def jobs(request, engine):
+    """The small grid: ``(prompts, params, AR alone)``."""
+    ids = [p.encode(engine.tokenizer) for p in SMALL]
+    params = getattr(lossless, request.param)(len(ids), max_new_tokens=48 if request.param == "greedy" else 16)
+    return ids, params, decode(engine, ids, params, mode="ar")
 
 
-def test_small_grid(engine):
-    same_tokens(engine, [p for kind in prompts.KINDS for p in prompts.load(kind)[:2]], 48, (1, 5, 15))
+@pytest.mark.parametrize("draft_len", PINNED_SMALL)
+def test_small_grid_alone(engine, jobs, draft_len):
+    (way,) = lossless.ways([draft_len])
+    got = lossless.check_alone(engine, *jobs, way)
+    pinned = PINNED_SMALL[draft_len][not jobs[1][0].greedy]
+    assert got == pytest.approx(pinned, abs=TOLERANCE.get(dispatch.native().cpu.isa(), TOLERANCE_ELSEWHERE))
+
+
+def test_small_grid_together(engine, jobs):
+    for way in (dict(mode="ar"), *lossless.ways([5])):
+        lossless.check_together(engine, *jobs, way)
+
+
+def test_small_grid_preempted(engine, jobs):
+    for way in lossless.ways([5]):
+        lossless.check_preempted(engine, *jobs, way, num_pages=12)
+
+
+def test_small_grid_eager_and_replayed(engine, jobs):
+    if not jobs[1][0].greedy and dispatch.select("process_logits", engine.model.device, torch.float32) == "reference":
+        pytest.skip("the torch process_logits cannot be recorded")
+    for way in lossless.ways([15]):
+        lossless.check_eager(engine, *(column[:3] for column in jobs), way)
 
 
 @pytest.mark.full
-def test_whole_grid(engine):
-    same_tokens(engine, prompts.load(), 128, range(1, 16))
+@pytest.mark.parametrize("prompt", prompts.load(), ids=lambda p: p.name)
+def test_whole_grid_alone(engine, prompt):
+    """128 tokens of each prompt with every draft_len."""
+    ids, params = [prompt.encode(engine.tokenizer)], lossless.greedy(1, max_new_tokens=128)
+    want = decode(engine, ids, params, mode="ar")
+    for way in lossless.ways(range(1, engine.config.block_len)):
+        assert lossless.check_alone(engine, ids, params, want, way) > 1.1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", prompts.KINDS)
+@pytest.mark.parametrize("params", (lossless.greedy, lossless.sampled), ids=("greedy", "sampled"))
+def test_whole_grid_together(engine, params, kind):
+    """128 tokens of all prompts of a kind, batched with random others, and on few pages."""
+    ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)]
+    each = params(len(ids), max_new_tokens=128)
+    want = decode(engine, ids, each, mode="ar")
+    for seed, way in enumerate([dict(mode="ar"), *lossless.ways((3, 7, 15))]):
+        lossless.check_together(engine, ids, each, want, way, seed)
+    lossless.check_preempted(engine, ids, each, want, lossless.ways((7,))[0], num_pages=16)
+
+
+@pytest.mark.parametrize("kind", PINNED)
 def test_tokens_per_cycle_is_pinned(engine, kind):
     tokens = cycles = 0
     for prompt in prompts.load(kind):

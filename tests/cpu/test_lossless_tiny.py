@@ -1,0 +1,125 @@
+"""Lossless to the bit on tiny random checkpoints: every draft_len, greedy and sampled, alone, batched, preempted, eager
+and replayed, whatever the prefill's chunks; and what float32 holds instead.
+"""
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch
+from orthrus_rt.engine import Engine
+from tests import checkpoints, lossless
+from tests.native_cpu import threads
+from tests.traces import assert_same, decode
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+VARIANTS = {
+    "qwen3": dict(family="qwen3"),
+    "qwen3-untied-k16": dict(family="qwen3", tie_word_embeddings=False, block_size=16, num_attention_heads=8),
+    "llama": dict(family="llama", head_dim=32),
+}
+# Tokens per cycle at the longest draft, greedy and sampled; a broken drafter gives 1. The weights are random: that
+# anything is accepted is because the diffusion view is a noisy copy of the AR view.
+PINNED = {"qwen3": (1.388, 1.431), "qwen3-untied-k16": (1.232, 1.348), "llama": (1.476, 1.465)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Ops this small only wait for each other on more."""
+    with threads(1):
+        yield
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def case(request, tmp_path_factory):
+    """``(name, engine, draft_lens)``"""
+    kwargs = dict(dtype=torch.bfloat16, diff_noise=0.05, vocab_size=700, mask_token_id=699) | VARIANTS[request.param]
+    folder = checkpoints.make(tmp_path_factory.mktemp("tiny"), **kwargs)
+    engine = Engine.from_pretrained(str(folder), device="cpu", max_seq_len=256, max_batch_size=6, num_pages=24)
+    return request.param, engine, (1, 5, engine.config.block_len - 1)
+
+
+@pytest.fixture(scope="module", params=("greedy", "sampled"))
+def jobs(request, case):
+    """``(prompts, params, AR alone)``"""
+    _, engine, _ = case
+    prompts = lossless.random_prompts(engine.config.vocab_size, 6, 120, seed=1)
+    params = getattr(lossless, request.param)(6, max_new_tokens=32, ignore_eos=True)
+    return prompts, params, decode(engine, prompts, params, mode="ar")
+
+
+def test_alone(case, jobs):
+    name, engine, draft_lens = case
+    rates = [lossless.check_alone(engine, *jobs, way) for way in lossless.ways(draft_lens)]
+    assert rates[-1] == pytest.approx(PINNED[name][not jobs[1][0].greedy], abs=0.01)
+
+
+def test_together(case, jobs):
+    _, engine, draft_lens = case
+    for seed, way in enumerate([dict(mode="ar"), *lossless.ways(draft_lens)]):
+        lossless.check_together(engine, *jobs, way, seed)
+
+
+def test_preempted(case, jobs):
+    _, engine, draft_lens = case
+    for way in (dict(mode="ar"), *lossless.ways(draft_lens[1:])):
+        lossless.check_preempted(engine, *jobs, way, num_pages=8)
+
+
+def test_eager_and_replayed(case, jobs):
+    _, engine, draft_lens = case
+    if not jobs[1][0].greedy and dispatch.select("process_logits", engine.model.device, torch.float32) == "reference":
+        pytest.skip("the torch process_logits cannot be recorded")
+    for way in (dict(mode="ar"), *lossless.ways(draft_lens[-1:])):
+        lossless.check_eager(engine, *jobs, way)
+
+
+def test_prefill(case, monkeypatch):
+    lossless.check_prefill(case[1], monkeypatch)
+
+
+def test_the_comparison_can_fail(case, jobs):
+    """Another sequence's logits, and a cache one bit off, are noticed."""
+    prompts, params, want = jobs
+    got = decode(case[1], prompts[:1], params[:1], mode="ar")
+    assert_same(got, want[:1])
+    got[0].logits[7] = got[0].logits[8]
+    with pytest.raises(AssertionError, match="the logits of token 7 differ"):
+        assert_same(got, want[:1])
+    got[0].logits[7], got[0].cache = want[0].logits[7], b""
+    with pytest.raises(AssertionError):
+        assert_same(got, want[:1])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(2, 8))
+def test_more_prompts(case, seed):
+    """50 prompts of 128 tokens a seed, half of them sampled, in every way."""
+    _, engine, _ = case
+    prompts = lossless.random_prompts(engine.config.vocab_size, 50, 100, seed)
+    kwargs = dict(max_new_tokens=128, ignore_eos=True)
+    params = lossless.greedy(25, **kwargs) + lossless.sampled(25, **kwargs)
+    want = decode(engine, prompts, params, mode="ar")
+    for way in lossless.ways(range(1, engine.config.block_len)):
+        lossless.check_alone(engine, prompts, params, want, way)
+        lossless.check_together(engine, prompts, params, want, way, seed)
+
+
+@pytest.mark.parametrize("kind", ("greedy", "sampled"))
+def test_float32_holds_tokens_and_logits_within_rounding(kind, tmp_path):
+    """The torch reference reduces by shape: its logits differ in their last bits from mode to mode, by less than 1e-5
+    of the largest. So tokens are equal while no two logits nearly tie; with these prompts none do.
+    """
+    folder = checkpoints.make(tmp_path, "qwen3", diff_noise=0.05)
+    engine = Engine.from_pretrained(str(folder), device="cpu", dtype="float32", max_seq_len=256)
+    prompts = lossless.random_prompts(96, 5, 80, seed=1)
+    params = getattr(lossless, kind)(5, max_new_tokens=16, ignore_eos=True)
+    want = decode(engine, prompts, params, mode="ar", keep=torch.clone)
+    for way in lossless.ways((1, 3, 7)):
+        for together in (False, True):
+            got = decode(engine, prompts, params, together=together, keep=torch.clone, **way)
+            assert [t.tokens for t in got] == [t.tokens for t in want]
+            assert lossless.rate(got) > 1.3
+            for a, b in zip(got, want, strict=True):
+                for i, row in b.logits.items():
+                    assert (a.logits[i] - row).abs().max() <= 1e-5 * row.abs().max()

@@ -1,0 +1,182 @@
+"""What a decoding did, to the bit: its tokens, the logits behind each of them, and the cache that it left.
+
+The engine runs as ever, recorded replays included. After each cycle the tap reads what the cycle left in its static
+buffers: the last pass's normed hidden rows, from which one more ``row_linear`` gives the logits that the choices were
+made from (and they are checked to be: the cycle's own partial maxima must be entries of them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from orthrus_rt import ops
+from orthrus_rt import state as st
+from orthrus_rt.engine import Engine
+from orthrus_rt.graph import Cycle
+
+
+@dataclass
+class Trace:
+    """One request's decoding.
+
+    Attributes:
+        logits: by index of the generated token, the AR logits row that chose it, as ``keep`` left it.
+        best: by the same index, that row's largest logit (lowest id).
+        cache: digest of every layer's keys and values at the committed positions.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    logits: dict[int, object] = field(default_factory=dict)
+    best: dict[int, int] = field(default_factory=dict)
+    cache: bytes | None = None
+    tokens_per_cycle: float = 0.0
+    preemptions: int = 0
+
+
+def digest(tensor: torch.Tensor) -> bytes:
+    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+class Tap:
+    """Traces of everything that ``engine`` decodes inside :meth:`open`."""
+
+    def __init__(self, engine: Engine, keep):
+        self.engine, self.keep = engine, keep
+        self.traces: dict[int, tuple[object, Trace]] = {}  # by the request's Stats, which its output carries
+        self.replays = self.eager_cycles = 0
+
+    @contextlib.contextmanager
+    def open(self):
+        tap, runner, scheduler = self, self.engine.runner, self.engine.scheduler
+        run, first_choice, vacate = Cycle.run, runner._first_choice, scheduler.vacate
+
+        def tapped_run(cycle):
+            tap._cycle(cycle, run)
+
+        def tapped_first_choice(request, *args):
+            tap._keep(request, 0, tap._logits(1)[0])
+            return first_choice(request, *args)
+
+        def tapped_vacate(request):
+            if request.finish_reason is not None:
+                tap._trace(request).cache = tap._cache(request)
+            return vacate(request)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Cycle, "run", tapped_run)
+            patch.setattr(runner, "_first_choice", tapped_first_choice)
+            patch.setattr(scheduler, "vacate", tapped_vacate)
+            yield self
+
+    def take(self, out) -> Trace:
+        """The trace of a finished :class:`GenerationOutput`."""
+        trace = self._trace(out)
+        trace.tokens, trace.tokens_per_cycle = out.token_ids, out.stats.tokens_per_cycle
+        trace.preemptions = out.stats.preemptions
+        assert sorted(trace.logits) == list(range(len(trace.tokens))), "a token without its logits"
+        return trace
+
+    def _trace(self, owner) -> Trace:
+        return self.traces.setdefault(id(owner.stats), (owner.stats, Trace()))[1]
+
+    def _logits(self, num_rows: int) -> torch.Tensor:
+        """Of the last pass's chosen rows, as many as the pass itself had."""
+        runner, model = self.engine.runner, self.engine.model
+        out = torch.empty(num_rows, model.config.vocab_size, dtype=torch.float32, device=model.device)
+        normed = runner.activations.normed[:num_rows]
+        ops.row_linear(normed, model.lm_head, out, epilogue="logits", workspace=runner.workspace.linear)
+        return out
+
+    def _cycle(self, cycle: Cycle, run) -> None:
+        state, owners = cycle.state, list(self.engine.scheduler.slots)
+        before, running = state.cache_seqlens.tolist(), (state.finish == st.RUNNING).tolist()
+        replayed = cycle._replay is not None and cycle._replay != cycle.run_eager
+        run(cycle)
+        self.replays += replayed
+        self.eager_cycles += not replayed
+        verify = cycle.passes[-1]
+        logits = self._logits(len(verify.logit_rows))
+        if cycle.sampling is None:
+            check_partials(verify.partials, logits)
+        logits = logits[verify.logit_rows < verify.rows.num_rows_ar]
+        per_slot = len(logits) // state.num_slots
+        for slot, after in enumerate(state.cache_seqlens.tolist()):
+            for i in range(after - before[slot] if running[slot] else 0):
+                index = before[slot] + i + 1 - len(owners[slot].prompt)
+                self._keep(owners[slot], index, logits[slot * per_slot + i])
+
+    def _keep(self, request, index: int, row: torch.Tensor) -> None:
+        trace, kept, best = self._trace(request), self.keep(row), int((row == row.max()).int().argmax())
+        if index in trace.logits and self.keep is digest:  # decoded again, after pages were lost
+            assert trace.logits[index] == kept
+        trace.logits[index], trace.best[index] = kept, best
+
+    def _cache(self, request) -> bytes:
+        kv, slot = self.engine.kv, request.slot
+        length = int(self.engine.runner.state.cache_seqlens[slot])
+        pages = kv.pages[:, :, kv.page_table[slot, : kv.num_pages_for(length)].long()]
+        return digest(pages.transpose(3, 4).flatten(2, 3)[:, :, :length])
+
+
+def check_partials(partials, logits: torch.Tensor) -> None:
+    """The partial maxima are entries of ``logits`` to the bit, and the largest of them is its first largest."""
+    value, index = partials
+    assert torch.equal(value.view(torch.int32), logits.gather(1, index.long()).view(torch.int32))
+    best = value == value.amax(1, keepdim=True)
+    chosen = torch.where(best, index, logits.shape[1]).amin(1)
+    assert torch.equal(chosen.long(), (logits == logits.amax(1, keepdim=True)).int().argmax(1))
+
+
+@contextlib.contextmanager
+def eager_cycles(engine: Engine):
+    """Every cycle runs op by op; none is recorded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cycle, "_record", lambda cycle: cycle.run_eager)
+        patch.setattr(engine.runner, "_cycles", {})
+        yield
+
+
+@contextlib.contextmanager
+def few_pages(engine: Engine, count: int):
+    """Only ``count`` pages of the idle engine's cache are free."""
+    free = engine.kv._free
+    held = [free.pop() for _ in range(len(free) - count)]
+    try:
+        yield
+    finally:
+        free.extend(held)
+
+
+def decode(engine: Engine, prompts, params, *, together=False, keep=digest, replayed=None, **way) -> list[Trace]:
+    """Decode every prompt alone, or all of them ``together``; ``way`` are generate()'s mode, draft_len, ...
+
+    ``replayed`` demands that all cycles were replays (but the first of each kind, which cannot be), or that none was.
+    """
+    each = list(params) if isinstance(params, list) else [params] * len(prompts)
+    with Tap(engine, keep).open() as tap:
+        if together:
+            outs = engine.generate(prompts, each, **way)
+        else:
+            outs = [engine.generate(ids, p, **way) for ids, p in zip(prompts, each, strict=True)]
+    if replayed is not None:
+        assert (tap.replays > 10 * tap.eager_cycles) if replayed else tap.replays == 0
+    traces = [tap.take(out) for out in outs]
+    for trace, p in zip(traces, each, strict=True):
+        if p.greedy:
+            assert [trace.best[i] for i in range(len(trace.tokens))] == trace.tokens
+    return traces
+
+
+def assert_same(got: list[Trace], want: list[Trace], what="") -> None:
+    """Equal tokens, equal logits behind each and equal caches, to the bit."""
+    for n, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.tokens == b.tokens, (what, n)
+        differ = [i for i in b.logits if a.logits[i] != b.logits[i]]
+        assert not differ, f"{what}: prompt {n}: the logits of token {differ[0]} differ ({len(differ)} in all)"
+        assert a.cache == b.cache is not None, (what, n)
