@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 
 import torch
 
@@ -31,3 +33,26 @@ def pick_device(device: str) -> torch.device:
 def device_scope(device: torch.device):
     """A context in which ``device`` is the current CUDA device; for the CPU nothing changes."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+_engines: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
+
+
+def claim(device: torch.device, engine) -> None:
+    """Make ``engine`` the one engine of a CUDA device in this process, until it is closed or collected.
+
+    Two would fight over memory planned up front and over graphs that assume an undisturbed device. On the CPU any
+    number may live side by side.
+
+    Raises:
+        RuntimeError: the device has a live engine.
+    """
+    if device.type != "cuda":
+        return
+    name = f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
+    if name in _engines:
+        gc.collect()  # an engine that nobody holds any more
+    other = _engines.get(name)
+    if other is not None and not other.closed:
+        raise RuntimeError(f"Engine: {name} has a live engine in this process; close() it first, or share it")
+    _engines[name] = engine

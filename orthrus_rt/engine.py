@@ -7,18 +7,17 @@ which is how preemption, faults and interrupts lose nothing.
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import state as st
-from orthrus_rt.device import DTYPES, device_scope, pick_device
+from orthrus_rt.device import DTYPES, claim, device_scope, pick_device
+from orthrus_rt.exclusive import Turn, exclusive, whole
 from orthrus_rt.graph import MODES
 from orthrus_rt.kv import OutOfPages
-from orthrus_rt.memory import memory_report
+from orthrus_rt.memory import memory_report, naming_the_knobs
 from orthrus_rt.metrics import Metrics
 from orthrus_rt.model import Model
 from orthrus_rt.ops import PAGE_SIZE
@@ -33,6 +32,10 @@ FINISH_REASONS = {st.STOP: "stop", st.LENGTH: "length"}
 
 class Engine:
     """Lossless dual-view decoding of one model on one device.
+
+    A CUDA device takes one engine per process until it is closed; on the CPU any number may live side by side. One
+    thread calls it at a time (others are refused; :class:`orthrus_rt.AsyncEngine` shares it). Ctrl-C inside a call, at
+    any instruction, loses no request, token or page: the next call goes on.
 
     >>> import orthrus_rt
     >>> engine = orthrus_rt.Engine.from_pretrained("smollm2-135m", max_seq_len=256)
@@ -60,11 +63,14 @@ class Engine:
             num_pages = max_batch_size * per_sequence
         if num_pages < per_sequence:
             raise ValueError(f"num_pages must be >= {per_sequence} (one sequence of {max_seq_len}), got {num_pages}")
+        self.turn, self.closed, self.torn = Turn(), False, False
+        claim(device, self)
         self.config, self.max_seq_len = config, max_seq_len
         self._checkpoint, self._tokenizer = checkpoint, None
         self.mode = self._check_mode(mode)
         self.draft_len = self._check_draft_len(draft_len)
-        with device_scope(device):
+        sizes = f"max_batch_size {max_batch_size}, num_pages {num_pages}, max_seq_len {max_seq_len}"
+        with device_scope(device), naming_the_knobs(f"making an engine of {sizes}"):
             self.model = Model(checkpoint, device=device, dtype=dtype, max_seq_len=max_seq_len)
             self.runner = Runner(
                 self.model, num_slots=max_batch_size, max_seq_len=max_seq_len, block_len=config.block_len,
@@ -74,9 +80,8 @@ class Engine:
         self.scheduler = Scheduler(self.kv, max_batch_size)
         self.metrics = Metrics(self)
         self._plan = self._default_plan = self._make_plan(None, None)
-        self._submitted: dict[str, Request] = {}
-        self._lock = threading.Lock()
-        self._closed = False
+        self._submitted: dict[str, tuple[Request, int]] = {}  # and how many tokens of it step() has returned
+        self._outbox: list[RequestOutput] = []
 
     @classmethod
     def from_pretrained(
@@ -156,19 +161,7 @@ class Engine:
             raise ValueError(f"acceptance='rejection' belongs to mode two_pass alone, got mode {mode!r}")
         return request
 
-    @contextlib.contextmanager
-    def _exclusive(self):
-        """One thread at a time, and none after close()."""
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("this engine is in use by another thread; share it through orthrus_rt.AsyncEngine")
-        try:
-            if self._closed:
-                raise RuntimeError("this engine is closed")
-            with torch.inference_mode(), device_scope(self.model.device):
-                yield
-        finally:
-            self._lock.release()
-
+    @exclusive
     def submit(self, prompt_ids, params: SamplingParams | None = None, request_id: str | None = None) -> str:
         """Queue one prompt; its tokens come out of :meth:`step`.
 
@@ -183,36 +176,48 @@ class Engine:
         Raises:
             ValueError: the prompt or the parameters cannot be served, or the id is in use.
         """
-        with self._exclusive():
-            if self._idle():
-                self._plan = self._default_plan
-            request = self._make_request(prompt_ids, params, self._plan[0], request_id)
-            if request.request_id in self._submitted:
-                raise ValueError(f"request_id must be unused, got {request.request_id!r} twice")
-            self._submitted[request.request_id] = request
+        if self._idle():
+            self._plan = self._default_plan
+        request = self._make_request(prompt_ids, params, self._plan[0], request_id)
+        if request.request_id in self._submitted:
+            raise ValueError(f"request_id must be unused, got {request.request_id!r} twice")
+        with whole(self):
             self.scheduler.enqueue(request)
-            return request.request_id
+            self._submitted[request.request_id] = (request, 0)
+        return request.request_id
 
     def step(self) -> list[RequestOutput]:
         """Run one cycle of every decoding sequence and one chunk of the prompts, and return what is new since the last
         step: at most one output per submitted request. Returns at once when nothing is to do.
         """
-        with self._exclusive():
-            self._advance()
-            outputs = [out for r in list(self._submitted.values()) if (out := r.take_output())]
-            for out in outputs:
-                if out.finished:
-                    del self._submitted[out.request_id]
-            return outputs
+        self._advance_submitted()
+        try:
+            return self._outbox
+        finally:  # emptied only once it is on its way: what an interrupt kept from the caller comes with the next step
+            self._outbox = []
 
+    @exclusive
+    def _advance_submitted(self) -> None:
+        self._advance()
+        outbox, submitted = list(self._outbox), {}
+        for request_id, (request, delivered) in self._submitted.items():
+            out = request.output_since(delivered)
+            if out:
+                outbox.append(out)
+            if not (out and out.finished):
+                submitted[request_id] = (request, len(request.tokens))
+        self._outbox, self._submitted = outbox, submitted  # together: no signal strikes between two stores
+
+    @exclusive
     def abort(self, request_id: str) -> None:
         """End a request now; :meth:`step` returns its last output, with finish_reason ``"abort"``.
 
         Raises:
             KeyError: no such request is unfinished.
         """
-        with self._exclusive():
-            self._abort(self._submitted[request_id])
+        request, _ = self._submitted[request_id]
+        with whole(self):
+            self._abort(request)
 
     def has_unfinished(self) -> bool:
         """Whether :meth:`step` has anything to run or to return."""
@@ -224,36 +229,41 @@ class Engine:
 
     def close(self) -> None:
         """Abort everything; the engine refuses calls from then on. Closing twice is harmless."""
-        if self._closed:
-            return
-        with self._exclusive():
+        if not self.closed:
+            self._close()
+
+    @exclusive
+    def _close(self) -> None:
+        with whole(self):
             for request in [*self.scheduler.waiting, *self.scheduler.active]:
                 self._abort(request)
             self._submitted.clear()
-            self._closed = True
             self.runner.flights.clear()
+        self.closed = True
 
+    @exclusive
     def warmup(self, progress: bool = False) -> None:
         """Build, and where the device can, record the greedy cycles of every batch bucket for the engine's own mode."""
         from tqdm import tqdm
 
         sizes = [min(1 << i, self.scheduler.num_slots) for i in range((self.scheduler.num_slots - 1).bit_length() + 1)]
-        with self._exclusive():
-            if any(self.scheduler.slots):
-                raise RuntimeError("warmup: the engine must be idle")
-            for size in tqdm(sizes, desc="warm-up", unit="batch size", disable=not progress):
-                self.runner.cycle(*self._default_plan, size).run()
+        if any(self.scheduler.slots):
+            raise RuntimeError("warmup: the engine must be idle")
+        for size in tqdm(sizes, desc="warm-up", unit="batch size", disable=not progress):
+            self.runner.cycle(*self._default_plan, size).run()
 
     def memory_report(self) -> dict[str, int]:
         """Bytes by use: see :func:`orthrus_rt.memory.memory_report`."""
         return memory_report(self)
 
+    @exclusive
     def next_logits(self, token_ids: list[int]) -> torch.Tensor:
         """AR logits fp32 ``[vocab_size]`` for the token after ``token_ids``; the engine must be idle."""
-        with self._exclusive():
-            if any(self.scheduler.slots):
-                raise RuntimeError("next_logits: the engine must be idle")
-            return self.runner.next_logits(check_prompt(token_ids, self.config.vocab_size, self.max_seq_len + 1))
+        if any(self.scheduler.slots):
+            raise RuntimeError("next_logits: the engine must be idle")
+        ids = check_prompt(token_ids, self.config.vocab_size, self.max_seq_len + 1)
+        with whole(self):
+            return self.runner.next_logits(ids)
 
     def _abort(self, request: Request, reason: str = "abort") -> None:
         if request.finish_reason is None:
@@ -273,16 +283,12 @@ class Engine:
 
     def _advance(self) -> None:
         """One round: a cycle for those that decode, then prompts into the cache, then read what has arrived."""
-        self.metrics.start()
-        try:
+        with whole(self), self.metrics.busy():
             launched = self._decode()
             launched |= self._prefill()
             self._collect(self.runner.lag if launched else 0)
-        except BaseException:
-            self._recover()
-            raise
-        finally:
-            self.metrics.stop()
+            for kind, seconds in self.runner.stopwatch.take():
+                self.metrics.took(kind, seconds)
 
     def _decode(self) -> bool:
         mode, block_len = self._plan
@@ -349,14 +355,16 @@ class Engine:
         if result["finish"] in FINISH_REASONS:
             self._finish(request, FINISH_REASONS[result["finish"]])
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """After a fault, wherever it struck: start again from the tokens that the host knows, and nothing else."""
+        self.torn = True
         self.runner.reset()
         for request in self.scheduler.reset():
             if request.tokens and request.tokens[-1] in request.stop_ids:
                 self._abort(request, "stop")
             elif request.length >= request.limit:
                 self._abort(request, "length")
+        self.torn = False
 
     def generate(self, prompt_ids, params=None, *, mode=None, draft_len=None, progress: bool = False):
         """Continue one prompt, or a batch of them together.
@@ -399,11 +407,13 @@ class Engine:
         return self._stream(request, self._make_plan(mode, draft_len))
 
     def _stream(self, request: Request, plan: tuple[str, int]) -> Iterator[RequestOutput]:
+        delivered, finished = 0, False
         for _ in self._run([request], plan):
-            if piece := request.take_output():
+            if piece := request.output_since(delivered):
+                delivered, finished = len(request.tokens), piece.finished
                 yield piece
-        if piece := request.take_output():  # another stream's step may have brought the end
-            yield piece
+        if not finished:  # another stream's step brought the end
+            yield request.output_since(delivered)
 
     def _run(self, requests: list[Request], plan: tuple[str, int]) -> Iterator[None]:
         """Step until these requests are through; whatever else is queued runs along.
@@ -411,23 +421,34 @@ class Engine:
         Mode and block length belong to the whole batch: whoever finds the engine idle sets them.
         """
         try:
-            with self._exclusive():
-                if self._idle():
-                    self._plan = plan
-                elif plan != self._plan:
-                    now = self._plan
-                    raise RuntimeError(f"mode and draft_len cannot change while requests run (now {now}, asked {plan})")
-                for request in requests:
-                    self.scheduler.enqueue(request)
+            self._enqueue(requests, plan)
             while any(r.finish_reason is None for r in requests):
-                with self._exclusive():
-                    self._advance()
+                self._round()
                 yield
         finally:
-            if not self._closed:
-                with self._exclusive():
-                    for request in requests:
-                        self._abort(request)
+            if not self.closed:
+                self._abort_all(requests)
+
+    @exclusive
+    def _enqueue(self, requests: list[Request], plan) -> None:
+        if self._idle():
+            self._plan = plan
+        elif plan != self._plan:
+            now = self._plan
+            raise RuntimeError(f"mode and draft_len cannot change while requests run (now {now}, asked {plan})")
+        with whole(self):
+            for request in requests:
+                self.scheduler.enqueue(request)
+
+    @exclusive
+    def _round(self) -> None:
+        self._advance()
+
+    @exclusive
+    def _abort_all(self, requests: list[Request]) -> None:
+        with whole(self):
+            for request in requests:
+                self._abort(request)
 
 
 def _is_batch(prompt_ids) -> bool:

@@ -16,6 +16,7 @@ import torch
 from orthrus_rt import dispatch, nvtx, ops
 from orthrus_rt import state as st
 from orthrus_rt.kv import PagedKvCache
+from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import Rows, empty_rows
 from orthrus_rt.state import SlotSampling, SlotState
@@ -110,6 +111,12 @@ class Cycle:
             logit_rows=p.logit_rows, epilogue=epilogue, out=out, max_seq_len=self.max_seq_len,
         )  # fmt: skip
 
+    @property
+    def nbytes(self) -> int:
+        """Of the passes' static buffers."""
+        held = (t for p in self.passes for t in (*vars(p.rows).values(), p.logit_rows, *p.partials))
+        return sum(t.nbytes for t in held if isinstance(t, torch.Tensor))
+
     def stage_first(self) -> None:
         """Stage the first pass's rows from the state as it is."""
         self._consensus(st.STEP_STAGE, (None, None), self.passes[0])
@@ -144,8 +151,9 @@ class Cycle:
         The first call runs eagerly (which also warms the kernels up) and then records.
         """
         if self._replay is None:
-            self.run_eager()
-            self._replay = self._record()
+            with naming_the_knobs(f"recording the {self.mode} cycle of {self.state.num_slots} slots"):
+                self.run_eager()
+                self._replay = self._record()
         else:
             self._replay()
 

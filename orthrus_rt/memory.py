@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import torch
+
 
 def memory_report(engine) -> dict[str, int]:
     """Bytes by use.
 
-    ``weights`` (of the AR view, embedding included) and ``kv_pages`` are what AR decoding alone needs. The diffusion
-    view adds ``weights_diffusion`` and ``scratch`` (one layer's keys and values of the block rows): neither grows with
-    context. ``activations`` and ``workspace`` are sized by the most rows of a pass; ``graphs`` is what recorded CUDA
-    graphs hold.
+    ``weights`` (of the AR view, embedding included), ``kv_pages`` and ``tables`` (rotary angles, page table) are what
+    AR decoding alone needs; only the last two grow with context. The diffusion view adds ``weights_diffusion``,
+    ``scratch`` (one layer's keys and values of the block rows) and, in ``cycles``, the verified rows' choices (greedy:
+    partial maxima instead of logits). ``activations`` and ``workspace`` (bounded) are sized by the most rows of a pass,
+    mostly a prefill's; ``cycles`` and ``graphs`` are what the cycles built so far hold: rows and choices, and what CUDA
+    graphs keep.
     """
     runner, sizes = engine.runner, engine.model.nbytes()
     scratch = sum(t.numel() * t.element_size() for t in (runner.activations.scratch_k, runner.activations.scratch_v))
     workspace = sum(t.numel() for t in (runner.workspace.linear, runner.workspace.attn) if t is not None)
+    tables = engine.model.cos_sin.nbytes + runner.kv.page_table.nbytes
     report = {
         "weights": sizes["ar"] + sizes["embedding"],
         "weights_diffusion": sizes["diffusion"],
         "kv_pages": runner.kv.nbytes,
+        "tables": tables,
         "scratch": scratch,
         "activations": runner.activations.nbytes - scratch,
         "workspace": workspace,
+        "cycles": runner.cycle_bytes,
         "graphs": runner.graph_bytes,
     }
     return report | {"total": sum(report.values())}
+
+
+@contextlib.contextmanager
+def naming_the_knobs(doing: str):
+    """Say of a failed allocation what was being done and which arguments make it smaller.
+
+    Raises:
+        torch.OutOfMemoryError: in place of the allocator's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # The CPU's allocator raises a plain RuntimeError.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        said = str(error).strip().split("\n")[0]
+        raise torch.OutOfMemoryError(
+            f"out of memory while {doing}: lower max_batch_size, num_pages or max_seq_len ({said})"
+        ) from error

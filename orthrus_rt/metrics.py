@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 
@@ -14,7 +15,7 @@ class Metrics:
         self.accepted: dict[int, int] = {}
         self.requests = {"stop": 0, "length": 0, "abort": 0}
         self.busy_seconds = 0.0
-        self._since: float | None = None
+        self.times: dict[str, tuple[int, float]] = {}
 
     def generated(self, tokens: int, accepted: int | None) -> None:
         """Tokens of one request's cycle (or of its prefill: ``accepted`` None)."""
@@ -27,17 +28,26 @@ class Metrics:
         self.cycles += flight.num_passes > 0
         self.passes += flight.num_passes
 
+    def took(self, kind: str, seconds: float) -> None:
+        """One prefill pass or one cycle (kind ``prefill``, ``ar_cycle``, ``two_pass_cycle``) on its device."""
+        count, total = self.times.get(kind, (0, 0.0))
+        self.times[kind] = (count + 1, total + seconds)
+
     def finished(self, reason: str) -> None:
         self.requests[reason] += 1
 
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def stop(self) -> None:
-        self.busy_seconds += time.perf_counter() - self._since
+    @contextlib.contextmanager
+    def busy(self):
+        since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.busy_seconds += time.perf_counter() - since
 
     def as_dict(self) -> dict:
-        """All counters and gauges; ``accepted`` maps drafts accepted to cycles of a sequence."""
+        """All counters and gauges. ``accepted`` maps drafts accepted to cycles of a sequence; ``times`` has, by kind of
+        pass or cycle, how many there were and their seconds on the device; ``busy_seconds`` is the host's.
+        """
         engine = self._engine
         return {
             "tokens": self.tokens,
@@ -46,6 +56,7 @@ class Metrics:
             "passes": self.passes,
             "preemptions": self.preemptions,
             "busy_seconds": self.busy_seconds,
+            "times": {kind: {"count": n, "seconds": s} for kind, (n, s) in sorted(self.times.items())},
             "accepted": dict(sorted(self.accepted.items())),
             "finished": dict(self.requests),
             "waiting": len(engine.scheduler.waiting),
@@ -60,7 +71,12 @@ class Metrics:
         gauges = ("waiting", "running", "pages_free", "pages")
         for name, value in facts.items():
             if name == "accepted":
-                lines += _histogram("orthrus_accepted_drafts", value)
+                lines += _histogram("orthrus_accepted_drafts", value, self._engine.config.block_len)
+            elif name == "times":
+                lines.append("# TYPE orthrus_device_seconds summary")
+                for kind, of in value.items():
+                    lines.append(f'orthrus_device_seconds_sum{{kind="{kind}"}} {of["seconds"]}')
+                    lines.append(f'orthrus_device_seconds_count{{kind="{kind}"}} {of["count"]}')
             elif name == "finished":
                 lines.append("# TYPE orthrus_finished_total counter")
                 lines += [f'orthrus_finished_total{{reason="{reason}"}} {n}' for reason, n in value.items()]
@@ -70,10 +86,11 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
-def _histogram(metric: str, counts: dict[int, int]) -> list[str]:
+def _histogram(metric: str, counts: dict[int, int], bounds: int) -> list[str]:
+    """Buckets for every whole number below ``bounds``, so that they are the same in every scrape."""
     lines, running = [f"# TYPE {metric} histogram"], 0
-    for bound, count in counts.items():
-        running += count
+    for bound in range(bounds):
+        running += counts.get(bound, 0)
         lines.append(f'{metric}_bucket{{le="{bound}"}} {running}')
     total = sum(bound * count for bound, count in counts.items())
     return [*lines, f'{metric}_bucket{{le="+Inf"}} {running}', f"{metric}_sum {total}", f"{metric}_count {running}"]

@@ -35,7 +35,6 @@ class Request:
         self.slot: int | None = None
         self.to_prefill: list[int] = []
         self.prefilled = 0
-        self.delivered, self.all_delivered = 0, False
         self.started = self.first_token = 0.0
 
     @property
@@ -48,13 +47,12 @@ class Request:
         """In a slot with its whole prompt in the cache."""
         return self.slot is not None and self.prefilled == len(self.to_prefill)
 
-    def take_output(self) -> RequestOutput | None:
-        """What is new since the last call; None if nothing is. The finish reason comes once, with the last tokens."""
-        new, finished = self.tokens[self.delivered :], self.finish_reason is not None
-        if self.all_delivered or not (new or finished):
+    def output_since(self, delivered: int) -> RequestOutput | None:
+        """What is new after the first ``delivered`` tokens; None if nothing is and more is to come."""
+        new, finished = self.tokens[delivered:], self.finish_reason is not None
+        if not (new or finished):
             return None
-        self.delivered, self.all_delivered = len(self.tokens), finished
-        return RequestOutput(self.request_id, new, self.finish_reason is not None, self.finish_reason, self.stats)
+        return RequestOutput(self.request_id, new, finished, self.finish_reason, self.stats)
 
     def record(self, new: list[int], accepted: int | None, num_passes: int, mode: str, block_len: int) -> None:
         """Take the tokens of one cycle, or of the prefill (``accepted`` None)."""

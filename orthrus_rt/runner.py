@@ -19,6 +19,7 @@ from orthrus_rt.plan import Rows, prefill_rows
 from orthrus_rt.reference import first_argmax
 from orthrus_rt.scheduler import Request
 from orthrus_rt.state import SlotSampling, SlotState
+from orthrus_rt.stopwatch import Stopwatch
 
 PREFILL_CHUNK = 512  # prompt tokens per prefill pass
 RESULTS = ("num_output", "finish", "num_accepted", "output")  # what the host reads of every slot
@@ -59,6 +60,7 @@ class Runner:
         self.workspace = Workspace.allocate(
             model, max_rows=max(chunk, num_slots * block_len), max_groups=num_slots, max_seq_len=max_seq_len
         )
+        self.stopwatch = Stopwatch(model.device)
         self.flights: list[Flight] = []
         self._cycles: dict[tuple[str, int, int, bool], Cycle] = {}
         self._mailboxes: dict[int, list[dict[str, torch.Tensor]]] = {}
@@ -79,6 +81,11 @@ class Runner:
     def graph_bytes(self) -> int:
         """Device memory that recorded graphs hold."""
         return sum(cycle.graph_bytes for cycle in self._cycles.values())
+
+    @property
+    def cycle_bytes(self) -> int:
+        """Rows and choices of the cycles built so far."""
+        return sum(cycle.nbytes for cycle in self._cycles.values())
 
     def begin(self, request: Request) -> None:
         """Write the request into its slot; the slot does not run before its prefill is through."""
@@ -129,7 +136,8 @@ class Runner:
         picked = torch.tensor([len(chunk) - 1], dtype=torch.int32, device=self.model.device) if wants_choice else None
         out = self._buffers(1, not request.params.greedy)
         rows = prefill_rows(tokens, first, slot)
-        self._forward(rows, picked, not request.params.greedy, out)
+        with self.stopwatch.time("prefill"):
+            self._forward(rows, picked, not request.params.greedy, out)
         request.prefilled += len(chunk)
         if last:
             view = self.state.view(slice(slot, slot + 1), block_len)
@@ -186,10 +194,11 @@ class Runner:
         """Launch one cycle for the running slots, which ``requests`` hold."""
         greedy = all(r.params.greedy for r in requests)
         cycle = self.cycle(mode, block_len, 1 + max(r.slot for r in requests), greedy)
-        if any(r.rejection for r in requests):
-            self._rejection_cycle(cycle, requests)
-        else:
-            cycle.run()
+        with self.stopwatch.time(f"{mode}_cycle"):
+            if any(r.rejection for r in requests):
+                self._rejection_cycle(cycle, requests)
+            else:
+                cycle.run()
         self._post([(r.slot, r) for r in requests], cycle.state, len(cycle.passes), mode, block_len)
 
     @nvtx.ranged("rejection cycle")

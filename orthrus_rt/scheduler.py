@@ -70,10 +70,10 @@ class Scheduler:
     def reset(self) -> list[Request]:
         """Take everybody back into the queue, in order of arrival, and every page back; the requests there now."""
         self.slots = [None] * self.num_slots
-        live = [self._live[arrival] for arrival in sorted(self._live)]
-        for request in live:
+        for request in self._live.values():
             request.slot = None
-        self.waiting = deque(r for r in live if r.finish_reason is None)
+        self._live = {a: r for a, r in sorted(self._live.items()) if r.finish_reason is None}
+        self.waiting = deque(self._live.values())
         self.kv.reset()
         return list(self.waiting)
 

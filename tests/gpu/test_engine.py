@@ -23,8 +23,15 @@ def folder(tmp_path_factory):
     return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
 
 
+_made = []
+
+
 def make(folder, **kwargs):
-    return Engine.from_pretrained(folder, device="cuda", **({"max_seq_len": 256, "max_batch_size": 8} | kwargs))
+    """An engine, in place of the one made before: a device has one at a time."""
+    while _made:
+        _made.pop().close()
+    _made.append(Engine.from_pretrained(folder, device="cuda", **({"max_seq_len": 256, "max_batch_size": 8} | kwargs)))
+    return _made[-1]
 
 
 def jobs_of(count, seed=0):
@@ -101,7 +108,7 @@ def test_triton_attention_gives_the_tokens_too(folder, monkeypatch):
 
 @pytest.mark.skipif("ORTHRUS_SMOLLM2_GGUF" not in os.environ, reason="ORTHRUS_SMOLLM2_GGUF does not name the base")
 def test_embedded_model():
-    engine = Engine.from_pretrained("smollm2-135m", device="cuda", max_seq_len=1024)
+    engine = make("smollm2-135m", max_seq_len=1024)
     tokens = cycles = 0
     for prompt in prompts.load("code"):
         ids = prompt.encode(engine.tokenizer)
@@ -110,3 +117,21 @@ def test_embedded_model():
         assert out.token_ids == engine.generate(ids, params, mode="ar").token_ids
         tokens, cycles = tokens + out.stats.tokens - 1, cycles + out.stats.cycles
     assert tokens / cycles > 3
+
+
+def test_one_engine_per_device(folder):
+    first = make(folder)
+    with pytest.raises(RuntimeError, match=r"cuda:0 has a live engine in this process; close\(\) it first"):
+        Engine.from_pretrained(folder, device="cuda:0")
+    first.close()
+    Engine.from_pretrained(folder, device="cuda:0", max_seq_len=64).close()
+
+
+def test_times_come_from_the_device(folder):
+    engine = make(folder, mode="two_pass")
+    engine.generate([1, 2, 3], SamplingParams(max_new_tokens=40, ignore_eos=True))
+    torch.cuda.synchronize()
+    engine.generate([4], SamplingParams(max_new_tokens=1, ignore_eos=True))  # takes what was still under way
+    facts = engine.metrics.as_dict()
+    assert facts["times"]["two_pass_cycle"]["count"] >= facts["cycles"]
+    assert facts["times"]["two_pass_cycle"]["seconds"] > 0

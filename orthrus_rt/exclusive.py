@@ -1,0 +1,68 @@
+"""One call of an engine at a time: a lock that refuses instead of waiting, and that no interrupt leaves taken."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+
+import torch
+
+from orthrus_rt.device import device_scope
+
+
+class Turn:
+    """Held by the frame that entered it, for as long as that frame runs.
+
+    Ctrl-C can strike between any two steps of Python, so also when the lock is just taken and its ``with`` not yet
+    entered, or on the way out before it is given back. Either way the exception unwinds the holding frame; the next
+    call of the same thread sees that the holder no longer runs, and takes its place. Signals reach no other thread.
+    """
+
+    def __init__(self):
+        self._holder: dict[str, tuple] = {}
+
+    def __enter__(self) -> None:
+        mine = (threading.get_ident(), sys._getframe(1))
+        holder = self._holder.setdefault("held", mine)  # tests and sets in one step
+        if holder is not mine:
+            if holder[0] != mine[0]:
+                raise RuntimeError("this engine is in use by another thread; share it through orthrus_rt.AsyncEngine")
+            if _runs(holder[1]):
+                raise RuntimeError("this engine is in the middle of a call; a signal handler cannot make another one")
+            self._holder["held"] = mine
+
+    def __exit__(self, *_) -> None:
+        self._holder.clear()
+
+
+def _runs(frame) -> bool:
+    """Whether this thread is inside ``frame``."""
+    caller = sys._getframe()
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is not None
+
+
+def exclusive(method):
+    """Decorator of an engine's method: alone, on the engine's device, and never after ``close()``."""
+
+    @functools.wraps(method)
+    def call(engine, *args, **kwargs):
+        with engine.turn, torch.inference_mode(), device_scope(engine.model.device):
+            if engine.closed:
+                raise RuntimeError("this engine is closed")
+            if engine.torn:
+                engine.recover()
+            return method(engine, *args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def whole(engine):
+    """What is cut short in here, wherever, leaves the engine ``torn``: its next call then recovers first."""
+    engine.torn = True
+    yield
+    engine.torn = False

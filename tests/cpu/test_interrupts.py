@@ -1,0 +1,207 @@
+"""Ctrl-C at any instruction of an engine's call: nothing is lost, nobody is locked out, the next call goes on."""
+
+import dis
+import functools
+import random
+import signal
+import sys
+import threading
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch
+from orthrus_rt.engine import Engine
+from orthrus_rt.exclusive import Turn
+from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+PARAMS = SamplingParams(max_new_tokens=9, ignore_eos=True)
+PROMPTS = [[1, 2, 3], [7], [5, 6]]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    folder = checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05)
+    return Engine.from_pretrained(str(folder), device="cpu", max_seq_len=64, max_batch_size=2, num_pages=2)
+
+
+@pytest.fixture(scope="module")
+def alone(engine):
+    return [engine.generate(p, PARAMS, mode="ar").token_ids for p in PROMPTS]
+
+
+@functools.cache
+def _looks(code, offset: int) -> bool:
+    """Whether the interpreter looks for signals just before this instruction: it starts a function, goes back in a
+    loop, or comes after a call.
+    """
+    names = {i.offset: i.opname for i in dis.get_instructions(code)}
+    earlier = [name for at, name in names.items() if at < offset and name not in ("CACHE", "PRECALL")]
+    return names[offset].startswith(("RESUME", "JUMP_BACKWARD")) or bool(earlier and earlier[-1].startswith("CALL"))
+
+
+def interrupted(function, after: int, everywhere: bool = False):
+    """Call with KeyboardInterrupt in place of the ``after``-th instruction of this package and of contextlib before
+    which the interpreter looks for signals; or of any instruction.
+
+    Returns:
+        Whether it got that far.
+    """
+    left = after
+
+    def trace(frame, kind, _):
+        nonlocal left
+        code = frame.f_code
+        if not ("orthrus_rt" in code.co_filename or code.co_filename.endswith("contextlib.py")):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if kind == "opcode" and (everywhere or _looks(code, frame.f_lasti)):
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def drain(engine, got):
+    while engine.has_unfinished():
+        take(engine.step(), got)
+
+
+def take(outputs, got):
+    for out in outputs:
+        tokens, _ = got.setdefault(out.request_id, ([], None))
+        got[out.request_id] = (tokens + out.new_token_ids, out.finish_reason)
+
+
+def all_pages_back(engine):
+    assert engine.kv.num_free_pages == engine.kv.num_pages - 1 and not any(engine.scheduler.slots)
+    assert not engine.scheduler._live
+
+
+def start(engine, got):
+    ids = [engine.submit(p, PARAMS) for p in PROMPTS]
+    for _ in range(2):
+        take(engine.step(), got)
+    return ids
+
+
+@pytest.mark.parametrize("victim", (0, 2))  # one that decodes, one that waits
+def test_abort_at_every_instruction(engine, alone, victim):
+    after, reached = 0, True
+    while reached:
+        after += 1
+        got = {}
+        ids = start(engine, got)
+        reached = interrupted(lambda i=ids[victim]: engine.abort(i), after, everywhere=True)
+        if engine.is_unfinished(ids[victim]):  # struck before it began, or not: once more does no harm
+            engine.abort(ids[victim])
+        drain(engine, got)
+        for i, request_id in enumerate(ids):
+            tokens, reason = got[request_id]
+            assert (tokens, reason) == (alone[i][: len(tokens)], "abort") if i == victim else (alone[i], "length")
+        all_pages_back(engine)
+    assert after > 100
+
+
+def test_submit_at_every_instruction(engine, alone):
+    after, reached = 0, True
+    while reached:
+        after += 1
+        got = {}
+        ids = start(engine, got)
+        reached = interrupted(lambda: engine.submit([9], PARAMS, "new"), after, everywhere=True)
+        if not engine.is_unfinished("new"):
+            engine.submit([9], PARAMS, "new")
+        drain(engine, got)
+        assert [got[i] for i in ids] == [(tokens, "length") for tokens in alone]
+        assert len(got["new"][0]) == 9
+        all_pages_back(engine)
+
+
+def test_steps_at_random_instructions(engine, alone):
+    """Outputs too: what an interrupted step did not return, the next one does."""
+    rng, strikes, got = random.Random(0), 0, {}
+    for _ in range(60):
+        got.clear()
+        ids = [engine.submit(p, PARAMS) for p in PROMPTS]
+        while engine.has_unfinished():
+            after = rng.randrange(1, rng.choice((300, 300, 10000)))  # a cycle has some 200 of them, a prefill thousands
+            strikes += interrupted(lambda: take(engine.step(), got), after)
+            take(engine.step(), got)
+        assert [got[i] for i in ids] == [(tokens, "length") for tokens in alone]
+        all_pages_back(engine)
+    assert strikes > 100
+
+
+def test_generate_at_random_instructions(engine, alone):
+    rng = random.Random(1)
+    other = {}
+    for _ in range(60):
+        request_id = engine.submit(PROMPTS[0], PARAMS)
+        interrupted(lambda: engine.generate(PROMPTS[1], PARAMS), rng.randrange(1, 10000))
+        got = {}
+        drain(engine, got)
+        other[request_id] = got[request_id]
+        all_pages_back(engine)
+    assert set(map(str, other.values())) == {str((alone[0], "length"))}
+
+
+def test_a_lock_left_behind_is_taken_over_by_its_thread():
+    turn = Turn()
+
+    def leave_behind():
+        turn.__enter__()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        leave_behind()
+    with turn, pytest.raises(RuntimeError, match="in the middle of a call"), turn:
+        pass
+    refused = []
+
+    def elsewhere():
+        try:
+            turn.__enter__()
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    with turn:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert refused == ["this engine is in use by another thread; share it through orthrus_rt.AsyncEngine"]
+    with turn:
+        pass
+
+
+def test_a_signal_handler_cannot_reenter(engine):
+    refused = []
+
+    def handler(*_):
+        try:
+            engine.submit([1])
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    real = engine.runner.prefill
+    engine.runner.prefill = lambda *args: (signal.raise_signal(signal.SIGUSR1), real(*args))[1]
+    try:
+        engine.generate([1, 2], PARAMS)
+    finally:
+        engine.runner.prefill = real
+        signal.signal(signal.SIGUSR1, before)
+    assert refused == ["this engine is in the middle of a call; a signal handler cannot make another one"]

@@ -1,0 +1,104 @@
+"""What memory goes where, and what is said when there is not enough of it."""
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch
+from orthrus_rt.device import claim
+from orthrus_rt.engine import Engine
+from orthrus_rt.graph import Cycle
+from orthrus_rt.runner import Runner
+from tests import checkpoints
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+GROWS_WITH_CONTEXT = {"kv_pages", "tables", "total"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    return str(checkpoints.make(path, "qwen3", dtype=torch.bfloat16, max_position_embeddings=4096))
+
+
+def make(folder, **kwargs):
+    return Engine.from_pretrained(folder, device="cpu", **({"max_seq_len": 512} | kwargs))
+
+
+def warm_report(folder, **kwargs):
+    engine = make(folder, **kwargs)
+    engine.warmup()
+    return engine.memory_report()
+
+
+def test_only_the_cache_and_its_tables_grow_with_context(folder):
+    short, long = (warm_report(folder, max_seq_len=n) for n in (512, 4096))
+    assert {name for name in short if short[name] != long[name]} == GROWS_WITH_CONTEXT
+    assert long["kv_pages"] - short["kv_pages"] == 8 * 56 * 64 * 2 * 2 * 2 * 64 * 2  # pages, layers, k/v, heads, bf16
+    for report in (short, long):
+        assert report["total"] == sum(v for k, v in report.items() if k != "total")
+
+
+def test_what_the_diffusion_view_adds(folder):
+    """Beside AR decoding: its weights, one layer's keys and values of the block rows, the verified rows' choices."""
+    ar, two_pass = (warm_report(folder, mode=mode) for mode in ("ar", "two_pass"))
+    assert {name for name in ar if ar[name] != two_pass[name]} == {"cycles", "total"}
+    config = make(folder).config
+    slots, rows = 8, 8 * config.block_len
+    attention = (4 + 2 * 2) * 64 * 64 + 64 * 4 * 64  # q, k, v and o of one layer
+    assert two_pass["weights_diffusion"] == config.num_layers * attention * 2
+    assert two_pass["scratch"] == 2 * rows * config.num_heads_kv * config.head_dim * 2
+    built = slots + 4 + 2 + 1  # slots of the cycles of every batch bucket
+    partials = 1  # per row: 96 ids lie in one tile
+    choices = built * (2 * config.block_len - 1) * (partials * 8 + 4)  # value, id; the row's number
+    staged = 2 * (built * config.block_len * 16 + (built + 4) * 4)  # two passes' rows and where their groups start
+    assert two_pass["cycles"] == choices + staged
+
+
+@pytest.mark.parametrize("where", ("model", "runner", "capture", "cpu"))
+def test_out_of_memory_names_the_knobs(folder, monkeypatch, where):
+    def exhausted(*_, **__):
+        if where == "cpu":
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    knobs = r"lower max_batch_size, num_pages or max_seq_len \(.*(2.00 GiB|can't allocate memory).*\)$"
+    if where == "capture":
+        engine = make(folder)
+        monkeypatch.setattr(Cycle, "_record", exhausted)
+        with pytest.raises(torch.OutOfMemoryError, match="while recording the two_pass cycle of 1 slots: " + knobs):
+            engine.generate([1, 2, 3])
+        monkeypatch.undo()
+        assert len(engine.generate([1, 2, 3]).token_ids) > 1  # and it goes on where memory comes back
+        return
+    monkeypatch.setattr(*((Runner, "__init__") if where == "runner" else ("orthrus_rt.weights.pack",)), exhausted)
+    sizes = "making an engine of max_batch_size 8, num_pages 64, max_seq_len 512: "
+    with pytest.raises(torch.OutOfMemoryError, match=sizes + knobs):
+        make(folder)
+
+
+def test_other_errors_pass_unchanged(folder, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr("orthrus_rt.weights.pack", broken)
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        make(folder)
+
+
+def test_one_engine_per_cuda_device_and_any_number_on_the_cpu():
+    class Fake:
+        closed = False
+
+    first, second, device = Fake(), Fake(), torch.device("cuda:7")
+    claim(device, first)
+    claim(torch.device("cuda:6"), second)
+    with pytest.raises(RuntimeError, match=r"cuda:7 has a live engine in this process; close\(\) it first"):
+        claim(device, second)
+    first.closed = True
+    claim(device, second)
+    second.itself = second  # as an engine's metrics know their engine: only the collector frees it
+    del second
+    claim(device, first)
+    claim(torch.device("cpu"), first)
+    claim(torch.device("cpu"), Fake())
