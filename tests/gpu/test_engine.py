@@ -135,3 +135,31 @@ def test_times_come_from_the_device(folder):
     facts = engine.metrics.as_dict()
     assert facts["times"]["two_pass_cycle"]["count"] >= facts["cycles"]
     assert facts["times"]["two_pass_cycle"]["seconds"] > 0
+
+
+@pytest.mark.parametrize("mode", ("ar", "two_pass"))
+def test_a_step_launches_one_graph_and_never_waits_for_the_device(tmp_path, mode):
+    """Whole steps under sync-debug mode; launches and allocations counted by the profiler, whatever the depth."""
+    seen = []
+    for layers in (2, 6):
+        path = checkpoints.make(tmp_path / f"{layers}", dtype=torch.bfloat16, num_hidden_layers=layers)
+        engine = make(str(path), max_seq_len=128, max_batch_size=2, mode=mode)
+        engine.warmup()
+        for prompt in ([1, 2, 3], [4]):
+            engine.submit(prompt, SamplingParams(max_new_tokens=60, ignore_eos=True))
+        for _ in range(4):
+            engine.step()
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                for _ in range(4):
+                    engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        calls = {event.key: event.count for event in profile.key_averages()}
+        assert calls.get("cudaGraphLaunch", 0) == 4
+        assert not any(name in calls for name in ("aten::item", "aten::_local_scalar_dense", "aten::empty"))
+        seen.append({name: count for name, count in calls.items() if name.startswith(("aten::", "cudaLaunch"))})
+    assert seen[0] == seen[1]

@@ -1,0 +1,67 @@
+"""A decode step that is warmed up: nothing allocated, nothing read back but the results, no Python per layer."""
+
+import collections
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from orthrus_rt import dispatch, ops
+from orthrus_rt.engine import Engine
+from orthrus_rt.runner import RESULTS
+from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+STEPS = 4
+TOLIST = {"aten.resolve_conj.default", "aten.resolve_neg.default"}  # what .tolist() itself calls; neither copies
+PARAMS = SamplingParams(max_new_tokens=60, ignore_eos=True)
+
+
+class Counted(TorchDispatchMode):
+    """Every torch operator called, ``.item()`` (``aten._local_scalar_dense``) and allocations among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def decoding(tmp_path, mode, layers):
+    """A warm engine with two sequences in the middle of their decoding, no page boundary ahead."""
+    folder = checkpoints.make(tmp_path / f"{layers}", dtype=torch.bfloat16, num_hidden_layers=layers)
+    engine = Engine.from_pretrained(str(folder), device="cpu", max_seq_len=128, max_batch_size=2, mode=mode)
+    engine.warmup()
+    for prompt in ([1, 2, 3], [4]):
+        engine.submit(prompt, PARAMS)
+    while not all(r is not None and r.decoding and len(r.tokens) > 1 for r in engine.scheduler.slots):
+        engine.step()
+    return engine
+
+
+@pytest.mark.parametrize("mode", ("ar", "two_pass"))
+def test_a_step_is_one_replay_and_one_reading(tmp_path, mode, monkeypatch):
+    seen = []
+    for layers in (2, 6):
+        engine = decoding(tmp_path, mode, layers)
+        before, cycles = engine.memory_report(), engine.metrics.cycles
+        read, op_calls, emitted = collections.Counter(), collections.Counter(), 0
+        with monkeypatch.context() as patched:
+            real = torch.Tensor.tolist
+            patched.setattr(torch.Tensor, "tolist", lambda t: (read.update(["tolist"]), real(t))[1])
+            for op in dispatch.OPS:
+                patched.setattr(ops, op, lambda *_, op=op, **__: op_calls.update([op]))
+            with Counted() as torch_ops:
+                for _ in range(STEPS):
+                    emitted += sum(len(out.new_token_ids) for out in engine.step())
+        assert engine.metrics.cycles - cycles == STEPS and emitted >= 2 * STEPS
+        assert not op_calls  # no Python per op, so none per layer
+        assert read["tolist"] == STEPS * len(RESULTS)  # every slot's results at once
+        assert engine.memory_report() == before
+        assert set(torch_ops.calls) <= TOLIST  # no allocation, no .item()
+        seen.append(torch_ops.calls)
+    assert seen[0] == seen[1]
