@@ -43,25 +43,35 @@ def decoding(tmp_path, mode, layers):
     return engine
 
 
+def counted(engine, patched):
+    """``STEPS`` steps: torch operators, calls of our ops, ``tolist`` calls, tokens emitted."""
+    op_calls, read = [], []
+    real = torch.Tensor.tolist
+
+    def tolist(tensor):
+        read.append(tensor.shape)
+        return real(tensor)
+
+    patched.setattr(torch.Tensor, "tolist", tolist)
+    for op in dispatch.OPS:
+        patched.setattr(ops, op, lambda *_, op=op, **__: op_calls.append(op))
+    with Counted() as torch_ops:
+        emitted = sum(len(out.new_token_ids) for _ in range(STEPS) for out in engine.step())
+    return torch_ops.calls, op_calls, len(read), emitted
+
+
 @pytest.mark.parametrize("mode", ("ar", "two_pass"))
 def test_a_step_is_one_replay_and_one_reading(tmp_path, mode, monkeypatch):
     seen = []
     for layers in (2, 6):
         engine = decoding(tmp_path, mode, layers)
         before, cycles = engine.memory_report(), engine.metrics.cycles
-        read, op_calls, emitted = collections.Counter(), collections.Counter(), 0
         with monkeypatch.context() as patched:
-            real = torch.Tensor.tolist
-            patched.setattr(torch.Tensor, "tolist", lambda t: (read.update(["tolist"]), real(t))[1])
-            for op in dispatch.OPS:
-                patched.setattr(ops, op, lambda *_, op=op, **__: op_calls.update([op]))
-            with Counted() as torch_ops:
-                for _ in range(STEPS):
-                    emitted += sum(len(out.new_token_ids) for out in engine.step())
+            torch_ops, op_calls, read, emitted = counted(engine, patched)
         assert engine.metrics.cycles - cycles == STEPS and emitted >= 2 * STEPS
         assert not op_calls  # no Python per op, so none per layer
-        assert read["tolist"] == STEPS * len(RESULTS)  # every slot's results at once
+        assert read == STEPS * len(RESULTS)  # every slot's results at once
+        assert set(torch_ops) <= TOLIST  # no allocation, no .item()
         assert engine.memory_report() == before
-        assert set(torch_ops.calls) <= TOLIST  # no allocation, no .item()
-        seen.append(torch_ops.calls)
+        seen.append(torch_ops)
     assert seen[0] == seen[1]

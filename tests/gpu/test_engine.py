@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from orthrus_rt import prompts
 from orthrus_rt import state as st
@@ -152,13 +153,13 @@ def test_a_step_launches_one_graph_and_never_waits_for_the_device(tmp_path, mode
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
         torch.cuda.set_sync_debug_mode("error")
         try:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
                 for _ in range(4):
                     engine.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
-        calls = {event.key: event.count for event in profile.key_averages()}
+        calls = {event.key: event.count for event in profiled.key_averages()}
         assert calls.get("cudaGraphLaunch", 0) == 4
         assert not any(name in calls for name in ("aten::item", "aten::_local_scalar_dense", "aten::empty"))
         seen.append({name: count for name, count in calls.items() if name.startswith(("aten::", "cudaLaunch"))})
