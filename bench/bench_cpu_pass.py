@@ -1,27 +1,27 @@
 """Whole passes on the CPU, in the embedded model's shapes with random weights: is a pass bound by memory or arithmetic?
 
-    python bench/bench_cpu_pass.py --rows 1 4 6 8 16 32 --out bench/results/cpu
+    python -m bench.bench_cpu_pass --rows 1 4 6 8 16 32 --out bench/results/cpu
 
 A pass is ``rows`` AR rows of one sequence behind ``context`` cached tokens, argmax of every row included; it is
-recorded on a tape and replayed. Per-op columns time a tape of that op's calls alone.
+recorded on a tape and replayed. Per-op columns time that op's calls within a pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from unittest import mock
 
 import torch
-from common import header, measure, read_bandwidth, report
-from models import RandomTensors
 
-from orthrus_rt import dispatch, native
+from bench.common import header, measure, read_bandwidth, report
+from bench.models import RandomTensors
+from orthrus_rt import dispatch
 from orthrus_rt.checkpoint import Checkpoint, expected_tensors
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import prefill_rows
+from orthrus_rt.profile import calls_of, time_calls
 
 OPS = ("row_linear", "dual_attn", "qkv_commit", "rms_norm", "embed")
 CONFIG = ModelConfig(
@@ -32,29 +32,21 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-def record(model: Model, kv: PagedKvCache, num_rows: int, context: int, max_seq_len: int, only: str | None = None):
-    """A tape of one pass; of the calls of one op where ``only`` names it."""
+def make_pass(model: Model, kv: PagedKvCache, num_rows: int, context: int, max_seq_len: int):
+    """A function that runs one pass over buffers of its own."""
     rows = prefill_rows(torch.arange(num_rows, dtype=torch.int32), context, 0)
+    activations = Activations(model, num_rows, 0)
+    logit_rows = torch.arange(num_rows, dtype=torch.int32)
     partials = model.lm_head.num_partials
-    buffers = [
-        rows,
-        Activations(model, num_rows, 0),
-        torch.arange(num_rows, dtype=torch.int32),
-        (torch.empty(num_rows, partials), torch.empty(num_rows, partials, dtype=torch.int32)),
-    ]
-    for tensor in vars(buffers[1]).values():
-        tensor.fill_(0.1)  # a tape of one op reads what no other op wrote
-    tape = dispatch.native().cpu.Tape()
-    silent = [mock.patch.object(native, op, lambda *_, **__: None) for op in OPS if only not in (None, op)]
-    for patch in silent:
-        patch.start()
-    with tape.record():
+    out = (torch.empty(num_rows, partials), torch.empty(num_rows, partials, dtype=torch.int32))
+
+    def run():
         forward(
-            model, kv, rows, buffers[1], Workspace(None, None), logit_rows=buffers[2], epilogue="argmax",
-            out=buffers[3], max_seq_len=max_seq_len,
+            model, kv, rows, activations, Workspace(None, None), logit_rows=logit_rows, epilogue="argmax", out=out,
+            max_seq_len=max_seq_len,
         )  # fmt: skip
-    mock.patch.stopall()
-    return tape, buffers
+
+    return run
 
 
 def main() -> None:
@@ -87,14 +79,17 @@ def main() -> None:
     }  # fmt: skip
     table = []
     for n in args.rows:
-        tape, _buffers = record(model, kv, n, args.context, max_seq_len)
+        one_pass, tape = make_pass(model, kv, n, args.context, max_seq_len), cpu.Tape()
+        with tape.record():
+            one_pass()
         us = measure(tape.replay, device, repeats=args.repeats)
         rate = weight_bytes / us["p50"] * 1e-3
         row = {"rows": n} | {f"ms {name}": value * 1e-3 for name, value in us.items()}
         row |= {"GB/s": rate, "of read": rate / bandwidth, "GFLOP/s": n * weight_bytes / us["p50"] * 1e-3}
-        for op in OPS if args.ops else ():
-            tape, _buffers = record(model, kv, n, args.context, max_seq_len, op)
-            row[f"{op} ms"] = measure(tape.replay, device, repeats=args.repeats)["p50"] * 1e-3
+        if args.ops:
+            calls = calls_of(one_pass)
+            times = time_calls(calls, device, repeats=args.repeats)
+            row |= {f"{op} ms": sum(t for c, t in zip(calls, times, strict=True) if c.op == op) * 1e-3 for op in OPS}
         table.append(row)
     report("cpu_pass", facts, table, args.out)
 

@@ -10,8 +10,8 @@ import argparse
 import sys
 
 import torch
-from common import graphed, header, measure, read_bandwidth, report
 
+from bench.common import graphed, header, measure, read_bandwidth, report
 from orthrus_rt import dispatch, ops, reference
 from orthrus_rt.plan import prefill_rows
 from orthrus_rt.state import SlotSampling, empty_partials, num_score_tiles

@@ -68,6 +68,25 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)")
     verify.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
+
+    bench = commands.add_parser(
+        "bench",
+        help="how fast a model decodes here, and where a cycle's time goes",
+        description="Decode the built-in prompts in each mode; with --profile, time every op of one cycle beside the "
+        "bytes it must move.",
+    )
+    bench.set_defaults(run=run_bench)
+    _add_model_options(bench, engine=True)
+    bench.add_argument("--modes", nargs="+", choices=("ar", "two_pass"), default=("ar", "two_pass"), metavar="MODE")
+    bench.add_argument("--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)")
+    bench.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (default: %(default)s)")
+    bench.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    bench.add_argument("-n", "--num-prompts", type=int, metavar="N", help="only the first N prompts of each kind")
+    bench.add_argument("--profile", action="store_true", help="a breakdown per op instead of decoding")
+    bench.add_argument(
+        "--context", type=int, default=256, metavar="N", help="committed tokens with --profile (default: %(default)s)"
+    )
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
@@ -86,12 +105,13 @@ def _add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None
         group.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and output (default: up to 4096)")
 
 
-def _load_engine(args, mode: str = "auto"):
+def _load_engine(args, mode: str = "auto", max_batch_size: int = 1):
     from orthrus_rt.engine import Engine
 
     return Engine.from_pretrained(
         args.model, device=args.device, dtype=args.dtype, mode=mode, max_seq_len=args.max_seq_len,
-        draft_len=args.draft_len, adapter=args.adapter, base_gguf=args.base_gguf, max_batch_size=1,
+        draft_len=args.draft_len, adapter=args.adapter, base_gguf=args.base_gguf,
+        max_batch_size=max_batch_size,
     )  # fmt: skip
 
 
@@ -297,6 +317,36 @@ def run_verify(args) -> int:
         same = f"{len(todo) - different} of {len(todo)} identical"
         print(f"{args.modes[0]} against {args.modes[1]}, {args.dtype}: {same}")
     return EXIT_DIFFERENT if different else 0
+
+
+def run_bench(args) -> int:
+    from orthrus_rt import info, profile, rates, terminal
+
+    if args.num_prompts is not None and args.num_prompts < 1:
+        raise ValueError(f"bench: num_prompts must be >= 1, got {args.num_prompts}")
+    engine = _load_engine(args, max_batch_size=args.batch)
+    facts = {"model": args.model, "device": info.device_facts(engine.model.device)["name"], "dtype": args.dtype}
+    if args.profile:
+        cycle = {"draft_len": args.draft_len, "batch": args.batch, "context": args.context}
+        tables = [profile.profile(engine, mode=mode, **cycle) for mode in args.modes]
+    else:
+        rows = rates.decode_rates(
+            engine, ("code", "chat"), args.modes, draft_len=args.draft_len, num_prompts=args.num_prompts,
+            batch=args.batch, max_new_tokens=args.max_new_tokens,
+        )  # fmt: skip
+        tables = [({"batch": args.batch}, rows)]
+    if args.json:
+        print(json.dumps(facts | {"tables": [about | {"rows": rows} for about, rows in tables]}))
+        return 0
+    print(", ".join(facts.values()))
+    for about, rows in tables:
+        print("\n" + ", ".join(f"{name} {_short(value)}" for name, value in about.items()))
+        print(terminal.table([tuple(rows[0]), *(tuple(map(_short, row.values())) for row in rows)]))
+    return 0
+
+
+def _short(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -144,6 +144,20 @@ def test_info_names_every_op_and_the_model(run, folder):
     assert code == 0 and all(op in out for op in facts["ops"])
 
 
+def test_bench_prints_rates_or_a_profile(run):
+    options = ("-n", "1", "--max-new-tokens", "8")
+    code, out, _ = run("bench", *options, "--json")
+    (table,) = json.loads(out)["tables"]
+    assert code == 0 and [r["mode"] for r in table["rows"]] == ["ar", "two_pass"] * 2
+    code, out, _ = run("bench", *options)
+    assert code == 0 and re.search(r"code +two_pass +8 +1 ", out)
+    code, out, _ = run("bench", "--profile", "--context", "40", "--modes", "ar")
+    assert code == 0 and re.search(r"mode ar, block_len 1, batch 1, context 40, read_gb_s", out)
+    assert re.search(r"dual_attn +2 ", out)
+    code, _, err = run("bench", "--profile", "--context", "400")
+    assert code == 2 and "context must be within [1, 248]" in err
+
+
 def test_info_reports_a_model_that_cannot_be_opened(run):
     code, out, _ = run("info", "--model", "/nowhere")
     assert code == 0 and "/nowhere" in out

@@ -1,0 +1,219 @@
+"""Where a cycle's time goes: every op call of one, timed on the engine's own buffers beside the bytes it must move.
+
+Calls are not grouped by guesswork: the cycle runs once with each op recorded, so the list is what it really calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from orthrus_rt import dispatch, ops
+from orthrus_rt import state as st
+from orthrus_rt.graph import Cycle
+from orthrus_rt.kv import OutOfPages
+from orthrus_rt.timing import measure, read_bandwidth
+
+CUDA_CHUNK = 100  # calls enqueued at once behind a sleep that hides their launches; far below the driver's queue
+CUDA_SLEEP_CYCLES = 20_000_000  # about 10 ms
+
+
+@dataclass
+class Call:
+    """One op call of a recorded function.
+
+    Attributes:
+        name: the op, for ``row_linear`` with its weight's inputs and outputs.
+        run: the same call again, on the same buffers.
+        nbytes: what it must move at least, given what its buffers hold now.
+    """
+
+    op: str
+    name: str
+    run: Callable[[], object]
+    nbytes: Callable[[], int]
+
+
+def _size(*tensors) -> int:
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
+def _row_linear_bytes(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=None, **_) -> int:
+    """Each view's weight that has rows, once; activations in and out."""
+    n = x.shape[0]
+    ar = n if weight_diff is None else num_rows_ar
+    weights = (weight.nbytes if ar else 0) + (weight_diff.nbytes if ar < n else 0)
+    return weights + _size(x, residual, *(out if isinstance(out, tuple) else (out,)))
+
+
+def _dual_attn_bytes(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, scale, out, **_) -> int:
+    """Each group's visible keys and values once; queries, block keys and values, output."""
+    start, prefix = rows.group_start.tolist(), rows.prefix_len.tolist()
+    seen = sum(max(prefix[a:b], default=0) for a, b in itertools.pairwise(start))
+    _, heads, _, dim = k_pages.shape
+    return _size(q, out, scratch_k, scratch_v) + 2 * seen * heads * dim * k_pages.element_size()
+
+
+# Least bytes of one call, from its arguments: every input and output once. Shapes: csrc/include/orthrus/params.h.
+NBYTES = {
+    "embed": lambda token, table, out: 2 * _size(out),
+    "rms_norm": lambda x, weight, eps, out, row_index=None: 2 * _size(out),
+    "row_linear": _row_linear_bytes,
+    "qkv_commit": lambda qkv, *_: 2 * _size(qkv),
+    "dual_attn": _dual_attn_bytes,
+    "consensus": lambda state, partials, *_: _size(*partials),
+    "process_logits": lambda logits, *_, **__: _size(logits),
+}
+
+
+def calls_of(run: Callable[[], object]) -> list[Call]:
+    """The ops that ``run()`` calls, in order. Native CPU calls are taped instead of run, others run as they come."""
+    calls: list[Call] = []
+
+    def recorder(op: str, real: Callable):
+        def record(*args, **kwargs):
+            again = partial(real, *args, **kwargs)
+            if dispatch.native() is not None:
+                tape = dispatch.native().cpu.Tape()  # a call without Python's share of it
+                with tape.record():
+                    again()
+                again = tape.replay if len(tape) else again
+            else:
+                again()
+            weight = args[1]
+            name = f"row_linear {weight.in_features} x {weight.out_features}" if op == "row_linear" else op
+            calls.append(Call(op, name, again, partial(NBYTES[op], *args, **kwargs)))
+
+        return record
+
+    real = {op: getattr(ops, op) for op in dispatch.OPS}
+    try:
+        for op in dispatch.OPS:
+            setattr(ops, op, recorder(op, real[op]))
+        run()
+    finally:
+        for op in dispatch.OPS:
+            setattr(ops, op, real[op])
+    return calls
+
+
+def time_calls(calls: list[Call], device: torch.device, *, repeats: int, reset: Callable[[], object] = int):
+    """Median microseconds of every call, run in order ``repeats`` times, ``reset()`` before each time."""
+    samples = []
+    for _ in range(repeats + 1):
+        reset()
+        samples.append(_once_cuda(calls) if device.type == "cuda" else _once(calls))
+    return [statistics.median(column) for column in zip(*samples[1:], strict=True)]
+
+
+def _once(calls: list[Call]) -> list[float]:
+    times = []
+    for call in calls:
+        start = time.perf_counter()
+        call.run()
+        times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+def _once_cuda(calls: list[Call]) -> list[float]:
+    """By events. The device sleeps while the host enqueues, so that no call waits for its own launch."""
+    times = []
+    for first in range(0, len(calls), CUDA_CHUNK):
+        chunk = calls[first : first + CUDA_CHUNK]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(chunk) + 1)]
+        torch.cuda._sleep(CUDA_SLEEP_CYCLES)
+        marks[0].record()
+        for call, mark in zip(chunk, marks[1:], strict=True):
+            call.run()
+            mark.record()
+        torch.cuda.synchronize()
+        times += [a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(marks)]
+    return times
+
+
+@contextlib.contextmanager
+def staged(engine, mode, draft_len, slots: int, context: int) -> Iterator[tuple[Cycle, Callable]]:
+    """``(cycle, reset)`` of ``slots`` running sequences with ``context`` committed tokens of random keys and values.
+
+    ``reset()`` puts the slots back where they were; the idle engine's own pages and buffers are used, and given back.
+
+    Raises:
+        ValueError: the engine has too few slots, pages or positions.
+    """
+    runner, plan = engine.runner, engine._make_plan(mode, draft_len)
+    if not 1 <= slots <= runner.num_slots:
+        raise ValueError(f"batch must be within [1, {runner.num_slots}] (max_batch_size), got {slots}")
+    most = engine.max_seq_len - engine.config.block_len
+    if not 1 <= context <= most:
+        raise ValueError(f"context must be within [1, {most}] (max_seq_len less a block), got {context}")
+    state = runner.state
+    try:
+        for slot in range(slots):
+            runner.kv.reserve(slot, context + engine.config.block_len)
+        for page in set(runner.kv.page_table[:slots].flatten().tolist()):
+            runner.kv.pages[:, :, page].normal_()
+        cycle = runner.cycle(*plan, slots)
+
+        def reset():
+            state.cache_seqlens.fill_(context)
+            state.limit.fill_(engine.max_seq_len)
+            state.stop_ids.fill_(-1)
+            state.num_drafts.zero_()
+            state.num_output.zero_()
+            state.block_tokens.fill_(1)
+            state.finish.fill_(st.EMPTY)
+            state.finish[:slots] = st.RUNNING
+
+        reset()
+        yield cycle, reset
+    except OutOfPages as error:
+        raise ValueError(f"batch {slots} with context {context} does not fit: {error}") from error
+    finally:
+        runner.reset()
+        runner.kv.reset()
+
+
+@torch.inference_mode()
+def profile(engine, *, mode=None, draft_len=None, batch: int = 1, context: int = 256, repeats: int = 20):
+    """The breakdown of one greedy cycle.
+
+    Returns:
+        ``(facts, rows)``. Facts: ``mode``, ``block_len``, ``batch``, ``context``, ``read_gb_s`` (measured now),
+        ``cycle_us`` (replayed whole), ``ops_us`` (one by one). Rows, slowest first: ``op``,
+        ``calls``, ``us``, ``share`` of all ops, ``mbytes``, ``gb_s``, ``of_read``.
+    """
+    device = engine.model.device
+    with staged(engine, mode, draft_len, batch, context) as (cycle, reset):
+
+        def again():
+            reset()
+            cycle.run()
+
+        whole = measure(again, device, repeats=repeats)["p50"]
+        reset()
+        calls = calls_of(cycle.run_eager)
+        times = time_calls(calls, device, repeats=repeats, reset=reset)
+        moved = [call.nbytes() for call in calls]
+    bandwidth = read_bandwidth(device)
+    facts = {
+        "mode": cycle.mode, "block_len": cycle.state.block_len, "batch": batch, "context": context,
+        "read_gb_s": bandwidth, "cycle_us": whole, "ops_us": sum(times),
+    }  # fmt: skip
+    rows = {}
+    for call, us, nbytes in zip(calls, times, moved, strict=True):
+        row = rows.setdefault(call.name, {"op": call.name, "calls": 0, "us": 0.0, "share": 0.0, "mbytes": 0.0})
+        row["calls"] += 1
+        row["us"] += us
+        row["mbytes"] += nbytes * 1e-6
+    for row in rows.values():
+        row["share"] = row["us"] / sum(times)
+        row["gb_s"] = row["mbytes"] / row["us"] * 1e3
+        row["of_read"] = row["gb_s"] / bandwidth
+    return facts, sorted(rows.values(), key=lambda row: -row["us"])

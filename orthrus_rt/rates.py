@@ -1,0 +1,50 @@
+"""How fast an engine decodes the built-in prompts, by mode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from orthrus_rt import prompts
+from orthrus_rt.sampling import SamplingParams
+
+
+def decode_rates(
+    engine, kinds: Sequence[str], modes: Sequence[str], *, draft_len=None, num_prompts=None, batch: int = 1,
+    max_new_tokens: int = 64,
+) -> list[dict]:  # fmt: skip
+    """Decode prompts of each kind in each mode, greedily, ``batch`` of them at a time.
+
+    Returns:
+        A row per kind and mode: ``kind``, ``mode``, ``block_len``, ``prompts``, ``tokens``, ``tokens_per_cycle`` (of a
+        sequence), ``ms_per_cycle`` (of the batch, on the device) and ``tok_s`` (by the clock, prefill included).
+    """
+    rows = []
+    for kind in kinds:
+        ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)[:num_prompts]]
+        batches = [ids[i : i + batch] for i in range(0, len(ids), batch)]
+        for mode in modes:
+            rows.append({"kind": kind} | _rate(engine, batches, mode, draft_len, max_new_tokens))
+    return rows
+
+
+def _rate(engine, batches, mode, draft_len, max_new_tokens) -> dict:
+    engine.generate(batches[0], SamplingParams(max_new_tokens=4), mode=mode, draft_len=draft_len)  # first-use costs
+    params, before, start = SamplingParams(max_new_tokens), _cycles(engine, mode), time.perf_counter()
+    outs = [out for ids in batches for out in engine.generate(ids, params, mode=mode, draft_len=draft_len)]
+    seconds, stats = time.perf_counter() - start, [out.stats for out in outs]
+    count, device_seconds = (now - then for now, then in zip(_cycles(engine, mode), before, strict=True))
+    return {
+        "mode": mode,
+        "block_len": stats[0].block_len,
+        "prompts": len(outs),
+        "tokens": sum(s.tokens for s in stats),
+        "tokens_per_cycle": sum(s.tokens - 1 for s in stats) / max(1, sum(s.cycles for s in stats)),
+        "ms_per_cycle": 1e3 * device_seconds / max(1, count),
+        "tok_s": sum(s.tokens for s in stats) / seconds,
+    }
+
+
+def _cycles(engine, mode: str) -> tuple[int, float]:
+    """How many cycles there were, and their seconds on the device."""
+    return engine.metrics.times.get(f"{mode}_cycle", (0, 0.0))

@@ -1,0 +1,100 @@
+"""The profile: it times the very cycle that runs, and the bytes it names are those of the contracts."""
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch, profile, rates
+from orthrus_rt.engine import Engine
+from orthrus_rt.profile import calls_of, staged
+from tests import byte_tokenizer, checkpoints
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+SLOTS, CONTEXT, LAYERS, K = 2, 70, 2, 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
+
+
+def make(folder, **kwargs):
+    return Engine.from_pretrained(folder, device="cpu", **({"max_seq_len": 128, "max_batch_size": 4} | kwargs))
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+def test_the_calls_are_the_cycle(folder, dtype):
+    """Run one by one they leave the state and the cache that the cycle itself leaves."""
+    left = []
+    for by_calls in (False, True):
+        engine = make(folder, dtype=dtype)
+        torch.manual_seed(0)
+        with torch.inference_mode(), staged(engine, "two_pass", None, SLOTS, CONTEXT) as (cycle, reset):
+            if by_calls:
+                calls = calls_of(cycle.run_eager)
+                reset()
+                for call in calls:
+                    call.run()
+            else:
+                cycle.run()
+            left.append([t.clone() for t in (*vars(engine.runner.state).values(), engine.kv.pages)])
+        assert engine.kv.num_free_pages == engine.kv.num_pages - 1
+        engine.generate([1, 2, 3])  # and the engine goes on
+    state, pages = left[0][:-1], left[0][-1]
+    assert all(torch.equal(a, b) for a, b in zip(state, left[1][:-1], strict=True))
+    assert torch.equal(pages[:, :, 1:5].view(torch.uint8), left[1][-1][:, :, 1:5].view(torch.uint8))
+    assert int(state[-1].sum()) >= SLOTS  # tokens emitted
+
+
+def test_calls_and_bytes(folder):
+    engine = make(folder)
+    facts, rows = profile.profile(engine, mode="two_pass", batch=SLOTS, context=CONTEXT, repeats=2)
+    by_op = {row["op"]: row for row in rows}
+    assert facts["mode"] == "two_pass" and facts["block_len"] == K and facts["read_gb_s"] > 0
+    counts = {op: row["calls"] for op, row in by_op.items()}
+    linears = {"64 x 512": 1, "256 x 64": 1, "64 x 256": 1, "128 x 64": 1}  # qkv, o, gate and up, down
+    assert counts == {
+        **{f"row_linear {shape}": 2 * LAYERS * n for shape, n in linears.items()}, "row_linear 64 x 96": 2,
+        "rms_norm": 2 * (2 * LAYERS + 1), "qkv_commit": 2 * LAYERS, "dual_attn": 2 * LAYERS, "embed": 2, "consensus": 3,
+    }  # fmt: skip
+    rows_each = SLOTS * K
+    qkv = 2 * LAYERS * 2 * (64 * 512 + rows_each * (64 + 512))  # two passes, layers, bf16: weight, in and out
+    assert by_op["row_linear 64 x 512"]["mbytes"] == pytest.approx(qkv * 1e-6)
+    cache = 2 * 2 * 64 * 2  # a position's keys and values in a layer: k/v, heads, head_dim, bf16
+    draft = SLOTS * (CONTEXT + K) * cache  # the draft pass sees the context, and its own block in the scratch
+    verify = SLOTS * (CONTEXT + K) * cache
+    queries = 2 * 2 * rows_each * 4 * 64 * 2  # passes, in and out
+    assert by_op["dual_attn"]["mbytes"] == pytest.approx(LAYERS * (draft + verify + queries) * 1e-6)
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    for row in rows:
+        assert row["gb_s"] == pytest.approx(row["mbytes"] / row["us"] * 1e3)
+        assert row["of_read"] == pytest.approx(row["gb_s"] / facts["read_gb_s"])
+    assert sum(row["us"] for row in rows) == pytest.approx(facts["ops_us"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch": 5}, r"batch must be within \[1, 4\] \(max_batch_size\), got 5"),
+        ({"context": 121}, r"context must be within \[1, 120\] \(max_seq_len less a block\), got 121"),
+    ],
+)
+def test_what_does_not_fit_is_refused(folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        profile.profile(make(folder), **arguments)
+
+
+def test_too_few_pages(folder):
+    with pytest.raises(ValueError, match=r"batch 4 with context 100 does not fit: KV cache: slot 2 needs 2 more pages"):
+        profile.profile(make(folder, num_pages=5), batch=4, context=100)
+
+
+def test_rates_are_those_of_the_generations(tmp_path):
+    engine = make(str(byte_tokenizer.make_checkpoint(tmp_path)), max_seq_len=512)
+    rows = rates.decode_rates(engine, ("data",), ("ar", "two_pass"), num_prompts=3, batch=2, max_new_tokens=8)
+    assert [(r["kind"], r["mode"], r["block_len"], r["prompts"]) for r in rows] == [
+        ("data", "ar", 1, 3), ("data", "two_pass", 8, 3)
+    ]  # fmt: skip
+    ar, two_pass = rows
+    assert ar["tokens"] == two_pass["tokens"] and ar["tokens_per_cycle"] == 1 <= two_pass["tokens_per_cycle"]
+    assert all(r["tok_s"] > 0 and 0 < r["ms_per_cycle"] < 1e3 * r["tokens"] / r["tok_s"] for r in rows)
