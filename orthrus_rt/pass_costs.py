@@ -1,0 +1,136 @@
+"""Seconds per decode cycle of each (batch bucket, plan): measured, refined by every cycle timed, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from bisect import bisect_left
+from pathlib import Path
+
+from orthrus_rt.plan import CyclePlan
+
+CLIP = math.log(1.3)  # one measurement moves an estimate no further: a stalled cycle is not a slow plan
+SETTLED = 10.0  # measurements that an estimate averages over
+FORGET = 1 / 128  # per cycle: how fast measurements of an entry that does not run lose their weight
+FORGET_DRIFT = 10  # the same per e-fold by which the machine's speed changed meanwhile
+COMMON = 0.05  # share of a surprise that is taken to be the machine's (its clock, its load, the context's length)
+
+
+class PassCosts:
+    """Estimates that follow drift and shrug outliers off.
+
+    An unmeasured entry is guessed from the number of rows of its passes, between those that were measured; beyond them,
+    a pass is supposed to cost ``1 + rows / ridge_rows``.
+    """
+
+    def __init__(self, ridge_rows: int = 32):
+        self._ridge_rows = ridge_rows
+        self._log: dict[tuple[int, CyclePlan], float] = {}
+        self._weight: dict[tuple[int, CyclePlan], float] = {}
+        self._seen: dict[tuple[int, CyclePlan], tuple[int, float]] = {}  # clock and scale when last measured
+        self._scale = 0.0  # log of the machine's slowness since the entries were measured
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self._log)
+
+    def __contains__(self, key: tuple[int, CyclePlan]) -> bool:
+        return key in self._log
+
+    def seconds(self, bucket: int, plan: CyclePlan, hopeful: bool = False) -> float:
+        """Expected seconds of one cycle of ``bucket`` slots under ``plan``.
+
+        ``hopeful``: where nothing like it was measured, suppose that more rows cost nothing.
+        """
+        log = self._log.get((bucket, plan))
+        return math.exp(self._scale + log) if log is not None else self._guess(bucket, plan, hopeful)
+
+    def set(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
+        """A careful measurement, replacing what was known."""
+        self._log[bucket, plan] = math.log(seconds) - self._scale
+        self._weight[bucket, plan], self._seen[bucket, plan] = SETTLED, (self._clock, self._scale)
+
+    def observe(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
+        """The seconds that one real cycle took."""
+        key = bucket, plan
+        self._clock += 1
+        if key not in self._log:
+            self.set(bucket, plan, seconds)
+            self._weight[key] = 1.0
+            return
+        forgotten = FORGET * (self._clock - self._seen[key][0]) + FORGET_DRIFT * self.drift(bucket, plan)
+        weight = min(self._weight[key] * math.exp(-forgotten), SETTLED - 1) + 1
+        surprise = max(-CLIP, min(CLIP, math.log(seconds) - self._scale - self._log[key]))
+        self._log[key] += (1 / weight - COMMON) * surprise
+        self._scale += COMMON * surprise
+        self._weight[key], self._seen[key] = weight, (self._clock, self._scale)
+
+    def drift(self, bucket: int, plan: CyclePlan) -> float:
+        """Logarithm by which the machine's speed changed, up or down, since the entry was last measured."""
+        seen = self._seen.get((bucket, plan))
+        return 0.0 if seen is None else abs(self._scale - seen[1])
+
+    def _guess(self, bucket: int, plan: CyclePlan, hopeful: bool) -> float:
+        known = {}
+        for (slots, other), log in self._log.items():
+            passes = rows_per_pass(other)
+            known[slots * passes[0]] = math.exp(self._scale + log) / len(passes)
+        return sum(self._guess_pass(known, bucket * rows, hopeful) for rows in rows_per_pass(plan))
+
+    def _guess_pass(self, known: dict[int, float], rows: int, hopeful: bool) -> float:
+        """Seconds of a pass of ``rows`` rows from those of some other numbers of rows."""
+        if not known:
+            return 1 + rows / self._ridge_rows
+        sizes = sorted(known)
+        i = bisect_left(sizes, rows)
+        if 0 < i < len(sizes):
+            low, high = sizes[i - 1], sizes[i]
+            return known[low] + (known[high] - known[low]) * (rows - low) / (high - low)
+        end = sizes[min(i, len(sizes) - 1)]
+        return known[end] * (1.0 if hopeful and rows > end else (self._ridge_rows + rows) / (self._ridge_rows + end))
+
+    def table(self) -> list[list]:
+        """``[bucket, mode, block_len, fan_out, seconds]`` of every measured entry."""
+        return [[bucket, *plan, self.seconds(bucket, plan)] for bucket, plan in sorted(self._log)]
+
+    def save(self, path: Path, key: str) -> None:
+        """Write the table for ``key``, atomically: a reader sees the old file or the new one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump({"key": key, "seconds": self.table()}, file)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    def load(self, path: Path, key: str) -> bool:
+        """Take the entries that :meth:`save` wrote for ``key``; False if the file is missing, stale or not whole."""
+        try:
+            content = json.loads(path.read_text())
+            if content["key"] != key:
+                return False
+            rows = [(int(b), CyclePlan(str(m), int(k), int(f)), float(s)) for b, m, k, f, s in content["seconds"]]
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+        if not rows or any(bucket < 1 or not 0 < seconds < math.inf for bucket, _, seconds in rows):
+            return False
+        for bucket, plan, seconds in rows:
+            self.set(bucket, plan, seconds)
+        return True
+
+
+def rows_per_pass(plan: CyclePlan) -> list[int]:
+    """Rows of one slot in each pass of a cycle."""
+    if plan.mode == "two_pass":
+        return [plan.block_len] * 2
+    return [plan.block_len * (1 + plan.fan_out)] if plan.mode == "one_pass" else [1]
+
+
+def cache_file(folder: Path, key: str) -> Path:
+    """Where the costs of ``key`` (device, model, version, whatever changes them) are kept under ``folder``."""
+    return folder / f"pass-costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"

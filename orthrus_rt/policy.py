@@ -1,0 +1,253 @@
+"""``mode="auto"``: which CyclePlan the next cycle of the batch runs.
+
+Predicted time per token of a plan is cost(bucket, plan) / expected tokens(plan). The policy runs the plan where it is
+least, under two accounts of time:
+
+- *safety*. Every cycle pays its cost in and receives what plain AR would have needed for its tokens, times
+  ``1 + SAFETY``. A plan may start only if the balance covers the worst outcome, no draft accepted anywhere, for itself
+  and for all cycles whose results are not in yet. Every sequence yields at least one token per cycle, so the balance
+  never falls below zero: whatever the drafter does, and however badly acceptance is estimated, the time spent is at
+  most ``1 + SAFETY`` of AR's (conservative bandits: Wu, Shariff, Lattimore, Szepesvari 2016). It starts at zero, so a
+  fresh engine decodes by AR until it has earned its first attempt. Its cap bounds the loss over any stretch, not only
+  since the start: riches from good times are not spent on bad ones.
+- *exploration*. Plans that might be better than they look (optimism in the face of uncertainty) are tried in short
+  bursts, as long as these have cost less than EXPLORATION of all time, measured against the plan in use.
+
+Both bounds are in estimated seconds: they hold for real ones as far as the costs are right. SAFETY leaves room for that
+below the 3% that ``mode="auto"`` promises, and an AR cycle is timed anew at times while others run.
+
+Hysteresis: another plan replaces the one in use once its predicted savings have added up to SWITCH cycles (a one-sided
+CUSUM): a large gain at once, a small one only if it lasts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import NamedTuple
+
+from orthrus_rt.acceptance import Acceptance, Outcome
+from orthrus_rt.pass_costs import PassCosts
+from orthrus_rt.plan import CyclePlan
+
+SAFETY = 0.025  # of AR's time that may be lost against AR
+SAFETY_CAP = 64  # AR cycles of credit kept
+RESTART = 4  # after running out of credit: how many worst outcomes to save for
+EXPLORATION = 0.01  # of all time that may be lost on trying plans
+EXPLORATION_CAP = 64  # AR cycles of credit kept
+SWITCH = 1.0  # cycles of savings before the plan in use changes
+DEADBAND = 0.01  # relative savings that are none
+OPTIMISM = 1.5  # standard errors by which a plan may be better than it looks
+BURST = 8  # sequence-cycles that a trial lasts, at least
+REST = 64  # cycles between trials
+PIPELINE_FILL = 1  # passes of one_pass before its drafts are there
+REFRESH = 512  # cycles without AR after which AR is timed anew
+REFRESH_DRIFT, REFRESH_REST = 0.1, 64  # drift (see PassCosts) that calls for it sooner, but not before so many cycles
+REFRESH_CYCLES = 3
+AR = CyclePlan("ar")
+
+
+def candidate_plans(block_len: int, modes: tuple[str, ...]) -> list[CyclePlan]:
+    """The plans to choose among for drafts of at most ``block_len - 1`` tokens; AR comes first."""
+    lens = sorted({min(k, block_len) for k in (4, 8, 16, 32)})
+    plans = [AR]
+    if "two_pass" in modes:
+        plans += [CyclePlan("two_pass", k) for k in lens]
+    if "one_pass" in modes:
+        plans += [CyclePlan("one_pass", k, f) for k in lens[-2:] for f in (2, 4, 8)]
+    return plans
+
+
+class Account:
+    """Seconds of credit up to a cap; negative if overdrawn."""
+
+    def __init__(self):
+        self.balance = 0.0
+
+    def add(self, seconds: float, cap: float) -> None:
+        self.balance = min(cap, self.balance + seconds)
+
+
+class Launched(NamedTuple):
+    """A cycle whose results are not in yet."""
+
+    bucket: int
+    plan: CyclePlan
+    reserved: float  # seconds that it may cost the safety account
+    against: float | None  # of a trial: seconds per token of the plan in use
+    fills: bool  # the pipeline of one_pass had no drafts yet
+
+
+class Policy:
+    """Chooses a plan per cycle and learns from what came of it.
+
+    One :meth:`record` per :meth:`choose`, in order; any number of cycles may be under way in between.
+
+    Args:
+        plans: the candidates, AR among them.
+        max_batch_size: the largest bucket; smaller ones are powers of two.
+        costs: where the cost estimates live; shared with whoever measures them.
+    """
+
+    def __init__(self, plans: list[CyclePlan], max_batch_size: int, costs: PassCosts | None = None):
+        if AR not in plans:
+            raise ValueError(f"Policy: plans must hold {AR}, got {plans}")
+        self.plans, self.max_batch_size = list(plans), max_batch_size
+        self.costs = PassCosts() if costs is None else costs
+        self.acceptance = Acceptance(max(p.block_len for p in plans) - 1)
+        self.safety, self.exploration = Account(), Account()
+        self.spent = self.ar_equivalent = 0.0
+        self.plan_counts: Counter[CyclePlan] = Counter()
+        self.current: CyclePlan | None = None
+        self._in_use: dict[int, CyclePlan] = {}  # by bucket
+        self._savings: dict[int, float] = {}
+        self._pending: deque[Launched] = deque()
+        self._burst: tuple[int, CyclePlan, int] | None = None  # bucket, plan, cycles to go
+        self._broke = False  # safety credit ran out while a plan other than AR was running
+        self._since_ar = self._since_trial = 0
+
+    def bucket(self, batch_size: int) -> int:
+        """Slots of the cycle that ``batch_size`` sequences run in."""
+        return min(1 << (batch_size - 1).bit_length(), self.max_batch_size)
+
+    def choose(self, batch_size: int) -> CyclePlan:
+        """The plan of the next cycle of ``batch_size`` (>= 1) sequences."""
+        bucket = self.bucket(batch_size)
+        costs = {p: self.costs.seconds(bucket, p) for p in self.plans}
+        tokens = self.acceptance.tokens(self.plans)
+        rates = {p: costs[p] / tokens[p] for p in self.plans}
+        in_use = self._hold(bucket, rates)
+        trial = self._trial(bucket, batch_size, costs, tokens, in_use)
+        plan = in_use if trial is None else trial
+        if not self._affordable(bucket, plan):
+            plan, trial, self._burst = self._fallback(bucket, rates), None, None
+        self._broke &= plan == AR
+        fills = plan.mode == "one_pass" and self.current != plan
+        against = None if trial is None else rates[in_use]
+        self._since_ar = 0 if plan == AR else self._since_ar + 1
+        self._since_trial = 0 if trial else self._since_trial + 1
+        self._pending.append(Launched(bucket, plan, max(0.0, self._worst_loss(bucket, plan)), against, fills))
+        self.current = plan
+        return plan
+
+    def _hold(self, bucket: int, rates: dict[CyclePlan, float]) -> CyclePlan:
+        """The plan in use, changed when another has promised enough for long enough."""
+        best = min(self.plans, key=rates.get)
+        in_use = self._in_use.setdefault(bucket, best)
+        saving = 1 - rates[best] / rates[in_use] - DEADBAND
+        self._savings[bucket] = max(0.0, self._savings.get(bucket, 0.0) + saving)
+        if self._savings[bucket] >= SWITCH:
+            self._in_use[bucket], self._savings[bucket] = best, 0.0
+        return self._in_use[bucket]
+
+    def _fallback(self, bucket: int, rates: dict[CyclePlan, float]) -> CyclePlan:
+        """What to run while the account does not cover the plan wanted: the one that runs, if it beats AR and can."""
+        better = [p for p in self.plans if rates[p] < rates[AR] and self._affordable(bucket, p)]
+        if not better:
+            self._broke |= self.current not in (None, AR)
+        return self.current if self.current in better else min(better, key=rates.get, default=AR)
+
+    def _trial(self, bucket: int, batch_size: int, costs, tokens, in_use: CyclePlan) -> CyclePlan | None:
+        """A plan to try in this cycle, if any."""
+        if self._burst is None or self._burst[0] != bucket:
+            self._burst = self._next_burst(bucket, batch_size, costs, tokens, in_use)
+        if self._burst is None:
+            return None
+        _, plan, cycles = self._burst
+        self._burst = (bucket, plan, cycles - 1) if cycles > 1 else None
+        return plan
+
+    def _next_burst(self, bucket: int, batch_size: int, costs, tokens, in_use) -> tuple[int, CyclePlan, int] | None:
+        """``(bucket, plan, cycles)`` of a trial to begin."""
+        drifted = self._since_ar >= REFRESH_REST and self.costs.drift(bucket, AR) > REFRESH_DRIFT
+        if drifted or self._since_ar >= REFRESH:
+            return bucket, AR, REFRESH_CYCLES
+        if self._since_trial < REST or self.exploration.balance <= 0:
+            return None
+        hopeful = self.acceptance.tokens(self.plans, optimism=OPTIMISM)
+        hopes = {p: self.costs.seconds(bucket, p, hopeful=True) / hopeful[p] for p in self.plans if p != AR}
+        rate, cycles = costs[in_use] / tokens[in_use], -(-BURST // batch_size)
+        for plan in sorted(hopes, key=hopes.get):
+            if hopes[plan] >= rate * (1 - DEADBAND):
+                return None
+            filling = PIPELINE_FILL if plan.mode == "one_pass" else 0
+            price = (cycles + filling) * costs[plan] - (cycles * tokens[plan] + filling) * rate
+            if plan != in_use and price <= self.exploration.balance and self._affordable(bucket, plan):
+                return bucket, plan, cycles + filling
+        return None
+
+    def _worst_loss(self, bucket: int, plan: CyclePlan) -> float:
+        """Seconds that one cycle costs the safety account if no draft is accepted."""
+        return self.costs.seconds(bucket, plan) - (1 + SAFETY) * self.costs.seconds(bucket, AR)
+
+    def _affordable(self, bucket: int, plan: CyclePlan) -> bool:
+        """Whether the safety account covers the worst outcome; of one_pass, of enough passes to see a draft of it."""
+        if plan == AR:
+            return True
+        cycles = 1 + PIPELINE_FILL if plan.mode == "one_pass" and self.current != plan else 1
+        if self._broke:
+            cycles *= RESTART
+        reserved = sum(p.reserved for p in self._pending)
+        return cycles * self._worst_loss(bucket, plan) <= self.safety.balance - reserved
+
+    def record(self, outcomes: list[Outcome], seconds: float | None = None) -> None:
+        """What the oldest cycle under way brought.
+
+        Args:
+            outcomes: ``(num_verified, num_accepted)`` of each sequence that ran: drafts offered to verification, and
+                drafts that became tokens. Leave out sequences that had already ended when the cycle ran.
+            seconds: how long the cycle took, where it was timed by itself and was not the first of its kind.
+        """
+        bucket, plan, _, against, fills = self._pending.popleft()
+        self.plan_counts[plan] += 1
+        if outcomes and not fills:
+            self.acceptance.observe(plan, outcomes)
+        if seconds is not None:
+            self.costs.observe(bucket, plan, seconds)
+        if not self.costs:
+            return  # nothing was ever timed: there is no unit to keep accounts in
+        cost, ar = self.costs.seconds(bucket, plan), self.costs.seconds(bucket, AR)
+        tokens = 1 + sum(accepted for _, accepted in outcomes) / max(1, len(outcomes))
+        self.safety.add((1 + SAFETY) * tokens * ar - cost, SAFETY_CAP * ar)
+        lost = 0.0 if against is None else cost - tokens * against
+        self.exploration.add(EXPLORATION * cost - lost, EXPLORATION_CAP * ar)
+        self.spent += cost
+        self.ar_equivalent += tokens * ar
+
+    def forget_pending(self) -> None:
+        """The cycles under way were lost; their results will not come."""
+        self._pending.clear()
+        self._burst, self.current = None, None
+
+    def explain(self, batch_size: int = 1) -> dict:
+        """Why the next cycle of ``batch_size`` sequences will run what it runs: a plain dict, seconds and ratios."""
+        bucket = self.bucket(batch_size)
+        tokens = self.acceptance.tokens(self.plans)
+        rows = {
+            name(p): {
+                "seconds_per_cycle": self.costs.seconds(bucket, p),
+                "tokens_per_cycle": tokens[p],
+                "seconds_per_token": self.costs.seconds(bucket, p) / tokens[p] / batch_size,
+                "cost_measured": (bucket, p) in self.costs,
+                "cycles": self.plan_counts[p],
+            }
+            for p in self.plans
+        }
+        return {
+            "bucket": bucket,
+            "current": self.current and name(self.current),
+            "in_use": name(self._in_use[bucket]) if bucket in self._in_use else None,
+            "candidates": rows,
+            "hazards": self.acceptance.hazards(),
+            "offered": {p.fan_out: self.acceptance.offered(p.fan_out) for p in self.plans if p.mode == "one_pass"},
+            "safety_balance_seconds": self.safety.balance,
+            "exploration_balance_seconds": self.exploration.balance,
+            "spent_seconds": self.spent,
+            "ar_equivalent_seconds": self.ar_equivalent,
+        }
+
+
+def name(plan: CyclePlan) -> str:
+    """``ar``, ``two_pass/7`` (drafts), ``one_pass/15x4`` (drafts, fan_out)."""
+    if plan == AR:
+        return "ar"
+    return f"{plan.mode}/{plan.block_len - 1}" + (f"x{plan.fan_out}" if plan.fan_out else "")

@@ -1,0 +1,319 @@
+"""The policy of mode="auto" against simulated devices, drafters and adversaries: see tests/policy_simulator.py."""
+
+import json
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as hs
+
+from orthrus_rt.acceptance import Acceptance, prior_offered
+from orthrus_rt.pass_costs import PassCosts, cache_file
+from orthrus_rt.plan import CyclePlan
+from orthrus_rt.policy import AR, REST, SAFETY, SAFETY_CAP, Policy, candidate_plans, name
+from tests.policy_simulator import cost_table, cycle_seconds, expected_tokens, simulate
+
+PLANS = candidate_plans(16, ("two_pass", "one_pass"))
+PROMISE = 1.03  # of plain AR's time, overall
+HORIZON = 4000  # cycles within which a stationary case comes within 5% of the best fixed plan
+DEVICES = ("flat", "steep")  # a GPU's costs, a CPU's
+
+
+def policy(device: str, measured: bool = True) -> Policy:
+    ridge = {"flat": 256, "steep": 32}[device]
+    return Policy(PLANS, 64, cost_table(device, PLANS, 64) if measured else PassCosts(ridge))
+
+
+def run(device, seq_of, cycles=HORIZON, *, cost=None, chooser=None, **how):
+    truth = cost or (lambda cycle, bucket, plan: cycle_seconds(device, bucket, plan))
+    return simulate(chooser or policy(device), seq_of, truth, cycles, **how)
+
+
+def best_fixed(device: str, bucket: int, hazard: float, decay: float) -> tuple[float, CyclePlan]:
+    """Seconds per token of the whole batch, and the plan that has them."""
+    return min((cycle_seconds(device, bucket, p) / expected_tokens(p, hazard, decay) / bucket, p) for p in PLANS)
+
+
+GRID = [
+    *[("flat", 1, h) for h in (0.0, 0.3, 0.6, 0.8, 0.9)],
+    *[("flat", 4, h) for h in (0.3, 0.7, 0.97)],
+    *[("flat", 16, h) for h in (0.5, 0.7)],
+    *[("steep", 1, h) for h in (0.0, 0.5, 0.6, 0.7, 0.9)],
+    *[("steep", 4, h) for h in (0.7, 0.9)],
+]
+WHOLE_GRID = [
+    (device, batch, hazard)
+    for device in DEVICES
+    for batch in (1, 2, 4, 8, 16, 32, 64)
+    for hazard in (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
+]
+
+
+def check_stationary(device: str, batch: int, hazard: float, decay: float = 1.0) -> None:
+    got = run(device, lambda cycle, i: (hazard, decay), batch=batch)
+    best, plan = best_fixed(device, batch, hazard, decay)
+    assert got.worst_prefix <= 1 + SAFETY + 1e-9
+    assert got.seconds_per_token <= 1.05 * best, f"best is {name(plan)}"
+    assert got.switches <= 2 * HORIZON / REST + 40
+
+
+@pytest.mark.parametrize(("device", "batch", "hazard"), GRID)
+def test_stationary_text_runs_within_5_percent_of_the_best_fixed_plan(device, batch, hazard):
+    check_stationary(device, batch, hazard)
+
+
+@pytest.mark.parametrize(("device", "batch"), [("flat", 1), ("steep", 2)])
+def test_later_drafts_worse_than_early_ones(device, batch):
+    check_stationary(device, batch, 0.9, 0.9)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("device", "batch", "hazard"), WHOLE_GRID)
+def test_stationary_text_on_the_whole_grid(device, batch, hazard):
+    check_stationary(device, batch, hazard)
+
+
+def alternating(period):
+    return lambda cycle, i: (0.9 if (cycle // period) % 2 else 0.0, 1.0)
+
+
+ADVERSARIES = {
+    "never": (lambda cycle, i: (0.0, 1.0), 1),
+    "good, then never again": (lambda cycle, i: (0.95 if cycle < 500 else 0.0, 1.0), 1),
+    "every other cycle": (alternating(1), 1),
+    "alternating by 50": (alternating(50), 1),
+    "alternating by 200": (alternating(200), 1),
+    "one good sequence in four": (lambda cycle, i: (0.95 if i % 4 == 0 else 0.0, 1.0), 8),
+    "sequences and batch change": (
+        lambda cycle, i: (random.Random(cycle // 40 * 64 + i).choice((0.0, 0.5, 0.9)), 1.0),
+        lambda cycle: random.Random(cycle // 30).choice((1, 2, 3, 7, 16)),
+    ),
+}
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+def test_no_drafter_costs_more_than_the_safety_account(adversary, device, lag):
+    """With costs known, at every moment since the start, and over every stretch but for the capped credit."""
+    seq_of, batch = ADVERSARIES[adversary]
+    got = run(device, seq_of, 2000, batch=batch, lag=lag)
+    assert got.worst_prefix <= 1 + SAFETY + 1e-9
+    if not callable(batch):
+        assert got.worst_stretch <= SAFETY_CAP + 1
+    assert got.switches <= 200
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_drafter_that_fails_whenever_the_account_is_rich(device):
+    chooser = policy(device)
+    rich = 10 * cycle_seconds(device, 1, AR)
+    got = run(device, lambda cycle, i: (0.0 if chooser.safety.balance > rich else 1.0, 1.0), 2000, chooser=chooser)
+    assert got.worst_prefix <= 1 + SAFETY + 1e-9
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_drafter_that_fails_whenever_it_is_trusted(device):
+    chooser = policy(device)
+    got = run(device, lambda cycle, i: (0.95 if chooser.current in (None, AR) else 0.0, 1.0), 2000, chooser=chooser)
+    assert got.worst_prefix <= 1 + SAFETY + 1e-9
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=hs.data())
+def test_the_account_is_never_overdrawn(data):
+    """Any costs, any outcomes, any batch sizes, results as late as may be."""
+    costs = PassCosts()
+    for bucket in (1, 2, 4, 8):
+        ar = data.draw(hs.floats(1e-3, 1e-2))
+        for plan in PLANS:
+            costs.set(bucket, plan, ar if plan == AR else ar * data.draw(hs.floats(0.9, 4.0)))
+    chooser, late = Policy(PLANS, 8, costs), []
+    lag, generous = data.draw(hs.integers(0, 3)), data.draw(hs.integers(0, 10))
+    luck = random.Random(data.draw(hs.integers(0, 2**32)))
+    for _ in range(300):
+        size = luck.randint(1, 8)
+        plan = chooser.choose(size)
+        drafts = plan.block_len - 1
+        late.append([(drafts, drafts if luck.randrange(10) < generous else 0) for _ in range(size)])
+        if len(late) > lag:
+            chooser.record(late.pop(0))
+        assert chooser.safety.balance >= -1e-12
+    assert chooser.spent <= (1 + SAFETY) * chooser.ar_equivalent + 1e-12
+
+
+DRIFTS = {
+    "the machine's speed swings": lambda cycle, plan: 1 + 0.5 * math.sin(cycle / 150),
+    "the machine halves its speed and recovers": lambda cycle, plan: 2 if (cycle // 700) % 2 else 1,
+    "contexts grow": lambda cycle, plan: 1 + cycle / HORIZON * (0.5 if plan == AR else 1.0),
+    "AR alone gets cheaper": lambda cycle, plan: 1 - 0.3 * cycle / HORIZON if plan == AR else 1,
+    "drafting costs twice as much at once": lambda cycle, plan: 2 if plan != AR and cycle > 1500 else 1,
+}
+
+
+@pytest.mark.parametrize("hazard", [0.0, 0.6])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("drift", DRIFTS)
+def test_costs_that_drift_and_are_timed_with_outliers(drift, device, hazard):
+    """Measured times alone keep the promise over the run: 5% noise, and one time in 50 five times too long."""
+    got = run(
+        device,
+        lambda cycle, i: (hazard, 1.0),
+        cost=lambda cycle, bucket, plan: cycle_seconds(device, bucket, plan) * DRIFTS[drift](cycle, plan),
+        noise=0.05,
+    )
+    assert got.over_ar <= PROMISE
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize(("device", "hazard"), [(d, h) for d in DEVICES for h in (0.0, 0.5, 0.8)])
+def test_costs_learnt_from_the_cycles_themselves(device, hazard, lag):
+    got = run(device, lambda cycle, i: (hazard, 1.0), chooser=policy(device, measured=False), noise=0.05, lag=lag)
+    assert got.over_ar <= PROMISE
+    best, _ = best_fixed(device, 1, hazard, 1.0)
+    assert got.seconds_per_token <= 1.15 * best
+
+
+def test_a_fresh_engine_decodes_by_ar_until_it_has_earned_an_attempt():
+    got = run("flat", lambda cycle, i: (0.8, 1.0), 200)
+    first = next(i for i, plan in enumerate(got.plans) if plan != AR)
+    loss = cycle_seconds("flat", 1, got.plans[first]) / cycle_seconds("flat", 1, AR) - 1
+    assert loss / SAFETY - 2 <= first <= 60
+
+
+def test_nothing_timed_is_nothing_earned():
+    chooser = policy("flat", measured=False)
+    for _ in range(500):
+        assert chooser.choose(1) == AR
+        chooser.record([(0, 0)])
+    chooser.choose(1)
+    chooser.record([(0, 0)], 5e-3)
+    assert 0 < chooser.safety.balance <= SAFETY * 5e-3 * 1.001
+
+
+def test_censored_observations_say_nothing_beyond_them():
+    """Cycles that accepted all of 3 drafts raise the hazards of 3 positions; the fourth inherits from the third."""
+    plan = CyclePlan("two_pass", 4)
+    short, long = Acceptance(15), Acceptance(15)
+    for _ in range(200):
+        short.observe(plan, [(3, 3)])
+        long.observe(CyclePlan("two_pass", 16), [(15, 3)])
+    assert short.hazards()[:3] == pytest.approx(long.hazards()[:3])
+    assert short.hazards()[3] == pytest.approx(short.hazards()[2])
+    assert long.hazards()[3] < 0.1
+
+
+@pytest.mark.parametrize(("hazard", "decay"), [(0.3, 1.0), (0.8, 1.0), (0.9, 0.9)])
+def test_expected_tokens_are_learnt(hazard, decay):
+    chooser = policy("flat")
+    run("flat", lambda cycle, i: (hazard, decay), 2000, batch=4, chooser=chooser)
+    ran = chooser.plan_counts.most_common(1)[0][0]
+    estimate = chooser.acceptance.tokens(PLANS)
+    assert estimate[ran] == pytest.approx(expected_tokens(ran, hazard, decay), rel=0.12)
+    assert estimate[AR] == 1.0
+
+
+def test_observing_one_mode_informs_the_other():
+    fresh, taught = Acceptance(15), Acceptance(15)
+    rng = random.Random(3)
+    for _ in range(300):
+        accepted = next((i for i in range(15) if rng.random() > 0.9), 15)
+        taught.observe(CyclePlan("two_pass", 16), [(15, accepted)])
+    plan = CyclePlan("one_pass", 16, 8)
+    assert taught.tokens([plan])[plan] > 1.5 * fresh.tokens([plan])[plan]
+
+
+def test_offered_drafts_prior_is_monotone_in_fan_out():
+    shares = [prior_offered(f) for f in range(1, 16)]
+    assert shares == sorted(shares)
+    assert shares[0] == 0.5
+    assert shares[-1] == 0.97
+
+
+def test_more_optimism_is_never_less():
+    seen = Acceptance(15)
+    seen.observe(CyclePlan("two_pass", 16), [(15, 2), (15, 0)])
+    seen.observe(CyclePlan("one_pass", 16, 4), [(15, 2), (0, 0)])
+    mean, hope = seen.tokens(PLANS), seen.tokens(PLANS, optimism=1.0)
+    assert all(hope[p] > mean[p] for p in PLANS if p != AR)
+
+
+def test_what_it_explains_is_plain_data():
+    chooser = policy("steep")
+    run("steep", lambda cycle, i: (0.8, 1.0), 300, chooser=chooser)
+    facts = json.loads(json.dumps(chooser.explain(batch_size=3)))
+    assert facts["bucket"] == 4
+    assert set(facts["candidates"]) == {name(p) for p in PLANS}
+    assert facts["candidates"]["ar"]["seconds_per_token"] == pytest.approx(cycle_seconds("steep", 4, AR) / 3)
+    assert facts["spent_seconds"] <= (1 + SAFETY) * facts["ar_equivalent_seconds"]
+    assert facts["current"] in facts["candidates"]
+
+
+def test_lost_cycles_hold_no_credit():
+    chooser = policy("flat")
+    for _ in range(200):
+        chooser.choose(1)
+        chooser.record([(15, 15)] if chooser.current != AR else [(0, 0)])
+    free = chooser.safety.balance
+    chooser.choose(1)
+    chooser.forget_pending()
+    assert chooser.safety.balance == free
+    assert chooser.choose(1) != AR
+    chooser.record([])
+    assert chooser.safety.balance < free  # a cycle that served nobody was still paid for
+
+
+def test_candidates():
+    assert candidate_plans(4, ("two_pass",)) == [AR, CyclePlan("two_pass", 4)]
+    assert [name(p) for p in candidate_plans(8, ("two_pass", "one_pass"))] == [
+        "ar", "two_pass/3", "two_pass/7",
+        "one_pass/3x2", "one_pass/3x4", "one_pass/3x8", "one_pass/7x2", "one_pass/7x4", "one_pass/7x8",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="plans must hold"):
+        Policy([CyclePlan("two_pass", 8)], 1)
+
+
+def test_unmeasured_costs_lie_between_measured_ones():
+    costs = PassCosts()
+    costs.set(1, AR, 1.0)
+    costs.set(1, CyclePlan("two_pass", 16), 4.0)
+    assert costs.seconds(8, AR) == pytest.approx(1.0 + 7 / 15)
+    beyond = CyclePlan("one_pass", 16, 3)
+    assert costs.seconds(1, beyond) == pytest.approx(2.0 * (32 + 64) / (32 + 16))
+    assert costs.seconds(1, beyond, hopeful=True) == pytest.approx(2.0)
+
+
+def test_costs_follow_a_lasting_change_and_shrug_an_outlier_off():
+    costs = PassCosts()
+    costs.set(1, AR, 1.0)
+    costs.observe(1, AR, 50.0)
+    assert costs.seconds(1, AR) < 1.04
+    for _ in range(60):
+        costs.observe(1, AR, 2.0)
+    assert costs.seconds(1, AR) == pytest.approx(2.0, rel=0.02)
+    assert costs.drift(1, AR) < 0.1
+
+
+def test_costs_are_kept_and_a_stale_or_broken_file_is_not_believed(tmp_path):
+    costs = cost_table("steep", PLANS, 4)
+    key = "cpu | model | 0.1.0"
+    file = cache_file(tmp_path / "new" / "folder", key)
+    costs.save(file, key)
+    again = PassCosts()
+    assert again.load(file, key)
+    assert again.table() == [[*row[:-1], pytest.approx(row[-1])] for row in costs.table()]
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+    assert cache_file(tmp_path, key) != cache_file(tmp_path, key + "1")
+    text = file.read_text()
+    broken = ["", text[: len(text) // 2], "[]", "{}", '{"key": 1}', json.dumps({"key": key, "seconds": []})]
+    broken += [json.dumps({"key": key, "seconds": [[1, "ar", 1, 0, bad]]}) for bad in (0, -1, float("nan"), "x", None)]
+    broken += [json.dumps({"key": key, "seconds": 7}), json.dumps({"key": key, "seconds": [[1, "ar"]]})]
+    for content in broken:
+        file.write_text(content)
+        fresh = PassCosts()
+        assert not fresh.load(file, key)
+        assert len(fresh) == 0
+    file.write_text(text)
+    assert not PassCosts().load(file, "another key")
+    assert not PassCosts().load(tmp_path / "missing", key)

@@ -1,0 +1,164 @@
+"""A decoder without a model: cost models and seeded acceptance processes for the policy's tests.
+
+Time is in seconds. Truth is drawn once per run from named random streams, so that a plan meets the same luck whoever
+chooses it.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from orthrus_rt.pass_costs import PassCosts, rows_per_pass
+from orthrus_rt.plan import CyclePlan
+from orthrus_rt.policy import AR, Policy
+
+CPU_MS = {1: 10.3, 4: 11.0, 6: 11.6, 8: 11.7, 16: 14.4, 32: 26.1}  # measured: the embedded model, two cores
+MISSES = {2: 0.36, 4: 0.23, 8: 0.11}  # one_pass cycles without drafts, by fan_out: the embedded model on code
+KNOWN = 0.4  # one_pass cycles whose drafts stand behind the right bonus token
+GUESSED_QUALITY = 0.7, 0.97  # of the others: hazards of the first draft and of later ones, over known ones
+ONE_PASS_BYTES = 1.2  # both views' attention weights, over one view's
+
+
+def steep_pass(rows: int) -> float:
+    """CPU-like: measured up to 32 rows, linear beyond."""
+    sizes = list(CPU_MS)
+    if rows > sizes[-1]:
+        slope = (CPU_MS[32] - CPU_MS[16]) / 16
+        return (CPU_MS[32] + slope * (rows - 32)) * 1e-3
+    return float(np.interp(rows, sizes, list(CPU_MS.values()))) * 1e-3
+
+
+def flat_pass(rows: int) -> float:
+    """GPU-like: reads of the weights, 0.5% dearer per 8 rows, up to a ridge of 295 rows; arithmetic beyond it."""
+    return 5e-3 * max(1 + 0.005 * rows / 8, rows / 295)
+
+
+PASS_MODELS = {"steep": steep_pass, "flat": flat_pass}
+
+
+def cycle_seconds(device: str, bucket: int, plan: CyclePlan) -> float:
+    """Seconds of a cycle of ``bucket`` slots on a ``flat`` or ``steep`` device."""
+    views = ONE_PASS_BYTES if plan.mode == "one_pass" and device == "flat" else 1.0
+    return views * sum(PASS_MODELS[device](bucket * rows) for rows in rows_per_pass(plan))
+
+
+@dataclass
+class Sequence:
+    """One sequence's drafter: hazard ``h * decay**i`` for draft i+1, and the drafts that one_pass left it with."""
+
+    rng: random.Random
+    hazard: float
+    decay: float = 1.0
+    offered: int = 0  # one_pass: drafts waiting
+    known: bool = True  # they stand behind the true bonus token, not behind a guess
+
+    def cycle(self, plan: CyclePlan) -> tuple[int, int]:
+        """``(num_verified, num_accepted)`` of one cycle."""
+        drafts = plan.block_len - 1
+        if plan.mode != "one_pass":
+            self.offered = 0
+            return drafts if plan.mode == "two_pass" else 0, self._accept(drafts, True)
+        verified, accepted = self.offered, self._accept(self.offered, self.known)
+        luck = self.rng.random()
+        self.offered, self.known = (0 if luck < MISSES[plan.fan_out] else drafts), luck >= 1 - KNOWN
+        return verified, accepted
+
+    def _accept(self, drafts: int, known: bool) -> int:
+        for i in range(drafts):
+            quality = 1.0 if known else GUESSED_QUALITY[i > 0]
+            if self.rng.random() >= self.hazard * self.decay**i * quality:
+                return i
+        return drafts
+
+
+def expected_tokens(plan: CyclePlan, hazard: float, decay: float) -> float:
+    """Tokens per cycle of a :class:`Sequence` in the long run."""
+
+    def accepted(known: bool) -> float:
+        total, alive = 0.0, 1.0
+        for i in range(plan.block_len - 1):
+            alive *= hazard * decay**i * (1.0 if known else GUESSED_QUALITY[i > 0])
+            total += alive
+        return total
+
+    if plan.mode != "one_pass":
+        return 1 + accepted(True)
+    return 1 + KNOWN * accepted(True) + (1 - KNOWN - MISSES[plan.fan_out]) * accepted(False)
+
+
+@dataclass
+class Run:
+    """What a run cost, and what plain AR would have needed for the same tokens."""
+
+    seconds: float = 0.0
+    ar_seconds: float = 0.0
+    tokens: int = 0
+    switches: int = 0
+    plans: list[CyclePlan] = field(default_factory=list)
+    worst_stretch: float = 0.0  # most that a stretch of cycles, wherever it began, lost beyond 3% over AR; in AR cycles
+    worst_prefix: float = 0.0  # highest seconds / ar_seconds at any moment
+
+    @property
+    def over_ar(self) -> float:
+        return self.seconds / self.ar_seconds
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.seconds / self.tokens
+
+
+def simulate(policy_or_plan, seq_of, cost, cycles: int, *, batch=1, lag: int = 0, noise: float = 0.0) -> Run:
+    """Run ``cycles`` cycles of a policy, or of one fixed plan.
+
+    Args:
+        policy_or_plan: a Policy or a CyclePlan.
+        seq_of: ``f(cycle, i) -> (hazard, decay)`` of the i-th running sequence.
+        cost: ``f(cycle, bucket, plan) -> seconds``, the truth.
+        batch: sequences running, or ``f(cycle)``.
+        lag: cycles by which results reach the policy late.
+        noise: relative standard deviation of a measured time; one in 50 takes five times as long.
+    """
+    fixed = policy_or_plan if isinstance(policy_or_plan, CyclePlan) else None
+    policy: Policy | None = None if fixed else policy_or_plan
+    largest = 64 if fixed else policy.max_batch_size
+    luck, sequences, late, run, loss = random.Random(7), [], [], Run(), 0.0
+    for cycle in range(cycles):
+        size = batch(cycle) if callable(batch) else batch
+        while len(sequences) < size:
+            sequences.append(Sequence(random.Random(1000 + len(sequences)), 0.0))
+        bucket = min(1 << (size - 1).bit_length(), largest)
+        plan = fixed or policy.choose(size)
+        outcomes = []
+        for i in range(size):
+            sequences[i].hazard, sequences[i].decay = seq_of(cycle, i)
+            outcomes.append(sequences[i].cycle(plan))
+        for waiting in sequences[size:]:
+            waiting.offered = 0
+        seconds, ar = cost(cycle, bucket, plan), cost(cycle, bucket, AR)
+        tokens = sum(a + 1 for _, a in outcomes)
+        measured = seconds * max(0.5, 1 + luck.gauss(0, noise)) * (5 if noise and luck.random() < 0.02 else 1)
+        late.append((outcomes, measured))
+        if policy and len(late) > lag:
+            policy.record(*late.pop(0))
+        run.switches += bool(run.plans) and run.plans[-1] != plan
+        run.plans.append(plan)
+        run.seconds += seconds
+        run.ar_seconds += ar * tokens / size
+        run.tokens += tokens
+        loss = max(0.0, loss + (seconds - 1.03 * ar * tokens / size) / ar)
+        run.worst_stretch = max(run.worst_stretch, loss)
+        run.worst_prefix = max(run.worst_prefix, run.over_ar)
+    return run
+
+
+def cost_table(device: str, plans: list[CyclePlan], max_batch_size: int) -> PassCosts:
+    """Every candidate of every bucket, measured without error."""
+    costs, bucket = PassCosts(), 1
+    while bucket <= max_batch_size:
+        for plan in plans:
+            costs.set(bucket, plan, cycle_seconds(device, bucket, plan))
+        bucket *= 2
+    return costs
