@@ -74,6 +74,19 @@ void bind_params(py::module_& m) {
     FIELD(rows); FIELD(kv); FIELD(num_heads_q); FIELD(max_seq_len); FIELD(softmax_scale);
   }
   {
+    using T = SlotEdits;
+    auto cls = bind_struct<T>(m, "SlotEdits");
+    FIELD(penalties); FIELD(token_counts); FIELD(bias_ids); FIELD(bias_values); FIELD(stop_ids);
+    FIELD(min_position); FIELD(max_bias); FIELD(max_stop_ids);
+  }
+  {
+    using T = ProcessLogitsParams;
+    auto cls = bind_struct<T>(m, "ProcessLogitsParams");
+    FIELD(logits); FIELD(logit_rows); FIELD(cache_seqlens); FIELD(temperature); FIELD(top_k); FIELD(top_p);
+    FIELD(min_p); FIELD(seed); FIELD(partial_value); FIELD(partial_id); FIELD(log_probs); FIELD(edits); FIELD(rows);
+    FIELD(num_rows); FIELD(vocab_size); FIELD(purpose);
+  }
+  {
     using T = RmsNormParams;
     auto cls = bind_struct<T>(m, "RmsNormParams");
     FIELD(x); FIELD(weight); FIELD(row_index); FIELD(out); FIELD(num_rows); FIELD(hidden); FIELD(eps);
@@ -115,6 +128,7 @@ void bind_cpu(py::module_ m) {
   m.def("qkv_commit", &cpu::qkv_commit, release);
   m.def("dual_attn", &cpu::dual_attn, release);
   m.def("consensus", &cpu::consensus, release);
+  m.def("process_logits", &cpu::process_logits, release);
   m.def("rms_norm", &cpu::rms_norm, release);
   m.def("embed", &cpu::embed, release);
 

@@ -22,7 +22,7 @@ IMPLEMENTATIONS = ("cpu", "cuda", "triton", "reference")
 
 # Preference per device type; the first available one wins.
 _PREFERENCE = {
-    "cpu": {op: ("cpu", "reference") for op in OPS} | {"process_logits": ("reference",)},
+    "cpu": {op: ("cpu", "reference") for op in OPS},
     "cuda": {op: ("cuda", "reference") for op in OPS}
     | {op: ("triton", "reference") for op in ("embed", "rms_norm", "process_logits")}
     | {"dual_attn": ("cuda", "triton", "reference")},

@@ -6,7 +6,7 @@ import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt.plan import Rows
-from orthrus_rt.state import SlotState
+from orthrus_rt.state import SlotEdits, SlotState
 
 EPILOGUE = {"none": 0, "residual": 1, "silu_mul": 2, "logits": 3, "argmax": 4}
 
@@ -183,3 +183,40 @@ def consensus(state, partials, step, next_pass, rows_next, mask_token_id):
         next_pass=next_pass,
     )
     _launch("consensus", params, state.finish.device)
+
+
+def edits_struct(edits: SlotEdits | None):
+    if edits is None:
+        return dispatch.native().SlotEdits()
+    return dispatch.native().SlotEdits(
+        penalties=ptr(edits.penalties),
+        token_counts=ptr(edits.token_counts),
+        bias_ids=ptr(edits.bias_ids),
+        bias_values=ptr(edits.bias_values),
+        stop_ids=ptr(edits.stop_ids),
+        min_position=ptr(edits.min_position),
+        max_bias=edits.bias_ids.shape[1],
+        max_stop_ids=edits.stop_ids.shape[1],
+    )
+
+
+def process_logits(logits, rows, logit_rows, sampling, cache_seqlens, purpose, partials, *, log_probs=None):
+    params = dispatch.native().ProcessLogitsParams(
+        logits=ptr(logits),
+        logit_rows=ptr(logit_rows),
+        cache_seqlens=ptr(cache_seqlens),
+        temperature=ptr(sampling.temperature),
+        top_k=ptr(sampling.top_k),
+        top_p=ptr(sampling.top_p),
+        min_p=ptr(sampling.min_p),
+        seed=ptr(sampling.seed),
+        partial_value=ptr(partials[0]),
+        partial_id=ptr(partials[1]),
+        log_probs=ptr(log_probs),
+        edits=edits_struct(sampling.edits),
+        rows=rows_struct(rows),
+        num_rows=logits.shape[0],
+        vocab_size=logits.shape[1],
+        purpose=purpose,
+    )
+    _launch("process_logits", params, logits.device)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from orthrus_rt import reference
 from orthrus_rt.plan import Rows
-from orthrus_rt.reference import first_argmax
 from orthrus_rt.state import SlotEdits, SlotSampling, empty_partials, num_score_tiles
 
 # temperature, top_k, top_p, min_p
@@ -62,7 +62,7 @@ class Case:
 
 
 def choices(value, index):
-    return index.gather(1, first_argmax(value)[:, None])[:, 0]
+    return index.gather(1, reference.first_argmax(value)[:, None])[:, 0]
 
 
 def with_filters(logits, filters=None, position=100, edits=False, device="cpu") -> Case:
@@ -165,3 +165,22 @@ def block_with_edits(vocab, block_len=5, seed=0) -> Case:
     sampling = with_filters(torch.zeros(3, vocab), [(0.0, 0, 1.0, 0.0), (0.9, 0, 0.9, 0.0)], edits=True).sampling
     sampling.edits.min_position.copy_(base + 3)
     return Case(logits(len(order), vocab, "normal", seed), rows, order, sampling, base)
+
+
+def assert_agrees(case, implementation, purpose=2):
+    """Same sets, choices and, to the last bits of exp and log, scores; those out of reach may be left out."""
+    value, index, log_probs = case.run(implementation, purpose)
+    want_value, want_index, want_log = case.run(reference.process_logits, purpose)
+    got, want = choices(value, index), choices(want_value, want_index)
+    assert got.tolist() == want.tolist()
+    both = value.isfinite() & want_value.isfinite()
+    torch.testing.assert_close(value[both], want_value[both], rtol=1e-5, atol=1e-5)
+    assert torch.equal(index[both], want_index[both])
+    best = want_value.amax(1, keepdim=True).expand_as(value)
+    assert (torch.maximum(value, want_value) < best)[value.isfinite() != want_value.isfinite()].all()
+    first = 128 * torch.arange(value.shape[1], dtype=torch.int32).expand_as(index)
+    assert torch.equal(index[value.isneginf()], first[value.isneginf()])
+    valid = case.rows.position[case.logit_rows.long()] >= 0
+    assert torch.equal(log_probs[valid].isneginf(), want_log[valid].isneginf())
+    torch.testing.assert_close(log_probs[valid], want_log[valid], rtol=1e-5, atol=3e-6)
+    return got

@@ -86,6 +86,7 @@ void row_linear(const RowLinearParams& p) { record_or(p, variant().row_linear); 
 void qkv_commit(const QkvCommitParams& p) { record_or(p, variant().qkv_commit); }
 void dual_attn(const DualAttnParams& p) { record_or(p, variant().dual_attn); }
 void consensus(const ConsensusParams& p) { record_or(p, run_consensus); }
+void process_logits(const ProcessLogitsParams& p) { record_or(p, variant().process_logits); }
 void rms_norm(const RmsNormParams& p) { record_or(p, variant().rms_norm); }
 void embed(const EmbedParams& p) { record_or(p, variant().embed); }
 

@@ -138,6 +138,12 @@ void parallel_chunks(int64_t num_items, int64_t num_chunks, void (*body)(void*, 
   pool->run(num_items, num_chunks, body, context);
 }
 
+float* thread_scratch(int64_t num_floats) {
+  thread_local std::vector<float> scratch;
+  if (static_cast<int64_t>(scratch.size()) < num_floats) scratch.resize(num_floats);
+  return scratch.data();
+}
+
 int32_t num_threads() { return wanted_threads.load(std::memory_order_relaxed); }
 
 }  // namespace orthrus::cpu

@@ -6,6 +6,9 @@ namespace orthrus::cpu {
 
 int32_t num_threads();
 
+// Memory of the calling thread's own, valid until its next call; it only grows.
+float* thread_scratch(int64_t num_floats);
+
 // Splits [0, num_items) into num_chunks contiguous ranges and calls body(context, begin, end) on each,
 // handing them out in order to whichever thread is free; returns when all are done. Which thread runs
 // an item never changes a result: no item depends on another.

@@ -63,7 +63,21 @@ ORTHRUS_INLINE Vec exp(Vec x) {
   p = fma(p, r, set1(0.5f));
   p = fma(p, r, set1(1.f));
   p = fma(p, r, set1(1.f));
-  return zero_where_less(x, -87.3f, scale_by_pow2(p, n));
+  return where_less(x, -87.3f, zero(), scale_by_pow2(p, n));
+}
+
+// ln(x) to 2 ulp of the larger of |ln(x)| and 0.3, for normal x > 0: 2 atanh((m - 1) / (m + 1)) for the mantissa m.
+ORTHRUS_INLINE Vec log(Vec x) {
+  const Vec n = exponent(x);
+  const Vec m = scale_by_pow2(x, sub(zero(), n));
+  const Vec s = div(sub(m, set1(1.f)), add(m, set1(1.f)));
+  const Vec square = mul(s, s);
+  Vec p = set1(2.f / 9);
+  p = fma(p, square, set1(2.f / 7));
+  p = fma(p, square, set1(2.f / 5));
+  p = fma(p, square, set1(2.f / 3));
+  const Vec rest = fma(mul(p, square), s, mul(n, set1(1.42860677e-6f)));
+  return fma(n, set1(0.693145752f), add(add(s, s), rest));
 }
 
 }  // namespace orthrus::cpu::ORTHRUS_ISA

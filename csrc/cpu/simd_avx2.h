@@ -43,11 +43,39 @@ ORTHRUS_INLINE __m256 pow2(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 ORTHRUS_INLINE Vec scale_by_pow2(Vec a, Vec n) { return mul(a, {pow2(n.lo), pow2(n.hi)}); }
-ORTHRUS_INLINE Vec zero_where_less(Vec x, float bound, Vec v) {
-  const __m256 b = _mm256_set1_ps(bound);
-  return {_mm256_andnot_ps(_mm256_cmp_ps(x.lo, b, _CMP_LT_OQ), v.lo),
-          _mm256_andnot_ps(_mm256_cmp_ps(x.hi, b, _CMP_LT_OQ), v.hi)};
+ORTHRUS_INLINE Vec truncate(Vec a) {
+  constexpr int kMode = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(a.lo, kMode), _mm256_round_ps(a.hi, kMode)};
 }
+// Lanes of a where x < bound, else of b (also where x is NaN).
+ORTHRUS_INLINE Vec where_less(Vec x, float bound, Vec a, Vec b) {
+  const __m256 v = _mm256_set1_ps(bound);
+  return {_mm256_blendv_ps(b.lo, a.lo, _mm256_cmp_ps(x.lo, v, _CMP_LT_OQ)),
+          _mm256_blendv_ps(b.hi, a.hi, _mm256_cmp_ps(x.hi, v, _CMP_LT_OQ))};
+}
+ORTHRUS_INLINE uint32_t lanes_at_least(Vec x, float bound) {
+  const __m256 v = _mm256_set1_ps(bound);
+  const int lo = _mm256_movemask_ps(_mm256_cmp_ps(x.lo, v, _CMP_GE_OQ));
+  return static_cast<uint32_t>(lo | _mm256_movemask_ps(_mm256_cmp_ps(x.hi, v, _CMP_GE_OQ)) << 8);
+}
+// Lanes that are at least `bound`; a NaN is not.
+ORTHRUS_INLINE int32_t count_at_least(Vec x, float bound) { return __builtin_popcount(lanes_at_least(x, bound)); }
+// The lanes with low <= x < high to out, side by side; how many. May overwrite 16 places.
+ORTHRUS_INLINE int32_t compress_between(float* out, Vec x, float low, float high) {
+  float lane[16];
+  store(lane, x);
+  int32_t count = 0;
+  for (uint32_t set = lanes_at_least(x, low) & ~lanes_at_least(x, high); set; set &= set - 1) {
+    out[count++] = lane[__builtin_ctz(set)];
+  }
+  return count;
+}
+ORTHRUS_INLINE __m256 exponent(__m256 x) {
+  const __m256i bits = _mm256_sub_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(0x3f2aaaab));
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(bits, 23));
+}
+// n of x = m * 2^n with m in [2/3, 4/3), for normal x > 0.
+ORTHRUS_INLINE Vec exponent(Vec x) { return {exponent(x.lo), exponent(x.hi)}; }
 ORTHRUS_INLINE Vec replace_nan(Vec v, float x) {
   const __m256 b = _mm256_set1_ps(x);
   return {_mm256_blendv_ps(v.lo, b, _mm256_cmp_ps(v.lo, v.lo, _CMP_UNORD_Q)),
@@ -114,6 +142,29 @@ ORTHRUS_INLINE __m256 dot2(__m256 acc, __m256i a, __m256i b) {
 ORTHRUS_INLINE Vec dot2(Vec acc, PairVec a, PairVec b) {
   return {dot2(acc.lo, a.lo, b.lo), dot2(acc.hi, a.hi, b.hi)};
 }
+
+// The same lanes as 32-bit words.
+ORTHRUS_INLINE PairVec bit_xor(PairVec a, PairVec b) {
+  return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)};
+}
+ORTHRUS_INLINE void multiply_wide(__m256i a, uint32_t m, __m256i* high, __m256i* low) {
+  const __m256i factor = _mm256_set1_epi64x(m);
+  const __m256i even = _mm256_mul_epu32(a, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), factor);
+  *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  *low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+// High and low word of a * m.
+ORTHRUS_INLINE void multiply_wide(PairVec a, uint32_t m, PairVec* high, PairVec* low) {
+  multiply_wide(a.lo, m, &high->lo, &low->lo);
+  multiply_wide(a.hi, m, &high->hi, &low->hi);
+}
+ORTHRUS_INLINE __m256 words_to_float(__m256i a) {  // both halves convert exactly: their sum rounds once
+  const __m256 high = _mm256_cvtepi32_ps(_mm256_srli_epi32(a, 16));
+  const __m256 low = _mm256_cvtepi32_ps(_mm256_and_si256(a, _mm256_set1_epi32(0xffff)));
+  return _mm256_add_ps(_mm256_mul_ps(high, _mm256_set1_ps(65536.f)), low);
+}
+// Unsigned words rounded to nearest even.
+ORTHRUS_INLINE Vec words_to_float(PairVec a) { return {words_to_float(a.lo), words_to_float(a.hi)}; }
 
 ORTHRUS_INLINE float reduce_add(Vec v) {
   const __m256 eight = _mm256_add_ps(v.lo, v.hi);

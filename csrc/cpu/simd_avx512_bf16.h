@@ -24,8 +24,25 @@ ORTHRUS_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 ORTHRUS_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 ORTHRUS_INLINE Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 ORTHRUS_INLINE Vec scale_by_pow2(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
-ORTHRUS_INLINE Vec zero_where_less(Vec x, float bound, Vec v) {
-  return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(x, set1(bound), _CMP_LT_OQ), zero());
+ORTHRUS_INLINE Vec truncate(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
+// Lanes of a where x < bound, else of b (also where x is NaN).
+ORTHRUS_INLINE Vec where_less(Vec x, float bound, Vec a, Vec b) {
+  return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(x, set1(bound), _CMP_LT_OQ), a);
+}
+// Lanes that are at least `bound`; a NaN is not.
+ORTHRUS_INLINE int32_t count_at_least(Vec x, float bound) {
+  return __builtin_popcount(_mm512_cmp_ps_mask(x, set1(bound), _CMP_GE_OQ));
+}
+// The lanes with low <= x < high to out, side by side; how many. Overwrites all 16 places.
+ORTHRUS_INLINE int32_t compress_between(float* out, Vec x, float low, float high) {
+  const __mmask16 mask = _mm512_cmp_ps_mask(x, set1(low), _CMP_GE_OQ) & _mm512_cmp_ps_mask(x, set1(high), _CMP_LT_OQ);
+  store(out, _mm512_maskz_compress_ps(mask, x));
+  return __builtin_popcount(mask);
+}
+// n of x = m * 2^n with m in [2/3, 4/3), for normal x > 0.
+ORTHRUS_INLINE Vec exponent(Vec x) {
+  const __m512i bits = _mm512_sub_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x3f2aaaab));
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(bits, 23));
 }
 ORTHRUS_INLINE Vec replace_nan(Vec v, float x) {
   return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), set1(x));
@@ -62,6 +79,18 @@ ORTHRUS_INLINE PairVec set1_pair(uint32_t pair) { return _mm512_set1_epi32(stati
 ORTHRUS_INLINE Vec dot2(Vec acc, PairVec a, PairVec b) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
+
+// The same lanes as 32-bit words.
+ORTHRUS_INLINE PairVec bit_xor(PairVec a, PairVec b) { return _mm512_xor_si512(a, b); }
+// High and low word of a * m.
+ORTHRUS_INLINE void multiply_wide(PairVec a, uint32_t m, PairVec* high, PairVec* low) {
+  const __m512i factor = _mm512_set1_epi64(m);
+  const __m512i even = _mm512_mul_epu32(a, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), factor);
+  *high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+  *low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+}
+// Unsigned words rounded to nearest even.
+ORTHRUS_INLINE Vec words_to_float(PairVec a) { return _mm512_cvtepu32_ps(a); }
 
 ORTHRUS_INLINE float reduce_add(Vec v) { return _mm512_reduce_add_ps(v); }
 ORTHRUS_INLINE float reduce_max(Vec v) { return _mm512_reduce_max_ps(v); }

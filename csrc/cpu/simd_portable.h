@@ -45,7 +45,11 @@ ORTHRUS_EACH(min(Vec a, Vec b), a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i])
 ORTHRUS_EACH(round(Vec a), (a.lane[i] + 12582912.f) - 12582912.f)
 ORTHRUS_EACH(scale_by_pow2(Vec a, Vec n),
              a.lane[i] * as_float((static_cast<uint32_t>(static_cast<int32_t>(n.lane[i])) + 127u) << 23))
-ORTHRUS_EACH(zero_where_less(Vec x, float bound, Vec v), x.lane[i] < bound ? 0.f : v.lane[i])
+ORTHRUS_EACH(truncate(Vec a), static_cast<float>(static_cast<int32_t>(a.lane[i])))  // |a| < 2^31
+// Lanes of a where x < bound, else of b (also where x is NaN).
+ORTHRUS_EACH(where_less(Vec x, float bound, Vec a, Vec b), x.lane[i] < bound ? a.lane[i] : b.lane[i])
+// n of x = m * 2^n with m in [2/3, 4/3), for normal x > 0.
+ORTHRUS_EACH(exponent(Vec x), static_cast<float>(static_cast<int32_t>(as_bits(x.lane[i]) - 0x3f2aaaabu) >> 23))
 ORTHRUS_EACH(replace_nan(Vec v, float x), v.lane[i] == v.lane[i] ? v.lane[i] : x)
 // Lanes 0 ... count-1 of v, the others x.
 ORTHRUS_EACH(keep_first(Vec v, int64_t count, float x), i < count ? v.lane[i] : x)
@@ -85,6 +89,42 @@ ORTHRUS_INLINE Vec dot2(Vec acc, PairVec a, PairVec b) {
     acc.lane[i] += as_float(a.lane[i] & 0xffff0000u) * as_float(b.lane[i] & 0xffff0000u);
   }
   return acc;
+}
+
+// Lanes that are at least `bound`; a NaN is not.
+ORTHRUS_INLINE int32_t count_at_least(Vec x, float bound) {
+  int32_t count = 0;
+  for (int i = 0; i < 16; ++i) count += x.lane[i] >= bound;
+  return count;
+}
+// The lanes with low <= x < high to out, side by side; how many. May overwrite 16 places.
+ORTHRUS_INLINE int32_t compress_between(float* out, Vec x, float low, float high) {
+  int32_t count = 0;
+  for (int i = 0; i < 16; ++i) {
+    out[count] = x.lane[i];
+    count += x.lane[i] >= low && x.lane[i] < high;
+  }
+  return count;
+}
+
+// The same lanes as 32-bit words.
+ORTHRUS_INLINE PairVec bit_xor(PairVec a, PairVec b) {
+  for (int i = 0; i < 16; ++i) a.lane[i] ^= b.lane[i];
+  return a;
+}
+// High and low word of a * m.
+ORTHRUS_INLINE void multiply_wide(PairVec a, uint32_t m, PairVec* high, PairVec* low) {
+  for (int i = 0; i < 16; ++i) {
+    const uint64_t product = uint64_t{a.lane[i]} * m;
+    high->lane[i] = static_cast<uint32_t>(product >> 32);
+    low->lane[i] = static_cast<uint32_t>(product);
+  }
+}
+// Unsigned words rounded to nearest even.
+ORTHRUS_INLINE Vec words_to_float(PairVec a) {
+  Vec out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = static_cast<float>(a.lane[i]);
+  return out;
 }
 
 ORTHRUS_INLINE float reduce_add(Vec v) {

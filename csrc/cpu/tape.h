@@ -25,7 +25,8 @@ class Tape {
 
  private:
   using Op =
-      std::variant<RowLinearParams, QkvCommitParams, DualAttnParams, ConsensusParams, RmsNormParams, EmbedParams>;
+      std::variant<RowLinearParams, QkvCommitParams, DualAttnParams, ConsensusParams, ProcessLogitsParams,
+                   RmsNormParams, EmbedParams>;
   std::vector<Op> ops_;
 };
 

@@ -10,6 +10,7 @@ struct Variant {
   void (*row_linear)(const RowLinearParams&);
   void (*qkv_commit)(const QkvCommitParams&);
   void (*dual_attn)(const DualAttnParams&);
+  void (*process_logits)(const ProcessLogitsParams&);
   void (*rms_norm)(const RmsNormParams&);
   void (*embed)(const EmbedParams&);
 };

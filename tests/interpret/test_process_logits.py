@@ -4,28 +4,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from orthrus_rt import reference
 from orthrus_rt.triton_kernels import process_logits as kernel
-from tests.logits_cases import FILTERS, block_with_edits, choices, logits, with_filters
+from tests.logits_cases import FILTERS, assert_agrees, block_with_edits, logits, with_filters
 
 
-def assert_same(case, **kwargs):
-    """Same sets, choices and, to the last bits of exp and log, scores; those out of reach may be left out."""
-    value, index, log_probs = case.run(kernel.process_logits, **kwargs)
-    want_value, want_index, want_log = case.run(reference.process_logits, **kwargs)
-    got, want = choices(value, index), choices(want_value, want_index)
-    assert got.tolist() == want.tolist()
-    both = value.isfinite() & want_value.isfinite()
-    torch.testing.assert_close(value[both], want_value[both], rtol=1e-5, atol=1e-5)
-    assert torch.equal(index[both], want_index[both])
-    best = want_value.amax(1, keepdim=True).expand_as(value)
-    assert (torch.maximum(value, want_value) < best)[value.isfinite() != want_value.isfinite()].all()
-    first = 128 * torch.arange(value.shape[1], dtype=torch.int32).expand_as(index)
-    assert torch.equal(index[value.isneginf()], first[value.isneginf()])
-    valid = case.rows.position[case.logit_rows.long()] >= 0
-    assert torch.equal(log_probs[valid].isneginf(), want_log[valid].isneginf())
-    torch.testing.assert_close(log_probs[valid], want_log[valid], rtol=1e-5, atol=3e-6)
-    return got
+def assert_same(case, purpose=2):
+    return assert_agrees(case, kernel.process_logits, purpose)
 
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "tied", "hostile"])

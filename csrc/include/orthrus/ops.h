@@ -17,6 +17,7 @@ void row_linear(const RowLinearParams& p);
 void qkv_commit(const QkvCommitParams& p);
 void dual_attn(const DualAttnParams& p);
 void consensus(const ConsensusParams& p);
+void process_logits(const ProcessLogitsParams& p);
 void rms_norm(const RmsNormParams& p);
 void embed(const EmbedParams& p);
 

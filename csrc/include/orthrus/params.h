@@ -172,4 +172,40 @@ struct ConsensusParams {
   int32_t next_pass;           // NextPass
 };
 
+// What changes a slot's logits before anything filters them. All null where no slot has any.
+struct SlotEdits {
+  const float* penalties;      // [num_slots, 3] repetition, presence, frequency; 1, 0, 0 changes nothing
+  const int32_t* token_counts; // [num_slots, vocab_size] times generated; -1: in the prompt alone
+  const int32_t* bias_ids;     // [num_slots, max_bias], padded with -1
+  const float* bias_values;    // same shape
+  const int32_t* stop_ids;     // [num_slots, max_stop_ids], padded with -1
+  const int32_t* min_position; // [num_slots] stop ids cannot be chosen for positions below
+  int32_t max_bias;
+  int32_t max_stop_ids;
+};
+
+// Ids per partial maximum of process_logits.
+constexpr int kScoreTile = 128;
+
+// Row i of the logits belongs to row r = logit_rows[i] of the pass, obeys the parameters of its slot and chooses the
+// token at position[r] + 1: its scores' largest. See orthrus_rt/ops.py for their definition.
+struct ProcessLogitsParams {
+  float* logits;                // [num_rows, vocab_size], MUTATED: scaled logits
+  const int32_t* logit_rows;    // [num_rows]
+  const int32_t* cache_seqlens; // [num_slots]
+  const float* temperature;     // [num_slots]; 0: greedy
+  const int32_t* top_k;         // [num_slots]; 0: all
+  const float* top_p;           // [num_slots]
+  const float* min_p;           // [num_slots]
+  const int64_t* seed;          // [num_slots]
+  float* partial_value;         // [num_rows, ceil(vocab_size / kScoreTile)], MUTATED
+  int32_t* partial_id;          // same shape, MUTATED
+  float* log_probs;             // [num_rows, vocab_size], MUTATED; null: not wanted
+  SlotEdits edits;
+  Rows rows;
+  int32_t num_rows;
+  int32_t vocab_size;
+  int32_t purpose;
+};
+
 }  // namespace orthrus

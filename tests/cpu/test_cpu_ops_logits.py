@@ -1,0 +1,70 @@
+"""Native process_logits on the CPU: against the oracle, and to the bit whatever the company and the threads."""
+
+import pytest
+import torch
+
+from orthrus_rt import native, reference
+from tests.logits_cases import FILTERS, assert_agrees, block_with_edits, choices, logits, with_filters
+from tests.native_cpu import threads
+
+KINDS = ["normal", "peaked", "tied", "hostile"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab", [1, 17, 300, 4096, 9001])
+def test_against_the_oracle(isa, vocab, kind):
+    assert_agrees(with_filters(logits(2 * len(FILTERS), vocab, kind)), native.process_logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_penalties_bias_and_stop_ids(isa, kind):
+    assert_agrees(with_filters(logits(len(FILTERS), 3001, kind), edits=True), native.process_logits)
+
+
+@pytest.mark.parametrize("vocab", [4, 1000])
+def test_blocks_with_edits(isa, vocab):
+    """Drafts count in AR rows alone; invalid rows yield zeros."""
+    assert_agrees(block_with_edits(vocab), native.process_logits)
+
+
+@pytest.mark.parametrize("kind", ["peaked", "tied"])
+def test_filters_at_every_size_of_set(isa, kind):
+    """From one token to all of them: every rung, and more than the last."""
+    filters = [(1.0, k, p, 0.0) for k in (0, 1, 2, 15, 16, 17, 100, 1500, 2999) for p in (1.0, 0.9999, 0.6)]
+    filters += [(t, 0, p, m) for t in (0.05, 30.0) for p in (0.999999, 0.5) for m in (0.0, 1e-6, 0.3)]
+    assert_agrees(with_filters(logits(len(filters), 3000, kind), filters), native.process_logits)
+
+
+def test_a_row_does_not_depend_on_company_or_threads(isa):
+    case = with_filters(logits(2 * len(FILTERS), 5000, "peaked"), edits=True)
+    with threads(1):
+        want = case.run(native.process_logits)
+    order = torch.randperm(len(case), generator=torch.Generator().manual_seed(0))
+    with threads(3):
+        for some in (slice(None), slice(3, 4), slice(0, 7), order):
+            part = case.only(some).run(native.process_logits)
+            assert all(torch.equal(one, all_[some]) for one, all_ in zip(part, want, strict=True))
+
+
+def test_the_draw_does_not_depend_on_log_probs(isa):
+    case = with_filters(logits(len(FILTERS), 700, "normal"))
+    value, index, _ = case.run(native.process_logits)
+    again = torch.empty_like(value), torch.empty_like(index)
+    args = case.logits.clone(), case.rows, case.logit_rows, case.sampling, case.cache_seqlens
+    native.process_logits(*args, 2, again)
+    assert torch.equal(again[0], value) and torch.equal(again[1], index)
+
+
+def test_choices_follow_the_distribution(isa):
+    """Chi-square of 20,000 draws at as many positions."""
+    n, vocab = 20000, 50
+    row = logits(1, vocab, "normal")
+    case = with_filters(row.expand(n, vocab), [(1.2, 30, 0.95, 0.01)])
+    case.sampling.seed.fill_(99)
+    value, index, _ = case.run(native.process_logits)
+    expected = reference.process_logits_probs(row, 1.2, 30, 0.95, 0.01)[0] * n
+    counts = torch.bincount(choices(value, index), minlength=vocab)
+    kept = expected > 0
+    assert not counts[~kept].any()
+    degrees = int(kept.sum()) - 1
+    assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < degrees + 5 * (2 * degrees) ** 0.5
