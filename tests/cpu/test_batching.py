@@ -116,11 +116,10 @@ def test_random_arrivals_aborts_and_few_pages(folder, alone, seed):
     """Requests through 8 slots with pages for about three long ones: arrivals, aborts, preemption."""
     rng = random.Random(seed)
     engine = make(folder, num_pages=6, mode="two_pass")
-    sampled_share = 0.2 if seed == 0 else 0.0
     todo, jobs, got, aborted = 60 if seed == 0 else 300, {}, {}, set()
     while todo or engine.has_unfinished():
         for _ in range(min(todo, rng.choice((0, 0, 1, 2, 12)))):
-            job = request(rng, 200, sampled_share)
+            job = request(rng, 200, 0.2)
             jobs[engine.submit(*job)] = job
             todo -= 1
         for out in engine.step():

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native mo
 
 STEPS = 4
 TOLIST = {"aten.resolve_conj.default", "aten.resolve_neg.default"}  # what .tolist() itself calls; neither copies
-PARAMS = SamplingParams(max_new_tokens=60, ignore_eos=True)
+GREEDY = SamplingParams(max_new_tokens=60, ignore_eos=True)
+SAMPLED = SamplingParams(max_new_tokens=60, ignore_eos=True, temperature=0.8, top_p=0.9, seed=1)
 
 
 class Counted(TorchDispatchMode):
@@ -31,13 +32,13 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def decoding(tmp_path, mode, layers):
+def decoding(tmp_path, mode, layers, params):
     """A warm engine with two sequences in the middle of their decoding, no page boundary ahead."""
     folder = checkpoints.make(tmp_path / f"{layers}", dtype=torch.bfloat16, num_hidden_layers=layers)
     engine = Engine.from_pretrained(str(folder), device="cpu", max_seq_len=128, max_batch_size=2, mode=mode)
     engine.warmup()
     for prompt in ([1, 2, 3], [4]):
-        engine.submit(prompt, PARAMS)
+        engine.submit(prompt, params)
     while not all(r is not None and r.decoding and len(r.tokens) > 1 for r in engine.scheduler.slots):
         engine.step()
     return engine
@@ -60,11 +61,12 @@ def counted(engine, patched):
     return torch_ops.calls, op_calls, len(read), emitted
 
 
+@pytest.mark.parametrize("params", (GREEDY, SAMPLED), ids=("greedy", "sampled"))
 @pytest.mark.parametrize("mode", ("ar", "two_pass"))
-def test_a_step_is_one_replay_and_one_reading(tmp_path, mode, monkeypatch):
+def test_a_step_is_one_replay_and_one_reading(tmp_path, mode, params, monkeypatch):
     seen = []
     for layers in (2, 6):
-        engine = decoding(tmp_path, mode, layers)
+        engine = decoding(tmp_path, mode, layers, params)
         before, cycles = engine.memory_report(), engine.metrics.cycles
         with monkeypatch.context() as patched:
             torch_ops, op_calls, read, emitted = counted(engine, patched)
