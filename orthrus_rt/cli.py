@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 
+from orthrus_rt import cli_verify
+
 EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
 
 
@@ -54,20 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_options(info, engine=False)
     info.add_argument("--json", action="store_true", help="print one JSON object")
 
-    verify = commands.add_parser(
-        "verify",
-        help="compare two modes token by token",
-        description="Decode prompts in two modes and report the first difference of each: its position, both tokens "
-        "and the top-2 logit gap there. Exits 1 if there is one.",
-    )
-    verify.set_defaults(run=run_verify)
-    _add_model_options(verify, engine=True)
-    verify.add_argument("--modes", nargs=2, choices=("ar", "two_pass"), default=("ar", "two_pass"), metavar="MODE")
-    verify.add_argument("--prompts", metavar="PATH", help="one raw prompt a line (default: the built-in prompts)")
-    verify.add_argument("-n", "--num-prompts", type=int, metavar="N", help="only the first N prompts")
-    verify.add_argument("--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)")
-    verify.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
-    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    cli_verify.add_parser(commands, _add_model_options)
 
     bench = commands.add_parser(
         "bench",
@@ -105,7 +94,7 @@ def _add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None
         group.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and output (default: up to 4096)")
 
 
-def _load_engine(args, mode: str = "auto", max_batch_size: int = 1):
+def load_engine(args, mode: str = "auto", max_batch_size: int = 1):
     from orthrus_rt.engine import Engine
 
     return Engine.from_pretrained(
@@ -135,7 +124,7 @@ def run_generate(args) -> int:
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
         min_p=args.min_p, seed=args.seed, ignore_eos=args.ignore_eos,
     )  # fmt: skip
-    engine = _load_engine(args, args.mode)
+    engine = load_engine(args, args.mode)
     chat = bool(engine.tokenizer.chat_template) if args.chat is None else args.chat
     prompt_ids = prompts.encode(engine.tokenizer, text, chat=chat)
     if args.compare_ar:
@@ -221,10 +210,10 @@ def _verdict(engine, output, other) -> str:
     difference = first_difference(output.token_ids, other.token_ids)
     if difference is None:
         return f"yes ({len(output.token_ids)} of {len(output.token_ids)})"
-    return f"no, first difference at token {difference.index}: {_tokens_text(engine.tokenizer, difference.tokens)}"
+    return f"no, first difference at token {difference.index}: {tokens_text(engine.tokenizer, difference.tokens)}"
 
 
-def _tokens_text(tokenizer, tokens) -> str:
+def tokens_text(tokenizer, tokens) -> str:
     return " against ".join("the end" if t is None else f"{t} {tokenizer.decode([t])!r}" for t in tokens)
 
 
@@ -278,53 +267,12 @@ def run_info(args) -> int:
     return 0
 
 
-def run_verify(args) -> int:
-    from orthrus_rt import prompts, verify
-    from orthrus_rt.sampling import SamplingParams
-
-    if args.prompts:
-        with open(args.prompts, encoding="utf-8") as file:
-            lines = [line.rstrip("\n") for line in file if line.strip()]
-        todo = [prompts.Prompt(f"line {i + 1}", "code", line) for i, line in enumerate(lines)]
-    else:
-        todo = prompts.load()
-    todo = todo[: args.num_prompts]
-    if not todo:
-        raise ValueError("verify: there is no prompt to decode")
-    params = SamplingParams(max_new_tokens=args.max_new_tokens)
-    engine = _load_engine(args)
-    results, different = [], 0
-    for prompt in todo:
-        prompt_ids = prompt.encode(engine.tokenizer)
-        outputs, difference = verify.compare(engine, prompt_ids, params, tuple(args.modes))
-        rates = [output.stats.tokens_per_cycle for output in outputs]
-        results.append({
-            "prompt": prompt.name, "tokens": [len(o.token_ids) for o in outputs], "tokens_per_cycle": rates,
-            "difference": difference and vars(difference),
-        })  # fmt: skip
-        different += difference is not None
-        if args.json:
-            continue
-        verdict = "identical"
-        if difference:
-            pair = _tokens_text(engine.tokenizer, difference.tokens)
-            verdict = f"differ at token {difference.index}: {pair}, top-2 gap {difference.gap:.3g}"
-        rate = " / ".join(f"{r:.2f}" for r in rates)
-        print(f"{prompt.name:24} {len(outputs[0].token_ids):4} tokens  {rate} tokens/cycle  {verdict}", flush=True)
-    if args.json:
-        print(json.dumps({"modes": list(args.modes), "dtype": args.dtype, "different": different, "prompts": results}))
-    else:
-        same = f"{len(todo) - different} of {len(todo)} identical"
-        print(f"{args.modes[0]} against {args.modes[1]}, {args.dtype}: {same}")
-    return EXIT_DIFFERENT if different else 0
-
-
 def run_bench(args) -> int:
     from orthrus_rt import info, profile, rates, terminal
 
     if args.num_prompts is not None and args.num_prompts < 1:
         raise ValueError(f"bench: num_prompts must be >= 1, got {args.num_prompts}")
-    engine = _load_engine(args, max_batch_size=args.batch)
+    engine = load_engine(args, max_batch_size=args.batch)
     facts = {"model": args.model, "device": info.device_facts(engine.model.device)["name"], "dtype": args.dtype}
     if args.profile:
         cycle = {"draft_len": args.draft_len, "batch": args.batch, "context": args.context}

@@ -66,7 +66,7 @@ class Engine:
         self.turn, self.closed, self.torn = Turn(), False, False
         claim(device, self)
         self.config, self.max_seq_len = config, max_seq_len
-        self._checkpoint, self._tokenizer = checkpoint, None
+        self.checkpoint, self._tokenizer = checkpoint, None
         self.mode = self._check_mode(mode)
         self.draft_len = self._check_draft_len(draft_len)
         sizes = f"max_batch_size {max_batch_size}, num_pages {num_pages}, max_seq_len {max_seq_len}"
@@ -131,7 +131,7 @@ class Engine:
     def tokenizer(self):
         """The checkpoint's transformers tokenizer, chat template included."""
         if self._tokenizer is None:
-            self._tokenizer = self._checkpoint.load_tokenizer()
+            self._tokenizer = self.checkpoint.load_tokenizer()
         return self._tokenizer
 
     def _check_mode(self, mode: str) -> str:

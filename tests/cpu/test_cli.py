@@ -98,36 +98,6 @@ def break_token(monkeypatch):
     return install
 
 
-@pytest.fixture
-def prompt_file(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("abc\n\ndef\n")
-    return str(path)
-
-
-def test_verify_finds_no_difference(run, prompt_file):
-    code, out, _ = run("verify", "--prompts", prompt_file, "--max-new-tokens", "12")
-    assert code == 0 and out.count("tokens/cycle  identical\n") == 2
-    assert out.endswith("ar against two_pass, bfloat16: 2 of 2 identical\n")
-    code, out, _ = run("verify", "-n", "1", "--max-new-tokens", "12")
-    assert code == 0 and out.startswith(prompts.load()[0].name)
-
-
-def test_verify_reports_the_first_difference(run, break_token, prompt_file):
-    break_token(5, "two_pass")
-    options = ("--prompts", prompt_file, "--max-new-tokens", "12")
-    code, out, _ = run("verify", *options, "--json")
-    facts = json.loads(out)
-    assert code == 1 and facts["different"] == 2
-    for entry in facts["prompts"]:
-        difference = entry["difference"]
-        right, wrong = difference["tokens"]
-        assert difference["index"] == 5 and right ^ 1 == wrong and difference["gap"] > 0
-    code, out, _ = run("verify", *options)
-    assert code == 1 and re.search(r"line 1 .* differ at token 5: \d+ '.*' against \d+ '.*', top-2 gap \d", out)
-    assert out.endswith("0 of 2 identical\n")
-
-
 def test_compare_ar_says_no(run, break_token):
     break_token(2, "ar")
     code, out, _ = run("generate", "hello", "--max-new-tokens", "8", "--ignore-eos", "--compare-ar")

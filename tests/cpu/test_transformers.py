@@ -8,6 +8,7 @@ from orthrus_rt import prompts
 from orthrus_rt.engine import Engine
 from orthrus_rt.plan import prefill_rows
 from orthrus_rt.sampling import SamplingParams
+from orthrus_rt.transformers_model import build, greedy
 from tests import checkpoints
 from tests import transformers_oracle as oracle
 from tests.forward import draft_rows, logits_of
@@ -34,7 +35,7 @@ VARIANTS = {
 
 def both_views_agree(name, max_seq_len=256):
     checkpoint = ckpt.load(name)
-    ar, diffusion = oracle.build(checkpoint, "ar"), oracle.build(checkpoint, "diffusion")
+    ar, diffusion = build(checkpoint), build(checkpoint, "diffusion")
     engine = Engine.from_pretrained(name, device="cpu", dtype="float32", max_seq_len=max_seq_len)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, engine.config.vocab_size, (130,), generator=generator).tolist()
@@ -62,11 +63,11 @@ def test_logits_of_both_views_embedded():
 
 def same_as_generate(chosen, max_new_tokens):
     checkpoint = ckpt.load("smollm2-135m")
-    ar = oracle.build(checkpoint, "ar")
+    ar = build(checkpoint)
     engine = Engine.from_pretrained("smollm2-135m", device="cpu", dtype="float32", max_seq_len=2048)
     for prompt in chosen:
         ids = prompt.encode(engine.tokenizer)
-        want = oracle.greedy(ar, ids, max_new_tokens)
+        want = greedy(ar, ids, max_new_tokens)
         for mode in ("two_pass", "ar"):
             got = engine.generate(ids, SamplingParams(max_new_tokens=max_new_tokens), mode=mode)
             assert got.token_ids == want, (prompt.name, mode)

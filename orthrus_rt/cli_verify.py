@@ -1,0 +1,110 @@
+"""``orthrus-rt verify``: proves on the user's own machine and checkpoint that the way of decoding changes no token."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+EXIT_DIFFERENT = 1
+
+DESCRIPTION = """Decode prompts in several modes and compare the tokens with those of the first mode alone. Every
+difference is reported: its position, both tokens and the gap between their logits. Exits 1 if there is one. With
+--against transformers, its greedy generate on the AR part of the checkpoint is compared too: float32 must be equal; in
+16 bit, differences that rounding alone explains are listed as near-ties and do not fail."""
+
+
+def add_parser(commands, add_model_options) -> None:
+    parser = commands.add_parser("verify", help="compare modes token by token", description=DESCRIPTION)
+    parser.set_defaults(run=run)
+    add_model_options(parser, engine=True)
+    parser.add_argument("--modes", nargs="+", default=["ar", "two_pass"], metavar="MODE", help="default: ar two_pass")
+    parser.add_argument("--against", choices=("transformers",), help="another implementation, greedy")
+    parser.add_argument("--prompts", metavar="PATH", help="one raw prompt a line (default: the built-in prompts)")
+    parser.add_argument("-n", "--num-prompts", type=int, metavar="N", help="only the first N prompts")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="also decode N prompts together in each mode")
+    parser.add_argument("--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args) -> int:
+    from orthrus_rt import verify
+    from orthrus_rt.cli import load_engine
+    from orthrus_rt.sampling import SamplingParams
+
+    todo = _prompts(args)
+    params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
+    engine = load_engine(args, max_batch_size=args.batch)
+    ids = [_encode(prompt, engine.tokenizer) for prompt in todo]
+    against = _transformers(engine, args.max_new_tokens) if args.against else None
+    results, tokens, ties, different = [], 0, 0, 0
+    found = verify.verify(engine, ids, params, args.modes, batch=args.batch, against=against)
+    for prompt, (want, rate, comparisons) in zip(todo, found, strict=True):
+        differences = [c for c in comparisons if c.difference]
+        ties += sum(c.difference.near_tie for c in differences)
+        different += any(not c.difference.near_tie for c in differences)
+        tokens += sum(c.tokens for c in comparisons)
+        if args.json:
+            results.append(_facts(prompt.name, args.modes[0], want, rate, comparisons))
+        else:
+            _print(engine.tokenizer, prompt.name, want, rate, comparisons)
+    if args.json:
+        facts = {"modes": args.modes, "dtype": args.dtype, "temperature": args.temperature, "tokens_compared": tokens}
+        print(json.dumps(facts | {"different": different, "near_ties": ties, "prompts": results}))
+    else:
+        ways = ", ".join(c.way for c in comparisons)
+        how = f"temperature {args.temperature:g}, seed {args.seed}" if args.temperature else "greedy"
+        rest = f", {ties} near-ties within rounding" if ties else ""
+        print(f"{args.modes[0]} against {ways} ({args.dtype}, {how}):")
+        print(f"{len(todo) - different} of {len(todo)} prompts identical{rest}, {tokens} tokens compared")
+    return EXIT_DIFFERENT if different else 0
+
+
+def _prompts(args) -> list:
+    from orthrus_rt import prompts
+
+    todo = prompts.load()
+    if args.prompts:
+        with open(args.prompts, encoding="utf-8") as file:
+            lines = [line.rstrip("\n") for line in file if line.strip()]
+        todo = [prompts.Prompt(f"line {i + 1}", "code", line) for i, line in enumerate(lines)]
+    todo = todo[: args.num_prompts]
+    if not todo:
+        raise ValueError("verify: there is no prompt to decode")
+    return todo
+
+
+def _encode(prompt, tokenizer) -> list[int]:
+    """With the chat template where there is one: a base without any can be verified too."""
+    return prompt.encode(tokenizer) if tokenizer.chat_template else tokenizer(prompt.text).input_ids
+
+
+def _transformers(engine, max_new_tokens: int):
+    from orthrus_rt import transformers_model
+
+    model = transformers_model.build(engine.checkpoint, dtype=engine.model.dtype, device=engine.model.device)
+
+    def generate(ids: list[int]) -> list[int]:
+        return transformers_model.greedy(model, ids, min(max_new_tokens, engine.max_seq_len - len(ids)))
+
+    return generate
+
+
+def _facts(name, mode, want, rate, comparisons) -> dict:
+    ways = [dataclasses.asdict(c) for c in comparisons]
+    return {"prompt": name, "mode": mode, "tokens": len(want), "tokens_per_cycle": rate, "ways": ways}
+
+
+def _print(tokenizer, name, want, rate, comparisons) -> None:
+    from orthrus_rt.cli import tokens_text
+
+    rates = " / ".join(f"{r:.2f}" for r in (rate, *(c.tokens_per_cycle for c in comparisons)) if r is not None)
+    verdict = "differs" if any(c.difference for c in comparisons) else "identical"
+    print(f"{name:24} {len(want):4} tokens  {rates} tokens/cycle  {verdict}", flush=True)
+    for c in comparisons:
+        if c.difference:
+            d, kind = c.difference, "near-tie" if c.difference.near_tie else "differs"
+            gap = "" if d.gap is None else f", logit gap {d.gap:.3g}"
+            print(f"  {c.way}: {kind} at token {d.index}: {tokens_text(tokenizer, d.tokens)}{gap}", flush=True)

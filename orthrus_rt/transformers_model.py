@@ -1,0 +1,63 @@
+"""transformers' own Llama or Qwen3 holding one view of a checkpoint: what this runtime is compared with."""
+
+from __future__ import annotations
+
+import torch
+
+from orthrus_rt.checkpoint import Checkpoint
+from orthrus_rt.storage import is_diffusion
+
+
+def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torch.float32, device="cpu"):
+    """The causal model of one view, ``"ar"`` or ``"diffusion"``, whose weights then stand under the AR names.
+
+    Attention is transformers' ``eager`` one. ``generate`` stops at the checkpoint's end-of-sequence ids.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    c = checkpoint.config
+    kind, model_type = (Qwen3Config, Qwen3ForCausalLM) if c.family == "qwen3" else (LlamaConfig, LlamaForCausalLM)
+    config = kind(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads_q,
+        num_key_value_heads=c.num_heads_kv,
+        head_dim=c.head_dim,
+        rms_norm_eps=c.rms_norm_eps,
+        max_position_embeddings=c.max_position_embeddings,
+        tie_word_embeddings=c.tie_word_embeddings,
+        rope_parameters=dict(c.rope),
+        attn_implementation="eager",
+        bos_token_id=None,
+        eos_token_id=list(c.eos_token_ids),
+        pad_token_id=0,
+    )
+    weights = {}
+    for name, tensor in checkpoint.tensors.items():
+        if is_diffusion(name) == (view == "diffusion") or ".self_attn." not in name:
+            weights[name.replace("_diff.", ".")] = tensor.to(device=device, dtype=dtype)
+    with torch.device("meta"):
+        model = model_type(config)
+    model.load_state_dict(weights, strict=False, assign=True)
+    if c.tie_word_embeddings:
+        model.tie_weights()
+    base = getattr(model, model_type.base_model_prefix)
+    with torch.device(device):  # rotary buffers are in no checkpoint: build them off the meta device
+        base.rotary_emb = type(base.rotary_emb)(config=config)
+    missing = [n for n, p in model.named_parameters() if p.is_meta]
+    if missing:
+        raise ValueError(f"transformers' {model_type.__name__} lacks weights for {', '.join(missing)}")
+    return model.eval()
+
+
+@torch.inference_mode()
+def greedy(model, ids: list[int], max_new_tokens: int, *, stop: bool = True) -> list[int]:
+    """transformers' own greedy ``generate``; the new tokens alone."""
+    kwargs = {} if stop else {"eos_token_id": None}
+    out = model.generate(
+        torch.tensor([ids], device=model.device), attention_mask=torch.ones(1, len(ids), dtype=torch.long,
+        device=model.device), do_sample=False, max_new_tokens=max_new_tokens, **kwargs,
+    )  # fmt: skip
+    return out[0, len(ids) :].tolist()

@@ -1,0 +1,211 @@
+"""``orthrus-rt verify``: it finds no difference where there is none, and every one that is planted."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from orthrus_rt import prompts, transformers_model, verify
+from orthrus_rt.cli import main
+from orthrus_rt.engine import Engine
+from orthrus_rt.sampling import SamplingParams
+from tests import byte_tokenizer, checkpoints
+
+PROMPTS = ("abc", "def", "a longer line")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(byte_tokenizer.make_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def run(folder, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n\n".join(PROMPTS) + "\n")
+
+    def call(*args, model=folder):
+        options = ["--model", model, "--device", "cpu", "--max-seq-len", "128", "--max-new-tokens", "12"]
+        code = main(["verify", *options, "--prompts", str(path), *args])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def break_token(monkeypatch):
+    """``break_token(i, mode)``: token i of that mode is wrong; with ``together``, only where prompts share a batch."""
+
+    def install(index, mode, together=False):
+        honest = Engine.generate
+
+        def broken(self, *args, **kwargs):
+            out = honest(self, *args, **kwargs)
+            batched = isinstance(out, list) and len(out) > 1
+            if kwargs.get("mode") == mode and (batched if together else not isinstance(out, list)):
+                (out[-1] if together else out).token_ids[index] ^= 1
+            return out
+
+        monkeypatch.setattr(Engine, "generate", broken)
+
+    return install
+
+
+@pytest.fixture
+def break_transformers(monkeypatch):
+    """``break_transformers(choose)``: its token 4 becomes ``choose(that token)``."""
+
+    def install(choose):
+        honest = transformers_model.greedy
+
+        def broken(*args, **kwargs):
+            out = honest(*args, **kwargs)
+            out[4] = choose(out[4])
+            return out
+
+        monkeypatch.setattr(transformers_model, "greedy", broken)
+
+    return install
+
+
+def test_no_difference(run):
+    code, out, err = run("--batch", "2")
+    assert code == 0 and err == "" and len(re.findall(r"\d\.\d\d tokens/cycle  identical\n", out)) == 3
+    assert "ar against two_pass, ar in batches of 2, two_pass in batches of 2 (bfloat16, greedy):\n" in out
+    assert out.endswith("3 of 3 prompts identical, 108 tokens compared\n")
+
+
+def test_sampled(run):
+    code, out, _ = run("--temperature", "0.9", "--seed", "3", "--batch", "3", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["different"] == 0 and facts["tokens_compared"] == 108
+    assert all(way["tokens_per_cycle"] >= 1 for entry in facts["prompts"] for way in entry["ways"])
+
+
+def test_built_in_prompts_by_default(folder, capsys):
+    options = ("--model", folder, "--device", "cpu", "--max-seq-len", "256", "--max-new-tokens", "4")
+    assert main(["verify", *options, "-n", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(prompts.load()[0].name) and "2 of 2 prompts identical" in out
+
+
+def test_a_planted_difference_is_reported(run, break_token):
+    break_token(5, "two_pass")
+    code, out, _ = run("--json")
+    facts = json.loads(out)
+    assert code == 1 and facts["different"] == 3
+    for entry in facts["prompts"]:
+        (way,) = entry["ways"]
+        right, wrong = way["difference"]["tokens"]
+        assert way["way"] == "two_pass" and way["tokens"] == way["difference"]["index"] == 5
+        assert right ^ 1 == wrong and way["difference"]["gap"] > 0 and not way["difference"]["near_tie"]
+    code, out, _ = run()
+    assert code == 1 and out.endswith("0 of 3 prompts identical, 15 tokens compared\n")
+    pattern = r"line 1 .*  differs\n  two_pass: differs at token 5: \d+ '.*' against \d+ '.*', logit gap \d"
+    assert re.search(pattern, out)
+
+
+def test_a_difference_in_a_batch_alone(run, break_token):
+    break_token(0, "ar", together=True)
+    code, out, _ = run("--modes", "ar", "--batch", "3")
+    assert code == 1 and "2 of 3 prompts identical" in out
+    assert re.search(r"line 3 .*  differs\n  ar in batches of 3: differs at token 0: ", out)
+
+
+def test_an_output_that_ends_early(folder):
+    engine = Engine.from_pretrained(folder, device="cpu", max_seq_len=128, max_batch_size=1)
+    ids, params = [1, 2, 3], SamplingParams(max_new_tokens=6, ignore_eos=True)
+    short = engine.generate(ids, params).token_ids[:4]
+    ((_, _, (comparison,)),) = verify.verify(engine, [ids], params, ["ar"], against=lambda _: short)
+    assert comparison.difference.tokens[1] is None and comparison.difference.index == comparison.tokens == 4
+    assert comparison.difference.gap is None and not comparison.difference.near_tie
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--modes", "ar"], "two modes, a batch of at least 2 or another implementation are needed"),
+        (["--modes", "ar", "many_pass"], "mode must be auto, .*got 'many_pass'"),
+        (["--against", "transformers", "--temperature", "1"], "cannot be compared with another implementation"),
+        (["-n", "0"], "there is no prompt to decode"),
+    ],
+)
+def test_errors(run, args, message):
+    code, _, err = run(*args)
+    assert code == 2 and re.search(message, err) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("family", ("qwen3", "llama"))
+def test_against_transformers_in_float32(run, family, tmp_path, break_transformers):
+    kwargs = dict(vocab_size=258, mask_token_id=257, eos_token_id=256, diff_noise=0.02)
+    checkpoints.make(tmp_path / "model", family, **kwargs)
+    byte_tokenizer.build().save_pretrained(tmp_path / "model")
+    options = ("--against", "transformers", "--dtype", "float32")
+    code, out, _ = run(*options, model=str(tmp_path / "model"))
+    assert code == 0 and "ar against two_pass, transformers (float32, greedy):" in out
+    assert out.endswith("3 of 3 prompts identical, 72 tokens compared\n")
+    break_transformers(lambda token: token ^ 1)
+    code, out, _ = run(*options, "--json", model=str(tmp_path / "model"))
+    assert code == 1 and json.loads(out)["different"] == 3 and json.loads(out)["near_ties"] == 0
+
+
+def nudged(engine, monkeypatch, gap):
+    """The choice of transformers parts from ours at token 2, where our logits now lie ``gap`` apart."""
+    honest = engine.next_logits
+
+    def close(ids):
+        logits = honest(ids).clone()
+        first, second = logits.topk(2).indices.tolist()
+        logits[second] = logits[first] - gap
+        return logits
+
+    monkeypatch.setattr(engine, "next_logits", close)
+
+
+@pytest.mark.parametrize("share", (0.9, 1.1))
+def test_near_ties_are_those_within_the_bound(folder, monkeypatch, share):
+    engine = Engine.from_pretrained(folder, device="cpu", max_seq_len=128, max_batch_size=1)
+    ids, params = [1, 2, 3], SamplingParams(max_new_tokens=6, ignore_eos=True)
+    theirs = engine.generate(ids, params, mode="ar").token_ids
+    first, second = engine.next_logits(ids + theirs[:2]).topk(2).indices.tolist()
+    assert first == theirs[2]
+    bound = verify.near_tie_bound(engine, engine.runner.activations.normed[0], first, second)
+    nudged(engine, monkeypatch, share * bound)
+    theirs[2] = second
+    ((_, _, (comparison,)),) = verify.verify(engine, [ids], params, ["ar"], against=lambda _: theirs)
+    difference = comparison.difference
+    assert difference.tokens == (first, second) and difference.gap == pytest.approx(share * bound, rel=1e-4)
+    assert difference.near_tie == (share < 1)
+
+
+def test_a_wrong_token_is_no_near_tie(run, break_transformers):
+    code, out, _ = run("--against", "transformers", "--json")
+    honest = json.loads(out)
+    assert code == 0 and honest["different"] == 0
+    break_transformers(lambda token: (token + 128) % 256)
+    code, out, _ = run("--against", "transformers", "--json")
+    assert code == 1 and json.loads(out)["different"] > 0
+
+
+def test_the_bound_is_what_bf16_does():
+    """On the embedded model: the gap of the two likeliest tokens differs between this runtime and transformers by less
+    than the bound, everywhere, and the bound is not generous: less than 15 times what is usual.
+    """
+    engine = Engine.from_pretrained("smollm2-135m", device="cpu", max_seq_len=512, max_batch_size=1)
+    model = transformers_model.build(engine.checkpoint, dtype=torch.bfloat16)
+    params, shares = SamplingParams(max_new_tokens=24), []
+    for kind in ("chat", "code", "prose"):
+        ids = prompts.load(kind)[0].encode(engine.tokenizer)
+        tokens = engine.generate(ids, params).token_ids
+        with torch.inference_mode():
+            theirs = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 :].float()
+        for n in range(0, len(tokens), 3):
+            ours = engine.next_logits(ids + tokens[:n])
+            a, b = ours.topk(2).indices.tolist()
+            bound = verify.near_tie_bound(engine, engine.runner.activations.normed[0], a, b)
+            shares.append(float((ours[a] - ours[b]) - (theirs[n, a] - theirs[n, b])) / bound)
+        theirs = transformers_model.greedy(model, ids, 24)
+        difference = verify._compare_against(engine, ids, tokens, theirs).difference
+        assert difference is None or difference.near_tie
+    assert max(map(abs, shares)) < 1 < 15 * (sum(s * s for s in shares) / len(shares)) ** 0.5
