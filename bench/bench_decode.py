@@ -1,106 +1,355 @@
-"""How long one decode cycle takes: official shapes with random weights, against the bandwidth floor.
+"""Whole decode cycles through the engine and through two baselines: how long, how near the floor, how fast.
 
-A cycle's time does not depend on what it accepts (every shape is static), so random weights time it truly;
-tokens per second follow from the acceptance that a trained model has. The floor is the bytes a cycle must
-read (weights of each pass, committed keys and values) over the measured read bandwidth.
+Official shapes have random weights, so what a cycle accepts is simulated (``--accepted``, by default what the published
+models reach), and every such row says so; the embedded model decodes the built-in prompts with its own acceptance. The
+floor is the bytes that a cycle must read (each pass's weights, committed keys and values) over the bandwidth measured
+in this call. Baselines: ``eager`` (growing cache; one sequence) and ``graphed`` (static cache, torch.mm, SDPA), see
+bench/baselines.py. ``device_ms``: how long the device is busy in a cycle, where that is measured.
 
-    python -m bench.bench_decode --model 8b --context 1024 --out DIR
+    python -m bench.bench_decode --model 8b --context 512 8192 32768 --batch 1 4 16 64 --out DIR
+    python -m bench.bench_decode --model smollm2-135m --batch 1 8 --out DIR
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import sys
+import time
+from pathlib import Path
+from unittest import mock
 
 import torch
 
 from bench import common
+from bench.acceptance import simulated, trace
+from bench.baselines import GrowingCache, StaticCache, Weights
 from bench.models import SHAPES, random_checkpoint
-from orthrus_rt import state as st
+from orthrus_rt import checkpoint as ckpt
+from orthrus_rt import prompts
 from orthrus_rt.engine import Engine
-from orthrus_rt.graph import Cycle
-from orthrus_rt.ops import PAGE_SIZE
-from orthrus_rt.rope import cos_sin_table
-from orthrus_rt.runner import Runner
+from orthrus_rt.model import Model
+from orthrus_rt.sampling import SamplingParams
+
+EMBEDDED = ckpt.EMBEDDED_NAME
+# Accepted drafts per cycle of the published models (twice their tokens per forward pass, less the bonus).
+PUBLISHED = {"1.7b": 7.5, "4b": 9.4, "8b": 9.7, "tiny": 3.0}
+WARM_UP = 4  # cycles
+MANY = 1 << 30
 
 
-def make_cycle(engine: Engine, mode: str, slots: int, context: int, block_len: int) -> Cycle:
-    """A cycle of ``slots`` running sequences, each with ``context`` committed tokens of random keys and values."""
-    model, config = engine.model, engine.config
-    pages = -(-(context + 4 * block_len) // PAGE_SIZE)
-    runner = Runner(
-        model, num_slots=slots, max_seq_len=pages * PAGE_SIZE, block_len=block_len, num_pages=1 + slots * pages,
-        max_stop_ids=4,
-    )  # fmt: skip
-    model.cos_sin = cos_sin_table(config, pages * PAGE_SIZE).to(model.device)
-    runner.kv.pages.normal_()
-    for slot in range(slots):
-        runner.kv.reserve(slot, pages * PAGE_SIZE)
-    runner.state.limit.fill_(pages * PAGE_SIZE)
-    runner.state.block_tokens.fill_(7)
-    return runner.cycle(mode, 1 if mode == "ar" else block_len, slots)
+class Bench:
+    """One model on one device, and what is common to its rows."""
+
+    max_seq_len = 2048  # of the embedded model's engines
+
+    def __init__(self, args):
+        self.args, self.device = args, torch.device(args.device)
+        self.dtype = torch.bfloat16
+        self.real = args.model == EMBEDDED
+        if self.real:
+            self.checkpoint = ckpt.load(EMBEDDED)
+        else:
+            self.checkpoint = random_checkpoint(args.model, self.device, args.block_len)
+        self.config = self.checkpoint.config
+        self.draft_len = args.draft_len or self.config.block_len - 1
+        self.accepted = min(args.accepted or PUBLISHED.get(args.model, 0.0), self.draft_len)
+        self.bandwidth = common.read_bandwidth(self.device)
+        self.cycles = WARM_UP + args.cycles  # of a row
+        self.model = None
+
+    def trace(self, mode: str, batch: int) -> torch.Tensor:
+        """Accepted drafts of every measured cycle and sequence, ``[cycles, batch]``; used over again around those."""
+        if mode == "ar":
+            return torch.zeros(1, batch, dtype=torch.int32)
+        return trace(self.accepted, self.draft_len, self.args.cycles, batch)
+
+    def room(self, context: int, mode: str, batch: int) -> int:
+        """Positions of a sequence that starts at ``context`` and never ends while it is measured."""
+        accepted = self.trace(mode, batch)
+        most = int((accepted.sum(0) + len(accepted)).max()) * -(-self.cycles // len(accepted))
+        return context + most + 4 * (self.draft_len + 1)
+
+    def positions(self) -> int:
+        """As many as any row needs."""
+        cases = ((max(self.args.context), mode, max(self.args.batch)) for mode in self.args.modes)
+        return self.max_seq_len if self.real else max(self.room(*case) for case in cases)
+
+    def engine(self, mode: str, batch: int, max_seq_len: int) -> Engine:
+        """An engine over weights that all engines of this call share."""
+
+        def shared(checkpoint, **kwargs):
+            if self.model is None:
+                self.model = Model(checkpoint, **kwargs | {"max_seq_len": self.positions()})
+            return self.model
+
+        with mock.patch("orthrus_rt.engine.Model", shared):
+            return Engine(
+                self.checkpoint, device=self.device, dtype=self.dtype, mode=mode, max_seq_len=max_seq_len,
+                draft_len=self.draft_len, max_batch_size=batch, num_pages=None,
+            )  # fmt: skip
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def floor_ms(self, mode: str, batch: int, context: float) -> float:
+        """Least time of a cycle by what it must read: each pass's weights and every sequence's cache once."""
+        c = self.config
+        cache = 2 * batch * context * c.num_layers * c.num_heads_kv * c.head_dim * 2
+        views = ("",) if mode == "ar" else ("", "_diff")
+        return sum(self.weight_bytes(view) + cache for view in views) / self.bandwidth * 1e-6
+
+    def weight_bytes(self, view: str) -> int:
+        """bf16 bytes of the matrices that a pass of one view reads, the head included."""
+        head = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        total = 0
+        for name, shape in ckpt.expected_tensors(self.config).items():
+            attention = "self_attn" in name
+            mine = name.endswith("_diff.weight") == bool(view) if attention else "mlp" in name or name == head
+            total += 2 * shape[0] * shape[1] if mine and len(shape) == 2 else 0
+        return total
+
+    def row(self, runtime, mode, batch, context, cycle_s, tokens_per_cycle, *, grown=0.0, **more) -> dict:
+        """``cycle_s``: seconds per cycle of the whole batch; ``tokens_per_cycle``: of one sequence, whose cache was
+        ``grown`` tokens longer than ``context`` on average.
+        """
+        floor = self.floor_ms(mode, batch, context + grown)
+        drafts = mode != "ar"
+        simulated_text = f"simulated acceptance a={self.accepted:g}"
+        return {
+            "model": self.args.model,
+            "runtime": runtime,
+            "mode": mode,
+            "block_len": self.draft_len + 1 if drafts else 1,
+            "batch": batch,
+            "context": round(context),
+            "acceptance": ("real" if self.real else simulated_text) if drafts else "none (ar)",
+            "tokens_per_cycle": tokens_per_cycle,
+            "ms_per_cycle": cycle_s * 1e3,
+            "floor_ms": floor,
+            "of_floor": floor / (cycle_s * 1e3),
+            "tok_s": batch * tokens_per_cycle / cycle_s,
+        } | more
 
 
-def bytes_per_cycle(engine: Engine, mode: str, slots: int, context: int) -> int:
-    """Least bytes read by one cycle: each pass's weights once, and every sequence's cache once per pass."""
-    sizes, c = engine.model.nbytes(), engine.config
-    cache = 2 * slots * context * c.num_layers * c.num_heads_kv * c.head_dim * 2
-    verify = sizes["ar"] + cache
-    if mode == "ar":
-        return verify
-    own_ar = sum(layer.qkv.nbytes + layer.o.nbytes for layer in engine.model.layers)
-    return verify + sizes["ar"] - own_ar + sizes["diffusion"] + cache
+def peak_gb(bench: Bench, engine: Engine | None = None) -> dict:
+    """Peak device memory since the last call; on the CPU what the engine planned."""
+    if bench.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() * 1e-9
+        torch.cuda.reset_peak_memory_stats()
+        return {"peak_gb": peak}
+    return {"peak_gb": engine.memory_report()["total"] * 1e-9} if engine else {}
 
 
-def time_cycle(cycle: Cycle, context: int, repeats: int) -> dict[str, float]:
-    """Microseconds per replay: p50, p20, p80. Every cycle commits a token or a few, which the pages have room for."""
-    state = cycle.state
-    state.cache_seqlens.fill_(context)
-    state.finish.fill_(st.RUNNING)
-    return common.measure(cycle.run, cycle.model.device, repeats=repeats)
+def place(engine: Engine, batch: int, context: int) -> None:
+    """``batch`` sequences in the middle of their decoding, ``context`` tokens of random keys and values each.
+
+    They are requests like any other, resumed behind a prompt that is not pushed through the network.
+    """
+    engine.kv.pages.normal_()
+    params = SamplingParams(max_new_tokens=engine.max_seq_len, ignore_eos=True)
+    for _ in range(batch):
+        request, _ = engine._submitted[engine.submit([7] * context, params)]
+        request.tokens.append(1)
+    with (
+        mock.patch.object(engine.runner, "_forward", lambda *_: None),
+        mock.patch("orthrus_rt.engine.PREFILL_CHUNK", MANY),
+        mock.patch("orthrus_rt.runner.PREFILL_CHUNK", MANY),
+    ):
+        engine.step()
 
 
-def main() -> None:
+def simulated_row(bench: Bench, mode: str, batch: int, context: int) -> dict:
+    """The engine's steps, scheduler and results included, over cycles that accept by the trace."""
+    length = bench.room(context, mode, batch)
+    with simulated(bench.trace(mode, batch)), contextlib.closing(bench.engine(mode, batch, length)) as engine:
+        place(engine, batch, context)
+        for _ in range(WARM_UP):
+            engine.step()
+        bench.sync()
+        start, tokens = time.perf_counter(), 0
+        for _ in range(bench.args.cycles):
+            tokens += sum(len(out.new_token_ids) for out in engine.step())
+        bench.sync()
+        seconds = time.perf_counter() - start
+        memory = peak_gb(bench, engine)
+    per_cycle = tokens / bench.args.cycles / batch
+    more = memory | {"grown": per_cycle * bench.cycles / 2}
+    return bench.row("orthrus_rt", mode, batch, context, seconds / bench.args.cycles, per_cycle, **more)
+
+
+def real_row(bench: Bench, mode: str, batch: int, kind: str) -> dict:
+    """The built-in prompts of one kind through the engine, ``batch`` at a time; time from the first decode cycle on."""
+    ids, params = prompts_of(bench, kind), SamplingParams(max_new_tokens=bench.args.tokens, ignore_eos=True)
+    with contextlib.closing(bench.engine(mode, batch, bench.max_seq_len)) as engine:
+        engine.generate(ids[:batch], SamplingParams(max_new_tokens=8))
+        before, start = dict(engine.metrics.times), time.perf_counter()
+        outs = engine.generate(ids, params)
+        bench.sync()
+        engine.step()  # takes the times that were still under way
+        seconds = time.perf_counter() - start
+        after, memory = engine.metrics.times, peak_gb(bench, engine)
+    spent = {k: (after[k][0] - n, after[k][1] - s) for k, (n, s) in before.items()}
+    seconds -= spent["prefill"][1]
+    cycles, device_seconds = spent[f"{mode}_cycle"]
+    tokens = sum(o.stats.tokens - 1 for o in outs)
+    mean = sum(map(len, ids)) / len(ids) + bench.args.tokens / 2
+    per_sequence = tokens / sum(o.stats.cycles for o in outs)
+    more = memory | {"device_ms": 1e3 * device_seconds / cycles, "kind": kind}
+    row = bench.row("orthrus_rt", mode, batch, mean, seconds / cycles, per_sequence, **more)
+    return row | {"tok_s": tokens / seconds}  # towards the end cycles run with slots empty
+
+
+def prompts_of(bench: Bench, kind: str) -> list[list[int]]:
+    tokenizer = bench.checkpoint.load_tokenizer()
+    return [p.encode(tokenizer) for p in prompts.load(kind)[: bench.args.num_prompts]]
+
+
+def device_busy_ms(run) -> float:
+    """The time that kernels take in one call of ``run``, however long the host leaves gaps between them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiled.key_averages()) * 1e-3
+
+
+def baseline_row(bench: Bench, name: str, weights: Weights, mode: str, batch: int, context: int) -> dict:
+    """A baseline's cycles under the same trace, read by the host as they come."""
+    if name == "eager":
+        baseline = GrowingCache(weights, mode, bench.draft_len)
+    else:
+        baseline = StaticCache(weights, mode, bench.draft_len, batch, bench.room(context, mode, batch))
+    baseline.place(context)
+    accepted = bench.trace(mode, batch).tolist()
+    steps = iter(range(MANY))
+
+    def cycle():
+        return baseline.cycle(accepted[next(steps) % len(accepted)])
+
+    for _ in range(WARM_UP):
+        cycle()
+    bench.sync()
+    start, tokens = time.perf_counter(), 0
+    for _ in range(bench.args.cycles):
+        tokens += sum(map(len, cycle()))
+    bench.sync()
+    seconds = time.perf_counter() - start
+    per_cycle = tokens / bench.args.cycles / batch
+    more = peak_gb(bench) | {"grown": per_cycle * bench.cycles / 2}
+    if bench.device.type == "cuda":
+        more["device_ms"] = device_busy_ms(cycle)
+    return bench.row(f"baseline {name}", mode, batch, context, seconds / bench.args.cycles, per_cycle, **more)
+
+
+def real_baseline_row(bench: Bench, name: str, weights: Weights, mode: str, kind: str) -> dict:
+    """A baseline over the prompts of one kind, one after another, prefill left out as for the engine."""
+    seconds = tokens = cycles = 0
+    ids = prompts_of(bench, kind)
+    for prompt in ids:
+        if name == "eager":
+            baseline = GrowingCache(weights, mode, bench.draft_len)
+        else:
+            length = len(prompt) + bench.args.tokens + 4 * (bench.draft_len + 1)
+            baseline = StaticCache(weights, mode, bench.draft_len, 1, length)
+        baseline.prefill([prompt])
+        baseline.cycle()  # a graph's recording is not part of decoding
+        bench.sync()
+        start, total = time.perf_counter(), 1
+        while total < bench.args.tokens:
+            total += len(baseline.cycle()[0])
+            cycles += 1
+        bench.sync()
+        seconds += time.perf_counter() - start
+        tokens += min(total, bench.args.tokens) - 1
+    more = {"kind": kind} | peak_gb(bench)
+    if bench.device.type == "cuda":
+        more["device_ms"] = device_busy_ms(baseline.cycle)
+    mean = sum(map(len, ids)) / len(ids) + bench.args.tokens / 2
+    return bench.row(f"baseline {name}", mode, 1, mean, seconds / cycles, tokens / cycles, **more)
+
+
+def attempt(measure, *args) -> dict | None:
+    """The row, or None where it does not fit into the device's memory."""
+    try:
+        return measure(*args)
+    except torch.OutOfMemoryError as error:
+        print(f"does not fit: {' '.join(map(str, args[1:]))}: {' '.join(str(error).split())}", flush=True)
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def rows_of(bench: Bench) -> list[dict]:
+    args, rows = bench.args, []
+
+    def add(measure, *rest):
+        row = attempt(measure, bench, *rest)
+        if row:
+            rows.append(row)
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+
+    cases = args.kinds if bench.real else args.context
+    for case in cases:
+        for batch in args.batch:
+            for mode in args.modes:
+                if bench.real:
+                    add(real_row, mode, batch, case)
+                else:
+                    add(simulated_row, mode, batch, case)
+    bench.model = None  # the baselines bring weights of their own
+    for name in args.baselines:
+        gc.collect()
+        weights = Weights(bench.checkpoint, bench.device, bench.dtype, bench.positions(), fused=name == "graphed")
+        for case in cases:
+            for batch in args.batch if name == "graphed" and not bench.real else (1,):
+                for mode in args.modes:
+                    if bench.real:
+                        add(real_baseline_row, name, weights, mode, case)
+                    else:
+                        add(baseline_row, name, weights, mode, batch, case)
+        del weights
+    return with_speed_up(rows)
+
+
+def with_speed_up(rows: list[dict]) -> list[dict]:
+    """``over_ar``: tokens per second over this engine's own AR decoding of the same case."""
+
+    def case(row):
+        return row["batch"], row.get("kind", row["context"])
+
+    own = {case(r): r["tok_s"] for r in rows if r["runtime"] == "orthrus_rt" and r["mode"] == "ar"}
+    return [row | {"over_ar": row["tok_s"] / own[case(row)] if case(row) in own else None} for row in rows]
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SHAPES, required=True)
-    parser.add_argument("--context", type=int, nargs="+", default=[1024])
+    parser.add_argument("--model", choices=(*SHAPES, EMBEDDED), required=True)
+    parser.add_argument("--context", type=int, nargs="+", default=[1024], help="official shapes: committed tokens")
+    parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"], help="embedded model")
+    parser.add_argument("--num-prompts", type=int, help="embedded model: only the first prompts of each kind")
+    parser.add_argument("--tokens", type=int, default=128, help="embedded model: new tokens of each prompt")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--modes", nargs="+", default=["ar", "two_pass"])
-    parser.add_argument("--block-len", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--baselines", nargs="*", choices=("eager", "graphed"), default=["eager", "graphed"])
+    parser.add_argument("--block-len", type=int, default=32, help="official shapes: K of the checkpoint")
+    parser.add_argument("--draft-len", type=int, help="drafts per cycle; K-1 by default")
+    parser.add_argument("--accepted", type=float, help="official shapes: accepted drafts per cycle to simulate")
+    parser.add_argument("--cycles", type=int, default=64, help="measured cycles per row")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", help="folder for the JSON and the table")
-    args = parser.parse_args()
-    device = torch.device(args.device)
+    args = parser.parse_args(argv)
     with torch.inference_mode():
-        engine = Engine(
-            random_checkpoint(args.model, device, args.block_len), device=device, dtype=torch.bfloat16, mode="two_pass",
-            max_seq_len=128, draft_len=None, max_batch_size=1, num_pages=None,
-        )  # fmt: skip
-        bandwidth = common.read_bandwidth(device)
-        rows = []
-        for context in args.context:
-            for slots in args.batch:
-                for mode in args.modes:
-                    cycle = make_cycle(engine, mode, slots, context, args.block_len)
-                    times = time_cycle(cycle, context, args.repeats)
-                    floor = bytes_per_cycle(engine, mode, slots, context) / bandwidth * 1e-6
-                    rows.append(
-                        {
-                            "model": args.model,
-                            "mode": mode,
-                            "block_len": 1 if mode == "ar" else args.block_len,
-                            "batch": slots,
-                            "context": context,
-                            "ms_per_cycle": times["p50"] / 1e3,
-                            "p20_ms": times["p20"] / 1e3,
-                            "p80_ms": times["p80"] / 1e3,
-                            "floor_ms": floor,
-                            "floor_over_time": floor / times["p50"] * 1e3,
-                        }
-                    )
-                    print(rows[-1], flush=True)
-    facts = common.header(device) | {"read_bandwidth_gb_s": bandwidth}
-    common.report(f"decode-{args.model}", facts, rows, args.out)
+        bench = Bench(args)
+        rows = rows_of(bench)
+    command = " ".join(["python -m bench.bench_decode", *(sys.argv[1:] if argv is None else argv)])
+    facts = common.header(bench.device) | {"read_bandwidth_gb_s": bench.bandwidth, "command": command}
+    common.report(f"decode-{Path(args.model).name}", facts, rows, args.out)
 
 
 if __name__ == "__main__":

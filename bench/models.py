@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -9,11 +10,12 @@ import torch
 from orthrus_rt.checkpoint import Checkpoint, expected_tensors
 from orthrus_rt.config import ModelConfig
 
-# size -> hidden, MLP, layers, query heads, tied head
+# size -> hidden, MLP, layers, query heads, key/value heads, head_dim, vocabulary, tied head
 SHAPES = {
-    "1.7b": (2048, 6144, 28, 16, True),
-    "4b": (2560, 9728, 36, 32, True),
-    "8b": (4096, 12288, 36, 32, False),
+    "1.7b": (2048, 6144, 28, 16, 8, 128, 151936, True),
+    "4b": (2560, 9728, 36, 32, 8, 128, 151936, True),
+    "8b": (4096, 12288, 36, 32, 8, 128, 151936, False),
+    "tiny": (128, 256, 2, 4, 2, 64, 512, True),  # to try a benchmark out
 }
 
 
@@ -27,7 +29,7 @@ class RandomTensors(Mapping):
         shape = self.shapes[name]
         if len(shape) == 1:
             return torch.ones(shape, device=self.device)
-        generator = torch.Generator(self.device).manual_seed(hash(name) % 2**31)
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
         out = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
         return out.normal_(0, shape[1] ** -0.5, generator=generator)
 
@@ -39,24 +41,24 @@ class RandomTensors(Mapping):
 
 
 def random_checkpoint(size: str, device, block_len: int = 32) -> Checkpoint:
-    """The official shape ``size`` (1.7b, 4b or 8b) with random weights on ``device``."""
-    hidden, mlp, layers, heads, tied = SHAPES[size]
+    """The official shape ``size`` (1.7b, 4b or 8b; or tiny) with random weights on ``device``."""
+    hidden, mlp, layers, heads_q, heads_kv, head_dim, vocab, tied = SHAPES[size]
     config = ModelConfig(
         family="qwen3",
-        vocab_size=151936,
+        vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=mlp,
         num_layers=layers,
-        num_heads_q=heads,
-        num_heads_kv=8,
-        head_dim=128,
+        num_heads_q=heads_q,
+        num_heads_kv=heads_kv,
+        head_dim=head_dim,
         rms_norm_eps=1e-6,
         max_position_embeddings=40960,
         tie_word_embeddings=tied,
         qk_norm=True,
         block_len=block_len,
-        mask_token_id=151669,
-        eos_token_ids=(151645,),
+        mask_token_id=min(151669, vocab - 1),
+        eos_token_ids=(min(151645, vocab - 2),),
         rope={"rope_type": "default", "rope_theta": 1000000.0},
         name=f"random-{size}",
     )

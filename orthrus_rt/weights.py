@@ -86,7 +86,8 @@ class _HugePages:
         size = -(-shape.numel() // self.LINE) * self.LINE
         with self.lock:
             if size > self.block.numel():
-                block = torch.empty(max(size, self.BLOCK) + self.PAGE, dtype=torch.bfloat16)
+                with torch.inference_mode(False):  # else only callers in inference mode could use the rest of it
+                    block = torch.empty(max(size, self.BLOCK) + self.PAGE, dtype=torch.bfloat16)
                 self.block = block[-(block.data_ptr() // 2) % self.PAGE :]
                 dispatch.native().cpu.advise_huge_pages(self.block.data_ptr(), self.block.nbytes)
             data, self.block = self.block[: shape.numel()].view(shape), self.block[size:]

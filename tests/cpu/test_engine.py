@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from orthrus_rt import dispatch
 from orthrus_rt import state as st
 from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
@@ -93,6 +94,14 @@ def test_stream_is_generate_in_pieces(engine):
     assert [t for p in pieces for t in p.token_ids] == engine.generate(PROMPT, params).token_ids
     assert len(pieces[0].token_ids) == 1 and pieces[-1].finish_reason == "length"
     assert all(p.finish_reason is None for p in pieces[:-1])
+
+
+@pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+def test_engines_made_in_inference_mode_leave_nothing_behind():
+    """Packed weights share blocks of memory, whoever asks for them."""
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            Engine.from_pretrained(str(FOLDER), device="cpu", dtype="bfloat16", max_seq_len=64)
 
 
 def test_closing_a_stream_frees_everything(engine):

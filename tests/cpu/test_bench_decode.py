@@ -1,0 +1,134 @@
+"""The decode benchmark's own logic: baselines give the engine's tokens, simulated acceptance is what is stated."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+
+from bench import bench_decode
+from bench.acceptance import per_position, simulated, trace
+from bench.baselines import GrowingCache, StaticCache, Weights, generate
+from orthrus_rt import checkpoint, dispatch
+from orthrus_rt.engine import Engine
+from orthrus_rt.profile import calls_of, staged
+from orthrus_rt.sampling import SamplingParams
+from tests import byte_tokenizer, checkpoints
+
+needs_native = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [53, 58, 9], [7]]
+TOKENS = 30
+
+
+@pytest.fixture(scope="module", params=("qwen3", "llama"))
+def folder(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    untied = {"tie_word_embeddings": False} if request.param == "llama" else {}
+    return str(checkpoints.make(path, request.param, diff_noise=0.02, **untied))
+
+
+@pytest.mark.parametrize("mode", ("ar", "two_pass"))
+@torch.inference_mode()
+def test_baselines_give_the_engines_tokens_and_cycles(folder, mode):
+    engine = Engine.from_pretrained(folder, device="cpu", dtype="float32", max_seq_len=128, mode=mode)
+    outs = [engine.generate(p, SamplingParams(TOKENS, ignore_eos=True)) for p in PROMPTS]
+    want = [out.token_ids for out in outs]
+    if mode == "two_pass":
+        assert sum(out.stats.tokens - 1 for out in outs) / sum(out.stats.cycles for out in outs) > 1.5
+    loaded = checkpoint.load(folder)
+    for fused in (False, True):
+        weights = Weights(loaded, "cpu", torch.float32, 128, fused=fused)
+        for prompt, out in zip(PROMPTS, outs, strict=True):
+            for baseline in (GrowingCache(weights, mode, 7), StaticCache(weights, mode, 7, 1, 64)):
+                (tokens,), cycles = generate(baseline, [prompt], TOKENS)
+                assert tokens == out.token_ids and cycles == out.stats.cycles
+    together = StaticCache(weights, mode, 7, 3, 300)
+    assert generate(together, PROMPTS, TOKENS)[0] == want
+
+
+def test_forced_acceptance_of_the_baselines(folder):
+    weights = Weights(checkpoint.load(folder), "cpu", torch.float32, 256, fused=True)
+    with torch.inference_mode():
+        for baseline in (GrowingCache(weights, "two_pass", 7), StaticCache(weights, "two_pass", 7, 1, 256)):
+            baseline.place(20)
+            assert [len(baseline.cycle([a])[0]) for a in (0, 7, 3, 9)] == [1, 8, 4, 8]
+            assert int(baseline.n) == 20 + 21
+
+
+@pytest.mark.parametrize(("mean", "draft_len"), [(0.0, 7), (3.0, 7), (9.7, 31), (7.0, 7)])
+def test_a_trace_accepts_what_it_states(mean, draft_len):
+    accepted = trace(mean, draft_len, 64, 3)
+    assert accepted.shape == (64, 3) and int(accepted.min()) >= 0 and int(accepted.max()) <= draft_len
+    assert accepted.float().mean(0).tolist() == pytest.approx([mean] * 3, abs=0.1)
+    assert mean in (0, draft_len) or not torch.equal(accepted[:, 0], accepted[:, 1])
+    assert sum(per_position(mean, draft_len) ** i for i in range(1, draft_len + 1)) == pytest.approx(mean, abs=1e-6)
+    with pytest.raises(ValueError, match=r"accepted drafts per cycle must be within \[0, 7\] \(draft_len\), got 8"):
+        trace(8, 7, 64, 1)
+
+
+@needs_native
+def test_simulated_cycles_accept_by_the_trace_and_do_the_same_work(tmp_path):
+    folder = str(checkpoints.make(tmp_path, dtype=torch.bfloat16))
+    drawn = torch.tensor([[0, 7], [3, 1], [7, 0]], dtype=torch.int32)
+    params, lengths, calls = SamplingParams(max_new_tokens=60, ignore_eos=True), [], []
+    with torch.inference_mode():
+        for context in (contextlib.nullcontext(), simulated(drawn)):
+            engine = Engine.from_pretrained(folder, device="cpu", max_seq_len=128, max_batch_size=2)
+            with context, staged(engine, "two_pass", None, 2, 40) as (cycle, _):
+                calls.append([(call.name, call.nbytes()) for call in calls_of(cycle.run_eager)])
+    assert calls[0] == calls[1]  # the same ops over as many bytes
+    with simulated(drawn):
+        engine = Engine.from_pretrained(folder, device="cpu", max_seq_len=128, max_batch_size=2)
+        ids = [engine.submit(p, params) for p in PROMPTS[:2]]
+        engine.step()
+        for _ in range(6):
+            out = {o.request_id: len(o.new_token_ids) for o in engine.step()}
+            lengths.append([out[i] for i in ids])
+    assert lengths == (drawn + 1).tolist() * 2
+
+
+@needs_native
+def test_rows_of_an_official_shape(tmp_path, capsys):
+    arguments = "--model tiny --device cpu --context 70 --batch 1 2 --cycles 16 --accepted 5 --block-len 8"
+    bench_decode.main([*arguments.split(), "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "decode-tiny.json").read_text())
+    rows = report["rows"]
+    assert report["header"]["command"].startswith("python -m bench.bench_decode --model tiny")
+    cases = [(r["runtime"], r["mode"], r["batch"]) for r in rows]
+    modes = ("ar", "two_pass")
+    assert cases == [
+        *(("orthrus_rt", mode, batch) for batch in (1, 2) for mode in modes),
+        *(("baseline eager", mode, 1) for mode in modes),
+        *(("baseline graphed", mode, batch) for batch in (1, 2) for mode in modes),
+    ]
+    for row in rows:
+        drafts = row["mode"] == "two_pass"
+        assert row["acceptance"] == ("simulated acceptance a=5" if drafts else "none (ar)")
+        assert row["tokens_per_cycle"] == pytest.approx(6 if drafts else 1, abs=0.1)
+        assert row["tok_s"] == pytest.approx(row["batch"] * row["tokens_per_cycle"] / row["ms_per_cycle"] * 1e3)
+        assert row["of_floor"] == pytest.approx(row["floor_ms"] / row["ms_per_cycle"]) and row["floor_ms"] > 0
+    own = {r["batch"]: r["tok_s"] for r in rows[:4] if r["mode"] == "ar"}
+    assert all(r["over_ar"] == pytest.approx(r["tok_s"] / own[r["batch"]]) for r in rows)
+
+
+@needs_native
+def test_rows_of_a_model_that_accepts_by_itself(tmp_path, monkeypatch):
+    folder = str(byte_tokenizer.make_checkpoint(tmp_path / "model"))
+    monkeypatch.setattr(bench_decode, "EMBEDDED", folder)
+    arguments = f"--model {folder} --device cpu --batch 1 2 --kinds math --num-prompts 2 --tokens 12"
+    monkeypatch.setattr(bench_decode.Bench, "max_seq_len", 512)
+    bench_decode.main([*arguments.split(), "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("decode-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [r["runtime"] for r in rows] == ["orthrus_rt"] * 4 + ["baseline eager"] * 2 + ["baseline graphed"] * 2
+    for row in rows:
+        assert row["acceptance"] == ("real" if row["mode"] == "two_pass" else "none (ar)") and row["kind"] == "math"
+    assert rows[1]["tokens_per_cycle"] == rows[3]["tokens_per_cycle"] >= 1
+
+
+def test_what_does_not_fit_is_left_out(capsys):
+    def too_large(_, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert bench_decode.attempt(too_large, None, 64) is None
+    assert capsys.readouterr().out == "does not fit: 64: CUDA out of memory\n"
