@@ -280,7 +280,7 @@ def run_bench(args) -> int:
     else:
         rows = rates.decode_rates(
             engine, ("code", "chat"), args.modes, draft_len=args.draft_len, num_prompts=args.num_prompts,
-            batch=args.batch, max_new_tokens=args.max_new_tokens,
+            max_new_tokens=args.max_new_tokens,
         )  # fmt: skip
         tables = [({"batch": args.batch}, rows)]
     if args.json:

@@ -10,10 +10,9 @@ from orthrus_rt.sampling import SamplingParams
 
 
 def decode_rates(
-    engine, kinds: Sequence[str], modes: Sequence[str], *, draft_len=None, num_prompts=None, batch: int = 1,
-    max_new_tokens: int = 64,
-) -> list[dict]:  # fmt: skip
-    """Decode prompts of each kind in each mode, greedily, ``batch`` of them at a time.
+    engine, kinds: Sequence[str], modes: Sequence[str], *, draft_len=None, num_prompts=None, max_new_tokens: int = 64
+) -> list[dict]:
+    """Decode prompts of each kind in each mode, greedily, as many at a time as the engine has slots for.
 
     Returns:
         A row per kind and mode: ``kind``, ``mode``, ``block_len``, ``prompts``, ``tokens``, ``tokens_per_cycle`` (of a
@@ -22,16 +21,15 @@ def decode_rates(
     rows = []
     for kind in kinds:
         ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)[:num_prompts]]
-        batches = [ids[i : i + batch] for i in range(0, len(ids), batch)]
         for mode in modes:
-            rows.append({"kind": kind} | _rate(engine, batches, mode, draft_len, max_new_tokens))
+            rows.append({"kind": kind} | _rate(engine, ids, mode, draft_len, max_new_tokens))
     return rows
 
 
-def _rate(engine, batches, mode, draft_len, max_new_tokens) -> dict:
-    engine.generate(batches[0], SamplingParams(max_new_tokens=4), mode=mode, draft_len=draft_len)  # first-use costs
+def _rate(engine, ids, mode, draft_len, max_new_tokens) -> dict:
+    engine.generate(ids, SamplingParams(max_new_tokens=4), mode=mode, draft_len=draft_len)  # first-use costs
     params, before, start = SamplingParams(max_new_tokens), _cycles(engine, mode), time.perf_counter()
-    outs = [out for ids in batches for out in engine.generate(ids, params, mode=mode, draft_len=draft_len)]
+    outs = engine.generate(ids, params, mode=mode, draft_len=draft_len)
     seconds, stats = time.perf_counter() - start, [out.stats for out in outs]
     count, device_seconds = (now - then for now, then in zip(_cycles(engine, mode), before, strict=True))
     return {

@@ -90,8 +90,8 @@ def test_too_few_pages(folder):
 
 
 def test_rates_are_those_of_the_generations(tmp_path):
-    engine = make(str(byte_tokenizer.make_checkpoint(tmp_path)), max_seq_len=512)
-    rows = rates.decode_rates(engine, ("data",), ("ar", "two_pass"), num_prompts=3, batch=2, max_new_tokens=8)
+    engine = make(str(byte_tokenizer.make_checkpoint(tmp_path)), max_seq_len=512, max_batch_size=2)
+    rows = rates.decode_rates(engine, ("data",), ("ar", "two_pass"), num_prompts=3, max_new_tokens=8)
     assert [(r["kind"], r["mode"], r["block_len"], r["prompts"]) for r in rows] == [
         ("data", "ar", 1, 3), ("data", "two_pass", 8, 3)
     ]  # fmt: skip
