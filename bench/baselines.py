@@ -160,8 +160,8 @@ class StaticCache:
 
     def __init__(self, weights: Weights, mode: str, draft_len: int, batch: int, max_len: int):
         self.weights, self.block_len = weights, 1 if mode == "ar" else draft_len + 1
-        self.batch, self.max_len, c = batch, max_len, weights.config
-        shape = (c.num_layers, 2, batch, max_len, c.num_heads_kv, c.head_dim)
+        self.batch, self.max_len, c = batch, -(-max_len // 64) * 64, weights.config  # aligned masks, for SDPA
+        shape = (c.num_layers, 2, batch, self.max_len, c.num_heads_kv, c.head_dim)
         self.cache = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
         self.n, self.next_token, self.accepted = torch.zeros(3, batch, dtype=torch.long, device=weights.device)
         self.forced = torch.full((batch,), -1, device=weights.device)

@@ -191,9 +191,13 @@ def real_row(bench: Bench, mode: str, batch: int, kind: str) -> dict:
         engine.step()  # takes the times that were still under way
         seconds = time.perf_counter() - start
         after, memory = engine.metrics.times, peak_gb(bench, engine)
-    spent = {k: (after[k][0] - n, after[k][1] - s) for k, (n, s) in before.items()}
-    seconds -= spent["prefill"][1]
-    cycles, device_seconds = spent[f"{mode}_cycle"]
+
+    def spent(kind: str) -> tuple[int, float]:
+        then, now = (times.get(kind, (0, 0.0)) for times in (before, after))
+        return now[0] - then[0], now[1] - then[1]
+
+    seconds -= spent("prefill")[1]
+    cycles, device_seconds = spent(f"{mode}_cycle")
     tokens = sum(o.stats.tokens - 1 for o in outs)
     mean = sum(map(len, ids)) / len(ids) + bench.args.tokens / 2
     per_sequence = tokens / sum(o.stats.cycles for o in outs)
