@@ -107,13 +107,14 @@ class RejectionSampler:
     def _probs(self, logits: torch.Tensor) -> torch.Tensor:
         """fp64 ``[rows, vocab_size]``, computed in fp32."""
         p = self.params
-        if bool(logits.isnan().any()):
-            raise FloatingPointError("sampling: the logits contain NaN; are the weights finite?")
         probs = process_logits_probs(logits, p.temperature, p.top_k, p.top_p, p.min_p).double()
         return probs / probs.sum(-1, keepdim=True)
 
     def draft(self, logits: torch.Tensor, position: int) -> torch.Tensor:
-        """Draft tokens int32 ``[rows]`` for ``position, position + 1, ...`` from fp32 logits ``[rows, vocab_size]``."""
+        """Draft tokens int32 ``[rows]`` for ``position, position + 1, ...`` from fp32 logits ``[rows, vocab_size]``.
+
+        NaN counts as -inf, and a row of nothing else drafts id 0: a broken drafter is only slow.
+        """
         self._draft_probs = self._probs(logits)
         ids = [pick(q, uniform(self.seed, position + i, DRAFT)) for i, q in enumerate(self._draft_probs)]
         return torch.tensor(ids, dtype=torch.int32)
@@ -121,7 +122,12 @@ class RejectionSampler:
     def verify(self, logits: torch.Tensor, drafts: list[int], position: int) -> torch.Tensor:
         """Choices int32 ``[len(drafts) + 1]`` for positions ``position, ...``: each draft until the first rejected one,
         there the recovery token, and after all drafts the bonus token.
+
+        Raises:
+            FloatingPointError: the AR logits contain NaN.
         """
+        if bool(logits.isnan().any()):
+            raise FloatingPointError("sampling: the logits contain NaN; are the weights finite?")
         probs = self._probs(logits[: len(drafts) + 1])
         choices = list(drafts)
         for i, token in enumerate(drafts):
