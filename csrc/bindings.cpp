@@ -87,6 +87,11 @@ void bind_params(py::module_& m) {
     FIELD(num_rows); FIELD(vocab_size); FIELD(purpose);
   }
   {
+    using T = CountTokensParams;
+    auto cls = bind_struct<T>(m, "CountTokensParams");
+    FIELD(token_counts); FIELD(num_counted); FIELD(state); FIELD(vocab_size);
+  }
+  {
     using T = RmsNormParams;
     auto cls = bind_struct<T>(m, "RmsNormParams");
     FIELD(x); FIELD(weight); FIELD(row_index); FIELD(out); FIELD(num_rows); FIELD(hidden); FIELD(eps);
@@ -129,6 +134,7 @@ void bind_cpu(py::module_ m) {
   m.def("dual_attn", &cpu::dual_attn, release);
   m.def("consensus", &cpu::consensus, release);
   m.def("process_logits", &cpu::process_logits, release);
+  m.def("count_tokens", &cpu::count_tokens, release);
   m.def("rms_norm", &cpu::rms_norm, release);
   m.def("embed", &cpu::embed, release);
 

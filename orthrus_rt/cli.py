@@ -41,6 +41,16 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0 keeps all")
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens of mass P")
     sampling.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P x the likeliest")
+    for name, neutral, help in (
+        ("repetition", 1.0, "divide logits of tokens in prompt or output by X; 1 is off"),
+        ("presence", 0.0, "subtract X from logits of tokens in the output"),
+        ("frequency", 0.0, "subtract X for each time that a token is in the output"),
+    ):
+        sampling.add_argument(f"--{name}-penalty", type=float, default=neutral, metavar="X", help=help)
+    sampling.add_argument(
+        "--logit-bias", type=_token_bias, action="append", default=[], metavar="ID=X", help="add X to a token's logit"
+    )
+    sampling.add_argument("--min-tokens", type=int, default=0, metavar="N", help="do not stop before N tokens")
     sampling.add_argument("--seed", type=int, help="default: drawn, and reported with --stats or --json")
     generate.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end-of-sequence ids")
     generate.add_argument("--stats", action="store_true", help="print a table of rates after the text")
@@ -77,6 +87,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _token_bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    return int(token), float(value)
 
 
 def _add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None:
@@ -122,7 +137,9 @@ def run_generate(args) -> int:
 
     params = SamplingParams(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-        min_p=args.min_p, seed=args.seed, ignore_eos=args.ignore_eos,
+        min_p=args.min_p, seed=args.seed, ignore_eos=args.ignore_eos, repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty, frequency_penalty=args.frequency_penalty,
+        logit_bias=tuple(args.logit_bias), min_tokens=args.min_tokens,
     )  # fmt: skip
     engine = load_engine(args, args.mode)
     chat = bool(engine.tokenizer.chat_template) if args.chat is None else args.chat

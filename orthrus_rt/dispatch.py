@@ -17,14 +17,14 @@ import torch
 
 log = logging.getLogger("orthrus_rt")
 
-OPS = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus", "process_logits")
+OPS = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus", "process_logits", "count_tokens")
 IMPLEMENTATIONS = ("cpu", "cuda", "triton", "reference")
 
 # Preference per device type; the first available one wins.
 _PREFERENCE = {
     "cpu": {op: ("cpu", "reference") for op in OPS},
     "cuda": {op: ("cuda", "reference") for op in OPS}
-    | {op: ("triton", "reference") for op in ("embed", "rms_norm", "process_logits")}
+    | {op: ("triton", "reference") for op in ("embed", "rms_norm", "process_logits", "count_tokens")}
     | {"dual_attn": ("cuda", "triton", "reference")},
 }
 
@@ -53,7 +53,7 @@ def unavailable(impl: str, op: str, device_type: str, dtype: torch.dtype) -> str
     """Why ``impl`` cannot run ``op`` for tensors of this device and dtype; None if it can."""
     if impl == "reference":
         return None
-    if dtype is not torch.bfloat16 and op not in ("process_logits", "consensus"):  # these see no activations
+    if dtype is not torch.bfloat16 and op not in ("process_logits", "count_tokens", "consensus"):  # no activations
         return f"{impl} kernels take bfloat16, not {str(dtype).removeprefix('torch.')}"
     if impl in ("cpu", "cuda"):
         if device_type != impl:
@@ -68,7 +68,7 @@ def unavailable(impl: str, op: str, device_type: str, dtype: torch.dtype) -> str
             return "compute capability 8.0 or newer is needed"
         return None
     if impl == "triton":
-        if op not in ("embed", "rms_norm", "process_logits", "dual_attn"):
+        if op not in ("embed", "rms_norm", "process_logits", "count_tokens", "dual_attn"):
             return f"{op} has no triton implementation"
         if device_type != "cuda":
             return "triton kernels need cuda tensors"

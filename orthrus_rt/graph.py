@@ -118,7 +118,9 @@ class Cycle:
         return sum(t.nbytes for t in held if isinstance(t, torch.Tensor))
 
     def stage_first(self) -> None:
-        """Stage the first pass's rows from the state as it is."""
+        """Stage the first pass's rows from the state as it is, and count for penalties what it has emitted."""
+        if self.sampling is not None and self.sampling.edits is not None:
+            ops.count_tokens(self.state, self.sampling.edits)
         self._consensus(st.STEP_STAGE, (None, None), self.passes[0])
 
     def sample(self, p: Pass) -> None:
@@ -159,7 +161,10 @@ class Cycle:
 
     def _record(self) -> Callable[[], None]:
         # Recording runs nothing: the state stays as the eager cycle left it.
-        used = dispatch.OPS if self.sampling is not None else [op for op in dispatch.OPS if op != "process_logits"]
+        unused = {"process_logits", "count_tokens"}
+        if self.sampling is not None:
+            unused = {"count_tokens"} if self.sampling.edits is None else set()
+        used = (op for op in dispatch.OPS if op not in unused)
         chosen = {dispatch.select(op, self.model.device, self.model.dtype) for op in used}
         if "reference" in chosen:  # it reads values on the host, which no recording can
             return self.run_eager

@@ -10,12 +10,13 @@ import torch
 def memory_report(engine) -> dict[str, int]:
     """Bytes by use.
 
-    ``weights`` (of the AR view, embedding included), ``kv_pages`` and ``tables`` (rotary angles, page table) are what
-    AR decoding alone needs; only the last two grow with context. The diffusion view adds ``weights_diffusion``,
-    ``scratch`` (one layer's keys and values of the block rows) and, in ``cycles``, the verified rows' choices (greedy:
-    partial maxima instead of logits). ``activations`` and ``workspace`` (bounded) are sized by the most rows of a pass,
-    mostly a prefill's; ``cycles`` and ``graphs`` are what the cycles built so far hold: rows and choices, and what CUDA
-    graphs keep.
+    ``weights`` (of the AR view, embedding included), ``kv_pages`` and ``tables`` (rotary angles, page table) are
+    what AR decoding alone needs; only the last two grow with context. The diffusion view adds
+    ``weights_diffusion``, ``scratch`` (one layer's keys and values of the block rows) and, in ``cycles``, the
+    verified rows' choices (greedy: partial maxima instead of logits). ``activations`` and ``workspace`` (bounded)
+    are sized by the most rows of a pass, mostly a prefill's; ``edits`` is what penalties, bias and min_tokens need,
+    once a request asked for any; ``cycles`` and ``graphs`` are what the cycles built so far hold: rows and choices,
+    and what CUDA graphs keep.
     """
     runner, sizes = engine.runner, engine.model.nbytes()
     scratch = sum(t.numel() * t.element_size() for t in (runner.activations.scratch_k, runner.activations.scratch_v))
@@ -29,6 +30,7 @@ def memory_report(engine) -> dict[str, int]:
         "scratch": scratch,
         "activations": runner.activations.nbytes - scratch,
         "workspace": workspace,
+        "edits": runner.sampling.edits.nbytes if runner.sampling.edits else 0,
         "cycles": runner.cycle_bytes,
         "graphs": runner.graph_bytes,
     }

@@ -220,3 +220,13 @@ def process_logits(logits, rows, logit_rows, sampling, cache_seqlens, purpose, p
         purpose=purpose,
     )
     _launch("process_logits", params, logits.device)
+
+
+def count_tokens(state, edits):
+    params = dispatch.native().CountTokensParams(
+        token_counts=ptr(edits.token_counts),
+        num_counted=ptr(edits.num_counted),
+        state=state_struct(state),
+        vocab_size=edits.token_counts.shape[1],
+    )
+    _launch("count_tokens", params, state.finish.device)

@@ -371,6 +371,22 @@ def process_logits(
         run(logits, rows, logit_rows, sampling, cache_seqlens, purpose, partials, log_probs=log_probs)
 
 
+@nvtx.ranged("count_tokens")
+def count_tokens(state: st.SlotState, edits: st.SlotEdits) -> None:
+    """Count the tokens that the output ring received since the last call, at most a ring of them a slot.
+
+    Args:
+        state: ``num_output`` and ``output`` are read.
+        edits: of as many slots or more; ``token_counts`` and ``num_counted`` MUTATED.
+    """
+    op, device = "count_tokens", state.finish.device
+    _edits(op, edits, edits.num_counted.shape[0], None, device)
+    if edits.num_counted.shape[0] < state.num_slots:
+        raise ValueError(f"{op}: edits must have >= {state.num_slots} slots, got {edits.num_counted.shape[0]}")
+    if state.num_slots:
+        _choose(op, device, torch.int32)(state, edits)
+
+
 def _edits(op: str, edits: st.SlotEdits, slots: int, vocab: int | None, device) -> None:
     f32, i32 = torch.float32, torch.int32
     bias = edits.bias_ids.shape[-1]
@@ -379,7 +395,7 @@ def _edits(op: str, edits: st.SlotEdits, slots: int, vocab: int | None, device) 
         ("bias_ids", (slots, None), i32), ("bias_values", (slots, bias), f32), ("stop_ids", (slots, None), i32),
         ("min_position", (slots,), i32),
     ):  # fmt: skip
-        _tensor(op, f"sampling.edits.{name}", getattr(edits, name), shape, dtype, device)
+        _tensor(op, f"edits.{name}", getattr(edits, name), shape, dtype, device)
 
 
 def check_head_dim(head_dim: int, device: torch.device, dtype: torch.dtype) -> None:

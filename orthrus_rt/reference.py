@@ -371,3 +371,12 @@ def _edit(y, rows: Rows, r, slot, position, edits: st.SlotEdits, cache_seqlens):
     early = (position < edits.min_position[slot])[:, None] & (stop >= 0)
     banned = torch.zeros_like(y).scatter_add_(1, stop.clamp(min=0), early.float())
     return torch.where(banned > 0, -torch.inf, y)
+
+def count_tokens(state: st.SlotState, edits: st.SlotEdits):
+    """Count what the output ring received since the last call; see :func:`orthrus_rt.ops.count_tokens`."""
+    for s in range(state.num_slots):
+        total = int(state.num_output[s])
+        for i in range(int(edits.num_counted[s]), total):
+            token = int(state.output[s, i % state.output.shape[1]])
+            edits.token_counts[s, token] = max(int(edits.token_counts[s, token]), 0) + 1
+        edits.num_counted[s] = total

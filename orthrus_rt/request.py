@@ -106,12 +106,15 @@ def make_request(
     """A request that this model can serve within ``max_seq_len``.
 
     Raises:
-        ValueError: as :func:`check_prompt`, or there are too many stop ids.
+        ValueError: as :func:`check_prompt`, or there are too many stop ids, or a biased id is not in the vocabulary.
     """
     ids = check_prompt(prompt_ids, config.vocab_size, max_seq_len)
     if len(params.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         got = len(params.stop_token_ids)
         raise ValueError(f"stop_token_ids: at most {MAX_STOP_TOKEN_IDS} are supported, got {got}")
+    for token, _ in params.logit_bias:
+        if token >= config.vocab_size:
+            raise ValueError(f"logit_bias: ids must be within the vocabulary [0, {config.vocab_size}), got {token}")
     stop = sorted({*(() if params.ignore_eos else config.eos_token_ids), *params.stop_token_ids})
     limit = min(len(ids) + params.max_new_tokens, max_seq_len)
     return Request(request_id or uuid.uuid4().hex, ids, params, stop, limit)

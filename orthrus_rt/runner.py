@@ -6,7 +6,7 @@ the results of the one before, through pinned memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,8 +17,9 @@ from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import Rows, prefill_rows
 from orthrus_rt.reference import first_argmax
+from orthrus_rt.sampling import MAX_LOGIT_BIAS
 from orthrus_rt.scheduler import Request
-from orthrus_rt.state import SlotSampling, SlotState
+from orthrus_rt.state import SlotEdits, SlotSampling, SlotState
 from orthrus_rt.stopwatch import Stopwatch
 
 PREFILL_CHUNK = 512  # prompt tokens per prefill pass
@@ -62,17 +63,17 @@ class Runner:
         )
         self.stopwatch = Stopwatch(model.device)
         self.flights: list[Flight] = []
-        self._cycles: dict[tuple[str, int, int, bool], Cycle] = {}
+        self._cycles: dict[tuple, Cycle] = {}
         self._mailboxes: dict[int, list[dict[str, torch.Tensor]]] = {}
 
-    def cycle(self, mode: str, block_len: int, num_slots: int, greedy: bool = True) -> Cycle:
+    def cycle(self, mode: str, block_len: int, num_slots: int, sampling: SlotSampling | None = None) -> Cycle:
         """The cycle of the smallest batch bucket (a power of two) with ``num_slots`` slots; built on first use."""
         bucket = min(1 << (num_slots - 1).bit_length(), self.num_slots)
-        key = (mode, block_len, bucket, greedy)
+        key = (mode, block_len, bucket, sampling is not None, sampling is not None and sampling.edits is not None)
         if key not in self._cycles:
             self._cycles[key] = Cycle(
                 self.model, self.kv, self.state.view(slice(0, bucket), block_len), mode,
-                sampling=None if greedy else self.sampling, activations=self.activations, workspace=self.workspace,
+                sampling=sampling, activations=self.activations, workspace=self.workspace,
                 max_seq_len=self.max_seq_len,
             )  # fmt: skip
         return self._cycles[key]
@@ -104,6 +105,20 @@ class Runner:
         sampling.top_p[slot] = params.top_p
         sampling.min_p[slot] = params.min_p
         sampling.seed[slot] = request.stats.seed or 0
+        if params.edits and sampling.edits is None:
+            sampling.edits = SlotEdits.allocate(
+                self.num_slots, self.model.config.vocab_size, MAX_LOGIT_BIAS, state.stop_ids
+            )
+        if sampling.edits is not None:
+            sampling.edits.begin(slot, request.prompt, request.tokens, params)
+
+    def _sampling(self, requests: list[Request]) -> SlotSampling | None:
+        """What their choices need beyond the logits' partial maxima; None for nothing."""
+        if any(r.params.edits for r in requests):
+            return self.sampling
+        if all(r.params.greedy for r in requests):
+            return None
+        return replace(self.sampling, edits=None)
 
     def reset(self) -> None:
         """Forget what was launched; no slot runs."""
@@ -134,10 +149,11 @@ class Runner:
         last = first + len(chunk) == len(request.to_prefill)
         wants_choice = last and not request.tokens
         picked = torch.tensor([len(chunk) - 1], dtype=torch.int32, device=self.model.device) if wants_choice else None
-        out = self._buffers(1, not request.params.greedy)
+        scored = self._sampling([request]) is not None
+        out = self._buffers(1, scored)
         rows = prefill_rows(tokens, first, slot)
         with self.stopwatch.time("prefill"):
-            self._forward(rows, picked, not request.params.greedy, out)
+            self._forward(rows, picked, scored, out)
         request.prefilled += len(chunk)
         if last:
             view = self.state.view(slice(slot, slot + 1), block_len)
@@ -157,10 +173,9 @@ class Runner:
         if request.rejection is not None:
             ids = request.rejection.verify(value, [], len(request.prompt))
             partials = (None, ids.to(value.device)[:, None])
-        elif not request.params.greedy:
+        elif sampling := self._sampling([request]):
             partials = st.empty_partials(1, st.num_score_tiles(value.shape[1]), value.device)
-            seqlens = self.state.cache_seqlens
-            ops.process_logits(value, rows, picked, self.sampling, seqlens, COUPLED, partials)
+            ops.process_logits(value, rows, picked, sampling, self.state.cache_seqlens, COUPLED, partials)
         ops.consensus(view, partials, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id)
 
     def _buffers(self, rows: int, logits: bool):
@@ -192,8 +207,7 @@ class Runner:
 
     def decode(self, requests: list[Request], mode: str, block_len: int) -> None:
         """Launch one cycle for the running slots, which ``requests`` hold."""
-        greedy = all(r.params.greedy for r in requests)
-        cycle = self.cycle(mode, block_len, 1 + max(r.slot for r in requests), greedy)
+        cycle = self.cycle(mode, block_len, 1 + max(r.slot for r in requests), self._sampling(requests))
         with self.stopwatch.time(f"{mode}_cycle"):
             if any(r.rejection for r in requests):
                 self._rejection_cycle(cycle, requests)

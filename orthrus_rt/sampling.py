@@ -9,7 +9,9 @@ and min-p. (Speculative sampling: Leviathan et al. 2023, Chen et al. 2023; arXiv
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,7 @@ from orthrus_rt.reference import process_logits_probs
 
 # Every random number is keyed by (seed, position, purpose), never by call order.
 DRAFT, ACCEPT, RECOVER = 0, 1, 2
+MAX_LOGIT_BIAS = 256
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class SamplingParams:
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of likeliest tokens whose mass reaches it, in (0, 1].
         min_p: drop tokens less likely than min_p x the likeliest, in [0, 1).
+        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the output, > 0.
+        presence_penalty: subtracted from the logits of tokens in the output, in [-2, 2].
+        frequency_penalty: subtracted once for each time that a token is in the output, in [-2, 2].
+        logit_bias: ``{token id: value}`` added to the logits; at most 256.
+        min_tokens: stop ids, the model's own included, cannot be chosen before this many tokens, 0 ... max_new_tokens.
         seed: non-negative int below 2**63; None draws one, reported in ``stats.seed``.
         stop_token_ids: ids that end the sequence besides the model's own; they are part of the output.
         ignore_eos: do not stop at the model's own end-of-sequence ids.
@@ -46,29 +54,57 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     acceptance: str = "coupled"
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "top_k", *(["seed"] if self.seed is not None else [])):
+        for name in ("max_new_tokens", "top_k", "min_tokens", *(["seed"] if self.seed is not None else [])):
             object.__setattr__(self, name, _integer(name, getattr(self, name)))
         stop = tuple(_integer("stop_token_ids", t) for t in self.stop_token_ids)
         object.__setattr__(self, "stop_token_ids", stop)
+        pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
+        bias = tuple((_integer("logit_bias", t), float(value)) for t, value in pairs)  # hashable, as all else
+        object.__setattr__(self, "logit_bias", bias)
         checks = (
             ("max_new_tokens", ">= 1", self.max_new_tokens >= 1),
             ("temperature", "finite and >= 0", 0 <= self.temperature < float("inf")),
             ("top_k", "in [0, 2**31)", 0 <= self.top_k < 2**31),
             ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
             ("min_p", "in [0, 1)", 0 <= self.min_p < 1),
+            ("repetition_penalty", "finite and > 0", 0 < self.repetition_penalty < float("inf")),
+            ("presence_penalty", "in [-2, 2]", -2 <= self.presence_penalty <= 2),
+            ("frequency_penalty", "in [-2, 2]", -2 <= self.frequency_penalty <= 2),
+            ("logit_bias", f"of at most {MAX_LOGIT_BIAS} ids, once each",
+             len(dict(bias)) == len(bias) <= MAX_LOGIT_BIAS),
+            ("logit_bias", "finite values for ids in [0, 2**31)",
+             all(0 <= t < 2**31 and math.isfinite(value) for t, value in bias)),
+            ("min_tokens", "in [0, max_new_tokens]", 0 <= self.min_tokens <= self.max_new_tokens),
             ("seed", "None or in [0, 2**63)", self.seed is None or 0 <= self.seed < 2**63),
             ("stop_token_ids", "all in [0, 2**31)", all(0 <= t < 2**31 for t in self.stop_token_ids)),
             ("acceptance", "'coupled' or 'rejection'", self.acceptance in ("coupled", "rejection")),
-        )
+            ("acceptance", "'coupled' with penalties, logit_bias or min_tokens",
+             self.acceptance == "coupled" or not self.edits),
+        )  # fmt: skip
         for name, expected, good in checks:
             if not good:
                 raise ValueError(f"SamplingParams: {name} must be {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def edits(self) -> bool:
+        """Whether logits are changed before they are filtered."""
+        return bool(self.penalised or self.logit_bias or self.min_tokens)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether it matters which tokens were seen."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     @property
     def greedy(self) -> bool:

@@ -65,6 +65,27 @@ class SlotEdits:
             min_position=torch.zeros(num_slots, **i32),
         )
 
+    def begin(self, slot: int, prompt: list[int], tokens: list[int], params) -> None:
+        """Write what ``params`` (a SamplingParams) ask of a slot that has ``prompt`` and generated ``tokens``."""
+        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        self.penalties[slot] = torch.tensor(penalties).to(self.penalties.device)
+        self.min_position[slot] = len(prompt) + params.min_tokens
+        self.num_counted[slot] = len(tokens)
+        self.bias_ids[slot] = -1
+        if params.logit_bias:
+            ids, values = zip(*params.logit_bias, strict=True)
+            self.bias_ids[slot, : len(ids)] = torch.tensor(ids, dtype=torch.int32).to(self.bias_ids.device)
+            self.bias_values[slot, : len(ids)] = torch.tensor(values).to(self.bias_values.device)
+        if params.penalised:
+            counts = torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=self.token_counts.shape[1])
+            only_prompt = torch.tensor(prompt)[counts[prompt] == 0]
+            counts[only_prompt] = -1
+            self.token_counts[slot] = counts.to(self.token_counts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for name, tensor in vars(self).items() if name != "stop_ids")  # those of SlotState
+
 
 @dataclass
 class SlotSampling:

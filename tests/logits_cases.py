@@ -9,7 +9,7 @@ import torch
 
 from orthrus_rt import reference
 from orthrus_rt.plan import Rows
-from orthrus_rt.state import SlotEdits, SlotSampling, empty_partials, num_score_tiles
+from orthrus_rt.state import SlotEdits, SlotSampling, SlotState, empty_partials, num_score_tiles
 
 # temperature, top_k, top_p, min_p
 FILTERS = [
@@ -184,3 +184,21 @@ def assert_agrees(case, implementation, purpose=2):
     assert torch.equal(log_probs[valid].isneginf(), want_log[valid].isneginf())
     torch.testing.assert_close(log_probs[valid], want_log[valid], rtol=1e-5, atol=3e-6)
     return got
+
+
+def check_count_tokens(op, device="cpu"):
+    """Only what is new, each token as often as it occurs, from a ring that wraps; a prompt's token becomes counted."""
+    state = SlotState.allocate(3, 4, 8, 1, "cpu")
+    state.output.copy_(torch.tensor([[5, 6, 5, 5, 7, 0, 0, 0], [1, 2, 3, 4, 9, 9, 9, 3], [8] * 8]))
+    state.num_output.copy_(torch.tensor([5, 12, 3]))
+    edits = SlotEdits.allocate(4, 10, 1, torch.zeros(4, 1, dtype=torch.int32))
+    edits.num_counted.copy_(torch.tensor([1, 7, 3, 0]))
+    edits.token_counts[0, 5], edits.token_counts[0, 6] = 2, -1
+    want = edits.token_counts.clone()
+    want[0, 5], want[0, 6], want[0, 7] = 4, 1, 1
+    want[1, 1:5] = torch.tensor([1, 1, 2, 1], dtype=torch.int32)
+    state, edits = moved(state, device), moved(edits, device)
+    for _ in range(2):  # once more: nothing is new
+        op(state, edits)
+        assert torch.equal(edits.token_counts.cpu(), want)
+        assert edits.num_counted.tolist() == [5, 12, 3, 0]

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "consensus.h"
+#include "count_tokens.h"
 #include "orthrus/ops.h"
 #include "tape.h"
 #include "variant.h"
@@ -87,6 +88,7 @@ void qkv_commit(const QkvCommitParams& p) { record_or(p, variant().qkv_commit); 
 void dual_attn(const DualAttnParams& p) { record_or(p, variant().dual_attn); }
 void consensus(const ConsensusParams& p) { record_or(p, run_consensus); }
 void process_logits(const ProcessLogitsParams& p) { record_or(p, variant().process_logits); }
+void count_tokens(const CountTokensParams& p) { record_or(p, run_count_tokens); }
 void rms_norm(const RmsNormParams& p) { record_or(p, variant().rms_norm); }
 void embed(const EmbedParams& p) { record_or(p, variant().embed); }
 

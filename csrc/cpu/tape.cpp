@@ -14,6 +14,7 @@ void run(const QkvCommitParams& p) { qkv_commit(p); }
 void run(const DualAttnParams& p) { dual_attn(p); }
 void run(const ConsensusParams& p) { consensus(p); }
 void run(const ProcessLogitsParams& p) { process_logits(p); }
+void run(const CountTokensParams& p) { count_tokens(p); }
 void run(const RmsNormParams& p) { rms_norm(p); }
 void run(const EmbedParams& p) { embed(p); }
 

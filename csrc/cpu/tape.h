@@ -26,7 +26,7 @@ class Tape {
  private:
   using Op =
       std::variant<RowLinearParams, QkvCommitParams, DualAttnParams, ConsensusParams, ProcessLogitsParams,
-                   RmsNormParams, EmbedParams>;
+                   CountTokensParams, RmsNormParams, EmbedParams>;
   std::vector<Op> ops_;
 };
 

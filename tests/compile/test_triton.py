@@ -11,8 +11,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
 
 from orthrus_rt import plan
-from orthrus_rt.state import SlotEdits, SlotSampling, empty_partials, num_score_tiles
-from orthrus_rt.triton_kernels import dual_attn, embed, process_logits, rms_norm
+from orthrus_rt.state import SlotEdits, SlotSampling, SlotState, empty_partials, num_score_tiles
+from orthrus_rt.triton_kernels import count_tokens, dual_attn, embed, process_logits, rms_norm
 from tests.compile.recorder import record
 
 # Bytes of shared memory that one block may have.
@@ -65,7 +65,14 @@ def call_process_logits(vocab, extras):
     return process_logits.process_logits, args, {"log_probs": fp32(n, vocab)} if extras else {}
 
 
+def call_count_tokens(block_len):
+    state = SlotState.allocate(2, block_len, max(64, 4 * block_len), 3, "cpu")
+    return count_tokens.count_tokens, (state, SlotEdits.allocate(2, 49152, 5, state.stop_ids)), {}
+
+
 CALLS = {
+    "count_tokens-16": call_count_tokens(16),
+    "count_tokens-32": call_count_tokens(32),
     "rms_norm-576": call_rms_norm(576, False),
     "rms_norm-2048-index": call_rms_norm(2048, True),
     "rms_norm-4096": call_rms_norm(4096, False),

@@ -45,19 +45,22 @@ def alone(folder):
     return tokens
 
 
-def request(rng, longest=60, sampled_share=0.0):
-    """A random prompt; greedy or, at times, sampled; some with stop ids that many outputs contain."""
+def request(rng, longest=60):
+    """A random prompt; some with stop ids that many outputs contain; at times sampled, or with edited logits."""
     prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))]
     stops = tuple(rng.sample(range(VOCAB), rng.choice((0, 0, 8))))
-    sampled = {}
-    if rng.random() < sampled_share:
-        sampled = {"temperature": 0.8, "top_k": rng.choice((0, 5)), "seed": rng.randrange(1000)}
     length = rng.randint(1, 40)
-    return prompt, SamplingParams(length, stop_token_ids=stops, ignore_eos=rng.random() < 0.5, **sampled)
+    more = {}
+    if rng.random() < 0.2:
+        more = {"temperature": 0.8, "top_k": rng.choice((0, 5)), "seed": rng.randrange(1000)}
+    if rng.random() < 0.2:
+        more |= {"repetition_penalty": 1.2, "frequency_penalty": 0.1, "min_tokens": rng.randint(0, length)}
+        more["logit_bias"] = {rng.randrange(VOCAB): 1.5}
+    return prompt, SamplingParams(length, stop_token_ids=stops, ignore_eos=rng.random() < 0.5, **more)
 
 
 def submit_many(engine, rng, count):
-    """Random greedy requests by their ids."""
+    """Random requests by their ids."""
     jobs = [request(rng) for _ in range(count)]
     return {engine.submit(*job): job for job in jobs}
 
@@ -119,7 +122,7 @@ def test_random_arrivals_aborts_and_few_pages(folder, alone, seed):
     todo, jobs, got, aborted = 60 if seed == 0 else 300, {}, {}, set()
     while todo or engine.has_unfinished():
         for _ in range(min(todo, rng.choice((0, 0, 1, 2, 12)))):
-            job = request(rng, 200, 0.2)
+            job = request(rng, 200)
             jobs[engine.submit(*job)] = job
             todo -= 1
         for out in engine.step():

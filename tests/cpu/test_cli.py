@@ -80,6 +80,15 @@ def test_draft_len_mode_and_sampling_reach_the_engine(run):
     assert sampled["token_ids"] == generate(run, "x", "--temperature", "1", "--top-k", "20", "--seed", "7")["token_ids"]
 
 
+def test_edits_reach_the_engine(run):
+    plain = generate(run, "x", "--max-new-tokens", "12")["token_ids"]
+    biased = generate(run, "x", "--logit-bias", f"{plain[0]}=-50", "--logit-bias", "7=60", "--max-new-tokens", "12")
+    assert biased["token_ids"] == [7] * 12
+    penalties = ("--frequency-penalty", "2", "--repetition-penalty", "5", "--presence-penalty", "1")
+    varied = generate(run, "x", "--min-tokens", "12", "--max-new-tokens", "12", *penalties, "--compare-ar")["token_ids"]
+    assert len(varied) == len(set(varied)) == 12  # no token twice
+
+
 @pytest.fixture
 def break_token(monkeypatch):
     """``break_token(i, mode)``: token i of that mode's outputs is wrong from now on."""

@@ -79,7 +79,7 @@ def coupled(engine, monkeypatch):
         for name, value in full.items():
             getattr(runner.sampling, name).fill_(value)
         runner.sampling.seed.copy_(torch.arange(n))
-        cycle = runner.cycle(mode, 3, n, greedy=False)
+        cycle = runner.cycle(mode, 3, n, runner.sampling)
         cycle.state.block_tokens[:, 0] = FIRST
         cycle.run_eager()
         always_accepted = int(state.num_output.min()) > 1

@@ -122,9 +122,9 @@ CASES = [
     (logits, {"purpose": -1}, "process_logits: purpose must be >= 0, got -1"),
     (logits, {"logit_rows": i32(2)}, "process_logits: logit_rows.shape must be [3], got [2]"),
     (logits, {"partials": empty_partials(3, 1, "cpu")}, "process_logits: partials[0].shape must be [3, 3], got [3, 1]"),
-    (logits, {"bias_values": f32(2, 3)}, "process_logits: sampling.edits.bias_values.shape must be [2, 4], got [2, 3]"),
+    (logits, {"bias_values": f32(2, 3)}, "process_logits: edits.bias_values.shape must be [2, 4], got [2, 3]"),
     (logits, {"token_counts": i32(2, 299)},
-     "process_logits: sampling.edits.token_counts.shape must be [2, 300], got [2, 299]"),
+     "process_logits: edits.token_counts.shape must be [2, 300], got [2, 299]"),
 ]  # fmt: skip
 
 

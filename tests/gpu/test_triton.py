@@ -7,9 +7,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from orthrus_rt import reference
 from orthrus_rt.state import empty_partials, num_score_tiles
-from orthrus_rt.triton_kernels import embed, process_logits, rms_norm
+from orthrus_rt.triton_kernels import count_tokens, embed, process_logits, rms_norm
 from tests.attention_pass import Group, Heads
-from tests.logits_cases import FILTERS, block_with_edits, choices, logits, moved, with_filters
+from tests.logits_cases import FILTERS, block_with_edits, check_count_tokens, choices, logits, moved, with_filters
 from tests.triton_pass import TritonPass
 
 pytestmark = pytest.mark.gpu
@@ -203,6 +203,10 @@ def test_process_logits_rows_do_not_depend_on_company(kind):
     args = case.logits.clone(), case.rows, case.logit_rows, case.sampling, case.cache_seqlens
     process_logits.process_logits(*args, 2, (value, index))
     assert torch.equal(value, together[0]) and torch.equal(index, together[1])
+
+
+def test_count_tokens():
+    check_count_tokens(count_tokens.count_tokens, "cuda")
 
 
 def test_process_logits_under_a_graph():

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from orthrus_rt.triton_kernels import count_tokens
 from orthrus_rt.triton_kernels import process_logits as kernel
-from tests.logits_cases import FILTERS, assert_agrees, block_with_edits, logits, with_filters
+from tests.logits_cases import FILTERS, assert_agrees, block_with_edits, check_count_tokens, logits, with_filters
 
 
 def assert_same(case, purpose=2):
@@ -48,3 +49,7 @@ def test_noise_depends_on_seed_position_and_purpose_alone():
 def test_nothing_to_do():
     case = with_filters(logits(1, 300, "normal")).only(slice(0))
     case.run(kernel.process_logits)
+
+
+def test_count_tokens():
+    check_count_tokens(count_tokens.count_tokens)

@@ -18,6 +18,7 @@ void qkv_commit(const QkvCommitParams& p);
 void dual_attn(const DualAttnParams& p);
 void consensus(const ConsensusParams& p);
 void process_logits(const ProcessLogitsParams& p);
+void count_tokens(const CountTokensParams& p);
 void rms_norm(const RmsNormParams& p);
 void embed(const EmbedParams& p);
 

@@ -184,6 +184,15 @@ struct SlotEdits {
   int32_t max_stop_ids;
 };
 
+// Counts the tokens that the output ring received since the last call: per slot and ring entry num_counted ...
+// num_output-1, token_counts[slot][token] = max(itself, 0) + 1; then num_counted = num_output.
+struct CountTokensParams {
+  int32_t* token_counts;       // [num_slots or more, vocab_size], MUTATED
+  int32_t* num_counted;        // [num_slots or more], MUTATED
+  SlotState state;             // num_output, output and the sizes are read
+  int32_t vocab_size;
+};
+
 // Ids per partial maximum of process_logits.
 constexpr int kScoreTile = 128;
 

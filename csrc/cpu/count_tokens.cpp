@@ -1,0 +1,19 @@
+#include "count_tokens.h"
+
+#include <algorithm>
+
+namespace orthrus::cpu {
+
+void run_count_tokens(const CountTokensParams& p) {
+  const SlotState& s = p.state;
+  for (int64_t slot = 0; slot < s.num_slots; ++slot) {
+    const int32_t* ring = s.output + slot * s.output_capacity;
+    for (int32_t i = p.num_counted[slot]; i < s.num_output[slot]; ++i) {
+      int32_t& count = p.token_counts[slot * p.vocab_size + ring[i % s.output_capacity]];
+      count = std::max(count, 0) + 1;
+    }
+    p.num_counted[slot] = s.num_output[slot];
+  }
+}
+
+}  // namespace orthrus::cpu

@@ -1,0 +1,33 @@
+"""Emitted tokens into the counts that penalties read."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _count_kernel(output_ptr, num_output_ptr, counts_ptr, num_counted_ptr, capacity, vocab, RING: tl.constexpr):
+    slot = tl.program_id(0).to(tl.int64)
+    first = tl.load(num_counted_ptr + slot)
+    total = tl.load(num_output_ptr + slot)
+    index = first + tl.arange(0, RING)
+    mine = index < total
+    token = tl.load(output_ptr + slot * capacity + index % capacity, mask=mine, other=-1)
+    times = tl.zeros([RING], tl.int32)
+    for i in range(first, total):
+        same = token == tl.load(output_ptr + slot * capacity + i % capacity)
+        times += same.to(tl.int32)
+        mine = mine & ((i >= index) | (same == 0))  # the first lane alone of a token: no two touch one count
+    at = counts_ptr + slot * vocab + token
+    count = tl.load(at, mask=mine, other=0)
+    tl.store(at, tl.maximum(count, 0) + times, mask=mine)
+    tl.store(num_counted_ptr + slot, total)
+
+
+def count_tokens(state, edits):
+    """See :func:`orthrus_rt.ops.count_tokens`. One program a slot, which takes at most a ring of tokens."""
+    capacity = state.output.shape[1]
+    # One warp: every lane has read num_counted before any writes it.
+    _count_kernel[(state.num_slots,)](
+        state.output, state.num_output, edits.token_counts, edits.num_counted, capacity, edits.token_counts.shape[1],
+        RING=triton.next_power_of_2(capacity), num_warps=1,
+    )  # fmt: skip
