@@ -44,14 +44,15 @@ class Case:
 
     def restore(self):
         self.state.block_tokens[:, 1:] = self.drafts
-        self.state.num_drafts.fill_(self.state.block_len - 1)
+        self.state.num_drafts.fill_(self.state.max_block_len - 1)
 
     def call(self):
-        ops.consensus(self.state, (self.value, self.ids), st.STEP_VERIFY, st.NEXT_DRAFT, self.rows, MASK)
+        partials, block_len = (self.value, self.ids), self.state.max_block_len
+        ops.consensus(self.state, partials, st.STEP_VERIFY, st.NEXT_DRAFT, self.rows, MASK, block_len)
 
     def eager(self):
         """What the launch does, as torch operations on whole tensors."""
-        s, k = self.state, self.state.block_len
+        s, k = self.state, self.state.max_block_len
         choices = self._choices().view(-1, k)
         drafts = s.block_tokens[:, 1:]
         pending = torch.arange(k - 1, device=drafts.device) < s.num_drafts[:, None]
@@ -81,10 +82,10 @@ class Case:
         """Values that differ from the oracle's after one call; anything but 0 is a bug."""
         self.restore()
         plain = st.SlotState(**{k: v.cpu().clone() for k, v in vars(self.state).items()})
-        rows = empty_rows(0, 0, plain.num_slots, plain.block_len, "cpu")
+        rows = empty_rows(0, 0, plain.num_slots, plain.max_block_len, "cpu")
         self.call()
         partials = (self.value.cpu(), self.ids.cpu())
-        reference.consensus(plain, partials, st.STEP_VERIFY, st.NEXT_DRAFT, rows, MASK)
+        reference.consensus(plain, partials, st.STEP_VERIFY, st.NEXT_DRAFT, rows, MASK, plain.max_block_len)
         pairs = [(v, getattr(plain, k)) for k, v in vars(self.state).items()]
         pairs += [(getattr(self.rows, n), getattr(rows, n)) for n in ("token", "position", "seq", "prefix_len")]
         return sum(int((a.cpu() != b).sum()) for a, b in pairs)

@@ -87,7 +87,7 @@ class Bench:
         with mock.patch("orthrus_rt.engine.Model", shared):
             return Engine(
                 self.checkpoint, device=self.device, dtype=self.dtype, mode=mode, max_seq_len=max_seq_len,
-                draft_len=self.draft_len, max_batch_size=batch, num_pages=None,
+                draft_len=self.draft_len, fan_out=None, max_batch_size=batch, num_pages=None,
             )  # fmt: skip
 
     def sync(self) -> None:

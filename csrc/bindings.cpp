@@ -104,16 +104,17 @@ void bind_params(py::module_& m) {
   {
     using T = SlotState;
     auto cls = bind_struct<T>(m, "SlotState");
-    FIELD(cache_seqlens); FIELD(block_tokens); FIELD(num_drafts); FIELD(num_accepted); FIELD(limit);
-    FIELD(stop_ids); FIELD(finish); FIELD(output); FIELD(num_output); FIELD(num_slots); FIELD(block_len);
+    FIELD(cache_seqlens); FIELD(block_tokens); FIELD(num_drafts); FIELD(num_verified); FIELD(num_accepted);
+    FIELD(limit); FIELD(stop_ids); FIELD(finish); FIELD(output); FIELD(num_output); FIELD(runner_up);
+    FIELD(draft_prob); FIELD(hypotheses); FIELD(num_slots); FIELD(max_block_len); FIELD(max_fan_out);
     FIELD(max_stop_ids); FIELD(output_capacity);
   }
   {
     using T = ConsensusParams;
     auto cls = bind_struct<T>(m, "ConsensusParams");
     FIELD(partial_value); FIELD(partial_id); FIELD(state); FIELD(next_token); FIELD(next_position);
-    FIELD(next_seq); FIELD(next_prefix_len); FIELD(rows_per_slot); FIELD(num_partials); FIELD(mask_token_id);
-    FIELD(step); FIELD(next_pass);
+    FIELD(next_seq); FIELD(next_prefix_len); FIELD(rows_per_slot); FIELD(block_len); FIELD(fan_out);
+    FIELD(num_partials); FIELD(mask_token_id); FIELD(step); FIELD(next_pass);
   }
 }
 

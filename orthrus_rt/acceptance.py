@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 
-from orthrus_rt.plan import CyclePlan
+from orthrus_rt.cycle_plan import CyclePlan
 
 MEMORY = 128  # cycles that a hazard looks back on while it is being observed
 SLOW_MEMORY = 1024  # the same of quality and offered; and of everything while it is not observed

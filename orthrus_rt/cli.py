@@ -11,6 +11,7 @@ import signal
 import sys
 
 from orthrus_rt import cli_verify
+from orthrus_rt.cycle_plan import MODES
 
 EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
 
@@ -33,8 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     form.add_argument("--raw", dest="chat", action="store_false", help="text to continue (default: --chat if it can)")
     _add_model_options(generate, engine=True)
-    generate.add_argument("--mode", choices=("auto", "ar", "two_pass"), default="auto", help="how to decode")
+    generate.add_argument("--mode", choices=("auto", *MODES), default="auto", help="how to decode")
     generate.add_argument("--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)")
+    generate.add_argument("--fan-out", type=int, metavar="F", help="blocks that a one_pass cycle drafts (default: 6)")
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
     sampling = generate.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
@@ -76,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=run_bench)
     _add_model_options(bench, engine=True)
-    bench.add_argument("--modes", nargs="+", choices=("ar", "two_pass"), default=("ar", "two_pass"), metavar="MODE")
+    bench.add_argument("--modes", nargs="+", choices=MODES, default=("ar", "two_pass"), metavar="MODE")
     bench.add_argument("--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)")
     bench.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (default: %(default)s)")
     bench.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
@@ -114,8 +116,8 @@ def load_engine(args, mode: str = "auto", max_batch_size: int = 1):
 
     return Engine.from_pretrained(
         args.model, device=args.device, dtype=args.dtype, mode=mode, max_seq_len=args.max_seq_len,
-        draft_len=args.draft_len, adapter=args.adapter, base_gguf=args.base_gguf,
-        max_batch_size=max_batch_size,
+        draft_len=args.draft_len, fan_out=getattr(args, "fan_out", None), adapter=args.adapter,
+        base_gguf=args.base_gguf, max_batch_size=max_batch_size,
     )  # fmt: skip
 
 

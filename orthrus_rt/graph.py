@@ -15,13 +15,13 @@ import torch
 
 from orthrus_rt import dispatch, nvtx, ops
 from orthrus_rt import state as st
+from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import Rows, empty_rows
 from orthrus_rt.state import SlotSampling, SlotState
 
-MODES = ("ar", "two_pass")
 COUPLED = 0  # purpose of the noise that both views share
 
 
@@ -30,8 +30,8 @@ class Pass:
     """One forward of a cycle and what becomes of its choices.
 
     Attributes:
-        kind: NEXT_DRAFT, NEXT_VERIFY or NEXT_AR: how its rows are staged.
-        step: STEP_DRAFT or STEP_VERIFY: what its choices are.
+        kind: NEXT_DRAFT, NEXT_VERIFY, NEXT_AR or NEXT_ONE_PASS: how its rows are staged.
+        step: STEP_DRAFT, STEP_VERIFY or STEP_VERIFY_AND_DRAFT: what its choices are.
         rows: static; staged by the consensus before it.
         per_slot: choices per slot. logit_rows: int32, the rows they belong to, slot by slot.
         partials: ``(value, id)``, the choices' partial maxima, of logits or of scores.
@@ -47,25 +47,34 @@ class Pass:
     logits: torch.Tensor | None
 
 
-def _pass(model: Model, kind: int, slots: int, block_len: int, activations: Activations | None) -> Pass:
+def _pass(model: Model, kind: int, slots: int, plan: CyclePlan, activations: Activations | None) -> Pass:
     """A pass whose choices are scored from logits in ``activations``, or if None by the head's own partial maxima."""
-    draft = kind == st.NEXT_DRAFT
-    rows_each = 1 if kind == st.NEXT_AR else block_len
-    groups = (0, 0, slots, rows_each) if draft else (slots, rows_each, 0, 0)
-    rows = empty_rows(*groups, model.device)
-    per_slot = rows_each - 1 if draft else rows_each  # a block's last row predicts beyond the block
-    picked = rows.group_start[:-1, None] + torch.arange(per_slot, dtype=torch.int32, device=model.device)
+    length = 1 if kind == st.NEXT_AR else plan.block_len
+    blocks = {st.NEXT_DRAFT: 1, st.NEXT_ONE_PASS: plan.fan_out}.get(kind, 0)
+    verifies = 0 if kind == st.NEXT_DRAFT else 1
+    rows = empty_rows(slots * verifies, length, slots * blocks, length, model.device)
+    # Slot by slot, the slot's AR rows and then its blocks.
+    row = torch.arange(rows.num_rows, dtype=torch.int32, device=model.device)
+    ar = row[: rows.num_rows_ar].view(slots, verifies, length)
+    diffusion = row[rows.num_rows_ar :].view(slots, blocks, length)
+    if kind == st.NEXT_DRAFT:
+        diffusion = diffusion[..., :-1]  # the last row predicts beyond the block
+    picked = torch.cat([ar.flatten(1), diffusion.flatten(1)], 1)
     scored = activations is not None
     num_partials = st.num_score_tiles(model.config.vocab_size) if scored else model.lm_head.num_partials
     return Pass(
         kind=kind,
-        step=st.STEP_DRAFT if draft else st.STEP_VERIFY,
+        step={st.NEXT_DRAFT: st.STEP_DRAFT, st.NEXT_ONE_PASS: st.STEP_VERIFY_AND_DRAFT}.get(kind, st.STEP_VERIFY),
         rows=rows,
-        per_slot=per_slot,
+        per_slot=picked.shape[1],
         logit_rows=picked.flatten().contiguous(),
         partials=st.empty_partials(picked.numel(), num_partials, model.device),
         logits=activations.logits(picked.numel()) if scored else None,
     )
+
+
+KINDS = {"ar": [st.NEXT_AR], "two_pass": [st.NEXT_DRAFT, st.NEXT_VERIFY], "one_pass": [st.NEXT_ONE_PASS]}
+PASS_NAMES = {st.STEP_DRAFT: "draft pass", st.STEP_VERIFY: "verify pass", st.STEP_VERIFY_AND_DRAFT: "one pass"}
 
 
 @functools.cache
@@ -75,34 +84,32 @@ def _shared_pool():
 
 
 class Cycle:
-    """The decode cycle of one mode and block length over the slots of ``state``.
+    """The decode cycle of one plan over the slots of ``state``.
 
-    ``two_pass`` is draft then verify, ``ar`` a verification without drafts: modes differ in their rows alone.
+    ``two_pass`` is draft then verify, ``ar`` a verification without drafts, ``one_pass`` both at once: modes differ in
+    their rows alone, and the next cycle may be of any plan.
 
     Args:
         sampling: None for greedy slots alone: choices come from partial maxima, no logits are materialised. Else the
             slots' sampling parameters.
-        activations, workspace: shared with every other cycle; large enough for ``num_slots * block_len`` rows.
+        activations, workspace: shared with every other cycle; large enough for the plan's rows.
     """
 
     def __init__(
-        self, model: Model, kv: PagedKvCache, state: SlotState, mode: str, *, sampling, activations, workspace,
-        max_seq_len,
+        self, model: Model, kv: PagedKvCache, state: SlotState, plan: CyclePlan, *, sampling, activations,
+        workspace, max_seq_len,
     ):  # fmt: skip
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        self.model, self.kv, self.state, self.mode = model, kv, state, mode
+        self.model, self.kv, self.state, self.plan = model, kv, state, plan
         self.sampling: SlotSampling | None = sampling
         self.activations: Activations = activations
         self.workspace: Workspace = workspace
         self.max_seq_len = max_seq_len
-        kinds = [st.NEXT_AR] if mode == "ar" else [st.NEXT_DRAFT, st.NEXT_VERIFY]
         scored = None if sampling is None else activations
-        self.passes = [_pass(model, kind, state.num_slots, state.block_len, scored) for kind in kinds]
+        self.passes = [_pass(model, kind, state.num_slots, plan, scored) for kind in KINDS[plan.mode]]
         self._replay: Callable[[], None] | None = None
         self.graph_bytes = 0
 
-    @nvtx.ranged(lambda self, p: "draft pass" if p.step == st.STEP_DRAFT else "verify pass")
+    @nvtx.ranged(lambda self, p: PASS_NAMES[p.step])
     def forward(self, p: Pass) -> None:
         """Push pass ``p`` to its logits, or where none are materialised to its partial maxima."""
         epilogue, out = ("argmax", p.partials) if p.logits is None else ("logits", p.logits)
@@ -135,7 +142,10 @@ class Cycle:
 
     def _consensus(self, step: int, partials, staged: Pass | None) -> None:
         kind, rows = (staged.kind, staged.rows) if staged else (st.NEXT_NONE, None)
-        ops.consensus(self.state, partials, step, kind, rows, self.model.config.mask_token_id)
+        ops.consensus(
+            self.state, partials, step, kind, rows, self.model.config.mask_token_id, self.plan.block_len,
+            self.plan.fan_out,
+        )  # fmt: skip
 
     def run_eager(self) -> None:
         """One cycle of every running slot, op by op."""
@@ -146,14 +156,14 @@ class Cycle:
                 self.sample(p)
             self.take(p, p.partials)
 
-    @nvtx.ranged(lambda self: f"{self.mode} cycle")
+    @nvtx.ranged(lambda self: f"{self.plan.mode} cycle")
     def run(self) -> None:
         """One cycle of every running slot: a replay where this device can record one.
 
         The first call runs eagerly (which also warms the kernels up) and then records.
         """
         if self._replay is None:
-            with naming_the_knobs(f"recording the {self.mode} cycle of {self.state.num_slots} slots"):
+            with naming_the_knobs(f"recording the {self.plan.mode} cycle of {self.state.num_slots} slots"):
                 self.run_eager()
                 self._replay = self._record()
         else:

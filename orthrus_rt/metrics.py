@@ -25,8 +25,8 @@ class Metrics:
 
     def launched(self, flight) -> None:
         """A cycle (or a prefill, of no passes) whose results were read."""
-        self.cycles += flight.num_passes > 0
-        self.passes += flight.num_passes
+        self.cycles += flight.plan is not None
+        self.passes += flight.plan.num_passes if flight.plan else 0
 
     def took(self, kind: str, seconds: float) -> None:
         """One prefill pass or one cycle (kind ``prefill``, ``ar_cycle``, ``two_pass_cycle``) on its device."""

@@ -48,14 +48,19 @@ def state_struct(state: SlotState):
         cache_seqlens=ptr(state.cache_seqlens),
         block_tokens=ptr(state.block_tokens),
         num_drafts=ptr(state.num_drafts),
+        num_verified=ptr(state.num_verified),
         num_accepted=ptr(state.num_accepted),
         limit=ptr(state.limit),
         stop_ids=ptr(state.stop_ids),
         finish=ptr(state.finish),
         output=ptr(state.output),
         num_output=ptr(state.num_output),
+        runner_up=ptr(state.runner_up),
+        draft_prob=ptr(state.draft_prob),
+        hypotheses=ptr(state.hypotheses),
         num_slots=state.num_slots,
-        block_len=state.block_len,
+        max_block_len=state.max_block_len,
+        max_fan_out=state.max_fan_out,
         max_stop_ids=state.stop_ids.shape[1],
         output_capacity=state.output.shape[1],
     )
@@ -164,10 +169,8 @@ def dual_attn(
     _launch("dual_attn", params, q.device)
 
 
-def consensus(state, partials, step, next_pass, rows_next, mask_token_id):
+def consensus(state, partials, step, next_pass, rows_next, mask_token_id, block_len, fan_out):
     value, index = partials
-    if state.finish.is_cuda and state.block_len > 256:
-        raise ValueError(f"consensus: block_len must be at most 256 on CUDA, got {state.block_len}")
     params = dispatch.native().ConsensusParams(
         partial_value=ptr(value),
         partial_id=ptr(index),
@@ -177,6 +180,8 @@ def consensus(state, partials, step, next_pass, rows_next, mask_token_id):
         next_seq=ptr(rows_next.seq) if rows_next else 0,
         next_prefix_len=ptr(rows_next.prefix_len) if rows_next else 0,
         rows_per_slot=0 if index is None else index.shape[0] // max(state.num_slots, 1),
+        block_len=block_len,
+        fan_out=fan_out,
         num_partials=0 if index is None else index.shape[1],
         mask_token_id=mask_token_id,
         step=step,

@@ -263,6 +263,8 @@ def consensus(
     next_pass: int,
     rows_next: Rows | None,
     mask_token_id: int,
+    block_len: int,
+    fan_out: int = 0,
 ) -> None:
     """Take a pass's choices into the slots' state and stage the next pass's rows; one launch.
 
@@ -271,20 +273,32 @@ def consensus(
     ``STEP_VERIFY``: with a = the longest prefix of drafts equal to the choices, the choices 0 ... a are emitted, cut
     after the first stop id and at ``limit`` tokens; ``cache_seqlens`` grows by as many (that is the commit), the last
     one becomes the known next token, ``num_accepted`` = the drafts among them.
+    ``STEP_VERIFY_AND_DRAFT``: the same with the first ``block_len`` choices of a slot; then the choices of the block
+    whose hypothesis came true become the drafts (csrc/include/orthrus/hypotheses.h), with their runners-up and
+    probabilities, or, if none did, the drafts behind the rejected one.
+    ``STEP_STAGE``: no choices; drafts that the next pass cannot verify are dropped.
     Rows of the next pass whose position reaches ``limit``, and all rows of slots that do not run, are staged invalid.
 
     Args:
         state: MUTATED.
-        partials: ``(value fp32, id int32)``, each ``[num_slots * rows_per_slot, num_partials]``; value may be None
-            where num_partials is 1. ``(None, None)`` for STEP_STAGE.
-        step: STEP_DRAFT, STEP_VERIFY or STEP_STAGE (take no choices, only stage) of :mod:`orthrus_rt.state`.
-        next_pass: NEXT_NONE, NEXT_DRAFT, NEXT_VERIFY or NEXT_AR.
-        rows_next: rows of the next pass, one group per slot; all but ``group_start`` MUTATED. None for NEXT_NONE.
-        mask_token_id: token of the draft rows behind t0.
+        partials: ``(value fp32, id int32)``, each ``[num_slots * rows_per_slot, num_partials]``, slot by slot; value
+            may be None where num_partials is 1. ``(None, None)`` for STEP_STAGE.
+        step: one of the STEP_* of :mod:`orthrus_rt.state`.
+        next_pass: one of its NEXT_*.
+        rows_next: rows of the next pass, slot by slot (NEXT_ONE_PASS: first every slot's ``block_len`` AR rows, then
+            every slot's ``fan_out`` blocks); all but ``group_start`` MUTATED. None for NEXT_NONE.
+        mask_token_id: token of the draft rows behind a block's first.
+        block_len: K of this cycle, at most ``state.max_block_len``.
+        fan_out: blocks per slot of NEXT_ONE_PASS and STEP_VERIFY_AND_DRAFT, at most ``state.max_fan_out``.
     """
     op, device = "consensus", state.finish.device
     value, index = partials
     s = state.num_slots
+    most = min(state.max_block_len, st.MAX_BLOCK_LEN)
+    if not 1 <= block_len <= most:
+        raise ValueError(f"{op}: block_len must be within [1, {most}], got {block_len}")
+    if not 0 <= fan_out <= state.max_fan_out:
+        raise ValueError(f"{op}: fan_out must be within [0, {state.max_fan_out}] (the state's), got {fan_out}")
     if step == st.STEP_STAGE:
         index = torch.empty(0, 1, dtype=torch.int32, device=device)
     if index.dim() != 2 or (s and index.shape[0] % s):
@@ -294,20 +308,27 @@ def consensus(
     _tensor(op, "partials[1]", index, tuple(index.shape), torch.int32, device)
     if value is not None:
         _tensor(op, "partials[0]", value, tuple(index.shape), torch.float32, device)
-    elif index.shape[1] != 1:
-        raise ValueError(f"{op}: partials[0] may be None only for num_partials 1, got {index.shape[1]}")
+    elif index.shape[1] != 1 or step == st.STEP_VERIFY_AND_DRAFT:
+        raise ValueError(f"{op}: partials[0] may be None only for num_partials 1 and without drafts, got {step=}")
     per_slot = index.shape[0] // max(s, 1)
-    most = state.block_len - 1 if step == st.STEP_DRAFT else state.block_len
-    if s and not (1 if step == st.STEP_VERIFY else 0) <= per_slot <= most:
-        raise ValueError(f"{op}: rows per slot must be at most {most} for block_len {state.block_len}, got {per_slot}")
+    one_pass = block_len * (1 + fan_out)
+    low, high = {
+        st.STEP_DRAFT: (0, block_len - 1),
+        st.STEP_VERIFY: (1, block_len),
+        st.STEP_STAGE: (0, 0),
+        st.STEP_VERIFY_AND_DRAFT: (one_pass, one_pass),
+    }[step]
+    if s and not low <= per_slot <= high:
+        want = f"within [{low}, {high}] for block_len {block_len}"
+        raise ValueError(f"{op}: rows per slot must be {want}, got {per_slot}")
     if next_pass != st.NEXT_NONE:
-        want = s * (1 if next_pass == st.NEXT_AR else state.block_len)
+        want = s * {st.NEXT_AR: 1, st.NEXT_ONE_PASS: one_pass}.get(next_pass, block_len)
         _rows(op, rows_next, device)
         _need(op, "rows_next.num_rows", want, rows_next.num_rows)
     if s:
         impl = dispatch.select(op, device, torch.int32)
         run = reference.consensus if impl == "reference" else native.consensus
-        run(state, partials, step, next_pass, rows_next, mask_token_id)
+        run(state, partials, step, next_pass, rows_next, mask_token_id, block_len, fan_out)
 
 
 @nvtx.ranged("process_logits")

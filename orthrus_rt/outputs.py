@@ -10,9 +10,10 @@ class Stats:
     """What one generation did. Tokens per cycle and per pass leave out the prefill and the token it yields.
 
     Attributes:
-        mode: the mode that ran. block_len: its K (1 for ``ar``).
+        mode: the mode that ran last. block_len: its K (1 for ``ar``). fan_out: its blocks (``one_pass``, else 0).
         tokens: generated tokens, the stop token included.
         cycles: decode cycles. passes: forward passes of these cycles, of any view.
+        misses: ``one_pass`` cycles that had no drafts to verify: none of the blocks before fitted what happened.
         accepted: histogram, ``accepted[j]`` cycles accepted j drafts.
         seconds: from the first token to the last; prefill_seconds: from the start of the prefill to the first token.
         preemptions: how often it had to give its pages up and recompute them.
@@ -21,10 +22,12 @@ class Stats:
 
     mode: str
     block_len: int
+    fan_out: int
     prompt_tokens: int = 0
     tokens: int = 0
     cycles: int = 0
     passes: int = 0
+    misses: int = 0
     accepted: list[int] = field(default_factory=list)
     seconds: float = 0.0
     prefill_seconds: float = 0.0

@@ -10,7 +10,7 @@ import tempfile
 from bisect import bisect_left
 from pathlib import Path
 
-from orthrus_rt.plan import CyclePlan
+from orthrus_rt.cycle_plan import CyclePlan
 
 CLIP = math.log(1.3)  # one measurement moves an estimate no further: a stalled cycle is not a slow plan
 SETTLED = 10.0  # measurements that an estimate averages over

@@ -1,4 +1,4 @@
-"""Row plans: every forward pass is a list of rows, and a mode is only a way to list them.
+"""Row plans: every forward pass is a list of rows, and a mode is only a way to list them (cycle_plan.py).
 
 A row is one token to push through the network. The mask of a row is one predicate, everywhere:
 ``kv < prefix_len[row]`` over its sequence's pages, or "same block" over the diffusion scratch.
@@ -7,21 +7,8 @@ A row is one token to push through the network. The mask of a row is one predica
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-
-
-class CyclePlan(NamedTuple):
-    """Which rows a decode cycle has, per slot.
-
-    ``ar``: 1 AR row. ``two_pass``: ``block_len`` diffusion rows, then as many AR rows. ``one_pass``: ``block_len`` AR
-    rows and ``fan_out`` blocks of ``block_len`` diffusion rows, in one pass.
-    """
-
-    mode: str
-    block_len: int = 1
-    fan_out: int = 0
 
 
 @dataclass

@@ -26,8 +26,8 @@ from collections import Counter, deque
 from typing import NamedTuple
 
 from orthrus_rt.acceptance import Acceptance, Outcome
+from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.pass_costs import PassCosts
-from orthrus_rt.plan import CyclePlan
 
 SAFETY = 0.025  # of AR's time that may be lost against AR
 SAFETY_CAP = 64  # AR cycles of credit kept

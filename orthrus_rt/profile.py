@@ -17,6 +17,7 @@ import torch
 
 from orthrus_rt import dispatch, ops
 from orthrus_rt import state as st
+from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.graph import Cycle
 from orthrus_rt.kv import OutOfPages
 from orthrus_rt.timing import measure, read_bandwidth
@@ -139,7 +140,7 @@ def _once_cuda(calls: list[Call]) -> list[float]:
 
 
 @contextlib.contextmanager
-def staged(engine, mode, draft_len, slots: int, context: int) -> Iterator[tuple[Cycle, Callable]]:
+def staged(engine, plan: CyclePlan, slots: int, context: int) -> Iterator[tuple[Cycle, Callable]]:
     """``(cycle, reset)`` of ``slots`` running sequences with ``context`` committed tokens of random keys and values.
 
     ``reset()`` puts the slots back where they were; the idle engine's own pages and buffers are used, and given back.
@@ -147,7 +148,8 @@ def staged(engine, mode, draft_len, slots: int, context: int) -> Iterator[tuple[
     Raises:
         ValueError: the engine has too few slots, pages or positions.
     """
-    runner, plan = engine.runner, engine._make_plan(mode, draft_len)
+    runner = engine.runner
+    runner.make_room([plan])
     if not 1 <= slots <= runner.num_slots:
         raise ValueError(f"batch must be within [1, {runner.num_slots}] (max_batch_size), got {slots}")
     most = engine.max_seq_len - engine.config.block_len
@@ -159,7 +161,7 @@ def staged(engine, mode, draft_len, slots: int, context: int) -> Iterator[tuple[
             runner.kv.reserve(slot, context + engine.config.block_len)
         for page in set(runner.kv.page_table[:slots].flatten().tolist()):
             runner.kv.pages[:, :, page].normal_()
-        cycle = runner.cycle(*plan, slots)
+        cycle = runner.cycle(plan, slots)
 
         def reset():
             state.cache_seqlens.fill_(context)
@@ -181,16 +183,16 @@ def staged(engine, mode, draft_len, slots: int, context: int) -> Iterator[tuple[
 
 
 @torch.inference_mode()
-def profile(engine, *, mode=None, draft_len=None, batch: int = 1, context: int = 256, repeats: int = 20):
+def profile(engine, *, mode=None, draft_len=None, fan_out=None, batch: int = 1, context: int = 256, repeats: int = 20):
     """The breakdown of one greedy cycle.
 
     Returns:
-        ``(facts, rows)``. Facts: ``mode``, ``block_len``, ``batch``, ``context``, ``read_gb_s`` (measured now),
-        ``cycle_us`` (replayed whole), ``ops_us`` (one by one). Rows, slowest first: ``op``,
-        ``calls``, ``us``, ``share`` of all ops, ``mbytes``, ``gb_s``, ``of_read``.
+        ``(facts, rows)``. Facts: ``mode``, ``block_len``, ``fan_out``, ``batch``, ``context``,
+        ``read_gb_s`` (measured now), ``cycle_us`` (replayed whole), ``ops_us`` (one by one). Rows, slowest
+        first: ``op``, ``calls``, ``us``, ``share`` of all ops, ``mbytes``, ``gb_s``, ``of_read``.
     """
     device = engine.model.device
-    with staged(engine, mode, draft_len, batch, context) as (cycle, reset):
+    with staged(engine, engine.make_plan(mode, draft_len, fan_out), batch, context) as (cycle, reset):
 
         def again():
             reset()
@@ -203,7 +205,7 @@ def profile(engine, *, mode=None, draft_len=None, batch: int = 1, context: int =
         moved = [call.nbytes() for call in calls]
     bandwidth = read_bandwidth(device)
     facts = {
-        "mode": cycle.mode, "block_len": cycle.state.block_len, "batch": batch, "context": context,
+        **cycle.plan._asdict(), "batch": batch, "context": context,
         "read_gb_s": bandwidth, "cycle_us": whole, "ops_us": sum(times),
     }  # fmt: skip
     rows = {}

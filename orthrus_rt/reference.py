@@ -11,6 +11,9 @@ import torch
 
 from orthrus_rt import state as st
 from orthrus_rt.plan import Rows
+from orthrus_rt.reference_consensus import consensus, first_argmax
+
+__all__ = ["consensus"]  # the other half of the oracle
 
 
 def embed(token, table, out):
@@ -129,85 +132,6 @@ def dual_attn(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows: Rows,
         total = weights.sum(-1)  # [heads, rows]
         mixed = torch.einsum("hrk,khd->rhd", weights, v)
         out[a:b] = torch.where(total.T[..., None] > 0, mixed / total.T[..., None].clamp(min=1e-30), 0).to(out.dtype)
-
-
-def first_argmax(x):
-    """Index of the maximum of each row, ties to the lowest."""
-    index = torch.arange(x.shape[-1], device=x.device)
-    return torch.where(x == x.amax(-1, keepdim=True), index, x.shape[-1]).amin(-1)
-
-
-def consensus(state: st.SlotState, partials, step, next_pass, rows_next: Rows | None, mask_token_id):
-    """Accept, stop, commit and stage, slot by slot; see :func:`orthrus_rt.ops.consensus` for the contract."""
-    value, index = partials
-    if step == st.STEP_STAGE:
-        choices = []
-    elif value is None:
-        choices = index[:, 0].tolist()
-    else:
-        best = first_argmax(value)
-        choices = index.gather(1, best[:, None])[:, 0].tolist()
-    per_slot = len(choices) // state.num_slots if state.num_slots else 0
-    for s in range(state.num_slots):
-        if int(state.finish[s]) == st.RUNNING:
-            mine = choices[s * per_slot : (s + 1) * per_slot]
-            if step == st.STEP_DRAFT:
-                _take_drafts(state, s, mine)
-            elif step == st.STEP_VERIFY:
-                _accept(state, s, mine)
-        if next_pass != st.NEXT_NONE:
-            _stage(state, s, next_pass, rows_next, mask_token_id)
-
-
-def _take_drafts(state, s, choices):
-    room = int(state.limit[s]) - 1 - int(state.cache_seqlens[s])
-    drafts = choices[: max(0, min(len(choices), room))]
-    state.num_drafts[s] = len(drafts)
-    for i, token in enumerate(drafts):
-        state.block_tokens[s, 1 + i] = token
-
-
-def _accept(state, s, choices):
-    drafts = state.block_tokens[s, 1 : 1 + int(state.num_drafts[s])].tolist()
-    accepted = 0
-    while accepted < len(drafts) and drafts[accepted] == choices[accepted]:
-        accepted += 1
-    n = int(state.cache_seqlens[s])
-    emitted = choices[: min(accepted + 1, int(state.limit[s]) - 1 - n)]
-    finish = st.LENGTH if n + 1 + len(emitted) >= int(state.limit[s]) else st.RUNNING
-    stop_ids = set(state.stop_ids[s].tolist()) - {-1}
-    for i, token in enumerate(emitted):
-        if token in stop_ids:
-            emitted, finish = emitted[: i + 1], st.STOP
-            break
-    for token in emitted:
-        state.output[s, int(state.num_output[s]) % state.output.shape[1]] = token
-        state.num_output[s] += 1
-    if emitted:
-        state.block_tokens[s, 0] = emitted[-1]
-    state.cache_seqlens[s] = n + len(emitted)
-    state.num_accepted[s] = min(accepted, len(emitted))
-    state.num_drafts[s] = 0
-    state.finish[s] = finish
-
-
-def _stage(state, s, next_pass, rows: Rows, mask_token_id):
-    running = int(state.finish[s]) == st.RUNNING
-    n, limit = int(state.cache_seqlens[s]), int(state.limit[s])
-    count = 1 if next_pass == st.NEXT_AR else state.block_len
-    for i in range(count):
-        r = s * count + i
-        valid = running and n + i < limit
-        token = int(state.block_tokens[s, i])
-        if next_pass == st.NEXT_VERIFY:
-            valid = valid and i <= int(state.num_drafts[s])
-        elif next_pass == st.NEXT_DRAFT and i > 0:
-            token = mask_token_id
-        rows.token[r] = token if valid else 0
-        rows.position[r] = n + i if valid else -1
-        rows.seq[r] = s
-        prefix_len = n if next_pass == st.NEXT_DRAFT else n + i + 1
-        rows.prefix_len[r] = prefix_len if valid else 0
 
 
 # --- process_logits ---------------------------------------------------------------------------------

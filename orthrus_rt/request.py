@@ -10,6 +10,7 @@ import uuid
 import torch
 
 from orthrus_rt.config import ModelConfig
+from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.outputs import RequestOutput, Stats
 from orthrus_rt.sampling import RejectionSampler, SamplingParams
 
@@ -29,7 +30,7 @@ class Request:
             seed = secrets.randbits(62) if params.seed is None else params.seed
         by_rejection = seed is not None and params.acceptance == "rejection"
         self.rejection = RejectionSampler(params, seed) if by_rejection else None
-        self.stats = Stats("", 0, len(prompt), seed=seed)
+        self.stats = Stats("", 0, 0, len(prompt), seed=seed)
         self.finish_reason: str | None = None
         self.arrival = -1
         self.slot: int | None = None
@@ -54,20 +55,21 @@ class Request:
             return None
         return RequestOutput(self.request_id, new, finished, self.finish_reason, self.stats)
 
-    def record(self, new: list[int], accepted: int | None, num_passes: int, mode: str, block_len: int) -> None:
-        """Take the tokens of one cycle, or of the prefill (``accepted`` None)."""
+    def record(self, new: list[int], plan: CyclePlan | None, verified: int, accepted: int) -> None:
+        """Take the tokens of one cycle, or of the prefill (``plan`` None)."""
         now = time.perf_counter()
         self.tokens += new
         stats = self.stats
         stats.tokens = len(self.tokens)
-        stats.mode, stats.block_len = mode, block_len
-        if accepted is None:
+        if plan is None:
             self.first_token = now
             stats.prefill_seconds = now - self.started
         else:
+            stats.mode, stats.block_len, stats.fan_out = plan
             stats.cycles += 1
-            stats.passes += num_passes
-            stats.accepted += [0] * (block_len - len(stats.accepted))
+            stats.passes += plan.num_passes
+            stats.misses += plan.mode == "one_pass" and not verified
+            stats.accepted += [0] * (plan.block_len - len(stats.accepted))
             stats.accepted[accepted] += 1
         stats.seconds = now - self.first_token
 

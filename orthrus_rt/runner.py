@@ -12,6 +12,7 @@ import torch
 
 from orthrus_rt import nvtx, ops
 from orthrus_rt import state as st
+from orthrus_rt.cycle_plan import CyclePlan, most_hypotheses
 from orthrus_rt.graph import COUPLED, Cycle, Pass
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
@@ -23,7 +24,7 @@ from orthrus_rt.state import SlotEdits, SlotSampling, SlotState
 from orthrus_rt.stopwatch import Stopwatch
 
 PREFILL_CHUNK = 512  # prompt tokens per prefill pass
-RESULTS = ("num_output", "finish", "num_accepted", "output")  # what the host reads of every slot
+RESULTS = ("num_output", "finish", "num_verified", "num_accepted", "output")  # what the host reads of every slot
 
 
 @dataclass
@@ -31,14 +32,12 @@ class Flight:
     """Work launched and not yet read: whose, what kind, and where its results will be."""
 
     requests: list[tuple[int, Request]]  # (slot at launch, request)
-    num_passes: int  # 0 for a prefill
-    mode: str
-    block_len: int
+    plan: CyclePlan | None  # of the cycle; None for a prefill
     results: dict[str, torch.Tensor]
     done: torch.cuda.Event | None
 
     def collect(self) -> dict[str, list]:
-        """Wait for the results; per slot ``num_output``, ``finish``, ``num_accepted`` and the ``output`` ring."""
+        """Wait for the results; per slot what RESULTS names."""
         if self.done is not None:
             self.done.synchronize()
         return {name: tensor.tolist() for name, tensor in self.results.items()}
@@ -47,32 +46,52 @@ class Flight:
 class Runner:
     """Static buffers for ``num_slots`` sequences of at most ``max_seq_len`` tokens, and all that runs on them."""
 
-    def __init__(self, model: Model, *, num_slots: int, max_seq_len: int, block_len: int, num_pages: int, max_stop_ids):
+    def __init__(
+        self, model: Model, *, num_slots: int, max_seq_len: int, plans: list[CyclePlan], num_pages: int, max_stop_ids
+    ):
         self.model, self.max_seq_len, self.num_slots = model, max_seq_len, num_slots
+        block_len = model.config.block_len
         self.lag = 1 if model.device.type == "cuda" else 0
         self.kv = PagedKvCache(
             model.config, num_slots=num_slots, max_seq_len=max_seq_len, num_pages=num_pages, device=model.device,
             dtype=model.dtype,
         )  # fmt: skip
-        self.state = SlotState.allocate(num_slots, block_len, max(64, 4 * block_len), max_stop_ids, model.device)
+        self.state = SlotState.allocate(
+            num_slots, block_len, max(64, 4 * block_len), max_stop_ids, model.device,
+            max_fan_out=most_hypotheses(block_len - 1),
+        )  # fmt: skip
         self.sampling = SlotSampling.allocate(num_slots, model.device)
-        chunk = min(PREFILL_CHUNK, max_seq_len)
-        self.activations = Activations(model, max(chunk, num_slots * block_len), num_slots * block_len)
-        self.workspace = Workspace.allocate(
-            model, max_rows=max(chunk, num_slots * block_len), max_groups=num_slots, max_seq_len=max_seq_len
-        )
         self.stopwatch = Stopwatch(model.device)
         self.flights: list[Flight] = []
         self._cycles: dict[tuple, Cycle] = {}
         self._mailboxes: dict[int, list[dict[str, torch.Tensor]]] = {}
+        self.activations: Activations | None = None
+        self.make_room(plans)
 
-    def cycle(self, mode: str, block_len: int, num_slots: int, sampling: SlotSampling | None = None) -> Cycle:
+    def make_room(self, plans: list[CyclePlan]) -> None:
+        """Buffers for cycles of these plans; what was built on smaller ones is dropped, so nothing may run."""
+        chunk = min(PREFILL_CHUNK, self.max_seq_len)
+        rows = max(chunk, *(self.num_slots * plan.max_rows for plan in plans))
+        rows_diff = max(self.num_slots * plan.max_rows_diff for plan in plans)
+        groups = max(self.num_slots * plan.max_groups for plan in plans)
+        if self.activations is not None:
+            if rows <= self._room[0] and rows_diff <= self._room[1] and groups <= self._room[2]:
+                return
+            rows, rows_diff, groups = map(max, self._room, (rows, rows_diff, groups))
+        self._cycles.clear()
+        self._room = (rows, rows_diff, groups)
+        self.activations = Activations(self.model, rows, rows_diff)
+        self.workspace = Workspace.allocate(
+            self.model, max_rows=rows, max_groups=groups, max_seq_len=self.max_seq_len
+        )  # fmt: skip
+
+    def cycle(self, plan: CyclePlan, num_slots: int, sampling: SlotSampling | None = None) -> Cycle:
         """The cycle of the smallest batch bucket (a power of two) with ``num_slots`` slots; built on first use."""
         bucket = min(1 << (num_slots - 1).bit_length(), self.num_slots)
-        key = (mode, block_len, bucket, sampling is not None, sampling is not None and sampling.edits is not None)
+        key = (plan, bucket, sampling is not None, sampling is not None and sampling.edits is not None)
         if key not in self._cycles:
             self._cycles[key] = Cycle(
-                self.model, self.kv, self.state.view(slice(0, bucket), block_len), mode,
+                self.model, self.kv, self.state.view(slice(0, bucket)), plan,
                 sampling=sampling, activations=self.activations, workspace=self.workspace,
                 max_seq_len=self.max_seq_len,
             )  # fmt: skip
@@ -129,15 +148,14 @@ class Runner:
         """The slot's rows are invalid from the next cycle on."""
         self.state.finish[slot] = st.EMPTY
 
-    def move(self, source: int, target: int, block_len: int) -> None:
+    def move(self, source: int, target: int) -> None:
         """Carry a slot's state over; its pages are moved by the scheduler."""
-        view = self.state.view(slice(None), block_len)
-        for tensor in (*vars(view).values(), *self.sampling.tensors()):
+        for tensor in (*vars(self.state).values(), *self.sampling.tensors()):
             tensor[target] = tensor[source]
         self.clear(source)
 
     @nvtx.ranged("prefill")
-    def prefill(self, request: Request, budget: int, mode: str, block_len: int) -> int:
+    def prefill(self, request: Request, budget: int) -> int:
         """Push at most ``budget`` more prompt tokens through the AR view; how many it took.
 
         The last token's row is, to consensus, a verification without drafts: its choice is the first known token. A
@@ -156,11 +174,11 @@ class Runner:
             self._forward(rows, picked, scored, out)
         request.prefilled += len(chunk)
         if last:
-            view = self.state.view(slice(slot, slot + 1), block_len)
+            view = self.state.view(slice(slot, slot + 1))
             view.finish.fill_(st.RUNNING)
             if wants_choice:
                 self._first_choice(request, view, rows, picked, out)
-                self._post([(0, request)], view, 0, mode, block_len)
+                self._post([(0, request)], view, None)
             else:
                 view.block_tokens[0, 0] = request.tokens[-1]
         return len(chunk)
@@ -176,7 +194,7 @@ class Runner:
         elif sampling := self._sampling([request]):
             partials = st.empty_partials(1, st.num_score_tiles(value.shape[1]), value.device)
             ops.process_logits(value, rows, picked, sampling, self.state.cache_seqlens, COUPLED, partials)
-        ops.consensus(view, partials, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id)
+        ops.consensus(view, partials, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id, 1)
 
     def _buffers(self, rows: int, logits: bool):
         """``(value, id)``: fp32 logits (id None) or partial maxima of ``rows`` rows."""
@@ -205,15 +223,15 @@ class Runner:
             self.kv.release(0)
         return out[0][0]
 
-    def decode(self, requests: list[Request], mode: str, block_len: int) -> None:
+    def decode(self, requests: list[Request], plan: CyclePlan) -> None:
         """Launch one cycle for the running slots, which ``requests`` hold."""
-        cycle = self.cycle(mode, block_len, 1 + max(r.slot for r in requests), self._sampling(requests))
-        with self.stopwatch.time(f"{mode}_cycle"):
+        cycle = self.cycle(plan, 1 + max(r.slot for r in requests), self._sampling(requests))
+        with self.stopwatch.time(f"{plan.mode}_cycle"):
             if any(r.rejection for r in requests):
                 self._rejection_cycle(cycle, requests)
             else:
                 cycle.run()
-        self._post([(r.slot, r) for r in requests], cycle.state, len(cycle.passes), mode, block_len)
+        self._post([(r.slot, r) for r in requests], cycle.state, plan)
 
     @nvtx.ranged("rejection cycle")
     def _rejection_cycle(self, cycle: Cycle, requests: list[Request]) -> None:
@@ -240,7 +258,7 @@ class Runner:
         drafts = state.block_tokens[slot, 1 : 1 + int(state.num_drafts[slot])].tolist()
         return request.rejection.verify(logits, drafts, position)
 
-    def _post(self, requests, state: SlotState, num_passes: int, mode: str, block_len: int) -> None:
+    def _post(self, requests, state: SlotState, plan: CyclePlan | None) -> None:
         """Queue the slots' results for reading: a copy to pinned memory on CUDA, the state itself on the CPU."""
         results = {name: getattr(state, name) for name in RESULTS}
         done = None
@@ -251,7 +269,7 @@ class Runner:
             done = torch.cuda.Event()
             done.record()
             results = mailbox
-        self.flights.append(Flight(requests, num_passes, mode, block_len, results, done))
+        self.flights.append(Flight(requests, plan, results, done))
 
     def _mailbox(self, num_slots: int) -> dict[str, torch.Tensor]:
         """Pinned buffers that no unread flight holds; as many as flights are ever unread, then used again."""

@@ -9,9 +9,12 @@ import torch
 # FinishReason
 EMPTY, RUNNING, STOP, LENGTH = -1, 0, 1, 2
 # ConsensusStep: whose choices are these
-STEP_DRAFT, STEP_VERIFY, STEP_STAGE = 0, 1, 2
+STEP_DRAFT, STEP_VERIFY, STEP_STAGE, STEP_VERIFY_AND_DRAFT = 0, 1, 2, 3
 # NextPass: what to stage
-NEXT_NONE, NEXT_DRAFT, NEXT_VERIFY, NEXT_AR = 0, 1, 2, 3
+NEXT_NONE, NEXT_DRAFT, NEXT_VERIFY, NEXT_AR, NEXT_ONE_PASS = 0, 1, 2, 3, 4
+# Choices kept of a draft's row: the draft itself, the second and the third likeliest token.
+CANDIDATES = 3
+MAX_BLOCK_LEN = 256
 
 
 # process_logits gives one partial maximum per this many tokens.
@@ -120,61 +123,78 @@ class SlotSampling:
 
 @dataclass
 class SlotState:
-    """Decode state of ``num_slots`` sequences, every tensor int32 on one device.
+    """Decode state of ``num_slots`` sequences on one device, int32 unless said otherwise.
+
+    Entry i of a block belongs to the token at position ``cache_seqlens + i``.
 
     Attributes:
         cache_seqlens: ``[num_slots]`` committed tokens, whose AR keys/values are in the cache.
-        block_tokens: ``[num_slots, block_len]`` the known next token t0, then the drafts.
-        num_drafts: ``[num_slots]`` drafts to verify, at most ``block_len - 1``.
-        num_accepted: ``[num_slots]`` drafts accepted by the last verification.
+        block_tokens: ``[num_slots, max_block_len]`` the known next token t0, then the drafts.
+        num_drafts: ``[num_slots]`` drafts to verify, fewer than a cycle's ``block_len``.
+        num_verified: ``[num_slots]`` drafts that the last verification looked at.
+        num_accepted: ``[num_slots]`` drafts accepted by it.
         limit: ``[num_slots]`` total tokens the sequence may have, prompt included.
         stop_ids: ``[num_slots, max_stop_ids]`` ids that end the sequence, padded with -1.
         finish: ``[num_slots]`` EMPTY, RUNNING, STOP or LENGTH.
         output: ``[num_slots, output_capacity]`` ring of emitted tokens.
         num_output: ``[num_slots]`` tokens emitted so far.
+        runner_up: ``[num_slots, max_block_len, 2]`` other likely tokens in a draft's place (``one_pass``).
+        draft_prob: fp32 ``[num_slots, max_block_len, 3]`` probabilities of the draft and of those.
+        hypotheses: ``[num_slots, max_fan_out, 2]`` what each block of a one-pass cycle supposes: drafts accepted (-1:
+            no block) and anchor (-1: the last accepted token); csrc/include/orthrus/hypotheses.h.
     """
 
     cache_seqlens: torch.Tensor
     block_tokens: torch.Tensor
     num_drafts: torch.Tensor
+    num_verified: torch.Tensor
     num_accepted: torch.Tensor
     limit: torch.Tensor
     stop_ids: torch.Tensor
     finish: torch.Tensor
     output: torch.Tensor
     num_output: torch.Tensor
+    runner_up: torch.Tensor
+    draft_prob: torch.Tensor
+    hypotheses: torch.Tensor
 
-    def view(self, slots: slice, block_len: int) -> SlotState:
-        """The same memory for some of the slots and a shorter block; ``block_tokens`` is laid anew over its storage, so
-        the block length may change only while no slot runs.
-        """
-        fields = {name: tensor[slots] for name, tensor in vars(self).items() if name != "block_tokens"}
-        flat = self.block_tokens.flatten()[: self.num_slots * block_len].view(self.num_slots, block_len)
-        return SlotState(block_tokens=flat[slots], **fields)
+    def view(self, slots: slice) -> SlotState:
+        """The same memory for some of the slots."""
+        return SlotState(*(tensor[slots] for tensor in vars(self).values()))
 
     @property
     def num_slots(self) -> int:
         return self.cache_seqlens.shape[0]
 
     @property
-    def block_len(self) -> int:
+    def max_block_len(self) -> int:
         return self.block_tokens.shape[1]
 
+    @property
+    def max_fan_out(self) -> int:
+        return self.hypotheses.shape[1]
+
     @staticmethod
-    def allocate(num_slots: int, block_len: int, output_capacity: int, max_stop_ids: int, device) -> SlotState:
+    def allocate(
+        num_slots: int, max_block_len: int, output_capacity: int, max_stop_ids: int, device, *, max_fan_out: int = 0
+    ) -> SlotState:
         """All slots EMPTY."""
 
-        def zeros(*shape):
-            return torch.zeros(shape, dtype=torch.int32, device=device)
+        def zeros(*shape, dtype=torch.int32):
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         return SlotState(
             cache_seqlens=zeros(num_slots),
-            block_tokens=zeros(num_slots, block_len),
+            block_tokens=zeros(num_slots, max_block_len),
             num_drafts=zeros(num_slots),
+            num_verified=zeros(num_slots),
             num_accepted=zeros(num_slots),
             limit=zeros(num_slots),
             stop_ids=zeros(num_slots, max_stop_ids) - 1,
             finish=zeros(num_slots) + EMPTY,
             output=zeros(num_slots, output_capacity),
             num_output=zeros(num_slots),
+            runner_up=zeros(num_slots, max_block_len, CANDIDATES - 1),
+            draft_prob=zeros(num_slots, max_block_len, CANDIDATES, dtype=torch.float32),
+            hypotheses=zeros(num_slots, max_fan_out, 2) - 1,
         )

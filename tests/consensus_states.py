@@ -13,45 +13,64 @@ from orthrus_rt.plan import empty_rows
 MASK = 99
 
 
-def random_state(generator, slots, block_len, capacity=7, stops=3) -> st.SlotState:
-    """Slots of every FinishReason, drafts from a tiny vocabulary, limits near and far, rings about to wrap."""
+def random_state(generator, slots, block_len, capacity=7, stops=3, fan_out=0) -> st.SlotState:
+    """Slots of every FinishReason, drafts from a tiny vocabulary, limits near and far, rings about to wrap.
+
+    The state's own blocks are longer than ``block_len`` and it has room for more than ``fan_out`` hypotheses.
+    """
 
     def draw(low, high, *shape):
         return torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
 
-    state = st.SlotState.allocate(slots, block_len, capacity, stops, "cpu")
+    state = st.SlotState.allocate(slots, block_len + 2, capacity, stops, "cpu", max_fan_out=fan_out + 1)
     state.cache_seqlens.copy_(draw(0, 50, slots))
     state.limit.copy_(state.cache_seqlens + 2 + draw(0, 2 * block_len, slots))
-    state.block_tokens.copy_(draw(0, 3, slots, block_len))
+    state.block_tokens.copy_(draw(0, 3, *state.block_tokens.shape))
     room = (state.limit - 1 - state.cache_seqlens).clamp(max=block_len - 1)
     state.num_drafts.copy_((draw(0, 1 << 30, slots) % (room + 1)).int())
     state.stop_ids.copy_(draw(0, 5, slots, stops).masked_fill(draw(0, 2, slots, stops) == 0, -1))
     state.finish.copy_(torch.where(draw(0, 4, slots) > 0, st.RUNNING, draw(-1, 3, slots)))
     state.num_output.copy_(draw(0, 100, slots))
     state.output.copy_(draw(0, 3, slots, capacity))
+    state.runner_up.copy_(draw(0, 3, *state.runner_up.shape))
+    likely = torch.rand(*state.draft_prob.shape[:2], st.CANDIDATES + 1, generator=generator) ** 3
+    state.draft_prob.copy_((likely / likely.sum(-1, keepdim=True)).sort(-1, descending=True).values[..., :-1])
+    accepted = draw(-1, block_len, slots, fan_out + 1).minimum(state.num_drafts[:, None])
+    anchor = draw(-1, 3, slots, fan_out + 1)
+    state.hypotheses.copy_(torch.stack([accepted, torch.where(accepted < state.num_drafts[:, None], anchor, -1)], -1))
     return state
 
 
-def random_partials(generator, rows, num_partials):
-    """Partial maxima of ``rows`` rows: ids ascending by partial, values with many ties."""
+def random_partials(generator, rows, num_partials, ties=True):
+    """Partial maxima of ``rows`` rows: ids ascending by partial, values with many ties or none."""
     value = torch.randint(0, 6, (rows, num_partials), generator=generator).float()
+    if not ties:
+        value += torch.rand(value.shape, generator=generator)
     value[torch.rand(value.shape, generator=generator) < 0.1] = -torch.inf
     ids = torch.randint(0, 3, (rows, num_partials), generator=generator, dtype=torch.int32)
     return value, ids + torch.arange(num_partials, dtype=torch.int32) * 3
 
 
 def steps(block_len):
-    """Every (step, choice rows per slot, next pass) that a mode may use."""
+    """Every (step, choice rows per slot, next pass) that ``ar`` and ``two_pass`` may use."""
     draft = [(st.STEP_DRAFT, block_len - 1, st.NEXT_VERIFY)] if block_len > 1 else []
     verify = [(st.STEP_VERIFY, block_len, n) for n in (st.NEXT_NONE, st.NEXT_DRAFT, st.NEXT_VERIFY, st.NEXT_AR)]
     return [*draft, *verify, (st.STEP_VERIFY, 1, st.NEXT_AR)]
 
 
-def staged_rows(slots, block_len, next_pass):
+def one_pass_steps(block_len, fan_out):
+    """The same of ``one_pass``, and of a change to or from it."""
+    rows = block_len * (1 + fan_out)
+    verify = [(st.STEP_VERIFY_AND_DRAFT, rows, n) for n in (st.NEXT_NONE, st.NEXT_ONE_PASS, st.NEXT_DRAFT)]
+    return [*verify, *((st.STEP_STAGE, 0, n) for n in (st.NEXT_ONE_PASS, st.NEXT_AR))]
+
+
+def staged_rows(slots, block_len, next_pass, fan_out=0):
     """Rows for ``next_pass`` with poison in every field that must be written; None for NEXT_NONE."""
     if next_pass == st.NEXT_NONE:
         return None
-    rows = empty_rows(0, 0, slots, 1 if next_pass == st.NEXT_AR else block_len, "cpu")
+    blocks = slots * fan_out if next_pass == st.NEXT_ONE_PASS else 0
+    rows = empty_rows(slots, 1 if next_pass == st.NEXT_AR else block_len, blocks, block_len, "cpu")
     for name in ("token", "position", "seq", "prefix_len"):
         getattr(rows, name).fill_(-77)
     return rows
@@ -72,5 +91,7 @@ def assert_same(got, want):
         return
     for f in dataclasses.fields(want):
         a, b = getattr(got, f.name), getattr(want, f.name)
-        if isinstance(b, torch.Tensor):
+        if f.name == "draft_prob":
+            torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-5, atol=1e-7, msg=f.name)
+        elif isinstance(b, torch.Tensor):
             assert torch.equal(a.cpu(), b.cpu()), f.name

@@ -2,9 +2,15 @@
 #include "consensus.h"
 
 #include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "orthrus/hypotheses.h"
 
 namespace orthrus::cpu {
 namespace {
+
+bool is(int32_t value, ConsensusStep step) { return value == static_cast<int32_t>(step); }
 
 // Best of a row's partial maxima: ties go to the earlier vocabulary tile, hence to the lowest id.
 int32_t choice(const ConsensusParams& p, int64_t row) {
@@ -18,11 +24,46 @@ int32_t choice(const ConsensusParams& p, int64_t row) {
   return id[best];
 }
 
+// The likeliest tokens of a draft row, one per vocabulary tile, and their share of all tiles' maxima.
+struct Candidates {
+  std::array<int32_t, kCandidates> id;
+  std::array<float, kCandidates> prob;
+};
+
+Candidates candidates(const ConsensusParams& p, int64_t row) {
+  const float* value = p.partial_value + row * p.num_partials;
+  const int32_t* id = p.partial_id + row * p.num_partials;
+  Candidates top;
+  top.id.fill(id[0]);
+  top.prob.fill(-INFINITY);
+  for (int32_t i = 0; i < p.num_partials; ++i) {
+    if (!(value[i] > top.prob.back())) continue;
+    int32_t at = kCandidates - 1;
+    for (; at > 0 && value[i] > top.prob[at - 1]; --at) {
+      top.prob[at] = top.prob[at - 1];
+      top.id[at] = top.id[at - 1];
+    }
+    top.prob[at] = value[i];
+    top.id[at] = id[i];
+  }
+  const float best = top.prob[0];
+  if (!std::isfinite(best)) {
+    top.prob.fill(0.f);
+    return top;
+  }
+  float total = 0.f;
+  for (int32_t i = 0; i < p.num_partials; ++i) {
+    if (value[i] > -INFINITY) total += std::exp(value[i] - best);
+  }
+  for (float& prob : top.prob) prob = std::exp(prob - best) / total;
+  return top;
+}
+
 void take_drafts(const ConsensusParams& p, int32_t slot) {
   const SlotState& s = p.state;
   const int32_t room = s.limit[slot] - 1 - s.cache_seqlens[slot];
   const int32_t count = std::max(0, std::min(p.rows_per_slot, room));
-  int32_t* drafts = s.block_tokens + int64_t{slot} * s.block_len + 1;
+  int32_t* drafts = s.block_tokens + int64_t{slot} * s.max_block_len + 1;
   for (int32_t i = 0; i < count; ++i) drafts[i] = choice(p, int64_t{slot} * p.rows_per_slot + i);
   s.num_drafts[slot] = count;
 }
@@ -32,18 +73,54 @@ bool is_stop(const SlotState& s, int32_t slot, int32_t token) {
   return token >= 0 && std::find(ids, ids + s.max_stop_ids, token) != ids + s.max_stop_ids;
 }
 
+// The drafts behind a rejected one were made for these very positions: they stay, in doubt.
+void keep_tail(const SlotState& s, int32_t slot, int32_t num_drafts, int32_t accepted) {
+  int32_t* block = s.block_tokens + int64_t{slot} * s.max_block_len;
+  int32_t* runner_up = s.runner_up + int64_t{slot} * s.max_block_len * (kCandidates - 1);
+  float* prob = s.draft_prob + int64_t{slot} * s.max_block_len * kCandidates;
+  const int32_t count = std::max(0, num_drafts - accepted - 1);
+  for (int32_t i = 1; i <= count; ++i) {
+    const int32_t from = i + accepted + 1;
+    block[i] = block[from];
+    std::copy_n(runner_up + from * (kCandidates - 1), kCandidates - 1, runner_up + i * (kCandidates - 1));
+    std::copy_n(prob + from * kCandidates, kCandidates, prob + i * kCandidates);
+    prob[i * kCandidates] *= kDoubt;
+  }
+  s.num_drafts[slot] = count;
+}
+
+// The next drafts, from the block that supposed what happened.
+void take_block(const ConsensusParams& p, int32_t slot, const Hit& hit, int32_t bonus) {
+  const SlotState& s = p.state;
+  const int64_t rows = int64_t{slot} * p.rows_per_slot + p.block_len * (1 + hit.block);
+  const bool doubt = hit.first_row == 1 && choice(p, rows) != bonus;
+  int32_t* block = s.block_tokens + int64_t{slot} * s.max_block_len;
+  int32_t* runner_up = s.runner_up + int64_t{slot} * s.max_block_len * (kCandidates - 1);
+  float* prob = s.draft_prob + int64_t{slot} * s.max_block_len * kCandidates;
+  const int32_t count = std::min(p.block_len - 1, s.limit[slot] - 1 - s.cache_seqlens[slot]);
+  for (int32_t i = 1; i <= count; ++i) {
+    const Candidates top = candidates(p, rows + hit.first_row + i - 1);
+    block[i] = top.id[0];
+    std::copy_n(top.id.begin() + 1, kCandidates - 1, runner_up + i * (kCandidates - 1));
+    std::copy_n(top.prob.begin(), kCandidates, prob + i * kCandidates);
+    if (doubt) prob[i * kCandidates] *= kDoubt;
+  }
+  s.num_drafts[slot] = count;
+}
+
 void accept(const ConsensusParams& p, int32_t slot) {
   const SlotState& s = p.state;
-  int32_t* block = s.block_tokens + int64_t{slot} * s.block_len;
+  int32_t* block = s.block_tokens + int64_t{slot} * s.max_block_len;
   const int64_t first_row = int64_t{slot} * p.rows_per_slot;
   const int32_t n = s.cache_seqlens[slot];
   const int32_t room = s.limit[slot] - 1 - n;
+  const int32_t num_drafts = s.num_drafts[slot];
 
   int32_t accepted = 0, emitted = 0, last = 0;
   bool stopped = false, matching = true;
   while (matching && !stopped && emitted < room) {
     last = choice(p, first_row + emitted);
-    matching = emitted < s.num_drafts[slot] && block[1 + emitted] == last;
+    matching = emitted < num_drafts && block[1 + emitted] == last;
     accepted += matching;
     stopped = is_stop(s, slot, last);
     s.output[int64_t{slot} * s.output_capacity + s.num_output[slot] % s.output_capacity] = last;
@@ -52,29 +129,62 @@ void accept(const ConsensusParams& p, int32_t slot) {
   }
   if (emitted > 0) block[0] = last;
   s.cache_seqlens[slot] = n + emitted;
+  s.num_verified[slot] = num_drafts;
   s.num_accepted[slot] = accepted;
   s.num_drafts[slot] = 0;
   const bool full = n + 1 + emitted >= s.limit[slot];
   const auto unless_stopped = full ? FinishReason::kLength : FinishReason::kRunning;
   s.finish[slot] = static_cast<int32_t>(stopped ? FinishReason::kStop : unless_stopped);
+  if (stopped || full || !is(p.step, ConsensusStep::kVerifyAndDraft)) return;
+  const Hit hit = find_hit(s.hypotheses + int64_t{slot} * s.max_fan_out * 2, p.fan_out, accepted, last);
+  if (hit.block >= 0) {
+    take_block(p, slot, hit, last);
+  } else {
+    keep_tail(s, slot, num_drafts, accepted);
+  }
 }
+
+struct OneLane {
+  static constexpr int32_t kLanes = 1;
+  int32_t lane = 0;
+  Hypothesis best(const Hypothesis& mine) const { return mine; }
+};
 
 void stage(const ConsensusParams& p, int32_t slot) {
   const SlotState& s = p.state;
   const bool running = s.finish[slot] == static_cast<int32_t>(FinishReason::kRunning);
   const auto next = static_cast<NextPass>(p.next_pass);
-  const int32_t count = next == NextPass::kAr ? 1 : s.block_len;
+  const int32_t count = next == NextPass::kAr ? 1 : p.block_len;
   const int32_t n = s.cache_seqlens[slot];
-  const int32_t* block = s.block_tokens + int64_t{slot} * s.block_len;
+  const int32_t* block = s.block_tokens + int64_t{slot} * s.max_block_len;
+  const bool verifies = next == NextPass::kVerify || next == NextPass::kOnePass;
+  if (is(p.step, ConsensusStep::kStage)) s.num_drafts[slot] = verifies ? std::min(s.num_drafts[slot], count - 1) : 0;
   for (int32_t i = 0; i < count; ++i) {
     const int64_t r = int64_t{slot} * count + i;
-    bool valid = running && n + i < s.limit[slot];
-    if (next == NextPass::kVerify) valid = valid && i <= s.num_drafts[slot];
+    const bool valid = running && n + i < s.limit[slot] && (!verifies || i <= s.num_drafts[slot]);
     const int32_t token = next == NextPass::kDraft && i > 0 ? p.mask_token_id : block[i];
     p.next_token[r] = valid ? token : 0;
     p.next_position[r] = valid ? n + i : -1;
     p.next_seq[r] = slot;
     p.next_prefix_len[r] = !valid ? 0 : next == NextPass::kDraft ? n : n + i + 1;
+  }
+  if (next != NextPass::kOnePass) return;
+  if (running) {
+    std::array<float, kMaxBlockLen> reach;
+    std::array<uint32_t, kMaxBlockLen> picked;
+    pick_hypotheses(OneLane{}, s, slot, s.num_drafts[slot], p.fan_out, reach.data(), picked.data());
+  }
+  const int32_t* hypotheses = s.hypotheses + int64_t{slot} * s.max_fan_out * 2;
+  for (int32_t f = 0; f < p.fan_out; ++f) {
+    for (int32_t i = 0; i < count; ++i) {
+      const int64_t r = int64_t{s.num_slots} * count + (int64_t{slot} * p.fan_out + f) * count + i;
+      const BlockRow row = running ? block_row(hypotheses + 2 * f, block, n, s.limit[slot], i, p.mask_token_id)
+                                   : BlockRow{false, 0, -1, 0};
+      p.next_token[r] = row.token;
+      p.next_position[r] = row.position;
+      p.next_seq[r] = slot;
+      p.next_prefix_len[r] = row.prefix_len;
+    }
   }
 }
 
@@ -83,9 +193,11 @@ void stage(const ConsensusParams& p, int32_t slot) {
 void run_consensus(const ConsensusParams& p) {
   for (int32_t slot = 0; slot < p.state.num_slots; ++slot) {
     if (p.state.finish[slot] == static_cast<int32_t>(FinishReason::kRunning)) {
-      const auto step = static_cast<ConsensusStep>(p.step);
-      if (step == ConsensusStep::kDraft) take_drafts(p, slot);
-      if (step == ConsensusStep::kVerify) accept(p, slot);
+      if (is(p.step, ConsensusStep::kDraft)) {
+        take_drafts(p, slot);
+      } else if (!is(p.step, ConsensusStep::kStage)) {
+        accept(p, slot);
+      }
     }
     if (p.next_pass != static_cast<int32_t>(NextPass::kNone)) stage(p, slot);
   }

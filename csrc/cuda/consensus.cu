@@ -1,9 +1,10 @@
 // Choice, acceptance, stop, commit and staging of one cycle; contract in orthrus/params.h.
 //
 // One launch, one CTA a slot, one warp a row where they suffice. Warps reduce the partial maxima; one thread walks the
-// block in shared memory; all threads write the results. Integers only beside the comparisons, so
-// deterministic; graph-safe: limits, stop ids and lengths are read on the device. Reads 8 bytes a
-// partial; everything else is small.
+// block in shared memory; all threads write the results. Integers beside the comparisons and the wagers of
+// hypotheses.h, all in a fixed order, so deterministic; graph-safe: limits, stop ids and lengths are read on the
+// device. Reads 8 bytes a partial (of a one-pass cycle's blocks, the one that hit alone); everything else is small.
+#include "orthrus/hypotheses.h"
 #include "orthrus/launch.cuh"
 #include "orthrus/ops.h"
 
@@ -11,25 +12,29 @@ namespace orthrus::cuda {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kMaxBlockLen = 256;
+constexpr int kAhead = 8;  // partials of a row in flight per lane
 
-// The larger of two partials, ties to the lower id. NaN never wins.
+// A partial maximum. The larger value is better, ties to the lower id; NaN never wins.
 struct Best {
   float value = -INFINITY;
   int id = INT32_MAX;
-  __device__ void take(float other, int other_id) {
-    if (other > value || (other == value && other_id < id)) {
-      value = other;
-      id = other_id;
-    }
+  __device__ bool operator<(const Best& other) const {
+    return other.value > value || (other.value == value && other.id < id);
   }
 };
 
-// Id of the largest partial of one row. Warp-collective; all loads of 256 partials are in flight at once.
-__device__ int choose(const float* values, const int32_t* ids, int num_partials, int lane) {
-  constexpr int kAhead = 8;
-  if (!values) return ids[0];
-  Best best;
+// The best of the warp's lanes, known to all of them.
+__device__ Best warp_best(Best best) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const Best other{__shfl_xor_sync(~0u, best.value, mask), __shfl_xor_sync(~0u, best.id, mask)};
+    if (best < other) best = other;
+  }
+  return best;
+}
+
+// Calls take(partial) for the partials of one row that fall to this lane; the loads of 256 are in flight at once.
+template <typename Take>
+__device__ void for_each_partial(const float* values, const int32_t* ids, int num_partials, int lane, Take take) {
   for (int first = lane; first < num_partials; first += 32 * kAhead) {
     Best ahead[kAhead];
 #pragma unroll
@@ -37,23 +42,68 @@ __device__ int choose(const float* values, const int32_t* ids, int num_partials,
       if (first + 32 * j < num_partials) ahead[j] = {values[first + 32 * j], ids[first + 32 * j]};
     }
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) best.take(ahead[j].value, ahead[j].id);
+    for (int j = 0; j < kAhead; ++j) take(ahead[j]);
   }
-  for (int mask = 16; mask > 0; mask /= 2) {
-    const float value = __shfl_xor_sync(~0u, best.value, mask);
-    best.take(value, __shfl_xor_sync(~0u, best.id, mask));
-  }
+}
+
+// Id of the largest partial of one row. Warp-collective.
+__device__ int choose(const float* values, const int32_t* ids, int num_partials, int lane) {
+  if (!values) return ids[0];
+  Best best;
+  for_each_partial(values, ids, num_partials, lane, [&](const Best& other) {
+    if (best < other) best = other;
+  });
+  best = warp_best(best);
   return best.id == INT32_MAX ? ids[0] : best.id;
+}
+
+// The largest partials of one row, and their softmax over all its partials; the same on every lane. Warp-collective.
+__device__ void choose_candidates(const float* values, const int32_t* ids, int num_partials, int lane,
+                                  int32_t (&id)[kCandidates], float (&prob)[kCandidates]) {
+  Best mine[kCandidates];
+  for_each_partial(values, ids, num_partials, lane, [&](Best other) {
+    const bool likely = other.value > -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kCandidates; ++i) {
+      if (likely && mine[i] < other) {
+        const Best smaller = mine[i];
+        mine[i] = other;
+        other = smaller;
+      }
+    }
+  });
+  float value[kCandidates];
+#pragma unroll
+  for (int i = 0; i < kCandidates; ++i) {
+    const Best best = warp_best(mine[0]);
+    value[i] = best.value;
+    id[i] = best.id == INT32_MAX ? ids[0] : best.id;
+    if (mine[0].id == best.id && best.id != INT32_MAX) {  // this lane's: ids are distinct
+#pragma unroll
+      for (int j = 0; j + 1 < kCandidates; ++j) mine[j] = mine[j + 1];
+      mine[kCandidates - 1] = Best{};
+    }
+  }
+  float total = 0.f;
+  for_each_partial(values, ids, num_partials, lane, [&](const Best& partial) {
+    if (partial.value > -INFINITY) total += expf(partial.value - value[0]);
+  });
+  for (int mask = 16; mask > 0; mask /= 2) total += __shfl_xor_sync(~0u, total, mask);
+  const bool finite = value[0] > -INFINITY && value[0] < INFINITY;
+#pragma unroll
+  for (int i = 0; i < kCandidates; ++i) prob[i] = finite ? expf(value[i] - value[0]) / total : 0.f;
 }
 
 struct Slot {
   int32_t cached, limit, finish, num_drafts, num_output;
-  int32_t num_emitted;
+  int32_t num_emitted, num_accepted;
+  Hit hit;
+  bool doubt;
 };
 
 // The walk of a verification: accepted prefix, then cut at the limit and at the first stop id.
-__device__ void accept(Slot& slot, int32_t* num_accepted, const int32_t* choices, const int32_t* drafts,
-                       const bool* is_stop, int num_choices) {
+__device__ void accept(Slot& slot, const int32_t* choices, const int32_t* drafts, const bool* is_stop,
+                       int num_choices) {
   int accepted = 0;
   while (accepted < slot.num_drafts && accepted < num_choices && drafts[accepted] == choices[accepted]) ++accepted;
   int emitted = accepted + 1 < num_choices ? accepted + 1 : num_choices;
@@ -67,93 +117,230 @@ __device__ void accept(Slot& slot, int32_t* num_accepted, const int32_t* choices
       slot.finish = static_cast<int32_t>(FinishReason::kStop);
     }
   }
-  *num_accepted = accepted < emitted ? accepted : emitted;
-  slot.num_drafts = 0;
+  slot.num_accepted = accepted < emitted ? accepted : emitted;
   slot.num_emitted = emitted;
 }
 
-__global__ void __launch_bounds__(kMaxThreads) consensus_kernel(const __grid_constant__ ConsensusParams p) {
-  __shared__ int32_t choices[kMaxBlockLen];
-  __shared__ int32_t tokens[kMaxBlockLen];  // the slot's block: t0, then the drafts
-  __shared__ bool is_stop[kMaxBlockLen];
-  __shared__ Slot slot;
-  pdl_wait();
-  pdl_launch_dependents();
-  const SlotState& state = p.state;
-  const int s = blockIdx.x, thread = threadIdx.x, num_threads = blockDim.x, block_len = state.block_len;
-  int32_t* const block_tokens = state.block_tokens + static_cast<int64_t>(s) * block_len;
-
-  for (int i = thread; i < block_len; i += num_threads) tokens[i] = block_tokens[i];
-  if (thread == 0) {
-    slot = {state.cache_seqlens[s], state.limit[s], state.finish[s], state.num_drafts[s], state.num_output[s], 0};
+struct Warp {
+  static constexpr int32_t kLanes = 32;
+  int32_t lane;
+  __device__ Hypothesis best(Hypothesis mine) const {
+    for (int mask = 16; mask > 0; mask /= 2) {
+      const Hypothesis other{__shfl_xor_sync(~0u, mine.gain, mask), __shfl_xor_sync(~0u, mine.accepted, mask),
+                             __shfl_xor_sync(~0u, mine.rank, mask)};
+      if (other.accepted >= 0 && (mine.accepted < 0 || better(other, mine))) mine = other;
+    }
+    return mine;
   }
-  for (int i = thread / 32; i < p.rows_per_slot; i += num_threads / 32) {
-    const int64_t first = (static_cast<int64_t>(s) * p.rows_per_slot + i) * p.num_partials;
-    const float* values = p.partial_value ? p.partial_value + first : nullptr;
-    const int choice = choose(values, p.partial_id + first, p.num_partials, thread % 32);
+};
+
+struct Shared {
+  int32_t choices[kMaxBlockLen];
+  int32_t tokens[kMaxBlockLen];  // the slot's block: t0, then the drafts
+  bool is_stop[kMaxBlockLen];
+  float reach[kMaxBlockLen];
+  uint32_t picked[kMaxBlockLen];
+  Slot slot;
+};
+
+__device__ bool is(int32_t value, ConsensusStep step) { return value == static_cast<int32_t>(step); }
+__device__ bool is(int32_t value, NextPass next) { return value == static_cast<int32_t>(next); }
+__device__ bool is(int32_t value, FinishReason reason) { return value == static_cast<int32_t>(reason); }
+
+// Partials of one of the slot's choice rows.
+struct Row {
+  const float* values;
+  const int32_t* ids;
+};
+__device__ Row choice_row(const ConsensusParams& p, int slot, int row) {
+  const int64_t first = (static_cast<int64_t>(slot) * p.rows_per_slot + row) * p.num_partials;
+  return {p.partial_value ? p.partial_value + first : nullptr, p.partial_id + first};
+}
+
+// The choices of the first `count` rows and whether they are stop ids.
+__device__ void read_choices(const ConsensusParams& p, Shared& sh, int count) {
+  const int s = blockIdx.x, lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
+    const Row row = choice_row(p, s, i);
+    const int choice = choose(row.values, row.ids, p.num_partials, lane);
     bool stop = false;
-    for (int j = thread % 32; j < state.max_stop_ids; j += 32) {
-      const int id = state.stop_ids[static_cast<int64_t>(s) * state.max_stop_ids + j];
+    for (int j = lane; j < p.state.max_stop_ids; j += 32) {
+      const int id = p.state.stop_ids[static_cast<int64_t>(s) * p.state.max_stop_ids + j];
       stop |= id >= 0 && id == choice;
     }
     stop = __any_sync(~0u, stop);
-    if (thread % 32 == 0) {
-      choices[i] = choice;
-      is_stop[i] = stop;
+    if (lane == 0) {
+      sh.choices[i] = choice;
+      sh.is_stop[i] = stop;
+    }
+  }
+}
+
+// The drafts of the next pass: those of the block that supposed what happened, or the rest of the rejected ones.
+__device__ void renew_drafts(const ConsensusParams& p, Shared& sh) {
+  const SlotState& state = p.state;
+  const int s = blockIdx.x, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int64_t first = static_cast<int64_t>(s) * state.max_block_len;
+  int32_t* const tokens = state.block_tokens + first;
+  int32_t* const runner_up = state.runner_up + first * (kCandidates - 1);
+  float* const prob = state.draft_prob + first * kCandidates;
+  Slot& slot = sh.slot;
+  if (thread == 0) {
+    slot.hit = find_hit(state.hypotheses + static_cast<int64_t>(s) * state.max_fan_out * 2, p.fan_out,
+                        slot.num_accepted, sh.tokens[0]);
+  }
+  __syncthreads();
+  const int block_row = p.block_len * (1 + slot.hit.block);
+  if (slot.hit.block >= 0) {
+    if (warp == 0) {
+      const Row row = choice_row(p, s, block_row);
+      const int guess = choose(row.values, row.ids, p.num_partials, lane);
+      if (lane == 0) {
+        slot.doubt = slot.hit.first_row == 1 && guess != sh.tokens[0];
+        const int room = slot.limit - 1 - slot.cached;
+        slot.num_drafts = room < p.block_len - 1 ? room : p.block_len - 1;
+      }
+    }
+    __syncthreads();
+    for (int i = 1 + warp; i <= slot.num_drafts; i += blockDim.x / 32) {
+      const Row row = choice_row(p, s, block_row + slot.hit.first_row + i - 1);
+      int32_t id[kCandidates];
+      float likely[kCandidates];
+      choose_candidates(row.values, row.ids, p.num_partials, lane, id, likely);
+      if (lane == 0) {
+        tokens[i] = sh.tokens[i] = id[0];
+        for (int j = 1; j < kCandidates; ++j) runner_up[i * (kCandidates - 1) + j - 1] = id[j];
+        for (int j = 0; j < kCandidates; ++j) prob[i * kCandidates + j] = likely[j];
+        if (slot.doubt) prob[i * kCandidates] *= kDoubt;
+      }
+    }
+  } else if (thread == 0) {
+    const int shift = slot.num_accepted + 1;
+    slot.num_drafts = slot.num_drafts > shift ? slot.num_drafts - shift : 0;
+    for (int i = 1; i <= slot.num_drafts; ++i) {
+      tokens[i] = sh.tokens[i] = sh.tokens[i + shift];
+      for (int j = 0; j + 1 < kCandidates; ++j)
+        runner_up[i * (kCandidates - 1) + j] = runner_up[(i + shift) * (kCandidates - 1) + j];
+      for (int j = 0; j < kCandidates; ++j) prob[i * kCandidates + j] = prob[(i + shift) * kCandidates + j];
+      prob[i * kCandidates] *= kDoubt;
     }
   }
   __syncthreads();
+  if (thread == 0) state.num_drafts[s] = slot.num_drafts;
+}
 
-  const bool takes = slot.finish == static_cast<int32_t>(FinishReason::kRunning) &&
-                     p.step != static_cast<int32_t>(ConsensusStep::kStage);
-  const bool verify = p.step == static_cast<int32_t>(ConsensusStep::kVerify);
-  __syncthreads();  // before the walk changes slot.finish
-  if (takes && thread == 0) {
-    if (verify) {
-      accept(slot, &state.num_accepted[s], choices, tokens + 1, is_stop, p.rows_per_slot);
-      if (slot.num_emitted > 0) tokens[0] = choices[slot.num_emitted - 1];
-      state.cache_seqlens[s] = slot.cached += slot.num_emitted;
-      state.num_output[s] = slot.num_output + slot.num_emitted;
-      state.finish[s] = slot.finish;
-      block_tokens[0] = tokens[0];
-    } else {
-      const int room = slot.limit - 1 - slot.cached;
-      slot.num_drafts = room < p.rows_per_slot ? (room > 0 ? room : 0) : p.rows_per_slot;
-    }
+// Accept, commit and emit; the slot's drafts are spent, or renewed by the pass that verified them.
+__device__ void verify(const ConsensusParams& p, Shared& sh) {
+  const SlotState& state = p.state;
+  const int s = blockIdx.x, thread = threadIdx.x;
+  const bool drafts_too = is(p.step, ConsensusStep::kVerifyAndDraft);
+  Slot& slot = sh.slot;
+  if (thread == 0) {
+    accept(slot, sh.choices, sh.tokens + 1, sh.is_stop, drafts_too ? p.block_len : p.rows_per_slot);
+    if (slot.num_emitted > 0) sh.tokens[0] = sh.choices[slot.num_emitted - 1];
+    state.block_tokens[static_cast<int64_t>(s) * state.max_block_len] = sh.tokens[0];
+    state.cache_seqlens[s] = slot.cached += slot.num_emitted;
+    state.num_output[s] = slot.num_output + slot.num_emitted;
+    state.num_accepted[s] = slot.num_accepted;
+    state.num_verified[s] = slot.num_drafts;
+    state.finish[s] = slot.finish;
+  }
+  __syncthreads();
+  int32_t* const output = state.output + static_cast<int64_t>(s) * state.output_capacity;
+  for (int i = thread; i < slot.num_emitted; i += blockDim.x)
+    output[(slot.num_output + i) % state.output_capacity] = sh.choices[i];
+  if (drafts_too && is(slot.finish, FinishReason::kRunning)) {
+    renew_drafts(p, sh);
+  } else if (thread == 0) {
+    state.num_drafts[s] = slot.num_drafts = 0;
+  }
+}
+
+__device__ void take_drafts(const ConsensusParams& p, Shared& sh) {
+  const int s = blockIdx.x, thread = threadIdx.x;
+  Slot& slot = sh.slot;
+  if (thread == 0) {
+    const int room = slot.limit - 1 - slot.cached;
+    slot.num_drafts = room < p.rows_per_slot ? (room > 0 ? room : 0) : p.rows_per_slot;
+    p.state.num_drafts[s] = slot.num_drafts;
+  }
+  __syncthreads();
+  int32_t* const tokens = p.state.block_tokens + static_cast<int64_t>(s) * p.state.max_block_len;
+  for (int i = thread; i < slot.num_drafts; i += blockDim.x) tokens[1 + i] = sh.tokens[1 + i] = sh.choices[i];
+}
+
+__device__ void stage(const ConsensusParams& p, Shared& sh) {
+  const SlotState& state = p.state;
+  const int s = blockIdx.x, thread = threadIdx.x;
+  Slot& slot = sh.slot;
+  const bool running = is(slot.finish, FinishReason::kRunning);
+  const bool draft = is(p.next_pass, NextPass::kDraft), one_pass = is(p.next_pass, NextPass::kOnePass);
+  const bool verifies = one_pass || is(p.next_pass, NextPass::kVerify);
+  const int count = is(p.next_pass, NextPass::kAr) ? 1 : p.block_len;
+  if (thread == 0 && is(p.step, ConsensusStep::kStage)) {
+    slot.num_drafts = !verifies ? 0 : slot.num_drafts < count - 1 ? slot.num_drafts : count - 1;
     state.num_drafts[s] = slot.num_drafts;
   }
   __syncthreads();
-  if (takes && verify) {
-    int32_t* const output = state.output + static_cast<int64_t>(s) * state.output_capacity;
-    for (int i = thread; i < slot.num_emitted; i += num_threads)
-      output[(slot.num_output + i) % state.output_capacity] = choices[i];
-  } else if (takes) {
-    for (int i = thread; i < slot.num_drafts; i += num_threads) tokens[1 + i] = block_tokens[1 + i] = choices[i];
-  }
-  if (p.next_pass == static_cast<int32_t>(NextPass::kNone)) return;
-  __syncthreads();
-
-  const bool running = slot.finish == static_cast<int32_t>(FinishReason::kRunning);
-  const bool draft = p.next_pass == static_cast<int32_t>(NextPass::kDraft);
-  const int count = p.next_pass == static_cast<int32_t>(NextPass::kAr) ? 1 : block_len;
-  for (int i = thread; i < count; i += num_threads) {
+  for (int i = thread; i < count; i += blockDim.x) {
     const int64_t row = static_cast<int64_t>(s) * count + i;
-    bool valid = running && slot.cached + i < slot.limit;
-    if (p.next_pass == static_cast<int32_t>(NextPass::kVerify)) valid = valid && i <= slot.num_drafts;
-    const int token = draft && i > 0 ? p.mask_token_id : tokens[i];
+    const bool valid = running && slot.cached + i < slot.limit && (!verifies || i <= slot.num_drafts);
+    const int token = draft && i > 0 ? p.mask_token_id : sh.tokens[i];
     p.next_token[row] = valid ? token : 0;
     p.next_position[row] = valid ? slot.cached + i : -1;
     p.next_seq[row] = s;
     p.next_prefix_len[row] = !valid ? 0 : draft ? slot.cached : slot.cached + i + 1;
   }
+  if (!one_pass) return;
+  if (running && thread < 32) pick_hypotheses(Warp{thread}, state, s, slot.num_drafts, p.fan_out, sh.reach, sh.picked);
+  __syncthreads();
+  const int32_t* const hypotheses = state.hypotheses + static_cast<int64_t>(s) * state.max_fan_out * 2;
+  for (int i = thread; i < p.fan_out * count; i += blockDim.x) {
+    const int64_t row = static_cast<int64_t>(state.num_slots) * count + static_cast<int64_t>(s) * p.fan_out * count + i;
+    BlockRow staged{false, 0, -1, 0};
+    if (running)
+      staged = block_row(hypotheses + i / count * 2, sh.tokens, slot.cached, slot.limit, i % count, p.mask_token_id);
+    p.next_token[row] = staged.token;
+    p.next_position[row] = staged.position;
+    p.next_seq[row] = s;
+    p.next_prefix_len[row] = staged.prefix_len;
+  }
+}
+
+__global__ void __launch_bounds__(kMaxThreads) consensus_kernel(const __grid_constant__ ConsensusParams p) {
+  __shared__ Shared sh;
+  pdl_wait();
+  pdl_launch_dependents();
+  const SlotState& state = p.state;
+  const int s = blockIdx.x, thread = threadIdx.x;
+  const int32_t* const block_tokens = state.block_tokens + static_cast<int64_t>(s) * state.max_block_len;
+  for (int i = thread; i < p.block_len; i += blockDim.x) sh.tokens[i] = block_tokens[i];
+  if (thread == 0) {
+    Slot& slot = sh.slot;
+    slot.cached = state.cache_seqlens[s];
+    slot.limit = state.limit[s];
+    slot.finish = state.finish[s];
+    slot.num_drafts = state.num_drafts[s];
+    slot.num_output = state.num_output[s];
+  }
+  if (!is(p.step, ConsensusStep::kStage))
+    read_choices(p, sh, is(p.step, ConsensusStep::kVerifyAndDraft) ? p.block_len : p.rows_per_slot);
+  __syncthreads();
+  const bool running = is(sh.slot.finish, FinishReason::kRunning);
+  __syncthreads();  // before a verification changes it
+  if (running && is(p.step, ConsensusStep::kDraft)) take_drafts(p, sh);
+  if (running && (is(p.step, ConsensusStep::kVerify) || is(p.step, ConsensusStep::kVerifyAndDraft))) verify(p, sh);
+  __syncthreads();
+  if (!is(p.next_pass, NextPass::kNone)) stage(p, sh);
 }
 
 }  // namespace
 
 int consensus(const ConsensusParams& p, void* stream) {
   if (p.state.num_slots == 0) return cudaSuccess;
-  if (p.rows_per_slot > kMaxBlockLen || p.state.block_len > kMaxBlockLen) return cudaErrorInvalidValue;
-  const int warps = p.rows_per_slot < 4 ? 4 : p.rows_per_slot < kMaxThreads / 32 ? p.rows_per_slot : kMaxThreads / 32;
+  if (p.block_len > kMaxBlockLen) return cudaErrorInvalidValue;
+  const int rows = p.block_len < p.rows_per_slot ? p.block_len : p.rows_per_slot;
+  const int warps = rows < 4 ? 4 : rows < kMaxThreads / 32 ? rows : kMaxThreads / 32;
   return launch(consensus_kernel, p, dim3(p.state.num_slots), 32 * warps, 0, stream, device_info());
 }
 

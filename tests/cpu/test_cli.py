@@ -131,7 +131,7 @@ def test_bench_prints_rates_or_a_profile(run):
     code, out, _ = run("bench", *options)
     assert code == 0 and re.search(r"code +two_pass +8 +1 ", out)
     code, out, _ = run("bench", "--profile", "--context", "40", "--modes", "ar")
-    assert code == 0 and re.search(r"mode ar, block_len 1, batch 1, context 40, read_gb_s", out)
+    assert code == 0 and re.search(r"mode ar, block_len 1, fan_out 0, batch 1, context 40, read_gb_s", out)
     assert re.search(r"dual_attn +2 ", out)
     code, _, err = run("bench", "--profile", "--context", "400")
     assert code == 2 and "context must be within [1, 248]" in err

@@ -53,7 +53,7 @@ def test_verify(data):
         before.append((n, limit, drafts, stops, running, int(state.num_output[s])))
         choices += mine
     ids = torch.tensor(choices, dtype=torch.int32)[:, None]
-    reference.consensus(state, (None, ids), st.STEP_VERIFY, st.NEXT_DRAFT, rows, MASK)
+    reference.consensus(state, (None, ids), st.STEP_VERIFY, st.NEXT_DRAFT, rows, MASK, k)
     for s, (n, limit, drafts, stops, running, output) in enumerate(before):
         staged = rows.position[s * k : (s + 1) * k].tolist()
         if not running:
@@ -92,7 +92,7 @@ def test_draft_then_verify_rows():
     state.block_tokens[0, 0] = 5
     rows = empty_rows(1, 4, 0, 0, "cpu")
     ids = torch.tensor([[7], [8], [9]], dtype=torch.int32)
-    reference.consensus(state, (None, ids), st.STEP_DRAFT, st.NEXT_VERIFY, rows, MASK)
+    reference.consensus(state, (None, ids), st.STEP_DRAFT, st.NEXT_VERIFY, rows, MASK, 4)
     assert int(state.num_drafts[0]) == 2  # position 13 is beyond the limit
     assert rows.token.tolist() == [5, 7, 8, 0]
     assert rows.position.tolist() == [10, 11, 12, -1]
@@ -105,6 +105,6 @@ def test_partial_maxima_ties_to_the_lowest_id():
     value = torch.tensor([[1.0, 4.0, 4.0, 2.0]])
     ids = torch.tensor([[2, 11, 17, 30]], dtype=torch.int32)
     rows = empty_rows(1, 1, 0, 0, "cpu")
-    reference.consensus(state, (value, ids), st.STEP_VERIFY, st.NEXT_AR, rows, MASK)
+    reference.consensus(state, (value, ids), st.STEP_VERIFY, st.NEXT_AR, rows, MASK, 1)
     assert int(state.block_tokens[0, 0]) == 11
     assert rows.token.tolist() == [11] and rows.position.tolist() == [4] and rows.prefix_len.tolist() == [5]

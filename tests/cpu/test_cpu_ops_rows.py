@@ -11,6 +11,7 @@ from hypothesis import strategies as hs
 from orthrus_rt import native, ops, reference
 from orthrus_rt import state as st
 from orthrus_rt.plan import empty_rows
+from tests import consensus_states as cs
 from tests.native_cpu import assert_rounded, make_rows, poison, randn, threads
 
 
@@ -144,9 +145,26 @@ def test_consensus_equals_the_oracle(data):
     given_partials = (value.float().view(shape), index.view(shape))
     rows = empty_rows(0, 0, slots, 1 if next_pass == st.NEXT_AR else k, "cpu")
     expected_state, expected_rows = copy.deepcopy(state), copy.deepcopy(rows)
-    reference.consensus(expected_state, given_partials, step, next_pass, expected_rows, 9)
-    native.consensus(state, given_partials, step, next_pass, rows, 9)
+    reference.consensus(expected_state, given_partials, step, next_pass, expected_rows, 9, k)
+    native.consensus(state, given_partials, step, next_pass, rows, 9, k, 0)
     for got, want in ((state, expected_state), (rows, expected_rows)):
         for field in dataclasses.fields(got):
             a, b = getattr(got, field.name), getattr(want, field.name)
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
+
+
+@pytest.mark.parametrize("block_len", [2, 3, 16])
+@pytest.mark.parametrize("fan_out", [1, 3, 8])
+def test_one_pass_consensus_equals_the_oracle(block_len, fan_out):
+    slots = 5
+    for seed in range(24):
+        step, rows_per_slot, next_pass = (steps := cs.one_pass_steps(block_len, fan_out))[seed % len(steps)]
+        generator = torch.Generator().manual_seed(seed)
+        state = cs.random_state(generator, slots, block_len, fan_out=fan_out)
+        partials = cs.random_partials(generator, slots * rows_per_slot, (1, 2, 96)[seed % 3], ties=False)
+        rows = cs.staged_rows(slots, block_len, next_pass, fan_out)
+        want_state, want_rows = cs.clone(state), cs.clone(rows)
+        native.consensus(state, partials, step, next_pass, rows, 9, block_len, fan_out)
+        reference.consensus(want_state, partials, step, next_pass, want_rows, 9, block_len, fan_out)
+        cs.assert_same(state, want_state)
+        cs.assert_same(rows, want_rows)

@@ -10,16 +10,16 @@ from tests.cpu import cuda_host
 
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no C++ compiler")
 
-FIELDS = ("cache_seqlens", "block_tokens", "num_drafts", "num_accepted", "limit", "stop_ids", "finish", "output")
 
 
-def host_consensus(state, partials, step, next_pass, rows, descending):
+def host_consensus(state, partials, step, next_pass, rows, descending, block_len, fan_out=0):
     value, ids = partials
     slots = cuda_host.fill(
         "SlotState",
-        **{name: getattr(state, name) for name in (*FIELDS, "num_output")},
+        **vars(state),
         num_slots=state.num_slots,
-        block_len=state.block_len,
+        max_block_len=state.max_block_len,
+        max_fan_out=state.max_fan_out,
         max_stop_ids=state.stop_ids.shape[1],
         output_capacity=state.output.shape[1],
     )
@@ -30,6 +30,8 @@ def host_consensus(state, partials, step, next_pass, rows, descending):
         partial_id=ids,
         state=slots,
         rows_per_slot=ids.shape[0] // state.num_slots,
+        block_len=block_len,
+        fan_out=fan_out,
         num_partials=ids.shape[1],
         mask_token_id=cs.MASK,
         step=step,
@@ -53,8 +55,25 @@ def test_consensus(block_len, num_partials, descending):
         partials = (None if num_partials == 1 else value, ids)
         rows = cs.staged_rows(slots, block_len, next_pass)
         want_state, want_rows = cs.clone(state), cs.clone(rows)
-        host_consensus(state, partials, step, next_pass, rows, descending)
-        reference.consensus(want_state, partials, step, next_pass, want_rows, cs.MASK)
+        host_consensus(state, partials, step, next_pass, rows, descending, block_len)
+        reference.consensus(want_state, partials, step, next_pass, want_rows, cs.MASK, block_len)
+        cs.assert_same(state, want_state)
+        cs.assert_same(rows, want_rows)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("block_len", [2, 5, 40])
+@pytest.mark.parametrize("fan_out", [1, 4, 11])
+def test_one_pass_consensus(block_len, fan_out, descending):
+    slots = 6
+    for seed, (step, rows_per_slot, next_pass) in enumerate(cs.one_pass_steps(block_len, fan_out) * 4):
+        generator = torch.Generator().manual_seed(seed)
+        state = cs.random_state(generator, slots, block_len, fan_out=fan_out)
+        partials = cs.random_partials(generator, slots * rows_per_slot, (1, 2, 37, 300)[seed % 4], ties=False)
+        rows = cs.staged_rows(slots, block_len, next_pass, fan_out)
+        want_state, want_rows = cs.clone(state), cs.clone(rows)
+        host_consensus(state, partials, step, next_pass, rows, descending, block_len, fan_out)
+        reference.consensus(want_state, partials, step, next_pass, want_rows, cs.MASK, block_len, fan_out)
         cs.assert_same(state, want_state)
         cs.assert_same(rows, want_rows)
 

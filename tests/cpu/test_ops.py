@@ -71,6 +71,7 @@ def consensus(**changes):
         next_pass=st.NEXT_DRAFT,
         rows_next=empty_rows(0, 0, 2, 4, "cpu"),
         mask_token_id=9,
+        block_len=4,
     )
     ops.consensus(**(arguments | changes))
 
@@ -114,8 +115,14 @@ CASES = [
     (linear, {"out": f32(ROWS, 5)}, "row_linear: out.shape must be [3, 6], got [3, 5]"),
     (consensus, {"partials": (None, i32(7, 1))},
      "consensus: partials[1].shape must be [2 * rows_per_slot, num_partials], got [7, 1]"),
-    (consensus, {"partials": (None, i32(8, 2))}, "consensus: partials[0] may be None only for num_partials 1, got 2"),
-    (consensus, {"partials": (None, i32(10, 1))}, "consensus: rows per slot must be at most 4 for block_len 4, got 5"),
+    (consensus, {"partials": (None, i32(8, 2))},
+     "consensus: partials[0] may be None only for num_partials 1 and without drafts, got step=1"),
+    (consensus, {"partials": (None, i32(10, 1))},
+     "consensus: rows per slot must be within [1, 4] for block_len 4, got 5"),
+    (consensus, {"block_len": 5}, "consensus: block_len must be within [1, 4], got 5"),
+    (consensus, {"fan_out": 1}, "consensus: fan_out must be within [0, 0] (the state's), got 1"),
+    (consensus, {"step": st.STEP_VERIFY_AND_DRAFT},
+     "consensus: partials[0] may be None only for num_partials 1 and without drafts, got step=3"),
     (consensus, {"rows_next": empty_rows(0, 0, 2, 3, "cpu")}, "consensus: rows_next.num_rows must be 8, got 6"),
     (logits, {"top_k": f32(2)}, "process_logits: sampling.top_k.dtype must be torch.int32, got torch.float32"),
     (logits, {"min_p": f32(3)}, "process_logits: sampling.min_p.shape must be [2], got [3]"),

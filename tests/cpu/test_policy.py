@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as hs
 
 from orthrus_rt.acceptance import Acceptance, prior_offered
+from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.pass_costs import PassCosts, cache_file
-from orthrus_rt.plan import CyclePlan
 from orthrus_rt.policy import AR, REST, SAFETY, SAFETY_CAP, Policy, candidate_plans, name
 from tests.policy_simulator import cost_table, cycle_seconds, expected_tokens, simulate
 

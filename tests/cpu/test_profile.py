@@ -29,7 +29,8 @@ def test_the_calls_are_the_cycle(folder, dtype):
     for by_calls in (False, True):
         engine = make(folder, dtype=dtype)
         torch.manual_seed(0)
-        with torch.inference_mode(), staged(engine, "two_pass", None, SLOTS, CONTEXT) as (cycle, reset):
+        plan = engine.make_plan("two_pass")
+        with torch.inference_mode(), staged(engine, plan, SLOTS, CONTEXT) as (cycle, reset):
             if by_calls:
                 calls = calls_of(cycle.run_eager)
                 reset()
@@ -37,13 +38,14 @@ def test_the_calls_are_the_cycle(folder, dtype):
                     call.run()
             else:
                 cycle.run()
-            left.append([t.clone() for t in (*vars(engine.runner.state).values(), engine.kv.pages)])
+            state = engine.runner.state
+            assert int(state.num_output.sum()) >= SLOTS  # tokens emitted
+            left.append([t.clone() for t in (*vars(state).values(), engine.kv.pages)])
         assert engine.kv.num_free_pages == engine.kv.num_pages - 1
         engine.generate([1, 2, 3])  # and the engine goes on
     state, pages = left[0][:-1], left[0][-1]
     assert all(torch.equal(a, b) for a, b in zip(state, left[1][:-1], strict=True))
     assert torch.equal(pages[:, :, 1:5].view(torch.uint8), left[1][-1][:, :, 1:5].view(torch.uint8))
-    assert int(state[-1].sum()) >= SLOTS  # tokens emitted
 
 
 def test_calls_and_bytes(folder):

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from orthrus_rt import prompts
 from orthrus_rt import state as st
+from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
@@ -64,7 +65,7 @@ def test_replay_equals_eager_bit_for_bit(folder):
     for eager in (True, False):
         engine = make(folder, max_batch_size=2, mode="two_pass")
         engine.kv.pages.zero_()
-        cycle = engine.runner.cycle("two_pass", engine.config.block_len, 2)
+        cycle = engine.runner.cycle(CyclePlan("two_pass", engine.config.block_len), 2)
         if eager:
             cycle.run = cycle.run_eager
         engine.warmup()
@@ -83,7 +84,7 @@ def test_the_steady_state_neither_waits_nor_allocates(folder):
     runner.kv.reserve(0, 256)
     runner.state.limit.fill_(256)
     runner.state.finish.fill_(st.RUNNING)
-    cycle = runner.cycle("two_pass", engine.config.block_len, 1)
+    cycle = runner.cycle(CyclePlan("two_pass", engine.config.block_len), 1)
     cycle.run()
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]

@@ -130,6 +130,8 @@ enum class ConsensusStep : int32_t {
   kDraft = 0,   // choices of diffusion rows 0 ... block_len-2 of each slot become its drafts
   kVerify = 1,  // choices of AR rows 0 ... rows_per_slot-1 decide what is accepted
   kStage = 2,   // no choices (rows_per_slot 0): only stage the next pass from the state as it is
+  kVerifyAndDraft = 3,  // choices of the rows of kOnePass, slot by slot: block_len AR rows decide what is accepted,
+                        // then fan_out blocks of block_len diffusion rows, of which one may give the next drafts
 };
 
 // What to stage for the next pass.
@@ -138,21 +140,32 @@ enum class NextPass : int32_t {
   kDraft = 1,   // block_len diffusion rows per slot: [t0, MASK, ...]
   kVerify = 2,  // block_len AR rows per slot: [t0, d1, ...], rows past num_drafts invalid
   kAr = 3,      // 1 AR row per slot: [t0]
+  kOnePass = 4, // the rows of kVerify of all slots, then fan_out blocks of block_len diffusion rows per slot
 };
 
-// Per-slot decode state, all int32, MUTATED by consensus.
+constexpr int32_t kMaxBlockLen = 256;
+
+// Choices kept of a draft's row: the draft itself, the second and the third likeliest token.
+constexpr int32_t kCandidates = 3;
+
+// Per-slot decode state, MUTATED by consensus. Entry i of a block belongs to the token at cache_seqlens + i.
 struct SlotState {
   int32_t* cache_seqlens;      // [num_slots] committed tokens, whose AR keys/values are in the cache
-  int32_t* block_tokens;       // [num_slots, block_len] t0 (known, not yet cached), then the drafts
-  int32_t* num_drafts;         // [num_slots] drafts to verify, <= block_len - 1
+  int32_t* block_tokens;       // [num_slots, max_block_len] t0 (known, not yet cached), then the drafts
+  int32_t* num_drafts;         // [num_slots] drafts to verify, < block_len
+  int32_t* num_verified;       // [num_slots] drafts that the last verification looked at
   int32_t* num_accepted;       // [num_slots] accepted drafts of the last verification
   int32_t* limit;              // [num_slots] total tokens the sequence may have
   int32_t* stop_ids;           // [num_slots, max_stop_ids], padded with -1
   int32_t* finish;             // [num_slots] FinishReason
   int32_t* output;             // [num_slots, output_capacity] ring of emitted tokens
   int32_t* num_output;         // [num_slots] tokens emitted so far (ring index = num_output % capacity)
+  int32_t* runner_up;          // [num_slots, max_block_len, kCandidates - 1] other likely tokens in a draft's place
+  float* draft_prob;           // [num_slots, max_block_len, kCandidates] probabilities of the draft and of those
+  int32_t* hypotheses;         // [num_slots, max_fan_out, 2] what each block of this pass supposes: see hypotheses.h
   int32_t num_slots;
-  int32_t block_len;           // K
+  int32_t max_block_len;
+  int32_t max_fan_out;
   int32_t max_stop_ids;
   int32_t output_capacity;
 };
@@ -161,11 +174,14 @@ struct ConsensusParams {
   const float* partial_value;  // [num_slots * rows_per_slot, num_partials]; null if num_partials == 1
   const int32_t* partial_id;   // same shape
   SlotState state;
-  int32_t* next_token;         // rows of the next pass, [num_slots * rows] each, MUTATED whole
+  int32_t* next_token;         // rows of the next pass, as NextPass lists them, MUTATED whole
   int32_t* next_position;
   int32_t* next_seq;
   int32_t* next_prefix_len;
-  int32_t rows_per_slot;       // choice rows per slot: block_len-1 (kDraft), block_len or 1 (kVerify)
+  int32_t rows_per_slot;       // choice rows per slot: block_len-1 (kDraft), block_len or 1 (kVerify),
+                               // block_len * (1 + fan_out) (kVerifyAndDraft)
+  int32_t block_len;           // K of this cycle, <= state.max_block_len
+  int32_t fan_out;             // F of kOnePass and kVerifyAndDraft, <= state.max_fan_out
   int32_t num_partials;
   int32_t mask_token_id;
   int32_t step;                // ConsensusStep

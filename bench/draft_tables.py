@@ -1,0 +1,94 @@
+"""What the diffusion view drafts from every position of a greedy text: all that a one-pass policy can ever see.
+
+A hypothesis block that turns out to be right has a true token as its anchor and true tokens before it, so its choices
+depend on its position alone. One table therefore replays any choice of hypotheses, without the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from orthrus_rt import prompts
+from orthrus_rt.engine import Engine
+from orthrus_rt.model import Activations, Workspace, forward
+from orthrus_rt.plan import Rows, prefill_rows
+from orthrus_rt.sampling import SamplingParams
+
+BLOCKS_PER_PASS = 8
+TOP = 3
+
+
+@dataclass
+class DraftTable:
+    """Drafts from each generated token ``text[p]`` of one prompt; row i of a block predicts ``text[p + i + 1]``.
+
+    Attributes:
+        kind: of the prompt. text: int ``[tokens]``, the greedy continuation.
+        ids: int ``[tokens, block_len, 3]``, the likeliest tokens of each row. probs: their probabilities.
+        guess: as ``probs``, but from the partial maxima alone, which is what consensus sees; ``guess_ids`` likewise.
+    """
+
+    kind: str
+    text: np.ndarray
+    ids: np.ndarray
+    probs: np.ndarray
+    guess_ids: np.ndarray
+    guess: np.ndarray
+
+
+def _blocks(engine: Engine, text: list[int], first: int, count: int) -> Rows:
+    """``count`` blocks of slot 0, anchored at ``text[first], text[first + 1], ...``."""
+    length = engine.config.block_len
+    token = torch.full((count, length), engine.config.mask_token_id, dtype=torch.int32)
+    token[:, 0] = torch.tensor(text[first : first + count])
+    start = torch.arange(first, first + count, dtype=torch.int32)[:, None].expand(-1, length)
+    position = start + torch.arange(length, dtype=torch.int32)
+    return Rows(
+        token=token.flatten(), position=position.flatten(), seq=torch.zeros(count * length, dtype=torch.int32),
+        prefix_len=start.flatten().contiguous(),
+        group_start=torch.arange(0, (count + 1) * length, length, dtype=torch.int32),
+        num_rows_ar=0, num_groups_ar=0, max_group_rows=length,
+    )  # fmt: skip
+
+
+def _summary(logits: torch.Tensor, num_tiles: int):
+    """Top tokens of each row with their probabilities: exact, and from the maxima of ``num_tiles`` tiles."""
+    top = logits.topk(TOP)
+    probs = torch.exp(top.values - logits.logsumexp(-1, keepdim=True))
+    tiles = logits.view(len(logits), num_tiles, -1).max(-1)
+    best = tiles.values.topk(TOP)
+    width = logits.shape[1] // num_tiles
+    ids = tiles.indices.gather(1, best.indices) + best.indices * width
+    guess = torch.exp(best.values - tiles.values.logsumexp(-1, keepdim=True))
+    return [t.numpy() for t in (top.indices, probs, ids, guess)]
+
+
+@torch.inference_mode()
+def collect(engine: Engine, prompt: prompts.Prompt, tokens: int) -> DraftTable:
+    """Decode ``tokens`` greedy tokens and draft from each of them; the engine must be idle and on the CPU."""
+    ids = prompt.encode(engine.tokenizer)
+    out = engine.generate(ids, SamplingParams(max_new_tokens=tokens, ignore_eos=False))
+    text, model, kv = ids + out.token_ids, engine.model, engine.kv
+    length = engine.config.block_len
+    act = Activations(model, max(512, BLOCKS_PER_PASS * length), BLOCKS_PER_PASS * length)
+    work = Workspace.allocate(
+        model, max_rows=max(512, BLOCKS_PER_PASS * length), max_groups=BLOCKS_PER_PASS, max_seq_len=engine.max_seq_len
+    )
+    kv.reserve(0, len(text))
+    run = lambda rows, picked, out: forward(  # noqa: E731
+        model, kv, rows, act, work, logit_rows=picked, epilogue="logits", out=out, max_seq_len=engine.max_seq_len
+    )
+    for at in range(0, len(text), 512):
+        run(prefill_rows(torch.tensor(text[at : at + 512], dtype=torch.int32), at, 0), None, None)
+    parts = []
+    for at in range(len(ids), len(text), BLOCKS_PER_PASS):
+        rows = _blocks(engine, text, at, min(BLOCKS_PER_PASS, len(text) - at))
+        logits = torch.empty(rows.num_rows, model.config.vocab_size)
+        run(rows, torch.arange(rows.num_rows, dtype=torch.int32), logits)
+        parts.append(_summary(logits, model.lm_head.num_partials))
+    kv.release(0)
+    joined = [np.concatenate(x).reshape(len(out.token_ids), length, TOP) for x in zip(*parts, strict=True)]
+    return DraftTable(prompt.kind, np.array(out.token_ids), *joined)

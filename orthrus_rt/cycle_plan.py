@@ -1,0 +1,64 @@
+"""What a decode cycle is made of: the modes and their options. Light to import: the command line reads it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MODES = ("ar", "two_pass", "one_pass")
+DEFAULT_FAN_OUT = 6
+
+
+class CyclePlan(NamedTuple):
+    """Which rows a decode cycle has, per slot.
+
+    ``ar``: 1 AR row. ``two_pass``: ``block_len`` diffusion rows, then as many AR rows. ``one_pass``: ``block_len`` AR
+    rows and ``fan_out`` blocks of ``block_len`` diffusion rows, in one pass.
+    """
+
+    mode: str
+    block_len: int = 1
+    fan_out: int = 0
+
+    @property
+    def num_passes(self) -> int:
+        return 2 if self.mode == "two_pass" else 1
+
+    @property
+    def max_rows(self) -> int:
+        """Rows per slot of its largest pass."""
+        return self.block_len * (1 + self.fan_out)
+
+    @property
+    def max_rows_diff(self) -> int:
+        """Diffusion rows per slot of its largest pass."""
+        return {"ar": 0, "two_pass": self.block_len, "one_pass": self.block_len * self.fan_out}[self.mode]
+
+    @property
+    def max_groups(self) -> int:
+        return 1 + self.fan_out
+
+
+def most_hypotheses(draft_len: int) -> int:
+    """How many outcomes of verifying ``draft_len`` drafts a one-pass cycle can draft for (see hypotheses.h)."""
+    return 3 * draft_len + 1
+
+
+def cycle_plan(mode: str, draft_len: int, fan_out: int | None, config) -> CyclePlan:
+    """The plan of these options for a checkpoint's ``config``.
+
+    Raises:
+        ValueError: no such mode, or a value is out of its range for this checkpoint.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be auto, {', '.join(MODES)}, got {mode!r}")
+    most = config.block_len - 1
+    if not 1 <= draft_len <= most:
+        raise ValueError(f"draft_len must be within [1, {most}] (the checkpoint's block_size - 1), got {draft_len}")
+    hypotheses = most_hypotheses(draft_len)
+    if fan_out is not None and not 1 <= fan_out <= hypotheses:
+        raise ValueError(f"fan_out must be within [1, {hypotheses}] for draft_len {draft_len}, got {fan_out}")
+    if mode == "ar":
+        return CyclePlan("ar")
+    if mode == "two_pass":
+        return CyclePlan("two_pass", draft_len + 1)
+    return CyclePlan("one_pass", draft_len + 1, min(DEFAULT_FAN_OUT, hypotheses) if fan_out is None else fan_out)

@@ -1,0 +1,215 @@
+"""One pass per cycle: what consensus drafts next, and that the engine's tokens are those of every other mode."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch, prompts, reference
+from orthrus_rt import state as st
+from orthrus_rt.cycle_plan import MODES, CyclePlan, cycle_plan
+from orthrus_rt.engine import Engine
+from orthrus_rt.plan import empty_rows
+from orthrus_rt.reference_consensus import DOUBT, SEEN_GAIN, pick_hypotheses
+from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints
+
+FOLDER = Path(__file__).parents[1] / "golden" / "qwen3-tied-k8"
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+MASK = 99
+K, F = 4, 3
+
+
+def make_state(drafts, hypotheses, *, cached=10, limit=40):
+    """One running slot that verifies ``drafts`` behind token 5, with ``hypotheses`` drafted for."""
+    state = st.SlotState.allocate(1, K, 16, 2, "cpu", max_fan_out=F)
+    state.cache_seqlens[0], state.limit[0], state.finish[0] = cached, limit, st.RUNNING
+    state.block_tokens[0, : 1 + len(drafts)] = torch.tensor([5, *drafts])
+    state.num_drafts[0] = len(drafts)
+    state.draft_prob[0, 1:] = torch.tensor([0.6, 0.3, 0.1])
+    state.runner_up[0, 1:] = torch.tensor([70, 80])
+    state.hypotheses[0] = torch.tensor(hypotheses)
+    return state
+
+
+def run(state, ar, *blocks, next_pass=st.NEXT_ONE_PASS):
+    """One consensus of the AR choices and the blocks' (second choice: the id + 100, at half the probability)."""
+    choices = torch.tensor([*ar, *(token for block in blocks for token in block)], dtype=torch.int32)
+    ids = torch.stack([choices, choices + 100, choices + 200], 1).int()
+    value = torch.tensor([1.0, 0.5, 0.25]).log().expand(len(choices), -1).contiguous()
+    rows = empty_rows(1, K, F, K, "cpu")
+    reference.consensus(state, (value, ids), st.STEP_VERIFY_AND_DRAFT, next_pass, rows, MASK, K, F)
+    return rows
+
+
+def drafts_of(state):
+    return state.block_tokens[0, 1 : 1 + int(state.num_drafts[0])].tolist()
+
+
+def test_a_block_behind_the_true_bonus_gives_what_a_draft_pass_would():
+    state = make_state([6, 7, 8], [[1, 42], [1, -1], [0, -1]])
+    run(state, [6, 42, 0, 0], [50, 51, 52, 53], [42, 61, 62, 63], [0] * 4)
+    assert int(state.num_accepted[0]) == 1 and int(state.num_verified[0]) == 3
+    assert state.block_tokens[0, 0] == 42 and drafts_of(state) == [50, 51, 52]
+    assert state.draft_prob[0, 1].tolist() == pytest.approx([4 / 7, 2 / 7, 1 / 7])
+    assert state.runner_up[0, 1].tolist() == [150, 250]
+
+
+@pytest.mark.parametrize("guess", [42, 43])
+def test_a_block_with_the_bonus_unseen_drafts_behind_it(guess):
+    state = make_state([6, 7, 8], [[1, 41], [1, -1], [0, -1]])
+    run(state, [6, 42, 0, 0], [50, 51, 52, 53], [guess, 61, 62, 63], [0] * 4)
+    assert state.block_tokens[0, 0] == 42 and drafts_of(state) == [61, 62, 63]
+    assert float(state.draft_prob[0, 1, 0]) == pytest.approx(4 / 7 * (1 if guess == 42 else DOUBT))
+
+
+def test_a_miss_keeps_the_drafts_behind_the_rejected_one():
+    state = make_state([6, 7, 8], [[0, -1], [2, -1], [3, -1]])
+    rows = run(state, [9, 0, 0, 0], *[[0] * 4] * 3, next_pass=st.NEXT_NONE)
+    assert rows.position.tolist() == [-1] * (K + F * K)  # nothing staged
+    state = make_state([6, 7, 8], [[1, -1], [2, -1], [3, -1]])
+    run(state, [9, 0, 0, 0], *[[0] * 4] * 3)
+    assert int(state.num_accepted[0]) == 0 and state.block_tokens[0, 0] == 9 and drafts_of(state) == [7, 8]
+    assert state.draft_prob[0, 1].tolist() == pytest.approx([0.6 * DOUBT, 0.3, 0.1])
+
+
+def test_rows_of_the_next_pass():
+    state = make_state([6, 7, 8], [[3, -1]] * 3, limit=17)
+    rows = run(state, [6, 7, 8, 42], [60, 61, 62, 63], *[[0] * 4] * 2)
+    # Position 14 holds the bonus; the limit leaves room for drafts of positions 15 and 16.
+    assert rows.token[:K].tolist() == [42, 61, 62, 0] and rows.position[:K].tolist() == [14, 15, 16, -1]
+    for f in range(F):
+        accepted, anchor = state.hypotheses[0, f].tolist()
+        start = 14 + accepted + (anchor >= 0)
+        block = slice(K + f * K, K + (f + 1) * K)
+        valid = [start + i < 17 for i in range(K)]
+        first = anchor if anchor >= 0 else [42, 61, 62][accepted]
+        assert rows.position[block].tolist() == [start + i if v else -1 for i, v in enumerate(valid)]
+        assert rows.prefix_len[block].tolist() == [start if v else 0 for v in valid]
+        assert rows.token[block].tolist() == [(MASK if i else first) if v else 0 for i, v in enumerate(valid)]
+
+
+def test_drafts_do_not_outlive_a_change_of_plan():
+    state = make_state([6, 7, 8], [[3, -1]] * 3)
+    rows = empty_rows(1, 3, 0, 0, "cpu")
+    reference.consensus(state, (None, None), st.STEP_STAGE, st.NEXT_VERIFY, rows, MASK, 3)
+    assert drafts_of(state) == [6, 7] and rows.token.tolist() == [5, 6, 7]
+    rows = empty_rows(1, 1, 0, 0, "cpu")
+    reference.consensus(state, (None, None), st.STEP_STAGE, st.NEXT_AR, rows, MASK, 1)
+    assert drafts_of(state) == [] and rows.token.tolist() == [5]
+
+
+def test_hypotheses_are_picked_by_gain():
+    drafts, runner_up = [1, 2], torch.tensor([[10, 11], [20, 21]])
+    prob = torch.tensor([[0.9, 0.05, 0.02], [0.4, 0.35, 0.1]])
+    # P: two accepted 0.36; the second rejected 0.54, of which its runner-up 0.315; the first rejected 0.1.
+    gains = {(2, -1): 0.36, (1, -1): 0.54, (1, 20): 0.315 * SEEN_GAIN}
+    first = pick_hypotheses(drafts, runner_up, prob, 1)
+    assert first == [max(gains, key=gains.get)] == [(1, -1)]
+    # Beside (1, -1) the runner-up adds only what seeing the bonus adds.
+    assert pick_hypotheses(drafts, runner_up, prob, 3) == [(1, -1), (2, -1), (1, 20)]
+    everything = pick_hypotheses(drafts, runner_up, prob, 9)
+    assert len(set(everything[:7])) == 7 and everything[7:] == [(-1, -1)] * 2
+    assert pick_hypotheses([], runner_up[:0], prob[:0], 2) == [(0, -1), (-1, -1)]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Engine.from_pretrained(str(FOLDER), device="cpu", dtype="float32", max_seq_len=512)
+
+
+def greedy(engine, n=40, prompt=PROMPT, **kwargs):
+    return engine.generate(prompt, SamplingParams(max_new_tokens=n, ignore_eos=True), **kwargs)
+
+
+@pytest.mark.parametrize("draft_len", [1, 2, 7])
+@pytest.mark.parametrize("fan_out", [1, 2, 4])
+def test_the_tokens_of_ar(tiny, draft_len, fan_out):
+    want = greedy(tiny, 60, mode="ar").token_ids
+    out = greedy(tiny, 60, mode="one_pass", draft_len=draft_len, fan_out=fan_out)
+    s = out.stats
+    assert out.token_ids == want
+    assert (s.mode, s.block_len, s.fan_out, s.passes) == ("one_pass", draft_len + 1, fan_out, s.cycles)
+    assert sum(s.accepted) == s.cycles and s.cycles <= 59
+
+
+@pytest.mark.parametrize("n", (1, 2, 7, 8, 9, 17))
+def test_ends(tiny, n):
+    tokens = greedy(tiny, 40, mode="ar").token_ids
+    out = greedy(tiny, n, mode="one_pass", fan_out=3)
+    assert out.token_ids == tokens[:n] and out.finish_reason == "length"
+    stop = tokens[n]
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True, stop_token_ids=(stop,))
+    assert tiny.generate(PROMPT, params, mode="one_pass", fan_out=3).token_ids == tokens[: tokens.index(stop) + 1]
+
+
+def test_to_the_last_position_of_the_cache():
+    engine = Engine.from_pretrained(str(FOLDER), device="cpu", dtype="float32", max_seq_len=64, max_batch_size=1)
+    want = greedy(engine, 100, mode="ar")
+    got = greedy(engine, 100, mode="one_pass", fan_out=5)
+    assert got.token_ids == want.token_ids and len(PROMPT) + len(got.token_ids) == 64
+
+
+def test_sampled_tokens_are_those_of_every_mode(tmp_path):
+    """On a drafter that nearly agrees."""
+    folder = checkpoints.make(tmp_path, "qwen3", dtype=torch.float32, diff_noise=0.05)
+    engine = Engine.from_pretrained(str(folder), device="cpu", dtype="float32", max_seq_len=128, max_batch_size=1)
+    params = SamplingParams(max_new_tokens=50, temperature=1.0, top_p=0.95, seed=7, ignore_eos=True)
+    want = engine.generate(PROMPT, params, mode="ar").token_ids
+    out = engine.generate(PROMPT, params, mode="one_pass", fan_out=3)
+    assert out.token_ids == want and len(set(want)) > 10
+    assert out.stats.cycles == 45  # 44 of them accept nothing, one accepts four drafts
+
+
+def test_any_plan_may_follow_any_other(tiny):
+    """The plan changes before every cycle, in the middle of sequences that share a batch."""
+    jobs = [([3, 1, 4, 1, 5][:n], SamplingParams(max_new_tokens=30 + n, ignore_eos=True)) for n in (1, 3, 5)]
+    want = [tiny.generate(p, q, mode="ar").token_ids for p, q in jobs]
+    plans = [
+        cycle_plan("one_pass", 7, 4, tiny.config), cycle_plan("two_pass", 3, None, tiny.config),
+        cycle_plan("one_pass", 2, 2, tiny.config), cycle_plan("one_pass", 7, 1, tiny.config),
+        cycle_plan("ar", 7, None, tiny.config), cycle_plan("two_pass", 7, None, tiny.config),
+    ]  # fmt: skip
+    tiny.runner.make_room(plans)
+    names = [tiny.submit(p, q) for p, q in jobs]
+    got, step = {name: [] for name in names}, 0
+    while tiny.has_unfinished():
+        tiny._plan = plans[step * 5 % 7 % len(plans)]
+        for out in tiny.step():
+            got[out.request_id] += out.new_token_ids
+        step += 1
+    assert [got[name] for name in names] == want
+
+
+def test_options_are_checked(tiny):
+    for options, message in (
+        (dict(mode="one_pass", fan_out=0), "fan_out must be within [1, 22] for draft_len 7, got 0"),
+        (dict(mode="one_pass", draft_len=1, fan_out=5), "fan_out must be within [1, 4] for draft_len 1, got 5"),
+        (dict(mode="both"), "mode must be auto, ar, two_pass, one_pass, got 'both'"),
+    ):
+        with pytest.raises(ValueError) as error:
+            greedy(tiny, **options)
+        assert message in str(error.value)
+    rejection = SamplingParams(temperature=1.0, acceptance="rejection")
+    with pytest.raises(ValueError, match="belongs to mode two_pass alone, got mode 'one_pass'"):
+        tiny.generate(PROMPT, rejection, mode="one_pass")
+    assert cycle_plan("one_pass", 1, None, tiny.config) == CyclePlan("one_pass", 2, 4)
+    assert MODES == ("ar", "two_pass", "one_pass")
+
+
+# Tokens per one-pass cycle, that is per read of the weights: greedy, bf16, 4 prompts, 40 tokens, AVX-512 BF16.
+PINNED = {("code", 7, 2): 2.108, ("chat", 15, 6): 2.026}
+
+
+@pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+@pytest.mark.parametrize(("kind", "draft_len", "fan_out"), PINNED)
+def test_tokens_per_pass_are_pinned(kind, draft_len, fan_out):
+    engine = Engine.from_pretrained("smollm2-135m", device="cpu", max_seq_len=512, max_batch_size=4)
+    ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)[:4]]
+    params = SamplingParams(max_new_tokens=40)
+    want = [o.token_ids for o in engine.generate(ids, params, mode="ar")]
+    outs = engine.generate(ids, params, mode="one_pass", draft_len=draft_len, fan_out=fan_out)
+    assert [o.token_ids for o in outs] == want
+    rate = sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs)
+    tolerance = 0.03 if dispatch.native().cpu.isa() == "avx512_bf16" else 0.3
+    assert rate == pytest.approx(PINNED[kind, draft_len, fan_out], abs=tolerance)
