@@ -10,7 +10,6 @@ import sys
 
 import pytest
 
-from orthrus_rt import prompts
 from orthrus_rt.cli import main
 from orthrus_rt.engine import Engine
 from tests import byte_tokenizer
@@ -187,10 +186,3 @@ def test_a_reader_that_leaves_is_no_traceback(folder):
         process.stdout.close()
         err = process.stderr.read()
     assert process.wait() == 2 and b"Traceback" not in err and b"Exception" not in err
-
-
-def test_built_in_prompts():
-    loaded = prompts.load()
-    assert len(loaded) >= 50 and len({p.name for p in loaded}) == len(loaded)
-    for kind in prompts.KINDS:
-        assert prompts.load(kind)

@@ -76,8 +76,21 @@ def test_prefill(case, monkeypatch):
     lossless.check_prefill(case[1], monkeypatch)
 
 
+def test_to_the_last_position(case):
+    """Of the sequence, its last page and the table of rotations, from prompts that nearly fill them."""
+    _, engine, draft_lens = case
+    prompts = [ids * 255 for ids in lossless.random_prompts(engine.config.vocab_size, 5, 1, seed=4)]
+    prompts = [ids[:n] for ids, n in zip(prompts, (255, 254, 250, 241, 192), strict=True)]
+    params = lossless.greedy(5, max_new_tokens=1000, ignore_eos=True)
+    want = decode(engine, prompts, params, mode="ar")
+    assert [len(ids) + len(t.tokens) for ids, t in zip(prompts, want, strict=True)] == [engine.max_seq_len] * 5
+    for way in lossless.ways(draft_lens):
+        lossless.check_alone(engine, prompts, params, want, way)
+        lossless.check_together(engine, prompts, params, want, way)
+
+
 def test_the_comparison_can_fail(case, jobs):
-    """Another sequence's logits, and a cache one bit off, are noticed."""
+    """A second run gives the same bits; another position's logits, and another cache, are noticed."""
     prompts, params, want = jobs
     got = decode(case[1], prompts[:1], params[:1], mode="ar")
     assert_same(got, want[:1])

@@ -1,0 +1,24 @@
+"""The built-in prompts, and how prompts become token ids."""
+
+from orthrus_rt import checkpoint, prompts
+from tests import byte_tokenizer
+
+
+def test_built_in_prompts():
+    loaded = prompts.load()
+    assert len(loaded) >= 50 and len({p.name for p in loaded}) == len(loaded)
+    assert [p for kind in prompts.KINDS for p in prompts.load(kind)] == sorted(
+        loaded, key=lambda p: prompts.KINDS.index(p.kind)
+    )
+    assert all(p.text and p.kind in prompts.KINDS for p in loaded)
+
+
+def test_chat_ids_are_the_templates():
+    """As transformers itself encodes the turn: no special token twice, none missing."""
+    for tokenizer in (byte_tokenizer.build(), checkpoint.load("smollm2-135m").load_tokenizer()):
+        for prompt in prompts.load("chat") + prompts.load("math"):
+            turns = [{"role": "user", "content": prompt.text}]
+            want = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+            assert prompt.encode(tokenizer) == list(want)
+        raw = prompts.load("code")[0]
+        assert raw.encode(tokenizer) == tokenizer(raw.text).input_ids
