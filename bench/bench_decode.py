@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import os
 import sys
 import time
 from pathlib import Path
@@ -353,6 +354,8 @@ def main(argv: list[str] | None = None) -> None:
         rows = rows_of(bench)
     command = " ".join(["python -m bench.bench_decode", *(sys.argv[1:] if argv is None else argv)])
     facts = common.header(bench.device) | {"read_bandwidth_gb_s": bench.bandwidth, "command": command}
+    if bench.device.type == "cpu":
+        facts |= {"load average": os.getloadavg()[0], "nice": os.nice(0)}
     common.report(f"decode-{Path(args.model).name}", facts, rows, args.out)
 
 
