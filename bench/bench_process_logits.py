@@ -1,6 +1,7 @@
 """process_logits against the same filters and draw as eager torch operations (sort, cumsum, multinomial).
 
-python bench/bench_process_logits.py --out results/
+python -m bench.bench_process_logits --out results/
+python -m bench.bench_process_logits --device cpu --rows 1,16 --vocab 49152 --out bench/results/cpu
 Bytes are one read of the logits: the least that any choice costs.
 """
 
@@ -14,7 +15,7 @@ import torch
 from bench.common import graphed, header, measure, read_bandwidth, report
 from orthrus_rt import dispatch, ops, reference
 from orthrus_rt.plan import prefill_rows
-from orthrus_rt.state import SlotSampling, empty_partials, num_score_tiles
+from orthrus_rt.state import SlotEdits, SlotSampling, empty_partials, num_score_tiles
 
 # name: temperature, top_k, top_p, min_p
 FILTERS = {
@@ -25,12 +26,13 @@ FILTERS = {
     "top-p 0.95 at T 2": (2.0, 0, 0.95, 0.0),
     "min-p 0.05": (1.0, 0, 1.0, 0.05),
 }
+EDITED = "top-p 0.95, penalties, 32 biases"  # of FILTERS["top-p 0.95"]
 
 
 class Case:
     """``rows`` rows of logits as language models give them: few tokens far above a wide crowd."""
 
-    def __init__(self, rows: int, vocab: int, filters, device):
+    def __init__(self, rows: int, vocab: int, filters, device, edited: bool = False):
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(rows, vocab, generator=generator) * 1.5
         crowd = noise - 8 + 14 * torch.rand(rows, vocab, generator=generator) ** 12
@@ -43,6 +45,14 @@ class Case:
         self.sampling = SlotSampling.allocate(1, device)
         for tensor, value in zip(self.sampling.filters(), self.filters, strict=False):
             tensor.fill_(value)
+        if edited:
+            stop_ids = torch.full((1, 8), 2, dtype=torch.int32, device=device)
+            edits = self.sampling.edits = SlotEdits.allocate(1, vocab, 32, stop_ids)
+            # All the work and hardly an effect: the logits are edited in place, again at every call.
+            edits.penalties.copy_(torch.tensor([[1.0, 0.0, 1e-30]]))
+            edits.token_counts[0, ::50] = 1
+            edits.bias_ids.copy_(torch.arange(32))
+            edits.min_position.fill_(1000)
         self.cache_seqlens = torch.full((1,), 100, dtype=torch.int32, device=device)
         self.partials = empty_partials(rows, num_score_tiles(vocab), device)
         self.impl = dispatch.select("process_logits", device, torch.float32)
@@ -54,6 +64,7 @@ class Case:
         op(logits, self.rows, self.logit_rows, self.sampling, self.cache_seqlens, 0, partials)
 
     def eager(self):
+        """The same filters and one draw; of edits, none."""
         temperature, top_k, top_p, min_p = self.filters
         if temperature == 0:
             return self.source.argmax(-1)
@@ -97,11 +108,11 @@ def main() -> int:
         torch.cuda.synchronize()
         return 0
     bandwidth = read_bandwidth(device)
-    repeats = 50 if device.type == "cuda" else 3
+    repeats = 50 if device.type == "cuda" else 10
     results = []
     for rows, vocab in shapes:
-        for name, filters in FILTERS.items():
-            case = Case(rows, vocab, filters, device)
+        for name in (*FILTERS, EDITED):
+            case = Case(rows, vocab, FILTERS.get(name, FILTERS["top-p 0.95"]), device, edited=name == EDITED)
             unlike = case.rows_unlike_the_oracle()
             took = measure(graphed(case.call, device), device, repeats=repeats)
             eager = measure(case.eager, device, repeats=repeats)["p50"]

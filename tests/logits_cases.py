@@ -168,21 +168,28 @@ def block_with_edits(vocab, block_len=5, seed=0) -> Case:
 
 
 def assert_agrees(case, implementation, purpose=2):
-    """Same sets, choices and, to the last bits of exp and log, scores; those out of reach may be left out."""
+    """The oracle's sets, choices and, to the last bits of exp and log, scores; those out of reach may be left out.
+
+    Where a cut falls within rounding of a token, that token may be kept or not: of all such, 1e-5 of the probability.
+    """
     value, index, log_probs = case.run(implementation, purpose)
     want_value, want_index, want_log = case.run(reference.process_logits, purpose)
     got, want = choices(value, index), choices(want_value, want_index)
     assert got.tolist() == want.tolist()
-    both = value.isfinite() & want_value.isfinite()
+    valid = (case.rows.position[case.logit_rows.long()] >= 0)[:, None]
+    disputed = (log_probs.isneginf() != want_log.isneginf()) & valid
+    assert torch.where(disputed, torch.maximum(log_probs, want_log).exp(), 0).sum(1).max() < 1e-5
+    agreed = valid & ~disputed
+    torch.testing.assert_close(log_probs[agreed], want_log[agreed], rtol=1e-5, atol=1e-5)
+    padded = torch.nn.functional.pad(disputed, (0, -disputed.shape[1] % 128))
+    same = ~padded.view(*value.shape, 128).any(2)
+    both = value.isfinite() & want_value.isfinite() & same
     torch.testing.assert_close(value[both], want_value[both], rtol=1e-5, atol=1e-5)
     assert torch.equal(index[both], want_index[both])
     best = want_value.amax(1, keepdim=True).expand_as(value)
-    assert (torch.maximum(value, want_value) < best)[value.isfinite() != want_value.isfinite()].all()
+    assert (torch.maximum(value, want_value) < best)[same & (value.isfinite() != want_value.isfinite())].all()
     first = 128 * torch.arange(value.shape[1], dtype=torch.int32).expand_as(index)
     assert torch.equal(index[value.isneginf()], first[value.isneginf()])
-    valid = case.rows.position[case.logit_rows.long()] >= 0
-    assert torch.equal(log_probs[valid].isneginf(), want_log[valid].isneginf())
-    torch.testing.assert_close(log_probs[valid], want_log[valid], rtol=1e-5, atol=3e-6)
     return got
 
 

@@ -18,6 +18,7 @@ STEPS = 4
 TOLIST = {"aten.resolve_conj.default", "aten.resolve_neg.default"}  # what .tolist() itself calls; neither copies
 GREEDY = SamplingParams(max_new_tokens=60, ignore_eos=True)
 SAMPLED = SamplingParams(max_new_tokens=60, ignore_eos=True, temperature=0.8, top_p=0.9, seed=1)
+EDITED = SamplingParams(max_new_tokens=60, ignore_eos=True, frequency_penalty=0.5, logit_bias={5: 1.0}, min_tokens=9)
 
 
 class Counted(TorchDispatchMode):
@@ -61,7 +62,7 @@ def counted(engine, patched):
     return torch_ops.calls, op_calls, len(read), emitted
 
 
-@pytest.mark.parametrize("params", (GREEDY, SAMPLED), ids=("greedy", "sampled"))
+@pytest.mark.parametrize("params", (GREEDY, SAMPLED, EDITED), ids=("greedy", "sampled", "edited"))
 @pytest.mark.parametrize("mode", ("ar", "two_pass"))
 def test_a_step_is_one_replay_and_one_reading(tmp_path, mode, params, monkeypatch):
     seen = []
