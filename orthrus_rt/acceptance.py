@@ -14,6 +14,7 @@ So both modes learn from the text that either decodes.
 
 from __future__ import annotations
 
+import functools
 import math
 
 from orthrus_rt.cycle_plan import CyclePlan
@@ -118,6 +119,7 @@ class Acceptance:
         return {p: 1.0 + offered.get(p.fan_out, 1.0) * accepted[p.mode][p.block_len - 1] for p in plans}
 
 
+@functools.cache
 def prior_offered(fan_out: int) -> float:
     """``PRIOR_OFFERED``, linear between its entries and constant beyond them."""
     known = sorted(PRIOR_OFFERED)

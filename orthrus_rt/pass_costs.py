@@ -34,6 +34,10 @@ class PassCosts:
         self._scale = 0.0  # log of the machine's slowness since the entries were measured
         self._clock = 0
 
+    def blank(self) -> PassCosts:
+        """The same kind of estimates, nothing measured."""
+        return PassCosts(self._ridge_rows)
+
     def __len__(self) -> int:
         return len(self._log)
 

@@ -22,12 +22,13 @@ CUSUM): a large gain at once, a small one only if it lasts.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from typing import NamedTuple
 
 from orthrus_rt.acceptance import Acceptance, Outcome
 from orthrus_rt.cycle_plan import CyclePlan
-from orthrus_rt.pass_costs import PassCosts
+from orthrus_rt.pass_costs import PassCosts, rows_per_pass
 
 SAFETY = 0.025  # of AR's time that may be lost against AR
 SAFETY_CAP = 64  # AR cycles of credit kept
@@ -67,10 +68,41 @@ class Account:
         self.balance = min(cap, self.balance + seconds)
 
 
+class Lane:
+    """Cycles of one batch bucket, greedy or sampling: the candidates, their costs and the plan in use."""
+
+    def __init__(self, bucket: int, plans: list[CyclePlan], costs: PassCosts):
+        self.bucket, self.plans, self.costs = bucket, plans, costs
+        self.in_use: CyclePlan | None = None
+        self.since_ar = 0
+        self._savings = 0.0
+
+    def seconds(self, plan: CyclePlan, hopeful: bool = False) -> float:
+        """Expected seconds of a cycle."""
+        return self.costs.seconds(self.bucket, plan, hopeful)
+
+    def worst_loss(self, plan: CyclePlan) -> float:
+        """Seconds that a cycle costs the safety account if no draft is accepted."""
+        return self.seconds(plan) - (1 + SAFETY) * self.seconds(AR)
+
+    def wants_ar_timed(self) -> bool:
+        drifted = self.since_ar >= REFRESH_REST and self.costs.drift(self.bucket, AR) > REFRESH_DRIFT
+        return drifted or self.since_ar >= REFRESH
+
+    def hold(self, rates: dict[CyclePlan, float]) -> CyclePlan:
+        """The plan in use, changed when another has promised enough for long enough."""
+        best = min(self.plans, key=rates.get)
+        self.in_use = self.in_use or best
+        self._savings = max(0.0, self._savings + 1 - rates[best] / rates[self.in_use] - DEADBAND)
+        if self._savings >= SWITCH:
+            self.in_use, self._savings = best, 0.0
+        return self.in_use
+
+
 class Launched(NamedTuple):
     """A cycle whose results are not in yet."""
 
-    bucket: int
+    lane: Lane
     plan: CyclePlan
     reserved: float  # seconds that it may cost the safety account
     against: float | None  # of a trial: seconds per token of the plan in use
@@ -85,101 +117,99 @@ class Policy:
     Args:
         plans: the candidates, AR among them.
         max_batch_size: the largest bucket; smaller ones are powers of two.
-        costs: where the cost estimates live; shared with whoever measures them.
+        costs: of greedy cycles; shared with whoever measures them. Cycles that sample have their own.
+        max_rows: one_pass plans with more rows in a pass are no candidates of that bucket.
     """
 
-    def __init__(self, plans: list[CyclePlan], max_batch_size: int, costs: PassCosts | None = None):
+    def __init__(
+        self, plans: list[CyclePlan], max_batch_size: int, costs: PassCosts | None = None, max_rows: float = math.inf
+    ):
         if AR not in plans:
             raise ValueError(f"Policy: plans must hold {AR}, got {plans}")
-        self.plans, self.max_batch_size = list(plans), max_batch_size
+        self.max_batch_size, self._plans, self._max_rows = max_batch_size, list(plans), max_rows
         self.costs = PassCosts() if costs is None else costs
+        self._sampling_costs = self.costs.blank()
         self.acceptance = Acceptance(max(p.block_len for p in plans) - 1)
         self.safety, self.exploration = Account(), Account()
         self.spent = self.ar_equivalent = 0.0
         self.plan_counts: Counter[CyclePlan] = Counter()
         self.current: CyclePlan | None = None
-        self._in_use: dict[int, CyclePlan] = {}  # by bucket
-        self._savings: dict[int, float] = {}
+        self._lanes: dict[tuple[int, bool], Lane] = {}
         self._pending: deque[Launched] = deque()
-        self._burst: tuple[int, CyclePlan, int] | None = None  # bucket, plan, cycles to go
+        self._burst: tuple[Lane, CyclePlan, int] | None = None  # cycles to go
         self._broke = False  # safety credit ran out while a plan other than AR was running
-        self._since_ar = self._since_trial = 0
+        self._since_trial = 0
 
     def bucket(self, batch_size: int) -> int:
         """Slots of the cycle that ``batch_size`` sequences run in."""
         return min(1 << (batch_size - 1).bit_length(), self.max_batch_size)
 
-    def choose(self, batch_size: int) -> CyclePlan:
-        """The plan of the next cycle of ``batch_size`` (>= 1) sequences."""
+    def plans_of(self, bucket: int) -> list[CyclePlan]:
+        """The candidates of a bucket."""
+        return [p for p in self._plans if p.mode != "one_pass" or bucket * rows_per_pass(p)[0] <= self._max_rows]
+
+    def _lane(self, batch_size: int, greedy: bool) -> Lane:
         bucket = self.bucket(batch_size)
-        costs = {p: self.costs.seconds(bucket, p) for p in self.plans}
-        tokens = self.acceptance.tokens(self.plans)
-        rates = {p: costs[p] / tokens[p] for p in self.plans}
-        in_use = self._hold(bucket, rates)
-        trial = self._trial(bucket, batch_size, costs, tokens, in_use)
+        if (bucket, greedy) not in self._lanes:
+            costs = self.costs if greedy else self._sampling_costs
+            self._lanes[bucket, greedy] = Lane(bucket, self.plans_of(bucket), costs)
+        return self._lanes[bucket, greedy]
+
+    def choose(self, batch_size: int, greedy: bool = True) -> CyclePlan:
+        """The plan of the next cycle of ``batch_size`` (>= 1) sequences; ``greedy`` if none of them samples."""
+        lane = self._lane(batch_size, greedy)
+        tokens = self.acceptance.tokens(lane.plans)
+        rates = {p: lane.seconds(p) / tokens[p] for p in lane.plans}
+        in_use = lane.hold(rates)
+        trial = self._trial(lane, batch_size, tokens, rates[in_use])
         plan = in_use if trial is None else trial
-        if not self._affordable(bucket, plan):
-            plan, trial, self._burst = self._fallback(bucket, rates), None, None
+        if not self._affordable(lane, plan):
+            plan, trial, self._burst = self._fallback(lane, rates), None, None
         self._broke &= plan == AR
         fills = plan.mode == "one_pass" and self.current != plan
         against = None if trial is None else rates[in_use]
-        self._since_ar = 0 if plan == AR else self._since_ar + 1
+        lane.since_ar = 0 if plan == AR else lane.since_ar + 1
         self._since_trial = 0 if trial else self._since_trial + 1
-        self._pending.append(Launched(bucket, plan, max(0.0, self._worst_loss(bucket, plan)), against, fills))
+        self._pending.append(Launched(lane, plan, max(0.0, lane.worst_loss(plan)), against, fills))
         self.current = plan
         return plan
 
-    def _hold(self, bucket: int, rates: dict[CyclePlan, float]) -> CyclePlan:
-        """The plan in use, changed when another has promised enough for long enough."""
-        best = min(self.plans, key=rates.get)
-        in_use = self._in_use.setdefault(bucket, best)
-        saving = 1 - rates[best] / rates[in_use] - DEADBAND
-        self._savings[bucket] = max(0.0, self._savings.get(bucket, 0.0) + saving)
-        if self._savings[bucket] >= SWITCH:
-            self._in_use[bucket], self._savings[bucket] = best, 0.0
-        return self._in_use[bucket]
-
-    def _fallback(self, bucket: int, rates: dict[CyclePlan, float]) -> CyclePlan:
+    def _fallback(self, lane: Lane, rates: dict[CyclePlan, float]) -> CyclePlan:
         """What to run while the account does not cover the plan wanted: the one that runs, if it beats AR and can."""
-        better = [p for p in self.plans if rates[p] < rates[AR] and self._affordable(bucket, p)]
+        better = [p for p in lane.plans if rates[p] < rates[AR] and self._affordable(lane, p)]
         if not better:
             self._broke |= self.current not in (None, AR)
         return self.current if self.current in better else min(better, key=rates.get, default=AR)
 
-    def _trial(self, bucket: int, batch_size: int, costs, tokens, in_use: CyclePlan) -> CyclePlan | None:
-        """A plan to try in this cycle, if any."""
-        if self._burst is None or self._burst[0] != bucket:
-            self._burst = self._next_burst(bucket, batch_size, costs, tokens, in_use)
+    def _trial(self, lane: Lane, batch_size: int, tokens: dict[CyclePlan, float], rate: float) -> CyclePlan | None:
+        """A plan to try in this cycle, if any; ``rate``: seconds per token of the plan in use."""
+        if self._burst is None or self._burst[0] is not lane:
+            self._burst = self._next_burst(lane, batch_size, tokens, rate)
         if self._burst is None:
             return None
         _, plan, cycles = self._burst
-        self._burst = (bucket, plan, cycles - 1) if cycles > 1 else None
+        self._burst = (lane, plan, cycles - 1) if cycles > 1 else None
         return plan
 
-    def _next_burst(self, bucket: int, batch_size: int, costs, tokens, in_use) -> tuple[int, CyclePlan, int] | None:
-        """``(bucket, plan, cycles)`` of a trial to begin."""
-        drifted = self._since_ar >= REFRESH_REST and self.costs.drift(bucket, AR) > REFRESH_DRIFT
-        if drifted or self._since_ar >= REFRESH:
-            return bucket, AR, REFRESH_CYCLES
+    def _next_burst(self, lane: Lane, batch_size: int, tokens, rate: float) -> tuple[Lane, CyclePlan, int] | None:
+        """``(lane, plan, cycles)`` of a trial to begin."""
+        if lane.wants_ar_timed():
+            return lane, AR, REFRESH_CYCLES
         if self._since_trial < REST or self.exploration.balance <= 0:
             return None
-        hopeful = self.acceptance.tokens(self.plans, optimism=OPTIMISM)
-        hopes = {p: self.costs.seconds(bucket, p, hopeful=True) / hopeful[p] for p in self.plans if p != AR}
-        rate, cycles = costs[in_use] / tokens[in_use], -(-BURST // batch_size)
+        hopeful = self.acceptance.tokens(lane.plans, optimism=OPTIMISM)
+        hopes = {p: lane.seconds(p, hopeful=True) / hopeful[p] for p in lane.plans if p != AR}
+        cycles = -(-BURST // batch_size)
         for plan in sorted(hopes, key=hopes.get):
             if hopes[plan] >= rate * (1 - DEADBAND):
                 return None
             filling = PIPELINE_FILL if plan.mode == "one_pass" else 0
-            price = (cycles + filling) * costs[plan] - (cycles * tokens[plan] + filling) * rate
-            if plan != in_use and price <= self.exploration.balance and self._affordable(bucket, plan):
-                return bucket, plan, cycles + filling
+            price = (cycles + filling) * lane.seconds(plan) - (cycles * tokens[plan] + filling) * rate
+            if plan != lane.in_use and price <= self.exploration.balance and self._affordable(lane, plan):
+                return lane, plan, cycles + filling
         return None
 
-    def _worst_loss(self, bucket: int, plan: CyclePlan) -> float:
-        """Seconds that one cycle costs the safety account if no draft is accepted."""
-        return self.costs.seconds(bucket, plan) - (1 + SAFETY) * self.costs.seconds(bucket, AR)
-
-    def _affordable(self, bucket: int, plan: CyclePlan) -> bool:
+    def _affordable(self, lane: Lane, plan: CyclePlan) -> bool:
         """Whether the safety account covers the worst outcome; of one_pass, of enough passes to see a draft of it."""
         if plan == AR:
             return True
@@ -187,7 +217,7 @@ class Policy:
         if self._broke:
             cycles *= RESTART
         reserved = sum(p.reserved for p in self._pending)
-        return cycles * self._worst_loss(bucket, plan) <= self.safety.balance - reserved
+        return cycles * lane.worst_loss(plan) <= self.safety.balance - reserved
 
     def record(self, outcomes: list[Outcome], seconds: float | None = None) -> None:
         """What the oldest cycle under way brought.
@@ -197,15 +227,15 @@ class Policy:
                 drafts that became tokens. Leave out sequences that had already ended when the cycle ran.
             seconds: how long the cycle took, where it was timed by itself and was not the first of its kind.
         """
-        bucket, plan, _, against, fills = self._pending.popleft()
+        lane, plan, _, against, fills = self._pending.popleft()
         self.plan_counts[plan] += 1
         if outcomes and not fills:
             self.acceptance.observe(plan, outcomes)
         if seconds is not None:
-            self.costs.observe(bucket, plan, seconds)
-        if not self.costs:
-            return  # nothing was ever timed: there is no unit to keep accounts in
-        cost, ar = self.costs.seconds(bucket, plan), self.costs.seconds(bucket, AR)
+            lane.costs.observe(lane.bucket, plan, seconds)
+        if not lane.costs:
+            return  # nothing like it was ever timed: there is no unit to keep accounts in
+        cost, ar = lane.seconds(plan), lane.seconds(AR)
         tokens = 1 + sum(accepted for _, accepted in outcomes) / max(1, len(outcomes))
         self.safety.add((1 + SAFETY) * tokens * ar - cost, SAFETY_CAP * ar)
         lost = 0.0 if against is None else cost - tokens * against
@@ -218,27 +248,27 @@ class Policy:
         self._pending.clear()
         self._burst, self.current = None, None
 
-    def explain(self, batch_size: int = 1) -> dict:
+    def explain(self, batch_size: int = 1, greedy: bool = True) -> dict:
         """Why the next cycle of ``batch_size`` sequences will run what it runs: a plain dict, seconds and ratios."""
-        bucket = self.bucket(batch_size)
-        tokens = self.acceptance.tokens(self.plans)
+        lane = self._lane(batch_size, greedy)
+        tokens = self.acceptance.tokens(lane.plans)
         rows = {
             name(p): {
-                "seconds_per_cycle": self.costs.seconds(bucket, p),
+                "seconds_per_cycle": lane.seconds(p),
                 "tokens_per_cycle": tokens[p],
-                "seconds_per_token": self.costs.seconds(bucket, p) / tokens[p] / batch_size,
-                "cost_measured": (bucket, p) in self.costs,
+                "seconds_per_token": lane.seconds(p) / tokens[p] / batch_size,
+                "cost_measured": (lane.bucket, p) in lane.costs,
                 "cycles": self.plan_counts[p],
             }
-            for p in self.plans
+            for p in lane.plans
         }
         return {
-            "bucket": bucket,
+            "bucket": lane.bucket,
             "current": self.current and name(self.current),
-            "in_use": name(self._in_use[bucket]) if bucket in self._in_use else None,
+            "in_use": lane.in_use and name(lane.in_use),
             "candidates": rows,
             "hazards": self.acceptance.hazards(),
-            "offered": {p.fan_out: self.acceptance.offered(p.fan_out) for p in self.plans if p.mode == "one_pass"},
+            "offered": {p.fan_out: self.acceptance.offered(p.fan_out) for p in lane.plans if p.mode == "one_pass"},
             "safety_balance_seconds": self.safety.balance,
             "exploration_balance_seconds": self.exploration.balance,
             "spent_seconds": self.spent,

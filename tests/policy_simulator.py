@@ -110,7 +110,7 @@ class Run:
         return self.seconds / self.tokens
 
 
-def simulate(policy_or_plan, seq_of, cost, cycles: int, *, batch=1, lag: int = 0, noise: float = 0.0) -> Run:
+def simulate(policy_or_plan, seq_of, cost, cycles: int, *, batch=1, lag: int = 0, noise: float = 0.0, seed=0) -> Run:
     """Run ``cycles`` cycles of a policy, or of one fixed plan.
 
     Args:
@@ -124,11 +124,11 @@ def simulate(policy_or_plan, seq_of, cost, cycles: int, *, batch=1, lag: int = 0
     fixed = policy_or_plan if isinstance(policy_or_plan, CyclePlan) else None
     policy: Policy | None = None if fixed else policy_or_plan
     largest = 64 if fixed else policy.max_batch_size
-    luck, sequences, late, run, loss = random.Random(7), [], [], Run(), 0.0
+    luck, sequences, late, run, loss = random.Random(seed), [], [], Run(), 0.0
     for cycle in range(cycles):
         size = batch(cycle) if callable(batch) else batch
         while len(sequences) < size:
-            sequences.append(Sequence(random.Random(1000 + len(sequences)), 0.0))
+            sequences.append(Sequence(random.Random(1000 * (1 + seed) + len(sequences)), 0.0))
         bucket = min(1 << (size - 1).bit_length(), largest)
         plan = fixed or policy.choose(size)
         outcomes = []

@@ -274,6 +274,25 @@ def test_candidates():
         Policy([CyclePlan("two_pass", 8)], 1)
 
 
+def test_sampling_cycles_are_judged_by_their_own_costs():
+    chooser = policy("flat")
+    for _ in range(200):
+        plan = chooser.choose(1, greedy=False)
+        chooser.record([(plan.block_len - 1, plan.block_len - 1)], 1e-3 if plan == AR else 1.0)
+    assert chooser.plan_counts[AR] > 190
+    while chooser.choose(1) == AR:
+        chooser.record([(0, 0)])
+    assert chooser.explain()["candidates"]["ar"]["seconds_per_cycle"] == pytest.approx(cycle_seconds("flat", 1, AR))
+    assert chooser.explain(greedy=False)["candidates"]["ar"]["seconds_per_cycle"] == pytest.approx(1e-3, rel=0.2)
+
+
+def test_one_pass_plans_stay_within_the_rows_of_a_pass():
+    chooser = Policy(PLANS, 8, PassCosts(), max_rows=144)
+    assert chooser.plans_of(1) == PLANS
+    assert [name(p) for p in chooser.plans_of(4)] == ["ar", "two_pass/3", "two_pass/7", "two_pass/15", "one_pass/7x2"]
+    assert "one_pass" not in {p.mode for p in chooser.plans_of(8)}
+
+
 def test_unmeasured_costs_lie_between_measured_ones():
     costs = PassCosts()
     costs.set(1, AR, 1.0)
