@@ -1,15 +1,14 @@
 """How many tokens a cycle yields: running estimates of draft acceptance, for every plan at once.
 
-Two things are told apart, because they change at different speeds:
+A *hazard* ``h_i`` is the chance that draft ``i`` is accepted once drafts 1 ... i-1 were (Kaplan and Meier's product
+estimator: a cycle that accepted all ``m`` of its drafts says nothing of position m+1). two_pass and one_pass have
+hazards of their own: they belong to the text and are forgotten fast. What relates them belongs to the model and is
+forgotten slowly:
 
-- *hazards*: ``h_i``, the chance that two_pass accepts draft ``i`` once it accepted drafts 1 ... i-1 (Kaplan and
-  Meier's product estimator: a cycle that accepted all ``m`` of its drafts says nothing of position m+1). They belong to
-  the text and are forgotten fast.
-- what one_pass keeps of them: its drafts were made before their anchor was known, which costs *quality* (its hazards
-  over two_pass's, at the first position and behind it), and a cycle may have none at all: the share *offered*, per
-  fan_out. These belong to the model and are forgotten slowly.
-
-So both modes learn from the text that either decodes.
+- *quality*: one_pass's hazards over two_pass's, at the first position and behind it (Mantel and Haenszel's ratio, over
+  positions and over what both modes saw of the same text); its drafts were made before their anchor was known. Through
+  it, what one mode learns of the text serves the other.
+- *offered*: the share of one_pass cycles that have drafts at all, per fan_out.
 """
 
 from __future__ import annotations
@@ -19,11 +18,12 @@ import math
 
 from orthrus_rt.cycle_plan import CyclePlan
 
-MEMORY = 128  # cycles that a hazard looks back on while it is being observed
-SLOW_MEMORY = 1024  # the same of quality and offered; and of everything while it is not observed
+MEMORY = 128  # drafting cycles that a hazard looks back on
+SLOW_MEMORY = 1024  # cycles that quality and offered look back on, and hazards while nothing is drafted
 PRIOR_HAZARD, PRIOR_TRIALS = 0.7, 4.0  # of the first draft
 CHAIN_TRIALS = 8.0  # weight of the position before as a later position's prior
-CERTAIN_TRIALS = 16.0  # trials of two_pass that make its hazards comparable; most that one_pass's count as for it
+BORROWED_TRIALS = 64.0  # most weight of the other mode's hazards, and what that adds to certainty at most:
+CERTAIN_TRIALS = 16.0
 # On the embedded model's code and chat prompts: quality of first and later drafts; cycles with drafts, by fan_out.
 PRIOR_QUALITY, QUALITY_TRIALS = (0.75, 0.95), 32.0
 PRIOR_OFFERED, OFFERED_TRIALS = {1: 0.5, 2: 0.70, 4: 0.80, 6: 0.88, 8: 0.94, 12: 0.97}, 8.0
@@ -31,66 +31,86 @@ PRIOR_OFFERED, OFFERED_TRIALS = {1: 0.5, 2: 0.70, 4: 0.80, 6: 0.88, 8: 0.94, 12:
 Outcome = tuple[int, int]  # (num_verified, num_accepted) of one sequence's cycle
 
 
+class Counts:
+    """Drafts accepted, and drafts tried, by position."""
+
+    def __init__(self, num_drafts: int):
+        self.hits = [0.0] * num_drafts
+        self.trials = [0.0] * num_drafts
+
+    def fade(self, keep: list[float]) -> None:
+        self.hits = [k * c for k, c in zip(keep, self.hits, strict=True)]
+        self.trials = [k * c for k, c in zip(keep, self.trials, strict=True)]
+
+
 class Acceptance:
     """Acceptance estimates for cycles of at most ``max_drafts`` drafts, forgetting exponentially."""
 
     def __init__(self, max_drafts: int):
-        self._hits = [0.0] * max_drafts
-        self._trials = [0.0] * max_drafts
-        self._direct_hits = [0.0] * max_drafts  # of two_pass alone
-        self._direct = [0.0] * max_drafts
-        self._quality = [[0.0, 0.0], [0.0, 0.0]]  # hits of one_pass, hits that two_pass's hazards foretold
+        self.max_drafts = max_drafts
+        self._seen = {"two_pass": Counts(max_drafts), "one_pass": Counts(max_drafts)}
+        self._quality = [[0.0, 0.0], [0.0, 0.0]]  # hits of one_pass and of two_pass, of equal weight
         self._offered: dict[int, list[float]] = {}  # fan_out: sequence-cycles with drafts, sequence-cycles
 
     def observe(self, plan: CyclePlan, outcomes: list[Outcome]) -> None:
         """One cycle of every sequence under ``plan``."""
-        slow = 1 - 1 / SLOW_MEMORY
-        for counts in (self._hits, self._trials, self._direct_hits, self._direct):
-            counts[:] = [slow * c for c in counts]
+        idle = [1 - 1 / SLOW_MEMORY] * self.max_drafts
+        for counts in self._seen.values():
+            counts.fade(idle)
         if plan.mode == "ar":
             return
-        hits, trials = [0] * len(self._hits), [0] * len(self._hits)
+        new = Counts(self.max_drafts)
         for verified, accepted in outcomes:
             for i in range(min(accepted + 1, verified)):
-                trials[i] += 1
-                hits[i] += i < accepted
-        indirect = plan.mode == "one_pass"
-        if indirect:
-            self._observe_one_pass(plan, outcomes, hits, trials)
-            hits = [h / self.quality(i) for i, h in enumerate(hits)]
-        for i, new in enumerate(trials):
-            keep = 1 - new / (MEMORY * len(outcomes))  # rarely reached positions look back further
-            self._hits[i] = keep * self._hits[i] + hits[i]
-            self._trials[i] = keep * self._trials[i] + new
-            self._direct_hits[i] = keep * self._direct_hits[i] + (0 if indirect else hits[i])
-            self._direct[i] = keep * self._direct[i] + (0 if indirect else new)
+                new.trials[i] += 1
+                new.hits[i] += i < accepted
+        renewed = [n / (MEMORY * len(outcomes)) for n in new.trials]  # rarely reached positions look back further
+        for counts in self._seen.values():
+            counts.fade([1 - share for share in renewed])
+        seen = self._seen[plan.mode]
+        seen.hits = [a + b for a, b in zip(seen.hits, new.hits, strict=True)]
+        seen.trials = [a + b for a, b in zip(seen.trials, new.trials, strict=True)]
+        self._compare(renewed)
+        if plan.mode == "one_pass":
+            keep = 1 - 1 / SLOW_MEMORY
+            drafts, cycles = self._offered.get(plan.fan_out, (0.0, 0.0))
+            with_drafts = sum(verified > 0 for verified, _ in outcomes)
+            self._offered[plan.fan_out] = [keep * drafts + with_drafts, keep * cycles + len(outcomes)]
 
-    def _observe_one_pass(self, plan: CyclePlan, outcomes: list[Outcome], hits: list[int], trials: list[int]) -> None:
-        slow = 1 - 1 / SLOW_MEMORY
+    def _compare(self, renewed: list[float]) -> None:
+        """Let the share of the counts that is new tell about quality."""
+        one, two, slow = self._seen["one_pass"], self._seen["two_pass"], 1 - 1 / SLOW_MEMORY
         self._quality = [[slow * c for c in counts] for counts in self._quality]
-        for i, direct in enumerate(self._direct):
-            if direct > 0:  # compared as far as two_pass ran on the same text: hazards inferred through it say nothing
-                weight = direct / (direct + CERTAIN_TRIALS)
-                self._quality[i > 0][0] += weight * hits[i]
-                self._quality[i > 0][1] += weight * trials[i] * self._direct_hits[i] / direct
-        drafts, cycles = self._offered.get(plan.fan_out, (0.0, 0.0))
-        new = sum(verified > 0 for verified, _ in outcomes)
-        self._offered[plan.fan_out] = [slow * drafts + new, slow * cycles + len(outcomes)]
+        for i, share in enumerate(renewed):
+            both = one.trials[i] + two.trials[i]
+            if both > 0:
+                self._quality[i > 0][0] += share * one.hits[i] * two.trials[i] / both
+                self._quality[i > 0][1] += share * two.hits[i] * one.trials[i] / both
 
-    def hazards(self) -> list[float]:
-        """``h_1 ... h_max`` of two_pass."""
-        values, prior, weight = [], PRIOR_HAZARD, PRIOR_TRIALS
-        for hits, trials in zip(self._hits, self._trials, strict=True):
-            prior = min(1.0, (weight * prior + hits) / (weight + trials))
-            values.append(prior)
-            weight = CHAIN_TRIALS
-        return values
-
-    def quality(self, position: int, optimism: float = 0.0) -> float:
+    def quality(self, position: int) -> float:
         """Hazard of one_pass over that of two_pass, for the draft at ``position`` (0-based)."""
         hits, expected = self._quality[position > 0]
-        value = (QUALITY_TRIALS * PRIOR_QUALITY[position > 0] + hits) / (QUALITY_TRIALS + expected)
-        return max(0.1, min(1.0, value + optimism * 0.5 / math.sqrt(QUALITY_TRIALS + expected)))
+        prior = PRIOR_QUALITY[position > 0]
+        return max(0.1, min(1.0, (QUALITY_TRIALS * prior + hits) / (QUALITY_TRIALS + expected)))
+
+    def accepted(self, mode: str, optimism: float = 0.0) -> list[float]:
+        """Expected accepted drafts of 0 ... max_drafts offered ones; ``optimism``: standard errors to add."""
+        own, other = self._seen[mode], self._seen["one_pass" if mode == "two_pass" else "two_pass"]
+        first = PRIOR_HAZARD * (self.quality(0) if mode == "one_pass" else 1.0)
+        totals, survival, prior, weight = [0.0], 1.0, first, PRIOR_TRIALS
+        for i, (hits, trials) in enumerate(zip(own.hits, own.trials, strict=True)):
+            borrowed = min(BORROWED_TRIALS, other.trials[i])
+            if borrowed:
+                quality = self.quality(i) if mode == "one_pass" else 1 / self.quality(i)
+                hits += borrowed * min(1.0, quality * other.hits[i] / other.trials[i])
+            prior = min(1.0, (weight * prior + hits) / (weight + trials + borrowed))
+            certain = weight + trials + min(CERTAIN_TRIALS, borrowed)
+            survival *= min(1.0, prior + optimism * math.sqrt(prior * (1 - prior) / certain))
+            totals.append(totals[-1] + survival)
+            weight = CHAIN_TRIALS
+            if not i and mode == "one_pass":
+                prior = min(1.0, prior * self.quality(1) / self.quality(0))
+        return totals
 
     def offered(self, fan_out: int, optimism: float = 0.0) -> float:
         """Share of one_pass cycles that have drafts to verify."""
@@ -104,17 +124,7 @@ class Acceptance:
 
         With ``optimism``, every estimate is taken that many standard errors higher.
         """
-        accepted = {"ar": [0.0], "two_pass": [0.0], "one_pass": [0.0]}
-        survival = {"two_pass": 1.0, "one_pass": 1.0}
-        first, later = self.quality(0, optimism), self.quality(1, optimism)
-        for i, hazard in enumerate(self.hazards()):
-            spread = optimism * math.sqrt(hazard * (1 - hazard))
-            direct, trials = self._direct[i], CHAIN_TRIALS + self._trials[i]
-            certain = CHAIN_TRIALS + direct + min(CERTAIN_TRIALS, self._trials[i] - direct)
-            survival["two_pass"] *= min(1.0, hazard + spread / math.sqrt(certain))
-            survival["one_pass"] *= min(1.0, (later if i else first) * (hazard + spread / math.sqrt(trials)))
-            for mode, alive in survival.items():
-                accepted[mode].append(accepted[mode][-1] + alive)
+        accepted = {mode: self.accepted(mode, optimism) for mode in self._seen} | {"ar": [0.0]}
         offered = {p.fan_out: self.offered(p.fan_out, optimism) for p in plans if p.mode == "one_pass"}
         return {p: 1.0 + offered.get(p.fan_out, 1.0) * accepted[p.mode][p.block_len - 1] for p in plans}
 

@@ -267,7 +267,7 @@ class Policy:
             "current": self.current and name(self.current),
             "in_use": lane.in_use and name(lane.in_use),
             "candidates": rows,
-            "hazards": self.acceptance.hazards(),
+            "accepted": {mode: self.acceptance.accepted(mode) for mode in ("two_pass", "one_pass")},
             "offered": {p.fan_out: self.acceptance.offered(p.fan_out) for p in lane.plans if p.mode == "one_pass"},
             "safety_balance_seconds": self.safety.balance,
             "exploration_balance_seconds": self.exploration.balance,
