@@ -42,7 +42,10 @@ def trace(mean: float, draft_len: int, cycles: int, batch: int, seed: int = 0) -
 
 @contextlib.contextmanager
 def simulated(accepted: torch.Tensor):
-    """Cycles that engines build in here accept by the rows of ``accepted`` ``[cycles, batch]``, over and over."""
+    """Two-pass cycles that engines build in here accept by the rows of ``accepted`` ``[cycles, batch]``, over and over.
+
+    Other modes are left alone: what a one-pass cycle accepts depends on which of its blocks came true.
+    """
 
     class Simulated(Cycle):
         def __init__(self, *args, **kwargs):
@@ -50,12 +53,15 @@ def simulated(accepted: torch.Tensor):
             self.drawn = 0
             self.ids = [torch.full_like(p.partials[1], RIGHT) for p in self.passes]
             draft = self.passes[0]
+            if draft.step != st.STEP_DRAFT:
+                return
             trace = accepted[:, : self.state.num_slots, None].to(self.model.device)
             position = torch.arange(draft.per_slot, dtype=torch.int32, device=self.model.device)
             self.drafted = torch.where(position < trace, RIGHT, WRONG).int().flatten(1)[:, :, None]
 
         def take(self, p, partials):
-            super().take(p, (partials[0], self.ids[self.passes.index(p)]))
+            forced = self.passes[0].step == st.STEP_DRAFT
+            super().take(p, (partials[0], self.ids[self.passes.index(p)]) if forced else partials)
 
         def run(self):
             if self.passes[0].step == st.STEP_DRAFT:

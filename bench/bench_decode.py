@@ -1,7 +1,8 @@
 """Whole decode cycles through the engine and through two baselines: how long, how near the floor, how fast.
 
-Official shapes have random weights, so what a cycle accepts is simulated (``--accepted``, by default what the published
-models reach), and every such row says so; the embedded model decodes the built-in prompts with its own acceptance. The
+Official shapes have random weights, so what a two-pass cycle accepts is simulated (``--accepted``, by default what the
+published models reach), and every such row says so; one-pass cycles are timed alone. The embedded model decodes the
+built-in prompts with its own acceptance. The
 floor is the bytes that a cycle must read (each pass's weights, committed keys and values) over the bandwidth measured
 in this call. Baselines: ``eager`` (growing cache; one sequence) and ``graphed`` (static cache, torch.mm, SDPA), see
 bench/baselines.py. ``device_ms``: how long the device is busy in a cycle, where that is measured.
@@ -29,6 +30,7 @@ from bench.baselines import GrowingCache, StaticCache, Weights
 from bench.models import SHAPES, random_checkpoint
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import prompts
+from orthrus_rt.cycle_plan import MODES, cycle_plan
 from orthrus_rt.engine import Engine
 from orthrus_rt.model import Model
 from orthrus_rt.sampling import SamplingParams
@@ -62,7 +64,7 @@ class Bench:
 
     def trace(self, mode: str, batch: int) -> torch.Tensor:
         """Accepted drafts of every measured cycle and sequence, ``[cycles, batch]``; used over again around those."""
-        if mode == "ar":
+        if mode != "two_pass":
             return torch.zeros(1, batch, dtype=torch.int32)
         return trace(self.accepted, self.draft_len, self.args.cycles, batch)
 
@@ -88,7 +90,7 @@ class Bench:
         with mock.patch("orthrus_rt.engine.Model", shared):
             return Engine(
                 self.checkpoint, device=self.device, dtype=self.dtype, mode=mode, max_seq_len=max_seq_len,
-                draft_len=self.draft_len, fan_out=None, max_batch_size=batch, num_pages=None,
+                draft_len=self.draft_len, fan_out=self.args.fan_out, max_batch_size=batch, num_pages=None,
             )  # fmt: skip
 
     def sync(self) -> None:
@@ -99,16 +101,17 @@ class Bench:
         """Least time of a cycle by what it must read: each pass's weights and every sequence's cache once."""
         c = self.config
         cache = 2 * batch * context * c.num_layers * c.num_heads_kv * c.head_dim * 2
-        views = ("",) if mode == "ar" else ("", "_diff")
-        return sum(self.weight_bytes(view) + cache for view in views) / self.bandwidth * 1e-6
+        passes = {"ar": [("",)], "two_pass": [("_diff",), ("",)], "one_pass": [("", "_diff")]}[mode]
+        return sum(self.weight_bytes(views) + cache for views in passes) / self.bandwidth * 1e-6
 
-    def weight_bytes(self, view: str) -> int:
-        """bf16 bytes of the matrices that a pass of one view reads, the head included."""
+    def weight_bytes(self, views: tuple[str, ...]) -> int:
+        """bf16 bytes of the matrices that a pass with rows of these views reads, the head included."""
         head = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
         total = 0
         for name, shape in ckpt.expected_tensors(self.config).items():
             attention = "self_attn" in name
-            mine = name.endswith("_diff.weight") == bool(view) if attention else "mlp" in name or name == head
+            view = "_diff" if name.endswith("_diff.weight") else ""
+            mine = view in views if attention else "mlp" in name or name == head
             total += 2 * shape[0] * shape[1] if mine and len(shape) == 2 else 0
         return total
 
@@ -117,21 +120,25 @@ class Bench:
         ``grown`` tokens longer than ``context`` on average.
         """
         floor = self.floor_ms(mode, batch, context + grown)
-        drafts = mode != "ar"
-        simulated_text = f"simulated acceptance a={self.accepted:g}"
+        acceptance = {"ar": "none (ar)", "two_pass": f"simulated acceptance a={self.accepted:g}"}
+        if self.real and mode != "ar":
+            acceptance[mode] = "real"
+        timed_only = mode not in acceptance  # what one_pass would accept is not simulated
+        plan = cycle_plan(mode, self.draft_len, self.args.fan_out, self.config)
         return {
             "model": self.args.model,
             "runtime": runtime,
             "mode": mode,
-            "block_len": self.draft_len + 1 if drafts else 1,
+            "block_len": plan.block_len,
+            "fan_out": plan.fan_out,
             "batch": batch,
             "context": round(context),
-            "acceptance": ("real" if self.real else simulated_text) if drafts else "none (ar)",
-            "tokens_per_cycle": tokens_per_cycle,
+            "acceptance": acceptance.get(mode, "not simulated: time alone"),
+            "tokens_per_cycle": None if timed_only else tokens_per_cycle,
             "ms_per_cycle": cycle_s * 1e3,
             "floor_ms": floor,
             "of_floor": floor / (cycle_s * 1e3),
-            "tok_s": batch * tokens_per_cycle / cycle_s,
+            "tok_s": None if timed_only else batch * tokens_per_cycle / cycle_s,
         } | more
 
 
@@ -313,7 +320,7 @@ def rows_of(bench: Bench) -> list[dict]:
         weights = Weights(bench.checkpoint, bench.device, bench.dtype, bench.positions(), fused=name == "graphed")
         for case in cases:
             for batch in args.batch if name == "graphed" and not bench.real else (1,):
-                for mode in args.modes:
+                for mode in (mode for mode in args.modes if mode != "one_pass"):
                     if bench.real:
                         add(real_baseline_row, name, weights, mode, case)
                     else:
@@ -329,7 +336,8 @@ def with_speed_up(rows: list[dict]) -> list[dict]:
         return row["batch"], row.get("kind", row["context"])
 
     own = {case(r): r["tok_s"] for r in rows if r["runtime"] == "orthrus_rt" and r["mode"] == "ar"}
-    return [row | {"over_ar": row["tok_s"] / own[case(row)] if case(row) in own else None} for row in rows]
+    known = [row["tok_s"] is not None and case(row) in own for row in rows]
+    return [r | {"over_ar": r["tok_s"] / own[case(r)] if k else None} for r, k in zip(rows, known, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -340,10 +348,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-prompts", type=int, help="embedded model: only the first prompts of each kind")
     parser.add_argument("--tokens", type=int, default=128, help="embedded model: new tokens of each prompt")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--modes", nargs="+", default=["ar", "two_pass"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--baselines", nargs="*", choices=("eager", "graphed"), default=["eager", "graphed"])
     parser.add_argument("--block-len", type=int, default=32, help="official shapes: K of the checkpoint")
     parser.add_argument("--draft-len", type=int, help="drafts per cycle; K-1 by default")
+    parser.add_argument("--fan-out", type=int, help="blocks that a one_pass cycle drafts; the engine's own by default")
     parser.add_argument("--accepted", type=float, help="official shapes: accepted drafts per cycle to simulate")
     parser.add_argument("--cycles", type=int, default=64, help="measured cycles per row")
     parser.add_argument("--device", default="cuda")

@@ -55,9 +55,11 @@ def _row_linear_bytes(x, weight, out, *, weight_diff=None, num_rows_ar=None, res
 
 
 def _dual_attn_bytes(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, scale, out, **_) -> int:
-    """Each group's visible keys and values once; queries, block keys and values, output."""
-    start, prefix = rows.group_start.tolist(), rows.prefix_len.tolist()
-    seen = sum(max(prefix[a:b], default=0) for a, b in itertools.pairwise(start))
+    """Each sequence's visible keys and values once; queries, block keys and values, output."""
+    longest: dict[int, int] = {}
+    for seq, prefix in zip(rows.seq.tolist(), rows.prefix_len.tolist(), strict=True):
+        longest[seq] = max(prefix, longest.get(seq, 0))
+    seen = sum(longest.values())
     _, heads, _, dim = k_pages.shape
     return _size(q, out, scratch_k, scratch_v) + 2 * seen * heads * dim * k_pages.element_size()
 

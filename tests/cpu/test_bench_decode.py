@@ -98,10 +98,17 @@ def test_rows_of_an_official_shape(tmp_path, capsys):
     cases = [(r["runtime"], r["mode"], r["batch"]) for r in rows]
     modes = ("ar", "two_pass")
     assert cases == [
-        *(("orthrus_rt", mode, batch) for batch in (1, 2) for mode in modes),
+        *(("orthrus_rt", mode, batch) for batch in (1, 2) for mode in (*modes, "one_pass")),
         *(("baseline eager", mode, 1) for mode in modes),
         *(("baseline graphed", mode, batch) for batch in (1, 2) for mode in modes),
     ]
+    floors = {r["mode"]: r["floor_ms"] for r in rows[:3]}
+    assert floors["ar"] < floors["one_pass"] < floors["two_pass"] < 2 * floors["one_pass"]
+    timed_only = [row for row in rows if row["mode"] == "one_pass"]
+    for row in timed_only:
+        assert row["acceptance"] == "not simulated: time alone" and row["fan_out"] == 6 and row["ms_per_cycle"] > 0
+        assert row["tokens_per_cycle"] is row["tok_s"] is row["over_ar"] is None
+    rows = [row for row in rows if row not in timed_only]
     for row in rows:
         drafts = row["mode"] == "two_pass"
         assert row["acceptance"] == ("simulated acceptance a=5" if drafts else "none (ar)")
@@ -121,10 +128,10 @@ def test_rows_of_a_model_that_accepts_by_itself(tmp_path, monkeypatch):
     bench_decode.main([*arguments.split(), "--out", str(tmp_path)])
     (path,) = tmp_path.glob("decode-*.json")
     rows = json.loads(path.read_text())["rows"]
-    assert [r["runtime"] for r in rows] == ["orthrus_rt"] * 4 + ["baseline eager"] * 2 + ["baseline graphed"] * 2
+    assert [r["runtime"] for r in rows] == ["orthrus_rt"] * 6 + ["baseline eager"] * 2 + ["baseline graphed"] * 2
     for row in rows:
-        assert row["acceptance"] == ("real" if row["mode"] == "two_pass" else "none (ar)") and row["kind"] == "math"
-    assert rows[1]["tokens_per_cycle"] == rows[3]["tokens_per_cycle"] >= 1
+        assert row["acceptance"] == ("none (ar)" if row["mode"] == "ar" else "real") and row["kind"] == "math"
+    assert rows[1]["tokens_per_cycle"] == rows[4]["tokens_per_cycle"] >= rows[2]["tokens_per_cycle"] >= 1
 
 
 def test_what_does_not_fit_is_left_out(capsys):

@@ -42,7 +42,8 @@ def test_only_the_cache_and_its_tables_grow_with_context(folder):
 def test_what_the_diffusion_view_adds(folder):
     """Beside AR decoding: its weights, one layer's keys and values of the block rows, the verified rows' choices."""
     ar, two_pass = (warm_report(folder, mode=mode) for mode in ("ar", "two_pass"))
-    assert {name for name in ar if ar[name] != two_pass[name]} == {"cycles", "total"}
+    assert {name for name in ar if ar[name] != two_pass[name]} == {"scratch", "cycles", "total"}
+    assert ar["scratch"] == 0
     config = make(folder).config
     slots, rows = 8, 8 * config.block_len
     attention = (4 + 2 * 2) * 64 * 64 + 64 * 4 * 64  # q, k, v and o of one layer

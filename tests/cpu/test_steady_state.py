@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthrus_rt import dispatch, ops
+from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.engine import Engine
 from orthrus_rt.runner import RESULTS
 from orthrus_rt.sampling import SamplingParams
@@ -63,7 +64,7 @@ def counted(engine, patched):
 
 
 @pytest.mark.parametrize("params", (GREEDY, SAMPLED, EDITED), ids=("greedy", "sampled", "edited"))
-@pytest.mark.parametrize("mode", ("ar", "two_pass"))
+@pytest.mark.parametrize("mode", MODES)
 def test_a_step_is_one_replay_and_one_reading(tmp_path, mode, params, monkeypatch):
     seen = []
     for layers in (2, 6):

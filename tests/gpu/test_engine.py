@@ -139,7 +139,7 @@ def test_times_come_from_the_device(folder):
     assert facts["times"]["two_pass_cycle"]["seconds"] > 0
 
 
-@pytest.mark.parametrize("mode", ("ar", "two_pass"))
+@pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
 def test_a_step_launches_one_graph_and_never_waits_for_the_device(tmp_path, mode):
     """Whole steps under sync-debug mode; launches and allocations counted by the profiler, whatever the depth."""
     seen = []

@@ -39,7 +39,7 @@ def test_decode_benchmark_runs(tmp_path):
     arguments = "--model tiny --context 70 --batch 1 2 --cycles 16 --accepted 5 --block-len 8"
     bench_decode.main([*arguments.split(), "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "decode-tiny.json").read_text())["rows"]
-    assert len(rows) == 10
-    for row in rows:
+    assert len(rows) == 12
+    for row in (r for r in rows if r["mode"] != "one_pass"):
         assert row["tokens_per_cycle"] == pytest.approx(6 if row["mode"] == "two_pass" else 1, abs=0.1)
         assert row["peak_gb"] > 0 and (row["runtime"] == "orthrus_rt" or row["device_ms"] > 0)
