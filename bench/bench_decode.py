@@ -361,7 +361,10 @@ def main(argv: list[str] | None = None) -> None:
     with torch.inference_mode():
         bench = Bench(args)
         rows = rows_of(bench)
-    command = " ".join(["python -m bench.bench_decode", *(sys.argv[1:] if argv is None else argv)])
+    given = [*(sys.argv[1:] if argv is None else argv)]
+    if args.out in given:
+        given[given.index(args.out)] = "DIR"
+    command = " ".join(["python -m bench.bench_decode", *given])
     facts = common.header(bench.device) | {"read_bandwidth_gb_s": bench.bandwidth, "command": command}
     if bench.device.type == "cpu":
         facts |= {"load average": os.getloadavg()[0], "nice": os.nice(0)}
