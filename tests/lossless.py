@@ -1,7 +1,7 @@
 """The bitwise promise as checks of one engine, for every device: whatever the mode, the block length, the company, the
 order of arrival, the pages and the way a cycle is run, AR decoding alone gives the same tokens, logits and cache.
 
-A mode to come joins by one more line in :func:`ways`.
+A mode to come joins by one more line in ``MODES``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from orthrus_rt.sampling import SamplingParams
 from tests import traces
 from tests.traces import assert_same, decode
 
+MODES = {"two_pass": {}, "one_pass": {"fan_out": 3}}  # AR apart, and what else ``generate`` is told
 
-def ways(draft_lens) -> list[dict]:
-    """The arguments of ``generate`` for each way to decode, AR apart."""
-    return [dict(mode="two_pass", draft_len=n) for n in draft_lens]
+
+def ways(draft_lens, modes=tuple(MODES)) -> list[dict]:
+    """The arguments of ``generate`` for each way to decode."""
+    return [dict(mode=mode, draft_len=n, **MODES[mode]) for mode in modes for n in draft_lens]
 
 
 def sampled(count: int, **kwargs) -> list[SamplingParams]:

@@ -14,6 +14,7 @@ from scipy import stats
 
 from orthrus_rt import ops, sampling
 from orthrus_rt import state as st
+from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import RejectionSampler, SamplingParams
 from tests import checkpoints
@@ -21,6 +22,7 @@ from tests.native_cpu import threads
 from tests.table_model import DRAFTERS, SETTINGS, TABLE, VOCAB, two_tokens
 
 FIRST, SIGNIFICANCE, CAUGHT = 0, 1e-4, 1e-9
+TWO_PASS, ONE_PASS = CyclePlan("two_pass", 3), CyclePlan("one_pass", 3, 4)
 
 
 def p_value(pairs, setting) -> float:
@@ -57,7 +59,7 @@ def engine(tmp_path_factory):
 def coupled(engine, monkeypatch):
     """``coupled(drafter, setting)``: pairs ``[slots, 2]`` of two tokens, and whether every first draft was accepted."""
 
-    def pairs(drafter, setting, mode="two_pass"):
+    def pairs(drafter, setting, plan=TWO_PASS):
         tables = {"ar": TABLE, "diffusion": DRAFTERS[drafter]}
 
         def forward(model, kv, rows, act, workspace, *, logit_rows, epilogue, out, max_seq_len):
@@ -79,7 +81,8 @@ def coupled(engine, monkeypatch):
         for name, value in full.items():
             getattr(runner.sampling, name).fill_(value)
         runner.sampling.seed.copy_(torch.arange(n))
-        cycle = runner.cycle(mode, 3, n, runner.sampling)
+        runner.make_room([plan])
+        cycle = runner.cycle(plan, n, runner.sampling)
         cycle.state.block_tokens[:, 0] = FIRST
         cycle.run_eager()
         always_accepted = int(state.num_output.min()) > 1
@@ -96,6 +99,14 @@ def test_coupled(coupled, drafter, setting):
     pairs, always_accepted = coupled(drafter, setting)
     assert p_value(pairs, setting) > SIGNIFICANCE
     assert always_accepted == (drafter == "equal") or drafter == "nearly_equal"
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_coupled_in_one_pass(coupled, drafter):
+    """Drafts for supposed outcomes: which block survives must not depend on what it drafted."""
+    for setting in (SETTINGS[0], SETTINGS[-1]):
+        pairs, _ = coupled(drafter, setting, ONE_PASS)
+        assert p_value(pairs, setting) > SIGNIFICANCE
 
 
 def without_position(honest):

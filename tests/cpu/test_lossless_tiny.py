@@ -18,9 +18,14 @@ VARIANTS = {
     "qwen3-untied-k16": dict(family="qwen3", tie_word_embeddings=False, block_size=16, num_attention_heads=8),
     "llama": dict(family="llama", head_dim=32),
 }
-# Tokens per cycle at the longest draft, greedy and sampled; a broken drafter gives 1. The weights are random: that
-# anything is accepted is because the diffusion view is a noisy copy of the AR view.
-PINNED = {"qwen3": (1.388, 1.431), "qwen3-untied-k16": (1.232, 1.348), "llama": (1.476, 1.465)}
+# Tokens per cycle at the longest draft, by mode, greedy and sampled. The weights are random: that anything is accepted
+# is because the diffusion view is a noisy copy of the AR view; what a verification will bring cannot be guessed at all,
+# so one_pass gains next to nothing here (on the embedded model it does: test_lossless.py).
+PINNED = {
+    "qwen3": {"two_pass": (1.388, 1.431), "one_pass": (1.0, 1.0)},
+    "qwen3-untied-k16": {"two_pass": (1.232, 1.348), "one_pass": (1.005, 1.045)},
+    "llama": {"two_pass": (1.476, 1.465), "one_pass": (1.0, 1.0)},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,8 +55,9 @@ def jobs(request, case):
 
 def test_alone(case, jobs):
     name, engine, draft_lens = case
-    rates = [lossless.check_alone(engine, *jobs, way) for way in lossless.ways(draft_lens)]
-    assert rates[-1] == pytest.approx(PINNED[name][not jobs[1][0].greedy], abs=0.01)
+    for mode in lossless.MODES:
+        rates = [lossless.check_alone(engine, *jobs, way) for way in lossless.ways(draft_lens, [mode])]
+        assert rates[-1] == pytest.approx(PINNED[name][mode][not jobs[1][0].greedy], abs=0.01), mode
 
 
 def test_together(case, jobs):
