@@ -1,0 +1,134 @@
+"""What row-invariance costs: each op of a pass against the fastest choice that does not have it.
+
+``row_linear`` (its epilogue included) against torch's products of the same bf16 matrices (epilogue left out), and
+``dual_attn`` over paged keys against SDPA over contiguous ones. ``cost`` is the share of time that ours takes more than
+the fastest of those; below 0 invariance is free. Weights of a product rotate over copies larger than any cache.
+
+    python -m bench.bench_invariance --out DIR                         # the embedded model's shapes
+    python -m bench.bench_invariance --device cuda --model 8b --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch.nn import functional
+
+from bench.bench_dual_attn import Case, Shape
+from bench.bench_row_linear import EPILOGUES, MODELS, OPS
+from bench.common import graphed, header, measure, report
+from orthrus_rt import ops
+from orthrus_rt.weights import pack
+
+COLD_BYTES = 256 << 20
+
+
+def least_times(candidates: dict, copies: int, device, rounds: int) -> dict[str, float]:
+    """Microseconds of one call of each, the least of ``rounds`` in which all take turns: what disturbs the machine hits
+    all alike, and the least is disturbed least. Each call takes the next copy.
+    """
+
+    def over_copies(run):
+        for i in range(copies):
+            run(i)
+
+    ready = {name: graphed(lambda run=run: over_copies(run), device) for name, run in candidates.items()}
+    least = dict.fromkeys(ready, float("inf"))
+    for n in range(rounds + 1):
+        for name, run in ready.items():
+            took = measure(run, device, repeats=1, warmup=0)["p50"] / copies
+            if n:  # the first round warms up
+                least[name] = min(least[name], took)
+    return least
+
+
+def linear_row(model: str, op: str, num_rows: int, device, rounds: int) -> dict:
+    hidden, mlp, heads_q, heads_kv, head_dim, _, vocab = MODELS[model]
+    n, k = {
+        "qkv": ((heads_q + 2 * heads_kv) * head_dim, hidden), "o": (hidden, heads_q * head_dim),
+        "gate_up": (2 * mlp, hidden), "down": (hidden, mlp), "lm_head": (vocab, hidden),
+    }[op]  # fmt: skip
+    bf16 = dict(dtype=torch.bfloat16, device=device)
+    copies = max(1, COLD_BYTES // (2 * n * k))
+    plain = [torch.randn(n, k, **bf16) * k**-0.5 for _ in range(copies)]
+    packed = [pack(w, gate_up=op == "gate_up") for w in plain]
+    x = torch.randn(num_rows, k, **bf16)
+    out = torch.empty(num_rows, n, **bf16)
+    ours_out, residual = out[:, : n // 2].contiguous() if op == "gate_up" else torch.empty_like(out), None
+    if EPILOGUES[op] == "residual":
+        residual = torch.randn(num_rows, n, **bf16)
+    if EPILOGUES[op] == "argmax":
+        partials = packed[0].num_partials
+        ours_out = tuple(torch.empty(num_rows, partials, dtype=t, device=device) for t in (torch.float32, torch.int32))
+    size = ops.workspace_bytes(
+        device, torch.bfloat16, max_rows=num_rows, max_groups=1, num_heads_q=heads_q, head_dim=head_dim,
+        max_seq_len=64, linear_shapes=[(k, n)],
+    )[0]  # fmt: skip
+    workspace = torch.zeros(size, dtype=torch.uint8, device=device) if size else None
+
+    def ours(i):
+        rest = dict(residual=residual, epilogue=EPILOGUES[op], workspace=workspace)
+        ops.row_linear(x, packed[i], ours_out, **rest)
+
+    turned = [w.T.contiguous() for w in plain]
+    theirs = {
+        "mm(x, W.T)": lambda i: torch.mm(x, plain[i].T, out=out),
+        "mm(x, Wt)": lambda i: torch.mm(x, turned[i], out=out),
+        "linear": lambda i: functional.linear(x, plain[i]),
+    }
+    if num_rows == 1:
+        theirs["mv"] = lambda i: torch.mv(plain[i], x[0], out=out[0])
+    return compare(op, num_rows, ours, theirs, copies, device, rounds)
+
+
+def attention_row(model: str, num_rows: int, context: int, device, rounds: int) -> dict:
+    _, _, heads_q, heads_kv, head_dim, *_ = MODELS[model]
+    case = Case(Shape(1, num_rows, 0, 0), context, (heads_q, heads_kv, head_dim), device)
+    q, copies, mask, *_ = case.dense()
+    repeated = [[x.repeat_interleave(heads_q // heads_kv, 1) for x in pair] for pair in copies]
+    scale = head_dim**-0.5
+
+    def sdpa(i, kv, mask, gqa):
+        functional.scaled_dot_product_attention(q, *kv[i], attn_mask=mask, enable_gqa=gqa, scale=scale)
+
+    seen = None if num_rows == 1 else mask
+    theirs = {
+        "sdpa, grouped": lambda i: sdpa(i, copies, seen, True),
+        "sdpa, heads repeated": lambda i: sdpa(i, repeated, seen, False),
+    }
+    return compare(f"dual_attn, context {context}", num_rows, case.call, theirs, case.copies, device, rounds)
+
+
+def compare(op, num_rows, ours, theirs, copies, device, rounds) -> dict:
+    took = least_times({"ours": ours} | theirs, copies, device, rounds)
+    mine = took.pop("ours")
+    best = min(took, key=took.get)
+    return {
+        "op": op, "rows": num_rows, "us": mine, "fastest other": best, "other us": took[best],
+        "cost": mine / took[best] - 1, "others": "; ".join(f"{n} {us:.4g}" for n, us in took.items()),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="135m")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 32])
+    parser.add_argument("--context", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--out", help="folder for the JSON and the table")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    rows = []
+    with torch.inference_mode():
+        for n in args.rows:
+            rows += [linear_row(args.model, op, n, device, args.rounds) for op in OPS]
+            rows += [attention_row(args.model, n, context, device, args.rounds) for context in args.context]
+    facts = header(device) | {"dtype": "bfloat16", "weights": "cold", "time": f"least of {args.rounds}"}
+    report(f"invariance-{args.model}", facts, rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
