@@ -16,11 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = [
     ("cpu", "bench_cpu_pass", []),
     ("cpu", "bench_generate", []),
+    ("cpu", "bench_sampling", []),
+    ("cpu", "bench_invariance", []),
     ("cpu", "bench_decode", ["--model", "smollm2-135m", "--device", "cpu", "--draft-len", "7", "--batch", "1", "8"]),
     *(("cuda", "bench_row_linear", ["--model", model]) for model in ("1.7b", "4b", "8b")),
     ("cuda", "bench_dual_attn", []),
     ("cuda", "bench_consensus", []),
     ("cuda", "bench_process_logits", []),
+    ("cuda", "bench_invariance", ["--device", "cuda", "--model", "8b"]),
     *(("cuda", "bench_decode", ["--model", model]) for model in ("1.7b", "4b", "8b", "smollm2-135m")),
 ]
 

@@ -109,7 +109,7 @@ def test_the_comparison_can_fail(case, jobs):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("seed", range(2, 8))
+@pytest.mark.parametrize("seed", (2, 3))
 def test_more_prompts(case, seed):
     """50 prompts of 128 tokens a seed, half of them sampled, in every way."""
     _, engine, _ = case
