@@ -70,7 +70,7 @@ def _summary(logits: torch.Tensor, num_tiles: int):
 def collect(engine: Engine, prompt: prompts.Prompt, tokens: int) -> DraftTable:
     """Decode ``tokens`` greedy tokens and draft from each of them; the engine must be idle and on the CPU."""
     ids = prompt.encode(engine.tokenizer)
-    out = engine.generate(ids, SamplingParams(max_new_tokens=tokens, ignore_eos=False))
+    out = engine.generate(ids, SamplingParams(max_new_tokens=tokens))
     text, model, kv = ids + out.token_ids, engine.model, engine.kv
     length = engine.config.block_len
     act = Activations(model, max(512, BLOCKS_PER_PASS * length), BLOCKS_PER_PASS * length)
