@@ -19,12 +19,15 @@ RUNS = [
     ("cpu", "bench_sampling", []),
     ("cpu", "bench_invariance", []),
     ("cpu", "bench_decode", ["--model", "smollm2-135m", "--device", "cpu", "--draft-len", "7", "--batch", "1", "8"]),
+    ("cpu", "bench_one_pass", ["--device", "cpu"]),
+    ("cpu", "bench_hypotheses", []),
     *(("cuda", "bench_row_linear", ["--model", model]) for model in ("1.7b", "4b", "8b")),
     ("cuda", "bench_dual_attn", []),
     ("cuda", "bench_consensus", []),
     ("cuda", "bench_process_logits", []),
     ("cuda", "bench_invariance", ["--device", "cuda", "--model", "8b"]),
     *(("cuda", "bench_decode", ["--model", model]) for model in ("1.7b", "4b", "8b", "smollm2-135m")),
+    ("cuda", "bench_one_pass", ["--device", "cuda", "--draft-len", "7", "15"]),
 ]
 
 

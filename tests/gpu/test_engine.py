@@ -50,6 +50,8 @@ def test_modes_block_lengths_and_batches_give_the_same_tokens(folder):
     for draft_len in (1, 3, 7):
         outs = [engine.generate(p, q, mode="two_pass", draft_len=draft_len) for p, q in jobs]
         assert [o.token_ids for o in outs] == want
+        outs = [engine.generate(p, q, mode="one_pass", draft_len=draft_len, fan_out=4) for p, q in jobs]
+        assert [o.token_ids for o in outs] == want
     batched = engine.generate([p for p, _ in jobs], [q for _, q in jobs])
     assert [o.token_ids for o in batched] == want
     cycles = sum(o.stats.cycles for o in batched)

@@ -1,0 +1,77 @@
+"""Tokens per pass, milliseconds per pass and tokens per second of every mode, on the embedded model's own acceptance.
+
+Decoding alone, without prefill. Tokens per pass are tokens per read of the weights, which sets the speed where memory
+does; on a CPU rows cost compute too.
+
+    python -m bench.bench_one_pass --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from bench import common
+from orthrus_rt import prompts
+from orthrus_rt.cycle_plan import CyclePlan, cycle_plan, most_hypotheses
+from orthrus_rt.engine import Engine
+from orthrus_rt.sampling import SamplingParams
+
+
+def plans(config, draft_lens: list[int], fan_outs: list[int]) -> list[CyclePlan]:
+    """``ar``, then per draft length ``two_pass`` and ``one_pass`` with each fan-out (0: every hypothesis)."""
+    found = [cycle_plan("ar", 1, None, config)]
+    for draft_len in draft_lens:
+        found.append(cycle_plan("two_pass", draft_len, None, config))
+        for fan_out in fan_outs:
+            found.append(cycle_plan("one_pass", draft_len, fan_out or most_hypotheses(draft_len), config))
+    return found
+
+
+def run(engine: Engine, ids: list[list[int]], params: SamplingParams, plan: CyclePlan) -> tuple[list, dict]:
+    """The outputs and their rates; one prompt after the other."""
+    options = dict(mode=plan.mode, fan_out=plan.fan_out or None)
+    if plan.mode != "ar":
+        options["draft_len"] = plan.block_len - 1
+    engine.generate(ids[0], SamplingParams(max_new_tokens=8), **options)
+    stats = [engine.generate(prompt, params, **options) for prompt in ids]
+    tokens, passes, cycles, seconds, misses = (
+        sum(getattr(out.stats, name) for out in stats) for name in ("tokens", "passes", "cycles", "seconds", "misses")
+    )
+    tokens -= len(ids)  # those of the prefills
+    return [out.token_ids for out in stats], {
+        "mode": plan.mode, "block_len": plan.block_len, "fan_out": plan.fan_out, "rows": plan.max_rows,
+        "tokens_per_pass": tokens / passes, "misses": misses / cycles, "ms_per_pass": seconds / passes * 1e3,
+        "tok_s": tokens / seconds,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"])
+    parser.add_argument("--num-prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--draft-len", type=int, nargs="+", default=[3, 7])
+    parser.add_argument("--fan-out", type=int, nargs="+", default=[1, 2, 4, 8, 0], help="0: every hypothesis")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", help="folder for the JSON and the table")
+    args = parser.parse_args()
+    engine = Engine.from_pretrained("smollm2-135m", device=args.device, max_seq_len=2048, max_batch_size=1)
+    rows, same = [], True
+    for kind in args.kinds:
+        ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)[: args.num_prompts]]
+        want = None
+        for plan in plans(engine.config, args.draft_len, args.fan_out):
+            tokens, row = run(engine, ids, SamplingParams(max_new_tokens=args.tokens), plan)
+            want = want or tokens
+            same &= tokens == want
+            rows.append({"prompts": kind, "n": len(ids)} | row)
+            print(rows[-1], flush=True)
+    with torch.inference_mode():
+        facts = common.header(engine.model.device) | {"identical_tokens_in_all_modes": same}
+    common.report(f"one_pass-{engine.model.device.type}", facts, rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
