@@ -8,6 +8,7 @@ Bytes are one read of the logits: the least that any choice costs.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import torch
@@ -108,14 +109,17 @@ def main() -> int:
         torch.cuda.synchronize()
         return 0
     bandwidth = read_bandwidth(device)
-    repeats = 50 if device.type == "cuda" else 10
+    repeats = 50
+    facts = header(device) | {"read bandwidth GB/s": bandwidth}
+    if device.type == "cpu":
+        facts |= {"load average": os.getloadavg()[0]}
     results = []
     for rows, vocab in shapes:
         for name in (*FILTERS, EDITED):
             case = Case(rows, vocab, FILTERS.get(name, FILTERS["top-p 0.95"]), device, edited=name == EDITED)
             unlike = case.rows_unlike_the_oracle()
             took = measure(graphed(case.call, device), device, repeats=repeats)
-            eager = measure(case.eager, device, repeats=repeats)["p50"]
+            eager = measure(case.eager, device, repeats=repeats if device.type == "cuda" else 3)["p50"]
             gbs = case.source.numel() * 4e-3 / took["p50"]
             results.append({
                 "op": "process_logits", "impl": case.impl, "filters": name, "rows": rows, "vocab": vocab,
@@ -124,7 +128,7 @@ def main() -> int:
                 "ratio": eager / took["p50"], "rows unlike the oracle": unlike,
             })  # fmt: skip
             print(*results[-1].values(), flush=True)
-    report("process_logits", header(device) | {"read bandwidth GB/s": bandwidth}, results, args.out)
+    report("process_logits", facts, results, args.out)
     return 0
 
 

@@ -96,7 +96,7 @@ class Activations:
     Every layer reuses them, so they do not grow with depth or context.
     """
 
-    def __init__(self, model: Model, max_rows: int, max_rows_diff: int):
+    def __init__(self, model: Model, max_rows: int, max_rows_diff: int, max_logit_rows: int = 0):
         c, kw = model.config, dict(dtype=model.dtype, device=model.device)
         self.hidden = torch.empty(max_rows, c.hidden_size, **kw)
         self.normed = torch.empty(max_rows, c.hidden_size, **kw)
@@ -107,16 +107,19 @@ class Activations:
         self.scratch_k = torch.empty(max_rows_diff, c.num_heads_kv, c.head_dim, **kw)
         self.scratch_v = torch.empty(max_rows_diff, c.num_heads_kv, c.head_dim, **kw)
         self._logits = torch.empty(0, c.vocab_size, dtype=torch.float32, device=model.device)
+        self._max_logit_rows = max_logit_rows
 
     def logits(self, num_rows: int) -> torch.Tensor:
-        """fp32 ``[num_rows, vocab_size]``; allocated on first use, as greedy decoding materialises no logits."""
-        if self._logits.shape[0] < num_rows:
-            self._logits = self._logits.new_empty(max(num_rows, self.scratch_k.shape[0]), self._logits.shape[1])
+        """fp32 ``[num_rows, vocab_size]``, at most ``max_logit_rows``; allocated on first use, as greedy decoding
+        materialises no logits.
+        """
+        if not self._logits.shape[0]:
+            self._logits = self._logits.new_empty(self._max_logit_rows, self._logits.shape[1])
         return self._logits[:num_rows]
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in vars(self).values())
+        return sum(t.nbytes for t in vars(self).values() if isinstance(t, torch.Tensor))
 
 
 @dataclass

@@ -71,16 +71,16 @@ class Runner:
     def make_room(self, plans: list[CyclePlan]) -> None:
         """Buffers for cycles of these plans; what was built on smaller ones is dropped, so nothing may run."""
         chunk = min(PREFILL_CHUNK, self.max_seq_len)
-        rows = max(chunk, *(self.num_slots * plan.max_rows for plan in plans))
-        rows_diff = max(self.num_slots * plan.max_rows_diff for plan in plans)
-        groups = max(self.num_slots * plan.max_groups for plan in plans)
+        room = [(plan.max_rows, plan.max_rows_diff, plan.max_groups) for plan in plans]
+        room = tuple(self.num_slots * max(column) for column in zip(*room, strict=True))
         if self.activations is not None:
-            if rows <= self._room[0] and rows_diff <= self._room[1] and groups <= self._room[2]:
+            if all(new <= old for new, old in zip(room, self._room, strict=True)):
                 return
-            rows, rows_diff, groups = map(max, self._room, (rows, rows_diff, groups))
+            room = tuple(map(max, self._room, room))
         self._cycles.clear()
-        self._room = (rows, rows_diff, groups)
-        self.activations = Activations(self.model, rows, rows_diff)
+        self._room = decoded, rows_diff, groups = room
+        rows = max(chunk, decoded)
+        self.activations = Activations(self.model, rows, rows_diff, max_logit_rows=decoded)
         self.workspace = Workspace.allocate(
             self.model, max_rows=rows, max_groups=groups, max_seq_len=self.max_seq_len
         )  # fmt: skip
