@@ -1,7 +1,7 @@
 """process_logits against the same filters and draw as eager torch operations (sort, cumsum, multinomial).
 
 python -m bench.bench_process_logits --out results/
-python -m bench.bench_process_logits --device cpu --rows 1,16 --vocab 49152 --out bench/results/cpu
+OMP_NUM_THREADS=1 python -m bench.bench_process_logits --device cpu --rows 1,16 --vocab 49152 --out bench/results/cpu
 Bytes are one read of the logits: the least that any choice costs.
 """
 
@@ -112,7 +112,7 @@ def main() -> int:
     repeats = 50
     facts = header(device) | {"read bandwidth GB/s": bandwidth}
     if device.type == "cpu":
-        facts |= {"load average": os.getloadavg()[0]}
+        facts |= {"load average": os.getloadavg()[0]}  # above the threads used, p20 says more than p50
     results = []
     for rows, vocab in shapes:
         for name in (*FILTERS, EDITED):
