@@ -111,7 +111,7 @@ def main() -> None:
     command = [sys.executable, "-m", "bench.bench_generate", "--own-process"]
     alone = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     facts = json.loads(alone.stdout)
-    engine = Engine.from_pretrained(MODEL, device="cpu", max_seq_len=2048, max_batch_size=1)
+    engine = Engine.from_pretrained(MODEL, device="cpu", mode="two_pass", max_seq_len=2048, max_batch_size=1)
     rows = []
     for kind in args.kinds:
         rows.append(ours(kind, "ar", None, args.tokens, engine))

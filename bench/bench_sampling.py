@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--draft-len", type=int, default=15)
     parser.add_argument("--out", help="folder for the JSON and the table")
     args = parser.parse_args()
-    engine = Engine.from_pretrained("smollm2-135m", device=args.device, max_seq_len=2048, max_batch_size=1)
+    engine = Engine.from_pretrained(
+        "smollm2-135m", device=args.device, mode="two_pass", max_seq_len=2048, max_batch_size=1
+    )
     rows = []
     for kind in args.kinds:
         for temperature in args.temperatures:

@@ -12,12 +12,20 @@ class CyclePlan(NamedTuple):
     """Which rows a decode cycle has, per slot.
 
     ``ar``: 1 AR row. ``two_pass``: ``block_len`` diffusion rows, then as many AR rows. ``one_pass``: ``block_len`` AR
-    rows and ``fan_out`` blocks of ``block_len`` diffusion rows, in one pass.
+    rows and ``fan_out`` blocks of ``block_len`` diffusion rows, in one pass. ``auto`` stands for any of these with at
+    most this ``block_len``, chosen cycle by cycle.
     """
 
     mode: str
     block_len: int = 1
     fan_out: int = 0
+
+    @property
+    def label(self) -> str:
+        """``ar``, ``two_pass/7`` (drafts), ``one_pass/15x4`` (drafts, fan_out)."""
+        if self.block_len == 1:
+            return self.mode
+        return f"{self.mode}/{self.block_len - 1}" + (f"x{self.fan_out}" if self.fan_out else "")
 
     @property
     def num_passes(self) -> int:
@@ -49,7 +57,7 @@ def cycle_plan(mode: str, draft_len: int, fan_out: int | None, config) -> CycleP
     Raises:
         ValueError: no such mode, or a value is out of its range for this checkpoint.
     """
-    if mode not in MODES:
+    if mode not in (*MODES, "auto"):
         raise ValueError(f"mode must be auto, {', '.join(MODES)}, got {mode!r}")
     most = config.block_len - 1
     if not 1 <= draft_len <= most:
@@ -61,4 +69,6 @@ def cycle_plan(mode: str, draft_len: int, fan_out: int | None, config) -> CycleP
         return CyclePlan("ar")
     if mode == "two_pass":
         return CyclePlan("two_pass", draft_len + 1)
+    if mode == "auto":
+        return CyclePlan("auto", draft_len + 1, fan_out or 0)
     return CyclePlan("one_pass", draft_len + 1, min(DEFAULT_FAN_OUT, hypotheses) if fan_out is None else fan_out)

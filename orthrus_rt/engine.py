@@ -8,14 +8,18 @@ which is how preemption, faults and interrupts lose nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 
 import torch
 
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import state as st
+from orthrus_rt.acceptance import Outcome
+from orthrus_rt.auto import Auto, outcome
 from orthrus_rt.cycle_plan import CyclePlan, cycle_plan
 from orthrus_rt.device import DTYPES, claim, device_scope, pick_device
 from orthrus_rt.exclusive import Turn, exclusive, whole
+from orthrus_rt.info import device_facts
 from orthrus_rt.kv import OutOfPages
 from orthrus_rt.memory import memory_report, naming_the_knobs
 from orthrus_rt.metrics import Metrics
@@ -70,12 +74,13 @@ class Engine:
         self.checkpoint, self._tokenizer = checkpoint, None
         self.mode, self.draft_len, self.fan_out = mode, draft_len, fan_out
         self._plan = self._default_plan = self.make_plan()
+        self._autos: dict[CyclePlan, Auto] = {}
         sizes = f"max_batch_size {max_batch_size}, num_pages {num_pages}, max_seq_len {max_seq_len}"
         with device_scope(device), naming_the_knobs(f"making an engine of {sizes}"):
             self.model = Model(checkpoint, device=device, dtype=dtype, max_seq_len=max_seq_len)
             self.runner = Runner(
                 self.model, num_slots=max_batch_size, max_seq_len=max_seq_len,
-                plans=[self._default_plan], num_pages=num_pages + 1,
+                shapes=self._shapes(self._default_plan, max_batch_size), num_pages=num_pages + 1,
                 max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS,
             )  # fmt: skip
         self.kv = self.runner.kv
@@ -106,7 +111,8 @@ class Engine:
             model: ``"smollm2-135m"`` (embedded), a checkpoint folder or a hub id.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"``: CUDA where there is one.
             dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``. Only bfloat16 has row-invariant kernels.
-            mode: ``"ar"``, ``"two_pass"``, ``"one_pass"`` or ``"auto"`` (two_pass).
+            mode: ``"ar"``, ``"two_pass"``, ``"one_pass"``, or ``"auto"``: whichever is fastest now,
+                chosen anew for every cycle from measured costs and acceptance; never slower than ``ar`` by over 3%.
             max_seq_len: tokens a sequence may have, prompt included; sizes the cache. None for 4096, or the
                 checkpoint's own limit where that is less.
             draft_len: drafts per cycle, 1 ... K-1; None for the checkpoint's K-1.
@@ -142,15 +148,34 @@ class Engine:
         mode = self.mode if mode is None else mode
         draft_len = self.draft_len if draft_len is None else draft_len
         return cycle_plan(
-            "two_pass" if mode == "auto" else mode,
+            mode,
             self.config.block_len - 1 if draft_len is None else draft_len,
             self.fan_out if fan_out is None else fan_out,
             self.config,
         )
 
+    def _shapes(self, plan: CyclePlan, num_slots: int) -> list[tuple[CyclePlan, int]]:
+        """``(plan, slots)`` of every cycle that may run under ``plan``."""
+        if plan.mode != "auto":
+            return [(plan, num_slots)]
+        if plan not in self._autos:
+            self._autos[plan] = Auto(plan, num_slots, self.model.device, self._identity())
+        return self._autos[plan].shapes()
+
+    def _identity(self) -> str:
+        """What a cycle's cost depends on, beside its plan and batch."""
+        c, facts = self.config, device_facts(self.model.device)
+        sizes = (c.name, c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size, self.model.dtype)
+        return " | ".join(map(str, (version("orthrus-rt"), *sizes, *facts.values())))
+
+    def explain(self, batch_size: int = 1) -> dict | None:
+        """What ``mode="auto"`` goes by, for a batch of this size: :meth:`Policy.explain`; None while it is not on."""
+        auto = self._autos.get(self._plan)
+        return auto.policy.explain(batch_size) if auto else None
+
     def _make_request(self, prompt_ids, params: SamplingParams | None, plan: CyclePlan, request_id=None) -> Request:
         request = make_request(prompt_ids, params or SamplingParams(), request_id, self.config, self.max_seq_len)
-        if request.rejection and plan.mode != "two_pass":
+        if request.rejection and plan.mode not in ("two_pass", "auto"):
             raise ValueError(f"acceptance='rejection' belongs to mode two_pass alone, got mode {plan.mode!r}")
         return request
 
@@ -231,17 +256,22 @@ class Engine:
             for request in [*self.scheduler.waiting, *self.scheduler.active]:
                 self._abort(request)
             self._submitted.clear()
-            self.runner.flights.clear()
+            self._forget_flights()
         self.closed = True
 
     @exclusive
     def warmup(self, progress: bool = False) -> None:
-        """Build, and where the device can, record the greedy cycles of every batch bucket for the engine's own mode."""
+        """Build, and where the device can, record the greedy cycles of every batch bucket for the engine's own mode.
+
+        In mode ``auto`` this also times them, unless that was done before on this device for this model and version.
+        """
         from tqdm import tqdm
 
         sizes = [min(1 << i, self.scheduler.num_slots) for i in range((self.scheduler.num_slots - 1).bit_length() + 1)]
         if any(self.scheduler.slots):
             raise RuntimeError("warmup: the engine must be idle")
+        if auto := self._autos.get(self._default_plan):
+            return auto.warmup(self.runner, progress)
         for size in tqdm(sizes, desc="warm-up", unit="batch size", disable=not progress):
             self.runner.cycle(self._default_plan, size).run()
 
@@ -292,7 +322,9 @@ class Engine:
             return False
         for source, target in self.scheduler.compact():
             self.runner.move(source, target)
-        self.runner.decode(running, self._plan)
+        auto = self._autos.get(self._plan)
+        plan, policy = auto.choose(running) if auto else (self._plan, None)
+        self.runner.decode(running, plan, policy)
         return True
 
     @property
@@ -336,9 +368,15 @@ class Engine:
         while len(self.runner.flights) > in_flight:
             flight = self.runner.flights.pop(0)
             results = flight.collect()
+            outcomes: list[Outcome] = []
             for slot, request in flight.requests:
                 if request.finish_reason is None:
-                    self._take_results(flight, request, {name: values[slot] for name, values in results.items()})
+                    result = {name: values[slot] for name, values in results.items()}
+                    outcomes.append(outcome(result, st.RUNNING))
+                    self._take_results(flight, request, result)
+            if flight.policy is not None:
+                self.runner.stopwatch.settle()
+                flight.policy.record(outcomes, flight.timed and flight.timed.seconds)
             self.metrics.launched(flight)
 
     def _take_results(self, flight, request: Request, result: dict) -> None:
@@ -349,9 +387,15 @@ class Engine:
         if result["finish"] in FINISH_REASONS:
             self._finish(request, FINISH_REASONS[result["finish"]])
 
+    def _forget_flights(self) -> None:
+        self.runner.flights.clear()
+        for auto in self._autos.values():
+            auto.policy.forget_pending()
+
     def recover(self) -> None:
         """After a fault, wherever it struck: start again from the tokens that the host knows, and nothing else."""
         self.torn = True
+        self._forget_flights()
         self.runner.reset()
         for request in self.scheduler.reset():
             if request.tokens and request.tokens[-1] in request.stop_ids:
@@ -427,7 +471,7 @@ class Engine:
     def _enqueue(self, requests: list[Request], plan: CyclePlan) -> None:
         if self._idle():
             self._plan = plan
-            self.runner.make_room([plan])
+            self.runner.make_room(self._shapes(plan, self.scheduler.num_slots))
         elif plan != self._plan:
             now = self._plan
             raise RuntimeError(f"the mode cannot change while requests run (now {now}, asked {plan})")

@@ -119,6 +119,11 @@ class Cycle:
         )  # fmt: skip
 
     @property
+    def recorded(self) -> bool:
+        """Whether :meth:`run` replays; until then it takes longer than it will."""
+        return self._replay is not None
+
+    @property
     def nbytes(self) -> int:
         """Of the passes' static buffers."""
         held = (t for p in self.passes for t in (*vars(p.rows).values(), p.logit_rows, *p.partials))

@@ -16,6 +16,8 @@ class Metrics:
         self.requests = {"stop": 0, "length": 0, "abort": 0}
         self.busy_seconds = 0.0
         self.times: dict[str, tuple[int, float]] = {}
+        self.plans: dict[str, int] = {}
+        self.plan: str | None = None
 
     def generated(self, tokens: int, accepted: int | None) -> None:
         """Tokens of one request's cycle (or of its prefill: ``accepted`` None)."""
@@ -26,7 +28,10 @@ class Metrics:
     def launched(self, flight) -> None:
         """A cycle (or a prefill, of no passes) whose results were read."""
         self.cycles += flight.plan is not None
-        self.passes += flight.plan.num_passes if flight.plan else 0
+        if flight.plan:
+            self.passes += flight.plan.num_passes
+            self.plan = flight.plan.label
+            self.plans[self.plan] = self.plans.get(self.plan, 0) + 1
 
     def took(self, kind: str, seconds: float) -> None:
         """One prefill pass or one cycle (kind ``prefill``, ``ar_cycle``, ``two_pass_cycle``) on its device."""
@@ -46,7 +51,8 @@ class Metrics:
 
     def as_dict(self) -> dict:
         """All counters and gauges. ``accepted`` maps drafts accepted to cycles of a sequence; ``times`` has, by kind of
-        pass or cycle, how many there were and their seconds on the device; ``busy_seconds`` is the host's.
+        pass or cycle, how many there were and their seconds on the device; ``busy_seconds`` is the host's. ``plans``
+        has the cycles of each plan (``ar``, ``two_pass/7``, ``one_pass/15x4``: drafts, fan_out), ``plan`` is the last.
         """
         engine = self._engine
         return {
@@ -57,6 +63,8 @@ class Metrics:
             "preemptions": self.preemptions,
             "busy_seconds": self.busy_seconds,
             "times": {kind: {"count": n, "seconds": s} for kind, (n, s) in sorted(self.times.items())},
+            "plans": dict(sorted(self.plans.items())),
+            "plan": self.plan,
             "accepted": dict(sorted(self.accepted.items())),
             "finished": dict(self.requests),
             "waiting": len(engine.scheduler.waiting),
@@ -77,6 +85,12 @@ class Metrics:
                 for kind, of in value.items():
                     lines.append(f'orthrus_device_seconds_sum{{kind="{kind}"}} {of["seconds"]}')
                     lines.append(f'orthrus_device_seconds_count{{kind="{kind}"}} {of["count"]}')
+            elif name == "plans":
+                lines.append("# TYPE orthrus_plan_cycles_total counter")
+                lines += [f'orthrus_plan_cycles_total{{plan="{plan}"}} {n}' for plan, n in value.items()]
+            elif name == "plan":
+                lines.append("# TYPE orthrus_plan_info gauge")
+                lines += [f'orthrus_plan_info{{plan="{value}"}} 1'] if value else []
             elif name == "finished":
                 lines.append("# TYPE orthrus_finished_total counter")
                 lines += [f'orthrus_finished_total{{reason="{reason}"}} {n}' for reason, n in value.items()]

@@ -14,6 +14,7 @@ class Stats:
         tokens: generated tokens, the stop token included.
         cycles: decode cycles. passes: forward passes of these cycles, of any view.
         misses: ``one_pass`` cycles that had no drafts to verify: none of the blocks before fitted what happened.
+        plans: cycles by plan: ``ar``, ``two_pass/7`` (drafts), ``one_pass/15x4`` (drafts, fan_out).
         accepted: histogram, ``accepted[j]`` cycles accepted j drafts.
         seconds: from the first token to the last; prefill_seconds: from the start of the prefill to the first token.
         preemptions: how often it had to give its pages up and recompute them.
@@ -28,6 +29,7 @@ class Stats:
     cycles: int = 0
     passes: int = 0
     misses: int = 0
+    plans: dict[str, int] = field(default_factory=dict)
     accepted: list[int] = field(default_factory=list)
     seconds: float = 0.0
     prefill_seconds: float = 0.0

@@ -253,7 +253,7 @@ class Policy:
         lane = self._lane(batch_size, greedy)
         tokens = self.acceptance.tokens(lane.plans)
         rows = {
-            name(p): {
+            p.label: {
                 "seconds_per_cycle": lane.seconds(p),
                 "tokens_per_cycle": tokens[p],
                 "seconds_per_token": lane.seconds(p) / tokens[p] / batch_size,
@@ -264,8 +264,8 @@ class Policy:
         }
         return {
             "bucket": lane.bucket,
-            "current": self.current and name(self.current),
-            "in_use": lane.in_use and name(lane.in_use),
+            "current": self.current and self.current.label,
+            "in_use": lane.in_use and lane.in_use.label,
             "candidates": rows,
             "accepted": {mode: self.acceptance.accepted(mode) for mode in ("two_pass", "one_pass")},
             "offered": {p.fan_out: self.acceptance.offered(p.fan_out) for p in lane.plans if p.mode == "one_pass"},
@@ -275,9 +275,3 @@ class Policy:
             "ar_equivalent_seconds": self.ar_equivalent,
         }
 
-
-def name(plan: CyclePlan) -> str:
-    """``ar``, ``two_pass/7`` (drafts), ``one_pass/15x4`` (drafts, fan_out)."""
-    if plan == AR:
-        return "ar"
-    return f"{plan.mode}/{plan.block_len - 1}" + (f"x{plan.fan_out}" if plan.fan_out else "")

@@ -151,7 +151,7 @@ def staged(engine, plan: CyclePlan, slots: int, context: int) -> Iterator[tuple[
         ValueError: the engine has too few slots, pages or positions.
     """
     runner = engine.runner
-    runner.make_room([plan])
+    runner.make_room([(plan, runner.num_slots)])
     if not 1 <= slots <= runner.num_slots:
         raise ValueError(f"batch must be within [1, {runner.num_slots}] (max_batch_size), got {slots}")
     most = engine.max_seq_len - engine.config.block_len

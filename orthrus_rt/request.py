@@ -68,6 +68,7 @@ class Request:
             stats.mode, stats.block_len, stats.fan_out = plan
             stats.cycles += 1
             stats.passes += plan.num_passes
+            stats.plans[plan.label] = stats.plans.get(plan.label, 0) + 1
             stats.misses += plan.mode == "one_pass" and not verified
             stats.accepted += [0] * (plan.block_len - len(stats.accepted))
             stats.accepted[accepted] += 1

@@ -17,11 +17,12 @@ from orthrus_rt.graph import COUPLED, Cycle, Pass
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import Rows, prefill_rows
+from orthrus_rt.policy import Policy
 from orthrus_rt.reference import first_argmax
 from orthrus_rt.sampling import MAX_LOGIT_BIAS
 from orthrus_rt.scheduler import Request
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState
-from orthrus_rt.stopwatch import Stopwatch
+from orthrus_rt.stopwatch import Stopwatch, Stretch
 
 PREFILL_CHUNK = 512  # prompt tokens per prefill pass
 RESULTS = ("num_output", "finish", "num_verified", "num_accepted", "output")  # what the host reads of every slot
@@ -35,6 +36,8 @@ class Flight:
     plan: CyclePlan | None  # of the cycle; None for a prefill
     results: dict[str, torch.Tensor]
     done: torch.cuda.Event | None
+    timed: Stretch | None  # of a cycle that ran as it will run again
+    policy: Policy | None = None  # that chose the plan and waits for what came of it
 
     def collect(self) -> dict[str, list]:
         """Wait for the results; per slot what RESULTS names."""
@@ -47,7 +50,7 @@ class Runner:
     """Static buffers for ``num_slots`` sequences of at most ``max_seq_len`` tokens, and all that runs on them."""
 
     def __init__(
-        self, model: Model, *, num_slots: int, max_seq_len: int, plans: list[CyclePlan], num_pages: int, max_stop_ids
+        self, model: Model, *, num_slots: int, max_seq_len: int, shapes, num_pages: int, max_stop_ids
     ):
         self.model, self.max_seq_len, self.num_slots = model, max_seq_len, num_slots
         block_len = model.config.block_len
@@ -66,13 +69,13 @@ class Runner:
         self._cycles: dict[tuple, Cycle] = {}
         self._mailboxes: dict[int, list[dict[str, torch.Tensor]]] = {}
         self.activations: Activations | None = None
-        self.make_room(plans)
+        self.make_room(shapes)
 
-    def make_room(self, plans: list[CyclePlan]) -> None:
-        """Buffers for cycles of these plans; what was built on smaller ones is dropped, so nothing may run."""
+    def make_room(self, shapes: list[tuple[CyclePlan, int]]) -> None:
+        """Buffers for these cycles, ``(plan, slots)``; what was built on smaller ones is dropped: nothing may run."""
         chunk = min(PREFILL_CHUNK, self.max_seq_len)
-        room = [(plan.max_rows, plan.max_rows_diff, plan.max_groups) for plan in plans]
-        room = tuple(self.num_slots * max(column) for column in zip(*room, strict=True))
+        room = [(n * plan.max_rows, n * plan.max_rows_diff, n * plan.max_groups) for plan, n in shapes]
+        room = tuple(max(column) for column in zip(*room, strict=True))
         if self.activations is not None:
             if all(new <= old for new, old in zip(room, self._room, strict=True)):
                 return
@@ -223,15 +226,16 @@ class Runner:
             self.kv.release(0)
         return out[0][0]
 
-    def decode(self, requests: list[Request], plan: CyclePlan) -> None:
-        """Launch one cycle for the running slots, which ``requests`` hold."""
+    def decode(self, requests: list[Request], plan: CyclePlan, policy: Policy | None = None) -> None:
+        """Launch one cycle for the running slots, which ``requests`` hold; ``policy``: who chose the plan, if any."""
         cycle = self.cycle(plan, 1 + max(r.slot for r in requests), self._sampling(requests))
-        with self.stopwatch.time(f"{plan.mode}_cycle"):
+        steady = cycle.recorded
+        with self.stopwatch.time(f"{plan.mode}_cycle") as stretch:
             if any(r.rejection for r in requests):
                 self._rejection_cycle(cycle, requests)
             else:
                 cycle.run()
-        self._post([(r.slot, r) for r in requests], cycle.state, plan)
+        self._post([(r.slot, r) for r in requests], cycle.state, plan, stretch if steady else None, policy)
 
     @nvtx.ranged("rejection cycle")
     def _rejection_cycle(self, cycle: Cycle, requests: list[Request]) -> None:
@@ -258,7 +262,7 @@ class Runner:
         drafts = state.block_tokens[slot, 1 : 1 + int(state.num_drafts[slot])].tolist()
         return request.rejection.verify(logits, drafts, position)
 
-    def _post(self, requests, state: SlotState, plan: CyclePlan | None) -> None:
+    def _post(self, requests, state: SlotState, plan: CyclePlan | None, timed=None, policy=None) -> None:
         """Queue the slots' results for reading: a copy to pinned memory on CUDA, the state itself on the CPU."""
         results = {name: getattr(state, name) for name in RESULTS}
         done = None
@@ -269,7 +273,7 @@ class Runner:
             done = torch.cuda.Event()
             done.record()
             results = mailbox
-        self.flights.append(Flight(requests, plan, results, done))
+        self.flights.append(Flight(requests, plan, results, done, timed, policy))
 
     def _mailbox(self, num_slots: int) -> dict[str, torch.Tensor]:
         """Pinned buffers that no unread flight holds; as many as flights are ever unread, then used again."""

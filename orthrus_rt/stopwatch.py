@@ -10,6 +10,13 @@ from collections.abc import Iterator
 import torch
 
 
+class Stretch:
+    """Work of one kind; ``seconds`` is None until the device is known to be through."""
+
+    def __init__(self, kind: str):
+        self.kind, self.seconds = kind, None
+
+
 class Stopwatch:
     """Times stretches of work by kind: with the host's clock on the CPU, with events on CUDA.
 
@@ -18,29 +25,36 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self._on_device = device.type == "cuda"
-        self._running: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._known: list[tuple[str, float]] = []
+        self._running: deque[tuple[Stretch, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._known: list[Stretch] = []
         self._spare: list[torch.cuda.Event] = []
 
     @contextlib.contextmanager
     def time(self, kind: str):
         """What is run or launched in here is one stretch of this kind."""
+        stretch = Stretch(kind)
         if not self._on_device:
             start = time.perf_counter()
-            yield
-            self._known.append((kind, time.perf_counter() - start))
+            yield stretch
+            stretch.seconds = time.perf_counter() - start
+            self._known.append(stretch)
             return
         start, end = (self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        yield
+        yield stretch
         end.record()
-        self._running.append((kind, start, end))
+        self._running.append((stretch, start, end))
 
     def take(self) -> Iterator[tuple[str, float]]:
         """``(kind, seconds)`` of every stretch that is through and was not taken before."""
-        while self._running and self._running[0][2].query():
-            kind, start, end = self._running.popleft()
-            self._known.append((kind, start.elapsed_time(end) * 1e-3))
-            self._spare += [start, end]
+        self.settle()
         known, self._known = self._known, []
-        yield from known
+        yield from ((stretch.kind, stretch.seconds) for stretch in known)
+
+    def settle(self) -> None:
+        """Read the times of what the device has passed by now."""
+        while self._running and self._running[0][2].query():
+            stretch, start, end = self._running.popleft()
+            stretch.seconds = start.elapsed_time(end) * 1e-3
+            self._known.append(stretch)
+            self._spare += [start, end]

@@ -27,7 +27,9 @@ def folder(tmp_path_factory):
 
 
 def make(folder, **kwargs):
-    return Engine.from_pretrained(folder, device="cpu", **({"max_seq_len": 256, "max_batch_size": 8} | kwargs))
+    return Engine.from_pretrained(
+        folder, device="cpu", **({"mode": "two_pass", "max_seq_len": 256, "max_batch_size": 8} | kwargs)
+    )
 
 
 @pytest.fixture(scope="module")

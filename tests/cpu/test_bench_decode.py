@@ -74,12 +74,12 @@ def test_simulated_cycles_accept_by_the_trace_and_do_the_same_work(tmp_path):
     params, lengths, calls = SamplingParams(max_new_tokens=60, ignore_eos=True), [], []
     with torch.inference_mode():
         for context in (contextlib.nullcontext(), simulated(drawn)):
-            engine = Engine.from_pretrained(folder, device="cpu", max_seq_len=128, max_batch_size=2)
+            engine = Engine.from_pretrained(folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=2)
             with context, staged(engine, engine.make_plan("two_pass"), 2, 40) as (cycle, _):
                 calls.append([(call.name, call.nbytes()) for call in calls_of(cycle.run_eager)])
     assert calls[0] == calls[1]  # the same ops over as many bytes
     with simulated(drawn):
-        engine = Engine.from_pretrained(folder, device="cpu", max_seq_len=128, max_batch_size=2)
+        engine = Engine.from_pretrained(folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=2)
         ids = [engine.submit(p, params) for p in PROMPTS[:2]]
         engine.step()
         for _ in range(6):

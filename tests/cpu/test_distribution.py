@@ -52,7 +52,7 @@ def engine(tmp_path_factory):
         tmp_path_factory.mktemp("table"), num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
         head_dim=16, vocab_size=VOCAB, mask_token_id=VOCAB - 1, eos_token_id=0, block_size=3, dtype=torch.bfloat16,
     )  # fmt: skip
-    return Engine.from_pretrained(str(folder), device="cpu", max_seq_len=64, max_batch_size=4096)
+    return Engine.from_pretrained(str(folder), device="cpu", mode="two_pass", max_seq_len=64, max_batch_size=4096)
 
 
 @pytest.fixture

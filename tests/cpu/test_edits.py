@@ -48,7 +48,7 @@ PINNED = {
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     folder = checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05)
-    return Engine.from_pretrained(str(folder), device="cpu", max_seq_len=256)
+    return Engine.from_pretrained(str(folder), device="cpu", mode="two_pass", max_seq_len=256)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_no_stop_id_before_min_tokens(engine, prompts, mode):
 
 def test_plain_requests_pay_nothing(tmp_path):
     folder = checkpoints.make(tmp_path, "qwen3", dtype=torch.bfloat16)
-    engine = Engine.from_pretrained(str(folder), device="cpu", max_seq_len=128, max_batch_size=2)
+    engine = Engine.from_pretrained(str(folder), device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=2)
     plain = SamplingParams(max_new_tokens=8, ignore_eos=True)
     engine.generate([1, 2], plain)
     assert engine.memory_report()["edits"] == 0

@@ -18,7 +18,7 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine.from_pretrained(str(FOLDER), device="cpu", dtype="float32", max_seq_len=512)
+    return Engine.from_pretrained(str(FOLDER), device="cpu", mode="two_pass", dtype="float32", max_seq_len=512)
 
 
 def greedy(engine, n=40, prompt=PROMPT, **kwargs):
@@ -72,7 +72,7 @@ def test_every_eos_of_the_checkpoint_ends_unless_ignored(engine, monkeypatch):
 
 
 def test_never_past_max_seq_len():
-    small = Engine.from_pretrained(str(FOLDER), device="cpu", dtype="float32", max_seq_len=64)
+    small = Engine.from_pretrained(str(FOLDER), device="cpu", mode="two_pass", dtype="float32", max_seq_len=64)
     for mode in ("ar", "two_pass"):
         out = greedy(small, 1000, mode=mode)
         assert len(PROMPT) + len(out.token_ids) == 64 and out.finish_reason == "length"
@@ -101,7 +101,7 @@ def test_engines_made_in_inference_mode_leave_nothing_behind():
     """Packed weights share blocks of memory, whoever asks for them."""
     for mode in (True, False):
         with torch.inference_mode(mode):
-            Engine.from_pretrained(str(FOLDER), device="cpu", dtype="bfloat16", max_seq_len=64)
+            Engine.from_pretrained(str(FOLDER), device="cpu", mode="two_pass", dtype="bfloat16", max_seq_len=64)
 
 
 def test_closing_a_stream_frees_everything(engine):
@@ -193,8 +193,8 @@ def test_bad_arguments(engine):
         ({"device": "abacus"}, "device must be auto, cpu, cuda or cuda:N, got 'abacus'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            Engine.from_pretrained(folder, **({"device": "cpu"} | kwargs))
-    default = Engine.from_pretrained(folder, device="cpu", dtype="float32")
+            Engine.from_pretrained(folder, **({"mode": "two_pass", "device": "cpu"} | kwargs))
+    default = Engine.from_pretrained(folder, device="cpu", mode="two_pass", dtype="float32")
     assert default.max_seq_len == 512  # the checkpoint's own limit is below 4096
     with pytest.raises(ValueError, match="one prompt takes one SamplingParams, got a list of 1"):
         engine.generate(PROMPT, [SamplingParams()])

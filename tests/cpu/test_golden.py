@@ -19,7 +19,7 @@ CHECKPOINTS = ("qwen3-tied-k8", "qwen3-untied-k32-sharded")
 @pytest.fixture(scope="module", params=CHECKPOINTS)
 def golden(request):
     folder = GOLDEN / request.param
-    engine = Engine.from_pretrained(str(folder), device="cpu", dtype="float32", max_seq_len=512)
+    engine = Engine.from_pretrained(str(folder), device="cpu", mode="two_pass", dtype="float32", max_seq_len=512)
     return engine, load_file(folder / "expected.safetensors")
 
 

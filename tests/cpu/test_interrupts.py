@@ -25,7 +25,9 @@ PROMPTS = [[1, 2, 3], [7], [5, 6]]
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     folder = checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05)
-    return Engine.from_pretrained(str(folder), device="cpu", max_seq_len=64, max_batch_size=2, num_pages=2)
+    return Engine.from_pretrained(
+        str(folder), device="cpu", mode="two_pass", max_seq_len=64, max_batch_size=2, num_pages=2
+    )
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,9 @@ PINNED_SMALL = {
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine.from_pretrained("smollm2-135m", device="cpu", dtype="bfloat16", max_seq_len=2048, num_pages=64)
+    return Engine.from_pretrained(
+        "smollm2-135m", device="cpu", mode="two_pass", dtype="bfloat16", max_seq_len=2048, num_pages=64
+    )
 
 
 @pytest.fixture(scope="module", params=("greedy", "sampled"))

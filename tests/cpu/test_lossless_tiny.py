@@ -40,7 +40,9 @@ def case(request, tmp_path_factory):
     """``(name, engine, draft_lens)``"""
     kwargs = dict(dtype=torch.bfloat16, diff_noise=0.05, vocab_size=700, mask_token_id=699) | VARIANTS[request.param]
     folder = checkpoints.make(tmp_path_factory.mktemp("tiny"), **kwargs)
-    engine = Engine.from_pretrained(str(folder), device="cpu", max_seq_len=256, max_batch_size=6, num_pages=24)
+    engine = Engine.from_pretrained(
+        str(folder), device="cpu", mode="two_pass", max_seq_len=256, max_batch_size=6, num_pages=24
+    )
     return request.param, engine, (1, 5, engine.config.block_len - 1)
 
 
@@ -128,7 +130,7 @@ def test_float32_holds_tokens_and_logits_within_rounding(kind, tmp_path):
     of the largest. So tokens are equal while no two logits nearly tie; with these prompts none do.
     """
     folder = checkpoints.make(tmp_path, "qwen3", diff_noise=0.05)
-    engine = Engine.from_pretrained(str(folder), device="cpu", dtype="float32", max_seq_len=256)
+    engine = Engine.from_pretrained(str(folder), device="cpu", mode="two_pass", dtype="float32", max_seq_len=256)
     prompts = lossless.random_prompts(96, 5, 80, seed=1)
     params = getattr(lossless, kind)(5, max_new_tokens=16, ignore_eos=True)
     want = decode(engine, prompts, params, mode="ar", keep=torch.clone)

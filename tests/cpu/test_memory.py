@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 
 def make(folder, **kwargs):
-    return Engine.from_pretrained(folder, device="cpu", **({"max_seq_len": 512} | kwargs))
+    return Engine.from_pretrained(folder, device="cpu", **({"mode": "two_pass", "max_seq_len": 512} | kwargs))
 
 
 def warm_report(folder, **kwargs):

@@ -15,7 +15,8 @@ events = []
 torch.cuda.nvtx.range_push = lambda name: events.append(name)
 torch.cuda.nvtx.range_pop = lambda: events.append(None)
 import orthrus_rt
-engine = orthrus_rt.Engine.from_pretrained({str(GOLDEN)!r}, device="cpu", dtype="float32", max_seq_len=32)
+options = dict(device="cpu", mode="two_pass", dtype="float32", max_seq_len=32)
+engine = orthrus_rt.Engine.from_pretrained({str(GOLDEN)!r}, **options)
 engine.generate([1, 2, 3], orthrus_rt.SamplingParams(max_new_tokens=4, ignore_eos=True))
 print(json.dumps(events))
 """

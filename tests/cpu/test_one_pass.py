@@ -115,7 +115,7 @@ def test_hypotheses_are_picked_by_gain():
 
 @pytest.fixture(scope="module")
 def tiny():
-    return Engine.from_pretrained(str(FOLDER), device="cpu", dtype="float32", max_seq_len=512)
+    return Engine.from_pretrained(str(FOLDER), device="cpu", mode="two_pass", dtype="float32", max_seq_len=512)
 
 
 def greedy(engine, n=40, prompt=PROMPT, **kwargs):
@@ -144,7 +144,9 @@ def test_ends(tiny, n):
 
 
 def test_to_the_last_position_of_the_cache():
-    engine = Engine.from_pretrained(str(FOLDER), device="cpu", dtype="float32", max_seq_len=64, max_batch_size=1)
+    engine = Engine.from_pretrained(
+        str(FOLDER), device="cpu", mode="two_pass", dtype="float32", max_seq_len=64, max_batch_size=1
+    )
     want = greedy(engine, 100, mode="ar")
     got = greedy(engine, 100, mode="one_pass", fan_out=5)
     assert got.token_ids == want.token_ids and len(PROMPT) + len(got.token_ids) == 64
@@ -153,7 +155,9 @@ def test_to_the_last_position_of_the_cache():
 def test_sampled_tokens_are_those_of_every_mode(tmp_path):
     """On a drafter that nearly agrees."""
     folder = checkpoints.make(tmp_path, "qwen3", dtype=torch.float32, diff_noise=0.05)
-    engine = Engine.from_pretrained(str(folder), device="cpu", dtype="float32", max_seq_len=128, max_batch_size=1)
+    engine = Engine.from_pretrained(
+        str(folder), device="cpu", mode="two_pass", dtype="float32", max_seq_len=128, max_batch_size=1
+    )
     params = SamplingParams(max_new_tokens=50, temperature=1.0, top_p=0.95, seed=7, ignore_eos=True)
     want = engine.generate(PROMPT, params, mode="ar").token_ids
     out = engine.generate(PROMPT, params, mode="one_pass", fan_out=3)
@@ -170,7 +174,7 @@ def test_any_plan_may_follow_any_other(tiny):
         cycle_plan("one_pass", 2, 2, tiny.config), cycle_plan("one_pass", 7, 1, tiny.config),
         cycle_plan("ar", 7, None, tiny.config), cycle_plan("two_pass", 7, None, tiny.config),
     ]  # fmt: skip
-    tiny.runner.make_room(plans)
+    tiny.runner.make_room([(plan, tiny.runner.num_slots) for plan in plans])
     names = [tiny.submit(p, q) for p, q in jobs]
     got, step = {name: [] for name in names}, 0
     while tiny.has_unfinished():
@@ -204,7 +208,7 @@ PINNED = {("code", 7, 2): 2.108, ("chat", 15, 6): 2.026}
 @pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 @pytest.mark.parametrize(("kind", "draft_len", "fan_out"), PINNED)
 def test_tokens_per_pass_are_pinned(kind, draft_len, fan_out):
-    engine = Engine.from_pretrained("smollm2-135m", device="cpu", max_seq_len=512, max_batch_size=4)
+    engine = Engine.from_pretrained("smollm2-135m", device="cpu", mode="two_pass", max_seq_len=512, max_batch_size=4)
     ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)[:4]]
     params = SamplingParams(max_new_tokens=40)
     want = [o.token_ids for o in engine.generate(ids, params, mode="ar")]

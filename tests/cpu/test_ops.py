@@ -196,7 +196,7 @@ def test_head_dims_without_a_kernel_are_refused_at_load(tmp_path, monkeypatch):
     if dispatch.native() is not None:
         monkeypatch.setattr("orthrus_rt.weights.pack", None)
         with pytest.raises(ValueError, match="dual_attn: head_dim must be a multiple of 16 up to 256 on the CPU"):
-            Engine.from_pretrained(str(folder), device="cpu")
+            Engine.from_pretrained(str(folder), device="cpu", mode="two_pass")
     cuda, impl = torch.device("cuda"), {torch.bfloat16: "cuda", torch.float32: "reference"}
     monkeypatch.setattr(dispatch, "select", lambda op, device, dtype: impl[dtype])
     with pytest.raises(ValueError, match=r"qkv_commit: head_dim must be in \(64, 128\) on CUDA, got 80"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as hs
 from orthrus_rt.acceptance import Acceptance, prior_offered
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.pass_costs import PassCosts, cache_file
-from orthrus_rt.policy import AR, REST, SAFETY, SAFETY_CAP, Policy, candidate_plans, name
+from orthrus_rt.policy import AR, REST, SAFETY, SAFETY_CAP, Policy, candidate_plans
 from tests.policy_simulator import cost_table, cycle_seconds, expected_tokens, simulate
 
 PLANS = candidate_plans(16, ("two_pass", "one_pass"))
@@ -55,7 +55,7 @@ def check_stationary(device: str, batch: int, hazard: float, decay: float = 1.0)
     got = run(device, lambda cycle, i: (hazard, decay), batch=batch)
     best, plan = best_fixed(device, batch, hazard, decay)
     assert got.worst_prefix <= 1 + SAFETY + 1e-9
-    assert got.seconds_per_token <= 1.05 * best, f"best is {name(plan)}"
+    assert got.seconds_per_token <= 1.05 * best, f"best is {plan.label}"
     assert got.switches <= 2 * HORIZON / REST + 40
 
 
@@ -244,7 +244,7 @@ def test_what_it_explains_is_plain_data():
     run("steep", lambda cycle, i: (0.8, 1.0), 300, chooser=chooser)
     facts = json.loads(json.dumps(chooser.explain(batch_size=3)))
     assert facts["bucket"] == 4
-    assert set(facts["candidates"]) == {name(p) for p in PLANS}
+    assert set(facts["candidates"]) == {p.label for p in PLANS}
     assert facts["candidates"]["ar"]["seconds_per_token"] == pytest.approx(cycle_seconds("steep", 4, AR) / 3)
     assert facts["spent_seconds"] <= (1 + SAFETY) * facts["ar_equivalent_seconds"]
     assert facts["current"] in facts["candidates"]
@@ -266,7 +266,7 @@ def test_lost_cycles_hold_no_credit():
 
 def test_candidates():
     assert candidate_plans(4, ("two_pass",)) == [AR, CyclePlan("two_pass", 4)]
-    assert [name(p) for p in candidate_plans(8, ("two_pass", "one_pass"))] == [
+    assert [p.label for p in candidate_plans(8, ("two_pass", "one_pass"))] == [
         "ar", "two_pass/3", "two_pass/7",
         "one_pass/3x2", "one_pass/3x4", "one_pass/3x8", "one_pass/7x2", "one_pass/7x4", "one_pass/7x8",
     ]  # fmt: skip
@@ -289,7 +289,7 @@ def test_sampling_cycles_are_judged_by_their_own_costs():
 def test_one_pass_plans_stay_within_the_rows_of_a_pass():
     chooser = Policy(PLANS, 8, PassCosts(), max_rows=144)
     assert chooser.plans_of(1) == PLANS
-    assert [name(p) for p in chooser.plans_of(4)] == ["ar", "two_pass/3", "two_pass/7", "two_pass/15", "one_pass/7x2"]
+    assert [p.label for p in chooser.plans_of(4)] == ["ar", "two_pass/3", "two_pass/7", "two_pass/15", "one_pass/7x2"]
     assert "one_pass" not in {p.mode for p in chooser.plans_of(8)}
 
 

@@ -19,7 +19,9 @@ def folder(tmp_path_factory):
 
 
 def make(folder, **kwargs):
-    return Engine.from_pretrained(folder, device="cpu", **({"max_seq_len": 128, "max_batch_size": 4} | kwargs))
+    return Engine.from_pretrained(
+        folder, device="cpu", **({"mode": "two_pass", "max_seq_len": 128, "max_batch_size": 4} | kwargs)
+    )
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))

@@ -36,7 +36,7 @@ VARIANTS = {
 def both_views_agree(name, max_seq_len=256):
     checkpoint = ckpt.load(name)
     ar, diffusion = build(checkpoint), build(checkpoint, "diffusion")
-    engine = Engine.from_pretrained(name, device="cpu", dtype="float32", max_seq_len=max_seq_len)
+    engine = Engine.from_pretrained(name, device="cpu", mode="two_pass", dtype="float32", max_seq_len=max_seq_len)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, engine.config.vocab_size, (130,), generator=generator).tolist()
     n, k = len(ids), engine.config.block_len
@@ -64,7 +64,7 @@ def test_logits_of_both_views_embedded():
 def same_as_generate(chosen, max_new_tokens):
     checkpoint = ckpt.load("smollm2-135m")
     ar = build(checkpoint)
-    engine = Engine.from_pretrained("smollm2-135m", device="cpu", dtype="float32", max_seq_len=2048)
+    engine = Engine.from_pretrained("smollm2-135m", device="cpu", mode="two_pass", dtype="float32", max_seq_len=2048)
     for prompt in chosen:
         ids = prompt.encode(engine.tokenizer)
         want = greedy(ar, ids, max_new_tokens)

@@ -114,7 +114,7 @@ def test_a_difference_in_a_batch_alone(run, break_token):
 
 
 def test_an_output_that_ends_early(folder):
-    engine = Engine.from_pretrained(folder, device="cpu", max_seq_len=128, max_batch_size=1)
+    engine = Engine.from_pretrained(folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=1)
     ids, params = [1, 2, 3], SamplingParams(max_new_tokens=6, ignore_eos=True)
     short = engine.generate(ids, params).token_ids[:4]
     ((_, _, (comparison,)),) = verify.verify(engine, [ids], params, ["ar"], against=lambda _: short)
@@ -165,7 +165,7 @@ def nudged(engine, monkeypatch, gap):
 
 @pytest.mark.parametrize("share", (0.9, 1.1))
 def test_near_ties_are_those_within_the_bound(folder, monkeypatch, share):
-    engine = Engine.from_pretrained(folder, device="cpu", max_seq_len=128, max_batch_size=1)
+    engine = Engine.from_pretrained(folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=1)
     ids, params = [1, 2, 3], SamplingParams(max_new_tokens=6, ignore_eos=True)
     theirs = engine.generate(ids, params, mode="ar").token_ids
     first, second = engine.next_logits(ids + theirs[:2]).topk(2).indices.tolist()
@@ -192,7 +192,7 @@ def test_the_bound_is_what_bf16_does():
     """On the embedded model: the gap of the two likeliest tokens differs between this runtime and transformers by less
     than the bound, everywhere, and the bound is not generous: less than 15 times what is usual.
     """
-    engine = Engine.from_pretrained("smollm2-135m", device="cpu", max_seq_len=512, max_batch_size=1)
+    engine = Engine.from_pretrained("smollm2-135m", device="cpu", mode="two_pass", max_seq_len=512, max_batch_size=1)
     model = transformers_model.build(engine.checkpoint, dtype=torch.bfloat16)
     params, shares = SamplingParams(max_new_tokens=24), []
     for kind in ("chat", "code", "prose"):

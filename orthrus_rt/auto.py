@@ -1,0 +1,97 @@
+"""``mode="auto"`` in an engine: the policy, its candidates on this runner, and the cycles timed for it.
+
+Costs come from :meth:`Auto.warmup`, once per device, model and version (kept in the user's cache folder), or without it
+from the cycles that run: a fresh policy decodes by AR until it has earned its first attempt, so the first request never
+waits for measurements.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from orthrus_rt.acceptance import Outcome
+from orthrus_rt.cycle_plan import CyclePlan, most_hypotheses
+from orthrus_rt.embedded import cache_root
+from orthrus_rt.pass_costs import PassCosts, cache_file
+from orthrus_rt.policy import AR, Policy, candidate_plans
+
+MAX_ROWS = 512  # of a one_pass candidate: no more than a prefill chunk, so that auto needs no buffers of its own
+RIDGE_ROWS = {"cpu": 32, "cuda": 256}  # where a pass begins to cost more, until it is measured
+REPEATS = 5
+
+
+class Auto:
+    """Picks a plan per cycle among those within ``plan``, whose mode is ``auto``.
+
+    Args:
+        plan: its block_len is the longest that may run; its fan_out the only one, or 0 for several.
+        num_slots: the engine's largest batch. device: where cycles run.
+        identity: whatever else decides what a cycle costs: model, dtype, implementation, version.
+    """
+
+    def __init__(self, plan: CyclePlan, num_slots: int, device: torch.device, identity: str):
+        plans = candidate_plans(plan.block_len, ("two_pass",) if plan.fan_out else ("two_pass", "one_pass"))
+        plans = [p for p in plans if p.fan_out <= most_hypotheses(p.block_len - 1)]
+        if plan.fan_out:
+            plans.append(CyclePlan("one_pass", plan.block_len, plan.fan_out))
+        self.plan, self._device = plan, device
+        self._key = f"{identity} | {num_slots} slots | {plan.block_len}x{plan.fan_out}"
+        self._file = cache_file(cache_root(), self._key)
+        costs = PassCosts(RIDGE_ROWS[device.type])
+        self.measured = costs.load(self._file, self._key)
+        self.policy = Policy(plans, num_slots, costs, max_rows=MAX_ROWS)
+        self._buckets = sorted({self.policy.bucket(size) for size in range(1, num_slots + 1)})
+
+    def shapes(self) -> list[tuple[CyclePlan, int]]:
+        """``(plan, slots)`` of every cycle that may run."""
+        return [(plan, bucket) for bucket in self._buckets for plan in self.policy.plans_of(bucket)]
+
+    def choose(self, requests) -> tuple[CyclePlan, Policy | None]:
+        """The plan of the next cycle of ``requests``, and the policy if it was that which chose.
+
+        ``acceptance="rejection"`` is two_pass's alone: with such a request about, nothing is to choose.
+        """
+        if any(r.rejection for r in requests):
+            return CyclePlan("two_pass", self.plan.block_len), None
+        greedy = all(r.params.greedy and not r.params.edits for r in requests)
+        return self.policy.choose(1 + max(r.slot for r in requests), greedy), self.policy
+
+    def warmup(self, runner, progress: bool = False) -> None:
+        """Record and time the greedy cycles of every bucket; those that could not pay at any acceptance stay out.
+
+        Known costs are not measured again.
+        """
+        from tqdm import tqdm
+
+        costs = self.policy.costs
+        by_rows = sorted(self.shapes(), key=lambda shape: (shape[1], shape[0].num_passes * shape[0].max_rows))
+        for plan, slots in tqdm(by_rows, desc="warm-up", unit="cycle", disable=not progress):
+            # A cycle with more rows costs no less than the dearest measured with fewer.
+            at_least = costs.seconds(slots, plan, hopeful=True) if plan != AR else 0.0
+            if at_least <= plan.block_len * costs.seconds(slots, AR):
+                cycle = runner.cycle(plan, slots)
+                cycle.run()
+                if not self.measured:
+                    costs.set(slots, plan, self._seconds(cycle))
+        if not self.measured:
+            costs.save(self._file, self._key)
+            self.measured = True
+
+    def _seconds(self, cycle) -> float:
+        samples = []
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            cycle.run()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            samples.append(time.perf_counter() - start)
+        return statistics.median(samples)
+
+
+def outcome(result: dict, running: int) -> Outcome:
+    """``(num_verified, num_accepted)`` of one slot's results; an end inside the block rejected nothing."""
+    accepted = result["num_accepted"]
+    return (result["num_verified"] if result["finish"] == running else accepted), accepted

@@ -1,0 +1,152 @@
+"""mode="auto" in the engine: the same tokens whatever the plans, and what it tells about them."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from orthrus_rt import state as st
+from orthrus_rt.auto import Auto, outcome
+from orthrus_rt.engine import Engine
+from orthrus_rt.policy import Policy
+from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints
+from tests.native_cpu import threads
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8], [1, 6, 1, 8, 0, 3, 3]]
+LONG = SamplingParams(max_new_tokens=60, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("tiny")
+    return str(checkpoints.make(where, dtype=torch.bfloat16, diff_noise=0.02, vocab_size=700, mask_token_id=699))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    with threads(1):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "orthrus_rt"
+
+
+def engine(folder, **how):
+    return Engine.from_pretrained(folder, device="cpu", **({"max_seq_len": 256, "max_batch_size": 4} | how))
+
+
+def in_turn(monkeypatch, modes):
+    """Make every policy run through its candidates of these modes, one cycle each."""
+    order = itertools.count()
+
+    def choose(policy, batch_size, greedy=True, real=Policy.choose):
+        real(policy, batch_size, greedy)
+        plans = [p for p in policy.plans_of(policy.bucket(batch_size)) if p.mode in modes]
+        plan = plans[next(order) % len(plans)]
+        policy._pending[-1] = policy._pending[-1]._replace(plan=plan)
+        return plan
+
+    monkeypatch.setattr(Policy, "choose", choose)
+
+
+# Tokens per cycle over the plans in turn, ar among them; a broken drafter gives 1.
+@pytest.mark.parametrize(("temperature", "pinned"), [(0.0, 1.362), (0.8, 1.113)])
+def test_plans_that_change_every_cycle_change_no_token(folder, monkeypatch, temperature, pinned):
+    params = SamplingParams(max_new_tokens=60, temperature=temperature, seed=5, ignore_eos=True)
+    in_turn(monkeypatch, ("ar", "two_pass", "one_pass"))
+    auto = engine(folder)
+    outs = auto.generate(PROMPTS, params)
+    assert [o.token_ids for o in outs] == [o.token_ids for o in auto.generate(PROMPTS, params, mode="ar")]
+    for out in outs:
+        assert len(out.stats.plans) >= 5
+        assert sum(out.stats.plans.values()) == out.stats.cycles
+    per_cycle = sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs)
+    assert per_cycle == pytest.approx(pinned, abs=0.02)
+    assert auto.metrics.as_dict()["plans"].keys() >= {"ar", "two_pass/3", "one_pass/7x4"}
+
+
+def test_requests_come_and_go_while_plans_change(folder, monkeypatch):
+    in_turn(monkeypatch, ("ar", "two_pass", "one_pass"))
+    auto = engine(folder, max_batch_size=2, num_pages=6)
+    names = [auto.submit(p, LONG) for p in PROMPTS]
+    got = {n: [] for n in names}
+    while auto.has_unfinished():
+        for out in auto.step():
+            got[out.request_id] += out.new_token_ids
+    assert list(got.values()) == [o.token_ids for o in auto.generate(PROMPTS, LONG, mode="ar")]
+
+
+def test_the_policy_hears_of_every_cycle(folder):
+    auto = engine(folder)
+    for _ in range(3):
+        auto.generate(PROMPTS, LONG)
+    facts = json.loads(json.dumps(auto.explain(3)))
+    counts = {label: c["cycles"] for label, c in facts["candidates"].items() if c["cycles"]}
+    assert counts == auto.metrics.as_dict()["plans"]
+    assert facts["candidates"]["ar"]["cost_measured"]
+    assert facts["spent_seconds"] > 0
+    assert f'orthrus_plan_cycles_total{{plan="ar"}} {counts["ar"]}' in auto.metrics.as_prometheus()
+    assert not auto._autos[auto._plan].policy._pending
+    auto.generate(PROMPTS[0], LONG, mode="two_pass")
+    assert auto.explain() is None  # pinned
+
+
+def test_an_end_inside_a_block_is_no_rejection():
+    result = {"num_verified": 7, "num_accepted": 3, "finish": st.RUNNING}
+    assert outcome(result, st.RUNNING) == (7, 3)
+    assert outcome(result | {"finish": st.STOP}, st.RUNNING) == (3, 3)
+
+
+def test_rejection_sampling_runs_two_pass_whatever_the_policy_thinks(folder):
+    auto = engine(folder)
+    params = SamplingParams(max_new_tokens=20, temperature=0.8, seed=3, acceptance="rejection", ignore_eos=True)
+    assert set(auto.generate(PROMPTS[0], params).stats.plans) == {"two_pass/7"}
+
+
+def test_a_fault_leaves_no_cycle_pending(folder, monkeypatch):
+    auto = engine(folder)
+    auto.submit(PROMPTS[0], LONG)
+    auto.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(auto.runner, "_post", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            auto.step()
+    request, _ = next(iter(auto._submitted.values()))
+    while auto.has_unfinished():
+        auto.step()
+    assert request.tokens == auto.generate(PROMPTS[0], LONG, mode="ar").token_ids
+    assert all(not a.policy._pending for a in auto._autos.values())
+
+
+def test_warmup_measures_once_per_device_and_model(folder, cache, monkeypatch):
+    first = engine(folder)
+    first.warmup()
+    (file,) = cache.glob("pass-costs-*.json")
+    table = first._autos[first._plan].policy.costs.table()
+    assert {(1, "ar"), (4, "ar"), (1, "two_pass")} <= {(row[0], row[1]) for row in table}
+    written = file.read_text()
+    second = engine(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Auto, "_seconds", lambda *_: pytest.fail("measured again"))
+        second.warmup()
+    assert second._autos[second._plan].policy.costs.table() == [[*r[:-1], pytest.approx(r[-1])] for r in table]
+    assert file.read_text() == written
+    file.write_text(written[:50])
+    third = engine(folder)
+    assert not third._autos[third._plan].measured
+    third.warmup()
+    assert json.loads(file.read_text())["seconds"]
+
+
+def test_candidates_stay_within_what_was_asked(folder):
+    def labels(**how):
+        return {plan.label for plan, _ in engine(folder, **how)._autos.popitem()[1].shapes()}
+
+    assert "one_pass/7x8" in labels(max_batch_size=1)
+    assert labels(draft_len=1) == {"ar", "two_pass/1", "one_pass/1x2", "one_pass/1x4"}
+    assert labels(fan_out=3) == {"ar", "two_pass/3", "two_pass/7", "one_pass/7x3"}
