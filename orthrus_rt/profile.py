@@ -194,6 +194,8 @@ def profile(engine, *, mode=None, draft_len=None, fan_out=None, batch: int = 1, 
         first: ``op``, ``calls``, ``us``, ``share`` of all ops, ``mbytes``, ``gb_s``, ``of_read``.
     """
     device = engine.model.device
+    if mode is None:
+        mode = "two_pass" if engine.mode == "auto" else engine.mode
     with staged(engine, engine.make_plan(mode, draft_len, fan_out), batch, context) as (cycle, reset):
 
         def again():

@@ -81,7 +81,7 @@ def coupled(engine, monkeypatch):
         for name, value in full.items():
             getattr(runner.sampling, name).fill_(value)
         runner.sampling.seed.copy_(torch.arange(n))
-        runner.make_room([plan])
+        runner.make_room([(plan, runner.num_slots)])
         cycle = runner.cycle(plan, n, runner.sampling)
         cycle.state.block_tokens[:, 0] = FIRST
         cycle.run_eager()

@@ -32,7 +32,11 @@ def make(folder, **kwargs):
     """An engine, in place of the one made before: a device has one at a time."""
     while _made:
         _made.pop().close()
-    _made.append(Engine.from_pretrained(folder, device="cuda", **({"max_seq_len": 256, "max_batch_size": 8} | kwargs)))
+    _made.append(
+        Engine.from_pretrained(
+            folder, device="cuda", **({"mode": "two_pass", "max_seq_len": 256, "max_batch_size": 8} | kwargs)
+        )
+    )
     return _made[-1]
 
 

@@ -25,7 +25,9 @@ VARIANTS = {
 def engine(request, tmp_path_factory):
     kwargs = dict(dtype=torch.bfloat16, diff_noise=0.05, vocab_size=700, mask_token_id=699) | VARIANTS[request.param]
     folder = checkpoints.make(tmp_path_factory.mktemp("tiny"), **kwargs)
-    engine = Engine.from_pretrained(str(folder), device="cuda", max_seq_len=256, max_batch_size=6, num_pages=24)
+    engine = Engine.from_pretrained(
+        str(folder), device="cuda", mode="two_pass", max_seq_len=256, max_batch_size=6, num_pages=24
+    )
     yield engine
     engine.close()
 
@@ -59,7 +61,7 @@ def test_prefill(engine, monkeypatch):
 @pytest.mark.parametrize("params", (lossless.greedy, lossless.sampled), ids=("greedy", "sampled"))
 def test_embedded_model(params):
     """Every built-in prompt, 128 tokens: alone with three block lengths, then together."""
-    engine = Engine.from_pretrained("smollm2-135m", device="cuda", max_seq_len=1024)
+    engine = Engine.from_pretrained("smollm2-135m", device="cuda", mode="two_pass", max_seq_len=1024)
     ids = [p.encode(engine.tokenizer) for p in prompts.load()]
     each = params(len(ids), max_new_tokens=128)
     want = decode(engine, ids, each, mode="ar")

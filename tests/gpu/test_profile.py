@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 def test_profile_times_every_call(tmp_path):
     folder = str(checkpoints.make(tmp_path, dtype=torch.bfloat16))
-    with contextlib.closing(Engine.from_pretrained(folder, device="cuda", max_seq_len=256)) as engine:
+    with contextlib.closing(Engine.from_pretrained(folder, device="cuda", mode="two_pass", max_seq_len=256)) as engine:
         facts, rows = profile.profile(engine, mode="two_pass", batch=2, context=100, repeats=3)
         assert sum(row["calls"] for row in rows) == 2 * (2 * 8 + 3) + 3  # passes, layers, around them; consensus
         assert all(row["us"] > 0 and row["gb_s"] > 0 for row in rows) and facts["cycle_us"] > 0
