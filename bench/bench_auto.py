@@ -1,0 +1,123 @@
+"""``mode="auto"`` beside every fixed plan, on the embedded model: tokens per second by batch size and kind of text.
+
+A batch is decoded to the same length by every plan, prefill included, by the clock. ``auto first`` is a fresh policy
+with measured costs, its learning included; ``auto`` is the same policy later on. Rounds are interleaved, so that a
+machine whose speed changes is fair to all. ``adversarial`` decodes code with a drafter that is broken on purpose.
+
+    python -m bench.bench_auto --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from bench import common
+from orthrus_rt import checkpoint, prompts
+from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.device import pick_device
+from orthrus_rt.engine import Engine
+from orthrus_rt.sampling import SamplingParams
+
+KINDS = ("code", "chat", "adversarial")
+
+
+class Broken(Mapping):
+    """A checkpoint's tensors with the diffusion view's output turned round."""
+
+    def __init__(self, tensors: Mapping):
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return -self._tensors[name] if "o_proj_diff" in name else self._tensors[name]
+
+    def __iter__(self):
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def make_engine(kind: str, batch: int, device: torch.device) -> Engine:
+    loaded = checkpoint.load("smollm2-135m")
+    if kind == "adversarial":
+        loaded = replace(loaded, tensors=Broken(loaded.tensors))
+    return Engine(
+        loaded, device=device, dtype=torch.bfloat16, mode="auto", max_seq_len=1024, draft_len=None, fan_out=None,
+        max_batch_size=batch, num_pages=None,
+    )  # fmt: skip
+
+
+def fixed_plans(batch: int, most_rows: int) -> list[CyclePlan]:
+    """AR and the two_pass plans with no more than ``most_rows`` rows in a pass."""
+    return [CyclePlan("ar")] + [CyclePlan("two_pass", k) for k in (4, 8, 16) if batch * k <= most_rows]
+
+
+def decode(engine: Engine, ids: list[list[int]], tokens: int, plan: CyclePlan | None) -> tuple[float, list]:
+    """Seconds, and the outputs; ``plan`` None is auto."""
+    options = {} if plan is None else dict(mode=plan.mode, draft_len=max(1, plan.block_len - 1))
+    start = time.perf_counter()
+    outs = engine.generate(ids, SamplingParams(max_new_tokens=tokens, ignore_eos=True), **options)
+    return time.perf_counter() - start, outs
+
+
+def measure(kind: str, batch: int, args) -> list[dict]:
+    engine = make_engine(kind, batch, pick_device(args.device))
+    texts = [p.encode(engine.tokenizer) for p in prompts.load("chat" if kind == "chat" else "code")]
+    ids = [texts[i % len(texts)] for i in range(batch)]
+    engine.warmup()
+    plans = fixed_plans(batch, args.most_rows)
+    for plan in plans:
+        decode(engine, ids, 4, plan)  # built and recorded
+    seconds: dict[str, float] = {}
+    cycles: dict[str, dict] = {}
+    want = None
+    for turn in range(args.rounds):
+        for plan in [*plans, None]:
+            label = plan.label if plan else ("auto" if turn else "auto first")
+            before = dict(engine.metrics.plans)
+            spent, outs = decode(engine, ids, args.tokens, plan)
+            want = want or [o.token_ids for o in outs]
+            if want != [o.token_ids for o in outs]:
+                raise SystemExit(f"bench_auto: {label} gave other tokens than ar")
+            seconds[label] = seconds.get(label, 0.0) + spent
+            ran = {n: c - before.get(n, 0) for n, c in engine.metrics.plans.items() if c > before.get(n, 0)}
+            cycles[label] = {n: cycles.get(label, {}).get(n, 0) + c for n, c in ran.items()}
+    engine.close()
+    turns = {label: args.rounds for label in seconds} | {"auto first": 1, "auto": args.rounds - 1}
+    rate = {label: turns[label] * batch * args.tokens / s for label, s in seconds.items()}
+    best = max(rate[plan.label] for plan in plans)
+    return [
+        {"kind": kind, "batch": batch, "plan": label, "tok_s": tok_s, "over_ar": tok_s / rate["ar"],
+         "over_best_fixed": tok_s / best, "cycles": " ".join(f"{n}:{c}" for n, c in cycles[label].items())}
+        for label, tok_s in rate.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--tokens", type=int, default=128, help="of each sequence")
+    parser.add_argument("--rounds", type=int, default=3, help="at least 2")
+    parser.add_argument("--most-rows", type=int, default=32, help="leave out fixed plans with more rows in a pass")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", help="folder for the JSON and the table")
+    args = parser.parse_args()
+    rows = []
+    for kind in args.kinds:
+        for batch in args.batch:
+            rows += measure(kind, batch, args)
+            print(*rows[-len(fixed_plans(batch, args.most_rows)) - 2 :], sep="\n", flush=True)
+    device = pick_device(args.device)
+    facts = common.header(device) | {"load average": os.getloadavg()[0], "tokens": args.tokens, "rounds": args.rounds}
+    common.report(f"auto-{device.type}", facts, rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
