@@ -2,8 +2,9 @@
 
 * :class:`GrowingCache`: eager, one sequence, the cache concatenated at every layer of every pass and cut back after
   every cycle, acceptance read back to the host: how transformers-style code does it.
-* :class:`StaticCache`: the best that a user would get from torch: fused weights, a preallocated cache written in place,
-  SDPA with a mask, and the whole cycle as one CUDA graph (eager on the CPU), any number of sequences.
+* :class:`StaticCache`: the best that a user would get from torch without ``torch.compile``: fused weights, a
+  preallocated cache written in place, SDPA with a mask, and the whole cycle as one CUDA graph (eager on the CPU), any
+  number of sequences.
 
 Both are greedy and give the tokens of AR decoding, up to rounding.
 """

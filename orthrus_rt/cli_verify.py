@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
+from orthrus_rt.cycle_plan import MODES
+
 EXIT_DIFFERENT = 1
 
 DESCRIPTION = """Decode prompts in several modes and compare the tokens with those of the first mode alone. Every
@@ -17,7 +19,7 @@ def add_parser(commands, add_model_options) -> None:
     parser = commands.add_parser("verify", help="compare modes token by token", description=DESCRIPTION)
     parser.set_defaults(run=run)
     add_model_options(parser, engine=True)
-    parser.add_argument("--modes", nargs="+", default=["ar", "two_pass"], metavar="MODE", help="default: ar two_pass")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), metavar="MODE", help=f"default: {' '.join(MODES)}")
     parser.add_argument("--against", choices=("transformers",), help="another implementation, greedy")
     parser.add_argument("--prompts", metavar="PATH", help="one raw prompt a line (default: the built-in prompts)")
     parser.add_argument("-n", "--num-prompts", type=int, metavar="N", help="only the first N prompts")

@@ -25,7 +25,7 @@ from orthrus_rt.state import SlotSampling, SlotState
 COUPLED = 0  # purpose of the noise that both views share
 
 
-@dataclass
+@dataclass(eq=False)
 class Pass:
     """One forward of a cycle and what becomes of its choices.
 

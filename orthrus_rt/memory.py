@@ -1,4 +1,9 @@
-"""Where an engine's memory goes. Everything is planned when the engine is made; decoding allocates nothing more."""
+"""Where an engine's memory goes.
+
+Weights, cache, activations and workspace are allocated when the engine is made, the latter
+two again where a call asks for larger cycles. Logits, edits, and each cycle with its
+graph are allocated at their first use; from then on decoding allocates nothing more.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,8 @@ def memory_report(engine) -> dict[str, int]:
     what AR decoding alone needs; only the last two grow with context. The diffusion view adds
     ``weights_diffusion``, ``scratch`` (one layer's keys and values of the block rows) and, in ``cycles``, the
     verified rows' choices (greedy: partial maxima instead of logits). ``activations`` and ``workspace`` (bounded)
-    are sized by the most rows of a pass, mostly a prefill's; ``edits`` is what penalties, bias and min_tokens need,
+    are sized by the most rows of a pass, mostly a prefill's; ``activations`` grows by the logits of those rows at the
+    first request that samples or edits them; ``edits`` is what penalties, bias and min_tokens need,
     once a request asked for any; ``cycles`` and ``graphs`` are what the cycles built so far hold: rows and choices,
     and what CUDA graphs keep.
     """

@@ -34,7 +34,7 @@ class Metrics:
             self.plans[self.plan] = self.plans.get(self.plan, 0) + 1
 
     def took(self, kind: str, seconds: float) -> None:
-        """One prefill pass or one cycle (kind ``prefill``, ``ar_cycle``, ``two_pass_cycle``) on its device."""
+        """One prefill pass or one cycle on its device: ``prefill``, or ``ar_cycle``, ``two_pass_cycle``, ``one_pass_cycle``."""
         count, total = self.times.get(kind, (0, 0.0))
         self.times[kind] = (count + 1, total + seconds)
 

@@ -21,8 +21,8 @@ class Difference:
         index: which generated token, from 0. A side that ended before it has token None.
         tokens: the two ids there.
         gap: AR logit of the first id minus that of the second, given the common prefix; None where a side ended.
-        near_tie: rounding alone explains it, see :func:`near_tie_bound`. Between two ways of this runtime nothing is
-            ever explained by rounding.
+        near_tie: rounding alone explains it: the gap, whichever token it favours, is within :func:`near_tie_bound`.
+            Between two ways of this runtime nothing is ever explained by rounding.
     """
 
     index: int
@@ -115,7 +115,7 @@ def _compare_against(engine: Engine, ids, want, got) -> Comparison:
     difference = comparison.difference
     if difference and difference.gap is not None and engine.model.dtype is not torch.float32:
         hidden = engine.runner.activations.normed[0]  # that next_logits has just made its logits of
-        difference.near_tie = difference.gap <= near_tie_bound(engine, hidden, *difference.tokens)
+        difference.near_tie = abs(difference.gap) <= near_tie_bound(engine, hidden, *difference.tokens)
     return comparison
 
 

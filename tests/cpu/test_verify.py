@@ -8,6 +8,7 @@ import torch
 
 from orthrus_rt import prompts, transformers_model, verify
 from orthrus_rt.cli import main
+from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from tests import byte_tokenizer, checkpoints
@@ -72,14 +73,15 @@ def break_transformers(monkeypatch):
 def test_no_difference(run):
     code, out, err = run("--batch", "2")
     assert code == 0 and err == "" and len(re.findall(r"\d\.\d\d tokens/cycle  identical\n", out)) == 3
-    assert "ar against two_pass, ar in batches of 2, two_pass in batches of 2 (bfloat16, greedy):\n" in out
-    assert out.endswith("3 of 3 prompts identical, 108 tokens compared\n")
+    ways = ", ".join(["two_pass", "one_pass", *(f"{mode} in batches of 2" for mode in MODES)])
+    assert f"ar against {ways} (bfloat16, greedy):\n" in out
+    assert out.endswith("3 of 3 prompts identical, 180 tokens compared\n")
 
 
 def test_sampled(run):
     code, out, _ = run("--temperature", "0.9", "--seed", "3", "--batch", "3", "--json")
     facts = json.loads(out)
-    assert code == 0 and facts["different"] == 0 and facts["tokens_compared"] == 108
+    assert code == 0 and facts["different"] == 0 and facts["tokens_compared"] == 180
     assert all(way["tokens_per_cycle"] >= 1 for entry in facts["prompts"] for way in entry["ways"])
 
 
@@ -92,7 +94,7 @@ def test_built_in_prompts_by_default(folder, capsys):
 
 def test_a_planted_difference_is_reported(run, break_token):
     break_token(5, "two_pass")
-    code, out, _ = run("--json")
+    code, out, _ = run("--modes", "ar", "two_pass", "--json")
     facts = json.loads(out)
     assert code == 1 and facts["different"] == 3
     for entry in facts["prompts"]:
@@ -100,7 +102,7 @@ def test_a_planted_difference_is_reported(run, break_token):
         right, wrong = way["difference"]["tokens"]
         assert way["way"] == "two_pass" and way["tokens"] == way["difference"]["index"] == 5
         assert right ^ 1 == wrong and way["difference"]["gap"] > 0 and not way["difference"]["near_tie"]
-    code, out, _ = run()
+    code, out, _ = run("--modes", "ar", "two_pass")
     assert code == 1 and out.endswith("0 of 3 prompts identical, 15 tokens compared\n")
     pattern = r"line 1 .*  differs\n  two_pass: differs at token 5: \d+ '.*' against \d+ '.*', logit gap \d"
     assert re.search(pattern, out)
@@ -143,8 +145,8 @@ def test_against_transformers_in_float32(run, family, tmp_path, break_transforme
     byte_tokenizer.build().save_pretrained(tmp_path / "model")
     options = ("--against", "transformers", "--dtype", "float32")
     code, out, _ = run(*options, model=str(tmp_path / "model"))
-    assert code == 0 and "ar against two_pass, transformers (float32, greedy):" in out
-    assert out.endswith("3 of 3 prompts identical, 72 tokens compared\n")
+    assert code == 0 and "ar against two_pass, one_pass, transformers (float32, greedy):" in out
+    assert out.endswith("3 of 3 prompts identical, 108 tokens compared\n")
     break_transformers(lambda token: token ^ 1)
     code, out, _ = run(*options, "--json", model=str(tmp_path / "model"))
     assert code == 1 and json.loads(out)["different"] == 3 and json.loads(out)["near_ties"] == 0
@@ -186,6 +188,29 @@ def test_a_wrong_token_is_no_near_tie(run, break_transformers):
     break_transformers(lambda token: (token + 128) % 256)
     code, out, _ = run("--against", "transformers", "--json")
     assert code == 1 and json.loads(out)["different"] > 0
+
+
+def test_a_wrong_token_of_ours_is_no_near_tie(run, monkeypatch):
+    """Our least likely token in place of token 4, in every mode: the gap is negative, and no rounding explains it."""
+    honest, wrong = Engine.generate, {}
+
+    def broken(self, ids, *args, **kwargs):
+        out = honest(self, ids, *args, **kwargs)
+        if isinstance(out, list):  # one prompt is decoded as a batch of one
+            return out
+        if tuple(ids) not in wrong:
+            wrong[tuple(ids)] = int(self.next_logits(ids + out.token_ids[:4]).argmin())
+        out.token_ids[4] = wrong[tuple(ids)]
+        return out
+
+    monkeypatch.setattr(Engine, "generate", broken)
+    code, out, _ = run("--against", "transformers", "--json")
+    facts = json.loads(out)
+    assert code == 1 and facts["different"] == 3 and facts["near_ties"] == 0
+    for entry in facts["prompts"]:
+        *modes, theirs = entry["ways"]
+        assert all(way["difference"] is None for way in modes)
+        assert theirs["difference"]["index"] == 4 and theirs["difference"]["gap"] < 0
 
 
 def test_the_bound_is_what_bf16_does():
