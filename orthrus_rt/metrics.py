@@ -34,7 +34,10 @@ class Metrics:
             self.plans[self.plan] = self.plans.get(self.plan, 0) + 1
 
     def took(self, kind: str, seconds: float) -> None:
-        """One prefill pass or one cycle on its device: ``prefill``, or ``ar_cycle``, ``two_pass_cycle``, ``one_pass_cycle``."""
+        """Device time of one prefill pass or one cycle.
+
+        kind: ``prefill``, ``ar_cycle``, ``two_pass_cycle`` or ``one_pass_cycle``.
+        """
         count, total = self.times.get(kind, (0, 0.0))
         self.times[kind] = (count + 1, total + seconds)
 

@@ -18,11 +18,13 @@ import torch
 from orthrus_rt import dispatch, ops
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.exclusive import exclusive, whole
 from orthrus_rt.graph import Cycle
 from orthrus_rt.kv import OutOfPages
 from orthrus_rt.timing import measure, read_bandwidth
 
 CUDA_CHUNK = 100  # calls enqueued at once behind a sleep that hides their launches; far below the driver's queue
+DRAFT_PROB = [0.8, 0.1, 0.05]  # of a staged draft and its runners-up
 CUDA_SLEEP_CYCLES = 20_000_000  # about 10 ms
 
 
@@ -64,6 +66,13 @@ def _dual_attn_bytes(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows
     return _size(q, out, scratch_k, scratch_v) + 2 * seen * heads * dim * k_pages.element_size()
 
 
+def _count_tokens_bytes(state, edits) -> int:
+    """Both counters in and one out; every new token's id, its count in and out."""
+    n, ring = state.num_slots, state.output.shape[1]
+    new = (state.num_output - edits.num_counted[:n]).clamp(0, ring)
+    return 3 * _size(state.num_output) + 3 * state.output.element_size() * int(new.sum())
+
+
 # Least bytes of one call, from its arguments: every input and output once. Shapes: csrc/include/orthrus/params.h.
 NBYTES = {
     "embed": lambda token, table, out: 2 * _size(out),
@@ -73,6 +82,7 @@ NBYTES = {
     "dual_attn": _dual_attn_bytes,
     "consensus": lambda state, partials, *_: _size(*partials),
     "process_logits": lambda logits, *_, **__: _size(logits),
+    "count_tokens": _count_tokens_bytes,
 }
 
 
@@ -145,46 +155,59 @@ def _once_cuda(calls: list[Call]) -> list[float]:
 def staged(engine, plan: CyclePlan, slots: int, context: int) -> Iterator[tuple[Cycle, Callable]]:
     """``(cycle, reset)`` of ``slots`` running sequences with ``context`` committed tokens of random keys and values.
 
-    ``reset()`` puts the slots back where they were; the idle engine's own pages and buffers are used, and given back.
+    Every slot has K-1 drafts that look likely, so that a one-pass cycle is one in the middle of decoding: all its rows
+    are valid. ``reset()`` puts the slots back where they were. The engine's own pages and buffers are used; whoever
+    calls holds the engine's turn. An interrupt in here leaves the engine torn, as in any other call.
 
     Raises:
         ValueError: the engine has too few slots, pages or positions.
+        RuntimeError: the engine is not idle.
     """
-    runner = engine.runner
-    runner.make_room([(plan, runner.num_slots)])
+    runner, scheduler = engine.runner, engine.scheduler
+    if scheduler.waiting or any(scheduler.slots):
+        raise RuntimeError("profile: the engine must be idle")
     if not 1 <= slots <= runner.num_slots:
         raise ValueError(f"batch must be within [1, {runner.num_slots}] (max_batch_size), got {slots}")
-    most = engine.max_seq_len - engine.config.block_len
+    blocks = 2 if plan.mode == "one_pass" else 1  # its drafts begin up to a block ahead
+    most = engine.max_seq_len - blocks * engine.config.block_len
     if not 1 <= context <= most:
-        raise ValueError(f"context must be within [1, {most}] (max_seq_len less a block), got {context}")
+        less = "a block" if blocks == 1 else "two blocks"
+        raise ValueError(f"context must be within [1, {most}] (max_seq_len less {less}), got {context}")
     state = runner.state
-    try:
-        for slot in range(slots):
-            runner.kv.reserve(slot, context + engine.config.block_len)
-        for page in set(runner.kv.page_table[:slots].flatten().tolist()):
-            runner.kv.pages[:, :, page].normal_()
-        cycle = runner.cycle(plan, slots)
+    with whole(engine):
+        try:
+            engine._collect(0)  # what is under way belongs to requests that have ended: read it first
+            runner.make_room([(plan, runner.num_slots)])
+            for slot in range(slots):
+                runner.kv.reserve(slot, context + engine.config.block_len)
+            for page in set(runner.kv.page_table[:slots].flatten().tolist()):
+                runner.kv.pages[:, :, page].normal_()
+            cycle = runner.cycle(plan, slots)
 
-        def reset():
-            state.cache_seqlens.fill_(context)
-            state.limit.fill_(engine.max_seq_len)
-            state.stop_ids.fill_(-1)
-            state.num_drafts.zero_()
-            state.num_output.zero_()
-            state.block_tokens.fill_(1)
-            state.finish.fill_(st.EMPTY)
-            state.finish[:slots] = st.RUNNING
+            def reset():
+                state.cache_seqlens.fill_(context)
+                state.limit.fill_(engine.max_seq_len)
+                state.stop_ids.fill_(-1)
+                state.num_drafts.fill_(plan.block_len - 1)
+                state.block_tokens.fill_(1)
+                state.runner_up.copy_(runner_up)
+                state.draft_prob.copy_(draft_prob)
+                state.num_output.zero_()
+                state.finish.fill_(st.EMPTY)
+                state.finish[:slots] = st.RUNNING
 
-        reset()
-        yield cycle, reset
-    except OutOfPages as error:
-        raise ValueError(f"batch {slots} with context {context} does not fit: {error}") from error
-    finally:
-        runner.reset()
-        runner.kv.reset()
+            runner_up = torch.tensor([2, 3], dtype=torch.int32, device=state.runner_up.device)
+            draft_prob = torch.tensor(DRAFT_PROB, device=state.draft_prob.device)
+            reset()
+            yield cycle, reset
+        except OutOfPages as error:
+            raise ValueError(f"batch {slots} with context {context} does not fit: {error}") from error
+        finally:
+            runner.reset()
+            runner.kv.reset()
 
 
-@torch.inference_mode()
+@exclusive
 def profile(engine, *, mode=None, draft_len=None, fan_out=None, batch: int = 1, context: int = 256, repeats: int = 20):
     """The breakdown of one greedy cycle.
 
@@ -192,6 +215,9 @@ def profile(engine, *, mode=None, draft_len=None, fan_out=None, batch: int = 1, 
         ``(facts, rows)``. Facts: ``mode``, ``block_len``, ``fan_out``, ``batch``, ``context``,
         ``read_gb_s`` (measured now), ``cycle_us`` (replayed whole), ``ops_us`` (one by one). Rows, slowest
         first: ``op``, ``calls``, ``us``, ``share`` of all ops, ``mbytes``, ``gb_s``, ``of_read``.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`staged`; another thread uses the engine, or it is closed.
     """
     device = engine.model.device
     if mode is None:
@@ -202,7 +228,7 @@ def profile(engine, *, mode=None, draft_len=None, fan_out=None, batch: int = 1, 
             reset()
             cycle.run()
 
-        whole = measure(again, device, repeats=repeats)["p50"]
+        cycle_us = measure(again, device, repeats=repeats)["p50"]
         reset()
         calls = calls_of(cycle.run_eager)
         times = time_calls(calls, device, repeats=repeats, reset=reset)
@@ -210,7 +236,7 @@ def profile(engine, *, mode=None, draft_len=None, fan_out=None, batch: int = 1, 
     bandwidth = read_bandwidth(device)
     facts = {
         **cycle.plan._asdict(), "batch": batch, "context": context,
-        "read_gb_s": bandwidth, "cycle_us": whole, "ops_us": sum(times),
+        "read_gb_s": bandwidth, "cycle_us": cycle_us, "ops_us": sum(times),
     }  # fmt: skip
     rows = {}
     for call, us, nbytes in zip(calls, times, moved, strict=True):

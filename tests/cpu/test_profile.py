@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from orthrus_rt import dispatch, profile, rates
+from orthrus_rt import state as st
 from orthrus_rt.engine import Engine
 from orthrus_rt.profile import calls_of, staged
+from orthrus_rt.sampling import SamplingParams
 from tests import byte_tokenizer, checkpoints
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
@@ -89,8 +91,69 @@ def test_what_does_not_fit_is_refused(folder, arguments, message):
 
 
 def test_too_few_pages(folder):
+    engine = make(folder, num_pages=5)
     with pytest.raises(ValueError, match=r"batch 4 with context 100 does not fit: KV cache: slot 2 needs 2 more pages"):
-        profile.profile(make(folder, num_pages=5), batch=4, context=100)
+        profile.profile(engine, batch=4, context=100)
+    assert len(engine.generate([1, 2, 3], SamplingParams(8, ignore_eos=True)).token_ids) == 8
+    assert engine.kv.num_free_pages == engine.kv.num_pages - 1
+
+
+def test_a_busy_engine_is_refused_and_goes_on(folder):
+    engine, params = make(folder), SamplingParams(24, ignore_eos=True)
+    want = engine.generate([1, 2, 3], params)
+    for steps in (0, 2):  # waiting, running
+        request_id, tokens = engine.submit([1, 2, 3], params), []
+        for _ in range(steps):
+            tokens += [token for out in engine.step() for token in out.new_token_ids]
+        with pytest.raises(RuntimeError, match="profile: the engine must be idle"):
+            profile.profile(engine, context=20, repeats=1)
+        while engine.has_unfinished():
+            tokens += [token for out in engine.step() for token in out.new_token_ids]
+        assert tokens == want.token_ids and not engine.is_unfinished(request_id)
+    engine.close()
+    with pytest.raises(RuntimeError, match="this engine is closed"):
+        profile.profile(engine)
+
+
+def test_an_interrupted_profile_leaves_a_whole_engine(folder, monkeypatch):
+    engine = make(folder)
+    want = engine.generate([1, 2, 3])
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(profile, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        profile.profile(engine, context=20)
+    assert engine.torn and engine.generate([1, 2, 3]).token_ids == want.token_ids
+    assert not engine.torn and engine.kv.num_free_pages == engine.kv.num_pages - 1
+
+
+@pytest.mark.parametrize("fan_out", (1, 6, 3 * (K - 1) + 1))
+def test_every_row_of_a_staged_one_pass_cycle_is_valid(folder, fan_out):
+    """Each time it runs, and up to the largest context: a cycle in the middle of decoding, not the first one."""
+    engine = make(folder)
+    plan = engine.make_plan("one_pass", fan_out=fan_out)
+    with torch.inference_mode(), staged(engine, plan, SLOTS, engine.max_seq_len - 2 * K) as (cycle, reset):
+        for _ in range(2):
+            reset()
+            cycle.stage_first()
+            rows = cycle.passes[0].rows
+            assert rows.num_rows == SLOTS * K * (1 + fan_out) and int(rows.position.min()) >= 0
+            assert int(rows.position.max()) < engine.max_seq_len
+            assert bool((engine.runner.state.hypotheses[:SLOTS, :fan_out, 0] >= 0).all())
+            cycle.run()
+    with pytest.raises(ValueError, match=r"within \[1, 112\] \(max_seq_len less two blocks\), got 113"):
+        profile.profile(engine, mode="one_pass", context=113)
+
+
+def test_bytes_of_counting_tokens():
+    state = st.SlotState.allocate(3, K, 64, 1, "cpu")
+    edits = st.SlotEdits.allocate(4, 96, 1, state.stop_ids)
+    state.num_output[:] = torch.tensor([5, 0, 200])
+    edits.num_counted[:] = torch.tensor([2, 0, 100, 7])
+    assert set(profile.NBYTES) == set(dispatch.OPS)
+    assert profile.NBYTES["count_tokens"](state, edits) == 3 * 3 * 4 + 3 * 4 * (3 + 64)
 
 
 def test_rates_are_those_of_the_generations(tmp_path):
