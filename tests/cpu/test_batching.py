@@ -120,7 +120,15 @@ def test_the_cache_holds_the_same_bits_alone_or_batched(folder):
 def test_random_arrivals_aborts_and_few_pages(folder, alone, seed):
     """Requests through 8 slots with pages for about three long ones: arrivals, aborts, preemption."""
     rng = random.Random(seed)
-    engine = make(folder, num_pages=6, mode="two_pass")
+    engine = make(folder, num_pages=6, mode="one_pass" if seed == 0 else "two_pass")
+    begin, left = engine.runner.begin, []
+
+    def begun(request):
+        left.append(int(engine.runner.state.num_drafts[request.slot]))
+        begin(request)
+        assert int(engine.runner.state.num_drafts[request.slot]) == 0
+
+    engine.runner.begin = begun
     todo, jobs, got, aborted = 60 if seed == 0 else 300, {}, {}, set()
     while todo or engine.has_unfinished():
         for _ in range(min(todo, rng.choice((0, 0, 1, 2, 12)))):
@@ -143,6 +151,7 @@ def test_random_arrivals_aborts_and_few_pages(folder, alone, seed):
         else:
             assert tokens == want and reason in ("stop", "length")
     assert engine.metrics.preemptions > 0
+    assert any(left) == (engine.mode == "one_pass")  # drafts of who was preempted or aborted: begin drops them
     all_pages_back(engine)
 
 

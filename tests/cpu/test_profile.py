@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from orthrus_rt import dispatch, profile, rates
+from orthrus_rt import dispatch, profile, prompts, rates
 from orthrus_rt import state as st
+from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.engine import Engine
 from orthrus_rt.profile import calls_of, staged
 from orthrus_rt.sampling import SamplingParams
@@ -154,6 +155,18 @@ def test_bytes_of_counting_tokens():
     edits.num_counted[:] = torch.tensor([2, 0, 100, 7])
     assert set(profile.NBYTES) == set(dispatch.OPS)
     assert profile.NBYTES["count_tokens"](state, edits) == 3 * 3 * 4 + 3 * 4 * (3 + 64)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rates_build_no_cycle_by_the_clock(tmp_path, monkeypatch, mode):
+    engine = make(str(byte_tokenizer.make_checkpoint(tmp_path)), max_seq_len=512)
+    ids = [p.encode(engine.tokenizer) for p in prompts.load("data")[:3]]
+    rates._warm(engine, ids, mode, None)
+    assert {cycle.state.num_slots for cycle in engine.runner._cycles.values()} == {1, 2, 4}
+    assert all(cycle.recorded for cycle in engine.runner._cycles.values())
+    monkeypatch.setattr("orthrus_rt.runner.Cycle", None)  # nothing is built from here on
+    params = [SamplingParams(n, ignore_eos=True) for n in (4, 30, 60)]
+    assert [len(out.token_ids) for out in engine.generate(ids, params, mode=mode)] == [4, 30, 60]
 
 
 def test_rates_are_those_of_the_generations(tmp_path):
