@@ -19,7 +19,9 @@ import math
 from orthrus_rt.cycle_plan import CyclePlan
 
 MEMORY = 128  # drafting cycles that a hazard looks back on
-SLOW_MEMORY = 1024  # cycles that quality and offered look back on, and hazards while nothing is drafted
+IDLE_MEMORY = 1024  # cycles after which hazards that nothing is drafted for fade
+SLOW_MEMORY = 4096  # drafting cycles that quality and offered look back on
+FADE_EVERY = 16  # cycles without drafts: estimates that hardly change are not worth computing for each
 PRIOR_HAZARD, PRIOR_TRIALS = 0.7, 4.0  # of the first draft
 CHAIN_TRIALS = 8.0  # weight of the position before as a later position's prior
 BORROWED_TRIALS = 64.0  # most weight of the other mode's hazards, and what that adds to certainty at most:
@@ -51,10 +53,17 @@ class Acceptance:
         self._seen = {"two_pass": Counts(max_drafts), "one_pass": Counts(max_drafts)}
         self._quality = [[0.0, 0.0], [0.0, 0.0]]  # hits of one_pass and of two_pass, of equal weight
         self._offered: dict[int, list[float]] = {}  # fan_out: sequence-cycles with drafts, sequence-cycles
+        self._unfaded = 0  # cycles whose fading is still due
+        self._known: dict[tuple, dict[CyclePlan, float]] = {}  # answers of tokens() since the counts changed
 
     def observe(self, plan: CyclePlan, outcomes: list[Outcome]) -> None:
         """One cycle of every sequence under ``plan``."""
-        idle = [1 - 1 / SLOW_MEMORY] * self.max_drafts
+        self._unfaded += 1
+        if plan.mode == "ar" and self._unfaded < FADE_EVERY:
+            return
+        self._known.clear()
+        idle = [(1 - 1 / IDLE_MEMORY) ** self._unfaded] * self.max_drafts
+        self._unfaded = 0
         for counts in self._seen.values():
             counts.fade(idle)
         if plan.mode == "ar":
@@ -124,9 +133,13 @@ class Acceptance:
 
         With ``optimism``, every estimate is taken that many standard errors higher.
         """
+        key = (*plans, optimism)
+        if key in self._known:
+            return self._known[key]
         accepted = {mode: self.accepted(mode, optimism) for mode in self._seen} | {"ar": [0.0]}
         offered = {p.fan_out: self.offered(p.fan_out, optimism) for p in plans if p.mode == "one_pass"}
-        return {p: 1.0 + offered.get(p.fan_out, 1.0) * accepted[p.mode][p.block_len - 1] for p in plans}
+        self._known[key] = {p: 1.0 + offered.get(p.fan_out, 1.0) * accepted[p.mode][p.block_len - 1] for p in plans}
+        return self._known[key]
 
 
 @functools.cache
