@@ -163,7 +163,7 @@ def place(engine: Engine, batch: int, context: int) -> None:
         request.tokens.append(1)
     with (
         mock.patch.object(engine.runner, "_forward", lambda *_: None),
-        mock.patch("orthrus_rt.engine.PREFILL_CHUNK", MANY),
+        mock.patch("orthrus_rt.rounds.PREFILL_CHUNK", MANY),
         mock.patch("orthrus_rt.runner.PREFILL_CHUNK", MANY),
     ):
         engine.step()

@@ -13,28 +13,24 @@ from importlib.metadata import version
 import torch
 
 from orthrus_rt import checkpoint as ckpt
-from orthrus_rt import state as st
-from orthrus_rt.acceptance import Outcome
-from orthrus_rt.auto import Auto, outcome
+from orthrus_rt.auto import Auto
 from orthrus_rt.cycle_plan import CyclePlan, cycle_plan
 from orthrus_rt.device import DTYPES, claim, device_scope, pick_device
 from orthrus_rt.exclusive import Turn, exclusive, whole
 from orthrus_rt.info import device_facts
-from orthrus_rt.kv import OutOfPages
 from orthrus_rt.memory import memory_report, naming_the_knobs
 from orthrus_rt.metrics import Metrics
 from orthrus_rt.model import Model
 from orthrus_rt.ops import PAGE_SIZE
 from orthrus_rt.outputs import GenerationOutput, RequestOutput
 from orthrus_rt.request import MAX_STOP_TOKEN_IDS, Request, check_prompt, make_request
-from orthrus_rt.runner import PREFILL_CHUNK, Runner
+from orthrus_rt.rounds import Rounds
+from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.scheduler import Scheduler
 
-FINISH_REASONS = {st.STOP: "stop", st.LENGTH: "length"}
 
-
-class Engine:
+class Engine(Rounds):
     """Lossless dual-view decoding of one model on one device.
 
     A CUDA device takes one engine per process until it is closed; on the CPU any number may live side by side. One
@@ -287,122 +283,6 @@ class Engine:
         ids = check_prompt(token_ids, self.config.vocab_size, self.max_seq_len + 1)
         with whole(self):
             return self.runner.next_logits(ids)
-
-    def _abort(self, request: Request, reason: str = "abort") -> None:
-        if request.finish_reason is None:
-            self._finish(request, reason)
-            if request in self.scheduler.waiting:
-                self.scheduler.waiting.remove(request)
-
-    def _finish(self, request: Request, reason: str) -> None:
-        request.finish_reason = reason
-        if request.slot is not None:
-            self.runner.clear(self.scheduler.vacate(request))
-        self.scheduler.forget(request)
-        self.metrics.finished(reason)
-
-    def _idle(self) -> bool:
-        return not self.scheduler.waiting and not any(self.scheduler.slots)
-
-    def _advance(self) -> None:
-        """One round: a cycle for those that decode, then prompts into the cache, then read what has arrived."""
-        with whole(self), self.metrics.busy():
-            launched = self._decode()
-            launched |= self._prefill()
-            self._collect(self.runner.lag if launched else 0)
-            for kind, seconds in self.runner.stopwatch.take():
-                self.metrics.took(kind, seconds)
-
-    def _decode(self) -> bool:
-        for request in self.scheduler.active:
-            if request.decoding:
-                self._grow(request)
-        running = [r for r in self.scheduler.active if r.decoding]
-        if not running:
-            return False
-        for source, target in self.scheduler.compact():
-            self.runner.move(source, target)
-        auto = self._autos.get(self._plan)
-        plan, policy = auto.choose(running) if auto else (self._plan, None)
-        self.runner.decode(running, plan, policy)
-        return True
-
-    @property
-    def _margin(self) -> int:
-        """Positions beyond the known ones that the cycles in flight may write."""
-        return (1 + self.runner.lag) * self.config.block_len
-
-    def _grow(self, request: Request) -> None:
-        """Pages for every position that this cycle may write; the latest arrivals give theirs up if none are free."""
-        while request.slot is not None:
-            try:
-                return self.kv.reserve(request.slot, min(request.length + self._margin, request.limit))
-            except OutOfPages:
-                self._collect(0)
-                if request.slot is not None:
-                    self._preempt(self.scheduler.active[-1])
-
-    def _preempt(self, request: Request) -> None:
-        self.runner.clear(self.scheduler.vacate(request))
-        request.stats.preemptions += 1
-        self.metrics.preemptions += 1
-        self.scheduler.enqueue(request)
-
-    def _prefill(self) -> bool:
-        for request in self.scheduler.admit(self._margin):
-            self.runner.begin(request)
-        budget = PREFILL_CHUNK
-        for request in self.scheduler.active:
-            if budget and not request.decoding:
-                try:
-                    took = self.runner.prefill(request, budget)
-                except FloatingPointError:  # it would meet the same logits again
-                    self._finish(request, "abort")
-                    raise
-                self.metrics.prompt_tokens += took
-                budget -= took
-        return budget < PREFILL_CHUNK
-
-    def _collect(self, in_flight: int) -> None:
-        """Read results, oldest first, until only ``in_flight`` launches are unread."""
-        while len(self.runner.flights) > in_flight:
-            flight = self.runner.flights.pop(0)
-            results = flight.collect()
-            outcomes: list[Outcome] = []
-            for slot, request in flight.requests:
-                if request.finish_reason is None:
-                    result = {name: values[slot] for name, values in results.items()}
-                    outcomes.append(outcome(result, st.RUNNING))
-                    self._take_results(flight, request, result)
-            if flight.policy is not None:
-                self.runner.stopwatch.settle()
-                flight.policy.record(outcomes, flight.timed and flight.timed.seconds)
-            self.metrics.launched(flight)
-
-    def _take_results(self, flight, request: Request, result: dict) -> None:
-        ring = result["output"]
-        new = [ring[i % len(ring)] for i in range(len(request.tokens), result["num_output"])]
-        request.record(new, flight.plan, result["num_verified"], result["num_accepted"])
-        self.metrics.generated(len(new), result["num_accepted"] if flight.plan else None)
-        if result["finish"] in FINISH_REASONS:
-            self._finish(request, FINISH_REASONS[result["finish"]])
-
-    def _forget_flights(self) -> None:
-        self.runner.flights.clear()
-        for auto in self._autos.values():
-            auto.policy.forget_pending()
-
-    def recover(self) -> None:
-        """After a fault, wherever it struck: start again from the tokens that the host knows, and nothing else."""
-        self.torn = True
-        self._forget_flights()
-        self.runner.reset()
-        for request in self.scheduler.reset():
-            if request.tokens and request.tokens[-1] in request.stop_ids:
-                self._abort(request, "stop")
-            elif request.length >= request.limit:
-                self._abort(request, "length")
-        self.torn = False
 
     def generate(self, prompt_ids, params=None, *, mode=None, draft_len=None, fan_out=None, progress=False):
         """Continue one prompt, or a batch of them together.

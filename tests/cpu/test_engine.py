@@ -84,7 +84,7 @@ def test_prompt_of_several_chunks(engine, monkeypatch):
     prompt = [(7 * i * i + i) % 20 for i in range(150)]
     want = greedy(engine, 30, prompt=prompt).token_ids
     monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 64)
-    monkeypatch.setattr("orthrus_rt.engine.PREFILL_CHUNK", 64)
+    monkeypatch.setattr("orthrus_rt.rounds.PREFILL_CHUNK", 64)
     assert greedy(engine, 30, prompt=prompt).token_ids == want
 
 
