@@ -350,8 +350,8 @@ class Engine(Rounds):
     @exclusive
     def _enqueue(self, requests: list[Request], plan: CyclePlan) -> None:
         if self._idle():
-            self._plan = plan
             self.runner.make_room(self._shapes(plan, self.scheduler.num_slots))
+            self._plan = plan
         elif plan != self._plan:
             now = self._plan
             raise RuntimeError(f"the mode cannot change while requests run (now {now}, asked {plan})")

@@ -49,7 +49,7 @@ AR = CyclePlan("ar")
 
 def candidate_plans(block_len: int, modes: tuple[str, ...]) -> list[CyclePlan]:
     """The plans to choose among for drafts of at most ``block_len - 1`` tokens; AR comes first."""
-    lens = sorted({min(k, block_len) for k in (4, 8, 16, 32)})
+    lens = sorted({min(k, block_len) for k in (4, 8, 16, block_len)})
     plans = [AR]
     if "two_pass" in modes:
         plans += [CyclePlan("two_pass", k) for k in lens]

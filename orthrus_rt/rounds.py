@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from orthrus_rt import state as st
 from orthrus_rt.acceptance import Outcome
 from orthrus_rt.auto import Auto, outcome
@@ -51,25 +53,26 @@ class Rounds:
     def _advance(self) -> None:
         """One round: a cycle for those that decode, then prompts into the cache, then read what has arrived."""
         with whole(self), self.metrics.busy():
-            launched = self._decode()
-            launched |= self._prefill()
-            self._collect(self.runner.lag if launched else 0)
+            before = self.runner.num_posted
+            self._decode()
+            self._prefill()
+            # A device that runs ahead is not waited for: what this round has launched is read in the next.
+            self._collect(self.runner.num_posted - before if self.runner.lag else 0)
             for kind, seconds in self.runner.stopwatch.take():
                 self.metrics.took(kind, seconds)
 
-    def _decode(self) -> bool:
+    def _decode(self) -> None:
         for request in self.scheduler.active:
             if request.decoding:
                 self._grow(request)
         running = [r for r in self.scheduler.active if r.decoding]
         if not running:
-            return False
+            return
         for source, target in self.scheduler.compact():
             self.runner.move(source, target)
         auto = self._autos.get(self._plan)
         plan, policy = auto.choose(running) if auto else (self._plan, None)
         self.runner.decode(running, plan, policy)
-        return True
 
     @property
     def _margin(self) -> int:
@@ -92,9 +95,13 @@ class Rounds:
         self.metrics.preemptions += 1
         self.scheduler.enqueue(request)
 
-    def _prefill(self) -> bool:
+    def _prefill(self) -> None:
         for request in self.scheduler.admit(self._margin):
-            self.runner.begin(request)
+            try:
+                self.runner.begin(request)
+            except torch.OutOfMemoryError:  # it would ask for the same memory again
+                self._finish(request, "abort")
+                raise
         budget = PREFILL_CHUNK
         for request in self.scheduler.active:
             if budget and not request.decoding:
@@ -105,7 +112,6 @@ class Rounds:
                     raise
                 self.metrics.prompt_tokens += took
                 budget -= took
-        return budget < PREFILL_CHUNK
 
     def _collect(self, in_flight: int) -> None:
         """Read results, oldest first, until only ``in_flight`` launches are unread."""

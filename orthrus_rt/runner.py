@@ -15,6 +15,7 @@ from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import CyclePlan, most_hypotheses
 from orthrus_rt.graph import COUPLED, Cycle, Pass
 from orthrus_rt.kv import PagedKvCache
+from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import Rows, prefill_rows
 from orthrus_rt.policy import Policy
@@ -66,6 +67,7 @@ class Runner:
         self.sampling = SlotSampling.allocate(num_slots, model.device)
         self.stopwatch = Stopwatch(model.device)
         self.flights: list[Flight] = []
+        self.num_posted = 0  # flights ever launched
         self._cycles: dict[tuple, Cycle] = {}
         self._mailboxes: dict[int, list[dict[str, torch.Tensor]]] = {}
         self.activations: Activations | None = None
@@ -80,13 +82,13 @@ class Runner:
             if all(new <= old for new, old in zip(room, self._room, strict=True)):
                 return
             room = tuple(map(max, self._room, room))
-        self._cycles.clear()
-        self._room = decoded, rows_diff, groups = room
+        decoded, rows_diff, groups = room
         rows = max(chunk, decoded)
-        self.activations = Activations(self.model, rows, rows_diff, max_logit_rows=decoded)
-        self.workspace = Workspace.allocate(
-            self.model, max_rows=rows, max_groups=groups, max_seq_len=self.max_seq_len
-        )  # fmt: skip
+        with naming_the_knobs(f"making room for {decoded} rows a pass"):
+            activations = Activations(self.model, rows, rows_diff, max_logit_rows=decoded)
+            workspace = Workspace.allocate(self.model, max_rows=rows, max_groups=groups, max_seq_len=self.max_seq_len)
+        self._cycles = {}  # they know the old buffers
+        self.activations, self.workspace, self._room = activations, workspace, room
 
     def cycle(self, plan: CyclePlan, num_slots: int, sampling: SlotSampling | None = None) -> Cycle:
         """The cycle of the smallest batch bucket (a power of two) with ``num_slots`` slots; built on first use."""
@@ -128,9 +130,10 @@ class Runner:
         sampling.min_p[slot] = params.min_p
         sampling.seed[slot] = request.stats.seed or 0
         if params.edits and sampling.edits is None:
-            sampling.edits = SlotEdits.allocate(
-                self.num_slots, self.model.config.vocab_size, MAX_LOGIT_BIAS, state.stop_ids
-            )
+            with naming_the_knobs("counting tokens for penalties"):
+                sampling.edits = SlotEdits.allocate(
+                    self.num_slots, self.model.config.vocab_size, MAX_LOGIT_BIAS, state.stop_ids
+                )
         if sampling.edits is not None:
             sampling.edits.begin(slot, request.prompt, request.tokens, params)
 
@@ -274,6 +277,7 @@ class Runner:
             done.record()
             results = mailbox
         self.flights.append(Flight(requests, plan, results, done, timed, policy))
+        self.num_posted += 1
 
     def _mailbox(self, num_slots: int) -> dict[str, torch.Tensor]:
         """Pinned buffers that no unread flight holds; as many as flights are ever unread, then used again."""
