@@ -87,7 +87,7 @@ class Runner:
         with naming_the_knobs(f"making room for {decoded} rows a pass"):
             activations = Activations(self.model, rows, rows_diff, max_logit_rows=decoded)
             workspace = Workspace.allocate(self.model, max_rows=rows, max_groups=groups, max_seq_len=self.max_seq_len)
-        self._cycles = {}  # they know the old buffers
+        self._cycles.clear()  # they know the old buffers
         self.activations, self.workspace, self._room = activations, workspace, room
 
     def cycle(self, plan: CyclePlan, num_slots: int, sampling: SlotSampling | None = None) -> Cycle:

@@ -13,6 +13,7 @@ from orthrus_rt import dispatch
 # 16 outputs' pairs from one cache line; one partial maximum per 512 ids. See csrc/cpu/row_linear.h.
 CPU_STRIP = 32
 CPU_ARGMAX_TILE = 512
+REFERENCE_ARGMAX_TILE = 128  # at most; runners-up are seen where they are the best of another tile
 # CUDA: blocks of 64 outputs x 64 inputs, inputs fastest; see csrc/cuda/row_linear_plan.h.
 CUDA_BLOCK = 64
 
@@ -52,7 +53,7 @@ def pack(weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None
     elif impl == "cuda":
         data, partials = _pack_cuda(weight, gate_up)
     else:
-        data, partials = weight, 1
+        data, partials = weight, -(-out_features // max(1, min(REFERENCE_ARGMAX_TILE, out_features // 32)))
     return PackedWeight(data, out_features, in_features, impl, gate_up, partials)
 
 

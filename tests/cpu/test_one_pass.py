@@ -130,7 +130,7 @@ def test_the_tokens_of_ar(tiny, draft_len, fan_out):
     s = out.stats
     assert out.token_ids == want
     assert (s.mode, s.block_len, s.fan_out, s.passes) == ("one_pass", draft_len + 1, fan_out, s.cycles)
-    assert sum(s.accepted) == s.cycles and s.cycles <= 59
+    assert sum(s.accepted) == s.cycles == 59  # random weights: only a block's first draft ever holds
 
 
 @pytest.mark.parametrize("n", (1, 2, 7, 8, 9, 17))

@@ -138,7 +138,7 @@ def test_errors(run, args, message):
     assert code == 2 and re.search(message, err) and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("family", ("qwen3", "llama"))
+@pytest.mark.parametrize("family", ("qwen3", pytest.param("llama", marks=pytest.mark.full)))
 def test_against_transformers_in_float32(run, family, tmp_path, break_transformers):
     kwargs = dict(vocab_size=258, mask_token_id=257, eos_token_id=256, diff_noise=0.02)
     checkpoints.make(tmp_path / "model", family, **kwargs)
@@ -213,6 +213,7 @@ def test_a_wrong_token_of_ours_is_no_near_tie(run, monkeypatch):
         assert theirs["difference"]["index"] == 4 and theirs["difference"]["gap"] < 0
 
 
+@pytest.mark.full
 def test_the_bound_is_what_bf16_does():
     """On the embedded model: the gap of the two likeliest tokens differs between this runtime and transformers by less
     than the bound, everywhere, and the bound is not generous: less than 15 times what is usual.
