@@ -139,7 +139,7 @@ def test_float32_holds_tokens_and_logits_within_rounding(kind, tmp_path):
             got = decode(engine, prompts, params, together=together, keep=torch.clone, **way)
             assert [t.tokens for t in got] == [t.tokens for t in want]
             # Random weights: of a block whose bonus token is unseen nearly nothing holds.
-            assert lossless.rate(got) > {"two_pass": 1.3, "one_pass": 1.02}[way["mode"]]
+            assert lossless.rate(got) > {"two_pass": 1.3, "one_pass": 1.01}[way["mode"]]
             for a, b in zip(got, want, strict=True):
                 for i, row in b.logits.items():
                     assert (a.logits[i] - row).abs().max() <= 1e-5 * row.abs().max()
