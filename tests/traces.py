@@ -138,8 +138,9 @@ def eager_cycles(engine: Engine):
     """Every cycle runs op by op; none is recorded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Cycle, "_record", lambda cycle: cycle.run_eager)
-        patch.setattr(engine.runner, "_cycles", {})
+        engine.runner._cycles.clear()
         yield
+    engine.runner._cycles.clear()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The command line on a tiny checkpoint: what it prints, how it fails, how it ends."""
 
+import functools
 import io
 import json
 import os
@@ -174,7 +175,8 @@ def test_ctrl_c_ends_without_a_traceback(folder):
         "hello",
     ]
     command += ["--mode", "ar", "--ignore-eos", "--max-new-tokens", "500", "--max-seq-len", "512"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs are born deaf to it
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen) as process:
         assert os.read(process.stdout.fileno(), 1)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
