@@ -27,8 +27,8 @@ void bind_field(py::class_<Struct>& cls, const char* name, Member Struct::*membe
 }
 
 template <typename Struct>
-py::class_<Struct> bind_struct(py::module_& m, const char* name) {
-  py::class_<Struct> cls(m, name);
+py::class_<Struct> bind_struct(py::module_& m, const std::string& name) {
+  py::class_<Struct> cls(m, name.c_str());
   cls.def(py::init([](const py::kwargs& fields) {
     Struct s{};
     py::object self = py::cast(&s, py::return_value_policy::reference);
@@ -40,6 +40,47 @@ py::class_<Struct> bind_struct(py::module_& m, const char* name) {
 
 #define FIELD(member) bind_field(cls, #member, &T::member)
 
+// Structs that point at elements of E, named with `suffix`.
+template <typename E>
+void bind_element_params(py::module_& m, const std::string& suffix) {
+  {
+    using T = PagedKvOf<E>;
+    auto cls = bind_struct<T>(m, "PagedKv" + suffix);
+    FIELD(k_pages); FIELD(v_pages); FIELD(page_table); FIELD(num_pages); FIELD(max_pages); FIELD(page_size);
+    FIELD(num_heads_kv); FIELD(head_dim);
+  }
+  {
+    using T = RowLinearParamsOf<E>;
+    auto cls = bind_struct<T>(m, "RowLinearParams" + suffix);
+    FIELD(x); FIELD(weight); FIELD(weight_diff); FIELD(residual); FIELD(out); FIELD(partial_value);
+    FIELD(partial_id); FIELD(workspace); FIELD(x_stride); FIELD(workspace_bytes); FIELD(num_rows);
+    FIELD(num_rows_ar); FIELD(in_features); FIELD(out_features); FIELD(num_partials); FIELD(epilogue);
+  }
+  {
+    using T = QkvCommitParamsOf<E>;
+    auto cls = bind_struct<T>(m, "QkvCommitParams" + suffix);
+    FIELD(qkv); FIELD(cos_sin); FIELD(q_norm); FIELD(k_norm); FIELD(q_norm_diff); FIELD(k_norm_diff);
+    FIELD(q_out); FIELD(scratch_k); FIELD(scratch_v); FIELD(rows); FIELD(kv); FIELD(num_heads_q);
+    FIELD(max_positions); FIELD(eps);
+  }
+  {
+    using T = DualAttnParamsOf<E>;
+    auto cls = bind_struct<T>(m, "DualAttnParams" + suffix);
+    FIELD(q); FIELD(scratch_k); FIELD(scratch_v); FIELD(out); FIELD(workspace); FIELD(workspace_bytes);
+    FIELD(rows); FIELD(kv); FIELD(num_heads_q); FIELD(max_seq_len); FIELD(softmax_scale);
+  }
+  {
+    using T = RmsNormParamsOf<E>;
+    auto cls = bind_struct<T>(m, "RmsNormParams" + suffix);
+    FIELD(x); FIELD(weight); FIELD(row_index); FIELD(out); FIELD(num_rows); FIELD(hidden); FIELD(eps);
+  }
+  {
+    using T = EmbedParamsOf<E>;
+    auto cls = bind_struct<T>(m, "EmbedParams" + suffix);
+    FIELD(token); FIELD(table); FIELD(out); FIELD(num_rows); FIELD(hidden); FIELD(vocab_size);
+  }
+}
+
 void bind_params(py::module_& m) {
   {
     using T = Rows;
@@ -47,32 +88,8 @@ void bind_params(py::module_& m) {
     FIELD(token); FIELD(position); FIELD(seq); FIELD(prefix_len); FIELD(group_start); FIELD(num_rows);
     FIELD(num_rows_ar); FIELD(num_groups); FIELD(num_groups_ar); FIELD(max_group_rows);
   }
-  {
-    using T = PagedKv;
-    auto cls = bind_struct<T>(m, "PagedKv");
-    FIELD(k_pages); FIELD(v_pages); FIELD(page_table); FIELD(num_pages); FIELD(max_pages); FIELD(page_size);
-    FIELD(num_heads_kv); FIELD(head_dim);
-  }
-  {
-    using T = RowLinearParams;
-    auto cls = bind_struct<T>(m, "RowLinearParams");
-    FIELD(x); FIELD(weight); FIELD(weight_diff); FIELD(residual); FIELD(out); FIELD(partial_value);
-    FIELD(partial_id); FIELD(workspace); FIELD(x_stride); FIELD(workspace_bytes); FIELD(num_rows);
-    FIELD(num_rows_ar); FIELD(in_features); FIELD(out_features); FIELD(num_partials); FIELD(epilogue);
-  }
-  {
-    using T = QkvCommitParams;
-    auto cls = bind_struct<T>(m, "QkvCommitParams");
-    FIELD(qkv); FIELD(cos_sin); FIELD(q_norm); FIELD(k_norm); FIELD(q_norm_diff); FIELD(k_norm_diff);
-    FIELD(q_out); FIELD(scratch_k); FIELD(scratch_v); FIELD(rows); FIELD(kv); FIELD(num_heads_q);
-    FIELD(max_positions); FIELD(eps);
-  }
-  {
-    using T = DualAttnParams;
-    auto cls = bind_struct<T>(m, "DualAttnParams");
-    FIELD(q); FIELD(scratch_k); FIELD(scratch_v); FIELD(out); FIELD(workspace); FIELD(workspace_bytes);
-    FIELD(rows); FIELD(kv); FIELD(num_heads_q); FIELD(max_seq_len); FIELD(softmax_scale);
-  }
+  bind_element_params<bf16_t>(m, "");
+  bind_element_params<float>(m, "F32");
   {
     using T = SlotEdits;
     auto cls = bind_struct<T>(m, "SlotEdits");
@@ -90,16 +107,6 @@ void bind_params(py::module_& m) {
     using T = CountTokensParams;
     auto cls = bind_struct<T>(m, "CountTokensParams");
     FIELD(token_counts); FIELD(num_counted); FIELD(state); FIELD(vocab_size);
-  }
-  {
-    using T = RmsNormParams;
-    auto cls = bind_struct<T>(m, "RmsNormParams");
-    FIELD(x); FIELD(weight); FIELD(row_index); FIELD(out); FIELD(num_rows); FIELD(hidden); FIELD(eps);
-  }
-  {
-    using T = EmbedParams;
-    auto cls = bind_struct<T>(m, "EmbedParams");
-    FIELD(token); FIELD(table); FIELD(out); FIELD(num_rows); FIELD(hidden); FIELD(vocab_size);
   }
   {
     using T = SlotState;
@@ -122,22 +129,30 @@ struct Recording {
   py::object tape;
 };
 
+// One overload of each op for structs of E.
+template <typename E>
+void bind_cpu_element_ops(py::module_& m) {
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def("row_linear", &cpu::row_linear<E>, release);
+  m.def("qkv_commit", &cpu::qkv_commit<E>, release);
+  m.def("dual_attn", &cpu::dual_attn<E>, release);
+  m.def("rms_norm", &cpu::rms_norm<E>, release);
+  m.def("embed", &cpu::embed<E>, release);
+}
+
 void bind_cpu(py::module_ m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
+  bind_cpu_element_ops<bf16_t>(m);
+  bind_cpu_element_ops<float>(m);
   m.def("isa", &cpu::isa);
   m.def("set_isa", &cpu::set_isa);
   m.def("set_num_threads", &cpu::set_num_threads);
   m.def("advise_huge_pages", [](uintptr_t data, int64_t num_bytes) {
     cpu::advise_huge_pages(reinterpret_cast<void*>(data), num_bytes);
   });
-  m.def("row_linear", &cpu::row_linear, release);
-  m.def("qkv_commit", &cpu::qkv_commit, release);
-  m.def("dual_attn", &cpu::dual_attn, release);
   m.def("consensus", &cpu::consensus, release);
   m.def("process_logits", &cpu::process_logits, release);
   m.def("count_tokens", &cpu::count_tokens, release);
-  m.def("rms_norm", &cpu::rms_norm, release);
-  m.def("embed", &cpu::embed, release);
 
   // `with tape.record(): ...` records the cpu ops called on this thread; replay() runs them.
   py::class_<cpu::Tape>(m, "Tape")

@@ -19,6 +19,12 @@ log = logging.getLogger("orthrus_rt")
 
 OPS = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus", "process_logits", "count_tokens")
 IMPLEMENTATIONS = ("cpu", "cuda", "triton", "reference")
+# Weights, activations and cache that kernels take; ``reference`` takes any.
+ELEMENTS = {
+    "cpu": (torch.bfloat16, torch.float32),
+    "cuda": (torch.bfloat16,),
+    "triton": (torch.bfloat16,),
+}
 
 # Preference per device type; the first available one wins.
 _PREFERENCE = {
@@ -44,6 +50,10 @@ def triton_module(op: str):
     return importlib.import_module(f"orthrus_rt.triton_kernels.{op}")
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -53,8 +63,9 @@ def unavailable(impl: str, op: str, device_type: str, dtype: torch.dtype) -> str
     """Why ``impl`` cannot run ``op`` for tensors of this device and dtype; None if it can."""
     if impl == "reference":
         return None
-    if dtype is not torch.bfloat16 and op not in ("process_logits", "count_tokens", "consensus"):  # no activations
-        return f"{impl} kernels take bfloat16, not {str(dtype).removeprefix('torch.')}"
+    takes = ELEMENTS.get(impl, (dtype,))
+    if dtype not in takes and op not in ("process_logits", "count_tokens", "consensus"):  # no activations
+        return f"{impl} kernels take {' or '.join(map(_name, takes))}, not {_name(dtype)}"
     if impl in ("cpu", "cuda"):
         if device_type != impl:
             return f"the {impl} implementation needs {impl} tensors, not {device_type}"

@@ -15,6 +15,11 @@ def ptr(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def struct(name: str, dtype: torch.dtype):
+    """The class ``name`` of the native module for weights, activations or cache of ``dtype``."""
+    return getattr(dispatch.native(), name + ("F32" if dtype is torch.float32 else ""))
+
+
 def rows_struct(rows: Rows):
     return dispatch.native().Rows(
         token=ptr(rows.token),
@@ -31,7 +36,7 @@ def rows_struct(rows: Rows):
 
 
 def kv_struct(k_pages, v_pages, page_table):
-    return dispatch.native().PagedKv(
+    return struct("PagedKv", k_pages.dtype)(
         k_pages=ptr(k_pages),
         v_pages=ptr(v_pages),
         page_table=ptr(page_table),
@@ -84,7 +89,7 @@ def check_head_dim(op: str, head_dim: int, device_type: str) -> None:
 
 
 def embed(token, table, out):
-    params = dispatch.native().EmbedParams(
+    params = struct("EmbedParams", table.dtype)(
         token=ptr(token), table=ptr(table), out=ptr(out),
         num_rows=token.shape[0], hidden=table.shape[1], vocab_size=table.shape[0],
     )  # fmt: skip
@@ -92,7 +97,7 @@ def embed(token, table, out):
 
 
 def rms_norm(x, weight, eps, out, row_index=None):
-    params = dispatch.native().RmsNormParams(
+    params = struct("RmsNormParams", x.dtype)(
         x=ptr(x), weight=ptr(weight), row_index=ptr(row_index), out=ptr(out),
         num_rows=out.shape[0], hidden=x.shape[1], eps=eps,
     )  # fmt: skip
@@ -106,7 +111,7 @@ def row_linear(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=N
         have = 0 if workspace is None else workspace.numel() * workspace.element_size()
         if have < need:
             raise ValueError(f"row_linear: workspace must be at least {need} bytes for {x.shape[0]} rows, got {have}")
-    params = dispatch.native().RowLinearParams(
+    params = struct("RowLinearParams", x.dtype)(
         x=ptr(x),
         weight=ptr(weight.data),
         weight_diff=ptr(weight_diff.data) if weight_diff is not None else 0,
@@ -130,7 +135,7 @@ def row_linear(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=N
 def qkv_commit(qkv, rows, cos_sin, norms, eps, k_pages, v_pages, page_table, scratch_k, scratch_v, q_out):
     check_head_dim("qkv_commit", q_out.shape[2], qkv.device.type)
     q_norm, k_norm, q_norm_diff, k_norm_diff = norms or (None,) * 4
-    params = dispatch.native().QkvCommitParams(
+    params = struct("QkvCommitParams", qkv.dtype)(
         qkv=ptr(qkv),
         cos_sin=ptr(cos_sin),
         q_norm=ptr(q_norm),
@@ -153,7 +158,7 @@ def dual_attn(
     q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softmax_scale, out, *, max_seq_len, workspace=None
 ):
     check_head_dim("dual_attn", q.shape[2], q.device.type)
-    params = dispatch.native().DualAttnParams(
+    params = struct("DualAttnParams", q.dtype)(
         q=ptr(q),
         scratch_k=ptr(scratch_k),
         scratch_v=ptr(scratch_v),

@@ -9,8 +9,9 @@ import torch
 
 from orthrus_rt import dispatch
 
-# CPU: strips of 32 outputs (16 gates and their 16 ups for silu_mul) x 2 inputs, so that one vdpbf16ps takes
-# 16 outputs' pairs from one cache line; one partial maximum per 512 ids. See csrc/cpu/row_linear.h.
+# CPU: strips of 32 outputs (16 gates and their 16 ups for silu_mul) x one word of inputs (two bfloat16, one float32),
+# so that one vector instruction takes 16 outputs' words from one cache line; one partial maximum per 512 ids. See
+# csrc/cpu/row_linear.h.
 CPU_STRIP = 32
 CPU_ARGMAX_TILE = 512
 REFERENCE_ARGMAX_TILE = 128  # at most; runners-up are seen where they are the best of another tile
@@ -58,12 +59,12 @@ def pack(weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None
 
 
 def _pack_cpu(weight, gate_up):
-    in_features = weight.shape[1]
+    in_features, per_word = weight.shape[1], 4 // weight.element_size()
 
     def strips(rows, height):
-        out = rows.new_zeros(-(-rows.shape[0] // height) * height, in_features + in_features % 2)
+        out = rows.new_zeros(-(-rows.shape[0] // height) * height, -(-in_features // per_word) * per_word)
         out[: rows.shape[0], :in_features] = rows
-        return out.view(-1, height, out.shape[1] // 2, 2)
+        return out.view(-1, height, out.shape[1] // per_word, per_word)
 
     if gate_up:
         gate, up = weight.chunk(2)
@@ -71,27 +72,28 @@ def _pack_cpu(weight, gate_up):
     else:
         data = strips(weight, CPU_STRIP)
     data = data.transpose(1, 2)
-    return _huge_pages.empty(data.shape).copy_(data), -(-weight.shape[0] // CPU_ARGMAX_TILE)
+    return _huge_pages.empty(data.shape, data.dtype).copy_(data), -(-weight.shape[0] // CPU_ARGMAX_TILE)
 
 
 class _HugePages:
-    """bfloat16 tensors side by side in blocks that ask for huge pages: a pass reads every weight once, so with 4 KiB
-    pages it also reads most of the page tables. A block is freed with its last tensor."""
+    """Tensors side by side in blocks that ask for huge pages: a pass reads every weight once, so with 4 KiB pages it
+    also reads most of the page tables. A block is freed with its last tensor."""
 
-    BLOCK, PAGE, LINE = 16 << 20, 1 << 20, 32  # in elements: 32 MiB, 2 MiB, 64 bytes
+    BLOCK, PAGE, LINE = 32 << 20, 2 << 20, 64  # bytes
 
     def __init__(self):
-        self.block, self.lock = torch.empty(0, dtype=torch.bfloat16), threading.Lock()
+        self.block, self.lock = torch.empty(0, dtype=torch.uint8), threading.Lock()
 
-    def empty(self, shape: torch.Size) -> torch.Tensor:
-        size = -(-shape.numel() // self.LINE) * self.LINE
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        nbytes = shape.numel() * dtype.itemsize
+        size = -(-nbytes // self.LINE) * self.LINE
         with self.lock:
             if size > self.block.numel():
                 with torch.inference_mode(False):  # else only callers in inference mode could use the rest of it
-                    block = torch.empty(max(size, self.BLOCK) + self.PAGE, dtype=torch.bfloat16)
-                self.block = block[-(block.data_ptr() // 2) % self.PAGE :]
+                    block = torch.empty(max(size, self.BLOCK) + self.PAGE, dtype=torch.uint8)
+                self.block = block[-block.data_ptr() % self.PAGE :]
                 dispatch.native().cpu.advise_huge_pages(self.block.data_ptr(), self.block.nbytes)
-            data, self.block = self.block[: shape.numel()].view(shape), self.block[size:]
+            data, self.block = self.block[:nbytes].view(dtype).view(shape), self.block[size:]
         return data
 
 

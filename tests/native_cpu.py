@@ -4,6 +4,8 @@ import torch
 
 from orthrus_rt.plan import Rows
 
+ELEMENT = torch.bfloat16  # see the fixture ``element``
+
 
 class threads:
     """``with threads(n):`` runs ops on n threads."""
@@ -40,15 +42,15 @@ def make_rows(groups, num_groups_ar):
 
 def randn(*shape, seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale).bfloat16()
+    return (torch.randn(*shape, generator=generator) * scale).to(ELEMENT)
 
 
-def poison(*shape, dtype=torch.bfloat16):
-    return torch.full(shape, torch.nan, dtype=dtype)
+def poison(*shape, dtype=None):
+    return torch.full(shape, torch.nan, dtype=dtype or ELEMENT)
 
 
 def assert_rounded(got, want, slack=0.0):
-    """``got`` is float64 ``want`` rounded once to bfloat16, give or take an fp32 evaluation (``slack``, absolute)."""
-    bound = want.abs() * 2.0**-8 + slack + 1e-38
+    """``got`` is float64 ``want`` evaluated in fp32 (1e-6, and ``slack``, absolute) and rounded once to its dtype."""
+    bound = want.abs() * (torch.finfo(got.dtype).eps / 2 + 1e-6) + slack + 1e-38
     error = (got.double() - want).abs()
     assert bool((error <= bound).all()), f"worst {float((error / bound).max()):.3g} times the bound"

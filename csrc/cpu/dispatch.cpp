@@ -5,6 +5,7 @@
 #include <iterator>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "consensus.h"
 #include "count_tokens.h"
@@ -60,6 +61,15 @@ std::atomic<const Choice*>& chosen() {
 
 const Variant& variant() { return *chosen().load(std::memory_order_relaxed)->variant; }
 
+template <typename T>
+const ElementKernels<T>& kernels() {
+  if constexpr (std::is_same_v<T, float>) {
+    return variant().f32;
+  } else {
+    return variant().bf16;
+  }
+}
+
 template <typename Params, typename Run>
 void record_or(const Params& p, Run run) {
   if (Tape* tape = Tape::recording()) {
@@ -83,13 +93,29 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num
 #endif
 }
 
-void row_linear(const RowLinearParams& p) { record_or(p, variant().row_linear); }
-void qkv_commit(const QkvCommitParams& p) { record_or(p, variant().qkv_commit); }
-void dual_attn(const DualAttnParams& p) { record_or(p, variant().dual_attn); }
+template <typename T>
+void row_linear(const RowLinearParamsOf<T>& p) { record_or(p, kernels<T>().row_linear); }
+template <typename T>
+void qkv_commit(const QkvCommitParamsOf<T>& p) { record_or(p, kernels<T>().qkv_commit); }
+template <typename T>
+void dual_attn(const DualAttnParamsOf<T>& p) { record_or(p, kernels<T>().dual_attn); }
+template <typename T>
+void rms_norm(const RmsNormParamsOf<T>& p) { record_or(p, kernels<T>().rms_norm); }
+template <typename T>
+void embed(const EmbedParamsOf<T>& p) { record_or(p, kernels<T>().embed); }
+
+#define ORTHRUS_INSTANTIATE(T)                           \
+  template void row_linear(const RowLinearParamsOf<T>&); \
+  template void qkv_commit(const QkvCommitParamsOf<T>&); \
+  template void dual_attn(const DualAttnParamsOf<T>&);   \
+  template void rms_norm(const RmsNormParamsOf<T>&);     \
+  template void embed(const EmbedParamsOf<T>&);
+ORTHRUS_INSTANTIATE(bf16_t)
+ORTHRUS_INSTANTIATE(float)
+#undef ORTHRUS_INSTANTIATE
+
 void consensus(const ConsensusParams& p) { record_or(p, run_consensus); }
 void process_logits(const ProcessLogitsParams& p) { record_or(p, variant().process_logits); }
 void count_tokens(const CountTokensParams& p) { record_or(p, run_count_tokens); }
-void rms_norm(const RmsNormParams& p) { record_or(p, variant().rms_norm); }
-void embed(const EmbedParams& p) { record_or(p, variant().embed); }
 
 }  // namespace orthrus::cpu

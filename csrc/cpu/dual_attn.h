@@ -3,9 +3,9 @@
 // Keys are taken 64 at a time at fixed absolute positions, a block's own keys last, in an online
 // softmax. A query is one row's head; a tile holds up to 24 queries that share a KV head. A key that
 // a query does not see never enters that query's sums, so tiles change no bit and unused cache may
-// hold anything. Scores: dot2 over ascending pairs of lanes. Weights e^(score - maximum) are rounded
-// to bf16; their sum and, by dot2 over ascending pairs of keys, their product with the values take
-// the rounded ones.
+// hold anything. Scores: dot over ascending words of lanes. Weights e^(score - maximum) are rounded
+// to T; their sum and, by dot over ascending words of keys, their product with the values take the
+// rounded ones.
 #pragma once
 #include "orthrus/rows.h"
 #include "pool.h"
@@ -19,17 +19,19 @@ constexpr int kQueries = 24;
 constexpr int kMaxHeadDim = 256;
 
 // One tile of keys as a query tile sees it.
+template <typename T>
 struct KeyTile {
-  const bf16_t* k_row[kKeys];
-  const bf16_t* v_row[kKeys];
+  const T* k_row[kKeys];
+  const T* v_row[kKeys];
   int64_t num_keys;
   int64_t visible[kQueries];                       // the first so many keys are visible to the query
-  alignas(64) uint32_t k_pairs[kMaxHeadDim / 2][kKeys];  // k_row transposed, in pairs of lanes
+  alignas(64) uint32_t k_words[kMaxHeadDim / kPerWord<T>][kKeys];  // k_row transposed, in words
 };
 
+template <typename T>
 struct QueryTile {
-  const bf16_t* q_row[kQueries];
-  bf16_t* out_row[kQueries];
+  const T* q_row[kQueries];
+  T* out_row[kQueries];
   int32_t row[kQueries];
   int64_t num_queries;
   int64_t head_dim;
@@ -37,52 +39,53 @@ struct QueryTile {
   float top[kQueries + kLanes];                    // running maximum of the scores
   float decay[kLanes];                             // e^(old maximum - new maximum) of the queries at hand
   alignas(64) float score[kQueries][kKeys];
-  alignas(64) bf16_t weight[kQueries][kKeys];      // e^(score - top)
+  alignas(64) T weight[kQueries][kKeys];           // e^(score - top)
   alignas(64) float total[kQueries][kLanes];       // running sum of the weights, lane by lane
   alignas(64) float mixed[kQueries][kMaxHeadDim];  // running weighted sum of the values
 };
 
-ORTHRUS_INLINE void transpose_keys(KeyTile& keys, int64_t head_dim) {
-  const int64_t num_pairs = head_dim / 2;
+template <typename T>
+ORTHRUS_INLINE void transpose_keys(KeyTile<T>& keys, int64_t head_dim) {
+  const int64_t num_words = head_dim / kPerWord<T>;
   for (int64_t j = 0; j < keys.num_keys; j += kLanes) {
     const uint32_t* in[kLanes];
-    for (int64_t d = 0; d < num_pairs; d += kLanes) {
+    for (int64_t d = 0; d < num_words; d += kLanes) {
       for (int64_t i = 0; i < kLanes; ++i) {
         in[i] = reinterpret_cast<const uint32_t*>(keys.k_row[min_of(j + i, keys.num_keys - 1)]) + d;
       }
-      if (d + kLanes <= num_pairs) {
-        transpose16(in, &keys.k_pairs[d][j], kKeys);
+      if (d + kLanes <= num_words) {
+        transpose16(in, &keys.k_words[d][j], kKeys);
       } else {
-        for (int64_t c = d; c < num_pairs; ++c) {
-          for (int64_t i = 0; i < kLanes; ++i) keys.k_pairs[c][j + i] = in[i][c - d];
+        for (int64_t c = d; c < num_words; ++c) {
+          for (int64_t i = 0; i < kLanes; ++i) keys.k_words[c][j + i] = in[i][c - d];
         }
       }
     }
   }
 }
 
-template <int kCount, int kVecs>
-inline void score_queries(QueryTile& queries, const KeyTile& keys, int64_t first, int64_t first_key) {
+template <int kCount, int kVecs, typename T>
+inline void score_queries(QueryTile<T>& queries, const KeyTile<T>& keys, int64_t first, int64_t first_key) {
   Vec acc[kCount][kVecs];
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) {
     ORTHRUS_UNROLL
     for (int b = 0; b < kVecs; ++b) acc[q][b] = zero();
   }
-  const bf16_t* q_row[kCount];
+  const T* q_row[kCount];
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) q_row[q] = queries.q_row[first + q];
-  for (int64_t d = 0; d < queries.head_dim / 2; ++d) {
-    PairVec k[kVecs];
+  for (int64_t d = 0; d < queries.head_dim / kPerWord<T>; ++d) {
+    WordVec k[kVecs];
     ORTHRUS_UNROLL
     for (int b = 0; b < kVecs; ++b) {
-      k[b] = load_pairs(reinterpret_cast<const bf16_t*>(&keys.k_pairs[d][first_key + b * kLanes]));
+      k[b] = load_words(&keys.k_words[d][first_key + b * kLanes]);
     }
     ORTHRUS_UNROLL
     for (int q = 0; q < kCount; ++q) {
-      const PairVec pair = set1_pair(load_pair(q_row[q] + 2 * d));
+      const WordVec word = set1_word(load_word(q_row[q] + kPerWord<T> * d));
       ORTHRUS_UNROLL
-      for (int b = 0; b < kVecs; ++b) acc[q][b] = dot2(acc[q][b], k[b], pair);
+      for (int b = 0; b < kVecs; ++b) acc[q][b] = dot<T>(acc[q][b], k[b], word);
     }
   }
   const Vec scale = set1(queries.scale);
@@ -100,8 +103,8 @@ inline void score_queries(QueryTile& queries, const KeyTile& keys, int64_t first
 }
 
 // Scores to weights, for queries [first, first + kCount): new maxima, e^(score - maximum), running sums.
-template <int kCount>
-inline void weigh_queries(QueryTile& queries, int64_t first, int64_t num_vecs) {
+template <int kCount, typename T>
+inline void weigh_queries(QueryTile<T>& queries, int64_t first, int64_t num_vecs) {
   static_assert(kCount <= kLanes);
   const Vec old_top = load(&queries.top[first]);
   for (int64_t q = first; q < first + kCount; ++q) {
@@ -115,17 +118,21 @@ inline void weigh_queries(QueryTile& queries, int64_t first, int64_t num_vecs) {
     const Vec top = set1(queries.top[q]);
     Vec total = mul(load(queries.total[q]), set1(queries.decay[q - first]));
     for (int64_t b = 0; b < num_vecs; ++b) {
-      bf16_t* weight = &queries.weight[q][b * kLanes];
-      store_bf16(weight, exp(sub(load(&queries.score[q][b * kLanes]), top)));
-      total = add(total, load_bf16(weight));
+      T* weight = &queries.weight[q][b * kLanes];
+      store(weight, exp(sub(load(&queries.score[q][b * kLanes]), top)));
+      total = add(total, load(weight));
     }
     store(queries.total[q], total);
   }
 }
 
+// Lane i: element d + i of the rows of as many keys as a word holds.
+ORTHRUS_INLINE WordVec zip_words(const bf16_t* const* rows, int64_t d) { return zip_pairs(rows[0] + d, rows[1] + d); }
+ORTHRUS_INLINE WordVec zip_words(const float* const* rows, int64_t d) { return load_words(rows[0] + d); }
+
 // mixed = mixed * decay + weights x values, for queries that see the same number of keys.
-template <int kCount, int kVecs>
-inline void mix_queries(QueryTile& queries, const KeyTile& keys, int64_t first, int64_t lane) {
+template <int kCount, int kVecs, typename T>
+inline void mix_queries(QueryTile<T>& queries, const KeyTile<T>& keys, int64_t first, int64_t lane) {
   Vec acc[kCount][kVecs];
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) {
@@ -134,25 +141,27 @@ inline void mix_queries(QueryTile& queries, const KeyTile& keys, int64_t first, 
     for (int c = 0; c < kVecs; ++c) acc[q][c] = mul(load(&queries.mixed[first + q][lane + c * kLanes]), decay);
   }
   const auto add_keys = [&](auto values_of, auto weights_of) ORTHRUS_LAMBDA {
-    PairVec v[kVecs];
+    WordVec v[kVecs];
     ORTHRUS_UNROLL
     for (int c = 0; c < kVecs; ++c) v[c] = values_of(lane + c * kLanes);
     ORTHRUS_UNROLL
     for (int q = 0; q < kCount; ++q) {
-      const PairVec w = set1_pair(weights_of(queries.weight[first + q]));
+      const WordVec w = set1_word(weights_of(queries.weight[first + q]));
       ORTHRUS_UNROLL
-      for (int c = 0; c < kVecs; ++c) acc[q][c] = dot2(acc[q][c], v[c], w);
+      for (int c = 0; c < kVecs; ++c) acc[q][c] = dot<T>(acc[q][c], v[c], w);
     }
   };
   const int64_t count = keys.visible[first];
   int64_t j = 0;
-  for (; j + 2 <= count; j += 2) {
-    add_keys([&](int64_t d) ORTHRUS_LAMBDA { return zip_pairs(keys.v_row[j] + d, keys.v_row[j + 1] + d); },
-             [&](const bf16_t* weight) ORTHRUS_LAMBDA { return load_pair(weight + j); });
+  for (; j + kPerWord<T> <= count; j += kPerWord<T>) {
+    add_keys([&](int64_t d) ORTHRUS_LAMBDA { return zip_words(&keys.v_row[j], d); },
+             [&](const T* weight) ORTHRUS_LAMBDA { return load_word(weight + j); });
   }
-  if (j < count) {  // the next key is not visible, and zero times its value may be NaN
-    add_keys([&](int64_t d) ORTHRUS_LAMBDA { return zip_pairs(keys.v_row[j] + d, nullptr); },
-             [&](const bf16_t* weight) ORTHRUS_LAMBDA { return uint32_t{weight[j]}; });
+  if constexpr (kPerWord<T> == 2) {
+    if (j < count) {  // the next key is not visible, and zero times its value may be NaN
+      add_keys([&](int64_t d) ORTHRUS_LAMBDA { return zip_pairs(keys.v_row[j] + d, nullptr); },
+               [&](const T* weight) ORTHRUS_LAMBDA { return uint32_t{weight[j]}; });
+    }
   }
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) {
@@ -161,8 +170,8 @@ inline void mix_queries(QueryTile& queries, const KeyTile& keys, int64_t first, 
   }
 }
 
-template <int kCount>
-inline void attend_queries(QueryTile& queries, const KeyTile& keys, int64_t first, int64_t count) {
+template <int kCount, typename T>
+inline void attend_queries(QueryTile<T>& queries, const KeyTile<T>& keys, int64_t first, int64_t count) {
   if constexpr (kCount > 1) {
     if (count < kCount) return attend_queries<kCount - 1>(queries, keys, first, count);
   }
@@ -181,7 +190,8 @@ inline void attend_queries(QueryTile& queries, const KeyTile& keys, int64_t firs
 }
 
 // Folds one tile of keys into every query that sees any of it.
-ORTHRUS_INLINE void attend_keys(QueryTile& queries, KeyTile& keys) {
+template <typename T>
+ORTHRUS_INLINE void attend_keys(QueryTile<T>& queries, KeyTile<T>& keys) {
   transpose_keys(keys, queries.head_dim);
   for (int64_t first = 0, last; first < queries.num_queries; first = last) {
     last = first + 1;
@@ -191,8 +201,9 @@ ORTHRUS_INLINE void attend_keys(QueryTile& queries, KeyTile& keys) {
   }
 }
 
-ORTHRUS_INLINE void attend_prefix(const DualAttnParams& p, int64_t slot, int64_t head_kv, QueryTile& queries,
-                                  KeyTile& keys) {
+template <typename T>
+ORTHRUS_INLINE void attend_prefix(const DualAttnParamsOf<T>& p, int64_t slot, int64_t head_kv, QueryTile<T>& queries,
+                                  KeyTile<T>& keys) {
   int64_t longest = 0;
   for (int64_t q = 0; q < queries.num_queries; ++q) longest = max_of(longest, p.rows.prefix_len[queries.row[q]]);
   const int32_t* pages = p.kv.page_table + slot * p.kv.max_pages;
@@ -215,8 +226,9 @@ ORTHRUS_INLINE void attend_prefix(const DualAttnParams& p, int64_t slot, int64_t
   }
 }
 
-ORTHRUS_INLINE void attend_block(const DualAttnParams& p, int64_t begin, int64_t end, int64_t head_kv,
-                                 QueryTile& queries, KeyTile& keys) {
+template <typename T>
+ORTHRUS_INLINE void attend_block(const DualAttnParamsOf<T>& p, int64_t begin, int64_t end, int64_t head_kv,
+                                 QueryTile<T>& queries, KeyTile<T>& keys) {
   for (int64_t row = begin; row < end;) {
     keys.num_keys = 0;
     for (; row < end && keys.num_keys < kKeys; ++row) {
@@ -233,14 +245,15 @@ ORTHRUS_INLINE void attend_block(const DualAttnParams& p, int64_t begin, int64_t
   }
 }
 
-ORTHRUS_INLINE void attend_tile(const DualAttnParams& p, int64_t group, int64_t tile, int64_t head_kv) {
+template <typename T>
+ORTHRUS_INLINE void attend_tile(const DualAttnParamsOf<T>& p, int64_t group, int64_t tile, int64_t head_kv) {
   const int64_t begin = p.rows.group_start[group], end = p.rows.group_start[group + 1];
   const int64_t heads_per_kv = p.num_heads_q / p.kv.num_heads_kv;
   const int64_t first = tile * kQueries;
   if (first >= (end - begin) * heads_per_kv) return;
 
-  QueryTile queries;
-  KeyTile keys;
+  QueryTile<T> queries;
+  KeyTile<T> keys;
   queries.num_queries = min_of(kQueries, (end - begin) * heads_per_kv - first);
   queries.head_dim = p.kv.head_dim;
   queries.scale = p.softmax_scale;
@@ -262,12 +275,13 @@ ORTHRUS_INLINE void attend_tile(const DualAttnParams& p, int64_t group, int64_t 
     const float total = reduce_add(load(queries.total[q]));
     const float inverse = total == 0.f ? 0.f : 1.f / total;  // a row that sees nothing yields zeros
     for (int64_t d = 0; d < queries.head_dim; d += kLanes) {
-      store_bf16(queries.out_row[q] + d, mul(load(&queries.mixed[q][d]), set1(inverse)));
+      store(queries.out_row[q] + d, mul(load(&queries.mixed[q][d]), set1(inverse)));
     }
   }
 }
 
-inline void dual_attn(const DualAttnParams& p) {
+template <typename T>
+inline void dual_attn(const DualAttnParamsOf<T>& p) {
   const int64_t heads_per_kv = p.num_heads_q / p.kv.num_heads_kv;
   const int64_t tiles = div_up(p.rows.max_group_rows * heads_per_kv, kQueries);
   const int64_t num_items = p.rows.num_groups * tiles * p.kv.num_heads_kv;

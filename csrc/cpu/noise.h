@@ -12,22 +12,22 @@ constexpr int64_t kNoiseTokens = 64;
 ORTHRUS_INLINE void uniforms(int64_t seed, int32_t position, int32_t purpose, int64_t first, float* out) {
   alignas(64) uint32_t quad[kLanes];
   for (int i = 0; i < kLanes; ++i) quad[i] = static_cast<uint32_t>(first / 4 + i);
-  PairVec c0, c1 = set1_pair(position), c2 = set1_pair(purpose), c3 = set1_pair(0);
+  WordVec c0, c1 = set1_word(position), c2 = set1_word(purpose), c3 = set1_word(0);
   std::memcpy(&c0, quad, sizeof quad);
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int i = 0; i < 10; ++i) {
-    PairVec high0, low0, high2, low2;
+    WordVec high0, low0, high2, low2;
     multiply_wide(c0, 0xD2511F53u, &high0, &low0);
     multiply_wide(c2, 0xCD9E8D57u, &high2, &low2);
-    c0 = bit_xor(bit_xor(high2, c1), set1_pair(key0));
-    c2 = bit_xor(bit_xor(high0, c3), set1_pair(key1));
+    c0 = bit_xor(bit_xor(high2, c1), set1_word(key0));
+    c2 = bit_xor(bit_xor(high0, c3), set1_word(key1));
     c1 = low2;
     c3 = low0;
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
   alignas(64) float word[4][kLanes];
-  const PairVec counter[4] = {c0, c1, c2, c3};
+  const WordVec counter[4] = {c0, c1, c2, c3};
   for (int w = 0; w < 4; ++w) {
     const Vec u = mul(add(words_to_float(counter[w]), set1(0.5f)), set1(0x1p-32f));
     store(word[w], min(u, set1(1 - 0x1p-24f)));

@@ -9,26 +9,28 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 // Rows below which a second thread costs more than it brings.
 constexpr int64_t kMinRowsPerThread = 16;
 
-inline void embed(const EmbedParams& p) {
+template <typename T>
+inline void embed(const EmbedParamsOf<T>& p) {
   parallel_for(p.num_rows, kMinRowsPerThread, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t token = p.token[r];
-      bf16_t* out = p.out + r * p.hidden;
+      T* out = p.out + r * p.hidden;
       if (token < 0 || token >= p.vocab_size) {
-        std::memset(out, 0, p.hidden * sizeof(bf16_t));
+        std::memset(out, 0, p.hidden * sizeof(T));
       } else {
-        std::memcpy(out, p.table + token * p.hidden, p.hidden * sizeof(bf16_t));
+        std::memcpy(out, p.table + token * p.hidden, p.hidden * sizeof(T));
       }
     }
   });
 }
 
 // 1 / sqrt(mean(x^2) + eps).
-ORTHRUS_INLINE float inverse_rms(const bf16_t* x, int64_t count, float eps) {
+template <typename T>
+ORTHRUS_INLINE float inverse_rms(const T* x, int64_t count, float eps) {
   Vec squares = zero();
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    const Vec v = load_bf16(x + i);
+    const Vec v = load(x + i);
     squares = fma(v, v, squares);
   }
   float sum = reduce_add(squares);
@@ -36,36 +38,38 @@ ORTHRUS_INLINE float inverse_rms(const bf16_t* x, int64_t count, float eps) {
   return 1.f / __builtin_sqrtf(sum / static_cast<float>(count) + eps);
 }
 
-inline void rms_norm(const RmsNormParams& p) {
+template <typename T>
+inline void rms_norm(const RmsNormParamsOf<T>& p) {
   parallel_for(p.num_rows, kMinRowsPerThread, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const bf16_t* x = p.x + int64_t{p.row_index ? p.row_index[r] : static_cast<int32_t>(r)} * p.hidden;
-      bf16_t* out = p.out + r * p.hidden;
+      const T* x = p.x + int64_t{p.row_index ? p.row_index[r] : static_cast<int32_t>(r)} * p.hidden;
+      T* out = p.out + r * p.hidden;
       const float scale = inverse_rms(x, p.hidden, p.eps);
       int64_t i = 0;
       for (; i + kLanes <= p.hidden; i += kLanes) {
-        store_bf16(out + i, mul(mul(load_bf16(x + i), set1(scale)), load(p.weight + i)));
+        store(out + i, mul(mul(load(x + i), set1(scale)), load(p.weight + i)));
       }
-      for (; i < p.hidden; ++i) out[i] = to_bf16(to_float(x[i]) * scale * p.weight[i]);
+      for (; i < p.hidden; ++i) out[i] = from_float<T>(to_float(x[i]) * scale * p.weight[i]);
     }
   });
 }
 
 // RMSNorm (if `norm`) and half-split RoPE of one head, one rounding. out may not overlap x.
-ORTHRUS_INLINE void rotate_head(const bf16_t* x, const float* norm, float eps, const float* cos_sin, int64_t head_dim,
-                                bf16_t* out) {
+template <typename T>
+ORTHRUS_INLINE void rotate_head(const T* x, const float* norm, float eps, const float* cos_sin, int64_t head_dim,
+                                T* out) {
   const int64_t half = head_dim / 2;
   const float scale = norm ? inverse_rms(x, head_dim, eps) : 1.f;
   int64_t i = 0;
   for (; i + kLanes <= half; i += kLanes) {
-    Vec lo = load_bf16(x + i), hi = load_bf16(x + half + i);
+    Vec lo = load(x + i), hi = load(x + half + i);
     if (norm) {
       lo = mul(mul(lo, set1(scale)), load(norm + i));
       hi = mul(mul(hi, set1(scale)), load(norm + half + i));
     }
     const Vec cos = load(cos_sin + i), sin = load(cos_sin + half + i);
-    store_bf16(out + i, sub(mul(lo, cos), mul(hi, sin)));
-    store_bf16(out + half + i, add(mul(hi, cos), mul(lo, sin)));
+    store(out + i, sub(mul(lo, cos), mul(hi, sin)));
+    store(out + half + i, add(mul(hi, cos), mul(lo, sin)));
   }
   for (; i < half; ++i) {
     float lo = to_float(x[i]), hi = to_float(x[half + i]);
@@ -74,12 +78,13 @@ ORTHRUS_INLINE void rotate_head(const bf16_t* x, const float* norm, float eps, c
       hi = hi * scale * norm[half + i];
     }
     const float cos = cos_sin[i], sin = cos_sin[half + i];
-    out[i] = to_bf16(lo * cos - hi * sin);
-    out[half + i] = to_bf16(hi * cos + lo * sin);
+    out[i] = from_float<T>(lo * cos - hi * sin);
+    out[half + i] = from_float<T>(hi * cos + lo * sin);
   }
 }
 
-ORTHRUS_INLINE void commit_row(const QkvCommitParams& p, int64_t r) {
+template <typename T>
+ORTHRUS_INLINE void commit_row(const QkvCommitParamsOf<T>& p, int64_t r) {
   const int64_t head_dim = p.kv.head_dim;
   const int64_t num_heads_kv = p.kv.num_heads_kv;
   const bool is_ar = r < p.rows.num_rows_ar;
@@ -89,16 +94,16 @@ ORTHRUS_INLINE void commit_row(const QkvCommitParams& p, int64_t r) {
   const bool valid = row_is_valid(position);
   const float* cos_sin = p.cos_sin + (valid ? position : 0) * head_dim;
 
-  const bf16_t* q = p.qkv + r * (p.num_heads_q + 2 * num_heads_kv) * head_dim;
-  const bf16_t* k = q + p.num_heads_q * head_dim;
-  const bf16_t* v = k + num_heads_kv * head_dim;
-  bf16_t* q_out = p.q_out + r * p.num_heads_q * head_dim;
+  const T* q = p.qkv + r * (p.num_heads_q + 2 * num_heads_kv) * head_dim;
+  const T* k = q + p.num_heads_q * head_dim;
+  const T* v = k + num_heads_kv * head_dim;
+  T* q_out = p.q_out + r * p.num_heads_q * head_dim;
   for (int64_t h = 0; h < p.num_heads_q; ++h) {
     rotate_head(q + h * head_dim, q_norm, p.eps, cos_sin, head_dim, q_out + h * head_dim);
   }
 
-  bf16_t* k_out;
-  bf16_t* v_out;
+  T* k_out;
+  T* v_out;
   int64_t stride_head;
   if (is_ar) {
     const int64_t slot = valid ? position % p.kv.page_size : 0;
@@ -116,11 +121,12 @@ ORTHRUS_INLINE void commit_row(const QkvCommitParams& p, int64_t r) {
   }
   for (int64_t h = 0; h < num_heads_kv; ++h) {
     rotate_head(k + h * head_dim, k_norm, p.eps, cos_sin, head_dim, k_out + h * stride_head);
-    std::memcpy(v_out + h * stride_head, v + h * head_dim, head_dim * sizeof(bf16_t));
+    std::memcpy(v_out + h * stride_head, v + h * head_dim, head_dim * sizeof(T));
   }
 }
 
-inline void qkv_commit(const QkvCommitParams& p) {
+template <typename T>
+inline void qkv_commit(const QkvCommitParamsOf<T>& p) {
   parallel_for(p.rows.num_rows, kMinRowsPerThread, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) commit_row(p, r);
   });

@@ -1,6 +1,7 @@
-// Vec: 16 fp32 lanes, and PairVec: 16 lanes of two bf16 inputs each, on the instruction set that
-// this translation unit is compiled for. The lane count is the same everywhere, so that kernels and
-// packed layouts are written once; the sets differ in how a product of pairs is rounded.
+// Vec: 16 fp32 lanes, and WordVec: 16 lanes of one 32-bit word each, two bf16 elements or one float, on
+// the instruction set that this translation unit is compiled for. Lane count and words are the same
+// everywhere, so that kernels and packed layouts are written once, for both elements; the sets differ in
+// how a product of bf16 pairs is rounded.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -27,6 +28,7 @@ ORTHRUS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 ORTHRUS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 ORTHRUS_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+ORTHRUS_INLINE float to_float(float x) { return x; }
 ORTHRUS_INLINE float to_float(bf16_t x) {
   const uint32_t bits = uint32_t{x} << 16;
   float f;
@@ -42,11 +44,34 @@ ORTHRUS_INLINE bf16_t to_bf16(float f) {
   return static_cast<bf16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// Two consecutive bf16 values as one word, the first in the low half (little endian).
-ORTHRUS_INLINE uint32_t load_pair(const bf16_t* p) {
+template <typename T>
+ORTHRUS_INLINE T from_float(float f) {
+  if constexpr (sizeof(T) == sizeof f) {
+    return f;
+  } else {
+    return to_bf16(f);
+  }
+}
+
+// Elements of a 32-bit word: two bf16 (the first in the low half), or one float.
+template <typename T>
+constexpr int kPerWord = sizeof(uint32_t) / sizeof(T);
+
+template <typename T>
+ORTHRUS_INLINE uint32_t load_word(const T* p) {
   uint32_t word;
   std::memcpy(&word, p, sizeof word);
   return word;
+}
+
+// acc + the products of a's and b's elements, in their order.
+template <typename T>
+ORTHRUS_INLINE Vec dot(Vec acc, WordVec a, WordVec b) {
+  if constexpr (kPerWord<T> == 2) {
+    return dot2(acc, a, b);
+  } else {
+    return fma(as_floats(a), as_floats(b), acc);
+  }
 }
 
 // e^x to 2 ulp; 0 below -87.3, finite above 88.3. The polynomial is the Taylor series on |r| <= ln2/2.

@@ -10,7 +10,7 @@ constexpr int kTileQueries = 2;
 struct Vec {
   __m256 lo, hi;
 };
-struct PairVec {
+struct WordVec {
   __m256i lo, hi;
 };
 
@@ -95,7 +95,7 @@ ORTHRUS_INLINE Vec keep_first(Vec v, int64_t count, float x) {
 ORTHRUS_INLINE __m256 widen(__m128i half) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
-ORTHRUS_INLINE Vec load_bf16(const bf16_t* p) {
+ORTHRUS_INLINE Vec load(const bf16_t* p) {
   return {widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
 }
@@ -107,28 +107,29 @@ ORTHRUS_INLINE __m256i round_to_bf16(__m256 v) {
   const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
   return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }
-ORTHRUS_INLINE void store_bf16(bf16_t* p, Vec v) {
+ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
   const __m256i packed = _mm256_packus_epi32(round_to_bf16(v.lo), round_to_bf16(v.hi));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
 
-ORTHRUS_INLINE PairVec load_pairs(const bf16_t* p) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16))};
+ORTHRUS_INLINE WordVec load_words(const void* p) {
+  const __m256i* half = static_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(half), _mm256_loadu_si256(half + 1)};
 }
+ORTHRUS_INLINE Vec as_floats(WordVec a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
 ORTHRUS_INLINE __m256i zip_pairs8(const bf16_t* p, const bf16_t* q) {
   const __m256i first = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   const __m256i second = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
   return _mm256_or_si256(first, _mm256_slli_epi32(second, 16));
 }
 // Lane i: p[i] and q[i], or p[i] and 0 without q.
-ORTHRUS_INLINE PairVec zip_pairs(const bf16_t* p, const bf16_t* q) {
+ORTHRUS_INLINE WordVec zip_pairs(const bf16_t* p, const bf16_t* q) {
   constexpr bf16_t kZeros[16] = {};
   if (!q) return {zip_pairs8(p, kZeros), zip_pairs8(p + 8, kZeros)};
   return {zip_pairs8(p, q), zip_pairs8(p + 8, q + 8)};
 }
-ORTHRUS_INLINE PairVec set1_pair(uint32_t pair) {
-  const __m256i v = _mm256_set1_epi32(static_cast<int32_t>(pair));
+ORTHRUS_INLINE WordVec set1_word(uint32_t word) {
+  const __m256i v = _mm256_set1_epi32(static_cast<int32_t>(word));
   return {v, v};
 }
 ORTHRUS_INLINE __m256 first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
@@ -139,12 +140,12 @@ ORTHRUS_INLINE __m256 dot2(__m256 acc, __m256i a, __m256i b) {
   return _mm256_fmadd_ps(second_of(a), second_of(b), _mm256_fmadd_ps(first_of(a), first_of(b), acc));
 }
 // acc + a.first * b.first, then + a.second * b.second, each fused.
-ORTHRUS_INLINE Vec dot2(Vec acc, PairVec a, PairVec b) {
+ORTHRUS_INLINE Vec dot2(Vec acc, WordVec a, WordVec b) {
   return {dot2(acc.lo, a.lo, b.lo), dot2(acc.hi, a.hi, b.hi)};
 }
 
 // The same lanes as 32-bit words.
-ORTHRUS_INLINE PairVec bit_xor(PairVec a, PairVec b) {
+ORTHRUS_INLINE WordVec bit_xor(WordVec a, WordVec b) {
   return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)};
 }
 ORTHRUS_INLINE void multiply_wide(__m256i a, uint32_t m, __m256i* high, __m256i* low) {
@@ -154,7 +155,7 @@ ORTHRUS_INLINE void multiply_wide(__m256i a, uint32_t m, __m256i* high, __m256i*
   *low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
 }
 // High and low word of a * m.
-ORTHRUS_INLINE void multiply_wide(PairVec a, uint32_t m, PairVec* high, PairVec* low) {
+ORTHRUS_INLINE void multiply_wide(WordVec a, uint32_t m, WordVec* high, WordVec* low) {
   multiply_wide(a.lo, m, &high->lo, &low->lo);
   multiply_wide(a.hi, m, &high->hi, &low->hi);
 }
@@ -164,7 +165,7 @@ ORTHRUS_INLINE __m256 words_to_float(__m256i a) {  // both halves convert exactl
   return _mm256_add_ps(_mm256_mul_ps(high, _mm256_set1_ps(65536.f)), low);
 }
 // Unsigned words rounded to nearest even.
-ORTHRUS_INLINE Vec words_to_float(PairVec a) { return {words_to_float(a.lo), words_to_float(a.hi)}; }
+ORTHRUS_INLINE Vec words_to_float(WordVec a) { return {words_to_float(a.lo), words_to_float(a.hi)}; }
 
 ORTHRUS_INLINE float reduce_add(Vec v) {
   const __m256 eight = _mm256_add_ps(v.lo, v.hi);

@@ -8,7 +8,7 @@ constexpr int kTileRows = 12;
 constexpr int kTileQueries = 6;
 
 using Vec = __m512;
-using PairVec = __m512i;
+using WordVec = __m512i;
 
 ORTHRUS_INLINE Vec zero() { return _mm512_setzero_ps(); }
 ORTHRUS_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
@@ -53,11 +53,11 @@ ORTHRUS_INLINE Vec keep_first(Vec v, int64_t count, float x) {
   return _mm512_mask_mov_ps(set1(x), mask, v);
 }
 
-ORTHRUS_INLINE Vec load_bf16(const bf16_t* p) {
+ORTHRUS_INLINE Vec load(const bf16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
-ORTHRUS_INLINE void store_bf16(bf16_t* p, Vec v) {
+ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
@@ -66,31 +66,32 @@ ORTHRUS_INLINE void store_bf16(bf16_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
 }
 
-ORTHRUS_INLINE PairVec load_pairs(const bf16_t* p) { return _mm512_loadu_si512(p); }
+ORTHRUS_INLINE WordVec load_words(const void* p) { return _mm512_loadu_si512(p); }
+ORTHRUS_INLINE Vec as_floats(WordVec a) { return _mm512_castsi512_ps(a); }
 // Lane i: p[i] and q[i], or p[i] and 0 without q.
-ORTHRUS_INLINE PairVec zip_pairs(const bf16_t* p, const bf16_t* q) {
+ORTHRUS_INLINE WordVec zip_pairs(const bf16_t* p, const bf16_t* q) {
   const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   if (!q) return first;
   const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
   return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
 }
-ORTHRUS_INLINE PairVec set1_pair(uint32_t pair) { return _mm512_set1_epi32(static_cast<int32_t>(pair)); }
+ORTHRUS_INLINE WordVec set1_word(uint32_t word) { return _mm512_set1_epi32(static_cast<int32_t>(word)); }
 // acc + a.first * b.first + a.second * b.second, as vdpbf16ps rounds it (denormals count as zero).
-ORTHRUS_INLINE Vec dot2(Vec acc, PairVec a, PairVec b) {
+ORTHRUS_INLINE Vec dot2(Vec acc, WordVec a, WordVec b) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 
 // The same lanes as 32-bit words.
-ORTHRUS_INLINE PairVec bit_xor(PairVec a, PairVec b) { return _mm512_xor_si512(a, b); }
+ORTHRUS_INLINE WordVec bit_xor(WordVec a, WordVec b) { return _mm512_xor_si512(a, b); }
 // High and low word of a * m.
-ORTHRUS_INLINE void multiply_wide(PairVec a, uint32_t m, PairVec* high, PairVec* low) {
+ORTHRUS_INLINE void multiply_wide(WordVec a, uint32_t m, WordVec* high, WordVec* low) {
   const __m512i factor = _mm512_set1_epi64(m);
   const __m512i even = _mm512_mul_epu32(a, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), factor);
   *high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
   *low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
 }
 // Unsigned words rounded to nearest even.
-ORTHRUS_INLINE Vec words_to_float(PairVec a) { return _mm512_cvtepu32_ps(a); }
+ORTHRUS_INLINE Vec words_to_float(WordVec a) { return _mm512_cvtepu32_ps(a); }
 
 ORTHRUS_INLINE float reduce_add(Vec v) { return _mm512_reduce_add_ps(v); }
 ORTHRUS_INLINE float reduce_max(Vec v) { return _mm512_reduce_max_ps(v); }

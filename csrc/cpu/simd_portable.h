@@ -9,7 +9,7 @@ constexpr int kTileQueries = 2;
 struct Vec {
   float lane[16];
 };
-struct PairVec {
+struct WordVec {
   uint32_t lane[16];
 };
 
@@ -53,12 +53,12 @@ ORTHRUS_EACH(exponent(Vec x), static_cast<float>(static_cast<int32_t>(as_bits(x.
 ORTHRUS_EACH(replace_nan(Vec v, float x), v.lane[i] == v.lane[i] ? v.lane[i] : x)
 // Lanes 0 ... count-1 of v, the others x.
 ORTHRUS_EACH(keep_first(Vec v, int64_t count, float x), i < count ? v.lane[i] : x)
-ORTHRUS_EACH(load_bf16(const bf16_t* p), as_float(uint32_t{p[i]} << 16))
+ORTHRUS_EACH(load(const bf16_t* p), as_float(uint32_t{p[i]} << 16))
 #undef ORTHRUS_EACH
 
 ORTHRUS_INLINE Vec zero() { return set1(0.f); }
 ORTHRUS_INLINE void store(float* p, Vec v) { std::memcpy(p, v.lane, sizeof v.lane); }
-ORTHRUS_INLINE void store_bf16(bf16_t* p, Vec v) {
+ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
   for (int i = 0; i < 16; ++i) {
     const uint32_t bits = as_bits(v.lane[i]);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -66,24 +66,29 @@ ORTHRUS_INLINE void store_bf16(bf16_t* p, Vec v) {
   }
 }
 
-ORTHRUS_INLINE PairVec load_pairs(const bf16_t* p) {
-  PairVec out;
+ORTHRUS_INLINE WordVec load_words(const void* p) {
+  WordVec out;
   std::memcpy(out.lane, p, sizeof out.lane);
   return out;
 }
+ORTHRUS_INLINE Vec as_floats(WordVec a) {
+  Vec out;
+  std::memcpy(out.lane, a.lane, sizeof out.lane);
+  return out;
+}
 // Lane i: p[i] and q[i], or p[i] and 0 without q.
-ORTHRUS_INLINE PairVec zip_pairs(const bf16_t* p, const bf16_t* q) {
-  PairVec out;
+ORTHRUS_INLINE WordVec zip_pairs(const bf16_t* p, const bf16_t* q) {
+  WordVec out;
   for (int i = 0; i < 16; ++i) out.lane[i] = p[i] | (q ? uint32_t{q[i]} << 16 : 0u);
   return out;
 }
-ORTHRUS_INLINE PairVec set1_pair(uint32_t pair) {
-  PairVec out;
-  for (int i = 0; i < 16; ++i) out.lane[i] = pair;
+ORTHRUS_INLINE WordVec set1_word(uint32_t word) {
+  WordVec out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = word;
   return out;
 }
 // acc + a.first * b.first, then + a.second * b.second, every step rounded.
-ORTHRUS_INLINE Vec dot2(Vec acc, PairVec a, PairVec b) {
+ORTHRUS_INLINE Vec dot2(Vec acc, WordVec a, WordVec b) {
   for (int i = 0; i < 16; ++i) {
     acc.lane[i] += as_float(a.lane[i] << 16) * as_float(b.lane[i] << 16);
     acc.lane[i] += as_float(a.lane[i] & 0xffff0000u) * as_float(b.lane[i] & 0xffff0000u);
@@ -108,12 +113,12 @@ ORTHRUS_INLINE int32_t compress_between(float* out, Vec x, float low, float high
 }
 
 // The same lanes as 32-bit words.
-ORTHRUS_INLINE PairVec bit_xor(PairVec a, PairVec b) {
+ORTHRUS_INLINE WordVec bit_xor(WordVec a, WordVec b) {
   for (int i = 0; i < 16; ++i) a.lane[i] ^= b.lane[i];
   return a;
 }
 // High and low word of a * m.
-ORTHRUS_INLINE void multiply_wide(PairVec a, uint32_t m, PairVec* high, PairVec* low) {
+ORTHRUS_INLINE void multiply_wide(WordVec a, uint32_t m, WordVec* high, WordVec* low) {
   for (int i = 0; i < 16; ++i) {
     const uint64_t product = uint64_t{a.lane[i]} * m;
     high->lane[i] = static_cast<uint32_t>(product >> 32);
@@ -121,7 +126,7 @@ ORTHRUS_INLINE void multiply_wide(PairVec a, uint32_t m, PairVec* high, PairVec*
   }
 }
 // Unsigned words rounded to nearest even.
-ORTHRUS_INLINE Vec words_to_float(PairVec a) {
+ORTHRUS_INLINE Vec words_to_float(WordVec a) {
   Vec out;
   for (int i = 0; i < 16; ++i) out.lane[i] = static_cast<float>(a.lane[i]);
   return out;

@@ -9,14 +9,19 @@ namespace {
 
 thread_local Tape* current = nullptr;
 
-void run(const RowLinearParams& p) { row_linear(p); }
-void run(const QkvCommitParams& p) { qkv_commit(p); }
-void run(const DualAttnParams& p) { dual_attn(p); }
+template <typename T>
+void run(const RowLinearParamsOf<T>& p) { row_linear(p); }
+template <typename T>
+void run(const QkvCommitParamsOf<T>& p) { qkv_commit(p); }
+template <typename T>
+void run(const DualAttnParamsOf<T>& p) { dual_attn(p); }
+template <typename T>
+void run(const RmsNormParamsOf<T>& p) { rms_norm(p); }
+template <typename T>
+void run(const EmbedParamsOf<T>& p) { embed(p); }
 void run(const ConsensusParams& p) { consensus(p); }
 void run(const ProcessLogitsParams& p) { process_logits(p); }
 void run(const CountTokensParams& p) { count_tokens(p); }
-void run(const RmsNormParams& p) { rms_norm(p); }
-void run(const EmbedParams& p) { embed(p); }
 
 }  // namespace
 

@@ -24,9 +24,10 @@ class Tape {
   static Tape* recording();
 
  private:
-  using Op =
-      std::variant<RowLinearParams, QkvCommitParams, DualAttnParams, ConsensusParams, ProcessLogitsParams,
-                   CountTokensParams, RmsNormParams, EmbedParams>;
+  using Op = std::variant<
+      RowLinearParamsOf<bf16_t>, QkvCommitParamsOf<bf16_t>, DualAttnParamsOf<bf16_t>, RmsNormParamsOf<bf16_t>,
+      EmbedParamsOf<bf16_t>, RowLinearParamsOf<float>, QkvCommitParamsOf<float>, DualAttnParamsOf<float>,
+      RmsNormParamsOf<float>, EmbedParamsOf<float>, ConsensusParams, ProcessLogitsParams, CountTokensParams>;
   std::vector<Op> ops_;
 };
 

@@ -8,6 +8,10 @@
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-extern const Variant kVariant = {row_linear, qkv_commit, dual_attn, process_logits, rms_norm, embed};
+extern const Variant kVariant = {
+    {row_linear<bf16_t>, qkv_commit<bf16_t>, dual_attn<bf16_t>, rms_norm<bf16_t>, embed<bf16_t>},
+    {row_linear<float>, qkv_commit<float>, dual_attn<float>, rms_norm<float>, embed<float>},
+    process_logits,
+};
 
 }  // namespace orthrus::cpu::ORTHRUS_ISA

@@ -6,13 +6,20 @@
 
 namespace orthrus::cpu {
 
+// Those that work on weights, activations or cache, for elements of T.
+template <typename T>
+struct ElementKernels {
+  void (*row_linear)(const RowLinearParamsOf<T>&);
+  void (*qkv_commit)(const QkvCommitParamsOf<T>&);
+  void (*dual_attn)(const DualAttnParamsOf<T>&);
+  void (*rms_norm)(const RmsNormParamsOf<T>&);
+  void (*embed)(const EmbedParamsOf<T>&);
+};
+
 struct Variant {
-  void (*row_linear)(const RowLinearParams&);
-  void (*qkv_commit)(const QkvCommitParams&);
-  void (*dual_attn)(const DualAttnParams&);
+  ElementKernels<bf16_t> bf16;
+  ElementKernels<float> f32;
   void (*process_logits)(const ProcessLogitsParams&);
-  void (*rms_norm)(const RmsNormParams&);
-  void (*embed)(const EmbedParams&);
 };
 
 namespace portable { extern const Variant kVariant; }

@@ -1,8 +1,9 @@
-"""The ISA variants of the native CPU ops."""
+"""The variants of the native CPU ops: instruction sets, and elements of weights, activations and cache."""
 
 import pytest
 
 from orthrus_rt import dispatch
+from tests import native_cpu
 
 
 @pytest.fixture(params=("portable", "avx2", "avx512_bf16"))
@@ -16,3 +17,10 @@ def isa(request):
         pytest.skip(str(error))
     yield request.param
     cpu.set_isa(before)
+
+
+@pytest.fixture(params=dispatch.ELEMENTS["cpu"], ids=("bfloat16", "float32"))
+def element(request, monkeypatch):
+    """The dtype that ``randn`` and ``poison`` of tests/native_cpu.py make."""
+    monkeypatch.setattr(native_cpu, "ELEMENT", request.param)
+    return request.param

@@ -23,7 +23,7 @@ def make_cache(rows, heads_kv, head_dim):
 
 
 def oracle(q, k_pages, v_pages, sk, sv, rows, r):
-    """Row ``r`` in float64, over the keys it sees; and the error that weights rounded to bfloat16 may bring."""
+    """Row ``r`` in float64, over the keys it sees; and the error that rounded weights and output may bring."""
     heads_per_kv = q.shape[1] // k_pages.shape[1]
     position = torch.arange(int(rows.prefix_len[r]))
     page = TABLE[int(rows.seq[r]), position // 64].long()
@@ -38,8 +38,9 @@ def oracle(q, k_pages, v_pages, sk, sv, rows, r):
     scores = torch.einsum("hd,khd->hk", q[r].double(), k) * q.shape[2] ** -0.5
     weights = scores.softmax(-1)
     want = torch.einsum("hk,khd->hd", weights, v)
-    # Each weight is off by up to 2^-9 of itself, and so may be their sum; then one rounding of the output.
-    return want, torch.einsum("hk,khd->hd", weights, v.abs()) * 2.0**-8 + want.abs() * 2.0**-8 + 2e-6
+    # Each weight is off by up to its rounding, and so may be their sum; then one rounding of the output.
+    eps = torch.finfo(q.dtype).eps / 2
+    return want, torch.einsum("hk,khd->hd", weights, v.abs()) * eps + want.abs() * eps + 2e-6
 
 
 def attend(q, k_pages, v_pages, sk, sv, rows):
@@ -64,7 +65,7 @@ HEADS = [(9, 3, 64), (4, 2, 128), (3, 3, 16), (8, 1, 48), (30, 1, 32)]
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_the_mask_and_nothing_else(isa, heads):
+def test_the_mask_and_nothing_else(isa, element, heads):
     heads_q, heads_kv, head_dim = heads
     rows = make_rows(AR + DIFFUSION, len(AR))
     q = randn(rows.num_rows, heads_q, head_dim, seed=3)
@@ -89,7 +90,7 @@ def groups_of(rows):
 
 
 @pytest.mark.parametrize("heads", HEADS[:2], ids=str)
-def test_row_invariance(isa, heads):
+def test_row_invariance(isa, element, heads):
     """The same bits alone, batched, in another order of groups, and on 1, 2 or 3 threads."""
     heads_q, heads_kv, head_dim = heads
     rows = make_rows(AR + DIFFUSION, len(AR))
@@ -107,7 +108,7 @@ def test_row_invariance(isa, heads):
         assert torch.equal(got, whole[first:last])
 
 
-def test_chunks_of_a_prompt_change_no_bit(isa):
+def test_chunks_of_a_prompt_change_no_bit(isa, element):
     """128 causal rows in one chunk, in chunks of 16 and 50, and one by one."""
     q = randn(128, 6, 64, seed=7)
     whole_rows = make_rows([causal(0, 0, 128)], 1)
@@ -121,7 +122,7 @@ def test_chunks_of_a_prompt_change_no_bit(isa):
             assert torch.equal(got, whole[first : first + count])
 
 
-def test_nan_of_one_row_stays_with_those_who_see_it(isa):
+def test_nan_of_one_row_stays_with_those_who_see_it(isa, element):
     """A NaN key and value at position 70 reach rows 70 and later, not the earlier rows of the same tile."""
     q = randn(80, 6, 64, seed=8)
     rows = make_rows([causal(0, 0, 80)], 1)
@@ -134,7 +135,7 @@ def test_nan_of_one_row_stays_with_those_who_see_it(isa):
     assert bool(dirty[70:].isnan().all())
 
 
-def test_large_scores(isa):
+def test_large_scores(isa, element):
     """Scores in the thousands: the softmax picks the largest and overflows nowhere."""
     rows = make_rows([causal(0, 100, 1)], 1)
     k_pages, v_pages = make_cache(rows, 1, 64)

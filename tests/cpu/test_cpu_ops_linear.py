@@ -23,7 +23,7 @@ def logits(x, packed, **kwargs):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_product_and_epilogues(isa, shape):
+def test_product_and_epilogues(isa, element, shape):
     w = randn(*shape, seed=1)
     packed = weights.pack(w, impl="cpu")
     for n in ROWS:
@@ -33,15 +33,15 @@ def test_product_and_epilogues(isa, shape):
         assert bool(((got.double() - exact).abs() <= bound).all())
         plain = poison(n, shape[0])
         ops.row_linear(x, packed, plain)
-        assert torch.equal(plain, got.bfloat16())
+        assert torch.equal(plain, got.to(element))
         residual = randn(n, shape[0], seed=2)
         inplace = residual.clone()
         ops.row_linear(x, packed, inplace, residual=inplace, epilogue="residual")
-        assert torch.equal(inplace, (got + residual.float()).bfloat16())
+        assert torch.equal(inplace, (got + residual.float()).to(element))
 
 
 @pytest.mark.parametrize("width", [1, 16, 33, 100])
-def test_silu_mul(isa, width):
+def test_silu_mul(isa, element, width):
     w = randn(2 * width, 48, seed=3)
     packed = weights.pack(w, gate_up=True, impl="cpu")
     gate_only, up_only = weights.pack(w[:width], impl="cpu"), weights.pack(w[width:], impl="cpu")
@@ -52,12 +52,12 @@ def test_silu_mul(isa, width):
     assert_rounded(got, gate / (1 + torch.exp(-gate)) * up, slack=1e-6)
 
 
-def test_silu_mul_extremes(isa):
+def test_silu_mul_extremes(isa, element):
     """Gates far out on both sides: x or 0, no overflow on the way; a NaN stays one."""
-    w = torch.zeros(2, 2).bfloat16()
+    w = torch.zeros(2, 2, dtype=element)
     w[0, 0] = w[1, 1] = 1.0
     packed = weights.pack(w, gate_up=True, impl="cpu")
-    x = torch.tensor([[200.0, 2], [-200.0, 2], [-85.0, 1], [torch.nan, 1], [0.0, 3]]).bfloat16()
+    x = torch.tensor([[200.0, 2], [-200.0, 2], [-85.0, 1], [torch.nan, 1], [0.0, 3]]).to(element)
     got = poison(5, 1)
     ops.row_linear(x, packed, got, epilogue="silu_mul")
     assert got[0] == 400 and abs(float(got[1])) < 1e-30 and abs(float(got[2])) < 1e-30
@@ -65,7 +65,7 @@ def test_silu_mul_extremes(isa):
 
 
 @pytest.mark.parametrize("vocab", [3, 512, 513, 1500])
-def test_argmax_is_the_argmax_of_the_logits(isa, vocab):
+def test_argmax_is_the_argmax_of_the_logits(isa, element, vocab):
     w = randn(vocab, 32, seed=5)
     w[vocab // 2 :] = w[: vocab - vocab // 2].clone()  # every maximum is tied with a later id
     packed = weights.pack(w, impl="cpu")
@@ -83,18 +83,18 @@ def test_argmax_is_the_argmax_of_the_logits(isa, vocab):
                 assert index[r, t] == t * 512 + int((part == part.max()).nonzero()[0])
 
 
-def test_argmax_of_nan(isa):
+def test_argmax_of_nan(isa, element):
     """NaN never wins; a tile of nothing else yields -inf and a valid id."""
-    w = torch.zeros(600, 2).bfloat16()
+    w = torch.zeros(600, 2, dtype=element)
     w[:, 0] = 1
     w[5, 1], w[512:, 1] = torch.nan, torch.nan
     packed = weights.pack(w, impl="cpu")
     value, index = torch.zeros(1, 2), torch.zeros(1, 2).int()
-    ops.row_linear(torch.tensor([[-3.0, 1.0]]).bfloat16(), packed, (value, index), epilogue="argmax")
+    ops.row_linear(torch.tensor([[-3.0, 1.0]]).to(element), packed, (value, index), epilogue="argmax")
     assert value.tolist() == [[-3.0, -torch.inf]] and index.tolist() == [[0, 512]]
 
 
-def test_two_views_in_one_launch(isa):
+def test_two_views_in_one_launch(isa, element):
     w, w_diff = randn(70, 34, seed=6), randn(70, 34, seed=7)
     packed, packed_diff = weights.pack(w, impl="cpu"), weights.pack(w_diff, impl="cpu")
     x = randn(20, 34, seed=8)
@@ -105,7 +105,7 @@ def test_two_views_in_one_launch(isa):
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (576, 1536), (513, 31)], ids=str)
-def test_row_invariance(isa, shape):
+def test_row_invariance(isa, element, shape):
     """A row's bits: alone, among 16 and 1000 rows (one of them NaN), in any order, strided, on any thread count."""
     packed = weights.pack(randn(*shape, seed=9, scale=0.1), impl="cpu")
     x = randn(1000, shape[1], seed=10)
@@ -123,6 +123,6 @@ def test_row_invariance(isa, shape):
     assert torch.equal(logits(wide[:, : shape[1]], packed), everything[40:56])
 
 
-def test_no_rows(isa):
+def test_no_rows(isa, element):
     packed = weights.pack(randn(40, 8), impl="cpu")
     assert logits(randn(0, 8), packed).shape == (0, 40)

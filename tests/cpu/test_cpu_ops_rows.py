@@ -15,7 +15,7 @@ from tests import consensus_states as cs
 from tests.native_cpu import assert_rounded, make_rows, poison, randn, threads
 
 
-def test_embed(isa):
+def test_embed(isa, element):
     table = randn(50, 33)
     token = torch.tensor([0, 49, 7, 7] * 20, dtype=torch.int32)
     out = poison(80, 33)
@@ -25,7 +25,7 @@ def test_embed(isa):
 
 
 @pytest.mark.parametrize("hidden", [1, 16, 33, 576])
-def test_rms_norm(isa, hidden):
+def test_rms_norm(isa, element, hidden):
     x = randn(200, hidden)
     x[5] = 0
     x[6] = torch.nan
@@ -66,7 +66,7 @@ def commit(qkv, rows, cos_sin, norms, heads_q, heads_kv, head_dim):
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize(("heads_q", "heads_kv", "head_dim"), [(9, 3, 64), (4, 2, 128), (2, 1, 16), (1, 1, 6)])
-def test_qkv_commit(isa, qk_norm, heads_q, heads_kv, head_dim):
+def test_qkv_commit(isa, element, qk_norm, heads_q, heads_kv, head_dim):
     rows = make_rows(GROUPS, 3)
     qkv = randn(rows.num_rows, (heads_q + 2 * heads_kv) * head_dim)
     angle = torch.rand(128, head_dim // 2) * 6
@@ -103,7 +103,7 @@ def test_qkv_commit(isa, qk_norm, heads_q, heads_kv, head_dim):
         assert bool(pages.transpose(1, 2)[untouched].isnan().all())
 
 
-def test_qkv_commit_row_invariance(isa):
+def test_qkv_commit_row_invariance(isa, element):
     """128 AR rows at once, on one thread or two, write the same bits as one row at a time."""
     qkv = randn(128, 5 * 64)
     cos_sin = torch.rand(128, 64)

@@ -42,7 +42,7 @@ class Layer:
         ops.row_linear(flat, self.head, self.logits, epilogue="logits")
 
 
-def test_tape_replays_what_eager_runs(isa):
+def test_tape_replays_what_eager_runs(isa, element):
     """Recording runs nothing; a replay reads what the pointers hold by then and gives eager's bits."""
     eager, taped = Layer(), Layer()
     tape = dispatch.native().cpu.Tape()

@@ -160,19 +160,23 @@ def test_nothing_to_do_is_done():
     ops.rms_norm(f32(0, 8), torch.ones(8), 1e-6, f32(0, 8))
 
 
-def test_float32_runs_the_reference():
-    assert all(dispatch.select(op, torch.device("cpu"), F32) == "reference" for op in ("row_linear", "dual_attn"))
+def test_float16_runs_the_reference():
+    ops_of_elements = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn")
+    assert {dispatch.select(op, torch.device("cpu"), torch.float16) for op in ops_of_elements} == {"reference"}
+    why = dispatch.unavailable("cpu", "dual_attn", "cpu", torch.float16)
+    assert why == "cpu kernels take bfloat16 or float32, not float16"
 
 
 @pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
-def test_bfloat16_runs_the_native_kernels_unless_told_otherwise(monkeypatch):
-    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+@pytest.mark.parametrize("dtype", dispatch.ELEMENTS["cpu"], ids=str)
+def test_native_kernels_run_unless_told_otherwise(monkeypatch, dtype):
+    cpu = torch.device("cpu")
     native = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus")
-    assert all(dispatch.select(op, cpu, bf16) == "cpu" for op in native)
+    assert all(dispatch.select(op, cpu, dtype) == "cpu" for op in native)
     monkeypatch.setenv("ORTHRUS_BACKEND", "reference")
-    assert all(dispatch.select(op, cpu, bf16) == "reference" for op in native)
+    assert all(dispatch.select(op, cpu, dtype) == "reference" for op in native)
     monkeypatch.setenv("ORTHRUS_BACKEND", "dual_attn=reference")
-    assert dispatch.select("dual_attn", cpu, bf16) == "reference" and dispatch.select("embed", cpu, bf16) == "cpu"
+    assert dispatch.select("dual_attn", cpu, dtype) == "reference" and dispatch.select("embed", cpu, dtype) == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,20 @@ void set_num_threads(int32_t num_threads);
 // Ask for huge pages under memory that is about to be filled; where the system has none, nothing happens.
 void advise_huge_pages(void* data, int64_t num_bytes);
 
-void row_linear(const RowLinearParams& p);
-void qkv_commit(const QkvCommitParams& p);
-void dual_attn(const DualAttnParams& p);
+// T: bf16_t or float.
+template <typename T>
+void row_linear(const RowLinearParamsOf<T>& p);
+template <typename T>
+void qkv_commit(const QkvCommitParamsOf<T>& p);
+template <typename T>
+void dual_attn(const DualAttnParamsOf<T>& p);
+template <typename T>
+void rms_norm(const RmsNormParamsOf<T>& p);
+template <typename T>
+void embed(const EmbedParamsOf<T>& p);
 void consensus(const ConsensusParams& p);
 void process_logits(const ProcessLogitsParams& p);
 void count_tokens(const CountTokensParams& p);
-void rms_norm(const RmsNormParams& p);
-void embed(const EmbedParams& p);
 
 }  // namespace orthrus::cpu
 

@@ -1,8 +1,10 @@
 // Plain-old-data parameters of every native op, shared by the CPU and CUDA implementations.
 //
 // Pointers are device pointers for CUDA and host pointers for the CPU. Shapes are in the comments,
-// row-major and contiguous unless a stride says otherwise. `bf16` storage is a raw 16-bit word so
-// that this header needs neither CUDA nor torch. The caller allocates everything.
+// row-major and contiguous unless a stride says otherwise. The caller allocates everything.
+//
+// `T` is the element of weights, activations and cache: bf16_t, a raw 16-bit word so that this header
+// needs neither CUDA nor torch, or float. "round" means to T; nothing is rounded where T is float.
 #pragma once
 #include <cstdint>
 
@@ -29,9 +31,10 @@ struct Rows {
 
 // One layer's paged KV: page p, head h, slot t, lane d at ((p*num_heads_kv + h)*page_size + t)*head_dim + d.
 // Page 0 is the sink: invalid rows write there and nobody reads it.
-struct PagedKv {
-  bf16_t* k_pages;             // [num_pages, num_heads_kv, page_size, head_dim]
-  bf16_t* v_pages;             // same shape
+template <typename T>
+struct PagedKvOf {
+  T* k_pages;                  // [num_pages, num_heads_kv, page_size, head_dim]
+  T* v_pages;                  // same shape
   const int32_t* page_table;   // [num_slots, max_pages] page of positions [i*page_size, (i+1)*page_size)
   int32_t num_pages;
   int32_t max_pages;           // columns of page_table
@@ -39,21 +42,23 @@ struct PagedKv {
   int32_t num_heads_kv;
   int32_t head_dim;
 };
+using PagedKv = PagedKvOf<bf16_t>;
 
 enum class Epilogue : int32_t {
-  kNone = 0,      // out[bf16]  = round(acc)
-  kResidual = 1,  // out[bf16]  = round(acc + residual)
-  kSiluMul = 2,   // out[bf16]  = round(silu(acc_gate) * acc_up), out_features/2 columns
+  kNone = 0,      // out[T]    = round(acc)
+  kResidual = 1,  // out[T]    = round(acc + residual)
+  kSiluMul = 2,   // out[T]    = round(silu(acc_gate) * acc_up), out_features/2 columns
   kLogits = 3,    // out[fp32]  = acc, not rounded
   kArgmax = 4,    // partial_value/partial_id: per row and vocabulary tile, ties to the lowest id
 };
 
 // y[r, n] = sum_k x[r, k] * W(r)[n, k], W(r) = weight for r < num_rows_ar, else weight_diff.
-struct RowLinearParams {
-  const bf16_t* x;             // [num_rows, in_features], row stride x_stride
+template <typename T>
+struct RowLinearParamsOf {
+  const T* x;                  // [num_rows, in_features], row stride x_stride
   const void* weight;          // packed by the implementation's own layout
   const void* weight_diff;     // packed likewise; null: all rows use `weight`
-  const bf16_t* residual;      // [num_rows, out_features] (kResidual), may alias out
+  const T* residual;           // [num_rows, out_features] (kResidual), may alias out
   void* out;                   // see Epilogue
   float* partial_value;        // [num_rows, num_partials] (kArgmax)
   int32_t* partial_id;         // [num_rows, num_partials] (kArgmax)
@@ -67,61 +72,70 @@ struct RowLinearParams {
   int32_t num_partials;
   int32_t epilogue;            // Epilogue
 };
+using RowLinearParams = RowLinearParamsOf<bf16_t>;
 
 // QK RMSNorm (optional) + RoPE (half-split) + write. q goes to q_out; k and v of AR rows go to their
 // page at `position`, of diffusion rows to the scratch at row - num_rows_ar. fp32 inside, one rounding.
-struct QkvCommitParams {
-  const bf16_t* qkv;           // [num_rows, (num_heads_q + 2*num_heads_kv) * head_dim]: q | k | v heads
+template <typename T>
+struct QkvCommitParamsOf {
+  const T* qkv;                // [num_rows, (num_heads_q + 2*num_heads_kv) * head_dim]: q | k | v heads
   const float* cos_sin;        // [max_positions, head_dim]: cos of the half-dims, then sin
   const float* q_norm;         // [head_dim] or null (Llama family has none)
   const float* k_norm;         // [head_dim] or null
   const float* q_norm_diff;    // [head_dim] or null
   const float* k_norm_diff;    // [head_dim] or null
-  bf16_t* q_out;               // [num_rows, num_heads_q, head_dim]
-  bf16_t* scratch_k;           // [num_rows - num_rows_ar, num_heads_kv, head_dim]
-  bf16_t* scratch_v;           // same shape
+  T* q_out;                    // [num_rows, num_heads_q, head_dim]
+  T* scratch_k;                // [num_rows - num_rows_ar, num_heads_kv, head_dim]
+  T* scratch_v;                // same shape
   Rows rows;
-  PagedKv kv;
+  PagedKvOf<T> kv;
   int32_t num_heads_q;
   int32_t max_positions;
   float eps;
 };
+using QkvCommitParams = QkvCommitParamsOf<bf16_t>;
 
 // Softmax attention of each row over the keys that rows.h makes visible to it. A row that sees
-// nothing yields zeros. Rounding points: weights e^(score - maximum) to bf16 before they meet the
-// values, the output to bf16; everything else fp32.
-struct DualAttnParams {
-  const bf16_t* q;             // [num_rows, num_heads_q, head_dim]
-  const bf16_t* scratch_k;     // [num_rows - num_rows_ar, num_heads_kv, head_dim]
-  const bf16_t* scratch_v;     // same shape
-  bf16_t* out;                 // [num_rows, num_heads_q, head_dim]
+// nothing yields zeros. Rounding points: weights e^(score - maximum) before they meet the values, the
+// output; everything else fp32.
+template <typename T>
+struct DualAttnParamsOf {
+  const T* q;                  // [num_rows, num_heads_q, head_dim]
+  const T* scratch_k;          // [num_rows - num_rows_ar, num_heads_kv, head_dim]
+  const T* scratch_v;          // same shape
+  T* out;                      // [num_rows, num_heads_q, head_dim]
   void* workspace;             // implementation's own size, zero-initialised once by the caller
   int64_t workspace_bytes;
   Rows rows;
-  PagedKv kv;
+  PagedKvOf<T> kv;
   int32_t num_heads_q;
   int32_t max_seq_len;         // no prefix_len exceeds this
   float softmax_scale;
 };
+using DualAttnParams = DualAttnParamsOf<bf16_t>;
 
-struct RmsNormParams {
-  const bf16_t* x;             // [num_rows_in, hidden]
+template <typename T>
+struct RmsNormParamsOf {
+  const T* x;                  // [num_rows_in, hidden]
   const float* weight;         // [hidden]
   const int32_t* row_index;    // [num_rows] input row of each output row; null: identity
-  bf16_t* out;                 // [num_rows, hidden] = round(x * rsqrt(mean(x^2) + eps) * weight)
+  T* out;                      // [num_rows, hidden] = round(x * rsqrt(mean(x^2) + eps) * weight)
   int32_t num_rows;
   int32_t hidden;
   float eps;
 };
+using RmsNormParams = RmsNormParamsOf<bf16_t>;
 
-struct EmbedParams {
+template <typename T>
+struct EmbedParamsOf {
   const int32_t* token;        // [num_rows]
-  const bf16_t* table;         // [vocab_size, hidden]
-  bf16_t* out;                 // [num_rows, hidden]
+  const T* table;              // [vocab_size, hidden]
+  T* out;                      // [num_rows, hidden]
   int32_t num_rows;
   int32_t hidden;
   int32_t vocab_size;
 };
+using EmbedParams = EmbedParamsOf<bf16_t>;
 
 enum class FinishReason : int32_t { kEmpty = -1, kRunning = 0, kStop = 1, kLength = 2 };
 

@@ -26,12 +26,12 @@ def compiler() -> str | None:
 
 @functools.cache
 def structs() -> dict[str, type[ctypes.Structure]]:
-    """The structs of params.h as ctypes classes, by name."""
+    """The structs of params.h as ctypes classes, by name; a template's, whatever its element, by its name without Of."""
     text = (CSRC / "include" / "orthrus" / "params.h").read_text()
     found: dict[str, type[ctypes.Structure]] = {}
-    for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", text, re.M | re.S):
+    for name, body in re.findall(r"^struct (\w+?)(?:Of)? \{\n(.*?)^\};", text, re.M | re.S):
         fields = []
-        for kind, pointer, field in re.findall(r"^  (?:const )?(\w+)(\*?) (\w+);", body, re.M):
+        for kind, pointer, field in re.findall(r"^  (?:const )?(\w+?)(?:Of<T>)?(\*?) (\w+);", body, re.M):
             fields.append((field, ctypes.c_void_p if pointer else (SCALARS | found)[kind]))
         found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
     return found
