@@ -178,10 +178,13 @@ void bind_launcher(py::module_& m, const char* name, int (*launch)(const Params&
 }
 
 void bind_cuda(py::module_ m) {
-  bind_launcher(m, "row_linear", &cuda::row_linear);
-  bind_launcher(m, "qkv_commit", &cuda::qkv_commit);
-  bind_launcher(m, "dual_attn", &cuda::dual_attn);
-  bind_launcher(m, "consensus", &cuda::consensus);
+  bind_launcher<RowLinearParams>(m, "row_linear", &cuda::row_linear);
+  bind_launcher<RowLinearParamsOf<float>>(m, "row_linear", &cuda::row_linear);
+  bind_launcher<QkvCommitParams>(m, "qkv_commit", &cuda::qkv_commit);
+  bind_launcher<QkvCommitParamsOf<float>>(m, "qkv_commit", &cuda::qkv_commit);
+  bind_launcher<DualAttnParams>(m, "dual_attn", &cuda::dual_attn);
+  bind_launcher<DualAttnParamsOf<float>>(m, "dual_attn", &cuda::dual_attn);
+  bind_launcher<ConsensusParams>(m, "consensus", &cuda::consensus);
   m.def("isa", &cuda::isa);
   m.def("row_linear_workspace", &cuda::row_linear_workspace);
   m.def("row_linear_num_partials", &cuda::row_linear_num_partials);

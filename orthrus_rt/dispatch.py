@@ -19,12 +19,8 @@ log = logging.getLogger("orthrus_rt")
 
 OPS = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus", "process_logits", "count_tokens")
 IMPLEMENTATIONS = ("cpu", "cuda", "triton", "reference")
-# Weights, activations and cache that kernels take; ``reference`` takes any.
-ELEMENTS = {
-    "cpu": (torch.bfloat16, torch.float32),
-    "cuda": (torch.bfloat16,),
-    "triton": (torch.bfloat16,),
-}
+# Weights, activations and cache that kernels take; ``reference`` takes any, triton's dual_attn bfloat16 alone.
+ELEMENTS = (torch.bfloat16, torch.float32)
 
 # Preference per device type; the first available one wins.
 _PREFERENCE = {
@@ -63,9 +59,10 @@ def unavailable(impl: str, op: str, device_type: str, dtype: torch.dtype) -> str
     """Why ``impl`` cannot run ``op`` for tensors of this device and dtype; None if it can."""
     if impl == "reference":
         return None
-    takes = ELEMENTS.get(impl, (dtype,))
-    if dtype not in takes and op not in ("process_logits", "count_tokens", "consensus"):  # no activations
-        return f"{impl} kernels take {' or '.join(map(_name, takes))}, not {_name(dtype)}"
+    if op not in ("process_logits", "count_tokens", "consensus"):  # which see no activations
+        takes = ELEMENTS[:1] if (impl, op) == ("triton", "dual_attn") else ELEMENTS
+        if dtype not in takes:
+            return f"the {impl} {op} takes {' or '.join(map(_name, takes))}, not {_name(dtype)}"
     if impl in ("cpu", "cuda"):
         if device_type != impl:
             return f"the {impl} implementation needs {impl} tensors, not {device_type}"

@@ -106,7 +106,8 @@ class Engine(Rounds):
         Args:
             model: ``"smollm2-135m"`` (embedded), a checkpoint folder or a hub id.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"``: CUDA where there is one.
-            dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``. Only bfloat16 has row-invariant kernels.
+            dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``. All but float16, which runs the
+                plain torch reference, have row-invariant kernels.
             mode: ``"ar"``, ``"two_pass"``, ``"one_pass"``, or ``"auto"``: whichever is fastest now,
                 chosen anew for every cycle from measured costs and acceptance; never slower than ``ar`` by over 3%.
             max_seq_len: tokens a sequence may have, prompt included; sizes the cache. None for 4096, or the

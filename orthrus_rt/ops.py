@@ -439,6 +439,8 @@ def workspace_bytes(
         linear_shapes: every weight's ``(in_features, out_features)``.
     """
     linear = attn = 0
+    if dtype is not torch.bfloat16:
+        return linear, attn
     if dispatch.select("row_linear", device, dtype) == "cuda":
         size = dispatch.native().cuda.row_linear_workspace
         linear = max(size(max_rows, k, n) for k, n in linear_shapes)

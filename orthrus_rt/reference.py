@@ -2,7 +2,7 @@
 
 Each function has the signature of its twin in :mod:`orthrus_rt.ops` and the same rounding points:
 arithmetic in fp32, one rounding to the output's dtype. It is also a backend (``ORTHRUS_BACKEND=reference``),
-the only one for float32 models. It is *not* row-invariant: torch's own reductions may change with the shape.
+the only one for float16 models. It is *not* row-invariant: torch's own reductions may change with the shape.
 """
 
 from __future__ import annotations

@@ -15,8 +15,10 @@ from orthrus_rt import dispatch
 CPU_STRIP = 32
 CPU_ARGMAX_TILE = 512
 REFERENCE_ARGMAX_TILE = 128  # at most; runners-up are seen where they are the best of another tile
-# CUDA: blocks of 64 outputs x 64 inputs, inputs fastest; see csrc/cuda/row_linear_plan.h.
+# CUDA: blocks of 64 outputs x 64 inputs, inputs fastest; see csrc/cuda/row_linear_plan.h. In float32 the plain matrix
+# and one partial maximum per 128 ids; see csrc/cuda/row_linear_f32.cu.
 CUDA_BLOCK = 64
+CUDA_F32_ARGMAX_TILE = 128
 
 
 @dataclass
@@ -24,7 +26,7 @@ class PackedWeight:
     """A weight ``[out_features, in_features]`` packed once at load.
 
     Attributes:
-        data: the packed storage; for ``reference`` the plain matrix.
+        data: the packed storage; for ``reference``, and on CUDA in float32, the plain matrix.
         impl: the implementation of ``row_linear`` that reads it.
         gate_up: rows are gate and up interleaved, for the ``silu_mul`` epilogue alone.
         num_partials: partial maxima per row that the ``argmax`` epilogue writes.
@@ -51,6 +53,8 @@ def pack(weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None
     impl = impl or dispatch.select("row_linear", weight.device, weight.dtype)
     if impl == "cpu":
         data, partials = _pack_cpu(weight, gate_up)
+    elif impl == "cuda" and weight.dtype is torch.float32:
+        data, partials = weight.contiguous(), -(-out_features // CUDA_F32_ARGMAX_TILE)
     elif impl == "cuda":
         data, partials = _pack_cuda(weight, gate_up)
     else:

@@ -43,7 +43,9 @@ def draw(device, *shape, key) -> torch.Tensor:
 class Pass:
     """One dual_attn call: AR groups first, as rows require."""
 
-    def __init__(self, heads: Heads, groups: list[Group], device="cuda", max_seq_len=None, first_page=1):
+    def __init__(
+        self, heads: Heads, groups: list[Group], device="cuda", max_seq_len=None, first_page=1, dtype=torch.bfloat16
+    ):
         groups = sorted(groups, key=lambda g: g.view != "ar")
         self.heads, self.groups, self.device = heads, groups, device
         position, seq, prefix = [], [], []
@@ -75,6 +77,9 @@ class Pass:
             self.lengths[g.seq] = max([self.lengths.get(g.seq, 0), *prefix[a:b]])
         self.max_seq_len = max_seq_len or max([64, *self.lengths.values()])
         self._fill_cache(first_page)
+        for name in ("q", "k_pages", "v_pages", "scratch_k", "scratch_v"):  # values that bfloat16 holds, of any dtype
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).to(dtype))
 
     def _rows(self, what, heads, first):
         rows = []
@@ -121,7 +126,7 @@ class Pass:
 
     def workspace(self):
         size = ops.workspace_bytes(
-            self.q.device, torch.bfloat16, max_rows=self.rows.num_rows, max_groups=self.rows.num_groups,
+            self.q.device, self.q.dtype, max_rows=self.rows.num_rows, max_groups=self.rows.num_groups,
             num_heads_q=self.heads.q, head_dim=self.heads.dim, max_seq_len=self.max_seq_len, linear_shapes=[(64, 64)],
         )[1]  # fmt: skip
         return torch.zeros(size, dtype=torch.uint8, device=self.device)

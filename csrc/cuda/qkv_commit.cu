@@ -1,9 +1,9 @@
 // QK RMSNorm, RoPE and the write of keys and values; contract in orthrus/params.h.
 //
 // One launch, head_dim / 4 threads a head: each thread holds two dims of the lower half and their
-// partners of the upper half, so that rotation stays in registers. fp32 inside, one rounding to bf16;
+// partners of the upper half, so that rotation stays in registers. fp32 inside, one rounding to T;
 // the norm's sum is four squares a thread, then a butterfly over the head's threads: the same order
-// for every row. Row-invariant, deterministic, graph-safe. Moves 2 * (q + 2 * kv) * head_dim bytes a
+// for every row. Row-invariant, deterministic, graph-safe. Moves (q + 2 * kv) * head_dim elements a
 // row in and the same out, with head_dim * 4 bytes of cos_sin.
 #include <cuda_bf16.h>
 
@@ -26,9 +26,20 @@ __device__ Dims load_dims(const bf16_t* head, int t, int half) {
   return {{lo.x, lo.y}, {hi.x, hi.y}};
 }
 
+__device__ Dims load_dims(const float* head, int t, int half) {
+  const float2 lo = *reinterpret_cast<const float2*>(head + 2 * t);
+  const float2 hi = *reinterpret_cast<const float2*>(head + half + 2 * t);
+  return {{lo.x, lo.y}, {hi.x, hi.y}};
+}
+
 __device__ void store_dims(bf16_t* head, int t, int half, const Dims& x) {
   *reinterpret_cast<__nv_bfloat162*>(head + 2 * t) = __floats2bfloat162_rn(x.lo[0], x.lo[1]);
   *reinterpret_cast<__nv_bfloat162*>(head + half + 2 * t) = __floats2bfloat162_rn(x.hi[0], x.hi[1]);
+}
+
+__device__ void store_dims(float* head, int t, int half, const Dims& x) {
+  *reinterpret_cast<float2*>(head + 2 * t) = {x.lo[0], x.lo[1]};
+  *reinterpret_cast<float2*>(head + half + 2 * t) = {x.hi[0], x.hi[1]};
 }
 
 template <int kHeadDim>
@@ -55,7 +66,8 @@ __device__ void rotate(Dims& x, const float* table, int t, int half) {
 }
 
 // Where the key or value of (row, kv head) lives, as an offset into the pages or the scratch.
-__device__ int64_t kv_offset(const QkvCommitParams& p, int row, int head, int position) {
+template <typename T>
+__device__ int64_t kv_offset(const QkvCommitParamsOf<T>& p, int row, int head, int position) {
   if (row >= p.rows.num_rows_ar) {
     return (static_cast<int64_t>(row - p.rows.num_rows_ar) * p.kv.num_heads_kv + head) * p.kv.head_dim;
   }
@@ -67,8 +79,8 @@ __device__ int64_t kv_offset(const QkvCommitParams& p, int row, int head, int po
   return ((static_cast<int64_t>(page) * p.kv.num_heads_kv + head) * p.kv.page_size + slot) * p.kv.head_dim;
 }
 
-template <int kHeadDim>
-__global__ void __launch_bounds__(kThreads) qkv_commit_kernel(const __grid_constant__ QkvCommitParams p) {
+template <int kHeadDim, typename T>
+__global__ void __launch_bounds__(kThreads) qkv_commit_kernel(const __grid_constant__ QkvCommitParamsOf<T> p) {
   constexpr int kHalf = kHeadDim / 2, kHeadThreads = kHeadDim / 4;
   pdl_wait();
   pdl_launch_dependents();
@@ -100,21 +112,25 @@ __global__ void __launch_bounds__(kThreads) qkv_commit_kernel(const __grid_const
   }
 }
 
-template <int kHeadDim>
-int run(const QkvCommitParams& p, void* stream) {
+template <int kHeadDim, typename T>
+int run(const QkvCommitParamsOf<T>& p, void* stream) {
   const int64_t heads = static_cast<int64_t>(p.rows.num_rows) * (p.num_heads_q + 2 * p.kv.num_heads_kv);
   const int64_t heads_per_block = kThreads / (kHeadDim / 4);
   const dim3 grid(static_cast<unsigned>((heads + heads_per_block - 1) / heads_per_block));
-  return launch(qkv_commit_kernel<kHeadDim>, p, grid, kThreads, 0, stream, device_info());
+  return launch(qkv_commit_kernel<kHeadDim, T>, p, grid, kThreads, 0, stream, device_info());
 }
 
-}  // namespace
-
-int qkv_commit(const QkvCommitParams& p, void* stream) {
+template <typename T>
+int run(const QkvCommitParamsOf<T>& p, void* stream) {
   if (p.rows.num_rows == 0) return cudaSuccess;
   if (p.kv.head_dim == 64) return run<64>(p, stream);
   if (p.kv.head_dim == 128) return run<128>(p, stream);
   return cudaErrorInvalidValue;
 }
+
+}  // namespace
+
+int qkv_commit(const QkvCommitParams& p, void* stream) { return run(p, stream); }
+int qkv_commit(const QkvCommitParamsOf<float>& p, void* stream) { return run(p, stream); }
 
 }  // namespace orthrus::cuda

@@ -43,15 +43,14 @@ def call_rms_norm(hidden, with_index, dtype=torch.bfloat16):
     return rms_norm.rms_norm, (x, fp32(hidden), 1e-6, x, int32(4) if with_index else None), {}
 
 
-def call_embed(hidden):
-    return embed.embed, (int32(4), bf16(100, hidden), bf16(4, hidden)), {}
+def call_embed(hidden, dtype=torch.bfloat16):
+    return embed.embed, (int32(4), torch.empty(100, hidden, dtype=dtype), torch.empty(4, hidden, dtype=dtype)), {}
 
 
-def call_dual_attn(heads_q, heads_kv, head_dim, blocks, dtype=torch.bfloat16):
+def call_dual_attn(heads_q, heads_kv, head_dim, blocks):
     rows = plan.empty_rows(2, 4, blocks, 16, "cpu")
-    q = torch.empty(rows.num_rows, heads_q, head_dim, dtype=dtype)
-    pages = torch.empty(8, heads_kv, 64, head_dim, dtype=dtype)
-    scratch = torch.empty(rows.num_rows_diff, heads_kv, head_dim, dtype=dtype) if blocks else None
+    q, pages = bf16(rows.num_rows, heads_q, head_dim), bf16(8, heads_kv, 64, head_dim)
+    scratch = bf16(rows.num_rows_diff, heads_kv, head_dim) if blocks else None
     return dual_attn.dual_attn, (q, pages, pages, int32(2, 4), scratch, scratch, rows, 0.1, q), {}
 
 
@@ -79,6 +78,7 @@ CALLS = {
     "rms_norm-4096-fp32": call_rms_norm(4096, False, torch.float32),
     "embed-576": call_embed(576),
     "embed-4096": call_embed(4096),
+    "embed-4096-fp32": call_embed(4096, torch.float32),
     "dual_attn-9-3-64": call_dual_attn(9, 3, 64, 2),
     "dual_attn-32-8-128": call_dual_attn(32, 8, 128, 2),
     "dual_attn-16-8-128-ar": call_dual_attn(16, 8, 128, 0),

@@ -19,7 +19,7 @@ def isa(request):
     cpu.set_isa(before)
 
 
-@pytest.fixture(params=dispatch.ELEMENTS["cpu"], ids=("bfloat16", "float32"))
+@pytest.fixture(params=dispatch.ELEMENTS, ids=("bfloat16", "float32"))
 def element(request, monkeypatch):
     """The dtype that ``randn`` and ``poison`` of tests/native_cpu.py make."""
     monkeypatch.setattr(native_cpu, "ELEMENT", request.param)

@@ -98,19 +98,23 @@ def mixed_rows():
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("heads", [(3, 1, 64), (4, 2, 128)])
 def test_qkv_commit(heads, norms, descending):
+    check_qkv_commit(heads, norms, descending, torch.bfloat16)
+
+
+def check_qkv_commit(heads, norms, descending, dtype):
     heads_q, heads_kv, dim = heads
     torch.manual_seed(1)
     rows = mixed_rows()
     num_pages, scratch_shape = 6, (4, heads_kv, dim)
     page_table = torch.tensor([[3, -9, 1 << 29], [2, 4, -9], [-9, -9, 5]], dtype=torch.int32)
-    qkv = torch.randn(8, (heads_q + 2 * heads_kv) * dim).bfloat16()
+    qkv = torch.randn(8, (heads_q + 2 * heads_kv) * dim).to(dtype)
     angle = torch.rand(200, dim // 2) * 6
     cos_sin = torch.cat([angle.cos(), angle.sin()], 1)
     weights = tuple(torch.rand(dim) + 0.5 for _ in range(4))
 
     def outputs():
-        pages = [torch.full((num_pages, heads_kv, 64, dim), torch.nan).bfloat16() for _ in range(2)]
-        rest = [torch.full(s, torch.nan).bfloat16() for s in (scratch_shape, scratch_shape, (8, heads_q, dim))]
+        pages = [torch.full((num_pages, heads_kv, 64, dim), torch.nan, dtype=dtype) for _ in range(2)]
+        rest = [torch.full(s, torch.nan, dtype=dtype) for s in (scratch_shape, scratch_shape, (8, heads_q, dim))]
         return pages + rest
 
     k_pages, v_pages, scratch_k, scratch_v, q_out = got = outputs()
@@ -127,11 +131,12 @@ def test_qkv_commit(heads, norms, descending):
     if norms:
         for name, weight in zip(("q_norm", "k_norm", "q_norm_diff", "k_norm_diff"), weights, strict=True):
             setattr(params, name, weight.data_ptr())
-    cuda_host.call("qkv_commit", params, descending=descending)
+    op = "qkv_commit_f32" if dtype is torch.float32 else "qkv_commit"
+    cuda_host.call(op, params, descending=descending)
 
     want = outputs()
     page_table.clamp_(0, num_pages - 1)  # the oracle gathers before it discards
     norm_args = weights if norms else None
     reference.qkv_commit(qkv, rows, cos_sin, norm_args, 1e-6, *want[:2], page_table, *want[2:])
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(a, b, rtol=torch.finfo(dtype).eps + 1e-6, atol=1e-6, equal_nan=True)

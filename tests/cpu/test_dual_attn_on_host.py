@@ -14,6 +14,8 @@ MANY_SMS = 1000  # so many that every unit is split
 class HostPass(Pass):
     """A pass that runs the CUDA source on the CPU; one that splits may ask for the fold in registers."""
 
+    OP = "dual_attn"
+
     def __init__(self, heads, groups, **kwargs):
         super().__init__(heads, groups, device="cpu", **kwargs)
 
@@ -40,7 +42,7 @@ class HostPass(Pass):
         for name, tensor in (("scratch_k", self.scratch_k), ("scratch_v", self.scratch_v), ("workspace", workspace)):
             if tensor is not None:
                 setattr(params, name, tensor.data_ptr())
-        cuda_host.call("dual_attn", params, **{"num_sms": MANY_SMS, **kwargs})
+        cuda_host.call(self.OP, params, **{"num_sms": MANY_SMS, **kwargs})
 
 
 def ar(seq, start, n, invalid=0):

@@ -164,11 +164,11 @@ def test_float16_runs_the_reference():
     ops_of_elements = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn")
     assert {dispatch.select(op, torch.device("cpu"), torch.float16) for op in ops_of_elements} == {"reference"}
     why = dispatch.unavailable("cpu", "dual_attn", "cpu", torch.float16)
-    assert why == "cpu kernels take bfloat16 or float32, not float16"
+    assert why == "the cpu dual_attn takes bfloat16 or float32, not float16"
 
 
 @pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
-@pytest.mark.parametrize("dtype", dispatch.ELEMENTS["cpu"], ids=str)
+@pytest.mark.parametrize("dtype", dispatch.ELEMENTS, ids=str)
 def test_native_kernels_run_unless_told_otherwise(monkeypatch, dtype):
     cpu = torch.device("cpu")
     native = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus")
@@ -201,9 +201,10 @@ def test_head_dims_without_a_kernel_are_refused_at_load(tmp_path, monkeypatch):
         monkeypatch.setattr("orthrus_rt.weights.pack", None)
         with pytest.raises(ValueError, match="dual_attn: head_dim must be a multiple of 16 up to 256 on the CPU"):
             Engine.from_pretrained(str(folder), device="cpu", mode="two_pass")
-    cuda, impl = torch.device("cuda"), {torch.bfloat16: "cuda", torch.float32: "reference"}
+    cuda, impl = torch.device("cuda"), {torch.bfloat16: "cuda", torch.float32: "cuda", torch.float16: "reference"}
     monkeypatch.setattr(dispatch, "select", lambda op, device, dtype: impl[dtype])
-    with pytest.raises(ValueError, match=r"qkv_commit: head_dim must be in \(64, 128\) on CUDA, got 80"):
-        ops.check_head_dim(80, cuda, torch.bfloat16)
-    for head_dim, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (80, torch.float32)):
+    for dtype in dispatch.ELEMENTS:
+        with pytest.raises(ValueError, match=r"qkv_commit: head_dim must be in \(64, 128\) on CUDA, got 80"):
+            ops.check_head_dim(80, cuda, dtype)
+    for head_dim, dtype in ((64, torch.bfloat16), (128, torch.float32), (80, torch.float16)):
         ops.check_head_dim(head_dim, cuda, dtype)

@@ -18,6 +18,7 @@ VARIANTS = {
     "qwen3": dict(family="qwen3", head_dim=128),
     "qwen3-untied-k32": dict(family="qwen3", tie_word_embeddings=False, block_size=32, num_attention_heads=8),
     "llama": dict(family="llama"),
+    "llama-float32": dict(family="llama", dtype=torch.float32),
 }
 
 
@@ -26,8 +27,9 @@ def engine(request, tmp_path_factory):
     kwargs = dict(dtype=torch.bfloat16, diff_noise=0.05, vocab_size=700, mask_token_id=699) | VARIANTS[request.param]
     folder = checkpoints.make(tmp_path_factory.mktemp("tiny"), **kwargs)
     engine = Engine.from_pretrained(
-        str(folder), device="cuda", mode="two_pass", max_seq_len=256, max_batch_size=6, num_pages=24
-    )
+        str(folder), device="cuda", mode="two_pass", max_seq_len=256, max_batch_size=6, num_pages=24,
+        dtype=str(kwargs["dtype"]).removeprefix("torch."),
+    )  # fmt: skip
     yield engine
     engine.close()
 
@@ -59,9 +61,10 @@ def test_prefill(engine, monkeypatch):
 
 @pytest.mark.skipif("ORTHRUS_SMOLLM2_GGUF" not in os.environ, reason="ORTHRUS_SMOLLM2_GGUF does not name the base")
 @pytest.mark.parametrize("params", (lossless.greedy, lossless.sampled), ids=("greedy", "sampled"))
-def test_embedded_model(params):
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+def test_embedded_model(dtype, params):
     """Every built-in prompt, 128 tokens: alone with three block lengths, then together."""
-    engine = Engine.from_pretrained("smollm2-135m", device="cuda", mode="two_pass", max_seq_len=1024)
+    engine = Engine.from_pretrained("smollm2-135m", device="cuda", mode="two_pass", dtype=dtype, max_seq_len=1024)
     ids = [p.encode(engine.tokenizer) for p in prompts.load()]
     each = params(len(ids), max_new_tokens=128)
     want = decode(engine, ids, each, mode="ar")

@@ -34,16 +34,19 @@ namespace orthrus::cuda {
 
 // Every launcher returns a cudaError_t as int and enqueues on `stream` (a cudaStream_t) alone.
 int row_linear(const RowLinearParams& p, void* stream);
+int row_linear(const RowLinearParamsOf<float>& p, void* stream);
 int qkv_commit(const QkvCommitParams& p, void* stream);
+int qkv_commit(const QkvCommitParamsOf<float>& p, void* stream);
 int dual_attn(const DualAttnParams& p, void* stream);
+int dual_attn(const DualAttnParamsOf<float>& p, void* stream);
 int consensus(const ConsensusParams& p, void* stream);
 
-// Bytes of workspace, zero-initialised once by the caller and reusable by every later call on the
+// Bytes of workspace for bf16 (float needs none), zero-initialised once by the caller and reusable by every later call on the
 // same stream: each launch leaves its counters at zero again.
 int64_t row_linear_workspace(int32_t max_rows, int32_t in_features, int32_t out_features);
 int64_t dual_attn_workspace(int32_t max_rows, int32_t max_groups, int32_t num_heads_q, int32_t head_dim,
                             int32_t max_seq_len);
-// Partial maxima per row that kArgmax writes for a vocabulary of out_features ids.
+// Partial maxima per row that kArgmax writes for a vocabulary of out_features ids, in bf16 (float: one per 128 ids).
 int32_t row_linear_num_partials(int32_t in_features, int32_t out_features);
 
 // Instructions that row_linear multiplies with on the current device: "sm90a" (wgmma), "sm80" (mma.sync, also

@@ -14,8 +14,9 @@ import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
-OPS = {"qkv_commit": "QkvCommitParams", "consensus": "ConsensusParams", "dual_attn": "DualAttnParams"}
-SOURCES = (HERE / "kernels.cpp", *(CSRC / "cuda" / f"{op}.cu" for op in OPS))
+PARAMS = ("RowLinearParams", "QkvCommitParams", "ConsensusParams", "DualAttnParams")
+KERNELS = ("qkv_commit", "consensus", "dual_attn", "dual_attn_f32", "row_linear_f32")
+SOURCES = (HERE / "kernels.cpp", *(CSRC / "cuda" / f"{name}.cu" for name in KERNELS))
 SCALARS = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
 
 
@@ -26,7 +27,7 @@ def compiler() -> str | None:
 
 @functools.cache
 def structs() -> dict[str, type[ctypes.Structure]]:
-    """The structs of params.h as ctypes classes, by name; a template's, whatever its element, by its name without Of."""
+    """The structs of params.h as ctypes classes, by name; templates, whatever their element, without the Of."""
     text = (CSRC / "include" / "orthrus" / "params.h").read_text()
     found: dict[str, type[ctypes.Structure]] = {}
     for name, body in re.findall(r"^struct (\w+?)(?:Of)? \{\n(.*?)^\};", text, re.M | re.S):
@@ -46,7 +47,7 @@ def library() -> ctypes.CDLL:
         subprocess.run([compiler(), *flags, *include, "-x", "c++", *map(str, SOURCES), "-o", str(path)], check=True)
         loaded = ctypes.CDLL(str(path))
     loaded.dual_attn_workspace.restype = ctypes.c_int64
-    for name in OPS.values():
+    for name in PARAMS:
         size = getattr(loaded, f"sizeof_{name}")
         size.restype = ctypes.c_int64
         assert size() == ctypes.sizeof(structs()[name]), f"{name}: params.h was misread"
@@ -64,7 +65,7 @@ def fill(name: str, **values) -> ctypes.Structure:
 
 
 def call(op: str, params: ctypes.Structure, *, descending: bool = False, num_sms: int = 3) -> None:
-    """Run ``op`` with the threads of a block in ascending or descending order, as on a GPU of ``num_sms`` SMs."""
+    """Run ``op`` of kernels.cpp, a block's threads in ascending or descending order, as on a GPU of ``num_sms`` SMs."""
     library().configure(int(descending), num_sms)
     error = getattr(library(), op)(ctypes.byref(params))
     assert error == 0, f"{op} returned {error}"

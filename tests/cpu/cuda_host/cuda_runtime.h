@@ -161,6 +161,11 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return cuda_host::Block::current().exchange(value)[lane ^ mask];
 }
 
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return cuda_host::Block::current().exchange(value)[lane];
+}
+
 inline unsigned __ballot_sync(unsigned, bool value) {
   unsigned bits = 0;
   const auto lanes = cuda_host::Block::current().exchange<int>(value);

@@ -1,0 +1,123 @@
+"""The float32 CUDA kernels as host C++: against float64, and row-invariance to the bit."""
+
+import pytest
+import torch
+
+from orthrus_rt.native import EPILOGUE
+from tests.attention_pass import Group, Heads
+from tests.cpu import cuda_host
+from tests.cpu.test_cuda_on_host import check_qkv_commit
+from tests.cpu.test_dual_attn_on_host import PASSES, HostPass
+
+pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no C++ compiler")
+BACKWARDS = pytest.mark.parametrize("descending", [False, True])
+
+
+def tensor(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(x, weight, epilogue="none", *, residual=None, diff=None, num_rows_ar=None, descending=False):
+    (n, k), rows = weight.shape, x.shape[0]
+    partials = -(-n // 128)
+    width = {"silu_mul": n // 2, "argmax": partials}.get(epilogue, n)
+    out, index = torch.full((rows, width), torch.nan), torch.full((rows, width), -7, dtype=torch.int32)
+    params = cuda_host.fill(
+        "RowLinearParams", x=x, weight=weight, weight_diff=diff, residual=residual, x_stride=x.stride(0),
+        out=None if epilogue == "argmax" else out, partial_value=out, partial_id=index, num_rows=rows,
+        num_rows_ar=rows if num_rows_ar is None else num_rows_ar, in_features=k, out_features=n,
+        num_partials=partials, epilogue=EPILOGUE[epilogue],
+    )  # fmt: skip
+    cuda_host.call("row_linear_f32", params, descending=descending)
+    return (out, index) if epilogue == "argmax" else out
+
+
+@BACKWARDS
+@pytest.mark.parametrize("shape", [(1, 1), (37, 70), (128, 32), (300, 33)], ids=str)
+def test_row_linear(shape, descending):
+    x, weight = tensor(19, shape[1], seed=1), tensor(*shape, seed=2)
+    exact = x.double() @ weight.double().T
+    bound = (x.double().abs() @ weight.double().abs().T) * (shape[1] + 4) * 2.0**-24
+    got = linear(x, weight, descending=descending)
+    assert ((got.double() - exact).abs() <= bound).all()
+    assert torch.equal(linear(x, weight, "logits"), got)
+    residual = tensor(19, shape[0], seed=3)
+    assert torch.equal(linear(x, weight, "residual", residual=residual), got + residual)
+
+
+@pytest.mark.parametrize("width", [1, 64, 100])
+def test_row_linear_silu_mul(width):
+    x, weight = tensor(5, 40, seed=1), tensor(2 * width, 40, seed=2)
+    gate, up = linear(x, weight).double().chunk(2, 1)
+    torch.testing.assert_close(linear(x, weight, "silu_mul").double(), gate * gate.sigmoid() * up, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("vocab", [3, 128, 300])
+def test_row_linear_argmax(vocab):
+    """Of tied maxima the lowest id; NaN never wins, and a tile of nothing else gives -inf and its first id."""
+    x, weight = tensor(20, 16, seed=1), tensor(vocab, 16, seed=2)
+    weight[vocab // 2 :] = weight[: vocab - vocab // 2].clone()
+    x[3] = 0
+    logits = linear(x, weight)
+    value, index = linear(x, weight, "argmax")
+    for t, part in enumerate(logits.split(128, 1)):
+        assert torch.equal(value[:, t], part.amax(1))
+        assert torch.equal(index[:, t].long(), 128 * t + (part == part.amax(1, keepdim=True)).int().argmax(1))
+    weight[128:] = torch.nan
+    value, index = linear(x, weight, "argmax")
+    assert (value[:, 1:] == -torch.inf).all()
+    assert torch.equal(index[:, 1:], 128 * torch.arange(1, value.shape[1]).int().expand(20, -1))
+
+
+def test_row_linear_rows_do_not_depend_on_company():
+    weight, diff = tensor(150, 70, seed=1), tensor(150, 70, seed=2)
+    wide = tensor(45, 75, seed=3)
+    x = wide[:, :70]  # strided rows
+    want, want_diff = linear(x, weight), linear(x, diff)
+    assert torch.equal(linear(x[17:18], weight)[0], want[17])
+    for split in (0, 1, 16, 20, 45):
+        got = linear(x, weight, diff=diff, num_rows_ar=split)
+        assert torch.equal(got[:split], want[:split])
+        assert torch.equal(got[split:], want_diff[split:])
+
+
+class F32Pass(HostPass):
+    OP = "dual_attn_f32"
+
+    def __init__(self, heads, groups):
+        super().__init__(heads, groups, dtype=torch.float32)
+
+    def workspace(self):
+        return None
+
+
+@BACKWARDS
+@pytest.mark.parametrize("heads", [Heads(3, 1, 64), Heads(4, 2, 128)], ids=str)
+@pytest.mark.parametrize("name", PASSES)
+def test_dual_attn(name, heads, descending):
+    case = F32Pass(heads, PASSES[name])
+    out = torch.full_like(case.q, torch.nan)
+    case.call(out, None, descending=descending)
+    torch.testing.assert_close(out.double(), case.expected(), rtol=1e-5, atol=1e-6)
+    assert not out[case.rows.position < 0].any()
+
+
+def test_dual_attn_rows_do_not_depend_on_company():
+    heads, groups = Heads(3, 1, 64), [g for name in ("one_pass", "tall", "decode") for g in PASSES[name]]
+    groups = list({(g.view, g.seq): g for g in groups}.values())
+    together = F32Pass(heads, groups)
+    want = together.by_group(together.run())
+    backwards = F32Pass(heads, groups[::-1])
+    got = backwards.by_group(backwards.run())
+    for g in groups:
+        assert torch.equal(got[g], want[g])
+        assert torch.equal(F32Pass(heads, [g]).run(), want[g])
+    verified = F32Pass(heads, [Group("ar", 0, 130, 6)]).run()
+    for i in range(6):  # a row of a verification is the row of AR decoding
+        assert torch.equal(F32Pass(heads, [Group("ar", 0, 130 + i, 1)]).run()[0], verified[i])
+
+
+@BACKWARDS
+@pytest.mark.parametrize("norms", [False, True])
+def test_qkv_commit(norms, descending):
+    check_qkv_commit((3, 1, 64), norms, descending, torch.float32)
