@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "orthrus/wgmma_descriptor.h"
+
 namespace orthrus::cuda::sm90 {
 
 __device__ __forceinline__ uint32_t smem_address(const void* p) {
@@ -100,13 +102,9 @@ __device__ __forceinline__ void tensor_load(void* dst, const TensorMap* map, int
                : "memory");
 }
 
-// Descriptor of a K-major operand in rows of 64 bf16 under the 128-byte swizzle, 8 rows per 1024 bytes.
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* smem) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62;
-  constexpr uint64_t kStrideOf8Rows = static_cast<uint64_t>(1024 >> 4) << 32;
-  return kSwizzle128 | kStrideOf8Rows | (1ull << 16) | ((smem_address(smem) & 0x3ffff) >> 4);
+  return matrix_descriptor_at(smem_address(smem));
 }
-__device__ constexpr uint64_t descriptor_offset(int bytes) { return bytes >> 4; }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

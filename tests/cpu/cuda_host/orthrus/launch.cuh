@@ -1,5 +1,5 @@
-// Twin of csrc/include/orthrus/launch.cuh for host-compiled kernels. A kernel that touches the stream's
-// results without pdl_wait would be wrong on the device, so the launch counts the waits.
+// Twin of csrc/include/orthrus/launch.cuh for host-compiled kernels. A kernel that touches the stream's results without
+// pdl_wait would be wrong on the device, so every thread has to call it. Blocks too run in either order.
 #pragma once
 #include <cstring>
 
@@ -7,8 +7,7 @@
 
 namespace orthrus::cuda {
 
-inline int waits = 0;
-inline void pdl_wait() { ++waits; }
+inline void pdl_wait() { cuda_host::waited[threadIdx.x] = true; }
 inline void pdl_launch_dependents() {}
 
 struct DeviceInfo {
@@ -23,14 +22,21 @@ int occupancy(void (*)(Params), int, int, int* ctas) {
 }
 
 template <typename Params>
-int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int, void*, DeviceInfo) {
+int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int smem_bytes, void*, DeviceInfo) {
+  uint8_t *shared = cuda_host::dynamic_shared, *shared_end = shared + sizeof(cuda_host::dynamic_shared);
+  if (smem_bytes > cuda_host::kMaxSharedBytes) return cudaErrorInvalidValue;
+  cuda_host::shared_bytes = smem_bytes;
   gridDim = grid;
   blockDim = dim3(threads);
-  for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-    waits = 0;
-    std::memset(cuda_host::dynamic_shared, 0xff, sizeof(cuda_host::dynamic_shared));  // NaN
+  for (unsigned i = 0; i < grid.x; ++i) {
+    blockIdx.x = cuda_host::descending ? grid.x - 1 - i : i;
+    std::fill_n(cuda_host::waited, cuda_host::kMaxThreads, false);
+    std::fill(shared, shared_end, 0xff);  // NaN
     cuda_host::Block::current().run(threads, [&] { kernel(params); });
-    if (waits != threads) cuda_host::fail("not every thread called pdl_wait");
+    if (std::count(cuda_host::waited, cuda_host::waited + threads, true) != threads)
+      cuda_host::fail("not every thread called pdl_wait");
+    if (std::count(shared + smem_bytes, shared_end, 0xff) != shared_end - shared - smem_bytes)
+      cuda_host::fail("shared memory is written that the launch did not ask for");
   }
   return cudaSuccess;
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "instruction_layouts.h"
 
 #define __host__
 #define __align__(bytes) alignas(bytes)
@@ -58,7 +59,16 @@ inline float widen(const uint8_t* bf16) {
   return value;
 }
 
-alignas(1024) inline uint8_t dynamic_shared[228 * 1024];
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxSharedBytes = 227 * 1024;  // that a block may ask for
+alignas(1024) inline uint8_t dynamic_shared[kMaxSharedBytes + 1024];
+inline int shared_bytes = 0;         // that the launch asked for
+inline bool waited[kMaxThreads];     // threads that have called pdl_wait
+
+// Before that, another kernel may still be writing what this thread is about to touch.
+inline void need_wait() {
+  if (!waited[threadIdx.x]) fail("results of the stream are touched before pdl_wait");
+}
 
 }  // namespace cuda_host
 
@@ -86,12 +96,19 @@ inline float __uint_as_float(uint32_t word) {
 }
 inline void __threadfence() {}
 inline int atomicAdd(int32_t* p, int32_t value) {
+  cuda_host::need_wait();
   const int32_t old = *p;
   *p += value;
   return old;
 }
-inline void __stcg(float4* p, float4 value) { *p = value; }
-inline float4 __ldcg(const float4* p) { return *p; }
+inline void __stcg(float4* p, float4 value) {
+  cuda_host::need_wait();
+  *p = value;
+}
+inline float4 __ldcg(const float4* p) {
+  cuda_host::need_wait();
+  return *p;
+}
 
 namespace orthrus::cuda {
 
@@ -133,36 +150,28 @@ void copy_wait() {
   }
 }
 
-inline void load_matrices(uint32_t (&r)[4], SharedAddress row) {
+template <typename Layout>
+void load_elements(uint32_t (&r)[4], SharedAddress row, const Layout& layout) {
   const auto rows = cuda_host::Block::current().exchange(row);
-  const int lane = threadIdx.x % 32;
-  for (int m = 0; m < 4; ++m)
-    std::memcpy(&r[m], reinterpret_cast<const uint8_t*>(rows[8 * m + lane / 4]) + lane % 4 * 4, 4);
-}
-
-inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress row) {
-  const auto rows = cuda_host::Block::current().exchange(row);
-  const int lane = threadIdx.x % 32;
-  for (int m = 0; m < 4; ++m) {
-    for (int half = 0; half < 2; ++half) {
-      const auto* from = reinterpret_cast<const uint8_t*>(rows[8 * m + lane % 4 * 2 + half]) + lane / 4 * 2;
-      std::memcpy(reinterpret_cast<uint8_t*>(&r[m]) + half * 2, from, 2);
-    }
+  for (int i = 0; i < 8; ++i) {
+    const auto [from, column] = layout(threadIdx.x % 32, i);
+    std::memcpy(reinterpret_cast<uint8_t*>(r) + i * 2, reinterpret_cast<const uint8_t*>(rows[from]) + column * 2, 2);
   }
+}
+inline void load_matrices(uint32_t (&r)[4], SharedAddress row) { load_elements(r, row, cuda_host::load_matrix); }
+inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress row) {
+  load_elements(r, row, cuda_host::load_matrix_transposed);
 }
 
 inline void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   using Words = std::array<uint32_t, 6>;
   const std::array<Words, 32> lanes = cuda_host::Block::current().exchange(Words{a[0], a[1], a[2], a[3], b0, b1});
-  const int lane = threadIdx.x % 32;
-  auto element = [&](int word, int row, int k) {
-    return cuda_host::widen(reinterpret_cast<const uint8_t*>(&lanes[row * 4 + k / 2][word]) + k % 2 * 2);
+  auto element = [&](cuda_host::Place from, int first_word) {
+    return cuda_host::widen(reinterpret_cast<const uint8_t*>(&lanes[from.lane][first_word]) + from.index * 2);
   };
   for (int i = 0; i < 4; ++i) {
-    for (int k = 0; k < 16; ++k) {
-      const float av = element(i / 2 + 2 * (k / 8), lane / 4, k % 8);
-      d[i] += av * element(4 + k / 8, lane % 4 * 2 + i % 2, k % 8);
-    }
+    const auto [row, column] = cuda_host::mma_accumulator(threadIdx.x % 32, i);
+    for (int k = 0; k < 16; ++k) d[i] += element(cuda_host::mma_a(row, k), 0) * element(cuda_host::mma_b(column, k), 4);
   }
 }
 

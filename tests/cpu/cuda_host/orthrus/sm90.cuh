@@ -1,10 +1,11 @@
 // Twin of csrc/include/orthrus/sm90.cuh for host-compiled kernels. Copies land late, one at a time, oldest or newest
 // first, onto poison; a wgmma reads shared memory only when its group is waited for: a stage that is read too early
-// or released too soon gives a wrong result.
+// or released too soon gives a wrong result. Alignments and sizes that the device would refuse end the test.
 #pragma once
 #include <functional>
 
 #include "orthrus/sm80.cuh"
+#include "orthrus/wgmma_descriptor.h"
 
 #define __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -22,7 +23,7 @@ struct Transaction {
   int arrivals = 0, pending = 0, parity = 0;
   int64_t bytes = 0;
   void settle() {
-    if (pending < 0) std::abort();
+    if (pending < 0 || bytes >= 1 << 20) fail("a barrier counts more than it can");
     if (pending || bytes) return;
     parity ^= 1;
     pending = arrivals;
@@ -32,6 +33,21 @@ struct Transaction {
 inline std::map<uint64_t*, Transaction> transactions;
 inline std::deque<std::function<void()>> copies_in_flight;
 inline std::map<int, std::deque<std::vector<std::function<void()>>>> wgmma_groups;  // of each thread
+
+inline bool fenced[kMaxThreads];  // since the thread's accumulators were last its own
+
+// Addresses as the device counts them, where the driver keeps the first KiB.
+constexpr uint32_t kSharedBegin = 1024;
+inline uint32_t address(const void* p, uint32_t alignment) {
+  const ptrdiff_t offset = static_cast<const uint8_t*>(p) - dynamic_shared;
+  if (offset < 0 || offset >= shared_bytes || offset % alignment) fail("a bad address in shared memory");
+  return kSharedBegin + static_cast<uint32_t>(offset);
+}
+inline uint8_t* pointer(uint32_t address) {
+  if (address < kSharedBegin || address - kSharedBegin >= static_cast<uint32_t>(shared_bytes))
+    fail("an operand lies outside of shared memory");
+  return dynamic_shared + (address - kSharedBegin);
+}
 
 inline void land(uint64_t* barrier, int bytes) {
   transactions[barrier].bytes -= bytes;
@@ -48,13 +64,16 @@ struct TensorMap {
   int64_t stride;
 };
 
+// Refuses what the driver refuses.
 inline bool make_row_map(TensorMap* map, const uint16_t* data, int rows, int columns, int64_t stride, int box_rows) {
   *map = {data, rows, columns, box_rows, stride};
-  return true;
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0 && stride * 2 < int64_t{1} << 40 && rows > 0 &&
+         columns > 0 && box_rows > 0 && box_rows <= 256;
 }
 inline void prefetch_map(const TensorMap*) {}
 
 inline void barrier_init(uint64_t* barrier, int arrivals) {
+  cuda_host::address(barrier, 8);
   cuda_host::transactions[barrier] = {arrivals, arrivals, 0, 0};
 }
 inline void fence_barrier_init() {}
@@ -83,6 +102,8 @@ inline void barrier_wait(uint64_t* barrier, int parity) {
 
 inline uint64_t evict_first_policy() { return 0; }
 inline void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier, uint64_t = 0) {
+  cuda_host::address(dst, 16);
+  if (reinterpret_cast<uintptr_t>(src) % 16 || bytes % 16) cuda_host::fail("a bulk copy is not of whole 16 bytes");
   std::memset(dst, 0xff, bytes);
   cuda_host::copies_in_flight.push_back([=] {
     std::memcpy(dst, src, bytes);
@@ -95,16 +116,15 @@ inline void bulk_prefetch(const void* src, int bytes, uint64_t) {
   (void)last;
 }
 
-// Address bits 4-6 are permuted by bits 7-9.
-inline uint8_t* swizzled(uintptr_t address) { return reinterpret_cast<uint8_t*>(address ^ (address >> 3 & 0x70)); }
-
 inline void tensor_load(void* dst, const TensorMap* map, int column, int row, uint64_t* barrier) {
+  cuda_host::need_wait();
   const TensorMap m = *map;
+  const uint32_t begin = cuda_host::address(dst, 128);
   std::memset(dst, 0xff, m.box_rows * 128);
   cuda_host::copies_in_flight.push_back([=] {
     for (int r = 0; r < m.box_rows; ++r) {
       for (int chunk = 0; chunk < 8; ++chunk) {
-        uint8_t* to = swizzled(reinterpret_cast<uintptr_t>(dst) + r * 128 + chunk * 16);
+        uint8_t* to = cuda_host::pointer(cuda_host::swizzle_128(begin + r * 128 + chunk * 16));
         if (row + r < m.rows) {
           std::memcpy(to, m.data + (row + r) * m.stride + column + chunk * 8, 16);
         } else {
@@ -116,22 +136,23 @@ inline void tensor_load(void* dst, const TensorMap* map, int column, int row, ui
   });
 }
 
-inline uint64_t matrix_descriptor(const void* smem) { return reinterpret_cast<uintptr_t>(smem); }
-constexpr uint64_t descriptor_offset(int bytes) { return bytes; }
+inline uint64_t matrix_descriptor(const void* smem) { return matrix_descriptor_at(cuda_host::address(smem, 1024)); }
 
-inline void wgmma_fence() {}
+inline void wgmma_fence() { cuda_host::fenced[threadIdx.x] = true; }
 template <int kN>
 void wgmma(float* d, uint64_t a, uint64_t b, int accumulate) {
+  if (!cuda_host::fenced[threadIdx.x]) cuda_host::fail("wgmma without a fence");
+  if (!cuda_host::is_swizzled_128(a) || !cuda_host::is_swizzled_128(b)) cuda_host::fail("a bad matrix descriptor");
   auto& groups = cuda_host::wgmma_groups[threadIdx.x];
   if (groups.empty()) groups.emplace_back();
-  const int lane = threadIdx.x % 32, feature = threadIdx.x / 32 % 4 * 16 + lane / 4;
-  groups.back().push_back([=] {
+  groups.back().push_back([=, thread = threadIdx.x % 128] {
+    auto element = [](uint64_t matrix, int row, int k) {
+      return cuda_host::widen(cuda_host::pointer(cuda_host::operand_address(matrix, row, k)));
+    };
     for (int i = 0; i < kN / 2; ++i) {
+      const auto [row, column] = cuda_host::wgmma_accumulator(thread, i);
       float sum = accumulate ? d[i] : 0.f;
-      for (int k = 0; k < 16; ++k) {
-        const uint8_t* av = swizzled(a + (feature + i / 2 % 2 * 8) * 128 + k * 2);
-        sum += cuda_host::widen(av) * cuda_host::widen(swizzled(b + (i / 4 * 8 + lane % 4 * 2 + i % 2) * 128 + k * 2));
-      }
+      for (int k = 0; k < 16; ++k) sum += element(a, row, k) * element(b, column, k);
       d[i] = sum;
     }
   });
@@ -144,6 +165,7 @@ void wgmma_wait() {
     for (const auto& run : groups.front()) run();
     groups.pop_front();
   }
+  cuda_host::fenced[threadIdx.x] = false;
   cuda_host::Block::current().exchange(0);  // .sync.aligned: the warp's lanes pass together
 }
 template <int>
