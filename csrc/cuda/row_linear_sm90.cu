@@ -292,7 +292,8 @@ __global__ void __launch_bounds__(2 * kGroupThreads + producer_threads(kPrefill)
   int32_t* flags = reinterpret_cast<int32_t*>(ring.empty + kMaxStages);
   BestLogit* best = reinterpret_cast<BestLogit*>(flags + 4);
 
-  const int thread = threadIdx.x, group = thread / kGroupThreads;
+  const int thread = threadIdx.x;
+  const int group = __shfl_sync(~0u, thread / kGroupThreads, 0);  // the compiler shall know that a warp has one role
   if (thread == 0) {
     for (int s = 0; s < ring.num_stages; ++s) {
       sm90::barrier_init(&ring.full[s], 1);
@@ -306,9 +307,9 @@ __global__ void __launch_bounds__(2 * kGroupThreads + producer_threads(kPrefill)
     if (thread == blocks * kGroupThreads) {
       sm90::prefetch_map(&params.x_map);
       produce<kTokens, kPrefill>(args, &params.x_map, ring, blocks);
-    } else {
-      pdl_wait();
     }
+    __syncwarp();  // lest the idle lanes' wait, taken first, hold up the one that runs ahead of the previous kernel
+    pdl_wait();
     return;
   }
   pdl_wait();
