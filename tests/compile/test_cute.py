@@ -1,0 +1,70 @@
+"""What our kernels and their host twins take for granted about Hopper's instructions, beside what CuTe says of them.
+
+Layouts: matrix descriptors bit by bit, where operands' elements lie, which lane holds which accumulator. Encodings: the
+PTX of our wrappers and of CuTe's. CuTe's headers are test material alone, from the wheel ``nvidia-cutlass``.
+"""
+
+import re
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.compile import cubins
+
+HERE = Path(__file__).parent
+CUTE = find_spec("cutlass_library")
+
+pytestmark = [
+    pytest.mark.skipif(cubins.nvcc() is None, reason="nvcc is not installed"),
+    pytest.mark.skipif(
+        CUTE is None, reason="CuTe's headers are not installed: pip install --no-deps nvidia-cutlass==4.2.*"
+    ),
+]
+
+
+def compile_with_cute(source: str, out: Path, *flags: str) -> None:
+    include = [f"-I{Path(CUTE.origin).parent / 'source/include'}", f"-I{cubins.ROOT / 'csrc/include'}"]
+    done = subprocess.run(
+        [cubins.nvcc(), "-std=c++17", "-w", *flags, *include, str(HERE / source), "-o", str(out)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert not done.returncode, done.stderr
+
+
+def test_layouts(tmp_path):
+    compile_with_cute("cute_layouts.cpp", tmp_path / "layouts", "-x", "c++")
+    done = subprocess.run([tmp_path / "layouts"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+OPCODES = "wgmma|ldmatrix|mbarrier|cp|fence|prefetch|setmaxnreg|bar|griddepcontrol"
+
+
+def instructions(function: str) -> list:
+    """The inline PTX of a function, names of registers replaced by their order of appearance in each instruction; and
+    for each float of the output which accumulator of the last wgmma is stored there."""
+    found, accumulators = [], []
+    for statement in re.split(r";|\w+:\s", re.sub(r"//.*", "", function)):
+        if stored := re.search(r"st\.global\.f32\s+\[%rd\d+(?:\+(\d+))?\], (%f\d+)", statement):
+            if stored[2] in accumulators:
+                found.append(("stored", int(stored[1] or 0) // 4, accumulators.index(stored[2])))
+        elif asm := re.match(rf"[\s{{}}]*((?:{OPCODES})\b\S*)(.*)", statement, re.S):
+            names = list(dict.fromkeys(re.findall(r"%?[a-zA-Z]\w*", asm[2])))
+            operands = re.sub(r"%?[a-zA-Z]\w*", lambda name, names=names: f"#{names.index(name[0])}", asm[2])
+            opcode = re.sub(r"(\.x4(?:\.trans)?)(\.m8n8)", r"\2\1", asm[1])  # ldmatrix takes either order
+            found.append((opcode, re.sub(r"[\s{}]", "", operands)))
+            accumulators = names if asm[1].startswith("wgmma.mma") else accumulators
+    return found
+
+
+def test_instructions(tmp_path):
+    compile_with_cute(
+        "cute_instructions.cu", tmp_path / "out.ptx", "-ptx", "-arch=sm_90a", "-DCUTLASS_ENABLE_GDC_FOR_SM90"
+    )
+    ours, cutes = map(instructions, (tmp_path / "out.ptx").read_text().split(".entry")[1:])
+    assert ours == cutes
+    assert len([entry for entry in ours if entry[0] == "stored"]) == (16 + 32 + 64 + 128) // 2
+    assert all(entry[1] == entry[2] for entry in ours if entry[0] == "stored")
+    assert len([entry for entry in ours if entry[0] != "stored"]) == 30
