@@ -328,13 +328,16 @@ template <int kTokens, bool kPrefill>
 int launch_variant(const RowLinearArgs& plain, void* stream) {
   Sm90Params params{{}, plain};
   RowLinearArgs& args = params.args;
-  if (!sm90::make_row_map(&params.x_map, args.p.x, args.p.num_rows, args.p.in_features, args.p.x_stride, kTokens))
-    return cudaErrorInvalidValue;
+  if (const cudaError_t error = sm90::make_row_map(&params.x_map, args.p.x, args.p.num_rows, args.p.in_features,
+                                                   args.p.x_stride, kTokens))
+    return error;
   const int blocks = kPrefill ? 2 : args.plan.blocks_per_tile;
   const bool argmax = args.p.epilogue == static_cast<int>(Epilogue::kArgmax);
   const int fixed = fixed_shared(blocks, kTokens, argmax);
-  const int ctas = ctas_per_sm(kTokens, kPrefill);
-  const int budget = kSharedPerSm / ctas - (ctas - 1) * 1024;
+  constexpr int ctas = ctas_per_sm(kTokens, kPrefill);
+  constexpr int budget = kSharedPerSm / ctas - (ctas - 1) * 1024;
+  static_assert((budget - fixed_shared(2, kTokens, true)) / stage_bytes<kTokens>(2) >= 2,
+                "a stage is released when the next one has landed");
   args.num_stages = min((budget - fixed) / stage_bytes<kTokens>(blocks), kMaxStages);
   const int shared = fixed + args.num_stages * stage_bytes<kTokens>(blocks);
 

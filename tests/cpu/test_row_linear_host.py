@@ -167,5 +167,10 @@ def test_strided_rows_and_reused_workspace():
         assert torch.equal(run(wide[:, 512:1536], plain, space=space), want)
 
 
+def test_a_single_row_has_any_stride():
+    plain, x = tensor(128, 256, seed=1), tensor(1, 256, seed=2)
+    assert torch.equal(run(x.as_strided((1, 256), (3, 1)), plain), run(x, plain))
+
+
 def test_no_rows():
     assert run(tensor(0, 64), tensor(64, 64)).shape == (0, 64)

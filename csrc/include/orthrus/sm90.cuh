@@ -72,7 +72,8 @@ __device__ __forceinline__ void bulk_prefetch(const void* src, int bytes, uint64
 using TensorMap = CUtensorMap;
 
 // A map over the rows of a bf16 matrix in boxes of `box_rows` x 64 elements, 128-byte swizzled in shared memory.
-inline bool make_row_map(TensorMap* map, const uint16_t* data, int rows, int columns, int64_t stride, int box_rows) {
+inline cudaError_t make_row_map(TensorMap* map, const uint16_t* data, int rows, int columns, int64_t stride,
+                                int box_rows) {
   static const auto encode = [] {
     void* function = nullptr;  // from the driver, which this module does not link
     cudaDriverEntryPointQueryResult found{};
@@ -85,9 +86,11 @@ inline bool make_row_map(TensorMap* map, const uint16_t* data, int rows, int col
   const cuuint64_t stride_bytes[1] = {static_cast<cuuint64_t>(stride) * 2};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t step[2] = {1, 1};
-  return encode && encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<uint16_t*>(data), size, stride_bytes,
-                          box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  if (!encode) return cudaErrorCallRequiresNewerDriver;
+  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<uint16_t*>(data), size,
+                                 stride_bytes, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return static_cast<cudaError_t>(result);  // the two number errors alike
 }
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {

@@ -65,10 +65,12 @@ struct TensorMap {
 };
 
 // Refuses what the driver refuses.
-inline bool make_row_map(TensorMap* map, const uint16_t* data, int rows, int columns, int64_t stride, int box_rows) {
+inline cudaError_t make_row_map(TensorMap* map, const uint16_t* data, int rows, int columns, int64_t stride,
+                                int box_rows) {
   *map = {data, rows, columns, box_rows, stride};
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0 && stride * 2 < int64_t{1} << 40 && rows > 0 &&
-         columns > 0 && box_rows > 0 && box_rows <= 256;
+  const bool good = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride > 0 && stride % 8 == 0 &&
+                    stride < int64_t{1} << 39 && rows > 0 && columns > 0 && box_rows > 0 && box_rows <= 256;
+  return good ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline void prefetch_map(const TensorMap*) {}
 
