@@ -106,6 +106,9 @@ inline uint64_t evict_first_policy() { return 0; }
 inline void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier, uint64_t = 0) {
   cuda_host::address(dst, 16);
   if (reinterpret_cast<uintptr_t>(src) % 16 || bytes % 16) cuda_host::fail("a bulk copy is not of whole 16 bytes");
+  const bool* warp = cuda_host::waited + threadIdx.x / 32 * 32;
+  if (!cuda_host::waited[threadIdx.x] && std::count(warp, warp + 32, true))
+    cuda_host::fail("a load ahead of pdl_wait may be held up by another lane, which waits already");
   std::memset(dst, 0xff, bytes);
   cuda_host::copies_in_flight.push_back([=] {
     std::memcpy(dst, src, bytes);
