@@ -91,6 +91,16 @@ def close(got, exact, magnitude):
 SHAPES = [(64, 64, 3), (192, 37, 2), (128, 1001, 4), (1024, 192, 5), (640, 320, 7), (256, 3200, 7), (1024, 128, 5)]
 
 
+@pytest.mark.parametrize("rows", [1, 17, 33, 65, 129, 161])
+def test_one_hot_rows_pick_columns_of_the_weight(rows):
+    """Exact in any order of sums: where this fails, the elements that differ name what a layout mixes up."""
+    k, n = 192, 320
+    plain = tensor(n, k, seed=1)
+    column = torch.arange(rows) * 37 % k
+    x = torch.nn.functional.one_hot(column, k).bfloat16()
+    assert torch.equal(run(x, plain), plain.T[column])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_oracle(shape):
     k, n, sms = shape
