@@ -47,6 +47,32 @@ struct RowLinearPlan {
   }
 };
 
+// A cut costs a round trip through L2, so tiles are cut only where whole ones would leave more than
+// this share of the CTAs' time idle, and only where each CTA still gets a few units.
+constexpr double kTolerableIdle = 0.04;
+constexpr int kMinUnits = 6;
+// Taller tiles read x half as often; narrow weights take short ones, cut in fewer pieces.
+constexpr int kMinTallTiles = 24;
+
+inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_tiles, int num_sms) {
+  RowLinearPlan plan{};
+  plan.k_blocks = in_features / kBlock;
+  plan.blocks = (out_features + kBlock - 1) / kBlock;
+  plan.blocks_per_tile = plan.blocks % 2 == 0 && plan.blocks / 2 >= kMinTallTiles ? 2 : 1;
+  plan.tiles = plan.blocks / plan.blocks_per_tile;
+  const int rounds = (plan.tiles + num_sms - 1) / num_sms;
+  const bool idle = rounds * num_sms - plan.tiles > kTolerableIdle * rounds * num_sms;
+  const int64_t units = static_cast<int64_t>(plan.tiles) * plan.k_blocks;
+  plan.split = !whole_tiles && idle && units >= kMinUnits * num_sms && 2 * plan.blocks <= kMaxCounters &&
+               (units + 1) * num_sms < INT32_MAX;
+  if (!plan.split && plan.blocks <= num_sms) {
+    plan.blocks_per_tile = 1;
+    plan.tiles = plan.blocks;
+  }
+  plan.grid = plan.split || plan.tiles > num_sms ? num_sms : plan.tiles;
+  return plan;
+}
+
 struct RowLinearArgs {
   RowLinearParams p;
   RowLinearPlan plan;

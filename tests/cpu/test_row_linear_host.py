@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import subprocess
 import tempfile
 from pathlib import Path
@@ -37,6 +38,7 @@ def library() -> ctypes.CDLL:
         )
         loaded = ctypes.CDLL(str(path))
     loaded.row_linear_workspace.restype = ctypes.c_int64
+    loaded.row_linear_plan_error.restype = ctypes.c_char_p
     loaded.sizeof_RowLinearParams.restype = ctypes.c_int64
     assert loaded.sizeof_RowLinearParams() == ctypes.sizeof(cuda_host.structs()["RowLinearParams"])
     return loaded
@@ -167,6 +169,17 @@ def test_argmax(shape, rows):
     assert torch.equal(top, logits.amax(1, keepdim=True))
     assert torch.equal(best.long(), (logits == top).int().argmax(1))
     assert best[0] == n // 3
+
+
+# Hidden, MLP and vocabulary sizes of real checkpoints among others; the SMs of real devices and a few.
+INS = [64, 192, 576, 1024, 1536, 2048, 2560, 4096, 6144, 9728, 12288, 14336, 28672]
+OUTS = [8, 37, 64, 576, 960, 1001, 2048, 4096, 6144, 19456, 24576, 28672, 49152, 57344, 128256, 151936]
+SMS = [1, 2, 5, 7, 60, 78, 108, 114, 132, 142, 148, 188]
+
+
+def test_every_unit_has_one_owner_and_every_partial_sum_a_place():
+    for case in itertools.product(INS, OUTS, (False, True), SMS):
+        assert library().row_linear_plan_error(*case) is None, case
 
 
 def test_strided_rows_and_reused_workspace():

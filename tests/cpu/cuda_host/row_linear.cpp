@@ -1,8 +1,32 @@
 // C interface to row_linear, compiled for the host beside this file, on a Hopper device of any number of SMs.
+#include "../../../csrc/cuda/row_linear_plan.h"
 #include "orthrus/ops.h"
-#include "orthrus/sm80.cuh"
 
 extern "C" {
+// What is wrong with the plan of a weight; null if nothing is.
+const char* row_linear_plan_error(int in_features, int out_features, bool whole_tiles, int num_sms) {
+  const auto plan = orthrus::cuda::make_plan(in_features, out_features, whole_tiles, num_sms);
+  const int k_blocks = plan.k_blocks;
+  if (plan.tiles * plan.blocks_per_tile != plan.blocks) return "tiles do not cover the blocks";
+  if (plan.range_begin(0) != 0 || plan.range_begin(plan.grid) != plan.tiles * k_blocks) return "ranges do not cover";
+  if (plan.split && 2 * plan.blocks > orthrus::cuda::kMaxCounters) return "more sums than counters";
+  for (int cta = 0; cta < plan.grid; ++cta) {
+    const int end = plan.range_begin(cta + 1);
+    if (plan.range_begin(cta) >= end) return "a CTA has nothing to do";
+    int cuts[2] = {};
+    for (int unit = plan.range_begin(cta), length; unit < end; unit += length) {
+      const int tile = unit / k_blocks, kb = unit % k_blocks;
+      length = min(k_blocks - kb, end - unit);
+      if (plan.segment_end(tile, kb) != kb + length) return "prefill folds elsewhere than decode";
+      if (length == k_blocks) continue;
+      if (!plan.split) return "a whole tile is cut";
+      if (plan.owner(unit) != cta || plan.owner(unit + length - 1) != cta) return "a unit has another owner";
+      const bool first = cta == plan.owner(tile * k_blocks);
+      if (first != (kb == 0) || cuts[kb == 0]++) return "two partial sums share their place in the workspace";
+    }
+  }
+  return nullptr;
+}
 int row_linear(const orthrus::RowLinearParams* p, int descending, int num_sms) {
   cuda_host::descending = descending;
   cuda_host::num_sms = num_sms;
