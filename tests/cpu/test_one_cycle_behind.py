@@ -1,0 +1,212 @@
+"""The engine as it runs on a device that is not waited for: results are read one cycle after their launch.
+
+On the CPU, with events and mailboxes that behave as CUDA's: a copy is unreadable before its event was waited for.
+"""
+
+import itertools
+import random
+import time
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch, ops
+from orthrus_rt import state as st
+from orthrus_rt.engine import Engine
+from orthrus_rt.graph import Cycle
+from orthrus_rt.runner import Runner
+from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+VOCAB = 96
+POISON = -77
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
+
+
+class Stream:
+    """Events in the order of their recording; the device has passed those up to the last one waited for."""
+
+    def __init__(self):
+        self.clock, self.passed, self.box, self.boxes = itertools.count(1), 0, None, []
+
+    def event(self, enable_timing=False):
+        return Event(self)
+
+
+class Event:
+    def __init__(self, stream):
+        self.stream, self.number, self.copied = stream, 0, None
+
+    def record(self):
+        self.number, self.at = next(self.stream.clock), time.perf_counter()
+        box, self.stream.box = self.stream.box, None
+        if box is not None:
+            self.copied = box, {name: tensor.clone() for name, tensor in box.items()}
+            for tensor in box.values():
+                tensor.fill_(POISON)
+
+    def synchronize(self):
+        self.stream.passed = max(self.stream.passed, self.number)
+        box, values = self.copied
+        for name, tensor in box.items():
+            assert bool((tensor == POISON).all()), "a mailbox was used again before it was read"
+            tensor.copy_(values[name])
+
+    def query(self):
+        return self.number <= self.stream.passed
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+@pytest.fixture
+def late(folder, monkeypatch, tmp_path):
+    """Makes engines that run one cycle ahead of the host; every cycle's rows are checked to lie in the slot's pages."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    stream, empty, mailbox = Stream(), torch.empty, Runner._mailbox
+    monkeypatch.setattr(torch.cuda, "Event", stream.event)
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kwargs: empty(*size, **kwargs))
+
+    def tapped_mailbox(runner, num_slots):
+        stream.box = mailbox(runner, num_slots)
+        stream.boxes += [] if any(stream.box is box for box in stream.boxes) else [stream.box]
+        return stream.box
+
+    def checked_run(cycle, real=Cycle.run):
+        real(cycle)
+        for p in cycle.passes:
+            ar = p.rows.position[: p.rows.num_rows_ar]
+            valid = ar >= 0
+            pages = cycle.kv.page_table[p.rows.seq[: len(ar)][valid].long(), ar[valid].long() // ops.PAGE_SIZE]
+            assert bool((pages != 0).all()), "a row beyond the slot's pages"
+
+    monkeypatch.setattr(Runner, "_mailbox", tapped_mailbox)
+    monkeypatch.setattr(Cycle, "run", checked_run)
+
+    def make(**kwargs):
+        how = {"mode": "two_pass", "max_seq_len": 256, "max_batch_size": 8} | kwargs
+        engine = Engine.from_pretrained(folder, device="cpu", **how)
+        engine.runner.lag, engine.runner.stopwatch._on_device = 1, True
+        return engine
+
+    make.stream = stream
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Tokens of a request decoded by AR and read at once; remembered."""
+    engine = Engine.from_pretrained(folder, device="cpu", mode="ar", max_seq_len=256, max_batch_size=1)
+    known = {}
+
+    def tokens(prompt, params):
+        key = (tuple(prompt), params)
+        if key not in known:
+            known[key] = engine.generate(prompt, params).token_ids
+        return known[key]
+
+    return tokens
+
+
+def job(rng, longest):
+    prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))]
+    stops = tuple(rng.sample(range(VOCAB), rng.choice((0, 0, 8))))
+    more = {"temperature": 0.8, "seed": rng.randrange(99)} if rng.random() < 0.2 else {}
+    if rng.random() < 0.2:
+        more |= {"repetition_penalty": 1.2, "frequency_penalty": 0.1, "logit_bias": {rng.randrange(VOCAB): 1.5}}
+    return prompt, SamplingParams(rng.randint(1, 60), stop_token_ids=stops, ignore_eos=rng.random() < 0.5, **more)
+
+
+@pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass", "auto"))
+def test_arrivals_aborts_and_few_pages(late, alone, mode):
+    """What the host does between cycles (begin, move, clear, pages given back) acts behind the cycle under way."""
+    rng = random.Random(mode)
+    engine = late(mode=mode, num_pages=6)
+    todo, jobs, got, aborted = 80, {}, {}, set()
+    while todo or engine.has_unfinished():
+        for _ in range(min(todo, rng.choice((0, 0, 1, 2, 12)))):
+            one = job(rng, 180)
+            jobs[engine.submit(*one)] = one
+            todo -= 1
+        for out in engine.step():
+            tokens, _ = got.setdefault(out.request_id, ([], None))
+            got[out.request_id] = (tokens + out.new_token_ids, out.finish_reason)
+        unfinished = [i for i in jobs if got.get(i, (0, None))[1] is None and i not in aborted]
+        if unfinished and rng.random() < 0.05:
+            aborted.add(unfinished[0])
+            engine.abort(unfinished[0])
+    for request_id, one in jobs.items():
+        tokens, reason = got[request_id]
+        if request_id in aborted:
+            assert tokens == alone(*one)[: len(tokens)] and reason == "abort"
+        else:
+            assert tokens == alone(*one) and reason in ("stop", "length")
+    assert engine.metrics.preemptions > 0
+    assert engine.kv.num_free_pages == engine.kv.num_pages - 1
+    assert len(late.stream.boxes) <= 3 * 8  # prefills of a round have a mailbox each; they are used again
+
+
+def test_a_fault_in_flight_loses_nothing(late, alone, monkeypatch):
+    rng = random.Random(2)
+    engine = late(mode="auto")
+    jobs = {engine.submit(*one): one for one in (job(rng, 60) for _ in range(12))}
+    decode, got, faults = engine.runner.decode, {}, 0
+
+    def faulty(*args):
+        decode(*args)
+        if rng.random() < 0.1:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(engine.runner, "decode", faulty)
+    while engine.has_unfinished():
+        try:
+            for out in engine.step():
+                got[out.request_id] = got.get(out.request_id, []) + out.new_token_ids
+        except ZeroDivisionError:
+            faults += 1
+    assert faults > 3
+    assert got == {i: alone(*one) for i, one in jobs.items()}
+
+
+def test_prompts_that_arrive_while_others_decode(late, alone):
+    """Prefills in chunks beside cycles, the first token of each read a round later."""
+    rng = random.Random(4)
+    engine = late(max_batch_size=4)
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True)
+    prompts = [[rng.randrange(VOCAB) for _ in range(rng.randint(100, 220))] for _ in range(8)]
+    got, jobs = {}, {}
+    while len(jobs) < len(prompts) or engine.has_unfinished():
+        if len(jobs) < len(prompts):
+            prompt = prompts[len(jobs)]
+            jobs[engine.submit(prompt, params)] = prompt
+        for out in engine.step():
+            got[out.request_id] = got.get(out.request_id, []) + out.new_token_ids
+    assert got == {i: alone(prompt, params) for i, prompt in jobs.items()}
+
+
+def test_auto_learns_costs_and_acceptance_a_cycle_late(late, alone):
+    engine = late(mode="auto", max_batch_size=2)
+    params = SamplingParams(max_new_tokens=60, ignore_eos=True)
+    for _ in range(4):
+        outs = engine.generate([[3, 1, 4], [1, 5]], params)
+        assert [o.token_ids for o in outs] == [alone(p, params) for p in ([3, 1, 4], [1, 5])]
+    engine.step()
+    facts = engine.explain(2)
+    assert facts["candidates"]["ar"]["cost_measured"] and facts["spent_seconds"] > 0
+    counts = {label: c["cycles"] for label, c in facts["candidates"].items() if c["cycles"]}
+    assert counts == engine.metrics.as_dict()["plans"]
+    assert not engine._autos[engine._plan].policy._pending
+
+
+def test_the_slot_of_a_finished_request_runs_no_more(late):
+    """The cycle that was launched before the end was known finds the slot ended on the device."""
+    engine = late(max_batch_size=1)
+    engine.generate([1, 2, 3], SamplingParams(max_new_tokens=5, ignore_eos=True))
+    assert int(engine.runner.state.finish[0]) == st.EMPTY and len(engine.runner.flights) == 1
+    assert engine.step() == [] and not engine.runner.flights
