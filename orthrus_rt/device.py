@@ -12,13 +12,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def pick_device(device: str) -> torch.device:
-    """``"auto"`` is CUDA where a device answers, else the CPU.
+    """``"auto"`` is CUDA where a device answers, else the CPU. A CUDA device comes with its index.
 
     Raises:
         ValueError: the device is unknown or not there.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -27,7 +27,16 @@ def pick_device(device: str) -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but no CUDA device is available")
-    return chosen
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must be below cuda:{torch.cuda.device_count()}, got {device!r}")
+    return with_index(chosen)
+
+
+def with_index(device: torch.device) -> torch.device:
+    """``cuda`` as the device that it means now: to another thread, or later, it may mean another."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def device_scope(device: torch.device):
@@ -49,7 +58,7 @@ def claim(device: torch.device, engine) -> None:
     """
     if device.type != "cuda":
         return
-    name = f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
+    name = str(device)
     if name in _engines:
         gc.collect()  # an engine that nobody holds any more
     other = _engines.get(name)

@@ -15,7 +15,7 @@ import torch
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt.auto import Auto
 from orthrus_rt.cycle_plan import CyclePlan, cycle_plan
-from orthrus_rt.device import DTYPES, claim, device_scope, pick_device
+from orthrus_rt.device import DTYPES, claim, device_scope, pick_device, with_index
 from orthrus_rt.exclusive import Turn, exclusive, whole
 from orthrus_rt.info import device_facts
 from orthrus_rt.memory import memory_report, naming_the_knobs
@@ -65,6 +65,7 @@ class Engine(Rounds):
         if num_pages < per_sequence:
             raise ValueError(f"num_pages must be >= {per_sequence} (one sequence of {max_seq_len}), got {num_pages}")
         self.turn, self.closed, self.torn = Turn(), False, False
+        device = with_index(device)
         claim(device, self)
         self.config, self.max_seq_len = config, max_seq_len
         self.checkpoint, self._tokenizer = checkpoint, None
@@ -254,6 +255,7 @@ class Engine(Rounds):
                 self._abort(request)
             self._submitted.clear()
             self._forget_flights()
+            self.runner.drop_cycles()
         self.closed = True
 
     @exclusive

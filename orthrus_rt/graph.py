@@ -78,9 +78,9 @@ PASS_NAMES = {st.STEP_DRAFT: "draft pass", st.STEP_VERIFY: "verify pass", st.STE
 
 
 @functools.cache
-def _shared_pool():
-    """One memory pool for every graph: only one replays at a time."""
-    return torch.cuda.graph_pool_handle()
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Torch's own belongs to whichever device recorded first in this process."""
+    return torch.cuda.Stream(device)
 
 
 class Cycle:
@@ -188,9 +188,13 @@ class Cycle:
             with tape.record():
                 self.run_eager()
             return tape.replay
-        before = torch.cuda.memory_reserved(self.model.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_shared_pool()):
+        device, graph = self.model.device, torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()  # as recording itself begins: what it gives back is not the graph's
+        before = torch.cuda.memory_reserved(device)
+        # thread_local: what other threads do meanwhile, with models of their own, does not spoil the recording.
+        with torch.cuda.graph(
+            graph, pool=self.workspace.graph_pool, stream=_recording_stream(device), capture_error_mode="thread_local"
+        ):
             self.run_eager()
-        self.graph_bytes = torch.cuda.memory_reserved(self.model.device) - before
+        self.graph_bytes = torch.cuda.memory_reserved(device) - before
         return graph.replay

@@ -124,10 +124,14 @@ class Activations:
 
 @dataclass
 class Workspace:
-    """Scratch memory of the kernels themselves, zeroed once; None where the implementation needs none."""
+    """Scratch memory of the kernels themselves, zeroed once; None where the implementation needs none.
+
+    ``graph_pool`` is where recorded cycles allocate, all of them in one place: only one replays at a time.
+    """
 
     linear: torch.Tensor | None
     attn: torch.Tensor | None
+    graph_pool: object | None = None
 
     @staticmethod
     def allocate(model: Model, *, max_rows: int, max_groups: int, max_seq_len: int) -> Workspace:
@@ -140,7 +144,8 @@ class Workspace:
         def zeros(nbytes):
             return torch.zeros(nbytes, dtype=torch.uint8, device=model.device) if nbytes else None
 
-        return Workspace(zeros(linear), zeros(attn))
+        pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        return Workspace(zeros(linear), zeros(attn), pool)
 
 
 def forward(

@@ -87,8 +87,14 @@ class Runner:
         with naming_the_knobs(f"making room for {decoded} rows a pass"):
             activations = Activations(self.model, rows, rows_diff, max_logit_rows=decoded)
             workspace = Workspace.allocate(self.model, max_rows=rows, max_groups=groups, max_seq_len=self.max_seq_len)
-        self._cycles.clear()  # they know the old buffers
+        self.drop_cycles()  # they know the old buffers
         self.activations, self.workspace, self._room = activations, workspace, room
+
+    def drop_cycles(self) -> None:
+        """Free every cycle built so far, and its graph."""
+        if self.model.device.type == "cuda" and self._cycles:  # the one launched ahead of its results may still run
+            torch.cuda.synchronize(self.model.device)
+        self._cycles.clear()
 
     def cycle(self, plan: CyclePlan, num_slots: int, sampling: SlotSampling | None = None) -> Cycle:
         """The cycle of the smallest batch bucket (a power of two) with ``num_slots`` slots; built on first use."""

@@ -1,0 +1,77 @@
+"""What is asked of torch.cuda, by a torch.cuda that is not there: devices by index, and how a cycle is recorded."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch, graph
+from orthrus_rt.device import pick_device, with_index
+from orthrus_rt.graph import Cycle
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+
+@pytest.mark.parametrize(("name", "want"), [("cuda", "cuda:1"), ("auto", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")])
+def test_a_device_has_an_index(two_devices, name, want):
+    """Without one it would be another device in the threads of an AsyncEngine."""
+    assert pick_device(name) == torch.device(want)
+    assert name == "auto" or with_index(torch.device(name)) == torch.device(want)
+
+
+def test_a_device_that_is_not_there(two_devices):
+    with pytest.raises(ValueError, match="device must be below cuda:2, got 'cuda:2'"):
+        pick_device("cuda:2")
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """The keyword arguments of every torch.cuda.graph."""
+    seen, reserved = [], [900]
+
+    def empty_cache():
+        reserved[0] = 500
+
+    @contextlib.contextmanager
+    def recording(cuda_graph, **kwargs):
+        seen.append(kwargs)
+        empty_cache()  # as torch does before it records
+        yield
+
+    graph._recording_stream.cache_clear()
+    monkeypatch.setattr(dispatch, "select", lambda *_: "cuda")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved[0])
+    monkeypatch.setattr(Cycle, "run_eager", lambda cycle: reserved.__setitem__(0, reserved[0] + 64))
+    yield seen
+    graph._recording_stream.cache_clear()
+
+
+def recorded(device: str) -> Cycle:
+    cycle = object.__new__(Cycle)
+    cycle.sampling, cycle.workspace = None, SimpleNamespace(graph_pool="pool")
+    cycle.model = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
+    cycle._record()
+    return cycle
+
+
+def test_a_cycle_is_recorded_on_its_own_device(recordings):
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        recorded(device)
+    assert [r["stream"].device for r in recordings] == [torch.device(f"cuda:{i}") for i in (0, 1, 0)]
+    assert recordings[0]["stream"] is recordings[2]["stream"]  # torch shares memory between graphs of one stream alone
+    assert all(r["pool"] == "pool" and r["capture_error_mode"] == "thread_local" for r in recordings)
+
+
+def test_what_a_graph_holds(recordings):
+    """Not less for what torch gives back before it records."""
+    assert recorded("cuda:0").graph_bytes == 64
