@@ -39,6 +39,11 @@ def with_index(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def upload(values, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``torch.tensor(values, device=device)`` without its wait for what the device is doing."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)  # pageable: staged before it returns
+
+
 def device_scope(device: torch.device):
     """A context in which ``device`` is the current CUDA device; for the CPU nothing changes."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from orthrus_rt.config import ModelConfig
+from orthrus_rt.device import upload
 from orthrus_rt.ops import PAGE_SIZE
 
 SINK_PAGE = 0  # invalid rows write here; nobody reads it
@@ -62,8 +63,7 @@ class PagedKvCache:
             raise OutOfPages(f"KV cache: slot {slot} needs {need} more pages for {length} tokens, {free} are free")
         first = len(held)
         held.extend(self._free.pop() for _ in range(need))
-        new = torch.tensor(held[first:], dtype=torch.int32)
-        self.page_table[slot, first : len(held)] = new.to(self.page_table.device, non_blocking=True)
+        self.page_table[slot, first : len(held)] = upload(held[first:], torch.int32, self.page_table.device)
 
     def num_pages_for(self, length: int) -> int:
         """Pages that ``length`` positions take."""

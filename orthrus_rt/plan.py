@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from orthrus_rt.device import upload
+
 
 @dataclass
 class Rows:
@@ -84,7 +86,7 @@ def prefill_rows(token_ids: torch.Tensor, start: int, slot: int) -> Rows:
         position=position,
         seq=torch.full_like(position, slot),
         prefix_len=position + 1,
-        group_start=torch.tensor([0, n], dtype=torch.int32, device=device),
+        group_start=upload([0, n], torch.int32, device),
         num_rows_ar=n,
         num_groups_ar=1,
         max_group_rows=n,

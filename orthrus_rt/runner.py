@@ -13,6 +13,7 @@ import torch
 from orthrus_rt import nvtx, ops
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import CyclePlan, most_hypotheses
+from orthrus_rt.device import upload
 from orthrus_rt.graph import COUPLED, Cycle, Pass
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.memory import naming_the_knobs
@@ -126,9 +127,8 @@ class Runner:
         state.num_drafts[slot] = 0
         state.num_output[slot] = len(request.tokens)
         state.limit[slot] = request.limit
-        stop = torch.full((state.stop_ids.shape[1],), -1, dtype=torch.int32)
-        stop[: len(request.stop_ids)] = torch.tensor(request.stop_ids, dtype=torch.int32)
-        state.stop_ids[slot] = stop.to(state.stop_ids.device)
+        padding = [-1] * (state.stop_ids.shape[1] - len(request.stop_ids))
+        state.stop_ids[slot] = upload([*request.stop_ids, *padding], torch.int32, state.stop_ids.device)
         params, sampling = request.params, self.sampling
         sampling.temperature[slot] = params.temperature
         sampling.top_k[slot] = params.top_k
@@ -175,10 +175,10 @@ class Runner:
         """
         slot, first = request.slot, request.prefilled
         chunk = request.to_prefill[first : first + min(budget, PREFILL_CHUNK)]
-        tokens = torch.tensor(chunk, dtype=torch.int32, device=self.model.device)
+        tokens = upload(chunk, torch.int32, self.model.device)
         last = first + len(chunk) == len(request.to_prefill)
         wants_choice = last and not request.tokens
-        picked = torch.tensor([len(chunk) - 1], dtype=torch.int32, device=self.model.device) if wants_choice else None
+        picked = upload([len(chunk) - 1], torch.int32, self.model.device) if wants_choice else None
         scored = self._sampling([request]) is not None
         out = self._buffers(1, scored)
         rows = prefill_rows(tokens, first, slot)
@@ -225,11 +225,11 @@ class Runner:
         """AR logits fp32 ``[vocab_size]`` for the token after ``token_ids``; uses slot 0, which must be free."""
         self.kv.reserve(0, len(token_ids))
         try:
-            tokens = torch.tensor(token_ids, dtype=torch.int32, device=self.model.device)
+            tokens = upload(token_ids, torch.int32, self.model.device)
             out = self._buffers(1, True)
             for first in range(0, len(token_ids), PREFILL_CHUNK):
                 rows = prefill_rows(tokens[first : first + PREFILL_CHUNK], first, 0)
-                picked = torch.tensor([rows.num_rows - 1], dtype=torch.int32, device=self.model.device)
+                picked = upload([rows.num_rows - 1], torch.int32, self.model.device)
                 self._forward(rows, picked, True, out)
         finally:
             self.kv.release(0)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from orthrus_rt.device import upload
+
 # FinishReason
 EMPTY, RUNNING, STOP, LENGTH = -1, 0, 1, 2
 # ConsensusStep: whose choices are these
@@ -71,19 +73,19 @@ class SlotEdits:
     def begin(self, slot: int, prompt: list[int], tokens: list[int], params) -> None:
         """Write what ``params`` (a SamplingParams) ask of a slot that has ``prompt`` and generated ``tokens``."""
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-        self.penalties[slot] = torch.tensor(penalties).to(self.penalties.device)
+        self.penalties[slot] = upload(penalties, torch.float32, self.penalties.device)
         self.min_position[slot] = len(prompt) + params.min_tokens
         self.num_counted[slot] = len(tokens)
         self.bias_ids[slot] = -1
         if params.logit_bias:
             ids, values = zip(*params.logit_bias, strict=True)
-            self.bias_ids[slot, : len(ids)] = torch.tensor(ids, dtype=torch.int32).to(self.bias_ids.device)
-            self.bias_values[slot, : len(ids)] = torch.tensor(values).to(self.bias_values.device)
+            self.bias_ids[slot, : len(ids)] = upload(ids, torch.int32, self.bias_ids.device)
+            self.bias_values[slot, : len(ids)] = upload(values, torch.float32, self.bias_values.device)
         if params.penalised:
             counts = torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=self.token_counts.shape[1])
             only_prompt = torch.tensor(prompt)[counts[prompt] == 0]
             counts[only_prompt] = -1
-            self.token_counts[slot] = counts.to(self.token_counts)
+            self.token_counts[slot] = counts.int().to(self.token_counts.device, non_blocking=True)
 
     @property
     def nbytes(self) -> int:

@@ -18,7 +18,9 @@ def two_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
 
 
-@pytest.mark.parametrize(("name", "want"), [("cuda", "cuda:1"), ("auto", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")])
+@pytest.mark.parametrize(
+    ("name", "want"), [("cuda", "cuda:1"), ("auto", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")]
+)
 def test_a_device_has_an_index(two_devices, name, want):
     """Without one it would be another device in the threads of an AsyncEngine."""
     assert pick_device(name) == torch.device(want)
