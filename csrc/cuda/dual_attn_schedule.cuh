@@ -11,31 +11,39 @@ constexpr int kTileKv = 64;  // keys of one tile = positions of one page
 // Tiles per split: short splits early, so that a short context still spreads over the chip; long ones
 // later, so that partial results stay small beside the keys and values read.
 struct SplitRange {
-  int first_tile, tiles_per_split, first_split;
+  int first_tile, log_tiles_per_split, first_split;
 };
-constexpr SplitRange kShort = {0, 2, 0}, kMedium = {16, 4, 8}, kLong = {64, 8, 20}, kLongest = {256, 16, 44};
+constexpr SplitRange kShort = {0, 1, 0}, kMedium = {16, 2, 8}, kLong = {64, 3, 20}, kLongest = {256, 4, 44};
 
 constexpr int next_split(const SplitRange& range, const SplitRange& next) {
-  return range.first_split + (next.first_tile - range.first_tile) / range.tiles_per_split;
+  return range.first_split + ((next.first_tile - range.first_tile) >> range.log_tiles_per_split);
 }
 static_assert(next_split(kShort, kMedium) == kMedium.first_split);
 static_assert(next_split(kMedium, kLong) == kLong.first_split);
 static_assert(next_split(kLong, kLongest) == kLongest.first_split);
 
+// Range number 0 ... 3. Field by field, so that each is an immediate: among whole structs the compiler chooses
+// by address and then loads from global memory.
+ORTHRUS_HD SplitRange split_range(int number) {
+  const auto pick = [number](int a, int b, int c, int d) {
+    return number == 0 ? a : number == 1 ? b : number == 2 ? c : d;
+  };
+  return {pick(kShort.first_tile, kMedium.first_tile, kLong.first_tile, kLongest.first_tile),
+          pick(kShort.log_tiles_per_split, kMedium.log_tiles_per_split, kLong.log_tiles_per_split,
+               kLongest.log_tiles_per_split),
+          pick(kShort.first_split, kMedium.first_split, kLong.first_split, kLongest.first_split)};
+}
+
 ORTHRUS_HD int split_of_tile(int tile) {
-  const SplitRange r = tile < kMedium.first_tile    ? kShort
-                       : tile < kLong.first_tile    ? kMedium
-                       : tile < kLongest.first_tile ? kLong
-                                                    : kLongest;
-  return r.first_split + (tile - r.first_tile) / r.tiles_per_split;
+  const SplitRange r =
+      split_range((tile >= kMedium.first_tile) + (tile >= kLong.first_tile) + (tile >= kLongest.first_tile));
+  return r.first_split + ((tile - r.first_tile) >> r.log_tiles_per_split);
 }
 
 ORTHRUS_HD int first_tile_of_split(int split) {
-  const SplitRange r = split < kMedium.first_split    ? kShort
-                       : split < kLong.first_split    ? kMedium
-                       : split < kLongest.first_split ? kLong
-                                                      : kLongest;
-  return r.first_tile + (split - r.first_split) * r.tiles_per_split;
+  const SplitRange r =
+      split_range((split >= kMedium.first_split) + (split >= kLong.first_split) + (split >= kLongest.first_split));
+  return r.first_tile + ((split - r.first_split) << r.log_tiles_per_split);
 }
 
 ORTHRUS_HD int num_tiles(int length) { return (length + kTileKv - 1) / kTileKv; }
