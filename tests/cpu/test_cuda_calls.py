@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from orthrus_rt import dispatch, graph
+from orthrus_rt import dispatch, graph, profile
 from orthrus_rt.device import pick_device, with_index
 from orthrus_rt.graph import Cycle
 
@@ -77,3 +77,29 @@ def test_a_cycle_is_recorded_on_its_own_device(recordings):
 def test_what_a_graph_holds(recordings):
     """Not less for what torch gives back before it records."""
     assert recorded("cuda:0").graph_bytes == 64
+
+
+def test_a_profile_hides_launches_however_slow_the_host(monkeypatch):
+    """The device sleeps longer until the host has launched a chunk of calls before it wakes up."""
+    slept = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def query(self):
+            return slept[-1] < 4 * profile.CUDA_SLEEP_CYCLES  # the device sleeps no more
+
+        def elapsed_time(self, end):
+            return 1e-9 * slept[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = [profile.Call("embed", "embed", lambda: None, lambda: 0)] * 3
+    got = profile.time_calls(calls, torch.device("cuda:0"), repeats=2)
+    assert slept == [profile.CUDA_SLEEP_CYCLES * n for n in (1, 2, 4, 4, 4)]
+    assert got == [pytest.approx(1e-6 * slept[-1])] * 3
