@@ -59,7 +59,7 @@ def test_modes_block_lengths_and_batches_give_the_same_tokens(folder):
     batched = engine.generate([p for p, _ in jobs], [q for _, q in jobs])
     assert [o.token_ids for o in batched] == want
     cycles = sum(o.stats.cycles for o in batched)
-    assert sum(o.stats.tokens - 1 for o in batched) / cycles > 1.5
+    assert sum(o.stats.tokens - 1 for o in batched) / cycles > 1.3
     few = make(folder, num_pages=5)
     assert [o.token_ids for o in few.generate([p for p, _ in jobs], [q for _, q in jobs])] == want
     assert few.metrics.preemptions > 0
