@@ -17,11 +17,13 @@ import tempfile
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_TIMEOUT_S = 600
+APART_AT_ONCE = 4
 
 
 def has_module(name: str) -> bool:
@@ -54,13 +56,19 @@ def always() -> None:
 
 @dataclass
 class Tier:
-    """``args`` are pytest's, or a whole command where ``command`` is set."""
+    """``args`` are pytest's, or a whole command where ``command`` is set.
+
+    ``apart``: the folder whose files run in processes of their own. A kernel that faults takes the CUDA context of its
+    whole process with it, and one that hangs can only be ended with it.
+    """
 
     name: str
     args: list[str]
     why_not: Callable[[], str | None] = always
     env: dict[str, str] = field(default_factory=dict)
     command: bool = False
+    apart: str | None = None
+    timeout_s: int = TEST_TIMEOUT_S
 
 
 TIERS = [
@@ -69,7 +77,7 @@ TIERS = [
     Tier("cpu", ["tests/cpu"]),
     Tier("interpret", ["tests/interpret"], why_no_triton, {"TRITON_INTERPRET": "1"}),
     Tier("compile", ["tests/compile"], why_no_compiler),
-    Tier("gpu", ["-m", "gpu", "tests/gpu"], why_no_gpu),
+    Tier("gpu", ["-m", "gpu"], why_no_gpu, apart="tests/gpu", timeout_s=240),
 ]
 
 
@@ -102,27 +110,53 @@ def read_junit(path: str, result: Result) -> None:
             row[0] += 1
 
 
+def run_pytest(tier: Tier, full: bool, *more: str, **how) -> tuple[Result, str | None]:
+    """One process of the tier: its results, among them a failure where there is no report, and what it printed."""
+    result = Result()
+    with tempfile.TemporaryDirectory() as folder:
+        report = os.path.join(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-q", "-r", "fE", f"--junitxml={report}", *tier.args, *more]
+        if full:
+            command.append("--full")
+        if has_module("pytest_timeout"):
+            command.append(f"--timeout={tier.timeout_s}")
+            if tier.apart:
+                command.append("--timeout-method=thread")  # a signal would wait for the device to answer
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **tier.env}, **how)
+        if os.path.exists(report):
+            read_junit(report, result)
+    if done.returncode and not result.failed:
+        result.failed = 1  # a crash, collection errors, or no test at all
+        for path in more:
+            result.files.setdefault(Path(path).stem, [0, 0, 0, 0.0])[1] += 1
+    return result, done.stdout
+
+
+def run_apart(tier: Tier, full: bool) -> list[Result]:
+    def run_file(path: Path) -> Result:
+        result, printed = run_pytest(
+            tier, full, str(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        print(f"-- {path.name}\n{printed}", flush=True)
+        return result
+
+    with ThreadPoolExecutor(APART_AT_ONCE) as pool:
+        return list(pool.map(run_file, sorted((ROOT / tier.apart).glob("test_*.py"))))
+
+
 def run(tier: Tier, full: bool) -> Result:
     result = Result()
     start = time.monotonic()
     print(f"== {tier.name}", flush=True)
-    env = {**os.environ, **tier.env}
     if tier.command:
-        code = subprocess.run([sys.executable, *tier.args], cwd=ROOT, env=env).returncode
+        code = subprocess.run([sys.executable, *tier.args], cwd=ROOT, env={**os.environ, **tier.env}).returncode
         result.passed, result.failed = int(code == 0), int(code != 0)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            report = os.path.join(folder, "report.xml")
-            command = [sys.executable, "-m", "pytest", "-q", "-r", "fE", f"--junitxml={report}", *tier.args]
-            if full:
-                command.append("--full")
-            if has_module("pytest_timeout"):
-                command.append(f"--timeout={TEST_TIMEOUT_S}")
-            code = subprocess.run(command, cwd=ROOT, env=env).returncode
-            if os.path.exists(report):
-                read_junit(report, result)
-        if code != 0 and result.failed == 0:
-            result.failed = 1  # collection errors, or no test at all
+        for part in run_apart(tier, full) if tier.apart else [run_pytest(tier, full)[0]]:
+            result.passed += part.passed
+            result.failed += part.failed
+            result.skipped += part.skipped
+            result.files |= part.files
     result.seconds = time.monotonic() - start
     return result
 

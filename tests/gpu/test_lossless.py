@@ -42,14 +42,23 @@ def jobs(request, engine):
     return ids, params, decode(engine, ids, params, mode="ar")
 
 
-def test_every_draft_len_alone(engine, jobs):
-    for way in lossless.ways(range(1, engine.config.block_len)):
+def check_alone(engine, jobs, draft_lens):
+    for way in lossless.ways(draft_lens):
         rate = lossless.check_alone(engine, *jobs, way)
         assert rate > 1.1 or way["mode"] == "one_pass"  # which cannot guess what random weights will choose
 
 
+def test_alone(engine, jobs):
+    check_alone(engine, jobs, (1, 5, engine.config.block_len - 1))
+
+
+@pytest.mark.full
+def test_every_draft_len_alone(engine, jobs):
+    check_alone(engine, jobs, range(1, engine.config.block_len))
+
+
 def test_together_preempted_and_eager(engine, jobs):
-    for way in (dict(mode="ar"), *lossless.ways((1, 5, engine.config.block_len - 1))):
+    for way in (dict(mode="ar"), *lossless.ways((1, engine.config.block_len - 1))):
         lossless.check_together(engine, *jobs, way)
         lossless.check_preempted(engine, *jobs, way, num_pages=8)
         lossless.check_eager(engine, *jobs, way)

@@ -21,7 +21,7 @@ CASES = (
 
 
 @pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not installed")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.parametrize("tool", ["memcheck", pytest.param("racecheck", marks=pytest.mark.full)])
 def test_no_finding(tool):
     command = [SANITIZER, "--tool", tool, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += [str(ROOT / "tests" / "gpu" / case) for case in CASES]
