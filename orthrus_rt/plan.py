@@ -6,6 +6,7 @@ A row is one token to push through the network. The mask of a row is one predica
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -60,8 +61,7 @@ def empty_rows(num_groups_ar: int, rows_ar: int, num_groups_diff: int, rows_diff
     """Rows of a fixed layout, all invalid: AR groups of ``rows_ar`` rows, then diffusion blocks of ``rows_diff``."""
     sizes = [rows_ar] * num_groups_ar + [rows_diff] * num_groups_diff
     n = sum(sizes)
-    start = torch.zeros(len(sizes) + 1, dtype=torch.int32)
-    start[1:] = torch.tensor(sizes, dtype=torch.int32).cumsum(0)
+    start = [0, *itertools.accumulate(sizes)]
     zeros = torch.zeros(4, n, dtype=torch.int32, device=device)
     zeros[1] = -1
     return Rows(
@@ -69,7 +69,7 @@ def empty_rows(num_groups_ar: int, rows_ar: int, num_groups_diff: int, rows_diff
         position=zeros[1],
         seq=zeros[2],
         prefix_len=zeros[3],
-        group_start=start.to(device),
+        group_start=upload(start, torch.int32, device),
         num_rows_ar=num_groups_ar * rows_ar,
         num_groups_ar=num_groups_ar,
         max_group_rows=max(sizes, default=0),
