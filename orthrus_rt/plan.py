@@ -62,7 +62,8 @@ def empty_rows(num_groups_ar: int, rows_ar: int, num_groups_diff: int, rows_diff
     sizes = [rows_ar] * num_groups_ar + [rows_diff] * num_groups_diff
     n = sum(sizes)
     start = [0, *itertools.accumulate(sizes)]
-    zeros = torch.zeros(4, n, dtype=torch.int32, device=device)
+    # Each array begins at a multiple of 16 bytes whatever their length: Triton compiles anew for pointers that do not.
+    zeros = torch.zeros(4, -(-n // 4) * 4, dtype=torch.int32, device=device)[:, :n]
     zeros[1] = -1
     return Rows(
         token=zeros[0],

@@ -34,7 +34,7 @@ def _place(rows_ptr, seq_ptr, position_ptr, i):
     return tl.load(seq_ptr + r).to(tl.int64), tl.load(position_ptr + r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows_ar"])
 def _scale_kernel(
     logits_ptr, tile_top_ptr, rows_ptr, seq_ptr, position_ptr, token_ptr, seqlens_ptr, temperature_ptr, penalties_ptr,
     counts_ptr, bias_ids_ptr, bias_values_ptr, stop_ids_ptr, min_position_ptr, num_rows_ar, vocab, num_tiles, max_bias,
@@ -328,7 +328,8 @@ def process_logits(logits, rows, logit_rows, sampling, cache_seqlens, purpose, p
     found = torch.empty(num_rows, vocab, dtype=torch.float32, device=device)
     count = torch.empty(num_rows, num_tiles, RUNGS, dtype=torch.int32, device=device)
     mass = torch.empty(num_rows, num_tiles, RUNGS, dtype=torch.int64, device=device)
-    cut, top, total = torch.empty(3, num_rows, dtype=torch.float32, device=device)
+    # Padded, so that all three are aligned for any number of rows: one specialisation of the kernels serves all.
+    cut, top, total = torch.empty(3, triton.cdiv(num_rows, 4) * 4, dtype=torch.float32, device=device)
     value, index = partials
     num_scores = value.shape[1]
     place = (logit_rows, rows.seq, rows.position)

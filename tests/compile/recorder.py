@@ -46,6 +46,19 @@ class Launch:
                     attributes[(index,)] = [["tt.divisibility", 16]]
         return ASTSource(self.fn, signature, constants, attributes)
 
+    def specialisation(self) -> list:
+        """What the JIT compiles a version of its own for: constants, dtypes, alignment, integers that it looks at."""
+        facts = []
+        for param in self.fn.params:
+            value = self.arguments.get(param.name)
+            if isinstance(value, torch.Tensor):
+                facts.append((value.dtype, value.data_ptr() % 16 == 0))
+            elif param.is_constexpr or not isinstance(value, int):
+                facts.append(value)
+            elif not param.do_not_specialize:
+                facts.append((value == 1, value % 16 == 0))
+        return facts
+
     def resources(self, arch: int) -> dict[str, int]:
         """What the kernel takes, compiled for compute capability ``arch`` (80, 90, 100 or 120).
 

@@ -87,6 +87,31 @@ CALLS = {
 }
 
 
+def call_cycle_logits(slots):
+    rows = plan.empty_rows(slots, 3, slots * 2, 3, "cpu")
+    n = rows.num_rows
+    i64 = torch.empty(64, dtype=torch.int64)
+    sampling = SlotSampling(fp32(64), int32(64), fp32(64), fp32(64), i64)
+    args = fp32(n, 300), rows, int32(n), sampling, int32(64), 1, empty_partials(n, num_score_tiles(300), "cpu")
+    return process_logits.process_logits, args, {"log_probs": fp32(n, 300)}
+
+
+def call_cycle_embed(slots):
+    rows = plan.empty_rows(slots, 3, slots * 2, 3, "cpu")
+    return embed.embed, (rows.token, bf16(100, 64), bf16(rows.num_rows, 64)), {}
+
+
+@pytest.mark.parametrize("call", (call_cycle_logits, call_cycle_embed))
+def test_one_version_serves_any_number_of_rows(call, monkeypatch):
+    """Another would be compiled in the middle of decoding, at the first batch of that size."""
+    kinds = []
+    for slots in (1, 2, 3, 8, 16, 17):
+        launcher, args, kwargs = call(slots)
+        with monkeypatch.context() as patch:
+            kinds.append([launch.specialisation() for launch in record(patch, launcher, *args, **kwargs)])
+    assert all(kind == kinds[0] for kind in kinds)
+
+
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("name", CALLS)
 def test_compiles_within_the_chip(name, arch, monkeypatch):
