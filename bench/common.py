@@ -27,21 +27,28 @@ def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], obj
     return graph.replay
 
 
+def _said(*command: str) -> str:
+    """What a command prints; nothing where it is missing or fails: no measurement is lost for that."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def header(device: torch.device) -> dict[str, str]:
     """The machine, its clocks, versions and the revision measured."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     facts = {
-        "revision": git.stdout.strip() or "unknown",
+        "revision": _said("git", "describe", "--always", "--dirty") or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
     if device.type == "cuda":
         query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
-        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-        smi = subprocess.run(command, capture_output=True, text=True)
-        values = [v.strip() for v in smi.stdout.strip().split("\n")[torch.cuda.current_device()].split(",")]
-        facts |= dict(zip(query.split(","), values, strict=True), cuda=torch.version.cuda)
+        cards = _said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").split("\n")
+        values = [v.strip() for v in cards[min(torch.cuda.current_device(), len(cards) - 1)].split(",")]
+        facts |= {"name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        facts |= dict(zip(query.split(","), values, strict=True)) if any(values) else {}
     return facts
 
 

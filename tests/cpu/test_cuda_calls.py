@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench import common
 from orthrus_rt import dispatch, graph, profile
 from orthrus_rt.device import pick_device, with_index
 from orthrus_rt.graph import Cycle
@@ -103,3 +104,15 @@ def test_a_profile_hides_launches_however_slow_the_host(monkeypatch):
     got = profile.time_calls(calls, torch.device("cuda:0"), repeats=2)
     assert slept == [profile.CUDA_SLEEP_CYCLES * n for n in (1, 2, 4, 4, 4)]
     assert got == [pytest.approx(1e-6 * slept[-1])] * 3
+
+
+@pytest.mark.parametrize(
+    ("script", "want"), [("exit 9", "the card"), ("echo 'H100, 580.1, 1 MHz, 2 MHz, 3 MHz, 700 W'", "H100")]
+)
+def test_a_benchmark_survives_without_git_and_nvidia_smi(two_devices, monkeypatch, tmp_path, script, want):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "the card")
+    facts = common.header(torch.device("cuda:1"))
+    assert facts["revision"] == "unknown" and facts["name"] == want
