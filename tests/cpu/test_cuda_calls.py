@@ -9,7 +9,10 @@ import torch
 from bench import common
 from orthrus_rt import dispatch, graph, profile
 from orthrus_rt.device import pick_device, with_index
+from orthrus_rt.engine import Engine
 from orthrus_rt.graph import Cycle
+from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints
 
 
 @pytest.fixture
@@ -116,3 +119,31 @@ def test_a_benchmark_survives_without_git_and_nvidia_smi(two_devices, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "the card")
     facts = common.header(torch.device("cuda:1"))
     assert facts["revision"] == "unknown" and facts["name"] == want
+
+
+def test_admission_does_not_block(tmp_path, monkeypatch):
+    """``torch.tensor(..., device=)`` waits for the device, and so does ``.to()`` without non_blocking."""
+    folder = checkpoints.make(tmp_path, dtype=torch.bfloat16)
+    engine = Engine.from_pretrained(str(folder), device="cpu", mode="two_pass", max_seq_len=256, max_batch_size=2)
+    params = SamplingParams(
+        max_new_tokens=80, temperature=0.8, seed=1, frequency_penalty=0.5, logit_bias={5: 1.0}, min_tokens=3,
+        ignore_eos=True,
+    )  # fmt: skip
+    engine.generate([[1, 2, 3], [4]], params)  # edits allocated, cycles built
+    tensor, to = torch.tensor, torch.Tensor.to
+    uploads = []
+
+    def checked_tensor(*args, **kwargs):
+        assert "device" not in kwargs
+        return tensor(*args, **kwargs)
+
+    def checked_to(self, *args, **kwargs):
+        if any(isinstance(a, torch.device) for a in args):
+            assert kwargs.get("non_blocking"), args
+            uploads.append(self.shape)
+        return to(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", checked_tensor)
+    monkeypatch.setattr(torch.Tensor, "to", checked_to)
+    engine.generate([[1, 2, 3], [4]], params)
+    assert len(uploads) > 10
