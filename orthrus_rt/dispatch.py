@@ -72,8 +72,10 @@ def unavailable(impl: str, op: str, device_type: str, dtype: torch.dtype) -> str
             return "the native module is not built (pip install -e .)"
         if impl == "cuda" and not hasattr(native(), "cuda"):
             return "the native module was built without CUDA (ORTHRUS_CUDA=ON builds it)"
-        if impl == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-            return "compute capability 8.0 or newer is needed"
+        if impl == "cuda":
+            archs, (major, minor) = native().build_info()["cuda_archs"], torch.cuda.get_device_capability()
+            if not runs_on(archs, (major, minor)):
+                return f"the native module was built for {archs}, not for compute capability {major}.{minor}"
         return None
     if impl == "triton":
         if op not in ("embed", "rms_norm", "process_logits", "count_tokens", "dual_attn"):
@@ -84,6 +86,20 @@ def unavailable(impl: str, op: str, device_type: str, dtype: torch.dtype) -> str
             return "triton is not installed"
         return None
     raise ValueError(f"unknown implementation {impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def runs_on(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether machine code for one of ``archs`` ("80-real 90a-real") runs on a card of this compute capability.
+
+    >>> [runs_on("80-real 90a-real", c) for c in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0))]
+    [False, True, True, True, False]
+    """
+    for arch in archs.split():
+        name = arch.removesuffix("-real")
+        major, minor = divmod(int(name.rstrip("af")), 10)
+        if capability == (major, minor) or (name.isdigit() and capability[0] == major and capability[1] > minor):
+            return True
+    return False
 
 
 def requested() -> dict[str, str]:
@@ -121,6 +137,9 @@ def _select(op, device_type, dtype, _env):
         chosen = override
     else:
         order = _PREFERENCE.get(device_type, {}).get(op, ("reference",))
-        chosen = next(i for i in order if unavailable(i, op, device_type, dtype) is None)
+        why_not = {i: unavailable(i, op, device_type, dtype) for i in order}
+        chosen = next(i for i in order if why_not[i] is None)
+        if why_not[order[0]]:
+            log.warning("%s on %s %s: %s, since %s", op, device_type, dtype, chosen, why_not[order[0]])
     log.info("%s on %s %s: %s", op, device_type, dtype, chosen)
     return chosen
