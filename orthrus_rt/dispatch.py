@@ -55,7 +55,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def unavailable(impl: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+def unavailable(impl: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why ``impl`` cannot run ``op`` for tensors of this device and dtype; None if it can."""
     if impl == "reference":
         return None
@@ -64,8 +64,8 @@ def unavailable(impl: str, op: str, device_type: str, dtype: torch.dtype) -> str
         if dtype not in takes:
             return f"the {impl} {op} takes {' or '.join(map(_name, takes))}, not {_name(dtype)}"
     if impl in ("cpu", "cuda"):
-        if device_type != impl:
-            return f"the {impl} implementation needs {impl} tensors, not {device_type}"
+        if device.type != impl:
+            return f"the {impl} implementation needs {impl} tensors, not {device.type}"
         if op not in _PREFERENCE[impl] or impl not in _PREFERENCE[impl][op]:
             return f"{op} has no {impl} implementation"
         if native() is None:
@@ -73,14 +73,14 @@ def unavailable(impl: str, op: str, device_type: str, dtype: torch.dtype) -> str
         if impl == "cuda" and not hasattr(native(), "cuda"):
             return "the native module was built without CUDA (ORTHRUS_CUDA=ON builds it)"
         if impl == "cuda":
-            archs, (major, minor) = native().build_info()["cuda_archs"], torch.cuda.get_device_capability()
+            archs, (major, minor) = native().build_info()["cuda_archs"], torch.cuda.get_device_capability(device)
             if not runs_on(archs, (major, minor)):
                 return f"the native module was built for {archs}, not for compute capability {major}.{minor}"
         return None
     if impl == "triton":
         if op not in ("embed", "rms_norm", "process_logits", "count_tokens", "dual_attn"):
             return f"{op} has no triton implementation"
-        if device_type != "cuda":
+        if device.type != "cuda":
             return "triton kernels need cuda tensors"
         if not has_triton():
             return "triton is not installed"
@@ -124,22 +124,22 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
         ValueError: ``ORTHRUS_BACKEND`` cannot be read.
         RuntimeError: the requested implementation is not available here.
     """
-    return _select(op, device.type, dtype, os.environ.get("ORTHRUS_BACKEND", ""))
+    return _select(op, device, dtype, os.environ.get("ORTHRUS_BACKEND", ""))
 
 
 @functools.cache
-def _select(op, device_type, dtype, _env):
+def _select(op, device, dtype, _env):
     override = requested().get(op)
     if override:
-        why = unavailable(override, op, device_type, dtype)
-        if why:
+        if why := unavailable(override, op, device, dtype):
             raise RuntimeError(f"{op}: the {override} implementation was requested but is unavailable: {why}")
-        chosen = override
-    else:
-        order = _PREFERENCE.get(device_type, {}).get(op, ("reference",))
-        why_not = {i: unavailable(i, op, device_type, dtype) for i in order}
-        chosen = next(i for i in order if why_not[i] is None)
-        if why_not[order[0]]:
-            log.warning("%s on %s %s: %s, since %s", op, device_type, dtype, chosen, why_not[order[0]])
-    log.info("%s on %s %s: %s", op, device_type, dtype, chosen)
+        log.info("%s on %s %s: %s, as requested", op, device, dtype, override)
+        return override
+    first, *others = _PREFERENCE.get(device.type, {}).get(op, ("reference",))
+    why = unavailable(first, op, device, dtype)
+    if why is None:
+        log.info("%s on %s %s: %s", op, device, dtype, first)
+        return first
+    chosen = next(i for i in others if unavailable(i, op, device, dtype) is None)
+    log.warning("%s on %s %s: %s, since %s", op, device, dtype, chosen, why)
     return chosen

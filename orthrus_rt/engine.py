@@ -250,13 +250,15 @@ class Engine(Rounds):
 
     @exclusive
     def _close(self) -> None:
-        with whole(self):
-            for request in [*self.scheduler.waiting, *self.scheduler.active]:
-                self._abort(request)
-            self._submitted.clear()
-            self._forget_flights()
-            self.runner.drop_cycles()
-        self.closed = True
+        try:
+            with whole(self):
+                for request in [*self.scheduler.waiting, *self.scheduler.active]:
+                    self._abort(request)
+                self._submitted.clear()
+                self._forget_flights()
+                self.runner.drop_cycles()
+        finally:  # a device that has failed must not keep the engine open
+            self.closed = True
 
     @exclusive
     def warmup(self, progress: bool = False) -> None:

@@ -70,7 +70,7 @@ def collect(*, device: str = "auto", dtype: str = "bfloat16", model: str | None 
         "dtype": dtype,
         "ops": {op: dispatch.select(op, chosen, DTYPES[dtype]) for op in dispatch.OPS},
         "ops_available": {
-            op: [i for i in dispatch.IMPLEMENTATIONS if dispatch.unavailable(i, op, chosen.type, DTYPES[dtype]) is None]
+            op: [i for i in dispatch.IMPLEMENTATIONS if dispatch.unavailable(i, op, chosen, DTYPES[dtype]) is None]
             for op in dispatch.OPS
         },
     }

@@ -17,7 +17,7 @@ def ptr(tensor: torch.Tensor | None) -> int:
 
 def struct(name: str, dtype: torch.dtype):
     """The class ``name`` of the native module for weights, activations or cache of ``dtype``."""
-    return getattr(dispatch.native(), name + ("F32" if dtype is torch.float32 else ""))
+    return getattr(dispatch.native(), name + {torch.bfloat16: "", torch.float32: "F32"}[dtype])
 
 
 def rows_struct(rows: Rows):

@@ -139,10 +139,12 @@ def row_linear(
     _need(op, "x.stride(1)", 1, x.stride(1))
     if epilogue not in native.EPILOGUE:
         raise ValueError(f"{op}: epilogue must be one of {', '.join(native.EPILOGUE)}, got {epilogue!r}")
+    _need(op, "weight.data.dtype", dtype, weight.data.dtype)
     _need(op, "weight.gate_up", epilogue == "silu_mul", weight.gate_up)
     if weight_diff is not None:
         facts = ("out_features", "in_features", "impl", "gate_up")
         _need(op, "weight_diff", *({f: getattr(w, f) for f in facts} for w in (weight, weight_diff)))
+        _need(op, "weight_diff.data.dtype", dtype, weight_diff.data.dtype)
         if num_rows_ar is None or not 0 <= num_rows_ar <= n:
             raise ValueError(f"{op}: num_rows_ar must be within [0, {n}] where weight_diff is given, got {num_rows_ar}")
     if epilogue == "argmax":

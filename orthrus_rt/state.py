@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -82,10 +83,10 @@ class SlotEdits:
             self.bias_ids[slot, : len(ids)] = upload(ids, torch.int32, self.bias_ids.device)
             self.bias_values[slot, : len(ids)] = upload(values, torch.float32, self.bias_values.device)
         if params.penalised:
-            counts = torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=self.token_counts.shape[1])
-            only_prompt = torch.tensor(prompt)[counts[prompt] == 0]
-            counts[only_prompt] = -1
-            self.token_counts[slot] = counts.int().to(self.token_counts.device, non_blocking=True)
+            counts = dict.fromkeys(prompt, -1) | Counter(tokens)
+            ids, times = (upload(list(x), torch.int32, self.penalties.device) for x in (counts, counts.values()))
+            self.token_counts[slot] = 0
+            self.token_counts[slot, ids.long()] = times
 
     @property
     def nbytes(self) -> int:

@@ -28,7 +28,7 @@ class PackedWeight:
     Attributes:
         data: the packed storage; for ``reference``, and on CUDA in float32, the plain matrix.
         impl: the implementation of ``row_linear`` that reads it.
-        gate_up: rows are gate and up interleaved, for the ``silu_mul`` epilogue alone.
+        gate_up: rows are gates and ups, for the ``silu_mul`` epilogue alone.
         num_partials: partial maxima per row that the ``argmax`` epilogue writes.
     """
 
@@ -48,9 +48,14 @@ def pack(weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None
     """Pack ``weight`` ``[out_features, in_features]`` for the implementation chosen for its device and dtype.
 
     ``gate_up`` says that the first half of the rows are gates and the second half ups.
+
+    Raises:
+        ValueError: ``impl`` does not take the weight's dtype.
     """
     out_features, in_features = weight.shape
     impl = impl or dispatch.select("row_linear", weight.device, weight.dtype)
+    if impl != "reference" and weight.dtype not in dispatch.ELEMENTS:
+        raise ValueError(f"row_linear: weight.dtype must be one of {dispatch.ELEMENTS} for {impl}, got {weight.dtype}")
     if impl == "cpu":
         data, partials = _pack_cpu(weight, gate_up)
     elif impl == "cuda" and weight.dtype is torch.float32:

@@ -35,9 +35,9 @@ class Heads:
     dim: int
 
 
-def draw(device, *shape, key) -> torch.Tensor:
+def draw(device, dtype, *shape, key) -> torch.Tensor:
     generator = torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
-    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).bfloat16()
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
 
 class Pass:
@@ -47,7 +47,7 @@ class Pass:
         self, heads: Heads, groups: list[Group], device="cuda", max_seq_len=None, first_page=1, dtype=torch.bfloat16
     ):
         groups = sorted(groups, key=lambda g: g.view != "ar")
-        self.heads, self.groups, self.device = heads, groups, device
+        self.heads, self.groups, self.device, self.dtype = heads, groups, device, dtype
         position, seq, prefix = [], [], []
         for g in groups:
             for i in range(g.n):
@@ -77,22 +77,20 @@ class Pass:
             self.lengths[g.seq] = max([self.lengths.get(g.seq, 0), *prefix[a:b]])
         self.max_seq_len = max_seq_len or max([64, *self.lengths.values()])
         self._fill_cache(first_page)
-        for name in ("q", "k_pages", "v_pages", "scratch_k", "scratch_v"):  # values that bfloat16 holds, of any dtype
-            if getattr(self, name) is not None:
-                setattr(self, name, getattr(self, name).to(dtype))
 
     def _rows(self, what, heads, first):
         rows = []
         for g in self.groups:
             for i in range(g.n):
                 if i < g.n - g.invalid:
-                    rows.append(draw(self.device, heads, self.heads.dim, key=(what, g.view, g.seq, g.start + i)))
+                    key = (what, g.view, g.seq, g.start + i)
+                    rows.append(draw(self.device, self.dtype, heads, self.heads.dim, key=key))
                 else:
                     rows.append(self._nan_row(heads))
         return torch.stack(rows)[first:].contiguous() if rows else self._nan_row(heads)[None][:0]
 
     def _nan_row(self, heads):
-        return torch.full((heads, self.heads.dim), torch.nan, dtype=torch.bfloat16, device=self.device)
+        return torch.full((heads, self.heads.dim), torch.nan, dtype=self.dtype, device=self.device)
 
     def _fill_cache(self, first_page):
         """Random keys and values where some row looks, NaN elsewhere; pages in random order."""
@@ -102,7 +100,7 @@ class Pass:
         total = sum(counts.values())
         order = torch.randperm(total, generator=torch.Generator().manual_seed(1)) + first_page
         shape = (first_page + total, heads.kv, ops.PAGE_SIZE, heads.dim)
-        self.k_pages = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        self.k_pages = torch.empty(shape, dtype=self.dtype, device=device)
         self.v_pages = torch.empty_like(self.k_pages)
         for pages in (self.k_pages, self.v_pages):
             pages[0] = torch.nan
@@ -117,7 +115,8 @@ class Pass:
                 # Drawn per page, so that a longer run of the same sequence starts with the same bits.
                 for i, page in enumerate(pages.tolist()):
                     m = min(ops.PAGE_SIZE, n - i * ops.PAGE_SIZE)
-                    store[page, :, :m] = draw(device, heads.kv, ops.PAGE_SIZE, heads.dim, key=(name, s, i))[:, :m]
+                    drawn = draw(device, self.dtype, heads.kv, ops.PAGE_SIZE, heads.dim, key=(name, s, i))
+                    store[page, :, :m] = drawn[:, :m]
         self.page_table = self.page_table.to(device)
 
     @property

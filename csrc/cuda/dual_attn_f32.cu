@@ -1,9 +1,9 @@
 // Mixed-mask attention in float32: a warp per (row, head), for models that are run in it to be compared with.
 //
-// Contract (shapes in params.h). head_dim 64 or 128; q, cache and scratch 16-byte aligned; no workspace. MUTATED: out,
-// all rows. Keys come 32 at a time, a lane each, at absolute positions, the row's own block last; their scores are
-// chains of fused multiply-adds over ascending dims, and the values are added in the order of the keys. A key that the
-// row does not see is never read. Nothing of a row depends on another: row-invariant, deterministic, graph-safe.
+// Contract (shapes in params.h). head_dim 64 or 128; keys 16-byte aligned; no workspace. MUTATED: out, all rows. Keys
+// come 32 at a time, a lane each, at absolute positions, the row's own block last; their scores are chains of fused
+// multiply-adds over ascending dims, and the values are added in the order of the keys. A key that the row does not see
+// is never read. Nothing of a row depends on another: row-invariant, deterministic, graph-safe.
 // Bytes: the visible keys and values once per (row, head), mostly from L2. FLOP: 4 * head_dim a visible pair.
 // Method: online softmax (Milakov & Gimelshein 2018).
 #include <cmath>
@@ -134,6 +134,8 @@ int run(const DualAttnParamsOf<float>& p, void* stream) {
 
 int dual_attn(const DualAttnParamsOf<float>& p, void* stream) {
   if (p.rows.num_rows == 0) return cudaSuccess;
+  if ((reinterpret_cast<uintptr_t>(p.kv.k_pages) | reinterpret_cast<uintptr_t>(p.scratch_k)) % 16)
+    return cudaErrorMisalignedAddress;
   if (p.kv.head_dim == 64) return run<64>(p, stream);
   if (p.kv.head_dim == 128) return run<128>(p, stream);
   return cudaErrorInvalidValue;

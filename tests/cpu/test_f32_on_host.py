@@ -63,8 +63,10 @@ def test_row_linear_argmax(vocab):
     for t, part in enumerate(logits.split(128, 1)):
         assert torch.equal(value[:, t], part.amax(1))
         assert torch.equal(index[:, t].long(), 128 * t + (part == part.amax(1, keepdim=True)).int().argmax(1))
-    weight[128:] = torch.nan
+    weight[1], weight[128:] = torch.nan, torch.nan
     value, index = linear(x, weight, "argmax")
+    rest = linear(x, weight).nan_to_num(-torch.inf)[:, :128]
+    assert torch.equal(index[:, 0].long(), (rest == rest.amax(1, keepdim=True)).int().argmax(1))
     assert (value[:, 1:] == -torch.inf).all()
     assert torch.equal(index[:, 1:], 128 * torch.arange(1, value.shape[1]).int().expand(20, -1))
 

@@ -120,12 +120,14 @@ def test_the_comparison_can_fail(case, jobs):
 @pytest.mark.full
 @pytest.mark.parametrize("seed", (2, 3))
 def test_more_prompts(case, seed):
-    """50 prompts of 128 tokens a seed, half of them sampled, in every way."""
-    _, engine, _ = case
-    prompts = lossless.random_prompts(engine.config.vocab_size, 50, 100, seed)
+    """26 prompts of 128 tokens a seed, half of them sampled: two_pass with every draft_len, the rest with some."""
+    _, engine, draft_lens = case
+    prompts = lossless.random_prompts(engine.config.vocab_size, 26, 100, seed)
     kwargs = dict(max_new_tokens=128, ignore_eos=True)
-    params = lossless.greedy(25, **kwargs) + lossless.sampled(25, **kwargs)
+    params = lossless.greedy(13, **kwargs) + lossless.sampled(13, **kwargs)
     want = decode(engine, prompts, params, mode="ar")
-    for way in lossless.ways(range(1, engine.config.block_len)):
+    every = lossless.ways(range(1, engine.config.block_len), ["two_pass"])
+    for way in every + lossless.ways(draft_lens, ["one_pass"]):
         lossless.check_alone(engine, prompts, params, want, way)
+    for way in lossless.ways(draft_lens):
         lossless.check_together(engine, prompts, params, want, way, seed)

@@ -1,5 +1,8 @@
 """The validated signatures: bad arguments are named with op, argument, expected and got; and who runs what."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -91,6 +94,10 @@ def logits(**changes):
 
 
 CASES = [
+    (linear, {"x": f32(ROWS, 8).bfloat16(), "out": f32(ROWS, 6).bfloat16()},
+     "row_linear: weight.data.dtype must be torch.bfloat16, got torch.float32"),
+    (linear, {"weight_diff": replace(pack(f32(6, 8)), data=f32(1).bfloat16()), "num_rows_ar": 1},
+     "row_linear: weight_diff.data.dtype must be torch.float32, got torch.bfloat16"),
     (attention, {"page_table": i32(1, 8)},
      "dual_attn: page_table.shape[1] must be >= 12 (max_seq_len 768 / page_size 64), got 8"),
     (attention, {"out": f32(ROWS, HEADS_Q, 32)}, "dual_attn: out.shape must be [3, 4, 64], got [3, 4, 32]"),
@@ -160,10 +167,28 @@ def test_nothing_to_do_is_done():
     ops.rms_norm(f32(0, 8), torch.ones(8), 1e-6, f32(0, 8))
 
 
+def test_pack_refuses_what_the_kernels_do_not_take():
+    with pytest.raises(ValueError, match=r"row_linear: weight.dtype must be one of .* for cpu, got torch.float16"):
+        pack(f32(6, 8).half(), impl="cpu")
+
+
+def test_a_second_choice_is_a_warning(monkeypatch, caplog):
+    cuda = torch.device("cuda", 7)
+    module = SimpleNamespace(cuda=None, build_info=lambda: {"cuda_archs": "80-real"})
+    monkeypatch.setattr(dispatch, "native", lambda: module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    chosen = [dispatch.select(op, cuda, torch.bfloat16) for op in ("consensus", "dual_attn", "embed")]
+    dispatch._select.cache_clear()
+    assert chosen == ["reference", "triton", "triton"]
+    why = "since the native module was built for 80-real, not for compute capability 10.0"
+    assert [r.getMessage().endswith(why) for r in caplog.records if r.levelname == "WARNING"] == [True, True]
+
+
 def test_float16_runs_the_reference():
     ops_of_elements = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn")
     assert {dispatch.select(op, torch.device("cpu"), torch.float16) for op in ops_of_elements} == {"reference"}
-    why = dispatch.unavailable("cpu", "dual_attn", "cpu", torch.float16)
+    why = dispatch.unavailable("cpu", "dual_attn", torch.device("cpu"), torch.float16)
     assert why == "the cpu dual_attn takes bfloat16 or float32, not float16"
 
 

@@ -32,14 +32,14 @@ def make_rows(groups, device="cuda"):
 
 
 class Case:
-    def __init__(self, heads, groups, norms=True, num_pages=200, max_positions=4096):
+    def __init__(self, heads, groups, norms=True, num_pages=200, max_positions=4096, dtype=torch.bfloat16):
         self.heads_q, self.heads_kv, self.dim = heads
         self.rows = make_rows(groups)
         torch.manual_seed(3)
         angle = torch.rand(max_positions, self.dim // 2, device="cuda") * 6
         self.cos_sin = torch.cat([angle.cos(), angle.sin()], 1)
         self.norms = tuple(torch.rand(self.dim, device="cuda") + 0.5 for _ in range(4)) if norms else None
-        self.qkv = torch.randn(self.rows.num_rows, (self.heads_q + 2 * self.heads_kv) * self.dim).bfloat16().cuda()
+        self.qkv = torch.randn(self.rows.num_rows, (self.heads_q + 2 * self.heads_kv) * self.dim).to(dtype).cuda()
         self.num_pages = num_pages
         slots = int(self.rows.seq.max()) + 1 if self.rows.num_rows else 1
         columns = max_positions // 64
@@ -57,7 +57,7 @@ class Case:
 
     def run(self):
         n_diff = self.rows.num_rows_diff
-        nan = dict(dtype=torch.bfloat16, device="cuda")
+        nan = dict(dtype=self.qkv.dtype, device="cuda")
         pages = [torch.empty(self.num_pages, self.heads_kv, 64, self.dim, **nan) for _ in range(2)]
         for p in pages:
             p.fill_(torch.nan)
@@ -91,9 +91,9 @@ class Case:
 
 
 def assert_rounded(got, want):
-    """One rounding to bf16 of an fp32 result: half a unit in the last place, and a little for fp32."""
+    """One rounding to got's dtype of an fp32 result: half a unit in the last place, and a little for fp32."""
     assert not got.isnan().any()
-    assert ((got.double() - want).abs() <= want.abs() * (2**-8 + 2**-14) + 1e-5).all()
+    assert ((got.double() - want).abs() <= want.abs() * (torch.finfo(got.dtype).eps / 2 + 2**-18) + 1e-5).all()
 
 
 GROUPS = [
@@ -102,10 +102,11 @@ GROUPS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=("bf16", "fp32"))
 @pytest.mark.parametrize("norms", [True, False])
 @pytest.mark.parametrize("heads", HEADS)
-def test_against_float64(heads, norms):
-    case = Case(heads, GROUPS, norms)
+def test_against_float64(heads, norms, dtype):
+    case = Case(heads, GROUPS, norms, dtype=dtype)
     k_pages, v_pages, scratch_k, scratch_v, q_out = case.run()
     torch.cuda.synchronize()
     q, k, v = case.expected()
