@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 
 import torch
 
 from orthrus_rt.acceptance import Outcome
 from orthrus_rt.cycle_plan import CyclePlan, most_hypotheses
 from orthrus_rt.embedded import cache_root
+from orthrus_rt.ops import PAGE_SIZE
 from orthrus_rt.pass_costs import PassCosts, cache_file
 from orthrus_rt.policy import AR, Policy, candidate_plans
+from orthrus_rt.staging import most_context, staged
 
 MAX_ROWS = 512  # of a one_pass candidate: no more than a prefill chunk, so that auto needs no buffers of its own
 RIDGE_ROWS = {"cpu": 32, "cuda": 256}  # where a pass begins to cost more, until it is measured
+CONTEXT = 256  # committed tokens of a sequence in a warm-up
 REPEATS = 5
 
 
@@ -59,36 +63,51 @@ class Auto:
         greedy = all(r.params.greedy and not r.params.edits for r in requests)
         return self.policy.choose(1 + max(r.slot for r in requests), greedy), self.policy
 
-    def warmup(self, runner, progress: bool = False) -> None:
+    def warmup(self, engine, progress: bool = False) -> None:
         """Record and time the greedy cycles of every bucket; those that could not pay at any acceptance stay out.
 
-        Known costs are not measured again.
+        They are timed with all slots running and CONTEXT committed tokens each, or as many as the engine has room for.
+        Known costs are not measured again. Buckets with fewer pages than slots never run full: they are not timed.
         """
         from tqdm import tqdm
 
-        costs = self.policy.costs
-        by_rows = sorted(self.shapes(), key=lambda shape: (shape[1], shape[0].num_passes * shape[0].max_rows))
-        for plan, slots in tqdm(by_rows, desc="warm-up", unit="cycle", disable=not progress):
-            # A cycle with more rows costs no less than the dearest measured with fewer.
-            at_least = costs.seconds(slots, plan, hopeful=True) if plan != AR else 0.0
-            if at_least <= plan.block_len * costs.seconds(slots, AR):
-                cycle = runner.cycle(plan, slots)
-                cycle.run()
-                if not self.measured:
-                    costs.set(slots, plan, self._seconds(cycle))
+        with tqdm(total=len(self.shapes()), desc="warm-up", unit="cycle", disable=not progress) as bar:
+            for slots in self._buckets:
+                self._warm(engine, slots, bar)
         if not self.measured:
-            costs.save(self._file, self._key)
+            self.policy.costs.save(self._file, self._key)
             self.measured = True
 
-    def _seconds(self, cycle) -> float:
+    def _warm(self, engine, slots: int, bar) -> None:
+        costs, plans = self.policy.costs, self.policy.plans_of(slots)
+        room = engine.kv.num_free_pages // slots * PAGE_SIZE - engine.config.block_len
+        context = min(CONTEXT, room, most_context(engine, plans))
+        if context < 1:
+            return
+        with staged(engine, plans, slots, context) as start:
+            for plan in sorted(plans, key=lambda p: p.num_passes * p.max_rows):
+                # A cycle with more rows costs no less than the dearest measured with fewer.
+                at_least = costs.seconds(slots, plan, hopeful=True) if plan != AR else 0.0
+                if at_least <= plan.block_len * costs.seconds(slots, AR):
+                    start(plan).run()
+                    if not self.measured:
+                        costs.set(slots, plan, self._seconds(partial(start, plan)))
+                bar.update()
+
+    def _seconds(self, start) -> float:
         samples = []
         for _ in range(REPEATS):
-            start = time.perf_counter()
+            cycle = start()
+            self._settle()
+            begin = time.perf_counter()
             cycle.run()
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            samples.append(time.perf_counter() - start)
+            self._settle()
+            samples.append(time.perf_counter() - begin)
         return statistics.median(samples)
+
+    def _settle(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 def outcome(result: dict, running: int) -> Outcome:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 import torch
 
 from orthrus_rt import checkpoint as ckpt
-from orthrus_rt.auto import Auto
+from orthrus_rt.auto import CONTEXT, Auto
 from orthrus_rt.cycle_plan import CyclePlan, cycle_plan
 from orthrus_rt.device import DTYPES, claim, device_scope, pick_device, with_index
 from orthrus_rt.exclusive import Turn, exclusive, whole
@@ -164,7 +164,8 @@ class Engine(Rounds):
         """What a cycle's cost depends on, beside its plan and batch."""
         c, facts = self.config, device_facts(self.model.device)
         sizes = (c.name, c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size, self.model.dtype)
-        return " | ".join(map(str, (version("orthrus-rt"), *sizes, *facts.values())))
+        timed_at = f"{min(CONTEXT, self.max_seq_len)} tokens"
+        return " | ".join(map(str, (version("orthrus-rt"), *sizes, *facts.values(), timed_at)))
 
     def explain(self, batch_size: int = 1) -> dict | None:
         """What ``mode="auto"`` goes by, for a batch of this size: :meth:`Policy.explain`; None while it is not on."""
@@ -272,7 +273,7 @@ class Engine(Rounds):
         if any(self.scheduler.slots):
             raise RuntimeError("warmup: the engine must be idle")
         if auto := self._autos.get(self._default_plan):
-            return auto.warmup(self.runner, progress)
+            return auto.warmup(self, progress)
         for size in tqdm(sizes, desc="warm-up", unit="batch size", disable=not progress):
             self.runner.cycle(self._default_plan, size).run()
 

@@ -5,26 +5,21 @@ Calls are not grouped by guesswork: the cycle runs once with each op recorded, s
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from orthrus_rt import dispatch, ops
-from orthrus_rt import state as st
-from orthrus_rt.cycle_plan import CyclePlan
-from orthrus_rt.exclusive import exclusive, whole
-from orthrus_rt.graph import Cycle
-from orthrus_rt.kv import OutOfPages
+from orthrus_rt.exclusive import exclusive
+from orthrus_rt.staging import staged
 from orthrus_rt.timing import measure, read_bandwidth
 
 CUDA_CHUNK = 100  # calls enqueued at once behind a sleep that hides their launches; far below the driver's queue
-DRAFT_PROB = [0.8, 0.1, 0.05]  # of a staged draft and its runners-up
 CUDA_SLEEP_CYCLES = 20_000_000  # about 10 ms; up to 16 times as long where the host is slow to launch
 
 
@@ -158,62 +153,6 @@ def _once_cuda(calls: list[Call], sleep: int) -> tuple[list[float], bool]:
     return times, hidden
 
 
-@contextlib.contextmanager
-def staged(engine, plan: CyclePlan, slots: int, context: int) -> Iterator[tuple[Cycle, Callable]]:
-    """``(cycle, reset)`` of ``slots`` running sequences with ``context`` committed tokens of random keys and values.
-
-    Every slot has K-1 drafts that look likely, so that a one-pass cycle is one in the middle of decoding: all its rows
-    are valid. ``reset()`` puts the slots back where they were. The engine's own pages and buffers are used; whoever
-    calls holds the engine's turn. An interrupt in here leaves the engine torn, as in any other call.
-
-    Raises:
-        ValueError: the engine has too few slots, pages or positions.
-        RuntimeError: the engine is not idle.
-    """
-    runner, scheduler = engine.runner, engine.scheduler
-    if scheduler.waiting or any(scheduler.slots):
-        raise RuntimeError("profile: the engine must be idle")
-    if not 1 <= slots <= runner.num_slots:
-        raise ValueError(f"batch must be within [1, {runner.num_slots}] (max_batch_size), got {slots}")
-    blocks = 2 if plan.mode == "one_pass" else 1  # its drafts begin up to a block ahead
-    most = engine.max_seq_len - blocks * engine.config.block_len
-    if not 1 <= context <= most:
-        less = "a block" if blocks == 1 else "two blocks"
-        raise ValueError(f"context must be within [1, {most}] (max_seq_len less {less}), got {context}")
-    state = runner.state
-    with whole(engine):
-        try:
-            engine._collect(0)  # what is under way belongs to requests that have ended: read it first
-            runner.make_room([(plan, runner.num_slots)])
-            for slot in range(slots):
-                runner.kv.reserve(slot, context + engine.config.block_len)
-            for page in set(runner.kv.page_table[:slots].flatten().tolist()):
-                runner.kv.pages[:, :, page].normal_()
-            cycle = runner.cycle(plan, slots)
-
-            def reset():
-                state.cache_seqlens.fill_(context)
-                state.limit.fill_(engine.max_seq_len)
-                state.stop_ids.fill_(-1)
-                state.num_drafts.fill_(plan.block_len - 1)
-                state.block_tokens.fill_(1)
-                state.runner_up.copy_(runner_up)
-                state.draft_prob.copy_(draft_prob)
-                state.num_output.zero_()
-                state.finish.fill_(st.EMPTY)
-                state.finish[:slots] = st.RUNNING
-
-            runner_up = torch.tensor([2, 3], dtype=torch.int32, device=state.runner_up.device)
-            draft_prob = torch.tensor(DRAFT_PROB, device=state.draft_prob.device)
-            reset()
-            yield cycle, reset
-        except OutOfPages as error:
-            raise ValueError(f"batch {slots} with context {context} does not fit: {error}") from error
-        finally:
-            runner.reset()
-            runner.kv.reset()
-
-
 @exclusive
 def profile(engine, *, mode=None, draft_len=None, fan_out=None, batch: int = 1, context: int = 256, repeats: int = 20):
     """The breakdown of one greedy cycle.
@@ -224,16 +163,20 @@ def profile(engine, *, mode=None, draft_len=None, fan_out=None, batch: int = 1, 
         first: ``op``, ``calls``, ``us``, ``share`` of all ops, ``mbytes``, ``gb_s``, ``of_read``.
 
     Raises:
-        ValueError, RuntimeError: as :func:`staged`; another thread uses the engine, or it is closed.
+        ValueError: the engine has too few slots, pages or positions.
+        RuntimeError: the engine is not idle, or closed, or another thread uses it.
     """
+    if not engine._idle():
+        raise RuntimeError("profile: the engine must be idle")
     device = engine.model.device
     if mode is None:
         mode = "two_pass" if engine.mode == "auto" else engine.mode
-    with staged(engine, engine.make_plan(mode, draft_len, fan_out), batch, context) as (cycle, reset):
+    plan = engine.make_plan(mode, draft_len, fan_out)
+    with staged(engine, [plan], batch, context) as start:
+        cycle, reset = start(plan), partial(start, plan)
 
         def again():
-            reset()
-            cycle.run()
+            reset().run()
 
         cycle_us = measure(again, device, repeats=repeats)["p50"]
         reset()

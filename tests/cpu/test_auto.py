@@ -143,6 +143,48 @@ def test_warmup_measures_once_per_device_and_model(folder, cache, monkeypatch):
     assert json.loads(file.read_text())["seconds"]
 
 
+def snapshot(engine):
+    """Everything that the next request could meet: state, pages, random numbers, metrics, what the policy has seen."""
+    runner, auto = engine.runner, engine._autos[engine._plan]
+    tensors = [t.clone() for t in (*vars(runner.state).values(), *runner.sampling.tensors(), engine.kv.page_table)]
+    seen = (engine.kv._free, engine.kv._held, engine.metrics.as_dict(), runner.flights, auto.policy.plan_counts)
+    return [*tensors, torch.get_rng_state()], str(seen)
+
+
+CONTEXTS = [  # by slots, where two blocks of 8 positions and the pages leave less than 256
+    ({}, {1: 240, 2: 240, 4: 240}),
+    ({"max_seq_len": 60}, {1: 44, 2: 44, 4: 44}),
+    ({"max_seq_len": 16}, {}),
+    ({"num_pages": 7}, {1: 240, 2: 184, 4: 56}),
+]
+
+
+@pytest.mark.parametrize(("how", "contexts"), CONTEXTS)
+def test_warmup_times_sequences_in_the_middle_and_leaves_no_trace(folder, monkeypatch, how, contexts):
+    auto = engine(folder, **how)
+    auto.generate(PROMPTS, LONG)  # pages handed out and taken back, costs and acceptance learnt
+    tensors, seen = snapshot(auto)
+    timed = []
+
+    def seconds(self, start):
+        cycle = start()
+        cycle.stage_first()
+        state, rows = cycle.state, cycle.passes[0].rows
+        (context,) = set(state.cache_seqlens.tolist())
+        assert set(state.finish.tolist()) == {st.RUNNING} and int(rows.position.min()) >= context  # no invalid row
+        timed.append((state.num_slots, context))
+        return 1e-3 * cycle.plan.max_rows
+
+    monkeypatch.setattr(Auto, "_seconds", seconds)
+    auto.warmup()
+    after, still_seen = snapshot(auto)
+    assert still_seen == seen and all(torch.equal(a, b) for a, b in zip(tensors, after, strict=True))
+    assert dict(timed) == contexts
+    assert [o.token_ids for o in auto.generate(PROMPTS, LONG)] == [
+        o.token_ids for o in auto.generate(PROMPTS, LONG, mode="ar")
+    ]
+
+
 def test_candidates_stay_within_what_was_asked(folder):
     def labels(**how):
         return {plan.label for plan, _ in engine(folder, **how)._autos.popitem()[1].shapes()}

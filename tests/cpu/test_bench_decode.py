@@ -11,8 +11,9 @@ from bench.acceptance import per_position, simulated, trace
 from bench.baselines import GrowingCache, StaticCache, Weights, generate
 from orthrus_rt import checkpoint, dispatch
 from orthrus_rt.engine import Engine
-from orthrus_rt.profile import calls_of, staged
+from orthrus_rt.profile import calls_of
 from orthrus_rt.sampling import SamplingParams
+from orthrus_rt.staging import staged
 from tests import byte_tokenizer, checkpoints
 
 needs_native = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
@@ -75,8 +76,9 @@ def test_simulated_cycles_accept_by_the_trace_and_do_the_same_work(tmp_path):
     with torch.inference_mode():
         for context in (contextlib.nullcontext(), simulated(drawn)):
             engine = Engine.from_pretrained(folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=2)
-            with context, staged(engine, engine.make_plan("two_pass"), 2, 40) as (cycle, _):
-                calls.append([(call.name, call.nbytes()) for call in calls_of(cycle.run_eager)])
+            plan = engine.make_plan("two_pass")
+            with context, staged(engine, [plan], 2, 40) as start:
+                calls.append([(call.name, call.nbytes()) for call in calls_of(start(plan).run_eager)])
     assert calls[0] == calls[1]  # the same ops over as many bytes
     with simulated(drawn):
         engine = Engine.from_pretrained(folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=2)
