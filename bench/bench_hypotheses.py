@@ -3,7 +3,14 @@
 Rules, each with ``fan_out`` blocks (0: every hypothesis):
 - ``unseen only``: no block supposes a bonus token;
 - ``prototype``: one runner-up, scores H2 = reach x p2 and H1 = 0.7 x reach x (1 - c - p2), nothing kept on a miss;
-- the engine's own rule (csrc/include/orthrus/hypotheses.h), and that rule with one thing changed.
+- the engine's own rule (csrc/include/orthrus/hypotheses.h), and that rule with one thing changed:
+- ``two known tokens``: behind a guessed bonus token stands, as known too, the draft for the position after it, where
+  its probability is at least as stated; ``besides``: in one more block, for the likeliest runner-up. The drafts behind
+  a wrong second token are taken from behind the true one; they are never accepted at once, but a miss may keep them,
+  so these are upper bounds, if hardly;
+- ``a half of the blocks K/2``, ``all blocks but one K/2`` ...: shorter blocks, last in the order of picking;
+- ``drafts stop below``: no draft where the product of the drafter's probabilities is less than this;
+- ``beside a wrong bonus``: how many drafts are kept of a block whose row 0 missed the bonus token.
 
     python -m bench.bench_hypotheses --out DIR
 """
@@ -17,12 +24,13 @@ import numpy as np
 import torch
 
 from bench import common
-from bench.draft_tables import DraftTable, collect
+from bench.draft_tables import Drafts, DraftTable, collect
 from orthrus_rt import prompts
 from orthrus_rt.engine import Engine
 from orthrus_rt.reference_consensus import DOUBT, SEEN_GAIN
 
 FAN_OUTS = (1, 2, 4, 6, 8, 12, 0)
+PAIR = 3  # the rank of a block that knows the likeliest runner-up and the draft behind it
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,9 @@ class Rule:
     """``runners_up`` per draft; ``prototype``: its scores; ``exact``: probabilities of the whole softmax.
 
     ``skip_known``: no block for "none accepted" behind drafts that were made with the known token as their anchor: it
-    would repeat them.
+    would repeat them. ``second``: least probability of a second known token; ``besides``: in a block of its own.
+    ``whole``: share of the blocks, one at least, that are whole; the others have 1/``shorter`` of the rows.
+    ``stop``: least product of probabilities of a draft. ``beside_wrong``: most drafts beside a wrong bonus token.
     """
 
     runners_up: int = 2
@@ -40,6 +50,12 @@ class Rule:
     prototype: bool = False
     exact: bool = False
     skip_known: bool = False
+    second: float = np.inf
+    besides: bool = False
+    whole: float = 1.0
+    shorter: int = 1
+    stop: float = 0.0
+    beside_wrong: int | None = None
 
 
 OURS = Rule()
@@ -54,6 +70,19 @@ RULES = {
     "seen gain 2.2": replace(OURS, seen_gain=2.2),
     "no block twice": replace(OURS, skip_known=True),
     "exact probabilities": replace(OURS, exact=True),
+    "two known tokens": replace(OURS, second=0.0),
+    "two known tokens, from 0.5": replace(OURS, second=0.5),
+    "two known tokens, besides": replace(OURS, second=0.0, besides=True),
+    "a half of the blocks K/2": replace(OURS, whole=0.5, shorter=2),
+    "a half of the blocks K/4": replace(OURS, whole=0.5, shorter=4),
+    "all blocks but one K/2": replace(OURS, whole=0.0, shorter=2),
+    "all blocks but one K/4": replace(OURS, whole=0.0, shorter=4),
+    "drafts stop below 0.02": replace(OURS, stop=0.02),
+    "drafts stop below 0.05": replace(OURS, stop=0.05),
+    "drafts stop below 0.15": replace(OURS, stop=0.15),
+    "beside a wrong bonus 0": replace(OURS, beside_wrong=0),
+    "beside a wrong bonus 1": replace(OURS, beside_wrong=1),
+    "beside a wrong bonus 3": replace(OURS, beside_wrong=3),
 }
 
 
@@ -68,57 +97,100 @@ def pick(prob: np.ndarray, rule: Rule, fan_out: int, known_anchor: bool) -> list
         if rule.prototype:
             return reach[j] * (prob[j, rank] if rank else 0.7 * max(0.0, rest - (prob[j, 1] if j < m else 0)))
         if rank:
-            return reach[j] * prob[j, rank] * (rule.seen_gain - 1 if (j, 0) in picked else rule.seen_gain)
+            worth = rule.seen_gain - 1 if (j, 0) in picked else rule.seen_gain
+            if rank == PAIR:
+                worth *= prob[j + 1, 0] * (rule.seen_gain - 1 if (j, 1) in picked else 1.0)
+            return reach[j] * prob[j, 1 if rank == PAIR else rank] * worth
         return reach[j] * max(0.0, rest - sum(prob[j, r] for r in (1, 2) if (j, r) in picked))
 
     possible = [(j, r) for j in range(m + 1) for r in range(1 + rule.runners_up) if j < m or r == 0]
+    if rule.besides:
+        possible += [(j, PAIR) for j in range(m - 1)]
     if rule.skip_known and known_anchor and m:
         possible.remove((0, 0))
-    while possible and (not fan_out or len(picked) < fan_out):
-        picked.append(max(possible, key=lambda c: gain(*c)))
-        possible.remove(picked[-1])
+    gains = {c: gain(*c) for c in possible}
+    while gains and (not fan_out or len(picked) < fan_out):
+        picked.append(max(gains, key=gains.get))
+        del gains[picked[-1]]
+        gains |= {c: gain(*c) for c in gains if c[0] == picked[-1][0]}  # those beside it are worth less now
     return picked
 
 
-def one_pass(table: DraftTable, rule: Rule, block_len: int, fan_out: int) -> np.ndarray:
-    """``(tokens, passes, misses)`` of one text."""
-    text, end = table.text, len(table.text) - 1
-    ids, probs = (table.ids, table.probs) if rule.exact else (table.guess_ids, table.guess)
-    none = (np.zeros((0, 3), int), np.zeros((0, 3)))
-    at, (draft, prob), known_anchor, passes, misses = 0, none, False, 0, 0
-    while at < end:
-        suppositions = pick(prob, rule, fan_out, known_anchor)
-        accepted = 0
-        while accepted < len(draft) and at + accepted < end and draft[accepted, 0] == text[at + accepted + 1]:
-            accepted += 1
-        bonus = min(at + accepted + 1, end)
-        passes += 1
-        known_anchor = any(
-            j == accepted and rank and draft[j, rank] == text[bonus] for j, rank in suppositions if j < len(draft)
-        )
-        if known_anchor:
-            draft, prob = ids[bonus, : block_len - 1], probs[bonus, : block_len - 1]
-        elif (accepted, 0) in suppositions:
-            right = ids[at + accepted, 0, 0] == text[bonus]
-            draft, prob = ids[at + accepted, 1:block_len], probs[at + accepted, 1:block_len].copy()
-            prob[:, 0] *= 1.0 if right else rule.doubt
-        else:
-            misses += 1
-            draft, prob = (draft[accepted + 1 :], prob[accepted + 1 :].copy()) if rule.keep_tail else none
-            prob[:, 0] *= rule.doubt
-        at = bonus
-    return np.array([end, passes, misses])
+class Replay:
+    """One text under one rule; totals are tokens, passes, misses, AR rows and diffusion rows."""
+
+    def __init__(self, table: DraftTable, rule: Rule, block_len: int, fan_out: int):
+        self.table, self.rule, self.block_len, self.fan_out = table, rule, block_len, fan_out
+        self.none = (np.zeros((0, 3), int), np.zeros((0, 3)))
+
+    def _rows(self, length: int, known: int, at: int, first: int, count: int):
+        """``(ids, probs)`` of rows of the block at ``text[at]``."""
+        drafts: Drafts = self.table.drafts[length, known]
+        ids, probs = (drafts.ids, drafts.probs) if self.rule.exact else (drafts.guess_ids, drafts.guess)
+        return ids[at, first : first + count], probs[at, first : first + count].copy()
+
+    def _behind(self, bonus: int, length: int, old, rejected: int, pair: bool):
+        """Drafts of a block that knows the bonus token, and where ``pair`` the old draft behind it."""
+        if not pair:
+            return self._rows(length, 1, bonus, 0, length - 1)
+        ids, probs = self._rows(length, 2, bonus, 1, length - 2)
+        behind = slice(rejected + 1, rejected + 2)
+        return np.concatenate([old[0][behind], ids]), np.concatenate([old[1][behind], probs])
+
+    def _unseen(self, at: int, bonus: int, length: int):
+        """Drafts of a block that starts at the last accepted token and does not know the bonus token behind it."""
+        guess, _ = self._rows(length, 1, at, 0, 1)
+        draft, prob = self._rows(length, 1, at, 1, length - 1)
+        if guess[0, 0] != self.table.text[bonus]:
+            draft, prob = draft[: self.rule.beside_wrong], prob[: self.rule.beside_wrong]
+            prob[:, 0] *= self.rule.doubt
+        return draft, prob
+
+    def run(self) -> np.ndarray:
+        rule, text, end = self.rule, self.table.text, len(self.table.text) - 1
+        at, (draft, prob), known_anchor, totals = 0, self.none, False, np.zeros(5)
+        totals[0] = end
+        while at < end:
+            kept = int((prob[:, 0].cumprod() >= rule.stop).sum())
+            draft, prob = draft[:kept], prob[:kept]
+            picked = pick(prob, rule, self.fan_out, known_anchor)
+            whole = max(1, int(len(picked) * rule.whole))
+            length = {c: self.block_len // (1 if i < whole else rule.shorter) for i, c in enumerate(picked)}
+            accepted, m = 0, len(draft)
+            while accepted < m and at + accepted < end and draft[accepted, 0] == text[at + accepted + 1]:
+                accepted += 1
+            bonus = min(at + accepted + 1, end)
+            pairs = accepted + 1 < m and prob[accepted + 1, 0] >= rule.second
+            hits = [
+                (j, r) for j, r in picked
+                if j == accepted < m and r and draft[j, 1 if r == PAIR else r] == text[bonus]
+            ]  # fmt: skip
+            old, known_anchor = (draft, prob), bool(hits)
+            if hits:
+                # Of a guess with and without the draft behind it, the one that this draft's probability favours.
+                hit = max(hits, key=lambda c: (c[1] == PAIR) == (pairs and prob[accepted + 1, 0] >= 0.5))
+                pair = hit[1] == PAIR or (pairs and not rule.besides)
+                draft, prob = self._behind(bonus, length[hit], old, accepted, pair)
+            elif (accepted, 0) in length:
+                draft, prob = self._unseen(at + accepted, bonus, length[accepted, 0])
+            else:
+                totals[2] += 1
+                draft, prob = (draft[accepted + 1 :], prob[accepted + 1 :].copy()) if rule.keep_tail else self.none
+                prob[:, 0] *= rule.doubt
+            totals += [0, 1, 0, 1 + m, sum(length.values())]
+            at = bonus
+        return totals
 
 
 def two_pass(table: DraftTable, block_len: int) -> np.ndarray:
-    text, end = table.text, len(table.text) - 1
+    text, end, ids = table.text, len(table.text) - 1, table.drafts[block_len, 1].ids
     at = cycles = 0
     while at < end:
         accepted, most = 0, min(block_len - 1, end - at)
-        while accepted < most and table.ids[at, accepted, 0] == text[at + accepted + 1]:
+        while accepted < most and ids[at, accepted, 0] == text[at + accepted + 1]:
             accepted += 1
         at, cycles = min(at + accepted + 1, end), cycles + 1
-    return np.array([end, 2 * cycles, 0])
+    return np.array([end, 2 * cycles, 0, block_len * cycles, block_len * cycles])
 
 
 def main() -> None:
@@ -129,22 +201,27 @@ def main() -> None:
     parser.add_argument("--out", help="folder for the JSON and the table")
     args = parser.parse_args()
     engine = Engine.from_pretrained("smollm2-135m", device="cpu", max_seq_len=2048, max_batch_size=1, mode="two_pass")
-    tables = [collect(engine, p, args.tokens) for kind in args.kinds for p in prompts.load(kind)]
+    lengths = {k // rule.shorter for k in args.block_len for rule in RULES.values()}
+    shapes = [(k, 1) for k in lengths] + [(k, 2) for k in args.block_len]
+    tables = [collect(engine, p, args.tokens, shapes) for kind in args.kinds for p in prompts.load(kind)]
     rows = []
     for block_len in args.block_len:
         runs = {"two_pass": lambda t, _, n=block_len: two_pass(t, n)}
-        runs |= {name: lambda t, f, r=rule, n=block_len: one_pass(t, r, n, f) for name, rule in RULES.items()}
+        runs |= {name: lambda t, f, r=rule, n=block_len: Replay(t, r, n, f).run() for name, rule in RULES.items()}
         for name, run in runs.items():
+            fan_outs = FAN_OUTS[:1] if name == "two_pass" else FAN_OUTS
+            totals = {f: [run(table, f) for table in tables] for f in fan_outs}
             for kind in ("code", "all"):
-                chosen = [t for t in tables if kind in (t.kind, "all")]
+                chosen = [i for i, t in enumerate(tables) if kind in (t.kind, "all")]
                 row = {"block_len": block_len, "prompts": kind, "n": len(chosen), "rule": name}
-                for fan_out in FAN_OUTS[:1] if name == "two_pass" else FAN_OUTS:
-                    tokens, passes, misses = sum(run(t, fan_out) for t in chosen)
-                    missed = "" if name == "two_pass" else f" ({misses / passes:.0%})"
-                    row[f"F={fan_out or 'all'}"] = f"{tokens / passes:.3f}{missed}"
+                for fan_out, each in totals.items():
+                    tokens, passes, misses, ar, diffusion = sum(each[i] for i in chosen)
+                    rows_each = f"{ar / passes:.1f} + {diffusion / passes:.0f}"
+                    row[f"F={fan_out or 'all'}"] = f"{tokens / passes:.3f} ({misses / passes:.0%}; {rows_each})"
                 rows.append(row)
     facts = common.header(torch.device("cpu")) | {
-        "cells": "tokens per pass, that is per read of the weights (share of passes that no block had foreseen)",
+        "cells": "tokens per pass, that is per read of the weights (share of passes that no block had foreseen; AR rows"
+        " + diffusion rows of a pass)",
         "tokens": f"at most {args.tokens} per prompt, greedy, bf16",
     }
     common.report("hypotheses", facts, rows, args.out)

@@ -1,7 +1,8 @@
 """What the diffusion view drafts from every position of a greedy text: all that a one-pass policy can ever see.
 
 A hypothesis block that turns out to be right has a true token as its anchor and true tokens before it, so its choices
-depend on its position alone. One table therefore replays any choice of hypotheses, without the model.
+depend on its position, its length and the number of its known tokens alone. One table therefore replays any choice of
+hypotheses, without the model.
 """
 
 from __future__ import annotations
@@ -22,28 +23,40 @@ TOP = 3
 
 
 @dataclass
-class DraftTable:
-    """Drafts from each generated token ``text[p]`` of one prompt; row i of a block predicts ``text[p + i + 1]``.
+class Drafts:
+    """Of blocks of one shape, ``[tokens, block_len, 3]``; row i of block p predicts ``text[p + i + 1]``.
 
     Attributes:
-        kind: of the prompt. text: int ``[tokens]``, the greedy continuation.
-        ids: int ``[tokens, block_len, 3]``, the likeliest tokens of each row. probs: their probabilities.
+        ids: the likeliest tokens of each row. probs: their probabilities.
         guess: as ``probs``, but from the partial maxima alone, which is what consensus sees; ``guess_ids`` likewise.
     """
 
-    kind: str
-    text: np.ndarray
     ids: np.ndarray
     probs: np.ndarray
     guess_ids: np.ndarray
     guess: np.ndarray
 
 
-def _blocks(engine: Engine, text: list[int], first: int, count: int) -> Rows:
-    """``count`` blocks of slot 0, anchored at ``text[first], text[first + 1], ...``."""
-    length = engine.config.block_len
+@dataclass
+class DraftTable:
+    """Drafts from each generated token of one prompt.
+
+    Attributes:
+        kind: of the prompt. text: int ``[tokens]``, the greedy continuation.
+        drafts: by ``(block_len, known)``: blocks whose first ``known`` rows hold the text, the others masks.
+    """
+
+    kind: str
+    text: np.ndarray
+    drafts: dict[tuple[int, int], Drafts]
+
+
+def _blocks(engine: Engine, text: list[int], first: int, count: int, length: int, known: int) -> Rows:
+    """``count`` blocks of slot 0 that start at ``text[first], text[first + 1], ...``."""
     token = torch.full((count, length), engine.config.mask_token_id, dtype=torch.int32)
-    token[:, 0] = torch.tensor(text[first : first + count])
+    for i in range(known):
+        tokens = torch.tensor(text[first + i : first + i + count])
+        token[: len(tokens), i] = tokens
     start = torch.arange(first, first + count, dtype=torch.int32)[:, None].expand(-1, length)
     position = start + torch.arange(length, dtype=torch.int32)
     return Rows(
@@ -67,15 +80,18 @@ def _summary(logits: torch.Tensor, num_tiles: int):
 
 
 @torch.inference_mode()
-def collect(engine: Engine, prompt: prompts.Prompt, tokens: int) -> DraftTable:
-    """Decode ``tokens`` greedy tokens and draft from each of them; the engine must be idle and on the CPU."""
+def collect(engine: Engine, prompt: prompts.Prompt, tokens: int, shapes: list[tuple[int, int]]) -> DraftTable:
+    """Decode ``tokens`` greedy tokens and draft from each of them with blocks of every ``(block_len, known)``.
+
+    The engine must be idle and on the CPU.
+    """
     ids = prompt.encode(engine.tokenizer)
     out = engine.generate(ids, SamplingParams(max_new_tokens=tokens))
     text, model, kv = ids + out.token_ids, engine.model, engine.kv
-    length = engine.config.block_len
-    act = Activations(model, max(512, BLOCKS_PER_PASS * length), BLOCKS_PER_PASS * length)
+    most = BLOCKS_PER_PASS * engine.config.block_len
+    act = Activations(model, max(512, most), most)
     work = Workspace.allocate(
-        model, max_rows=max(512, BLOCKS_PER_PASS * length), max_groups=BLOCKS_PER_PASS, max_seq_len=engine.max_seq_len
+        model, max_rows=max(512, most), max_groups=BLOCKS_PER_PASS, max_seq_len=engine.max_seq_len
     )
     kv.reserve(0, len(text))
     run = lambda rows, picked, out: forward(  # noqa: E731
@@ -83,12 +99,15 @@ def collect(engine: Engine, prompt: prompts.Prompt, tokens: int) -> DraftTable:
     )
     for at in range(0, len(text), 512):
         run(prefill_rows(torch.tensor(text[at : at + 512], dtype=torch.int32), at, 0), None, None)
-    parts = []
-    for at in range(len(ids), len(text), BLOCKS_PER_PASS):
-        rows = _blocks(engine, text, at, min(BLOCKS_PER_PASS, len(text) - at))
-        logits = torch.empty(rows.num_rows, model.config.vocab_size)
-        run(rows, torch.arange(rows.num_rows, dtype=torch.int32), logits)
-        parts.append(_summary(logits, model.lm_head.num_partials))
+    drafts = {}
+    for length, known in shapes:
+        parts = []
+        for at in range(len(ids), len(text), BLOCKS_PER_PASS):
+            rows = _blocks(engine, text, at, min(BLOCKS_PER_PASS, len(text) - at), length, known)
+            logits = torch.empty(rows.num_rows, model.config.vocab_size)
+            run(rows, torch.arange(rows.num_rows, dtype=torch.int32), logits)
+            parts.append(_summary(logits, model.lm_head.num_partials))
+        joined = (np.concatenate(x).reshape(len(out.token_ids), length, TOP) for x in zip(*parts, strict=True))
+        drafts[length, known] = Drafts(*joined)
     kv.release(0)
-    joined = [np.concatenate(x).reshape(len(out.token_ids), length, TOP) for x in zip(*parts, strict=True)]
-    return DraftTable(prompt.kind, np.array(out.token_ids), *joined)
+    return DraftTable(prompt.kind, np.array(out.token_ids), drafts)
