@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 
-from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.cycle_plan import AR, CyclePlan
 
 MEMORY = 128  # drafting cycles that a hazard looks back on
 IDLE_MEMORY = 1024  # cycles after which hazards that nothing is drafted for fade
@@ -24,8 +24,6 @@ SLOW_MEMORY = 4096  # drafting cycles that quality and offered look back on
 FADE_EVERY = 16  # cycles without drafts: estimates that hardly change are not worth computing for each
 PRIOR_HAZARD, PRIOR_TRIALS = 0.7, 4.0  # of the first draft
 CHAIN_TRIALS = 8.0  # weight of the position before as a later position's prior
-BORROWED_TRIALS = 64.0  # most weight of the other mode's hazards, and what that adds to certainty at most:
-CERTAIN_TRIALS = 16.0
 # On the embedded model's code and chat prompts: quality of first and later drafts; cycles with drafts, by fan_out.
 PRIOR_QUALITY, QUALITY_TRIALS = (0.75, 0.95), 32.0
 PRIOR_OFFERED, OFFERED_TRIALS = {1: 0.5, 2: 0.70, 4: 0.80, 6: 0.88, 8: 0.94, 12: 0.97}, 8.0
@@ -96,30 +94,39 @@ class Acceptance:
                 self._quality[i > 0][0] += share * one.hits[i] * two.trials[i] / both
                 self._quality[i > 0][1] += share * two.hits[i] * one.trials[i] / both
 
-    def quality(self, position: int) -> float:
+    def quality(self, position: int, optimism: float = 0.0) -> float:
         """Hazard of one_pass over that of two_pass, for the draft at ``position`` (0-based)."""
         hits, expected = self._quality[position > 0]
-        prior = PRIOR_QUALITY[position > 0]
-        return max(0.1, min(1.0, (QUALITY_TRIALS * prior + hits) / (QUALITY_TRIALS + expected)))
+        known = QUALITY_TRIALS + expected
+        share = min(1.0, (QUALITY_TRIALS * PRIOR_QUALITY[position > 0] + hits) / known)
+        return max(0.1, min(1.0, share + optimism * math.sqrt(share * (1 - share) / known)))
 
-    def accepted(self, mode: str, optimism: float = 0.0) -> list[float]:
-        """Expected accepted drafts of 0 ... max_drafts offered ones; ``optimism``: standard errors to add."""
+    def accepted(self, mode: str, optimism: float = 0.0, running: CyclePlan = AR) -> list[float]:
+        """Expected accepted drafts of 0 ... max_drafts offered ones; see :meth:`tokens`."""
         own, other = self._seen[mode], self._seen["one_pass" if mode == "two_pass" else "two_pass"]
-        first = PRIOR_HAZARD * (self.quality(0) if mode == "one_pass" else 1.0)
-        totals, survival, prior, weight = [0.0], 1.0, first, PRIOR_TRIALS
+        related = 0.0 if mode == running.mode else optimism if mode == "one_pass" else -optimism
+        quality = [self.quality(i, related) for i in range(2)]
+        prior, weight = PRIOR_HAZARD * (quality[0] if mode == "one_pass" else 1.0), PRIOR_TRIALS
+        totals, survival = [0.0], 1.0
         for i, (hits, trials) in enumerate(zip(own.hits, own.trials, strict=True)):
-            borrowed = min(BORROWED_TRIALS, other.trials[i])
+            borrowed = self._worth(i, other.trials[i])
             if borrowed:
-                quality = self.quality(i) if mode == "one_pass" else 1 / self.quality(i)
-                hits += borrowed * min(1.0, quality * other.hits[i] / other.trials[i])
-            prior = min(1.0, (weight * prior + hits) / (weight + trials + borrowed))
-            certain = weight + trials + min(CERTAIN_TRIALS, borrowed)
-            survival *= min(1.0, prior + optimism * math.sqrt(prior * (1 - prior) / certain))
+                ratio = quality[i > 0] if mode == "one_pass" else 1 / quality[i > 0]
+                hits += borrowed * min(1.0, ratio * other.hits[i] / other.trials[i])
+            certain = weight + trials + borrowed
+            hazard = min(1.0, (weight * prior + hits) / certain)
+            unseen = i >= running.block_len - 1
+            survival *= min(1.0, hazard + unseen * optimism * math.sqrt(hazard * (1 - hazard) / certain))
             totals.append(totals[-1] + survival)
-            weight = CHAIN_TRIALS
+            prior, weight = hazard, CHAIN_TRIALS
             if not i and mode == "one_pass":
-                prior = min(1.0, prior * self.quality(1) / self.quality(0))
+                prior = min(1.0, hazard * quality[1] / quality[0])
         return totals
+
+    def _worth(self, position: int, trials: float) -> float:
+        """Own trials that as many of the other mode are worth: the variances of its hazard and of quality add up."""
+        known = QUALITY_TRIALS + self._quality[position > 0][1]
+        return trials * known / (trials + known)
 
     def offered(self, fan_out: int, optimism: float = 0.0) -> float:
         """Share of one_pass cycles that have drafts to verify."""
@@ -128,16 +135,18 @@ class Acceptance:
         share = (OFFERED_TRIALS * prior_offered(fan_out) + drafts) / weight
         return min(1.0, share + optimism * math.sqrt(share * (1 - share) / weight))
 
-    def tokens(self, plans: list[CyclePlan], optimism: float = 0.0) -> dict[CyclePlan, float]:
+    def tokens(self, plans: list[CyclePlan], optimism: float = 0.0, running: CyclePlan = AR) -> dict[CyclePlan, float]:
         """Expected tokens of one sequence's cycle: accepted drafts and the one that verification itself yields.
 
-        With ``optimism``, every estimate is taken that many standard errors higher.
+        With ``optimism``, estimates are taken that many standard errors higher, but those alone that set a plan apart
+        from the ``running`` one: an error in what both depend on favours neither.
         """
-        key = (*plans, optimism)
+        key = (*plans, optimism, running)
         if key in self._known:
             return self._known[key]
-        accepted = {mode: self.accepted(mode, optimism) for mode in self._seen} | {"ar": [0.0]}
-        offered = {p.fan_out: self.offered(p.fan_out, optimism) for p in plans if p.mode == "one_pass"}
+        accepted = {mode: self.accepted(mode, optimism, running) for mode in self._seen} | {"ar": [0.0]}
+        fan_outs = {p.fan_out for p in plans if p.mode == "one_pass"}
+        offered = {f: self.offered(f, 0.0 if f == running.fan_out else optimism) for f in fan_outs}
         self._known[key] = {p: 1.0 + offered.get(p.fan_out, 1.0) * accepted[p.mode][p.block_len - 1] for p in plans}
         return self._known[key]
 

@@ -46,6 +46,9 @@ class CyclePlan(NamedTuple):
         return 1 + self.fan_out
 
 
+AR = CyclePlan("ar")
+
+
 def most_hypotheses(draft_len: int) -> int:
     """How many outcomes of verifying ``draft_len`` drafts a one-pass cycle can draft for (see hypotheses.h)."""
     return 3 * draft_len + 1
@@ -66,7 +69,7 @@ def cycle_plan(mode: str, draft_len: int, fan_out: int | None, config) -> CycleP
     if fan_out is not None and not 1 <= fan_out <= hypotheses:
         raise ValueError(f"fan_out must be within [1, {hypotheses}] for draft_len {draft_len}, got {fan_out}")
     if mode == "ar":
-        return CyclePlan("ar")
+        return AR
     if mode == "two_pass":
         return CyclePlan("two_pass", draft_len + 1)
     if mode == "auto":

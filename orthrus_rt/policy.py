@@ -10,8 +10,9 @@ least, under two accounts of time:
   most ``1 + SAFETY`` of AR's (conservative bandits: Wu, Shariff, Lattimore, Szepesvari 2016). It starts at zero, so a
   fresh engine decodes by AR until it has earned its first attempt. Its cap bounds the loss over any stretch, not only
   since the start: riches from good times are not spent on bad ones.
-- *exploration*. Plans that might be better than they look (optimism in the face of uncertainty) are tried in short
-  bursts, as long as these have cost less than EXPLORATION of all time, measured against the plan in use.
+- *exploration*. Plans that might be better than they look (optimism in the face of uncertainty: of what sets them apart
+  from the plan in use, not of what both depend on) are tried, as long as that has cost less than EXPLORATION of all
+  time, measured against the plan in use. A close rival costs little, so its trial is long.
 
 Both bounds are in estimated seconds: they hold for real ones as far as the costs are right. SAFETY leaves room for that
 below the 3% that ``mode="auto"`` promises, and an AR cycle is timed anew at times while others run.
@@ -27,24 +28,25 @@ from collections import Counter, deque
 from typing import NamedTuple
 
 from orthrus_rt.acceptance import Acceptance, Outcome
-from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.cycle_plan import AR, CyclePlan
 from orthrus_rt.pass_costs import PassCosts, rows_per_pass
 
 SAFETY = 0.025  # of AR's time that may be lost against AR
 SAFETY_CAP = 64  # AR cycles of credit kept
-RESTART = 4  # after running out of credit: how many worst outcomes to save for
+RESTART = 2  # after running out of credit: how many worst outcomes to save for
 EXPLORATION = 0.01  # of all time that may be lost on trying plans
+NOVELTY = 4  # cycles' time more for every e-fold of cycles: a model's ways are learnt once, early
 EXPLORATION_CAP = 64  # AR cycles of credit kept
 SWITCH = 1.0  # cycles of savings before the plan in use changes
 DEADBAND = 0.01  # relative savings that are none
-OPTIMISM = 1.5  # standard errors by which a plan may be better than it looks
+OPTIMISM = 1.0  # standard errors by which a plan may be better than it looks; more while exploration credit lies idle
 BURST = 8  # sequence-cycles that a trial lasts, at least
-REST = 64  # cycles between trials
+BURST_PRICE = 0.5  # share of the exploration credit that a longer trial may cost
+REST = 64  # cycles between trials, and the most that one lasts
 PIPELINE_FILL = 1  # passes of one_pass before its drafts are there
 REFRESH = 512  # cycles without AR after which AR is timed anew
 REFRESH_DRIFT, REFRESH_REST = 0.1, 64  # drift (see PassCosts) that calls for it sooner, but not before so many cycles
 REFRESH_CYCLES = 3
-AR = CyclePlan("ar")
 
 
 def candidate_plans(block_len: int, modes: tuple[str, ...]) -> list[CyclePlan]:
@@ -197,15 +199,19 @@ class Policy:
             return lane, AR, REFRESH_CYCLES
         if self._since_trial < REST or self.exploration.balance <= 0:
             return None
-        hopeful = self.acceptance.tokens(lane.plans, optimism=OPTIMISM)
+        idle = self.exploration.balance / (EXPLORATION_CAP * lane.seconds(AR))  # credit left lying: too sure of itself?
+        optimism = OPTIMISM * max(1.0, 2 * idle)
+        hopeful = self.acceptance.tokens(lane.plans, optimism, lane.in_use)
         hopes = {p: lane.seconds(p, hopeful=True) / hopeful[p] for p in lane.plans if p != AR}
-        cycles = -(-BURST // batch_size)
+        least = -(-BURST // batch_size)
         for plan in sorted(hopes, key=hopes.get):
             if hopes[plan] >= rate * (1 - DEADBAND):
                 return None
             filling = PIPELINE_FILL if plan.mode == "one_pass" else 0
-            price = (cycles + filling) * lane.seconds(plan) - (cycles * tokens[plan] + filling) * rate
-            if plan != lane.in_use and price <= self.exploration.balance and self._affordable(lane, plan):
+            spare = self.exploration.balance - filling * (lane.seconds(plan) - rate)
+            price = lane.seconds(plan) - tokens[plan] * rate
+            if plan != lane.in_use and least * price <= spare and self._affordable(lane, plan):
+                cycles = least if price <= 0 else min(REST, max(least, int(BURST_PRICE * spare / price)))
                 return lane, plan, cycles + filling
         return None
 
@@ -239,7 +245,8 @@ class Policy:
         tokens = 1 + sum(accepted for _, accepted in outcomes) / max(1, len(outcomes))
         self.safety.add((1 + SAFETY) * tokens * ar - cost, SAFETY_CAP * ar)
         lost = 0.0 if against is None else cost - tokens * against
-        self.exploration.add(EXPLORATION * cost - lost, EXPLORATION_CAP * ar)
+        share = EXPLORATION + NOVELTY / self.plan_counts.total()
+        self.exploration.add(share * cost - lost, EXPLORATION_CAP * ar)
         self.spent += cost
         self.ar_equivalent += tokens * ar
 
@@ -274,4 +281,3 @@ class Policy:
             "spent_seconds": self.spent,
             "ar_equivalent_seconds": self.ar_equivalent,
         }
-

@@ -43,16 +43,24 @@ GRID = [
     *[("steep", 1, h) for h in (0.0, 0.5, 0.6, 0.7, 0.9)],
     *[("steep", 4, h) for h in (0.7, 0.9)],
 ]
-WHOLE_GRID = [
-    (device, batch, hazard)
-    for device in DEVICES
-    for batch in (1, 2, 4, 8, 16, 32, 64)
-    for hazard in (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
+CLOSE = [  # two_pass and one_pass differ little, and luck misleads: what these seeds did to an earlier policy
+    *[("flat", 1, 0.9, seed) for seed in (1, 2, 12)],
+    *[("flat", 2, 0.9, seed) for seed in (2, 16)],
+    *[("flat", 1, 0.85, 17), ("flat", 1, 0.97, 12), ("flat", 4, 0.8, 1)],
 ]
+WHOLE_GRID = list(
+    itertools.product(
+        DEVICES,
+        (1, 2, 4, 8, 16, 32, 64),
+        (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97),
+        (1.0, 0.95, 0.85),
+        ((1, 0), (2, 1)),  # seed and lag
+    )
+)
 
 
-def check_stationary(device: str, batch: int, hazard: float, decay: float = 1.0) -> None:
-    got = run(device, lambda cycle, i: (hazard, decay), batch=batch)
+def check_stationary(device: str, batch: int, hazard: float, decay: float = 1.0, **how) -> None:
+    got = run(device, lambda cycle, i: (hazard, decay), batch=batch, **how)
     best, plan = best_fixed(device, batch, hazard, decay)
     assert got.worst_prefix <= 1 + SAFETY + 1e-9
     assert got.seconds_per_token <= 1.05 * best, f"best is {plan.label}"
@@ -64,15 +72,20 @@ def test_stationary_text_runs_within_5_percent_of_the_best_fixed_plan(device, ba
     check_stationary(device, batch, hazard)
 
 
+@pytest.mark.parametrize(("device", "batch", "hazard", "seed"), CLOSE)
+def test_plans_that_differ_little_are_told_apart(device, batch, hazard, seed):
+    check_stationary(device, batch, hazard, seed=seed, lag=1)
+
+
 @pytest.mark.parametrize(("device", "batch"), [("flat", 1), ("steep", 2)])
 def test_later_drafts_worse_than_early_ones(device, batch):
     check_stationary(device, batch, 0.9, 0.9)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("device", "batch", "hazard"), WHOLE_GRID)
-def test_stationary_text_on_the_whole_grid(device, batch, hazard):
-    check_stationary(device, batch, hazard)
+@pytest.mark.parametrize(("device", "batch", "hazard", "decay", "luck"), WHOLE_GRID)
+def test_stationary_text_on_the_whole_grid(device, batch, hazard, decay, luck):
+    check_stationary(device, batch, hazard, decay, seed=luck[0], lag=luck[1])
 
 
 def alternating(period):
@@ -231,12 +244,19 @@ def test_offered_drafts_prior_is_monotone_in_fan_out():
     assert shares[-1] == 0.97
 
 
-def test_more_optimism_is_never_less():
-    seen = Acceptance(15)
-    seen.observe(CyclePlan("two_pass", 16), [(15, 2), (15, 0)])
-    seen.observe(CyclePlan("one_pass", 16, 4), [(15, 2), (0, 0)])
+def test_optimism_is_about_what_sets_a_plan_apart_from_the_one_that_runs():
+    seen, running = Acceptance(15), CyclePlan("one_pass", 8, 4)
+    for _ in range(20):
+        seen.observe(CyclePlan("two_pass", 16), [(15, 2), (15, 9)])
+        seen.observe(CyclePlan("one_pass", 16, 4), [(15, 0), (15, 6), (0, 0)])
     mean, hope = seen.tokens(PLANS), seen.tokens(PLANS, optimism=1.0)
     assert all(hope[p] > mean[p] for p in PLANS if p != AR)
+    rival = seen.tokens(PLANS, 1.0, running)
+    assert rival[running] == mean[running]
+    others = [p for p in PLANS if p not in (AR, running)]
+    assert all(mean[p] < rival[p] <= hope[p] for p in others if p.mode == "one_pass")
+    # Of two_pass, the ratio to one_pass is uncertain, however many drafts of this text were seen.
+    assert all(mean[p] < rival[p] for p in others if p.mode == "two_pass")
 
 
 def test_what_it_explains_is_plain_data():
