@@ -7,8 +7,9 @@ least, under two accounts of time:
   ``1 + SAFETY``. A plan may start only if the balance covers the worst outcome, no draft accepted anywhere, for itself
   and for all cycles whose results are not in yet. Every sequence yields at least one token per cycle, so the balance
   never falls below zero: whatever the drafter does, and however badly acceptance is estimated, the time spent is at
-  most ``1 + SAFETY`` of AR's (conservative bandits: Wu, Shariff, Lattimore, Szepesvari 2016). It starts at zero, so a
-  fresh engine decodes by AR until it has earned its first attempt. Its cap bounds the loss over any stretch, not only
+  most ``1 + SAFETY`` of AR's (conservative bandits: Wu, Shariff, Lattimore, Szepesvari 2016). It starts at zero, and
+  prefill, which AR needs as well, counts: a fresh engine decodes a short prompt by AR until it has earned its first
+  attempt. Its cap bounds the loss over any stretch, not only
   since the start: riches from good times are not spent on bad ones.
 - *exploration*. Plans that might be better than they look (optimism in the face of uncertainty: of what sets them apart
   from the plan in use, not of what both depend on) are tried, as long as that has cost less than EXPLORATION of all
@@ -249,6 +250,12 @@ class Policy:
         self.exploration.add(share * cost - lost, EXPLORATION_CAP * ar)
         self.spent += cost
         self.ar_equivalent += tokens * ar
+
+    def prefilled(self, seconds: float) -> None:
+        """A prompt took so long: AR decoding needs that as well, and may be exceeded by a share of it too."""
+        self.safety.add(SAFETY * seconds, math.inf)  # capped with the next cycle
+        self.spent += seconds
+        self.ar_equivalent += seconds
 
     def forget_pending(self) -> None:
         """The cycles under way were lost; their results will not come."""

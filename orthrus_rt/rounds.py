@@ -58,8 +58,11 @@ class Rounds:
             self._prefill()
             # A device that runs ahead is not waited for: what this round has launched is read in the next.
             self._collect(self.runner.num_posted - before if self.runner.lag else 0)
+            auto = self._autos.get(self._plan)
             for kind, seconds in self.runner.stopwatch.take():
                 self.metrics.took(kind, seconds)
+                if kind == "prefill" and auto:
+                    auto.policy.prefilled(seconds)
 
     def _decode(self) -> None:
         for request in self.scheduler.active:

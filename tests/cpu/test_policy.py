@@ -193,6 +193,19 @@ def test_a_fresh_engine_decodes_by_ar_until_it_has_earned_an_attempt():
     assert loss / SAFETY - 2 <= first <= 60
 
 
+def test_a_long_prompt_earns_an_attempt_at_once():
+    chooser = policy("flat")
+    chooser.prefilled(1.0)
+    assert chooser.safety.balance == SAFETY and chooser.spent == chooser.ar_equivalent == 1.0
+    assert chooser.choose(1) != AR
+    chooser.record([(0, 0)])
+    assert 0 < chooser.safety.balance < SAFETY and chooser.spent <= (1 + SAFETY) * chooser.ar_equivalent
+    chooser.prefilled(1e3)
+    chooser.choose(1)
+    chooser.record([(0, 0)])
+    assert chooser.safety.balance == pytest.approx(SAFETY_CAP * cycle_seconds("flat", 1, AR))
+
+
 def test_nothing_timed_is_nothing_earned():
     chooser = policy("flat", measured=False)
     for _ in range(500):
