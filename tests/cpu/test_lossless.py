@@ -62,12 +62,14 @@ def test_small_grid_together(engine, jobs):
         lossless.check_together(engine, *jobs, way)
 
 
+@pytest.mark.parametrize("engine", ("bfloat16",), indirect=True)  # float32: test_lossless_tiny.py
 @pytest.mark.parametrize("jobs", ("greedy",), indirect=True)  # sampled ones are too short to run out of pages
 def test_small_grid_preempted(engine, jobs):
     for way in lossless.ways([5]):
         lossless.check_preempted(engine, *jobs, way, num_pages=12)
 
 
+@pytest.mark.parametrize("engine", ("bfloat16",), indirect=True)
 def test_small_grid_eager_and_replayed(engine, jobs):
     for way in lossless.ways([7]):
         lossless.check_eager(engine, *(column[:2] for column in jobs), way)
@@ -110,6 +112,7 @@ def test_whole_grid_together(engine, params, kind):
     lossless.check_preempted(engine, ids, each, want, lossless.ways((7,))[0], num_pages=16)
 
 
+@pytest.mark.parametrize("engine", ("bfloat16",), indirect=True)
 @pytest.mark.parametrize("kind", PINNED)
 def test_tokens_per_cycle_is_pinned(engine, kind):
     tokens = cycles = 0
@@ -120,6 +123,7 @@ def test_tokens_per_cycle_is_pinned(engine, kind):
     assert tokens / cycles == pytest.approx(PINNED[kind], abs=tolerance)
 
 
+@pytest.mark.parametrize("engine", ("bfloat16",), indirect=True)
 def test_prefill_of_two_thousand_tokens(engine, monkeypatch):
     """In chunks, and the chunk size changes no bit of what follows."""
     text = " ".join(p.text for p in prompts.load("long")) + " "
