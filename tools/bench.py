@@ -21,6 +21,7 @@ RUNS = [
     ("cpu", "bench_decode", ["--model", "smollm2-135m", "--device", "cpu", "--draft-len", "7", "--batch", "1", "8"]),
     ("cpu", "bench_one_pass", ["--device", "cpu"]),
     ("cpu", "bench_hypotheses", []),
+    ("cpu", "bench_auto", ["--tokens", "96", "--device", "cpu"]),
     *(("cuda", "bench_row_linear", ["--model", model]) for model in ("1.7b", "4b", "8b")),
     ("cuda", "bench_dual_attn", []),
     ("cuda", "bench_consensus", []),
@@ -28,6 +29,7 @@ RUNS = [
     ("cuda", "bench_invariance", ["--device", "cuda", "--model", "8b"]),
     *(("cuda", "bench_decode", ["--model", model]) for model in ("1.7b", "4b", "8b", "smollm2-135m")),
     ("cuda", "bench_one_pass", ["--device", "cuda", "--draft-len", "7", "15"]),
+    ("cuda", "bench_auto", ["--device", "cuda", "--batch", "1", "4", "16", "64", "--most-rows", "1024"]),
 ]
 
 
