@@ -3,7 +3,8 @@
 Every op writes into tensors that the caller allocates, takes any number of rows (none included: then it
 does nothing), is deterministic and, except for ``reference``, row-invariant to the bit: a row's result
 depends on its own inputs only. Shapes and rounding points are in ``csrc/include/orthrus/params.h``;
-oracles in :mod:`orthrus_rt.reference`; which implementation runs is decided in :mod:`orthrus_rt.dispatch`.
+oracles in :mod:`orthrus_rt.reference`; which implementation runs is decided in :mod:`orthrus_rt.dispatch`, what the
+arguments must be in :mod:`orthrus_rt.checks`.
 
 All ops raise ValueError naming op, argument, expected and got.
 """
@@ -14,51 +15,9 @@ import torch
 
 from orthrus_rt import dispatch, native, nvtx, reference
 from orthrus_rt import state as st
+from orthrus_rt.checks import PAGE_SIZE, check_edits, check_pages, check_rows, check_scratch, check_tensor, require
 from orthrus_rt.plan import Rows
 from orthrus_rt.weights import PackedWeight
-
-PAGE_SIZE = 64
-
-
-def _need(op: str, what: str, expected, got) -> None:
-    if expected != got:
-        raise ValueError(f"{op}: {what} must be {expected}, got {got}")
-
-
-def _tensor(op: str, name: str, t: torch.Tensor, shape: tuple, dtype, device) -> None:
-    """Check one tensor; None in ``shape`` admits any size."""
-    got = tuple(t.shape)
-    if len(got) != len(shape) or any(want is not None and want != have for want, have in zip(shape, got, strict=True)):
-        text = ", ".join("any" if s is None else str(s) for s in shape)
-        raise ValueError(f"{op}: {name}.shape must be [{text}], got {list(got)}")
-    _need(op, f"{name}.dtype", dtype, t.dtype)
-    _need(op, f"{name}.device", device, t.device)
-    if not t.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, got strides {t.stride()} for shape {list(got)}")
-
-
-def _rows(op: str, rows: Rows, device) -> None:
-    n = rows.num_rows
-    for name in ("token", "position", "seq", "prefix_len"):
-        _tensor(op, f"rows.{name}", getattr(rows, name), (n,), torch.int32, device)
-    _tensor(op, "rows.group_start", rows.group_start, (rows.num_groups + 1,), torch.int32, device)
-    if not 0 <= rows.num_rows_ar <= n:
-        raise ValueError(f"{op}: rows.num_rows_ar must be within [0, {n}], got {rows.num_rows_ar}")
-    if not 0 <= rows.num_groups_ar <= rows.num_groups:
-        raise ValueError(f"{op}: rows.num_groups_ar must be within [0, {rows.num_groups}], got {rows.num_groups_ar}")
-
-
-def _pages(op: str, k_pages, v_pages, page_table, head_dim, dtype, device) -> None:
-    _tensor(op, "k_pages", k_pages, (None, None, PAGE_SIZE, head_dim), dtype, device)
-    _tensor(op, "v_pages", v_pages, tuple(k_pages.shape), dtype, device)
-    _tensor(op, "page_table", page_table, (None, None), torch.int32, device)
-
-
-def _scratch(op: str, scratch_k, scratch_v, rows: Rows, num_heads_kv, head_dim, dtype, device) -> None:
-    if rows.num_rows_diff:
-        shape = (rows.num_rows_diff, num_heads_kv, head_dim)
-        _tensor(op, "scratch_k", scratch_k, shape, dtype, device)
-        _tensor(op, "scratch_v", scratch_v, shape, dtype, device)
 
 
 def _choose(op: str, device: torch.device, dtype: torch.dtype):
@@ -81,9 +40,9 @@ def embed(token: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
         out: ``[num_rows, hidden]``, MUTATED.
     """
     op, dtype, device = "embed", table.dtype, table.device
-    _tensor(op, "token", token, (None,), torch.int32, device)
-    _tensor(op, "table", table, (None, None), dtype, device)
-    _tensor(op, "out", out, (token.shape[0], table.shape[1]), dtype, device)
+    check_tensor(op, "token", token, (None,), torch.int32, device)
+    check_tensor(op, "table", table, (None, None), dtype, device)
+    check_tensor(op, "out", out, (token.shape[0], table.shape[1]), dtype, device)
     if token.shape[0]:
         _choose(op, device, dtype)(token, table, out)
 
@@ -99,12 +58,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
         row_index: int32 ``[num_rows]``, the input row of each output row; None for all rows in order.
     """
     op, dtype, device = "rms_norm", x.dtype, x.device
-    _tensor(op, "x", x, (None, None), dtype, device)
-    _tensor(op, "weight", weight, (x.shape[1],), torch.float32, device)
+    check_tensor(op, "x", x, (None, None), dtype, device)
+    check_tensor(op, "weight", weight, (x.shape[1],), torch.float32, device)
     num_rows = x.shape[0] if row_index is None else row_index.shape[0]
     if row_index is not None:
-        _tensor(op, "row_index", row_index, (num_rows,), torch.int32, device)
-    _tensor(op, "out", out, (num_rows, x.shape[1]), dtype, device)
+        check_tensor(op, "row_index", row_index, (num_rows,), torch.int32, device)
+    check_tensor(op, "out", out, (num_rows, x.shape[1]), dtype, device)
     if num_rows:
         _choose(op, device, dtype)(x, weight, eps, out, row_index)
 
@@ -135,28 +94,28 @@ def row_linear(
     """
     op, dtype, device = "row_linear", x.dtype, x.device
     n = x.shape[0]
-    _need(op, "x.shape[1]", weight.in_features, x.shape[1])
-    _need(op, "x.stride(1)", 1, x.stride(1))
+    require(op, "x.shape[1]", weight.in_features, x.shape[1])
+    require(op, "x.stride(1)", 1, x.stride(1))
     if epilogue not in native.EPILOGUE:
         raise ValueError(f"{op}: epilogue must be one of {', '.join(native.EPILOGUE)}, got {epilogue!r}")
-    _need(op, "weight.data.dtype", dtype, weight.data.dtype)
-    _need(op, "weight.gate_up", epilogue == "silu_mul", weight.gate_up)
+    require(op, "weight.data.dtype", dtype, weight.data.dtype)
+    require(op, "weight.gate_up", epilogue == "silu_mul", weight.gate_up)
     if weight_diff is not None:
         facts = ("out_features", "in_features", "impl", "gate_up")
-        _need(op, "weight_diff", *({f: getattr(w, f) for f in facts} for w in (weight, weight_diff)))
-        _need(op, "weight_diff.data.dtype", dtype, weight_diff.data.dtype)
+        require(op, "weight_diff", *({f: getattr(w, f) for f in facts} for w in (weight, weight_diff)))
+        require(op, "weight_diff.data.dtype", dtype, weight_diff.data.dtype)
         if num_rows_ar is None or not 0 <= num_rows_ar <= n:
             raise ValueError(f"{op}: num_rows_ar must be within [0, {n}] where weight_diff is given, got {num_rows_ar}")
     if epilogue == "argmax":
-        _tensor(op, "out[0]", out[0], (n, weight.num_partials), torch.float32, device)
-        _tensor(op, "out[1]", out[1], (n, weight.num_partials), torch.int32, device)
+        check_tensor(op, "out[0]", out[0], (n, weight.num_partials), torch.float32, device)
+        check_tensor(op, "out[1]", out[1], (n, weight.num_partials), torch.int32, device)
     else:
         width = weight.out_features // 2 if epilogue == "silu_mul" else weight.out_features
-        _tensor(op, "out", out, (n, width), torch.float32 if epilogue == "logits" else dtype, device)
+        check_tensor(op, "out", out, (n, width), torch.float32 if epilogue == "logits" else dtype, device)
     if (residual is not None) != (epilogue == "residual"):
         raise ValueError(f"{op}: residual must be given for the residual epilogue alone, got epilogue {epilogue!r}")
     if residual is not None:
-        _tensor(op, "residual", residual, (n, weight.out_features), dtype, device)
+        check_tensor(op, "residual", residual, (n, weight.out_features), dtype, device)
     if not n:
         return
     kwargs = dict(num_rows_ar=num_rows_ar, residual=residual, epilogue=epilogue)
@@ -193,15 +152,15 @@ def qkv_commit(
         q_out: ``[num_rows, num_heads_q, head_dim]``, MUTATED.
     """
     op, dtype, device = "qkv_commit", qkv.dtype, qkv.device
-    _rows(op, rows, device)
+    check_rows(op, rows, device)
     n, (num_heads_q, head_dim), num_heads_kv = rows.num_rows, q_out.shape[1:], k_pages.shape[1]
-    _tensor(op, "qkv", qkv, (n, (num_heads_q + 2 * num_heads_kv) * head_dim), dtype, device)
-    _tensor(op, "cos_sin", cos_sin, (None, head_dim), torch.float32, device)
+    check_tensor(op, "qkv", qkv, (n, (num_heads_q + 2 * num_heads_kv) * head_dim), dtype, device)
+    check_tensor(op, "cos_sin", cos_sin, (None, head_dim), torch.float32, device)
     for name, norm in zip(("q_norm", "k_norm", "q_norm_diff", "k_norm_diff"), norms or (), strict=norms is not None):
-        _tensor(op, name, norm, (head_dim,), torch.float32, device)
-    _pages(op, k_pages, v_pages, page_table, head_dim, dtype, device)
-    _scratch(op, scratch_k, scratch_v, rows, num_heads_kv, head_dim, dtype, device)
-    _tensor(op, "q_out", q_out, (n, num_heads_q, head_dim), dtype, device)
+        check_tensor(op, name, norm, (head_dim,), torch.float32, device)
+    check_pages(op, k_pages, v_pages, page_table, head_dim, dtype, device)
+    check_scratch(op, scratch_k, scratch_v, rows, num_heads_kv, head_dim, dtype, device)
+    check_tensor(op, "q_out", q_out, (n, num_heads_q, head_dim), dtype, device)
     if n:
         args = (qkv, rows, cos_sin, norms, eps, k_pages, v_pages, page_table, scratch_k, scratch_v, q_out)
         _choose(op, device, dtype)(*args)
@@ -233,10 +192,10 @@ def dual_attn(
         workspace: from :func:`workspace_bytes`, zeroed once; CUDA only.
     """
     op, dtype, device = "dual_attn", q.dtype, q.device
-    _rows(op, rows, device)
+    check_rows(op, rows, device)
     n, num_heads_q, head_dim = q.shape
-    _tensor(op, "q", q, (rows.num_rows, num_heads_q, head_dim), dtype, device)
-    _pages(op, k_pages, v_pages, page_table, head_dim, dtype, device)
+    check_tensor(op, "q", q, (rows.num_rows, num_heads_q, head_dim), dtype, device)
+    check_pages(op, k_pages, v_pages, page_table, head_dim, dtype, device)
     num_heads_kv = k_pages.shape[1]
     if num_heads_q % num_heads_kv:
         raise ValueError(f"{op}: num_heads_q must be a multiple of num_heads_kv ({num_heads_kv}), got {num_heads_q}")
@@ -245,8 +204,8 @@ def dual_attn(
             f"{op}: page_table.shape[1] must be >= {-(-max_seq_len // PAGE_SIZE)} "
             f"(max_seq_len {max_seq_len} / page_size {PAGE_SIZE}), got {page_table.shape[1]}"
         )
-    _scratch(op, scratch_k, scratch_v, rows, num_heads_kv, head_dim, dtype, device)
-    _tensor(op, "out", out, (n, num_heads_q, head_dim), dtype, device)
+    check_scratch(op, scratch_k, scratch_v, rows, num_heads_kv, head_dim, dtype, device)
+    check_tensor(op, "out", out, (n, num_heads_q, head_dim), dtype, device)
     if not n:
         return
     args = (q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softmax_scale, out)
@@ -307,9 +266,9 @@ def consensus(
         raise ValueError(
             f"{op}: partials[1].shape must be [{s} * rows_per_slot, num_partials], got {list(index.shape)}"
         )
-    _tensor(op, "partials[1]", index, tuple(index.shape), torch.int32, device)
+    check_tensor(op, "partials[1]", index, tuple(index.shape), torch.int32, device)
     if value is not None:
-        _tensor(op, "partials[0]", value, tuple(index.shape), torch.float32, device)
+        check_tensor(op, "partials[0]", value, tuple(index.shape), torch.float32, device)
     elif index.shape[1] != 1 or step == st.STEP_VERIFY_AND_DRAFT:
         raise ValueError(f"{op}: partials[0] may be None only for num_partials 1 and without drafts, got {step=}")
     per_slot = index.shape[0] // max(s, 1)
@@ -325,8 +284,8 @@ def consensus(
         raise ValueError(f"{op}: rows per slot must be {want}, got {per_slot}")
     if next_pass != st.NEXT_NONE:
         want = s * {st.NEXT_AR: 1, st.NEXT_ONE_PASS: one_pass}.get(next_pass, block_len)
-        _rows(op, rows_next, device)
-        _need(op, "rows_next.num_rows", want, rows_next.num_rows)
+        check_rows(op, rows_next, device)
+        require(op, "rows_next.num_rows", want, rows_next.num_rows)
     if s:
         impl = dispatch.select(op, device, torch.int32)
         run = reference.consensus if impl == "reference" else native.consensus
@@ -372,23 +331,23 @@ def process_logits(
     op, device = "process_logits", logits.device
     n, vocab = logits.shape
     f32, i32 = torch.float32, torch.int32
-    _tensor(op, "logits", logits, (n, vocab), f32, device)
-    _rows(op, rows, device)
-    _tensor(op, "logit_rows", logit_rows, (n,), i32, device)
+    check_tensor(op, "logits", logits, (n, vocab), f32, device)
+    check_rows(op, rows, device)
+    check_tensor(op, "logit_rows", logit_rows, (n,), i32, device)
     slots = sampling.seed.shape[0]
     dtypes = dict(temperature=f32, top_k=i32, top_p=f32, min_p=f32, seed=torch.int64)
     for name, dtype in dtypes.items():
-        _tensor(op, f"sampling.{name}", getattr(sampling, name), (slots,), dtype, device)
+        check_tensor(op, f"sampling.{name}", getattr(sampling, name), (slots,), dtype, device)
     if sampling.edits is not None:
-        _edits(op, sampling.edits, slots, vocab, device)
-    _tensor(op, "cache_seqlens", cache_seqlens, (None,), i32, device)
+        check_edits(op, sampling.edits, slots, vocab, device)
+    check_tensor(op, "cache_seqlens", cache_seqlens, (None,), i32, device)
     if purpose < 0:
         raise ValueError(f"{op}: purpose must be >= 0, got {purpose}")
     tiles = st.num_score_tiles(vocab)
-    _tensor(op, "partials[0]", partials[0], (n, tiles), f32, device)
-    _tensor(op, "partials[1]", partials[1], (n, tiles), i32, device)
+    check_tensor(op, "partials[0]", partials[0], (n, tiles), f32, device)
+    check_tensor(op, "partials[1]", partials[1], (n, tiles), i32, device)
     if log_probs is not None:
-        _tensor(op, "log_probs", log_probs, (n, vocab), f32, device)
+        check_tensor(op, "log_probs", log_probs, (n, vocab), f32, device)
     if n:
         run = _choose(op, device, f32)
         run(logits, rows, logit_rows, sampling, cache_seqlens, purpose, partials, log_probs=log_probs)
@@ -403,22 +362,11 @@ def count_tokens(state: st.SlotState, edits: st.SlotEdits) -> None:
         edits: of as many slots or more; ``token_counts`` and ``num_counted`` MUTATED.
     """
     op, device = "count_tokens", state.finish.device
-    _edits(op, edits, edits.num_counted.shape[0], None, device)
+    check_edits(op, edits, edits.num_counted.shape[0], None, device)
     if edits.num_counted.shape[0] < state.num_slots:
         raise ValueError(f"{op}: edits must have >= {state.num_slots} slots, got {edits.num_counted.shape[0]}")
     if state.num_slots:
         _choose(op, device, torch.int32)(state, edits)
-
-
-def _edits(op: str, edits: st.SlotEdits, slots: int, vocab: int | None, device) -> None:
-    f32, i32 = torch.float32, torch.int32
-    bias = edits.bias_ids.shape[-1]
-    for name, shape, dtype in (
-        ("penalties", (slots, 3), f32), ("token_counts", (slots, vocab), i32), ("num_counted", (slots,), i32),
-        ("bias_ids", (slots, None), i32), ("bias_values", (slots, bias), f32), ("stop_ids", (slots, None), i32),
-        ("min_position", (slots,), i32),
-    ):  # fmt: skip
-        _tensor(op, f"edits.{name}", getattr(edits, name), shape, dtype, device)
 
 
 def check_head_dim(head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
