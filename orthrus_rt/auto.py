@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 
-from orthrus_rt.acceptance import Outcome
 from orthrus_rt.cycle_plan import CyclePlan, most_hypotheses
 from orthrus_rt.embedded import cache_root
 from orthrus_rt.ops import PAGE_SIZE
@@ -108,9 +107,3 @@ class Auto:
     def _settle(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-
-
-def outcome(result: dict, running: int) -> Outcome:
-    """``(num_verified, num_accepted)`` of one slot's results; an end inside the block rejected nothing."""
-    accepted = result["num_accepted"]
-    return (result["num_verified"] if result["finish"] == running else accepted), accepted

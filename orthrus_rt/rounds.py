@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 
 from orthrus_rt import state as st
-from orthrus_rt.acceptance import Outcome
-from orthrus_rt.auto import Auto, outcome
+from orthrus_rt.auto import Auto
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.exclusive import whole
 from orthrus_rt.kv import OutOfPages
 from orthrus_rt.metrics import Metrics
 from orthrus_rt.request import Request
-from orthrus_rt.runner import PREFILL_CHUNK, Runner
+from orthrus_rt.results import Result
+from orthrus_rt.runner import PREFILL_CHUNK, Flight, Runner
 from orthrus_rt.scheduler import Scheduler
 
 FINISH_REASONS = {st.STOP: "stop", st.LENGTH: "length"}
@@ -121,24 +121,22 @@ class Rounds:
         while len(self.runner.flights) > in_flight:
             flight = self.runner.flights.pop(0)
             results = flight.collect()
-            outcomes: list[Outcome] = []
+            outcomes = []
             for slot, request in flight.requests:
                 if request.finish_reason is None:
-                    result = {name: values[slot] for name, values in results.items()}
-                    outcomes.append(outcome(result, st.RUNNING))
-                    self._take_results(flight, request, result)
+                    result = results.read(slot, len(request.tokens))
+                    outcomes.append(result.outcome)
+                    self._take_result(flight, request, result)
             if flight.policy is not None:
                 self.runner.stopwatch.settle()
                 flight.policy.record(outcomes, flight.timed and flight.timed.seconds)
             self.metrics.launched(flight)
 
-    def _take_results(self, flight, request: Request, result: dict) -> None:
-        ring = result["output"]
-        new = [ring[i % len(ring)] for i in range(len(request.tokens), result["num_output"])]
-        request.record(new, flight.plan, result["num_verified"], result["num_accepted"])
-        self.metrics.generated(len(new), result["num_accepted"] if flight.plan else None)
-        if result["finish"] in FINISH_REASONS:
-            self._finish(request, FINISH_REASONS[result["finish"]])
+    def _take_result(self, flight: Flight, request: Request, result: Result) -> None:
+        request.record(result.tokens, flight.plan, result.num_verified, result.num_accepted)
+        self.metrics.generated(len(result.tokens), result.num_accepted if flight.plan else None)
+        if result.finish in FINISH_REASONS:
+            self._finish(request, FINISH_REASONS[result.finish])
 
     def _forget_flights(self) -> None:
         self.runner.flights.clear()

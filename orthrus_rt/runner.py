@@ -21,13 +21,13 @@ from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import Rows, prefill_rows
 from orthrus_rt.policy import Policy
 from orthrus_rt.reference import first_argmax
+from orthrus_rt.results import SlotResults
 from orthrus_rt.sampling import MAX_LOGIT_BIAS
 from orthrus_rt.scheduler import Request
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState
 from orthrus_rt.stopwatch import Stopwatch, Stretch
 
 PREFILL_CHUNK = 512  # prompt tokens per prefill pass
-RESULTS = ("num_output", "finish", "num_verified", "num_accepted", "output")  # what the host reads of every slot
 
 
 @dataclass
@@ -36,16 +36,16 @@ class Flight:
 
     requests: list[tuple[int, Request]]  # (slot at launch, request)
     plan: CyclePlan | None  # of the cycle; None for a prefill
-    results: dict[str, torch.Tensor]
+    results: SlotResults
     done: torch.cuda.Event | None
     timed: Stretch | None  # of a cycle that ran as it will run again
     policy: Policy | None = None  # that chose the plan and waits for what came of it
 
-    def collect(self) -> dict[str, list]:
-        """Wait for the results; per slot what RESULTS names."""
+    def collect(self) -> SlotResults:
+        """Wait for the results."""
         if self.done is not None:
             self.done.synchronize()
-        return {name: tensor.tolist() for name, tensor in self.results.items()}
+        return self.results
 
 
 class Runner:
@@ -61,16 +61,20 @@ class Runner:
             model.config, num_slots=num_slots, max_seq_len=max_seq_len, num_pages=num_pages, device=model.device,
             dtype=model.dtype,
         )  # fmt: skip
-        self.state = SlotState.allocate(
-            num_slots, block_len, max(64, 4 * block_len), max_stop_ids, model.device,
-            max_fan_out=most_hypotheses(block_len - 1),
-        )  # fmt: skip
+        ring = max(64, 4 * block_len)
+        state = SlotState.allocate(
+            num_slots, block_len, ring, max_stop_ids, model.device, max_fan_out=most_hypotheses(block_len - 1)
+        )
+        self.results = SlotResults(num_slots, ring, model.device)
+        for name, view in self.results.views.items():
+            view.copy_(getattr(state, name))
+        self.state = replace(state, **self.results.views)
         self.sampling = SlotSampling.allocate(num_slots, model.device)
         self.stopwatch = Stopwatch(model.device)
         self.flights: list[Flight] = []
         self.num_posted = 0  # flights ever launched
         self._cycles: dict[tuple, Cycle] = {}
-        self._mailboxes: dict[int, list[dict[str, torch.Tensor]]] = {}
+        self._mailboxes: list[SlotResults] = []
         self.activations: Activations | None = None
         self.make_room(shapes)
 
@@ -190,7 +194,7 @@ class Runner:
             view.finish.fill_(st.RUNNING)
             if wants_choice:
                 self._first_choice(request, view, rows, picked, out)
-                self._post([(0, request)], view, None)
+                self._post([(slot, request)], None)
             else:
                 view.block_tokens[0, 0] = request.tokens[-1]
         return len(chunk)
@@ -244,7 +248,7 @@ class Runner:
                 self._rejection_cycle(cycle, requests)
             else:
                 cycle.run()
-        self._post([(r.slot, r) for r in requests], cycle.state, plan, stretch if steady else None, policy)
+        self._post([(r.slot, r) for r in requests], plan, stretch if steady else None, policy)
 
     @nvtx.ranged("rejection cycle")
     def _rejection_cycle(self, cycle: Cycle, requests: list[Request]) -> None:
@@ -271,27 +275,21 @@ class Runner:
         drafts = state.block_tokens[slot, 1 : 1 + int(state.num_drafts[slot])].tolist()
         return request.rejection.verify(logits, drafts, position)
 
-    def _post(self, requests, state: SlotState, plan: CyclePlan | None, timed=None, policy=None) -> None:
+    def _post(self, requests, plan: CyclePlan | None, timed=None, policy=None) -> None:
         """Queue the slots' results for reading: a copy to pinned memory on CUDA, the state itself on the CPU."""
-        results = {name: getattr(state, name) for name in RESULTS}
-        done = None
+        results, done = self.results, None
         if self.lag:
-            mailbox = self._mailbox(state.num_slots)
-            for name, tensor in results.items():
-                mailbox[name].copy_(tensor, non_blocking=True)
+            results = self._mailbox()
+            results.memory.copy_(self.results.memory, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-            results = mailbox
         self.flights.append(Flight(requests, plan, results, done, timed, policy))
         self.num_posted += 1
 
-    def _mailbox(self, num_slots: int) -> dict[str, torch.Tensor]:
-        """Pinned buffers that no unread flight holds; as many as flights are ever unread, then used again."""
-        in_use = [flight.results for flight in self.flights]
-        for box in self._mailboxes.setdefault(num_slots, []):
-            if not any(box is used for used in in_use):
+    def _mailbox(self) -> SlotResults:
+        """A pinned buffer that no unread flight holds; as many as flights are ever unread, then used again."""
+        for box in self._mailboxes:
+            if not any(box is flight.results for flight in self.flights):
                 return box
-        shapes = {name: getattr(self.state, name)[:num_slots] for name in RESULTS}
-        box = {n: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for n, t in shapes.items()}
-        self._mailboxes[num_slots].append(box)
-        return box
+        self._mailboxes.append(SlotResults(self.num_slots, self.state.output.shape[1], "cpu", pinned=True))
+        return self._mailboxes[-1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orthrus_rt import state as st
-from orthrus_rt.auto import Auto, outcome
+from orthrus_rt.auto import Auto
 from orthrus_rt.engine import Engine
 from orthrus_rt.policy import Policy
 from orthrus_rt.sampling import SamplingParams
@@ -94,12 +94,6 @@ def test_the_policy_hears_of_every_cycle(folder):
     assert not auto._autos[auto._plan].policy._pending
     auto.generate(PROMPTS[0], LONG, mode="two_pass")
     assert auto.explain() is None  # pinned
-
-
-def test_an_end_inside_a_block_is_no_rejection():
-    result = {"num_verified": 7, "num_accepted": 3, "finish": st.RUNNING}
-    assert outcome(result, st.RUNNING) == (7, 3)
-    assert outcome(result | {"finish": st.STOP}, st.RUNNING) == (3, 3)
 
 
 def test_rejection_sampling_runs_two_pass_whatever_the_policy_thinks(folder):

@@ -173,7 +173,7 @@ def test_faults_lose_nothing(folder, alone, fault, monkeypatch):
     jobs = submit_many(engine, rng, 12)
     points = [(engine.runner, n) for n in ("decode", "prefill", "begin", "clear", "move")]
     points += [(engine.scheduler, n) for n in ("vacate", "compact", "admit")] + [(engine.kv, "release")]
-    points += [(engine, "_take_results")]
+    points += [(engine, "_take_result")]
     for owner, name in points:
         real = getattr(owner, name)
 

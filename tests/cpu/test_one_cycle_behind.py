@@ -47,16 +47,14 @@ class Event:
         self.number, self.at = next(self.stream.clock), time.perf_counter()
         box, self.stream.box = self.stream.box, None
         if box is not None:
-            self.copied = box, {name: tensor.clone() for name, tensor in box.items()}
-            for tensor in box.values():
-                tensor.fill_(POISON)
+            self.copied = box, box.memory.clone()
+            box.memory.fill_(POISON)
 
     def synchronize(self):
         self.stream.passed = max(self.stream.passed, self.number)
         box, values = self.copied
-        for name, tensor in box.items():
-            assert bool((tensor == POISON).all()), "a mailbox was used again before it was read"
-            tensor.copy_(values[name])
+        assert bool((box.memory == POISON).all()), "a mailbox was used again before it was read"
+        box.memory.copy_(values)
 
     def query(self):
         return self.number <= self.stream.passed
@@ -73,8 +71,8 @@ def late(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "Event", stream.event)
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kwargs: empty(*size, **kwargs))
 
-    def tapped_mailbox(runner, num_slots):
-        stream.box = mailbox(runner, num_slots)
+    def tapped_mailbox(runner):
+        stream.box = mailbox(runner)
         stream.boxes += [] if any(stream.box is box for box in stream.boxes) else [stream.box]
         return stream.box
 

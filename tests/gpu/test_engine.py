@@ -168,6 +168,7 @@ def test_a_step_launches_one_graph_and_never_waits_for_the_device(tmp_path, mode
         assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
         calls = {event.key: event.count for event in profiled.key_averages()}
         assert sum(count for name, count in calls.items() if name.startswith("cudaGraphLaunch")) == 4
+        assert calls["cudaMemcpyAsync"] == 4  # every slot's results at once
         assert not any(name in calls for name in ("aten::item", "aten::_local_scalar_dense", "aten::empty"))
         seen.append({name: count for name, count in calls.items() if name.startswith(("aten::", "cudaLaunch"))})
     assert seen[0] == seen[1]

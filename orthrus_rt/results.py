@@ -1,0 +1,50 @@
+"""What the host reads of every slot after a cycle, in one piece of memory, so that one copy carries it all."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from orthrus_rt import state as st
+from orthrus_rt.acceptance import Outcome
+
+SCALARS = ("finish", "num_output", "num_verified", "num_accepted")
+
+
+class Result(NamedTuple):
+    """Of one slot, as :class:`orthrus_rt.state.SlotState` describes it; ``tokens`` are those the host has not seen."""
+
+    finish: int
+    num_verified: int
+    num_accepted: int
+    tokens: list[int]
+
+    @property
+    def outcome(self) -> Outcome:
+        """Drafts verified and accepted; an end inside the block rejected nothing."""
+        return (self.num_verified if self.finish == st.RUNNING else self.num_accepted), self.num_accepted
+
+
+class SlotResults:
+    """These fields of SlotState for ``num_slots`` slots, as views of one int32 tensor: ``SCALARS`` and ``output``.
+
+    Args:
+        output_capacity: tokens per slot in the ring of emitted tokens.
+        pinned: in page-locked host memory.
+    """
+
+    def __init__(self, num_slots: int, output_capacity: int, device, *, pinned: bool = False):
+        words = num_slots * (len(SCALARS) + output_capacity)
+        self.memory = torch.empty(words, dtype=torch.int32, device=device, pin_memory=pinned)
+        scalars, output = self.memory.split([num_slots * len(SCALARS), num_slots * output_capacity])
+        self.views = dict(zip(SCALARS, scalars.view(len(SCALARS), num_slots), strict=True))
+        self.views["output"] = output.view(num_slots, output_capacity)
+        if self.memory.device.type == "cpu":
+            self._on_host = {name: view.numpy() for name, view in self.views.items()}
+
+    def read(self, slot: int, num_seen: int) -> Result:
+        """``slot``'s result, with the tokens that it emitted after its first ``num_seen``; on the host alone."""
+        finish, num_output, num_verified, num_accepted = (int(self._on_host[name][slot]) for name in SCALARS)
+        new = self._on_host["output"][slot].take(range(num_seen, num_output), mode="wrap")
+        return Result(finish, num_verified, num_accepted, new.tolist())

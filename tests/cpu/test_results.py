@@ -1,0 +1,32 @@
+"""What the host reads of the slots: one piece of memory, and the new tokens of a ring."""
+
+import torch
+
+from orthrus_rt import state as st
+from orthrus_rt.results import Result, SlotResults
+
+
+def test_new_tokens_of_a_ring_that_wrapped():
+    results = SlotResults(3, 8, "cpu")
+    results.memory.fill_(-9)
+    views = results.views
+    for name, value in (("finish", st.RUNNING), ("num_output", 21), ("num_verified", 7), ("num_accepted", 3)):
+        views[name][1] = value
+    for i in range(13, 21):
+        views["output"][1, i % 8] = 100 + i
+    assert results.read(1, 18) == Result(st.RUNNING, 7, 3, [118, 119, 120])
+    assert results.read(1, 13).tokens == list(range(113, 121))
+    assert results.read(1, 21).tokens == []
+    assert views["output"].is_contiguous() and int((results.memory == -9).sum()) == 2 * (4 + 8)
+
+
+def test_one_copy_carries_everything():
+    source, target = SlotResults(2, 4, "cpu"), SlotResults(2, 4, "cpu")
+    source.memory.copy_(torch.arange(len(source.memory)))
+    target.memory.copy_(source.memory)
+    assert all(torch.equal(target.views[name], view) for name, view in source.views.items())
+
+
+def test_an_end_inside_a_block_is_no_rejection():
+    assert Result(st.RUNNING, 7, 3, []).outcome == (7, 3)
+    assert Result(st.STOP, 7, 3, []).outcome == (3, 3)
