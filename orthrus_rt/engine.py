@@ -216,13 +216,13 @@ class Engine(Rounds):
     @exclusive
     def _advance_submitted(self) -> None:
         self._advance()
-        outbox, submitted = list(self._outbox), {}
-        for request_id, (request, delivered) in self._submitted.items():
-            out = request.output_since(delivered)
-            if out:
-                outbox.append(out)
-            if not (out and out.finished):
-                submitted[request_id] = (request, len(request.tokens))
+        outbox, submitted = list(self._outbox), dict(self._submitted)
+        heard = [(r, n) for r, n in submitted.values() if len(r.tokens) > n or r.finish_reason is not None]
+        for request, delivered in heard:
+            outbox.append(request.output_since(delivered))
+            submitted[request.request_id] = (request, len(request.tokens))
+            if request.finish_reason is not None:
+                del submitted[request.request_id]
         self._outbox, self._submitted = outbox, submitted  # together: no signal strikes between two stores
 
     @exclusive

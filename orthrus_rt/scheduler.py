@@ -34,8 +34,10 @@ class Scheduler:
         if request.arrival < 0:
             request.arrival = next(self._arrivals)
             self._live[request.arrival] = request
-        later = next((i for i, r in enumerate(self.waiting) if r.arrival > request.arrival), len(self.waiting))
-        self.waiting.insert(later, request)
+            self.waiting.append(request)
+        else:
+            later = next((i for i, r in enumerate(self.waiting) if r.arrival > request.arrival), len(self.waiting))
+            self.waiting.insert(later, request)
 
     def admit(self, margin: int) -> list[Request]:
         """Move requests from the queue into free slots while pages for them and ``margin`` more positions are free."""
