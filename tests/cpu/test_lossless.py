@@ -75,8 +75,8 @@ def test_small_grid_eager_and_replayed(engine, jobs):
         lossless.check_eager(engine, *(column[:2] for column in jobs), way)
 
 
-# The draft lengths of the whole grid: two_pass has all of them greedy, alone in bfloat16 and in batches in float32; sampled
-# ones in all of them are in test_lossless_tiny.py.
+# The draft lengths of the whole grid: two_pass has all of them greedy, alone in bfloat16 and in batches in float32;
+# sampled ones in all of them are in test_lossless_tiny.py.
 SOME, EVERY = (3, 7, 15), range(1, 16)
 WHOLE = {
     (torch.bfloat16, "alone"): {"two_pass": EVERY, "one_pass": SOME},
