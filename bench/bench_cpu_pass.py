@@ -34,7 +34,7 @@ CONFIG = ModelConfig(
 
 def make_pass(model: Model, kv: PagedKvCache, num_rows: int, context: int, max_seq_len: int):
     """A function that runs one pass over buffers of its own."""
-    rows = prefill_rows(torch.arange(num_rows, dtype=torch.int32), context, 0)
+    rows = prefill_rows([(list(range(num_rows)), context, 0)], "cpu")
     activations = Activations(model, num_rows, 0)
     logit_rows = torch.arange(num_rows, dtype=torch.int32)
     partials = model.lm_head.num_partials

@@ -159,11 +159,9 @@ def place(engine: Engine, batch: int, context: int) -> None:
     engine.kv.pages.normal_()
     params = SamplingParams(max_new_tokens=engine.max_seq_len, ignore_eos=True)
     for _ in range(batch):
-        request, _ = engine._submitted[engine.submit([7] * context, params)]
-        request.tokens.append(1)
+        engine.outbox[engine.submit([7] * context, params)].tokens.append(1)
     with (
         mock.patch.object(engine.runner, "_forward", lambda *_: None),
-        mock.patch("orthrus_rt.rounds.PREFILL_CHUNK", MANY),
         mock.patch("orthrus_rt.runner.PREFILL_CHUNK", MANY),
     ):
         engine.step()

@@ -69,8 +69,8 @@ def main() -> None:
             rows.append({"prompts": kind, "n": len(ids)} | row)
             print(rows[-1], flush=True)
     with torch.inference_mode():
-        facts = common.header(engine.model.device) | {"identical_tokens_in_all_modes": same}
-    common.report(f"one_pass-{engine.model.device.type}", facts, rows, args.out)
+        facts = common.header(engine.device) | {"identical_tokens_in_all_modes": same}
+    common.report(f"one_pass-{engine.device.type}", facts, rows, args.out)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Case:
         self.source = (crowd / (filters[0] or 1)).to(device)
         self.logits = self.source.clone()
         self.filters = (float(filters[0] > 0), *filters[1:])
-        self.rows = prefill_rows(torch.zeros(rows, dtype=torch.int32, device=device), 100, 0)
+        self.rows = prefill_rows([([0] * rows, 100, 0)], device)
         self.logit_rows = torch.arange(rows, dtype=torch.int32, device=device)
         self.sampling = SlotSampling.allocate(1, device)
         for tensor, value in zip(self.sampling.filters(), self.filters, strict=False):

@@ -98,7 +98,7 @@ def collect(engine: Engine, prompt: prompts.Prompt, tokens: int, shapes: list[tu
         model, kv, rows, act, work, logit_rows=picked, epilogue="logits", out=out, max_seq_len=engine.max_seq_len
     )
     for at in range(0, len(text), 512):
-        run(prefill_rows(torch.tensor(text[at : at + 512], dtype=torch.int32), at, 0), None, None)
+        run(prefill_rows([(text[at : at + 512], at, 0)], "cpu"), None, None)
     drafts = {}
     for length, known in shapes:
         parts = []

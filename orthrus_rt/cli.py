@@ -214,8 +214,8 @@ def _stats_table(outputs) -> str:
 def _footer(args, engine, output) -> str:
     from orthrus_rt import dispatch, info
 
-    device, s = info.device_facts(engine.model.device), output.stats
-    impl = dispatch.select("row_linear", engine.model.device, engine.model.dtype)
+    device, s = info.device_facts(engine.device), output.stats
+    impl = dispatch.select("row_linear", engine.device, engine.model.dtype)
     where = f"{device['name']}, {device['isa'] if impl == 'cpu' else impl}"
     facts = [args.model, where, args.dtype, f"prompt {s.prompt_tokens} tokens in {s.prefill_seconds:.2f} s"]
     if s.seed is not None:
@@ -246,7 +246,7 @@ def _stats_facts(stats) -> dict:
 def _generate_facts(args, engine, prompt_ids, output, text, other) -> dict:
     facts = {
         "model": args.model,
-        "device": str(engine.model.device),
+        "device": str(engine.device),
         "dtype": args.dtype,
         "prompt_token_ids": prompt_ids,
         "token_ids": output.token_ids,
@@ -292,7 +292,7 @@ def run_bench(args) -> int:
     if args.num_prompts is not None and args.num_prompts < 1:
         raise ValueError(f"bench: num_prompts must be >= 1, got {args.num_prompts}")
     engine = load_engine(args, max_batch_size=args.batch)
-    facts = {"model": args.model, "device": info.device_facts(engine.model.device)["name"], "dtype": args.dtype}
+    facts = {"model": args.model, "device": info.device_facts(engine.device)["name"], "dtype": args.dtype}
     if args.profile:
         cycle = {"draft_len": args.draft_len, "batch": args.batch, "context": args.context}
         tables = [profile.profile(engine, mode=mode, **cycle) for mode in args.modes]

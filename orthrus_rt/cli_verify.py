@@ -87,7 +87,7 @@ def _encode(prompt, tokenizer) -> list[int]:
 def _transformers(engine, max_new_tokens: int):
     from orthrus_rt import transformers_model
 
-    model = transformers_model.build(engine.checkpoint, dtype=engine.model.dtype, device=engine.model.device)
+    model = transformers_model.build(engine.checkpoint, dtype=engine.model.dtype, device=engine.device)
 
     def generate(ids: list[int]) -> list[int]:
         return transformers_model.greedy(model, ids, min(max_new_tokens, engine.max_seq_len - len(ids)))

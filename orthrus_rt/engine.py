@@ -7,12 +7,14 @@ which is how preemption, faults and interrupts lose nothing.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 import torch
 
 from orthrus_rt import checkpoint as ckpt
+from orthrus_rt import dispatch
 from orthrus_rt.auto import CONTEXT, Auto
 from orthrus_rt.cycle_plan import CyclePlan, cycle_plan
 from orthrus_rt.device import DTYPES, claim, device_scope, pick_device, with_index
@@ -22,6 +24,7 @@ from orthrus_rt.memory import memory_report, naming_the_knobs
 from orthrus_rt.metrics import Metrics
 from orthrus_rt.model import Model
 from orthrus_rt.ops import PAGE_SIZE
+from orthrus_rt.outbox import Outbox
 from orthrus_rt.outputs import GenerationOutput, RequestOutput
 from orthrus_rt.request import MAX_STOP_TOKEN_IDS, Request, check_prompt, make_request
 from orthrus_rt.rounds import Rounds
@@ -65,26 +68,33 @@ class Engine(Rounds):
         if num_pages < per_sequence:
             raise ValueError(f"num_pages must be >= {per_sequence} (one sequence of {max_seq_len}), got {num_pages}")
         self.turn, self.closed, self.torn = Turn(), False, False
-        device = with_index(device)
-        claim(device, self)
         self.config, self.max_seq_len = config, max_seq_len
         self.checkpoint, self._tokenizer = checkpoint, None
+        self.device = with_index(device)
         self.mode, self.draft_len, self.fan_out = mode, draft_len, fan_out
         self._plan = self._default_plan = self.make_plan()
         self._autos: dict[CyclePlan, Auto] = {}
+        self.outbox, self.metrics = Outbox(), Metrics(self)
         sizes = f"max_batch_size {max_batch_size}, num_pages {num_pages}, max_seq_len {max_seq_len}"
-        with device_scope(device), naming_the_knobs(f"making an engine of {sizes}"):
-            self.model = Model(checkpoint, device=device, dtype=dtype, max_seq_len=max_seq_len)
-            self.runner = Runner(
-                self.model, num_slots=max_batch_size, max_seq_len=max_seq_len,
-                shapes=self._shapes(self._default_plan, max_batch_size), num_pages=num_pages + 1,
-                max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS,
-            )  # fmt: skip
+        claim(self.device, self)
+        try:
+            with device_scope(self.device), naming_the_knobs(f"making an engine of {sizes}"):
+                self.model = Model(checkpoint, device=self.device, dtype=dtype, max_seq_len=max_seq_len)
+                self.runner = Runner(
+                    self.model, num_slots=max_batch_size, max_seq_len=max_seq_len,
+                    shapes=self._shapes(self._default_plan, max_batch_size), num_pages=num_pages + 1,
+                    max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS,
+                )  # fmt: skip
+        except BaseException:
+            self._let_go()
+            raise
         self.kv = self.runner.kv
         self.scheduler = Scheduler(self.kv, max_batch_size)
-        self.metrics = Metrics(self)
-        self._submitted: dict[str, tuple[Request, int]] = {}  # and how many tokens of it step() has returned
-        self._outbox: list[RequestOutput] = []
+
+    def _let_go(self) -> None:
+        """Be closed: the device is free for another engine, and the memory goes with the last one who looks at it."""
+        self.closed = True
+        self.model = self.runner = self.kv = self.scheduler = None
 
     @classmethod
     def from_pretrained(
@@ -110,7 +120,8 @@ class Engine(Rounds):
             dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``. All but float16, which runs the
                 plain torch reference, have row-invariant kernels.
             mode: ``"ar"``, ``"two_pass"``, ``"one_pass"``, or ``"auto"``: whichever is fastest now,
-                chosen anew for every cycle from measured costs and acceptance; never slower than ``ar`` by over 3%.
+                chosen anew for every cycle from measured costs and acceptance; never slower than ``ar`` by over 3% as
+                far as those costs are right.
             max_seq_len: tokens a sequence may have, prompt included; sizes the cache. None for 4096, or the
                 checkpoint's own limit where that is less.
             draft_len: drafts per cycle, 1 ... K-1; None for the checkpoint's K-1.
@@ -157,23 +168,28 @@ class Engine(Rounds):
         if plan.mode != "auto":
             return [(plan, num_slots)]
         if plan not in self._autos:
-            self._autos[plan] = Auto(plan, num_slots, self.model.device, self._identity())
+            self._autos[plan] = Auto(plan, num_slots, self.device, self._identity())
         return self._autos[plan].shapes()
 
     def _identity(self) -> str:
         """What a cycle's cost depends on, beside its plan and batch."""
-        c, facts = self.config, device_facts(self.model.device)
-        sizes = (c.name, c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size, self.model.dtype)
+        c, dtype = self.config, self.model.dtype
+        sizes = (c.name, c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size, dtype)
+        ops = (f"{op} {dispatch.select(op, self.device, dtype)}" for op in dispatch.OPS)
         timed_at = f"{min(CONTEXT, self.max_seq_len)} tokens"
-        return " | ".join(map(str, (version("orthrus-rt"), *sizes, *facts.values(), timed_at)))
+        facts = (version("orthrus-rt"), *sizes, *device_facts(self.device).values(), *ops, timed_at)
+        return " | ".join(map(str, facts))
 
     def explain(self, batch_size: int = 1) -> dict | None:
-        """What ``mode="auto"`` goes by, for a batch of this size: :meth:`Policy.explain`; None while it is not on."""
+        """What ``mode="auto"`` goes by, for a batch of this size: :meth:`Policy.explain`; None while it is not on. For
+        the thread that uses the engine.
+        """
         auto = self._autos.get(self._plan)
         return auto.policy.explain(batch_size) if auto else None
 
     def _make_request(self, prompt_ids, params: SamplingParams | None, plan: CyclePlan, request_id=None) -> Request:
-        request = make_request(prompt_ids, params or SamplingParams(), request_id, self.config, self.max_seq_len)
+        params = SamplingParams() if params is None else params
+        request = make_request(prompt_ids, params, request_id, self.config, self.max_seq_len)
         if request.rejection and plan.mode not in ("two_pass", "auto"):
             raise ValueError(f"acceptance='rejection' belongs to mode two_pass alone, got mode {plan.mode!r}")
         return request
@@ -196,34 +212,32 @@ class Engine(Rounds):
         if self._idle():
             self._plan = self._default_plan
         request = self._make_request(prompt_ids, params, self._plan, request_id)
-        if request.request_id in self._submitted:
+        if request.request_id in self.outbox:
             raise ValueError(f"request_id must be unused, got {request.request_id!r} twice")
         with whole(self):
             self.scheduler.enqueue(request)
-            self._submitted[request.request_id] = (request, 0)
+            self.outbox.add(request)
         return request.request_id
 
     def step(self) -> list[RequestOutput]:
         """Run one cycle of every decoding sequence and one chunk of the prompts, and return what is new since the last
         step: at most one output per submitted request. Returns at once when nothing is to do.
+
+        Raises:
+            torch.OutOfMemoryError, FloatingPointError: a request needs memory that there is not, or its logits are not
+                finite (on CUDA that is seen with ``acceptance="rejection"`` alone). It ends with finish_reason
+                ``"abort"``; step again, the others go on.
         """
-        self._advance_submitted()
+        self._advance_and_collect()
         try:
-            return self._outbox
-        finally:  # emptied only once it is on its way: what an interrupt kept from the caller comes with the next step
-            self._outbox = []
+            return self.outbox.outputs
+        finally:  # emptied only once they are on their way: what an interrupt holds back comes with the next step
+            self.outbox.outputs = []
 
     @exclusive
-    def _advance_submitted(self) -> None:
+    def _advance_and_collect(self) -> None:
         self._advance()
-        outbox, submitted = list(self._outbox), dict(self._submitted)
-        heard = [(r, n) for r, n in submitted.values() if len(r.tokens) > n or r.finish_reason is not None]
-        for request, delivered in heard:
-            outbox.append(request.output_since(delivered))
-            submitted[request.request_id] = (request, len(request.tokens))
-            if request.finish_reason is not None:
-                del submitted[request.request_id]
-        self._outbox, self._submitted = outbox, submitted  # together: no signal strikes between two stores
+        self.outbox.collect()
 
     @exclusive
     def abort(self, request_id: str) -> None:
@@ -232,34 +246,33 @@ class Engine(Rounds):
         Raises:
             KeyError: no such request is unfinished.
         """
-        request, _ = self._submitted[request_id]
+        request = self.outbox[request_id]
         with whole(self):
             self._abort(request)
 
     def has_unfinished(self) -> bool:
         """Whether :meth:`step` has anything to run or to return."""
-        return bool(self._submitted) or bool(self.scheduler.waiting) or any(self.scheduler.slots)
+        return not self.closed and (bool(self.outbox) or not self._idle())
 
     def is_unfinished(self, request_id: str) -> bool:
         """Whether a submitted request still has outputs to come."""
-        return request_id in self._submitted
+        return not self.closed and request_id in self.outbox
 
     def close(self) -> None:
-        """Abort everything; the engine refuses calls from then on. Closing twice is harmless."""
-        if not self.closed:
-            self._close()
-
-    @exclusive
-    def _close(self) -> None:
-        try:
-            with whole(self):
-                for request in [*self.scheduler.waiting, *self.scheduler.active]:
-                    self._abort(request)
-                self._submitted.clear()
-                self._forget_flights()
-                self.runner.drop_cycles()
-        finally:  # a device that has failed must not keep the engine open
-            self.closed = True
+        """Abort everything and let go of weights, cache and graphs. The engine refuses calls from then on, and its
+        device takes another one. Closing twice is harmless.
+        """
+        with self.turn:
+            if self.closed:
+                return
+            try:
+                for request in self.scheduler.unfinished:
+                    request.finish_reason = "abort"
+                    self.metrics.finished("abort")
+                with device_scope(self.device):
+                    self.runner.drop_cycles()
+            finally:  # a device that has failed must not keep the engine open
+                self._let_go()
 
     @exclusive
     def warmup(self, progress: bool = False) -> None:
@@ -278,7 +291,9 @@ class Engine(Rounds):
             self.runner.cycle(self._default_plan, size).run()
 
     def memory_report(self) -> dict[str, int]:
-        """Bytes by use: see :func:`orthrus_rt.memory.memory_report`."""
+        """Bytes by use: see :func:`orthrus_rt.memory.memory_report`. For the thread that uses the engine."""
+        if self.closed:
+            raise RuntimeError("this engine is closed")
         return memory_report(self)
 
     @exclusive
@@ -319,7 +334,8 @@ class Engine(Rounds):
         requests = [self._make_request(ids, p, plan) for ids, p in zip(prompt_ids, each, strict=True)]
         with tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
             for _ in self._run(requests, plan):
-                bar.update(sum(r.finish_reason is not None for r in requests) - bar.n)
+                if progress:
+                    bar.update(sum(r.finish_reason is not None for r in requests) - bar.n)
         return [GenerationOutput(r.tokens, r.finish_reason, r.stats) for r in requests]
 
     def stream(self, prompt_ids, params: SamplingParams | None = None, *, mode=None, draft_len=None, fan_out=None):
@@ -346,9 +362,13 @@ class Engine(Rounds):
         """
         try:
             self._enqueue(requests, plan)
-            while any(r.finish_reason is None for r in requests):
-                self._round()
-                yield
+            left = deque(requests)
+            while left:
+                if left[0].finish_reason is not None:
+                    left.popleft()
+                else:
+                    self._round()
+                    yield
         finally:
             if not self.closed:
                 self._abort_all(requests)
@@ -373,7 +393,8 @@ class Engine(Rounds):
     def _abort_all(self, requests: list[Request]) -> None:
         with whole(self):
             for request in requests:
-                self._abort(request)
+                if request.arrival >= 0:  # else it was never queued
+                    self._abort(request)
 
 
 def _is_batch(prompt_ids) -> bool:

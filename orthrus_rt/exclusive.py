@@ -50,12 +50,13 @@ def exclusive(method):
 
     @functools.wraps(method)
     def call(engine, *args, **kwargs):
-        with engine.turn, torch.inference_mode(), device_scope(engine.model.device):
+        with engine.turn:
             if engine.closed:
                 raise RuntimeError("this engine is closed")
-            if engine.torn:
-                engine.recover()
-            return method(engine, *args, **kwargs)
+            with torch.inference_mode(), device_scope(engine.device):
+                if engine.torn:
+                    engine.recover()
+                return method(engine, *args, **kwargs)
 
     return call
 

@@ -70,7 +70,7 @@ class OrthrusForCausalLM:
 
     @property
     def device(self) -> torch.device:
-        return self.engine.model.device
+        return self.engine.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,7 +2,8 @@
 
 Weights, cache, activations and workspace are allocated when the engine is made, the latter
 two again where a call asks for larger cycles. Logits, edits, and each cycle with its
-graph are allocated at their first use; from then on decoding allocates nothing more.
+graph are allocated at their first use; from then on decoding allocates nothing more that lasts. What
+``acceptance="rejection"`` computes on the host's side of a cycle comes and goes with each.
 """
 
 from __future__ import annotations

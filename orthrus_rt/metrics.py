@@ -11,7 +11,8 @@ class Metrics:
 
     def __init__(self, engine):
         self._engine = engine
-        self.tokens = self.prompt_tokens = self.cycles = self.passes = self.preemptions = 0
+        self.tokens = self.prompt_tokens = self.recomputed_tokens = 0
+        self.cycles = self.passes = self.preemptions = 0
         self.accepted: dict[int, int] = {}
         self.requests = {"stop": 0, "length": 0, "abort": 0}
         self.busy_seconds = 0.0
@@ -36,7 +37,8 @@ class Metrics:
     def took(self, kind: str, seconds: float) -> None:
         """Device time of one prefill pass or one cycle.
 
-        kind: ``prefill``, ``ar_cycle``, ``two_pass_cycle`` or ``one_pass_cycle``.
+        kind: ``prefill``, ``ar_cycle``, ``two_pass_cycle``, ``one_pass_cycle``, or ``recording``: a cycle that was the
+            first of its plan and batch bucket and was recorded as well.
         """
         count, total = self.times.get(kind, (0, 0.0))
         self.times[kind] = (count + 1, total + seconds)
@@ -53,14 +55,18 @@ class Metrics:
             self.busy_seconds += time.perf_counter() - since
 
     def as_dict(self) -> dict:
-        """All counters and gauges. ``accepted`` maps drafts accepted to cycles of a sequence; ``times`` has, by kind of
-        pass or cycle, how many there were and their seconds on the device; ``busy_seconds`` is the host's. ``plans``
-        has the cycles of each plan (``ar``, ``two_pass/7``, ``one_pass/15x4``: drafts, fan_out), ``plan`` is the last.
+        """All counters and gauges; safe to call from any thread. ``recomputed_tokens`` went through the network again,
+        as preemption or a fault had cost their pages. ``accepted`` maps drafts accepted to cycles of a sequence;
+        ``times`` has, by kind of pass or cycle, how many there were and their seconds on the device; ``busy_seconds``
+        is the host's. ``plans`` has the cycles of each plan (``ar``, ``two_pass/7``, ``one_pass/15x4``: drafts,
+        fan_out), ``plan`` is the last.
         """
         engine = self._engine
+        scheduler, kv = engine.scheduler, engine.kv  # None once it is closed
         return {
             "tokens": self.tokens,
             "prompt_tokens": self.prompt_tokens,
+            "recomputed_tokens": self.recomputed_tokens,
             "cycles": self.cycles,
             "passes": self.passes,
             "preemptions": self.preemptions,
@@ -70,10 +76,10 @@ class Metrics:
             "plan": self.plan,
             "accepted": dict(sorted(self.accepted.items())),
             "finished": dict(self.requests),
-            "waiting": len(engine.scheduler.waiting),
-            "running": len(engine.scheduler.active),
-            "pages_free": engine.kv.num_free_pages,
-            "pages": engine.kv.num_pages - 1,
+            "waiting": len(scheduler.waiting) if scheduler else 0,
+            "running": len(scheduler.active) if scheduler else 0,
+            "pages_free": kv.num_free_pages if kv else 0,
+            "pages": kv.num_pages - 1 if kv else 0,
         }
 
     def as_prometheus(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from orthrus_rt.device import upload
@@ -77,18 +78,27 @@ def empty_rows(num_groups_ar: int, rows_ar: int, num_groups_diff: int, rows_diff
     )
 
 
-def prefill_rows(token_ids: torch.Tensor, start: int, slot: int) -> Rows:
-    """AR rows of one prompt chunk: ``token_ids`` int32 ``[n]`` at positions ``start ... start+n-1`` of ``slot``."""
-    n = token_ids.shape[0]
-    device = token_ids.device
-    position = torch.arange(start, start + n, dtype=torch.int32, device=device)
+def prefill_rows(chunks: list[tuple[list[int], int, int]], device) -> Rows:
+    """AR rows of prompt chunks, one group each: ``(token_ids, start, slot)`` stands for these tokens at the positions
+    ``start, start + 1, ...`` of ``slot``. A slot occurs once at most.
+    """
+    sizes = [len(tokens) for tokens, _, _ in chunks]
+    n = sum(sizes)
+    host = np.zeros((4, -(-n // 4) * 4), dtype=np.int32)  # as in empty_rows
+    group_start = [0, *itertools.accumulate(sizes)]
+    for (tokens, start, slot), first in zip(chunks, group_start[:-1], strict=True):
+        here = slice(first, first + len(tokens))
+        host[0, here], host[2, here] = tokens, slot
+        host[1, here] = np.arange(start, start + len(tokens))
+    host[3] = host[1] + 1
+    token, position, seq, prefix_len = upload(host, torch.int32, device)[:, :n]
     return Rows(
-        token=token_ids.to(torch.int32),
+        token=token,
         position=position,
-        seq=torch.full_like(position, slot),
-        prefix_len=position + 1,
-        group_start=upload([0, n], torch.int32, device),
+        seq=seq,
+        prefix_len=prefix_len,
+        group_start=upload(group_start, torch.int32, device),
         num_rows_ar=n,
-        num_groups_ar=1,
-        max_group_rows=n,
+        num_groups_ar=len(chunks),
+        max_group_rows=max(sizes, default=0),
     )

@@ -168,7 +168,7 @@ def profile(engine, *, mode=None, draft_len=None, fan_out=None, batch: int = 1, 
     """
     if not engine._idle():
         raise RuntimeError("profile: the engine must be idle")
-    device = engine.model.device
+    device = engine.device
     if mode is None:
         mode = "two_pass" if engine.mode == "auto" else engine.mode
     plan = engine.make_plan(mode, draft_len, fan_out)

@@ -17,6 +17,14 @@ from orthrus_rt.sampling import RejectionSampler, SamplingParams
 MAX_STOP_TOKEN_IDS = 64
 
 
+class NotFinite(FloatingPointError):
+    """The logits of ``request`` are not finite: it cannot go on, the others can."""
+
+    def __init__(self, request: Request, doing: str):
+        super().__init__(f"{doing}: the logits are not finite; are the weights?")
+        self.request = request
+
+
 class Request:
     """``tokens`` is all that the host knows to be generated; everything on the device can be rebuilt from it."""
 
@@ -36,6 +44,7 @@ class Request:
         self.slot: int | None = None
         self.to_prefill: list[int] = []
         self.prefilled = 0
+        self._prompt_prefilled = 0  # at most, before and after what it lost
         self.started = self.first_token = 0.0
 
     @property
@@ -47,6 +56,13 @@ class Request:
     def decoding(self) -> bool:
         """In a slot with its whole prompt in the cache."""
         return self.slot is not None and self.prefilled == len(self.to_prefill)
+
+    def prefill(self, count: int) -> int:
+        """``count`` more tokens are in the cache; how many of them are of the prompt and for the first time."""
+        self.prefilled += count
+        before = self._prompt_prefilled
+        self._prompt_prefilled = max(before, min(self.prefilled, len(self.prompt)))
+        return self._prompt_prefilled - before
 
     def output_since(self, delivered: int) -> RequestOutput | None:
         """What is new after the first ``delivered`` tokens; None if nothing is and more is to come."""
@@ -111,6 +127,8 @@ def make_request(
     Raises:
         ValueError: as :func:`check_prompt`, or there are too many stop ids, or a biased id is not in the vocabulary.
     """
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"params must be SamplingParams, got {type(params).__name__}")
     ids = check_prompt(prompt_ids, config.vocab_size, max_seq_len)
     if len(params.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         got = len(params.stop_token_ids)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from orthrus_rt import state as st
@@ -11,9 +14,10 @@ from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.exclusive import whole
 from orthrus_rt.kv import OutOfPages
 from orthrus_rt.metrics import Metrics
-from orthrus_rt.request import Request
+from orthrus_rt.outbox import Outbox
+from orthrus_rt.request import NotFinite, Request
 from orthrus_rt.results import Result
-from orthrus_rt.runner import PREFILL_CHUNK, Flight, Runner
+from orthrus_rt.runner import Flight, Runner
 from orthrus_rt.scheduler import Scheduler
 
 FINISH_REASONS = {st.STOP: "stop", st.LENGTH: "length"}
@@ -30,6 +34,7 @@ class Rounds:
     runner: Runner
     scheduler: Scheduler
     metrics: Metrics
+    outbox: Outbox
     torn: bool  # something was cut short: recover() first
     _plan: CyclePlan  # of the batch that runs
     _autos: dict[CyclePlan, Auto]
@@ -37,15 +42,28 @@ class Rounds:
     def _abort(self, request: Request, reason: str = "abort") -> None:
         if request.finish_reason is None:
             self._finish(request, reason)
-            if request in self.scheduler.waiting:
-                self.scheduler.waiting.remove(request)
 
     def _finish(self, request: Request, reason: str) -> None:
+        self.outbox.hear(request)
         request.finish_reason = reason
         if request.slot is not None:
             self.runner.clear(self.scheduler.vacate(request))
         self.scheduler.forget(request)
         self.metrics.finished(reason)
+
+    @contextlib.contextmanager
+    def _or_end(self, request: Request) -> Iterator[None]:
+        """What fails in here for lack of memory, or as a request's logits are not finite, would fail the next time as
+        well: that request ends, in the former case ``request``, and the others can go on.
+        """
+        try:
+            yield
+        except NotFinite as error:
+            self._finish(error.request, "abort")
+            raise
+        except torch.OutOfMemoryError:
+            self._finish(request, "abort")
+            raise
 
     def _idle(self) -> bool:
         return not self.scheduler.waiting and not any(self.scheduler.slots)
@@ -75,7 +93,8 @@ class Rounds:
             self.runner.move(source, target)
         auto = self._autos.get(self._plan)
         plan, policy = auto.choose(running) if auto else (self._plan, None)
-        self.runner.decode(running, plan, policy)
+        with self._or_end(running[-1]):
+            self.runner.decode(running, plan, policy)
 
     @property
     def _margin(self) -> int:
@@ -100,21 +119,13 @@ class Rounds:
 
     def _prefill(self) -> None:
         for request in self.scheduler.admit(self._margin):
-            try:
+            with self._or_end(request):
                 self.runner.begin(request)
-            except torch.OutOfMemoryError:  # it would ask for the same memory again
-                self._finish(request, "abort")
-                raise
-        budget = PREFILL_CHUNK
-        for request in self.scheduler.active:
-            if budget and not request.decoding:
-                try:
-                    took = self.runner.prefill(request, budget)
-                except FloatingPointError:  # it would meet the same logits again
-                    self._finish(request, "abort")
-                    raise
-                self.metrics.prompt_tokens += took
-                budget -= took
+        if requests := [r for r in self.scheduler.active if not r.decoding]:
+            with self._or_end(requests[-1]):
+                tokens, unseen = self.runner.prefill(requests)
+            self.metrics.prompt_tokens += unseen
+            self.metrics.recomputed_tokens += tokens - unseen
 
     def _collect(self, in_flight: int) -> None:
         """Read results, oldest first, until only ``in_flight`` launches are unread."""
@@ -133,6 +144,7 @@ class Rounds:
             self.metrics.launched(flight)
 
     def _take_result(self, flight: Flight, request: Request, result: Result) -> None:
+        self.outbox.hear(request)
         request.record(result.tokens, flight.plan, result.num_verified, result.num_accepted)
         self.metrics.generated(len(result.tokens), result.num_accepted if flight.plan else None)
         if result.finish in FINISH_REASONS:

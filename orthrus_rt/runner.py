@@ -7,6 +7,7 @@ the results of the one before, through pinned memory.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
@@ -21,13 +22,13 @@ from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import Rows, prefill_rows
 from orthrus_rt.policy import Policy
 from orthrus_rt.reference import first_argmax
+from orthrus_rt.request import NotFinite, Request
 from orthrus_rt.results import SlotResults
 from orthrus_rt.sampling import MAX_LOGIT_BIAS
-from orthrus_rt.scheduler import Request
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState
 from orthrus_rt.stopwatch import Stopwatch, Stretch
 
-PREFILL_CHUNK = 512  # prompt tokens per prefill pass
+PREFILL_CHUNK = 512  # prompt tokens per prefill pass, of one prompt or of several
 
 
 @dataclass
@@ -80,7 +81,6 @@ class Runner:
 
     def make_room(self, shapes: list[tuple[CyclePlan, int]]) -> None:
         """Buffers for these cycles, ``(plan, slots)``; what was built on smaller ones is dropped: nothing may run."""
-        chunk = min(PREFILL_CHUNK, self.max_seq_len)
         room = [(n * plan.max_rows, n * plan.max_rows_diff, n * plan.max_groups) for plan, n in shapes]
         room = tuple(max(column) for column in zip(*room, strict=True))
         if self.activations is not None:
@@ -88,7 +88,7 @@ class Runner:
                 return
             room = tuple(map(max, self._room, room))
         decoded, rows_diff, groups = room
-        rows = max(chunk, decoded)
+        rows = max(min(PREFILL_CHUNK, self.num_slots * self.max_seq_len), decoded)
         with naming_the_knobs(f"making room for {decoded} rows a pass"):
             activations = Activations(self.model, rows, rows_diff, max_logit_rows=decoded)
             workspace = Workspace.allocate(self.model, max_rows=rows, max_groups=groups, max_seq_len=self.max_seq_len)
@@ -101,16 +101,21 @@ class Runner:
             torch.cuda.synchronize(self.model.device)
         self._cycles.clear()
 
+    def bucket(self, num_slots: int) -> int:
+        """Slots of the cycles that ``num_slots`` sequences run in: the next power of two, or all there are."""
+        return min(1 << (num_slots - 1).bit_length(), self.num_slots)
+
     def cycle(self, plan: CyclePlan, num_slots: int, sampling: SlotSampling | None = None) -> Cycle:
-        """The cycle of the smallest batch bucket (a power of two) with ``num_slots`` slots; built on first use."""
-        bucket = min(1 << (num_slots - 1).bit_length(), self.num_slots)
+        """The cycle of ``num_slots`` slots' batch bucket; built on first use."""
+        bucket = self.bucket(num_slots)
         key = (plan, bucket, sampling is not None, sampling is not None and sampling.edits is not None)
         if key not in self._cycles:
-            self._cycles[key] = Cycle(
-                self.model, self.kv, self.state.view(slice(0, bucket)), plan,
-                sampling=sampling, activations=self.activations, workspace=self.workspace,
-                max_seq_len=self.max_seq_len,
-            )  # fmt: skip
+            with naming_the_knobs(f"building the {plan.mode} cycle of {bucket} slots"):
+                self._cycles[key] = Cycle(
+                    self.model, self.kv, self.state.view(slice(0, bucket)), plan,
+                    sampling=sampling, activations=self.activations, workspace=self.workspace,
+                    max_seq_len=self.max_seq_len,
+                )  # fmt: skip
         return self._cycles[key]
 
     @property
@@ -139,6 +144,9 @@ class Runner:
         sampling.top_p[slot] = params.top_p
         sampling.min_p[slot] = params.min_p
         sampling.seed[slot] = request.stats.seed or 0
+        if params.edits or not params.greedy:
+            with naming_the_knobs("making room for logits"):
+                self.activations.logits(1)
         if params.edits and sampling.edits is None:
             with naming_the_knobs("counting tokens for penalties"):
                 sampling.edits = SlotEdits.allocate(
@@ -171,52 +179,64 @@ class Runner:
         self.clear(source)
 
     @nvtx.ranged("prefill")
-    def prefill(self, request: Request, budget: int) -> int:
-        """Push at most ``budget`` more prompt tokens through the AR view; how many it took.
+    def prefill(self, requests: list[Request]) -> tuple[int, int]:
+        """Push PREFILL_CHUNK more tokens of these requests through the AR view, in one pass, or all that are left; the
+        first requests' come first.
 
-        The last token's row is, to consensus, a verification without drafts: its choice is the first known token. A
+        A prompt's last row is, to consensus, a verification without drafts: its choice is the first known token. A
         resumed request knows that token already.
+
+        Returns:
+            How many tokens it took, and how many of them were prompt tokens that had never been in the cache.
         """
-        slot, first = request.slot, request.prefilled
-        chunk = request.to_prefill[first : first + min(budget, PREFILL_CHUNK)]
-        tokens = upload(chunk, torch.int32, self.model.device)
-        last = first + len(chunk) == len(request.to_prefill)
-        wants_choice = last and not request.tokens
-        picked = upload([len(chunk) - 1], torch.int32, self.model.device) if wants_choice else None
-        scored = self._sampling([request]) is not None
-        out = self._buffers(1, scored)
-        rows = prefill_rows(tokens, first, slot)
+        chunks, room = [], PREFILL_CHUNK
+        for request in requests:
+            if tokens := request.to_prefill[request.prefilled : request.prefilled + room]:
+                chunks.append((request, tokens))
+                room -= len(tokens)
+        rows = prefill_rows([(tokens, r.prefilled, r.slot) for r, tokens in chunks], self.model.device)
+        unseen = sum(request.prefill(len(tokens)) for request, tokens in chunks)
+        ends = accumulate(len(tokens) for _, tokens in chunks)
+        last_row = {r: end - 1 for (r, _), end in zip(chunks, ends, strict=True) if r.decoding}
+        choosing = [r for r in last_row if not r.tokens]
+        picked = upload([last_row[r] for r in choosing], torch.int32, self.model.device) if choosing else None
+        scored = self._sampling(choosing) is not None
+        out = self._buffers(len(choosing), scored)
         with self.stopwatch.time("prefill"):
             self._forward(rows, picked, scored, out)
-        request.prefilled += len(chunk)
-        if last:
-            view = self.state.view(slice(slot, slot + 1))
-            view.finish.fill_(st.RUNNING)
-            if wants_choice:
-                self._first_choice(request, view, rows, picked, out)
-                self._post([(slot, request)], None)
-            else:
-                view.block_tokens[0, 0] = request.tokens[-1]
-        return len(chunk)
+        for request in last_row:
+            self.state.finish[request.slot] = st.RUNNING
+            if request.tokens:
+                self.state.block_tokens[request.slot, 0] = request.tokens[-1]
+        if choosing:
+            self._first_choices(choosing, rows, picked, out)
+            self._post([(r.slot, r) for r in choosing], None)
+        return rows.num_rows, unseen
 
-    def _first_choice(self, request: Request, view: SlotState, rows: Rows, picked: torch.Tensor, out) -> None:
+    def _first_choices(self, requests: list[Request], rows: Rows, picked: torch.Tensor, out) -> None:
+        """Row ``i`` of ``out`` is for the first token of ``requests[i]``."""
         value, _ = out
-        if not self.lag and not bool(value.max().isfinite()):  # reading it would stall a device that runs ahead
-            raise FloatingPointError("prefill: the logits are not finite; are the weights?")
-        partials = out
-        if request.rejection is not None:
-            ids = request.rejection.verify(value, [], len(request.prompt))
-            partials = (None, ids.to(value.device)[:, None])
-        elif sampling := self._sampling([request]):
-            partials = st.empty_partials(1, st.num_score_tiles(value.shape[1]), value.device)
-            ops.process_logits(value, rows, picked, sampling, self.state.cache_seqlens, COUPLED, partials)
-        ops.consensus(view, partials, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id, 1)
+        if not self.lag:  # reading them would stall a device that runs ahead
+            for request, finite in zip(requests, value.amax(1).isfinite().tolist(), strict=True):
+                if not finite:
+                    raise NotFinite(request, "prefill")
+        by_rejection = {  # before the others' logits are processed in place
+            i: _verify(r, value[i : i + 1], [], len(r.prompt)) for i, r in enumerate(requests) if r.rejection
+        }
+        if sampling := self._sampling(requests):
+            out = st.empty_partials(len(requests), st.num_score_tiles(value.shape[1]), value.device)
+            ops.process_logits(value, rows, picked, sampling, self.state.cache_seqlens, COUPLED, out)
+        for i, request in enumerate(requests):
+            partials = tuple(t[i : i + 1] for t in out)
+            if i in by_rejection:
+                partials = (None, by_rejection[i].to(value.device)[:, None])
+            view = self.state.view(slice(request.slot, request.slot + 1))
+            ops.consensus(view, partials, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id, 1)
 
     def _buffers(self, rows: int, logits: bool):
         """``(value, id)``: fp32 logits (id None) or partial maxima of ``rows`` rows."""
         if logits:
-            vocab_size = self.model.config.vocab_size
-            return torch.empty(rows, vocab_size, dtype=torch.float32, device=self.model.device), None
+            return self.activations.logits(rows), None
         return st.empty_partials(rows, self.model.lm_head.num_partials, self.model.device)
 
     def _forward(self, rows, logit_rows, logits: bool, out) -> None:
@@ -229,22 +249,21 @@ class Runner:
         """AR logits fp32 ``[vocab_size]`` for the token after ``token_ids``; uses slot 0, which must be free."""
         self.kv.reserve(0, len(token_ids))
         try:
-            tokens = upload(token_ids, torch.int32, self.model.device)
             out = self._buffers(1, True)
             for first in range(0, len(token_ids), PREFILL_CHUNK):
-                rows = prefill_rows(tokens[first : first + PREFILL_CHUNK], first, 0)
+                rows = prefill_rows([(token_ids[first : first + PREFILL_CHUNK], first, 0)], self.model.device)
                 picked = upload([rows.num_rows - 1], torch.int32, self.model.device)
                 self._forward(rows, picked, True, out)
         finally:
             self.kv.release(0)
-        return out[0][0]
+        return out[0][0].clone()
 
     def decode(self, requests: list[Request], plan: CyclePlan, policy: Policy | None = None) -> None:
         """Launch one cycle for the running slots, which ``requests`` hold; ``policy``: who chose the plan, if any."""
         cycle = self.cycle(plan, 1 + max(r.slot for r in requests), self._sampling(requests))
-        steady = cycle.recorded
-        with self.stopwatch.time(f"{plan.mode}_cycle") as stretch:
-            if any(r.rejection for r in requests):
+        by_rejection, steady = any(r.rejection for r in requests), cycle.recorded
+        with self.stopwatch.time(f"{plan.mode}_cycle" if steady or by_rejection else "recording") as stretch:
+            if by_rejection:
                 self._rejection_cycle(cycle, requests)
             else:
                 cycle.run()
@@ -273,7 +292,7 @@ class Runner:
         if p.step == st.STEP_DRAFT:
             return request.rejection.draft(logits, position)
         drafts = state.block_tokens[slot, 1 : 1 + int(state.num_drafts[slot])].tolist()
-        return request.rejection.verify(logits, drafts, position)
+        return _verify(request, logits, drafts, position)
 
     def _post(self, requests, plan: CyclePlan | None, timed=None, policy=None) -> None:
         """Queue the slots' results for reading: a copy to pinned memory on CUDA, the state itself on the CPU."""
@@ -293,3 +312,10 @@ class Runner:
                 return box
         self._mailboxes.append(SlotResults(self.num_slots, self.state.output.shape[1], "cpu", pinned=True))
         return self._mailboxes[-1]
+
+
+def _verify(request: Request, logits: torch.Tensor, drafts: list[int], position: int) -> torch.Tensor:
+    try:
+        return request.rejection.verify(logits, drafts, position)
+    except FloatingPointError as error:
+        raise NotFinite(request, "sampling") from error

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from orthrus_rt.reference import process_logits_probs
 # Every random number is keyed by (seed, position, purpose), never by call order.
 DRAFT, ACCEPT, RECOVER = 0, 1, 2
 MAX_LOGIT_BIAS = 256
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class SamplingParams:
 
     Args:
         max_new_tokens: at most this many tokens are generated, >= 1.
-        temperature: 0 is greedy (the default); above, logits are divided by it.
+        temperature: 0 is greedy (the default); else at least 1e-6, and logits are divided by it.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of likeliest tokens whose mass reaches it, in (0, 1].
         min_p: drop tokens less likely than min_p x the likeliest, in [0, 1).
@@ -67,14 +69,13 @@ class SamplingParams:
     def __post_init__(self):
         for name in ("max_new_tokens", "top_k", "min_tokens", *(["seed"] if self.seed is not None else [])):
             object.__setattr__(self, name, _integer(name, getattr(self, name)))
-        stop = tuple(_integer("stop_token_ids", t) for t in self.stop_token_ids)
-        object.__setattr__(self, "stop_token_ids", stop)
-        pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
-        bias = tuple((_integer("logit_bias", t), float(value)) for t, value in pairs)  # hashable, as all else
-        object.__setattr__(self, "logit_bias", bias)
+        for name in ("temperature", "top_p", "min_p", *PENALTIES):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        object.__setattr__(self, "stop_token_ids", _integers("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _pairs("logit_bias", self.logit_bias))  # hashable, as all else
         checks = (
             ("max_new_tokens", ">= 1", self.max_new_tokens >= 1),
-            ("temperature", "finite and >= 0", 0 <= self.temperature < float("inf")),
+            ("temperature", "0, or finite and >= 1e-6", self.greedy or 1e-6 <= self.temperature < float("inf")),
             ("top_k", "in [0, 2**31)", 0 <= self.top_k < 2**31),
             ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
             ("min_p", "in [0, 1)", 0 <= self.min_p < 1),
@@ -82,9 +83,9 @@ class SamplingParams:
             ("presence_penalty", "in [-2, 2]", -2 <= self.presence_penalty <= 2),
             ("frequency_penalty", "in [-2, 2]", -2 <= self.frequency_penalty <= 2),
             ("logit_bias", f"of at most {MAX_LOGIT_BIAS} ids, once each",
-             len(dict(bias)) == len(bias) <= MAX_LOGIT_BIAS),
+             len(dict(self.logit_bias)) == len(self.logit_bias) <= MAX_LOGIT_BIAS),
             ("logit_bias", "finite values for ids in [0, 2**31)",
-             all(0 <= t < 2**31 and math.isfinite(value) for t, value in bias)),
+             all(0 <= t < 2**31 and math.isfinite(value) for t, value in self.logit_bias)),
             ("min_tokens", "in [0, max_new_tokens]", 0 <= self.min_tokens <= self.max_new_tokens),
             ("seed", "None or in [0, 2**63)", self.seed is None or 0 <= self.seed < 2**63),
             ("stop_token_ids", "all in [0, 2**31)", all(0 <= t < 2**31 for t in self.stop_token_ids)),
@@ -104,7 +105,7 @@ class SamplingParams:
     @property
     def penalised(self) -> bool:
         """Whether it matters which tokens were seen."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+        return tuple(getattr(self, name) for name in PENALTIES) != (1, 0, 0)
 
     @property
     def greedy(self) -> bool:
@@ -116,6 +117,26 @@ def _integer(name: str, value) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"SamplingParams: {name} must be an integer, got {value!r}") from None
+
+
+def _number(name: str, value) -> float:
+    if not isinstance(value, Real):
+        raise ValueError(f"SamplingParams: {name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _integers(name: str, values) -> tuple[int, ...]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"SamplingParams: {name} must be a list of integers, got {values!r}")
+    return tuple(_integer(name, t) for t in values)
+
+
+def _pairs(name: str, values) -> tuple[tuple[int, float], ...]:
+    pairs = values.items() if isinstance(values, Mapping) else values
+    try:
+        return tuple((_integer(name, token), _number(name, value)) for token, value in pairs)
+    except TypeError:
+        raise ValueError(f"SamplingParams: {name} must be {{token id: value}}, got {values!r}") from None
 
 
 def uniform(seed: int, position: int, purpose: int) -> float:
@@ -179,5 +200,6 @@ class RejectionSampler:
             break
         else:
             choices.append(pick(probs[len(drafts)], uniform(self.seed, position + len(drafts), RECOVER)))
+        self._draft_probs = None  # [drafts, vocab_size] for as long as the next draft takes
         padded = choices + [0] * (len(drafts) + 1 - len(choices))
         return torch.tensor(padded, dtype=torch.int32)

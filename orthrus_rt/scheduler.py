@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
+from collections import OrderedDict
 
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.request import Request
@@ -19,7 +19,7 @@ class Scheduler:
 
     def __init__(self, kv: PagedKvCache, num_slots: int):
         self.kv, self.num_slots = kv, num_slots
-        self.waiting: deque[Request] = deque()
+        self.waiting: OrderedDict[int, Request] = OrderedDict()  # by arrival
         self.slots: list[Request | None] = [None] * num_slots
         self._live: dict[int, Request] = {}  # by arrival: all that are not finished
         self._arrivals = itertools.count()
@@ -29,25 +29,30 @@ class Scheduler:
         """Requests that hold a slot, in order of arrival."""
         return sorted((r for r in self.slots if r is not None), key=lambda r: r.arrival)
 
+    @property
+    def unfinished(self) -> list[Request]:
+        """Requests in the queue or in a slot."""
+        return [*self.waiting.values(), *self.active]
+
     def enqueue(self, request: Request) -> None:
         """To the end of the queue, or (a preempted one) back to its place."""
         if request.arrival < 0:
             request.arrival = next(self._arrivals)
             self._live[request.arrival] = request
-            self.waiting.append(request)
-        else:
-            later = next((i for i, r in enumerate(self.waiting) if r.arrival > request.arrival), len(self.waiting))
-            self.waiting.insert(later, request)
+            self.waiting[request.arrival] = request
+        else:  # whoever held a slot arrived before all those who wait
+            self.waiting[request.arrival] = request
+            self.waiting.move_to_end(request.arrival, last=False)
 
     def admit(self, margin: int) -> list[Request]:
         """Move requests from the queue into free slots while pages for them and ``margin`` more positions are free."""
         admitted = []
         while self.waiting and None in self.slots:
-            request = self.waiting[0]
+            request = next(iter(self.waiting.values()))
             length = min(request.length + margin, request.limit)
             if self.kv.num_pages_for(length) > self.kv.num_free_pages:
                 break
-            self.waiting.popleft()
+            self.waiting.popitem(last=False)
             request.slot = self.slots.index(None)
             self.slots[request.slot] = request
             self.kv.reserve(request.slot, length)
@@ -68,6 +73,7 @@ class Scheduler:
     def forget(self, request: Request) -> None:
         """The request is finished."""
         self._live.pop(request.arrival, None)
+        self.waiting.pop(request.arrival, None)
 
     def reset(self) -> list[Request]:
         """Take everybody back into the queue, in order of arrival, and every page back; the requests there now."""
@@ -75,9 +81,9 @@ class Scheduler:
         for request in self._live.values():
             request.slot = None
         self._live = {a: r for a, r in sorted(self._live.items()) if r.finish_reason is None}
-        self.waiting = deque(self._live.values())
+        self.waiting = OrderedDict(self._live)
         self.kv.reset()
-        return list(self.waiting)
+        return list(self.waiting.values())
 
     def compact(self) -> list[tuple[int, int]]:
         """Close holes so that active requests hold the lowest slots; the ``(source, target)`` moves made."""

@@ -59,7 +59,7 @@ def staged(engine, plans: list[CyclePlan], slots: int, context: int) -> Iterator
 
     with whole(engine):
         engine._collect(0)  # what is under way belongs to requests that have ended: read it first
-        runner.make_room([(plan, runner.num_slots) for plan in plans])
+        runner.make_room([(plan, runner.bucket(slots)) for plan in plans])
         before = [tensor.clone() for tensor in vars(state).values()]
         try:
             for slot in range(slots):

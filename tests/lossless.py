@@ -83,6 +83,5 @@ def check_prefill(engine, monkeypatch) -> None:
     want = decode(engine, prompts, params)
     for chunk in (1, 7, 64, 100):
         monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", chunk)
-        monkeypatch.setattr("orthrus_rt.rounds.PREFILL_CHUNK", chunk)
         for together in (False, True):
             assert_same(decode(engine, prompts, params, together=together), want, ("prefill chunk", chunk))

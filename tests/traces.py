@@ -54,14 +54,15 @@ class Tap:
     @contextlib.contextmanager
     def open(self):
         tap, runner, scheduler = self, self.engine.runner, self.engine.scheduler
-        run, first_choice, vacate = Cycle.run, runner._first_choice, scheduler.vacate
+        run, first_choices, vacate = Cycle.run, runner._first_choices, scheduler.vacate
 
         def tapped_run(cycle):
             tap._cycle(cycle, run)
 
-        def tapped_first_choice(request, *args):
-            tap._keep(request, 0, tap._logits(1)[0])
-            return first_choice(request, *args)
+        def tapped_first_choices(requests, *args):
+            for request, row in zip(requests, tap._logits(len(requests)), strict=True):
+                tap._keep(request, 0, row)
+            return first_choices(requests, *args)
 
         def tapped_vacate(request):
             if request.finish_reason is not None:
@@ -70,7 +71,7 @@ class Tap:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Cycle, "run", tapped_run)
-            patch.setattr(runner, "_first_choice", tapped_first_choice)
+            patch.setattr(runner, "_first_choices", tapped_first_choices)
             patch.setattr(scheduler, "vacate", tapped_vacate)
             yield self
 

@@ -59,7 +59,7 @@ def call_process_logits(vocab, extras):
     i64 = torch.empty(n, dtype=torch.int64)
     edits = SlotEdits.allocate(n, vocab, 5, int32(n, 3)) if extras else None
     sampling = SlotSampling(fp32(n), int32(n), fp32(n), fp32(n), i64, edits)
-    rows = plan.prefill_rows(int32(n), 0, 0)
+    rows = plan.prefill_rows([([0] * n, 0, 0)], "cpu")
     args = fp32(n, vocab), rows, int32(n), sampling, int32(n), 1, empty_partials(n, num_score_tiles(vocab), "cpu")
     return process_logits.process_logits, args, {"log_probs": fp32(n, vocab)} if extras else {}
 

@@ -104,13 +104,12 @@ def test_rejection_sampling_runs_two_pass_whatever_the_policy_thinks(folder):
 
 def test_a_fault_leaves_no_cycle_pending(folder, monkeypatch):
     auto = engine(folder)
-    auto.submit(PROMPTS[0], LONG)
+    request = auto.outbox[auto.submit(PROMPTS[0], LONG)]
     auto.step()
     with monkeypatch.context() as patch:
         patch.setattr(auto.runner, "_post", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             auto.step()
-    request, _ = next(iter(auto._submitted.values()))
     while auto.has_unfinished():
         auto.step()
     assert request.tokens == auto.generate(PROMPTS[0], LONG, mode="ar").token_ids
@@ -143,6 +142,21 @@ def snapshot(engine):
     tensors = [t.clone() for t in (*vars(runner.state).values(), *runner.sampling.tensors(), engine.kv.page_table)]
     seen = (engine.kv._free, engine.kv._held, engine.metrics.as_dict(), runner.flights, auto.policy.plan_counts)
     return [*tensors, torch.get_rng_state()], str(seen)
+
+
+def test_warmup_takes_no_room_of_its_own(folder):
+    """Its cycles fit what the engine planned: the largest one_pass plans are no candidates of the largest batches."""
+    auto = engine(folder, max_batch_size=16)
+    before = auto.memory_report()
+    auto.warmup()
+    after = auto.memory_report()
+    assert {name for name in before if before[name] != after[name]} == {"cycles", "total"}
+
+
+def test_costs_belong_to_the_implementation_that_was_timed(folder, monkeypatch):
+    native = engine(folder)._identity()
+    monkeypatch.setenv("ORTHRUS_BACKEND", "row_linear=reference")
+    assert engine(folder)._identity() != native
 
 
 CONTEXTS = [  # by slots, where two blocks of 8 positions and the pages leave less than 256

@@ -116,6 +116,28 @@ def test_the_cache_holds_the_same_bits_alone_or_batched(folder):
     assert torch.equal(held[0].view(torch.int16), held[1].view(torch.int16))
 
 
+def test_prompts_share_prefill_passes(folder, alone):
+    """As many as fit in the order of their arrival, greedy beside sampled; a long one does not hold back what follows
+    for longer than its own chunks take.
+    """
+    engine = make(folder)
+    rng = random.Random(2)
+    lengths = (100, 3, 200, 1, 250, 60)
+    prompts = [[rng.randrange(VOCAB) for _ in range(n)] for n in lengths]
+    sampled = SamplingParams(max_new_tokens=5, temperature=0.8, seed=1, repetition_penalty=1.1, ignore_eos=True)
+    params = [SamplingParams(max_new_tokens=5, ignore_eos=True), sampled] * 3
+    ids = [engine.submit(*job) for job in zip(prompts, params, strict=True)]
+    first = [out.request_id for out in engine.step()]
+    assert first == ids[:4]  # 304 tokens, and 208 of the next prompt's 250
+    assert [r.prefilled for r in engine.scheduler.active] == [100, 3, 200, 1, 208, 0]
+    got = {request_id: tokens for request_id, (tokens, _) in drain(engine).items()}
+    for request_id, prompt, p in zip(ids, prompts, params, strict=True):
+        assert got[request_id] == alone(prompt, p)[1 if request_id in first else 0 :]
+    facts = engine.metrics.as_dict()
+    assert facts["times"]["prefill"]["count"] == 2
+    assert (facts["prompt_tokens"], facts["recomputed_tokens"]) == (sum(lengths), 0)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_random_arrivals_aborts_and_few_pages(folder, alone, seed):
     """Requests through 8 slots with pages for about three long ones: arrivals, aborts, preemption."""
@@ -150,7 +172,9 @@ def test_random_arrivals_aborts_and_few_pages(folder, alone, seed):
             assert reason == "abort" and tokens == want[: len(tokens)]
         else:
             assert tokens == want and reason in ("stop", "length")
-    assert engine.metrics.preemptions > 0
+    assert engine.metrics.preemptions > 0 and engine.metrics.recomputed_tokens > 0
+    least, most = (sum(len(jobs[i][0]) for i in ids) for ids in (jobs.keys() - aborted, jobs))
+    assert least <= engine.metrics.prompt_tokens <= most
     assert any(left) == (engine.mode == "one_pass")  # drafts of who was preempted or aborted: begin drops them
     all_pages_back(engine)
 
@@ -277,15 +301,16 @@ def test_logits_that_are_not_finite_end_their_request_alone(folder, alone, monke
     engine = make(folder)
     params = SamplingParams(max_new_tokens=10, ignore_eos=True)
     good, bad = engine.submit([1, 2], params), engine.submit([3, 4], params)
-    real = engine.runner._first_choice
+    real = engine.runner._first_choices
 
-    def first_choice(request, *args):
-        if request.request_id == bad:
-            raise FloatingPointError("prefill: the logits are not finite; are the weights?")
-        return real(request, *args)
+    def first_choices(requests, rows, picked, out):
+        for request, row in zip(requests, out[0], strict=True):
+            if request.request_id == bad:
+                row[0] = torch.nan
+        return real(requests, rows, picked, out)
 
-    monkeypatch.setattr(engine.runner, "_first_choice", first_choice)
-    with pytest.raises(FloatingPointError):
+    monkeypatch.setattr(engine.runner, "_first_choices", first_choices)
+    with pytest.raises(FloatingPointError, match="prefill: the logits are not finite"):
         engine.step()
     got = drain(engine)
     assert got[good] == (alone([1, 2], params), "length") and got[bad] == ([], "abort")
@@ -386,9 +411,10 @@ def test_metrics_count_what_happened(folder):
     buckets = [line for line in text.splitlines() if line.startswith("orthrus_accepted_drafts_bucket")]
     assert [b.split('"')[1] for b in buckets] == [*map(str, range(8)), "+Inf"]  # the same in every scrape
     prefills, cycles = facts["times"]["prefill"], facts["times"]["two_pass_cycle"]
-    assert prefills["count"] == 2 and cycles["count"] == facts["cycles"]
+    assert prefills["count"] == 1  # both prompts in one pass
+    assert facts["times"]["recording"]["count"] == 1 and cycles["count"] == facts["cycles"] - 1
     assert 0 < prefills["seconds"] + cycles["seconds"] <= facts["busy_seconds"]
-    assert f'orthrus_device_seconds_count{{kind="two_pass_cycle"}} {facts["cycles"]}\n' in text
+    assert f'orthrus_device_seconds_count{{kind="two_pass_cycle"}} {facts["cycles"] - 1}\n' in text
     assert (facts["waiting"], facts["running"], facts["pages_free"]) == (0, 0, facts["pages"])
 
 

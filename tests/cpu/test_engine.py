@@ -84,7 +84,6 @@ def test_prompt_of_several_chunks(engine, monkeypatch):
     prompt = [(7 * i * i + i) % 20 for i in range(150)]
     want = greedy(engine, 30, prompt=prompt).token_ids
     monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 64)
-    monkeypatch.setattr("orthrus_rt.rounds.PREFILL_CHUNK", 64)
     assert greedy(engine, 30, prompt=prompt).token_ids == want
 
 
@@ -200,6 +199,8 @@ def test_bad_arguments(engine):
         engine.generate(PROMPT, [SamplingParams()])
     with pytest.raises(ValueError, match="at most 64 are supported"):
         engine.stream(PROMPT, SamplingParams(stop_token_ids=tuple(range(70))))
+    with pytest.raises(ValueError, match="params must be SamplingParams, got dict"):
+        engine.generate(PROMPT, {"temperature": 1.0})
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device is available"):
             pick_device("cuda")

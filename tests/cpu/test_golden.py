@@ -32,7 +32,7 @@ def test_ar_logits(golden, prompt):
     engine, want = golden
     ids = want[f"{prompt}.prompt"].flatten().int()
     engine.kv.reserve(0, 512)
-    got = logits_of(engine, prefill_rows(ids, 0, 0))
+    got = logits_of(engine, prefill_rows([(ids.tolist(), 0, 0)], "cpu"))
     engine.kv.release(0)
     assert_close(got, want[f"{prompt}.ar_logits"].reshape(len(ids), -1))
 
@@ -44,7 +44,7 @@ def test_draft_logits(golden, prompt):
     block = want[f"{prompt}.draft_block"].flatten().int()
     n, k = len(ids), len(block)
     engine.kv.reserve(0, 512)
-    logits_of(engine, prefill_rows(ids, 0, 0))
+    logits_of(engine, prefill_rows([(ids.tolist(), 0, 0)], "cpu"))
     rows = draft_rows(block, n)
     got = logits_of(engine, rows)
     engine.kv.release(0)

@@ -35,7 +35,7 @@ def attention(**changes):
         page_table=i32(1, 12),
         scratch_k=None,
         scratch_v=None,
-        rows=prefill_rows(i32(ROWS), 0, 0),
+        rows=prefill_rows([([0] * ROWS, 0, 0)], "cpu"),
         softmax_scale=1.0,
         out=f32(ROWS, HEADS_Q, DIM),
         max_seq_len=768,
@@ -46,7 +46,7 @@ def attention(**changes):
 def commit(**changes):
     arguments = dict(
         qkv=f32(ROWS, (HEADS_Q + 2 * HEADS_KV) * DIM),
-        rows=prefill_rows(i32(ROWS), 0, 0),
+        rows=prefill_rows([([0] * ROWS, 0, 0)], "cpu"),
         cos_sin=f32(64, DIM),
         norms=None,
         eps=1e-6,
@@ -87,7 +87,7 @@ def logits(**changes):
     for name in set(changes) & set(vars(sampling.edits)):
         setattr(sampling.edits, name, changes.pop(name))
     arguments = dict(
-        logits=f32(3, 300), rows=prefill_rows(i32(4), 0, 0), logit_rows=i32(3), sampling=sampling,
+        logits=f32(3, 300), rows=prefill_rows([([0] * 4, 0, 0)], "cpu"), logit_rows=i32(3), sampling=sampling,
         cache_seqlens=i32(2), purpose=0, partials=empty_partials(3, 3, "cpu"),
     )  # fmt: skip
     ops.process_logits(**(arguments | changes))
@@ -159,7 +159,7 @@ def test_small_ops_name_their_arguments():
 
 def test_nothing_to_do_is_done():
     """No rows: no error, no launch."""
-    empty = prefill_rows(i32(0), 0, 0)
+    empty = prefill_rows([], "cpu")
     attention(q=f32(0, HEADS_Q, DIM), out=f32(0, HEADS_Q, DIM), rows=empty)
     commit(qkv=f32(0, 512), q_out=f32(0, HEADS_Q, DIM), rows=empty)
     linear(x=f32(0, 8), out=f32(0, 6))

@@ -19,7 +19,7 @@ def test_every_mode_gives_the_ar_tokens(dtype, kind, tmp_path, monkeypatch):
     native = Engine.from_pretrained(folder, device="cpu", dtype="float32", max_seq_len=128).next_logits(prompts[0])
     monkeypatch.setenv("ORTHRUS_BACKEND", "reference")
     engine = Engine.from_pretrained(folder, device="cpu", mode="two_pass", dtype=dtype, max_seq_len=128)
-    assert {dispatch.select(op, engine.model.device, engine.model.dtype) for op in dispatch.OPS} == {"reference"}
+    assert {dispatch.select(op, engine.device, engine.model.dtype) for op in dispatch.OPS} == {"reference"}
     tolerance = 1e-5 if dtype == "float32" else 1e-2
     assert (engine.next_logits(prompts[0]) - native).abs().max() <= tolerance * native.abs().max()
     want = [out.token_ids for out in engine.generate(prompts, params, mode="ar")]

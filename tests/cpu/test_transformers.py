@@ -41,7 +41,7 @@ def both_views_agree(name, max_seq_len=256):
     ids = torch.randint(0, engine.config.vocab_size, (130,), generator=generator).tolist()
     n, k = len(ids), engine.config.block_len
     engine.kv.reserve(0, max_seq_len)
-    got = logits_of(engine, prefill_rows(torch.tensor(ids, dtype=torch.int32), 0, 0))
+    got = logits_of(engine, prefill_rows([(ids, 0, 0)], "cpu"))
     want = oracle.ar_logits(ar, ids)
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     block = [5] + [engine.config.mask_token_id] * (k - 1)
