@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from functools import partial
 
 import torch
@@ -74,8 +75,11 @@ class Auto:
             for slots in self._buckets:
                 self._warm(engine, slots, bar)
         if not self.measured:
-            self.policy.costs.save(self._file, self._key)
             self.measured = True
+            try:
+                self.policy.costs.save(self._file, self._key)
+            except OSError as error:
+                warnings.warn(f"the times of this warm-up cannot be kept for the next one: {error}", stacklevel=2)
 
     def _warm(self, engine, slots: int, bar) -> None:
         costs, plans = self.policy.costs, self.policy.plans_of(slots)
