@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TEST_TIMEOUT_S = 600
 APART_AT_ONCE = 4
+MOST_PROCESSES = 8  # of a tier that is spread; each holds a model or two
 TIMED = ("test_auto.py", "test_profile.py")  # of tests/gpu: they measure, so nothing may run beside them
 
 
@@ -59,6 +60,8 @@ def always() -> None:
 class Tier:
     """``args`` are pytest's, or a whole command where ``command`` is set.
 
+    ``spread``: files are spread over processes of one thread each, one a processor: most tests have nothing to do for a
+    second thread.
     ``apart``: the folder whose files run in processes of their own. A kernel that faults takes the CUDA context of its
     whole process with it, and one that hangs can only be ended with it.
     """
@@ -68,6 +71,7 @@ class Tier:
     why_not: Callable[[], str | None] = always
     env: dict[str, str] = field(default_factory=dict)
     command: bool = False
+    spread: bool = False
     apart: str | None = None
     timeout_s: int = TEST_TIMEOUT_S
 
@@ -75,8 +79,8 @@ class Tier:
 TIERS = [
     Tier("lint", ["-m", "ruff", "check", "--quiet", "."], why_no_lint, command=True),
     Tier("doctest", ["--doctest-modules", "--doctest-glob=*.md", "orthrus_rt", "README.md"]),
-    Tier("cpu", ["tests/cpu"]),
-    Tier("interpret", ["tests/interpret"], why_no_triton, {"TRITON_INTERPRET": "1"}),
+    Tier("cpu", ["tests/cpu"], spread=True),
+    Tier("interpret", ["tests/interpret"], why_no_triton, {"TRITON_INTERPRET": "1"}, spread=True),
     Tier("compile", ["tests/compile"], why_no_compiler),
     Tier("gpu", ["-m", "gpu"], why_no_gpu, apart="tests/gpu", timeout_s=240),
 ]
@@ -123,7 +127,11 @@ def run_pytest(tier: Tier, full: bool, *more: str, **how) -> tuple[Result, str |
             command.append(f"--timeout={tier.timeout_s}")
             if tier.apart:
                 command.append("--timeout-method=thread")  # a signal would wait for the device to answer
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **tier.env}, **how)
+        env = {**os.environ, **tier.env}
+        if tier.spread and has_module("xdist"):
+            command += ["-n", str(min(os.cpu_count(), MOST_PROCESSES)), "--dist", "loadfile"]
+            env["OMP_NUM_THREADS"] = "1"
+        done = subprocess.run(command, cwd=ROOT, env=env, **how)
         if os.path.exists(report):
             read_junit(report, result)
     if done.returncode and not result.failed:

@@ -53,8 +53,8 @@ int run(DualAttnLaunch a, void* stream) {
   const int tile_m = tall <= 16 ? 16 : tall <= 64 ? 64 : 128;
   cut_into_units(a, tile_m);
   const int64_t pairs = static_cast<int64_t>(a.num_units) * a.p.kv.num_heads_kv;
-  // Groups of several units are prefills: alike in length, and with much to fold. Others may differ in
-  // length, so that only many of them balance without being split.
+  // Groups of several units are prefills, with much to fold; a shorter prompt's last units are empty. Others
+  // may differ in length, so that only many of them balance without being split.
   const bool enough = a.units_per_group > 1 ? 4 * pairs >= 3 * device.num_sms : pairs >= 4 * device.num_sms;
   const int64_t needed = workspace_bytes(a.p.rows.num_rows, a.p.num_heads_q, kHeadDim, a.p.max_seq_len);
   if (enough || a.num_units > kMaxUnits || !a.p.workspace || a.p.workspace_bytes < needed) {

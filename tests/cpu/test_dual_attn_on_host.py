@@ -59,6 +59,7 @@ PASSES = {
     "draft": [diff(0, 0, 4), diff(1, 100, 4, invalid=1)],
     "one_pass": [ar(0, 200, 8), diff(0, 205, 8), diff(1, 30, 8, invalid=7)],
     "tall": [ar(1, 129, 50), diff(0, 10, 70)],
+    "prompts": [ar(0, 0, 50), ar(1, 129, 3), ar(2, 300, 70), ar(3, 0, 1)],
     "padding": [ar(0, 10, 4, invalid=4), ar(1, 70, 2), diff(2, 10, 4, invalid=4)],
     "empty groups": [ar(0, 10, 2), ar(1, 0, 0), diff(2, 0, 0)],
 }
