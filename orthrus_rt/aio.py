@@ -12,7 +12,7 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.sampling import SamplingParams
 
-MOST_FAILURES = 3  # steps in a row that may fail before every stream does
+MOST_FAILURES = 3  # steps that may fail, with no cycle between them, before every stream does
 log = logging.getLogger("orthrus_rt")
 
 
@@ -28,10 +28,10 @@ class AsyncEngine:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="orthrus")
         self._queues: dict[str, asyncio.Queue] = {}  # of streams that wait for more
         self._loop_task: asyncio.Task | None = None
-        self._closed = False
+        self._closing: asyncio.Future | None = None
 
-    def _call(self, function, *args):
-        if self._closed:
+    def _call(self, function, *args) -> asyncio.Future:
+        if self._closing is not None:
             raise RuntimeError("this engine is closed")
         return asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
 
@@ -40,7 +40,7 @@ class AsyncEngine:
 
         Raises:
             ValueError: the request cannot be served, as :meth:`Engine.submit`.
-            Exception: whatever three steps in a row, or a closed engine, raised.
+            Exception: what three steps with no cycle between them, or a closed engine, raised.
         """
         request_id = uuid.uuid4().hex
         queue = self._queues[request_id] = asyncio.Queue()
@@ -57,27 +57,43 @@ class AsyncEngine:
                 yield output
         finally:
             unfinished = self._queues.pop(request_id, None) is not None
-            if unfinished and not self._closed:
+            if unfinished and self._closing is None:
                 # Not awaited: the stream may be closing because its task was cancelled.
                 self._worker.submit(self._abort, request_id)
 
     def _abort(self, request_id: str) -> None:
-        if self.engine.is_unfinished(request_id):
-            self.engine.abort(request_id)
+        for _ in range(MOST_FAILURES):
+            try:
+                if self.engine.is_unfinished(request_id):
+                    self.engine.abort(request_id)
+                return
+            except Exception:
+                log.exception("an abort failed")
+
+    def _step(self) -> list[RequestOutput]:
+        """:meth:`Engine.step`, where a failure that has ended a request is logged and no more."""
+        aborted = self.engine.metrics.requests["abort"]
+        try:
+            return self.engine.step()
+        except Exception:
+            log.exception("a step failed")
+            if self.engine.metrics.requests["abort"] == aborted:
+                raise
+            return []
 
     async def _pump(self) -> None:
         """Step while any stream waits for more, and hand every output to its stream."""
-        failures = 0
-        while self._queues and not self._closed:
+        failures = cycles = 0
+        while self._queues and self._closing is None:
             try:
-                outputs = await self._call(self.engine.step)
-                failures = 0
+                outputs = await self._call(self._step)
             except Exception as error:
                 failures += 1
-                log.exception("a step failed")
                 if failures == MOST_FAILURES or self.engine.closed:
                     return self._fail(error)
                 continue
+            if self.engine.metrics.cycles > cycles or not self.engine.has_unfinished():
+                failures, cycles = 0, self.engine.metrics.cycles
             for output in outputs:
                 queue = self._queues.get(output.request_id)
                 if output.finished:  # however long its reader takes for what is left
@@ -91,10 +107,12 @@ class AsyncEngine:
             queue.put_nowait(error)
 
     async def close(self) -> None:
-        """Close the engine; open streams end with an error. Closing twice is harmless."""
-        if not self._closed:
-            closing = self._call(self.engine.close)
-            self._closed = True
-            await closing
-            self._worker.shutdown(wait=False)
-            self._fail(RuntimeError("this engine is closed"))
+        """Close the engine, also if this call is cancelled; open streams end with an error. Twice is harmless."""
+        if self._closing is None:
+            self._closing = self._call(self.engine.close)
+            self._closing.add_done_callback(self._end)
+        await asyncio.shield(self._closing)
+
+    def _end(self, _) -> None:
+        self._worker.shutdown(wait=False)
+        self._fail(RuntimeError("this engine is closed"))

@@ -215,8 +215,8 @@ class Engine(Rounds):
         if request.request_id in self.outbox:
             raise ValueError(f"request_id must be unused, got {request.request_id!r} twice")
         with whole(self):
-            self.scheduler.enqueue(request)
             self.outbox.add(request)
+            self.scheduler.enqueue(request)
         return request.request_id
 
     def step(self) -> list[RequestOutput]:
@@ -224,9 +224,9 @@ class Engine(Rounds):
         step: at most one output per submitted request. Returns at once when nothing is to do.
 
         Raises:
-            torch.OutOfMemoryError, FloatingPointError: a request needs memory that there is not, or its logits are not
-                finite (on CUDA that is seen with ``acceptance="rejection"`` alone). It ends with finish_reason
-                ``"abort"``; step again, the others go on.
+            torch.OutOfMemoryError, FloatingPointError: a request needs memory that there is not, or its logits are seen
+                not to be finite (with ``acceptance="rejection"``, and on the CPU those of the first token). It ends
+                with finish_reason ``"abort"``; step again, the others go on.
         """
         self._advance_and_collect()
         try:

@@ -8,6 +8,7 @@ recorded tape of native calls) replays the whole cycle.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -165,14 +166,18 @@ class Cycle:
     def run(self) -> None:
         """One cycle of every running slot: a replay where this device can record one.
 
-        The first call runs eagerly (which also warms the kernels up) and then records.
+        The first call runs eagerly (which also warms the kernels up) and then records. Where there is no memory for a
+        recording, a warning says so, and every later call runs eagerly too.
         """
-        if self._replay is None:
+        if self._replay is not None:
+            return self._replay()
+        self.run_eager()
+        try:
             with naming_the_knobs(f"recording the {self.plan.mode} cycle of {self.state.num_slots} slots"):
-                self.run_eager()
                 self._replay = self._record()
-        else:
-            self._replay()
+        except torch.OutOfMemoryError as error:
+            warnings.warn(f"{error}; until it is built anew, this cycle runs op by op, slower", stacklevel=2)
+            self._replay = self.run_eager
 
     def _record(self) -> Callable[[], None]:
         # Recording runs nothing: the state stays as the eager cycle left it.

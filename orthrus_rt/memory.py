@@ -44,9 +44,13 @@ def memory_report(engine) -> dict[str, int]:
     return report | {"total": sum(report.values())}
 
 
+class _Named(torch.OutOfMemoryError):
+    pass
+
+
 @contextlib.contextmanager
 def naming_the_knobs(doing: str):
-    """Say of a failed allocation what was being done and which arguments make it smaller.
+    """Say of a failed allocation what was being done and which arguments make it smaller; the innermost says it.
 
     Raises:
         torch.OutOfMemoryError: in place of the allocator's own error.
@@ -57,7 +61,9 @@ def naming_the_knobs(doing: str):
         # The CPU's allocator raises a plain RuntimeError.
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
+        if isinstance(error, _Named):
+            raise
         said = str(error).strip().split("\n")[0]
-        raise torch.OutOfMemoryError(
+        raise _Named(
             f"out of memory while {doing}: lower max_batch_size, num_pages or max_seq_len ({said})"
         ) from error

@@ -20,6 +20,11 @@ class Metrics:
         self.plans: dict[str, int] = {}
         self.plan: str | None = None
 
+    def prefilled(self, tokens: int, of_them_new: int) -> None:
+        """Tokens of one request's part of a prefill pass; new are prompt tokens that were never in the cache before."""
+        self.prompt_tokens += of_them_new
+        self.recomputed_tokens += tokens - of_them_new
+
     def generated(self, tokens: int, accepted: int | None) -> None:
         """Tokens of one request's cycle (or of its prefill: ``accepted`` None)."""
         self.tokens += tokens

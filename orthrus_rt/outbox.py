@@ -30,6 +30,10 @@ class Outbox:
     def __getitem__(self, request_id: str) -> Request:
         return self._requests[request_id] if request_id in self._requests else self._heard[request_id]
 
+    @property
+    def unfinished(self) -> list[Request]:
+        return [r for r in self._requests.values() if r.finish_reason is None]
+
     def add(self, request: Request) -> None:
         """Tell of this request from now on."""
         self._requests[request.request_id] = request

@@ -17,14 +17,6 @@ from orthrus_rt.sampling import RejectionSampler, SamplingParams
 MAX_STOP_TOKEN_IDS = 64
 
 
-class NotFinite(FloatingPointError):
-    """The logits of ``request`` are not finite: it cannot go on, the others can."""
-
-    def __init__(self, request: Request, doing: str):
-        super().__init__(f"{doing}: the logits are not finite; are the weights?")
-        self.request = request
-
-
 class Request:
     """``tokens`` is all that the host knows to be generated; everything on the device can be rebuilt from it."""
 
@@ -57,9 +49,8 @@ class Request:
         """In a slot with its whole prompt in the cache."""
         return self.slot is not None and self.prefilled == len(self.to_prefill)
 
-    def prefill(self, count: int) -> int:
-        """``count`` more tokens are in the cache; how many of them are of the prompt and for the first time."""
-        self.prefilled += count
+    def count_prompt(self) -> int:
+        """Prompt tokens that came into the cache since the last call, for the first time."""
         before = self._prompt_prefilled
         self._prompt_prefilled = max(before, min(self.prefilled, len(self.prompt)))
         return self._prompt_prefilled - before

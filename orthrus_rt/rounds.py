@@ -13,9 +13,10 @@ from orthrus_rt.config import ModelConfig
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.exclusive import whole
 from orthrus_rt.kv import OutOfPages
+from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.metrics import Metrics
 from orthrus_rt.outbox import Outbox
-from orthrus_rt.request import NotFinite, Request
+from orthrus_rt.request import Request
 from orthrus_rt.results import Result
 from orthrus_rt.runner import Flight, Runner
 from orthrus_rt.scheduler import Scheduler
@@ -52,17 +53,17 @@ class Rounds:
         self.metrics.finished(reason)
 
     @contextlib.contextmanager
-    def _or_end(self, request: Request) -> Iterator[None]:
-        """What fails in here for lack of memory, or as a request's logits are not finite, would fail the next time as
-        well: that request ends, in the former case ``request``, and the others can go on.
+    def _or_end(self, requests: list[Request]) -> Iterator[None]:
+        """What fails in here for lack of memory, or as logits are not finite, would fail the next time as well: the
+        request that it belongs to ends, and the others can go on. Where that is not known, it is the latest of those
+        of ``requests`` that take most.
         """
         try:
-            yield
-        except NotFinite as error:
-            self._finish(error.request, "abort")
-            raise
-        except torch.OutOfMemoryError:
-            self._finish(request, "abort")
+            with naming_the_knobs("running a step"):
+                yield
+        except (FloatingPointError, torch.OutOfMemoryError) as error:
+            scored = [r for r in requests if r.params.edits or not r.params.greedy]
+            self._finish(getattr(error, "request", (scored or requests)[-1]), "abort")
             raise
 
     def _idle(self) -> bool:
@@ -73,7 +74,7 @@ class Rounds:
         with whole(self), self.metrics.busy():
             before = self.runner.num_posted
             self._decode()
-            self._prefill()
+            not_finite = self._prefill()
             # A device that runs ahead is not waited for: what this round has launched is read in the next.
             self._collect(self.runner.num_posted - before if self.runner.lag else 0)
             auto = self._autos.get(self._plan)
@@ -81,6 +82,8 @@ class Rounds:
                 self.metrics.took(kind, seconds)
                 if kind == "prefill" and auto:
                     auto.policy.prefilled(seconds)
+        if not_finite:
+            raise FloatingPointError("prefill: the logits are not finite; are the weights?")
 
     def _decode(self) -> None:
         for request in self.scheduler.active:
@@ -93,7 +96,7 @@ class Rounds:
             self.runner.move(source, target)
         auto = self._autos.get(self._plan)
         plan, policy = auto.choose(running) if auto else (self._plan, None)
-        with self._or_end(running[-1]):
+        with self._or_end(running):
             self.runner.decode(running, plan, policy)
 
     @property
@@ -117,15 +120,21 @@ class Rounds:
         self.metrics.preemptions += 1
         self.scheduler.enqueue(request)
 
-    def _prefill(self) -> None:
+    def _prefill(self) -> bool:
+        """Whether logits were not finite; whose they were has ended."""
         for request in self.scheduler.admit(self._margin):
-            with self._or_end(request):
+            with self._or_end([request]):
                 self.runner.begin(request)
-        if requests := [r for r in self.scheduler.active if not r.decoding]:
-            with self._or_end(requests[-1]):
-                tokens, unseen = self.runner.prefill(requests)
-            self.metrics.prompt_tokens += unseen
-            self.metrics.recomputed_tokens += tokens - unseen
+        chunks = self.runner.chunks([r for r in self.scheduler.active if not r.decoding])
+        if not chunks:
+            return False
+        with self._or_end([request for request, _ in chunks]):
+            not_finite = self.runner.prefill(chunks)
+        for request, tokens in chunks:
+            self.metrics.prefilled(len(tokens), request.count_prompt())
+        for request in not_finite:
+            self._finish(request, "abort")
+        return bool(not_finite)
 
     def _collect(self, in_flight: int) -> None:
         """Read results, oldest first, until only ``in_flight`` launches are unread."""
@@ -160,6 +169,9 @@ class Rounds:
         self.torn = True
         self._forget_flights()
         self.runner.reset()
+        for request in self.outbox.unfinished:
+            if not self.scheduler.holds(request):  # an interrupt came between the two
+                self.scheduler.enqueue(request)
         for request in self.scheduler.reset():
             if request.tokens and request.tokens[-1] in request.stop_ids:
                 self._abort(request, "stop")

@@ -6,6 +6,8 @@ the results of the one before, through pinned memory.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -22,7 +24,7 @@ from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import Rows, prefill_rows
 from orthrus_rt.policy import Policy
 from orthrus_rt.reference import first_argmax
-from orthrus_rt.request import NotFinite, Request
+from orthrus_rt.request import Request
 from orthrus_rt.results import SlotResults
 from orthrus_rt.sampling import MAX_LOGIT_BIAS
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState
@@ -178,24 +180,28 @@ class Runner:
             tensor[target] = tensor[source]
         self.clear(source)
 
-    @nvtx.ranged("prefill")
-    def prefill(self, requests: list[Request]) -> tuple[int, int]:
-        """Push PREFILL_CHUNK more tokens of these requests through the AR view, in one pass, or all that are left; the
-        first requests' come first.
-
-        A prompt's last row is, to consensus, a verification without drafts: its choice is the first known token. A
-        resumed request knows that token already.
-
-        Returns:
-            How many tokens it took, and how many of them were prompt tokens that had never been in the cache.
-        """
+    def chunks(self, requests: list[Request]) -> list[tuple[Request, list[int]]]:
+        """What of these prompts the next prefill pass takes: PREFILL_CHUNK tokens, the first requests' first."""
         chunks, room = [], PREFILL_CHUNK
         for request in requests:
             if tokens := request.to_prefill[request.prefilled : request.prefilled + room]:
                 chunks.append((request, tokens))
                 room -= len(tokens)
+        return chunks
+
+    @nvtx.ranged("prefill")
+    def prefill(self, chunks: list[tuple[Request, list[int]]]) -> list[Request]:
+        """Push these tokens through the AR view, in one pass.
+
+        A prompt's last row is, to consensus, a verification without drafts: its choice is the first known token. A
+        resumed request knows that token already.
+
+        Returns:
+            Requests whose logits are seen not to be finite; they have no first token.
+        """
         rows = prefill_rows([(tokens, r.prefilled, r.slot) for r, tokens in chunks], self.model.device)
-        unseen = sum(request.prefill(len(tokens)) for request, tokens in chunks)
+        for request, tokens in chunks:
+            request.prefilled += len(tokens)
         ends = accumulate(len(tokens) for _, tokens in chunks)
         last_row = {r: end - 1 for (r, _), end in zip(chunks, ends, strict=True) if r.decoding}
         choosing = [r for r in last_row if not r.tokens]
@@ -208,30 +214,36 @@ class Runner:
             self.state.finish[request.slot] = st.RUNNING
             if request.tokens:
                 self.state.block_tokens[request.slot, 0] = request.tokens[-1]
-        if choosing:
-            self._first_choices(choosing, rows, picked, out)
-            self._post([(r.slot, r) for r in choosing], None)
-        return rows.num_rows, unseen
+        bad = self._first_choices(choosing, rows, picked, out) if choosing else []
+        if chosen := [(r.slot, r) for r in choosing if r not in bad]:
+            self._post(chosen, None)
+        return bad
 
-    def _first_choices(self, requests: list[Request], rows: Rows, picked: torch.Tensor, out) -> None:
-        """Row ``i`` of ``out`` is for the first token of ``requests[i]``."""
-        value, _ = out
+    def _first_choices(self, requests: list[Request], rows: Rows, picked: torch.Tensor, out) -> list[Request]:
+        """First tokens from ``out``, a row each; returns those whose rows are seen not to be finite."""
+        value, bad = out[0], []
         if not self.lag:  # reading them would stall a device that runs ahead
-            for request, finite in zip(requests, value.amax(1).isfinite().tolist(), strict=True):
-                if not finite:
-                    raise NotFinite(request, "prefill")
-        by_rejection = {  # before the others' logits are processed in place
-            i: _verify(r, value[i : i + 1], [], len(r.prompt)) for i, r in enumerate(requests) if r.rejection
-        }
+            finite = value.amax(1).isfinite().tolist()
+            bad = [r for r, good in zip(requests, finite, strict=True) if not good]
+        by_rejection = {}  # before the logits are processed in place
+        for i, request in enumerate(requests):
+            if request.rejection and request not in bad:
+                try:
+                    by_rejection[i] = _verify(request, value[i : i + 1], [], len(request.prompt))
+                except FloatingPointError:
+                    bad.append(request)
         if sampling := self._sampling(requests):
             out = st.empty_partials(len(requests), st.num_score_tiles(value.shape[1]), value.device)
             ops.process_logits(value, rows, picked, sampling, self.state.cache_seqlens, COUPLED, out)
         for i, request in enumerate(requests):
+            if request in bad:
+                continue
             partials = tuple(t[i : i + 1] for t in out)
             if i in by_rejection:
                 partials = (None, by_rejection[i].to(value.device)[:, None])
             view = self.state.view(slice(request.slot, request.slot + 1))
             ops.consensus(view, partials, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id, 1)
+        return bad
 
     def _buffers(self, rows: int, logits: bool):
         """``(value, id)``: fp32 logits (id None) or partial maxima of ``rows`` rows."""
@@ -249,14 +261,14 @@ class Runner:
         """AR logits fp32 ``[vocab_size]`` for the token after ``token_ids``; uses slot 0, which must be free."""
         self.kv.reserve(0, len(token_ids))
         try:
-            out = self._buffers(1, True)
+            out = torch.empty(1, self.model.config.vocab_size, dtype=torch.float32, device=self.model.device), None
             for first in range(0, len(token_ids), PREFILL_CHUNK):
                 rows = prefill_rows([(token_ids[first : first + PREFILL_CHUNK], first, 0)], self.model.device)
                 picked = upload([rows.num_rows - 1], torch.int32, self.model.device)
                 self._forward(rows, picked, True, out)
         finally:
             self.kv.release(0)
-        return out[0][0].clone()
+        return out[0][0]
 
     def decode(self, requests: list[Request], plan: CyclePlan, policy: Policy | None = None) -> None:
         """Launch one cycle for the running slots, which ``requests`` hold; ``policy``: who chose the plan, if any."""
@@ -290,7 +302,8 @@ class Runner:
         slot = request.slot
         position = int(state.cache_seqlens[slot]) + 1
         if p.step == st.STEP_DRAFT:
-            return request.rejection.draft(logits, position)
+            with _failures_of(request):
+                return request.rejection.draft(logits, position)
         drafts = state.block_tokens[slot, 1 : 1 + int(state.num_drafts[slot])].tolist()
         return _verify(request, logits, drafts, position)
 
@@ -315,7 +328,16 @@ class Runner:
 
 
 def _verify(request: Request, logits: torch.Tensor, drafts: list[int], position: int) -> torch.Tensor:
-    try:
+    with _failures_of(request):
         return request.rejection.verify(logits, drafts, position)
-    except FloatingPointError as error:
-        raise NotFinite(request, "sampling") from error
+
+
+@contextlib.contextmanager
+def _failures_of(request: Request) -> Iterator[None]:
+    """Of what fails in here ``error.request`` says whose it was."""
+    try:
+        with naming_the_knobs("sampling by rejection"):
+            yield
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        error.request = request
+        raise

@@ -9,7 +9,6 @@ and min-p. (Speculative sampling: Leviathan et al. 2023, Chen et al. 2023; arXiv
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from orthrus_rt.reference import process_logits_probs
 # Every random number is keyed by (seed, position, purpose), never by call order.
 DRAFT, ACCEPT, RECOVER = 0, 1, 2
 MAX_LOGIT_BIAS = 256
+LEAST, MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # the kernels compute in fp32
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -75,17 +75,17 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", _pairs("logit_bias", self.logit_bias))  # hashable, as all else
         checks = (
             ("max_new_tokens", ">= 1", self.max_new_tokens >= 1),
-            ("temperature", "0, or finite and >= 1e-6", self.greedy or 1e-6 <= self.temperature < float("inf")),
+            ("temperature", "0, or finite and >= 1e-6", self.greedy or 1e-6 <= self.temperature <= MOST),
             ("top_k", "in [0, 2**31)", 0 <= self.top_k < 2**31),
-            ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
+            ("top_p", "in (0, 1]", LEAST <= self.top_p <= 1),
             ("min_p", "in [0, 1)", 0 <= self.min_p < 1),
-            ("repetition_penalty", "finite and > 0", 0 < self.repetition_penalty < float("inf")),
+            ("repetition_penalty", "finite and > 0", LEAST <= self.repetition_penalty <= MOST),
             ("presence_penalty", "in [-2, 2]", -2 <= self.presence_penalty <= 2),
             ("frequency_penalty", "in [-2, 2]", -2 <= self.frequency_penalty <= 2),
             ("logit_bias", f"of at most {MAX_LOGIT_BIAS} ids, once each",
              len(dict(self.logit_bias)) == len(self.logit_bias) <= MAX_LOGIT_BIAS),
             ("logit_bias", "finite values for ids in [0, 2**31)",
-             all(0 <= t < 2**31 and math.isfinite(value) for t, value in self.logit_bias)),
+             all(0 <= t < 2**31 and abs(value) <= MOST for t, value in self.logit_bias)),
             ("min_tokens", "in [0, max_new_tokens]", 0 <= self.min_tokens <= self.max_new_tokens),
             ("seed", "None or in [0, 2**63)", self.seed is None or 0 <= self.seed < 2**63),
             ("stop_token_ids", "all in [0, 2**31)", all(0 <= t < 2**31 for t in self.stop_token_ids)),

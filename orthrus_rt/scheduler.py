@@ -31,17 +31,19 @@ class Scheduler:
 
     @property
     def unfinished(self) -> list[Request]:
-        """Requests in the queue or in a slot."""
-        return [*self.waiting.values(), *self.active]
+        """Requests in the queue, in a slot, or on the way from one to the other."""
+        return [r for r in self._live.values() if r.finish_reason is None]
+
+    def holds(self, request: Request) -> bool:
+        return self._live.get(request.arrival) is request
 
     def enqueue(self, request: Request) -> None:
         """To the end of the queue, or (a preempted one) back to its place."""
         if request.arrival < 0:
             request.arrival = next(self._arrivals)
-            self._live[request.arrival] = request
-            self.waiting[request.arrival] = request
-        else:  # whoever held a slot arrived before all those who wait
-            self.waiting[request.arrival] = request
+        preempted = self.holds(request)
+        self._live[request.arrival] = self.waiting[request.arrival] = request
+        if preempted:  # whoever held a slot arrived before all those who wait
             self.waiting.move_to_end(request.arrival, last=False)
 
     def admit(self, margin: int) -> list[Request]:

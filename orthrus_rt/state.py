@@ -75,7 +75,7 @@ class SlotEdits:
         """Write what ``params`` (a SamplingParams) ask of a slot that has ``prompt`` and generated ``tokens``."""
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
         self.penalties[slot] = upload(penalties, torch.float32, self.penalties.device)
-        self.min_position[slot] = len(prompt) + params.min_tokens
+        self.min_position[slot] = min(len(prompt) + params.min_tokens, 2**31 - 1)
         self.num_counted[slot] = len(tokens)
         self.bias_ids[slot] = -1
         if params.logit_bias:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import time
 import warnings
 import weakref
 
@@ -82,18 +83,83 @@ def test_no_memory_for_logits_ends_those_who_sample(folder, alone, monkeypatch):
     assert engine.kv.num_free_pages == engine.kv.num_pages - 1
 
 
-@pytest.mark.parametrize("step", ("__init__", "_record"))
-def test_no_memory_for_a_bigger_batch_ends_the_latest(folder, alone, monkeypatch, step):
+def test_no_memory_for_a_bigger_batch_ends_the_latest(folder, alone, monkeypatch):
     engine = make(folder)
-    if step == "__init__":
-        refuse(Cycle, "__init__", monkeypatch, lambda _, model, kv, state, *rest: state.num_slots > 2)
-    else:
-        refuse(Cycle, "_record", monkeypatch, lambda cycle: cycle.state.num_slots > 2)
+    refuse(Cycle, "__init__", monkeypatch, lambda _, model, kv, state, *rest: state.num_slots > 2)
     ids = [engine.submit([i + 1] * 3, GREEDY) for i in range(4)]
     got, errors = drain(engine)
-    assert len(errors) == 2 and all("two_pass cycle of 4 slots: lower" in str(error) for error in errors)
+    assert len(errors) == 2 and all("building the two_pass cycle of 4 slots: lower" in str(e) for e in errors)
     assert [got[i][1] for i in ids] == ["length", "length", "abort", "abort"]
     assert [got[i][0] for i in ids[:2]] == [alone([i + 1] * 3, GREEDY) for i in range(2)]
+
+
+def no_memory_for_scored_cycles(monkeypatch):
+    real = Cycle.__init__
+    scored = lambda *args, sampling, **kw: exhausted() if sampling else real(*args, sampling=sampling, **kw)  # noqa: E731
+    monkeypatch.setattr(Cycle, "__init__", scored)
+
+
+def no_memory_to_verify(monkeypatch):
+    monkeypatch.setattr(RejectionSampler, "verify", exhausted)
+
+
+def no_memory_to_draft(monkeypatch):
+    monkeypatch.setattr(RejectionSampler, "draft", exhausted)
+
+
+def no_memory_on_the_cpu(monkeypatch):
+    def cpu_allocator(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("orthrus_rt.ops.process_logits", cpu_allocator)
+
+
+@pytest.mark.parametrize(
+    ("fault", "params"),
+    [
+        (no_memory_for_scored_cycles, SAMPLED),
+        (no_memory_to_verify, REJECTION),
+        (no_memory_to_draft, REJECTION),
+        (no_memory_on_the_cpu, SAMPLED),
+    ],
+)
+def test_who_needs_the_memory_ends_whoever_came_later(folder, alone, monkeypatch, fault, params):
+    engine = make(folder)
+    fault(monkeypatch)
+    ids = [engine.submit([9, 8], params)] + [engine.submit([i + 1] * 3, GREEDY) for i in range(3)]
+    got, errors = drain(engine)
+    assert len(errors) == 1 and "lower max_batch_size" in str(errors[0])
+    assert got[ids[0]][1] == "abort" and len(got[ids[0]][0]) <= 1
+    assert [got[i] for i in ids[1:]] == [(alone([i + 1] * 3, GREEDY), "length") for i in range(3)]
+
+
+def test_a_prefill_pass_is_the_fault_of_nobody_outside_it(folder, alone, monkeypatch):
+    engine = make(folder)
+    monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 16)
+    refuse(engine.runner, "_forward", monkeypatch, lambda rows, *_: rows.num_rows == 16)
+    long, short = engine.submit([7] * 40, GREEDY), engine.submit([1, 2], GREEDY)
+    got, errors = drain(engine)
+    assert len(errors) == 1 and (got[long], got[short]) == (([], "abort"), (alone([1, 2], GREEDY), "length"))
+
+
+def test_prompts_whose_logits_are_not_finite_cost_the_others_nothing(folder, alone, monkeypatch):
+    engine = make(folder)
+    real = engine.runner._first_choices
+
+    def first_choices(requests, rows, picked, out):
+        for request, row in zip(requests, out[0], strict=True):
+            row[0] = torch.nan if request.request_id in bad else row[0]
+        return real(requests, rows, picked, out)
+
+    monkeypatch.setattr(engine.runner, "_first_choices", first_choices)
+    ids = [engine.submit([i + 1] * 3, GREEDY if i != 2 else REJECTION) for i in range(4)]
+    bad = ids[1:3]
+    got, errors = drain(engine)
+    assert [str(error) for error in errors] == ["prefill: the logits are not finite; are the weights?"]
+    assert [got[i] for i in bad] == [([], "abort")] * 2
+    assert [got[ids[i]] for i in (0, 3)] == [(alone([i + 1] * 3, GREEDY), "length") for i in (0, 3)]
+    facts = engine.metrics.as_dict()
+    assert (facts["prompt_tokens"], facts["recomputed_tokens"]) == (12, 0)
 
 
 def test_logits_that_turn_nan_while_sampling_end_their_request(folder, alone, monkeypatch):
@@ -106,9 +172,18 @@ def test_logits_that_turn_nan_while_sampling_end_their_request(folder, alone, mo
     monkeypatch.setattr(RejectionSampler, "verify", verify)
     bad, good = engine.submit([1, 2], REJECTION), engine.submit([3, 4], GREEDY)
     got, errors = drain(engine)
-    assert [str(e) for e in errors] == ["sampling: the logits are not finite; are the weights?"]
+    assert [str(e) for e in errors] == ["sampling: the logits contain NaN; are the weights finite?"]
     assert got[good] == (alone([3, 4], GREEDY), "length")
     assert got[bad][1] == "abort" and 0 < len(got[bad][0]) < 20
+
+
+def test_parameters_at_their_limits_run(folder):
+    engine = make(folder)
+    extreme = SamplingParams(
+        2**40, temperature=3e38, top_k=2**31 - 1, top_p=2e-38, repetition_penalty=3e38, logit_bias={5: -3e38},
+        min_tokens=2**40, seed=2**63 - 1,
+    )  # fmt: skip
+    assert engine.generate([1, 2], extreme).finish_reason == "length"
 
 
 def test_rejection_keeps_no_draft_distributions(folder):
@@ -138,22 +213,26 @@ async def collect(shared, prompt, params):
     return [t for out in pieces for t in out.new_token_ids], pieces[-1].finish_reason
 
 
-def test_async_a_bad_request_ends_alone(folder, alone, monkeypatch, caplog):
+def test_async_bad_requests_end_alone(folder, alone, monkeypatch, caplog):
+    """However many there are."""
+
     async def use(shared):
         monkeypatch.setattr(Activations, "logits", exhausted)
-        jobs = [([1, 2], GREEDY), ([3, 4], SAMPLED), ([5], GREEDY)]
+        jobs = [([1, 2], GREEDY), *([([3, 4], SAMPLED)] * 4), ([5], GREEDY)]
         got = await asyncio.gather(*(collect(shared, *job) for job in jobs))
-        assert got == [(alone([1, 2], GREEDY), "length"), ([], "abort"), (alone([5], GREEDY), "length")]
+        assert got == [(alone(*job), "length") if job[1] is GREEDY else ([], "abort") for job in jobs]
 
     with caplog.at_level(logging.ERROR, logger="orthrus_rt"):
         run(folder, use)
     assert "a step failed" in caplog.text and "making room for logits" in caplog.text
 
 
-def test_async_what_fails_again_and_again_reaches_every_stream(folder, monkeypatch):
+@pytest.mark.parametrize("what", ("prefill", "decode", "begin"))
+def test_async_what_fails_again_and_again_reaches_every_stream(folder, monkeypatch, what):
     async def use(shared):
-        monkeypatch.setattr(shared.engine.runner, "prefill", lambda *_: 1 / 0)
-        got = await asyncio.gather(*(collect(shared, [i], GREEDY) for i in range(3)), return_exceptions=True)
+        monkeypatch.setattr(shared.engine.runner, what, lambda *_: 1 / 0)
+        streams = (collect(shared, [i], GREEDY) for i in range(3))
+        got = await asyncio.wait_for(asyncio.gather(*streams, return_exceptions=True), 20)
         assert [type(error) for error in got] == [ZeroDivisionError] * 3
         monkeypatch.undo()
         assert (await collect(shared, [1], GREEDY))[1] == "length"
@@ -185,6 +264,44 @@ def test_async_streams_of_a_closed_engine_end_with_an_error(folder):
                 pass
         with pytest.raises(RuntimeError, match="this engine is closed"):
             await anext(shared.stream([1, 2]))
+
+    run(folder, use)
+
+
+@pytest.mark.parametrize("how", ("fails", "is cancelled"))
+def test_async_close_ends_everything_even_if_it(folder, monkeypatch, how):
+    async def main():
+        shared = AsyncEngine(make(folder))
+        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+        await anext(stream)
+        if how == "fails":
+            monkeypatch.setattr(shared.engine.runner, "drop_cycles", lambda: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await shared.close()
+        else:
+            real = shared.engine.step
+            monkeypatch.setattr(shared.engine, "step", lambda: (time.sleep(0.2), real())[1])
+            await asyncio.sleep(0.05)  # a step is under way
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(shared.close(), 0.01)
+            await shared.close()
+        assert shared.engine.closed
+        with pytest.raises(RuntimeError, match="this engine is closed"):
+            async for _ in stream:
+                pass
+
+    asyncio.run(main())
+
+
+def test_async_an_abort_that_fails_is_tried_again(folder, monkeypatch):
+    async def use(shared):
+        failing, real = iter([True]), shared.engine.abort
+        monkeypatch.setattr(shared.engine, "abort", lambda i: 1 / 0 if next(failing, False) else real(i))
+        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+        await anext(stream)
+        await stream.aclose()
+        assert len(await collect(shared, [3], GREEDY)) == 2
+        assert not shared.engine.has_unfinished()
 
     run(folder, use)
 
@@ -230,6 +347,38 @@ def test_close_gives_the_memory_back(folder, monkeypatch, broken):
     ):
         with pytest.raises(RuntimeError, match="this engine is closed"):
             call()
+
+
+def test_closing_ends_whom_an_interrupt_left_between_queue_and_slot(folder, monkeypatch):
+    engine = make(folder)
+    engine.submit([1, 2], GREEDY)
+    (request,) = engine.scheduler.unfinished
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.kv, "reserve", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    engine.scheduler.slots[0] = None
+    engine.close()
+    assert request.finish_reason == "abort" and engine.metrics.as_dict()["finished"]["abort"] == 1
+
+
+def test_an_interrupt_between_outbox_and_queue_loses_no_request(folder, alone, monkeypatch):
+    engine = make(folder)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scheduler, "enqueue", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.submit([1, 2], GREEDY, "mine")
+    assert engine.is_unfinished("mine")
+    with pytest.raises(ValueError, match="request_id must be unused"):
+        engine.submit([1, 2], GREEDY, "mine")
+    assert drain(engine) == ({"mine": (alone([1, 2], GREEDY), "length")}, [])
 
 
 def test_a_prompt_refused_by_a_closing_engine_is_not_counted(folder):

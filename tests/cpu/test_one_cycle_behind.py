@@ -147,7 +147,21 @@ def test_arrivals_aborts_and_few_pages(late, alone, mode):
             assert tokens == alone(*one) and reason in ("stop", "length")
     assert engine.metrics.preemptions > 0
     assert engine.kv.num_free_pages == engine.kv.num_pages - 1
-    assert len(late.stream.boxes) <= 3 * 8  # prefills of a round have a mailbox each; they are used again
+    assert len(late.stream.boxes) <= 4  # of two rounds, each with a cycle and a prefill pass; they are used again
+
+
+def test_all_ways_to_choose_share_a_prefill_pass(late, folder, alone):
+    """A rejection request's logits are read before the sampled one's are processed in place beside them."""
+    greedy, coupled = SamplingParams(12, ignore_eos=True), SamplingParams(12, temperature=0.8, seed=4, ignore_eos=True)
+    rejection = SamplingParams(12, temperature=0.8, seed=4, ignore_eos=True, acceptance="rejection")
+    by_itself = Engine.from_pretrained(folder, device="cpu", mode="two_pass", max_seq_len=256, max_batch_size=1)
+    engine = late(mode="two_pass")
+    prompts, params = [[1, 2], [7, 8, 9], [3, 4, 5], [6]], [greedy, rejection, coupled, rejection]
+    want = [by_itself.generate(*job) if job[1] is rejection else None for job in zip(prompts, params, strict=True)]
+    outs = engine.generate(prompts, params)
+    for out, one, prompt, p in zip(outs, want, prompts, params, strict=True):
+        assert out.token_ids == (one.token_ids if one else alone(prompt, p))
+    assert engine.metrics.as_dict()["times"]["prefill"]["count"] == 1
 
 
 def test_a_fault_in_flight_loses_nothing(late, alone, monkeypatch):
