@@ -329,7 +329,9 @@ class Runner:
 
 def _verify(request: Request, logits: torch.Tensor, drafts: list[int], position: int) -> torch.Tensor:
     with _failures_of(request):
-        return request.rejection.verify(logits, drafts, position)
+        choices = request.rejection.verify(logits, drafts, position)
+        request.rejection.forget_drafts()
+        return choices
 
 
 @contextlib.contextmanager

@@ -176,6 +176,10 @@ class RejectionSampler:
         ids = [pick(q, uniform(self.seed, position + i, DRAFT)) for i, q in enumerate(self._draft_probs)]
         return torch.tensor(ids, dtype=torch.int32)
 
+    def forget_drafts(self) -> None:
+        """Free what :meth:`draft` keeps for :meth:`verify`: fp64 ``[drafts, vocab_size]``."""
+        self._draft_probs = None
+
     def verify(self, logits: torch.Tensor, drafts: list[int], position: int) -> torch.Tensor:
         """Choices int32 ``[len(drafts) + 1]`` for positions ``position, ...``: each draft until the first rejected one,
         there the recovery token, and after all drafts the bonus token.
@@ -200,6 +204,5 @@ class RejectionSampler:
             break
         else:
             choices.append(pick(probs[len(drafts)], uniform(self.seed, position + len(drafts), RECOVER)))
-        self._draft_probs = None  # [drafts, vocab_size] for as long as the next draft takes
         padded = choices + [0] * (len(drafts) + 1 - len(choices))
         return torch.tensor(padded, dtype=torch.int32)
