@@ -14,6 +14,7 @@ _HOME = {
     "RequestOutput": "outputs",
     "SamplingParams": "sampling",
     "Stats": "outputs",
+    "TextStream": "terminal",
 }
 __all__ = list(_HOME)
 

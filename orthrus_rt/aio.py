@@ -17,10 +17,10 @@ log = logging.getLogger("orthrus_rt")
 
 
 class AsyncEngine:
-    """Streams over one :class:`Engine`, which it uses alone from now on.
+    """Streams over one :class:`Engine`, which it uses alone from now on; ``async with`` closes it in the end.
 
-    Cancelling or closing a stream aborts its request; the others are not disturbed. Nor are they by a step that fails:
-    that is logged, and a request to blame for it (see :meth:`Engine.step`) ends with finish_reason ``"abort"``.
+    Cancelling or closing a stream aborts its request; the others are not disturbed, nor are they by a request that
+    cannot go on (see :meth:`Engine.step`) or by a step that fails.
     """
 
     def __init__(self, engine: Engine):
@@ -35,20 +35,29 @@ class AsyncEngine:
             raise RuntimeError("this engine is closed")
         return asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
 
-    async def stream(self, prompt_ids, params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
-        """Yield the request's outputs as :meth:`Engine.step` returns them; the last has a ``finish_reason``.
+    def stream(
+        self, prompt_ids, params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the request's outputs as :meth:`Engine.step` returns them; the last has a ``finish_reason``. Arguments
+        are checked now, but for a ``request_id`` in use.
 
         Raises:
             ValueError: the request cannot be served, as :meth:`Engine.submit`.
             Exception: what three steps with no cycle between them, or a closed engine, raised.
         """
-        request_id = uuid.uuid4().hex
+        self.engine.check(prompt_ids, params, request_id)
+        return self._stream(prompt_ids, params, request_id or uuid.uuid4().hex)
+
+    async def _stream(self, prompt_ids, params, request_id: str) -> AsyncIterator[RequestOutput]:
+        if request_id in self._queues:
+            raise ValueError(f"request_id must be unused, got {request_id!r} twice")
         queue = self._queues[request_id] = asyncio.Queue()
         finished = False
         try:
-            await self._call(self.engine.submit, prompt_ids, params, request_id)
+            submitted = self._call(self.engine.submit, prompt_ids, params, request_id)
             if self._loop_task is None or self._loop_task.done():
                 self._loop_task = asyncio.create_task(self._pump())
+            await submitted
             while not finished:
                 output = await queue.get()
                 if isinstance(output, BaseException):
@@ -68,26 +77,16 @@ class AsyncEngine:
                     self.engine.abort(request_id)
                 return
             except Exception:
-                log.exception("an abort failed")
-
-    def _step(self) -> list[RequestOutput]:
-        """:meth:`Engine.step`, where a failure that has ended a request is logged and no more."""
-        aborted = self.engine.metrics.requests["abort"]
-        try:
-            return self.engine.step()
-        except Exception:
-            log.exception("a step failed")
-            if self.engine.metrics.requests["abort"] == aborted:
-                raise
-            return []
+                log.exception("request %s could not be aborted", request_id)
 
     async def _pump(self) -> None:
-        """Step while any stream waits for more, and hand every output to its stream."""
+        """Step while there is anything to run, to hand out or to wait for, and hand every output to its stream."""
         failures = cycles = 0
-        while self._queues and self._closing is None:
+        while (self._queues or self.engine.has_unfinished()) and self._closing is None:
             try:
-                outputs = await self._call(self._step)
+                outputs = await self._call(self.engine.step)
             except Exception as error:
+                log.exception("a step failed")
                 failures += 1
                 if failures == MOST_FAILURES or self.engine.closed:
                     return self._fail(error)
@@ -105,6 +104,12 @@ class AsyncEngine:
     def _fail(self, error: Exception) -> None:
         for queue in self._queues.values():
             queue.put_nowait(error)
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        await self.close()
 
     async def close(self) -> None:
         """Close the engine, also if this call is cancelled; open streams end with an error. Twice is harmless."""

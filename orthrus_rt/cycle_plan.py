@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 MODES = ("ar", "two_pass", "one_pass")
@@ -54,6 +55,18 @@ def most_hypotheses(draft_len: int) -> int:
     return 3 * draft_len + 1
 
 
+def integer(name: str, value) -> int:
+    """``value`` as an int.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+
+
 def cycle_plan(mode: str, draft_len: int, fan_out: int | None, config) -> CyclePlan:
     """The plan of these options for a checkpoint's ``config``.
 
@@ -62,10 +75,11 @@ def cycle_plan(mode: str, draft_len: int, fan_out: int | None, config) -> CycleP
     """
     if mode not in (*MODES, "auto"):
         raise ValueError(f"mode must be auto, {', '.join(MODES)}, got {mode!r}")
-    most = config.block_len - 1
+    draft_len, most = integer("draft_len", draft_len), config.block_len - 1
     if not 1 <= draft_len <= most:
         raise ValueError(f"draft_len must be within [1, {most}] (the checkpoint's block_size - 1), got {draft_len}")
     hypotheses = most_hypotheses(draft_len)
+    fan_out = None if fan_out is None else integer("fan_out", fan_out)
     if fan_out is not None and not 1 <= fan_out <= hypotheses:
         raise ValueError(f"fan_out must be within [1, {hypotheses}] for draft_len {draft_len}, got {fan_out}")
     if mode == "ar":

@@ -7,8 +7,6 @@ which is how preemption, faults and interrupts lose nothing.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 import torch
@@ -19,21 +17,21 @@ from orthrus_rt.auto import CONTEXT, Auto
 from orthrus_rt.cycle_plan import CyclePlan, cycle_plan
 from orthrus_rt.device import DTYPES, claim, device_scope, pick_device, with_index
 from orthrus_rt.exclusive import Turn, exclusive, whole
+from orthrus_rt.generation import Generation
 from orthrus_rt.info import device_facts
 from orthrus_rt.memory import memory_report, naming_the_knobs
 from orthrus_rt.metrics import Metrics
 from orthrus_rt.model import Model
-from orthrus_rt.ops import PAGE_SIZE
 from orthrus_rt.outbox import Outbox
-from orthrus_rt.outputs import GenerationOutput, RequestOutput
+from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.request import MAX_STOP_TOKEN_IDS, Request, check_prompt, make_request
-from orthrus_rt.rounds import Rounds
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.scheduler import Scheduler
+from orthrus_rt.sizes import engine_sizes
 
 
-class Engine(Rounds):
+class Engine(Generation):
     """Lossless dual-view decoding of one model on one device.
 
     A CUDA device takes one engine per process until it is closed; on the CPU any number may live side by side. One
@@ -56,40 +54,29 @@ class Engine(Rounds):
         num_pages,
     ):  # fmt: skip
         config = checkpoint.config
-        if max_seq_len is None:
-            max_seq_len = min(4096, config.max_position_embeddings)
-        if not 2 <= max_seq_len <= config.max_position_embeddings:
-            raise ValueError(f"max_seq_len must be within [2, {config.max_position_embeddings}], got {max_seq_len}")
-        if max_batch_size < 1:
-            raise ValueError(f"max_batch_size must be >= 1, got {max_batch_size}")
-        per_sequence = -(-max_seq_len // PAGE_SIZE)
-        if num_pages is None:
-            num_pages = max_batch_size * per_sequence
-        if num_pages < per_sequence:
-            raise ValueError(f"num_pages must be >= {per_sequence} (one sequence of {max_seq_len}), got {num_pages}")
+        sizes = engine_sizes(config, max_seq_len, max_batch_size, num_pages)
         self.turn, self.closed, self.torn = Turn(), False, False
-        self.config, self.max_seq_len = config, max_seq_len
+        self.config, self.max_seq_len = config, sizes.max_seq_len
         self.checkpoint, self._tokenizer = checkpoint, None
         self.device = with_index(device)
         self.mode, self.draft_len, self.fan_out = mode, draft_len, fan_out
         self._plan = self._default_plan = self.make_plan()
         self._autos: dict[CyclePlan, Auto] = {}
         self.outbox, self.metrics = Outbox(), Metrics(self)
-        sizes = f"max_batch_size {max_batch_size}, num_pages {num_pages}, max_seq_len {max_seq_len}"
         claim(self.device, self)
         try:
             with device_scope(self.device), naming_the_knobs(f"making an engine of {sizes}"):
-                self.model = Model(checkpoint, device=self.device, dtype=dtype, max_seq_len=max_seq_len)
+                self.model = Model(checkpoint, device=self.device, dtype=dtype, max_seq_len=sizes.max_seq_len)
                 self.runner = Runner(
-                    self.model, num_slots=max_batch_size, max_seq_len=max_seq_len,
-                    shapes=self._shapes(self._default_plan, max_batch_size), num_pages=num_pages + 1,
+                    self.model, num_slots=sizes.max_batch_size, max_seq_len=sizes.max_seq_len,
+                    shapes=self._shapes(self._default_plan, sizes.max_batch_size), num_pages=sizes.num_pages + 1,
                     max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS,
                 )  # fmt: skip
         except BaseException:
             self._let_go()
             raise
         self.kv = self.runner.kv
-        self.scheduler = Scheduler(self.kv, max_batch_size)
+        self.scheduler = Scheduler(self.kv, sizes.max_batch_size)
 
     def _let_go(self) -> None:
         """Be closed: the device is free for another engine, and the memory goes with the last one who looks at it."""
@@ -117,7 +104,7 @@ class Engine(Rounds):
         Args:
             model: ``"smollm2-135m"`` (embedded), a checkpoint folder or a hub id.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"``: CUDA where there is one.
-            dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``. All but float16, which runs the
+            dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``, or torch's own. All but float16, which runs the
                 plain torch reference, have row-invariant kernels.
             mode: ``"ar"``, ``"two_pass"``, ``"one_pass"``, or ``"auto"``: whichever is fastest now,
                 chosen anew for every cycle from measured costs and acceptance; never slower than ``ar`` by over 3% as
@@ -136,6 +123,7 @@ class Engine(Rounds):
             CheckpointError: the checkpoint is not whole, not supported or not what it says.
             ValueError: an argument is out of its range.
         """
+        dtype = str(dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         device = pick_device(device)
@@ -194,6 +182,14 @@ class Engine(Rounds):
             raise ValueError(f"acceptance='rejection' belongs to mode two_pass alone, got mode {plan.mode!r}")
         return request
 
+    def check(self, prompt_ids, params: SamplingParams | None = None, request_id: str | None = None) -> None:
+        """Whether :meth:`submit` would take these; from any thread.
+
+        Raises:
+            ValueError: it would not.
+        """
+        self._make_request(prompt_ids, params, self._plan, request_id)
+
     @exclusive
     def submit(self, prompt_ids, params: SamplingParams | None = None, request_id: str | None = None) -> str:
         """Queue one prompt; its tokens come out of :meth:`step`.
@@ -223,10 +219,8 @@ class Engine(Rounds):
         """Run one cycle of every decoding sequence and one chunk of the prompts, and return what is new since the last
         step: at most one output per submitted request. Returns at once when nothing is to do.
 
-        Raises:
-            torch.OutOfMemoryError, FloatingPointError: a request needs memory that there is not, or its logits are seen
-                not to be finite (with ``acceptance="rejection"``, and on the CPU those of the first token). It ends
-                with finish_reason ``"abort"``; step again, the others go on.
+        A request that needs memory that there is not, or whose logits are seen not to be finite (those of the first
+        token on the CPU, and with ``acceptance="rejection"``), ends with finish_reason ``"error"``; the others go on.
         """
         self._advance_and_collect()
         try:
@@ -257,6 +251,12 @@ class Engine(Rounds):
     def is_unfinished(self, request_id: str) -> bool:
         """Whether a submitted request still has outputs to come."""
         return not self.closed and request_id in self.outbox
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def close(self) -> None:
         """Abort everything and let go of weights, cache and graphs. The engine refuses calls from then on, and its
@@ -304,100 +304,3 @@ class Engine(Rounds):
         ids = check_prompt(token_ids, self.config.vocab_size, self.max_seq_len + 1)
         with whole(self):
             return self.runner.next_logits(ids)
-
-    def generate(self, prompt_ids, params=None, *, mode=None, draft_len=None, fan_out=None, progress=False):
-        """Continue one prompt, or a batch of them together.
-
-        Args:
-            prompt_ids: a list of ints, a 1-D integer tensor, or a list of those (a batch).
-            params: one :class:`SamplingParams` for all, or one for each prompt of a batch; greedy by default.
-            mode, draft_len, fan_out: override the engine's for this call; only while nothing else runs.
-            progress: show a progress bar.
-
-        Returns:
-            A :class:`GenerationOutput`, or a list of them for a batch, in the order of the prompts.
-
-        Raises:
-            ValueError: a prompt is empty, too long, or has ids outside the vocabulary; nothing has run then.
-        """
-        if not _is_batch(prompt_ids):
-            if isinstance(params, Sequence):
-                raise ValueError(f"params: one prompt takes one SamplingParams, got a list of {len(params)}")
-            options = dict(mode=mode, draft_len=draft_len, fan_out=fan_out, progress=progress)
-            return self.generate([prompt_ids], [params], **options)[0]
-        each = params if isinstance(params, Sequence) else [params] * len(prompt_ids)
-        if len(each) != len(prompt_ids):
-            raise ValueError(f"params: expected one or {len(prompt_ids)}, got {len(each)}")
-        from tqdm import tqdm
-
-        plan = self.make_plan(mode, draft_len, fan_out)
-        requests = [self._make_request(ids, p, plan) for ids, p in zip(prompt_ids, each, strict=True)]
-        with tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
-            for _ in self._run(requests, plan):
-                if progress:
-                    bar.update(sum(r.finish_reason is not None for r in requests) - bar.n)
-        return [GenerationOutput(r.tokens, r.finish_reason, r.stats) for r in requests]
-
-    def stream(self, prompt_ids, params: SamplingParams | None = None, *, mode=None, draft_len=None, fan_out=None):
-        """Like :meth:`generate` for one prompt, yielding a :class:`RequestOutput` per cycle (the first after prefill).
-
-        Arguments are checked now, not at the first piece. Closing the iterator aborts the request.
-        """
-        plan = self.make_plan(mode, draft_len, fan_out)
-        return self._stream(self._make_request(prompt_ids, params, plan), plan)
-
-    def _stream(self, request: Request, plan: CyclePlan) -> Iterator[RequestOutput]:
-        delivered, finished = 0, False
-        for _ in self._run([request], plan):
-            if piece := request.output_since(delivered):
-                delivered, finished = len(request.tokens), piece.finished
-                yield piece
-        if not finished:  # another stream's step brought the end
-            yield request.output_since(delivered)
-
-    def _run(self, requests: list[Request], plan: CyclePlan) -> Iterator[None]:
-        """Step until these requests are through; whatever else is queued runs along.
-
-        Mode and block length belong to the whole batch: whoever finds the engine idle sets them.
-        """
-        try:
-            self._enqueue(requests, plan)
-            left = deque(requests)
-            while left:
-                if left[0].finish_reason is not None:
-                    left.popleft()
-                else:
-                    self._round()
-                    yield
-        finally:
-            if not self.closed:
-                self._abort_all(requests)
-
-    @exclusive
-    def _enqueue(self, requests: list[Request], plan: CyclePlan) -> None:
-        if self._idle():
-            self.runner.make_room(self._shapes(plan, self.scheduler.num_slots))
-            self._plan = plan
-        elif plan != self._plan:
-            now = self._plan
-            raise RuntimeError(f"the mode cannot change while requests run (now {now}, asked {plan})")
-        with whole(self):
-            for request in requests:
-                self.scheduler.enqueue(request)
-
-    @exclusive
-    def _round(self) -> None:
-        self._advance()
-
-    @exclusive
-    def _abort_all(self, requests: list[Request]) -> None:
-        with whole(self):
-            for request in requests:
-                if request.arrival >= 0:  # else it was never queued
-                    self._abort(request)
-
-
-def _is_batch(prompt_ids) -> bool:
-    if isinstance(prompt_ids, str | bytes) or not isinstance(prompt_ids, Sequence) or not prompt_ids:
-        return False
-    return isinstance(prompt_ids[0], Sequence | torch.Tensor)

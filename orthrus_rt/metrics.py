@@ -14,7 +14,7 @@ class Metrics:
         self.tokens = self.prompt_tokens = self.recomputed_tokens = 0
         self.cycles = self.passes = self.preemptions = 0
         self.accepted: dict[int, int] = {}
-        self.requests = {"stop": 0, "length": 0, "abort": 0}
+        self.requests = {"stop": 0, "length": 0, "abort": 0, "error": 0}
         self.busy_seconds = 0.0
         self.times: dict[str, tuple[int, float]] = {}
         self.plans: dict[str, int] = {}

@@ -51,22 +51,30 @@ class Stats:
 
 @dataclass
 class GenerationOutput:
-    """``token_ids`` without the prompt; ``finish_reason`` is ``"stop"``, ``"length"`` or ``"abort"``."""
+    """``token_ids`` without the prompt.
+
+    ``finish_reason``: ``"stop"`` (a stop id), ``"length"`` (as many tokens as asked for, or as there is room for),
+    ``"abort"`` (by the caller) or ``"error"``: it could not go on, and ``error`` says why.
+    """
 
     token_ids: list[int]
     finish_reason: str
     stats: Stats
+    error: str | None = None
 
 
 @dataclass
 class RequestOutput:
-    """New tokens of one request. ``finish_reason`` is None until ``finished``. ``stats`` runs along."""
+    """New tokens of one request. ``finish_reason`` is None until ``finished``, then as in :class:`GenerationOutput`;
+    so is ``error``. ``stats`` runs along.
+    """
 
     request_id: str
     new_token_ids: list[int]
     finished: bool
     finish_reason: str | None
     stats: Stats
+    error: str | None = None
 
     @property
     def token_ids(self) -> list[int]:

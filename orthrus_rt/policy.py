@@ -263,7 +263,11 @@ class Policy:
         self._burst, self.current = None, None
 
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict:
-        """Why the next cycle of ``batch_size`` sequences will run what it runs: a plain dict, seconds and ratios."""
+        """Why the next cycle of ``batch_size`` sequences will run what it runs: a plain dict, seconds and ratios.
+
+        ``in_use`` is the plan wanted, ``current`` the one that ran last: another while the safety account does not
+        cover ``in_use``, or in a trial.
+        """
         lane = self._lane(batch_size, greedy)
         tokens = self.acceptance.tokens(lane.plans)
         rows = {

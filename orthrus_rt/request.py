@@ -32,6 +32,7 @@ class Request:
         self.rejection = RejectionSampler(params, seed) if by_rejection else None
         self.stats = Stats("", 0, 0, len(prompt), seed=seed)
         self.finish_reason: str | None = None
+        self.error: Exception | None = None  # that ended it
         self.arrival = -1
         self.slot: int | None = None
         self.to_prefill: list[int] = []
@@ -60,7 +61,8 @@ class Request:
         new, finished = self.tokens[delivered:], self.finish_reason is not None
         if not (new or finished):
             return None
-        return RequestOutput(self.request_id, new, finished, self.finish_reason, self.stats)
+        error = None if self.error is None else str(self.error)
+        return RequestOutput(self.request_id, new, finished, self.finish_reason, self.stats, error)
 
     def record(self, new: list[int], plan: CyclePlan | None, verified: int, accepted: int) -> None:
         """Take the tokens of one cycle, or of the prefill (``plan`` None)."""
@@ -118,6 +120,8 @@ def make_request(
     Raises:
         ValueError: as :func:`check_prompt`, or there are too many stop ids, or a biased id is not in the vocabulary.
     """
+    if not (request_id is None or (isinstance(request_id, str) and request_id)):
+        raise ValueError(f"request_id must be a string that is not empty, or None, got {request_id!r}")
     if not isinstance(params, SamplingParams):
         raise ValueError(f"params must be SamplingParams, got {type(params).__name__}")
     ids = check_prompt(prompt_ids, config.vocab_size, max_seq_len)

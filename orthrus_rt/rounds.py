@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -21,7 +22,12 @@ from orthrus_rt.results import Result
 from orthrus_rt.runner import Flight, Runner
 from orthrus_rt.scheduler import Scheduler
 
+log = logging.getLogger("orthrus_rt")
 FINISH_REASONS = {st.STOP: "stop", st.LENGTH: "length"}
+
+
+class RequestFailed(Exception):
+    """A round was cut short by a failure that has ended the request that it belongs to."""
 
 
 class Rounds:
@@ -52,6 +58,11 @@ class Rounds:
         self.scheduler.forget(request)
         self.metrics.finished(reason)
 
+    def _fail(self, request: Request, error: Exception) -> None:
+        log.error("request %s ends: %s", request.request_id, error)
+        request.error = error
+        self._finish(request, "error")
+
     @contextlib.contextmanager
     def _or_end(self, requests: list[Request]) -> Iterator[None]:
         """What fails in here for lack of memory, or as logits are not finite, would fail the next time as well: the
@@ -63,18 +74,18 @@ class Rounds:
                 yield
         except (FloatingPointError, torch.OutOfMemoryError) as error:
             scored = [r for r in requests if r.params.edits or not r.params.greedy]
-            self._finish(getattr(error, "request", (scored or requests)[-1]), "abort")
-            raise
+            self._fail(getattr(error, "request", (scored or requests)[-1]), error)
+            raise RequestFailed from error
 
     def _idle(self) -> bool:
         return not self.scheduler.waiting and not any(self.scheduler.slots)
 
     def _advance(self) -> None:
         """One round: a cycle for those that decode, then prompts into the cache, then read what has arrived."""
-        with whole(self), self.metrics.busy():
+        with contextlib.suppress(RequestFailed), whole(self), self.metrics.busy():
             before = self.runner.num_posted
             self._decode()
-            not_finite = self._prefill()
+            self._prefill()
             # A device that runs ahead is not waited for: what this round has launched is read in the next.
             self._collect(self.runner.num_posted - before if self.runner.lag else 0)
             auto = self._autos.get(self._plan)
@@ -82,8 +93,6 @@ class Rounds:
                 self.metrics.took(kind, seconds)
                 if kind == "prefill" and auto:
                     auto.policy.prefilled(seconds)
-        if not_finite:
-            raise FloatingPointError("prefill: the logits are not finite; are the weights?")
 
     def _decode(self) -> None:
         for request in self.scheduler.active:
@@ -120,21 +129,19 @@ class Rounds:
         self.metrics.preemptions += 1
         self.scheduler.enqueue(request)
 
-    def _prefill(self) -> bool:
-        """Whether logits were not finite; whose they were has ended."""
+    def _prefill(self) -> None:
         for request in self.scheduler.admit(self._margin):
             with self._or_end([request]):
                 self.runner.begin(request)
         chunks = self.runner.chunks([r for r in self.scheduler.active if not r.decoding])
         if not chunks:
-            return False
+            return
         with self._or_end([request for request, _ in chunks]):
             not_finite = self.runner.prefill(chunks)
         for request, tokens in chunks:
             self.metrics.prefilled(len(tokens), request.count_prompt())
         for request in not_finite:
-            self._finish(request, "abort")
-        return bool(not_finite)
+            self._fail(request, FloatingPointError("prefill: the logits are not finite; are the weights?"))
 
     def _collect(self, in_flight: int) -> None:
         """Read results, oldest first, until only ``in_flight`` launches are unread."""

@@ -45,7 +45,8 @@ class SamplingParams:
         stop_token_ids: ids that end the sequence besides the model's own; they are part of the output.
         ignore_eos: do not stop at the model's own end-of-sequence ids.
         acceptance: ``"coupled"``: a seed gives the same text in every mode and batch; or ``"rejection"``, the published
-            rule, in ``two_pass`` alone: lossless in distribution.
+            rule, in ``two_pass`` alone: lossless in distribution. In mode ``auto`` the whole batch runs ``two_pass``
+            while such a request is in it.
 
     Raises:
         ValueError: a value is out of its range.
@@ -134,9 +135,10 @@ def _integers(name: str, values) -> tuple[int, ...]:
 def _pairs(name: str, values) -> tuple[tuple[int, float], ...]:
     pairs = values.items() if isinstance(values, Mapping) else values
     try:
-        return tuple((_integer(name, token), _number(name, value)) for token, value in pairs)
-    except TypeError:
+        pairs = [(token, value) for token, value in pairs]
+    except (TypeError, ValueError):
         raise ValueError(f"SamplingParams: {name} must be {{token id: value}}, got {values!r}") from None
+    return tuple((_integer(name, token), _number(name, value)) for token, value in pairs)
 
 
 def uniform(seed: int, position: int, purpose: int) -> float:

@@ -310,10 +310,8 @@ def test_logits_that_are_not_finite_end_their_request_alone(folder, alone, monke
         return real(requests, rows, picked, out)
 
     monkeypatch.setattr(engine.runner, "_first_choices", first_choices)
-    with pytest.raises(FloatingPointError, match="prefill: the logits are not finite"):
-        engine.step()
     got = drain(engine)
-    assert got[good] == (alone([1, 2], params), "length") and got[bad] == ([], "abort")
+    assert got[good] == (alone([1, 2], params), "length") and got[bad] == ([], "error")
     all_pages_back(engine)
 
 

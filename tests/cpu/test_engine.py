@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -193,12 +194,25 @@ def test_bad_arguments(engine):
     ]:
         with pytest.raises(ValueError, match=message):
             Engine.from_pretrained(folder, **({"mode": "two_pass", "device": "cpu"} | kwargs))
-    default = Engine.from_pretrained(folder, device="cpu", mode="two_pass", dtype="float32")
-    assert default.max_seq_len == 512  # the checkpoint's own limit is below 4096
+    with Engine.from_pretrained(folder, device="cpu", mode="two_pass", dtype=torch.float32) as default:
+        assert default.max_seq_len == 512  # the checkpoint's own limit is below 4096
+    assert default.closed
     with pytest.raises(ValueError, match="one prompt takes one SamplingParams, got a list of 1"):
         engine.generate(PROMPT, [SamplingParams()])
     with pytest.raises(ValueError, match="at most 64 are supported"):
         engine.stream(PROMPT, SamplingParams(stop_token_ids=tuple(range(70))))
+    for kwargs, message in [
+        ({"draft_len": 1.5}, "draft_len must be an integer, got 1.5"),
+        ({"mode": "one_pass", "fan_out": 2.5}, "fan_out must be an integer, got 2.5"),
+        ({"max_batch_size": 2.5}, "max_batch_size must be an integer, got 2.5"),
+        ({"max_seq_len": "64"}, "max_seq_len must be an integer, got '64'"),
+        ({"num_pages": 9.0}, "num_pages must be an integer, got 9.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Engine.from_pretrained(folder, **({"mode": "two_pass", "device": "cpu"} | kwargs))
+    with pytest.raises(ValueError, match="prompt_ids must be a list of ints or a 1-D integer tensor"):
+        engine.generate(np.array([[3, 4], [5, 6]]), SamplingParams())
+    assert engine.generate(np.array([3, 4]), SamplingParams(2, ignore_eos=True)).stats.prompt_tokens == 2
     with pytest.raises(ValueError, match="params must be SamplingParams, got dict"):
         engine.generate(PROMPT, {"temperature": 1.0})
     if not torch.cuda.is_available():

@@ -49,19 +49,17 @@ def exhausted(*_, **__):
 
 
 def drain(engine):
-    """Step to the end; tokens and finish reason by request id, and the errors on the way."""
+    """Step to the end; tokens and finish reason by request id, and what the errors say."""
     got, errors = {}, []
-    while engine.has_unfinished():
-        assert len(errors) < 20, "it never ends"
-        try:
-            outputs = engine.step()
-        except (torch.OutOfMemoryError, FloatingPointError) as error:
-            errors.append(error)
-            continue
-        for out in outputs:
+    for _ in range(500):
+        for out in engine.step():
             tokens, _ = got.get(out.request_id, ([], None))
             got[out.request_id] = tokens + out.new_token_ids, out.finish_reason
-    return got, errors
+            assert (out.error is not None) == (out.finish_reason == "error")
+            errors += [out.error] if out.error else []
+        if not engine.has_unfinished():
+            return got, errors
+    raise AssertionError("it never ends")
 
 
 def refuse(owner, name, monkeypatch, refused):
@@ -77,9 +75,9 @@ def test_no_memory_for_logits_ends_those_who_sample(folder, alone, monkeypatch):
     jobs = [([1, 2], GREEDY), ([3, 4], SAMPLED), ([5], GREEDY), ([6], REJECTION)]
     ids = [engine.submit(*job) for job in jobs]
     got, errors = drain(engine)
-    assert len(errors) == 2 and all("lower max_batch_size" in str(e) for e in errors)
+    assert len(errors) == 2 and all("making room for logits: lower max_batch_size" in e for e in errors)
     for request_id, (prompt, params) in zip(ids, jobs, strict=True):
-        assert got[request_id] == ((alone(prompt, params), "length") if params is GREEDY else ([], "abort"))
+        assert got[request_id] == ((alone(prompt, params), "length") if params is GREEDY else ([], "error"))
     assert engine.kv.num_free_pages == engine.kv.num_pages - 1
 
 
@@ -88,8 +86,8 @@ def test_no_memory_for_a_bigger_batch_ends_the_latest(folder, alone, monkeypatch
     refuse(Cycle, "__init__", monkeypatch, lambda _, model, kv, state, *rest: state.num_slots > 2)
     ids = [engine.submit([i + 1] * 3, GREEDY) for i in range(4)]
     got, errors = drain(engine)
-    assert len(errors) == 2 and all("building the two_pass cycle of 4 slots: lower" in str(e) for e in errors)
-    assert [got[i][1] for i in ids] == ["length", "length", "abort", "abort"]
+    assert len(errors) == 2 and all("building the two_pass cycle of 4 slots: lower" in e for e in errors)
+    assert [got[i][1] for i in ids] == ["length", "length", "error", "error"]
     assert [got[i][0] for i in ids[:2]] == [alone([i + 1] * 3, GREEDY) for i in range(2)]
 
 
@@ -128,8 +126,8 @@ def test_who_needs_the_memory_ends_whoever_came_later(folder, alone, monkeypatch
     fault(monkeypatch)
     ids = [engine.submit([9, 8], params)] + [engine.submit([i + 1] * 3, GREEDY) for i in range(3)]
     got, errors = drain(engine)
-    assert len(errors) == 1 and "lower max_batch_size" in str(errors[0])
-    assert got[ids[0]][1] == "abort" and len(got[ids[0]][0]) <= 1
+    assert len(errors) == 1 and "lower max_batch_size" in errors[0]
+    assert got[ids[0]][1] == "error" and len(got[ids[0]][0]) <= 1
     assert [got[i] for i in ids[1:]] == [(alone([i + 1] * 3, GREEDY), "length") for i in range(3)]
 
 
@@ -139,7 +137,7 @@ def test_a_prefill_pass_is_the_fault_of_nobody_outside_it(folder, alone, monkeyp
     refuse(engine.runner, "_forward", monkeypatch, lambda rows, *_: rows.num_rows == 16)
     long, short = engine.submit([7] * 40, GREEDY), engine.submit([1, 2], GREEDY)
     got, errors = drain(engine)
-    assert len(errors) == 1 and (got[long], got[short]) == (([], "abort"), (alone([1, 2], GREEDY), "length"))
+    assert len(errors) == 1 and (got[long], got[short]) == (([], "error"), (alone([1, 2], GREEDY), "length"))
 
 
 def test_prompts_whose_logits_are_not_finite_cost_the_others_nothing(folder, alone, monkeypatch):
@@ -155,11 +153,11 @@ def test_prompts_whose_logits_are_not_finite_cost_the_others_nothing(folder, alo
     ids = [engine.submit([i + 1] * 3, GREEDY if i != 2 else REJECTION) for i in range(4)]
     bad = ids[1:3]
     got, errors = drain(engine)
-    assert [str(error) for error in errors] == ["prefill: the logits are not finite; are the weights?"]
-    assert [got[i] for i in bad] == [([], "abort")] * 2
+    assert errors == ["prefill: the logits are not finite; are the weights?"] * 2
+    assert [got[i] for i in bad] == [([], "error")] * 2
     assert [got[ids[i]] for i in (0, 3)] == [(alone([i + 1] * 3, GREEDY), "length") for i in (0, 3)]
     facts = engine.metrics.as_dict()
-    assert (facts["prompt_tokens"], facts["recomputed_tokens"]) == (12, 0)
+    assert (facts["prompt_tokens"], facts["recomputed_tokens"]) == (12, 0) and facts["finished"]["error"] == 2
 
 
 def test_logits_that_turn_nan_while_sampling_end_their_request(folder, alone, monkeypatch):
@@ -172,9 +170,9 @@ def test_logits_that_turn_nan_while_sampling_end_their_request(folder, alone, mo
     monkeypatch.setattr(RejectionSampler, "verify", verify)
     bad, good = engine.submit([1, 2], REJECTION), engine.submit([3, 4], GREEDY)
     got, errors = drain(engine)
-    assert [str(e) for e in errors] == ["sampling: the logits contain NaN; are the weights finite?"]
+    assert errors == ["sampling: the logits contain NaN; are the weights finite?"]
     assert got[good] == (alone([3, 4], GREEDY), "length")
-    assert got[bad][1] == "abort" and 0 < len(got[bad][0]) < 20
+    assert got[bad][1] == "error" and 0 < len(got[bad][0]) < 20
 
 
 def test_parameters_at_their_limits_run(folder):
@@ -184,6 +182,28 @@ def test_parameters_at_their_limits_run(folder):
         min_tokens=2**40, seed=2**63 - 1,
     )  # fmt: skip
     assert engine.generate([1, 2], extreme).finish_reason == "length"
+
+
+def test_generate_and_stream_go_on_beside_a_request_that_cannot(folder, alone, monkeypatch):
+    engine = make(folder)
+    refuse(engine.runner, "begin", monkeypatch, lambda request: request.prompt == [6, 6])
+    outs = engine.generate([[1, 2], [6, 6], [3]], GREEDY)
+    assert [(o.token_ids, o.finish_reason) for o in (outs[0], outs[2])] == [
+        (alone(prompt, GREEDY), "length") for prompt in ([1, 2], [3])
+    ]
+    assert (outs[1].token_ids, outs[1].finish_reason) == ([], "error") and "2.00 GiB" in outs[1].error
+    assert outs[0].error is None
+    stream = engine.stream([4, 5], GREEDY)
+    tokens = next(stream).token_ids
+    bad = engine.submit([6, 6], GREEDY)
+    assert tokens + [t for piece in stream for t in piece.token_ids] == alone([4, 5], GREEDY)
+    assert drain(engine)[0][bad] == ([], "error")
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):  # it was the only prompt of the call
+        engine.generate([6, 6], GREEDY)
+    pieces = engine.stream([6, 6], GREEDY)
+    assert next(pieces).finish_reason == "error"
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        next(pieces)
 
 
 def test_rejection_keeps_no_draft_distributions(folder):
@@ -198,12 +218,10 @@ def run(folder, use):
     """``use(shared)`` with an AsyncEngine."""
 
     async def main():
-        shared = AsyncEngine(make(folder))
-        try:
+        async with AsyncEngine(make(folder)) as shared:
             await use(shared)
-        finally:
-            await shared.close()
-            await shared.close()  # harmless
+        assert shared.engine.closed
+        await shared.close()  # harmless
 
     asyncio.run(main())
 
@@ -220,11 +238,11 @@ def test_async_bad_requests_end_alone(folder, alone, monkeypatch, caplog):
         monkeypatch.setattr(Activations, "logits", exhausted)
         jobs = [([1, 2], GREEDY), *([([3, 4], SAMPLED)] * 4), ([5], GREEDY)]
         got = await asyncio.gather(*(collect(shared, *job) for job in jobs))
-        assert got == [(alone(*job), "length") if job[1] is GREEDY else ([], "abort") for job in jobs]
+        assert got == [(alone(*job), "length") if job[1] is GREEDY else ([], "error") for job in jobs]
 
     with caplog.at_level(logging.ERROR, logger="orthrus_rt"):
         run(folder, use)
-    assert "a step failed" in caplog.text and "making room for logits" in caplog.text
+    assert caplog.text.count("ends: out of memory while making room for logits") == 4
 
 
 @pytest.mark.parametrize("what", ("prefill", "decode", "begin"))
@@ -250,6 +268,42 @@ def test_async_a_slow_reader_of_the_last_piece_costs_nothing(folder):
                 before = len(steps)
                 await asyncio.sleep(0.1)
                 assert len(steps) <= before + 1  # the one that was under way
+
+    run(folder, use)
+
+
+def test_async_cancelled_streams_leave_nothing_to_do(folder):
+    async def use(shared):
+        waiting = [asyncio.create_task(collect(shared, [i], GREEDY)) for i in range(6)]
+        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+        await anext(stream)
+        for task in waiting:
+            task.cancel()
+        await stream.aclose()
+        just_submitted = asyncio.create_task(collect(shared, [9], GREEDY))
+        await asyncio.sleep(0)
+        just_submitted.cancel()
+        while shared.engine.has_unfinished() or not shared._loop_task.done():
+            await asyncio.sleep(0.01)
+        assert shared.engine.kv.num_free_pages == shared.engine.kv.num_pages - 1
+
+    async def within_a_minute(shared):
+        await asyncio.wait_for(use(shared), 60)
+
+    run(folder, within_a_minute)
+
+
+def test_async_arguments_are_checked_at_the_call(folder):
+    async def use(shared):
+        with pytest.raises(ValueError, match="prompt_ids must be token ids, got text"):
+            shared.stream("text")
+        with pytest.raises(ValueError, match="request_id must be a string that is not empty, or None, got ''"):
+            shared.stream([1], request_id="")
+        first = shared.stream([1], GREEDY, request_id="mine")
+        assert (await anext(first)).request_id == "mine"
+        with pytest.raises(ValueError, match="request_id must be unused, got 'mine' twice"):
+            await anext(shared.stream([1], GREEDY, request_id="mine"))
+        assert [out.finish_reason async for out in first][-1] == "length"
 
     run(folder, use)
 

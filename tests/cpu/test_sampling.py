@@ -44,6 +44,7 @@ def test_nan_of_the_ar_view_raises_of_the_drafter_it_is_one_bad_draft():
         ({"stop_token_ids": 5}, "stop_token_ids must be a list of integers, got 5"),
         ({"stop_token_ids": "5"}, "stop_token_ids must be a list of integers, got '5'"),
         ({"logit_bias": None}, "logit_bias must be {token id: value}, got None"),
+        ({"logit_bias": "ab"}, "logit_bias must be {token id: value}, got 'ab'"),
         ({"logit_bias": [1, 2]}, r"logit_bias must be {token id: value}, got \[1, 2\]"),
         ({"temperature": 1e39}, "temperature must be 0, or finite and >= 1e-6, got 1e\\+39"),
         ({"repetition_penalty": 1e39}, "repetition_penalty must be finite and > 0, got 1e\\+39"),

@@ -1,0 +1,40 @@
+"""How large an engine is: its arguments checked, and filled in where they are None."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from orthrus_rt.config import ModelConfig
+from orthrus_rt.cycle_plan import integer
+from orthrus_rt.ops import PAGE_SIZE
+
+DEFAULT_SEQ_LEN = 4096
+
+
+class Sizes(NamedTuple):
+    max_seq_len: int
+    max_batch_size: int
+    num_pages: int
+
+    def __str__(self) -> str:
+        return f"max_batch_size {self.max_batch_size}, num_pages {self.num_pages}, max_seq_len {self.max_seq_len}"
+
+
+def engine_sizes(config: ModelConfig, max_seq_len: int | None, max_batch_size: int, num_pages: int | None) -> Sizes:
+    """As :meth:`orthrus_rt.Engine.from_pretrained` describes them.
+
+    Raises:
+        ValueError: one is out of its range for this model, or no integer.
+    """
+    most = config.max_position_embeddings
+    max_seq_len = min(DEFAULT_SEQ_LEN, most) if max_seq_len is None else integer("max_seq_len", max_seq_len)
+    if not 2 <= max_seq_len <= most:
+        raise ValueError(f"max_seq_len must be within [2, {most}], got {max_seq_len}")
+    max_batch_size = integer("max_batch_size", max_batch_size)
+    if max_batch_size < 1:
+        raise ValueError(f"max_batch_size must be >= 1, got {max_batch_size}")
+    per_sequence = -(-max_seq_len // PAGE_SIZE)
+    num_pages = max_batch_size * per_sequence if num_pages is None else integer("num_pages", num_pages)
+    if num_pages < per_sequence:
+        raise ValueError(f"num_pages must be >= {per_sequence} (one sequence of {max_seq_len}), got {num_pages}")
+    return Sizes(max_seq_len, max_batch_size, num_pages)
