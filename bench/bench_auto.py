@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="at least 2")
     parser.add_argument("--most-rows", type=int, default=32, help="leave out fixed plans with more rows in a pass")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", help="folder for the JSON and the table")
+    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     rows = []
     for kind in args.kinds:

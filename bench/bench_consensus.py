@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from bench.common import graphed, header, measure, read_bandwidth, report
+from bench.common import graphed, header, measure, out_folder, read_bandwidth, report
 from orthrus_rt import dispatch, ops, reference
 from orthrus_rt import state as st
 from orthrus_rt.plan import empty_rows
@@ -98,7 +98,7 @@ def main() -> int:
     parser.add_argument("--partials", type=int, default=150)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--loop", type=int, help="run the first shape this often under an NVTX range, for a profiler")
-    parser.add_argument("--out", help="folder for the JSON and the table")
+    parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     device = torch.device(args.device)
     shapes = [(int(s), int(k)) for k in args.block_len.split(",") for s in args.slots.split(",")]

@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from bench.common import header, measure, read_bandwidth, report
+from bench.common import header, measure, out_folder, read_bandwidth, report
 from bench.models import RandomTensors
 from orthrus_rt import dispatch
 from orthrus_rt.checkpoint import Checkpoint, expected_tensors
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--isa", help="portable, avx2 or avx512_bf16; the best one by default")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--ops", action="store_true", help="also time each op's calls alone")
-    parser.add_argument("--out", help="folder for the JSON and the table")
+    parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cpu, device = dispatch.native().cpu, torch.device("cpu")

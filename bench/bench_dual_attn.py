@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.common import graphed, header, measure, read_bandwidth, report
+from bench.common import graphed, header, measure, out_folder, read_bandwidth, report
 from orthrus_rt import dispatch, ops
 from orthrus_rt.plan import Rows
 
@@ -237,7 +237,7 @@ def main() -> int:
         "--no-flex", action="store_true", help="leave out FlexAttention, compiled for every shape"
     )
     parser.add_argument("--loop", type=int, help="run the first shape this often under an NVTX range, for a profiler")
-    parser.add_argument("--out", help="folder for the JSON and the table")
+    parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     device = torch.device(args.device)
     heads = tuple(int(x) for x in args.heads.split(","))

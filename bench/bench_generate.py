@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"])
     parser.add_argument("--draft-len", type=int, nargs="+", default=[3, 5, 7, 15])
-    parser.add_argument("--out", help="folder for the JSON and the table")
+    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     parser.add_argument("--own-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.own_process:

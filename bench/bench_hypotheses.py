@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat", "math", "data", "prose"])
     parser.add_argument("--block-len", type=int, nargs="+", default=[8, 16])
-    parser.add_argument("--out", help="folder for the JSON and the table")
+    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     engine = Engine.from_pretrained("smollm2-135m", device="cpu", max_seq_len=2048, max_batch_size=1, mode="two_pass")
     lengths = {k // rule.shorter for k in args.block_len for rule in RULES.values()}

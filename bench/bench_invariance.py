@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from bench.bench_dual_attn import Case, Shape
 from bench.bench_row_linear import EPILOGUES, MODELS, OPS
-from bench.common import graphed, header, measure, report
+from bench.common import graphed, header, measure, out_folder, report
 from orthrus_rt import ops
 from orthrus_rt.weights import pack
 
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--out", help="folder for the JSON and the table")
+    parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.manual_seed(0)

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--draft-len", type=int, nargs="+", default=[3, 7])
     parser.add_argument("--fan-out", type=int, nargs="+", default=[1, 2, 4, 8, 0], help="0: every hypothesis")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", help="folder for the JSON and the table")
+    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     engine = Engine.from_pretrained("smollm2-135m", device=args.device, max_seq_len=2048, max_batch_size=1)
     rows, same = [], True

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from bench.common import graphed, header, measure, read_bandwidth, report
+from bench.common import graphed, header, measure, out_folder, read_bandwidth, report
 from orthrus_rt import dispatch, ops
 from orthrus_rt.weights import PackedWeight, pack
 
@@ -130,7 +130,7 @@ def main() -> int:
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--loop", choices=OPS, help="run this op in a loop, for a profiler")
-    parser.add_argument("--out", help="folder for the JSON and the table")
+    parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     device = torch.device(args.device)
     chain = Chain(args.model, device, args.layers, args.diff)

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="generations per prompt")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--draft-len", type=int, default=15)
-    parser.add_argument("--out", help="folder for the JSON and the table")
+    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     engine = Engine.from_pretrained(
         "smollm2-135m", device=args.device, mode="two_pass", max_seq_len=2048, max_batch_size=1

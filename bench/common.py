@@ -1,10 +1,12 @@
-"""What every benchmark shares: timing (see orthrus_rt/timing.py), graphs, the header and the report."""
+"""What every benchmark shares: timing (see orthrus_rt/timing.py), graphs, the header, the report and its folder."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 
 from orthrus_rt.timing import measure, percentiles, read_bandwidth
 
-__all__ = ["graphed", "header", "measure", "percentiles", "read_bandwidth", "report"]
+__all__ = ["graphed", "header", "measure", "out_folder", "percentiles", "read_bandwidth", "report"]
 
 
 def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -50,6 +52,17 @@ def header(device: torch.device) -> dict[str, str]:
         facts |= {"name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
         facts |= dict(zip(query.split(","), values, strict=True)) if any(values) else {}
     return facts
+
+
+def out_folder(text: str) -> str:
+    """The type of ``--out``: a folder, made if need be, that takes files; known before anything is measured."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=text):
+            return text
+    except OSError as error:
+        reason = f"must be a folder that can be written to, got {text!r} ({error.strerror})"
+        raise argparse.ArgumentTypeError(reason) from None
 
 
 def report(name: str, facts: dict, rows: list[dict], out: str | None) -> None:

@@ -77,7 +77,7 @@ def load_folder(folder: Path, *, adapter: str | Path | None = None, name: str | 
     """:func:`load` for a folder on this machine."""
     raw = read_json(folder / "config.json")
     stored = scan(folder, "model.safetensors")
-    adapter = None if adapter is None else _resolve(str(adapter))
+    adapter = None if adapter is None else _resolve(str(adapter), adapter=True)
     _check_one_view(stored, folder, adapter)
     where = str(folder / "config.json")
     adapter_raw = {}
@@ -142,15 +142,16 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> str
     return hashlib.sha256(weight.to(torch.bfloat16).contiguous().view(torch.int16).numpy()).hexdigest()
 
 
-def _resolve(path_or_id: str) -> Path:
+def _resolve(path_or_id: str, *, adapter: bool = False) -> Path:
     """An existing folder as it is, else a hub id's snapshot."""
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
+    what, known = f"{path_or_id!r}:", f"a folder here, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
+    if adapter:
+        what, known = f"adapter: {path_or_id!r}", "a folder with a diffusion view, nor a hub id (owner/name)"
     looks_like_id = path_or_id.count("/") == 1 and not path_or_id.startswith((".", "/", "~"))
     if not looks_like_id or path_or_id.endswith("/"):
-        raise CheckpointError(
-            f"{path_or_id!r}: is neither a folder here, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
-        )
+        raise CheckpointError(f"{what} is neither {known}")
     import huggingface_hub
 
     try:
@@ -158,7 +159,7 @@ def _resolve(path_or_id: str) -> Path:
     except Exception as error:  # whatever the client or its transport raises
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise CheckpointError(
-            f"{path_or_id!r}: is no folder here and could not be fetched from the Hugging Face hub "
+            f"{what} is no folder here and could not be fetched from the Hugging Face hub "
             f"({type(error).__name__}: {reason})"
         ) from error
 
@@ -175,10 +176,13 @@ def _check_one_view(stored: dict[str, StoredTensor], folder: Path, adapter: Path
 
 
 def _adapter_config(adapter: Path, base_raw: dict, folder: Path) -> dict:
-    raw = read_json(adapter / "config.json")
+    file = adapter / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"adapter: {str(adapter)!r} is no folder with a diffusion view: it holds no config.json")
+    raw = read_json(file)
     for key in ADAPTER_KEYS:
         if key not in raw:
-            raise CheckpointError(f"{adapter / 'config.json'}: {key} is missing, an adapter must state it")
+            raise CheckpointError(f"{file}: {key} is missing, an adapter must state it")
     for key in BASE_FACTS:
         if key in raw and key in base_raw:
             _check_fact(key, raw[key], base_raw[key], adapter, folder)

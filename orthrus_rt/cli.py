@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from orthrus_rt import cli_verify
 from orthrus_rt.cycle_plan import MODES
@@ -78,8 +79,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=run_bench)
     _add_model_options(bench, engine=True)
-    bench.add_argument("--modes", nargs="+", choices=MODES, default=("ar", "two_pass"), metavar="MODE")
+    bench.add_argument(
+        "--modes", nargs="+", choices=("auto", *MODES), default=["ar", "two_pass"], metavar="MODE",
+        help=f"of auto, {', '.join(MODES)} (default: ar two_pass)",
+    )  # fmt: skip
     bench.add_argument("--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)")
+    bench.add_argument("--fan-out", type=int, metavar="F", help="blocks that a one_pass cycle drafts (default: 6)")
     bench.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (default: %(default)s)")
     bench.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
     bench.add_argument("-n", "--num-prompts", type=int, metavar="N", help="only the first N prompts of each kind")
@@ -93,7 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _token_bias(text: str) -> tuple[int, float]:
     token, _, value = text.partition("=")
-    return int(token), float(value)
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected ID=X, got {text!r}") from None
 
 
 def _add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None:
@@ -116,20 +124,38 @@ def load_engine(args, mode: str = "auto", max_batch_size: int = 1):
 
     return Engine.from_pretrained(
         args.model, device=args.device, dtype=args.dtype, mode=mode, max_seq_len=args.max_seq_len,
-        draft_len=args.draft_len, fan_out=getattr(args, "fan_out", None), adapter=args.adapter,
+        draft_len=args.draft_len, fan_out=args.fan_out, adapter=args.adapter,
         base_gguf=args.base_gguf, max_batch_size=max_batch_size,
     )  # fmt: skip
 
 
+def read_utf8(source: str, read: Callable[[], str]) -> str:
+    """The text that ``read`` returns; bytes that are no UTF-8 come as an error or, from the shell, as surrogates."""
+    try:
+        return read().encode(errors="surrogateescape").decode()
+    except UnicodeError as error:
+        got = error.object[error.start : error.end]
+        raise ValueError(f"the prompt ({source}) must be UTF-8 text, got {got!r} at position {error.start}") from None
+
+
 def _read_prompt(args) -> str:
     if args.prompt is not None:
-        return args.prompt
-    if args.file is not None:
+        text = read_utf8("argument", lambda: args.prompt)
+    elif args.file is not None:
         with open(args.file, encoding="utf-8") as file:
-            return file.read()
-    if sys.stdin.isatty():
+            text = read_utf8(args.file, file.read)
+    elif sys.stdin.isatty():
         raise ValueError("a prompt is needed: as an argument, from --file, or on standard input")
-    return sys.stdin.read()
+    else:
+        text = read_utf8("standard input", sys.stdin.read)
+    if not text:
+        raise ValueError("the prompt is empty")
+    return text
+
+
+def check_num_prompts(args) -> None:
+    if args.num_prompts is not None and args.num_prompts < 1:
+        raise ValueError(f"num_prompts must be >= 1, got {args.num_prompts}")
 
 
 def run_generate(args) -> int:
@@ -157,7 +183,7 @@ def run_generate(args) -> int:
         print(json.dumps(_generate_facts(args, engine, prompt_ids, output, decoded, other)))
     else:
         if args.stats or other:
-            print("\n" + _stats_table([output, *([other] if other else [])]))
+            print("\n" + _stats_table(engine, [(args.mode, output), *([("ar", other)] if other else [])]))
             print(_footer(args, engine, output))
         if other:
             print(f"identical tokens: {_verdict(engine, output, other)}")
@@ -201,14 +227,20 @@ def _progress(s) -> str:
     return f"{s.mode}  {s.tokens} tokens  {s.tokens_per_cycle:.2f} tokens/cycle  {s.tokens_per_second:.1f} tok/s"
 
 
-def _stats_table(outputs) -> str:
+def _stats_table(engine, outputs) -> str:
+    """A row per ``(mode asked for, output)``, and below them the cycles of each plan that ``auto`` ran."""
     from orthrus_rt.terminal import table
 
     rows = [("mode", "block length", "tokens", "cycles", "passes", "tokens/cycle", "tokens/pass", "tok/s")]
-    for s in (output.stats for output in outputs):
+    plans = []
+    for mode, s in ((mode, output.stats) for mode, output in outputs):
+        block_len = str(s.block_len)
+        if mode == "auto":
+            block_len = f"up to {engine.make_plan(mode).block_len}"
+            plans.append("cycles of auto: " + (", ".join(f"{plan} {n}" for plan, n in s.plans.items()) or "none"))
         rates = (f"{s.tokens_per_cycle:.2f}", f"{s.tokens_per_pass:.2f}", f"{s.tokens_per_second:.1f}")
-        rows.append((s.mode, str(s.block_len), str(s.tokens), str(s.cycles), str(s.passes), *rates))
-    return table(rows)
+        rows.append((mode, block_len, str(s.tokens), str(s.cycles), str(s.passes), *rates))
+    return "\n".join([table(rows), *plans])
 
 
 def _footer(args, engine, output) -> str:
@@ -248,6 +280,7 @@ def _generate_facts(args, engine, prompt_ids, output, text, other) -> dict:
         "model": args.model,
         "device": str(engine.device),
         "dtype": args.dtype,
+        "mode": args.mode,
         "prompt_token_ids": prompt_ids,
         "token_ids": output.token_ids,
         "text": text,
@@ -262,14 +295,20 @@ def _generate_facts(args, engine, prompt_ids, output, text, other) -> dict:
 
 def run_info(args) -> int:
     from orthrus_rt import info
-    from orthrus_rt.terminal import table
 
     facts = info.collect(
         device=args.device, dtype=args.dtype, model=args.model, adapter=args.adapter, base_gguf=args.base_gguf
     )
     if args.json:
         print(json.dumps(facts))
-        return 0
+    else:
+        _print_info(facts)
+    return _fail(args, facts["model"]["error"]) if "error" in facts["model"] else 0
+
+
+def _print_info(facts: dict) -> None:
+    from orthrus_rt.terminal import table
+
     versions = (f"{name} {version or 'not installed'}" for name, version in facts["versions"].items())
     print("versions  " + ", ".join(versions))
     native = facts["native"]
@@ -283,25 +322,25 @@ def run_info(args) -> int:
     rows = [(f"op ({facts['dtype']})", "runs on", "available")]
     rows += [(op, impl, ", ".join(facts["ops_available"][op])) for op, impl in facts["ops"].items()]
     print("\n" + table(rows))
-    return 0
 
 
 def run_bench(args) -> int:
     from orthrus_rt import info, profile, rates, terminal
 
-    if args.num_prompts is not None and args.num_prompts < 1:
-        raise ValueError(f"bench: num_prompts must be >= 1, got {args.num_prompts}")
+    check_num_prompts(args)
+    if args.profile and "auto" in args.modes:
+        raise ValueError(f"--profile takes one cycle apart: --modes must be among {', '.join(MODES)}, got auto")
     engine = load_engine(args, max_batch_size=args.batch)
     facts = {"model": args.model, "device": info.device_facts(engine.device)["name"], "dtype": args.dtype}
     if args.profile:
-        cycle = {"draft_len": args.draft_len, "batch": args.batch, "context": args.context}
+        cycle = {"draft_len": args.draft_len, "fan_out": args.fan_out, "batch": args.batch, "context": args.context}
         tables = [profile.profile(engine, mode=mode, **cycle) for mode in args.modes]
     else:
         rows = rates.decode_rates(
-            engine, ("code", "chat"), args.modes, draft_len=args.draft_len, num_prompts=args.num_prompts,
-            max_new_tokens=args.max_new_tokens,
+            engine, ("code", "chat"), args.modes, draft_len=args.draft_len, fan_out=args.fan_out,
+            num_prompts=args.num_prompts, max_new_tokens=args.max_new_tokens,
         )  # fmt: skip
-        tables = [({"batch": args.batch}, rows)]
+        tables = [({"max_new_tokens": args.max_new_tokens}, rows)]
     if args.json:
         print(json.dumps(facts | {"tables": [about | {"rows": rows} for about, rows in tables]}))
         return 0
@@ -327,8 +366,12 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     except (OSError, ValueError, ArithmeticError, RuntimeError, ImportError) as error:
-        print(f"orthrus-rt {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_ERROR
+        return _fail(args, error)
+
+
+def _fail(args, error) -> int:
+    print(f"orthrus-rt {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+    return EXIT_ERROR
 
 
 if __name__ == "__main__":

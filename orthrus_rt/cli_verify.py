@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 
 from orthrus_rt.cycle_plan import MODES
 
@@ -19,7 +20,10 @@ def add_parser(commands, add_model_options) -> None:
     parser = commands.add_parser("verify", help="compare modes token by token", description=DESCRIPTION)
     parser.set_defaults(run=run)
     add_model_options(parser, engine=True)
-    parser.add_argument("--modes", nargs="+", default=list(MODES), metavar="MODE", help=f"default: {' '.join(MODES)}")
+    parser.add_argument(
+        "--modes", nargs="+", choices=("auto", *MODES), default=list(MODES), metavar="MODE",
+        help=f"of auto, {', '.join(MODES)} (default: all but auto)",
+    )  # fmt: skip
     parser.add_argument("--against", choices=("transformers",), help="another implementation, greedy")
     parser.add_argument("--prompts", metavar="PATH", help="one raw prompt a line (default: the built-in prompts)")
     parser.add_argument("-n", "--num-prompts", type=int, metavar="N", help="only the first N prompts")
@@ -42,17 +46,16 @@ def run(args) -> int:
     engine = load_engine(args, max_batch_size=args.batch)
     ids = [_encode(prompt, engine.tokenizer) for prompt in todo]
     against = _transformers(engine, args.max_new_tokens) if args.against else None
-    results, tokens, ties, different = [], 0, 0, 0
+    results, tokens, verdicts = [], 0, Counter()
     found = verify.verify(engine, ids, params, args.modes, batch=args.batch, against=against)
     for prompt, (want, rate, comparisons) in zip(todo, found, strict=True):
-        differences = [c for c in comparisons if c.difference]
-        ties += sum(c.difference.near_tie for c in differences)
-        different += any(not c.difference.near_tie for c in differences)
+        verdicts[_verdict(comparisons)] += 1
         tokens += sum(c.tokens for c in comparisons)
         if args.json:
             results.append(_facts(prompt.name, args.modes[0], want, rate, comparisons))
         else:
             _print(engine.tokenizer, prompt.name, want, rate, comparisons)
+    different, ties = verdicts["differs"], verdicts["near-tie"]
     if args.json:
         facts = {"modes": args.modes, "dtype": args.dtype, "temperature": args.temperature, "tokens_compared": tokens}
         print(json.dumps(facts | {"different": different, "near_ties": ties, "prompts": results}))
@@ -60,23 +63,24 @@ def run(args) -> int:
         ways = ", ".join(c.way for c in comparisons)
         how = f"temperature {args.temperature:g}, seed {args.seed}" if args.temperature else "greedy"
         rest = f", {ties} near-ties within rounding" if ties else ""
+        rest += f", {different} differ" if different else ""
         print(f"{args.modes[0]} against {ways} ({args.dtype}, {how}):")
-        print(f"{len(todo) - different} of {len(todo)} prompts identical{rest}, {tokens} tokens compared")
+        print(f"{verdicts['identical']} of {len(todo)} prompts identical{rest}, {tokens} tokens compared")
     return EXIT_DIFFERENT if different else 0
 
 
 def _prompts(args) -> list:
     from orthrus_rt import prompts
+    from orthrus_rt.cli import check_num_prompts, read_utf8
 
-    todo = prompts.load()
-    if args.prompts:
-        with open(args.prompts, encoding="utf-8") as file:
-            lines = [line.rstrip("\n") for line in file if line.strip()]
-        todo = [prompts.Prompt(f"line {i + 1}", "code", line) for i, line in enumerate(lines)]
-    todo = todo[: args.num_prompts]
-    if not todo:
-        raise ValueError("verify: there is no prompt to decode")
-    return todo
+    check_num_prompts(args)
+    if args.prompts is None:
+        return prompts.load()[: args.num_prompts]
+    with open(args.prompts, encoding="utf-8") as file:
+        lines = [line for line in read_utf8(args.prompts, file.read).split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompts must name a file with a prompt a line, {args.prompts} holds none")
+    return [prompts.Prompt(f"line {i + 1}", "code", line) for i, line in enumerate(lines[: args.num_prompts])]
 
 
 def _encode(prompt, tokenizer) -> list[int]:
@@ -100,11 +104,22 @@ def _facts(name, mode, want, rate, comparisons) -> dict:
     return {"prompt": name, "mode": mode, "tokens": len(want), "tokens_per_cycle": rate, "ways": ways}
 
 
+def _verdict(comparisons) -> str:
+    """``identical``, ``near-tie`` or ``differs``: the worst of a prompt's comparisons."""
+    found = [c.difference for c in comparisons if c.difference]
+    if not found:
+        return "identical"
+    return "near-tie" if all(d.near_tie for d in found) else "differs"
+
+
 def _print(tokenizer, name, want, rate, comparisons) -> None:
     from orthrus_rt.cli import tokens_text
 
     rates = " / ".join(f"{r:.2f}" for r in (rate, *(c.tokens_per_cycle for c in comparisons)) if r is not None)
-    verdict = "differs" if any(c.difference for c in comparisons) else "identical"
+    verdict = _verdict(comparisons)
+    if verdict == "near-tie":
+        compared = min(c.tokens for c in comparisons)
+        verdict += f" at token {compared} ({len(want) - compared} tokens not compared)"
     print(f"{name:24} {len(want):4} tokens  {rates} tokens/cycle  {verdict}", flush=True)
     for c in comparisons:
         if c.difference:

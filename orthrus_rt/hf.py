@@ -33,14 +33,16 @@ class OrthrusForCausalLM:
 
     @classmethod
     def from_pretrained(
-        cls, model: str, *, dtype=torch.bfloat16, device_map="auto", trust_remote_code=None, **engine_arguments
-    ) -> OrthrusForCausalLM:
+        cls, model: str, *, dtype=torch.bfloat16, device_map="auto", attn_implementation=None, trust_remote_code=None,
+        **engine_arguments,
+    ) -> OrthrusForCausalLM:  # fmt: skip
         """Load a checkpoint.
 
         Args:
             model: as in :meth:`orthrus_rt.Engine.from_pretrained`.
             dtype: a torch dtype or its name; ``"auto"`` is bfloat16.
             device_map: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``: the whole model lives on one device.
+            attn_implementation: accepted and without effect: attention is the runtime's own.
             trust_remote_code: accepted and without effect: no code is ever fetched.
             engine_arguments: ``max_seq_len``, ``draft_len``, ``adapter``, ``base_gguf`` of the engine.
 

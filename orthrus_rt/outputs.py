@@ -63,6 +63,18 @@ class GenerationOutput:
     error: str | None = None
 
 
+def complete(outs: list[GenerationOutput]) -> list[GenerationOutput]:
+    """``outs``, where all must have gone on to their end.
+
+    Raises:
+        RuntimeError: one could not.
+    """
+    for i, out in enumerate(outs):
+        if out.error:
+            raise RuntimeError(f"prompt {i + 1} of {len(outs)}: {out.error}")
+    return outs
+
+
 @dataclass
 class RequestOutput:
     """New tokens of one request. ``finish_reason`` is None until ``finished``, then as in :class:`GenerationOutput`;

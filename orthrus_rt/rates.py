@@ -6,36 +6,42 @@ import time
 from collections.abc import Sequence
 
 from orthrus_rt import prompts
+from orthrus_rt.cycle_plan import MODES
+from orthrus_rt.outputs import complete
 from orthrus_rt.sampling import SamplingParams
 
 
 def decode_rates(
-    engine, kinds: Sequence[str], modes: Sequence[str], *, draft_len=None, num_prompts=None, max_new_tokens: int = 64
-) -> list[dict]:
+    engine, kinds: Sequence[str], modes: Sequence[str], *, draft_len=None, fan_out=None, num_prompts=None,
+    max_new_tokens: int = 64,
+) -> list[dict]:  # fmt: skip
     """Decode prompts of each kind in each mode, greedily, as many at a time as the engine has slots for.
 
     Returns:
-        A row per kind and mode: ``kind``, ``mode``, ``block_len``, ``prompts``, ``tokens``, ``tokens_per_cycle`` (of a
-        sequence), ``ms_per_cycle`` (of the batch, on the device) and ``tok_s`` (by the clock, prefill included).
+        A row per kind and mode: ``kind``, ``mode``, ``block_len`` (of ``auto`` the longest), ``prompts``, ``batch``
+        (of them at a time), ``tokens``, ``tokens_per_cycle`` (of a sequence), ``ms_per_cycle`` (of the batch, on the
+        device) and ``tok_s`` (by the clock, prefill included).
     """
     rows = []
     for kind in kinds:
         ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)[:num_prompts]]
         for mode in modes:
-            rows.append({"kind": kind} | _rate(engine, ids, mode, draft_len, max_new_tokens))
+            options = dict(mode=mode, draft_len=draft_len, fan_out=fan_out)
+            rows.append({"kind": kind} | _rate(engine, ids, options, max_new_tokens))
     return rows
 
 
-def _rate(engine, ids, mode, draft_len, max_new_tokens) -> dict:
-    _warm(engine, ids, mode, draft_len)
-    params, before, start = SamplingParams(max_new_tokens), _cycles(engine, mode), time.perf_counter()
-    outs = engine.generate(ids, params, mode=mode, draft_len=draft_len)
+def _rate(engine, ids, options, max_new_tokens) -> dict:
+    _warm(engine, ids, options)
+    params, before, start = SamplingParams(max_new_tokens), _cycles(engine), time.perf_counter()
+    outs = complete(engine.generate(ids, params, **options))
     seconds, stats = time.perf_counter() - start, [out.stats for out in outs]
-    count, device_seconds = (now - then for now, then in zip(_cycles(engine, mode), before, strict=True))
+    count, device_seconds = (now - then for now, then in zip(_cycles(engine), before, strict=True))
     return {
-        "mode": mode,
-        "block_len": stats[0].block_len,
+        "mode": options["mode"],
+        "block_len": engine.make_plan(**options).block_len,
         "prompts": len(outs),
+        "batch": min(len(outs), engine.scheduler.num_slots),
         "tokens": sum(s.tokens for s in stats),
         "tokens_per_cycle": sum(s.tokens - 1 for s in stats) / max(1, sum(s.cycles for s in stats)),
         "ms_per_cycle": 1e3 * device_seconds / max(1, count),
@@ -43,18 +49,21 @@ def _rate(engine, ids, mode, draft_len, max_new_tokens) -> dict:
     }
 
 
-def _warm(engine, ids, mode, draft_len) -> None:
+def _warm(engine, ids, options) -> None:
     """First-use costs, and the cycles of every batch that is left as prompts end: they must not be built by the clock.
 
-    Prompts of one token are decoded from the first step on, all at once.
+    Prompts of one token are decoded from the first step on, all at once. An engine in mode ``auto`` knows itself which
+    cycles that mode may run.
     """
-    options = dict(mode=mode, draft_len=draft_len)
     engine.generate(ids, SamplingParams(max_new_tokens=4), **options)
+    if engine.mode == options["mode"] == "auto":
+        return engine.warmup()
     most = min(len(ids), engine.scheduler.num_slots)
     for size in {min(1 << i, most) for i in range((most - 1).bit_length() + 1)}:
         engine.generate([ids[0][:1]] * size, SamplingParams(max_new_tokens=4, ignore_eos=True), **options)
 
 
-def _cycles(engine, mode: str) -> tuple[int, float]:
-    """How many cycles there were, and their seconds on the device."""
-    return engine.metrics.times.get(f"{mode}_cycle", (0, 0.0))
+def _cycles(engine) -> tuple[int, float]:
+    """How many cycles of any mode there were, and their seconds on the device."""
+    counts, seconds = zip(*(engine.metrics.times.get(f"{mode}_cycle", (0, 0.0)) for mode in MODES), strict=True)
+    return sum(counts), sum(seconds)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from orthrus_rt.engine import Engine
+from orthrus_rt.outputs import complete
 from orthrus_rt.sampling import SamplingParams
 
 NEAR_TIE_SIGMAS = 3
@@ -83,12 +84,14 @@ def verify(
         ValueError: there is nothing to compare, or sampling has no seed or is compared with another implementation.
     """
     if len(modes) < 2 and batch < 2 and against is None:
-        raise ValueError("verify: two modes, a batch of at least 2 or another implementation are needed to compare")
+        raise ValueError("two modes, a batch of at least 2 or another implementation are needed to compare")
     if not params.greedy and (params.seed is None or against):
-        raise ValueError("verify: sampling needs a seed, and cannot be compared with another implementation")
+        raise ValueError("sampling needs a seed, and cannot be compared with another implementation")
     for first in range(0, len(prompts), batch):
         group = prompts[first : first + batch]
-        together = [(mode, engine.generate(group, params, mode=mode)) for mode in modes] if batch > 1 else []
+        together = []
+        if batch > 1:
+            together = [(mode, complete(engine.generate(group, params, mode=mode))) for mode in modes]
         for i, ids in enumerate(group):
             want, *others = (engine.generate(ids, params, mode=mode) for mode in modes)
             ways = list(zip(modes[1:], others, strict=True))

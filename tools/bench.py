@@ -35,7 +35,7 @@ RUNS = [
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default=str(ROOT / "bench" / "results"), help="folder for JSON and tables")
+    parser.add_argument("--out", help="folder for JSON and tables (default: bench/results/cpu or gpu, by device)")
     args = parser.parse_args()
     failed = 0
     for device, script, options in RUNS:
@@ -44,7 +44,8 @@ def main() -> int:
             print(f"== {name}: skipped, no CUDA device", flush=True)
             continue
         print(f"== {name}", flush=True)
-        command = [sys.executable, f"bench/{script}.py", *options, "--out", args.out]
+        out = args.out or ROOT / "bench" / "results" / ("gpu" if device == "cuda" else "cpu")
+        command = [sys.executable, f"bench/{script}.py", *options, "--out", str(Path(out).resolve())]
         failed += subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode != 0
     return 1 if failed else 0
 

@@ -152,6 +152,15 @@ def test_base_tensor_in_an_adapter(folders, name):
     assert message_of(base, adapter) == f"{adapter / VIEW}: {name} is not part of this model"
 
 
+def test_an_adapter_that_is_none(tmp_path, folders):
+    base, _ = folders
+    assert message_of(base, "/nope") == (
+        "adapter: '/nope' is neither a folder with a diffusion view, nor a hub id (owner/name)"
+    )
+    expected = f"adapter: {str(tmp_path)!r} is no folder with a diffusion view: it holds no config.json"
+    assert message_of(base, tmp_path) == expected
+
+
 def test_adapter_without_weights(folders):
     base, adapter = folders
     (adapter / VIEW).unlink()

@@ -49,6 +49,29 @@ def test_prompt_from_argument_file_and_stdin_is_the_same(run, tmp_path, monkeypa
     assert generate(run)["token_ids"] == want["token_ids"]
 
 
+@pytest.mark.parametrize("source", ("argument", "--file", "standard input", "standard input, surrogates"))
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"caf\xe9", r"the prompt ({}) must be UTF-8 text, got b'\xe9' at position 3"),
+        (b"", "the prompt is empty"),
+    ],
+)
+def test_a_prompt_that_is_no_text(run, tmp_path, monkeypatch, source, data, message):
+    args, name = [], source.split(",")[0]
+    if source == "argument":
+        args = [os.fsdecode(data)]
+    elif source == "--file":
+        name = str(tmp_path / "prompt.txt")
+        (tmp_path / "prompt.txt").write_bytes(data)
+        args = ["--file", name]
+    else:
+        errors = "surrogateescape" if "surrogates" in source else "strict"  # as with LANG=C, as with UTF-8
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors=errors))
+    code, out, err = run("generate", *args)
+    assert (code, out, err) == (2, "", f"orthrus-rt generate: {message.format(name)}\n")
+
+
 def test_chat_is_the_default_where_there_is_a_template(run):
     tokenizer = byte_tokenizer.build()
     for options in ([], ["--chat"]):
@@ -70,6 +93,15 @@ def test_text_and_table_agree_with_json(run):
         assert line.split()[5:7] == [f"{stats[name]:.2f}" for name in ("tokens_per_cycle", "tokens_per_pass")]
     assert want["stats"]["mode"] == "two_pass" and want["stats"]["tokens_per_cycle"] > 1.2
     assert want["identical_tokens"] and lines[-1] == "identical tokens: yes (24 of 24)"
+
+
+def test_the_table_of_auto_tells_what_ran(run):
+    code, out, _ = run("generate", "hello", "--max-new-tokens", "24", "--ignore-eos", "--compare-ar")
+    auto, ar, plans = out.splitlines()[-5:-2]
+    assert code == 0 and auto.startswith("auto       up to 8 ") and ar.split()[:3] == ["ar", "1", "24"]
+    assert re.fullmatch(r"cycles of auto: (\w+(/\w+)? \d+)(, \w+(/\w+)? \d+)*", plans)
+    assert sum(int(n) for n in re.findall(r" (\d+)(?:,|$)", plans)) == int(auto.split()[5])
+    assert generate(run, "hello")["mode"] == "auto"
 
 
 def test_draft_len_mode_and_sampling_reach_the_engine(run):
@@ -129,8 +161,10 @@ def test_bench_prints_rates_or_a_profile(run):
     code, out, _ = run("bench", *options, "--json")
     (table,) = json.loads(out)["tables"]
     assert code == 0 and [r["mode"] for r in table["rows"]] == ["ar", "two_pass"] * 2
-    code, out, _ = run("bench", *options)
-    assert code == 0 and re.search(r"code +two_pass +8 +1 ", out)
+    code, out, _ = run("bench", *options, "--batch", "4")
+    assert code == 0 and re.search(r"prompts +batch +tokens", out) and re.search(r"code +two_pass +8 +1 +1 +8 ", out)
+    code, out, _ = run("bench", "--profile", "--context", "40", "--modes", "one_pass", "--fan-out", "2")
+    assert code == 0 and re.search(r"mode one_pass, block_len 8, fan_out 2, ", out)
     code, out, _ = run("bench", "--profile", "--context", "40", "--modes", "ar")
     assert code == 0 and re.search(r"mode ar, block_len 1, fan_out 0, batch 1, context 40, read_gb_s", out)
     assert re.search(r"dual_attn +2 ", out)
@@ -138,9 +172,34 @@ def test_bench_prints_rates_or_a_profile(run):
     assert code == 2 and "context must be within [1, 248]" in err
 
 
+def test_bench_runs_auto(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code, out, err = run("bench", "-n", "1", "--max-new-tokens", "8", "--modes", "auto", "--fan-out", "2", "--json")
+    assert code == 0, err
+    for row in json.loads(out)["tables"][0]["rows"]:
+        assert (row["mode"], row["block_len"], row["prompts"], row["batch"]) == ("auto", 8, 1, 1)
+        assert row["ms_per_cycle"] > 0 and row["tokens"] == 8
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["-n", "0"], "num_prompts must be >= 1, got 0"),
+        (["--profile", "--modes", "ar", "auto"], "--modes must be among ar, two_pass, one_pass, got auto"),
+        (["--modes", "one_pass", "--fan-out", "99"], r"fan_out must be within \[1, 22\] for draft_len 7, got 99"),
+    ],
+)
+def test_what_bench_refuses(run, args, message):
+    code, out, err = run("bench", *args)
+    assert code == 2 and out == ""
+    assert re.fullmatch(f"orthrus-rt bench: (?!bench).*{message}\n", err)
+
+
 def test_info_reports_a_model_that_cannot_be_opened(run):
-    code, out, _ = run("info", "--model", "/nowhere")
-    assert code == 0 and "/nowhere" in out
+    for options in ([], ["--json"]):
+        code, out, err = run("info", "--model", "/nowhere", *options)
+        assert code == 2 and "/nowhere" in out and "row_linear" in out
+        assert err.startswith("orthrus-rt info: '/nowhere': is neither a folder here") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -148,9 +207,9 @@ def test_info_reports_a_model_that_cannot_be_opened(run):
     [
         (["--draft-len", "8", "x"], r"draft_len must be within \[1, 7\]"),
         (["--max-new-tokens", "0", "x"], "max_new_tokens must be >= 1, got 0"),
-        (["--raw", ""], "at least one token"),
         (["--file", "/nowhere/prompt.txt"], "No such file"),
         (["--model", "/nowhere", "x"], "/nowhere"),
+        (["--adapter", "/nope", "x"], "adapter: '/nope' is neither a folder with a diffusion view, nor a hub id"),
         (["--raw", "x" * 300], r"shorter than max_seq_len \(256 tokens\), got 300"),
         (["--device", "tpu", "x"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     ],
@@ -159,6 +218,13 @@ def test_errors_are_one_line(run, args, message):
     code, out, err = run("generate", *args)
     assert code == 2 and out == ""
     assert re.search(message, err) and err.startswith("orthrus-rt generate: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ("5", "5=", "x=1"))
+def test_a_bias_that_is_none(run, capsys, text):
+    with pytest.raises(SystemExit, match="2"):
+        run("generate", "--logit-bias", text, "x")
+    assert f"argument --logit-bias: expected ID=X, got '{text}'" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_without_a_traceback(folder):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import TextStreamer
+from transformers import AutoTokenizer, TextStreamer
 
 from orthrus_rt import SamplingParams
 from orthrus_rt.hf import OrthrusForCausalLM
@@ -10,10 +10,14 @@ from tests import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = byte_tokenizer.make_checkpoint(tmp_path_factory.mktemp("model"))
+def folder(tmp_path_factory):
+    return str(byte_tokenizer.make_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
     return OrthrusForCausalLM.from_pretrained(
-        str(path), dtype=torch.bfloat16, device_map="cpu", max_seq_len=128, trust_remote_code=True
+        folder, dtype=torch.bfloat16, device_map="cpu", max_seq_len=128, trust_remote_code=True
     ).eval()
 
 
@@ -96,9 +100,26 @@ def test_one_prompt_at_a_time(model):
         model.generate(torch.zeros(2, 3, dtype=torch.int64), max_new_tokens=4)
 
 
+def test_the_published_quickstart(folder, capsys):
+    model = OrthrusForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map="cpu", attn_implementation="flash_attention_2", trust_remote_code=True
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "Count the words of a paragraph."}]
+    input_ids = tokenizer.apply_chat_template(
+        messages, return_tensors="pt", add_generation_prompt=True, enable_thinking=False
+    ).input_ids
+    output_ids = model.generate(
+        input_ids=input_ids.to(model.device), max_new_tokens=20, use_diffusion_mode=True,
+        streamer=TextStreamer(tokenizer, skip_prompt=True),
+    )  # fmt: skip
+    assert output_ids.shape[1] > input_ids.shape[1]
+    assert capsys.readouterr().out == tokenizer.decode(output_ids[0, input_ids.shape[1] :]) + "\n"
+
+
 def test_from_pretrained_refuses_what_it_cannot_honour():
-    with pytest.raises(TypeError, match="attn_implementation is not supported"):
-        OrthrusForCausalLM.from_pretrained("x", attn_implementation="sdpa")
+    with pytest.raises(TypeError, match="quantization_config is not supported; supported are dtype"):
+        OrthrusForCausalLM.from_pretrained("x", quantization_config={})
     with pytest.raises(ValueError, match="device_map must name one device"):
         OrthrusForCausalLM.from_pretrained("x", device_map={"": 0})
     with pytest.raises(ValueError, match="dtype must be one of"):

@@ -1,8 +1,13 @@
 """The profile: it times the very cycle that runs, and the bytes it names are those of the contracts."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from bench import common
 from orthrus_rt import dispatch, profile, prompts, rates
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import MODES
@@ -162,7 +167,7 @@ def test_bytes_of_counting_tokens():
 def test_rates_build_no_cycle_by_the_clock(tmp_path, monkeypatch, mode):
     engine = make(str(byte_tokenizer.make_checkpoint(tmp_path)), max_seq_len=512)
     ids = [p.encode(engine.tokenizer) for p in prompts.load("data")[:3]]
-    rates._warm(engine, ids, mode, None)
+    rates._warm(engine, ids, {"mode": mode})
     assert {cycle.state.num_slots for cycle in engine.runner._cycles.values()} == {1, 2, 4}
     assert all(cycle.recorded for cycle in engine.runner._cycles.values())
     monkeypatch.setattr("orthrus_rt.runner.Cycle", None)  # nothing is built from here on
@@ -173,9 +178,39 @@ def test_rates_build_no_cycle_by_the_clock(tmp_path, monkeypatch, mode):
 def test_rates_are_those_of_the_generations(tmp_path):
     engine = make(str(byte_tokenizer.make_checkpoint(tmp_path)), max_seq_len=512, max_batch_size=2)
     rows = rates.decode_rates(engine, ("data",), ("ar", "two_pass"), num_prompts=3, max_new_tokens=8)
-    assert [(r["kind"], r["mode"], r["block_len"], r["prompts"]) for r in rows] == [
-        ("data", "ar", 1, 3), ("data", "two_pass", 8, 3)
+    assert [(r["kind"], r["mode"], r["block_len"], r["prompts"], r["batch"]) for r in rows] == [
+        ("data", "ar", 1, 3, 2), ("data", "two_pass", 8, 3, 2)
     ]  # fmt: skip
     ar, two_pass = rows
     assert ar["tokens"] == two_pass["tokens"] and ar["tokens_per_cycle"] == 1 <= two_pass["tokens_per_cycle"]
     assert all(r["tok_s"] > 0 and 0 < r["ms_per_cycle"] < 1e3 * r["tokens"] / r["tok_s"] for r in rows)
+
+
+def test_rates_of_auto_count_the_cycles_of_every_mode(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = str(byte_tokenizer.make_checkpoint(tmp_path / "model"))
+    engine = make(path, mode="auto", max_seq_len=512, max_batch_size=1)
+    engine.metrics.times = {"ar_cycle": (3, 0.5), "one_pass_cycle": (2, 0.25), "prefill": (9, 9.0), "recording": (9, 9)}
+    assert rates._cycles(engine) == (5, 0.75)
+    (row,) = rates.decode_rates(engine, ("data",), ("auto",), fan_out=2, num_prompts=1, max_new_tokens=8)
+    assert (row["mode"], row["block_len"], row["batch"], row["tokens"]) == ("auto", 8, 1, 8) and row["ms_per_cycle"] > 0
+
+
+SCRIPTS = sorted(p.stem for p in Path(__file__).parents[2].glob("bench/*.py") if '"--out"' in p.read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_folder_that_takes_no_results_is_refused_before_measuring(tmp_path, monkeypatch, capsys, script):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(sys, "argv", [script, "--out", str(file)])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(f"bench.{script}").main()
+    assert f"argument --out: must be a folder that can be written to, got '{file}' (" in capsys.readouterr().err
+
+
+def test_the_folder_for_results_is_made(tmp_path):
+    out = common.out_folder(str(tmp_path / "a" / "b"))
+    assert Path(out).is_dir() and not list(Path(out).iterdir())
+    common.report("name", {}, [{"x": 1}], out)
+    assert {path.name for path in Path(out).iterdir()} == {"name.json", "name.md"}

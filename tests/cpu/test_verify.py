@@ -10,6 +10,7 @@ from orthrus_rt import prompts, transformers_model, verify
 from orthrus_rt.cli import main
 from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.engine import Engine
+from orthrus_rt.outputs import GenerationOutput, Stats, complete
 from orthrus_rt.sampling import SamplingParams
 from tests import byte_tokenizer, checkpoints
 
@@ -103,7 +104,7 @@ def test_a_planted_difference_is_reported(run, break_token):
         assert way["way"] == "two_pass" and way["tokens"] == way["difference"]["index"] == 5
         assert right ^ 1 == wrong and way["difference"]["gap"] > 0 and not way["difference"]["near_tie"]
     code, out, _ = run("--modes", "ar", "two_pass")
-    assert code == 1 and out.endswith("0 of 3 prompts identical, 15 tokens compared\n")
+    assert code == 1 and out.endswith("0 of 3 prompts identical, 3 differ, 15 tokens compared\n")
     pattern = r"line 1 .*  differs\n  two_pass: differs at token 5: \d+ '.*' against \d+ '.*', logit gap \d"
     assert re.search(pattern, out)
 
@@ -111,7 +112,7 @@ def test_a_planted_difference_is_reported(run, break_token):
 def test_a_difference_in_a_batch_alone(run, break_token):
     break_token(0, "ar", together=True)
     code, out, _ = run("--modes", "ar", "--batch", "3")
-    assert code == 1 and "2 of 3 prompts identical" in out
+    assert code == 1 and "2 of 3 prompts identical, 1 differ, " in out
     assert re.search(r"line 3 .*  differs\n  ar in batches of 3: differs at token 0: ", out)
 
 
@@ -128,14 +129,42 @@ def test_an_output_that_ends_early(folder):
     ("args", "message"),
     [
         (["--modes", "ar"], "two modes, a batch of at least 2 or another implementation are needed"),
-        (["--modes", "ar", "many_pass"], "mode must be auto, .*got 'many_pass'"),
         (["--against", "transformers", "--temperature", "1"], "cannot be compared with another implementation"),
-        (["-n", "0"], "there is no prompt to decode"),
+        (["-n", "0"], "num_prompts must be >= 1, got 0"),
+        (["-n", "-1"], "num_prompts must be >= 1, got -1"),
     ],
 )
 def test_errors(run, args, message):
     code, _, err = run(*args)
     assert code == 2 and re.search(message, err) and err.count("\n") == 1
+    assert re.match("orthrus-rt verify: (?!verify)", err)
+
+
+def test_a_mode_that_is_none(run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("--modes", "ar", "foo")
+    assert re.search(
+        "argument --modes: invalid choice: 'foo' .*auto.*, .*ar.*, .*two_pass.*one_pass", capsys.readouterr().err
+    )
+
+
+def test_auto_against_ar(run):
+    code, out, _ = run("--modes", "ar", "auto", "-n", "1")
+    assert code == 0 and "ar against auto (bfloat16, greedy):\n1 of 1 prompts identical, 12 tokens compared\n" in out
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"one\ncaf\xe9\n", "the prompt ({}) must be UTF-8 text, got b'\\xe9' at position 7"),
+        (b"\n \n", "--prompts must name a file with a prompt a line, {} holds none"),
+    ],
+)
+def test_a_file_that_holds_no_prompts(run, tmp_path, data, message):
+    path = tmp_path / "other.txt"
+    path.write_bytes(data)
+    code, out, err = run("--prompts", str(path))
+    assert (code, out, err) == (2, "", f"orthrus-rt verify: {message.format(path)}\n")
 
 
 @pytest.mark.parametrize("family", ("qwen3", pytest.param("llama", marks=pytest.mark.full)))
@@ -190,6 +219,15 @@ def test_a_wrong_token_is_no_near_tie(run, break_transformers):
     assert code == 1 and json.loads(out)["different"] > 0
 
 
+def test_a_near_tie_is_neither_identical_nor_different(run, monkeypatch, break_transformers):
+    break_transformers(lambda token: (token + 128) % 256)
+    monkeypatch.setattr(verify, "near_tie_bound", lambda *_: float("inf"))
+    code, out, _ = run("--modes", "ar", "--against", "transformers", "-n", "1")
+    assert code == 0
+    assert re.search(r"tokens/cycle  near-tie at token 4 \(8 tokens not compared\)\n  transformers: near-tie", out)
+    assert out.endswith("\n0 of 1 prompts identical, 1 near-ties within rounding, 4 tokens compared\n")
+
+
 def test_a_wrong_token_of_ours_is_no_near_tie(run, monkeypatch):
     """Our least likely token in place of token 4, in every mode: the gap is negative, and no rounding explains it."""
     honest, wrong = Engine.generate, {}
@@ -235,3 +273,11 @@ def test_the_bound_is_what_bf16_does():
         difference = verify._compare_against(engine, ids, tokens, theirs).difference
         assert difference is None or difference.near_tie
     assert max(map(abs, shares)) < 1 < 15 * (sum(s * s for s in shares) / len(shares)) ** 0.5
+
+
+def test_a_prompt_that_could_not_go_on_is_no_difference():
+    fine = GenerationOutput([1], "length", Stats("ar", 1, 0))
+    failed = GenerationOutput([1], "error", Stats("ar", 1, 0), "no memory")
+    assert complete([fine]) == [fine]
+    with pytest.raises(RuntimeError, match="prompt 2 of 2: no memory"):
+        complete([fine, failed])
