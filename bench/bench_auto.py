@@ -1,8 +1,9 @@
 """``mode="auto"`` beside every fixed plan, on the embedded model: tokens per second by batch size and kind of text.
 
 A batch is decoded to the same length by every plan, prefill included, by the clock. ``auto first`` is a fresh policy
-with measured costs, its learning included; ``auto`` is the same policy later on. Rounds are interleaved, so that a
-machine whose speed changes is fair to all. ``adversarial`` decodes code with a drafter that is broken on purpose.
+with measured costs, its learning included; ``auto`` is one that has decoded that batch before. Rounds are interleaved,
+so that a machine whose speed changes is fair to all, and their median counts; ``p20`` and ``p80`` tell the noise.
+``adversarial`` decodes code with a drafter that is broken on purpose.
 
     python -m bench.bench_auto --out DIR
 """
@@ -12,8 +13,11 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from unittest import mock
 
 import torch
 
@@ -22,6 +26,7 @@ from orthrus_rt import checkpoint, prompts
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
+from orthrus_rt.outputs import complete
 from orthrus_rt.sampling import SamplingParams
 
 KINDS = ("code", "chat", "adversarial")
@@ -62,8 +67,14 @@ def decode(engine: Engine, ids: list[list[int]], tokens: int, plan: CyclePlan | 
     """Seconds, and the outputs; ``plan`` None is auto."""
     options = {} if plan is None else dict(mode=plan.mode, draft_len=max(1, plan.block_len - 1))
     start = time.perf_counter()
-    outs = engine.generate(ids, SamplingParams(max_new_tokens=tokens, ignore_eos=True), **options)
+    outs = complete(engine.generate(ids, SamplingParams(max_new_tokens=tokens, ignore_eos=True), **options))
     return time.perf_counter() - start, outs
+
+
+def decode_first(engine: Engine, *args) -> tuple[float, list]:
+    """The same by a policy that knows the costs and nothing else."""
+    with mock.patch.object(engine, "_autos", {}):
+        return decode(engine, *args, None)
 
 
 def measure(kind: str, batch: int, args) -> list[dict]:
@@ -74,29 +85,30 @@ def measure(kind: str, batch: int, args) -> list[dict]:
     plans = fixed_plans(batch, args.most_rows)
     for plan in plans:
         decode(engine, ids, 4, plan)  # built and recorded
-    seconds: dict[str, float] = {}
-    cycles: dict[str, dict] = {}
-    want = None
-    for turn in range(args.rounds):
-        for plan in [*plans, None]:
-            label = plan.label if plan else ("auto" if turn else "auto first")
-            before = dict(engine.metrics.plans)
-            spent, outs = decode(engine, ids, args.tokens, plan)
-            want = want or [o.token_ids for o in outs]
-            if want != [o.token_ids for o in outs]:
-                raise SystemExit(f"bench_auto: {label} gave other tokens than ar")
-            seconds[label] = seconds.get(label, 0.0) + spent
-            ran = {n: c - before.get(n, 0) for n, c in engine.metrics.plans.items() if c > before.get(n, 0)}
-            cycles[label] = {n: cycles.get(label, {}).get(n, 0) + c for n, c in ran.items()}
+    ways = {plan.label: partial(decode, plan=plan) for plan in plans}
+    ways |= {"auto first": decode_first, "auto": partial(decode, plan=None)}
+    want = decode(engine, ids, args.tokens, None)[1]
+    seconds: dict[str, list[float]] = {label: [] for label in ways}
+    cycles = {label: Counter() for label in ways}
+    for _ in range(args.rounds):
+        for label, run in ways.items():
+            before = Counter(engine.metrics.plans)
+            spent, outs = run(engine, ids, args.tokens)
+            if [o.token_ids for o in want] != [o.token_ids for o in outs]:
+                raise SystemExit(f"bench_auto: {label} gave other tokens than auto before")
+            seconds[label].append(spent)
+            cycles[label] += Counter(engine.metrics.plans) - before
     engine.close()
-    turns = {label: args.rounds for label in seconds} | {"auto first": 1, "auto": args.rounds - 1}
-    rate = {label: turns[label] * batch * args.tokens / s for label, s in seconds.items()}
-    best = max(rate[plan.label] for plan in plans)
-    return [
-        {"kind": kind, "batch": batch, "plan": label, "tok_s": tok_s, "over_ar": tok_s / rate["ar"],
-         "over_best_fixed": tok_s / best, "cycles": " ".join(f"{n}:{c}" for n, c in cycles[label].items())}
-        for label, tok_s in rate.items()
-    ]  # fmt: skip
+    rows = []
+    for label in ways:
+        took = common.percentiles(seconds[label])
+        rate = {p: batch * args.tokens / took[q] for p, q in (("tok_s", "p50"), ("p20", "p80"), ("p80", "p20"))}
+        rows.append({"kind": kind, "batch": batch, "plan": label} | rate)
+    ar, best = rows[0]["tok_s"], max(row["tok_s"] for row in rows[: len(plans)])
+    for row in rows:
+        ran = " ".join(f"{plan}:{n}" for plan, n in cycles[row["plan"]].items())
+        row |= {"over_ar": row["tok_s"] / ar, "over_best_fixed": row["tok_s"] / best, "cycles": ran}
+    return rows
 
 
 def main() -> None:
@@ -104,7 +116,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--tokens", type=int, default=128, help="of each sequence")
-    parser.add_argument("--rounds", type=int, default=3, help="at least 2")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--most-rows", type=int, default=32, help="leave out fixed plans with more rows in a pass")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
