@@ -37,10 +37,17 @@ def _said(*command: str) -> str:
         return ""
 
 
+def _revision() -> str:
+    """With ``-dirty`` if tracked files other than results have changed since."""
+    head = _said("git", "rev-parse", "--short", "HEAD")
+    changed = _said("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results")
+    return (f"{head}-dirty" if changed else head) or "unknown"
+
+
 def header(device: torch.device) -> dict[str, str]:
     """The machine, its clocks, versions and the revision measured."""
     facts = {
-        "revision": _said("git", "describe", "--always", "--dirty") or "unknown",
+        "revision": _revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
