@@ -48,6 +48,7 @@ PIPELINE_FILL = 1  # passes of one_pass before its drafts are there
 REFRESH = 512  # cycles without AR after which AR is timed anew
 REFRESH_DRIFT, REFRESH_REST = 0.1, 64  # drift (see PassCosts) that calls for it sooner, but not before so many cycles
 REFRESH_CYCLES = 3
+REFRESH_PRICE = 0.0025  # of all time that may be lost on it sooner: where AR is close it is cheap, and may win
 
 
 def candidate_plans(block_len: int, modes: tuple[str, ...]) -> list[CyclePlan]:
@@ -88,9 +89,14 @@ class Lane:
         """Seconds that a cycle costs the safety account if no draft is accepted."""
         return self.seconds(plan) - (1 + SAFETY) * self.seconds(AR)
 
-    def wants_ar_timed(self) -> bool:
-        drifted = self.since_ar >= REFRESH_REST and self.costs.drift(self.bucket, AR) > REFRESH_DRIFT
-        return drifted or self.since_ar >= REFRESH
+    def wants_ar_timed(self, rate: float) -> bool:
+        """``rate``: seconds per token of the plan in use."""
+        if self.since_ar < REFRESH_REST:
+            return False
+        drifted = self.costs.drift(self.bucket, AR) > REFRESH_DRIFT
+        lost = REFRESH_CYCLES * (self.seconds(AR) - rate)
+        cheap = lost <= REFRESH_PRICE * self.since_ar * self.seconds(self.in_use)
+        return drifted or cheap or self.since_ar >= REFRESH
 
     def hold(self, rates: dict[CyclePlan, float]) -> CyclePlan:
         """The plan in use, changed when another has promised enough for long enough."""
@@ -196,7 +202,7 @@ class Policy:
 
     def _next_burst(self, lane: Lane, batch_size: int, tokens, rate: float) -> tuple[Lane, CyclePlan, int] | None:
         """``(lane, plan, cycles)`` of a trial to begin."""
-        if lane.wants_ar_timed():
+        if lane.wants_ar_timed(rate):
             return lane, AR, REFRESH_CYCLES
         if self._since_trial < REST or self.exploration.balance <= 0:
             return None

@@ -379,3 +379,22 @@ def test_costs_are_kept_and_a_stale_or_broken_file_is_not_believed(tmp_path):
     file.write_text(text)
     assert not PassCosts().load(file, "another key")
     assert not PassCosts().load(tmp_path / "missing", key)
+
+
+def test_a_close_rival_of_ar_hears_soon_that_ar_has_become_faster():
+    """A machine's memory and its arithmetic do not change speed together: two_pass's cost says nothing of ar's."""
+    plan = CyclePlan("two_pass", 4)
+    subject, seconds = Policy([AR, plan], 1), {AR: 1.0, plan: 1.8}
+    for p in seconds:
+        subject.costs.set(1, p, seconds[p])
+
+    def decode(count):
+        ran = []
+        for _ in range(count):
+            ran.append(subject.choose(1))
+            subject.record([(ran[-1].block_len - 1, ran[-1].block_len > 1)], seconds[ran[-1]])  # one draft accepted
+        return ran
+
+    assert decode(700)[-1] == plan
+    seconds[AR] = 0.7
+    assert decode(250)[-20:] == [AR] * 20
