@@ -87,7 +87,7 @@ def test_later_drafts_worse_than_early_ones(device, batch):
 
 def test_luck_may_settle_on_the_wrong_one_of_two_close_plans():
     """The worst run met: two standard errors of bad luck over the first thousand cycles."""
-    assert 1.05 < over_best("flat", 1, 0.9, seed=2) <= 1.1
+    assert 1.05 < over_best("flat", 1, 0.9, seed=12) <= 1.1
 
 
 @pytest.mark.full
