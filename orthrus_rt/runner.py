@@ -214,9 +214,10 @@ class Runner:
             self.state.finish[request.slot] = st.RUNNING
             if request.tokens:
                 self.state.block_tokens[request.slot, 0] = request.tokens[-1]
-        bad = self._first_choices(choosing, rows, picked, out) if choosing else []
-        if chosen := [(r.slot, r) for r in choosing if r not in bad]:
-            self._post(chosen, None)
+        if not choosing:
+            return []
+        bad = self._first_choices(choosing, rows, picked, out)
+        self._post([(r.slot, r) for r in choosing], None)
         return bad
 
     def _first_choices(self, requests: list[Request], rows: Rows, picked: torch.Tensor, out) -> list[Request]:
