@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from orthrus_rt.info import device_facts
 from orthrus_rt.timing import measure, percentiles, read_bandwidth
 
 __all__ = ["graphed", "header", "measure", "out_folder", "percentiles", "read_bandwidth", "report"]
@@ -50,7 +51,7 @@ def header(device: torch.device) -> dict[str, str]:
         "revision": _revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "cpu": f"{device_facts(torch.device('cpu'))['name']}, {torch.get_num_threads()} threads",
     }
     if device.type == "cuda":
         query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
