@@ -15,6 +15,11 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 namespace orthrus::cpu {
@@ -26,14 +31,31 @@ struct Choice {
   const Variant* variant;
 };
 
-const Choice kChoices[] = {
-#if defined(ORTHRUS_HAS_avx512_bf16)
-    {"avx512_bf16",
-     __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-     &avx512_bf16::kVariant},
+#if defined(ORTHRUS_HAS_amx_bf16)
+bool has_avx512_bf16() {
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+// Tiles also want the system's leave, for the process and all its threads: their 8 KB are saved at every switch.
+bool has_amx_bf16() {
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr int kArchReqXcompPerm = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if ((d & (kAmxBf16 | kAmxTile)) != (kAmxBf16 | kAmxTile)) return false;
+#if defined(__linux__)
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
+#else
+  return false;
 #endif
-#if defined(ORTHRUS_HAS_avx2)
+}
+#endif
+
+const Choice kChoices[] = {
+#if defined(ORTHRUS_HAS_amx_bf16)
+    {"amx_bf16", has_amx_bf16(), &amx_bf16::kVariant},
+    {"avx512_bf16", has_avx512_bf16(), &avx512_bf16::kVariant},
     {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2::kVariant},
 #endif
     {"portable", true, &portable::kVariant},
@@ -45,7 +67,7 @@ const Choice* find(const std::string& name) {
     if (!c.supported) throw std::runtime_error("ORTHRUS_CPU_ISA: this CPU has no " + name);
     return &c;
   }
-  throw std::runtime_error("ORTHRUS_CPU_ISA: must be avx512_bf16, avx2 or portable, got " + name);
+  throw std::runtime_error("ORTHRUS_CPU_ISA: must be amx_bf16, avx512_bf16, avx2 or portable, got " + name);
 }
 
 const Choice* choose() {

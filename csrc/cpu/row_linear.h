@@ -95,55 +95,66 @@ ORTHRUS_INLINE void finish_lanes(Vec v, const T* residual, T* out, int64_t count
   for (int64_t i = 0; i < count; ++i) out[i] = from_float<T>(residual ? lanes[i] + to_float(residual[i]) : lanes[i]);
 }
 
+// Folds 32 values of ids first_id ... first_id + count - 1 into a maximum: the lowest id among equals, no NaN.
 ORTHRUS_INLINE void update_argmax(const float* acc, int64_t first_id, int64_t count, float* best, int32_t* best_id) {
-  for (int half = 0; half < 2; ++half) {
-    const Vec v = keep_first(replace_nan(load(acc + half * kLanes), -__builtin_inff()), count - half * kLanes,
-                             -__builtin_inff());
-    const float top = reduce_max(v);
-    if (top > *best) {
-      *best = top;
-      *best_id = static_cast<int32_t>(first_id + half * kLanes + first_equal(v, top));
-    }
-  }
+  const float none = -__builtin_inff();
+  const Vec lo = keep_first(replace_nan(load(acc), none), count, none);
+  const Vec hi = keep_first(replace_nan(load(acc + kLanes), none), count - kLanes, none);
+  const Vec both = max(lo, hi);
+  if (count_at_least(both, *best) == 0) return;
+  const float top = reduce_max(both);
+  if (!(top > *best)) return;
+  const int32_t in_lo = first_equal(lo, top);
+  *best = top;
+  *best_id = static_cast<int32_t>(first_id + (in_lo < kLanes ? in_lo : kLanes + first_equal(hi, top)));
 }
 
-// One row of 32 accumulators of `strip` to where the epilogue wants it.
+// num_rows rows of 32 accumulators of `strip` to where the epilogue wants them.
 template <typename T>
-ORTHRUS_INLINE void finish_row(const RowLinearParamsOf<T>& p, const float* acc, int64_t row, int64_t strip) {
+ORTHRUS_INLINE void finish_rows(const RowLinearParamsOf<T>& p, const float* acc, int64_t first_row, int64_t num_rows,
+                                int64_t strip) {
   const int64_t column = strip * kStrip;
   const int64_t count = min_of(kStrip, p.out_features - column);
   switch (static_cast<Epilogue>(p.epilogue)) {
     case Epilogue::kNone:
     case Epilogue::kResidual: {
-      const int64_t at = row * p.out_features + column;
-      const bool add_residual = p.epilogue == static_cast<int32_t>(Epilogue::kResidual);
-      for (int64_t i = 0; i < count; i += kLanes) {
-        finish_lanes<T>(load(acc + i), add_residual ? p.residual + at + i : nullptr, static_cast<T*>(p.out) + at + i,
-                        count - i);
+      const T* residual = p.epilogue == static_cast<int32_t>(Epilogue::kResidual) ? p.residual : nullptr;
+      for (int64_t r = 0; r < num_rows; ++r) {
+        const int64_t at = (first_row + r) * p.out_features + column;
+        for (int64_t i = 0; i < count; i += kLanes) {
+          finish_lanes<T>(load(acc + r * kStrip + i), residual ? residual + at + i : nullptr,
+                          static_cast<T*>(p.out) + at + i, count - i);
+        }
       }
       break;
     }
     case Epilogue::kSiluMul: {
       const int64_t width = p.out_features / 2;
       const int64_t first = strip * kLanes;
-      const Vec gate = load(acc);
-      const Vec sigmoid_den = add(set1(1.f), exp(sub(zero(), gate)));
-      finish_lanes<T>(mul(div(gate, sigmoid_den), load(acc + kLanes)), nullptr,
-                      static_cast<T*>(p.out) + row * width + first, width - first);
+      for (int64_t r = 0; r < num_rows; ++r) {
+        const Vec gate = load(acc + r * kStrip);
+        const Vec sigmoid_den = add(set1(1.f), exp(sub(zero(), gate)));
+        finish_lanes<T>(mul(div(gate, sigmoid_den), load(acc + r * kStrip + kLanes)), nullptr,
+                        static_cast<T*>(p.out) + (first_row + r) * width + first, width - first);
+      }
       break;
     }
     case Epilogue::kLogits:
-      std::memcpy(static_cast<float*>(p.out) + row * p.out_features + column, acc, count * sizeof(float));
-      break;
-    case Epilogue::kArgmax: {
-      const int64_t at = row * p.num_partials + column / kArgmaxTile;
-      if (column % kArgmaxTile == 0) {
-        p.partial_value[at] = -__builtin_inff();
-        p.partial_id[at] = static_cast<int32_t>(column);
+      for (int64_t r = 0; r < num_rows; ++r) {
+        std::memcpy(static_cast<float*>(p.out) + (first_row + r) * p.out_features + column, acc + r * kStrip,
+                    count * sizeof(float));
       }
-      update_argmax(acc, column, count, p.partial_value + at, p.partial_id + at);
       break;
-    }
+    case Epilogue::kArgmax:
+      for (int64_t r = 0; r < num_rows; ++r) {
+        const int64_t at = (first_row + r) * p.num_partials + column / kArgmaxTile;
+        if (column % kArgmaxTile == 0) {
+          p.partial_value[at] = -__builtin_inff();
+          p.partial_id[at] = static_cast<int32_t>(column);
+        }
+        update_argmax(acc + r * kStrip, column, count, p.partial_value + at, p.partial_id + at);
+      }
+      break;
   }
 }
 
@@ -165,19 +176,25 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, const void* we
     const int64_t first = begin + (end - begin) * t / num_tiles;
     const int64_t last = begin + (end - begin) * (t + 1) / num_tiles;
     multiply_tile_of<T>(last - first)(p.x + first * p.x_stride, p.x_stride, w, p.in_features, ahead(t), acc);
-    for (int64_t r = first; r < last; ++r) finish_row(p, acc + (r - first) * kStrip, r, strip);
+    finish_rows(p, acc, first, last - first, strip);
   }
+}
+
+// body(first_strip, last_strip) over all strips, in parallel; one partial maximum belongs to one thread.
+template <typename T, typename Body>
+ORTHRUS_INLINE void parallel_strips(const RowLinearParamsOf<T>& p, Body body) {
+  const int64_t num_strips = div_up(p.out_features, kStrip);
+  const int64_t unit = p.epilogue == static_cast<int32_t>(Epilogue::kArgmax) ? kArgmaxTile / kStrip : 1;
+  parallel_for(div_up(num_strips, unit), 1,
+               [&](int64_t begin, int64_t end) { body(begin * unit, min_of(end * unit, num_strips)); });
 }
 
 template <typename T>
 inline void row_linear(const RowLinearParamsOf<T>& p) {
   if (p.num_rows == 0) return;
   const int64_t rows_ar = p.weight_diff ? p.num_rows_ar : p.num_rows;
-  const int64_t num_strips = div_up(p.out_features, kStrip);
-  // One partial maximum belongs to one thread.
-  const int64_t unit = p.epilogue == static_cast<int32_t>(Epilogue::kArgmax) ? kArgmaxTile / kStrip : 1;
-  parallel_for(div_up(num_strips, unit), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t strip = begin * unit; strip < min_of(end * unit, num_strips); ++strip) {
+  parallel_strips(p, [&](int64_t first_strip, int64_t last_strip) {
+    for (int64_t strip = first_strip; strip < last_strip; ++strip) {
       multiply_strip(p, p.weight, strip, 0, rows_ar);
       multiply_strip(p, p.weight_diff, strip, rows_ar, p.num_rows);
     }

@@ -12,7 +12,7 @@
 #define ORTHRUS_LAMBDA __attribute__((always_inline))
 #define ORTHRUS_UNROLL _Pragma("GCC unroll 16")  // or arrays of vectors would live in memory
 
-#if defined(ORTHRUS_ISA_avx512_bf16)
+#if defined(ORTHRUS_ISA_avx512_bf16) || defined(ORTHRUS_ISA_amx_bf16)
 #include "simd_avx512_bf16.h"
 #elif defined(ORTHRUS_ISA_avx2)
 #include "simd_avx2.h"

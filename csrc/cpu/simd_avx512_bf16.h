@@ -1,7 +1,8 @@
+// Of the variants avx512_bf16 and amx_bf16.
 #pragma once
 #include <immintrin.h>
 
-namespace orthrus::cpu::avx512_bf16 {
+namespace orthrus::cpu::ORTHRUS_ISA {
 
 // Rows of the register tile of row_linear (times 32 outputs) and queries of those of dual_attn.
 constexpr int kTileRows = 12;
@@ -57,13 +58,9 @@ ORTHRUS_INLINE Vec load(const bf16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
+// Denormals become zero, as they count in dot2.
 ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
-  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
 }
 
 ORTHRUS_INLINE WordVec load_words(const void* p) { return _mm512_loadu_si512(p); }
@@ -130,4 +127,4 @@ ORTHRUS_INLINE void transpose16(const uint32_t* const* in, uint32_t* out, int64_
   }
 }
 
-}  // namespace orthrus::cpu::avx512_bf16
+}  // namespace orthrus::cpu::ORTHRUS_ISA

@@ -25,5 +25,6 @@ struct Variant {
 namespace portable { extern const Variant kVariant; }
 namespace avx2 { extern const Variant kVariant; }
 namespace avx512_bf16 { extern const Variant kVariant; }
+namespace amx_bf16 { extern const Variant kVariant; }
 
 }  // namespace orthrus::cpu

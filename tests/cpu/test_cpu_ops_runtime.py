@@ -121,4 +121,4 @@ def test_isa_override():
     assert isa_of(ORTHRUS_CPU_ISA="portable").stdout == "portable\n"
     wrong = isa_of(ORTHRUS_CPU_ISA="sse9")
     assert wrong.returncode
-    assert "ORTHRUS_CPU_ISA: must be avx512_bf16, avx2 or portable, got sse9" in wrong.stderr
+    assert "ORTHRUS_CPU_ISA: must be amx_bf16, avx512_bf16, avx2 or portable, got sse9" in wrong.stderr
