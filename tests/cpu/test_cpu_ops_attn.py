@@ -122,17 +122,21 @@ def test_chunks_of_a_prompt_change_no_bit(isa, element):
             assert torch.equal(got, whole[first : first + count])
 
 
-def test_nan_of_one_row_stays_with_those_who_see_it(isa, element):
-    """A NaN key and value at position 70 reach rows 70 and later, not the earlier rows of the same tile."""
+@pytest.mark.parametrize("wild", [(torch.nan, torch.nan), (0.0, torch.nan), (0.0, torch.inf)], ids=str)
+def test_nan_of_one_row_stays_with_those_who_see_it(isa, element, wild):
+    """A wild key or value at position 70 reaches rows 70 and later, not the earlier rows of the same tile."""
     q = randn(80, 6, 64, seed=8)
     rows = make_rows([causal(0, 0, 80)], 1)
     k_pages, v_pages = make_cache(rows, 2, 64)
     clean = attend(q, k_pages, v_pages, None, None, rows)
     page, slot = int(TABLE[0, 1]), 70 - 64
-    k_pages[page, :, slot], v_pages[page, :, slot] = torch.nan, torch.nan
+    k_pages[page, :, slot], v_pages[page, :, slot] = wild
     dirty = attend(q, k_pages, v_pages, None, None, rows)
     assert torch.equal(dirty[:70], clean[:70])
-    assert bool(dirty[70:].isnan().all())
+    assert not bool(dirty[70:].isfinite().any())
+    for first in (64, 71):  # some of them alone: their sums are made of other tiles
+        alone = attend(q[first : first + 9], k_pages, v_pages, None, None, make_rows([causal(0, first, 9)], 1))
+        assert torch.equal(alone.nan_to_num(7.0), dirty[first : first + 9].nan_to_num(7.0))
 
 
 def test_large_scores(isa, element):
