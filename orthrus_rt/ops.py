@@ -139,7 +139,8 @@ def qkv_commit(
     scratch_v: torch.Tensor | None,
     q_out: torch.Tensor,
 ) -> None:
-    """QK RMSNorm (Qwen3), half-split RoPE and the in-place cache write; fp32 inside, one rounding.
+    """QK RMSNorm (Qwen3), half-split RoPE and the in-place cache write; fp32 inside, one rounding. For a value that is
+    not finite, 0 is written, and NaN in its place of the key: that spoils the rows that see the key and no others.
 
     Args:
         qkv: ``[num_rows, (num_heads_q + 2 * num_heads_kv) * head_dim]``, q then k then v heads.

@@ -68,7 +68,8 @@ def rope(x, position, cos_sin):
 
 
 def qkv_commit(qkv, rows: Rows, cos_sin, norms, eps, k_pages, v_pages, page_table, scratch_k, scratch_v, q_out):
-    """QK RMSNorm and RoPE in fp32, one rounding; AR keys/values to their pages, diffusion ones to the scratch.
+    """QK RMSNorm and RoPE in fp32, one rounding; AR keys/values to their pages, diffusion ones to the scratch. A value
+    that is not finite becomes 0 and its place of the key NaN, so that :func:`dual_attn` has no 0 * NaN for other rows.
 
     ``norms`` is None or ``(q_norm, k_norm, q_norm_diff, k_norm_diff)``, each ``[head_dim]``.
     """
@@ -84,6 +85,7 @@ def qkv_commit(qkv, rows: Rows, cos_sin, norms, eps, k_pages, v_pages, page_tabl
     q_out.copy_(rope(q, rows.position, cos_sin))
     k = rope(k, rows.position, cos_sin).to(k_pages.dtype)
     v = v.to(v_pages.dtype)
+    k, v = torch.where(v.isfinite(), k, torch.nan), torch.where(v.isfinite(), v, 0)
     n = rows.num_rows_ar
     page_size = k_pages.shape[2]
     position = rows.position[:n].long()
@@ -131,7 +133,7 @@ def dual_attn(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows: Rows,
         weights = torch.exp(scores - top)
         total = weights.sum(-1)  # [heads, rows]
         mixed = torch.einsum("hrk,khd->rhd", weights, v)
-        out[a:b] = torch.where(total.T[..., None] > 0, mixed / total.T[..., None].clamp(min=1e-30), 0).to(out.dtype)
+        out[a:b] = torch.where(total.T[..., None] == 0, 0, mixed / total.T[..., None].clamp(min=1e-30)).to(out.dtype)
 
 
 # --- process_logits ---------------------------------------------------------------------------------

@@ -181,3 +181,17 @@ def assert_close(got, want):
     error = (got.double() - want).norm() / want.norm().clamp(min=1e-9)
     assert error < 3e-3, float(error)
     assert (got.double() - want).abs().max() < 2**-6 * want.abs().max().clamp(min=1)
+
+
+def check_a_nan_key_spoils_those_who_see_it_alone(make):
+    """As qkv_commit writes a row that turned NaN: the key NaN, the value 0. ``make(groups)`` is a :class:`Pass`."""
+    groups = [Group("ar", 0, 60, 20), Group("diff", 0, 70, 4), Group("diff", 0, 71, 4), Group("diff", 1, 30, 4)]
+    case = make(groups)
+    clean = case.by_group(case.run())
+    page = int(case.page_table[0, 70 // ops.PAGE_SIZE])
+    case.k_pages[page, :, 70 % ops.PAGE_SIZE], case.v_pages[page, :, 70 % ops.PAGE_SIZE] = torch.nan, 0
+    case.scratch_k[-2], case.scratch_v[-2] = torch.nan, 0
+    dirty = case.by_group(case.run())
+    verify, before, behind, own = groups
+    assert torch.equal(dirty[verify][:10], clean[verify][:10]) and torch.equal(dirty[before], clean[before])
+    assert dirty[verify][10:].isnan().all() and dirty[behind].isnan().all() and dirty[own].isnan().all()

@@ -79,7 +79,7 @@ def dual_attn_kernel(
             visible = used[None, :] & valid[:, None]
             top, total, acc = _fold(q, k, v, visible, scale, top, total, acc, PRECISION)
 
-    out = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)
+    out = tl.where(total[:, None] == 0, 0.0, acc / total[:, None])  # NaN stays
     tl.store(out_ptr + q_offset[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=mine[:, None])
 
 

@@ -83,6 +83,27 @@ ORTHRUS_INLINE void rotate_head(const T* x, const float* norm, float eps, const 
   }
 }
 
+// Whether the sum of 0 * x is 0, and not NaN.
+template <typename T>
+ORTHRUS_INLINE bool all_finite(const T* x, int64_t count) {
+  Vec zeros = zero();
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) zeros = fma(load(x + i), zero(), zeros);
+  float sum = reduce_add(zeros);
+  for (; i < count; ++i) sum += 0.f * to_float(x[i]);
+  return sum == 0.f;
+}
+
+// Zero in place of a value that is not finite, NaN in its place of the key.
+template <typename T>
+inline void keep_finite(T* value, T* key, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (__builtin_isfinite(to_float(value[i]))) continue;
+    value[i] = from_float<T>(0.f);
+    key[i] = from_float<T>(__builtin_nanf(""));
+  }
+}
+
 template <typename T>
 ORTHRUS_INLINE void commit_row(const QkvCommitParamsOf<T>& p, int64_t r) {
   const int64_t head_dim = p.kv.head_dim;
@@ -120,8 +141,11 @@ ORTHRUS_INLINE void commit_row(const QkvCommitParamsOf<T>& p, int64_t r) {
     stride_head = head_dim;
   }
   for (int64_t h = 0; h < num_heads_kv; ++h) {
-    rotate_head(k + h * head_dim, k_norm, p.eps, cos_sin, head_dim, k_out + h * stride_head);
-    std::memcpy(v_out + h * stride_head, v + h * head_dim, head_dim * sizeof(T));
+    T* const key = k_out + h * stride_head;
+    T* const value = v_out + h * stride_head;
+    rotate_head(k + h * head_dim, k_norm, p.eps, cos_sin, head_dim, key);
+    std::memcpy(value, v + h * head_dim, head_dim * sizeof(T));
+    if (!all_finite(value, head_dim)) keep_finite(value, key, head_dim);
   }
 }
 

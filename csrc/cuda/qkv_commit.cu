@@ -4,7 +4,8 @@
 // partners of the upper half, so that rotation stays in registers. fp32 inside, one rounding to T;
 // the norm's sum is four squares a thread, then a butterfly over the head's threads: the same order
 // for every row. Row-invariant, deterministic, graph-safe. Moves (q + 2 * kv) * head_dim elements a
-// row in and the same out, with head_dim * 4 bytes of cos_sin.
+// row in and the same out, with head_dim * 4 bytes of cos_sin; a key's threads look at its value too, which is
+// in the caches.
 #include <cuda_bf16.h>
 
 #include "orthrus/launch.cuh"
@@ -65,6 +66,24 @@ __device__ void rotate(Dims& x, const float* table, int t, int half) {
   }
 }
 
+__device__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
+
+// Zero in place of what is not finite.
+__device__ void keep_finite(Dims& value) {
+  for (int i = 0; i < 2; ++i) {
+    if (!is_finite(value.lo[i])) value.lo[i] = 0.f;
+    if (!is_finite(value.hi[i])) value.hi[i] = 0.f;
+  }
+}
+
+// NaN where the value is not finite.
+__device__ void spoil(Dims& key, const Dims& value) {
+  for (int i = 0; i < 2; ++i) {
+    if (!is_finite(value.lo[i])) key.lo[i] = NAN;
+    if (!is_finite(value.hi[i])) key.hi[i] = NAN;
+  }
+}
+
 // Where the key or value of (row, kv head) lives, as an offset into the pages or the scratch.
 template <typename T>
 __device__ int64_t kv_offset(const QkvCommitParamsOf<T>& p, int row, int head, int position) {
@@ -105,8 +124,10 @@ __global__ void __launch_bounds__(kThreads) qkv_commit_kernel(const __grid_const
     store_dims(p.q_out + (static_cast<int64_t>(row) * p.num_heads_q + head) * kHeadDim, t, kHalf, y);
   } else if (is_v) {
     const int64_t offset = kv_offset(p, row, head - p.num_heads_q - p.kv.num_heads_kv, position);
+    keep_finite(x);
     store_dims((diff ? p.scratch_v : p.kv.v_pages) + offset, t, kHalf, x);
   } else {
+    spoil(y, load_dims(p.qkv + (at + p.kv.num_heads_kv) * kHeadDim, t, kHalf));
     const int64_t offset = kv_offset(p, row, head - p.num_heads_q, position);
     store_dims((diff ? p.scratch_k : p.kv.k_pages) + offset, t, kHalf, y);
   }

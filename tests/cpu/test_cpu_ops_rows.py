@@ -103,6 +103,30 @@ def test_qkv_commit(isa, element, qk_norm, heads_q, heads_kv, head_dim):
         assert bool(pages.transpose(1, 2)[untouched].isnan().all())
 
 
+@pytest.mark.parametrize(("heads_q", "heads_kv", "head_dim"), [(9, 3, 64), (2, 1, 16), (1, 1, 6)])
+def test_qkv_commit_writes_finite_values(isa, element, heads_q, heads_kv, head_dim):
+    """NaN stands in the key instead, so that it can be hidden from those who must not see it."""
+    rows = make_rows(GROUPS, 3)
+    qkv = randn(rows.num_rows, (heads_q + 2 * heads_kv) * head_dim)
+    cos_sin = torch.rand(128, head_dim)
+    clean = commit(qkv, rows, cos_sin, None, heads_q, heads_kv, head_dim)
+    for i, broken in enumerate((torch.nan, torch.inf, -torch.inf)):
+        for row, scratch in ((0, None), (rows.num_rows_ar, 0)):
+            dirty = qkv.clone()
+            dirty[row, -1 - i] = broken  # a value of the last head
+            q_out, *dirty = commit(dirty, rows, cos_sin, None, heads_q, heads_kv, head_dim)
+            assert torch.equal(q_out, clean[0])
+            keys, values = (dirty[0], dirty[1]) if scratch is None else (dirty[2], dirty[3])
+            page, slot = int(TABLE[rows.seq[row], rows.position[row] // 64]), int(rows.position[row] % 64)
+            at = (page, -1, slot) if scratch is None else (scratch, -1)
+            want_key, want_value = (x[at].clone() for x in (clean[1:3] if scratch is None else clean[3:]))
+            want_key[-1 - i], want_value[-1 - i] = torch.nan, 0
+            torch.testing.assert_close(keys[at], want_key, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(values[at], want_value)
+            for name, (a, b) in enumerate(zip(dirty, clean[1:], strict=True)):
+                assert int((a.nan_to_num(9.0) != b.nan_to_num(9.0)).sum()) <= 1, name  # nothing else
+
+
 def test_qkv_commit_row_invariance(isa, element):
     """128 AR rows at once, on one thread or two, write the same bits as one row at a time."""
     qkv = randn(128, 5 * 64)

@@ -107,6 +107,7 @@ def check_qkv_commit(heads, norms, descending, dtype):
     rows = mixed_rows()
     num_pages, scratch_shape = 6, (4, heads_kv, dim)
     page_table = torch.tensor([[3, -9, 1 << 29], [2, 4, -9], [-9, -9, 5]], dtype=torch.int32)
+    qkv[1], qkv[6, -3], qkv[4, -dim] = torch.nan, torch.inf, -torch.inf  # all of a row; values alone
     qkv = torch.randn(8, (heads_q + 2 * heads_kv) * dim).to(dtype)
     angle = torch.rand(200, dim // 2) * 6
     cos_sin = torch.cat([angle.cos(), angle.sin()], 1)
@@ -139,4 +140,7 @@ def check_qkv_commit(heads, norms, descending, dtype):
     norm_args = weights if norms else None
     reference.qkv_commit(qkv, rows, cos_sin, norm_args, 1e-6, *want[:2], page_table, *want[2:])
     for a, b in zip(got, want, strict=True):
+    page = v_pages[4, :, 71 - 64]  # of row 1
+    assert not page.any() and bool(k_pages[4, :, 71 - 64].isnan().all()) and bool(scratch_v[:3].isfinite().all())
+    assert bool(scratch_k[2, -1, -3].isnan()) and int(scratch_k[2].isnan().sum()) == 1
         torch.testing.assert_close(a, b, rtol=torch.finfo(dtype).eps + 1e-6, atol=1e-6, equal_nan=True)

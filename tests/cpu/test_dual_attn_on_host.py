@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.attention_pass import Group, Heads, Pass, assert_close
+from tests.attention_pass import Group, Heads, Pass, assert_close, check_a_nan_key_spoils_those_who_see_it_alone
 from tests.cpu import cuda_host
 
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no C++ compiler")
@@ -112,6 +112,10 @@ def test_verify_rows_equal_decode_rows_and_chunks():
         for at in range(0, n, size):
             part = HostPass(SMALL, [ar(0, start + at, min(size, n - at))])
             assert torch.equal(part.run(), want[at : at + size]), (size, at)
+
+
+def test_a_nan_key_spoils_those_who_see_it_alone():
+    check_a_nan_key_spoils_those_who_see_it_alone(lambda groups: HostPass(SMALL, groups))
 
 
 def test_long_context_reaches_every_length_of_split():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from orthrus_rt.native import EPILOGUE
-from tests.attention_pass import Group, Heads
+from tests.attention_pass import Group, Heads, check_a_nan_key_spoils_those_who_see_it_alone
 from tests.cpu import cuda_host
 from tests.cpu.test_cuda_on_host import check_qkv_commit
 from tests.cpu.test_dual_attn_on_host import PASSES, HostPass
@@ -102,6 +102,10 @@ def test_dual_attn(name, heads, descending):
     case.call(out, None, descending=descending)
     torch.testing.assert_close(out.double(), case.expected(), rtol=1e-5, atol=1e-6)
     assert not out[case.rows.position < 0].any()
+
+
+def test_dual_attn_a_nan_key_spoils_those_who_see_it_alone():
+    check_a_nan_key_spoils_those_who_see_it_alone(lambda groups: F32Pass(Heads(3, 1, 64), groups))
 
 
 def test_dual_attn_rows_do_not_depend_on_company():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.attention_pass import Group, Heads, Pass, assert_close
+from tests.attention_pass import Group, Heads, Pass, assert_close, check_a_nan_key_spoils_those_who_see_it_alone
 
 pytestmark = pytest.mark.gpu
 
@@ -59,6 +59,11 @@ def test_rows_do_not_depend_on_company(heads):
         alone = Pass(heads, [g])
         assert torch.equal(alone.run(), want[g])
         assert torch.equal(got[g], want[g])
+
+
+@pytest.mark.parametrize("heads", [QWEN, SMOL], ids=str)
+def test_a_nan_key_spoils_those_who_see_it_alone(heads):
+    check_a_nan_key_spoils_those_who_see_it_alone(lambda groups: Pass(heads, groups))
 
 
 @pytest.mark.parametrize("heads", [QWEN, SMOL], ids=str)

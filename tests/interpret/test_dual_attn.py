@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("triton")
 from orthrus_rt.plan import empty_rows
 from orthrus_rt.triton_kernels import dual_attn
-from tests.attention_pass import Group, Heads
+from tests.attention_pass import Group, Heads, check_a_nan_key_spoils_those_who_see_it_alone
 from tests.triton_pass import TritonPass
 
 HEADS = Heads(6, 2, 16)
@@ -63,6 +63,10 @@ def test_rows_do_not_depend_on_company(products_in_order):
     for i in range(3):  # a row of a verification is the row of AR decoding
         alone = on_cpu([Group("ar", 0, 130 + i, 1)]).run()
         assert torch.equal(alone[0], want[GROUPS[0]][i])
+
+
+def test_a_nan_key_spoils_those_who_see_it_alone(products_in_order):
+    check_a_nan_key_spoils_those_who_see_it_alone(on_cpu)
 
 
 def test_nothing_to_do():
