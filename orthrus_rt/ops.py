@@ -230,11 +230,13 @@ def consensus(
 ) -> None:
     """Take a pass's choices into the slots' state and stage the next pass's rows; one launch.
 
-    Per running slot, a choice is the id of the largest partial maximum of its row, ties to the lowest id.
+    Per running slot, a choice is the id of the largest partial maximum of its row, ties to the lowest id; NaN counts as
+    -inf, and a row of nothing else has no choice (as a draft it is its first id: any may be drafted).
     ``STEP_DRAFT``: the choices of rows 0 ... m-1 become the drafts d1 ... dm, m = min(rows, limit - 1 - cache_seqlens).
     ``STEP_VERIFY``: with a = the longest prefix of drafts equal to the choices, the choices 0 ... a are emitted, cut
     after the first stop id and at ``limit`` tokens; ``cache_seqlens`` grows by as many (that is the commit), the last
-    one becomes the known next token, ``num_accepted`` = the drafts among them.
+    one becomes the known next token, ``num_accepted`` = the drafts among them. A row without a choice accepts and emits
+    nothing: the slot finishes NO_CHOICE, with what the rows before it emit.
     ``STEP_VERIFY_AND_DRAFT``: the same with the first ``block_len`` choices of a slot; then the choices of the block
     whose hypothesis came true become the drafts (csrc/include/orthrus/hypotheses.h), with their runners-up and
     probabilities, or, if none did, the drafts behind the rejected one.

@@ -24,26 +24,19 @@ def consensus(
     state: st.SlotState, partials, step, next_pass, rows_next: Rows | None, mask_token_id, block_len, fan_out=0
 ):
     """Accept, stop, commit and stage, slot by slot; see :func:`orthrus_rt.ops.consensus` for the contract."""
-    value, index = partials
-    if step == st.STEP_STAGE:
-        choices = []
-    elif value is None:
-        choices = index[:, 0].tolist()
-    else:
-        best = first_argmax(value)
-        choices = index.gather(1, best[:, None])[:, 0].tolist()
+    choices, is_none = ([], []) if step == st.STEP_STAGE else _choices(*partials)
     per_slot = len(choices) // state.num_slots if state.num_slots else 0
     for s in range(state.num_slots):
         first = s * per_slot
         if int(state.finish[s]) == st.RUNNING:
-            mine = choices[first : first + per_slot]
+            mine, none = (x[first : first + per_slot] for x in (choices, is_none))
             if step == st.STEP_DRAFT:
                 _take_drafts(state, s, mine)
             elif step == st.STEP_VERIFY:
-                _accept(state, s, mine)
+                _accept(state, s, mine, none)
             elif step == st.STEP_VERIFY_AND_DRAFT:
                 drafts, runner_up, prob = _drafts(state, s)
-                _accept(state, s, mine[:block_len])
+                _accept(state, s, mine[:block_len], none[:block_len])
                 if int(state.finish[s]) == st.RUNNING:
                     renewed = _renew(state, s, partials, first, block_len, fan_out, mine, (drafts, runner_up, prob))
                     _set_drafts(state, s, *renewed)
@@ -56,6 +49,15 @@ def consensus(
                 _stage_blocks(state, s, rows_next, mask_token_id, block_len, fan_out)
 
 
+def _choices(value, index):
+    """Every row's choice, and whether it has none: then the id is only its first partial's."""
+    if value is None:
+        return index[:, 0].tolist(), [False] * len(index)
+    value = torch.where(value.isnan(), -torch.inf, value)
+    ids = index.gather(1, first_argmax(value)[:, None])[:, 0]
+    return ids.tolist(), value.amax(1).isneginf().tolist()
+
+
 def _take_drafts(state, s, choices):
     room = int(state.limit[s]) - 1 - int(state.cache_seqlens[s])
     drafts = choices[: max(0, min(len(choices), room))]
@@ -64,16 +66,19 @@ def _take_drafts(state, s, choices):
         state.block_tokens[s, 1 + i] = token
 
 
-def _accept(state, s, choices):
+def _accept(state, s, choices, is_none):
     drafts = state.block_tokens[s, 1 : 1 + int(state.num_drafts[s])].tolist()
     accepted = 0
-    while accepted < len(drafts) and drafts[accepted] == choices[accepted]:
+    while accepted < len(drafts) and not is_none[accepted] and drafts[accepted] == choices[accepted]:
         accepted += 1
     n = int(state.cache_seqlens[s])
     emitted = choices[: min(accepted + 1, int(state.limit[s]) - 1 - n)]
     finish = st.LENGTH if n + 1 + len(emitted) >= int(state.limit[s]) else st.RUNNING
     stop_ids = set(state.stop_ids[s].tolist()) - {-1}
     for i, token in enumerate(emitted):
+        if is_none[i]:
+            emitted, finish = emitted[:i], st.NO_CHOICE
+            break
         if token in stop_ids:
             emitted, finish = emitted[: i + 1], st.STOP
             break

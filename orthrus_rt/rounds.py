@@ -65,14 +65,13 @@ class Rounds:
 
     @contextlib.contextmanager
     def _or_end(self, requests: list[Request]) -> Iterator[None]:
-        """What fails in here for lack of memory, or as logits are not finite, would fail the next time as well: the
-        request that it belongs to ends, and the others can go on. Where that is not known, it is the latest of those
-        of ``requests`` that take most.
+        """What fails in here for lack of memory would fail the next time as well: the request that it belongs to ends,
+        and the others can go on. Where that is not known, it is the latest of those of ``requests`` that take most.
         """
         try:
             with naming_the_knobs("running a step"):
                 yield
-        except (FloatingPointError, torch.OutOfMemoryError) as error:
+        except torch.OutOfMemoryError as error:
             scored = [r for r in requests if r.params.edits or not r.params.greedy]
             self._fail(getattr(error, "request", (scored or requests)[-1]), error)
             raise RequestFailed from error
@@ -137,11 +136,9 @@ class Rounds:
         if not chunks:
             return
         with self._or_end([request for request, _ in chunks]):
-            not_finite = self.runner.prefill(chunks)
+            self.runner.prefill(chunks)
         for request, tokens in chunks:
             self.metrics.prefilled(len(tokens), request.count_prompt())
-        for request in not_finite:
-            self._fail(request, FloatingPointError("prefill: the logits are not finite; are the weights?"))
 
     def _collect(self, in_flight: int) -> None:
         """Read results, oldest first, until only ``in_flight`` launches are unread."""
@@ -165,6 +162,8 @@ class Rounds:
         self.metrics.generated(len(result.tokens), result.num_accepted if flight.plan else None)
         if result.finish in FINISH_REASONS:
             self._finish(request, FINISH_REASONS[result.finish])
+        elif result.finish == st.NO_CHOICE:
+            self._fail(request, _no_choice(request))
 
     def _forget_flights(self) -> None:
         self.runner.flights.clear()
@@ -185,3 +184,11 @@ class Rounds:
             elif request.length >= request.limit:
                 self._abort(request, "length")
         self.torn = False
+
+
+def _no_choice(request: Request) -> FloatingPointError:
+    """Why the token after those that the request has could not be chosen."""
+    what = "logits are NaN"
+    if request.params.edits:  # they may leave nothing, and what consensus sees does not tell the two apart
+        what = "no id can be chosen (logits are NaN, or penalties, logit_bias and min_tokens rule out all)"
+    return FloatingPointError(f"{what} at position {request.length}, after {len(request.tokens)} generated tokens")

@@ -190,14 +190,11 @@ class Runner:
         return chunks
 
     @nvtx.ranged("prefill")
-    def prefill(self, chunks: list[tuple[Request, list[int]]]) -> list[Request]:
+    def prefill(self, chunks: list[tuple[Request, list[int]]]) -> None:
         """Push these tokens through the AR view, in one pass.
 
         A prompt's last row is, to consensus, a verification without drafts: its choice is the first known token. A
         resumed request knows that token already.
-
-        Returns:
-            Requests whose logits are seen not to be finite; they have no first token.
         """
         rows = prefill_rows([(tokens, r.prefilled, r.slot) for r, tokens in chunks], self.model.device)
         for request, tokens in chunks:
@@ -214,37 +211,25 @@ class Runner:
             self.state.finish[request.slot] = st.RUNNING
             if request.tokens:
                 self.state.block_tokens[request.slot, 0] = request.tokens[-1]
-        if not choosing:
-            return []
-        bad = self._first_choices(choosing, rows, picked, out)
-        self._post([(r.slot, r) for r in choosing], None)
-        return bad
+        if choosing:
+            self._first_choices(choosing, rows, picked, out)
+            self._post([(r.slot, r) for r in choosing], None)
 
-    def _first_choices(self, requests: list[Request], rows: Rows, picked: torch.Tensor, out) -> list[Request]:
-        """First tokens from ``out``, a row each; returns those whose rows are seen not to be finite."""
-        value, bad = out[0], []
-        if not self.lag:  # reading them would stall a device that runs ahead
-            finite = value.amax(1).isfinite().tolist()
-            bad = [r for r, good in zip(requests, finite, strict=True) if not good]
-        by_rejection = {}  # before the logits are processed in place
+    def _first_choices(self, requests: list[Request], rows: Rows, picked: torch.Tensor, out) -> None:
+        """First tokens from ``out``, a row each."""
+        value, by_rejection = out[0], {}
         for i, request in enumerate(requests):
-            if request.rejection and request not in bad:
-                try:
-                    by_rejection[i] = _verify(request, value[i : i + 1], [], len(request.prompt))
-                except FloatingPointError:
-                    bad.append(request)
+            if request.rejection:  # before the logits are processed in place
+                by_rejection[i] = _verify(request, value[i : i + 1], [], len(request.prompt))
         if sampling := self._sampling(requests):
             out = st.empty_partials(len(requests), st.num_score_tiles(value.shape[1]), value.device)
             ops.process_logits(value, rows, picked, sampling, self.state.cache_seqlens, COUPLED, out)
         for i, request in enumerate(requests):
-            if request in bad:
-                continue
             partials = tuple(t[i : i + 1] for t in out)
             if i in by_rejection:
-                partials = (None, by_rejection[i].to(value.device)[:, None])
+                partials = out[0][i : i + 1].amax(1, keepdim=True), by_rejection[i].to(value.device)[:, None]
             view = self.state.view(slice(request.slot, request.slot + 1))
             ops.consensus(view, partials, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id, 1)
-        return bad
 
     def _buffers(self, rows: int, logits: bool):
         """``(value, id)``: fp32 logits (id None) or partial maxima of ``rows`` rows."""
@@ -292,12 +277,13 @@ class Runner:
             kept = {r: by_slot[r.slot].clone() for r in requests if r.rejection}
             cycle.sample(p)
             value, index = p.partials
-            ids = index.gather(1, first_argmax(value)[:, None])[:, 0]
+            # Whether a row has a choice at all does not depend on the rule, so the best score says it for both.
+            best, ids = value.amax(1, keepdim=True), index.gather(1, first_argmax(value)[:, None])
             for request, mine in kept.items():
                 choices = self._rejection_choices(cycle.state, p, request, mine)
                 first = request.slot * p.per_slot
-                ids[first : first + len(choices)] = choices.to(ids.device)
-            cycle.take(p, (None, ids[:, None]))
+                ids[first : first + len(choices), 0] = choices.to(ids.device)
+            cycle.take(p, (best, ids))
 
     def _rejection_choices(self, state: SlotState, p: Pass, request: Request, logits) -> torch.Tensor:
         slot = request.slot
@@ -341,6 +327,6 @@ def _failures_of(request: Request) -> Iterator[None]:
     try:
         with naming_the_knobs("sampling by rejection"):
             yield
-    except (FloatingPointError, torch.OutOfMemoryError) as error:
+    except torch.OutOfMemoryError as error:
         error.request = request
         raise

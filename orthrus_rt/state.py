@@ -10,7 +10,7 @@ import torch
 from orthrus_rt.device import upload
 
 # FinishReason
-EMPTY, RUNNING, STOP, LENGTH = -1, 0, 1, 2
+EMPTY, RUNNING, STOP, LENGTH, NO_CHOICE = -1, 0, 1, 2, 3
 # ConsensusStep: whose choices are these
 STEP_DRAFT, STEP_VERIFY, STEP_STAGE, STEP_VERIFY_AND_DRAFT = 0, 1, 2, 3
 # NextPass: what to stage
@@ -138,7 +138,8 @@ class SlotState:
         num_accepted: ``[num_slots]`` drafts accepted by it.
         limit: ``[num_slots]`` total tokens the sequence may have, prompt included.
         stop_ids: ``[num_slots, max_stop_ids]`` ids that end the sequence, padded with -1.
-        finish: ``[num_slots]`` EMPTY, RUNNING, STOP or LENGTH.
+        finish: ``[num_slots]`` EMPTY, RUNNING, STOP, LENGTH or NO_CHOICE: the row whose token was due has no logit
+            above -inf, as all are NaN or masked.
         output: ``[num_slots, output_capacity]`` ring of emitted tokens.
         num_output: ``[num_slots]`` tokens emitted so far.
         runner_up: ``[num_slots, max_block_len, 2]`` other likely tokens in a draft's place (``one_pass``).

@@ -29,7 +29,7 @@ def random_state(generator, slots, block_len, capacity=7, stops=3, fan_out=0) ->
     room = (state.limit - 1 - state.cache_seqlens).clamp(max=block_len - 1)
     state.num_drafts.copy_((draw(0, 1 << 30, slots) % (room + 1)).int())
     state.stop_ids.copy_(draw(0, 5, slots, stops).masked_fill(draw(0, 2, slots, stops) == 0, -1))
-    state.finish.copy_(torch.where(draw(0, 4, slots) > 0, st.RUNNING, draw(-1, 3, slots)))
+    state.finish.copy_(torch.where(draw(0, 4, slots) > 0, st.RUNNING, draw(-1, 4, slots)))
     state.num_output.copy_(draw(0, 100, slots))
     state.output.copy_(draw(0, 3, slots, capacity))
     state.runner_up.copy_(draw(0, 3, *state.runner_up.shape))
@@ -42,11 +42,16 @@ def random_state(generator, slots, block_len, capacity=7, stops=3, fan_out=0) ->
 
 
 def random_partials(generator, rows, num_partials, ties=True):
-    """Partial maxima of ``rows`` rows: ids ascending by partial, values with many ties or none."""
+    """Partial maxima of ``rows`` rows: ids ascending by partial, values with many ties or none, some -inf and some NaN;
+    a tenth of the rows holds nothing else.
+    """
     value = torch.randint(0, 6, (rows, num_partials), generator=generator).float()
     if not ties:
         value += torch.rand(value.shape, generator=generator)
-    value[torch.rand(value.shape, generator=generator) < 0.1] = -torch.inf
+    luck = torch.rand(value.shape, generator=generator)
+    luck[torch.rand(rows, generator=generator) < 0.1] *= 0.1
+    value[luck < 0.1] = -torch.inf
+    value[luck < 0.04] = torch.nan
     ids = torch.randint(0, 3, (rows, num_partials), generator=generator, dtype=torch.int32)
     return value, ids + torch.arange(num_partials, dtype=torch.int32) * 3
 

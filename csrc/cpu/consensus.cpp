@@ -12,16 +12,26 @@ namespace {
 
 bool is(int32_t value, ConsensusStep step) { return value == static_cast<int32_t>(step); }
 
-// Best of a row's partial maxima: ties go to the earlier vocabulary tile, hence to the lowest id.
-int32_t choice(const ConsensusParams& p, int64_t row) {
+// `none`: no partial maximum is above -inf, and the id is only the first one's.
+struct Choice {
+  int32_t id;
+  bool none;
+};
+
+// Best of a row's partial maxima: ties go to the earlier vocabulary tile, hence to the lowest id; NaN never wins.
+Choice choose(const ConsensusParams& p, int64_t row) {
   const int32_t* id = p.partial_id + row * p.num_partials;
-  if (!p.partial_value) return id[0];
+  if (!p.partial_value) return {id[0], false};
   const float* value = p.partial_value + row * p.num_partials;
-  int32_t best = 0;
-  for (int32_t i = 1; i < p.num_partials; ++i) {
-    if (value[i] > value[best]) best = i;
+  float best = -INFINITY;
+  int32_t at = 0;
+  for (int32_t i = 0; i < p.num_partials; ++i) {
+    if (value[i] > best) {
+      best = value[i];
+      at = i;
+    }
   }
-  return id[best];
+  return {id[at], !(best > -INFINITY)};
 }
 
 // The likeliest tokens of a draft row, one per vocabulary tile, and their share of all tiles' maxima.
@@ -64,7 +74,7 @@ void take_drafts(const ConsensusParams& p, int32_t slot) {
   const int32_t room = s.limit[slot] - 1 - s.cache_seqlens[slot];
   const int32_t count = std::max(0, std::min(p.rows_per_slot, room));
   int32_t* drafts = s.block_tokens + int64_t{slot} * s.max_block_len + 1;
-  for (int32_t i = 0; i < count; ++i) drafts[i] = choice(p, int64_t{slot} * p.rows_per_slot + i);
+  for (int32_t i = 0; i < count; ++i) drafts[i] = choose(p, int64_t{slot} * p.rows_per_slot + i).id;
   s.num_drafts[slot] = count;
 }
 
@@ -93,7 +103,7 @@ void keep_tail(const SlotState& s, int32_t slot, int32_t num_drafts, int32_t acc
 void take_block(const ConsensusParams& p, int32_t slot, const Hit& hit, int32_t bonus) {
   const SlotState& s = p.state;
   const int64_t rows = int64_t{slot} * p.rows_per_slot + p.block_len * (1 + hit.block);
-  const bool doubt = hit.first_row == 1 && choice(p, rows) != bonus;
+  const bool doubt = hit.first_row == 1 && choose(p, rows).id != bonus;
   int32_t* block = s.block_tokens + int64_t{slot} * s.max_block_len;
   int32_t* runner_up = s.runner_up + int64_t{slot} * s.max_block_len * (kCandidates - 1);
   float* prob = s.draft_prob + int64_t{slot} * s.max_block_len * kCandidates;
@@ -117,9 +127,12 @@ void accept(const ConsensusParams& p, int32_t slot) {
   const int32_t num_drafts = s.num_drafts[slot];
 
   int32_t accepted = 0, emitted = 0, last = 0;
-  bool stopped = false, matching = true;
+  bool stopped = false, matching = true, no_choice = false;
   while (matching && !stopped && emitted < room) {
-    last = choice(p, first_row + emitted);
+    const Choice chosen = choose(p, first_row + emitted);
+    no_choice = chosen.none;
+    if (no_choice) break;
+    last = chosen.id;
     matching = emitted < num_drafts && block[1 + emitted] == last;
     accepted += matching;
     stopped = is_stop(s, slot, last);
@@ -133,9 +146,12 @@ void accept(const ConsensusParams& p, int32_t slot) {
   s.num_accepted[slot] = accepted;
   s.num_drafts[slot] = 0;
   const bool full = n + 1 + emitted >= s.limit[slot];
-  const auto unless_stopped = full ? FinishReason::kLength : FinishReason::kRunning;
-  s.finish[slot] = static_cast<int32_t>(stopped ? FinishReason::kStop : unless_stopped);
-  if (stopped || full || !is(p.step, ConsensusStep::kVerifyAndDraft)) return;
+  const FinishReason finish = no_choice ? FinishReason::kNoChoice
+                              : stopped ? FinishReason::kStop
+                              : full    ? FinishReason::kLength
+                                        : FinishReason::kRunning;
+  s.finish[slot] = static_cast<int32_t>(finish);
+  if (finish != FinishReason::kRunning || !is(p.step, ConsensusStep::kVerifyAndDraft)) return;
   const Hit hit = find_hit(s.hypotheses + int64_t{slot} * s.max_fan_out * 2, p.fan_out, accepted, last);
   if (hit.block >= 0) {
     take_block(p, slot, hit, last);

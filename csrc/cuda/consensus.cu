@@ -46,15 +46,15 @@ __device__ void for_each_partial(const float* values, const int32_t* ids, int nu
   }
 }
 
-// Id of the largest partial of one row. Warp-collective.
-__device__ int choose(const float* values, const int32_t* ids, int num_partials, int lane) {
-  if (!values) return ids[0];
+// The largest partial of one row; the first id at -inf where none is above that. Warp-collective.
+__device__ Best choose(const float* values, const int32_t* ids, int num_partials, int lane) {
+  if (!values) return {0.f, ids[0]};
   Best best;
   for_each_partial(values, ids, num_partials, lane, [&](const Best& other) {
     if (best < other) best = other;
   });
   best = warp_best(best);
-  return best.id == INT32_MAX ? ids[0] : best.id;
+  return best.value > -INFINITY ? best : Best{-INFINITY, ids[0]};
 }
 
 // The largest partials of one row, and their softmax over all its partials; the same on every lane. Warp-collective.
@@ -101,18 +101,24 @@ struct Slot {
   bool doubt;
 };
 
-// The walk of a verification: accepted prefix, then cut at the limit and at the first stop id.
+// The walk of a verification: accepted prefix, then cut at the limit, at the first stop id and before a row without a
+// choice, whose id accepts no draft.
 __device__ void accept(Slot& slot, const int32_t* choices, const int32_t* drafts, const bool* is_stop,
-                       int num_choices) {
+                       const bool* is_none, int num_choices) {
   int accepted = 0;
-  while (accepted < slot.num_drafts && accepted < num_choices && drafts[accepted] == choices[accepted]) ++accepted;
+  while (accepted < slot.num_drafts && accepted < num_choices && !is_none[accepted] &&
+         drafts[accepted] == choices[accepted])
+    ++accepted;
   int emitted = accepted + 1 < num_choices ? accepted + 1 : num_choices;
   const int room = slot.limit - 1 - slot.cached;
   if (emitted > room) emitted = room > 0 ? room : 0;
   slot.finish = static_cast<int32_t>(slot.cached + 1 + emitted >= slot.limit ? FinishReason::kLength
                                                                               : FinishReason::kRunning);
   for (int i = 0; i < emitted; ++i) {
-    if (is_stop[i]) {
+    if (is_none[i]) {  // the last one, if any
+      emitted = i;
+      slot.finish = static_cast<int32_t>(FinishReason::kNoChoice);
+    } else if (is_stop[i]) {
       emitted = i + 1;
       slot.finish = static_cast<int32_t>(FinishReason::kStop);
     }
@@ -138,6 +144,7 @@ struct Shared {
   int32_t choices[kMaxBlockLen];
   int32_t tokens[kMaxBlockLen];  // the slot's block: t0, then the drafts
   bool is_stop[kMaxBlockLen];
+  bool is_none[kMaxBlockLen];  // the row has no choice
   float reach[kMaxBlockLen];
   uint32_t picked[kMaxBlockLen];
   Slot slot;
@@ -157,21 +164,22 @@ __device__ Row choice_row(const ConsensusParams& p, int slot, int row) {
   return {p.partial_value ? p.partial_value + first : nullptr, p.partial_id + first};
 }
 
-// The choices of the first `count` rows and whether they are stop ids.
+// The choices of the first `count` rows, whether they are any, and whether they are stop ids.
 __device__ void read_choices(const ConsensusParams& p, Shared& sh, int count) {
   const int s = blockIdx.x, lane = threadIdx.x % 32;
   for (int i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
     const Row row = choice_row(p, s, i);
-    const int choice = choose(row.values, row.ids, p.num_partials, lane);
+    const Best choice = choose(row.values, row.ids, p.num_partials, lane);
     bool stop = false;
     for (int j = lane; j < p.state.max_stop_ids; j += 32) {
       const int id = p.state.stop_ids[static_cast<int64_t>(s) * p.state.max_stop_ids + j];
-      stop |= id >= 0 && id == choice;
+      stop |= id >= 0 && id == choice.id;
     }
     stop = __any_sync(~0u, stop);
     if (lane == 0) {
-      sh.choices[i] = choice;
+      sh.choices[i] = choice.id;
       sh.is_stop[i] = stop;
+      sh.is_none[i] = !(choice.value > -INFINITY);
     }
   }
 }
@@ -194,7 +202,7 @@ __device__ void renew_drafts(const ConsensusParams& p, Shared& sh) {
   if (slot.hit.block >= 0) {
     if (warp == 0) {
       const Row row = choice_row(p, s, block_row);
-      const int guess = choose(row.values, row.ids, p.num_partials, lane);
+      const int guess = choose(row.values, row.ids, p.num_partials, lane).id;
       if (lane == 0) {
         slot.doubt = slot.hit.first_row == 1 && guess != sh.tokens[0];
         const int room = slot.limit - 1 - slot.cached;
@@ -236,7 +244,7 @@ __device__ void verify(const ConsensusParams& p, Shared& sh) {
   const bool drafts_too = is(p.step, ConsensusStep::kVerifyAndDraft);
   Slot& slot = sh.slot;
   if (thread == 0) {
-    accept(slot, sh.choices, sh.tokens + 1, sh.is_stop, drafts_too ? p.block_len : p.rows_per_slot);
+    accept(slot, sh.choices, sh.tokens + 1, sh.is_stop, sh.is_none, drafts_too ? p.block_len : p.rows_per_slot);
     if (slot.num_emitted > 0) sh.tokens[0] = sh.choices[slot.num_emitted - 1];
     state.block_tokens[static_cast<int64_t>(s) * state.max_block_len] = sh.tokens[0];
     state.cache_seqlens[s] = slot.cached += slot.num_emitted;

@@ -297,24 +297,6 @@ def test_a_mode_belongs_to_those_who_run(folder, alone):
     assert out.stats.mode == "two_pass" and out.token_ids == alone([1, 2, 3], long)
 
 
-def test_logits_that_are_not_finite_end_their_request_alone(folder, alone, monkeypatch):
-    engine = make(folder)
-    params = SamplingParams(max_new_tokens=10, ignore_eos=True)
-    good, bad = engine.submit([1, 2], params), engine.submit([3, 4], params)
-    real = engine.runner._first_choices
-
-    def first_choices(requests, rows, picked, out):
-        for request, row in zip(requests, out[0], strict=True):
-            if request.request_id == bad:
-                row[0] = torch.nan
-        return real(requests, rows, picked, out)
-
-    monkeypatch.setattr(engine.runner, "_first_choices", first_choices)
-    got = drain(engine)
-    assert got[good] == (alone([1, 2], params), "length") and got[bad] == ([], "error")
-    all_pages_back(engine)
-
-
 def test_calls_from_two_threads_are_refused(folder):
     engine = make(folder)
     inside, leave, errors = threading.Event(), threading.Event(), []

@@ -1,12 +1,17 @@
 """Consensus against its definition, on random states: accept, stop, commit, stage."""
 
+import functools
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as hs
 
-from orthrus_rt import reference
+from orthrus_rt import dispatch, native, reference
 from orthrus_rt import state as st
 from orthrus_rt.plan import empty_rows
+from tests.cpu import cuda_host
+from tests.cpu.test_cuda_on_host import host_consensus
 
 MASK = 99
 
@@ -16,15 +21,19 @@ def make_state(slots, block_len, capacity=7, stops=3):
 
 
 def spec_emitted(drafts, choices, n, limit, stops):
-    """What a verification must emit, from the rule in words: AR decoding's own tokens, as far as drafts agreed."""
+    """What a verification must emit, from the rule in words: AR decoding's own tokens, as far as drafts agreed; and
+    whether it came to a row without a choice (None).
+    """
     emitted = []
     for i, token in enumerate(choices):
         if n + 1 + i >= limit:
             break
+        if token is None:
+            return emitted, True
         emitted.append(token)
         if token in stops or i >= len(drafts) or drafts[i] != token:
             break
-    return emitted
+    return emitted, False
 
 
 @settings(max_examples=300, deadline=None)
@@ -44,7 +53,7 @@ def test_verify(data):
         drafts = [data.draw(token) for _ in range(m)]
         stops = data.draw(hs.lists(hs.integers(2, 3), max_size=2))
         running = data.draw(hs.booleans())
-        mine = [data.draw(token) for _ in range(k)]
+        mine = [data.draw(hs.none() | token) for _ in range(k)]
         state.cache_seqlens[s], state.limit[s], state.num_drafts[s] = n, limit, m
         state.num_output[s] = data.draw(hs.integers(0, 9))
         state.block_tokens[s, 1 : 1 + m] = torch.tensor(drafts, dtype=torch.int32)
@@ -52,21 +61,27 @@ def test_verify(data):
         state.finish[s] = st.RUNNING if running else st.STOP
         before.append((n, limit, drafts, stops, running, int(state.num_output[s])))
         choices += mine
-    ids = torch.tensor(choices, dtype=torch.int32)[:, None]
-    reference.consensus(state, (None, ids), st.STEP_VERIFY, st.NEXT_DRAFT, rows, MASK, k)
+    # The id of a row without a choice would be the right one, or a stop id, if it counted.
+    ids = torch.tensor([data.draw(token) if c is None else c for c in choices], dtype=torch.int32)[:, None]
+    nothing = data.draw(hs.sampled_from([-torch.inf, torch.nan]))
+    value = torch.tensor([nothing if c is None else -5.0 for c in choices])[:, None]
+    partials = (value, ids) if None in choices else (None, ids)
+    reference.consensus(state, partials, st.STEP_VERIFY, st.NEXT_DRAFT, rows, MASK, k)
     for s, (n, limit, drafts, stops, running, output) in enumerate(before):
         staged = rows.position[s * k : (s + 1) * k].tolist()
         if not running:
             assert int(state.cache_seqlens[s]) == n and staged == [-1] * k
             continue
-        want = spec_emitted(drafts, choices[s * k : (s + 1) * k], n, limit, stops)
+        want, no_choice = spec_emitted(drafts, choices[s * k : (s + 1) * k], n, limit, stops)
         capacity = state.output.shape[1]
         got = [int(state.output[s, (output + i) % capacity]) for i in range(len(want))]
         assert int(state.num_output[s]) == output + len(want) and got == want
         now = int(state.cache_seqlens[s])
         assert now == n + len(want) and now + 1 <= limit
         finish = int(state.finish[s])
-        if want and want[-1] in stops:
+        if no_choice:
+            assert finish == st.NO_CHOICE and int(state.num_accepted[s]) == len(want)
+        elif want and want[-1] in stops:
             assert finish == st.STOP
         elif now + 1 == limit:
             assert finish == st.LENGTH
@@ -108,3 +123,83 @@ def test_partial_maxima_ties_to_the_lowest_id():
     reference.consensus(state, (value, ids), st.STEP_VERIFY, st.NEXT_AR, rows, MASK, 1)
     assert int(state.block_tokens[0, 0]) == 11
     assert rows.token.tolist() == [11] and rows.position.tolist() == [4] and rows.prefix_len.tolist() == [5]
+
+
+NO_MODULE = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+NO_COMPILER = pytest.mark.skipif(cuda_host.compiler() is None, reason="no C++ compiler")
+EVERY_IMPLEMENTATION = pytest.mark.parametrize(
+    "consensus",
+    [
+        pytest.param(reference.consensus, id="reference"),
+        pytest.param(native.consensus, id="cpu", marks=NO_MODULE),
+        pytest.param(functools.partial(host_consensus, descending=False), id="cuda", marks=NO_COMPILER),
+        pytest.param(functools.partial(host_consensus, descending=True), id="cuda-descending", marks=NO_COMPILER),
+    ],
+)
+
+
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("nothing", [-torch.inf, torch.nan])
+@pytest.mark.parametrize(("step", "fan_out"), [(st.STEP_VERIFY, 0), (st.STEP_VERIFY_AND_DRAFT, 1)])
+def test_a_row_without_a_choice(consensus, nothing, step, fan_out):
+    """Slots that come to such a row end there, with the tokens before it; those that do not, go on."""
+    drafts, k = [11, 12, 13], 4
+    cases = {  # where the choices differ from the drafts, rows without one, limit, stop id -> emitted, finish
+        "first": (9, [0], 90, -1, [], st.NO_CHOICE),
+        "behind accepted drafts": (9, [2], 90, -1, [11, 12], st.NO_CHOICE),
+        "the bonus": (9, [3], 90, -1, [11, 12, 13], st.NO_CHOICE),
+        "all": (9, [0, 1, 2, 3], 90, -1, [], st.NO_CHOICE),
+        "behind a rejected draft": (1, [2, 3], 90, -1, [11, 0], st.RUNNING),
+        "behind a stop id": (9, [1], 90, 11, [11], st.STOP),
+        "behind the limit": (9, [2], 53, -1, [11, 12], st.LENGTH),
+        "at the limit": (9, [2], 54, -1, [11, 12], st.NO_CHOICE),
+        "whose id is a stop id": (9, [1], 90, 12, [11], st.NO_CHOICE),
+    }
+    slots, per_slot = len(cases), k * (1 + fan_out)
+    state = st.SlotState.allocate(slots, k, 8, 1, "cpu", max_fan_out=1)
+    ids = torch.zeros(slots, per_slot, 3, dtype=torch.int32)
+    value = torch.full((slots, per_slot, 3), nothing)
+    value[:, k:] = torch.tensor([1.0, nothing, 2.0])  # of the block that supposes all drafts to be accepted
+    for s, (differs, none, limit, stop, _, _) in enumerate(cases.values()):
+        state.cache_seqlens[s], state.limit[s], state.stop_ids[s], state.finish[s] = 50, limit, stop, st.RUNNING
+        state.block_tokens[s] = torch.tensor([10, *drafts])
+        state.num_drafts[s] = min(3, limit - 51)
+        ids[s, :k, :] = torch.tensor([*drafts, 14], dtype=torch.int32)[:, None] + torch.tensor([0, 0, 40])
+        ids[s, differs:k] = 0
+        for i in set(range(k)) - set(none):
+            value[s, i, 1] = -3e38  # is a number
+    state.hypotheses[:] = torch.tensor([3, -1])
+    rows = empty_rows(slots, k, slots * fan_out, k, "cpu")
+    partials = value.flatten(0, 1).contiguous(), ids.flatten(0, 1).contiguous()
+    next_pass = st.NEXT_ONE_PASS if fan_out else st.NEXT_VERIFY
+    consensus(state, partials, step, next_pass, rows, MASK, k, fan_out)
+    for s, (what, (_, _, _, _, emitted, finish)) in enumerate(cases.items()):
+        assert int(state.finish[s]) == finish, what
+        assert state.output[s, : int(state.num_output[s])].tolist() == emitted, what
+        assert int(state.cache_seqlens[s]) == 50 + len(emitted) == 50 + int(state.num_output[s]), what
+        assert int(state.num_accepted[s]) == sum(a == b for a, b in zip(emitted, drafts, strict=False)), what
+        ended = finish != st.RUNNING
+        assert (rows.position[s * k] == -1) == ended, what
+        block = rows.position[(slots + s) * k :][:k] if fan_out else torch.tensor([-1 if ended else 0])
+        assert (block == -1).all() == ended, what
+
+
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("nothing", [-torch.inf, torch.nan])
+def test_draft_rows_without_a_choice_are_drafts_all_the_same(consensus, nothing):
+    """A draft pass whose logits are NaN, and a block of a one-pass cycle: the first id, believed in by nobody."""
+    k, ids = 4, torch.arange(5, 8, dtype=torch.int32)
+    state = st.SlotState.allocate(1, k, 8, 1, "cpu", max_fan_out=1)
+    state.cache_seqlens[0], state.limit[0], state.finish[0] = 10, 40, st.RUNNING
+    rows = empty_rows(1, k, 0, 0, "cpu")
+    partials = torch.full((k - 1, 3), nothing), ids.repeat(k - 1, 1)
+    consensus(state, partials, st.STEP_DRAFT, st.NEXT_VERIFY, rows, MASK, k, 0)
+    assert int(state.finish[0]) == st.RUNNING and rows.token.tolist() == [0, 5, 5, 5]
+    state.num_drafts[0] = 0
+    state.hypotheses[0, 0] = torch.tensor([0, -1])
+    value = torch.full((2 * k, 3), nothing)
+    value[0, 1] = 1.0
+    rows = empty_rows(1, k, 1, k, "cpu")
+    consensus(state, (value, ids.repeat(2 * k, 1)), st.STEP_VERIFY_AND_DRAFT, st.NEXT_ONE_PASS, rows, MASK, k, 1)
+    assert int(state.finish[0]) == st.RUNNING and state.output[0, 0] == 6
+    assert rows.token[:k].tolist() == [6, 5, 5, 5] and not state.draft_prob[0, 1:k].any()

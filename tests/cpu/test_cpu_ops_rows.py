@@ -159,12 +159,13 @@ def test_consensus_equals_the_oracle(data):
         state.num_drafts[s] = data.draw(hs.integers(0, k - 1))
         state.block_tokens[s] = torch.tensor(data.draw(hs.lists(hs.integers(0, 2), min_size=k, max_size=k))).int()
         state.stop_ids[s, 0] = data.draw(hs.integers(-1, 3))
-        state.finish[s] = data.draw(hs.sampled_from([st.EMPTY, st.RUNNING, st.RUNNING, st.STOP]))
+        state.finish[s] = data.draw(hs.sampled_from([st.EMPTY, st.RUNNING, st.RUNNING, st.STOP, st.NO_CHOICE]))
         state.num_output[s] = data.draw(hs.integers(0, 20))
     per_slot = k - 1 if step == st.STEP_DRAFT else k
     shape = (slots * per_slot, partials)
     count = shape[0] * partials
-    value = torch.tensor(data.draw(hs.lists(hs.sampled_from([0.0, 1.0, -torch.inf]), min_size=count, max_size=count)))
+    maximum = hs.sampled_from([0.0, 1.0, -torch.inf, torch.nan])
+    value = torch.tensor(data.draw(hs.lists(maximum, min_size=count, max_size=count)))
     index = torch.tensor(data.draw(hs.lists(hs.integers(0, 3), min_size=count, max_size=count)), dtype=torch.int32)
     given_partials = (value.float().view(shape), index.view(shape))
     rows = empty_rows(0, 0, slots, 1 if next_pass == st.NEXT_AR else k, "cpu")

@@ -11,8 +11,7 @@ from tests.cpu import cuda_host
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no C++ compiler")
 
 
-
-def host_consensus(state, partials, step, next_pass, rows, descending, block_len, fan_out=0):
+def host_consensus(state, partials, step, next_pass, rows, mask_token_id, block_len, fan_out=0, *, descending):
     value, ids = partials
     slots = cuda_host.fill(
         "SlotState",
@@ -33,7 +32,7 @@ def host_consensus(state, partials, step, next_pass, rows, descending, block_len
         block_len=block_len,
         fan_out=fan_out,
         num_partials=ids.shape[1],
-        mask_token_id=cs.MASK,
+        mask_token_id=mask_token_id,
         step=step,
         next_pass=next_pass,
         **staged,
@@ -55,7 +54,7 @@ def test_consensus(block_len, num_partials, descending):
         partials = (None if num_partials == 1 else value, ids)
         rows = cs.staged_rows(slots, block_len, next_pass)
         want_state, want_rows = cs.clone(state), cs.clone(rows)
-        host_consensus(state, partials, step, next_pass, rows, descending, block_len)
+        host_consensus(state, partials, step, next_pass, rows, cs.MASK, block_len, descending=descending)
         reference.consensus(want_state, partials, step, next_pass, want_rows, cs.MASK, block_len)
         cs.assert_same(state, want_state)
         cs.assert_same(rows, want_rows)
@@ -72,7 +71,7 @@ def test_one_pass_consensus(block_len, fan_out, descending):
         partials = cs.random_partials(generator, slots * rows_per_slot, (1, 2, 37, 300)[seed % 4], ties=False)
         rows = cs.staged_rows(slots, block_len, next_pass, fan_out)
         want_state, want_rows = cs.clone(state), cs.clone(rows)
-        host_consensus(state, partials, step, next_pass, rows, descending, block_len, fan_out)
+        host_consensus(state, partials, step, next_pass, rows, cs.MASK, block_len, fan_out, descending=descending)
         reference.consensus(want_state, partials, step, next_pass, want_rows, cs.MASK, block_len, fan_out)
         cs.assert_same(state, want_state)
         cs.assert_same(rows, want_rows)
@@ -107,8 +106,8 @@ def check_qkv_commit(heads, norms, descending, dtype):
     rows = mixed_rows()
     num_pages, scratch_shape = 6, (4, heads_kv, dim)
     page_table = torch.tensor([[3, -9, 1 << 29], [2, 4, -9], [-9, -9, 5]], dtype=torch.int32)
-    qkv[1], qkv[6, -3], qkv[4, -dim] = torch.nan, torch.inf, -torch.inf  # all of a row; values alone
     qkv = torch.randn(8, (heads_q + 2 * heads_kv) * dim).to(dtype)
+    qkv[1], qkv[6, -3], qkv[4, -dim] = torch.nan, torch.inf, -torch.inf  # all of a row; values alone
     angle = torch.rand(200, dim // 2) * 6
     cos_sin = torch.cat([angle.cos(), angle.sin()], 1)
     weights = tuple(torch.rand(dim) + 0.5 for _ in range(4))
@@ -140,7 +139,7 @@ def check_qkv_commit(heads, norms, descending, dtype):
     norm_args = weights if norms else None
     reference.qkv_commit(qkv, rows, cos_sin, norm_args, 1e-6, *want[:2], page_table, *want[2:])
     for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=torch.finfo(dtype).eps + 1e-6, atol=1e-6, equal_nan=True)
     page = v_pages[4, :, 71 - 64]  # of row 1
     assert not page.any() and bool(k_pages[4, :, 71 - 64].isnan().all()) and bool(scratch_v[:3].isfinite().all())
     assert bool(scratch_k[2, -1, -3].isnan()) and int(scratch_k[2].isnan().sum()) == 1
-        torch.testing.assert_close(a, b, rtol=torch.finfo(dtype).eps + 1e-6, atol=1e-6, equal_nan=True)

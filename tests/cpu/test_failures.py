@@ -140,41 +140,6 @@ def test_a_prefill_pass_is_the_fault_of_nobody_outside_it(folder, alone, monkeyp
     assert len(errors) == 1 and (got[long], got[short]) == (([], "error"), (alone([1, 2], GREEDY), "length"))
 
 
-def test_prompts_whose_logits_are_not_finite_cost_the_others_nothing(folder, alone, monkeypatch):
-    engine = make(folder)
-    real = engine.runner._first_choices
-
-    def first_choices(requests, rows, picked, out):
-        for request, row in zip(requests, out[0], strict=True):
-            row[0] = torch.nan if request.request_id in bad else row[0]
-        return real(requests, rows, picked, out)
-
-    monkeypatch.setattr(engine.runner, "_first_choices", first_choices)
-    ids = [engine.submit([i + 1] * 3, GREEDY if i != 2 else REJECTION) for i in range(4)]
-    bad = ids[1:3]
-    got, errors = drain(engine)
-    assert errors == ["prefill: the logits are not finite; are the weights?"] * 2
-    assert [got[i] for i in bad] == [([], "error")] * 2
-    assert [got[ids[i]] for i in (0, 3)] == [(alone([i + 1] * 3, GREEDY), "length") for i in (0, 3)]
-    facts = engine.metrics.as_dict()
-    assert (facts["prompt_tokens"], facts["recomputed_tokens"]) == (12, 0) and facts["finished"]["error"] == 2
-
-
-def test_logits_that_turn_nan_while_sampling_end_their_request(folder, alone, monkeypatch):
-    engine = make(folder)
-    real = RejectionSampler.verify
-
-    def verify(sampler, logits, drafts, position):
-        return real(sampler, logits if position < 8 else logits * torch.nan, drafts, position)
-
-    monkeypatch.setattr(RejectionSampler, "verify", verify)
-    bad, good = engine.submit([1, 2], REJECTION), engine.submit([3, 4], GREEDY)
-    got, errors = drain(engine)
-    assert errors == ["sampling: the logits contain NaN; are the weights finite?"]
-    assert got[good] == (alone([3, 4], GREEDY), "length")
-    assert got[bad][1] == "error" and 0 < len(got[bad][0]) < 20
-
-
 def test_parameters_at_their_limits_run(folder):
     engine = make(folder)
     extreme = SamplingParams(

@@ -17,13 +17,13 @@ def test_noise_is_keyed_not_ordered():
     assert all(sampling.uniform(*key) == value for key, value in reversed(u.items()))
 
 
-def test_nan_of_the_ar_view_raises_of_the_drafter_it_is_one_bad_draft():
+def test_nan_of_the_drafter_is_one_bad_draft_and_of_the_ar_view_an_id_that_consensus_does_not_take():
     sampler = RejectionSampler(SamplingParams(temperature=1.0), 0)
     nan, fine = torch.full((2, VOCAB), torch.nan), torch.zeros(2, VOCAB)
-    drafts = sampler.draft(nan[:1], 0).tolist()
-    assert drafts == [0] and 0 <= sampler.verify(fine, drafts, 0)[0] < VOCAB
-    with pytest.raises(FloatingPointError, match="the logits contain NaN"):
-        sampler.verify(nan, drafts, 0)
+    for verified in (fine, nan):
+        drafts = sampler.draft(nan[:1], 0).tolist()
+        assert drafts == [0]
+        assert all(0 <= token < VOCAB for token in sampler.verify(verified, drafts, 0).tolist())
 
 
 @pytest.mark.parametrize(

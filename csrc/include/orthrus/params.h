@@ -139,7 +139,8 @@ struct EmbedParamsOf {
 };
 using EmbedParams = EmbedParamsOf<bf16_t>;
 
-enum class FinishReason : int32_t { kEmpty = -1, kRunning = 0, kStop = 1, kLength = 2 };
+// kNoChoice: the token was due of a row that has no logit above -inf, as all are NaN or masked.
+enum class FinishReason : int32_t { kEmpty = -1, kRunning = 0, kStop = 1, kLength = 2, kNoChoice = 3 };
 
 // Which rows the choices of this call belong to.
 enum class ConsensusStep : int32_t {
@@ -187,7 +188,8 @@ struct SlotState {
 };
 
 struct ConsensusParams {
-  const float* partial_value;  // [num_slots * rows_per_slot, num_partials]; null if num_partials == 1
+  const float* partial_value;  // [num_slots * rows_per_slot, num_partials]; NaN counts as -inf, and a row of nothing
+                               // else has no choice. Null only if num_partials == 1: every row has one
   const int32_t* partial_id;   // same shape
   SlotState state;
   int32_t* next_token;         // rows of the next pass, as NextPass lists them, MUTATED whole
