@@ -1,0 +1,181 @@
+"""Logits that turn NaN end their request there and then, with the tokens before them, and cost nobody else anything."""
+
+import asyncio
+import random
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch
+from orthrus_rt.aio import AsyncEngine
+from orthrus_rt.engine import Engine
+from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints, poison
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+MODES = ("ar", "two_pass", "one_pass")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
+
+
+def make(folder, **kwargs):
+    how = {"mode": "two_pass", "max_seq_len": 128, "max_batch_size": 4} | kwargs
+    return Engine.from_pretrained(folder, device="cpu", **how)
+
+
+def jobs(kinds, count=10, seed=0):
+    rng = random.Random(seed)
+    return [
+        (
+            [rng.randrange(1, 95) for _ in range(rng.randint(1, 9))],
+            SamplingParams(rng.randint(12, 24), ignore_eos=True, **kinds[i % len(kinds)]),
+        )
+        for i in range(count)
+    ]
+
+
+GREEDY = {}
+SAMPLED = {"temperature": 0.8, "seed": 3, "top_p": 0.95}
+EDITED = {"repetition_penalty": 1.3, "logit_bias": {7: 2.0}, "min_tokens": 4}
+REJECTION = {"temperature": 0.8, "seed": 3, "acceptance": "rejection"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kinds", ([GREEDY], [SAMPLED], [EDITED], [GREEDY, SAMPLED, EDITED]), ids=str)
+def test_whoever_comes_upon_nan_ends_alone(folder, mode, kinds):
+    engine = make(folder, mode=mode)
+    poison.check_nan_ends_its_requests_alone(engine, jobs(kinds))
+
+
+def test_beside_and_by_rejection(folder):
+    """Those who choose by rejection share their cycle with those who do not; each ends for its own rows alone."""
+    engine = make(folder)
+    kinds = [GREEDY, REJECTION, SAMPLED]
+    poison.check_nan_ends_its_requests_alone(engine, jobs(kinds))
+    poison.check_nan_ends_its_requests_alone(engine, jobs([REJECTION], seed=1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_in_torch_alone(folder, mode, monkeypatch):
+    """The reference, whose cycles run op by op."""
+    monkeypatch.setenv("ORTHRUS_BACKEND", "reference")
+    engine = make(folder, mode=mode, dtype="float32", max_batch_size=8)
+    poison.check_nan_ends_its_requests_alone(engine, jobs([GREEDY, SAMPLED], count=6))
+
+
+def test_few_pages_and_auto(folder):
+    """A request that lost its pages in the meantime comes upon the same NaN."""
+    engine = make(folder, mode="auto", num_pages=3)
+    long = [((prompt * 45)[:45], params) for prompt, params in jobs([GREEDY, SAMPLED])]
+    poison.check_nan_ends_its_requests_alone(engine, long)
+    assert engine.metrics.preemptions > 0
+
+
+@pytest.mark.parametrize("params", (GREEDY, SAMPLED, EDITED, REJECTION), ids=str)
+def test_a_prompt_whose_logits_are_nan_yields_nothing(folder, params):
+    """Wherever in it the NaN lies; the others that share its prefill pass get their tokens."""
+    engine, params = make(folder), SamplingParams(10, ignore_eos=True, **params)
+    batch = [([5, 6, 7], params), ([9, 6, 7, 8], params), ([8, 7, 9], params), ([7], params)]
+    healthy = poison.run(engine, batch)
+    prompt_tokens = engine.metrics.prompt_tokens
+    with poison.nan_embedding(engine, 9):
+        got = poison.run(engine, batch)
+    for outcome, pair in zip(got, zip(batch, healthy, strict=True), strict=True):
+        assert outcome == poison.outcome_with(9, *pair)
+    assert got[1] == ([], "error", poison.error_of([9, 6, 7, 8], 0, params))
+    assert got[2] == ([], "error", poison.error_of([8, 7, 9], 0, params))
+    facts = engine.metrics.as_dict()
+    assert facts["prompt_tokens"] == 2 * prompt_tokens and facts["recomputed_tokens"] == 0
+
+
+@pytest.mark.parametrize(("mode", "at_least"), [("two_pass", 1.3), ("one_pass", 1.15)])
+def test_nan_in_the_diffusion_view_costs_speed_alone(folder, mode, at_least):
+    engine = make(folder, mode=mode)
+    kinds = [GREEDY, SAMPLED, EDITED] + ([REJECTION] if mode == "two_pass" else [])
+    batch = jobs(kinds)
+    prompts, params = ([job[i] for job in batch] for i in range(2))
+    healthy = engine.generate(prompts, params)
+    with poison.nan_drafter(engine):
+        slow = engine.generate(prompts, params)
+    for a, b, p in zip(healthy, slow, params, strict=True):
+        assert b.finish_reason == "length" and b.error is None
+        # By rejection the drafts take part in the draw; then only its distribution is the same.
+        assert len(b.token_ids) == len(a.token_ids) if p.acceptance == "rejection" else b.token_ids == a.token_ids
+
+    def tokens_per_cycle(outs):
+        return sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs)
+
+    assert tokens_per_cycle(healthy) > at_least
+    assert tokens_per_cycle(slow) < 1.05  # by chance the first id is right
+
+
+@pytest.fixture
+def ill(folder):
+    """``(engine, (bad, outcome), (good, outcome))``: two greedy jobs, of which one comes upon NaN after some tokens."""
+    engine, batch = make(folder), jobs([GREEDY], count=4)
+    healthy = poison.run(engine, batch)
+    token = poison.fatal_token(batch, healthy)
+    with poison.nan_embedding(engine, token):
+        known = [(job, poison.outcome_with(token, job, out)) for job, out in zip(batch, healthy, strict=True)]
+        bad = next(pair for pair in known if pair[1][2] and len(pair[1][0]) > 3)
+        yield engine, bad, next(pair for pair in known if not pair[1][2])
+
+
+def test_generate_raises_and_stream_yields_what_there_is_first(ill):
+    engine, (job, (tokens, _, error)), _ = ill
+    with pytest.raises(FloatingPointError) as raised:
+        engine.generate(*job)
+    assert str(raised.value) == error
+    pieces = []
+    with pytest.raises(FloatingPointError) as raised:
+        for piece in engine.stream(*job):
+            pieces.append(piece)
+    assert str(raised.value) == error
+    assert [t for piece in pieces for t in piece.token_ids] == tokens
+    assert [(p.finished, p.finish_reason, p.error) for p in pieces[-2:]] == [
+        (False, None, None), (True, "error", error),
+    ]  # fmt: skip
+
+
+def test_streams_of_a_server(ill):
+    engine, bad, good = ill
+
+    async def collect(shared, job):
+        pieces = [out async for out in shared.stream(*job)]
+        return [t for out in pieces for t in out.new_token_ids], pieces[-1].finish_reason, pieces[-1].error
+
+    async def main():
+        async with AsyncEngine(engine) as shared:
+            got = await asyncio.gather(*(collect(shared, job) for job, _ in (bad, good, bad)))
+            assert got == [bad[1], good[1], bad[1]]
+            facts = engine.metrics.as_dict()
+            assert (facts["finished"]["error"], facts["running"], facts["waiting"]) == (2, 0, 0)
+
+    before = engine.metrics.requests["error"]
+    assert before == 0
+    asyncio.run(main())
+
+
+def test_parameters_that_rule_out_every_id_end_the_request_and_say_so(tmp_path):
+    """One id that is left is enough."""
+    folder = checkpoints.make(tmp_path / "tiny", dtype=torch.bfloat16, vocab_size=40, mask_token_id=39)
+    engine = make(str(folder))
+    for more in (GREEDY, {"temperature": 0.8, "seed": 1, "top_k": 2, "top_p": 0.5, "min_p": 0.1}):
+        one_left = SamplingParams(9, min_tokens=6, stop_token_ids=[t for t in range(40) if t != 7], **more)
+        none_left = SamplingParams(9, min_tokens=6, stop_token_ids=list(range(40)), **more)
+        low, lowest = (
+            SamplingParams(9, logit_bias=dict.fromkeys(range(40), bias), ignore_eos=True, **more)
+            for bias in (-2e38, -3e38)
+        )
+        outs = engine.generate([[1, 2, 3]] * 4, [one_left, none_left, low, lowest])
+        assert outs[0].token_ids[:6] == [7] * 6 and outs[0].finish_reason in ("stop", "length")
+        assert (outs[1].token_ids, outs[1].finish_reason) == ([], "error")
+        assert outs[1].error == poison.error_of([1, 2, 3], 0, none_left)
+        assert "penalties, logit_bias and min_tokens rule out all" in outs[1].error
+        assert len(outs[2].token_ids) == 9 and outs[2].finish_reason == "length"
+        # Divided by the temperature, these logits lie beyond fp32.
+        assert outs[3].finish_reason == ("length" if more is GREEDY else "error")

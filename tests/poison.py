@@ -1,0 +1,88 @@
+"""Weights that turn NaN under a running engine, and what every request must then come to; for the CPU and GPU tiers.
+
+A token whose embedding is NaN is chosen as ever; the row that takes it in, and every row that sees that one, has NaN
+logits. So a request goes on up to and with the first such token, whatever its mode and company.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from orthrus_rt.engine import Engine
+from orthrus_rt.sampling import SamplingParams
+
+Job = tuple[list[int], SamplingParams]
+Outcome = tuple[list[int], str, str | None]  # tokens, finish reason, error
+
+
+@contextlib.contextmanager
+def nan(weights: torch.Tensor):
+    """In place, so that what is recorded reads it too; what was there comes back."""
+    before = weights.clone()
+    weights.fill_(torch.nan)
+    try:
+        yield
+    finally:
+        weights.copy_(before)
+
+
+def nan_embedding(engine: Engine, token: int):
+    return nan(engine.model.embedding[token])
+
+
+def nan_drafter(engine: Engine):
+    """Every diffusion row's logits are NaN."""
+    return nan(engine.model.layers[0].qk_norms[2])
+
+
+def error_of(prompt: list[int], num_tokens: int, params: SamplingParams) -> str:
+    what = "logits are NaN"
+    if params.edits:
+        what = "no id can be chosen (logits are NaN, or penalties, logit_bias and min_tokens rule out all)"
+    return f"{what} at position {len(prompt) + num_tokens}, after {num_tokens} generated tokens"
+
+
+def outcome_with(token: int, job: Job, healthy: Outcome) -> Outcome:
+    """What ``job`` must come to once the embedding of ``token`` is NaN."""
+    (prompt, params), (tokens, _, _) = job, healthy
+    text = [*prompt, *tokens]
+    if token not in text[:-1]:  # the last one is taken in by nobody
+        return healthy
+    num_tokens = max(0, text.index(token) + 1 - len(prompt))
+    return tokens[:num_tokens], "error", error_of(prompt, num_tokens, params)
+
+
+def fatal_token(jobs: list[Job], healthy: list[Outcome]) -> int:
+    """A token that ends some requests in the middle of their text and at least as many not at all."""
+    found = []
+    for token in range(1, max(t for tokens, _, _ in healthy for t in tokens) + 1):
+        outcomes = [outcome_with(token, *pair) for pair in zip(jobs, healthy, strict=True)]
+        cut = sum(reason == "error" and len(tokens) > 3 for tokens, reason, _ in outcomes)
+        spared = sum(reason != "error" for _, reason, _ in outcomes)
+        if cut and 2 * spared >= len(jobs):
+            found.append((cut, token))
+    return max(found)[1]
+
+
+def run(engine: Engine, jobs: list[Job], **how) -> list[Outcome]:
+    """All of ``jobs`` together; afterwards no page is missing."""
+    outs = engine.generate([prompt for prompt, _ in jobs], [params for _, params in jobs], **how)
+    assert engine.kv.num_free_pages == engine.kv.num_pages - 1
+    assert not any(engine.scheduler.slots) and not engine.scheduler.waiting
+    return [(out.token_ids, out.finish_reason, out.error) for out in outs]
+
+
+def check_nan_ends_its_requests_alone(engine: Engine, jobs: list[Job], **how) -> None:
+    """Whoever comes upon NaN ends there with an error, the others get their tokens; so do all once it is gone, on pages
+    that held NaN.
+    """
+    healthy = run(engine, jobs, **how)
+    assert {reason for _, reason, _ in healthy} <= {"stop", "length"}
+    token, before = fatal_token(jobs, healthy), engine.metrics.requests["error"]
+    want = [outcome_with(token, *pair) for pair in zip(jobs, healthy, strict=True)]
+    with nan_embedding(engine, token):
+        assert run(engine, jobs, **how) == want
+    assert engine.metrics.requests["error"] - before == sum(reason == "error" for _, reason, _ in want)
+    assert run(engine, jobs, **how) == healthy
