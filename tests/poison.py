@@ -7,14 +7,32 @@ logits. So a request goes on up to and with the first such token, whatever its m
 from __future__ import annotations
 
 import contextlib
+import random
 
 import torch
 
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
+GREEDY = {}
+SAMPLED = {"temperature": 0.8, "seed": 3, "top_p": 0.95}
+EDITED = {"repetition_penalty": 1.3, "logit_bias": {7: 2.0}, "min_tokens": 4}
+REJECTION = {"temperature": 0.8, "seed": 3, "acceptance": "rejection"}
+
 Job = tuple[list[int], SamplingParams]
 Outcome = tuple[list[int], str, str | None]  # tokens, finish reason, error
+
+
+def jobs_of(kinds: list[dict], count: int = 10, seed: int = 0) -> list[Job]:
+    """Random prompts of tests/checkpoints.py's vocabulary, without its mask token; ``kinds`` of parameters in turn."""
+    rng = random.Random(seed)
+    return [
+        (
+            [rng.randrange(1, 95) for _ in range(rng.randint(1, 9))],
+            SamplingParams(rng.randint(12, 24), ignore_eos=True, **kinds[i % len(kinds)]),
+        )
+        for i in range(count)
+    ]
 
 
 @contextlib.contextmanager
@@ -86,3 +104,21 @@ def check_nan_ends_its_requests_alone(engine: Engine, jobs: list[Job], **how) ->
         assert run(engine, jobs, **how) == want
     assert engine.metrics.requests["error"] - before == sum(reason == "error" for _, reason, _ in want)
     assert run(engine, jobs, **how) == healthy
+
+
+def check_nan_drafts_cost_speed_alone(engine: Engine, jobs: list[Job], at_least: float) -> None:
+    """``at_least`` so many tokens per cycle before; hardly more than one with a drafter whose logits are NaN."""
+    prompts, params = ([job[i] for job in jobs] for i in range(2))
+    healthy = engine.generate(prompts, params)
+    with nan_drafter(engine):
+        slow = engine.generate(prompts, params)
+    for a, b, p in zip(healthy, slow, params, strict=True):
+        assert b.finish_reason == "length" and b.error is None and len(b.token_ids) == len(a.token_ids)
+        # By rejection the drafts take part in the draw: its distribution alone stays.
+        assert b.token_ids == a.token_ids or p.acceptance == "rejection"
+
+    def tokens_per_cycle(outs):
+        return sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs)
+
+    assert tokens_per_cycle(healthy) > at_least
+    assert tokens_per_cycle(slow) < 1.05  # now and then the first id is right

@@ -19,7 +19,7 @@ from orthrus_rt.model import Activations
 from orthrus_rt.pass_costs import PassCosts
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import RejectionSampler, SamplingParams
-from tests import checkpoints
+from tests import checkpoints, failing
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
@@ -366,6 +366,26 @@ def test_close_gives_the_memory_back(folder, monkeypatch, broken):
     ):
         with pytest.raises(RuntimeError, match="this engine is closed"):
             call()
+
+
+def broken_device(engine):
+    """Whatever touches the device says so, as CUDA does after a fault."""
+
+    def fault(*_, **__):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    for call in ("decode", "prefill", "begin", "clear", "reset", "drop_cycles"):
+        setattr(engine.runner, call, fault)
+
+
+def test_a_device_that_fails(folder):
+    message = "CUDA error: device-side assert triggered"
+    facts = failing.after_a_failure(lambda: make(folder), broken_device)
+    failing.check_failure(facts, message)
+    assert message in facts["close"]
+    facts = failing.streams_after_a_failure(make(folder), broken_device)
+    failing.check_streams(facts, message)
+    assert message in facts["close"]
 
 
 def test_closing_ends_whom_an_interrupt_left_between_queue_and_slot(folder, monkeypatch):

@@ -6,9 +6,8 @@ import torch
 from orthrus_rt import dispatch
 from orthrus_rt.device import claim
 from orthrus_rt.engine import Engine
-from orthrus_rt.graph import Cycle
 from orthrus_rt.runner import Runner
-from tests import checkpoints
+from tests import checkpoints, failing, poison
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
@@ -70,19 +69,10 @@ def test_out_of_memory_names_the_knobs(folder, monkeypatch, where):
         make(folder)
 
 
-def test_cycles_that_find_no_memory_for_their_recording_run_op_by_op(folder, monkeypatch):
-    engine = make(folder)
-    want = engine.generate([1, 2, 3]).token_ids
-    engine.runner.drop_cycles()
-
-    def exhausted(_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
-
-    monkeypatch.setattr(Cycle, "_record", exhausted)
-    said = r"recording the two_pass cycle of 1 slots: lower max_batch_size, .* \(.*2.00 GiB.*\); .* op by op, slower$"
-    with pytest.warns(UserWarning, match=said) as warned:
-        assert engine.generate([1, 2, 3]).token_ids == engine.generate([1, 2, 3]).token_ids == want
-    assert len(warned) == 1
+@pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
+@pytest.mark.parametrize("kind", (poison.GREEDY, poison.SAMPLED), ids=("greedy", "sampled"))
+def test_cycles_that_find_no_memory_for_their_recording_run_op_by_op(folder, mode, kind):
+    failing.check_recordings_without_memory(make(folder, mode=mode), poison.jobs_of([kind], count=4))
 
 
 def test_other_errors_pass_unchanged(folder, monkeypatch):

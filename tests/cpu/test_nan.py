@@ -1,7 +1,6 @@
 """Logits that turn NaN end their request there and then, with the tokens before them, and cost nobody else anything."""
 
 import asyncio
-import random
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints, poison
+from tests.poison import EDITED, GREEDY, REJECTION, SAMPLED, jobs_of
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
@@ -27,36 +27,19 @@ def make(folder, **kwargs):
     return Engine.from_pretrained(folder, device="cpu", **how)
 
 
-def jobs(kinds, count=10, seed=0):
-    rng = random.Random(seed)
-    return [
-        (
-            [rng.randrange(1, 95) for _ in range(rng.randint(1, 9))],
-            SamplingParams(rng.randint(12, 24), ignore_eos=True, **kinds[i % len(kinds)]),
-        )
-        for i in range(count)
-    ]
-
-
-GREEDY = {}
-SAMPLED = {"temperature": 0.8, "seed": 3, "top_p": 0.95}
-EDITED = {"repetition_penalty": 1.3, "logit_bias": {7: 2.0}, "min_tokens": 4}
-REJECTION = {"temperature": 0.8, "seed": 3, "acceptance": "rejection"}
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kinds", ([GREEDY], [SAMPLED], [EDITED], [GREEDY, SAMPLED, EDITED]), ids=str)
 def test_whoever_comes_upon_nan_ends_alone(folder, mode, kinds):
     engine = make(folder, mode=mode)
-    poison.check_nan_ends_its_requests_alone(engine, jobs(kinds))
+    poison.check_nan_ends_its_requests_alone(engine, jobs_of(kinds))
 
 
 def test_beside_and_by_rejection(folder):
     """Those who choose by rejection share their cycle with those who do not; each ends for its own rows alone."""
     engine = make(folder)
     kinds = [GREEDY, REJECTION, SAMPLED]
-    poison.check_nan_ends_its_requests_alone(engine, jobs(kinds))
-    poison.check_nan_ends_its_requests_alone(engine, jobs([REJECTION], seed=1))
+    poison.check_nan_ends_its_requests_alone(engine, jobs_of(kinds))
+    poison.check_nan_ends_its_requests_alone(engine, jobs_of([REJECTION], seed=1))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -64,13 +47,13 @@ def test_in_torch_alone(folder, mode, monkeypatch):
     """The reference, whose cycles run op by op."""
     monkeypatch.setenv("ORTHRUS_BACKEND", "reference")
     engine = make(folder, mode=mode, dtype="float32", max_batch_size=8)
-    poison.check_nan_ends_its_requests_alone(engine, jobs([GREEDY, SAMPLED], count=6))
+    poison.check_nan_ends_its_requests_alone(engine, jobs_of([GREEDY, SAMPLED], count=6))
 
 
 def test_few_pages_and_auto(folder):
     """A request that lost its pages in the meantime comes upon the same NaN."""
     engine = make(folder, mode="auto", num_pages=3)
-    long = [((prompt * 45)[:45], params) for prompt, params in jobs([GREEDY, SAMPLED])]
+    long = [((prompt * 45)[:45], params) for prompt, params in jobs_of([GREEDY, SAMPLED])]
     poison.check_nan_ends_its_requests_alone(engine, long)
     assert engine.metrics.preemptions > 0
 
@@ -94,29 +77,14 @@ def test_a_prompt_whose_logits_are_nan_yields_nothing(folder, params):
 
 @pytest.mark.parametrize(("mode", "at_least"), [("two_pass", 1.3), ("one_pass", 1.15)])
 def test_nan_in_the_diffusion_view_costs_speed_alone(folder, mode, at_least):
-    engine = make(folder, mode=mode)
     kinds = [GREEDY, SAMPLED, EDITED] + ([REJECTION] if mode == "two_pass" else [])
-    batch = jobs(kinds)
-    prompts, params = ([job[i] for job in batch] for i in range(2))
-    healthy = engine.generate(prompts, params)
-    with poison.nan_drafter(engine):
-        slow = engine.generate(prompts, params)
-    for a, b, p in zip(healthy, slow, params, strict=True):
-        assert b.finish_reason == "length" and b.error is None
-        # By rejection the drafts take part in the draw; then only its distribution is the same.
-        assert len(b.token_ids) == len(a.token_ids) if p.acceptance == "rejection" else b.token_ids == a.token_ids
-
-    def tokens_per_cycle(outs):
-        return sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs)
-
-    assert tokens_per_cycle(healthy) > at_least
-    assert tokens_per_cycle(slow) < 1.05  # by chance the first id is right
+    poison.check_nan_drafts_cost_speed_alone(make(folder, mode=mode), jobs_of(kinds), at_least)
 
 
 @pytest.fixture
 def ill(folder):
     """``(engine, (bad, outcome), (good, outcome))``: two greedy jobs, of which one comes upon NaN after some tokens."""
-    engine, batch = make(folder), jobs([GREEDY], count=4)
+    engine, batch = make(folder), jobs_of([GREEDY], count=4)
     healthy = poison.run(engine, batch)
     token = poison.fatal_token(batch, healthy)
     with poison.nan_embedding(engine, token):

@@ -189,16 +189,8 @@ def test_a_fault_in_flight_loses_nothing(late, alone, monkeypatch):
 @pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
 def test_nan_ends_a_slot_before_the_host_knows(late, mode):
     """The cycles launched meanwhile leave it alone."""
-    rng = random.Random(5)
-    engine = late(mode=mode, max_batch_size=4)
-    more = ({}, {"temperature": 0.8, "seed": 7}, {"frequency_penalty": 0.2})
-    poison.check_nan_ends_its_requests_alone(
-        engine,
-        [
-            ([rng.randrange(1, 95) for _ in range(5)], SamplingParams(20, ignore_eos=True, **more[i % 3]))
-            for i in range(9)
-        ],
-    )
+    kinds = [poison.GREEDY, poison.SAMPLED, poison.EDITED]
+    poison.check_nan_ends_its_requests_alone(late(mode=mode, max_batch_size=4), poison.jobs_of(kinds))
 
 
 def test_prompts_that_arrive_while_others_decode(late, alone):

@@ -1,0 +1,175 @@
+"""Devices that have no memory for a recording, or that fail for good; for the CPU and GPU tiers.
+
+``python -m tests.failing FOLDER`` lets the CUDA device of its own process fail under an engine for the checkpoint in
+FOLDER: nothing else can use that device in that process any more. It prints what came of it as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import warnings
+
+import pytest
+import torch
+
+from orthrus_rt.aio import AsyncEngine
+from orthrus_rt.engine import Engine
+from orthrus_rt.graph import Cycle
+from orthrus_rt.sampling import SamplingParams
+from tests.poison import Job
+
+MORE_THAN_THERE_IS = 1 << 50
+LONG = SamplingParams(max_new_tokens=100, ignore_eos=True)
+
+
+@contextlib.contextmanager
+def no_memory_for_recordings():
+    """A recording gets on until, in its middle, the allocator is asked for more than there is."""
+    recording, record, stage_first = [], Cycle._record, Cycle.stage_first
+
+    def failing_record(cycle):
+        recording.append(cycle)
+        try:
+            return record(cycle)
+        finally:
+            recording.clear()
+
+    def failing_stage_first(cycle):
+        stage_first(cycle)
+        if recording:
+            torch.empty(MORE_THAN_THERE_IS, dtype=torch.uint8, device=cycle.model.device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cycle, "_record", failing_record)
+        patch.setattr(Cycle, "stage_first", failing_stage_first)
+        yield
+
+
+def check_recordings_without_memory(engine: Engine, jobs: list[Job]) -> None:
+    """The same tokens, cycle by cycle op by op, with a warning for each that could not be recorded; and recorded ones
+    again, once there is memory and they are built anew.
+    """
+    prompts, params = ([job[i] for job in jobs] for i in range(2))
+
+    def cycles():
+        return list(engine.runner._cycles.values())
+
+    def tokens():
+        return [out.token_ids for out in engine.generate(prompts, params)]
+
+    want = tokens()
+    assert cycles() and all(cycle._replay != cycle.run_eager for cycle in cycles())
+    engine.runner.drop_cycles()
+    said = rf"recording the {engine.mode} cycle of \d+ slots: lower max_batch_size, .*; .* op by op, slower$"
+    with no_memory_for_recordings(), pytest.warns(UserWarning, match=said) as warned:
+        assert tokens() == tokens() == want
+    assert len(warned) == len(cycles()) and engine.runner.graph_bytes == 0
+    assert all(cycle.recorded and cycle._replay == cycle.run_eager for cycle in cycles())
+    engine.runner.drop_cycles()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokens() == want
+    assert all(cycle._replay != cycle.run_eager for cycle in cycles())
+
+
+def after_a_failure(make, fail) -> dict:
+    """An engine whose device fails in the middle of decoding, and an AsyncEngine on such a device.
+
+    Args:
+        make: makes an engine.
+        fail: ``fail(engine)`` lets its device fail.
+    """
+    facts = {}
+    engine = make()
+    name = engine.submit([1, 2, 3], LONG)
+    before = []
+    for _ in range(4):
+        before += [t for out in engine.step() for t in out.new_token_ids]
+    facts["tokens_before"] = len(before)
+    fail(engine)
+    facts["steps"] = [_error_of(engine.step) for _ in range(4)]
+    facts["unfinished"] = engine.is_unfinished(name)
+    facts["generate"] = _error_of(lambda: engine.generate([4], LONG))
+    facts["close"] = _error_of(engine.close)
+    facts["closed"], facts["aborted"] = engine.closed, engine.metrics.as_dict()["finished"]["abort"]
+    facts["close_again"] = _error_of(engine.close)
+    facts["step_when_closed"] = _error_of(engine.step)
+    return facts
+
+
+def streams_after_a_failure(engine: Engine, fail) -> dict:
+    """What an open stream, a new one and ``close`` of an :class:`AsyncEngine` say once the device has failed."""
+
+    async def main():
+        facts, shared = {}, AsyncEngine(engine)
+        stream = shared.stream([1, 2, 3], LONG)
+        await anext(stream)
+        fail(engine)
+        facts["open_stream"] = await _async_error_of(_exhaust(stream))
+        facts["new_stream"] = await _async_error_of(_exhaust(shared.stream([4], LONG)))
+        facts["close"] = await _async_error_of(shared.close())
+        facts["closed"] = engine.closed
+        return facts
+
+    return asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def check_failure(facts: dict, message: str) -> None:
+    """Every call says what is wrong, until the engine is closed; closing cannot fail to close."""
+    assert facts["tokens_before"] > 0
+    assert all(message in (said or "") for said in (*facts["steps"][1:], facts["generate"])), facts
+    assert facts["steps"][0] is None or message in facts["steps"][0], facts  # its results were perhaps there already
+    assert facts["unfinished"] and facts["closed"] and facts["aborted"] == 1, facts
+    assert facts["close_again"] is None and "this engine is closed" in facts["step_when_closed"], facts
+
+
+def check_streams(facts: dict, message: str) -> None:
+    assert message in (facts["open_stream"] or ""), facts
+    assert message in (facts["new_stream"] or ""), facts
+    assert facts["closed"], facts
+
+
+def _error_of(call) -> str | None:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+async def _async_error_of(call) -> str | None:
+    try:
+        await call
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+async def _exhaust(stream) -> None:
+    async for _ in stream:
+        pass
+
+
+def _fail_cuda(engine: Engine) -> None:
+    """An index that is not there: the kernel that reads it asserts, and every later call on the device fails."""
+    torch.zeros(4, device=engine.device)[torch.tensor([1 << 20], device=engine.device)]
+
+
+def main(folder: str) -> None:
+    def make():
+        return Engine.from_pretrained(folder, device="cuda", mode="two_pass", max_seq_len=128, max_batch_size=2)
+
+    if os.environ.get("FAILING") == "streams":
+        facts = streams_after_a_failure(make(), _fail_cuda)
+    else:
+        facts = after_a_failure(make, _fail_cuda)
+    print(json.dumps(facts), flush=True)
+    os._exit(0)  # what tears down CUDA at exit may abort on such a device
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,109 @@
+"""What goes wrong on a CUDA device: recordings without memory, NaN under replayed graphs, a device that fails for good;
+and close() gives back what an engine took.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from orthrus_rt.engine import Engine
+from tests import checkpoints, failing, poison
+from tests.poison import EDITED, GREEDY, REJECTION, SAMPLED
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[2]
+MODES = ("ar", "two_pass", "one_pass")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
+
+
+@pytest.fixture
+def make(folder):
+    """Makes engines, one at a time, that are closed in the end."""
+    made = []
+
+    def engine(**kwargs):
+        while made:
+            made.pop().close()
+        how = {"mode": "two_pass", "max_seq_len": 128, "max_batch_size": 4} | kwargs
+        made.append(Engine.from_pretrained(folder, device="cuda", **how))
+        return made[-1]
+
+    yield engine
+    while made:
+        made.pop().close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", (GREEDY, SAMPLED), ids=("greedy", "sampled"))
+def test_recordings_that_find_no_memory(make, mode, kind):
+    failing.check_recordings_without_memory(make(mode=mode), poison.jobs_of([kind], count=4))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kinds", ([GREEDY], [SAMPLED], [GREEDY, SAMPLED, EDITED]), ids=("greedy", "sampled", "mixed"))
+def test_nan_under_graphs_ends_its_requests_alone(make, mode, kinds):
+    engine = make(mode=mode)
+    poison.check_nan_ends_its_requests_alone(engine, poison.jobs_of(kinds))
+    cycles = engine.runner._cycles.values()
+    assert cycles and all(cycle._replay != cycle.run_eager for cycle in cycles)
+
+
+def test_nan_by_and_beside_rejection(make):
+    poison.check_nan_ends_its_requests_alone(make(), poison.jobs_of([GREEDY, REJECTION, SAMPLED]))
+
+
+@pytest.mark.parametrize("mode", ("two_pass", "one_pass"))
+def test_nan_in_the_diffusion_view_costs_speed_alone(make, mode):
+    at_least = {"two_pass": 1.3, "one_pass": 1.1}[mode]
+    poison.check_nan_drafts_cost_speed_alone(make(mode=mode), poison.jobs_of([GREEDY, SAMPLED, EDITED]), at_least)
+
+
+def memory() -> tuple[int, int]:
+    """Bytes in tensors, and bytes that torch holds for them."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_close_gives_the_memory_back(make, mode):
+    """In the middle of decoding, with graphs; the first engine may leave the little that a process has once."""
+    at_first, held = memory(), []
+    for _ in range(3):
+        engine = make(mode=mode)
+        for prompt, params in poison.jobs_of([GREEDY, SAMPLED, EDITED], count=4):
+            engine.submit(prompt, params)
+        for _ in range(5):
+            engine.step()
+        report = engine.memory_report()
+        taken = torch.cuda.memory_allocated() - at_first[0]
+        engine.close()
+        held.append(memory())
+        assert taken >= report["weights"] + report["weights_diffusion"] + report["kv_pages"] > 1 << 19
+    assert held[1] == held[2]
+    assert held[0][0] - at_first[0] < 64 << 10
+
+
+@pytest.mark.parametrize("what", ("engine", "streams"))
+def test_a_device_that_fails(folder, what):
+    """In a process of its own, which has no device any more thereafter."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.failing", folder], cwd=ROOT, env={**os.environ, "FAILING": what},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.stdout.strip(), f"it ended with {done.returncode}: {done.stderr[-4000:]}"
+    facts = json.loads(done.stdout.strip().splitlines()[-1])
+    check = failing.check_streams if what == "streams" else failing.check_failure
+    check(facts, "CUDA error")
