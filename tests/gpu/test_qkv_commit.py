@@ -124,6 +124,22 @@ def test_against_float64(heads, norms, dtype):
         assert pages.transpose(1, 2)[untouched.cuda()].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=("bf16", "fp32"))
+@pytest.mark.parametrize("heads", HEADS)
+def test_values_are_finite(heads, dtype):
+    """Whatever the row holds: NaN stands in the key instead."""
+    case = Case(heads, GROUPS, dtype=dtype)
+    n_ar, (row, page, slot) = case.rows.num_rows_ar, case.where[1]
+    case.qkv[row], case.qkv[n_ar, -2], case.qkv[n_ar, -5] = torch.nan, torch.inf, -torch.inf
+    k_pages, v_pages, scratch_k, scratch_v, _ = case.run()
+    torch.cuda.synchronize()
+    assert k_pages[page, :, slot].isnan().all() and not v_pages[page, :, slot].any()
+    assert scratch_k[0].isnan().sum() == 2 and scratch_k[0, -1, [-2, -5]].isnan().all()
+    assert scratch_v.isfinite().all() and not scratch_v[0, -1, [-2, -5]].any()
+    assert scratch_k[1:].isfinite().all()
+    assert all(v_pages[p, :, s].isfinite().all() for r, p, s in case.where)
+
+
 @pytest.mark.parametrize("heads", HEADS)
 def test_rows_do_not_depend_on_company(heads):
     case = Case(heads, GROUPS)
