@@ -271,6 +271,9 @@ class Engine(Generation):
                     self.metrics.finished("abort")
                 with device_scope(self.device):
                     self.runner.drop_cycles()
+            except Exception:
+                self.runner.abandon()
+                raise
             finally:  # a device that has failed must not keep the engine open
                 self._let_go()
 

@@ -31,6 +31,7 @@ from orthrus_rt.state import SlotEdits, SlotSampling, SlotState
 from orthrus_rt.stopwatch import Stopwatch, Stretch
 
 PREFILL_CHUNK = 512  # prompt tokens per prefill pass, of one prompt or of several
+_kept: list[SlotResults] = []  # of devices that have failed
 
 
 @dataclass
@@ -99,9 +100,16 @@ class Runner:
 
     def drop_cycles(self) -> None:
         """Free every cycle built so far, and its graph."""
-        if self.model.device.type == "cuda" and self._cycles:  # the one launched ahead of its results may still run
+        # What was launched ahead of its results may still run.
+        if self.model.device.type == "cuda" and (self._cycles or self._mailboxes):
             torch.cuda.synchronize(self.model.device)
         self._cycles.clear()
+
+    def abandon(self) -> None:
+        """The device has failed. Page-locked memory is kept: freeing it, torch asks the device, in a destructor, and
+        the process would end there.
+        """
+        _kept.extend(self._mailboxes)
 
     def bucket(self, num_slots: int) -> int:
         """Slots of the cycles that ``num_slots`` sequences run in: the next power of two, or all there are."""

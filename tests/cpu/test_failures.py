@@ -17,6 +17,7 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.graph import Cycle
 from orthrus_rt.model import Activations
 from orthrus_rt.pass_costs import PassCosts
+from orthrus_rt.results import SlotResults
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import RejectionSampler, SamplingParams
 from tests import checkpoints, failing
@@ -386,6 +387,21 @@ def test_a_device_that_fails(folder):
     facts = failing.streams_after_a_failure(make(folder), broken_device)
     failing.check_streams(facts, message)
     assert message in facts["close"]
+
+
+@pytest.mark.parametrize("broken", (False, True))
+def test_page_locked_memory_is_not_freed_on_a_device_that_has_failed(folder, monkeypatch, broken):
+    monkeypatch.setattr("orthrus_rt.runner._kept", [])
+    engine = make(folder)
+    engine.runner._mailboxes.append(SlotResults(2, 8, "cpu"))
+    mailbox = weakref.ref(engine.runner._mailboxes[0])
+    if broken:
+        broken_device(engine)
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            engine.close()
+    engine.close()
+    gc.collect()
+    assert (mailbox() is not None) == broken
 
 
 def test_closing_ends_whom_an_interrupt_left_between_queue_and_slot(folder, monkeypatch):
