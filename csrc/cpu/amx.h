@@ -57,11 +57,12 @@ ORTHRUS_INLINE void tile_dot() {
 }
 
 
-// One step of a product of 2 x 2 tiles, or fewer: sums += rows x columns.
 struct TileRows {
   const bf16_t* from;
   int64_t stride;  // elements
 };
+
+// One step of a product of 2 x 2 tiles, or fewer: sums += rows x columns.
 template <bool kTwoRows, bool kTwoColumns>
 ORTHRUS_INLINE void tile_step(TileRows rows0, TileRows rows1, const void* columns0, const void* columns1,
                               int64_t column_bytes) {

@@ -5,7 +5,8 @@
 // likes. A key that a query does not see never enters that query's sums, so tiles change no bit and unused
 // cache may hold anything.
 //
-// A tile is a QueryRows with begin(), attend(keys) for every 64 keys, and finish(): dual_attn_vectors.h, dual_attn_amx.h.
+// A tile is a QueryRows with begin(), attend(keys) for every 64 keys, and finish(): dual_attn_vectors.h,
+// dual_attn_amx.h.
 #pragma once
 #include "orthrus/rows.h"
 #include "pool.h"

@@ -26,7 +26,7 @@ struct AmxTile : QueryRows<bf16_t> {
   alignas(64) float top[kQueries];                                // running maximum of the scores
   alignas(64) float decay[kQueries];                              // e^(old maximum - new maximum)
   alignas(64) float total[kQueries];                              // running sum of the weights
-  alignas(64) float mixed[kQueries * kMaxHeadDim];                // running weighted sum of the values, [query][head_dim]
+  alignas(64) float mixed[kQueries * kMaxHeadDim];                // [query][head_dim], running weighted sum of values
 
   bool two() const { return num_queries > kTileHeight; }
   int64_t depth() const { return div_up(head_dim, kTileDepth) * kTileDepth; }
@@ -213,7 +213,7 @@ struct AmxTile : QueryRows<bf16_t> {
         if (two_columns) {
           tile_step<kTwo, true>(rows0, rows1, columns, columns + kLanes, head_dim * sizeof(uint32_t));
         } else {
-          tile_step<kTwo, false>(rows0, rows1, columns, columns, head_dim * sizeof(uint32_t));
+          tile_step<kTwo, false>(rows0, rows1, columns, nullptr, head_dim * sizeof(uint32_t));
         }
       }
       tile_store<kSum00>(at, row_bytes);
@@ -228,7 +228,9 @@ struct AmxTile : QueryRows<bf16_t> {
 
   void zero_wild_values(int64_t num_keys) {
     auto* values = reinterpret_cast<bf16_t*>(v_words);
-    for (int64_t i = 0; i < (num_keys + num_keys % 2) * head_dim; ++i) values[i] = is_wild(values[i]) ? bf16_t{0} : values[i];
+    for (int64_t i = 0; i < (num_keys + num_keys % 2) * head_dim; ++i) {
+      if (is_wild(values[i])) values[i] = 0;
+    }
   }
 
   void add_wild_values(const KeyRows<bf16_t>& keys) {
