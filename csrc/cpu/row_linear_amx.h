@@ -30,7 +30,8 @@ struct TileTail {
 // lines_ahead lines per step meanwhile.
 template <bool kTwo>
 inline __attribute__((noinline)) void multiply_tiles(const bf16_t* const* x, int64_t x_stride, int64_t height,
-                                                     const char* w, int64_t in_features, int64_t lines_ahead, float* acc) {
+                                                     const char* w, int64_t in_features, int64_t lines_ahead,
+                                                     float* acc) {
   tile_zero<kSum00>();
   tile_zero<kSum01>();
   if (kTwo) {
@@ -82,7 +83,8 @@ ORTHRUS_INLINE void multiply_strips_amx(const RowLinearParamsOf<bf16_t>& p, cons
                               min_of(begin + (2 * pair + 1) * height, end - height)};
       const bf16_t* x[2] = {p.x + row[0] * p.x_stride, p.x + row[1] * p.x_stride};
       const bool two = 2 * pair + 1 < num_tiles;
-      (two ? multiply_tiles<true> : multiply_tiles<false>)(x, p.x_stride, height, w, p.in_features, pair == 0 ? kTileStepBytes / kLineBytes : 0, acc);
+      const int64_t lines_ahead = pair == 0 ? kTileStepBytes / kLineBytes : 0;
+      (two ? multiply_tiles<true> : multiply_tiles<false>)(x, p.x_stride, height, w, p.in_features, lines_ahead, acc);
       for (int t = 0; t < (two ? 2 : 1); ++t) {
         const int64_t again = max_of(0, done - row[t]);
         finish_rows(p, acc + (t * height + again) * kStrip, row[t] + again, height - again, strip);
