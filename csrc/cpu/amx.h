@@ -1,8 +1,9 @@
 // Tile registers of AMX: 16 rows of 64 bytes each. A product adds, to a tile of fp32 [m][16], the dots of bf16
 // rows [m][32] with 16 columns whose pairs of elements lie side by side, [16][16][2] (the words of simd.h).
 //
-// Each output is one chain of sums over ascending k, of its row and column alone (denormals count as zero), so a
-// row's bits depend neither on m nor on its place in the tile.
+// A step of a product adds, to every sum, two chains over 32 elements (the even ones, the odd ones), denormals counting
+// as zero. An output is a chain of steps over its own row and column alone, so a row's bits depend neither on m nor on
+// its place in the tile.
 #pragma once
 #include <cstdint>
 
@@ -55,7 +56,6 @@ template <Tile kSum, Tile kRows, Tile kColumns>
 ORTHRUS_INLINE void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kRows), "i"(kColumns));
 }
-
 
 struct TileRows {
   const bf16_t* from;

@@ -25,46 +25,53 @@
 namespace orthrus::cpu {
 namespace {
 
-struct Choice {
-  const char* name;
-  bool supported;
-  const Variant* variant;
-};
-
-#if defined(ORTHRUS_HAS_amx_bf16)
+#if defined(ORTHRUS_HAS_avx512_bf16)
 bool has_avx512_bf16() {
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+#endif
 
-// Tiles also want the system's leave, for the process and all its threads: their 8 KB are saved at every switch.
+#if defined(ORTHRUS_HAS_amx_bf16)
+// Tiles want the system's leave too, which is asked for here: it is for the process, all its threads and children, and
+// makes signal stacks hold 8 KB more (one that is too small already is a refusal).
 bool has_amx_bf16() {
+#if defined(__linux__)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   constexpr int kArchReqXcompPerm = 0x1023, kTileData = 18;
   unsigned a, b, c, d;
-  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  if ((d & (kAmxBf16 | kAmxTile)) != (kAmxBf16 | kAmxTile)) return false;
-#if defined(__linux__)
-  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
+  return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) && (d & kAmxTile) &&
+         syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
 #else
   return false;
 #endif
 }
 #endif
 
+struct Choice {
+  const char* name;
+  bool (*offered)();
+  const Variant* variant;
+};
+
+// Best first.
 const Choice kChoices[] = {
 #if defined(ORTHRUS_HAS_amx_bf16)
-    {"amx_bf16", has_amx_bf16(), &amx_bf16::kVariant},
-    {"avx512_bf16", has_avx512_bf16(), &avx512_bf16::kVariant},
-    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2::kVariant},
+    {"amx_bf16", has_amx_bf16, &amx_bf16::kVariant},
 #endif
-    {"portable", true, &portable::kVariant},
+#if defined(ORTHRUS_HAS_avx512_bf16)
+    {"avx512_bf16", has_avx512_bf16, &avx512_bf16::kVariant},
+#endif
+#if defined(ORTHRUS_HAS_avx2)
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, &avx2::kVariant},
+#endif
+    {"portable", [] { return true; }, &portable::kVariant},
 };
 
 const Choice* find(const std::string& name) {
   for (const Choice& c : kChoices) {
     if (c.name != name) continue;
-    if (!c.supported) throw std::runtime_error("ORTHRUS_CPU_ISA: this CPU has no " + name);
+    if (!c.offered()) throw std::runtime_error("ORTHRUS_CPU_ISA: this machine does not offer " + name);
     return &c;
   }
   throw std::runtime_error("ORTHRUS_CPU_ISA: must be amx_bf16, avx512_bf16, avx2 or portable, got " + name);
@@ -73,7 +80,7 @@ const Choice* find(const std::string& name) {
 const Choice* choose() {
   const char* wanted = std::getenv("ORTHRUS_CPU_ISA");
   if (wanted && *wanted) return find(wanted);
-  return std::find_if(std::begin(kChoices), std::end(kChoices), [](const Choice& c) { return c.supported; });
+  return std::find_if(std::begin(kChoices), std::end(kChoices), [](const Choice& c) { return c.offered(); });
 }
 
 std::atomic<const Choice*>& chosen() {

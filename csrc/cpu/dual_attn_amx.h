@@ -2,8 +2,8 @@
 //
 // Scores are made transposed, keys x queries: keys come as they lie in the cache, and the softmax runs down
 // the lanes, a query each. Weights e^(score - maximum) are rounded to bf16; their sum and their product with the values
-// take the rounded ones. A key that a query does not see has weight zero, which adds nothing to any sum; values that
-// are not finite are taken out of the product and added for the queries that see them.
+// take the rounded ones. A key that a query does not see has weight zero, which changes no sum but -0 (to +0; finish()
+// makes both alike); values that are not finite are taken out of the product and added for the queries that see them.
 #pragma once
 #include <immintrin.h>
 
@@ -31,6 +31,8 @@ struct AmxTile : QueryRows<bf16_t> {
   bool two() const { return num_queries > kTileHeight; }
   int64_t depth() const { return div_up(head_dim, kTileDepth) * kTileDepth; }
 
+  TileShapes shapes{kTileHeight};
+
   ORTHRUS_INLINE void begin() {
     for (int t = 0; t < 1 + two(); ++t) transpose_queries(t);
     for (int q = 0; q < kQueries; ++q) {
@@ -41,7 +43,6 @@ struct AmxTile : QueryRows<bf16_t> {
   }
 
   ORTHRUS_INLINE void attend(const KeyRows<bf16_t>& keys) {
-    const TileShapes shapes(kTileHeight);
     for (int q = 0; q < kQueries; ++q) visible[q] = q < num_queries ? keys.visible[q] : 0;
     if (two()) {
       make_scores<true>(keys);
@@ -63,7 +64,6 @@ struct AmxTile : QueryRows<bf16_t> {
     for (int64_t q = 0; q < num_queries; ++q) {
       const float inverse = total[q] == 0.f ? 0.f : 1.f / total[q];  // a row that sees nothing yields zeros
       for (int64_t d = 0; d < head_dim; d += kLanes) {
-        // Keys that are not seen may have turned -0 into +0.
         store(out_row[q] + d, mul(add(load(&mixed[q * head_dim + d]), zero()), set1(inverse)));
       }
     }

@@ -58,7 +58,7 @@ ORTHRUS_INLINE Vec load(const bf16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
-// Denormals become zero, as they count in dot2.
+// Denormals become zero, as they count in dot2; in the tails of rows that kernels write one by one they stay.
 ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
 }

@@ -7,7 +7,7 @@ from orthrus_rt import ops, weights
 from tests.native_cpu import assert_rounded, poison, randn, threads
 
 SHAPES = [(1, 1), (16, 2), (33, 7), (96, 64), (200, 130), (1100, 33)]  # out_features, in_features
-ROWS = (1, 2, 3, 11, 12, 13, 25, 128)
+ROWS = (1, 2, 3, 11, 12, 13, 25, 33, 34, 49, 128)
 
 
 def product(x, w):
@@ -121,6 +121,27 @@ def test_row_invariance(isa, element, shape):
     wide = poison(16, shape[1] + 9)
     wide[:, : shape[1]] = x[40:56]
     assert torch.equal(logits(wide[:, : shape[1]], packed), everything[40:56])
+
+
+def test_many_rows_in_every_epilogue(isa, element):
+    """More rows than stay in a cache, in place and of two views: what 10 of them give."""
+    w, n, split, few = randn(70, 2050, seed=11, scale=0.1), 700, 330, slice(325, 335)
+    packed, gates = weights.pack(w, impl="cpu"), weights.pack(w, gate_up=True, impl="cpu")
+    diff = weights.pack(randn(70, 2050, seed=12, scale=0.1), impl="cpu")
+    x, residual = randn(n, 2050, seed=13), randn(n, 70, seed=14)
+
+    def run(part, rows_ar):
+        count = x[part].shape[0]
+        added, silu, views = residual[part].clone(), poison(count, 35), poison(count, 70)
+        best = torch.empty(count, 1), torch.empty(count, 1, dtype=torch.int32)
+        ops.row_linear(x[part], packed, added, residual=added, epilogue="residual")
+        ops.row_linear(x[part], gates, silu, epilogue="silu_mul")
+        ops.row_linear(x[part], packed, best, epilogue="argmax")
+        ops.row_linear(x[part], packed, views, weight_diff=diff, num_rows_ar=rows_ar)
+        return added, silu, *best, views
+
+    for whole, alone in zip(run(slice(0, n), split), run(few, 5), strict=True):
+        assert torch.equal(whole[few], alone)
 
 
 def test_no_rows(isa, element):

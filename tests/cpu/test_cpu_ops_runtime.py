@@ -122,3 +122,17 @@ def test_isa_override():
     wrong = isa_of(ORTHRUS_CPU_ISA="sse9")
     assert wrong.returncode
     assert "ORTHRUS_CPU_ISA: must be amx_bf16, avx512_bf16, avx2 or portable, got sse9" in wrong.stderr
+    tiles = isa_of(ORTHRUS_CPU_ISA="amx_bf16")
+    assert tiles.stdout == "amx_bf16\n" or "this machine does not offer amx_bf16" in tiles.stderr
+
+
+def test_torch_and_the_ops_take_turns(isa):
+    """torch's own bf16 products shape the same tile registers on the same threads."""
+    want = Layer()
+    want.run()
+    a, b = randn(64, 96, seed=7), randn(96, 80, seed=8)
+    product, layer = a @ b, Layer()
+    for _ in range(20):
+        layer.run()
+        assert torch.equal(a @ b, product)
+        assert torch.equal(layer.logits, want.logits)

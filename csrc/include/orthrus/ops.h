@@ -4,9 +4,10 @@
 
 namespace orthrus::cpu {
 
-// ISA variant in use: "avx512_bf16", "avx2" or "portable"; the best one unless ORTHRUS_CPU_ISA names another.
+// ISA variant in use: "amx_bf16", "avx512_bf16", "avx2" or "portable"; the best one unless ORTHRUS_CPU_ISA names
+// another.
 const char* isa();
-// Change it for tests and measurements. Throws std::runtime_error where the CPU lacks it.
+// Change it for tests and measurements. Throws std::runtime_error where the machine does not offer it.
 void set_isa(const char* name);
 // Threads of the pool that runs every CPU op; takes effect with the next op.
 void set_num_threads(int32_t num_threads);
