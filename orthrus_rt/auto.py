@@ -87,26 +87,29 @@ class Auto:
         context = min(CONTEXT, room, most_context(engine, plans))
         if context < 1:
             return
+        plans, worth = sorted(plans, key=lambda p: p.num_passes * p.max_rows), []
         with staged(engine, plans, slots, context) as start:
-            for plan in sorted(plans, key=lambda p: p.num_passes * p.max_rows):
+            for plan in plans:
                 # A cycle with more rows costs no less than the dearest measured with fewer.
                 at_least = costs.seconds(slots, plan, hopeful=True) if plan != AR else 0.0
                 if at_least <= plan.block_len * costs.seconds(slots, AR):
-                    start(plan).run()
+                    start(plan).run()  # recorded
+                    worth.append(plan)
                     if not self.measured:
                         costs.set(slots, plan, self._seconds(partial(start, plan)))
                 bar.update()
+            if not self.measured:  # in turns, so that a burst of other work on the machine meets all alike, or few
+                rounds = [[self._seconds(partial(start, plan)) for plan in worth] for _ in range(REPEATS)]
+                for plan, seconds in zip(worth, zip(*rounds, strict=True), strict=True):
+                    costs.set(slots, plan, statistics.median(seconds))
 
     def _seconds(self, start) -> float:
-        samples = []
-        for _ in range(REPEATS):
-            cycle = start()
-            self._settle()
-            begin = time.perf_counter()
-            cycle.run()
-            self._settle()
-            samples.append(time.perf_counter() - begin)
-        return statistics.median(samples)
+        cycle = start()
+        self._settle()
+        begin = time.perf_counter()
+        cycle.run()
+        self._settle()
+        return time.perf_counter() - begin
 
     def _settle(self) -> None:
         if self._device.type == "cuda":

@@ -14,6 +14,7 @@ from orthrus_rt.cycle_plan import CyclePlan
 
 CLIP = math.log(1.3)  # one measurement moves an estimate no further: a stalled cycle is not a slow plan
 SETTLED = 10.0  # measurements that an estimate averages over
+WARMED = 3.0  # cycles that a warm-up's time is worth: the machine may have been busy then
 FORGET = 1 / 128  # per cycle: how fast measurements of an entry that does not run lose their weight
 FORGET_DRIFT = 10  # the same per e-fold by which the machine's speed changed meanwhile
 COMMON = 0.05  # share of a surprise that is taken to be the machine's (its clock, its load, the context's length)
@@ -47,21 +48,26 @@ class PassCosts:
     def seconds(self, bucket: int, plan: CyclePlan, hopeful: bool = False) -> float:
         """Expected seconds of one cycle of ``bucket`` slots under ``plan``.
 
-        ``hopeful``: where nothing like it was measured, suppose that more rows cost nothing.
+        ``hopeful``: where nothing like it was measured, suppose that more rows cost nothing; where little was, that it
+        may have been a stalled cycle.
         """
-        log = self._log.get((bucket, plan))
-        return math.exp(self._scale + log) if log is not None else self._guess(bucket, plan, hopeful)
+        key = bucket, plan
+        if key not in self._log:
+            return self._guess(bucket, plan, hopeful)
+        seconds = math.exp(self._scale + self._log[key])
+        return min(seconds, self._guess(bucket, plan, True)) if hopeful and self._weight[key] < WARMED else seconds
 
     def set(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
-        """A careful measurement, replacing what was known."""
+        """A warm-up's measurement, or a kept one, replacing what was known."""
         self._log[bucket, plan] = math.log(seconds) - self._scale
-        self._weight[bucket, plan], self._seen[bucket, plan] = SETTLED, (self._clock, self._scale)
+        self._weight[bucket, plan], self._seen[bucket, plan] = WARMED, (self._clock, self._scale)
 
     def observe(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
         """The seconds that one real cycle took."""
         key = bucket, plan
         self._clock += 1
-        if key not in self._log:
+        stalled = key in self._log and self._weight[key] < WARMED and seconds < math.exp(-CLIP) * self.seconds(*key)
+        if key not in self._log or stalled:  # stalled when it was measured the first time
             self.set(bucket, plan, seconds)
             self._weight[key] = 1.0
             return
@@ -80,6 +86,8 @@ class PassCosts:
     def _guess(self, bucket: int, plan: CyclePlan, hopeful: bool) -> float:
         known = {}
         for (slots, other), log in self._log.items():
+            if (slots, other) == (bucket, plan):
+                continue
             passes = rows_per_pass(other)
             known[slots * passes[0]] = math.exp(self._scale + log) / len(passes)
         return sum(self._guess_pass(known, bucket * rows, hopeful) for rows in rows_per_pass(plan))

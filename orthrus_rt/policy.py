@@ -7,16 +7,18 @@ least, under two accounts of time:
   ``1 + SAFETY``. A plan may start only if the balance covers the worst outcome, no draft accepted anywhere, for itself
   and for all cycles whose results are not in yet. Every sequence yields at least one token per cycle, so the balance
   never falls below zero: whatever the drafter does, and however badly acceptance is estimated, the time spent is at
-  most ``1 + SAFETY`` of AR's (conservative bandits: Wu, Shariff, Lattimore, Szepesvari 2016). It starts at zero, and
-  prefill, which AR needs as well, counts: a fresh engine decodes a short prompt by AR until it has earned its first
-  attempt. Its cap bounds the loss over any stretch, not only
-  since the start: riches from good times are not spent on bad ones.
+  most ``1 + SAFETY`` of AR's, and once GRANT cycles (conservative bandits: Wu, Shariff, Lattimore, Szepesvari 2016).
+  The grant lets a fresh engine draft from its first tokens on; without it, it would have to save up for each attempt,
+  and luck with the first few decides whether it drafts before the thousandth token. Prefill, which AR needs as well,
+  counts. The account's cap bounds the loss over any stretch, not only since the start: riches from good times are not
+  spent on bad ones.
 - *exploration*. Plans that might be better than they look (optimism in the face of uncertainty: of what sets them apart
   from the plan in use, not of what both depend on) are tried, as long as that has cost less than EXPLORATION of all
   time, measured against the plan in use. A close rival costs little, so its trial is long.
 
 Both bounds are in estimated seconds: they hold for real ones as far as the costs are right. SAFETY leaves room for that
-below the 3% that ``mode="auto"`` promises, and an AR cycle is timed anew at times while others run.
+below the 3% that ``mode="auto"`` promises, grant included, from 400 tokens on. AR cycles are timed at the beginning of
+every batch bucket, and anew at times while others run.
 
 Hysteresis: another plan replaces the one in use once its predicted savings have added up to SWITCH cycles (a one-sided
 CUSUM): a large gain at once, a small one only if it lasts.
@@ -32,7 +34,8 @@ from orthrus_rt.acceptance import Acceptance, Outcome
 from orthrus_rt.cycle_plan import AR, CyclePlan
 from orthrus_rt.pass_costs import PassCosts, rows_per_pass
 
-SAFETY = 0.025  # of AR's time that may be lost against AR
+SAFETY = 0.02  # of AR's time that may be lost against AR
+GRANT = 4  # AR cycles that may be lost beyond that, once
 SAFETY_CAP = 64  # AR cycles of credit kept
 RESTART = 2  # after running out of credit: how many worst outcomes to save for
 EXPLORATION = 0.01  # of all time that may be lost on trying plans
@@ -78,7 +81,7 @@ class Lane:
     def __init__(self, bucket: int, plans: list[CyclePlan], costs: PassCosts):
         self.bucket, self.plans, self.costs = bucket, plans, costs
         self.in_use: CyclePlan | None = None
-        self.since_ar = 0
+        self.since_ar = REFRESH  # its true cost here is not known
         self._savings = 0.0
 
     def seconds(self, plan: CyclePlan, hopeful: bool = False) -> float:
@@ -141,6 +144,7 @@ class Policy:
         self.acceptance = Acceptance(max(p.block_len for p in plans) - 1)
         self.safety, self.exploration = Account(), Account()
         self.spent = self.ar_equivalent = 0.0
+        self._granted = False
         self.plan_counts: Counter[CyclePlan] = Counter()
         self.current: CyclePlan | None = None
         self._lanes: dict[tuple[int, bool], Lane] = {}
@@ -249,6 +253,9 @@ class Policy:
         if not lane.costs:
             return  # nothing like it was ever timed: there is no unit to keep accounts in
         cost, ar = lane.seconds(plan), lane.seconds(AR)
+        if not self._granted:
+            self._granted = True
+            self.safety.add(GRANT * ar, SAFETY_CAP * ar)
         tokens = 1 + sum(accepted for _, accepted in outcomes) / max(1, len(outcomes))
         self.safety.add((1 + SAFETY) * tokens * ar - cost, SAFETY_CAP * ar)
         lost = 0.0 if against is None else cost - tokens * against

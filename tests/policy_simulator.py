@@ -7,6 +7,7 @@ chooses it.
 from __future__ import annotations
 
 import functools
+import math
 import random
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.pass_costs import PassCosts, rows_per_pass
-from orthrus_rt.policy import AR, Policy
+from orthrus_rt.policy import AR, SAFETY, Policy
 
 CPU_MS = {1: 10.3, 4: 11.0, 6: 11.6, 8: 11.7, 16: 14.4, 32: 26.1}  # measured: the embedded model, two cores
 MISSES = {2: 0.36, 4: 0.23, 8: 0.11}  # one_pass cycles without drafts, by fan_out: the embedded model on code
@@ -113,7 +114,7 @@ class Run:
     switches: int = 0
     plans: list[CyclePlan] = field(default_factory=list)
     worst_stretch: float = 0.0  # most that a stretch of cycles, wherever it began, lost beyond 3% over AR; in AR cycles
-    worst_prefix: float = 0.0  # highest seconds / ar_seconds at any moment
+    most_behind: float = -math.inf  # most seconds beyond 1 + SAFETY of AR's at any moment
 
     @property
     def over_ar(self) -> float:
@@ -166,7 +167,7 @@ def simulate(policy_or_plan, seq_of, cost, cycles: int, *, batch=1, lag: int = 0
         run.tokens += tokens
         loss = max(0.0, loss + (seconds - 1.03 * ar * tokens / size) / ar)
         run.worst_stretch = max(run.worst_stretch, loss)
-        run.worst_prefix = max(run.worst_prefix, run.over_ar)
+        run.most_behind = max(run.most_behind, run.seconds - (1 + SAFETY) * run.ar_seconds)
     return run
 
 

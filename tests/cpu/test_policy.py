@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import statistics
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as hs
 from orthrus_rt.acceptance import Acceptance, prior_offered
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.pass_costs import PassCosts, cache_file
-from orthrus_rt.policy import AR, REST, SAFETY, SAFETY_CAP, Policy, candidate_plans
+from orthrus_rt.policy import AR, GRANT, REFRESH_CYCLES, REST, SAFETY, SAFETY_CAP, Policy, candidate_plans
 from tests.policy_simulator import cost_table, cycle_seconds, expected_tokens, simulate
 
 PLANS = candidate_plans(16, ("two_pass", "one_pass"))
@@ -60,7 +61,7 @@ WHOLE_GRID = list(
 def over_best(device: str, batch: int, hazard: float, decay: float = 1.0, **how) -> float:
     """Seconds per token over those of the best fixed plan."""
     got = run(device, lambda cycle, i: (hazard, decay), batch=batch, **how)
-    assert got.worst_prefix <= 1 + SAFETY + 1e-9
+    assert got.most_behind <= GRANT * cycle_seconds(device, batch, AR) + 1e-9
     assert got.switches <= 2 * HORIZON / REST + 40
     best, _ = best_fixed(device, batch, hazard, decay)
     return got.seconds_per_token / best
@@ -86,15 +87,15 @@ def test_later_drafts_worse_than_early_ones(device, batch):
 
 
 def test_luck_may_settle_on_the_wrong_one_of_two_close_plans():
-    """The worst run met: two standard errors of bad luck over the first thousand cycles."""
-    assert 1.05 < over_best("flat", 1, 0.9, seed=12) <= 1.1
+    """The worst run met: bad luck over the first thousand cycles."""
+    assert 1.05 < over_best("flat", 1, 0.85, seed=2) <= 1.08
 
 
 @pytest.mark.full
 def test_luck_misleads_seldom_and_not_far():
     cases = itertools.product((1, 2), (0.85, 0.9, 0.97), range(14))
     over = sorted(over_best("flat", batch, hazard, seed=seed) for batch, hazard, seed in cases)
-    assert len(over) == 84 and over[-2] <= 1.05 and over[-1] <= 1.1
+    assert len(over) == 84 and over[-3] <= 1.05 and over[-1] <= 1.08
 
 
 @pytest.mark.full
@@ -130,7 +131,8 @@ def test_no_drafter_costs_more_than_the_safety_account(adversary, device, lag):
     """With costs known, at every moment since the start, and over every stretch but for the capped credit."""
     seq_of, batch = ADVERSARIES[adversary]
     got = run(device, seq_of, 2000, batch=batch, lag=lag)
-    assert got.worst_prefix <= 1 + SAFETY + 1e-9
+    assert got.most_behind <= GRANT * cycle_seconds(device, 16 if callable(batch) else batch, AR) + 1e-9
+    assert got.over_ar <= PROMISE
     if not callable(batch):
         assert got.worst_stretch <= SAFETY_CAP + 1
     assert got.switches <= 200
@@ -141,14 +143,16 @@ def test_a_drafter_that_fails_whenever_the_account_is_rich(device):
     chooser = policy(device)
     rich = 10 * cycle_seconds(device, 1, AR)
     got = run(device, lambda cycle, i: (0.0 if chooser.safety.balance > rich else 1.0, 1.0), 2000, chooser=chooser)
-    assert got.worst_prefix <= 1 + SAFETY + 1e-9
+    assert got.most_behind <= GRANT * cycle_seconds(device, 1, AR) + 1e-9
+    assert got.over_ar <= PROMISE
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_drafter_that_fails_whenever_it_is_trusted(device):
     chooser = policy(device)
     got = run(device, lambda cycle, i: (0.95 if chooser.current in (None, AR) else 0.0, 1.0), 2000, chooser=chooser)
-    assert got.worst_prefix <= 1 + SAFETY + 1e-9
+    assert got.most_behind <= GRANT * cycle_seconds(device, 1, AR) + 1e-9
+    assert got.over_ar <= PROMISE
 
 
 @settings(max_examples=25, deadline=None)
@@ -168,7 +172,7 @@ def test_the_account_is_never_overdrawn(seed, lag, generous):
         if len(late) > lag:
             chooser.record(late.pop(0))
         assert chooser.safety.balance >= -1e-12
-    assert chooser.spent <= (1 + SAFETY) * chooser.ar_equivalent + 1e-12
+    assert chooser.spent <= (1 + SAFETY) * chooser.ar_equivalent + GRANT * 1e-2
 
 
 DRIFTS = {
@@ -203,24 +207,39 @@ def test_costs_learnt_from_the_cycles_themselves(device, hazard, lag):
     assert got.seconds_per_token <= 1.15 * best
 
 
-def test_a_fresh_engine_decodes_by_ar_until_it_has_earned_an_attempt():
-    got = run("flat", lambda cycle, i: (0.8, 1.0), 200)
-    first = next(i for i, plan in enumerate(got.plans) if plan != AR)
-    loss = cycle_seconds("flat", 1, got.plans[first]) / cycle_seconds("flat", 1, AR) - 1
-    assert loss / SAFETY - 2 <= first <= 60
+@pytest.mark.parametrize(("device", "at_least"), [("flat", 2.2), ("steep", 1.6)])
+def test_a_fresh_engine_drafts_from_its_first_tokens_on(device, at_least):
+    """AR first, to know what it costs; then luck with a few drafts does not decide what the next hundred tokens get."""
+    runs = [run(device, lambda cycle, i: (0.8, 1.0), 64, seed=seed) for seed in range(20)]
+    assert {next(i for i, plan in enumerate(got.plans) if plan != AR) for got in runs} == {REFRESH_CYCLES}
+    speedups = [cycle_seconds(device, 1, AR) / got.seconds_per_token for got in runs]
+    assert statistics.mean(speedups) >= at_least and min(speedups) >= 0.6 * at_least
 
 
-def test_a_long_prompt_earns_an_attempt_at_once():
-    chooser = policy("flat")
+def test_prefill_earns_a_share_too():
+    chooser, ar = policy("flat"), cycle_seconds("flat", 1, AR)
     chooser.prefilled(1.0)
     assert chooser.safety.balance == SAFETY and chooser.spent == chooser.ar_equivalent == 1.0
-    assert chooser.choose(1) != AR
+    chooser.choose(1)
     chooser.record([(0, 0)])
-    assert 0 < chooser.safety.balance < SAFETY and chooser.spent <= (1 + SAFETY) * chooser.ar_equivalent
+    assert chooser.safety.balance == pytest.approx(SAFETY + (GRANT + SAFETY) * ar)
     chooser.prefilled(1e3)
     chooser.choose(1)
     chooser.record([(0, 0)])
-    assert chooser.safety.balance == pytest.approx(SAFETY_CAP * cycle_seconds("flat", 1, AR))
+    assert chooser.safety.balance == pytest.approx(SAFETY_CAP * ar)
+
+
+def test_another_batch_size_begins_with_ar():
+    """What AR costs there is measured before anything is compared with it, however rich the account."""
+    chooser = policy("flat")
+    run("flat", lambda cycle, i: (0.95, 1.0), 300, chooser=chooser)
+    assert chooser.choose(1) != AR
+    chooser.record([(15, 15)])
+    plans = []
+    for _ in range(20):
+        plans.append(chooser.choose(3))
+        chooser.record([(plans[-1].block_len - 1,) * 2] * 3, cycle_seconds("flat", 4, plans[-1]))
+    assert [plan == AR for plan in plans] == [True] * REFRESH_CYCLES + [False] * (20 - REFRESH_CYCLES)
 
 
 def test_nothing_timed_is_nothing_earned():
@@ -230,7 +249,7 @@ def test_nothing_timed_is_nothing_earned():
         chooser.record([(0, 0)])
     chooser.choose(1)
     chooser.record([(0, 0)], 5e-3)
-    assert 0 < chooser.safety.balance <= SAFETY * 5e-3 * 1.001
+    assert chooser.safety.balance == pytest.approx((GRANT + SAFETY) * 5e-3)
 
 
 def test_censored_observations_say_nothing_beyond_them():
@@ -356,12 +375,32 @@ def test_unmeasured_costs_lie_between_measured_ones():
 def test_costs_follow_a_lasting_change_and_shrug_an_outlier_off():
     costs = PassCosts()
     costs.set(1, AR, 1.0)
+    for _ in range(10):
+        costs.observe(1, AR, 1.0)
     costs.observe(1, AR, 50.0)
     assert costs.seconds(1, AR) < 1.04
     for _ in range(60):
         costs.observe(1, AR, 2.0)
     assert costs.seconds(1, AR) == pytest.approx(2.0, rel=0.02)
     assert costs.drift(1, AR) < 0.1
+
+
+def test_a_first_measurement_of_a_stalled_cycle_is_soon_forgotten():
+    costs, plan, other = PassCosts(), CyclePlan("one_pass", 8, 8), CyclePlan("one_pass", 8, 4)
+    costs.set(1, other, 1.0)
+    costs.observe(1, plan, 5.0)
+    assert costs.seconds(1, plan) == pytest.approx(5.0)
+    assert costs.seconds(1, plan, hopeful=True) == pytest.approx(1.0)  # worth another attempt
+    costs.observe(1, plan, 1.1)
+    assert costs.seconds(1, plan) == pytest.approx(1.1) and costs.seconds(1, other) == pytest.approx(1.0)
+
+
+def test_a_wrong_warm_up_is_corrected_within_a_few_cycles():
+    costs = PassCosts()
+    costs.set(1, AR, 1.3)
+    for _ in range(REFRESH_CYCLES):
+        costs.observe(1, AR, 1.0)
+    assert costs.seconds(1, AR) < 1.15
 
 
 def test_costs_are_kept_and_a_stale_or_broken_file_is_not_believed(tmp_path):
