@@ -104,8 +104,7 @@ __global__ void __launch_bounds__(128) dual_attn_merge_kernel(const __grid_const
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
       if (first + s >= results) break;
-      const Fold step = fold_step(top, state[s].x);
-      total = fold(step, total, state[s].y);
+      const Fold step = fold_step(top, total, state[s].x, state[s].y);
 #pragma unroll
       for (int d = 0; d < kLaneDims; ++d) folded[d] = fold(step, folded[d], part[s][d]);
     }

@@ -32,7 +32,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 
 // Softmax state of the two rows that a thread holds of each 16-row fragment (lane/4 and lane/4 + 8).
-// `top` is the running maximum of the scaled scores in units of log2; -inf: no visible key yet.
+// `top` is the running maximum of the scaled scores in units of log2; -inf: no visible key yet, or NaN alone.
 struct RowState {
   float top[2];
   float total[2];  // this thread's columns only, until reduced over the four threads of a row
@@ -168,18 +168,22 @@ struct Fold {
   float keep;   // factor of the running result
   float take;   // factor of the split
   bool replace;  // the running result is empty
+  bool skip;     // the split adds nothing
 };
-
-__device__ __forceinline__ Fold fold_step(float& top, float split_top) {
-  const Fold step = {exp2_fast(__fsub_rn(top, fmaxf(top, split_top))),
-                     exp2_fast(__fsub_rn(split_top, fmaxf(top, split_top))), top == -INFINITY};
-  top = fmaxf(top, split_top);
-  return step;
-}
 
 __device__ __forceinline__ float fold(const Fold& step, float running, float split) {
   const float both = __fmaf_rn(split, step.take, __fmul_rn(running, step.keep));
-  return step.replace ? split : step.take == 0.f ? running : both;
+  return step.replace ? split : step.skip ? running : both;
+}
+
+// Maxima know nothing of NaN scores, totals do: one that is NaN is neither replaced nor skipped, and outlives the fold.
+__device__ __forceinline__ Fold fold_step(float& top, float& total, float split_top, float split_total) {
+  const float new_top = fmaxf(top, split_top);
+  const float keep = exp2_fast(__fsub_rn(top, new_top)), take = exp2_fast(__fsub_rn(split_top, new_top));
+  const Fold step = {keep, take, top == -INFINITY && total == total, take == 0.f && split_total == split_total};
+  top = new_top;
+  total = fold(step, total, split_total);
+  return step;
 }
 
 }  // namespace orthrus::cuda

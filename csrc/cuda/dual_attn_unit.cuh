@@ -134,8 +134,8 @@ class Attention {
             reduce_totals(state[f]);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              const Fold step = fold_step(folded_top[f][i], state[f].top[i]);
-              folded_total[f][i] = fold(step, folded_total[f][i], state[f].total[i]);
+              const Fold step =
+                  fold_step(folded_top[f][i], folded_total[f][i], state[f].top[i], state[f].total[i]);
 #pragma unroll
               for (int j = 0; j < V::kHeadDim / 8; ++j) {
 #pragma unroll

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from orthrus_rt import native, ops
+from tests.attention_pass import SPOIL, Heads, Pass, check_nan_outlives_the_splits
 from tests.native_cpu import make_rows, poison, randn, threads
 
 TABLE = torch.tensor([[3, 5, 8], [7, 6, 4], [1, 2, 9], [0, 0, 0]], dtype=torch.int32)
@@ -137,6 +138,11 @@ def test_nan_of_one_row_stays_with_those_who_see_it(isa, element, wild):
     for first in (64, 71):  # some of them alone: their sums are made of other tiles
         alone = attend(q[first : first + 9], k_pages, v_pages, None, None, make_rows([causal(0, first, 9)], 1))
         assert torch.equal(alone.nan_to_num(7.0), dirty[first : first + 9].nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("spoil", SPOIL)
+def test_nan_outlives_what_else_a_row_sees(isa, element, spoil):
+    check_nan_outlives_the_splits(lambda groups: Pass(Heads(6, 2, 64), groups, device="cpu", dtype=element), spoil)
 
 
 def test_large_scores(isa, element):

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from tests.attention_pass import Group, Heads, Pass, assert_close, check_a_nan_key_spoils_those_who_see_it_alone
+from tests.attention_pass import (
+    SPOIL,
+    Group,
+    Heads,
+    Pass,
+    assert_close,
+    check_a_nan_key_spoils_those_who_see_it_alone,
+    check_nan_outlives_the_splits,
+)
 from tests.cpu import cuda_host
 
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no C++ compiler")
@@ -116,6 +124,11 @@ def test_verify_rows_equal_decode_rows_and_chunks():
 
 def test_a_nan_key_spoils_those_who_see_it_alone():
     check_a_nan_key_spoils_those_who_see_it_alone(lambda groups: HostPass(SMALL, groups))
+
+
+@pytest.mark.parametrize("spoil", SPOIL)
+def test_nan_outlives_the_splits(spoil):
+    check_nan_outlives_the_splits(lambda groups: HostPass(SMALL, groups), spoil)
 
 
 def test_long_context_reaches_every_length_of_split():

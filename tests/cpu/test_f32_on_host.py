@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from orthrus_rt.native import EPILOGUE
-from tests.attention_pass import Group, Heads, check_a_nan_key_spoils_those_who_see_it_alone
+from tests.attention_pass import (
+    SPOIL,
+    Group,
+    Heads,
+    check_a_nan_key_spoils_those_who_see_it_alone,
+    check_nan_outlives_the_splits,
+)
 from tests.cpu import cuda_host
 from tests.cpu.test_cuda_on_host import check_qkv_commit
 from tests.cpu.test_dual_attn_on_host import PASSES, HostPass
@@ -106,6 +112,11 @@ def test_dual_attn(name, heads, descending):
 
 def test_dual_attn_a_nan_key_spoils_those_who_see_it_alone():
     check_a_nan_key_spoils_those_who_see_it_alone(lambda groups: F32Pass(Heads(3, 1, 64), groups))
+
+
+@pytest.mark.parametrize("spoil", SPOIL)
+def test_dual_attn_nan_outlives_what_else_a_row_sees(spoil):
+    check_nan_outlives_the_splits(lambda groups: F32Pass(Heads(3, 1, 64), groups), spoil)
 
 
 def test_dual_attn_rows_do_not_depend_on_company():

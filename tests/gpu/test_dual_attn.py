@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from tests.attention_pass import Group, Heads, Pass, assert_close, check_a_nan_key_spoils_those_who_see_it_alone
+from tests.attention_pass import (
+    SPOIL,
+    Group,
+    Heads,
+    Pass,
+    assert_close,
+    check_a_nan_key_spoils_those_who_see_it_alone,
+    check_nan_outlives_the_splits,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -64,6 +72,12 @@ def test_rows_do_not_depend_on_company(heads):
 @pytest.mark.parametrize("heads", [QWEN, SMOL], ids=str)
 def test_a_nan_key_spoils_those_who_see_it_alone(heads):
     check_a_nan_key_spoils_those_who_see_it_alone(lambda groups: Pass(heads, groups))
+
+
+@pytest.mark.parametrize("spoil", SPOIL)
+@pytest.mark.parametrize("heads", [QWEN, SMOL], ids=str)
+def test_nan_outlives_the_splits(heads, spoil):
+    check_nan_outlives_the_splits(lambda groups: Pass(heads, groups), spoil)
 
 
 @pytest.mark.parametrize("heads", [QWEN, SMOL], ids=str)

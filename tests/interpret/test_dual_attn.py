@@ -7,7 +7,13 @@ import torch
 pytest.importorskip("triton")
 from orthrus_rt.plan import empty_rows
 from orthrus_rt.triton_kernels import dual_attn
-from tests.attention_pass import Group, Heads, check_a_nan_key_spoils_those_who_see_it_alone
+from tests.attention_pass import (
+    SPOIL,
+    Group,
+    Heads,
+    check_a_nan_key_spoils_those_who_see_it_alone,
+    check_nan_outlives_the_splits,
+)
 from tests.triton_pass import TritonPass
 
 HEADS = Heads(6, 2, 16)
@@ -67,6 +73,12 @@ def test_rows_do_not_depend_on_company(products_in_order):
 
 def test_a_nan_key_spoils_those_who_see_it_alone(products_in_order):
     check_a_nan_key_spoils_those_who_see_it_alone(on_cpu)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # of numpy, at a tile of which a row sees nothing but NaN
+@pytest.mark.parametrize("spoil", SPOIL)
+def test_nan_outlives_what_else_a_row_sees(spoil):
+    check_nan_outlives_the_splits(on_cpu, spoil)
 
 
 def test_nothing_to_do():
