@@ -188,7 +188,8 @@ class Rounds:
 
 def _no_choice(request: Request) -> FloatingPointError:
     """Why the token after those that the request has could not be chosen."""
-    what = "logits are NaN"
-    if request.params.edits:  # they may leave nothing, and what consensus sees does not tell the two apart
-        what = "no id can be chosen (logits are NaN, or penalties, logit_bias and min_tokens rule out all)"
-    return FloatingPointError(f"{what} at position {request.length}, after {len(request.tokens)} generated tokens")
+    why = "are they NaN?"  # consensus does not tell NaN from -inf
+    if request.params.edits:
+        why = "are they NaN, or do penalties, logit_bias and min_tokens rule out all?"
+    where = f"at position {request.length}, after {len(request.tokens)} generated tokens"
+    return FloatingPointError(f"no logit is above -inf ({why}) {where}")

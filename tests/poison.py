@@ -56,10 +56,8 @@ def nan_drafter(engine: Engine):
 
 
 def error_of(prompt: list[int], num_tokens: int, params: SamplingParams) -> str:
-    what = "logits are NaN"
-    if params.edits:
-        what = "no id can be chosen (logits are NaN, or penalties, logit_bias and min_tokens rule out all)"
-    return f"{what} at position {len(prompt) + num_tokens}, after {num_tokens} generated tokens"
+    why = "are they NaN, or do penalties, logit_bias and min_tokens rule out all?" if params.edits else "are they NaN?"
+    return f"no logit is above -inf ({why}) at position {len(prompt) + num_tokens}, after {num_tokens} generated tokens"
 
 
 def outcome_with(token: int, job: Job, healthy: Outcome) -> Outcome:
