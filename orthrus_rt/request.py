@@ -65,15 +65,15 @@ class Request:
         return RequestOutput(self.request_id, new, finished, self.finish_reason, self.stats, error)
 
     def record(self, new: list[int], plan: CyclePlan | None, verified: int, accepted: int) -> None:
-        """Take the tokens of one cycle, or of the prefill (``plan`` None)."""
+        """Take the tokens of one cycle, or of the prefill (``plan`` None): none if no token could be chosen."""
         now = time.perf_counter()
         self.tokens += new
         stats = self.stats
         stats.tokens = len(self.tokens)
-        if plan is None:
+        if plan is None and new:
             self.first_token = now
             stats.prefill_seconds = now - self.started
-        else:
+        elif plan is not None:
             stats.mode, stats.block_len, stats.fan_out = plan
             stats.cycles += 1
             stats.passes += plan.num_passes
@@ -81,7 +81,8 @@ class Request:
             stats.misses += plan.mode == "one_pass" and not verified
             stats.accepted += [0] * (plan.block_len - len(stats.accepted))
             stats.accepted[accepted] += 1
-        stats.seconds = now - self.first_token
+        if self.tokens:
+            stats.seconds = now - self.first_token
 
 
 def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int) -> list[int]:

@@ -75,6 +75,14 @@ def test_a_prompt_whose_logits_are_nan_yields_nothing(folder, params):
     assert facts["prompt_tokens"] == 2 * prompt_tokens and facts["recomputed_tokens"] == 0
 
 
+def test_without_a_first_token_there_is_no_time_of_it(folder):
+    engine, params = make(folder), SamplingParams(10, ignore_eos=True)
+    with poison.nan_embedding(engine, 9):
+        nothing, some = (out.stats for out in engine.generate([[5, 9, 7], [5, 6, 7]], params))
+    assert (nothing.tokens, nothing.prefill_seconds, nothing.seconds) == (0, 0.0, 0.0)
+    assert some.tokens == 10 and some.prefill_seconds > 0 and some.seconds > 0
+
+
 @pytest.mark.parametrize(("mode", "at_least"), [("two_pass", 1.3), ("one_pass", 1.15)])
 def test_nan_in_the_diffusion_view_costs_speed_alone(folder, mode, at_least):
     kinds = [GREEDY, SAMPLED, EDITED] + ([REJECTION] if mode == "two_pass" else [])
