@@ -9,6 +9,7 @@ recorded on a tape and replayed. Per-op columns time that op's calls within a pa
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 
 import torch
@@ -54,15 +55,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 6, 8, 16, 32])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--isa", help="portable, avx2, avx512_bf16 or amx_bf16; the best one by default")
+    parser.add_argument(
+        "--isa", nargs="+", help="of portable, avx2, avx512_bf16 and amx_bf16; the best one by default"
+    )
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--ops", action="store_true", help="also time each op's calls alone")
     parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cpu, device = dispatch.native().cpu, torch.device("cpu")
-    if args.isa:
-        cpu.set_isa(args.isa)
     max_seq_len = args.context + max(args.rows)
     model = Model(
         Checkpoint(CONFIG, RandomTensors(expected_tensors(CONFIG), device), None),
@@ -75,16 +76,17 @@ def main() -> None:
     bandwidth, weight_bytes = read_bandwidth(device), model.nbytes()["ar"]
     facts = header(device) | {
         "load average": os.getloadavg()[0],
-        "isa": cpu.isa(), "context": args.context, "weights": weight_bytes // 2, "read GB/s": bandwidth
+        "context": args.context, "weights": weight_bytes // 2, "read GB/s": bandwidth
     }  # fmt: skip
     table = []
-    for n in args.rows:
+    for isa, n in itertools.product(args.isa or [cpu.isa()], args.rows):
+        cpu.set_isa(isa)
         one_pass, tape = make_pass(model, kv, n, args.context, max_seq_len), cpu.Tape()
         with tape.record():
             one_pass()
         us = measure(tape.replay, device, repeats=args.repeats)
         rate = weight_bytes / us["p50"] * 1e-3
-        row = {"rows": n} | {f"ms {name}": value * 1e-3 for name, value in us.items()}
+        row = {"isa": isa, "rows": n} | {f"ms {name}": value * 1e-3 for name, value in us.items()}
         row |= {"GB/s": rate, "of read": rate / bandwidth, "GFLOP/s": n * weight_bytes / us["p50"] * 1e-3}
         if args.ops:
             calls = calls_of(one_pass)
