@@ -58,7 +58,7 @@ def make_engine(kind: str, batch: int, device: torch.device) -> Engine:
         loaded = replace(loaded, tensors=Broken(loaded.tensors))
     return Engine(
         loaded, device=device, dtype=torch.bfloat16, mode="auto", max_seq_len=1024, draft_len=None, fan_out=None,
-        max_batch_size=batch, num_pages=None,
+        max_batch_size=batch, num_pages=None, prefix_caching=False,
     )  # fmt: skip
 
 

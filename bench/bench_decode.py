@@ -91,6 +91,7 @@ class Bench:
             return Engine(
                 self.checkpoint, device=self.device, dtype=self.dtype, mode=mode, max_seq_len=max_seq_len,
                 draft_len=self.draft_len, fan_out=self.args.fan_out, max_batch_size=batch, num_pages=None,
+                prefix_caching=False,
             )  # fmt: skip
 
     def sync(self) -> None:

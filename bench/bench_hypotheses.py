@@ -200,7 +200,9 @@ def main() -> None:
     parser.add_argument("--block-len", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
-    engine = Engine.from_pretrained("smollm2-135m", device="cpu", max_seq_len=2048, max_batch_size=1, mode="two_pass")
+    engine = Engine.from_pretrained(
+        "smollm2-135m", device="cpu", max_seq_len=2048, max_batch_size=1, mode="two_pass", prefix_caching=False
+    )
     lengths = {k // rule.shorter for k in args.block_len for rule in RULES.values()}
     shapes = [(k, 1) for k in lengths] + [(k, 2) for k in args.block_len]
     tables = [collect(engine, p, args.tokens, shapes) for kind in args.kinds for p in prompts.load(kind)]

@@ -57,7 +57,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
-    engine = Engine.from_pretrained("smollm2-135m", device=args.device, max_seq_len=2048, max_batch_size=1)
+    engine = Engine.from_pretrained(
+        "smollm2-135m", device=args.device, max_seq_len=2048, max_batch_size=1, prefix_caching=False
+    )
     rows, same = [], True
     for kind in args.kinds:
         ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)[: args.num_prompts]]

@@ -54,7 +54,12 @@ def main() -> None:
     parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     engine = Engine.from_pretrained(
-        "smollm2-135m", device=args.device, mode="two_pass", max_seq_len=2048, max_batch_size=1
+        "smollm2-135m",
+        device=args.device,
+        mode="two_pass",
+        max_seq_len=2048,
+        max_batch_size=1,
+        prefix_caching=False,
     )
     rows = []
     for kind in args.kinds:

@@ -120,12 +120,13 @@ def _add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None
 
 
 def load_engine(args, mode: str = "auto", max_batch_size: int = 1):
+    """Every run computes all of its own: some commands compare runs, and no other runs a prompt twice."""
     from orthrus_rt.engine import Engine
 
     return Engine.from_pretrained(
         args.model, device=args.device, dtype=args.dtype, mode=mode, max_seq_len=args.max_seq_len,
         draft_len=args.draft_len, fan_out=args.fan_out, adapter=args.adapter,
-        base_gguf=args.base_gguf, max_batch_size=max_batch_size,
+        base_gguf=args.base_gguf, max_batch_size=max_batch_size, prefix_caching=False,
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Engine(Generation):
 
     def __init__(
         self, checkpoint: ckpt.Checkpoint, *, device, dtype, mode, max_seq_len, draft_len, fan_out, max_batch_size,
-        num_pages,
+        num_pages, prefix_caching,
     ):  # fmt: skip
         config = checkpoint.config
         sizes = engine_sizes(config, max_seq_len, max_batch_size, num_pages)
@@ -70,7 +70,7 @@ class Engine(Generation):
                 self.runner = Runner(
                     self.model, num_slots=sizes.max_batch_size, max_seq_len=sizes.max_seq_len,
                     shapes=self._shapes(self._default_plan, sizes.max_batch_size), num_pages=sizes.num_pages + 1,
-                    max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS,
+                    max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS, prefix_caching=prefix_caching,
                 )  # fmt: skip
         except BaseException:
             self._let_go()
@@ -98,6 +98,7 @@ class Engine(Generation):
         base_gguf: str | None = None,
         max_batch_size: int = 8,
         num_pages: int | None = None,
+        prefix_caching: bool = True,
     ) -> Engine:
         """Load a model and make an engine for it.
 
@@ -118,6 +119,9 @@ class Engine(Generation):
             max_batch_size: sequences decoded at once; more wait their turn.
             num_pages: pages of 64 positions in the cache; None for ``max_batch_size`` sequences of ``max_seq_len``.
                 With fewer, sequences wait for pages, or give theirs up for a while (same tokens after).
+            prefix_caching: whether a prompt takes over keys and values of whole pages that an earlier sequence, which
+                began with the same tokens, has left in the cache or shares with it. The bits are those that it would
+                have computed; only the time of its prefill tells that somebody asked alike before.
 
         Raises:
             CheckpointError: the checkpoint is not whole, not supported or not what it says.
@@ -130,7 +134,7 @@ class Engine(Generation):
         loaded = ckpt.load(model, adapter=adapter, base_gguf=base_gguf)
         return cls(
             loaded, device=device, dtype=DTYPES[dtype], mode=mode, max_seq_len=max_seq_len, draft_len=draft_len,
-            fan_out=fan_out, max_batch_size=max_batch_size, num_pages=num_pages,
+            fan_out=fan_out, max_batch_size=max_batch_size, num_pages=num_pages, prefix_caching=prefix_caching,
         )  # fmt: skip
 
     @property

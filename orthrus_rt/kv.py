@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
+from collections.abc import Iterator
+
 import torch
 
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.device import upload
 from orthrus_rt.ops import PAGE_SIZE
+from orthrus_rt.pages import PagePool
 
 SINK_PAGE = 0  # invalid rows write here; nobody reads it
 
@@ -18,15 +23,22 @@ class OutOfPages(RuntimeError):
 class PagedKvCache:
     """Pages of 64 positions for every layer, and the table that maps slots to pages.
 
+    With ``prefix_caching``, slots whose sequences begin alike share the pages of that beginning: whole pages of
+    committed positions, which nobody writes any more. As every op is row-invariant they hold the very bits that
+    a slot would have computed by itself.
+
     Attributes:
         k_pages, v_pages: per layer ``[num_pages, num_heads_kv, 64, head_dim]``. What lies beyond the positions that a
             slot committed or is verifying is undefined: kernels never use it.
         page_table: int32 ``[num_slots, max_pages]``; entry i holds positions ``64*i ... 64*i+63``.
     """
 
-    def __init__(self, config: ModelConfig, *, num_slots: int, max_seq_len: int, num_pages: int, device, dtype):
+    def __init__(
+        self, config: ModelConfig, *, num_slots: int, max_seq_len: int, num_pages: int, device, dtype,
+        prefix_caching: bool = False,
+    ):  # fmt: skip
         self.max_pages = -(-max_seq_len // PAGE_SIZE)
-        self.num_pages = num_pages
+        self.num_pages, self.prefix_caching = num_pages, prefix_caching
         shape = (config.num_layers, 2, num_pages, config.num_heads_kv, PAGE_SIZE, config.head_dim)
         self.pages = torch.empty(shape, dtype=dtype, device=device)
         self.k_pages = [self.pages[i, 0] for i in range(config.num_layers)]
@@ -35,18 +47,46 @@ class PagedKvCache:
         self.reset()
 
     def reset(self) -> None:
-        """Every page is free."""
-        self._free = list(range(self.num_pages - 1, SINK_PAGE, -1))
+        """Every page is free, and none holds anything."""
+        self.pool = PagePool(range(SINK_PAGE + 1, self.num_pages))
         self._held: list[list[int]] = [[] for _ in range(self.page_table.shape[0])]
+        self._names: list[list[bytes]] = [[] for _ in range(self.page_table.shape[0])]  # of each slot's first pages
         self.page_table.fill_(SINK_PAGE)
 
     @property
     def num_free_pages(self) -> int:
-        return len(self._free)
+        return self.pool.num_free
 
     @property
     def nbytes(self) -> int:
         return self.pages.numel() * self.pages.element_size()
+
+    def open(self, slot: int, tokens: list[int], length: int) -> int:
+        """Give the empty ``slot`` pages for positions ``0 ... length-1``, for a sequence that begins with ``tokens``;
+        nothing changes if that fails.
+
+        Returns:
+            How many of the tokens, but never all, have their keys and values there already: a multiple of 64.
+
+        Raises:
+            OutOfPages: fewer pages are free than needed.
+        """
+        found, names = [], []
+        for name in _page_names(tokens[:-1] if self.prefix_caching else [], names):
+            page = self.pool.find(name)
+            if page is None:
+                break
+            found.append(page)
+            names.append(name)
+        self.pool.hold(found)
+        try:
+            fresh = self._take(slot, length, len(found))
+        except OutOfPages:
+            self.pool.give_back(found)
+            raise
+        self._names[slot] = names
+        self._hand(slot, found + fresh)
+        return len(found) * PAGE_SIZE
 
     def reserve(self, slot: int, length: int) -> None:
         """Give ``slot`` pages for positions ``0 ... length-1``; nothing changes if that fails.
@@ -54,16 +94,30 @@ class PagedKvCache:
         Raises:
             OutOfPages: fewer pages are free than needed.
         """
-        held = self._held[slot]
-        need = self.num_pages_for(length) - len(held)
-        if need <= 0:
-            return
-        if need > len(self._free):
-            free = len(self._free)
+        if fresh := self._take(slot, length, len(self._held[slot])):
+            self._hand(slot, fresh)
+
+    def publish(self, slot: int, tokens: list[int]) -> None:
+        """The slot's first positions are for these tokens, and what is there is, to all that is launched from now on,
+        final: others that begin alike may share whole pages of it.
+        """
+        names = self._names[slot]
+        for name in _page_names(tokens if self.prefix_caching else [], names):
+            self.pool.name(self._held[slot][len(names)], name)
+            names.append(name)
+
+    def _take(self, slot: int, length: int, there: int) -> list[int]:
+        need = self.num_pages_for(length) - there
+        if need > self.num_free_pages:
+            free = self.num_free_pages
             raise OutOfPages(f"KV cache: slot {slot} needs {need} more pages for {length} tokens, {free} are free")
+        return self.pool.take(need)
+
+    def _hand(self, slot: int, pages: list[int]) -> None:
+        held = self._held[slot]
         first = len(held)
-        held.extend(self._free.pop() for _ in range(need))
-        self.page_table[slot, first : len(held)] = upload(held[first:], torch.int32, self.page_table.device)
+        held.extend(pages)
+        self.page_table[slot, first : len(held)] = upload(pages, torch.int32, self.page_table.device)
 
     def num_pages_for(self, length: int) -> int:
         """Pages that ``length`` positions take."""
@@ -73,12 +127,23 @@ class PagedKvCache:
         """Hand every page of ``source`` to the empty slot ``target``; no key or value moves."""
         if self._held[target]:
             raise ValueError(f"KV cache: slot {target} must be empty to receive slot {source}")
-        self._held[target], self._held[source] = self._held[source], []
+        for of in (self._held, self._names):
+            of[target], of[source] = of[source], []
         self.page_table[target] = self.page_table[source]
         self.page_table[source] = SINK_PAGE
 
     def release(self, slot: int) -> None:
-        """Return every page of ``slot``."""
-        self._free.extend(reversed(self._held[slot]))
-        self._held[slot] = []
+        """Return every page of ``slot``; what was published may be found again for a while."""
+        self.pool.give_back(self._held[slot])
+        self._held[slot], self._names[slot] = [], []
         self.page_table[slot] = SINK_PAGE
+
+
+def _page_names(tokens: list[int], known: list[bytes]) -> Iterator[bytes]:
+    """Names of the whole pages of ``tokens`` behind those whose names are ``known``: each tells its page's tokens and
+    all before them, up to collisions of SHA-256.
+    """
+    name = known[-1] if known else b""
+    for first in range(len(known) * PAGE_SIZE, len(tokens) - PAGE_SIZE + 1, PAGE_SIZE):
+        name = hashlib.sha256(name + array("i", tokens[first : first + PAGE_SIZE]).tobytes()).digest()
+        yield name

@@ -11,7 +11,7 @@ class Metrics:
 
     def __init__(self, engine):
         self._engine = engine
-        self.tokens = self.prompt_tokens = self.recomputed_tokens = 0
+        self.tokens = self.prompt_tokens = self.recomputed_tokens = self.cached_tokens = 0
         self.cycles = self.passes = self.preemptions = 0
         self.accepted: dict[int, int] = {}
         self.requests = {"stop": 0, "length": 0, "abort": 0, "error": 0}
@@ -24,6 +24,11 @@ class Metrics:
         """Tokens of one request's part of a prefill pass; new are prompt tokens that were never in the cache before."""
         self.prompt_tokens += of_them_new
         self.recomputed_tokens += tokens - of_them_new
+
+    def found(self, tokens: int, of_them_new: int) -> None:
+        """Tokens of one request whose keys and values were in the cache when it got its slot."""
+        self.prompt_tokens += of_them_new
+        self.cached_tokens += tokens
 
     def generated(self, tokens: int, accepted: int | None) -> None:
         """Tokens of one request's cycle (or of its prefill: ``accepted`` None)."""
@@ -60,8 +65,10 @@ class Metrics:
             self.busy_seconds += time.perf_counter() - since
 
     def as_dict(self) -> dict:
-        """All counters and gauges; safe to call from any thread. ``recomputed_tokens`` went through the network again,
-        as preemption or a fault had cost their pages. ``accepted`` maps drafts accepted to cycles of a sequence;
+        """All counters and gauges; safe to call from any thread. ``prompt_tokens`` came into the cache or were found
+        there; ``cached_tokens`` of those, and of what preemption had cost, were not computed, as another sequence had
+        begun alike; ``recomputed_tokens`` went through the network again, as preemption or a fault had cost their
+        pages. ``accepted`` maps drafts accepted to cycles of a sequence;
         ``times`` has, by kind of pass or cycle, how many there were and their seconds on the device; ``busy_seconds``
         is the host's. ``plans`` has the cycles of each plan (``ar``, ``two_pass/7``, ``one_pass/15x4``: drafts,
         fan_out), ``plan`` is the last.
@@ -72,6 +79,7 @@ class Metrics:
             "tokens": self.tokens,
             "prompt_tokens": self.prompt_tokens,
             "recomputed_tokens": self.recomputed_tokens,
+            "cached_tokens": self.cached_tokens,
             "cycles": self.cycles,
             "passes": self.passes,
             "preemptions": self.preemptions,

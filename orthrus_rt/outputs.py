@@ -11,6 +11,7 @@ class Stats:
 
     Attributes:
         mode: the mode that ran last. block_len: its K (1 for ``ar``). fan_out: its blocks (``one_pass``, else 0).
+        cached_tokens: those of the prompt that were not computed, as the cache held their keys and values from before.
         tokens: generated tokens, the stop token included.
         cycles: decode cycles. passes: forward passes of these cycles, of any view.
         misses: ``one_pass`` cycles that had no drafts to verify: none of the blocks before fitted what happened.
@@ -25,6 +26,7 @@ class Stats:
     block_len: int
     fan_out: int
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     tokens: int = 0
     cycles: int = 0
     passes: int = 0

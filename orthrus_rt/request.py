@@ -37,7 +37,7 @@ class Request:
         self.slot: int | None = None
         self.to_prefill: list[int] = []
         self.prefilled = 0
-        self._prompt_prefilled = 0  # at most, before and after what it lost
+        self._prompt_seen = 0  # prompt tokens that were in the cache at most, before and after what it lost
         self.started = self.first_token = 0.0
 
     @property
@@ -50,11 +50,30 @@ class Request:
         """In a slot with its whole prompt in the cache."""
         return self.slot is not None and self.prefilled == len(self.to_prefill)
 
+    @property
+    def known(self) -> list[int]:
+        """The tokens before the next one to run through the network. Where none is generated yet, that one is the last
+        of the prompt: its row gives the first.
+        """
+        return self.prompt + self.tokens[:-1]
+
+    @property
+    def in_cache(self) -> list[int]:
+        """Tokens whose keys and values are in the cache, as far as the host knows."""
+        return (self.prompt + self.tokens)[:-1] if self.decoding else self.to_prefill[: self.prefilled]
+
+    def begin(self, slot: int, found: int) -> None:
+        """Hold ``slot``, with the first ``found`` tokens' keys and values in the cache already."""
+        self.slot, self.to_prefill, self.prefilled = slot, self.known, found
+        self.started = self.started or time.perf_counter()
+        if not self._prompt_seen:
+            self.stats.cached_tokens = found
+
     def count_prompt(self) -> int:
         """Prompt tokens that came into the cache since the last call, for the first time."""
-        before = self._prompt_prefilled
-        self._prompt_prefilled = max(before, min(self.prefilled, len(self.prompt)))
-        return self._prompt_prefilled - before
+        before = self._prompt_seen
+        self._prompt_seen = max(before, min(self.prefilled, len(self.prompt)))
+        return self._prompt_seen - before
 
     def output_since(self, delivered: int) -> RequestOutput | None:
         """What is new after the first ``delivered`` tokens; None if nothing is and more is to come."""

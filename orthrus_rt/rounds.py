@@ -128,11 +128,17 @@ class Rounds:
         self.metrics.preemptions += 1
         self.scheduler.enqueue(request)
 
-    def _prefill(self) -> None:
-        for request in self.scheduler.admit(self._margin):
+    def _prompts(self) -> Iterator[Request]:
+        """Requests whose prompts are not all in the cache; newcomers from the queue as they are asked for."""
+        yield from [r for r in self.scheduler.active if not r.decoding]
+        while request := self.scheduler.admit(self._margin):
+            self.metrics.found(request.prefilled, request.count_prompt())
             with self._or_end([request]):
                 self.runner.begin(request)
-        chunks = self.runner.chunks([r for r in self.scheduler.active if not r.decoding])
+            yield request
+
+    def _prefill(self) -> None:
+        chunks = self.runner.chunks(self._prompts())
         if not chunks:
             return
         with self._or_end([request for request, _ in chunks]):

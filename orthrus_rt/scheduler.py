@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections import OrderedDict
 
-from orthrus_rt.kv import PagedKvCache
+from orthrus_rt.kv import OutOfPages, PagedKvCache
 from orthrus_rt.request import Request
 
 
@@ -46,29 +45,25 @@ class Scheduler:
         if preempted:  # whoever held a slot arrived before all those who wait
             self.waiting.move_to_end(request.arrival, last=False)
 
-    def admit(self, margin: int) -> list[Request]:
-        """Move requests from the queue into free slots while pages for them and ``margin`` more positions are free."""
-        admitted = []
-        while self.waiting and None in self.slots:
-            request = next(iter(self.waiting.values()))
-            length = min(request.length + margin, request.limit)
-            if self.kv.num_pages_for(length) > self.kv.num_free_pages:
-                break
-            self.waiting.popitem(last=False)
-            request.slot = self.slots.index(None)
-            self.slots[request.slot] = request
-            self.kv.reserve(request.slot, length)
-            # Without tokens, the last prompt token's row gives the first one; with some, the last is the known next.
-            request.to_prefill = request.prompt + request.tokens[:-1]
-            request.prefilled = 0
-            request.started = request.started or time.perf_counter()
-            admitted.append(request)
-        return admitted
+    def admit(self, margin: int) -> Request | None:
+        """Move the first of the queue into a free slot, if pages for it and ``margin`` more positions are free."""
+        if not self.waiting or None not in self.slots:
+            return None
+        request, slot = next(iter(self.waiting.values())), self.slots.index(None)
+        try:
+            found = self.kv.open(slot, request.known, min(request.length + margin, request.limit))
+        except OutOfPages:
+            return None
+        self.waiting.popitem(last=False)
+        self.slots[slot] = request
+        request.begin(slot, found)
+        return request
 
     def vacate(self, request: Request) -> int:
         """Take the request out of its slot, its pages back at once; the slot it had."""
-        slot, request.slot = request.slot, None
+        slot, in_cache, request.slot = request.slot, request.in_cache, None
         self.slots[slot] = None
+        self.kv.publish(slot, in_cache)
         self.kv.release(slot)
         return slot
 

@@ -28,7 +28,8 @@ def staged(engine, plans: list[CyclePlan], slots: int, context: int) -> Iterator
 
     Keys and values are random. Every slot has K-1 drafts that look likely, so that a one-pass cycle is one in the
     middle of decoding: all its rows are valid. The engine's own pages and buffers are used, and given back as they
-    were; it must be idle, and whoever calls holds its turn. An interrupt in here leaves it torn, as in any other call.
+    were, but for prefixes that free pages held, where pages that held nothing do not suffice. The engine must be idle,
+    and whoever calls holds its turn. An interrupt in here leaves it torn, as in any other call.
 
     Raises:
         ValueError: the engine has too few slots, pages or positions.
@@ -70,7 +71,7 @@ def staged(engine, plans: list[CyclePlan], slots: int, context: int) -> Iterator
         except OutOfPages as error:
             raise ValueError(f"batch {slots} with context {context} does not fit: {error}") from error
         finally:
-            for slot in reversed(range(slots)):  # so that the next request gets the very pages that it would have got
+            for slot in range(slots):
                 kv.release(slot)
             for tensor, was in zip(vars(state).values(), before, strict=True):
                 tensor.copy_(was)

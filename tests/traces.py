@@ -147,12 +147,12 @@ def eager_cycles(engine: Engine):
 @contextlib.contextmanager
 def few_pages(engine: Engine, count: int):
     """Only ``count`` pages of the idle engine's cache are free."""
-    free = engine.kv._free
-    held = [free.pop() for _ in range(len(free) - count)]
+    pool = engine.kv.pool
+    held = pool.take(pool.num_free - count)
     try:
         yield
     finally:
-        free.extend(held)
+        pool.give_back(held)
 
 
 def decode(engine: Engine, prompts, params, *, together=False, keep=digest, replayed=None, **way) -> list[Trace]:

@@ -137,10 +137,11 @@ def test_warmup_measures_once_per_device_and_model(folder, cache, monkeypatch):
 
 
 def snapshot(engine):
-    """Everything that the next request could meet: state, pages, random numbers, metrics, what the policy has seen."""
+    """All that tells in the next request's tokens: state, pages, random numbers, metrics, what the policy has seen."""
     runner, auto = engine.runner, engine._autos[engine._plan]
     tensors = [t.clone() for t in (*vars(runner.state).values(), *runner.sampling.tensors(), engine.kv.page_table)]
-    seen = (engine.kv._free, engine.kv._held, engine.metrics.as_dict(), runner.flights, auto.policy.plan_counts)
+    pages = engine.kv.num_free_pages, engine.kv._held
+    seen = (*pages, engine.metrics.as_dict(), runner.flights, auto.policy.plan_counts)
     return [*tensors, torch.get_rng_state()], str(seen)
 
 

@@ -35,7 +35,7 @@ def make(folder, **kwargs):
 @pytest.fixture(scope="module")
 def alone(folder):
     """Tokens of a request decoded by AR, with nothing beside it; remembered."""
-    engine = make(folder, max_batch_size=1, mode="ar")
+    engine = make(folder, max_batch_size=1, mode="ar", prefix_caching=False)
     known = {}
 
     def tokens(prompt, params):
@@ -47,9 +47,16 @@ def alone(folder):
     return tokens
 
 
+BEGINNINGS = [[(7 * i + j * j) % VOCAB for j in range(n)] for i, n in enumerate((64, 100, 150))]
+
+
 def request(rng, longest=60):
-    """A random prompt; some with stop ids that many outputs contain; at times sampled, or with edited logits."""
+    """A random prompt, of the long ones many with a common beginning; some with stop ids that many outputs contain; at
+    times sampled, or with edited logits.
+    """
     prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))]
+    if longest > 150 and rng.random() < 0.5:
+        prompt = (rng.choice(BEGINNINGS) + prompt)[:longest]
     stops = tuple(rng.sample(range(VOCAB), rng.choice((0, 0, 8))))
     length = rng.randint(1, 40)
     more = {}
@@ -129,7 +136,7 @@ def test_prompts_share_prefill_passes(folder, alone):
     ids = [engine.submit(*job) for job in zip(prompts, params, strict=True)]
     first = [out.request_id for out in engine.step()]
     assert first == ids[:4]  # 304 tokens, and 208 of the next prompt's 250
-    assert [r.prefilled for r in engine.scheduler.active] == [100, 3, 200, 1, 208, 0]
+    assert [r.prefilled for r in engine.scheduler.active] == [100, 3, 200, 1, 208]
     got = {request_id: tokens for request_id, (tokens, _) in drain(engine).items()}
     for request_id, prompt, p in zip(ids, prompts, params, strict=True):
         assert got[request_id] == alone(prompt, p)[1 if request_id in first else 0 :]
@@ -172,7 +179,7 @@ def test_random_arrivals_aborts_and_few_pages(folder, alone, seed):
             assert reason == "abort" and tokens == want[: len(tokens)]
         else:
             assert tokens == want and reason in ("stop", "length")
-    assert engine.metrics.preemptions > 0 and engine.metrics.recomputed_tokens > 0
+    assert min(engine.metrics.preemptions, engine.metrics.recomputed_tokens, engine.metrics.cached_tokens) > 0
     least, most = (sum(len(jobs[i][0]) for i in ids) for ids in (jobs.keys() - aborted, jobs))
     assert least <= engine.metrics.prompt_tokens <= most
     assert any(left) == (engine.mode == "one_pass")  # drafts of who was preempted or aborted: begin drops them

@@ -412,7 +412,7 @@ def test_closing_ends_whom_an_interrupt_left_between_queue_and_slot(folder, monk
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.kv, "reserve", interrupted)
+    monkeypatch.setattr(request, "begin", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.step()
     engine.scheduler.slots[0] = None

@@ -48,7 +48,13 @@ PINNED_SMALL["amx_bf16"] = PINNED_SMALL["avx512_bf16"] | {
 @pytest.fixture(scope="module", params=("bfloat16", "float32"))
 def engine(request):
     return Engine.from_pretrained(
-        "smollm2-135m", device="cpu", mode="two_pass", dtype=request.param, max_seq_len=2048, num_pages=64
+        "smollm2-135m",
+        device="cpu",
+        mode="two_pass",
+        dtype=request.param,
+        max_seq_len=2048,
+        num_pages=64,
+        prefix_caching=False,
     )
 
 

@@ -54,7 +54,7 @@ def test_costs_are_kept(auto, monkeypatch):
     monkeypatch.setattr("orthrus_rt.auto.Auto._seconds", lambda *_: pytest.fail("measured again"))
     again = Engine(
         auto.checkpoint, device=auto.device, dtype=torch.bfloat16, mode="auto", max_seq_len=256, draft_len=None,
-        fan_out=None, max_batch_size=4, num_pages=None,
+        fan_out=None, max_batch_size=4, num_pages=None, prefix_caching=True,
     )  # fmt: skip
     with contextlib.closing(again):
         again.warmup()

@@ -16,6 +16,7 @@ from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
+from tests.traces import assert_same, decode
 
 pytestmark = pytest.mark.gpu
 
@@ -80,6 +81,23 @@ def test_replay_equals_eager_bit_for_bit(folder):
         held.append(([o.token_ids for o in outs], engine.kv.pages[:, :, 1:].clone()))
     assert held[0][0] == held[1][0]
     assert torch.equal(held[0][1].view(torch.int16), held[1][1].view(torch.int16))
+
+
+@pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
+def test_a_common_beginning_is_computed_once(folder, mode):
+    """Prompts that arrive together share the pages that the first of them fills in the same pass, and later turns find
+    what decoding wrote under graphs; tokens, logits and cache are those of an engine that finds nothing.
+    """
+    rng, got, params = random.Random(4), {}, SamplingParams(max_new_tokens=30, ignore_eos=True)
+    beginning = [rng.randrange(96) for _ in range(200)]
+    for caching in (False, True):
+        engine = make(folder, max_seq_len=512, prefix_caching=caching)
+        first = decode(engine, [[*beginning, i] for i in range(4)], params, together=True, mode=mode)
+        more = [[*beginning, i, *trace.tokens, i + 1] for i, trace in enumerate(first)]
+        got[caching] = first + decode(engine, more, params, together=True, mode=mode)
+        # Three of four find 192 tokens; then all do: of 230 known tokens 229 are in the cache, three pages of 64.
+        assert engine.metrics.cached_tokens == (7 * 192 if caching else 0)
+    assert_same(got[True], got[False])
 
 
 def test_the_steady_state_neither_waits_nor_allocates(folder):

@@ -28,7 +28,7 @@ def engine(request, tmp_path_factory):
     folder = checkpoints.make(tmp_path_factory.mktemp("tiny"), **kwargs)
     engine = Engine.from_pretrained(
         str(folder), device="cuda", mode="two_pass", max_seq_len=256, max_batch_size=6, num_pages=24,
-        dtype=str(kwargs["dtype"]).removeprefix("torch."),
+        dtype=str(kwargs["dtype"]).removeprefix("torch."), prefix_caching=False,
     )  # fmt: skip
     yield engine
     engine.close()
@@ -73,7 +73,9 @@ def test_prefill(engine, monkeypatch):
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
 def test_embedded_model(dtype, params):
     """Every built-in prompt, 128 tokens: alone with three block lengths, then together."""
-    engine = Engine.from_pretrained("smollm2-135m", device="cuda", mode="two_pass", dtype=dtype, max_seq_len=1024)
+    engine = Engine.from_pretrained(
+        "smollm2-135m", device="cuda", mode="two_pass", dtype=dtype, max_seq_len=1024, prefix_caching=False
+    )
     ids = [p.encode(engine.tokenizer) for p in prompts.load()]
     each = params(len(ids), max_new_tokens=128)
     want = decode(engine, ids, each, mode="ar")

@@ -1,0 +1,60 @@
+"""Which pages are free, and what some of them still hold."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+
+class PagePool:
+    """Pages by number, each held once or more, or free.
+
+    A page may be named after what it holds. It keeps name and content while it is free, so that :meth:`find` brings it
+    back, until it is taken for something else: those without a name go first, then those that were free longest.
+    """
+
+    def __init__(self, pages: range):
+        self._blank = list(reversed(pages))  # free, without a name
+        self._named: OrderedDict[int, None] = OrderedDict()  # free, with one, the longest first
+        self._holders = dict.fromkeys(pages, 0)
+        self._name_of: dict[int, bytes] = {}
+        self._page_of: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._blank) + len(self._named)
+
+    def take(self, count: int) -> list[int]:
+        """``count`` free pages, of no name; the caller has seen that there are so many."""
+        pages = [self._blank.pop() if self._blank else self._named.popitem(last=False)[0] for _ in range(count)]
+        for page in pages:
+            self._holders[page] = 1
+            if page in self._name_of:
+                del self._page_of[self._name_of.pop(page)]
+        return pages
+
+    def hold(self, pages: Iterable[int]) -> None:
+        """Once more, the free ones among them too."""
+        for page in pages:
+            self._holders[page] += 1
+            self._named.pop(page, None)
+
+    def give_back(self, pages: list[int]) -> None:
+        """Once less; whoever holds a page last makes it free. Of several, the last will be taken first."""
+        for page in reversed(pages):
+            self._holders[page] -= 1
+            if self._holders[page]:
+                continue
+            if page in self._name_of:
+                self._named[page] = None
+            else:
+                self._blank.append(page)
+
+    def name(self, page: int, name: bytes) -> None:
+        """A held page without a name holds what ``name`` tells; the first of equal pages keeps the name."""
+        if name not in self._page_of:
+            self._page_of[name], self._name_of[page] = page, name
+
+    def find(self, name: bytes) -> int | None:
+        """The page of that name, free or not."""
+        return self._page_of.get(name)

@@ -1,0 +1,196 @@
+"""Pages of a common beginning are shared and found again: the same bits, less prefill; and off means off.
+
+On a tiny bf16 model; the oracle is an engine that finds nothing.
+"""
+
+import random
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch
+from orthrus_rt.engine import Engine
+from orthrus_rt.kv import OutOfPages
+from orthrus_rt.pages import PagePool
+from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints
+from tests.traces import assert_same, decode, digest, few_pages
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+VOCAB = 96
+GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
+SAMPLED = SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=0.8, seed=3, repetition_penalty=1.2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
+
+
+def make(folder, **how):
+    how = {"mode": "two_pass", "max_seq_len": 512, "max_batch_size": 4} | how
+    return Engine.from_pretrained(folder, device="cpu", **how)
+
+
+@pytest.fixture(scope="module")
+def forgetful(folder):
+    """An engine that finds nothing."""
+    return make(folder, prefix_caching=False)
+
+
+def text(length, seed=0):
+    rng = random.Random(seed)
+    return [rng.randrange(VOCAB) for _ in range(length)]
+
+
+@pytest.mark.parametrize("params", (GREEDY, SAMPLED), ids=("greedy", "sampled"))
+@pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
+def test_a_conversation_goes_on_where_it_was(folder, forgetful, mode, params):
+    """Turn by turn, prompts and answers are found, whatever mode computed them; tokens, logits and cache to the bit."""
+    engine, history = make(folder), []
+    for turn, new in enumerate((108, 1, 200, 64)):  # the first answer ends at 128
+        length, before = len(history), engine.metrics.cached_tokens
+        history += text(new, seed=turn)
+        (trace,) = decode(engine, [history], params, mode=mode)
+        assert_same([trace], decode(forgetful, [history], params, mode="ar"), turn)
+        in_cache = max(0, length - 1)  # all but the last token of an answer, which nobody took in
+        assert engine.metrics.cached_tokens - before == in_cache // 64 * 64
+        history += trace.tokens
+        assert engine.kv.num_free_pages == engine.kv.num_pages - 1
+
+
+def test_the_last_token_of_a_prompt_is_always_computed(folder, forgetful):
+    """Its row gives the first token of the answer."""
+    engine = make(folder)
+    for length, cached in ((128, 0), (128, 64), (129, 128), (63, 0), (64, 0), (65, 64)):
+        out = engine.generate(text(length), GREEDY)
+        assert out.stats.cached_tokens == cached and out.stats.prompt_tokens == length
+        assert out.token_ids == forgetful.generate(text(length), GREEDY).token_ids
+
+
+def test_one_pass_fills_pages_and_reads_them(folder, forgetful):
+    """Prompts that arrive together share what the first of them brings, in the pass that computes it."""
+    engine = make(folder)
+    prompts = [[*text(130), i] for i in range(4)]
+    outs = engine.generate(prompts, GREEDY)
+    assert [out.token_ids for out in outs] == [forgetful.generate(p, GREEDY).token_ids for p in prompts]
+    assert [out.stats.cached_tokens for out in outs] == [0, 128, 128, 128]
+    facts = engine.metrics.as_dict()
+    assert (facts["prompt_tokens"], facts["cached_tokens"], facts["recomputed_tokens"]) == (4 * 131, 3 * 128, 0)
+    assert facts["times"]["prefill"]["count"] == 1
+    assert "orthrus_cached_tokens_total 384" in engine.metrics.as_prometheus()
+
+
+def test_shared_pages_are_held_once(folder):
+    """Two sequences of eight pages, of which they share six, run at once on ten."""
+    engine = make(folder, num_pages=10)
+    ids = [engine.submit(text(6 * 64) + [i] * 64, GREEDY) for i in range(2)]
+    engine.step()
+    assert [r.request_id for r in engine.scheduler.active] == ids
+    assert engine.kv.num_free_pages == 0
+    table = engine.kv.page_table[:2, :8]
+    assert torch.equal(table[0, :6], table[1, :6]) and len(set(table.flatten().tolist())) == 10
+    engine.abort(ids[0])  # the other one keeps what they share
+    assert engine.kv.num_free_pages == 2
+    engine.abort(ids[1])
+    assert engine.kv.num_free_pages == 10 and bool((engine.kv.page_table == 0).all())
+
+
+def test_whoever_lost_its_pages_finds_what_is_left_of_them(folder, forgetful):
+    engine = make(folder)
+    params = SamplingParams(max_new_tokens=150, ignore_eos=True)
+    prompts = [text(100, seed=i) for i in range(4)]
+    with few_pages(engine, 11):
+        outs = engine.generate(prompts, params)
+    assert [out.token_ids for out in outs] == [forgetful.generate(p, params).token_ids for p in prompts]
+    assert engine.metrics.preemptions > 0 and engine.metrics.cached_tokens > 0
+    assert engine.metrics.prompt_tokens == 400
+    assert all(out.stats.cached_tokens == 0 for out in outs)
+
+
+def test_pages_named_before_a_failing_pass_are_forgotten(folder, forgetful, monkeypatch):
+    """They were never written: a prefill pass names what it is about to compute."""
+    engine = make(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "_forward", lambda *_: (_ for _ in ()).throw(RuntimeError("injected")))
+        engine.kv.pages.fill_(torch.nan)
+        with pytest.raises(RuntimeError, match="injected"):
+            engine.generate(text(200), GREEDY)
+    out = engine.generate(text(200), GREEDY)
+    assert out.stats.cached_tokens == 0
+    assert out.token_ids == forgetful.generate(text(200), GREEDY).token_ids
+
+
+def test_off_means_off(forgetful):
+    for _ in range(2):
+        assert forgetful.generate(text(200), GREEDY).stats.cached_tokens == 0
+    assert forgetful.metrics.cached_tokens == 0
+    assert not forgetful.kv.pool._page_of
+
+
+@pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
+def test_a_name_stands_for_one_content(folder, forgetful, mode):
+    """Whoever computed a page, alone or beside others, in prefill or decoding, before or after it was given away: under
+    the same name lie the same bits, at any time; nothing is written to pages that have one.
+    """
+    engine = make(folder, num_pages=14, mode=mode)
+    rng, todo, content, jobs, got = random.Random(mode), 60, {}, {}, {}
+    trunks = [text(n, seed=n) for n in (64, 130, 200)]
+    while todo or engine.has_unfinished():
+        if todo and rng.random() < 0.3:
+            prompt = rng.choice(trunks) + text(rng.randrange(3) * 50, seed=rng.randrange(3)) + [rng.randrange(9)]
+            params = SamplingParams(rng.randint(1, 90), ignore_eos=True)
+            jobs[engine.submit(prompt, params)] = prompt, params
+            todo -= 1
+        for out in engine.step():
+            got.setdefault(out.request_id, []).extend(out.new_token_ids)
+        for name, page in engine.kv.pool._page_of.items():
+            held = digest(engine.kv.pages[:, :, page])
+            assert content.setdefault(name, held) == held
+    assert engine.metrics.preemptions > 0
+    assert len(content) > engine.kv.num_pages and engine.metrics.cached_tokens > 64 * len(jobs)
+    for request_id, (prompt, params) in jobs.items():
+        assert got[request_id] == forgetful.generate(prompt, params, mode="ar").token_ids
+
+
+def test_the_pool_takes_what_nobody_needs_first():
+    pool = PagePool(range(1, 6))
+    a, b = pool.take(2), pool.take(2)
+    assert (a, b, pool.num_free) == ([1, 2], [3, 4], 1)
+    for page, name in zip(a + b, (b"a1", b"a2", b"b1", b"b2"), strict=True):
+        pool.name(page, name)
+    pool.give_back(a)
+    pool.give_back(b)
+    assert pool.num_free == 5 and [pool.find(n) for n in (b"a1", b"a2", b"b1", b"b2")] == [1, 2, 3, 4]
+    assert pool.take(1) == [5]  # it held nothing
+    pool.hold([1])  # found again
+    assert pool.take(2) == [2, 4]  # of the longest free; the end of a text before its beginning
+    assert pool.num_free == 1 and [pool.find(n) for n in (b"a1", b"a2", b"b1", b"b2")] == [1, None, 3, None]
+    pool.hold([1])
+    pool.give_back([1])
+    assert pool.num_free == 1
+    pool.give_back([1])
+    assert pool.num_free == 2 and pool.take(2) == [3, 1]
+
+
+def test_of_equal_pages_the_first_keeps_the_name():
+    pool = PagePool(range(1, 4))
+    pages = pool.take(2)
+    for page in pages:
+        pool.name(page, b"same")
+    assert pool.find(b"same") == 1
+    pool.give_back(pages)
+    assert pool.take(2) == [2, 3] and pool.find(b"same") == 1
+
+
+def test_a_slot_that_cannot_be_opened_changes_nothing(folder):
+    engine = make(folder, num_pages=8)
+    kv = engine.kv
+    engine.generate(text(130), GREEDY)
+    kv.reserve(0, 4 * 64)
+    before = kv.num_free_pages, dict(kv.pool._page_of)
+    with pytest.raises(OutOfPages, match="slot 1 needs 3 more pages for 300 tokens, 2 are free"):
+        kv.open(1, text(130), 300)
+    assert (kv.num_free_pages, dict(kv.pool._page_of)) == before
+    assert kv.open(1, text(130), 256) == 128
