@@ -17,6 +17,7 @@ RUNS = [
     ("cpu", "bench_cpu_pass", []),
     ("cpu", "bench_generate", []),
     ("cpu", "bench_sampling", []),
+    ("cpu", "bench_prefix", []),
     ("cpu", "bench_invariance", []),
     ("cpu", "bench_decode", ["--model", "smollm2-135m", "--device", "cpu", "--draft-len", "7", "--batch", "1", "8"]),
     ("cpu", "bench_one_pass", ["--device", "cpu"]),
@@ -28,6 +29,7 @@ RUNS = [
     ("cuda", "bench_process_logits", []),
     ("cuda", "bench_invariance", ["--device", "cuda", "--model", "8b"]),
     *(("cuda", "bench_decode", ["--model", model]) for model in ("1.7b", "4b", "8b", "smollm2-135m")),
+    ("cuda", "bench_prefix", ["--device", "cuda"]),
     ("cuda", "bench_one_pass", ["--device", "cuda", "--draft-len", "7", "15"]),
     ("cuda", "bench_auto", ["--device", "cuda", "--batch", "1", "4", "16", "64", "--most-rows", "1024"]),
 ]

@@ -1,0 +1,93 @@
+"""Time to the first token of requests that begin alike, with and without prefix caching, on the embedded model.
+
+``one by one``: each arrives when the one before has ended. ``at once``: all arrive together, and the time is that until
+the last of them has its first token. Every round has a beginning of its own, which nobody has asked before. Tokens
+with and without caching are checked to be the same.
+
+    python -m bench.bench_prefix --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from bench import common
+from orthrus_rt import prompts
+from orthrus_rt.engine import Engine
+from orthrus_rt.sampling import SamplingParams
+
+FIRST = SamplingParams(max_new_tokens=1)
+
+
+def requests(engine: Engine, shared: int, count: int, round_number: int) -> list[list[int]]:
+    """``count`` prompts whose first ``shared`` tokens are the same, and no other round's."""
+    beginning = engine.tokenizer(f"{round_number}. " + " ".join(p.text for p in prompts.load("long")) * 2).input_ids
+    assert len(beginning) >= shared
+    return [beginning[:shared] + engine.tokenizer("\n" + p.text).input_ids for p in prompts.load("chat")[:count]]
+
+
+def one_by_one(engine: Engine, ids: list[list[int]]) -> tuple[list[float], list]:
+    seconds, outs = [], []
+    for prompt in ids:
+        start = time.perf_counter()
+        outs.append(engine.generate(prompt, FIRST, mode="ar"))
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:], outs
+
+
+def at_once(engine: Engine, ids: list[list[int]]) -> tuple[list[float], list]:
+    start = time.perf_counter()
+    outs = engine.generate(ids, FIRST, mode="ar")
+    return [time.perf_counter() - start], outs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shared", type=int, nargs="+", default=[256, 1000])
+    parser.add_argument("--requests", type=int, default=8, help="2 ... 12")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
+    args = parser.parse_args()
+    rows = []
+    for shared in args.shared:
+        for name, run in (("one by one", one_by_one), ("at once", at_once)):
+            tokens = {}
+            for caching in (False, True):
+                engine = Engine.from_pretrained(
+                    "smollm2-135m", device=args.device, mode="ar", max_seq_len=2048, max_batch_size=args.requests,
+                    prefix_caching=caching,
+                )  # fmt: skip
+                run(engine, requests(engine, shared, args.requests, -1))  # warms caches and graphs
+                seconds, outs = [], []
+                for n in range(args.rounds):
+                    times, some = run(engine, requests(engine, shared, args.requests, n))
+                    seconds += times
+                    outs += some
+                engine.close()
+                tokens[caching] = [out.token_ids for out in outs]
+                ms = common.percentiles([1e3 * s for s in seconds])
+                rows.append(
+                    {
+                        "arrival": name,
+                        "shared": shared,
+                        "requests": args.requests,
+                        "prefix_caching": caching,
+                        "prompt_tokens": sum(o.stats.prompt_tokens for o in outs) / len(outs),
+                        "cached_tokens": sum(o.stats.cached_tokens for o in outs) / len(outs),
+                        "first_token_ms": ms["p50"],
+                        "p20": ms["p20"],
+                        "p80": ms["p80"],
+                    }
+                )
+                print(rows[-1], flush=True)
+            assert tokens[False] == tokens[True]
+    facts = {"model": "smollm2-135m", "rounds": args.rounds}
+    common.report("prefix", common.header(torch.device(args.device)) | facts, rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
