@@ -2,7 +2,6 @@
 exactly the tokens that it gets alone, and all pages come back. On a tiny bf16 model with the native CPU kernels.
 """
 
-import asyncio
 import dataclasses
 import random
 import threading
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from orthrus_rt import dispatch
-from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
@@ -325,39 +323,6 @@ def test_calls_from_two_threads_are_refused(folder):
     leave.set()
     worker.join()
     assert errors == ["this engine is in use by another thread; share it through orthrus_rt.AsyncEngine"]
-
-
-def test_async_streams_and_cancellation(folder, alone):
-    params = SamplingParams(max_new_tokens=30, ignore_eos=True)
-
-    async def collect(shared, prompt, at_most=None):
-        tokens = []
-        async for out in shared.stream(prompt, params):
-            tokens += out.new_token_ids
-            if at_most and len(tokens) >= at_most:
-                break
-        return tokens
-
-    async def main():
-        engine = make(folder)
-        shared = AsyncEngine(engine)
-        prompts = [[i, i + 1, i + 2] for i in range(10)]
-        cancelled = asyncio.create_task(collect(shared, [50, 51]))
-        tasks = [asyncio.create_task(collect(shared, p)) for p in prompts]
-        await asyncio.sleep(0.01)
-        cancelled.cancel()
-        assert await asyncio.gather(*tasks) == [alone(p, params) for p in prompts]
-        with pytest.raises(asyncio.CancelledError):
-            await cancelled
-        with pytest.raises(ValueError, match="at least one token"):
-            await collect(shared, [])
-        assert (await collect(shared, [9]))[:3] == alone([9], params)[:3]
-        while engine.has_unfinished():  # the cancelled request's last output is still to be taken
-            engine.step()
-        all_pages_back(engine)
-        await shared.close()
-
-    asyncio.run(main())
 
 
 def test_submit_validates_now(folder):

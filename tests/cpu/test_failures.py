@@ -1,9 +1,6 @@
 """A request that cannot go on ends alone, whatever fails; an engine that fails or is closed lets go of everything."""
 
-import asyncio
 import gc
-import logging
-import time
 import warnings
 import weakref
 
@@ -11,7 +8,6 @@ import pytest
 import torch
 
 from orthrus_rt import dispatch
-from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.device import claim
 from orthrus_rt.engine import Engine
 from orthrus_rt.graph import Cycle
@@ -178,152 +174,6 @@ def test_rejection_keeps_no_draft_distributions(folder):
     next(stream), next(stream)
     (request,) = engine.scheduler.active
     assert request.rejection._draft_probs is None
-
-
-def run(folder, use):
-    """``use(shared)`` with an AsyncEngine."""
-
-    async def main():
-        async with AsyncEngine(make(folder)) as shared:
-            await use(shared)
-        assert shared.engine.closed
-        await shared.close()  # harmless
-
-    asyncio.run(main())
-
-
-async def collect(shared, prompt, params):
-    pieces = [out async for out in shared.stream(prompt, params)]
-    return [t for out in pieces for t in out.new_token_ids], pieces[-1].finish_reason
-
-
-def test_async_bad_requests_end_alone(folder, alone, monkeypatch, caplog):
-    """However many there are."""
-
-    async def use(shared):
-        monkeypatch.setattr(Activations, "logits", exhausted)
-        jobs = [([1, 2], GREEDY), *([([3, 4], SAMPLED)] * 4), ([5], GREEDY)]
-        got = await asyncio.gather(*(collect(shared, *job) for job in jobs))
-        assert got == [(alone(*job), "length") if job[1] is GREEDY else ([], "error") for job in jobs]
-
-    with caplog.at_level(logging.ERROR, logger="orthrus_rt"):
-        run(folder, use)
-    assert caplog.text.count("ends: out of memory while making room for logits") == 4
-
-
-@pytest.mark.parametrize("what", ("prefill", "decode", "begin"))
-def test_async_what_fails_again_and_again_reaches_every_stream(folder, monkeypatch, what):
-    async def use(shared):
-        monkeypatch.setattr(shared.engine.runner, what, lambda *_: 1 / 0)
-        streams = (collect(shared, [i], GREEDY) for i in range(3))
-        got = await asyncio.wait_for(asyncio.gather(*streams, return_exceptions=True), 20)
-        assert [type(error) for error in got] == [ZeroDivisionError] * 3
-        monkeypatch.undo()
-        assert (await collect(shared, [1], GREEDY))[1] == "length"
-
-    run(folder, use)
-
-
-def test_async_a_slow_reader_of_the_last_piece_costs_nothing(folder):
-    async def use(shared):
-        steps, real = [], shared.engine.step
-        shared.engine.step = lambda: (steps.append(1), real())[1]
-        stream = shared.stream([1, 2], GREEDY)
-        async for out in stream:
-            if out.finished:
-                before = len(steps)
-                await asyncio.sleep(0.1)
-                assert len(steps) <= before + 1  # the one that was under way
-
-    run(folder, use)
-
-
-def test_async_cancelled_streams_leave_nothing_to_do(folder):
-    async def use(shared):
-        waiting = [asyncio.create_task(collect(shared, [i], GREEDY)) for i in range(6)]
-        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
-        await anext(stream)
-        for task in waiting:
-            task.cancel()
-        await stream.aclose()
-        just_submitted = asyncio.create_task(collect(shared, [9], GREEDY))
-        await asyncio.sleep(0)
-        just_submitted.cancel()
-        while shared.engine.has_unfinished() or not shared._loop_task.done():
-            await asyncio.sleep(0.01)
-        assert shared.engine.kv.num_free_pages == shared.engine.kv.num_pages - 1
-
-    async def within_a_minute(shared):
-        await asyncio.wait_for(use(shared), 60)
-
-    run(folder, within_a_minute)
-
-
-def test_async_arguments_are_checked_at_the_call(folder):
-    async def use(shared):
-        with pytest.raises(ValueError, match="prompt_ids must be token ids, got text"):
-            shared.stream("text")
-        with pytest.raises(ValueError, match="request_id must be a string that is not empty, or None, got ''"):
-            shared.stream([1], request_id="")
-        first = shared.stream([1], GREEDY, request_id="mine")
-        assert (await anext(first)).request_id == "mine"
-        with pytest.raises(ValueError, match="request_id must be unused, got 'mine' twice"):
-            await anext(shared.stream([1], GREEDY, request_id="mine"))
-        assert [out.finish_reason async for out in first][-1] == "length"
-
-    run(folder, use)
-
-
-def test_async_streams_of_a_closed_engine_end_with_an_error(folder):
-    async def use(shared):
-        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
-        await anext(stream)
-        await shared.close()
-        with pytest.raises(RuntimeError, match="this engine is closed"):
-            async for _ in stream:
-                pass
-        with pytest.raises(RuntimeError, match="this engine is closed"):
-            await anext(shared.stream([1, 2]))
-
-    run(folder, use)
-
-
-@pytest.mark.parametrize("how", ("fails", "is cancelled"))
-def test_async_close_ends_everything_even_if_it(folder, monkeypatch, how):
-    async def main():
-        shared = AsyncEngine(make(folder))
-        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
-        await anext(stream)
-        if how == "fails":
-            monkeypatch.setattr(shared.engine.runner, "drop_cycles", lambda: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                await shared.close()
-        else:
-            real = shared.engine.step
-            monkeypatch.setattr(shared.engine, "step", lambda: (time.sleep(0.2), real())[1])
-            await asyncio.sleep(0.05)  # a step is under way
-            with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(shared.close(), 0.01)
-            await shared.close()
-        assert shared.engine.closed
-        with pytest.raises(RuntimeError, match="this engine is closed"):
-            async for _ in stream:
-                pass
-
-    asyncio.run(main())
-
-
-def test_async_an_abort_that_fails_is_tried_again(folder, monkeypatch):
-    async def use(shared):
-        failing, real = iter([True]), shared.engine.abort
-        monkeypatch.setattr(shared.engine, "abort", lambda i: 1 / 0 if next(failing, False) else real(i))
-        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
-        await anext(stream)
-        await stream.aclose()
-        assert len(await collect(shared, [3], GREEDY)) == 2
-        assert not shared.engine.has_unfinished()
-
-    run(folder, use)
 
 
 def test_an_engine_that_could_not_be_made_does_not_hold_its_device(folder, monkeypatch):

@@ -1,0 +1,220 @@
+"""One engine shared by coroutines: streams that are slow, cancelled, refused, failing or closed, and all others."""
+
+import asyncio
+import logging
+import time
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch
+from orthrus_rt.aio import AsyncEngine
+from orthrus_rt.engine import Engine
+from orthrus_rt.model import Activations
+from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
+SAMPLED = SamplingParams(max_new_tokens=20, temperature=0.8, seed=3, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    engine = make(folder, mode="ar", max_batch_size=1)
+    return lambda prompt, params: engine.generate(prompt, params).token_ids
+
+
+def make(folder, **kwargs):
+    how = {"mode": "two_pass", "max_seq_len": 128, "max_batch_size": 4} | kwargs
+    return Engine.from_pretrained(folder, device="cpu", **how)
+
+
+def exhausted(*_, **__):
+    raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+
+
+def run(folder, use):
+    """``use(shared)`` with an AsyncEngine."""
+
+    async def main():
+        async with AsyncEngine(make(folder)) as shared:
+            await use(shared)
+        assert shared.engine.closed
+        await shared.close()  # harmless
+
+    asyncio.run(main())
+
+
+async def collect(shared, prompt, params):
+    pieces = [out async for out in shared.stream(prompt, params)]
+    return [t for out in pieces for t in out.new_token_ids], pieces[-1].finish_reason
+
+
+def test_bad_requests_end_alone(folder, alone, monkeypatch, caplog):
+    """However many there are."""
+
+    async def use(shared):
+        monkeypatch.setattr(Activations, "logits", exhausted)
+        jobs = [([1, 2], GREEDY), *([([3, 4], SAMPLED)] * 4), ([5], GREEDY)]
+        got = await asyncio.gather(*(collect(shared, *job) for job in jobs))
+        assert got == [(alone(*job), "length") if job[1] is GREEDY else ([], "error") for job in jobs]
+
+    with caplog.at_level(logging.ERROR, logger="orthrus_rt"):
+        run(folder, use)
+    assert caplog.text.count("ends: out of memory while making room for logits") == 4
+
+
+@pytest.mark.parametrize("what", ("prefill", "decode", "begin"))
+def test_what_fails_again_and_again_reaches_every_stream(folder, monkeypatch, what):
+    async def use(shared):
+        monkeypatch.setattr(shared.engine.runner, what, lambda *_: 1 / 0)
+        streams = (collect(shared, [i], GREEDY) for i in range(3))
+        got = await asyncio.wait_for(asyncio.gather(*streams, return_exceptions=True), 20)
+        assert [type(error) for error in got] == [ZeroDivisionError] * 3
+        monkeypatch.undo()
+        assert (await collect(shared, [1], GREEDY))[1] == "length"
+
+    run(folder, use)
+
+
+def test_a_slow_reader_of_the_last_piece_costs_nothing(folder):
+    async def use(shared):
+        steps, real = [], shared.engine.step
+        shared.engine.step = lambda: (steps.append(1), real())[1]
+        stream = shared.stream([1, 2], GREEDY)
+        async for out in stream:
+            if out.finished:
+                before = len(steps)
+                await asyncio.sleep(0.1)
+                assert len(steps) <= before + 1  # the one that was under way
+
+    run(folder, use)
+
+
+def test_cancelled_streams_leave_nothing_to_do(folder):
+    async def use(shared):
+        waiting = [asyncio.create_task(collect(shared, [i], GREEDY)) for i in range(6)]
+        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+        await anext(stream)
+        for task in waiting:
+            task.cancel()
+        await stream.aclose()
+        just_submitted = asyncio.create_task(collect(shared, [9], GREEDY))
+        await asyncio.sleep(0)
+        just_submitted.cancel()
+        while shared.engine.has_unfinished() or not shared._loop_task.done():
+            await asyncio.sleep(0.01)
+        assert shared.engine.kv.num_free_pages == shared.engine.kv.num_pages - 1
+
+    async def within_a_minute(shared):
+        await asyncio.wait_for(use(shared), 60)
+
+    run(folder, within_a_minute)
+
+
+def test_arguments_are_checked_at_the_call(folder):
+    async def use(shared):
+        with pytest.raises(ValueError, match="prompt_ids must be token ids, got text"):
+            shared.stream("text")
+        with pytest.raises(ValueError, match="request_id must be a string that is not empty, or None, got ''"):
+            shared.stream([1], request_id="")
+        first = shared.stream([1], GREEDY, request_id="mine")
+        assert (await anext(first)).request_id == "mine"
+        with pytest.raises(ValueError, match="request_id must be unused, got 'mine' twice"):
+            await anext(shared.stream([1], GREEDY, request_id="mine"))
+        assert [out.finish_reason async for out in first][-1] == "length"
+
+    run(folder, use)
+
+
+def test_streams_of_a_closed_engine_end_with_an_error(folder):
+    async def use(shared):
+        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+        await anext(stream)
+        await shared.close()
+        with pytest.raises(RuntimeError, match="this engine is closed"):
+            async for _ in stream:
+                pass
+        with pytest.raises(RuntimeError, match="this engine is closed"):
+            await anext(shared.stream([1, 2]))
+
+    run(folder, use)
+
+
+@pytest.mark.parametrize("how", ("fails", "is cancelled"))
+def test_close_ends_everything_even_if_it(folder, monkeypatch, how):
+    async def main():
+        shared = AsyncEngine(make(folder))
+        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+        await anext(stream)
+        if how == "fails":
+            monkeypatch.setattr(shared.engine.runner, "drop_cycles", lambda: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await shared.close()
+        else:
+            real = shared.engine.step
+            monkeypatch.setattr(shared.engine, "step", lambda: (time.sleep(0.2), real())[1])
+            await asyncio.sleep(0.05)  # a step is under way
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(shared.close(), 0.01)
+            await shared.close()
+        assert shared.engine.closed
+        with pytest.raises(RuntimeError, match="this engine is closed"):
+            async for _ in stream:
+                pass
+
+    asyncio.run(main())
+
+
+def test_an_abort_that_fails_is_tried_again(folder, monkeypatch):
+    async def use(shared):
+        failing, real = iter([True]), shared.engine.abort
+        monkeypatch.setattr(shared.engine, "abort", lambda i: 1 / 0 if next(failing, False) else real(i))
+        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+        await anext(stream)
+        await stream.aclose()
+        assert len(await collect(shared, [3], GREEDY)) == 2
+        assert not shared.engine.has_unfinished()
+
+    run(folder, use)
+
+
+def test_streams_and_cancellation(folder, alone):
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True)
+
+    async def collect(shared, prompt, at_most=None):
+        tokens = []
+        async for out in shared.stream(prompt, params):
+            tokens += out.new_token_ids
+            if at_most and len(tokens) >= at_most:
+                break
+        return tokens
+
+    async def main():
+        engine = make(folder)
+        shared = AsyncEngine(engine)
+        prompts = [[i, i + 1, i + 2] for i in range(10)]
+        cancelled = asyncio.create_task(collect(shared, [50, 51]))
+        tasks = [asyncio.create_task(collect(shared, p)) for p in prompts]
+        await asyncio.sleep(0.01)
+        cancelled.cancel()
+        assert await asyncio.gather(*tasks) == [alone(p, params) for p in prompts]
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        with pytest.raises(ValueError, match="at least one token"):
+            await collect(shared, [])
+        assert (await collect(shared, [9]))[:3] == alone([9], params)[:3]
+        while engine.has_unfinished():  # the cancelled request's last output is still to be taken
+            engine.step()
+        assert engine.kv.num_free_pages == engine.kv.num_pages - 1
+        assert bool((engine.kv.page_table == 0).all()) and not any(engine.scheduler.slots)
+        await shared.close()
+
+    asyncio.run(main())
