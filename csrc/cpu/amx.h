@@ -48,6 +48,11 @@ template <Tile kTile>
 ORTHRUS_INLINE void tile_load(const void* from, int64_t row_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(kTile) : "memory");
 }
+// The same for what will not be read again soon: it leaves the L1 cache to what is.
+template <Tile kTile>
+ORTHRUS_INLINE void tile_stream(const void* from, int64_t row_bytes) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(kTile) : "memory");
+}
 template <Tile kTile>
 ORTHRUS_INLINE void tile_store(void* to, int64_t row_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row_bytes), "i"(kTile) : "memory");

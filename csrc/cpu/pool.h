@@ -17,9 +17,9 @@ void parallel_chunks(int64_t num_items, int64_t num_chunks, void (*body)(void*, 
 // body(begin, end) over ranges of at least `min_items`, a few per thread to even out their pace. No
 // std::function, so that variant.cpp may use it.
 template <typename Body>
-inline __attribute__((always_inline)) void parallel_for(int64_t num_items, int64_t min_items, const Body& body) {
-  constexpr int64_t kChunksPerThread = 4;
-  const int64_t most = num_threads() * kChunksPerThread;
+inline __attribute__((always_inline)) void parallel_for(int64_t num_items, int64_t min_items, const Body& body,
+                                                        int64_t chunks_per_thread = 4) {
+  const int64_t most = num_threads() * chunks_per_thread;
   const int64_t chunks = num_items / min_items < most ? num_items / min_items : most;
   parallel_chunks(
       num_items, chunks,

@@ -182,18 +182,19 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, const void* we
 
 // body(first_strip, last_strip) over all strips, in parallel; one partial maximum belongs to one thread.
 template <typename T, typename Body>
-ORTHRUS_INLINE void parallel_strips(const RowLinearParamsOf<T>& p, Body body) {
+ORTHRUS_INLINE void parallel_strips(const RowLinearParamsOf<T>& p, int64_t chunks_per_thread, Body body) {
   const int64_t num_strips = div_up(p.out_features, kStrip);
   const int64_t unit = p.epilogue == static_cast<int32_t>(Epilogue::kArgmax) ? kArgmaxTile / kStrip : 1;
-  parallel_for(div_up(num_strips, unit), 1,
-               [&](int64_t begin, int64_t end) { body(begin * unit, min_of(end * unit, num_strips)); });
+  parallel_for(
+      div_up(num_strips, unit), 1,
+      [&](int64_t begin, int64_t end) { body(begin * unit, min_of(end * unit, num_strips)); }, chunks_per_thread);
 }
 
 template <typename T>
 inline void row_linear(const RowLinearParamsOf<T>& p) {
   if (p.num_rows == 0) return;
   const int64_t rows_ar = p.weight_diff ? p.num_rows_ar : p.num_rows;
-  parallel_strips(p, [&](int64_t first_strip, int64_t last_strip) {
+  parallel_strips(p, 4, [&](int64_t first_strip, int64_t last_strip) {
     for (int64_t strip = first_strip; strip < last_strip; ++strip) {
       multiply_strip(p, p.weight, strip, 0, rows_ar);
       multiply_strip(p, p.weight_diff, strip, rows_ar, p.num_rows);

@@ -1,8 +1,13 @@
 // row_linear of bf16 on AMX tiles, over the same packed weights: two of its words make a row of a column tile.
 //
-// A strip of 32 outputs meets 32 rows at a time in 2 x 2 tiles. Rows are cut into tiles of one height, so that one
-// set of shapes serves them all; the last tile overlaps its neighbour where they do not come out even, and computes
-// the shared rows' bits again.
+// A strip of 32 outputs meets 32 rows at a time, a pair of tiles, in 2 x 2 products. Rows are cut into tiles of one
+// height, so that one set of shapes serves them all; the last tile overlaps its neighbour where they do not come out
+// even, and computes the shared rows' bits again.
+//
+// A pair meets a group of strips before the next pair does: its rows then stay in the L1 cache, the group in the L2
+// cache. Products, memory and what is done with the sums must overlap, but loads that miss hold up the tile loads behind
+// them, and the processor looks only some steps ahead. So every pair asks memory for its share of the next group, a few
+// lines at a time between tile loads, and the sums of one strip are finished amid the steps of the next.
 #pragma once
 #include "amx.h"
 #include "row_linear.h"
@@ -15,10 +20,15 @@ constexpr int64_t kMinRowBlock = 256;
 // Bytes of a strip that one step over k reads.
 constexpr int64_t kTileStepBytes = kTileDepth / 2 * kStepBytes;
 
-// Distance at which the first pair of tiles that meets a strip runs ahead of itself. The others find it in cache, and
-// would only be held up: requests to memory and tile loads wait in the same buffers. (Unrolled, the loop below costs a
-// lone row a tenth of its time.)
+// Strips of a group, in bytes.
+constexpr int64_t kGroupBytes = 144 << 10;
+// Distance at which those who read a strip that nobody has asked for run ahead of themselves.
 constexpr int64_t kTileAheadBytes = 8192;
+// Of a step's 32 lines, those that are asked for ahead of the next group, by all pairs together: the processor, which
+// sees them in order, fetches the rest. To ask for all of them takes longer.
+constexpr int64_t kAskedLines = 24;
+// Places within a step of two tiles where lines are asked for.
+constexpr int64_t kAsks = 4;
 
 // The last in_features % 32 inputs, zeros behind them: neither a row nor a strip may be read past its end.
 struct TileTail {
@@ -26,44 +36,113 @@ struct TileTail {
   alignas(64) char columns[kTileStepBytes];
 };
 
-// acc[r][0 ... 31] of the tile of rows at x[0] and, with kTwo, of the one at x[1], against one strip; asks memory for
-// lines_ahead lines per step meanwhile.
+// One or two tiles of rows: `height` rows each from x[t], which is row[t], on. The first again[t] of them are another
+// tile's too, and finished there.
+struct TilePair {
+  int num_tiles;
+  int64_t height;
+  int64_t row[2], again[2];
+  const bf16_t* x[2];
+};
+
+// Pair `pair` of the tiles of rows [begin, end).
+ORTHRUS_INLINE TilePair tile_pair(const RowLinearParamsOf<bf16_t>& p, int64_t begin, int64_t end, int64_t height,
+                                  int64_t pair) {
+  TilePair rows{};
+  rows.num_tiles = begin + (2 * pair + 1) * height < end ? 2 : 1;
+  rows.height = height;
+  for (int t = 0; t < 2; ++t) {
+    const int64_t first = begin + (2 * pair + t) * height;
+    rows.row[t] = min_of(first, end - height);
+    rows.again[t] = first - rows.row[t];
+    rows.x[t] = p.x + rows.row[t] * p.x_stride;
+  }
+  return rows;
+}
+
+// Adds steps [begin, end) over k of a pair against one strip; asks memory for ahead.lines lines a step meanwhile, for
+// two tiles a multiple of kAsks.
 template <bool kTwo>
-inline __attribute__((noinline)) void multiply_tiles(const bf16_t* const* x, int64_t x_stride, int64_t height,
-                                                     const char* w, int64_t in_features, int64_t lines_ahead,
-                                                     float* acc) {
+inline __attribute__((noinline)) void multiply_steps(const TilePair& rows, int64_t x_stride, const char* w,
+                                                     int64_t begin, int64_t end, Ahead ahead) {
+  // Evenly between the tile loads if there are many of these; a lone tile only loses time by that.
+  const int64_t lines = kTwo ? ahead.lines / kAsks : ahead.lines;
+  const char* from = ahead.from + begin * ahead.lines * kLineBytes;
+  const auto ask = [&]() ORTHRUS_LAMBDA {
+    for (int64_t i = 0; i < lines; ++i, from += kLineBytes) prefetch(from);
+  };
+  for (int64_t k = begin; k < end; ++k) {
+    const char* columns = w + k * kTileStepBytes;
+    ask();
+    tile_stream<kColumns0>(columns, kStepBytes);
+    if (kTwo) ask();
+    tile_load<kRows0>(rows.x[0] + k * kTileDepth, x_stride * sizeof(bf16_t));
+    tile_dot<kSum00, kRows0, kColumns0>();
+    if (kTwo) ask();
+    tile_stream<kColumns1>(columns + kStepBytes / 2, kStepBytes);
+    tile_dot<kSum01, kRows0, kColumns1>();
+    if (kTwo) {
+      ask();
+      tile_load<kRows1>(rows.x[1] + k * kTileDepth, x_stride * sizeof(bf16_t));
+      tile_dot<kSum10, kRows1, kColumns0>();
+      tile_dot<kSum11, kRows1, kColumns1>();
+    }
+  }
+}
+
+// Adds the last in_features % 32 inputs.
+template <bool kTwo>
+inline __attribute__((noinline)) void multiply_tail(const TilePair& rows, int64_t x_stride, const char* w,
+                                                    int64_t in_features) {
+  const int64_t num_steps = in_features / kTileDepth, rest = in_features % kTileDepth;
+  TileTail tail;
+  std::memset(&tail, 0, sizeof tail);
+  for (int t = 0; t < rows.num_tiles; ++t) {
+    for (int64_t r = 0; r < rows.height; ++r) {
+      std::memcpy(tail.rows[t][r], rows.x[t] + r * x_stride + num_steps * kTileDepth, rest * sizeof(bf16_t));
+    }
+  }
+  std::memcpy(tail.columns, w + num_steps * kTileStepBytes, div_up(rest, 2) * kStepBytes);
+  tile_step<kTwo, true>({tail.rows[0][0], kTileDepth}, {tail.rows[1][0], kTileDepth}, tail.columns,
+                        tail.columns + kStepBytes / 2, kStepBytes);
+}
+
+// Sums of a pair against one strip, [2 * height][32].
+struct StripSums {
+  alignas(64) float acc[2 * kTileHeight * kStrip];
+  TilePair rows;
+  int64_t strip;
+};
+
+ORTHRUS_INLINE void finish_sums(const RowLinearParamsOf<bf16_t>& p, const StripSums& sums) {
+  const TilePair& rows = sums.rows;
+  for (int t = 0; t < rows.num_tiles; ++t) {
+    const int64_t again = rows.again[t];
+    finish_rows(p, sums.acc + (t * rows.height + again) * kStrip, rows.row[t] + again, rows.height - again, sums.strip);
+  }
+}
+
+// Makes the sums of sums.rows against sums.strip, at w, and finishes `last` on the way, if there is one.
+template <bool kTwo>
+ORTHRUS_INLINE void multiply_strip_amx(const RowLinearParamsOf<bf16_t>& p, const char* w, Ahead ahead,
+                                       const StripSums* last, StripSums& sums) {
+  const int64_t num_steps = p.in_features / kTileDepth, height = sums.rows.height;
   tile_zero<kSum00>();
   tile_zero<kSum01>();
   if (kTwo) {
     tile_zero<kSum10>();
     tile_zero<kSum11>();
   }
-  const auto step = [](TileRows rows0, TileRows rows1, const char* columns) ORTHRUS_LAMBDA {
-    tile_step<kTwo, true>(rows0, rows1, columns, columns + kStepBytes / 2, kStepBytes);
-  };
-  const int64_t num_steps = in_features / kTileDepth, rest = in_features % kTileDepth;
-  for (int64_t k = 0; k < num_steps; ++k) {
-    const char* ahead = w + k * kTileStepBytes + kTileAheadBytes;
-    for (int64_t i = 0; i < lines_ahead; ++i) prefetch(ahead + i * kLineBytes);
-    step({x[0] + k * kTileDepth, x_stride}, {x[1] + k * kTileDepth, x_stride}, w + k * kTileStepBytes);
-  }
-  if (rest) {
-    TileTail tail;
-    std::memset(&tail, 0, sizeof tail);
-    for (int t = 0; t < (kTwo ? 2 : 1); ++t) {
-      for (int64_t r = 0; r < height; ++r) {
-        std::memcpy(tail.rows[t][r], x[t] + r * x_stride + num_steps * kTileDepth, rest * sizeof(bf16_t));
-      }
-    }
-    std::memcpy(tail.columns, w + num_steps * kTileStepBytes, div_up(rest, 2) * kStepBytes);
-    step({tail.rows[0][0], kTileDepth}, {tail.rows[1][0], kTileDepth}, tail.columns);
-  }
+  multiply_steps<kTwo>(sums.rows, p.x_stride, w, 0, num_steps / 2, ahead);
+  if (last) finish_sums(p, *last);
+  multiply_steps<kTwo>(sums.rows, p.x_stride, w, num_steps / 2, num_steps, ahead);
+  if (p.in_features % kTileDepth) multiply_tail<kTwo>(sums.rows, p.x_stride, w, p.in_features);
   constexpr int64_t kAccStride = kStrip * sizeof(float);
-  tile_store<kSum00>(acc, kAccStride);
-  tile_store<kSum01>(acc + kStrip / 2, kAccStride);
+  tile_store<kSum00>(sums.acc, kAccStride);
+  tile_store<kSum01>(sums.acc + kStrip / 2, kAccStride);
   if (kTwo) {
-    tile_store<kSum10>(acc + height * kStrip, kAccStride);
-    tile_store<kSum11>(acc + height * kStrip + kStrip / 2, kAccStride);
+    tile_store<kSum10>(sums.acc + height * kStrip, kAccStride);
+    tile_store<kSum11>(sums.acc + height * kStrip + kStrip / 2, kAccStride);
   }
 }
 
@@ -72,33 +151,45 @@ ORTHRUS_INLINE void multiply_strips_amx(const RowLinearParamsOf<bf16_t>& p, cons
                                         int64_t last_strip, int64_t begin, int64_t end) {
   const int64_t num_tiles = div_up(end - begin, kTileHeight), height = div_up(end - begin, num_tiles);
   const int64_t num_pairs = div_up(num_tiles, 2);
-  const int64_t strip_bytes = div_up(p.in_features, 2) * kStepBytes;
-  alignas(64) float acc[2 * kTileHeight * kStrip];
+  const int64_t strip_bytes = div_up(p.in_features, 2) * kStepBytes, num_steps = p.in_features / kTileDepth;
+  const int64_t group = num_pairs == 1 ? last_strip - first_strip : max_of(1, kGroupBytes / strip_bytes);
+  const auto at = [&](int64_t strip) ORTHRUS_LAMBDA { return static_cast<const char*>(weight) + strip * strip_bytes; };
+  StripSums sums[2];  // of this strip and of the one before
+  int now = 0;
+  bool first = true;
   const TileShapes shapes(height);
-  for (int64_t strip = first_strip; strip < last_strip; ++strip) {
-    const char* w = static_cast<const char*>(weight) + strip * strip_bytes;
-    int64_t done = begin;
+  for (int64_t group_begin = first_strip; group_begin < last_strip; group_begin += group) {
+    const int64_t group_end = min_of(group_begin + group, last_strip);
+    const char* next = at(group_end);
+    const char* next_end = at(min_of(group_end + group, last_strip));
     for (int64_t pair = 0; pair < num_pairs; ++pair) {
-      const int64_t row[2] = {min_of(begin + 2 * pair * height, end - height),
-                              min_of(begin + (2 * pair + 1) * height, end - height)};
-      const bf16_t* x[2] = {p.x + row[0] * p.x_stride, p.x + row[1] * p.x_stride};
-      const bool two = 2 * pair + 1 < num_tiles;
-      const int64_t lines_ahead = pair == 0 ? kTileStepBytes / kLineBytes : 0;
-      (two ? multiply_tiles<true> : multiply_tiles<false>)(x, p.x_stride, height, w, p.in_features, lines_ahead, acc);
-      for (int t = 0; t < (two ? 2 : 1); ++t) {
-        const int64_t again = max_of(0, done - row[t]);
-        finish_rows(p, acc + (t * height + again) * kStrip, row[t] + again, height - again, strip);
-        done = row[t] + height;
+      // Nobody has asked for the first group: its first pair does for itself.
+      const bool by_itself = pair == 0 && group_begin == first_strip;
+      const int64_t helpers = num_pairs - (group_begin == first_strip);
+      for (int64_t strip = group_begin; strip < group_end; ++strip) {
+        Ahead ahead{at(strip) + kTileAheadBytes, kTileStepBytes / kLineBytes};
+        if (!by_itself) {
+          ahead = {next, next < next_end ? max_of(1, kAskedLines / kAsks / helpers) * kAsks : 0};
+          next += num_steps * ahead.lines * kLineBytes;
+        }
+        sums[now].rows = tile_pair(p, begin, end, height, pair);
+        sums[now].strip = strip;
+        const auto multiply = sums[now].rows.num_tiles == 2 ? multiply_strip_amx<true> : multiply_strip_amx<false>;
+        multiply(p, at(strip), ahead, first ? nullptr : &sums[1 - now], sums[now]);
+        now = 1 - now;
+        first = false;
       }
     }
   }
+  if (!first) finish_sums(p, sums[1 - now]);
 }
 
 template <>
 inline void row_linear(const RowLinearParamsOf<bf16_t>& p) {
   const int64_t rows_ar = p.weight_diff ? p.num_rows_ar : p.num_rows;
   const int64_t row_block = max_of(kMinRowBlock, kRowBlockBytes / (p.in_features * int64_t{sizeof(bf16_t)}));
-  parallel_strips(p, [&](int64_t first_strip, int64_t last_strip) {
+  // One run of strips per thread: whoever begins anew finds nothing in its cache.
+  parallel_strips(p, 1, [&](int64_t first_strip, int64_t last_strip) {
     for (int64_t begin = 0, end; begin < p.num_rows; begin = end) {
       end = min_of(begin + row_block, begin < rows_ar ? rows_ar : p.num_rows);
       multiply_strips_amx(p, begin < rows_ar ? p.weight : p.weight_diff, first_strip, last_strip, begin, end);
