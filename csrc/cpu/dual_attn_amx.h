@@ -24,7 +24,6 @@ struct AmxTile : QueryRows<bf16_t> {
   alignas(64) bf16_t weight[kQueries][kKeys];                     // e^(score - top)
   alignas(64) int32_t visible[kQueries];
   alignas(64) float top[kQueries];                                // running maximum of the scores
-  alignas(64) float decay[kQueries];                              // e^(old maximum - new maximum)
   alignas(64) float total[kQueries];                              // running sum of the weights
   alignas(64) float mixed[kQueries * kMaxHeadDim];                // [query][head_dim], running weighted sum of values
 
@@ -162,11 +161,14 @@ struct AmxTile : QueryRows<bf16_t> {
       transpose16(in, reinterpret_cast<uint32_t*>(&weight[t * kTileHeight][2 * first]), kKeys / 2);
     }
 
-    store(&decay[t * kTileHeight], fade);
-    for (int64_t q = t * kTileHeight; q < min_of(num_queries, (t + 1) * kTileHeight); ++q) {
-      if (decay[q] == 1.f) continue;
-      float* row = mixed + q * head_dim;
-      for (int64_t d = 0; d < head_dim; d += kLanes) store(row + d, mul(load(row + d), set1(decay[q])));
+    alignas(64) float decay[kTileHeight];  // e^(old maximum - new maximum)
+    store(decay, fade);
+    const __mmask16 has_sums = _mm512_cmp_ps_mask(old_top, none, _CMP_NEQ_UQ);
+    uint32_t left = _mm512_mask_cmp_ps_mask(has_sums, fade, set1(1.f), _CMP_NEQ_UQ);
+    for (; left; left &= left - 1) {
+      const int i = __builtin_ctz(left);
+      float* row = mixed + (t * kTileHeight + i) * head_dim;
+      for (int64_t d = 0; d < head_dim; d += kLanes) store(row + d, mul(load(row + d), set1(decay[i])));
     }
   }
 
