@@ -6,6 +6,9 @@
 // a KV head, as many as its arithmetic likes. A key that a query does not see never enters that query's sums, nor a
 // split of which it sees nothing, so tiles change no bit and unused cache may hold anything.
 //
+// Two ways to the same bits: a tile folds its splits one by one (many tiles: prefill), or every split is an item of
+// its own, and its sums are kept until all are there to be folded (few tiles: decoding).
+//
 // Rounding points: weights, before their sum and their product with the values, and the output.
 //
 // A tile is a QueryRows with begin(), and for every split begin_split(sums), attend(keys) for every 64 keys, and
@@ -164,16 +167,65 @@ inline void attend_tile(const DualAttnParamsOf<T>& p, const TileItem& item) {
   }
 }
 
+template <typename Tile, typename T>
+inline void attend_tile_split(const DualAttnParamsOf<T>& p, const TileItem& item, int64_t split,
+                              const SplitSums& splits) {
+  Tile queries;
+  if (!take_queries(p, item, queries) || split >= num_splits(queries.longest)) return;
+  TileSums sums;
+  queries.begin();
+  attend_split(p, item, split, queries, sums.view());
+  for (int64_t q = 0; q < queries.num_queries; ++q) {
+    const Sums out = splits.at(split, queries.index[q]);
+    *out.top = sums.top[q];
+    *out.total = sums.total[q];
+    std::memcpy(out.mixed, sums.mixed + q * queries.head_dim, queries.head_dim * sizeof(float));
+  }
+}
+
+// Queries [first, first + 16), or as many of them as there are.
+template <typename T>
+inline void fold_splits(const DualAttnParamsOf<T>& p, int64_t first, const SplitSums& splits) {
+  const int64_t num_queries = min_of(kLanes, p.rows.num_rows * int64_t{p.num_heads_q} - first);
+  int64_t count[kLanes], most = 1;
+  for (int64_t q = 0; q < num_queries; ++q) {
+    count[q] = num_splits(p.rows.prefix_len[(first + q) / p.num_heads_q]);
+    most = max_of(most, count[q]);
+  }
+  const Sums folded = splits.at(0, first);
+  for (int64_t split = 1; split < most; ++split) {
+    fold(folded, splits.at(split, first), num_queries, p.kv.head_dim,
+         [&](int64_t q) ORTHRUS_LAMBDA { return split < count[q]; });
+  }
+  for (int64_t q = 0; q < num_queries; ++q) finish(p.out + (first + q) * p.kv.head_dim, folded, q, p.kv.head_dim);
+}
+
 template <typename Tile>
 inline void dual_attn(const DualAttnParamsOf<typename Tile::Element>& p) {
+  constexpr int64_t kItemsPerThread = 2;  // with fewer, threads wait for the last
+  constexpr int64_t kMaxFloats = 32 << 20;  // which the thread keeps
   const int64_t heads_per_kv = p.num_heads_q / p.kv.num_heads_kv;
   const int64_t tiles = div_up(p.rows.max_group_rows * heads_per_kv, Tile::kQueries);
   const int64_t num_items = p.rows.num_groups * tiles * p.kv.num_heads_kv;
   const auto item_at = [&](int64_t i) ORTHRUS_LAMBDA {
     return TileItem{i / p.kv.num_heads_kv / tiles, i / p.kv.num_heads_kv % tiles, i % p.kv.num_heads_kv};
   };
-  // Backwards: in a causal chunk the last tiles are the longest.
-  parallel_each(num_items, [&](int64_t i) { attend_tile<Tile>(p, item_at(num_items - 1 - i)); });
+  int64_t most = 1;
+  for (int64_t r = 0; r < p.rows.num_rows; ++r) most = max_of(most, num_splits(p.rows.prefix_len[r]));
+  SplitSums splits(p.rows.num_rows * int64_t{p.num_heads_q}, p.kv.head_dim);
+  const int64_t num_floats = most * splits.floats_per_split();
+  const bool few = num_threads() > 1 && num_items < kItemsPerThread * num_threads();
+  if (few && most > 1 && num_floats <= kMaxFloats) {
+    splits.data = thread_scratch(num_floats);
+    // The last splits last: they may be short.
+    parallel_each(num_items * most, [&](int64_t i) {
+      attend_tile_split<Tile>(p, item_at(i % num_items), i / num_items, splits);
+    });
+    parallel_each(splits.num_queries / kLanes, [&](int64_t i) { fold_splits(p, i * kLanes, splits); });
+  } else {
+    // Backwards: in a causal chunk the last tiles are the longest.
+    parallel_each(num_items, [&](int64_t i) { attend_tile<Tile>(p, item_at(num_items - 1 - i)); });
+  }
 }
 
 }  // namespace orthrus::cpu::ORTHRUS_ISA

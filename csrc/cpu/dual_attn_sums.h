@@ -46,4 +46,19 @@ ORTHRUS_INLINE void finish(T* out, const Sums& sums, int64_t query, int64_t head
   }
 }
 
+// The sums of every split of every query.
+struct SplitSums {
+  int64_t num_queries, head_dim;
+  float* data = nullptr;
+
+  SplitSums(int64_t num_queries, int64_t head_dim)
+      : num_queries(div_up(num_queries, kLanes) * kLanes), head_dim(head_dim) {}
+  int64_t floats_per_split() const { return num_queries * (head_dim + 2); }
+  Sums at(int64_t split, int64_t query) const {
+    float* top = data + split * floats_per_split();
+    float* total = top + num_queries;
+    return {top + query, total + query, total + num_queries + query * head_dim};
+  }
+};
+
 }  // namespace orthrus::cpu::ORTHRUS_ISA
