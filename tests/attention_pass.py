@@ -183,56 +183,64 @@ def assert_close(got, want):
     assert (got.double() - want).abs().max() < 2**-6 * want.abs().max().clamp(min=1)
 
 
-def set_keys(case, positions, key):
-    """Keys of sequence 0."""
+def set_entries(case, pages, positions, entry):
+    """Of sequence 0."""
     for at in positions:
-        case.k_pages[int(case.page_table[0, at // ops.PAGE_SIZE]), :, at % ops.PAGE_SIZE] = key
+        pages[int(case.page_table[0, at // ops.PAGE_SIZE]), :, at % ops.PAGE_SIZE] = entry
+
+
+def set_keys(case, positions, key):
+    set_entries(case, case.k_pages, positions, key)
+
+
+def set_values(case, positions, value):
+    set_entries(case, case.v_pages, positions, value)
 
 
 def spoil_keys(case, positions):
     """As qkv_commit writes rows that turned NaN: the key NaN, the value 0."""
     set_keys(case, positions, torch.nan)
-    for at in positions:
-        case.v_pages[int(case.page_table[0, at // ops.PAGE_SIZE]), :, at % ops.PAGE_SIZE] = 0
+    set_values(case, positions, 0)
 
 
-def spoil_the_block(case):
+def spoil_the_block(case, split):
     case.scratch_k.fill_(torch.nan)
     case.scratch_v.zero_()
 
 
-def spoil_a_key_beside_a_loud_one(case):
+def spoil_a_key_beside_a_loud_one(case, split):
     """Of the other scores e^(score - maximum) is 0, whatever the head."""
     case.q[case.rows.position >= 0] = 8
     set_keys(case, [0], 8)
-    spoil_keys(case, [140])
+    spoil_keys(case, [split + 12])
 
 
-def spoil_queries(case):
+def spoil_queries(case, split):
     """Of rows that see the first split alone, beside rows that see the second."""
     case.q[1:3] = torch.nan
 
 
-# What turns NaN in check_nan_outlives_the_splits, whose splits are 128 keys long, and one is the block.
+# What turns NaN in check_nan_outlives_the_splits.
 SPOIL = {
-    "all of the first split": lambda case: spoil_keys(case, range(128)),
-    "all of a later split": lambda case: spoil_keys(case, range(128, 256)),
+    "all of the first split": lambda case, split: spoil_keys(case, range(split)),
+    "all of a later split": lambda case, split: spoil_keys(case, range(split, 2 * split)),
     "all of the block": spoil_the_block,
     "a key far below the maximum": spoil_a_key_beside_a_loud_one,
     "queries": spoil_queries,
 }
 
 
-def check_nan_outlives_the_splits(make, spoil):
-    """Whoever sees NaN has it, with splits folded in registers or not, and the others nothing of it."""
-    case = make([Group("ar", 0, 125, 8), Group("ar", 0, 300, 2), Group("diff", 0, 270, 4), Group("ar", 1, 200, 2)])
-    SPOIL[spoil](case)
+def check_nan_outlives_the_splits(make, spoil, split=128):
+    """Whoever sees NaN has it, with splits (of ``split`` keys) folded at once or not, and the others nothing of it."""
+    across, long = Group("ar", 0, split - 3, 8), Group("ar", 0, 2 * split + 44, 2)
+    case = make([across, long, Group("diff", 0, 2 * split + 14, 4), Group("ar", 1, split + 72, 2)])
+    SPOIL[spoil](case, split)
     want = case.expected()
-    split, fold = case.run(), case.run(split=False)
-    assert torch.equal(split.isnan(), want.isnan())
+    apart, fold = case.run(), case.run(split=False)
+    assert torch.equal(apart.isnan(), want.isnan())
     assert torch.equal(fold.isnan(), want.isnan())
-    assert torch.equal(split.nan_to_num(), fold.nan_to_num())
-    assert_close(split.nan_to_num(), want.nan_to_num())
+    assert torch.equal(apart.nan_to_num(), fold.nan_to_num())
+    assert_close(apart.nan_to_num(), want.nan_to_num())
 
 
 def check_a_nan_key_spoils_those_who_see_it_alone(make):

@@ -1,13 +1,20 @@
 // Paged attention of AR and diffusion rows under the mask of rows.h: the walk over queries and keys.
 //
-// Keys are taken 64 at a time at fixed absolute positions, a block's own keys last, in an online
-// softmax. A query is one row's head; a tile holds queries that share a KV head, as many as its arithmetic
-// likes. A key that a query does not see never enters that query's sums, so tiles change no bit and unused
-// cache may hold anything.
+// A prefix is cut into splits at fixed absolute positions. The keys of a split are taken 64 at a time, in an online
+// softmax that begins anew with every split, and a query's splits are folded in ascending order; a block's own keys
+// come last, within the last split of the query's prefix. A query is one row's head; a tile holds queries that share
+// a KV head, as many as its arithmetic likes. A key that a query does not see never enters that query's sums, nor a
+// split of which it sees nothing, so tiles change no bit and unused cache may hold anything.
 //
-// A tile is a QueryRows with begin(), attend(keys) for every 64 keys, and finish(): dual_attn_vectors.h,
-// dual_attn_amx.h.
+// Two ways to the same bits: a tile folds its splits one by one (many tiles: prefill), or every split is an item of
+// its own, and its sums are kept until all are there to be folded (few tiles: decoding).
+//
+// Rounding points: weights, before their sum and their product with the values, and the output.
+//
+// A tile is a QueryRows with begin(), and for every split begin_split(sums), attend(keys) for every 64 keys, and
+// end_split(): dual_attn_vectors.h, dual_attn_amx.h.
 #pragma once
+#include "dual_attn_sums.h"
 #include "orthrus/rows.h"
 #include "pool.h"
 #include "simd.h"
@@ -17,6 +24,10 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 constexpr int kKeys = 64;
 constexpr int kMaxQueries = 32;
 constexpr int kMaxHeadDim = 256;
+constexpr int64_t kSplitKeys = 512;
+
+// At least one: for the block, if there is no prefix.
+ORTHRUS_INLINE int64_t num_splits(int64_t prefix_len) { return max_of(1, div_up(prefix_len, kSplitKeys)); }
 
 // Up to 64 keys as a query tile sees them.
 template <typename T>
@@ -31,95 +42,190 @@ template <typename T>
 struct QueryRows {
   using Element = T;
   const T* q_row[kMaxQueries];
-  T* out_row[kMaxQueries];
   int32_t row[kMaxQueries];
+  int32_t prefix_len[kMaxQueries];
+  int64_t index[kMaxQueries];  // of the query in q and out
   int64_t num_queries;
+  int64_t longest;  // of the prefixes
   int64_t head_dim;
   float scale;
+  Sums sums;  // of the split at hand
 };
 
+struct TileItem {
+  int64_t group, tile, head_kv;
+};
+
+// False if the group has no such tile.
 template <typename Tile, typename T>
-ORTHRUS_INLINE void attend_prefix(const DualAttnParamsOf<T>& p, int64_t slot, int64_t head_kv, Tile& queries,
+ORTHRUS_INLINE bool take_queries(const DualAttnParamsOf<T>& p, const TileItem& item, Tile& queries) {
+  static_assert(Tile::kQueries <= kMaxQueries);
+  const int64_t begin = p.rows.group_start[item.group], end = p.rows.group_start[item.group + 1];
+  const int64_t heads_per_kv = p.num_heads_q / p.kv.num_heads_kv;
+  const int64_t first = item.tile * Tile::kQueries;
+  queries.num_queries = min_of(Tile::kQueries, (end - begin) * heads_per_kv - first);
+  if (queries.num_queries <= 0) return false;
+  queries.head_dim = p.kv.head_dim;
+  queries.scale = p.softmax_scale;
+  queries.longest = 0;
+  for (int64_t q = 0; q < queries.num_queries; ++q) {
+    const int64_t row = begin + (first + q) / heads_per_kv;
+    const int64_t head = item.head_kv * heads_per_kv + (first + q) % heads_per_kv;
+    queries.row[q] = static_cast<int32_t>(row);
+    queries.prefix_len[q] = p.rows.prefix_len[row];
+    queries.longest = max_of(queries.longest, queries.prefix_len[q]);
+    queries.index[q] = row * p.num_heads_q + head;
+    queries.q_row[q] = p.q + queries.index[q] * queries.head_dim;
+  }
+  return true;
+}
+
+template <typename Tile, typename T>
+ORTHRUS_INLINE void attend_prefix(const DualAttnParamsOf<T>& p, const TileItem& item, int64_t split, Tile& queries,
                                   KeyRows<T>& keys) {
-  int64_t longest = 0;
-  for (int64_t q = 0; q < queries.num_queries; ++q) longest = max_of(longest, p.rows.prefix_len[queries.row[q]]);
-  const int32_t* pages = p.kv.page_table + slot * p.kv.max_pages;
+  const int64_t seq = p.rows.seq[p.rows.group_start[item.group]];
+  const int32_t* pages = p.kv.page_table + seq * p.kv.max_pages;
   const int64_t page_size = p.kv.page_size;
-  for (int64_t begin = 0; begin < longest; begin += kKeys) {
-    keys.num_keys = min_of(kKeys, longest - begin);
+  const int64_t end = min_of((split + 1) * kSplitKeys, queries.longest);
+  for (int64_t begin = split * kSplitKeys; begin < end; begin += kKeys) {
+    keys.num_keys = min_of(kKeys, end - begin);
     for (int64_t j = 0; j < keys.num_keys;) {
       const int64_t page = pages[(begin + j) / page_size];
       const int64_t slot = (begin + j) % page_size;
-      int64_t at = ((page * p.kv.num_heads_kv + head_kv) * page_size + slot) * queries.head_dim;
+      int64_t at = ((page * p.kv.num_heads_kv + item.head_kv) * page_size + slot) * queries.head_dim;
       for (int64_t in_page = slot; in_page < page_size && j < keys.num_keys; ++in_page, ++j, at += queries.head_dim) {
         keys.k_row[j] = p.kv.k_pages + at;
         keys.v_row[j] = p.kv.v_pages + at;
       }
     }
     for (int64_t q = 0; q < queries.num_queries; ++q) {
-      keys.visible[q] =
-          static_cast<int32_t>(max_of(0, min_of(keys.num_keys, p.rows.prefix_len[queries.row[q]] - begin)));
+      keys.visible[q] = static_cast<int32_t>(max_of(0, min_of(keys.num_keys, queries.prefix_len[q] - begin)));
     }
     queries.attend(keys);
   }
 }
 
 template <typename Tile, typename T>
-ORTHRUS_INLINE void attend_block(const DualAttnParamsOf<T>& p, int64_t begin, int64_t end, int64_t head_kv,
-                                 Tile& queries, KeyRows<T>& keys) {
-  for (int64_t row = begin; row < end;) {
+ORTHRUS_INLINE void attend_block(const DualAttnParamsOf<T>& p, const TileItem& item, int64_t split, Tile& queries,
+                                 KeyRows<T>& keys) {
+  bool sees[kMaxQueries], any = false;
+  for (int64_t q = 0; q < queries.num_queries; ++q) {
+    sees[q] = row_is_valid(p.rows.position[queries.row[q]]) && split == num_splits(queries.prefix_len[q]) - 1;
+    any |= sees[q];
+  }
+  if (!any) return;
+  const int64_t end = p.rows.group_start[item.group + 1];
+  for (int64_t row = p.rows.group_start[item.group]; row < end;) {
     keys.num_keys = 0;
     for (; row < end && keys.num_keys < kKeys; ++row) {
       if (!sees_block(p.rows.position[row])) continue;
-      const int64_t at = ((row - p.rows.num_rows_ar) * p.kv.num_heads_kv + head_kv) * queries.head_dim;
+      const int64_t at = ((row - p.rows.num_rows_ar) * p.kv.num_heads_kv + item.head_kv) * queries.head_dim;
       keys.k_row[keys.num_keys] = p.scratch_k + at;
       keys.v_row[keys.num_keys] = p.scratch_v + at;
       ++keys.num_keys;
     }
     for (int64_t q = 0; q < queries.num_queries; ++q) {
-      keys.visible[q] = row_is_valid(p.rows.position[queries.row[q]]) ? static_cast<int32_t>(keys.num_keys) : 0;
+      keys.visible[q] = sees[q] ? static_cast<int32_t>(keys.num_keys) : 0;
     }
     if (keys.num_keys > 0) queries.attend(keys);
   }
 }
 
+// Into `sums`, what the queries have of one split.
 template <typename Tile, typename T>
-ORTHRUS_INLINE void attend_tile(const DualAttnParamsOf<T>& p, int64_t group, int64_t tile, int64_t head_kv) {
-  static_assert(Tile::kQueries <= kMaxQueries);
-  const int64_t begin = p.rows.group_start[group], end = p.rows.group_start[group + 1];
-  const int64_t heads_per_kv = p.num_heads_q / p.kv.num_heads_kv;
-  const int64_t first = tile * Tile::kQueries;
-  if (first >= (end - begin) * heads_per_kv) return;
-
-  Tile queries;
+inline void attend_split(const DualAttnParamsOf<T>& p, const TileItem& item, int64_t split, Tile& queries,
+                         const Sums& sums) {
   KeyRows<T> keys;
-  queries.num_queries = min_of(Tile::kQueries, (end - begin) * heads_per_kv - first);
-  queries.head_dim = p.kv.head_dim;
-  queries.scale = p.softmax_scale;
-  for (int64_t q = 0; q < queries.num_queries; ++q) {
-    const int64_t row = begin + (first + q) / heads_per_kv;
-    const int64_t at = (row * p.num_heads_q + head_kv * heads_per_kv + (first + q) % heads_per_kv) * queries.head_dim;
-    queries.row[q] = static_cast<int32_t>(row);
-    queries.q_row[q] = p.q + at;
-    queries.out_row[q] = p.out + at;
-  }
+  queries.begin_split(sums);
+  attend_prefix(p, item, split, queries, keys);
+  if (item.group >= p.rows.num_groups_ar) attend_block(p, item, split, queries, keys);
+  queries.end_split();
+}
+
+struct TileSums {
+  alignas(64) float top[kMaxQueries + kLanes] = {};
+  alignas(64) float total[kMaxQueries + kLanes] = {};
+  alignas(64) float mixed[kMaxQueries * kMaxHeadDim];
+
+  Sums view() { return {top, total, mixed}; }
+};
+
+template <typename Tile, typename T>
+inline void attend_tile(const DualAttnParamsOf<T>& p, const TileItem& item) {
+  Tile queries;
+  if (!take_queries(p, item, queries)) return;
+  TileSums folded, next;
   queries.begin();
-  attend_prefix(p, p.rows.seq[begin], head_kv, queries, keys);
-  if (group >= p.rows.num_groups_ar) attend_block(p, begin, end, head_kv, queries, keys);
-  queries.finish();
+  attend_split(p, item, 0, queries, folded.view());
+  for (int64_t split = 1; split < num_splits(queries.longest); ++split) {
+    attend_split(p, item, split, queries, next.view());
+    fold(folded.view(), next.view(), queries.num_queries, queries.head_dim,
+         [&](int64_t q) ORTHRUS_LAMBDA { return split < num_splits(queries.prefix_len[q]); });
+  }
+  for (int64_t q = 0; q < queries.num_queries; ++q) {
+    finish(p.out + queries.index[q] * queries.head_dim, folded.view(), q, queries.head_dim);
+  }
+}
+
+template <typename Tile, typename T>
+inline void attend_tile_split(const DualAttnParamsOf<T>& p, const TileItem& item, int64_t split,
+                              const SplitSums& splits) {
+  Tile queries;
+  if (!take_queries(p, item, queries) || split >= num_splits(queries.longest)) return;
+  TileSums sums;
+  queries.begin();
+  attend_split(p, item, split, queries, sums.view());
+  for (int64_t q = 0; q < queries.num_queries; ++q) {
+    const Sums out = splits.at(split, queries.index[q]);
+    *out.top = sums.top[q];
+    *out.total = sums.total[q];
+    std::memcpy(out.mixed, sums.mixed + q * queries.head_dim, queries.head_dim * sizeof(float));
+  }
+}
+
+// Queries [first, first + 16), or as many of them as there are.
+template <typename T>
+inline void fold_splits(const DualAttnParamsOf<T>& p, int64_t first, const SplitSums& splits) {
+  const int64_t num_queries = min_of(kLanes, p.rows.num_rows * int64_t{p.num_heads_q} - first);
+  int64_t count[kLanes], most = 1;
+  for (int64_t q = 0; q < num_queries; ++q) {
+    count[q] = num_splits(p.rows.prefix_len[(first + q) / p.num_heads_q]);
+    most = max_of(most, count[q]);
+  }
+  const Sums folded = splits.at(0, first);
+  for (int64_t split = 1; split < most; ++split) {
+    fold(folded, splits.at(split, first), num_queries, p.kv.head_dim,
+         [&](int64_t q) ORTHRUS_LAMBDA { return split < count[q]; });
+  }
+  for (int64_t q = 0; q < num_queries; ++q) finish(p.out + (first + q) * p.kv.head_dim, folded, q, p.kv.head_dim);
 }
 
 template <typename Tile>
 inline void dual_attn(const DualAttnParamsOf<typename Tile::Element>& p) {
+  constexpr int64_t kItemsPerThread = 2;  // with fewer, threads wait for the last
+  constexpr int64_t kMaxFloats = 32 << 20;  // which the thread keeps
   const int64_t heads_per_kv = p.num_heads_q / p.kv.num_heads_kv;
   const int64_t tiles = div_up(p.rows.max_group_rows * heads_per_kv, Tile::kQueries);
   const int64_t num_items = p.rows.num_groups * tiles * p.kv.num_heads_kv;
-  // Backwards: in a causal chunk the last tiles are the longest.
-  parallel_each(num_items, [&](int64_t i) {
-    const int64_t item = num_items - 1 - i;
-    attend_tile<Tile>(p, item / p.kv.num_heads_kv / tiles, item / p.kv.num_heads_kv % tiles,
-                      item % p.kv.num_heads_kv);
-  });
+  const auto item_at = [&](int64_t i) ORTHRUS_LAMBDA {
+    return TileItem{i / p.kv.num_heads_kv / tiles, i / p.kv.num_heads_kv % tiles, i % p.kv.num_heads_kv};
+  };
+  int64_t most = 1;
+  for (int64_t r = 0; r < p.rows.num_rows; ++r) most = max_of(most, num_splits(p.rows.prefix_len[r]));
+  SplitSums splits(p.rows.num_rows * int64_t{p.num_heads_q}, p.kv.head_dim);
+  const int64_t num_floats = most * splits.floats_per_split();
+  const bool few = num_threads() > 1 && num_items < kItemsPerThread * num_threads();
+  if (few && most > 1 && num_floats <= kMaxFloats) {
+    splits.data = thread_scratch(num_floats);
+    // The last splits last: they may be short.
+    parallel_each(num_items * most, [&](int64_t i) {
+      attend_tile_split<Tile>(p, item_at(i % num_items), i / num_items, splits);
+    });
+    parallel_each(splits.num_queries / kLanes, [&](int64_t i) { fold_splits(p, i * kLanes, splits); });
+  } else {
+    // Backwards: in a causal chunk the last tiles are the longest.
+    parallel_each(num_items, [&](int64_t i) { attend_tile<Tile>(p, item_at(num_items - 1 - i)); });
+  }
 }
 
 }  // namespace orthrus::cpu::ORTHRUS_ISA

@@ -23,10 +23,6 @@ struct AmxTile : QueryRows<bf16_t> {
   alignas(64) uint32_t weight_words[kPairs][kTileHeight];
   alignas(64) bf16_t weight[kQueries][kKeys];                     // e^(score - top)
   alignas(64) int32_t visible[kQueries];
-  alignas(64) float top[kQueries];                                // running maximum of the scores
-  alignas(64) float decay[kQueries];                              // e^(old maximum - new maximum)
-  alignas(64) float total[kQueries];                              // running sum of the weights
-  alignas(64) float mixed[kQueries * kMaxHeadDim];                // [query][head_dim], running weighted sum of values
 
   bool two() const { return num_queries > kTileHeight; }
   int64_t depth() const { return div_up(head_dim, kTileDepth) * kTileDepth; }
@@ -35,11 +31,15 @@ struct AmxTile : QueryRows<bf16_t> {
 
   ORTHRUS_INLINE void begin() {
     for (int t = 0; t < 1 + two(); ++t) transpose_queries(t);
+  }
+
+  ORTHRUS_INLINE void begin_split(const Sums& into) {
+    sums = into;
     for (int q = 0; q < kQueries; ++q) {
-      top[q] = -__builtin_inff();
-      total[q] = 0.f;
+      sums.top[q] = -__builtin_inff();
+      sums.total[q] = 0.f;
     }
-    std::memset(mixed, 0, (1 + two()) * kTileHeight * head_dim * sizeof(float));
+    std::memset(sums.mixed, 0, (1 + two()) * kTileHeight * head_dim * sizeof(float));
   }
 
   ORTHRUS_INLINE void attend(const KeyRows<bf16_t>& keys) {
@@ -60,14 +60,7 @@ struct AmxTile : QueryRows<bf16_t> {
     if (!finite) add_wild_values(keys);
   }
 
-  ORTHRUS_INLINE void finish() {
-    for (int64_t q = 0; q < num_queries; ++q) {
-      const float inverse = total[q] == 0.f ? 0.f : 1.f / total[q];  // a row that sees nothing yields zeros
-      for (int64_t d = 0; d < head_dim; d += kLanes) {
-        store(out_row[q] + d, mul(add(load(&mixed[q * head_dim + d]), zero()), set1(inverse)));
-      }
-    }
-  }
+  ORTHRUS_INLINE void end_split() {}
 
  private:
   ORTHRUS_INLINE void transpose_queries(int t) {
@@ -138,7 +131,7 @@ struct AmxTile : QueryRows<bf16_t> {
         best[i] = max(best[i], value);
       }
     }
-    const Vec old_top = load(&top[t * kTileHeight]);
+    const Vec old_top = load(sums.top + t * kTileHeight);
     const Vec new_top = max(old_top, max(max(best[0], best[1]), max(best[2], best[3])));
     // Against nothing seen yet, e^(-inf) is 0, and e^(-inf + inf) would be NaN.
     const Vec base = _mm512_mask_mov_ps(new_top, _mm512_cmp_ps_mask(new_top, none, _CMP_EQ_OQ), zero());
@@ -153,8 +146,9 @@ struct AmxTile : QueryRows<bf16_t> {
       sum[1] = add(sum[1], as_floats(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u)))));
     }
     for (int64_t i = num_rows / 2; i % kTileHeight; ++i) std::memset(weight_words[i], 0, sizeof weight_words[i]);
-    store(&top[t * kTileHeight], new_top);
-    store(&total[t * kTileHeight], add(mul(load(&total[t * kTileHeight]), fade), add(sum[0], sum[1])));
+    store(sums.top + t * kTileHeight, new_top);
+    float* total = sums.total + t * kTileHeight;
+    store(total, add(mul(load(total), fade), add(sum[0], sum[1])));
 
     for (int64_t first = 0; first < num_rows / 2; first += kTileHeight) {
       const uint32_t* in[kTileHeight];
@@ -162,11 +156,14 @@ struct AmxTile : QueryRows<bf16_t> {
       transpose16(in, reinterpret_cast<uint32_t*>(&weight[t * kTileHeight][2 * first]), kKeys / 2);
     }
 
-    store(&decay[t * kTileHeight], fade);
-    for (int64_t q = t * kTileHeight; q < min_of(num_queries, (t + 1) * kTileHeight); ++q) {
-      if (decay[q] == 1.f) continue;
-      float* row = mixed + q * head_dim;
-      for (int64_t d = 0; d < head_dim; d += kLanes) store(row + d, mul(load(row + d), set1(decay[q])));
+    alignas(64) float decay[kTileHeight];  // e^(old maximum - new maximum)
+    store(decay, fade);
+    const __mmask16 has_sums = _mm512_cmp_ps_mask(old_top, none, _CMP_NEQ_UQ);
+    uint32_t left = _mm512_mask_cmp_ps_mask(has_sums, fade, set1(1.f), _CMP_NEQ_UQ);
+    for (; left; left &= left - 1) {
+      const int i = __builtin_ctz(left);
+      float* row = sums.mixed + (t * kTileHeight + i) * head_dim;
+      for (int64_t d = 0; d < head_dim; d += kLanes) store(row + d, mul(load(row + d), set1(decay[i])));
     }
   }
 
@@ -201,7 +198,7 @@ struct AmxTile : QueryRows<bf16_t> {
     const int64_t row_bytes = head_dim * sizeof(float);
     for (int64_t d = 0; d < head_dim; d += 2 * kLanes) {
       const bool two_columns = d + kLanes < head_dim;
-      float* at = mixed + d;
+      float* at = sums.mixed + d;
       float* below = at + kTileHeight * head_dim;
       tile_load<kSum00>(at, row_bytes);
       if (two_columns) tile_load<kSum01>(at + kLanes, row_bytes);
@@ -239,7 +236,7 @@ struct AmxTile : QueryRows<bf16_t> {
         const bf16_t value = keys.v_row[j][d];
         if (!is_wild(value)) continue;
         for (int64_t q = 0; q < num_queries; ++q) {
-          if (visible[q] > j) mixed[q * head_dim + d] += to_float(weight[q][j]) * to_float(value);
+          if (visible[q] > j) sums.mixed[q * head_dim + d] += to_float(weight[q][j]) * to_float(value);
         }
       }
     }

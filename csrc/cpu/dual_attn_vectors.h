@@ -13,31 +13,26 @@ struct VectorTile : QueryRows<T> {
   static constexpr int kQueries = 24;
   using QueryRows<T>::num_queries;
   using QueryRows<T>::head_dim;
+  using QueryRows<T>::sums;
 
   alignas(64) uint32_t k_words[kMaxHeadDim / kPerWord<T>][kKeys];  // the keys transposed, in words
-  float top[kQueries + kLanes];                    // running maximum of the scores
-  float decay[kLanes];                             // e^(old maximum - new maximum) of the queries at hand
+  float decay[kLanes];                        // e^(old maximum - new maximum) of the queries at hand
   alignas(64) float score[kQueries][kKeys];
-  alignas(64) T weight[kQueries][kKeys];           // e^(score - top)
-  alignas(64) float total[kQueries][kLanes];       // running sum of the weights, lane by lane
-  alignas(64) float mixed[kQueries][kMaxHeadDim];  // running weighted sum of the values
+  alignas(64) T weight[kQueries][kKeys];      // e^(score - top)
+  alignas(64) float total[kQueries][kLanes];  // sum of the weights, lane by lane
 
-  ORTHRUS_INLINE void begin() {
-    for (float& value : top) value = -__builtin_inff();
+  ORTHRUS_INLINE void begin() {}
+  ORTHRUS_INLINE void begin_split(const Sums& into) {
+    sums = into;
     for (int64_t q = 0; q < num_queries; ++q) {
+      sums.top[q] = -__builtin_inff();
       std::memset(total[q], 0, sizeof total[q]);
-      std::memset(mixed[q], 0, head_dim * sizeof(float));
     }
+    std::memset(sums.mixed, 0, num_queries * head_dim * sizeof(float));
   }
   ORTHRUS_INLINE void attend(const KeyRows<T>& keys);
-  ORTHRUS_INLINE void finish() {
-    for (int64_t q = 0; q < num_queries; ++q) {
-      const float sum = reduce_add(load(total[q]));
-      const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // a row that sees nothing yields zeros
-      for (int64_t d = 0; d < head_dim; d += kLanes) {
-        store(this->out_row[q] + d, mul(load(&mixed[q][d]), set1(inverse)));
-      }
-    }
+  ORTHRUS_INLINE void end_split() {
+    for (int64_t q = 0; q < num_queries; ++q) sums.total[q] = reduce_add(load(total[q]));
   }
 };
 
@@ -103,16 +98,17 @@ inline void score_queries(VectorTile<T>& queries, const KeyRows<T>& keys, int64_
 template <int kCount, typename T>
 inline void weigh_queries(VectorTile<T>& queries, int64_t first, int64_t num_vecs) {
   static_assert(kCount <= kLanes);
-  const Vec old_top = load(&queries.top[first]);
+  float* const running_top = queries.sums.top;
+  const Vec old_top = load(running_top + first);
   for (int64_t q = first; q < first + kCount; ++q) {
     Vec top = load(queries.score[q]);
     for (int64_t b = 1; b < num_vecs; ++b) top = max(top, load(&queries.score[q][b * kLanes]));
     const float tile_top = reduce_max(top);
-    if (tile_top > queries.top[q]) queries.top[q] = tile_top;
+    if (tile_top > running_top[q]) running_top[q] = tile_top;
   }
-  store(queries.decay, exp(sub(old_top, load(&queries.top[first]))));
+  store(queries.decay, exp(sub(old_top, load(running_top + first))));
   for (int64_t q = first; q < first + kCount; ++q) {
-    const Vec top = set1(queries.top[q]);
+    const Vec top = set1(running_top[q]);
     Vec total = mul(load(queries.total[q]), set1(queries.decay[q - first]));
     for (int64_t b = 0; b < num_vecs; ++b) {
       T* weight = &queries.weight[q][b * kLanes];
@@ -130,12 +126,13 @@ ORTHRUS_INLINE WordVec zip_words(const float* const* rows, int64_t d) { return l
 // mixed = mixed * decay + weights x values, for queries that see the same number of keys.
 template <int kCount, int kVecs, typename T>
 inline void mix_queries(VectorTile<T>& queries, const KeyRows<T>& keys, int64_t first, int64_t lane) {
+  float* mixed = queries.sums.mixed + first * queries.head_dim + lane;
   Vec acc[kCount][kVecs];
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) {
     const Vec decay = set1(queries.decay[q]);
     ORTHRUS_UNROLL
-    for (int c = 0; c < kVecs; ++c) acc[q][c] = mul(load(&queries.mixed[first + q][lane + c * kLanes]), decay);
+    for (int c = 0; c < kVecs; ++c) acc[q][c] = mul(load(mixed + q * queries.head_dim + c * kLanes), decay);
   }
   const auto add_keys = [&](auto values_of, auto weights_of) ORTHRUS_LAMBDA {
     WordVec v[kVecs];
@@ -163,7 +160,7 @@ inline void mix_queries(VectorTile<T>& queries, const KeyRows<T>& keys, int64_t 
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) {
     ORTHRUS_UNROLL
-    for (int c = 0; c < kVecs; ++c) store(&queries.mixed[first + q][lane + c * kLanes], acc[q][c]);
+    for (int c = 0; c < kVecs; ++c) store(mixed + q * queries.head_dim + c * kLanes, acc[q][c]);
   }
 }
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native mo
 # differs (long, 4 prompts: 4.79 on AVX2). A broken drafter gives about 1.
 PINNED = {
     "avx512_bf16": {"code": 3.663, "chat": 3.217, "long": 5.03},
-    "amx_bf16": {"code": 3.609, "chat": 3.552, "long": 4.932},
+    "amx_bf16": {"code": 3.609, "chat": 3.552, "long": 5.347},
 }
 TIGHT, LOOSE = 0.05, 0.4
 SMALL = [prompts.load(kind)[0] for kind in prompts.KINDS]
