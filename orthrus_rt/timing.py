@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from orthrus_rt.weights import huge_pages
+
 
 def percentiles(samples: list[float]) -> dict[str, float]:
     ordered = sorted(samples)
@@ -36,10 +38,10 @@ def measure(run: Callable[[], object], device: torch.device, *, repeats: int = 2
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """GB/s of reading memory far larger than any cache and writing next to nothing."""
+    """GB/s of reading memory far larger than any cache, in huge pages as weights are, and writing next to nothing."""
     if device.type != "cuda":
-        data = torch.ones(64 << 20, dtype=torch.float32)
-        return data.numel() * 4e-3 / measure(data.sum, device)["p20"]
+        data = huge_pages.empty(torch.Size([64 << 20]), torch.float32).fill_(1.0)
+        return data.numel() * 4e-3 / measure(lambda: torch.dot(data, data), device)["p20"]
     import triton
     import triton.language as tl
 

@@ -81,7 +81,7 @@ def _pack_cpu(weight, gate_up):
     else:
         data = strips(weight, CPU_STRIP)
     data = data.transpose(1, 2)
-    return _huge_pages.empty(data.shape, data.dtype).copy_(data), -(-weight.shape[0] // CPU_ARGMAX_TILE)
+    return huge_pages.empty(data.shape, data.dtype).copy_(data), -(-weight.shape[0] // CPU_ARGMAX_TILE)
 
 
 class _HugePages:
@@ -101,12 +101,13 @@ class _HugePages:
                 with torch.inference_mode(False):  # else only callers in inference mode could use the rest of it
                     block = torch.empty(max(size, self.BLOCK) + self.PAGE, dtype=torch.uint8)
                 self.block = block[-block.data_ptr() % self.PAGE :]
-                dispatch.native().cpu.advise_huge_pages(self.block.data_ptr(), self.block.nbytes)
+                if native := dispatch.native():
+                    native.cpu.advise_huge_pages(self.block.data_ptr(), self.block.nbytes)
             data, self.block = self.block[:nbytes].view(dtype).view(shape), self.block[size:]
         return data
 
 
-_huge_pages = _HugePages()
+huge_pages = _HugePages()
 
 
 def _pack_cuda(weight, gate_up):
