@@ -12,6 +12,7 @@ from orthrus_rt.config import ModelConfig
 from orthrus_rt.device import upload
 from orthrus_rt.ops import PAGE_SIZE
 from orthrus_rt.pages import PagePool
+from orthrus_rt.weights import huge_pages
 
 SINK_PAGE = 0  # invalid rows write here; nobody reads it
 
@@ -40,7 +41,10 @@ class PagedKvCache:
         self.max_pages = -(-max_seq_len // PAGE_SIZE)
         self.num_pages, self.prefix_caching = num_pages, prefix_caching
         shape = (config.num_layers, 2, num_pages, config.num_heads_kv, PAGE_SIZE, config.head_dim)
-        self.pages = torch.empty(shape, dtype=dtype, device=device)
+        if torch.device(device).type == "cpu":
+            self.pages = huge_pages.empty(torch.Size(shape), dtype)
+        else:
+            self.pages = torch.empty(shape, dtype=dtype, device=device)
         self.k_pages = [self.pages[i, 0] for i in range(config.num_layers)]
         self.v_pages = [self.pages[i, 1] for i in range(config.num_layers)]
         self.page_table = torch.full((num_slots, self.max_pages), SINK_PAGE, dtype=torch.int32, device=device)

@@ -29,9 +29,25 @@ constexpr int64_t kSplitKeys = 512;
 // At least one: for the block, if there is no prefix.
 ORTHRUS_INLINE int64_t num_splits(int64_t prefix_len) { return max_of(1, div_up(prefix_len, kSplitKeys)); }
 
+// Where the next 64 keys and values lie: on a page of their own, which the processor cannot foresee.
+struct KeysAhead {
+  const char* k = nullptr;
+  const char* v = nullptr;
+  int64_t num_bytes = 0;  // of each
+
+  // Asks memory for `count` of `parts` parts, from `part` on: a few lines at a time, amid arithmetic.
+  ORTHRUS_INLINE void ask(int64_t part, int64_t parts, int64_t count) const {
+    for (int64_t at = num_bytes * part / parts; at < num_bytes * (part + count) / parts; at += kLineBytes) {
+      prefetch(k + at);
+      prefetch(v + at);
+    }
+  }
+};
+
 // Up to 64 keys as a query tile sees them.
 template <typename T>
 struct KeyRows {
+  KeysAhead ahead;
   const T* k_row[kKeys];
   const T* v_row[kKeys];
   int64_t num_keys;
@@ -100,6 +116,13 @@ ORTHRUS_INLINE void attend_prefix(const DualAttnParamsOf<T>& p, const TileItem& 
     }
     for (int64_t q = 0; q < queries.num_queries; ++q) {
       keys.visible[q] = static_cast<int32_t>(max_of(0, min_of(keys.num_keys, queries.prefix_len[q] - begin)));
+    }
+    keys.ahead = {};
+    if (page_size == kKeys && begin + kKeys < end) {
+      const int64_t page = pages[begin / kKeys + 1];
+      const int64_t at = (page * p.kv.num_heads_kv + item.head_kv) * kKeys * queries.head_dim;
+      keys.ahead = {reinterpret_cast<const char*>(p.kv.k_pages + at), reinterpret_cast<const char*>(p.kv.v_pages + at),
+                    kKeys * queries.head_dim * int64_t{sizeof(T)}};
     }
     queries.attend(keys);
   }

@@ -49,7 +49,7 @@ struct AmxTile : QueryRows<bf16_t> {
     } else {
       make_scores<false>(keys);
     }
-    for (int t = 0; t < 1 + two(); ++t) make_weights(t, keys.num_keys);
+    for (int t = 0; t < 1 + two(); ++t) make_weights(t, keys.num_keys, t == 0 ? keys.ahead : KeysAhead{});
     const bool finite = pair_values(keys);
     if (!finite) zero_wild_values(keys.num_keys);
     if (two()) {
@@ -116,7 +116,7 @@ struct AmxTile : QueryRows<bf16_t> {
   }
 
   // Scores of 16 queries to weights: new maxima, e^(score - maximum), running sums, the old mixture decayed.
-  ORTHRUS_INLINE void make_weights(int t, int64_t num_keys) {
+  ORTHRUS_INLINE void make_weights(int t, int64_t num_keys, const KeysAhead& ahead) {
     const Vec none = set1(-__builtin_inff());
     const __m512i seen = _mm512_load_si512(&visible[t * kTileHeight]);
     const int64_t num_rows = div_up(num_keys, kTileHeight) * kTileHeight;
@@ -138,6 +138,7 @@ struct AmxTile : QueryRows<bf16_t> {
     const Vec fade = exp(sub(old_top, base));
     Vec sum[2] = {zero(), zero()};
     for (int64_t j = 0; j < num_rows; j += 2) {
+      ahead.ask(j, num_rows, 2);
       const Vec even = exp(sub(load(&score[j][t * kTileHeight]), base));
       const Vec odd = exp(sub(load(&score[j + 1][t * kTileHeight]), base));
       const __m512i words = pair_words(even, odd);

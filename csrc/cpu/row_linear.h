@@ -22,7 +22,6 @@ struct Ahead {
 };
 // Distance at which a lone tile, which reads each weight once, runs ahead of itself.
 constexpr int kAheadBytes = 16384;
-constexpr int kLineBytes = 64;
 constexpr int kStepBytes = kStrip * sizeof(uint32_t);
 
 // acc[r][0 ... 31] of kRows rows against one strip.

@@ -23,6 +23,7 @@
 namespace orthrus::cpu::ORTHRUS_ISA {
 
 constexpr int kLanes = 16;
+constexpr int kLineBytes = 64;  // of cache
 
 ORTHRUS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 ORTHRUS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
