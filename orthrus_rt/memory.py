@@ -3,7 +3,9 @@
 Weights, cache, activations and workspace are allocated when the engine is made, the latter
 two again where a call asks for larger cycles. Logits, edits, and each cycle with its
 graph are allocated at their first use; from then on decoding allocates nothing more that lasts. What
-``acceptance="rejection"`` computes on the host's side of a cycle comes and goes with each.
+``acceptance="rejection"`` computes on the host's side of a cycle comes and goes with each. On the CPU the calling
+thread keeps, outside this report, what attention has of every 512 positions of a few rows while its threads share
+them: fp32 ``[splits, rows, num_heads_q, head_dim + 2]``, at most 128 MB.
 """
 
 from __future__ import annotations
