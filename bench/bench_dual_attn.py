@@ -233,9 +233,7 @@ def main() -> int:
     parser.add_argument("--prefill", default="2048,4096,8192", help="prompts prefilled at once; empty: none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-baseline", action="store_true")
-    parser.add_argument(
-        "--no-flex", action="store_true", help="leave out FlexAttention, compiled for every shape"
-    )
+    parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, compiled for every shape")
     parser.add_argument("--loop", type=int, help="run the first shape this often under an NVTX range, for a profiler")
     parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()

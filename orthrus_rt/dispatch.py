@@ -127,6 +127,11 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
     return _select(op, device, dtype, os.environ.get("ORTHRUS_BACKEND", ""))
 
 
+def row_invariant(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether keys and values have the same bits whatever pass computed them: no op before them is ``reference``."""
+    return all(select(op, device, dtype) != "reference" for op in OPS[: OPS.index("consensus")])
+
+
 @functools.cache
 def _select(op, device, dtype, _env):
     override = requested().get(op)

@@ -70,13 +70,14 @@ class Engine(Generation):
                 self.runner = Runner(
                     self.model, num_slots=sizes.max_batch_size, max_seq_len=sizes.max_seq_len,
                     shapes=self._shapes(self._default_plan, sizes.max_batch_size), num_pages=sizes.num_pages + 1,
-                    max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS, prefix_caching=prefix_caching,
+                    max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS,
                 )  # fmt: skip
         except BaseException:
             self._let_go()
             raise
         self.kv = self.runner.kv
-        self.scheduler = Scheduler(self.kv, sizes.max_batch_size)
+        prefix_caching = prefix_caching and dispatch.row_invariant(self.device, dtype)
+        self.scheduler = Scheduler(self.kv, sizes.max_batch_size, prefix_caching)
 
     def _let_go(self) -> None:
         """Be closed: the device is free for another engine, and the memory goes with the last one who looks at it."""
@@ -121,7 +122,8 @@ class Engine(Generation):
                 With fewer, sequences wait for pages, or give theirs up for a while (same tokens after).
             prefix_caching: whether a prompt takes over keys and values of whole pages that an earlier sequence, which
                 began with the same tokens, has left in the cache or shares with it. The bits are those that it would
-                have computed; only the time of its prefill tells that somebody asked alike before.
+                have computed; only the time of its prefill tells that somebody asked alike before. Without effect
+                where an op runs ``reference``, which is not row-invariant.
 
         Raises:
             CheckpointError: the checkpoint is not whole, not supported or not what it says.

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Iterator
-
 import torch
 
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.device import upload
 from orthrus_rt.ops import PAGE_SIZE
 from orthrus_rt.pages import PagePool
-from orthrus_rt.weights import huge_pages
 
 SINK_PAGE = 0  # invalid rows write here; nobody reads it
 
@@ -24,9 +19,9 @@ class OutOfPages(RuntimeError):
 class PagedKvCache:
     """Pages of 64 positions for every layer, and the table that maps slots to pages.
 
-    With ``prefix_caching``, slots whose sequences begin alike share the pages of that beginning: whole pages of
-    committed positions, which nobody writes any more. As every op is row-invariant they hold the very bits that
-    a slot would have computed by itself.
+    Slots whose sequences begin alike may share the pages of that beginning: whole pages of committed positions, which
+    nobody writes any more, named by :func:`orthrus_rt.pages.page_names`. Where every op is row-invariant they hold the
+    very bits that a slot would have computed by itself.
 
     Attributes:
         k_pages, v_pages: per layer ``[num_pages, num_heads_kv, 64, head_dim]``. What lies beyond the positions that a
@@ -34,17 +29,11 @@ class PagedKvCache:
         page_table: int32 ``[num_slots, max_pages]``; entry i holds positions ``64*i ... 64*i+63``.
     """
 
-    def __init__(
-        self, config: ModelConfig, *, num_slots: int, max_seq_len: int, num_pages: int, device, dtype,
-        prefix_caching: bool = False,
-    ):  # fmt: skip
+    def __init__(self, config: ModelConfig, *, num_slots: int, max_seq_len: int, num_pages: int, device, dtype):
         self.max_pages = -(-max_seq_len // PAGE_SIZE)
-        self.num_pages, self.prefix_caching = num_pages, prefix_caching
+        self.num_pages = num_pages
         shape = (config.num_layers, 2, num_pages, config.num_heads_kv, PAGE_SIZE, config.head_dim)
-        if torch.device(device).type == "cpu":
-            self.pages = huge_pages.empty(torch.Size(shape), dtype)
-        else:
-            self.pages = torch.empty(shape, dtype=dtype, device=device)
+        self.pages = torch.empty(shape, dtype=dtype, device=device)
         self.k_pages = [self.pages[i, 0] for i in range(config.num_layers)]
         self.v_pages = [self.pages[i, 1] for i in range(config.num_layers)]
         self.page_table = torch.full((num_slots, self.max_pages), SINK_PAGE, dtype=torch.int32, device=device)
@@ -54,7 +43,6 @@ class PagedKvCache:
         """Every page is free, and none holds anything."""
         self.pool = PagePool(range(SINK_PAGE + 1, self.num_pages))
         self._held: list[list[int]] = [[] for _ in range(self.page_table.shape[0])]
-        self._names: list[list[bytes]] = [[] for _ in range(self.page_table.shape[0])]  # of each slot's first pages
         self.page_table.fill_(SINK_PAGE)
 
     @property
@@ -65,31 +53,27 @@ class PagedKvCache:
     def nbytes(self) -> int:
         return self.pages.numel() * self.pages.element_size()
 
-    def open(self, slot: int, tokens: list[int], length: int) -> int:
-        """Give the empty ``slot`` pages for positions ``0 ... length-1``, for a sequence that begins with ``tokens``;
-        nothing changes if that fails.
+    def open(self, slot: int, names: list[bytes], length: int) -> int:
+        """Give the empty ``slot`` pages for positions ``0 ... length-1``; the first of them are those that have the
+        first of ``names``, as far as there are such. No page changes hands if that fails.
 
         Returns:
-            How many of the tokens, but never all, have their keys and values there already: a multiple of 64.
+            For how many positions keys and values are there already: a multiple of 64.
 
         Raises:
             OutOfPages: fewer pages are free than needed.
         """
-        found, names = [], []
-        for name in _page_names(tokens[:-1] if self.prefix_caching else [], names):
-            page = self.pool.find(name)
-            if page is None:
+        found = []
+        for name in names:
+            if (page := self.pool.find(name)) is None:
                 break
             found.append(page)
-            names.append(name)
         self.pool.hold(found)
         try:
-            fresh = self._take(slot, length, len(found))
+            self._hand(slot, found + self._take(slot, length, len(found)))
         except OutOfPages:
             self.pool.give_back(found)
             raise
-        self._names[slot] = names
-        self._hand(slot, found + fresh)
         return len(found) * PAGE_SIZE
 
     def reserve(self, slot: int, length: int) -> None:
@@ -101,14 +85,10 @@ class PagedKvCache:
         if fresh := self._take(slot, length, len(self._held[slot])):
             self._hand(slot, fresh)
 
-    def publish(self, slot: int, tokens: list[int]) -> None:
-        """The slot's first positions are for these tokens, and what is there is, to all that is launched from now on,
-        final: others that begin alike may share whole pages of it.
-        """
-        names = self._names[slot]
-        for name in _page_names(tokens if self.prefix_caching else [], names):
-            self.pool.name(self._held[slot][len(names)], name)
-            names.append(name)
+    def publish(self, slot: int, names: list[bytes]) -> None:
+        """The slot's first pages have these names, and what is there is, to all that is launched from now on, final."""
+        for page, name in zip(self._held[slot], names, strict=False):
+            self.pool.name(page, name)
 
     def _take(self, slot: int, length: int, there: int) -> list[int]:
         need = self.num_pages_for(length) - there
@@ -131,23 +111,12 @@ class PagedKvCache:
         """Hand every page of ``source`` to the empty slot ``target``; no key or value moves."""
         if self._held[target]:
             raise ValueError(f"KV cache: slot {target} must be empty to receive slot {source}")
-        for of in (self._held, self._names):
-            of[target], of[source] = of[source], []
+        self._held[target], self._held[source] = self._held[source], []
         self.page_table[target] = self.page_table[source]
         self.page_table[source] = SINK_PAGE
 
     def release(self, slot: int) -> None:
         """Return every page of ``slot``; what was published may be found again for a while."""
         self.pool.give_back(self._held[slot])
-        self._held[slot], self._names[slot] = [], []
+        self._held[slot] = []
         self.page_table[slot] = SINK_PAGE
-
-
-def _page_names(tokens: list[int], known: list[bytes]) -> Iterator[bytes]:
-    """Names of the whole pages of ``tokens`` behind those whose names are ``known``: each tells its page's tokens and
-    all before them, up to collisions of SHA-256.
-    """
-    name = known[-1] if known else b""
-    for first in range(len(known) * PAGE_SIZE, len(tokens) - PAGE_SIZE + 1, PAGE_SIZE):
-        name = hashlib.sha256(name + array("i", tokens[first : first + PAGE_SIZE]).tobytes()).digest()
-        yield name

@@ -59,13 +59,12 @@ def naming_the_knobs(doing: str):
     """
     try:
         yield
-    except RuntimeError as error:
-        # The CPU's allocator raises a plain RuntimeError.
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        # torch's allocator for the CPU raises a plain RuntimeError, the kernels' scratch a MemoryError.
+        named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not named and "can't allocate memory" not in str(error):
             raise
         if isinstance(error, _Named):
             raise
         said = str(error).strip().split("\n")[0]
-        raise _Named(
-            f"out of memory while {doing}: lower max_batch_size, num_pages or max_seq_len ({said})"
-        ) from error
+        raise _Named(f"out of memory while {doing}: lower max_batch_size, num_pages or max_seq_len ({said})") from error

@@ -66,12 +66,11 @@ class Metrics:
 
     def as_dict(self) -> dict:
         """All counters and gauges; safe to call from any thread. ``prompt_tokens`` came into the cache or were found
-        there; ``cached_tokens`` of those, and of what preemption had cost, were not computed, as another sequence had
-        begun alike; ``recomputed_tokens`` went through the network again, as preemption or a fault had cost their
-        pages. ``accepted`` maps drafts accepted to cycles of a sequence;
-        ``times`` has, by kind of pass or cycle, how many there were and their seconds on the device; ``busy_seconds``
-        is the host's. ``plans`` has the cycles of each plan (``ar``, ``two_pass/7``, ``one_pass/15x4``: drafts,
-        fan_out), ``plan`` is the last.
+        there; ``cached_tokens`` of those, and of what preemption had cost, were found when their request got its
+        slot; ``recomputed_tokens`` went through the network again, as preemption or a fault had cost their pages.
+        ``accepted`` maps drafts accepted to cycles of a sequence; ``times`` has, by kind of pass or cycle, how many
+        there were and their seconds on the device; ``busy_seconds`` is the host's. ``plans`` has the cycles of each
+        plan (``ar``, ``two_pass/7``, ``one_pass/15x4``: drafts, fan_out), ``plan`` is the last.
         """
         engine = self._engine
         scheduler, kv = engine.scheduler, engine.kv  # None once it is closed

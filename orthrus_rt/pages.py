@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
+
+from orthrus_rt.checks import PAGE_SIZE
+
+
+def page_names(tokens: list[int], known: list[bytes]) -> list[bytes]:
+    """Names of all whole pages of ``tokens``, the first of which are ``known``: each tells its page's tokens and all
+    before them, up to collisions of SHA-256.
+    """
+    names, name = list(known), known[-1] if known else b""
+    for first in range(len(known) * PAGE_SIZE, len(tokens) - PAGE_SIZE + 1, PAGE_SIZE):
+        name = hashlib.sha256(name + array("i", tokens[first : first + PAGE_SIZE]).tobytes()).digest()
+        names.append(name)
+    return names
 
 
 class PagePool:
@@ -40,7 +55,7 @@ class PagePool:
             self._named.pop(page, None)
 
     def give_back(self, pages: list[int]) -> None:
-        """Once less; whoever holds a page last makes it free. Of several, the last will be taken first."""
+        """Once less; whoever holds a page last makes it free. Of those with names, the last will be taken first."""
         for page in reversed(pages):
             self._holders[page] -= 1
             if self._holders[page]:
@@ -51,7 +66,7 @@ class PagePool:
                 self._blank.append(page)
 
     def name(self, page: int, name: bytes) -> None:
-        """A held page without a name holds what ``name`` tells; the first of equal pages keeps the name."""
+        """A held page holds what ``name`` tells; the first of equal pages has the name."""
         if name not in self._page_of:
             self._page_of[name], self._name_of[page] = page, name
 

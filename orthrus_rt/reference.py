@@ -298,6 +298,7 @@ def _edit(y, rows: Rows, r, slot, position, edits: st.SlotEdits, cache_seqlens):
     banned = torch.zeros_like(y).scatter_add_(1, stop.clamp(min=0), early.float())
     return torch.where(banned > 0, -torch.inf, y)
 
+
 def count_tokens(state: st.SlotState, edits: st.SlotEdits):
     """Count what the output ring received since the last call; see :func:`orthrus_rt.ops.count_tokens`."""
     for s in range(state.num_slots):

@@ -9,9 +9,11 @@ import uuid
 
 import torch
 
+from orthrus_rt.checks import PAGE_SIZE
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.outputs import RequestOutput, Stats
+from orthrus_rt.pages import page_names
 from orthrus_rt.sampling import RejectionSampler, SamplingParams
 
 MAX_STOP_TOKEN_IDS = 64
@@ -37,6 +39,7 @@ class Request:
         self.slot: int | None = None
         self.to_prefill: list[int] = []
         self.prefilled = 0
+        self._page_names: list[bytes] = []
         self._prompt_seen = 0  # prompt tokens that were in the cache at most, before and after what it lost
         self.started = self.first_token = 0.0
 
@@ -58,16 +61,23 @@ class Request:
         return self.prompt + self.tokens[:-1]
 
     @property
-    def in_cache(self) -> list[int]:
+    def num_cached(self) -> int:
         """Tokens whose keys and values are in the cache, as far as the host knows."""
-        return (self.prompt + self.tokens)[:-1] if self.decoding else self.to_prefill[: self.prefilled]
+        return self.length - 1 if self.decoding else self.prefilled
+
+    def page_names(self, num_tokens: int) -> list[bytes]:
+        """Names of the whole pages of the first so many of its tokens; they never change."""
+        count = num_tokens // PAGE_SIZE
+        if count > len(self._page_names):
+            self._page_names = page_names((self.prompt + self.tokens)[: count * PAGE_SIZE], self._page_names)
+        return self._page_names[:count]
 
     def begin(self, slot: int, found: int) -> None:
         """Hold ``slot``, with the first ``found`` tokens' keys and values in the cache already."""
         self.slot, self.to_prefill, self.prefilled = slot, self.known, found
         self.started = self.started or time.perf_counter()
-        if not self._prompt_seen:
-            self.stats.cached_tokens = found
+        # What was found once may be lost, and has to be computed then.
+        self.stats.cached_tokens = min(found, self.stats.cached_tokens) if self._prompt_seen else found
 
     def count_prompt(self) -> int:
         """Prompt tokens that came into the cache since the last call, for the first time."""

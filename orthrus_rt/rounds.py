@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from orthrus_rt import runner
 from orthrus_rt import state as st
 from orthrus_rt.auto import Auto
 from orthrus_rt.config import ModelConfig
@@ -137,8 +138,23 @@ class Rounds:
                 self.runner.begin(request)
             yield request
 
+    def _chunks(self) -> list[tuple[Request, list[int]]]:
+        """What the next prefill pass takes: PREFILL_CHUNK tokens, the first requests' first. A request is admitted only
+        if there is room; it may share pages that those before it fill in this very pass, as keys are written before
+        anything attends to them.
+        """
+        chunks, room = [], runner.PREFILL_CHUNK
+        for request in self._prompts():
+            end = min(request.prefilled + room, len(request.to_prefill))
+            chunks.append((request, request.to_prefill[request.prefilled : end]))
+            self.scheduler.publish(request.slot, request, end)
+            room -= end - request.prefilled
+            if not room:
+                break
+        return chunks
+
     def _prefill(self) -> None:
-        chunks = self.runner.chunks(self._prompts())
+        chunks = self._chunks()
         if not chunks:
             return
         with self._or_end([request for request, _ in chunks]):

@@ -7,7 +7,7 @@ the results of the one before, through pinned memory.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -55,16 +55,13 @@ class Flight:
 class Runner:
     """Static buffers for ``num_slots`` sequences of at most ``max_seq_len`` tokens, and all that runs on them."""
 
-    def __init__(
-        self, model: Model, *, num_slots: int, max_seq_len: int, shapes, num_pages: int, max_stop_ids,
-        prefix_caching: bool,
-    ):  # fmt: skip
+    def __init__(self, model: Model, *, num_slots: int, max_seq_len: int, shapes, num_pages: int, max_stop_ids):
         self.model, self.max_seq_len, self.num_slots = model, max_seq_len, num_slots
         block_len = model.config.block_len
         self.lag = 1 if model.device.type == "cuda" else 0
         self.kv = PagedKvCache(
             model.config, num_slots=num_slots, max_seq_len=max_seq_len, num_pages=num_pages, device=model.device,
-            dtype=model.dtype, prefix_caching=prefix_caching,
+            dtype=model.dtype,
         )  # fmt: skip
         ring = max(64, 4 * block_len)
         state = SlotState.allocate(
@@ -188,21 +185,6 @@ class Runner:
         for tensor in (*vars(self.state).values(), *self.sampling.tensors()):
             tensor[target] = tensor[source]
         self.clear(source)
-
-    def chunks(self, requests: Iterable[Request]) -> list[tuple[Request, list[int]]]:
-        """What of these prompts the next prefill pass takes: PREFILL_CHUNK tokens, the first requests' first. A request
-        is asked for only if there is room; it may share pages that those before it fill in this very pass, as keys are
-        written before anything attends to them.
-        """
-        chunks, room = [], PREFILL_CHUNK
-        for request in requests:
-            end = min(request.prefilled + room, len(request.to_prefill))
-            chunks.append((request, request.to_prefill[request.prefilled : end]))
-            self.kv.publish(request.slot, request.to_prefill[:end])
-            room -= end - request.prefilled
-            if not room:
-                break
-        return chunks
 
     @nvtx.ranged("prefill")
     def prefill(self, chunks: list[tuple[Request, list[int]]]) -> None:

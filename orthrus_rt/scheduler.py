@@ -16,8 +16,8 @@ class Scheduler:
     request returns to its place in the queue: nobody starves.
     """
 
-    def __init__(self, kv: PagedKvCache, num_slots: int):
-        self.kv, self.num_slots = kv, num_slots
+    def __init__(self, kv: PagedKvCache, num_slots: int, prefix_caching: bool):
+        self.kv, self.num_slots, self.prefix_caching = kv, num_slots, prefix_caching
         self.waiting: OrderedDict[int, Request] = OrderedDict()  # by arrival
         self.slots: list[Request | None] = [None] * num_slots
         self._live: dict[int, Request] = {}  # by arrival: all that are not finished
@@ -50,8 +50,10 @@ class Scheduler:
         if not self.waiting or None not in self.slots:
             return None
         request, slot = next(iter(self.waiting.values())), self.slots.index(None)
+        # One token is computed in any case: the last row of a prompt gives the first token.
+        names = request.page_names(len(request.known) - 1) if self.prefix_caching else []
         try:
-            found = self.kv.open(slot, request.known, min(request.length + margin, request.limit))
+            found = self.kv.open(slot, names, min(request.length + margin, request.limit))
         except OutOfPages:
             return None
         self.waiting.popitem(last=False)
@@ -61,11 +63,16 @@ class Scheduler:
 
     def vacate(self, request: Request) -> int:
         """Take the request out of its slot, its pages back at once; the slot it had."""
-        slot, in_cache, request.slot = request.slot, request.in_cache, None
+        slot, num_cached, request.slot = request.slot, request.num_cached, None
         self.slots[slot] = None
-        self.kv.publish(slot, in_cache)
+        self.publish(slot, request, num_cached)
         self.kv.release(slot)
         return slot
+
+    def publish(self, slot: int, request: Request, num_tokens: int) -> None:
+        """Others that begin alike may take over what the slot has of the request's first ``num_tokens`` tokens."""
+        if self.prefix_caching:
+            self.kv.publish(slot, request.page_names(num_tokens))
 
     def forget(self, request: Request) -> None:
         """The request is finished."""

@@ -85,8 +85,8 @@ def _pack_cpu(weight, gate_up):
 
 
 class _HugePages:
-    """Tensors side by side in blocks that ask for huge pages: a pass reads every weight once, so with 4 KiB pages it
-    also reads most of the page tables. A block is freed with its last tensor."""
+    """Tensors in blocks that ask for huge pages: a pass reads every weight once, so with 4 KiB pages it also reads most
+    of the page tables. Small ones share a block, which is freed with its last tensor, or when the next is begun."""
 
     BLOCK, PAGE, LINE = 32 << 20, 2 << 20, 64  # bytes
 
@@ -96,15 +96,21 @@ class _HugePages:
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         nbytes = shape.numel() * dtype.itemsize
         size = -(-nbytes // self.LINE) * self.LINE
+        if size >= self.BLOCK:
+            return self._new_block(size)[:nbytes].view(dtype).view(shape)
         with self.lock:
             if size > self.block.numel():
-                with torch.inference_mode(False):  # else only callers in inference mode could use the rest of it
-                    block = torch.empty(max(size, self.BLOCK) + self.PAGE, dtype=torch.uint8)
-                self.block = block[-block.data_ptr() % self.PAGE :]
-                if native := dispatch.native():
-                    native.cpu.advise_huge_pages(self.block.data_ptr(), self.block.nbytes)
+                self.block = self._new_block(self.BLOCK)
             data, self.block = self.block[:nbytes].view(dtype).view(shape), self.block[size:]
         return data
+
+    def _new_block(self, nbytes: int) -> torch.Tensor:
+        with torch.inference_mode(False):  # else only callers in inference mode could use the rest of it
+            block = torch.empty(nbytes + self.PAGE, dtype=torch.uint8)
+        block = block[-block.data_ptr() % self.PAGE :][:nbytes]
+        if native := dispatch.native():
+            native.cpu.advise_huge_pages(block.data_ptr(), nbytes)
+        return block
 
 
 huge_pages = _HugePages()

@@ -143,9 +143,7 @@ def run_pytest(tier: Tier, full: bool, *more: str, **how) -> tuple[Result, str |
 
 def run_apart(tier: Tier, full: bool) -> list[Result]:
     def run_file(path: Path) -> Result:
-        result, printed = run_pytest(
-            tier, full, str(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        result, printed = run_pytest(tier, full, str(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         print(f"-- {path.name}\n{printed}", flush=True)
         return result
 

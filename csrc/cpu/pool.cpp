@@ -48,8 +48,8 @@ class Pool {
 
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Returns when every chunk is done. A worker that the system has not woken yet, or has put aside
-  // for another process, holds up nothing: the others take its chunks.
+  // Returns when every chunk is done. A worker that the system has not woken yet, or has put aside for another process,
+  // holds up no more than the chunk that it is in: the others take the rest.
   void run(int64_t num_items, int64_t num_chunks, void (*body)(void*, int64_t, int64_t), void* context) {
     num_items_ = num_items;
     num_chunks_ = num_chunks;

@@ -15,7 +15,7 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 constexpr int kStrip = 32;
 // Vocabulary ids per partial maximum.
 constexpr int kArgmaxTile = 512;
-// What a tile asks memory for while it computes: `lines` cache lines (0, 1 or 2) per step over k.
+// What a tile asks memory for while it computes: `lines` cache lines per step over k, 0, 1 or 2 in multiply_tile.
 struct Ahead {
   const char* from;
   int64_t lines;

@@ -104,7 +104,7 @@ def test_two_views_in_one_launch(isa, element):
         assert torch.equal(got[split:], logits(x[split:], packed_diff))
 
 
-@pytest.mark.parametrize("shape", [(96, 64), (576, 1536), (513, 31)], ids=str)
+@pytest.mark.parametrize("shape", [(96, 64), (576, 1536), (513, 31), (2500, 97)], ids=str)
 def test_row_invariance(isa, element, shape):
     """A row's bits: alone, among 16 and 1000 rows (one of them NaN), in any order, strided, on any thread count."""
     packed = weights.pack(randn(*shape, seed=9, scale=0.1), impl="cpu")
@@ -116,7 +116,7 @@ def test_row_invariance(isa, element, shape):
         with threads(count):
             assert torch.equal(logits(x, packed).nan_to_num(7.0), everything.nan_to_num(7.0))
             assert torch.equal(logits(x[order], packed).nan_to_num(7.0), everything[order].nan_to_num(7.0))
-            for n in (1, 5, 16, 128):
+            for n in (1, 5, 16, 40, 128):
                 assert torch.equal(logits(x[40 : 40 + n], packed), everything[40 : 40 + n])
     wide = poison(16, shape[1] + 9)
     wide[:, : shape[1]] = x[40:56]

@@ -23,11 +23,14 @@ PROMPTS = [[1, 2, 3], [7], [5, 6]]
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    folder = checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05)
-    return Engine.from_pretrained(
-        str(folder), device="cpu", mode="two_pass", max_seq_len=64, max_batch_size=2, num_pages=2
-    )
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    return str(checkpoints.make(path, "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return Engine.from_pretrained(folder, device="cpu", mode="two_pass", max_seq_len=64, max_batch_size=2, num_pages=2)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +149,32 @@ def test_steps_at_random_instructions(engine, alone):
         assert [got[i] for i in ids] == [(tokens, "length") for tokens in alone]
         all_pages_back(engine)
     assert strikes > 100
+
+
+def test_steps_that_share_pages_at_random_instructions(folder):
+    """No page has a name that was not written, none is held by anybody in the end."""
+    shared = Engine.from_pretrained(
+        folder, device="cpu", mode="two_pass", max_seq_len=256, max_batch_size=2, num_pages=9
+    )
+    rng, strikes = random.Random(2), 0
+    beginning = [rng.randrange(90) for _ in range(130)]
+    prompts = [[*beginning, i] for i in range(3)]
+    want = [shared.generate(p, PARAMS, mode="ar").token_ids for p in prompts]
+    got = {}
+    for _ in range(40):
+        shared.kv.reset()
+        shared.kv.pages.fill_(torch.nan)
+        got.clear()
+        ids = [shared.submit(p, PARAMS) for p in prompts]
+        while shared.has_unfinished():
+            strikes += interrupted(lambda: take(shared.step(), got), rng.randrange(1, rng.choice((300, 10000))))
+            take(shared.step(), got)
+            named = list(shared.kv.pool._page_of.values())
+            assert not bool(shared.kv.pages[:, :, named].isnan().any())
+        assert [got[i] for i in ids] == [(tokens, "length") for tokens in want]
+        all_pages_back(shared)
+        assert not any(shared.kv.pool._holders.values())
+    assert strikes > 40 and shared.metrics.cached_tokens > 0
 
 
 def test_generate_at_random_instructions(engine, alone):

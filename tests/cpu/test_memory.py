@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orthrus_rt import dispatch
+from orthrus_rt import dispatch, weights
 from orthrus_rt.device import claim
 from orthrus_rt.engine import Engine
 from orthrus_rt.runner import Runner
@@ -55,14 +55,16 @@ def test_what_the_diffusion_view_adds(folder):
     assert two_pass["cycles"] == choices + staged
 
 
-@pytest.mark.parametrize("where", ("model", "runner", "cpu"))
+@pytest.mark.parametrize("where", ("model", "runner", "cpu", "kernel"))
 def test_out_of_memory_names_the_knobs(folder, monkeypatch, where):
     def exhausted(*_, **__):
         if where == "cpu":
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        if where == "kernel":
+            raise MemoryError("std::bad_alloc")
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
 
-    knobs = r"lower max_batch_size, num_pages or max_seq_len \(.*(2.00 GiB|can't allocate memory).*\)$"
+    knobs = r"lower max_batch_size, num_pages or max_seq_len \(.*(2.00 GiB|can't allocate memory|bad_alloc).*\)$"
     monkeypatch.setattr(*((Runner, "__init__") if where == "runner" else ("orthrus_rt.weights.pack",)), exhausted)
     sizes = "making an engine of max_batch_size 8, num_pages 64, max_seq_len 512: "
     with pytest.raises(torch.OutOfMemoryError, match=sizes + knobs):
@@ -73,6 +75,16 @@ def test_out_of_memory_names_the_knobs(folder, monkeypatch, where):
 @pytest.mark.parametrize("kind", (poison.GREEDY, poison.SAMPLED), ids=("greedy", "sampled"))
 def test_cycles_that_find_no_memory_for_their_recording_run_op_by_op(folder, mode, kind):
     failing.check_recordings_without_memory(make(folder, mode=mode), poison.jobs_of([kind], count=4))
+
+
+def test_large_weights_have_blocks_of_their_own():
+    """Which are freed with them; small ones share one."""
+    large = weights.huge_pages.empty(torch.Size([weights.huge_pages.BLOCK]), torch.uint8)
+    small = [weights.huge_pages.empty(torch.Size([100]), torch.bfloat16) for _ in range(2)]
+    blocks = [t.untyped_storage().data_ptr() for t in (large, *small, weights.huge_pages.block)]
+    assert blocks[0] not in blocks[1:] and blocks[2] == blocks[3]
+    assert weights.huge_pages.block.untyped_storage().nbytes() < 2 * weights.huge_pages.BLOCK
+    assert all(t.data_ptr() % 64 == 0 for t in small) and large.data_ptr() % (2 << 20) == 0
 
 
 def test_other_errors_pass_unchanged(folder, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from orthrus_rt import dispatch
 from orthrus_rt.engine import Engine
 from orthrus_rt.kv import OutOfPages
-from orthrus_rt.pages import PagePool
+from orthrus_rt.pages import PagePool, page_names
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
 from tests.traces import assert_same, decode, digest, few_pages
@@ -118,8 +118,40 @@ def test_pages_named_before_a_failing_pass_are_forgotten(folder, forgetful, monk
         with pytest.raises(RuntimeError, match="injected"):
             engine.generate(text(200), GREEDY)
     out = engine.generate(text(200), GREEDY)
-    assert out.stats.cached_tokens == 0
+    assert out.stats.cached_tokens == engine.metrics.cached_tokens == 0
     assert out.token_ids == forgetful.generate(text(200), GREEDY).token_ids
+
+
+@pytest.mark.parametrize("where", ("begin", "_forward"))
+def test_a_request_without_memory_beside_some_that_share(folder, forgetful, monkeypatch, where):
+    """It ends alone, and what it, or those before it, named and did not write is forgotten."""
+    engine, calls = make(folder), []
+    real = getattr(engine.runner, where)
+
+    def exhausted(*args):
+        calls.append(None)
+        if len(calls) == (3 if where == "begin" else 1):
+            raise torch.OutOfMemoryError("injected")
+        return real(*args)
+
+    monkeypatch.setattr(engine.runner, where, exhausted)
+    engine.kv.pages.fill_(torch.nan)
+    prompts = [[*text(130), i] for i in range(4)]
+    outs = engine.generate(prompts, GREEDY)
+    assert sorted(out.finish_reason for out in outs) == ["error", "length", "length", "length"]
+    for out, prompt in zip(outs, prompts, strict=True):
+        assert out.error or out.token_ids == forgetful.generate(prompt, GREEDY).token_ids
+    named = list(engine.kv.pool._page_of.values())
+    assert named and not bool(engine.kv.pages[:, :, named].isnan().any())
+    assert engine.kv.num_free_pages == engine.kv.num_pages - 1
+
+
+@pytest.mark.parametrize(("how", "backend"), (({"dtype": "float16"}, ""), ({}, "dual_attn=reference")))
+def test_nothing_is_found_where_bits_depend_on_the_pass(folder, monkeypatch, how, backend):
+    monkeypatch.setenv("ORTHRUS_BACKEND", backend)
+    engine = make(folder, **how)
+    for _ in range(2):
+        assert engine.generate(text(130), SamplingParams(max_new_tokens=2)).stats.cached_tokens == 0
 
 
 def test_off_means_off(forgetful):
@@ -189,8 +221,18 @@ def test_a_slot_that_cannot_be_opened_changes_nothing(folder):
     kv = engine.kv
     engine.generate(text(130), GREEDY)
     kv.reserve(0, 4 * 64)
-    before = kv.num_free_pages, dict(kv.pool._page_of)
+    before, names = (kv.num_free_pages, dict(kv.pool._page_of)), page_names(text(130), [])
     with pytest.raises(OutOfPages, match="slot 1 needs 3 more pages for 300 tokens, 2 are free"):
-        kv.open(1, text(130), 300)
+        kv.open(1, names, 300)
     assert (kv.num_free_pages, dict(kv.pool._page_of)) == before
-    assert kv.open(1, text(130), 256) == 128
+    assert kv.open(1, names, 256) == 128
+
+
+def test_names_tell_all_tokens_so_far():
+    tokens = text(200)
+    names = page_names(tokens, [])
+    assert len(set(names)) == 3 and page_names(tokens, names[:1]) == names
+    assert page_names(tokens[:192], []) == names and page_names(tokens[:191], []) == names[:2]
+    for changed in (0, 63, 64, 191):
+        other = page_names([*tokens[:changed], tokens[changed] + 1, *tokens[changed + 1 :]], [])
+        assert [a == b for a, b in zip(names, other, strict=True)] == [i < changed // 64 for i in range(3)]
