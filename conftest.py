@@ -1,10 +1,20 @@
-"""Root of the test tree, so that ``tests`` is importable; and the whole grid only where it is asked for."""
+"""Root of the test tree, so that ``tests`` is importable; and what is only there if it is asked for."""
 
 import pytest
 
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the tests marked full (make test-full)")
+    parser.addoption("--software-tiles", action="store_true", help="AMX's tiles in software: see tests/amx_software")
+
+
+def pytest_configure(config):
+    if config.getoption("--software-tiles"):
+        from tests import amx_software
+
+        if not hasattr(config, "workerinput"):
+            amx_software.build()
+        amx_software.use()
 
 
 def pytest_collection_modifyitems(config, items):

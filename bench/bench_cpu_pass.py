@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 6, 8, 16, 32])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--isa", nargs="+", help="of portable, avx2, avx512_bf16 and amx_bf16; the best one by default")
+    parser.add_argument(
+        "--isa", nargs="+", help="of portable, avx2, avx512, avx512_bf16 and amx_bf16; the best one by default"
+    )
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--ops", action="store_true", help="also time each op's calls alone")
     parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")

@@ -10,6 +10,8 @@ T = TypeVar("T")
 
 
 def of_this_isa(pinned: dict[str, T], tight: float, loose: float) -> tuple[T, float]:
-    """What is pinned for the CPU variant that runs, and ``tight``; else what is for AVX-512 BF16, and ``loose``."""
-    isa = dispatch.native().cpu.isa()
+    """What is pinned for the CPU variant that runs, and ``tight``; else what is for AVX-512 BF16, and ``loose``. AVX2
+    rounds as AVX-512 does.
+    """
+    isa = dispatch.native().cpu.isa().replace("avx2", "avx512")
     return (pinned[isa], tight) if isa in pinned else (pinned["avx512_bf16"], loose)

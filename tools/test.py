@@ -25,6 +25,17 @@ ROOT = Path(__file__).resolve().parent.parent
 TEST_TIMEOUT_S = 600
 APART_AT_ONCE = 4
 MOST_PROCESSES = 8  # of a tier that is spread; each holds a model or two
+AMX_TESTS = [
+    f"tests/cpu/test_{name}.py"
+    for name in (
+        "cpu_ops_linear",
+        "cpu_ops_attn",
+        "cpu_ops_attn_splits",
+        "cpu_ops_runtime",
+        "lossless_tiny",
+        "one_pass",
+    )
+]
 TIMED = ("test_auto.py", "test_profile.py")  # of tests/gpu: they measure, so nothing may run beside them
 
 
@@ -44,6 +55,13 @@ def why_no_compiler() -> str | None:
     if has_module("triton") or shutil.which("nvcc") or os.path.exists("/usr/local/cuda/bin/nvcc"):
         return None
     return "neither nvcc nor triton is installed"
+
+
+def why_no_software_tiles() -> str | None:
+    sys.path.insert(0, str(ROOT))
+    from tests import amx_software
+
+    return amx_software.why_not()
 
 
 def why_no_gpu() -> str | None:
@@ -80,6 +98,7 @@ TIERS = [
     Tier("lint", ["-m", "ruff", "check", "--quiet", "."], why_no_lint, command=True),
     Tier("doctest", ["--doctest-modules", "--doctest-glob=*.md", "orthrus_rt", "README.md"]),
     Tier("cpu", ["tests/cpu"], spread=True),
+    Tier("amx", ["--software-tiles", "-k", "not portable and not avx", *AMX_TESTS], why_no_software_tiles, spread=True),
     Tier("interpret", ["tests/interpret"], why_no_triton, {"TRITON_INTERPRET": "1"}),
     Tier("compile", ["tests/compile"], why_no_compiler),
     Tier("gpu", ["-m", "gpu"], why_no_gpu, apart="tests/gpu", timeout_s=240),

@@ -15,57 +15,55 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-#if defined(__x86_64__)
-#include <cpuid.h>
 #endif
 
 namespace orthrus::cpu {
 namespace {
 
-#if defined(ORTHRUS_HAS_avx512_bf16)
-bool has_avx512_bf16() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+#if defined(ORTHRUS_HAS_avx512)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
 
-#if defined(ORTHRUS_HAS_amx_bf16)
-// Tiles want the system's leave too, which is asked for here: it is for the process, all its threads and children, and
-// makes signal stacks hold 8 KB more (one that is too small already is a refusal).
-bool has_amx_bf16() {
-#if defined(__linux__)
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  constexpr int kArchReqXcompPerm = 0x1023, kTileData = 18;
-  unsigned a, b, c, d;
-  return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) && (d & kAmxTile) &&
-         syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
-#else
-  return false;
+#if defined(ORTHRUS_HAS_avx512_bf16)
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
-}
+
+#if defined(ORTHRUS_HAS_amx_bf16)
+bool has_amx_bf16() { return has_avx512_bf16() && amx_bf16::tiles_offered(); }
+#endif
+
+bool always() { return true; }
+
+#if defined(ORTHRUS_HAS_avx512_bf16)
+// A vdpbf16ps does the work of two fused products, and takes as long as four of them on Intel's cores.
+bool has_fast_vdpbf16ps() { return !__builtin_cpu_is("intel"); }
 #endif
 
 struct Choice {
   const char* name;
   bool (*offered)();
+  bool (*preferred)();  // if offered, and not named, to those below
   const Variant* variant;
 };
 
 // Best first.
 const Choice kChoices[] = {
 #if defined(ORTHRUS_HAS_amx_bf16)
-    {"amx_bf16", has_amx_bf16, &amx_bf16::kVariant},
+    {"amx_bf16", has_amx_bf16, always, &amx_bf16::kVariant},
 #endif
 #if defined(ORTHRUS_HAS_avx512_bf16)
-    {"avx512_bf16", has_avx512_bf16, &avx512_bf16::kVariant},
+    {"avx512_bf16", has_avx512_bf16, has_fast_vdpbf16ps, &avx512_bf16::kVariant},
+#endif
+#if defined(ORTHRUS_HAS_avx512)
+    {"avx512", has_avx512, always, &avx512::kVariant},
 #endif
 #if defined(ORTHRUS_HAS_avx2)
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, &avx2::kVariant},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, always, &avx2::kVariant},
 #endif
-    {"portable", [] { return true; }, &portable::kVariant},
+    {"portable", always, always, &portable::kVariant},
 };
 
 const Choice* find(const std::string& name) {
@@ -74,13 +72,14 @@ const Choice* find(const std::string& name) {
     if (!c.offered()) throw std::runtime_error("ORTHRUS_CPU_ISA: this machine does not offer " + name);
     return &c;
   }
-  throw std::runtime_error("ORTHRUS_CPU_ISA: must be amx_bf16, avx512_bf16, avx2 or portable, got " + name);
+  throw std::runtime_error("ORTHRUS_CPU_ISA: must be amx_bf16, avx512_bf16, avx512, avx2 or portable, got " + name);
 }
 
 const Choice* choose() {
   const char* wanted = std::getenv("ORTHRUS_CPU_ISA");
   if (wanted && *wanted) return find(wanted);
-  return std::find_if(std::begin(kChoices), std::end(kChoices), [](const Choice& c) { return c.offered(); });
+  return std::find_if(std::begin(kChoices), std::end(kChoices),
+                      [](const Choice& c) { return c.offered() && c.preferred(); });
 }
 
 std::atomic<const Choice*>& chosen() {

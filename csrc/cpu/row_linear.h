@@ -23,11 +23,25 @@ struct Ahead {
 // Distance at which a lone tile, which reads each weight once, runs ahead of itself.
 constexpr int kAheadBytes = 16384;
 constexpr int kStepBytes = kStrip * sizeof(uint32_t);
+// Rows whose inputs stay in the L2 cache while the strips pass by, if there are very many.
+constexpr int64_t kRowBlockBytes = 1 << 20;
+constexpr int64_t kMinRowBlock = 256;
 
-// acc[r][0 ... 31] of kRows rows against one strip.
+// Inputs as the products take them: bf16 pairs are widened to floats first, once for many strips, where no instruction
+// multiplies them.
+template <typename T>
+constexpr bool kWidensRows = kPerWord<T> == 2 && !kHasDot2;
+template <bool kWiden, typename T>
+struct InputOf { using Type = T; };
+template <typename T>
+struct InputOf<true, T> { using Type = float; };
+template <typename T>
+using Input = typename InputOf<kWidensRows<T>, T>::Type;
+
+// acc[r][0 ... 31] of kRows rows against one strip. Widened rows have an even number of elements.
 template <typename T, int kRows>
-inline __attribute__((noinline)) void multiply_tile(const T* x, int64_t x_stride, const char* w, int64_t in_features,
-                                                    Ahead ahead, float* acc) {
+inline __attribute__((noinline)) void multiply_tile(const Input<T>* x, int64_t x_stride, const char* w,
+                                                    int64_t in_features, Ahead ahead, float* acc) {
   Vec lo[kRows], hi[kRows];
   ORTHRUS_UNROLL
   for (int r = 0; r < kRows; ++r) lo[r] = hi[r] = zero();
@@ -41,11 +55,27 @@ inline __attribute__((noinline)) void multiply_tile(const T* x, int64_t x_stride
       hi[r] = dot<T>(hi[r], w_hi, word);
     }
   };
-  const int64_t num_words = in_features / kPerWord<T>;
+  const auto widened_step = [&](const char* weights, const float* from) ORTHRUS_LAMBDA {
+    const WordVec w_lo = load_words(weights);
+    const WordVec w_hi = load_words(weights + kStepBytes / 2);
+    const Vec first_lo = first_of(w_lo), first_hi = first_of(w_hi);
+    const Vec second_lo = second_of(w_lo), second_hi = second_of(w_hi);
+    ORTHRUS_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Vec first = set1(from[r * x_stride]), second = set1(from[r * x_stride + 1]);
+      lo[r] = fma(second_lo, second, fma(first_lo, first, lo[r]));
+      hi[r] = fma(second_hi, second, fma(first_hi, first, hi[r]));
+    }
+  };
+  const int64_t num_words = kWidensRows<T> ? div_up(in_features, 2) : in_features / kPerWord<T>;
   const auto stream = [&](auto prefetch_at) ORTHRUS_LAMBDA {
     for (int64_t k = 0; k < num_words; ++k) {
       prefetch_at(k);
-      step(w + kStepBytes * k, [&](int r) ORTHRUS_LAMBDA { return load_word(x + r * x_stride + kPerWord<T> * k); });
+      if constexpr (kWidensRows<T>) {
+        widened_step(w + kStepBytes * k, x + 2 * k);
+      } else {
+        step(w + kStepBytes * k, [&](int r) ORTHRUS_LAMBDA { return load_word(x + r * x_stride + kPerWord<T> * k); });
+      }
     }
   };
   if (ahead.lines == 2) {
@@ -58,7 +88,7 @@ inline __attribute__((noinline)) void multiply_tile(const T* x, int64_t x_stride
   } else {
     stream([](int64_t) ORTHRUS_LAMBDA {});
   }
-  if constexpr (kPerWord<T> == 2) {
+  if constexpr (kPerWord<T> == 2 && !kWidensRows<T>) {
     if (in_features % 2) {
       step(w + kStepBytes * num_words,
            [&](int r) ORTHRUS_LAMBDA { return uint32_t{x[r * x_stride + in_features - 1]}; });
@@ -72,7 +102,7 @@ inline __attribute__((noinline)) void multiply_tile(const T* x, int64_t x_stride
 }
 
 template <typename T>
-using MultiplyTile = void (*)(const T*, int64_t, const char*, int64_t, Ahead, float*);
+using MultiplyTile = void (*)(const Input<T>*, int64_t, const char*, int64_t, Ahead, float*);
 
 template <typename T, int kRows = kTileRows>
 ORTHRUS_INLINE MultiplyTile<T> multiply_tile_of(int64_t rows) {
@@ -157,11 +187,10 @@ ORTHRUS_INLINE void finish_rows(const RowLinearParamsOf<T>& p, const float* acc,
   }
 }
 
-// Rows [begin, end) against one strip of `weight`, in row tiles of nearly equal height.
+// Rows [begin, end), the first of them at x, against one strip of `weight`, in row tiles of nearly equal height.
 template <typename T>
-ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, const void* weight, int64_t strip, int64_t begin,
-                                   int64_t end) {
-  if (begin == end) return;
+ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, const Input<T>* x, int64_t x_stride,
+                                   const void* weight, int64_t strip, int64_t begin, int64_t end) {
   const int64_t strip_bytes = div_up(p.in_features, kPerWord<T>) * kStepBytes;
   const char* w = static_cast<const char*>(weight) + strip * strip_bytes;
   const int64_t num_tiles = div_up(end - begin, kTileRows);
@@ -172,10 +201,10 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, const void* we
     return {w + strip_bytes + tile * (strip_bytes / 2), tile < 2};
   };
   for (int64_t t = 0; t < num_tiles; ++t) {
-    const int64_t first = begin + (end - begin) * t / num_tiles;
-    const int64_t last = begin + (end - begin) * (t + 1) / num_tiles;
-    multiply_tile_of<T>(last - first)(p.x + first * p.x_stride, p.x_stride, w, p.in_features, ahead(t), acc);
-    finish_rows(p, acc, first, last - first, strip);
+    const int64_t first = (end - begin) * t / num_tiles;
+    const int64_t last = (end - begin) * (t + 1) / num_tiles;
+    multiply_tile_of<T>(last - first)(x + first * x_stride, x_stride, w, p.in_features, ahead(t), acc);
+    finish_rows(p, acc, begin + first, last - first, strip);
   }
 }
 
@@ -189,15 +218,48 @@ ORTHRUS_INLINE void parallel_strips(const RowLinearParamsOf<T>& p, int64_t chunk
       [&](int64_t begin, int64_t end) { body(begin * unit, min_of(end * unit, num_strips)); }, chunks_per_thread);
 }
 
+// body(weight, begin, end) over all rows: blocks of one view, whose inputs stay in the L2 cache while strips pass by.
+template <typename T, typename Body>
+ORTHRUS_INLINE void for_row_blocks(const RowLinearParamsOf<T>& p, Body body) {
+  const int64_t rows_ar = p.weight_diff ? p.num_rows_ar : p.num_rows;
+  const int64_t most = max_of(kMinRowBlock, kRowBlockBytes / (p.in_features * int64_t{sizeof(Input<T>)}));
+  for (int64_t begin = 0, end; begin < p.num_rows; begin = end) {
+    end = min_of(begin + most, begin < rows_ar ? rows_ar : p.num_rows);
+    body(begin < rows_ar ? p.weight : p.weight_diff, begin, end);
+  }
+}
+
+// Rows [begin, end) as floats, `stride` apart, a zero behind an odd number of elements.
+ORTHRUS_INLINE const float* widen_rows(const RowLinearParamsOf<bf16_t>& p, int64_t begin, int64_t end,
+                                       int64_t stride) {
+  float* out = thread_scratch((end - begin) * stride);
+  for (int64_t r = 0; r < end - begin; ++r) {
+    const bf16_t* x = p.x + (begin + r) * p.x_stride;
+    float* to = out + r * stride;
+    int64_t k = 0;
+    for (; k + kLanes <= p.in_features; k += kLanes) store(to + k, load(x + k));
+    for (; k < p.in_features; ++k) to[k] = to_float(x[k]);
+    if (k < stride) to[k] = 0.f;
+  }
+  return out;
+}
+
 template <typename T>
 inline void row_linear(const RowLinearParamsOf<T>& p) {
-  if (p.num_rows == 0) return;
-  const int64_t rows_ar = p.weight_diff ? p.num_rows_ar : p.num_rows;
   parallel_strips(p, 4, [&](int64_t first_strip, int64_t last_strip) {
-    for (int64_t strip = first_strip; strip < last_strip; ++strip) {
-      multiply_strip(p, p.weight, strip, 0, rows_ar);
-      multiply_strip(p, p.weight_diff, strip, rows_ar, p.num_rows);
-    }
+    for_row_blocks(p, [&](const void* weight, int64_t begin, int64_t end) {
+      const Input<T>* x;
+      int64_t stride = p.x_stride;
+      if constexpr (kWidensRows<T>) {
+        stride = 2 * div_up(p.in_features, 2);
+        x = widen_rows(p, begin, end, stride);
+      } else {
+        x = p.x + begin * stride;
+      }
+      for (int64_t strip = first_strip; strip < last_strip; ++strip) {
+        multiply_strip(p, x, stride, weight, strip, begin, end);
+      }
+    });
   });
 }
 

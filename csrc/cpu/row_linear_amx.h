@@ -14,9 +14,6 @@
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-// Rows whose inputs stay in the L2 cache while the strips pass by, if there are very many.
-constexpr int64_t kRowBlockBytes = 1 << 20;
-constexpr int64_t kMinRowBlock = 256;
 // Bytes of a strip that one step over k reads.
 constexpr int64_t kTileStepBytes = kTileDepth / 2 * kStepBytes;
 
@@ -186,14 +183,11 @@ ORTHRUS_INLINE void multiply_strips_amx(const RowLinearParamsOf<bf16_t>& p, cons
 
 template <>
 inline void row_linear(const RowLinearParamsOf<bf16_t>& p) {
-  const int64_t rows_ar = p.weight_diff ? p.num_rows_ar : p.num_rows;
-  const int64_t row_block = max_of(kMinRowBlock, kRowBlockBytes / (p.in_features * int64_t{sizeof(bf16_t)}));
   // One run of strips per thread: whoever begins anew finds nothing in its cache.
   parallel_strips(p, 1, [&](int64_t first_strip, int64_t last_strip) {
-    for (int64_t begin = 0, end; begin < p.num_rows; begin = end) {
-      end = min_of(begin + row_block, begin < rows_ar ? rows_ar : p.num_rows);
-      multiply_strips_amx(p, begin < rows_ar ? p.weight : p.weight_diff, first_strip, last_strip, begin, end);
-    }
+    for_row_blocks(p, [&](const void* weight, int64_t begin, int64_t end) {
+      multiply_strips_amx(p, weight, first_strip, last_strip, begin, end);
+    });
   });
 }
 

@@ -12,8 +12,8 @@
 #define ORTHRUS_LAMBDA __attribute__((always_inline))
 #define ORTHRUS_UNROLL _Pragma("GCC unroll 16")  // or arrays of vectors would live in memory
 
-#if defined(ORTHRUS_ISA_avx512_bf16) || defined(ORTHRUS_ISA_amx_bf16)
-#include "simd_avx512_bf16.h"
+#if defined(ORTHRUS_ISA_avx512) || defined(ORTHRUS_ISA_avx512_bf16) || defined(ORTHRUS_ISA_amx_bf16)
+#include "simd_avx512.h"
 #elif defined(ORTHRUS_ISA_avx2)
 #include "simd_avx2.h"
 #else
@@ -64,6 +64,17 @@ ORTHRUS_INLINE uint32_t load_word(const T* p) {
   std::memcpy(&word, p, sizeof word);
   return word;
 }
+
+// The two elements of each word as floats are first_of() and second_of().
+#if defined(ORTHRUS_HAS_DOT2)
+constexpr bool kHasDot2 = true;
+#else
+constexpr bool kHasDot2 = false;
+// acc + a.first * b.first, then + a.second * b.second: the products of bf16 are exact, the sums rounded.
+ORTHRUS_INLINE Vec dot2(Vec acc, WordVec a, WordVec b) {
+  return fma(second_of(a), second_of(b), fma(first_of(a), first_of(b), acc));
+}
+#endif
 
 // acc + the products of a's and b's elements, in their order.
 template <typename T>

@@ -136,13 +136,8 @@ ORTHRUS_INLINE __m256 first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm25
 ORTHRUS_INLINE __m256 second_of(__m256i pairs) {
   return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
 }
-ORTHRUS_INLINE __m256 dot2(__m256 acc, __m256i a, __m256i b) {
-  return _mm256_fmadd_ps(second_of(a), second_of(b), _mm256_fmadd_ps(first_of(a), first_of(b), acc));
-}
-// acc + a.first * b.first, then + a.second * b.second, each fused.
-ORTHRUS_INLINE Vec dot2(Vec acc, WordVec a, WordVec b) {
-  return {dot2(acc.lo, a.lo, b.lo), dot2(acc.hi, a.hi, b.hi)};
-}
+ORTHRUS_INLINE Vec first_of(WordVec pairs) { return {first_of(pairs.lo), first_of(pairs.hi)}; }
+ORTHRUS_INLINE Vec second_of(WordVec pairs) { return {second_of(pairs.lo), second_of(pairs.hi)}; }
 
 // The same lanes as 32-bit words.
 ORTHRUS_INLINE WordVec bit_xor(WordVec a, WordVec b) {

@@ -87,13 +87,15 @@ ORTHRUS_INLINE WordVec set1_word(uint32_t word) {
   for (int i = 0; i < 16; ++i) out.lane[i] = word;
   return out;
 }
-// acc + a.first * b.first, then + a.second * b.second, every step rounded.
-ORTHRUS_INLINE Vec dot2(Vec acc, WordVec a, WordVec b) {
-  for (int i = 0; i < 16; ++i) {
-    acc.lane[i] += as_float(a.lane[i] << 16) * as_float(b.lane[i] << 16);
-    acc.lane[i] += as_float(a.lane[i] & 0xffff0000u) * as_float(b.lane[i] & 0xffff0000u);
-  }
-  return acc;
+ORTHRUS_INLINE Vec first_of(WordVec pairs) {
+  Vec out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = as_float(pairs.lane[i] << 16);
+  return out;
+}
+ORTHRUS_INLINE Vec second_of(WordVec pairs) {
+  Vec out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = as_float(pairs.lane[i] & 0xffff0000u);
+  return out;
 }
 
 // Lanes that are at least `bound`; a NaN is not.

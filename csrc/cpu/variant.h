@@ -24,7 +24,11 @@ struct Variant {
 
 namespace portable { extern const Variant kVariant; }
 namespace avx2 { extern const Variant kVariant; }
+namespace avx512 { extern const Variant kVariant; }
 namespace avx512_bf16 { extern const Variant kVariant; }
-namespace amx_bf16 { extern const Variant kVariant; }
+namespace amx_bf16 {
+extern const Variant kVariant;
+bool tiles_offered();  // asks the system; on processors with AVX-512 only
+}
 
 }  // namespace orthrus::cpu

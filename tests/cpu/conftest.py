@@ -6,7 +6,7 @@ from orthrus_rt import dispatch
 from tests import native_cpu
 
 
-@pytest.fixture(params=("portable", "avx2", "avx512_bf16", "amx_bf16"))
+@pytest.fixture(params=("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"))
 def isa(request):
     """Runs the test under every variant that this CPU has."""
     cpu = dispatch.native().cpu

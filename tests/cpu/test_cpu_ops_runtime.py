@@ -121,7 +121,7 @@ def test_isa_override():
     assert isa_of(ORTHRUS_CPU_ISA="portable").stdout == "portable\n"
     wrong = isa_of(ORTHRUS_CPU_ISA="sse9")
     assert wrong.returncode
-    assert "ORTHRUS_CPU_ISA: must be amx_bf16, avx512_bf16, avx2 or portable, got sse9" in wrong.stderr
+    assert "ORTHRUS_CPU_ISA: must be amx_bf16, avx512_bf16, avx512, avx2 or portable, got sse9" in wrong.stderr
     tiles = isa_of(ORTHRUS_CPU_ISA="amx_bf16")
     assert tiles.stdout == "amx_bf16\n" or "this machine does not offer amx_bf16" in tiles.stderr
 
@@ -136,3 +136,19 @@ def test_torch_and_the_ops_take_turns(isa):
         layer.run()
         assert torch.equal(a @ b, product)
         assert torch.equal(layer.logits, want.logits)
+
+
+def test_avx512_rounds_as_avx2_does(element):
+    cpu = dispatch.native().cpu
+    before, layers = cpu.isa(), {}
+    try:
+        for isa in ("avx2", "avx512"):
+            cpu.set_isa(isa)
+            layers[isa] = Layer()
+            layers[isa].run()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    finally:
+        cpu.set_isa(before)
+    assert torch.equal(layers["avx512"].logits, layers["avx2"].logits)
+    assert torch.equal(layers["avx512"].pages, layers["avx2"].pages)

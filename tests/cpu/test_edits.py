@@ -46,7 +46,7 @@ PINNED = {
         ("all", "one_pass"): (1.006, 1.013),
     },
 }
-PINNED["amx_bf16"] = PINNED["avx512_bf16"]
+PINNED["amx_bf16"] = PINNED["avx512"] = PINNED["avx512_bf16"]
 
 
 @pytest.fixture(scope="module")

@@ -206,6 +206,7 @@ def test_options_are_checked(tiny):
 PINNED = {
     "avx512_bf16": {("code", 7, 2): 2.108, ("chat", 15, 6): 2.026},
     "amx_bf16": {("code", 7, 2): 2.167, ("chat", 15, 6): 2.08},
+    "avx512": {("code", 7, 2): 2.053, ("chat", 15, 6): 2.053},
 }
 
 

@@ -1,4 +1,4 @@
-// Of the variants avx512_bf16 and amx_bf16.
+// Of the variants avx512, avx512_bf16 and amx_bf16; the last two have the instructions for bf16.
 #pragma once
 #include <immintrin.h>
 
@@ -58,10 +58,21 @@ ORTHRUS_INLINE Vec load(const bf16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
+#if defined(ORTHRUS_ISA_avx512)
+ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i chosen = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+}
+#else
 // Denormals become zero, as they count in dot2; in the tails of rows that kernels write one by one they stay.
 ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
 }
+#endif
 
 ORTHRUS_INLINE WordVec load_words(const void* p) { return _mm512_loadu_si512(p); }
 ORTHRUS_INLINE Vec as_floats(WordVec a) { return _mm512_castsi512_ps(a); }
@@ -73,10 +84,17 @@ ORTHRUS_INLINE WordVec zip_pairs(const bf16_t* p, const bf16_t* q) {
   return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
 }
 ORTHRUS_INLINE WordVec set1_word(uint32_t word) { return _mm512_set1_epi32(static_cast<int32_t>(word)); }
+ORTHRUS_INLINE Vec first_of(WordVec pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+ORTHRUS_INLINE Vec second_of(WordVec pairs) {
+  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+}
+#if !defined(ORTHRUS_ISA_avx512)
+#define ORTHRUS_HAS_DOT2
 // acc + a.first * b.first + a.second * b.second, as vdpbf16ps rounds it (denormals count as zero).
 ORTHRUS_INLINE Vec dot2(Vec acc, WordVec a, WordVec b) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
+#endif
 
 // The same lanes as 32-bit words.
 ORTHRUS_INLINE WordVec bit_xor(WordVec a, WordVec b) { return _mm512_xor_si512(a, b); }

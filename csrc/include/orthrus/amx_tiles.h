@@ -1,0 +1,58 @@
+// The tile instructions of AMX, no policy; for csrc/cpu/amx.h. The tests have a twin in software.
+#pragma once
+#include <cstdint>
+
+namespace orthrus::cpu::ORTHRUS_ISA {
+
+constexpr int kTileHeight = 16;
+// Elements of one step of a product.
+constexpr int kTileDepth = 32;
+
+// Registers: 2 x 2 sums, two tiles of rows, two of columns.
+enum Tile { kSum00, kSum01, kSum10, kSum11, kRows0, kRows1, kColumns0, kColumns1, kNumTiles };
+
+// While alive, the calling thread's tiles are shaped for rows and sums of `height` rows.
+class TileShapes {
+ public:
+  explicit TileShapes(int64_t height) {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } shapes;
+    for (int i = 0; i < kNumTiles; ++i) {
+      shapes.row_bytes[i] = 64;
+      shapes.rows[i] = static_cast<uint8_t>(i < kColumns0 ? height : kTileHeight);
+    }
+    asm volatile("ldtilecfg %0" ::"m"(shapes));
+  }
+  ~TileShapes() { asm volatile("tilerelease"); }
+  TileShapes(const TileShapes&) = delete;
+  TileShapes& operator=(const TileShapes&) = delete;
+};
+
+// Assembly, because compilers take register numbers as literals only.
+template <Tile kTile>
+ORTHRUS_INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
+}
+// Rows are row_bytes apart.
+template <Tile kTile>
+ORTHRUS_INLINE void tile_load(const void* from, int64_t row_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(kTile) : "memory");
+}
+// The same for what will not be read again soon: it leaves the L1 cache to what is.
+template <Tile kTile>
+ORTHRUS_INLINE void tile_stream(const void* from, int64_t row_bytes) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(kTile) : "memory");
+}
+template <Tile kTile>
+ORTHRUS_INLINE void tile_store(void* to, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row_bytes), "i"(kTile) : "memory");
+}
+template <Tile kSum, Tile kRows, Tile kColumns>
+ORTHRUS_INLINE void tile_dot() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kRows), "i"(kColumns));
+}
+
+}  // namespace orthrus::cpu::ORTHRUS_ISA

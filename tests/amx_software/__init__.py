@@ -1,0 +1,40 @@
+"""The native module with AMX's tile instructions in software: what is built on them then runs where they are missing.
+
+A process has this module or the ordinary one: ``pytest --software-tiles`` runs any of the CPU tests with this one,
+which chooses AMX by itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+MODULE = BUILD / "amx_software" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def why_not() -> str | None:
+    """Why it cannot be built and run here, or has no use; None if it can."""
+    if not (BUILD / "build.ninja").exists() or "amx_software" not in (BUILD / "build.ninja").read_text():
+        return "the native module was not built here, or its assembler does not know AMX"
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    if "amx_bf16" in flags:
+        return "the processor has tiles: the cpu tier runs on them"
+    return None if "avx512_bf16" in flags else "the processor has no AVX-512 BF16"
+
+
+def build() -> None:
+    subprocess.run(["cmake", "--build", BUILD, "--target", "amx_software"], check=True, stdout=subprocess.DEVNULL)
+
+
+def use() -> None:
+    """Be ``orthrus_rt._native``; before anything imports that."""
+    name = "orthrus_rt._native"
+    assert name not in sys.modules
+    spec = importlib.util.spec_from_file_location(name, MODULE)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)

@@ -1,0 +1,91 @@
+// The tile instructions of AMX in software, for processors with AVX-512 alone: the sums that Intel's manual gives for
+// TDPBF16PS, to the bit. What the processor would refuse (no shapes, or others than the instruction's) ends the process.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace orthrus::cpu::ORTHRUS_ISA {
+
+constexpr int kTileHeight = 16;
+constexpr int kTileDepth = 32;
+
+enum Tile { kSum00, kSum01, kSum10, kSum11, kRows0, kRows1, kColumns0, kColumns1, kNumTiles };
+
+struct TileFile {
+  alignas(64) uint32_t words[kNumTiles][kTileHeight][16];
+  int rows[kNumTiles];  // 0: no shapes
+};
+static thread_local TileFile tiles;
+
+inline void need(bool true_of_hardware) {
+  if (!true_of_hardware) __builtin_trap();
+}
+
+class TileShapes {
+ public:
+  explicit TileShapes(int64_t height) {
+    need(1 <= height && height <= kTileHeight);
+    std::memset(&tiles, 0, sizeof tiles);
+    for (int i = 0; i < kNumTiles; ++i) tiles.rows[i] = i < kColumns0 ? static_cast<int>(height) : kTileHeight;
+  }
+  ~TileShapes() { std::memset(&tiles, 0, sizeof tiles); }
+  TileShapes(const TileShapes&) = delete;
+  TileShapes& operator=(const TileShapes&) = delete;
+};
+
+template <Tile kTile>
+inline void tile_zero() {
+  need(tiles.rows[kTile]);
+  std::memset(tiles.words[kTile], 0, sizeof tiles.words[kTile]);
+}
+
+template <Tile kTile>
+inline void tile_load(const void* from, int64_t row_bytes) {
+  tile_zero<kTile>();
+  for (int r = 0; r < tiles.rows[kTile]; ++r) {
+    std::memcpy(tiles.words[kTile][r], static_cast<const char*>(from) + r * row_bytes, 64);
+  }
+}
+
+template <Tile kTile>
+inline void tile_stream(const void* from, int64_t row_bytes) {
+  tile_load<kTile>(from, row_bytes);
+}
+
+template <Tile kTile>
+inline void tile_store(void* to, int64_t row_bytes) {
+  need(tiles.rows[kTile]);
+  for (int r = 0; r < tiles.rows[kTile]; ++r) {
+    std::memcpy(static_cast<char*>(to) + r * row_bytes, tiles.words[kTile][r], 64);
+  }
+}
+
+// Lane i: the even or the odd element of word i, as fp32.
+inline __m512 even_elements(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+inline __m512 odd_elements(__m512i words) {
+  return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+template <Tile kSum, Tile kRows, Tile kColumns>
+inline __attribute__((noinline)) void tile_dot() {
+  const int height = tiles.rows[kSum];
+  need(height && tiles.rows[kRows] == height && tiles.rows[kColumns] == kTileHeight);
+  const unsigned control = _mm_getcsr();
+  _mm_setcsr(0x1f80 | _MM_FLUSH_ZERO_ON | 0x0040);  // to the nearest, denormals are zero on both sides
+  for (int m = 0; m < height; ++m) {
+    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    for (int k = 0; k < kTileDepth / 2; ++k) {
+      const __m512i row = _mm512_set1_epi32(static_cast<int>(tiles.words[kRows][m][k]));
+      const __m512i columns = _mm512_load_si512(tiles.words[kColumns][k]);
+      even = _mm512_fmadd_ps(even_elements(row), even_elements(columns), even);
+      odd = _mm512_fmadd_ps(odd_elements(row), odd_elements(columns), odd);
+    }
+    float* sum = reinterpret_cast<float*>(tiles.words[kSum][m]);
+    _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), _mm512_add_ps(even, odd)));
+  }
+  _mm_setcsr(control);
+}
+
+}  // namespace orthrus::cpu::ORTHRUS_ISA
