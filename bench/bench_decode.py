@@ -355,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fan-out", type=int, help="blocks that a one_pass cycle drafts; the engine's own by default")
     parser.add_argument("--accepted", type=float, help="official shapes: accepted drafts per cycle to simulate")
     parser.add_argument("--cycles", type=int, default=64, help="measured cycles per row")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args(argv)
     with torch.inference_mode():
