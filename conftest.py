@@ -13,6 +13,8 @@ def pytest_configure(config):
         from tests import amx_software
 
         if not hasattr(config, "workerinput"):
+            if why := amx_software.why_not():
+                raise pytest.UsageError(f"--software-tiles: {why}")
             amx_software.build()
         amx_software.use()
 

@@ -18,6 +18,7 @@ import torch
 log = logging.getLogger("orthrus_rt")
 
 OPS = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus", "process_logits", "count_tokens")
+OPS_BEFORE_LOGITS = OPS[:5]  # which take weights, activations or cache; the others see logits, maxima and ids
 IMPLEMENTATIONS = ("cpu", "cuda", "triton", "reference")
 # Weights, activations and cache that kernels take; ``reference`` takes any, triton's dual_attn bfloat16 alone.
 ELEMENTS = (torch.bfloat16, torch.float32)
@@ -59,7 +60,7 @@ def unavailable(impl: str, op: str, device: torch.device, dtype: torch.dtype) ->
     """Why ``impl`` cannot run ``op`` for tensors of this device and dtype; None if it can."""
     if impl == "reference":
         return None
-    if op not in ("process_logits", "count_tokens", "consensus"):  # which see no activations
+    if op in OPS_BEFORE_LOGITS:
         takes = ELEMENTS[:1] if (impl, op) == ("triton", "dual_attn") else ELEMENTS
         if dtype not in takes:
             return f"the {impl} {op} takes {' or '.join(map(_name, takes))}, not {_name(dtype)}"
@@ -128,8 +129,8 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def row_invariant(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether keys and values have the same bits whatever pass computed them: no op before them is ``reference``."""
-    return all(select(op, device, dtype) != "reference" for op in OPS[: OPS.index("consensus")])
+    """Whether keys and values have the same bits whatever pass made them: no op before them is ``reference``."""
+    return all(select(op, device, dtype) != "reference" for op in OPS_BEFORE_LOGITS)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ which is how preemption, faults and interrupts lose nothing.
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import version
 
 import torch
@@ -29,6 +30,8 @@ from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.scheduler import Scheduler
 from orthrus_rt.sizes import engine_sizes
+
+log = logging.getLogger("orthrus_rt")
 
 
 class Engine(Generation):
@@ -72,12 +75,14 @@ class Engine(Generation):
                     shapes=self._shapes(self._default_plan, sizes.max_batch_size), num_pages=sizes.num_pages + 1,
                     max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS,
                 )  # fmt: skip
+            if prefix_caching and not dispatch.row_invariant(self.device, dtype):
+                log.info("no prefix caching: keys and values of the reference depend on the rows of their pass")
+                prefix_caching = False
+            self.kv = self.runner.kv
+            self.scheduler = Scheduler(self.kv, sizes.max_batch_size, prefix_caching)
         except BaseException:
             self._let_go()
             raise
-        self.kv = self.runner.kv
-        prefix_caching = prefix_caching and dispatch.row_invariant(self.device, dtype)
-        self.scheduler = Scheduler(self.kv, sizes.max_batch_size, prefix_caching)
 
     def _let_go(self) -> None:
         """Be closed: the device is free for another engine, and the memory goes with the last one who looks at it."""
@@ -123,7 +128,7 @@ class Engine(Generation):
             prefix_caching: whether a prompt takes over keys and values of whole pages that an earlier sequence, which
                 began with the same tokens, has left in the cache or shares with it. The bits are those that it would
                 have computed; only the time of its prefill tells that somebody asked alike before. Without effect
-                where an op runs ``reference``, which is not row-invariant.
+                where an op that makes keys and values runs ``reference``, as in float16, which is not row-invariant.
 
         Raises:
             CheckpointError: the checkpoint is not whole, not supported or not what it says.

@@ -3,9 +3,10 @@
 Weights, cache, activations and workspace are allocated when the engine is made, the latter
 two again where a call asks for larger cycles. Logits, edits, and each cycle with its
 graph are allocated at their first use; from then on decoding allocates nothing more that lasts. What
-``acceptance="rejection"`` computes on the host's side of a cycle comes and goes with each. On the CPU the calling
-thread keeps, outside this report, what attention has of every 512 positions of a few rows while its threads share
-them: fp32 ``[splits, rows, num_heads_q, head_dim + 2]``, at most 128 MB.
+``acceptance="rejection"`` computes on the host's side of a cycle comes and goes with each. On the CPU threads keep
+some memory outside this report: the calling one what attention has of every 512 positions of a few rows while all
+share them, fp32 ``[splits, rows, num_heads_q, head_dim + 2]``, at most 128 MB; and each, where the processor has no
+products of bf16, a block of a pass's rows as floats, 1 MB, or 48 rows if these are more.
 """
 
 from __future__ import annotations

@@ -62,10 +62,10 @@ class Request:
 
     @property
     def num_cached(self) -> int:
-        """Tokens whose keys and values are in the cache, as far as the host knows."""
+        """Tokens, at least so many, whose keys and values are in the cache as far as the host knows."""
         return self.length - 1 if self.decoding else self.prefilled
 
-    def page_names(self, num_tokens: int) -> list[bytes]:
+    def names_of_pages(self, num_tokens: int) -> list[bytes]:
         """Names of the whole pages of the first so many of its tokens; they never change."""
         count = num_tokens // PAGE_SIZE
         if count > len(self._page_names):

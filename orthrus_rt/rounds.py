@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from orthrus_rt import runner
+from orthrus_rt import runner as runner_module
 from orthrus_rt import state as st
 from orthrus_rt.auto import Auto
 from orthrus_rt.config import ModelConfig
@@ -143,7 +143,7 @@ class Rounds:
         if there is room; it may share pages that those before it fill in this very pass, as keys are written before
         anything attends to them.
         """
-        chunks, room = [], runner.PREFILL_CHUNK
+        chunks, room = [], runner_module.PREFILL_CHUNK
         for request in self._prompts():
             end = min(request.prefilled + room, len(request.to_prefill))
             chunks.append((request, request.to_prefill[request.prefilled : end]))

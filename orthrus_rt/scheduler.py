@@ -51,7 +51,7 @@ class Scheduler:
             return None
         request, slot = next(iter(self.waiting.values())), self.slots.index(None)
         # One token is computed in any case: the last row of a prompt gives the first token.
-        names = request.page_names(len(request.known) - 1) if self.prefix_caching else []
+        names = request.names_of_pages(len(request.known) - 1) if self.prefix_caching else []
         try:
             found = self.kv.open(slot, names, min(request.length + margin, request.limit))
         except OutOfPages:
@@ -72,7 +72,7 @@ class Scheduler:
     def publish(self, slot: int, request: Request, num_tokens: int) -> None:
         """Others that begin alike may take over what the slot has of the request's first ``num_tokens`` tokens."""
         if self.prefix_caching:
-            self.kv.publish(slot, request.page_names(num_tokens))
+            self.kv.publish(slot, request.names_of_pages(num_tokens))
 
     def forget(self, request: Request) -> None:
         """The request is finished."""

@@ -7,7 +7,7 @@
 #pragma once
 #include "simd.h"
 
-#include "orthrus/amx_tiles.h"
+#include <amx_tiles.h>  // of the include path: tests have a twin
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 

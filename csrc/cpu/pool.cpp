@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "orthrus/ops.h"
@@ -48,8 +50,9 @@ class Pool {
 
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Returns when every chunk is done. A worker that the system has not woken yet, or has put aside for another process,
-  // holds up no more than the chunk that it is in: the others take the rest.
+  // Returns when every chunk is done; throws what the first that failed has thrown. A worker that the system has not
+  // woken yet, or has put aside for another process, holds up no more than the chunk that it is in: the others take the
+  // rest.
   void run(int64_t num_items, int64_t num_chunks, void (*body)(void*, int64_t, int64_t), void* context) {
     num_items_ = num_items;
     num_chunks_ = num_chunks;
@@ -66,6 +69,7 @@ class Pool {
     for (int spins = 0; unfinished_.load(std::memory_order_acquire) > 0; ++spins) {
       if (spins < kSpins) pause_cpu(); else std::this_thread::yield();
     }
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
@@ -77,7 +81,12 @@ class Pool {
       if (left == 0) return false;
     } while (!unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acquire));
     const int64_t chunk = num_chunks_ - left;
-    body_(context_, num_items_ * chunk / num_chunks_, num_items_ * (chunk + 1) / num_chunks_);
+    try {
+      body_(context_, num_items_ * chunk / num_chunks_, num_items_ * (chunk + 1) / num_chunks_);
+    } catch (...) {  // no memory for scratch
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
     unfinished_.fetch_sub(1, std::memory_order_release);
     return true;
   }
@@ -101,6 +110,7 @@ class Pool {
   std::condition_variable wake_;
   std::atomic<int> num_sleeping_{0};
   bool stop_ = false;
+  std::exception_ptr error_;
   alignas(64) std::atomic<int64_t> unclaimed_{0};
   alignas(64) std::atomic<int64_t> unfinished_{0};
   int64_t num_items_ = 0;

@@ -1,4 +1,4 @@
-// y = x W^T for any number of rows, streaming W once.
+// y = x W^T for any number of rows, streaming W once, or once per block of very many rows.
 //
 // Packed weight: strips of 32 outputs, each [ceil(in/n)][32][n], n elements a word (see simd.h): the same
 // inputs of 32 outputs side by side, so that one step over k loads two WordVecs and feeds every row of
@@ -7,6 +7,8 @@
 // Row-invariant: every output is one accumulator that runs over k in ascending order, whatever the
 // tile, the row count or the thread.
 #pragma once
+#include <type_traits>
+
 #include "pool.h"
 #include "simd.h"
 
@@ -23,20 +25,17 @@ struct Ahead {
 // Distance at which a lone tile, which reads each weight once, runs ahead of itself.
 constexpr int kAheadBytes = 16384;
 constexpr int kStepBytes = kStrip * sizeof(uint32_t);
-// Rows whose inputs stay in the L2 cache while the strips pass by, if there are very many.
+// Inputs of a block of rows, in bytes, and rows of such a block at least: what is widened, or meets strips in groups,
+// should stay in the L2 cache.
 constexpr int64_t kRowBlockBytes = 1 << 20;
-constexpr int64_t kMinRowBlock = 256;
+constexpr int64_t kMinRowBlock = 48;
 
-// Inputs as the products take them: bf16 pairs are widened to floats first, once for many strips, where no instruction
-// multiplies them.
+// Inputs as the products take them: where no instruction multiplies pairs of bf16, they are widened to floats first, once
+// per run of strips.
 template <typename T>
 constexpr bool kWidensRows = kPerWord<T> == 2 && !kHasDot2;
-template <bool kWiden, typename T>
-struct InputOf { using Type = T; };
 template <typename T>
-struct InputOf<true, T> { using Type = float; };
-template <typename T>
-using Input = typename InputOf<kWidensRows<T>, T>::Type;
+using Input = std::conditional_t<kWidensRows<T>, float, T>;
 
 // acc[r][0 ... 31] of kRows rows against one strip. Widened rows have an even number of elements.
 template <typename T, int kRows>
@@ -218,11 +217,10 @@ ORTHRUS_INLINE void parallel_strips(const RowLinearParamsOf<T>& p, int64_t chunk
       [&](int64_t begin, int64_t end) { body(begin * unit, min_of(end * unit, num_strips)); }, chunks_per_thread);
 }
 
-// body(weight, begin, end) over all rows: blocks of one view, whose inputs stay in the L2 cache while strips pass by.
+// body(weight, begin, end) over all rows, in blocks of one view and at most `most` rows.
 template <typename T, typename Body>
-ORTHRUS_INLINE void for_row_blocks(const RowLinearParamsOf<T>& p, Body body) {
+ORTHRUS_INLINE void for_row_blocks(const RowLinearParamsOf<T>& p, int64_t most, Body body) {
   const int64_t rows_ar = p.weight_diff ? p.num_rows_ar : p.num_rows;
-  const int64_t most = max_of(kMinRowBlock, kRowBlockBytes / (p.in_features * int64_t{sizeof(Input<T>)}));
   for (int64_t begin = 0, end; begin < p.num_rows; begin = end) {
     end = min_of(begin + most, begin < rows_ar ? rows_ar : p.num_rows);
     body(begin < rows_ar ? p.weight : p.weight_diff, begin, end);
@@ -247,19 +245,22 @@ ORTHRUS_INLINE const float* widen_rows(const RowLinearParamsOf<bf16_t>& p, int64
 template <typename T>
 inline void row_linear(const RowLinearParamsOf<T>& p) {
   parallel_strips(p, 4, [&](int64_t first_strip, int64_t last_strip) {
-    for_row_blocks(p, [&](const void* weight, int64_t begin, int64_t end) {
-      const Input<T>* x;
-      int64_t stride = p.x_stride;
-      if constexpr (kWidensRows<T>) {
-        stride = 2 * div_up(p.in_features, 2);
-        x = widen_rows(p, begin, end, stride);
-      } else {
-        x = p.x + begin * stride;
-      }
+    if constexpr (kWidensRows<T>) {
+      const int64_t stride = 2 * div_up(p.in_features, 2);
+      const int64_t most = max_of(kMinRowBlock, kRowBlockBytes / (stride * int64_t{sizeof(float)}));
+      for_row_blocks(p, most, [&](const void* weight, int64_t begin, int64_t end) {
+        const float* x = widen_rows(p, begin, end, stride);
+        for (int64_t strip = first_strip; strip < last_strip; ++strip) {
+          multiply_strip(p, x, stride, weight, strip, begin, end);
+        }
+      });
+    } else {
       for (int64_t strip = first_strip; strip < last_strip; ++strip) {
-        multiply_strip(p, x, stride, weight, strip, begin, end);
+        for_row_blocks(p, p.num_rows, [&](const void* weight, int64_t begin, int64_t end) {
+          multiply_strip(p, p.x + begin * p.x_stride, p.x_stride, weight, strip, begin, end);
+        });
       }
-    });
+    }
   });
 }
 

@@ -14,6 +14,8 @@
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
+// A block of rows is larger than vectors' are: products here are so fast that reading the strips again would tell.
+constexpr int64_t kMinTileRowBlock = 256;
 // Bytes of a strip that one step over k reads.
 constexpr int64_t kTileStepBytes = kTileDepth / 2 * kStepBytes;
 
@@ -183,9 +185,10 @@ ORTHRUS_INLINE void multiply_strips_amx(const RowLinearParamsOf<bf16_t>& p, cons
 
 template <>
 inline void row_linear(const RowLinearParamsOf<bf16_t>& p) {
+  const int64_t most = max_of(kMinTileRowBlock, kRowBlockBytes / (p.in_features * int64_t{sizeof(bf16_t)}));
   // One run of strips per thread: whoever begins anew finds nothing in its cache.
   parallel_strips(p, 1, [&](int64_t first_strip, int64_t last_strip) {
-    for_row_blocks(p, [&](const void* weight, int64_t begin, int64_t end) {
+    for_row_blocks(p, most, [&](const void* weight, int64_t begin, int64_t end) {
       multiply_strips_amx(p, weight, first_strip, last_strip, begin, end);
     });
   });

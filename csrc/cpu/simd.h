@@ -65,11 +65,11 @@ ORTHRUS_INLINE uint32_t load_word(const T* p) {
   return word;
 }
 
-// The two elements of each word as floats are first_of() and second_of().
 #if defined(ORTHRUS_HAS_DOT2)
 constexpr bool kHasDot2 = true;
 #else
 constexpr bool kHasDot2 = false;
+// first_of() and second_of() of pairs are their elements as floats.
 // acc + a.first * b.first, then + a.second * b.second: the products of bf16 are exact, the sums rounded.
 ORTHRUS_INLINE Vec dot2(Vec acc, WordVec a, WordVec b) {
   return fma(second_of(a), second_of(b), fma(first_of(a), first_of(b), acc));

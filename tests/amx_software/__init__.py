@@ -1,12 +1,13 @@
 """The native module with AMX's tile instructions in software: what is built on them then runs where they are missing.
 
 A process has this module or the ordinary one: ``pytest --software-tiles`` runs any of the CPU tests with this one,
-which chooses AMX by itself.
+on AMX unless a test asks for another.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 import sysconfig
@@ -28,7 +29,8 @@ def why_not() -> str | None:
 
 
 def build() -> None:
-    subprocess.run(["cmake", "--build", BUILD, "--target", "amx_software"], check=True, stdout=subprocess.DEVNULL)
+    cmake = re.search(r"^CMAKE_COMMAND:INTERNAL=(.*)", (BUILD / "CMakeCache.txt").read_text(), re.M)[1]
+    subprocess.run([cmake, "--build", BUILD, "--target", "amx_software"], check=True, stdout=subprocess.DEVNULL)
 
 
 def use() -> None:
@@ -38,3 +40,4 @@ def use() -> None:
     spec = importlib.util.spec_from_file_location(name, MODULE)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.cpu.set_isa("amx_bf16")

@@ -92,6 +92,11 @@ def test_threads_of_python_share_the_pool():
     assert all(torch.equal(layer.logits, want.logits) for layer in layers)
 
 
+def run_apart(code):
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)
+
+
 def test_ops_run_in_a_forked_child():
     """The pool's threads do not survive a fork: the child starts its own."""
     code = """
@@ -108,8 +113,38 @@ with threads(2):
     assert os.waitpid(pid, 0)[1] == 0
     child.run()
 """
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)
+    run_apart(code)
+
+
+def test_a_worker_without_memory():
+    """No room for the rows that it widens: the op raises once all threads are out of it, and the next one is whole."""
+    code = """
+import resource, torch
+from orthrus_rt import ops, weights, dispatch
+from tests.native_cpu import randn, threads
+dispatch.native().cpu.set_isa("avx2")
+wide, small = weights.pack(randn(256, 60000, seed=1), impl="cpu"), weights.pack(randn(64, 32, seed=2), impl="cpu")
+x, y = randn(48, 60000, seed=3), randn(9, 32, seed=4)
+out, want, got = torch.empty(48, 256).bfloat16(), torch.empty(9, 64).bfloat16(), torch.empty(9, 64).bfloat16()
+with threads(2):
+    ops.row_linear(y, small, want)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    for _ in range(20):
+        resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), before[1]))
+        try:
+            ops.row_linear(x, wide, out)
+        except MemoryError:
+            pass
+        else:
+            raise AssertionError("there was memory enough")
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+        ops.row_linear(y, small, got)
+        assert torch.equal(got, want)
+    ops.row_linear(x, wide, out)
+"""
+    run_apart(code)
 
 
 def isa_of(**env):
@@ -139,16 +174,36 @@ def test_torch_and_the_ops_take_turns(isa):
 
 
 def test_avx512_rounds_as_avx2_does(element):
+    """To the bit: what tests pin for one of them holds for both."""
     cpu = dispatch.native().cpu
-    before, layers = cpu.isa(), {}
-    try:
-        for isa in ("avx2", "avx512"):
+    before, got = cpu.isa(), {}
+    for isa in ("avx2", "avx512"):
+        try:
             cpu.set_isa(isa)
-            layers[isa] = Layer()
-            layers[isa].run()
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    finally:
-        cpu.set_isa(before)
-    assert torch.equal(layers["avx512"].logits, layers["avx2"].logits)
-    assert torch.equal(layers["avx512"].pages, layers["avx2"].pages)
+        except RuntimeError as error:
+            pytest.skip(str(error))
+        try:
+            got[isa] = some_of_everything()
+        finally:
+            cpu.set_isa(before)
+    for mine, other in zip(got["avx512"], got["avx2"], strict=True):
+        assert torch.equal(mine, other) and not bool(mine.isnan().any())
+
+
+def some_of_everything():
+    """Outputs of every op that rounds: odd shapes, all epilogues, attention over several splits."""
+    layer = Layer()
+    layer.run()
+    x, weight, gates = randn(23, 97, seed=9), randn(70, 97, seed=10), randn(70, 97, seed=11)
+    packed, silu = weights.pack(weight, impl="cpu"), weights.pack(gates, gate_up=True, impl="cpu")
+    added, gated = randn(23, 70, seed=12), poison(23, 35)
+    ops.row_linear(x, packed, added, residual=added, epilogue="residual")
+    ops.row_linear(x, silu, gated, epilogue="silu_mul")
+    best = torch.empty(23, 1), torch.empty(23, 1, dtype=torch.int32)
+    ops.row_linear(x, packed, best, epilogue="argmax")
+    rows = make_rows([(0, [(p, p + 1) for p in range(1100, 1117)])], 1)
+    pages, table = randn(2, 19, 2, 64, 64, seed=13), torch.arange(1, 19, dtype=torch.int32).view(1, 18)
+    q, none, attended = randn(17, 6, 64, seed=14), randn(0, 2, 64), poison(17, 6, 64)
+    with threads(2):
+        ops.dual_attn(q, *pages, table, none, none, rows, 0.125, attended, max_seq_len=1152)
+    return [layer.logits, layer.pages, added, gated, *best, attended]

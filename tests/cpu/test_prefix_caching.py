@@ -154,6 +154,13 @@ def test_nothing_is_found_where_bits_depend_on_the_pass(folder, monkeypatch, how
         assert engine.generate(text(130), SamplingParams(max_new_tokens=2)).stats.cached_tokens == 0
 
 
+def test_it_stays_on_where_logits_are_processed_by_the_reference(folder, monkeypatch):
+    monkeypatch.setenv("ORTHRUS_BACKEND", "process_logits=reference")
+    engine = make(folder)
+    stats = [engine.generate(text(130), SamplingParams(max_new_tokens=2)).stats for _ in range(2)]
+    assert [s.cached_tokens for s in stats] == [0, 128]
+
+
 def test_off_means_off(forgetful):
     for _ in range(2):
         assert forgetful.generate(text(200), GREEDY).stats.cached_tokens == 0

@@ -1,5 +1,5 @@
-// The tile instructions of AMX in software, for processors with AVX-512 alone: the sums that Intel's manual gives for
-// TDPBF16PS, to the bit. What the processor would refuse (no shapes, or others than the instruction's) ends the process.
+// The tile instructions of AMX in software, for processors with AVX-512 alone: the sums that Intel's manual gives
+// for TDPBF16PS, to the bit. What the processor would refuse (no shapes, or others than the instruction's) ends the process.
 #pragma once
 #include <immintrin.h>
 

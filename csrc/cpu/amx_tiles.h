@@ -1,6 +1,8 @@
-// The tile instructions of AMX, no policy; for csrc/cpu/amx.h. The tests have a twin in software.
+// The tile instructions of AMX, no policy. The tests have a twin in software.
 #pragma once
 #include <cstdint>
+
+#include "simd.h"
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
