@@ -123,9 +123,9 @@ import resource, torch
 from orthrus_rt import ops, weights, dispatch
 from tests.native_cpu import randn, threads
 dispatch.native().cpu.set_isa("avx2")
-wide, small = weights.pack(randn(256, 60000, seed=1), impl="cpu"), weights.pack(randn(64, 32, seed=2), impl="cpu")
-x, y = randn(48, 60000, seed=3), randn(9, 32, seed=4)
-out, want, got = torch.empty(48, 256).bfloat16(), torch.empty(9, 64).bfloat16(), torch.empty(9, 64).bfloat16()
+wide, small = weights.pack(randn(128, 240000, seed=1), impl="cpu"), weights.pack(randn(64, 32, seed=2), impl="cpu")
+x, y = randn(48, 240000, seed=3), randn(9, 32, seed=4)  # 46 MB as floats: more than malloc ever keeps for later
+out, want, got = torch.empty(48, 128).bfloat16(), torch.empty(9, 64).bfloat16(), torch.empty(9, 64).bfloat16()
 with threads(2):
     ops.row_linear(y, small, want)
     before = resource.getrlimit(resource.RLIMIT_AS)
