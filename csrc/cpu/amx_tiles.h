@@ -2,16 +2,10 @@
 #pragma once
 #include <cstdint>
 
+#include "amx_registers.h"
 #include "simd.h"
 
 namespace orthrus::cpu::ORTHRUS_ISA {
-
-constexpr int kTileHeight = 16;
-// Elements of one step of a product.
-constexpr int kTileDepth = 32;
-
-// Registers: 2 x 2 sums, two tiles of rows, two of columns.
-enum Tile { kSum00, kSum01, kSum10, kSum11, kRows0, kRows1, kColumns0, kColumns1, kNumTiles };
 
 // While alive, the calling thread's tiles are shaped for rows and sums of `height` rows.
 class TileShapes {

@@ -30,8 +30,8 @@ constexpr int kStepBytes = kStrip * sizeof(uint32_t);
 constexpr int64_t kRowBlockBytes = 1 << 20;
 constexpr int64_t kMinRowBlock = 48;
 
-// Inputs as the products take them: where no instruction multiplies pairs of bf16, they are widened to floats first, once
-// per run of strips.
+// Inputs as the products take them: where no instruction multiplies pairs of bf16, they are widened to floats first,
+// once per run of strips.
 template <typename T>
 constexpr bool kWidensRows = kPerWord<T> == 2 && !kHasDot2;
 template <typename T>

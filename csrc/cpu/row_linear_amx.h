@@ -5,9 +5,9 @@
 // even, and computes the shared rows' bits again.
 //
 // A pair meets a group of strips before the next pair does: its rows then stay in the L1 cache, the group in the L2
-// cache. Products, memory and what is done with the sums must overlap, but loads that miss hold up the tile loads behind
-// them, and the processor looks only some steps ahead. So every pair asks memory for its share of the next group, a few
-// lines at a time between tile loads, and the sums of one strip are finished amid the steps of the next.
+// cache. Products, memory and what is done with the sums must overlap, but loads that miss hold up the tile loads
+// behind them, and the processor looks only some steps ahead. So every pair asks memory for its share of the next
+// group, a few lines at a time between tile loads, and the sums of one strip are finished amid the steps of the next.
 #pragma once
 #include "amx.h"
 #include "row_linear.h"

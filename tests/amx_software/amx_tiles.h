@@ -1,17 +1,14 @@
 // The tile instructions of AMX in software, for processors with AVX-512 alone: the sums that Intel's manual gives
-// for TDPBF16PS, to the bit. What the processor would refuse (no shapes, or others than the instruction's) ends the process.
+// for TDPBF16PS, to the bit. What the processor would refuse (no shapes, or others than the instruction's) ends the
+// process.
 #pragma once
-#include <immintrin.h>
-
 #include <cstdint>
 #include <cstring>
 
+#include "amx_registers.h"
+#include "simd.h"
+
 namespace orthrus::cpu::ORTHRUS_ISA {
-
-constexpr int kTileHeight = 16;
-constexpr int kTileDepth = 32;
-
-enum Tile { kSum00, kSum01, kSum10, kSum11, kRows0, kRows1, kColumns0, kColumns1, kNumTiles };
 
 struct TileFile {
   alignas(64) uint32_t words[kNumTiles][kTileHeight][16];
@@ -62,12 +59,6 @@ inline void tile_store(void* to, int64_t row_bytes) {
   }
 }
 
-// Lane i: the even or the odd element of word i, as fp32.
-inline __m512 even_elements(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
-inline __m512 odd_elements(__m512i words) {
-  return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-}
-
 template <Tile kSum, Tile kRows, Tile kColumns>
 inline __attribute__((noinline)) void tile_dot() {
   const int height = tiles.rows[kSum];
@@ -75,15 +66,14 @@ inline __attribute__((noinline)) void tile_dot() {
   const unsigned control = _mm_getcsr();
   _mm_setcsr(0x1f80 | _MM_FLUSH_ZERO_ON | 0x0040);  // to the nearest, denormals are zero on both sides
   for (int m = 0; m < height; ++m) {
-    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    Vec even = zero(), odd = zero();
     for (int k = 0; k < kTileDepth / 2; ++k) {
-      const __m512i row = _mm512_set1_epi32(static_cast<int>(tiles.words[kRows][m][k]));
-      const __m512i columns = _mm512_load_si512(tiles.words[kColumns][k]);
-      even = _mm512_fmadd_ps(even_elements(row), even_elements(columns), even);
-      odd = _mm512_fmadd_ps(odd_elements(row), odd_elements(columns), odd);
+      const WordVec row = set1_word(tiles.words[kRows][m][k]), columns = load_words(tiles.words[kColumns][k]);
+      even = fma(first_of(row), first_of(columns), even);
+      odd = fma(second_of(row), second_of(columns), odd);
     }
     float* sum = reinterpret_cast<float*>(tiles.words[kSum][m]);
-    _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), _mm512_add_ps(even, odd)));
+    store(sum, add(load(sum), add(even, odd)));
   }
   _mm_setcsr(control);
 }
