@@ -25,10 +25,11 @@ import torch
 
 from bench import common
 from orthrus_rt import checkpoint, prompts
-from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.cycle_plan import AR, CyclePlan
 from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import complete
+from orthrus_rt.policy import candidate_plans
 from orthrus_rt.sampling import SamplingParams
 
 KINDS = ("code", "chat", "adversarial")
@@ -63,13 +64,16 @@ def make_engine(kind: str, batch: int, device: torch.device) -> Engine:
 
 
 def fixed_plans(batch: int, most_rows: int) -> list[CyclePlan]:
-    """AR and the two_pass plans with no more than ``most_rows`` rows in a pass."""
-    return [CyclePlan("ar")] + [CyclePlan("two_pass", k) for k in (4, 8, 16) if batch * k <= most_rows]
+    """AR, and of auto's candidates those with no more than ``most_rows`` rows in a pass."""
+    plans = candidate_plans(16, ("two_pass", "one_pass"))
+    return [plan for plan in plans if plan == AR or batch * plan.max_rows <= most_rows]
 
 
 def decode(engine: Engine, ids: list[list[int]], tokens: int, plan: CyclePlan | None) -> tuple[float, list]:
     """Seconds, and the outputs; ``plan`` None is auto."""
-    options = {} if plan is None else dict(mode=plan.mode, draft_len=max(1, plan.block_len - 1))
+    options = {}
+    if plan is not None:
+        options = dict(mode=plan.mode, draft_len=max(1, plan.block_len - 1), fan_out=plan.fan_out or None)
     lengths = [round(LENGTHS[i % len(LENGTHS)] * tokens) for i in range(len(ids))]
     params = [SamplingParams(max_new_tokens=length, ignore_eos=True) for length in lengths]
     start = time.perf_counter()

@@ -1,56 +1,59 @@
 """How many tokens a cycle yields: running estimates of draft acceptance, for every plan at once.
 
 A *hazard* ``h_i`` is the chance that draft ``i`` is accepted once drafts 1 ... i-1 were (Kaplan and Meier's product
-estimator: a cycle that accepted all ``m`` of its drafts says nothing of position m+1). two_pass and one_pass have
-hazards of their own: they belong to the text and are forgotten fast. What relates them belongs to the model and is
-forgotten slowly:
+estimator: a cycle that accepted all ``m`` of its drafts says nothing of position m+1). Hazards belong to the text and
+are forgotten fast. two_pass has its own, and so has one_pass with every ``fan_out``: on it depends whether drafts stand
+behind the true bonus token, behind one unseen, or behind a rejected draft, or are missing, which counts as rejected.
 
-- *quality*: one_pass's hazards over two_pass's, at the first position and behind it (Mantel and Haenszel's ratio, over
-  positions and over what both modes saw of the same text); its drafts were made before their anchor was known. Through
-  it, what one mode learns of the text serves the other.
-- *offered*: the share of one_pass cycles that have drafts at all, per fan_out.
+*Quality* relates them: the hazards of a fan_out over those of two_pass, at the first, the second and later positions
+(Mantel and Haenszel's ratio, over positions and over what all saw of the same text). It belongs to the model and is
+forgotten slowly. Through it, what was learnt of the text with one plan serves the others.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
+
+import numpy as np
 
 from orthrus_rt.cycle_plan import AR, CyclePlan
 
 MEMORY = 128  # drafting cycles that a hazard looks back on
 IDLE_MEMORY = 1024  # cycles after which hazards that nothing is drafted for fade
-SLOW_MEMORY = 4096  # drafting cycles that quality and offered look back on
+SLOW_MEMORY = 4096  # drafting cycles that quality looks back on
 FADE_EVERY = 16  # cycles without drafts: estimates that hardly change are not worth computing for each
 PRIOR_HAZARD, PRIOR_TRIALS = 0.7, 4.0  # of the first draft
 CHAIN_TRIALS = 8.0  # weight of the position before as a later position's prior
-# On the embedded model's code and chat prompts: quality of first and later drafts; cycles with drafts, by fan_out.
-PRIOR_QUALITY, QUALITY_TRIALS = (0.75, 0.95), 32.0
-PRIOR_OFFERED, OFFERED_TRIALS = {1: 0.5, 2: 0.70, 4: 0.80, 6: 0.88, 8: 0.94, 12: 0.97}, 8.0
+# Of the first, the second and later drafts by fan_out: the embedded model on its code and chat prompts.
+PRIOR_QUALITY = {
+    0: (1.0, 1.0, 1.0), 1: (0.53, 0.78, 0.97), 2: (0.60, 0.80, 0.97), 4: (0.67, 0.87, 0.97), 8: (0.73, 0.90, 0.97),
+    12: (0.75, 0.91, 0.97),
+}  # fmt: skip
+LEVEL_TRIALS, SHAPE_TRIALS = 64.0, 256.0  # that the priors are worth: of what fan_outs share, of what sets each apart
+TINY = 1e-9  # of trials: none
 
 Outcome = tuple[int, int]  # (num_verified, num_accepted) of one sequence's cycle
 
 
-class Counts:
-    """Drafts accepted, and drafts tried, by position."""
-
-    def __init__(self, num_drafts: int):
-        self.hits = [0.0] * num_drafts
-        self.trials = [0.0] * num_drafts
-
-    def fade(self, keep: list[float]) -> None:
-        self.hits = [k * c for k, c in zip(keep, self.hits, strict=True)]
-        self.trials = [k * c for k, c in zip(keep, self.trials, strict=True)]
-
-
 class Acceptance:
-    """Acceptance estimates for cycles of at most ``max_drafts`` drafts, forgetting exponentially."""
+    """Acceptance estimates for cycles of at most ``max_drafts`` drafts, forgetting exponentially.
 
-    def __init__(self, max_drafts: int):
-        self.max_drafts = max_drafts
-        self._seen = {"two_pass": Counts(max_drafts), "one_pass": Counts(max_drafts)}
-        self._quality = [[0.0, 0.0], [0.0, 0.0]]  # hits of one_pass and of two_pass, of equal weight
-        self._offered: dict[int, list[float]] = {}  # fan_out: sequence-cycles with drafts, sequence-cycles
+    Args:
+        fan_outs: of the plans to come; 0 stands for two_pass. Arrays have a row of each, and a column per position.
+    """
+
+    def __init__(self, max_drafts: int, fan_outs: Iterable[int] = ()):
+        self.max_drafts, self.fan_outs = max_drafts, sorted({0, *fan_outs})
+        shape = len(self.fan_outs), max_drafts
+        self._hits, self._trials = np.zeros(shape), np.zeros(shape)  # drafts accepted, drafts tried
+        self._prior = np.array([prior_quality(f) for f in self.fan_outs])
+        self._quality_hits = np.zeros_like(self._prior)
+        self._quality_expected = np.zeros_like(self._prior)  # hits that two_pass would have had
+        self._group = np.minimum(np.arange(max_drafts), 2)  # of the positions: first, second, later
+        self._in_group = np.eye(3)[self._group]
+        self._others = 1.0 - np.eye(len(self.fan_outs))
         self._unfaded = 0  # cycles whose fading is still due
         self._known: dict[tuple, dict[CyclePlan, float]] = {}  # answers of tokens() since the counts changed
 
@@ -60,80 +63,92 @@ class Acceptance:
         if plan.mode == "ar" and self._unfaded < FADE_EVERY:
             return
         self._known.clear()
-        idle = [(1 - 1 / IDLE_MEMORY) ** self._unfaded] * self.max_drafts
+        idle = (1 - 1 / IDLE_MEMORY) ** self._unfaded
         self._unfaded = 0
-        for counts in self._seen.values():
-            counts.fade(idle)
-        if plan.mode == "ar":
-            return
-        new = Counts(self.max_drafts)
-        for verified, accepted in outcomes:
-            for i in range(min(accepted + 1, verified)):
-                new.trials[i] += 1
-                new.hits[i] += i < accepted
-        renewed = [n / (MEMORY * len(outcomes)) for n in new.trials]  # rarely reached positions look back further
-        for counts in self._seen.values():
-            counts.fade([1 - share for share in renewed])
-        seen = self._seen[plan.mode]
-        seen.hits = [a + b for a, b in zip(seen.hits, new.hits, strict=True)]
-        seen.trials = [a + b for a, b in zip(seen.trials, new.trials, strict=True)]
-        self._compare(renewed)
-        if plan.mode == "one_pass":
-            keep = 1 - 1 / SLOW_MEMORY
-            drafts, cycles = self._offered.get(plan.fan_out, (0.0, 0.0))
-            with_drafts = sum(verified > 0 for verified, _ in outcomes)
-            self._offered[plan.fan_out] = [keep * drafts + with_drafts, keep * cycles + len(outcomes)]
+        hits, trials = np.zeros(self.max_drafts), np.zeros(self.max_drafts)
+        if plan.mode != "ar":
+            for verified, accepted in outcomes:
+                drafts = verified if plan.mode == "two_pass" else plan.block_len - 1
+                trials[: min(accepted + 1, drafts)] += 1
+                hits[:accepted] += 1
+        renewed = trials / (MEMORY * max(1, len(outcomes)))  # rarely reached positions look back further
+        row = self.fan_outs.index(plan.fan_out)
+        for counts, new in ((self._hits, hits), (self._trials, trials)):
+            counts *= idle * (1 - renewed)
+            counts[row] += new
+        if plan.mode != "ar":
+            self._compare(renewed)
 
-    def _compare(self, renewed: list[float]) -> None:
-        """Let the share of the counts that is new tell about quality."""
-        one, two, slow = self._seen["one_pass"], self._seen["two_pass"], 1 - 1 / SLOW_MEMORY
-        self._quality = [[slow * c for c in counts] for counts in self._quality]
-        for i, share in enumerate(renewed):
-            both = one.trials[i] + two.trials[i]
-            if both > 0:
-                self._quality[i > 0][0] += share * one.hits[i] * two.trials[i] / both
-                self._quality[i > 0][1] += share * two.hits[i] * one.trials[i] / both
+    def _compare(self, renewed: np.ndarray) -> None:
+        """Let the share of the counts that is new tell about quality: each fan_out's against all the others'."""
+        hits, trials = self._others @ self._hits, self._others @ (self._trials * self.quality())  # as two_pass's
+        share = renewed / np.maximum(self._trials + trials, TINY)
+        self._quality_hits *= 1 - 1 / SLOW_MEMORY
+        self._quality_hits += (share * self._hits * trials) @ self._in_group
+        self._quality_expected *= 1 - 1 / SLOW_MEMORY
+        self._quality_expected += (share * hits * self._trials) @ self._in_group
 
-    def quality(self, position: int, optimism: float = 0.0) -> float:
-        """Hazard of one_pass over that of two_pass, for the draft at ``position`` (0-based)."""
-        hits, expected = self._quality[position > 0]
-        known = QUALITY_TRIALS + expected
-        share = min(1.0, (QUALITY_TRIALS * PRIOR_QUALITY[position > 0] + hits) / known)
-        return max(0.1, min(1.0, share + optimism * math.sqrt(share * (1 - share) / known)))
+    def quality(self, optimism: float = 0.0, among: bool = False) -> np.ndarray:
+        """Hazards of each fan_out over two_pass's, that many standard errors higher than they look.
 
-    def accepted(self, mode: str, optimism: float = 0.0, running: CyclePlan = AR) -> list[float]:
-        """Expected accepted drafts of 0 ... max_drafts offered ones; see :meth:`tokens`."""
-        own, other = self._seen[mode], self._seen["one_pass" if mode == "two_pass" else "two_pass"]
-        related = 0.0 if mode == running.mode else optimism if mode == "one_pass" else -optimism
-        quality = [self.quality(i, related) for i in range(2)]
-        prior, weight = PRIOR_HAZARD * (quality[0] if mode == "one_pass" else 1.0), PRIOR_TRIALS
-        totals, survival = [0.0], 1.0
-        for i, (hits, trials) in enumerate(zip(own.hits, own.trials, strict=True)):
-            borrowed = self._worth(i, other.trials[i])
-            if borrowed:
-                ratio = quality[i > 0] if mode == "one_pass" else 1 / quality[i > 0]
-                hits += borrowed * min(1.0, ratio * other.hits[i] / other.trials[i])
-            certain = weight + trials + borrowed
-            hazard = min(1.0, (weight * prior + hits) / certain)
-            unseen = i >= running.block_len - 1
-            survival *= min(1.0, hazard + unseen * optimism * math.sqrt(hazard * (1 - hazard) / certain))
+        ``among``: errors of what sets fan_outs apart from each other; what they have in common is not in doubt.
+        """
+        prior = SHAPE_TRIALS * self._prior * self._level()
+        share = (prior + self._quality_hits) / (SHAPE_TRIALS + self._quality_expected)
+        if optimism:
+            share = share + optimism * np.sqrt(share * np.maximum(0.0, 1 - share) * self._doubt(among))
+        share = np.minimum(1.0, np.maximum(0.1, share))
+        share[0] = 1.0
+        return share[:, self._group]
+
+    def _level(self) -> np.ndarray:
+        """What all fan_outs have in common: their quality over the prior one."""
+        expected = (self._prior * self._quality_expected)[1:].sum(0)
+        return (LEVEL_TRIALS + self._quality_hits[1:].sum(0)) / (LEVEL_TRIALS + expected)
+
+    def _doubt(self, among: bool) -> np.ndarray:
+        """Variance of each fan_out's quality, in units of that of one trial."""
+        of_shape = 1 / (SHAPE_TRIALS + self._quality_expected)
+        return of_shape if among else of_shape + 1 / (LEVEL_TRIALS + self._quality_expected[1:].sum(0))
+
+    def accepted(self, optimism: float = 0.0, running: CyclePlan = AR) -> dict[int, list[float]]:
+        """By fan_out: the expected accepted drafts of 0 ... max_drafts. For the arguments see :meth:`tokens`."""
+        own = quality = self.quality()
+        if optimism:
+            apart = np.array([running.mode == "ar" or f != running.fan_out for f in self.fan_outs])
+            own = np.where(apart[:, None], self.quality(optimism, among=running.fan_out > 0), quality)
+        hits, trials = self._borrowed(own, quality)
+        if optimism and running.fan_out:  # two_pass's quality is certain: it is one_pass's that sets them apart
+            hits[0] = self._borrowed(own, self.quality(-optimism))[0][0]
+        hits, trials = (self._hits + hits).tolist(), (self._trials + trials).tolist()
+        step = (own[:, 1:] / own[:, :-1]).tolist()
+        first = (PRIOR_HAZARD * own[:, 0]).tolist()
+        rows = zip(hits, trials, first, step, strict=True)
+        return {
+            f: self._chain(*row, optimism, running.block_len - 1) for f, row in zip(self.fan_outs, rows, strict=True)
+        }
+
+    def _borrowed(self, own: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """``(hits, trials)`` of others, as many as are worth own ones: variances of hazards and qualities add up."""
+        doubt = self._doubt(among=False)[:, self._group]
+        doubt[0] = 0.0
+        share = 1 / (1 + self._trials * doubt)  # of a drafter's trials that tell of two_pass
+        hits, trials = self._others @ (share * self._hits / theirs), self._others @ (share * self._trials)
+        share = 1 / (1 + trials * doubt)
+        return share * np.minimum(trials, own * hits), share * trials
+
+    @staticmethod
+    def _chain(hits, trials, prior: float, step, optimism: float, seen: int) -> list[float]:
+        """Running sums of survival; positions from ``seen`` on are hoped to be better than they look."""
+        weight, totals, survival = PRIOR_TRIALS, [0.0], 1.0
+        for i, (hit, tried) in enumerate(zip(hits, trials, strict=True)):
+            certain = weight + tried
+            hazard = min(1.0, (weight * prior + hit) / certain)
+            hope = optimism * math.sqrt(hazard * (1 - hazard) / certain) if optimism and i >= seen else 0.0
+            survival *= min(1.0, hazard + hope)
             totals.append(totals[-1] + survival)
-            prior, weight = hazard, CHAIN_TRIALS
-            if not i and mode == "one_pass":
-                prior = min(1.0, hazard * quality[1] / quality[0])
+            prior, weight = min(1.0, hazard * step[i]) if i < len(step) else hazard, CHAIN_TRIALS
         return totals
-
-    def _worth(self, position: int, trials: float) -> float:
-        """Own trials that as many of the other mode are worth: the variances of its hazard and of quality add up."""
-        known = QUALITY_TRIALS + self._quality[position > 0][1]
-        return trials * known / (trials + known)
-
-    def offered(self, fan_out: int, optimism: float = 0.0) -> float:
-        """Share of one_pass cycles that have drafts to verify."""
-        drafts, cycles = self._offered.get(fan_out, (0.0, 0.0))
-        weight = OFFERED_TRIALS + cycles
-        share = (OFFERED_TRIALS * prior_offered(fan_out) + drafts) / weight
-        return min(1.0, share + optimism * math.sqrt(share * (1 - share) / weight))
 
     def tokens(self, plans: list[CyclePlan], optimism: float = 0.0, running: CyclePlan = AR) -> dict[CyclePlan, float]:
         """Expected tokens of one sequence's cycle: accepted drafts and the one that verification itself yields.
@@ -142,20 +157,16 @@ class Acceptance:
         from the ``running`` one: an error in what both depend on favours neither.
         """
         key = (*plans, optimism, running)
-        if key in self._known:
-            return self._known[key]
-        accepted = {mode: self.accepted(mode, optimism, running) for mode in self._seen} | {"ar": [0.0]}
-        fan_outs = {p.fan_out for p in plans if p.mode == "one_pass"}
-        offered = {f: self.offered(f, 0.0 if f == running.fan_out else optimism) for f in fan_outs}
-        self._known[key] = {p: 1.0 + offered.get(p.fan_out, 1.0) * accepted[p.mode][p.block_len - 1] for p in plans}
+        if key not in self._known:
+            accepted = self.accepted(optimism, running)
+            self._known[key] = {p: 1.0 + accepted[p.fan_out][p.block_len - 1] for p in plans}
         return self._known[key]
 
 
 @functools.cache
-def prior_offered(fan_out: int) -> float:
-    """``PRIOR_OFFERED``, linear between its entries and constant beyond them."""
-    known = sorted(PRIOR_OFFERED)
-    low = max((f for f in known if f <= fan_out), default=known[0])
-    high = min((f for f in known if f >= fan_out), default=known[-1])
+def prior_quality(fan_out: int) -> tuple[float, ...]:
+    """``PRIOR_QUALITY``, linear between its entries and constant beyond them."""
+    low = max(f for f in PRIOR_QUALITY if f <= fan_out)
+    high = min((f for f in PRIOR_QUALITY if f >= fan_out), default=low)
     share = (fan_out - low) / (high - low) if high > low else 0.0
-    return PRIOR_OFFERED[low] + (PRIOR_OFFERED[high] - PRIOR_OFFERED[low]) * share
+    return tuple(a + (b - a) * share for a, b in zip(PRIOR_QUALITY[low], PRIOR_QUALITY[high], strict=True))

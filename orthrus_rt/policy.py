@@ -61,7 +61,7 @@ def candidate_plans(block_len: int, modes: tuple[str, ...]) -> list[CyclePlan]:
     if "two_pass" in modes:
         plans += [CyclePlan("two_pass", k) for k in lens]
     if "one_pass" in modes:
-        plans += [CyclePlan("one_pass", k, f) for k in lens[-2:] for f in (2, 4, 8)]
+        plans += [CyclePlan("one_pass", k, f) for k in lens for f in (2, 4, 8) if f <= k]
     return plans
 
 
@@ -141,7 +141,7 @@ class Policy:
         self.max_batch_size, self._plans, self._max_rows = max_batch_size, list(plans), max_rows
         self.costs = PassCosts() if costs is None else costs
         self._sampling_costs = self.costs.blank()
-        self.acceptance = Acceptance(max(p.block_len for p in plans) - 1)
+        self.acceptance = Acceptance(max(p.block_len for p in plans) - 1, (p.fan_out for p in plans))
         self.safety, self.exploration = Account(), Account()
         self.spent = self.ar_equivalent = 0.0
         self._granted = False
@@ -298,8 +298,7 @@ class Policy:
             "current": self.current and self.current.label,
             "in_use": lane.in_use and lane.in_use.label,
             "candidates": rows,
-            "accepted": {mode: self.acceptance.accepted(mode) for mode in ("two_pass", "one_pass")},
-            "offered": {p.fan_out: self.acceptance.offered(p.fan_out) for p in lane.plans if p.mode == "one_pass"},
+            "accepted": self.acceptance.accepted(),
             "safety_balance_seconds": self.safety.balance,
             "exploration_balance_seconds": self.exploration.balance,
             "spent_seconds": self.spent,

@@ -18,9 +18,11 @@ from orthrus_rt.pass_costs import PassCosts, rows_per_pass
 from orthrus_rt.policy import AR, SAFETY, Policy
 
 CPU_MS = {1: 10.3, 4: 11.0, 6: 11.6, 8: 11.7, 16: 14.4, 32: 26.1}  # measured: the embedded model, two cores
-MISSES = {2: 0.36, 4: 0.23, 8: 0.11}  # one_pass cycles without drafts, by fan_out: the embedded model on code
-KNOWN = 0.4  # one_pass cycles whose drafts stand behind the right bonus token
-GUESSED_QUALITY = 0.7, 0.97  # of the others: hazards of the first draft and of later ones, over known ones
+# What one_pass drafts stand behind, and the hazards of the first and the second one over two_pass's: the true bonus
+# token, one unseen, or a rejected draft (those behind it are kept). Shares by fan_out. So fitted, they yield what the
+# embedded model does on code and chat.
+KINDS = {"known": (1.0, 1.0), "unseen": (0.7, 0.85), "kept": (0.2, 0.5)}
+KEPT, KNOWN = {1: 0.42, 2: 0.25, 4: 0.14, 8: 0.08}, {1: 0.03, 2: 0.08, 4: 0.15, 8: 0.28}
 ONE_PASS_BYTES = 1.2  # both views' attention weights, over one view's
 
 
@@ -56,17 +58,18 @@ class Sequence:
     decay: float = 1.0
     drafted_by: CyclePlan | None = None  # one_pass: the plan that left drafts waiting, if any
     offered: int = 0  # those drafts
-    known: bool = True  # they stand behind the true bonus token, not behind a guess
+    kind: str = "known"  # of KINDS
 
     def cycle(self, plan: CyclePlan) -> tuple[int, int]:
         """``(num_verified, num_accepted)`` of one cycle."""
         drafts = plan.block_len - 1
         if plan.mode != "one_pass":
             self.forget()
-            return drafts if plan.mode == "two_pass" else 0, self._accept(drafts, True)
-        verified, accepted = self.offered, self._accept(self.offered, self.known)
+            return drafts if plan.mode == "two_pass" else 0, self._accept(drafts, "known")
+        verified, accepted = self.offered, self._accept(self.offered, self.kind)
         luck = self.rng.random()
-        self.offered, self.known = (0 if luck < MISSES[plan.fan_out] else drafts), luck >= 1 - KNOWN
+        self.kind = "kept" if luck < KEPT[plan.fan_out] else "known" if luck >= 1 - KNOWN[plan.fan_out] else "unseen"
+        self.offered = max(0, verified - accepted - 1) if self.kind == "kept" else drafts
         self.drafted_by = plan
         return verified, accepted
 
@@ -79,28 +82,48 @@ class Sequence:
         drafting = plan if plan.mode != "one_pass" else self.drafted_by or AR
         return expected_tokens(drafting, self.hazard, self.decay)
 
-    def _accept(self, drafts: int, known: bool) -> int:
+    def _accept(self, drafts: int, kind: str) -> int:
         for i in range(drafts):
-            quality = 1.0 if known else GUESSED_QUALITY[i > 0]
-            if self.rng.random() >= self.hazard * self.decay**i * quality:
+            if self.rng.random() >= hazard_at(i, kind, self.hazard, self.decay):
                 return i
         return drafts
+
+
+def hazard_at(i: int, kind: str, hazard: float, decay: float) -> float:
+    """Chance that the draft at 0-based position ``i`` is accepted once those before it were."""
+    return hazard * decay**i * (KINDS[kind][i] if i < 2 else 1.0)
 
 
 @functools.cache
 def expected_tokens(plan: CyclePlan, hazard: float, decay: float) -> float:
     """Tokens per cycle of a :class:`Sequence` in the long run."""
 
-    def accepted(known: bool) -> float:
-        total, alive = 0.0, 1.0
-        for i in range(plan.block_len - 1):
-            alive *= hazard * decay**i * (1.0 if known else GUESSED_QUALITY[i > 0])
-            total += alive
-        return total
+    def accepted(drafts: int, kind: str) -> list[float]:
+        """Probability of every number accepted."""
+        alive = [1.0]
+        for i in range(drafts):
+            alive.append(alive[-1] * hazard_at(i, kind, hazard, decay))
+        return [a - b for a, b in zip(alive, [*alive[1:], 0.0], strict=True)]
 
+    drafts = plan.block_len - 1
     if plan.mode != "one_pass":
-        return 1 + accepted(True)
-    return 1 + KNOWN * accepted(True) + (1 - KNOWN - MISSES[plan.fan_out]) * accepted(False)
+        return 1 + mean(accepted(drafts, "known"))
+    kept, known = KEPT[plan.fan_out], KNOWN[plan.fan_out]
+    fresh = {("known", drafts): known, ("unseen", drafts): 1 - kept - known}
+    share = fresh | {("kept", 0): kept}
+    for _ in range(64):  # the shares of what is offered settle, as kept drafts become fewer every time
+        left = fresh.copy()
+        for (kind, offered), weight in share.items():
+            for count, chance in enumerate(accepted(offered, kind)):
+                to = "kept", max(0, offered - count - 1)
+                left[to] = left.get(to, 0.0) + kept * weight * chance
+        share = left
+    return 1 + sum(weight * mean(accepted(offered, kind)) for (kind, offered), weight in share.items())
+
+
+def mean(chances: list[float]) -> float:
+    """Of a count with these chances of being 0, 1, ..."""
+    return sum(count * chance for count, chance in enumerate(chances))
 
 
 @dataclass

@@ -55,7 +55,7 @@ def in_turn(monkeypatch, modes):
 
 
 # Tokens per cycle over the plans in turn, ar among them; a broken drafter gives 1.
-@pytest.mark.parametrize(("temperature", "pinned"), [(0.0, 1.362), (0.8, 1.113)])
+@pytest.mark.parametrize(("temperature", "pinned"), [(0.0, 1.383), (0.8, 1.113)])
 def test_plans_that_change_every_cycle_change_no_token(folder, monkeypatch, temperature, pinned):
     params = SamplingParams(max_new_tokens=60, temperature=temperature, seed=5, ignore_eos=True)
     in_turn(monkeypatch, ("ar", "two_pass", "one_pass"))
@@ -199,5 +199,5 @@ def test_candidates_stay_within_what_was_asked(folder):
         return {plan.label for plan, _ in engine(folder, **how)._autos.popitem()[1].shapes()}
 
     assert "one_pass/7x8" in labels(max_batch_size=1)
-    assert labels(draft_len=1) == {"ar", "two_pass/1", "one_pass/1x2", "one_pass/1x4"}
+    assert labels(draft_len=1) == {"ar", "two_pass/1", "one_pass/1x2"}
     assert labels(fan_out=3) == {"ar", "two_pass/3", "two_pass/7", "one_pass/7x3"}

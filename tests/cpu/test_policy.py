@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as hs
 
-from orthrus_rt.acceptance import Acceptance, prior_offered
+from orthrus_rt.acceptance import Acceptance, prior_quality
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.pass_costs import PassCosts
 from orthrus_rt.policy import AR, GRANT, REFRESH_CYCLES, REST, SAFETY, SAFETY_CAP, Policy, candidate_plans
+from tests import policy_simulator
 from tests.policy_simulator import cost_table, cycle_seconds, expected_tokens, simulate
 
 PLANS = candidate_plans(16, ("two_pass", "one_pass"))
+FAN_OUTS = sorted({p.fan_out for p in PLANS})
 PROMISE = 1.03  # of plain AR's time, overall
 HORIZON = 4000  # cycles within which a stationary case comes within 5% of the best fixed plan
 DEVICES = ("flat", "steep")  # a GPU's costs, a CPU's
@@ -47,7 +49,7 @@ GRID = [
 CLOSE = [  # two_pass and one_pass differ little, and luck misleads: what these seeds did to an earlier policy
     *[("flat", 1, 0.9, seed) for seed in (1, 2, 12)],
     *[("flat", 2, 0.9, seed) for seed in (2, 16)],
-    *[("flat", 1, 0.85, 17), ("flat", 1, 0.97, 12), ("flat", 4, 0.8, 1)],
+    *[("flat", 1, 0.97, 12), ("flat", 4, 0.8, 1)],
 ]
 WHOLE_GRID = list(
     itertools.product(
@@ -87,8 +89,31 @@ def test_later_drafts_worse_than_early_ones(device, batch):
 
 
 def test_luck_may_settle_on_the_wrong_one_of_two_close_plans():
-    """The worst run met: bad luck over the first thousand cycles."""
-    assert 1.05 < over_best("flat", 1, 0.85, seed=2) <= 1.08
+    """The worst run met: one of three plans within 13% of each other looks worse than it is for a thousand cycles."""
+    assert 1.05 < over_best("flat", 1, 0.85, seed=17, lag=1) <= 1.08
+
+
+OTHER_MODELS = {  # what KEPT and KNOWN are multiplied by, and what drafts behind an unseen bonus token are worth
+    "foresees more": (0.5, 2.0, (0.7, 0.85)),
+    "drafts badly behind an unseen token": (1.0, 1.0, (0.5, 0.7)),
+}
+
+
+@pytest.mark.parametrize("hazard", [0.75, 0.9])
+@pytest.mark.parametrize("model", OTHER_MODELS)
+def test_a_model_unlike_the_one_that_the_priors_are_of(model, hazard, monkeypatch):
+    kept, known, unseen = OTHER_MODELS[model]
+    before = expected_tokens(CyclePlan("one_pass", 16, 4), hazard, 1.0)
+    monkeypatch.setattr(policy_simulator, "KEPT", {f: kept * share for f, share in policy_simulator.KEPT.items()})
+    monkeypatch.setattr(policy_simulator, "KNOWN", {f: known * share for f, share in policy_simulator.KNOWN.items()})
+    monkeypatch.setitem(policy_simulator.KINDS, "unseen", unseen)
+    expected_tokens.cache_clear()
+    try:
+        assert abs(expected_tokens(CyclePlan("one_pass", 16, 4), hazard, 1.0) / before - 1) > 0.05
+        for batch, seed in ((1, 1), (1, 2), (4, 3)):
+            check_stationary("flat", batch, hazard, seed=seed, lag=1)
+    finally:
+        expected_tokens.cache_clear()
 
 
 @pytest.mark.full
@@ -255,15 +280,15 @@ def test_nothing_timed_is_nothing_earned():
 def test_censored_observations_say_nothing_beyond_them():
     """Cycles that accepted all of 3 drafts raise the hazards of 3 positions; the fourth inherits from the third."""
     plan = CyclePlan("two_pass", 4)
-    short, long = Acceptance(15), Acceptance(15)
+    short, long = Acceptance(15, FAN_OUTS), Acceptance(15, FAN_OUTS)
     for _ in range(200):
         short.observe(plan, [(3, 3)])
         long.observe(CyclePlan("two_pass", 16), [(15, 3)])
-    survival = [b - a for a, b in itertools.pairwise(short.accepted("two_pass"))]
+    survival = [b - a for a, b in itertools.pairwise(short.accepted()[0])]
     assert survival[2] > 0.9
     assert survival[3] / survival[2] == pytest.approx(survival[2] / survival[1], rel=1e-2)
-    assert short.accepted("two_pass")[:4] == pytest.approx(long.accepted("two_pass")[:4])
-    assert long.accepted("two_pass")[15] < 3.1
+    assert short.accepted()[0][:4] == pytest.approx(long.accepted()[0][:4])
+    assert long.accepted()[0][15] < 3.1
 
 
 @pytest.mark.parametrize(("hazard", "decay"), [(0.3, 1.0), (0.8, 1.0), (0.9, 0.9)])
@@ -277,7 +302,7 @@ def test_expected_tokens_are_learnt(hazard, decay):
 
 
 def test_observing_one_mode_informs_the_other():
-    fresh, taught = Acceptance(15), Acceptance(15)
+    fresh, taught = Acceptance(15, FAN_OUTS), Acceptance(15, FAN_OUTS)
     rng = random.Random(3)
     for _ in range(300):
         accepted = next((i for i in range(15) if rng.random() > 0.9), 15)
@@ -286,15 +311,36 @@ def test_observing_one_mode_informs_the_other():
     assert taught.tokens([plan])[plan] > 1.5 * fresh.tokens([plan])[plan]
 
 
-def test_offered_drafts_prior_is_monotone_in_fan_out():
-    shares = [prior_offered(f) for f in range(1, 16)]
-    assert shares == sorted(shares)
-    assert shares[0] == 0.5
-    assert shares[-1] == 0.97
+def test_fan_outs_are_told_apart():
+    """The same text under both, in turns: the wider one's drafts are accepted more often, whatever was supposed."""
+    seen, narrow, wide = Acceptance(15, FAN_OUTS), CyclePlan("one_pass", 16, 2), CyclePlan("one_pass", 16, 8)
+    rng = random.Random(5)
+    chance = {narrow: 0.5, wide: 0.9}
+    for cycle in range(2000):
+        plan = (narrow, wide)[cycle // 100 % 2]
+        seen.observe(plan, [(15, (rng.random() < chance[plan]) * 2)])
+    tokens = seen.tokens(PLANS)
+    for plan in chance:
+        assert tokens[plan] == pytest.approx(1 + 2 * chance[plan], rel=0.1)
+
+
+def test_drafts_that_one_pass_lacks_count_as_rejected():
+    lacking, rejected = Acceptance(15, FAN_OUTS), Acceptance(15, FAN_OUTS)
+    for _ in range(50):
+        for seen, outcomes in ((lacking, [(0, 0), (2, 2)]), (rejected, [(15, 0), (15, 2)])):
+            seen.observe(CyclePlan("one_pass", 16, 4), outcomes)
+    assert lacking.accepted() == rejected.accepted()
+
+
+def test_prior_quality_grows_with_fan_out():
+    assert prior_quality(0) == (1.0, 1.0, 1.0)
+    of_first, of_second, of_later = zip(*[prior_quality(f) for f in range(1, 47)], strict=True)
+    assert list(of_first) == sorted(of_first) and of_first[0] == 0.53 and of_first[-1] == 0.75
+    assert list(of_second) == sorted(of_second) and len(set(of_later)) == 1
 
 
 def test_optimism_is_about_what_sets_a_plan_apart_from_the_one_that_runs():
-    seen, running = Acceptance(15), CyclePlan("one_pass", 8, 4)
+    seen, running = Acceptance(15, FAN_OUTS), CyclePlan("one_pass", 8, 4)
     for _ in range(20):
         seen.observe(CyclePlan("two_pass", 16), [(15, 2), (15, 9)])
         seen.observe(CyclePlan("one_pass", 16, 4), [(15, 0), (15, 6), (0, 0)])
@@ -303,7 +349,9 @@ def test_optimism_is_about_what_sets_a_plan_apart_from_the_one_that_runs():
     rival = seen.tokens(PLANS, 1.0, running)
     assert rival[running] == mean[running]
     others = [p for p in PLANS if p not in (AR, running)]
-    assert all(mean[p] < rival[p] <= hope[p] for p in others if p.mode == "one_pass")
+    shorter = CyclePlan("one_pass", 4, 4)  # nothing sets it apart but how many of the same drafts it takes
+    assert rival[shorter] == mean[shorter]
+    assert all(mean[p] < rival[p] <= hope[p] for p in others if p.mode == "one_pass" and p != shorter)
     # Of two_pass, the ratio to one_pass is uncertain, however many drafts of this text were seen.
     assert all(mean[p] < rival[p] for p in others if p.mode == "two_pass")
 
@@ -337,7 +385,7 @@ def test_candidates():
     assert candidate_plans(4, ("two_pass",)) == [AR, CyclePlan("two_pass", 4)]
     assert [p.label for p in candidate_plans(8, ("two_pass", "one_pass"))] == [
         "ar", "two_pass/3", "two_pass/7",
-        "one_pass/3x2", "one_pass/3x4", "one_pass/3x8", "one_pass/7x2", "one_pass/7x4", "one_pass/7x8",
+        "one_pass/3x2", "one_pass/3x4", "one_pass/7x2", "one_pass/7x4", "one_pass/7x8",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="plans must hold"):
         Policy([CyclePlan("two_pass", 8)], 1)
@@ -358,8 +406,10 @@ def test_sampling_cycles_are_judged_by_their_own_costs():
 def test_one_pass_plans_stay_within_the_rows_of_a_pass():
     chooser = Policy(PLANS, 8, PassCosts(), max_rows=144)
     assert chooser.plans_of(1) == PLANS
-    assert [p.label for p in chooser.plans_of(4)] == ["ar", "two_pass/3", "two_pass/7", "two_pass/15", "one_pass/7x2"]
-    assert "one_pass" not in {p.mode for p in chooser.plans_of(8)}
+    assert [p.label for p in chooser.plans_of(4)] == [
+        "ar", "two_pass/3", "two_pass/7", "two_pass/15", "one_pass/3x2", "one_pass/3x4", "one_pass/7x2",
+    ]  # fmt: skip
+    assert [p.label for p in chooser.plans_of(8)][4:] == ["one_pass/3x2"]
 
 
 def test_a_close_rival_of_ar_hears_soon_that_ar_has_become_faster():
