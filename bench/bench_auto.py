@@ -65,8 +65,7 @@ def make_engine(kind: str, batch: int, device: torch.device) -> Engine:
 
 def fixed_plans(batch: int, most_rows: int) -> list[CyclePlan]:
     """AR, and of auto's candidates those with no more than ``most_rows`` rows in a pass."""
-    plans = candidate_plans(16, ("two_pass", "one_pass"))
-    return [plan for plan in plans if plan == AR or batch * plan.max_rows <= most_rows]
+    return [plan for plan in candidate_plans(16) if plan == AR or batch * plan.max_rows <= most_rows]
 
 
 def decode(engine: Engine, ids: list[list[int]], tokens: int, plan: CyclePlan | None) -> tuple[float, list]:

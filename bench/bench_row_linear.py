@@ -103,10 +103,11 @@ class Chain:
     def max_error(self, op: str) -> float:
         """Largest error against float64, over the largest value; 0.004 is a bf16 rounding. At most 8192 outputs."""
         n, k = min(self.shapes[op][0], 8192), self.shapes[op][1]
-        x = torch.randn(min(self.num_rows, 64), k, device=self.device).bfloat16()
         plain = torch.randn(n, k, device=self.device).bfloat16()
+        packed = pack(plain)  # before x is drawn: see the contract in row_linear.cu
+        x = torch.randn(min(self.num_rows, 64), k, device=self.device).bfloat16()
         out = torch.empty(x.shape[0], n, dtype=torch.bfloat16, device=self.device)
-        ops.row_linear(x, pack(plain), out, workspace=self._workspace(x.shape[0], [(n, k)]))
+        ops.row_linear(x, packed, out, workspace=self._workspace(x.shape[0], [(n, k)]))
         want = x.double() @ plain.double().T
         return float((out.double() - want).abs().max() / want.abs().max())
 

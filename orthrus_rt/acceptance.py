@@ -5,9 +5,11 @@ estimator: a cycle that accepted all ``m`` of its drafts says nothing of positio
 are forgotten fast. two_pass has its own, and so has one_pass with every ``fan_out``: on it depends whether drafts stand
 behind the true bonus token, behind one unseen, or behind a rejected draft, or are missing, which counts as rejected.
 
-*Quality* relates them: the hazards of a fan_out over those of two_pass, at the first, the second and later positions
-(Mantel and Haenszel's ratio, over positions and over what all saw of the same text). It belongs to the model and is
-forgotten slowly. Through it, what was learnt of the text with one plan serves the others.
+What relates them belongs to the model and is forgotten slowly. *Quality* is the hazards of a fan_out over those of
+two_pass, at the first, the second and later positions: a *level* that all fan_outs share times a *shape*, which tells
+them apart (Mantel and Haenszel's ratios, over positions and over what both sides saw of the same text: level of all
+fan_outs against two_pass, shape of each against the other ones). Through them, what was learnt of the text with one
+plan serves the others.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,114 +31,154 @@ PRIOR_HAZARD, PRIOR_TRIALS = 0.7, 4.0  # of the first draft
 CHAIN_TRIALS = 8.0  # weight of the position before as a later position's prior
 # Of the first, the second and later drafts by fan_out: the embedded model on its code and chat prompts.
 PRIOR_QUALITY = {
-    0: (1.0, 1.0, 1.0), 1: (0.53, 0.78, 0.97), 2: (0.60, 0.80, 0.97), 4: (0.67, 0.87, 0.97), 8: (0.73, 0.90, 0.97),
+    1: (0.53, 0.78, 0.97), 2: (0.60, 0.80, 0.97), 4: (0.67, 0.87, 0.97), 8: (0.73, 0.90, 0.97),
     12: (0.75, 0.91, 0.97),
 }  # fmt: skip
-LEVEL_TRIALS, SHAPE_TRIALS = 64.0, 256.0  # that the priors are worth: of what fan_outs share, of what sets each apart
+LEVEL_TRIALS, SHAPE_TRIALS = 32.0, 256.0  # that the priors are worth
+LEAST_QUALITY = 0.1
+PRIOR_LENGTH = 128.0  # tokens of a sequence, at least so many until more are known
 TINY = 1e-9  # of trials: none
 
-Outcome = tuple[int, int]  # (num_verified, num_accepted) of one sequence's cycle
+
+class Outcome(NamedTuple):
+    """What became of one sequence's drafts in a cycle."""
+
+    num_verified: int
+    num_accepted: int
+    cut: bool = False  # the sequence ended with the last one accepted: none was rejected, and no token came on top
+    fresh: bool = False  # its first cycle: one_pass had no drafts for it yet
+
+    @property
+    def num_tokens(self) -> int:
+        """That the cycle yielded, one at least."""
+        return max(1, 1 + self.num_accepted - self.cut)
+
+
+class Ratio:
+    """Hits over those expected, by position group, starting from a prior that is worth ``trials``."""
+
+    def __init__(self, prior: np.ndarray, trials: float):
+        self._prior, self._trials = prior, trials
+        self._hits, self._expected = np.zeros_like(prior), np.zeros_like(prior)
+
+    def observe(self, hits: np.ndarray, expected: np.ndarray) -> None:
+        for counts, new in ((self._hits, hits), (self._expected, expected)):
+            counts *= 1 - 1 / SLOW_MEMORY
+            counts += new
+
+    def estimate(self) -> tuple[np.ndarray, np.ndarray]:
+        """``(ratio, doubt)``, the latter the variance in units of that of one trial."""
+        trials = self._trials + self._expected
+        return (self._trials * self._prior + self._hits) / trials, 1 / trials
 
 
 class Acceptance:
     """Acceptance estimates for cycles of at most ``max_drafts`` drafts, forgetting exponentially.
 
     Args:
-        fan_outs: of the plans to come; 0 stands for two_pass. Arrays have a row of each, and a column per position.
+        fan_outs: of the one_pass plans to come.
     """
 
-    def __init__(self, max_drafts: int, fan_outs: Iterable[int] = ()):
-        self.max_drafts, self.fan_outs = max_drafts, sorted({0, *fan_outs})
+    def __init__(self, max_drafts: int, fan_outs: Iterable[int]):
+        self.max_drafts, self.fan_outs = max_drafts, [0, *sorted({*fan_outs} - {0})]  # rows: 0 of two_pass
         shape = len(self.fan_outs), max_drafts
         self._hits, self._trials = np.zeros(shape), np.zeros(shape)  # drafts accepted, drafts tried
-        self._prior = np.array([prior_quality(f) for f in self.fan_outs])
-        self._quality_hits = np.zeros_like(self._prior)
-        self._quality_expected = np.zeros_like(self._prior)  # hits that two_pass would have had
         self._group = np.minimum(np.arange(max_drafts), 2)  # of the positions: first, second, later
         self._in_group = np.eye(3)[self._group]
-        self._others = 1.0 - np.eye(len(self.fan_outs))
+        self._others = 1.0 - np.eye(shape[0] - 1)
+        prior = np.array([prior_quality(f) for f in self.fan_outs[1:]]).reshape(-1, 3)
+        self._level, self._shape = Ratio(np.ones(3), LEVEL_TRIALS), Ratio(prior, SHAPE_TRIALS)
+        self._begun, self._tokens = 0.0, PRIOR_LENGTH  # sequences, and the tokens of them all
         self._unfaded = 0  # cycles whose fading is still due
         self._known: dict[tuple, dict[CyclePlan, float]] = {}  # answers of tokens() since the counts changed
 
     def observe(self, plan: CyclePlan, outcomes: list[Outcome]) -> None:
         """One cycle of every sequence under ``plan``."""
         self._unfaded += 1
+        self._begun += sum(out.fresh for out in outcomes)
+        self._tokens += sum(out.num_tokens for out in outcomes)
         if plan.mode == "ar" and self._unfaded < FADE_EVERY:
             return
         self._known.clear()
         idle = (1 - 1 / IDLE_MEMORY) ** self._unfaded
+        self._begun, self._tokens = self._begun * idle, max(PRIOR_LENGTH, self._tokens * idle)
         self._unfaded = 0
         hits, trials = np.zeros(self.max_drafts), np.zeros(self.max_drafts)
-        if plan.mode != "ar":
-            for verified, accepted in outcomes:
-                drafts = verified if plan.mode == "two_pass" else plan.block_len - 1
-                trials[: min(accepted + 1, drafts)] += 1
-                hits[:accepted] += 1
+        one_pass = plan.mode == "one_pass"
+        for out in outcomes if plan.mode != "ar" else ():
+            if one_pass and out.fresh:
+                continue
+            accepted, drafts = out.num_accepted, plan.block_len - 1 if one_pass else out.num_verified
+            trials[: accepted if out.cut else min(accepted + 1, drafts)] += 1
+            hits[:accepted] += 1
         renewed = trials / (MEMORY * max(1, len(outcomes)))  # rarely reached positions look back further
         row = self.fan_outs.index(plan.fan_out)
         for counts, new in ((self._hits, hits), (self._trials, trials)):
             counts *= idle * (1 - renewed)
             counts[row] += new
-        if plan.mode != "ar":
+        if plan.mode != "ar" and len(self.fan_outs) > 1:
             self._compare(renewed)
 
     def _compare(self, renewed: np.ndarray) -> None:
-        """Let the share of the counts that is new tell about quality: each fan_out's against all the others'."""
-        hits, trials = self._others @ self._hits, self._others @ (self._trials * self.quality())  # as two_pass's
-        share = renewed / np.maximum(self._trials + trials, TINY)
-        self._quality_hits *= 1 - 1 / SLOW_MEMORY
-        self._quality_hits += (share * self._hits * trials) @ self._in_group
-        self._quality_expected *= 1 - 1 / SLOW_MEMORY
-        self._quality_expected += (share * hits * self._trials) @ self._in_group
+        """Let the share of the counts that is new tell of level and shape."""
+        shape = self._shape.estimate()[0][:, self._group]
+        hits, trials = self._hits[1:], self._trials[1:]
+        like_level = trials * shape  # with so many trials of quality `level`, as many hits
 
-    def quality(self, optimism: float = 0.0, among: bool = False) -> np.ndarray:
-        """Hazards of each fan_out over two_pass's, that many standard errors higher than they look.
+        def compare(ratio: Ratio, hits, trials, base_hits, base_trials) -> None:
+            share = renewed / np.maximum(trials + base_trials, TINY)
+            ratio.observe((share * hits * base_trials) @ self._in_group, (share * base_hits * trials) @ self._in_group)
 
-        ``among``: errors of what sets fan_outs apart from each other; what they have in common is not in doubt.
-        """
-        prior = SHAPE_TRIALS * self._prior * self._level()
-        share = (prior + self._quality_hits) / (SHAPE_TRIALS + self._quality_expected)
-        if optimism:
-            share = share + optimism * np.sqrt(share * np.maximum(0.0, 1 - share) * self._doubt(among))
-        share = np.minimum(1.0, np.maximum(0.1, share))
-        share[0] = 1.0
-        return share[:, self._group]
-
-    def _level(self) -> np.ndarray:
-        """What all fan_outs have in common: their quality over the prior one."""
-        expected = (self._prior * self._quality_expected)[1:].sum(0)
-        return (LEVEL_TRIALS + self._quality_hits[1:].sum(0)) / (LEVEL_TRIALS + expected)
-
-    def _doubt(self, among: bool) -> np.ndarray:
-        """Variance of each fan_out's quality, in units of that of one trial."""
-        of_shape = 1 / (SHAPE_TRIALS + self._quality_expected)
-        return of_shape if among else of_shape + 1 / (LEVEL_TRIALS + self._quality_expected[1:].sum(0))
+        compare(self._shape, hits, trials, self._others @ hits, self._others @ like_level)
+        compare(self._level, hits.sum(0), like_level.sum(0), self._hits[0], self._trials[0])
 
     def accepted(self, optimism: float = 0.0, running: CyclePlan = AR) -> dict[int, list[float]]:
         """By fan_out: the expected accepted drafts of 0 ... max_drafts. For the arguments see :meth:`tokens`."""
-        own = quality = self.quality()
-        if optimism:
-            apart = np.array([running.mode == "ar" or f != running.fan_out for f in self.fan_outs])
-            own = np.where(apart[:, None], self.quality(optimism, among=running.fan_out > 0), quality)
-        hits, trials = self._borrowed(own, quality)
-        if optimism and running.fan_out:  # two_pass's quality is certain: it is one_pass's that sets them apart
-            hits[0] = self._borrowed(own, self.quality(-optimism))[0][0]
-        hits, trials = (self._hits + hits).tolist(), (self._trials + trials).tolist()
-        step = (own[:, 1:] / own[:, :-1]).tolist()
-        first = (PRIOR_HAZARD * own[:, 0]).tolist()
-        rows = zip(hits, trials, first, step, strict=True)
-        return {
-            f: self._chain(*row, optimism, running.block_len - 1) for f, row in zip(self.fan_outs, rows, strict=True)
-        }
+        (level, level_doubt), (shape, shape_doubt) = (
+            tuple(x[..., self._group] for x in ratio.estimate()) for ratio in (self._level, self._shape)
+        )
+        quality = np.concatenate([np.ones((1, self.max_drafts)), np.clip(level * shape, LEAST_QUALITY, 1.0)])
+        hope = np.ones_like(quality)
+        if optimism and len(shape):
+            hope += optimism * self._error(quality, level_doubt, shape_doubt, running)
+        own_hits, own_trials = self._hits[1:], self._trials[1:]
 
-    def _borrowed(self, own: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """``(hits, trials)`` of others, as many as are worth own ones: variances of hazards and qualities add up."""
-        doubt = self._doubt(among=False)[:, self._group]
-        doubt[0] = 0.0
-        share = 1 / (1 + self._trials * doubt)  # of a drafter's trials that tell of two_pass
-        hits, trials = self._others @ (share * self._hits / theirs), self._others @ (share * self._trials)
-        share = 1 / (1 + trials * doubt)
-        return share * np.minimum(trials, own * hits), share * trials
+        def worth(trials, doubt):  # of own trials; variances add up
+            return trials / (1 + trials * doubt)
+
+        # What each drafter tells of a fan_out of shape 1, and that of each drafter; the fan_outs' own level cancels.
+        told = worth(own_trials, shape_doubt)
+        told_hits = told * own_hits / np.maximum(own_trials * shape, TINY)
+        two = worth(self._trials[0], level_doubt)
+        two_hits = two * level * self._hits[0] / np.maximum(self._trials[0], TINY)
+        heard = np.concatenate([[told.sum(0)], self._others @ told + two])
+        heard_hits = np.concatenate([[told_hits.sum(0) / level], (self._others @ told_hits + two_hits) * shape])
+        borrowed = worth(heard, np.concatenate([[level_doubt], shape_doubt]))
+        rate = np.minimum(1.0, hope * heard_hits / np.maximum(heard, TINY))
+        hits = (self._hits + borrowed * rate).tolist()
+        trials = (self._trials + borrowed).tolist()
+        quality = np.minimum(1.0, hope * quality)
+        step = (quality[:, 1:] / quality[:, :-1]).tolist()
+        first = (PRIOR_HAZARD * quality[:, 0]).tolist()
+        rows = zip(self.fan_outs, hits, trials, first, step, strict=True)
+        return {f: self._chain(*row, optimism, running.block_len - 1) for f, *row in rows}
+
+    def _error(self, quality, level_doubt, shape_doubt, running: CyclePlan) -> np.ndarray:
+        """Relative standard error of each row's hazards, beside the running plan's."""
+        of = self.fan_outs.index(running.fan_out) if running.mode == "one_pass" else 0
+        doubt = np.concatenate([np.zeros_like(quality[:1]), shape_doubt])
+        if running.mode == "one_pass":  # level sets two_pass apart from it, not the other fan_outs
+            doubt += doubt[of]
+            doubt[0] += level_doubt
+        else:
+            doubt[1:] += level_doubt
+        odds = (1 - quality) / quality
+        odds[0] = odds[of or -1]  # two_pass's quality is certain: it is one_pass's that sets them apart
+        if running.mode == "ar":
+            doubt[0] = doubt[-1]
+        else:
+            doubt[of] = 0.0
+        return np.sqrt(odds * doubt)
 
     @staticmethod
     def _chain(hits, trials, prior: float, step, optimism: float, seen: int) -> list[float]:
@@ -153,13 +196,18 @@ class Acceptance:
     def tokens(self, plans: list[CyclePlan], optimism: float = 0.0, running: CyclePlan = AR) -> dict[CyclePlan, float]:
         """Expected tokens of one sequence's cycle: accepted drafts and the one that verification itself yields.
 
-        With ``optimism``, estimates are taken that many standard errors higher, but those alone that set a plan apart
-        from the ``running`` one: an error in what both depend on favours neither.
+        A sequence's first one_pass cycle yields that one alone. With ``optimism``, estimates are taken that many
+        standard errors higher, but those alone that set a plan apart from the ``running`` one: an error in what both
+        depend on favours neither.
         """
         key = (*plans, optimism, running)
         if key not in self._known:
             accepted = self.accepted(optimism, running)
-            self._known[key] = {p: 1.0 + accepted[p.fan_out][p.block_len - 1] for p in plans}
+            tokens = {p: 1.0 + accepted[p.fan_out][p.block_len - 1] for p in plans}
+            fresh = min(1.0, self._begun / self._tokens)  # sequences begun per token
+            self._known[key] = {
+                p: t if p.mode != "one_pass" else 1 / (fresh + (1 - fresh) / t) for p, t in tokens.items()
+            }
         return self._known[key]
 
 

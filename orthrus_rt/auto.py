@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from orthrus_rt.cycle_plan import CyclePlan, most_hypotheses
+from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.embedded import cache_root
 from orthrus_rt.ops import PAGE_SIZE
 from orthrus_rt.pass_costs import PassCosts, cache_file
@@ -37,12 +37,9 @@ class Auto:
     """
 
     def __init__(self, plan: CyclePlan, num_slots: int, device: torch.device, identity: str):
-        plans = candidate_plans(plan.block_len, ("two_pass",) if plan.fan_out else ("two_pass", "one_pass"))
-        plans = [p for p in plans if p.fan_out <= most_hypotheses(p.block_len - 1)]
-        if plan.fan_out:
-            plans.append(CyclePlan("one_pass", plan.block_len, plan.fan_out))
+        plans = candidate_plans(plan.block_len, plan.fan_out)
         self.plan, self._device = plan, device
-        self._key = f"{identity} | {num_slots} slots | {plan.block_len}x{plan.fan_out}"
+        self._key = f"{identity} | {num_slots} slots | {' '.join(p.label for p in plans)}"
         self._file = cache_file(cache_root(), self._key)
         costs = PassCosts(RIDGE_ROWS[device.type])
         self.measured = costs.load(self._file, self._key)
@@ -59,6 +56,7 @@ class Auto:
         ``acceptance="rejection"`` is two_pass's alone: with such a request about, nothing is to choose.
         """
         if any(r.rejection for r in requests):
+            self.policy.current = None  # unknown to it: one_pass's drafts are gone
             return CyclePlan("two_pass", self.plan.block_len), None
         greedy = all(r.params.greedy and not r.params.edits for r in requests)
         return self.policy.choose(1 + max(r.slot for r in requests), greedy), self.policy

@@ -31,7 +31,7 @@ from collections import Counter, deque
 from typing import NamedTuple
 
 from orthrus_rt.acceptance import Acceptance, Outcome
-from orthrus_rt.cycle_plan import AR, CyclePlan
+from orthrus_rt.cycle_plan import AR, CyclePlan, most_hypotheses
 from orthrus_rt.pass_costs import PassCosts, rows_per_pass
 
 SAFETY = 0.02  # of AR's time that may be lost against AR
@@ -43,7 +43,7 @@ NOVELTY = 4  # cycles' time more for every e-fold of cycles: a model's ways are 
 EXPLORATION_CAP = 64  # AR cycles of credit kept
 SWITCH = 1.0  # cycles of savings before the plan in use changes
 DEADBAND = 0.01  # relative savings that are none
-OPTIMISM = 1.0  # standard errors by which a plan may be better than it looks; more while exploration credit lies idle
+OPTIMISM = 0.7  # standard errors by which a plan may be better than it looks; more while exploration credit lies idle
 BURST = 8  # sequence-cycles that a trial lasts, at least
 BURST_PRICE = 0.5  # share of the exploration credit that a longer trial may cost
 REST = 64  # cycles between trials, and the most that one lasts
@@ -54,15 +54,13 @@ REFRESH_CYCLES = 3
 REFRESH_PRICE = 0.0025  # of all time that may be lost on it sooner: where AR is close it is cheap, and may win
 
 
-def candidate_plans(block_len: int, modes: tuple[str, ...]) -> list[CyclePlan]:
-    """The plans to choose among for drafts of at most ``block_len - 1`` tokens; AR comes first."""
+def candidate_plans(block_len: int, fan_out: int = 0) -> list[CyclePlan]:
+    """The plans to choose among for drafts of at most ``block_len - 1`` tokens, AR first; ``fan_out`` 0 for several."""
     lens = sorted({min(k, block_len) for k in (4, 8, 16, block_len)})
-    plans = [AR]
-    if "two_pass" in modes:
-        plans += [CyclePlan("two_pass", k) for k in lens]
-    if "one_pass" in modes:
-        plans += [CyclePlan("one_pass", k, f) for k in lens for f in (2, 4, 8) if f <= k]
-    return plans
+    two_pass = [CyclePlan("two_pass", k) for k in lens]
+    if fan_out:
+        return [AR, *two_pass, *(CyclePlan("one_pass", k, fan_out) for k in lens if fan_out <= most_hypotheses(k - 1))]
+    return [AR, *two_pass, *(CyclePlan("one_pass", k, f) for k in lens for f in (2, 4, 8) if f <= k)]
 
 
 class Account:
@@ -141,7 +139,7 @@ class Policy:
         self.max_batch_size, self._plans, self._max_rows = max_batch_size, list(plans), max_rows
         self.costs = PassCosts() if costs is None else costs
         self._sampling_costs = self.costs.blank()
-        self.acceptance = Acceptance(max(p.block_len for p in plans) - 1, (p.fan_out for p in plans))
+        self.acceptance = Acceptance(max(1, max(p.block_len for p in plans) - 1), (p.fan_out for p in plans))
         self.safety, self.exploration = Account(), Account()
         self.spent = self.ar_equivalent = 0.0
         self._granted = False
@@ -240,8 +238,7 @@ class Policy:
         """What the oldest cycle under way brought.
 
         Args:
-            outcomes: ``(num_verified, num_accepted)`` of each sequence that ran: drafts offered to verification, and
-                drafts that became tokens. Leave out sequences that had already ended when the cycle ran.
+            outcomes: of each sequence that ran. Leave out those that had already ended when the cycle ran.
             seconds: how long the cycle took, where it was timed by itself and was not the first of its kind.
         """
         lane, plan, _, against, fills = self._pending.popleft()
@@ -256,7 +253,7 @@ class Policy:
         if not self._granted:
             self._granted = True
             self.safety.add(GRANT * ar, SAFETY_CAP * ar)
-        tokens = 1 + sum(accepted for _, accepted in outcomes) / max(1, len(outcomes))
+        tokens = sum(out.num_tokens for out in outcomes) / len(outcomes) if outcomes else 1.0
         self.safety.add((1 + SAFETY) * tokens * ar - cost, SAFETY_CAP * ar)
         lost = 0.0 if against is None else cost - tokens * against
         share = EXPLORATION + NOVELTY / self.plan_counts.total()
@@ -278,8 +275,8 @@ class Policy:
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict:
         """Why the next cycle of ``batch_size`` sequences will run what it runs: a plain dict, seconds and ratios.
 
-        ``in_use`` is the plan wanted, ``current`` the one that ran last: another while the safety account does not
-        cover ``in_use``, or in a trial.
+        ``accepted``: expected drafts accepted of 0, 1, ... that are offered. ``in_use`` is the plan wanted, ``current``
+        the one that ran last: another while the safety account does not cover ``in_use``, or in a trial.
         """
         lane = self._lane(batch_size, greedy)
         tokens = self.acceptance.tokens(lane.plans)
@@ -298,7 +295,7 @@ class Policy:
             "current": self.current and self.current.label,
             "in_use": lane.in_use and lane.in_use.label,
             "candidates": rows,
-            "accepted": self.acceptance.accepted(),
+            "accepted": {f"one_pass x{f}" if f else "two_pass": x for f, x in self.acceptance.accepted().items()},
             "safety_balance_seconds": self.safety.balance,
             "exploration_balance_seconds": self.exploration.balance,
             "spent_seconds": self.spent,

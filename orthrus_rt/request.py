@@ -39,6 +39,7 @@ class Request:
         self.slot: int | None = None
         self.to_prefill: list[int] = []
         self.prefilled = 0
+        self.fresh = True  # no decode cycle since it got its slot
         self._page_names: list[bytes] = []
         self._prompt_seen = 0  # prompt tokens that were in the cache at most, before and after what it lost
         self.started = self.first_token = 0.0
@@ -74,7 +75,7 @@ class Request:
 
     def begin(self, slot: int, found: int) -> None:
         """Hold ``slot``, with the first ``found`` tokens' keys and values in the cache already."""
-        self.slot, self.to_prefill, self.prefilled = slot, self.known, found
+        self.slot, self.to_prefill, self.prefilled, self.fresh = slot, self.known, found, True
         self.started = self.started or time.perf_counter()
         # What was found once may be lost, and has to be computed then.
         self.stats.cached_tokens = min(found, self.stats.cached_tokens) if self._prompt_seen else found
@@ -105,6 +106,7 @@ class Request:
         elif plan is not None:
             stats.mode, stats.block_len, stats.fan_out = plan
             stats.cycles += 1
+            self.fresh = False
             stats.passes += plan.num_passes
             stats.plans[plan.label] = stats.plans.get(plan.label, 0) + 1
             stats.misses += plan.mode == "one_pass" and not verified

@@ -20,10 +20,10 @@ class Result(NamedTuple):
     num_accepted: int
     tokens: list[int]
 
-    @property
-    def outcome(self) -> Outcome:
-        """Drafts verified and accepted; an end inside the block rejected nothing."""
-        return (self.num_verified if self.finish == st.RUNNING else self.num_accepted), self.num_accepted
+    def outcome(self, fresh: bool = False) -> Outcome:
+        """What became of its drafts; ``fresh``: in the sequence's first cycle."""
+        cut = self.finish != st.RUNNING and len(self.tokens) == self.num_accepted
+        return Outcome(self.num_verified, self.num_accepted, cut, fresh)
 
 
 class SlotResults:

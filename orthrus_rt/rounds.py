@@ -171,7 +171,7 @@ class Rounds:
             for slot, request in flight.requests:
                 if request.finish_reason is None:
                     result = results.read(slot, len(request.tokens))
-                    outcomes.append(result.outcome)
+                    outcomes.append(result.outcome(request.fresh))
                     self._take_result(flight, request, result)
             if flight.policy is not None:
                 self.runner.stopwatch.settle()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from orthrus_rt.acceptance import Outcome
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.pass_costs import PassCosts, rows_per_pass
 from orthrus_rt.policy import AR, SAFETY, Policy
@@ -59,19 +60,30 @@ class Sequence:
     drafted_by: CyclePlan | None = None  # one_pass: the plan that left drafts waiting, if any
     offered: int = 0  # those drafts
     kind: str = "known"  # of KINDS
+    produced: int = 0  # tokens of the request that runs
 
-    def cycle(self, plan: CyclePlan) -> tuple[int, int]:
-        """``(num_verified, num_accepted)`` of one cycle."""
+    def cycle(self, plan: CyclePlan) -> Outcome:
         drafts = plan.block_len - 1
         if plan.mode != "one_pass":
             self.forget()
-            return drafts if plan.mode == "two_pass" else 0, self._accept(drafts, "known")
+            return Outcome(drafts if plan.mode == "two_pass" else 0, self._accept(drafts, "known"))
+        self.offered = min(self.offered, drafts)
         verified, accepted = self.offered, self._accept(self.offered, self.kind)
         luck = self.rng.random()
         self.kind = "kept" if luck < KEPT[plan.fan_out] else "known" if luck >= 1 - KNOWN[plan.fan_out] else "unseen"
         self.offered = max(0, verified - accepted - 1) if self.kind == "kept" else drafts
         self.drafted_by = plan
-        return verified, accepted
+        return Outcome(verified, accepted)
+
+    def within(self, length: int, out: Outcome) -> Outcome:
+        """The same of a request of so many tokens, which ends there; another one begins then."""
+        fresh, room = self.produced == 0, length - self.produced
+        out = Outcome(out.num_verified, min(out.num_accepted, room), out.num_accepted >= room, fresh)
+        self.produced += out.num_tokens
+        if self.produced >= length:
+            self.produced = 0
+            self.forget()
+        return out
 
     def forget(self) -> None:
         """No drafts wait."""
@@ -80,6 +92,7 @@ class Sequence:
     def prospect(self, plan: CyclePlan) -> float:
         """Tokens that a cycle is expected to yield: luck, the draws to come and those past, left out."""
         drafting = plan if plan.mode != "one_pass" else self.drafted_by or AR
+        drafting = drafting._replace(block_len=min(drafting.block_len, plan.block_len))
         return expected_tokens(drafting, self.hazard, self.decay)
 
     def _accept(self, drafts: int, kind: str) -> int:
@@ -149,7 +162,9 @@ class Run:
         return self.seconds / self.prospects
 
 
-def simulate(policy_or_plan, seq_of, cost, cycles: int, *, batch=1, lag: int = 0, noise: float = 0.0, seed=0) -> Run:
+def simulate(
+    policy_or_plan, seq_of, cost, cycles: int, *, batch=1, lag: int = 0, noise: float = 0.0, seed=0, length: int = 0
+) -> Run:
     """Run ``cycles`` cycles of a policy, or of one fixed plan.
 
     Args:
@@ -158,6 +173,7 @@ def simulate(policy_or_plan, seq_of, cost, cycles: int, *, batch=1, lag: int = 0
         cost: ``f(cycle, bucket, plan) -> seconds``, the truth.
         batch: sequences running, or ``f(cycle)``.
         lag: cycles by which results reach the policy late.
+        length: tokens of a request, after which another one takes its place; 0 for no end.
         noise: relative standard deviation of a measured time; one in 50 takes five times as long.
     """
     fixed = policy_or_plan if isinstance(policy_or_plan, CyclePlan) else None
@@ -174,11 +190,12 @@ def simulate(policy_or_plan, seq_of, cost, cycles: int, *, batch=1, lag: int = 0
         for i in range(size):
             sequences[i].hazard, sequences[i].decay = seq_of(cycle, i)
             run.prospects += sequences[i].prospect(plan)
-            outcomes.append(sequences[i].cycle(plan))
+            out = sequences[i].cycle(plan)
+            outcomes.append(sequences[i].within(length, out) if length else out)
         for waiting in sequences[size:]:
             waiting.forget()
         seconds, ar = cost(cycle, bucket, plan), cost(cycle, bucket, AR)
-        tokens = sum(a + 1 for _, a in outcomes)
+        tokens = sum(out.num_tokens for out in outcomes)
         measured = seconds * max(0.5, 1 + luck.gauss(0, noise)) * (5 if noise and luck.random() < 0.02 else 1)
         late.append((outcomes, measured))
         if policy and len(late) > lag:

@@ -157,10 +157,10 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
   const int ahead = min(total, ring.num_stages);
   Position first(walk), next(walk);
   for (int step = 0; step < ahead; ++step, next.advance()) load_weight(next, step);
-  if (total == ahead) pdl_launch_dependents();
   Position later(next);
   for (int step = ahead; step < min(total, ahead + lead); ++step) prefetch(later);
   pdl_wait();
+  if (total == ahead) pdl_launch_dependents();  // after the wait: never more than two kernels at once
   for (int step = 0; step < ahead; ++step, first.advance()) load_x(first, step);
   Cursor cursor;
   for (int step = ahead; step < total; ++step, next.advance()) {

@@ -200,4 +200,4 @@ def test_candidates_stay_within_what_was_asked(folder):
 
     assert "one_pass/7x8" in labels(max_batch_size=1)
     assert labels(draft_len=1) == {"ar", "two_pass/1", "one_pass/1x2"}
-    assert labels(fan_out=3) == {"ar", "two_pass/3", "two_pass/7", "one_pass/7x3"}
+    assert labels(fan_out=3) == {"ar", "two_pass/3", "two_pass/7", "one_pass/3x3", "one_pass/7x3"}

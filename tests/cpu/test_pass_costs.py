@@ -9,7 +9,7 @@ from orthrus_rt.pass_costs import PassCosts, cache_file
 from orthrus_rt.policy import AR, REFRESH_CYCLES, candidate_plans
 from tests.policy_simulator import cost_table
 
-PLANS = candidate_plans(16, ("two_pass", "one_pass"))
+PLANS = candidate_plans(16)
 
 
 def test_unmeasured_costs_lie_between_measured_ones():

@@ -10,15 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as hs
 
-from orthrus_rt.acceptance import Acceptance, prior_quality
+from orthrus_rt.acceptance import Outcome
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.pass_costs import PassCosts
 from orthrus_rt.policy import AR, GRANT, REFRESH_CYCLES, REST, SAFETY, SAFETY_CAP, Policy, candidate_plans
 from tests import policy_simulator
 from tests.policy_simulator import cost_table, cycle_seconds, expected_tokens, simulate
 
-PLANS = candidate_plans(16, ("two_pass", "one_pass"))
-FAN_OUTS = sorted({p.fan_out for p in PLANS})
+PLANS = candidate_plans(16)
 PROMISE = 1.03  # of plain AR's time, overall
 HORIZON = 4000  # cycles within which a stationary case comes within 5% of the best fixed plan
 DEVICES = ("flat", "steep")  # a GPU's costs, a CPU's
@@ -117,10 +116,10 @@ def test_a_model_unlike_the_one_that_the_priors_are_of(model, hazard, monkeypatc
 
 
 @pytest.mark.full
-def test_luck_misleads_seldom_and_not_far():
+def test_luck_misleads_seldom():
     cases = itertools.product((1, 2), (0.85, 0.9, 0.97), range(14))
     over = sorted(over_best("flat", batch, hazard, seed=seed) for batch, hazard, seed in cases)
-    assert len(over) == 84 and over[-3] <= 1.05 and over[-1] <= 1.08
+    assert len(over) == 84 and over[-1] <= 1.05
 
 
 @pytest.mark.full
@@ -193,7 +192,7 @@ def test_the_account_is_never_overdrawn(seed, lag, generous):
     for _ in range(300):
         size = luck.randint(1, 8)
         drafts = chooser.choose(size).block_len - 1
-        late.append([(drafts, drafts if luck.random() < generous else 0) for _ in range(size)])
+        late.append([Outcome(drafts, drafts if luck.random() < generous else 0) for _ in range(size)])
         if len(late) > lag:
             chooser.record(late.pop(0))
         assert chooser.safety.balance >= -1e-12
@@ -246,11 +245,11 @@ def test_prefill_earns_a_share_too():
     chooser.prefilled(1.0)
     assert chooser.safety.balance == SAFETY and chooser.spent == chooser.ar_equivalent == 1.0
     chooser.choose(1)
-    chooser.record([(0, 0)])
+    chooser.record([Outcome(0, 0)])
     assert chooser.safety.balance == pytest.approx(SAFETY + (GRANT + SAFETY) * ar)
     chooser.prefilled(1e3)
     chooser.choose(1)
-    chooser.record([(0, 0)])
+    chooser.record([Outcome(0, 0)])
     assert chooser.safety.balance == pytest.approx(SAFETY_CAP * ar)
 
 
@@ -259,11 +258,11 @@ def test_another_batch_size_begins_with_ar():
     chooser = policy("flat")
     run("flat", lambda cycle, i: (0.95, 1.0), 300, chooser=chooser)
     assert chooser.choose(1) != AR
-    chooser.record([(15, 15)])
+    chooser.record([Outcome(15, 15)])
     plans = []
     for _ in range(20):
         plans.append(chooser.choose(3))
-        chooser.record([(plans[-1].block_len - 1,) * 2] * 3, cycle_seconds("flat", 4, plans[-1]))
+        chooser.record([Outcome(*[plans[-1].block_len - 1] * 2)] * 3, cycle_seconds("flat", 4, plans[-1]))
     assert [plan == AR for plan in plans] == [True] * REFRESH_CYCLES + [False] * (20 - REFRESH_CYCLES)
 
 
@@ -271,24 +270,10 @@ def test_nothing_timed_is_nothing_earned():
     chooser = policy("flat", measured=False)
     for _ in range(500):
         assert chooser.choose(1) == AR
-        chooser.record([(0, 0)])
+        chooser.record([Outcome(0, 0)])
     chooser.choose(1)
-    chooser.record([(0, 0)], 5e-3)
+    chooser.record([Outcome(0, 0)], 5e-3)
     assert chooser.safety.balance == pytest.approx((GRANT + SAFETY) * 5e-3)
-
-
-def test_censored_observations_say_nothing_beyond_them():
-    """Cycles that accepted all of 3 drafts raise the hazards of 3 positions; the fourth inherits from the third."""
-    plan = CyclePlan("two_pass", 4)
-    short, long = Acceptance(15, FAN_OUTS), Acceptance(15, FAN_OUTS)
-    for _ in range(200):
-        short.observe(plan, [(3, 3)])
-        long.observe(CyclePlan("two_pass", 16), [(15, 3)])
-    survival = [b - a for a, b in itertools.pairwise(short.accepted()[0])]
-    assert survival[2] > 0.9
-    assert survival[3] / survival[2] == pytest.approx(survival[2] / survival[1], rel=1e-2)
-    assert short.accepted()[0][:4] == pytest.approx(long.accepted()[0][:4])
-    assert long.accepted()[0][15] < 3.1
 
 
 @pytest.mark.parametrize(("hazard", "decay"), [(0.3, 1.0), (0.8, 1.0), (0.9, 0.9)])
@@ -301,59 +286,13 @@ def test_expected_tokens_are_learnt(hazard, decay):
     assert estimate[AR] == 1.0
 
 
-def test_observing_one_mode_informs_the_other():
-    fresh, taught = Acceptance(15, FAN_OUTS), Acceptance(15, FAN_OUTS)
-    rng = random.Random(3)
-    for _ in range(300):
-        accepted = next((i for i in range(15) if rng.random() > 0.9), 15)
-        taught.observe(CyclePlan("two_pass", 16), [(15, accepted)])
-    plan = CyclePlan("one_pass", 16, 8)
-    assert taught.tokens([plan])[plan] > 1.5 * fresh.tokens([plan])[plan]
+@pytest.mark.parametrize("length", [12, 48])
+def test_short_requests_run_within_5_percent_of_the_best_fixed_plan(length):
+    def rate(chooser):
+        got = run("flat", lambda cycle, i: (0.8, 1.0), 3000, batch=4, length=length, chooser=chooser)
+        return got.seconds / got.tokens
 
-
-def test_fan_outs_are_told_apart():
-    """The same text under both, in turns: the wider one's drafts are accepted more often, whatever was supposed."""
-    seen, narrow, wide = Acceptance(15, FAN_OUTS), CyclePlan("one_pass", 16, 2), CyclePlan("one_pass", 16, 8)
-    rng = random.Random(5)
-    chance = {narrow: 0.5, wide: 0.9}
-    for cycle in range(2000):
-        plan = (narrow, wide)[cycle // 100 % 2]
-        seen.observe(plan, [(15, (rng.random() < chance[plan]) * 2)])
-    tokens = seen.tokens(PLANS)
-    for plan in chance:
-        assert tokens[plan] == pytest.approx(1 + 2 * chance[plan], rel=0.1)
-
-
-def test_drafts_that_one_pass_lacks_count_as_rejected():
-    lacking, rejected = Acceptance(15, FAN_OUTS), Acceptance(15, FAN_OUTS)
-    for _ in range(50):
-        for seen, outcomes in ((lacking, [(0, 0), (2, 2)]), (rejected, [(15, 0), (15, 2)])):
-            seen.observe(CyclePlan("one_pass", 16, 4), outcomes)
-    assert lacking.accepted() == rejected.accepted()
-
-
-def test_prior_quality_grows_with_fan_out():
-    assert prior_quality(0) == (1.0, 1.0, 1.0)
-    of_first, of_second, of_later = zip(*[prior_quality(f) for f in range(1, 47)], strict=True)
-    assert list(of_first) == sorted(of_first) and of_first[0] == 0.53 and of_first[-1] == 0.75
-    assert list(of_second) == sorted(of_second) and len(set(of_later)) == 1
-
-
-def test_optimism_is_about_what_sets_a_plan_apart_from_the_one_that_runs():
-    seen, running = Acceptance(15, FAN_OUTS), CyclePlan("one_pass", 8, 4)
-    for _ in range(20):
-        seen.observe(CyclePlan("two_pass", 16), [(15, 2), (15, 9)])
-        seen.observe(CyclePlan("one_pass", 16, 4), [(15, 0), (15, 6), (0, 0)])
-    mean, hope = seen.tokens(PLANS), seen.tokens(PLANS, optimism=1.0)
-    assert all(hope[p] > mean[p] for p in PLANS if p != AR)
-    rival = seen.tokens(PLANS, 1.0, running)
-    assert rival[running] == mean[running]
-    others = [p for p in PLANS if p not in (AR, running)]
-    shorter = CyclePlan("one_pass", 4, 4)  # nothing sets it apart but how many of the same drafts it takes
-    assert rival[shorter] == mean[shorter]
-    assert all(mean[p] < rival[p] <= hope[p] for p in others if p.mode == "one_pass" and p != shorter)
-    # Of two_pass, the ratio to one_pass is uncertain, however many drafts of this text were seen.
-    assert all(mean[p] < rival[p] for p in others if p.mode == "two_pass")
+    assert rate(policy("flat")) <= 1.05 * min(map(rate, PLANS))
 
 
 def test_what_it_explains_is_plain_data():
@@ -371,7 +310,7 @@ def test_lost_cycles_hold_no_credit():
     chooser = policy("flat")
     for _ in range(200):
         chooser.choose(1)
-        chooser.record([(15, 15)] if chooser.current != AR else [(0, 0)])
+        chooser.record([Outcome(15, 15)] if chooser.current != AR else [Outcome(0, 0)])
     free = chooser.safety.balance
     chooser.choose(1)
     chooser.forget_pending()
@@ -382,8 +321,9 @@ def test_lost_cycles_hold_no_credit():
 
 
 def test_candidates():
-    assert candidate_plans(4, ("two_pass",)) == [AR, CyclePlan("two_pass", 4)]
-    assert [p.label for p in candidate_plans(8, ("two_pass", "one_pass"))] == [
+    assert candidate_plans(8, 20) == [*(p for p in candidate_plans(8) if not p.fan_out), CyclePlan("one_pass", 8, 20)]
+    assert [p.label for p in candidate_plans(4, 6)] == ["ar", "two_pass/3", "one_pass/3x6"]
+    assert [p.label for p in candidate_plans(8)] == [
         "ar", "two_pass/3", "two_pass/7",
         "one_pass/3x2", "one_pass/3x4", "one_pass/7x2", "one_pass/7x4", "one_pass/7x8",
     ]  # fmt: skip
@@ -395,10 +335,10 @@ def test_sampling_cycles_are_judged_by_their_own_costs():
     chooser = policy("flat")
     for _ in range(200):
         plan = chooser.choose(1, greedy=False)
-        chooser.record([(plan.block_len - 1, plan.block_len - 1)], 1e-3 if plan == AR else 1.0)
+        chooser.record([Outcome(plan.block_len - 1, plan.block_len - 1)], 1e-3 if plan == AR else 1.0)
     assert chooser.plan_counts[AR] > 190
     while chooser.choose(1) == AR:
-        chooser.record([(0, 0)])
+        chooser.record([Outcome(0, 0)])
     assert chooser.explain()["candidates"]["ar"]["seconds_per_cycle"] == pytest.approx(cycle_seconds("flat", 1, AR))
     assert chooser.explain(greedy=False)["candidates"]["ar"]["seconds_per_cycle"] == pytest.approx(1e-3, rel=0.2)
 
@@ -423,7 +363,9 @@ def test_a_close_rival_of_ar_hears_soon_that_ar_has_become_faster():
         ran = []
         for _ in range(count):
             ran.append(subject.choose(1))
-            subject.record([(ran[-1].block_len - 1, ran[-1].block_len > 1)], seconds[ran[-1]])  # one draft accepted
+            subject.record(
+                [Outcome(ran[-1].block_len - 1, ran[-1].block_len > 1)], seconds[ran[-1]]
+            )  # one draft accepted
         return ran
 
     assert decode(700)[-1] == plan

@@ -3,6 +3,7 @@
 import torch
 
 from orthrus_rt import state as st
+from orthrus_rt.acceptance import Outcome
 from orthrus_rt.results import Result, SlotResults
 
 
@@ -27,6 +28,15 @@ def test_one_copy_carries_everything():
     assert all(torch.equal(target.views[name], view) for name, view in source.views.items())
 
 
-def test_an_end_inside_a_block_is_no_rejection():
-    assert Result(st.RUNNING, 7, 3, []).outcome == (7, 3)
-    assert Result(st.STOP, 7, 3, []).outcome == (3, 3)
+def test_an_end_among_the_drafts_is_no_rejection():
+    assert Result(st.RUNNING, 7, 3, [1, 2, 3, 4]).outcome() == Outcome(7, 3)
+    assert Result(st.STOP, 7, 3, [1, 2, 3, 4]).outcome() == Outcome(
+        7, 3
+    )  # a draft was rejected, and what came then ended it
+    assert Result(st.LENGTH, 7, 3, [1, 2, 3]).outcome() == Outcome(7, 3, cut=True)
+    assert Result(st.RUNNING, 0, 0, [1]).outcome(fresh=True) == Outcome(0, 0, fresh=True)
+    assert [Outcome(7, 3).num_tokens, Outcome(7, 3, cut=True).num_tokens, Outcome(7, 0, cut=True).num_tokens] == [
+        4,
+        3,
+        1,
+    ]

@@ -3,6 +3,9 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+#include <cstring>
+
 namespace orthrus::cuda {
 
 // Blocks until every earlier kernel of the stream has finished and its writes are visible. Every
@@ -23,8 +26,16 @@ __device__ __forceinline__ void pdl_launch_dependents() {
 
 struct DeviceInfo {
   int num_sms;
-  bool pdl;  // compute capability 9.0 and newer
+  bool pdl;  // compute capability 9.0 and newer, unless ORTHRUS_CUDA_PDL=0
 };
+
+inline bool pdl_is_off() {
+  static const bool off = [] {
+    const char* value = std::getenv("ORTHRUS_CUDA_PDL");
+    return value && std::strcmp(value, "0") == 0;
+  }();
+  return off;
+}
 
 inline DeviceInfo device_info() {
   int device = 0, major = 0;
@@ -32,15 +43,19 @@ inline DeviceInfo device_info() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&info.num_sms, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  info.pdl = major >= 9;
+  info.pdl = major >= 9 && !pdl_is_off();
   return info;
 }
 
+// Raises the kernel's limit, never lowers it: a graph recorded with more may be instantiated after a launch with less.
 template <typename Params>
 cudaError_t allow_smem(void (*kernel)(Params), int smem_bytes) {
   if (smem_bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              smem_bytes);
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes now{};
+  if (const cudaError_t error = cudaFuncGetAttributes(&now, function)) return error;
+  if (smem_bytes <= now.maxDynamicSharedSizeBytes) return cudaSuccess;
+  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
 }
 
 // CTAs of `kernel` that one multiprocessor holds. Returns a cudaError_t as int.
