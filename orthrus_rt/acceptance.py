@@ -108,7 +108,8 @@ class Acceptance:
         for out in outcomes if plan.mode != "ar" else ():
             if one_pass and out.fresh:
                 continue
-            accepted, drafts = out.num_accepted, plan.block_len - 1 if one_pass else out.num_verified
+            accepted = out.num_accepted
+            drafts = plan.block_len - 1 if one_pass else out.num_verified
             trials[: accepted if out.cut else min(accepted + 1, drafts)] += 1
             hits[:accepted] += 1
         renewed = trials / (MEMORY * max(1, len(outcomes)))  # rarely reached positions look back further
@@ -116,7 +117,7 @@ class Acceptance:
         for counts, new in ((self._hits, hits), (self._trials, trials)):
             counts *= idle * (1 - renewed)
             counts[row] += new
-        if plan.mode != "ar" and len(self.fan_outs) > 1:
+        if plan.mode != "ar":
             self._compare(renewed)
 
     def _compare(self, renewed: np.ndarray) -> None:
@@ -139,7 +140,7 @@ class Acceptance:
         )
         quality = np.concatenate([np.ones((1, self.max_drafts)), np.clip(level * shape, LEAST_QUALITY, 1.0)])
         hope = np.ones_like(quality)
-        if optimism and len(shape):
+        if optimism:
             hope += optimism * self._error(quality, level_doubt, shape_doubt, running)
         own_hits, own_trials = self._hits[1:], self._trials[1:]
 

@@ -147,3 +147,12 @@ def test_optimism_is_about_what_sets_a_plan_apart_from_the_one_that_runs():
     assert all(mean[p] < rival[p] <= hope[p] for p in others if p.mode == "one_pass" and p != shorter)
     # Of two_pass, the ratio to one_pass is uncertain, however many drafts of this text were seen.
     assert all(mean[p] < rival[p] for p in others if p.mode == "two_pass")
+
+
+@pytest.mark.parametrize("optimism", [0.0, 1.0])
+def test_two_pass_alone(optimism):
+    """No fan_out to compare it with: its own outcomes are all there is."""
+    seen, plan = Acceptance(3, ()), CyclePlan("two_pass", 4)
+    for _ in range(400):
+        seen.observe(plan, [Outcome(3, 2)])
+    assert seen.tokens([AR, plan], optimism, plan) == {AR: 1.0, plan: pytest.approx(3.0, rel=0.05)}

@@ -99,7 +99,24 @@ def test_the_policy_hears_of_every_cycle(folder):
 def test_rejection_sampling_runs_two_pass_whatever_the_policy_thinks(folder):
     auto = engine(folder)
     params = SamplingParams(max_new_tokens=20, temperature=0.8, seed=3, acceptance="rejection", ignore_eos=True)
+    auto.generate(PROMPTS[0], LONG)
+    policy = auto._autos[auto._plan].policy
+    assert policy.current is not None
     assert set(auto.generate(PROMPTS[0], params).stats.plans) == {"two_pass/7"}
+    assert policy.current is None  # whatever drafts one_pass had waiting are gone
+
+
+@pytest.mark.parametrize("mode", ["ar", "two_pass", "one_pass"])
+def test_outcomes_tell_every_token_and_every_beginning(folder, monkeypatch, mode):
+    heard, record = [], Policy.record
+    monkeypatch.setattr(Policy, "record", lambda self, outs, *args: heard.extend(outs) or record(self, outs, *args))
+    in_turn(monkeypatch, (mode,))
+    outs = engine(folder, max_batch_size=2).generate(PROMPTS, LONG)
+    assert sum(out.num_tokens for out in heard) == sum(len(out.token_ids) - 1 for out in outs)
+    fresh = [out for out in heard if out.fresh]
+    assert len(fresh) == len(PROMPTS)
+    assert mode != "one_pass" or all(out.num_verified == 0 for out in fresh)
+    assert all(out.num_accepted <= out.num_verified for out in heard)
 
 
 def test_a_fault_leaves_no_cycle_pending(folder, monkeypatch):

@@ -327,6 +327,7 @@ def test_candidates():
         "ar", "two_pass/3", "two_pass/7",
         "one_pass/3x2", "one_pass/3x4", "one_pass/7x2", "one_pass/7x4", "one_pass/7x8",
     ]  # fmt: skip
+    assert Policy([AR], 1).choose(1) == AR
     with pytest.raises(ValueError, match="plans must hold"):
         Policy([CyclePlan("two_pass", 8)], 1)
 
