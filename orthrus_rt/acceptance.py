@@ -90,35 +90,31 @@ class Acceptance:
         self._level, self._shape = Ratio(np.ones(3), LEVEL_TRIALS), Ratio(prior, SHAPE_TRIALS)
         self._begun, self._tokens = 0.0, PRIOR_LENGTH  # sequences, and the tokens of them all
         self._unfaded = 0  # cycles whose fading is still due
-        self._known: dict[tuple, dict[CyclePlan, float]] = {}  # answers of tokens() since the counts changed
 
-    def observe(self, plan: CyclePlan, outcomes: list[Outcome]) -> None:
-        """One cycle of every sequence under ``plan``."""
-        self._unfaded += 1
-        self._begun += sum(out.fresh for out in outcomes)
-        self._tokens += sum(out.num_tokens for out in outcomes)
+    def observe(self, plan: CyclePlan, cycles: list[list[Outcome]]) -> None:
+        """Some cycles in a row of ``plan``: what each brought to every sequence in it, one at least."""
+        self._unfaded += len(cycles)
+        verified, accepted, cut, fresh = np.array([out for outs in cycles for out in outs], dtype=int).T
+        self._begun += int(fresh.sum())
+        self._tokens += int(np.maximum(1, 1 + accepted - cut).sum())
         if plan.mode == "ar" and self._unfaded < FADE_EVERY:
             return
-        self._known.clear()
         idle = (1 - 1 / IDLE_MEMORY) ** self._unfaded
         self._begun, self._tokens = self._begun * idle, max(PRIOR_LENGTH, self._tokens * idle)
         self._unfaded = 0
-        hits, trials = np.zeros(self.max_drafts), np.zeros(self.max_drafts)
-        one_pass = plan.mode == "one_pass"
-        for out in outcomes if plan.mode != "ar" else ():
-            if one_pass and out.fresh:
-                continue
-            accepted = out.num_accepted
-            drafts = plan.block_len - 1 if one_pass else out.num_verified
-            trials[: accepted if out.cut else min(accepted + 1, drafts)] += 1
-            hits[:accepted] += 1
-        renewed = trials / (MEMORY * max(1, len(outcomes)))  # rarely reached positions look back further
+        drafts = verified if plan.mode != "one_pass" else np.where(fresh, 0, plan.block_len - 1)
+        hits, trials = (self._by_position(n) for n in (accepted, np.minimum(accepted + 1 - cut, drafts)))
+        renewed = trials / (MEMORY * len(accepted) / len(cycles))  # rarely reached positions look back further
         row = self.fan_outs.index(plan.fan_out)
         for counts, new in ((self._hits, hits), (self._trials, trials)):
             counts *= idle * (1 - renewed)
             counts[row] += new
         if plan.mode != "ar":
             self._compare(renewed)
+
+    def _by_position(self, drafts: np.ndarray) -> np.ndarray:
+        """How many sequences had their draft of each position among the first so many."""
+        return len(drafts) - np.bincount(drafts, minlength=self.max_drafts).cumsum()[: self.max_drafts]
 
     def _compare(self, renewed: np.ndarray) -> None:
         """Let the share of the counts that is new tell of level and shape."""
@@ -201,15 +197,10 @@ class Acceptance:
         standard errors higher, but those alone that set a plan apart from the ``running`` one: an error in what both
         depend on favours neither.
         """
-        key = (*plans, optimism, running)
-        if key not in self._known:
-            accepted = self.accepted(optimism, running)
-            tokens = {p: 1.0 + accepted[p.fan_out][p.block_len - 1] for p in plans}
-            fresh = min(1.0, self._begun / self._tokens)  # sequences begun per token
-            self._known[key] = {
-                p: t if p.mode != "one_pass" else 1 / (fresh + (1 - fresh) / t) for p, t in tokens.items()
-            }
-        return self._known[key]
+        accepted = self.accepted(optimism, running)
+        tokens = {p: 1.0 + accepted[p.fan_out][p.block_len - 1] for p in plans}
+        fresh = min(1.0, self._begun / self._tokens)  # sequences begun per token
+        return {p: t if p.mode != "one_pass" else 1 / (fresh + (1 - fresh) / t) for p, t in tokens.items()}
 
 
 @functools.cache

@@ -58,7 +58,7 @@ class Auto:
         if any(r.rejection for r in requests):
             self.policy.current = None  # unknown to it: one_pass's drafts are gone
             return CyclePlan("two_pass", self.plan.block_len), None
-        greedy = all(r.params.greedy and not r.params.edits for r in requests)
+        greedy = not any(r.params.scored for r in requests)
         return self.policy.choose(1 + max(r.slot for r in requests), greedy), self.policy
 
     def warmup(self, engine, progress: bool = False) -> None:

@@ -82,8 +82,9 @@ class PagedKvCache:
         Raises:
             OutOfPages: fewer pages are free than needed.
         """
-        if fresh := self._take(slot, length, len(self._held[slot])):
-            self._hand(slot, fresh)
+        there = len(self._held[slot])
+        if length > there * PAGE_SIZE:
+            self._hand(slot, self._take(slot, length, there))
 
     def publish(self, slot: int, names: list[bytes]) -> None:
         """The slot's first pages have these names, and what is there is, to all that is launched from now on, final."""

@@ -34,6 +34,7 @@ class PassCosts:
         self._seen: dict[tuple[int, CyclePlan], tuple[int, float]] = {}  # clock and scale when last measured
         self._scale = 0.0  # log of the machine's slowness since the entries were measured
         self._clock = 0
+        self._curve: list[tuple[int, float]] | None = None  # see _passes(); None since the entries changed
 
     def blank(self) -> PassCosts:
         """The same kind of estimates, nothing measured."""
@@ -61,6 +62,7 @@ class PassCosts:
         """A warm-up's measurement, or a kept one, replacing what was known."""
         self._log[bucket, plan] = math.log(seconds) - self._scale
         self._weight[bucket, plan], self._seen[bucket, plan] = WARMED, (self._clock, self._scale)
+        self._curve = None
 
     def observe(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
         """The seconds that one real cycle took."""
@@ -77,6 +79,7 @@ class PassCosts:
         self._log[key] += (1 / weight - COMMON) * surprise
         self._scale += COMMON * surprise
         self._weight[key], self._seen[key] = weight, (self._clock, self._scale)
+        self._curve = None
 
     def drift(self, bucket: int, plan: CyclePlan) -> float:
         """Logarithm by which the machine's speed changed, up or down, since the entry was last measured."""
@@ -84,25 +87,32 @@ class PassCosts:
         return 0.0 if seen is None else abs(self._scale - seen[1])
 
     def _guess(self, bucket: int, plan: CyclePlan, hopeful: bool) -> float:
-        known = {}
-        for (slots, other), log in self._log.items():
-            if (slots, other) == (bucket, plan):
-                continue
-            passes = rows_per_pass(other)
-            known[slots * passes[0]] = math.exp(self._scale + log) / len(passes)
-        return sum(self._guess_pass(known, bucket * rows, hopeful) for rows in rows_per_pass(plan))
+        if (bucket, plan) in self._log:
+            known = self._passes(but=(bucket, plan))
+        else:
+            known = self._curve = self._curve or self._passes()
+        passes = rows_per_pass(plan)
+        return math.exp(self._scale) * len(passes) * self._guess_pass(known, bucket * passes[0], hopeful)
 
-    def _guess_pass(self, known: dict[int, float], rows: int, hopeful: bool) -> float:
+    def _passes(self, but: tuple[int, CyclePlan] | None = None) -> list[tuple[int, float]]:
+        """``(rows, seconds)`` of the passes measured, by rows; seconds before the machine's slowness."""
+        known = {}
+        for (slots, plan), log in self._log.items():
+            if (slots, plan) != but:
+                passes = rows_per_pass(plan)
+                known[slots * passes[0]] = math.exp(log) / len(passes)
+        return sorted(known.items())
+
+    def _guess_pass(self, known: list[tuple[int, float]], rows: int, hopeful: bool) -> float:
         """Seconds of a pass of ``rows`` rows from those of some other numbers of rows."""
         if not known:
             return 1 + rows / self._ridge_rows
-        sizes = sorted(known)
-        i = bisect_left(sizes, rows)
-        if 0 < i < len(sizes):
-            low, high = sizes[i - 1], sizes[i]
-            return known[low] + (known[high] - known[low]) * (rows - low) / (high - low)
-        end = sizes[min(i, len(sizes) - 1)]
-        return known[end] * (1.0 if hopeful and rows > end else (self._ridge_rows + rows) / (self._ridge_rows + end))
+        i = bisect_left(known, (rows, 0.0))
+        if 0 < i < len(known):
+            (low, shorter), (high, longer) = known[i - 1], known[i]
+            return shorter + (longer - shorter) * (rows - low) / (high - low)
+        end, seconds = known[min(i, len(known) - 1)]
+        return seconds * (1.0 if hopeful and rows > end else (self._ridge_rows + rows) / (self._ridge_rows + end))
 
     def table(self) -> list[list]:
         """``[bucket, mode, block_len, fan_out, seconds]`` of every measured entry."""

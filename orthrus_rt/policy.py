@@ -22,10 +22,15 @@ every batch bucket, and anew at times while others run.
 
 Hysteresis: another plan replaces the one in use once its predicted savings have added up to SWITCH cycles (a one-sided
 CUSUM): a large gain at once, a small one only if it lasts.
+
+Thinking takes the host longer than all else about a cycle, most of all where a pass through the weights has swept its
+caches. So a plan once chosen is kept for a *course* of up to COURSE cycles, as long as the account covers them at their
+worst, and what they brought is weighed together at its end.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, deque
 from typing import NamedTuple
@@ -47,6 +52,7 @@ OPTIMISM = 0.7  # standard errors by which a plan may be better than it looks; m
 BURST = 8  # sequence-cycles that a trial lasts, at least
 BURST_PRICE = 0.5  # share of the exploration credit that a longer trial may cost
 REST = 64  # cycles between trials, and the most that one lasts
+COURSE, COURSE_SHARE = 8, 32  # cycles of a course: at most so many, and this fraction of all before, at least one
 PIPELINE_FILL = 1  # passes of one_pass before its drafts are there
 REFRESH = 512  # cycles without AR after which AR is timed anew
 REFRESH_DRIFT, REFRESH_REST = 0.1, 64  # drift (see PassCosts) that calls for it sooner, but not before so many cycles
@@ -79,8 +85,9 @@ class Lane:
     def __init__(self, bucket: int, plans: list[CyclePlan], costs: PassCosts):
         self.bucket, self.plans, self.costs = bucket, plans, costs
         self.in_use: CyclePlan | None = None
-        self.since_ar = REFRESH  # its true cost here is not known
-        self._savings = 0.0
+        self.since_ar = REFRESH  # cycles; its true cost here is not known
+        self._savings = self._saving = 0.0  # cycles, and per cycle by the last look
+        self._since_look = 0  # cycles
 
     def seconds(self, plan: CyclePlan, hopeful: bool = False) -> float:
         """Expected seconds of a cycle."""
@@ -99,18 +106,25 @@ class Lane:
         cheap = lost <= REFRESH_PRICE * self.since_ar * self.seconds(self.in_use)
         return drifted or cheap or self.since_ar >= REFRESH
 
+    def ran(self, plan: CyclePlan) -> None:
+        """A cycle of ``plan`` was launched."""
+        self.since_ar = 0 if plan == AR else self.since_ar + 1
+        self._since_look += 1
+
     def hold(self, rates: dict[CyclePlan, float]) -> CyclePlan:
         """The plan in use, changed when another has promised enough for long enough."""
         best = min(self.plans, key=rates.get)
         self.in_use = self.in_use or best
-        self._savings = max(0.0, self._savings + 1 - rates[best] / rates[self.in_use] - DEADBAND)
+        before, self._saving = self._saving, 1 - rates[best] / rates[self.in_use] - DEADBAND
+        self._savings = max(0.0, self._savings + self._since_look * min(before, self._saving))
+        self._since_look = 0
         if self._savings >= SWITCH:
             self.in_use, self._savings = best, 0.0
         return self.in_use
 
 
 class Launched(NamedTuple):
-    """A cycle whose results are not in yet."""
+    """A cycle whose results are not in yet; one of a course is like another."""
 
     lane: Lane
     plan: CyclePlan
@@ -147,9 +161,13 @@ class Policy:
         self.current: CyclePlan | None = None
         self._lanes: dict[tuple[int, bool], Lane] = {}
         self._pending: deque[Launched] = deque()
-        self._burst: tuple[Lane, CyclePlan, int] | None = None  # cycles to go
+        self._unread: list[tuple[Launched, list[Outcome], float | None]] = []  # what cycles brought, not yet weighed
+        self._course: Launched | None = None  # what its cycles are
+        self._course_left = 0  # cycles to go
+        self._burst: tuple[Lane, CyclePlan] | None = None  # a trial under way
+        self._burst_left = 0
         self._broke = False  # safety credit ran out while a plan other than AR was running
-        self._since_trial = 0
+        self._since_trial = self._cycles = 0
 
     def bucket(self, batch_size: int) -> int:
         """Slots of the cycle that ``batch_size`` sequences run in."""
@@ -168,22 +186,39 @@ class Policy:
 
     def choose(self, batch_size: int, greedy: bool = True) -> CyclePlan:
         """The plan of the next cycle of ``batch_size`` (>= 1) sequences; ``greedy`` if none of them samples."""
-        lane = self._lane(batch_size, greedy)
+        lane, course = self._lane(batch_size, greedy), self._course
+        keeps = self._course_left and course.lane is lane and course.plan == self.current
+        if not (keeps and self._covers(course.reserved)):
+            self._course = course = self._think(lane, batch_size)
+        elif course.fills:
+            self._course = course = course._replace(fills=False)
+        self._course_left -= 1
+        self._burst_left -= course.against is not None
+        self._since_trial = 0 if course.against is not None else self._since_trial + 1
+        lane.ran(course.plan)
+        self._pending.append(course)
+        self.current = course.plan
+        return course.plan
+
+    def _think(self, lane: Lane, batch_size: int) -> Launched:
+        """The course to take now."""
+        self.settle()
         tokens = self.acceptance.tokens(lane.plans)
         rates = {p: lane.seconds(p) / tokens[p] for p in lane.plans}
         in_use = lane.hold(rates)
+        self._course_left = min(COURSE, 1 + self._cycles // COURSE_SHARE)
         trial = self._trial(lane, batch_size, tokens, rates[in_use])
         plan = in_use if trial is None else trial
         if not self._affordable(lane, plan):
             plan, trial, self._burst = self._fallback(lane, rates), None, None
+        if trial is not None:
+            self._course_left = min(self._course_left, self._burst_left)
+        if (lane.bucket, plan) not in lane.costs:
+            self._course_left = 1  # what it costs is a guess
         self._broke &= plan == AR
         fills = plan.mode == "one_pass" and self.current != plan
         against = None if trial is None else rates[in_use]
-        lane.since_ar = 0 if plan == AR else lane.since_ar + 1
-        self._since_trial = 0 if trial else self._since_trial + 1
-        self._pending.append(Launched(lane, plan, max(0.0, lane.worst_loss(plan)), against, fills))
-        self.current = plan
-        return plan
+        return Launched(lane, plan, max(0.0, lane.worst_loss(plan)), against, fills)
 
     def _fallback(self, lane: Lane, rates: dict[CyclePlan, float]) -> CyclePlan:
         """What to run while the account does not cover the plan wanted: the one that runs, if it beats AR and can."""
@@ -194,20 +229,17 @@ class Policy:
 
     def _trial(self, lane: Lane, batch_size: int, tokens: dict[CyclePlan, float], rate: float) -> CyclePlan | None:
         """A plan to try in this cycle, if any; ``rate``: seconds per token of the plan in use."""
-        if self._burst is None or self._burst[0] is not lane:
-            self._burst = self._next_burst(lane, batch_size, tokens, rate)
-        if self._burst is None:
-            return None
-        _, plan, cycles = self._burst
-        self._burst = (lane, plan, cycles - 1) if cycles > 1 else None
-        return plan
+        if self._burst is None or self._burst[0] is not lane or not self._burst_left:
+            plan, self._burst_left = self._next_burst(lane, batch_size, tokens, rate)
+            self._burst = None if plan is None else (lane, plan)
+        return self._burst and self._burst[1]
 
-    def _next_burst(self, lane: Lane, batch_size: int, tokens, rate: float) -> tuple[Lane, CyclePlan, int] | None:
-        """``(lane, plan, cycles)`` of a trial to begin."""
+    def _next_burst(self, lane: Lane, batch_size: int, tokens, rate: float) -> tuple[CyclePlan | None, int]:
+        """``(plan, cycles)`` of a trial to begin, if any."""
         if lane.wants_ar_timed(rate):
-            return lane, AR, REFRESH_CYCLES
+            return AR, REFRESH_CYCLES
         if self._since_trial < REST or self.exploration.balance <= 0:
-            return None
+            return None, 0
         idle = self.exploration.balance / (EXPLORATION_CAP * lane.seconds(AR))  # credit left lying: too sure of itself?
         optimism = OPTIMISM * max(1.0, 2 * idle)
         hopeful = self.acceptance.tokens(lane.plans, optimism, lane.in_use)
@@ -215,14 +247,14 @@ class Policy:
         least = -(-BURST // batch_size)
         for plan in sorted(hopes, key=hopes.get):
             if hopes[plan] >= rate * (1 - DEADBAND):
-                return None
+                break
             filling = PIPELINE_FILL if plan.mode == "one_pass" else 0
             spare = self.exploration.balance - filling * (lane.seconds(plan) - rate)
             price = lane.seconds(plan) - tokens[plan] * rate
             if plan != lane.in_use and least * price <= spare and self._affordable(lane, plan):
                 cycles = least if price <= 0 else min(REST, max(least, int(BURST_PRICE * spare / price)))
-                return lane, plan, cycles + filling
-        return None
+                return plan, cycles + filling
+        return None, 0
 
     def _affordable(self, lane: Lane, plan: CyclePlan) -> bool:
         """Whether the safety account covers the worst outcome; of one_pass, of enough passes to see a draft of it."""
@@ -231,8 +263,12 @@ class Policy:
         cycles = 1 + PIPELINE_FILL if plan.mode == "one_pass" and self.current != plan else 1
         if self._broke:
             cycles *= RESTART
-        reserved = sum(p.reserved for p in self._pending)
-        return cycles * lane.worst_loss(plan) <= self.safety.balance - reserved
+        return self._covers(cycles * lane.worst_loss(plan))
+
+    def _covers(self, seconds: float) -> bool:
+        """Whether the safety account has so much, when all that is not weighed yet turns out at its worst."""
+        launched = (*self._pending, *(cycle for cycle, _, _ in self._unread))
+        return seconds <= self.safety.balance - sum(cycle.reserved for cycle in launched)
 
     def record(self, outcomes: list[Outcome], seconds: float | None = None) -> None:
         """What the oldest cycle under way brought.
@@ -241,10 +277,23 @@ class Policy:
             outcomes: of each sequence that ran. Leave out those that had already ended when the cycle ran.
             seconds: how long the cycle took, where it was timed by itself and was not the first of its kind.
         """
-        lane, plan, _, against, fills = self._pending.popleft()
+        self._unread.append((self._pending.popleft(), outcomes, seconds))
+
+    def settle(self) -> None:
+        """Weigh what cycles have brought so far."""
+        unread, self._unread = self._unread, []
+        for plan, cycles in itertools.groupby(unread, key=lambda cycle: cycle[0].plan):
+            observed = [outcomes for cycle, outcomes, _ in cycles if outcomes and not cycle.fills]
+            if observed:
+                self.acceptance.observe(plan, observed)
+        for cycle, outcomes, seconds in unread:
+            self._pay(cycle, outcomes, seconds)
+
+    def _pay(self, cycle: Launched, outcomes: list[Outcome], seconds: float | None) -> None:
+        """Enter a cycle into the accounts."""
+        lane, plan, _, against, _ = cycle
         self.plan_counts[plan] += 1
-        if outcomes and not fills:
-            self.acceptance.observe(plan, outcomes)
+        self._cycles += 1
         if seconds is not None:
             lane.costs.observe(lane.bucket, plan, seconds)
         if not lane.costs:
@@ -256,7 +305,7 @@ class Policy:
         tokens = sum(out.num_tokens for out in outcomes) / len(outcomes) if outcomes else 1.0
         self.safety.add((1 + SAFETY) * tokens * ar - cost, SAFETY_CAP * ar)
         lost = 0.0 if against is None else cost - tokens * against
-        share = EXPLORATION + NOVELTY / self.plan_counts.total()
+        share = EXPLORATION + NOVELTY / self._cycles
         self.exploration.add(share * cost - lost, EXPLORATION_CAP * ar)
         self.spent += cost
         self.ar_equivalent += tokens * ar
@@ -270,7 +319,7 @@ class Policy:
     def forget_pending(self) -> None:
         """The cycles under way were lost; their results will not come."""
         self._pending.clear()
-        self._burst, self.current = None, None
+        self._burst, self.current = None, None  # and with it ends the course
 
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict:
         """Why the next cycle of ``batch_size`` sequences will run what it runs: a plain dict, seconds and ratios.
@@ -278,6 +327,7 @@ class Policy:
         ``accepted``: expected drafts accepted of 0, 1, ... that are offered. ``in_use`` is the plan wanted, ``current``
         the one that ran last: another while the safety account does not cover ``in_use``, or in a trial.
         """
+        self.settle()
         lane = self._lane(batch_size, greedy)
         tokens = self.acceptance.tokens(lane.plans)
         rows = {

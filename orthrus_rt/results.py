@@ -41,10 +41,23 @@ class SlotResults:
         self.views = dict(zip(SCALARS, scalars.view(len(SCALARS), num_slots), strict=True))
         self.views["output"] = output.view(num_slots, output_capacity)
         if self.memory.device.type == "cpu":
-            self._on_host = {name: view.numpy() for name, view in self.views.items()}
+            self._scalars = scalars.view(len(SCALARS), num_slots).numpy()
+            self._rings = [memoryview(ring) for ring in self.views["output"].numpy()]
 
-    def read(self, slot: int, num_seen: int) -> Result:
-        """``slot``'s result, with the tokens that it emitted after its first ``num_seen``; on the host alone."""
-        finish, num_output, num_verified, num_accepted = (int(self._on_host[name][slot]) for name in SCALARS)
-        new = self._on_host["output"][slot].take(range(num_seen, num_output), mode="wrap")
-        return Result(finish, num_verified, num_accepted, new.tolist())
+    def read(self, seen: list[tuple[int, int]]) -> list[Result]:
+        """Of each ``(slot, num_seen)`` the slot's result, with the tokens that it emitted after its first ``num_seen``;
+        on the host alone.
+        """
+        finish, num_output, num_verified, num_accepted = self._scalars.tolist()
+        return [
+            Result(finish[slot], num_verified[slot], num_accepted[slot], self._emitted(slot, first, num_output[slot]))
+            for slot, first in seen
+        ]
+
+    def _emitted(self, slot: int, first: int, end: int) -> list[int]:
+        ring = self._rings[slot]
+        turn, first = divmod(first, len(ring))
+        end -= turn * len(ring)
+        if end <= len(ring):
+            return ring[first:end].tolist()
+        return ring[first:].tolist() + ring[: end - len(ring)].tolist()

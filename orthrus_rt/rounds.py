@@ -73,7 +73,7 @@ class Rounds:
             with naming_the_knobs("running a step"):
                 yield
         except torch.OutOfMemoryError as error:
-            scored = [r for r in requests if r.params.edits or not r.params.greedy]
+            scored = [r for r in requests if r.params.scored]
             self._fail(getattr(error, "request", (scored or requests)[-1]), error)
             raise RequestFailed from error
 
@@ -166,16 +166,14 @@ class Rounds:
         """Read results, oldest first, until only ``in_flight`` launches are unread."""
         while len(self.runner.flights) > in_flight:
             flight = self.runner.flights.pop(0)
-            results = flight.collect()
-            outcomes = []
-            for slot, request in flight.requests:
-                if request.finish_reason is None:
-                    result = results.read(slot, len(request.tokens))
-                    outcomes.append(result.outcome(request.fresh))
-                    self._take_result(flight, request, result)
+            running = [(slot, r) for slot, r in flight.requests if r.finish_reason is None]
+            results = flight.collect().read([(slot, len(r.tokens)) for slot, r in running])
             if flight.policy is not None:
                 self.runner.stopwatch.settle()
+                outcomes = [result.outcome(r.fresh) for (_, r), result in zip(running, results, strict=True)]
                 flight.policy.record(outcomes, flight.timed and flight.timed.seconds)
+            for (_, request), result in zip(running, results, strict=True):
+                self._take_result(flight, request, result)
             self.metrics.launched(flight)
 
     def _take_result(self, flight: Flight, request: Request, result: Result) -> None:

@@ -152,7 +152,7 @@ class Runner:
         sampling.top_p[slot] = params.top_p
         sampling.min_p[slot] = params.min_p
         sampling.seed[slot] = request.stats.seed or 0
-        if params.edits or not params.greedy:
+        if params.scored:
             with naming_the_knobs("making room for logits"):
                 self.activations.logits(1)
         if params.edits and sampling.edits is None:
@@ -165,11 +165,9 @@ class Runner:
 
     def _sampling(self, requests: list[Request]) -> SlotSampling | None:
         """What their choices need beyond the logits' partial maxima; None for nothing."""
-        if any(r.params.edits for r in requests):
-            return self.sampling
-        if all(r.params.greedy for r in requests):
+        if not any(r.params.scored for r in requests):
             return None
-        return replace(self.sampling, edits=None)
+        return self.sampling if any(r.params.edits for r in requests) else replace(self.sampling, edits=None)
 
     def reset(self) -> None:
         """Forget what was launched; no slot runs."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 
 import numpy as np
@@ -98,12 +99,12 @@ class SamplingParams:
             if not good:
                 raise ValueError(f"SamplingParams: {name} must be {expected}, got {getattr(self, name)!r}")
 
-    @property
+    @cached_property
     def edits(self) -> bool:
         """Whether logits are changed before they are filtered."""
         return bool(self.penalised or self.logit_bias or self.min_tokens)
 
-    @property
+    @cached_property
     def penalised(self) -> bool:
         """Whether it matters which tokens were seen."""
         return tuple(getattr(self, name) for name in PENALTIES) != (1, 0, 0)
@@ -111,6 +112,11 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @cached_property
+    def scored(self) -> bool:
+        """Whether choices need all logits, and not just where they are largest."""
+        return self.edits or not self.greedy
 
 
 def _integer(name: str, value) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import OrderedDict
 
 from orthrus_rt.kv import OutOfPages, PagedKvCache
 from orthrus_rt.request import Request
+
+_BY_ARRIVAL = operator.attrgetter("arrival")
 
 
 class Scheduler:
@@ -26,7 +29,7 @@ class Scheduler:
     @property
     def active(self) -> list[Request]:
         """Requests that hold a slot, in order of arrival."""
-        return sorted((r for r in self.slots if r is not None), key=lambda r: r.arrival)
+        return sorted((r for r in self.slots if r is not None), key=_BY_ARRIVAL)
 
     @property
     def unfinished(self) -> list[Request]:
@@ -91,12 +94,11 @@ class Scheduler:
 
     def compact(self) -> list[tuple[int, int]]:
         """Close holes so that active requests hold the lowest slots; the ``(source, target)`` moves made."""
-        moves = []
-        for source in range(self.num_slots - 1, 0, -1):
-            target = self.slots.index(None) if None in self.slots else source
-            if self.slots[source] is not None and target < source:
-                request = self.slots[source]
-                self.slots[target], self.slots[source], request.slot = request, None, target
-                self.kv.move(source, target)
-                moves.append((source, target))
+        held = [slot for slot, request in enumerate(self.slots) if request is not None]
+        holes = [slot for slot in range(len(held)) if self.slots[slot] is None]
+        moves = list(zip(reversed(held), holes, strict=False))  # as many are held beyond as there are holes below
+        for source, target in moves:
+            request = self.slots[source]
+            self.slots[target], self.slots[source], request.slot = request, None, target
+            self.kv.move(source, target)
         return moves

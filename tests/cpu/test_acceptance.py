@@ -19,8 +19,8 @@ def test_censored_observations_say_nothing_beyond_them():
     plan = CyclePlan("two_pass", 4)
     short, long = Acceptance(15, FAN_OUTS), Acceptance(15, FAN_OUTS)
     for _ in range(200):
-        short.observe(plan, [Outcome(3, 3)])
-        long.observe(CyclePlan("two_pass", 16), [Outcome(15, 3)])
+        short.observe(plan, [[Outcome(3, 3)]])
+        long.observe(CyclePlan("two_pass", 16), [[Outcome(15, 3)]])
     survival = [b - a for a, b in itertools.pairwise(short.accepted()[0])]
     assert survival[2] > 0.9
     assert survival[3] / survival[2] == pytest.approx(survival[2] / survival[1], rel=1e-2)
@@ -33,9 +33,24 @@ def test_observing_one_mode_informs_the_other():
     rng = random.Random(3)
     for _ in range(300):
         accepted = next((i for i in range(15) if rng.random() > 0.9), 15)
-        taught.observe(CyclePlan("two_pass", 16), [Outcome(15, accepted)])
+        taught.observe(CyclePlan("two_pass", 16), [[Outcome(15, accepted)]])
     plan = CyclePlan("one_pass", 16, 8)
     assert taught.tokens([plan])[plan] > 1.5 * fresh.tokens([plan])[plan]
+
+
+@pytest.mark.parametrize("plan", [AR, CyclePlan("two_pass", 16), CyclePlan("one_pass", 16, 4)])
+def test_cycles_in_a_row_may_be_told_together(plan):
+    """But for what the later of 8 would have forgotten of the earlier ones, in 128."""
+    rng = random.Random(11)
+    one_by_one, together = Acceptance(15, FAN_OUTS), Acceptance(15, FAN_OUTS)
+    for seen in (one_by_one, together):
+        seen.observe(CyclePlan("two_pass", 16), [[Outcome(15, 15)] * 3])
+    for _ in range(100):
+        cycles = [drawn(rng, (1, 1, 1), 3) if plan != AR else [Outcome(0, 0)] * 3 for _ in range(8)]
+        together.observe(plan, cycles)
+        for outs in cycles:
+            one_by_one.observe(plan, [outs])
+    assert together.tokens(PLANS) == pytest.approx(one_by_one.tokens(PLANS), rel=0.02)
 
 
 def test_fan_outs_are_told_apart():
@@ -45,7 +60,7 @@ def test_fan_outs_are_told_apart():
     chance = {narrow: 0.5, wide: 0.9}
     for cycle in range(2000):
         plan = (narrow, wide)[cycle // 100 % 2]
-        seen.observe(plan, [Outcome(15, (rng.random() < chance[plan]) * 2)])
+        seen.observe(plan, [[Outcome(15, (rng.random() < chance[plan]) * 2)]])
     tokens = seen.tokens(PLANS)
     for plan in chance:
         assert tokens[plan] == pytest.approx(1 + 2 * chance[plan], rel=0.1)
@@ -55,7 +70,7 @@ def test_drafts_that_one_pass_lacks_count_as_rejected():
     lacking, rejected = Acceptance(15, FAN_OUTS), Acceptance(15, FAN_OUTS)
     for _ in range(50):
         for seen, outcomes in ((lacking, [(0, 0), (2, 2)]), (rejected, [(15, 0), (15, 2)])):
-            seen.observe(CyclePlan("one_pass", 16, 4), [Outcome(*out) for out in outcomes])
+            seen.observe(CyclePlan("one_pass", 16, 4), [[Outcome(*out) for out in outcomes]])
     assert lacking.accepted() == rejected.accepted()
 
 
@@ -74,7 +89,7 @@ def test_one_pass_alone_tells_nothing_of_two_pass():
         seen, rng = Acceptance(15, FAN_OUTS), random.Random(7)
         for cycle in range(cycles):
             fan_out = (2, 4, 8)[cycle // 64 % 3]
-            seen.observe(CyclePlan("one_pass", 16, fan_out), drawn(rng, prior_quality(fan_out), 8))
+            seen.observe(CyclePlan("one_pass", 16, fan_out), [drawn(rng, prior_quality(fan_out), 8)])
         return seen, seen.tokens(PLANS, 1.0, running)[two] / seen.tokens(PLANS)[two]
 
     (early, doubt), (late, later_doubt) = taught(300), taught(3000)
@@ -89,7 +104,7 @@ def test_what_two_pass_brings_is_believed_soon():
 
     def cycles(plan, quality, count):
         for _ in range(count):
-            seen.observe(plan, drawn(rng, quality, 8))
+            seen.observe(plan, [drawn(rng, quality, 8)])
 
     worse = 0.75 * prior_quality(8)[0], 0.75 * prior_quality(8)[1], 0.97
     cycles(one, worse, 1000)
@@ -103,7 +118,7 @@ def test_what_two_pass_brings_is_believed_soon():
 def test_while_ar_runs_two_pass_may_be_better_than_one_pass_let_it_look():
     seen = Acceptance(15, FAN_OUTS)
     for _ in range(200):
-        seen.observe(CyclePlan("one_pass", 16, 8), [Outcome(15, 0), Outcome(15, 2)])
+        seen.observe(CyclePlan("one_pass", 16, 8), [[Outcome(15, 0), Outcome(15, 2)]])
     two = CyclePlan("two_pass", 16)
     mean, beside_ar = seen.tokens(PLANS)[two], seen.tokens(PLANS, 1.0)[two]
     beside_itself = seen.tokens(PLANS, 1.0, two)[two]
@@ -119,7 +134,7 @@ def test_ends_and_beginnings_are_no_rejections():
             for cycle in range(100):
                 outs = [s.within(length, s.cycle(plan)) if length else s.cycle(plan) for s in sequences]
                 if cycle or not plan.fan_out:
-                    seen.observe(plan, outs)
+                    seen.observe(plan, [outs])
     for fan_out in (0, 8):
         assert short.accepted()[fan_out][15] == pytest.approx(long.accepted()[fan_out][15], rel=0.05)
     plan = CyclePlan("one_pass", 16, 8)
@@ -135,8 +150,8 @@ def test_prior_quality_grows_with_fan_out():
 def test_optimism_is_about_what_sets_a_plan_apart_from_the_one_that_runs():
     seen, running = Acceptance(15, FAN_OUTS), CyclePlan("one_pass", 8, 4)
     for _ in range(20):
-        seen.observe(CyclePlan("two_pass", 16), [Outcome(15, 2), Outcome(15, 9)])
-        seen.observe(CyclePlan("one_pass", 16, 4), [Outcome(15, 0), Outcome(15, 6), Outcome(0, 0)])
+        seen.observe(CyclePlan("two_pass", 16), [[Outcome(15, 2), Outcome(15, 9)]])
+        seen.observe(CyclePlan("one_pass", 16, 4), [[Outcome(15, 0), Outcome(15, 6), Outcome(0, 0)]])
     mean, hope = seen.tokens(PLANS), seen.tokens(PLANS, optimism=1.0)
     assert all(hope[p] > mean[p] for p in PLANS if p != AR)
     rival = seen.tokens(PLANS, 1.0, running)
@@ -154,5 +169,5 @@ def test_two_pass_alone(optimism):
     """No fan_out to compare it with: its own outcomes are all there is."""
     seen, plan = Acceptance(3, ()), CyclePlan("two_pass", 4)
     for _ in range(400):
-        seen.observe(plan, [Outcome(3, 2)])
+        seen.observe(plan, [[Outcome(3, 2)]])
     assert seen.tokens([AR, plan], optimism, plan) == {AR: 1.0, plan: pytest.approx(3.0, rel=0.05)}

@@ -15,9 +15,12 @@ def test_new_tokens_of_a_ring_that_wrapped():
         views[name][1] = value
     for i in range(13, 21):
         views["output"][1, i % 8] = 100 + i
-    assert results.read(1, 18) == Result(st.RUNNING, 7, 3, [118, 119, 120])
-    assert results.read(1, 13).tokens == list(range(113, 121))
-    assert results.read(1, 21).tokens == []
+    for num_seen in range(13, 22):  # from a whole ring of news, which wraps, to none
+        assert results.read([(1, num_seen)]) == [Result(st.RUNNING, 7, 3, [100 + i for i in range(num_seen, 21)])]
+    views["num_output"][1] = 24  # where a turn ends
+    assert [r.tokens for r in results.read([(1, 21), (1, 24)])] == [[113, 114, 115], []]
+    views["num_output"][1] = 21
+    assert results.read([]) == []
     assert views["output"].is_contiguous() and int((results.memory == -9).sum()) == 2 * (4 + 8)
 
 
@@ -30,13 +33,9 @@ def test_one_copy_carries_everything():
 
 def test_an_end_among_the_drafts_is_no_rejection():
     assert Result(st.RUNNING, 7, 3, [1, 2, 3, 4]).outcome() == Outcome(7, 3)
-    assert Result(st.STOP, 7, 3, [1, 2, 3, 4]).outcome() == Outcome(
-        7, 3
-    )  # a draft was rejected, and what came then ended it
+    stopped_by_the_choice_after_a_rejected_draft = Result(st.STOP, 7, 3, [1, 2, 3, 4])
+    assert stopped_by_the_choice_after_a_rejected_draft.outcome() == Outcome(7, 3)
     assert Result(st.LENGTH, 7, 3, [1, 2, 3]).outcome() == Outcome(7, 3, cut=True)
     assert Result(st.RUNNING, 0, 0, [1]).outcome(fresh=True) == Outcome(0, 0, fresh=True)
-    assert [Outcome(7, 3).num_tokens, Outcome(7, 3, cut=True).num_tokens, Outcome(7, 0, cut=True).num_tokens] == [
-        4,
-        3,
-        1,
-    ]
+    outcomes = Outcome(7, 3), Outcome(7, 3, cut=True), Outcome(7, 0, cut=True)
+    assert [out.num_tokens for out in outcomes] == [4, 3, 1]

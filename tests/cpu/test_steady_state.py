@@ -50,9 +50,9 @@ def counted(engine, patched):
     op_calls, read = [], []
     real = SlotResults.read
 
-    def counted_read(results, slot, num_seen):
-        read.append(slot)
-        return real(results, slot, num_seen)
+    def counted_read(results, seen):
+        read.append([slot for slot, _ in seen])
+        return real(results, seen)
 
     patched.setattr(SlotResults, "read", counted_read)
     patched.setattr(torch.Tensor, "tolist", None)
@@ -73,6 +73,6 @@ def test_a_step_is_one_replay_and_one_reading(tmp_path, mode, params, monkeypatc
             torch_ops, op_calls, read, emitted = counted(engine, patched)
         assert engine.metrics.cycles - cycles == STEPS and emitted >= 2 * STEPS
         assert not op_calls  # no Python per op, so none per layer
-        assert read == [0, 1] * STEPS
+        assert read == [[0, 1]] * STEPS
         assert not torch_ops  # no allocation, no .item()
         assert engine.memory_report() == before

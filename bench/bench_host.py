@@ -1,0 +1,82 @@
+"""What the host does per cycle, on a device that takes no time: no cycle is shorter, however fast its kernels are.
+
+Every cycle is replaced by one that emits the same number of tokens for every sequence and computes nothing; scheduling,
+the policy of ``auto``, reading results and making outputs are the engine's own, and so are on CUDA the events and the
+copy of results. There the host is a cycle ahead, so that cycles whose kernels take longer than this do not wait for it.
+
+    python -m bench.bench_host --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from unittest import mock
+
+import torch
+
+from bench import common
+from bench.models import random_checkpoint
+from orthrus_rt.engine import Engine
+from orthrus_rt.graph import Cycle
+from orthrus_rt.sampling import SamplingParams
+
+ACCEPTED = 2  # drafts per cycle, where there are any
+WARM_UP = 64  # cycles
+
+
+class Instant(Cycle):
+    """Emits tokens, whichever, for every slot."""
+
+    recorded = True
+
+    def run(self) -> None:
+        drafts = self.plan.block_len - 1
+        self.state.num_verified.fill_(drafts)
+        self.state.num_accepted.fill_(min(ACCEPTED, drafts))
+        self.state.num_output.add_(1 + min(ACCEPTED, drafts))
+
+
+def microseconds(device: str, mode: str, batch: int, cycles: int) -> list[float]:
+    """Of every step of ``batch`` sequences."""
+    most = 16 + (1 + ACCEPTED) * (WARM_UP + cycles + 2)
+    with mock.patch("orthrus_rt.runner.Cycle", Instant):
+        engine = Engine(
+            random_checkpoint("tiny", torch.device(device), 16), device=torch.device(device), dtype=torch.bfloat16,
+            mode=mode, max_seq_len=most, draft_len=None, fan_out=None, max_batch_size=batch, num_pages=None,
+            prefix_caching=True,
+        )  # fmt: skip
+        with engine:
+            for i in range(batch):
+                engine.submit([1 + i, 2, 3], SamplingParams(max_new_tokens=most, ignore_eos=True))
+            for _ in range(WARM_UP):
+                engine.step()
+            times = []
+            for _ in range(cycles):
+                start = time.perf_counter()
+                outputs = engine.step()
+                times.append(1e6 * (time.perf_counter() - start))
+                assert len(outputs) == batch and not any(out.finished for out in outputs)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--modes", nargs="+", default=["ar", "two_pass", "one_pass", "auto"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--cycles", type=int, default=1000)
+    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
+    args = parser.parse_args()
+    rows = []
+    for mode in args.modes:
+        for batch in args.batch:
+            times = microseconds(args.device, mode, batch, args.cycles)
+            us = common.percentiles(times)
+            rows.append({"mode": mode, "batch": batch, "mean_us": sum(times) / len(times), "us": us["p50"]})
+            rows[-1] |= {"p20": us["p20"], "p80": us["p80"]}
+    common.report(f"host-{args.device}", common.header(torch.device(args.device)), rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
