@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from orthrus_rt import dispatch
+from orthrus_rt.device import device_scope
 from orthrus_rt.plan import Rows
 from orthrus_rt.state import SlotEdits, SlotState
 
@@ -73,7 +74,8 @@ def state_struct(state: SlotState):
 
 def _launch(op: str, params, device: torch.device) -> None:
     if device.type == "cuda":
-        getattr(dispatch.native().cuda, op)(params, torch.cuda.current_stream(device).cuda_stream)
+        with device_scope(device):
+            getattr(dispatch.native().cuda, op)(params, torch.cuda.current_stream(device).cuda_stream)
     else:
         cpu = dispatch.native().cpu
         cpu.set_num_threads(torch.get_num_threads())

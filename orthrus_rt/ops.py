@@ -11,23 +11,31 @@ All ops raise ValueError naming op, argument, expected and got.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from orthrus_rt import dispatch, native, nvtx, reference
 from orthrus_rt import state as st
 from orthrus_rt.checks import PAGE_SIZE, check_edits, check_pages, check_rows, check_scratch, check_tensor, require
+from orthrus_rt.device import device_scope
 from orthrus_rt.plan import Rows
 from orthrus_rt.weights import PackedWeight
 
 
 def _choose(op: str, device: torch.device, dtype: torch.dtype):
-    """The chosen implementation's function for ``op``."""
+    """The chosen implementation's function for ``op``; it runs on ``device``, whichever is the current one."""
     impl = dispatch.select(op, device, dtype)
     if impl == "reference":
         return getattr(reference, op)
     if impl == "triton":
-        return getattr(dispatch.triton_module(op), op)
+        return functools.partial(_launch_on, device, getattr(dispatch.triton_module(op), op))
     return getattr(native, op)
+
+
+def _launch_on(device: torch.device, kernel, *args, **kwargs) -> None:
+    with device_scope(device):
+        kernel(*args, **kwargs)
 
 
 @nvtx.ranged("embed")
@@ -290,8 +298,7 @@ def consensus(
         check_rows(op, rows_next, device)
         require(op, "rows_next.num_rows", want, rows_next.num_rows)
     if s:
-        impl = dispatch.select(op, device, torch.int32)
-        run = reference.consensus if impl == "reference" else native.consensus
+        run = _choose(op, device, torch.int32)
         run(state, partials, step, next_pass, rows_next, mask_token_id, block_len, fan_out)
 
 
@@ -394,9 +401,10 @@ def workspace_bytes(
     linear = attn = 0
     if dtype is not torch.bfloat16:
         return linear, attn
-    if dispatch.select("row_linear", device, dtype) == "cuda":
-        size = dispatch.native().cuda.row_linear_workspace
-        linear = max(size(max_rows, k, n) for k, n in linear_shapes)
-    if dispatch.select("dual_attn", device, dtype) == "cuda":
-        attn = dispatch.native().cuda.dual_attn_workspace(max_rows, max_groups, num_heads_q, head_dim, max_seq_len)
+    with device_scope(device):
+        if dispatch.select("row_linear", device, dtype) == "cuda":
+            size = dispatch.native().cuda.row_linear_workspace
+            linear = max(size(max_rows, k, n) for k, n in linear_shapes)
+        if dispatch.select("dual_attn", device, dtype) == "cuda":
+            attn = dispatch.native().cuda.dual_attn_workspace(max_rows, max_groups, num_heads_q, head_dim, max_seq_len)
     return linear, attn

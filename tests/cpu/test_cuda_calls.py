@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import common
-from orthrus_rt import dispatch, graph, profile
+from orthrus_rt import dispatch, graph, native, ops, profile
 from orthrus_rt.device import pick_device, with_index
 from orthrus_rt.engine import Engine
 from orthrus_rt.graph import Cycle
@@ -34,6 +34,32 @@ def test_a_device_has_an_index(two_devices, name, want):
 def test_a_device_that_is_not_there(two_devices):
     with pytest.raises(ValueError, match="device must be below cuda:2, got 'cuda:2'"):
         pick_device("cuda:2")
+
+
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_a_kernel_is_launched_on_its_tensors_device(two_devices, monkeypatch, impl):
+    """Whichever is current in the caller's thread: what is launched on another device reads addresses of this one."""
+    current, launched = [1], []
+
+    @contextlib.contextmanager
+    def switched(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    def kernel(*args):
+        launched.append(current[-1])
+
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(dispatch, "native", lambda: SimpleNamespace(cuda=SimpleNamespace(embed=kernel)))
+    monkeypatch.setattr(dispatch, "triton_module", lambda op: SimpleNamespace(embed=kernel))
+    monkeypatch.setattr(dispatch, "select", lambda *_: impl)
+    if impl == "cuda":
+        native._launch("embed", None, torch.device("cuda:0"))
+    else:
+        ops._choose("embed", torch.device("cuda:0"), torch.bfloat16)(None, None, None)
+    assert launched == [0] and current == [1]
 
 
 @pytest.fixture
