@@ -3,15 +3,15 @@
 Predicted time per token of a plan is cost(bucket, plan) / expected tokens(plan). The policy runs the plan where it is
 least, under two accounts of time:
 
-- *safety*. Every cycle pays its cost in and receives what plain AR would have needed for its tokens, times
-  ``1 + SAFETY``. A plan may start only if the balance covers the worst outcome, no draft accepted anywhere, for itself
-  and for all cycles whose results are not in yet. Every sequence yields at least one token per cycle, so the balance
-  never falls below zero: whatever the drafter does, and however badly acceptance is estimated, the time spent is at
-  most ``1 + SAFETY`` of AR's, and once GRANT cycles (conservative bandits: Wu, Shariff, Lattimore, Szepesvari 2016).
-  The grant lets a fresh engine draft from its first tokens on; without it, it would have to save up for each attempt,
-  and luck with the first few decides whether it drafts before the thousandth token. Prefill, which AR needs as well,
-  counts. The account's cap bounds the loss over any stretch, not only since the start: riches from good times are not
-  spent on bad ones.
+- *safety*. Every cycle pays its cost in and receives what plain AR would have needed for its tokens, times ``1 +
+  SAFETY``. A plan may start only if the balance covers the worst outcome, no draft accepted anywhere, for itself and
+  for all cycles whose results are not in yet, or not weighed. Every sequence yields at least one token per cycle, so
+  the balance never falls below zero: whatever the drafter does, and however badly acceptance is estimated, the time
+  spent is at most ``1 + SAFETY`` of AR's, and once GRANT cycles (conservative bandits: Wu, Shariff, Lattimore,
+  Szepesvari 2016). The grant lets a fresh engine draft from its first tokens on; without it, it would have to save up
+  for each attempt, and luck with the first few decides whether it drafts before the thousandth token. Prefill, which AR
+  needs as well, counts. The account's cap bounds the loss over any stretch, not only since the start: riches from good
+  times are not spent on bad ones.
 - *exploration*. Plans that might be better than they look (optimism in the face of uncertainty: of what sets them apart
   from the plan in use, not of what both depend on) are tried, as long as that has cost less than EXPLORATION of all
   time, measured against the plan in use. A close rival costs little, so its trial is long.

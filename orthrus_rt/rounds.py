@@ -81,13 +81,13 @@ class Rounds:
         return not self.scheduler.waiting and not any(self.scheduler.slots)
 
     def _advance(self) -> None:
-        """One round: a cycle for those that decode, then prompts into the cache, then read what has arrived."""
+        """One round: a cycle for those that decode, and prompts into the cache; after each, read what has arrived."""
         with contextlib.suppress(RequestFailed), whole(self), self.metrics.busy():
             before = self.runner.num_posted
             self._decode()
+            self._collect_but(before)  # whoever has ended leaves room for a prompt
             self._prefill()
-            # A device that runs ahead is not waited for: what this round has launched is read in the next.
-            self._collect(self.runner.num_posted - before if self.runner.lag else 0)
+            self._collect_but(before)
             auto = self._autos.get(self._plan)
             for kind, seconds in self.runner.stopwatch.take():
                 self.metrics.took(kind, seconds)
@@ -161,6 +161,12 @@ class Rounds:
             self.runner.prefill(chunks)
         for request, tokens in chunks:
             self.metrics.prefilled(len(tokens), request.count_prompt())
+
+    def _collect_but(self, launched: int) -> None:
+        """Read results, but of a device that runs ahead only those of the first ``launched`` flights: for what this
+        round has launched it is not waited.
+        """
+        self._collect(self.runner.num_posted - launched if self.runner.lag else 0)
 
     def _collect(self, in_flight: int) -> None:
         """Read results, oldest first, until only ``in_flight`` launches are unread."""

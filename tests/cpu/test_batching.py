@@ -244,6 +244,17 @@ def test_first_come_first_served(folder):
     assert first_seen == ids and len(drain_order) == 7
 
 
+def test_whoever_ends_makes_room_in_the_same_step(folder):
+    """No cycle runs with a slot empty that somebody waits for."""
+    engine = make(folder, max_batch_size=1)
+    first, second = (engine.submit([i], SamplingParams(max_new_tokens=9, ignore_eos=True)) for i in (1, 2))
+    told = {}
+    while first not in told or not told[first].finished:
+        assert second not in told
+        told = {out.request_id: out for out in engine.step()}
+    assert len(told[second].new_token_ids) == 1  # of its prefill
+
+
 def test_greedy_beside_sampled(folder, alone):
     """Per-request parameters in one batch; coupled requests give what AR gives them alone, rejection repeats itself."""
     engine = make(folder, mode="two_pass")
