@@ -61,9 +61,9 @@ class Ratio:
         self._prior, self._trials = prior, trials
         self._hits, self._expected = np.zeros_like(prior), np.zeros_like(prior)
 
-    def observe(self, hits: np.ndarray, expected: np.ndarray) -> None:
+    def observe(self, hits: np.ndarray, expected: np.ndarray, cycles: int) -> None:
         for counts, new in ((self._hits, hits), (self._expected, expected)):
-            counts *= 1 - 1 / SLOW_MEMORY
+            counts *= (1 - 1 / SLOW_MEMORY) ** cycles
             counts += new
 
     def estimate(self) -> tuple[np.ndarray, np.ndarray]:
@@ -103,20 +103,20 @@ class Acceptance:
         self._begun, self._tokens = self._begun * idle, max(PRIOR_LENGTH, self._tokens * idle)
         self._unfaded = 0
         drafts = verified if plan.mode != "one_pass" else np.where(fresh, 0, plan.block_len - 1)
-        hits, trials = (self._by_position(n) for n in (accepted, np.minimum(accepted + 1 - cut, drafts)))
+        hits, trials = (self._by_position(np.minimum(n, drafts)) for n in (accepted, accepted + 1 - cut))
         renewed = trials / (MEMORY * len(accepted) / len(cycles))  # rarely reached positions look back further
         row = self.fan_outs.index(plan.fan_out)
         for counts, new in ((self._hits, hits), (self._trials, trials)):
             counts *= idle * (1 - renewed)
             counts[row] += new
         if plan.mode != "ar":
-            self._compare(renewed)
+            self._compare(renewed, len(cycles))
 
     def _by_position(self, drafts: np.ndarray) -> np.ndarray:
         """How many sequences had their draft of each position among the first so many."""
         return len(drafts) - np.bincount(drafts, minlength=self.max_drafts).cumsum()[: self.max_drafts]
 
-    def _compare(self, renewed: np.ndarray) -> None:
+    def _compare(self, renewed: np.ndarray, cycles: int) -> None:
         """Let the share of the counts that is new tell of level and shape."""
         shape = self._shape.estimate()[0][:, self._group]
         hits, trials = self._hits[1:], self._trials[1:]
@@ -124,7 +124,8 @@ class Acceptance:
 
         def compare(ratio: Ratio, hits, trials, base_hits, base_trials) -> None:
             share = renewed / np.maximum(trials + base_trials, TINY)
-            ratio.observe((share * hits * base_trials) @ self._in_group, (share * base_hits * trials) @ self._in_group)
+            got, expected = share * hits * base_trials, share * base_hits * trials
+            ratio.observe(got @ self._in_group, expected @ self._in_group, cycles)
 
         compare(self._shape, hits, trials, self._others @ hits, self._others @ like_level)
         compare(self._level, hits.sum(0), like_level.sum(0), self._hits[0], self._trials[0])

@@ -114,7 +114,7 @@ class Engine(Generation):
             dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``, or torch's own. All but float16, which runs the
                 plain torch reference, have row-invariant kernels.
             mode: ``"ar"``, ``"two_pass"``, ``"one_pass"``, or ``"auto"``: whichever is fastest now,
-                chosen anew for every cycle from measured costs and acceptance; never slower than ``ar`` by over 3% as
+                chosen again every few cycles from measured costs and acceptance; never slower than ``ar`` by over 3% as
                 far as those costs are right.
             max_seq_len: tokens a sequence may have, prompt included; sizes the cache. None for 4096, or the
                 checkpoint's own limit where that is less.

@@ -109,7 +109,8 @@ def rms_norm(x, weight, eps, out, row_index=None):
 def row_linear(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=None, epilogue="none", workspace=None):
     value, index = out if epilogue == "argmax" else (None, None)
     if weight.impl == "cuda" and x.dtype is torch.bfloat16:
-        need = dispatch.native().cuda.row_linear_workspace(x.shape[0], weight.in_features, weight.out_features)
+        with device_scope(x.device):
+            need = dispatch.native().cuda.row_linear_workspace(x.shape[0], weight.in_features, weight.out_features)
         have = 0 if workspace is None else workspace.numel() * workspace.element_size()
         if have < need:
             raise ValueError(f"row_linear: workspace must be at least {need} bytes for {x.shape[0]} rows, got {have}")

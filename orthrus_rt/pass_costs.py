@@ -60,9 +60,9 @@ class PassCosts:
 
     def set(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
         """A warm-up's measurement, or a kept one, replacing what was known."""
+        self._curve = None
         self._log[bucket, plan] = math.log(seconds) - self._scale
         self._weight[bucket, plan], self._seen[bucket, plan] = WARMED, (self._clock, self._scale)
-        self._curve = None
 
     def observe(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
         """The seconds that one real cycle took."""
@@ -75,11 +75,11 @@ class PassCosts:
             return
         forgotten = FORGET * (self._clock - self._seen[key][0]) + FORGET_DRIFT * self.drift(bucket, plan)
         weight = min(self._weight[key] * math.exp(-forgotten), SETTLED - 1) + 1
+        self._curve = None
         surprise = max(-CLIP, min(CLIP, math.log(seconds) - self._scale - self._log[key]))
         self._log[key] += (1 / weight - COMMON) * surprise
         self._scale += COMMON * surprise
         self._weight[key], self._seen[key] = weight, (self._clock, self._scale)
-        self._curve = None
 
     def drift(self, bucket: int, plan: CyclePlan) -> float:
         """Logarithm by which the machine's speed changed, up or down, since the entry was last measured."""

@@ -21,7 +21,7 @@ below the 3% that ``mode="auto"`` promises, grant included, from 400 tokens on. 
 every batch bucket, and anew at times while others run.
 
 Hysteresis: another plan replaces the one in use once its predicted savings have added up to SWITCH cycles (a one-sided
-CUSUM): a large gain at once, a small one only if it lasts.
+CUSUM), by one look after another: a large gain soon, a small one only if it lasts.
 
 Thinking takes the host longer than all else about a cycle, most of all where a pass through the weights has swept its
 caches. So a plan once chosen is kept for a *course* of up to COURSE cycles, as long as the account covers them at their
@@ -119,7 +119,7 @@ class Lane:
         self._savings = max(0.0, self._savings + self._since_look * min(before, self._saving))
         self._since_look = 0
         if self._savings >= SWITCH:
-            self.in_use, self._savings = best, 0.0
+            self.in_use, self._savings, self._saving = best, 0.0, 0.0
         return self.in_use
 
 
@@ -134,7 +134,7 @@ class Launched(NamedTuple):
 
 
 class Policy:
-    """Chooses a plan per cycle and learns from what came of it.
+    """Chooses the plan of every cycle and learns from what came of it.
 
     One :meth:`record` per :meth:`choose`, in order; any number of cycles may be under way in between.
 
@@ -161,7 +161,7 @@ class Policy:
         self.current: CyclePlan | None = None
         self._lanes: dict[tuple[int, bool], Lane] = {}
         self._pending: deque[Launched] = deque()
-        self._unread: list[tuple[Launched, list[Outcome], float | None]] = []  # what cycles brought, not yet weighed
+        self._unread: deque[tuple[Launched, list[Outcome], float | None]] = deque()  # brought, not yet weighed
         self._course: Launched | None = None  # what its cycles are
         self._course_left = 0  # cycles to go
         self._burst: tuple[Lane, CyclePlan] | None = None  # a trial under way
@@ -280,24 +280,29 @@ class Policy:
         self._unread.append((self._pending.popleft(), outcomes, seconds))
 
     def settle(self) -> None:
-        """Weigh what cycles have brought so far."""
-        unread, self._unread = self._unread, []
-        for plan, cycles in itertools.groupby(unread, key=lambda cycle: cycle[0].plan):
+        """Weigh what cycles have brought so far: at the costs that they were launched at, which they correct then."""
+        for plan, cycles in itertools.groupby(self._unread, key=lambda cycle: cycle[0].plan):
             observed = [outcomes for cycle, outcomes, _ in cycles if outcomes and not cycle.fills]
             if observed:
                 self.acceptance.observe(plan, observed)
-        for cycle, outcomes, seconds in unread:
-            self._pay(cycle, outcomes, seconds)
+        timed = []
+        while self._unread:
+            cycle, outcomes, seconds = self._unread.popleft()
+            lane, plan = cycle.lane, cycle.plan
+            if seconds is not None and lane.costs:
+                timed.append((lane, plan, seconds))
+            elif seconds is not None:  # the first that is: the unit to keep accounts in
+                lane.costs.observe(lane.bucket, plan, seconds)
+            self.plan_counts[plan] += 1
+            self._cycles += 1
+            if lane.costs:
+                self._pay(cycle, outcomes)
+        for lane, plan, seconds in timed:
+            lane.costs.observe(lane.bucket, plan, seconds)
 
-    def _pay(self, cycle: Launched, outcomes: list[Outcome], seconds: float | None) -> None:
+    def _pay(self, cycle: Launched, outcomes: list[Outcome]) -> None:
         """Enter a cycle into the accounts."""
         lane, plan, _, against, _ = cycle
-        self.plan_counts[plan] += 1
-        self._cycles += 1
-        if seconds is not None:
-            lane.costs.observe(lane.bucket, plan, seconds)
-        if not lane.costs:
-            return  # nothing like it was ever timed: there is no unit to keep accounts in
         cost, ar = lane.seconds(plan), lane.seconds(AR)
         if not self._granted:
             self._granted = True
@@ -312,7 +317,7 @@ class Policy:
 
     def prefilled(self, seconds: float) -> None:
         """A prompt took so long: AR decoding needs that as well, and may be exceeded by a share of it too."""
-        self.safety.add(SAFETY * seconds, math.inf)  # capped with the next cycle
+        self.safety.add(SAFETY * seconds, math.inf)  # capped with the next cycle weighed
         self.spent += seconds
         self.ar_equivalent += seconds
 
@@ -322,12 +327,12 @@ class Policy:
         self._burst, self.current = None, None  # and with it ends the course
 
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict:
-        """Why the next cycle of ``batch_size`` sequences will run what it runs: a plain dict, seconds and ratios.
+        """Why cycles of ``batch_size`` sequences run what they run: a plain dict, seconds and ratios. The last few
+        cycles, not weighed yet, are not in it.
 
         ``accepted``: expected drafts accepted of 0, 1, ... that are offered. ``in_use`` is the plan wanted, ``current``
         the one that ran last: another while the safety account does not cover ``in_use``, or in a trial.
         """
-        self.settle()
         lane = self._lane(batch_size, greedy)
         tokens = self.acceptance.tokens(lane.plans)
         rows = {

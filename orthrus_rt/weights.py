@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from orthrus_rt import dispatch
+from orthrus_rt.device import device_scope
 
 # CPU: strips of 32 outputs (16 gates and their 16 ups for silu_mul) x one word of inputs (two bfloat16, one float32),
 # so that one vector instruction takes 16 outputs' words from one cache line; one partial maximum per 512 ids. See
@@ -118,7 +119,8 @@ huge_pages = _HugePages()
 
 def _pack_cuda(weight, gate_up):
     out_features, in_features = weight.shape
-    partials = dispatch.native().cuda.row_linear_num_partials(in_features, out_features)
+    with device_scope(weight.device):
+        partials = dispatch.native().cuda.row_linear_num_partials(in_features, out_features)
     return cuda_blocks(weight, gate_up), partials
 
 

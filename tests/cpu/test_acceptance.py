@@ -43,14 +43,26 @@ def test_cycles_in_a_row_may_be_told_together(plan):
     """But for what the later of 8 would have forgotten of the earlier ones, in 128."""
     rng = random.Random(11)
     one_by_one, together = Acceptance(15, FAN_OUTS), Acceptance(15, FAN_OUTS)
+
+    def outcomes(count):
+        if plan == AR:
+            return [Outcome(0, 0, False, rng.random() < 0.1) for _ in range(count)]
+        ends = [out._replace(cut=rng.random() < 0.1) for out in drawn(rng, (1, 1, 1), count)]
+        return [Outcome(0, 0, fresh=True) if rng.random() < 0.1 else out for out in ends]
+
     for seen in (one_by_one, together):
         seen.observe(CyclePlan("two_pass", 16), [[Outcome(15, 15)] * 3])
-    for _ in range(100):
-        cycles = [drawn(rng, (1, 1, 1), 3) if plan != AR else [Outcome(0, 0)] * 3 for _ in range(8)]
+        seen.observe(CyclePlan("one_pass", 16, 8), [[Outcome(15, 10)] * 3])
+    for _ in range(1200):
+        cycles = [outcomes(rng.randint(1, 4)) for _ in range(8)]
         together.observe(plan, cycles)
         for outs in cycles:
             one_by_one.observe(plan, [outs])
-    assert together.tokens(PLANS) == pytest.approx(one_by_one.tokens(PLANS), rel=0.02)
+    assert together.tokens(PLANS) == pytest.approx(one_by_one.tokens(PLANS), rel=0.03)
+    hope, hope_apart = (seen.tokens(PLANS, 1.0) for seen in (together, one_by_one))
+    assert hope == pytest.approx(hope_apart, rel=0.03)
+    for ratio, apart in ((together._level, one_by_one._level), (together._shape, one_by_one._shape)):
+        assert ratio._expected == pytest.approx(apart._expected, rel=0.1, abs=1e-3)
 
 
 def test_fan_outs_are_told_apart():

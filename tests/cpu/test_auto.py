@@ -85,6 +85,7 @@ def test_the_policy_hears_of_every_cycle(folder):
     auto = engine(folder)
     for _ in range(3):
         auto.generate(PROMPTS, LONG)
+    auto._autos[auto._plan].policy.settle()
     facts = json.loads(json.dumps(auto.explain(3)))
     counts = {label: c["cycles"] for label, c in facts["candidates"].items() if c["cycles"]}
     assert counts == auto.metrics.as_dict()["plans"]

@@ -221,6 +221,7 @@ def test_auto_learns_costs_and_acceptance_a_cycle_late(late, alone):
         outs = engine.generate([[3, 1, 4], [1, 5]], params)
         assert [o.token_ids for o in outs] == [alone(p, params) for p in ([3, 1, 4], [1, 5])]
     engine.step()
+    engine._autos[engine._plan].policy.settle()
     facts = engine.explain(2)
     assert facts["candidates"]["ar"]["cost_measured"] and facts["spent_seconds"] > 0
     counts = {label: c["cycles"] for label, c in facts["candidates"].items() if c["cycles"]}

@@ -126,8 +126,8 @@ def test_luck_misleads_seldom():
     """Three plans within 13% of each other, of which one may look worse than it is for a thousand cycles."""
     cases = itertools.product((1, 2), (0.85, 0.9, 0.97), range(14))
     over = sorted(over_best("flat", batch, hazard, seed=seed) for batch, hazard, seed in cases)
-    assert len(over) == 84 and statistics.mean(over) <= 1.021  # 1.0204
-    assert sum(x > 1.05 for x in over) <= 4 and over[-1] <= 1.07
+    assert len(over) == 84 and statistics.mean(over) <= 1.022
+    assert over[-2] <= 1.05 and over[-1] <= 1.08
 
 
 @pytest.mark.full
@@ -313,6 +313,7 @@ def test_short_requests_run_within_5_percent_of_the_best_fixed_plan(length):
 def test_what_it_explains_is_plain_data():
     chooser = policy("steep")
     run("steep", lambda cycle, i: (0.8, 1.0), 300, chooser=chooser)
+    chooser.settle()
     facts = json.loads(json.dumps(chooser.explain(batch_size=3)))
     assert facts["bucket"] == 4
     assert set(facts["candidates"]) == {p.label for p in PLANS}
@@ -359,12 +360,43 @@ def test_it_thinks_once_in_a_course_and_whenever_the_batch_changes(monkeypatch):
 
 
 def test_a_course_that_the_account_does_not_cover_any_more_ends():
-    """A drafter that fails from one cycle to the next: no course is followed to its end on credit."""
-    chooser = policy("steep")
+    """A drafter that fails from one cycle to the next, with credit for a part of the course."""
+    chooser, ar = policy("steep"), cycle_seconds("steep", 1, AR)
     run("steep", lambda cycle, i: (0.9, 1.0), 1000, chooser=chooser)
-    got = run("steep", lambda cycle, i: (0.0, 1.0), 1000, chooser=chooser)
-    ar = cycle_seconds("steep", 1, AR)
-    assert chooser.safety.balance >= -1e-9 and got.seconds <= (1 + SAFETY) * got.ar_seconds + SAFETY_CAP * ar
+    while chooser._course_left < COURSE - 1 or chooser.current == AR:
+        plan = chooser.choose(1)
+        chooser.record([Outcome(plan.block_len - 1, plan.block_len - 1)])
+    chooser.settle()
+    chooser.safety.balance, followed, least = 5.5 * chooser._course.reserved, chooser.current, math.inf
+    ran = []
+    for _ in range(COURSE):
+        ran.append(chooser.choose(1))
+        chooser.record([Outcome(ran[-1].block_len - 1, 0)])
+    assert ran[:5] == [followed] * 5 and ran[5] != followed
+    for _ in range(200):
+        chooser.choose(1)
+        chooser.record([Outcome(chooser.current.block_len - 1, 0)])
+        chooser.settle()
+        least = min(least, chooser.safety.balance)
+    assert -1e-12 <= least < ar
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_cycles_dearer_than_they_were_thought_are_paid_at_the_price_they_began_at(lag):
+    """No course is overdrawn by what its own times say: they make the next one dearer."""
+    plan = CyclePlan("two_pass", 16)
+    chooser = Policy([AR, plan], 1)
+    for p, seconds in ((AR, 1.0), (plan, 2.0)):
+        chooser.costs.set(1, p, seconds)
+    late = []
+    for cycle in range(400):
+        ran, good = chooser.choose(1), cycle < 150  # then no draft is accepted, and drafting takes twice as long
+        drafts = ran.block_len - 1
+        late.append(([Outcome(drafts, drafts if good else 0)], 1.0 if ran == AR else 2.0 if good else 4.0))
+        if len(late) > lag:
+            chooser.record(*late.pop(0))
+        assert chooser.safety.balance >= -1e-9 - 2.0 * lag  # a cycle under way is paid at what is known by then
+    assert chooser.plan_counts[plan] > 100 and chooser.current == AR
 
 
 def test_candidates():

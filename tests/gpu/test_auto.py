@@ -38,7 +38,9 @@ def test_tokens_costs_and_acceptance(auto, warm):
             assert [o.token_ids for o in auto.generate(PROMPTS, params)] == want
     torch.cuda.synchronize()
     auto.generate(PROMPTS[0], SamplingParams(max_new_tokens=4, ignore_eos=True))  # takes what was still under way
-    facts, policy = auto.explain(3), auto._autos[auto._plan].policy
+    policy = auto._autos[auto._plan].policy
+    policy.settle()
+    facts = auto.explain(3)
     assert facts["candidates"]["ar"]["cost_measured"] and facts["spent_seconds"] > 0
     assert sum(policy.plan_counts.values()) > 100 and len(policy._pending) <= 1
     # A cycle of two layers takes the device some tens of microseconds; waiting for the host would show.
