@@ -14,6 +14,7 @@ from orthrus_rt.cycle_plan import CyclePlan
 
 CLIP = math.log(1.3)  # one measurement moves an estimate no further: a stalled cycle is not a slow plan
 SETTLED = 10.0  # measurements that an estimate averages over
+DOUBT = 0.1  # relative standard error of one measurement
 WARMED = 3.0  # cycles that a warm-up's time is worth: the machine may have been busy then
 FORGET = 1 / 128  # per cycle: how fast measurements of an entry that does not run lose their weight
 FORGET_DRIFT = 10  # the same per e-fold by which the machine's speed changed meanwhile
@@ -50,13 +51,16 @@ class PassCosts:
         """Expected seconds of one cycle of ``bucket`` slots under ``plan``.
 
         ``hopeful``: where nothing like it was measured, suppose that more rows cost nothing; where little was, that it
-        may have been a stalled cycle.
+        may have been a stalled cycle, or measured too high.
         """
         key = bucket, plan
         if key not in self._log:
             return self._guess(bucket, plan, hopeful)
-        seconds = math.exp(self._scale + self._log[key])
-        return min(seconds, self._guess(bucket, plan, True)) if hopeful and self._weight[key] < WARMED else seconds
+        seconds, weight = math.exp(self._scale + self._log[key]), self._weight[key]
+        if not hopeful:
+            return seconds
+        hoped = seconds * (1 - DOUBT * math.sqrt(1 / weight - 1 / SETTLED))
+        return min(hoped, self._guess(bucket, plan, True)) if weight < WARMED else hoped
 
     def set(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
         """A warm-up's measurement, or a kept one, replacing what was known."""

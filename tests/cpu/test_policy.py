@@ -126,7 +126,7 @@ def test_luck_misleads_seldom():
     """Three plans within 13% of each other, of which one may look worse than it is for a thousand cycles."""
     cases = itertools.product((1, 2), (0.85, 0.9, 0.97), range(14))
     over = sorted(over_best("flat", batch, hazard, seed=seed) for batch, hazard, seed in cases)
-    assert len(over) == 84 and statistics.mean(over) <= 1.022
+    assert len(over) == 84 and statistics.mean(over) <= 1.023
     assert over[-2] <= 1.05 and over[-1] <= 1.08
 
 
