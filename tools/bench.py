@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # device it is for, script, arguments
 RUNS = [
+    ("cpu", "bench_host", ["--device", "cpu"]),
     ("cpu", "bench_cpu_pass", []),
     ("cpu", "bench_generate", []),
     ("cpu", "bench_sampling", []),
@@ -26,6 +27,7 @@ RUNS = [
     *(("cuda", "bench_row_linear", ["--model", model]) for model in ("1.7b", "4b", "8b")),
     ("cuda", "bench_dual_attn", []),
     ("cuda", "bench_consensus", []),
+    ("cuda", "bench_host", ["--device", "cuda"]),
     ("cuda", "bench_process_logits", []),
     ("cuda", "bench_invariance", ["--device", "cuda", "--model", "8b"]),
     *(("cuda", "bench_decode", ["--model", model]) for model in ("1.7b", "4b", "8b", "smollm2-135m")),
