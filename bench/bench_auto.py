@@ -2,11 +2,11 @@
 
 Every plan decodes the same requests, prefill included, by the clock, until there are tokens for four requests per slot:
 slots are refilled as on a server, and the queue does not run dry. (A queue decoded to its end would measure how well
-the last requests happen to fill the slots: that took 11% from two_pass, and nothing from ar, at batch 4.) Lengths
-differ, or AR alone would finish and begin whole batches at once, and share their prefill passes. ``auto first`` is a
-fresh policy with measured costs, its learning included; ``auto`` is one that has decoded those requests before. Rounds
-are interleaved, so that a machine whose speed changes is fair to all, and their median counts; ``p20`` and ``p80`` tell
-the noise. ``adversarial`` decodes code with a drafter that is broken on purpose.
+each plan happens to fill the slots with the last requests.) Lengths differ, or AR alone would finish and begin whole
+batches at once, and share their prefill passes. ``auto first`` is a fresh policy with measured costs, its learning
+included; ``auto`` is one that has decoded those requests before. Rounds are interleaved, so that a machine whose speed
+changes is fair to all, and their median counts; ``p20`` and ``p80`` tell the noise. ``adversarial`` decodes code with a
+drafter that is broken on purpose.
 
     python -m bench.bench_auto --out DIR
 """

@@ -1,7 +1,7 @@
 """``mode="auto"`` in an engine: the policy, its candidates on this runner, and the cycles timed for it.
 
 Costs come from :meth:`Auto.warmup`, once per device, model and version (kept in the user's cache folder), or without it
-from the cycles that run: a fresh policy decodes by AR until it has earned its first attempt, so the first request never
+from the cycles that run: a fresh policy begins with a few of AR, to know what they cost, so the first request never
 waits for measurements.
 """
 
@@ -28,7 +28,7 @@ REPEATS = 5
 
 
 class Auto:
-    """Picks a plan per cycle among those within ``plan``, whose mode is ``auto``.
+    """Picks the plan of every cycle among those within ``plan``, whose mode is ``auto``.
 
     Args:
         plan: its block_len is the longest that may run; its fan_out the only one, or 0 for several.

@@ -16,8 +16,12 @@ import numpy as np
 from orthrus_rt.acceptance import Outcome
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.pass_costs import PassCosts, rows_per_pass
-from orthrus_rt.policy import AR, SAFETY, Policy
+from orthrus_rt.policy import AR, SAFETY, Policy, candidate_plans
 
+PLANS = candidate_plans(16)
+PROMISE = 1.03  # of plain AR's time, overall
+HORIZON = 4000  # cycles within which a stationary case comes within 5% of the best fixed plan
+DEVICES = ("flat", "steep")  # a GPU's costs, a CPU's
 CPU_MS = {1: 10.3, 4: 11.0, 6: 11.6, 8: 11.7, 16: 14.4, 32: 26.1}  # measured: the embedded model, two cores
 # What one_pass drafts stand behind, and the hazards of the first and the second one over two_pass's: the true bonus
 # token, one unseen, or a rejected draft (those behind it are kept). Shares by fan_out. So fitted, they yield what the
@@ -219,3 +223,13 @@ def cost_table(device: str, plans: list[CyclePlan], max_batch_size: int) -> Pass
             costs.set(bucket, plan, cycle_seconds(device, bucket, plan))
         bucket *= 2
     return costs
+
+
+def policy(device: str, measured: bool = True) -> Policy:
+    ridge = {"flat": 256, "steep": 32}[device]
+    return Policy(PLANS, 64, cost_table(device, PLANS, 64) if measured else PassCosts(ridge))
+
+
+def run(device, seq_of, cycles=HORIZON, *, cost=None, chooser=None, **how):
+    truth = cost or (lambda cycle, bucket, plan: cycle_seconds(device, bucket, plan))
+    return simulate(chooser or policy(device), seq_of, truth, cycles, **how)

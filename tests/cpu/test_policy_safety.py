@@ -1,0 +1,208 @@
+"""What mode="auto" may lose against plain AR, whatever the drafter and the clock do: see tests/policy_simulator.py."""
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as hs
+
+from orthrus_rt.acceptance import Outcome
+from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.pass_costs import PassCosts
+from orthrus_rt.policy import (
+    AR,
+    COURSE,
+    GRANT,
+    SAFETY,
+    SAFETY_CAP,
+    Policy,
+)
+from tests.policy_simulator import (
+    DEVICES,
+    HORIZON,
+    PLANS,
+    PROMISE,
+    cycle_seconds,
+    policy,
+    run,
+)
+
+
+def alternating(period):
+    return lambda cycle, i: (0.9 if (cycle // period) % 2 else 0.0, 1.0)
+
+
+ADVERSARIES = {
+    "never": (lambda cycle, i: (0.0, 1.0), 1),
+    "good, then never again": (lambda cycle, i: (0.95 if cycle < 500 else 0.0, 1.0), 1),
+    "every other cycle": (alternating(1), 1),
+    "alternating by 50": (alternating(50), 1),
+    "alternating by 200": (alternating(200), 1),
+    "one good sequence in four": (lambda cycle, i: (0.95 if i % 4 == 0 else 0.0, 1.0), 8),
+    "sequences and batch change": (
+        lambda cycle, i: (random.Random(cycle // 40 * 64 + i).choice((0.0, 0.5, 0.9)), 1.0),
+        lambda cycle: random.Random(cycle // 30).choice((1, 2, 3, 7, 16)),
+    ),
+}
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+def test_no_drafter_costs_more_than_the_safety_account(adversary, device, lag):
+    """With costs known, at every moment since the start, and over every stretch but for the capped credit."""
+    seq_of, batch = ADVERSARIES[adversary]
+    got = run(device, seq_of, 2000, batch=batch, lag=lag)
+    assert got.most_behind <= GRANT * cycle_seconds(device, 16 if callable(batch) else batch, AR) + 1e-9
+    assert got.over_ar <= PROMISE
+    if not callable(batch):
+        assert got.worst_stretch <= SAFETY_CAP + 1
+    assert got.switches <= 200
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_drafter_that_fails_whenever_the_account_is_rich(device):
+    chooser = policy(device)
+    rich = 10 * cycle_seconds(device, 1, AR)
+    got = run(device, lambda cycle, i: (0.0 if chooser.safety.balance > rich else 1.0, 1.0), 2000, chooser=chooser)
+    assert got.most_behind <= GRANT * cycle_seconds(device, 1, AR) + 1e-9
+    assert got.over_ar <= PROMISE
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_drafter_that_fails_whenever_it_is_trusted(device):
+    chooser = policy(device)
+    got = run(device, lambda cycle, i: (0.95 if chooser.current in (None, AR) else 0.0, 1.0), 2000, chooser=chooser)
+    assert got.most_behind <= GRANT * cycle_seconds(device, 1, AR) + 1e-9
+    assert got.over_ar <= PROMISE
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=hs.integers(0, 2**32), lag=hs.integers(0, 3), generous=hs.floats(0, 1))
+def test_the_account_is_never_overdrawn(seed, lag, generous):
+    """Any costs, any outcomes, any batch sizes, results as late as may be."""
+    luck, costs, late = random.Random(seed), PassCosts(), []
+    for bucket in (1, 2, 4, 8):
+        ar = luck.uniform(1e-3, 1e-2)
+        for plan in PLANS:
+            costs.set(bucket, plan, ar if plan == AR else ar * luck.uniform(0.9, 4.0))
+    chooser = Policy(PLANS, 8, costs)
+    for _ in range(300):
+        size = luck.randint(1, 8)
+        drafts = chooser.choose(size).block_len - 1
+        late.append([Outcome(drafts, drafts if luck.random() < generous else 0) for _ in range(size)])
+        if len(late) > lag:
+            chooser.record(late.pop(0))
+        if luck.random() < 0.5:  # else when it thinks anew
+            chooser.settle()
+        assert chooser.safety.balance >= -1e-12
+    chooser.settle()
+    assert chooser.plan_counts.total() == 300 - lag
+    assert chooser.spent <= (1 + SAFETY) * chooser.ar_equivalent + GRANT * 1e-2
+
+
+DRIFTS = {
+    "the machine's speed swings": lambda cycle, plan: 1 + 0.5 * math.sin(cycle / 150),
+    "the machine halves its speed and recovers": lambda cycle, plan: 2 if (cycle // 700) % 2 else 1,
+    "contexts grow": lambda cycle, plan: 1 + cycle / HORIZON * (0.5 if plan == AR else 1.0),
+    "AR alone gets cheaper": lambda cycle, plan: 1 - 0.3 * cycle / HORIZON if plan == AR else 1,
+    "drafting costs twice as much at once": lambda cycle, plan: 2 if plan != AR and cycle > 1500 else 1,
+}
+
+
+@pytest.mark.parametrize("hazard", [0.0, 0.6])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("drift", DRIFTS)
+def test_costs_that_drift_and_are_timed_with_outliers(drift, device, hazard):
+    """Measured times alone keep the promise over the run: 5% noise, and one time in 50 five times too long."""
+    got = run(
+        device,
+        lambda cycle, i: (hazard, 1.0),
+        cost=lambda cycle, bucket, plan: cycle_seconds(device, bucket, plan) * DRIFTS[drift](cycle, plan),
+        noise=0.05,
+    )
+    assert got.over_ar <= PROMISE
+
+
+def test_prefill_earns_a_share_too():
+    chooser, ar = policy("flat"), cycle_seconds("flat", 1, AR)
+    chooser.prefilled(1.0)
+    assert chooser.safety.balance == SAFETY and chooser.spent == chooser.ar_equivalent == 1.0
+    chooser.choose(1)
+    chooser.record([Outcome(0, 0)])
+    chooser.settle()
+    assert chooser.safety.balance == pytest.approx(SAFETY + (GRANT + SAFETY) * ar)
+    chooser.prefilled(1e3)
+    chooser.choose(1)
+    chooser.record([Outcome(0, 0)])
+    chooser.settle()
+    assert chooser.safety.balance == pytest.approx(SAFETY_CAP * ar)
+
+
+def test_nothing_timed_is_nothing_earned():
+    chooser = policy("flat", measured=False)
+    for _ in range(500):
+        assert chooser.choose(1) == AR
+        chooser.record([Outcome(0, 0)])
+    chooser.choose(1)
+    chooser.record([Outcome(0, 0)], 5e-3)
+    chooser.settle()
+    assert chooser.safety.balance == pytest.approx((GRANT + SAFETY) * 5e-3)
+
+
+def test_lost_cycles_hold_no_credit():
+    chooser = policy("flat")
+    for _ in range(200):
+        chooser.choose(1)
+        chooser.record([Outcome(15, 15)] if chooser.current != AR else [Outcome(0, 0)])
+    chooser.settle()
+    free = chooser.safety.balance
+    chooser.choose(1)
+    chooser.forget_pending()
+    chooser.settle()
+    assert chooser.safety.balance == free
+    assert chooser.choose(1) != AR
+    chooser.record([])
+    chooser.settle()
+    assert chooser.safety.balance < free  # a cycle that served nobody was still paid for
+
+
+def test_a_course_that_the_account_does_not_cover_any_more_ends():
+    """A drafter that fails from one cycle to the next, with credit for a part of the course."""
+    chooser, ar = policy("steep"), cycle_seconds("steep", 1, AR)
+    run("steep", lambda cycle, i: (0.9, 1.0), 1000, chooser=chooser)
+    while chooser._course_left < COURSE - 1 or chooser.current == AR:
+        plan = chooser.choose(1)
+        chooser.record([Outcome(plan.block_len - 1, plan.block_len - 1)])
+    chooser.settle()
+    chooser.safety.balance, followed, least = 5.5 * chooser._course.reserved, chooser.current, math.inf
+    ran = []
+    for _ in range(COURSE):
+        ran.append(chooser.choose(1))
+        chooser.record([Outcome(ran[-1].block_len - 1, 0)])
+    assert ran[:5] == [followed] * 5 and ran[5] != followed
+    for _ in range(200):
+        chooser.choose(1)
+        chooser.record([Outcome(chooser.current.block_len - 1, 0)])
+        chooser.settle()
+        least = min(least, chooser.safety.balance)
+    assert -1e-12 <= least < ar
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_cycles_dearer_than_they_were_thought_are_paid_at_the_price_they_began_at(lag):
+    """No course is overdrawn by what its own times say: they make the next one dearer."""
+    plan = CyclePlan("two_pass", 16)
+    chooser = Policy([AR, plan], 1)
+    for p, seconds in ((AR, 1.0), (plan, 2.0)):
+        chooser.costs.set(1, p, seconds)
+    late = []
+    for cycle in range(400):
+        ran, good = chooser.choose(1), cycle < 150  # then no draft is accepted, and drafting takes twice as long
+        drafts = ran.block_len - 1
+        late.append(([Outcome(drafts, drafts if good else 0)], 1.0 if ran == AR else 2.0 if good else 4.0))
+        if len(late) > lag:
+            chooser.record(*late.pop(0))
+        assert chooser.safety.balance >= -1e-9 - 2.0 * lag  # a cycle under way is paid at what is known by then
+    assert chooser.plan_counts[plan] > 100 and chooser.current == AR
