@@ -70,6 +70,7 @@ def interrupted(function, after: int, everywhere: bool = False):
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # of any frame: Python 3.12 looks for it when tracing begins
     sys.settrace(trace)
     try:
         function()
