@@ -8,11 +8,7 @@ not how fast, nor how CTAs and kernels overlap: tests/gpu does that.
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,28 +16,10 @@ import torch
 from orthrus_rt.native import EPILOGUE
 from orthrus_rt.weights import cuda_blocks
 from tests.cpu import cuda_host
+from tests.cpu.cuda_host import row_linear_library as library
 
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="needs a C++ compiler")
-SOURCES = [cuda_host.CSRC / "cuda" / f"row_linear{part}.cu" for part in ("", "_mma", "_sm90")]
 GUARD = 8
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    flags = ["-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
-    include = [f"-I{cuda_host.HERE}", f"-I{cuda_host.CSRC / 'include'}"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "row_linear.so"
-        sources = map(str, [*SOURCES, cuda_host.HERE / "row_linear.cpp"])
-        subprocess.run(
-            [cuda_host.compiler(), *flags, *include, "-shared", "-x", "c++", *sources, "-o", str(path)], check=True
-        )
-        loaded = ctypes.CDLL(str(path))
-    loaded.row_linear_workspace.restype = ctypes.c_int64
-    loaded.row_linear_plan_error.restype = ctypes.c_char_p
-    loaded.sizeof_RowLinearParams.restype = ctypes.c_int64
-    assert loaded.sizeof_RowLinearParams() == ctypes.sizeof(cuda_host.structs()["RowLinearParams"])
-    return loaded
 
 
 @pytest.fixture(params=["sm90", "sm80"], autouse=True)

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
 PARAMS = ("RowLinearParams", "QkvCommitParams", "ConsensusParams", "DualAttnParams")
 KERNELS = ("qkv_commit", "consensus", "dual_attn", "dual_attn_f32", "row_linear_f32")
-SOURCES = (HERE / "kernels.cpp", *(CSRC / "cuda" / f"{name}.cu" for name in KERNELS))
+ROW_LINEAR = ("row_linear", "row_linear_mma", "row_linear_sm90")
 SCALARS = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
 
 
@@ -38,19 +38,36 @@ def structs() -> dict[str, type[ctypes.Structure]]:
     return found
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
+def build(interface: str, kernels: tuple[str, ...]) -> ctypes.CDLL:
+    """The kernels behind the C functions of ``interface``, a file of this folder."""
+    sources = [HERE / interface, *(CSRC / "cuda" / f"{name}.cu" for name in kernels)]
+    flags = ["-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+    flags.append("-U_FORTIFY_SOURCE")  # which takes a fiber's stack for a longjmp gone wrong
+    include = [f"-I{HERE}", f"-I{CSRC / 'include'}"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernels.so"
-        flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off"]
-        include = [f"-I{HERE}", f"-I{CSRC / 'include'}"]
-        subprocess.run([compiler(), *flags, *include, "-x", "c++", *map(str, SOURCES), "-o", str(path)], check=True)
-        loaded = ctypes.CDLL(str(path))
+        command = [compiler(), *flags, *include, "-shared", "-x", "c++", *map(str, sources), "-o", str(path)]
+        subprocess.run(command, check=True)
+        return ctypes.CDLL(str(path))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    loaded = build("kernels.cpp", KERNELS)
     loaded.dual_attn_workspace.restype = ctypes.c_int64
     for name in PARAMS:
         size = getattr(loaded, f"sizeof_{name}")
         size.restype = ctypes.c_int64
         assert size() == ctypes.sizeof(structs()[name]), f"{name}: params.h was misread"
+    return loaded
+
+
+@functools.cache
+def row_linear_library() -> ctypes.CDLL:
+    """``row_linear`` in bfloat16, which variant ``ORTHRUS_CUDA_ISA`` says."""
+    loaded = build("row_linear.cpp", ROW_LINEAR)
+    loaded.row_linear_workspace.restype = ctypes.c_int64
+    loaded.row_linear_plan_error.restype = ctypes.c_char_p
     return loaded
 
 

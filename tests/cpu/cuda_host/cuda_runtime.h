@@ -2,6 +2,7 @@
 // after the other. Barriers and warp exchanges hand control to the next fiber, in ascending or
 // descending thread order; a result that depends on the order is a race.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -50,10 +51,14 @@ inline bool descending = false;
   std::abort();
 }
 
+// A thread of a block. A context is entered once; from then on control passes by setjmp and longjmp, which, unlike
+// swapcontext, ask nothing of the system.
 struct Fiber {
   enum State { kReady, kWarp, kBlock, kDone };
   static constexpr int kStackBytes = 1 << 15;
   ucontext_t context;
+  jmp_buf resume;
+  bool entered = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state = kReady;
   int exchanges = 0;
@@ -73,11 +78,12 @@ class Block {
     kernel_ = &kernel;
     for (Fiber& fiber : fibers_) {
       fiber.state = Fiber::kReady;
+      fiber.entered = false;
       fiber.exchanges = 0;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = Fiber::kStackBytes;
-      fiber.context.uc_link = &scheduler_;
+      fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, [] { current().enter(); }, 0);
     }
     while (step()) {
@@ -86,7 +92,7 @@ class Block {
 
   void wait(Fiber::State state) {
     fibers_[active_].state = state;
-    swapcontext(&fibers_[active_].context, &scheduler_);
+    if (!_setjmp(fibers_[active_].resume)) _longjmp(scheduler_, 1);
   }
 
   // What the warp's lanes pass to the same exchange.
@@ -107,6 +113,14 @@ class Block {
   void enter() {
     (*kernel_)();
     fibers_[active_].state = Fiber::kDone;
+    _longjmp(scheduler_, 1);
+  }
+
+  void resume(Fiber& fiber) {
+    if (_setjmp(scheduler_)) return;
+    if (fiber.entered) _longjmp(fiber.resume, 1);
+    fiber.entered = true;
+    setcontext(&fiber.context);
   }
 
   // Runs every ready fiber once, then opens the warp exchanges or the barrier that all live ones reached.
@@ -119,7 +133,7 @@ class Block {
       ran = true;
       active_ = t;
       threadIdx.x = t;
-      swapcontext(&scheduler_, &fibers_[t].context);
+      resume(fibers_[t]);
     }
     for (int first = 0; first < n; first += 32) ran |= open(Fiber::kWarp, first, first + 32 < n ? first + 32 : n);
     if (!ran) ran = open(Fiber::kBlock, 0, n);
@@ -145,7 +159,7 @@ class Block {
   }
 
   std::vector<Fiber> fibers_;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   const std::function<void()>* kernel_ = nullptr;
   int active_ = 0;
 };

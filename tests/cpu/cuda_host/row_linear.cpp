@@ -40,5 +40,4 @@ int row_linear_num_partials(int in_features, int out_features, int num_sms) {
   cuda_host::num_sms = num_sms;
   return orthrus::cuda::row_linear_num_partials(in_features, out_features);
 }
-int64_t sizeof_RowLinearParams() { return sizeof(orthrus::RowLinearParams); }
 }

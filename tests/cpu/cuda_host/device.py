@@ -1,0 +1,119 @@
+"""A CUDA device that is not there: engines on CPU tensors whose ops are the CUDA kernels, compiled for the host.
+
+Packed weights, workspaces, parameter structs and what a recording freezes are those of a GPU; what is not: time, and
+ops that overlap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+
+from orthrus_rt import dispatch, ops
+from tests.cpu import cuda_host
+
+NATIVE = ("row_linear", "qkv_commit", "dual_attn", "consensus")  # the other ops are Triton's
+
+
+class Tape:
+    """Stands for a CUDA graph: launches of fixed parameters, which run only when they are replayed."""
+
+    recording: Tape | None = None
+
+    def __init__(self):
+        self.launches = []
+
+    @contextlib.contextmanager
+    def record(self):
+        Tape.recording = self
+        try:
+            yield
+        finally:
+            Tape.recording = None
+
+    def replay(self) -> None:
+        for launch in self.launches:
+            launch()
+
+
+def launch(function, *args) -> None:
+    """Run ``function`` now, or, while a tape records, whenever that is replayed."""
+    if Tape.recording is None:
+        function(*args)
+    else:
+        Tape.recording.launches.append(functools.partial(function, *args))
+
+
+def as_ctypes(params) -> ctypes.Structure:
+    """A copy of the native module's ``params``."""
+    kind = cuda_host.structs()[type(params).__name__.removesuffix("F32")]
+    copy = kind()
+    for name, of in kind._fields_:
+        value = getattr(params, name)
+        setattr(copy, name, as_ctypes(value) if issubclass(of, ctypes.Structure) else value)
+    return copy
+
+
+class Device:
+    """Takes the place of the native module's ``cpu`` and ``cuda``, for a GPU of ``num_sms`` SMs.
+
+    Threads of a block run in ascending and descending order by turns.
+    """
+
+    Tape = Tape
+
+    def __init__(self, num_sms: int):
+        self.num_sms, self.num_launches = num_sms, 0
+
+    def set_num_threads(self, count: int) -> None:
+        pass
+
+    def __getattr__(self, op: str):
+        if op in NATIVE:
+            return lambda params: launch(self._run, op, as_ctypes(params), type(params).__name__.endswith("F32"))
+        return lambda params: launch(getattr(_native.cpu, op), params)
+
+    def _run(self, op: str, params: ctypes.Structure, is_f32: bool) -> None:
+        self.num_launches += 1
+        descending = self.num_launches % 2
+        if op == "row_linear" and not is_f32:
+            error = cuda_host.row_linear_library().row_linear(ctypes.byref(params), descending, self.num_sms)
+            assert error == 0, f"{op} returned {error}"
+        else:
+            cuda_host.call(op + "_f32" * is_f32, params, descending=bool(descending), num_sms=self.num_sms)
+
+    def row_linear_workspace(self, rows: int, in_features: int, out_features: int) -> int:
+        return cuda_host.row_linear_library().row_linear_workspace(rows, in_features, out_features, self.num_sms)
+
+    def row_linear_num_partials(self, in_features: int, out_features: int) -> int:
+        return cuda_host.row_linear_library().row_linear_num_partials(in_features, out_features, self.num_sms)
+
+    def dual_attn_workspace(self, *args: int) -> int:
+        cuda_host.library().configure(0, self.num_sms)
+        return cuda_host.library().dual_attn_workspace(*args)
+
+
+_native = dispatch.native()
+
+
+class Module:
+    """The native module, whose ops run on ``device``."""
+
+    def __init__(self, device: Device):
+        self.cpu = self.cuda = device
+
+    def __getattr__(self, name: str):
+        return getattr(_native, name)
+
+
+def install(monkeypatch, *, others: str, num_sms: int = 5) -> Device:
+    """CPU tensors run the CUDA kernels, and the ops that a GPU runs in Triton as ``others``: "triton" or "cpu"."""
+    device, run_triton = Device(num_sms), ops._launch_on
+    module = Module(device)
+    monkeypatch.setattr(dispatch, "native", lambda: module)
+    monkeypatch.setattr(dispatch, "select", lambda op, *_: "cuda" if op in NATIVE else others)
+    monkeypatch.setattr(
+        ops, "_launch_on", lambda *args, **kwargs: launch(functools.partial(run_triton, **kwargs), *args)
+    )
+    return device

@@ -1,0 +1,80 @@
+"""Whole generations over the CUDA kernels as host C++: packing, workspaces, parameters and recordings as on a GPU.
+
+The ops that a GPU runs in Triton are the CPU's here; tests/interpret/test_engine.py has both.
+"""
+
+import random
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch
+from orthrus_rt.engine import Engine
+from tests import checkpoints, lossless
+from tests.cpu import cuda_host
+from tests.cpu.cuda_host import device
+from tests.native_cpu import threads
+from tests.traces import decode
+
+pytestmark = pytest.mark.skipif(
+    dispatch.native() is None or cuda_host.compiler() is None, reason="needs the native module and a C++ compiler"
+)
+
+VARIANTS = {
+    "sm90": dict(dtype=torch.bfloat16),
+    "sm80": dict(dtype=torch.bfloat16, head_dim=128, tie_word_embeddings=False, num_key_value_heads=1),
+    "float32": dict(dtype=torch.float32, family="llama"),
+}
+# Tokens per cycle of two_pass with all drafts of a block.
+PINNED = {"sm90": 1.34, "sm80": 1.38, "float32": 1.43}
+
+
+def make(folder, dtype, **kwargs):
+    how = dict(mode="two_pass", max_seq_len=192, max_batch_size=4, num_pages=13, prefix_caching=False) | kwargs
+    return Engine.from_pretrained(str(folder), device="cpu", dtype=str(dtype).removeprefix("torch."), **how)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def case(request, tmp_path_factory):
+    """``(name, engine, logits of the CPU's own ops)``"""
+    kwargs = dict(diff_noise=0.05, vocab_size=700, mask_token_id=699) | VARIANTS[request.param]
+    folder = checkpoints.make(tmp_path_factory.mktemp("tiny"), **kwargs)
+    with pytest.MonkeyPatch.context() as patch, threads(1):
+        want = make(folder, kwargs["dtype"]).next_logits(list(range(100)))
+        if kwargs["dtype"] is torch.bfloat16:
+            patch.setenv("ORTHRUS_CUDA_ISA", request.param)
+        device.install(patch, others="cpu")
+        yield request.param, make(folder, kwargs["dtype"]), want
+
+
+@pytest.fixture(scope="module")
+def jobs(case):
+    """``(prompts, params, AR alone)``"""
+    rng = random.Random(1)
+    prompts = [[rng.randrange(700) for _ in range(n)] for n in (40, 3, 100)]  # two grow over a page
+    kwargs = dict(max_new_tokens=30, ignore_eos=True)
+    params = lossless.greedy(2, **kwargs) + lossless.sampled(1, **kwargs)
+    return prompts, params, decode(case[1], prompts, params, mode="ar")
+
+
+def test_logits_are_the_cpus(case):
+    _, engine, want = case
+    error = (engine.next_logits(list(range(100))) - want).abs().max() / want.abs().max()
+    assert dispatch.native().cuda.num_launches > 8
+    assert error < (2e-2 if engine.model.dtype is torch.bfloat16 else 1e-5)
+
+
+def test_alone(case, jobs):
+    name, engine, _ = case
+    for way in lossless.ways((3,)):
+        lossless.check_alone(engine, *jobs, way)
+    rate = lossless.check_alone(engine, *jobs, dict(mode="two_pass", draft_len=7))
+    assert rate == pytest.approx(PINNED[name], abs=0.1)
+
+
+def test_together_preempted_and_eager(case, jobs):
+    _, engine, _ = case
+    way = dict(mode="two_pass", draft_len=3)
+    lossless.check_together(engine, *jobs, way)
+    lossless.check_preempted(engine, *jobs, way, num_pages=4)
+    lossless.check_eager(engine, *jobs, way)

@@ -1,0 +1,44 @@
+"""Whole generations over all that a GPU runs: the CUDA kernels as host C++, Triton's in its interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from orthrus_rt import dispatch
+from orthrus_rt.engine import Engine
+from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints, lossless, traces
+from tests.cpu import cuda_host
+from tests.cpu.cuda_host import device
+
+pytestmark = pytest.mark.skipif(
+    dispatch.native() is None or cuda_host.compiler() is None, reason="needs the native module and a C++ compiler"
+)
+
+KWARGS = dict(max_new_tokens=8, ignore_eos=True)
+JOBS = (
+    [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]],
+    [
+        SamplingParams(**KWARGS),
+        SamplingParams(temperature=0.8, top_p=0.9, seed=1, **KWARGS),
+        SamplingParams(frequency_penalty=0.5, logit_bias={5: 1.0}, min_tokens=3, **KWARGS),
+    ],
+)
+
+
+def test_every_mode_gives_the_ar_bits(tmp_path, monkeypatch):
+    """Alone and together, nearly all of it replayed and op by op; logits are the CPU's but for rounding."""
+    folder = str(checkpoints.make(tmp_path, dtype=torch.bfloat16, diff_noise=0.05))
+    how = dict(device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=4, prefix_caching=False)
+    want = Engine.from_pretrained(folder, **how).next_logits(JOBS[0][0])
+    monkeypatch.setenv("ORTHRUS_CUDA_ISA", "sm90")
+    gpu = device.install(monkeypatch, others="triton")
+    engine = Engine.from_pretrained(folder, **how)
+    assert (engine.next_logits(JOBS[0][0]) - want).abs().max() < 2e-2 * want.abs().max()
+    assert gpu.num_launches > 8
+    ar, two_pass = traces.decode(engine, *JOBS, mode="ar"), dict(mode="two_pass", draft_len=3)
+    assert lossless.check_alone(engine, *JOBS, ar, two_pass) > 1.2
+    lossless.check_alone(engine, *JOBS, ar, dict(mode="one_pass", draft_len=2, fan_out=2))
+    traces.assert_same(traces.decode(engine, *JOBS, together=True, **two_pass), ar)
+    with traces.eager_cycles(engine):
+        traces.assert_same(traces.decode(engine, *JOBS, mode="ar"), ar)
