@@ -44,9 +44,24 @@ def upload(values, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)  # pageable: staged before it returns
 
 
+def put(column: torch.Tensor, index: int, value) -> None:
+    """``column[index] = value`` for a number, which torch would first copy over from the host, and wait for that."""
+    column[index].fill_(value)
+
+
 def device_scope(device: torch.device):
     """A context in which ``device`` is the current CUDA device; for the CPU nothing changes."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def stream_of(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream that is current on ``device``; None for the CPU."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def stream_scope(stream: torch.cuda.Stream | None):
+    """A context in which ``stream`` is current, and its device too; with None nothing changes."""
+    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 _engines: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()

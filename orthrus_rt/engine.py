@@ -16,7 +16,7 @@ from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import dispatch
 from orthrus_rt.auto import CONTEXT, Auto
 from orthrus_rt.cycle_plan import CyclePlan, cycle_plan
-from orthrus_rt.device import DTYPES, claim, device_scope, pick_device, with_index
+from orthrus_rt.device import DTYPES, claim, device_scope, pick_device, stream_of, stream_scope, with_index
 from orthrus_rt.exclusive import Turn, exclusive, whole
 from orthrus_rt.generation import Generation
 from orthrus_rt.info import device_facts
@@ -62,13 +62,14 @@ class Engine(Generation):
         self.config, self.max_seq_len = config, sizes.max_seq_len
         self.checkpoint, self._tokenizer = checkpoint, None
         self.device = with_index(device)
+        self.cuda_stream = stream_of(self.device)
         self.mode, self.draft_len, self.fan_out = mode, draft_len, fan_out
         self._plan = self._default_plan = self.make_plan()
         self._autos: dict[CyclePlan, Auto] = {}
         self.outbox, self.metrics = Outbox(), Metrics(self)
         claim(self.device, self)
         try:
-            with device_scope(self.device), naming_the_knobs(f"making an engine of {sizes}"):
+            with stream_scope(self.cuda_stream), naming_the_knobs(f"making an engine of {sizes}"):
                 self.model = Model(checkpoint, device=self.device, dtype=dtype, max_seq_len=sizes.max_seq_len)
                 self.runner = Runner(
                     self.model, num_slots=sizes.max_batch_size, max_seq_len=sizes.max_seq_len,
@@ -317,4 +318,7 @@ class Engine(Generation):
             raise RuntimeError("next_logits: the engine must be idle")
         ids = check_prompt(token_ids, self.config.vocab_size, self.max_seq_len + 1)
         with whole(self):
-            return self.runner.next_logits(ids)
+            logits = self.runner.next_logits(ids)
+        if self.cuda_stream is not None:
+            self.cuda_stream.synchronize()  # the caller may look at them from another one
+        return logits

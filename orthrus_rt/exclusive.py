@@ -9,7 +9,7 @@ import threading
 
 import torch
 
-from orthrus_rt.device import device_scope
+from orthrus_rt.device import stream_scope
 
 
 class Turn:
@@ -46,14 +46,17 @@ def _runs(frame) -> bool:
 
 
 def exclusive(method):
-    """Decorator of an engine's method: alone, on the engine's device, and never after ``close()``."""
+    """Decorator of an engine's method: alone, on the engine's device and stream, and never after ``close()``.
+
+    Whoever calls, from whichever thread, work is in the order of the calls: no matter what stream is current there.
+    """
 
     @functools.wraps(method)
     def call(engine, *args, **kwargs):
         with engine.turn:
             if engine.closed:
                 raise RuntimeError("this engine is closed")
-            with torch.inference_mode(), device_scope(engine.device):
+            with torch.inference_mode(), stream_scope(engine.cuda_stream):
                 if engine.torn:
                     engine.recover()
                 return method(engine, *args, **kwargs)

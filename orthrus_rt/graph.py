@@ -17,6 +17,7 @@ import torch
 from orthrus_rt import dispatch, nvtx, ops
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.device import stream_of, stream_scope
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.model import Activations, Model, Workspace, forward
@@ -196,9 +197,16 @@ class Cycle:
         device, graph = self.model.device, torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()  # as recording itself begins: what it gives back is not the graph's
         before = torch.cuda.memory_reserved(device)
-        # thread_local: what other threads do meanwhile, with models of their own, does not spoil the recording.
-        with torch.cuda.graph(
-            graph, pool=self.workspace.graph_pool, stream=_recording_stream(device), capture_error_mode="thread_local"
+        # thread_local: what other threads do meanwhile, with models of their own, does not spoil the recording. Where
+        # one is spoilt, torch's context leaves its own stream current.
+        with (
+            stream_scope(stream_of(device)),
+            torch.cuda.graph(
+                graph,
+                pool=self.workspace.graph_pool,
+                stream=_recording_stream(device),
+                capture_error_mode="thread_local",
+            ),
         ):
             self.run_eager()
         self.graph_bytes = torch.cuda.memory_reserved(device) - before

@@ -16,7 +16,7 @@ import torch
 from orthrus_rt import nvtx, ops
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import CyclePlan, most_hypotheses
-from orthrus_rt.device import upload
+from orthrus_rt.device import put, upload
 from orthrus_rt.graph import COUPLED, Cycle, Pass
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.memory import naming_the_knobs
@@ -139,19 +139,19 @@ class Runner:
     def begin(self, request: Request) -> None:
         """Write the request into its slot; the slot does not run before its prefill is through."""
         state, slot = self.state, request.slot
-        state.finish[slot] = st.EMPTY
-        state.cache_seqlens[slot] = len(request.to_prefill) - (0 if request.tokens else 1)
-        state.num_drafts[slot] = 0
-        state.num_output[slot] = len(request.tokens)
-        state.limit[slot] = request.limit
+        put(state.finish, slot, st.EMPTY)
+        put(state.cache_seqlens, slot, len(request.to_prefill) - (0 if request.tokens else 1))
+        put(state.num_drafts, slot, 0)
+        put(state.num_output, slot, len(request.tokens))
+        put(state.limit, slot, request.limit)
         padding = [-1] * (state.stop_ids.shape[1] - len(request.stop_ids))
         state.stop_ids[slot] = upload([*request.stop_ids, *padding], torch.int32, state.stop_ids.device)
         params, sampling = request.params, self.sampling
-        sampling.temperature[slot] = params.temperature
-        sampling.top_k[slot] = params.top_k
-        sampling.top_p[slot] = params.top_p
-        sampling.min_p[slot] = params.min_p
-        sampling.seed[slot] = request.stats.seed or 0
+        put(sampling.temperature, slot, params.temperature)
+        put(sampling.top_k, slot, params.top_k)
+        put(sampling.top_p, slot, params.top_p)
+        put(sampling.min_p, slot, params.min_p)
+        put(sampling.seed, slot, request.stats.seed or 0)
         if params.scored:
             with naming_the_knobs("making room for logits"):
                 self.activations.logits(1)
@@ -176,7 +176,7 @@ class Runner:
 
     def clear(self, slot: int) -> None:
         """The slot's rows are invalid from the next cycle on."""
-        self.state.finish[slot] = st.EMPTY
+        put(self.state.finish, slot, st.EMPTY)
 
     def move(self, source: int, target: int) -> None:
         """Carry a slot's state over; its pages are moved by the scheduler."""
@@ -203,9 +203,9 @@ class Runner:
         with self.stopwatch.time("prefill"):
             self._forward(rows, picked, scored, out)
         for request in last_row:
-            self.state.finish[request.slot] = st.RUNNING
+            put(self.state.finish, request.slot, st.RUNNING)
             if request.tokens:
-                self.state.block_tokens[request.slot, 0] = request.tokens[-1]
+                put(self.state.block_tokens[request.slot], 0, request.tokens[-1])
         if choosing:
             self._first_choices(choosing, rows, picked, out)
             self._post([(r.slot, r) for r in choosing], None)

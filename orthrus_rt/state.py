@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orthrus_rt.device import upload
+from orthrus_rt.device import put, upload
 
 # FinishReason
 EMPTY, RUNNING, STOP, LENGTH, NO_CHOICE = -1, 0, 1, 2, 3
@@ -75,8 +75,8 @@ class SlotEdits:
         """Write what ``params`` (a SamplingParams) ask of a slot that has ``prompt`` and generated ``tokens``."""
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
         self.penalties[slot] = upload(penalties, torch.float32, self.penalties.device)
-        self.min_position[slot] = min(len(prompt) + params.min_tokens, 2**31 - 1)
-        self.num_counted[slot] = len(tokens)
+        put(self.min_position, slot, min(len(prompt) + params.min_tokens, 2**31 - 1))
+        put(self.num_counted, slot, len(tokens))
         self.bias_ids[slot] = -1
         if params.logit_bias:
             ids, values = zip(*params.logit_bias, strict=True)

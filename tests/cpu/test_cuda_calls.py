@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from bench import common
 from orthrus_rt import dispatch, graph, native, ops, profile
 from orthrus_rt.device import pick_device, with_index
 from orthrus_rt.engine import Engine
+from orthrus_rt.exclusive import Turn, exclusive
 from orthrus_rt.graph import Cycle
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
@@ -65,7 +67,7 @@ def test_a_kernel_is_launched_on_its_tensors_device(two_devices, monkeypatch, im
 @pytest.fixture
 def recordings(monkeypatch):
     """The keyword arguments of every torch.cuda.graph."""
-    seen, reserved = [], [900]
+    seen, reserved, current = [], [900], ["caller's"]
 
     def empty_cache():
         reserved[0] = 500
@@ -74,17 +76,30 @@ def recordings(monkeypatch):
     def recording(cuda_graph, **kwargs):
         seen.append(kwargs)
         empty_cache()  # as torch does before it records
+        current.append(kwargs["stream"])
         yield
+        current.pop()
+
+    @contextlib.contextmanager
+    def on(stream):
+        before = list(current)
+        current.append(stream)
+        try:
+            yield
+        finally:
+            current[:] = before
 
     graph._recording_stream.cache_clear()
     monkeypatch.setattr(dispatch, "select", lambda *_: "cuda")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved[0])
     monkeypatch.setattr(Cycle, "run_eager", lambda cycle: reserved.__setitem__(0, reserved[0] + 64))
-    yield seen
+    yield SimpleNamespace(seen=seen, current=current)
     graph._recording_stream.cache_clear()
 
 
@@ -99,9 +114,39 @@ def recorded(device: str) -> Cycle:
 def test_a_cycle_is_recorded_on_its_own_device(recordings):
     for device in ("cuda:0", "cuda:1", "cuda:0"):
         recorded(device)
-    assert [r["stream"].device for r in recordings] == [torch.device(f"cuda:{i}") for i in (0, 1, 0)]
-    assert recordings[0]["stream"] is recordings[2]["stream"]  # torch shares memory between graphs of one stream alone
-    assert all(r["pool"] == "pool" and r["capture_error_mode"] == "thread_local" for r in recordings)
+    seen = recordings.seen
+    assert [r["stream"].device for r in seen] == [torch.device(f"cuda:{i}") for i in (0, 1, 0)]
+    assert seen[0]["stream"] is seen[2]["stream"]  # torch shares memory between graphs of one stream alone
+    assert all(r["pool"] == "pool" and r["capture_error_mode"] == "thread_local" for r in seen)
+
+
+def test_a_recording_that_fails_leaves_the_callers_stream_current(recordings, monkeypatch):
+    def fail(cycle):
+        raise RuntimeError("capture")
+
+    monkeypatch.setattr(Cycle, "run_eager", fail)
+    with pytest.raises(RuntimeError, match="capture"):
+        recorded("cuda:0")
+    assert recordings.current == ["caller's"]
+
+
+def test_an_engine_keeps_its_stream(two_devices, monkeypatch):
+    """Whichever is current where its methods are called, in an AsyncEngine's thread say."""
+    current, inside = ["later"], []
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    @exclusive
+    def method(engine):
+        inside.append(current[-1])
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    method(SimpleNamespace(turn=Turn(), closed=False, torn=False, cuda_stream="own"))
+    assert inside == ["own"] and current == ["later"]
 
 
 def test_what_a_graph_holds(recordings):
@@ -147,29 +192,36 @@ def test_a_benchmark_survives_without_git_and_nvidia_smi(two_devices, monkeypatc
     assert facts["revision"] == "unknown" and facts["name"] == want
 
 
-def test_admission_does_not_block(tmp_path, monkeypatch):
-    """``torch.tensor(..., device=)`` waits for the device, and so does ``.to()`` without non_blocking."""
+class Checked(TorchFunctionMode):
+    """Refuses what waits for the device: ``torch.tensor(..., device=)``, ``.to()`` without non_blocking, and a number
+    written to one element, which is a copy from the host.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.uploads = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.tensor:
+            assert "device" not in kwargs
+        elif function is torch.Tensor.to and any(isinstance(a, torch.device) for a in args):
+            assert kwargs.get("non_blocking"), args
+            self.uploads.append(args[0].shape)
+        elif function is torch.Tensor.__setitem__ and isinstance(args[2], int | float):
+            assert args[0][args[1]].dim() > 0, "a number written to one element"
+        return function(*args, **kwargs)
+
+
+def test_admission_does_not_block(tmp_path):
     folder = checkpoints.make(tmp_path, dtype=torch.bfloat16)
     engine = Engine.from_pretrained(str(folder), device="cpu", mode="two_pass", max_seq_len=256, max_batch_size=2)
     params = SamplingParams(
         max_new_tokens=80, temperature=0.8, seed=1, frequency_penalty=0.5, logit_bias={5: 1.0}, min_tokens=3,
         ignore_eos=True,
     )  # fmt: skip
-    engine.generate([[1, 2, 3], [4]], params)  # edits allocated, cycles built
-    tensor, to = torch.tensor, torch.Tensor.to
-    uploads = []
-
-    def checked_tensor(*args, **kwargs):
-        assert "device" not in kwargs
-        return tensor(*args, **kwargs)
-
-    def checked_to(self, *args, **kwargs):
-        if any(isinstance(a, torch.device) for a in args):
-            assert kwargs.get("non_blocking"), args
-            uploads.append(self.shape)
-        return to(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch, "tensor", checked_tensor)
-    monkeypatch.setattr(torch.Tensor, "to", checked_to)
-    engine.generate([[1, 2, 3], [4]], params)
-    assert len(uploads) > 10
+    prompts = [[1, 2, 3], [4], [5], [6] * 100]
+    engine.generate(prompts, params)  # edits allocated, cycles built
+    with Checked() as checked:
+        engine.generate(prompts, params)
+    assert len(checked.uploads) > 10
