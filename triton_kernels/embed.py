@@ -17,8 +17,8 @@ def embed_kernel(
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < hidden
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     token = tl.load(token_ptr + row).to(tl.int64)
     value = tl.load(table_ptr + token * stride_table_row + lane, mask=inside)
     tl.store(out_ptr + row * stride_out_row + lane, value, mask=inside)

@@ -18,8 +18,8 @@ def rms_norm_kernel(
     # The weight is a constant of the model: it may be read before the predecessor's results are there.
     weight = tl.load(weight_ptr + lane, mask=inside, other=0.0)
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     source = row
     if HAS_INDEX:
         source = tl.load(row_index_ptr + row).to(tl.int64)
@@ -34,7 +34,7 @@ def rms_norm(x, weight, eps, out, row_index=None):
 
     Contract:
         x: ``[num_rows_in, hidden]`` bf16, fp16 or fp32, unit stride along hidden. Not mutated.
-        weight: fp32 ``[hidden]``, contiguous; constant while the kernel's predecessor runs.
+        weight: fp32 ``[hidden]``, contiguous; constant while the kernels ahead of it run.
         row_index: int32 ``[num_rows]`` within x's rows, or None.
         out: ``[num_rows, hidden]`` of x's dtype, MUTATED whole; may be x itself where row_index is None.
         No rows: no launch. fp32 inside, one rounding at the store. One program reduces one row in an order

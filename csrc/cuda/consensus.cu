@@ -222,15 +222,23 @@ __device__ void renew_drafts(const ConsensusParams& p, Shared& sh) {
         if (slot.doubt) prob[i * kCandidates] *= kDoubt;
       }
     }
-  } else if (thread == 0) {
-    const int shift = slot.num_accepted + 1;
-    slot.num_drafts = slot.num_drafts > shift ? slot.num_drafts - shift : 0;
-    for (int i = 1; i <= slot.num_drafts; ++i) {
-      tokens[i] = sh.tokens[i] = sh.tokens[i + shift];
-      for (int j = 0; j + 1 < kCandidates; ++j)
-        runner_up[i * (kCandidates - 1) + j] = runner_up[(i + shift) * (kCandidates - 1) + j];
-      for (int j = 0; j < kCandidates; ++j) prob[i * kCandidates + j] = prob[(i + shift) * kCandidates + j];
-      prob[i * kCandidates] *= kDoubt;
+  } else {
+    // The drafts behind the rejected one move up, all at once: read, then written.
+    const int shift = slot.num_accepted + 1, left = slot.num_drafts > shift ? slot.num_drafts - shift : 0;
+    const int i = 1 + thread, from = i + shift;
+    int32_t token = 0, others[kCandidates - 1] = {};
+    float likely[kCandidates] = {};
+    if (i <= left) {
+      token = sh.tokens[from];
+      for (int j = 0; j + 1 < kCandidates; ++j) others[j] = runner_up[from * (kCandidates - 1) + j];
+      for (int j = 0; j < kCandidates; ++j) likely[j] = prob[from * kCandidates + j];
+    }
+    __syncthreads();
+    if (thread == 0) slot.num_drafts = left;
+    if (i <= left) {
+      tokens[i] = sh.tokens[i] = token;
+      for (int j = 0; j + 1 < kCandidates; ++j) runner_up[i * (kCandidates - 1) + j] = others[j];
+      for (int j = 0; j < kCandidates; ++j) prob[i * kCandidates + j] = j == 0 ? likely[0] * kDoubt : likely[j];
     }
   }
   __syncthreads();
@@ -317,8 +325,8 @@ __device__ void stage(const ConsensusParams& p, Shared& sh) {
 
 __global__ void __launch_bounds__(kMaxThreads) consensus_kernel(const __grid_constant__ ConsensusParams p) {
   __shared__ Shared sh;
-  pdl_wait();
   pdl_launch_dependents();
+  pdl_wait();
   const SlotState& state = p.state;
   const int s = blockIdx.x, thread = threadIdx.x;
   const int32_t* const block_tokens = state.block_tokens + static_cast<int64_t>(s) * state.max_block_len;
@@ -348,7 +356,7 @@ int consensus(const ConsensusParams& p, void* stream) {
   if (p.state.num_slots == 0) return cudaSuccess;
   if (p.block_len > kMaxBlockLen) return cudaErrorInvalidValue;
   const int rows = p.block_len < p.rows_per_slot ? p.block_len : p.rows_per_slot;
-  const int warps = rows < 4 ? 4 : rows < kMaxThreads / 32 ? rows : kMaxThreads / 32;
+  const int warps = rows < 4 ? 4 : rows < kMaxThreads / 32 ? rows : kMaxThreads / 32;  // a thread for each draft
   return launch(consensus_kernel, p, dim3(p.state.num_slots), 32 * warps, 0, stream, device_info());
 }
 

@@ -101,8 +101,8 @@ __device__ int64_t kv_offset(const QkvCommitParamsOf<T>& p, int row, int head, i
 template <int kHeadDim, typename T>
 __global__ void __launch_bounds__(kThreads) qkv_commit_kernel(const __grid_constant__ QkvCommitParamsOf<T> p) {
   constexpr int kHalf = kHeadDim / 2, kHeadThreads = kHeadDim / 4;
-  pdl_wait();
   pdl_launch_dependents();
+  pdl_wait();
   const int heads = p.num_heads_q + 2 * p.kv.num_heads_kv;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * (kThreads / kHeadThreads) + threadIdx.x / kHeadThreads;
   // Surplus threads redo the last head without storing it: whole warps take part in the reductions.

@@ -23,11 +23,11 @@ __device__ __forceinline__ bool beats(float value, int32_t id, const BestLogit& 
   return value > best.value || (value == best.value && id < best.id);
 }
 
-// Adds this CTA's partial sum of a cut tile. True in the group that arrived last, whose acc then
-// holds the whole sum, folded in k order; nobody waits for anybody.
+// Adds this CTA's partial sum of a cut tile, of its first `rows` tokens. True in the group that arrived last, whose
+// acc then holds the whole sum, folded in k order; nobody waits for anybody.
 template <int kTokens>
 __device__ bool fold_partials(float (&acc)[kTokens / 2], const RowLinearArgs& args, int view, int tile, int kb_begin,
-                              int group, int32_t* flag) {
+                              int rows, int group, int32_t* flag) {
   const RowLinearPlan& plan = args.plan;
   const int thread = threadIdx.x % kGroupThreads;
   float* workspace = static_cast<float*>(args.p.workspace);
@@ -38,7 +38,8 @@ __device__ bool fold_partials(float (&acc)[kTokens / 2], const RowLinearArgs& ar
   float4* mine = partial(blockIdx.x, kb_begin == 0);
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j)
-    __stcg(mine + j * kGroupThreads, make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
+    if (8 * j < rows)
+      __stcg(mine + j * kGroupThreads, make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
 
   const int first = plan.owner(tile * plan.k_blocks);
   const int last = plan.owner((tile + 1) * plan.k_blocks - 1);
@@ -46,20 +47,20 @@ __device__ bool fold_partials(float (&acc)[kTokens / 2], const RowLinearArgs& ar
   if (thread == 0) {
     int32_t* counter = static_cast<int32_t*>(args.p.workspace) +
                        (view * plan.tiles + tile) * plan.blocks_per_tile + group;
-    __threadfence();
-    const bool is_last = atomicAdd(counter, 1) == last - first;
+    const bool is_last = add_acq_rel(counter, 1) == last - first;
     if (is_last) *counter = 0;  // the next launch finds it so
-    __threadfence();
     *flag = is_last;
   }
   group_sync(group);
   if (!*flag) return false;
 
-  // Loads of several partials are in flight at once, as many as registers allow beside acc.
-  constexpr int kWide = kTokens == 16 || kTokens == 128 ? 2 : 4;
-  constexpr int kBatch = kTokens <= 32 ? 3 : kTokens <= 64 ? 2 : 1;
+  // Loads of several partials are in flight at once, as many as registers allow beside acc: each is asked for whether
+  // it exists or not (the last one then), since a branch between them would make them wait for each other.
+  constexpr int kWide = kTokens == 16 ? 2 : 4;
+  constexpr int kBatch = kTokens == 16 ? 3 : kTokens <= 64 ? 2 : 4;
 #pragma unroll
   for (int j0 = 0; j0 < kTokens / 8; j0 += kWide) {
+    if (8 * j0 >= rows) break;
 #pragma unroll 1
     for (int cta0 = first; cta0 <= last; cta0 += kBatch) {
       float4 v[kBatch][kWide];
@@ -68,19 +69,19 @@ __device__ bool fold_partials(float (&acc)[kTokens / 2], const RowLinearArgs& ar
         const int cta = min(cta0 + b, last);
         const float4* other = partial(cta, cta == first) + j0 * kGroupThreads;
 #pragma unroll
-        for (int j = 0; j < kWide; ++j) v[b][j] = __ldcg(other + j * kGroupThreads);
+        for (int j = 0; j < kWide; ++j) v[b][j] = load_l2(other + j * kGroupThreads);
       }
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        if (cta0 + b > last) break;
+        const bool begins = cta0 + b == first, exists = cta0 + b <= last;
+        auto add = [&](float& sum, float value) { sum = begins ? value : exists ? sum + value : sum; };
 #pragma unroll
         for (int j = 0; j < kWide; ++j) {
           float* sum = acc + 4 * (j0 + j);
-          const bool begins = cta0 + b == first;
-          sum[0] = begins ? v[b][j].x : sum[0] + v[b][j].x;
-          sum[1] = begins ? v[b][j].y : sum[1] + v[b][j].y;
-          sum[2] = begins ? v[b][j].z : sum[2] + v[b][j].z;
-          sum[3] = begins ? v[b][j].w : sum[3] + v[b][j].w;
+          add(sum[0], v[b][j].x);
+          add(sum[1], v[b][j].y);
+          add(sum[2], v[b][j].z);
+          add(sum[3], v[b][j].w);
         }
       }
     }
@@ -102,17 +103,10 @@ __device__ __forceinline__ void store_bf16(bf16_t* out, const float (&v)[8], int
     if (i < count) out[i] = static_cast<bf16_t>(words[i / 2] >> (16 * (i % 2)));
 }
 
-__device__ __forceinline__ void add_residual(const bf16_t* residual, float (&v)[8], int count, bool aligned) {
-  if (aligned && count == 8) {
-    const uint4 packed = *reinterpret_cast<const uint4*>(residual);
-    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+__device__ __forceinline__ void add_bf16(float (&v)[8], const uint4& packed) {
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] += __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (i < count) v[i] += __uint_as_float(static_cast<uint32_t>(residual[i]) << 16);
+  for (int i = 0; i < 8; ++i) v[i] += __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
 }
 
 // The epilogue of one block: sums cross shared memory 16 tokens at a time, so that a thread ends
@@ -126,8 +120,22 @@ __device__ void finish_block(const float (&acc)[kTokens / 2], const RowLinearArg
   const int my_feature = 16 * (thread / 32) + lane / 4;
   const int my_token = 2 * (lane % 4);
   const Epilogue epilogue = static_cast<Epilogue>(p.epilogue);
+  const int feature = block * kBlock + 8 * (thread % 8);
+  const int count = min(8, p.out_features - feature);
+  const bool aligned = p.out_features % 8 == 0;  // then a thread has 8 features or none
+  auto offset_at = [&](int t0) { return static_cast<int64_t>(row_begin + t0 + thread / 8) * p.out_features + feature; };
+  // Aligned residuals are asked for 16 tokens ahead of their use.
+  const bool adds_ahead = epilogue == Epilogue::kResidual && aligned && count > 0;
+  uint4 ahead{};
+  auto ask = [&](int t0) {
+    if (adds_ahead && row_begin + t0 + thread / 8 < row_end)
+      ahead = *reinterpret_cast<const uint4*>(p.residual + offset_at(t0));
+  };
+  ask(0);
 #pragma unroll 1
   for (int t0 = 0; t0 < kTokens && row_begin + t0 < row_end; t0 += kStagingTokens) {
+    const uint4 residual = ahead;
+    ask(t0 + kStagingTokens);
     group_sync(group);
     float* s = staging + my_token * kStagingStride + my_feature;
     // One copy of the code below, yet registers are indexed by constants.
@@ -162,12 +170,10 @@ __device__ void finish_block(const float (&acc)[kTokens / 2], const RowLinearArg
       }
       continue;
     }
-    const int feature = block * kBlock + 8 * (thread % 8);
-    const int count = min(8, p.out_features - feature);
     float v[8];
     *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(sums + 8 * (thread % 8));
     *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(sums + 8 * (thread % 8) + 4);
-    const int64_t offset = static_cast<int64_t>(row) * p.out_features + feature;
+    const int64_t offset = offset_at(t0);
     if (epilogue == Epilogue::kArgmax) {
       BestLogit top{-INFINITY, feature};
 #pragma unroll
@@ -190,8 +196,13 @@ __device__ void finish_block(const float (&acc)[kTokens / 2], const RowLinearArg
           for (int i = 0; i < count; ++i) out[i] = v[i];
         }
       } else {
-        const bool aligned = p.out_features % 8 == 0;
-        if (epilogue == Epilogue::kResidual) add_residual(p.residual + offset, v, count, aligned);
+        if (adds_ahead) {
+          add_bf16(v, residual);
+        } else if (epilogue == Epilogue::kResidual) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i)
+            if (i < count) v[i] += __uint_as_float(static_cast<uint32_t>(p.residual[offset + i]) << 16);
+        }
         store_bf16(static_cast<bf16_t*>(p.out) + offset, v, count, aligned);
       }
     }

@@ -3,7 +3,8 @@
 //
 // The ring is filled, and some more brought to L2, before waiting for the previous kernel (weights do not depend
 // on it), and the next kernel is let in with this one's last load, not sooner, lest its loads hold up ours: the
-// memory bus stays busy across kernel boundaries. That needs two CTAs to fit an SM, hence the shared-memory budget.
+// memory bus stays busy across kernel boundaries. Small kernels in between let their successor in at once. All that
+// needs two CTAs to fit an SM, and one of a small kernel, hence the shared-memory budget.
 #include "orthrus/launch.cuh"
 #include "orthrus/sm90.cuh"
 #include "row_linear_finish.cuh"
@@ -12,7 +13,9 @@ namespace orthrus::cuda {
 namespace {
 
 constexpr int kMaxStages = 16;
-constexpr int kSharedPerSm = 227 * 1024;
+constexpr int kSharedPerSm = 228 * 1024;
+constexpr int kSharedOfCta = 1024;    // that the system takes
+constexpr int kSharedOfOthers = 2048;  // for a small kernel's CTA, its own included
 
 template <int kTokens>
 __host__ __device__ constexpr int stage_bytes(int blocks) {
@@ -135,6 +138,7 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
     uint8_t* dst = ring.stages + stage * ring.stage_bytes;
     const int count = min(blocks, args.plan.blocks - at.block);
     barrier_arrive_expect(&ring.full[stage], stage_bytes<kTokens>(count));
+#pragma unroll 1
     for (int b = 0; b < count; ++b) {
       if (kPrefill)
         bulk_load(dst + b * kBlockBytes, at.source + b * block_stride, kBlockBytes, &ring.full[stage]);
@@ -147,10 +151,12 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
                 &ring.full[stage]);
   };
 
-  // Steps brought to L2 before they are loaded; prefill, with one CTA an SM and reuse in L2, does without.
+  // Steps brought to L2 before they are loaded; prefill, with one CTA an SM and reuse in L2, does without. Only the load
+  // says that a line is not wanted any more: between the two it has to stay.
   const int lead = kPrefill ? 0 : kPrefetchBytes / (blocks * kBlockBytes);
   auto prefetch = [&](Position& at) {
-    for (int b = 0; b < blocks; ++b) bulk_prefetch(at.source + b * block_stride, kBlockBytes, policy);
+#pragma unroll 1
+    for (int b = 0; b < blocks; ++b) bulk_prefetch(at.source + b * block_stride, kBlockBytes);
     at.advance();
   };
 
@@ -160,7 +166,7 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
   Position later(next);
   for (int step = ahead; step < min(total, ahead + lead); ++step) prefetch(later);
   pdl_wait();
-  if (total == ahead) pdl_launch_dependents();  // after the wait: never more than two kernels at once
+  if (total == ahead) pdl_launch_dependents();  // after the wait: never more than two row_linears at once
   for (int step = 0; step < ahead; ++step, first.advance()) load_x(first, step);
   Cursor cursor;
   for (int step = ahead; step < total; ++step, next.advance()) {
@@ -237,7 +243,7 @@ __device__ void consume_decode(const RowLinearArgs& args, const Ring& ring, int 
       const int length = min(plan.k_blocks - kb, walk.length - offset);
       sum_segment<kTokens>(acc, ring, cursor, length, group, plan.blocks_per_tile);
       if (length == plan.k_blocks ||
-          fold_partials<kTokens>(acc, args, args.is_diff(row_tile), tile, kb, group, flag))
+          fold_partials<kTokens>(acc, args, args.is_diff(row_tile), tile, kb, row_end - row_begin, group, flag))
         finish_block<kTokens>(acc, args, tile * plan.blocks_per_tile + group, row_begin, row_end, group, staging,
                               best + group * kTokens);
       offset += length;
@@ -335,17 +341,13 @@ int launch_variant(const RowLinearArgs& plain, void* stream) {
   const bool argmax = args.p.epilogue == static_cast<int>(Epilogue::kArgmax);
   const int fixed = fixed_shared(blocks, kTokens, argmax);
   constexpr int ctas = ctas_per_sm(kTokens, kPrefill);
-  constexpr int budget = kSharedPerSm / ctas - (ctas - 1) * 1024;
+  constexpr int budget = (kSharedPerSm - (ctas == 1 ? 0 : kSharedOfOthers)) / ctas - kSharedOfCta;
   static_assert((budget - fixed_shared(2, kTokens, true)) / stage_bytes<kTokens>(2) >= 2,
                 "a stage is released when the next one has landed");
   args.num_stages = min((budget - fixed) / stage_bytes<kTokens>(blocks), kMaxStages);
   const int shared = fixed + args.num_stages * stage_bytes<kTokens>(blocks);
 
   const auto kernel = row_linear_sm90<kTokens, kPrefill>;
-  // The same carve-out in every variant: a change of it would keep neighbours from sharing an SM.
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                     cudaSharedmemCarveoutMaxShared))
-    return error;
   int grid = args.plan.grid;
   if (kPrefill) grid = min(args.num_sms, (args.plan.blocks + 1) / 2 * args.row_tiles);
   const int threads = blocks * kGroupThreads + producer_threads(kPrefill);

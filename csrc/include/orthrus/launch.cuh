@@ -17,7 +17,9 @@ __device__ __forceinline__ void pdl_wait() {
 #endif
 }
 
-// Lets the next kernel of the stream start its prologue once every CTA of this one got here.
+// Lets the next kernel of the stream start its prologue once every CTA of this one got here. Small kernels do so at
+// once, before they wait: a prologue touches nothing but weights, and a row_linear behind them can stream its own while
+// the one before them ends. A kernel's CTAs have all started by then, so its successors cannot keep it from running.
 __device__ __forceinline__ void pdl_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -70,8 +72,11 @@ int occupancy(void (*kernel)(Params), int threads, int smem_bytes, int* ctas) {
 template <typename Params>
 int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int smem_bytes, void* stream,
            const DeviceInfo& device) {
-  const cudaError_t error = allow_smem(kernel, smem_bytes);
-  if (error != cudaSuccess) return static_cast<int>(error);
+  if (const cudaError_t error = allow_smem(kernel, smem_bytes)) return static_cast<int>(error);
+  // The same carve-out in every kernel: a change of it would keep neighbours from sharing an SM.
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                     cudaSharedmemCarveoutMaxShared))
+    return static_cast<int>(error);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

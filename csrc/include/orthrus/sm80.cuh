@@ -13,6 +13,21 @@ __device__ __forceinline__ SharedAddress shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// Adds to a counter in global memory; returns what was there. Orders, for the whole device, what the thread's block
+// wrote before (a barrier ago) ahead of what it reads after.
+__device__ __forceinline__ int add_acq_rel(int32_t* counter, int value) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
+}
+
+// 16 bytes from L2, where other blocks' writes are.
+__device__ __forceinline__ float4 load_l2(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
+  return v;
+}
+
 // A kernel's dynamic shared memory.
 __device__ __forceinline__ uint8_t* dynamic_shared() {
   extern __shared__ __align__(1024) uint8_t shared[];

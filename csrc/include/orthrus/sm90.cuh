@@ -64,9 +64,8 @@ __device__ __forceinline__ void bulk_load(void* dst, const void* src, int bytes,
 }
 
 // Brings global memory as far as L2.
-__device__ __forceinline__ void bulk_prefetch(const void* src, int bytes, uint64_t policy) {
-  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(src), "r"(bytes), "l"(policy)
-               : "memory");
+__device__ __forceinline__ void bulk_prefetch(const void* src, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
 }
 
 using TensorMap = CUtensorMap;

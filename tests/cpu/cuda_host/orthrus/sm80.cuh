@@ -11,7 +11,7 @@
 #include "instruction_layouts.h"
 
 #define __host__
-#define __align__(bytes) alignas(bytes)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct float4 {
   float x, y, z, w;
@@ -94,7 +94,6 @@ inline float __uint_as_float(uint32_t word) {
   std::memcpy(&value, &word, 4);
   return value;
 }
-inline void __threadfence() {}
 inline int atomicAdd(int32_t* p, int32_t value) {
   cuda_host::need_wait();
   const int32_t old = *p;
@@ -105,12 +104,13 @@ inline void __stcg(float4* p, float4 value) {
   cuda_host::need_wait();
   *p = value;
 }
-inline float4 __ldcg(const float4* p) {
+namespace orthrus::cuda {
+
+inline int add_acq_rel(int32_t* counter, int value) { return atomicAdd(counter, value); }
+inline float4 load_l2(const float4* p) {
   cuda_host::need_wait();
   return *p;
 }
-
-namespace orthrus::cuda {
 
 using SharedAddress = uintptr_t;
 

@@ -116,7 +116,7 @@ inline void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier, 
   });
 }
 
-inline void bulk_prefetch(const void* src, int bytes, uint64_t) {
+inline void bulk_prefetch(const void* src, int bytes) {
   volatile uint8_t last = static_cast<const uint8_t*>(src)[bytes - 1];  // a sanitizer sees a wild address
   (void)last;
 }
