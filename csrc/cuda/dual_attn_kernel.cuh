@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_fold_kernel(const __gri
   const int u = a.num_units - 1 - blockIdx.x / a.p.kv.num_heads_kv, head = blockIdx.x % a.p.kv.num_heads_kv;
   Unit& unit = schedule<V>().units[0];
   if (threadIdx.x < 32) {
-    const Unit read = attention.read_unit(u);
+    Unit read = attention.read_unit(u, threadIdx.x, 32);
+    read.longest = __reduce_max_sync(~0u, read.longest);
     if (threadIdx.x == 0) unit = read;
   }
   __syncthreads();
@@ -34,20 +35,28 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_fold_kernel(const __gri
 }
 
 // A grid that fills the chip once: CTAs take work items, which lengths on the device define, until none
-// is left. Which CTA takes which changes no bit.
+// is left. Which CTA takes which changes no bit. The next kernels are let in with the last items: sooner, what they
+// bring to L2 ahead of time would be gone again before they use it.
 template <typename V>
 __global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __grid_constant__ DualAttnLaunch a) {
   pdl_wait();
-  pdl_launch_dependents();
   Attention<V> attention(a, dynamic_shared());
   Schedule& plan = schedule<V>();
   int* const layers = reinterpret_cast<int*>(plan.units + a.num_units);
-  for (int u = threadIdx.x / 32; u < a.num_units; u += V::kWarps) {
-    const Unit unit = attention.read_unit(u);
-    if (threadIdx.x % 32 == 0) {
-      plan.units[u] = unit;
-      layers[u] = unit.num_rows == 0 ? 0 : num_splits(unit.longest) + attention.has_block(u);
+  auto note = [&](int u, const Unit& unit) {
+    plan.units[u] = unit;
+    layers[u] = unit.num_rows == 0 ? 0 : num_splits(unit.longest) + attention.has_block(u);
+  };
+  if (a.num_units <= V::kWarps) {
+    const int u = threadIdx.x / 32;
+    if (u < a.num_units) {
+      Unit unit = attention.read_unit(u, threadIdx.x % 32, 32);
+      unit.longest = __reduce_max_sync(~0u, unit.longest);
+      if (threadIdx.x % 32 == 0) note(u, unit);
     }
+  } else {
+    // A unit's reads depend on each other, so that one unit after the other would cost microseconds.
+    for (int u = threadIdx.x; u < a.num_units; u += V::kThreads) note(u, attention.read_unit(u, 0, 1));
   }
   __syncthreads();
   const int heads = a.p.kv.num_heads_kv;
@@ -66,54 +75,50 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __gr
     const int first = split < 0 ? 0 : first_tile_of_split(split);
     const int last = split < 0 ? 0 : min(first_tile_of_split(split + 1), num_tiles(unit.longest));
     attention.run(item.unit, unit, i % heads, first, last, split < 0, [&] {
-      if (threadIdx.x == 0) plan.next = gridDim.x + atomicAdd(a.next_item, 1);
+      if (threadIdx.x != 0) return;
+      plan.next = gridDim.x + atomicAdd(a.next_item, 1);
+      if (plan.next >= plan.num_items) pdl_launch_dependents();
     });
     __syncthreads();
     i = plan.next;
   }
 }
 
-// Folds the partial results of each (row, q head) in ascending order, the own block last; one warp each.
+// Folds the partial results of a (row, q head) in ascending order, the own block last; one thread per dim. They come
+// through shared memory, so that many are on their way at once: a trip to L2 takes as long as all their sums.
 template <int kHeadDim>
-__global__ void __launch_bounds__(128) dual_attn_merge_kernel(const __grid_constant__ DualAttnLaunch a) {
-  constexpr int kLaneDims = kHeadDim / 32, kAhead = 8;
-  pdl_wait();
+__global__ void __launch_bounds__(kHeadDim) dual_attn_merge_kernel(const __grid_constant__ DualAttnLaunch a) {
+  constexpr int kAtOnce = 36;  // 40,960 tokens take 69 results at most: two trips
+  constexpr int kChunks = kHeadDim / 4;  // of 16 bytes
+  __shared__ __align__(16) float part[kAtOnce][kHeadDim];
+  __shared__ float2 state[kAtOnce];
   pdl_launch_dependents();
+  pdl_wait();
   const Rows& rows = a.p.rows;
-  const int heads = a.p.num_heads_q, lane = threadIdx.x % 32;
-  const int64_t head = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
-  if (head >= static_cast<int64_t>(rows.num_rows) * heads) return;
-  const int row = static_cast<int>(head / heads);
-  if (blockIdx.x == 0 && threadIdx.x == 0) *a.next_item = 0;
-  const int splits = num_splits(rows.prefix_len[row]), results = num_results(rows, row);
-  if (results == 1) return;  // written by the attention kernel
+  const int64_t head = blockIdx.x, slot_stride = static_cast<int64_t>(rows.num_rows) * a.p.num_heads_q;
+  const int thread = threadIdx.x;
+  const Results results = results_of(rows, static_cast<int>(head / a.p.num_heads_q));
+  if (head == 0 && thread == 0) *a.next_item = 0;
+  if (results.count() == 1) return;  // written by the attention kernel
 
-  const int64_t slot_stride = static_cast<int64_t>(rows.num_rows) * heads;
-  float top = -INFINITY, total = 0.f, folded[kLaneDims] = {};
-  for (int first = 0; first < results; first += kAhead) {
-    float2 state[kAhead];
-    float part[kAhead][kLaneDims];
-#pragma unroll
-    for (int s = 0; s < kAhead; ++s) {
-      if (first + s >= results) break;
-      const int64_t at = (first + s < splits ? first + s : a.num_splits) * slot_stride + head;
-      state[s] = a.partial_state[at];
-#pragma unroll
-      for (int d = 0; d < kLaneDims; ++d) part[s][d] = a.partial[at * kHeadDim + lane * kLaneDims + d];
+  float top = -INFINITY, total = 0.f, folded = 0.f;
+  for (int first = 0; first < results.count(); first += kAtOnce) {
+    const int n = min(kAtOnce, results.count() - first);
+    auto slot = [&](int s) {
+      return (first + s < results.splits ? first + s : a.num_splits) * slot_stride + head;
+    };
+    for (int s = thread / kChunks; s < n; s += kHeadDim / kChunks) {
+      const int dim = thread % kChunks * 4;
+      copy16(shared_address(&part[s][dim]), a.partial + slot(s) * kHeadDim + dim, true);
     }
-#pragma unroll
-    for (int s = 0; s < kAhead; ++s) {
-      if (first + s >= results) break;
-      const Fold step = fold_step(top, total, state[s].x, state[s].y);
-#pragma unroll
-      for (int d = 0; d < kLaneDims; ++d) folded[d] = fold(step, folded[d], part[s][d]);
-    }
+    copy_commit();
+    if (thread < n) state[thread] = a.partial_state[slot(thread)];
+    copy_wait<0>();
+    __syncthreads();
+    for (int s = 0; s < n; ++s) folded = fold(fold_step(top, total, state[s].x, state[s].y), folded, part[s][thread]);
+    __syncthreads();
   }
-  const float inverse = inverse_total(total);
-  uint32_t* out = reinterpret_cast<uint32_t*>(a.p.out + head * kHeadDim) + lane * kLaneDims / 2;
-#pragma unroll
-  for (int d = 0; d < kLaneDims / 2; ++d)
-    out[d] = pack_bf16(__fmul_rn(folded[2 * d], inverse), __fmul_rn(folded[2 * d + 1], inverse));
+  a.p.out[head * kHeadDim + thread] = static_cast<bf16_t>(pack_bf16(__fmul_rn(folded, inverse_total(total)), 0.f));
 }
 
 }  // namespace orthrus::cuda

@@ -20,9 +20,13 @@ struct DualAttnLaunch {
 };
 
 // How many results (prefix splits and own block) the row's output is folded from.
-__device__ __forceinline__ int num_results(const Rows& rows, int row) {
-  const bool own = row >= rows.num_rows_ar && row_is_valid(rows.position[row]);
-  return num_splits(rows.prefix_len[row]) + own;
+struct Results {
+  int splits, own;
+  __device__ int count() const { return splits + own; }
+};
+__device__ __forceinline__ Results results_of(const Rows& rows, int row) {
+  const int prefix = rows.prefix_len[row], position = rows.position[row];
+  return {num_splits(prefix), row >= rows.num_rows_ar && row_is_valid(position)};
 }
 
 __device__ __forceinline__ float inverse_total(float total) { return total > 0.f ? __frcp_rn(total) : 0.f; }
@@ -44,17 +48,18 @@ class Attention {
  public:
   __device__ Attention(const DualAttnLaunch& a, const uint8_t* smem) : a_(a), p_(a.p), smem_(shared_address(smem)) {}
 
-  // Warp-collective. The unit's rows are rows of a group x q heads of a kv head, flattened.
-  __device__ Unit read_unit(int u) const {
+  // The unit's rows are rows of a group x q heads of a kv head, flattened. Read by `lanes` threads together, a whole
+  // warp or one thread, each of which gets its share's longest prefix.
+  __device__ Unit read_unit(int u, int lane, int lanes) const {
     const Rows& rows = p_.rows;
     const int group = u / a_.units_per_group, offset = u % a_.units_per_group * V::kTileM;
     const int first = rows.group_start[group], num_rows = rows.group_start[group + 1] - first;
     if (offset >= num_rows * a_.heads_per_kv) return {0, 0, 0, 0};
     const int last = min(num_rows, (offset + V::kTileM - 1) / a_.heads_per_kv + 1);
     int longest = 0;
-    for (int r = offset / a_.heads_per_kv + threadIdx.x % 32; r < last; r += 32)
+    for (int r = offset / a_.heads_per_kv + lane; r < last; r += lanes)
       longest = max(longest, rows.prefix_len[first + r]);
-    return {__reduce_max_sync(~0u, longest), first, rows.seq[first], num_rows};
+    return {longest, first, rows.seq[first], num_rows};
   }
 
   __device__ bool has_block(int u) const { return u / a_.units_per_group >= p_.rows.num_groups_ar; }
@@ -160,7 +165,7 @@ class Attention {
         if constexpr (V::kFold) {
           write_output(folded[f], folded_total[f][i], at, i);
         } else if (keys_seen(f, i, 0, num_prefix_ == 0) > 0) {
-          if (num_results(p_.rows, at.row) == 1) {
+          if (results_of(p_.rows, at.row).count() == 1) {
             write_output(mixed[f], state[f].total[i], at, i);
           } else {
             write_partial(mixed[f], state[f], at, i, num_prefix_ == 0 ? a_.num_splits : split_of_tile(first_tile_));
@@ -227,7 +232,7 @@ class Attention {
 
   __device__ void load_queries() const {
     constexpr int kChunks = V::kHeadDim / 8;
-#pragma unroll 1
+#pragma unroll(V::kFrags == 1 ? 4 : 1)  // as registers allow
     for (int c = threadIdx.x; c < V::kTileM * kChunks; c += V::kThreads) {
       const int m = c / kChunks, chunk = c % kChunks;
       const Place at = place(m);
