@@ -32,13 +32,21 @@ __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, int byt
                : "memory");
 }
 
-// Blocks until the barrier's phase of this parity has completed.
+// Blocks until the barrier's phase of this parity has completed. Copies take microseconds: after 2^34 clocks, some ten
+// seconds, an error is better than a hang.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
   asm volatile(
-      "{\n.reg .pred done;\n"
+      "{\n.reg .pred done;\n.reg .s64 start, now;\n"
+      "mov.u64 start, %%clock64;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}\n" ::"r"(smem_address(barrier)),
+      "@done bra completed;\n"
+      "mov.u64 now, %%clock64;\n"
+      "sub.s64 now, now, start;\n"
+      "setp.lt.s64 done, now, 17179869184;\n"
+      "@done bra again;\n"
+      "trap;\n"
+      "completed:\n}\n" ::"r"(smem_address(barrier)),
       "r"(parity)
       : "memory");
 }
