@@ -26,7 +26,7 @@ COLD_BYTES = 128 << 20
 
 def least_times(candidates: dict, copies: int, device, rounds: int) -> dict[str, float]:
     """Microseconds of one call of each, the least of ``rounds`` in which all take turns: what disturbs the machine hits
-    all alike, and the least is disturbed least. Each call takes the next copy.
+    all alike, and the least is disturbed least. Each call takes the next copy. In the first round each warms up.
     """
 
     def over_copies(run):
@@ -35,11 +35,10 @@ def least_times(candidates: dict, copies: int, device, rounds: int) -> dict[str,
 
     ready = {name: graphed(lambda run=run: over_copies(run), device) for name, run in candidates.items()}
     least = dict.fromkeys(ready, float("inf"))
-    for n in range(rounds + 1):
+    for n in range(rounds):
         for name, run in ready.items():
-            took = measure(run, device, repeats=1, warmup=0)["p50"] / copies
-            if n:  # the first round warms up
-                least[name] = min(least[name], took)
+            took = measure(run, device, repeats=1, warmup=int(n == 0))["p50"] / copies
+            least[name] = min(least[name], took)
     return least
 
 

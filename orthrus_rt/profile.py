@@ -5,9 +5,7 @@ Calls are not grouped by guesswork: the cycle runs once with each op recorded, s
 
 from __future__ import annotations
 
-import itertools
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +15,7 @@ import torch
 from orthrus_rt import dispatch, ops
 from orthrus_rt.exclusive import exclusive
 from orthrus_rt.staging import staged
-from orthrus_rt.timing import measure, read_bandwidth
-
-CUDA_CHUNK = 100  # calls enqueued at once behind a sleep that hides their launches; far below the driver's queue
-CUDA_SLEEP_CYCLES = 20_000_000  # about 10 ms; up to 16 times as long where the host is slow to launch
+from orthrus_rt.timing import measure, read_bandwidth, time_each
 
 
 @dataclass
@@ -114,43 +109,8 @@ def calls_of(run: Callable[[], object]) -> list[Call]:
 
 def time_calls(calls: list[Call], device: torch.device, *, repeats: int, reset: Callable[[], object] = int):
     """Median microseconds of every call, run in order ``repeats`` times, ``reset()`` before each time."""
-    samples, sleep = [], CUDA_SLEEP_CYCLES
-    while len(samples) <= repeats:
-        reset()
-        times, hidden = _once_cuda(calls, sleep) if device.type == "cuda" else (_once(calls), True)
-        if hidden or sleep >= 16 * CUDA_SLEEP_CYCLES:
-            samples.append(times)
-        else:
-            sleep *= 2
-    return [statistics.median(column) for column in zip(*samples[1:], strict=True)]
-
-
-def _once(calls: list[Call]) -> list[float]:
-    times = []
-    for call in calls:
-        start = time.perf_counter()
-        call.run()
-        times.append((time.perf_counter() - start) * 1e6)
-    return times
-
-
-def _once_cuda(calls: list[Call], sleep: int) -> tuple[list[float], bool]:
-    """By events. The device sleeps while the host enqueues, so that no call waits for its own launch; whether that was
-    so of all.
-    """
-    times, hidden = [], True
-    for first in range(0, len(calls), CUDA_CHUNK):
-        chunk = calls[first : first + CUDA_CHUNK]
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(chunk) + 1)]
-        torch.cuda._sleep(sleep)
-        marks[0].record()
-        for call, mark in zip(chunk, marks[1:], strict=True):
-            call.run()
-            mark.record()
-        hidden &= not marks[0].query()
-        torch.cuda.synchronize()
-        times += [a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(marks)]
-    return times, hidden
+    columns = time_each([call.run for call in calls], device, repeats=repeats + 1, reset=reset)
+    return [statistics.median(column[1:]) for column in columns]
 
 
 @exclusive
@@ -174,11 +134,7 @@ def profile(engine, *, mode=None, draft_len=None, fan_out=None, batch: int = 1, 
     plan = engine.make_plan(mode, draft_len, fan_out)
     with staged(engine, [plan], batch, context) as start:
         cycle, reset = start(plan), partial(start, plan)
-
-        def again():
-            reset().run()
-
-        cycle_us = measure(again, device, repeats=repeats)["p50"]
+        cycle_us = measure(cycle.run, device, repeats=repeats, reset=reset)["p50"]
         reset()
         calls = calls_of(cycle.run_eager)
         times = time_calls(calls, device, repeats=repeats, reset=reset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +11,10 @@ import torch
 
 from orthrus_rt.weights import huge_pages
 
+SLEEP_CYCLES = 1_000_000  # of the device, about 0.5 ms; up to 16 times as many where the host is slow to launch
+CHUNK = 100  # runs launched behind one sleep; far below the driver's queue
+WARM_UP_S = 0.05  # idle clocks are several times slower, and take some tens of ms to rise
+
 
 def percentiles(samples: list[float]) -> dict[str, float]:
     ordered = sorted(samples)
@@ -17,24 +22,74 @@ def percentiles(samples: list[float]) -> dict[str, float]:
     return {"p50": statistics.median(ordered), "p20": pick(0.2), "p80": pick(0.8)}
 
 
-def measure(run: Callable[[], object], device: torch.device, *, repeats: int = 20, warmup: int = 3) -> dict[str, float]:
-    """Microseconds of ``run()``: p50, p20, p80. On a GPU with events, else with the host's clock."""
-    for _ in range(warmup):
+def measure(
+    run: Callable[[], object], device: torch.device, *, repeats: int = 20, warmup: int = 3, reset: Callable = int
+) -> dict[str, float]:
+    """Microseconds of ``run()``, ``reset()`` before each: p50, p20, p80. See :func:`time_each`.
+
+    ``warmup`` runs go before, on a GPU as many more as take its clocks up; 0 for none.
+    """
+    _warm_up(run, device, warmup, reset)
+    return percentiles(time_each([run], device, repeats=repeats, reset=reset)[0])
+
+
+def _warm_up(run: Callable[[], object], device: torch.device, count: int, reset: Callable) -> None:
+    for _ in range(count):
+        reset()
         run()
-    if device.type != "cuda":
-        samples = []
-        for _ in range(repeats):
-            start = time.perf_counter()
+    if device.type != "cuda" or not count:
+        return
+    torch.cuda.synchronize()  # what was compiled or recorded meanwhile does not count
+    end = time.perf_counter() + WARM_UP_S
+    while time.perf_counter() < end:
+        reset()
+        run()
+        torch.cuda.synchronize()
+
+
+def time_each(
+    runs: list[Callable[[], object]], device: torch.device, *, repeats: int, reset: Callable = int
+) -> list[list[float]]:
+    """Microseconds of each of ``runs``, ``repeats`` of every one: run in order, ``reset()`` before each round.
+
+    On a GPU by events, behind a sleep of the device that lasts until the host has launched everything, or else what is
+    shorter than its launch would be measured with it; on the CPU by the clock.
+    """
+    samples, sleep = [], SLEEP_CYCLES
+    while len(samples) < repeats:
+        reset()
+        times, hidden = _on_device(runs, sleep) if device.type == "cuda" else (_on_host(runs), True)
+        if hidden or sleep >= 16 * SLEEP_CYCLES:
+            samples.append(times)
+        else:
+            sleep *= 2
+    return [list(column) for column in zip(*samples, strict=True)]
+
+
+def _on_host(runs) -> list[float]:
+    times = []
+    for run in runs:
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+def _on_device(runs, sleep: int) -> tuple[list[float], bool]:
+    """Their times, and whether all were launched while the device slept."""
+    times, hidden = [], True
+    for first in range(0, len(runs), CHUNK):
+        chunk = runs[first : first + CHUNK]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(chunk) + 1)]
+        torch.cuda._sleep(sleep)
+        marks[0].record()
+        for run, mark in zip(chunk, marks[1:], strict=True):
             run()
-            samples.append((time.perf_counter() - start) * 1e6)
-        return percentiles(samples)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return percentiles([start.elapsed_time(end) * 1e3 for start, end in events])
+            mark.record()
+        hidden &= not marks[0].query()
+        torch.cuda.synchronize()
+        times += [a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(marks)]
+    return times, hidden
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bench import common
-from orthrus_rt import dispatch, graph, native, ops, profile
+from orthrus_rt import dispatch, graph, native, ops, profile, timing
 from orthrus_rt.device import pick_device, with_index
 from orthrus_rt.engine import Engine
 from orthrus_rt.exclusive import Turn, exclusive
@@ -166,7 +166,7 @@ def test_a_profile_hides_launches_however_slow_the_host(monkeypatch):
             pass
 
         def query(self):
-            return slept[-1] < 4 * profile.CUDA_SLEEP_CYCLES  # the device sleeps no more
+            return slept[-1] < 4 * timing.SLEEP_CYCLES  # the device sleeps no more
 
         def elapsed_time(self, end):
             return 1e-9 * slept[-1]
@@ -176,7 +176,7 @@ def test_a_profile_hides_launches_however_slow_the_host(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     calls = [profile.Call("embed", "embed", lambda: None, lambda: 0)] * 3
     got = profile.time_calls(calls, torch.device("cuda:0"), repeats=2)
-    assert slept == [profile.CUDA_SLEEP_CYCLES * n for n in (1, 2, 4, 4, 4)]
+    assert slept == [timing.SLEEP_CYCLES * n for n in (1, 2, 4, 4, 4)]
     assert got == [pytest.approx(1e-6 * slept[-1])] * 3
 
 
