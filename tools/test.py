@@ -37,6 +37,8 @@ AMX_TESTS = [
     )
 ]
 TIMED = ("test_auto.py", "test_profile.py")  # of tests/gpu: they measure, so nothing may run beside them
+LONGEST = ("test_sanitizer.py", "test_lossless.py", "test_lossless_embedded.py")  # of tests/gpu: they start first
+FULL_TAKES = 4  # times as long, at most
 
 
 def has_module(name: str) -> bool:
@@ -82,6 +84,7 @@ class Tier:
     second thread.
     ``apart``: the folder whose files run in processes of their own. A kernel that faults takes the CUDA context of its
     whole process with it, and one that hangs can only be ended with it.
+    ``timeout_s``: of a test. ``process_timeout_s``: of a process, which may hang when its last test is through.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Tier:
     spread: bool = False
     apart: str | None = None
     timeout_s: int = TEST_TIMEOUT_S
+    process_timeout_s: int | None = None
 
 
 TIERS = [
@@ -106,7 +110,7 @@ TIERS = [
     ),
     Tier("interpret", ["tests/interpret"], why_no_triton, {"TRITON_INTERPRET": "1"}),
     Tier("compile", ["tests/compile"], why_no_compiler),
-    Tier("gpu", ["-m", "gpu"], why_no_gpu, apart="tests/gpu", timeout_s=240),
+    Tier("gpu", ["-m", "gpu"], why_no_gpu, apart="tests/gpu", timeout_s=270, process_timeout_s=330),
 ]
 
 
@@ -155,14 +159,19 @@ def run_pytest(tier: Tier, full: bool, *more: str, **how) -> tuple[Result, str |
         if tier.spread and has_module("xdist"):
             command += ["-n", str(min(os.cpu_count(), MOST_PROCESSES)), "--dist", "loadfile"]
             env["OMP_NUM_THREADS"] = "1"
-        done = subprocess.run(command, cwd=ROOT, env=env, **how)
+        limit = tier.process_timeout_s and tier.process_timeout_s * (FULL_TAKES if full else 1)
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=env, timeout=limit, **how)
+            code, printed = done.returncode, done.stdout
+        except subprocess.TimeoutExpired as error:
+            code, printed = 1, (error.stdout or b"").decode(errors="replace") + f"\nnot finished in {limit} s: ended"
         if os.path.exists(report):
             read_junit(report, result)
-    if done.returncode and not result.failed:
-        result.failed = 1  # a crash, collection errors, or no test at all
+    if code and not result.failed:
+        result.failed = 1  # a crash, a hang, collection errors, or no test at all
         for path in more:
             result.files.setdefault(Path(path).stem, [0, 0, 0, 0.0])[1] += 1
-    return result, done.stdout
+    return result, printed
 
 
 def run_apart(tier: Tier, full: bool) -> list[Result]:
@@ -171,7 +180,7 @@ def run_apart(tier: Tier, full: bool) -> list[Result]:
         print(f"-- {path.name}\n{printed}", flush=True)
         return result
 
-    files = sorted((ROOT / tier.apart).glob("test_*.py"))
+    files = sorted((ROOT / tier.apart).glob("test_*.py"), key=lambda f: (f.name not in LONGEST, f.name))
     with ThreadPoolExecutor(APART_AT_ONCE) as pool:
         results = list(pool.map(run_file, [f for f in files if f.name not in TIMED]))
     return results + [run_file(f) for f in files if f.name in TIMED]

@@ -30,3 +30,23 @@ def test_files_apart(runner, tmp_path, monkeypatch, capsys):
     assert "as it should" in capsys.readouterr().out
     runner.print_per_op(result)
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_process_that_hangs_at_its_end(runner, tmp_path, monkeypatch, capsys):
+    """It is ended, what it reported counts, and that it hung is a failure; the longest file starts first."""
+    (tmp_path / "test_quick.py").write_text("def test_a(): pass\n")
+    (tmp_path / "test_stuck.py").write_text(
+        "import atexit, time\natexit.register(time.sleep, 600)\ndef test_b(): print('ran to its end')\n"
+    )
+    for name, value in {"ROOT": tmp_path, "LONGEST": ("test_stuck.py",), "APART_AT_ONCE": 1}.items():
+        monkeypatch.setattr(runner, name, value)
+    result = runner.run(runner.Tier("gpu", ["-s"], apart=".", process_timeout_s=6), full=False)
+    assert (result.passed, result.failed) == (2, 1)
+    assert {name: row[:2] for name, row in result.files.items()} == {"test_quick": [1, 0], "test_stuck": [1, 1]}
+    out = capsys.readouterr().out
+    assert "ran to its end" in out and "not finished in 6 s" in out
+    assert out.index("-- test_stuck.py") < out.index("-- test_quick.py")
+
+
+def test_the_longest_files_exist(runner):
+    assert all((ROOT / "tests" / "gpu" / name).exists() for name in (*runner.LONGEST, *runner.TIMED))

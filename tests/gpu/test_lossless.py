@@ -1,13 +1,8 @@
-"""The bitwise promise on CUDA, with tiny random checkpoints; with ``ORTHRUS_SMOLLM2_GGUF`` naming the embedded model's
-base, on that model too.
-"""
-
-import os
+"""The bitwise promise on CUDA, with tiny random checkpoints; on the embedded model: test_lossless_embedded.py."""
 
 import pytest
 import torch
 
-from orthrus_rt import prompts
 from orthrus_rt.engine import Engine
 from tests import checkpoints, lossless
 from tests.traces import decode
@@ -37,15 +32,27 @@ def engine(request, tmp_path_factory):
 @pytest.fixture(scope="module", params=("greedy", "sampled"))
 def jobs(request, engine):
     """``(prompts, params, AR alone)``"""
-    ids = lossless.random_prompts(engine.config.vocab_size, 20, 120, seed=1)
-    params = getattr(lossless, request.param)(20, max_new_tokens=48, ignore_eos=True)
+    ids = lossless.random_prompts(engine.config.vocab_size, 8, 120, seed=1)
+    # Two blocks ahead are reserved as results are a cycle late: only who goes on beyond them can run out of pages.
+    most = max(48, 4 * engine.config.block_len)
+    params = getattr(lossless, request.param)(8, max_new_tokens=most, ignore_eos=True)
     return ids, params, decode(engine, ids, params, mode="ar")
+
+
+def least_rate(way) -> float:
+    """Of tokens per cycle. On the CPU, over 12 sets of prompts, greedy and sampled, these checkpoints give from 1.37 on
+    with at most 7 drafts and from 1.11 on with 31, beside which the context counts for less; two views that have
+    nothing in common give up to 1.11 and 1.08. A card that decides near-ties otherwise writes other texts: to the
+    rate, a set of prompts like any of those.
+    """
+    if way["mode"] == "one_pass":
+        return 0.0  # it cannot guess what random weights will choose
+    return 1.2 if way["draft_len"] <= 7 else 1.08
 
 
 def check_alone(engine, jobs, draft_lens):
     for way in lossless.ways(draft_lens):
-        rate = lossless.check_alone(engine, *jobs, way)
-        assert rate > 1.1 or way["mode"] == "one_pass"  # which cannot guess what random weights will choose
+        assert lossless.check_alone(engine, *jobs, way) > least_rate(way), way
 
 
 def test_alone(engine, jobs):
@@ -58,28 +65,12 @@ def test_every_draft_len_alone(engine, jobs):
 
 
 def test_together_preempted_and_eager(engine, jobs):
+    few = [column[:3] for column in jobs]
     for way in (dict(mode="ar"), *lossless.ways((1, engine.config.block_len - 1))):
         lossless.check_together(engine, *jobs, way)
         lossless.check_preempted(engine, *jobs, way, num_pages=8)
-        lossless.check_eager(engine, *jobs, way)
+        lossless.check_eager(engine, *few, way)
 
 
 def test_prefill(engine, monkeypatch):
     lossless.check_prefill(engine, monkeypatch)
-
-
-@pytest.mark.skipif("ORTHRUS_SMOLLM2_GGUF" not in os.environ, reason="ORTHRUS_SMOLLM2_GGUF does not name the base")
-@pytest.mark.parametrize("params", (lossless.greedy, lossless.sampled), ids=("greedy", "sampled"))
-@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
-def test_embedded_model(dtype, params):
-    """Every built-in prompt, 128 tokens: alone with three block lengths, then together."""
-    engine = Engine.from_pretrained(
-        "smollm2-135m", device="cuda", mode="two_pass", dtype=dtype, max_seq_len=1024, prefix_caching=False
-    )
-    ids = [p.encode(engine.tokenizer) for p in prompts.load()]
-    each = params(len(ids), max_new_tokens=128)
-    want = decode(engine, ids, each, mode="ar")
-    for way in lossless.ways((1, 5, 15)):
-        assert lossless.check_alone(engine, ids, each, want, way) > 1.3
-        lossless.check_together(engine, ids, each, want, way)
-    engine.close()
