@@ -48,7 +48,9 @@ class PackedWeight:
 def pack(weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None) -> PackedWeight:
     """Pack ``weight`` ``[out_features, in_features]`` for the implementation chosen for its device and dtype.
 
-    ``gate_up`` says that the first half of the rows are gates and the second half ups.
+    ``gate_up`` says that the first half of the rows are gates and the second half ups. On CUDA the kernels read weights
+    ahead of their turn in the stream: between packing and the first of this project's kernels lies an ordinary one, a
+    copy or a synchronisation.
 
     Raises:
         ValueError: ``impl`` does not take the weight's dtype.

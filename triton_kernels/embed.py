@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .pdl import launch_options
+from .pdl import launch_options, share_multiprocessors
 
 BLOCK = 1024
 
@@ -39,4 +39,7 @@ def embed(token, table, out):
         return
     grid = (num_rows, triton.cdiv(hidden, BLOCK))
     strides = table.stride(0), out.stride(0)
-    embed_kernel[grid](token, table, out, *strides, hidden, BLOCK=BLOCK, num_warps=4, **launch_options(out.device))
+    kernel = embed_kernel[grid](
+        token, table, out, *strides, hidden, BLOCK=BLOCK, num_warps=4, **launch_options(out.device)
+    )
+    share_multiprocessors(kernel)

@@ -1,5 +1,6 @@
 """Programmatic dependent launch (sm_90+): a kernel may start while its predecessor on the stream still ends."""
 
+import ctypes
 import functools
 import os
 
@@ -19,3 +20,21 @@ def launch_options(device: torch.device) -> dict:
     if device.type != "cuda" or not _capable(device.index or 0) or os.environ.get("ORTHRUS_CUDA_PDL") == "0":
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}
+
+
+PREFERRED_SHARED_MEMORY_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_...
+
+
+def share_multiprocessors(kernel) -> None:
+    """Have ``kernel``, what a launch returned, run with the shared memory of the native kernels, all there is: one that
+    wants another division of it cannot begin on a multiprocessor before theirs have left.
+    """
+    if kernel is not None and getattr(kernel, "function", None):  # not so in the interpreter
+        _carve_out(kernel.function)
+
+
+@functools.cache
+def _carve_out(function: int) -> None:
+    ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(
+        ctypes.c_void_p(function), ctypes.c_int(PREFERRED_SHARED_MEMORY_CARVEOUT), ctypes.c_int(100)
+    )

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .pdl import launch_options
+from .pdl import launch_options, share_multiprocessors
 
 
 @triton.jit
@@ -46,8 +46,9 @@ def rms_norm(x, weight, eps, out, row_index=None):
         return
     block = triton.next_power_of_2(hidden)
     warps = min(max(block // 512, 1), 16)
-    rms_norm_kernel[(num_rows,)](
+    kernel = rms_norm_kernel[(num_rows,)](
         x, weight, row_index, out, x.stride(0), out.stride(0), hidden, eps,
         HAS_INDEX=row_index is not None, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         **launch_options(x.device),
     )  # fmt: skip
+    share_multiprocessors(kernel)

@@ -85,6 +85,7 @@ int64_t dual_attn_workspace(int32_t max_rows, int32_t max_groups, int32_t num_he
 int dual_attn(const DualAttnParams& p, void* stream) {
   if (p.rows.num_rows == 0 || p.rows.num_groups == 0) return cudaSuccess;
   if (p.kv.page_size != kTileKv) return cudaErrorInvalidValue;
+  if (reinterpret_cast<uintptr_t>(p.workspace) % 16) return cudaErrorMisalignedAddress;
   DualAttnLaunch a{};
   a.p = p;
   a.num_splits = num_splits(p.max_seq_len);

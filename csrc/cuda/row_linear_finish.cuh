@@ -128,7 +128,7 @@ __device__ void finish_block(const float (&acc)[kTokens / 2], const RowLinearArg
   const bool adds_ahead = epilogue == Epilogue::kResidual && aligned && count > 0;
   uint4 ahead{};
   auto ask = [&](int t0) {
-    if (adds_ahead && row_begin + t0 + thread / 8 < row_end)
+    if (adds_ahead && t0 < kTokens && row_begin + t0 + thread / 8 < row_end)
       ahead = *reinterpret_cast<const uint4*>(p.residual + offset_at(t0));
   };
   ask(0);

@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bench import common
-from orthrus_rt import dispatch, graph, native, ops, profile, timing
+from orthrus_rt import dispatch, native, ops, profile, recording, timing
 from orthrus_rt.device import pick_device, with_index
 from orthrus_rt.engine import Engine
 from orthrus_rt.exclusive import Turn, exclusive
@@ -73,7 +73,7 @@ def recordings(monkeypatch):
         reserved[0] = 500
 
     @contextlib.contextmanager
-    def recording(cuda_graph, **kwargs):
+    def graph(cuda_graph, **kwargs):
         seen.append(kwargs)
         empty_cache()  # as torch does before it records
         current.append(kwargs["stream"])
@@ -89,18 +89,18 @@ def recordings(monkeypatch):
         finally:
             current[:] = before
 
-    graph._recording_stream.cache_clear()
+    recording._recording_stream.cache_clear()
     monkeypatch.setattr(dispatch, "select", lambda *_: "cuda")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved[0])
     monkeypatch.setattr(Cycle, "run_eager", lambda cycle: reserved.__setitem__(0, reserved[0] + 64))
     yield SimpleNamespace(seen=seen, current=current)
-    graph._recording_stream.cache_clear()
+    recording._recording_stream.cache_clear()
 
 
 def recorded(device: str) -> Cycle:
@@ -225,3 +225,20 @@ def test_admission_does_not_block(tmp_path):
     with Checked() as checked:
         engine.generate(prompts, params)
     assert len(checked.uploads) > 10
+
+
+def test_triton_kernels_divide_the_shared_memory_as_the_native_ones(monkeypatch):
+    """Once a kernel; nothing in the interpreter, whose launches return none."""
+    pdl = pytest.importorskip("orthrus_rt.triton_kernels.pdl")
+    set_attributes = []
+
+    class Driver:
+        def cuFuncSetAttribute(self, *args):
+            set_attributes.append([arg.value for arg in args])
+
+    monkeypatch.setattr(pdl.ctypes, "CDLL", lambda name: Driver())
+    pdl._carve_out.cache_clear()
+    for kernel in (SimpleNamespace(function=1 << 46), None, SimpleNamespace(function=1 << 46)):
+        pdl.share_multiprocessors(kernel)
+    pdl._carve_out.cache_clear()
+    assert set_attributes == [[1 << 46, pdl.PREFERRED_SHARED_MEMORY_CARVEOUT, 100]]

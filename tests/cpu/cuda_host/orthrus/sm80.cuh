@@ -128,6 +128,8 @@ inline void named_barrier(int id, int threads) {
 }
 
 inline void copy16(SharedAddress dst, const void* src, bool valid) {
+  cuda_host::need_wait();
+  if (dst % 16 || (valid && reinterpret_cast<uintptr_t>(src) % 16)) cuda_host::fail("a copy that is not aligned");
   auto& groups = cuda_host::copy_groups[threadIdx.x];
   if (groups.empty()) groups.emplace_back();
   uint8_t* to = reinterpret_cast<uint8_t*>(dst);

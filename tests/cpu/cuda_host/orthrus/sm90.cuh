@@ -11,12 +11,6 @@
 
 inline void __trap() { std::abort(); }
 
-enum { cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared };
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
-  return cudaSuccess;
-}
-
 namespace cuda_host {
 
 struct Transaction {
