@@ -33,6 +33,7 @@ from orthrus_rt import prompts
 from orthrus_rt.cycle_plan import MODES, cycle_plan
 from orthrus_rt.engine import Engine
 from orthrus_rt.model import Model
+from orthrus_rt.prefill import PrefillPass
 from orthrus_rt.sampling import SamplingParams
 
 EMBEDDED = ckpt.EMBEDDED_NAME
@@ -162,7 +163,7 @@ def place(engine: Engine, batch: int, context: int) -> None:
     for _ in range(batch):
         engine.outbox[engine.submit([7] * context, params)].tokens.append(1)
     with (
-        mock.patch.object(engine.runner, "_forward", lambda *_: None),
+        mock.patch.object(PrefillPass, "run", lambda _: None),
         mock.patch("orthrus_rt.runner.PREFILL_CHUNK", MANY),
     ):
         engine.step()

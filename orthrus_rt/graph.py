@@ -7,9 +7,6 @@ recorded tape of native calls) replays the whole cycle.
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +14,10 @@ import torch
 from orthrus_rt import dispatch, nvtx, ops
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import CyclePlan
-from orthrus_rt.device import stream_of, stream_scope
 from orthrus_rt.kv import PagedKvCache
-from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import Rows, empty_rows
+from orthrus_rt.recording import Recorded
 from orthrus_rt.state import SlotSampling, SlotState
 
 COUPLED = 0  # purpose of the noise that both views share
@@ -79,13 +75,7 @@ KINDS = {"ar": [st.NEXT_AR], "two_pass": [st.NEXT_DRAFT, st.NEXT_VERIFY], "one_p
 PASS_NAMES = {st.STEP_DRAFT: "draft pass", st.STEP_VERIFY: "verify pass", st.STEP_VERIFY_AND_DRAFT: "one pass"}
 
 
-@functools.cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """Torch's own belongs to whichever device recorded first in this process."""
-    return torch.cuda.Stream(device)
-
-
-class Cycle:
+class Cycle(Recorded):
     """The decode cycle of one plan over the slots of ``state``.
 
     ``two_pass`` is draft then verify, ``ar`` a verification without drafts, ``one_pass`` both at once: modes differ in
@@ -108,8 +98,7 @@ class Cycle:
         self.max_seq_len = max_seq_len
         scored = None if sampling is None else activations
         self.passes = [_pass(model, kind, state.num_slots, plan, scored) for kind in KINDS[plan.mode]]
-        self._replay: Callable[[], None] | None = None
-        self.graph_bytes = 0
+        self.what = f"{plan.mode} cycle of {state.num_slots} slots"
 
     @nvtx.ranged(lambda self, p: PASS_NAMES[p.step])
     def forward(self, p: Pass) -> None:
@@ -119,11 +108,6 @@ class Cycle:
             self.model, self.kv, p.rows, self.activations, self.workspace,
             logit_rows=p.logit_rows, epilogue=epilogue, out=out, max_seq_len=self.max_seq_len,
         )  # fmt: skip
-
-    @property
-    def recorded(self) -> bool:
-        """Whether :meth:`run` replays; until then it takes longer than it will."""
-        return self._replay is not None
 
     @property
     def nbytes(self) -> int:
@@ -163,51 +147,18 @@ class Cycle:
                 self.sample(p)
             self.take(p, p.partials)
 
+    def ops(self) -> list[str]:
+        unused = {"process_logits", "count_tokens"}
+        if self.sampling is not None:
+            unused = {"count_tokens"} if self.sampling.edits is None else set()
+        return [op for op in dispatch.OPS if op not in unused]
+
     @nvtx.ranged(lambda self: f"{self.plan.mode} cycle")
     def run(self) -> None:
-        """One cycle of every running slot: a replay where this device can record one.
-
-        The first call runs eagerly (which also warms the kernels up) and then records. Where there is no memory for a
-        recording, a warning says so, and every later call runs eagerly too.
+        """One cycle of every running slot: a replay where this device can record one. The first call runs op by op
+        (which also warms the kernels up) and then records.
         """
         if self._replay is not None:
             return self._replay()
         self.run_eager()
-        try:
-            with naming_the_knobs(f"recording the {self.plan.mode} cycle of {self.state.num_slots} slots"):
-                self._replay = self._record()
-        except torch.OutOfMemoryError as error:
-            warnings.warn(f"{error}; until it is built anew, this cycle runs op by op, slower", stacklevel=2)
-            self._replay = self.run_eager
-
-    def _record(self) -> Callable[[], None]:
-        # Recording runs nothing: the state stays as the eager cycle left it.
-        unused = {"process_logits", "count_tokens"}
-        if self.sampling is not None:
-            unused = {"count_tokens"} if self.sampling.edits is None else set()
-        used = (op for op in dispatch.OPS if op not in unused)
-        chosen = {dispatch.select(op, self.model.device, self.model.dtype) for op in used}
-        if "reference" in chosen:  # it reads values on the host, which no recording can
-            return self.run_eager
-        if self.model.device.type == "cpu":
-            tape = dispatch.native().cpu.Tape()
-            with tape.record():
-                self.run_eager()
-            return tape.replay
-        device, graph = self.model.device, torch.cuda.CUDAGraph()
-        torch.cuda.empty_cache()  # as recording itself begins: what it gives back is not the graph's
-        before = torch.cuda.memory_reserved(device)
-        # thread_local: what other threads do meanwhile, with models of their own, does not spoil the recording. Where
-        # one is spoilt, torch's context leaves its own stream current.
-        with (
-            stream_scope(stream_of(device)),
-            torch.cuda.graph(
-                graph,
-                pool=self.workspace.graph_pool,
-                stream=_recording_stream(device),
-                capture_error_mode="thread_local",
-            ),
-        ):
-            self.run_eager()
-        self.graph_bytes = torch.cuda.memory_reserved(device) - before
-        return graph.replay
+        self.record()

@@ -1,7 +1,7 @@
 """Where an engine's memory goes.
 
 Weights, cache, activations and workspace are allocated when the engine is made, the latter
-two again where a call asks for larger cycles. Logits, edits, and each cycle with its
+two again where a call asks for larger cycles. Logits, edits, and each cycle or shape of prefill with its
 graph are allocated at their first use; from then on decoding allocates nothing more that lasts. What
 ``acceptance="rejection"`` computes on the host's side of a cycle comes and goes with each. On the CPU threads keep
 some memory outside this report: the calling one what attention has of every 512 positions of a few rows while all
@@ -25,8 +25,8 @@ def memory_report(engine) -> dict[str, int]:
     verified rows' choices (greedy: partial maxima instead of logits). ``activations`` and ``workspace`` (bounded)
     are sized by the most rows of a pass, mostly a prefill's; ``activations`` grows by the logits of those rows at the
     first request that samples or edits them; ``edits`` is what penalties, bias and min_tokens need,
-    once a request asked for any; ``cycles`` and ``graphs`` are what the cycles built so far hold: rows and choices,
-    and what CUDA graphs keep.
+    once a request asked for any; ``cycles`` and ``graphs`` are what the cycles and recorded prefill passes built so far
+    hold: rows and choices, and what CUDA graphs keep.
     """
     runner, sizes = engine.runner, engine.model.nbytes()
     scratch = sum(t.numel() * t.element_size() for t in (runner.activations.scratch_k, runner.activations.scratch_v))

@@ -78,19 +78,33 @@ def empty_rows(num_groups_ar: int, rows_ar: int, num_groups_diff: int, rows_diff
     )
 
 
-def prefill_rows(chunks: list[tuple[list[int], int, int]], device) -> Rows:
-    """AR rows of prompt chunks, one group each: ``(token_ids, start, slot)`` stands for these tokens at the positions
-    ``start, start + 1, ...`` of ``slot``. A slot occurs once at most.
+Chunk = tuple[list[int], int, int]  # token_ids, start, slot: these tokens at positions start, start + 1, ... of slot
+
+
+def lay_out(chunks: list[Chunk], fields: np.ndarray, group_start: np.ndarray) -> None:
+    """Write AR rows of prompt chunks, one group each, into int32 arrays for as many rows and groups or more.
+
+    ``fields`` is token, position, seq and prefix_len, ``[4, num_rows]``; ``group_start`` ``[num_groups + 1]``. Rows
+    beyond the chunks' are invalid and make up the last group, which has to be there then; groups between are empty.
     """
-    sizes = [len(tokens) for tokens, _, _ in chunks]
-    n = sum(sizes)
+    fields[:] = [[0], [-1], [0], [0]]
+    end = 0
+    for i, (tokens, start, slot) in enumerate(chunks):
+        here, end = slice(end, end + len(tokens)), end + len(tokens)
+        fields[0, here], fields[2, here] = tokens, slot
+        fields[1, here] = np.arange(start, start + len(tokens))
+        fields[3, here] = fields[1, here] + 1
+        group_start[i + 1] = end
+    group_start[0], group_start[len(chunks) + 1 :] = 0, end
+    group_start[-1] = fields.shape[1]
+
+
+def prefill_rows(chunks: list[Chunk], device) -> Rows:
+    """AR rows of prompt chunks, one group each. A slot occurs once at most."""
+    n = sum(len(tokens) for tokens, _, _ in chunks)
     host = np.zeros((4, -(-n // 4) * 4), dtype=np.int32)  # as in empty_rows
-    group_start = [0, *itertools.accumulate(sizes)]
-    for (tokens, start, slot), first in zip(chunks, group_start[:-1], strict=True):
-        here = slice(first, first + len(tokens))
-        host[0, here], host[2, here] = tokens, slot
-        host[1, here] = np.arange(start, start + len(tokens))
-    host[3] = host[1] + 1
+    group_start = np.zeros(len(chunks) + 1, dtype=np.int32)
+    lay_out(chunks, host[:, :n], group_start)
     token, position, seq, prefix_len = upload(host, torch.int32, device)[:, :n]
     return Rows(
         token=token,
@@ -100,5 +114,5 @@ def prefill_rows(chunks: list[tuple[list[int], int, int]], device) -> Rows:
         group_start=upload(group_start, torch.int32, device),
         num_rows_ar=n,
         num_groups_ar=len(chunks),
-        max_group_rows=max(sizes, default=0),
+        max_group_rows=max((len(tokens) for tokens, _, _ in chunks), default=0),
     )

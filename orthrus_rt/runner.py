@@ -23,6 +23,7 @@ from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import Rows, prefill_rows
 from orthrus_rt.policy import Policy
+from orthrus_rt.prefill import PrefillPass, PrefillShape
 from orthrus_rt.reference import first_argmax
 from orthrus_rt.request import Request
 from orthrus_rt.results import SlotResults
@@ -76,6 +77,8 @@ class Runner:
         self.flights: list[Flight] = []
         self.num_posted = 0  # flights ever launched
         self._cycles: dict[tuple, Cycle] = {}
+        self.records_prefill = model.device.type == "cuda"  # elsewhere every row of padding would cost its arithmetic
+        self._prefills: dict[PrefillShape, PrefillPass] = {}
         self._mailboxes: list[SlotResults] = []
         self.activations: Activations | None = None
         self.make_room(shapes)
@@ -97,11 +100,12 @@ class Runner:
         self.activations, self.workspace, self._room = activations, workspace, room
 
     def drop_cycles(self) -> None:
-        """Free every cycle built so far, and its graph."""
+        """Free every cycle and prefill pass built so far, and its graph."""
         # What was launched ahead of its results may still run.
-        if self.model.device.type == "cuda" and (self._cycles or self._mailboxes):
+        if self.model.device.type == "cuda" and (self._cycles or self._prefills or self._mailboxes):
             torch.cuda.synchronize(self.model.device)
         self._cycles.clear()
+        self._prefills.clear()
 
     def abandon(self) -> None:
         """The device has failed. Page-locked memory is kept: freeing it, torch asks the device, in a destructor, and
@@ -129,12 +133,12 @@ class Runner:
     @property
     def graph_bytes(self) -> int:
         """Device memory that recorded graphs hold."""
-        return sum(cycle.graph_bytes for cycle in self._cycles.values())
+        return sum(known.graph_bytes for known in (*self._cycles.values(), *self._prefills.values()))
 
     @property
     def cycle_bytes(self) -> int:
-        """Rows and choices of the cycles built so far."""
-        return sum(cycle.nbytes for cycle in self._cycles.values())
+        """Rows and choices of the cycles and prefill passes built so far."""
+        return sum(known.nbytes for known in (*self._cycles.values(), *self._prefills.values()))
 
     def begin(self, request: Request) -> None:
         """Write the request into its slot; the slot does not run before its prefill is through."""
@@ -191,23 +195,27 @@ class Runner:
         A prompt's last row is, to consensus, a verification without drafts: its choice is the first known token. A
         resumed request knows that token already.
         """
-        rows = prefill_rows([(tokens, r.prefilled, r.slot) for r, tokens in chunks], self.model.device)
+        laid = [(tokens, r.prefilled, r.slot) for r, tokens in chunks]
         for request, tokens in chunks:
             request.prefilled += len(tokens)
         ends = accumulate(len(tokens) for _, tokens in chunks)
         last_row = {r: end - 1 for (r, _), end in zip(chunks, ends, strict=True) if r.decoding}
         choosing = [r for r in last_row if not r.tokens]
-        picked = upload([last_row[r] for r in choosing], torch.int32, self.model.device) if choosing else None
-        scored = self._sampling(choosing) is not None
-        out = self._buffers(len(choosing), scored)
+        num_rows = sum(len(tokens) for _, tokens in chunks)
+        shape = PrefillShape(num_rows, len(chunks), len(choosing), self._sampling(choosing) is not None)
+        this = self._prefill_pass(shape)
+        this.load(laid, [last_row[r] for r in choosing])
         with self.stopwatch.time("prefill"):
-            self._forward(rows, picked, scored, out)
+            this.run()
         for request in last_row:
             put(self.state.finish, request.slot, st.RUNNING)
             if request.tokens:
                 put(self.state.block_tokens[request.slot], 0, request.tokens[-1])
         if choosing:
-            self._first_choices(choosing, rows, picked, out)
+            n = len(choosing)
+            self._first_choices(
+                choosing, this.rows, this.picked[:n], tuple(t if t is None else t[:n] for t in this.out)
+            )
             self._post([(r.slot, r) for r in choosing], None)
 
     def _first_choices(self, requests: list[Request], rows: Rows, picked: torch.Tensor, out) -> None:
@@ -226,30 +234,33 @@ class Runner:
             view = self.state.view(slice(request.slot, request.slot + 1))
             ops.consensus(view, partials, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id, 1)
 
-    def _buffers(self, rows: int, logits: bool):
-        """``(value, id)``: fp32 logits (id None) or partial maxima of ``rows`` rows."""
-        if logits:
-            return self.activations.logits(rows), None
-        return st.empty_partials(rows, self.model.lm_head.num_partials, self.model.device)
-
-    def _forward(self, rows, logit_rows, logits: bool, out) -> None:
-        forward(
-            self.model, self.kv, rows, self.activations, self.workspace, logit_rows=logit_rows,
-            epilogue="logits" if logits else "argmax", out=out[0] if logits else out, max_seq_len=self.max_seq_len,
-        )  # fmt: skip
+    def _prefill_pass(self, shape: PrefillShape) -> PrefillPass:
+        """Of this shape, or, where prefills are recorded, of the next that is; the same one every time."""
+        if self.records_prefill:
+            shape = shape.padded(self.activations.hidden.shape[0])
+        if (known := self._prefills.get(shape)) is not None:
+            return known
+        with naming_the_knobs("preparing a prefill"):
+            made = PrefillPass(self.model, self.kv, self.activations, self.workspace, self.max_seq_len, shape)
+        if self.records_prefill:
+            self._prefills[shape] = made
+        return made
 
     def next_logits(self, token_ids: list[int]) -> torch.Tensor:
         """AR logits fp32 ``[vocab_size]`` for the token after ``token_ids``; uses slot 0, which must be free."""
         self.kv.reserve(0, len(token_ids))
         try:
-            out = torch.empty(1, self.model.config.vocab_size, dtype=torch.float32, device=self.model.device), None
+            out = torch.empty(1, self.model.config.vocab_size, dtype=torch.float32, device=self.model.device)
             for first in range(0, len(token_ids), PREFILL_CHUNK):
                 rows = prefill_rows([(token_ids[first : first + PREFILL_CHUNK], first, 0)], self.model.device)
-                picked = upload([rows.num_rows - 1], torch.int32, self.model.device)
-                self._forward(rows, picked, True, out)
+                forward(
+                    self.model, self.kv, rows, self.activations, self.workspace, epilogue="logits", out=out,
+                    logit_rows=upload([rows.num_rows - 1], torch.int32, self.model.device),
+                    max_seq_len=self.max_seq_len,
+                )  # fmt: skip
         finally:
             self.kv.release(0)
-        return out[0][0]
+        return out[0]
 
     def decode(self, requests: list[Request], plan: CyclePlan, policy: Policy | None = None) -> None:
         """Launch one cycle for the running slots, which ``requests`` hold; ``policy``: who chose the plan, if any."""

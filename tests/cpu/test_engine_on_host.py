@@ -44,7 +44,9 @@ def case(request, tmp_path_factory):
         if kwargs["dtype"] is torch.bfloat16:
             patch.setenv("ORTHRUS_CUDA_ISA", request.param)
         device.install(patch, others="cpu")
-        yield request.param, make(folder, kwargs["dtype"]), want
+        engine = make(folder, kwargs["dtype"])
+        engine.runner.records_prefill = True
+        yield request.param, engine, want
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.graph import Cycle
 from orthrus_rt.model import Activations
 from orthrus_rt.pass_costs import PassCosts
+from orthrus_rt.prefill import PrefillPass
 from orthrus_rt.results import SlotResults
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import RejectionSampler, SamplingParams
@@ -131,7 +132,7 @@ def test_who_needs_the_memory_ends_whoever_came_later(folder, alone, monkeypatch
 def test_a_prefill_pass_is_the_fault_of_nobody_outside_it(folder, alone, monkeypatch):
     engine = make(folder)
     monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 16)
-    refuse(engine.runner, "_forward", monkeypatch, lambda rows, *_: rows.num_rows == 16)
+    refuse(PrefillPass, "run", monkeypatch, lambda this: this.rows.num_rows == 16)
     long, short = engine.submit([7] * 40, GREEDY), engine.submit([1, 2], GREEDY)
     got, errors = drain(engine)
     assert len(errors) == 1 and (got[long], got[short]) == (([], "error"), (alone([1, 2], GREEDY), "length"))

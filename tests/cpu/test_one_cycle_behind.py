@@ -90,7 +90,7 @@ def late(folder, monkeypatch, tmp_path):
     def make(**kwargs):
         how = {"mode": "two_pass", "max_seq_len": 256, "max_batch_size": 8} | kwargs
         engine = Engine.from_pretrained(folder, device="cpu", **how)
-        engine.runner.lag, engine.runner.stopwatch._on_device = 1, True
+        engine.runner.lag, engine.runner.stopwatch._on_device, engine.runner.records_prefill = 1, True, True
         return engine
 
     make.stream = stream

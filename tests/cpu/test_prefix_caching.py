@@ -12,6 +12,8 @@ from orthrus_rt import dispatch
 from orthrus_rt.engine import Engine
 from orthrus_rt.kv import OutOfPages
 from orthrus_rt.pages import PagePool, page_names
+from orthrus_rt.prefill import PrefillPass
+from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
 from tests.traces import assert_same, decode, digest, few_pages
@@ -113,7 +115,7 @@ def test_pages_named_before_a_failing_pass_are_forgotten(folder, forgetful, monk
     """They were never written: a prefill pass names what it is about to compute."""
     engine = make(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "_forward", lambda *_: (_ for _ in ()).throw(RuntimeError("injected")))
+        patch.setattr(PrefillPass, "run", lambda _: (_ for _ in ()).throw(RuntimeError("injected")))
         engine.kv.pages.fill_(torch.nan)
         with pytest.raises(RuntimeError, match="injected"):
             engine.generate(text(200), GREEDY)
@@ -122,11 +124,11 @@ def test_pages_named_before_a_failing_pass_are_forgotten(folder, forgetful, monk
     assert out.token_ids == forgetful.generate(text(200), GREEDY).token_ids
 
 
-@pytest.mark.parametrize("where", ("begin", "_forward"))
-def test_a_request_without_memory_beside_some_that_share(folder, forgetful, monkeypatch, where):
+@pytest.mark.parametrize(("owner", "where"), ((Runner, "begin"), (PrefillPass, "run")))
+def test_a_request_without_memory_beside_some_that_share(folder, forgetful, monkeypatch, owner, where):
     """It ends alone, and what it, or those before it, named and did not write is forgotten."""
     engine, calls = make(folder), []
-    real = getattr(engine.runner, where)
+    real = getattr(owner, where)
 
     def exhausted(*args):
         calls.append(None)
@@ -134,7 +136,7 @@ def test_a_request_without_memory_beside_some_that_share(folder, forgetful, monk
             raise torch.OutOfMemoryError("injected")
         return real(*args)
 
-    monkeypatch.setattr(engine.runner, where, exhausted)
+    monkeypatch.setattr(owner, where, exhausted)
     engine.kv.pages.fill_(torch.nan)
     prompts = [[*text(130), i] for i in range(4)]
     outs = engine.generate(prompts, GREEDY)

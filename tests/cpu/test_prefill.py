@@ -1,0 +1,141 @@
+"""Prefill passes that are recorded, as on CUDA: few shapes, padded with rows that touch nothing, replayed."""
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch, ops
+from orthrus_rt.engine import Engine
+from orthrus_rt.prefill import PrefillPass, PrefillShape
+from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints, lossless
+from tests.traces import assert_same, decode
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+GREEDY = SamplingParams(6, ignore_eos=True)
+JOBS = [
+    ([1, 2, 3], GREEDY),
+    ([4] * 70, SamplingParams(6, temperature=0.8, seed=1, ignore_eos=True)),
+    ([5, 6], SamplingParams(6, temperature=0.7, seed=3, frequency_penalty=0.5, logit_bias={5: 1.0}, min_tokens=6)),
+    ([7] * 200, GREEDY),
+    ([8, 9], SamplingParams(6, temperature=0.8, seed=2, ignore_eos=True, acceptance="rejection")),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), dtype=torch.bfloat16, diff_noise=0.05))
+
+
+@pytest.fixture
+def make(folder):
+    def make(records, **kwargs):
+        how = dict(device="cpu", mode="two_pass", max_seq_len=256, max_batch_size=4, prefix_caching=False) | kwargs
+        engine = Engine.from_pretrained(folder, **how)
+        engine.runner.records_prefill = records
+        return engine
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "chosen", "want"),
+    [
+        (1, 1, 1, (16, 2, 1)), (16, 3, 0, (16, 5, 0)), (17, 1, 0, (32, 2, 0)), (128, 4, 3, (128, 5, 4)),
+        (129, 5, 1, (256, 9, 1)), (300, 1, 1, (384, 2, 1)), (400, 1, 1, (400, 2, 1)), (390, 1, 1, (400, 2, 1)),
+        (1000, 2, 0, (1000, 3, 0)),
+    ],
+)  # fmt: skip
+def test_few_shapes(rows, groups, chosen, want):
+    """Never more rows than there are buffers for, unless they are asked for."""
+    assert PrefillShape(rows, groups, chosen, False).padded(400) == PrefillShape(*want, False)
+
+
+def test_padding_and_replays_change_no_bit(make, monkeypatch):
+    """Greedy, sampled, edited and by rejection, alone and together, whatever the chunks: tokens, logits, cache."""
+    prompts, params = (list(column) for column in zip(*JOBS, strict=True))
+    kinds = [i for i, p in enumerate(params) if p.acceptance == "coupled"]
+    alone = decode(make(False), [prompts[i] for i in kinds], [params[i] for i in kinds])
+    rejection = make(False).generate(*JOBS[-1]).token_ids
+    for chunk in (512, 100, 7):
+        monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", chunk)
+        engine = make(True)
+        for together in (False, True, True):
+            got = decode(engine, [prompts[i] for i in kinds], [params[i] for i in kinds], together=together)
+            assert_same(got, alone, (chunk, together))
+        outs = engine.generate(prompts, params)
+        assert [outs[i].token_ids for i in kinds] == [trace.tokens for trace in alone]
+        assert outs[-1].token_ids == rejection
+        assert any(known.recorded for known in engine.runner._prefills.values())
+
+
+def test_prefix_caching(make):
+    """Pages that one prompt of a pass fills and another reads in it."""
+    prompts = [[*range(90), *range(60), i] for i in range(4)]
+    want = decode(make(False), prompts, GREEDY)
+    engine = make(True, prefix_caching=True)
+    for _ in range(3):
+        assert_same(decode(engine, prompts, GREEDY, together=True), want)
+    assert engine.metrics.cached_tokens == 11 * 128
+
+
+def test_padding_touches_nothing(make):
+    engine = make(True)
+    engine.kv.pages.fill_(torch.nan)
+    engine.generate([[1] * 5, [2] * 4], SamplingParams(1, ignore_eos=True))
+    (known,) = engine.runner._prefills.values()
+    assert known.shape == PrefillShape(16, 3, 2, False)
+    written = ~engine.kv.pages[0, :, 1:].isnan().all(4).all(2)  # [keys and values, page, slot of the page]
+    assert sorted(int(n) for n in written[0].sum(1) if n) == [4, 5] and torch.equal(written[0], written[1])
+
+
+def test_the_third_pass_of_a_shape_runs_no_python_per_op(make, monkeypatch):
+    """Once op by op, once while it is recorded, then replays; every shape by itself."""
+    engine, calls, real = make(True), [], ops.rms_norm
+    monkeypatch.setattr(ops, "rms_norm", lambda *args: calls.append(args) or real(*args))
+    per_pass = 2 * engine.config.num_layers + 1
+    for prompt, want in (([1] * 9, 1), ([2] * 16, 2), ([3] * 12, 2), ([4] * 17, 3), ([5] * 3, 3), ([6] * 32, 4)):
+        engine.generate(prompt, SamplingParams(1, ignore_eos=True))
+        assert len(calls) == want * per_pass
+    assert len(engine.runner._prefills) == 2
+    assert engine.memory_report()["cycles"] >= sum(known.nbytes for known in engine.runner._prefills.values()) > 0
+
+
+def test_a_recording_that_finds_no_memory(make, monkeypatch):
+    engine = make(True)
+    want = make(False).generate([1, 2, 3], GREEDY).token_ids
+
+    def exhausted(_):
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(PrefillPass, "_record", exhausted)
+    assert engine.generate([1, 2, 3], GREEDY).token_ids == want
+    with pytest.warns(UserWarning, match="recording the prefill of 16 rows: lower max_batch_size.*op by op, slower"):
+        assert engine.generate([1, 2, 3], GREEDY).token_ids == want
+    assert engine.generate([1, 2, 3], GREEDY).token_ids == want
+
+
+def test_a_pass_that_failed_has_warmed_nothing_up(make, monkeypatch):
+    engine = make(True)
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefillPass, "run_eager", lambda _: (_ for _ in ()).throw(RuntimeError("injected")))
+        with pytest.raises(RuntimeError, match="injected"):
+            engine.generate([1, 2, 3], GREEDY)
+    assert not any(known.recorded for known in engine.runner._prefills.values())
+    engine.generate([1, 2, 3], GREEDY)
+    assert not any(known.recorded for known in engine.runner._prefills.values())
+    engine.generate([1, 2, 3], GREEDY)
+    assert all(known.recorded for known in engine.runner._prefills.values())
+
+
+def test_larger_cycles_drop_what_knew_the_old_buffers(make):
+    engine = make(True)
+    for _ in range(3):
+        want = engine.generate([1, 2, 3], GREEDY).token_ids
+    engine.runner.drop_cycles()
+    assert not engine.runner._prefills
+    assert [engine.generate([1, 2, 3], GREEDY).token_ids for _ in range(3)] == [want] * 3
+
+
+def test_the_whole_promise(make, monkeypatch):
+    lossless.check_prefill(make(True, num_pages=24, max_batch_size=6), monkeypatch)
