@@ -23,20 +23,22 @@ TILE = 128  # rows; of row_linear's widest tiles, so that what pads the last one
 
 @dataclass(frozen=True)
 class PrefillShape:
-    """Rows, their groups (one a prompt, and one of padding), prompts that end and so choose a token, and whether their
-    logits are materialised.
+    """Rows, their groups (one a prompt, and one of padding), the most rows of a group, prompts that end and so choose a
+    token, and whether their logits are materialised.
     """
 
     rows: int
     groups: int
+    tallest: int
     chosen: int
     scored: bool
 
     def padded(self, max_rows: int) -> PrefillShape:
         """The next of the few shapes; with a group more, for the padding."""
         rows = power_of_two(max(self.rows, 16)) if self.rows <= TILE else -(-self.rows // TILE) * TILE
-        groups, chosen = power_of_two(self.groups), power_of_two(self.chosen) if self.chosen else 0
-        return PrefillShape(max(self.rows, min(rows, max_rows)), groups + 1, chosen, self.scored)
+        rows = max(self.rows, min(rows, max_rows))
+        chosen = power_of_two(self.chosen) if self.chosen else 0
+        return PrefillShape(rows, power_of_two(self.groups) + 1, rows, chosen, self.scored)
 
 
 def power_of_two(n: int) -> int:
@@ -65,7 +67,7 @@ class PrefillPass(Recorded):
         self._host = np.zeros(self._buffer.shape, dtype=np.int32)
         token, position, seq, prefix_len = self._buffer[: 4 * width].view(4, width)[:, :n]
         group_start = self._buffer[4 * width :][: shape.groups + 1]
-        self.rows = Rows(token, position, seq, prefix_len, group_start, n, shape.groups, n)
+        self.rows = Rows(token, position, seq, prefix_len, group_start, n, shape.groups, shape.tallest)
         self._fields = self._host[: 4 * width].reshape(4, width)[:, :n]
         self._group_start = self._host[4 * width :][: shape.groups + 1]
         self._picked = self._host[at:]

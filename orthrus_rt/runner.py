@@ -201,8 +201,9 @@ class Runner:
         ends = accumulate(len(tokens) for _, tokens in chunks)
         last_row = {r: end - 1 for (r, _), end in zip(chunks, ends, strict=True) if r.decoding}
         choosing = [r for r in last_row if not r.tokens]
-        num_rows = sum(len(tokens) for _, tokens in chunks)
-        shape = PrefillShape(num_rows, len(chunks), len(choosing), self._sampling(choosing) is not None)
+        sizes = [len(tokens) for _, tokens in chunks]
+        scored = self._sampling(choosing) is not None
+        shape = PrefillShape(sum(sizes), len(chunks), max(sizes), len(choosing), scored)
         this = self._prefill_pass(shape)
         this.load(laid, [last_row[r] for r in choosing])
         with self.stopwatch.time("prefill"):
