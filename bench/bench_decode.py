@@ -205,7 +205,7 @@ def real_row(bench: Bench, mode: str, batch: int, kind: str) -> dict:
         then, now = (times.get(kind, (0, 0.0)) for times in (before, after))
         return now[0] - then[0], now[1] - then[1]
 
-    seconds -= spent("prefill")[1]
+    seconds -= spent("prefill")[1] + spent("recording")[1]
     cycles, device_seconds = spent(f"{mode}_cycle")
     tokens = sum(o.stats.tokens - 1 for o in outs)
     mean = sum(map(len, ids)) / len(ids) + bench.args.tokens / 2

@@ -291,7 +291,8 @@ class Engine(Generation):
 
     @exclusive
     def warmup(self, progress: bool = False) -> None:
-        """Build, and where the device can, record the greedy cycles of every batch bucket for the engine's own mode.
+        """Build, and where the device can, record the greedy cycles of every batch bucket for the engine's own mode; on
+        CUDA the prefill passes of a single prompt too.
 
         In mode ``auto`` this also times them, unless that was done before on this device for this model and version.
         """
@@ -300,6 +301,7 @@ class Engine(Generation):
         sizes = [min(1 << i, self.scheduler.num_slots) for i in range((self.scheduler.num_slots - 1).bit_length() + 1)]
         if any(self.scheduler.slots):
             raise RuntimeError("warmup: the engine must be idle")
+        self.runner.warm_up_prefills()
         if auto := self._autos.get(self._default_plan):
             return auto.warmup(self, progress)
         for size in tqdm(sizes, desc="warm-up", unit="batch size", disable=not progress):

@@ -26,7 +26,7 @@ def memory_report(engine) -> dict[str, int]:
     are sized by the most rows of a pass, mostly a prefill's; ``activations`` grows by the logits of those rows at the
     first request that samples or edits them; ``edits`` is what penalties, bias and min_tokens need,
     once a request asked for any; ``cycles`` and ``graphs`` are what the cycles and recorded prefill passes built so far
-    hold: rows and choices, and what CUDA graphs keep.
+    hold: rows and choices, and what torch keeps for CUDA graphs; the driver keeps some more for their launches.
     """
     runner, sizes = engine.runner, engine.model.nbytes()
     scratch = sum(t.numel() * t.element_size() for t in (runner.activations.scratch_k, runner.activations.scratch_v))

@@ -48,7 +48,7 @@ class Metrics:
         """Device time of one prefill pass or one cycle.
 
         kind: ``prefill``, ``ar_cycle``, ``two_pass_cycle``, ``one_pass_cycle``, or ``recording``: a cycle that was the
-            first of its plan and batch bucket and was recorded as well.
+            first of its plan and batch bucket, or a prefill, that was recorded as well.
         """
         count, total = self.times.get(kind, (0, 0.0))
         self.times[kind] = (count + 1, total + seconds)

@@ -126,7 +126,7 @@ class Activations:
 class Workspace:
     """Scratch memory of the kernels themselves, zeroed once; None where the implementation needs none.
 
-    ``graph_pool`` is where recorded cycles allocate, all of them in one place: only one replays at a time.
+    ``graph_pool`` is where recordings allocate, all of them in one place: only one replays at a time.
     """
 
     linear: torch.Tensor | None

@@ -1,7 +1,7 @@
 """NVTX ranges for profilers, per cycle, pass, layer and op, if ``ORTHRUS_NVTX=1`` is set when this module is imported.
 
 Without it :func:`ranged` returns functions as they are, so that nothing is paid per call. A replayed CUDA graph runs
-no Python: inside one, only the cycle's own range is seen.
+no Python: inside one, only the cycle's (or the prefill's) own range is seen.
 """
 
 from __future__ import annotations

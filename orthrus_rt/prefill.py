@@ -18,7 +18,8 @@ from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import Chunk, Rows, lay_out
 from orthrus_rt.recording import Recorded
 
-TILE = 128  # rows; of row_linear's widest tiles, so that what pads the last one costs nothing
+TILE = 128  # rows of row_linear's tiles in a prefill on sm_90: what pads the last one costs nothing
+LEAST = 16  # rows of its narrowest
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,21 @@ class PrefillShape:
     chosen: int
     scored: bool
 
-    def padded(self, max_rows: int) -> PrefillShape:
+    def padded(self, max_rows: int, num_slots: int) -> PrefillShape:
         """The next of the few shapes; with a group more, for the padding."""
-        rows = power_of_two(max(self.rows, 16)) if self.rows <= TILE else -(-self.rows // TILE) * TILE
-        rows = max(self.rows, min(rows, max_rows))
-        chosen = power_of_two(self.chosen) if self.chosen else 0
-        return PrefillShape(rows, power_of_two(self.groups) + 1, rows, chosen, self.scored)
+        rows = max(self.rows, min(round_up(self.rows), max_rows))
+        tallest = rows if self.groups == 1 else min(rows, round_up(max(self.tallest, rows - self.rows)))
+        chosen = min(round_up(self.chosen), num_slots) if self.chosen else 0
+        return PrefillShape(rows, 1 + (1 << (self.groups - 1).bit_length()), tallest, chosen, self.scored)
 
 
-def power_of_two(n: int) -> int:
-    """The smallest that is not below ``n``."""
-    return 1 << (n - 1).bit_length()
+def round_up(rows: int) -> int:
+    """To a power of two, from one tile on to whole tiles.
+
+    >>> [round_up(n) for n in (1, 17, 100, 129, 300)]
+    [16, 32, 128, 256, 384]
+    """
+    return -(-rows // TILE) * TILE if rows > TILE else 1 << (max(rows, LEAST) - 1).bit_length()
 
 
 class PrefillPass(Recorded):
@@ -89,7 +94,7 @@ class PrefillPass(Recorded):
         self._buffer.copy_(torch.from_numpy(self._host), non_blocking=True)  # pageable: staged before it returns
 
     def ops(self) -> tuple[str, ...]:
-        return (*dispatch.OPS_BEFORE_LOGITS,)
+        return dispatch.OPS_BEFORE_LOGITS
 
     def run_eager(self) -> None:
         """From embedding to logits or partial maxima; keys and values land in the cache."""
@@ -99,9 +104,16 @@ class PrefillPass(Recorded):
             epilogue=epilogue, out=out, max_seq_len=self.max_seq_len,
         )  # fmt: skip
 
+    @property
+    def records(self) -> bool:
+        """Whether the next :meth:`run` does."""
+        return self._warm and not self.recorded
+
     def run(self) -> None:
-        """A replay from the second time on: not every shape comes again, and the first time warms the kernels up."""
-        if self._warm and not self.recorded:
+        """A replay from the second time on: not every shape comes again, and the first time warms the kernels up.
+        Where passes are not kept there is no second time.
+        """
+        if self.records:
             self.record()
         (self._replay or self.run_eager)()
         self._warm = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -25,7 +25,7 @@ class Recorded:
 
     Attributes:
         what: for messages. model, workspace: what is launched runs on.
-        graph_bytes: device memory that the recording holds.
+        graph_bytes: device memory that the recording holds, but for what the driver keeps of its launches.
     """
 
     what: str
@@ -38,7 +38,7 @@ class Recorded:
         """Op by op."""
         raise NotImplementedError
 
-    def ops(self) -> list[str]:
+    def ops(self) -> Sequence[str]:
         """Those that :meth:`run_eager` calls."""
         raise NotImplementedError
 

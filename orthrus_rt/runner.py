@@ -13,7 +13,7 @@ from itertools import accumulate
 
 import torch
 
-from orthrus_rt import nvtx, ops
+from orthrus_rt import dispatch, nvtx, ops
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import CyclePlan, most_hypotheses
 from orthrus_rt.device import put, upload
@@ -23,7 +23,7 @@ from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import Rows, prefill_rows
 from orthrus_rt.policy import Policy
-from orthrus_rt.prefill import PrefillPass, PrefillShape
+from orthrus_rt.prefill import PrefillPass, PrefillShape, round_up
 from orthrus_rt.reference import first_argmax
 from orthrus_rt.request import Request
 from orthrus_rt.results import SlotResults
@@ -32,6 +32,7 @@ from orthrus_rt.state import SlotEdits, SlotSampling, SlotState
 from orthrus_rt.stopwatch import Stopwatch, Stretch
 
 PREFILL_CHUNK = 512  # prompt tokens per prefill pass, of one prompt or of several
+KEPT_PREFILLS = 64
 _kept: list[SlotResults] = []  # of devices that have failed
 
 
@@ -77,7 +78,8 @@ class Runner:
         self.flights: list[Flight] = []
         self.num_posted = 0  # flights ever launched
         self._cycles: dict[tuple, Cycle] = {}
-        self.records_prefill = model.device.type == "cuda"  # elsewhere every row of padding would cost its arithmetic
+        # Not on the CPU, where every row of padding costs its arithmetic.
+        self.records_prefill = model.device.type == "cuda" and dispatch.row_invariant(model.device, model.dtype)
         self._prefills: dict[PrefillShape, PrefillPass] = {}
         self._mailboxes: list[SlotResults] = []
         self.activations: Activations | None = None
@@ -206,7 +208,7 @@ class Runner:
         shape = PrefillShape(sum(sizes), len(chunks), max(sizes), len(choosing), scored)
         this = self._prefill_pass(shape)
         this.load(laid, [last_row[r] for r in choosing])
-        with self.stopwatch.time("prefill"):
+        with self.stopwatch.time("recording" if this.records else "prefill"):
             this.run()
         for request in last_row:
             put(self.state.finish, request.slot, st.RUNNING)
@@ -236,16 +238,31 @@ class Runner:
             ops.consensus(view, partials, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id, 1)
 
     def _prefill_pass(self, shape: PrefillShape) -> PrefillPass:
-        """Of this shape, or, where prefills are recorded, of the next that is; the same one every time."""
+        """Of this shape, or, where prefills are recorded, of the next that is: the one kept, if it is among the
+        KEPT_PREFILLS used last.
+        """
         if self.records_prefill:
-            shape = shape.padded(self.activations.hidden.shape[0])
-        if (known := self._prefills.get(shape)) is not None:
-            return known
-        with naming_the_knobs("preparing a prefill"):
-            made = PrefillPass(self.model, self.kv, self.activations, self.workspace, self.max_seq_len, shape)
+            shape = shape.padded(self.activations.hidden.shape[0], self.num_slots)
+        this = self._prefills.pop(shape, None)
+        if this is None:
+            with naming_the_knobs("preparing a prefill"):
+                this = PrefillPass(self.model, self.kv, self.activations, self.workspace, self.max_seq_len, shape)
         if self.records_prefill:
-            self._prefills[shape] = made
-        return made
+            self._prefills[shape] = this
+            if len(self._prefills) > KEPT_PREFILLS:
+                del self._prefills[next(iter(self._prefills))]
+        return this
+
+    def warm_up_prefills(self) -> None:
+        """Record, where that is done, the passes of a prompt by itself, of every number of rows; here none is valid."""
+        most = min(PREFILL_CHUNK, self.activations.hidden.shape[0])
+        sizes = {min(round_up(n), most) for n in range(1, most + 1)} if self.records_prefill else ()
+        for rows in sorted(sizes):
+            for chosen in (0, 1) if rows == most else (1,):
+                this = self._prefill_pass(PrefillShape(rows, 1, rows, chosen, False))
+                this.load([], [])
+                while not this.recorded:
+                    this.run()
 
     def next_logits(self, token_ids: list[int]) -> torch.Tensor:
         """AR logits fp32 ``[vocab_size]`` for the token after ``token_ids``; uses slot 0, which must be free."""

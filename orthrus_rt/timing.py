@@ -11,7 +11,7 @@ import torch
 
 from orthrus_rt.weights import huge_pages
 
-SLEEP_CYCLES = 1_000_000  # of the device, about 0.5 ms; up to 16 times as many where the host is slow to launch
+SLEEP_CYCLES = 1_000_000  # of the device, about 0.5 ms; up to 64 times as many where the host is slow to launch
 CHUNK = 100  # runs launched behind one sleep; far below the driver's queue
 WARM_UP_S = 0.05  # idle clocks are several times slower, and take some tens of ms to rise
 
@@ -59,7 +59,7 @@ def time_each(
     while len(samples) < repeats:
         reset()
         times, hidden = _on_device(runs, sleep) if device.type == "cuda" else (_on_host(runs), True)
-        if hidden or sleep >= 16 * SLEEP_CYCLES:
+        if hidden or sleep >= 64 * SLEEP_CYCLES:
             samples.append(times)
         else:
             sleep *= 2

@@ -69,7 +69,7 @@ def check_preempted(engine, prompts, params, want, way, num_pages) -> None:
 
 
 def check_eager(engine, prompts, params, want, way) -> None:
-    """Op by op, nothing recorded; as ever, nearly every cycle is a replay where this device can record one."""
+    """Op by op, no cycle recorded; as ever, nearly every cycle is a replay where this device can record one."""
     with traces.eager_cycles(engine):
         got = decode(engine, prompts, params, replayed=False, **way)
     assert_same(got, want, ("eager", way))

@@ -5,7 +5,7 @@
 // maxima, all rows, and the workspace. No rows: nothing is launched. fp32 accumulation; one rounding, in the epilogue
 // (none for kLogits).
 // Deterministic, row-invariant, graph-safe: each launch leaves the workspace's counters at zero. One launch per call.
-// The weights must be complete before the kernels ahead of it in the stream start: they are read before those have ended.
+// The weights must be complete before the kernels ahead of it in the stream start: they are read before those end.
 // kArgmax: partial p covers the p-th of num_partials runs of whole tiles; ties go to the lowest id, NaN never wins, a
 // run of nothing but NaN gives -inf and its first id.
 // Bytes: each view's packed weight once, plus x once per tile from L2. FLOP: 2 * num_rows * in * out_features.

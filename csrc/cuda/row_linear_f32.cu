@@ -82,7 +82,8 @@ __device__ void write_row(const RowLinearParamsOf<float>& p, const float (&acc)[
     for (int j = 0; j < kLaneOutputs / 2; ++j) {
       const int column = first + lane + 32 * j;
       const float gate = acc[j], up = acc[j + kLaneOutputs / 2];
-      if (column < width) out[static_cast<int64_t>(row) * width + column] = __fmul_rn(gate / __fadd_rn(1.f, expf(-gate)), up);
+      const float product = __fmul_rn(gate / __fadd_rn(1.f, expf(-gate)), up);
+      if (column < width) out[static_cast<int64_t>(row) * width + column] = product;
     }
     return;
   }

@@ -145,8 +145,9 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
         const int end = min(plan.k_blocks, kb + range_end - unit);
         stream.first_block = tile * kBlocks;
         stream.sum_segment(acc, kb, end);
-        if (end - kb == plan.k_blocks || fold_partials<kTokens>(acc, args, stream.diff, tile, kb,
-                                                                stream.row_end - stream.row_begin, group, flags + group))
+        const int rows = stream.row_end - stream.row_begin;
+        if (end - kb == plan.k_blocks ||
+            fold_partials<kTokens>(acc, args, stream.diff, tile, kb, rows, group, flags + group))
           finish_block<kTokens>(acc, args, stream.first_block + group, stream.row_begin, stream.row_end, group,
                                 staging, best + group * kTokens);
         unit += end - kb;

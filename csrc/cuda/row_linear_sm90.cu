@@ -151,8 +151,8 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
                 &ring.full[stage]);
   };
 
-  // Steps brought to L2 before they are loaded; prefill, with one CTA an SM and reuse in L2, does without. Only the load
-  // says that a line is not wanted any more: between the two it has to stay.
+  // Steps brought to L2 before they are loaded; prefill, with one CTA an SM and reuse in L2, does without. Only the
+  // load says that a line is not wanted any more: between the two it has to stay.
   const int lead = kPrefill ? 0 : kPrefetchBytes / (blocks * kBlockBytes);
   auto prefetch = [&](Position& at) {
 #pragma unroll 1

@@ -193,13 +193,14 @@ def test_a_benchmark_survives_without_git_and_nvidia_smi(two_devices, monkeypatc
 
 
 class Checked(TorchFunctionMode):
-    """Refuses what waits for the device: ``torch.tensor(..., device=)``, ``.to()`` without non_blocking, and a number
-    written to one element, which is a copy from the host.
+    """Refuses what waits for the device: ``torch.tensor(..., device=)``, ``.to()`` and ``.copy_()`` from the host
+    without non_blocking, and a number written to one element, which is such a copy.
     """
 
-    def __init__(self):
+    def __init__(self, patch: pytest.MonkeyPatch):
         super().__init__()
-        self.uploads = []
+        self.uploads, self.hosts, from_numpy = [], [], torch.from_numpy
+        patch.setattr(torch, "from_numpy", lambda array: self.hosts.append(from_numpy(array)) or self.hosts[-1])
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -208,12 +209,15 @@ class Checked(TorchFunctionMode):
         elif function is torch.Tensor.to and any(isinstance(a, torch.device) for a in args):
             assert kwargs.get("non_blocking"), args
             self.uploads.append(args[0].shape)
+        elif function is torch.Tensor.copy_ and any(args[1] is host for host in self.hosts):
+            assert kwargs.get("non_blocking")
+            self.uploads.append(args[0].shape)
         elif function is torch.Tensor.__setitem__ and isinstance(args[2], int | float):
             assert args[0][args[1]].dim() > 0, "a number written to one element"
         return function(*args, **kwargs)
 
 
-def test_admission_does_not_block(tmp_path):
+def test_admission_does_not_block(tmp_path, monkeypatch):
     folder = checkpoints.make(tmp_path, dtype=torch.bfloat16)
     engine = Engine.from_pretrained(str(folder), device="cpu", mode="two_pass", max_seq_len=256, max_batch_size=2)
     params = SamplingParams(
@@ -222,7 +226,7 @@ def test_admission_does_not_block(tmp_path):
     )  # fmt: skip
     prompts = [[1, 2, 3], [4], [5], [6] * 100]
     engine.generate(prompts, params)  # edits allocated, cycles built
-    with Checked() as checked:
+    with Checked(monkeypatch) as checked:
         engine.generate(prompts, params)
     assert len(checked.uploads) > 10
 

@@ -39,17 +39,23 @@ def make(folder):
 
 
 @pytest.mark.parametrize(
-    ("rows", "groups", "chosen", "want"),
+    ("rows", "groups", "tallest", "chosen", "want"),
     [
-        (1, 1, 1, (16, 2, 1)), (16, 3, 0, (16, 5, 0)), (17, 1, 0, (32, 2, 0)), (128, 4, 3, (128, 5, 4)),
-        (129, 5, 1, (256, 9, 1)), (300, 1, 1, (384, 2, 1)), (400, 1, 1, (400, 2, 1)), (390, 1, 1, (400, 2, 1)),
-        (1000, 2, 0, (1000, 3, 0)),
+        (1, 1, 1, 1, (16, 2, 16, 6)),
+        (16, 3, 9, 0, (16, 5, 16, 0)),
+        (17, 1, 17, 0, (32, 2, 32, 0)),
+        (128, 6, 30, 5, (128, 9, 32, 6)),
+        (129, 5, 60, 1, (256, 9, 128, 6)),  # the padding is a group too, of 127 rows
+        (300, 1, 300, 1, (384, 2, 384, 6)),
+        (390, 1, 390, 1, (400, 2, 400, 6)),
+        (1000, 2, 999, 0, (1000, 3, 1000, 0)),
     ],
-)  # fmt: skip
-def test_few_shapes(rows, groups, chosen, want):
-    """Never more rows than there are buffers for, unless they are asked for."""
-    got = PrefillShape(rows, groups, rows, chosen, False).padded(400)
-    assert got == PrefillShape(want[0], want[1], want[0], want[2], False)
+)
+def test_few_shapes(rows, groups, tallest, chosen, want):
+    """No more rows than there are buffers for, unless they are asked for; no more that choose than there are slots."""
+    want_rows, want_groups, want_tallest, want_chosen = want
+    got = PrefillShape(rows, groups, tallest, chosen, False).padded(400, num_slots=6)
+    assert got == PrefillShape(want_rows, want_groups, want_tallest, want_chosen, False)
 
 
 def test_padding_and_replays_change_no_bit(make, monkeypatch):
@@ -70,6 +76,17 @@ def test_padding_and_replays_change_no_bit(make, monkeypatch):
         assert any(known.recorded for known in engine.runner._prefills.values())
 
 
+def test_as_many_choose_as_there_are_slots(make):
+    """No power of two of them, and no row of logits more."""
+    params = lossless.sampled(6, max_new_tokens=4, ignore_eos=True)
+    prompts = [[i, i + 1] for i in range(6)]
+    want = decode(make(False, mode="ar", max_batch_size=6), prompts, params, together=True)
+    engine = make(True, mode="ar", max_batch_size=6)
+    for _ in range(3):
+        assert_same(decode(engine, prompts[:5], params[:5], together=True), want[:5])
+        assert_same(decode(engine, prompts, params, together=True), want)
+
+
 def test_prefix_caching(make):
     """Pages that one prompt of a pass fills and another reads in it."""
     prompts = [[*range(90), *range(60), i] for i in range(4)]
@@ -85,7 +102,7 @@ def test_padding_touches_nothing(make):
     engine.kv.pages.fill_(torch.nan)
     engine.generate([[1] * 5, [2] * 4], SamplingParams(1, ignore_eos=True))
     (known,) = engine.runner._prefills.values()
-    assert known.shape == PrefillShape(16, 3, 16, 2, False)
+    assert known.shape == PrefillShape(16, 3, 16, 4, False)
     written = ~engine.kv.pages[0, :, 1:].isnan().all(4).all(2)  # [keys and values, page, slot of the page]
     assert sorted(int(n) for n in written[0].sum(1) if n) == [4, 5] and torch.equal(written[0], written[1])
 
@@ -130,12 +147,36 @@ def test_a_pass_that_failed_has_warmed_nothing_up(make, monkeypatch):
 
 
 def test_larger_cycles_drop_what_knew_the_old_buffers(make):
-    engine = make(True)
+    engine = make(True, max_seq_len=128, max_batch_size=2)
     for _ in range(3):
         want = engine.generate([1, 2, 3], GREEDY).token_ids
-    engine.runner.drop_cycles()
-    assert not engine.runner._prefills
+    before = engine.runner.activations
+    engine.generate([1, 2, 3], GREEDY, mode="one_pass", fan_out=22)
+    assert engine.runner.activations is not before
+    assert all(known.activations is engine.runner.activations for known in engine.runner._prefills.values())
     assert [engine.generate([1, 2, 3], GREEDY).token_ids for _ in range(3)] == [want] * 3
+
+
+def test_no_more_are_kept_than_some(make, monkeypatch):
+    """Those used last."""
+    monkeypatch.setattr("orthrus_rt.runner.KEPT_PREFILLS", 2)
+    engine = make(True)
+    for length in (3, 20, 3, 40):
+        engine.generate([1] * length, GREEDY)
+    assert [shape.rows for shape in engine.runner._prefills] == [16, 64]
+
+
+def test_a_warm_up_records_the_prompts_by_themselves(make, monkeypatch):
+    """On rows none of which is valid: nothing is written."""
+    engine = make(True)
+    engine.kv.pages.fill_(torch.nan)
+    engine.warmup()
+    assert bool(engine.kv.pages[:, :, 1:].isnan().all())
+    assert [shape.rows for shape in engine.runner._prefills] == [16, 32, 64, 128, 256, 384, 512, 512]
+    prompts = [[5] * 3, [6] * 70, [7] * 200]
+    want = [make(False).generate(prompt, GREEDY).token_ids for prompt in prompts]
+    monkeypatch.setattr("orthrus_rt.prefill.forward", None)  # nothing runs op by op
+    assert [engine.generate(prompt, GREEDY).token_ids for prompt in prompts] == want
 
 
 def test_the_whole_promise(make, monkeypatch):
