@@ -147,7 +147,7 @@ class Cycle(Recorded):
                 self.sample(p)
             self.take(p, p.partials)
 
-    def ops(self) -> list[str]:
+    def used_ops(self) -> list[str]:
         unused = {"process_logits", "count_tokens"}
         if self.sampling is not None:
             unused = {"count_tokens"} if self.sampling.edits is None else set()

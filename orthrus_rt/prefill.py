@@ -93,7 +93,7 @@ class PrefillPass(Recorded):
         self._picked[: len(picked)] = picked
         self._buffer.copy_(torch.from_numpy(self._host), non_blocking=True)  # pageable: staged before it returns
 
-    def ops(self) -> tuple[str, ...]:
+    def used_ops(self) -> tuple[str, ...]:
         return dispatch.OPS_BEFORE_LOGITS
 
     def run_eager(self) -> None:

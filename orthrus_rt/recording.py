@@ -38,7 +38,7 @@ class Recorded:
         """Op by op."""
         raise NotImplementedError
 
-    def ops(self) -> Sequence[str]:
+    def used_ops(self) -> Sequence[str]:
         """Those that :meth:`run_eager` calls."""
         raise NotImplementedError
 
@@ -60,7 +60,7 @@ class Recorded:
 
     def _record(self) -> Callable[[], None]:
         # Recording runs nothing: the state stays as it is.
-        chosen = {dispatch.select(op, self.model.device, self.model.dtype) for op in self.ops()}
+        chosen = {dispatch.select(op, self.model.device, self.model.dtype) for op in self.used_ops()}
         if "reference" in chosen:  # it reads values on the host, which no recording can
             return self.run_eager
         if self.model.device.type == "cpu":
