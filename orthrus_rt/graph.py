@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from orthrus_rt import dispatch, nvtx, ops
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.device import upload
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
-from orthrus_rt.plan import Rows, empty_rows
+from orthrus_rt.plan import Chunk, Layout, Rows, empty_rows
+from orthrus_rt.prefill import PrefillShape, PromptRows
 from orthrus_rt.recording import Recorded
 from orthrus_rt.state import SlotSampling, SlotState
 
@@ -30,44 +33,62 @@ class Pass:
     Attributes:
         kind: NEXT_DRAFT, NEXT_VERIFY, NEXT_AR or NEXT_ONE_PASS: how its rows are staged.
         step: STEP_DRAFT, STEP_VERIFY or STEP_VERIFY_AND_DRAFT: what its choices are.
-        rows: static; staged by the consensus before it.
-        per_slot: choices per slot. logit_rows: int32, the rows they belong to, slot by slot.
-        partials: ``(value, id)``, the choices' partial maxima, of logits or of scores.
+        rows: static. own: those that the consensus before it stages: all, but where there are ``prompts``, whose rows
+            come first.
+        per_slot: choices per slot. logit_rows: int32, the rows they belong to, slot by slot, and then prompts' rows.
+        out: ``(value, id)``, their partial maxima, of logits or of scores. partials: the slots'.
         logits: fp32 ``[len(logit_rows), vocab_size]`` that every pass shares; None where none are materialised.
     """
 
     kind: int
     step: int
     rows: Rows
+    own: Rows
+    prompts: PromptRows | None
     per_slot: int
     logit_rows: torch.Tensor
+    out: tuple[torch.Tensor, torch.Tensor]
     partials: tuple[torch.Tensor, torch.Tensor]
     logits: torch.Tensor | None
 
 
-def _pass(model: Model, kind: int, slots: int, plan: CyclePlan, activations: Activations | None) -> Pass:
-    """A pass whose choices are scored from logits in ``activations``, or if None by the head's own partial maxima."""
+def _pass(
+    model: Model, kind: int, slots: int, plan: CyclePlan, activations: Activations | None, shape: PrefillShape | None
+) -> Pass:
+    """A pass whose choices are scored from logits in ``activations``, or if None by the head's own partial maxima;
+    ``shape`` is that of the prompts in it, if any.
+    """
     length = 1 if kind == st.NEXT_AR else plan.block_len
     blocks = {st.NEXT_DRAFT: 1, st.NEXT_ONE_PASS: plan.fan_out}.get(kind, 0)
     verifies = 0 if kind == st.NEXT_DRAFT else 1
-    rows = empty_rows(slots * verifies, length, slots * blocks, length, model.device)
+    layout = Layout(slots * verifies, length, slots * blocks, length)
     # Slot by slot, the slot's AR rows and then its blocks.
-    row = torch.arange(rows.num_rows, dtype=torch.int32, device=model.device)
-    ar = row[: rows.num_rows_ar].view(slots, verifies, length)
-    diffusion = row[rows.num_rows_ar :].view(slots, blocks, length)
+    row = np.arange(layout.num_rows, dtype=np.int32)
+    ar, diffusion = np.split(row, [slots * verifies * length])
+    diffusion = diffusion.reshape(slots, blocks, length)
     if kind == st.NEXT_DRAFT:
         diffusion = diffusion[..., :-1]  # the last row predicts beyond the block
-    picked = torch.cat([ar.flatten(1), diffusion.flatten(1)], 1)
-    scored = activations is not None
+    picked = np.concatenate([ar.reshape(slots, -1), diffusion.reshape(slots, -1)], 1)
+    if shape is None:
+        prompts, logit_rows = None, upload(picked.flatten(), torch.int32, model.device)
+        rows = own = empty_rows(*layout, model.device)
+    else:
+        prompts = PromptRows(shape, model.device, layout, picked.flatten())
+        rows, own, logit_rows = prompts.rows, prompts.own, prompts.logit_rows
+    scored, n = activations is not None, logit_rows.shape[0]
     num_partials = st.num_score_tiles(model.config.vocab_size) if scored else model.lm_head.num_partials
+    out = st.empty_partials(n, num_partials, model.device)
     return Pass(
         kind=kind,
         step={st.NEXT_DRAFT: st.STEP_DRAFT, st.NEXT_ONE_PASS: st.STEP_VERIFY_AND_DRAFT}.get(kind, st.STEP_VERIFY),
         rows=rows,
+        own=own,
+        prompts=prompts,
         per_slot=picked.shape[1],
-        logit_rows=picked.flatten().contiguous(),
-        partials=st.empty_partials(picked.numel(), num_partials, model.device),
-        logits=activations.logits(picked.numel()) if scored else None,
+        logit_rows=logit_rows,
+        out=out,
+        partials=tuple(t[: picked.size] for t in out),
+        logits=activations.logits(n) if scored else None,
     )
 
 
@@ -85,11 +106,12 @@ class Cycle(Recorded):
         sampling: None for greedy slots alone: choices come from partial maxima, no logits are materialised. Else the
             slots' sampling parameters.
         activations, workspace: shared with every other cycle; large enough for the plan's rows.
+        shape: of prompts whose rows its last pass takes along; :meth:`load` them before every run.
     """
 
     def __init__(
         self, model: Model, kv: PagedKvCache, state: SlotState, plan: CyclePlan, *, sampling, activations,
-        workspace, max_seq_len,
+        workspace, max_seq_len, shape: PrefillShape | None = None,
     ):  # fmt: skip
         self.model, self.kv, self.state, self.plan = model, kv, state, plan
         self.sampling: SlotSampling | None = sampling
@@ -97,13 +119,27 @@ class Cycle(Recorded):
         self.workspace: Workspace = workspace
         self.max_seq_len = max_seq_len
         scored = None if sampling is None else activations
-        self.passes = [_pass(model, kind, state.num_slots, plan, scored) for kind in KINDS[plan.mode]]
-        self.what = f"{plan.mode} cycle of {state.num_slots} slots"
+        *before, last = KINDS[plan.mode]
+        self.passes = [_pass(model, kind, state.num_slots, plan, scored, None) for kind in before]
+        self.passes.append(_pass(model, last, state.num_slots, plan, scored, shape))
+        self.prompts = self.passes[-1].prompts
+        with_prompts = "" if shape is None else f" with {shape.rows} rows of prompts"
+        self.what = f"{plan.mode} cycle of {state.num_slots} slots{with_prompts}"
+
+    def load(self, chunks: list[Chunk], picked: list[int]) -> None:
+        """The prompts of the next run; ``picked`` are their rows that choose a token."""
+        self.prompts.load(chunks, picked)
+
+    @property
+    def first_choices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Partial maxima of the prompts' rows that choose."""
+        last = self.passes[-1]
+        return tuple(t[last.partials[0].shape[0] :] for t in last.out)
 
     @nvtx.ranged(lambda self, p: PASS_NAMES[p.step])
     def forward(self, p: Pass) -> None:
         """Push pass ``p`` to its logits, or where none are materialised to its partial maxima."""
-        epilogue, out = ("argmax", p.partials) if p.logits is None else ("logits", p.logits)
+        epilogue, out = ("argmax", p.out) if p.logits is None else ("logits", p.logits)
         forward(
             self.model, self.kv, p.rows, self.activations, self.workspace,
             logit_rows=p.logit_rows, epilogue=epilogue, out=out, max_seq_len=self.max_seq_len,
@@ -112,7 +148,7 @@ class Cycle(Recorded):
     @property
     def nbytes(self) -> int:
         """Of the passes' static buffers."""
-        held = (t for p in self.passes for t in (*vars(p.rows).values(), p.logit_rows, *p.partials))
+        held = (t for p in self.passes for t in (*vars(p.rows).values(), p.logit_rows, *p.out))
         return sum(t.nbytes for t in held if isinstance(t, torch.Tensor))
 
     def stage_first(self) -> None:
@@ -124,7 +160,7 @@ class Cycle(Recorded):
     def sample(self, p: Pass) -> None:
         """Coupled choices from the logits of pass ``p``, into its partials."""
         seqlens = self.state.cache_seqlens
-        ops.process_logits(p.logits, p.rows, p.logit_rows, self.sampling, seqlens, COUPLED, p.partials)
+        ops.process_logits(p.logits, p.rows, p.logit_rows, self.sampling, seqlens, COUPLED, p.out)
 
     def take(self, p: Pass, partials) -> None:
         """Take the choices of pass ``p`` and stage the pass after it, if there is one."""
@@ -132,7 +168,7 @@ class Cycle(Recorded):
         self._consensus(p.step, partials, self.passes[following] if following < len(self.passes) else None)
 
     def _consensus(self, step: int, partials, staged: Pass | None) -> None:
-        kind, rows = (staged.kind, staged.rows) if staged else (st.NEXT_NONE, None)
+        kind, rows = (staged.kind, staged.own) if staged else (st.NEXT_NONE, None)
         ops.consensus(
             self.state, partials, step, kind, rows, self.model.config.mask_token_id, self.plan.block_len,
             self.plan.fan_out,
@@ -156,8 +192,10 @@ class Cycle(Recorded):
     @nvtx.ranged(lambda self: f"{self.plan.mode} cycle")
     def run(self) -> None:
         """One cycle of every running slot: a replay where this device can record one. The first call runs op by op
-        (which also warms the kernels up) and then records.
+        (which also warms the kernels up) and then records; with prompts the second call does, if there is one.
         """
+        if self.prompts is not None:
+            return self.run_again()
         if self._replay is not None:
             return self._replay()
         self.run_eager()

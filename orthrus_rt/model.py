@@ -191,9 +191,14 @@ def _layer(model: Model, kv: PagedKvCache, rows: Rows, act: Activations, workspa
     ops.rms_norm(hidden, layer.input_norm, eps, normed)
     ops.row_linear(normed, layer.qkv, qkv, weight_diff=layer.qkv_diff, **views)
     ops.qkv_commit(qkv, rows, model.cos_sin, layer.qk_norms, eps, *cache, *scratch, q)
-    ops.dual_attn(
-        q, *cache, *scratch, rows, model.softmax_scale, attn, max_seq_len=max_seq_len, workspace=workspace.attn
-    )
+    first = 0
+    for part in rows.parts or (rows,):
+        here, first = slice(first, first + part.num_rows), first + part.num_rows
+        mine = (t[: part.num_rows_diff] for t in scratch)  # all of them are in the last part
+        ops.dual_attn(
+            q[here], *cache, *mine, part, model.softmax_scale, attn[here], max_seq_len=max_seq_len,
+            workspace=workspace.attn,
+        )  # fmt: skip
     flat = attn.view(n, -1)
     ops.row_linear(flat, layer.o, hidden, weight_diff=layer.o_diff, residual=hidden, epilogue="residual", **views)
     ops.rms_norm(hidden, layer.post_attn_norm, eps, normed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ class Rows:
         group_start: int32 ``[num_groups + 1]``, first row of each group.
         num_rows_ar, num_groups_ar: how many rows and groups are AR (they come first).
         max_group_rows: no group has more rows than this.
+        parts: runs of its rows, if attention is to take one after another: its tiles are as tall as the tallest group.
     """
 
     token: torch.Tensor
@@ -40,6 +42,7 @@ class Rows:
     num_rows_ar: int
     num_groups_ar: int
     max_group_rows: int
+    parts: tuple[Rows, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -58,24 +61,53 @@ class Rows:
         return self.token.device
 
 
-def empty_rows(num_groups_ar: int, rows_ar: int, num_groups_diff: int, rows_diff: int, device) -> Rows:
-    """Rows of a fixed layout, all invalid: AR groups of ``rows_ar`` rows, then diffusion blocks of ``rows_diff``."""
-    sizes = [rows_ar] * num_groups_ar + [rows_diff] * num_groups_diff
-    n = sum(sizes)
-    start = [0, *itertools.accumulate(sizes)]
-    # Each array begins at a multiple of 16 bytes whatever their length: Triton compiles anew for pointers that do not.
-    zeros = torch.zeros(4, -(-n // 4) * 4, dtype=torch.int32, device=device)[:, :n]
-    zeros[1] = -1
+class Layout(NamedTuple):
+    """AR groups of ``rows_ar`` rows each, then diffusion blocks of ``rows_diff``."""
+
+    groups_ar: int = 0
+    rows_ar: int = 0
+    groups_diff: int = 0
+    rows_diff: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return self.groups_ar * self.rows_ar + self.groups_diff * self.rows_diff
+
+    @property
+    def num_groups(self) -> int:
+        return self.groups_ar + self.groups_diff
+
+    def starts(self) -> list[int]:
+        """``group_start``."""
+        sizes = [self.rows_ar] * self.groups_ar + [self.rows_diff] * self.groups_diff
+        return [0, *itertools.accumulate(sizes)]
+
+
+def padded(length: int) -> int:
+    """A multiple of 4, so that of int32 arrays in a row each begins at a multiple of 16 bytes: Triton compiles anew for
+    pointers that do not.
+    """
+    return -(-length // 4) * 4
+
+
+def fixed_rows(layout: Layout, fields: torch.Tensor) -> Rows:
+    """Rows of a fixed layout over ``fields``: token, position, seq and prefix_len, int32 ``[4, num_rows]``."""
     return Rows(
-        token=zeros[0],
-        position=zeros[1],
-        seq=zeros[2],
-        prefix_len=zeros[3],
-        group_start=upload(start, torch.int32, device),
-        num_rows_ar=num_groups_ar * rows_ar,
-        num_groups_ar=num_groups_ar,
-        max_group_rows=max(sizes, default=0),
+        *fields,
+        group_start=upload(layout.starts(), torch.int32, fields.device),
+        num_rows_ar=layout.groups_ar * layout.rows_ar,
+        num_groups_ar=layout.groups_ar,
+        max_group_rows=max(layout.rows_ar if layout.groups_ar else 0, layout.rows_diff if layout.groups_diff else 0),
     )
+
+
+def empty_rows(groups_ar: int, rows_ar: int, groups_diff: int, rows_diff: int, device) -> Rows:
+    """Rows of a fixed layout, all invalid."""
+    layout = Layout(groups_ar, rows_ar, groups_diff, rows_diff)
+    n = layout.num_rows
+    fields = torch.zeros(4, padded(n), dtype=torch.int32, device=device)[:, :n]
+    fields[1] = -1
+    return fixed_rows(layout, fields)
 
 
 Chunk = tuple[list[int], int, int]  # token_ids, start, slot: these tokens at positions start, start + 1, ... of slot
@@ -102,7 +134,7 @@ def lay_out(chunks: list[Chunk], fields: np.ndarray, group_start: np.ndarray) ->
 def prefill_rows(chunks: list[Chunk], device) -> Rows:
     """AR rows of prompt chunks, one group each. A slot occurs once at most."""
     n = sum(len(tokens) for tokens, _, _ in chunks)
-    host = np.zeros((4, -(-n // 4) * 4), dtype=np.int32)  # as in empty_rows
+    host = np.zeros((4, padded(n)), dtype=np.int32)
     group_start = np.zeros(len(chunks) + 1, dtype=np.int32)
     lay_out(chunks, host[:, :n], group_start)
     token, position, seq, prefix_len = upload(host, torch.int32, device)[:, :n]

@@ -1,12 +1,15 @@
-"""Prefill: prompts' tokens through the AR view.
+"""Prefill: prompts' tokens through the AR view, in passes of their own or before the rows of a cycle's last pass, which
+then reads the weights for both.
 
-Where a device records, in passes of few shapes, each replayed from its second use on: launched op by op, the shortest
-prompt takes the host milliseconds, in which a GPU waits, and with it all who decode.
+Where a device records, in few shapes, each replayed from its second use on: launched op by op, the shortest prompt
+takes the host milliseconds, in which a GPU waits, and with it all who decode.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -15,11 +18,14 @@ from orthrus_rt import dispatch
 from orthrus_rt import state as st
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
-from orthrus_rt.plan import Chunk, Rows, lay_out
+from orthrus_rt.plan import Chunk, Layout, Rows, fixed_rows, lay_out, padded
 from orthrus_rt.recording import Recorded
+from orthrus_rt.request import Request
 
 TILE = 128  # rows of row_linear's tiles in a prefill on sm_90: what pads the last one costs nothing
 LEAST = 16  # rows of its narrowest
+NOTHING = Layout()
+Chunks = list[tuple[Request, list[int]]]  # of requests that hold a slot, tokens of their prompts that come next
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,82 @@ def round_up(rows: int) -> int:
     return -(-rows // TILE) * TILE if rows > TILE else 1 << (max(rows, LEAST) - 1).bit_length()
 
 
+class Prompts:
+    """What one pass takes of some requests' prompts, which count as prefilled from now on.
+
+    Attributes:
+        laid: see :func:`orthrus_rt.plan.lay_out`. ended: requests whose last row is among these. choosing: those of
+            them that do not know the token after it. picked: their last rows.
+    """
+
+    def __init__(self, chunks: Chunks):
+        self.laid: list[Chunk] = [(tokens, request.prefilled, request.slot) for request, tokens in chunks]
+        for request, tokens in chunks:
+            request.prefilled += len(tokens)
+        self._sizes = [len(tokens) for _, tokens in chunks]
+        last = {r: end - 1 for (r, _), end in zip(chunks, accumulate(self._sizes), strict=True) if r.decoding}
+        self.ended = list(last)
+        self.choosing = [r for r in last if not r.tokens]
+        self.picked = [last[r] for r in self.choosing]
+
+    def shape(self, scored: bool) -> PrefillShape:
+        return PrefillShape(sum(self._sizes), len(self._sizes), max(self._sizes), len(self.choosing), scored)
+
+
+class PromptRows:
+    """Static rows of a pass: first those of prompts, of one shape, then a cycle's own, if any.
+
+    Args:
+        own: the layout of the latter. own_picked: those of them whose logits are wanted.
+
+    Attributes:
+        rows: all of them. own: the cycle's, to be staged.
+        logit_rows: int32, ``own_picked`` and then the prompts' rows that choose a token; None if there are none.
+    """
+
+    def __init__(self, shape: PrefillShape, device, own: Layout = NOTHING, own_picked: Sequence[int] = ()):
+        self.shape = shape
+        n, groups = shape.rows + own.num_rows, shape.groups + own.num_groups
+        width, starts = padded(n), padded(groups + 1)
+        self._host = np.zeros(4 * width + starts + len(own_picked) + shape.chosen, dtype=np.int32)
+        self._buffer = torch.zeros(self._host.shape, dtype=torch.int32, device=device)
+        fields = self._buffer[: 4 * width].view(4, width)[:, :n]
+        group_start = self._buffer[4 * width :][: groups + 1]
+        picked = self._buffer[4 * width + starts :]
+        ar = shape.rows + own.groups_ar * own.rows_ar, shape.groups + own.groups_ar
+        prompts = Rows(
+            *fields[:, : shape.rows], group_start[: shape.groups + 1], shape.rows, shape.groups, shape.tallest
+        )
+        self.own = fixed_rows(own, fields[:, shape.rows :])
+        parts = (prompts, self.own) if own.num_rows else ()
+        self.rows = Rows(*fields, group_start, *ar, max(shape.tallest, self.own.max_group_rows), parts)
+        self.logit_rows = picked if picked.numel() else None
+
+        self._fields = self._host[: 4 * width].reshape(4, width)[:, :n]
+        self._fields[1] = -1
+        host_starts = self._host[4 * width :][: groups + 1]
+        self._group_start = host_starts[: shape.groups + 1]
+        host_starts[shape.groups :] = shape.rows + np.array(own.starts())
+        host_picked = self._host[4 * width + starts :]
+        host_picked[: len(own_picked)] = shape.rows + np.array(own_picked, dtype=np.int32)
+        self._picked = host_picked[len(own_picked) :]
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.nbytes
+
+    def load(self, chunks: list[Chunk], picked: list[int]) -> None:
+        """The next pass is of these; ``picked`` are the rows that choose. A cycle's own rows have to be staged anew."""
+        lay_out(chunks, self._fields[:, : self.shape.rows], self._group_start)
+        self._picked[: len(picked)] = picked
+        self._buffer.copy_(torch.from_numpy(self._host), non_blocking=True)  # pageable: staged before it returns
+
+
 class PrefillPass(Recorded):
     """A pass of one shape over static buffers: :meth:`load`, then :meth:`run`.
 
     Attributes:
-        rows: all AR. picked: int32 ``[chosen]``, the rows that choose a token; None if there are none.
+        prompts: its rows.
         out: ``(value, id)``, of ``chosen`` rows: fp32 logits, shared by all passes (id None), or partial maxima.
     """
 
@@ -65,18 +142,8 @@ class PrefillPass(Recorded):
     ):  # fmt: skip
         self.model, self.kv, self.activations, self.workspace = model, kv, activations, workspace
         self.max_seq_len, self.shape = max_seq_len, shape
-        self.what, self._warm = f"prefill of {shape.rows} rows", False
-        n, width = shape.rows, -(-shape.rows // 4) * 4  # every array begins at a multiple of 16 bytes: see empty_rows
-        at = 4 * width + -(-(shape.groups + 1) // 4) * 4
-        self._buffer = torch.zeros(at + shape.chosen, dtype=torch.int32, device=model.device)
-        self._host = np.zeros(self._buffer.shape, dtype=np.int32)
-        token, position, seq, prefix_len = self._buffer[: 4 * width].view(4, width)[:, :n]
-        group_start = self._buffer[4 * width :][: shape.groups + 1]
-        self.rows = Rows(token, position, seq, prefix_len, group_start, n, shape.groups, shape.tallest)
-        self._fields = self._host[: 4 * width].reshape(4, width)[:, :n]
-        self._group_start = self._host[4 * width :][: shape.groups + 1]
-        self._picked = self._host[at:]
-        self.picked = self._buffer[at:] if shape.chosen else None
+        self.what, self.prompts = f"prefill of {shape.rows} rows", PromptRows(shape, model.device)
+        self.load = self.prompts.load
         if shape.scored:
             self.out = activations.logits(shape.chosen), None
         else:
@@ -85,13 +152,7 @@ class PrefillPass(Recorded):
     @property
     def nbytes(self) -> int:
         """Of what it has for itself."""
-        return self._buffer.nbytes + (0 if self.shape.scored else sum(t.nbytes for t in self.out))
-
-    def load(self, chunks: list[Chunk], picked: list[int]) -> None:
-        """The next :meth:`run` is of these; ``picked`` are the rows that choose."""
-        lay_out(chunks, self._fields, self._group_start)
-        self._picked[: len(picked)] = picked
-        self._buffer.copy_(torch.from_numpy(self._host), non_blocking=True)  # pageable: staged before it returns
+        return self.prompts.nbytes + (0 if self.shape.scored else sum(t.nbytes for t in self.out))
 
     def used_ops(self) -> tuple[str, ...]:
         return dispatch.OPS_BEFORE_LOGITS
@@ -100,20 +161,10 @@ class PrefillPass(Recorded):
         """From embedding to logits or partial maxima; keys and values land in the cache."""
         epilogue, out = ("logits", self.out[0]) if self.shape.scored else ("argmax", self.out)
         forward(
-            self.model, self.kv, self.rows, self.activations, self.workspace, logit_rows=self.picked,
-            epilogue=epilogue, out=out, max_seq_len=self.max_seq_len,
+            self.model, self.kv, self.prompts.rows, self.activations, self.workspace,
+            logit_rows=self.prompts.logit_rows, epilogue=epilogue, out=out, max_seq_len=self.max_seq_len,
         )  # fmt: skip
 
-    @property
-    def records(self) -> bool:
-        """Whether the next :meth:`run` does."""
-        return self._warm and not self.recorded
-
     def run(self) -> None:
-        """A replay from the second time on: not every shape comes again, and the first time warms the kernels up.
-        Where passes are not kept there is no second time.
-        """
-        if self.records:
-            self.record()
-        (self._replay or self.run_eager)()
-        self._warm = True
+        """Where passes are not kept there is no second time."""
+        self.run_again()

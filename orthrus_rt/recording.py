@@ -33,6 +33,7 @@ class Recorded:
     workspace: Workspace
     graph_bytes = 0
     _replay: Callable[[], None] | None = None
+    _warm = False
 
     def run_eager(self) -> None:
         """Op by op."""
@@ -46,6 +47,18 @@ class Recorded:
     def recorded(self) -> bool:
         """Whether it is replayed; until then it takes longer than it will."""
         return self._replay is not None
+
+    @property
+    def records(self) -> bool:
+        """Whether the next :meth:`run_again` does."""
+        return self._warm and not self.recorded
+
+    def run_again(self) -> None:
+        """A replay from the second time on, where not every shape comes again: the first time warms the kernels up."""
+        if self.records:
+            self.record()
+        (self._replay or self.run_eager)()
+        self._warm = True
 
     def record(self) -> None:
         """Replay from now on. Where there is no memory for a recording, a warning says so, and it runs op by op for

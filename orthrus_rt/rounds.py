@@ -18,6 +18,7 @@ from orthrus_rt.kv import OutOfPages
 from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.metrics import Metrics
 from orthrus_rt.outbox import Outbox
+from orthrus_rt.prefill import Chunks
 from orthrus_rt.request import Request
 from orthrus_rt.results import Result
 from orthrus_rt.runner import Flight, Runner
@@ -81,12 +82,16 @@ class Rounds:
         return not self.scheduler.waiting and not any(self.scheduler.slots)
 
     def _advance(self) -> None:
-        """One round: a cycle for those that decode, and prompts into the cache; after each, read what has arrived."""
+        """One round: a cycle for those that decode and prompts into the cache, in one if they can be; then read what
+        has arrived.
+        """
         with contextlib.suppress(RequestFailed), whole(self), self.metrics.busy():
             before = self.runner.num_posted
-            self._decode()
-            self._collect_but(before)  # whoever has ended leaves room for a prompt
-            self._prefill()
+            running = self._ready()
+            if running:
+                self._decode(running)
+            else:
+                self._prefill(self._chunks(runner_module.PREFILL_CHUNK))
             self._collect_but(before)
             auto = self._autos.get(self._plan)
             for kind, seconds in self.runner.stopwatch.take():
@@ -94,19 +99,31 @@ class Rounds:
                 if kind == "prefill" and auto:
                     auto.policy.prefilled(seconds)
 
-    def _decode(self) -> None:
+    def _ready(self) -> list[Request]:
+        """Those that decode, with pages for a cycle, in the lowest slots together with those that will."""
         for request in self.scheduler.active:
             if request.decoding:
                 self._grow(request)
         running = [r for r in self.scheduler.active if r.decoding]
-        if not running:
-            return
-        for source, target in self.scheduler.compact():
-            self.runner.move(source, target)
+        if running:
+            for source, target in self.scheduler.compact():
+                self.runner.move(source, target)
+        return running
+
+    def _decode(self, running: list[Request]) -> None:
         auto = self._autos.get(self._plan)
         plan, policy = auto.choose(running) if auto else (self._plan, None)
+        room = self.runner.room_beside(plan, 1 + max(r.slot for r in running))
+        chunks = self._chunks(room or runner_module.PREFILL_CHUNK)
+        prompts = [request for request, _ in chunks]
+        if chunks and room and not any(r.rejection for r in running + prompts):
+            with self._or_end(running + prompts):
+                self.runner.decode_and_prefill(running, plan, policy, chunks)
+            self._count(chunks)
+            return
         with self._or_end(running):
             self.runner.decode(running, plan, policy)
+        self._prefill(chunks)
 
     @property
     def _margin(self) -> int:
@@ -138,12 +155,12 @@ class Rounds:
                 self.runner.begin(request)
             yield request
 
-    def _chunks(self) -> list[tuple[Request, list[int]]]:
-        """What the next prefill pass takes: PREFILL_CHUNK tokens, the first requests' first. A request is admitted only
+    def _chunks(self, room: int) -> Chunks:
+        """What the next pass with prompts takes: ``room`` tokens, the first requests' first. A request is admitted only
         if there is room; it may share pages that those before it fill in this very pass, as keys are written before
         anything attends to them.
         """
-        chunks, room = [], runner_module.PREFILL_CHUNK
+        chunks = []
         for request in self._prompts():
             end = min(request.prefilled + room, len(request.to_prefill))
             chunks.append((request, request.to_prefill[request.prefilled : end]))
@@ -153,12 +170,14 @@ class Rounds:
                 break
         return chunks
 
-    def _prefill(self) -> None:
-        chunks = self._chunks()
+    def _prefill(self, chunks: Chunks) -> None:
         if not chunks:
             return
         with self._or_end([request for request, _ in chunks]):
             self.runner.prefill(chunks)
+        self._count(chunks)
+
+    def _count(self, chunks: Chunks) -> None:
         for request, tokens in chunks:
             self.metrics.prefilled(len(tokens), request.count_prompt())
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 
@@ -21,9 +20,9 @@ from orthrus_rt.graph import COUPLED, Cycle, Pass
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.model import Activations, Model, Workspace, forward
-from orthrus_rt.plan import Rows, prefill_rows
+from orthrus_rt.plan import prefill_rows
 from orthrus_rt.policy import Policy
-from orthrus_rt.prefill import PrefillPass, PrefillShape, round_up
+from orthrus_rt.prefill import Chunks, PrefillPass, PrefillShape, Prompts, round_up
 from orthrus_rt.reference import first_argmax
 from orthrus_rt.request import Request
 from orthrus_rt.results import SlotResults
@@ -31,8 +30,8 @@ from orthrus_rt.sampling import MAX_LOGIT_BIAS
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState
 from orthrus_rt.stopwatch import Stopwatch, Stretch
 
-PREFILL_CHUNK = 512  # prompt tokens per prefill pass, of one prompt or of several
-KEPT_PREFILLS = 64
+PREFILL_CHUNK = 512  # prompt tokens per pass, of one prompt or of several, and rows of a cycle beside them
+KEPT_PREFILLS = 64  # recordings of passes with prompts
 _kept: list[SlotResults] = []  # of devices that have failed
 
 
@@ -80,7 +79,7 @@ class Runner:
         self._cycles: dict[tuple, Cycle] = {}
         # Not on the CPU, where every row of padding costs its arithmetic.
         self.records_prefill = model.device.type == "cuda" and dispatch.row_invariant(model.device, model.dtype)
-        self._prefills: dict[PrefillShape, PrefillPass] = {}
+        self._prefills: dict[tuple, PrefillPass | Cycle] = {}  # those used last at the end
         self._mailboxes: list[SlotResults] = []
         self.activations: Activations | None = None
         self.make_room(shapes)
@@ -96,7 +95,7 @@ class Runner:
         decoded, rows_diff, groups = room
         rows = max(min(PREFILL_CHUNK, self.num_slots * self.max_seq_len), decoded)
         with naming_the_knobs(f"making room for {decoded} rows a pass"):
-            activations = Activations(self.model, rows, rows_diff, max_logit_rows=decoded)
+            activations = Activations(self.model, rows, rows_diff, max_logit_rows=decoded + self.num_slots)
             workspace = Workspace.allocate(self.model, max_rows=rows, max_groups=groups, max_seq_len=self.max_seq_len)
         self.drop_cycles()  # they know the old buffers
         self.activations, self.workspace, self._room = activations, workspace, room
@@ -119,18 +118,35 @@ class Runner:
         """Slots of the cycles that ``num_slots`` sequences run in: the next power of two, or all there are."""
         return min(1 << (num_slots - 1).bit_length(), self.num_slots)
 
-    def cycle(self, plan: CyclePlan, num_slots: int, sampling: SlotSampling | None = None) -> Cycle:
-        """The cycle of ``num_slots`` slots' batch bucket; built on first use."""
+    def cycle(
+        self, plan: CyclePlan, num_slots: int, sampling: SlotSampling | None = None, shape: PrefillShape | None = None
+    ) -> Cycle:
+        """The cycle of ``num_slots`` slots' batch bucket; built on first use. With prompts of a ``shape`` as
+        :meth:`_kept` says.
+        """
         bucket = self.bucket(num_slots)
-        key = (plan, bucket, sampling is not None, sampling is not None and sampling.edits is not None)
-        if key not in self._cycles:
+
+        def build(shape: PrefillShape | None) -> Cycle:
             with naming_the_knobs(f"building the {plan.mode} cycle of {bucket} slots"):
-                self._cycles[key] = Cycle(
+                return Cycle(
                     self.model, self.kv, self.state.view(slice(0, bucket)), plan,
                     sampling=sampling, activations=self.activations, workspace=self.workspace,
-                    max_seq_len=self.max_seq_len,
+                    max_seq_len=self.max_seq_len, shape=shape,
                 )  # fmt: skip
+
+        key = (plan, bucket, sampling is not None, sampling is not None and sampling.edits is not None)
+        if shape is not None:
+            return self._kept(shape, self.activations.hidden.shape[0] - bucket * plan.max_rows, key, build)
+        if key not in self._cycles:
+            self._cycles[key] = build(None)
         return self._cycles[key]
+
+    def room_beside(self, plan: CyclePlan, num_slots: int) -> int:
+        """Prompt tokens that a cycle's last pass can take along. None where its own rows are many: they are bound by
+        arithmetic, and a prompt would trickle.
+        """
+        room = min(PREFILL_CHUNK, self.activations.hidden.shape[0]) - self.bucket(num_slots) * plan.max_rows
+        return room if 2 * room >= PREFILL_CHUNK else 0
 
     @property
     def graph_bytes(self) -> int:
@@ -191,66 +207,70 @@ class Runner:
         self.clear(source)
 
     @nvtx.ranged("prefill")
-    def prefill(self, chunks: list[tuple[Request, list[int]]]) -> None:
-        """Push these tokens through the AR view, in one pass.
-
-        A prompt's last row is, to consensus, a verification without drafts: its choice is the first known token. A
-        resumed request knows that token already.
-        """
-        laid = [(tokens, r.prefilled, r.slot) for r, tokens in chunks]
-        for request, tokens in chunks:
-            request.prefilled += len(tokens)
-        ends = accumulate(len(tokens) for _, tokens in chunks)
-        last_row = {r: end - 1 for (r, _), end in zip(chunks, ends, strict=True) if r.decoding}
-        choosing = [r for r in last_row if not r.tokens]
-        sizes = [len(tokens) for _, tokens in chunks]
-        scored = self._sampling(choosing) is not None
-        shape = PrefillShape(sum(sizes), len(chunks), max(sizes), len(choosing), scored)
-        this = self._prefill_pass(shape)
-        this.load(laid, [last_row[r] for r in choosing])
+    def prefill(self, chunks: Chunks) -> None:
+        """Push these tokens through the AR view, in one pass."""
+        prompts = Prompts(chunks)
+        this = self._prefill_pass(prompts.shape(self._sampling(prompts.choosing) is not None))
+        this.load(prompts.laid, prompts.picked)
         with self.stopwatch.time("recording" if this.records else "prefill"):
             this.run()
-        for request in last_row:
-            put(self.state.finish, request.slot, st.RUNNING)
-            if request.tokens:
-                put(self.state.block_tokens[request.slot], 0, request.tokens[-1])
-        if choosing:
-            n = len(choosing)
-            self._first_choices(
-                choosing, this.rows, this.picked[:n], tuple(t if t is None else t[:n] for t in this.out)
-            )
-            self._post([(r.slot, r) for r in choosing], None)
+        if prompts.choosing:
+            partials = self._score(prompts.choosing, this)
+        self._take_prompts(prompts, partials if prompts.choosing else None)
 
-    def _first_choices(self, requests: list[Request], rows: Rows, picked: torch.Tensor, out) -> None:
-        """First tokens from ``out``, a row each."""
-        value, by_rejection = out[0], {}
+    def _score(self, requests: list[Request], this: PrefillPass) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Partial maxima of these requests' first choices, from what a prefill pass gave."""
+        n, by_rejection = len(requests), {}
+        value, index = (t if t is None else t[:n] for t in this.out)
         for i, request in enumerate(requests):
             if request.rejection:  # before the logits are processed in place
                 by_rejection[i] = _verify(request, value[i : i + 1], [], len(request.prompt))
         if sampling := self._sampling(requests):
-            out = st.empty_partials(len(requests), st.num_score_tiles(value.shape[1]), value.device)
-            ops.process_logits(value, rows, picked, sampling, self.state.cache_seqlens, COUPLED, out)
-        for i, request in enumerate(requests):
-            partials = tuple(t[i : i + 1] for t in out)
-            if i in by_rejection:
-                partials = out[0][i : i + 1].amax(1, keepdim=True), by_rejection[i].to(value.device)[:, None]
-            view = self.state.view(slice(request.slot, request.slot + 1))
-            ops.consensus(view, partials, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id, 1)
+            logits = value
+            value, index = out = st.empty_partials(n, st.num_score_tiles(logits.shape[1]), logits.device)
+            rows, picked = this.prompts.rows, this.prompts.logit_rows[:n]
+            ops.process_logits(logits, rows, picked, sampling, self.state.cache_seqlens, COUPLED, out)
+        partials = [(value[i : i + 1], index[i : i + 1]) for i in range(n)]
+        for i, choice in by_rejection.items():
+            partials[i] = partials[i][0].amax(1, keepdim=True), choice.to(value.device)[:, None]
+        return partials
+
+    def _take_prompts(self, prompts: Prompts, partials) -> None:
+        """Prompts whose last row went through decode from now on.
+
+        That row is, to consensus, a verification without drafts: its choice is the first known token. A resumed request
+        knows that token already.
+        """
+        for request in prompts.ended:
+            put(self.state.finish, request.slot, st.RUNNING)
+            if request.tokens:
+                put(self.state.block_tokens[request.slot], 0, request.tokens[-1])
+        if prompts.choosing:
+            for request, mine in zip(prompts.choosing, partials, strict=True):
+                view = self.state.view(slice(request.slot, request.slot + 1))
+                ops.consensus(view, mine, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id, 1)
+            self._post([(r.slot, r) for r in prompts.choosing], None)
 
     def _prefill_pass(self, shape: PrefillShape) -> PrefillPass:
-        """Of this shape, or, where prefills are recorded, of the next that is: the one kept, if it is among the
-        KEPT_PREFILLS used last.
-        """
-        if self.records_prefill:
-            shape = shape.padded(self.activations.hidden.shape[0], self.num_slots)
-        this = self._prefills.pop(shape, None)
-        if this is None:
+        def build(shape: PrefillShape) -> PrefillPass:
             with naming_the_knobs("preparing a prefill"):
-                this = PrefillPass(self.model, self.kv, self.activations, self.workspace, self.max_seq_len, shape)
-        if self.records_prefill:
-            self._prefills[shape] = this
-            if len(self._prefills) > KEPT_PREFILLS:
-                del self._prefills[next(iter(self._prefills))]
+                return PrefillPass(self.model, self.kv, self.activations, self.workspace, self.max_seq_len, shape)
+
+        return self._kept(shape, self.activations.hidden.shape[0], (), build)
+
+    def _kept(self, shape: PrefillShape, max_rows: int, key: tuple, build):
+        """What ``build`` makes for this shape, or, where recordings are kept, for the next of the few that are: the one
+        kept, if it is among the KEPT_PREFILLS used last.
+        """
+        if not self.records_prefill:
+            this = build(shape)
+            this.record()  # each op's Python runs three times as fast here as behind an op that swept the caches
+            return this
+        shape = shape.padded(max_rows, self.num_slots)
+        key = (shape, *key)
+        self._prefills[key] = this = self._prefills.pop(key, None) or build(shape)
+        if len(self._prefills) > KEPT_PREFILLS:
+            del self._prefills[next(iter(self._prefills))]
         return this
 
     def warm_up_prefills(self) -> None:
@@ -279,6 +299,19 @@ class Runner:
         finally:
             self.kv.release(0)
         return out[0]
+
+    def decode_and_prefill(self, requests: list[Request], plan: CyclePlan, policy: Policy | None, chunks: Chunks):
+        """Both in one, of requests none of which is by rejection: prompts' tokens go through the cycle's last pass."""
+        prompts = Prompts(chunks)
+        sampling = self._sampling(requests + prompts.choosing)
+        shape = prompts.shape(sampling is not None)
+        cycle = self.cycle(plan, 1 + max(r.slot for r in requests), sampling, shape)
+        cycle.load(prompts.laid, prompts.picked)
+        with self.stopwatch.time("recording" if cycle.records else "mixed_cycle"):
+            cycle.run()
+        self._post([(r.slot, r) for r in requests], plan, None, policy)
+        value, index = cycle.first_choices
+        self._take_prompts(prompts, [(value[i : i + 1], index[i : i + 1]) for i in range(len(prompts.choosing))])
 
     def decode(self, requests: list[Request], plan: CyclePlan, policy: Policy | None = None) -> None:
         """Launch one cycle for the running slots, which ``requests`` hold; ``policy``: who chose the plan, if any."""

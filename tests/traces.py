@@ -50,19 +50,22 @@ class Tap:
         self.engine, self.keep = engine, keep
         self.traces: dict[int, tuple[object, Trace]] = {}  # by the request's Stats, which its output carries
         self.replays = self.eager_cycles = 0
+        self._before_prompts = 0  # logits of the last pass that are slots', before those of prompts' ends
 
     @contextlib.contextmanager
     def open(self):
         tap, runner, scheduler = self, self.engine.runner, self.engine.scheduler
-        run, first_choices, vacate = Cycle.run, runner._first_choices, scheduler.vacate
+        run, take_prompts, vacate = Cycle.run, runner._take_prompts, scheduler.vacate
 
         def tapped_run(cycle):
             tap._cycle(cycle, run)
 
-        def tapped_first_choices(requests, *args):
-            for request, row in zip(requests, tap._logits(len(requests)), strict=True):
+        def tapped_take_prompts(prompts, *args):
+            before, tap._before_prompts = tap._before_prompts, 0
+            logits = tap._logits(before + len(prompts.choosing))[before:]
+            for request, row in zip(prompts.choosing, logits, strict=True):
                 tap._keep(request, 0, row)
-            return first_choices(requests, *args)
+            return take_prompts(prompts, *args)
 
         def tapped_vacate(request):
             if request.finish_reason is not None:
@@ -71,7 +74,7 @@ class Tap:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Cycle, "run", tapped_run)
-            patch.setattr(runner, "_first_choices", tapped_first_choices)
+            patch.setattr(runner, "_take_prompts", tapped_take_prompts)
             patch.setattr(scheduler, "vacate", tapped_vacate)
             yield self
 
@@ -99,13 +102,16 @@ class Tap:
         before, running = state.cache_seqlens.tolist(), (state.finish == st.RUNNING).tolist()
         replayed = cycle._replay is not None and cycle._replay != cycle.run_eager
         run(cycle)
-        self.replays += replayed
-        self.eager_cycles += not replayed
+        if cycle.prompts is None:
+            self.replays += replayed
+            self.eager_cycles += not replayed
         verify = cycle.passes[-1]
         logits = self._logits(len(verify.logit_rows))
         if cycle.sampling is None:
-            check_partials(verify.partials, logits)
-        logits = logits[verify.logit_rows < verify.rows.num_rows_ar]
+            check_partials(verify.out, logits)
+        own = len(verify.partials[0])
+        self._before_prompts = own if cycle.prompts else 0
+        logits = logits[:own][verify.logit_rows[:own] < verify.rows.num_rows_ar]
         per_slot = len(logits) // state.num_slots
         for slot, after in enumerate(state.cache_seqlens.tolist()):
             for i in range(after - before[slot] if running[slot] else 0):
@@ -139,9 +145,9 @@ def eager_cycles(engine: Engine):
     """Every cycle runs op by op; none is recorded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Cycle, "_record", lambda cycle: cycle.run_eager)
-        engine.runner._cycles.clear()
+        engine.runner.drop_cycles()
         yield
-    engine.runner._cycles.clear()
+    engine.runner.drop_cycles()
 
 
 @contextlib.contextmanager

@@ -132,7 +132,7 @@ def test_who_needs_the_memory_ends_whoever_came_later(folder, alone, monkeypatch
 def test_a_prefill_pass_is_the_fault_of_nobody_outside_it(folder, alone, monkeypatch):
     engine = make(folder)
     monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 16)
-    refuse(PrefillPass, "run", monkeypatch, lambda this: this.rows.num_rows == 16)
+    refuse(PrefillPass, "run", monkeypatch, lambda this: this.prompts.rows.num_rows == 16)
     long, short = engine.submit([7] * 40, GREEDY), engine.submit([1, 2], GREEDY)
     got, errors = drain(engine)
     assert len(errors) == 1 and (got[long], got[short]) == (([], "error"), (alone([1, 2], GREEDY), "length"))

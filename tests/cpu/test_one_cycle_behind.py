@@ -229,12 +229,14 @@ def test_auto_learns_costs_and_acceptance_a_cycle_late(late, alone):
     assert not engine._autos[engine._plan].policy._pending
 
 
-def test_whoever_ends_makes_room_in_the_step_that_tells_so(late):
+def test_whoever_ends_makes_room_for_the_next_pass(late):
     engine = late(max_batch_size=1)
     first, second = (engine.submit([i], SamplingParams(max_new_tokens=9, ignore_eos=True)) for i in (1, 2))
     told = {}
     while first not in told or not told[first].finished:
         told = {out.request_id: out for out in engine.step()}
+    assert second not in told and engine.scheduler.slots == [None]
+    told = {out.request_id: out for out in engine.step()}
     (running,) = engine.scheduler.slots
     assert second not in told and running.request_id == second and running.decoding  # prefilled, not read yet
 

@@ -163,7 +163,7 @@ def test_no_more_are_kept_than_some(make, monkeypatch):
     engine = make(True)
     for length in (3, 20, 3, 40):
         engine.generate([1] * length, GREEDY)
-    assert [shape.rows for shape in engine.runner._prefills] == [16, 64]
+    assert [shape.rows for (shape,) in engine.runner._prefills] == [16, 64]
 
 
 def test_a_warm_up_records_the_prompts_by_themselves(make, monkeypatch):
@@ -172,7 +172,7 @@ def test_a_warm_up_records_the_prompts_by_themselves(make, monkeypatch):
     engine.kv.pages.fill_(torch.nan)
     engine.warmup()
     assert bool(engine.kv.pages[:, :, 1:].isnan().all())
-    assert [shape.rows for shape in engine.runner._prefills] == [16, 32, 64, 128, 256, 384, 512, 512]
+    assert [shape.rows for (shape,) in engine.runner._prefills] == [16, 32, 64, 128, 256, 384, 512, 512]
     prompts = [[5] * 3, [6] * 70, [7] * 200]
     want = [make(False).generate(prompt, GREEDY).token_ids for prompt in prompts]
     monkeypatch.setattr("orthrus_rt.prefill.forward", None)  # nothing runs op by op

@@ -1,0 +1,188 @@
+"""Prompts that go through the last pass of a cycle, beside the rows of those who decode: one read of the weights."""
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch, ops
+from orthrus_rt.engine import Engine
+from orthrus_rt.graph import Cycle
+from orthrus_rt.plan import Layout
+from orthrus_rt.prefill import PrefillShape, PromptRows
+from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints
+from tests.traces import Tap, assert_same, decode, digest
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+GREEDY = SamplingParams(20, ignore_eos=True)
+SAMPLED = SamplingParams(20, temperature=0.8, seed=1, ignore_eos=True)
+EDITED = SamplingParams(20, temperature=0.7, seed=3, frequency_penalty=0.5, logit_bias={5: 1.0}, min_tokens=20)
+JOBS = [
+    ([1, 2, 3], GREEDY),
+    ([4] * 70, SAMPLED),
+    ([5, 6], EDITED),
+    ([7] * 130, GREEDY),
+    ([8], SAMPLED),
+    ([9] * 9, GREEDY),
+]
+MODES = {"ar": {}, "two_pass": {"draft_len": 5}, "one_pass": {"draft_len": 3, "fan_out": 2}, "auto": {}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), dtype=torch.bfloat16, diff_noise=0.05))
+
+
+@pytest.fixture
+def make(folder):
+    def make(records=False, **kwargs):
+        how = dict(device="cpu", mode="two_pass", max_seq_len=256, max_batch_size=4, prefix_caching=False) | kwargs
+        engine = Engine.from_pretrained(folder, **how)
+        engine.runner.records_prefill = records
+        return engine
+
+    return make
+
+
+def count(engine, kind):
+    return engine.metrics.times.get(kind, (0, 0.0))[0]
+
+
+def arriving(engine, jobs, every):
+    """Traces of requests of which one arrives every so many steps."""
+    traces = {}
+    with Tap(engine, digest).open() as tap:
+        waiting, steps = list(jobs), 0
+        while waiting or engine.has_unfinished():
+            if waiting and steps % every == 0:
+                traces[engine.submit(*waiting.pop(0))] = None
+            steps += 1
+            for out in engine.step():
+                traces[out.request_id] = trace = tap._trace(out)
+                trace.tokens += out.new_token_ids
+    return list(traces.values())
+
+
+@pytest.mark.parametrize("records", (False, True), ids=("taped at once", "kept"))
+@pytest.mark.parametrize("mode", MODES)
+def test_whoever_arrives_changes_no_bit(make, mode, records):
+    """Greedy, sampled and edited beside each other: tokens, logits and cache of each as alone, and the same drafts."""
+    prompts, params = (list(column) for column in zip(*JOBS, strict=True))
+    lonely = make(mode=mode, **MODES[mode])
+    alone = decode(lonely, prompts, params)
+    engine = make(records, mode=mode, **MODES[mode])
+    for every in (1, 2, 3):
+        before = count(engine, "mixed_cycle")
+        assert_same(arriving(engine, JOBS, every), alone, (mode, every))
+        assert count(engine, "mixed_cycle") > before
+    kept = [known for known in engine.runner._prefills.values() if isinstance(known, Cycle)]
+    assert any(known.recorded for known in kept) == records
+    if mode in ("ar", "two_pass"):
+        each, of = ({"ar": (1, 1), "two_pass": (1.5, 6)}[mode]), engine.metrics
+        assert (
+            each[0] <= sum((n + 1) * times for n, times in of.accepted.items()) / sum(of.accepted.values()) <= each[1]
+        )
+
+
+def test_one_cycle_does_both(make):
+    engine = make()
+    first = engine.submit([1, 2, 3], GREEDY)
+    engine.step()
+    passes, second = engine.metrics.passes, engine.submit([4, 5], GREEDY)
+    told = {out.request_id: out.new_token_ids for out in engine.step()}
+    assert engine.metrics.passes == passes + 2 and len(told[first]) >= 1 and len(told[second]) == 1
+    assert (count(engine, "prefill"), count(engine, "mixed_cycle")) == (1, 1)
+
+
+def test_a_long_prompt_takes_what_room_there_is(make, monkeypatch):
+    """Its rows and those of the cycle are no more than a prefill pass has; decoding does not stop meanwhile."""
+    monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 32)
+    engine = make(mode="ar")
+    want = make().generate([5] * 100, GREEDY).token_ids
+    first = engine.submit([1, 2, 3], SamplingParams(60, ignore_eos=True))
+    engine.step()
+    second, tokens, rows = engine.submit([5] * 100, GREEDY), {}, []
+    load = PromptRows.load
+    monkeypatch.setattr(PromptRows, "load", lambda this, *args: rows.append(this.rows.num_rows) or load(this, *args))
+    while engine.has_unfinished():
+        for out in engine.step():
+            tokens.setdefault(out.request_id, []).extend(out.new_token_ids)
+        if second not in tokens:
+            assert len(tokens[first]) == len(rows)  # a token for every chunk
+    assert rows == [32, 32, 32, 8] and tokens[second] == want
+
+
+@pytest.mark.parametrize("why", ("many rows", "rejection runs", "rejection arrives"))
+def test_passes_of_their_own(make, monkeypatch, why):
+    """Where the cycle's rows leave no room, and beside choices that the host makes."""
+    rejection = SamplingParams(20, temperature=0.8, seed=1, ignore_eos=True, acceptance="rejection")
+    if why == "many rows":
+        monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 8)
+    one, two = {"many rows": (GREEDY,) * 2, "rejection runs": (rejection, GREEDY)}.get(why, (GREEDY, rejection))
+    want = [make().generate(*job).token_ids for job in (([1, 2], one), ([3, 4], two))]
+    engine = make()
+    ids, tokens = [engine.submit([1, 2], one)], {}
+    engine.step()
+    ids.append(engine.submit([3, 4], two))
+    while engine.has_unfinished():
+        for out in engine.step():
+            tokens.setdefault(out.request_id, []).extend(out.new_token_ids)
+    assert want[0][1:] == tokens[ids[0]] and want[1] == tokens[ids[1]]
+    assert (count(engine, "prefill"), count(engine, "mixed_cycle")) == (2, 0)
+
+
+def test_the_third_of_a_kind_runs_no_python_per_op(make, monkeypatch):
+    """Where they are kept: once op by op, once while it is recorded, then replays."""
+    engine, calls, real = make(True, mode="ar"), [], ops.embed
+    engine.submit([1, 2, 3], SamplingParams(100, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    monkeypatch.setattr(ops, "embed", lambda *args: calls.append(args) or real(*args))
+    for length, want in ((5, 1), (16, 2), (9, 2), (17, 3), (3, 3), (31, 4), (20, 4)):
+        engine.submit([7] * length, SamplingParams(1, ignore_eos=True))
+        engine.step()
+        engine.step()
+        assert len(calls) == want
+    assert (count(engine, "mixed_cycle"), len(engine.runner._prefills)) == (5, 3)  # and the first prompt's
+    assert engine.memory_report()["cycles"] >= sum(known.nbytes for known in engine.runner._prefills.values()) > 0
+
+
+def test_without_memory_a_newcomer_ends_alone(make, monkeypatch):
+    engine, init = make(), Cycle.__init__
+    want = make().generate([1, 2, 3], GREEDY).token_ids
+
+    def refuse(cycle, *args, shape=None, **kwargs):
+        if shape is not None and shape.rows > 4:
+            raise torch.OutOfMemoryError("injected")
+        init(cycle, *args, shape=shape, **kwargs)
+
+    monkeypatch.setattr(Cycle, "__init__", refuse)
+    first, got = engine.submit([1, 2, 3], GREEDY), {}
+    engine.step()
+    others = [engine.submit([4] * n, GREEDY) for n in (3, 9)]
+    while engine.has_unfinished():
+        for out in engine.step():
+            tokens, _ = got.get(out.request_id, ([], None))
+            got[out.request_id] = tokens + out.new_token_ids, out.finish_reason
+    assert got[first] == (want[1:], "length") and got[others[1]] == ([], "error") and got[others[0]][1] == "length"
+    assert engine.kv.num_free_pages == engine.kv.num_pages - 1
+
+
+def test_rows_of_prompts_before_a_cycles_own():
+    """Groups and positions of all, and of both parts; a load leaves nothing of the one before."""
+    shape, own = PrefillShape(rows=8, groups=3, tallest=5, chosen=2, scored=False), Layout(2, 2, 1, 3)
+    this = PromptRows(shape, "cpu", own, [0, 1, 4])
+    this.own.position.fill_(7)
+    this.load([([5, 6, 7], 10, 1), ([8, 9], 0, 0)], [2, 4])
+    rows, (prompts, mine) = this.rows, this.rows.parts
+    assert rows.token[:8].tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
+    assert rows.position[:8].tolist() == [10, 11, 12, 0, 1, -1, -1, -1]
+    assert rows.prefix_len[:8].tolist() == [11, 12, 13, 1, 2, 0, 0, 0] and rows.seq[:5].tolist() == [1, 1, 1, 0, 0]
+    assert rows.group_start.tolist() == [0, 3, 5, 8, 10, 12, 15]
+    assert (rows.num_rows_ar, rows.num_groups_ar, rows.num_rows_diff, rows.max_group_rows) == (12, 5, 3, 5)
+    assert prompts.group_start.tolist() == [0, 3, 5, 8] and prompts.num_rows_ar == prompts.num_rows == 8
+    assert mine is this.own and mine.group_start.tolist() == [0, 2, 4, 7] and mine.num_rows_diff == 3
+    assert mine.position.tolist() == [-1] * 7  # to be staged anew
+    assert this.logit_rows.tolist() == [8, 9, 12, 2, 4]
+    this.load([([1], 0, 2)], [0])
+    assert rows.position[:8].tolist() == [0] + [-1] * 7 and rows.group_start[:4].tolist() == [0, 1, 1, 8]
