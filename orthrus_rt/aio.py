@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import RequestOutput
@@ -26,7 +28,10 @@ class AsyncEngine:
     def __init__(self, engine: Engine):
         self.engine = engine
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="orthrus")
-        self._queues: dict[str, asyncio.Queue] = {}  # of streams that wait for more
+        # Of streams that wait for more, by the engine's own name of each: the caller's is free again as soon as its
+        # stream has ended, while in the engine an aborted request is there until the next step.
+        self._waiting: dict[str, tuple[str, asyncio.Queue]] = {}
+        self._numbers = itertools.count(1)
         self._loop_task: asyncio.Task | None = None
         self._closing: asyncio.Future | None = None
 
@@ -49,12 +54,12 @@ class AsyncEngine:
         return self._stream(prompt_ids, params, request_id or uuid.uuid4().hex)
 
     async def _stream(self, prompt_ids, params, request_id: str) -> AsyncIterator[RequestOutput]:
-        if request_id in self._queues:
+        if any(name == request_id for name, _ in self._waiting.values()):
             raise ValueError(f"request_id must be unused, got {request_id!r} twice")
-        queue = self._queues[request_id] = asyncio.Queue()
-        finished = False
+        known_as, queue, finished = f"{request_id}#{next(self._numbers)}", asyncio.Queue(), False
+        self._waiting[known_as] = request_id, queue
         try:
-            submitted = self._call(self.engine.submit, prompt_ids, params, request_id)
+            submitted = self._call(self.engine.submit, prompt_ids, params, known_as)
             if self._loop_task is None or self._loop_task.done():
                 self._loop_task = asyncio.create_task(self._pump())
             await submitted
@@ -63,12 +68,12 @@ class AsyncEngine:
                 if isinstance(output, BaseException):
                     raise output
                 finished = output.finished
-                yield output
+                yield replace(output, request_id=request_id)
         finally:
-            unfinished = self._queues.pop(request_id, None) is not None
+            unfinished = self._waiting.pop(known_as, None) is not None
             if unfinished and self._closing is None:
                 # Not awaited: the stream may be closing because its task was cancelled.
-                self._worker.submit(self._abort, request_id)
+                self._worker.submit(self._abort, known_as)
 
     def _abort(self, request_id: str) -> None:
         for _ in range(MOST_FAILURES):
@@ -82,7 +87,7 @@ class AsyncEngine:
     async def _pump(self) -> None:
         """Step while there is anything to run, to hand out or to wait for, and hand every output to its stream."""
         failures = cycles = 0
-        while (self._queues or self.engine.has_unfinished()) and self._closing is None:
+        while (self._waiting or self.engine.has_unfinished()) and self._closing is None:
             try:
                 outputs = await self._call(self.engine.step)
             except Exception as error:
@@ -94,15 +99,15 @@ class AsyncEngine:
             if self.engine.metrics.cycles > cycles or not self.engine.has_unfinished():
                 failures, cycles = 0, self.engine.metrics.cycles
             for output in outputs:
-                queue = self._queues.get(output.request_id)
+                _, queue = self._waiting.get(output.request_id, (None, None))
                 if output.finished:  # however long its reader takes for what is left
-                    self._queues.pop(output.request_id, None)
+                    self._waiting.pop(output.request_id, None)
                 if queue:
                     queue.put_nowait(output)
             await asyncio.sleep(0)
 
     def _fail(self, error: Exception) -> None:
-        for queue in self._queues.values():
+        for _, queue in self._waiting.values():
             queue.put_nowait(error)
 
     async def __aenter__(self) -> AsyncEngine:

@@ -8,7 +8,6 @@ which is how preemption, faults and interrupts lose nothing.
 from __future__ import annotations
 
 import logging
-from importlib.metadata import version
 
 import torch
 
@@ -19,7 +18,7 @@ from orthrus_rt.cycle_plan import CyclePlan, cycle_plan
 from orthrus_rt.device import DTYPES, claim, device_scope, pick_device, stream_of, stream_scope, with_index
 from orthrus_rt.exclusive import Turn, exclusive, whole
 from orthrus_rt.generation import Generation
-from orthrus_rt.info import device_facts
+from orthrus_rt.info import device_facts, version
 from orthrus_rt.memory import memory_report, naming_the_knobs
 from orthrus_rt.metrics import Metrics
 from orthrus_rt.model import Model
@@ -114,9 +113,9 @@ class Engine(Generation):
             device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"``: CUDA where there is one.
             dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``, or torch's own. All but float16, which runs the
                 plain torch reference, have row-invariant kernels.
-            mode: ``"ar"``, ``"two_pass"``, ``"one_pass"``, or ``"auto"``: whichever is fastest now,
-                chosen again every few cycles from measured costs and acceptance; never slower than ``ar`` by over 3% as
-                far as those costs are right.
+            mode: ``"ar"``, ``"two_pass"``, ``"one_pass"``, or ``"auto"``: whichever is fastest now, chosen again every
+                few cycles from measured costs and acceptance; as far as those are right, all tokens together cost no
+                more than 2% and four cycles beyond what ``ar`` would need.
             max_seq_len: tokens a sequence may have, prompt included; sizes the cache. None for 4096, or the
                 checkpoint's own limit where that is less.
             draft_len: drafts per cycle, 1 ... K-1; None for the checkpoint's K-1.

@@ -15,7 +15,8 @@ from orthrus_rt.device import DTYPES, pick_device
 PACKAGES = ("orthrus-rt", "torch", "triton", "transformers", "safetensors", "gguf", "numpy")
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """What is installed; None if the package is not, or runs from a plain folder."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -64,7 +65,7 @@ def collect(*, device: str = "auto", dtype: str = "bfloat16", model: str | None 
     chosen = pick_device(device)
     native = dispatch.native()
     facts = {
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "native": dict(native.build_info()) if native else None,
         "device": device_facts(chosen),
         "dtype": dtype,

@@ -36,7 +36,7 @@ class Metrics:
         if accepted is not None:
             self.accepted[accepted] = self.accepted.get(accepted, 0) + 1
 
-    def launched(self, flight) -> None:
+    def landed(self, flight) -> None:
         """A cycle (or a prefill, of no passes) whose results were read."""
         self.cycles += flight.plan is not None
         if flight.plan:

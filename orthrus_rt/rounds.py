@@ -199,7 +199,7 @@ class Rounds:
                 flight.policy.record(outcomes, flight.timed and flight.timed.seconds)
             for (_, request), result in zip(running, results, strict=True):
                 self._take_result(flight, request, result)
-            self.metrics.launched(flight)
+            self.metrics.landed(flight)
 
     def _take_result(self, flight: Flight, request: Request, result: Result) -> None:
         self.outbox.hear(request)

@@ -134,6 +134,29 @@ def test_arguments_are_checked_at_the_call(folder):
     run(folder, use)
 
 
+def test_a_name_is_free_when_its_stream_has_ended(folder, alone):
+    """Read to its end or not yet, or cancelled a moment ago."""
+
+    async def rest(stream):
+        return [t async for out in stream for t in out.new_token_ids]
+
+    async def use(shared):
+        slow = shared.stream([1, 2], GREEDY, request_id="mine")
+        tokens = (await anext(slow)).new_token_ids
+        while shared.engine.has_unfinished():  # the engine is through with it, its reader is not
+            await asyncio.sleep(0.01)
+        again = shared.stream([3, 4], GREEDY, request_id="mine")
+        first = (await anext(again)).new_token_ids
+        assert tokens + await rest(slow) == alone([1, 2], GREEDY)
+        assert first + await asyncio.wait_for(rest(again), 20) == alone([3, 4], GREEDY)
+        cancelled = shared.stream([5], SamplingParams(max_new_tokens=100, ignore_eos=True), request_id="mine")
+        await anext(cancelled)
+        await cancelled.aclose()
+        assert await rest(shared.stream([6], GREEDY, request_id="mine")) == alone([6], GREEDY)
+
+    run(folder, use)
+
+
 def test_streams_of_a_closed_engine_end_with_an_error(folder):
     async def use(shared):
         stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))

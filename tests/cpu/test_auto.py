@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from importlib import metadata
 
 import pytest
 import torch
@@ -52,6 +53,14 @@ def in_turn(monkeypatch, modes):
         return plan
 
     monkeypatch.setattr(Policy, "choose", choose)
+
+
+def test_from_a_folder_that_is_not_installed(folder, monkeypatch):
+    def missing(package):
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert len(engine(folder).generate(PROMPTS[0], SamplingParams(4, ignore_eos=True)).token_ids) == 4
 
 
 # Tokens per cycle over the plans in turn, ar among them; a broken drafter gives 1.
