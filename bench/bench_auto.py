@@ -2,11 +2,11 @@
 
 Every plan decodes the same requests, prefill included, by the clock, until there are tokens for four requests per slot:
 slots are refilled as on a server, and the queue does not run dry. (A queue decoded to its end would measure how well
-each plan happens to fill the slots with the last requests.) Lengths differ, or AR alone would finish and begin whole
-batches at once, and share their prefill passes. ``auto first`` is a fresh policy with measured costs, its learning
-included; ``auto`` is one that has decoded those requests before. Rounds are interleaved, so that a machine whose speed
-changes is fair to all, and their median counts; ``p20`` and ``p80`` tell the noise. ``adversarial`` decodes code with a
-drafter that is broken on purpose.
+each plan happens to fill the slots with the last requests.) Lengths are drawn: were there few of them, a plan that
+keeps its sequences in step would see many end at once, and read the weights once for all that follow. ``auto first`` is
+a fresh policy with measured costs, its learning included; ``auto`` is one that has decoded those requests before.
+Rounds are interleaved, so that a machine whose speed changes is fair to all, and their median counts; ``p20`` and
+``p80`` tell the noise. ``adversarial`` decodes code with a drafter that is broken on purpose.
 
     python -m bench.bench_auto --out DIR
 """
@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import math
 import os
+import random
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -38,7 +39,7 @@ from orthrus_rt.sampling import SamplingParams
 KINDS = ("code", "chat", "adversarial")
 WAVES = 4  # requests' worth of tokens per slot
 WAITING = 2  # requests per slot beyond these
-LENGTHS = (0.5, 1.25, 0.75, 1.5, 1.0)  # of one request after another, of --tokens
+LENGTHS = 0.5, 1.5  # least and most of a request, of --tokens
 
 
 class Decoded(NamedTuple):
@@ -84,9 +85,9 @@ def decode(engine: Engine, ids: list[list[int]], tokens: int, most: int, plan: C
     options = {}
     if plan is not None:
         options = dict(mode=plan.mode, draft_len=max(1, plan.block_len - 1), fan_out=plan.fan_out or None)
-    asked, requests = engine.make_plan(**options), []
-    for i, prompt in enumerate(ids):
-        length = round(LENGTHS[i % len(LENGTHS)] * tokens)
+    asked, requests, drawn = engine.make_plan(**options), [], random.Random(0)
+    for prompt in ids:
+        length = round(drawn.uniform(*LENGTHS) * tokens)
         requests.append(engine._make_request(prompt, SamplingParams(max_new_tokens=length, ignore_eos=True), asked))
     start = time.perf_counter()
     with contextlib.closing(engine._run(requests, asked)) as rounds:

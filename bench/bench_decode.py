@@ -205,8 +205,11 @@ def real_row(bench: Bench, mode: str, batch: int, kind: str) -> dict:
         then, now = (times.get(kind, (0, 0.0)) for times in (before, after))
         return now[0] - then[0], now[1] - then[1]
 
-    seconds -= spent("prefill")[1] + spent("recording")[1]
     cycles, device_seconds = spent(f"{mode}_cycle")
+    mixed, mixed_seconds = spent("mixed_cycle")
+    with_prompts = mixed_seconds - mixed * device_seconds / cycles  # beyond what their cycles take by themselves
+    seconds -= spent("prefill")[1] + spent("recording")[1] + with_prompts
+    cycles, device_seconds = cycles + mixed, device_seconds * (1 + mixed / cycles)
     tokens = sum(o.stats.tokens - 1 for o in outs)
     mean = sum(map(len, ids)) / len(ids) + bench.args.tokens / 2
     per_sequence = tokens / sum(o.stats.cycles for o in outs)

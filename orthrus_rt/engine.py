@@ -227,8 +227,8 @@ class Engine(Generation):
         return request.request_id
 
     def step(self) -> list[RequestOutput]:
-        """Run one cycle of every decoding sequence and one chunk of the prompts, and return what is new since the last
-        step: at most one output per submitted request. Returns at once when nothing is to do.
+        """Run one cycle of every decoding sequence together with one chunk of the prompts, and return what is new since
+        the last step: at most one output per submitted request. Returns at once when nothing is to do.
 
         A request that needs memory that there is not, or that has no logit above -inf to choose by (all are NaN, say),
         ends with finish_reason ``"error"`` behind the tokens that it has; the others go on.

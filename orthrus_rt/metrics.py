@@ -37,7 +37,7 @@ class Metrics:
             self.accepted[accepted] = self.accepted.get(accepted, 0) + 1
 
     def landed(self, flight) -> None:
-        """A cycle (or a prefill, of no passes) whose results were read."""
+        """A cycle, or the first tokens of prompts (no passes), whose results were read."""
         self.cycles += flight.plan is not None
         if flight.plan:
             self.passes += flight.plan.num_passes
@@ -47,8 +47,9 @@ class Metrics:
     def took(self, kind: str, seconds: float) -> None:
         """Device time of one prefill pass or one cycle.
 
-        kind: ``prefill``, ``ar_cycle``, ``two_pass_cycle``, ``one_pass_cycle``, or ``recording``: a cycle that was the
-            first of its plan and batch bucket, or a prefill, that was recorded as well.
+        kind: ``prefill``, ``ar_cycle``, ``two_pass_cycle``, ``one_pass_cycle``, ``mixed_cycle``: any that took prompts
+            along, or ``recording``: what ran and was recorded as well, the first cycle of its plan and batch bucket, or
+            the second use of a shape of prompts.
         """
         count, total = self.times.get(kind, (0, 0.0))
         self.times[kind] = (count + 1, total + seconds)

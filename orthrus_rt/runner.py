@@ -264,7 +264,8 @@ class Runner:
         """
         if not self.records_prefill:
             this = build(shape)
-            this.record()  # each op's Python runs three times as fast here as behind an op that swept the caches
+            if self.model.device.type == "cpu":
+                this.record()  # an op's Python runs three times as fast here as behind one that has swept the caches
             return this
         shape = shape.padded(max_rows, self.num_slots)
         key = (shape, *key)

@@ -181,6 +181,20 @@ def decode(engine: Engine, prompts, params, *, together=False, keep=digest, repl
     return traces
 
 
+def arriving(engine: Engine, jobs, every: int) -> list[Trace]:
+    """Traces of submitted requests, ``(prompt, params)``, of which one arrives every so many steps."""
+    traces, waiting, steps = {}, list(jobs), 0
+    with Tap(engine, digest).open() as tap:
+        while waiting or engine.has_unfinished():
+            if waiting and steps % every == 0:
+                traces[engine.submit(*waiting.pop(0))] = None
+            steps += 1
+            for out in engine.step():
+                traces[out.request_id] = trace = tap._trace(out)
+                trace.tokens += out.new_token_ids
+    return list(traces.values())
+
+
 def assert_same(got: list[Trace], want: list[Trace], what="") -> None:
     """Equal tokens, equal logits behind each and equal caches, to the bit."""
     for n, (a, b) in enumerate(zip(got, want, strict=True)):

@@ -5,18 +5,20 @@ The ops that a GPU runs in Triton are the CPU's here; tests/interpret/test_engin
 
 import importlib.util
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from orthrus_rt import dispatch, embedded
 from orthrus_rt.engine import Engine
+from orthrus_rt.graph import Cycle
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints, lossless
 from tests.cpu import cuda_host
 from tests.cpu.cuda_host import device
 from tests.native_cpu import threads
-from tests.traces import decode
+from tests.traces import arriving, assert_same, decode
 
 pytestmark = pytest.mark.skipif(
     dispatch.native() is None or cuda_host.compiler() is None, reason="needs the native module and a C++ compiler"
@@ -82,6 +84,17 @@ def test_together_preempted_and_eager(case, jobs):
     lossless.check_together(engine, *jobs, way)
     lossless.check_preempted(engine, *jobs, way, num_pages=4)
     lossless.check_eager(engine, *jobs, way)
+
+
+def test_prompts_that_arrive(case, jobs):
+    """They go through cycles of those who decode: op by op the first time, then recorded, then replayed."""
+    _, engine, _ = case
+    few = list(zip(jobs[0], [replace(params, max_new_tokens=8) for params in jobs[1]], strict=True))
+    prompts, params = (list(column) for column in zip(*few, strict=True))
+    want = decode(engine, prompts, params, mode="ar")
+    for _ in range(3):
+        assert_same(arriving(engine, few, every=1), want)
+    assert any(known.recorded for known in engine.runner._prefills.values() if isinstance(known, Cycle))
 
 
 @pytest.mark.full

@@ -10,7 +10,7 @@ from orthrus_rt.plan import Layout
 from orthrus_rt.prefill import PrefillShape, PromptRows
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
-from tests.traces import Tap, assert_same, decode, digest
+from tests.traces import arriving, assert_same, decode
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
@@ -46,21 +46,6 @@ def make(folder):
 
 def count(engine, kind):
     return engine.metrics.times.get(kind, (0, 0.0))[0]
-
-
-def arriving(engine, jobs, every):
-    """Traces of requests of which one arrives every so many steps."""
-    traces = {}
-    with Tap(engine, digest).open() as tap:
-        waiting, steps = list(jobs), 0
-        while waiting or engine.has_unfinished():
-            if waiting and steps % every == 0:
-                traces[engine.submit(*waiting.pop(0))] = None
-            steps += 1
-            for out in engine.step():
-                traces[out.request_id] = trace = tap._trace(out)
-                trace.tokens += out.new_token_ids
-    return list(traces.values())
 
 
 @pytest.mark.parametrize("records", (False, True), ids=("taped at once", "kept"))

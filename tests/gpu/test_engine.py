@@ -15,9 +15,10 @@ from orthrus_rt import prompts
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.engine import Engine
+from orthrus_rt.graph import Cycle
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
-from tests.traces import assert_same, decode
+from tests.traces import arriving, assert_same, decode
 
 pytestmark = pytest.mark.gpu
 
@@ -115,6 +116,18 @@ def test_replayed_prefills_equal_eager_bit_for_bit(folder):
             assert_same(decode(engine, batch, params, together=True), want)
     passes = engine.runner._prefills.values()
     assert len(passes) == 2 and all(known.recorded and known._replay != known.run_eager for known in passes)
+
+
+@pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
+def test_prompts_that_arrive_change_no_bit(folder, mode):
+    """They go through cycles of those who decode: op by op the first time, then recorded, then replayed."""
+    engine = make(folder, mode=mode, prefix_caching=False, max_batch_size=4)
+    jobs = list(jobs_of(8, seed=3))
+    want = decode(engine, *(list(column) for column in zip(*jobs, strict=True)))
+    for _ in range(3):
+        assert_same(arriving(engine, jobs, every=2), want)
+    mixed = [known for known in engine.runner._prefills.values() if isinstance(known, Cycle)]
+    assert any(known.recorded and known._replay != known.run_eager for known in mixed)
 
 
 def test_an_engine_keeps_to_its_stream(folder):
@@ -241,7 +254,7 @@ def test_requests_come_and_go_without_waiting_for_the_device(folder):
         return [got[name] for name in names[1:]]
 
     for _ in range(2):
-        want = tokens()  # kernels compiled, mailboxes allocated, prefill passes recorded
+        want = tokens()  # kernels compiled, mailboxes allocated, passes with prompts recorded
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
