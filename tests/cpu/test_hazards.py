@@ -6,19 +6,22 @@ from pathlib import Path
 TESTS = Path(__file__).parent.parent
 
 
-def named() -> list[tuple[str, str]]:
-    """``(file, test)`` of every name in the table; the test is empty where a whole file is named."""
+def named() -> list[tuple[str, str, str]]:
+    """``(file, test, parameter)`` of every name in the table; empty what it does not name."""
     text = (TESTS / "README.md").read_text()
-    return re.findall(r"`((?:tests/)?[\w/]*test_\w+\.py)(?:::(\w+))?(?:\[\w+\])?`", text)
+    return re.findall(r"`((?:tests/)?[\w/]*test_\w+\.py)(?:::(\w+)(?:\[([^\]`]+)\])?)?`", text)
 
 
 def test_every_test_named_in_the_hazard_table_exists():
     found = named()
     assert len(found) > 50
-    for file, test in found:
+    assert sum(bool(parameter) for _, _, parameter in found) > 2
+    for file, test, parameter in found:
         path = TESTS.parent / file if file.startswith("tests/") else TESTS / "cpu" / file
         assert path.exists(), file
-        assert not test or re.search(rf"^def {test}\(", path.read_text(), re.MULTILINE), f"{file}::{test}"
+        text = path.read_text()
+        assert not test or re.search(rf"^def {test}\(", text, re.MULTILINE), f"{file}::{test}"
+        assert parameter in text, f"{file}::{test}[{parameter}]"
 
 
 def test_nothing_is_named_without_its_file():
