@@ -284,19 +284,24 @@ def _edit(y, rows: Rows, r, slot, position, edits: st.SlotEdits, cache_seqlens):
     drafts = torch.where(r < rows.num_rows_ar, position - 1 - cache_seqlens[slot], 0)
     for i, (row, count) in enumerate(zip(r.tolist(), drafts.tolist(), strict=True)):
         for token in rows.token[row + 1 - count : row + 1].tolist() if count > 0 else ():
-            counts[i, token] = max(int(counts[i, token]), 0) + 1
+            _count(counts[i], token)
     repetition, presence, frequency = edits.penalties[slot].unsqueeze(-1).unbind(1)
     punished = torch.where(y > 0, y / repetition, y * repetition)
     y = torch.where(counts != 0, punished, y)
     y = torch.where(counts > 0, y - (presence + frequency * counts), y)
-    ids, values = edits.bias_ids[slot].long(), edits.bias_values[slot]
+    ids, values, last = edits.bias_ids[slot].long(), edits.bias_values[slot], y.shape[1] - 1
+    values = torch.where((ids >= 0) & (ids <= last), values, 0)
     for i in range(ids.shape[1]):
-        here = torch.where(ids[:, i] >= 0, values[:, i], 0)
-        y = y + torch.zeros_like(y).scatter_(1, ids[:, i, None].clamp(min=0), here[:, None])
+        y = y + torch.zeros_like(y).scatter_(1, ids[:, i, None].clamp(0, last), values[:, i, None])
     stop = edits.stop_ids[slot].long()
-    early = (position < edits.min_position[slot])[:, None] & (stop >= 0)
-    banned = torch.zeros_like(y).scatter_add_(1, stop.clamp(min=0), early.float())
+    early = (position < edits.min_position[slot])[:, None] & (stop >= 0) & (stop <= last)
+    banned = torch.zeros_like(y).scatter_add_(1, stop.clamp(0, last), early.float())
     return torch.where(banned > 0, -torch.inf, y)
+
+
+def _count(counts, token):
+    if 0 <= token < len(counts):
+        counts[token] = max(int(counts[token]), 0) + 1
 
 
 def count_tokens(state: st.SlotState, edits: st.SlotEdits):
@@ -305,5 +310,5 @@ def count_tokens(state: st.SlotState, edits: st.SlotEdits):
         total = int(state.num_output[s])
         for i in range(int(edits.num_counted[s]), total):
             token = int(state.output[s, i % state.output.shape[1]])
-            edits.token_counts[s, token] = max(int(edits.token_counts[s, token]), 0) + 1
+            _count(edits.token_counts[s], token)
         edits.num_counted[s] = total

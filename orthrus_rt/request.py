@@ -163,6 +163,7 @@ def make_request(
     for token, _ in params.logit_bias:
         if token >= config.vocab_size:
             raise ValueError(f"logit_bias: ids must be within the vocabulary [0, {config.vocab_size}), got {token}")
-    stop = sorted({*(() if params.ignore_eos else config.eos_token_ids), *params.stop_token_ids})
+    stop = {*(() if params.ignore_eos else config.eos_token_ids), *params.stop_token_ids}
+    stop = sorted(token for token in stop if token < config.vocab_size)  # no other can occur
     limit = min(len(ids) + params.max_new_tokens, max_seq_len)
     return Request(request_id or uuid.uuid4().hex, ids, params, stop, limit)

@@ -37,7 +37,7 @@ def empty_partials(num_rows: int, num_partials: int, device) -> tuple[torch.Tens
 
 @dataclass
 class SlotEdits:
-    """What changes a slot's logits before anything filters them.
+    """What changes a slot's logits before anything filters them. Ids outside the vocabulary have no effect.
 
     Attributes:
         penalties: fp32 ``[num_slots, 3]``: repetition (> 0; divides positive and multiplies other logits of tokens

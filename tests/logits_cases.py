@@ -193,11 +193,28 @@ def assert_agrees(case, implementation, purpose=2):
     return got
 
 
+def check_ids_outside(implementation, vocab=200):
+    """Ids outside the vocabulary, of a bias, of stops and of drafts, change nothing in any row."""
+    case = block_with_edits(vocab)
+    case = case.only(case.rows.position[case.logit_rows.long()] >= 0)
+    rows, edits = case.rows, case.sampling.edits
+    case.rows = dataclasses.replace(rows, num_rows_ar=0)  # no drafts count
+    want = case.run(implementation)
+    outside = torch.tensor([vocab, 2 * vocab - 1, 2_000_000_000, -5], dtype=torch.int32)
+    case.rows = dataclasses.replace(rows, token=outside.repeat(4)[: len(rows.token)])
+    edits.bias_ids, edits.stop_ids = (torch.cat([t, outside.expand(3, 4)], 1) for t in (edits.bias_ids, edits.stop_ids))
+    edits.bias_values = torch.cat([edits.bias_values, torch.full((3, 4), 9.0)], 1)
+    assert all(torch.equal(one, other) for one, other in zip(case.run(implementation), want, strict=True))
+
+
 def check_count_tokens(op, device="cpu"):
-    """Only what is new, each token as often as it occurs, from a ring that wraps; a prompt's token becomes counted."""
+    """Only what is new, each token as often as it occurs, from a ring that wraps; a prompt's token becomes counted, one
+    outside the vocabulary does not.
+    """
     state = SlotState.allocate(3, 4, 8, 1, "cpu")
     state.output.copy_(torch.tensor([[5, 6, 5, 5, 7, 0, 0, 0], [1, 2, 3, 4, 9, 9, 9, 3], [8] * 8]))
-    state.num_output.copy_(torch.tensor([5, 12, 3]))
+    state.output[2, 3:6] = torch.tensor([10, -3, 2_000_000_000])
+    state.num_output.copy_(torch.tensor([5, 12, 6]))
     edits = SlotEdits.allocate(4, 10, 1, torch.zeros(4, 1, dtype=torch.int32))
     edits.num_counted.copy_(torch.tensor([1, 7, 3, 0]))
     edits.token_counts[0, 5], edits.token_counts[0, 6] = 2, -1
@@ -208,4 +225,4 @@ def check_count_tokens(op, device="cpu"):
     for _ in range(2):  # once more: nothing is new
         op(state, edits)
         assert torch.equal(edits.token_counts.cpu(), want)
-        assert edits.num_counted.tolist() == [5, 12, 3, 0]
+        assert edits.num_counted.tolist() == [5, 12, 6, 0]

@@ -17,6 +17,7 @@ def _count_kernel(output_ptr, num_output_ptr, counts_ptr, num_counted_ptr, capac
         same = token == tl.load(output_ptr + slot * capacity + i % capacity)
         times += same.to(tl.int32)
         mine = mine & ((i >= index) | (same == 0))  # the first lane alone of a token: no two touch one count
+    mine = mine & (token >= 0) & (token < vocab)
     at = counts_ptr + slot * vocab + token
     count = tl.load(at, mask=mine, other=0)
     tl.store(at, tl.maximum(count, 0) + times, mask=mine)

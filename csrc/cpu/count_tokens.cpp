@@ -9,7 +9,9 @@ void run_count_tokens(const CountTokensParams& p) {
   for (int64_t slot = 0; slot < s.num_slots; ++slot) {
     const int32_t* ring = s.output + slot * s.output_capacity;
     for (int32_t i = p.num_counted[slot]; i < s.num_output[slot]; ++i) {
-      int32_t& count = p.token_counts[slot * p.vocab_size + ring[i % s.output_capacity]];
+      const int32_t token = ring[i % s.output_capacity];
+      if (token < 0 || token >= p.vocab_size) continue;
+      int32_t& count = p.token_counts[slot * p.vocab_size + token];
       count = std::max(count, 0) + 1;
     }
     p.num_counted[slot] = s.num_output[slot];

@@ -257,24 +257,28 @@ inline void edit(const ProcessLogitsParams& p, int64_t r, float* y, float* kept)
   const SlotEdits& e = p.edits;
   const int64_t slot = p.rows.seq[r], vocab = p.vocab_size;
   const float* penalties = e.penalties + 3 * slot;
+  const auto inside = [vocab](int32_t id) { return 0 <= id && id < vocab; };
   if (penalties[0] != 1 || penalties[1] != 0 || penalties[2] != 0) {
     const int32_t* counts = e.token_counts + slot * vocab;
     const int64_t drafts = r < p.rows.num_rows_ar ? min_of(p.rows.position[r] - p.cache_seqlens[slot], r) : 0;
     const int32_t* draft = p.rows.token + r + 1 - drafts;
     for (int64_t i = 0; i < drafts; ++i) {  // tokens of the rows up to this one count too, each time they occur
+      if (!inside(draft[i])) continue;
       int32_t count = static_cast<int32_t>(max_of(counts[draft[i]], 0));
       for (int64_t j = 0; j < drafts; ++j) count += draft[j] == draft[i];
       kept[i] = penalised(y[draft[i]], count, penalties);
     }
     for (int64_t t = 0; t < vocab; ++t) y[t] = penalised(y[t], counts[t], penalties);
-    for (int64_t i = 0; i < drafts; ++i) y[draft[i]] = kept[i];
+    for (int64_t i = 0; i < drafts; ++i) {
+      if (inside(draft[i])) y[draft[i]] = kept[i];
+    }
   }
   for (int64_t i = slot * e.max_bias; i < (slot + 1) * e.max_bias; ++i) {
-    if (e.bias_ids[i] >= 0) y[e.bias_ids[i]] += e.bias_values[i];
+    if (inside(e.bias_ids[i])) y[e.bias_ids[i]] += e.bias_values[i];
   }
   if (p.rows.position[r] + 1 < e.min_position[slot]) {
     for (int64_t i = slot * e.max_stop_ids; i < (slot + 1) * e.max_stop_ids; ++i) {
-      if (e.stop_ids[i] >= 0) y[e.stop_ids[i]] = kNever;
+      if (inside(e.stop_ids[i])) y[e.stop_ids[i]] = kNever;
     }
   }
 }

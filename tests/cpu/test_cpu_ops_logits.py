@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from orthrus_rt import native, reference
-from tests.logits_cases import FILTERS, assert_agrees, block_with_edits, choices, logits, with_filters
+from tests.logits_cases import (
+    FILTERS,
+    assert_agrees,
+    block_with_edits,
+    check_ids_outside,
+    choices,
+    logits,
+    with_filters,
+)
 from tests.native_cpu import threads
 
 KINDS = ["normal", "peaked", "tied", "hostile"]
@@ -25,6 +33,10 @@ def test_penalties_bias_and_stop_ids(isa, kind):
 def test_blocks_with_edits(isa, vocab):
     """Drafts count in AR rows alone; invalid rows yield zeros."""
     assert_agrees(block_with_edits(vocab), native.process_logits)
+
+
+def test_ids_outside_the_vocabulary(isa):
+    check_ids_outside(native.process_logits)
 
 
 @pytest.mark.parametrize("kind", ["peaked", "tied"])

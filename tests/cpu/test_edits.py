@@ -151,6 +151,13 @@ def test_no_stop_id_before_min_tokens(engine, prompts, mode):
             assert stop not in out.token_ids[:min_tokens]
 
 
+@pytest.mark.parametrize("far", (VOCAB, 2 * VOCAB - 1, 2_000_000_000))
+def test_a_stop_id_beyond_the_vocabulary_changes_nothing(engine, prompts, far):
+    want = engine.generate(prompts, SamplingParams(4, min_tokens=1))
+    got = engine.generate(prompts, SamplingParams(4, min_tokens=1, stop_token_ids=[far]))
+    assert [out.token_ids for out in got] == [out.token_ids for out in want]
+
+
 def test_plain_requests_pay_nothing(tmp_path):
     folder = checkpoints.make(tmp_path, "qwen3", dtype=torch.bfloat16)
     engine = Engine.from_pretrained(str(folder), device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orthrus_rt import reference
-from tests.logits_cases import FILTERS, block_with_edits, logits, with_filters
+from tests.logits_cases import FILTERS, block_with_edits, check_ids_outside, logits, with_filters
 
 
 def naive_probs(row, temperature, top_k, top_p, min_p):
@@ -136,6 +136,10 @@ def test_penalties_bias_and_stop_ids_are_their_definition():
             torch.testing.assert_close(value[i].double(), want, rtol=1e-5, atol=1e-5)
             assert index[i].tolist() == [int(row[:128].argmax()), 128 + int(row[128:].argmax())]
     assert seen == {0, 1, 2}
+
+
+def test_ids_outside_the_vocabulary():
+    check_ids_outside(reference.process_logits)
 
 
 def test_philox_known_answers():

@@ -6,7 +6,15 @@ import torch
 pytest.importorskip("triton")
 from orthrus_rt.triton_kernels import count_tokens
 from orthrus_rt.triton_kernels import process_logits as kernel
-from tests.logits_cases import FILTERS, assert_agrees, block_with_edits, check_count_tokens, logits, with_filters
+from tests.logits_cases import (
+    FILTERS,
+    assert_agrees,
+    block_with_edits,
+    check_count_tokens,
+    check_ids_outside,
+    logits,
+    with_filters,
+)
 
 
 def assert_same(case, purpose=2):
@@ -27,6 +35,10 @@ def test_penalties_bias_and_stop_ids(kind):
 
 def test_blocks_with_edits():
     assert_same(block_with_edits(5000))
+
+
+def test_ids_outside_the_vocabulary():
+    check_ids_outside(kernel.process_logits)
 
 
 def test_a_row_does_not_depend_on_company():

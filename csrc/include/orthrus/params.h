@@ -206,7 +206,8 @@ struct ConsensusParams {
   int32_t next_pass;           // NextPass
 };
 
-// What changes a slot's logits before anything filters them. All null where no slot has any.
+// What changes a slot's logits before anything filters them. All null where no slot has any. Ids outside the vocabulary
+// have no effect.
 struct SlotEdits {
   const float* penalties;      // [num_slots, 3] repetition, presence, frequency; 1, 0, 0 changes nothing
   const int32_t* token_counts; // [num_slots, vocab_size] times generated; -1: in the prompt alone
