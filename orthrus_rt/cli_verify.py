@@ -8,8 +8,6 @@ from collections import Counter
 
 from orthrus_rt.cycle_plan import MODES
 
-EXIT_DIFFERENT = 1
-
 DESCRIPTION = """Decode prompts in several modes and compare the tokens with those of the first mode alone. Every
 difference is reported: its position, both tokens and the gap between their logits. Exits 1 if there is one. With
 --against transformers, its greedy generate on the AR part of the checkpoint is compared too: float32 must be equal; in
@@ -38,7 +36,7 @@ def add_parser(commands, add_model_options) -> None:
 
 def run(args) -> int:
     from orthrus_rt import verify
-    from orthrus_rt.cli import load_engine
+    from orthrus_rt.cli import EXIT_DIFFERENT, load_engine
     from orthrus_rt.sampling import SamplingParams
 
     todo = _prompts(args)

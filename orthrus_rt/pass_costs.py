@@ -152,9 +152,7 @@ class PassCosts:
 
 def rows_per_pass(plan: CyclePlan) -> list[int]:
     """Rows of one slot in each pass of a cycle."""
-    if plan.mode == "two_pass":
-        return [plan.block_len] * 2
-    return [plan.block_len * (1 + plan.fan_out)] if plan.mode == "one_pass" else [1]
+    return [plan.max_rows] * plan.num_passes
 
 
 def cache_file(folder: Path, key: str) -> Path:
