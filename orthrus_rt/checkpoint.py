@@ -18,11 +18,16 @@ EMBEDDED_NAME = "smollm2-135m"
 # Everything a checkpoint needs, and no copy of the weights in another format.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 ADAPTER_KEYS = ("block_size", "mask_token_id")
-# What an adapter's config.json may say about the base that it was trained on.
-BASE_FACTS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "vocab_size",
-)  # fmt: skip
+# What an adapter's config.json may say about the base that it was trained on -> its name in the base's ModelConfig.
+BASE_FACTS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads_q",
+    "num_key_value_heads": "num_heads_kv",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+}
 
 
 @dataclass
@@ -82,12 +87,15 @@ def load_folder(folder: Path, *, adapter: str | Path | None = None, name: str | 
     where = str(folder / "config.json")
     adapter_raw = {}
     if adapter is not None:
-        adapter_raw = _adapter_config(adapter, raw, folder)
+        adapter_raw = _adapter_config(adapter)
         raw = raw | {key: adapter_raw[key] for key in ADAPTER_KEYS}
         where += f" with {adapter / 'config.json'}"
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.exists() else None
     config = parse(raw, generation, name=name or str(folder), where=where)
+    for key, attribute in BASE_FACTS.items():
+        if adapter_raw.get(key) is not None:
+            _check_fact(key, adapter_raw[key], getattr(config, attribute), adapter, folder)
 
     expected = expected_tensors(config)
     tied_head = {"lm_head.weight": expected["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
@@ -175,7 +183,7 @@ def _check_one_view(stored: dict[str, StoredTensor], folder: Path, adapter: Path
         raise CheckpointError(f"{folder}: already holds a diffusion view ({diffusion[0]}), so {adapter} does not fit")
 
 
-def _adapter_config(adapter: Path, base_raw: dict, folder: Path) -> dict:
+def _adapter_config(adapter: Path) -> dict:
     file = adapter / "config.json"
     if not file.exists():
         raise CheckpointError(f"adapter: {str(adapter)!r} is no folder with a diffusion view: it holds no config.json")
@@ -183,9 +191,6 @@ def _adapter_config(adapter: Path, base_raw: dict, folder: Path) -> dict:
     for key in ADAPTER_KEYS:
         if key not in raw:
             raise CheckpointError(f"{file}: {key} is missing, an adapter must state it")
-    for key in BASE_FACTS:
-        if key in raw and key in base_raw:
-            _check_fact(key, raw[key], base_raw[key], adapter, folder)
     return raw
 
 

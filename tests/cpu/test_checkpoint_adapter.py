@@ -26,9 +26,9 @@ def edit(adapter, change):
     save_file(tensors, adapter / VIEW)
 
 
-def edit_config(adapter, **changes):
-    raw = json.loads((adapter / "config.json").read_text()) | changes
-    (adapter / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+def edit_config(folder, **changes):
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
 
 
 def message_of(base, adapter=None):
@@ -95,6 +95,22 @@ def test_adapter_that_states_another_base(folders, fact):
     edit_config(adapter, **{fact: 7})
     found = json.loads((base / "config.json").read_text())[fact]
     assert message_of(base, adapter) == f"{adapter}: is for another base: {fact} must be 7, got {found} from {base}"
+
+
+@pytest.mark.parametrize(("fact", "value"), [("head_dim", 128), ("num_key_value_heads", 4)])
+def test_a_base_that_leaves_a_fact_to_its_default(tmp_path, fact, value):
+    """``null``, as transformers may write it, or not at all; an adapter may do likewise."""
+    base, adapter = checkpoints.make_base_and_adapter(tmp_path, "qwen3", **{fact: value})
+    for theirs in (None, ...):
+        edit_config(base, **{fact: theirs})
+        edit_config(adapter, **{fact: value})
+        checkpoint.load(base, adapter=adapter)
+        edit_config(adapter, **{fact: 7})
+        assert message_of(base, adapter) == (
+            f"{adapter}: is for another base: {fact} must be 7, got {value} from {base}"
+        )
+        edit_config(adapter, **{fact: theirs})
+        checkpoint.load(base, adapter=adapter)
 
 
 def test_adapter_that_states_nothing_is_checked_by_shape(tmp_path):
