@@ -45,13 +45,15 @@ def _revision() -> str:
     return (f"{head}-dirty" if changed else head) or "unknown"
 
 
-def header(device: torch.device) -> dict[str, str]:
-    """The machine, its clocks, versions and the revision measured."""
+def header(device: torch.device) -> dict[str, str | None]:
+    """The machine, its clocks, versions, the revision measured, and the variant of the CPU kernels (``isa``)."""
+    cpu = device_facts(torch.device("cpu"))
     facts = {
         "revision": _revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": f"{device_facts(torch.device('cpu'))['name']}, {torch.get_num_threads()} threads",
+        "cpu": f"{cpu['name']}, {cpu['threads']} threads",
+        "isa": cpu["isa"],
     }
     if device.type == "cuda":
         query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
