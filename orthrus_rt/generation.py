@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.exclusive import exclusive, whole
 from orthrus_rt.outputs import GenerationOutput, RequestOutput
@@ -22,7 +20,7 @@ class Generation(Rounds):
         """Continue one prompt, or a batch of them together.
 
         Args:
-            prompt_ids: a list of ints, a 1-D integer tensor, or a list of those (a batch).
+            prompt_ids: a list of ints, a 1-D integer tensor or array, or a list of those (a batch, which may be empty).
             params: one :class:`SamplingParams` for all, or one for each prompt of a batch; greedy by default.
             mode, draft_len, fan_out: override the engine's for this call; only while nothing else runs.
             progress: show a progress bar.
@@ -118,6 +116,8 @@ class Generation(Rounds):
 
 
 def _is_batch(prompt_ids) -> bool:
-    if isinstance(prompt_ids, str | bytes) or not isinstance(prompt_ids, Sequence) or not prompt_ids:
+    """Whether these are prompts, and not the ids of one; an empty list holds no prompt."""
+    if isinstance(prompt_ids, str | bytes) or not isinstance(prompt_ids, Sequence):
         return False
-    return isinstance(prompt_ids[0], Sequence | torch.Tensor)
+    first = prompt_ids[0] if prompt_ids else ()
+    return isinstance(first, Sequence) or getattr(first, "ndim", 0) > 0

@@ -125,6 +125,23 @@ def test_batch_gives_the_tokens_of_each_alone(engine):
         engine.generate(prompts, [params, params])
 
 
+def test_what_is_a_batch(engine):
+    """Arrays in a list are prompts, integers of any kind are one prompt's ids, and an empty list holds no prompt."""
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    want = engine.generate([1, 2, 3], params).token_ids
+    for batch in ([np.array([1, 2, 3])], (torch.tensor([1, 2, 3]),), [(1, 2, 3)]):
+        (out,) = engine.generate(batch, params)
+        assert out.token_ids == want
+    for prompt in (list(np.array([1, 2, 3], dtype=np.int32)), list(torch.tensor([1, 2, 3])), np.array([1, 2, 3])):
+        assert engine.generate(prompt, params).token_ids == want
+    assert engine.generate([], params) == engine.generate([]) == engine.generate((), []) == []
+    with pytest.raises(ValueError, match="params: expected one or 0, got 1"):
+        engine.generate([], [params])
+    for nothing in ([[]], [np.array([], dtype=np.int64)], np.array([], dtype=np.int64)):
+        with pytest.raises(ValueError, match="prompt_ids must hold at least one token, got none"):
+            engine.generate(nothing, params)
+
+
 def test_stale_cache_changes_nothing(engine):
     want = greedy(engine, 30).token_ids
     engine.kv.pages.fill_(torch.nan)
