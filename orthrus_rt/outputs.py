@@ -17,7 +17,8 @@ class Stats:
         misses: ``one_pass`` cycles that had no drafts to verify: none of the blocks before fitted what happened.
         plans: cycles by plan: ``ar``, ``two_pass/7`` (drafts), ``one_pass/15x4`` (drafts, fan_out).
         accepted: histogram, ``accepted[j]`` cycles accepted j drafts.
-        seconds: from the first token to the last; prefill_seconds: from the start of the prefill to the first token.
+        seconds: from the first token to the last; prefill_seconds: from the start of the prefill to the first token;
+            queue_seconds: from joining the queue to that start, when it first got a slot, 0 if it never did.
         preemptions: how often it had to give its pages up and recompute them.
         seed: the seed used, drawn if none was given; None for greedy decoding.
     """
@@ -35,6 +36,7 @@ class Stats:
     accepted: list[int] = field(default_factory=list)
     seconds: float = 0.0
     prefill_seconds: float = 0.0
+    queue_seconds: float = 0.0
     preemptions: int = 0
     seed: int | None = None
 

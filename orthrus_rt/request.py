@@ -42,7 +42,7 @@ class Request:
         self.fresh = True  # no decode cycle since it got its slot
         self._page_names: list[bytes] = []
         self._prompt_seen = 0  # prompt tokens that were in the cache at most, before and after what it lost
-        self.started = self.first_token = 0.0
+        self.arrived = self.started = self.first_token = 0.0
 
     @property
     def length(self) -> int:
@@ -73,10 +73,18 @@ class Request:
             self._page_names = page_names((self.prompt + self.tokens)[: count * PAGE_SIZE], self._page_names)
         return self._page_names[:count]
 
+    def arrive(self, arrival: int) -> None:
+        """Join the queue, the ``arrival``-th of all."""
+        self.arrived = time.perf_counter()
+        self.arrival = arrival
+
     def begin(self, slot: int, found: int) -> None:
         """Hold ``slot``, with the first ``found`` tokens' keys and values in the cache already."""
         self.slot, self.to_prefill, self.prefilled, self.fresh = slot, self.known, found, True
-        self.started = self.started or time.perf_counter()
+        if not self.started:
+            now = time.perf_counter()
+            self.stats.queue_seconds = now - self.arrived
+            self.started = now
         # What was found once may be lost, and has to be computed then.
         self.stats.cached_tokens = min(found, self.stats.cached_tokens) if self._prompt_seen else found
 

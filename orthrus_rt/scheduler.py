@@ -42,7 +42,7 @@ class Scheduler:
     def enqueue(self, request: Request) -> None:
         """To the end of the queue, or (a preempted one) back to its place."""
         if request.arrival < 0:
-            request.arrival = next(self._arrivals)
+            request.arrive(next(self._arrivals))
         preempted = self.holds(request)
         self._live[request.arrival] = self.waiting[request.arrival] = request
         if preempted:  # whoever held a slot arrived before all those who wait

@@ -5,6 +5,7 @@ exactly the tokens that it gets alone, and all pages come back. On a tiny bf16 m
 import dataclasses
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -253,6 +254,28 @@ def test_whoever_ends_makes_room_for_the_next_pass(folder):
         assert second not in told
         told = {out.request_id: out for out in engine.step()}
     assert second not in told and [len(out.new_token_ids) for out in engine.step()] == [1]  # of its prefill
+
+
+@pytest.mark.parametrize("slots", (1, 2))
+def test_where_a_requests_time_went(folder, slots):
+    """In the queue, the prefill and the decoding one after the other; with 2 slots and few pages, preemption is none of
+    the queue's.
+    """
+    engine, clock = make(folder, max_batch_size=slots, num_pages=4), time.perf_counter
+    start = clock()
+    ids = [engine.submit([i], SamplingParams(max_new_tokens=180, ignore_eos=True)) for i in (1, 2)]
+    submitted, stats = clock() - start, {}
+    while engine.has_unfinished():
+        stats |= {out.request_id: out.stats for out in engine.step()}
+    whole = clock() - start
+    first, second = (stats[i] for i in ids)
+    spent = [s.queue_seconds + s.prefill_seconds + s.seconds for s in (first, second)]
+    assert first.queue_seconds > 0 and max(spent) < whole
+    assert second.preemptions == slots - 1
+    if slots == 1:
+        assert second.queue_seconds > spent[0] - submitted
+    else:
+        assert second.queue_seconds < spent[0]
 
 
 def test_greedy_beside_sampled(folder, alone):
