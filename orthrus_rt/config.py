@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from orthrus_rt.cycle_plan import MAX_BLOCK_LEN
+
 # model_type in config.json -> family. Published Orthrus checkpoints say qwen3, their code says orthrus.
 FAMILIES = {"qwen3": "qwen3", "orthrus": "qwen3", "llama": "llama"}
 ARCHITECTURES = {
@@ -31,7 +33,7 @@ class ModelConfig:
         family: ``"llama"`` or ``"qwen3"``.
         qk_norm: both views normalise queries and keys per head (Qwen3).
         rope: the ``rope_parameters`` dictionary, ``rope_type`` and ``rope_theta`` always present.
-        block_len: K, rows of a diffusion block; the checkpoint's ``block_size``.
+        block_len: K, most rows of a diffusion block; the checkpoint's ``block_size``, or MAX_BLOCK_LEN if that is less.
         eos_token_ids: every id that ends a sequence, from config.json and generation_config.json.
         name: where it came from, for messages.
     """
@@ -105,7 +107,7 @@ def parse(raw: dict, generation: dict | None = None, *, name: str, where: str | 
         max_position_embeddings=_positive(raw, "max_position_embeddings", where),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qk_norm=family == "qwen3",
-        block_len=block_len,
+        block_len=min(block_len, MAX_BLOCK_LEN),
         mask_token_id=mask_token_id,
         eos_token_ids=tuple(eos),
         rope=_rope(raw, where),

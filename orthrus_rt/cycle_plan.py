@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 MODES = ("ar", "two_pass", "one_pass")
 DEFAULT_FAN_OUT = 6
+MAX_BLOCK_LEN = 256  # rows of a block that consensus takes: csrc/include/orthrus/params.h
 
 
 class CyclePlan(NamedTuple):
@@ -77,7 +78,8 @@ def cycle_plan(mode: str, draft_len: int, fan_out: int | None, config) -> CycleP
         raise ValueError(f"mode must be auto, {', '.join(MODES)}, got {mode!r}")
     draft_len, most = integer("draft_len", draft_len), config.block_len - 1
     if not 1 <= draft_len <= most:
-        raise ValueError(f"draft_len must be within [1, {most}] (the checkpoint's block_size - 1), got {draft_len}")
+        why = f"the checkpoint's block_size - 1, at most {MAX_BLOCK_LEN - 1}"
+        raise ValueError(f"draft_len must be within [1, {most}] ({why}), got {draft_len}")
     hypotheses = most_hypotheses(draft_len)
     fan_out = None if fan_out is None else integer("fan_out", fan_out)
     if fan_out is not None and not 1 <= fan_out <= hypotheses:

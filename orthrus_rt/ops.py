@@ -18,6 +18,7 @@ import torch
 from orthrus_rt import dispatch, native, nvtx, reference
 from orthrus_rt import state as st
 from orthrus_rt.checks import PAGE_SIZE, check_edits, check_pages, check_rows, check_scratch, check_tensor, require
+from orthrus_rt.cycle_plan import MAX_BLOCK_LEN
 from orthrus_rt.device import device_scope
 from orthrus_rt.plan import Rows
 from orthrus_rt.weights import PackedWeight
@@ -266,7 +267,7 @@ def consensus(
     op, device = "consensus", state.finish.device
     value, index = partials
     s = state.num_slots
-    most = min(state.max_block_len, st.MAX_BLOCK_LEN)
+    most = min(state.max_block_len, MAX_BLOCK_LEN)
     if not 1 <= block_len <= most:
         raise ValueError(f"{op}: block_len must be within [1, {most}], got {block_len}")
     if not 0 <= fan_out <= state.max_fan_out:

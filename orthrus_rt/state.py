@@ -17,8 +17,6 @@ STEP_DRAFT, STEP_VERIFY, STEP_STAGE, STEP_VERIFY_AND_DRAFT = 0, 1, 2, 3
 NEXT_NONE, NEXT_DRAFT, NEXT_VERIFY, NEXT_AR, NEXT_ONE_PASS = 0, 1, 2, 3, 4
 # Choices kept of a draft's row: the draft itself, the second and the third likeliest token.
 CANDIDATES = 3
-MAX_BLOCK_LEN = 256
-
 
 # process_logits gives one partial maximum per this many tokens.
 SCORE_TILE = 128

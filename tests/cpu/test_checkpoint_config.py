@@ -67,6 +67,7 @@ def test_facts_of_both_families():
     assert (llama.family, llama.qk_norm, llama.head_dim, llama.num_heads_kv) == ("llama", False, 16, 4)
     assert not llama.tie_word_embeddings
     assert tiny_config(head_dim=...).head_dim == 128
+    assert [tiny_config(block_size=n).block_len for n in (2, 256, 257)] == [2, 256, 256]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt import state as st
+from orthrus_rt.cycle_plan import MAX_BLOCK_LEN
 from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints
 
 FOLDER = Path(__file__).parents[1] / "golden" / "qwen3-tied-k8"
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -123,6 +125,24 @@ def test_batch_gives_the_tokens_of_each_alone(engine):
     assert [o.token_ids for o in outs] == [engine.generate(p, params).token_ids for p in prompts]
     with pytest.raises(ValueError, match="params: expected one or 3, got 2"):
         engine.generate(prompts, [params, params])
+
+
+@pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+def test_a_block_size_beyond_the_kernels(tmp_path):
+    """Such a checkpoint drafts as much as they take, and asking for more is an error before anything runs."""
+    folder = checkpoints.make(tmp_path, dtype=torch.bfloat16, diff_noise=0.05, block_size=512)
+    engine = Engine.from_pretrained(str(folder), device="cpu", mode="two_pass", max_batch_size=1)
+    assert engine.config.block_len == MAX_BLOCK_LEN == 256
+    want = greedy(engine, 300, mode="ar").token_ids
+    for mode in ("two_pass", "one_pass", "auto"):
+        out = greedy(engine, 300, mode=mode)
+        assert out.token_ids == want, mode
+        assert mode == "auto" or out.stats.block_len == MAX_BLOCK_LEN
+    message = r"draft_len must be within \[1, 255\] \(the checkpoint's block_size - 1, at most 255\), got 256"
+    with pytest.raises(ValueError, match=message):
+        engine.make_plan(draft_len=256)
+    with pytest.raises(ValueError, match=message):
+        Engine.from_pretrained(str(folder), device="cpu", draft_len=256)
 
 
 def test_what_is_a_batch(engine):
