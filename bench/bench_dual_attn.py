@@ -97,7 +97,7 @@ class Case:
         )
         self.out = torch.empty_like(self.q)
         size = ops.workspace_bytes(
-            device, torch.bfloat16, max_rows=self.rows.num_rows, max_groups=self.rows.num_groups,
+            device, torch.bfloat16, max_rows=self.rows.num_rows,
             num_heads_q=self.heads_q, head_dim=self.dim, max_seq_len=self.max_seq_len, linear_shapes=[(64, 64)],
         )[1]  # fmt: skip
         self.workspace = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)

@@ -65,7 +65,7 @@ def linear_rows(model: str, op: str, num_rows: list[int], device, rounds: int) -
             partials = packed[0].num_partials
             ours_out = tuple(torch.empty(count, partials, dtype=t, device=device) for t in (torch.float32, torch.int32))
         size = ops.workspace_bytes(
-            device, torch.bfloat16, max_rows=count, max_groups=1, num_heads_q=heads_q, head_dim=head_dim,
+            device, torch.bfloat16, max_rows=count, num_heads_q=heads_q, head_dim=head_dim,
             max_seq_len=64, linear_shapes=[(k, n)],
         )[0]  # fmt: skip
         workspace = torch.zeros(size, dtype=torch.uint8, device=device) if size else None

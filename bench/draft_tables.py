@@ -90,9 +90,7 @@ def collect(engine: Engine, prompt: prompts.Prompt, tokens: int, shapes: list[tu
     text, model, kv = ids + out.token_ids, engine.model, engine.kv
     most = BLOCKS_PER_PASS * engine.config.block_len
     act = Activations(model, max(512, most), most)
-    work = Workspace.allocate(
-        model, max_rows=max(512, most), max_groups=BLOCKS_PER_PASS, max_seq_len=engine.max_seq_len
-    )
+    work = Workspace.allocate(model, max_rows=max(512, most), max_seq_len=engine.max_seq_len)
     kv.reserve(0, len(text))
     run = lambda rows, picked, out: forward(  # noqa: E731
         model, kv, rows, act, work, logit_rows=picked, epilogue="logits", out=out, max_seq_len=engine.max_seq_len

@@ -189,7 +189,6 @@ void bind_cuda(py::module_ m) {
   m.def("row_linear_workspace", &cuda::row_linear_workspace);
   m.def("row_linear_num_partials", &cuda::row_linear_num_partials);
   m.def("dual_attn_workspace", &cuda::dual_attn_workspace);
-  m.def("device_count", &cuda::device_count);
 }
 #endif
 

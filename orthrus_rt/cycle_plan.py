@@ -43,10 +43,6 @@ class CyclePlan(NamedTuple):
         """Diffusion rows per slot of its largest pass."""
         return {"ar": 0, "two_pass": self.block_len, "one_pass": self.block_len * self.fan_out}[self.mode]
 
-    @property
-    def max_groups(self) -> int:
-        return 1 + self.fan_out
-
 
 AR = CyclePlan("ar")
 

@@ -134,10 +134,10 @@ class Workspace:
     graph_pool: object | None = None
 
     @staticmethod
-    def allocate(model: Model, *, max_rows: int, max_groups: int, max_seq_len: int) -> Workspace:
+    def allocate(model: Model, *, max_rows: int, max_seq_len: int) -> Workspace:
         c = model.config
         linear, attn = ops.workspace_bytes(
-            model.device, model.dtype, max_rows=max_rows, max_groups=max_groups, num_heads_q=c.num_heads_q,
+            model.device, model.dtype, max_rows=max_rows, num_heads_q=c.num_heads_q,
             head_dim=c.head_dim, max_seq_len=max_seq_len, linear_shapes=model.linear_shapes(),
         )  # fmt: skip
 

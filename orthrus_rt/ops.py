@@ -391,9 +391,7 @@ def check_head_dim(head_dim: int, device: torch.device, dtype: torch.dtype) -> N
             native.check_head_dim(op, head_dim, device.type)
 
 
-def workspace_bytes(
-    device, dtype, *, max_rows, max_groups, num_heads_q, head_dim, max_seq_len, linear_shapes
-) -> tuple[int, int]:
+def workspace_bytes(device, dtype, *, max_rows, num_heads_q, head_dim, max_seq_len, linear_shapes) -> tuple[int, int]:
     """Bytes of workspace that ``row_linear`` and ``dual_attn`` need at most; 0 where the implementation needs none.
 
     Args:
@@ -407,5 +405,5 @@ def workspace_bytes(
             size = dispatch.native().cuda.row_linear_workspace
             linear = max(size(max_rows, k, n) for k, n in linear_shapes)
         if dispatch.select("dual_attn", device, dtype) == "cuda":
-            attn = dispatch.native().cuda.dual_attn_workspace(max_rows, max_groups, num_heads_q, head_dim, max_seq_len)
+            attn = dispatch.native().cuda.dual_attn_workspace(max_rows, num_heads_q, head_dim, max_seq_len)
     return linear, attn

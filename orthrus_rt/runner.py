@@ -86,17 +86,17 @@ class Runner:
 
     def make_room(self, shapes: list[tuple[CyclePlan, int]]) -> None:
         """Buffers for these cycles, ``(plan, slots)``; what was built on smaller ones is dropped: nothing may run."""
-        room = [(n * plan.max_rows, n * plan.max_rows_diff, n * plan.max_groups) for plan, n in shapes]
+        room = [(n * plan.max_rows, n * plan.max_rows_diff) for plan, n in shapes]
         room = tuple(max(column) for column in zip(*room, strict=True))
         if self.activations is not None:
             if all(new <= old for new, old in zip(room, self._room, strict=True)):
                 return
             room = tuple(map(max, self._room, room))
-        decoded, rows_diff, groups = room
+        decoded, rows_diff = room
         rows = max(min(PREFILL_CHUNK, self.num_slots * self.max_seq_len), decoded)
         with naming_the_knobs(f"making room for {decoded} rows a pass"):
             activations = Activations(self.model, rows, rows_diff, max_logit_rows=decoded + self.num_slots)
-            workspace = Workspace.allocate(self.model, max_rows=rows, max_groups=groups, max_seq_len=self.max_seq_len)
+            workspace = Workspace.allocate(self.model, max_rows=rows, max_seq_len=self.max_seq_len)
         self.drop_cycles()  # they know the old buffers
         self.activations, self.workspace, self._room = activations, workspace, room
 

@@ -125,7 +125,7 @@ class Pass:
 
     def workspace(self):
         size = ops.workspace_bytes(
-            self.q.device, self.q.dtype, max_rows=self.rows.num_rows, max_groups=self.rows.num_groups,
+            self.q.device, self.q.dtype, max_rows=self.rows.num_rows,
             num_heads_q=self.heads.q, head_dim=self.heads.dim, max_seq_len=self.max_seq_len, linear_shapes=[(64, 64)],
         )[1]  # fmt: skip
         return torch.zeros(size, dtype=torch.uint8, device=self.device)

@@ -78,9 +78,7 @@ int run(DualAttnLaunch a, void* stream) {
 
 // Enough for every pass of up to max_rows rows that gains by splitting, up to a limit; a pass that would
 // need more folds in registers instead, with the same bits.
-int64_t dual_attn_workspace(int32_t max_rows, int32_t max_groups, int32_t num_heads_q, int32_t head_dim,
-                            int32_t max_seq_len) {
-  (void)max_groups;
+int64_t dual_attn_workspace(int32_t max_rows, int32_t num_heads_q, int32_t head_dim, int32_t max_seq_len) {
   return min(kMaxWorkspaceBytes, workspace_bytes(max_rows, num_heads_q, head_dim, max_seq_len));
 }
 

@@ -28,7 +28,7 @@ class HostPass(Pass):
         super().__init__(heads, groups, device="cpu", **kwargs)
 
     def workspace(self):
-        args = (self.rows.num_rows, self.rows.num_groups, self.heads.q, self.heads.dim, self.max_seq_len)
+        args = (self.rows.num_rows, self.heads.q, self.heads.dim, self.max_seq_len)
         return torch.zeros(cuda_host.library().dual_attn_workspace(*args), dtype=torch.uint8)
 
     def call(self, out, workspace, **kwargs):

@@ -45,8 +45,7 @@ int consensus(const ConsensusParams& p, void* stream);
 // Bytes of workspace for bf16 (float needs none), zero-initialised once by the caller and reusable by every later
 // call on the same stream: each launch leaves its counters at zero again.
 int64_t row_linear_workspace(int32_t max_rows, int32_t in_features, int32_t out_features);
-int64_t dual_attn_workspace(int32_t max_rows, int32_t max_groups, int32_t num_heads_q, int32_t head_dim,
-                            int32_t max_seq_len);
+int64_t dual_attn_workspace(int32_t max_rows, int32_t num_heads_q, int32_t head_dim, int32_t max_seq_len);
 // Partial maxima per row that kArgmax writes for a vocabulary of out_features ids, in bf16 (float: one per 128 ids).
 int32_t row_linear_num_partials(int32_t in_features, int32_t out_features);
 
@@ -54,7 +53,5 @@ int32_t row_linear_num_partials(int32_t in_features, int32_t out_features);
 // where ORTHRUS_CUDA_ISA asks for it) or "none". The two round alike but sum in different orders.
 const char* isa();
 const char* error_string(int error);
-// Devices that a driver reports; 0 where there is no driver at all.
-int32_t device_count();
 
 }  // namespace orthrus::cuda

@@ -13,8 +13,8 @@ int dual_attn(const orthrus::DualAttnParams* p) { return orthrus::cuda::dual_att
 int row_linear_f32(const orthrus::RowLinearParamsOf<float>* p) { return orthrus::cuda::row_linear(*p, nullptr); }
 int qkv_commit_f32(const orthrus::QkvCommitParamsOf<float>* p) { return orthrus::cuda::qkv_commit(*p, nullptr); }
 int dual_attn_f32(const orthrus::DualAttnParamsOf<float>* p) { return orthrus::cuda::dual_attn(*p, nullptr); }
-int64_t dual_attn_workspace(int max_rows, int max_groups, int num_heads_q, int head_dim, int max_seq_len) {
-  return orthrus::cuda::dual_attn_workspace(max_rows, max_groups, num_heads_q, head_dim, max_seq_len);
+int64_t dual_attn_workspace(int max_rows, int num_heads_q, int head_dim, int max_seq_len) {
+  return orthrus::cuda::dual_attn_workspace(max_rows, num_heads_q, head_dim, max_seq_len);
 }
 int64_t sizeof_RowLinearParams() { return sizeof(orthrus::RowLinearParams); }
 int64_t sizeof_QkvCommitParams() { return sizeof(orthrus::QkvCommitParams); }
