@@ -117,7 +117,7 @@ class Rounds:
         chunks = self._chunks(room or runner_module.PREFILL_CHUNK)
         prompts = [request for request, _ in chunks]
         if chunks and room and not any(r.rejection for r in running + prompts):
-            with self._or_end(running + prompts):
+            with self._or_end(prompts):  # whoever runs goes on without them
                 self.runner.decode_and_prefill(running, plan, policy, chunks)
             self._count(chunks)
             return

@@ -6,8 +6,6 @@ the results of the one before, through pinned memory.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,14 +14,14 @@ from orthrus_rt import dispatch, nvtx, ops
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import CyclePlan, most_hypotheses
 from orthrus_rt.device import put, upload
-from orthrus_rt.graph import COUPLED, Cycle, Pass
+from orthrus_rt.graph import COUPLED, Cycle
+from orthrus_rt.host_choices import run_by_rejection, verify
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import prefill_rows
 from orthrus_rt.policy import Policy
 from orthrus_rt.prefill import Chunks, PrefillPass, PrefillShape, Prompts, round_up
-from orthrus_rt.reference import first_argmax
 from orthrus_rt.request import Request
 from orthrus_rt.results import SlotResults
 from orthrus_rt.sampling import MAX_LOGIT_BIAS
@@ -224,7 +222,7 @@ class Runner:
         value, index = (t if t is None else t[:n] for t in this.out)
         for i, request in enumerate(requests):
             if request.rejection:  # before the logits are processed in place
-                by_rejection[i] = _verify(request, value[i : i + 1], [], len(request.prompt))
+                by_rejection[i] = verify(request, value[i : i + 1], [], len(request.prompt))
         if sampling := self._sampling(requests):
             logits = value
             value, index = out = st.empty_partials(n, st.num_score_tiles(logits.shape[1]), logits.device)
@@ -320,37 +318,10 @@ class Runner:
         by_rejection, steady = any(r.rejection for r in requests), cycle.recorded
         with self.stopwatch.time(f"{plan.mode}_cycle" if steady or by_rejection else "recording") as stretch:
             if by_rejection:
-                self._rejection_cycle(cycle, requests)
+                run_by_rejection(cycle, requests)
             else:
                 cycle.run()
         self._post([(r.slot, r) for r in requests], plan, stretch if steady else None, policy)
-
-    @nvtx.ranged("rejection cycle")
-    def _rejection_cycle(self, cycle: Cycle, requests: list[Request]) -> None:
-        """A cycle in which some requests choose by the published rule, on the host; the others choose as ever."""
-        cycle.stage_first()
-        for p in cycle.passes:
-            cycle.forward(p)
-            by_slot = p.logits.view(cycle.state.num_slots, p.per_slot, -1)
-            kept = {r: by_slot[r.slot].clone() for r in requests if r.rejection}
-            cycle.sample(p)
-            value, index = p.partials
-            # Whether a row has a choice at all does not depend on the rule, so the best score says it for both.
-            best, ids = value.amax(1, keepdim=True), index.gather(1, first_argmax(value)[:, None])
-            for request, mine in kept.items():
-                choices = self._rejection_choices(cycle.state, p, request, mine)
-                first = request.slot * p.per_slot
-                ids[first : first + len(choices), 0] = choices.to(ids.device)
-            cycle.take(p, (best, ids))
-
-    def _rejection_choices(self, state: SlotState, p: Pass, request: Request, logits) -> torch.Tensor:
-        slot = request.slot
-        position = int(state.cache_seqlens[slot]) + 1
-        if p.step == st.STEP_DRAFT:
-            with _failures_of(request):
-                return request.rejection.draft(logits, position)
-        drafts = state.block_tokens[slot, 1 : 1 + int(state.num_drafts[slot])].tolist()
-        return _verify(request, logits, drafts, position)
 
     def _post(self, requests, plan: CyclePlan | None, timed=None, policy=None) -> None:
         """Queue the slots' results for reading: a copy to pinned memory on CUDA, the state itself on the CPU."""
@@ -370,21 +341,3 @@ class Runner:
                 return box
         self._mailboxes.append(SlotResults(self.num_slots, self.state.output.shape[1], "cpu", pinned=True))
         return self._mailboxes[-1]
-
-
-def _verify(request: Request, logits: torch.Tensor, drafts: list[int], position: int) -> torch.Tensor:
-    with _failures_of(request):
-        choices = request.rejection.verify(logits, drafts, position)
-        request.rejection.forget_drafts()
-        return choices
-
-
-@contextlib.contextmanager
-def _failures_of(request: Request) -> Iterator[None]:
-    """Of what fails in here ``error.request`` says whose it was."""
-    try:
-        with naming_the_knobs("sampling by rejection"):
-            yield
-    except torch.OutOfMemoryError as error:
-        error.request = request
-        raise

@@ -1,0 +1,104 @@
+"""What a prompt that arrives costs those who decode: in the last pass of their cycle, and in a pass of its own.
+
+``batch`` sequences of the embedded model decode; in every step one more prompt arrives and takes its first token, which
+is also its last. ``step_ms`` is the time of a step without arrivals, ``with_ms`` of one with a prompt in the cycle, as
+the engine does it, ``own_pass_ms`` of one where the prompt has a pass of its own. The three take turns.
+
+    python -m bench.bench_arrivals --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from unittest import mock
+
+import torch
+
+from bench import common
+from orthrus_rt.device import pick_device
+from orthrus_rt.engine import Engine
+from orthrus_rt.runner import Runner
+from orthrus_rt.sampling import SamplingParams
+
+STEPS = 8  # of one kind in a row: a GPU is a step ahead, and all but the first follow their like
+CONTEXT = 64
+
+
+def own_pass():
+    """No room beside any cycle."""
+    return mock.patch.object(Runner, "room_beside", lambda *_: 0)
+
+
+def step_ms(engine: Engine, prompts: list[list[int]]) -> float:
+    """Milliseconds of a step, the mean over one for each of ``prompts``; an empty one does not arrive."""
+    start, told = time.perf_counter(), 0
+    for prompt in prompts:
+        if prompt:
+            engine.submit(prompt, SamplingParams(max_new_tokens=1, ignore_eos=True))
+        told += sum(out.finished for out in engine.step())
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+    seconds = time.perf_counter() - start
+    told += sum(out.finished for _ in range(2) for out in engine.step())  # of results that are a step late
+    if told != sum(map(bool, prompts)):
+        raise SystemExit(f"bench_arrivals: {told} of {sum(map(bool, prompts))} prompts came to their end")
+    return 1e3 * seconds / len(prompts)
+
+
+def measure(mode: str, batch: int, length: int, args) -> dict:
+    drawn = random.Random(0)
+    options = {} if mode == "ar" else {"draft_len": args.draft_len}
+    with Engine.from_pretrained(
+        "smollm2-135m", device=str(args.device), mode=mode, max_seq_len=2048, max_batch_size=batch + 2,
+        prefix_caching=False, **options,
+    ) as engine:  # fmt: skip
+        vocab = engine.config.vocab_size - 1
+
+        def some(length: int) -> list[int]:
+            return [drawn.randrange(vocab) for _ in range(length)]
+
+        for _ in range(batch):
+            engine.submit(some(CONTEXT), SamplingParams(max_new_tokens=2048, ignore_eos=True))
+        while any(r is None or not r.decoding for r in engine.scheduler.slots[:batch]):
+            engine.step()
+        times: dict[str, list[float]] = {"step_ms": [], "with_ms": [], "own_pass_ms": []}
+        for turn in range(args.rounds + 2):  # two to warm up: recorded when they come again
+            times["step_ms"].append(step_ms(engine, [[]] * STEPS))
+            times["with_ms"].append(step_ms(engine, [some(length) for _ in range(STEPS)]))
+            with own_pass():
+                times["own_pass_ms"].append(step_ms(engine, [some(length) for _ in range(STEPS)]))
+            if turn == 1:
+                for column in times.values():
+                    column.clear()
+        if any(r is None for r in engine.scheduler.slots[:batch]):
+            raise SystemExit("bench_arrivals: a sequence ended; fewer --rounds")
+    ms = {name: common.percentiles(values)["p50"] for name, values in times.items()}
+    added = {name: ms[name] - ms["step_ms"] for name in ("with_ms", "own_pass_ms")}
+    saved = 1 - added["with_ms"] / added["own_pass_ms"]
+    return {"mode": mode, "batch": batch, "prompt": length} | ms | {"saved_of_what_an_arrival_adds": saved}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--modes", nargs="+", choices=("ar", "two_pass", "one_pass"), default=["ar", "two_pass"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--prompt", type=int, nargs="+", default=[32, 128], help="tokens of an arriving prompt")
+    parser.add_argument("--draft-len", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
+    args = parser.parse_args()
+    args.device = pick_device(args.device)
+    rows = []
+    for mode in args.modes:
+        for batch in args.batch:
+            for length in args.prompt:
+                rows.append(measure(mode, batch, length, args))
+                print(rows[-1], flush=True)
+    common.report(f"arrivals-{args.device.type}", common.header(args.device), rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
