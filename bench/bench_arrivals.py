@@ -19,7 +19,7 @@ import torch
 from bench import common
 from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
-from orthrus_rt.runner import Runner
+from orthrus_rt.rounds import Rounds
 from orthrus_rt.sampling import SamplingParams
 
 STEPS = 8  # of one kind in a row: a GPU is a step ahead, and all but the first follow their like
@@ -27,8 +27,15 @@ CONTEXT = 64
 
 
 def own_pass():
-    """No room beside any cycle."""
-    return mock.patch.object(Runner, "room_beside", lambda *_: 0)
+    """Prompts wait until the cycle is launched."""
+    real = Rounds._launch
+
+    def launch(rounds, running, before):
+        with mock.patch.object(rounds, "_chunks", list):
+            real(rounds, running, before)
+        rounds._prefill(rounds._chunks())
+
+    return mock.patch.object(Rounds, "_launch", launch)
 
 
 def step_ms(engine: Engine, prompts: list[list[int]]) -> float:

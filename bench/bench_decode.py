@@ -207,13 +207,13 @@ def real_row(bench: Bench, mode: str, batch: int, kind: str) -> dict:
 
     cycles, device_seconds = spent(f"{mode}_cycle")
     mixed, mixed_seconds = spent("mixed_cycle")
-    with_prompts = mixed_seconds - mixed * device_seconds / cycles  # beyond what their cycles take by themselves
-    seconds -= spent("prefill")[1] + spent("recording")[1] + with_prompts
-    cycles, device_seconds = cycles + mixed, device_seconds * (1 + mixed / cycles)
+    alone = device_seconds / cycles if cycles else 0.0  # what a cycle takes without prompts
+    seconds -= spent("prefill")[1] + spent("recording")[1] + mixed_seconds - mixed * alone
+    cycles += mixed
     tokens = sum(o.stats.tokens - 1 for o in outs)
     mean = sum(map(len, ids)) / len(ids) + bench.args.tokens / 2
     per_sequence = tokens / sum(o.stats.cycles for o in outs)
-    more = memory | {"device_ms": 1e3 * device_seconds / cycles, "kind": kind}
+    more = memory | {"device_ms": 1e3 * alone, "kind": kind}
     row = bench.row("orthrus_rt", mode, batch, mean, seconds / cycles, per_sequence, **more)
     return row | {"tok_s": tokens / seconds}  # towards the end cycles run with slots empty
 

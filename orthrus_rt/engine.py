@@ -291,7 +291,7 @@ class Engine(Generation):
     @exclusive
     def warmup(self, progress: bool = False) -> None:
         """Build, and where the device can, record the greedy cycles of every batch bucket for the engine's own mode; on
-        CUDA the prefill passes of a single prompt too.
+        CUDA the prefill passes of a single prompt too. Cycles with prompts are recorded as their shapes come again.
 
         In mode ``auto`` this also times them, unless that was done before on this device for this model and version.
         """

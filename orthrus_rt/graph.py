@@ -103,6 +103,7 @@ class Cycle(Recorded):
     their rows alone, and the next cycle may be of any plan.
 
     Args:
+        state: of all slots. num_slots: of them, the first so many run.
         sampling: None for greedy slots alone: choices come from partial maxima, no logits are materialised. Else the
             slots' sampling parameters.
         activations, workspace: shared with every other cycle; large enough for the plan's rows.
@@ -110,21 +111,22 @@ class Cycle(Recorded):
     """
 
     def __init__(
-        self, model: Model, kv: PagedKvCache, state: SlotState, plan: CyclePlan, *, sampling, activations,
-        workspace, max_seq_len, shape: PrefillShape | None = None,
+        self, model: Model, kv: PagedKvCache, state: SlotState, num_slots: int, plan: CyclePlan, *, sampling,
+        activations, workspace, max_seq_len, shape: PrefillShape | None = None,
     ):  # fmt: skip
-        self.model, self.kv, self.state, self.plan = model, kv, state, plan
+        self.model, self.kv, self.plan = model, kv, plan
+        self.state, self._cache_seqlens = state.view(slice(0, num_slots)), state.cache_seqlens
         self.sampling: SlotSampling | None = sampling
         self.activations: Activations = activations
         self.workspace: Workspace = workspace
         self.max_seq_len = max_seq_len
         scored = None if sampling is None else activations
         *before, last = KINDS[plan.mode]
-        self.passes = [_pass(model, kind, state.num_slots, plan, scored, None) for kind in before]
-        self.passes.append(_pass(model, last, state.num_slots, plan, scored, shape))
+        self.passes = [_pass(model, kind, num_slots, plan, scored, None) for kind in before]
+        self.passes.append(_pass(model, last, num_slots, plan, scored, shape))
         self.prompts = self.passes[-1].prompts
         with_prompts = "" if shape is None else f" with {shape.rows} rows of prompts"
-        self.what = f"{plan.mode} cycle of {state.num_slots} slots{with_prompts}"
+        self.what = f"{plan.mode} cycle of {num_slots} slots{with_prompts}"
 
     def load(self, chunks: list[Chunk], picked: list[int]) -> None:
         """The prompts of the next run; ``picked`` are their rows that choose a token."""
@@ -159,8 +161,8 @@ class Cycle(Recorded):
 
     def sample(self, p: Pass) -> None:
         """Coupled choices from the logits of pass ``p``, into its partials."""
-        seqlens = self.state.cache_seqlens
-        ops.process_logits(p.logits, p.rows, p.logit_rows, self.sampling, seqlens, COUPLED, p.out)
+        # Of all slots: a prompt's may be any.
+        ops.process_logits(p.logits, p.rows, p.logit_rows, self.sampling, self._cache_seqlens, COUPLED, p.out)
 
     def take(self, p: Pass, partials) -> None:
         """Take the choices of pass ``p`` and stage the pass after it, if there is one."""

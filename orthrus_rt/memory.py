@@ -20,13 +20,14 @@ def memory_report(engine) -> dict[str, int]:
     """Bytes by use.
 
     ``weights`` (of the AR view, embedding included), ``kv_pages`` and ``tables`` (rotary angles, page table) are
-    what AR decoding alone needs; only the last two grow with context. The diffusion view adds
-    ``weights_diffusion``, ``scratch`` (one layer's keys and values of the block rows) and, in ``cycles``, the
-    verified rows' choices (greedy: partial maxima instead of logits). ``activations`` and ``workspace`` (bounded)
-    are sized by the most rows of a pass, mostly a prefill's; ``activations`` grows by the logits of those rows at the
-    first request that samples or edits them; ``edits`` is what penalties, bias and min_tokens need,
-    once a request asked for any; ``cycles`` and ``graphs`` are what the cycles and recorded prefill passes built so far
-    hold: rows and choices, and what torch keeps for CUDA graphs; the driver keeps some more for their launches.
+    what AR decoding alone needs; only the last two grow with context. The diffusion view adds ``weights_diffusion``,
+    ``scratch`` (one layer's keys and values of the block rows), in ``activations`` one layer's buffers of these rows
+    and, in ``cycles``, the verified rows' choices (greedy: partial maxima instead of logits). ``activations`` and
+    ``workspace`` (bounded) are sized by the most rows of a pass, a cycle's and a chunk of prompts; ``activations``
+    grows by the logits of the former, and of a row for each slot, at the first request that samples or edits them;
+    ``edits`` is what penalties, bias and min_tokens need, once a request asked for any; ``cycles`` and ``graphs`` are
+    what the cycles and recorded passes with prompts so far hold: rows and choices, and what torch keeps for CUDA
+    graphs; the driver keeps some more for their launches.
     """
     runner, sizes = engine.runner, engine.model.nbytes()
     scratch = sum(t.numel() * t.element_size() for t in (runner.activations.scratch_k, runner.activations.scratch_v))

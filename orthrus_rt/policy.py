@@ -200,6 +200,12 @@ class Policy:
         self.current = course.plan
         return course.plan
 
+    @property
+    def wants_time(self) -> bool:
+        """Whether the cycle chosen last should run by itself, to be timed: what it costs is a guess, or out of date."""
+        lane, plan, _, against, _ = self._course
+        return (lane.bucket, plan) not in lane.costs or (plan == AR and against is not None)
+
     def _think(self, lane: Lane, batch_size: int) -> Launched:
         """The course to take now."""
         self.settle()

@@ -40,11 +40,14 @@ class PrefillShape:
     chosen: int
     scored: bool
 
-    def padded(self, max_rows: int, num_slots: int) -> PrefillShape:
-        """The next of the few shapes; with a group more, for the padding."""
+    def padded(self, max_rows: int, num_slots: int, in_cycle: bool = False) -> PrefillShape:
+        """The next of the few shapes; with a group more, for the padding. Fewer still in a cycle, as there are many of
+        those: each may bring prompts, and it reads the head's weights in any case.
+        """
         rows = max(self.rows, min(round_up(self.rows), max_rows))
-        tallest = rows if self.groups == 1 else min(rows, round_up(max(self.tallest, rows - self.rows)))
-        chosen = min(round_up(self.chosen), num_slots) if self.chosen else 0
+        even = in_cycle or self.groups == 1
+        tallest = rows if even else min(rows, round_up(max(self.tallest, rows - self.rows)))
+        chosen = min(round_up(self.chosen), num_slots, rows) if self.chosen or in_cycle else 0
         return PrefillShape(rows, 1 + (1 << (self.groups - 1).bit_length()), tallest, chosen, self.scored)
 
 

@@ -87,11 +87,7 @@ class Rounds:
         """
         with contextlib.suppress(RequestFailed), whole(self), self.metrics.busy():
             before = self.runner.num_posted
-            running = self._ready()
-            if running:
-                self._decode(running)
-            else:
-                self._prefill(self._chunks(runner_module.PREFILL_CHUNK))
+            self._launch(self._ready(), before)
             self._collect_but(before)
             auto = self._autos.get(self._plan)
             for kind, seconds in self.runner.stopwatch.take():
@@ -110,19 +106,26 @@ class Rounds:
                 self.runner.move(source, target)
         return running
 
-    def _decode(self, running: list[Request]) -> None:
+    def _launch(self, running: list[Request], before: int) -> None:
+        """Launch a cycle for those that decode; prompts go along, or get a pass behind it where the cycle is to be
+        timed by itself, or choices are made on the host.
+        """
+        if not running:
+            return self._prefill(self._chunks())
         auto = self._autos.get(self._plan)
         plan, policy = auto.choose(running) if auto else (self._plan, None)
-        room = self.runner.room_beside(plan, 1 + max(r.slot for r in running))
-        chunks = self._chunks(room or runner_module.PREFILL_CHUNK)
+        apart = any(r.rejection for r in running) or (policy is not None and policy.wants_time)
+        chunks = [] if apart else self._chunks()
         prompts = [request for request, _ in chunks]
-        if chunks and room and not any(r.rejection for r in running + prompts):
+        if chunks and not any(r.rejection for r in prompts):
             with self._or_end(prompts):  # whoever runs goes on without them
                 self.runner.decode_and_prefill(running, plan, policy, chunks)
-            self._count(chunks)
-            return
+            return self._count(chunks)
         with self._or_end(running):
             self.runner.decode(running, plan, policy)
+        if apart:
+            self._collect_but(before)  # whoever has ended leaves room for a prompt
+            chunks = self._chunks()
         self._prefill(chunks)
 
     @property
@@ -155,12 +158,12 @@ class Rounds:
                 self.runner.begin(request)
             yield request
 
-    def _chunks(self, room: int) -> Chunks:
-        """What the next pass with prompts takes: ``room`` tokens, the first requests' first. A request is admitted only
-        if there is room; it may share pages that those before it fill in this very pass, as keys are written before
-        anything attends to them.
+    def _chunks(self) -> Chunks:
+        """What the next pass with prompts takes: PREFILL_CHUNK tokens, the first requests' first. A request is admitted
+        only if there is room; it may share pages that those before it fill in this very pass, as keys are written
+        before anything attends to them.
         """
-        chunks = []
+        chunks, room = [], runner_module.PREFILL_CHUNK
         for request in self._prompts():
             end = min(request.prefilled + room, len(request.to_prefill))
             chunks.append((request, request.to_prefill[request.prefilled : end]))

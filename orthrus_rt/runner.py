@@ -28,7 +28,7 @@ from orthrus_rt.sampling import MAX_LOGIT_BIAS
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState
 from orthrus_rt.stopwatch import Stopwatch, Stretch
 
-PREFILL_CHUNK = 512  # prompt tokens per pass, of one prompt or of several, and rows of a cycle beside them
+PREFILL_CHUNK = 512  # prompt tokens per pass, of one prompt or of several
 KEPT_PREFILLS = 64  # recordings of passes with prompts
 _kept: list[SlotResults] = []  # of devices that have failed
 
@@ -91,12 +91,17 @@ class Runner:
                 return
             room = tuple(map(max, self._room, room))
         decoded, rows_diff = room
-        rows = max(min(PREFILL_CHUNK, self.num_slots * self.max_seq_len), decoded)
+        rows = self.most_prompt_rows + decoded
         with naming_the_knobs(f"making room for {decoded} rows a pass"):
             activations = Activations(self.model, rows, rows_diff, max_logit_rows=decoded + self.num_slots)
             workspace = Workspace.allocate(self.model, max_rows=rows, max_seq_len=self.max_seq_len)
         self.drop_cycles()  # they know the old buffers
         self.activations, self.workspace, self._room = activations, workspace, room
+
+    @property
+    def most_prompt_rows(self) -> int:
+        """Of prompts, in one pass."""
+        return min(PREFILL_CHUNK, self.num_slots * self.max_seq_len)
 
     def drop_cycles(self) -> None:
         """Free every cycle and prefill pass built so far, and its graph."""
@@ -127,24 +132,17 @@ class Runner:
         def build(shape: PrefillShape | None) -> Cycle:
             with naming_the_knobs(f"building the {plan.mode} cycle of {bucket} slots"):
                 return Cycle(
-                    self.model, self.kv, self.state.view(slice(0, bucket)), plan,
+                    self.model, self.kv, self.state, bucket, plan,
                     sampling=sampling, activations=self.activations, workspace=self.workspace,
                     max_seq_len=self.max_seq_len, shape=shape,
                 )  # fmt: skip
 
         key = (plan, bucket, sampling is not None, sampling is not None and sampling.edits is not None)
         if shape is not None:
-            return self._kept(shape, self.activations.hidden.shape[0] - bucket * plan.max_rows, key, build)
+            return self._kept(shape, key, build)
         if key not in self._cycles:
             self._cycles[key] = build(None)
         return self._cycles[key]
-
-    def room_beside(self, plan: CyclePlan, num_slots: int) -> int:
-        """Prompt tokens that a cycle's last pass can take along. None where its own rows are many: they are bound by
-        arithmetic, and a prompt would trickle.
-        """
-        room = min(PREFILL_CHUNK, self.activations.hidden.shape[0]) - self.bucket(num_slots) * plan.max_rows
-        return room if 2 * room >= PREFILL_CHUNK else 0
 
     @property
     def graph_bytes(self) -> int:
@@ -254,19 +252,19 @@ class Runner:
             with naming_the_knobs("preparing a prefill"):
                 return PrefillPass(self.model, self.kv, self.activations, self.workspace, self.max_seq_len, shape)
 
-        return self._kept(shape, self.activations.hidden.shape[0], (), build)
+        return self._kept(shape, (), build)
 
-    def _kept(self, shape: PrefillShape, max_rows: int, key: tuple, build):
-        """What ``build`` makes for this shape, or, where recordings are kept, for the next of the few that are: the one
-        kept, if it is among the KEPT_PREFILLS used last.
+    def _kept(self, shape: PrefillShape, cycle: tuple, build):
+        """What ``build`` makes for this shape, in a ``cycle`` or by itself; or, where recordings are kept, for the next
+        of the few shapes that are: the one kept, if it is among the KEPT_PREFILLS used last.
         """
         if not self.records_prefill:
             this = build(shape)
             if self.model.device.type == "cpu":
                 this.record()  # an op's Python runs three times as fast here as behind one that has swept the caches
             return this
-        shape = shape.padded(max_rows, self.num_slots)
-        key = (shape, *key)
+        shape = shape.padded(self.most_prompt_rows, self.num_slots, in_cycle=bool(cycle))
+        key = (shape, *cycle)
         self._prefills[key] = this = self._prefills.pop(key, None) or build(shape)
         if len(self._prefills) > KEPT_PREFILLS:
             del self._prefills[next(iter(self._prefills))]
@@ -274,7 +272,7 @@ class Runner:
 
     def warm_up_prefills(self) -> None:
         """Record, where that is done, the passes of a prompt by itself, of every number of rows; here none is valid."""
-        most = min(PREFILL_CHUNK, self.activations.hidden.shape[0])
+        most = self.most_prompt_rows
         sizes = {min(round_up(n), most) for n in range(1, most + 1)} if self.records_prefill else ()
         for rows in sorted(sizes):
             for chosen in (0, 1) if rows == most else (1,):

@@ -201,7 +201,8 @@ def test_faults_lose_nothing(folder, alone, fault, monkeypatch):
     rng = random.Random(3)
     engine = make(folder)
     jobs = submit_many(engine, rng, 12)
-    points = [(engine.runner, n) for n in ("decode", "prefill", "begin", "clear", "move")]
+    points = [(engine.runner, n) for n in ("decode", "prefill", "decode_and_prefill", "begin", "clear", "move")]
+    points += [(engine.runner, "_take_prompts")]
     points += [(engine.scheduler, n) for n in ("vacate", "compact", "admit")] + [(engine.kv, "release")]
     points += [(engine, "_take_result")]
     for owner, name in points:
@@ -247,6 +248,18 @@ def test_first_come_first_served(folder):
 
 def test_whoever_ends_makes_room_for_the_next_pass(folder):
     """No cycle runs with a slot empty that somebody waits for."""
+    engine = make(folder, max_batch_size=3)
+    params = SamplingParams(max_new_tokens=9, ignore_eos=True)
+    ids = [engine.submit([i], SamplingParams(60, ignore_eos=True) if i < 2 else params) for i in range(4)]
+    told = {}
+    while ids[2] not in told or not told[ids[2]].finished:
+        told = {out.request_id: out for out in engine.step()}
+    assert ids[3] not in told
+    told = {out.request_id: out for out in engine.step()}
+    assert len(told) == 3 and len(told[ids[3]].new_token_ids) == 1  # its prompt was in the others' cycle
+
+
+def test_whoever_ends_makes_room_for_a_pass_by_itself(folder):
     engine = make(folder, max_batch_size=1)
     first, second = (engine.submit([i], SamplingParams(max_new_tokens=9, ignore_eos=True)) for i in (1, 2))
     told = {}

@@ -81,7 +81,7 @@ def test_no_memory_for_logits_ends_those_who_sample(folder, alone, monkeypatch):
 
 def test_no_memory_for_a_bigger_batch_ends_the_latest(folder, alone, monkeypatch):
     engine = make(folder)
-    refuse(Cycle, "__init__", monkeypatch, lambda _, model, kv, state, *rest: state.num_slots > 2)
+    refuse(Cycle, "__init__", monkeypatch, lambda _, model, kv, state, slots, *rest: slots > 2)
     ids = [engine.submit([i + 1] * 3, GREEDY) for i in range(4)]
     got, errors = drain(engine)
     assert len(errors) == 2 and all("building the two_pass cycle of 4 slots: lower" in e for e in errors)

@@ -39,15 +39,19 @@ def test_only_the_cache_and_its_tables_grow_with_context(folder):
 
 
 def test_what_the_diffusion_view_adds(folder):
-    """Beside AR decoding: its weights, one layer's keys and values of the block rows, the verified rows' choices."""
+    """Beside AR decoding: its weights, one layer's buffers of the block rows, the verified rows' choices."""
     ar, two_pass = (warm_report(folder, mode=mode) for mode in ("ar", "two_pass"))
-    assert {name for name in ar if ar[name] != two_pass[name]} == {"scratch", "cycles", "total"}
+    assert {name for name in ar if ar[name] != two_pass[name]} == {"scratch", "activations", "cycles", "total"}
     assert ar["scratch"] == 0
     config = make(folder).config
     slots, rows = 8, 8 * config.block_len
     attention = (4 + 2 * 2) * 64 * 64 + 64 * 4 * 64  # q, k, v and o of one layer
     assert two_pass["weights_diffusion"] == config.num_layers * attention * 2
     assert two_pass["scratch"] == 2 * rows * config.num_heads_kv * config.head_dim * 2
+    hidden_and_normed, mlp = 2 * config.hidden_size, config.intermediate_size
+    qkv_q_and_attn = (3 * config.num_heads_q + 2 * config.num_heads_kv) * config.head_dim
+    per_row = (hidden_and_normed + qkv_q_and_attn + mlp) * 2
+    assert two_pass["activations"] - ar["activations"] == slots * (config.block_len - 1) * per_row  # beside prompts'
     built = slots + 4 + 2 + 1  # slots of the cycles of every batch bucket
     partials = 1  # per row: 96 ids lie in one tile
     choices = built * (2 * config.block_len - 1) * (partials * 8 + 4)  # value, id; the row's number

@@ -79,8 +79,8 @@ def test_one_cycle_does_both(make):
     assert (count(engine, "prefill"), count(engine, "mixed_cycle")) == (1, 1)
 
 
-def test_a_long_prompt_takes_what_room_there_is(make, monkeypatch):
-    """Its rows and those of the cycle are no more than a prefill pass has; decoding does not stop meanwhile."""
+def test_decoding_does_not_stop_for_a_long_prompt(make, monkeypatch):
+    """As much of it goes along as a pass takes; its first token comes with the last of it."""
     monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 32)
     engine = make(mode="ar")
     want = make().generate([5] * 100, GREEDY).token_ids
@@ -94,16 +94,13 @@ def test_a_long_prompt_takes_what_room_there_is(make, monkeypatch):
             tokens.setdefault(out.request_id, []).extend(out.new_token_ids)
         if second not in tokens:
             assert len(tokens[first]) == len(rows)  # a token for every chunk
-    assert rows == [32, 32, 32, 8] and tokens[second] == want
+    assert rows == [33, 33, 33, 5] and tokens[second] == want  # one more of the cycle itself
 
 
-@pytest.mark.parametrize("why", ("many rows", "rejection runs", "rejection arrives"))
-def test_passes_of_their_own(make, monkeypatch, why):
-    """Where the cycle's rows leave no room, and beside choices that the host makes."""
+@pytest.mark.parametrize("runs", (True, False), ids=("runs", "arrives"))
+def test_passes_of_their_own_beside_choices_that_the_host_makes(make, runs):
     rejection = SamplingParams(20, temperature=0.8, seed=1, ignore_eos=True, acceptance="rejection")
-    if why == "many rows":
-        monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 8)
-    one, two = {"many rows": (GREEDY,) * 2, "rejection runs": (rejection, GREEDY)}.get(why, (GREEDY, rejection))
+    one, two = (rejection, GREEDY) if runs else (GREEDY, rejection)
     want = [make().generate(*job).token_ids for job in (([1, 2], one), ([3, 4], two))]
     engine = make()
     ids, tokens = [engine.submit([1, 2], one)], {}
@@ -114,6 +111,43 @@ def test_passes_of_their_own(make, monkeypatch, why):
             tokens.setdefault(out.request_id, []).extend(out.new_token_ids)
     assert want[0][1:] == tokens[ids[0]] and want[1] == tokens[ids[1]]
     assert (count(engine, "prefill"), count(engine, "mixed_cycle")) == (2, 0)
+
+
+def test_beside_rejection_whoever_ends_makes_room_in_the_same_step(make):
+    """No cycle runs with a slot empty that somebody waits for: prompts do not go along with the next."""
+    rejection = SamplingParams(100, temperature=0.8, seed=1, ignore_eos=True, acceptance="rejection")
+    engine = make(max_batch_size=2)
+    _, second, third = engine.submit([1], rejection), engine.submit([2], GREEDY), engine.submit([3], GREEDY)
+    told = {}
+    while second not in told or not told[second].finished:
+        assert third not in told
+        told = {out.request_id: out for out in engine.step()}
+    assert len(told[third].new_token_ids) == 1
+
+
+def test_auto_times_cycles_by_themselves(make, tmp_path, monkeypatch):
+    """A plan whose cost is a guess, though prompts arrive all the time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    engine, (auto,) = (made := make(mode="auto")), made._autos.values()
+    engine.submit([1, 2, 3], SamplingParams(200, ignore_eos=True))
+    while engine.has_unfinished():
+        if len(engine.scheduler.waiting) < 2:
+            engine.submit([4, 5], SamplingParams(1, ignore_eos=True))
+        engine.step()
+        if engine.metrics.cycles == 100:
+            break
+    costs = auto.policy.costs
+    assert len({plan for bucket, plan in costs._log if bucket == 1}) > 1 and count(engine, "mixed_cycle") > 50
+
+
+def test_edits_of_a_prompt_in_a_slot_beyond_the_cycles(make, monkeypatch):
+    """The reference looks lengths up by slot, and the oracle of a slot that the cycle does not have must be there."""
+    monkeypatch.setenv("ORTHRUS_BACKEND", "process_logits=reference")
+    jobs = [([1, 2, 3], EDITED), ([5, 6], EDITED)]
+    want = decode(make(mode="ar"), *(list(column) for column in zip(*jobs, strict=True)))
+    engine = make(mode="ar")
+    assert_same(arriving(engine, jobs, every=2), want)
+    assert count(engine, "mixed_cycle") == 1
 
 
 def test_the_third_of_a_kind_runs_no_python_per_op(make, monkeypatch):
@@ -128,7 +162,7 @@ def test_the_third_of_a_kind_runs_no_python_per_op(make, monkeypatch):
         engine.step()
         engine.step()
         assert len(calls) == want
-    assert (count(engine, "mixed_cycle"), len(engine.runner._prefills)) == (5, 3)  # and the first prompt's
+    assert (count(engine, "mixed_cycle"), len(engine.runner._prefills)) == (5, 3)  # two shapes, and the first prompt's
     assert engine.memory_report()["cycles"] >= sum(known.nbytes for known in engine.runner._prefills.values()) > 0
 
 

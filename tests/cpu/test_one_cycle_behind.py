@@ -6,6 +6,7 @@ On the CPU, with events and mailboxes that behave as CUDA's: a copy is unreadabl
 import itertools
 import random
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -173,14 +174,15 @@ def test_a_fault_in_flight_loses_nothing(late, alone, monkeypatch):
     rng = random.Random(2)
     engine = late(mode="auto")
     jobs = {engine.submit(*one): one for one in (job(rng, 60) for _ in range(12))}
-    decode, got, faults = engine.runner.decode, {}, 0
+    got, faults = {}, 0
 
-    def faulty(*args):
-        decode(*args)
+    def faulty(launch, *args):
+        launch(*args)
         if rng.random() < 0.1:
             raise ZeroDivisionError
 
-    monkeypatch.setattr(engine.runner, "decode", faulty)
+    for name in ("decode", "decode_and_prefill"):
+        monkeypatch.setattr(engine.runner, name, partial(faulty, getattr(engine.runner, name)))
     while engine.has_unfinished():
         try:
             for out in engine.step():

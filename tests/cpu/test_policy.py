@@ -158,6 +158,21 @@ def test_another_batch_size_begins_with_ar():
     assert [plan == AR for plan in plans] == [True] * REFRESH_CYCLES + [False] * (20 - REFRESH_CYCLES)
 
 
+def test_what_is_to_be_timed_is_to_run_by_itself():
+    """AR while it is timed anew, and whatever was never timed; a cycle that takes prompts along is not."""
+    chooser, wanted = policy("flat"), []
+    for _ in range(10):
+        plan = chooser.choose(3)
+        wanted.append(chooser.wants_time)
+        chooser.record([Outcome(*[plan.block_len - 1] * 2)] * 3, cycle_seconds("flat", 4, plan))
+    assert wanted == [True] * REFRESH_CYCLES + [False] * (10 - REFRESH_CYCLES)
+    chooser = policy("flat", measured=False)
+    for _ in range(10):
+        chooser.choose(3)
+        assert chooser.wants_time
+        chooser.record([Outcome(0, 0)] * 3, None)
+
+
 @pytest.mark.parametrize(("hazard", "decay"), [(0.3, 1.0), (0.8, 1.0), (0.9, 0.9)])
 def test_expected_tokens_are_learnt(hazard, decay):
     chooser = policy("flat")

@@ -58,6 +58,13 @@ def test_few_shapes(rows, groups, tallest, chosen, want):
     assert got == PrefillShape(want_rows, want_groups, want_tallest, want_chosen, False)
 
 
+def test_fewer_shapes_in_a_cycle():
+    """Whether any of the prompts ends or not, and however long each is."""
+    shapes = [PrefillShape(20, 2, tallest, chosen, False) for tallest, chosen in ((10, 0), (19, 1), (12, 2))]
+    assert {shape.padded(400, 6, in_cycle=True) for shape in shapes} == {PrefillShape(32, 3, 32, 6, False)}
+    assert PrefillShape(9, 9, 1, 9, False).padded(9, 40, in_cycle=True).chosen == 9  # a row each
+
+
 def test_padding_and_replays_change_no_bit(make, monkeypatch):
     """Greedy, sampled, edited and by rejection, alone and together, whatever the chunks: tokens, logits, cache."""
     prompts, params = (list(column) for column in zip(*JOBS, strict=True))
