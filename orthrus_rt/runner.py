@@ -151,7 +151,7 @@ class Runner:
 
     @property
     def cycle_bytes(self) -> int:
-        """Rows and choices of the cycles and prefill passes built so far."""
+        """Rows and choices of the cycles and passes with prompts that are kept."""
         return sum(known.nbytes for known in (*self._cycles.values(), *self._prefills.values()))
 
     def begin(self, request: Request) -> None:
@@ -210,9 +210,7 @@ class Runner:
         this.load(prompts.laid, prompts.picked)
         with self.stopwatch.time("recording" if this.records else "prefill"):
             this.run()
-        if prompts.choosing:
-            partials = self._score(prompts.choosing, this)
-        self._take_prompts(prompts, partials if prompts.choosing else None)
+        self._take_prompts(prompts, self._score(prompts.choosing, this) if prompts.choosing else [])
 
     def _score(self, requests: list[Request], this: PrefillPass) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Partial maxima of these requests' first choices, from what a prefill pass gave."""
@@ -231,8 +229,8 @@ class Runner:
             partials[i] = partials[i][0].amax(1, keepdim=True), choice.to(value.device)[:, None]
         return partials
 
-    def _take_prompts(self, prompts: Prompts, partials) -> None:
-        """Prompts whose last row went through decode from now on.
+    def _take_prompts(self, prompts: Prompts, partials: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Prompts whose last row went through decode from now on; ``partials`` are the first choices of those that choose.
 
         That row is, to consensus, a verification without drafts: its choice is the first known token. A resumed request
         knows that token already.
@@ -241,10 +239,10 @@ class Runner:
             put(self.state.finish, request.slot, st.RUNNING)
             if request.tokens:
                 put(self.state.block_tokens[request.slot], 0, request.tokens[-1])
+        for request, mine in zip(prompts.choosing, partials, strict=True):
+            view = self.state.view(slice(request.slot, request.slot + 1))
+            ops.consensus(view, mine, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id, 1)
         if prompts.choosing:
-            for request, mine in zip(prompts.choosing, partials, strict=True):
-                view = self.state.view(slice(request.slot, request.slot + 1))
-                ops.consensus(view, mine, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id, 1)
             self._post([(r.slot, r) for r in prompts.choosing], None)
 
     def _prefill_pass(self, shape: PrefillShape) -> PrefillPass:
