@@ -230,7 +230,7 @@ class Runner:
         return partials
 
     def _take_prompts(self, prompts: Prompts, partials: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Prompts whose last row went through decode from now on; ``partials`` are the first choices of those that choose.
+        """Prompts whose last row went through decode from now on; ``partials``: first choices of those that choose.
 
         That row is, to consensus, a verification without drafts: its choice is the first known token. A resumed request
         knows that token already.
