@@ -232,6 +232,10 @@ class Engine(Generation):
 
         A request that needs memory that there is not, or that has no logit above -inf to choose by (all are NaN, say),
         ends with finish_reason ``"error"`` behind the tokens that it has; the others go on.
+
+        Raises:
+            Exception: whatever else failed. Nothing is lost, and the next step tries again; if it fails every time,
+                somebody has to be aborted.
         """
         self._advance_and_collect()
         try:
