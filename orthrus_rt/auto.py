@@ -21,9 +21,7 @@ from orthrus_rt.pass_costs import PassCosts, cache_file
 from orthrus_rt.policy import AR, Policy, candidate_plans
 from orthrus_rt.staging import most_context, staged
 
-MAX_ROWS = (
-    512  # of a one_pass candidate, as in a prefill chunk: more are bound by arithmetic, where one read saves little
-)
+MAX_ROWS = 512  # of a one_pass candidate: more are bound by arithmetic, where one read of the weights saves little
 RIDGE_ROWS = {"cpu": 32, "cuda": 256}  # where a pass begins to cost more, until it is measured
 CONTEXT = 256  # committed tokens of a sequence in a warm-up
 REPEATS = 5

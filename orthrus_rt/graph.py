@@ -18,7 +18,7 @@ from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.device import upload
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
-from orthrus_rt.plan import Chunk, Layout, Rows, empty_rows
+from orthrus_rt.plan import Layout, Rows, empty_rows
 from orthrus_rt.prefill import PrefillShape, PromptRows
 from orthrus_rt.recording import Recorded
 from orthrus_rt.state import SlotSampling, SlotState
@@ -107,7 +107,7 @@ class Cycle(Recorded):
         sampling: None for greedy slots alone: choices come from partial maxima, no logits are materialised. Else the
             slots' sampling parameters.
         activations, workspace: shared with every other cycle; large enough for the plan's rows.
-        shape: of prompts whose rows its last pass takes along; :meth:`load` them before every run.
+        shape: of prompts whose rows its last pass takes along; ``prompts`` is then to be loaded before every run.
     """
 
     def __init__(
@@ -127,10 +127,6 @@ class Cycle(Recorded):
         self.prompts = self.passes[-1].prompts
         with_prompts = "" if shape is None else f" with {shape.rows} rows of prompts"
         self.what = f"{plan.mode} cycle of {num_slots} slots{with_prompts}"
-
-    def load(self, chunks: list[Chunk], picked: list[int]) -> None:
-        """The prompts of the next run; ``picked`` are their rows that choose a token."""
-        self.prompts.load(chunks, picked)
 
     @property
     def first_choices(self) -> tuple[torch.Tensor, torch.Tensor]:

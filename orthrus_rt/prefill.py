@@ -25,7 +25,7 @@ from orthrus_rt.request import Request
 TILE = 128  # rows of row_linear's tiles in a prefill on sm_90: what pads the last one costs nothing
 LEAST = 16  # rows of its narrowest
 NOTHING = Layout()
-Chunks = list[tuple[Request, list[int]]]  # of requests that hold a slot, tokens of their prompts that come next
+PromptChunks = list[tuple[Request, list[int]]]  # of requests that hold a slot, tokens of their prompts that come next
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Prompts:
             them that do not know the token after it. picked: their last rows.
     """
 
-    def __init__(self, chunks: Chunks):
+    def __init__(self, chunks: PromptChunks):
         self.laid: list[Chunk] = [(tokens, request.prefilled, request.slot) for request, tokens in chunks]
         for request, tokens in chunks:
             request.prefilled += len(tokens)
@@ -97,28 +97,30 @@ class PromptRows:
         self.shape = shape
         n, groups = shape.rows + own.num_rows, shape.groups + own.num_groups
         width, starts = padded(n), padded(groups + 1)
+
+        def split(buffer):
+            """Rows' fields, where groups start, and the rows whose logits are wanted."""
+            fields, rest = buffer[: 4 * width].reshape(4, width)[:, :n], buffer[4 * width :]
+            return fields, rest[: groups + 1], rest[starts:]
+
         self._host = np.zeros(4 * width + starts + len(own_picked) + shape.chosen, dtype=np.int32)
+        self._fields, group_start, picked = split(self._host)
+        self._fields[1] = -1
+        self._group_start, self._picked = group_start[: shape.groups + 1], picked[len(own_picked) :]
+        group_start[shape.groups :] = shape.rows + np.array(own.starts())
+        picked[: len(own_picked)] = shape.rows + np.array(own_picked, dtype=np.int32)
+
         self._buffer = torch.zeros(self._host.shape, dtype=torch.int32, device=device)
-        fields = self._buffer[: 4 * width].view(4, width)[:, :n]
-        group_start = self._buffer[4 * width :][: groups + 1]
-        picked = self._buffer[4 * width + starts :]
-        ar = shape.rows + own.groups_ar * own.rows_ar, shape.groups + own.groups_ar
+        fields, group_start, picked = split(self._buffer)
+        self.logit_rows = picked if picked.numel() else None
         prompts = Rows(
             *fields[:, : shape.rows], group_start[: shape.groups + 1], shape.rows, shape.groups, shape.tallest
         )
         self.own = fixed_rows(own, fields[:, shape.rows :])
-        parts = (prompts, self.own) if own.num_rows else ()
-        self.rows = Rows(*fields, group_start, *ar, max(shape.tallest, self.own.max_group_rows), parts)
-        self.logit_rows = picked if picked.numel() else None
-
-        self._fields = self._host[: 4 * width].reshape(4, width)[:, :n]
-        self._fields[1] = -1
-        host_starts = self._host[4 * width :][: groups + 1]
-        self._group_start = host_starts[: shape.groups + 1]
-        host_starts[shape.groups :] = shape.rows + np.array(own.starts())
-        host_picked = self._host[4 * width + starts :]
-        host_picked[: len(own_picked)] = shape.rows + np.array(own_picked, dtype=np.int32)
-        self._picked = host_picked[len(own_picked) :]
+        self.rows = Rows(
+            *fields, group_start, shape.rows + self.own.num_rows_ar, shape.groups + own.groups_ar,
+            max(shape.tallest, self.own.max_group_rows), (prompts, self.own) if own.num_rows else (),
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
@@ -132,10 +134,10 @@ class PromptRows:
 
 
 class PrefillPass(Recorded):
-    """A pass of one shape over static buffers: :meth:`load`, then :meth:`run`.
+    """A pass of one shape over static buffers.
 
     Attributes:
-        prompts: its rows.
+        prompts: its rows, to be loaded before every run.
         out: ``(value, id)``, of ``chosen`` rows: fp32 logits, shared by all passes (id None), or partial maxima.
     """
 
@@ -146,7 +148,6 @@ class PrefillPass(Recorded):
         self.model, self.kv, self.activations, self.workspace = model, kv, activations, workspace
         self.max_seq_len, self.shape = max_seq_len, shape
         self.what, self.prompts = f"prefill of {shape.rows} rows", PromptRows(shape, model.device)
-        self.load = self.prompts.load
         if shape.scored:
             self.out = activations.logits(shape.chosen), None
         else:
@@ -168,6 +169,4 @@ class PrefillPass(Recorded):
             logit_rows=self.prompts.logit_rows, epilogue=epilogue, out=out, max_seq_len=self.max_seq_len,
         )  # fmt: skip
 
-    def run(self) -> None:
-        """Where passes are not kept there is no second time."""
-        self.run_again()
+    run = Recorded.run_again

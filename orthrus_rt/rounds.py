@@ -18,7 +18,7 @@ from orthrus_rt.kv import OutOfPages
 from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.metrics import Metrics
 from orthrus_rt.outbox import Outbox
-from orthrus_rt.prefill import Chunks
+from orthrus_rt.prefill import PromptChunks
 from orthrus_rt.request import Request
 from orthrus_rt.results import Result
 from orthrus_rt.runner import Flight, Runner
@@ -158,7 +158,7 @@ class Rounds:
                 self.runner.begin(request)
             yield request
 
-    def _chunks(self) -> Chunks:
+    def _chunks(self) -> PromptChunks:
         """What the next pass with prompts takes: PREFILL_CHUNK tokens, the first requests' first. A request is admitted
         only if there is room; it may share pages that those before it fill in this very pass, as keys are written
         before anything attends to them.
@@ -173,14 +173,14 @@ class Rounds:
                 break
         return chunks
 
-    def _prefill(self, chunks: Chunks) -> None:
+    def _prefill(self, chunks: PromptChunks) -> None:
         if not chunks:
             return
         with self._or_end([request for request, _ in chunks]):
             self.runner.prefill(chunks)
         self._count(chunks)
 
-    def _count(self, chunks: Chunks) -> None:
+    def _count(self, chunks: PromptChunks) -> None:
         for request, tokens in chunks:
             self.metrics.prefilled(len(tokens), request.count_prompt())
 

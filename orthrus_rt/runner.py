@@ -21,7 +21,7 @@ from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import prefill_rows
 from orthrus_rt.policy import Policy
-from orthrus_rt.prefill import Chunks, PrefillPass, PrefillShape, Prompts, round_up
+from orthrus_rt.prefill import PrefillPass, PrefillShape, PromptChunks, Prompts, round_up
 from orthrus_rt.request import Request
 from orthrus_rt.results import SlotResults
 from orthrus_rt.sampling import MAX_LOGIT_BIAS
@@ -203,11 +203,11 @@ class Runner:
         self.clear(source)
 
     @nvtx.ranged("prefill")
-    def prefill(self, chunks: Chunks) -> None:
+    def prefill(self, chunks: PromptChunks) -> None:
         """Push these tokens through the AR view, in one pass."""
         prompts = Prompts(chunks)
         this = self._prefill_pass(prompts.shape(self._sampling(prompts.choosing) is not None))
-        this.load(prompts.laid, prompts.picked)
+        this.prompts.load(prompts.laid, prompts.picked)
         with self.stopwatch.time("recording" if this.records else "prefill"):
             this.run()
         self._take_prompts(prompts, self._score(prompts.choosing, this) if prompts.choosing else [])
@@ -275,7 +275,7 @@ class Runner:
         for rows in sorted(sizes):
             for chosen in (0, 1) if rows == most else (1,):
                 this = self._prefill_pass(PrefillShape(rows, 1, rows, chosen, False))
-                this.load([], [])
+                this.prompts.load([], [])
                 while not this.recorded:
                     this.run()
 
@@ -295,13 +295,13 @@ class Runner:
             self.kv.release(0)
         return out[0]
 
-    def decode_and_prefill(self, requests: list[Request], plan: CyclePlan, policy: Policy | None, chunks: Chunks):
+    def decode_and_prefill(self, requests: list[Request], plan: CyclePlan, policy: Policy | None, chunks: PromptChunks):
         """Both in one, of requests none of which is by rejection: prompts' tokens go through the cycle's last pass."""
         prompts = Prompts(chunks)
         sampling = self._sampling(requests + prompts.choosing)
         shape = prompts.shape(sampling is not None)
         cycle = self.cycle(plan, 1 + max(r.slot for r in requests), sampling, shape)
-        cycle.load(prompts.laid, prompts.picked)
+        cycle.prompts.load(prompts.laid, prompts.picked)
         with self.stopwatch.time("recording" if cycle.records else "mixed_cycle"):
             cycle.run()
         self._post([(r.slot, r) for r in requests], plan, None, policy)

@@ -192,6 +192,7 @@ def arriving(engine: Engine, jobs, every: int) -> list[Trace]:
             for out in engine.step():
                 traces[out.request_id] = trace = tap._trace(out)
                 trace.tokens += out.new_token_ids
+                trace.tokens_per_cycle = out.stats.tokens_per_cycle
     return list(traces.values())
 
 

@@ -91,9 +91,11 @@ def test_prompts_that_arrive(case, jobs):
     _, engine, _ = case
     few = list(zip(jobs[0], [replace(params, max_new_tokens=8) for params in jobs[1]], strict=True))
     prompts, params = (list(column) for column in zip(*few, strict=True))
-    want = decode(engine, prompts, params, mode="ar")
+    want, alone = decode(engine, prompts, params, mode="ar"), decode(engine, prompts, params)
     for _ in range(3):
-        assert_same(arriving(engine, few, every=1), want)
+        got = arriving(engine, few, every=1)
+        assert_same(got, want)
+        assert [trace.tokens_per_cycle for trace in got] == [trace.tokens_per_cycle for trace in alone]
     assert any(known.recorded for known in engine.runner._prefills.values() if isinstance(known, Cycle))
 
 

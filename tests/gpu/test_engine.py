@@ -125,7 +125,9 @@ def test_prompts_that_arrive_change_no_bit(folder, mode):
     jobs = list(jobs_of(8, seed=3))
     want = decode(engine, *(list(column) for column in zip(*jobs, strict=True)))
     for _ in range(3):
-        assert_same(arriving(engine, jobs, every=2), want)
+        got = arriving(engine, jobs, every=2)
+        assert_same(got, want)
+        assert [trace.tokens_per_cycle for trace in got] == [trace.tokens_per_cycle for trace in want]
     mixed = [known for known in engine.runner._prefills.values() if isinstance(known, Cycle)]
     assert any(known.recorded and known._replay != known.run_eager for known in mixed)
 
