@@ -23,187 +23,247 @@ __device__ __forceinline__ bool beats(float value, int32_t id, const BestLogit& 
   return value > best.value || (value == best.value && id < best.id);
 }
 
-// Adds this CTA's partial sum of a cut tile, of its first `rows` tokens. True in the group that arrived last, whose
-// acc then holds the whole sum, folded in k order; nobody waits for anybody.
+// A CTA's partial sum of a cut tile: the one that its range starts inside of, or ends inside of.
 template <int kTokens>
-__device__ bool fold_partials(float (&acc)[kTokens / 2], const RowLinearArgs& args, int view, int tile, int kb_begin,
-                              int rows, int group, int32_t* flag) {
-  const RowLinearPlan& plan = args.plan;
-  const int thread = threadIdx.x % kGroupThreads;
+__device__ float4* partial_sum(const RowLinearArgs& args, int view, int group, bool ends, int cta) {
   float* workspace = static_cast<float*>(args.p.workspace);
-  // A CTA cuts at most two tiles: the one its range starts inside of, and the one it ends inside of.
-  auto partial = [&](int cta, int which) {
-    return reinterpret_cast<float4*>(workspace + partial_offset(plan, view, cta, which, group, kTokens)) + thread;
-  };
-  float4* mine = partial(blockIdx.x, kb_begin == 0);
+  return reinterpret_cast<float4*>(workspace + partial_offset(args.plan, view, group, ends, cta, kTokens)) +
+         threadIdx.x % kGroupThreads;
+}
+
+// Leaves this CTA's partial sum of a cut tile, of its first `rows` tokens. True in the group that arrives last: it
+// finishes the tile, and nobody waits for anybody.
+template <int kTokens>
+__device__ bool leave_partial(const float (&acc)[kTokens / 2], const RowLinearArgs& args, int view, int tile,
+                              int kb_begin, int rows, int group, int32_t* flag) {
+  const RowLinearPlan& plan = args.plan;
+  float4* mine = partial_sum<kTokens>(args, view, group, kb_begin == 0, blockIdx.x);
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j)
     if (8 * j < rows)
       __stcg(mine + j * kGroupThreads, make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
 
-  const int first = plan.owner(tile * plan.k_blocks);
-  const int last = plan.owner((tile + 1) * plan.k_blocks - 1);
   group_sync(group);
-  if (thread == 0) {
+  if (threadIdx.x % kGroupThreads == 0) {
+    const int others = plan.owner((tile + 1) * plan.k_blocks - 1) - plan.owner(tile * plan.k_blocks);
     int32_t* counter = static_cast<int32_t*>(args.p.workspace) +
                        (view * plan.tiles + tile) * plan.blocks_per_tile + group;
-    const bool is_last = add_acq_rel(counter, 1) == last - first;
+    const bool is_last = add_acq_rel(counter, 1) == others;
     if (is_last) *counter = 0;  // the next launch finds it so
     *flag = is_last;
   }
   group_sync(group);
-  if (!*flag) return false;
+  return *flag;
+}
 
-  // Loads of several partials are in flight at once, as many as registers allow beside acc: each is asked for whether
-  // it exists or not (the last one then), since a branch between them would make them wait for each other.
-  constexpr int kWide = kTokens == 16 ? 2 : 4;
-  constexpr int kBatch = kTokens == 16 ? 3 : kTokens <= 64 ? 2 : 4;
+// Where an epilogue has a tile's sums from, kStagingTokens tokens at a time: `ask` for them, `stage` them some time
+// later, each thread its own.
+constexpr int kStepSums = kStagingTokens / 2;
+
+// `s`: of the thread's first token and feature.
+__device__ __forceinline__ void stage_pairs(float* s, float a, float b, float c, float d) {
+  s[0] = a;
+  s[kStagingStride] = b;
+  s[8] = c;
+  s[kStagingStride + 8] = d;
+}
+
+// Of a tile that was not cut: a thread's own accumulators.
+template <int kTokens>
+struct WholeSums {
+  const float (&acc)[kTokens / 2];
+
+  __device__ void ask(int) {}
+  __device__ void stage(int t0, float* s) const {
 #pragma unroll
-  for (int j0 = 0; j0 < kTokens / 8; j0 += kWide) {
-    if (8 * j0 >= rows) break;
-#pragma unroll 1
-    for (int cta0 = first; cta0 <= last; cta0 += kBatch) {
-      float4 v[kBatch][kWide];
+    for (int j = 0; j < kTokens / 8; ++j)  // registers have constant names
+      if (8 * j / kStagingTokens == t0 / kStagingTokens)
+        stage_pairs(s + 8 * j % kStagingTokens * kStagingStride, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2],
+                    acc[4 * j + 3]);
+  }
+};
+
+// Of a cut tile: the partial sums, folded in k order. They come from L2 while the step
+// before is finished, all of a step at once: a branch around a load would make the next one wait for it.
+template <int kTokens>
+struct FoldedSums {
+  static constexpr int kAhead = 6;  // CTAs that share a tile, in nearly all weights of nearly all models
+  const float4 *begin, *rest;       // of the first CTA, which ends inside of the tile, and as if it started there
+  int count;
+  float4 v[kAhead][2] = {};
+
+  __device__ FoldedSums(const RowLinearArgs& args, int view, int tile, int group) {
+    const RowLinearPlan& plan = args.plan;
+    const int first = plan.owner(tile * plan.k_blocks);
+    count = plan.owner((tile + 1) * plan.k_blocks - 1) - first + 1;
+    begin = partial_sum<kTokens>(args, view, group, true, first);
+    rest = partial_sum<kTokens>(args, view, group, false, first);
+  }
+  template <bool kFirst>
+  __device__ void load(int from, int t0) {
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int cta = min(cta0 + b, last);
-        const float4* other = partial(cta, cta == first) + j0 * kGroupThreads;
+    for (int b = 0; b < kAhead; ++b) {
+      const float4* p = (kFirst && b == 0 ? begin : rest + (from + b) * (kTokens * kBlock / 4)) + t0 / 8 * kGroupThreads;
 #pragma unroll
-        for (int j = 0; j < kWide; ++j) v[b][j] = load_l2(other + j * kGroupThreads);
-      }
+      for (int j = 0; j < 2; ++j) load_l2_if(v[b][j], p + j * kGroupThreads, from + b < count && t0 < kTokens);
+    }
+  }
+  template <bool kFirst>
+  __device__ void add(int from, float (&sum)[kStepSums]) const {
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const bool begins = cta0 + b == first, exists = cta0 + b <= last;
-        auto add = [&](float& sum, float value) { sum = begins ? value : exists ? sum + value : sum; };
+    for (int b = 0; b < kAhead; ++b) {
+      const bool exists = from + b < count;
 #pragma unroll
-        for (int j = 0; j < kWide; ++j) {
-          float* sum = acc + 4 * (j0 + j);
-          add(sum[0], v[b][j].x);
-          add(sum[1], v[b][j].y);
-          add(sum[2], v[b][j].z);
-          add(sum[3], v[b][j].w);
+      for (int j = 0; j < 2; ++j) {
+        const float values[4] = {v[b][j].x, v[b][j].y, v[b][j].z, v[b][j].w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& s = sum[4 * j + i];
+          s = kFirst && b == 0 ? values[i] : exists ? s + values[i] : s;
         }
       }
     }
   }
-  return true;
-}
-
-// 8 consecutive outputs of a row: one 16-byte access where the row's length keeps it aligned.
-__device__ __forceinline__ void store_bf16(bf16_t* out, const float (&v)[8], int count, bool aligned) {
-  const uint4 packed = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
-                                  pack_bf16(v[6], v[7]));
-  if (aligned && count == 8) {
-    *reinterpret_cast<uint4*>(out) = packed;
-    return;
-  }
-  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+  __device__ void ask(int t0) { load<true>(0, t0); }
+  __device__ void stage(int t0, float* s) {
+    float sum[kStepSums];
+    add<true>(0, sum);
+#pragma unroll 1
+    for (int from = kAhead; from < count; from += kAhead) {
+      load<false>(from, t0);
+      add<false>(from, sum);
+    }
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (i < count) out[i] = static_cast<bf16_t>(words[i / 2] >> (16 * (i % 2)));
+    for (int j = 0; j < 2; ++j)
+      stage_pairs(s + 8 * j * kStagingStride, sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]);
+  }
+};
+
+__device__ __forceinline__ float widen(bf16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+
+__device__ __forceinline__ uint4 pack8(const float (&v)[8]) {
+  return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
 }
 
-__device__ __forceinline__ void add_bf16(float (&v)[8], const uint4& packed) {
+__device__ __forceinline__ void add8(float (&v)[8], const uint4& packed) {
   const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
   for (int i = 0; i < 8; ++i) v[i] += __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
 }
 
-// The epilogue of one block: sums cross shared memory 16 tokens at a time, so that a thread ends
-// with 8 consecutive features of one token. Called by all threads of a group.
-template <int kTokens>
-__device__ void finish_block(const float (&acc)[kTokens / 2], const RowLinearArgs& args, int block, int row_begin,
-                             int row_end, int group, float* staging, BestLogit* best) {
+__device__ __forceinline__ void load8(float (&v)[8], const float* staged) {
+  *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(staged);
+  *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(staged + 4);
+}
+
+// Up to 8 consecutive outputs of a row, added to `residual` if there is one. Rows that are not aligned are of no
+// model: they may be slow, but must not take registers.
+__device__ __forceinline__ void store_bf16(bf16_t* out, const float (&v)[8], int count, bool aligned,
+                                           const bf16_t* residual) {
+  if (aligned && count >= 8) {
+    *reinterpret_cast<uint4*>(out) = pack8(v);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < count) out[i] = static_cast<bf16_t>(pack_bf16(residual ? v[i] + widen(residual[i]) : v[i], 0.0f));
+}
+
+__device__ __forceinline__ void store_f32(float* out, const float (&v)[8], int count, bool aligned) {
+  if (aligned && count >= 8) {
+    reinterpret_cast<float4*>(out)[0] = make_float4(v[0], v[1], v[2], v[3]);
+    reinterpret_cast<float4*>(out)[1] = make_float4(v[4], v[5], v[6], v[7]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < count) out[i] = v[i];
+}
+
+// silu(gate) * up; they alternate by 8 features. The division is good to 2 ulp, and 0 where the quotient is denormal.
+__device__ __forceinline__ void silu_mul(float (&v)[8], const float* staged) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float gate = staged[i];
+    v[i] = __fdividef(gate, 1.0f + expf(-gate)) * staged[8 + i];
+  }
+}
+
+// Updates a token's best with the 8 features of each of its 8 threads.
+__device__ __forceinline__ void keep_best(BestLogit* best, const float (&v)[8], int count, int feature) {
+  BestLogit top{-INFINITY, feature};
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < count && v[i] > top.value) top = {v[i], feature + i};
+#pragma unroll
+  for (int lane = 4; lane; lane /= 2) {
+    const float value = __shfl_xor_sync(~0u, top.value, lane);
+    const int32_t id = __shfl_xor_sync(~0u, top.id, lane);
+    if (beats(value, id, top)) top = {value, id};
+  }
+  if (threadIdx.x % 8 == 0 && beats(top.value, top.id, *best)) *best = top;
+}
+
+// A thread's number within its group, worked out where it is used: registers are dearer in a loop.
+__device__ __forceinline__ uint32_t thread_here() {
+  uint32_t thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread % kGroupThreads;
+}
+
+// The epilogue of one block: sums cross shared memory kStagingTokens tokens at a time, so that a thread ends with 8
+// consecutive features of one token. Called by all threads of a group.
+template <int kTokens, class Sums>
+__device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, int row_begin, int row_end, int group,
+                             float* staging, BestLogit* best) {
   const RowLinearParams& p = args.p;
-  const int thread = threadIdx.x % kGroupThreads;
-  const int lane = thread % 32;
-  const int my_feature = 16 * (thread / 32) + lane / 4;
-  const int my_token = 2 * (lane % 4);
   const Epilogue epilogue = static_cast<Epilogue>(p.epilogue);
-  const int feature = block * kBlock + 8 * (thread % 8);
-  const int count = min(8, p.out_features - feature);
-  const bool aligned = p.out_features % 8 == 0;  // then a thread has 8 features or none
-  auto offset_at = [&](int t0) { return static_cast<int64_t>(row_begin + t0 + thread / 8) * p.out_features + feature; };
-  // Aligned residuals are asked for 16 tokens ahead of their use.
-  const bool adds_ahead = epilogue == Epilogue::kResidual && aligned && count > 0;
-  uint4 ahead{};
-  auto ask = [&](int t0) {
-    if (adds_ahead && t0 < kTokens && row_begin + t0 + thread / 8 < row_end)
-      ahead = *reinterpret_cast<const uint4*>(p.residual + offset_at(t0));
+  uint4 residual;
+  auto residual_at = [&](int t0) {
+    const uint32_t thread = thread_here();
+    const int row = row_begin + t0 + thread / 8, column = block * kBlock + thread % 8 * 8;
+    if (epilogue == Epilogue::kResidual && p.out_features % 8 == 0 && column < p.out_features && t0 < kTokens &&
+        row < row_end)
+      residual = *reinterpret_cast<const uint4*>(p.residual + static_cast<int64_t>(row) * p.out_features + column);
   };
-  ask(0);
+  residual_at(0);
+  sums.ask(0);
 #pragma unroll 1
   for (int t0 = 0; t0 < kTokens && row_begin + t0 < row_end; t0 += kStagingTokens) {
-    const uint4 residual = ahead;
-    ask(t0 + kStagingTokens);
+    const uint32_t thread = thread_here(), eighth = thread % 8, token = thread / 8;
     group_sync(group);
-    float* s = staging + my_token * kStagingStride + my_feature;
-    // One copy of the code below, yet registers are indexed by constants.
-#pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
-      if (8 * j - t0 >= 0 && 8 * j - t0 < kStagingTokens) {
-        float* pair = s + (8 * j - t0) * kStagingStride;
-        pair[0] = acc[4 * j];
-        pair[kStagingStride] = acc[4 * j + 1];
-        pair[8] = acc[4 * j + 2];
-        pair[kStagingStride + 8] = acc[4 * j + 3];
-      }
-    }
+    sums.stage(t0, staging + thread % 4 * 2 * kStagingStride + 16 * (thread / 32) + thread % 32 / 4);
+    sums.ask(t0 + kStagingTokens);
     group_sync(group);
-    const int token = t0 + thread / 8;
-    const int row = row_begin + token;
-    const float* sums = staging + (thread / 8) * kStagingStride;
+    const float* staged = staging + token * kStagingStride;
+    const int row = row_begin + t0 + token;
+    float v[8];
     if (epilogue == Epilogue::kSiluMul) {
-      // Gate and up alternate by 8 features; half of the threads have a pair of 8s each.
-      const int chunk = thread % 8;
-      const int columns = p.out_features / 2;
-      const int column = block * (kBlock / 2) + 8 * chunk;
-      if (row < row_end && chunk < 4 && column < columns) {
-        float v[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float gate = sums[16 * chunk + i];
-          v[i] = gate / (1.0f + expf(-gate)) * sums[16 * chunk + 8 + i];
-        }
+      const int columns = p.out_features / 2, column = block * (kBlock / 2) + 8 * eighth;
+      if (row < row_end && eighth < 4 && column < columns) {
+        silu_mul(v, staged + 16 * eighth);
         store_bf16(static_cast<bf16_t*>(p.out) + static_cast<int64_t>(row) * columns + column, v, columns - column,
-                   columns % 8 == 0);
+                   columns % 8 == 0, nullptr);
       }
       continue;
     }
-    float v[8];
-    *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(sums + 8 * (thread % 8));
-    *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(sums + 8 * (thread % 8) + 4);
-    const int64_t offset = offset_at(t0);
+    load8(v, staged + 8 * eighth);
+    const int columns = p.out_features, column = block * kBlock + 8 * eighth, count = columns - column;
+    const int64_t offset = static_cast<int64_t>(row) * columns + column;
     if (epilogue == Epilogue::kArgmax) {
-      BestLogit top{-INFINITY, feature};
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (i < count && v[i] > top.value) top = {v[i], feature + i};
-#pragma unroll
-      for (int offset_lane = 4; offset_lane; offset_lane /= 2) {
-        const float value = __shfl_xor_sync(~0u, top.value, offset_lane);
-        const int32_t id = __shfl_xor_sync(~0u, top.id, offset_lane);
-        if (beats(value, id, top)) top = {value, id};
-      }
-      if (thread % 8 == 0 && beats(top.value, top.id, best[token])) best[token] = top;
+      keep_best(best + t0 + token, v, count, column);
     } else if (row < row_end && count > 0) {
+      const bool aligned = columns % 8 == 0;
       if (epilogue == Epilogue::kLogits) {
-        float* out = static_cast<float*>(p.out) + offset;
-        if (count == 8 && p.out_features % 4 == 0) {
-          reinterpret_cast<float4*>(out)[0] = make_float4(v[0], v[1], v[2], v[3]);
-          reinterpret_cast<float4*>(out)[1] = make_float4(v[4], v[5], v[6], v[7]);
-        } else {
-          for (int i = 0; i < count; ++i) out[i] = v[i];
-        }
+        store_f32(static_cast<float*>(p.out) + offset, v, count, columns % 4 == 0);
       } else {
-        if (adds_ahead) {
-          add_bf16(v, residual);
-        } else if (epilogue == Epilogue::kResidual) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i)
-            if (i < count) v[i] += __uint_as_float(static_cast<uint32_t>(p.residual[offset + i]) << 16);
+        const bool adds = epilogue == Epilogue::kResidual;
+        if (adds && aligned) {
+          add8(v, residual);
+          residual_at(t0 + kStagingTokens);
         }
-        store_bf16(static_cast<bf16_t*>(p.out) + offset, v, count, aligned);
+        store_bf16(static_cast<bf16_t*>(p.out) + offset, v, count, aligned,
+                   adds && !aligned ? p.residual + offset : nullptr);
       }
     }
   }

@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
         kb = end;
       }
       if (block < plan.blocks)
-        finish_block<kTokens>(sum, args, block, stream.row_begin, stream.row_end, group, staging, nullptr);
+        finish_block<kTokens>(WholeSums<kTokens>{sum}, args, block, stream.row_begin, stream.row_end, group, staging,
+                              nullptr);
     }
   } else {
     const bool argmax = args.p.epilogue == static_cast<int>(Epilogue::kArgmax);
@@ -146,10 +147,14 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
         stream.first_block = tile * kBlocks;
         stream.sum_segment(acc, kb, end);
         const int rows = stream.row_end - stream.row_begin;
-        if (end - kb == plan.k_blocks ||
-            fold_partials<kTokens>(acc, args, stream.diff, tile, kb, rows, group, flags + group))
-          finish_block<kTokens>(acc, args, stream.first_block + group, stream.row_begin, stream.row_end, group,
+        auto finish = [&](auto sums) {
+          finish_block<kTokens>(sums, args, stream.first_block + group, stream.row_begin, stream.row_end, group,
                                 staging, best + group * kTokens);
+        };
+        if (end - kb == plan.k_blocks)
+          finish(WholeSums<kTokens>{acc});
+        else if (leave_partial<kTokens>(acc, args, stream.diff, tile, kb, rows, group, flags + group))
+          finish(FoldedSums<kTokens>(args, stream.diff, tile, group));
         unit += end - kb;
       }
       if (argmax) {

@@ -88,11 +88,12 @@ struct RowLinearArgs {
   __device__ int row_end(int row_tile) const { return is_diff(row_tile) ? p.num_rows : p.num_rows_ar; }
 };
 
-// Partial sums follow the counters: [view][2 * cta + which][block of the tile][tokens * 64] floats,
-// in the order of the owning threads' accumulators.
-__host__ __device__ inline int64_t partial_offset(const RowLinearPlan& plan, int view, int cta, int which, int group,
+// Partial sums follow the counters: [view][block of the tile][which][cta][tokens * 64] floats, in the order of the
+// owning threads' accumulators; a CTA cuts two tiles at most, the one that its range starts inside of (0), and the one
+// that it ends inside of (1).
+__host__ __device__ inline int64_t partial_offset(const RowLinearPlan& plan, int view, int group, int which, int cta,
                                                   int tokens) {
-  const int64_t slot = ((static_cast<int64_t>(view) * plan.grid + cta) * 2 + which) * plan.blocks_per_tile + group;
+  const int64_t slot = ((static_cast<int64_t>(view) * plan.blocks_per_tile + group) * 2 + which) * plan.grid + cta;
   return kMaxCounters + slot * tokens * kBlock;
 }
 

@@ -27,17 +27,20 @@ struct Sm90Params {
   RowLinearArgs args;
 };
 
-// Two of them overlap across kernel boundaries; wide tiles need the whole SM's registers.
-constexpr int ctas_per_sm(int tokens, bool prefill) { return prefill || tokens > 64 ? 1 : 2; }
+// Two of them overlap across kernel boundaries; the widest tiles need more than half of the SM's registers.
+constexpr int ctas_per_sm(int tokens, bool prefill) { return prefill || tokens > 128 ? 1 : 2; }
 
 // One thread produces; only whole warpgroups can hand their registers over to the prefill's two sets of sums.
 constexpr int producer_threads(bool prefill) { return prefill ? kGroupThreads : 32; }
 
-// Shared memory beside the stages: barriers, transposition buffers, argmax state.
-constexpr int fixed_shared(int blocks, int tokens, bool argmax) {
-  return 2 * kMaxStages * 8 + 16 + blocks * kStagingFloats * 4 +
-         (argmax ? blocks * tokens * static_cast<int>(sizeof(BestLogit)) : 0);
-}
+// The start of shared memory. Behind it the ring's stages; all of it has addresses that take no registers.
+template <int kTokens>
+struct alignas(1024) Shared {
+  uint64_t full[kMaxStages], empty[kMaxStages];
+  int32_t flags[4];
+  float staging[2][kStagingFloats];  // of each group
+  BestLogit best[2 * kTokens];
+};
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -46,12 +49,18 @@ constexpr int fixed_shared(int blocks, int tokens, bool argmax) {
 // starts at last, its reads from L2 catch up while memory goes on.
 constexpr int kPrefetchBytes = 96 * 1024;
 
+template <int kTokens>
 struct Ring {
-  uint8_t* stages;
-  uint64_t* full;
-  uint64_t* empty;
+  Shared<kTokens>& shared;
   int num_stages;
-  int stage_bytes;
+  int blocks;  // of a stage's weights
+
+  __device__ uint64_t* full(int stage) const { return &shared.full[stage]; }
+  __device__ uint64_t* empty(int stage) const { return &shared.empty[stage]; }
+  __device__ uint8_t* weight(int stage, int block) const {
+    return reinterpret_cast<uint8_t*>(&shared + 1) + stage * stage_bytes<kTokens>(blocks) + block * kBlockBytes;
+  }
+  __device__ uint8_t* x(int stage) const { return weight(stage, blocks); }
 };
 
 struct Cursor {
@@ -126,7 +135,7 @@ struct Position {
 };
 
 template <int kTokens, bool kPrefill>
-__device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map, const Ring& ring, int blocks) {
+__device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map, const Ring<kTokens>& ring) {
   using namespace sm90;
   using Position = Position<kTokens, kPrefill>;
   const Walk<kPrefill> walk(args);
@@ -135,28 +144,26 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
   const uint64_t policy = evict_first_policy();
 
   auto load_weight = [&](const Position& at, int stage) {
-    uint8_t* dst = ring.stages + stage * ring.stage_bytes;
-    const int count = min(blocks, args.plan.blocks - at.block);
-    barrier_arrive_expect(&ring.full[stage], stage_bytes<kTokens>(count));
+    const int count = min(ring.blocks, args.plan.blocks - at.block);
+    barrier_arrive_expect(ring.full(stage), stage_bytes<kTokens>(count));
 #pragma unroll 1
     for (int b = 0; b < count; ++b) {
       if (kPrefill)
-        bulk_load(dst + b * kBlockBytes, at.source + b * block_stride, kBlockBytes, &ring.full[stage]);
+        bulk_load(ring.weight(stage, b), at.source + b * block_stride, kBlockBytes, ring.full(stage));
       else
-        bulk_load(dst + b * kBlockBytes, at.source + b * block_stride, kBlockBytes, &ring.full[stage], policy);
+        bulk_load(ring.weight(stage, b), at.source + b * block_stride, kBlockBytes, ring.full(stage), policy);
     }
   };
   auto load_x = [&](const Position& at, int stage) {
-    tensor_load(ring.stages + stage * ring.stage_bytes + blocks * kBlockBytes, x_map, at.kb * kBlock, at.row,
-                &ring.full[stage]);
+    tensor_load(ring.x(stage), x_map, at.kb * kBlock, at.row, ring.full(stage));
   };
 
   // Steps brought to L2 before they are loaded; prefill, with one CTA an SM and reuse in L2, does without. Only the
   // load says that a line is not wanted any more: between the two it has to stay.
-  const int lead = kPrefill ? 0 : kPrefetchBytes / (blocks * kBlockBytes);
+  const int lead = kPrefill ? 0 : kPrefetchBytes / (ring.blocks * kBlockBytes);
   auto prefetch = [&](Position& at) {
 #pragma unroll 1
-    for (int b = 0; b < blocks; ++b) bulk_prefetch(at.source + b * block_stride, kBlockBytes);
+    for (int b = 0; b < ring.blocks; ++b) bulk_prefetch(at.source + b * block_stride, kBlockBytes);
     at.advance();
   };
 
@@ -170,7 +177,7 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
   for (int step = 0; step < ahead; ++step, first.advance()) load_x(first, step);
   Cursor cursor;
   for (int step = ahead; step < total; ++step, next.advance()) {
-    barrier_wait(&ring.empty[cursor.stage], cursor.parity);
+    barrier_wait(ring.empty(cursor.stage), cursor.parity);
     load_weight(next, cursor.stage);
     load_x(next, cursor.stage);
     if (step == total - 1) pdl_launch_dependents();
@@ -199,36 +206,37 @@ __device__ __forceinline__ void multiply(float (&acc)[kTokens / 2], const uint8_
 
 // acc = the sum over the next `length` stages, from zero.
 template <int kTokens>
-__device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Ring& ring, Cursor& cursor, int length,
-                                            int group, int blocks) {
+__device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Ring<kTokens>& ring, Cursor& cursor,
+                                            int length, int group) {
   using namespace sm90;
   const bool releases = threadIdx.x % 32 == 0;
   int previous = 0;
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;  // until here the registers are free
   pin(acc);
 #pragma unroll 1
   for (int i = 0; i < length; ++i) {
-    barrier_wait(&ring.full[cursor.stage], cursor.parity);
-    const uint8_t* stage = ring.stages + cursor.stage * ring.stage_bytes;
+    barrier_wait(ring.full(cursor.stage), cursor.parity);
     wgmma_fence();
-    multiply<kTokens>(acc, stage + group * kBlockBytes, stage + blocks * kBlockBytes, i > 0);
+    multiply<kTokens>(acc, ring.weight(cursor.stage, group), ring.x(cursor.stage), i > 0);
     wgmma_commit();
     if (i > 0) {
       wgmma_wait<1>();
-      if (releases) barrier_arrive(&ring.empty[previous]);
+      if (releases) barrier_arrive(ring.empty(previous));
     }
     previous = cursor.stage;
     cursor.advance(ring.num_stages);
   }
   wgmma_wait<0>();
   pin(acc);
-  if (releases) barrier_arrive(&ring.empty[previous]);
+  if (releases) barrier_arrive(ring.empty(previous));
 }
 
 __device__ __forceinline__ void consumers_sync(int blocks) { named_barrier(3, blocks * kGroupThreads); }
 
 template <int kTokens>
-__device__ void consume_decode(const RowLinearArgs& args, const Ring& ring, int group, float* staging, int32_t* flag,
-                               BestLogit* best) {
+__device__ void consume_decode(const RowLinearArgs& args, const Ring<kTokens>& ring, int group) {
+  Shared<kTokens>& shared = ring.shared;
   const RowLinearPlan& plan = args.plan;
   const Walk<false> walk(args);
   const bool argmax = args.p.epilogue == static_cast<int>(Epilogue::kArgmax);
@@ -236,29 +244,34 @@ __device__ void consume_decode(const RowLinearArgs& args, const Ring& ring, int 
   float acc[kTokens / 2];
   for (int row_tile = 0; row_tile < args.row_tiles; ++row_tile) {
     const int row_begin = args.row_begin(row_tile, kTokens), row_end = args.row_end(row_tile);
-    if (argmax) reset_best<kTokens>(args, best, group);
+    if (argmax) reset_best<kTokens>(args, shared.best, group);
     for (int offset = 0; offset < walk.length;) {
       const int tile = (walk.begin + offset) / plan.k_blocks;
       const int kb = (walk.begin + offset) % plan.k_blocks;
       const int length = min(plan.k_blocks - kb, walk.length - offset);
-      sum_segment<kTokens>(acc, ring, cursor, length, group, plan.blocks_per_tile);
-      if (length == plan.k_blocks ||
-          fold_partials<kTokens>(acc, args, args.is_diff(row_tile), tile, kb, row_end - row_begin, group, flag))
-        finish_block<kTokens>(acc, args, tile * plan.blocks_per_tile + group, row_begin, row_end, group, staging,
-                              best + group * kTokens);
+      sum_segment<kTokens>(acc, ring, cursor, length, group);
+      const int view = args.is_diff(row_tile), rows = row_end - row_begin;
+      auto finish = [&](auto sums) {
+        finish_block<kTokens>(sums, args, tile * plan.blocks_per_tile + group, row_begin, row_end, group,
+                              shared.staging[group], shared.best + group * kTokens);
+      };
+      if (length == plan.k_blocks)
+        finish(WholeSums<kTokens>{acc});
+      else if (leave_partial<kTokens>(acc, args, view, tile, kb, rows, group, shared.flags + group))
+        finish(FoldedSums<kTokens>(args, view, tile, group));
       offset += length;
     }
     if (argmax) {
       consumers_sync(plan.blocks_per_tile);
-      write_best<kTokens>(args, best, row_begin, row_end);
+      write_best<kTokens>(args, shared.best, row_begin, row_end);
       consumers_sync(plan.blocks_per_tile);
     }
   }
 }
 
-// Whole sums, folded in registers at the same cuts and in the same order as fold_partials does.
+// Whole sums, folded in registers at the same cuts and in the same order as FoldedSums.
 template <int kTokens>
-__device__ void consume_prefill(const RowLinearArgs& args, const Ring& ring, int group, float* staging) {
+__device__ void consume_prefill(const RowLinearArgs& args, const Ring<kTokens>& ring, int group) {
   const RowLinearPlan& plan = args.plan;
   const Walk<true> walk(args);
   Cursor cursor;
@@ -268,15 +281,15 @@ __device__ void consume_prefill(const RowLinearArgs& args, const Ring& ring, int
     const int tile = min(block, plan.blocks - 1) / plan.blocks_per_tile;
     for (int kb = 0; kb < plan.k_blocks;) {
       const int end = plan.segment_end(tile, kb);
-      sum_segment<kTokens>(acc, ring, cursor, end - kb, group, 2);
+      sum_segment<kTokens>(acc, ring, cursor, end - kb, group);
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sum[i] = kb == 0 ? acc[i] : sum[i] + acc[i];
       kb = end;
     }
     const int row_tile = walk.row_tile(item);
     if (block < plan.blocks)
-      finish_block<kTokens>(sum, args, block, args.row_begin(row_tile, kTokens), args.row_end(row_tile), group,
-                            staging, nullptr);
+      finish_block<kTokens>(WholeSums<kTokens>{sum}, args, block, args.row_begin(row_tile, kTokens),
+                            args.row_end(row_tile), group, ring.shared.staging[group], nullptr);
   }
 }
 #endif
@@ -286,24 +299,16 @@ __global__ void __launch_bounds__(2 * kGroupThreads + producer_threads(kPrefill)
     row_linear_sm90(const __grid_constant__ Sm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const RowLinearArgs& args = params.args;
-  uint8_t* shared = dynamic_shared();
   const int blocks = kPrefill ? 2 : args.plan.blocks_per_tile;
-  Ring ring;
-  ring.stages = shared;
-  ring.num_stages = args.num_stages;
-  ring.stage_bytes = stage_bytes<kTokens>(blocks);
-  float* staging = reinterpret_cast<float*>(ring.stages + ring.num_stages * ring.stage_bytes);
-  ring.full = reinterpret_cast<uint64_t*>(staging + blocks * kStagingFloats);
-  ring.empty = ring.full + kMaxStages;
-  int32_t* flags = reinterpret_cast<int32_t*>(ring.empty + kMaxStages);
-  BestLogit* best = reinterpret_cast<BestLogit*>(flags + 4);
+  Shared<kTokens>& shared = *reinterpret_cast<Shared<kTokens>*>(dynamic_shared());
+  const Ring<kTokens> ring{shared, args.num_stages, blocks};
 
   const int thread = threadIdx.x;
   const int group = __shfl_sync(~0u, thread / kGroupThreads, 0);  // the compiler shall know that a warp has one role
   if (thread == 0) {
     for (int s = 0; s < ring.num_stages; ++s) {
-      sm90::barrier_init(&ring.full[s], 1);
-      sm90::barrier_init(&ring.empty[s], 4 * blocks);  // one arrival per consumer warp
+      sm90::barrier_init(ring.full(s), 1);
+      sm90::barrier_init(ring.empty(s), 4 * blocks);  // one arrival per consumer warp
     }
     sm90::fence_barrier_init();
   }
@@ -312,7 +317,7 @@ __global__ void __launch_bounds__(2 * kGroupThreads + producer_threads(kPrefill)
     if constexpr (kPrefill) sm90::give_registers<40>();
     if (thread == blocks * kGroupThreads) {
       sm90::prefetch_map(&params.x_map);
-      produce<kTokens, kPrefill>(args, &params.x_map, ring, blocks);
+      produce<kTokens, kPrefill>(args, &params.x_map, ring);
     }
     __syncwarp();  // lest the idle lanes' wait, taken first, hold up the one that runs ahead of the previous kernel
     pdl_wait();
@@ -321,9 +326,9 @@ __global__ void __launch_bounds__(2 * kGroupThreads + producer_threads(kPrefill)
   pdl_wait();
   if constexpr (kPrefill) {
     sm90::take_registers<232>();
-    consume_prefill<kTokens>(args, ring, group, staging + group * kStagingFloats);
+    consume_prefill<kTokens>(args, ring, group);
   } else {
-    consume_decode<kTokens>(args, ring, group, staging + group * kStagingFloats, flags + group, best);
+    consume_decode<kTokens>(args, ring, group);
   }
 #else
   __trap();  // never launched: row_linear.cu sends other architectures to the mma variant
@@ -338,13 +343,10 @@ int launch_variant(const RowLinearArgs& plain, void* stream) {
                                                    args.p.x_stride, kTokens))
     return error;
   const int blocks = kPrefill ? 2 : args.plan.blocks_per_tile;
-  const bool argmax = args.p.epilogue == static_cast<int>(Epilogue::kArgmax);
-  const int fixed = fixed_shared(blocks, kTokens, argmax);
-  constexpr int ctas = ctas_per_sm(kTokens, kPrefill);
-  constexpr int budget = (kSharedPerSm - (ctas == 1 ? 0 : kSharedOfOthers)) / ctas - kSharedOfCta;
-  static_assert((budget - fixed_shared(2, kTokens, true)) / stage_bytes<kTokens>(2) >= 2,
-                "a stage is released when the next one has landed");
-  args.num_stages = min((budget - fixed) / stage_bytes<kTokens>(blocks), kMaxStages);
+  constexpr int ctas = ctas_per_sm(kTokens, kPrefill), fixed = sizeof(Shared<kTokens>);
+  constexpr int room = (kSharedPerSm - (ctas == 1 ? 0 : kSharedOfOthers)) / ctas - kSharedOfCta - fixed;
+  static_assert(room / stage_bytes<kTokens>(2) >= 2, "a stage is released when the next one has landed");
+  args.num_stages = min(room / stage_bytes<kTokens>(blocks), kMaxStages);
   const int shared = fixed + args.num_stages * stage_bytes<kTokens>(blocks);
 
   const auto kernel = row_linear_sm90<kTokens, kPrefill>;

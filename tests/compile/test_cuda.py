@@ -29,7 +29,7 @@ def test_hopper_instructions_are_kept():
     registers = {k.name.split("row_linear_sm90I")[1][:9].rstrip("E"): k.registers for k in cubins.parse(report)}
     assert registers["Li128ELb1"] == 168, registers
     # Two CTAs of 9 warps share an SM across kernel boundaries: 5 warps a quarter, 16,384 registers for them.
-    assert max(registers[f"Li{tokens}ELb0"] for tokens in (16, 32, 64)) <= 96, registers
+    assert max(registers[f"Li{tokens}ELb0"] for tokens in (16, 32, 64, 128)) <= 96, registers
 
 
 @pytest.mark.parametrize("arch", cubins.ARCHS)

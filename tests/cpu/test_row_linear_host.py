@@ -67,8 +67,11 @@ def close(got, exact, magnitude):
     assert ((got.double() - exact).abs() <= bound).all()
 
 
-# in_features, out_features, SMs: whole tiles of one and two blocks, and cut tiles, some cut several times.
-SHAPES = [(64, 64, 3), (192, 37, 2), (128, 1001, 4), (1024, 192, 5), (640, 320, 7), (256, 3200, 7), (1024, 128, 5)]
+# in_features, out_features, SMs: whole tiles of one and two blocks, and cut tiles, shared by up to 8 CTAs.
+SHAPES = [
+    (64, 64, 3), (192, 37, 2), (128, 1001, 4), (1024, 192, 5), (640, 320, 7), (256, 3200, 7), (1024, 128, 5),
+    (3072, 64, 8),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [1, 17, 33, 65, 129, 161])
@@ -109,7 +112,7 @@ def test_silu_mul(mlp):
 MORE = [pytest.param(shape, marks=pytest.mark.full) for shape in [(128, 320, 7), (1024, 128, 5), (256, 3200, 7)]]
 
 
-@pytest.mark.parametrize("shape", [(512, 192, 4), *MORE])
+@pytest.mark.parametrize("shape", [(512, 192, 4), (3072, 64, 8), *MORE])
 def test_row_invariance(shape):
     """Whole sums of prefill (170 rows) against cut sums of every narrower variant."""
     k, n, sms = shape

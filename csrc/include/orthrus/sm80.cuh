@@ -21,11 +21,13 @@ __device__ __forceinline__ int add_acq_rel(int32_t* counter, int value) {
   return before;
 }
 
-// 16 bytes from L2, where other blocks' writes are.
-__device__ __forceinline__ float4 load_l2(const float4* p) {
-  float4 v;
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
-  return v;
+// 16 bytes from L2, where other blocks' writes are; without `wanted` nothing is read, and v keeps what it holds.
+__device__ __forceinline__ void load_l2_if(float4& v, const float4* p, bool wanted) {
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n"
+      "@wanted ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
+      : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
+      : "l"(p), "r"(static_cast<int>(wanted)));
 }
 
 // A kernel's dynamic shared memory.

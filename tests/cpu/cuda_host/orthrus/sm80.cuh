@@ -2,6 +2,7 @@
 // group is waited for, so that a missing wait reads poison.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -89,6 +90,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
 using std::max;
 using std::min;
 
+inline float __fdividef(float a, float b) { return std::fabs(b) < 8.507059e37f ? a / b : a * 0.0f; }
+
 inline float __uint_as_float(uint32_t word) {
   float value;
   std::memcpy(&value, &word, 4);
@@ -107,9 +110,10 @@ inline void __stcg(float4* p, float4 value) {
 namespace orthrus::cuda {
 
 inline int add_acq_rel(int32_t* counter, int value) { return atomicAdd(counter, value); }
-inline float4 load_l2(const float4* p) {
+inline void load_l2_if(float4& v, const float4* p, bool wanted) {
+  if (!wanted) return;
   cuda_host::need_wait();
-  return *p;
+  v = *p;
 }
 
 using SharedAddress = uintptr_t;
