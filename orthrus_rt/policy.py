@@ -25,7 +25,7 @@ CUSUM), by one look after another: a large gain soon, a small one only if it las
 
 Thinking takes the host longer than all else about a cycle, most of all where a pass through the weights has swept its
 caches. So a plan once chosen is kept for a *course* of up to COURSE cycles, as long as the account covers them at their
-worst, and what they brought is weighed together at its end.
+worst, and what they brought is weighed together at its end. AR cycles tell nothing of drafts: their courses are longer.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ OPTIMISM = 0.7  # standard errors by which a plan may be better than it looks; m
 BURST = 8  # sequence-cycles that a trial lasts, at least
 BURST_PRICE = 0.5  # share of the exploration credit that a longer trial may cost
 REST = 64  # cycles between trials, and the most that one lasts
-COURSE, COURSE_SHARE = 8, 8  # cycles of a course: at most so many, and this fraction of all before, at least one
+COURSE, AR_COURSE, COURSE_SHARE = 8, 32, 8  # cycles of a course: at most so many, and this fraction of all before
 PIPELINE_FILL = 1  # passes of one_pass before its drafts are there
 REFRESH = 512  # cycles without AR after which AR is timed anew
 REFRESH_DRIFT, REFRESH_REST = 0.1, 64  # drift (see PassCosts) that calls for it sooner, but not before so many cycles
@@ -212,13 +212,12 @@ class Policy:
         tokens = self.acceptance.tokens(lane.plans)
         rates = {p: lane.seconds(p) / tokens[p] for p in lane.plans}
         in_use = lane.hold(rates)
-        self._course_left = min(COURSE, 1 + self._cycles // COURSE_SHARE)
         trial = self._trial(lane, batch_size, tokens, rates[in_use])
         plan = in_use if trial is None else trial
         if not self._affordable(lane, plan):
             plan, trial, self._burst = self._fallback(lane, rates), None, None
-        if trial is not None:
-            self._course_left = min(self._course_left, self._burst_left)
+        longest = min(COURSE, self._burst_left) if trial is not None else AR_COURSE if plan == AR else COURSE
+        self._course_left = min(longest, 1 + self._cycles // COURSE_SHARE)
         if (lane.bucket, plan) not in lane.costs:
             self._course_left = 1  # what it costs is a guess
         self._broke &= plan == AR
