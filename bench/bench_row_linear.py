@@ -1,6 +1,6 @@
 """row_linear, op by op and chained over a model's layers under a CUDA graph, against torch.mm.
 
-PYTHONPATH=. python bench/bench_row_linear.py --model 8b --rows 1,16,32,64,128,160,2000 --out DIR
+PYTHONPATH=. python bench/bench_row_linear.py --model 8b --rows 1,16,32,64,96,128,160,2000 --out DIR
 Every layer has its own weights, so nothing is read from a cache. Bytes are the packed weights alone.
 """
 
@@ -124,7 +124,7 @@ def loop(chain: Chain, op: str, seconds: float) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="8b", choices=MODELS)
-    parser.add_argument("--rows", default="1,16,32,64,128,160,2000")
+    parser.add_argument("--rows", default="1,16,32,64,96,128,160,2000")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--diff", action="store_true", help="half of the rows use the diffusion view's qkv and o")

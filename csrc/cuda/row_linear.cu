@@ -48,7 +48,7 @@ bool needs_whole_tiles(int epilogue) {
 }
 
 int tokens_per_tile(int rows, const TokenTiles& tiles) {
-  for (int tokens : {16, 32, 64, 128})
+  for (int tokens : {16, 32, 64, 96, 128})
     if (rows <= tokens && tokens < tiles.widest) return tokens;
   return tiles.widest;
 }

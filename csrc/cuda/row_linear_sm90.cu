@@ -4,7 +4,7 @@
 // The ring is filled, and some more brought to L2, before waiting for the previous kernel (weights do not depend
 // on it), and the next kernel is let in with this one's last load, not sooner, lest its loads hold up ours: the
 // memory bus stays busy across kernel boundaries. Small kernels in between let their successor in at once. All that
-// needs two CTAs to fit an SM, and one of a small kernel, hence the shared-memory budget.
+// needs two CTAs to fit an SM, and one of a small kernel, hence the budgets of shared memory and registers.
 #include "orthrus/launch.cuh"
 #include "orthrus/sm90.cuh"
 #include "row_linear_finish.cuh"
@@ -23,23 +23,27 @@ __host__ __device__ constexpr int stage_bytes(int blocks) {
 }
 
 struct Sm90Params {
-  sm90::TensorMap x_map;
+  sm90::TensorMap x_map[2];  // of each view; what lies behind its rows is not read
   RowLinearArgs args;
 };
 
-// Two of them overlap across kernel boundaries; the widest tiles need more than half of the SM's registers.
-constexpr int ctas_per_sm(int tokens, bool prefill) { return prefill || tokens > 128 ? 1 : 2; }
+// Two of them overlap across kernel boundaries. Wider tiles are bound by what L2 brings of x, and want a deep ring.
+constexpr int ctas_per_sm(int tokens, bool prefill) { return prefill || tokens > 96 ? 1 : 2; }
 
 // One thread produces; only whole warpgroups can hand their registers over to the prefill's two sets of sums.
 constexpr int producer_threads(bool prefill) { return prefill ? kGroupThreads : 32; }
 
-// The start of shared memory. Behind it the ring's stages; all of it has addresses that take no registers.
-template <int kTokens>
+// Registers are given out as if there were so many: two CTAs leave some to the small kernels in between.
+constexpr int bound_threads(int tokens, bool prefill) {
+  return ctas_per_sm(tokens, prefill) == 2 ? 3 * kGroupThreads : 2 * kGroupThreads + producer_threads(prefill);
+}
+
+// The start of shared memory, at addresses that take no registers. Behind it the ring's stages, then for kArgmax the
+// best logits.
 struct alignas(1024) Shared {
   uint64_t full[kMaxStages], empty[kMaxStages];
-  int32_t flags[4];
-  float staging[2][kStagingFloats];  // of each group
-  BestLogit best[2 * kTokens];
+  int32_t flags[2];                              // of each group
+  alignas(16) float staging[2][kStagingFloats];
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -51,7 +55,7 @@ constexpr int kPrefetchBytes = 96 * 1024;
 
 template <int kTokens>
 struct Ring {
-  Shared<kTokens>& shared;
+  Shared& shared;
   int num_stages;
   int blocks;  // of a stage's weights
 
@@ -61,6 +65,7 @@ struct Ring {
     return reinterpret_cast<uint8_t*>(&shared + 1) + stage * stage_bytes<kTokens>(blocks) + block * kBlockBytes;
   }
   __device__ uint8_t* x(int stage) const { return weight(stage, blocks); }
+  __device__ BestLogit* best() const { return reinterpret_cast<BestLogit*>(weight(num_stages, 0)); }
 };
 
 struct Cursor {
@@ -103,14 +108,14 @@ struct Walk {
 template <int kTokens, bool kPrefill>
 struct Position {
   const Walk<kPrefill>& walk;
-  int item = 0, offset, block, kb, row;
+  int item = 0, offset, block, kb, row_tile, row;
   const uint8_t* weight;  // of the item's view
   const uint8_t* source;
 
   __device__ explicit Position(const Walk<kPrefill>& w) : walk(w) { enter(); }
   __device__ void enter() {
     const RowLinearArgs& args = walk.args;
-    const int row_tile = walk.row_tile(item);
+    row_tile = walk.row_tile(item);
     weight = static_cast<const uint8_t*>(args.is_diff(row_tile) ? args.p.weight_diff : args.p.weight);
     row = args.row_begin(row_tile, kTokens);
     offset = 0;
@@ -155,7 +160,7 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
     }
   };
   auto load_x = [&](const Position& at, int stage) {
-    tensor_load(ring.x(stage), x_map, at.kb * kBlock, at.row, ring.full(stage));
+    tensor_load(ring.x(stage), x_map + args.is_diff(at.row_tile), at.kb * kBlock, at.row, ring.full(stage));
   };
 
   // Steps brought to L2 before they are loaded; prefill, with one CTA an SM and reuse in L2, does without. Only the
@@ -195,17 +200,19 @@ __device__ __forceinline__ void multiply(float (&acc)[kTokens / 2], const uint8_
   for (int k = 0; k < kBlock / 16; ++k) {
     const int add = accumulate || k > 0;
     const uint64_t step = descriptor_offset(k * 16 * 2);  // along K, inside the swizzled 128 bytes
-    if constexpr (kTokens == 160) {
-      wgmma<128>(acc, a + step, b + step, add);
-      wgmma<32>(acc + 64, a + step, b + step + descriptor_offset(128 * kBlock * 2), add);
+    if constexpr (kTokens == 96 || kTokens == 160) {  // of which there is no one instruction
+      constexpr int kFirst = kTokens - 32;
+      wgmma<kFirst>(acc, a + step, b + step, add);
+      wgmma<32>(acc + kFirst / 2, a + step, b + step + descriptor_offset(kFirst * kBlock * 2), add);
     } else {
       wgmma<kTokens>(acc, a + step, b + step, add);
     }
   }
 }
 
-// acc = the sum over the next `length` stages, from zero.
-template <int kTokens>
+// acc = the sum over the next `length` stages, from zero. Prefill is bound by arithmetic: the next stage's goes on
+// before this one is released. In decode a stage is worth more as room for the next load.
+template <int kTokens, bool kPrefill>
 __device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Ring<kTokens>& ring, Cursor& cursor,
                                             int length, int group) {
   using namespace sm90;
@@ -220,23 +227,23 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Rin
     wgmma_fence();
     multiply<kTokens>(acc, ring.weight(cursor.stage, group), ring.x(cursor.stage), i > 0);
     wgmma_commit();
-    if (i > 0) {
-      wgmma_wait<1>();
-      if (releases) barrier_arrive(ring.empty(previous));
+    if (!kPrefill || i > 0) {
+      wgmma_wait<kPrefill>();
+      if (releases) barrier_arrive(ring.empty(kPrefill ? previous : cursor.stage));
     }
     previous = cursor.stage;
     cursor.advance(ring.num_stages);
   }
   wgmma_wait<0>();
   pin(acc);
-  if (releases) barrier_arrive(ring.empty(previous));
+  if (kPrefill && releases) barrier_arrive(ring.empty(previous));
 }
 
 __device__ __forceinline__ void consumers_sync(int blocks) { named_barrier(3, blocks * kGroupThreads); }
 
 template <int kTokens>
 __device__ void consume_decode(const RowLinearArgs& args, const Ring<kTokens>& ring, int group) {
-  Shared<kTokens>& shared = ring.shared;
+  Shared& shared = ring.shared;
   const RowLinearPlan& plan = args.plan;
   const Walk<false> walk(args);
   const bool argmax = args.p.epilogue == static_cast<int>(Epilogue::kArgmax);
@@ -244,16 +251,16 @@ __device__ void consume_decode(const RowLinearArgs& args, const Ring<kTokens>& r
   float acc[kTokens / 2];
   for (int row_tile = 0; row_tile < args.row_tiles; ++row_tile) {
     const int row_begin = args.row_begin(row_tile, kTokens), row_end = args.row_end(row_tile);
-    if (argmax) reset_best<kTokens>(args, shared.best, group);
+    if (argmax) reset_best<kTokens>(args, ring.best(), group);
     for (int offset = 0; offset < walk.length;) {
       const int tile = (walk.begin + offset) / plan.k_blocks;
       const int kb = (walk.begin + offset) % plan.k_blocks;
       const int length = min(plan.k_blocks - kb, walk.length - offset);
-      sum_segment<kTokens>(acc, ring, cursor, length, group);
+      sum_segment<kTokens, false>(acc, ring, cursor, length, group);
       const int view = args.is_diff(row_tile), rows = row_end - row_begin;
       auto finish = [&](auto sums) {
         finish_block<kTokens>(sums, args, tile * plan.blocks_per_tile + group, row_begin, row_end, group,
-                              shared.staging[group], shared.best + group * kTokens);
+                              shared.staging[group], ring.best() + group * kTokens);
       };
       if (length == plan.k_blocks)
         finish(WholeSums<kTokens>{acc});
@@ -263,7 +270,7 @@ __device__ void consume_decode(const RowLinearArgs& args, const Ring<kTokens>& r
     }
     if (argmax) {
       consumers_sync(plan.blocks_per_tile);
-      write_best<kTokens>(args, shared.best, row_begin, row_end);
+      write_best<kTokens>(args, ring.best(), row_begin, row_end);
       consumers_sync(plan.blocks_per_tile);
     }
   }
@@ -281,7 +288,7 @@ __device__ void consume_prefill(const RowLinearArgs& args, const Ring<kTokens>& 
     const int tile = min(block, plan.blocks - 1) / plan.blocks_per_tile;
     for (int kb = 0; kb < plan.k_blocks;) {
       const int end = plan.segment_end(tile, kb);
-      sum_segment<kTokens>(acc, ring, cursor, end - kb, group);
+      sum_segment<kTokens, true>(acc, ring, cursor, end - kb, group);
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sum[i] = kb == 0 ? acc[i] : sum[i] + acc[i];
       kb = end;
@@ -295,12 +302,12 @@ __device__ void consume_prefill(const RowLinearArgs& args, const Ring<kTokens>& 
 #endif
 
 template <int kTokens, bool kPrefill>
-__global__ void __launch_bounds__(2 * kGroupThreads + producer_threads(kPrefill), ctas_per_sm(kTokens, kPrefill))
+__global__ void __launch_bounds__(bound_threads(kTokens, kPrefill), ctas_per_sm(kTokens, kPrefill))
     row_linear_sm90(const __grid_constant__ Sm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const RowLinearArgs& args = params.args;
   const int blocks = kPrefill ? 2 : args.plan.blocks_per_tile;
-  Shared<kTokens>& shared = *reinterpret_cast<Shared<kTokens>*>(dynamic_shared());
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const Ring<kTokens> ring{shared, args.num_stages, blocks};
 
   const int thread = threadIdx.x;
@@ -316,8 +323,9 @@ __global__ void __launch_bounds__(2 * kGroupThreads + producer_threads(kPrefill)
   if (group == blocks) {
     if constexpr (kPrefill) sm90::give_registers<40>();
     if (thread == blocks * kGroupThreads) {
-      sm90::prefetch_map(&params.x_map);
-      produce<kTokens, kPrefill>(args, &params.x_map, ring);
+      sm90::prefetch_map(params.x_map);
+      sm90::prefetch_map(params.x_map + 1);
+      produce<kTokens, kPrefill>(args, params.x_map, ring);
     }
     __syncwarp();  // lest the idle lanes' wait, taken first, hold up the one that runs ahead of the previous kernel
     pdl_wait();
@@ -339,15 +347,20 @@ template <int kTokens, bool kPrefill>
 int launch_variant(const RowLinearArgs& plain, void* stream) {
   Sm90Params params{{}, plain};
   RowLinearArgs& args = params.args;
-  if (const cudaError_t error = sm90::make_row_map(&params.x_map, args.p.x, args.p.num_rows, args.p.in_features,
-                                                   args.p.x_stride, kTokens))
-    return error;
+  for (int view = 0; view < 2; ++view) {
+    const int rows = view ? args.p.num_rows : max(args.p.num_rows_ar, 1);
+    if (const cudaError_t error =
+            sm90::make_row_map(&params.x_map[view], args.p.x, rows, args.p.in_features, args.p.x_stride, kTokens))
+      return error;
+  }
   const int blocks = kPrefill ? 2 : args.plan.blocks_per_tile;
-  constexpr int ctas = ctas_per_sm(kTokens, kPrefill), fixed = sizeof(Shared<kTokens>);
-  constexpr int room = (kSharedPerSm - (ctas == 1 ? 0 : kSharedOfOthers)) / ctas - kSharedOfCta - fixed;
-  static_assert(room / stage_bytes<kTokens>(2) >= 2, "a stage is released when the next one has landed");
-  args.num_stages = min(room / stage_bytes<kTokens>(blocks), kMaxStages);
-  const int shared = fixed + args.num_stages * stage_bytes<kTokens>(blocks);
+  constexpr int ctas = ctas_per_sm(kTokens, kPrefill);
+  constexpr int room = (kSharedPerSm - (ctas == 1 ? 0 : kSharedOfOthers)) / ctas - kSharedOfCta - sizeof(Shared);
+  static_assert(room / stage_bytes<kTokens>(2) >= 3);
+  const bool argmax = args.p.epilogue == static_cast<int>(Epilogue::kArgmax);
+  const int best = argmax ? blocks * kTokens * static_cast<int>(sizeof(BestLogit)) : 0;
+  args.num_stages = min((room - best) / stage_bytes<kTokens>(blocks), kMaxStages);
+  const int shared = sizeof(Shared) + args.num_stages * stage_bytes<kTokens>(blocks) + best;
 
   const auto kernel = row_linear_sm90<kTokens, kPrefill>;
   int grid = args.plan.grid;
@@ -364,6 +377,7 @@ int launch_row_linear_sm90(const RowLinearArgs& args, int tokens, bool prefill, 
     case 16: return launch_variant<16, false>(args, stream);
     case 32: return launch_variant<32, false>(args, stream);
     case 64: return launch_variant<64, false>(args, stream);
+    case 96: return launch_variant<96, false>(args, stream);
     case 128: return launch_variant<128, false>(args, stream);
     default: return launch_variant<kTokensSm90.widest, false>(args, stream);
   }

@@ -86,6 +86,16 @@ def reports() -> dict:
     return {(source, arch): pool.submit(report, source, arch) for source in by_size for arch in ARCHS}
 
 
+def quarter_of_registers(warps: int, registers: int) -> int:
+    """Registers that a CTA takes of the fullest quarter of a multiprocessor, which has QUARTER of them."""
+    return -(-warps // 4) * 32 * -(-registers // 8) * 8
+
+
+QUARTER = 16384
+# Two of row_linear's CTAs, of 9 warps each, may put 5 warps into one quarter.
+LEFT_BESIDE_ROW_LINEAR = QUARTER - quarter_of_registers(2 * 9, 80)
+
+
 def parse(text: str) -> list[Kernel]:
     """The entry functions of a ptxas report."""
     kernels = []

@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from orthrus_rt import plan
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState, empty_partials, num_score_tiles
 from orthrus_rt.triton_kernels import count_tokens, dual_attn, embed, process_logits, rms_norm
+from tests.compile import cubins
 from tests.compile.recorder import record
 
 # Bytes of shared memory that one block may have.
@@ -125,3 +126,12 @@ def test_compiles_within_the_chip(name, arch, monkeypatch):
         threads = 32 * launch.options["num_warps"]
         assert threads * -(-used["REG"] // 8) * 8 <= REGISTERS, f"registers: {what}"
         assert used["SHARED"] <= SHARED_LIMIT[arch], f"shared memory: {what}"
+
+
+@pytest.mark.parametrize("name", ["rms_norm-576", "rms_norm-2048-index", "rms_norm-4096", "embed-576", "embed-4096"])
+def test_fits_beside_two_row_linears(name, monkeypatch):
+    """Lest the second one, which brings its weights while the first one ends, has to wait for this kernel."""
+    launcher, args, kwargs = CALLS[name]
+    for launch in record(monkeypatch, launcher, *args, **kwargs):
+        used = cubins.quarter_of_registers(launch.options["num_warps"], launch.resources(90)["REG"])
+        assert used <= cubins.LEFT_BESIDE_ROW_LINEAR

@@ -19,7 +19,7 @@ from tests.cpu import cuda_host
 from tests.cpu.cuda_host import row_linear_library as library
 
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="needs a C++ compiler")
-GUARD = 8
+GUARD, COUNTERS = 8, 4 * 4096
 
 
 @pytest.fixture(params=["sm90", "sm80"], autouse=True)
@@ -30,6 +30,13 @@ def isa(request, monkeypatch):
 
 def tensor(*shape, scale=1.0, seed=0):
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+
+
+def workspace(rows, k, n, sms):
+    """Counters at zero, and NaN where nobody has left a partial sum."""
+    space = torch.full([max(COUNTERS, library().row_linear_workspace(rows, k, n, sms))], 0xFF, dtype=torch.uint8)
+    space[:COUNTERS] = 0
+    return space
 
 
 def run(x, plain, epilogue="none", *, residual=None, diff=None, num_rows_ar=None, sms=5, descending=False, space=None):
@@ -43,7 +50,7 @@ def run(x, plain, epilogue="none", *, residual=None, diff=None, num_rows_ar=None
     index = torch.full((rows, width), -7, dtype=torch.int32)
     out = guarded[GUARD:-GUARD]
     if space is None:
-        space = torch.zeros(library().row_linear_workspace(rows, k, n, sms) + 16, dtype=torch.uint8)
+        space = workspace(rows, k, n, sms)
     packed = cuda_blocks(plain, gate_up)
     packed_diff = None if diff is None else cuda_blocks(diff, gate_up)
     params = cuda_host.fill(
@@ -57,7 +64,7 @@ def run(x, plain, epilogue="none", *, residual=None, diff=None, num_rows_ar=None
     assert error == 0, f"row_linear returned {error}"
     assert guarded[:GUARD].isnan().all()
     assert guarded[-GUARD:].isnan().all()
-    assert not space[: 4 * 4096].any()  # the counters are back at zero
+    assert not space[:COUNTERS].any()  # the counters are back at zero
     return (out, index) if epilogue == "argmax" else out
 
 
@@ -74,7 +81,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [1, 17, 33, 65, 129, 161])
+@pytest.mark.parametrize("rows", [1, 17, 33, 65, 97, 129, 161])
 def test_one_hot_rows_pick_columns_of_the_weight(rows):
     """Exact in any order of sums: where this fails, the elements that differ name what a layout mixes up."""
     k, n = 192, 320
@@ -84,10 +91,9 @@ def test_one_hot_rows_pick_columns_of_the_weight(rows):
     assert torch.equal(run(x, plain), plain.T[column])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_oracle(shape):
+@pytest.mark.parametrize(("rows", "shape"), [*((17, shape) for shape in SHAPES), (70, (256, 3200, 7))])
+def test_oracle(rows, shape):
     k, n, sms = shape
-    rows = 17
     plain, x, residual = tensor(n, k, scale=k**-0.5, seed=1), tensor(rows, k, seed=2), tensor(rows, n, seed=3)
     exact = x.double() @ plain.double().T
     magnitude = x.double().abs() @ plain.double().abs().T
@@ -118,15 +124,16 @@ def test_row_invariance(shape):
     k, n, sms = shape
     plain, x = tensor(n, k, seed=1), tensor(170, k, seed=2)
     want = run(x, plain, sms=sms)
-    for rows in (1, 17, 64, 96, 128, 160):
+    for rows in (1, 17, 64, 90, 96, 128, 160):
         assert torch.equal(run(x[:rows], plain, sms=sms), want[:rows]), rows
     order = torch.randperm(170, generator=torch.Generator().manual_seed(0))
     assert torch.equal(run(x[order], plain, sms=sms), want[order])
 
 
-@pytest.mark.parametrize(("rows", "ar"), [(1, 0), (20, 0), (20, 20), (21, 1), (50, 32), (200, 30)])
-def test_both_views(rows, ar):
-    k, n = 512, 128
+@pytest.mark.parametrize(("rows", "ar"), [(1, 0), (20, 0), (20, 20), (21, 1), (50, 32), (150, 70), (200, 30)])
+@pytest.mark.parametrize("k", [512, 1024])  # whole tiles, cut tiles
+def test_both_views(k, rows, ar):
+    n = 128
     weight, diff, x = tensor(n, k, seed=1), tensor(n, k, seed=2), tensor(rows, k, seed=3)
     got = run(x, weight, diff=diff, num_rows_ar=ar)
     assert torch.equal(got[:ar], run(x[:ar], weight) if ar else got[:0])
@@ -165,7 +172,7 @@ def test_every_unit_has_one_owner_and_every_partial_sum_a_place():
 
 def test_strided_rows_and_reused_workspace():
     plain, wide = tensor(128, 1024, seed=1), tensor(24, 2048, seed=2)
-    space = torch.zeros(library().row_linear_workspace(160, 1024, 128, 5), dtype=torch.uint8)
+    space = workspace(160, 1024, 128, 5)
     want = run(wide[:, 512:1536].contiguous(), plain)
     for _ in range(3):
         assert torch.equal(run(wide[:, 512:1536], plain, space=space), want)
