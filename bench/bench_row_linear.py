@@ -70,13 +70,16 @@ class Chain:
         return torch.zeros(size, dtype=torch.uint8, device=self.device)
 
     def run(self, op: str, layer: int) -> None:
+        """As the model runs it, what comes next included; before o, that is attention."""
         weight = self.weights[op][layer]
+        following = {"o": ("gate_up", layer), "gate_up": ("down", layer), "down": ("qkv", layer + 1)}.get(op)
+        then = self.weights[following[0]][following[1] % self.layers] if following else None
         inputs = {"o": self.qkv[:, : self.q_width], "down": self.act}.get(op, self.x)
         out = {"qkv": self.qkv, "gate_up": self.act, "lm_head": self.best}.get(op, self.x)
         views = dict(weight_diff=self.diff[op][layer], num_rows_ar=self.num_rows // 2) if op in self.diff else {}
         residual = self.x if EPILOGUES[op] == "residual" else None
         rest = dict(residual=residual, epilogue=EPILOGUES[op], workspace=self.workspace)
-        ops.row_linear(inputs, weight, out, **rest, **views)
+        ops.row_linear(inputs, weight, out, then=then, **rest, **views)
 
     def run_mm(self, op: str, layer: int) -> None:
         """The same product by torch, epilogue left out, over the packed bytes read as a plain matrix."""

@@ -200,7 +200,14 @@ def _layer(model: Model, kv: PagedKvCache, rows: Rows, act: Activations, workspa
             workspace=workspace.attn,
         )  # fmt: skip
     flat = attn.view(n, -1)
-    ops.row_linear(flat, layer.o, hidden, weight_diff=layer.o_diff, residual=hidden, epilogue="residual", **views)
+    ops.row_linear(
+        flat, layer.o, hidden, weight_diff=layer.o_diff, residual=hidden, epilogue="residual", then=layer.gate_up,
+        **views,
+    )  # fmt: skip
     ops.rms_norm(hidden, layer.post_attn_norm, eps, normed)
-    ops.row_linear(normed, layer.gate_up, mlp, epilogue="silu_mul", workspace=workspace.linear)
-    ops.row_linear(mlp, layer.down, hidden, residual=hidden, epilogue="residual", workspace=workspace.linear)
+    ops.row_linear(normed, layer.gate_up, mlp, epilogue="silu_mul", then=layer.down, workspace=workspace.linear)
+    above = model.layers[i + 1] if i + 1 < len(model.layers) else None
+    ops.row_linear(
+        mlp, layer.down, hidden, residual=hidden, epilogue="residual", workspace=workspace.linear,
+        then=above and (above.qkv if rows.num_rows_ar else above.qkv_diff),
+    )  # fmt: skip

@@ -106,7 +106,9 @@ def rms_norm(x, weight, eps, out, row_index=None):
     _launch("rms_norm", params, out.device)
 
 
-def row_linear(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=None, epilogue="none", workspace=None):
+def row_linear(
+    x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=None, epilogue="none", workspace=None, then=None
+):
     value, index = out if epilogue == "argmax" else (None, None)
     if weight.impl == "cuda" and x.dtype is torch.bfloat16:
         with device_scope(x.device):
@@ -131,6 +133,9 @@ def row_linear(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=N
         out_features=weight.out_features,
         num_partials=weight.num_partials,
         epilogue=EPILOGUE[epilogue],
+        next_weight=0 if then is None else ptr(then.data),
+        next_in_features=0 if then is None else then.in_features,
+        next_out_features=0 if then is None else then.out_features,
     )
     _launch("row_linear", params, x.device)
 

@@ -88,6 +88,7 @@ def row_linear(
     residual: torch.Tensor | None = None,
     epilogue: str = "none",
     workspace: torch.Tensor | None = None,
+    then: PackedWeight | None = None,
 ) -> None:
     """``y[r] = x[r] @ W(r)^T`` with fp32 accumulation, then one epilogue; both views' rows in one launch.
 
@@ -100,6 +101,8 @@ def row_linear(
             lowest id per vocabulary tile. MUTATED.
         residual: ``[num_rows, out_features]``, added before the rounding; may be ``out``.
         workspace: from :func:`workspace_bytes`, zeroed once; CUDA only.
+        then: the weight that the next call reads first. A hint: on Hopper its beginning comes to L2 while this call
+            ends; no result depends on it.
     """
     op, dtype, device = "row_linear", x.dtype, x.device
     n = x.shape[0]
@@ -125,13 +128,16 @@ def row_linear(
         raise ValueError(f"{op}: residual must be given for the residual epilogue alone, got epilogue {epilogue!r}")
     if residual is not None:
         check_tensor(op, "residual", residual, (n, weight.out_features), dtype, device)
+    if then is not None:
+        require(op, "then.impl", weight.impl, then.impl)
+        require(op, "then.data.dtype", dtype, then.data.dtype)
     if not n:
         return
     kwargs = dict(num_rows_ar=num_rows_ar, residual=residual, epilogue=epilogue)
     if weight.impl == "reference":
         reference.row_linear(x, weight.data, out, weight_diff=weight_diff and weight_diff.data, **kwargs)
     else:
-        native.row_linear(x, weight, out, weight_diff=weight_diff, workspace=workspace, **kwargs)
+        native.row_linear(x, weight, out, weight_diff=weight_diff, workspace=workspace, then=then, **kwargs)
 
 
 @nvtx.ranged("qkv_commit")

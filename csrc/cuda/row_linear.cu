@@ -8,6 +8,7 @@
 // The weights must be complete before the kernels ahead of it in the stream start: they are read before those end.
 // kArgmax: partial p covers the p-th of num_partials runs of whole tiles; ties go to the lowest id, NaN never wins, a
 // run of nothing but NaN gives -inf and its first id.
+// next_weight: sm_90a brings its beginning to L2 while this launch ends; no result depends on it.
 // Bytes: each view's packed weight once, plus x once per tile from L2. FLOP: 2 * num_rows * in * out_features.
 #include <cstdlib>
 #include <cstring>
@@ -99,6 +100,7 @@ int row_linear(const RowLinearParams& params, void* stream) {
   args.p.x_stride = x_stride;
   if (!params.weight_diff) args.p.num_rows_ar = params.num_rows;
   args.plan = make_plan(params.in_features, params.out_features, needs_whole_tiles(params.epilogue), device.num_sms);
+  if (params.next_weight) args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms);
   args.num_sms = device.num_sms;
   const bool argmax = params.epilogue == static_cast<int>(Epilogue::kArgmax);
   if (argmax && params.num_partials != args.plan.grid) return cudaErrorInvalidValue;

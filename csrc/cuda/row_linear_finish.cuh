@@ -218,7 +218,7 @@ __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, in
                              float* staging, BestLogit* best) {
   const RowLinearParams& p = args.p;
   const Epilogue epilogue = static_cast<Epilogue>(p.epilogue);
-  uint4 residual;
+  uint4 residual;  // where aligned: used only where it was asked for
   auto residual_at = [&](int t0) {
     const uint32_t thread = thread_here();
     const int row = row_begin + t0 + thread / 8, column = block * kBlock + thread % 8 * 8;

@@ -75,7 +75,7 @@ inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_til
 
 struct RowLinearArgs {
   RowLinearParams p;
-  RowLinearPlan plan;
+  RowLinearPlan plan, next;  // next: of p.next_weight
   int32_t row_tiles_ar;  // row tiles of `tokens` rows, the AR view's first; no tile holds both views
   int32_t row_tiles;
   int32_t num_sms;

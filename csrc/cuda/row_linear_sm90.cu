@@ -27,16 +27,12 @@ struct Sm90Params {
   RowLinearArgs args;
 };
 
-// Two of them overlap across kernel boundaries. Wider tiles are bound by what L2 brings of x, and want a deep ring.
+// Two of them overlap across kernel boundaries, with a norm's CTA in between. The sums of wider tiles leave no
+// registers for that.
 constexpr int ctas_per_sm(int tokens, bool prefill) { return prefill || tokens > 96 ? 1 : 2; }
 
 // One thread produces; only whole warpgroups can hand their registers over to the prefill's two sets of sums.
 constexpr int producer_threads(bool prefill) { return prefill ? kGroupThreads : 32; }
-
-// Registers are given out as if there were so many: two CTAs leave some to the small kernels in between.
-constexpr int bound_threads(int tokens, bool prefill) {
-  return ctas_per_sm(tokens, prefill) == 2 ? 3 * kGroupThreads : 2 * kGroupThreads + producer_threads(prefill);
-}
 
 // The start of shared memory, at addresses that take no registers. Behind it the ring's stages, then for kArgmax the
 // best logits.
@@ -52,6 +48,7 @@ struct alignas(1024) Shared {
 // absorb at 24 KB a microsecond and SM. So L2 is filled this much further ahead of them, all along: when the successor
 // starts at last, its reads from L2 catch up while memory goes on.
 constexpr int kPrefetchBytes = 96 * 1024;
+__device__ constexpr int steps_ahead(int blocks) { return kPrefetchBytes / (blocks * kBlockBytes); }
 
 template <int kTokens>
 struct Ring {
@@ -104,38 +101,73 @@ struct Walk {
   }
 };
 
-// One unit of the walk as the producer needs it; stepping costs no division within an item.
+// Where one unit of a weight lies; stepping costs no division.
+struct Unit {
+  const RowLinearPlan& plan;
+  const uint8_t* weight;
+  int block, kb;
+  const uint8_t* source;  // of its first block
+
+  __device__ void locate() { source = weight + (static_cast<int64_t>(block) * plan.k_blocks + kb) * kBlockBytes; }
+  __device__ void advance() {
+    source += kBlockBytes;
+    if (++kb < plan.k_blocks) return;
+    block += plan.blocks_per_tile;
+    kb = 0;
+    locate();
+  }
+  __device__ void prefetch(int blocks) const {
+#pragma unroll 1
+    for (int b = 0; b < blocks; ++b)
+      sm90::bulk_prefetch(source + static_cast<int64_t>(b) * plan.k_blocks * kBlockBytes, kBlockBytes);
+  }
+};
+
+// The first units that the next kernel's CTA of this number will load: memory does not wait for this kernel's end.
+struct Handover {
+  const RowLinearPlan& plan;
+  Unit unit;
+  int left = 0;
+
+  __device__ explicit Handover(const RowLinearArgs& args) : plan(args.next), unit{args.next} {
+    if (!args.p.next_weight || blockIdx.x >= plan.grid) return;
+    const int begin = plan.range_begin(blockIdx.x);
+    left = min(steps_ahead(plan.blocks_per_tile), plan.range_begin(blockIdx.x + 1) - begin);
+    unit.weight = static_cast<const uint8_t*>(args.p.next_weight);
+    unit.block = begin / plan.k_blocks * plan.blocks_per_tile;
+    unit.kb = begin % plan.k_blocks;
+    unit.locate();
+  }
+  __device__ void prefetch() {
+    unit.prefetch(plan.blocks_per_tile);
+    unit.advance();
+    --left;
+  }
+};
+
+// One unit of the walk as the producer needs it.
 template <int kTokens, bool kPrefill>
 struct Position {
   const Walk<kPrefill>& walk;
-  int item = 0, offset, block, kb, row_tile, row;
-  const uint8_t* weight;  // of the item's view
-  const uint8_t* source;
+  int item = 0, offset, row_tile, row;
+  Unit unit;
 
-  __device__ explicit Position(const Walk<kPrefill>& w) : walk(w) { enter(); }
+  __device__ explicit Position(const Walk<kPrefill>& w) : walk(w), unit{w.args.plan} { enter(); }
   __device__ void enter() {
     const RowLinearArgs& args = walk.args;
     row_tile = walk.row_tile(item);
-    weight = static_cast<const uint8_t*>(args.is_diff(row_tile) ? args.p.weight_diff : args.p.weight);
+    unit.weight = static_cast<const uint8_t*>(args.is_diff(row_tile) ? args.p.weight_diff : args.p.weight);
     row = args.row_begin(row_tile, kTokens);
     offset = 0;
-    block = walk.first_block(item);
-    kb = walk.begin % args.plan.k_blocks;
-    locate();
-  }
-  __device__ void locate() {
-    source = weight + (static_cast<int64_t>(block) * walk.args.plan.k_blocks + kb) * kBlockBytes;
+    unit.block = walk.first_block(item);
+    unit.kb = walk.begin % args.plan.k_blocks;
+    unit.locate();
   }
   __device__ void advance() {
-    source += kBlockBytes;
-    if (++offset == walk.length) {
-      ++item;
-      enter();
-    } else if (++kb == walk.args.plan.k_blocks) {
-      block += walk.args.plan.blocks_per_tile;
-      kb = 0;
-      locate();
-    }
+    unit.advance();
+    if (++offset < walk.length) return;
+    ++item;
+    enter();
   }
 };
 
@@ -149,34 +181,30 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
   const uint64_t policy = evict_first_policy();
 
   auto load_weight = [&](const Position& at, int stage) {
-    const int count = min(ring.blocks, args.plan.blocks - at.block);
+    const int count = min(ring.blocks, args.plan.blocks - at.unit.block);
     barrier_arrive_expect(ring.full(stage), stage_bytes<kTokens>(count));
 #pragma unroll 1
     for (int b = 0; b < count; ++b) {
       if (kPrefill)
-        bulk_load(ring.weight(stage, b), at.source + b * block_stride, kBlockBytes, ring.full(stage));
+        bulk_load(ring.weight(stage, b), at.unit.source + b * block_stride, kBlockBytes, ring.full(stage));
       else
-        bulk_load(ring.weight(stage, b), at.source + b * block_stride, kBlockBytes, ring.full(stage), policy);
+        bulk_load(ring.weight(stage, b), at.unit.source + b * block_stride, kBlockBytes, ring.full(stage), policy);
     }
   };
   auto load_x = [&](const Position& at, int stage) {
-    tensor_load(ring.x(stage), x_map + args.is_diff(at.row_tile), at.kb * kBlock, at.row, ring.full(stage));
+    tensor_load(ring.x(stage), x_map + args.is_diff(at.row_tile), at.unit.kb * kBlock, at.row, ring.full(stage));
   };
 
   // Steps brought to L2 before they are loaded; prefill, with one CTA an SM and reuse in L2, does without. Only the
-  // load says that a line is not wanted any more: between the two it has to stay.
-  const int lead = kPrefill ? 0 : kPrefetchBytes / (ring.blocks * kBlockBytes);
-  auto prefetch = [&](Position& at) {
-#pragma unroll 1
-    for (int b = 0; b < ring.blocks; ++b) bulk_prefetch(at.source + b * block_stride, kBlockBytes);
-    at.advance();
-  };
-
+  // load says that a line is not wanted any more: between the two it has to stay. Behind the last step come the first
+  // ones of the next weight.
+  const int lead = kPrefill ? 0 : steps_ahead(ring.blocks);
+  Handover handover(args);
   const int ahead = min(total, ring.num_stages);
   Position first(walk), next(walk);
   for (int step = 0; step < ahead; ++step, next.advance()) load_weight(next, step);
   Position later(next);
-  for (int step = ahead; step < min(total, ahead + lead); ++step) prefetch(later);
+  for (int step = ahead; step < min(total, ahead + lead); ++step, later.advance()) later.unit.prefetch(ring.blocks);
   pdl_wait();
   if (total == ahead) pdl_launch_dependents();  // after the wait: never more than two row_linears at once
   for (int step = 0; step < ahead; ++step, first.advance()) load_x(first, step);
@@ -186,9 +214,15 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
     load_weight(next, cursor.stage);
     load_x(next, cursor.stage);
     if (step == total - 1) pdl_launch_dependents();
-    if (lead > 0 && step + lead < total) prefetch(later);
+    if (!kPrefill && step + lead < total) {
+      later.unit.prefetch(ring.blocks);
+      later.advance();
+    } else if (!kPrefill && handover.left > 0) {
+      handover.prefetch();
+    }
     cursor.advance(ring.num_stages);
   }
+  while (!kPrefill && handover.left > 0) handover.prefetch();
 }
 
 template <int kTokens>
@@ -198,15 +232,8 @@ __device__ __forceinline__ void multiply(float (&acc)[kTokens / 2], const uint8_
   const uint64_t a = matrix_descriptor(weight), b = matrix_descriptor(x);
 #pragma unroll
   for (int k = 0; k < kBlock / 16; ++k) {
-    const int add = accumulate || k > 0;
     const uint64_t step = descriptor_offset(k * 16 * 2);  // along K, inside the swizzled 128 bytes
-    if constexpr (kTokens == 96 || kTokens == 160) {  // of which there is no one instruction
-      constexpr int kFirst = kTokens - 32;
-      wgmma<kFirst>(acc, a + step, b + step, add);
-      wgmma<32>(acc + kFirst / 2, a + step, b + step + descriptor_offset(kFirst * kBlock * 2), add);
-    } else {
-      wgmma<kTokens>(acc, a + step, b + step, add);
-    }
+    wgmma<kTokens>(acc, a + step, b + step, accumulate || k > 0);
   }
 }
 
@@ -234,9 +261,11 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Rin
     previous = cursor.stage;
     cursor.advance(ring.num_stages);
   }
-  wgmma_wait<0>();
+  if (kPrefill) {
+    wgmma_wait<0>();
+    if (releases) barrier_arrive(ring.empty(previous));
+  }
   pin(acc);
-  if (kPrefill && releases) barrier_arrive(ring.empty(previous));
 }
 
 __device__ __forceinline__ void consumers_sync(int blocks) { named_barrier(3, blocks * kGroupThreads); }
@@ -301,8 +330,9 @@ __device__ void consume_prefill(const RowLinearArgs& args, const Ring<kTokens>& 
 }
 #endif
 
+// Decode runs fewer threads than registers are given out for: the rest is for the norm.
 template <int kTokens, bool kPrefill>
-__global__ void __launch_bounds__(bound_threads(kTokens, kPrefill), ctas_per_sm(kTokens, kPrefill))
+__global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTokens, kPrefill))
     row_linear_sm90(const __grid_constant__ Sm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const RowLinearArgs& args = params.args;

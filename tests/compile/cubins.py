@@ -92,7 +92,7 @@ def quarter_of_registers(warps: int, registers: int) -> int:
 
 
 QUARTER = 16384
-# Two of row_linear's CTAs, of 9 warps each, may put 5 warps into one quarter.
+# Two of row_linear's CTAs, of 9 warps each, put 5 warps into a quarter: if the second begins where the first ended.
 LEFT_BESIDE_ROW_LINEAR = QUARTER - quarter_of_registers(2 * 9, 80)
 
 

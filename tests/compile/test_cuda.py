@@ -28,10 +28,10 @@ def test_hopper_instructions_are_kept():
     # Prefill moves registers: each of its 12 warps has to start with the same share of the register file.
     registers = {re.search(r"sm90I(Li\d+ELb[01])", k.name)[1]: k.registers for k in cubins.parse(report)}
     assert registers["Li128ELb1"] == 168, registers
-    # Two of these CTAs share an SM across kernel boundaries, and with a small kernel's in between.
+    # Two of these CTAs share an SM across kernel boundaries, with a norm's in between: see test_triton.py.
     assert max(registers[f"Li{tokens}ELb0"] for tokens in (16, 32, 64, 96)) <= 80, registers
-    commit = cubins.parse(cubins.reports()["csrc/cuda/qkv_commit.cu", "sm_90a"].result())
-    assert all(cubins.quarter_of_registers(8, k.registers) <= cubins.LEFT_BESIDE_ROW_LINEAR for k in commit), commit
+    for tokens in (128, 160):
+        assert cubins.quarter_of_registers(9, registers[f"Li{tokens}ELb0"]) <= cubins.QUARTER, registers
 
 
 @pytest.mark.parametrize("arch", cubins.ARCHS)

@@ -65,6 +65,6 @@ def test_instructions(tmp_path):
     )
     ours, cutes = map(instructions, (tmp_path / "out.ptx").read_text().split(".entry")[1:])
     assert ours == cutes
-    assert len([entry for entry in ours if entry[0] == "stored"]) == (16 + 32 + 64 + 128) // 2
+    assert len([entry for entry in ours if entry[0] == "stored"]) == (16 + 32 + 64 + 96 + 128 + 160) // 2
     assert all(entry[1] == entry[2] for entry in ours if entry[0] == "stored")
-    assert len([entry for entry in ours if entry[0] != "stored"]) == 30
+    assert len([entry for entry in ours if entry[0] != "stored"]) == 38

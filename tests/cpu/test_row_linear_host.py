@@ -39,8 +39,13 @@ def workspace(rows, k, n, sms):
     return space
 
 
-def run(x, plain, epilogue="none", *, residual=None, diff=None, num_rows_ar=None, sms=5, descending=False, space=None):
-    """The op on a device of ``sms`` SMs, into a NaN-filled output between guards, with weights packed here."""
+def run(
+    x, plain, epilogue="none", *, residual=None, diff=None, num_rows_ar=None, sms=5, descending=False, space=None,
+    then=None,
+):  # fmt: skip
+    """The op on a device of ``sms`` SMs, into a NaN-filled output between guards, with weights packed here; ``then`` is
+    packed.
+    """
     n, k = plain.shape
     rows, gate_up = x.shape[0], epilogue == "silu_mul"
     partials = library().row_linear_num_partials(k, n, sms)
@@ -59,6 +64,8 @@ def run(x, plain, epilogue="none", *, residual=None, diff=None, num_rows_ar=None
         x_stride=x.stride(0), workspace_bytes=space.numel(), num_rows=rows,
         num_rows_ar=rows if num_rows_ar is None else num_rows_ar, in_features=k, out_features=n,
         num_partials=partials, epilogue=EPILOGUE[epilogue],
+        next_weight=then, next_in_features=0 if then is None else then.shape[1] * 64,
+        next_out_features=0 if then is None else then.shape[0] * 64,
     )  # fmt: skip
     error = library().row_linear(ctypes.byref(params), int(descending), sms)
     assert error == 0, f"row_linear returned {error}"
@@ -131,13 +138,13 @@ def test_row_invariance(shape):
 
 
 @pytest.mark.parametrize(("rows", "ar"), [(1, 0), (20, 0), (20, 20), (21, 1), (50, 32), (150, 70), (200, 30)])
-@pytest.mark.parametrize("k", [512, 1024])  # whole tiles, cut tiles
-def test_both_views(k, rows, ar):
-    n = 128
+@pytest.mark.parametrize("shape", [(512, 128, 5), (1024, 128, 5), (256, 3200, 7)])  # whole tiles, cut tiles
+def test_both_views(shape, rows, ar):
+    k, n, sms = shape
     weight, diff, x = tensor(n, k, seed=1), tensor(n, k, seed=2), tensor(rows, k, seed=3)
-    got = run(x, weight, diff=diff, num_rows_ar=ar)
-    assert torch.equal(got[:ar], run(x[:ar], weight) if ar else got[:0])
-    assert torch.equal(got[ar:], run(x[ar:], diff) if rows - ar else got[:0])
+    got = run(x, weight, diff=diff, num_rows_ar=ar, sms=sms)
+    assert torch.equal(got[:ar], run(x[:ar], weight, sms=sms) if ar else got[:0])
+    assert torch.equal(got[ar:], run(x[ar:], diff, sms=sms) if rows - ar else got[:0])
 
 
 @pytest.mark.parametrize("shape", [(64, 512, 3), (128, 37, 4), (64, 1001, 5), (64, 3136, 6)])
@@ -185,3 +192,24 @@ def test_a_single_row_has_any_stride():
 
 def test_no_rows():
     assert run(tensor(0, 64), tensor(64, 64)).shape == (0, 64)
+
+
+@pytest.mark.parametrize("rows", [1, 120, 200])
+@pytest.mark.parametrize("shape", [(64, 64, 3), (1024, 192, 5), (256, 3200, 7)])
+@pytest.mark.parametrize("next_shape", [(640, 320), (256, 3200)])
+def test_the_next_weights_beginning_is_brought_to_l2(next_shape, shape, rows, isa):
+    """A hint: no bit changes. Every byte asked for lies in one of the weights, those of the next one in it."""
+    (k, n, sms), (next_k, next_n) = shape, next_shape
+    plain, x = tensor(n, k, seed=1), tensor(rows, k, seed=2)
+    then = cuda_blocks(tensor(next_n, next_k, seed=3), False)
+    want, before = run(x, plain, sms=sms), prefetched()
+    assert torch.equal(run(x, plain, sms=sms, then=then), want)
+    handed = prefetched(then)
+    assert prefetched() == before + handed
+    assert handed == 0 if isa == "sm80" or rows > 160 else 0 < handed <= sms * 96 << 10
+
+
+def prefetched(tensor=None):
+    """Bytes that the last launch asked to be in L2, all or those within ``tensor``."""
+    bounds = (None, None) if tensor is None else (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+    return library().row_linear_prefetched(*map(ctypes.c_void_p, bounds))

@@ -70,7 +70,7 @@ def close(got, exact, magnitude):
     assert worst <= 1, f"error is {float(worst):.2f} times the bound"
 
 
-@pytest.mark.parametrize("rows", [1, 17, 33, 65, 129, 161])
+@pytest.mark.parametrize("rows", [1, 17, 33, 65, 97, 129, 161])
 def test_one_hot_rows_pick_columns_of_the_weight(rows):
     """Exact in any order of sums: where this fails, the elements that differ name what a layout mixes up."""
     k, n = 192, 320
@@ -110,7 +110,10 @@ def test_silu_mul(k, mlp):
 
 
 @pytest.mark.parametrize("shape", [(576, 960), (2048, 2048), (4096, 6144)])
-@pytest.mark.parametrize(("rows", "ar"), [(1, 0), (1, 1), (32, 0), (32, 1), (33, 32), (64, 17), (300, 7), (400, 200)])
+@pytest.mark.parametrize(
+    ("rows", "ar"),
+    [(1, 0), (1, 1), (32, 0), (32, 1), (33, 32), (64, 17), (96, 16), (150, 70), (250, 130), (300, 7), (400, 200)],
+)
 def test_both_views(shape, rows, ar):
     k, n = shape
     weight, diff = pack(tensor(n, k, seed=1)), pack(tensor(n, k, seed=2))
@@ -174,7 +177,7 @@ def test_argmax(shape):
     assert ((index >= 0) & (index < n)).all()
 
 
-@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("rows", [1, 16, 96, 144])
 def test_layers_that_rewrite_their_input_early(rows):
     """A chain so short that its kernels may start ahead of each other, the last rewriting in place what the first has
     read: the same bits as with a wait after every op."""
@@ -189,9 +192,9 @@ def test_layers_that_rewrite_their_input_early(rows):
         for _ in range(20):
             ops.rms_norm(hidden, norm, 1e-6, normed)
             after()
-            ops.row_linear(normed, gate_up, wide, epilogue="silu_mul", workspace=space)
+            ops.row_linear(normed, gate_up, wide, epilogue="silu_mul", workspace=space, then=down)
             after()
-            ops.row_linear(wide, down, hidden, residual=hidden, epilogue="residual", workspace=space)
+            ops.row_linear(wide, down, hidden, residual=hidden, epilogue="residual", workspace=space, then=gate_up)
             after()
 
     hidden.copy_(start)
@@ -218,8 +221,8 @@ def test_graph_and_reuse(rows):
     outs = [torch.empty_like(w) for w in want]
 
     def all_of_them():
-        for x, w, out in zip(xs, weights, outs, strict=True):
-            ops.row_linear(x, w, out, workspace=space)
+        for x, w, out, then in zip(xs, weights, outs, [*weights[1:], weights[0]], strict=True):
+            ops.row_linear(x, w, out, workspace=space, then=then)
 
     def check():
         torch.cuda.synchronize()

@@ -187,6 +187,24 @@ __device__ __forceinline__ void wgmma<64>(float* d, uint64_t a, uint64_t b, int 
 }
 
 template <>
+__device__ __forceinline__ void wgmma<96>(float* d, uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+      "%48, %49, p, 1, 1, 0, 0;\n}\n"
+      : ORTHRUS_ACC8(0),
+        ORTHRUS_ACC8(8),
+        ORTHRUS_ACC8(16),
+        ORTHRUS_ACC8(24),
+        ORTHRUS_ACC8(32),
+        ORTHRUS_ACC8(40)
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
+template <>
 __device__ __forceinline__ void wgmma<128>(float* d, uint64_t a, uint64_t b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
@@ -204,6 +222,30 @@ __device__ __forceinline__ void wgmma<128>(float* d, uint64_t a, uint64_t b, int
         ORTHRUS_ACC8(40),
         ORTHRUS_ACC8(48),
         ORTHRUS_ACC8(56)
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
+template <>
+__device__ __forceinline__ void wgmma<160>(float* d, uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %82, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n160k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, "
+      "%80, %81, p, 1, 1, 0, 0;\n}\n"
+      : ORTHRUS_ACC8(0),
+        ORTHRUS_ACC8(8),
+        ORTHRUS_ACC8(16),
+        ORTHRUS_ACC8(24),
+        ORTHRUS_ACC8(32),
+        ORTHRUS_ACC8(40),
+        ORTHRUS_ACC8(48),
+        ORTHRUS_ACC8(56),
+        ORTHRUS_ACC8(64),
+        ORTHRUS_ACC8(72)
       : "l"(a), "l"(b), "r"(accumulate));
 }
 

@@ -42,6 +42,7 @@ def build(interface: str, kernels: tuple[str, ...]) -> ctypes.CDLL:
     """The kernels behind the C functions of ``interface``, a file of this folder."""
     sources = [HERE / interface, *(CSRC / "cuda" / f"{name}.cu" for name in kernels)]
     flags = ["-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+    flags.append("-Wno-maybe-uninitialized")  # what is loaded under one condition and used under the same
     flags.append("-U_FORTIFY_SOURCE")  # which takes a fiber's stack for a longjmp gone wrong
     include = [f"-I{HERE}", f"-I{CSRC / 'include'}"]
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +67,7 @@ def library() -> ctypes.CDLL:
 def row_linear_library() -> ctypes.CDLL:
     """``row_linear`` in bfloat16, which variant ``ORTHRUS_CUDA_ISA`` says."""
     loaded = build("row_linear.cpp", ROW_LINEAR)
-    loaded.row_linear_workspace.restype = ctypes.c_int64
+    loaded.row_linear_workspace.restype = loaded.row_linear_prefetched.restype = ctypes.c_int64
     loaded.row_linear_plan_error.restype = ctypes.c_char_p
     return loaded
 

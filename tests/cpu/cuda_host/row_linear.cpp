@@ -1,6 +1,7 @@
 // C interface to row_linear, compiled for the host beside this file, on a Hopper device of any number of SMs.
 #include "../../../csrc/cuda/row_linear_plan.h"
 #include "orthrus/ops.h"
+#include "orthrus/sm90.cuh"
 
 extern "C" {
 // What is wrong with the plan of a weight; null if nothing is.
@@ -30,7 +31,15 @@ const char* row_linear_plan_error(int in_features, int out_features, bool whole_
 int row_linear(const orthrus::RowLinearParams* p, int descending, int num_sms) {
   cuda_host::descending = descending;
   cuda_host::num_sms = num_sms;
+  cuda_host::prefetched.clear();
   return orthrus::cuda::row_linear(*p, nullptr);
+}
+// Bytes that the last launch has prefetched, of all or of [begin, end).
+int64_t row_linear_prefetched(const uint8_t* begin, const uint8_t* end) {
+  int64_t sum = 0;
+  for (const auto& [from, bytes] : cuda_host::prefetched)
+    if (!begin || (begin <= from && from + bytes <= end)) sum += bytes;
+  return sum;
 }
 int64_t row_linear_workspace(int rows, int in_features, int out_features, int num_sms) {
   cuda_host::num_sms = num_sms;

@@ -26,6 +26,7 @@ struct Transaction {
 
 inline std::map<uint64_t*, Transaction> transactions;
 inline std::deque<std::function<void()>> copies_in_flight;
+inline std::vector<std::pair<const uint8_t*, int>> prefetched;  // by the launch: where from, bytes
 inline std::map<int, std::deque<std::vector<std::function<void()>>>> wgmma_groups;  // of each thread
 
 inline bool fenced[kMaxThreads];  // since the thread's accumulators were last its own
@@ -111,6 +112,8 @@ inline void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier, 
 }
 
 inline void bulk_prefetch(const void* src, int bytes) {
+  if (reinterpret_cast<uintptr_t>(src) % 16 || bytes % 16) cuda_host::fail("a prefetch of odd bytes");
+  cuda_host::prefetched.push_back({static_cast<const uint8_t*>(src), bytes});
   volatile uint8_t last = static_cast<const uint8_t*>(src)[bytes - 1];  // a sanitizer sees a wild address
   (void)last;
 }
