@@ -1,13 +1,15 @@
 """row_linear, op by op and chained over a model's layers under a CUDA graph, against torch.mm.
 
 PYTHONPATH=. python bench/bench_row_linear.py --model 8b --rows 1,16,32,64,96,128,160,2000 --out DIR
-Every layer has its own weights, so nothing is read from a cache. Bytes are the packed weights alone.
+Every layer has its own weights, so nothing is read from a cache but what a launch has the next one's weight brought to
+L2. Bytes are the packed weights alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 import torch
 
@@ -69,11 +71,13 @@ class Chain:
         size = max(need(num_rows, k, n) for n, k in shapes)
         return torch.zeros(size, dtype=torch.uint8, device=self.device)
 
-    def run(self, op: str, layer: int) -> None:
-        """As the model runs it, what comes next included; before o, that is attention."""
+    def run(self, op: str, layer: int, following=None) -> None:
+        """``following``: op and layer of the next launch, if any."""
         weight = self.weights[op][layer]
-        following = {"o": ("gate_up", layer), "gate_up": ("down", layer), "down": ("qkv", layer + 1)}.get(op)
-        then = self.weights[following[0]][following[1] % self.layers] if following else None
+        then = None
+        if following and (op, following[0]) != ("qkv", "o") and following[0] != "lm_head":  # as in the model
+            views = self.diff if following[0] in self.diff and self.num_rows < 2 else self.weights
+            then = views[following[0]][following[1]]
         inputs = {"o": self.qkv[:, : self.q_width], "down": self.act}.get(op, self.x)
         out = {"qkv": self.qkv, "gate_up": self.act, "lm_head": self.best}.get(op, self.x)
         views = dict(weight_diff=self.diff[op][layer], num_rows_ar=self.num_rows // 2) if op in self.diff else {}
@@ -81,7 +85,7 @@ class Chain:
         rest = dict(residual=residual, epilogue=EPILOGUES[op], workspace=self.workspace)
         ops.row_linear(inputs, weight, out, then=then, **rest, **views)
 
-    def run_mm(self, op: str, layer: int) -> None:
+    def run_mm(self, op: str, layer: int, following=None) -> None:
         """The same product by torch, epilogue left out, over the packed bytes read as a plain matrix."""
         n, k = self.shapes[op]
         weight = self.weights[op][layer].data.view(-1, k)[:n]
@@ -93,11 +97,10 @@ class Chain:
         else:
             torch.mm(inputs, weight.T, out={"qkv": self.qkv, "gate_up": self.wide}.get(op, self.x))
 
-    def run_all(self, launch) -> None:
-        for layer in range(self.layers):
-            for op in OPS[:-1]:
-                launch(op, layer)
-        launch("lm_head", 0)
+    def order(self, op: str | None = None) -> list[tuple[str, int]]:
+        """Ops and layers of every launch, or of those of one op."""
+        whole = [(each, layer) for layer in range(self.layers) for each in OPS[:-1]] + [("lm_head", 0)]
+        return [launch for launch in whole if op in (None, launch[0])]
 
     def nbytes(self, op: str) -> int:
         extra = self.diff[op][0].nbytes if op in self.diff and self.num_rows > 1 else 0
@@ -115,12 +118,16 @@ class Chain:
         return float((out.double() - want).abs().max() / want.abs().max())
 
 
+def in_turn(run, order: list[tuple[str, int]]) -> None:
+    for launch, following in zip(order, [*order[1:], None], strict=True):
+        run(*launch, following)
+
+
 def loop(chain: Chain, op: str, seconds: float) -> None:
     """One op over and over under an NVTX range, for ncu or nsys."""
-    depth = len(chain.weights[op])
+    order = chain.order(op)
     with torch.cuda.nvtx.range(f"row_linear/{op}"):
-        for i in range(max(depth, int(seconds * 1e4))):
-            chain.run(op, i % depth)
+        in_turn(chain.run, order * max(1, int(seconds * 1e4) // len(order)))
     torch.cuda.synchronize()
 
 
@@ -165,13 +172,15 @@ def main() -> int:
             n, k = chain.shapes[op]
             add(
                 op,
-                lambda op=op, depth=depth: [chain.run(op, i) for i in range(depth)],
-                lambda op=op, depth=depth: [chain.run_mm(op, i) for i in range(depth)],
+                partial(in_turn, chain.run, chain.order(op)),
+                partial(in_turn, chain.run_mm, chain.order(op)),
                 chain.nbytes(op) * depth, 2 * num_rows * n * k * depth, depth, chain.max_error(op),
             )  # fmt: skip
         total = sum(chain.nbytes(op) * len(chain.weights[op]) for op in OPS)
         flops = sum(2 * num_rows * n * k * len(chain.weights[op]) for op, (n, k) in chain.shapes.items())
-        add("chain", lambda: chain.run_all(chain.run), lambda: chain.run_all(chain.run_mm), total, flops, 1, None)
+        add(
+            "chain", *(partial(in_turn, run, chain.order()) for run in (chain.run, chain.run_mm)), total, flops, 1, None
+        )
     facts = header(device) | {"measured read GB/s": bandwidth, "model": args.model, "layers": chain.layers}
     report(f"row_linear_{args.model}{'_diff' if args.diff else ''}_{device.type}", facts, results, args.out)
     return 0

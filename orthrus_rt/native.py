@@ -133,9 +133,9 @@ def row_linear(
         out_features=weight.out_features,
         num_partials=weight.num_partials,
         epilogue=EPILOGUE[epilogue],
-        next_weight=0 if then is None else ptr(then.data),
-        next_in_features=0 if then is None else then.in_features,
-        next_out_features=0 if then is None else then.out_features,
+        next_weight=ptr(then and then.data),
+        next_in_features=then.in_features if then else 0,
+        next_out_features=then.out_features if then else 0,
     )
     _launch("row_linear", params, x.device)
 

@@ -101,8 +101,8 @@ def row_linear(
             lowest id per vocabulary tile. MUTATED.
         residual: ``[num_rows, out_features]``, added before the rounding; may be ``out``.
         workspace: from :func:`workspace_bytes`, zeroed once; CUDA only.
-        then: the weight that the next call reads first. A hint: on Hopper its beginning comes to L2 while this call
-            ends; no result depends on it.
+        then: the weight that the next call reads first, with an epilogue other than logits and argmax. A hint: on
+            Hopper its beginning comes to L2 while this call ends, where neither is prefill; no result depends on it.
     """
     op, dtype, device = "row_linear", x.dtype, x.device
     n = x.shape[0]

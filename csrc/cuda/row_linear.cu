@@ -8,7 +8,8 @@
 // The weights must be complete before the kernels ahead of it in the stream start: they are read before those end.
 // kArgmax: partial p covers the p-th of num_partials runs of whole tiles; ties go to the lowest id, NaN never wins, a
 // run of nothing but NaN gives -inf and its first id.
-// next_weight: sm_90a brings its beginning to L2 while this launch ends; no result depends on it.
+// next_weight: where neither launch is prefill, sm_90a brings its beginning to L2 while this one ends, in the order of
+// an epilogue that may cut tiles; no result depends on it.
 // Bytes: each view's packed weight once, plus x once per tile from L2. FLOP: 2 * num_rows * in * out_features.
 #include <cstdlib>
 #include <cstring>
@@ -88,7 +89,7 @@ int row_linear(const RowLinearParams& params, void* stream) {
       params.num_rows_ar > params.num_rows)
     return cudaErrorInvalidValue;
   if (!aligned16(params.x) || !aligned16(params.weight) || !aligned16(params.weight_diff) ||
-      !aligned16(params.workspace))
+      !aligned16(params.workspace) || !aligned16(params.next_weight))
     return cudaErrorMisalignedAddress;
   const bool wide_rows = params.out_features % 4 == 0;  // which are read and written 16 bytes at a time
   if (wide_rows && !(aligned16(params.residual) && aligned16(params.out))) return cudaErrorMisalignedAddress;
@@ -100,7 +101,8 @@ int row_linear(const RowLinearParams& params, void* stream) {
   args.p.x_stride = x_stride;
   if (!params.weight_diff) args.p.num_rows_ar = params.num_rows;
   args.plan = make_plan(params.in_features, params.out_features, needs_whole_tiles(params.epilogue), device.num_sms);
-  if (params.next_weight) args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms);
+  if (params.next_weight)
+    args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms);
   args.num_sms = device.num_sms;
   const bool argmax = params.epilogue == static_cast<int>(Epilogue::kArgmax);
   if (argmax && params.num_partials != args.plan.grid) return cudaErrorInvalidValue;

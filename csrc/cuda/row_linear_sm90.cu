@@ -116,21 +116,22 @@ struct Unit {
     kb = 0;
     locate();
   }
-  __device__ void prefetch(int blocks) const {
+  __device__ void prefetch() const {
 #pragma unroll 1
-    for (int b = 0; b < blocks; ++b)
+    for (int b = 0; b < plan.blocks_per_tile; ++b)
       sm90::bulk_prefetch(source + static_cast<int64_t>(b) * plan.k_blocks * kBlockBytes, kBlockBytes);
   }
 };
 
-// The first units that the next kernel's CTA of this number will load: memory does not wait for this kernel's end.
+// The first units that the next kernel's CTA of this number will load, if it is decode as well: memory does not wait
+// for this kernel's end.
 struct Handover {
-  const RowLinearPlan& plan;
   Unit unit;
   int left = 0;
 
-  __device__ explicit Handover(const RowLinearArgs& args) : plan(args.next), unit{args.next} {
-    if (!args.p.next_weight || blockIdx.x >= plan.grid) return;
+  __device__ explicit Handover(const RowLinearArgs& args) : unit{args.next} {
+    const RowLinearPlan& plan = args.next;
+    if (!args.p.next_weight || static_cast<int>(blockIdx.x) >= plan.grid) return;
     const int begin = plan.range_begin(blockIdx.x);
     left = min(steps_ahead(plan.blocks_per_tile), plan.range_begin(blockIdx.x + 1) - begin);
     unit.weight = static_cast<const uint8_t*>(args.p.next_weight);
@@ -139,7 +140,7 @@ struct Handover {
     unit.locate();
   }
   __device__ void prefetch() {
-    unit.prefetch(plan.blocks_per_tile);
+    unit.prefetch();
     unit.advance();
     --left;
   }
@@ -199,12 +200,12 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
   // load says that a line is not wanted any more: between the two it has to stay. Behind the last step come the first
   // ones of the next weight.
   const int lead = kPrefill ? 0 : steps_ahead(ring.blocks);
-  Handover handover(args);
   const int ahead = min(total, ring.num_stages);
   Position first(walk), next(walk);
   for (int step = 0; step < ahead; ++step, next.advance()) load_weight(next, step);
   Position later(next);
-  for (int step = ahead; step < min(total, ahead + lead); ++step, later.advance()) later.unit.prefetch(ring.blocks);
+  for (int step = ahead; step < min(total, ahead + lead); ++step, later.advance()) later.unit.prefetch();
+  Handover handover(args);
   pdl_wait();
   if (total == ahead) pdl_launch_dependents();  // after the wait: never more than two row_linears at once
   for (int step = 0; step < ahead; ++step, first.advance()) load_x(first, step);
@@ -214,8 +215,8 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
     load_weight(next, cursor.stage);
     load_x(next, cursor.stage);
     if (step == total - 1) pdl_launch_dependents();
-    if (!kPrefill && step + lead < total) {
-      later.unit.prefetch(ring.blocks);
+    if (lead > 0 && step + lead < total) {
+      later.unit.prefetch();
       later.advance();
     } else if (!kPrefill && handover.left > 0) {
       handover.prefetch();
@@ -330,7 +331,7 @@ __device__ void consume_prefill(const RowLinearArgs& args, const Ring<kTokens>& 
 }
 #endif
 
-// Decode runs fewer threads than registers are given out for: the rest is for the norm.
+// Decode runs fewer threads than registers are given out for: where two CTAs share an SM, the rest is for the norm.
 template <int kTokens, bool kPrefill>
 __global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTokens, kPrefill))
     row_linear_sm90(const __grid_constant__ Sm90Params params) {

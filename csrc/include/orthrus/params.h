@@ -71,7 +71,7 @@ struct RowLinearParamsOf {
   int32_t out_features;        // of the weight: 2 * intermediate size for kSiluMul
   int32_t num_partials;
   int32_t epilogue;            // Epilogue
-  const void* next_weight;     // packed like `weight`: what the next launch reads first, or null; a hint alone
+  const void* next_weight;     // packed like `weight`: what the next launch reads first, or null: a hint
   int32_t next_in_features;
   int32_t next_out_features;
 };

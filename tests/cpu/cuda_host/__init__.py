@@ -67,7 +67,8 @@ def library() -> ctypes.CDLL:
 def row_linear_library() -> ctypes.CDLL:
     """``row_linear`` in bfloat16, which variant ``ORTHRUS_CUDA_ISA`` says."""
     loaded = build("row_linear.cpp", ROW_LINEAR)
-    loaded.row_linear_workspace.restype = loaded.row_linear_prefetched.restype = ctypes.c_int64
+    for name in ("workspace", "prefetched", "prefetches", "handover"):
+        getattr(loaded, f"row_linear_{name}").restype = ctypes.c_int64
     loaded.row_linear_plan_error.restype = ctypes.c_char_p
     return loaded
 
