@@ -1,4 +1,4 @@
-"""Devices that have no memory for a recording, or that fail for good; for the CPU and GPU tiers.
+"""Devices that have no memory, or none for a recording, or that fail for good; for the CPU and GPU tiers.
 
 ``python -m tests.failing FOLDER`` lets the CUDA device of its own process fail under an engine for the checkpoint in
 FOLDER: nothing else can use that device in that process any more. It prints what came of it as JSON.
@@ -24,6 +24,10 @@ from tests.poison import Job
 
 MORE_THAN_THERE_IS = 1 << 50
 LONG = SamplingParams(max_new_tokens=100, ignore_eos=True)
+
+
+def exhausted(*_, **__):
+    raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
-"""The variants of the native CPU ops: instruction sets, and elements of weights, activations and cache."""
+"""The variants of the native CPU ops (instruction sets; elements of weights, activations and cache), a checkpoint with
+a tokenizer, and what a request gets alone.
+"""
 
 import pytest
 
 from orthrus_rt import dispatch
-from tests import native_cpu
+from tests import byte_tokenizer, engines, native_cpu
 
 
 @pytest.fixture(params=("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"))
@@ -24,3 +26,24 @@ def element(request, monkeypatch):
     """The dtype that ``randn`` and ``poison`` of tests/native_cpu.py make."""
     monkeypatch.setattr(native_cpu, "ELEMENT", request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """A tiny checkpoint with a tokenizer; it is only read."""
+    return str(byte_tokenizer.make_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Tokens of a request decoded by AR and read at once, with nothing beside it; remembered."""
+    engine = engines.make(folder, mode="ar", max_seq_len=256, max_batch_size=1, prefix_caching=False)
+    known = {}
+
+    def tokens(prompt, params):
+        key = (tuple(prompt), params)
+        if key not in known:
+            known[key] = engine.generate(prompt, params).token_ids
+        return known[key]
+
+    return tokens

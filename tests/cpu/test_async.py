@@ -3,41 +3,22 @@
 import asyncio
 import logging
 import time
+from functools import partial
 
 import pytest
-import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt.aio import AsyncEngine
-from orthrus_rt.engine import Engine
 from orthrus_rt.model import Activations
 from orthrus_rt.sampling import SamplingParams
-from tests import checkpoints
+from tests import engines
+from tests.failing import exhausted
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
 GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
 SAMPLED = SamplingParams(max_new_tokens=20, temperature=0.8, seed=3, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
-
-
-@pytest.fixture(scope="module")
-def alone(folder):
-    engine = make(folder, mode="ar", max_batch_size=1)
-    return lambda prompt, params: engine.generate(prompt, params).token_ids
-
-
-def make(folder, **kwargs):
-    how = {"mode": "two_pass", "max_seq_len": 128, "max_batch_size": 4} | kwargs
-    return Engine.from_pretrained(folder, device="cpu", **how)
-
-
-def exhausted(*_, **__):
-    raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+make = partial(engines.make, max_seq_len=128, max_batch_size=4)
 
 
 def run(folder, use):

@@ -6,46 +6,20 @@ import dataclasses
 import random
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 
 from orthrus_rt import dispatch
-from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
-from tests import checkpoints
+from tests import engines
+from tests.engines import drain, take
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
 VOCAB = 96
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
-
-
-def make(folder, **kwargs):
-    return Engine.from_pretrained(
-        folder, device="cpu", **({"mode": "two_pass", "max_seq_len": 256, "max_batch_size": 8} | kwargs)
-    )
-
-
-@pytest.fixture(scope="module")
-def alone(folder):
-    """Tokens of a request decoded by AR, with nothing beside it; remembered."""
-    engine = make(folder, max_batch_size=1, mode="ar", prefix_caching=False)
-    known = {}
-
-    def tokens(prompt, params):
-        key = (tuple(prompt), params)
-        if key not in known:
-            known[key] = engine.generate(prompt, params)
-        return known[key].token_ids
-
-    return tokens
-
-
+make = partial(engines.make, max_seq_len=256, max_batch_size=8)
 BEGINNINGS = [[(7 * i + j * j) % VOCAB for j in range(n)] for i, n in enumerate((64, 100, 150))]
 
 
@@ -71,17 +45,6 @@ def submit_many(engine, rng, count):
     """Random requests by their ids."""
     jobs = [request(rng) for _ in range(count)]
     return {engine.submit(*job): job for job in jobs}
-
-
-def drain(engine):
-    """Step to the end; tokens and finish reason by request id."""
-    got = {}
-    while engine.has_unfinished():
-        for out in engine.step():
-            tokens, _ = got.setdefault(out.request_id, ([], None))
-            tokens += out.new_token_ids
-            got[out.request_id] = (tokens, out.finish_reason)
-    return got
 
 
 def all_pages_back(engine):
@@ -163,9 +126,7 @@ def test_random_arrivals_aborts_and_few_pages(folder, alone, seed):
             job = request(rng, 200)
             jobs[engine.submit(*job)] = job
             todo -= 1
-        for out in engine.step():
-            tokens, _ = got.setdefault(out.request_id, ([], None))
-            got[out.request_id] = (tokens + out.new_token_ids, out.finish_reason)
+        take(engine.step(), got)
         unfinished = [i for i in jobs if got.get(i, (0, None))[1] is None and i not in aborted]
         if unfinished and rng.random() < 0.05:
             aborted.add(unfinished[0])
@@ -224,9 +185,7 @@ def test_faults_lose_nothing(folder, alone, fault, monkeypatch):
         except fault:
             faults += 1
             continue
-        for out in outputs:
-            tokens, _ = got.setdefault(out.request_id, ([], None))
-            got[out.request_id] = (tokens + out.new_token_ids, out.finish_reason)
+        take(outputs, got)
     assert faults > 3
     assert {i: tokens for i, (tokens, _) in got.items()} == {i: alone(*job) for i, job in jobs.items()}
     all_pages_back(engine)

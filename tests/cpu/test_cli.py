@@ -16,16 +16,10 @@ from orthrus_rt.engine import Engine
 from tests import byte_tokenizer
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = byte_tokenizer.make_checkpoint(tmp_path_factory.mktemp("model"))
-    return str(path)
-
-
 @pytest.fixture
-def run(folder, capsys):
+def run(text_folder, capsys):
     def call(command, *args):
-        options = ["--model", folder, "--device", "cpu"]
+        options = ["--model", text_folder, "--device", "cpu"]
         if command != "info":
             options += ["--max-seq-len", "256"]
         code = main([command, *options, *args])
@@ -146,11 +140,11 @@ def test_compare_ar_says_no(run, break_token):
     assert code == 1 and "identical tokens: no, first difference at token 2: " in out
 
 
-def test_info_names_every_op_and_the_model(run, folder):
+def test_info_names_every_op_and_the_model(run, text_folder):
     code, out, _ = run("info", "--json")
     facts = json.loads(out)
     assert code == 0 and facts["ops"]["row_linear"] == "cpu"
-    assert facts["model"]["name"] == folder and facts["model"]["block_len"] == 8
+    assert facts["model"]["name"] == text_folder and facts["model"]["block_len"] == 8
     assert facts["device"]["type"] == "cpu" and facts["versions"]["torch"]
     code, out, _ = run("info")
     assert code == 0 and all(op in out for op in facts["ops"])
@@ -227,14 +221,14 @@ def test_a_bias_that_is_none(run, capsys, text):
     assert f"argument --logit-bias: expected ID=X, got '{text}'" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_without_a_traceback(folder):
+def test_ctrl_c_ends_without_a_traceback(text_folder):
     command = [
         sys.executable,
         "-m",
         "orthrus_rt.cli",
         "generate",
         "--model",
-        folder,
+        text_folder,
         "--dtype",
         "float32",
         "--raw",
@@ -249,8 +243,8 @@ def test_ctrl_c_ends_without_a_traceback(folder):
     assert process.returncode == 130 and b"Traceback" not in err
 
 
-def test_a_reader_that_leaves_is_no_traceback(folder):
-    command = [sys.executable, "-m", "orthrus_rt.cli", "info", "--model", folder]
+def test_a_reader_that_leaves_is_no_traceback(text_folder):
+    command = [sys.executable, "-m", "orthrus_rt.cli", "info", "--model", text_folder]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         err = process.stderr.read()

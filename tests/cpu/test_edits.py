@@ -7,9 +7,8 @@ import torch
 
 from orthrus_rt import dispatch, native, reference
 from orthrus_rt.cycle_plan import MODES
-from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
-from tests import checkpoints, lossless
+from tests import checkpoints, engines, lossless
 from tests.logits_cases import check_count_tokens
 from tests.pins import of_this_isa
 from tests.traces import few_pages
@@ -50,9 +49,8 @@ PINNED["amx_bf16"] = PINNED["avx512"] = PINNED["avx512_bf16"]
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    folder = checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05)
-    return Engine.from_pretrained(str(folder), device="cpu", mode="two_pass", max_seq_len=256, prefix_caching=False)
+def engine(folder):
+    return engines.make(folder, max_seq_len=256, prefix_caching=False)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +158,7 @@ def test_a_stop_id_beyond_the_vocabulary_changes_nothing(engine, prompts, far):
 
 def test_plain_requests_pay_nothing(tmp_path):
     folder = checkpoints.make(tmp_path, "qwen3", dtype=torch.bfloat16)
-    engine = Engine.from_pretrained(str(folder), device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=2)
+    engine = engines.make(str(folder), max_seq_len=128, max_batch_size=2)
     plain = SamplingParams(max_new_tokens=8, ignore_eos=True)
     engine.generate([1, 2], plain)
     assert engine.memory_report()["edits"] == 0

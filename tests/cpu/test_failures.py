@@ -3,6 +3,7 @@
 import gc
 import warnings
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -17,44 +18,25 @@ from orthrus_rt.prefill import PrefillPass
 from orthrus_rt.results import SlotResults
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import RejectionSampler, SamplingParams
-from tests import checkpoints, failing
+from tests import engines, failing
+from tests.failing import exhausted
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
 GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
 SAMPLED = SamplingParams(max_new_tokens=20, temperature=0.8, seed=3, ignore_eos=True)
 REJECTION = SamplingParams(max_new_tokens=20, temperature=0.8, seed=3, ignore_eos=True, acceptance="rejection")
+make = partial(engines.make, max_seq_len=128, max_batch_size=4)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
-
-
-@pytest.fixture(scope="module")
-def alone(folder):
-    engine = make(folder, mode="ar", max_batch_size=1)
-    return lambda prompt, params: engine.generate(prompt, params).token_ids
-
-
-def make(folder, **kwargs):
-    how = {"mode": "two_pass", "max_seq_len": 128, "max_batch_size": 4} | kwargs
-    return Engine.from_pretrained(folder, device="cpu", **how)
-
-
-def exhausted(*_, **__):
-    raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
-
-
-def drain(engine):
-    """Step to the end; tokens and finish reason by request id, and what the errors say."""
+def drain_with_errors(engine):
+    """As ``engines.drain``, in not too many steps; and what the errors say."""
     got, errors = {}, []
     for _ in range(500):
-        for out in engine.step():
-            tokens, _ = got.get(out.request_id, ([], None))
-            got[out.request_id] = tokens + out.new_token_ids, out.finish_reason
-            assert (out.error is not None) == (out.finish_reason == "error")
-            errors += [out.error] if out.error else []
+        outputs = engine.step()
+        engines.take(outputs, got)
+        assert all((out.error is not None) == (out.finish_reason == "error") for out in outputs)
+        errors += [out.error for out in outputs if out.error]
         if not engine.has_unfinished():
             return got, errors
     raise AssertionError("it never ends")
@@ -72,7 +54,7 @@ def test_no_memory_for_logits_ends_those_who_sample(folder, alone, monkeypatch):
     monkeypatch.setattr(Activations, "logits", exhausted)
     jobs = [([1, 2], GREEDY), ([3, 4], SAMPLED), ([5], GREEDY), ([6], REJECTION)]
     ids = [engine.submit(*job) for job in jobs]
-    got, errors = drain(engine)
+    got, errors = drain_with_errors(engine)
     assert len(errors) == 2 and all("making room for logits: lower max_batch_size" in e for e in errors)
     for request_id, (prompt, params) in zip(ids, jobs, strict=True):
         assert got[request_id] == ((alone(prompt, params), "length") if params is GREEDY else ([], "error"))
@@ -83,7 +65,7 @@ def test_no_memory_for_a_bigger_batch_ends_the_latest(folder, alone, monkeypatch
     engine = make(folder)
     refuse(Cycle, "__init__", monkeypatch, lambda _, model, kv, state, slots, *rest: slots > 2)
     ids = [engine.submit([i + 1] * 3, GREEDY) for i in range(4)]
-    got, errors = drain(engine)
+    got, errors = drain_with_errors(engine)
     assert len(errors) == 2 and all("building the two_pass cycle of 4 slots: lower" in e for e in errors)
     assert [got[i][1] for i in ids] == ["length", "length", "error", "error"]
     assert [got[i][0] for i in ids[:2]] == [alone([i + 1] * 3, GREEDY) for i in range(2)]
@@ -123,7 +105,7 @@ def test_who_needs_the_memory_ends_whoever_came_later(folder, alone, monkeypatch
     engine = make(folder)
     fault(monkeypatch)
     ids = [engine.submit([9, 8], params)] + [engine.submit([i + 1] * 3, GREEDY) for i in range(3)]
-    got, errors = drain(engine)
+    got, errors = drain_with_errors(engine)
     assert len(errors) == 1 and "lower max_batch_size" in errors[0]
     assert got[ids[0]][1] == "error" and len(got[ids[0]][0]) <= 1
     assert [got[i] for i in ids[1:]] == [(alone([i + 1] * 3, GREEDY), "length") for i in range(3)]
@@ -134,7 +116,7 @@ def test_a_prefill_pass_is_the_fault_of_nobody_outside_it(folder, alone, monkeyp
     monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 16)
     refuse(PrefillPass, "run", monkeypatch, lambda this: this.prompts.rows.num_rows == 16)
     long, short = engine.submit([7] * 40, GREEDY), engine.submit([1, 2], GREEDY)
-    got, errors = drain(engine)
+    got, errors = drain_with_errors(engine)
     assert len(errors) == 1 and (got[long], got[short]) == (([], "error"), (alone([1, 2], GREEDY), "length"))
 
 
@@ -160,7 +142,7 @@ def test_generate_and_stream_go_on_beside_a_request_that_cannot(folder, alone, m
     tokens = next(stream).token_ids
     bad = engine.submit([6, 6], GREEDY)
     assert tokens + [t for piece in stream for t in piece.token_ids] == alone([4, 5], GREEDY)
-    assert drain(engine)[0][bad] == ([], "error")
+    assert drain_with_errors(engine)[0][bad] == ([], "error")
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):  # it was the only prompt of the call
         engine.generate([6, 6], GREEDY)
     pieces = engine.stream([6, 6], GREEDY)
@@ -284,7 +266,7 @@ def test_an_interrupt_between_outbox_and_queue_loses_no_request(folder, alone, m
     assert engine.is_unfinished("mine")
     with pytest.raises(ValueError, match="request_id must be unused"):
         engine.submit([1, 2], GREEDY, "mine")
-    assert drain(engine) == ({"mine": (alone([1, 2], GREEDY), "length")}, [])
+    assert drain_with_errors(engine) == ({"mine": (alone([1, 2], GREEDY), "length")}, [])
 
 
 def test_a_prompt_refused_by_a_closing_engine_is_not_counted(folder):

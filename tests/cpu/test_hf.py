@@ -6,18 +6,12 @@ from transformers import AutoTokenizer, TextStreamer
 
 from orthrus_rt import SamplingParams
 from orthrus_rt.hf import OrthrusForCausalLM
-from tests import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(byte_tokenizer.make_checkpoint(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def model(folder):
+def model(text_folder):
     return OrthrusForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map="cpu", max_seq_len=128, trust_remote_code=True
+        text_folder, dtype=torch.bfloat16, device_map="cpu", max_seq_len=128, trust_remote_code=True
     ).eval()
 
 
@@ -100,11 +94,15 @@ def test_one_prompt_at_a_time(model):
         model.generate(torch.zeros(2, 3, dtype=torch.int64), max_new_tokens=4)
 
 
-def test_the_published_quickstart(folder, capsys):
+def test_the_published_quickstart(text_folder, capsys):
     model = OrthrusForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map="cpu", attn_implementation="flash_attention_2", trust_remote_code=True
+        text_folder,
+        dtype=torch.bfloat16,
+        device_map="cpu",
+        attn_implementation="flash_attention_2",
+        trust_remote_code=True,
     ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(text_folder)
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": "Count the words of a paragraph."}]
     input_ids = tokenizer.apply_chat_template(
         messages, return_tensors="pt", add_generation_prompt=True, enable_thinking=False

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from orthrus_rt import dispatch
-from orthrus_rt.engine import Engine
 from orthrus_rt.exclusive import Turn
 from orthrus_rt.sampling import SamplingParams
-from tests import checkpoints
+from tests import engines
+from tests.engines import drain, take
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
@@ -23,18 +23,12 @@ PROMPTS = [[1, 2, 3], [7], [5, 6]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    return str(checkpoints.make(path, "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
-
-
-@pytest.fixture(scope="module")
 def engine(folder):
-    return Engine.from_pretrained(folder, device="cpu", mode="two_pass", max_seq_len=64, max_batch_size=2, num_pages=2)
+    return engines.make(folder, max_seq_len=64, max_batch_size=2, num_pages=2)
 
 
 @pytest.fixture(scope="module")
-def alone(engine):
+def want(engine):
     return [engine.generate(p, PARAMS, mode="ar").token_ids for p in PROMPTS]
 
 
@@ -81,17 +75,6 @@ def interrupted(function, after: int, everywhere: bool = False):
     return False
 
 
-def drain(engine, got):
-    while engine.has_unfinished():
-        take(engine.step(), got)
-
-
-def take(outputs, got):
-    for out in outputs:
-        tokens, _ = got.setdefault(out.request_id, ([], None))
-        got[out.request_id] = (tokens + out.new_token_ids, out.finish_reason)
-
-
 def all_pages_back(engine):
     assert engine.kv.num_free_pages == engine.kv.num_pages - 1 and not any(engine.scheduler.slots)
     assert not engine.scheduler._live
@@ -105,7 +88,7 @@ def start(engine, got):
 
 
 @pytest.mark.parametrize("victim", (0, 2))  # one that decodes, one that waits
-def test_abort_at_every_instruction(engine, alone, victim):
+def test_abort_at_every_instruction(engine, want, victim):
     after, reached = 0, True
     while reached:
         after += 1
@@ -117,12 +100,12 @@ def test_abort_at_every_instruction(engine, alone, victim):
         drain(engine, got)
         for i, request_id in enumerate(ids):
             tokens, reason = got[request_id]
-            assert (tokens, reason) == (alone[i][: len(tokens)], "abort") if i == victim else (alone[i], "length")
+            assert (tokens, reason) == (want[i][: len(tokens)], "abort") if i == victim else (want[i], "length")
         all_pages_back(engine)
     assert after > 100
 
 
-def test_submit_at_every_instruction(engine, alone):
+def test_submit_at_every_instruction(engine, want):
     after, reached = 0, True
     while reached:
         after += 1
@@ -132,12 +115,12 @@ def test_submit_at_every_instruction(engine, alone):
         if not engine.is_unfinished("new"):
             engine.submit([9], PARAMS, "new")
         drain(engine, got)
-        assert [got[i] for i in ids] == [(tokens, "length") for tokens in alone]
+        assert [got[i] for i in ids] == [(tokens, "length") for tokens in want]
         assert len(got["new"][0]) == 9
         all_pages_back(engine)
 
 
-def test_steps_at_random_instructions(engine, alone):
+def test_steps_at_random_instructions(engine, want):
     """Outputs too: what an interrupted step did not return, the next one does."""
     rng, strikes, got = random.Random(0), 0, {}
     for _ in range(60):
@@ -147,16 +130,14 @@ def test_steps_at_random_instructions(engine, alone):
             after = rng.randrange(1, rng.choice((300, 300, 10000)))  # a cycle has some 200 of them, a prefill thousands
             strikes += interrupted(lambda: take(engine.step(), got), after)
             take(engine.step(), got)
-        assert [got[i] for i in ids] == [(tokens, "length") for tokens in alone]
+        assert [got[i] for i in ids] == [(tokens, "length") for tokens in want]
         all_pages_back(engine)
     assert strikes > 100
 
 
 def test_steps_that_share_pages_at_random_instructions(folder):
     """No page has a name that was not written, none is held by anybody in the end."""
-    shared = Engine.from_pretrained(
-        folder, device="cpu", mode="two_pass", max_seq_len=256, max_batch_size=2, num_pages=9
-    )
+    shared = engines.make(folder, max_seq_len=256, max_batch_size=2, num_pages=9)
     rng, strikes = random.Random(2), 0
     beginning = [rng.randrange(90) for _ in range(130)]
     prompts = [[*beginning, i] for i in range(3)]
@@ -178,17 +159,15 @@ def test_steps_that_share_pages_at_random_instructions(folder):
     assert strikes > 40 and shared.metrics.cached_tokens > 0
 
 
-def test_generate_at_random_instructions(engine, alone):
+def test_generate_at_random_instructions(engine, want):
     rng = random.Random(1)
     other = {}
     for _ in range(60):
         request_id = engine.submit(PROMPTS[0], PARAMS)
         interrupted(lambda: engine.generate(PROMPTS[1], PARAMS), rng.randrange(1, 10000))
-        got = {}
-        drain(engine, got)
-        other[request_id] = got[request_id]
+        other[request_id] = drain(engine)[request_id]
         all_pages_back(engine)
-    assert set(map(str, other.values())) == {str((alone[0], "length"))}
+    assert set(map(str, other.values())) == {str((want[0], "length"))}
 
 
 def test_a_lock_left_behind_is_taken_over_by_its_thread():

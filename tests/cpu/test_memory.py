@@ -1,27 +1,25 @@
 """What memory goes where, and what is said when there is not enough of it."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from orthrus_rt import dispatch, weights
 from orthrus_rt.device import claim
-from orthrus_rt.engine import Engine
 from orthrus_rt.runner import Runner
-from tests import checkpoints, failing, poison
+from tests import checkpoints, engines, failing, poison
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
 GROWS_WITH_CONTEXT = {"kv_pages", "tables", "total"}
+make = partial(engines.make, max_seq_len=512)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
     return str(checkpoints.make(path, "qwen3", dtype=torch.bfloat16, max_position_embeddings=4096))
-
-
-def make(folder, **kwargs):
-    return Engine.from_pretrained(folder, device="cpu", **({"mode": "two_pass", "max_seq_len": 512} | kwargs))
 
 
 def warm_report(folder, **kwargs):

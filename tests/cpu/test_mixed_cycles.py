@@ -1,15 +1,16 @@
 """Prompts that go through the last pass of a cycle, beside the rows of those who decode: one read of the weights."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from orthrus_rt import dispatch, ops
-from orthrus_rt.engine import Engine
 from orthrus_rt.graph import Cycle
 from orthrus_rt.plan import Layout
 from orthrus_rt.prefill import PrefillShape, PromptRows
 from orthrus_rt.sampling import SamplingParams
-from tests import checkpoints, lossless
+from tests import engines, lossless
 from tests.traces import arriving, assert_same, decode
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
@@ -29,20 +30,9 @@ MODES = {"ar": {}, "two_pass": {"draft_len": 5}, "one_pass": {"draft_len": 3, "f
 PINNED = {"ar": 1.0, "two_pass": 1.48, "one_pass": 1.10}  # tokens per cycle
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), dtype=torch.bfloat16, diff_noise=0.05))
-
-
 @pytest.fixture
 def make(folder):
-    def make(records=False, **kwargs):
-        how = dict(device="cpu", mode="two_pass", max_seq_len=256, max_batch_size=4, prefix_caching=False) | kwargs
-        engine = Engine.from_pretrained(folder, **how)
-        engine.runner.records_prefill = records
-        return engine
-
-    return make
+    return partial(engines.make, folder, max_seq_len=256, max_batch_size=4, prefix_caching=False)
 
 
 def count(engine, kind):
@@ -103,13 +93,11 @@ def test_passes_of_their_own_beside_choices_that_the_host_makes(make, runs):
     one, two = (rejection, GREEDY) if runs else (GREEDY, rejection)
     want = [make().generate(*job).token_ids for job in (([1, 2], one), ([3, 4], two))]
     engine = make()
-    ids, tokens = [engine.submit([1, 2], one)], {}
+    ids = [engine.submit([1, 2], one)]
     engine.step()
     ids.append(engine.submit([3, 4], two))
-    while engine.has_unfinished():
-        for out in engine.step():
-            tokens.setdefault(out.request_id, []).extend(out.new_token_ids)
-    assert want[0][1:] == tokens[ids[0]] and want[1] == tokens[ids[1]]
+    got = engines.drain(engine)
+    assert want[0][1:] == got[ids[0]][0] and want[1] == got[ids[1]][0]
     assert (count(engine, "prefill"), count(engine, "mixed_cycle")) == (2, 0)
 
 
@@ -176,13 +164,10 @@ def test_without_memory_a_newcomer_ends_alone(make, monkeypatch):
         init(cycle, *args, shape=shape, **kwargs)
 
     monkeypatch.setattr(Cycle, "__init__", refuse)
-    first, got = engine.submit([1, 2, 3], GREEDY), {}
+    first = engine.submit([1, 2, 3], GREEDY)
     engine.step()
     others = [engine.submit([4] * n, GREEDY) for n in (3, 9)]
-    while engine.has_unfinished():
-        for out in engine.step():
-            tokens, _ = got.get(out.request_id, ([], None))
-            got[out.request_id] = tokens + out.new_token_ids, out.finish_reason
+    got = engines.drain(engine)
     assert got[first] == (want[1:], "length") and got[others[1]] == ([], "error") and got[others[0]][1] == "length"
     assert engine.kv.num_free_pages == engine.kv.num_pages - 1
 

@@ -1,30 +1,21 @@
 """Logits that turn NaN end their request there and then, with the tokens before them, and cost nobody else anything."""
 
 import asyncio
+from functools import partial
 
 import pytest
 import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt.aio import AsyncEngine
-from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
-from tests import checkpoints, poison
+from tests import checkpoints, engines, poison
 from tests.poison import EDITED, GREEDY, REJECTION, SAMPLED, jobs_of
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
 MODES = ("ar", "two_pass", "one_pass")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
-
-
-def make(folder, **kwargs):
-    how = {"mode": "two_pass", "max_seq_len": 128, "max_batch_size": 4} | kwargs
-    return Engine.from_pretrained(folder, device="cpu", **how)
+make = partial(engines.make, max_seq_len=128, max_batch_size=4)
 
 
 @pytest.mark.parametrize("mode", MODES)

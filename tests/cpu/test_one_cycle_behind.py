@@ -13,21 +13,16 @@ import torch
 
 from orthrus_rt import dispatch, ops
 from orthrus_rt import state as st
-from orthrus_rt.engine import Engine
 from orthrus_rt.graph import Cycle
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
-from tests import checkpoints, poison
+from tests import engines, poison
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
 VOCAB = 96
 POISON = -77
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
+make = partial(engines.make, max_seq_len=256, max_batch_size=8)
 
 
 class Stream:
@@ -88,31 +83,13 @@ def late(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(Runner, "_mailbox", tapped_mailbox)
     monkeypatch.setattr(Cycle, "run", checked_run)
 
-    def make(**kwargs):
-        how = {"mode": "two_pass", "max_seq_len": 256, "max_batch_size": 8} | kwargs
-        engine = Engine.from_pretrained(folder, device="cpu", **how)
-        engine.runner.lag, engine.runner.stopwatch._on_device, engine.runner.records_prefill = 1, True, True
+    def make_late(**kwargs):
+        engine = make(folder, records_prefill=True, **kwargs)
+        engine.runner.lag, engine.runner.stopwatch._on_device = 1, True
         return engine
 
-    make.stream = stream
-    return make
-
-
-@pytest.fixture(scope="module")
-def alone(folder):
-    """Tokens of a request decoded by AR and read at once; remembered."""
-    engine = Engine.from_pretrained(
-        folder, device="cpu", mode="ar", max_seq_len=256, max_batch_size=1, prefix_caching=False
-    )
-    known = {}
-
-    def tokens(prompt, params):
-        key = (tuple(prompt), params)
-        if key not in known:
-            known[key] = engine.generate(prompt, params).token_ids
-        return known[key]
-
-    return tokens
+    make_late.stream = stream
+    return make_late
 
 
 def job(rng, longest):
@@ -138,9 +115,7 @@ def test_arrivals_aborts_and_few_pages(late, alone, mode):
             one = job(rng, 180)
             jobs[engine.submit(*one)] = one
             todo -= 1
-        for out in engine.step():
-            tokens, _ = got.setdefault(out.request_id, ([], None))
-            got[out.request_id] = (tokens + out.new_token_ids, out.finish_reason)
+        engines.take(engine.step(), got)
         unfinished = [i for i in jobs if got.get(i, (0, None))[1] is None and i not in aborted]
         if unfinished and rng.random() < 0.05:
             aborted.add(unfinished[0])
@@ -160,7 +135,7 @@ def test_all_ways_to_choose_share_a_prefill_pass(late, folder, alone):
     """A rejection request's logits are read before the sampled one's are processed in place beside them."""
     greedy, coupled = SamplingParams(12, ignore_eos=True), SamplingParams(12, temperature=0.8, seed=4, ignore_eos=True)
     rejection = SamplingParams(12, temperature=0.8, seed=4, ignore_eos=True, acceptance="rejection")
-    by_itself = Engine.from_pretrained(folder, device="cpu", mode="two_pass", max_seq_len=256, max_batch_size=1)
+    by_itself = make(folder, max_batch_size=1)
     engine = late(mode="two_pass")
     prompts, params = [[1, 2], [7, 8, 9], [3, 4, 5], [6]], [greedy, rejection, coupled, rejection]
     want = [by_itself.generate(*job) if job[1] is rejection else None for job in zip(prompts, params, strict=True)]

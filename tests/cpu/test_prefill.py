@@ -1,13 +1,15 @@
 """Prefill passes that are recorded, as on CUDA: few shapes, padded with rows that touch nothing, replayed."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from orthrus_rt import dispatch, ops
-from orthrus_rt.engine import Engine
 from orthrus_rt.prefill import PrefillPass, PrefillShape
 from orthrus_rt.sampling import SamplingParams
-from tests import checkpoints, lossless
+from tests import engines, lossless
+from tests.failing import exhausted
 from tests.traces import assert_same, decode
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
@@ -22,20 +24,9 @@ JOBS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), dtype=torch.bfloat16, diff_noise=0.05))
-
-
 @pytest.fixture
 def make(folder):
-    def make(records, **kwargs):
-        how = dict(device="cpu", mode="two_pass", max_seq_len=256, max_batch_size=4, prefix_caching=False) | kwargs
-        engine = Engine.from_pretrained(folder, **how)
-        engine.runner.records_prefill = records
-        return engine
-
-    return make
+    return partial(engines.make, folder, max_seq_len=256, max_batch_size=4, prefix_caching=False)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +120,6 @@ def test_the_third_pass_of_a_shape_runs_no_python_per_op(make, monkeypatch):
 def test_a_recording_that_finds_no_memory(make, monkeypatch):
     engine = make(True)
     want = make(False).generate([1, 2, 3], GREEDY).token_ids
-
-    def exhausted(_):
-        raise torch.OutOfMemoryError("injected")
 
     monkeypatch.setattr(PrefillPass, "_record", exhausted)
     assert engine.generate([1, 2, 3], GREEDY).token_ids == want

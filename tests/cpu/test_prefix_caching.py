@@ -4,18 +4,18 @@ On a tiny bf16 model; the oracle is an engine that finds nothing.
 """
 
 import random
+from functools import partial
 
 import pytest
 import torch
 
 from orthrus_rt import dispatch
-from orthrus_rt.engine import Engine
 from orthrus_rt.kv import OutOfPages
 from orthrus_rt.pages import PagePool, page_names
 from orthrus_rt.prefill import PrefillPass
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
-from tests import checkpoints
+from tests import engines
 from tests.traces import assert_same, decode, digest, few_pages
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
@@ -23,16 +23,7 @@ pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native mo
 VOCAB = 96
 GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
 SAMPLED = SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=0.8, seed=3, repetition_penalty=1.2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
-
-
-def make(folder, **how):
-    how = {"mode": "two_pass", "max_seq_len": 512, "max_batch_size": 4} | how
-    return Engine.from_pretrained(folder, device="cpu", **how)
+make = partial(engines.make, max_seq_len=512, max_batch_size=4)
 
 
 @pytest.fixture(scope="module")

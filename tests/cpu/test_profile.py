@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,26 +12,15 @@ from bench import common
 from orthrus_rt import dispatch, profile, prompts, rates
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import MODES
-from orthrus_rt.engine import Engine
 from orthrus_rt.profile import calls_of
 from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.staging import staged
-from tests import byte_tokenizer, checkpoints
+from tests import byte_tokenizer, engines
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
 SLOTS, CONTEXT, LAYERS, K = 2, 70, 2, 8
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
-
-
-def make(folder, **kwargs):
-    return Engine.from_pretrained(
-        folder, device="cpu", **({"mode": "two_pass", "max_seq_len": 128, "max_batch_size": 4} | kwargs)
-    )
+make = partial(engines.make, max_seq_len=128, max_batch_size=4)
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))

@@ -17,17 +17,12 @@ from tests import byte_tokenizer, checkpoints
 PROMPTS = ("abc", "def", "a longer line")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(byte_tokenizer.make_checkpoint(tmp_path_factory.mktemp("model")))
-
-
 @pytest.fixture
-def run(folder, tmp_path, capsys):
+def run(text_folder, tmp_path, capsys):
     path = tmp_path / "prompts.txt"
     path.write_text("\n\n".join(PROMPTS) + "\n")
 
-    def call(*args, model=folder):
+    def call(*args, model=text_folder):
         options = ["--model", model, "--device", "cpu", "--max-seq-len", "128", "--max-new-tokens", "12"]
         code = main(["verify", *options, "--prompts", str(path), *args])
         return code, *capsys.readouterr()
@@ -86,8 +81,8 @@ def test_sampled(run):
     assert all(way["tokens_per_cycle"] >= 1 for entry in facts["prompts"] for way in entry["ways"])
 
 
-def test_built_in_prompts_by_default(folder, capsys):
-    options = ("--model", folder, "--device", "cpu", "--max-seq-len", "256", "--max-new-tokens", "4")
+def test_built_in_prompts_by_default(text_folder, capsys):
+    options = ("--model", text_folder, "--device", "cpu", "--max-seq-len", "256", "--max-new-tokens", "4")
     assert main(["verify", *options, "-n", "2"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(prompts.load()[0].name) and "2 of 2 prompts identical" in out
@@ -116,8 +111,8 @@ def test_a_difference_in_a_batch_alone(run, break_token):
     assert re.search(r"line 3 .*  differs\n  ar in batches of 3: differs at token 0: ", out)
 
 
-def test_an_output_that_ends_early(folder):
-    engine = Engine.from_pretrained(folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=1)
+def test_an_output_that_ends_early(text_folder):
+    engine = Engine.from_pretrained(text_folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=1)
     ids, params = [1, 2, 3], SamplingParams(max_new_tokens=6, ignore_eos=True)
     short = engine.generate(ids, params).token_ids[:4]
     ((_, _, (comparison,)),) = verify.verify(engine, [ids], params, ["ar"], against=lambda _: short)
@@ -195,8 +190,8 @@ def nudged(engine, monkeypatch, gap):
 
 
 @pytest.mark.parametrize("share", (0.9, 1.1))
-def test_near_ties_are_those_within_the_bound(folder, monkeypatch, share):
-    engine = Engine.from_pretrained(folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=1)
+def test_near_ties_are_those_within_the_bound(text_folder, monkeypatch, share):
+    engine = Engine.from_pretrained(text_folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=1)
     ids, params = [1, 2, 3], SamplingParams(max_new_tokens=6, ignore_eos=True)
     theirs = engine.generate(ids, params, mode="ar").token_ids
     first, second = engine.next_logits(ids + theirs[:2]).topk(2).indices.tolist()

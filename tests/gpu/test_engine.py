@@ -22,12 +22,6 @@ from tests.traces import arriving, assert_same, decode
 
 pytestmark = pytest.mark.gpu
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
-
-
 _made = []
 
 

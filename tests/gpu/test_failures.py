@@ -13,18 +13,13 @@ import pytest
 import torch
 
 from orthrus_rt.engine import Engine
-from tests import checkpoints, failing, poison
+from tests import failing, poison
 from tests.poison import EDITED, GREEDY, REJECTION, SAMPLED
 
 pytestmark = pytest.mark.gpu
 
 ROOT = Path(__file__).parents[2]
 MODES = ("ar", "two_pass", "one_pass")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16, diff_noise=0.05))
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """Whole generations over all that a GPU runs: the CUDA kernels as host C++, Triton's in its interpreter."""
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 from orthrus_rt import dispatch
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
-from tests import checkpoints, lossless, traces
+from tests import lossless, traces
 from tests.cpu import cuda_host
 from tests.cpu.cuda_host import device
 
@@ -26,9 +25,8 @@ JOBS = (
 )
 
 
-def test_every_mode_gives_the_ar_bits(tmp_path, monkeypatch):
+def test_every_mode_gives_the_ar_bits(folder, monkeypatch):
     """Alone and together, nearly all of it replayed and op by op; logits are the CPU's but for rounding."""
-    folder = str(checkpoints.make(tmp_path, dtype=torch.bfloat16, diff_noise=0.05))
     how = dict(device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=4, prefix_caching=False)
     want = Engine.from_pretrained(folder, **how).next_logits(JOBS[0][0])
     monkeypatch.setenv("ORTHRUS_CUDA_ISA", "sm90")

@@ -1,0 +1,33 @@
+"""Engines on the CPU as most tests make them, and what their steps have told of each request."""
+
+from __future__ import annotations
+
+from orthrus_rt.engine import Engine
+from orthrus_rt.outputs import RequestOutput
+
+Told = dict[str, tuple[list[int], str | None]]  # tokens so far and finish reason, by request id
+
+
+def make(folder: str, records_prefill: bool = False, *, mode: str = "two_pass", **how) -> Engine:
+    """On the CPU, and with ``records_prefill`` its prefill passes padded, recorded and replayed as on CUDA.
+
+    No sizes: ``make = partial(engines.make, max_seq_len=128)`` shows in each file those that its tests depend on.
+    """
+    engine = Engine.from_pretrained(folder, device="cpu", mode=mode, **how)
+    engine.runner.records_prefill = records_prefill
+    return engine
+
+
+def take(outputs: list[RequestOutput], told: Told) -> None:
+    """Add what one step told."""
+    for out in outputs:
+        tokens, _ = told.get(out.request_id, ([], None))
+        told[out.request_id] = tokens + out.new_token_ids, out.finish_reason
+
+
+def drain(engine: Engine, told: Told | None = None) -> Told:
+    """Step to the end; what that told, added to ``told`` if given."""
+    told = {} if told is None else told
+    while engine.has_unfinished():
+        take(engine.step(), told)
+    return told
