@@ -137,9 +137,15 @@ def test_row_invariance(shape):
     assert torch.equal(run(x[order], plain, sms=sms), want[order])
 
 
-@pytest.mark.parametrize(("rows", "ar"), [(1, 0), (20, 0), (20, 20), (21, 1), (50, 32), (150, 70), (200, 30)])
-@pytest.mark.parametrize("shape", [(512, 128, 5), (1024, 128, 5), (256, 3200, 7)])  # whole tiles, cut tiles
-def test_both_views(shape, rows, ar):
+BOTH = [(1, 0), (20, 0), (20, 20), (21, 1), (50, 32), (150, 70), (200, 30)]
+WHOLE, CUT, CUT_PAIRS = (512, 128, 5), (1024, 128, 5), (256, 3200, 7)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ar", "shape"),
+    [*((*both, shape) for both in BOTH for shape in (WHOLE, CUT)), (20, 0, CUT_PAIRS), (150, 70, CUT_PAIRS)],
+)
+def test_both_views(rows, ar, shape):
     k, n, sms = shape
     weight, diff, x = tensor(n, k, seed=1), tensor(n, k, seed=2), tensor(rows, k, seed=3)
     got = run(x, weight, diff=diff, num_rows_ar=ar, sms=sms)
@@ -194,9 +200,8 @@ def test_no_rows():
     assert run(tensor(0, 64), tensor(64, 64)).shape == (0, 64)
 
 
-@pytest.mark.parametrize("rows", [1, 120, 200])
-@pytest.mark.parametrize("shape", [(64, 64, 3), (1024, 192, 5), (256, 3200, 7)])
-@pytest.mark.parametrize("next_shape", [(64, 64), (640, 320), (256, 3200)])
+@pytest.mark.parametrize(("rows", "shape"), [(1, (256, 3200, 7)), *((n, (1024, 192, 5)) for n in (1, 120, 200))])
+@pytest.mark.parametrize("next_shape", [(64, 64), (640, 320), (64, 3200)])
 def test_the_next_weights_beginning_is_brought_to_l2(next_shape, shape, rows, isa):
     """A hint: no bit changes, and the rest is prefetched as ever."""
     (k, n, sms), (next_k, next_n) = shape, next_shape
