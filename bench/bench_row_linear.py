@@ -76,8 +76,8 @@ class Chain:
         weight = self.weights[op][layer]
         then = None
         if following and (op, following[0]) != ("qkv", "o") and following[0] != "lm_head":  # as in the model
-            views = self.diff if following[0] in self.diff and self.num_rows < 2 else self.weights
-            then = views[following[0]][following[1]]
+            first = self.diff if following[0] in self.diff and self.num_rows < 2 else self.weights
+            then = first[following[0]][following[1]]
         inputs = {"o": self.qkv[:, : self.q_width], "down": self.act}.get(op, self.x)
         out = {"qkv": self.qkv, "gate_up": self.act, "lm_head": self.best}.get(op, self.x)
         views = dict(weight_diff=self.diff[op][layer], num_rows_ar=self.num_rows // 2) if op in self.diff else {}
@@ -178,9 +178,8 @@ def main() -> int:
             )  # fmt: skip
         total = sum(chain.nbytes(op) * len(chain.weights[op]) for op in OPS)
         flops = sum(2 * num_rows * n * k * len(chain.weights[op]) for op, (n, k) in chain.shapes.items())
-        add(
-            "chain", *(partial(in_turn, run, chain.order()) for run in (chain.run, chain.run_mm)), total, flops, 1, None
-        )
+        both = (partial(in_turn, run, chain.order()) for run in (chain.run, chain.run_mm))
+        add("chain", *both, total, flops, 1, None)
     facts = header(device) | {"measured read GB/s": bandwidth, "model": args.model, "layers": chain.layers}
     report(f"row_linear_{args.model}{'_diff' if args.diff else ''}_{device.type}", facts, results, args.out)
     return 0

@@ -56,9 +56,9 @@ __device__ bool leave_partial(const float (&acc)[kTokens / 2], const RowLinearAr
   return *flag;
 }
 
-// Where an epilogue has a tile's sums from, kStagingTokens tokens at a time: `ask` for them, `stage` them some time
-// later, each thread its own.
-constexpr int kStepSums = kStagingTokens / 2;
+// Where an epilogue has a tile's sums from is a class, WholeSums or FoldedSums: it is asked for the sums of a step of
+// kStagingTokens tokens, and some time later stages them, each thread its own.
+constexpr int kStepSums = kStagingTokens / 2;  // of a thread
 
 // `s`: of the thread's first token and feature.
 __device__ __forceinline__ void stage_pairs(float* s, float a, float b, float c, float d) {
@@ -83,8 +83,8 @@ struct WholeSums {
   }
 };
 
-// Of a cut tile: the partial sums, folded in k order. They come from L2 while the step
-// before is finished, all of a step at once: a branch around a load would make the next one wait for it.
+// Of a cut tile: the partial sums, folded in k order. They come from L2 while the step before is finished, all of a
+// step at once: a branch around a load would make the next one wait for it.
 template <int kTokens>
 struct FoldedSums {
   static constexpr int kAhead = 5;  // CTAs that share a tile, at most, in nearly all weights of nearly all models
@@ -103,7 +103,8 @@ struct FoldedSums {
   __device__ void load(int from, int t0) {
 #pragma unroll
     for (int b = 0; b < kAhead; ++b) {
-      const float4* p = (kFirst && b == 0 ? begin : rest + (from + b) * (kTokens * kBlock / 4)) + t0 / 8 * kGroupThreads;
+      const float4* p = kFirst && b == 0 ? begin : rest + (from + b) * (kTokens * kBlock / 4);
+      p += t0 / 8 * kGroupThreads;
 #pragma unroll
       for (int j = 0; j < 2; ++j) load_l2_if(v[b][j], p + j * kGroupThreads, from + b < count && t0 < kTokens);
     }
