@@ -108,8 +108,8 @@ TIERS = [
         why_no_software_tiles,
         spread=True,
     ),
-    Tier("interpret", ["tests/interpret"], why_no_triton, {"TRITON_INTERPRET": "1"}),
-    Tier("compile", ["tests/compile"], why_no_compiler),
+    Tier("interpret", ["tests/interpret"], why_no_triton, {"TRITON_INTERPRET": "1"}, spread=True),
+    Tier("compile", ["tests/compile"], why_no_compiler, spread=True),
     Tier("gpu", ["-m", "gpu"], why_no_gpu, apart="tests/gpu", timeout_s=270, process_timeout_s=330),
 ]
 

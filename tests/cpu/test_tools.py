@@ -40,11 +40,11 @@ def test_a_process_that_hangs_at_its_end(runner, tmp_path, monkeypatch, capsys):
     )
     for name, value in {"ROOT": tmp_path, "LONGEST": ("test_stuck.py",), "APART_AT_ONCE": 1}.items():
         monkeypatch.setattr(runner, name, value)
-    result = runner.run(runner.Tier("gpu", ["-s"], apart=".", process_timeout_s=20), full=False)
+    result = runner.run(runner.Tier("gpu", ["-s"], apart=".", process_timeout_s=10), full=False)
     assert (result.passed, result.failed) == (2, 1)
     assert {name: row[:2] for name, row in result.files.items()} == {"test_quick": [1, 0], "test_stuck": [1, 1]}
     out = capsys.readouterr().out
-    assert "ran to its end" in out and "not finished in 20 s" in out
+    assert "ran to its end" in out and "not finished in 10 s" in out
     assert out.index("-- test_stuck.py") < out.index("-- test_quick.py")
 
 
