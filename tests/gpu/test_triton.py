@@ -14,7 +14,8 @@ from tests.triton_pass import TritonPass
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-ULP = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20}
+# Sums in another order may move a result to the next number, at most so far away; in float32, eight numbers.
+ULP = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}
 
 
 def on_graph(run):
