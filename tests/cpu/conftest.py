@@ -1,11 +1,13 @@
-"""The variants of the native CPU ops (instruction sets; elements of weights, activations and cache), a checkpoint with
-a tokenizer, and what a request gets alone.
+"""The variants of the native CPU ops (instruction sets; elements of weights, activations and cache), the CUDA
+kernels on the host, a checkpoint with a tokenizer, and what a request gets alone.
 """
 
 import pytest
 
 from orthrus_rt import dispatch
 from tests import byte_tokenizer, engines, native_cpu
+from tests.cpu import cuda_host
+from tests.cpu.cuda_host import device
 
 
 @pytest.fixture(params=("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"))
@@ -26,6 +28,20 @@ def element(request, monkeypatch):
     """The dtype that ``randn`` and ``poison`` of tests/native_cpu.py make."""
     monkeypatch.setattr(native_cpu, "ELEMENT", request.param)
     return request.param
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """CPU tensors run the CUDA kernels, compiled for the host, on this :class:`~tests.cpu.cuda_host.device.Device`."""
+    if dispatch.native() is None or cuda_host.compiler() is None:
+        pytest.skip("needs the native module and a C++ compiler")
+    return device.install(monkeypatch, others="cpu")
+
+
+@pytest.fixture(params=(False, True), ids=("ascending", "descending"))
+def both_orders(request, host):
+    """Of the threads of a block."""
+    host.descending = request.param
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """Consensus against its definition, on random states: accept, stop, commit, stage."""
 
-import functools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +8,6 @@ from hypothesis import strategies as hs
 from orthrus_rt import dispatch, native, reference
 from orthrus_rt import state as st
 from orthrus_rt.plan import empty_rows
-from tests.cpu import cuda_host
-from tests.cpu.test_cuda_on_host import host_consensus
 
 MASK = 99
 
@@ -125,20 +121,18 @@ def test_partial_maxima_ties_to_the_lowest_id():
     assert rows.token.tolist() == [11] and rows.position.tolist() == [4] and rows.prefix_len.tolist() == [5]
 
 
-NO_MODULE = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
-NO_COMPILER = pytest.mark.skipif(cuda_host.compiler() is None, reason="no C++ compiler")
-EVERY_IMPLEMENTATION = pytest.mark.parametrize(
-    "consensus",
-    [
-        pytest.param(reference.consensus, id="reference"),
-        pytest.param(native.consensus, id="cpu", marks=NO_MODULE),
-        pytest.param(functools.partial(host_consensus, descending=False), id="cuda", marks=NO_COMPILER),
-        pytest.param(functools.partial(host_consensus, descending=True), id="cuda-descending", marks=NO_COMPILER),
-    ],
-)
+@pytest.fixture(params=("reference", "cpu", "cuda", "cuda-descending"))
+def consensus(request):
+    """Every implementation; CUDA's on the host, in both thread orders."""
+    if request.param == "reference":
+        return reference.consensus
+    if request.param == "cpu" and dispatch.native() is None:
+        pytest.skip("the native module is not built")
+    if request.param != "cpu":
+        request.getfixturevalue("host").descending = request.param == "cuda-descending"
+    return native.consensus
 
 
-@EVERY_IMPLEMENTATION
 @pytest.mark.parametrize("nothing", [-torch.inf, torch.nan])
 @pytest.mark.parametrize(("step", "fan_out"), [(st.STEP_VERIFY, 0), (st.STEP_VERIFY_AND_DRAFT, 1)])
 def test_a_row_without_a_choice(consensus, nothing, step, fan_out):
@@ -184,7 +178,6 @@ def test_a_row_without_a_choice(consensus, nothing, step, fan_out):
         assert (block == -1).all() == ended, what
 
 
-@EVERY_IMPLEMENTATION
 @pytest.mark.parametrize("nothing", [-torch.inf, torch.nan])
 def test_draft_rows_without_a_choice_are_drafts_all_the_same(consensus, nothing):
     """A draft pass whose logits are NaN, and a block of a one-pass cycle: the first id, believed in by nobody."""

@@ -1,5 +1,7 @@
 """dual_attn's CUDA kernels as host C++: every index, wait and barrier, and row-invariance to the bit."""
 
+import functools
+
 import pytest
 import torch
 
@@ -12,45 +14,14 @@ from tests.attention_pass import (
     check_a_nan_key_spoils_those_who_see_it_alone,
     check_nan_outlives_the_splits,
 )
-from tests.cpu import cuda_host
 
-pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no C++ compiler")
-
-MANY_SMS = 1000  # so many that every unit is split
+HostPass = functools.partial(Pass, device="cpu")
 
 
-class HostPass(Pass):
-    """A pass that runs the CUDA source on the CPU; one that splits may ask for the fold in registers."""
-
-    OP = "dual_attn"
-
-    def __init__(self, heads, groups, **kwargs):
-        super().__init__(heads, groups, device="cpu", **kwargs)
-
-    def workspace(self):
-        args = (self.rows.num_rows, self.heads.q, self.heads.dim, self.max_seq_len)
-        return torch.zeros(cuda_host.library().dual_attn_workspace(*args), dtype=torch.uint8)
-
-    def call(self, out, workspace, **kwargs):
-        rows = self.rows
-        fields = {n: getattr(rows, n) for n in ("token", "position", "seq", "prefix_len", "group_start")}
-        sizes = {
-            n: getattr(rows, n) for n in ("num_rows", "num_rows_ar", "num_groups", "num_groups_ar", "max_group_rows")
-        }
-        kv = cuda_host.fill(
-            "PagedKv", k_pages=self.k_pages, v_pages=self.v_pages, page_table=self.page_table,
-            num_pages=self.k_pages.shape[0], max_pages=self.page_table.shape[1], page_size=64,
-            num_heads_kv=self.heads.kv, head_dim=self.heads.dim,
-        )  # fmt: skip
-        params = cuda_host.fill(
-            "DualAttnParams", q=self.q, out=out, rows=cuda_host.fill("Rows", **fields, **sizes), kv=kv,
-            workspace_bytes=0 if workspace is None else workspace.numel(), num_heads_q=self.heads.q,
-            max_seq_len=self.max_seq_len, softmax_scale=self.softmax_scale,
-        )  # fmt: skip
-        for name, tensor in (("scratch_k", self.scratch_k), ("scratch_v", self.scratch_v), ("workspace", workspace)):
-            if tensor is not None:
-                setattr(params, name, tensor.data_ptr())
-        cuda_host.call(self.OP, params, **{"num_sms": MANY_SMS, **kwargs})
+@pytest.fixture(autouse=True)
+def many_sms(host):
+    """So many that every unit is split."""
+    host.num_sms = 1000
 
 
 def ar(seq, start, n, invalid=0):
@@ -74,15 +45,13 @@ PASSES = {
 SMALL = Heads(3, 1, 64)
 
 
-@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.usefixtures("both_orders")
 @pytest.mark.parametrize("name", PASSES)
-def test_against_float64(name, descending):
+def test_against_float64(name, host):
     case = HostPass(SMALL, PASSES[name])
-    split, fold = (torch.full_like(case.q, torch.nan) for _ in range(2))
-    workspace = case.workspace()
-    case.call(split, workspace, descending=descending)
-    case.call(split.fill_(torch.nan), workspace, descending=descending, num_sms=20)  # its counter is zero again
-    case.call(fold, None, descending=descending)
+    fold, split, workspace = case.run(split=False), torch.empty_like(case.q), case.workspace()
+    for host.num_sms in (1000, 20):  # the second time, its counter is zero again
+        case.call(split.fill_(torch.nan), workspace)
     assert_close(split, case.expected())
     assert torch.equal(split, fold)
     assert not split[case.rows.position < 0].any()
@@ -96,7 +65,7 @@ def test_heads(heads):
     assert torch.equal(split, case.run(split=False))
 
 
-def test_rows_do_not_depend_on_company():
+def test_rows_do_not_depend_on_company(host):
     """Alone or together, in tiles of 16, 64 or 128 rows, in any order, on any number of SMs: the same bits."""
     groups = [ar(0, 1100, 1), diff(0, 1101, 4), ar(1, 140, 9), ar(2, 5, 3)]
     together = HostPass(SMALL, groups)
@@ -104,11 +73,11 @@ def test_rows_do_not_depend_on_company():
     shuffled = HostPass(SMALL, [ar(7, 0, 30), *groups[::-1]], max_seq_len=5000)
     got = shuffled.by_group(shuffled.run())
     assert all(torch.equal(got[g], want[g]) for g in groups)
-    out = torch.full_like(together.q, torch.nan)
-    together.call(out, together.workspace(), num_sms=5)
-    assert all(torch.equal(together.by_group(out)[g], want[g]) for g in groups)
     for g in groups:
         assert torch.equal(HostPass(SMALL, [g]).run(), want[g])
+    host.num_sms = 5
+    got = together.by_group(together.run())
+    assert all(torch.equal(got[g], want[g]) for g in groups)
 
 
 def test_verify_rows_equal_decode_rows_and_chunks():

@@ -1,50 +1,49 @@
 """The float32 CUDA kernels as host C++: against float64, and row-invariance to the bit."""
 
+import functools
+
 import pytest
 import torch
 
-from orthrus_rt.native import EPILOGUE
+from orthrus_rt import native, weights
 from tests.attention_pass import (
     SPOIL,
     Group,
     Heads,
+    Pass,
     check_a_nan_key_spoils_those_who_see_it_alone,
     check_nan_outlives_the_splits,
 )
-from tests.cpu import cuda_host
 from tests.cpu.test_cuda_on_host import check_qkv_commit
-from tests.cpu.test_dual_attn_on_host import PASSES, HostPass
+from tests.cpu.test_dual_attn_on_host import PASSES
 
-pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no C++ compiler")
-BACKWARDS = pytest.mark.parametrize("descending", [False, True])
+pytestmark = pytest.mark.usefixtures("host")
+F32Pass = functools.partial(Pass, device="cpu", dtype=torch.float32)
 
 
 def tensor(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def linear(x, weight, epilogue="none", *, residual=None, diff=None, num_rows_ar=None, descending=False):
-    (n, k), rows = weight.shape, x.shape[0]
-    partials = -(-n // 128)
-    width = {"silu_mul": n // 2, "argmax": partials}.get(epilogue, n)
-    out, index = torch.full((rows, width), torch.nan), torch.full((rows, width), -7, dtype=torch.int32)
-    params = cuda_host.fill(
-        "RowLinearParams", x=x, weight=weight, weight_diff=diff, residual=residual, x_stride=x.stride(0),
-        out=None if epilogue == "argmax" else out, partial_value=out, partial_id=index, num_rows=rows,
-        num_rows_ar=rows if num_rows_ar is None else num_rows_ar, in_features=k, out_features=n,
-        num_partials=partials, epilogue=EPILOGUE[epilogue],
-    )  # fmt: skip
-    cuda_host.call("row_linear_f32", params, descending=descending)
-    return (out, index) if epilogue == "argmax" else out
+def linear(x, weight, epilogue="none", *, residual=None, diff=None, num_rows_ar=None):
+    weight, diff = (w if w is None else weights.pack(w, gate_up=epilogue == "silu_mul") for w in (weight, diff))
+    n, rows = weight.out_features, x.shape[0]
+    width = {"silu_mul": n // 2, "argmax": weight.num_partials}.get(epilogue, n)
+    out = torch.full((rows, width), torch.nan)
+    if epilogue == "argmax":
+        out = out, torch.full((rows, width), -7, dtype=torch.int32)
+    kwargs = dict(weight_diff=diff, num_rows_ar=num_rows_ar, residual=residual, epilogue=epilogue)
+    native.row_linear(x, weight, out, **kwargs)
+    return out
 
 
-@BACKWARDS
+@pytest.mark.usefixtures("both_orders")
 @pytest.mark.parametrize("shape", [(1, 1), (37, 70), (128, 32), (300, 33)], ids=str)
-def test_row_linear(shape, descending):
+def test_row_linear(shape):
     x, weight = tensor(19, shape[1], seed=1), tensor(*shape, seed=2)
     exact = x.double() @ weight.double().T
     bound = (x.double().abs() @ weight.double().abs().T) * (shape[1] + 4) * 2.0**-24
-    got = linear(x, weight, descending=descending)
+    got = linear(x, weight)
     assert ((got.double() - exact).abs() <= bound).all()
     assert torch.equal(linear(x, weight, "logits"), got)
     residual = tensor(19, shape[0], seed=3)
@@ -89,23 +88,12 @@ def test_row_linear_rows_do_not_depend_on_company():
         assert torch.equal(got[split:], want_diff[split:])
 
 
-class F32Pass(HostPass):
-    OP = "dual_attn_f32"
-
-    def __init__(self, heads, groups):
-        super().__init__(heads, groups, dtype=torch.float32)
-
-    def workspace(self):
-        return None
-
-
-@BACKWARDS
+@pytest.mark.usefixtures("both_orders")
 @pytest.mark.parametrize("heads", [Heads(3, 1, 64), Heads(4, 2, 128)], ids=str)
 @pytest.mark.parametrize("name", PASSES)
-def test_dual_attn(name, heads, descending):
+def test_dual_attn(name, heads):
     case = F32Pass(heads, PASSES[name])
-    out = torch.full_like(case.q, torch.nan)
-    case.call(out, None, descending=descending)
+    out = case.run()
     torch.testing.assert_close(out.double(), case.expected(), rtol=1e-5, atol=1e-6)
     assert not out[case.rows.position < 0].any()
 
@@ -134,7 +122,7 @@ def test_dual_attn_rows_do_not_depend_on_company():
         assert torch.equal(F32Pass(heads, [Group("ar", 0, 130 + i, 1)]).run()[0], verified[i])
 
 
-@BACKWARDS
+@pytest.mark.usefixtures("both_orders")
 @pytest.mark.parametrize("norms", [False, True])
-def test_qkv_commit(norms, descending):
-    check_qkv_commit((3, 1, 64), norms, descending, torch.float32)
+def test_qkv_commit(norms):
+    check_qkv_commit((3, 1, 64), norms, torch.float32)

@@ -13,12 +13,11 @@ import itertools
 import pytest
 import torch
 
-from orthrus_rt.native import EPILOGUE
-from orthrus_rt.weights import cuda_blocks
-from tests.cpu import cuda_host
+from orthrus_rt import dispatch, native
+from orthrus_rt.weights import pack
 from tests.cpu.cuda_host import row_linear_library as library
 
-pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.usefixtures("host")
 GUARD, COUNTERS = 8, 4 * 4096
 
 
@@ -46,33 +45,25 @@ def run(
     """The op on a device of ``sms`` SMs, into a NaN-filled output between guards, with weights packed here; ``then`` is
     packed.
     """
-    n, k = plain.shape
+    host = dispatch.native().cuda
+    host.num_sms, host.descending = sms, descending
     rows, gate_up = x.shape[0], epilogue == "silu_mul"
-    partials = library().row_linear_num_partials(k, n, sms)
-    width = {"silu_mul": n // 2, "argmax": partials}.get(epilogue, n)
+    weight, weight_diff = (None if w is None else pack(w, gate_up=gate_up) for w in (plain, diff))
+    n, k = plain.shape
+    width = {"silu_mul": n // 2, "argmax": weight.num_partials}.get(epilogue, n)
     dtype = torch.float32 if epilogue in ("logits", "argmax") else torch.bfloat16
     guarded = torch.full((rows + 2 * GUARD, width), torch.nan, dtype=dtype)
-    index = torch.full((rows, width), -7, dtype=torch.int32)
     out = guarded[GUARD:-GUARD]
+    if epilogue == "argmax":
+        out = out, torch.full((rows, width), -7, dtype=torch.int32)
     if space is None:
         space = workspace(rows, k, n, sms)
-    packed = cuda_blocks(plain, gate_up)
-    packed_diff = None if diff is None else cuda_blocks(diff, gate_up)
-    params = cuda_host.fill(
-        "RowLinearParams", x=x, weight=packed, weight_diff=packed_diff, residual=residual,
-        out=None if epilogue == "argmax" else out, partial_value=out, partial_id=index, workspace=space,
-        x_stride=x.stride(0), workspace_bytes=space.numel(), num_rows=rows,
-        num_rows_ar=rows if num_rows_ar is None else num_rows_ar, in_features=k, out_features=n,
-        num_partials=partials, epilogue=EPILOGUE[epilogue],
-        next_weight=then, next_in_features=0 if then is None else then.shape[1] * 64,
-        next_out_features=0 if then is None else then.shape[0] * 64,
-    )  # fmt: skip
-    error = library().row_linear(ctypes.byref(params), int(descending), sms)
-    assert error == 0, f"row_linear returned {error}"
+    kwargs = dict(residual=residual, epilogue=epilogue, workspace=space, then=then)
+    native.row_linear(x, weight, out, weight_diff=weight_diff, num_rows_ar=num_rows_ar, **kwargs)
     assert guarded[:GUARD].isnan().all()
     assert guarded[-GUARD:].isnan().all()
     assert not space[:COUNTERS].any()  # the counters are back at zero
-    return (out, index) if epilogue == "argmax" else out
+    return out
 
 
 def close(got, exact, magnitude):
@@ -206,10 +197,11 @@ def test_the_next_weights_beginning_is_brought_to_l2(next_shape, shape, rows, is
     """A hint: no bit changes, and the rest is prefetched as ever."""
     (k, n, sms), (next_k, next_n) = shape, next_shape
     plain, x = tensor(n, k, seed=1), tensor(rows, k, seed=2)
-    then = cuda_blocks(tensor(next_n, next_k, seed=3), False)
+    then = pack(tensor(next_n, next_k, seed=3))
     want, before = run(x, plain, sms=sms), library().row_linear_prefetches()
     assert torch.equal(run(x, plain, sms=sms, then=then), want)
-    handed = library().row_linear_prefetched(*map(ctypes.c_void_p, (then.data_ptr(), then.data_ptr() + then.nbytes)))
+    begin = then.data.data_ptr()
+    handed = library().row_linear_prefetched(*map(ctypes.c_void_p, (begin, begin + then.nbytes)))
     assert library().row_linear_prefetches() == before + handed
     ctas = 0 if isa == "sm80" or rows > 160 else library().row_linear_grid(k, n, sms)
     assert handed == library().row_linear_handover(ctas, next_k, next_n, sms)

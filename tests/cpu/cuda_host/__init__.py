@@ -1,4 +1,4 @@
-"""Builds CUDA kernels as host C++ over a small shim and calls them on CPU tensors through ctypes."""
+"""Builds CUDA kernels as host C++ over a small shim, for ctypes to call; device.py runs ops on them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-
-import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
@@ -71,20 +69,3 @@ def row_linear_library() -> ctypes.CDLL:
         getattr(loaded, f"row_linear_{name}").restype = ctypes.c_int64
     loaded.row_linear_plan_error.restype = ctypes.c_char_p
     return loaded
-
-
-def fill(name: str, **values) -> ctypes.Structure:
-    """A parameter struct; tensors become pointers."""
-    struct = structs()[name]()
-    known = {field for field, _ in struct._fields_}
-    for field, value in values.items():
-        assert field in known, field
-        setattr(struct, field, value.data_ptr() if isinstance(value, torch.Tensor) else value)
-    return struct
-
-
-def call(op: str, params: ctypes.Structure, *, descending: bool = False, num_sms: int = 3) -> None:
-    """Run ``op`` of kernels.cpp, a block's threads in ascending or descending order, as on a GPU of ``num_sms`` SMs."""
-    library().configure(int(descending), num_sms)
-    error = getattr(library(), op)(ctypes.byref(params))
-    assert error == 0, f"{op} returned {error}"

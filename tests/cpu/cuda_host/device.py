@@ -58,13 +58,14 @@ def as_ctypes(params) -> ctypes.Structure:
 class Device:
     """Takes the place of the native module's ``cpu`` and ``cuda``, for a GPU of ``num_sms`` SMs.
 
-    Threads of a block run in ascending and descending order by turns.
+    Threads of a block run in descending order or not; by turns where ``descending`` is None.
     """
 
     Tape = Tape
 
     def __init__(self, num_sms: int):
         self.num_sms, self.num_launches = num_sms, 0
+        self.descending: bool | None = None
 
     def set_num_threads(self, count: int) -> None:
         pass
@@ -76,12 +77,13 @@ class Device:
 
     def _run(self, op: str, params: ctypes.Structure, is_f32: bool) -> None:
         self.num_launches += 1
-        descending = self.num_launches % 2
+        descending = self.num_launches % 2 if self.descending is None else int(self.descending)
         if op == "row_linear" and not is_f32:
             error = cuda_host.row_linear_library().row_linear(ctypes.byref(params), descending, self.num_sms)
-            assert error == 0, f"{op} returned {error}"
         else:
-            cuda_host.call(op + "_f32" * is_f32, params, descending=bool(descending), num_sms=self.num_sms)
+            cuda_host.library().configure(descending, self.num_sms)
+            error = getattr(cuda_host.library(), op + "_f32" * is_f32)(ctypes.byref(params))
+        assert error == 0, f"{op} returned {error}"
 
     def row_linear_workspace(self, rows: int, in_features: int, out_features: int) -> int:
         return cuda_host.row_linear_library().row_linear_workspace(rows, in_features, out_features, self.num_sms)
