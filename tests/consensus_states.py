@@ -1,4 +1,4 @@
-"""Random decode states for consensus, with every way a cycle can end."""
+"""Consensus against its oracle on random decode states, with every way a cycle can end."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import dataclasses
 
 import torch
 
+from orthrus_rt import reference
 from orthrus_rt import state as st
 from orthrus_rt.plan import empty_rows
 
 MASK = 99
 
 
-def random_state(generator, slots, block_len, capacity=7, stops=3, fan_out=0) -> st.SlotState:
+def random_state(generator, slots, block_len, fan_out=0) -> st.SlotState:
     """Slots of every FinishReason, drafts from a tiny vocabulary, limits near and far, rings about to wrap.
 
     The state's own blocks are longer than ``block_len`` and it has room for more than ``fan_out`` hypotheses.
@@ -22,16 +23,15 @@ def random_state(generator, slots, block_len, capacity=7, stops=3, fan_out=0) ->
     def draw(low, high, *shape):
         return torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
 
-    state = st.SlotState.allocate(slots, block_len + 2, capacity, stops, "cpu", max_fan_out=fan_out + 1)
+    state = st.SlotState.allocate(slots, block_len + 2, 7, 3, "cpu", max_fan_out=fan_out + 1)
     state.cache_seqlens.copy_(draw(0, 50, slots))
-    state.limit.copy_(state.cache_seqlens + 2 + draw(0, 2 * block_len, slots))
+    state.limit.copy_(state.cache_seqlens + 1 + draw(0, 2 * block_len, slots))
     state.block_tokens.copy_(draw(0, 3, *state.block_tokens.shape))
-    room = (state.limit - 1 - state.cache_seqlens).clamp(max=block_len - 1)
-    state.num_drafts.copy_((draw(0, 1 << 30, slots) % (room + 1)).int())
-    state.stop_ids.copy_(draw(0, 5, slots, stops).masked_fill(draw(0, 2, slots, stops) == 0, -1))
+    state.num_drafts.copy_(draw(0, block_len, slots))
+    state.stop_ids.copy_(draw(0, 5, slots, 3).masked_fill(draw(0, 2, slots, 3) == 0, -1))
     state.finish.copy_(torch.where(draw(0, 4, slots) > 0, st.RUNNING, draw(-1, 4, slots)))
     state.num_output.copy_(draw(0, 100, slots))
-    state.output.copy_(draw(0, 3, slots, capacity))
+    state.output.copy_(draw(0, 3, *state.output.shape))
     state.runner_up.copy_(draw(0, 3, *state.runner_up.shape))
     likely = torch.rand(*state.draft_prob.shape[:2], st.CANDIDATES + 1, generator=generator) ** 3
     state.draft_prob.copy_((likely / likely.sum(-1, keepdim=True)).sort(-1, descending=True).values[..., :-1])
@@ -57,10 +57,11 @@ def random_partials(generator, rows, num_partials, ties=True):
 
 
 def steps(block_len):
-    """Every (step, choice rows per slot, next pass) that ``ar`` and ``two_pass`` may use."""
-    draft = [(st.STEP_DRAFT, block_len - 1, st.NEXT_VERIFY)] if block_len > 1 else []
-    verify = [(st.STEP_VERIFY, block_len, n) for n in (st.NEXT_NONE, st.NEXT_DRAFT, st.NEXT_VERIFY, st.NEXT_AR)]
-    return [*draft, *verify, (st.STEP_VERIFY, 1, st.NEXT_AR)]
+    """(step, choice rows per slot, next pass): all that ``ar`` and ``two_pass`` use, and more."""
+    choices = [(st.STEP_STAGE, 0), (st.STEP_VERIFY, block_len), (st.STEP_VERIFY, 1)]
+    choices += [(st.STEP_DRAFT, block_len - 1)] if block_len > 1 else []
+    passes = (st.NEXT_NONE, st.NEXT_DRAFT, st.NEXT_VERIFY, st.NEXT_AR)
+    return [(*choice, next_pass) for choice in choices for next_pass in passes]
 
 
 def one_pass_steps(block_len, fan_out):
@@ -100,3 +101,25 @@ def assert_same(got, want):
             torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-5, atol=1e-7, msg=f.name)
         elif isinstance(b, torch.Tensor):
             assert torch.equal(a.cpu(), b.cpu()), f.name
+
+
+def check(consensus, seed, case, slots, block_len, num_partials, fan_out=0, device="cpu"):
+    """``consensus`` gives what the oracle gives, in a ``case`` of :func:`steps` or, with ``fan_out``, of
+    :func:`one_pass_steps`.
+    """
+    step, rows_per_slot, next_pass = case
+    generator = torch.Generator().manual_seed(seed)
+    state = random_state(generator, slots, block_len, fan_out)
+    if rows_per_slot == 1 and not fan_out:
+        state.num_drafts.zero_()
+    value, ids = random_partials(generator, slots * rows_per_slot, num_partials, ties=not fan_out)
+    partials = (None if num_partials == 1 and not fan_out else value, ids)
+    if step == st.STEP_STAGE:
+        partials = (None, None)
+    rows = staged_rows(slots, block_len, next_pass, fan_out)
+    got_state, got_rows = clone(state, device), clone(rows, device)
+    on_device = tuple(x if x is None else x.to(device) for x in partials)
+    consensus(got_state, on_device, step, next_pass, got_rows, MASK, block_len, fan_out)
+    reference.consensus(state, partials, step, next_pass, rows, MASK, block_len, fan_out)
+    assert_same(got_state, state)
+    assert_same(got_rows, rows)

@@ -1,4 +1,4 @@
-"""Consensus against its definition, on random states: accept, stop, commit, stage."""
+"""Consensus against its definition, on random states: accept, stop, commit, stage; its kernels against the oracle."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from hypothesis import strategies as hs
 from orthrus_rt import dispatch, native, reference
 from orthrus_rt import state as st
 from orthrus_rt.plan import empty_rows
+from tests import consensus_states as cs
+from tests.consensus_states import MASK
 
-MASK = 99
 
-
-def make_state(slots, block_len, capacity=7, stops=3):
-    return st.SlotState.allocate(slots, block_len, capacity, stops, "cpu")
+def make_state(slots, block_len):
+    return st.SlotState.allocate(slots, block_len, 7, 3, "cpu")
 
 
 def spec_emitted(drafts, choices, n, limit, stops):
@@ -121,7 +121,10 @@ def test_partial_maxima_ties_to_the_lowest_id():
     assert rows.token.tolist() == [11] and rows.position.tolist() == [4] and rows.prefix_len.tolist() == [5]
 
 
-@pytest.fixture(params=("reference", "cpu", "cuda", "cuda-descending"))
+KERNELS = ("cpu", "cuda", "cuda-descending")
+
+
+@pytest.fixture(params=("reference", *KERNELS))
 def consensus(request):
     """Every implementation; CUDA's on the host, in both thread orders."""
     if request.param == "reference":
@@ -131,6 +134,22 @@ def consensus(request):
     if request.param != "cpu":
         request.getfixturevalue("host").descending = request.param == "cuda-descending"
     return native.consensus
+
+
+@pytest.mark.parametrize("consensus", KERNELS, indirect=True)
+@pytest.mark.parametrize("block_len", [1, 2, 3, 5, 32])
+@pytest.mark.parametrize("num_partials", [1, 2, 37])
+def test_kernels_equal_the_oracle(consensus, block_len, num_partials):
+    for seed, case in enumerate(cs.steps(block_len) * 2):
+        cs.check(consensus, seed, case, 6, block_len, num_partials)
+
+
+@pytest.mark.parametrize("consensus", KERNELS, indirect=True)
+@pytest.mark.parametrize("block_len", [2, 3, 5, 16, 40])
+@pytest.mark.parametrize("fan_out", [1, 4, 8, 11])
+def test_kernels_equal_the_oracle_in_one_pass(consensus, block_len, fan_out):
+    for seed, case in enumerate(cs.one_pass_steps(block_len, fan_out) * 4):
+        cs.check(consensus, seed, case, 6, block_len, (1, 2, 37, 300)[seed % 4], fan_out)
 
 
 @pytest.mark.parametrize("nothing", [-torch.inf, torch.nan])

@@ -1,48 +1,12 @@
-"""The indexing of the plain CUDA kernels (qkv_commit, consensus), run as host C++ in both thread orders."""
+"""The indexing of CUDA's qkv_commit, run as host C++ in both thread orders."""
 
 import pytest
 import torch
 
 from orthrus_rt import native, reference
 from orthrus_rt.plan import Rows
-from tests import consensus_states as cs
 
 pytestmark = pytest.mark.usefixtures("both_orders")
-
-
-@pytest.mark.parametrize("block_len", [1, 2, 5, 32])
-@pytest.mark.parametrize("num_partials", [1, 37])
-def test_consensus(block_len, num_partials):
-    slots = 6
-    for seed, (step, rows_per_slot, next_pass) in enumerate(cs.steps(block_len) * 2):
-        generator = torch.Generator().manual_seed(seed)
-        state = cs.random_state(generator, slots, block_len)
-        if rows_per_slot == 1 and block_len > 1:
-            state.num_drafts.zero_()
-        value, ids = cs.random_partials(generator, slots * rows_per_slot, num_partials)
-        partials = (None if num_partials == 1 else value, ids)
-        rows = cs.staged_rows(slots, block_len, next_pass)
-        want_state, want_rows = cs.clone(state), cs.clone(rows)
-        native.consensus(state, partials, step, next_pass, rows, cs.MASK, block_len, 0)
-        reference.consensus(want_state, partials, step, next_pass, want_rows, cs.MASK, block_len)
-        cs.assert_same(state, want_state)
-        cs.assert_same(rows, want_rows)
-
-
-@pytest.mark.parametrize("block_len", [2, 5, 40])
-@pytest.mark.parametrize("fan_out", [1, 4, 11])
-def test_one_pass_consensus(block_len, fan_out):
-    slots = 6
-    for seed, (step, rows_per_slot, next_pass) in enumerate(cs.one_pass_steps(block_len, fan_out) * 4):
-        generator = torch.Generator().manual_seed(seed)
-        state = cs.random_state(generator, slots, block_len, fan_out=fan_out)
-        partials = cs.random_partials(generator, slots * rows_per_slot, (1, 2, 37, 300)[seed % 4], ties=False)
-        rows = cs.staged_rows(slots, block_len, next_pass, fan_out)
-        want_state, want_rows = cs.clone(state), cs.clone(rows)
-        native.consensus(state, partials, step, next_pass, rows, cs.MASK, block_len, fan_out)
-        reference.consensus(want_state, partials, step, next_pass, want_rows, cs.MASK, block_len, fan_out)
-        cs.assert_same(state, want_state)
-        cs.assert_same(rows, want_rows)
 
 
 def mixed_rows():
