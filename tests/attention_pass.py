@@ -6,26 +6,16 @@ another pass has the same inputs and must get the same bits.
 
 from __future__ import annotations
 
+import copy
 import zlib
 from dataclasses import dataclass
 
 import torch
 
 from orthrus_rt import ops
-from orthrus_rt.plan import Rows
+from tests.rows import Group, ar, diff, make_rows
 
 WILD_PAGE = 1 << 30
-
-
-@dataclass(frozen=True)
-class Group:
-    """``n`` rows of sequence ``seq`` from position ``start``; the last ``invalid`` of them are padding."""
-
-    view: str  # "ar" or "diff"
-    seq: int
-    start: int
-    n: int
-    invalid: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,42 +38,23 @@ class Pass:
     ):
         groups = sorted(groups, key=lambda g: g.view != "ar")
         self.heads, self.groups, self.device, self.dtype = heads, groups, device, dtype
-        position, seq, prefix = [], [], []
-        for g in groups:
-            for i in range(g.n):
-                valid = i < g.n - g.invalid
-                position.append(g.start + i if valid else -1)
-                seq.append(g.seq)
-                prefix.append(0 if not valid else g.start + i + 1 if g.view == "ar" else g.start)
-        sizes = [g.n for g in groups]
-        starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        ar = [g.n for g in groups if g.view == "ar"]
-        as_int = dict(dtype=torch.int32, device=device)
-        self.rows = Rows(
-            token=torch.zeros(len(seq), **as_int),
-            position=torch.tensor(position, **as_int),
-            seq=torch.tensor(seq, **as_int),
-            prefix_len=torch.tensor(prefix, **as_int),
-            group_start=torch.tensor(starts, **as_int),
-            num_rows_ar=sum(ar),
-            num_groups_ar=len(ar),
-            max_group_rows=max(sizes, default=0),
-        )
+        self.rows = make_rows(groups, device)
         self.q = self._rows("q", heads.q, 0)
-        self.scratch_k = self._rows("k", heads.kv, sum(ar)) if len(ar) < len(groups) else None
-        self.scratch_v = self._rows("v", heads.kv, sum(ar)) if len(ar) < len(groups) else None
+        self.scratch_k = self.scratch_v = None
+        if self.rows.num_groups > self.rows.num_groups_ar:
+            self.scratch_k, self.scratch_v = (self._rows(x, heads.kv, self.rows.num_rows_ar) for x in ("k", "v"))
         self.lengths = {}
-        for g, a, b in zip(groups, starts, starts[1:], strict=False):
-            self.lengths[g.seq] = max([self.lengths.get(g.seq, 0), *prefix[a:b]])
+        for g in groups:
+            self.lengths[g.seq] = max([self.lengths.get(g.seq, 0), *(prefix_len for *_, prefix_len in g.columns())])
         self.max_seq_len = max_seq_len or max([64, *self.lengths.values()])
         self._fill_cache(first_page)
 
     def _rows(self, what, heads, first):
         rows = []
         for g in self.groups:
-            for i in range(g.n):
-                if i < g.n - g.invalid:
-                    key = (what, g.view, g.seq, g.start + i)
+            for position, seq, _ in g.columns():
+                if position >= 0:
+                    key = (what, g.view, seq, position)
                     rows.append(draw(self.device, self.dtype, heads, self.heads.dim, key=key))
                 else:
                     rows.append(self._nan_row(heads))
@@ -174,6 +145,15 @@ class Pass:
                 out[a + some] = torch.einsum("rhk,khd->rhd", weights, v)
         return out
 
+    def bound(self) -> torch.Tensor:
+        """How far rounding may take each element of the output from what is expected: each weight by up to its own,
+        and so their sum; then the output's.
+        """
+        magnitudes = copy.copy(self)
+        magnitudes.v_pages = self.v_pages.abs()
+        magnitudes.scratch_v = self.scratch_v if self.scratch_v is None else self.scratch_v.abs()
+        return (magnitudes.expected() + self.expected().abs()) * (torch.finfo(self.dtype).eps / 2) + 2e-6
+
 
 def assert_close(got, want):
     """Probabilities and output are rounded to bf16: each adds 2^-9 / sqrt(3) of noise at most."""
@@ -232,8 +212,8 @@ SPOIL = {
 
 def check_nan_outlives_the_splits(make, spoil, split=128):
     """Whoever sees NaN has it, with splits (of ``split`` keys) folded at once or not, and the others nothing of it."""
-    across, long = Group("ar", 0, split - 3, 8), Group("ar", 0, 2 * split + 44, 2)
-    case = make([across, long, Group("diff", 0, 2 * split + 14, 4), Group("ar", 1, split + 72, 2)])
+    across, long = ar(0, split - 3, 8), ar(0, 2 * split + 44, 2)
+    case = make([across, long, diff(0, 2 * split + 14, 4), ar(1, split + 72, 2)])
     SPOIL[spoil](case, split)
     want = case.expected()
     apart, fold = case.run(), case.run(split=False)
@@ -245,7 +225,7 @@ def check_nan_outlives_the_splits(make, spoil, split=128):
 
 def check_a_nan_key_spoils_those_who_see_it_alone(make):
     """``make(groups)`` is a :class:`Pass`."""
-    groups = [Group("ar", 0, 60, 20), Group("diff", 0, 70, 4), Group("diff", 0, 71, 4), Group("diff", 1, 30, 4)]
+    groups = [ar(0, 60, 20), diff(0, 70, 4), diff(0, 71, 4), diff(1, 30, 4)]
     case = make(groups)
     clean = case.by_group(case.run())
     spoil_keys(case, [70])

@@ -3,22 +3,14 @@
 import torch
 
 from orthrus_rt.model import Activations, Workspace, forward
-from orthrus_rt.plan import Rows
+from tests.rows import diff, make_rows
 
 
 def draft_rows(block, start):
     """One diffusion block, int32 ``[k]``, of slot 0, right after ``start`` committed tokens."""
-    k = len(block)
-    return Rows(
-        token=block,
-        position=torch.arange(start, start + k, dtype=torch.int32),
-        seq=torch.zeros(k, dtype=torch.int32),
-        prefix_len=torch.full((k,), start, dtype=torch.int32),
-        group_start=torch.tensor([0, k], dtype=torch.int32),
-        num_rows_ar=0,
-        num_groups_ar=0,
-        max_group_rows=k,
-    )
+    rows = make_rows([diff(0, start, len(block))])
+    rows.token.copy_(block)
+    return rows
 
 
 def logits_of(engine, rows):

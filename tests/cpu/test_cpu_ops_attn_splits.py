@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from tests.attention_pass import SPOIL, Group, Heads, Pass, check_nan_outlives_the_splits, set_values
+from tests.attention_pass import SPOIL, Heads, Pass, check_nan_outlives_the_splits, set_values
 from tests.native_cpu import threads
+from tests.rows import Group, ar, diff
 
 SPLIT = 512
 HEADS = Heads(6, 2, 64)
 STARTS = [SPLIT - 1, SPLIT, SPLIT + 1, 2 * SPLIT, 1500, 8 * SPLIT + 4]
-COMPANY = [Group("ar", 1, 2 * SPLIT + 100, 2), Group("diff", 2, 40, 4), Group("ar", 3, 0, 12)]
+COMPANY = [ar(1, 2 * SPLIT + 100, 2), diff(2, 40, 4), ar(3, 0, 12)]
 
 
 def make(groups, dtype):
@@ -44,18 +45,18 @@ def test_threads_and_company_change_no_bit(isa, element, view, n, start):
 @pytest.mark.parametrize("start", [0, SPLIT - 8, 1500])
 def test_chunks_of_a_long_prompt_change_no_bit(isa, element, start):
     """600 causal rows at once, 100 of them, 16, and the last alone."""
-    case = make([Group("ar", 0, start, 600)], element)
+    case = make([ar(0, start, 600)], element)
     whole = run(case, 1)
     assert_near(case, whole)
     assert torch.equal(run(case, 5), whole)
     for first, count in [(599, 1), (584, 16), (500, 100), (0, 16)]:
-        chunk = make([Group("ar", 0, start + first, count)], element)
+        chunk = make([ar(0, start + first, count)], element)
         for num_threads in (1, 5):
             assert torch.equal(run(chunk, num_threads), whole[first : first + count])
 
 
 def test_who_is_done_first_changes_no_bit(isa, element):
-    case = make([Group("ar", 0, 8 * SPLIT, 1)], element)
+    case = make([ar(0, 8 * SPLIT, 1)], element)
     want = run(case, 1)
     with threads(5):
         assert all(torch.equal(case.run(), want) for _ in range(20))
@@ -63,7 +64,7 @@ def test_who_is_done_first_changes_no_bit(isa, element):
 
 def test_longer_prefixes_within_a_block_change_no_bit(isa, element):
     """A row sees its block behind its own last split, whatever the others of the block see before it."""
-    case = make([Group("diff", 0, 2 * SPLIT + 5, 4)], element)
+    case = make([diff(0, 2 * SPLIT + 5, 4)], element)
     longest = int(case.rows.prefix_len[0])
     case.rows.prefix_len[:] = SPLIT - 1
     want = run(case, 1)[0]
@@ -91,7 +92,7 @@ def test_nan_outlives_the_splits(isa, element, spoil):
 
 @pytest.mark.parametrize("position", [3, SPLIT + 3, 2 * SPLIT + 3])
 def test_an_infinite_value_reaches_those_who_see_it(isa, element, position):
-    groups = [Group("ar", 0, position - 4, 8), Group("diff", 0, 3 * SPLIT, 2)]
+    groups = [ar(0, position - 4, 8), diff(0, 3 * SPLIT, 2)]
     case = make(groups, element)
     clean = run(case, 1)
     set_values(case, [position], torch.inf)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from orthrus_rt import ops
-from tests.native_cpu import assert_rounded, make_rows, poison, randn, threads
+from tests.native_cpu import assert_rounded, poison, randn, threads
+from tests.rows import ar, diff, make_rows
 
 
 def test_embed(isa, element):
@@ -38,13 +39,7 @@ def test_rms_norm(isa, element, hidden):
 
 
 # Slot 0 crosses a page, slot 1 starts one, slot 2 is padding; then two blocks, the second with an invalid last row.
-GROUPS = [
-    (0, [(62 + i, 63 + i) for i in range(4)]),
-    (1, [(0, 1)]),
-    (2, [(-1, 0)]),
-    (0, [(66 + i, 66) for i in range(3)]),
-    (1, [(1, 1), (-1, 0)]),
-]
+GROUPS = [ar(0, 62, 4), ar(1, 0, 1), ar(2, 0, 1, invalid=1), diff(0, 66, 3), diff(1, 1, 2, invalid=1)]
 TABLE = torch.tensor([[3, 5], [7, 0], [0, 0]], dtype=torch.int32)
 
 
@@ -59,7 +54,7 @@ def commit(qkv, rows, cos_sin, norms, heads_q, heads_kv, head_dim):
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize(("heads_q", "heads_kv", "head_dim"), [(9, 3, 64), (4, 2, 128), (2, 1, 16), (1, 1, 6)])
 def test_qkv_commit(isa, element, qk_norm, heads_q, heads_kv, head_dim):
-    rows = make_rows(GROUPS, 3)
+    rows = make_rows(GROUPS)
     qkv = randn(rows.num_rows, (heads_q + 2 * heads_kv) * head_dim)
     angle = torch.rand(128, head_dim // 2) * 6
     cos_sin = torch.cat([angle.cos(), angle.sin()], dim=-1)
@@ -98,7 +93,7 @@ def test_qkv_commit(isa, element, qk_norm, heads_q, heads_kv, head_dim):
 @pytest.mark.parametrize(("heads_q", "heads_kv", "head_dim"), [(9, 3, 64), (2, 1, 16), (1, 1, 6)])
 def test_qkv_commit_writes_finite_values(isa, element, heads_q, heads_kv, head_dim):
     """NaN stands in the key instead, so that it can be hidden from those who must not see it."""
-    rows = make_rows(GROUPS, 3)
+    rows = make_rows(GROUPS)
     qkv = randn(rows.num_rows, (heads_q + 2 * heads_kv) * head_dim)
     cos_sin = torch.rand(128, head_dim)
     clean = commit(qkv, rows, cos_sin, None, heads_q, heads_kv, head_dim)
@@ -124,14 +119,14 @@ def test_qkv_commit_row_invariance(isa, element):
     qkv = randn(128, 5 * 64)
     cos_sin = torch.rand(128, 64)
     norms = tuple(torch.rand(64) + 0.5 for _ in range(4))
-    rows = make_rows([(0, [(i, i + 1) for i in range(128)])], 1)
+    rows = make_rows([ar(0, 0, 128)])
     whole = commit(qkv, rows, cos_sin, norms, 3, 1, 64)
     for count in (1, 2):
         with threads(count):
             again = commit(qkv, rows, cos_sin, norms, 3, 1, 64)
         assert all(torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(whole, again, strict=True))
     for i in (0, 63, 64, 127):
-        one = commit(qkv[i : i + 1], make_rows([(0, [(i, i + 1)])], 1), cos_sin, norms, 3, 1, 64)
+        one = commit(qkv[i : i + 1], make_rows([ar(0, i, 1)]), cos_sin, norms, 3, 1, 64)
         page = int(TABLE[0, i // 64])
         assert torch.equal(one[0][0], whole[0][i])
         assert torch.equal(one[1][page, :, i % 64], whole[1][page, :, i % 64])

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from orthrus_rt import dispatch, ops, weights
-from tests.native_cpu import make_rows, poison, randn, threads
+from tests.native_cpu import poison, randn, threads
+from tests.rows import ar, diff, make_rows
 
 
 class Layer:
     """One layer's ops over fixed buffers: 20 AR rows of slot 0, a block of 4 rows of slot 1."""
 
     def __init__(self):
-        self.rows = make_rows([(0, [(p, p + 1) for p in range(60, 80)]), (1, [(p, 5) for p in range(5, 9)])], 1)
+        self.rows = make_rows([ar(0, 60, 20), diff(1, 5, 4)])
         n = self.rows.num_rows
         self.rows.token.copy_(torch.arange(n))
         self.table = randn(40, 64, seed=1)
@@ -201,7 +202,7 @@ def some_of_everything():
     ops.row_linear(x, silu, gated, epilogue="silu_mul")
     best = torch.empty(23, 1), torch.empty(23, 1, dtype=torch.int32)
     ops.row_linear(x, packed, best, epilogue="argmax")
-    rows = make_rows([(0, [(p, p + 1) for p in range(1100, 1117)])], 1)
+    rows = make_rows([ar(0, 1100, 17)])
     pages, table = randn(2, 19, 2, 64, 64, seed=13), torch.arange(1, 19, dtype=torch.int32).view(1, 18)
     q, none, attended = randn(17, 6, 64, seed=14), randn(0, 2, 64), poison(17, 6, 64)
     with threads(2):

@@ -4,25 +4,9 @@ import pytest
 import torch
 
 from orthrus_rt import native, reference
-from orthrus_rt.plan import Rows
+from tests.rows import ar, diff, make_rows
 
 pytestmark = pytest.mark.usefixtures("both_orders")
-
-
-def mixed_rows():
-    """3 AR rows (one invalid) of slots 1 and 0, then a diffusion block of 4 (one invalid) of slot 2."""
-    position = torch.tensor([70, 71, -1, 5, 130, 131, 132, -1], dtype=torch.int32)
-    seq = torch.tensor([1, 1, 1, 0, 2, 2, 2, 2], dtype=torch.int32)
-    return Rows(
-        token=torch.zeros(8, dtype=torch.int32),
-        position=position,
-        seq=seq,
-        prefix_len=torch.zeros(8, dtype=torch.int32),
-        group_start=torch.tensor([0, 3, 4, 8], dtype=torch.int32),
-        num_rows_ar=4,
-        num_groups_ar=2,
-        max_group_rows=4,
-    )
 
 
 @pytest.mark.parametrize("norms", [False, True])
@@ -34,7 +18,7 @@ def test_qkv_commit(heads, norms):
 def check_qkv_commit(heads, norms, dtype):
     heads_q, heads_kv, dim = heads
     torch.manual_seed(1)
-    rows = mixed_rows()
+    rows = make_rows([ar(1, 70, 3, invalid=1), ar(0, 5, 1), diff(2, 130, 4, invalid=1)])
     num_pages, scratch_shape = 6, (4, heads_kv, dim)
     page_table = torch.tensor([[3, -9, 1 << 29], [2, 4, -9], [-9, -9, 5]], dtype=torch.int32)
     qkv = torch.randn(8, (heads_q + 2 * heads_kv) * dim).to(dtype)

@@ -7,13 +7,13 @@ import torch
 
 from tests.attention_pass import (
     SPOIL,
-    Group,
     Heads,
     Pass,
     assert_close,
     check_a_nan_key_spoils_those_who_see_it_alone,
     check_nan_outlives_the_splits,
 )
+from tests.rows import ar, diff
 
 HostPass = functools.partial(Pass, device="cpu")
 
@@ -22,14 +22,6 @@ HostPass = functools.partial(Pass, device="cpu")
 def many_sms(host):
     """So many that every unit is split."""
     host.num_sms = 1000
-
-
-def ar(seq, start, n, invalid=0):
-    return Group("ar", seq, start, n, invalid)
-
-
-def diff(seq, start, n, invalid=0):
-    return Group("diff", seq, start, n, invalid)
 
 
 PASSES = {

@@ -8,7 +8,6 @@ import torch
 from orthrus_rt import native, weights
 from tests.attention_pass import (
     SPOIL,
-    Group,
     Heads,
     Pass,
     check_a_nan_key_spoils_those_who_see_it_alone,
@@ -16,6 +15,7 @@ from tests.attention_pass import (
 )
 from tests.cpu.test_cuda_on_host import check_qkv_commit
 from tests.cpu.test_dual_attn_on_host import PASSES
+from tests.rows import ar
 
 pytestmark = pytest.mark.usefixtures("host")
 F32Pass = functools.partial(Pass, device="cpu", dtype=torch.float32)
@@ -117,9 +117,9 @@ def test_dual_attn_rows_do_not_depend_on_company():
     for g in groups:
         assert torch.equal(got[g], want[g])
         assert torch.equal(F32Pass(heads, [g]).run(), want[g])
-    verified = F32Pass(heads, [Group("ar", 0, 130, 6)]).run()
+    verified = F32Pass(heads, [ar(0, 130, 6)]).run()
     for i in range(6):  # a row of a verification is the row of AR decoding
-        assert torch.equal(F32Pass(heads, [Group("ar", 0, 130 + i, 1)]).run()[0], verified[i])
+        assert torch.equal(F32Pass(heads, [ar(0, 130 + i, 1)]).run()[0], verified[i])
 
 
 @pytest.mark.usefixtures("both_orders")

@@ -1,48 +1,19 @@
 """The oracle against naive float64 loops written from the definitions."""
 
-import itertools
 import math
 
 import pytest
 import torch
 
 from orthrus_rt import reference
-from orthrus_rt.plan import Rows
+from tests.rows import ar, diff, make_rows
 
 D, HQ, HKV, PAGE = 8, 4, 2, 64
 
 
-def make_rows(specs, num_groups_ar):
-    """Rows from groups of ``(seq, [(position, prefix_len), ...])``."""
-    flat = [(seq, p, n) for seq, rows in specs for p, n in rows]
-    starts = [0]
-    for _, rows in specs:
-        starts.append(starts[-1] + len(rows))
-
-    def column(i):
-        return torch.tensor([f[i] for f in flat], dtype=torch.int32)
-
-    return Rows(
-        token=torch.zeros(len(flat), dtype=torch.int32),
-        position=column(1),
-        seq=column(0),
-        prefix_len=column(2),
-        group_start=torch.tensor(starts, dtype=torch.int32),
-        num_rows_ar=starts[num_groups_ar],
-        num_groups_ar=num_groups_ar,
-        max_group_rows=max(b - a for a, b in itertools.pairwise(starts)),
-    )
-
-
 # Slot 0: an AR block of 3 rows at 70 and a diffusion block of 4 rows, its last row invalid; slot 1: one AR row at 0, a
 # diffusion block with no prefix; slot 2: padding only.
-MIXED = [
-    (0, [(70, 71), (71, 72), (72, 73)]),
-    (1, [(0, 1)]),
-    (2, [(-1, 0)]),
-    (0, [(70, 70), (71, 70), (72, 70), (-1, 0)]),
-    (1, [(0, 0), (1, 0)]),
-]
+MIXED = [ar(0, 70, 3), ar(1, 0, 1), ar(2, 0, 1, invalid=1), diff(0, 70, 4, invalid=1), diff(1, 0, 2)]
 
 
 @pytest.fixture
@@ -58,7 +29,7 @@ def test_dual_attn_is_the_mask_and_nothing_else(paged):
     k_pages[5, :, 9:] = torch.nan  # slot 0 beyond position 72
     v_pages[5, :, 9:] = torch.nan
     k_pages[0] = v_pages[0] = torch.nan  # the sink
-    rows = make_rows(MIXED, 3)
+    rows = make_rows(MIXED)
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(rows.num_rows, HQ, D, generator=generator)
     sk, sv = torch.randn(2, rows.num_rows_diff, HKV, D, generator=generator)
@@ -86,7 +57,7 @@ def test_dual_attn_is_the_mask_and_nothing_else(paged):
 
 def test_qkv_commit_writes_only_what_it_may(paged):
     k_pages, v_pages, table = paged
-    rows = make_rows(MIXED, 3)
+    rows = make_rows(MIXED)
     before = k_pages.clone()
     generator = torch.Generator().manual_seed(2)
     qkv = torch.randn(rows.num_rows, (HQ + 2 * HKV) * D, generator=generator)

@@ -5,26 +5,18 @@ import torch
 
 from tests.attention_pass import (
     SPOIL,
-    Group,
     Heads,
     Pass,
     assert_close,
     check_a_nan_key_spoils_those_who_see_it_alone,
     check_nan_outlives_the_splits,
 )
+from tests.rows import ar, diff
 
 pytestmark = pytest.mark.gpu
 
 HEADS = [Heads(32, 8, 128), Heads(16, 8, 128), Heads(8, 8, 128), Heads(9, 3, 64), Heads(16, 2, 64)]
 QWEN, SMOL = HEADS[0], HEADS[3]
-
-
-def ar(seq, start, n, invalid=0):
-    return Group("ar", seq, start, n, invalid)
-
-
-def diff(seq, start, n, invalid=0):
-    return Group("diff", seq, start, n, invalid)
 
 
 PASSES = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from orthrus_rt import ops
-from orthrus_rt.plan import Rows
+from tests.rows import ar, diff, make_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -12,29 +12,10 @@ HEADS = [(32, 8, 128), (16, 8, 128), (9, 3, 64)]
 EPS = 1e-6
 
 
-def make_rows(groups, device="cuda"):
-    """``groups``: (view, seq, first position, rows, invalid rows), AR first."""
-    position = [p + i if i < n - bad else -1 for _, _, p, n, bad in groups for i in range(n)]
-    seq = [s for _, s, _, n, _ in groups for _ in range(n)]
-    sizes = [n for *_, n, _ in groups]
-    num_ar = sum(view == "ar" for view, *_ in groups)
-    as_int = dict(dtype=torch.int32, device=device)
-    return Rows(
-        token=torch.zeros(len(seq), **as_int),
-        position=torch.tensor(position, **as_int),
-        seq=torch.tensor(seq, **as_int),
-        prefix_len=torch.zeros(len(seq), **as_int),
-        group_start=torch.tensor([sum(sizes[:i]) for i in range(len(sizes) + 1)], **as_int),
-        num_rows_ar=sum(sizes[:num_ar]),
-        num_groups_ar=num_ar,
-        max_group_rows=max(sizes, default=0),
-    )
-
-
 class Case:
     def __init__(self, heads, groups, norms=True, num_pages=200, max_positions=4096, dtype=torch.bfloat16):
         self.heads_q, self.heads_kv, self.dim = heads
-        self.rows = make_rows(groups)
+        self.rows = make_rows(groups, "cuda")
         torch.manual_seed(3)
         angle = torch.rand(max_positions, self.dim // 2, device="cuda") * 6
         self.cos_sin = torch.cat([angle.cos(), angle.sin()], 1)
@@ -97,8 +78,7 @@ def assert_rounded(got, want):
 
 
 GROUPS = [
-    ("ar", 0, 100, 5, 0), ("ar", 1, 62, 4, 1), ("ar", 3, 0, 1, 0), ("ar", 2, 4095, 1, 0),
-    ("diff", 0, 105, 16, 0), ("diff", 3, 1, 16, 4),
+    ar(0, 100, 5), ar(1, 62, 4, invalid=1), ar(3, 0, 1), ar(2, 4095, 1), diff(0, 105, 16), diff(3, 1, 16, invalid=4),
 ]  # fmt: skip
 
 
@@ -146,13 +126,13 @@ def test_rows_do_not_depend_on_company(heads):
     k_pages, _, scratch_k, _, q_out = case.run()
     n_ar = case.rows.num_rows_ar
     for r, page, slot in case.where[:3]:
-        one = Case(heads, [("ar", 0, int(case.rows.position[r]), 1, 0)])
+        one = Case(heads, [ar(0, int(case.rows.position[r]), 1)])
         one.qkv = case.qkv[r : r + 1].contiguous()
         got = one.run()
         assert torch.equal(got[-1][0], q_out[r])
         _, one_page, one_slot = one.where[0]
         assert torch.equal(got[0][one_page, :, one_slot], k_pages[page, :, slot])
-    one = Case(heads, [("diff", 0, 105, 1, 0)])
+    one = Case(heads, [diff(0, 105, 1)])
     one.qkv = case.qkv[n_ar : n_ar + 1].contiguous()
     got = one.run()
     assert torch.equal(got[-1][0], q_out[n_ar]) and torch.equal(got[2][0], scratch_k[0])
@@ -160,12 +140,12 @@ def test_rows_do_not_depend_on_company(heads):
 
 def test_no_rows_and_many_rows():
     assert Case(HEADS[0], []).run()[-1].shape[0] == 0
-    case = Case(HEADS[0], [("ar", 0, 0, 2000, 0)])
+    case = Case(HEADS[0], [ar(0, 0, 2000)])
     assert_rounded(case.run()[-1], case.expected()[0])
 
 
 def test_64_bit_offsets():
-    case = Case(HEADS[0], [("ar", 0, 100, 3, 0)], num_pages=33000)
+    case = Case(HEADS[0], [ar(0, 100, 3)], num_pages=33000)
     k_pages, v_pages, *_ = case.run()
     assert k_pages.numel() > 2**31
     _, k, v = case.expected()

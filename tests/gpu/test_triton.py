@@ -8,8 +8,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 from orthrus_rt import reference
 from orthrus_rt.state import empty_partials, num_score_tiles
 from orthrus_rt.triton_kernels import count_tokens, embed, process_logits, rms_norm
-from tests.attention_pass import Group, Heads
+from tests.attention_pass import Heads
 from tests.logits_cases import FILTERS, block_with_edits, check_count_tokens, choices, logits, moved, with_filters
+from tests.rows import ar, diff
 from tests.triton_pass import TritonPass
 
 pytestmark = pytest.mark.gpu
@@ -91,14 +92,6 @@ def test_embed_64_bit_offsets():
     out = torch.empty(1, 4096, device="cuda", dtype=torch.bfloat16)
     embed.embed(torch.tensor([599_999], device="cuda", dtype=torch.int32), table, out)
     assert (out == 3).all()
-
-
-def ar(seq, start, n, invalid=0):
-    return Group("ar", seq, start, n, invalid)
-
-
-def diff(seq, start, n, invalid=0):
-    return Group("diff", seq, start, n, invalid)
 
 
 PASSES = {
