@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.common import graphed, header, measure, out_folder, read_bandwidth, report
 from orthrus_rt import dispatch, ops
-from orthrus_rt.plan import Rows
+from orthrus_rt.plan import empty_rows
 
 COLD_BYTES = 200 << 20  # of cache copies: several times any L2
 
@@ -52,30 +52,14 @@ class Case:
     def __init__(self, shape: Shape, context: int, heads, device):
         self.shape, self.context, self.device = shape, context, device
         self.heads_q, self.heads_kv, self.dim = heads
-        position, seq, prefix, sizes = [], [], [], []
-        for s in range(shape.batch if shape.ar_rows else 0):
-            position += range(context, context + shape.ar_rows)
-            prefix += range(context + 1, context + shape.ar_rows + 1)
-            seq += [s] * shape.ar_rows
-            sizes.append(shape.ar_rows)
-        num_groups_ar = len(sizes)
-        for s in range(shape.batch):
-            for _ in range(shape.blocks):
-                position += range(context, context + shape.block_len)
-                prefix += [context] * shape.block_len
-                seq += [s] * shape.block_len
-                sizes.append(shape.block_len)
-        ints = dict(dtype=torch.int32, device=device)
-        self.rows = Rows(
-            token=torch.zeros(len(seq), **ints),
-            position=torch.tensor(position, **ints),
-            seq=torch.tensor(seq, **ints),
-            prefix_len=torch.tensor(prefix, **ints),
-            group_start=torch.tensor([sum(sizes[:i]) for i in range(len(sizes) + 1)], **ints),
-            num_rows_ar=shape.batch * shape.ar_rows,
-            num_groups_ar=num_groups_ar,
-            max_group_rows=max(sizes),
-        )
+        batch, blocks, n_ar = shape.batch, shape.batch * shape.blocks, shape.batch * shape.ar_rows
+        self.rows = empty_rows(batch if n_ar else 0, shape.ar_rows, blocks, shape.block_len, device)
+        offset = torch.cat([torch.arange(shape.ar_rows).repeat(batch), torch.arange(shape.block_len).repeat(blocks)])
+        slots, per_slot = torch.arange(batch), (shape.ar_rows, shape.blocks * shape.block_len)
+        self.rows.seq.copy_(torch.cat([slots.repeat_interleave(n) for n in per_slot]))
+        self.rows.position.copy_(context + offset)
+        self.rows.prefix_len.fill_(context)
+        self.rows.prefix_len[:n_ar] += offset[:n_ar].to(device) + 1
         self.cached = context + shape.ar_rows
         self.max_seq_len = -(-max(self.cached, 4096) // ops.PAGE_SIZE) * ops.PAGE_SIZE
         columns = -(-self.cached // ops.PAGE_SIZE)

@@ -15,7 +15,7 @@ import torch
 from orthrus_rt import prompts
 from orthrus_rt.engine import Engine
 from orthrus_rt.model import Activations, Workspace, forward
-from orthrus_rt.plan import Rows, prefill_rows
+from orthrus_rt.plan import Rows, empty_rows, prefill_rows
 from orthrus_rt.sampling import SamplingParams
 
 BLOCKS_PER_PASS = 8
@@ -53,18 +53,15 @@ class DraftTable:
 
 def _blocks(engine: Engine, text: list[int], first: int, count: int, length: int, known: int) -> Rows:
     """``count`` blocks of slot 0 that start at ``text[first], text[first + 1], ...``."""
-    token = torch.full((count, length), engine.config.mask_token_id, dtype=torch.int32)
+    rows = empty_rows(0, 0, count, length, "cpu")
+    token, position, prefix_len = (x.view(count, length) for x in (rows.token, rows.position, rows.prefix_len))
+    token.fill_(engine.config.mask_token_id)
     for i in range(known):
         tokens = torch.tensor(text[first + i : first + i + count])
         token[: len(tokens), i] = tokens
-    start = torch.arange(first, first + count, dtype=torch.int32)[:, None].expand(-1, length)
-    position = start + torch.arange(length, dtype=torch.int32)
-    return Rows(
-        token=token.flatten(), position=position.flatten(), seq=torch.zeros(count * length, dtype=torch.int32),
-        prefix_len=start.flatten().contiguous(),
-        group_start=torch.arange(0, (count + 1) * length, length, dtype=torch.int32),
-        num_rows_ar=0, num_groups_ar=0, max_group_rows=length,
-    )  # fmt: skip
+    prefix_len.copy_(torch.arange(first, first + count)[:, None])
+    position.copy_(prefix_len + torch.arange(length))
+    return rows
 
 
 def _summary(logits: torch.Tensor, num_tiles: int):
