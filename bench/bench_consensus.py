@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.common import graphed, header, measure, out_folder, read_bandwidth, report
+from bench.common import graphed, header, loop, measure, out_folder, read_bandwidth, report
 from orthrus_rt import dispatch, ops, reference
 from orthrus_rt import state as st
 from orthrus_rt.plan import empty_rows
@@ -126,11 +126,7 @@ def main() -> int:
     shapes = [(int(s), int(k)) for k in args.block_len.split(",") for s in args.slots.split(",")]
     if args.loop:
         case = Case(*shapes[0], args.partials, device)
-        with torch.cuda.nvtx.range("consensus"):
-            for _ in range(args.loop):
-                case.restore()
-                case.call()
-        torch.cuda.synchronize()
+        loop("consensus", lambda: (case.restore(), case.call()), args.loop)
         return 0
     bandwidth = read_bandwidth(device)
     results = []

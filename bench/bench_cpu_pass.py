@@ -15,22 +15,14 @@ import os
 import torch
 
 from bench.common import header, measure, out_folder, read_bandwidth, report
-from bench.models import RandomTensors
+from bench.models import random_checkpoint
 from orthrus_rt import dispatch
-from orthrus_rt.checkpoint import Checkpoint, expected_tensors
-from orthrus_rt.config import ModelConfig
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import prefill_rows
 from orthrus_rt.profile import calls_of, time_calls
 
 OPS = ("row_linear", "dual_attn", "qkv_commit", "rms_norm", "embed")
-CONFIG = ModelConfig(
-    family="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads_q=9,
-    num_heads_kv=3, head_dim=64, rms_norm_eps=1e-5, max_position_embeddings=8192, tie_word_embeddings=True,
-    qk_norm=False, block_len=16, mask_token_id=15, eos_token_ids=(2,),
-    rope={"rope_type": "default", "rope_theta": 1e5}, name="random 135M",
-)  # fmt: skip
 
 
 def make_pass(model: Model, kv: PagedKvCache, num_rows: int, context: int, max_seq_len: int):
@@ -65,12 +57,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     cpu, device = dispatch.native().cpu, torch.device("cpu")
     max_seq_len = args.context + max(args.rows)
-    model = Model(
-        Checkpoint(CONFIG, RandomTensors(expected_tensors(CONFIG), device), None),
-        device=device, dtype=torch.bfloat16, max_seq_len=max_seq_len,
-    )  # fmt: skip
-    kv = PagedKvCache(CONFIG, num_slots=1, max_seq_len=max_seq_len, num_pages=2 + max_seq_len // 64, device=device,
-                      dtype=torch.bfloat16)  # fmt: skip
+    checkpoint, on_device = random_checkpoint("135m", device), dict(device=device, dtype=torch.bfloat16)
+    model = Model(checkpoint, max_seq_len=max_seq_len, **on_device)
+    num_pages = 2 + max_seq_len // 64
+    kv = PagedKvCache(checkpoint.config, num_slots=1, max_seq_len=max_seq_len, num_pages=num_pages, **on_device)
     kv.pages.normal_()
     kv.reserve(0, max_seq_len)
     bandwidth, weight_bytes = read_bandwidth(device), model.nbytes()["ar"]

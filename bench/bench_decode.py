@@ -27,7 +27,7 @@ import torch
 from bench import common
 from bench.acceptance import simulated, trace
 from bench.baselines import GrowingCache, StaticCache, Weights
-from bench.models import SHAPES, random_checkpoint
+from bench.models import random_checkpoint
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import prompts
 from orthrus_rt.cycle_plan import MODES, cycle_plan
@@ -346,7 +346,7 @@ def with_speed_up(rows: list[dict]) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=(*SHAPES, EMBEDDED), required=True)
+    parser.add_argument("--model", choices=(*PUBLISHED, EMBEDDED), required=True)
     parser.add_argument("--context", type=int, nargs="+", default=[1024], help="official shapes: committed tokens")
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"], help="embedded model")
     parser.add_argument("--num-prompts", type=int, help="embedded model: only the first prompts of each kind")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import sys
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.common import graphed, header, measure, out_folder, read_bandwidth, report
+from bench.common import graphed, header, loop, measure, out_folder, read_bandwidth, report
 from orthrus_rt import dispatch, ops
 from orthrus_rt.plan import empty_rows
 
@@ -225,11 +226,9 @@ def main() -> int:
     heads = tuple(int(x) for x in args.heads.split(","))
     contexts = [int(x) for x in args.context.split(",") if x]
     if args.loop:
-        case = Case(DECODE[0], contexts[0], heads, device)
-        with torch.cuda.nvtx.range("dual_attn"):
-            for i in range(args.loop):
-                case.call(i % case.copies)
-        torch.cuda.synchronize()
+        looped = Case(DECODE[0], contexts[0], heads, device)
+        copies = itertools.cycle(range(looped.copies))
+        loop("dual_attn", lambda: looped.call(next(copies)), args.loop)
         return 0
     bandwidth = read_bandwidth(device)
     cases = [(shape, context) for context in contexts for shape in DECODE if shape.rows * context < 4 << 20]

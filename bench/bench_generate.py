@@ -68,10 +68,10 @@ def theirs(kind: str, dtype: torch.dtype, tokens: int, tokenizer, model) -> dict
     }
 
 
-def prefill_seconds(run, repeats: int = 3) -> float:
+def prefill_seconds(run) -> float:
     run()
     samples = []
-    for _ in range(repeats):
+    for _ in range(3):
         start = time.perf_counter()
         run()
         samples.append(time.perf_counter() - start)

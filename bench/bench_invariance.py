@@ -16,9 +16,11 @@ import torch
 from torch.nn import functional
 
 from bench.bench_dual_attn import Case, Shape
-from bench.bench_row_linear import EPILOGUES, MODELS, OPS
+from bench.bench_row_linear import EPILOGUES, OPS
 from bench.common import graphed, header, measure, out_folder, report
+from bench.models import SHAPES, config_of, linear_shapes
 from orthrus_rt import ops
+from orthrus_rt.config import ModelConfig
 from orthrus_rt.weights import pack
 
 COLD_BYTES = 128 << 20
@@ -42,12 +44,8 @@ def least_times(candidates: dict, copies: int, device, rounds: int) -> dict[str,
     return least
 
 
-def linear_rows(model: str, op: str, num_rows: list[int], device, rounds: int) -> list[dict]:
-    hidden, mlp, heads_q, heads_kv, head_dim, _, vocab = MODELS[model]
-    n, k = {
-        "qkv": ((heads_q + 2 * heads_kv) * head_dim, hidden), "o": (hidden, heads_q * head_dim),
-        "gate_up": (2 * mlp, hidden), "down": (hidden, mlp), "lm_head": (vocab, hidden),
-    }[op]  # fmt: skip
+def linear_rows(config: ModelConfig, op: str, num_rows: list[int], device, rounds: int) -> list[dict]:
+    n, k = linear_shapes(config)[op]
     bf16 = dict(dtype=torch.bfloat16, device=device)
     copies = max(1, COLD_BYTES // (2 * n * k))
     plain = [(torch.randn(n, k, device=device) * k**-0.5).bfloat16()]
@@ -65,7 +63,7 @@ def linear_rows(model: str, op: str, num_rows: list[int], device, rounds: int) -
             partials = packed[0].num_partials
             ours_out = tuple(torch.empty(count, partials, dtype=t, device=device) for t in (torch.float32, torch.int32))
         size = ops.workspace_bytes(
-            device, torch.bfloat16, max_rows=count, num_heads_q=heads_q, head_dim=head_dim,
+            device, torch.bfloat16, max_rows=count, num_heads_q=config.num_heads_q, head_dim=config.head_dim,
             max_seq_len=64, linear_shapes=[(k, n)],
         )[0]  # fmt: skip
         workspace = torch.zeros(size, dtype=torch.uint8, device=device) if size else None
@@ -86,8 +84,8 @@ def linear_rows(model: str, op: str, num_rows: list[int], device, rounds: int) -
     return [row(count) for count in num_rows]
 
 
-def attention_row(model: str, num_rows: int, context: int, device, rounds: int) -> dict:
-    _, _, heads_q, heads_kv, head_dim, *_ = MODELS[model]
+def attention_row(config: ModelConfig, num_rows: int, context: int, device, rounds: int) -> dict:
+    heads_q, heads_kv, head_dim = config.num_heads_q, config.num_heads_kv, config.head_dim
     case = Case(Shape(1, num_rows, 0, 0), context, (heads_q, heads_kv, head_dim), device)
     q, copies, mask, *_ = case.dense()
     repeated = [[x.repeat_interleave(heads_q // heads_kv, 1) for x in pair] for pair in copies]
@@ -118,21 +116,21 @@ def compare(op, num_rows, ours, theirs, copies, device, rounds) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="135m")
+    parser.add_argument("--model", choices=SHAPES, default="135m")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device, config = torch.device(args.device), config_of(args.model)
     torch.manual_seed(0)
     rows = []
     with torch.inference_mode():
         for op in OPS:
-            rows += linear_rows(args.model, op, args.rows, device, args.rounds)
+            rows += linear_rows(config, op, args.rows, device, args.rounds)
         for context in args.context:
-            rows += [attention_row(args.model, n, context, device, args.rounds) for n in args.rows]
+            rows += [attention_row(config, n, context, device, args.rounds) for n in args.rows]
     facts = header(device) | {"dtype": "bfloat16", "weights": "cold", "time": f"least of {args.rounds}"}
     report(f"invariance-{args.model}", facts, rows, args.out)
 

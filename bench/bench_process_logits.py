@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from bench.common import graphed, header, measure, out_folder, read_bandwidth, report
+from bench.common import graphed, header, loop, measure, out_folder, read_bandwidth, report
 from orthrus_rt import dispatch, ops, reference
 from orthrus_rt.plan import prefill_rows
 from orthrus_rt.state import SlotEdits, SlotSampling, empty_partials, num_score_tiles
@@ -103,10 +103,7 @@ def main() -> int:
     shapes = [(int(r), int(v)) for v in args.vocab.split(",") for r in args.rows.split(",")]
     if args.loop:
         case = Case(*shapes[0], FILTERS["top-p 0.95"], device)
-        with torch.cuda.nvtx.range("process_logits"):
-            for _ in range(args.loop):
-                case.call()
-        torch.cuda.synchronize()
+        loop("process_logits", case.call, args.loop)
         return 0
     bandwidth = read_bandwidth(device)
     repeats = 50

@@ -13,17 +13,11 @@ from functools import partial
 
 import torch
 
-from bench.common import graphed, header, measure, out_folder, read_bandwidth, report
+from bench.common import graphed, header, loop, measure, out_folder, read_bandwidth, report
+from bench.models import SHAPES, config_of, linear_shapes
 from orthrus_rt import dispatch, ops
 from orthrus_rt.weights import PackedWeight, pack
 
-# name -> hidden, MLP, query heads, key/value heads, head_dim, layers, vocabulary
-MODELS = {
-    "135m": (576, 1536, 9, 3, 64, 30, 49152),
-    "1.7b": (2048, 6144, 16, 8, 128, 28, 151936),
-    "4b": (2560, 9728, 32, 8, 128, 36, 151936),
-    "8b": (4096, 12288, 32, 8, 128, 36, 151936),
-}
 OPS = ("qkv", "o", "gate_up", "down", "lm_head")
 EPILOGUES = {"qkv": "none", "o": "residual", "gate_up": "silu_mul", "down": "residual", "lm_head": "argmax"}
 
@@ -32,20 +26,13 @@ class Chain:
     """A model's linears with random weights, and the activations they pass on for a number of rows."""
 
     def __init__(self, model: str, device: torch.device, layers: int | None, diff: bool):
-        hidden, mlp, heads_q, heads_kv, head_dim, depth, vocab = MODELS[model]
-        self.hidden, self.mlp, self.q_width, self.device = hidden, mlp, heads_q * head_dim, device
-        self.layers = layers or depth
-        shapes = {
-            "qkv": ((heads_q + 2 * heads_kv) * head_dim, hidden),
-            "o": (hidden, self.q_width),
-            "gate_up": (2 * mlp, hidden),
-            "down": (hidden, mlp),
-            "lm_head": (vocab, hidden),
-        }
+        config, self.device = config_of(model), device
+        self.shapes = shapes = linear_shapes(config)
+        self.hidden, self.mlp, self.q_width = config.hidden_size, config.intermediate_size, shapes["o"][1]
+        self.layers = layers or config.num_layers
         self.weights = {op: [self._random(op, shapes[op]) for _ in range(self.layers)] for op in OPS[:-1]}
         self.weights["lm_head"] = [self._random("lm_head", shapes["lm_head"])]
         self.diff = {op: [self._random(op, shapes[op]) for _ in range(self.layers)] for op in ("qkv", "o") if diff}
-        self.shapes = shapes
 
     def _random(self, op: str, shape) -> PackedWeight:
         weight = torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(0, shape[1] ** -0.5)
@@ -123,17 +110,9 @@ def in_turn(run, order: list[tuple[str, int]]) -> None:
         run(*launch, following)
 
 
-def loop(chain: Chain, op: str, seconds: float) -> None:
-    """One op over and over under an NVTX range, for ncu or nsys."""
-    order = chain.order(op)
-    with torch.cuda.nvtx.range(f"row_linear/{op}"):
-        in_turn(chain.run, order * max(1, int(seconds * 1e4) // len(order)))
-    torch.cuda.synchronize()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="8b", choices=MODELS)
+    parser.add_argument("--model", default="8b", choices=SHAPES)
     parser.add_argument("--rows", default="1,16,32,64,96,128,160,2000")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
@@ -148,7 +127,8 @@ def main() -> int:
     row_counts = [int(r) for r in args.rows.split(",")]
     if args.loop:
         chain.rows(row_counts[0])
-        loop(chain, args.loop, 0.1)
+        order = chain.order(args.loop)
+        loop(f"row_linear/{args.loop}", partial(in_turn, chain.run, order * max(1, 1000 // len(order))), 1)
         return 0
     bandwidth = read_bandwidth(device)
     results = []

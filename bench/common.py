@@ -15,7 +15,7 @@ import torch
 from orthrus_rt.info import device_facts
 from orthrus_rt.timing import measure, percentiles, read_bandwidth
 
-__all__ = ["graphed", "header", "measure", "out_folder", "percentiles", "read_bandwidth", "report"]
+__all__ = ["graphed", "header", "loop", "measure", "out_folder", "percentiles", "read_bandwidth", "report"]
 
 
 def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -28,6 +28,14 @@ def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], obj
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def loop(name: str, run: Callable[[], object], count: int) -> None:
+    """``run`` over and over under the NVTX range ``name``, for a profiler."""
+    with torch.cuda.nvtx.range(name):
+        for _ in range(count):
+            run()
+    torch.cuda.synchronize()
 
 
 def _said(*command: str) -> str:

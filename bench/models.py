@@ -1,4 +1,4 @@
-"""Models in the official shapes with random weights, made on the device tensor by tensor."""
+"""The shapes of known models, with random weights that are made on the device tensor by tensor."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from orthrus_rt.config import ModelConfig
 
 # size -> hidden, MLP, layers, query heads, key/value heads, head_dim, vocabulary, tied head
 SHAPES = {
+    "135m": (576, 1536, 30, 9, 3, 64, 49152, True),  # the embedded one, a Llama; the others are Qwen3
     "1.7b": (2048, 6144, 28, 16, 8, 128, 151936, True),
     "4b": (2560, 9728, 36, 32, 8, 128, 151936, True),
     "8b": (4096, 12288, 36, 32, 8, 128, 151936, False),
@@ -40,11 +41,12 @@ class RandomTensors(Mapping):
         return len(self.shapes)
 
 
-def random_checkpoint(size: str, device, block_len: int = 32) -> Checkpoint:
-    """The official shape ``size`` (1.7b, 4b or 8b; or tiny) with random weights on ``device``."""
+def config_of(size: str, block_len: int = 32) -> ModelConfig:
+    """Of a model in :data:`SHAPES`."""
     hidden, mlp, layers, heads_q, heads_kv, head_dim, vocab, tied = SHAPES[size]
-    config = ModelConfig(
-        family="qwen3",
+    family = "llama" if size == "135m" else "qwen3"
+    return ModelConfig(
+        family=family,
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=mlp,
@@ -55,11 +57,28 @@ def random_checkpoint(size: str, device, block_len: int = 32) -> Checkpoint:
         rms_norm_eps=1e-6,
         max_position_embeddings=40960,
         tie_word_embeddings=tied,
-        qk_norm=True,
+        qk_norm=family == "qwen3",
         block_len=block_len,
         mask_token_id=min(151669, vocab - 1),
         eos_token_ids=(min(151645, vocab - 2),),
         rope={"rope_type": "default", "rope_theta": 1000000.0},
         name=f"random-{size}",
     )
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """``(out_features, in_features)`` of each weight that row_linear takes."""
+    hidden, mlp, q_width = config.hidden_size, config.intermediate_size, config.num_heads_q * config.head_dim
+    return {
+        "qkv": (q_width + 2 * config.num_heads_kv * config.head_dim, hidden),
+        "o": (hidden, q_width),
+        "gate_up": (2 * mlp, hidden),
+        "down": (hidden, mlp),
+        "lm_head": (config.vocab_size, hidden),
+    }
+
+
+def random_checkpoint(size: str, device, block_len: int = 32) -> Checkpoint:
+    """A model in :data:`SHAPES` with random weights on ``device``."""
+    config = config_of(size, block_len)
     return Checkpoint(config=config, tensors=RandomTensors(expected_tensors(config), device), tokenizer_dir=None)
