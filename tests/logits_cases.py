@@ -211,3 +211,17 @@ def check_count_tokens(op, device="cpu"):
         op(state, edits)
         assert torch.equal(edits.token_counts.cpu(), want)
         assert edits.num_counted.tolist() == [5, 12, 6, 0]
+
+
+def check_draws(implementation, device="cpu"):
+    """Chi-square of 20,000 draws at as many positions."""
+    n, vocab, filters = 20000, 50, (1.2, 30, 0.95, 0.01)
+    row = logits(1, vocab, "normal")
+    case = with_filters(row.expand(n, vocab), [filters], device=device)
+    case.sampling.seed.fill_(99)
+    counts = torch.bincount(case.choose(implementation).cpu(), minlength=vocab)
+    expected = reference.process_logits_probs(row, *filters)[0] * n
+    kept = expected > 0
+    assert not counts[~kept].any()
+    degrees = int(kept.sum()) - 1
+    assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < degrees + 5 * (2 * degrees) ** 0.5

@@ -25,13 +25,13 @@ def test_the_replay_of_our_rule_is_what_the_engine_does(fan_out):
     assert (tokens, passes) == (len(out.token_ids) - 1, out.stats.passes)
 
 
-def perfect_table(length=40, block_len=8):
+def perfect_table():
     """A drafter that is always right with probability 0.9; a token's runners-up are its negatives."""
-    text = np.arange(1, length + 1)
-    at = np.arange(length)[:, None] + np.arange(block_len) + 2
+    text = np.arange(1, 41)
+    at = text[:, None] + np.arange(1, 9)
     ids = np.stack([at, -at, -at - 100], -1)
     drafts = Drafts(*[ids, np.broadcast_to([0.9, 0.05, 0.02], ids.shape).copy()] * 2)
-    shapes = [(k, known) for k in (block_len, block_len // 2) for known in (1, 2)]
+    shapes = [(k, known) for k in (8, 4) for known in (1, 2)]
     return DraftTable("code", text, {s: Drafts(*(x[:, : s[0]] for x in vars(drafts).values())) for s in shapes})
 
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from orthrus_rt import native, reference
+from orthrus_rt import native
 from tests.logits_cases import (
     FILTERS,
     assert_agrees,
     block_with_edits,
+    check_draws,
     check_ids_outside,
-    choices,
     logits,
     with_filters,
 )
@@ -68,15 +68,4 @@ def test_the_draw_does_not_depend_on_log_probs(isa):
 
 
 def test_choices_follow_the_distribution(isa):
-    """Chi-square of 20,000 draws at as many positions."""
-    n, vocab = 20000, 50
-    row = logits(1, vocab, "normal")
-    case = with_filters(row.expand(n, vocab), [(1.2, 30, 0.95, 0.01)])
-    case.sampling.seed.fill_(99)
-    value, index, _ = case.run(native.process_logits)
-    expected = reference.process_logits_probs(row, 1.2, 30, 0.95, 0.01)[0] * n
-    counts = torch.bincount(choices(value, index), minlength=vocab)
-    kept = expected > 0
-    assert not counts[~kept].any()
-    degrees = int(kept.sum()) - 1
-    assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < degrees + 5 * (2 * degrees) ** 0.5
+    check_draws(native.process_logits)

@@ -153,8 +153,8 @@ def test_taking_the_drafts_as_they_are_is_caught(coupled, monkeypatch):
 # --- rejection: the sampler itself, one position pair a trial ----------------------------------------
 
 
-def by_rejection(sampler_type, drafter, setting, trials=600):
-    """The first two tokens of trials at distinct positions, as consensus would emit them."""
+def by_rejection(sampler_type, drafter, setting):
+    """The first two tokens of 600 trials at distinct positions, as consensus would emit them."""
     params = SamplingParams(seed=11, **setting)
     sampler = sampler_type(params, params.seed)
     compute, known = sampler._probs, {}
@@ -167,7 +167,7 @@ def by_rejection(sampler_type, drafter, setting, trials=600):
 
     sampler._probs = cached
     pairs = []
-    for position in range(0, 4 * trials, 4):
+    for position in range(0, 4 * 600, 4):
         tokens = [FIRST]
         while len(tokens) < 3:
             here = position + len(tokens)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orthrus_rt import reference
-from tests.logits_cases import FILTERS, block_with_edits, check_ids_outside, logits, with_filters
+from tests.logits_cases import FILTERS, block_with_edits, check_draws, check_ids_outside, logits, with_filters
 
 
 def naive_probs(row, temperature, top_k, top_p, min_p):
@@ -160,15 +160,4 @@ def test_uniform_is_uniform_and_inside():
 
 
 def test_choices_follow_the_distribution():
-    """Chi-square of 20,000 draws at as many positions."""
-    n, vocab = 20000, 50
-    row = logits(1, vocab, "normal")
-    case = with_filters(row.expand(n, vocab), [(1.2, 30, 0.95, 0.01)])
-    case.sampling.seed.fill_(99)
-    choice = case.choose(reference.process_logits)
-    expected = reference.process_logits_probs(row, 1.2, 30, 0.95, 0.01)[0] * n
-    counts = torch.bincount(choice, minlength=vocab)
-    kept = expected > 0
-    assert not counts[~kept].any()
-    degrees = int(kept.sum()) - 1
-    assert ((counts - expected)[kept] ** 2 / expected[kept]).sum() < degrees + 5 * math.sqrt(2 * degrees)
+    check_draws(reference.process_logits)
