@@ -44,3 +44,11 @@ def test_a_prompt_of_each_kind(engine, params):
 @pytest.mark.parametrize("params", ("greedy", "sampled"))
 def test_every_prompt(engine, params):
     check(engine, params, None, 128)
+
+
+def test_tokens_per_cycle(engine):
+    """Of all code prompts; the CPU gives 3.43 in bfloat16 and 3.34 in float32."""
+    ids = [p.encode(engine.tokenizer) for p in prompts.load("code")]
+    params = lossless.greedy(len(ids), max_new_tokens=64)
+    want = decode(engine, ids, params, mode="ar")
+    assert lossless.check_alone(engine, ids, params, want, dict(mode="two_pass", draft_len=15)) > 3
