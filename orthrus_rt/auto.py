@@ -14,11 +14,11 @@ from functools import partial
 
 import torch
 
-from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.checks import PAGE_SIZE
+from orthrus_rt.cycle_plan import AR, CyclePlan, batch_buckets
 from orthrus_rt.embedded import cache_root
-from orthrus_rt.ops import PAGE_SIZE
 from orthrus_rt.pass_costs import PassCosts, cache_file
-from orthrus_rt.policy import AR, Policy, candidate_plans
+from orthrus_rt.policy import Policy, candidate_plans
 from orthrus_rt.staging import most_context, staged
 
 MAX_ROWS = 512  # of a one_pass candidate: more are bound by arithmetic, where one read of the weights saves little
@@ -44,7 +44,7 @@ class Auto:
         costs = PassCosts(RIDGE_ROWS[device.type])
         self.measured = costs.load(self._file, self._key)
         self.policy = Policy(plans, num_slots, costs, max_rows=MAX_ROWS)
-        self._buckets = sorted({self.policy.bucket(size) for size in range(1, num_slots + 1)})
+        self._buckets = batch_buckets(num_slots)
 
     def shapes(self) -> list[tuple[CyclePlan, int]]:
         """``(plan, slots)`` of every cycle that may run."""

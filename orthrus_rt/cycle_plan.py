@@ -47,6 +47,16 @@ class CyclePlan(NamedTuple):
 AR = CyclePlan("ar")
 
 
+def batch_bucket(size: int, most: int) -> int:
+    """Slots of the cycles that ``size`` sequences run in: the next power of two, or all ``most`` that there are."""
+    return min(1 << (size - 1).bit_length(), most)
+
+
+def batch_buckets(most: int) -> list[int]:
+    """The buckets of 1 to ``most`` sequences."""
+    return sorted({batch_bucket(size, most) for size in range(1, most + 1)})
+
+
 def most_hypotheses(draft_len: int) -> int:
     """How many outcomes of verifying ``draft_len`` drafts a one-pass cycle can draft for (see hypotheses.h)."""
     return 3 * draft_len + 1

@@ -14,7 +14,7 @@ import torch
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import dispatch
 from orthrus_rt.auto import CONTEXT, Auto
-from orthrus_rt.cycle_plan import CyclePlan, cycle_plan
+from orthrus_rt.cycle_plan import CyclePlan, batch_buckets, cycle_plan
 from orthrus_rt.device import DTYPES, claim, device_scope, pick_device, stream_of, stream_scope, with_index
 from orthrus_rt.exclusive import Turn, exclusive, whole
 from orthrus_rt.generation import Generation
@@ -301,12 +301,12 @@ class Engine(Generation):
         """
         from tqdm import tqdm
 
-        sizes = [min(1 << i, self.scheduler.num_slots) for i in range((self.scheduler.num_slots - 1).bit_length() + 1)]
         if any(self.scheduler.slots):
             raise RuntimeError("warmup: the engine must be idle")
         self.runner.warm_up_prefills()
         if auto := self._autos.get(self._default_plan):
             return auto.warmup(self, progress)
+        sizes = batch_buckets(self.scheduler.num_slots)
         for size in tqdm(sizes, desc="warm-up", unit="batch size", disable=not progress):
             self.runner.cycle(self._default_plan, size).run()
 

@@ -95,16 +95,14 @@ class PassCosts:
             known = self._passes(but=(bucket, plan))
         else:
             known = self._curve = self._curve or self._passes()
-        passes = rows_per_pass(plan)
-        return math.exp(self._scale) * len(passes) * self._guess_pass(known, bucket * passes[0], hopeful)
+        return math.exp(self._scale) * plan.num_passes * self._guess_pass(known, bucket * plan.max_rows, hopeful)
 
     def _passes(self, but: tuple[int, CyclePlan] | None = None) -> list[tuple[int, float]]:
         """``(rows, seconds)`` of the passes measured, by rows; seconds before the machine's slowness."""
         known = {}
         for (slots, plan), log in self._log.items():
             if (slots, plan) != but:
-                passes = rows_per_pass(plan)
-                known[slots * passes[0]] = math.exp(log) / len(passes)
+                known[slots * plan.max_rows] = math.exp(log) / plan.num_passes
         return sorted(known.items())
 
     def _guess_pass(self, known: list[tuple[int, float]], rows: int, hopeful: bool) -> float:
@@ -148,11 +146,6 @@ class PassCosts:
         for bucket, plan, seconds in rows:
             self.set(bucket, plan, seconds)
         return True
-
-
-def rows_per_pass(plan: CyclePlan) -> list[int]:
-    """Rows of one slot in each pass of a cycle."""
-    return [plan.max_rows] * plan.num_passes
 
 
 def cache_file(folder: Path, key: str) -> Path:

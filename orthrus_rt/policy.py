@@ -36,8 +36,8 @@ from collections import Counter, deque
 from typing import NamedTuple
 
 from orthrus_rt.acceptance import Acceptance, Outcome
-from orthrus_rt.cycle_plan import AR, CyclePlan, most_hypotheses
-from orthrus_rt.pass_costs import PassCosts, rows_per_pass
+from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket, most_hypotheses
+from orthrus_rt.pass_costs import PassCosts
 
 SAFETY = 0.02  # of AR's time that may be lost against AR
 GRANT = 4  # AR cycles that may be lost beyond that, once
@@ -169,16 +169,12 @@ class Policy:
         self._broke = False  # safety credit ran out while a plan other than AR was running
         self._since_trial = self._cycles = 0
 
-    def bucket(self, batch_size: int) -> int:
-        """Slots of the cycle that ``batch_size`` sequences run in."""
-        return min(1 << (batch_size - 1).bit_length(), self.max_batch_size)
-
     def plans_of(self, bucket: int) -> list[CyclePlan]:
         """The candidates of a bucket."""
-        return [p for p in self._plans if p.mode != "one_pass" or bucket * rows_per_pass(p)[0] <= self._max_rows]
+        return [p for p in self._plans if p.mode != "one_pass" or bucket * p.max_rows <= self._max_rows]
 
     def _lane(self, batch_size: int, greedy: bool) -> Lane:
-        bucket = self.bucket(batch_size)
+        bucket = batch_bucket(batch_size, self.max_batch_size)
         if (bucket, greedy) not in self._lanes:
             costs = self.costs if greedy else self._sampling_costs
             self._lanes[bucket, greedy] = Lane(bucket, self.plans_of(bucket), costs)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from orthrus_rt import prompts
-from orthrus_rt.cycle_plan import MODES
+from orthrus_rt.cycle_plan import MODES, batch_buckets
 from orthrus_rt.outputs import complete
 from orthrus_rt.sampling import SamplingParams
 
@@ -59,8 +59,7 @@ def _warm(engine, ids, options) -> None:
         engine.generate(ids, SamplingParams(max_new_tokens=4), **options)
     if engine.mode == options["mode"] == "auto":
         return engine.warmup()
-    most = min(len(ids), engine.scheduler.num_slots)
-    for size in {min(1 << i, most) for i in range((most - 1).bit_length() + 1)}:
+    for size in batch_buckets(min(len(ids), engine.scheduler.num_slots)):
         engine.generate([ids[0][:1]] * size, SamplingParams(max_new_tokens=4, ignore_eos=True), **options)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from orthrus_rt import dispatch, nvtx, ops
 from orthrus_rt import state as st
-from orthrus_rt.cycle_plan import CyclePlan, most_hypotheses
+from orthrus_rt.cycle_plan import CyclePlan, batch_bucket, most_hypotheses
 from orthrus_rt.device import put, upload
 from orthrus_rt.graph import COUPLED, Cycle
 from orthrus_rt.host_choices import run_by_rejection, verify
@@ -117,17 +117,13 @@ class Runner:
         """
         _kept.extend(self._mailboxes)
 
-    def bucket(self, num_slots: int) -> int:
-        """Slots of the cycles that ``num_slots`` sequences run in: the next power of two, or all there are."""
-        return min(1 << (num_slots - 1).bit_length(), self.num_slots)
-
     def cycle(
         self, plan: CyclePlan, num_slots: int, sampling: SlotSampling | None = None, shape: PrefillShape | None = None
     ) -> Cycle:
         """The cycle of ``num_slots`` slots' batch bucket; built on first use. With prompts of a ``shape`` as
         :meth:`_kept` says.
         """
-        bucket = self.bucket(num_slots)
+        bucket = batch_bucket(num_slots, self.num_slots)
 
         def build(shape: PrefillShape | None) -> Cycle:
             with naming_the_knobs(f"building the {plan.mode} cycle of {bucket} slots"):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from orthrus_rt import state as st
-from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.cycle_plan import CyclePlan, batch_bucket
 from orthrus_rt.exclusive import whole
 from orthrus_rt.graph import Cycle
 from orthrus_rt.kv import OutOfPages
@@ -60,7 +60,7 @@ def staged(engine, plans: list[CyclePlan], slots: int, context: int) -> Iterator
 
     with whole(engine):
         engine._collect(0)  # what is under way belongs to requests that have ended: read it first
-        runner.make_room([(plan, runner.bucket(slots)) for plan in plans])
+        runner.make_room([(plan, batch_bucket(slots, runner.num_slots)) for plan in plans])
         before = [tensor.clone() for tensor in vars(state).values()]
         try:
             for slot in range(slots):

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from orthrus_rt.acceptance import Outcome
-from orthrus_rt.cycle_plan import CyclePlan
-from orthrus_rt.pass_costs import PassCosts, rows_per_pass
-from orthrus_rt.policy import AR, SAFETY, Policy, candidate_plans
+from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket, batch_buckets
+from orthrus_rt.pass_costs import PassCosts
+from orthrus_rt.policy import SAFETY, Policy, candidate_plans
 
 PLANS = candidate_plans(16)
 PROMISE = 1.03  # of plain AR's time, overall
@@ -51,7 +51,7 @@ PASS_MODELS = {"steep": steep_pass, "flat": flat_pass}
 def cycle_seconds(device: str, bucket: int, plan: CyclePlan) -> float:
     """Seconds of a cycle of ``bucket`` slots on a ``flat`` or ``steep`` device."""
     views = ONE_PASS_BYTES if plan.mode == "one_pass" and device == "flat" else 1.0
-    return views * sum(PASS_MODELS[device](bucket * rows) for rows in rows_per_pass(plan))
+    return views * plan.num_passes * PASS_MODELS[device](bucket * plan.max_rows)
 
 
 @dataclass
@@ -188,7 +188,7 @@ def simulate(
         size = batch(cycle) if callable(batch) else batch
         while len(sequences) < size:
             sequences.append(Sequence(random.Random(1000 * (1 + seed) + len(sequences)), 0.0))
-        bucket = min(1 << (size - 1).bit_length(), largest)
+        bucket = batch_bucket(size, largest)
         plan = fixed or policy.choose(size)
         outcomes = []
         for i in range(size):
@@ -217,11 +217,10 @@ def simulate(
 
 def cost_table(device: str, plans: list[CyclePlan], max_batch_size: int) -> PassCosts:
     """Every candidate of every bucket, measured without error."""
-    costs, bucket = PassCosts(), 1
-    while bucket <= max_batch_size:
+    costs = PassCosts()
+    for bucket in batch_buckets(max_batch_size):
         for plan in plans:
             costs.set(bucket, plan, cycle_seconds(device, bucket, plan))
-        bucket *= 2
     return costs
 
 

@@ -9,6 +9,7 @@ import torch
 
 from orthrus_rt import state as st
 from orthrus_rt.auto import Auto
+from orthrus_rt.cycle_plan import batch_bucket
 from orthrus_rt.engine import Engine
 from orthrus_rt.policy import Policy
 from orthrus_rt.sampling import SamplingParams
@@ -47,7 +48,7 @@ def in_turn(monkeypatch, modes):
 
     def choose(policy, batch_size, greedy=True, real=Policy.choose):
         real(policy, batch_size, greedy)
-        plans = [p for p in policy.plans_of(policy.bucket(batch_size)) if p.mode in modes]
+        plans = [p for p in policy.plans_of(batch_bucket(batch_size, policy.max_batch_size)) if p.mode in modes]
         plan = plans[next(order) % len(plans)]
         policy._pending[-1] = policy._pending[-1]._replace(plan=plan)
         return plan
