@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import torch
 
-from orthrus_rt import runner as runner_module
 from orthrus_rt import state as st
 from orthrus_rt.auto import Auto
 from orthrus_rt.config import ModelConfig
@@ -159,11 +158,11 @@ class Rounds:
             yield request
 
     def _chunks(self) -> PromptChunks:
-        """What the next pass with prompts takes: PREFILL_CHUNK tokens, the first requests' first. A request is admitted
-        only if there is room; it may share pages that those before it fill in this very pass, as keys are written
-        before anything attends to them.
+        """What the next pass with prompts takes: as many tokens as fit, the first requests' first. A request is
+        admitted only if there is room; it may share pages that those before it fill in this very pass, as keys are
+        written before anything attends to them.
         """
-        chunks, room = [], runner_module.PREFILL_CHUNK
+        chunks, room = [], self.runner.most_prompt_rows
         for request in self._prompts():
             end = min(request.prefilled + room, len(request.to_prefill))
             chunks.append((request, request.to_prefill[request.prefilled : end]))
@@ -220,7 +219,6 @@ class Rounds:
 
     def recover(self) -> None:
         """After a fault, wherever it struck: start again from the tokens that the host knows, and nothing else."""
-        self.torn = True
         self._forget_flights()
         self.runner.reset()
         for request in self.outbox.unfinished:

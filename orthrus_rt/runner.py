@@ -29,8 +29,8 @@ from orthrus_rt.state import SlotEdits, SlotSampling, SlotState
 from orthrus_rt.stopwatch import Stopwatch, Stretch
 
 PREFILL_CHUNK = 512  # prompt tokens per pass, of one prompt or of several
-KEPT_PREFILLS = 64  # recordings of passes with prompts
-_kept: list[SlotResults] = []  # of devices that have failed
+MAX_RECORDINGS = 64  # of passes and cycles with prompts
+_leaked_mailboxes: list[SlotResults] = []  # of devices that have failed
 
 
 @dataclass
@@ -77,19 +77,16 @@ class Runner:
         self._cycles: dict[tuple, Cycle] = {}
         # Not on the CPU, where every row of padding costs its arithmetic.
         self.records_prefill = model.device.type == "cuda" and dispatch.row_invariant(model.device, model.dtype)
-        self._prefills: dict[tuple, PrefillPass | Cycle] = {}  # those used last at the end
+        self._with_prompts: dict[tuple, PrefillPass | Cycle] = {}  # those used last at the end
         self._mailboxes: list[SlotResults] = []
-        self.activations: Activations | None = None
+        self._room = (0, 0)
         self.make_room(shapes)
 
     def make_room(self, shapes: list[tuple[CyclePlan, int]]) -> None:
         """Buffers for these cycles, ``(plan, slots)``; what was built on smaller ones is dropped: nothing may run."""
-        room = [(n * plan.max_rows, n * plan.max_rows_diff) for plan, n in shapes]
-        room = tuple(max(column) for column in zip(*room, strict=True))
-        if self.activations is not None:
-            if all(new <= old for new, old in zip(room, self._room, strict=True)):
-                return
-            room = tuple(map(max, self._room, room))
+        room = tuple(map(max, self._room, *((n * plan.max_rows, n * plan.max_rows_diff) for plan, n in shapes)))
+        if room == self._room:
+            return
         decoded, rows_diff = room
         rows = self.most_prompt_rows + decoded
         with naming_the_knobs(f"making room for {decoded} rows a pass"):
@@ -106,22 +103,22 @@ class Runner:
     def drop_cycles(self) -> None:
         """Free every cycle and prefill pass built so far, and its graph."""
         # What was launched ahead of its results may still run.
-        if self.model.device.type == "cuda" and (self._cycles or self._prefills or self._mailboxes):
+        if self.model.device.type == "cuda" and (self._cycles or self._with_prompts or self._mailboxes):
             torch.cuda.synchronize(self.model.device)
         self._cycles.clear()
-        self._prefills.clear()
+        self._with_prompts.clear()
 
     def abandon(self) -> None:
         """The device has failed. Page-locked memory is kept: freeing it, torch asks the device, in a destructor, and
         the process would end there.
         """
-        _kept.extend(self._mailboxes)
+        _leaked_mailboxes.extend(self._mailboxes)
 
     def cycle(
         self, plan: CyclePlan, num_slots: int, sampling: SlotSampling | None = None, shape: PrefillShape | None = None
     ) -> Cycle:
-        """The cycle of ``num_slots`` slots' batch bucket; built on first use. With prompts of a ``shape`` as
-        :meth:`_kept` says.
+        """The cycle of ``num_slots`` slots' batch bucket; built on first use. With prompts of a ``shape``, see
+        :meth:`_cached`.
         """
         bucket = batch_bucket(num_slots, self.num_slots)
 
@@ -135,7 +132,7 @@ class Runner:
 
         key = (plan, bucket, sampling is not None, sampling is not None and sampling.edits is not None)
         if shape is not None:
-            return self._kept(shape, key, build)
+            return self._cached(shape, key, build)
         if key not in self._cycles:
             self._cycles[key] = build(None)
         return self._cycles[key]
@@ -143,12 +140,12 @@ class Runner:
     @property
     def graph_bytes(self) -> int:
         """Device memory that recorded graphs hold."""
-        return sum(known.graph_bytes for known in (*self._cycles.values(), *self._prefills.values()))
+        return sum(known.graph_bytes for known in (*self._cycles.values(), *self._with_prompts.values()))
 
     @property
     def cycle_bytes(self) -> int:
         """Rows and choices of the cycles and passes with prompts that are kept."""
-        return sum(known.nbytes for known in (*self._cycles.values(), *self._prefills.values()))
+        return sum(known.nbytes for known in (*self._cycles.values(), *self._with_prompts.values()))
 
     def begin(self, request: Request) -> None:
         """Write the request into its slot; the slot does not run before its prefill is through."""
@@ -246,11 +243,11 @@ class Runner:
             with naming_the_knobs("preparing a prefill"):
                 return PrefillPass(self.model, self.kv, self.activations, self.workspace, self.max_seq_len, shape)
 
-        return self._kept(shape, (), build)
+        return self._cached(shape, (), build)
 
-    def _kept(self, shape: PrefillShape, cycle: tuple, build):
-        """What ``build`` makes for this shape, in a ``cycle`` or by itself; or, where recordings are kept, for the next
-        of the few shapes that are: the one kept, if it is among the KEPT_PREFILLS used last.
+    def _cached(self, shape: PrefillShape, cycle: tuple, build):
+        """``build(shape)``, of a ``cycle`` or of a pass by itself. Where passes with prompts are recorded, the shape is
+        padded first and the MAX_RECORDINGS used last are kept.
         """
         if not self.records_prefill:
             this = build(shape)
@@ -259,9 +256,9 @@ class Runner:
             return this
         shape = shape.padded(self.most_prompt_rows, self.num_slots, in_cycle=bool(cycle))
         key = (shape, *cycle)
-        self._prefills[key] = this = self._prefills.pop(key, None) or build(shape)
-        if len(self._prefills) > KEPT_PREFILLS:
-            del self._prefills[next(iter(self._prefills))]
+        self._with_prompts[key] = this = self._with_prompts.pop(key, None) or build(shape)
+        if len(self._with_prompts) > MAX_RECORDINGS:
+            del self._with_prompts[next(iter(self._with_prompts))]
         return this
 
     def warm_up_prefills(self) -> None:

@@ -224,7 +224,7 @@ def test_a_device_that_fails(folder):
 
 @pytest.mark.parametrize("broken", (False, True))
 def test_page_locked_memory_is_not_freed_on_a_device_that_has_failed(folder, monkeypatch, broken):
-    monkeypatch.setattr("orthrus_rt.runner._kept", [])
+    monkeypatch.setattr("orthrus_rt.runner._leaked_mailboxes", [])
     engine = make(folder)
     engine.runner._mailboxes.append(SlotResults(2, 8, "cpu"))
     mailbox = weakref.ref(engine.runner._mailboxes[0])

@@ -55,7 +55,7 @@ def test_whoever_arrives_changes_no_bit(make, mode, records):
         if mode != "auto":
             assert [t.tokens_per_cycle for t in got] == [t.tokens_per_cycle for t in alone]
             assert lossless.rate(got) == pytest.approx(PINNED[mode], abs=0.01)
-    kept = [known for known in engine.runner._prefills.values() if isinstance(known, Cycle)]
+    kept = [known for known in engine.runner._with_prompts.values() if isinstance(known, Cycle)]
     assert any(known.recorded for known in kept) == records
 
 
@@ -150,8 +150,9 @@ def test_the_third_of_a_kind_runs_no_python_per_op(make, monkeypatch):
         engine.step()
         engine.step()
         assert len(calls) == want
-    assert (count(engine, "mixed_cycle"), len(engine.runner._prefills)) == (5, 3)  # two shapes, and the first prompt's
-    assert engine.memory_report()["cycles"] >= sum(known.nbytes for known in engine.runner._prefills.values()) > 0
+    kept = engine.runner._with_prompts.values()
+    assert (count(engine, "mixed_cycle"), len(kept)) == (5, 3)  # two shapes, and the first prompt's
+    assert engine.memory_report()["cycles"] >= sum(known.nbytes for known in kept) > 0
 
 
 def test_without_memory_a_newcomer_ends_alone(make, monkeypatch):

@@ -71,7 +71,7 @@ def test_padding_and_replays_change_no_bit(make, monkeypatch):
         outs = engine.generate(prompts, params)
         assert [outs[i].token_ids for i in kinds] == [trace.tokens for trace in alone]
         assert outs[-1].token_ids == rejection
-        assert any(known.recorded for known in engine.runner._prefills.values())
+        assert any(known.recorded for known in engine.runner._with_prompts.values())
 
 
 def test_as_many_choose_as_there_are_slots(make):
@@ -99,7 +99,7 @@ def test_padding_touches_nothing(make):
     engine = make(True)
     engine.kv.pages.fill_(torch.nan)
     engine.generate([[1] * 5, [2] * 4], SamplingParams(1, ignore_eos=True))
-    (known,) = engine.runner._prefills.values()
+    (known,) = engine.runner._with_prompts.values()
     assert known.shape == PrefillShape(16, 3, 16, 4, False)
     written = ~engine.kv.pages[0, :, 1:].isnan().all(4).all(2)  # [keys and values, page, slot of the page]
     assert sorted(int(n) for n in written[0].sum(1) if n) == [4, 5] and torch.equal(written[0], written[1])
@@ -113,8 +113,8 @@ def test_the_third_pass_of_a_shape_runs_no_python_per_op(make, monkeypatch):
     for prompt, want in (([1] * 9, 1), ([2] * 16, 2), ([3] * 12, 2), ([4] * 17, 3), ([5] * 3, 3), ([6] * 32, 4)):
         engine.generate(prompt, SamplingParams(1, ignore_eos=True))
         assert len(calls) == want * per_pass
-    assert len(engine.runner._prefills) == 2
-    assert engine.memory_report()["cycles"] >= sum(known.nbytes for known in engine.runner._prefills.values()) > 0
+    assert len(engine.runner._with_prompts) == 2
+    assert engine.memory_report()["cycles"] >= sum(known.nbytes for known in engine.runner._with_prompts.values()) > 0
 
 
 def test_a_recording_that_finds_no_memory(make, monkeypatch):
@@ -134,11 +134,11 @@ def test_a_pass_that_failed_has_warmed_nothing_up(make, monkeypatch):
         patch.setattr(PrefillPass, "run_eager", lambda _: (_ for _ in ()).throw(RuntimeError("injected")))
         with pytest.raises(RuntimeError, match="injected"):
             engine.generate([1, 2, 3], GREEDY)
-    assert not any(known.recorded for known in engine.runner._prefills.values())
+    assert not any(known.recorded for known in engine.runner._with_prompts.values())
     engine.generate([1, 2, 3], GREEDY)
-    assert not any(known.recorded for known in engine.runner._prefills.values())
+    assert not any(known.recorded for known in engine.runner._with_prompts.values())
     engine.generate([1, 2, 3], GREEDY)
-    assert all(known.recorded for known in engine.runner._prefills.values())
+    assert all(known.recorded for known in engine.runner._with_prompts.values())
 
 
 def test_larger_cycles_drop_what_knew_the_old_buffers(make):
@@ -148,17 +148,17 @@ def test_larger_cycles_drop_what_knew_the_old_buffers(make):
     before = engine.runner.activations
     engine.generate([1, 2, 3], GREEDY, mode="one_pass", fan_out=22)
     assert engine.runner.activations is not before
-    assert all(known.activations is engine.runner.activations for known in engine.runner._prefills.values())
+    assert all(known.activations is engine.runner.activations for known in engine.runner._with_prompts.values())
     assert [engine.generate([1, 2, 3], GREEDY).token_ids for _ in range(3)] == [want] * 3
 
 
 def test_no_more_are_kept_than_some(make, monkeypatch):
     """Those used last."""
-    monkeypatch.setattr("orthrus_rt.runner.KEPT_PREFILLS", 2)
+    monkeypatch.setattr("orthrus_rt.runner.MAX_RECORDINGS", 2)
     engine = make(True)
     for length in (3, 20, 3, 40):
         engine.generate([1] * length, GREEDY)
-    assert [shape.rows for (shape,) in engine.runner._prefills] == [16, 64]
+    assert [shape.rows for (shape,) in engine.runner._with_prompts] == [16, 64]
 
 
 def test_a_warm_up_records_the_prompts_by_themselves(make, monkeypatch):
@@ -167,7 +167,7 @@ def test_a_warm_up_records_the_prompts_by_themselves(make, monkeypatch):
     engine.kv.pages.fill_(torch.nan)
     engine.warmup()
     assert bool(engine.kv.pages[:, :, 1:].isnan().all())
-    assert [shape.rows for (shape,) in engine.runner._prefills] == [16, 32, 64, 128, 256, 384, 512, 512]
+    assert [shape.rows for (shape,) in engine.runner._with_prompts] == [16, 32, 64, 128, 256, 384, 512, 512]
     prompts = [[5] * 3, [6] * 70, [7] * 200]
     want = [make(False).generate(prompt, GREEDY).token_ids for prompt in prompts]
     monkeypatch.setattr("orthrus_rt.prefill.forward", None)  # nothing runs op by op

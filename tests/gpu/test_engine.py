@@ -98,7 +98,7 @@ def test_replayed_prefills_equal_eager_bit_for_bit(folder):
         engine.runner.records_prefill = True
         for _ in range(4):
             assert_same(decode(engine, batch, params, together=True), want)
-    passes = engine.runner._prefills.values()
+    passes = engine.runner._with_prompts.values()
     assert len(passes) == 2 and all(known.recorded and known._replay != known.run_eager for known in passes)
 
 
@@ -112,7 +112,7 @@ def test_prompts_that_arrive_change_no_bit(folder, mode):
         got = arriving(engine, jobs, every=2)
         assert_same(got, want)
         assert [trace.tokens_per_cycle for trace in got] == [trace.tokens_per_cycle for trace in want]
-    mixed = [known for known in engine.runner._prefills.values() if isinstance(known, Cycle)]
+    mixed = [known for known in engine.runner._with_prompts.values() if isinstance(known, Cycle)]
     assert any(known.recorded and known._replay != known.run_eager for known in mixed)
 
 
