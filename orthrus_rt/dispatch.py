@@ -60,33 +60,26 @@ def unavailable(impl: str, op: str, device: torch.device, dtype: torch.dtype) ->
     """Why ``impl`` cannot run ``op`` for tensors of this device and dtype; None if it can."""
     if impl == "reference":
         return None
+    device_type = "cpu" if impl == "cpu" else "cuda"
+    if impl not in _PREFERENCE[device_type][op]:
+        return f"{op} has no {impl} implementation"
     if op in OPS_BEFORE_LOGITS:
         takes = ELEMENTS[:1] if (impl, op) == ("triton", "dual_attn") else ELEMENTS
         if dtype not in takes:
             return f"the {impl} {op} takes {' or '.join(map(_name, takes))}, not {_name(dtype)}"
-    if impl in ("cpu", "cuda"):
-        if device.type != impl:
-            return f"the {impl} implementation needs {impl} tensors, not {device.type}"
-        if op not in _PREFERENCE[impl] or impl not in _PREFERENCE[impl][op]:
-            return f"{op} has no {impl} implementation"
-        if native() is None:
-            return "the native module is not built (pip install -e .)"
-        if impl == "cuda" and not hasattr(native(), "cuda"):
-            return "the native module was built without CUDA (ORTHRUS_CUDA=ON builds it)"
-        if impl == "cuda":
-            archs, (major, minor) = native().build_info()["cuda_archs"], torch.cuda.get_device_capability(device)
-            if not runs_on(archs, (major, minor)):
-                return f"the native module was built for {archs}, not for compute capability {major}.{minor}"
-        return None
+    if device.type != device_type:
+        return f"the {impl} implementation needs {device_type} tensors, not {device.type}"
     if impl == "triton":
-        if op not in ("embed", "rms_norm", "process_logits", "count_tokens", "dual_attn"):
-            return f"{op} has no triton implementation"
-        if device.type != "cuda":
-            return "triton kernels need cuda tensors"
-        if not has_triton():
-            return "triton is not installed"
-        return None
-    raise ValueError(f"unknown implementation {impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+        return None if has_triton() else "triton is not installed"
+    if native() is None:
+        return "the native module is not built (pip install -e .)"
+    if impl == "cuda" and not hasattr(native(), "cuda"):
+        return "the native module was built without CUDA (ORTHRUS_CUDA=ON builds it)"
+    if impl == "cuda":
+        archs, (major, minor) = native().build_info()["cuda_archs"], torch.cuda.get_device_capability(device)
+        if not runs_on(archs, (major, minor)):
+            return f"the native module was built for {archs}, not for compute capability {major}.{minor}"
+    return None
 
 
 def runs_on(archs: str, capability: tuple[int, int]) -> bool:
