@@ -10,16 +10,16 @@ BLOCK_M = 64
 
 
 @triton.jit
-def _fold(q, k, v, visible, scale, top, total, acc, PRECISION: tl.constexpr):
+def _fold(q, k, v, visible, scale, top, total, acc):
     """One tile of keys into the running softmax; a tile that a row does not see leaves that row's bits alone."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
     weight = tl.exp2(scores - base[:, None])
     decay = tl.exp2(top - base)
     total = total * decay + tl.sum(weight, 1)
-    acc = acc * decay[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
+    acc = acc * decay[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
     return new_top, total, acc
 
 
@@ -29,7 +29,6 @@ def dual_attn_kernel(
     position_ptr, seq_ptr, prefix_len_ptr, group_start_ptr,
     max_pages, num_rows_ar, num_groups_ar, num_heads_q, num_heads_kv, scale,
     HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = BLOCK_M // HEADS_PER_KV
     group = tl.program_id(2)
@@ -67,7 +66,7 @@ def dual_attn_kernel(
         k = tl.load(k_ptr + offset, mask=used, other=0.0)
         v = tl.load(v_ptr + offset, mask=used, other=0.0)
         visible = kv[None, :] < prefix_len[:, None]
-        top, total, acc = _fold(q, k, v, visible, scale, top, total, acc, PRECISION)
+        top, total, acc = _fold(q, k, v, visible, scale, top, total, acc)
 
     if group >= num_groups_ar:
         for at in range(first, end, PAGE_SIZE):
@@ -77,7 +76,7 @@ def dual_attn_kernel(
             k = tl.load(scratch_k_ptr + offset, mask=used[:, None], other=0.0)
             v = tl.load(scratch_v_ptr + offset, mask=used[:, None], other=0.0)
             visible = used[None, :] & valid[:, None]
-            top, total, acc = _fold(q, k, v, visible, scale, top, total, acc, PRECISION)
+            top, total, acc = _fold(q, k, v, visible, scale, top, total, acc)
 
     out = tl.where(total[:, None] == 0, 0.0, acc / total[:, None])  # NaN stays
     tl.store(out_ptr + q_offset[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=mine[:, None])
@@ -93,7 +92,7 @@ def dual_attn(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softm
         page_table: int32 ``[num_slots, max_pages]``, contiguous.
         scratch_k, scratch_v: ``[num_rows_diff, num_heads_kv, head_dim]``, contiguous; None without diffusion rows.
         rows: a row plan (``position``, ``seq``, ``prefix_len``, ``group_start`` int32 on the device).
-        head_dim and page_size are powers of two >= 16; at most 64 query heads share a KV head.
+        head_dim is a power of two >= 16; at most 64 query heads share a KV head.
         No rows: no launch. Rows that see nothing: 0. Scores, weights' sum and output accumulate in fp32; the
         weights are rounded to V's dtype before P @ V; one rounding at the store. A row's keys come in tiles at
         absolute positions, its block's own tiles last; deterministic, row-invariant, graph-safe.
@@ -105,9 +104,8 @@ def dual_attn(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softm
     """
     num_heads_q, head_dim = q.shape[1:]
     num_heads_kv, page_size = k_pages.shape[1:3]
-    for name, size in (("head_dim", head_dim), ("page_size", page_size)):
-        if size < 16 or size & (size - 1):
-            raise ValueError(f"dual_attn: {name} must be a power of two >= 16 for triton, got {size}")
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        raise ValueError(f"dual_attn: head_dim must be a power of two >= 16 for triton, got {head_dim}")
     heads_per_kv = num_heads_q // num_heads_kv
     if heads_per_kv > BLOCK_M:
         raise ValueError(f"dual_attn: num_heads_q / num_heads_kv must be <= {BLOCK_M}, got {heads_per_kv}")
@@ -123,5 +121,5 @@ def dual_attn(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softm
         page_table.shape[1], rows.num_rows_ar, rows.num_groups_ar, num_heads_q, num_heads_kv,
         softmax_scale * math.log2(math.e),
         HEADS_PER_KV=heads_per_kv, HEAD_DIM=head_dim, PAGE_SIZE=page_size, BLOCK_M=BLOCK_M,
-        PRECISION="ieee", num_warps=8, num_stages=2, maxnreg=255, enable_fp_fusion=False,
+        num_warps=8, num_stages=2, maxnreg=255, enable_fp_fusion=False,
     )  # fmt: skip

@@ -131,7 +131,7 @@ def _sweep(y_ptr, length, top, cut, BLOCK: tl.constexpr):
 
 @triton.jit
 def _bracket(
-    count_ptr, mass_ptr, row, top, top_k, top_p, vocab, num_tiles, before_tile, TILES: tl.constexpr, RUNGS: tl.constexpr
+    count_ptr, mass_ptr, row, top_k, top_p, vocab, num_tiles, before_tile, TILES: tl.constexpr, RUNGS: tl.constexpr
 ):
     """The first rung that reaches the row's top-k count, or else its top-p mass; RUNGS if none does.
 
@@ -181,9 +181,7 @@ def _gather_kernel(
     if _active(temperature_ptr, top_k_ptr, top_p_ptr, slot, position, top, vocab):
         top_k = tl.load(top_k_ptr + slot)
         top_p = tl.load(top_p_ptr + slot)
-        first, _, base, _, _ = _bracket(
-            count_ptr, mass_ptr, row, top, top_k, top_p, vocab, num_tiles, tile, TILES, RUNGS
-        )
+        first, _, base, _, _ = _bracket(count_ptr, mass_ptr, row, top_k, top_p, vocab, num_tiles, tile, TILES, RUNGS)
         base = tl.where(first < RUNGS, base, tile * BLOCK)
         token = tile * BLOCK + tl.arange(0, BLOCK)
         inside = token < vocab
@@ -232,7 +230,7 @@ def _cut_kernel(
     if _active(temperature_ptr, top_k_ptr, top_p_ptr, slot, position, top, vocab):
         by_count = (top_k > 0) & (top_k < vocab)
         first, length, _, count_high, target = _bracket(
-            count_ptr, mass_ptr, row, top, top_k, top_p, vocab, num_tiles, 0, TILES, RUNGS
+            count_ptr, mass_ptr, row, top_k, top_p, vocab, num_tiles, 0, TILES, RUNGS
         )
         low = _rung_cut(top, first, RUNGS)
         high = tl.where(first > 0, _rung_cut(top, first - 1, RUNGS), above_top)

@@ -6,8 +6,6 @@
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-constexpr int kKeyVecs = kKeys / kLanes;
-
 template <typename T>
 struct VectorTile : QueryRows<T> {
   static constexpr int kQueries = 24;
