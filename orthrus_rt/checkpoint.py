@@ -72,13 +72,13 @@ def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None =
     if path_or_id == EMBEDDED_NAME:
         from orthrus_rt import embedded
 
-        return load_folder(embedded.base_folder(base_gguf), adapter=adapter or embedded.ADAPTER, name=EMBEDDED_NAME)
+        return load_folder(embedded.base_folder(base_gguf), adapter or embedded.ADAPTER, EMBEDDED_NAME)
     if base_gguf is not None:
         raise CheckpointError(f"base_gguf: applies to {EMBEDDED_NAME!r} only, got it with {path_or_id!r}")
-    return load_folder(_resolve(path_or_id), adapter=adapter, name=path_or_id)
+    return load_folder(_resolve(path_or_id), adapter, path_or_id)
 
 
-def load_folder(folder: Path, *, adapter: str | Path | None = None, name: str | None = None) -> Checkpoint:
+def load_folder(folder: Path, adapter: str | Path | None, name: str) -> Checkpoint:
     """:func:`load` for a folder on this machine."""
     raw = read_json(folder / "config.json")
     stored = scan(folder, "model.safetensors")
@@ -92,7 +92,7 @@ def load_folder(folder: Path, *, adapter: str | Path | None = None, name: str | 
         where += f" with {adapter / 'config.json'}"
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.exists() else None
-    config = parse(raw, generation, name=name or str(folder), where=where)
+    config = parse(raw, generation, name=name, where=where)
     for key, attribute in BASE_FACTS.items():
         if adapter_raw.get(key) is not None:
             _check_fact(key, adapter_raw[key], getattr(config, attribute), adapter, folder)

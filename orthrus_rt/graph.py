@@ -112,7 +112,7 @@ class Cycle(Recorded):
 
     def __init__(
         self, model: Model, kv: PagedKvCache, state: SlotState, num_slots: int, plan: CyclePlan, *, sampling,
-        activations, workspace, max_seq_len, shape: PrefillShape | None = None,
+        activations, workspace, max_seq_len, shape: PrefillShape | None,
     ):  # fmt: skip
         self.model, self.kv, self.plan = model, kv, plan
         self.state, self._cache_seqlens = state.view(slice(0, num_slots)), state.cache_seqlens

@@ -60,7 +60,7 @@ def model_facts(model: str, **sources) -> dict:
     return {"name": c.name} | {name: getattr(c, name) for name in names}
 
 
-def collect(*, device: str = "auto", dtype: str = "bfloat16", model: str | None = None, **sources) -> dict:
+def collect(*, device: str, dtype: str, model: str, **sources) -> dict:
     """Everything as one dictionary of plain values. A model that cannot be opened is reported, not raised."""
     chosen = pick_device(device)
     native = dispatch.native()
@@ -75,9 +75,8 @@ def collect(*, device: str = "auto", dtype: str = "bfloat16", model: str | None 
             for op in dispatch.OPS
         },
     }
-    if model is not None:
-        try:
-            facts["model"] = model_facts(model, **sources)
-        except CheckpointError as error:
-            facts["model"] = {"name": model, "error": str(error)}
+    try:
+        facts["model"] = model_facts(model, **sources)
+    except CheckpointError as error:
+        facts["model"] = {"name": model, "error": str(error)}
     return facts

@@ -12,8 +12,8 @@ from orthrus_rt.sampling import SamplingParams
 
 
 def decode_rates(
-    engine, kinds: Sequence[str], modes: Sequence[str], *, draft_len=None, fan_out=None, num_prompts=None,
-    max_new_tokens: int = 64,
+    engine, kinds: Sequence[str], modes: Sequence[str], *, draft_len=None, fan_out=None, num_prompts: int | None,
+    max_new_tokens: int,
 ) -> list[dict]:  # fmt: skip
     """Decode prompts of each kind in each mode, greedily, as many at a time as the engine has slots for.
 
