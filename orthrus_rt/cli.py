@@ -36,8 +36,6 @@ def build_parser() -> argparse.ArgumentParser:
     form.add_argument("--raw", dest="chat", action="store_false", help="text to continue (default: --chat if it can)")
     _add_model_options(generate, engine=True)
     generate.add_argument("--mode", choices=("auto", *MODES), default="auto", help="how to decode")
-    generate.add_argument("--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)")
-    generate.add_argument("--fan-out", type=int, metavar="F", help="blocks that a one_pass cycle drafts (default: 6)")
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
     sampling = generate.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
@@ -83,8 +81,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--modes", nargs="+", choices=("auto", *MODES), default=["ar", "two_pass"], metavar="MODE",
         help=f"of auto, {', '.join(MODES)} (default: ar two_pass)",
     )  # fmt: skip
-    bench.add_argument("--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)")
-    bench.add_argument("--fan-out", type=int, metavar="F", help="blocks that a one_pass cycle drafts (default: 6)")
     bench.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (default: %(default)s)")
     bench.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
     bench.add_argument("-n", "--num-prompts", type=int, metavar="N", help="only the first N prompts of each kind")
@@ -117,6 +113,10 @@ def _add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None
     )
     if engine:
         group.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and output (default: up to 4096)")
+        parser.add_argument(
+            "--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)"
+        )
+        parser.add_argument("--fan-out", type=int, metavar="F", help="blocks that a one_pass cycle drafts (default: 6)")
 
 
 def load_engine(args, mode: str = "auto", max_batch_size: int = 1):

@@ -26,8 +26,6 @@ def add_parser(commands, add_model_options) -> None:
     parser.add_argument("--prompts", metavar="PATH", help="one raw prompt a line (default: the built-in prompts)")
     parser.add_argument("-n", "--num-prompts", type=int, metavar="N", help="only the first N prompts")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="also decode N prompts together in each mode")
-    parser.add_argument("--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)")
-    parser.add_argument("--fan-out", type=int, metavar="F", help="blocks that a one_pass cycle drafts (default: 6)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")

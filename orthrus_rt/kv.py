@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from orthrus_rt.checks import PAGE_SIZE
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.device import upload
-from orthrus_rt.ops import PAGE_SIZE
 from orthrus_rt.pages import PagePool
 
 SINK_PAGE = 0  # invalid rows write here; nobody reads it
@@ -51,7 +51,7 @@ class PagedKvCache:
 
     @property
     def nbytes(self) -> int:
-        return self.pages.numel() * self.pages.element_size()
+        return self.pages.nbytes
 
     def open(self, slot: int, names: list[bytes], length: int) -> int:
         """Give the empty ``slot`` pages for positions ``0 ... length-1``; the first of them are those that have the
@@ -87,7 +87,7 @@ class PagedKvCache:
             self._hand(slot, self._take(slot, length, there))
 
     def publish(self, slot: int, names: list[bytes]) -> None:
-        """The slot's first pages have these names, and what is there is, to all that is launched from now on, final."""
+        """Name the slot's first pages. Their contents count as final for everything launched from now on."""
         for page, name in zip(self._held[slot], names, strict=False):
             self.pool.name(page, name)
 

@@ -1,12 +1,12 @@
 """Where an engine's memory goes.
 
-Weights, cache, activations and workspace are allocated when the engine is made, the latter
-two again where a call asks for larger cycles. Logits, edits, and each cycle or shape of prefill with its
-graph are allocated at their first use; from then on decoding allocates nothing more that lasts. What
-``acceptance="rejection"`` computes on the host's side of a cycle comes and goes with each. On the CPU threads keep
-some memory outside this report: the calling one what attention has of every 512 positions of a few rows while all
-share them, fp32 ``[splits, rows, num_heads_q, head_dim + 2]``, at most 128 MB; and each, where the processor has no
-products of bf16, a block of a pass's rows as floats, 1 MB, or 48 rows if these are more.
+Weights and cache are allocated once. Activations and workspace are too, and again when a call asks for larger
+cycles. Logits, edits, and each cycle or shape of prefill with its graph are allocated at their first use; from then on
+decoding allocates nothing more that lasts. What ``acceptance="rejection"`` computes on the host's side of a cycle comes
+and goes with each. On the CPU threads keep some memory outside this report: the calling one what attention has of every
+512 positions of a few rows while all share them, fp32 ``[splits, rows, num_heads_q, head_dim + 2]``, at most 128 MB;
+and each, where the processor has no products of bf16, a block of a pass's rows as floats, 1 MB, or 48 rows if these are
+more.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def memory_report(engine) -> dict[str, int]:
     graphs; the driver keeps some more for their launches.
     """
     runner, sizes = engine.runner, engine.model.nbytes()
-    scratch = sum(t.numel() * t.element_size() for t in (runner.activations.scratch_k, runner.activations.scratch_v))
-    workspace = sum(t.numel() for t in (runner.workspace.linear, runner.workspace.attn) if t is not None)
+    scratch = runner.activations.scratch_k.nbytes + runner.activations.scratch_v.nbytes
+    workspace = sum(t.nbytes for t in (runner.workspace.linear, runner.workspace.attn) if t is not None)
     tables = engine.model.cos_sin.nbytes + runner.kv.page_table.nbytes
     report = {
         "weights": sizes["ar"] + sizes["embedding"],

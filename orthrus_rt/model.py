@@ -87,7 +87,7 @@ class Model:
             w.nbytes for layer in self.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)
         )
         diffusion = sum(w.nbytes for layer in self.layers for w in (layer.qkv_diff, layer.o_diff))
-        return {"ar": ar, "diffusion": diffusion, "embedding": self.embedding.numel() * self.embedding.element_size()}
+        return {"ar": ar, "diffusion": diffusion, "embedding": self.embedding.nbytes}
 
 
 class Activations:

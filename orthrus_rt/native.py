@@ -51,19 +51,7 @@ def kv_struct(k_pages, v_pages, page_table):
 
 def state_struct(state: SlotState):
     return dispatch.native().SlotState(
-        cache_seqlens=ptr(state.cache_seqlens),
-        block_tokens=ptr(state.block_tokens),
-        num_drafts=ptr(state.num_drafts),
-        num_verified=ptr(state.num_verified),
-        num_accepted=ptr(state.num_accepted),
-        limit=ptr(state.limit),
-        stop_ids=ptr(state.stop_ids),
-        finish=ptr(state.finish),
-        output=ptr(state.output),
-        num_output=ptr(state.num_output),
-        runner_up=ptr(state.runner_up),
-        draft_prob=ptr(state.draft_prob),
-        hypotheses=ptr(state.hypotheses),
+        **{name: ptr(tensor) for name, tensor in vars(state).items()},  # they are named alike
         num_slots=state.num_slots,
         max_block_len=state.max_block_len,
         max_fan_out=state.max_fan_out,
@@ -113,7 +101,7 @@ def row_linear(
     if weight.impl == "cuda" and x.dtype is torch.bfloat16:
         with device_scope(x.device):
             need = dispatch.native().cuda.row_linear_workspace(x.shape[0], weight.in_features, weight.out_features)
-        have = 0 if workspace is None else workspace.numel() * workspace.element_size()
+        have = 0 if workspace is None else workspace.nbytes
         if have < need:
             raise ValueError(f"row_linear: workspace must be at least {need} bytes for {x.shape[0]} rows, got {have}")
     params = struct("RowLinearParams", x.dtype)(
@@ -126,7 +114,7 @@ def row_linear(
         partial_id=ptr(index),
         workspace=ptr(workspace),
         x_stride=x.stride(0),
-        workspace_bytes=0 if workspace is None else workspace.numel() * workspace.element_size(),
+        workspace_bytes=0 if workspace is None else workspace.nbytes,
         num_rows=x.shape[0],
         num_rows_ar=x.shape[0] if num_rows_ar is None else num_rows_ar,
         in_features=weight.in_features,
@@ -172,7 +160,7 @@ def dual_attn(
         scratch_v=ptr(scratch_v),
         out=ptr(out),
         workspace=ptr(workspace),
-        workspace_bytes=0 if workspace is None else workspace.numel() * workspace.element_size(),
+        workspace_bytes=0 if workspace is None else workspace.nbytes,
         rows=rows_struct(rows),
         kv=kv_struct(k_pages, v_pages, page_table),
         num_heads_q=q.shape[1],

@@ -9,7 +9,6 @@ and min-p. (Speculative sampling: Leviathan et al. 2023, Chen et al. 2023; arXiv
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from numbers import Real
 import numpy as np
 import torch
 
+from orthrus_rt.cycle_plan import integer
 from orthrus_rt.reference import process_logits_probs
 
 # Every random number is keyed by (seed, position, purpose), never by call order.
@@ -120,10 +120,7 @@ class SamplingParams:
 
 
 def _integer(name: str, value) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"SamplingParams: {name} must be an integer, got {value!r}") from None
+    return integer(f"SamplingParams: {name}", value)
 
 
 def _number(name: str, value) -> float:

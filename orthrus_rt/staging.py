@@ -27,9 +27,9 @@ def staged(engine, plans: list[CyclePlan], slots: int, context: int) -> Iterator
     """``start(plan)``: the plan's cycle, ``slots`` running sequences with ``context`` committed tokens before it.
 
     Keys and values are random. Every slot has K-1 drafts that look likely, so that a one-pass cycle is one in the
-    middle of decoding: all its rows are valid. The engine's own pages and buffers are used, and given back as they
-    were, but for prefixes that free pages held, where pages that held nothing do not suffice. The engine must be idle,
-    and whoever calls holds its turn. An interrupt in here leaves it torn, as in any other call.
+    middle of decoding: all its rows are valid. The engine's own pages are borrowed and returned; cached prefixes are
+    evicted only if blank pages run out. Its buffers are given back as they were. The engine must be idle, and whoever
+    calls holds its turn. An interrupt in here leaves it torn, as in any other call.
 
     Raises:
         ValueError: the engine has too few slots, pages or positions.

@@ -42,7 +42,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        return self.data.numel() * self.data.element_size()
+        return self.data.nbytes
 
 
 def pack(weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None) -> PackedWeight:
