@@ -6,16 +6,13 @@
 
 #include <cstdint>
 
+#include "orthrus/sm80.cuh"
 #include "orthrus/wgmma_descriptor.h"
 
 namespace orthrus::cuda::sm90 {
 
-__device__ __forceinline__ uint32_t smem_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(arrivals) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
 // Makes initialised barriers visible to the copy engine; the threads of the CTA still need a barrier.
@@ -24,11 +21,11 @@ __device__ __forceinline__ void fence_barrier_init() {
 }
 
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
 
@@ -46,7 +43,7 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
       "setp.lt.s64 done, now, 17179869184;\n"
       "@done bra again;\n"
       "trap;\n"
-      "completed:\n}\n" ::"r"(smem_address(barrier)),
+      "completed:\n}\n" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
 }
@@ -59,15 +56,15 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
 
 __device__ __forceinline__ void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-               "[%0], [%1], %2, [%3];" ::"r"(smem_address(dst)),
-               "l"(src), "r"(bytes), "r"(smem_address(barrier))
+               "[%0], [%1], %2, [%3];" ::"r"(shared_address(dst)),
+               "l"(src), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
 
 __device__ __forceinline__ void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier, uint64_t policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-               "[%0], [%1], %2, [%3], %4;" ::"r"(smem_address(dst)),
-               "l"(src), "r"(bytes), "r"(smem_address(barrier)), "l"(policy)
+               "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(dst)),
+               "l"(src), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
                : "memory");
 }
 
@@ -107,13 +104,13 @@ __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
 // The box of a 2-D tensor map whose first element is (row, column); elements outside the tensor are 0.
 __device__ __forceinline__ void tensor_load(void* dst, const TensorMap* map, int column, int row, uint64_t* barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-               "[%0], [%1, {%2, %3}], [%4];" ::"r"(smem_address(dst)),
-               "l"(map), "r"(column), "r"(row), "r"(smem_address(barrier))
+               "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(dst)),
+               "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
                : "memory");
 }
 
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* smem) {
-  return matrix_descriptor_at(smem_address(smem));
+  return matrix_descriptor_at(shared_address(smem));
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -140,115 +137,46 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#define ORTHRUS_ACC8(i)                                                                          \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
-      "+f"(d[i + 6]), "+f"(d[i + 7])
-
 // d (+)= A[64 x 16] B[N x 16]^T, both in shared memory.
 template <int kN>
 __device__ void wgmma(float* d, uint64_t a, uint64_t b, int accumulate);
 
-template <>
-__device__ __forceinline__ void wgmma<16>(float* d, uint64_t a, uint64_t b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7}, "
-      "%8, %9, p, 1, 1, 0, 0;\n}\n"
-      : ORTHRUS_ACC8(0)
-      : "l"(a), "l"(b), "r"(accumulate));
-}
+// The N / 2 accumulators of a thread: names of the asm's first operands, and these operands.
+#define ORTHRUS_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define ORTHRUS_NAMES_16 ORTHRUS_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define ORTHRUS_NAMES_32 \
+  ORTHRUS_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define ORTHRUS_NAMES_48 \
+  ORTHRUS_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define ORTHRUS_NAMES_64 \
+  ORTHRUS_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define ORTHRUS_NAMES_80 \
+  ORTHRUS_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define ORTHRUS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define ORTHRUS_16(i) ORTHRUS_4(i), ORTHRUS_4(i + 4), ORTHRUS_4(i + 8), ORTHRUS_4(i + 12)
+#define ORTHRUS_SUMS_8 ORTHRUS_4(0), ORTHRUS_4(4)
+#define ORTHRUS_SUMS_16 ORTHRUS_16(0)
+#define ORTHRUS_SUMS_32 ORTHRUS_SUMS_16, ORTHRUS_16(16)
+#define ORTHRUS_SUMS_48 ORTHRUS_SUMS_32, ORTHRUS_16(32)
+#define ORTHRUS_SUMS_64 ORTHRUS_SUMS_48, ORTHRUS_16(48)
+#define ORTHRUS_SUMS_80 ORTHRUS_SUMS_64, ORTHRUS_16(64)
 
-template <>
-__device__ __forceinline__ void wgmma<32>(float* d, uint64_t a, uint64_t b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "%16, %17, p, 1, 1, 0, 0;\n}\n"
-      : ORTHRUS_ACC8(0),
-        ORTHRUS_ACC8(8)
-      : "l"(a), "l"(b), "r"(accumulate));
-}
-
-template <>
-__device__ __forceinline__ void wgmma<64>(float* d, uint64_t a, uint64_t b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, p, 1, 1, 0, 0;\n}\n"
-      : ORTHRUS_ACC8(0),
-        ORTHRUS_ACC8(8),
-        ORTHRUS_ACC8(16),
-        ORTHRUS_ACC8(24)
-      : "l"(a), "l"(b), "r"(accumulate));
-}
-
-template <>
-__device__ __forceinline__ void wgmma<96>(float* d, uint64_t a, uint64_t b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
-      "%48, %49, p, 1, 1, 0, 0;\n}\n"
-      : ORTHRUS_ACC8(0),
-        ORTHRUS_ACC8(8),
-        ORTHRUS_ACC8(16),
-        ORTHRUS_ACC8(24),
-        ORTHRUS_ACC8(32),
-        ORTHRUS_ACC8(40)
-      : "l"(a), "l"(b), "r"(accumulate));
-}
-
-template <>
-__device__ __forceinline__ void wgmma<128>(float* d, uint64_t a, uint64_t b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p, 1, 1, 0, 0;\n}\n"
-      : ORTHRUS_ACC8(0),
-        ORTHRUS_ACC8(8),
-        ORTHRUS_ACC8(16),
-        ORTHRUS_ACC8(24),
-        ORTHRUS_ACC8(32),
-        ORTHRUS_ACC8(40),
-        ORTHRUS_ACC8(48),
-        ORTHRUS_ACC8(56)
-      : "l"(a), "l"(b), "r"(accumulate));
-}
-
-template <>
-__device__ __forceinline__ void wgmma<160>(float* d, uint64_t a, uint64_t b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %82, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n160k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, "
-      "%80, %81, p, 1, 1, 0, 0;\n}\n"
-      : ORTHRUS_ACC8(0),
-        ORTHRUS_ACC8(8),
-        ORTHRUS_ACC8(16),
-        ORTHRUS_ACC8(24),
-        ORTHRUS_ACC8(32),
-        ORTHRUS_ACC8(40),
-        ORTHRUS_ACC8(48),
-        ORTHRUS_ACC8(56),
-        ORTHRUS_ACC8(64),
-        ORTHRUS_ACC8(72)
-      : "l"(a), "l"(b), "r"(accumulate));
-}
-
-#undef ORTHRUS_ACC8
+// `sums`: N / 2, which is also the number of operand a; those of b and accumulate follow.
+#define ORTHRUS_WGMMA(n, sums, b_number, accumulate_number)                                            \
+  template <>                                                                                          \
+  __device__ __forceinline__ void wgmma<n>(float* d, uint64_t a, uint64_t b, int accumulate) {         \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate_number ", 0;\n"                      \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" ORTHRUS_NAMES_##sums "}, " \
+                 "%" #sums ", %" #b_number ", p, 1, 1, 0, 0;\n}\n"                                     \
+                 : ORTHRUS_SUMS_##sums                                                                 \
+                 : "l"(a), "l"(b), "r"(accumulate));                                                   \
+  }
+ORTHRUS_WGMMA(16, 8, 9, 10)
+ORTHRUS_WGMMA(32, 16, 17, 18)
+ORTHRUS_WGMMA(64, 32, 33, 34)
+ORTHRUS_WGMMA(96, 48, 49, 50)
+ORTHRUS_WGMMA(128, 64, 65, 66)
+ORTHRUS_WGMMA(160, 80, 81, 82)
+#undef ORTHRUS_WGMMA
 
 }  // namespace orthrus::cuda::sm90
