@@ -166,18 +166,18 @@ def philox(seed, position, purpose, token):
     return torch.where(lane < 2, torch.where(lane == 0, c[0], c[1]), torch.where(lane == 2, c[2], c[3]))
 
 
-def uniform(seed, position, purpose, token=0):
-    """fp32 in (0, 1), the same bits everywhere: min((fp32(word) + 0.5) * 2**-32, 1 - 2**-24)."""
+def uniforms(seed, position, purpose, token):
+    """fp32 in (0, 1), one a token, the same bits everywhere: min((fp32(word) + 0.5) * 2**-32, 1 - 2**-24)."""
     return ((philox(seed, position, purpose, token).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 
 def exponential(seed, position, purpose, token):
-    """-log(1 - uniform), fp32, with full relative precision near 0, where samples are decided.
+    """-log(1 - u), fp32, with full relative precision near 0, where samples are decided.
 
     ``argmax(y - log(exponential))`` draws from softmax(y): -log of it is Gumbel noise. Logarithms
     differ in the last bits between implementations; the uniforms do not.
     """
-    u = uniform(seed, position, purpose, token)
+    u = uniforms(seed, position, purpose, token)
     series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4))))
     return torch.where(u < 2.0**-7, series, -torch.log(1 - u))
 

@@ -35,8 +35,8 @@ struct KeysAhead {
   const char* v = nullptr;
   int64_t num_bytes = 0;  // of each
 
-  // Asks memory for `count` of `parts` parts, from `part` on: a few lines at a time, amid arithmetic.
-  ORTHRUS_INLINE void ask(int64_t part, int64_t parts, int64_t count) const {
+  // Prefetches `count` of `parts` parts, from `part` on: a few lines at a time, amid arithmetic.
+  ORTHRUS_INLINE void prefetch_parts(int64_t part, int64_t parts, int64_t count) const {
     for (int64_t at = num_bytes * part / parts; at < num_bytes * (part + count) / parts; at += kLineBytes) {
       prefetch(k + at);
       prefetch(v + at);

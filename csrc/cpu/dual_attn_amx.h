@@ -51,13 +51,13 @@ struct AmxTile : QueryRows<bf16_t> {
     }
     for (int t = 0; t < 1 + two(); ++t) make_weights(t, keys.num_keys, t == 0 ? keys.ahead : KeysAhead{});
     const bool finite = pair_values(keys);
-    if (!finite) zero_wild_values(keys.num_keys);
+    if (!finite) zero_nonfinite_values(keys.num_keys);
     if (two()) {
       mix_values<true>(keys.num_keys);
     } else {
       mix_values<false>(keys.num_keys);
     }
-    if (!finite) add_wild_values(keys);
+    if (!finite) add_nonfinite_values(keys);
   }
 
   ORTHRUS_INLINE void end_split() {}
@@ -138,7 +138,7 @@ struct AmxTile : QueryRows<bf16_t> {
     const Vec fade = exp(sub(old_top, base));
     Vec sum[2] = {zero(), zero()};
     for (int64_t j = 0; j < num_rows; j += 2) {
-      ahead.ask(j, num_rows, 2);
+      ahead.prefetch_parts(j, num_rows, 2);
       const Vec even = exp(sub(load(&score[j][t * kTileHeight]), base));
       const Vec odd = exp(sub(load(&score[j + 1][t * kTileHeight]), base));
       const __m512i words = pair_words(even, odd);
@@ -222,20 +222,20 @@ struct AmxTile : QueryRows<bf16_t> {
   }
 
   static constexpr int16_t kInfinity = 0x7f80;
-  static bool is_wild(bf16_t value) { return (value & kInfinity) == kInfinity; }
+  static bool is_nonfinite(bf16_t value) { return (value & kInfinity) == kInfinity; }
 
-  void zero_wild_values(int64_t num_keys) {
+  void zero_nonfinite_values(int64_t num_keys) {
     auto* values = reinterpret_cast<bf16_t*>(v_words);
     for (int64_t i = 0; i < (num_keys + num_keys % 2) * head_dim; ++i) {
-      if (is_wild(values[i])) values[i] = 0;
+      if (is_nonfinite(values[i])) values[i] = 0;
     }
   }
 
-  void add_wild_values(const KeyRows<bf16_t>& keys) {
+  void add_nonfinite_values(const KeyRows<bf16_t>& keys) {
     for (int64_t j = 0; j < keys.num_keys; ++j) {
       for (int64_t d = 0; d < head_dim; ++d) {
         const bf16_t value = keys.v_row[j][d];
-        if (!is_wild(value)) continue;
+        if (!is_nonfinite(value)) continue;
         for (int64_t q = 0; q < num_queries; ++q) {
           if (visible[q] > j) sums.mixed[q * head_dim + d] += to_float(weight[q][j]) * to_float(value);
         }

@@ -40,7 +40,7 @@ ORTHRUS_INLINE void transpose_keys(const KeyRows<T>& keys, int64_t head_dim, uin
   for (int64_t j = 0; j < keys.num_keys; j += kLanes) {
     const uint32_t* in[kLanes];
     for (int64_t d = 0; d < num_words; d += kLanes) {
-      keys.ahead.ask(j * num_words + d * kLanes, kKeys * num_words, kLanes * kLanes);
+      keys.ahead.prefetch_parts(j * num_words + d * kLanes, kKeys * num_words, kLanes * kLanes);
       for (int64_t i = 0; i < kLanes; ++i) {
         in[i] = reinterpret_cast<const uint32_t*>(keys.k_row[min_of(j + i, keys.num_keys - 1)]) + d;
       }

@@ -17,7 +17,7 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 constexpr int kStrip = 32;
 // Vocabulary ids per partial maximum.
 constexpr int kArgmaxTile = 512;
-// What a tile asks memory for while it computes: `lines` cache lines per step over k, 0, 1 or 2 in multiply_tile.
+// What a tile prefetches while it computes: `lines` cache lines per step over k, 0, 1 or 2 in multiply_tile.
 struct Ahead {
   const char* from;
   int64_t lines;

@@ -6,8 +6,8 @@
 //
 // A pair meets a group of strips before the next pair does: its rows then stay in the L1 cache, the group in the L2
 // cache. Products, memory and what is done with the sums must overlap, but loads that miss hold up the tile loads
-// behind them, and the processor looks only some steps ahead. So every pair asks memory for its share of the next
-// group, a few lines at a time between tile loads, and the sums of one strip are finished amid the steps of the next.
+// behind them, and the processor looks only some steps ahead. So every pair prefetches its share of the next group,
+// a few lines at a time between tile loads, and the sums of one strip are finished amid the steps of the next.
 #pragma once
 #include "amx.h"
 #include "row_linear.h"
@@ -21,13 +21,13 @@ constexpr int64_t kTileStepBytes = kTileDepth / 2 * kStepBytes;
 
 // Strips of a group, in bytes.
 constexpr int64_t kGroupBytes = 144 << 10;
-// Distance at which those who read a strip that nobody has asked for run ahead of themselves.
+// Distance at which those who read a strip that nobody has prefetched run ahead of themselves.
 constexpr int64_t kTileAheadBytes = 8192;
-// Of a step's 32 lines, those that are asked for ahead of the next group, by all pairs together: the processor, which
-// sees them in order, fetches the rest. To ask for all of them takes longer.
-constexpr int64_t kAskedLines = 24;
-// Places within a step of two tiles where lines are asked for.
-constexpr int64_t kAsks = 4;
+// Of a step's 32 lines, those of the next group that are prefetched, by all pairs together: the processor, which sees
+// them in order, fetches the rest. To prefetch all of them takes longer.
+constexpr int64_t kPrefetchedLines = 24;
+// Places within a step of two tiles where lines are prefetched.
+constexpr int64_t kPrefetchPlaces = 4;
 
 // The last in_features % 32 inputs, zeros behind them: neither a row nor a strip may be read past its end.
 struct TileTail {
@@ -59,29 +59,29 @@ ORTHRUS_INLINE TilePair tile_pair(const RowLinearParamsOf<bf16_t>& p, int64_t be
   return rows;
 }
 
-// Adds steps [begin, end) over k of a pair against one strip; asks memory for ahead.lines lines a step meanwhile, for
-// two tiles a multiple of kAsks.
+// Adds steps [begin, end) over k of a pair against one strip; prefetches ahead.lines lines a step meanwhile, for two
+// tiles a multiple of kPrefetchPlaces.
 template <bool kTwo>
 inline __attribute__((noinline)) void multiply_steps(const TilePair& rows, int64_t x_stride, const char* w,
                                                      int64_t begin, int64_t end, Ahead ahead) {
   // Evenly between the tile loads if there are many of these; a lone tile only loses time by that.
-  const int64_t lines = kTwo ? ahead.lines / kAsks : ahead.lines;
+  const int64_t lines = kTwo ? ahead.lines / kPrefetchPlaces : ahead.lines;
   const char* from = ahead.from + begin * ahead.lines * kLineBytes;
-  const auto ask = [&]() ORTHRUS_LAMBDA {
+  const auto prefetch_lines = [&]() ORTHRUS_LAMBDA {
     for (int64_t i = 0; i < lines; ++i, from += kLineBytes) prefetch(from);
   };
   for (int64_t k = begin; k < end; ++k) {
     const char* columns = w + k * kTileStepBytes;
-    ask();
+    prefetch_lines();
     tile_stream<kColumns0>(columns, kStepBytes);
-    if (kTwo) ask();
+    if (kTwo) prefetch_lines();
     tile_load<kRows0>(rows.x[0] + k * kTileDepth, x_stride * sizeof(bf16_t));
     tile_dot<kSum00, kRows0, kColumns0>();
-    if (kTwo) ask();
+    if (kTwo) prefetch_lines();
     tile_stream<kColumns1>(columns + kStepBytes / 2, kStepBytes);
     tile_dot<kSum01, kRows0, kColumns1>();
     if (kTwo) {
-      ask();
+      prefetch_lines();
       tile_load<kRows1>(rows.x[1] + k * kTileDepth, x_stride * sizeof(bf16_t));
       tile_dot<kSum10, kRows1, kColumns0>();
       tile_dot<kSum11, kRows1, kColumns1>();
@@ -162,13 +162,14 @@ ORTHRUS_INLINE void multiply_strips_amx(const RowLinearParamsOf<bf16_t>& p, cons
     const char* next = at(group_end);
     const char* next_end = at(min_of(group_end + group, last_strip));
     for (int64_t pair = 0; pair < num_pairs; ++pair) {
-      // Nobody has asked for the first group: its first pair does for itself.
+      // Nobody has prefetched the first group: its first pair does so for itself.
       const bool by_itself = pair == 0 && group_begin == first_strip;
       const int64_t helpers = num_pairs - (group_begin == first_strip);
       for (int64_t strip = group_begin; strip < group_end; ++strip) {
         Ahead ahead{at(strip) + kTileAheadBytes, kTileStepBytes / kLineBytes};
         if (!by_itself) {
-          ahead = {next, next < next_end ? max_of(1, kAskedLines / kAsks / helpers) * kAsks : 0};
+          const int64_t per_place = max_of(1, kPrefetchedLines / kPrefetchPlaces / helpers);
+          ahead = {next, next < next_end ? per_place * kPrefetchPlaces : 0};
           next += num_steps * ahead.lines * kLineBytes;
         }
         sums[now].rows = tile_pair(p, begin, end, height, pair);

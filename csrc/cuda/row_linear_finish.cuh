@@ -56,8 +56,8 @@ __device__ bool leave_partial(const float (&acc)[kTokens / 2], const RowLinearAr
   return *flag;
 }
 
-// Where an epilogue has a tile's sums from is a class, WholeSums or FoldedSums: it is asked for the sums of a step of
-// kStagingTokens tokens, and some time later stages them, each thread its own.
+// Where an epilogue has a tile's sums from is a class, WholeSums or FoldedSums: it loads the sums of a step of
+// kStagingTokens tokens ahead, and some time later stages them, each thread its own.
 constexpr int kStepSums = kStagingTokens / 2;  // of a thread
 
 // `s`: of the thread's first token and feature.
@@ -73,7 +73,7 @@ template <int kTokens>
 struct WholeSums {
   const float (&acc)[kTokens / 2];
 
-  __device__ void ask(int) {}
+  __device__ void load_ahead(int) {}
   __device__ void stage(int t0, float* s) const {
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j)  // registers have constant names
@@ -125,7 +125,7 @@ struct FoldedSums {
       }
     }
   }
-  __device__ void ask(int t0) { load<true>(0, t0); }
+  __device__ void load_ahead(int t0) { load<true>(0, t0); }
   __device__ void stage(int t0, float* s) {
     float sum[kStepSums];
     add<true>(0, sum);
@@ -219,7 +219,7 @@ __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, in
                              float* staging, BestLogit* best) {
   const RowLinearParams& p = args.p;
   const Epilogue epilogue = static_cast<Epilogue>(p.epilogue);
-  uint4 residual;  // where aligned: used only where it was asked for
+  uint4 residual;  // where aligned: used only where it was loaded
   auto residual_at = [&](int t0) {
     const uint32_t thread = thread_here();
     const int row = row_begin + t0 + thread / 8, column = block * kBlock + thread % 8 * 8;
@@ -228,13 +228,13 @@ __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, in
       residual = *reinterpret_cast<const uint4*>(p.residual + static_cast<int64_t>(row) * p.out_features + column);
   };
   residual_at(0);
-  sums.ask(0);
+  sums.load_ahead(0);
 #pragma unroll 1
   for (int t0 = 0; t0 < kTokens && row_begin + t0 < row_end; t0 += kStagingTokens) {
     const uint32_t thread = thread_here(), eighth = thread % 8, token = thread / 8;
     group_sync(group);
     sums.stage(t0, staging + thread % 4 * 2 * kStagingStride + 16 * (thread / 32) + thread % 32 / 4);
-    sums.ask(t0 + kStagingTokens);
+    sums.load_ahead(t0 + kStagingTokens);
     group_sync(group);
     const float* staged = staging + token * kStagingStride;
     const int row = row_begin + t0 + token;

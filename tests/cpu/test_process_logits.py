@@ -152,11 +152,11 @@ def test_philox_known_answers():
 
 
 def test_uniform_is_uniform_and_inside():
-    u = reference.uniform(7, 3, 1, torch.arange(1 << 16))
+    u = reference.uniforms(7, 3, 1, torch.arange(1 << 16))
     assert u.dtype is torch.float32 and u.min() > 0 and u.max() < 1
     histogram = torch.histc(u, 64, 0, 1)
     assert ((histogram - 1024) ** 2 / 1024).sum() < 63 + 5 * math.sqrt(2 * 63)
-    assert torch.equal(u[123], reference.uniform(7, 3, 1, 123))
+    assert torch.equal(u[123], reference.uniforms(7, 3, 1, 123))
 
 
 def test_choices_follow_the_distribution():
