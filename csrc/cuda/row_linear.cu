@@ -27,21 +27,9 @@ bool has_wgmma() { return std::strstr(ORTHRUS_CUDA_ARCHS, "90a"); }
 bool has_wgmma() { return true; }
 #endif
 
-struct Device {
-  int num_sms = 0;
-  bool wgmma = false;
-};
-
-cudaError_t current_device(Device* device) {
-  int id = 0, major = 0, minor = 0;
-  if (const cudaError_t error = cudaGetDevice(&id)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&device->num_sms, cudaDevAttrMultiProcessorCount, id))
-    return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id)) return error;
+bool runs_wgmma(const DeviceInfo& device) {
   const char* isa = std::getenv("ORTHRUS_CUDA_ISA");  // "sm80": the portable variant, wherever it runs
-  device->wgmma = major == 9 && minor == 0 && has_wgmma() && !(isa && !std::strcmp(isa, "sm80"));
-  return cudaSuccess;
+  return device.major == 9 && device.minor == 0 && has_wgmma() && !(isa && !std::strcmp(isa, "sm80"));
 }
 
 bool needs_whole_tiles(int epilogue) {
@@ -64,22 +52,21 @@ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }  // namespace
 
 const char* isa() {
-  Device device;
-  if (current_device(&device) != cudaSuccess) return "none";
-  return device.wgmma ? "sm90a" : "sm80";
+  const DeviceInfo device = device_info();
+  if (device.major == 0) return "none";
+  return runs_wgmma(device) ? "sm90a" : "sm80";
 }
 
 int64_t row_linear_workspace(int32_t max_rows, int32_t in_features, int32_t out_features) {
-  Device device;
-  if (current_device(&device) != cudaSuccess) return 0;
+  const DeviceInfo device = device_info();
+  if (device.major == 0) return 0;
   return workspace_bytes(make_plan(in_features, out_features, false, device.num_sms), 2,
-                         tokens_per_tile(max_rows, device.wgmma ? kTokensSm90 : kTokensMma));
+                         tokens_per_tile(max_rows, runs_wgmma(device) ? kTokensSm90 : kTokensMma));
 }
 
 int32_t row_linear_num_partials(int32_t in_features, int32_t out_features) {
-  Device device;
-  if (current_device(&device) != cudaSuccess) return 0;
-  return make_plan(in_features, out_features, true, device.num_sms).grid;
+  const DeviceInfo device = device_info();
+  return device.major == 0 ? 0 : make_plan(in_features, out_features, true, device.num_sms).grid;
 }
 
 int row_linear(const RowLinearParams& params, void* stream) {
@@ -93,8 +80,8 @@ int row_linear(const RowLinearParams& params, void* stream) {
     return cudaErrorMisalignedAddress;
   const bool wide_rows = params.out_features % 4 == 0;  // which are read and written 16 bytes at a time
   if (wide_rows && !(aligned16(params.residual) && aligned16(params.out))) return cudaErrorMisalignedAddress;
-  Device device;
-  if (const cudaError_t error = current_device(&device)) return error;
+  const DeviceInfo device = device_info();
+  if (device.major == 0) return cudaErrorNoDevice;
 
   RowLinearArgs args{};
   args.p = params;
@@ -103,21 +90,21 @@ int row_linear(const RowLinearParams& params, void* stream) {
   args.plan = make_plan(params.in_features, params.out_features, needs_whole_tiles(params.epilogue), device.num_sms);
   if (params.next_weight)
     args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms);
-  args.num_sms = device.num_sms;
   const bool argmax = params.epilogue == static_cast<int>(Epilogue::kArgmax);
   if (argmax && params.num_partials != args.plan.grid) return cudaErrorInvalidValue;
 
   const int rows_ar = args.p.num_rows_ar, rows_diff = params.num_rows - rows_ar;
   const int most_rows = rows_ar > rows_diff ? rows_ar : rows_diff;
-  const TokenTiles& tiles = device.wgmma ? kTokensSm90 : kTokensMma;
+  const bool wgmma = runs_wgmma(device);
+  const TokenTiles& tiles = wgmma ? kTokensSm90 : kTokensMma;
   const bool prefill = most_rows > tiles.widest && !argmax;
   const int tokens = prefill ? tiles.prefill : tokens_per_tile(most_rows, tiles);
   args.row_tiles_ar = (rows_ar + tokens - 1) / tokens;
   args.row_tiles = args.row_tiles_ar + (rows_diff + tokens - 1) / tokens;
   if (!prefill && params.workspace_bytes < workspace_bytes(args.plan, rows_diff ? 2 : 1, tokens))
     return cudaErrorInvalidValue;
-  const auto launch = device.wgmma ? launch_row_linear_sm90 : launch_row_linear_mma;
-  return launch(args, tokens, prefill, stream);
+  const auto launch = wgmma ? launch_row_linear_sm90 : launch_row_linear_mma;
+  return launch(args, tokens, prefill, stream, device);
 }
 
 }  // namespace orthrus::cuda

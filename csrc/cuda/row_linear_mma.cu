@@ -167,32 +167,33 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
 }
 
 template <int kTokens, bool kPrefill, int kBlocks>
-int launch_variant(const RowLinearArgs& args, void* stream) {
+int launch_variant(const RowLinearArgs& args, void* stream, const DeviceInfo& device) {
   using S = Stream<kTokens, kPrefill, kBlocks>;
   static_assert(S::kStages >= 3);
   constexpr int kShared = S::kStages * S::kStageBytes + S::kFixedBytes;
   const int items = (args.plan.blocks + kBlocks - 1) / kBlocks * args.row_tiles;
-  const int grid = kPrefill ? (items < args.num_sms ? items : args.num_sms) : args.plan.grid;
+  const int grid = kPrefill ? (items < device.num_sms ? items : device.num_sms) : args.plan.grid;
   const auto kernel = row_linear_mma<kTokens, kPrefill, kBlocks>;
-  return launch(kernel, args, grid, S::kThreads, kShared, stream, device_info());
+  return launch(kernel, args, grid, S::kThreads, kShared, stream, device);
 }
 
 template <int kBlocks>
-int launch_tokens(const RowLinearArgs& args, int tokens, bool prefill, void* stream) {
-  if (prefill) return launch_variant<kTokensMma.prefill, true, kBlocks>(args, stream);
+int launch_tokens(const RowLinearArgs& args, int tokens, bool prefill, void* stream, const DeviceInfo& device) {
+  if (prefill) return launch_variant<kTokensMma.prefill, true, kBlocks>(args, stream, device);
   switch (tokens) {
-    case 16: return launch_variant<16, false, kBlocks>(args, stream);
-    case 32: return launch_variant<32, false, kBlocks>(args, stream);
-    case 64: return launch_variant<64, false, kBlocks>(args, stream);
-    default: return launch_variant<kTokensMma.widest, false, kBlocks>(args, stream);
+    case 16: return launch_variant<16, false, kBlocks>(args, stream, device);
+    case 32: return launch_variant<32, false, kBlocks>(args, stream, device);
+    case 64: return launch_variant<64, false, kBlocks>(args, stream, device);
+    default: return launch_variant<kTokensMma.widest, false, kBlocks>(args, stream, device);
   }
 }
 
 }  // namespace
 
-int launch_row_linear_mma(const RowLinearArgs& args, int tokens, bool prefill, void* stream) {
-  const bool pair = args.plan.blocks_per_tile == 2;
-  return pair ? launch_tokens<2>(args, tokens, prefill, stream) : launch_tokens<1>(args, tokens, prefill, stream);
+int launch_row_linear_mma(const RowLinearArgs& args, int tokens, bool prefill, void* stream,
+                          const DeviceInfo& device) {
+  const auto launch_blocks = args.plan.blocks_per_tile == 2 ? launch_tokens<2> : launch_tokens<1>;
+  return launch_blocks(args, tokens, prefill, stream, device);
 }
 
 }  // namespace orthrus::cuda

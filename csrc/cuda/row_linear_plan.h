@@ -9,6 +9,7 @@
 // ranges; where a cut falls inside a tile its sum is cut there too. The cuts depend on the weight's
 // shape and the device alone, so a row's sum is folded in the same order whatever shares the call.
 #pragma once
+#include "orthrus/launch.cuh"
 #include "orthrus/params.h"
 #include "orthrus/sm80.cuh"
 
@@ -78,7 +79,6 @@ struct RowLinearArgs {
   RowLinearPlan plan, next;  // next: of p.next_weight
   int32_t row_tiles_ar;  // row tiles of `tokens` rows, the AR view's first; no tile holds both views
   int32_t row_tiles;
-  int32_t num_sms;
   int32_t num_stages;    // of the shared-memory ring
 
   __device__ bool is_diff(int row_tile) const { return row_tile >= row_tiles_ar; }
@@ -106,7 +106,7 @@ struct TokenTiles {
 constexpr TokenTiles kTokensSm90{160, 128};
 constexpr TokenTiles kTokensMma{96, 96};
 
-int launch_row_linear_sm90(const RowLinearArgs& args, int tokens, bool prefill, void* stream);
-int launch_row_linear_mma(const RowLinearArgs& args, int tokens, bool prefill, void* stream);
+int launch_row_linear_sm90(const RowLinearArgs& args, int tokens, bool prefill, void* stream, const DeviceInfo& device);
+int launch_row_linear_mma(const RowLinearArgs& args, int tokens, bool prefill, void* stream, const DeviceInfo& device);
 
 }  // namespace orthrus::cuda

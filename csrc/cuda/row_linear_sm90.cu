@@ -375,7 +375,7 @@ __global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTokens, kPrefi
 }
 
 template <int kTokens, bool kPrefill>
-int launch_variant(const RowLinearArgs& plain, void* stream) {
+int launch_variant(const RowLinearArgs& plain, void* stream, const DeviceInfo& device) {
   Sm90Params params{{}, plain};
   RowLinearArgs& args = params.args;
   for (int view = 0; view < 2; ++view) {
@@ -395,22 +395,23 @@ int launch_variant(const RowLinearArgs& plain, void* stream) {
 
   const auto kernel = row_linear_sm90<kTokens, kPrefill>;
   int grid = args.plan.grid;
-  if (kPrefill) grid = min(args.num_sms, (args.plan.blocks + 1) / 2 * args.row_tiles);
+  if (kPrefill) grid = min(device.num_sms, (args.plan.blocks + 1) / 2 * args.row_tiles);
   const int threads = blocks * kGroupThreads + producer_threads(kPrefill);
-  return launch(kernel, params, grid, threads, shared, stream, device_info());
+  return launch(kernel, params, grid, threads, shared, stream, device);
 }
 
 }  // namespace
 
-int launch_row_linear_sm90(const RowLinearArgs& args, int tokens, bool prefill, void* stream) {
-  if (prefill) return launch_variant<kTokensSm90.prefill, true>(args, stream);
+int launch_row_linear_sm90(const RowLinearArgs& args, int tokens, bool prefill, void* stream,
+                           const DeviceInfo& device) {
+  if (prefill) return launch_variant<kTokensSm90.prefill, true>(args, stream, device);
   switch (tokens) {
-    case 16: return launch_variant<16, false>(args, stream);
-    case 32: return launch_variant<32, false>(args, stream);
-    case 64: return launch_variant<64, false>(args, stream);
-    case 96: return launch_variant<96, false>(args, stream);
-    case 128: return launch_variant<128, false>(args, stream);
-    default: return launch_variant<kTokensSm90.widest, false>(args, stream);
+    case 16: return launch_variant<16, false>(args, stream, device);
+    case 32: return launch_variant<32, false>(args, stream, device);
+    case 64: return launch_variant<64, false>(args, stream, device);
+    case 96: return launch_variant<96, false>(args, stream, device);
+    case 128: return launch_variant<128, false>(args, stream, device);
+    default: return launch_variant<kTokensSm90.widest, false>(args, stream, device);
   }
 }
 

@@ -28,8 +28,18 @@ __device__ __forceinline__ void pdl_launch_dependents() {
 
 struct DeviceInfo {
   int num_sms;
-  bool pdl;  // compute capability 9.0 and newer, unless ORTHRUS_CUDA_PDL=0
+  int major, minor;  // compute capability; 0.0 where there is no device
 };
+
+inline DeviceInfo device_info() {
+  int device = 0;
+  DeviceInfo info{};
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&info.num_sms, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&info.major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&info.minor, cudaDevAttrComputeCapabilityMinor, device);
+  return info;
+}
 
 inline bool pdl_is_off() {
   static const bool off = [] {
@@ -37,16 +47,6 @@ inline bool pdl_is_off() {
     return value && std::strcmp(value, "0") == 0;
   }();
   return off;
-}
-
-inline DeviceInfo device_info() {
-  int device = 0, major = 0;
-  DeviceInfo info{};
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&info.num_sms, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  info.pdl = major >= 9 && !pdl_is_off();
-  return info;
 }
 
 // Raises the kernel's limit, never lowers it: a graph recorded with more may be instantiated after a launch with less.
@@ -86,7 +86,7 @@ int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads,
   config.dynamicSmemBytes = smem_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
-  config.numAttrs = device.pdl ? 1 : 0;
+  config.numAttrs = device.major >= 9 && !pdl_is_off() ? 1 : 0;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, params));
 }
 

@@ -10,10 +10,11 @@ namespace orthrus::cuda {
 inline void pdl_wait() { cuda_host::waited[threadIdx.x] = true; }
 inline void pdl_launch_dependents() {}
 
+// A Hopper with as many SMs as the test says.
 struct DeviceInfo {
-  int num_sms;
+  int num_sms, major, minor;
 };
-inline DeviceInfo device_info() { return {cuda_host::num_sms}; }
+inline DeviceInfo device_info() { return {cuda_host::num_sms, 9, 0}; }
 
 template <typename Params>
 int occupancy(void (*)(Params), int, int, int* ctas) {
