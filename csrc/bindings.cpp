@@ -46,8 +46,7 @@ void bind_element_params(py::module_& m, const std::string& suffix) {
   {
     using T = PagedKvOf<E>;
     auto cls = bind_struct<T>(m, "PagedKv" + suffix);
-    FIELD(k_pages); FIELD(v_pages); FIELD(page_table); FIELD(num_pages); FIELD(max_pages); FIELD(page_size);
-    FIELD(num_heads_kv); FIELD(head_dim);
+    FIELD(k_pages); FIELD(v_pages); FIELD(page_table); FIELD(max_pages); FIELD(num_heads_kv); FIELD(head_dim);
   }
   {
     using T = RowLinearParamsOf<E>;

@@ -41,9 +41,7 @@ def kv_struct(k_pages, v_pages, page_table):
         k_pages=ptr(k_pages),
         v_pages=ptr(v_pages),
         page_table=ptr(page_table),
-        num_pages=k_pages.shape[0],
         max_pages=page_table.shape[1],
-        page_size=k_pages.shape[2],
         num_heads_kv=k_pages.shape[1],
         head_dim=k_pages.shape[3],
     )

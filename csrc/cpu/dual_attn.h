@@ -21,10 +21,11 @@
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-constexpr int kKeys = 64;
+constexpr int kKeys = kPageSize;
 constexpr int kMaxQueries = 32;
 constexpr int kMaxHeadDim = 256;
 constexpr int64_t kSplitKeys = 512;
+static_assert(kSplitKeys % kKeys == 0);  // so that 64 keys of a prefix are one page
 
 // At least one: for the block, if there is no prefix.
 ORTHRUS_INLINE int64_t num_splits(int64_t prefix_len) { return max_of(1, div_up(prefix_len, kSplitKeys)); }
@@ -101,27 +102,25 @@ ORTHRUS_INLINE void attend_prefix(const DualAttnParamsOf<T>& p, const TileItem& 
                                   KeyRows<T>& keys) {
   const int64_t seq = p.rows.seq[p.rows.group_start[item.group]];
   const int32_t* pages = p.kv.page_table + seq * p.kv.max_pages;
-  const int64_t page_size = p.kv.page_size;
+  const auto offset_of = [&](int64_t page) ORTHRUS_LAMBDA {
+    return (int64_t{pages[page]} * p.kv.num_heads_kv + item.head_kv) * kPageSize * queries.head_dim;
+  };
   const int64_t end = min_of((split + 1) * kSplitKeys, queries.longest);
   for (int64_t begin = split * kSplitKeys; begin < end; begin += kKeys) {
     keys.num_keys = min_of(kKeys, end - begin);
-    for (int64_t j = 0; j < keys.num_keys;) {
-      const int64_t page = pages[(begin + j) / page_size];
-      const int64_t slot = (begin + j) % page_size;
-      int64_t at = ((page * p.kv.num_heads_kv + item.head_kv) * page_size + slot) * queries.head_dim;
-      for (int64_t in_page = slot; in_page < page_size && j < keys.num_keys; ++in_page, ++j, at += queries.head_dim) {
-        keys.k_row[j] = p.kv.k_pages + at;
-        keys.v_row[j] = p.kv.v_pages + at;
-      }
+    int64_t at = offset_of(begin / kPageSize);
+    for (int64_t j = 0; j < keys.num_keys; ++j, at += queries.head_dim) {
+      keys.k_row[j] = p.kv.k_pages + at;
+      keys.v_row[j] = p.kv.v_pages + at;
     }
     for (int64_t q = 0; q < queries.num_queries; ++q) {
       keys.visible[q] = static_cast<int32_t>(max_of(0, min_of(keys.num_keys, queries.prefix_len[q] - begin)));
     }
     keys.ahead = {};
-    if (page_size == kKeys && begin + kKeys < end) {
-      const int64_t page = pages[begin / kKeys + 1];
-      const int64_t at = (page * p.kv.num_heads_kv + item.head_kv) * kKeys * queries.head_dim;
-      keys.ahead = {reinterpret_cast<const char*>(p.kv.k_pages + at), reinterpret_cast<const char*>(p.kv.v_pages + at),
+    if (begin + kKeys < end) {
+      const int64_t next = offset_of(begin / kPageSize + 1);
+      keys.ahead = {reinterpret_cast<const char*>(p.kv.k_pages + next),
+                    reinterpret_cast<const char*>(p.kv.v_pages + next),
                     kKeys * queries.head_dim * int64_t{sizeof(T)}};
     }
     queries.attend(keys);

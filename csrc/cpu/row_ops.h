@@ -127,13 +127,12 @@ ORTHRUS_INLINE void commit_row(const QkvCommitParamsOf<T>& p, int64_t r) {
   T* v_out;
   int64_t stride_head;
   if (is_ar) {
-    const int64_t slot = valid ? position % p.kv.page_size : 0;
-    const int64_t page =
-        valid ? p.kv.page_table[int64_t{p.rows.seq[r]} * p.kv.max_pages + position / p.kv.page_size] : 0;
-    const int64_t at = (page * num_heads_kv * p.kv.page_size + slot) * head_dim;
+    const int64_t slot = valid ? position % kPageSize : 0;
+    const int64_t page = valid ? p.kv.page_table[int64_t{p.rows.seq[r]} * p.kv.max_pages + position / kPageSize] : 0;
+    const int64_t at = (page * num_heads_kv * kPageSize + slot) * head_dim;
     k_out = p.kv.k_pages + at;
     v_out = p.kv.v_pages + at;
-    stride_head = p.kv.page_size * head_dim;
+    stride_head = kPageSize * head_dim;
   } else {
     const int64_t at = (r - p.rows.num_rows_ar) * num_heads_kv * head_dim;
     k_out = p.scratch_k + at;

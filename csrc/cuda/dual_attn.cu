@@ -84,7 +84,6 @@ int64_t dual_attn_workspace(int32_t max_rows, int32_t num_heads_q, int32_t head_
 
 int dual_attn(const DualAttnParams& p, void* stream) {
   if (p.rows.num_rows == 0 || p.rows.num_groups == 0) return cudaSuccess;
-  if (p.kv.page_size != kTileKv) return cudaErrorInvalidValue;
   if (reinterpret_cast<uintptr_t>(p.workspace) % 16) return cudaErrorMisalignedAddress;
   DualAttnLaunch a{};
   a.p = p;

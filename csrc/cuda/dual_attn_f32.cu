@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kThreads, 4) dual_attn_f32_kernel(const __grid
     const int kv = first + lane;
     int64_t offset = -1;
     if (sees_cached(kv, prefix_len)) {
-      const int64_t page = pages[kv / p.kv.page_size];
-      offset = ((page * p.kv.num_heads_kv + head_kv) * p.kv.page_size + kv % p.kv.page_size) * kHeadDim;
+      const int64_t page = pages[kv / kPageSize];
+      offset = ((page * p.kv.num_heads_kv + head_kv) * kPageSize + kv % kPageSize) * kHeadDim;
     }
     fold(s, q, p.kv.k_pages, p.kv.v_pages, offset, p.softmax_scale, lane);
   }

@@ -6,7 +6,7 @@
 
 namespace orthrus::cuda {
 
-constexpr int kTileKv = 64;  // keys of one tile = positions of one page
+constexpr int kTileKv = kPageSize;  // keys of one tile
 
 // Tiles per split: short splits early, so that a short context still spreads over the chip; long ones
 // later, so that partial results stay small beside the keys and values read.

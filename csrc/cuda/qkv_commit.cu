@@ -92,10 +92,10 @@ __device__ int64_t kv_offset(const QkvCommitParamsOf<T>& p, int row, int head, i
   }
   int page = 0, slot = 0;  // the sink
   if (row_is_valid(position)) {
-    page = p.kv.page_table[static_cast<int64_t>(p.rows.seq[row]) * p.kv.max_pages + position / p.kv.page_size];
-    slot = position % p.kv.page_size;
+    page = p.kv.page_table[static_cast<int64_t>(p.rows.seq[row]) * p.kv.max_pages + position / kPageSize];
+    slot = position % kPageSize;
   }
-  return ((static_cast<int64_t>(page) * p.kv.num_heads_kv + head) * p.kv.page_size + slot) * p.kv.head_dim;
+  return ((static_cast<int64_t>(page) * p.kv.num_heads_kv + head) * kPageSize + slot) * p.kv.head_dim;
 }
 
 template <int kHeadDim, typename T>

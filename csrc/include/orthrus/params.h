@@ -29,16 +29,17 @@ struct Rows {
   int32_t max_group_rows;      // no group has more rows than this
 };
 
-// One layer's paged KV: page p, head h, slot t, lane d at ((p*num_heads_kv + h)*page_size + t)*head_dim + d.
+// Positions of a page.
+constexpr int kPageSize = 64;
+
+// One layer's paged KV: page p, head h, slot t, lane d at ((p*num_heads_kv + h)*kPageSize + t)*head_dim + d.
 // Page 0 is the sink: invalid rows write there and nobody reads it.
 template <typename T>
 struct PagedKvOf {
-  T* k_pages;                  // [num_pages, num_heads_kv, page_size, head_dim]
+  T* k_pages;                  // [num_pages, num_heads_kv, kPageSize, head_dim]
   T* v_pages;                  // same shape
-  const int32_t* page_table;   // [num_slots, max_pages] page of positions [i*page_size, (i+1)*page_size)
-  int32_t num_pages;
+  const int32_t* page_table;   // [num_slots, max_pages] page of positions [i*kPageSize, (i+1)*kPageSize)
   int32_t max_pages;           // columns of page_table
-  int32_t page_size;           // 64
   int32_t num_heads_kv;
   int32_t head_dim;
 };
