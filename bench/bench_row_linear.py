@@ -28,7 +28,7 @@ class Chain:
     def __init__(self, model: str, device: torch.device, layers: int | None, diff: bool):
         config, self.device = config_of(model), device
         self.shapes = shapes = linear_shapes(config)
-        self.hidden, self.mlp, self.q_width = config.hidden_size, config.intermediate_size, shapes["o"][1]
+        self.hidden, self.mlp = config.hidden_size, config.intermediate_size
         self.layers = layers or config.num_layers
         self.weights = {op: [self._random(op, shapes[op]) for _ in range(self.layers)] for op in OPS[:-1]}
         self.weights["lm_head"] = [self._random("lm_head", shapes["lm_head"])]
@@ -46,6 +46,7 @@ class Chain:
         self.num_rows = num_rows
         self.x = empty(num_rows, self.hidden).normal_()
         self.qkv, self.act = empty(num_rows, self.shapes["qkv"][0]), empty(num_rows, self.mlp)
+        self.attn = empty(num_rows, self.shapes["o"][1]).normal_()
         self.best = tuple(empty(num_rows, head.num_partials, dtype=t) for t in (torch.float32, torch.int32))
         self.wide = empty(num_rows, 2 * self.mlp)
         self.logits = None
@@ -65,7 +66,7 @@ class Chain:
         if following and (op, following[0]) != ("qkv", "o") and following[0] != "lm_head":  # as in the model
             first = self.diff if following[0] in self.diff and self.num_rows < 2 else self.weights
             then = first[following[0]][following[1]]
-        inputs = {"o": self.qkv[:, : self.q_width], "down": self.act}.get(op, self.x)
+        inputs = {"o": self.attn, "down": self.act}.get(op, self.x)
         out = {"qkv": self.qkv, "gate_up": self.act, "lm_head": self.best}.get(op, self.x)
         views = dict(weight_diff=self.diff[op][layer], num_rows_ar=self.num_rows // 2) if op in self.diff else {}
         residual = self.x if EPILOGUES[op] == "residual" else None
@@ -76,7 +77,7 @@ class Chain:
         """The same product by torch, epilogue left out, over the packed bytes read as a plain matrix."""
         n, k = self.shapes[op]
         weight = self.weights[op][layer].data.view(-1, k)[:n]
-        inputs = {"o": self.qkv[:, : self.q_width], "down": self.act}.get(op, self.x)
+        inputs = {"o": self.attn, "down": self.act}.get(op, self.x)
         if op == "lm_head":
             if self.logits is None:
                 self.logits = torch.empty(self.num_rows, n, dtype=torch.bfloat16, device=self.device)

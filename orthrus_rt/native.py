@@ -111,7 +111,6 @@ def row_linear(
         partial_value=ptr(value),
         partial_id=ptr(index),
         workspace=ptr(workspace),
-        x_stride=x.stride(0),
         workspace_bytes=0 if workspace is None else workspace.nbytes,
         num_rows=x.shape[0],
         num_rows_ar=x.shape[0] if num_rows_ar is None else num_rows_ar,

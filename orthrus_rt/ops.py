@@ -93,7 +93,7 @@ def row_linear(
     """``y[r] = x[r] @ W(r)^T`` with fp32 accumulation, then one epilogue; both views' rows in one launch.
 
     Args:
-        x: ``[num_rows, in_features]``; rows may be strided.
+        x: ``[num_rows, in_features]``.
         weight: W of rows ``[0, num_rows_ar)``; of all rows if ``weight_diff`` is None.
         out: by epilogue: ``none`` and ``residual`` ``[num_rows, out_features]``; ``silu_mul``
             ``[num_rows, out_features / 2]``; ``logits`` the same as ``none`` in fp32, never rounded;
@@ -106,8 +106,7 @@ def row_linear(
     """
     op, dtype, device = "row_linear", x.dtype, x.device
     n = x.shape[0]
-    require(op, "x.shape[1]", weight.in_features, x.shape[1])
-    require(op, "x.stride(1)", 1, x.stride(1))
+    check_tensor(op, "x", x, (None, weight.in_features), dtype, device)
     if epilogue not in native.EPILOGUE:
         raise ValueError(f"{op}: epilogue must be one of {', '.join(native.EPILOGUE)}, got {epilogue!r}")
     require(op, "weight.data.dtype", dtype, weight.data.dtype)

@@ -10,9 +10,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def embed_kernel(
-    token_ptr, table_ptr, out_ptr, stride_table_row, stride_out_row, hidden, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def embed_kernel(token_ptr, table_ptr, out_ptr, hidden, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < hidden
@@ -20,8 +18,8 @@ def embed_kernel(
         gdc_launch_dependents()
         gdc_wait()
     token = tl.load(token_ptr + row).to(tl.int64)
-    value = tl.load(table_ptr + token * stride_table_row + lane, mask=inside)
-    tl.store(out_ptr + row * stride_out_row + lane, value, mask=inside)
+    value = tl.load(table_ptr + token * hidden + lane, mask=inside)
+    tl.store(out_ptr + row * hidden + lane, value, mask=inside)
 
 
 def embed(token, table, out):
@@ -29,8 +27,8 @@ def embed(token, table, out):
 
     Contract:
         token: int32 ``[num_rows]``, each within ``[0, vocab_size)``: the kernel does not check.
-        table: ``[vocab_size, hidden]`` of any dtype, unit stride along hidden; 64-bit row offsets.
-        out: ``[num_rows, hidden]`` of the same dtype, MUTATED whole.
+        table: ``[vocab_size, hidden]`` of any dtype, contiguous; 64-bit row offsets.
+        out: ``[num_rows, hidden]`` of the same dtype, contiguous, MUTATED whole.
         No rows: no launch. A copy: no rounding, deterministic, row-invariant, graph-safe.
         Moves ``2 * num_rows * hidden`` elements.
     """
@@ -38,8 +36,5 @@ def embed(token, table, out):
     if not num_rows:
         return
     grid = (num_rows, triton.cdiv(hidden, BLOCK))
-    strides = table.stride(0), out.stride(0)
-    kernel = embed_kernel[grid](
-        token, table, out, *strides, hidden, BLOCK=BLOCK, num_warps=4, **launch_options(out.device)
-    )
+    kernel = embed_kernel[grid](token, table, out, hidden, BLOCK=BLOCK, num_warps=4, **launch_options(out.device))
     share_multiprocessors(kernel)

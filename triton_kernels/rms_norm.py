@@ -9,7 +9,7 @@ from .pdl import launch_options, share_multiprocessors
 
 @triton.jit
 def rms_norm_kernel(
-    x_ptr, weight_ptr, row_index_ptr, out_ptr, stride_x_row, stride_out_row, hidden, eps,
+    x_ptr, weight_ptr, row_index_ptr, out_ptr, hidden, eps,
     HAS_INDEX: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -23,20 +23,20 @@ def rms_norm_kernel(
     source = row
     if HAS_INDEX:
         source = tl.load(row_index_ptr + row).to(tl.int64)
-    x = tl.load(x_ptr + source * stride_x_row + lane, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + source * hidden + lane, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / hidden + eps)
     out = x * scale * weight
-    tl.store(out_ptr + row * stride_out_row + lane, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * hidden + lane, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x, weight, eps, out, row_index=None):
     """``out[r] = round(x[i] * rsqrt(mean(x[i]^2) + eps) * weight)``, ``i = row_index[r]`` or ``r``.
 
     Contract:
-        x: ``[num_rows_in, hidden]`` bf16, fp16 or fp32, unit stride along hidden. Not mutated.
+        x: ``[num_rows_in, hidden]`` bf16, fp16 or fp32, contiguous. Not mutated.
         weight: fp32 ``[hidden]``, contiguous; constant while the kernels ahead of it run.
         row_index: int32 ``[num_rows]`` within x's rows, or None.
-        out: ``[num_rows, hidden]`` of x's dtype, MUTATED whole; may be x itself where row_index is None.
+        out: ``[num_rows, hidden]`` of x's dtype, contiguous, MUTATED whole; may be x itself where row_index is None.
         No rows: no launch. fp32 inside, one rounding at the store. One program reduces one row in an order
         that depends on ``hidden`` alone: deterministic, row-invariant, graph-safe.
         Moves ``num_rows * hidden * 2`` elements and ``4 * hidden`` bytes of weight; 4 FLOPs an element.
@@ -47,7 +47,7 @@ def rms_norm(x, weight, eps, out, row_index=None):
     block = triton.next_power_of_2(hidden)
     warps = min(max(block // 512, 1), 16)
     kernel = rms_norm_kernel[(num_rows,)](
-        x, weight, row_index, out, x.stride(0), out.stride(0), hidden, eps,
+        x, weight, row_index, out, hidden, eps,
         HAS_INDEX=row_index is not None, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         **launch_options(x.device),
     )  # fmt: skip

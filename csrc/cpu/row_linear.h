@@ -232,7 +232,7 @@ ORTHRUS_INLINE const float* widen_rows(const RowLinearParamsOf<bf16_t>& p, int64
                                        int64_t stride) {
   float* out = thread_scratch((end - begin) * stride);
   for (int64_t r = 0; r < end - begin; ++r) {
-    const bf16_t* x = p.x + (begin + r) * p.x_stride;
+    const bf16_t* x = p.x + (begin + r) * p.in_features;
     float* to = out + r * stride;
     int64_t k = 0;
     for (; k + kLanes <= p.in_features; k += kLanes) store(to + k, load(x + k));
@@ -257,7 +257,7 @@ inline void row_linear(const RowLinearParamsOf<T>& p) {
     } else {
       for (int64_t strip = first_strip; strip < last_strip; ++strip) {
         for_row_blocks(p, p.num_rows, [&](const void* weight, int64_t begin, int64_t end) {
-          multiply_strip(p, p.x + begin * p.x_stride, p.x_stride, weight, strip, begin, end);
+          multiply_strip(p, p.x + begin * p.in_features, p.in_features, weight, strip, begin, end);
         });
       }
     }

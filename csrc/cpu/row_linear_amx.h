@@ -54,7 +54,7 @@ ORTHRUS_INLINE TilePair tile_pair(const RowLinearParamsOf<bf16_t>& p, int64_t be
     const int64_t first = begin + (2 * pair + t) * height;
     rows.row[t] = min_of(first, end - height);
     rows.again[t] = first - rows.row[t];
-    rows.x[t] = p.x + rows.row[t] * p.x_stride;
+    rows.x[t] = p.x + rows.row[t] * p.in_features;
   }
   return rows;
 }
@@ -62,7 +62,7 @@ ORTHRUS_INLINE TilePair tile_pair(const RowLinearParamsOf<bf16_t>& p, int64_t be
 // Adds steps [begin, end) over k of a pair against one strip; prefetches ahead.lines lines a step meanwhile, for two
 // tiles a multiple of kPrefetchPlaces.
 template <bool kTwo>
-inline __attribute__((noinline)) void multiply_steps(const TilePair& rows, int64_t x_stride, const char* w,
+inline __attribute__((noinline)) void multiply_steps(const TilePair& rows, int64_t in_features, const char* w,
                                                      int64_t begin, int64_t end, Ahead ahead) {
   // Evenly between the tile loads if there are many of these; a lone tile only loses time by that.
   const int64_t lines = kTwo ? ahead.lines / kPrefetchPlaces : ahead.lines;
@@ -75,14 +75,14 @@ inline __attribute__((noinline)) void multiply_steps(const TilePair& rows, int64
     prefetch_lines();
     tile_stream<kColumns0>(columns, kStepBytes);
     if (kTwo) prefetch_lines();
-    tile_load<kRows0>(rows.x[0] + k * kTileDepth, x_stride * sizeof(bf16_t));
+    tile_load<kRows0>(rows.x[0] + k * kTileDepth, in_features * sizeof(bf16_t));
     tile_dot<kSum00, kRows0, kColumns0>();
     if (kTwo) prefetch_lines();
     tile_stream<kColumns1>(columns + kStepBytes / 2, kStepBytes);
     tile_dot<kSum01, kRows0, kColumns1>();
     if (kTwo) {
       prefetch_lines();
-      tile_load<kRows1>(rows.x[1] + k * kTileDepth, x_stride * sizeof(bf16_t));
+      tile_load<kRows1>(rows.x[1] + k * kTileDepth, in_features * sizeof(bf16_t));
       tile_dot<kSum10, kRows1, kColumns0>();
       tile_dot<kSum11, kRows1, kColumns1>();
     }
@@ -91,14 +91,13 @@ inline __attribute__((noinline)) void multiply_steps(const TilePair& rows, int64
 
 // Adds the last in_features % 32 inputs.
 template <bool kTwo>
-inline __attribute__((noinline)) void multiply_tail(const TilePair& rows, int64_t x_stride, const char* w,
-                                                    int64_t in_features) {
+inline __attribute__((noinline)) void multiply_tail(const TilePair& rows, const char* w, int64_t in_features) {
   const int64_t num_steps = in_features / kTileDepth, rest = in_features % kTileDepth;
   TileTail tail;
   std::memset(&tail, 0, sizeof tail);
   for (int t = 0; t < rows.num_tiles; ++t) {
     for (int64_t r = 0; r < rows.height; ++r) {
-      std::memcpy(tail.rows[t][r], rows.x[t] + r * x_stride + num_steps * kTileDepth, rest * sizeof(bf16_t));
+      std::memcpy(tail.rows[t][r], rows.x[t] + r * in_features + num_steps * kTileDepth, rest * sizeof(bf16_t));
     }
   }
   std::memcpy(tail.columns, w + num_steps * kTileStepBytes, div_up(rest, 2) * kStepBytes);
@@ -132,10 +131,10 @@ ORTHRUS_INLINE void multiply_strip_amx(const RowLinearParamsOf<bf16_t>& p, const
     tile_zero<kSum10>();
     tile_zero<kSum11>();
   }
-  multiply_steps<kTwo>(sums.rows, p.x_stride, w, 0, num_steps / 2, ahead);
+  multiply_steps<kTwo>(sums.rows, p.in_features, w, 0, num_steps / 2, ahead);
   if (last) finish_sums(p, *last);
-  multiply_steps<kTwo>(sums.rows, p.x_stride, w, num_steps / 2, num_steps, ahead);
-  if (p.in_features % kTileDepth) multiply_tail<kTwo>(sums.rows, p.x_stride, w, p.in_features);
+  multiply_steps<kTwo>(sums.rows, p.in_features, w, num_steps / 2, num_steps, ahead);
+  if (p.in_features % kTileDepth) multiply_tail<kTwo>(sums.rows, w, p.in_features);
   constexpr int64_t kAccStride = kStrip * sizeof(float);
   tile_store<kSum00>(sums.acc, kAccStride);
   tile_store<kSum01>(sums.acc + kStrip / 2, kAccStride);

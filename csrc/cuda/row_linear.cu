@@ -1,9 +1,8 @@
 // row_linear's host side: the plan of a weight's shape, the workspace, and the choice of kernel.
 //
 // Contract (shapes in params.h). x, weights and workspace 16-byte aligned, out and residual too where out_features is
-// a multiple of 4; in_features a multiple of 64, x_stride of 8 (a single row may have any). MUTATED: out or the partial
-// maxima, all rows, and the workspace. No rows: nothing is launched. fp32 accumulation; one rounding, in the epilogue
-// (none for kLogits).
+// a multiple of 4; in_features a multiple of 64. MUTATED: out or the partial maxima, all rows, and the workspace. No
+// rows: nothing is launched. fp32 accumulation; one rounding, in the epilogue (none for kLogits).
 // Deterministic, row-invariant, graph-safe: each launch leaves the workspace's counters at zero. One launch per call.
 // The weights must be complete before the kernels ahead of it in the stream start: they are read before those end.
 // kArgmax: partial p covers the p-th of num_partials runs of whole tiles; ties go to the lowest id, NaN never wins, a
@@ -71,8 +70,7 @@ int32_t row_linear_num_partials(int32_t in_features, int32_t out_features) {
 
 int row_linear(const RowLinearParams& params, void* stream) {
   if (params.num_rows == 0 || params.out_features == 0) return cudaSuccess;
-  const int64_t x_stride = params.num_rows == 1 ? params.in_features : params.x_stride;
-  if (params.in_features <= 0 || params.in_features % kBlock || x_stride % 8 || params.num_rows_ar < 0 ||
+  if (params.in_features <= 0 || params.in_features % kBlock || params.num_rows_ar < 0 ||
       params.num_rows_ar > params.num_rows)
     return cudaErrorInvalidValue;
   if (!aligned16(params.x) || !aligned16(params.weight) || !aligned16(params.weight_diff) ||
@@ -85,7 +83,6 @@ int row_linear(const RowLinearParams& params, void* stream) {
 
   RowLinearArgs args{};
   args.p = params;
-  args.p.x_stride = x_stride;
   if (!params.weight_diff) args.p.num_rows_ar = params.num_rows;
   args.plan = make_plan(params.in_features, params.out_features, needs_whole_tiles(params.epilogue), device.num_sms);
   if (params.next_weight)

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) row_linear_f32_kernel(const __grid_c
     }
     for (int r = warp; r < kRows; r += kThreads / 32) {
       const int row = tile.row_begin + r;
-      x[r][lane] = inside && row < tile.row_end ? p.x[row * p.x_stride + k] : 0.f;
+      x[r][lane] = inside && row < tile.row_end ? p.x[static_cast<int64_t>(row) * p.in_features + k] : 0.f;
     }
     __syncthreads();
     const int steps = p.in_features - k0 < kInputs ? p.in_features - k0 : kInputs;

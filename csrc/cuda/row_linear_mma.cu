@@ -49,7 +49,7 @@ struct Stream {
       const int row = row_begin + chunk / 8;
       const bool valid = row < row_end;
       copy16(x_base + swizzled(chunk / 8, chunk % 8),
-             p.x + (valid ? row * p.x_stride : 0) + kb * kBlock + chunk % 8 * 8, valid);
+             p.x + (valid ? static_cast<int64_t>(row) * p.in_features : 0) + kb * kBlock + chunk % 8 * 8, valid);
     }
     load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
   }

@@ -381,7 +381,7 @@ int launch_variant(const RowLinearArgs& plain, void* stream, const DeviceInfo& d
   for (int view = 0; view < 2; ++view) {
     const int rows = view ? args.p.num_rows : max(args.p.num_rows_ar, 1);
     if (const cudaError_t error =
-            sm90::make_row_map(&params.x_map[view], args.p.x, rows, args.p.in_features, args.p.x_stride, kTokens))
+            sm90::make_row_map(&params.x_map[view], args.p.x, rows, args.p.in_features, kTokens))
       return error;
   }
   const int blocks = kPrefill ? 2 : args.plan.blocks_per_tile;

@@ -78,8 +78,7 @@ def test_row_linear_argmax(vocab):
 
 def test_row_linear_rows_do_not_depend_on_company():
     weight, diff = tensor(150, 70, seed=1), tensor(150, 70, seed=2)
-    wide = tensor(45, 75, seed=3)
-    x = wide[:, :70]  # strided rows
+    x = tensor(45, 70, seed=3)
     want, want_diff = linear(x, weight), linear(x, diff)
     assert torch.equal(linear(x[17:18], weight)[0], want[17])
     for split in (0, 1, 16, 20, 45):

@@ -1,7 +1,7 @@
 // Plain-old-data parameters of every native op, shared by the CPU and CUDA implementations.
 //
 // Pointers are device pointers for CUDA and host pointers for the CPU. Shapes are in the comments,
-// row-major and contiguous unless a stride says otherwise. The caller allocates everything.
+// row-major and contiguous. The caller allocates everything.
 //
 // `T` is the element of weights, activations and cache: bf16_t, a raw 16-bit word so that this header
 // needs neither CUDA nor torch, or float. "round" means to T; nothing is rounded where T is float.
@@ -56,7 +56,7 @@ enum class Epilogue : int32_t {
 // y[r, n] = sum_k x[r, k] * W(r)[n, k], W(r) = weight for r < num_rows_ar, else weight_diff.
 template <typename T>
 struct RowLinearParamsOf {
-  const T* x;                  // [num_rows, in_features], row stride x_stride
+  const T* x;                  // [num_rows, in_features]
   const void* weight;          // packed by the implementation's own layout
   const void* weight_diff;     // packed likewise; null: all rows use `weight`
   const T* residual;           // [num_rows, out_features] (kResidual), may alias out
@@ -64,7 +64,6 @@ struct RowLinearParamsOf {
   float* partial_value;        // [num_rows, num_partials] (kArgmax)
   int32_t* partial_id;         // [num_rows, num_partials] (kArgmax)
   void* workspace;             // implementation's own size, zero-initialised once by the caller
-  int64_t x_stride;
   int64_t workspace_bytes;
   int32_t num_rows;
   int32_t num_rows_ar;

@@ -76,8 +76,7 @@ __device__ __forceinline__ void bulk_prefetch(const void* src, int bytes) {
 using TensorMap = CUtensorMap;
 
 // A map over the rows of a bf16 matrix in boxes of `box_rows` x 64 elements, 128-byte swizzled in shared memory.
-inline cudaError_t make_row_map(TensorMap* map, const uint16_t* data, int rows, int columns, int64_t stride,
-                                int box_rows) {
+inline cudaError_t make_row_map(TensorMap* map, const uint16_t* data, int rows, int columns, int box_rows) {
   static const auto encode = [] {
     void* function = nullptr;  // from the driver, which this module does not link
     cudaDriverEntryPointQueryResult found{};
@@ -87,7 +86,7 @@ inline cudaError_t make_row_map(TensorMap* map, const uint16_t* data, int rows, 
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
   }();
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t stride_bytes[1] = {static_cast<cuuint64_t>(stride) * 2};
+  const cuuint64_t stride_bytes[1] = {static_cast<cuuint64_t>(columns) * 2};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t step[2] = {1, 1};
   if (!encode) return cudaErrorCallRequiresNewerDriver;

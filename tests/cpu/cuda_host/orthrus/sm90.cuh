@@ -56,15 +56,13 @@ namespace orthrus::cuda::sm90 {
 struct TensorMap {
   const uint16_t* data;
   int rows, columns, box_rows;
-  int64_t stride;
 };
 
 // Refuses what the driver refuses.
-inline cudaError_t make_row_map(TensorMap* map, const uint16_t* data, int rows, int columns, int64_t stride,
-                                int box_rows) {
-  *map = {data, rows, columns, box_rows, stride};
-  const bool good = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride > 0 && stride % 8 == 0 &&
-                    stride < int64_t{1} << 39 && rows > 0 && columns > 0 && box_rows > 0 && box_rows <= 256;
+inline cudaError_t make_row_map(TensorMap* map, const uint16_t* data, int rows, int columns, int box_rows) {
+  *map = {data, rows, columns, box_rows};
+  const bool good = reinterpret_cast<uintptr_t>(data) % 16 == 0 && rows > 0 && columns > 0 && columns % 8 == 0 &&
+                    box_rows > 0 && box_rows <= 256;
   return good ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline void prefetch_map(const TensorMap*) {}
@@ -128,7 +126,7 @@ inline void tensor_load(void* dst, const TensorMap* map, int column, int row, ui
       for (int chunk = 0; chunk < 8; ++chunk) {
         uint8_t* to = cuda_host::pointer(cuda_host::swizzle_128(begin + r * 128 + chunk * 16));
         if (row + r < m.rows) {
-          std::memcpy(to, m.data + (row + r) * m.stride + column + chunk * 8, 16);
+          std::memcpy(to, m.data + static_cast<int64_t>(row + r) * m.columns + column + chunk * 8, 16);
         } else {
           std::memset(to, 0, 16);
         }
