@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.common import graphed, header, loop, measure, out_folder, read_bandwidth, report
-from orthrus_rt import dispatch, ops
+from orthrus_rt import dispatch, native, ops
 from orthrus_rt.plan import empty_rows
 
 COLD_BYTES = 200 << 20  # of cache copies: several times any L2
@@ -81,10 +81,9 @@ class Case:
             [torch.randn(n_diff, self.heads_kv, self.dim, **bf16) for _ in range(2)] if n_diff else [None] * 2
         )
         self.out = torch.empty_like(self.q)
-        size = ops.workspace_bytes(
-            device, torch.bfloat16, max_rows=self.rows.num_rows,
-            num_heads_q=self.heads_q, head_dim=self.dim, max_seq_len=self.max_seq_len, linear_shapes=[(64, 64)],
-        )[1]  # fmt: skip
+        size = native.dual_attn_workspace_bytes(
+            device, torch.bfloat16, self.rows.num_rows, self.heads_q, self.dim, self.max_seq_len
+        )
         self.workspace = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
 
     def call(self, copy=0):

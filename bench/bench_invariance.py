@@ -19,7 +19,7 @@ from bench.bench_dual_attn import Case, Shape
 from bench.bench_row_linear import EPILOGUES, OPS
 from bench.common import graphed, header, measure, out_folder, report
 from bench.models import SHAPES, config_of, linear_shapes
-from orthrus_rt import ops
+from orthrus_rt import native, ops
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.weights import pack
 
@@ -62,10 +62,7 @@ def linear_rows(config: ModelConfig, op: str, num_rows: list[int], device, round
         if EPILOGUES[op] == "argmax":
             partials = packed[0].num_partials
             ours_out = tuple(torch.empty(count, partials, dtype=t, device=device) for t in (torch.float32, torch.int32))
-        size = ops.workspace_bytes(
-            device, torch.bfloat16, max_rows=count, num_heads_q=config.num_heads_q, head_dim=config.head_dim,
-            max_seq_len=64, linear_shapes=[(k, n)],
-        )[0]  # fmt: skip
+        size = native.row_linear_workspace_bytes(device, torch.bfloat16, count, [(k, n)])
         workspace = torch.zeros(size, dtype=torch.uint8, device=device) if size else None
 
         def ours(i):

@@ -15,7 +15,7 @@ import torch
 
 from bench.common import graphed, header, loop, measure, out_folder, read_bandwidth, report
 from bench.models import SHAPES, config_of, linear_shapes
-from orthrus_rt import dispatch, ops
+from orthrus_rt import native, ops
 from orthrus_rt.weights import PackedWeight, pack
 
 OPS = ("qkv", "o", "gate_up", "down", "lm_head")
@@ -52,11 +52,8 @@ class Chain:
         self.logits = None
         self.workspace = self._workspace(num_rows, self.shapes.values())
 
-    def _workspace(self, num_rows: int, shapes) -> torch.Tensor | None:
-        if self.device.type != "cuda":
-            return None
-        need = dispatch.native().cuda.row_linear_workspace
-        size = max(need(num_rows, k, n) for n, k in shapes)
+    def _workspace(self, num_rows: int, shapes) -> torch.Tensor:
+        size = native.row_linear_workspace_bytes(self.device, torch.bfloat16, num_rows, [(k, n) for n, k in shapes])
         return torch.zeros(size, dtype=torch.uint8, device=self.device)
 
     def run(self, op: str, layer: int, following=None) -> None:

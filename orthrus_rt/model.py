@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orthrus_rt import nvtx, ops, weights
+from orthrus_rt import native, nvtx, ops, weights
 from orthrus_rt.checkpoint import Checkpoint
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.kv import PagedKvCache
@@ -135,11 +135,9 @@ class Workspace:
 
     @staticmethod
     def allocate(model: Model, *, max_rows: int, max_seq_len: int) -> Workspace:
-        c = model.config
-        linear, attn = ops.workspace_bytes(
-            model.device, model.dtype, max_rows=max_rows, num_heads_q=c.num_heads_q,
-            head_dim=c.head_dim, max_seq_len=max_seq_len, linear_shapes=model.linear_shapes(),
-        )  # fmt: skip
+        c, where = model.config, (model.device, model.dtype, max_rows)
+        linear = native.row_linear_workspace_bytes(*where, model.linear_shapes())
+        attn = native.dual_attn_workspace_bytes(*where, c.num_heads_q, c.head_dim, max_seq_len)
 
         def zeros(nbytes):
             return torch.zeros(nbytes, dtype=torch.uint8, device=model.device) if nbytes else None

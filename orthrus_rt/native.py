@@ -1,4 +1,6 @@
-"""Launchers of the native module: tensors in, parameter structs out. Validation is in ops.py."""
+"""Launchers of the native module: tensors in, parameter structs out; and the workspace that they need. Validation is in
+ops.py.
+"""
 
 from __future__ import annotations
 
@@ -74,6 +76,24 @@ def check_head_dim(op: str, head_dim: int, device_type: str) -> None:
         raise ValueError(f"{op}: head_dim must be in (64, 128) on CUDA, got {head_dim}")
     if op == "dual_attn" and device_type == "cpu" and (head_dim % 16 or head_dim > 256):
         raise ValueError(f"{op}: head_dim must be a multiple of 16 up to 256 on the CPU, got {head_dim}")
+
+
+def row_linear_workspace_bytes(device: torch.device, dtype: torch.dtype, max_rows: int, shapes) -> int:
+    """What ``row_linear`` needs at most, for weights of these ``(in_features, out_features)``."""
+    if dtype is not torch.bfloat16 or dispatch.select("row_linear", device, dtype) != "cuda":
+        return 0
+    with device_scope(device):
+        return max(dispatch.native().cuda.row_linear_workspace(max_rows, k, n) for k, n in shapes)
+
+
+def dual_attn_workspace_bytes(
+    device: torch.device, dtype: torch.dtype, max_rows: int, num_heads_q: int, head_dim: int, max_seq_len: int
+) -> int:
+    """What ``dual_attn`` needs at most."""
+    if dtype is not torch.bfloat16 or dispatch.select("dual_attn", device, dtype) != "cuda":
+        return 0
+    with device_scope(device):
+        return dispatch.native().cuda.dual_attn_workspace(max_rows, num_heads_q, head_dim, max_seq_len)
 
 
 def embed(token, table, out):

@@ -100,7 +100,7 @@ def row_linear(
             ``argmax`` a pair ``(value fp32, id int32)``, each ``[num_rows, weight.num_partials]``, the maximum and its
             lowest id per vocabulary tile. MUTATED.
         residual: ``[num_rows, out_features]``, added before the rounding; may be ``out``.
-        workspace: from :func:`workspace_bytes`, zeroed once; CUDA only.
+        workspace: of :func:`orthrus_rt.native.row_linear_workspace_bytes`, zeroed once; CUDA only.
         then: the weight that the next call reads first, with an epilogue other than logits and argmax. A hint: on
             Hopper its beginning comes to L2 while this call ends, where neither is prefill; no result depends on it.
     """
@@ -204,7 +204,7 @@ def dual_attn(
         scratch_k, scratch_v: the diffusion rows' own keys and values; None without diffusion rows.
         out: like ``q``, MUTATED.
         max_seq_len: no ``prefix_len`` exceeds it.
-        workspace: from :func:`workspace_bytes`, zeroed once; CUDA only.
+        workspace: of :func:`orthrus_rt.native.dual_attn_workspace_bytes`, zeroed once; CUDA only.
     """
     op, dtype, device = "dual_attn", q.dtype, q.device
     check_rows(op, rows, device)
@@ -394,21 +394,3 @@ def check_head_dim(head_dim: int, device: torch.device, dtype: torch.dtype) -> N
     for op in ("qkv_commit", "dual_attn"):
         if dispatch.select(op, device, dtype) in ("cpu", "cuda"):
             native.check_head_dim(op, head_dim, device.type)
-
-
-def workspace_bytes(device, dtype, *, max_rows, num_heads_q, head_dim, max_seq_len, linear_shapes) -> tuple[int, int]:
-    """Bytes of workspace that ``row_linear`` and ``dual_attn`` need at most; 0 where the implementation needs none.
-
-    Args:
-        linear_shapes: every weight's ``(in_features, out_features)``.
-    """
-    linear = attn = 0
-    if dtype is not torch.bfloat16:
-        return linear, attn
-    with device_scope(device):
-        if dispatch.select("row_linear", device, dtype) == "cuda":
-            size = dispatch.native().cuda.row_linear_workspace
-            linear = max(size(max_rows, k, n) for k, n in linear_shapes)
-        if dispatch.select("dual_attn", device, dtype) == "cuda":
-            attn = dispatch.native().cuda.dual_attn_workspace(max_rows, num_heads_q, head_dim, max_seq_len)
-    return linear, attn

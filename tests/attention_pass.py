@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orthrus_rt import ops
+from orthrus_rt import native, ops
 from tests.rows import Group, ar, diff, make_rows
 
 WILD_PAGE = 1 << 30
@@ -95,10 +95,9 @@ class Pass:
         return self.heads.dim**-0.5
 
     def workspace(self):
-        size = ops.workspace_bytes(
-            self.q.device, self.q.dtype, max_rows=self.rows.num_rows,
-            num_heads_q=self.heads.q, head_dim=self.heads.dim, max_seq_len=self.max_seq_len, linear_shapes=[(64, 64)],
-        )[1]  # fmt: skip
+        size = native.dual_attn_workspace_bytes(
+            self.q.device, self.q.dtype, self.rows.num_rows, self.heads.q, self.heads.dim, self.max_seq_len
+        )
         return torch.zeros(size, dtype=torch.uint8, device=self.device)
 
     def call(self, out, workspace):
