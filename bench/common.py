@@ -93,6 +93,5 @@ def report(name: str, facts: dict, rows: list[dict], out: str | None) -> None:
     print("\n".join(lines))
     if out:
         folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps({"header": facts, "rows": rows}, indent=1) + "\n")
         (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
