@@ -65,6 +65,7 @@ class Device:
 
     def __init__(self, num_sms: int):
         self.num_sms, self.num_launches = num_sms, 0
+        self.native = dispatch.native()  # not at import: with --software-tiles it is another module
         self.descending: bool | None = None
 
     def set_num_threads(self, count: int) -> None:
@@ -73,7 +74,7 @@ class Device:
     def __getattr__(self, op: str):
         if op in NATIVE:
             return lambda params: launch(self._run, op, as_ctypes(params), type(params).__name__.endswith("F32"))
-        return lambda params: launch(getattr(_native.cpu, op), params)
+        return lambda params: launch(getattr(self.native.cpu, op), params)
 
     def _run(self, op: str, params: ctypes.Structure, is_f32: bool) -> None:
         self.num_launches += 1
@@ -96,9 +97,6 @@ class Device:
         return cuda_host.library().dual_attn_workspace(*args)
 
 
-_native = dispatch.native()
-
-
 class Module:
     """The native module, whose ops run on ``device``."""
 
@@ -106,7 +104,7 @@ class Module:
         self.cpu = self.cuda = device
 
     def __getattr__(self, name: str):
-        return getattr(_native, name)
+        return getattr(self.cpu.native, name)
 
 
 def install(monkeypatch, *, others: str, num_sms: int = 5) -> Device:
