@@ -31,18 +31,31 @@ static_assert(kSplitKeys % kKeys == 0);  // so that 64 keys of a prefix are one 
 ORTHRUS_INLINE int64_t num_splits(int64_t prefix_len) { return max_of(1, div_up(prefix_len, kSplitKeys)); }
 
 // Where the next 64 keys and values lie: on a page of their own, which the processor cannot foresee.
-struct KeysAhead {
-  const char* k = nullptr;
-  const char* v = nullptr;
-  int64_t num_bytes = 0;  // of each
+class KeysAhead {
+ public:
+  KeysAhead() = default;
+  ORTHRUS_INLINE KeysAhead(const void* k, const void* v, int64_t num_bytes)
+      : at_(static_cast<const char*>(k)), end_(at_ + num_bytes), v_(static_cast<const char*>(v)), v_bytes_(num_bytes) {}
 
-  // Prefetches `count` of `parts` parts, from `part` on: a few lines at a time, amid arithmetic.
-  ORTHRUS_INLINE void prefetch_parts(int64_t part, int64_t parts, int64_t count) const {
-    for (int64_t at = num_bytes * part / parts; at < num_bytes * (part + count) / parts; at += kLineBytes) {
-      prefetch(k + at);
-      prefetch(v + at);
+  // Prefetches `count` lines more, keys first, as far as there are any. A few at a time, amid all of the arithmetic: a
+  // processor that has as many under way as it can does nothing else until some arrive.
+  ORTHRUS_INLINE void prefetch_lines(int64_t count) {
+    for (; count > 0; --count, at_ += kLineBytes) {
+      if (at_ == end_) {
+        if (!v_) return;
+        at_ = v_;
+        end_ = v_ + v_bytes_;
+        v_ = nullptr;
+      }
+      prefetch(at_);
     }
   }
+
+ private:
+  const char* at_ = nullptr;
+  const char* end_ = nullptr;
+  const char* v_ = nullptr;  // until it is their turn
+  int64_t v_bytes_ = 0;
 };
 
 // Up to 64 keys as a query tile sees them.
@@ -117,11 +130,9 @@ ORTHRUS_INLINE void attend_prefix(const DualAttnParamsOf<T>& p, const TileItem& 
       keys.visible[q] = static_cast<int32_t>(max_of(0, min_of(keys.num_keys, queries.prefix_len[q] - begin)));
     }
     keys.ahead = {};
-    if (begin + kKeys < end) {
+    if (begin + kKeys < queries.longest) {
       const int64_t next = offset_of(begin / kPageSize + 1);
-      keys.ahead = {reinterpret_cast<const char*>(p.kv.k_pages + next),
-                    reinterpret_cast<const char*>(p.kv.v_pages + next),
-                    kKeys * queries.head_dim * int64_t{sizeof(T)}};
+      keys.ahead = {p.kv.k_pages + next, p.kv.v_pages + next, kKeys * queries.head_dim * int64_t{sizeof(T)}};
     }
     queries.attend(keys);
   }

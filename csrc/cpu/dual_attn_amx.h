@@ -25,6 +25,8 @@ struct AmxTile : QueryRows<bf16_t> {
   alignas(64) int32_t visible[kQueries];
 
   bool two() const { return num_queries > kTileHeight; }
+  // To prefetch for every two keys, in each of two loops over them.
+  int64_t lines_ahead() const { return div_up(kKeys * head_dim * sizeof(bf16_t), kPairs * kLineBytes); }
   int64_t depth() const { return div_up(head_dim, kTileDepth) * kTileDepth; }
 
   TileShapes shapes{kTileHeight};
@@ -42,14 +44,14 @@ struct AmxTile : QueryRows<bf16_t> {
     std::memset(sums.mixed, 0, (1 + two()) * kTileHeight * head_dim * sizeof(float));
   }
 
-  ORTHRUS_INLINE void attend(const KeyRows<bf16_t>& keys) {
+  ORTHRUS_INLINE void attend(KeyRows<bf16_t>& keys) {
     for (int q = 0; q < kQueries; ++q) visible[q] = q < num_queries ? keys.visible[q] : 0;
     if (two()) {
       make_scores<true>(keys);
     } else {
       make_scores<false>(keys);
     }
-    for (int t = 0; t < 1 + two(); ++t) make_weights(t, keys.num_keys, t == 0 ? keys.ahead : KeysAhead{});
+    for (int t = 0; t < 1 + two(); ++t) make_weights(t, keys);
     const bool finite = pair_values(keys);
     if (!finite) zero_nonfinite_values(keys.num_keys);
     if (two()) {
@@ -116,10 +118,10 @@ struct AmxTile : QueryRows<bf16_t> {
   }
 
   // Scores of 16 queries to weights: new maxima, e^(score - maximum), running sums, the old mixture decayed.
-  ORTHRUS_INLINE void make_weights(int t, int64_t num_keys, const KeysAhead& ahead) {
+  ORTHRUS_INLINE void make_weights(int t, KeyRows<bf16_t>& keys) {
     const Vec none = set1(-__builtin_inff());
     const __m512i seen = _mm512_load_si512(&visible[t * kTileHeight]);
-    const int64_t num_rows = div_up(num_keys, kTileHeight) * kTileHeight;
+    const int64_t num_rows = div_up(keys.num_keys, kTileHeight) * kTileHeight;
     Vec best[4] = {none, none, none, none};
     for (int64_t j = 0; j < num_rows; j += 4) {
       ORTHRUS_UNROLL
@@ -138,7 +140,7 @@ struct AmxTile : QueryRows<bf16_t> {
     const Vec fade = exp(sub(old_top, base));
     Vec sum[2] = {zero(), zero()};
     for (int64_t j = 0; j < num_rows; j += 2) {
-      ahead.prefetch_parts(j, num_rows, 2);
+      keys.ahead.prefetch_lines(lines_ahead());
       const Vec even = exp(sub(load(&score[j][t * kTileHeight]), base));
       const Vec odd = exp(sub(load(&score[j + 1][t * kTileHeight]), base));
       const __m512i words = pair_words(even, odd);
@@ -176,13 +178,14 @@ struct AmxTile : QueryRows<bf16_t> {
   }
 
   // v_words of as many pairs as steps of a product read, zeros behind the keys; whether all values are finite.
-  ORTHRUS_INLINE bool pair_values(const KeyRows<bf16_t>& keys) {
+  ORTHRUS_INLINE bool pair_values(KeyRows<bf16_t>& keys) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fff7fff);
     __m512i largest = _mm512_setzero_si512();
     int64_t j = 0;
     for (; j < keys.num_keys; j += 2) {
       const bf16_t* second = j + 1 < keys.num_keys ? keys.v_row[j + 1] : nullptr;
       uint32_t* out = v_words + j / 2 * head_dim;
+      keys.ahead.prefetch_lines(lines_ahead());
       for (int64_t d = 0; d < head_dim; d += kLanes) {
         const __m512i words = zip_pairs(keys.v_row[j] + d, second ? second + d : nullptr);
         largest = _mm512_max_epu16(largest, _mm512_and_si512(words, magnitude));

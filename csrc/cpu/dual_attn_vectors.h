@@ -28,19 +28,19 @@ struct VectorTile : QueryRows<T> {
     }
     std::memset(sums.mixed, 0, num_queries * head_dim * sizeof(float));
   }
-  ORTHRUS_INLINE void attend(const KeyRows<T>& keys);
+  ORTHRUS_INLINE void attend(KeyRows<T>& keys);
   ORTHRUS_INLINE void end_split() {
     for (int64_t q = 0; q < num_queries; ++q) sums.total[q] = reduce_add(load(total[q]));
   }
 };
 
 template <typename T>
-ORTHRUS_INLINE void transpose_keys(const KeyRows<T>& keys, int64_t head_dim, uint32_t (*k_words)[kKeys]) {
+ORTHRUS_INLINE void transpose_keys(KeyRows<T>& keys, int64_t head_dim, uint32_t (*k_words)[kKeys]) {
   const int64_t num_words = head_dim / kPerWord<T>;
   for (int64_t j = 0; j < keys.num_keys; j += kLanes) {
     const uint32_t* in[kLanes];
     for (int64_t d = 0; d < num_words; d += kLanes) {
-      keys.ahead.prefetch_parts(j * num_words + d * kLanes, kKeys * num_words, kLanes * kLanes);
+      keys.ahead.prefetch_lines(kLanes / 2);
       for (int64_t i = 0; i < kLanes; ++i) {
         in[i] = reinterpret_cast<const uint32_t*>(keys.k_row[min_of(j + i, keys.num_keys - 1)]) + d;
       }
@@ -56,7 +56,7 @@ ORTHRUS_INLINE void transpose_keys(const KeyRows<T>& keys, int64_t head_dim, uin
 }
 
 template <int kCount, int kVecs, typename T>
-inline void score_queries(VectorTile<T>& queries, const KeyRows<T>& keys, int64_t first, int64_t first_key) {
+inline void score_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t first, int64_t lines) {
   Vec acc[kCount][kVecs];
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) {
@@ -67,10 +67,11 @@ inline void score_queries(VectorTile<T>& queries, const KeyRows<T>& keys, int64_
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) q_row[q] = queries.q_row[first + q];
   for (int64_t d = 0; d < queries.head_dim / kPerWord<T>; ++d) {
+    keys.ahead.prefetch_lines(lines);
     WordVec k[kVecs];
     ORTHRUS_UNROLL
     for (int b = 0; b < kVecs; ++b) {
-      k[b] = load_words(&queries.k_words[d][first_key + b * kLanes]);
+      k[b] = load_words(&queries.k_words[d][b * kLanes]);
     }
     ORTHRUS_UNROLL
     for (int q = 0; q < kCount; ++q) {
@@ -81,12 +82,12 @@ inline void score_queries(VectorTile<T>& queries, const KeyRows<T>& keys, int64_
   }
   const Vec scale = set1(queries.scale);
   const int64_t visible = keys.visible[first];
-  const bool all = visible >= first_key + kVecs * kLanes;
+  const bool all = visible >= kVecs * kLanes;
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) {
     ORTHRUS_UNROLL
     for (int b = 0; b < kVecs; ++b) {
-      const int64_t key = first_key + b * kLanes;
+      const int64_t key = b * kLanes;
       const Vec score = mul(acc[q][b], scale);
       store(&queries.score[first + q][key], all ? score : keep_first(score, visible - key, -__builtin_inff()));
     }
@@ -124,7 +125,7 @@ ORTHRUS_INLINE WordVec zip_words(const float* const* rows, int64_t d) { return l
 
 // mixed = mixed * decay + weights x values, for queries that see the same number of keys.
 template <int kCount, int kVecs, typename T>
-inline void mix_queries(VectorTile<T>& queries, const KeyRows<T>& keys, int64_t first, int64_t lane) {
+inline void mix_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t first, int64_t lane, int64_t lines) {
   float* mixed = queries.sums.mixed + first * queries.head_dim + lane;
   Vec acc[kCount][kVecs];
   ORTHRUS_UNROLL
@@ -147,6 +148,7 @@ inline void mix_queries(VectorTile<T>& queries, const KeyRows<T>& keys, int64_t 
   const int64_t count = keys.visible[first];
   int64_t j = 0;
   for (; j + kPerWord<T> <= count; j += kPerWord<T>) {
+    keys.ahead.prefetch_lines(lines);
     add_keys([&](int64_t d) ORTHRUS_LAMBDA { return zip_words(&keys.v_row[j], d); },
              [&](const T* weight) ORTHRUS_LAMBDA { return load_word(weight + j); });
   }
@@ -164,33 +166,37 @@ inline void mix_queries(VectorTile<T>& queries, const KeyRows<T>& keys, int64_t 
 }
 
 template <int kCount, typename T>
-inline void attend_queries(VectorTile<T>& queries, const KeyRows<T>& keys, int64_t first, int64_t count) {
+inline void attend_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t first, int64_t count, int64_t lines) {
   if constexpr (kCount > 1) {
-    if (count < kCount) return attend_queries<kCount - 1>(queries, keys, first, count);
+    if (count < kCount) return attend_queries<kCount - 1>(queries, keys, first, count, lines);
   }
   const int64_t num_vecs = div_up(keys.visible[first], kLanes);
   if (num_vecs > 2) {
-    score_queries<kCount, 4>(queries, keys, first, 0);
+    score_queries<kCount, 4>(queries, keys, first, div_up(lines, 2));
   } else if (num_vecs > 1) {
-    score_queries<kCount, 2>(queries, keys, first, 0);
+    score_queries<kCount, 2>(queries, keys, first, div_up(lines, 2));
   } else {
-    score_queries<kCount, 1>(queries, keys, first, 0);
+    score_queries<kCount, 1>(queries, keys, first, div_up(lines, 2));
   }
   weigh_queries<kCount>(queries, first, num_vecs);
   int64_t lane = 0;
-  for (; lane + 4 * kLanes <= queries.head_dim; lane += 4 * kLanes) mix_queries<kCount, 4>(queries, keys, first, lane);
-  for (; lane < queries.head_dim; lane += kLanes) mix_queries<kCount, 1>(queries, keys, first, lane);
+  for (; lane + 4 * kLanes <= queries.head_dim; lane += 4 * kLanes) {
+    mix_queries<kCount, 4>(queries, keys, first, lane, lines);
+  }
+  for (; lane < queries.head_dim; lane += kLanes) mix_queries<kCount, 1>(queries, keys, first, lane, lines);
 }
 
 // Folds the keys into every query that sees any of them.
 template <typename T>
-ORTHRUS_INLINE void VectorTile<T>::attend(const KeyRows<T>& keys) {
+ORTHRUS_INLINE void VectorTile<T>::attend(KeyRows<T>& keys) {
   transpose_keys(keys, head_dim, k_words);
+  // A step of mixing, and half as many one of scoring: with the transposition's, all that is ahead in one round.
+  const int64_t lines = div_up(4, div_up(num_queries, kTileQueries));
   for (int64_t first = 0, last; first < num_queries; first = last) {
     last = first + 1;
     const auto joins = [&](int64_t q) { return q < num_queries && keys.visible[q] == keys.visible[first]; };
     while (last - first < kTileQueries && joins(last)) ++last;
-    if (keys.visible[first] > 0) attend_queries<kTileQueries>(*this, keys, first, last - first);
+    if (keys.visible[first] > 0) attend_queries<kTileQueries>(*this, keys, first, last - first, lines);
   }
 }
 
