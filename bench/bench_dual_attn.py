@@ -1,8 +1,8 @@
 """dual_attn against the bandwidth of its keys and values, SDPA, compiled FlexAttention and flash-attn.
 
 PYTHONPATH=. python bench/bench_dual_attn.py --heads 32,8,128 --out results/
-Each call of the timed graph reads another copy of the cache, so that nothing is read from L2. Bytes are
-the visible keys and values, once per sequence; FLOPs count visible keys only.
+Each call reads another copy of the keys and values, so that none come from L2, or a CPU's L3. Bytes are the visible
+keys and values, once per sequence; FLOPs count visible keys only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.common import graphed, header, loop, measure, out_folder, read_bandwi
 from orthrus_rt import dispatch, native, ops
 from orthrus_rt.plan import empty_rows
 
-COLD_BYTES = 200 << 20  # of cache copies: several times any L2
+COLD_BYTES = 200 << 20  # of cache copies: several times any L2, or a CPU's L3
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Case:
         self.max_seq_len = -(-max(self.cached, 4096) // ops.PAGE_SIZE) * ops.PAGE_SIZE
         columns = -(-self.cached // ops.PAGE_SIZE)
         page_bytes = self.heads_kv * ops.PAGE_SIZE * self.dim * 4
-        self.copies = -(-COLD_BYTES // (page_bytes * columns * shape.batch)) if device.type == "cuda" else 1
+        self.copies = -(-COLD_BYTES // (page_bytes * columns * shape.batch))
         num_pages = 1 + self.copies * shape.batch * columns
         bf16 = dict(dtype=torch.bfloat16, device=device)
         self.k_pages, self.v_pages = (
