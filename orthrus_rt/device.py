@@ -41,7 +41,8 @@ def with_index(device: torch.device) -> torch.device:
 
 def upload(values, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """``torch.tensor(values, device=device)`` without its wait for what the device is doing, for up to 64 KB."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)  # pageable: staged before it returns
+    host = torch.tensor(values, dtype=dtype, device="cpu")
+    return host.to(device, non_blocking=True)  # pageable: staged before it returns
 
 
 def put(column: torch.Tensor, index: int, value) -> None:

@@ -189,7 +189,7 @@ def convert(source: Path, folder: Path) -> None:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
     for stored in reader.tensors:
-        weight = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
+        weight = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type), device="cpu")
         part = stored.name.removesuffix(".weight").rpartition(".")[2]
         if part in heads:
             weight = undo_rope_permutation(weight, heads[part])

@@ -131,7 +131,7 @@ class OrthrusForCausalLM:
             for piece in stream:
                 tokens += piece.token_ids
                 if streamer is not None:
-                    streamer.put(torch.tensor(piece.token_ids))
+                    streamer.put(torch.tensor(piece.token_ids, dtype=torch.int64, device="cpu"))
         if streamer is not None:
             streamer.end()
         new = torch.tensor([tokens], dtype=torch.int64, device=input_ids.device)
@@ -156,7 +156,7 @@ class OrthrusForCausalLM:
             temperature=temperature,
             top_k=top_k or 0,
             top_p=1.0 if top_p is None else top_p,
-            seed=None if greedy else int(torch.randint(2**62, ())),
+            seed=None if greedy else int(torch.randint(2**62, (), device="cpu")),
             stop_token_ids=(stop,) if isinstance(stop, int) else tuple(stop),
             ignore_eos=eos_token_id is not None,
         )

@@ -51,7 +51,7 @@ def _partials(x, tile, out):
     """Maximum and its lowest id of every ``tile`` ids of ``x`` ``[num_rows, vocab_size]``; NaN never wins."""
     value, index = out
     n, tiles = value.shape
-    padded = torch.full((n, tiles * tile), -torch.inf, device=x.device)
+    padded = torch.full((n, tiles * tile), -torch.inf, dtype=x.dtype, device=x.device)
     padded[:, : x.shape[1]] = torch.where(x.isnan(), -torch.inf, x)
     padded = padded.view(n, tiles, tile)
     value.copy_(padded.amax(-1))
@@ -149,7 +149,10 @@ def philox(seed, position, purpose, token):
 
     The key is (low, high) half of ``seed``. Arguments are ints or int tensors that broadcast.
     """
-    token, position, seed, purpose = (torch.as_tensor(x).long() for x in (token, position, seed, purpose))
+    device = next((x.device for x in (token, position, seed, purpose) if isinstance(x, torch.Tensor)), "cpu")
+    token, position, seed, purpose = (
+        torch.as_tensor(x, dtype=torch.int64, device=device) for x in (token, position, seed, purpose)
+    )
     low = 0xFFFFFFFF
     c = [token >> 2, position & low, purpose, torch.zeros_like(token)]
     key = [seed & low, (seed >> 32) & low]

@@ -188,7 +188,9 @@ def _stage_blocks(state, s, rows: Rows, mask_token_id, block_len, fan_out):
     n, limit = int(state.cache_seqlens[s]), int(state.limit[s])
     if running:
         chosen = pick_hypotheses(*_drafts(state, s), fan_out)
-        state.hypotheses[s, :fan_out] = torch.tensor(chosen, dtype=torch.int32).view(-1, 2)
+        state.hypotheses[s, :fan_out] = torch.tensor(chosen, dtype=torch.int32, device=state.hypotheses.device).view(
+            -1, 2
+        )
     for f in range(fan_out):
         accepted, anchor = state.hypotheses[s, f].tolist()
         start = n + accepted + (anchor >= 0)

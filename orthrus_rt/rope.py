@@ -10,7 +10,7 @@ from orthrus_rt.config import ModelConfig
 def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     """Angle per position of each half dim, fp32 ``[head_dim / 2]``, and the factor on cosines and sines."""
     if config.rope["rope_type"] == "default":
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
         return 1.0 / (config.rope["rope_theta"] ** exponent), 1.0
 
     from transformers import LlamaConfig
@@ -24,7 +24,8 @@ def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
         max_position_embeddings=config.max_position_embeddings,
         rope_parameters=dict(config.rope),
     )
-    return ROPE_INIT_FUNCTIONS[config.rope["rope_type"]](carrier, torch.device("cpu"))
+    with torch.device("cpu"):  # what they make on the way lies on the default device
+        return ROPE_INIT_FUNCTIONS[config.rope["rope_type"]](carrier, torch.device("cpu"))
 
 
 def cos_sin_table(config: ModelConfig, max_positions: int) -> torch.Tensor:
@@ -33,5 +34,5 @@ def cos_sin_table(config: ModelConfig, max_positions: int) -> torch.Tensor:
     Angles are products rounded to fp32, as in transformers, so that both agree in every bit.
     """
     inv_freq, scaling = inverse_frequencies(config)
-    angle = torch.arange(max_positions, dtype=torch.float32)[:, None] * inv_freq
+    angle = torch.arange(max_positions, dtype=torch.float32, device="cpu")[:, None] * inv_freq
     return torch.cat([angle.cos(), angle.sin()], dim=1) * scaling

@@ -179,7 +179,7 @@ class RejectionSampler:
         """
         self._draft_probs = self._probs(logits)
         ids = [pick(q, uniform(self.seed, position + i, DRAFT)) for i, q in enumerate(self._draft_probs)]
-        return torch.tensor(ids, dtype=torch.int32)
+        return torch.tensor(ids, dtype=torch.int32, device="cpu")
 
     def forget_drafts(self) -> None:
         """Free what :meth:`draft` keeps for :meth:`verify`: fp64 ``[drafts, vocab_size]``."""
@@ -206,4 +206,4 @@ class RejectionSampler:
         else:
             choices.append(pick(probs[len(drafts)], uniform(self.seed, position + len(drafts), RECOVER)))
         padded = choices + [0] * (len(drafts) + 1 - len(choices))
-        return torch.tensor(padded, dtype=torch.int32)
+        return torch.tensor(padded, dtype=torch.int32, device="cpu")

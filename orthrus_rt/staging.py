@@ -43,7 +43,7 @@ def staged(engine, plans: list[CyclePlan], slots: int, context: int) -> Iterator
         raise ValueError(f"context must be within [1, {most}] (max_seq_len less {less}), got {context}")
     random = torch.Generator(kv.pages.device).manual_seed(0)  # the caller's stream of random numbers stays where it is
     runner_up = torch.tensor([2, 3], dtype=torch.int32, device=state.runner_up.device)
-    draft_prob = torch.tensor(DRAFT_PROB, device=state.draft_prob.device)
+    draft_prob = torch.tensor(DRAFT_PROB, dtype=torch.float32, device=state.draft_prob.device)
 
     def start(plan: CyclePlan) -> Cycle:
         state.cache_seqlens.fill_(context)

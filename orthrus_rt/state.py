@@ -58,13 +58,13 @@ class SlotEdits:
     @staticmethod
     def allocate(num_slots: int, vocab_size: int, max_bias: int, stop_ids: torch.Tensor) -> SlotEdits:
         """Edits that change nothing."""
-        i32 = dict(dtype=torch.int32, device=stop_ids.device)
+        i32, f32 = (dict(dtype=dtype, device=stop_ids.device) for dtype in (torch.int32, torch.float32))
         return SlotEdits(
-            penalties=torch.tensor([1.0, 0.0, 0.0], device=stop_ids.device).repeat(num_slots, 1),
+            penalties=torch.tensor([1.0, 0.0, 0.0], **f32).repeat(num_slots, 1),
             token_counts=torch.zeros(num_slots, vocab_size, **i32),
             num_counted=torch.zeros(num_slots, **i32),
             bias_ids=torch.full((num_slots, max_bias), -1, **i32),
-            bias_values=torch.zeros(num_slots, max_bias, device=stop_ids.device),
+            bias_values=torch.zeros(num_slots, max_bias, **f32),
             stop_ids=stop_ids,
             min_position=torch.zeros(num_slots, **i32),
         )

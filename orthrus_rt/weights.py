@@ -94,7 +94,7 @@ class _HugePages:
     BLOCK, PAGE, LINE = 32 << 20, 2 << 20, 64  # bytes
 
     def __init__(self):
-        self.block, self.lock = torch.empty(0, dtype=torch.uint8), threading.Lock()
+        self.block, self.lock = torch.empty(0, dtype=torch.uint8, device="cpu"), threading.Lock()
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         nbytes = shape.numel() * dtype.itemsize
@@ -109,7 +109,7 @@ class _HugePages:
 
     def _new_block(self, nbytes: int) -> torch.Tensor:
         with torch.inference_mode(False):  # else only callers in inference mode could use the rest of it
-            block = torch.empty(nbytes + self.PAGE, dtype=torch.uint8)
+            block = torch.empty(nbytes + self.PAGE, dtype=torch.uint8, device="cpu")
         block = block[-block.data_ptr() % self.PAGE :][:nbytes]
         if native := dispatch.native():
             native.cpu.advise_huge_pages(block.data_ptr(), nbytes)

@@ -145,7 +145,7 @@ def test_an_engine_keeps_its_stream(two_devices, monkeypatch):
         inside.append(current[-1])
 
     monkeypatch.setattr(torch.cuda, "stream", on)
-    method(SimpleNamespace(turn=Turn(), closed=False, torn=False, cuda_stream="own"))
+    method(SimpleNamespace(turn=Turn(), closed=False, torn=False, dropped=(), cuda_stream="own"))
     assert inside == ["own"] and current == ["later"]
 
 
@@ -205,7 +205,7 @@ class Checked(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is torch.tensor:
-            assert "device" not in kwargs
+            assert isinstance(kwargs.get("device", "cpu"), str), "not on the host, which goes by its name"
         elif function is torch.Tensor.to and any(isinstance(a, torch.device) for a in args):
             assert kwargs.get("non_blocking"), args
             self.uploads.append(args[0].shape)
