@@ -8,6 +8,7 @@ which is how preemption, faults and interrupts lose nothing.
 from __future__ import annotations
 
 import logging
+from collections import deque
 
 import torch
 
@@ -57,7 +58,7 @@ class Engine(Generation):
     ):  # fmt: skip
         config = checkpoint.config
         sizes = engine_sizes(config, max_seq_len, max_batch_size, num_pages)
-        self.turn, self.closed, self.torn = Turn(), False, False
+        self.turn, self.closed, self.torn, self.dropped = Turn(), False, False, deque()
         self.config, self.max_seq_len = config, sizes.max_seq_len
         self.checkpoint, self._tokenizer = checkpoint, None
         self.device = with_index(device)
@@ -186,12 +187,19 @@ class Engine(Generation):
         auto = self._autos.get(self._plan)
         return auto.policy.explain(batch_size) if auto else None
 
-    def _make_request(self, prompt_ids, params: SamplingParams | None, plan: CyclePlan, request_id=None) -> Request:
+    def _plan_to_join(self) -> CyclePlan:
+        """That of what runs, or the engine's own if nothing does."""
+        return self._default_plan if self._idle() else self._plan
+
+    def _make_request(self, prompt_ids, params: SamplingParams | None, plan: CyclePlan | None, name=None) -> Request:
         params = SamplingParams() if params is None else params
-        request = make_request(prompt_ids, params, request_id, self.config, self.max_seq_len)
+        request = make_request(prompt_ids, params, name, self.config, self.max_seq_len)
+        self._check_acceptance(request, plan or self._plan_to_join())
+        return request
+
+    def _check_acceptance(self, request: Request, plan: CyclePlan) -> None:
         if request.rejection and plan.mode not in ("two_pass", "auto"):
             raise ValueError(f"acceptance='rejection' belongs to mode two_pass alone, got mode {plan.mode!r}")
-        return request
 
     def check(self, prompt_ids, params: SamplingParams | None = None, request_id: str | None = None) -> None:
         """Whether :meth:`submit` would take these; from any thread.
@@ -199,7 +207,7 @@ class Engine(Generation):
         Raises:
             ValueError: it would not.
         """
-        self._make_request(prompt_ids, params, self._plan, request_id)
+        self._make_request(prompt_ids, params, None, request_id)
 
     @exclusive
     def submit(self, prompt_ids, params: SamplingParams | None = None, request_id: str | None = None) -> str:
@@ -216,8 +224,7 @@ class Engine(Generation):
         Raises:
             ValueError: the prompt or the parameters cannot be served, or the id is in use.
         """
-        if self._idle():
-            self._plan = self._default_plan
+        self._plan = self._plan_to_join()
         request = self._make_request(prompt_ids, params, self._plan, request_id)
         if request.request_id in self.outbox:
             raise ValueError(f"request_id must be unused, got {request.request_id!r} twice")

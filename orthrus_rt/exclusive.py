@@ -12,6 +12,10 @@ import torch
 from orthrus_rt.device import stream_scope
 
 
+class Taken(RuntimeError):
+    """The turn is somebody else's."""
+
+
 class Turn:
     """Held by the frame that entered it, for as long as that frame runs.
 
@@ -28,9 +32,9 @@ class Turn:
         holder = self._holder.setdefault("held", mine)  # tests and sets in one step
         if holder is not mine:
             if holder[0] != mine[0]:
-                raise RuntimeError("this engine is in use by another thread; share it through orthrus_rt.AsyncEngine")
+                raise Taken("this engine is in use by another thread; share it through orthrus_rt.AsyncEngine")
             if _runs(holder[1]):
-                raise RuntimeError("this engine is in the middle of a call; a signal handler cannot make another one")
+                raise Taken("this engine is in the middle of a call; a signal handler cannot make another one")
             self._holder["held"] = mine
 
     def __exit__(self, *_) -> None:
@@ -59,6 +63,8 @@ def exclusive(method):
             with torch.inference_mode(), stream_scope(engine.cuda_stream):
                 if engine.torn:
                     engine.recover()
+                if engine.dropped:
+                    engine.abort_dropped()
                 return method(engine, *args, **kwargs)
 
     return call

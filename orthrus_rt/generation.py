@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from orthrus_rt.cycle_plan import CyclePlan
-from orthrus_rt.exclusive import exclusive, whole
+from orthrus_rt.exclusive import Taken, exclusive, whole
 from orthrus_rt.outputs import GenerationOutput, RequestOutput
 from orthrus_rt.request import Request
 from orthrus_rt.rounds import Rounds
@@ -16,13 +16,16 @@ from orthrus_rt.sampling import SamplingParams
 class Generation(Rounds):
     """``generate`` and ``stream``: rounds until some requests are through."""
 
+    dropped: deque[list[Request]]  # of streams that were closed where no call could be made; to be aborted
+
     def generate(self, prompt_ids, params=None, *, mode=None, draft_len=None, fan_out=None, progress=False):
         """Continue one prompt, or a batch of them together.
 
         Args:
             prompt_ids: a list of ints, a 1-D integer tensor or array, or a list of those (a batch, which may be empty).
             params: one :class:`SamplingParams` for all, or one for each prompt of a batch; greedy by default.
-            mode, draft_len, fan_out: override the engine's for this call; only while nothing else runs.
+            mode, draft_len, fan_out: override the engine's for this call; only while nothing else runs. With none of
+                them, the call joins what runs, in whatever mode that is.
             progress: show a progress bar.
 
         Returns:
@@ -31,6 +34,7 @@ class Generation(Rounds):
 
         Raises:
             ValueError: a prompt is empty, too long, or has ids outside the vocabulary; nothing has run then.
+            RuntimeError: another mode was asked for than the one that runs.
             torch.OutOfMemoryError, FloatingPointError: the one prompt could not go on.
         """
         batch = _is_batch(prompt_ids)
@@ -42,7 +46,7 @@ class Generation(Rounds):
             raise ValueError(f"params: expected one or {len(all_ids)}, got {len(each)}")
         from tqdm import tqdm
 
-        plan = self.make_plan(mode, draft_len, fan_out)
+        plan = self._asked_plan(mode, draft_len, fan_out)
         requests = [self._make_request(ids, p, plan) for ids, p in zip(all_ids, each, strict=True)]
         with tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
             for _ in self._run(requests, plan):
@@ -57,12 +61,17 @@ class Generation(Rounds):
         """Like :meth:`generate` for one prompt, yielding a :class:`RequestOutput` per cycle (the first after prefill).
 
         Arguments are checked now, not at the first piece. Closing the iterator aborts the request. One that could not
-        go on raises after its last piece, as :meth:`generate` does.
+        go on raises after its last piece, as :meth:`generate` does. The pieces' ``request_id`` only tells streams
+        apart: :meth:`abort` and :meth:`is_unfinished` know the ids of :meth:`submit` alone.
         """
-        plan = self.make_plan(mode, draft_len, fan_out)
+        plan = self._asked_plan(mode, draft_len, fan_out)
         return self._stream(self._make_request(prompt_ids, params, plan), plan)
 
-    def _stream(self, request: Request, plan: CyclePlan) -> Iterator[RequestOutput]:
+    def _asked_plan(self, mode, draft_len, fan_out) -> CyclePlan | None:
+        """None if none of them is given: then the plan is that of what runs."""
+        return self.make_plan(mode, draft_len, fan_out) if (mode, draft_len, fan_out) != (None, None, None) else None
+
+    def _stream(self, request: Request, plan: CyclePlan | None) -> Iterator[RequestOutput]:
         delivered, finished = 0, False
         for _ in self._run([request], plan):
             if piece := request.output_since(delivered):
@@ -73,7 +82,7 @@ class Generation(Rounds):
         if request.error:
             raise request.error
 
-    def _run(self, requests: list[Request], plan: CyclePlan) -> Iterator[None]:
+    def _run(self, requests: list[Request], plan: CyclePlan | None) -> Iterator[None]:
         """Step until these requests are through; whatever else is queued runs along.
 
         Mode and block length belong to the whole batch: whoever finds the engine idle sets them.
@@ -89,10 +98,16 @@ class Generation(Rounds):
                     yield
         finally:
             if not self.closed:
-                self._abort_all(requests)
+                try:
+                    self._abort_all(requests)
+                except Taken:  # a stream may be collected anywhere: inside a call, or in another thread than its
+                    self.dropped.append(requests)
 
     @exclusive
-    def _enqueue(self, requests: list[Request], plan: CyclePlan) -> None:
+    def _enqueue(self, requests: list[Request], plan: CyclePlan | None) -> None:
+        plan = plan or self._plan_to_join()
+        for request in requests:
+            self._check_acceptance(request, plan)  # again: what runs may have changed since it was made
         if self._idle():
             self.runner.make_room(self._shapes(plan, self.scheduler.num_slots))
             self._plan = plan
@@ -113,6 +128,14 @@ class Generation(Rounds):
             for request in requests:
                 if request.arrival >= 0:  # else it was never queued
                     self._abort(request)
+
+    def abort_dropped(self) -> None:
+        """For whoever has the turn."""
+        while self.dropped:
+            with whole(self):
+                for request in self.dropped[0]:
+                    self._abort(request)
+            self.dropped.popleft()  # only now: an interrupt must not lose them
 
 
 def _is_batch(prompt_ids) -> bool:

@@ -78,7 +78,8 @@ class Rounds:
             raise RequestFailed from error
 
     def _idle(self) -> bool:
-        return not self.scheduler.waiting and not any(self.scheduler.slots)
+        scheduler = self.scheduler  # None once the engine is closed, which another thread may do just now
+        return scheduler is None or not (scheduler.waiting or any(scheduler.slots))
 
     def _advance(self) -> None:
         """One round: a cycle for those that decode and prompts into the cache, in one if they can be; then read what

@@ -194,6 +194,34 @@ def test_rejection_belongs_to_two_pass(engine):
         engine.generate(PROMPT, params, mode="ar")
 
 
+def test_what_ran_last_refuses_nothing_once_the_engine_is_idle(engine):
+    """``check`` and ``submit`` say the same."""
+    params = SamplingParams(4, temperature=0.8, seed=7, ignore_eos=True, acceptance="rejection")
+    greedy(engine, 3, mode="ar")
+    engine.check(PROMPT, params)
+    engine.abort(engine.submit(PROMPT, params))
+    engine.step()
+
+
+def test_a_call_that_asks_for_no_mode_joins_the_one_that_runs(engine):
+    params = SamplingParams(20, ignore_eos=True)
+    want = engine.generate(PROMPT, params).token_ids
+    rejection = SamplingParams(4, temperature=0.8, seed=7, acceptance="rejection")
+    early = engine.stream(PROMPT, rejection)  # fits until another mode runs
+    stream = engine.stream(PROMPT, SamplingParams(200, ignore_eos=True), mode="ar")
+    next(stream)
+    out = engine.generate(PROMPT, params)
+    assert out.token_ids == want and out.stats.mode == "ar"
+    assert [t for piece in engine.stream(PROMPT, params) for t in piece.token_ids] == want
+    for call in (lambda: engine.generate(PROMPT, rejection), lambda: next(early)):
+        with pytest.raises(ValueError, match="acceptance='rejection' belongs to mode two_pass alone, got mode 'ar'"):
+            call()
+    with pytest.raises(RuntimeError, match="the mode cannot change while requests run"):
+        engine.generate(PROMPT, params, draft_len=3)
+    stream.close()
+    assert engine.generate(PROMPT, params).stats.mode == "two_pass"
+
+
 def test_top_k_one_is_greedy(engine):
     params = SamplingParams(max_new_tokens=30, temperature=1.3, top_k=1, ignore_eos=True)
     out = engine.generate(PROMPT, params)

@@ -216,3 +216,48 @@ def test_a_signal_handler_cannot_reenter(engine):
         engine.runner.prefill = real
         signal.signal(signal.SIGUSR1, before)
     assert refused == ["this engine is in the middle of a call; a signal handler cannot make another one"]
+
+
+class TestAStreamThatIsCollected:
+    """Wherever the garbage collector strikes, its request ends and the call under way is not disturbed."""
+
+    LONG = SamplingParams(max_new_tokens=50, ignore_eos=True)
+
+    def hold(self, engine):
+        held = [engine.stream([9], self.LONG)]
+        next(held[0])
+        self.aborted = engine.metrics.requests["abort"]
+        return held
+
+    def check(self, engine, tokens):
+        got = {}
+        name = engine.submit(PROMPTS[0], PARAMS)
+        drain(engine, got)
+        assert got[name] == (tokens, "length")
+        assert engine.metrics.requests["abort"] == self.aborted + 1
+        all_pages_back(engine)
+
+    def test_inside_a_step(self, engine, want, monkeypatch):
+        real, held = engine.runner.decode, self.hold(engine)
+        monkeypatch.setattr(engine.runner, "decode", lambda *args: (held.clear(), real(*args))[1])
+        self.check(engine, want[0])
+
+    def test_in_another_thread_than_the_one_that_steps(self, engine, want, monkeypatch):
+        real, held = engine.runner.decode, self.hold(engine)
+
+        def decode(*args):
+            if held:
+                thread = threading.Thread(target=held.clear)
+                thread.start()
+                thread.join()
+            return real(*args)
+
+        monkeypatch.setattr(engine.runner, "decode", decode)
+        self.check(engine, want[0])
+
+    def test_the_next_call_finds_the_engine_idle(self, engine, want, monkeypatch):
+        """Whatever it is: here one that needs that."""
+        real, held = engine.runner.decode, self.hold(engine)
+        monkeypatch.setattr(engine.runner, "decode", lambda *args: (real(*args), held.clear())[0])
+        engine.step()
+        assert engine.generate(PROMPTS[0], PARAMS, mode="one_pass").token_ids == want[0]
