@@ -19,26 +19,37 @@ log = logging.getLogger("orthrus_rt")
 
 
 class AsyncEngine:
-    """Streams over one :class:`Engine`, which it uses alone from now on; ``async with`` closes it in the end.
+    """Streams over one :class:`Engine`, which it uses alone from now on: other calls of it that run, change or close
+    anything are refused. ``async with`` closes it in the end.
 
     Cancelling or closing a stream aborts its request; the others are not disturbed, nor are they by a request that
-    cannot go on (see :meth:`Engine.step`) or by a step that fails.
+    cannot go on (see :meth:`Engine.step`) or by a step that fails. One event loop at a time may use it.
+
+    Raises:
+        RuntimeError: another one has the engine, or a call of it is under way.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="orthrus")
+        self._worker.submit(engine.turn.claim, self).result()
         # Of streams that wait for more, by the engine's own name of each: the caller's is free again as soon as its
         # stream has ended, while in the engine an aborted request is there until the next step.
         self._waiting: dict[str, tuple[str, asyncio.Queue]] = {}
         self._numbers = itertools.count(1)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_task: asyncio.Task | None = None
         self._closing: asyncio.Future | None = None
 
     def _call(self, function, *args) -> asyncio.Future:
         if self._closing is not None:
             raise RuntimeError("this engine is closed")
-        return asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            if self._loop is not None and self._loop.is_running():
+                raise RuntimeError("this AsyncEngine is in use by another event loop")
+            self._loop, self._loop_task = loop, None  # what stepped in a loop that has stopped may never go on
+        return loop.run_in_executor(self._worker, function, *args)
 
     def stream(
         self, prompt_ids, params: SamplingParams | None = None, request_id: str | None = None
@@ -62,6 +73,7 @@ class AsyncEngine:
             submitted = self._call(self.engine.submit, prompt_ids, params, known_as)
             if self._loop_task is None or self._loop_task.done():
                 self._loop_task = asyncio.create_task(self._pump())
+                self._loop_task.add_done_callback(self._pump_ended)
             await submitted
             while not finished:
                 output = await queue.get()
@@ -106,7 +118,14 @@ class AsyncEngine:
                     queue.put_nowait(output)
             await asyncio.sleep(0)
 
-    def _fail(self, error: Exception) -> None:
+    def _pump_ended(self, task: asyncio.Task) -> None:
+        """Nobody may wait for ever; the step under way may have brought tokens that are lost now."""
+        if task.cancelled():
+            self._fail(RuntimeError("the task that steps this engine was cancelled"))
+        elif error := task.exception():
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
         for _, queue in self._waiting.values():
             queue.put_nowait(error)
 
@@ -119,9 +138,15 @@ class AsyncEngine:
     async def close(self) -> None:
         """Close the engine, also if this call is cancelled; open streams end with an error. Twice is harmless."""
         if self._closing is None:
-            self._closing = self._call(self.engine.close)
+            self._closing = self._call(self._close)
             self._closing.add_done_callback(self._end)
         await asyncio.shield(self._closing)
+
+    def _close(self) -> None:
+        try:
+            self.engine.close()
+        finally:
+            self.engine.turn.release()
 
     def _end(self, _) -> None:
         self._worker.shutdown(wait=False)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import sys
 import threading
+import weakref
 
 import torch
 
@@ -26,9 +27,20 @@ class Turn:
 
     def __init__(self):
         self._holder: dict[str, tuple] = {}
+        self._owner: tuple[weakref.ref, int] | None = None
+
+    def claim(self, owner) -> None:
+        """The turn is this thread's alone until :meth:`release`, or until nobody holds ``owner`` any more."""
+        with self:
+            self._owner = weakref.ref(owner), threading.get_ident()
+
+    def release(self) -> None:
+        self._owner = None
 
     def __enter__(self) -> None:
         mine = (threading.get_ident(), sys._getframe(1))
+        if (claim := self._owner) is not None and claim[1] != mine[0] and (owner := claim[0]()) is not None:
+            raise Taken(f"this engine belongs to an {type(owner).__name__} until that is closed; go through it")
         holder = self._holder.setdefault("held", mine)  # tests and sets in one step
         if holder is not mine:
             if holder[0] != mine[0]:

@@ -1,7 +1,9 @@
 """One engine shared by coroutines: streams that are slow, cancelled, refused, failing or closed, and all others."""
 
 import asyncio
+import gc
 import logging
+import threading
 import time
 from functools import partial
 
@@ -216,9 +218,88 @@ def test_streams_and_cancellation(folder, alone):
             await collect(shared, [])
         assert (await collect(shared, [9]))[:3] == alone([9], params)[:3]
         while engine.has_unfinished():  # the cancelled request's last output is still to be taken
-            engine.step()
+            await asyncio.sleep(0.01)
         assert engine.kv.num_free_pages == engine.kv.num_pages - 1
         assert bool((engine.kv.page_table == 0).all()) and not any(engine.scheduler.slots)
         await shared.close()
 
     asyncio.run(main())
+
+
+def test_nobody_else_calls_an_engine_that_is_shared(folder, alone):
+    """Direct calls would take other streams' tokens out of its hands."""
+
+    async def use(shared):
+        engine = shared.engine
+        stream = shared.stream([1, 2], GREEDY)
+        tokens = (await anext(stream)).new_token_ids
+        calls = (engine.step, lambda: engine.submit([1]), lambda: engine.abort("x"), lambda: engine.generate([1]))
+        for call in (*calls, lambda: next(engine.stream([1])), engine.close, lambda: AsyncEngine(engine)):
+            with pytest.raises(RuntimeError, match="this engine belongs to an AsyncEngine until that is closed"):
+                call()
+        engine.check([1])
+        assert engine.has_unfinished() and engine.metrics.as_dict()["tokens"] and engine.memory_report()["total"]
+        assert tokens + [t async for out in stream for t in out.new_token_ids] == alone([1, 2], GREEDY)
+
+    run(folder, use)
+
+
+def test_an_engine_outlives_a_shared_one_that_nobody_closed(folder, alone):
+    engine = make(folder)
+    shared = AsyncEngine(engine)
+    assert asyncio.run(collect(shared, [1, 2], GREEDY))[0] == alone([1, 2], GREEDY)
+    del shared
+    gc.collect()
+    assert engine.generate([1, 2], GREEDY).token_ids == alone([1, 2], GREEDY)
+    engine.close()
+    shared = AsyncEngine(engine)
+    with pytest.raises(RuntimeError, match="this engine is closed"):
+        asyncio.run(collect(shared, [1], GREEDY))
+
+
+def test_one_event_loop_at_a_time(folder, alone):
+    want, errors, shared = alone([1, 2], GREEDY), [], AsyncEngine(make(folder))
+    for _ in range(2):
+        assert asyncio.run(collect(shared, [1, 2], GREEDY))[0] == want
+
+    def elsewhere():
+        for use in (collect(shared, [3], GREEDY), shared.close()):
+            try:
+                asyncio.run(use)
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    async def main():
+        stream = shared.stream([1, 2], GREEDY)
+        tokens = (await anext(stream)).new_token_ids
+        await asyncio.wait_for(asyncio.to_thread(elsewhere), 20)
+        assert tokens + [t async for out in stream for t in out.new_token_ids] == want
+        await shared.close()
+
+    asyncio.run(main())
+    assert errors == ["this AsyncEngine is in use by another event loop"] * 2
+
+
+def test_a_loop_that_is_left_without_being_closed(folder, alone):
+    """With a step under way, as run_until_complete leaves it."""
+    shared, loops = AsyncEngine(make(folder)), [asyncio.new_event_loop() for _ in range(2)]
+    for loop in (*loops, *loops):
+        got = loop.run_until_complete(asyncio.wait_for(collect(shared, [1, 2], GREEDY), 20))
+        assert got[0] == alone([1, 2], GREEDY)
+    loops[1].run_until_complete(shared.close())
+    for loop in loops:
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+
+def test_whoever_cancels_what_steps_the_engine_ends_the_streams(folder, alone):
+    async def use(shared):
+        streams = [asyncio.create_task(collect(shared, [i], GREEDY)) for i in range(3)]
+        while not shared.engine.metrics.cycles:
+            await asyncio.sleep(0)
+        shared._loop_task.cancel()
+        got = await asyncio.wait_for(asyncio.gather(*streams, return_exceptions=True), 20)
+        assert [str(error) for error in got] == ["the task that steps this engine was cancelled"] * 3
+        assert (await collect(shared, [1, 2], GREEDY))[0] == alone([1, 2], GREEDY)
+
+    run(folder, use)
