@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -77,8 +78,31 @@ def base_folder(gguf: str | None = None) -> Path:
 
 
 def cache_root() -> Path:
-    """``$XDG_CACHE_HOME/orthrus_rt``, by default ``~/.cache/orthrus_rt``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orthrus_rt"
+    """``$XDG_CACHE_HOME/orthrus_rt``, by default ``~/.cache/orthrus_rt``; for a user without a home, as in a container
+    that runs under a random uid, a folder of this user's beside the temporary files.
+
+    Raises:
+        CheckpointError: the latter is there already and others can write to it.
+    """
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "orthrus_rt"
+    try:
+        return Path.home() / ".cache" / "orthrus_rt"
+    except RuntimeError:
+        return _temporary_root()
+
+
+def _temporary_root() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"orthrus_rt-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()  # not of what a link points to: anybody may have put it there
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise CheckpointError(
+            f"{folder}: must be a folder that this user alone can write to, as there is no home folder for a cache; "
+            "let XDG_CACHE_HOME name one"
+        )
+    return folder
 
 
 def _wheel_gguf() -> Path:

@@ -5,9 +5,11 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import pwd
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -71,6 +73,42 @@ def test_default_cache_is_in_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert embedded.cache_root() == tmp_path / ".cache" / "orthrus_rt"
+
+
+class TestNoHome:
+    """As in a container that runs under a random uid: no HOME, no entry in the list of users."""
+
+    @pytest.fixture(autouse=True)
+    def shared(self, monkeypatch, tmp_path):
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        return tmp_path / f"orthrus_rt-{os.getuid()}"
+
+    def test_a_folder_of_ours_beside_other_temporary_files(self, shared):
+        assert embedded.cache_root() == embedded.cache_root() == shared
+        assert shared.stat().st_mode & 0o777 == 0o700
+
+    @pytest.mark.parametrize("is_there", ("a link", "a file", "writable by others", "another's"))
+    def test_one_that_is_not_ours_is_refused(self, shared, tmp_path, monkeypatch, is_there):
+        if is_there == "a link":
+            shared.symlink_to(tmp_path)
+        elif is_there == "a file":
+            shared.write_text("")
+        else:
+            shared.mkdir(mode=0o700)
+            if is_there == "writable by others":
+                shared.chmod(0o777)
+            else:
+                monkeypatch.setattr(os, "getuid", lambda real=os.getuid(): real + 1)
+                shared = shared.rename(tmp_path / f"orthrus_rt-{os.getuid()}")
+        with pytest.raises(CheckpointError) as error:
+            embedded.cache_root()
+        assert str(error.value) == (
+            f"{shared}: must be a folder that this user alone can write to, as there is no home folder for a cache; "
+            "let XDG_CACHE_HOME name one"
+        )
 
 
 def test_full_cache_needs_no_gguf(cache, monkeypatch):
