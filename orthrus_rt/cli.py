@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 from orthrus_rt import cli_verify
@@ -145,7 +146,7 @@ def _read_prompt(args) -> str:
     elif args.file is not None:
         with open(args.file, encoding="utf-8") as file:
             text = read_utf8(args.file, file.read)
-    elif sys.stdin.isatty():
+    elif sys.stdin is None or sys.stdin.isatty():  # None: closed
         raise ValueError("a prompt is needed: as an argument, from --file, or on standard input")
     else:
         text = read_utf8("standard input", sys.stdin.read)
@@ -358,6 +359,8 @@ def _short(value) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if sys.stdout is None:
+        return _fail(args, "standard output is closed, so nobody would see the answer")
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -368,6 +371,9 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_ERROR
     except (OSError, ValueError, ArithmeticError, RuntimeError, ImportError) as error:
         return _fail(args, error)
+    except Exception:  # a bug of ours; Python's own exit code for it would say that tokens differ
+        traceback.print_exc()
+        return EXIT_ERROR
 
 
 def _fail(args, error) -> int:

@@ -28,7 +28,7 @@ class TextStream:
 
     def push(self, token_ids) -> str:
         """The text that these tokens complete."""
-        self._ids += token_ids
+        self._ids.extend(map(int, token_ids))
         return self._advance(final=False)
 
     def end(self) -> str:
@@ -54,7 +54,7 @@ class Screen:
 
     def __init__(self):
         capable = os.environ.get("TERM", "dumb") != "dumb"
-        self._has_status = capable and sys.stdout.isatty() and sys.stderr.isatty()
+        self._has_status = capable and all(s is not None and s.isatty() for s in (sys.stdout, sys.stderr))
         self._rows = 0
         self._column = 0
 

@@ -243,6 +243,26 @@ def test_ctrl_c_ends_without_a_traceback(text_folder):
     assert process.returncode == 130 and b"Traceback" not in err
 
 
+def test_a_bug_is_no_difference(run, monkeypatch):
+    """Of the exit codes 1 says that tokens differ."""
+    monkeypatch.setattr(Engine, "generate", lambda *_, **__: {}["a bug"])
+    code, _, err = run("verify", "-n", "1", "--max-new-tokens", "4")
+    assert code == 2 and "Traceback" in err and err.endswith("KeyError: 'a bug'\n")
+
+
+@pytest.mark.parametrize(
+    ("closed", "message"),
+    [
+        ("stdin", "orthrus-rt generate: a prompt is needed: as an argument, from --file, or on standard input\n"),
+        ("stdout", "orthrus-rt generate: standard output is closed, so nobody would see the answer\n"),
+    ],
+)
+def test_closed_streams(run, monkeypatch, closed, message):
+    """Python has None in their place."""
+    monkeypatch.setattr(sys, closed, None)
+    assert run("generate", *(["x"] if closed == "stdout" else [])) == (2, "", message)
+
+
 def test_a_reader_that_leaves_is_no_traceback(text_folder):
     command = [sys.executable, "-m", "orthrus_rt.cli", "info", "--model", text_folder]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -101,8 +101,9 @@ class TestNoHome:
             if is_there == "writable by others":
                 shared.chmod(0o777)
             else:
-                monkeypatch.setattr(os, "getuid", lambda real=os.getuid(): real + 1)
-                shared = shared.rename(tmp_path / f"orthrus_rt-{os.getuid()}")
+                other = os.getuid() + 1
+                shared = shared.rename(tmp_path / f"orthrus_rt-{other}")
+                monkeypatch.setattr(os, "getuid", lambda: other)
         with pytest.raises(CheckpointError) as error:
             embedded.cache_root()
         assert str(error.value) == (

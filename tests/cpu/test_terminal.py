@@ -3,7 +3,9 @@
 import io
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +38,13 @@ def test_pieces_join_to_the_text_wherever_it_is_cut(tokenizer, text, data):
 def test_pieces_join_to_the_decoding_of_any_bytes(tokenizer, ids, data):
     cuts = data.draw(st.lists(st.integers(0, len(ids))))
     assert "".join(streamed(tokenizer, ids, cuts)) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_ids_of_any_kind(tokenizer):
+    ids = tokenizer("abc").input_ids
+    for kind in (np.array, torch.tensor, tuple):
+        stream = TextStream(tokenizer)
+        assert stream.push(ids[:1]) + stream.push(kind(ids[1:])) == "abc"
 
 
 def test_an_unfinished_character_is_held_back(tokenizer):
@@ -81,16 +90,16 @@ def test_no_status_while_the_cursor_hangs_behind_a_full_row(streams, text, shown
     assert ("status" in streams.stderr.getvalue()) == shown
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr", "TERM"])
+@pytest.mark.parametrize("stream", ["stdout", "stderr", "closed stderr", "TERM"])
 def test_no_status_line_without_a_capable_terminal(streams, monkeypatch, stream):
     if stream == "TERM":
         monkeypatch.setenv("TERM", "dumb")
     else:
-        setattr(streams, stream, io.StringIO())
+        setattr(streams, stream.split()[-1], None if "closed" in stream else io.StringIO())
     with Screen() as screen:
         screen.write("text")
         screen.status("status")
-    assert streams.stderr.getvalue() == "" and streams.stdout.getvalue() == "text"
+    assert (streams.stderr is None or streams.stderr.getvalue() == "") and streams.stdout.getvalue() == "text"
 
 
 def test_table_aligns_its_columns():
