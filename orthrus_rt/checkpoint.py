@@ -52,7 +52,13 @@ class Checkpoint:
             raise CheckpointError(f"{self.config.name}: has no tokenizer.json; pass token ids instead of text")
         from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast.from_pretrained(self.tokenizer_dir)
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(self.tokenizer_dir)
+        except Exception as error:  # its readers raise all kinds
+            file = Path(self.tokenizer_dir) / "tokenizer.json"
+            raise CheckpointError(
+                f"{file}: transformers cannot read it ({type(error).__name__}: {error}), or what lies beside it"
+            ) from error
 
 
 def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None = None) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 
 from orthrus_rt.cycle_plan import MAX_BLOCK_LEN
@@ -105,7 +106,7 @@ def parse(raw: dict, generation: dict | None = None, *, name: str, where: str | 
         head_dim=head_dim,
         rms_norm_eps=_number(raw, "rms_norm_eps", where, default=1e-6),
         max_position_embeddings=_positive(raw, "max_position_embeddings", where),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_word_embeddings=_bool(raw, "tie_word_embeddings", where),
         qk_norm=family == "qwen3",
         block_len=min(block_len, MAX_BLOCK_LEN),
         mask_token_id=mask_token_id,
@@ -117,11 +118,11 @@ def parse(raw: dict, generation: dict | None = None, *, name: str, where: str | 
 
 def _family(raw, where):
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
     family = FAMILIES[model_type]
     architectures = raw.get("architectures") or []
-    if architectures and not set(architectures) & set(ARCHITECTURES[family]):
+    if architectures and not (_are_names(architectures) and set(architectures) & set(ARCHITECTURES[family])):
         raise CheckpointError(
             f"{where}: architectures must name one of {', '.join(ARCHITECTURES[family])}, got {architectures}"
         )
@@ -139,12 +140,16 @@ def _refuse_unsupported(raw, where):
 
 
 def _refuse_sliding_window(raw, num_layers, where):
-    layer_types = raw.get("layer_types")
+    layer_types, full_layers = raw.get("layer_types"), raw.get("max_window_layers") or 0
+    if layer_types and not _are_names(layer_types):
+        raise CheckpointError(f"{where}: layer_types must be a list of names, got {layer_types!r}")
+    if not _is_int(full_layers):
+        raise CheckpointError(f"{where}: max_window_layers must be an integer, got {full_layers!r}")
     if layer_types:
         other = sorted(set(layer_types) - {"full_attention"})
         in_use = f"layer_types holds {other}" if other else ""
     elif raw.get("use_sliding_window") and raw.get("sliding_window"):
-        in_use = f"sliding_window is {raw['sliding_window']}" if raw.get("max_window_layers", 0) < num_layers else ""
+        in_use = f"sliding_window is {raw['sliding_window']}" if full_layers < num_layers else ""
     else:
         in_use = ""
     if in_use:
@@ -153,13 +158,17 @@ def _refuse_sliding_window(raw, num_layers, where):
 
 def _rope(raw, where):
     """One flat dictionary from ``rope_parameters`` or from the older ``rope_theta`` and ``rope_scaling``."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(key) or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{where}: {key} must be an object, got {rope!r}")
+    rope = dict(rope)
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     if nested:
         raise CheckpointError(f"{where}: rope_parameters must be one set for all layers, got one per {nested}")
     rope_type = rope.pop("type", None)
     rope_type = rope.setdefault("rope_type", rope_type or "default")
-    if rope_type not in ROPE_TYPES:
+    if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
         raise CheckpointError(f"{where}: rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}")
     if rope.get("rope_theta") is None:
         rope["rope_theta"] = raw.get("rope_theta", 10000.0)
@@ -172,6 +181,7 @@ def _rope(raw, where):
     if rope_type in ("yarn", "llama3"):
         original = raw.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
         rope.setdefault("original_max_position_embeddings", original)
+        _number(rope, "original_max_position_embeddings", where)
     return rope
 
 
@@ -187,6 +197,17 @@ def _is_int(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _are_names(value):
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _bool(raw, key, where):
+    value = raw.get(key)
+    if not (value is None or isinstance(value, bool)):
+        raise CheckpointError(f"{where}: {key} must be true or false, got {value!r}")
+    return bool(value)
+
+
 def _positive(raw, key, where, default=None):
     value = raw.get(key)
     value = default if value is None else value
@@ -197,6 +218,6 @@ def _positive(raw, key, where, default=None):
 
 def _number(raw, key, where, default=None):
     value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise CheckpointError(f"{where}: {key} must be a positive number, got {value!r}")
     return float(value)

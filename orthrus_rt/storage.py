@@ -137,7 +137,8 @@ def _ignored(key: str) -> bool:
 
 def _open(path: Path):
     try:
-        return safe_open(path, framework="pt")
+        with open(path, "rb"):  # safetensors calls every file that it cannot open missing
+            return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing") from None
     except OSError as error:

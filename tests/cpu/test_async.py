@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import logging
-import threading
 import time
 from functools import partial
 

@@ -1,6 +1,7 @@
 """Checkpoint folders and hub ids: what loads, and the one error for each way in which they can be wrong."""
 
 import json
+import resource
 
 import huggingface_hub
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from orthrus_rt import checkpoint
+from orthrus_rt import checkpoint, storage
 from orthrus_rt.checkpoint import CheckpointError
 from tests import checkpoints
 
@@ -165,6 +166,18 @@ def test_files_that_are_not_there(tmp_path, folder):
     )
 
 
+def test_a_file_that_cannot_be_opened_is_not_called_missing(folder):
+    """safetensors itself says so, whatever the reason."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        with pytest.raises(CheckpointError) as error:
+            storage.scan(folder, WEIGHTS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert str(error.value) == f"{folder / WEIGHTS}: cannot be read (Too many open files)"
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [("{", "is not valid JSON ("), ("[]", "must hold a JSON object, got list")]
 )
@@ -274,3 +287,10 @@ class TestTokenizer:
         with pytest.raises(CheckpointError) as error:
             checkpoint.load(folder).load_tokenizer()
         assert str(error.value) == f"{folder}: has no tokenizer.json; pass token ids instead of text"
+
+    @pytest.mark.parametrize("content", ("", "{}", "not JSON", '{"model": 5}'))
+    def test_broken(self, folder, content):
+        (folder / "tokenizer.json").write_text(content)
+        with pytest.raises(CheckpointError) as error:
+            checkpoint.load(folder).load_tokenizer()
+        assert str(error.value).startswith(f"{folder / 'tokenizer.json'}: transformers cannot read it (")

@@ -47,6 +47,26 @@ UNSUPPORTED = [
     ({"mask_token_id": ...}, "mask_token_id must be in 0 … 95 (vocab_size - 1), got None"),
     ({"mask_token_id": 96}, "mask_token_id must be in 0 … 95 (vocab_size - 1), got 96"),
     ({"eos_token_id": [2, 200]}, "eos_token_id must be in 0 … 95 (vocab_size - 1), got 200"),
+    ({"model_type": ["qwen3"]}, "model_type must be one of qwen3, orthrus, llama, got ['qwen3']"),
+    ({"architectures": 5}, "architectures must name one of OrthrusLM, OrthrusForCausalLM, Qwen3ForCausalLM, got 5"),
+    ({"architectures": [["OrthrusLM"]]}, "architectures must name one of OrthrusLM"),
+    ({"rope_parameters": 5}, "rope_parameters must be an object, got 5"),
+    ({"rope_parameters": [1]}, "rope_parameters must be an object, got [1]"),
+    ({"rope_parameters": ..., "rope_scaling": "x"}, "rope_scaling must be an object, got 'x'"),
+    ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type must be one of default, linear, yarn, llama3, got ['y"),
+    (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": "x"}},
+        "original_max_position_embeddings must be a positive number, got 'x'",
+    ),
+    ({"layer_types": 5}, "layer_types must be a list of names, got 5"),
+    ({"layer_types": ["sliding_attention", 3]}, "layer_types must be a list of names, got ['sliding_attention', 3]"),
+    (
+        {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": "x"},
+        "max_window_layers must be an integer, got 'x'",
+    ),
+    ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be a positive number, got inf"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive number, got 1000"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, got 'false'"),
     ({"eos_token_id": "2"}, "eos_token_id must be an integer or a list of integers, got ['2']"),
 ]
 
