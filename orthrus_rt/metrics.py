@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
+
+GAUGES = ("waiting", "running", "pages_free", "pages")
+HELP = {
+    "tokens": "Tokens generated.",
+    "prompt_tokens": "Prompt tokens that came into the cache or were found there.",
+    "recomputed_tokens": "Tokens computed once more, after a preemption or a fault.",
+    "cached_tokens": "Tokens found in the cache when their request got its slot.",
+    "cycles": "Decode cycles.",
+    "passes": "Forward passes of the decode cycles.",
+    "preemptions": "Requests that gave their pages up for others.",
+    "busy_seconds": "Seconds spent in steps.",
+    "times": "Device time of passes and cycles.",
+    "plans": "Decode cycles by plan.",
+    "plan": "The plan that ran last.",
+    "accepted": "Drafts accepted by a request's cycle.",
+    "finished": "Requests that have ended, by reason.",
+    "waiting": "Requests that wait for a slot.",
+    "running": "Requests in a slot.",
+    "pages_free": "Free pages of the cache.",
+    "pages": "Pages of the cache.",
+}
 
 
 class Metrics:
-    """Counts what the engine did; reading never disturbs it."""
+    """Counts what the engine did; reading never disturbs it, nor does keeping this keep the engine."""
 
     def __init__(self, engine):
-        self._engine = engine
+        self._engine, self._block_len = weakref.ref(engine), engine.config.block_len
         self.tokens = self.prompt_tokens = self.recomputed_tokens = self.cached_tokens = 0
         self.cycles = self.passes = self.preemptions = 0
         self.accepted: dict[int, int] = {}
@@ -73,8 +95,8 @@ class Metrics:
         there were and their seconds on the device; ``busy_seconds`` is the host's. ``plans`` has the cycles of each
         plan (``ar``, ``two_pass/7``, ``one_pass/15x4``: drafts, fan_out), ``plan`` is the last.
         """
-        engine = self._engine
-        scheduler, kv = engine.scheduler, engine.kv  # None once it is closed
+        engine = self._engine()
+        scheduler, kv = (engine.scheduler, engine.kv) if engine else (None, None)  # None too once it is closed
         return {
             "tokens": self.tokens,
             "prompt_tokens": self.prompt_tokens,
@@ -97,34 +119,39 @@ class Metrics:
 
     def as_prometheus(self) -> str:
         """The same in the text exposition format, names prefixed with ``orthrus_``."""
-        facts, lines = self.as_dict(), []
-        gauges = ("waiting", "running", "pages_free", "pages")
-        for name, value in facts.items():
+        lines = []
+
+        def begin(metric: str, kind: str) -> None:
+            lines.extend([f"# HELP {metric} {HELP[name]}", f"# TYPE {metric} {kind}"])
+
+        for name, value in self.as_dict().items():
             if name == "accepted":
-                lines += _histogram("orthrus_accepted_drafts", value, self._engine.config.block_len)
+                begin("orthrus_accepted_drafts", "histogram")
+                lines += _histogram("orthrus_accepted_drafts", value, self._block_len)
             elif name == "times":
-                lines.append("# TYPE orthrus_device_seconds summary")
+                begin("orthrus_device_seconds", "summary")
                 for kind, of in value.items():
                     lines.append(f'orthrus_device_seconds_sum{{kind="{kind}"}} {of["seconds"]}')
                     lines.append(f'orthrus_device_seconds_count{{kind="{kind}"}} {of["count"]}')
             elif name == "plans":
-                lines.append("# TYPE orthrus_plan_cycles_total counter")
+                begin("orthrus_plan_cycles_total", "counter")
                 lines += [f'orthrus_plan_cycles_total{{plan="{plan}"}} {n}' for plan, n in value.items()]
             elif name == "plan":
-                lines.append("# TYPE orthrus_plan_info gauge")
+                begin("orthrus_plan_info", "gauge")
                 lines += [f'orthrus_plan_info{{plan="{value}"}} 1'] if value else []
             elif name == "finished":
-                lines.append("# TYPE orthrus_finished_total counter")
+                begin("orthrus_finished_total", "counter")
                 lines += [f'orthrus_finished_total{{reason="{reason}"}} {n}' for reason, n in value.items()]
             else:
-                kind, metric = ("gauge", f"orthrus_{name}") if name in gauges else ("counter", f"orthrus_{name}_total")
-                lines += [f"# TYPE {metric} {kind}", f"{metric} {value}"]
+                kind, metric = ("gauge", f"orthrus_{name}") if name in GAUGES else ("counter", f"orthrus_{name}_total")
+                begin(metric, kind)
+                lines.append(f"{metric} {value}")
         return "\n".join(lines) + "\n"
 
 
 def _histogram(metric: str, counts: dict[int, int], bounds: int) -> list[str]:
     """Buckets for every whole number below ``bounds``, so that they are the same in every scrape."""
-    lines, running = [f"# TYPE {metric} histogram"], 0
+    lines, running = [], 0
     for bound in range(bounds):
         running += counts.get(bound, 0)
         lines.append(f'{metric}_bucket{{le="{bound}"}} {running}')
