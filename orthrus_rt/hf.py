@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import operator
+from collections.abc import Mapping
 
 import torch
 
@@ -12,7 +14,7 @@ from orthrus_rt.sampling import SamplingParams
 
 GENERATE_ARGUMENTS = (
     "input_ids", "max_new_tokens", "max_length", "temperature", "top_k", "top_p", "eos_token_id", "use_diffusion_mode",
-    "streamer", "attention_mask", "pad_token_id",
+    "streamer", "attention_mask", "pad_token_id", "do_sample",
 )  # fmt: skip
 
 
@@ -50,6 +52,8 @@ class OrthrusForCausalLM:
             TypeError: an argument that is none of these.
             CheckpointError, ValueError: as the engine's.
         """
+        if "torch_dtype" in engine_arguments:
+            raise TypeError("from_pretrained: torch_dtype is not supported; its name is dtype")
         allowed = {"max_seq_len", "draft_len", "adapter", "base_gguf"}
         _refuse("from_pretrained", engine_arguments.keys() - allowed, ("dtype", "device_map", *sorted(allowed)))
         if not isinstance(device_map, str | torch.device):
@@ -95,12 +99,14 @@ class OrthrusForCausalLM:
         *,
         attention_mask: torch.Tensor | None = None,
         pad_token_id: int | None = None,
+        do_sample: bool | None = None,
         **unsupported,
     ) -> torch.Tensor:
         """Continue one prompt.
 
         Args:
-            input_ids: integer ``[1, n]``.
+            input_ids: integer ``[1, n]``: a tensor, a list, an array, or what a tokenizer or its chat template returns,
+                whose ``attention_mask`` then counts.
             max_new_tokens: at most this many tokens are added.
             max_length: total length instead, prompt included; wins over ``max_new_tokens``.
             temperature: 0 is greedy; above, ``top_k`` and ``top_p`` apply, and torch's global generator gives the seed,
@@ -109,6 +115,7 @@ class OrthrusForCausalLM:
             use_diffusion_mode: two-pass decoding; False decodes autoregressively. The tokens are the same.
             streamer: gets the prompt, then tokens as they are accepted, then ``end()``.
             attention_mask: tolerated if all ones. pad_token_id: has nothing to do here, one prompt needs no padding.
+            do_sample: tolerated if it says what ``temperature`` says.
 
         Returns:
             int64 ``[1, n + m]`` on the device of ``input_ids``: the prompt and m new tokens.
@@ -118,10 +125,18 @@ class OrthrusForCausalLM:
             ValueError: a value out of its range, or a length beyond the engine's ``max_seq_len``.
         """
         _refuse("generate", unsupported.keys(), GENERATE_ARGUMENTS)
+        if isinstance(input_ids, Mapping) and "input_ids" in input_ids:
+            attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
+            input_ids = input_ids["input_ids"]
+        input_ids = _tensor(input_ids)
         if input_ids.dim() != 2 or input_ids.shape[0] != 1:
             raise ValueError(f"generate: input_ids must have shape [1, n], got {list(input_ids.shape)}")
-        if attention_mask is not None and not bool((attention_mask == 1).all()):
+        if attention_mask is not None and not bool((_tensor(attention_mask, "attention_mask") == 1).all()):
             raise ValueError("generate: attention_mask must be all ones (no padding), got zeros in it")
+        if do_sample is not None and bool(do_sample) != (temperature != 0):
+            raise ValueError(
+                f"generate: do_sample must be {temperature != 0} at temperature {temperature}, got {do_sample}"
+            )
         params = self._params(input_ids.shape[1], max_new_tokens, max_length, temperature, top_k, top_p, eos_token_id)
         stream = self.engine.stream(input_ids[0], params, mode="two_pass" if use_diffusion_mode else "ar")
         if streamer is not None:
@@ -130,7 +145,7 @@ class OrthrusForCausalLM:
         with contextlib.closing(stream):
             for piece in stream:
                 tokens += piece.token_ids
-                if streamer is not None:
+                if streamer is not None and piece.token_ids:
                     streamer.put(torch.tensor(piece.token_ids, dtype=torch.int64, device="cpu"))
         if streamer is not None:
             streamer.end()
@@ -149,7 +164,10 @@ class OrthrusForCausalLM:
                 f"generate: {max_length} tokens in all exceed max_seq_len {self.engine.max_seq_len}; "
                 "pass a larger max_seq_len to from_pretrained"
             )
-        stop = () if eos_token_id is None else eos_token_id
+        try:
+            stop = () if eos_token_id is None else (operator.index(eos_token_id),)
+        except TypeError:
+            stop = eos_token_id
         greedy = temperature == 0
         return SamplingParams(
             max_new_tokens=max_length - length,
@@ -157,9 +175,19 @@ class OrthrusForCausalLM:
             top_k=top_k or 0,
             top_p=1.0 if top_p is None else top_p,
             seed=None if greedy else int(torch.randint(2**62, (), device="cpu")),
-            stop_token_ids=(stop,) if isinstance(stop, int) else tuple(stop),
+            stop_token_ids=stop,
             ignore_eos=eos_token_id is not None,
         )
+
+
+def _tensor(values, name: str = "input_ids") -> torch.Tensor:
+    if isinstance(values, torch.Tensor):
+        return values
+    try:
+        return torch.tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = f"{type(values).__name__} ({error})"
+        raise ValueError(f"generate: {name} must be integers of shape [1, n], got {got}") from error
 
 
 def _refuse(call: str, names, supported) -> None:

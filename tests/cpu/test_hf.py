@@ -1,11 +1,13 @@
 """The call that users of the published code know."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, TextStreamer
 
 from orthrus_rt import SamplingParams
 from orthrus_rt.hf import OrthrusForCausalLM
+from orthrus_rt.outputs import RequestOutput, Stats
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,14 @@ def test_mask_of_ones_and_pad_id_are_tolerated(model, input_ids):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"do_sample": True, "max_new_tokens": 4}, TypeError, "do_sample is not supported; supported are input_ids"),
+        ({"num_beams": 2, "max_new_tokens": 4}, TypeError, "num_beams is not supported; supported are input_ids"),
+        ({"do_sample": True, "max_new_tokens": 4}, ValueError, "do_sample must be False at temperature 0.0, got True"),
+        (
+            {"do_sample": False, "max_new_tokens": 4, "temperature": 0.5},
+            ValueError,
+            "do_sample must be True at temperature 0.5, got False",
+        ),
+        ({"max_new_tokens": 4, "attention_mask": [[0, 1, 1, 1, 1]]}, ValueError, "must be all ones"),
         ({}, ValueError, "max_new_tokens or max_length must be given"),
         ({"max_length": 5}, ValueError, "max_length must exceed the prompt's 5 tokens, got 5"),
         ({"max_new_tokens": 124}, ValueError, "129 tokens in all exceed max_seq_len 128"),
@@ -87,6 +96,43 @@ def test_mask_of_ones_and_pad_id_are_tolerated(model, input_ids):
 def test_errors(model, input_ids, arguments, error, message):
     with pytest.raises(error, match=message):
         model.generate(input_ids, **arguments)
+
+
+def test_whatever_a_tokenizer_returns(model):
+    """As it is, or as lists or arrays."""
+    batch = model.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], return_tensors="pt")
+    want = model.generate(input_ids=batch.input_ids, max_new_tokens=6)
+    for prompt in (batch, dict(batch), batch.input_ids.tolist(), batch.input_ids.numpy()):
+        out = model.generate(prompt, max_new_tokens=6)
+        assert torch.equal(out, want) and out.dtype == torch.int64
+    mask = batch.attention_mask.tolist()
+    assert torch.equal(model.generate(batch.input_ids.int(), max_new_tokens=6, attention_mask=mask), want)
+    with pytest.raises(ValueError, match="attention_mask must be all ones"):
+        model.generate({"input_ids": batch.input_ids, "attention_mask": 0 * batch.attention_mask}, max_new_tokens=6)
+    for nothing in ("text", None, [[1], [2, 3]], {"ids": [[1]]}):
+        with pytest.raises(ValueError, match=r"generate: input_ids must be integers of shape \[1, n\], got "):
+            model.generate(nothing, max_new_tokens=6)
+
+
+def test_what_says_the_same_is_accepted(model, input_ids):
+    want = model.generate(input_ids, max_new_tokens=20)
+    assert torch.equal(model.generate(input_ids, max_new_tokens=20, do_sample=False), want)
+    assert model.generate(input_ids, max_new_tokens=4, do_sample=True, temperature=1.0).shape == (1, 9)
+    eos, kinds = int(want[0, 8]), (int, np.int64, np.array, torch.tensor)
+    ends = [model.generate(input_ids, max_new_tokens=20, eos_token_id=kind(eos)) for kind in kinds]
+    assert all(torch.equal(out, ends[0]) for out in ends) and ends[0].shape[1] <= 9
+
+
+def test_a_failure_before_the_first_token_sends_the_streamer_nothing(model, input_ids, monkeypatch):
+    def stream(*_, **__):
+        yield RequestOutput("x", [], True, "error", Stats("", 0, 0))
+        raise FloatingPointError("no logit is above -inf")
+
+    monkeypatch.setattr(model.engine, "stream", stream)
+    recorder = Recorder()
+    with pytest.raises(FloatingPointError):
+        model.generate(input_ids, max_new_tokens=4, streamer=recorder)
+    assert len(recorder.calls) == 1  # the prompt
 
 
 def test_one_prompt_at_a_time(model):
@@ -118,6 +164,8 @@ def test_the_published_quickstart(text_folder, capsys):
 def test_from_pretrained_refuses_what_it_cannot_honour():
     with pytest.raises(TypeError, match="quantization_config is not supported; supported are dtype"):
         OrthrusForCausalLM.from_pretrained("x", quantization_config={})
+    with pytest.raises(TypeError, match="torch_dtype is not supported; its name is dtype"):
+        OrthrusForCausalLM.from_pretrained("x", torch_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="device_map must name one device"):
         OrthrusForCausalLM.from_pretrained("x", device_map={"": 0})
     with pytest.raises(ValueError, match="dtype must be one of"):
