@@ -54,7 +54,7 @@ def batch_bucket(size: int, most: int) -> int:
 
 def batch_buckets(most: int) -> list[int]:
     """The buckets of 1 to ``most`` sequences."""
-    return sorted({batch_bucket(size, most) for size in range(1, most + 1)})
+    return [*(1 << i for i in range((most - 1).bit_length())), most]
 
 
 def most_hypotheses(draft_len: int) -> int:

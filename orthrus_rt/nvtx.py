@@ -1,6 +1,7 @@
 """NVTX ranges for profilers, per cycle, pass, layer and op, if ``ORTHRUS_NVTX=1`` is set when this module is imported.
 
-Without it :func:`ranged` returns functions as they are, so that nothing is paid per call. A replayed CUDA graph runs
+Without it :func:`ranged` returns functions as they are, so that nothing is paid per call; with it, in a torch that has
+no NVTX (one without CUDA), a warning says so once and everything runs without ranges. A replayed CUDA graph runs
 no Python: inside one, only the cycle's (or the prefill's) own range is seen.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 
 VARIABLE = "ORTHRUS_NVTX"
@@ -24,7 +26,11 @@ def ranged(name: str | Callable[..., str]):
 
         @functools.wraps(function)
         def in_range(*args, **kwargs):
-            torch.cuda.nvtx.range_push(name(*args, **kwargs) if callable(name) else name)
+            try:
+                torch.cuda.nvtx.range_push(name(*args, **kwargs) if callable(name) else name)
+            except RuntimeError as error:
+                _warn(str(error))
+                return function(*args, **kwargs)
             try:
                 return function(*args, **kwargs)
             finally:
@@ -33,3 +39,9 @@ def ranged(name: str | Callable[..., str]):
         return in_range
 
     return wrap
+
+
+@functools.cache
+def _warn(why: str) -> None:
+    """Once for each reason."""
+    warnings.warn(f"{VARIABLE} is set, but there will be no ranges: {why}", stacklevel=3)

@@ -334,6 +334,8 @@ class Policy:
         ``accepted``: expected drafts accepted of 0, 1, ... that are offered. ``in_use`` is the plan wanted, ``current``
         the one that ran last: another while the safety account does not cover ``in_use``, or in a trial.
         """
+        if not 1 <= batch_size <= self.max_batch_size:
+            raise ValueError(f"batch_size must be within [1, {self.max_batch_size}], got {batch_size}")
         lane = self._lane(batch_size, greedy)
         tokens = self.acceptance.tokens(lane.plans)
         rows = {

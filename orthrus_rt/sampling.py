@@ -9,7 +9,8 @@ and min-p. (Speculative sampling: Leviathan et al. 2023, Chen et al. 2023; arXiv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
@@ -91,6 +92,7 @@ class SamplingParams:
             ("min_tokens", "in [0, max_new_tokens]", 0 <= self.min_tokens <= self.max_new_tokens),
             ("seed", "None or in [0, 2**63)", self.seed is None or 0 <= self.seed < 2**63),
             ("stop_token_ids", "all in [0, 2**31)", all(0 <= t < 2**31 for t in self.stop_token_ids)),
+            ("ignore_eos", "True or False", isinstance(self.ignore_eos, bool)),
             ("acceptance", "'coupled' or 'rejection'", self.acceptance in ("coupled", "rejection")),
             ("acceptance", "'coupled' with penalties, logit_bias or min_tokens",
              self.acceptance == "coupled" or not self.edits),
@@ -126,13 +128,20 @@ def _integer(name: str, value) -> int:
 def _number(name: str, value) -> float:
     if not isinstance(value, Real):
         raise ValueError(f"SamplingParams: {name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond all floats; whoever checks its range says so
+        return math.inf if value > 0 else -math.inf
 
 
 def _integers(name: str, values) -> tuple[int, ...]:
-    if isinstance(values, str) or not isinstance(values, Iterable):
+    try:
+        ids = None if isinstance(values, str) else tuple(values)
+    except TypeError:
+        ids = None
+    if ids is None:
         raise ValueError(f"SamplingParams: {name} must be a list of integers, got {values!r}")
-    return tuple(_integer(name, t) for t in values)
+    return tuple(_integer(name, t) for t in ids)
 
 
 def _pairs(name: str, values) -> tuple[tuple[int, float], ...]:

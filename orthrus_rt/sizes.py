@@ -9,6 +9,7 @@ from orthrus_rt.config import ModelConfig
 from orthrus_rt.cycle_plan import integer
 
 DEFAULT_SEQ_LEN = 4096
+MOST = 2**31  # slots and pages are told apart by int32 numbers
 
 
 class Sizes(NamedTuple):
@@ -35,6 +36,9 @@ def engine_sizes(config: ModelConfig, max_seq_len: int | None, max_batch_size: i
         raise ValueError(f"max_batch_size must be >= 1, got {max_batch_size}")
     per_sequence = -(-max_seq_len // PAGE_SIZE)
     num_pages = max_batch_size * per_sequence if num_pages is None else integer("num_pages", num_pages)
+    for name, value in (("max_batch_size", max_batch_size), ("num_pages", num_pages)):
+        if value >= MOST:
+            raise ValueError(f"{name} must be < 2**31, got {value}")
     if num_pages < per_sequence:
         raise ValueError(f"num_pages must be >= {per_sequence} (one sequence of {max_seq_len}), got {num_pages}")
     return Sizes(max_seq_len, max_batch_size, num_pages)

@@ -97,6 +97,9 @@ def test_the_policy_hears_of_every_cycle(folder):
         auto.generate(PROMPTS, LONG)
     auto._autos[auto._plan].policy.settle()
     facts = json.loads(json.dumps(auto.explain(3)))
+    for size in (0, -1, 5):
+        with pytest.raises(ValueError, match=rf"batch_size must be within \[1, 4\], got {size}"):
+            auto.explain(size)
     counts = {label: c["cycles"] for label, c in facts["candidates"].items() if c["cycles"]}
     assert counts == auto.metrics.as_dict()["plans"]
     assert facts["candidates"]["ar"]["cost_measured"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from orthrus_rt import dispatch
+from orthrus_rt.cycle_plan import batch_bucket, batch_buckets
 from orthrus_rt.sampling import SamplingParams
 from tests import engines
 from tests.engines import drain, take
@@ -356,24 +357,10 @@ def test_limits_of_the_constructor(folder):
         make(folder, max_batch_size=0)
 
 
-def test_metrics_count_what_happened(folder):
-    engine = make(folder, mode="two_pass")
-    outs = engine.generate([[1, 2, 3], [4]], SamplingParams(max_new_tokens=10, ignore_eos=True))
-    facts = engine.metrics.as_dict()
-    assert facts["tokens"] == 20 and facts["prompt_tokens"] == 4 and facts["finished"]["length"] == 2
-    assert facts["passes"] == 2 * facts["cycles"]
-    assert sum(facts["accepted"].values()) == sum(o.stats.cycles for o in outs)
-    text = engine.metrics.as_prometheus()
-    assert "orthrus_tokens_total 20\n" in text and 'orthrus_finished_total{reason="length"} 2\n' in text
-    assert f"orthrus_accepted_drafts_count {sum(o.stats.cycles for o in outs)}\n" in text
-    buckets = [line for line in text.splitlines() if line.startswith("orthrus_accepted_drafts_bucket")]
-    assert [b.split('"')[1] for b in buckets] == [*map(str, range(8)), "+Inf"]  # the same in every scrape
-    prefills, cycles = facts["times"]["prefill"], facts["times"]["two_pass_cycle"]
-    assert prefills["count"] == 1  # both prompts in one pass
-    assert facts["times"]["recording"]["count"] == 1 and cycles["count"] == facts["cycles"] - 1
-    assert 0 < prefills["seconds"] + cycles["seconds"] <= facts["busy_seconds"]
-    assert f'orthrus_device_seconds_count{{kind="two_pass_cycle"}} {facts["cycles"] - 1}\n' in text
-    assert (facts["waiting"], facts["running"], facts["pages_free"]) == (0, 0, facts["pages"])
+def test_buckets_are_powers_of_two_and_all():
+    assert [batch_buckets(n) for n in (1, 2, 3, 8, 9)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 9]]
+    assert batch_buckets(37) == sorted({batch_bucket(size, 37) for size in range(1, 38)})
+    assert len(batch_buckets(10**30)) == 101
 
 
 def test_warmup_changes_nothing(folder, alone):

@@ -256,6 +256,10 @@ def test_bad_arguments(engine):
         ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got 'int8'"),
         ({"max_seq_len": 513}, r"max_seq_len must be within \[2, 512\], got 513"),
         ({"device": "abacus"}, "device must be auto, cpu, cuda or cuda:N, got 'abacus'"),
+        ({"device": None}, "device must be auto, cpu, cuda or cuda:N, got None"),
+        ({"num_pages": 10**15}, r"num_pages must be < 2\*\*31, got 1000000000000000"),
+        ({"max_batch_size": 10**30}, r"max_batch_size must be < 2\*\*31, got 1000000"),
+        ({"max_batch_size": 2**31 - 1}, r"num_pages must be < 2\*\*31, got 17179869176"),
     ]:
         with pytest.raises(ValueError, match=message):
             Engine.from_pretrained(folder, **({"mode": "two_pass", "device": "cpu"} | kwargs))

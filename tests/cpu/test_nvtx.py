@@ -50,3 +50,12 @@ def test_ranges_nest_cycle_pass_layer_op():
     assert "two_pass cycle/consensus" in paths
     ops = {p.split("/")[-1] for p in paths} - layers - {"prefill", "two_pass cycle", "draft pass", "verify pass"}
     assert ops == set(dispatch.OPS) - {"process_logits", "count_tokens"}
+
+
+def test_a_torch_that_has_none_says_so_once():
+    """As one for the CPU alone."""
+    code = CODE.replace("events.append(name)", "exec('raise RuntimeError(\"NVTX functions not installed.\")')")
+    env = {**os.environ, "ORTHRUS_NVTX": "1", "PYTHONWARNINGS": "always"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert json.loads(done.stdout) == []
+    assert done.stderr.count("ORTHRUS_NVTX is set, but there will be no ranges: NVTX functions not installed.") == 1

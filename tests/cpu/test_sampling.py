@@ -2,6 +2,7 @@
 and ``test_rejection_exact.py``.
 """
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +53,12 @@ def test_nan_of_the_drafter_is_one_bad_draft_and_of_the_ar_view_an_id_that_conse
         ({"top_p": 1e-46}, r"top_p must be in \(0, 1\], got 1e-46"),
         ({"logit_bias": {1: 1e39}}, "logit_bias must be finite values for ids"),
         ({"logit_bias": {1: "a"}}, "logit_bias must be a number, got 'a'"),
+        ({"temperature": 10**400}, "temperature must be 0, or finite and >= 1e-6, got inf"),
+        ({"min_p": -(10**400)}, r"min_p must be in \[0, 1\), got -inf"),
+        ({"logit_bias": {1: 10**400}}, "logit_bias must be finite values for ids"),
+        ({"stop_token_ids": np.array(5)}, r"stop_token_ids must be a list of integers, got array\(5\)"),
+        ({"stop_token_ids": torch.tensor(5)}, r"stop_token_ids must be a list of integers, got tensor\(5\)"),
+        ({"ignore_eos": "false"}, "ignore_eos must be True or False, got 'false'"),
         ({"acceptance": "hope"}, "acceptance must be 'coupled' or 'rejection', got 'hope'"),
         ({"stop_token_ids": (-1,)}, r"stop_token_ids must be all in \[0, 2\*\*31\)"),
     ],
