@@ -2,7 +2,7 @@
 
 ``row_linear`` (its epilogue included) against torch's products of the same bf16 matrices (epilogue left out), and
 ``dual_attn`` over paged keys against SDPA over contiguous ones. ``cost`` is the share of time that ours takes more than
-the fastest of those; below 0 invariance is free. Weights of a product rotate over copies larger than any cache.
+the fastest of those; below 0 invariance is free. Weights, keys and values rotate over copies larger than any cache.
 
     python -m bench.bench_invariance --out DIR                         # the embedded model's shapes
     python -m bench.bench_invariance --device cuda --model 8b --out DIR

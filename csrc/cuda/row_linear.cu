@@ -52,20 +52,20 @@ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 
 const char* isa() {
   const DeviceInfo device = device_info();
-  if (device.major == 0) return "none";
+  if (device.error) return "none";
   return runs_wgmma(device) ? "sm90a" : "sm80";
 }
 
 int64_t row_linear_workspace(int32_t max_rows, int32_t in_features, int32_t out_features) {
   const DeviceInfo device = device_info();
-  if (device.major == 0) return 0;
+  if (device.error) return 0;
   return workspace_bytes(make_plan(in_features, out_features, false, device.num_sms), 2,
                          tokens_per_tile(max_rows, runs_wgmma(device) ? kTokensSm90 : kTokensMma));
 }
 
 int32_t row_linear_num_partials(int32_t in_features, int32_t out_features) {
   const DeviceInfo device = device_info();
-  return device.major == 0 ? 0 : make_plan(in_features, out_features, true, device.num_sms).grid;
+  return device.error ? 0 : make_plan(in_features, out_features, true, device.num_sms).grid;
 }
 
 int row_linear(const RowLinearParams& params, void* stream) {
@@ -79,7 +79,7 @@ int row_linear(const RowLinearParams& params, void* stream) {
   const bool wide_rows = params.out_features % 4 == 0;  // which are read and written 16 bytes at a time
   if (wide_rows && !(aligned16(params.residual) && aligned16(params.out))) return cudaErrorMisalignedAddress;
   const DeviceInfo device = device_info();
-  if (device.major == 0) return cudaErrorNoDevice;
+  if (device.error) return device.error;
 
   RowLinearArgs args{};
   args.p = params;

@@ -154,6 +154,11 @@ def test_messages(call, changes, message):
     assert message in str(error.value)
 
 
+@pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+def test_a_page_is_the_same_in_python_and_in_the_kernels():
+    assert dispatch.native().PAGE_SIZE == ops.PAGE_SIZE
+
+
 def test_small_ops_name_their_arguments():
     with pytest.raises(ValueError, match=r"embed: out.shape must be \[3, 8\], got \[3, 7\]"):
         ops.embed(i32(3), f32(10, 8), f32(3, 7))

@@ -29,7 +29,8 @@ CASES = (
 )
 WILD_WRITE = """
 from tests.gpu.test_qkv_commit import HEADS, Case
-case = Case(HEADS[2], [("ar", 0, 0, 1, 0)])
+from tests.rows import ar
+case = Case(HEADS[2], [ar(0, 0, 1)])
 case.page_table.fill_(case.num_pages)
 case.run()[-1].cpu()
 """

@@ -28,16 +28,20 @@ __device__ __forceinline__ void pdl_launch_dependents() {
 
 struct DeviceInfo {
   int num_sms;
-  int major, minor;  // compute capability; 0.0 where there is no device
+  int major, minor;   // compute capability
+  cudaError_t error;  // why the others are 0: no device, or one that has failed
 };
 
 inline DeviceInfo device_info() {
   int device = 0;
   DeviceInfo info{};
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&info.num_sms, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&info.major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&info.minor, cudaDevAttrComputeCapabilityMinor, device);
+  info.error = cudaGetDevice(&device);
+  const auto read = [&](int* value, cudaDeviceAttr attribute) {
+    if (info.error == cudaSuccess) info.error = cudaDeviceGetAttribute(value, attribute, device);
+  };
+  read(&info.num_sms, cudaDevAttrMultiProcessorCount);
+  read(&info.major, cudaDevAttrComputeCapabilityMajor);
+  read(&info.minor, cudaDevAttrComputeCapabilityMinor);
   return info;
 }
 

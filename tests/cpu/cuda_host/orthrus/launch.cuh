@@ -12,9 +12,9 @@ inline void pdl_launch_dependents() {}
 
 // A Hopper with as many SMs as the test says.
 struct DeviceInfo {
-  int num_sms, major, minor;
+  int num_sms, major, minor, error;
 };
-inline DeviceInfo device_info() { return {cuda_host::num_sms, 9, 0}; }
+inline DeviceInfo device_info() { return {cuda_host::num_sms, 9, 0, cudaSuccess}; }
 
 template <typename Params>
 int occupancy(void (*)(Params), int, int, int* ctas) {
