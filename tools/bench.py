@@ -21,7 +21,7 @@ RUNS = [
     ("cpu", "bench_prefix", []),
     ("cpu", "bench_arrivals", ["--device", "cpu"]),
     ("cpu", "bench_invariance", []),
-    ("cpu", "bench_dual_attn", ["--device", "cpu", "--heads", "9,3,64", "--context", "512,4000"]),
+    ("cpu", "bench_dual_attn", ["--device", "cpu", "--heads", "9,3,64", "--context", "4000", "--prefill", "1024"]),
     ("cpu", "bench_decode", ["--model", "smollm2-135m", "--device", "cpu", "--draft-len", "7", "--batch", "1", "8"]),
     ("cpu", "bench_one_pass", ["--device", "cpu"]),
     ("cpu", "bench_hypotheses", []),
