@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import uuid
@@ -23,7 +24,8 @@ class AsyncEngine:
     anything are refused. ``async with`` closes it in the end.
 
     Cancelling or closing a stream aborts its request; the others are not disturbed, nor are they by a request that
-    cannot go on (see :meth:`Engine.step`) or by a step that fails. One event loop at a time may use it.
+    cannot go on (see :meth:`Engine.step`) or by a step that fails. One event loop at a time may use it; a later one
+    ends the streams that the one before has left open, with an error.
 
     Raises:
         RuntimeError: another one has the engine, or a call of it is under way.
@@ -41,15 +43,25 @@ class AsyncEngine:
         self._loop_task: asyncio.Task | None = None
         self._closing: asyncio.Future | None = None
 
-    def _call(self, function, *args) -> asyncio.Future:
+    def _enter(self) -> asyncio.AbstractEventLoop:
+        """The running loop, which has the engine from now on. Another one's streams cannot be served any more: what
+        stepped for them may never go on.
+        """
         if self._closing is not None:
             raise RuntimeError("this engine is closed")
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             if self._loop is not None and self._loop.is_running():
                 raise RuntimeError("this AsyncEngine is in use by another event loop")
-            self._loop, self._loop_task = loop, None  # what stepped in a loop that has stopped may never go on
-        return loop.run_in_executor(self._worker, function, *args)
+            self._fail(RuntimeError("another event loop has taken this AsyncEngine over"))
+            for known_as in self._waiting:
+                self._worker.submit(self._abort, known_as)
+            self._waiting.clear()
+            self._loop, self._loop_task = loop, None
+        return loop
+
+    def _call(self, function, *args) -> asyncio.Future:
+        return self._enter().run_in_executor(self._worker, function, *args)
 
     def stream(
         self, prompt_ids, params: SamplingParams | None = None, request_id: str | None = None
@@ -65,6 +77,7 @@ class AsyncEngine:
         return self._stream(prompt_ids, params, request_id or uuid.uuid4().hex)
 
     async def _stream(self, prompt_ids, params, request_id: str) -> AsyncIterator[RequestOutput]:
+        self._enter()
         if any(name == request_id for name, _ in self._waiting.values()):
             raise ValueError(f"request_id must be unused, got {request_id!r} twice")
         known_as, queue, finished = f"{request_id}#{next(self._numbers)}", asyncio.Queue(), False
@@ -98,8 +111,8 @@ class AsyncEngine:
 
     async def _pump(self) -> None:
         """Step while there is anything to run, to hand out or to wait for, and hand every output to its stream."""
-        failures = cycles = 0
-        while (self._waiting or self.engine.has_unfinished()) and self._closing is None:
+        failures, cycles, me = 0, 0, asyncio.current_task()
+        while me is self._loop_task and self._closing is None and (self._waiting or self.engine.has_unfinished()):
             try:
                 outputs = await self._call(self.engine.step)
             except Exception as error:
@@ -115,11 +128,13 @@ class AsyncEngine:
                 if output.finished:  # however long its reader takes for what is left
                     self._waiting.pop(output.request_id, None)
                 if queue:
-                    queue.put_nowait(output)
+                    _deliver(queue, output)
             await asyncio.sleep(0)
 
     def _pump_ended(self, task: asyncio.Task) -> None:
         """Nobody may wait for ever; the step under way may have brought tokens that are lost now."""
+        if task is not self._loop_task:
+            return
         if task.cancelled():
             self._fail(RuntimeError("the task that steps this engine was cancelled"))
         elif error := task.exception():
@@ -127,7 +142,7 @@ class AsyncEngine:
 
     def _fail(self, error: BaseException) -> None:
         for _, queue in self._waiting.values():
-            queue.put_nowait(error)
+            _deliver(queue, error)
 
     async def __aenter__(self) -> AsyncEngine:
         return self
@@ -151,3 +166,8 @@ class AsyncEngine:
     def _end(self, _) -> None:
         self._worker.shutdown(wait=False)
         self._fail(RuntimeError("this engine is closed"))
+
+
+def _deliver(queue: asyncio.Queue, item: RequestOutput | BaseException) -> None:
+    with contextlib.suppress(RuntimeError):  # of waking a reader in a loop that was closed: the item is there already
+        queue.put_nowait(item)

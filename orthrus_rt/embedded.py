@@ -86,10 +86,11 @@ def cache_root() -> Path:
     """
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named) / "orthrus_rt"
-    try:
-        return Path.home() / ".cache" / "orthrus_rt"
-    except RuntimeError:
-        return _temporary_root()
+    with contextlib.suppress(RuntimeError):
+        home = Path.home()
+        if home != Path("/") or os.getuid() == 0:  # what containers name as the home of a uid that they do not know
+            return home / ".cache" / "orthrus_rt"
+    return _temporary_root()
 
 
 def _temporary_root() -> Path:

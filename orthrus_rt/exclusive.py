@@ -39,8 +39,7 @@ class Turn:
 
     def __enter__(self) -> None:
         mine = (threading.get_ident(), sys._getframe(1))
-        if (claim := self._owner) is not None and claim[1] != mine[0] and (owner := claim[0]()) is not None:
-            raise Taken(f"this engine belongs to an {type(owner).__name__} until that is closed; go through it")
+        self._check_owner(mine[0])
         holder = self._holder.setdefault("held", mine)  # tests and sets in one step
         if holder is not mine:
             if holder[0] != mine[0]:
@@ -48,6 +47,15 @@ class Turn:
             if _runs(holder[1]):
                 raise Taken("this engine is in the middle of a call; a signal handler cannot make another one")
             self._holder["held"] = mine
+        try:
+            self._check_owner(mine[0])  # again: it may have been claimed before this thread had it
+        except Taken:
+            self._holder.clear()
+            raise
+
+    def _check_owner(self, thread: int) -> None:
+        if (claim := self._owner) is not None and claim[1] != thread and (owner := claim[0]()) is not None:
+            raise Taken(f"this engine belongs to an {type(owner).__name__} until that is closed; go through it")
 
     def __exit__(self, *_) -> None:
         self._holder.clear()

@@ -125,17 +125,19 @@ class Generation(Rounds):
     @exclusive
     def _abort_all(self, requests: list[Request]) -> None:
         with whole(self):
-            for request in requests:
-                if request.arrival >= 0:  # else it was never queued
-                    self._abort(request)
+            self._abort_queued(requests)
 
     def abort_dropped(self) -> None:
         """For whoever has the turn."""
         while self.dropped:
             with whole(self):
-                for request in self.dropped[0]:
-                    self._abort(request)
+                self._abort_queued(self.dropped[0])
             self.dropped.popleft()  # only now: an interrupt must not lose them
+
+    def _abort_queued(self, requests: list[Request]) -> None:
+        for request in requests:
+            if request.arrival >= 0:  # else it was never queued
+                self._abort(request)
 
 
 def _is_batch(prompt_ids) -> bool:

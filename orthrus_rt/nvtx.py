@@ -26,10 +26,7 @@ def ranged(name: str | Callable[..., str]):
 
         @functools.wraps(function)
         def in_range(*args, **kwargs):
-            try:
-                torch.cuda.nvtx.range_push(name(*args, **kwargs) if callable(name) else name)
-            except RuntimeError as error:
-                _warn(str(error))
+            if not _push(name(*args, **kwargs) if callable(name) else name):
                 return function(*args, **kwargs)
             try:
                 return function(*args, **kwargs)
@@ -39,6 +36,18 @@ def ranged(name: str | Callable[..., str]):
         return in_range
 
     return wrap
+
+
+def _push(name: str) -> bool:
+    """Whether there is a range now."""
+    import torch
+
+    try:
+        torch.cuda.nvtx.range_push(name)
+    except RuntimeError as error:
+        _warn(str(error))
+        return False
+    return True
 
 
 @functools.cache

@@ -39,6 +39,10 @@ async def collect(shared, prompt, params):
     return [t for out in pieces for t in out.new_token_ids], pieces[-1].finish_reason
 
 
+async def collect_rest(stream):
+    return [t async for out in stream for t in out.new_token_ids]
+
+
 def test_bad_requests_end_alone(folder, alone, monkeypatch, caplog):
     """However many there are."""
 
@@ -238,7 +242,8 @@ def test_nobody_else_calls_an_engine_that_is_shared(folder, alone):
                 call()
         engine.check([1])
         assert engine.has_unfinished() and engine.metrics.as_dict()["tokens"] and engine.memory_report()["total"]
-        assert tokens + [t async for out in stream for t in out.new_token_ids] == alone([1, 2], GREEDY)
+        assert tokens + await collect_rest(stream) == alone([1, 2], GREEDY)
+        assert engine.metrics.requests["abort"] == 0  # what was refused was never there
 
     run(folder, use)
 
@@ -288,6 +293,33 @@ def test_a_loop_that_is_left_without_being_closed(folder, alone):
     loops[1].run_until_complete(shared.close())
     for loop in loops:
         loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+
+def test_streams_of_a_loop_that_another_one_takes_over_from_end_with_an_error(folder, alone):
+    """Not with tokens missing; and what was left waiting, or goes on later, in the first loop disturbs nobody."""
+    shared, (first, second, third) = AsyncEngine(make(folder)), [asyncio.new_event_loop() for _ in range(3)]
+    stream, left, want = shared.stream([1, 2], GREEDY), shared.stream([3], GREEDY), alone([1, 2], GREEDY)
+    got = first.run_until_complete(anext(stream)).new_token_ids
+    waits = first.create_task(anext(left))
+    first.run_until_complete(asyncio.sleep(0))
+    other = shared.stream([1, 2], GREEDY)
+    also = second.run_until_complete(anext(other)).new_token_ids
+    first.run_until_complete(asyncio.sleep(0.05))  # what stepped there finds that it is not its turn any more
+    also += second.run_until_complete(collect_rest(other))
+    assert got == want[: len(got)] and also == want
+    for task in (anext(stream), waits):
+        with pytest.raises(RuntimeError, match="another event loop has taken this AsyncEngine over"):
+            first.run_until_complete(task)
+    assert not shared._waiting
+
+    waits = first.create_task(anext(shared.stream([3], GREEDY)))
+    first.run_until_complete(asyncio.sleep(0))
+    first.close()
+    assert third.run_until_complete(collect(shared, [1, 2], GREEDY))[0] == want
+    third.run_until_complete(shared.close())
+    assert shared.engine.metrics.requests["abort"] == 3
+    for loop in (second, third):
         loop.close()
 
 

@@ -86,7 +86,15 @@ class TestNoHome:
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         return tmp_path / f"orthrus_rt-{os.getuid()}"
 
-    def test_a_folder_of_ours_beside_other_temporary_files(self, shared):
+    @pytest.mark.parametrize("home", (None, "/"))
+    def test_a_folder_of_ours_beside_other_temporary_files(self, shared, tmp_path, monkeypatch, home):
+        if home:  # Docker's, for a uid that it does not know
+            monkeypatch.setenv("HOME", home)
+            if os.getuid() == 0:  # whose home it may be
+                shared = tmp_path / "orthrus_rt-12345"
+                shared.mkdir(mode=0o700)
+                os.chown(shared, 12345, -1)
+                monkeypatch.setattr(os, "getuid", lambda: 12345)
         assert embedded.cache_root() == embedded.cache_root() == shared
         assert shared.stat().st_mode & 0o777 == 0o700
 
