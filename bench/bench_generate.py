@@ -1,6 +1,7 @@
 """Whole generations of the embedded model, side by side with transformers' greedy ``generate`` in one run.
 
-Every row decodes the same prompts, prefill included. ``two_pass`` runs with the acceptance of the real model. A peak of
+Every row decodes the same prompts, prefill included; each prompt goes through all rows before the next one, so that
+what slows the machine for a while slows all of them. ``two_pass`` runs with the acceptance of the real model. A peak of
 resident memory and a prefill time are measured in a process of their own.
 
     python -m bench.bench_generate --out DIR
@@ -25,47 +26,54 @@ from orthrus_rt.sampling import SamplingParams
 MODEL = "smollm2-135m"
 
 
-def ours(kind: str, mode: str, draft_len: int | None, tokens: int, engine: Engine) -> dict:
-    """Tokens per second over all prompts of ``kind``, and what came out."""
-    params = SamplingParams(max_new_tokens=tokens)
-    ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)]
-    engine.generate(ids[0], params, mode=mode, draft_len=draft_len)
-    start = time.perf_counter()
-    outs = [engine.generate(i, params, mode=mode, draft_len=draft_len) for i in ids]
-    seconds = time.perf_counter() - start
-    cycles = sum(o.stats.cycles for o in outs)
-    return {
-        "kind": kind,
-        "prompts": len(ids),
-        "runtime": "orthrus_rt",
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
-        "mode": mode,
-        "draft_len": draft_len,
-        "tok_s": sum(len(o.token_ids) for o in outs) / seconds,
-        "tokens_per_cycle": sum(o.stats.tokens - 1 for o in outs) / cycles,
-    } | {"tokens": [o.token_ids for o in outs]}
+class Side:
+    """One row: a way of decoding, and what it took for the prompts so far."""
+
+    def __init__(self, row: dict, run):
+        self.row, self.run = row, run  # run(ids): new token ids, cycles (0: none are counted)
+        self.tokens, self.cycles, self.seconds = [], 0, 0.0
+
+    def decode(self, ids: list[int]) -> None:
+        start = time.perf_counter()
+        tokens, cycles = self.run(ids)
+        self.seconds += time.perf_counter() - start
+        self.tokens.append(tokens)
+        self.cycles += cycles
+
+    def rates(self) -> dict:
+        new = sum(map(len, self.tokens))
+        per_cycle = {"tokens_per_cycle": (new - len(self.tokens)) / self.cycles} if self.cycles else {}
+        return self.row | {"tok_s": new / self.seconds} | per_cycle
 
 
-def theirs(kind: str, dtype: torch.dtype, tokens: int, tokenizer, model) -> dict:
-    ids = [torch.tensor([p.encode(tokenizer)]) for p in prompts.load(kind)]
+def ours(engine: Engine, params: SamplingParams, mode: str, draft_len: int | None) -> Side:
+    def run(ids):
+        out = engine.generate(ids, params, mode=mode, draft_len=draft_len)
+        return out.token_ids, out.stats.cycles
 
-    def run(prompt):
-        mask = torch.ones_like(prompt)
-        out = model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=tokens)
-        return out[0, prompt.shape[1] :].tolist()
+    dtype = str(engine.model.dtype).removeprefix("torch.")
+    return Side({"runtime": "orthrus_rt", "dtype": dtype, "mode": mode, "draft_len": draft_len}, run)
 
-    run(ids[0])
-    start = time.perf_counter()
-    outs = [run(i) for i in ids]
-    seconds = time.perf_counter() - start
-    return {
-        "kind": kind,
-        "prompts": len(ids),
-        "runtime": "transformers",
-        "dtype": str(dtype).removeprefix("torch."),
-        "mode": "generate",
-        "tok_s": sum(map(len, outs)) / seconds,
-    }
+
+def theirs(model, max_new_tokens: int) -> Side:
+    def run(ids):
+        prompt = torch.tensor([ids])
+        out = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_new_tokens
+        )
+        return out[0, prompt.shape[1] :].tolist(), 0
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Side({"runtime": "transformers", "dtype": dtype, "mode": "generate", "draft_len": None}, run)
+
+
+def decode_all(sides: list[Side], ids: list[list[int]]) -> None:
+    """Once over the first prompt untimed, then prompt by prompt, all sides in turn."""
+    for side in sides:
+        side.run(ids[0])
+    for prompt in ids:
+        for side in sides:
+            side.decode(prompt)
 
 
 def prefill_seconds(run) -> float:
@@ -114,25 +122,25 @@ def main() -> None:
     engine = Engine.from_pretrained(
         MODEL, device="cpu", mode="two_pass", max_seq_len=2048, max_batch_size=1, prefix_caching=False
     )
-    rows = []
+    models = [load_transformers(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    params = SamplingParams(max_new_tokens=args.tokens)
+    rows, same = [], True
     for kind in args.kinds:
-        rows.append(ours(kind, "ar", None, args.tokens, engine))
-        rows += [ours(kind, "two_pass", d, args.tokens, engine) for d in args.draft_len]
-    same = all(r["tokens"] == next(x for x in rows if x["kind"] == r["kind"])["tokens"] for r in rows)
-    for row in rows:
-        del row["tokens"]
+        own = [ours(engine, params, "ar", None), *(ours(engine, params, "two_pass", d) for d in args.draft_len)]
+        sides = own + [theirs(model, args.tokens) for model in models]
+        ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)]
+        decode_all(sides, ids)
+        same &= all(side.tokens == own[0].tokens for side in own)
+        rows += [{"kind": kind, "prompts": len(ids)} | side.rates() for side in sides]
     text = " ".join(p.text for p in prompts.load("long"))
     long = torch.tensor([engine.tokenizer(text).input_ids[:1000]])
-    for dtype in (torch.float32, torch.bfloat16):
-        model = load_transformers(dtype)
-        rows += [theirs(kind, dtype, args.tokens, engine.tokenizer, model) for kind in args.kinds]
-        with torch.inference_mode():
-            name = str(dtype).removeprefix("torch.")
+    with torch.inference_mode():
+        for model in models:
+            name = str(model.dtype).removeprefix("torch.")
             facts[f"transformers_prefill_seconds_{name}"] = prefill_seconds(lambda m=model: m(long, logits_to_keep=1))
     for row in rows:
         best = max(r["tok_s"] for r in rows if r["kind"] == row["kind"] and r["runtime"] == "transformers")
         row["over_transformers"] = row["tok_s"] / best
-    rows.sort(key=lambda r: args.kinds.index(r["kind"]))
     header = common.header(device) | {"model": MODEL, "identical_tokens_in_all_own_modes": same} | facts
     common.report("generate-cpu", header, rows, args.out)
 

@@ -1,6 +1,7 @@
 """Tokens per pass, milliseconds per pass and tokens per second of every mode, on the embedded model's own acceptance.
 
-Decoding alone, without prefill. Tokens per pass are tokens per read of the weights, which sets the speed where memory
+Decoding alone, without prefill; each prompt goes through all modes before the next one, so that what slows the machine
+for a while slows all of them. Tokens per pass are tokens per read of the weights, which sets the speed where memory
 does; on a CPU rows cost compute too.
 
     python -m bench.bench_one_pass --out DIR
@@ -29,18 +30,24 @@ def plans(config, draft_lens: list[int], fan_outs: list[int]) -> list[CyclePlan]
     return found
 
 
-def run(engine: Engine, ids: list[list[int]], params: SamplingParams, plan: CyclePlan) -> tuple[list, dict]:
-    """The outputs and their rates; one prompt after the other."""
-    options = dict(mode=plan.mode, fan_out=plan.fan_out or None)
-    if plan.mode != "ar":
-        options["draft_len"] = plan.block_len - 1
-    engine.generate(ids[0], SamplingParams(max_new_tokens=8), **options)
-    stats = [engine.generate(prompt, params, **options) for prompt in ids]
+def run(engine: Engine, ids: list[list[int]], params: SamplingParams, chosen: list[CyclePlan]) -> list[list]:
+    """The outputs of each plan; each prompt goes through all plans before the next one does."""
+
+    def decode(plan, prompt, params):
+        draft_len = plan.block_len - 1 if plan.mode != "ar" else None
+        return engine.generate(prompt, params, mode=plan.mode, draft_len=draft_len, fan_out=plan.fan_out or None)
+
+    for plan in chosen:
+        decode(plan, ids[0], SamplingParams(max_new_tokens=8))
+    return list(zip(*([decode(plan, prompt, params) for plan in chosen] for prompt in ids), strict=True))
+
+
+def rates(plan: CyclePlan, outputs: list) -> dict:
     tokens, passes, cycles, seconds, misses = (
-        sum(getattr(out.stats, name) for out in stats) for name in ("tokens", "passes", "cycles", "seconds", "misses")
+        sum(getattr(out.stats, name) for out in outputs) for name in ("tokens", "passes", "cycles", "seconds", "misses")
     )
-    tokens -= len(ids)  # those of the prefills
-    return [out.token_ids for out in stats], {
+    tokens -= len(outputs)  # those of the prefills
+    return {
         "mode": plan.mode, "block_len": plan.block_len, "fan_out": plan.fan_out, "rows": plan.max_rows,
         "tokens_per_pass": tokens / passes, "misses": misses / cycles, "ms_per_pass": seconds / passes * 1e3,
         "tok_s": tokens / seconds,
@@ -63,12 +70,12 @@ def main() -> None:
     rows, same = [], True
     for kind in args.kinds:
         ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)[: args.num_prompts]]
-        want = None
-        for plan in plans(engine.config, args.draft_len, args.fan_out):
-            tokens, row = run(engine, ids, SamplingParams(max_new_tokens=args.tokens), plan)
-            want = want or tokens
-            same &= tokens == want
-            rows.append({"prompts": kind, "n": len(ids)} | row)
+        chosen = plans(engine.config, args.draft_len, args.fan_out)
+        outputs = run(engine, ids, SamplingParams(max_new_tokens=args.tokens), chosen)
+        tokens = [[out.token_ids for out in outs] for outs in outputs]
+        same &= all(t == tokens[0] for t in tokens)
+        for plan, outs in zip(chosen, outputs, strict=True):
+            rows.append({"prompts": kind, "n": len(ids)} | rates(plan, outs))
             print(rows[-1], flush=True)
     with torch.inference_mode():
         facts = common.header(engine.device) | {"identical_tokens_in_all_modes": same}

@@ -23,12 +23,19 @@ def version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def _cpuinfo() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return Path("/proc/cpuinfo").read_text()
     except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""
+
+
+def cpu_name(cpuinfo: str) -> str:
+    """Of the first processor, with family and model: virtual ones of several generations may share a name."""
+    lines = (line.partition(":") for line in cpuinfo.split("\n\n")[0].splitlines())
+    facts = {key.strip(): value.strip() for key, _, value in lines}
+    numbers = [f"{name} {facts[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in facts]
+    return facts.get("model name", platform.machine()) + (f" ({', '.join(numbers)})" if numbers else "")
 
 
 def device_facts(device: torch.device) -> dict:
@@ -41,7 +48,7 @@ def device_facts(device: torch.device) -> dict:
             "memory_gib": round(p.total_memory / 2**30, 1), "isa": isa,
         }  # fmt: skip
     isa = native.cpu.isa() if native else None
-    return {"type": "cpu", "name": _cpu_name(), "isa": isa, "threads": torch.get_num_threads()}
+    return {"type": "cpu", "name": cpu_name(_cpuinfo()), "isa": isa, "threads": torch.get_num_threads()}
 
 
 def model_facts(model: str, **sources) -> dict:

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 
 import pytest
 
+from orthrus_rt import info
 from orthrus_rt.cli import main
 from orthrus_rt.engine import Engine
 from tests import byte_tokenizer
@@ -148,6 +150,13 @@ def test_info_names_every_op_and_the_model(run, text_folder):
     assert facts["device"]["type"] == "cpu" and facts["versions"]["torch"]
     code, out, _ = run("info")
     assert code == 0 and all(op in out for op in facts["ops"])
+
+
+def test_processors_of_one_name_are_told_apart():
+    """What cycles cost is kept by it."""
+    processor = "processor\t: {}\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nflags\t\t: a: b\n\n"
+    assert info.cpu_name(processor.format(0) + processor.format(1)) == "AMD EPYC (family 26, model 2)"
+    assert info.cpu_name("processor\t: 0\nBogoMIPS\t: 243.75\n") == info.cpu_name("") == platform.machine()
 
 
 def test_bench_prints_rates_or_a_profile(run):
