@@ -5,8 +5,9 @@ slots are refilled as on a server, and the queue does not run dry. (A queue deco
 each plan happens to fill the slots with the last requests.) Lengths are drawn: were there few of them, a plan that
 keeps its sequences in step would see many end at once, and read the weights once for all that follow. ``auto first`` is
 a fresh policy with measured costs, its learning included; ``auto`` is one that has decoded those requests before.
-Rounds are interleaved, so that a machine whose speed changes is fair to all, and their median counts; ``p20`` and
-``p80`` tell the noise. ``adversarial`` decodes code with a drafter that is broken on purpose.
+Rounds are interleaved, each in another order, so that a machine whose speed changes is fair to all; of rates, and of
+their ratios within a round, the median counts, and ``p20`` and ``p80`` tell the noise. ``adversarial`` decodes code
+with a drafter that is broken on purpose.
 
     python -m bench.bench_auto --out DIR
 """
@@ -18,8 +19,9 @@ import contextlib
 import math
 import os
 import random
+import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -120,24 +122,26 @@ def measure(kind: str, batch: int, args) -> list[dict]:
     want = decode(engine, ids, args.tokens, math.inf, None).tokens
     rates: dict[str, list[float]] = {label: [] for label in ways}
     cycles = {label: Counter() for label in ways}
+    order = deque(ways)
     for _ in range(args.rounds):
-        for label, run in ways.items():
+        for label in order:
             before = Counter(engine.metrics.plans)
-            got = run(engine, ids, args.tokens, most)
+            got = ways[label](engine, ids, args.tokens, most)
             if any(full[: len(some)] != some for full, some in zip(want, got.tokens, strict=True)):
                 raise SystemExit(f"bench_auto: {label} gave other tokens than auto before")
             rates[label].append(sum(map(len, got.tokens)) / got.seconds)
             cycles[label] += Counter(engine.metrics.plans) - before
+        order.rotate()
     engine.close()
     rows = []
+    best = max(list(ways)[: len(plans)], key=lambda label: statistics.median(rates[label]))
     for label in ways:
         rate = common.percentiles(rates[label])
         rows.append({"kind": kind, "batch": batch, "plan": label, "tok_s": rate["p50"]})
         rows[-1] |= {"p20": rate["p20"], "p80": rate["p80"]}
-    ar, best = rows[0]["tok_s"], max(row["tok_s"] for row in rows[: len(plans)])
-    for row in rows:
-        ran = " ".join(f"{plan}:{n}" for plan, n in cycles[row["plan"]].items())
-        row |= {"over_ar": row["tok_s"] / ar, "over_best_fixed": row["tok_s"] / best, "cycles": ran}
+        for column, other in (("over_ar", AR.label), ("over_best_fixed", best)):
+            rows[-1][column] = statistics.median(a / b for a, b in zip(rates[label], rates[other], strict=True))
+        rows[-1]["cycles"] = " ".join(f"{plan}:{n}" for plan, n in cycles[label].items())
     return rows
 
 
