@@ -198,21 +198,22 @@ def test_an_abort_that_fails_is_tried_again(folder, monkeypatch):
 def test_streams_and_cancellation(folder, alone):
     params = SamplingParams(max_new_tokens=30, ignore_eos=True)
 
-    async def collect(shared, prompt, at_most=None):
+    async def collect(shared, prompt, running=None):
         tokens = []
         async for out in shared.stream(prompt, params):
             tokens += out.new_token_ids
-            if at_most and len(tokens) >= at_most:
-                break
+            if running:
+                running.set()
         return tokens
 
     async def main():
         engine = make(folder)
         shared = AsyncEngine(engine)
         prompts = [[i, i + 1, i + 2] for i in range(10)]
-        cancelled = asyncio.create_task(collect(shared, [50, 51]))
+        running = asyncio.Event()
+        cancelled = asyncio.create_task(collect(shared, [50, 51], running))
         tasks = [asyncio.create_task(collect(shared, p)) for p in prompts]
-        await asyncio.sleep(0.01)
+        await running.wait()  # a step at a time: it has not all of its tokens yet
         cancelled.cancel()
         assert await asyncio.gather(*tasks) == [alone(p, params) for p in prompts]
         with pytest.raises(asyncio.CancelledError):
