@@ -19,7 +19,7 @@ import time
 import torch
 
 from bench import common
-from orthrus_rt import prompts
+from orthrus_rt import checkpoint, prompts
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
@@ -89,8 +89,6 @@ def prefill_seconds(run) -> float:
 def load_transformers(dtype: torch.dtype):
     from transformers import LlamaForCausalLM
 
-    from orthrus_rt import checkpoint
-
     return LlamaForCausalLM.from_pretrained(checkpoint.load(MODEL).tokenizer_dir, dtype=dtype).eval()
 
 
@@ -116,6 +114,7 @@ def main() -> None:
     if args.own_process:
         return own_process()
     device = torch.device("cpu")
+    checkpoint.load(MODEL)  # on the first run it is assembled, which takes memory that decoding does not
     command = [sys.executable, "-m", "bench.bench_generate", "--own-process"]
     alone = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     facts = json.loads(alone.stdout)
