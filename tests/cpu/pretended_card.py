@@ -1,0 +1,238 @@
+"""A CUDA card that is not there: what host code does for a card, in tests/gpu and bench, runs without one.
+
+Tensors made for it lie in the host's memory, with a mark that their ``device`` tells and that results inherit; ops are
+the CPU's, graphs are tapes. It refuses what a card refuses: tensors of two devices in one operation, NumPy's view of
+one, a value read while something is captured or under sync-debug mode. It says nothing of kernels, of time or of what
+overlaps. A process has it for good:
+
+    python -m pytest -p tests.cpu.pretended_card tests/gpu/test_auto.py
+    python -m tests.cpu.pretended_card bench.bench_host --device cuda --cycles 10
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import runpy
+import sys
+import time
+from collections import defaultdict
+from types import SimpleNamespace
+
+import torch
+import torch.profiler
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+CARD, HOST = torch.device("cuda", 0), torch.device("cpu")
+READS = {"item", "tolist", "cpu", "nonzero", "equal", "__bool__", "__int__", "__float__", "__index__"}
+COPIES = {"to", "cpu", "cuda"}
+CROSSES = COPIES | {"copy_", "equal", "index_select", "__getitem__", "__setitem__"}  # may take tensors of both
+
+
+def on_card(tensor: torch.Tensor) -> bool:
+    return getattr(tensor, "on_card", False)
+
+
+ANSWERS = {
+    torch.Tensor.device.__get__: lambda t: CARD if on_card(t) else HOST,
+    torch.Tensor.is_cuda.__get__: on_card,
+    torch.Tensor.is_cpu.__get__: lambda t: not on_card(t),
+}
+
+
+def names(device_type: str, value) -> bool:
+    if isinstance(value, str):
+        return value.split(":")[0] == device_type
+    return isinstance(value, torch.device) and value.type == device_type
+
+
+def on_host(value):
+    return HOST if names("cuda", value) else value
+
+
+def tensors_in(values) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def shares(tensor: torch.Tensor, others) -> bool:
+    return tensor.untyped_storage().data_ptr() in {other.untyped_storage().data_ptr() for other in others}
+
+
+class Graph:
+    """Stands for torch.cuda.CUDAGraph."""
+
+    capturing: Graph | None = None
+
+    def __init__(self):
+        self.launches = []
+
+    def replay(self) -> None:
+        with torch._C.DisableTorchFunction(), torch.inference_mode():
+            for run in self.launches:
+                run()
+
+
+def launch(run) -> None:
+    """Now, or, while a graph captures, whenever that is replayed."""
+    if Graph.capturing is None:
+        run()
+    else:
+        Graph.capturing.launches.append(run)
+
+
+class Card(TorchFunctionMode):
+    """Every operation of torch. ``allocations``: of tensors on the card."""
+
+    def __init__(self):
+        super().__init__()
+        self.allocations, self.sync_debug = 0, "default"
+
+    def refuse(self, name: str, tensors: list, named: bool, kwargs: dict) -> None:
+        marked = [t for t in tensors if on_card(t)]
+        if name == "numpy" and marked:
+            raise TypeError("pretended card: numpy() of its tensor")
+        if name not in CROSSES and marked and any(t.dim() and not on_card(t) for t in tensors):
+            raise RuntimeError(f"pretended card: {name} of tensors on two devices")
+        uploads = named and name in ("tensor", "to") and not kwargs.get("non_blocking")
+        if self.sync_debug == "error" and (uploads or (marked and name in READS)):
+            raise RuntimeError(f"pretended card: {name} waits for it")
+        if Graph.capturing and marked and name in READS:
+            raise RuntimeError(f"pretended card: {name} while capturing")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
+        if function is torch.device:
+            return function(*args, **kwargs)
+        if function in ANSWERS:
+            return ANSWERS[function](args[0])
+        tensors = tensors_in((args, kwargs))
+        marked = any(map(on_card, tensors))
+        said = [*args, kwargs.get("device")]
+        named = name == "cuda" or any(names("cuda", value) for value in said)
+        leaves = name == "cpu" or any(names("cpu", value) for value in said)
+        self.refuse(name, tensors, named, kwargs)
+        pinned = kwargs.pop("pin_memory", False) and named
+        assert not pinned, "memory of a card cannot be pinned"
+        if name == "cuda":
+            function, args = torch.Tensor.clone, args[:1]
+        args, kwargs = [on_host(value) for value in args], {key: on_host(value) for key, value in kwargs.items()}
+        if not (named or (marked and not leaves)):
+            result = function(*args, **kwargs)
+            return result.clone() if marked and name in COPIES else result  # a copy, not the card's own memory
+        result = self.run(name, function, args, kwargs, tensors)
+        for made in tensors_in(result):
+            if name in COPIES and not marked and shares(made, tensors):
+                result = made = made.clone()
+            self.allocations += not on_card(made) and not shares(made, tensors)
+            made.on_card = True
+        return result
+
+    def run(self, name: str, function, args, kwargs, tensors):
+        """What goes to the card: at once, or as a step of the graph that captures."""
+        run, out = functools.partial(function, *args, **kwargs), kwargs.get("out")
+        if Graph.capturing is None:
+            return run()
+        if out is not None or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            launch(run)  # a capture changes nothing
+            return args[0] if out is None else out
+        result = run()
+        made = [tensor for tensor in tensors_in(result) if not shares(tensor, tensors)]
+
+        def again():
+            for old, new in zip(made, [t for t in tensors_in(run()) if not shares(t, tensors)], strict=True):
+                old.copy_(new)
+
+        if made:
+            launch(again)
+        return result
+
+
+class Event:
+    def __init__(self, enable_timing: bool = False):
+        self.at = None
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.at - self.at) * 1e3
+
+
+class Stream:
+    cuda_stream = 0
+
+    def __init__(self, device=None):
+        pass
+
+
+class Generator:
+    def __new__(cls, device="cpu", make=torch.Generator):
+        return make(on_host(device))
+
+
+def torch_cuda(card: Card) -> dict:
+    """What torch.cuda is replaced by."""
+    streams, nothing = [Stream()], lambda *_: None
+    properties = SimpleNamespace(name="pretended", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
+
+    @contextlib.contextmanager
+    def stream(new):
+        streams.append(new)
+        try:
+            yield
+        finally:
+            streams.pop()
+
+    @contextlib.contextmanager
+    def graph(new, **_):
+        Graph.capturing = new
+        try:
+            yield
+        finally:
+            Graph.capturing = None
+
+    def synchronize(*_):
+        assert Graph.capturing is None, "synchronize() while capturing"
+
+    bytes_of = ("memory_allocated", "memory_reserved", "max_memory_allocated")
+    return dict.fromkeys(bytes_of, lambda *_: 0) | dict(
+        Event=Event, Stream=Stream, CUDAGraph=Graph, is_available=lambda: True, device_count=lambda: 1,
+        current_device=lambda: 0, get_device_name=lambda *_: "pretended", get_device_capability=lambda *_: (9, 0),
+        get_device_properties=lambda *_: properties, mem_get_info=lambda *_: (40 << 30, 80 << 30), stream=stream,
+        memory_stats=lambda *_: defaultdict(int, {"allocation.all.allocated": card.allocations}), graph=graph,
+        current_stream=lambda *_: streams[-1], device=lambda _: contextlib.nullcontext(), synchronize=synchronize,
+        graph_pool_handle=nothing, empty_cache=nothing, reset_peak_memory_stats=nothing, _sleep=nothing,
+        set_sync_debug_mode=functools.partial(setattr, card, "sync_debug"),
+    )  # fmt: skip
+
+
+def install() -> None:
+    """From here on this process has the card."""
+    from orthrus_rt import dispatch, native, timing
+
+    card, ops, profile = Card(), dispatch.native().cpu, torch.profiler.profile
+    for name, value in torch_cuda(card).items():
+        setattr(torch.cuda, name, value)
+    torch.Generator = Generator
+    torch.profiler.profile = lambda activities: profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    timing.read_bandwidth = lambda device: 3000.0  # GB/s
+    dispatch.select = lambda op, device, dtype: "cpu"
+    native._launch = lambda op, params, device: launch(functools.partial(getattr(ops, op), params))
+    card.__enter__()
+
+
+def pytest_configure(config) -> None:
+    install()
+
+
+if __name__ == "__main__":
+    install()
+    sys.argv.pop(0)
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

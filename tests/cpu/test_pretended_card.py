@@ -1,0 +1,55 @@
+"""The host code of the GPU tests and of the benchmarks, on a card that is not there: see pretended_card.py."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orthrus_rt import dispatch, embedded
+
+ROOT = Path(__file__).parents[2]
+PRETENDED = "tests.cpu.pretended_card"
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+
+def run(*command: str) -> str:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "but", "count"),
+    [
+        ("test_auto.py", "costs_and_acceptance", 2),
+        ("test_engine.py", "triton or launches_one_graph or keeps_to_its_stream", 13),
+        ("test_profile.py", "decode_benchmark", 2),
+    ],
+)
+def test_gpu_tests(file, but, count):
+    """But for those that need Triton, CUDA's profiler, a second thread or a quiet machine."""
+    out = run("pytest", "-p", PRETENDED, "-p", "no:cacheprovider", "-q", f"tests/gpu/{file}", "-k", f"not ({but})")
+    assert int(re.search(r"(\d+) passed", out)[1]) == count
+
+
+@pytest.mark.parametrize(
+    "what", ["bench.bench_host --device cuda --batch 1 4 --cycles 10", "bench.bench_consensus --slots 4"]
+)
+def test_benchmarks(what):
+    assert "| 4 |" in run(PRETENDED, *what.split())
+
+
+@pytest.mark.skipif(importlib.util.find_spec(embedded.GGUF_PACKAGE) is None, reason=f"needs {embedded.WHEEL}")
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("bench --profile --modes one_pass --context 100", "process_logits|row_linear"),
+        ("generate --mode one_pass --max-new-tokens 30 --stats --raw 1,2,3,", "one_pass"),
+    ],
+)
+def test_commands(what, says):
+    assert re.search(says, run(PRETENDED, "orthrus_rt.cli", *what.split(), "--device", "cuda"))
