@@ -43,6 +43,7 @@ def test_benchmarks(what):
     assert "| 4 |" in run(PRETENDED, *what.split())
 
 
+@pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec(embedded.GGUF_PACKAGE) is None, reason=f"needs {embedded.WHEEL}")
 @pytest.mark.parametrize(
     ("what", "says"),
