@@ -24,10 +24,12 @@ import torch.profiler
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from tests.cpu.cuda_host.device import Tape, launch
+
 CARD, HOST = torch.device("cuda", 0), torch.device("cpu")
 READS = {"item", "tolist", "cpu", "nonzero", "equal", "__bool__", "__int__", "__float__", "__index__"}
 COPIES = {"to", "cpu", "cuda"}
-CROSSES = COPIES | {"copy_", "equal", "index_select", "__getitem__", "__setitem__"}  # may take tensors of both
+CROSSES = COPIES | {"copy_", "__getitem__", "__setitem__"}  # may take tensors of both
 
 
 def on_card(tensor: torch.Tensor) -> bool:
@@ -59,26 +61,12 @@ def shares(tensor: torch.Tensor, others) -> bool:
     return tensor.untyped_storage().data_ptr() in {other.untyped_storage().data_ptr() for other in others}
 
 
-class Graph:
+class Graph(Tape):
     """Stands for torch.cuda.CUDAGraph."""
-
-    capturing: Graph | None = None
-
-    def __init__(self):
-        self.launches = []
 
     def replay(self) -> None:
         with torch._C.DisableTorchFunction(), torch.inference_mode():
-            for run in self.launches:
-                run()
-
-
-def launch(run) -> None:
-    """Now, or, while a graph captures, whenever that is replayed."""
-    if Graph.capturing is None:
-        run()
-    else:
-        Graph.capturing.launches.append(run)
+            super().replay()
 
 
 class Card(TorchFunctionMode):
@@ -97,7 +85,7 @@ class Card(TorchFunctionMode):
         uploads = named and name in ("tensor", "to") and not kwargs.get("non_blocking")
         if self.sync_debug == "error" and (uploads or (marked and name in READS)):
             raise RuntimeError(f"pretended card: {name} waits for it")
-        if Graph.capturing and marked and name in READS:
+        if Tape.recording and marked and name in READS:
             raise RuntimeError(f"pretended card: {name} while capturing")
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -131,7 +119,7 @@ class Card(TorchFunctionMode):
     def run(self, name: str, function, args, kwargs, tensors):
         """What goes to the card: at once, or as a step of the graph that captures."""
         run, out = functools.partial(function, *args, **kwargs), kwargs.get("out")
-        if Graph.capturing is None:
+        if Tape.recording is None:
             return run()
         if out is not None or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
             launch(run)  # a capture changes nothing
@@ -190,23 +178,15 @@ def torch_cuda(card: Card) -> dict:
         finally:
             streams.pop()
 
-    @contextlib.contextmanager
-    def graph(new, **_):
-        Graph.capturing = new
-        try:
-            yield
-        finally:
-            Graph.capturing = None
-
     def synchronize(*_):
-        assert Graph.capturing is None, "synchronize() while capturing"
+        assert Tape.recording is None, "synchronize() while capturing"
 
     bytes_of = ("memory_allocated", "memory_reserved", "max_memory_allocated")
     return dict.fromkeys(bytes_of, lambda *_: 0) | dict(
         Event=Event, Stream=Stream, CUDAGraph=Graph, is_available=lambda: True, device_count=lambda: 1,
         current_device=lambda: 0, get_device_name=lambda *_: "pretended", get_device_capability=lambda *_: (9, 0),
-        get_device_properties=lambda *_: properties, mem_get_info=lambda *_: (40 << 30, 80 << 30), stream=stream,
-        memory_stats=lambda *_: defaultdict(int, {"allocation.all.allocated": card.allocations}), graph=graph,
+        get_device_properties=lambda *_: properties, stream=stream, graph=lambda new, **_: new.record(),
+        memory_stats=lambda *_: defaultdict(int, {"allocation.all.allocated": card.allocations}),
         current_stream=lambda *_: streams[-1], device=lambda _: contextlib.nullcontext(), synchronize=synchronize,
         graph_pool_handle=nothing, empty_cache=nothing, reset_peak_memory_stats=nothing, _sleep=nothing,
         set_sync_debug_mode=functools.partial(setattr, card, "sync_debug"),
@@ -224,7 +204,7 @@ def install() -> None:
     torch.profiler.profile = lambda activities: profile(activities=[torch.profiler.ProfilerActivity.CPU])
     timing.read_bandwidth = lambda device: 3000.0  # GB/s
     dispatch.select = lambda op, device, dtype: "cpu"
-    native._launch = lambda op, params, device: launch(functools.partial(getattr(ops, op), params))
+    native._launch = lambda op, params, device: launch(getattr(ops, op), params)
     card.__enter__()
 
 
