@@ -6,10 +6,19 @@ import pytest
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the tests marked full (make test-full)")
     parser.addoption("--software-tiles", action="store_true", help="AMX's tiles in software: see tests/amx_software")
+    parser.addoption("--sanitized", action="store_true", help="native code under sanitizers: see tests/sanitized.py")
 
 
 def pytest_configure(config):
-    if config.getoption("--software-tiles"):
+    if config.getoption("--sanitized"):
+        from tests import sanitized
+
+        if not hasattr(config, "workerinput"):
+            if why := sanitized.why_not():
+                raise pytest.UsageError(f"--sanitized: {why}")
+            sanitized.build()
+        sanitized.use()
+    elif config.getoption("--software-tiles"):
         from tests import amx_software
 
         if not hasattr(config, "workerinput"):

@@ -36,6 +36,29 @@ AMX_TESTS = [
         "one_pass",
     )
 ]
+SANITIZED_TESTS = [
+    f"tests/cpu/test_{name}.py"
+    for name in (
+        "sanitized",
+        "cpu_ops_linear",
+        "cpu_ops_attn",
+        "cpu_ops_attn_splits",
+        "cpu_ops_logits",
+        "cpu_ops_rows",
+        "cpu_ops_runtime",
+        "consensus",
+        "cuda_on_host",
+        "dual_attn_on_host",
+        "f32_on_host",
+        "row_linear_host",
+        "lossless_tiny",
+        "one_pass",
+        "batching",
+        "prefix_caching",
+        "memory",
+        "nan",
+    )
+]
 TIMED = ("test_auto.py", "test_profile.py")  # of tests/gpu: they measure, so nothing may run beside them
 LONGEST = ("test_sanitizer.py", "test_lossless.py", "test_lossless_embedded.py")  # of tests/gpu: they start first
 FULL_TAKES = 4  # times as long, at most
@@ -66,6 +89,13 @@ def why_no_software_tiles() -> str | None:
     return amx_software.why_not()
 
 
+def sanitizers():
+    sys.path.insert(0, str(ROOT))
+    from tests import sanitized
+
+    return sanitized
+
+
 def why_no_gpu() -> str | None:
     import torch
 
@@ -84,16 +114,18 @@ class Tier:
     second thread.
     ``apart``: the folder whose files run in processes of their own. A kernel that faults takes the CUDA context of its
     whole process with it, and one that hangs can only be ended with it.
+    ``in_full``: it runs with ``--full`` or by its name, on its small grids.
     ``timeout_s``: of a test. ``process_timeout_s``: of a process, which may hang when its last test is through.
     """
 
     name: str
     args: list[str]
     why_not: Callable[[], str | None] = always
-    env: dict[str, str] = field(default_factory=dict)
+    env: Callable[[], dict[str, str]] = dict
     command: bool = False
     spread: bool = False
     apart: str | None = None
+    in_full: bool = False
     timeout_s: int = TEST_TIMEOUT_S
     process_timeout_s: int | None = None
 
@@ -108,8 +140,17 @@ TIERS = [
         why_no_software_tiles,
         spread=True,
     ),
-    Tier("interpret", ["tests/interpret"], why_no_triton, {"TRITON_INTERPRET": "1"}, spread=True),
+    Tier("interpret", ["tests/interpret"], why_no_triton, lambda: {"TRITON_INTERPRET": "1"}, spread=True),
     Tier("compile", ["tests/compile"], why_no_compiler, spread=True),
+    Tier(
+        "sanitize",
+        # Where memory is short on purpose a sanitizer has none; after a crash its report is the better one.
+        ["--sanitized", "-k", "not without_memory", "-p", "no:faulthandler", *SANITIZED_TESTS],
+        lambda: sanitizers().why_not(),
+        lambda: sanitizers().environment(),
+        spread=True,
+        in_full=True,
+    ),
     Tier("gpu", ["-m", "gpu"], why_no_gpu, apart="tests/gpu", timeout_s=270, process_timeout_s=330),
 ]
 
@@ -149,13 +190,13 @@ def run_pytest(tier: Tier, full: bool, *more: str, **how) -> tuple[Result, str |
     with tempfile.TemporaryDirectory() as folder:
         report = os.path.join(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-r", "fE", f"--junitxml={report}", *tier.args, *more]
-        if full:
+        if full and not tier.in_full:
             command.append("--full")
         if has_module("pytest_timeout"):
             command.append(f"--timeout={tier.timeout_s}")
             if tier.apart:
                 command.append("--timeout-method=thread")  # a signal would wait for the device to answer
-        env = {**os.environ, **tier.env}
+        env = {**os.environ, **tier.env()}
         if tier.spread and has_module("xdist"):
             command += ["-n", str(min(os.cpu_count(), MOST_PROCESSES)), "--dist", "loadfile"]
             env["OMP_NUM_THREADS"] = "1"
@@ -191,7 +232,7 @@ def run(tier: Tier, full: bool) -> Result:
     start = time.monotonic()
     print(f"== {tier.name}", flush=True)
     if tier.command:
-        code = subprocess.run([sys.executable, *tier.args], cwd=ROOT, env={**os.environ, **tier.env}).returncode
+        code = subprocess.run([sys.executable, *tier.args], cwd=ROOT, env={**os.environ, **tier.env()}).returncode
         result.passed, result.failed = int(code == 0), int(code != 0)
     else:
         for part in run_apart(tier, full) if tier.apart else [run_pytest(tier, full)[0]]:
@@ -223,7 +264,8 @@ def main() -> int:
     for tier in TIERS:
         if args.tiers and tier.name not in args.tiers:
             continue
-        why = tier.why_not()
+        why = "not asked for: make test-full, or by name" if tier.in_full and not (args.full or args.tiers) else None
+        why = why or tier.why_not()
         done[tier.name] = why if why else run(tier, args.full)
 
     print("\n== summary")

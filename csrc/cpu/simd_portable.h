@@ -43,8 +43,9 @@ ORTHRUS_EACH(max(Vec a, Vec b), a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i])
 ORTHRUS_EACH(min(Vec a, Vec b), a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i])
 // Nearest even for |a| < 2^22, by the rounding of the addition itself.
 ORTHRUS_EACH(round(Vec a), (a.lane[i] + 12582912.f) - 12582912.f)
+// The addition leaves n, a whole number, in the low bits; of a NaN, which no integer can hold, something.
 ORTHRUS_EACH(scale_by_pow2(Vec a, Vec n),
-             a.lane[i] * as_float((static_cast<uint32_t>(static_cast<int32_t>(n.lane[i])) + 127u) << 23))
+             a.lane[i] * as_float((as_bits(n.lane[i] + 12582912.f) - 0x4b400000u + 127u) << 23))
 ORTHRUS_EACH(truncate(Vec a), static_cast<float>(static_cast<int32_t>(a.lane[i])))  // |a| < 2^31
 // Lanes of a where x < bound, else of b (also where x is NaN).
 ORTHRUS_EACH(where_less(Vec x, float bound, Vec a, Vec b), x.lane[i] < bound ? a.lane[i] : b.lane[i])

@@ -15,7 +15,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-MODULE = BUILD / "amx_software" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def why_not() -> str | None:
@@ -33,11 +32,16 @@ def build() -> None:
     subprocess.run([cmake, "--build", BUILD, "--target", "amx_software"], check=True, stdout=subprocess.DEVNULL)
 
 
-def use() -> None:
-    """Be ``orthrus_rt._native``; before anything imports that."""
+def load(build: Path):
+    """That module of a CMake folder, as ``orthrus_rt._native``; before anything imports that."""
     name = "orthrus_rt._native"
     assert name not in sys.modules
-    spec = importlib.util.spec_from_file_location(name, MODULE)
+    path = build / "amx_software" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.cpu.set_isa("amx_bf16")
+    return module
+
+
+def use() -> None:
+    load(BUILD).cpu.set_isa("amx_bf16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import re
@@ -15,6 +16,9 @@ CSRC = HERE.parents[2] / "csrc"
 PARAMS = ("RowLinearParams", "QkvCommitParams", "ConsensusParams", "DualAttnParams")
 KERNELS = ("qkv_commit", "consensus", "dual_attn", "dual_attn_f32", "row_linear_f32")
 ROW_LINEAR = ("row_linear", "row_linear_mma", "row_linear_sm90")
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS.append("-Wno-maybe-uninitialized")  # what is loaded under one condition and used under the same
+FLAGS.append("-U_FORTIFY_SOURCE")  # which takes a fiber's stack for a longjmp gone wrong
 SCALARS = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
 
 
@@ -39,15 +43,13 @@ def structs() -> dict[str, type[ctypes.Structure]]:
 def build(interface: str, kernels: tuple[str, ...]) -> ctypes.CDLL:
     """The kernels behind the C functions of ``interface``, a file of this folder."""
     sources = [HERE / interface, *(CSRC / "cuda" / f"{name}.cu" for name in kernels)]
-    flags = ["-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
-    flags.append("-Wno-maybe-uninitialized")  # what is loaded under one condition and used under the same
-    flags.append("-U_FORTIFY_SOURCE")  # which takes a fiber's stack for a longjmp gone wrong
     include = [f"-I{HERE}", f"-I{CSRC / 'include'}"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernels.so"
-        command = [compiler(), *flags, *include, "-shared", "-x", "c++", *map(str, sources), "-o", str(path)]
-        subprocess.run(command, check=True)
-        return ctypes.CDLL(str(path))
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)  # not before: a sanitizer's report reads it
+    path = Path(folder) / "kernels.so"
+    command = [compiler(), *FLAGS, *include, "-shared", "-x", "c++", *map(str, sources), "-o", str(path)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(path))
 
 
 @functools.cache

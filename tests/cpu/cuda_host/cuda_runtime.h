@@ -22,6 +22,13 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(begin, bytes)
+#define ASAN_UNPOISON_MEMORY_REGION(begin, bytes)
+#endif
+
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
@@ -55,7 +62,11 @@ inline bool descending = false;
 // swapcontext, ask nothing of the system.
 struct Fiber {
   enum State { kReady, kWarp, kBlock, kDone };
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int kStackBytes = 1 << 18;
+#else
   static constexpr int kStackBytes = 1 << 15;
+#endif
   ucontext_t context;
   jmp_buf resume;
   bool entered = false;
@@ -80,6 +91,7 @@ class Block {
       fiber.state = Fiber::kReady;
       fiber.entered = false;
       fiber.exchanges = 0;
+      ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), Fiber::kStackBytes);  // its last kernel's frames, never returned
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = Fiber::kStackBytes;

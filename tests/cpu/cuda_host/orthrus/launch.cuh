@@ -33,7 +33,9 @@ int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads,
     blockIdx.x = cuda_host::descending ? grid.x - 1 - i : i;
     std::fill_n(cuda_host::waited, cuda_host::kMaxThreads, false);
     std::fill(shared, shared_end, 0xff);  // NaN
+    ASAN_POISON_MEMORY_REGION(shared + smem_bytes, shared_end - shared - smem_bytes);
     cuda_host::Block::current().run(threads, [&] { kernel(params); });
+    ASAN_UNPOISON_MEMORY_REGION(shared, shared_end - shared);
     if (std::count(cuda_host::waited, cuda_host::waited + threads, true) != threads)
       cuda_host::fail("not every thread called pdl_wait");
     if (std::count(shared + smem_bytes, shared_end, 0xff) != shared_end - shared - smem_bytes)
