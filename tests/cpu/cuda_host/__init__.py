@@ -16,7 +16,8 @@ CSRC = HERE.parents[2] / "csrc"
 PARAMS = ("RowLinearParams", "QkvCommitParams", "ConsensusParams", "DualAttnParams")
 KERNELS = ("qkv_commit", "consensus", "dual_attn", "dual_attn_f32", "row_linear_f32")
 ROW_LINEAR = ("row_linear", "row_linear_mma", "row_linear_sm90")
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
+FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 FLAGS.append("-Wno-maybe-uninitialized")  # what is loaded under one condition and used under the same
 FLAGS.append("-U_FORTIFY_SOURCE")  # which takes a fiber's stack for a longjmp gone wrong
 SCALARS = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}

@@ -6,11 +6,11 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -58,8 +58,8 @@ inline bool descending = false;
   std::abort();
 }
 
-// A thread of a block. A context is entered once; from then on control passes by setjmp and longjmp, which, unlike
-// swapcontext, ask nothing of the system.
+// A thread of a block, of every block in turn. Its context is entered once; from then on control passes by setjmp and
+// longjmp, which, unlike swapcontext, ask nothing of the system.
 struct Fiber {
   enum State { kReady, kWarp, kBlock, kDone };
 #if defined(__SANITIZE_ADDRESS__)
@@ -71,13 +71,13 @@ struct Fiber {
   jmp_buf resume;
   bool entered = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  State state = kReady;
+  State state = kDone;
   int exchanges = 0;
-  // Of this and the previous warp exchange: a lane runs at most one ahead of its warp.
-  alignas(16) char value[2][32] = {};
 };
 
 class Block {
+  static constexpr int kMaxWarps = 32, kValueBytes = 32;
+
  public:
   static Block& current() {
     static Block* block = new Block;
@@ -85,19 +85,10 @@ class Block {
   }
 
   void run(int threads, const std::function<void()>& kernel) {
-    fibers_.resize(threads);
+    while (static_cast<int>(fibers_.size()) < threads) make_fiber();
+    threads_ = threads;
     kernel_ = &kernel;
-    for (Fiber& fiber : fibers_) {
-      fiber.state = Fiber::kReady;
-      fiber.entered = false;
-      fiber.exchanges = 0;
-      ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), Fiber::kStackBytes);  // its last kernel's frames, never returned
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = Fiber::kStackBytes;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, [] { current().enter(); }, 0);
-    }
+    for (int t = 0; t < threads; ++t) fibers_[t].state = Fiber::kReady;
     while (step()) {
     }
   }
@@ -107,25 +98,38 @@ class Block {
     if (!_setjmp(fibers_[active_].resume)) _longjmp(scheduler_, 1);
   }
 
-  // What the warp's lanes pass to the same exchange.
+  // What the warp's lanes have passed to the same exchange; until the caller's next one.
   template <typename T>
-  std::array<T, 32> exchange(T value) {
-    Fiber& self = fibers_[active_];
-    const int slot = self.exchanges++ % 2, first = active_ / 32 * 32;
-    static_assert(sizeof(T) <= sizeof(self.value[slot]));
-    __builtin_memcpy(self.value[slot], &value, sizeof(T));
+  struct Lanes {
+    const char (*values)[kValueBytes];
+    const T& operator[](int lane) const { return *reinterpret_cast<const T*>(values[lane]); }
+  };
+
+  template <typename T>
+  Lanes<T> exchange(T value) {
+    static_assert(sizeof(T) <= kValueBytes);
+    auto& values = values_[active_ / 32][fibers_[active_].exchanges++ % 2];
+    __builtin_memcpy(values[active_ % 32], &value, sizeof(T));
     wait(Fiber::kWarp);
-    std::array<T, 32> lanes{};
-    for (int i = 0; i < 32 && first + i < static_cast<int>(fibers_.size()); ++i)
-      __builtin_memcpy(&lanes[i], fibers_[first + i].value[slot], sizeof(T));
-    return lanes;
+    return {values};
   }
 
  private:
+  void make_fiber() {
+    Fiber& fiber = fibers_.emplace_back();
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = Fiber::kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, [] { current().enter(); }, 0);
+  }
+
   void enter() {
-    (*kernel_)();
-    fibers_[active_].state = Fiber::kDone;
-    _longjmp(scheduler_, 1);
+    while (true) {
+      fibers_[active_].exchanges = 0;
+      (*kernel_)();
+      wait(Fiber::kDone);
+    }
   }
 
   void resume(Fiber& fiber) {
@@ -137,20 +141,19 @@ class Block {
 
   // Runs every ready fiber once, then opens the warp exchanges or the barrier that all live ones reached.
   bool step() {
-    const int n = static_cast<int>(fibers_.size());
     bool ran = false;
-    for (int i = 0; i < n; ++i) {
-      const int t = descending ? n - 1 - i : i;
+    for (int i = 0; i < threads_; ++i) {
+      const int t = descending ? threads_ - 1 - i : i;
       if (fibers_[t].state != Fiber::kReady) continue;
       ran = true;
       active_ = t;
       threadIdx.x = t;
       resume(fibers_[t]);
     }
-    for (int first = 0; first < n; first += 32) ran |= open(Fiber::kWarp, first, first + 32 < n ? first + 32 : n);
-    if (!ran) ran = open(Fiber::kBlock, 0, n);
-    for (const Fiber& fiber : fibers_) {
-      if (!ran && fiber.state != Fiber::kDone) fail("threads wait for each other");
+    for (int first = 0; first < threads_; first += 32) ran |= open(Fiber::kWarp, first, std::min(first + 32, threads_));
+    if (!ran) ran = open(Fiber::kBlock, 0, threads_);
+    for (int t = 0; t < threads_; ++t) {
+      if (!ran && fibers_[t].state != Fiber::kDone) fail("threads wait for each other");
     }
     return ran;
   }
@@ -170,9 +173,12 @@ class Block {
     return waiting > 0;
   }
 
-  std::vector<Fiber> fibers_;
+  std::deque<Fiber> fibers_;  // which stay where they are
+  // Of this and the previous exchange of each warp: a lane runs at most one ahead of its warp.
+  alignas(64) char values_[kMaxWarps][2][32][kValueBytes] = {};
   jmp_buf scheduler_;
   const std::function<void()>* kernel_ = nullptr;
+  int threads_ = 0;
   int active_ = 0;
 };
 
@@ -202,12 +208,15 @@ inline unsigned __ballot_sync(unsigned, bool value) {
 inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
 
 inline int __reduce_add_sync(unsigned, int value) {
+  const auto lanes = cuda_host::Block::current().exchange(value);
   int sum = 0;
-  for (const int lane : cuda_host::Block::current().exchange(value)) sum += lane;
+  for (int i = 0; i < 32; ++i) sum += lanes[i];
   return sum;
 }
 
 inline int __reduce_max_sync(unsigned, int value) {
   const auto lanes = cuda_host::Block::current().exchange(value);
-  return *std::max_element(lanes.begin(), lanes.end());
+  int most = lanes[0];
+  for (int i = 1; i < 32; ++i) most = std::max(most, lanes[i]);
+  return most;
 }

@@ -24,22 +24,27 @@ int occupancy(void (*)(Params), int, int, int* ctas) {
 
 template <typename Params>
 int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int smem_bytes, void*, DeviceInfo) {
-  uint8_t *shared = cuda_host::dynamic_shared, *shared_end = shared + sizeof(cuda_host::dynamic_shared);
+  constexpr int kPoison = 0xff;  // NaN
+  uint8_t* shared = cuda_host::dynamic_shared;
+  static const void* poisoned = std::memset(shared, kPoison, sizeof(cuda_host::dynamic_shared));
+  (void)poisoned;
   if (smem_bytes > cuda_host::kMaxSharedBytes) return cudaErrorInvalidValue;
   cuda_host::shared_bytes = smem_bytes;
+  uint8_t* const rest = shared + smem_bytes;
+  const int64_t rest_bytes = sizeof(cuda_host::dynamic_shared) - smem_bytes;
   gridDim = grid;
   blockDim = dim3(threads);
   for (unsigned i = 0; i < grid.x; ++i) {
     blockIdx.x = cuda_host::descending ? grid.x - 1 - i : i;
     std::fill_n(cuda_host::waited, cuda_host::kMaxThreads, false);
-    std::fill(shared, shared_end, 0xff);  // NaN
-    ASAN_POISON_MEMORY_REGION(shared + smem_bytes, shared_end - shared - smem_bytes);
+    ASAN_POISON_MEMORY_REGION(rest, rest_bytes);
     cuda_host::Block::current().run(threads, [&] { kernel(params); });
-    ASAN_UNPOISON_MEMORY_REGION(shared, shared_end - shared);
+    ASAN_UNPOISON_MEMORY_REGION(rest, rest_bytes);
     if (std::count(cuda_host::waited, cuda_host::waited + threads, true) != threads)
       cuda_host::fail("not every thread called pdl_wait");
-    if (std::count(shared + smem_bytes, shared_end, 0xff) != shared_end - shared - smem_bytes)
+    if (rest[0] != kPoison || std::memcmp(rest, rest + 1, rest_bytes - 1))
       cuda_host::fail("shared memory is written that the launch did not ask for");
+    std::memset(shared, kPoison, smem_bytes);
   }
   return cudaSuccess;
 }

@@ -2,6 +2,7 @@
 // group is waited for, so that a missing wait reads poison.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <deque>
@@ -160,13 +161,22 @@ inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress row) {
 
 inline void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   using Words = std::array<uint32_t, 6>;
-  const std::array<Words, 32> lanes = cuda_host::Block::current().exchange(Words{a[0], a[1], a[2], a[3], b0, b1});
+  const auto lanes = cuda_host::Block::current().exchange(Words{a[0], a[1], a[2], a[3], b0, b1});
   auto element = [&](cuda_host::Place from, int first_word) {
     return cuda_host::widen(reinterpret_cast<const uint8_t*>(&lanes[from.lane][first_word]) + from.index * 2);
   };
-  for (int i = 0; i < 4; ++i) {
-    const auto [row, column] = cuda_host::mma_accumulator(threadIdx.x % 32, i);
-    for (int k = 0; k < 16; ++k) d[i] += element(cuda_host::mma_a(row, k), 0) * element(cuda_host::mma_b(column, k), 4);
+  // A lane's accumulators are where two rows and two columns meet.
+  const int lane = threadIdx.x % 32;
+  float rows[2][16], columns[2][16];
+  for (int i = 0; i < 2; ++i) {
+    const int row = cuda_host::mma_accumulator(lane, i * 2).row, column = cuda_host::mma_accumulator(lane, i).column;
+    for (int k = 0; k < 16; ++k) {
+      rows[i][k] = element(cuda_host::mma_a(row, k), 0);
+      columns[i][k] = element(cuda_host::mma_b(column, k), 4);
+    }
+  }
+  for (int k = 0; k < 16; ++k) {
+    for (int i = 0; i < 4; ++i) d[i] += rows[i / 2][k] * columns[i % 2][k];
   }
 }
 
