@@ -29,7 +29,7 @@ native.qkv_commit(qkv, make_rows([ar(0, 0, 1)]), torch.zeros(1, 64), None, 1e-6,
 @pytest.mark.parametrize("page", [2, 3])
 def test_a_write_behind_the_last_page_is_found(request, where, page):
     if not request.config.getoption("--sanitized"):
-        pytest.skip("without --sanitized")
+        pytest.skip("sanitizers: make test-full")
     command = [sys.executable, "-c", WRITE_BEHIND_THE_LAST_PAGE, where, str(page)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     if page == 2:
