@@ -1,5 +1,7 @@
 """Root of the test tree, so that ``tests`` is importable; and what is only there if it is asked for."""
 
+import importlib
+
 import pytest
 
 
@@ -10,22 +12,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("--sanitized"):
-        from tests import sanitized
-
-        if not hasattr(config, "workerinput"):
-            if why := sanitized.why_not():
-                raise pytest.UsageError(f"--sanitized: {why}")
-            sanitized.build()
-        sanitized.use()
-    elif config.getoption("--software-tiles"):
-        from tests import amx_software
-
-        if not hasattr(config, "workerinput"):
-            if why := amx_software.why_not():
-                raise pytest.UsageError(f"--software-tiles: {why}")
-            amx_software.build()
-        amx_software.use()
+    for option, name in (("--sanitized", "tests.sanitized"), ("--software-tiles", "tests.amx_software")):
+        if config.getoption(option):
+            module = importlib.import_module(name)
+            if not hasattr(config, "workerinput"):
+                if why := module.why_not():
+                    raise pytest.UsageError(f"{option}: {why}")
+                module.build()
+            return module.use()
 
 
 def pytest_collection_modifyitems(config, items):

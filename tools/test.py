@@ -25,40 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent
 TEST_TIMEOUT_S = 600
 APART_AT_ONCE = 4
 MOST_PROCESSES = 8  # of a tier that is spread; each holds a model or two
-AMX_TESTS = [
-    f"tests/cpu/test_{name}.py"
-    for name in (
-        "cpu_ops_linear",
-        "cpu_ops_attn",
-        "cpu_ops_attn_splits",
-        "cpu_ops_runtime",
-        "lossless_tiny",
-        "one_pass",
-    )
-]
-SANITIZED_TESTS = [
-    f"tests/cpu/test_{name}.py"
-    for name in (
-        "sanitized",
-        "cpu_ops_linear",
-        "cpu_ops_attn",
-        "cpu_ops_attn_splits",
-        "cpu_ops_logits",
-        "cpu_ops_rows",
-        "cpu_ops_runtime",
-        "consensus",
-        "cuda_on_host",
-        "dual_attn_on_host",
-        "f32_on_host",
-        "row_linear_host",
-        "lossless_tiny",
-        "one_pass",
-        "batching",
-        "prefix_caching",
-        "memory",
-        "nan",
-    )
-]
+
+
+def cpu_tests(names: str) -> list[str]:
+    return [f"tests/cpu/test_{name}.py" for name in names.split()]
+
+
+AMX_TESTS = cpu_tests("cpu_ops_linear cpu_ops_attn cpu_ops_attn_splits cpu_ops_runtime lossless_tiny one_pass")
+SANITIZED_TESTS = cpu_tests(
+    "sanitized cpu_ops_linear cpu_ops_attn cpu_ops_attn_splits cpu_ops_logits cpu_ops_rows cpu_ops_runtime "
+    "consensus cuda_on_host dual_attn_on_host f32_on_host row_linear_host lossless_tiny one_pass batching "
+    "prefix_caching memory nan"
+)
 TIMED = ("test_auto.py", "test_profile.py")  # of tests/gpu: they measure, so nothing may run beside them
 LONGEST = ("test_sanitizer.py", "test_lossless.py", "test_lossless_embedded.py")  # of tests/gpu: they start first
 FULL_TAKES = 4  # times as long, at most
@@ -82,18 +60,11 @@ def why_no_compiler() -> str | None:
     return "neither nvcc nor triton is installed"
 
 
-def why_no_software_tiles() -> str | None:
-    sys.path.insert(0, str(ROOT))
-    from tests import amx_software
-
-    return amx_software.why_not()
-
-
-def sanitizers():
-    sys.path.insert(0, str(ROOT))
-    from tests import sanitized
-
-    return sanitized
+def of_tests(name: str):
+    """A module of the folder ``tests``."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return importlib.import_module(f"tests.{name}")
 
 
 def why_no_gpu() -> str | None:
@@ -137,7 +108,7 @@ TIERS = [
     Tier(
         "amx",
         ["--software-tiles", "-k", "not portable and not avx and not chat", *AMX_TESTS],
-        why_no_software_tiles,
+        lambda: of_tests("amx_software").why_not(),
         spread=True,
     ),
     Tier("interpret", ["tests/interpret"], why_no_triton, lambda: {"TRITON_INTERPRET": "1"}, spread=True),
@@ -147,8 +118,8 @@ TIERS = [
         # Where memory is short on purpose a sanitizer has none; its locks may stay taken in the child of a fork beside
         # a thread that is just beginning; after a crash its report is the better one.
         ["--sanitized", "-k", "not without_memory and not forked_child", "-p", "no:faulthandler", *SANITIZED_TESTS],
-        lambda: sanitizers().why_not(),
-        lambda: sanitizers().environment(),
+        lambda: of_tests("sanitized").why_not(),
+        lambda: of_tests("sanitized").environment(),
         spread=True,
         in_full=True,
     ),
