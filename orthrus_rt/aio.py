@@ -24,8 +24,9 @@ class AsyncEngine:
     anything are refused. ``async with`` closes it in the end.
 
     Cancelling or closing a stream aborts its request; the others are not disturbed, nor are they by a request that
-    cannot go on (see :meth:`Engine.step`) or by a step that fails. One event loop at a time may use it; a later one
-    ends the streams that the one before has left open, with an error.
+    cannot go on (see :meth:`Engine.step`) or by a step that fails. A thread steps the engine, so decoding goes on
+    however long the event loop is busy elsewhere. One event loop at a time may use it; a later one ends the streams
+    that the one before has left open, with an error.
 
     Raises:
         RuntimeError: another one has the engine, or a call of it is under way.
@@ -33,19 +34,23 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        # Its queue is the order of all calls: a step puts the next one behind whatever was asked for meanwhile.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="orthrus")
+        with engine.turn:  # takes the place of a call of this thread that an interrupt has ended
+            pass
         self._worker.submit(engine.turn.claim, self).result()
         # Of streams that wait for more, by the engine's own name of each: the caller's is free again as soon as its
         # stream has ended, while in the engine an aborted request is there until the next step.
         self._waiting: dict[str, tuple[str, asyncio.Queue]] = {}
         self._numbers = itertools.count(1)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._loop_task: asyncio.Task | None = None
         self._closing: asyncio.Future | None = None
+        self._steps = False  # the worker's, as are the next two: a step is in its queue
+        self._failures = self._cycles = 0  # steps that failed since there were that many cycles
 
     def _enter(self) -> asyncio.AbstractEventLoop:
-        """The running loop, which has the engine from now on. Another one's streams cannot be served any more: what
-        stepped for them may never go on.
+        """The running loop, which has the engine from now on. Another one's streams cannot be served any more: it may
+        never run again.
         """
         if self._closing is not None:
             raise RuntimeError("this engine is closed")
@@ -57,7 +62,7 @@ class AsyncEngine:
             for known_as in self._waiting:
                 self._worker.submit(self._abort, known_as)
             self._waiting.clear()
-            self._loop, self._loop_task = loop, None
+            self._loop = loop
         return loop
 
     def _call(self, function, *args) -> asyncio.Future:
@@ -66,8 +71,9 @@ class AsyncEngine:
     def stream(
         self, prompt_ids, params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncIterator[RequestOutput]:
-        """Yield the request's outputs as :meth:`Engine.step` returns them; the last has a ``finish_reason``. Arguments
-        are checked now, but for a ``request_id`` in use.
+        """Yield the request's outputs as :meth:`Engine.step` returns them, each with ``stats`` of its own; the last has
+        a ``finish_reason``, and if that is ``"error"``, ``error`` says why: nothing is raised. Arguments are checked
+        now, but for a ``request_id`` in use.
 
         Raises:
             ValueError: the request cannot be served, as :meth:`Engine.submit`.
@@ -83,11 +89,7 @@ class AsyncEngine:
         known_as, queue, finished = f"{request_id}#{next(self._numbers)}", asyncio.Queue(), False
         self._waiting[known_as] = request_id, queue
         try:
-            submitted = self._call(self.engine.submit, prompt_ids, params, known_as)
-            if self._loop_task is None or self._loop_task.done():
-                self._loop_task = asyncio.create_task(self._pump())
-                self._loop_task.add_done_callback(self._pump_ended)
-            await submitted
+            await self._call(self._submit, prompt_ids, params, known_as)
             while not finished:
                 output = await queue.get()
                 if isinstance(output, BaseException):
@@ -100,49 +102,19 @@ class AsyncEngine:
                 # Not awaited: the stream may be closing because its task was cancelled.
                 self._worker.submit(self._abort, known_as)
 
-    def _abort(self, request_id: str) -> None:
-        for _ in range(MOST_FAILURES):
-            try:
-                if self.engine.is_unfinished(request_id):
-                    self.engine.abort(request_id)
-                return
-            except Exception:
-                log.exception("request %s could not be aborted", request_id)
-
-    async def _pump(self) -> None:
-        """Step while there is anything to run, to hand out or to wait for, and hand every output to its stream."""
-        failures, cycles, me = 0, 0, asyncio.current_task()
-        while me is self._loop_task and self._closing is None and (self._waiting or self.engine.has_unfinished()):
-            try:
-                outputs = await self._call(self.engine.step)
-            except Exception as error:
-                log.exception("a step failed")
-                failures += 1
-                if failures == MOST_FAILURES or self.engine.closed:
-                    return self._fail(error)
-                continue
-            if self.engine.metrics.cycles > cycles or not self.engine.has_unfinished():
-                failures, cycles = 0, self.engine.metrics.cycles
-            for output in outputs:
-                _, queue = self._waiting.get(output.request_id, (None, None))
-                if output.finished:  # however long its reader takes for what is left
-                    self._waiting.pop(output.request_id, None)
-                if queue:
-                    _deliver(queue, output)
-            await asyncio.sleep(0)
-
-    def _pump_ended(self, task: asyncio.Task) -> None:
-        """Nobody may wait for ever; the step under way may have brought tokens that are lost now."""
-        if task is not self._loop_task:
-            return
-        if task.cancelled():
-            self._fail(RuntimeError("the task that steps this engine was cancelled"))
-        elif error := task.exception():
-            self._fail(error)
+    def _hand_out(self, outputs: list[RequestOutput]) -> None:
+        """Every output to its stream; in the loop, as all that looks at those who wait."""
+        for output in outputs:
+            _, queue = self._waiting.get(output.request_id, (None, None))
+            if output.finished:  # however long its reader takes for what is left
+                self._waiting.pop(output.request_id, None)
+            if queue:
+                queue.put_nowait(output)
 
     def _fail(self, error: BaseException) -> None:
         for _, queue in self._waiting.values():
-            _deliver(queue, error)
+            with contextlib.suppress(RuntimeError):  # of waking a reader in a loop that was closed: it is there already
+                queue.put_nowait(error)
 
     async def __aenter__(self) -> AsyncEngine:
         return self
@@ -157,17 +129,57 @@ class AsyncEngine:
             self._closing.add_done_callback(self._end)
         await asyncio.shield(self._closing)
 
+    def _end(self, _) -> None:
+        self._worker.shutdown(wait=False)
+        self._fail(RuntimeError("this engine is closed"))
+
+    # What follows runs in the worker.
+
+    def _submit(self, prompt_ids, params, known_as: str) -> None:
+        self.engine.submit(prompt_ids, params, known_as)
+        self._go_on()
+
+    def _abort(self, known_as: str) -> None:
+        for _ in range(MOST_FAILURES):
+            try:
+                if self.engine.is_unfinished(known_as):
+                    self.engine.abort(known_as)
+                break
+            except Exception:
+                log.exception("request %s could not be aborted", known_as)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Step next, behind what is in the queue, if there is anything to run or to hand out."""
+        if not self._steps and self.engine.has_unfinished():
+            self._steps = True
+            self._worker.submit(self._step)
+
+    def _step(self) -> None:
+        self._steps = False
+        if self.engine.closed:
+            return
+        try:
+            outputs = self.engine.step()
+        except Exception as error:
+            log.exception("a step failed")
+            self._failures += 1
+            if self._failures == MOST_FAILURES:
+                self._failures = 0
+                return self._tell(self._fail, error)  # the streams abort their requests
+        else:
+            if self.engine.metrics.cycles > self._cycles or not self.engine.has_unfinished():
+                self._failures, self._cycles = 0, self.engine.metrics.cycles
+            # What runs changes its statistics while the loop may look at them.
+            self._tell(self._hand_out, [replace(out, stats=out.stats.copy()) for out in outputs])
+        self._go_on()
+
+    def _tell(self, function, *args) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed, and its streams with it
+            self._loop.call_soon_threadsafe(function, *args)
+
     def _close(self) -> None:
         try:
             self.engine.close()
         finally:
             self.engine.turn.release()
-
-    def _end(self, _) -> None:
-        self._worker.shutdown(wait=False)
-        self._fail(RuntimeError("this engine is closed"))
-
-
-def _deliver(queue: asyncio.Queue, item: RequestOutput | BaseException) -> None:
-    with contextlib.suppress(RuntimeError):  # of waking a reader in a loop that was closed: the item is there already
-        queue.put_nowait(item)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 
@@ -39,6 +40,12 @@ class Stats:
     queue_seconds: float = 0.0
     preemptions: int = 0
     seed: int | None = None
+
+    def copy(self) -> Stats:
+        """As they are now."""
+        now = copy.copy(self)
+        now.plans, now.accepted = dict(self.plans), list(self.accepted)
+        return now
 
     @property
     def tokens_per_cycle(self) -> float:
