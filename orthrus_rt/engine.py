@@ -241,8 +241,9 @@ class Engine(Generation):
         ends with finish_reason ``"error"`` behind the tokens that it has; the others go on.
 
         Raises:
-            Exception: whatever else failed. Nothing is lost, and the next step tries again; if it fails every time,
-                somebody has to be aborted.
+            Exception: whatever else failed; a note says who was running. Nothing is lost, and the next step tries
+                again. If it fails every time, one of those has to be aborted, or if that fails too, as on a device
+                that is lost, the engine closed.
         """
         self._advance_and_collect()
         try:
@@ -289,8 +290,8 @@ class Engine(Generation):
                 return
             try:
                 for request in self.scheduler.unfinished:
+                    self.metrics.requests["abort"] += 1
                     request.finish_reason = "abort"
-                    self.metrics.finished("abort")
                 with device_scope(self.device):
                     self.runner.drop_cycles()
             except Exception:

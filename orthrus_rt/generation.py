@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +18,7 @@ from orthrus_rt.sampling import SamplingParams
 class Generation(Rounds):
     """``generate`` and ``stream``: rounds until some requests are through."""
 
-    dropped: deque[list[Request]]  # of streams that were closed where no call could be made; to be aborted
+    dropped: deque[list[Request]]  # of calls and streams that are over: what has not ended is to be aborted
 
     def generate(self, prompt_ids, params=None, *, mode=None, draft_len=None, fan_out=None, progress=False):
         """Continue one prompt, or a batch of them together.
@@ -48,8 +50,9 @@ class Generation(Rounds):
 
         plan = self._asked_plan(mode, draft_len, fan_out)
         requests = [self._make_request(ids, p, plan) for ids, p in zip(all_ids, each, strict=True)]
-        with tqdm(total=len(requests), unit="prompt", disable=not progress) as bar:
-            for _ in self._run(requests, plan):
+        bar = tqdm(total=len(requests), unit="prompt", disable=not progress)
+        with bar, contextlib.closing(self._run(requests, plan)) as rounds:
+            for _ in rounds:
                 if progress:
                     bar.update(sum(r.finish_reason is not None for r in requests) - bar.n)
         if not batch and requests[0].error:
@@ -73,10 +76,11 @@ class Generation(Rounds):
 
     def _stream(self, request: Request, plan: CyclePlan | None) -> Iterator[RequestOutput]:
         delivered, finished = 0, False
-        for _ in self._run([request], plan):
-            if piece := request.output_since(delivered):
-                delivered, finished = len(request.tokens), piece.finished
-                yield piece
+        with contextlib.closing(self._run([request], plan)) as rounds:
+            for _ in rounds:
+                if piece := request.output_since(delivered):
+                    delivered, finished = len(request.tokens), piece.finished
+                    yield piece
         if not finished:  # another stream's step brought the end
             yield request.output_since(delivered)
         if request.error:
@@ -87,6 +91,7 @@ class Generation(Rounds):
 
         Mode and block length belong to the whole batch: whoever finds the engine idle sets them.
         """
+        thread = threading.get_ident()
         try:
             self._enqueue(requests, plan)
             left = deque(requests)
@@ -95,13 +100,14 @@ class Generation(Rounds):
                     left.popleft()
                 else:
                     self._round()
+                    thread = threading.get_ident()
                     yield
         finally:
-            if not self.closed:
-                try:
-                    self._abort_all(requests)
-                except Taken:  # a stream may be collected anywhere: inside a call, or in another thread than its
-                    self.dropped.append(requests)
+            self.dropped.append(requests)  # whatever strikes from here on, the next call aborts them
+            # A stream may be collected anywhere: inside a call, or in another thread, whose turn it is not.
+            if not self.closed and threading.get_ident() == thread:
+                with contextlib.suppress(Taken):
+                    self._abort_dropped_now()
 
     @exclusive
     def _enqueue(self, requests: list[Request], plan: CyclePlan | None) -> None:
@@ -123,21 +129,17 @@ class Generation(Rounds):
         self._advance()
 
     @exclusive
-    def _abort_all(self, requests: list[Request]) -> None:
-        with whole(self):
-            self._abort_queued(requests)
+    def _abort_dropped_now(self) -> None:
+        """Every call begins with that."""
 
     def abort_dropped(self) -> None:
         """For whoever has the turn."""
         while self.dropped:
             with whole(self):
-                self._abort_queued(self.dropped[0])
+                for request in self.dropped[0]:
+                    if request.arrival >= 0:  # else it was never queued
+                        self._abort(request)
             self.dropped.popleft()  # only now: an interrupt must not lose them
-
-    def _abort_queued(self, requests: list[Request]) -> None:
-        for request in requests:
-            if request.arrival >= 0:  # else it was never queued
-                self._abort(request)
 
 
 def _is_batch(prompt_ids) -> bool:

@@ -91,6 +91,11 @@ class PagedKvCache:
         for page, name in zip(self._held[slot], names, strict=False):
             self.pool.name(page, name)
 
+    def withdraw(self, slot: int) -> None:
+        """Nobody is to find the slot's pages any more; whoever shares them keeps them."""
+        for page in self._held[slot]:
+            self.pool.unname(page)
+
     def _take(self, slot: int, length: int, there: int) -> list[int]:
         need = self.num_pages_for(length) - there
         if need > self.num_free_pages:

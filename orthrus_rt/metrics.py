@@ -76,9 +76,6 @@ class Metrics:
         count, total = self.times.get(kind, (0, 0.0))
         self.times[kind] = (count + 1, total + seconds)
 
-    def finished(self, reason: str) -> None:
-        self.requests[reason] += 1
-
     @contextlib.contextmanager
     def busy(self):
         since = time.perf_counter()

@@ -28,7 +28,10 @@ class Outbox:
         return known or any(out.request_id == request_id for out in self.outputs)
 
     def __getitem__(self, request_id: str) -> Request:
-        return self._requests[request_id] if request_id in self._requests else self._heard[request_id]
+        request = self._requests.get(request_id) or self._heard.get(request_id)
+        if request is None:
+            raise KeyError(f"no unfinished request has the id {request_id!r}")
+        return request
 
     @property
     def unfinished(self) -> list[Request]:
@@ -45,12 +48,13 @@ class Outbox:
 
     def collect(self) -> None:
         """Make outputs of the news."""
-        outputs, told = list(self.outputs), dict(self._told)
+        news, told = [], dict(self._told)
         for request_id, request in self._heard.items():
             if output := request.output_since(told.get(request_id, 0)):
-                outputs.append(output)
+                news.append(output)
                 told[request_id] = len(request.tokens)
             if request.finish_reason is not None:
                 told.pop(request_id, None)
                 self._requests.pop(request_id, None)
-        self.outputs, self._told, self._heard = outputs, told, {}  # together: no signal strikes between these stores
+        # Together: between these stores no signal strikes, and no other thread takes outputs that are here as well.
+        self.outputs, self._told, self._heard = self.outputs + news, told, {}

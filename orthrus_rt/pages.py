@@ -44,8 +44,7 @@ class PagePool:
         pages = [self._blank.pop() if self._blank else self._named.popitem(last=False)[0] for _ in range(count)]
         for page in pages:
             self._holders[page] = 1
-            if page in self._name_of:
-                del self._page_of[self._name_of.pop(page)]
+            self.unname(page)
         return pages
 
     def hold(self, pages: Iterable[int]) -> None:
@@ -69,6 +68,11 @@ class PagePool:
         """A held page holds what ``name`` tells; the first of equal pages has the name."""
         if name not in self._page_of:
             self._page_of[name], self._name_of[page] = page, name
+
+    def unname(self, page: int) -> None:
+        """What a held page has may be anything now."""
+        if page in self._name_of:
+            del self._page_of[self._name_of.pop(page)]
 
     def find(self, name: bytes) -> int | None:
         """The page of that name, free or not."""

@@ -68,7 +68,10 @@ class Scheduler:
         """Take the request out of its slot, its pages back at once; the slot it had."""
         slot, num_cached, request.slot = request.slot, request.num_cached, None
         self.slots[slot] = None
-        self.publish(slot, request, num_cached)
+        if request.error is None:
+            self.publish(slot, request, num_cached)
+        else:  # its keys and values may be what was wrong
+            self.kv.withdraw(slot)
         self.kv.release(slot)
         return slot
 

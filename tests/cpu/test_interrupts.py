@@ -170,6 +170,21 @@ def test_generate_at_random_instructions(engine, want):
     assert set(map(str, other.values())) == {str((want[0], "length"))}
 
 
+def test_closing_a_stream_at_every_instruction(engine, want):
+    """It is aborted then, or by the next call, whatever that is."""
+    after, reached, aborted = 0, True, engine.metrics.requests["abort"]
+    while reached:
+        after += 1
+        name = engine.submit(PROMPTS[0], PARAMS)
+        stream = engine.stream([9], SamplingParams(max_new_tokens=50, ignore_eos=True))
+        next(stream)
+        reached = interrupted(stream.close, after)
+        assert drain(engine)[name] == (want[0], "length")
+        assert engine.metrics.requests["abort"] == aborted + after
+        all_pages_back(engine)
+    assert after > 20
+
+
 def test_a_lock_left_behind_is_taken_over_by_its_thread():
     turn = Turn()
 
@@ -253,6 +268,15 @@ class TestAStreamThatIsCollected:
             return real(*args)
 
         monkeypatch.setattr(engine.runner, "decode", decode)
+        self.check(engine, want[0])
+
+    def test_in_another_thread_while_nothing_runs(self, engine, want):
+        """A call that begins meanwhile must not be refused: its end is left to the next one."""
+        held = self.hold(engine)
+        thread = threading.Thread(target=held.clear)
+        thread.start()
+        thread.join()
+        assert engine.metrics.requests["abort"] == self.aborted and engine.has_unfinished()
         self.check(engine, want[0])
 
     def test_the_next_call_finds_the_engine_idle(self, engine, want, monkeypatch):
