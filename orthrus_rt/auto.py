@@ -7,6 +7,7 @@ waits for measurements.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 import warnings
@@ -15,6 +16,7 @@ from functools import partial
 import torch
 
 from orthrus_rt.checks import PAGE_SIZE
+from orthrus_rt.config import CheckpointError
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_buckets
 from orthrus_rt.embedded import cache_root
 from orthrus_rt.pass_costs import PassCosts, cache_file
@@ -25,6 +27,7 @@ MAX_ROWS = 512  # of a one_pass candidate: more are bound by arithmetic, where o
 RIDGE_ROWS = {"cpu": 32, "cuda": 256}  # where a pass begins to cost more, until it is measured
 CONTEXT = 256  # committed tokens of a sequence in a warm-up
 REPEATS = 5
+log = logging.getLogger("orthrus_rt")
 
 
 class Auto:
@@ -40,9 +43,13 @@ class Auto:
         plans = candidate_plans(plan.block_len, plan.fan_out)
         self.plan, self._device = plan, device
         self._key = f"{identity} | {num_slots} slots | {' '.join(p.label for p in plans)}"
-        self._file = cache_file(cache_root(), self._key)
         costs = PassCosts(RIDGE_ROWS[device.type])
-        self.measured = costs.load(self._file, self._key)
+        try:
+            self._file = cache_file(cache_root(), self._key)
+            self.measured = costs.load(self._file, self._key)
+        except CheckpointError as error:  # no folder to keep them in: nothing else needs one here
+            log.info("the times of a warm-up are not kept: %s", error)
+            self._file, self.measured = None, False
         self.policy = Policy(plans, num_slots, costs, max_rows=MAX_ROWS)
         self._buckets = batch_buckets(num_slots)
 
@@ -74,6 +81,8 @@ class Auto:
                 self._warm(engine, slots, bar)
         if not self.measured:
             self.measured = True
+            if self._file is None:
+                return
             try:
                 self.policy.costs.save(self._file, self._key)
             except OSError as error:

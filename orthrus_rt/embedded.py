@@ -82,7 +82,7 @@ def cache_root() -> Path:
     that runs under a random uid, a folder of this user's beside the temporary files.
 
     Raises:
-        CheckpointError: the latter is there already and others can write to it.
+        CheckpointError: the latter is there already and others can write to it, or nothing can be written anywhere.
     """
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named) / "orthrus_rt"
@@ -94,15 +94,16 @@ def cache_root() -> Path:
 
 
 def _temporary_root() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"orthrus_rt-{os.getuid()}"
+    named = "as there is no home folder for a cache; let XDG_CACHE_HOME name one"
+    try:
+        folder = Path(tempfile.gettempdir()) / f"orthrus_rt-{os.getuid()}"
+    except FileNotFoundError as error:
+        raise CheckpointError(f"a folder for temporary files is needed ({error}), {named}") from error
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()  # not of what a link points to: anybody may have put it there
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise CheckpointError(
-            f"{folder}: must be a folder that this user alone can write to, as there is no home folder for a cache; "
-            "let XDG_CACHE_HOME name one"
-        )
+        raise CheckpointError(f"{folder}: must be a folder that this user alone can write to, {named}")
     return folder
 
 

@@ -6,6 +6,7 @@ import operator
 import secrets
 import time
 import uuid
+from collections.abc import Mapping
 
 import torch
 
@@ -138,6 +139,8 @@ def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int) -> list[int]:
         prompt_ids = prompt_ids.tolist()
     if isinstance(prompt_ids, str | bytes):
         raise ValueError("prompt_ids must be token ids, got text; encode it with engine.tokenizer")
+    if isinstance(prompt_ids, Mapping):
+        raise ValueError(f"prompt_ids must be token ids, got {type(prompt_ids).__name__}; pass its input_ids")
     try:
         ids = [operator.index(t) for t in prompt_ids]
     except TypeError as error:

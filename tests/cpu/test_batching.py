@@ -339,7 +339,7 @@ def test_submit_validates_now(folder):
     engine.submit([1], request_id="a")
     with pytest.raises(ValueError, match="request_id must be unused, got 'a' twice"):
         engine.submit([1], request_id="a")
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="no unfinished request has the id 'b'"):
         engine.abort("b")
     engine.abort("a")
     (out,) = engine.step()

@@ -1,6 +1,7 @@
 """The engine's behaviour on a tiny checkpoint: ends, limits, streams, sampling, errors."""
 
 import dataclasses
+from collections import UserDict
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,7 @@ def test_top_k_one_is_greedy(engine):
         ([1, 24], r"prompt_ids\[1\] must be within the vocabulary \[0, 24\), got 24"),
         ([-1], r"prompt_ids\[0\] must be within the vocabulary \[0, 24\), got -1"),
         ("12", "prompt_ids must be token ids, got text"),
+        (UserDict(input_ids=[1]), "prompt_ids must be token ids, got UserDict; pass its input_ids"),
         ([1.5], "prompt_ids must be a list of ints or a 1-D integer tensor"),
         (torch.ones(2), "a tensor must be 1-D and integer"),
         (torch.ones(1, 2, dtype=torch.int64), "a tensor must be 1-D and integer"),

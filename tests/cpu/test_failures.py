@@ -1,15 +1,20 @@
 """A request that cannot go on ends alone, whatever fails; an engine that fails or is closed lets go of everything."""
 
 import gc
+import os
+import tempfile
 import warnings
 import weakref
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from orthrus_rt import dispatch
+from orthrus_rt.config import CheckpointError
 from orthrus_rt.device import claim
+from orthrus_rt.embedded import cache_root
 from orthrus_rt.engine import Engine
 from orthrus_rt.graph import Cycle
 from orthrus_rt.model import Activations
@@ -151,6 +156,35 @@ def test_generate_and_stream_go_on_beside_a_request_that_cannot(folder, alone, m
         next(pieces)
 
 
+def test_an_error_that_is_kept_holds_no_tensors(folder, monkeypatch):
+    """By the frames that it went through; those of its cause too."""
+    engine, held = make(folder), []
+
+    def exhausted_amid_tensors(*_):
+        tensor = torch.empty(4)
+        held.append(weakref.ref(tensor))
+        exhausted()
+
+    monkeypatch.setattr(engine.runner, "begin", exhausted_amid_tensors)
+    gc.disable()
+    try:
+        assert engine.generate([[1, 2], [3]], GREEDY)[1].finish_reason == "error"
+        assert [ref() for ref in held] == [None] * 2
+    finally:
+        gc.enable()
+
+
+def test_what_fails_says_who_was_running(folder, monkeypatch):
+    engine = make(folder)
+    for name in ("first", "second"):
+        engine.submit([1, 2], GREEDY, name)
+    engine.step()
+    monkeypatch.setattr(engine.runner, "decode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as raised:
+        engine.step()
+    assert raised.value.__notes__ == ["orthrus_rt: ['first', 'second'] were running"]
+
+
 def test_rejection_keeps_no_draft_distributions(folder):
     engine = make(folder)
     stream = engine.stream([1, 2], REJECTION)
@@ -278,6 +312,33 @@ def test_a_prompt_refused_by_a_closing_engine_is_not_counted(folder):
     assert engine.metrics.as_dict()["finished"]["abort"] == 0
     stream.close()
     assert engine.metrics.as_dict()["finished"]["abort"] == 1
+
+
+@pytest.mark.parametrize("what", ("no temporary files", "a folder of another's"))
+def test_where_costs_cannot_be_kept_auto_runs_all_the_same(folder, tmp_path, monkeypatch, what):
+    """No home, and nowhere to write or nowhere safe; nothing else of a checkpoint's own needs a cache."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", _no_home)
+    if what == "no temporary files":
+        monkeypatch.setattr(tempfile, "gettempdir", _no_temporary_files)
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        (tmp_path / f"orthrus_rt-{os.getuid()}").write_text("")
+    with pytest.raises(CheckpointError, match="as there is no home folder for a cache; let XDG_CACHE_HOME name one"):
+        cache_root()
+    engine = make(folder, mode="auto", max_batch_size=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.warmup()
+    assert engine.generate([1, 2], GREEDY).finish_reason == "length"
+
+
+def _no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def _no_temporary_files():
+    raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
 
 
 def test_costs_that_cannot_be_kept_are_a_warning(folder, tmp_path, monkeypatch):

@@ -80,6 +80,19 @@ def test_nan_in_the_diffusion_view_costs_speed_alone(folder, mode, at_least):
     poison.check_nan_drafts_cost_speed_alone(make(folder, mode=mode), jobs_of(kinds), at_least)
 
 
+def test_nobody_finds_what_a_request_left_that_came_upon_nan(folder):
+    """Its keys and values may be what was wrong, and the fault over; whoever shares them meanwhile meets it too."""
+    engine, params = make(folder), SamplingParams(10, ignore_eos=True)
+    prompt = [5, 6, 7, 8] * 17
+    healthy = engine.generate(prompt, params).token_ids
+    with poison.nan_embedding(engine, 9):
+        assert engine.generate([[9, *prompt]] * 2, params)[1].finish_reason == "error"
+    again = engine.generate([9, *prompt], params)
+    assert (again.finish_reason, again.stats.cached_tokens) == ("length", 0)
+    assert engine.generate(prompt, params).stats.cached_tokens == 64  # what others left is there
+    assert engine.generate(prompt, params).token_ids == healthy
+
+
 @pytest.fixture
 def ill(folder):
     """``(engine, (bad, outcome), (good, outcome))``: two greedy jobs, of which one comes upon NaN after some tokens."""
