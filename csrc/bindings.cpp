@@ -186,6 +186,11 @@ void bind_cuda(py::module_ m) {
   bind_launcher<DualAttnParamsOf<float>>(m, "dual_attn", &cuda::dual_attn);
   bind_launcher<ConsensusParams>(m, "consensus", &cuda::consensus);
   m.def("isa", &cuda::isa);
+  m.def("new_stream", [] {
+    void* stream = nullptr;
+    check("new_stream", cuda::new_stream(&stream));
+    return reinterpret_cast<uintptr_t>(stream);
+  });
   m.def("row_linear_workspace", &cuda::row_linear_workspace);
   m.def("row_linear_num_partials", &cuda::row_linear_num_partials);
   m.def("dual_attn_workspace", &cuda::dual_attn_workspace);

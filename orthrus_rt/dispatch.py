@@ -15,6 +15,8 @@ import os
 
 import torch
 
+from orthrus_rt.device import device_scope
+
 log = logging.getLogger("orthrus_rt")
 
 OPS = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus", "process_logits", "count_tokens")
@@ -79,6 +81,10 @@ def unavailable(impl: str, op: str, device: torch.device, dtype: torch.dtype) ->
         archs, (major, minor) = native().build_info()["cuda_archs"], torch.cuda.get_device_capability(device)
         if not runs_on(archs, (major, minor)):
             return f"the native module was built for {archs}, not for compute capability {major}.{minor}"
+        with device_scope(device):
+            if native().cuda.isa() == "none":
+                version = native().build_info()["cuda_version"]
+                return f"the native module, built with CUDA {version}, cannot use the device: is its driver older?"
     return None
 
 

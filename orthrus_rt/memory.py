@@ -62,9 +62,11 @@ def naming_the_knobs(doing: str):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch's allocator for the CPU raises a plain RuntimeError, the kernels' scratch a MemoryError.
-        named = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not named and "can't allocate memory" not in str(error):
+        # torch's allocator for the CPU raises a plain RuntimeError, the kernels' scratch a MemoryError; where CUDA's
+        # driver has none, for a graph or a kernel's code, whoever asked says so in some RuntimeError.
+        said = str(error).lower()
+        named = isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in said
+        if not named and "can't allocate memory" not in said:
             raise
         if isinstance(error, _Named):
             raise

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from orthrus_rt import dispatch
-from orthrus_rt.device import stream_of, stream_scope
+from orthrus_rt.device import device_scope, stream_of, stream_scope
 from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.model import Model, Workspace
 
 
 @functools.cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """Torch's own belongs to whichever device recorded first in this process."""
-    return torch.cuda.Stream(device)
+    """One that nobody else has: torch hands its own out again after 32, and what another thread launched on one would
+    be recorded in place of run.
+    """
+    with device_scope(device):
+        return torch.cuda.ExternalStream(dispatch.native().cuda.new_stream(), device)
 
 
 class Recorded:
@@ -64,12 +69,26 @@ class Recorded:
         """Replay from now on. Where there is no memory for a recording, a warning says so, and it runs op by op for
         good.
         """
+        self._replay_what(self._record, "recording")
+
+    def _replay_what(self, make: Callable[[], Callable[[], None]], doing: str) -> None:
         try:
-            with naming_the_knobs(f"recording the {self.what}"):
-                self._replay = self._record()
+            with naming_the_knobs(f"{doing} the {self.what}"):
+                self._replay = make()
         except torch.OutOfMemoryError as error:
-            warnings.warn(f"{error}; until it is built anew, this runs op by op, slower", stacklevel=3)
+            warnings.warn(f"{error}; until it is built anew, this runs op by op, slower", stacklevel=4)
             self._replay = self.run_eager
+
+    def _replay_first(self, graph: torch.cuda.CUDAGraph) -> None:
+        """What puts it on the device, which takes memory too; where that fails, nothing has run."""
+
+        def replayed() -> Callable[[], None]:
+            graph.replay()
+            return graph.replay
+
+        self._replay_what(replayed, "replaying for the first time")
+        if self._replay == self.run_eager:
+            self.run_eager()
 
     def _record(self) -> Callable[[], None]:
         # Recording runs nothing: the state stays as it is.
@@ -85,16 +104,33 @@ class Recorded:
         torch.cuda.empty_cache()  # as recording itself begins: what it gives back is not the graph's
         before = torch.cuda.memory_reserved(device)
         # thread_local: what other threads do meanwhile, with models of their own, does not spoil the recording. Where
-        # one is spoilt, torch's context leaves its own stream current.
-        with (
-            stream_scope(stream_of(device)),
-            torch.cuda.graph(
-                graph,
-                pool=self.workspace.graph_pool,
-                stream=_recording_stream(device),
-                capture_error_mode="thread_local",
-            ),
-        ):
-            self.run_eager()
+        # one is spoilt, torch's context leaves its own stream current. What torch makes once for all graphs of the
+        # process (up to 2.10, the state of its generator) must be of use outside inference mode too.
+        try:
+            with (
+                stream_scope(stream_of(device)),
+                torch.inference_mode(False),
+                torch.cuda.graph(
+                    graph,
+                    pool=self.workspace.graph_pool,
+                    stream=_recording_stream(device),
+                    capture_error_mode="thread_local",
+                ),
+                torch.inference_mode(),
+            ):
+                self.run_eager()
+        except BaseException as error:
+            self._end_spoilt(graph, error)
+            raise
         self.graph_bytes = torch.cuda.memory_reserved(device) - before
-        return graph.replay
+        return partial(self._replay_first, graph)
+
+    def _end_spoilt(self, graph: torch.cuda.CUDAGraph, error: BaseException) -> None:
+        """A capture that an interrupt left open would fail every later wait of this thread; and of one that did not
+        end as it should, torch's allocator may go on keeping the pool.
+        """
+        with stream_scope(_recording_stream(self.model.device)), contextlib.suppress(RuntimeError):
+            if torch.cuda.is_current_stream_capturing():
+                graph.capture_end()
+        if not isinstance(error, torch.OutOfMemoryError):
+            self.workspace.graph_pool = torch.cuda.graph_pool_handle()

@@ -7,4 +7,8 @@ namespace orthrus::cuda {
 
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
+int new_stream(void** stream) {
+  return cudaStreamCreateWithFlags(reinterpret_cast<cudaStream_t*>(stream), cudaStreamNonBlocking);
+}
+
 }  // namespace orthrus::cuda

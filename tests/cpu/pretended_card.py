@@ -186,6 +186,7 @@ def torch_cuda(card: Card) -> dict:
         Event=Event, Stream=Stream, CUDAGraph=Graph, is_available=lambda: True, device_count=lambda: 1,
         current_device=lambda: 0, get_device_name=lambda *_: "pretended", get_device_capability=lambda *_: (9, 0),
         get_device_properties=lambda *_: properties, stream=stream, graph=lambda new, **_: new.record(),
+        is_current_stream_capturing=lambda: Tape.recording is not None,
         memory_stats=lambda *_: defaultdict(int, {"allocation.all.allocated": card.allocations}),
         current_stream=lambda *_: streams[-1], device=lambda _: contextlib.nullcontext(), synchronize=synchronize,
         graph_pool_handle=nothing, empty_cache=nothing, reset_peak_memory_stats=nothing, _sleep=nothing,
@@ -195,7 +196,7 @@ def torch_cuda(card: Card) -> dict:
 
 def install() -> None:
     """From here on this process has the card."""
-    from orthrus_rt import dispatch, native, timing
+    from orthrus_rt import dispatch, native, recording, timing
 
     card, ops, profile = Card(), dispatch.native().cpu, torch.profiler.profile
     for name, value in torch_cuda(card).items():
@@ -204,6 +205,7 @@ def install() -> None:
     torch.profiler.profile = lambda activities: profile(activities=[torch.profiler.ProfilerActivity.CPU])
     timing.read_bandwidth = lambda device: 3000.0  # GB/s
     dispatch.select = lambda op, device, dtype: "cpu"
+    recording._recording_stream = Stream
     native._launch = lambda op, params, device: launch(getattr(ops, op), params)
     card.__enter__()
 

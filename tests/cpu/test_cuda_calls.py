@@ -64,50 +64,99 @@ def test_a_kernel_is_launched_on_its_tensors_device(two_devices, monkeypatch, im
     assert launched == [0] and current == [1]
 
 
-@pytest.fixture
-def recordings(monkeypatch):
-    """The keyword arguments of every torch.cuda.graph."""
-    seen, reserved, current = [], [900], ["caller's"]
+class Recordings:
+    """torch.cuda's part in recordings. ``seen``: the keyword arguments of every torch.cuda.graph."""
 
-    def empty_cache():
-        reserved[0] = 500
+    def __init__(self):
+        self.seen, self.current, self.capturing, self.reserved, self.num_pools = [], ["caller's"], False, 900, 0
+        self.streams, self.replays, self.eager, self.inference = 0, 0, 0, []
+        self.fail_at: dict[str, BaseException] = {}  # "begin", "run", "end", "replay": what each raises
+
+    def reach(self, point: str) -> None:
+        if point in self.fail_at:
+            raise self.fail_at[point]
+
+    def empty_cache(self) -> None:
+        self.reserved = 500
+
+    def new_stream(self) -> int:
+        self.streams += 1
+        return self.streams
+
+    def new_pool(self) -> str:
+        self.num_pools += 1
+        return f"pool {self.num_pools}"
 
     @contextlib.contextmanager
-    def graph(cuda_graph, **kwargs):
-        seen.append(kwargs)
-        empty_cache()  # as torch does before it records
-        current.append(kwargs["stream"])
-        yield
-        current.pop()
-
-    @contextlib.contextmanager
-    def on(stream):
-        before = list(current)
-        current.append(stream)
+    def graph(self, cuda_graph, **kwargs):
+        self.seen.append(kwargs)
+        self.empty_cache()  # as torch does before it records
+        self.inference.append(torch.is_inference_mode_enabled())
+        self.current.append(kwargs["stream"])
+        self.capturing = True
+        self.reach("begin")
         try:
             yield
         finally:
-            current[:] = before
+            self.capture_end()
+            self.current.pop()
 
+    def capture_end(self) -> None:
+        self.capturing = False
+        self.reach("end")
+
+    def replay(self) -> None:
+        self.reach("replay")
+        self.replays += 1
+
+    def run_eager(self, *_) -> None:
+        self.inference.append(torch.is_inference_mode_enabled())
+        self.eager += not self.capturing
+        self.reserved += 64 * self.capturing
+        if self.capturing:
+            self.reach("run")
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before = list(self.current)
+        self.current.append(stream)
+        try:
+            yield
+        finally:
+            self.current[:] = before
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    fake = Recordings()
     recording._recording_stream.cache_clear()
     monkeypatch.setattr(dispatch, "select", lambda *_: "cuda")
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
-    monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved[0])
-    monkeypatch.setattr(Cycle, "run_eager", lambda cycle: reserved.__setitem__(0, reserved[0] + 64))
-    yield SimpleNamespace(seen=seen, current=current)
+    monkeypatch.setattr(dispatch, "native", lambda: SimpleNamespace(cuda=fake))
+    for name, value in {
+        "CUDAGraph": lambda: fake,
+        "ExternalStream": lambda pointer, device: SimpleNamespace(device=device, pointer=pointer),
+        "current_stream": lambda device: fake.current[-1],
+        "device": lambda device: contextlib.nullcontext(),
+        "stream": fake.stream,
+        "graph": fake.graph,
+        "graph_pool_handle": fake.new_pool,
+        "is_current_stream_capturing": lambda: fake.capturing and fake.current[-1] is fake.seen[-1]["stream"],
+        "empty_cache": fake.empty_cache,
+        "memory_reserved": lambda device: fake.reserved,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(Cycle, "run_eager", fake.run_eager)
+    yield fake
     recording._recording_stream.cache_clear()
 
 
+@torch.inference_mode()
 def recorded(device: str) -> Cycle:
     cycle = object.__new__(Cycle)
+    cycle.what, cycle.prompts = "ar cycle of 1 slots", None
     cycle.sampling, cycle.workspace = None, SimpleNamespace(graph_pool="pool")
     cycle.model = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
-    cycle._record()
+    cycle.record()
     return cycle
 
 
@@ -117,17 +166,42 @@ def test_a_cycle_is_recorded_on_its_own_device(recordings):
     seen = recordings.seen
     assert [r["stream"].device for r in seen] == [torch.device(f"cuda:{i}") for i in (0, 1, 0)]
     assert seen[0]["stream"] is seen[2]["stream"]  # torch shares memory between graphs of one stream alone
+    assert [r["stream"].pointer for r in seen] == [1, 2, 1]  # nobody else's
     assert all(r["pool"] == "pool" and r["capture_error_mode"] == "thread_local" for r in seen)
+    assert recordings.inference == [False, True] * 3  # of what torch makes for a graph, and of what is recorded
 
 
-def test_a_recording_that_fails_leaves_the_callers_stream_current(recordings, monkeypatch):
-    def fail(cycle):
-        raise RuntimeError("capture")
+@pytest.mark.parametrize("where", ("begin", "run", "end"))
+@pytest.mark.parametrize("error", (RuntimeError, KeyboardInterrupt))
+def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):
+    """Not the capture, which would fail every later wait; the caller's stream is current, the pool is another."""
+    recordings.fail_at = {where: error("there")}
+    cycle = None
+    with pytest.raises(error, match="there") as raised:
+        cycle = recorded("cuda:0")
+    assert cycle is None and not recordings.capturing and recordings.current == ["caller's"]
+    assert recordings.num_pools == 1, raised
 
-    monkeypatch.setattr(Cycle, "run_eager", fail)
-    with pytest.raises(RuntimeError, match="capture"):
-        recorded("cuda:0")
-    assert recordings.current == ["caller's"]
+
+@pytest.mark.parametrize("where", ("run", "end", "replay"))
+def test_a_driver_without_memory_for_a_graph(recordings, where):
+    """It says so by an error of its own, when the graph is made or when it runs for the first time."""
+    recordings.fail_at = {where: RuntimeError("CUDA error: out of memory\nFor debugging ...")}
+    said = (
+        r"out of memory while .* the ar cycle of 1 slots: lower .*\(CUDA error: out of memory\); .* op by op, slower$"
+    )
+    with pytest.warns(UserWarning, match=said):
+        cycle = recorded("cuda:0")
+        cycle.run()
+    cycle.run()
+    assert recordings.eager == 2 and recordings.replays == 0 and cycle.recorded
+
+
+def test_a_graph_is_replayed(recordings):
+    cycle = recorded("cuda:0")
+    for _ in range(3):
+        cycle.run()
+    assert recordings.replays == 3 and recordings.eager == 0
 
 
 def test_an_engine_keeps_its_stream(two_devices, monkeypatch):

@@ -1,5 +1,6 @@
 """The validated signatures: bad arguments are named with op, argument, expected and got; and who runs what."""
 
+import contextlib
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -192,6 +193,18 @@ def test_a_second_choice_is_a_warning(monkeypatch, caplog):
     assert chosen == ["reference", "triton", "triton"]
     why = "since the native module was built for 80-real, not for compute capability 10.0"
     assert [r.getMessage().endswith(why) for r in caplog.records if r.levelname == "WARNING"] == [True, True]
+
+
+@pytest.mark.parametrize("isa", ("sm90a", "none"))
+def test_a_driver_older_than_the_modules_cuda_is_told_at_once(monkeypatch, isa):
+    built = {"cuda_archs": "90a-real", "cuda_version": "13.0"}
+    module = SimpleNamespace(cuda=SimpleNamespace(isa=lambda: isa), build_info=lambda: built)
+    monkeypatch.setattr(dispatch, "native", lambda: module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    why = dispatch.unavailable("cuda", "dual_attn", torch.device("cuda", 7), torch.bfloat16)
+    want = "the native module, built with CUDA 13.0, cannot use the device: is its driver older?"
+    assert why == (want if isa == "none" else None)
 
 
 def test_float16_runs_the_reference():
