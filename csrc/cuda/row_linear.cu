@@ -9,7 +9,8 @@
 // run of nothing but NaN gives -inf and its first id.
 // next_weight: where neither launch is prefill, sm_90a brings its beginning to L2 while this one ends, in the order of
 // an epilogue that may cut tiles; no result depends on it.
-// Bytes: each view's packed weight once (kArgmax: once per tile of rows), plus x once per tile from L2. FLOP: 2 * num_rows * in * out_features.
+// Bytes: each view's packed weight once (kArgmax: once per tile of rows), plus x once per tile from L2.
+// FLOP: 2 * num_rows * in * out_features.
 #include <cstdlib>
 #include <cstring>
 
