@@ -7,6 +7,7 @@ recorded tape of native calls) replays the whole cycle.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import Layout, Rows, empty_rows
 from orthrus_rt.prefill import PrefillShape, PromptRows
-from orthrus_rt.recording import Recorded
+from orthrus_rt.recording import Recorded, taped
 from orthrus_rt.state import SlotSampling, SlotState
 
 COUPLED = 0  # purpose of the noise that both views share
@@ -108,11 +109,12 @@ class Cycle(Recorded):
             slots' sampling parameters.
         activations, workspace: shared with every other cycle; large enough for the plan's rows.
         shape: of prompts whose rows its last pass takes along; ``prompts`` is then to be loaded before every run.
+        plain: the cycle without prompts, whose passes before the last one are this one's too.
     """
 
     def __init__(
         self, model: Model, kv: PagedKvCache, state: SlotState, num_slots: int, plan: CyclePlan, *, sampling,
-        activations, workspace, max_seq_len, shape: PrefillShape | None,
+        activations, workspace, max_seq_len, shape: PrefillShape | None = None, plain: Cycle | None = None,
     ):  # fmt: skip
         self.model, self.kv, self.plan = model, kv, plan
         self.state, self._cache_seqlens = state.view(slice(0, num_slots)), state.cache_seqlens
@@ -122,7 +124,10 @@ class Cycle(Recorded):
         self.max_seq_len = max_seq_len
         scored = None if sampling is None else activations
         *before, last = KINDS[plan.mode]
-        self.passes = [_pass(model, kind, num_slots, plan, scored, None) for kind in before]
+        if plain is None:
+            self.passes, self._tapes = [_pass(model, kind, num_slots, plan, scored, None) for kind in before], {}
+        else:
+            self.passes, self._tapes = plain.passes[:-1], plain.tapes
         self.passes.append(_pass(model, last, num_slots, plan, scored, shape))
         self.prompts = self.passes[-1].prompts
         with_prompts = "" if shape is None else f" with {shape.rows} rows of prompts"
@@ -137,16 +142,26 @@ class Cycle(Recorded):
     @nvtx.ranged(lambda self, p: PASS_NAMES[p.step])
     def forward(self, p: Pass) -> None:
         """Push pass ``p`` to its logits, or where none are materialised to its partial maxima."""
+        if p in self._tapes:
+            return self._tapes[p].replay()
         epilogue, out = ("argmax", p.out) if p.logits is None else ("logits", p.logits)
         forward(
             self.model, self.kv, p.rows, self.activations, self.workspace,
             logit_rows=p.logit_rows, epilogue=epilogue, out=out, max_seq_len=self.max_seq_len,
         )  # fmt: skip
 
+    @functools.cached_property
+    def tapes(self) -> dict[Pass, object]:
+        """Of the passes before the last one, on the CPU: a cycle with prompts, taped for one run, takes them in."""
+        if self.model.device.type != "cpu" or not self.can_record:
+            return {}
+        return {p: taped(functools.partial(self.forward, p)) for p in self.passes[:-1]}
+
     @property
     def nbytes(self) -> int:
-        """Of the passes' static buffers."""
-        held = (t for p in self.passes for t in (*vars(p.rows).values(), p.logit_rows, *p.out))
+        """Of the passes' static buffers, but for passes of another cycle's."""
+        passes = self.passes if self.prompts is None else self.passes[-1:]
+        held = (t for p in passes for t in (*vars(p.rows).values(), p.logit_rows, *p.out))
         return sum(t.nbytes for t in held if isinstance(t, torch.Tensor))
 
     def stage_first(self) -> None:

@@ -25,6 +25,14 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
         return torch.cuda.ExternalStream(dispatch.native().cuda.new_stream(), device)
 
 
+def taped(run: Callable[[], None]):
+    """The native CPU ops that ``run`` calls, for a replay."""
+    tape = dispatch.native().cpu.Tape()
+    with tape.record():
+        run()
+    return tape
+
+
 class Recorded:
     """Launches over static buffers in a fixed sequence: run op by op, or replayed.
 
@@ -47,6 +55,11 @@ class Recorded:
     def used_ops(self) -> Sequence[str]:
         """Those that :meth:`run_eager` calls."""
         raise NotImplementedError
+
+    @property
+    def can_record(self) -> bool:
+        """The reference reads values on the host, which no recording can."""
+        return all(dispatch.select(op, self.model.device, self.model.dtype) != "reference" for op in self.used_ops())
 
     @property
     def recorded(self) -> bool:
@@ -92,14 +105,10 @@ class Recorded:
 
     def _record(self) -> Callable[[], None]:
         # Recording runs nothing: the state stays as it is.
-        chosen = {dispatch.select(op, self.model.device, self.model.dtype) for op in self.used_ops()}
-        if "reference" in chosen:  # it reads values on the host, which no recording can
+        if not self.can_record:
             return self.run_eager
         if self.model.device.type == "cpu":
-            tape = dispatch.native().cpu.Tape()
-            with tape.record():
-                self.run_eager()
-            return tape.replay
+            return taped(self.run_eager).replay
         device, graph = self.model.device, torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()  # as recording itself begins: what it gives back is not the graph's
         before = torch.cuda.memory_reserved(device)

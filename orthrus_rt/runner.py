@@ -7,6 +7,7 @@ the results of the one before, through pinned memory.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -122,19 +123,20 @@ class Runner:
         """
         bucket = batch_bucket(num_slots, self.num_slots)
 
-        def build(shape: PrefillShape | None) -> Cycle:
+        def build(shape: PrefillShape | None = None, plain: Cycle | None = None) -> Cycle:
             with naming_the_knobs(f"building the {plan.mode} cycle of {bucket} slots"):
                 return Cycle(
                     self.model, self.kv, self.state, bucket, plan,
                     sampling=sampling, activations=self.activations, workspace=self.workspace,
-                    max_seq_len=self.max_seq_len, shape=shape,
+                    max_seq_len=self.max_seq_len, shape=shape, plain=plain,
                 )  # fmt: skip
 
         key = (plan, bucket, sampling is not None, sampling is not None and sampling.edits is not None)
         if shape is not None:
-            return self._cached(shape, key, build)
+            plain = self.cycle(plan, num_slots, sampling)
+            return self._cached(shape, key, partial(build, plain=plain))
         if key not in self._cycles:
-            self._cycles[key] = build(None)
+            self._cycles[key] = build()
         return self._cycles[key]
 
     @property

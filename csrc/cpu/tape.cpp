@@ -36,7 +36,11 @@ void Tape::start() {
 void Tape::stop() { current = nullptr; }
 
 void Tape::replay() const {
-  if (current) throw std::runtime_error("Tape.replay: a tape is recording on this thread");
+  if (current == this) throw std::runtime_error("Tape.replay: this tape is recording");
+  if (current) {
+    current->ops_.insert(current->ops_.end(), ops_.begin(), ops_.end());
+    return;
+  }
   for (const Op& op : ops_) std::visit([](const auto& p) { run(p); }, op);
 }
 

@@ -10,7 +10,7 @@ namespace orthrus::cpu {
 
 class Tape {
  public:
-  // From here to stop(), ops called on this thread are recorded instead of run.
+  // From here to stop(), ops called on this thread are recorded instead of run, those of other tapes' replays too.
   void start();
   void stop();
   void replay() const;

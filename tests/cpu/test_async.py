@@ -35,6 +35,12 @@ def run(folder, use):
     asyncio.run(main())
 
 
+def slowly(shared, monkeypatch) -> None:
+    """Steps take a while: what has just begun is not over yet."""
+    step = shared.engine.step
+    monkeypatch.setattr(shared.engine, "step", lambda: (time.sleep(0.02), step())[1])
+
+
 async def collect(shared, prompt, params):
     pieces = [out async for out in shared.stream(prompt, params)]
     return [t for out in pieces for t in out.new_token_ids], pieces[-1].finish_reason
@@ -106,8 +112,9 @@ def test_cancelled_streams_leave_nothing_to_do(folder):
     run(folder, within_a_minute)
 
 
-def test_arguments_are_checked_at_the_call(folder):
+def test_arguments_are_checked_at_the_call(folder, monkeypatch):
     async def use(shared):
+        slowly(shared, monkeypatch)
         with pytest.raises(ValueError, match="prompt_ids must be token ids, got text"):
             shared.stream("text")
         with pytest.raises(ValueError, match="request_id must be a string that is not empty, or None, got ''"):
@@ -144,8 +151,9 @@ def test_a_name_is_free_when_its_stream_has_ended(folder, alone):
     run(folder, use)
 
 
-def test_streams_of_a_closed_engine_end_with_an_error(folder):
+def test_streams_of_a_closed_engine_end_with_an_error(folder, monkeypatch):
     async def use(shared):
+        slowly(shared, monkeypatch)
         stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
         await anext(stream)
         await shared.close()
@@ -162,6 +170,7 @@ def test_streams_of_a_closed_engine_end_with_an_error(folder):
 def test_close_ends_everything_even_if_it(folder, monkeypatch, how):
     async def main():
         shared = AsyncEngine(make(folder))
+        slowly(shared, monkeypatch)
         stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
         await anext(stream)
         if how == "fails":
@@ -196,7 +205,7 @@ def test_an_abort_that_fails_is_tried_again(folder, monkeypatch):
     run(folder, use)
 
 
-def test_streams_and_cancellation(folder, alone):
+def test_streams_and_cancellation(folder, alone, monkeypatch):
     params = SamplingParams(max_new_tokens=30, ignore_eos=True)
 
     async def collect(shared, prompt, running=None):
@@ -210,11 +219,12 @@ def test_streams_and_cancellation(folder, alone):
     async def main():
         engine = make(folder)
         shared = AsyncEngine(engine)
+        slowly(shared, monkeypatch)
         prompts = [[i, i + 1, i + 2] for i in range(10)]
         running = asyncio.Event()
         cancelled = asyncio.create_task(collect(shared, [50, 51], running))
         tasks = [asyncio.create_task(collect(shared, p)) for p in prompts]
-        await running.wait()  # a step at a time: it has not all of its tokens yet
+        await running.wait()
         cancelled.cancel()
         assert await asyncio.gather(*tasks) == [alone(p, params) for p in prompts]
         with pytest.raises(asyncio.CancelledError):
@@ -316,8 +326,8 @@ def test_a_loop_that_is_left_without_being_closed(folder, alone):
 def test_streams_of_a_loop_that_another_one_takes_over_from_end_with_an_error(folder, alone, monkeypatch):
     """Not with tokens missing; and what was left waiting, or goes on later, in the first loop disturbs nobody."""
     shared, (first, second, third) = AsyncEngine(make(folder)), [asyncio.new_event_loop() for _ in range(3)]
-    step, long = shared.engine.step, SamplingParams(max_new_tokens=100, ignore_eos=True)
-    monkeypatch.setattr(shared.engine, "step", lambda: (time.sleep(0.02), step())[1])  # not over before it is taken
+    slowly(shared, monkeypatch)
+    long = SamplingParams(max_new_tokens=100, ignore_eos=True)
     stream, left, want = shared.stream([1, 2], long), shared.stream([3], long), alone([1, 2], long)
     got = first.run_until_complete(anext(stream)).new_token_ids
     waits = first.create_task(anext(left))

@@ -56,7 +56,9 @@ def interrupted(function, after: int, everywhere: bool = False):
         code = frame.f_code
         if not ("orthrus_rt" in code.co_filename or code.co_filename.endswith("contextlib.py")):
             return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if kind == "call":
+            frame.f_trace = trace  # before the next, which Python 3.13 forgets otherwise
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if kind == "opcode" and (everywhere or _looks(code, frame.f_lasti)):
             left -= 1
             if left == 0:

@@ -33,6 +33,9 @@ class Tape:
             Tape.recording = None
 
     def replay(self) -> None:
+        if Tape.recording is not None:
+            Tape.recording.launches += self.launches
+            return
         for launch in self.launches:
             launch()
 
