@@ -14,7 +14,7 @@ _HOME = {
     "RequestOutput": "outputs",
     "SamplingParams": "sampling",
     "Stats": "outputs",
-    "TextStream": "terminal",
+    "TextStream": "text_stream",
 }
 __all__ = list(_HOME)
 

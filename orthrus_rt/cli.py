@@ -203,7 +203,8 @@ def _warm_up(engine, prompt_ids) -> None:
 def _decode(engine, prompt_ids, params, *, show: bool):
     """Generate, writing the text as it comes if ``show``. Returns ``(GenerationOutput, text)``."""
     from orthrus_rt.outputs import GenerationOutput
-    from orthrus_rt.terminal import Screen, TextStream
+    from orthrus_rt.terminal import Screen
+    from orthrus_rt.text_stream import TextStream
 
     tokens, text = [], []
     stream = TextStream(engine.tokenizer)

@@ -8,43 +8,6 @@ import sys
 import unicodedata
 
 
-class TextStream:
-    """Token ids in, text out, such that the pieces joined are the decoding of the whole.
-
-    A character may span several tokens and a token may hold half of one, so text that ends in an unfinished character
-    is held back. Only the tokens since the last two safe points are decoded again.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-    """
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown_ids = 0  # of _ids, those whose text is out; they stay as context for the next ones
-
-    def _decode(self, ids) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def push(self, token_ids) -> str:
-        """The text that these tokens complete."""
-        self._ids.extend(map(int, token_ids))
-        return self._advance(final=False)
-
-    def end(self) -> str:
-        """The text held back until now, unfinished characters as U+FFFD."""
-        return self._advance(final=True)
-
-    def _advance(self, final: bool) -> str:
-        before = self._decode(self._ids[: self._shown_ids])
-        text = self._decode(self._ids)
-        if len(text) <= len(before) or (text.endswith("\ufffd") and not final):
-            return ""
-        self._ids = self._ids[self._shown_ids :]
-        self._shown_ids = len(self._ids)
-        return text[len(before) :]
-
-
 class Screen:
     """Writes text to stdout and, while it runs, one status line at the bottom of the terminal: a context manager.
 

@@ -3,55 +3,10 @@
 import io
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from orthrus_rt import terminal
-from orthrus_rt.terminal import Screen, TextStream, table
-from tests import byte_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_tokenizer.build()
-
-
-def streamed(tokenizer, ids, cuts):
-    stream, parts, start = TextStream(tokenizer), [], 0
-    for cut in [*sorted(cuts), len(ids)]:
-        parts.append(stream.push(ids[start:cut]))
-        start = max(start, cut)
-    return [*parts, stream.end()]
-
-
-@given(text=st.text(max_size=40), data=st.data())
-def test_pieces_join_to_the_text_wherever_it_is_cut(tokenizer, text, data):
-    ids = tokenizer(text).input_ids
-    cuts = data.draw(st.lists(st.integers(0, len(ids))))
-    assert "".join(streamed(tokenizer, ids, cuts)) == text
-
-
-@given(ids=st.lists(st.integers(0, byte_tokenizer.END), max_size=60), data=st.data())
-def test_pieces_join_to_the_decoding_of_any_bytes(tokenizer, ids, data):
-    cuts = data.draw(st.lists(st.integers(0, len(ids))))
-    assert "".join(streamed(tokenizer, ids, cuts)) == tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def test_ids_of_any_kind(tokenizer):
-    ids = tokenizer("abc").input_ids
-    for kind in (np.array, torch.tensor, tuple):
-        stream = TextStream(tokenizer)
-        assert stream.push(ids[:1]) + stream.push(kind(ids[1:])) == "abc"
-
-
-def test_an_unfinished_character_is_held_back(tokenizer):
-    euro = tokenizer("€").input_ids
-    stream = TextStream(tokenizer)
-    assert [stream.push([i]) for i in euro] == ["", "", "€"]
-    assert stream.push(euro[:2]) == "" and stream.end() == "\ufffd"
+from orthrus_rt.terminal import Screen, table
 
 
 class Terminal(io.StringIO):

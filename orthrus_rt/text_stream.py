@@ -1,0 +1,79 @@
+"""Text as it is decoded, from tokens as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class TextStream:
+    """Token ids in, text out, such that the pieces joined are the decoding of the whole, or what comes before the first
+    of some stop strings in it.
+
+    A character may span several tokens and a token may hold half of one, so text that ends in an unfinished character
+    is held back, and so is what a stop string may begin with. Only the tokens since the last two safe points are
+    decoded again.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        stop: strings none of which is to be shown, nor anything after it.
+
+    Attributes:
+        stopped: the stop string that came; None until one does. The request goes on until its stream is closed.
+
+    >>> import orthrus_rt
+    >>> tokenizer = orthrus_rt.Engine.from_pretrained("smollm2-135m", max_seq_len=256).tokenizer
+    >>> text = orthrus_rt.TextStream(tokenizer, stop=["END"])
+    >>> [text.push(tokenizer(part).input_ids) for part in ("one E", "N two", " EN", "D three")], text.stopped
+    (['one ', 'EN two', ' ', ''], 'END')
+
+    Raises:
+        ValueError: ``stop`` is a string, or holds something else or an empty one.
+    """
+
+    def __init__(self, tokenizer, stop: Sequence[str] = ()):
+        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+            raise ValueError(f"stop must be a sequence of strings that are not empty, got {stop!r}")
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self.stopped: str | None = None
+        self._ids: list[int] = []
+        self._shown_ids = 0  # of _ids, those whose text is out; they stay as context for the next ones
+        self._held = ""  # decoded, but a stop string may begin there
+
+    def _decode(self, ids) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def push(self, token_ids) -> str:
+        """The text that these tokens complete."""
+        self._ids.extend(map(int, token_ids))
+        return self._until_stop(self._advance(final=False), final=False)
+
+    def end(self) -> str:
+        """The text held back until now, unfinished characters as U+FFFD."""
+        return self._until_stop(self._advance(final=True), final=True)
+
+    def _advance(self, final: bool) -> str:
+        before = self._decode(self._ids[: self._shown_ids])
+        text = self._decode(self._ids)
+        if len(text) <= len(before) or (text.endswith("\ufffd") and not final):
+            return ""
+        self._ids = self._ids[self._shown_ids :]
+        self._shown_ids = len(self._ids)
+        return text[len(before) :]
+
+    def _until_stop(self, new: str, final: bool) -> str:
+        if self.stopped is not None:
+            return ""
+        text = self._held + new
+        found = [(at, s) for s in self._stop if (at := text.find(s)) >= 0]
+        if found:
+            end, self.stopped = min(found)
+        else:
+            end = len(text) - (0 if final else max((_overlap(text, s) for s in self._stop), default=0))
+        self._held = "" if found else text[end:]
+        return text[:end]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of ``text`` ``stop`` begins with, without being all there."""
+    longest = min(len(text), len(stop) - 1)
+    return next(n for n in range(longest, -1, -1) if text.endswith(stop[:n]))
