@@ -156,27 +156,43 @@ class AsyncEngine:
             self._worker.submit(self._step)
 
     def _step(self) -> None:
+        """Once, and again behind what was asked for meanwhile. Whatever fails here, no stream waits for ever."""
         self._steps = False
-        if self.engine.closed:
-            return
+        try:
+            if not self.engine.closed:
+                self._step_once()
+                self._go_on()
+        except Exception as error:
+            self._tell(self._fail, error)  # the streams abort their requests
+
+    def _step_once(self) -> None:
         try:
             outputs = self.engine.step()
-        except Exception as error:
+        except Exception:
             log.exception("a step failed")
             self._failures += 1
             if self._failures == MOST_FAILURES:
                 self._failures = 0
-                return self._tell(self._fail, error)  # the streams abort their requests
-        else:
-            if self.engine.metrics.cycles > self._cycles or not self.engine.has_unfinished():
-                self._failures, self._cycles = 0, self.engine.metrics.cycles
-            # What runs changes its statistics while the loop may look at them.
-            self._tell(self._hand_out, [replace(out, stats=out.stats.copy()) for out in outputs])
-        self._go_on()
+                raise
+            return
+        if self.engine.metrics.cycles > self._cycles or not self.engine.has_unfinished():
+            self._failures, self._cycles = 0, self.engine.metrics.cycles
+        # What runs changes its statistics while the loop may look at them.
+        self._tell(self._hand_out, [replace(out, stats=out.stats.copy()) for out in outputs])
 
     def _tell(self, function, *args) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed, and its streams with it
-            self._loop.call_soon_threadsafe(function, *args)
+        """Call ``function`` in the loop, unless another one has taken over by then."""
+        loop = self._loop
+
+        def in_loop() -> None:
+            if loop is self._loop:
+                function(*args)
+
+        try:
+            loop.call_soon_threadsafe(in_loop)
+        except RuntimeError:  # it is closed: nobody will ever read on
+            for known_as in list(self._waiting):
+                self._abort(known_as)
 
     def _close(self) -> None:
         try:

@@ -63,7 +63,8 @@ class Generation(Rounds):
     def stream(self, prompt_ids, params: SamplingParams | None = None, *, mode=None, draft_len=None, fan_out=None):
         """Like :meth:`generate` for one prompt, yielding a :class:`RequestOutput` per cycle (the first after prefill).
 
-        Arguments are checked now, not at the first piece. Closing the iterator aborts the request. One that could not
+        Arguments are checked now, not at the first piece. Closing the iterator aborts the request, in another
+        thread than the one that read it last with the engine's next call. One that could not
         go on raises after its last piece, as :meth:`generate` does. The pieces' ``request_id`` only tells streams
         apart: :meth:`abort` and :meth:`is_unfinished` know the ids of :meth:`submit` alone.
         """
@@ -103,11 +104,12 @@ class Generation(Rounds):
                     thread = threading.get_ident()
                     yield
         finally:
-            self.dropped.append(requests)  # whatever strikes from here on, the next call aborts them
-            # A stream may be collected anywhere: inside a call, or in another thread, whose turn it is not.
-            if not self.closed and threading.get_ident() == thread:
-                with contextlib.suppress(Taken):
-                    self._abort_dropped_now()
+            if not self.closed:
+                self.dropped.append(requests)  # whatever strikes from here on, the next call aborts them
+                # A stream may be collected anywhere: inside a call, or in another thread, whose turn it is not.
+                if threading.get_ident() == thread:
+                    with contextlib.suppress(Taken):
+                        self._abort_dropped_now()
 
     @exclusive
     def _enqueue(self, requests: list[Request], plan: CyclePlan | None) -> None:

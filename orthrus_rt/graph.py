@@ -209,7 +209,7 @@ class Cycle(Recorded):
         """
         if self.prompts is not None:
             return self.run_again()
-        if self._replay is not None:
-            return self._replay()
+        if self.recorded:
+            return self.replay()
         self.run_eager()
         self.record()

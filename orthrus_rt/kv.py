@@ -89,12 +89,18 @@ class PagedKvCache:
     def publish(self, slot: int, names: list[bytes]) -> None:
         """Name the slot's first pages. Their contents count as final for everything launched from now on."""
         for page, name in zip(self._held[slot], names, strict=False):
+            if self.pool.is_doubtful(page):
+                return  # so is what was computed behind it
             self.pool.name(page, name)
 
     def withdraw(self, slot: int) -> None:
-        """Nobody is to find the slot's pages any more; whoever shares them keeps them."""
-        for page in self._held[slot]:
-            self.pool.unname(page)
+        """Nobody is to find the slot's pages any more, nor what others have computed behind those that they share with
+        it; who shares them keeps them.
+        """
+        doubtful = set(self._held[slot])
+        for held in self._held:
+            first = next((i for i, page in enumerate(held) if page in doubtful), len(held))
+            self.pool.doubt(held[first:])
 
     def _take(self, slot: int, length: int, there: int) -> list[int]:
         need = self.num_pages_for(length) - there

@@ -25,7 +25,8 @@ class PagePool:
     """Pages by number, each held once or more, or free.
 
     A page may be named after what it holds. It keeps name and content while it is free, so that :meth:`find` brings it
-    back, until it is taken for something else: those without a name go first, then those that were free longest.
+    back, until it is taken for something else: those without a name go first, then those that were free longest. One
+    that is in doubt has no name, until it is taken again.
     """
 
     def __init__(self, pages: range):
@@ -34,6 +35,7 @@ class PagePool:
         self._holders = dict.fromkeys(pages, 0)
         self._name_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
+        self._doubtful: set[int] = set()
 
     @property
     def num_free(self) -> int:
@@ -44,7 +46,8 @@ class PagePool:
         pages = [self._blank.pop() if self._blank else self._named.popitem(last=False)[0] for _ in range(count)]
         for page in pages:
             self._holders[page] = 1
-            self.unname(page)
+            self._unname(page)
+        self._doubtful.difference_update(pages)
         return pages
 
     def hold(self, pages: Iterable[int]) -> None:
@@ -69,8 +72,16 @@ class PagePool:
         if name not in self._page_of:
             self._page_of[name], self._name_of[page] = page, name
 
-    def unname(self, page: int) -> None:
-        """What a held page has may be anything now."""
+    def doubt(self, pages: Iterable[int]) -> None:
+        """What these held pages have is not to be found by others."""
+        for page in pages:
+            self._unname(page)
+            self._doubtful.add(page)
+
+    def is_doubtful(self, page: int) -> bool:
+        return page in self._doubtful
+
+    def _unname(self, page: int) -> None:
         if page in self._name_of:
             del self._page_of[self._name_of.pop(page)]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -39,13 +38,16 @@ class Recorded:
     Attributes:
         what: for messages. model, workspace: what is launched runs on.
         graph_bytes: device memory that the recording holds, but for what the driver keeps of its launches.
+        op_by_op: nothing could be recorded, and will not be.
     """
 
     what: str
     model: Model
     workspace: Workspace
     graph_bytes = 0
-    _replay: Callable[[], None] | None = None
+    op_by_op = False
+    _replay: Callable[[], None] | None = None  # of nothing that holds this object: its memory goes with its last user
+    _loaded = False
     _warm = False
 
     def run_eager(self) -> None:
@@ -63,8 +65,8 @@ class Recorded:
 
     @property
     def recorded(self) -> bool:
-        """Whether it is replayed; until then it takes longer than it will."""
-        return self._replay is not None
+        """Whether it runs as it will from now on; until then it takes longer."""
+        return self.op_by_op or self._replay is not None
 
     @property
     def records(self) -> bool:
@@ -75,38 +77,46 @@ class Recorded:
         """A replay from the second time on, where not every shape comes again: the first time warms the kernels up."""
         if self.records:
             self.record()
-        (self._replay or self.run_eager)()
+        if self.recorded:
+            self.replay()
+        else:
+            self.run_eager()
         self._warm = True
 
     def record(self) -> None:
         """Replay from now on. Where there is no memory for a recording, a warning says so, and it runs op by op for
         good.
         """
-        self._replay_what(self._record, "recording")
+        with self._or_op_by_op("recording"):
+            self._replay = self._record()
+            self.op_by_op = self._replay is None
 
-    def _replay_what(self, make: Callable[[], Callable[[], None]], doing: str) -> None:
-        try:
-            with naming_the_knobs(f"{doing} the {self.what}"):
-                self._replay = make()
-        except torch.OutOfMemoryError as error:
-            warnings.warn(f"{error}; until it is built anew, this runs op by op, slower", stacklevel=4)
-            self._replay = self.run_eager
-
-    def _replay_first(self, graph: torch.cuda.CUDAGraph) -> None:
-        """What puts it on the device, which takes memory too; where that fails, nothing has run."""
-
-        def replayed() -> Callable[[], None]:
-            graph.replay()
-            return graph.replay
-
-        self._replay_what(replayed, "replaying for the first time")
-        if self._replay == self.run_eager:
+    def replay(self) -> None:
+        """What was recorded, if that could be. The first time puts it on the device, which takes memory too: where that
+        fails, nothing has run.
+        """
+        if self._loaded:
+            return self._replay()
+        if not self.op_by_op:
+            with self._or_op_by_op("replaying for the first time"):
+                self._replay()
+                self._loaded = True
+        if self.op_by_op:
             self.run_eager()
 
-    def _record(self) -> Callable[[], None]:
+    @contextlib.contextmanager
+    def _or_op_by_op(self, doing: str) -> Iterator[None]:
+        try:
+            with naming_the_knobs(f"{doing} the {self.what}"):
+                yield
+        except torch.OutOfMemoryError as error:
+            warnings.warn(f"{error}; until it is built anew, this runs op by op, slower", stacklevel=5)
+            self._replay, self.op_by_op = None, True
+
+    def _record(self) -> Callable[[], None] | None:
         # Recording runs nothing: the state stays as it is.
         if not self.can_record:
-            return self.run_eager
+            return None
         if self.model.device.type == "cpu":
             return taped(self.run_eager).replay
         device, graph = self.model.device, torch.cuda.CUDAGraph()
@@ -132,7 +142,7 @@ class Recorded:
             self._end_spoilt(graph, error)
             raise
         self.graph_bytes = torch.cuda.memory_reserved(device) - before
-        return partial(self._replay_first, graph)
+        return graph.replay
 
     def _end_spoilt(self, graph: torch.cuda.CUDAGraph, error: BaseException) -> None:
         """A capture that an interrupt left open would fail every later wait of this thread; and of one that did not

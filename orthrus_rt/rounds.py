@@ -51,9 +51,10 @@ class Rounds:
         if request.finish_reason is None:
             self._finish(request, reason)
 
-    def _finish(self, request: Request, reason: str) -> None:
+    def _finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
         self.outbox.hear(request)
-        self.metrics.requests[reason] += 1  # together with the next: no signal strikes between these stores
+        self.metrics.requests[reason] += 1  # together with the next two: no signal strikes between these stores
+        request.error = error
         request.finish_reason = reason
         if request.slot is not None:
             self.runner.clear(self.scheduler.vacate(request))
@@ -62,8 +63,7 @@ class Rounds:
     def _fail(self, request: Request, error: Exception) -> None:
         log.error("request %s ends: %s", request.request_id, error)
         log.debug("that came from", exc_info=error)
-        request.error = _without_frames(error)
-        self._finish(request, "error")
+        self._finish(request, "error", _without_frames(error))
 
     @contextlib.contextmanager
     def _or_end(self, requests: list[Request]) -> Iterator[None]:
@@ -244,10 +244,13 @@ class Rounds:
 
 
 def _without_frames(error: Exception) -> Exception:
-    """The frames that it and its causes went through hold tensors, for as long as somebody holds the error."""
-    cause = error
-    while cause is not None:
-        cause.__traceback__, cause = None, cause.__cause__ or cause.__context__
+    """The frames that it and what led to it went through hold tensors, for as long as somebody holds the error."""
+    seen, left = set(), [error]
+    while left:
+        if (one := left.pop()) is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            left += [one.__cause__, one.__context__]
     return error
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 
 class TextStream:
-    """Token ids in, text out, such that the pieces joined are the decoding of the whole, or what comes before the first
-    of some stop strings in it.
+    """Token ids in, text out, such that the pieces joined are the decoding of the whole, or of what comes before the
+    stop string that is complete first, wherever the pieces are cut.
 
     A character may span several tokens and a token may hold half of one, so text that ends in an unfinished character
     is held back, and so is what a stop string may begin with. Only the tokens since the last two safe points are
@@ -31,9 +31,9 @@ class TextStream:
     """
 
     def __init__(self, tokenizer, stop: Sequence[str] = ()):
-        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
-            raise ValueError(f"stop must be a sequence of strings that are not empty, got {stop!r}")
         self._tokenizer, self._stop = tokenizer, tuple(stop)
+        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in self._stop):
+            raise ValueError(f"stop must be a sequence of strings that are not empty, got {stop!r}")
         self.stopped: str | None = None
         self._ids: list[int] = []
         self._shown_ids = 0  # of _ids, those whose text is out; they stay as context for the next ones
@@ -64,9 +64,9 @@ class TextStream:
         if self.stopped is not None:
             return ""
         text = self._held + new
-        found = [(at, s) for s in self._stop if (at := text.find(s)) >= 0]
+        found = [(at + len(s), at, s) for s in self._stop if (at := text.find(s)) >= 0]
         if found:
-            end, self.stopped = min(found)
+            _, end, self.stopped = min(found)
         else:
             end = len(text) - (0 if final else max((_overlap(text, s) for s in self._stop), default=0))
         self._held = "" if found else text[end:]

@@ -66,18 +66,18 @@ def check_recordings_without_memory(engine: Engine, jobs: list[Job]) -> None:
         return [out.token_ids for out in engine.generate(prompts, params)]
 
     want = tokens()
-    assert cycles() and all(cycle._replay != cycle.run_eager for cycle in cycles())
+    assert cycles() and not any(cycle.op_by_op for cycle in cycles())
     engine.runner.drop_cycles()
     said = rf"recording the {engine.mode} cycle of \d+ slots: lower max_batch_size, .*; .* op by op, slower$"
     with no_memory_for_recordings(), pytest.warns(UserWarning, match=said) as warned:
         assert tokens() == tokens() == want
     assert len(warned) == len(cycles()) and all(cycle.graph_bytes == 0 for cycle in cycles())
-    assert all(cycle.recorded and cycle._replay == cycle.run_eager for cycle in cycles())
+    assert all(cycle.recorded and cycle.op_by_op for cycle in cycles())
     engine.runner.drop_cycles()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tokens() == want
-    assert all(cycle._replay != cycle.run_eager for cycle in cycles())
+    assert not any(cycle.op_by_op for cycle in cycles())
 
 
 def after_a_failure(make, fail) -> dict:

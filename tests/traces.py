@@ -100,7 +100,7 @@ class Tap:
     def _cycle(self, cycle: Cycle, run) -> None:
         state, owners = cycle.state, list(self.engine.scheduler.slots)
         before, running = state.cache_seqlens.tolist(), (state.finish == st.RUNNING).tolist()
-        replayed = cycle._replay is not None and cycle._replay != cycle.run_eager
+        replayed = cycle._replay is not None
         run(cycle)
         if cycle.prompts is None:
             self.replays += replayed
@@ -144,7 +144,7 @@ def check_partials(partials, logits: torch.Tensor) -> None:
 def eager_cycles(engine: Engine):
     """Every cycle runs op by op; none is recorded."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cycle, "_record", lambda cycle: cycle.run_eager)
+        patch.setattr(Cycle, "_record", lambda cycle: None)
         engine.runner.drop_cycles()
         yield
     engine.runner.drop_cycles()

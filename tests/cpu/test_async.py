@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import threading
 import time
 import weakref
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 from orthrus_rt import dispatch
 from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.model import Activations
+from orthrus_rt.outputs import Stats
 from orthrus_rt.sampling import SamplingParams
 from tests import engines
 from tests.failing import exhausted
@@ -137,7 +139,7 @@ def test_a_name_is_free_when_its_stream_has_ended(folder, alone):
     async def use(shared):
         slow = shared.stream([1, 2], GREEDY, request_id="mine")
         tokens = (await anext(slow)).new_token_ids
-        while shared.engine.has_unfinished():  # the engine is through with it, its reader is not
+        while shared._waiting:  # the engine is through with it, its reader is not
             await asyncio.sleep(0.01)
         again = shared.stream([3, 4], GREEDY, request_id="mine")
         first = (await anext(again)).new_token_ids
@@ -266,7 +268,8 @@ def test_an_engine_outlives_a_shared_one_that_nobody_closed(folder, alone):
     assert asyncio.run(collect(shared, [1, 2], GREEDY))[0] == alone([1, 2], GREEDY)
     gone = weakref.ref(shared)
     del shared
-    while gone() is not None:  # its thread may be on the way out of the last step
+    end = time.monotonic() + 60
+    while gone() is not None and time.monotonic() < end:  # its thread may be on the way out of the last step
         gc.collect()
     assert engine.generate([1, 2], GREEDY).token_ids == alone([1, 2], GREEDY)
     engine.close()
@@ -350,6 +353,55 @@ def test_streams_of_a_loop_that_another_one_takes_over_from_end_with_an_error(fo
     assert shared.engine.metrics.requests["abort"] == 3
     for loop in (second, third):
         loop.close()
+
+
+def test_what_is_left_to_a_loop_that_is_closed_is_aborted(folder):
+    shared, loop = AsyncEngine(make(folder)), asyncio.new_event_loop()
+    stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+    step, free = shared.engine.step, threading.Event()
+    shared.engine.step = lambda: (step(), free.wait(60))[0]
+    left = loop.create_task(anext(stream))
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    free.set()
+    end = time.monotonic() + 60
+    while shared.engine.has_unfinished() and time.monotonic() < end:
+        time.sleep(0.001)
+    assert shared.engine.metrics.requests == {"stop": 0, "length": 0, "abort": 1, "error": 0}
+    del left
+    asyncio.run(shared.close())
+
+
+def test_failures_that_a_loop_was_to_hear_of_reach_no_stream_of_the_next(folder, alone, monkeypatch):
+    shared, (first, second) = AsyncEngine(make(folder)), [asyncio.new_event_loop() for _ in range(2)]
+    left = first.create_task(anext(shared.stream([3], GREEDY)))
+    with monkeypatch.context() as patch:
+        patch.setattr(shared.engine, "step", lambda: 1 / 0)
+        first.run_until_complete(asyncio.sleep(0))
+        while not shared.engine.has_unfinished() or shared._steps:  # until three have failed
+            time.sleep(0.001)
+    stream = shared.stream([1, 2], GREEDY)
+    waits = second.create_task(anext(stream))
+    second.run_until_complete(asyncio.sleep(0))
+    first.run_until_complete(asyncio.sleep(0.01))
+    tokens = second.run_until_complete(asyncio.wait_for(waits, 20)).new_token_ids
+    assert tokens + second.run_until_complete(collect_rest(stream)) == alone([1, 2], GREEDY)
+    with pytest.raises(RuntimeError, match="another event loop has taken this AsyncEngine over"):
+        first.run_until_complete(left)
+    second.run_until_complete(shared.close())
+    for loop in (first, second):
+        loop.close()
+
+
+def test_outputs_that_cannot_be_handed_out_end_the_streams(folder, alone, monkeypatch):
+    async def use(shared):
+        with monkeypatch.context() as patch:
+            patch.setattr(Stats, "copy", lambda _: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await asyncio.wait_for(collect(shared, [1, 2], GREEDY), 20)
+        assert (await collect(shared, [1, 2], GREEDY))[0] == alone([1, 2], GREEDY)
+
+    run(folder, use)
 
 
 def test_a_busy_event_loop_does_not_stall_decoding(folder, alone):

@@ -1,6 +1,8 @@
 """What is asked of torch.cuda, by a torch.cuda that is not there: devices by index, and how a cycle is recorded."""
 
 import contextlib
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -195,6 +197,18 @@ def test_a_driver_without_memory_for_a_graph(recordings, where):
         cycle.run()
     cycle.run()
     assert recordings.eager == 2 and recordings.replays == 0 and cycle.recorded
+
+
+def test_a_recording_goes_with_its_last_user(recordings):
+    """It holds weights and cache: not when garbage is collected, which may be after the next engine needs the room."""
+    gc.disable()
+    try:
+        cycle = recorded("cuda:0")
+        gone = weakref.ref(cycle)
+        del cycle
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_graph_is_replayed(recordings):

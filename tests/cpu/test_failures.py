@@ -174,6 +174,22 @@ def test_an_error_that_is_kept_holds_no_tensors(folder, monkeypatch):
         gc.enable()
 
 
+def test_who_was_to_end_with_an_error_and_did_not_has_none(folder, alone, monkeypatch):
+    """Ctrl-C came in between."""
+    engine = make(folder)
+    engine.submit([1, 2], GREEDY, "mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "begin", exhausted)
+        patch.setattr(engine.outbox, "hear", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    outs = []
+    while engine.has_unfinished():
+        outs += engine.step()
+    assert [t for out in outs for t in out.new_token_ids] == alone([1, 2], GREEDY)
+    assert [out.error for out in outs] == [None] * len(outs)
+
+
 def test_what_fails_says_who_was_running(folder, monkeypatch):
     engine = make(folder)
     for name in ("first", "second"):

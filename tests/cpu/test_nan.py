@@ -93,6 +93,27 @@ def test_nobody_finds_what_a_request_left_that_came_upon_nan(folder):
     assert engine.generate(prompt, params).token_ids == healthy
 
 
+@pytest.mark.parametrize("chunk", (64, 128, 512))
+@pytest.mark.parametrize("aborted", (False, True))
+def test_nor_what_others_left_that_share_it(folder, monkeypatch, chunk, aborted):
+    """Whose prompts are still on their way then, or who end before they come upon it."""
+    monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", chunk)
+    engine, params = make(folder, max_seq_len=512), SamplingParams(10, ignore_eos=True)
+    head = [9, *[5, 6, 7, 8] * 33]  # two pages and some
+    with poison.nan_embedding(engine, 9):
+        first = engine.submit([*head, 1], params)
+        others = [engine.submit([*head, *range(10, 10 + n)], params) for n in (20, 70, 85)]
+        while engine.is_unfinished(first):
+            engine.step()
+    if aborted:
+        for name in filter(engine.is_unfinished, others):
+            engine.abort(name)
+    engines.drain(engine)
+    later = [engine.submit([*head, *range(10, 10 + n), 3], params) for n in (1, 20, 70, 85)]
+    got = engines.drain(engine)
+    assert [got[name][1] for name in later] == ["length"] * 4
+
+
 @pytest.fixture
 def ill(folder):
     """``(engine, (bad, outcome), (good, outcome))``: two greedy jobs, of which one comes upon NaN after some tokens."""
