@@ -161,7 +161,6 @@ def qkv_commit(qkv, rows, cos_sin, norms, eps, k_pages, v_pages, page_table, scr
         rows=rows_struct(rows),
         kv=kv_struct(k_pages, v_pages, page_table),
         num_heads_q=q_out.shape[1],
-        max_positions=cos_sin.shape[0],
         eps=eps,
     )
     _launch("qkv_commit", params, qkv.device)

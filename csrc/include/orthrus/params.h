@@ -84,7 +84,7 @@ using RowLinearParams = RowLinearParamsOf<bf16_t>;
 template <typename T>
 struct QkvCommitParamsOf {
   const T* qkv;                // [num_rows, (num_heads_q + 2*num_heads_kv) * head_dim]: q | k | v heads
-  const float* cos_sin;        // [max_positions, head_dim]: cos of the half-dims, then sin
+  const float* cos_sin;        // [positions, head_dim]: cos of the half-dims, then sin
   const float* q_norm;         // [head_dim] or null (Llama family has none)
   const float* k_norm;         // [head_dim] or null
   const float* q_norm_diff;    // [head_dim] or null
@@ -95,7 +95,6 @@ struct QkvCommitParamsOf {
   Rows rows;
   PagedKvOf<T> kv;
   int32_t num_heads_q;
-  int32_t max_positions;
   float eps;
 };
 using QkvCommitParams = QkvCommitParamsOf<bf16_t>;
