@@ -60,8 +60,7 @@ void bind_element_params(py::module_& m, const std::string& suffix) {
     using T = QkvCommitParamsOf<E>;
     auto cls = bind_struct<T>(m, "QkvCommitParams" + suffix);
     FIELD(qkv); FIELD(cos_sin); FIELD(q_norm); FIELD(k_norm); FIELD(q_norm_diff); FIELD(k_norm_diff);
-    FIELD(q_out); FIELD(scratch_k); FIELD(scratch_v); FIELD(rows); FIELD(kv); FIELD(num_heads_q);
-    FIELD(eps);
+    FIELD(q_out); FIELD(scratch_k); FIELD(scratch_v); FIELD(rows); FIELD(kv); FIELD(num_heads_q); FIELD(eps);
   }
   {
     using T = DualAttnParamsOf<E>;
