@@ -1,0 +1,108 @@
+"""Clients of one AsyncEngine that come and go as they please: whoever stays gets the tokens that it gets alone."""
+
+import asyncio
+import logging
+import random
+import time
+from collections import Counter
+
+import pytest
+
+from orthrus_rt import dispatch
+from orthrus_rt.aio import AsyncEngine
+from orthrus_rt.sampling import SamplingParams
+from tests import engines
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+MODES = ("ar", "two_pass", "one_pass", "auto")
+
+
+class Injected(RuntimeError):
+    pass
+
+
+class Client:
+    def __init__(self, shared: AsyncEngine, alone, seed: int, ends: Counter):
+        self.shared, self.alone, self.rng, self.ends = shared, alone, random.Random(seed), ends
+
+    async def run(self) -> None:
+        for _ in range(6):
+            rng = self.rng
+            prompt = [rng.randrange(1, 90) for _ in range(rng.choice((1, 3, 20, 70)))]
+            kind = {} if rng.random() < 0.5 else {"temperature": 0.8, "seed": rng.randrange(5)}
+            params, got = SamplingParams(rng.randrange(1, 50), ignore_eos=True, **kind), []
+            act = rng.choice((self.read, self.read, self.leave, self.be_cancelled, self.forget))
+            try:
+                end = await act(self.shared.stream(prompt, params), got)
+            except Injected:
+                end = "failed"
+            self.ends[end] += 1
+            want = self.alone(prompt, params)
+            assert got == (want if end == "read" else want[: len(got)])
+
+    async def read(self, stream, got) -> str:
+        async for out in stream:
+            got += out.new_token_ids
+            assert out.stats.tokens == len(got)
+            if self.rng.random() < 0.1:
+                await asyncio.sleep(self.rng.random() * 0.005)
+            elif self.rng.random() < 0.05:
+                time.sleep(0.002)
+        return "read"
+
+    async def leave(self, stream, got) -> str:
+        async for out in stream:
+            got += out.new_token_ids
+            if self.rng.random() < 0.3:
+                await stream.aclose()
+                return "left"
+        return "read"
+
+    async def be_cancelled(self, stream, got) -> str:
+        task = asyncio.create_task(self.read(stream, got))
+        await asyncio.sleep(self.rng.random() * 0.01)
+        task.cancel()
+        try:
+            return await task
+        except asyncio.CancelledError:
+            return "cancelled"
+
+    async def forget(self, stream, got) -> str:
+        return "forgotten"
+
+
+def fail_at_times(engine, rng: random.Random, monkeypatch) -> None:
+    step = engine.step
+
+    def failing():
+        if rng.random() < 0.02:
+            raise Injected
+        return step()
+
+    monkeypatch.setattr(engine, "step", failing)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_clients_come_and_go(folder, alone, monkeypatch, seed):
+    rng, ends = random.Random(seed), Counter()
+
+    async def main() -> None:
+        engine = engines.make(
+            folder, mode=MODES[seed % 4], max_seq_len=128, max_batch_size=rng.choice((1, 3, 8)),
+            num_pages=rng.choice((None, 3, 5)), prefix_caching=seed % 3 > 0,
+        )  # fmt: skip
+        async with AsyncEngine(engine) as shared:
+            if seed % 4 == 0:
+                fail_at_times(engine, rng, monkeypatch)
+            clients = [Client(shared, alone, 100 * seed + i, ends).run() for i in range(rng.choice((2, 8)))]
+            await asyncio.wait_for(asyncio.gather(*clients), 60)
+            while engine.has_unfinished() or shared._steps:
+                await asyncio.sleep(0.001)
+            assert not shared._waiting and not any(engine.scheduler.slots) and not engine.scheduler._live
+            assert engine.kv.num_free_pages == engine.kv.num_pages - 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.getLogger("orthrus_rt"), "disabled", True)  # of steps that fail
+        asyncio.run(asyncio.wait_for(main(), 90))
+    assert ends["read"] > 2 and sum(ends.values()) % 6 == 0
