@@ -20,6 +20,7 @@ RUNS = [
     ("cpu", "bench_sampling", []),
     ("cpu", "bench_prefix", []),
     ("cpu", "bench_arrivals", ["--device", "cpu"]),
+    ("cpu", "bench_serving", ["--device", "cpu"]),
     ("cpu", "bench_invariance", []),
     ("cpu", "bench_dual_attn", ["--device", "cpu", "--heads", "9,3,64", "--context", "4000", "--prefill", "1024"]),
     ("cpu", "bench_decode", ["--model", "smollm2-135m", "--device", "cpu", "--draft-len", "7", "--batch", "1", "8"]),
@@ -35,6 +36,7 @@ RUNS = [
     *(("cuda", "bench_decode", ["--model", model]) for model in ("1.7b", "4b", "8b", "smollm2-135m")),
     ("cuda", "bench_prefix", ["--device", "cuda"]),
     ("cuda", "bench_arrivals", ["--device", "cuda", "--batch", "1", "16", "64"]),
+    ("cuda", "bench_serving", ["--device", "cuda", "--rate", "10", "40", "160", "--requests", "200", "--batch", "64"]),
     ("cuda", "bench_one_pass", ["--device", "cuda", "--draft-len", "7", "15"]),
     ("cuda", "bench_auto", ["--device", "cuda", "--batch", "1", "4", "16", "64", "--most-rows", "1024"]),
 ]

@@ -1,0 +1,134 @@
+"""Requests that arrive at random times, as on a server: what gets through, and how long each one waits.
+
+The embedded model behind an AsyncEngine; ``rate`` requests a second arrive by a Poisson process, code and chat prompts
+in turn, of drawn lengths, the same for every mode. ``tok_s``: tokens of all requests, from the first arrival to the
+last token. ``ttft``: from a request's arrival to its first token, its time in the queue included. ``tpot``: from there
+to its last, per token. Of rounds, in which the modes take turns, the median counts. Every mode must give the same
+tokens, whatever company each request had.
+
+    python -m bench.bench_serving --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import time
+from dataclasses import dataclass, field
+
+from bench import common
+from orthrus_rt import prompts
+from orthrus_rt.aio import AsyncEngine
+from orthrus_rt.device import pick_device
+from orthrus_rt.engine import Engine
+from orthrus_rt.sampling import SamplingParams
+
+MODES = ("ar", "two_pass", "auto")
+LENGTHS = 0.5, 1.5  # least and most tokens of a request, of --tokens
+
+
+@dataclass
+class Asked:
+    """A request and what came of it; times in seconds, from the start."""
+
+    at: float
+    prompt: list[int]
+    params: SamplingParams
+    tokens: list[int] = field(default_factory=list)
+    first = last = 0.0
+
+
+def arrivals(tokenizer, rate: float, args) -> list[Asked]:
+    """Drawn alike for every mode."""
+    drawn, at, asked = random.Random(0), 0.0, []
+    pairs = zip(prompts.load("code"), prompts.load("chat"), strict=False)
+    texts = [p.encode(tokenizer) for pair in pairs for p in pair]
+    for i in range(args.requests):
+        length = round(drawn.uniform(*LENGTHS) * args.tokens)
+        asked.append(Asked(at, texts[i % len(texts)], SamplingParams(length, ignore_eos=True)))
+        at += drawn.expovariate(rate)
+    return asked
+
+
+async def serve(shared: AsyncEngine, asked: list[Asked]) -> None:
+    start = time.perf_counter()
+
+    async def client(one: Asked) -> None:
+        await asyncio.sleep(start + one.at - time.perf_counter())
+        async for piece in shared.stream(one.prompt, one.params):
+            if piece.error:
+                raise SystemExit(f"bench_serving: {piece.error}")
+            one.last = time.perf_counter() - start
+            one.first = one.first or one.last
+            one.tokens += piece.new_token_ids
+
+    await asyncio.gather(*map(client, asked))
+
+
+def run(mode: str, rate: float, args) -> list[Asked]:
+    """One engine, which decodes a few requests first and then those that count."""
+    engine = Engine.from_pretrained(
+        "smollm2-135m", device=str(args.device), mode=mode, max_seq_len=1024, max_batch_size=args.batch,
+        draft_len=args.draft_len if mode == "two_pass" else None, prefix_caching=False,
+    )  # fmt: skip
+    engine.warmup()
+
+    first, asked = (arrivals(engine.tokenizer, how_often, args) for how_often in (1e9, rate))
+
+    async def all_of_it() -> list[Asked]:
+        async with AsyncEngine(engine) as shared:
+            await serve(shared, first[: args.batch])
+            await serve(shared, asked)
+            return asked
+
+    return asyncio.run(all_of_it())
+
+
+def row(mode: str, rate: float, rounds: list[list[Asked]], batch: int) -> dict:
+    """Medians over rounds of what each had."""
+
+    def tok_s(asked: list[Asked]) -> float:
+        return sum(len(a.tokens) for a in asked) / max(a.last for a in asked)
+
+    found = {"mode": mode, "rate": rate, "batch": batch, "requests": len(rounds[0])}
+    found["tok_s"] = statistics.median(map(tok_s, rounds))
+    measures = {"ttft": lambda a: a.first - a.at, "tpot": lambda a: (a.last - a.first) / (len(a.tokens) - 1)}
+    for name, of in measures.items():
+        each = [statistics.quantiles(map(of, asked), n=100, method="inclusive") for asked in rounds]
+        for percent in (50, 90):
+            found[f"{name}_p{percent}_ms"] = 1e3 * statistics.median(cuts[percent - 1] for cuts in each)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--modes", nargs="+", choices=("ar", "two_pass", "one_pass", "auto"), default=MODES)
+    parser.add_argument("--rate", type=float, nargs="+", default=[1, 3, 6], help="requests a second")
+    parser.add_argument("--requests", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=64, help="of a request, on average")
+    parser.add_argument("--batch", type=int, default=8, help="slots of the engine")
+    parser.add_argument("--draft-len", type=int, default=3, help="of two_pass")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
+    args = parser.parse_args()
+    args.device = pick_device(args.device)
+    rows = []
+    for rate in args.rate:
+        runs: dict[str, list[list[Asked]]] = {mode: [] for mode in args.modes}
+        for _ in range(args.rounds):
+            for mode in args.modes:
+                runs[mode].append(run(mode, rate, args))
+        want = [one.tokens for one in runs[args.modes[0]][0]]
+        if any([one.tokens for one in asked] != want for rounds in runs.values() for asked in rounds):
+            raise SystemExit("bench_serving: two modes gave other tokens")
+        rows += [row(mode, rate, rounds, args.batch) for mode, rounds in runs.items()]
+        print(*rows[-len(runs) :], sep="\n", flush=True)
+    facts = {"tokens": args.tokens, "draft_len of two_pass": args.draft_len, "rounds": args.rounds}
+    common.report(f"serving-{args.device.type}", common.header(args.device) | facts, rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
