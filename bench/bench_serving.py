@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--modes", nargs="+", choices=("ar", "two_pass", "one_pass", "auto"), default=MODES)
-    parser.add_argument("--rate", type=float, nargs="+", default=[1, 3, 6], help="requests a second")
+    parser.add_argument("--rate", type=float, nargs="+", default=[2, 6, 12], help="requests a second")
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=64, help="of a request, on average")
     parser.add_argument("--batch", type=int, default=8, help="slots of the engine")

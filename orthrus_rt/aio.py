@@ -28,8 +28,11 @@ class AsyncEngine:
     however long the event loop is busy elsewhere. One event loop at a time may use it; a later one ends the streams
     that the one before has left open, with an error.
 
+    In a server of threads, let the loop run in one of its own: ``asyncio.run_coroutine_threadsafe(coroutine, loop)``
+    serves the others.
+
     Raises:
-        RuntimeError: another one has the engine, or a call of it is under way.
+        RuntimeError: another one has the engine, a call of it is under way, or it is closed.
     """
 
     def __init__(self, engine: Engine):
@@ -37,7 +40,8 @@ class AsyncEngine:
         # Its queue is the order of all calls: a step puts the next one behind whatever was asked for meanwhile.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="orthrus")
         with engine.turn:  # takes the place of a call of this thread that an interrupt has ended
-            pass
+            if engine.closed:
+                raise RuntimeError("this engine is closed")
         self._worker.submit(engine.turn.claim, self).result()
         # Of streams that wait for more, by the engine's own name of each: the caller's is free again as soon as its
         # stream has ended, while in the engine an aborted request is there until the next step.
@@ -100,7 +104,8 @@ class AsyncEngine:
             unfinished = self._waiting.pop(known_as, None) is not None
             if unfinished and self._closing is None:
                 # Not awaited: the stream may be closing because its task was cancelled.
-                self._worker.submit(self._abort, known_as)
+                with contextlib.suppress(RuntimeError):  # as the process ends, nothing is taken any more
+                    self._worker.submit(self._abort, known_as)
 
     def _hand_out(self, outputs: list[RequestOutput]) -> None:
         """Every output to its stream; in the loop, as all that looks at those who wait."""

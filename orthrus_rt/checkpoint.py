@@ -158,7 +158,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> str
 
 def _resolve(path_or_id: str, *, adapter: bool = False) -> Path:
     """An existing folder as it is, else a hub id's snapshot."""
-    if Path(path_or_id).is_dir():
+    if path_or_id and Path(path_or_id).is_dir():
         return Path(path_or_id)
     what, known = f"{path_or_id!r}:", f"a folder here, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
     if adapter:

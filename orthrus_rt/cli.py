@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from importlib import metadata
 
 from orthrus_rt import cli_verify
 from orthrus_rt.cycle_plan import MODES
@@ -18,17 +19,25 @@ from orthrus_rt.cycle_plan import MODES
 EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
 
 
+def _version() -> str:
+    try:
+        return metadata.version("orthrus-rt")
+    except metadata.PackageNotFoundError:
+        return "(from a plain folder)"
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="orthrus-rt",
         description="Lossless dual-view decoding: drafts from a diffusion view, verified by the autoregressive view.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
     generate.set_defaults(run=run_generate)
     source = generate.add_mutually_exclusive_group()
-    source.add_argument("prompt", nargs="?", help="the prompt; without it and --file, standard input is read")
+    source.add_argument("prompt", nargs="?", help="the prompt; without it and --file, or for -, standard input")
     source.add_argument("--file", metavar="PATH", help="read the prompt from a file")
     form = generate.add_mutually_exclusive_group()
     form.add_argument(
@@ -141,7 +150,7 @@ def read_utf8(source: str, read: Callable[[], str]) -> str:
 
 
 def _read_prompt(args) -> str:
-    if args.prompt is not None:
+    if args.prompt not in (None, "-"):
         text = read_utf8("argument", lambda: args.prompt)
     elif args.file is not None:
         with open(args.file, encoding="utf-8") as file:
@@ -362,6 +371,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if sys.stdout is None:
         return _fail(args, "standard output is closed, so nobody would see the answer")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # of what the terminal's encoding lacks
     try:
         return args.run(args)
     except KeyboardInterrupt:

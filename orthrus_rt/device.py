@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import os
 import weakref
 
 import torch
@@ -63,6 +65,14 @@ def stream_of(device: torch.device) -> torch.cuda.Stream | None:
 def stream_scope(stream: torch.cuda.Stream | None):
     """A context in which ``stream`` is current, and its device too; with None nothing changes."""
     return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+@functools.cache
+def prepare_for_forks() -> None:
+    """What this process forks from now on computes on one thread, unless it asks for more: the threads of torch's pool
+    are not there, and whoever hands them work waits for ever.
+    """
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 _engines: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()

@@ -8,6 +8,7 @@ which is how preemption, faults and interrupts lose nothing.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 
 import torch
@@ -16,7 +17,16 @@ from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import dispatch
 from orthrus_rt.auto import CONTEXT, Auto
 from orthrus_rt.cycle_plan import CyclePlan, batch_buckets, cycle_plan
-from orthrus_rt.device import DTYPES, claim, device_scope, pick_device, stream_of, stream_scope, with_index
+from orthrus_rt.device import (
+    DTYPES,
+    claim,
+    device_scope,
+    pick_device,
+    prepare_for_forks,
+    stream_of,
+    stream_scope,
+    with_index,
+)
 from orthrus_rt.exclusive import Turn, exclusive, whole
 from orthrus_rt.generation import Generation
 from orthrus_rt.info import device_facts, version
@@ -32,6 +42,7 @@ from orthrus_rt.scheduler import Scheduler
 from orthrus_rt.sizes import engine_sizes
 
 log = logging.getLogger("orthrus_rt")
+_loading_a_tokenizer = threading.Lock()  # two threads may not import transformers at once
 
 
 class Engine(Generation):
@@ -56,6 +67,7 @@ class Engine(Generation):
         self, checkpoint: ckpt.Checkpoint, *, device, dtype, mode, max_seq_len, draft_len, fan_out, max_batch_size,
         num_pages, prefix_caching,
     ):  # fmt: skip
+        prepare_for_forks()
         config = checkpoint.config
         sizes = engine_sizes(config, max_seq_len, max_batch_size, num_pages)
         self.turn, self.closed, self.torn, self.dropped = Turn(), False, False, deque()
@@ -149,9 +161,10 @@ class Engine(Generation):
     @property
     def tokenizer(self):
         """The checkpoint's transformers tokenizer, chat template included."""
-        if self._tokenizer is None:
-            self._tokenizer = self.checkpoint.load_tokenizer()
-        return self._tokenizer
+        with _loading_a_tokenizer:
+            if self._tokenizer is None:
+                self._tokenizer = self.checkpoint.load_tokenizer()
+            return self._tokenizer
 
     def make_plan(self, mode: str | None = None, draft_len: int | None = None, fan_out: int | None = None) -> CyclePlan:
         """The cycles to run; what is None is the engine's own."""

@@ -121,7 +121,7 @@ class Generation(Rounds):
             self._plan = plan
         elif plan != self._plan:
             now = self._plan
-            raise RuntimeError(f"the mode cannot change while requests run (now {now}, asked {plan})")
+            raise RuntimeError(f"the mode cannot change while requests run (now {now.label}, asked {plan.label})")
         with whole(self):
             for request in requests:
                 self.scheduler.enqueue(request)

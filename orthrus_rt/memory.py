@@ -48,8 +48,8 @@ def memory_report(engine) -> dict[str, int]:
     return report | {"total": sum(report.values())}
 
 
-class _Named(torch.OutOfMemoryError):
-    pass
+class OutOfMemoryError(torch.OutOfMemoryError):
+    """Says which arguments make the engine smaller."""
 
 
 @contextlib.contextmanager
@@ -68,7 +68,9 @@ def naming_the_knobs(doing: str):
         named = isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in said
         if not named and "can't allocate memory" not in said:
             raise
-        if isinstance(error, _Named):
+        if isinstance(error, OutOfMemoryError):
             raise
         said = str(error).strip().split("\n")[0]
-        raise _Named(f"out of memory while {doing}: lower max_batch_size, num_pages or max_seq_len ({said})") from error
+        raise OutOfMemoryError(
+            f"out of memory while {doing}: lower max_batch_size, num_pages or max_seq_len ({said})"
+        ) from error

@@ -35,9 +35,9 @@ def load(kind: str | None = None) -> list[Prompt]:
 def encode(tokenizer, text: str, *, chat: bool) -> list[int]:
     """Token ids of ``text``: as one user turn of the chat template, or as it stands."""
     if not chat:
-        return tokenizer(text).input_ids
+        return tokenizer(text, verbose=False).input_ids  # a prompt that is too long is refused elsewhere
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; use raw text (--raw)")
     turns = [{"role": "user", "content": text}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids

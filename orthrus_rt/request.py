@@ -137,6 +137,10 @@ def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int) -> list[int]:
                 f"prompt_ids: a tensor must be 1-D and integer, got {prompt_ids.dtype} {list(prompt_ids.shape)}"
             )
         prompt_ids = prompt_ids.tolist()
+    elif getattr(prompt_ids, "ndim", 1) != 1:
+        raise ValueError(
+            f"prompt_ids: an array must be 1-D and integer, got {prompt_ids.dtype} {list(prompt_ids.shape)}"
+        )
     if isinstance(prompt_ids, str | bytes):
         raise ValueError("prompt_ids must be token ids, got text; encode it with engine.tokenizer")
     if isinstance(prompt_ids, Mapping):

@@ -1,0 +1,50 @@
+"""An engine in forked children and among threads: in processes of their own, which have a time limit."""
+
+import subprocess
+import sys
+
+import pytest
+
+from orthrus_rt import dispatch
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+FORK = """
+import os, sys, time, torch, orthrus_rt
+torch.set_num_threads(2)
+make = lambda: orthrus_rt.Engine.from_pretrained({folder!r}, device="cpu", mode="two_pass", max_seq_len=64)
+params = orthrus_rt.SamplingParams(12, ignore_eos=True, repetition_penalty=1.2, temperature=0.7, seed=1)
+engine = make()
+want = engine.generate([1, 2, 3], params).token_ids
+torch.ones(500, 500) @ torch.ones(500, 500)  # by all threads of torch's pool, which no child has
+child = os.fork()
+if not child:
+    os._exit(any(e.generate([1, 2, 3], params).token_ids != want for e in (engine, make())))
+for _ in range(600):
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        sys.exit(os.waitstatus_to_exitcode(status))
+    time.sleep(0.1)
+os.kill(child, 9)
+sys.exit("the child hangs")
+"""
+
+THREADS = """
+import orthrus_rt, threading
+engine = orthrus_rt.Engine.from_pretrained({folder!r}, device="cpu", max_seq_len=64)
+seen, together = [], threading.Barrier(8)
+def look():
+    together.wait()
+    seen.append(engine.tokenizer)
+threads = [threading.Thread(target=look) for _ in range(8)]
+for t in threads: t.start()
+for t in threads: t.join()
+assert len(seen) == 8 and len(set(map(id, seen))) == 1
+"""
+
+
+@pytest.mark.parametrize("code", (FORK, THREADS), ids=("a forked child", "a tokenizer's first users"))
+def test_in_a_process_of_its_own(text_folder, code):
+    command = [sys.executable, "-c", code.format(folder=text_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
