@@ -3,8 +3,9 @@
 The embedded model behind an AsyncEngine; ``rate`` requests a second arrive by a Poisson process, code and chat prompts
 in turn, of drawn lengths, the same for every mode. ``tok_s``: tokens of all requests, from the first arrival to the
 last token. ``ttft``: from a request's arrival to its first token, its time in the queue included. ``tpot``: from there
-to its last, per token. Of rounds, in which the modes take turns, the median counts. Every mode must give the same
-tokens, whatever company each request had.
+to its last, per token. Of rounds, in which the modes take turns in another order each, the median counts, as it does of
+``over_first``, the throughput's ratio to that of the first mode within a round. Every mode must give the same tokens,
+whatever company each request had.
 
     python -m bench.bench_serving --out DIR
 """
@@ -16,6 +17,7 @@ import asyncio
 import random
 import statistics
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 from bench import common
@@ -86,14 +88,16 @@ def run(mode: str, rate: float, args) -> list[Asked]:
     return asyncio.run(all_of_it())
 
 
-def row(mode: str, rate: float, rounds: list[list[Asked]], batch: int) -> dict:
+def tok_s(asked: list[Asked]) -> float:
+    return sum(len(a.tokens) for a in asked) / max(a.last for a in asked)
+
+
+def row(mode: str, rate: float, runs: dict[str, list[list[Asked]]], batch: int) -> dict:
     """Medians over rounds of what each had."""
-
-    def tok_s(asked: list[Asked]) -> float:
-        return sum(len(a.tokens) for a in asked) / max(a.last for a in asked)
-
+    rounds, first = runs[mode], next(iter(runs.values()))
     found = {"mode": mode, "rate": rate, "batch": batch, "requests": len(rounds[0])}
     found["tok_s"] = statistics.median(map(tok_s, rounds))
+    found["over_first"] = statistics.median(tok_s(a) / tok_s(b) for a, b in zip(rounds, first, strict=True))
     measures = {"ttft": lambda a: a.first - a.at, "tpot": lambda a: (a.last - a.first) / (len(a.tokens) - 1)}
     for name, of in measures.items():
         each = [statistics.quantiles(map(of, asked), n=100, method="inclusive") for asked in rounds]
@@ -118,13 +122,15 @@ def main() -> None:
     rows = []
     for rate in args.rate:
         runs: dict[str, list[list[Asked]]] = {mode: [] for mode in args.modes}
+        order = deque(args.modes)
         for _ in range(args.rounds):
-            for mode in args.modes:
+            for mode in order:
                 runs[mode].append(run(mode, rate, args))
+            order.rotate()
         want = [one.tokens for one in runs[args.modes[0]][0]]
         if any([one.tokens for one in asked] != want for rounds in runs.values() for asked in rounds):
             raise SystemExit("bench_serving: two modes gave other tokens")
-        rows += [row(mode, rate, rounds, args.batch) for mode, rounds in runs.items()]
+        rows += [row(mode, rate, runs, args.batch) for mode in runs]
         print(*rows[-len(runs) :], sep="\n", flush=True)
     facts = {"tokens": args.tokens, "draft_len of two_pass": args.draft_len, "rounds": args.rounds}
     common.report(f"serving-{args.device.type}", common.header(args.device) | facts, rows, args.out)
