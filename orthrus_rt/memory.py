@@ -64,9 +64,8 @@ def naming_the_knobs(doing: str):
     except (RuntimeError, MemoryError) as error:
         # torch's allocator for the CPU raises a plain RuntimeError, the kernels' scratch a MemoryError; where CUDA's
         # driver has none, for a graph or a kernel's code, whoever asked says so in some RuntimeError.
-        said = str(error).lower()
-        named = isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in said
-        if not named and "can't allocate memory" not in said:
+        named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not named and not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
         if isinstance(error, OutOfMemoryError):
             raise

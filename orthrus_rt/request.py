@@ -131,16 +131,12 @@ def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int) -> list[int]:
     Raises:
         ValueError: it is empty, too long, not integers, or has ids outside the vocabulary.
     """
-    if isinstance(prompt_ids, torch.Tensor):
-        if prompt_ids.dim() != 1 or prompt_ids.is_floating_point():
-            raise ValueError(
-                f"prompt_ids: a tensor must be 1-D and integer, got {prompt_ids.dtype} {list(prompt_ids.shape)}"
-            )
+    is_tensor = isinstance(prompt_ids, torch.Tensor)
+    if getattr(prompt_ids, "ndim", 1) != 1 or (is_tensor and prompt_ids.is_floating_point()):
+        got = f"{prompt_ids.dtype} {list(prompt_ids.shape)}"
+        raise ValueError(f"prompt_ids: a tensor or array must be 1-D and integer, got {got}")
+    if is_tensor:
         prompt_ids = prompt_ids.tolist()
-    elif getattr(prompt_ids, "ndim", 1) != 1:
-        raise ValueError(
-            f"prompt_ids: an array must be 1-D and integer, got {prompt_ids.dtype} {list(prompt_ids.shape)}"
-        )
     if isinstance(prompt_ids, str | bytes):
         raise ValueError("prompt_ids must be token ids, got text; encode it with engine.tokenizer")
     if isinstance(prompt_ids, Mapping):

@@ -240,9 +240,9 @@ def test_top_k_one_is_greedy(engine):
         ("12", "prompt_ids must be token ids, got text"),
         (UserDict(input_ids=[1]), "prompt_ids must be token ids, got UserDict; pass its input_ids"),
         ([1.5], "prompt_ids must be a list of ints or a 1-D integer tensor"),
-        (torch.ones(2), "a tensor must be 1-D and integer"),
-        (torch.ones(1, 2, dtype=torch.int64), "a tensor must be 1-D and integer"),
-        (np.ones((1, 2), dtype=np.int64), r"an array must be 1-D and integer, got int64 \[1, 2\]"),
+        (torch.ones(2), "a tensor or array must be 1-D and integer"),
+        (torch.ones(1, 2, dtype=torch.int64), "a tensor or array must be 1-D and integer"),
+        (np.ones((1, 2), dtype=np.int64), r"a tensor or array must be 1-D and integer, got int64 \[1, 2\]"),
     ],
 )
 def test_bad_prompts(engine, prompt, message):
@@ -282,7 +282,7 @@ def test_bad_arguments(engine):
     ]:
         with pytest.raises(ValueError, match=message):
             Engine.from_pretrained(folder, **({"mode": "two_pass", "device": "cpu"} | kwargs))
-    with pytest.raises(ValueError, match=r"prompt_ids: an array must be 1-D and integer, got int64 \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"prompt_ids: a tensor or array must be 1-D and integer, got int64 \[2, 2\]"):
         engine.generate(np.array([[3, 4], [5, 6]]), SamplingParams())
     assert engine.generate(np.array([3, 4]), SamplingParams(2, ignore_eos=True)).stats.prompt_tokens == 2
     with pytest.raises(ValueError, match="params must be SamplingParams, got dict"):
