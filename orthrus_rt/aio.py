@@ -21,7 +21,7 @@ log = logging.getLogger("orthrus_rt")
 
 class AsyncEngine:
     """Streams over one :class:`Engine`, which it uses alone from now on: other calls of it that run, change or close
-    anything are refused. ``async with`` closes it in the end.
+    anything are refused, but through :meth:`call`. ``async with`` closes it in the end.
 
     Cancelling or closing a stream aborts its request; the others are not disturbed, nor are they by a request that
     cannot go on (see :meth:`Engine.step`) or by a step that fails. A thread steps the engine, so decoding goes on
@@ -106,6 +106,12 @@ class AsyncEngine:
                 # Not awaited: the stream may be closing because its task was cancelled.
                 with contextlib.suppress(RuntimeError):  # as the process ends, nothing is taken any more
                     self._worker.submit(self._abort, known_as)
+
+    async def call(self, function, *args):
+        """``function(engine, *args)`` between two steps, in the thread that makes them: ``call(Engine.explain)`` or
+        :meth:`Engine.warmup` as long as there is no request. Decoding stands still meanwhile.
+        """
+        return await self._call(function, self.engine, *args)
 
     def _hand_out(self, outputs: list[RequestOutput]) -> None:
         """Every output to its stream; in the loop, as all that looks at those who wait."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,8 @@ def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None =
 
     Args:
         path_or_id: a folder in the Hugging Face layout (Orthrus, or a Llama- or Qwen3-family base together with
-            ``adapter``), a hub id ``owner/name``, or ``"smollm2-135m"``, the embedded model.
+            ``adapter``), a hub id ``owner/name`` or ``owner/name@revision`` (a branch, tag or commit), or
+            ``"smollm2-135m"``, the embedded model.
         adapter: folder or hub id of a diffusion view: safetensors with ``*_diff`` tensors only, and a config.json
             that gives ``block_size`` and ``mask_token_id`` and may state facts about its base, which are checked.
         base_gguf: the embedded model's base as a GGUF file, instead of the installed wheel's.
@@ -163,13 +165,14 @@ def _resolve(path_or_id: str, *, adapter: bool = False) -> Path:
     what, known = f"{path_or_id!r}:", f"a folder here, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
     if adapter:
         what, known = f"adapter: {path_or_id!r}", "a folder with a diffusion view, nor a hub id (owner/name)"
-    looks_like_id = path_or_id.count("/") == 1 and not path_or_id.startswith((".", "/", "~"))
-    if not looks_like_id or path_or_id.endswith("/"):
+    looks_like_id = re.fullmatch(r"[^./~@][^/@]*/[^/@]+(@.+)?", path_or_id)
+    if not looks_like_id:
         raise CheckpointError(f"{what} is neither {known}")
     import huggingface_hub
 
+    repo_id, _, revision = path_or_id.partition("@")
     try:
-        return Path(huggingface_hub.snapshot_download(path_or_id, allow_patterns=HUB_PATTERNS))
+        return Path(huggingface_hub.snapshot_download(repo_id, revision=revision or None, allow_patterns=HUB_PATTERNS))
     except Exception as error:  # whatever the client or its transport raises
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise CheckpointError(

@@ -113,7 +113,9 @@ def _token_bias(text: str) -> tuple[int, float]:
 def _add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", default="smollm2-135m", help="smollm2-135m (default), a checkpoint folder or a hub id"
+        "--model",
+        default="smollm2-135m",
+        help="smollm2-135m (default), a checkpoint folder, or a hub id as owner/name or owner/name@revision",
     )
     group.add_argument("--adapter", metavar="PATH", help="folder of a diffusion view for a base that has none")
     group.add_argument("--base-gguf", metavar="PATH", help="the embedded model's base as a GGUF file")

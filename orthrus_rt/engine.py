@@ -122,8 +122,8 @@ class Engine(Generation):
         """Load a model and make an engine for it.
 
         Args:
-            model: ``"smollm2-135m"`` (embedded), a checkpoint folder or a hub id, of whose main revision files that
-                are not there yet are fetched (for another, download it and name the folder).
+            model: ``"smollm2-135m"`` (embedded), a checkpoint folder or a hub id, of which files that are not there
+                yet are fetched; ``owner/name@revision`` pins a branch, a tag or a commit.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"``: CUDA where there is one.
             dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``, or torch's own. All but float16, which runs the
                 plain torch reference, have row-invariant kernels.

@@ -35,8 +35,8 @@ class OrthrusForCausalLM:
 
     @classmethod
     def from_pretrained(
-        cls, model: str, *, dtype=torch.bfloat16, device_map="auto", attn_implementation=None, trust_remote_code=None,
-        **engine_arguments,
+        cls, model: str, *, dtype=torch.bfloat16, device_map="auto", revision=None, attn_implementation=None,
+        trust_remote_code=None, **engine_arguments,
     ) -> OrthrusForCausalLM:  # fmt: skip
         """Load a checkpoint.
 
@@ -44,6 +44,7 @@ class OrthrusForCausalLM:
             model: as in :meth:`orthrus_rt.Engine.from_pretrained`.
             dtype: a torch dtype or its name; ``"auto"`` is bfloat16.
             device_map: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``: the whole model lives on one device.
+            revision: of a hub id: a branch, tag or commit; None for main.
             attn_implementation: accepted and without effect: attention is the runtime's own.
             trust_remote_code: accepted and without effect: no code is ever fetched.
             engine_arguments: ``max_seq_len``, ``draft_len``, ``adapter``, ``base_gguf`` of the engine.
@@ -55,13 +56,15 @@ class OrthrusForCausalLM:
         if "torch_dtype" in engine_arguments:
             raise TypeError("from_pretrained: torch_dtype is not supported; its name is dtype")
         allowed = {"max_seq_len", "draft_len", "adapter", "base_gguf"}
-        _refuse("from_pretrained", engine_arguments.keys() - allowed, ("dtype", "device_map", *sorted(allowed)))
+        supported = ("dtype", "device_map", "revision", *sorted(allowed))
+        _refuse("from_pretrained", engine_arguments.keys() - allowed, supported)
         if not isinstance(device_map, str | torch.device):
             raise ValueError(f"from_pretrained: device_map must name one device, got {device_map!r}")
         name = str(dtype).removeprefix("torch.")
         name = "bfloat16" if name == "auto" else name
         if name not in DTYPES:
             raise ValueError(f"from_pretrained: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        model = f"{model}@{revision}" if revision else model
         return cls(
             Engine.from_pretrained(model, device=str(device_map), dtype=name, max_batch_size=1, **engine_arguments)
         )

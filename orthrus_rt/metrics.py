@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import time
 import weakref
 
@@ -17,6 +19,8 @@ HELP = {
     "preemptions": "Requests that gave their pages up for others.",
     "busy_seconds": "Seconds spent in steps.",
     "times": "Device time of passes and cycles.",
+    "first_token": "Seconds from a request's arrival to its first token.",
+    "per_token": "Seconds per further token, the mean over a request that came to its end.",
     "plans": "Decode cycles by plan.",
     "plan": "The plan that ran last.",
     "accepted": "Drafts accepted by a request's cycle.",
@@ -26,6 +30,23 @@ HELP = {
     "pages_free": "Free pages of the cache.",
     "pages": "Pages of the cache.",
 }
+BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Latencies:
+    """How many there were up to each of BOUNDS, and beyond; seconds."""
+
+    def __init__(self):
+        self.counts, self.seconds = [0] * (len(BOUNDS) + 1), 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect.bisect_left(BOUNDS, seconds)] += 1
+        self.seconds += seconds
+
+    def as_dict(self) -> dict:
+        """``count``, their sum in ``seconds``, and ``at_most``: bound -> how many."""
+        at_most = dict(zip(BOUNDS, itertools.accumulate(self.counts[:-1]), strict=True))
+        return {"count": sum(self.counts), "seconds": self.seconds, "at_most": at_most}
 
 
 class Metrics:
@@ -39,6 +60,7 @@ class Metrics:
         self.requests = {"stop": 0, "length": 0, "abort": 0, "error": 0}
         self.busy_seconds = 0.0
         self.times: dict[str, tuple[int, float]] = {}
+        self.first_token, self.per_token = Latencies(), Latencies()
         self.plans: dict[str, int] = {}
         self.plan: str | None = None
 
@@ -90,7 +112,9 @@ class Metrics:
         slot; ``recomputed_tokens`` went through the network again, as preemption or a fault had cost their pages.
         ``accepted`` maps drafts accepted to cycles of a sequence; ``times`` has, by kind of pass or cycle, how many
         there were and their seconds on the device; ``busy_seconds`` is the host's. ``plans`` has the cycles of each
-        plan (``ar``, ``two_pass/7``, ``one_pass/15x4``: drafts, fan_out), ``plan`` is the last.
+        plan (``ar``, ``two_pass/7``, ``one_pass/15x4``: drafts, fan_out), ``plan`` is the last. ``first_token`` and
+        ``per_token`` tell what requests saw: :meth:`Latencies.as_dict` of the seconds from their arrival to the first
+        token, and from there per token of those that came to their end.
         """
         engine = self._engine()
         scheduler, kv = (engine.scheduler, engine.kv) if engine else (None, None)  # None too once it is closed
@@ -104,6 +128,8 @@ class Metrics:
             "preemptions": self.preemptions,
             "busy_seconds": self.busy_seconds,
             "times": {kind: {"count": n, "seconds": s} for kind, (n, s) in sorted(self.times.items())},
+            "first_token": self.first_token.as_dict(),
+            "per_token": self.per_token.as_dict(),
             "plans": dict(sorted(self.plans.items())),
             "plan": self.plan,
             "accepted": dict(sorted(self.accepted.items())),
@@ -124,7 +150,13 @@ class Metrics:
         for name, value in self.as_dict().items():
             if name == "accepted":
                 begin("orthrus_accepted_drafts", "histogram")
-                lines += _histogram("orthrus_accepted_drafts", value, self._block_len)
+                counts = [value.get(drafts, 0) for drafts in range(self._block_len)]
+                at_most = dict(enumerate(itertools.accumulate(counts)))
+                total = sum(drafts * n for drafts, n in value.items())
+                lines += _histogram("orthrus_accepted_drafts", at_most, sum(counts), total)
+            elif name in ("first_token", "per_token"):
+                begin(f"orthrus_{name}_seconds", "histogram")
+                lines += _histogram(f"orthrus_{name}_seconds", value["at_most"], value["count"], value["seconds"])
             elif name == "times":
                 begin("orthrus_device_seconds", "summary")
                 for kind, of in value.items():
@@ -146,11 +178,7 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
-def _histogram(metric: str, counts: dict[int, int], bounds: int) -> list[str]:
-    """Buckets for every whole number below ``bounds``, so that they are the same in every scrape."""
-    lines, running = [], 0
-    for bound in range(bounds):
-        running += counts.get(bound, 0)
-        lines.append(f'{metric}_bucket{{le="{bound}"}} {running}')
-    total = sum(bound * count for bound, count in counts.items())
-    return [*lines, f'{metric}_bucket{{le="+Inf"}} {running}', f"{metric}_sum {total}", f"{metric}_count {running}"]
+def _histogram(metric: str, at_most: dict, count: int, total: float) -> list[str]:
+    """``at_most``: bound -> how many; the same bounds in every scrape."""
+    lines = [f'{metric}_bucket{{le="{bound}"}} {n}' for bound, n in at_most.items()]
+    return [*lines, f'{metric}_bucket{{le="+Inf"}} {count}', f"{metric}_sum {total}", f"{metric}_count {count}"]

@@ -216,10 +216,15 @@ class Rounds:
 
     def _take_result(self, flight: Flight, request: Request, result: Result) -> None:
         self.outbox.hear(request)
+        waited = not request.tokens
         request.record(result.tokens, flight.plan, result.num_verified, result.num_accepted)
         self.metrics.generated(len(result.tokens), result.num_accepted if flight.plan else None)
+        if waited and request.tokens:
+            self.metrics.first_token.add(request.first_token - request.arrived)
         if result.finish in FINISH_REASONS:
             self._finish(request, FINISH_REASONS[result.finish])
+            if (further := len(request.tokens) - 1) > 0:
+                self.metrics.per_token.add(request.stats.seconds / further)
         elif result.finish == st.NO_CHOICE:
             self._fail(request, _no_choice(request))
 

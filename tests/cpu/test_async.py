@@ -12,6 +12,7 @@ import pytest
 
 from orthrus_rt import dispatch
 from orthrus_rt.aio import AsyncEngine
+from orthrus_rt.engine import Engine
 from orthrus_rt.model import Activations
 from orthrus_rt.outputs import Stats
 from orthrus_rt.sampling import SamplingParams
@@ -258,6 +259,20 @@ def test_nobody_else_calls_an_engine_that_is_shared(folder, alone):
         assert engine.metrics.as_dict()["tokens"] and engine.memory_report()["total"]
         assert tokens + await collect_rest(stream) == alone([1, 2], GREEDY)
         assert engine.metrics.requests["abort"] == 0  # what was refused was never there
+
+    run(folder, use)
+
+
+def test_what_a_stream_does_not_tell_is_asked_for_between_two_steps(folder, alone, monkeypatch):
+    async def use(shared):
+        slowly(shared, monkeypatch)
+        assert await shared.call(Engine.warmup) is None
+        stream = shared.stream([1, 2], GREEDY)
+        tokens = (await anext(stream)).new_token_ids
+        assert (await shared.call(Engine.memory_report))["total"] > 0
+        with pytest.raises(RuntimeError, match="warmup: the engine must be idle"):
+            await shared.call(Engine.warmup)
+        assert tokens + await collect_rest(stream) == alone([1, 2], GREEDY)
 
     run(folder, use)
 

@@ -241,16 +241,17 @@ class TestShards:
 
 
 class TestHub:
-    def test_id_is_fetched(self, monkeypatch, folder):
+    @pytest.mark.parametrize(("name", "revision"), [("owner/model", None), ("owner/model@refs/pr/1", "refs/pr/1")])
+    def test_id_is_fetched(self, monkeypatch, folder, name, revision):
         asked = []
 
-        def snapshot_download(repo_id, allow_patterns):
-            asked.append((repo_id, allow_patterns))
+        def snapshot_download(repo_id, revision, allow_patterns):
+            asked.append((repo_id, revision, allow_patterns))
             return str(folder)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        assert checkpoint.load("owner/model").config.name == "owner/model"
-        assert asked == [("owner/model", ["*.json", "*.safetensors", "*.jinja"])]
+        assert checkpoint.load(name).config.name == name
+        assert asked == [("owner/model", revision, ["*.json", "*.safetensors", "*.jinja"])]
 
     def test_offline(self, monkeypatch, tmp_path):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -260,13 +261,13 @@ class TestHub:
         )
 
     def test_any_failure_is_one_error(self, monkeypatch):
-        def snapshot_download(repo_id, allow_patterns):
+        def snapshot_download(repo_id, revision, allow_patterns):
             raise ConnectionResetError("the line broke\nand more")
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
         assert message_of("owner/model").endswith("hub (ConnectionResetError: the line broke)")
 
-    @pytest.mark.parametrize("name", ["smollm", "./missing", "a/b/c", "/no/folder", "owner/"])
+    @pytest.mark.parametrize("name", ["smollm", "./missing", "a/b/c", "/no/folder", "owner/", "owner/model@"])
     def test_neither_folder_nor_id(self, name):
         expected = f"{name!r}: is neither a folder here, nor a hub id (owner/name), nor 'smollm2-135m'"
         assert message_of(name) == expected

@@ -53,3 +53,30 @@ def test_metrics_count_what_happened(folder):
     assert 0 < prefills["seconds"] + cycles["seconds"] <= facts["busy_seconds"]
     assert f'orthrus_device_seconds_count{{kind="two_pass_cycle"}} {facts["cycles"] - 1}\n' in text
     assert (facts["waiting"], facts["running"], facts["pages_free"]) == (0, 0, facts["pages"])
+
+
+def test_latencies_are_those_of_the_requests(folder):
+    engine = make(folder, max_batch_size=1)
+    outs = engine.generate([[1, 2, 3], [4]], SamplingParams(max_new_tokens=10, ignore_eos=True))
+    outs.append(engine.generate([5], SamplingParams(max_new_tokens=1)))
+    facts, text = engine.metrics.as_dict(), engine.metrics.as_prometheus()
+    waited = [o.stats.queue_seconds + o.stats.prefill_seconds for o in outs]
+    assert facts["first_token"]["count"] == 3 and facts["first_token"]["seconds"] == pytest.approx(sum(waited))
+    each = [o.stats.seconds / 9 for o in outs[:2]]  # the last has no further token
+    assert facts["per_token"]["count"] == 2 and facts["per_token"]["seconds"] == pytest.approx(sum(each))
+    for name, seen in (("first_token", waited), ("per_token", each)):
+        for bound, count in facts[name]["at_most"].items():
+            assert count == sum(seconds <= bound for seconds in seen), (name, bound)
+            assert f'orthrus_{name}_seconds_bucket{{le="{bound}"}} {count}\n' in text
+        assert f"orthrus_{name}_seconds_count {len(seen)}\n" in text
+
+
+def test_an_aborted_request_has_no_time_per_token(folder):
+    engine = make(folder)
+    name = engine.submit([1, 2, 3], SamplingParams(max_new_tokens=100, ignore_eos=True))
+    while engine.metrics.tokens < 5:
+        engine.step()
+    engine.abort(name)
+    engine.step()
+    facts = engine.metrics.as_dict()
+    assert (facts["first_token"]["count"], facts["per_token"]["count"]) == (1, 0)
