@@ -127,10 +127,9 @@ ORTHRUS_INLINE void commit_row(const QkvCommitParamsOf<T>& p, int64_t r) {
   T* v_out;
   int64_t stride_head;
   if (is_ar) {
-    // Rows that have no place share page 0, maybe several threads at once: nobody uses what is there.
-    const int64_t slot = valid ? position % kPageSize : 0;
-    const int64_t page = valid ? p.kv.page_table[int64_t{p.rows.seq[r]} * p.kv.max_pages + position / kPageSize] : 0;
-    const int64_t at = (page * num_heads_kv * kPageSize + slot) * head_dim;
+    if (!valid) return;  // it has no place
+    const int64_t page = p.kv.page_table[int64_t{p.rows.seq[r]} * p.kv.max_pages + position / kPageSize];
+    const int64_t at = (page * num_heads_kv * kPageSize + position % kPageSize) * head_dim;
     k_out = p.kv.k_pages + at;
     v_out = p.kv.v_pages + at;
     stride_head = kPageSize * head_dim;

@@ -90,12 +90,8 @@ __device__ int64_t kv_offset(const QkvCommitParamsOf<T>& p, int row, int head, i
   if (row >= p.rows.num_rows_ar) {
     return (static_cast<int64_t>(row - p.rows.num_rows_ar) * p.kv.num_heads_kv + head) * p.kv.head_dim;
   }
-  int page = 0, slot = 0;  // the sink
-  if (row_is_valid(position)) {
-    page = p.kv.page_table[static_cast<int64_t>(p.rows.seq[row]) * p.kv.max_pages + position / kPageSize];
-    slot = position % kPageSize;
-  }
-  return ((static_cast<int64_t>(page) * p.kv.num_heads_kv + head) * kPageSize + slot) * p.kv.head_dim;
+  const int64_t page = p.kv.page_table[static_cast<int64_t>(p.rows.seq[row]) * p.kv.max_pages + position / kPageSize];
+  return ((page * p.kv.num_heads_kv + head) * kPageSize + position % kPageSize) * p.kv.head_dim;
 }
 
 template <int kHeadDim, typename T>
@@ -122,6 +118,8 @@ __global__ void __launch_bounds__(kThreads) qkv_commit_kernel(const __grid_const
 
   if (is_q) {
     store_dims(p.q_out + (static_cast<int64_t>(row) * p.num_heads_q + head) * kHeadDim, t, kHalf, y);
+  } else if (!diff && !row_is_valid(position)) {
+    return;  // it has no place
   } else if (is_v) {
     const int64_t offset = kv_offset(p, row, head - p.num_heads_q - p.kv.num_heads_kv, position);
     keep_finite(x);
