@@ -8,18 +8,21 @@ import pytest
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the tests marked full (make test-full)")
     parser.addoption("--software-tiles", action="store_true", help="AMX's tiles in software: see tests/amx_software")
-    parser.addoption("--sanitized", action="store_true", help="native code under sanitizers: see tests/sanitized.py")
+    parser.addoption("--sanitized", choices=("address", "thread"), help="native code so: see tests/sanitized.py")
 
 
 def pytest_configure(config):
-    for option, name in (("--sanitized", "tests.sanitized"), ("--software-tiles", "tests.amx_software")):
-        if config.getoption(option):
-            module = importlib.import_module(name)
-            if not hasattr(config, "workerinput"):
-                if why := module.why_not():
-                    raise pytest.UsageError(f"{option}: {why}")
-                module.build()
-            return module.use()
+    if kind := config.getoption("--sanitized"):
+        native = importlib.import_module("tests.sanitized").KINDS[kind]
+    elif config.getoption("--software-tiles"):
+        native = importlib.import_module("tests.amx_software")
+    else:
+        return
+    if not hasattr(config, "workerinput"):
+        if why := native.why_not():
+            raise pytest.UsageError(f"the native module that was asked for {why}")
+        native.build()
+    native.use()
 
 
 def pytest_collection_modifyitems(config, items):

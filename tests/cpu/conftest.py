@@ -31,11 +31,12 @@ def element(request, monkeypatch):
 
 
 @pytest.fixture
-def host(monkeypatch):
+def host():
     """CPU tensors run the CUDA kernels, compiled for the host, on this :class:`~tests.cpu.cuda_host.device.Device`."""
     if dispatch.native() is None or cuda_host.compiler() is None:
         pytest.skip("needs the native module and a C++ compiler")
-    return device.install(monkeypatch, others="cpu")
+    with device.installed(others="cpu") as host:
+        yield host
 
 
 @pytest.fixture(params=(False, True), ids=("ascending", "descending"))

@@ -47,10 +47,10 @@ def case(request, tmp_path_factory):
         want = make(folder, kwargs["dtype"]).next_logits(list(range(100)))
         if kwargs["dtype"] is torch.bfloat16:
             patch.setenv("ORTHRUS_CUDA_ISA", request.param)
-        device.install(patch, others="cpu")
-        engine = make(folder, kwargs["dtype"])
-        engine.runner.records_prefill = True
-        yield request.param, engine, want
+        with device.installed(others="cpu"):
+            engine = make(folder, kwargs["dtype"])
+            engine.runner.records_prefill = True
+            yield request.param, engine, want
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +108,9 @@ def test_the_embedded_model(monkeypatch):
     prompt, params = native.tokenizer("def fibonacci(n):\n    if n").input_ids, SamplingParams(7, ignore_eos=True)
     want, logits = native.generate(prompt, params), native.next_logits(prompt)
     monkeypatch.setenv("ORTHRUS_CUDA_ISA", "sm90")
-    device.install(monkeypatch, others="cpu", num_sms=132)
-    engine = Engine.from_pretrained("smollm2-135m", **how)
-    assert (engine.next_logits(prompt) - logits).abs().max() < 2e-2 * logits.abs().max()
-    assert engine.generate(prompt, params, mode="ar").token_ids == want.token_ids
-    out = engine.generate(prompt, params, draft_len=7)
-    assert (out.token_ids, out.stats.cycles) == (want.token_ids, want.stats.cycles) and out.stats.cycles < 3
+    with device.installed(others="cpu", num_sms=132):
+        engine = Engine.from_pretrained("smollm2-135m", **how)
+        assert (engine.next_logits(prompt) - logits).abs().max() < 2e-2 * logits.abs().max()
+        assert engine.generate(prompt, params, mode="ar").token_ids == want.token_ids
+        out = engine.generate(prompt, params, draft_len=7)
+        assert (out.token_ids, out.stats.cycles) == (want.token_ids, want.stats.cycles) and out.stats.cycles < 3

@@ -5,17 +5,19 @@ import sys
 
 import pytest
 
+from tests.cpu import cuda_host
 from tests.sanitized import ROOT
 
 WRITE_BEHIND_THE_LAST_PAGE = """
-import sys, pytest, torch
+import sys, torch
 from tests import sanitized
-sanitized.use()
+sanitized.ADDRESS.use()
 from orthrus_rt import native
 from tests.cpu.cuda_host import device
 from tests.rows import ar, make_rows
+on_the_host = device.installed(others="cpu")
 if sys.argv[1] == "cuda_host":
-    device.install(pytest.MonkeyPatch(), others="cpu")
+    on_the_host.__enter__()
 pages = [torch.zeros(3, 2, 64, 64).bfloat16() for _ in range(2)]
 scratch = [torch.zeros(0, 2, 64).bfloat16() for _ in range(2)]
 table = torch.tensor([[int(sys.argv[2])]], dtype=torch.int32)
@@ -28,8 +30,8 @@ native.qkv_commit(qkv, make_rows([ar(0, 0, 1)]), torch.zeros(1, 64), None, 1e-6,
 @pytest.mark.parametrize("where", ["cpu", "cuda_host"])
 @pytest.mark.parametrize("page", [2, 3])
 def test_a_write_behind_the_last_page_is_found(request, where, page):
-    if not request.config.getoption("--sanitized"):
-        pytest.skip("sanitizers: make test-full")
+    if request.config.getoption("--sanitized") != "address":
+        pytest.skip("AddressSanitizer: make test-full")
     command = [sys.executable, "-c", WRITE_BEHIND_THE_LAST_PAGE, where, str(page)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     if page == 2:
@@ -38,3 +40,37 @@ def test_a_write_behind_the_last_page_is_found(request, where, page):
         # an overflow; or a use after free, where the allocation behind was given back
         assert "ERROR: AddressSanitizer: heap-" in done.stderr and "WRITE of size" in done.stderr
         assert f"csrc/{'cpu' if where == 'cpu' else 'cuda'}/" in done.stderr  # the line that did it
+
+
+# Of racy.cpp: without what each is named after, a device would race.
+RACY = (
+    "block_barrier", "warp_barrier", "static_shared_memory", "named_barriers", "last_block_reads_all",
+    "reads_the_launch_before", "waits_for_a_copy", "releases_what_it_has_read", "barriers_are_there",
+    "waits_for_small_copies",
+)  # fmt: skip
+RUN = """
+import ctypes, sys
+process, kernels = ctypes.CDLL(None), ctypes.CDLL(sys.argv[1])
+process.__tsan_ignore_thread_begin()
+getattr(kernels, sys.argv[2])(sys.argv[3] == "True")
+process.__tsan_ignore_thread_end()
+"""
+
+
+@pytest.fixture(scope="module")
+def racy(request):
+    if request.config.getoption("--sanitized") != "thread":
+        pytest.skip("ThreadSanitizer: make test-full")
+    return cuda_host.build("racy.cpp", ())._name
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("kernel", RACY)
+def test_a_race_is_found(racy, kernel, ordered):
+    command = [sys.executable, "-c", RUN, racy, kernel, str(ordered)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if ordered:
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.returncode != 0 and "WARNING: ThreadSanitizer: data race" in done.stderr, done.stderr
+        assert f"{kernel}" in done.stderr

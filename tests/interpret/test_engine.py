@@ -30,14 +30,14 @@ def test_every_mode_gives_the_ar_bits(folder, monkeypatch):
     how = dict(device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=4, prefix_caching=False)
     want = Engine.from_pretrained(folder, **how).next_logits(JOBS[0][0])
     monkeypatch.setenv("ORTHRUS_CUDA_ISA", "sm90")
-    gpu = device.install(monkeypatch, others="triton")
-    engine = Engine.from_pretrained(folder, **how)
-    engine.runner.records_prefill = True
-    assert (engine.next_logits(JOBS[0][0]) - want).abs().max() < 2e-2 * want.abs().max()
-    assert gpu.num_launches > 8
-    ar, two_pass = traces.decode(engine, *JOBS, mode="ar"), dict(mode="two_pass", draft_len=3)
-    assert lossless.check_alone(engine, *JOBS, ar, two_pass) > 1.2
-    lossless.check_alone(engine, *JOBS, ar, dict(mode="one_pass", draft_len=2, fan_out=2))
-    traces.assert_same(traces.decode(engine, *JOBS, together=True, **two_pass), ar)
-    with traces.eager_cycles(engine):
-        traces.assert_same(traces.decode(engine, *JOBS, mode="ar"), ar)
+    with device.installed(others="triton") as gpu:
+        engine = Engine.from_pretrained(folder, **how)
+        engine.runner.records_prefill = True
+        assert (engine.next_logits(JOBS[0][0]) - want).abs().max() < 2e-2 * want.abs().max()
+        assert gpu.num_launches > 8
+        ar, two_pass = traces.decode(engine, *JOBS, mode="ar"), dict(mode="two_pass", draft_len=3)
+        assert lossless.check_alone(engine, *JOBS, ar, two_pass) > 1.2
+        lossless.check_alone(engine, *JOBS, ar, dict(mode="one_pass", draft_len=2, fan_out=2))
+        traces.assert_same(traces.decode(engine, *JOBS, together=True, **two_pass), ar)
+        with traces.eager_cycles(engine):
+            traces.assert_same(traces.decode(engine, *JOBS, mode="ar"), ar)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import re
@@ -20,6 +21,7 @@ FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-strict-aliasing", 
 FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 FLAGS.append("-Wno-maybe-uninitialized")  # what is loaded under one condition and used under the same
 FLAGS.append("-U_FORTIFY_SOURCE")  # which takes a fiber's stack for a longjmp gone wrong
+LIBRARIES: list[ctypes.CDLL] = []  # that were built
 SCALARS = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
 
 
@@ -50,7 +52,36 @@ def build(interface: str, kernels: tuple[str, ...]) -> ctypes.CDLL:
     path = Path(folder) / "kernels.so"
     command = [compiler(), *FLAGS, *include, "-shared", "-x", "c++", *map(str, sources), "-o", str(path)]
     subprocess.run(command, check=True)
-    return ctypes.CDLL(str(path))
+    LIBRARIES.append(ctypes.CDLL(str(path)))
+    return LIBRARIES[-1]
+
+
+@contextlib.contextmanager
+def host_unseen():
+    """ThreadSanitizer, where it runs, shall not take what the host does for a race: whether it waits for a device
+    before it gives memory back is the caller's affair, and memory that it takes anew is nobody's.
+    """
+    if "-fsanitize=thread" not in FLAGS:
+        yield
+        return
+    process = ctypes.CDLL(None)
+    for begin in _meetings()[:1]:
+        process.__tsan_release(begin)
+    process.__tsan_ignore_thread_begin()
+    try:
+        yield
+    finally:
+        process.__tsan_ignore_thread_end()
+        for end in _meetings()[1:]:
+            process.__tsan_acquire(end)
+
+
+def _meetings() -> list[ctypes.c_void_p]:
+    """Of launch.cuh; none before the first of the libraries, which share them, is there."""
+    if not LIBRARIES:
+        return []
+    words = (ctypes.c_uint64 * 3).in_dll(LIBRARIES[0], "cuda_host_meetings")
+    return [ctypes.c_void_p(ctypes.addressof(words) + 8 * i) for i in range(3)]
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 // The part of CUDA that plain kernels use, as host C++: one fiber per thread of a block, blocks one
 // after the other. Barriers and warp exchanges hand control to the next fiber, in ascending or
-// descending thread order; a result that depends on the order is a race.
+// descending thread order; a result that depends on the order is a race, and ThreadSanitizer, if it is
+// there, finds those on which no result depends (see races.h).
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -13,7 +14,10 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
+
+#include "races.h"
 
 #define __global__ static
 #define __device__
@@ -62,7 +66,7 @@ inline bool descending = false;
 // longjmp, which, unlike swapcontext, ask nothing of the system.
 struct Fiber {
   enum State { kReady, kWarp, kBlock, kDone };
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   static constexpr int kStackBytes = 1 << 18;
 #else
   static constexpr int kStackBytes = 1 << 15;
@@ -72,11 +76,25 @@ struct Fiber {
   bool entered = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state = kDone;
-  int exchanges = 0;
+  int exchanges = 0, met[2] = {};  // so often with its warp, with its block
+  races::Thread seen_as{};
+};
+
+// Where host and launches meet, see host_unseen() in __init__.py: what the host has done before kernels run at all; what
+// the threads of a launch have done, by turns with those of the next. Not zero, lest they lie in shared memory.
+extern "C" {
+inline uint64_t cuda_host_meetings[3] = {1, 1, 1};
+}
+
+// Where threads meet, by turns in two places: nobody leaves the next meeting before all have left this one.
+struct Meeting {
+  uint64_t places[2];
 };
 
 class Block {
   static constexpr int kMaxWarps = 32, kValueBytes = 32;
+  // Blocks take turns with sets of fibers, lest one's threads seem to go on as another's.
+  static constexpr int kSets = races::kSought ? 3 : 1;
 
  public:
   static Block& current() {
@@ -85,18 +103,39 @@ class Block {
   }
 
   void run(int threads, const std::function<void()>& kernel) {
-    while (static_cast<int>(fibers_.size()) < threads) make_fiber();
+    set_ = (set_ + 1) % kSets;
+    scheduler_seen_as_ = races::current();
+    races::forget(meetings_, sizeof(meetings_));
+    while (static_cast<int>(fibers().size()) < threads) make_fiber();
     threads_ = threads;
     kernel_ = &kernel;
-    for (int t = 0; t < threads; ++t) fibers_[t].state = Fiber::kReady;
+    for (int t = 0; t < threads; ++t) fibers()[t].state = Fiber::kReady;
     while (step()) {
     }
   }
 
   void wait(Fiber::State state) {
-    fibers_[active_].state = state;
-    if (!_setjmp(fibers_[active_].resume)) _longjmp(scheduler_, 1);
+    const races::Unseen unseen;
+    Fiber& fiber = fibers()[active_];
+    fiber.state = state;
+    if (_setjmp(fiber.resume)) return;
+    races::become(scheduler_seen_as_);
+    _longjmp(scheduler_, 1);
   }
+
+  // Until the whole warp or block is here. What they did before is done for those who leave.
+  void meet(Fiber::State state) {
+    const races::Unseen unseen;
+    const bool all = state == Fiber::kBlock;
+    const int turn = fibers()[active_].met[all]++ % 2;
+    uint64_t* const place = &meetings_[all ? kMaxWarps : active_ / 32].places[turn];
+    races::release(place);
+    wait(state);
+    races::acquire(place);
+  }
+
+  // Which of the sets of fibers runs.
+  int set() const { return set_; }
 
   // What the warp's lanes have passed to the same exchange; until the caller's next one.
   template <typename T>
@@ -105,18 +144,24 @@ class Block {
     const T& operator[](int lane) const { return *reinterpret_cast<const T*>(values[lane]); }
   };
 
+  // Orders nothing else.
   template <typename T>
   Lanes<T> exchange(T value) {
     static_assert(sizeof(T) <= kValueBytes);
-    auto& values = values_[active_ / 32][fibers_[active_].exchanges++ % 2];
+    const races::Unseen unseen;
+    auto& values = values_[active_ / 32][fibers()[active_].exchanges++ % 2];
     __builtin_memcpy(values[active_ % 32], &value, sizeof(T));
     wait(Fiber::kWarp);
     return {values};
   }
 
  private:
+  std::deque<Fiber>& fibers() { return sets_[set_]; }
+
   void make_fiber() {
-    Fiber& fiber = fibers_.emplace_back();
+    const std::string name = "CUDA thread " + std::to_string(fibers().size());
+    Fiber& fiber = fibers().emplace_back();
+    fiber.seen_as = races::make_thread(name.c_str());
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = Fiber::kStackBytes;
@@ -126,14 +171,21 @@ class Block {
 
   void enter() {
     while (true) {
-      fibers_[active_].exchanges = 0;
+      begin(fibers()[active_]);
       (*kernel_)();
       wait(Fiber::kDone);
     }
   }
 
+  static void begin(Fiber& fiber) {
+    const races::Unseen unseen;
+    races::acquire(cuda_host_meetings);
+    fiber.exchanges = fiber.met[0] = fiber.met[1] = 0;
+  }
+
   void resume(Fiber& fiber) {
     if (_setjmp(scheduler_)) return;
+    races::become(fiber.seen_as);
     if (fiber.entered) _longjmp(fiber.resume, 1);
     fiber.entered = true;
     setcontext(&fiber.context);
@@ -144,16 +196,16 @@ class Block {
     bool ran = false;
     for (int i = 0; i < threads_; ++i) {
       const int t = descending ? threads_ - 1 - i : i;
-      if (fibers_[t].state != Fiber::kReady) continue;
+      if (fibers()[t].state != Fiber::kReady) continue;
       ran = true;
       active_ = t;
       threadIdx.x = t;
-      resume(fibers_[t]);
+      resume(fibers()[t]);
     }
     for (int first = 0; first < threads_; first += 32) ran |= open(Fiber::kWarp, first, std::min(first + 32, threads_));
     if (!ran) ran = open(Fiber::kBlock, 0, threads_);
     for (int t = 0; t < threads_; ++t) {
-      if (!ran && fibers_[t].state != Fiber::kDone) fail("threads wait for each other");
+      if (!ran && fibers()[t].state != Fiber::kDone) fail("threads wait for each other");
     }
     return ran;
   }
@@ -161,19 +213,22 @@ class Block {
   bool open(Fiber::State state, int first, int last) {
     int waiting = 0;
     for (int t = first; t < last; ++t) {
-      if (fibers_[t].state == state) {
+      if (fibers()[t].state == state) {
         ++waiting;
-      } else if (fibers_[t].state != Fiber::kDone) {
+      } else if (fibers()[t].state != Fiber::kDone) {
         return false;
       }
     }
     for (int t = first; t < last; ++t) {
-      if (fibers_[t].state == state) fibers_[t].state = Fiber::kReady;
+      if (fibers()[t].state == state) fibers()[t].state = Fiber::kReady;
     }
     return waiting > 0;
   }
 
-  std::deque<Fiber> fibers_;  // which stay where they are
+  std::deque<Fiber> sets_[kSets];  // of fibers, which stay where they are
+  int set_ = 0;
+  races::Thread scheduler_seen_as_{};
+  Meeting meetings_[kMaxWarps + 1];  // of the warps, and of the block
   // Of this and the previous exchange of each warp: a lane runs at most one ahead of its warp.
   alignas(64) char values_[kMaxWarps][2][32][kValueBytes] = {};
   jmp_buf scheduler_;
@@ -184,8 +239,8 @@ class Block {
 
 }  // namespace cuda_host
 
-inline void __syncwarp() { cuda_host::Block::current().wait(cuda_host::Fiber::kWarp); }
-inline void __syncthreads() { cuda_host::Block::current().wait(cuda_host::Fiber::kBlock); }
+inline void __syncwarp() { cuda_host::Block::current().meet(cuda_host::Fiber::kWarp); }
+inline void __syncthreads() { cuda_host::Block::current().meet(cuda_host::Fiber::kBlock); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {

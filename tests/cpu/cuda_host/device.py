@@ -10,6 +10,8 @@ import contextlib
 import ctypes
 import functools
 
+import pytest
+
 from orthrus_rt import dispatch, ops
 from tests.cpu import cuda_host
 
@@ -110,13 +112,15 @@ class Module:
         return getattr(self.cpu.native, name)
 
 
-def install(monkeypatch, *, others: str, num_sms: int = 5) -> Device:
-    """CPU tensors run the CUDA kernels, and the ops that a GPU runs in Triton as ``others``: "triton" or "cpu"."""
+@contextlib.contextmanager
+def installed(*, others: str, num_sms: int = 5):
+    """CPU tensors run the CUDA kernels, on the :class:`Device` that this yields, and the ops that a GPU runs in Triton
+    as ``others``: "triton" or "cpu".
+    """
     device, run_triton = Device(num_sms), ops._launch_on
     module = Module(device)
-    monkeypatch.setattr(dispatch, "native", lambda: module)
-    monkeypatch.setattr(dispatch, "select", lambda op, *_: "cuda" if op in NATIVE else others)
-    monkeypatch.setattr(
-        ops, "_launch_on", lambda *args, **kwargs: launch(functools.partial(run_triton, **kwargs), *args)
-    )
-    return device
+    with pytest.MonkeyPatch.context() as patch, cuda_host.host_unseen():
+        patch.setattr(dispatch, "native", lambda: module)
+        patch.setattr(dispatch, "select", lambda op, *_: "cuda" if op in NATIVE else others)
+        patch.setattr(ops, "_launch_on", lambda *args, **kwargs: launch(functools.partial(run_triton, **kwargs), *args))
+        yield device

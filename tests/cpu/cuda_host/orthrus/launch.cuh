@@ -5,9 +5,23 @@
 
 #include "orthrus/sm80.cuh"
 
+// Of this library, by the linker: where kernels' static shared memory is.
+extern "C" __attribute__((visibility("hidden"))) char __bss_start[], _end[];
+
+namespace cuda_host {
+
+inline int num_launches = 1;
+inline uint64_t* end_of(int launch) { return cuda_host_meetings + 1 + launch % 2; }
+
+}  // namespace cuda_host
+
 namespace orthrus::cuda {
 
-inline void pdl_wait() { cuda_host::waited[threadIdx.x] = true; }
+inline void pdl_wait() {
+  const cuda_host::races::Unseen unseen;
+  cuda_host::waited[threadIdx.x] = true;
+  cuda_host::races::acquire(cuda_host::end_of(cuda_host::num_launches - 1));
+}
 inline void pdl_launch_dependents() {}
 
 // A Hopper with as many SMs as the test says.
@@ -32,13 +46,20 @@ int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads,
   cuda_host::shared_bytes = smem_bytes;
   uint8_t* const rest = shared + smem_bytes;
   const int64_t rest_bytes = sizeof(cuda_host::dynamic_shared) - smem_bytes;
+  ++cuda_host::num_launches;
   gridDim = grid;
   blockDim = dim3(threads);
   for (unsigned i = 0; i < grid.x; ++i) {
     blockIdx.x = cuda_host::descending ? grid.x - 1 - i : i;
     std::fill_n(cuda_host::waited, cuda_host::kMaxThreads, false);
+    cuda_host::named_barriers.clear();
+    cuda_host::races::forget(shared, smem_bytes);
+    cuda_host::races::forget(__bss_start, _end - __bss_start);
     ASAN_POISON_MEMORY_REGION(rest, rest_bytes);
-    cuda_host::Block::current().run(threads, [&] { kernel(params); });
+    cuda_host::Block::current().run(threads, [&] {
+      kernel(params);
+      cuda_host::races::release(cuda_host::end_of(cuda_host::num_launches));
+    });
     ASAN_UNPOISON_MEMORY_REGION(rest, rest_bytes);
     if (std::count(cuda_host::waited, cuda_host::waited + threads, true) != threads)
       cuda_host::fail("not every thread called pdl_wait");

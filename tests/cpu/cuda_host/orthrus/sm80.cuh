@@ -42,6 +42,7 @@ void poll(const Ready& ready) {
 
 struct NamedBarrier {
   int arrived = 0, generation = 0;
+  Meeting meeting{};
 };
 
 struct Copy {
@@ -50,7 +51,39 @@ struct Copy {
 };
 
 inline std::map<int, NamedBarrier> named_barriers;
-inline std::map<int, std::deque<std::vector<Copy>>> copy_groups;  // of each thread; the last one is open
+
+// What each thread has asked for and not waited for, group by group; the last one is open.
+template <typename T>
+using Groups = std::map<int, std::deque<std::vector<T>>>;
+inline Groups<Copy> copy_groups;
+
+template <typename T>
+void add_to_group(Groups<T>& groups, const T& asked) {
+  const races::Unseen unseen;
+  auto& mine = groups[threadIdx.x];
+  if (mine.empty()) mine.emplace_back();
+  mine.back().push_back(asked);
+}
+template <typename T>
+void close_group(Groups<T>& groups) {
+  const races::Unseen unseen;
+  groups[threadIdx.x].emplace_back();
+}
+// What was asked for happens now, but for the last `most` groups that are closed.
+template <typename T, typename Run>
+void run_groups(Groups<T>& groups, int most, const Run& run) {
+  auto next = [&](std::vector<T>& group) {
+    const races::Unseen unseen;
+    auto& mine = groups[threadIdx.x];
+    if (static_cast<int>(mine.size()) <= most + 1) return false;
+    group = std::move(mine.front());
+    mine.pop_front();
+    return true;
+  };
+  for (std::vector<T> group; next(group);) {
+    for (const T& asked : group) run(asked);
+  }
+}
 
 inline float widen(const uint8_t* bf16) {
   uint16_t half;
@@ -89,9 +122,7 @@ inline float __uint_as_float(uint32_t word) {
 }
 inline int atomicAdd(int32_t* p, int32_t value) {
   cuda_host::need_wait();
-  const int32_t old = *p;
-  *p += value;
-  return old;
+  return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
 inline void __stcg(float4* p, float4 value) {
   cuda_host::need_wait();
@@ -99,7 +130,10 @@ inline void __stcg(float4* p, float4 value) {
 }
 namespace orthrus::cuda {
 
-inline int add_acq_rel(int32_t* counter, int value) { return atomicAdd(counter, value); }
+inline int add_acq_rel(int32_t* counter, int value) {
+  cuda_host::need_wait();
+  return __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
+}
 inline void load_l2_if(float4& v, const float4* p, bool wanted) {
   if (!wanted) return;
   cuda_host::need_wait();
@@ -112,38 +146,36 @@ inline SharedAddress shared_address(const void* p) { return reinterpret_cast<uin
 inline uint8_t* dynamic_shared() { return cuda_host::dynamic_shared; }
 
 inline void named_barrier(int id, int threads) {
+  const cuda_host::races::Unseen unseen;
   cuda_host::NamedBarrier& barrier = cuda_host::named_barriers[id];
   const int generation = barrier.generation;
+  uint64_t* const place = &barrier.meeting.places[generation % 2];
+  cuda_host::races::release(place);
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
     ++barrier.generation;
   }
   cuda_host::poll([&] { return barrier.generation != generation; });
+  cuda_host::races::acquire(place);
 }
 
 inline void copy16(SharedAddress dst, const void* src, bool valid) {
   cuda_host::need_wait();
   if (dst % 16 || (valid && reinterpret_cast<uintptr_t>(src) % 16)) cuda_host::fail("a copy that is not aligned");
-  auto& groups = cuda_host::copy_groups[threadIdx.x];
-  if (groups.empty()) groups.emplace_back();
   uint8_t* to = reinterpret_cast<uint8_t*>(dst);
   std::memset(to, 0xff, 16);
-  groups.back().push_back({to, valid ? src : nullptr});
+  cuda_host::add_to_group(cuda_host::copy_groups, {to, valid ? src : nullptr});
 }
-inline void copy_commit() { cuda_host::copy_groups[threadIdx.x].emplace_back(); }
+inline void copy_commit() { cuda_host::close_group(cuda_host::copy_groups); }
 template <int kPending>
 void copy_wait() {
-  auto& groups = cuda_host::copy_groups[threadIdx.x];
-  while (static_cast<int>(groups.size()) > kPending + 1) {
-    for (const cuda_host::Copy& copy : groups.front()) {
-      if (copy.src) {
-        std::memcpy(copy.dst, copy.src, 16);
-      } else {
-        std::memset(copy.dst, 0, 16);
-      }
+  cuda_host::run_groups(cuda_host::copy_groups, kPending, [](const cuda_host::Copy& copy) {
+    if (copy.src) {
+      std::memcpy(copy.dst, copy.src, 16);
+    } else {
+      std::memset(copy.dst, 0, 16);
     }
-    groups.pop_front();
-  }
+  });
 }
 
 template <typename Layout>

@@ -24,10 +24,19 @@ struct Transaction {
   }
 };
 
+// A copy that somebody other than the thread that asks for it makes, and what it counts on.
+struct BulkCopy {
+  uint64_t* barrier;
+  int bytes;
+  void* dst;
+  std::function<void()> run;
+};
+
 inline std::map<uint64_t*, Transaction> transactions;
-inline std::deque<std::function<void()>> copies_in_flight;
+inline auto& copies_in_flight = *new std::deque<BulkCopy>;  // never freed, by whichever thread ends the process
+inline std::map<std::pair<int, uint64_t*>, races::Thread> copiers;  // by the block's set of fibers and the barrier
 inline std::vector<std::pair<const uint8_t*, int>> prefetched;  // by the launch: where from, bytes
-inline std::map<int, std::deque<std::vector<std::function<void()>>>> wgmma_groups;  // of each thread
+inline Groups<std::function<void()>> wgmma_groups;
 
 inline bool fenced[kMaxThreads];  // since the thread's accumulators were last its own
 
@@ -44,9 +53,23 @@ inline uint8_t* pointer(uint32_t address) {
   return dynamic_shared + (address - kSharedBegin);
 }
 
-inline void land(uint64_t* barrier, int bytes) {
-  transactions[barrier].bytes -= bytes;
-  transactions[barrier].settle();
+inline void ask_for(BulkCopy copy) {
+  const races::Unseen unseen;
+  races::release(copy.dst);
+  copies_in_flight.push_back(std::move(copy));
+}
+
+inline void land(const BulkCopy& copy) {
+  const auto [copier, is_new] = copiers.try_emplace({Block::current().set(), copy.barrier});
+  if (is_new) copier->second = races::make_thread("a bulk copy");
+  const races::Thread self = races::current();
+  races::become(copier->second);
+  races::acquire(copy.dst);
+  copy.run();
+  races::release(copy.barrier);
+  races::become(self);
+  transactions[copy.barrier].bytes -= copy.bytes;
+  transactions[copy.barrier].settle();
 }
 
 }  // namespace cuda_host
@@ -69,30 +92,36 @@ inline void prefetch_map(const TensorMap*) {}
 
 inline void barrier_init(uint64_t* barrier, int arrivals) {
   cuda_host::address(barrier, 8);
+  *barrier = 0;
+  const cuda_host::races::Unseen unseen;
   cuda_host::transactions[barrier] = {arrivals, arrivals, 0, 0};
 }
 inline void fence_barrier_init() {}
-inline void barrier_arrive(uint64_t* barrier) {
+inline void barrier_arrive_expect(uint64_t* barrier, int bytes) {
+  __atomic_load_n(barrier, __ATOMIC_RELAXED);
+  const cuda_host::races::Unseen unseen;
+  cuda_host::races::release(barrier);
+  cuda_host::transactions[barrier].bytes += bytes;
   --cuda_host::transactions[barrier].pending;
   cuda_host::transactions[barrier].settle();
 }
-inline void barrier_arrive_expect(uint64_t* barrier, int bytes) {
-  cuda_host::transactions[barrier].bytes += bytes;
-  barrier_arrive(barrier);
-}
+inline void barrier_arrive(uint64_t* barrier) { barrier_arrive_expect(barrier, 0); }
 inline void barrier_wait(uint64_t* barrier, int parity) {
+  __atomic_load_n(barrier, __ATOMIC_RELAXED);
+  const cuda_host::races::Unseen unseen;
   cuda_host::poll([&] {
     if (cuda_host::transactions[barrier].parity != parity) return true;
     auto& copies = cuda_host::copies_in_flight;
     if (!copies.empty() && cuda_host::descending) {
-      copies.back()();
+      cuda_host::land(copies.back());
       copies.pop_back();
     } else if (!copies.empty()) {
-      copies.front()();
+      cuda_host::land(copies.front());
       copies.pop_front();
     }
     return false;
   });
+  cuda_host::races::acquire(barrier);
 }
 
 inline uint64_t evict_first_policy() { return 0; }
@@ -103,13 +132,11 @@ inline void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier, 
   if (!cuda_host::waited[threadIdx.x] && std::count(warp, warp + 32, true))
     cuda_host::fail("a load ahead of pdl_wait may be held up by another lane, which waits already");
   std::memset(dst, 0xff, bytes);
-  cuda_host::copies_in_flight.push_back([=] {
-    std::memcpy(dst, src, bytes);
-    cuda_host::land(barrier, bytes);
-  });
+  cuda_host::ask_for({barrier, bytes, dst, [=] { std::memcpy(dst, src, bytes); }});
 }
 
 inline void bulk_prefetch(const void* src, int bytes) {
+  const cuda_host::races::Unseen unseen;
   if (reinterpret_cast<uintptr_t>(src) % 16 || bytes % 16) cuda_host::fail("a prefetch of odd bytes");
   cuda_host::prefetched.push_back({static_cast<const uint8_t*>(src), bytes});
   volatile uint8_t last = static_cast<const uint8_t*>(src)[bytes - 1];  // a sanitizer sees a wild address
@@ -121,7 +148,7 @@ inline void tensor_load(void* dst, const TensorMap* map, int column, int row, ui
   const TensorMap m = *map;
   const uint32_t begin = cuda_host::address(dst, 128);
   std::memset(dst, 0xff, m.box_rows * 128);
-  cuda_host::copies_in_flight.push_back([=] {
+  cuda_host::ask_for({barrier, m.box_rows * 128, dst, [=] {
     for (int r = 0; r < m.box_rows; ++r) {
       for (int chunk = 0; chunk < 8; ++chunk) {
         uint8_t* to = cuda_host::pointer(cuda_host::swizzle_128(begin + r * 128 + chunk * 16));
@@ -132,20 +159,20 @@ inline void tensor_load(void* dst, const TensorMap* map, int column, int row, ui
         }
       }
     }
-    cuda_host::land(barrier, m.box_rows * 128);
-  });
+  }});
 }
 
 inline uint64_t matrix_descriptor(const void* smem) { return matrix_descriptor_at(cuda_host::address(smem, 1024)); }
 
-inline void wgmma_fence() { cuda_host::fenced[threadIdx.x] = true; }
+inline void wgmma_fence() {
+  const cuda_host::races::Unseen unseen;
+  cuda_host::fenced[threadIdx.x] = true;
+}
 template <int kN>
 void wgmma(float* d, uint64_t a, uint64_t b, int accumulate) {
   if (!cuda_host::fenced[threadIdx.x]) cuda_host::fail("wgmma without a fence");
   if (!cuda_host::is_swizzled_128(a) || !cuda_host::is_swizzled_128(b)) cuda_host::fail("a bad matrix descriptor");
-  auto& groups = cuda_host::wgmma_groups[threadIdx.x];
-  if (groups.empty()) groups.emplace_back();
-  groups.back().push_back([=, thread = threadIdx.x % 128] {
+  cuda_host::add_to_group<std::function<void()>>(cuda_host::wgmma_groups, [=, thread = threadIdx.x % 128] {
     auto element = [](uint64_t matrix, int row, int k) {
       return cuda_host::widen(cuda_host::pointer(cuda_host::operand_address(matrix, row, k)));
     };
@@ -157,16 +184,13 @@ void wgmma(float* d, uint64_t a, uint64_t b, int accumulate) {
     }
   });
 }
-inline void wgmma_commit() { cuda_host::wgmma_groups[threadIdx.x].emplace_back(); }
+inline void wgmma_commit() { cuda_host::close_group(cuda_host::wgmma_groups); }
 template <int kPending>
 void wgmma_wait() {
-  auto& groups = cuda_host::wgmma_groups[threadIdx.x];
-  while (static_cast<int>(groups.size()) > kPending + 1) {
-    for (const auto& run : groups.front()) run();
-    groups.pop_front();
-  }
+  cuda_host::run_groups(cuda_host::wgmma_groups, kPending, [](const auto& run) { run(); });
+  const cuda_host::races::Unseen unseen;
   cuda_host::fenced[threadIdx.x] = false;
-  cuda_host::Block::current().exchange(0);  // .sync.aligned: the warp's lanes pass together
+  __syncwarp();  // it is the warp that waits, for what it has read as a whole
 }
 template <int>
 void give_registers() {}
