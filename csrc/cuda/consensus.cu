@@ -241,8 +241,7 @@ __device__ void renew_drafts(const ConsensusParams& p, Shared& sh) {
       for (int j = 0; j < kCandidates; ++j) prob[i * kCandidates + j] = j == 0 ? likely[0] * kDoubt : likely[j];
     }
   }
-  __syncthreads();
-  if (thread == 0) state.num_drafts[s] = slot.num_drafts;
+  if (thread == 0) state.num_drafts[s] = slot.num_drafts;  // its own
 }
 
 // Accept, commit and emit; the slot's drafts are spent, or renewed by the pass that verified them.
@@ -346,7 +345,6 @@ __global__ void __launch_bounds__(kMaxThreads) consensus_kernel(const __grid_con
   __syncthreads();  // before a verification changes it
   if (running && is(p.step, ConsensusStep::kDraft)) take_drafts(p, sh);
   if (running && (is(p.step, ConsensusStep::kVerify) || is(p.step, ConsensusStep::kVerifyAndDraft))) verify(p, sh);
-  __syncthreads();
   if (!is(p.next_pass, NextPass::kNone)) stage(p, sh);
 }
 

@@ -144,7 +144,7 @@ def test_both_views(rows, ar, shape):
     assert torch.equal(got[ar:], run(x[ar:], diff, sms=sms) if rows - ar else got[:0])
 
 
-@pytest.mark.parametrize("shape", [(64, 512, 3), (128, 37, 4), (64, 1001, 5), (64, 3136, 6)])
+@pytest.mark.parametrize("shape", [(64, 512, 3), (128, 37, 4), (64, 1001, 5), (64, 3136, 6), (64, 3180, 6)])
 @pytest.mark.parametrize("rows", [1, 33, 200])
 def test_argmax(shape, rows):
     k, n, sms = shape

@@ -50,10 +50,12 @@ RACY = (
 )  # fmt: skip
 RUN = """
 import ctypes, sys
-process, kernels = ctypes.CDLL(None), ctypes.CDLL(sys.argv[1])
-process.__tsan_ignore_thread_begin()
-getattr(kernels, sys.argv[2])(sys.argv[3] == "True")
-process.__tsan_ignore_thread_end()
+from tests.cpu import cuda_host
+from tests.sanitized import THREAD
+cuda_host.FLAGS += THREAD.flags
+cuda_host.LIBRARIES.append(ctypes.CDLL(sys.argv[1]))
+with cuda_host.host_unseen():
+    getattr(cuda_host.LIBRARIES[0], sys.argv[2])(sys.argv[3] == "True")
 """
 
 

@@ -65,15 +65,15 @@ def host_unseen():
         yield
         return
     process = ctypes.CDLL(None)
+    process.__tsan_ignore_thread_begin()
     for begin in _meetings()[:1]:
         process.__tsan_release(begin)
-    process.__tsan_ignore_thread_begin()
     try:
         yield
     finally:
-        process.__tsan_ignore_thread_end()
         for end in _meetings()[1:]:
             process.__tsan_acquire(end)
+        process.__tsan_ignore_thread_end()
 
 
 def _meetings() -> list[ctypes.c_void_p]:
