@@ -13,14 +13,14 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if kind := config.getoption("--sanitized"):
-        native = importlib.import_module("tests.sanitized").KINDS[kind]
+        option, native = "--sanitized", importlib.import_module("tests.sanitized").KINDS[kind]
     elif config.getoption("--software-tiles"):
-        native = importlib.import_module("tests.amx_software")
+        option, native = "--software-tiles", importlib.import_module("tests.amx_software")
     else:
         return
     if not hasattr(config, "workerinput"):
         if why := native.why_not():
-            raise pytest.UsageError(f"the native module that was asked for {why}")
+            raise pytest.UsageError(f"{option}: {why}")
         native.build()
     native.use()
 

@@ -109,9 +109,10 @@ class AsyncEngine:
 
     async def call(self, function, *args):
         """``function(engine, *args)`` between two steps, in the thread that makes them: ``call(Engine.explain)`` or
-        :meth:`Engine.warmup` as long as there is no request. Decoding stands still meanwhile.
+        :meth:`Engine.warmup` as long as there is no request. Decoding stands still meanwhile, also where this call is
+        cancelled. Not for :meth:`Engine.step`, whose outputs are the streams', nor for closing.
         """
-        return await self._call(function, self.engine, *args)
+        return await self._call(self._run, function, *args)
 
     def _hand_out(self, outputs: list[RequestOutput]) -> None:
         """Every output to its stream; in the loop, as all that looks at those who wait."""
@@ -146,6 +147,12 @@ class AsyncEngine:
 
     # What follows runs in the worker.
 
+    def _run(self, function, *args):
+        try:
+            return function(self.engine, *args)
+        finally:
+            self._go_on()
+
     def _submit(self, prompt_ids, params, known_as: str) -> None:
         self.engine.submit(prompt_ids, params, known_as)
         self._go_on()
@@ -170,9 +177,10 @@ class AsyncEngine:
         """Once, and again behind what was asked for meanwhile. Whatever fails here, no stream waits for ever."""
         self._steps = False
         try:
-            if not self.engine.closed:
-                self._step_once()
-                self._go_on()
+            if self.engine.closed:
+                raise RuntimeError("this engine is closed")
+            self._step_once()
+            self._go_on()
         except Exception as error:
             self._tell(self._fail, error)  # the streams abort their requests
 

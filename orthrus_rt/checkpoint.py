@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from orthrus_rt.config import CheckpointError, ModelConfig, parse
+from orthrus_rt.config import CheckpointError, ModelConfig, family_of, parse
 from orthrus_rt.storage import LazyTensors, StoredTensor, is_diffusion, read_json, scan, text
 
 __all__ = ["Checkpoint", "CheckpointError", "expected_tensors", "fingerprint", "load"]
@@ -91,8 +91,9 @@ def load_folder(folder: Path, adapter: str | Path | None, name: str) -> Checkpoi
     raw = read_json(folder / "config.json")
     stored = scan(folder, "model.safetensors")
     adapter = None if adapter is None else _resolve(str(adapter), adapter=True)
-    _check_one_view(stored, folder, adapter)
     where = str(folder / "config.json")
+    family_of(raw, where)  # first: of another one no adapter makes anything
+    _check_one_view(stored, folder, adapter)
     adapter_raw = {}
     if adapter is not None:
         adapter_raw = _adapter_config(adapter)

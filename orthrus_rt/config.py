@@ -71,7 +71,7 @@ def parse(raw: dict, generation: dict | None = None, *, name: str, where: str | 
         CheckpointError: a key is missing or out of range, or asks for something that is not supported.
     """
     where = where or name
-    family = _family(raw, where)
+    family = family_of(raw, where)
     _refuse_unsupported(raw, where)
     hidden_size = _positive(raw, "hidden_size", where)
     num_layers = _positive(raw, "num_hidden_layers", where)
@@ -116,7 +116,8 @@ def parse(raw: dict, generation: dict | None = None, *, name: str, where: str | 
     )
 
 
-def _family(raw, where):
+def family_of(raw: dict, where: str) -> str:
+    """Of FAMILIES, by config.json; :class:`CheckpointError` if it is none of them."""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")

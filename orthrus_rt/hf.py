@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
+from orthrus_rt.checkpoint import EMBEDDED_NAME
 from orthrus_rt.device import DTYPES
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
@@ -44,7 +46,7 @@ class OrthrusForCausalLM:
             model: as in :meth:`orthrus_rt.Engine.from_pretrained`.
             dtype: a torch dtype or its name; ``"auto"`` is bfloat16.
             device_map: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``: the whole model lives on one device.
-            revision: of a hub id: a branch, tag or commit; None for main.
+            revision: of a hub id: a branch, tag or commit; None for main. Of anything else it is ignored.
             attn_implementation: accepted and without effect: attention is the runtime's own.
             trust_remote_code: accepted and without effect: no code is ever fetched.
             engine_arguments: ``max_seq_len``, ``draft_len``, ``adapter``, ``base_gguf`` of the engine.
@@ -64,7 +66,8 @@ class OrthrusForCausalLM:
         name = "bfloat16" if name == "auto" else name
         if name not in DTYPES:
             raise ValueError(f"from_pretrained: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        model = f"{model}@{revision}" if revision else model
+        if revision is not None and model != EMBEDDED_NAME and not Path(model).is_dir():
+            model = f"{model}@{revision}"
         return cls(
             Engine.from_pretrained(model, device=str(device_map), dtype=name, max_batch_size=1, **engine_arguments)
         )

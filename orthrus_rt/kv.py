@@ -9,7 +9,7 @@ from orthrus_rt.config import ModelConfig
 from orthrus_rt.device import upload
 from orthrus_rt.pages import PagePool
 
-SINK_PAGE = 0  # invalid rows write here; nobody reads it
+SINK_PAGE = 0  # nobody reads it; where invalid rows write, they do it here
 
 
 class OutOfPages(RuntimeError):

@@ -45,8 +45,8 @@ class Latencies:
 
     def as_dict(self) -> dict:
         """``count``, their sum in ``seconds``, and ``at_most``: bound -> how many."""
-        at_most = dict(zip(BOUNDS, itertools.accumulate(self.counts[:-1]), strict=True))
-        return {"count": sum(self.counts), "seconds": self.seconds, "at_most": at_most}
+        *at_most, count = itertools.accumulate(list(self.counts))  # of one moment, whoever adds meanwhile
+        return {"count": count, "seconds": self.seconds, "at_most": dict(zip(BOUNDS, at_most, strict=True))}
 
 
 class Metrics:
@@ -113,8 +113,8 @@ class Metrics:
         ``accepted`` maps drafts accepted to cycles of a sequence; ``times`` has, by kind of pass or cycle, how many
         there were and their seconds on the device; ``busy_seconds`` is the host's. ``plans`` has the cycles of each
         plan (``ar``, ``two_pass/7``, ``one_pass/15x4``: drafts, fan_out), ``plan`` is the last. ``first_token`` and
-        ``per_token`` tell what requests saw: :meth:`Latencies.as_dict` of the seconds from their arrival to the first
-        token, and from there per token of those that came to their end.
+        ``per_token`` tell what requests saw since the engine had them: :meth:`Latencies.as_dict` of the seconds to
+        their first token, and from there per token, of those that came to their end.
         """
         engine = self._engine()
         scheduler, kv = (engine.scheduler, engine.kv) if engine else (None, None)  # None too once it is closed

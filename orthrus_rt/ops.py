@@ -160,8 +160,8 @@ def qkv_commit(
         qkv: ``[num_rows, (num_heads_q + 2 * num_heads_kv) * head_dim]``, q then k then v heads.
         cos_sin: fp32 ``[max_positions, head_dim]``, cosines of the half dims, then sines.
         norms: None, or fp32 ``(q_norm, k_norm, q_norm_diff, k_norm_diff)``, each ``[head_dim]``.
-        k_pages, v_pages: ``[num_pages, num_heads_kv, 64, head_dim]``; MUTATED at the AR rows' positions. Page 0 takes
-            the invalid rows' writes.
+        k_pages, v_pages: ``[num_pages, num_heads_kv, 64, head_dim]``; MUTATED at the AR rows' positions. Invalid
+            rows write nothing, or, in the reference, to page 0.
         page_table: int32 ``[num_slots, max_pages]``.
         scratch_k, scratch_v: ``[num_rows_diff, num_heads_kv, head_dim]``, MUTATED whole; None without diffusion rows.
         q_out: ``[num_rows, num_heads_q, head_dim]``, MUTATED.

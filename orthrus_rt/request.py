@@ -105,14 +105,13 @@ class Request:
 
     def record(self, new: list[int], plan: CyclePlan | None, verified: int, accepted: int) -> None:
         """Take the tokens of one cycle, or of the prefill (``plan`` None): none if no token could be chosen."""
-        now = time.perf_counter()
-        self.tokens += new
-        stats = self.stats
-        stats.tokens = len(self.tokens)
+        now, stats = time.perf_counter(), self.stats
         if plan is None and new:
             self.first_token = now
             stats.prefill_seconds = now - self.started
-        elif plan is not None:
+        self.tokens += new
+        stats.tokens = len(self.tokens)
+        if plan is not None:
             stats.mode, stats.block_len, stats.fan_out = plan
             stats.cycles += 1
             self.fresh = False

@@ -56,6 +56,8 @@ class Rounds:
         self.metrics.requests[reason] += 1  # together with the next two: no signal strikes between these stores
         request.error = error
         request.finish_reason = reason
+        if reason in ("stop", "length") and request.stats.tokens > 1:
+            self.metrics.per_token.add(request.stats.seconds / (request.stats.tokens - 1))
         if request.slot is not None:
             self.runner.clear(self.scheduler.vacate(request))
         self.scheduler.forget(request)
@@ -223,8 +225,6 @@ class Rounds:
             self.metrics.first_token.add(request.first_token - request.arrived)
         if result.finish in FINISH_REASONS:
             self._finish(request, FINISH_REASONS[result.finish])
-            if (further := len(request.tokens) - 1) > 0:
-                self.metrics.per_token.add(request.stats.seconds / further)
         elif result.finish == st.NO_CHOICE:
             self._fail(request, _no_choice(request))
 

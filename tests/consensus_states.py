@@ -15,7 +15,8 @@ MASK = 99
 
 
 def random_state(generator, slots, block_len, fan_out=0) -> st.SlotState:
-    """Slots of every FinishReason, drafts from a tiny vocabulary, limits near and far, rings about to wrap.
+    """Slots of every FinishReason, drafts from a tiny vocabulary, limits near and far, rings about to wrap, stop ids in
+    any of as many places as the engine has.
 
     The state's own blocks are longer than ``block_len`` and it has room for more than ``fan_out`` hypotheses.
     """
@@ -23,12 +24,13 @@ def random_state(generator, slots, block_len, fan_out=0) -> st.SlotState:
     def draw(low, high, *shape):
         return torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
 
-    state = st.SlotState.allocate(slots, block_len + 2, 7, 3, "cpu", max_fan_out=fan_out + 1)
+    ring = max(7, block_len + 1)
+    state = st.SlotState.allocate(slots, block_len + 2, ring, 70, "cpu", max_fan_out=fan_out + 1)
     state.cache_seqlens.copy_(draw(0, 50, slots))
     state.limit.copy_(state.cache_seqlens + 1 + draw(0, 2 * block_len, slots))
     state.block_tokens.copy_(draw(0, 3, *state.block_tokens.shape))
     state.num_drafts.copy_(draw(0, block_len, slots))
-    state.stop_ids.copy_(draw(0, 5, slots, 3).masked_fill(draw(0, 2, slots, 3) == 0, -1))
+    state.stop_ids.fill_(-1).scatter_(1, draw(0, 70, slots, 2).long(), draw(-1, 5, slots, 2))
     state.finish.copy_(torch.where(draw(0, 4, slots) > 0, st.RUNNING, draw(-1, 4, slots)))
     state.num_output.copy_(draw(0, 100, slots))
     state.output.copy_(draw(0, 3, *state.output.shape))

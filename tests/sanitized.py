@@ -39,6 +39,10 @@ class Sanitizer:
         """Why it cannot be built and run here; None if it can."""
         if not (_library(self.library) and shutil.which("cmake") and shutil.which("ninja")):
             return "needs g++ with its sanitizers, cmake and ninja"
+        if subprocess.run(
+            [sys.executable, "-c", ""], env=os.environ | self.environment(), capture_output=True
+        ).returncode:
+            return f"{self.library} does not start here: does the kernel randomise addresses too widely for it?"
         return None
 
     def environment(self) -> dict[str, str]:
@@ -91,5 +95,6 @@ ADDRESS = Sanitizer(
     "libasan.so",
     "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1:redzone=1024",
 )
-THREAD = Sanitizer("thread", ("-fsanitize=thread", "-g1"), "libtsan.so", "halt_on_error=1")
+# A memset of few bytes would become a store that nobody looks at.
+THREAD = Sanitizer("thread", ("-fsanitize=thread", "-fno-builtin-memset", "-g1"), "libtsan.so", "halt_on_error=1")
 KINDS = {kind.name: kind for kind in (ADDRESS, THREAD)}

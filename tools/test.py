@@ -40,7 +40,7 @@ SANITIZED_TESTS = cpu_tests(
 # Where memory is short on purpose a sanitizer has none; its locks may stay taken in the child of a fork beside a thread
 # that is just beginning. After a crash its report is the better one, so Python's own is turned off there.
 NOT_SANITIZED = "not without_memory and not forked_child"
-RACY_TESTS = cpu_tests(
+RACY_TESTS = cpu_tests(  # without whole engines, which take minutes each
     "sanitized cuda_on_host dual_attn_on_host f32_on_host row_linear_host consensus cpu_ops_linear "
     "cpu_ops_attn cpu_ops_attn_splits cpu_ops_logits cpu_ops_rows cpu_ops_runtime"
 )

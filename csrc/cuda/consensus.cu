@@ -241,7 +241,7 @@ __device__ void renew_drafts(const ConsensusParams& p, Shared& sh) {
       for (int j = 0; j < kCandidates; ++j) prob[i * kCandidates + j] = j == 0 ? likely[0] * kDoubt : likely[j];
     }
   }
-  if (thread == 0) state.num_drafts[s] = slot.num_drafts;  // its own
+  if (thread == 0) state.num_drafts[s] = slot.num_drafts;  // as this thread wrote it
 }
 
 // Accept, commit and emit; the slot's drafts are spent, or renewed by the pass that verified them.

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __gr
       plan.next = gridDim.x + atomicAdd(a.next_item, 1);
       if (plan.next >= plan.num_items) pdl_launch_dependents();
     });
-    i = plan.next;  // there since the barrier of the item's first tile, until that of the next item's begin
+    i = plan.next;  // there since the barrier of the item's first tile (each has one), until that of the next's begin
   }
 }
 

@@ -277,6 +277,22 @@ def test_what_a_stream_does_not_tell_is_asked_for_between_two_steps(folder, alon
     run(folder, use)
 
 
+def test_a_call_that_submits_is_served_and_one_that_closes_ends_the_streams(folder):
+    async def main():
+        shared = AsyncEngine(make(folder))
+        await shared.call(Engine.submit, [1, 2], GREEDY)
+        while not await shared.call(lambda engine: engine.metrics.requests["length"]):  # though nobody streams
+            pass
+        waiting = asyncio.create_task(collect(shared, [3], SamplingParams(max_new_tokens=100, ignore_eos=True)))
+        await asyncio.sleep(0)
+        await shared.call(Engine.close)
+        with pytest.raises(RuntimeError, match="this engine is closed"):
+            await waiting
+        await shared.close()
+
+    asyncio.run(main())
+
+
 def test_an_engine_outlives_a_shared_one_that_nobody_closed(folder, alone):
     engine = make(folder)
     shared = AsyncEngine(engine)

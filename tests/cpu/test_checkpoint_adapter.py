@@ -78,6 +78,13 @@ def test_base_alone(folders):
     )
 
 
+def test_base_of_another_family(folders):
+    """It is not sent to look for an adapter."""
+    base, _ = folders
+    edit_config(base, model_type="gemma3")
+    assert message_of(base).startswith(f"{base / 'config.json'}: model_type must be one of qwen3, orthrus, llama, got")
+
+
 def test_base_that_has_a_view_already(tmp_path, folders):
     _, adapter = folders
     whole = checkpoints.make(tmp_path / "whole")

@@ -7,6 +7,7 @@ from hypothesis import strategies as hs
 
 from orthrus_rt import dispatch, native, reference
 from orthrus_rt import state as st
+from orthrus_rt.cycle_plan import MAX_BLOCK_LEN
 from orthrus_rt.plan import empty_rows
 from tests import consensus_states as cs
 from tests.consensus_states import MASK
@@ -137,8 +138,8 @@ def consensus(request):
 
 
 @pytest.mark.parametrize("consensus", KERNELS, indirect=True)
-@pytest.mark.parametrize("block_len", [1, 2, 3, 5, 32])
-@pytest.mark.parametrize("num_partials", [1, 2, 37])
+@pytest.mark.parametrize("block_len", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("num_partials", [1, 2, 132])
 def test_kernels_equal_the_oracle(consensus, block_len, num_partials):
     for seed, case in enumerate(cs.steps(block_len) * 2):
         cs.check(consensus, seed, case, 6, block_len, num_partials)
@@ -149,7 +150,13 @@ def test_kernels_equal_the_oracle(consensus, block_len, num_partials):
 @pytest.mark.parametrize("fan_out", [1, 4, 8, 11])
 def test_kernels_equal_the_oracle_in_one_pass(consensus, block_len, fan_out):
     for seed, case in enumerate(cs.one_pass_steps(block_len, fan_out) * 4):
-        cs.check(consensus, seed, case, 6, block_len, (1, 2, 37, 300)[seed % 4], fan_out)
+        cs.check(consensus, seed, case, 6, block_len, (1, 2, 37, 1187)[seed % 4], fan_out)
+
+
+@pytest.mark.parametrize("consensus", KERNELS, indirect=True)
+def test_kernels_equal_the_oracle_on_the_longest_block(consensus):
+    for seed, case in enumerate(cs.one_pass_steps(MAX_BLOCK_LEN, 1)):
+        cs.check(consensus, seed, case, 2, MAX_BLOCK_LEN, 2, 1)
 
 
 @pytest.mark.parametrize("nothing", [-torch.inf, torch.nan])

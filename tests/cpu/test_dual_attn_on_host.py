@@ -29,6 +29,8 @@ PASSES = {
     "verify": [ar(0, 130, 6, invalid=2)],
     "draft": [diff(0, 0, 4), diff(1, 100, 4, invalid=1)],
     "one_pass": [ar(0, 200, 8), diff(0, 205, 8), diff(1, 30, 8, invalid=7)],
+    "one_pass, 32 rows a block": [ar(0, 200, 32), diff(0, 205, 32)],
+    "one_pass, three sequences": [ar(0, 100, 6), ar(1, 58, 6), *(diff(i, 64 * i, 6) for i in range(3))],
     "tall": [ar(1, 129, 50), diff(0, 10, 70)],
     "prompts": [ar(0, 0, 50), ar(1, 129, 3), ar(2, 300, 70), ar(3, 0, 1)],
     "padding": [ar(0, 10, 4, invalid=4), ar(1, 70, 2), diff(2, 10, 4, invalid=4)],
@@ -42,16 +44,35 @@ SMALL = Heads(3, 1, 64)
 def test_against_float64(name, host):
     case = HostPass(SMALL, PASSES[name])
     fold, split, workspace = case.run(split=False), torch.empty_like(case.q), case.workspace()
-    for host.num_sms in (1000, 20):  # the second time, its counter is zero again
+    for host.num_sms in (1000, 20, 9, 6, 2):  # from the second time on, its counter is zero again
         case.call(split.fill_(torch.nan), workspace)
+        assert torch.equal(split, fold)
     assert_close(split, case.expected())
-    assert torch.equal(split, fold)
     assert not split[case.rows.position < 0].any()
 
 
+@pytest.mark.parametrize("name", ["verify", "one_pass", "one_pass, 32 rows a block", "tall"])
 @pytest.mark.parametrize("heads", [Heads(8, 2, 128), Heads(4, 4, 64), Heads(8, 1, 64)], ids=str)
-def test_heads(heads):
-    case = HostPass(heads, [ar(0, 190, 3), diff(1, 70, 3)])
+def test_heads(heads, name):
+    case = HostPass(heads, PASSES[name])
+    split = case.run()
+    assert_close(split, case.expected())
+    assert torch.equal(split, case.run(split=False))
+
+
+@pytest.mark.parametrize("num_sms", [1000, 11])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [ar(i, 37 * i % 300, 1) for i in range(40)],
+        [*(ar(i, 40 * i, 2) for i in range(8)), *(diff(i % 8, 40 * (i % 8), 2) for i in range(48))],
+        [ar(i, i, 1) for i in range(130)],  # more units than are split
+    ],
+    ids=["40 sequences", "8 with 6 blocks each", "130 sequences"],
+)
+def test_many_units(groups, num_sms, host):
+    host.num_sms = num_sms
+    case = HostPass(SMALL, groups)
     split = case.run()
     assert_close(split, case.expected())
     assert torch.equal(split, case.run(split=False))

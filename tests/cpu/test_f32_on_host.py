@@ -52,7 +52,7 @@ def test_row_linear(shape):
 
 @pytest.mark.parametrize("width", [1, 64, 100])
 def test_row_linear_silu_mul(width):
-    x, weight = tensor(5, 40, seed=1), tensor(2 * width, 40, seed=2)
+    x, weight = tensor(19, 40, seed=1), tensor(2 * width, 40, seed=2)
     gate, up = linear(x, weight).double().chunk(2, 1)
     torch.testing.assert_close(linear(x, weight, "silu_mul").double(), gate * gate.sigmoid() * up, rtol=1e-6, atol=1e-7)
 
@@ -85,6 +85,9 @@ def test_row_linear_rows_do_not_depend_on_company():
         got = linear(x, weight, diff=diff, num_rows_ar=split)
         assert torch.equal(got[:split], want[:split])
         assert torch.equal(got[split:], want_diff[split:])
+        residual = tensor(45, 150, seed=4)
+        added = linear(x, weight, "residual", residual=residual, diff=diff, num_rows_ar=split)
+        assert torch.equal(added, got + residual)
 
 
 @pytest.mark.usefixtures("both_orders")
@@ -123,5 +126,6 @@ def test_dual_attn_rows_do_not_depend_on_company():
 
 @pytest.mark.usefixtures("both_orders")
 @pytest.mark.parametrize("norms", [False, True])
-def test_qkv_commit(norms):
-    check_qkv_commit((3, 1, 64), norms, torch.float32)
+@pytest.mark.parametrize("heads", [(3, 1, 64), (4, 2, 128)])
+def test_qkv_commit(heads, norms):
+    check_qkv_commit(heads, norms, torch.float32)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, TextStreamer
 
-from orthrus_rt import SamplingParams
+from orthrus_rt import SamplingParams, hf
+from orthrus_rt.checkpoint import EMBEDDED_NAME
 from orthrus_rt.hf import OrthrusForCausalLM
 from orthrus_rt.outputs import RequestOutput, Stats
 
@@ -31,6 +32,16 @@ class Recorder:
 
     def end(self):
         self.calls.append("end")
+
+
+@pytest.mark.parametrize(
+    ("model", "loads"), [("owner/name", "owner/name@v2"), (EMBEDDED_NAME, EMBEDDED_NAME), (".", ".")]
+)
+def test_a_revision_is_of_hub_ids(monkeypatch, model, loads):
+    asked = []
+    monkeypatch.setattr(hf.Engine, "from_pretrained", lambda model, **_: asked.append(model))
+    OrthrusForCausalLM.from_pretrained(model, revision="v2")
+    assert asked == [loads]
 
 
 def test_returns_prompt_and_new_tokens(model, input_ids):

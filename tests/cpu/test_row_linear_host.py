@@ -77,6 +77,12 @@ SHAPES = [
     (64, 64, 3), (192, 37, 2), (128, 1001, 4), (1024, 192, 5), (640, 320, 7), (256, 3200, 7), (1024, 128, 5),
     (3072, 64, 8),
 ]  # fmt: skip
+# The same cut and of two blocks, as in most layers of a model: tiles shared by 2, 3 and 6 CTAs.
+CUT_PAIRS, CUT_IN_3, CUT_IN_6 = (128, 3200, 7), (640, 3072, 40), (2112, 3072, 132)
+ORACLE = [
+    *((17, shape) for shape in SHAPES), (70, (256, 3200, 7)), (3, CUT_IN_3), (3, CUT_IN_6),
+    *((rows, CUT_PAIRS) for rows in (1, 40, 100, 130, 200)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [1, 17, 33, 65, 97, 129, 161])
@@ -89,7 +95,7 @@ def test_one_hot_rows_pick_columns_of_the_weight(rows):
     assert torch.equal(run(x, plain), plain.T[column])
 
 
-@pytest.mark.parametrize(("rows", "shape"), [*((17, shape) for shape in SHAPES), (70, (256, 3200, 7))])
+@pytest.mark.parametrize(("rows", "shape"), ORACLE)
 def test_oracle(rows, shape):
     k, n, sms = shape
     plain, x, residual = tensor(n, k, scale=k**-0.5, seed=1), tensor(rows, k, seed=2), tensor(rows, n, seed=3)
@@ -103,14 +109,17 @@ def test_oracle(rows, shape):
     close(got, exact + residual.double(), magnitude + residual.double().abs())
 
 
-@pytest.mark.parametrize("mlp", [8, 200, 256])
-def test_silu_mul(mlp):
-    k = 1024
-    plain, x = tensor(2 * mlp, k, scale=k**-0.5, seed=1), tensor(20, k, seed=2)
+SILU = [*((20, (1024, 2 * mlp, 5)) for mlp in (8, 200, 256)), (200, (1024, 512, 5)), (20, CUT_PAIRS), (200, CUT_PAIRS)]
+
+
+@pytest.mark.parametrize(("rows", "shape"), [*SILU, (3, CUT_IN_6)])
+def test_silu_mul(rows, shape):
+    k, n, sms = shape
+    plain, x = tensor(n, k, scale=k**-0.5, seed=1), tensor(rows, k, seed=2)
     gate, up = (x.double() @ plain.double().T).chunk(2, dim=1)
     magnitude = (x.double().abs() @ plain.double().abs().T).chunk(2, dim=1)
     bound = 4 * (magnitude[0] * up.abs() + magnitude[1] * gate.abs()) + up.abs()
-    close(run(x, plain, "silu_mul"), gate * gate.sigmoid() * up, bound)
+    close(run(x, plain, "silu_mul", sms=sms, descending=True), gate * gate.sigmoid() * up, bound)
 
 
 MORE = [pytest.param(shape, marks=pytest.mark.full) for shape in [(128, 320, 7), (1024, 128, 5), (256, 3200, 7)]]
@@ -128,31 +137,46 @@ def test_row_invariance(shape):
     assert torch.equal(run(x[order], plain, sms=sms), want[order])
 
 
-BOTH = [(1, 0), (20, 0), (20, 20), (21, 1), (50, 32), (150, 70), (200, 30)]
-WHOLE, CUT, CUT_PAIRS = (512, 128, 5), (1024, 128, 5), (256, 3200, 7)
+BOTH = [(1, 0), (20, 0), (20, 20), (21, 1), (50, 32), (150, 70), (200, 30), (200, 170), (280, 140)]
+WHOLE, CUT = (512, 128, 5), (1024, 128, 5)
 
 
+@pytest.mark.parametrize("epilogue", ["none", "residual"])
 @pytest.mark.parametrize(
     ("rows", "ar", "shape"),
-    [*((*both, shape) for both in BOTH for shape in (WHOLE, CUT)), (20, 0, CUT_PAIRS), (150, 70, CUT_PAIRS)],
+    [
+        *((*both, shape) for both in BOTH for shape in (WHOLE, CUT)),
+        *((*both, CUT_PAIRS) for both in [(20, 0), (150, 70), (200, 30), (200, 170)]),
+    ],
 )
-def test_both_views(rows, ar, shape):
+def test_both_views(rows, ar, shape, epilogue):
     k, n, sms = shape
     weight, diff, x = tensor(n, k, seed=1), tensor(n, k, seed=2), tensor(rows, k, seed=3)
-    got = run(x, weight, diff=diff, num_rows_ar=ar, sms=sms)
-    assert torch.equal(got[:ar], run(x[:ar], weight, sms=sms) if ar else got[:0])
-    assert torch.equal(got[ar:], run(x[ar:], diff, sms=sms) if rows - ar else got[:0])
+    residual = tensor(rows, n, seed=4) if epilogue == "residual" else None
+
+    def some(part, *args, **kwargs):
+        of = None if residual is None else residual[part]
+        return run(x[part], *args, epilogue, residual=of, sms=sms, **kwargs)
+
+    got = some(slice(None), weight, diff=diff, num_rows_ar=ar, descending=True)
+    assert torch.equal(got[:ar], some(slice(ar), weight) if ar else got[:0])
+    assert torch.equal(got[ar:], some(slice(ar, None), diff) if rows - ar else got[:0])
 
 
-@pytest.mark.parametrize("shape", [(64, 512, 3), (128, 37, 4), (64, 1001, 5), (64, 3136, 6), (64, 3180, 6)])
+# The last three have tiles of two blocks; of the last, the second block holds the lower one of the equal ids.
+ARGMAX = [(64, 512, 3), (128, 37, 4), (64, 1001, 5), (64, 3136, 6), (64, 3180, 6), (192, 3180, 6), (64, 3328, 1)]
+
+
+@pytest.mark.parametrize("shape", ARGMAX)
 @pytest.mark.parametrize("rows", [1, 33, 200])
 def test_argmax(shape, rows):
     k, n, sms = shape
     plain, x = tensor(n, k, seed=1), tensor(rows, k, seed=2)
     plain[n // 2 :: 7] = plain[n // 3]
     plain[n // 5] = torch.nan
+    x[1:][-1:] = torch.nan
     x[0] = plain[n // 3]
-    value, index = run(x, plain, "argmax", sms=sms)
+    value, index = run(x, plain, "argmax", sms=sms, descending=True)
     logits = run(x, plain, "logits", sms=sms)
     logits[logits.isnan()] = -torch.inf
     assert torch.equal(value, logits.gather(1, index.long()))
@@ -161,6 +185,8 @@ def test_argmax(shape, rows):
     assert torch.equal(top, logits.amax(1, keepdim=True))
     assert torch.equal(best.long(), (logits == top).int().argmax(1))
     assert best[0] == n // 3
+    if rows > 1:
+        assert bool((value[-1] == -torch.inf).all() and (index[-1].diff() > 0).all() and index[-1, 0] == 0)
 
 
 # Hidden, MLP and vocabulary sizes of real checkpoints among others; the SMs of real devices and a few.
@@ -185,8 +211,10 @@ def test_no_rows():
     assert run(tensor(0, 64), tensor(64, 64)).shape == (0, 64)
 
 
-@pytest.mark.parametrize(("rows", "shape"), [(1, (256, 3200, 7)), *((n, (1024, 192, 5)) for n in (1, 120, 200))])
-@pytest.mark.parametrize("next_shape", [(64, 64), (640, 320), (64, 3200)])
+@pytest.mark.parametrize(
+    ("rows", "shape"), [(1, (256, 3200, 7)), (1, (64, 64, 7)), *((n, (1024, 192, 5)) for n in (1, 120, 200))]
+)
+@pytest.mark.parametrize("next_shape", [(64, 64), (640, 320), (64, 3200), (256, 3200)])
 def test_the_next_weights_beginning_is_brought_to_l2(next_shape, shape, rows, isa):
     """A hint: no bit changes, and the rest is prefetched as ever."""
     (k, n, sms), (next_k, next_n) = shape, next_shape

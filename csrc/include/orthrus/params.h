@@ -33,7 +33,7 @@ struct Rows {
 constexpr int kPageSize = 64;
 
 // One layer's paged KV: page p, head h, slot t, lane d at ((p*num_heads_kv + h)*kPageSize + t)*head_dim + d.
-// Page 0 is the sink: nobody reads it, and invalid rows write there or, as in native code, nowhere.
+// Nobody reads page 0, the sink: the torch reference writes invalid rows there, native code nowhere.
 template <typename T>
 struct PagedKvOf {
   T* k_pages;                  // [num_pages, num_heads_kv, kPageSize, head_dim]

@@ -53,6 +53,8 @@ def build(interface: str, kernels: tuple[str, ...]) -> ctypes.CDLL:
     command = [compiler(), *FLAGS, *include, "-shared", "-x", "c++", *map(str, sources), "-o", str(path)]
     subprocess.run(command, check=True)
     LIBRARIES.append(ctypes.CDLL(str(path)))
+    if "-fsanitize=thread" in FLAGS:
+        let_kernels_follow()
     return LIBRARIES[-1]
 
 
@@ -66,20 +68,26 @@ def host_unseen():
         return
     process = ctypes.CDLL(None)
     process.__tsan_ignore_thread_begin()
-    for begin in _meetings()[:1]:
-        process.__tsan_release(begin)
+    if LIBRARIES:
+        let_kernels_follow()
     try:
         yield
     finally:
-        for end in _meetings()[1:]:
-            process.__tsan_acquire(end)
+        if LIBRARIES:
+            _, *ends = _meetings()
+            for end in ends:
+                process.__tsan_acquire(end)
         process.__tsan_ignore_thread_end()
 
 
+def let_kernels_follow() -> None:
+    """What the host has done until now comes before what kernels will do."""
+    begin, *_ = _meetings()
+    ctypes.CDLL(None).__tsan_release(begin)
+
+
 def _meetings() -> list[ctypes.c_void_p]:
-    """Of launch.cuh; none before the first of the libraries, which share them, is there."""
-    if not LIBRARIES:
-        return []
+    """Of launch.cuh; the libraries share them."""
     words = (ctypes.c_uint64 * 3).in_dll(LIBRARIES[0], "cuda_host_meetings")
     return [ctypes.c_void_p(ctypes.addressof(words) + 8 * i) for i in range(3)]
 

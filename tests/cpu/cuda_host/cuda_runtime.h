@@ -80,8 +80,8 @@ struct Fiber {
   races::Thread seen_as{};
 };
 
-// Where host and launches meet, see host_unseen() in __init__.py: what the host has done before kernels run at all; what
-// the threads of a launch have done, by turns with those of the next. Not zero, lest they lie in shared memory.
+// Where host and launches meet, see host_unseen() in __init__.py: what the host has done before kernels run at all;
+// what the threads of a launch have done, by turns with those of the next. Not zero, lest they lie in shared memory.
 extern "C" {
 inline uint64_t cuda_host_meetings[3] = {1, 1, 1};
 }
@@ -93,17 +93,17 @@ struct Meeting {
 
 class Block {
   static constexpr int kMaxWarps = 32, kValueBytes = 32;
-  // Blocks take turns with sets of fibers, lest one's threads seem to go on as another's.
-  static constexpr int kSets = races::kSought ? 3 : 1;
-
  public:
   static Block& current() {
     static Block* block = new Block;
     return *block;
   }
 
-  void run(int threads, const std::function<void()>& kernel) {
-    set_ = (set_ + 1) % kSets;
+  // Blocks take turns with sets of fibers, lest one's threads seem to go on as another's; so do launches.
+  static constexpr int kSets = races::kSought ? 3 : 1;
+
+  void run(int launch, int block, int threads, const std::function<void()>& kernel) {
+    set_ = launch % 2 * kSets + block % kSets;
     scheduler_seen_as_ = races::current();
     races::forget(meetings_, sizeof(meetings_));
     while (static_cast<int>(fibers().size()) < threads) make_fiber();
@@ -225,7 +225,7 @@ class Block {
     return waiting > 0;
   }
 
-  std::deque<Fiber> sets_[kSets];  // of fibers, which stay where they are
+  std::deque<Fiber> sets_[2 * kSets];  // of fibers, which stay where they are
   int set_ = 0;
   races::Thread scheduler_seen_as_{};
   Meeting meetings_[kMaxWarps + 1];  // of the warps, and of the block

@@ -1,6 +1,7 @@
 // What ThreadSanitizer is told of kernels on the host, so that it finds the races that a device could have: to it every
-// thread of a block is a thread, as is whoever copies in its stead, and nothing orders their accesses but what does on
-// a device. Without it, nothing happens here.
+// thread of a block is a thread, as are those that copy and multiply in its stead, and nothing orders their accesses
+// but what does on a device. Not modelled are fences between memory's proxies; blocks of a launch that are kSets apart
+// are one block to it; and of many accesses to a word it remembers a few. Without it, nothing happens here.
 #pragma once
 #include <cstddef>
 
@@ -12,6 +13,7 @@ void __tsan_ignore_thread_begin();
 void __tsan_ignore_thread_end();
 void __tsan_java_alloc(unsigned long begin, unsigned long bytes);
 void __tsan_java_free(unsigned long begin, unsigned long bytes);
+void __tsan_read_range(void* begin, unsigned long bytes);
 }
 
 namespace cuda_host::races {
@@ -30,6 +32,9 @@ inline void become(Thread thread) { __tsan_switch_to_fiber(thread, __tsan_switch
 // What a thread did before it releases `at` comes before what others do after they acquire it.
 inline void release(void* at) { __tsan_release(at); }
 inline void acquire(void* at) { __tsan_acquire(at); }
+
+// This thread reads here, now.
+inline void reads(const void* begin, size_t bytes) { __tsan_read_range(const_cast<void*>(begin), bytes); }
 
 // The accesses of this thread are the shim's own.
 struct Unseen {
@@ -60,6 +65,7 @@ inline Thread make_thread(const char*) { return 0; }
 inline void become(Thread) {}
 inline void release(void*) {}
 inline void acquire(void*) {}
+inline void reads(const void*, size_t) {}
 struct Unseen {
   Unseen() {}
   ~Unseen() {}  // not trivial: a name that is not used is none to warn of

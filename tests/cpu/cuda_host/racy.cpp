@@ -116,8 +116,47 @@ void waits_for_small_copies(Params p) {
   copy_wait<0>();
 }
 
+void copies_onto_what_was_read(Params p) {
+  int32_t* const mine = shared().of_thread + 4 * threadIdx.x;
+  pdl_wait();
+  copy16(shared_address(mine), p.memory, true);
+  copy_commit();
+  copy_wait<0>();
+  __syncthreads();
+  p.memory[1024 + threadIdx.x] = shared().of_thread[4 * (threadIdx.x ^ 32)];
+  if (p.ordered) __syncthreads();
+  copy16(shared_address(mine), p.memory, true);
+  copy_commit();
+  __syncthreads();
+  copy_wait<0>();
+}
+
+void multiplies_what_has_landed(Params p) {
+  struct alignas(1024) Operands {
+    uint8_t a[8192], b[2048];
+    uint64_t full;
+  };
+  Operands& operands = *reinterpret_cast<Operands*>(dynamic_shared());
+  if (threadIdx.x == 0) sm90::barrier_init(&operands.full, 1);
+  __syncthreads();
+  pdl_wait();
+  if (threadIdx.x == 128) {
+    sm90::barrier_arrive_expect(&operands.full, sizeof(operands.a) + sizeof(operands.b));
+    sm90::bulk_load(operands.a, p.memory, sizeof(operands.a), &operands.full);
+    sm90::bulk_load(operands.b, p.memory, sizeof(operands.b), &operands.full);
+  }
+  if (threadIdx.x >= 128) return;
+  float sums[8] = {};
+  if (p.ordered) sm90::barrier_wait(&operands.full, 0);
+  sm90::wgmma_fence();
+  sm90::wgmma<16>(sums, sm90::matrix_descriptor(operands.a), sm90::matrix_descriptor(operands.b), false);
+  sm90::wgmma_commit();
+  if (!p.ordered) sm90::barrier_wait(&operands.full, 0);
+  sm90::wgmma_wait<0>();
+}
+
 int run(Kernel kernel, int blocks, int threads, const Params& params) {
-  return launch(kernel, params, dim3(blocks), threads, sizeof(Shared), nullptr, device_info());
+  return launch(kernel, params, dim3(blocks), threads, 16384, nullptr, device_info());
 }
 
 }  // namespace
@@ -139,3 +178,5 @@ RACY(waits_for_a_copy, 1, 1, 64)
 RACY(releases_what_it_has_read, 1, 1, 64)
 RACY(barriers_are_there, 1, 1, 64)
 RACY(waits_for_small_copies, 1, 1, 64)
+RACY(copies_onto_what_was_read, 1, 1, 64)
+RACY(multiplies_what_has_landed, 1, 1, 160)

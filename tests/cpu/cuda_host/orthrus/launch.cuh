@@ -56,7 +56,7 @@ int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads,
     cuda_host::races::forget(shared, smem_bytes);
     cuda_host::races::forget(__bss_start, _end - __bss_start);
     ASAN_POISON_MEMORY_REGION(rest, rest_bytes);
-    cuda_host::Block::current().run(threads, [&] {
+    cuda_host::Block::current().run(cuda_host::num_launches, blockIdx.x, threads, [&] {
       kernel(params);
       cuda_host::races::release(cuda_host::end_of(cuda_host::num_launches));
     });

@@ -75,6 +75,7 @@ void run_groups(Groups<T>& groups, int most, const Run& run) {
   auto next = [&](std::vector<T>& group) {
     const races::Unseen unseen;
     auto& mine = groups[threadIdx.x];
+    group.clear();
     if (static_cast<int>(mine.size()) <= most + 1) return false;
     group = std::move(mine.front());
     mine.pop_front();
@@ -164,6 +165,7 @@ inline void copy16(SharedAddress dst, const void* src, bool valid) {
   if (dst % 16 || (valid && reinterpret_cast<uintptr_t>(src) % 16)) cuda_host::fail("a copy that is not aligned");
   uint8_t* to = reinterpret_cast<uint8_t*>(dst);
   std::memset(to, 0xff, 16);
+  if (valid) cuda_host::races::reads(src, 16);
   cuda_host::add_to_group(cuda_host::copy_groups, {to, valid ? src : nullptr});
 }
 inline void copy_commit() { cuda_host::close_group(cuda_host::copy_groups); }

@@ -38,6 +38,20 @@ inline std::map<std::pair<int, uint64_t*>, races::Thread> copiers;  // by the bl
 inline std::vector<std::pair<const uint8_t*, int>> prefetched;  // by the launch: where from, bytes
 inline Groups<std::function<void()>> wgmma_groups;
 
+// Whoever reads the operands of a warp's products in its stead.
+struct Multiplier {
+  races::Thread thread;
+  uint64_t asked = 0, read = 0;
+};
+inline std::map<std::pair<int, int>, Multiplier> multipliers;  // by the block's set of fibers and the warp
+
+inline Multiplier& multiplier() {
+  const races::Unseen unseen;
+  const auto [at, is_new] = multipliers.try_emplace({Block::current().set(), threadIdx.x / 32});
+  if (is_new) at->second.thread = races::make_thread("a product");
+  return at->second;
+}
+
 inline bool fenced[kMaxThreads];  // since the thread's accumulators were last its own
 
 // Addresses as the device counts them, where the driver keeps the first KiB.
@@ -53,6 +67,9 @@ inline uint8_t* pointer(uint32_t address) {
   return dynamic_shared + (address - kSharedBegin);
 }
 
+// Where those meet who complete the barrier's phase and those who wait for it.
+inline void* phase(uint64_t* barrier) { return reinterpret_cast<char*>(barrier) + transactions[barrier].parity; }
+
 inline void ask_for(BulkCopy copy) {
   const races::Unseen unseen;
   races::release(copy.dst);
@@ -62,11 +79,12 @@ inline void ask_for(BulkCopy copy) {
 inline void land(const BulkCopy& copy) {
   const auto [copier, is_new] = copiers.try_emplace({Block::current().set(), copy.barrier});
   if (is_new) copier->second = races::make_thread("a bulk copy");
+  void* const landed = phase(copy.barrier);
   const races::Thread self = races::current();
   races::become(copier->second);
   races::acquire(copy.dst);
   copy.run();
-  races::release(copy.barrier);
+  races::release(landed);
   races::become(self);
   transactions[copy.barrier].bytes -= copy.bytes;
   transactions[copy.barrier].settle();
@@ -100,7 +118,7 @@ inline void fence_barrier_init() {}
 inline void barrier_arrive_expect(uint64_t* barrier, int bytes) {
   __atomic_load_n(barrier, __ATOMIC_RELAXED);
   const cuda_host::races::Unseen unseen;
-  cuda_host::races::release(barrier);
+  cuda_host::races::release(cuda_host::phase(barrier));
   cuda_host::transactions[barrier].bytes += bytes;
   --cuda_host::transactions[barrier].pending;
   cuda_host::transactions[barrier].settle();
@@ -121,7 +139,7 @@ inline void barrier_wait(uint64_t* barrier, int parity) {
     }
     return false;
   });
-  cuda_host::races::acquire(barrier);
+  cuda_host::races::acquire(reinterpret_cast<char*>(barrier) + parity);
 }
 
 inline uint64_t evict_first_policy() { return 0; }
@@ -172,16 +190,37 @@ template <int kN>
 void wgmma(float* d, uint64_t a, uint64_t b, int accumulate) {
   if (!cuda_host::fenced[threadIdx.x]) cuda_host::fail("wgmma without a fence");
   if (!cuda_host::is_swizzled_128(a) || !cuda_host::is_swizzled_128(b)) cuda_host::fail("a bad matrix descriptor");
-  cuda_host::add_to_group<std::function<void()>>(cuda_host::wgmma_groups, [=, thread = threadIdx.x % 128] {
-    auto element = [](uint64_t matrix, int row, int k) {
-      return cuda_host::widen(cuda_host::pointer(cuda_host::operand_address(matrix, row, k)));
-    };
+  using namespace cuda_host;
+  // Rows of both operands, shared out among the warp's lanes: read at once, or at any time until they are waited for.
+  auto read = [=, thread = threadIdx.x % 128] {
+    for (int row = thread % 32; row < kN + 16; row += 32) {
+      for (int k = 0; k < 16; k += 8) {
+        const bool of_b = row < kN;
+        races::reads(pointer(operand_address(of_b ? b : a, of_b ? row : thread / 32 * 16 + row - kN, k)), 16);
+      }
+    }
+  };
+  auto multiply = [=, thread = threadIdx.x % 128] {
+    auto element = [](uint64_t matrix, int row, int k) { return widen(pointer(operand_address(matrix, row, k))); };
     for (int i = 0; i < kN / 2; ++i) {
-      const auto [row, column] = cuda_host::wgmma_accumulator(thread, i);
+      const auto [row, column] = wgmma_accumulator(thread, i);
       float sum = accumulate ? d[i] : 0.f;
       for (int k = 0; k < 16; ++k) sum += element(a, row, k) * element(b, column, k);
       d[i] = sum;
     }
+  };
+  read();
+  races::release(&multiplier().asked);
+  add_to_group<std::function<void()>>(wgmma_groups, [=] {
+    Multiplier& by = multiplier();
+    const races::Thread self = races::current();
+    races::become(by.thread);
+    races::acquire(&by.asked);
+    read();
+    races::release(&by.read);
+    races::become(self);
+    const races::Unseen unseen;
+    multiply();
   });
 }
 inline void wgmma_commit() { cuda_host::close_group(cuda_host::wgmma_groups); }
@@ -190,7 +229,8 @@ void wgmma_wait() {
   cuda_host::run_groups(cuda_host::wgmma_groups, kPending, [](const auto& run) { run(); });
   const cuda_host::races::Unseen unseen;
   cuda_host::fenced[threadIdx.x] = false;
-  __syncwarp();  // it is the warp that waits, for what it has read as a whole
+  cuda_host::Block::current().exchange(0);  // .sync.aligned: the warp's lanes pass together, all of it read
+  cuda_host::races::acquire(&cuda_host::multiplier().read);
 }
 template <int>
 void give_registers() {}
