@@ -93,7 +93,7 @@ class AsyncEngine:
         known_as, queue, finished = f"{request_id}#{next(self._numbers)}", asyncio.Queue(), False
         self._waiting[known_as] = request_id, queue
         try:
-            await self._call(self._submit, prompt_ids, params, known_as)
+            await self.call(Engine.submit, prompt_ids, params, known_as)
             while not finished:
                 output = await queue.get()
                 if isinstance(output, BaseException):
@@ -152,10 +152,6 @@ class AsyncEngine:
             return function(self.engine, *args)
         finally:
             self._go_on()
-
-    def _submit(self, prompt_ids, params, known_as: str) -> None:
-        self.engine.submit(prompt_ids, params, known_as)
-        self._go_on()
 
     def _abort(self, known_as: str) -> None:
         for _ in range(MOST_FAILURES):

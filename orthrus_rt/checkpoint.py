@@ -166,8 +166,7 @@ def _resolve(path_or_id: str, *, adapter: bool = False) -> Path:
     what, known = f"{path_or_id!r}:", f"a folder here, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
     if adapter:
         what, known = f"adapter: {path_or_id!r}", "a folder with a diffusion view, nor a hub id (owner/name)"
-    looks_like_id = re.fullmatch(r"[^./~@][^/@]*/[^/@]+(@.+)?", path_or_id)
-    if not looks_like_id:
+    if not re.fullmatch(r"[^./~@][^/@]*/[^/@]+(@.+)?", path_or_id):
         raise CheckpointError(f"{what} is neither {known}")
     import huggingface_hub
 

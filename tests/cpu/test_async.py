@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import logging
-import threading
 import time
 import weakref
 from functools import partial
@@ -319,110 +318,6 @@ def test_a_call_that_an_interrupt_has_ended_is_not_in_the_way(folder):
         interrupted()
     asyncio.run(AsyncEngine(engine).close())
     assert engine.closed
-
-
-def test_one_event_loop_at_a_time(folder, alone):
-    want, errors, shared = alone([1, 2], GREEDY), [], AsyncEngine(make(folder))
-    for _ in range(2):
-        assert asyncio.run(collect(shared, [1, 2], GREEDY))[0] == want
-
-    def elsewhere():
-        for use in (collect(shared, [3], GREEDY), shared.close()):
-            try:
-                asyncio.run(use)
-            except RuntimeError as error:
-                errors.append(str(error))
-
-    async def main():
-        stream = shared.stream([1, 2], GREEDY)
-        tokens = (await anext(stream)).new_token_ids
-        await asyncio.wait_for(asyncio.to_thread(elsewhere), 20)
-        assert tokens + [t async for out in stream for t in out.new_token_ids] == want
-        await shared.close()
-
-    asyncio.run(main())
-    assert errors == ["this AsyncEngine is in use by another event loop"] * 2
-
-
-def test_a_loop_that_is_left_without_being_closed(folder, alone):
-    """With a step under way, as run_until_complete leaves it."""
-    shared, loops = AsyncEngine(make(folder)), [asyncio.new_event_loop() for _ in range(2)]
-    for loop in (*loops, *loops):
-        got = loop.run_until_complete(asyncio.wait_for(collect(shared, [1, 2], GREEDY), 20))
-        assert got[0] == alone([1, 2], GREEDY)
-    loops[1].run_until_complete(shared.close())
-    for loop in loops:
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.close()
-
-
-def test_streams_of_a_loop_that_another_one_takes_over_from_end_with_an_error(folder, alone, monkeypatch):
-    """Not with tokens missing; and what was left waiting, or goes on later, in the first loop disturbs nobody."""
-    shared, (first, second, third) = AsyncEngine(make(folder)), [asyncio.new_event_loop() for _ in range(3)]
-    slowly(shared, monkeypatch)
-    long = SamplingParams(max_new_tokens=100, ignore_eos=True)
-    stream, left, want = shared.stream([1, 2], long), shared.stream([3], long), alone([1, 2], long)
-    got = first.run_until_complete(anext(stream)).new_token_ids
-    waits = first.create_task(anext(left))
-    first.run_until_complete(asyncio.sleep(0))
-    other = shared.stream([1, 2], long)
-    also = second.run_until_complete(anext(other)).new_token_ids
-    first.run_until_complete(asyncio.sleep(0.05))  # what was on its way there is for nobody
-    also += second.run_until_complete(collect_rest(other))
-    assert got == want[: len(got)] and also == want
-    for task in (anext(stream), waits):
-        with pytest.raises(RuntimeError, match="another event loop has taken this AsyncEngine over"):
-            first.run_until_complete(task)
-    assert not shared._waiting
-
-    waits = first.create_task(anext(shared.stream([3], long)))
-    first.run_until_complete(asyncio.sleep(0))
-    first.close()
-    assert third.run_until_complete(collect(shared, [1, 2], long))[0] == want
-    third.run_until_complete(shared.close())
-    assert shared.engine.metrics.requests["abort"] == 3
-    for loop in (second, third):
-        loop.close()
-
-
-def test_what_is_left_to_a_loop_that_is_closed_is_aborted(folder):
-    shared, loop = AsyncEngine(make(folder)), asyncio.new_event_loop()
-    stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
-    step, free = shared.engine.step, threading.Event()
-    shared.engine.step = lambda: (step(), free.wait(60))[0]
-    left = loop.create_task(anext(stream))
-    loop.run_until_complete(asyncio.sleep(0.01))
-    loop.close()
-    free.set()
-    end = time.monotonic() + 60
-    while shared.engine.has_unfinished() and time.monotonic() < end:
-        time.sleep(0.001)
-    assert shared.engine.metrics.requests == {"stop": 0, "length": 0, "abort": 1, "error": 0}
-    del left
-    asyncio.run(shared.close())
-
-
-def test_failures_that_a_loop_was_to_hear_of_reach_no_stream_of_the_next(folder, alone, monkeypatch):
-    shared, (first, second) = AsyncEngine(make(folder)), [asyncio.new_event_loop() for _ in range(2)]
-    left = first.create_task(anext(shared.stream([3], GREEDY)))
-    with monkeypatch.context() as patch:
-        failed = []
-        patch.setattr(shared.engine, "step", lambda: failed.append(1) or 1 / 0)
-        first.run_until_complete(asyncio.sleep(0))
-        while len(failed) < 3:
-            time.sleep(0.001)
-        shared._worker.submit(lambda: None).result(20)  # the third has been told of
-    stream = shared.stream([1, 2], GREEDY)
-    waits = second.create_task(anext(stream))
-    second.run_until_complete(asyncio.sleep(0))
-    first.run_until_complete(asyncio.sleep(0.01))
-    tokens = second.run_until_complete(asyncio.wait_for(waits, 20)).new_token_ids
-    assert tokens + second.run_until_complete(collect_rest(stream)) == alone([1, 2], GREEDY)
-    with pytest.raises((RuntimeError, ZeroDivisionError)):  # whichever came first
-        first.run_until_complete(left)
-    second.run_until_complete(shared.close())
-    for loop in (first, second):
-        loop.close()
 
 
 def test_outputs_that_cannot_be_handed_out_end_the_streams(folder, alone, monkeypatch):

@@ -1,5 +1,6 @@
 """The sanitizers see what native code and the CUDA kernels on the host do: or else they would be silent in vain."""
 
+import re
 import subprocess
 import sys
 
@@ -42,12 +43,8 @@ def test_a_write_behind_the_last_page_is_found(request, where, page):
         assert f"csrc/{'cpu' if where == 'cpu' else 'cuda'}/" in done.stderr  # the line that did it
 
 
-# Of racy.cpp: without what each is named after, a device would race.
-RACY = (
-    "block_barrier", "warp_barrier", "static_shared_memory", "named_barriers", "last_block_reads_all",
-    "reads_the_launch_before", "waits_for_a_copy", "releases_what_it_has_read", "barriers_are_there",
-    "waits_for_small_copies", "copies_onto_what_was_read", "multiplies_what_has_landed",
-)  # fmt: skip
+# Without what each is named after, a device would race.
+RACY = re.findall(r"^RACY\((\w+)", (cuda_host.HERE / "racy.cpp").read_text(), re.M)
 RUN = """
 import ctypes, sys
 from tests.cpu import cuda_host

@@ -67,8 +67,9 @@ inline uint8_t* pointer(uint32_t address) {
   return dynamic_shared + (address - kSharedBegin);
 }
 
-// Where those meet who complete the barrier's phase and those who wait for it.
-inline void* phase(uint64_t* barrier) { return reinterpret_cast<char*>(barrier) + transactions[barrier].parity; }
+// Where those meet who complete a barrier's phase and those who wait for it.
+inline void* phase(uint64_t* barrier, int parity) { return reinterpret_cast<char*>(barrier) + parity; }
+inline void* current_phase(uint64_t* barrier) { return phase(barrier, transactions[barrier].parity); }
 
 inline void ask_for(BulkCopy copy) {
   const races::Unseen unseen;
@@ -79,7 +80,7 @@ inline void ask_for(BulkCopy copy) {
 inline void land(const BulkCopy& copy) {
   const auto [copier, is_new] = copiers.try_emplace({Block::current().set(), copy.barrier});
   if (is_new) copier->second = races::make_thread("a bulk copy");
-  void* const landed = phase(copy.barrier);
+  void* const landed = current_phase(copy.barrier);
   const races::Thread self = races::current();
   races::become(copier->second);
   races::acquire(copy.dst);
@@ -118,7 +119,7 @@ inline void fence_barrier_init() {}
 inline void barrier_arrive_expect(uint64_t* barrier, int bytes) {
   __atomic_load_n(barrier, __ATOMIC_RELAXED);
   const cuda_host::races::Unseen unseen;
-  cuda_host::races::release(cuda_host::phase(barrier));
+  cuda_host::races::release(cuda_host::current_phase(barrier));
   cuda_host::transactions[barrier].bytes += bytes;
   --cuda_host::transactions[barrier].pending;
   cuda_host::transactions[barrier].settle();
@@ -139,7 +140,7 @@ inline void barrier_wait(uint64_t* barrier, int parity) {
     }
     return false;
   });
-  cuda_host::races::acquire(reinterpret_cast<char*>(barrier) + parity);
+  cuda_host::races::acquire(cuda_host::phase(barrier, parity));
 }
 
 inline uint64_t evict_first_policy() { return 0; }
