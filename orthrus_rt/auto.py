@@ -1,15 +1,14 @@
 """``mode="auto"`` in an engine: the policy, its candidates on this runner, and the cycles timed for it.
 
-Costs come from :meth:`Auto.warmup`, once per device, model and version (kept in the user's cache folder), or without it
-from the cycles that run: a fresh policy begins with a few of AR, to know what they cost, so the first request never
-waits for measurements.
+Costs come from :meth:`Auto.warmup`, which measures them once per device, model and version, keeps them in the user's
+cache folder, and looks every time whether they still hold. Without it they come from the cycles that run: a fresh
+policy begins with a few of AR, to know what they cost, so the first request never waits for measurements.
 """
 
 from __future__ import annotations
 
 import logging
 import statistics
-import time
 import warnings
 from functools import partial
 
@@ -22,6 +21,7 @@ from orthrus_rt.embedded import cache_root
 from orthrus_rt.pass_costs import PassCosts, cache_file
 from orthrus_rt.policy import Policy, candidate_plans
 from orthrus_rt.staging import most_context, staged
+from orthrus_rt.stopwatch import Stopwatch
 
 MAX_ROWS = 512  # of a one_pass candidate: more are bound by arithmetic, where one read of the weights saves little
 RIDGE_ROWS = {"cpu": 32, "cuda": 256}  # where a pass begins to cost more, until it is measured
@@ -72,21 +72,21 @@ class Auto:
         """Record and time the greedy cycles of every bucket; those that could not pay at any acceptance stay out.
 
         They are timed with all slots running and CONTEXT committed tokens each, or as many as the engine has room for.
-        Known costs are not measured again. Buckets with fewer pages than slots never run full: they are not timed.
+        Kept costs are corrected by one more time each. Buckets with fewer pages than slots never run full: they are not
+        timed.
         """
         from tqdm import tqdm
 
         with tqdm(total=len(self.shapes()), desc="warm-up", unit="cycle", disable=not progress) as bar:
             for slots in self._buckets:
                 self._warm(engine, slots, bar)
-        if not self.measured:
-            self.measured = True
-            if self._file is None:
-                return
-            try:
-                self.policy.costs.save(self._file, self._key)
-            except OSError as error:
-                warnings.warn(f"the times of this warm-up cannot be kept for the next one: {error}", stacklevel=2)
+        self.measured = True
+        if self._file is None:
+            return
+        try:
+            self.policy.costs.save(self._file, self._key)
+        except OSError as error:
+            warnings.warn(f"the times of this warm-up cannot be kept for the next one: {error}", stacklevel=2)
 
     def _warm(self, engine, slots: int, bar) -> None:
         costs, plans = self.policy.costs, self.policy.plans_of(slots)
@@ -105,19 +105,18 @@ class Auto:
                     if not self.measured:
                         costs.set(slots, plan, self._seconds(partial(start, plan)))
                 bar.update()
-            if not self.measured:  # in turns, so that a burst of other work on the machine meets all alike, or few
-                rounds = [[self._seconds(partial(start, plan)) for plan in worth] for _ in range(REPEATS)]
-                for plan, seconds in zip(worth, zip(*rounds, strict=True), strict=True):
-                    costs.set(slots, plan, statistics.median(seconds))
+            # In turns, so that a burst of other work on the machine meets all alike, or few.
+            repeats = 1 if self.measured else REPEATS
+            rounds = [[self._seconds(partial(start, plan)) for plan in worth] for _ in range(repeats)]
+            for plan, seconds in zip(worth, zip(*rounds, strict=True), strict=True):
+                (costs.observe if self.measured else costs.set)(slots, plan, statistics.median(seconds))
 
     def _seconds(self, start) -> float:
-        cycle = start()
-        self._settle()
-        begin = time.perf_counter()
-        cycle.run()
-        self._settle()
-        return time.perf_counter() - begin
-
-    def _settle(self) -> None:
+        """Of a cycle, by the clock that those that decode are timed by."""
+        cycle, stopwatch = start(), Stopwatch(self._device)
+        with stopwatch.time("cycle") as stretch:
+            cycle.run()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        stopwatch.settle()
+        return stretch.seconds

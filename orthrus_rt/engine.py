@@ -16,6 +16,7 @@ import torch
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import dispatch
 from orthrus_rt.auto import CONTEXT, Auto
+from orthrus_rt.checks import PAGE_SIZE
 from orthrus_rt.cycle_plan import CyclePlan, batch_buckets, cycle_plan
 from orthrus_rt.device import (
     DTYPES,
@@ -72,6 +73,7 @@ class Engine(Generation):
         sizes = engine_sizes(config, max_seq_len, max_batch_size, num_pages)
         self.turn, self.closed, self.torn, self.dropped = Turn(), False, False, deque()
         self.config, self.max_seq_len = config, sizes.max_seq_len
+        self._pages_per_slot = sizes.num_pages // sizes.max_batch_size
         self.checkpoint, self._tokenizer = checkpoint, None
         self.device = with_index(device)
         self.cuda_stream = stream_of(self.device)
@@ -190,16 +192,16 @@ class Engine(Generation):
         c, dtype = self.config, self.model.dtype
         sizes = (c.name, c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size, dtype)
         ops = (f"{op} {dispatch.select(op, self.device, dtype)}" for op in dispatch.OPS)
-        timed_at = f"{min(CONTEXT, self.max_seq_len)} tokens"
+        timed_at = f"{min(CONTEXT, self.max_seq_len, self._pages_per_slot * PAGE_SIZE)} tokens"  # of a full batch
         facts = (version("orthrus-rt"), *sizes, *device_facts(self.device).values(), *ops, timed_at)
         return " | ".join(map(str, facts))
 
-    def explain(self, batch_size: int = 1) -> dict | None:
-        """What ``mode="auto"`` goes by, for a batch of this size: :meth:`Policy.explain`; None while it is not on. For
-        the thread that uses the engine.
+    def explain(self, batch_size: int = 1, greedy: bool = True) -> dict | None:
+        """What ``mode="auto"`` goes by, for a batch of this size, of which none or some sample:
+        :meth:`Policy.explain`; None while it is not on. For the thread that uses the engine.
         """
         auto = self._autos.get(self._plan)
-        return auto.policy.explain(batch_size) if auto else None
+        return auto.policy.explain(batch_size, greedy) if auto else None
 
     def _plan_to_join(self) -> CyclePlan:
         """That of what runs, or the engine's own if nothing does."""

@@ -10,36 +10,52 @@ import tempfile
 from bisect import bisect_left
 from pathlib import Path
 
-from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.cycle_plan import AR, CyclePlan
 
-CLIP = math.log(1.3)  # one measurement moves an estimate no further: a stalled cycle is not a slow plan
-SETTLED = 10.0  # measurements that an estimate averages over
-DOUBT = 0.1  # relative standard error of one measurement
-WARMED = 3.0  # cycles that a warm-up's time is worth: the machine may have been busy then
-FORGET = 1 / 128  # per cycle: how fast measurements of an entry that does not run lose their weight
-FORGET_DRIFT = 10  # the same per e-fold by which the machine's speed changed meanwhile
-COMMON = 0.05  # share of a surprise that is taken to be the machine's (its clock, its load, the context's length)
+STALLED = math.log(1.3)  # a first measurement so much above the next one was a stalled cycle's
+CLIP = 2.0  # standard errors by which one measurement surprises, at most: a stalled cycle is not a slow plan
+HOPE = 0.3  # standard errors by which a cycle may be cheaper than it looks
+# Variances of logarithms, that is of relative errors.
+NOISE = 0.01  # of one measurement
+WARMED = 0.0015  # of a warm-up's time: the machine may have been busy then
+FEW = 0.005  # more is left of a time measured once or twice
+KNOWN = 0.0002  # the least of an entry
+WANDER = 2e-6  # what an entry that does not run gains per cycle
+OTHER_DAY = 0.02  # of the machine's slowness since the entries were measured
+SWING = 1e-4  # what that gains per cycle
+UNREST = 0.1  # what either gains per square of its share of a surprise, and the rest of it
+COUPLED, UNCOUPLED = 0.98, 1e-6  # the most that may be left of a correlation, and the least of a covariance
 
 
 class PassCosts:
     """Estimates that follow drift and shrug outliers off.
 
+    A cycle's time is its entry's times the machine's slowness (its clock, its load, the length of contexts), which all
+    entries share. A Kalman filter follows the logarithms of both. The time of a plan that is well known tells of the
+    machine, and so of the plans that do not run; that of another one tells of itself. If the filter takes the one for
+    the other, it keeps in mind that it may have (their covariance), so that the next times of a well known plan settle
+    it. Covariances of entries with each other are left out.
+
     An unmeasured entry is guessed from the number of rows of its passes, between those that were measured; beyond them,
     a pass is supposed to cost ``1 + rows / ridge_rows``.
+
+    Args:
+        basis: costs of like cycles, which these are in proportion to where they are unmeasured.
     """
 
-    def __init__(self, ridge_rows: int = 32):
-        self._ridge_rows = ridge_rows
+    def __init__(self, ridge_rows: int = 32, basis: PassCosts | None = None):
+        self._ridge_rows, self._basis = ridge_rows, basis
         self._log: dict[tuple[int, CyclePlan], float] = {}
-        self._weight: dict[tuple[int, CyclePlan], float] = {}
-        self._seen: dict[tuple[int, CyclePlan], tuple[int, float]] = {}  # clock and scale when last measured
-        self._scale = 0.0  # log of the machine's slowness since the entries were measured
+        self._variance: dict[tuple[int, CyclePlan], float] = {}  # when it was last measured
+        self._covariance: dict[tuple[int, CyclePlan], float] = {}  # with the machine's slowness, where not negligible
+        self._seen: dict[tuple[int, CyclePlan], tuple[int, float]] = {}  # clock and slowness then
+        self._slowness, self._slowness_variance = 0.0, OTHER_DAY
         self._clock = 0
         self._curve: list[tuple[int, float]] | None = None  # see _passes(); None since the entries changed
 
-    def blank(self) -> PassCosts:
-        """The same kind of estimates, nothing measured."""
-        return PassCosts(self._ridge_rows)
+    def of_like_cycles(self) -> PassCosts:
+        """Costs of cycles in proportion to these, of which nothing is measured yet."""
+        return PassCosts(self._ridge_rows, self)
 
     def __len__(self) -> int:
         return len(self._log)
@@ -50,52 +66,71 @@ class PassCosts:
     def seconds(self, bucket: int, plan: CyclePlan, hopeful: bool = False) -> float:
         """Expected seconds of one cycle of ``bucket`` slots under ``plan``.
 
-        ``hopeful``: where nothing like it was measured, suppose that more rows cost nothing; where little was, that it
-        may have been a stalled cycle, or measured too high.
+        ``hopeful``: where nothing like it was measured, suppose that more rows cost nothing; where it was measured once
+        or long ago, that it may have been a stalled cycle, or measured too high.
         """
         key = bucket, plan
         if key not in self._log:
             return self._guess(bucket, plan, hopeful)
-        seconds, weight = math.exp(self._scale + self._log[key]), self._weight[key]
+        seconds = math.exp(self._slowness + self._log[key])
         if not hopeful:
             return seconds
-        hoped = seconds * (1 - DOUBT * math.sqrt(1 / weight - 1 / SETTLED))
-        return min(hoped, self._guess(bucket, plan, True)) if weight < WARMED else hoped
+        hoped = seconds * (1 - HOPE * math.sqrt(min(WARMED, self._doubt(key)) - KNOWN))
+        return min(hoped, self._guess(bucket, plan, True)) if self._variance[key] > FEW else hoped
 
     def set(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
         """A warm-up's measurement, or a kept one, replacing what was known."""
+        self._set((bucket, plan), seconds, WARMED)
+
+    def _set(self, key: tuple[int, CyclePlan], seconds: float, variance: float) -> None:
         self._curve = None
-        self._log[bucket, plan] = math.log(seconds) - self._scale
-        self._weight[bucket, plan], self._seen[bucket, plan] = WARMED, (self._clock, self._scale)
+        self._log[key], self._variance[key] = math.log(seconds) - self._slowness, variance
+        self._seen[key] = self._clock, self._slowness
+        self._covariance.pop(key, None)
 
     def observe(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
         """The seconds that one real cycle took."""
         key = bucket, plan
         self._clock += 1
-        stalled = key in self._log and self._weight[key] < WARMED and seconds < math.exp(-CLIP) * self.seconds(*key)
-        if key not in self._log or stalled:  # stalled when it was measured the first time
-            self.set(bucket, plan, seconds)
-            self._weight[key] = 1.0
-            return
-        forgotten = FORGET * (self._clock - self._seen[key][0]) + FORGET_DRIFT * self.drift(bucket, plan)
-        weight = min(self._weight[key] * math.exp(-forgotten), SETTLED - 1) + 1
+        if key not in self._log or (self._variance[key] > FEW and seconds < math.exp(-STALLED) * self.seconds(*key)):
+            return self._set(key, seconds, NOISE)  # the first time, or it stalled when it was measured the first time
         self._curve = None
-        surprise = max(-CLIP, min(CLIP, math.log(seconds) - self._scale - self._log[key]))
-        self._log[key] += (1 / weight - COMMON) * surprise
-        self._scale += COMMON * surprise
-        self._weight[key], self._seen[key] = weight, (self._clock, self._scale)
+        own, machine, shared = self._doubt(key), self._slowness_variance + SWING, self._covariance.setdefault(key, 0.0)
+        variance = own + machine + 2 * shared + NOISE
+        most = CLIP * math.sqrt(variance)
+        surprise = max(-most, min(most, math.log(seconds) - self._slowness - self._log[key]))
+        share = (machine + shared) / variance
+        self._slowness += share * surprise
+        self._slowness_variance = max(SWING, machine - share**2 * variance + UNREST * share * surprise**2)
+        self._variance[key], self._seen[key] = own, (self._clock, self._slowness)
+        for entry, covariance in tuple(self._covariance.items()):
+            its = (covariance + (own if entry == key else 0.0)) / variance
+            self._log[entry] += its * surprise
+            unrest = UNREST * its * surprise**2 if entry == key else 0.0
+            self._variance[entry] = max(KNOWN, self._variance[entry] - its**2 * variance + unrest)
+            most = COUPLED * math.sqrt(self._variance[entry] * self._slowness_variance)
+            self._covariance[entry] = max(-most, min(most, covariance - share * its * variance))
+            if abs(self._covariance[entry]) < UNCOUPLED:
+                del self._covariance[entry]
 
     def drift(self, bucket: int, plan: CyclePlan) -> float:
-        """Logarithm by which the machine's speed changed, up or down, since the entry was last measured."""
+        """Logarithm by which the machine seems to have changed its speed since the entry was last measured."""
         seen = self._seen.get((bucket, plan))
-        return 0.0 if seen is None else abs(self._scale - seen[1])
+        return 0.0 if seen is None else abs(self._slowness - seen[1])
+
+    def _doubt(self, key: tuple[int, CyclePlan]) -> float:
+        """Its variance by now."""
+        return min(4 * NOISE, self._variance[key] + WANDER * (self._clock - self._seen[key][0]))
 
     def _guess(self, bucket: int, plan: CyclePlan, hopeful: bool) -> float:
+        if self._basis and (bucket, AR) in self._log and (bucket, AR) in self._basis:
+            dearer = self.seconds(bucket, AR) / self._basis.seconds(bucket, AR)
+            return dearer * self._basis.seconds(bucket, plan, hopeful)
         if (bucket, plan) in self._log:
             known = self._passes(but=(bucket, plan))
         else:
             known = self._curve = self._curve or self._passes()
-        return math.exp(self._scale) * plan.num_passes * self._guess_pass(known, bucket * plan.max_rows, hopeful)
+        return math.exp(self._slowness) * plan.num_passes * self._guess_pass(known, bucket * plan.max_rows, hopeful)
 
     def _passes(self, but: tuple[int, CyclePlan] | None = None) -> list[tuple[int, float]]:
         """``(rows, seconds)`` of the passes measured, by rows; seconds before the machine's slowness."""

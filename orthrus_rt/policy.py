@@ -55,7 +55,7 @@ REST = 64  # cycles between trials, and the most that one lasts
 COURSE, AR_COURSE, COURSE_SHARE = 8, 32, 8  # cycles of a course: at most so many, and this fraction of all before
 PIPELINE_FILL = 1  # passes of one_pass before its drafts are there
 REFRESH = 512  # cycles without AR after which AR is timed anew
-REFRESH_DRIFT, REFRESH_REST = 0.1, 64  # drift (see PassCosts) that calls for it sooner, but not before so many cycles
+REFRESH_DRIFT, REFRESH_REST = 0.25, 64  # drift (see PassCosts) that calls for it sooner, but not before so many cycles
 REFRESH_CYCLES = 3
 REFRESH_PRICE = 0.0025  # of all time that may be lost on it sooner: where AR is close it is cheap, and may win
 
@@ -80,10 +80,10 @@ class Account:
 
 
 class Lane:
-    """Cycles of one batch bucket, greedy or sampling: the candidates, their costs and the plan in use."""
+    """Cycles of one batch bucket, greedy or sampling: the candidates, what they cost and yield, and the one in use."""
 
-    def __init__(self, bucket: int, plans: list[CyclePlan], costs: PassCosts):
-        self.bucket, self.plans, self.costs = bucket, plans, costs
+    def __init__(self, bucket: int, plans: list[CyclePlan], costs: PassCosts, acceptance: Acceptance):
+        self.bucket, self.plans, self.costs, self.acceptance = bucket, plans, costs, acceptance
         self.in_use: CyclePlan | None = None
         self.since_ar = REFRESH  # cycles; its true cost here is not known
         self._savings = self._saving = 0.0  # cycles, and per cycle by the last look
@@ -141,7 +141,8 @@ class Policy:
     Args:
         plans: the candidates, AR among them.
         max_batch_size: the largest bucket; smaller ones are powers of two.
-        costs: of greedy cycles; shared with whoever measures them. Cycles that sample have their own.
+        costs: of greedy cycles; shared with whoever measures them. Cycles that sample have their own, and an acceptance
+            of their own.
         max_rows: one_pass plans with more rows in a pass are no candidates of that bucket.
     """
 
@@ -152,8 +153,9 @@ class Policy:
             raise ValueError(f"Policy: plans must hold {AR}, got {plans}")
         self.max_batch_size, self._plans, self._max_rows = max_batch_size, list(plans), max_rows
         self.costs = PassCosts() if costs is None else costs
-        self._sampling_costs = self.costs.blank()
-        self.acceptance = Acceptance(max(1, max(p.block_len for p in plans) - 1), (p.fan_out for p in plans))
+        most_drafts, fan_outs = max(1, max(p.block_len for p in plans) - 1), {p.fan_out for p in plans}
+        self.acceptance, sampled = (Acceptance(most_drafts, fan_outs) for _ in range(2))
+        self._kinds = {True: (self.costs, self.acceptance), False: (self.costs.of_like_cycles(), sampled)}  # by greedy
         self.safety, self.exploration = Account(), Account()
         self.spent = self.ar_equivalent = 0.0
         self._granted = False
@@ -176,15 +178,14 @@ class Policy:
     def _lane(self, batch_size: int, greedy: bool) -> Lane:
         bucket = batch_bucket(batch_size, self.max_batch_size)
         if (bucket, greedy) not in self._lanes:
-            costs = self.costs if greedy else self._sampling_costs
-            self._lanes[bucket, greedy] = Lane(bucket, self.plans_of(bucket), costs)
+            self._lanes[bucket, greedy] = Lane(bucket, self.plans_of(bucket), *self._kinds[greedy])
         return self._lanes[bucket, greedy]
 
     def choose(self, batch_size: int, greedy: bool = True) -> CyclePlan:
         """The plan of the next cycle of ``batch_size`` (>= 1) sequences; ``greedy`` if none of them samples."""
         lane, course = self._lane(batch_size, greedy), self._course
         keeps = self._course_left and course.lane is lane and course.plan == self.current
-        if not (keeps and self._covers(course.reserved)):
+        if not (keeps and (course.plan == AR or self._covers(course.reserved))):
             self._course = course = self._think(lane, batch_size)
         elif course.fills:
             self._course = course = course._replace(fills=False)
@@ -205,7 +206,7 @@ class Policy:
     def _think(self, lane: Lane, batch_size: int) -> Launched:
         """The course to take now."""
         self.settle()
-        tokens = self.acceptance.tokens(lane.plans)
+        tokens = lane.acceptance.tokens(lane.plans)
         rates = {p: lane.seconds(p) / tokens[p] for p in lane.plans}
         in_use = lane.hold(rates)
         trial = self._trial(lane, batch_size, tokens, rates[in_use])
@@ -243,7 +244,7 @@ class Policy:
             return None, 0
         idle = self.exploration.balance / (EXPLORATION_CAP * lane.seconds(AR))  # credit left lying: too sure of itself?
         optimism = OPTIMISM * max(1.0, 2 * idle)
-        hopeful = self.acceptance.tokens(lane.plans, optimism, lane.in_use)
+        hopeful = lane.acceptance.tokens(lane.plans, optimism, lane.in_use)
         hopes = {p: lane.seconds(p, hopeful=True) / hopeful[p] for p in lane.plans if p != AR}
         least = -(-BURST // batch_size)
         for plan in sorted(hopes, key=hopes.get):
@@ -282,10 +283,11 @@ class Policy:
 
     def settle(self) -> None:
         """Weigh what cycles have brought so far: at the costs that they were launched at, which they correct then."""
-        for plan, cycles in itertools.groupby(self._unread, key=lambda cycle: cycle[0].plan):
+        of_a_kind = itertools.groupby(self._unread, key=lambda cycle: (cycle[0].plan, cycle[0].lane.acceptance))
+        for (plan, acceptance), cycles in of_a_kind:
             observed = [outcomes for cycle, outcomes, _ in cycles if outcomes and not cycle.fills]
             if observed:
-                self.acceptance.observe(plan, observed)
+                acceptance.observe(plan, observed)
         timed = []
         while self._unread:
             cycle, outcomes, seconds = self._unread.popleft()
@@ -331,13 +333,14 @@ class Policy:
         """Why cycles of ``batch_size`` sequences run what they run: a plain dict, seconds and ratios. The last few
         cycles, not weighed yet, are not in it.
 
-        ``accepted``: expected drafts accepted of 0, 1, ... that are offered. ``in_use`` is the plan wanted, ``current``
-        the one that ran last: another while the safety account does not cover ``in_use``, or in a trial.
+        ``accepted``: expected drafts accepted of 0, 1, ... that are offered. ``cycles`` counts those of all batches.
+        ``in_use`` is the plan wanted, ``current`` the one that ran last: another while the safety account does not
+        cover ``in_use``, or in a trial.
         """
         if not 1 <= batch_size <= self.max_batch_size:
             raise ValueError(f"batch_size must be within [1, {self.max_batch_size}], got {batch_size}")
         lane = self._lane(batch_size, greedy)
-        tokens = self.acceptance.tokens(lane.plans)
+        tokens = lane.acceptance.tokens(lane.plans)
         rows = {
             p.label: {
                 "seconds_per_cycle": lane.seconds(p),
@@ -353,7 +356,7 @@ class Policy:
             "current": self.current and self.current.label,
             "in_use": lane.in_use and lane.in_use.label,
             "candidates": rows,
-            "accepted": {f"one_pass x{f}" if f else "two_pass": x for f, x in self.acceptance.accepted().items()},
+            "accepted": {f"one_pass x{f}" if f else "two_pass": x for f, x in lane.acceptance.accepted().items()},
             "safety_balance_seconds": self.safety.balance,
             "exploration_balance_seconds": self.exploration.balance,
             "spent_seconds": self.spent,

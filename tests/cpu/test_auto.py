@@ -147,24 +147,41 @@ def test_a_fault_leaves_no_cycle_pending(folder, monkeypatch):
     assert all(not a.policy._pending for a in auto._autos.values())
 
 
-def test_warmup_measures_once_per_device_and_model(folder, cache, monkeypatch):
-    first = engine(folder)
-    first.warmup()
+def test_warmup_measures_once_per_device_and_model_and_looks_again(folder, cache, monkeypatch):
+    def warmup(engine, slowness):
+        def seconds(self, start):
+            cycle = start()
+            timed.append((cycle.state.num_slots, cycle.plan))
+            return slowness * cycle.plan.num_passes * (1e-3 + 2e-5 * cycle.plan.max_rows)
+
+        timed = []
+        monkeypatch.setattr(Auto, "_seconds", seconds)
+        engine.warmup()
+        return engine._autos[engine._plan].policy.costs.table(), timed
+
+    table, timed = warmup(engine(folder), 1.0)
     (file,) = cache.glob("pass-costs-*.json")
-    table = first._autos[first._plan].policy.costs.table()
     assert {(1, "ar"), (4, "ar"), (1, "two_pass")} <= {(row[0], row[1]) for row in table}
+    assert len(table) == len(set(timed)) < len(timed) / 5
     written = file.read_text()
-    second = engine(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(Auto, "_seconds", lambda *_: pytest.fail("measured again"))
-        second.warmup()
-    assert second._autos[second._plan].policy.costs.table() == [[*r[:-1], pytest.approx(r[-1])] for r in table]
-    assert file.read_text() == written
+    now, timed = warmup(engine(folder), 2.0)  # the machine is slower today
+    assert len(timed) == len(set(timed)) == len(table)
+    assert [row[:-1] for row in now] == [row[:-1] for row in table]
+    assert [row[-1] for row in now] == pytest.approx([2 * row[-1] for row in table], rel=0.2)
+    assert json.loads(file.read_text())["seconds"] == now
     file.write_text(written[:50])
     third = engine(folder)
     assert not third._autos[third._plan].measured
-    third.warmup()
-    assert json.loads(file.read_text())["seconds"]
+    assert warmup(third, 1.0)[0] == table == json.loads(file.read_text())["seconds"]
+
+
+def test_few_pages_have_costs_of_their_own(folder):
+    """They leave the largest batches less context to be timed at."""
+    assert (
+        engine(folder)._identity()
+        == engine(folder, num_pages=64)._identity()
+        != engine(folder, num_pages=7)._identity()
+    )
 
 
 def snapshot(engine):

@@ -205,4 +205,4 @@ def test_cycles_dearer_than_they_were_thought_are_paid_at_the_price_they_began_a
         if len(late) > lag:
             chooser.record(*late.pop(0))
         assert chooser.safety.balance >= -1e-9 - 2.0 * lag  # a cycle under way is paid at what is known by then
-    assert chooser.plan_counts[plan] > 100 and chooser.current == AR
+    assert 150 < chooser.plan_counts[plan] + lag < 200

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 
+from orthrus_rt.auto import Auto
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
@@ -48,19 +49,22 @@ def test_tokens_costs_and_acceptance(auto, warm):
 
 
 def test_costs_are_kept(auto, monkeypatch):
-    """A second engine of this model and device reads what the first one measured."""
+    """A second engine of this model and device reads what the first one measured, and looks once whether it holds."""
     auto.warmup()
     table = auto._autos[auto._plan].policy.costs.table()
     assert {(1, "ar"), (4, "ar"), (1, "two_pass")} <= {(row[0], row[1]) for row in table}
     auto.close()
-    monkeypatch.setattr("orthrus_rt.auto.Auto._seconds", lambda *_: pytest.fail("measured again"))
+    looks, seconds = [], Auto._seconds
+    monkeypatch.setattr(Auto, "_seconds", lambda self, start: looks.append(seconds(self, start)) or looks[-1])
     again = Engine(
         auto.checkpoint, device=auto.device, dtype=torch.bfloat16, mode="auto", max_seq_len=256, draft_len=None,
         fan_out=None, max_batch_size=4, num_pages=None, prefix_caching=True,
     )  # fmt: skip
     with contextlib.closing(again):
         again.warmup()
-        assert again._autos[again._plan].policy.costs.table() == [[*r[:-1], pytest.approx(r[-1])] for r in table]
+        now = again._autos[again._plan].policy.costs.table()
+        assert 0 < len(looks) <= len(table) and [row[:-1] for row in now] == [row[:-1] for row in table]
+        assert all(0.1 < a[-1] / b[-1] < 10 for a, b in zip(now, table, strict=True))
         again.generate(PROMPTS, GREEDY)
 
 
