@@ -9,6 +9,7 @@
 
 #include "consensus.h"
 #include "count_tokens.h"
+#include "float_mode.h"
 #include "orthrus/ops.h"
 #include "tape.h"
 #include "variant.h"
@@ -103,6 +104,7 @@ void record_or(const Params& p, Run run) {
   if (Tape* tape = Tape::recording()) {
     tape->append(p);
   } else {
+    const FloatMode mode;
     run(p);
   }
 }

@@ -5,13 +5,18 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <deque>
 #include <exception>
 #include <mutex>
 #include <new>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "float_mode.h"
 #include "orthrus/ops.h"
 
 #if defined(__x86_64__)
@@ -33,37 +38,51 @@ inline void pause_cpu() {
 #endif
 }
 
+// A thread of the pool. Regions for fewer threads than `place` are not for it.
+struct Worker {
+  const int place;  // 1 ...; the caller is 0
+  std::atomic<bool> asleep{false};
+  std::condition_variable wake;
+
+  explicit Worker(int at) : place(at) {}
+};
+
+// It lasts as long as the process, and only grows: programs and threads that ask for different numbers by turns find
+// theirs ready.
 class Pool {
  public:
-  explicit Pool(int num_threads) {
-    for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this] { work(); });
-  }
-
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
+  // Throws where the system does not start as many; those that it did start stay, and the next call tries again.
+  void grow(int num_threads) {
+    while (this->num_threads() < num_threads) {
+      Worker& worker = workers_.emplace_back(this->num_threads());
+      try {
+        std::thread([this, &worker] { work(worker); }).detach();
+      } catch (const std::system_error& error) {
+        workers_.pop_back();
+        throw std::runtime_error("the CPU ops cannot have " + std::to_string(num_threads) +
+                                 " threads (torch.set_num_threads): the system started " +
+                                 std::to_string(this->num_threads() - 1) + " beside the caller's, then " +
+                                 error.code().message());
+      } catch (...) {
+        workers_.pop_back();
+        throw;
+      }
     }
-    wake_.notify_all();
-    for (auto& worker : workers_) worker.join();
   }
-
-  int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
   // Returns when every chunk is done; throws what the first that failed has thrown. A worker that the system has not
   // woken yet, or has put aside for another process, holds up no more than the chunk that it is in: the others take the
   // rest.
-  void run(int64_t num_items, int64_t num_chunks, void (*body)(void*, int64_t, int64_t), void* context) {
+  void run(int num_threads, int64_t num_items, int64_t num_chunks, void (*body)(void*, int64_t, int64_t),
+           void* context) {
     num_items_ = num_items;
     num_chunks_ = num_chunks;
     body_ = body;
     context_ = context;
+    wanted_.store(num_threads, std::memory_order_relaxed);
     unfinished_.store(num_chunks, std::memory_order_relaxed);
     unclaimed_.store(num_chunks);
-    if (num_sleeping_.load() > 0) {
-      { std::lock_guard<std::mutex> lock(mutex_); }  // a worker that is falling asleep must not miss the news
-      wake_.notify_all();
-    }
+    wake(num_threads);
     while (run_chunk()) {
     }
     for (int spins = 0; unfinished_.load(std::memory_order_acquire) > 0; ++spins) {
@@ -73,6 +92,17 @@ class Pool {
   }
 
  private:
+  int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  void wake(int num_threads) {
+    for (Worker& worker : workers_) {
+      if (worker.place >= num_threads) return;
+      if (!worker.asleep.load()) continue;
+      { std::lock_guard<std::mutex> lock(mutex_); }  // a worker that is falling asleep must not miss the news
+      worker.wake.notify_one();
+    }
+  }
+
   // Claims the next chunk and runs it; false if none is left. The region's fields hold still from
   // a successful claim until that chunk is counted as finished.
   bool run_chunk() {
@@ -91,26 +121,26 @@ class Pool {
     return true;
   }
 
-  void work() {
+  void work(Worker& worker) {
+    FloatMode::set_default();  // or it would have that of the thread which started it
+    // Of a region that has just ended, the number may be an older one: it is then a thread more that takes a chunk.
+    const auto takes_part = [&] { return worker.place < wanted_.load(std::memory_order_relaxed); };
     while (true) {
       for (int spins = 0; spins < kSpins; ++spins) {
-        if (run_chunk()) spins = 0;
+        if (takes_part() && run_chunk()) spins = 0;
         pause_cpu();
       }
       std::unique_lock<std::mutex> lock(mutex_);
-      num_sleeping_.fetch_add(1);
-      wake_.wait(lock, [&] { return stop_ || unclaimed_.load() > 0; });
-      num_sleeping_.fetch_sub(1);
-      if (stop_) return;
+      worker.asleep.store(true);
+      worker.wake.wait(lock, [&] { return unclaimed_.load() > 0 && takes_part(); });
+      worker.asleep.store(false);
     }
   }
 
-  std::vector<std::thread> workers_;
+  std::deque<Worker> workers_;  // which stay in place as it grows
   std::mutex mutex_;
-  std::condition_variable wake_;
-  std::atomic<int> num_sleeping_{0};
-  bool stop_ = false;
   std::exception_ptr error_;
+  std::atomic<int> wanted_{1};  // threads, the caller included
   alignas(64) std::atomic<int64_t> unclaimed_{0};
   alignas(64) std::atomic<int64_t> unfinished_{0};
   int64_t num_items_ = 0;
@@ -139,13 +169,13 @@ void parallel_chunks(int64_t num_items, int64_t num_chunks, void (*body)(void*, 
   std::unique_lock<std::mutex> lock(region, std::defer_lock);
   // Another Python thread inside an op keeps the pool; this one then works alone: same bits.
   if (wanted == 1 || num_chunks <= 1 || !lock.try_lock()) return body(context, 0, num_items);
-  if (pool == nullptr || pool->num_threads() != wanted) {
+  if (pool == nullptr) {
     static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_in_child);
     (void)registered;
-    delete pool;
-    pool = new Pool(wanted);
+    pool = new Pool;
   }
-  pool->run(num_items, num_chunks, body, context);
+  pool->grow(wanted);
+  pool->run(wanted, num_items, num_chunks, body, context);
 }
 
 float* thread_scratch(int64_t num_floats) {

@@ -163,6 +163,87 @@ with threads(2):
     run_apart(code)
 
 
+def test_threads_started_without_memory():
+    """The op raises and says so; those that were started stay, and with memory again it runs on all of them."""
+    code = """
+import resource, torch
+from orthrus_rt import ops, weights
+from tests.native_cpu import randn
+weight, x = weights.pack(randn(640, 64, seed=1), impl="cpu"), randn(9, 64, seed=2)
+want, got = torch.empty(9, 640).bfloat16(), torch.empty(9, 640).bfloat16()
+torch.set_num_threads(2)
+ops.row_linear(x, weight, want)
+before = resource.getrlimit(resource.RLIMIT_AS)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+torch.set_num_threads(30)
+for mebibytes in (1, 2, 4, 12, 40):
+    for _ in range(3):
+        resource.setrlimit(resource.RLIMIT_AS, (used + (mebibytes << 20), before[1]))
+        try:
+            ops.row_linear(x, weight, got)
+        except RuntimeError as error:
+            told = str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+        assert told.startswith("the CPU ops cannot have 30 threads (torch.set_num_threads): the system started "), told
+        assert "Resource temporarily unavailable" in told, told
+        del told
+        torch.set_num_threads(2)
+        ops.row_linear(x, weight, got.zero_())
+        assert torch.equal(got, want)
+        torch.set_num_threads(30)
+ops.row_linear(x, weight, got.zero_())
+assert torch.equal(got, want)
+"""
+    run_apart(code)
+
+
+def test_flushing_of_subnormal_numbers_changes_no_bit():
+    """Neither the caller's nor that of the thread which started a worker; and the caller's own mode stays."""
+    code = """
+import torch
+from orthrus_rt import ops, weights
+tiny = torch.tensor([8e-39])
+
+def check(dtype):
+    generator = torch.Generator().manual_seed(1)
+    weight = weights.pack(torch.randn(256, 64, generator=generator).to(dtype), impl="cpu")
+    x = (torch.randn(20, 64, generator=generator) * tiny).to(dtype)
+    want, got = torch.empty(20, 256), torch.empty(20, 256)
+    torch.set_num_threads(1)
+    ops.row_linear(x, weight, want, epilogue="logits")
+    for num_threads, flush in ((1, True), (2, True), (2, False), (3, False), (3, True)):
+        torch.set_num_threads(num_threads)
+        try:
+            torch.set_flush_denormal(flush)
+            for _ in range(40):
+                ops.row_linear(x, weight, got.fill_(7), epilogue="logits")
+                assert torch.equal(got.view(torch.int32), want.view(torch.int32)), (dtype, num_threads, flush)
+            assert bool((tiny * 0.5).view(torch.int32)) != flush
+        finally:
+            torch.set_flush_denormal(False)
+    return bool(want.any())
+
+if not torch.set_flush_denormal(False):  # not on this machine
+    raise SystemExit
+assert check(torch.float32)
+check(torch.bfloat16)  # some instructions take such numbers for zeros, always
+"""
+    run_apart(code)
+
+
+def test_numbers_of_threads_by_turns(isa):
+    """More than there are cores, fewer and one: the pool keeps the others for later."""
+    want = Layer()
+    want.run()
+    layer = Layer()
+    for count in (1, 5, 2, 3, 1, 4, 5, 2) * 5:
+        with threads(count):
+            layer.logits.fill_(torch.nan)
+            layer.run()
+        assert torch.equal(layer.logits, want.logits), count
+
+
 def isa_of(**env):
     code = "from orthrus_rt import _native; print(_native.cpu.isa())"
     return subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True)
