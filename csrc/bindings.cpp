@@ -144,7 +144,7 @@ void bind_cpu(py::module_ m) {
   bind_cpu_element_ops<bf16_t>(m);
   bind_cpu_element_ops<float>(m);
   m.def("isa", &cpu::isa);
-  m.def("set_isa", &cpu::set_isa);
+  m.def("set_isa", [](const std::string& name) { cpu::set_isa(name.c_str()); });  // which None is not
   m.def("set_num_threads", &cpu::set_num_threads);
   m.def("advise_huge_pages", [](uintptr_t data, int64_t num_bytes) {
     cpu::advise_huge_pages(reinterpret_cast<void*>(data), num_bytes);

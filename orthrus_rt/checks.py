@@ -20,6 +20,8 @@ def require(op: str, what: str, expected, got) -> None:
 
 def check_tensor(op: str, name: str, t: torch.Tensor, shape: tuple, dtype, device) -> None:
     """Check one tensor; None in ``shape`` admits any size."""
+    if t is None:
+        raise ValueError(f"{op}: {name} must be a tensor, got None")
     have = t.shape
     fits = have == shape or (
         len(have) == len(shape) and all(s is None or s == n for s, n in zip(shape, have, strict=True))
@@ -45,6 +47,11 @@ def check_rows(op: str, rows: Rows, device) -> None:
         raise ValueError(f"{op}: rows.num_rows_ar must be within [0, {n}], got {rows.num_rows_ar}")
     if not 0 <= rows.num_groups_ar <= rows.num_groups:
         raise ValueError(f"{op}: rows.num_groups_ar must be within [0, {rows.num_groups}], got {rows.num_groups_ar}")
+    if rows.max_group_rows * rows.num_groups < n:  # where group_start is on a card, nobody can look closer
+        raise ValueError(
+            f"{op}: rows.max_group_rows must be enough for {n} rows in {rows.num_groups} groups, got "
+            f"{rows.max_group_rows}"
+        )
 
 
 def check_pages(op: str, k_pages, v_pages, page_table, head_dim, dtype, device) -> None:
@@ -58,6 +65,54 @@ def check_scratch(op: str, scratch_k, scratch_v, rows: Rows, num_heads_kv, head_
         shape = (rows.num_rows_diff, num_heads_kv, head_dim)
         check_tensor(op, "scratch_k", scratch_k, shape, dtype, device)
         check_tensor(op, "scratch_v", scratch_v, shape, dtype, device)
+
+
+def check_state(op: str, state: st.SlotState, device) -> None:
+    i32, f32 = torch.int32, torch.float32
+    check_tensor(op, "state.cache_seqlens", state.cache_seqlens, (None,), i32, device)
+    check_tensor(op, "state.block_tokens", state.block_tokens, (state.num_slots, None), i32, device)
+    slots, block = state.block_tokens.shape
+    for name in ("num_drafts", "num_verified", "num_accepted", "limit", "finish", "num_output"):
+        check_tensor(op, f"state.{name}", getattr(state, name), (slots,), i32, device)
+    for name, shape, dtype in (
+        ("stop_ids", (slots, None), i32), ("output", (slots, None), i32), ("hypotheses", (slots, None, 2), i32),
+        ("runner_up", (slots, block, st.CANDIDATES - 1), i32), ("draft_prob", (slots, block, st.CANDIDATES), f32),
+    ):  # fmt: skip
+        check_tensor(op, f"state.{name}", getattr(state, name), shape, dtype, device)
+    if state.output.shape[1] < 1:
+        raise ValueError(f"{op}: state.output.shape[1] must be >= 1 (output_capacity), got 0")
+
+
+def check_choices(op: str, partials, step: int, slots: int, block_len: int, fan_out: int, device) -> None:
+    """Check what ``consensus`` is to take in."""
+    one_pass = block_len * (1 + fan_out)
+    rows_per_slot = {
+        st.STEP_DRAFT: (0, block_len - 1),
+        st.STEP_VERIFY: (1, block_len),
+        st.STEP_STAGE: None,
+        st.STEP_VERIFY_AND_DRAFT: (one_pass, one_pass),
+    }
+    if step not in rows_per_slot:
+        raise ValueError(f"{op}: step must be one of {', '.join(map(str, rows_per_slot))}, got {step}")
+    if step == st.STEP_STAGE:
+        return
+    value, index = partials
+    check_tensor(op, "partials[1]", index, (None, None), torch.int32, device)
+    rows, num_partials = index.shape
+    if slots and rows % slots:
+        raise ValueError(
+            f"{op}: partials[1].shape must be [{slots} * rows_per_slot, num_partials], got {list(index.shape)}"
+        )
+    if num_partials < 1:
+        raise ValueError(f"{op}: partials[1].shape[1] must be >= 1 (num_partials), got 0")
+    if value is not None:
+        check_tensor(op, "partials[0]", value, (rows, num_partials), torch.float32, device)
+    elif num_partials != 1 or step == st.STEP_VERIFY_AND_DRAFT:
+        raise ValueError(f"{op}: partials[0] may be None only for num_partials 1 and without drafts, got {step=}")
+    low, high = rows_per_slot[step]
+    if slots and not low <= rows // slots <= high:
+        want = f"within [{low}, {high}] for block_len {block_len}"
+        raise ValueError(f"{op}: rows per slot must be {want}, got {rows // slots}")
 
 
 def check_edits(op: str, edits: st.SlotEdits, slots: int, vocab: int | None, device) -> None:

@@ -6,7 +6,8 @@ depends on its own inputs only. Shapes and rounding points are in ``csrc/include
 oracles in :mod:`orthrus_rt.reference`; which implementation runs is decided in :mod:`orthrus_rt.dispatch`, what the
 arguments must be in :mod:`orthrus_rt.checks`.
 
-All ops raise ValueError naming op, argument, expected and got.
+All ops raise ValueError naming op, argument, expected and got. What tensors of ids, indices, positions and lengths hold
+is the caller's to keep in range: beyond it, memory of anything may be read or written.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ import torch
 
 from orthrus_rt import dispatch, native, nvtx, reference
 from orthrus_rt import state as st
-from orthrus_rt.checks import PAGE_SIZE, check_edits, check_pages, check_rows, check_scratch, check_tensor, require
+from orthrus_rt.checks import (
+    PAGE_SIZE,
+    check_choices,
+    check_edits,
+    check_pages,
+    check_rows,
+    check_scratch,
+    check_state,
+    check_tensor,
+    require,
+)
 from orthrus_rt.cycle_plan import MAX_BLOCK_LEN
 from orthrus_rt.device import device_scope
 from orthrus_rt.plan import Rows
@@ -64,14 +75,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
         x: ``[num_rows_in, hidden]``.
         weight: fp32 ``[hidden]``.
         out: ``[num_rows, hidden]``, MUTATED.
-        row_index: int32 ``[num_rows]``, the input row of each output row; None for all rows in order.
+        row_index: int32 ``[num_rows]``, the input row of each output row, within x's; None for all rows in order.
     """
     op, dtype, device = "rms_norm", x.dtype, x.device
     check_tensor(op, "x", x, (None, None), dtype, device)
     check_tensor(op, "weight", weight, (x.shape[1],), torch.float32, device)
-    num_rows = x.shape[0] if row_index is None else row_index.shape[0]
     if row_index is not None:
-        check_tensor(op, "row_index", row_index, (num_rows,), torch.int32, device)
+        check_tensor(op, "row_index", row_index, (None,), torch.int32, device)
+    num_rows = (x if row_index is None else row_index).shape[0]
     check_tensor(op, "out", out, (num_rows, x.shape[1]), dtype, device)
     if num_rows:
         _choose(op, device, dtype)(x, weight, eps, out, row_index)
@@ -110,11 +121,15 @@ def row_linear(
     if epilogue not in native.EPILOGUE:
         raise ValueError(f"{op}: epilogue must be one of {', '.join(native.EPILOGUE)}, got {epilogue!r}")
     require(op, "weight.data.dtype", dtype, weight.data.dtype)
+    require(op, "weight.data.device", device, weight.data.device)
+    if weight.impl != "reference":
+        require(op, "weight.impl", dispatch.select(op, device, dtype), weight.impl)
     require(op, "weight.gate_up", epilogue == "silu_mul", weight.gate_up)
     if weight_diff is not None:
         facts = ("out_features", "in_features", "impl", "gate_up")
         require(op, "weight_diff", *({f: getattr(w, f) for f in facts} for w in (weight, weight_diff)))
         require(op, "weight_diff.data.dtype", dtype, weight_diff.data.dtype)
+        require(op, "weight_diff.data.device", device, weight_diff.data.device)
         if num_rows_ar is None or not 0 <= num_rows_ar <= n:
             raise ValueError(f"{op}: num_rows_ar must be within [0, {n}] where weight_diff is given, got {num_rows_ar}")
     if epilogue == "argmax":
@@ -130,6 +145,7 @@ def row_linear(
     if then is not None:
         require(op, "then.impl", weight.impl, then.impl)
         require(op, "then.data.dtype", dtype, then.data.dtype)
+        require(op, "then.data.device", device, then.data.device)
     if not n:
         return
     kwargs = dict(num_rows_ar=num_rows_ar, residual=residual, epilogue=epilogue)
@@ -168,14 +184,15 @@ def qkv_commit(
     """
     op, dtype, device = "qkv_commit", qkv.dtype, qkv.device
     check_rows(op, rows, device)
-    n, (num_heads_q, head_dim), num_heads_kv = rows.num_rows, q_out.shape[1:], k_pages.shape[1]
+    check_tensor(op, "q_out", q_out, (rows.num_rows, None, None), dtype, device)
+    n, num_heads_q, head_dim = q_out.shape
+    check_pages(op, k_pages, v_pages, page_table, head_dim, dtype, device)
+    num_heads_kv = k_pages.shape[1]
     check_tensor(op, "qkv", qkv, (n, (num_heads_q + 2 * num_heads_kv) * head_dim), dtype, device)
     check_tensor(op, "cos_sin", cos_sin, (None, head_dim), torch.float32, device)
     for name, norm in zip(("q_norm", "k_norm", "q_norm_diff", "k_norm_diff"), norms or (), strict=norms is not None):
         check_tensor(op, name, norm, (head_dim,), torch.float32, device)
-    check_pages(op, k_pages, v_pages, page_table, head_dim, dtype, device)
     check_scratch(op, scratch_k, scratch_v, rows, num_heads_kv, head_dim, dtype, device)
-    check_tensor(op, "q_out", q_out, (n, num_heads_q, head_dim), dtype, device)
     if n:
         args = (qkv, rows, cos_sin, norms, eps, k_pages, v_pages, page_table, scratch_k, scratch_v, q_out)
         _choose(op, device, dtype)(*args)
@@ -208,8 +225,8 @@ def dual_attn(
     """
     op, dtype, device = "dual_attn", q.dtype, q.device
     check_rows(op, rows, device)
+    check_tensor(op, "q", q, (rows.num_rows, None, None), dtype, device)
     n, num_heads_q, head_dim = q.shape
-    check_tensor(op, "q", q, (rows.num_rows, num_heads_q, head_dim), dtype, device)
     check_pages(op, k_pages, v_pages, page_table, head_dim, dtype, device)
     num_heads_kv = k_pages.shape[1]
     if num_heads_q % num_heads_kv:
@@ -270,40 +287,25 @@ def consensus(
         fan_out: blocks per slot of NEXT_ONE_PASS and STEP_VERIFY_AND_DRAFT, at most ``state.max_fan_out``.
     """
     op, device = "consensus", state.finish.device
-    value, index = partials
-    s = state.num_slots
-    most = min(state.max_block_len, MAX_BLOCK_LEN)
+    check_state(op, state, device)
+    slots, most = state.num_slots, min(state.max_block_len, MAX_BLOCK_LEN)
     if not 1 <= block_len <= most:
         raise ValueError(f"{op}: block_len must be within [1, {most}], got {block_len}")
     if not 0 <= fan_out <= state.max_fan_out:
         raise ValueError(f"{op}: fan_out must be within [0, {state.max_fan_out}] (the state's), got {fan_out}")
-    if step == st.STEP_STAGE:
-        index = torch.empty(0, 1, dtype=torch.int32, device=device)
-    if index.dim() != 2 or (s and index.shape[0] % s):
-        raise ValueError(
-            f"{op}: partials[1].shape must be [{s} * rows_per_slot, num_partials], got {list(index.shape)}"
-        )
-    check_tensor(op, "partials[1]", index, tuple(index.shape), torch.int32, device)
-    if value is not None:
-        check_tensor(op, "partials[0]", value, tuple(index.shape), torch.float32, device)
-    elif index.shape[1] != 1 or step == st.STEP_VERIFY_AND_DRAFT:
-        raise ValueError(f"{op}: partials[0] may be None only for num_partials 1 and without drafts, got {step=}")
-    per_slot = index.shape[0] // max(s, 1)
-    one_pass = block_len * (1 + fan_out)
-    low, high = {
-        st.STEP_DRAFT: (0, block_len - 1),
-        st.STEP_VERIFY: (1, block_len),
-        st.STEP_STAGE: (0, 0),
-        st.STEP_VERIFY_AND_DRAFT: (one_pass, one_pass),
-    }[step]
-    if s and not low <= per_slot <= high:
-        want = f"within [{low}, {high}] for block_len {block_len}"
-        raise ValueError(f"{op}: rows per slot must be {want}, got {per_slot}")
+    check_choices(op, partials, step, slots, block_len, fan_out, device)
+    staged = {
+        st.NEXT_NONE: 0, st.NEXT_DRAFT: block_len, st.NEXT_VERIFY: block_len, st.NEXT_AR: 1,
+        st.NEXT_ONE_PASS: block_len * (1 + fan_out),
+    }  # fmt: skip
+    if next_pass not in staged:
+        raise ValueError(f"{op}: next_pass must be one of {', '.join(map(str, staged))}, got {next_pass}")
     if next_pass != st.NEXT_NONE:
-        want = s * {st.NEXT_AR: 1, st.NEXT_ONE_PASS: one_pass}.get(next_pass, block_len)
+        if rows_next is None:
+            raise ValueError(f"{op}: rows_next must be given for every next_pass but NEXT_NONE, got None")
         check_rows(op, rows_next, device)
-        require(op, "rows_next.num_rows", want, rows_next.num_rows)
-    if s:
+        require(op, "rows_next.num_rows", slots * staged[next_pass], rows_next.num_rows)
+    if slots:
         run = _choose(op, device, torch.int32)
         run(state, partials, step, next_pass, rows_next, mask_token_id, block_len, fan_out)
 
@@ -335,7 +337,7 @@ def process_logits(
     Args:
         logits: fp32 ``[n, vocab_size]``; its contents are undefined afterwards.
         rows: the pass. A row at position -1 yields scores 0.
-        logit_rows: int32 ``[n]``.
+        logit_rows: int32 ``[n]``, within the pass's rows.
         sampling: per slot.
         cache_seqlens: int32 ``[num_slots or fewer]``, read where there are penalties.
         purpose: int >= 0; choices that must not share noise differ in it.
@@ -345,9 +347,9 @@ def process_logits(
         log_probs: None, or fp32 like ``logits``, MUTATED: log of the filtered distribution.
     """
     op, device = "process_logits", logits.device
-    n, vocab = logits.shape
     f32, i32 = torch.float32, torch.int32
-    check_tensor(op, "logits", logits, (n, vocab), f32, device)
+    check_tensor(op, "logits", logits, (None, None), f32, device)
+    n, vocab = logits.shape
     check_rows(op, rows, device)
     check_tensor(op, "logit_rows", logit_rows, (n,), i32, device)
     slots = sampling.seed.shape[0]
@@ -378,6 +380,7 @@ def count_tokens(state: st.SlotState, edits: st.SlotEdits) -> None:
         edits: of as many slots or more; ``token_counts`` and ``num_counted`` MUTATED.
     """
     op, device = "count_tokens", state.finish.device
+    check_state(op, state, device)
     check_edits(op, edits, edits.num_counted.shape[0], None, device)
     if edits.num_counted.shape[0] < state.num_slots:
         raise ValueError(f"{op}: edits must have >= {state.num_slots} slots, got {edits.num_counted.shape[0]}")

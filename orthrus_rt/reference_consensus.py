@@ -69,7 +69,7 @@ def _take_drafts(state, s, choices):
 def _accept(state, s, choices, is_none):
     drafts = state.block_tokens[s, 1 : 1 + int(state.num_drafts[s])].tolist()
     accepted = 0
-    while accepted < len(drafts) and not is_none[accepted] and drafts[accepted] == choices[accepted]:
+    while accepted < min(len(drafts), len(choices)) and not is_none[accepted] and drafts[accepted] == choices[accepted]:
         accepted += 1
     n = int(state.cache_seqlens[s])
     emitted = choices[: min(accepted + 1, int(state.limit[s]) - 1 - n)]

@@ -53,12 +53,14 @@ def pack(weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None
     copy or a synchronisation.
 
     Raises:
-        ValueError: ``impl`` does not take the weight's dtype.
+        ValueError: ``impl`` does not take the weight's dtype, or gates and ups differ in number.
     """
     out_features, in_features = weight.shape
     impl = impl or dispatch.select("row_linear", weight.device, weight.dtype)
     if impl != "reference" and weight.dtype not in dispatch.ELEMENTS:
         raise ValueError(f"row_linear: weight.dtype must be one of {dispatch.ELEMENTS} for {impl}, got {weight.dtype}")
+    if gate_up and out_features % 2:
+        raise ValueError(f"row_linear: out_features of gate and up must be even, got {out_features}")
     if impl == "cpu":
         data, partials = _pack_cpu(weight, gate_up)
     elif impl == "cuda" and weight.dtype is torch.float32:

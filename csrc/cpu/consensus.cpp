@@ -123,7 +123,8 @@ void accept(const ConsensusParams& p, int32_t slot) {
   int32_t* block = s.block_tokens + int64_t{slot} * s.max_block_len;
   const int64_t first_row = int64_t{slot} * p.rows_per_slot;
   const int32_t n = s.cache_seqlens[slot];
-  const int32_t room = s.limit[slot] - 1 - n;
+  const int32_t num_choices = is(p.step, ConsensusStep::kVerifyAndDraft) ? p.block_len : p.rows_per_slot;
+  const int32_t room = std::min(num_choices, s.limit[slot] - 1 - n);
   const int32_t num_drafts = s.num_drafts[slot];
 
   int32_t accepted = 0, emitted = 0, last = 0;

@@ -109,6 +109,26 @@ void record_or(const Params& p, Run run) {
   }
 }
 
+// Whether the groups are what they have to be is known only now: a tape's may differ from replay to replay.
+void check_groups(const Rows& rows) {
+  const auto check = [&](int32_t group, int32_t row) {
+    if (rows.group_start[group] == row) return;
+    throw std::invalid_argument("dual_attn: rows.group_start[" + std::to_string(group) + "] must be " +
+                                std::to_string(row) + ", got " + std::to_string(rows.group_start[group]));
+  };
+  check(0, 0);
+  check(rows.num_groups_ar, rows.num_rows_ar);
+  check(rows.num_groups, rows.num_rows);
+  for (int32_t group = 0; group < rows.num_groups; ++group) {
+    const int32_t size = rows.group_start[group + 1] - rows.group_start[group];
+    if (size < 0 || size > rows.max_group_rows) {
+      throw std::invalid_argument("dual_attn: group " + std::to_string(group) + " must have 0 ... " +
+                                  std::to_string(rows.max_group_rows) + " (rows.max_group_rows) rows, got " +
+                                  std::to_string(size));
+    }
+  }
+}
+
 }  // namespace
 
 const char* isa() { return chosen().load()->name; }
@@ -128,7 +148,12 @@ void row_linear(const RowLinearParamsOf<T>& p) { record_or(p, kernels<T>().row_l
 template <typename T>
 void qkv_commit(const QkvCommitParamsOf<T>& p) { record_or(p, kernels<T>().qkv_commit); }
 template <typename T>
-void dual_attn(const DualAttnParamsOf<T>& p) { record_or(p, kernels<T>().dual_attn); }
+void dual_attn(const DualAttnParamsOf<T>& p) {
+  record_or(p, [](const DualAttnParamsOf<T>& p) {
+    check_groups(p.rows);
+    kernels<T>().dual_attn(p);
+  });
+}
 template <typename T>
 void rms_norm(const RmsNormParamsOf<T>& p) { record_or(p, kernels<T>().rms_norm); }
 template <typename T>

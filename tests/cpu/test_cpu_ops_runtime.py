@@ -254,6 +254,8 @@ def test_isa_override():
     wrong = isa_of(ORTHRUS_CPU_ISA="sse9")
     assert wrong.returncode
     assert "ORTHRUS_CPU_ISA: must be amx_bf16, avx512_bf16, avx512, avx2 or portable, got sse9" in wrong.stderr
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        dispatch.native().cpu.set_isa(None)
     tiles = isa_of(ORTHRUS_CPU_ISA="amx_bf16")
     assert tiles.stdout == "amx_bf16\n" or "this machine does not offer amx_bf16" in tiles.stderr
 

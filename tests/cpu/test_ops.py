@@ -27,6 +27,10 @@ def i32(*shape):
     return torch.zeros(shape, dtype=I32)
 
 
+def meta(*shape):
+    return torch.empty(shape, device="meta")
+
+
 def attention(**changes):
     """Arguments of a dual_attn call over three AR rows, some of them changed."""
     arguments = dict(
@@ -80,6 +84,16 @@ def consensus(**changes):
     ops.consensus(**(arguments | changes))
 
 
+def changed(**tensors):
+    """A state of two slots of which some tensors are others."""
+    return replace(SlotState.allocate(2, 4, 16, 2, "cpu"), **tensors)
+
+
+def count(**changes):
+    arguments = dict(state=changed(), edits=SlotEdits.allocate(2, 300, 4, i32(2, 3)))
+    ops.count_tokens(**(arguments | changes))
+
+
 def logits(**changes):
     sampling = SlotSampling.allocate(2, "cpu")
     sampling.edits = SlotEdits.allocate(2, 300, 4, i32(2, 3))
@@ -102,7 +116,7 @@ CASES = [
     (attention, {"page_table": i32(1, 8)},
      "dual_attn: page_table.shape[1] must be >= 12 (max_seq_len 768 / page_size 64), got 8"),
     (attention, {"out": f32(ROWS, HEADS_Q, 32)}, "dual_attn: out.shape must be [3, 4, 64], got [3, 4, 32]"),
-    (attention, {"q": f32(2, HEADS_Q, DIM)}, "dual_attn: q.shape must be [3, 4, 64], got [2, 4, 64]"),
+    (attention, {"q": f32(2, HEADS_Q, DIM)}, "dual_attn: q.shape must be [3, any, any], got [2, 4, 64]"),
     (attention, {"k_pages": f32(5, 3, 64, DIM), "v_pages": f32(5, 3, 64, DIM)},
      "dual_attn: num_heads_q must be a multiple of num_heads_kv (3), got 4"),
     (attention, {"k_pages": f32(5, HEADS_KV, 16, DIM)}, "dual_attn: k_pages.shape must be [any, any, 64, 64]"),
@@ -110,11 +124,26 @@ CASES = [
     (attention, {"out": f32(HEADS_Q, ROWS, DIM).transpose(0, 1)}, "dual_attn: out must be contiguous, got strides"),
     (attention, {"rows": empty_rows(0, 0, 1, 3, "cpu"), "scratch_k": f32(1, HEADS_KV, DIM)},
      "dual_attn: scratch_k.shape must be [3, 2, 64], got [1, 2, 64]"),
+    (attention, {"q": f32(ROWS, DIM)}, "dual_attn: q.shape must be [3, any, any], got [3, 64]"),
+    (attention, {"rows": empty_rows(0, 0, 1, 3, "cpu")}, "dual_attn: scratch_k must be a tensor, got None"),
+    (attention, {"rows": replace(prefill_rows([([0] * ROWS, 0, 0)], "cpu"), max_group_rows=0)},
+     "dual_attn: rows.max_group_rows must be enough for 3 rows in 1 groups, got 0"),
+    (commit, {"q_out": f32(ROWS, HEADS_Q * DIM)}, "qkv_commit: q_out.shape must be [3, any, any], got [3, 256]"),
+    (commit, {"k_pages": f32(5)}, "qkv_commit: k_pages.shape must be [any, any, 64, 64], got [5]"),
     (commit, {"qkv": f32(ROWS, 100)}, "qkv_commit: qkv.shape must be [3, 512], got [3, 100]"),
     (commit, {"norms": (f32(DIM), f32(DIM), f32(DIM), f32(8))}, "qkv_commit: k_norm_diff.shape must be [64], got [8]"),
     (commit, {"cos_sin": f32(64, 32)}, "qkv_commit: cos_sin.shape must be [any, 64], got [64, 32]"),
     (linear, {"x": f32(ROWS, 9)}, "row_linear: x.shape must be [any, 8], got [3, 9]"),
     (linear, {"x": f32(ROWS, 9)[:, :8]}, "row_linear: x must be contiguous, got strides (9, 1) for shape [3, 8]"),
+    (linear, {"x": meta(ROWS, 8), "out": meta(ROWS, 6)}, "row_linear: weight.data.device must be meta, got cpu"),
+    (linear, {"weight": replace(pack(f32(6, 8)), data=meta(6, 8))},
+     "row_linear: weight.data.device must be cpu, got meta"),
+    (linear, {"x": meta(ROWS, 8), "out": meta(ROWS, 6), "weight": replace(pack(meta(6, 8)), impl="cpu")},
+     "row_linear: weight.impl must be reference, got cpu"),
+    (linear, {"weight_diff": replace(pack(f32(6, 8)), data=meta(6, 8)), "num_rows_ar": 1},
+     "row_linear: weight_diff.data.device must be cpu, got meta"),
+    (linear, {"then": replace(pack(f32(6, 8)), data=meta(6, 8))},
+     "row_linear: then.data.device must be cpu, got meta"),
     (linear, {"epilogue": "gelu"}, "row_linear: epilogue must be one of none, residual, silu_mul, logits, argmax"),
     (linear, {"epilogue": "silu_mul"}, "row_linear: weight.gate_up must be True, got False"),
     (linear, {"epilogue": "residual"}, "row_linear: residual must be given for the residual epilogue alone"),
@@ -136,6 +165,25 @@ CASES = [
     (consensus, {"step": st.STEP_VERIFY_AND_DRAFT},
      "consensus: partials[0] may be None only for num_partials 1 and without drafts, got step=3"),
     (consensus, {"rows_next": empty_rows(0, 0, 2, 3, "cpu")}, "consensus: rows_next.num_rows must be 8, got 6"),
+    (consensus, {"partials": (None, i32(8, 0))}, "consensus: partials[1].shape[1] must be >= 1 (num_partials), got 0"),
+    (consensus, {"partials": (None, i32(8))}, "consensus: partials[1].shape must be [any, any], got [8]"),
+    (consensus, {"partials": (None, None)}, "consensus: partials[1] must be a tensor, got None"),
+    (consensus, {"step": 7}, "consensus: step must be one of 0, 1, 2, 3, got 7"),
+    (consensus, {"next_pass": 5}, "consensus: next_pass must be one of 0, 1, 2, 3, 4, got 5"),
+    (consensus, {"rows_next": None}, "consensus: rows_next must be given for every next_pass but NEXT_NONE, got None"),
+    (consensus, {"state": SlotState.allocate(2, 4, 0, 2, "cpu")},
+     "consensus: state.output.shape[1] must be >= 1 (output_capacity), got 0"),
+    (consensus, {"state": changed(limit=i32(2).long())},
+     "consensus: state.limit.dtype must be torch.int32, got torch.int64"),
+    (consensus, {"state": changed(num_drafts=i32(3))}, "consensus: state.num_drafts.shape must be [2], got [3]"),
+    (consensus, {"state": changed(runner_up=i32(2, 3, 2))},
+     "consensus: state.runner_up.shape must be [2, 4, 2], got [2, 3, 2]"),
+    (consensus, {"state": changed(draft_prob=i32(2, 4, 3))},
+     "consensus: state.draft_prob.dtype must be torch.float32, got torch.int32"),
+    (consensus, {"state": changed(block_tokens=i32(4, 2).T)}, "consensus: state.block_tokens must be contiguous"),
+    (count, {"state": SlotState.allocate(2, 4, 0, 2, "cpu")},
+     "count_tokens: state.output.shape[1] must be >= 1 (output_capacity), got 0"),
+    (logits, {"logits": f32(300)}, "process_logits: logits.shape must be [any, any], got [300]"),
     (logits, {"top_k": f32(2)}, "process_logits: sampling.top_k.dtype must be torch.int32, got torch.float32"),
     (logits, {"min_p": f32(3)}, "process_logits: sampling.min_p.shape must be [2], got [3]"),
     (logits, {"purpose": -1}, "process_logits: purpose must be >= 0, got -1"),
@@ -177,7 +225,42 @@ def test_nothing_to_do_is_done():
     ops.rms_norm(f32(0, 8), torch.ones(8), 1e-6, f32(0, 8))
 
 
+@pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+@pytest.mark.parametrize(
+    ("group_start", "changes", "message"),
+    [
+        ([0, 5, 6], {"max_group_rows": 4}, "group 0 must have 0 ... 4 (rows.max_group_rows) rows, got 5"),
+        ([0, 5, 4, 6], {"num_groups_ar": 3}, "group 1 must have 0 ... 5 (rows.max_group_rows) rows, got -1"),
+        ([1, 5, 6], {}, "rows.group_start[0] must be 0, got 1"),
+        ([0, 3, 5], {}, "rows.group_start[2] must be 6, got 5"),
+        ([0, 5, 6], {"num_groups_ar": 1}, "rows.group_start[1] must be 6, got 5"),
+    ],
+)
+def test_groups_that_would_leave_rows_out(group_start, changes, message):
+    """On the CPU: also in a replay, of what the rows hold by then."""
+    rows = prefill_rows([([0] * 5, 0, 0), ([0], 0, 0)], "cpu")
+    pages, table = f32(5, HEADS_KV, 64, DIM), i32(1, 12)
+    arguments = dict(
+        q=f32(6, HEADS_Q, DIM), k_pages=pages, v_pages=pages, page_table=table, out=f32(6, HEADS_Q, DIM), rows=rows
+    )
+    attention(**arguments)
+    bad = replace(rows, group_start=torch.tensor(group_start, dtype=I32), **changes)
+    with pytest.raises(ValueError) as error:
+        attention(**(arguments | {"rows": bad}))
+    assert str(error.value) == f"dual_attn: {message}"
+    tape = dispatch.native().cpu.Tape()
+    with tape.record():
+        attention(**arguments)
+    tape.replay()
+    rows.group_start[1] = 7
+    with pytest.raises(ValueError, match=r"group 0 must have 0 \.\.\. 5 \(rows.max_group_rows\) rows, got 7"):
+        tape.replay()
+
+
 def test_pack_refuses_what_the_kernels_do_not_take():
+    for impl in ("cpu", "reference"):
+        with pytest.raises(ValueError, match="row_linear: out_features of gate and up must be even, got 65"):
+            pack(f32(65, 8), gate_up=True, impl=impl)
     with pytest.raises(ValueError, match=r"row_linear: weight.dtype must be one of .* for cpu, got torch.float16"):
         pack(f32(6, 8).half(), impl="cpu")
 
