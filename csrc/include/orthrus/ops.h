@@ -9,7 +9,8 @@ namespace orthrus::cpu {
 const char* isa();
 // Change it for tests and measurements. Throws std::runtime_error where the machine does not offer it.
 void set_isa(const char* name);
-// Threads of the pool that runs every CPU op; takes effect with the next op.
+// Threads of the pool that runs every CPU op; takes effect with the next op, which throws std::runtime_error where the
+// system does not start as many.
 void set_num_threads(int32_t num_threads);
 // Ask for huge pages under memory that is about to be filled; where the system has none, nothing happens.
 void advise_huge_pages(void* data, int64_t num_bytes);
