@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,6 +23,20 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     """
     with device_scope(device):
         return torch.cuda.ExternalStream(dispatch.native().cuda.new_stream(), device)
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """No garbage is collected inside, by any thread: what a finalizer asks of a device would become part of a capture,
+    or spoil it.
+    """
+    was_enabled = gc.isenabled()
+    try:
+        gc.disable()
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def taped(run: Callable[[], None]):
@@ -127,6 +142,7 @@ class Recorded:
         # process (up to 2.10, the state of its generator) must be of use outside inference mode too.
         try:
             with (
+                _nothing_collected(),
                 stream_scope(stream_of(device)),
                 torch.inference_mode(False),
                 torch.cuda.graph(

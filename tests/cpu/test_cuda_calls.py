@@ -71,7 +71,7 @@ class Recordings:
 
     def __init__(self):
         self.seen, self.current, self.capturing, self.reserved, self.num_pools = [], ["caller's"], False, 900, 0
-        self.streams, self.replays, self.eager, self.inference = 0, 0, 0, []
+        self.streams, self.replays, self.eager, self.inference, self.collecting = 0, 0, 0, [], []
         self.fail_at: dict[str, BaseException] = {}  # "begin", "run", "end", "replay": what each raises
 
     def reach(self, point: str) -> None:
@@ -100,6 +100,7 @@ class Recordings:
         try:
             yield
         finally:
+            self.collecting.append(gc.isenabled())
             self.capture_end()
             self.current.pop()
 
@@ -113,6 +114,7 @@ class Recordings:
 
     def run_eager(self, *_) -> None:
         self.inference.append(torch.is_inference_mode_enabled())
+        self.collecting.append(gc.isenabled())
         self.eager += not self.capturing
         self.reserved += 64 * self.capturing
         if self.capturing:
@@ -183,6 +185,20 @@ def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):
         cycle = recorded("cuda:0")
     assert cycle is None and not recordings.capturing and recordings.current == ["caller's"]
     assert recordings.num_pools == 1, raised
+
+
+@pytest.mark.parametrize("enabled", (True, False))
+@pytest.mark.parametrize("error", ({}, {"run": RuntimeError("there")}))
+def test_no_garbage_is_collected_in_a_capture(recordings, enabled, error):
+    """A finalizer would give device memory back in the middle of it; afterwards all is as the program had it."""
+    recordings.fail_at = error
+    try:
+        gc.enable() if enabled else gc.disable()
+        with pytest.raises(RuntimeError, match="there") if error else contextlib.nullcontext():
+            recorded("cuda:0")
+        assert recordings.collecting == [False, False] and gc.isenabled() == enabled
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("where", ("run", "end", "replay"))
