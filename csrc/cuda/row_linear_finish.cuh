@@ -10,6 +10,8 @@
 
 namespace orthrus::cuda {
 
+// A number that the compiler does not know takes all 16 barriers of a CTA, of 64 in Hopper's SM: enough for two CTAs and
+// a norm's. Numbers that it knows take 4, and have it spill registers in two of the wgmma variants.
 __device__ __forceinline__ void group_sync(int group) { named_barrier(group + 1, kGroupThreads); }
 
 // Running best logit of each token in this CTA, one entry per group and token.
