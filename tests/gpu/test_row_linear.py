@@ -1,5 +1,7 @@
 """CUDA row_linear: against float64, and bit against bit where the contract says that bits do not change."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -234,6 +236,17 @@ def test_graph_and_reuse(rows):
     for _ in range(20):
         graph.replay()
     check()
+
+
+def test_first_call_of_a_thread():
+    """Where nothing has made the device's context current yet, which the driver wants for x's map."""
+    weight, x = pack(tensor(960, 576, seed=1)), tensor(17, 576)
+    want, space = run(x, weight), workspace(17, 576, 960)
+    got = torch.full_like(want, torch.nan)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(ops.row_linear, x, weight, got, workspace=space).result()
+    torch.cuda.synchronize()
+    assert torch.equal(got, want)
 
 
 def test_in_place_residual():

@@ -75,6 +75,18 @@ __device__ __forceinline__ void bulk_prefetch(const void* src, int bytes) {
 
 using TensorMap = CUtensorMap;
 
+// The driver's functions, other than the runtime's, want a context that is current in the calling thread, and a thread
+// that has asked nothing of a device but its number has none: torch, too, sets no device that is current already.
+inline cudaError_t bind_context() {
+  static thread_local bool bound = false;
+  if (bound) return cudaSuccess;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  const cudaError_t error = cudaSetDevice(device);  // from CUDA 12 on it makes the context current
+  bound = error == cudaSuccess;
+  return error;
+}
+
 // A map over the rows of a bf16 matrix in boxes of `box_rows` x 64 elements, 128-byte swizzled in shared memory.
 inline cudaError_t make_row_map(TensorMap* map, const uint16_t* data, int rows, int columns, int box_rows) {
   static const auto encode = [] {
@@ -90,6 +102,7 @@ inline cudaError_t make_row_map(TensorMap* map, const uint16_t* data, int rows, 
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t step[2] = {1, 1};
   if (!encode) return cudaErrorCallRequiresNewerDriver;
+  if (const cudaError_t error = bind_context()) return error;
   const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<uint16_t*>(data), size,
                                  stride_bytes, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
