@@ -34,6 +34,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DORTHRUS_CUDA={os.environ.get('ORTHRUS_CUDA', 'AUTO')}",
+            f"-DORTHRUS_PDL_DELAY_NS={os.environ.get('ORTHRUS_PDL_DELAY_NS', '0')}",
         ]  # fmt: skip
         if archs := os.environ.get("ORTHRUS_CUDA_ARCHS"):
             args.append(f"-DORTHRUS_CUDA_ARCHS={archs}")

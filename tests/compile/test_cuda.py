@@ -1,6 +1,7 @@
 """Every CUDA source for every architecture: it compiles, nothing spills, static shared memory fits."""
 
 import re
+import subprocess
 
 import pytest
 
@@ -32,6 +33,16 @@ def test_hopper_instructions_are_kept():
     assert max(registers[f"Li{tokens}ELb0"] for tokens in (16, 32, 64, 96)) <= 80, registers
     for tokens in (128, 160):
         assert cubins.quarter_of_registers(9, registers[f"Li{tokens}ELb0"]) <= cubins.QUARTER, registers
+
+
+@pytest.mark.parametrize("delay", [None, 0, 50_000])
+def test_kernels_sleep_where_a_build_asks_for_it(tmp_path, delay):
+    defined = [] if delay is None else [f"-DORTHRUS_PDL_DELAY_NS={delay}"]
+    flags = ["-std=c++17", "-arch=sm_90a", f"-I{cubins.ROOT / 'csrc/include'}", *defined]
+    source = cubins.ROOT / "csrc/cuda/row_linear_f32.cu"
+    subprocess.run([cubins.nvcc(), "-ptx", *flags, str(source), "-o", tmp_path / "out.ptx"], check=True)
+    found = re.findall(r"griddepcontrol\.wait|nanosleep|\b50000\b", (tmp_path / "out.ptx").read_text())
+    assert found == ["griddepcontrol.wait", *(["50000", "nanosleep"] if delay else [])]
 
 
 @pytest.mark.parametrize("arch", cubins.ARCHS)
