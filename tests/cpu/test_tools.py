@@ -1,6 +1,12 @@
-"""tools/test.py: a process that dies takes the other files of its tier with it neither here nor in the summary."""
+"""tools/test.py: a process that dies takes the other files of its tier with it neither here nor in the summary.
+tools/first_on_a_card.py: a step that fails or hangs keeps no other from running.
+"""
 
 import importlib.util
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,13 +14,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def runner(monkeypatch):
-    spec = importlib.util.spec_from_file_location("tools_test", ROOT / "tools" / "test.py")
+def load(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "tools_test", module)  # where dataclasses look
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    return load("test", monkeypatch)
 
 
 def test_files_apart(runner, tmp_path, monkeypatch, capsys):
@@ -50,3 +60,77 @@ def test_a_process_that_hangs_at_its_end(runner, tmp_path, monkeypatch, capsys):
 
 def test_the_longest_files_exist(runner):
     assert all((ROOT / "tests" / "gpu" / name).exists() for name in (*runner.LONGEST, *runner.TIMED))
+
+
+@pytest.fixture
+def card(tmp_path, monkeypatch):
+    """The script in a project of its own, whose module "is built" by a step that writes two files."""
+    module = load("first_on_a_card", monkeypatch)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "BROUGHT", tmp_path / "build" / "card")
+    (tmp_path / "orthrus_rt").mkdir()
+    build = """
+        mkdir -p build
+        [ -e build/.native ] || { echo built; echo key >build/.native; echo new >orthrus_rt/_native.so; }
+        echo python: /there/bin/python3
+    """
+    steps = [module.Step("machine", 9, ["echo", "capability 9.0"]), module.Step("build", 9, ["bash", "-c", build])]
+    monkeypatch.setattr(module, "PREPARATION", steps)
+    return module
+
+
+def test_the_first_time_on_a_card(card, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("ORTHRUS_CUDA_ARCHS", raising=False)
+    steps = [
+        card.Step("good", 9, ["bash", "-c", "echo $PATH; echo $PDL $ORTHRUS_CUDA_ARCHS"], {"PDL": "0"}),
+        card.Step("bad", 9, ["bash", "-c", "echo as it should; exit 3"]),
+        card.Step("stuck", 0.3, ["bash", "-c", "echo begun; sleep 600 & wait"]),
+        card.Step("last", 9, ["echo", "== 1 passed =="]),
+    ]
+    monkeypatch.setattr(card, "GROUPS", {"ops": steps, "engine": [card.Step("other", 9, ["false"])]})
+    assert card.main(["--out", str(tmp_path / "out"), "ops"]) == 1
+    summary = capsys.readouterr().out.split("== summary\n")[1]
+    assert re.sub(r"\d+\.\d s", "T", summary).split("\n") == [
+        "ok             T  machine: capability 9.0", "ok             T  build: python: /there/bin/python3",
+        "ok             T  good: 0 90a-real", "FAILED         T  bad: as it should", "timed out      T  stuck: begun",
+        "ok             T  last: 1 passed", "",
+    ]  # fmt: skip
+    results = json.loads((tmp_path / "out" / "steps.json").read_text())
+    assert [r["rc"] for r in results] == [0, 0, 0, 3, None, 0] and 0.3 <= results[4]["seconds"] < 5
+    log = (tmp_path / "out" / "steps.log").read_text()
+    assert "== bad\nas it should" in log and "\n/there/bin:" in log
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {"steps.json", "steps.log", "_native.so", "native-key"}
+    assert card.Calls(tmp_path / "late", 0).run(steps[0])["state"] == "not reached"
+
+
+def test_a_module_that_is_brought_is_not_built_again(card, tmp_path, capsys):
+    """And goes back out; Triton's kernels are found beside it."""
+    card.BROUGHT.mkdir(parents=True)
+    for name, text in {"native-key": "key", "_native.so": "brought"}.items():
+        (card.BROUGHT / name).write_text(text)
+        (card.BROUGHT / name).chmod(0o444)
+    (tmp_path / "triton_kernels").mkdir()
+    for _ in range(2):
+        assert card.main(["--out", str(tmp_path / "out")]) == 0
+    assert "built" not in capsys.readouterr().out
+    assert (tmp_path / "out" / "_native.so").read_text() == "brought"
+    assert (tmp_path / "orthrus_rt" / "triton_kernels").samefile(tmp_path / "triton_kernels")
+
+
+def test_what_is_to_run_on_a_card_exists(monkeypatch):
+    """Every file of tests/gpu has its turn, every name that chooses among tests is in one, and in the sanitizer's."""
+    from tests.gpu.test_sanitizer import CASES
+
+    collected = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    done = subprocess.run(collected, cwd=ROOT, capture_output=True, text=True)
+    ids = {line.removeprefix("tests/gpu/") for line in done.stdout.splitlines() if "::" in line}
+    assert set(CASES) <= ids, done.stderr
+    chosen = {}
+    groups = load("first_on_a_card", monkeypatch).GROUPS
+    for step in (step for steps in groups.values() for step in steps):
+        path, *only = (a for a in step.command if a.startswith("tests/gpu/") or " " in a)
+        chosen.setdefault(path.removeprefix("tests/gpu/"), set()).update(re.findall(r"\w+", " ".join(only)))
+    assert set(chosen) == {i.split("::")[0] for i in ids}
+    for file, words in chosen.items():
+        for word in words - {"and", "or", "not"}:
+            assert any(i.startswith(file) and word in i for i in ids), (file, word)

@@ -1,0 +1,220 @@
+"""The first time on a card: what has never run on one, step by step, each with a time limit of its own, since it may
+hang.
+
+Usage: python3 tools/first_on_a_card.py [--out DIR] [--within SECONDS] GROUP ...
+Every call builds the module first, or takes the one that an earlier call left in DIR, if that was put into build/card.
+DIR (default: $OUT, else build/first_on_a_card) gets steps.log, steps.json, native.log and the module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BROUGHT = ROOT / "build" / "card"
+KEY = "native-key"  # build/.native, by which tools/with-env knows whether the module is current
+MACHINE = """
+nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader
+PATH=$PATH:/usr/local/cuda/bin
+nvcc --version | tail -2
+command -v compute-sanitizer
+nproc
+python3 - <<'PY'
+import sys
+from importlib import metadata
+
+def version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+print("python3", sys.executable, *sys.version_info[:3])
+for name in "setuptools torch triton transformers pybind11 cmake ninja pytest pytest-timeout numpy gguf".split():
+    print(name, version(name))
+import torch
+print("torch's CUDA", torch.version.cuda)
+print("capability", ".".join(map(str, torch.cuda.get_device_capability())))
+PY
+"""
+BUILT = """
+import sys, orthrus_rt._native as native
+print("python:", sys.executable)
+print(native.build_info(), native.cuda.isa())
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """``command``: python3 is the one that the module was built for."""
+
+    name: str
+    limit_s: float
+    command: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def tests(file: str, limit_s: int, only: str = "", **env: str) -> Step:
+    """Of one file of tests/gpu, in one process; where one hangs, all threads' stacks are in the log."""
+    name = " ".join([f"{k}={v}" for k, v in env.items()] + [file] + ([f"-k '{only}'"] if only else []))
+    command = [
+        "python3",
+        "-m",
+        "pytest",
+        "-v",
+        "-r",
+        "fE",
+        "-o",
+        "faulthandler_timeout=45",
+        f"tests/gpu/test_{file}.py",
+    ]
+    return Step(name, limit_s, command + (["-k", only] if only else []), env)
+
+
+PREPARATION = [
+    Step("machine", 90, ["bash", "-c", MACHINE]),
+    Step("build", 400, ["tools/with-env", "--here", "python3", "-c", BUILT]),
+]
+REST = "not one_hot and not rewrite and not reuse and not (invariance and not sm80)"
+# What the card's instructions alone decide comes first: mma.sync and wgmma apart, without dependent launches and with
+# them, then that wgmma's widths agree to the bit.
+GROUPS = {
+    "ops": [
+        tests("row_linear", 90, "one_hot and sm80", ORTHRUS_CUDA_PDL="0"),
+        tests("row_linear", 90, "one_hot and not sm80", ORTHRUS_CUDA_PDL="0"),
+        tests("row_linear", 90, "one_hot and sm80"),
+        tests("row_linear", 90, "one_hot and not sm80"),
+        tests("row_linear", 120, "invariance and not sm80"),
+        tests("row_linear", 120, "rewrite or reuse"),
+        tests("qkv_commit", 90),
+        tests("dual_attn", 150),
+        tests("consensus", 90),
+        tests("triton", 180),
+        tests("f32", 90),
+        tests("row_linear", 180, REST),
+    ],
+    "engine": [
+        tests("engine", 180),
+        tests("failures", 180),
+        tests("lossless", 300),
+        tests("lossless_embedded", 150),
+        tests("auto", 120),
+        tests("profile", 120),
+    ],
+    "sanitizer": [tests("sanitizer", 300)],
+}
+
+
+class Calls:
+    """Runs steps until the time is up, and keeps what they did in ``out``."""
+
+    def __init__(self, out: Path, within_s: float):
+        self.out, self.ends, self.env = out, time.monotonic() + within_s, {"PYTHONPATH": str(ROOT)}
+        self.results: list[dict] = []
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "steps.log").unlink(missing_ok=True)
+
+    def run(self, step: Step) -> dict:
+        left = self.ends - time.monotonic()
+        result = {"step": step.name, "state": "not reached", "rc": None, "seconds": 0.0, "said": "", "printed": ""}
+        if left > 0:
+            result |= self._run(step, min(step.limit_s, left))
+        self.results.append(result)
+        (self.out / "steps.json").write_text(json.dumps(self.results, indent=1))
+        return result
+
+    def _run(self, step: Step, limit_s: float) -> dict:
+        print(f"== {step.name}", flush=True)
+        start, code = time.monotonic(), None
+        env = {**os.environ, **self.env, **step.env, "PYTHONUNBUFFERED": "1"}
+        with open(self.out / "steps.log", "a+", errors="replace") as log:
+            log.write(f"\n== {step.name}\n")
+            log.flush()
+            begin = log.tell()
+            process = subprocess.Popen(
+                step.command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                code = process.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)  # the driver may keep it
+            log.seek(begin)
+            printed = log.read()
+        state = "ok" if code == 0 else "timed out" if code is None else "FAILED"
+        lines = [line for line in printed.splitlines() if line.strip()]
+        return {"state": state, "rc": code, "seconds": round(time.monotonic() - start, 1), "limit_s": limit_s,
+                "said": lines[-1].strip("= ")[:120] if lines else "", "printed": "\n".join(lines[-25:])}  # fmt: skip
+
+    def summary(self) -> str:
+        lines = [f"{r['state']:11} {r['seconds']:6.1f} s  {r['step']}: {r['said']}" for r in self.results]
+        return "\n".join(["== summary", *lines])
+
+
+def take_module(folder: Path) -> None:
+    """The module of an earlier call on such a machine; whether it is current is for tools/with-env to say."""
+    if not (folder / KEY).exists():
+        return
+    (ROOT / "build").mkdir(exist_ok=True)
+    shutil.copyfile(folder / KEY, ROOT / "build" / ".native")
+    for module in folder.glob("_native*.so"):
+        shutil.copyfile(module, ROOT / "orthrus_rt" / module.name)
+    link = ROOT / "orthrus_rt" / "triton_kernels"  # where pip has installed nothing, Python would not find it
+    if not link.is_symlink():
+        link.symlink_to("../triton_kernels")
+
+
+def leave_module(folder: Path) -> None:
+    """For later calls: see take_module."""
+    shutil.copyfile(ROOT / "build" / ".native", folder / KEY)
+    for module in (ROOT / "orthrus_rt").glob("_native*.so"):
+        shutil.copyfile(module, folder / module.name)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="see the head of the file")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "first_on_a_card"))
+    parser.add_argument(
+        "--within", type=float, default=570, metavar="SECONDS", help="then no step begins (%(default)s)"
+    )
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
+    args = parser.parse_args(arguments)
+    if unknown := set(args.groups) - set(GROUPS):
+        parser.error(f"unknown group {', '.join(sorted(unknown))}: expected {', '.join(GROUPS)}")
+
+    calls = Calls(args.out, args.within)
+    machine, build = PREPARATION
+    found = calls.run(machine)["printed"]
+    print(found, flush=True)
+    if "capability 9.0" in found:
+        calls.env["ORTHRUS_CUDA_ARCHS"] = os.environ.get("ORTHRUS_CUDA_ARCHS", "90a-real")
+    take_module(BROUGHT)
+    built = calls.run(build)
+    print(built["printed"], flush=True)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copyfile(ROOT / "build" / "native.log", args.out / "native.log")
+    if built["state"] == "ok":
+        leave_module(args.out)
+        python = Path(re.search(r"^python: (.+)$", built["printed"], re.MULTILINE)[1])
+        calls.env["PATH"] = f"{python.parent}:{os.environ['PATH']}"
+        for step in [step for name in GROUPS if name in args.groups for step in GROUPS[name]]:
+            if (done := calls.run(step))["state"] not in ("ok", "not reached"):
+                print(done["printed"][-1500:], flush=True)
+    print(calls.summary())
+    return 0 if all(result["state"] == "ok" for result in calls.results) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
