@@ -161,7 +161,7 @@ def place(engine: Engine, batch: int, context: int) -> None:
     engine.kv.pages.normal_()
     params = SamplingParams(max_new_tokens=engine.max_seq_len, ignore_eos=True)
     for _ in range(batch):
-        engine.outbox[engine.submit([7] * context, params)].tokens.append(1)
+        engine.outbox.get(engine.submit([7] * context, params)).tokens.append(1)
     with (
         mock.patch.object(PrefillPass, "run", lambda _: None),
         mock.patch("orthrus_rt.runner.PREFILL_CHUNK", MANY),

@@ -200,6 +200,7 @@ class Engine(Generation):
         """What ``mode="auto"`` goes by, for a batch of this size, of which none or some sample:
         :meth:`Policy.explain`; None while it is not on. For the thread that uses the engine.
         """
+        self._check_open()
         auto = self._autos.get(self._plan)
         return auto.policy.explain(batch_size, greedy) if auto else None
 
@@ -207,9 +208,16 @@ class Engine(Generation):
         """That of what runs, or the engine's own if nothing does."""
         return self._default_plan if self._idle() else self._plan
 
-    def _make_request(self, prompt_ids, params: SamplingParams | None, plan: CyclePlan | None, name=None) -> Request:
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RuntimeError("this engine is closed")
+
+    def _make_request(
+        self, prompt_ids, params: SamplingParams | None, plan: CyclePlan | None, request_id=None, name="prompt_ids"
+    ) -> Request:
+        self._check_open()
         params = SamplingParams() if params is None else params
-        request = make_request(prompt_ids, params, name, self.config, self.max_seq_len)
+        request = make_request(prompt_ids, params, request_id, self.config, self.max_seq_len, name)
         self._check_acceptance(request, plan or self._plan_to_join())
         return request
 
@@ -222,6 +230,7 @@ class Engine(Generation):
 
         Raises:
             ValueError: it would not.
+            RuntimeError: the engine is closed.
         """
         self._make_request(prompt_ids, params, None, request_id)
 
@@ -276,12 +285,12 @@ class Engine(Generation):
     def abort(self, request_id: str) -> None:
         """End a request now; :meth:`step` returns its last output, with finish_reason ``"abort"``.
 
-        Raises:
-            KeyError: no such request is unfinished.
+        Of a request that has come to its end, or that never was, nothing is done or said: whoever aborts may be a
+        moment late. :meth:`is_unfinished` tells.
         """
-        request = self.outbox[request_id]
-        with whole(self):
-            self._abort(request)
+        if request := self.outbox.get(request_id):
+            with whole(self):
+                self._abort(request)
 
     def has_unfinished(self) -> bool:
         """Whether :meth:`step` has anything to run or to return."""
@@ -300,6 +309,10 @@ class Engine(Generation):
     def close(self) -> None:
         """Abort everything and let go of weights, cache and graphs. The engine refuses calls from then on, and its
         device takes another one. Closing twice is harmless.
+
+        What :meth:`step` has not returned by then, last outputs included, is never told: requests are to end first
+        where that matters. To let them (a server at SIGTERM), submit no more, and step while :meth:`has_unfinished`;
+        to break them off, abort them and step once. Of an :class:`orthrus_rt.AsyncEngine`, ``close(drain=True)``.
         """
         with self.turn:
             if self.closed:
@@ -336,8 +349,7 @@ class Engine(Generation):
 
     def memory_report(self) -> dict[str, int]:
         """Bytes by use: see :func:`orthrus_rt.memory.memory_report`. For the thread that uses the engine."""
-        if self.closed:
-            raise RuntimeError("this engine is closed")
+        self._check_open()
         return memory_report(self)
 
     @exclusive

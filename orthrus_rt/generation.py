@@ -36,7 +36,7 @@ class Generation(Rounds):
 
         Raises:
             ValueError: a prompt is empty, too long, or has ids outside the vocabulary; nothing has run then.
-            RuntimeError: another mode was asked for than the one that runs.
+            RuntimeError: another mode was asked for than the one that runs, or the engine is closed.
             torch.OutOfMemoryError, FloatingPointError: the one prompt could not go on.
         """
         batch = _is_batch(prompt_ids)
@@ -49,7 +49,9 @@ class Generation(Rounds):
         from tqdm import tqdm
 
         plan = self._asked_plan(mode, draft_len, fan_out)
-        requests = [self._make_request(ids, p, plan) for ids, p in zip(all_ids, each, strict=True)]
+        names = [f"prompt_ids[{i}]" for i in range(len(all_ids))] if batch else ["prompt_ids"]
+        asked = zip(all_ids, each, names, strict=True)
+        requests = [self._make_request(ids, p, plan, name=name) for ids, p, name in asked]
         bar = tqdm(total=len(requests), unit="prompt", disable=not progress)
         with bar, contextlib.closing(self._run(requests, plan)) as rounds:
             for _ in rounds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import operator
 from collections.abc import Mapping
 from pathlib import Path
@@ -175,7 +176,7 @@ class OrthrusForCausalLM:
         except TypeError:
             stop = eos_token_id
         greedy = temperature == 0
-        return SamplingParams(
+        params = SamplingParams(
             max_new_tokens=max_length - length,
             temperature=temperature,
             top_k=top_k or 0,
@@ -184,6 +185,8 @@ class OrthrusForCausalLM:
             stop_token_ids=stop,
             ignore_eos=eos_token_id is not None,
         )
+        possible = tuple(t for t in params.stop_token_ids if t < self.config.vocab_size)  # others never come
+        return dataclasses.replace(params, stop_token_ids=possible)
 
 
 def _tensor(values, name: str = "input_ids") -> torch.Tensor:

@@ -27,11 +27,8 @@ class Outbox:
         known = request_id in self._requests or request_id in self._heard
         return known or any(out.request_id == request_id for out in self.outputs)
 
-    def __getitem__(self, request_id: str) -> Request:
-        request = self._requests.get(request_id) or self._heard.get(request_id)
-        if request is None:
-            raise KeyError(f"no unfinished request has the id {request_id!r}")
-        return request
+    def get(self, request_id: str) -> Request | None:
+        return self._requests.get(request_id) or self._heard.get(request_id)
 
     @property
     def unfinished(self) -> list[Request]:

@@ -124,8 +124,8 @@ class Request:
             stats.seconds = now - self.first_token
 
 
-def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int) -> list[int]:
-    """The prompt as a list of ints.
+def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str = "prompt_ids") -> list[int]:
+    """The prompt, which errors call by ``name``, as a list of ints.
 
     Raises:
         ValueError: it is empty, too long, not integers, or has ids outside the vocabulary.
@@ -133,47 +133,48 @@ def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int) -> list[int]:
     is_tensor = isinstance(prompt_ids, torch.Tensor)
     if getattr(prompt_ids, "ndim", 1) != 1 or (is_tensor and prompt_ids.is_floating_point()):
         got = f"{prompt_ids.dtype} {list(prompt_ids.shape)}"
-        raise ValueError(f"prompt_ids: a tensor or array must be 1-D and integer, got {got}")
+        raise ValueError(f"{name}: a tensor or array must be 1-D and integer, got {got}")
     if is_tensor:
         prompt_ids = prompt_ids.tolist()
     if isinstance(prompt_ids, str | bytes):
-        raise ValueError("prompt_ids must be token ids, got text; encode it with engine.tokenizer")
+        raise ValueError(f"{name} must be token ids, got text; encode it with engine.tokenizer")
     if isinstance(prompt_ids, Mapping):
-        raise ValueError(f"prompt_ids must be token ids, got {type(prompt_ids).__name__}; pass its input_ids")
+        raise ValueError(f"{name} must be token ids, got {type(prompt_ids).__name__}; pass its input_ids")
     try:
         ids = [operator.index(t) for t in prompt_ids]
     except TypeError as error:
-        raise ValueError(f"prompt_ids must be a list of ints or a 1-D integer tensor: {error}") from error
+        raise ValueError(f"{name} must be a list of ints or a 1-D integer tensor: {error}") from error
     if not ids:
-        raise ValueError("prompt_ids must hold at least one token, got none")
+        raise ValueError(f"{name} must hold at least one token, got none")
     if len(ids) >= max_seq_len:
-        raise ValueError(f"prompt_ids must be shorter than max_seq_len ({max_seq_len} tokens), got {len(ids)}")
+        raise ValueError(f"{name} must be shorter than max_seq_len ({max_seq_len} tokens), got {len(ids)}")
     for i, token in enumerate(ids):
         if not 0 <= token < vocab_size:
-            raise ValueError(f"prompt_ids[{i}] must be within the vocabulary [0, {vocab_size}), got {token}")
+            raise ValueError(f"{name}[{i}] must be within the vocabulary [0, {vocab_size}), got {token}")
     return ids
 
 
 def make_request(
-    prompt_ids, params: SamplingParams, request_id: str | None, config: ModelConfig, max_seq_len: int
+    prompt_ids, params: SamplingParams, request_id: str | None, config: ModelConfig, max_seq_len: int, name: str
 ) -> Request:
-    """A request that this model can serve within ``max_seq_len``.
+    """A request that this model can serve within ``max_seq_len``; errors call its prompt by ``name``.
 
     Raises:
-        ValueError: as :func:`check_prompt`, or there are too many stop ids, or a biased id is not in the vocabulary.
+        ValueError: as :func:`check_prompt`, or there are too many stop ids, or a stop id or a biased one is not in the
+            vocabulary.
     """
     if not (request_id is None or (isinstance(request_id, str) and request_id)):
         raise ValueError(f"request_id must be a string that is not empty, or None, got {request_id!r}")
     if not isinstance(params, SamplingParams):
         raise ValueError(f"params must be SamplingParams, got {type(params).__name__}")
-    ids = check_prompt(prompt_ids, config.vocab_size, max_seq_len)
+    ids = check_prompt(prompt_ids, config.vocab_size, max_seq_len, name)
     if len(params.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         got = len(params.stop_token_ids)
         raise ValueError(f"stop_token_ids: at most {MAX_STOP_TOKEN_IDS} are supported, got {got}")
-    for token, _ in params.logit_bias:
-        if token >= config.vocab_size:
-            raise ValueError(f"logit_bias: ids must be within the vocabulary [0, {config.vocab_size}), got {token}")
-    stop = {*(() if params.ignore_eos else config.eos_token_ids), *params.stop_token_ids}
-    stop = sorted(token for token in stop if token < config.vocab_size)  # no other can occur
+    for what, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", dict(params.logit_bias))):
+        for token in tokens:
+            if token >= config.vocab_size:
+                raise ValueError(f"{what}: ids must be within the vocabulary [0, {config.vocab_size}), got {token}")
+    stop = sorted({*(() if params.ignore_eos else config.eos_token_ids), *params.stop_token_ids})
     limit = min(len(ids) + params.max_new_tokens, max_seq_len)
     return Request(request_id or uuid.uuid4().hex, ids, params, stop, limit)

@@ -89,7 +89,8 @@ class SamplingParams:
              len(dict(self.logit_bias)) == len(self.logit_bias) <= MAX_LOGIT_BIAS),
             ("logit_bias", "finite values for ids in [0, 2**31)",
              all(0 <= t < 2**31 and abs(value) <= MOST for t, value in self.logit_bias)),
-            ("min_tokens", "in [0, max_new_tokens]", 0 <= self.min_tokens <= self.max_new_tokens),
+            ("min_tokens", f"in [0, {self.max_new_tokens}] (max_new_tokens)",
+             0 <= self.min_tokens <= self.max_new_tokens),
             ("seed", "None or in [0, 2**63)", self.seed is None or 0 <= self.seed < 2**63),
             ("stop_token_ids", "all in [0, 2**31)", all(0 <= t < 2**31 for t in self.stop_token_ids)),
             ("ignore_eos", "True or False", isinstance(self.ignore_eos, bool)),
@@ -150,7 +151,7 @@ def _pairs(name: str, values) -> tuple[tuple[int, float], ...]:
         pairs = [(token, value) for token, value in pairs]
     except (TypeError, ValueError):
         raise ValueError(f"SamplingParams: {name} must be {{token id: value}}, got {values!r}") from None
-    return tuple((_integer(name, token), _number(name, value)) for token, value in pairs)
+    return tuple((_integer(f"{name}: every token id", token), _number(name, value)) for token, value in pairs)
 
 
 def uniform(seed: int, position: int, purpose: int) -> float:

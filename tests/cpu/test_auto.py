@@ -135,7 +135,7 @@ def test_outcomes_tell_every_token_and_every_beginning(folder, monkeypatch, mode
 
 def test_a_fault_leaves_no_cycle_pending(folder, monkeypatch):
     auto = engine(folder)
-    request = auto.outbox[auto.submit(PROMPTS[0], LONG)]
+    request = auto.outbox.get(auto.submit(PROMPTS[0], LONG))
     auto.step()
     with monkeypatch.context() as patch:
         patch.setattr(auto.runner, "_post", lambda *_: 1 / 0)

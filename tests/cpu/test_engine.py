@@ -60,7 +60,7 @@ def test_stops_at_the_exact_token_inside_a_block(engine):
     for stop in sorted(set(tokens)):
         first = tokens.index(stop)
         for mode in ("ar", "two_pass"):
-            out = greedy(engine, 40, mode=mode, stop_token_ids=(stop, 10**6))
+            out = greedy(engine, 40, mode=mode, stop_token_ids=(stop,))
             assert out.token_ids == tokens[: first + 1], (stop, mode)
             assert out.finish_reason == "stop"
 
@@ -159,8 +159,21 @@ def test_what_is_a_batch(engine):
     with pytest.raises(ValueError, match="params: expected one or 0, got 1"):
         engine.generate([], [params])
     for nothing in ([[]], [np.array([], dtype=np.int64)], np.array([], dtype=np.int64)):
-        with pytest.raises(ValueError, match="prompt_ids must hold at least one token, got none"):
+        with pytest.raises(ValueError, match=r"prompt_ids(\[0\])? must hold at least one token, got none"):
             engine.generate(nothing, params)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ([70000], r"prompt_ids\[2\]\[0\] must be within the vocabulary \[0, 24\), got 70000"),
+        (5, r"prompt_ids\[2\] must be a list of ints or a 1-D integer tensor: 'int' object is not iterable"),
+        ([1] * 512, r"prompt_ids\[2\] must be shorter than max_seq_len \(512 tokens\), got 512"),
+    ],
+)
+def test_of_a_batch_the_prompt_is_named(engine, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        engine.generate([PROMPT, PROMPT, wrong])
 
 
 def test_stale_cache_changes_nothing(engine):
@@ -273,6 +286,11 @@ def test_bad_arguments(engine):
         engine.generate(PROMPT, [SamplingParams()])
     with pytest.raises(ValueError, match="at most 64 are supported"):
         engine.stream(PROMPT, SamplingParams(stop_token_ids=tuple(range(70))))
+    for params in ({"stop_token_ids": (3, 24)}, {"logit_bias": {3: 1, 24: 1}}):
+        with pytest.raises(
+            ValueError, match=rf"{next(iter(params))}: ids must be within the vocabulary .*24\), got 24"
+        ):
+            engine.stream(PROMPT, SamplingParams(**params))
     for kwargs, message in [
         ({"draft_len": 1.5}, "draft_len must be an integer, got 1.5"),
         ({"mode": "one_pass", "fan_out": 2.5}, "fan_out must be an integer, got 2.5"),

@@ -52,6 +52,7 @@ def test_nan_of_the_drafter_is_one_bad_draft_and_of_the_ar_view_an_id_that_conse
         ({"repetition_penalty": 1e-46}, "repetition_penalty must be finite and > 0, got 1e-46"),
         ({"top_p": 1e-46}, r"top_p must be in \(0, 1\], got 1e-46"),
         ({"logit_bias": {1: 1e39}}, "logit_bias must be finite values for ids"),
+        ({"logit_bias": {"5": 1}}, "SamplingParams: logit_bias: every token id must be an integer, got '5'"),
         ({"logit_bias": {1: "a"}}, "logit_bias must be a number, got 'a'"),
         ({"temperature": 10**400}, "temperature must be 0, or finite and >= 1e-6, got inf"),
         ({"min_p": -(10**400)}, r"min_p must be in \[0, 1\), got -inf"),
