@@ -15,6 +15,11 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.sampling import SamplingParams
 
+# Calls that would take outputs that are the streams', or make some that nobody gets -> what does that here.
+INSTEAD = {
+    Engine.submit: "stream()", Engine.stream: "stream()", Engine.step: "stream()", Engine.generate: "generate()",
+    Engine.abort: "abort()", Engine.close: "close()",
+}  # fmt: skip
 MOST_FAILURES = 3  # steps that may fail, with no cycle between them, before every stream does
 log = logging.getLogger("orthrus_rt")
 
@@ -32,10 +37,13 @@ class AsyncEngine:
     serves the others.
 
     Raises:
+        TypeError: it is no :class:`Engine`.
         RuntimeError: another one has the engine, a call of it is under way, or it is closed.
     """
 
     def __init__(self, engine: Engine):
+        if not isinstance(engine, Engine):
+            raise TypeError(f"AsyncEngine: engine must be an Engine (Engine.from_pretrained makes one), got {engine!r}")
         self.engine = engine
         # Its queue is the order of all calls: a step puts the next one behind whatever was asked for meanwhile.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="orthrus")
@@ -49,6 +57,7 @@ class AsyncEngine:
         self._numbers = itertools.count(1)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: asyncio.Future | None = None
+        self._draining = False
         self._steps = False  # the worker's, as are the next two: a step is in its queue
         self._failures = self._cycles = 0  # steps that failed since there were that many cycles
 
@@ -56,8 +65,7 @@ class AsyncEngine:
         """The running loop, which has the engine from now on. Another one's streams cannot be served any more: it may
         never run again.
         """
-        if self._closing is not None:
-            raise RuntimeError("this engine is closed")
+        self._check_open()
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             if self._loop is not None and self._loop.is_running():
@@ -69,6 +77,15 @@ class AsyncEngine:
             self._loop = loop
         return loop
 
+    def _check_open(self) -> None:
+        if self._closing is not None:
+            raise RuntimeError("this engine is closed")
+
+    def _check_taking(self) -> None:
+        self._check_open()
+        if self._draining:
+            raise RuntimeError("this engine is closing: it ends what runs and takes nothing new")
+
     def _call(self, function, *args) -> asyncio.Future:
         return self._enter().run_in_executor(self._worker, function, *args)
 
@@ -77,23 +94,27 @@ class AsyncEngine:
     ) -> AsyncIterator[RequestOutput]:
         """Yield the request's outputs as :meth:`Engine.step` returns them, each with ``stats`` of its own; the last has
         a ``finish_reason``, and if that is ``"error"``, ``error`` says why: nothing is raised. Arguments are checked
-        now, but for a ``request_id`` in use.
+        now, but for a ``request_id`` in use: one is taken from when its first output is asked for until its last is
+        decoded, or the stream closed.
 
         Raises:
             ValueError: the request cannot be served, as :meth:`Engine.submit`.
-            Exception: what three steps with no cycle between them, or a closed engine, raised.
+            RuntimeError: the engine is closed or closing.
+            Exception: what three steps with no cycle between them raised.
         """
+        self._check_taking()
         self.engine.check(prompt_ids, params, request_id)
         return self._stream(prompt_ids, params, request_id or uuid.uuid4().hex)
 
     async def _stream(self, prompt_ids, params, request_id: str) -> AsyncIterator[RequestOutput]:
+        self._check_taking()
         self._enter()
         if any(name == request_id for name, _ in self._waiting.values()):
             raise ValueError(f"request_id must be unused, got {request_id!r} twice")
         known_as, queue, finished = f"{request_id}#{next(self._numbers)}", asyncio.Queue(), False
         self._waiting[known_as] = request_id, queue
         try:
-            await self.call(Engine.submit, prompt_ids, params, known_as)
+            await self._call(self._run, Engine.submit, prompt_ids, params, known_as)
             while not finished:
                 output = await queue.get()
                 if isinstance(output, BaseException):
@@ -107,11 +128,36 @@ class AsyncEngine:
                 with contextlib.suppress(RuntimeError):  # as the process ends, nothing is taken any more
                     self._worker.submit(self._abort, known_as)
 
+    async def generate(
+        self, prompt_ids, params: SamplingParams | None = None, request_id: str | None = None
+    ) -> RequestOutput:
+        """The last output of :meth:`stream`, with all the tokens. Cancelling it aborts the request."""
+        tokens: list[int] = []
+        async with contextlib.aclosing(self.stream(prompt_ids, params, request_id)) as outputs:
+            async for output in outputs:
+                tokens += output.new_token_ids
+        return replace(output, new_token_ids=tokens)
+
+    async def abort(self, request_id: str) -> None:
+        """End the stream with this ``request_id``, or :meth:`generate`, also if this call is cancelled: its last output
+        has finish_reason ``"abort"``. If there is none yet, or none any more, nothing is done or said, as by
+        :meth:`Engine.abort`.
+        """
+        self._enter()
+        for known_as in [known_as for known_as, (name, _) in self._waiting.items() if name == request_id]:
+            await asyncio.shield(self._call(self._abort, known_as))
+
     async def call(self, function, *args):
         """``function(engine, *args)`` between two steps, in the thread that makes them: ``call(Engine.explain)`` or
         :meth:`Engine.warmup` as long as there is no request. Decoding stands still meanwhile, also where this call is
-        cancelled. Not for :meth:`Engine.step`, whose outputs are the streams', nor for closing.
+        cancelled.
+
+        Raises:
+            ValueError: the function submits, runs or ends requests, or closes the engine; this class does that.
         """
+        if function in INSTEAD:
+            name, instead = function.__name__, INSTEAD[function]
+            raise ValueError(f"AsyncEngine.call: Engine.{name} would disturb the streams; use AsyncEngine.{instead}")
         return await self._call(self._run, function, *args)
 
     def _hand_out(self, outputs: list[RequestOutput]) -> None:
@@ -134,8 +180,18 @@ class AsyncEngine:
     async def __aexit__(self, *_) -> None:
         await self.close()
 
-    async def close(self) -> None:
-        """Close the engine, also if this call is cancelled; open streams end with an error. Twice is harmless."""
+    async def close(self, drain: bool = False) -> None:
+        """Close the engine, also if this call is cancelled; open streams end with an error. Twice is harmless.
+
+        Args:
+            drain: first let them run to their end, and refuse new ones from now on: what a server does at SIGTERM.
+                Cancelled before that, as by ``asyncio.wait_for``, the engine is still open, for ``close()``.
+        """
+        if drain and self._closing is None:
+            self._enter()
+            self._draining = True
+            while self._waiting and self._closing is None:
+                await asyncio.sleep(0.01)
         if self._closing is None:
             self._closing = self._call(self._close)
             self._closing.add_done_callback(self._end)

@@ -163,7 +163,7 @@ def test_streams_of_a_closed_engine_end_with_an_error(folder, monkeypatch):
             async for _ in stream:
                 pass
         with pytest.raises(RuntimeError, match="this engine is closed"):
-            await anext(shared.stream([1, 2]))
+            shared.stream([1, 2])
 
     run(folder, use)
 
@@ -276,15 +276,35 @@ def test_what_a_stream_does_not_tell_is_asked_for_between_two_steps(folder, alon
     run(folder, use)
 
 
-def test_a_call_that_submits_is_served_and_one_that_closes_ends_the_streams(folder):
+@pytest.mark.parametrize(
+    ("function", "args", "instead"),
+    [
+        (Engine.submit, ([1],), "stream"),
+        (Engine.stream, ([1],), "stream"),
+        (Engine.step, (), "stream"),
+        (Engine.generate, ([1],), "generate"),
+        (Engine.abort, ("x",), "abort"),
+        (Engine.close, (), "close"),
+    ],
+)
+def test_calls_that_would_disturb_the_streams_are_refused(folder, function, args, instead):
+    async def use(shared):
+        message = rf"Engine\.{function.__name__} would disturb the streams; use AsyncEngine\.{instead}\(\)"
+        with pytest.raises(ValueError, match=message):
+            await shared.call(function, *args)
+
+    run(folder, use)
+
+
+def test_a_call_that_submits_all_the_same_is_served_and_one_that_closes_ends_the_streams(folder):
     async def main():
         shared = AsyncEngine(make(folder))
-        await shared.call(Engine.submit, [1, 2], GREEDY)
+        await shared.call(lambda engine: engine.submit([1, 2], GREEDY))
         while not await shared.call(lambda engine: engine.metrics.requests["length"]):  # though nobody streams
             pass
         waiting = asyncio.create_task(collect(shared, [3], SamplingParams(max_new_tokens=100, ignore_eos=True)))
         await asyncio.sleep(0)
-        await shared.call(Engine.close)
+        await shared.call(lambda engine: engine.close())
         with pytest.raises(RuntimeError, match="this engine is closed"):
             await waiting
         await shared.close()
@@ -326,6 +346,8 @@ def test_outputs_that_cannot_be_handed_out_end_the_streams(folder, alone, monkey
             patch.setattr(Stats, "copy", lambda _: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 await asyncio.wait_for(collect(shared, [1, 2], GREEDY), 20)
+            while await shared.call(Engine.has_unfinished):  # the stream's abort has an output as well
+                await asyncio.sleep(0.01)
         assert (await collect(shared, [1, 2], GREEDY))[0] == alone([1, 2], GREEDY)
 
     run(folder, use)

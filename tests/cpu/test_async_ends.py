@@ -1,0 +1,128 @@
+"""How requests of an AsyncEngine end: all tokens at once, aborted by name, or let run out before it closes."""
+
+import asyncio
+
+import pytest
+
+from orthrus_rt import dispatch
+from orthrus_rt.aio import AsyncEngine
+from orthrus_rt.sampling import SamplingParams
+from tests.cpu.test_async import GREEDY, collect, collect_rest, run, slowly
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+LONG = SamplingParams(max_new_tokens=100, ignore_eos=True)
+
+
+def test_what_is_no_engine():
+    with pytest.raises(TypeError, match=r"engine must be an Engine \(Engine.from_pretrained .*\), got 'smollm2-135m'"):
+        AsyncEngine("smollm2-135m")
+
+
+def test_generate_is_the_whole_stream(folder, alone):
+    async def use(shared):
+        outs = await asyncio.gather(*(shared.generate([i], GREEDY, f"name {i}") for i in (1, 2, 3)))
+        assert [out.token_ids for out in outs] == [alone([i], GREEDY) for i in (1, 2, 3)]
+        assert [(out.request_id, out.finished, out.finish_reason) for out in outs] == [
+            (f"name {i}", True, "length") for i in (1, 2, 3)
+        ]
+        with pytest.raises(ValueError, match="at least one token"):
+            await shared.generate([])
+
+    run(folder, use)
+
+
+def test_generate_that_is_cancelled_aborts(folder, monkeypatch):
+    async def use(shared):
+        slowly(shared, monkeypatch)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(shared.generate([1, 2], LONG), 0.1)
+        while shared.engine.has_unfinished():
+            await asyncio.sleep(0.01)
+        assert shared.engine.metrics.requests["abort"] == 1
+
+    run(folder, use)
+
+
+def test_a_request_is_aborted_by_its_name(folder, alone, monkeypatch):
+    async def use(shared):
+        slowly(shared, monkeypatch)
+        mine, other = (shared.stream([1, 2], LONG, request_id=name) for name in ("mine", "other"))
+        tokens, others = (await anext(mine)).new_token_ids, (await anext(other)).new_token_ids
+        whole = asyncio.create_task(shared.generate([3], LONG, "whole"))
+        await asyncio.sleep(0)
+        for name in ("mine", "whole", "nobody"):
+            assert await shared.abort(name) is None
+        rest = [out async for out in mine]
+        assert rest[-1].request_id == "mine" and rest[-1].finish_reason == "abort"
+        tokens += [t for out in rest for t in out.new_token_ids]
+        assert tokens == alone([1, 2], LONG)[: len(tokens)] and len(tokens) < 100
+        assert (await whole).finish_reason == "abort"
+        await shared.abort("mine")  # late
+        assert (await collect(shared, [3], GREEDY))[1] == "length"
+        assert others + await collect_rest(other) == alone([1, 2], LONG)
+        assert shared.engine.metrics.requests["abort"] == 2
+
+    run(folder, use)
+
+
+def test_an_abort_that_is_cancelled_aborts(folder, monkeypatch):
+    async def use(shared):
+        slowly(shared, monkeypatch)
+        stream = shared.stream([1, 2], LONG, request_id="mine")
+        await anext(stream)
+        abort = asyncio.create_task(shared.abort("mine"))
+        await asyncio.sleep(0)  # it waits for the step that is under way
+        abort.cancel()
+        assert [out.finish_reason async for out in stream][-1] == "abort"
+
+    run(folder, use)
+
+
+def test_an_aborted_name_is_free_at_once(folder, alone, monkeypatch):
+    async def use(shared):
+        slowly(shared, monkeypatch)
+        for _ in range(2):
+            stream = shared.stream([1, 2], LONG, request_id="mine")
+            await anext(stream)
+            await stream.aclose()
+        assert (await shared.generate([1, 2], GREEDY, "mine")).token_ids == alone([1, 2], GREEDY)
+
+    run(folder, use)
+
+
+def test_close_that_drains_lets_what_runs_come_to_its_end(folder, alone, monkeypatch):
+    async def use(shared):
+        slowly(shared, monkeypatch)
+        stream, unasked = shared.stream([1, 2], GREEDY), shared.stream([3], GREEDY)
+        running = asyncio.create_task(collect(shared, [4], GREEDY))
+        gone = asyncio.create_task(collect(shared, [5], LONG))
+        tokens = (await anext(stream)).new_token_ids
+        closing = asyncio.create_task(shared.close(drain=True))
+        await asyncio.sleep(0)
+        for new in (lambda: shared.stream([3]), lambda: anext(unasked), lambda: shared.generate([3])):
+            with pytest.raises(RuntimeError, match="this engine is closing: it ends what runs and takes nothing new"):
+                await new()
+        gone.cancel()
+        await closing
+        assert shared.engine.closed and shared.engine.metrics.requests["length"] == 2
+        assert await running == (alone([4], GREEDY), "length")
+        assert tokens + await collect_rest(stream) == alone([1, 2], GREEDY)
+        await shared.close(drain=True)  # harmless
+
+    run(folder, use)
+
+
+def test_draining_may_end_early(folder, monkeypatch):
+    async def use(shared):
+        slowly(shared, monkeypatch)
+        stream = shared.stream([1, 2], LONG)
+        await anext(stream)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(shared.close(drain=True), 0.05)
+        assert not shared.engine.closed and (await anext(stream)).new_token_ids
+        await shared.close()
+        with pytest.raises(RuntimeError, match="this engine is closed"):
+            await collect_rest(stream)
+
+    run(folder, use)
