@@ -12,7 +12,7 @@ help:
 	@echo 'make gpu-check            build and run the GPU tier with the Python that is here; needs no network'
 
 demo:
-	@tools/with-env orthrus-rt generate --chat --mode two_pass --draft-len 5 --compare-ar --stats -- "$$PROMPT"
+	@tools/with-env orthrus-rt generate --chat --mode two_pass --draft-len 5 --max-new-tokens 256 --compare-ar --stats -- "$$PROMPT"
 
 test:
 	@tools/with-env python3 tools/test.py

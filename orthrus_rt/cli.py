@@ -10,10 +10,18 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from importlib import metadata
 
 from orthrus_rt import cli_verify
+from orthrus_rt.cli_options import (
+    add_model_options,
+    check_length,
+    check_num_prompts,
+    check_used,
+    in_options,
+    load_engine,
+    read_utf8,
+)
 from orthrus_rt.cycle_plan import MODES
 
 EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
@@ -44,9 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--chat", dest="chat", action="store_true", default=None, help="one user turn of the chat template"
     )
     form.add_argument("--raw", dest="chat", action="store_false", help="text to continue (default: --chat if it can)")
-    _add_model_options(generate, engine=True)
+    add_model_options(generate, engine=True)
     generate.add_argument("--mode", choices=("auto", *MODES), default="auto", help="how to decode")
-    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     sampling = generate.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0 keeps all")
@@ -74,10 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
         "info", help="what runs where", description="Device, implementation per op, model, versions."
     )
     info.set_defaults(run=run_info)
-    _add_model_options(info, engine=False)
+    add_model_options(info, engine=False)
     info.add_argument("--json", action="store_true", help="print one JSON object")
 
-    cli_verify.add_parser(commands, _add_model_options)
+    cli_verify.add_parser(commands)
 
     bench = commands.add_parser(
         "bench",
@@ -86,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         "bytes it must move.",
     )
     bench.set_defaults(run=run_bench)
-    _add_model_options(bench, engine=True)
+    add_model_options(bench, engine=True)
     bench.add_argument(
         "--modes", nargs="+", choices=("auto", *MODES), default=["ar", "two_pass"], metavar="MODE",
         help=f"of auto, {', '.join(MODES)} (default: ar two_pass)",
@@ -110,47 +118,6 @@ def _token_bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"expected ID=X, got {text!r}") from None
 
 
-def _add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        default="smollm2-135m",
-        help="smollm2-135m (default), a checkpoint folder, or a hub id as owner/name or owner/name@revision",
-    )
-    group.add_argument("--adapter", metavar="PATH", help="folder of a diffusion view for a base that has none")
-    group.add_argument("--base-gguf", metavar="PATH", help="the embedded model's base as a GGUF file")
-    group.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
-    group.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default: %(default)s"
-    )
-    if engine:
-        group.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and output (default: up to 4096)")
-        parser.add_argument(
-            "--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)"
-        )
-        parser.add_argument("--fan-out", type=int, metavar="F", help="blocks that a one_pass cycle drafts (default: 6)")
-
-
-def load_engine(args, mode: str = "auto", max_batch_size: int = 1):
-    """Every run computes all of its own: some commands compare runs, and no other runs a prompt twice."""
-    from orthrus_rt.engine import Engine
-
-    return Engine.from_pretrained(
-        args.model, device=args.device, dtype=args.dtype, mode=mode, max_seq_len=args.max_seq_len,
-        draft_len=args.draft_len, fan_out=args.fan_out, adapter=args.adapter,
-        base_gguf=args.base_gguf, max_batch_size=max_batch_size, prefix_caching=False,
-    )  # fmt: skip
-
-
-def read_utf8(source: str, read: Callable[[], str]) -> str:
-    """The text that ``read`` returns; bytes that are no UTF-8 come as an error or, from the shell, as surrogates."""
-    try:
-        return read().encode(errors="surrogateescape").decode()
-    except UnicodeError as error:
-        got = error.object[error.start : error.end]
-        raise ValueError(f"the prompt ({source}) must be UTF-8 text, got {got!r} at position {error.start}") from None
-
-
 def _read_prompt(args) -> str:
     if args.prompt not in (None, "-"):
         text = read_utf8("argument", lambda: args.prompt)
@@ -166,12 +133,8 @@ def _read_prompt(args) -> str:
     return text
 
 
-def check_num_prompts(args) -> None:
-    if args.num_prompts is not None and args.num_prompts < 1:
-        raise ValueError(f"num_prompts must be >= 1, got {args.num_prompts}")
-
-
 def run_generate(args) -> int:
+    check_used(args, "--mode", [args.mode])
     text = _read_prompt(args)
     from orthrus_rt import prompts
     from orthrus_rt.sampling import SamplingParams
@@ -182,9 +145,13 @@ def run_generate(args) -> int:
         presence_penalty=args.presence_penalty, frequency_penalty=args.frequency_penalty,
         logit_bias=tuple(args.logit_bias), min_tokens=args.min_tokens,
     )  # fmt: skip
+    for name in ("top_k", "top_p", "min_p"):
+        if params.greedy and getattr(params, name) != getattr(SamplingParams, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for sampling: --temperature must be above 0, got 0")
     engine = load_engine(args, args.mode)
     chat = bool(engine.tokenizer.chat_template) if args.chat is None else args.chat
     prompt_ids = prompts.encode(engine.tokenizer, text, chat=chat)
+    check_length(prompt_ids, engine.max_seq_len, "the prompt")
     if args.compare_ar:
         _warm_up(engine, prompt_ids)
     output, decoded = _decode(engine, prompt_ids, params, show=not args.json)
@@ -200,6 +167,8 @@ def run_generate(args) -> int:
             print(_footer(args, engine, output))
         if other:
             print(f"identical tokens: {_verdict(engine, output, other)}")
+    if output.finish_reason == "length" and len(output.token_ids) < args.max_new_tokens:
+        _say(args, f"cut at --max-seq-len {engine.max_seq_len}, after {len(output.token_ids)} new tokens")
     return EXIT_DIFFERENT if other and other.token_ids != output.token_ids else 0
 
 
@@ -332,7 +301,7 @@ def _print_info(facts: dict) -> None:
     else:
         print("native    not built: every op runs the reference (pip install -e . builds it)")
     print("device    " + ", ".join(f"{k} {v}" for k, v in facts["device"].items()))
-    print("model     " + ", ".join(f"{k} {v}" for k, v in facts["model"].items()))
+    print("model     " + ", ".join(f"{k} {v}" for k, v in facts["model"].items() if k != "error"))  # which ends it all
     rows = [(f"op ({facts['dtype']})", "runs on", "available")]
     rows += [(op, impl, ", ".join(facts["ops_available"][op])) for op, impl in facts["ops"].items()]
     print("\n" + table(rows))
@@ -344,6 +313,9 @@ def run_bench(args) -> int:
     check_num_prompts(args)
     if args.profile and "auto" in args.modes:
         raise ValueError(f"--profile takes one cycle apart: --modes must be among {', '.join(MODES)}, got auto")
+    if args.context < 1:
+        raise ValueError(f"--context must be >= 1, got {args.context}")
+    check_used(args, "--modes", args.modes)
     engine = load_engine(args, max_batch_size=args.batch)
     facts = {"model": args.model, "device": info.device_facts(engine.device)["name"], "dtype": args.dtype}
     if args.profile:
@@ -391,8 +363,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(args, error) -> int:
-    print(f"orthrus-rt {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+    if isinstance(error, OSError) and error.filename is not None:
+        _say(args, f"{error.filename}: {error.strerror}")
+    else:
+        _say(args, in_options(" ".join(str(error).split()), args))
     return EXIT_ERROR
+
+
+def _say(args, message: str) -> None:
+    print(f"orthrus-rt {args.command}: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,14 @@ import dataclasses
 import json
 from collections import Counter
 
+from orthrus_rt.cli_options import (
+    add_model_options,
+    check_length,
+    check_num_prompts,
+    check_used,
+    load_engine,
+    read_utf8,
+)
 from orthrus_rt.cycle_plan import MODES
 
 DESCRIPTION = """Decode prompts in several modes and compare the tokens with those of the first mode alone. Every
@@ -14,7 +22,7 @@ difference is reported: its position, both tokens and the gap between their logi
 16 bit, differences that rounding alone explains are listed as near-ties and do not fail."""
 
 
-def add_parser(commands, add_model_options) -> None:
+def add_parser(commands) -> None:
     parser = commands.add_parser("verify", help="compare modes token by token", description=DESCRIPTION)
     parser.set_defaults(run=run)
     add_model_options(parser, engine=True)
@@ -34,13 +42,17 @@ def add_parser(commands, add_model_options) -> None:
 
 def run(args) -> int:
     from orthrus_rt import verify
-    from orthrus_rt.cli import EXIT_DIFFERENT, load_engine
+    from orthrus_rt.cli import EXIT_DIFFERENT
     from orthrus_rt.sampling import SamplingParams
 
+    check_used(args, "--modes", args.modes)
     todo = _prompts(args)
     params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
+    verify.check(params, args.modes, args.batch, args.against)
     engine = load_engine(args, max_batch_size=args.batch)
     ids = [_encode(prompt, engine.tokenizer) for prompt in todo]
+    for prompt, tokens in zip(todo, ids, strict=True):  # all of them, before the first is decoded
+        check_length(tokens, engine.max_seq_len, f"{args.prompts or 'built-in prompt'}, {prompt.name}")
     against = _transformers(engine, args.max_new_tokens) if args.against else None
     results, tokens, verdicts = [], 0, Counter()
     found = verify.verify(engine, ids, params, args.modes, batch=args.batch, against=against)
@@ -67,16 +79,16 @@ def run(args) -> int:
 
 def _prompts(args) -> list:
     from orthrus_rt import prompts
-    from orthrus_rt.cli import check_num_prompts, read_utf8
 
     check_num_prompts(args)
     if args.prompts is None:
         return prompts.load()[: args.num_prompts]
     with open(args.prompts, encoding="utf-8") as file:
-        lines = [line for line in read_utf8(args.prompts, file.read).split("\n") if line.strip()]
-    if not lines:
+        lines = enumerate(read_utf8(args.prompts, file.read).split("\n"), 1)
+    found = [prompts.Prompt(f"line {number}", "code", line) for number, line in lines if line.strip()]
+    if not found:
         raise ValueError(f"--prompts must name a file with a prompt a line, {args.prompts} holds none")
-    return [prompts.Prompt(f"line {i + 1}", "code", line) for i, line in enumerate(lines[: args.num_prompts])]
+    return found[: args.num_prompts]
 
 
 def _encode(prompt, tokenizer) -> list[int]:

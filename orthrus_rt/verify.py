@@ -60,6 +60,21 @@ def first_difference(a: list[int], b: list[int]) -> Difference | None:
     return None
 
 
+def check(params: SamplingParams, modes: list[str], batch: int = 1, against=None) -> None:
+    """Whether :meth:`verify` would take these.
+
+    Raises:
+        ValueError: there is nothing to compare, a mode comes twice, or sampling has no seed or is compared with another
+            implementation.
+    """
+    if len(modes) < 2 and batch < 2 and against is None:
+        raise ValueError("two modes, a batch of at least 2 or another implementation are needed to compare")
+    if len(set(modes)) < len(modes):
+        raise ValueError(f"modes must differ from one another, got {' '.join(modes)}")
+    if not params.greedy and (params.seed is None or against):
+        raise ValueError("sampling needs a seed, and cannot be compared with another implementation")
+
+
 def verify(
     engine: Engine,
     prompts: list[list[int]],
@@ -81,12 +96,9 @@ def verify(
         For each prompt ``(token_ids, tokens_per_cycle, comparisons)``, the first two of ``modes[0]`` alone.
 
     Raises:
-        ValueError: there is nothing to compare, or sampling has no seed or is compared with another implementation.
+        ValueError: as :func:`check`.
     """
-    if len(modes) < 2 and batch < 2 and against is None:
-        raise ValueError("two modes, a batch of at least 2 or another implementation are needed to compare")
-    if not params.greedy and (params.seed is None or against):
-        raise ValueError("sampling needs a seed, and cannot be compared with another implementation")
+    check(params, modes, batch, against)
     for first in range(0, len(prompts), batch):
         group = prompts[first : first + batch]
         together = []

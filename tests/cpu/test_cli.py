@@ -13,7 +13,8 @@ import sys
 import pytest
 
 from orthrus_rt import info
-from orthrus_rt.cli import main
+from orthrus_rt.cli import build_parser, main
+from orthrus_rt.cli_options import in_options
 from orthrus_rt.engine import Engine
 from tests import byte_tokenizer
 
@@ -172,7 +173,7 @@ def test_bench_prints_rates_or_a_profile(run):
     assert code == 0 and re.search(r"mode ar, block_len 1, fan_out 0, batch 1, context 40, read_gb_s", out)
     assert re.search(r"dual_attn +2 ", out)
     code, _, err = run("bench", "--profile", "--context", "400")
-    assert code == 2 and "context must be within [1, 248]" in err
+    assert code == 2 and "--context must be within [1, 248] (--max-seq-len less a block), got 400\n" in err
 
 
 def test_bench_runs_auto(run, tmp_path, monkeypatch):
@@ -187,9 +188,16 @@ def test_bench_runs_auto(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["-n", "0"], "num_prompts must be >= 1, got 0"),
+        (["-n", "0"], "--num-prompts must be >= 1, got 0"),
+        (["--batch", "0"], "--batch must be >= 1, got 0"),
+        (["--max-seq-len", "20"], r"prompt\[0\] must be shorter than --max-seq-len \(20 tokens\), got \d+"),
+        (
+            ["--modes", "ar", "--draft-len", "3"],
+            "--draft-len belongs to auto, .*: --modes must name one of them, got ar",
+        ),
+        (["--profile", "--context", "-1", "--model", "/nowhere"], "--context must be >= 1, got -1"),
         (["--profile", "--modes", "ar", "auto"], "--modes must be among ar, two_pass, one_pass, got auto"),
-        (["--modes", "one_pass", "--fan-out", "99"], r"fan_out must be within \[1, 22\] for draft_len 7, got 99"),
+        (["--modes", "one_pass", "--fan-out", "99"], r"--fan-out must be within \[1, 22\] for --draft-len 7, got 99"),
     ],
 )
 def test_what_bench_refuses(run, args, message):
@@ -203,24 +211,57 @@ def test_info_reports_a_model_that_cannot_be_opened(run):
         code, out, err = run("info", "--model", "/nowhere", *options)
         assert code == 2 and "/nowhere" in out and "row_linear" in out
         assert err.startswith("orthrus-rt info: '/nowhere': is neither a folder here") and err.count("\n") == 1
+        assert ("is neither a folder" in out) == (options == ["--json"])
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--draft-len", "8", "x"], r"draft_len must be within \[1, 7\]"),
-        (["--max-new-tokens", "0", "x"], "max_new_tokens must be >= 1, got 0"),
-        (["--file", "/nowhere/prompt.txt"], "No such file"),
+        (["--draft-len", "8", "x"], r": --draft-len must be within \[1, 7\]"),
+        (["--draft-len", "3", "--mode", "ar", "x"], "--draft-len belongs to .*: --mode must name one of them, got ar"),
+        (["--fan-out", "3", "--mode", "two_pass", "x"], "--fan-out belongs to auto, one_pass: --mode .*, got two_pass"),
+        (["--max-new-tokens", "0", "x"], ": --max-new-tokens must be >= 1, got 0"),
+        (["--temperature", "-1", "x"], ": --temperature must be 0, or finite and >= 1e-6, got -1.0"),
+        (["--min-tokens", "300", "x"], r": --min-tokens must be in \[0, 128\] \(--max-new-tokens\), got 300"),
+        (["--top-p", "0.5", "x"], ": --top-p is for sampling: --temperature must be above 0, got 0"),
+        (["--file", "/nowhere/prompt.txt"], "generate: /nowhere/prompt.txt: No such file or directory"),
+        (["--base-gguf", "/nope", "x"], "--base-gguf: applies to 'smollm2-135m' only"),
         (["--model", "/nowhere", "x"], "/nowhere"),
         (["--adapter", "/nope", "x"], "adapter: '/nope' is neither a folder with a diffusion view, nor a hub id"),
-        (["--raw", "x" * 300], r"shorter than max_seq_len \(256 tokens\), got 300"),
-        (["--device", "tpu", "x"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["--raw", "x" * 300], "the prompt has 300 tokens: --max-seq-len must be above that, got 256"),
+        (["--device", "tpu", "x"], ": --device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     ],
 )
 def test_errors_are_one_line(run, args, message):
     code, out, err = run("generate", *args)
     assert code == 2 and out == ""
     assert re.search(message, err) and err.startswith("orthrus-rt generate: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        (
+            "/nope: does not exist (named by the base_gguf argument)",
+            "/nope: does not exist (named by the --base-gguf argument)",
+        ),
+        (
+            "x: is a plain base model: pass adapter=FOLDER with it",
+            "x: is a plain base model: pass --adapter FOLDER with it",
+        ),
+        ("/max_seq_len/x-max_seq_len: model must be", "/max_seq_len/x-max_seq_len: model must be"),
+        ("making max_batch_size 8, num_pages 9, max_seq_len.", "making max_batch_size 8, num_pages 9, --max-seq-len."),
+        ("seed must be drawn for a model of any seed", "--seed must be drawn for a model of any seed"),
+    ],
+)
+def test_parameters_are_called_by_their_options(message, says):
+    args = build_parser().parse_args(["generate"])
+    assert in_options(message, args) == says
+
+
+def test_text_that_is_cut_by_the_engine_says_so(run):
+    code, out, err = run("generate", "--raw", "hello", "--ignore-eos", "--max-new-tokens", "300", "--mode", "two_pass")
+    assert (code, err) == (0, "orthrus-rt generate: cut at --max-seq-len 256, after 251 new tokens\n") and out
 
 
 @pytest.mark.parametrize("text", ("5", "5=", "x=1"))

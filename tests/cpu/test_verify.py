@@ -108,7 +108,7 @@ def test_a_difference_in_a_batch_alone(run, break_token):
     break_token(0, "ar", together=True)
     code, out, _ = run("--modes", "ar", "--batch", "3")
     assert code == 1 and "2 of 3 prompts identical, 1 differ, " in out
-    assert re.search(r"line 3 .*  differs\n  ar in batches of 3: differs at token 0: ", out)
+    assert re.search(r"line 5 .*  differs\n  ar in batches of 3: differs at token 0: ", out)
 
 
 def test_an_output_that_ends_early(text_folder):
@@ -125,8 +125,11 @@ def test_an_output_that_ends_early(text_folder):
     [
         (["--modes", "ar"], "two modes, a batch of at least 2 or another implementation are needed"),
         (["--against", "transformers", "--temperature", "1"], "cannot be compared with another implementation"),
-        (["-n", "0"], "num_prompts must be >= 1, got 0"),
-        (["-n", "-1"], "num_prompts must be >= 1, got -1"),
+        (["-n", "0"], "--num-prompts must be >= 1, got 0"),
+        (["-n", "-1"], "--num-prompts must be >= 1, got -1"),
+        (["--modes", "ar", "ar"], "--modes must differ from one another, got ar ar"),
+        (["--modes", "ar", "two_pass", "ar", "--batch", "2"], "--modes must differ .*, got ar two_pass ar"),
+        (["--modes", "ar", "two_pass", "--fan-out", "2"], "--fan-out belongs to auto, one_pass: --modes must name one"),
     ],
 )
 def test_errors(run, args, message):
@@ -153,9 +156,10 @@ def test_auto_against_ar(run):
     [
         (b"one\ncaf\xe9\n", "the prompt ({}) must be UTF-8 text, got b'\\xe9' at position 7"),
         (b"\n \n", "--prompts must name a file with a prompt a line, {} holds none"),
+        (b"one\n\n" + b"x" * 128, "{}, line 3 has 128 tokens: --max-seq-len must be above that, got 128"),
     ],
 )
-def test_a_file_that_holds_no_prompts(run, tmp_path, data, message):
+def test_a_file_that_holds_no_prompts_or_too_long_ones(run, tmp_path, data, message):
     path = tmp_path / "other.txt"
     path.write_bytes(data)
     code, out, err = run("--prompts", str(path))

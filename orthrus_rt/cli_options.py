@@ -1,0 +1,85 @@
+"""What the commands share: their options for model and engine, checks of these, and errors in their words."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+
+USES = {"draft_len": ("auto", "two_pass", "one_pass"), "fan_out": ("auto", "one_pass")}  # option -> modes
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default="smollm2-135m",
+        help="smollm2-135m (default), a checkpoint folder, or a hub id as owner/name or owner/name@revision",
+    )
+    group.add_argument("--adapter", metavar="PATH", help="folder of a diffusion view for a base that has none")
+    group.add_argument("--base-gguf", metavar="PATH", help="the embedded model's base as a GGUF file")
+    group.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    group.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default: %(default)s"
+    )
+    if engine:
+        group.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and output (default: up to 4096)")
+        parser.add_argument(
+            "--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)"
+        )
+        parser.add_argument("--fan-out", type=int, metavar="F", help="blocks that a one_pass cycle drafts (default: 6)")
+
+
+def load_engine(args, mode: str = "auto", max_batch_size: int = 1):
+    """Every run computes all of its own: some commands compare runs, and no other runs a prompt twice."""
+    from orthrus_rt.engine import Engine
+
+    return Engine.from_pretrained(
+        args.model, device=args.device, dtype=args.dtype, mode=mode, max_seq_len=args.max_seq_len,
+        draft_len=args.draft_len, fan_out=args.fan_out, adapter=args.adapter,
+        base_gguf=args.base_gguf, max_batch_size=max_batch_size, prefix_caching=False,
+    )  # fmt: skip
+
+
+def read_utf8(source: str, read: Callable[[], str]) -> str:
+    """The text that ``read`` returns; bytes that are no UTF-8 come as an error or, from the shell, as surrogates."""
+    try:
+        return read().encode(errors="surrogateescape").decode()
+    except UnicodeError as error:
+        got = error.object[error.start : error.end]
+        raise ValueError(f"the prompt ({source}) must be UTF-8 text, got {got!r} at position {error.start}") from None
+
+
+def check_num_prompts(args) -> None:
+    if args.num_prompts is not None and args.num_prompts < 1:
+        raise ValueError(f"--num-prompts must be >= 1, got {args.num_prompts}")
+
+
+def check_used(args, option: str, modes: list[str]) -> None:
+    """``--draft-len`` and ``--fan-out`` are only for modes that draft."""
+    for name, users in USES.items():
+        if getattr(args, name) is not None and not set(users) & set(modes):
+            has = f"--{name.replace('_', '-')} belongs to {', '.join(users)}"
+            raise ValueError(f"{has}: {option} must name one of them, got {' '.join(modes)}")
+
+
+def check_length(ids: list[int], max_seq_len: int, what: str) -> None:
+    if len(ids) >= max_seq_len:
+        raise ValueError(f"{what} has {len(ids)} tokens: --max-seq-len must be above that, got {max_seq_len}")
+
+
+def in_options(message: str, args) -> str:
+    """An error of the API in the words of the command line: parameters by the options that set them. A name that is a
+    plain word too is one only where the message begins with what it must be, or where ``=`` follows.
+    """
+    names = {name: "--" + name.replace("_", "-") for name in vars(args) if name not in ("command", "run", "prompt")}
+    names |= {"max_batch_size": names.get("batch", "max_batch_size"), "prompt_ids": "prompt"}
+
+    def option(found: re.Match) -> str:
+        name, follows = found.groups()
+        if "_" in name or follows == "=" or (not found.start() and follows == " must"):
+            return names[name] + (" " if follows == "=" else follows)
+        return found[0]
+
+    message = message.removeprefix("SamplingParams: ")
+    return re.sub(rf"(?<![\w./-])({'|'.join(names)})(=| must|(?![\w/=-]|\.\w))", option, message)
