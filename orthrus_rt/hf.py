@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from orthrus_rt.checkpoint import EMBEDDED_NAME
-from orthrus_rt.device import DTYPES
+from orthrus_rt.device import DTYPES, pick_device
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
@@ -46,7 +46,8 @@ class OrthrusForCausalLM:
         Args:
             model: as in :meth:`orthrus_rt.Engine.from_pretrained`.
             dtype: a torch dtype or its name; ``"auto"`` is bfloat16.
-            device_map: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``: the whole model lives on one device.
+            device_map: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or N, or ``{"": one of these}``: the whole model
+                lives on one device.
             revision: of a hub id: a branch, tag or commit; None for main. Of anything else it is ignored.
             attn_implementation: accepted and without effect: attention is the runtime's own.
             trust_remote_code: accepted and without effect: no code is ever fetched.
@@ -61,6 +62,10 @@ class OrthrusForCausalLM:
         allowed = {"max_seq_len", "draft_len", "adapter", "base_gguf"}
         supported = ("dtype", "device_map", "revision", *sorted(allowed))
         _refuse("from_pretrained", engine_arguments.keys() - allowed, supported)
+        if isinstance(device_map, Mapping) and device_map.keys() == {""}:
+            device_map = device_map[""]
+        if isinstance(device_map, int):
+            device_map = f"cuda:{device_map}"
         if not isinstance(device_map, str | torch.device):
             raise ValueError(f"from_pretrained: device_map must name one device, got {device_map!r}")
         name = str(dtype).removeprefix("torch.")
@@ -91,6 +96,20 @@ class OrthrusForCausalLM:
 
     def eval(self) -> OrthrusForCausalLM:
         return self
+
+    def to(self, device) -> OrthrusForCausalLM:
+        """The model itself, where ``device`` is the one that it is on.
+
+        Raises:
+            ValueError: it is another one; a model stays where it was loaded.
+        """
+        if pick_device(str(device)) != self.device:
+            raise ValueError(f"to: device must be {self.device}, where device_map has put it, got {device}")
+        return self
+
+    def close(self) -> None:
+        """Let go of weights and cache; the device takes another model. Closing twice is harmless."""
+        self.engine.close()
 
     def generate(
         self,

@@ -177,7 +177,34 @@ def test_from_pretrained_refuses_what_it_cannot_honour():
         OrthrusForCausalLM.from_pretrained("x", quantization_config={})
     with pytest.raises(TypeError, match="torch_dtype is not supported; its name is dtype"):
         OrthrusForCausalLM.from_pretrained("x", torch_dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="device_map must name one device"):
-        OrthrusForCausalLM.from_pretrained("x", device_map={"": 0})
+    for device_map in ({"model": 0, "lm_head": 1}, {}, None):
+        with pytest.raises(ValueError, match="device_map must name one device"):
+            OrthrusForCausalLM.from_pretrained("x", device_map=device_map)
     with pytest.raises(ValueError, match="dtype must be one of"):
         OrthrusForCausalLM.from_pretrained("x", dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "device"),
+    [("cpu", "cpu"), ({"": "cpu"}, "cpu"), ({"": 1}, "cuda:1"), (0, "cuda:0"), ({"": torch.device("cuda")}, "cuda")],
+)
+def test_a_device_map_of_one_device(monkeypatch, device_map, device):
+    asked = []
+    monkeypatch.setattr(hf.Engine, "from_pretrained", lambda _, *, device, **__: asked.append(device))
+    OrthrusForCausalLM.from_pretrained("x", device_map=device_map)
+    assert asked == [device]
+
+
+def test_a_model_stays_where_it_is(model, monkeypatch):
+    assert model.to("cpu") is model.to(torch.device("cpu")) is model.to(device="cpu") is model
+    monkeypatch.setattr(hf, "pick_device", torch.device)
+    with pytest.raises(ValueError, match=r"to: device must be cpu, where device_map has put it, got cuda:1"):
+        model.to("cuda:1")
+
+
+def test_a_model_can_be_closed(text_folder):
+    model = OrthrusForCausalLM.from_pretrained(text_folder, device_map="cpu", max_seq_len=64)
+    for _ in range(2):
+        model.close()
+    with pytest.raises(RuntimeError, match="this engine is closed"):
+        model.generate([[1, 2]], max_new_tokens=1)
