@@ -1,0 +1,81 @@
+"""An example of a server: completions over HTTP in OpenAI's form, with nothing but the standard library.
+
+    python docs/server.py smollm2-135m 8000
+    curl -N localhost:8000/v1/completions -d '{"prompt": "def add(a, b):", "max_tokens": 32, "stream": true}'
+
+All requests share one engine. A client that goes away ends its request; at SIGTERM what runs comes to its end.
+"""
+
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+import uuid
+
+import orthrus_rt
+
+
+async def read_request(reader):
+    start, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin1").lower().split("\r\n")
+    length = dict(line.split(":", 1) for line in lines if line).get("content-length", 0)
+    if not start.startswith("post /v1/completions "):
+        raise ValueError("this server answers POST /v1/completions")
+    return json.loads(await reader.readexactly(int(length)))
+
+
+def send(writer, status, kind, body=""):
+    writer.write(f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n{body}".encode())
+
+
+async def abort_when_gone(shared, reader, name):
+    await reader.read()  # to the end of what the client sends
+    await shared.abort(name)
+
+
+async def serve(shared, reader, writer):
+    name, tokenizer, parts = uuid.uuid4().hex, shared.engine.tokenizer, []
+    with contextlib.suppress(OSError, EOFError), contextlib.closing(writer):  # the client may be gone
+        try:
+            asked = await read_request(reader)
+            filters = {key: asked[key] for key in ("temperature", "top_p", "top_k", "min_p", "seed") if key in asked}
+            params = orthrus_rt.SamplingParams(asked.get("max_tokens", 16), **{"temperature": 1.0} | filters)
+            text = orthrus_rt.TextStream(tokenizer, asked.get("stop", ()))
+            outputs = shared.stream(tokenizer(asked["prompt"]).input_ids, params, name)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            status = "503 Service Unavailable" if isinstance(error, RuntimeError) else "400 Bad Request"
+            return send(writer, status, "application/json", json.dumps({"error": {"message": str(error)}}))
+        if asked.get("stream"):
+            send(writer, "200 OK", "text/event-stream")
+        gone = asyncio.create_task(abort_when_gone(shared, reader, name))
+        async with contextlib.aclosing(outputs):  # which ends a request that is not over
+            async for out in outputs:
+                parts.append(text.push(out.new_token_ids) + (text.end() if out.finished else ""))
+                reason = "stop" if text.stopped else out.finish_reason
+                choice = {"index": 0, "text": parts[-1], "finish_reason": reason}
+                answer = {"id": name, "object": "text_completion", "choices": [choice]}
+                if asked.get("stream"):
+                    writer.write(f"data: {json.dumps(answer)}\n\n".encode())
+                    await writer.drain()
+                if reason:
+                    break
+        gone.cancel()
+        if asked.get("stream"):
+            writer.write(b"data: [DONE]\n\n")
+        else:
+            choice["text"] = "".join(parts)
+            send(writer, "200 OK", "application/json", json.dumps(answer))
+
+
+async def main(model, port, **options):
+    async with orthrus_rt.AsyncEngine(orthrus_rt.Engine.from_pretrained(model, **options)) as shared:
+        server = await asyncio.start_server(lambda *streams: serve(shared, *streams), "127.0.0.1", port)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, (stop := asyncio.Event()).set)
+        await stop.wait()
+        server.close()
+        await asyncio.wait_for(shared.close(drain=True), 60)
+        await asyncio.sleep(0.5)  # for the last words on their way to clients
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], int(sys.argv[2])))
