@@ -86,6 +86,7 @@ class Auto:
         try:
             self.policy.costs.save(self._file, self._key)
         except OSError as error:
+            self._file = None  # said once
             warnings.warn(f"the times of this warm-up cannot be kept for the next one: {error}", stacklevel=2)
 
     def _warm(self, engine, slots: int, bar) -> None:
