@@ -6,10 +6,10 @@ each plan happens to fill the slots with the last requests.) Lengths are drawn: 
 keeps its sequences in step would see many end at once, and read the weights once for all that follow. ``auto first`` is
 a fresh policy with measured costs, its learning included; ``auto`` is one that has decoded those requests before.
 Rounds are interleaved, each in another order, so that a machine whose speed changes is fair to all; of rates, and of
-their ratios within a round, the median counts, and ``p20`` and ``p80`` tell the noise. The best fixed plan that a round
-is compared with is chosen by the rounds of the other half: the fastest of several in the very rounds that it is judged
-by would owe some percent to luck. ``adversarial`` decodes code
-with a drafter that is broken on purpose.
+their ratios within a round, the median counts, and ``p20`` and ``p80`` tell the noise. ``over_best_fixed`` compares
+with the plan that was fastest in these rounds, which it owes to luck in part, ``over_chosen_fixed`` with the one that
+was fastest in all rounds but the one compared, which need not be the best: what is true lies in between.
+``adversarial`` decodes code with a drafter that is broken on purpose.
 
     python -m bench.bench_auto --out DIR
 """
@@ -110,13 +110,13 @@ def decode_first(engine: Engine, *args) -> Decoded:
         return decode(engine, *args, None)
 
 
-def best_in_other_rounds(rates: dict[str, list[float]]) -> list[float]:
-    """By round: the rate of the plan that is best in the other half of the rounds, or in all if there is but one."""
-    best = []
-    for i in range(len(next(iter(rates.values())))):
-        chosen = max(rates, key=lambda label: statistics.median(rates[label][1 - i % 2 :: 2] or rates[label]))
-        best.append(rates[chosen][i])
-    return best
+def fastest(rates: dict[str, list[float]], but: int | None = None) -> str:
+    """The plan whose median rate is best, of all rounds or all but one."""
+
+    def median(label: str) -> float:
+        return statistics.median([r for i, r in enumerate(rates[label]) if i != but] or rates[label])
+
+    return max(rates, key=median)
 
 
 def measure(kind: str, batch: int, args) -> list[dict]:
@@ -144,13 +144,18 @@ def measure(kind: str, batch: int, args) -> list[dict]:
             cycles[label] += Counter(engine.metrics.plans) - before
         order.rotate()
     engine.close()
-    rows, best = [], best_in_other_rounds({plan.label: rates[plan.label] for plan in plans})
+    rows, fixed = [], {plan.label: rates[plan.label] for plan in plans}
+    others = {
+        "over_ar": fixed[AR.label],
+        "over_best_fixed": fixed[fastest(fixed)],
+        "over_chosen_fixed": [fixed[fastest(fixed, but=i)][i] for i in range(args.rounds)],
+    }
     for label in ways:
         rate = common.percentiles(rates[label])
         rows.append({"kind": kind, "batch": batch, "plan": label, "tok_s": rate["p50"]})
         rows[-1] |= {"p20": rate["p20"], "p80": rate["p80"]}
-        for column, others in (("over_ar", rates[AR.label]), ("over_best_fixed", best)):
-            rows[-1][column] = statistics.median(a / b for a, b in zip(rates[label], others, strict=True))
+        for column, other in others.items():
+            rows[-1][column] = statistics.median(a / b for a, b in zip(rates[label], other, strict=True))
         rows[-1]["cycles"] = " ".join(f"{plan}:{n}" for plan, n in cycles[label].items())
     return rows
 
