@@ -21,7 +21,10 @@ async def read_request(reader):
     length = dict(line.split(":", 1) for line in lines if line).get("content-length", 0)
     if not start.startswith("post /v1/completions "):
         raise ValueError("this server answers POST /v1/completions")
-    return json.loads(await reader.readexactly(int(length)))
+    asked = json.loads(await reader.readexactly(int(length)))
+    if not isinstance(asked, dict):
+        raise TypeError(f"the request must be an object, got {type(asked).__name__}")
+    return asked
 
 
 def send(writer, status, kind, body=""):
@@ -40,26 +43,29 @@ async def serve(shared, reader, writer):
             asked = await read_request(reader)
             filters = {key: asked[key] for key in ("temperature", "top_p", "top_k", "min_p", "seed") if key in asked}
             params = orthrus_rt.SamplingParams(asked.get("max_tokens", 16), **{"temperature": 1.0} | filters)
-            text = orthrus_rt.TextStream(tokenizer, asked.get("stop", ()))
+            stop = asked.get("stop") or ()
+            text = orthrus_rt.TextStream(tokenizer, [stop] if isinstance(stop, str) else stop)
             outputs = shared.stream(tokenizer(asked["prompt"]).input_ids, params, name)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (ValueError, KeyError, TypeError, RuntimeError, asyncio.LimitOverrunError) as error:
             status = "503 Service Unavailable" if isinstance(error, RuntimeError) else "400 Bad Request"
             return send(writer, status, "application/json", json.dumps({"error": {"message": str(error)}}))
         if asked.get("stream"):
             send(writer, "200 OK", "text/event-stream")
         gone = asyncio.create_task(abort_when_gone(shared, reader, name))
-        async with contextlib.aclosing(outputs):  # which ends a request that is not over
-            async for out in outputs:
-                parts.append(text.push(out.new_token_ids) + (text.end() if out.finished else ""))
-                reason = "stop" if text.stopped else out.finish_reason
-                choice = {"index": 0, "text": parts[-1], "finish_reason": reason}
-                answer = {"id": name, "object": "text_completion", "choices": [choice]}
-                if asked.get("stream"):
-                    writer.write(f"data: {json.dumps(answer)}\n\n".encode())
-                    await writer.drain()
-                if reason:
-                    break
-        gone.cancel()
+        try:
+            async with contextlib.aclosing(outputs):  # which ends a request that is not over
+                async for out in outputs:
+                    parts.append(text.push(out.new_token_ids) + (text.end() if out.finished else ""))
+                    reason = "stop" if text.stopped else out.finish_reason
+                    choice = {"index": 0, "text": parts[-1], "finish_reason": reason}
+                    answer = {"id": name, "object": "text_completion", "choices": [choice]}
+                    if asked.get("stream"):
+                        writer.write(f"data: {json.dumps(answer)}\n\n".encode())
+                        await writer.drain()
+                    if reason:
+                        break
+        finally:
+            gone.cancel()
         if asked.get("stream"):
             writer.write(b"data: [DONE]\n\n")
         else:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import RequestOutput
@@ -18,10 +19,19 @@ from orthrus_rt.sampling import SamplingParams
 # Calls that would take outputs that are the streams', or make some that nobody gets -> what does that here.
 INSTEAD = {
     Engine.submit: "stream()", Engine.stream: "stream()", Engine.step: "stream()", Engine.generate: "generate()",
-    Engine.abort: "abort()", Engine.close: "close()",
+    Engine.abort: "abort()", Engine.close: "close()", Engine.__exit__: "close()",
 }  # fmt: skip
 MOST_FAILURES = 3  # steps that may fail, with no cycle between them, before every stream does
 log = logging.getLogger("orthrus_rt")
+
+
+@dataclass
+class Waiting:
+    """A stream that waits for more."""
+
+    request_id: str
+    queue: asyncio.Queue = field(default_factory=asyncio.Queue)
+    failed: bool = False  # the last thing in the queue is why it ends
 
 
 class AsyncEngine:
@@ -53,7 +63,7 @@ class AsyncEngine:
         self._worker.submit(engine.turn.claim, self).result()
         # Of streams that wait for more, by the engine's own name of each: the caller's is free again as soon as its
         # stream has ended, while in the engine an aborted request is there until the next step.
-        self._waiting: dict[str, tuple[str, asyncio.Queue]] = {}
+        self._waiting: dict[str, Waiting] = {}
         self._numbers = itertools.count(1)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: asyncio.Future | None = None
@@ -109,14 +119,14 @@ class AsyncEngine:
     async def _stream(self, prompt_ids, params, request_id: str) -> AsyncIterator[RequestOutput]:
         self._check_taking()
         self._enter()
-        if any(name == request_id for name, _ in self._waiting.values()):
+        if any(stream.request_id == request_id for stream in self._waiting.values()):
             raise ValueError(f"request_id must be unused, got {request_id!r} twice")
-        known_as, queue, finished = f"{request_id}#{next(self._numbers)}", asyncio.Queue(), False
-        self._waiting[known_as] = request_id, queue
+        known_as, stream, finished = f"{request_id}#{next(self._numbers)}", Waiting(request_id), False
+        self._waiting[known_as] = stream
         try:
             await self._call(self._run, Engine.submit, prompt_ids, params, known_as)
             while not finished:
-                output = await queue.get()
+                output = await stream.queue.get()
                 if isinstance(output, BaseException):
                     raise output
                 finished = output.finished
@@ -144,7 +154,7 @@ class AsyncEngine:
         :meth:`Engine.abort`.
         """
         self._enter()
-        for known_as in [known_as for known_as, (name, _) in self._waiting.items() if name == request_id]:
+        for known_as in [known_as for known_as, stream in self._waiting.items() if stream.request_id == request_id]:
             await asyncio.shield(self._call(self._abort, known_as))
 
     async def call(self, function, *args):
@@ -153,26 +163,32 @@ class AsyncEngine:
         cancelled.
 
         Raises:
-            ValueError: the function submits, runs or ends requests, or closes the engine; this class does that.
+            ValueError: it is one of Engine's that submit, run or end requests, or close it; this class does that.
         """
-        if function in INSTEAD:
-            name, instead = function.__name__, INSTEAD[function]
-            raise ValueError(f"AsyncEngine.call: Engine.{name} would disturb the streams; use AsyncEngine.{instead}")
+        asked = function.func if isinstance(function, functools.partial) else function
+        asked = getattr(asked, "__func__", asked)
+        for method, instead in INSTEAD.items():
+            if asked is method:
+                name = method.__name__
+                raise ValueError(
+                    f"AsyncEngine.call: Engine.{name} would disturb the streams; use AsyncEngine.{instead}"
+                )
         return await self._call(self._run, function, *args)
 
     def _hand_out(self, outputs: list[RequestOutput]) -> None:
         """Every output to its stream; in the loop, as all that looks at those who wait."""
         for output in outputs:
-            _, queue = self._waiting.get(output.request_id, (None, None))
+            stream = self._waiting.get(output.request_id)
             if output.finished:  # however long its reader takes for what is left
                 self._waiting.pop(output.request_id, None)
-            if queue:
-                queue.put_nowait(output)
+            if stream:
+                stream.queue.put_nowait(output)
 
     def _fail(self, error: BaseException) -> None:
-        for _, queue in self._waiting.values():
+        for stream in self._waiting.values():
+            stream.failed = True
             with contextlib.suppress(RuntimeError):  # of waking a reader in a loop that was closed: it is there already
-                queue.put_nowait(error)
+                stream.queue.put_nowait(error)
 
     async def __aenter__(self) -> AsyncEngine:
         return self
@@ -184,13 +200,13 @@ class AsyncEngine:
         """Close the engine, also if this call is cancelled; open streams end with an error. Twice is harmless.
 
         Args:
-            drain: first let them run to their end, and refuse new ones from now on: what a server does at SIGTERM.
+            drain: first let them run to their end, and refuse new ones for good: what a server does at SIGTERM.
                 Cancelled before that, as by ``asyncio.wait_for``, the engine is still open, for ``close()``.
         """
         if drain and self._closing is None:
             self._enter()
             self._draining = True
-            while self._waiting and self._closing is None:
+            while self._closing is None and not all(stream.failed for stream in self._waiting.values()):
                 await asyncio.sleep(0.01)
         if self._closing is None:
             self._closing = self._call(self._close)

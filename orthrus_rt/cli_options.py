@@ -70,16 +70,19 @@ def check_length(ids: list[int], max_seq_len: int, what: str) -> None:
 
 def in_options(message: str, args) -> str:
     """An error of the API in the words of the command line: parameters by the options that set them. A name that is a
-    plain word too is one only where the message begins with what it must be, or where ``=`` follows.
+    plain word too is one only where the message begins with what it must be, or where ``=`` follows. What is quoted is
+    the user's.
     """
     names = {name: "--" + name.replace("_", "-") for name in vars(args) if name not in ("command", "run", "prompt")}
     names |= {"max_batch_size": names.get("batch", "max_batch_size"), "prompt_ids": "prompt"}
 
     def option(found: re.Match) -> str:
         name, follows = found.groups()
+        if name is None:
+            return found[0]
         if "_" in name or follows == "=" or (not found.start() and follows == " must"):
             return names[name] + (" " if follows == "=" else follows)
         return found[0]
 
     message = message.removeprefix("SamplingParams: ")
-    return re.sub(rf"(?<![\w./-])({'|'.join(names)})(=| must|(?![\w/=-]|\.\w))", option, message)
+    return re.sub(rf"'[^']*'|(?<![\w./?&@-])({'|'.join(names)})(=| must|(?![\w/=-]|\.\w))", option, message)

@@ -334,7 +334,8 @@ class Engine(Generation):
         """Build, and where the device can, record the greedy cycles of every batch bucket for the engine's own mode; on
         CUDA the prefill passes of a single prompt too. Cycles with prompts are recorded as their shapes come again.
 
-        In mode ``auto`` this also times them, unless that was done before on this device for this model and version.
+        In mode ``auto`` this also times them: at length the first time on this device for this model and version, once
+        each whenever that is known already.
         """
         from tqdm import tqdm
 

@@ -64,7 +64,7 @@ class OrthrusForCausalLM:
         _refuse("from_pretrained", engine_arguments.keys() - allowed, supported)
         if isinstance(device_map, Mapping) and device_map.keys() == {""}:
             device_map = device_map[""]
-        if isinstance(device_map, int):
+        if isinstance(device_map, int) and not isinstance(device_map, bool):
             device_map = f"cuda:{device_map}"
         if not isinstance(device_map, str | torch.device):
             raise ValueError(f"from_pretrained: device_map must name one device, got {device_map!r}")

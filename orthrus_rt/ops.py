@@ -123,7 +123,7 @@ def row_linear(
     require(op, "weight.data.dtype", dtype, weight.data.dtype)
     require(op, "weight.data.device", device, weight.data.device)
     if weight.impl != "reference":
-        require(op, "weight.impl", dispatch.select(op, device, dtype), weight.impl)
+        require(op, "weight.impl", device.type if device.type in ("cpu", "cuda") else "reference", weight.impl)
     require(op, "weight.gate_up", epilogue == "silu_mul", weight.gate_up)
     if weight_diff is not None:
         facts = ("out_features", "in_features", "impl", "gate_up")

@@ -46,7 +46,7 @@ class PassCosts:
     def __init__(self, ridge_rows: int = 32, basis: PassCosts | None = None):
         self._ridge_rows, self._basis = ridge_rows, basis
         self._log: dict[tuple[int, CyclePlan], float] = {}
-        self._variance: dict[tuple[int, CyclePlan], float] = {}  # when it was last measured
+        self._variance: dict[tuple[int, CyclePlan], float] = {}  # without WANDER since it was last measured
         self._covariance: dict[tuple[int, CyclePlan], float] = {}  # with the machine's slowness, where not negligible
         self._seen: dict[tuple[int, CyclePlan], tuple[int, float]] = {}  # clock and slowness then
         self._slowness, self._slowness_variance = 0.0, OTHER_DAY

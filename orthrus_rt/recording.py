@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -25,18 +26,22 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
         return torch.cuda.ExternalStream(dispatch.native().cuda.new_stream(), device)
 
 
+_one_at_a_time = threading.RLock()
+
+
 @contextlib.contextmanager
 def _nothing_collected() -> Iterator[None]:
     """No garbage is collected inside, by any thread: what a finalizer asks of a device would become part of a capture,
-    or spoil it.
+    or spoil it. One thread at a time is inside.
     """
-    was_enabled = gc.isenabled()
-    try:
-        gc.disable()
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    with _one_at_a_time:
+        was_enabled = gc.isenabled()
+        try:
+            gc.disable()
+            yield
+        finally:
+            if was_enabled:
+                gc.enable()
 
 
 def taped(run: Callable[[], None]):

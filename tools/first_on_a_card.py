@@ -153,7 +153,8 @@ class Calls:
                     process.wait(10)  # the driver may keep it
             log.seek(begin)
             printed = log.read()
-        state = "ok" if code == 0 else "timed out" if code is None else "FAILED"
+        late = "timed out" if limit_s == step.limit_s else "cut short"
+        state = "ok" if code == 0 else late if code is None else "FAILED"
         lines = [line for line in printed.splitlines() if line.strip()]
         return {"state": state, "rc": code, "seconds": round(time.monotonic() - start, 1), "limit_s": limit_s,
                 "said": lines[-1].strip("= ")[:120] if lines else "", "printed": "\n".join(lines[-25:])}  # fmt: skip
@@ -187,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="see the head of the file")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "first_on_a_card"))
     parser.add_argument(
-        "--within", type=float, default=570, metavar="SECONDS", help="then no step begins (%(default)s)"
+        "--within", type=float, default=570, metavar="SECONDS", help="then whatever runs is ended (%(default)s)"
     )
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
     args = parser.parse_args(arguments)

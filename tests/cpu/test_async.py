@@ -285,11 +285,14 @@ def test_what_a_stream_does_not_tell_is_asked_for_between_two_steps(folder, alon
         (Engine.generate, ([1],), "generate"),
         (Engine.abort, ("x",), "abort"),
         (Engine.close, (), "close"),
+        (partial(Engine.submit, prompt_ids=[1]), (), "stream"),
+        (Engine.__exit__, (), "close"),
     ],
 )
 def test_calls_that_would_disturb_the_streams_are_refused(folder, function, args, instead):
     async def use(shared):
-        message = rf"Engine\.{function.__name__} would disturb the streams; use AsyncEngine\.{instead}\(\)"
+        name = getattr(function, "func", function).__name__
+        message = rf"Engine\.{name} would disturb the streams; use AsyncEngine\.{instead}\(\)"
         with pytest.raises(ValueError, match=message):
             await shared.call(function, *args)
 

@@ -126,3 +126,17 @@ def test_draining_may_end_early(folder, monkeypatch):
             await collect_rest(stream)
 
     run(folder, use)
+
+
+def test_draining_does_not_wait_for_streams_that_have_failed(folder, monkeypatch):
+    """Nobody may come to read why."""
+
+    async def use(shared):
+        stream = shared.stream([1, 2], LONG)
+        await anext(stream)
+        monkeypatch.setattr(shared.engine, "step", lambda: 1 / 0)
+        await asyncio.wait_for(shared.close(drain=True), 10)
+        with pytest.raises(ZeroDivisionError):
+            await collect_rest(stream)
+
+    run(folder, use)

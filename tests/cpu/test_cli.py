@@ -252,6 +252,7 @@ def test_errors_are_one_line(run, args, message):
         ("/max_seq_len/x-max_seq_len: model must be", "/max_seq_len/x-max_seq_len: model must be"),
         ("making max_batch_size 8, num_pages 9, max_seq_len.", "making max_batch_size 8, num_pages 9, --max-seq-len."),
         ("seed must be drawn for a model of any seed", "--seed must be drawn for a model of any seed"),
+        ("'base_gguf': is neither; owner/x@seed=3?mode=ar", "'base_gguf': is neither; owner/x@seed=3?mode=ar"),
     ],
 )
 def test_parameters_are_called_by_their_options(message, says):

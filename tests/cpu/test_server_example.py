@@ -29,9 +29,9 @@ def server():
     return module
 
 
-def post(port, path="/v1/completions", **asked):
+def post(port, whole=None, path="/v1/completions", **asked):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", path, json.dumps(asked))
+    connection.request("POST", path, json.dumps(whole or asked))
     return connection.getresponse()
 
 
@@ -59,11 +59,12 @@ def test_a_server(server, text_folder, monkeypatch):
         try:
             asked = dict(prompt="hello", max_tokens=8, temperature=0)
             told["stream"] = events(post(port, stream=True, **asked))
-            told["stopped"] = json.load(post(port, stop=[stop], **asked | {"max_tokens": 100}))
+            told["stopped"] = json.load(post(port, stop=stop, **asked | {"max_tokens": 100}))
+            told["list"] = post(port, [1]).status
             for name, wrong in (("no prompt", {}), ("length", {"prompt": "x", "max_tokens": 0})):
                 response = post(port, **wrong)
                 told[name] = response.status, json.load(response)["error"]["message"]
-            told["path"] = post(port, "/").status
+            told["path"] = post(port, path="/").status
             step = engine.step
             engine.step = lambda: (time.sleep(0.01), step())[1]
             gone = post(port, prompt="gone", max_tokens=200, temperature=0, stream=True)
@@ -72,20 +73,21 @@ def test_a_server(server, text_folder, monkeypatch):
                 time.sleep(0.01)
             last = post(port, prompt="last", max_tokens=20, temperature=0, stream=True)
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+            if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # or the server has ended, and this process would
+                os.kill(os.getpid(), signal.SIGTERM)
         told["last"] = events(last)
 
-    thread = threading.Thread(target=client)
+    thread = threading.Thread(target=client, daemon=True)
     thread.start()
     asyncio.run(asyncio.wait_for(server.main(text_folder, port), 60))
-    thread.join()
+    thread.join(60)
 
     (choice,) = told["whole"]["choices"]
     assert choice == {"index": 0, "text": text, "finish_reason": out.finish_reason}
     *pieces, end = told["stream"]
     assert end == "[DONE]" and "".join(json.loads(piece)["choices"][0]["text"] for piece in pieces) == text
     assert told["stopped"]["choices"][0] == {"index": 0, "text": text.partition(stop)[0], "finish_reason": "stop"}
-    assert told["no prompt"] == (400, "'prompt'") and told["path"] == 400
+    assert told["no prompt"] == (400, "'prompt'") and told["path"] == told["list"] == 400
     assert told["length"] == (400, "SamplingParams: max_new_tokens must be >= 1, got 0")
     assert told["last"][-1] == "[DONE]" and json.loads(told["last"][-2])["choices"][0]["finish_reason"] == "length"
     assert engine.closed and engine.metrics.requests["abort"] == 2  # the stopped one and the gone one

@@ -101,6 +101,8 @@ def test_the_first_time_on_a_card(card, tmp_path, monkeypatch, capsys):
     assert "== bad\nas it should" in log and "\n/there/bin:" in log
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"steps.json", "steps.log", "_native.so", "native-key"}
     assert card.Calls(tmp_path / "late", 0).run(steps[0])["state"] == "not reached"
+    last = card.Step("longer than the call", 9, ["sleep", "9"])
+    assert card.Calls(tmp_path / "late", 0.3).run(last)["state"] == "cut short"
 
 
 def test_a_module_that_is_brought_is_not_built_again(card, tmp_path, capsys):
