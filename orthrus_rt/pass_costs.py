@@ -23,8 +23,8 @@ KNOWN = 0.0002  # the least of an entry
 WANDER = 2e-6  # what an entry that does not run gains per cycle
 OTHER_DAY = 0.02  # of the machine's slowness since the entries were measured
 SWING = 1e-4  # what that gains per cycle
-UNREST = 0.1  # what either gains per square of its share of a surprise, and the rest of it
-COUPLED, UNCOUPLED = 0.98, 1e-6  # the most that may be left of a correlation, and the least of a covariance
+UNREST = 0.1  # what either gains, times its share of a surprise, times the surprise's square
+COUPLED, UNCOUPLED = 0.98, 1e-6  # the largest correlation that is believed, the least covariance that is kept
 
 
 class PassCosts:
