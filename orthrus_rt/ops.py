@@ -122,8 +122,8 @@ def row_linear(
         raise ValueError(f"{op}: epilogue must be one of {', '.join(native.EPILOGUE)}, got {epilogue!r}")
     require(op, "weight.data.dtype", dtype, weight.data.dtype)
     require(op, "weight.data.device", device, weight.data.device)
-    if weight.impl != "reference":
-        require(op, "weight.impl", device.type if device.type in ("cpu", "cuda") else "reference", weight.impl)
+    if weight.impl not in ("reference", device.type):
+        require(op, "weight.impl", dispatch.select(op, device, dtype), weight.impl)
     require(op, "weight.gate_up", epilogue == "silu_mul", weight.gate_up)
     if weight_diff is not None:
         facts = ("out_features", "in_features", "impl", "gate_up")
