@@ -1,7 +1,6 @@
 """The first time on a card: what has never run on one, step by step, each with a time limit of its own, since it may
 hang.
 
-Usage: python3 tools/first_on_a_card.py [--out DIR] [--within SECONDS] GROUP ...
 Every call builds the module first, or takes the one that an earlier call left in DIR, if that was put into build/card.
 DIR (default: $OUT, else build/first_on_a_card) gets steps.log, steps.json, native.log and the module.
 """
@@ -67,17 +66,7 @@ class Step:
 def tests(file: str, limit_s: int, only: str = "", **env: str) -> Step:
     """Of one file of tests/gpu, in one process; where one hangs, all threads' stacks are in the log."""
     name = " ".join([f"{k}={v}" for k, v in env.items()] + [file] + ([f"-k '{only}'"] if only else []))
-    command = [
-        "python3",
-        "-m",
-        "pytest",
-        "-v",
-        "-r",
-        "fE",
-        "-o",
-        "faulthandler_timeout=45",
-        f"tests/gpu/test_{file}.py",
-    ]
+    command = f"python3 -m pytest -v -r fE -o faulthandler_timeout=45 tests/gpu/test_{file}.py".split()
     return Step(name, limit_s, command + (["-k", only] if only else []), env)
 
 
@@ -185,7 +174,7 @@ def leave_module(folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="see the head of the file")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "first_on_a_card"))
     parser.add_argument(
         "--within", type=float, default=570, metavar="SECONDS", help="then whatever runs is ended (%(default)s)"
