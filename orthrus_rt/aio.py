@@ -48,7 +48,8 @@ class AsyncEngine:
 
     Raises:
         TypeError: it is no :class:`Engine`.
-        RuntimeError: another one has the engine, a call of it is under way, or it is closed.
+        RuntimeError: another one has the engine, a call of it is under way, it is closed, or it has requests: nobody
+            would hand out their tokens.
     """
 
     def __init__(self, engine: Engine):
@@ -60,6 +61,8 @@ class AsyncEngine:
         with engine.turn:  # takes the place of a call of this thread that an interrupt has ended
             if engine.closed:
                 raise RuntimeError("this engine is closed")
+            if engine.has_unfinished():
+                raise RuntimeError("AsyncEngine: the engine has requests whose outputs nobody would hand out; step first")
         self._worker.submit(engine.turn.claim, self).result()
         # Of streams that wait for more, by the engine's own name of each: the caller's is free again as soon as its
         # stream has ended, while in the engine an aborted request is there until the next step.

@@ -8,6 +8,7 @@ which is how preemption, faults and interrupts lose nothing.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections import deque
 
@@ -355,10 +356,12 @@ class Engine(Generation):
 
     @exclusive
     def next_logits(self, token_ids: list[int]) -> torch.Tensor:
-        """AR logits fp32 ``[vocab_size]`` for the token after ``token_ids``; the engine must be idle."""
+        """AR logits fp32 ``[vocab_size]`` for the token after at most ``max_seq_len`` ids; the engine must be idle."""
         if any(self.scheduler.slots):
             raise RuntimeError("next_logits: the engine must be idle")
-        ids = check_prompt(token_ids, self.config.vocab_size, self.max_seq_len + 1)
+        ids = check_prompt(token_ids, self.config.vocab_size, sys.maxsize, "token_ids")
+        if len(ids) > self.max_seq_len:
+            raise ValueError(f"token_ids must hold at most max_seq_len ({self.max_seq_len}) tokens, got {len(ids)}")
         with whole(self):
             logits = self.runner.next_logits(ids)
         if self.cuda_stream is not None:

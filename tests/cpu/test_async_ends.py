@@ -7,7 +7,7 @@ import pytest
 from orthrus_rt import dispatch
 from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.sampling import SamplingParams
-from tests.cpu.test_async import GREEDY, collect, collect_rest, run, slowly
+from tests.cpu.test_async import GREEDY, collect, collect_rest, make, run, slowly
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
@@ -140,3 +140,16 @@ def test_draining_does_not_wait_for_streams_that_have_failed(folder, monkeypatch
             await collect_rest(stream)
 
     run(folder, use)
+
+
+def test_an_engine_with_requests_is_refused(folder, alone):
+    """Nobody would hand their tokens out. They can be decoded as before, and after that it is taken."""
+    engine = make(folder)
+    request_id, tokens = engine.submit([1, 2], GREEDY), []
+    with pytest.raises(RuntimeError, match="requests whose outputs nobody would hand out"):
+        AsyncEngine(engine)
+    while engine.has_unfinished():
+        tokens += [t for out in engine.step() if out.request_id == request_id for t in out.new_token_ids]
+    assert tokens == alone([1, 2], GREEDY)
+    asyncio.run(AsyncEngine(engine).close())
+    assert engine.closed

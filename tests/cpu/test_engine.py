@@ -308,3 +308,12 @@ def test_bad_arguments(engine):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device is available"):
             pick_device("cuda")
+
+
+def test_next_logits_of_a_full_cache():
+    engine = Engine.from_pretrained(str(FOLDER), device="cpu", max_seq_len=64)
+    assert engine.next_logits([1] * 64).isfinite().all()
+    with pytest.raises(ValueError, match=r"token_ids must hold at most max_seq_len \(64\) tokens, got 65"):
+        engine.next_logits([1] * 65)
+    with pytest.raises(ValueError, match="token_ids must hold at least one token"):
+        engine.next_logits([])
