@@ -62,7 +62,7 @@ class AsyncEngine:
             if engine.closed:
                 raise RuntimeError("this engine is closed")
             if engine.has_unfinished():
-                raise RuntimeError("AsyncEngine: the engine has requests whose outputs nobody would hand out; step first")
+                raise RuntimeError("the engine has requests, whose outputs nobody would hand out; step first")
         self._worker.submit(engine.turn.claim, self).result()
         # Of streams that wait for more, by the engine's own name of each: the caller's is free again as soon as its
         # stream has ended, while in the engine an aborted request is there until the next step.

@@ -146,7 +146,7 @@ def test_an_engine_with_requests_is_refused(folder, alone):
     """Nobody would hand their tokens out. They can be decoded as before, and after that it is taken."""
     engine = make(folder)
     request_id, tokens = engine.submit([1, 2], GREEDY), []
-    with pytest.raises(RuntimeError, match="requests whose outputs nobody would hand out"):
+    with pytest.raises(RuntimeError, match="requests, whose outputs nobody would hand out"):
         AsyncEngine(engine)
     while engine.has_unfinished():
         tokens += [t for out in engine.step() if out.request_id == request_id for t in out.new_token_ids]
