@@ -11,14 +11,9 @@ from pathlib import Path
 import torch
 
 from orthrus_rt.checkpoint import EMBEDDED_NAME
-from orthrus_rt.device import DTYPES, pick_device
+from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
-
-GENERATE_ARGUMENTS = (
-    "input_ids", "max_new_tokens", "max_length", "temperature", "top_k", "top_p", "eos_token_id", "use_diffusion_mode",
-    "streamer", "attention_mask", "pad_token_id", "do_sample",
-)  # fmt: skip
 
 
 class OrthrusForCausalLM:
@@ -61,21 +56,20 @@ class OrthrusForCausalLM:
             raise TypeError("from_pretrained: torch_dtype is not supported; its name is dtype")
         allowed = {"max_seq_len", "draft_len", "adapter", "base_gguf"}
         supported = ("dtype", "device_map", "revision", *sorted(allowed))
-        _refuse("from_pretrained", engine_arguments.keys() - allowed, supported)
+        if unknown := sorted(engine_arguments.keys() - allowed):
+            what = f"{', '.join(unknown)} is not supported; supported are {', '.join(supported)}"
+            raise TypeError(f"from_pretrained: {what}")
         if isinstance(device_map, Mapping) and device_map.keys() == {""}:
             device_map = device_map[""]
         if isinstance(device_map, int) and not isinstance(device_map, bool):
             device_map = f"cuda:{device_map}"
         if not isinstance(device_map, str | torch.device):
             raise ValueError(f"from_pretrained: device_map must name one device, got {device_map!r}")
-        name = str(dtype).removeprefix("torch.")
-        name = "bfloat16" if name == "auto" else name
-        if name not in DTYPES:
-            raise ValueError(f"from_pretrained: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        dtype = "bfloat16" if dtype == "auto" else dtype
         if revision is not None and model != EMBEDDED_NAME and not Path(model).is_dir():
             model = f"{model}@{revision}"
         return cls(
-            Engine.from_pretrained(model, device=str(device_map), dtype=name, max_batch_size=1, **engine_arguments)
+            Engine.from_pretrained(model, device=str(device_map), dtype=dtype, max_batch_size=1, **engine_arguments)
         )
 
     @property
@@ -126,7 +120,6 @@ class OrthrusForCausalLM:
         attention_mask: torch.Tensor | None = None,
         pad_token_id: int | None = None,
         do_sample: bool | None = None,
-        **unsupported,
     ) -> torch.Tensor:
         """Continue one prompt.
 
@@ -150,7 +143,6 @@ class OrthrusForCausalLM:
             TypeError: an argument that is none of these.
             ValueError: a value out of its range, or a length beyond the engine's ``max_seq_len``.
         """
-        _refuse("generate", unsupported.keys(), GENERATE_ARGUMENTS)
         if isinstance(input_ids, Mapping) and "input_ids" in input_ids:
             attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
             input_ids = input_ids["input_ids"]
@@ -216,8 +208,3 @@ def _tensor(values, name: str = "input_ids") -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         got = f"{type(values).__name__} ({error})"
         raise ValueError(f"generate: {name} must be integers of shape [1, n], got {got}") from error
-
-
-def _refuse(call: str, names, supported) -> None:
-    if names:
-        raise TypeError(f"{call}: {', '.join(sorted(names))} is not supported; supported are {', '.join(supported)}")
