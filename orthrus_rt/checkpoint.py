@@ -13,8 +13,6 @@ import torch
 from orthrus_rt.config import CheckpointError, ModelConfig, family_of, parse
 from orthrus_rt.storage import LazyTensors, StoredTensor, is_diffusion, read_json, scan, text
 
-__all__ = ["Checkpoint", "CheckpointError", "expected_tensors", "fingerprint", "load"]
-
 EMBEDDED_NAME = "smollm2-135m"
 # Everything a checkpoint needs, and no copy of the weights in another format.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
