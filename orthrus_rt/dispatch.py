@@ -102,10 +102,10 @@ def runs_on(archs: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def requested() -> dict[str, str]:
-    """The overrides in ``ORTHRUS_BACKEND`` as {op: implementation}."""
+def requested(overrides: str) -> dict[str, str]:
+    """``ORTHRUS_BACKEND``'s value as {op: implementation}."""
     chosen: dict[str, str] = {}
-    for item in filter(None, os.environ.get("ORTHRUS_BACKEND", "").split(",")):
+    for item in filter(None, overrides.split(",")):
         op, _, impl = item.strip().rpartition("=")
         if (op and op not in OPS) or impl not in IMPLEMENTATIONS:
             raise ValueError(
@@ -133,8 +133,8 @@ def row_invariant(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def _select(op, device, dtype, _env):
-    override = requested().get(op)
+def _select(op, device, dtype, overrides):
+    override = requested(overrides).get(op)
     if override:
         if why := unavailable(override, op, device, dtype):
             raise RuntimeError(f"{op}: the {override} implementation was requested but is unavailable: {why}")
