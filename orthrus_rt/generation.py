@@ -111,7 +111,7 @@ class Generation(Rounds):
                 # A stream may be collected anywhere: inside a call, or in another thread, whose turn it is not.
                 if threading.get_ident() == thread:
                     with contextlib.suppress(Taken):
-                        self._abort_dropped_now()
+                        self._take_turn_and_abort_dropped()
 
     @exclusive
     def _enqueue(self, requests: list[Request], plan: CyclePlan | None) -> None:
@@ -133,11 +133,11 @@ class Generation(Rounds):
         self._advance()
 
     @exclusive
-    def _abort_dropped_now(self) -> None:
-        """Every call begins with that."""
+    def _take_turn_and_abort_dropped(self) -> None:
+        self.abort_dropped()
 
     def abort_dropped(self) -> None:
-        """For whoever has the turn."""
+        """End what calls and streams that are over have left; for whoever has the turn."""
         while self.dropped:
             with whole(self):
                 for request in self.dropped[0]:
