@@ -14,6 +14,7 @@ from importlib import metadata
 
 from orthrus_rt import cli_verify
 from orthrus_rt.cli_options import (
+    EXIT_DIFFERENT,
     add_model_options,
     check_length,
     check_num_prompts,
@@ -21,10 +22,11 @@ from orthrus_rt.cli_options import (
     in_options,
     load_engine,
     read_utf8,
+    tokens_text,
 )
 from orthrus_rt.cycle_plan import MODES
 
-EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 128 + signal.SIGINT
 
 
 def _version() -> str:
@@ -247,15 +249,9 @@ def _verdict(engine, output, other) -> str:
     return f"no, first difference at token {difference.index}: {tokens_text(engine.tokenizer, difference.tokens)}"
 
 
-def tokens_text(tokenizer, tokens) -> str:
-    return " against ".join("the end" if t is None else f"{t} {tokenizer.decode([t])!r}" for t in tokens)
-
-
 def _stats_facts(stats) -> dict:
-    from dataclasses import asdict
-
     names = ("tokens_per_cycle", "tokens_per_pass", "tokens_per_second")
-    return asdict(stats) | {name: getattr(stats, name) for name in names}
+    return dataclasses.asdict(stats) | {name: getattr(stats, name) for name in names}
 
 
 def _generate_facts(args, engine, prompt_ids, output, text, other) -> dict:

@@ -1,4 +1,4 @@
-"""What the commands share: their options for model and engine, checks of these, and errors in their words."""
+"""What the commands share: options for model and engine and their checks, and how errors and differences are told."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Callable
 
+EXIT_DIFFERENT = 1  # the exit code of commands that found other tokens than they should
 USES = {"draft_len": ("auto", "two_pass", "one_pass"), "fan_out": ("auto", "one_pass")}  # option -> modes
 
 
@@ -66,6 +67,11 @@ def check_used(args, option: str, modes: list[str]) -> None:
 def check_length(ids: list[int], max_seq_len: int, what: str) -> None:
     if len(ids) >= max_seq_len:
         raise ValueError(f"{what} has {len(ids)} tokens: --max-seq-len must be above that, got {max_seq_len}")
+
+
+def tokens_text(tokenizer, tokens) -> str:
+    """Two tokens that differ; None where one sequence has ended."""
+    return " against ".join("the end" if t is None else f"{t} {tokenizer.decode([t])!r}" for t in tokens)
 
 
 def in_options(message: str, args) -> str:

@@ -7,12 +7,14 @@ import json
 from collections import Counter
 
 from orthrus_rt.cli_options import (
+    EXIT_DIFFERENT,
     add_model_options,
     check_length,
     check_num_prompts,
     check_used,
     load_engine,
     read_utf8,
+    tokens_text,
 )
 from orthrus_rt.cycle_plan import MODES
 
@@ -42,7 +44,6 @@ def add_parser(commands) -> None:
 
 def run(args) -> int:
     from orthrus_rt import verify
-    from orthrus_rt.cli import EXIT_DIFFERENT
     from orthrus_rt.sampling import SamplingParams
 
     check_used(args, "--modes", args.modes)
@@ -121,8 +122,6 @@ def _verdict(comparisons) -> str:
 
 
 def _print(tokenizer, name, want, rate, comparisons) -> None:
-    from orthrus_rt.cli import tokens_text
-
     rates = " / ".join(f"{r:.2f}" for r in (rate, *(c.tokens_per_cycle for c in comparisons)) if r is not None)
     verdict = _verdict(comparisons)
     if verdict == "near-tie":
