@@ -25,7 +25,7 @@ from orthrus_rt.profile import calls_of, time_calls
 OPS = ("row_linear", "dual_attn", "qkv_commit", "rms_norm", "embed")
 
 
-def make_pass(model: Model, kv: PagedKvCache, num_rows: int, context: int, max_seq_len: int):
+def make_pass(model: Model, kv: PagedKvCache, num_rows: int, context: int):
     """A function that runs one pass over buffers of its own."""
     rows = prefill_rows([(list(range(num_rows)), context, 0)], "cpu")
     activations = Activations(model, num_rows, 0)
@@ -34,10 +34,7 @@ def make_pass(model: Model, kv: PagedKvCache, num_rows: int, context: int, max_s
     out = (torch.empty(num_rows, partials), torch.empty(num_rows, partials, dtype=torch.int32))
 
     def run():
-        forward(
-            model, kv, rows, activations, Workspace(None, None), logit_rows=logit_rows, epilogue="argmax", out=out,
-            max_seq_len=max_seq_len,
-        )  # fmt: skip
+        forward(model, kv, rows, activations, Workspace(None, None), logit_rows=logit_rows, epilogue="argmax", out=out)
 
     return run
 
@@ -71,7 +68,7 @@ def main() -> None:
     table = []
     for isa, n in itertools.product(args.isa or [cpu.isa()], args.rows):
         cpu.set_isa(isa)
-        one_pass, tape = make_pass(model, kv, n, args.context, max_seq_len), cpu.Tape()
+        one_pass, tape = make_pass(model, kv, n, args.context), cpu.Tape()
         with tape.record():
             one_pass()
         us = measure(tape.replay, device, repeats=args.repeats)

@@ -90,7 +90,7 @@ def collect(engine: Engine, prompt: prompts.Prompt, tokens: int, shapes: list[tu
     work = Workspace.allocate(model, max_rows=max(512, most), max_seq_len=engine.max_seq_len)
     kv.reserve(0, len(text))
     run = lambda rows, picked, out: forward(  # noqa: E731
-        model, kv, rows, act, work, logit_rows=picked, epilogue="logits", out=out, max_seq_len=engine.max_seq_len
+        model, kv, rows, act, work, logit_rows=picked, epilogue="logits", out=out
     )
     for at in range(0, len(text), 512):
         run(prefill_rows([(text[at : at + 512], at, 0)], "cpu"), None, None)

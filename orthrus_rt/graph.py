@@ -114,14 +114,13 @@ class Cycle(Recorded):
 
     def __init__(
         self, model: Model, kv: PagedKvCache, state: SlotState, num_slots: int, plan: CyclePlan, *, sampling,
-        activations, workspace, max_seq_len, shape: PrefillShape | None = None, plain: Cycle | None = None,
+        activations, workspace, shape: PrefillShape | None = None, plain: Cycle | None = None,
     ):  # fmt: skip
         self.model, self.kv, self.plan = model, kv, plan
         self.state, self._cache_seqlens = state.view(slice(0, num_slots)), state.cache_seqlens
         self.sampling: SlotSampling | None = sampling
         self.activations: Activations = activations
         self.workspace: Workspace = workspace
-        self.max_seq_len = max_seq_len
         scored = None if sampling is None else activations
         *before, last = KINDS[plan.mode]
         if plain is None:
@@ -147,7 +146,7 @@ class Cycle(Recorded):
         epilogue, out = ("argmax", p.out) if p.logits is None else ("logits", p.logits)
         forward(
             self.model, self.kv, p.rows, self.activations, self.workspace,
-            logit_rows=p.logit_rows, epilogue=epilogue, out=out, max_seq_len=self.max_seq_len,
+            logit_rows=p.logit_rows, epilogue=epilogue, out=out,
         )  # fmt: skip
 
     @functools.cached_property

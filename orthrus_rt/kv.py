@@ -24,14 +24,14 @@ class PagedKvCache:
     very bits that a slot would have computed by itself.
 
     Attributes:
+        max_seq_len: positions of a sequence, at most.
         k_pages, v_pages: per layer ``[num_pages, num_heads_kv, 64, head_dim]``. What lies beyond the positions that a
             slot committed or is verifying is undefined: kernels never use it.
         page_table: int32 ``[num_slots, max_pages]``; entry i holds positions ``64*i ... 64*i+63``.
     """
 
     def __init__(self, config: ModelConfig, *, num_slots: int, max_seq_len: int, num_pages: int, device, dtype):
-        self.max_pages = -(-max_seq_len // PAGE_SIZE)
-        self.num_pages = num_pages
+        self.max_seq_len, self.max_pages, self.num_pages = max_seq_len, -(-max_seq_len // PAGE_SIZE), num_pages
         shape = (config.num_layers, 2, num_pages, config.num_heads_kv, PAGE_SIZE, config.head_dim)
         self.pages = torch.empty(shape, dtype=dtype, device=device)
         self.k_pages = [self.pages[i, 0] for i in range(config.num_layers)]

@@ -156,7 +156,6 @@ def forward(
     logit_rows: torch.Tensor | None,
     epilogue: str,
     out,
-    max_seq_len: int,
 ) -> None:
     """Push the rows through every layer; AR rows' keys and values land in the cache.
 
@@ -169,15 +168,15 @@ def forward(
     hidden, normed = act.hidden[:n], act.normed[:n]
     ops.embed(rows.token, model.embedding, hidden)
     for i in range(len(model.layers)):
-        _layer(model, kv, rows, act, workspace, i, max_seq_len)
+        _layer(model, kv, rows, act, workspace, i)
     if logit_rows is not None:
         chosen = normed[: logit_rows.shape[0]]
         ops.rms_norm(hidden, model.final_norm, model.config.rms_norm_eps, chosen, logit_rows)
         ops.row_linear(chosen, model.lm_head, out, epilogue=epilogue, workspace=workspace.linear)
 
 
-@nvtx.ranged(lambda model, kv, rows, act, workspace, i, max_seq_len: f"layer {i}")
-def _layer(model: Model, kv: PagedKvCache, rows: Rows, act: Activations, workspace: Workspace, i: int, max_seq_len):
+@nvtx.ranged(lambda model, kv, rows, act, workspace, i: f"layer {i}")
+def _layer(model: Model, kv: PagedKvCache, rows: Rows, act: Activations, workspace: Workspace, i: int):
     """Layer ``i``: ``act.hidden`` in, ``act.hidden`` out."""
     n, nd, eps, layer = rows.num_rows, rows.num_rows_diff, model.config.rms_norm_eps, model.layers[i]
     hidden, normed, qkv, q, attn, mlp = (
@@ -194,7 +193,7 @@ def _layer(model: Model, kv: PagedKvCache, rows: Rows, act: Activations, workspa
         here, first = slice(first, first + part.num_rows), first + part.num_rows
         mine = (t[: part.num_rows_diff] for t in scratch)  # all of them are in the last part
         ops.dual_attn(
-            q[here], *cache, *mine, part, model.softmax_scale, attn[here], max_seq_len=max_seq_len,
+            q[here], *cache, *mine, part, model.softmax_scale, attn[here], max_seq_len=kv.max_seq_len,
             workspace=workspace.attn,
         )  # fmt: skip
     flat = attn.view(n, -1)

@@ -142,11 +142,9 @@ class PrefillPass(Recorded):
     """
 
     def __init__(
-        self, model: Model, kv: PagedKvCache, activations: Activations, workspace: Workspace, max_seq_len: int,
-        shape: PrefillShape,
-    ):  # fmt: skip
-        self.model, self.kv, self.activations, self.workspace = model, kv, activations, workspace
-        self.max_seq_len, self.shape = max_seq_len, shape
+        self, model: Model, kv: PagedKvCache, activations: Activations, workspace: Workspace, shape: PrefillShape
+    ):
+        self.model, self.kv, self.activations, self.workspace, self.shape = model, kv, activations, workspace, shape
         self.what, self.prompts = f"prefill of {shape.rows} rows", PromptRows(shape, model.device)
         if shape.scored:
             self.out = activations.logits(shape.chosen), None
@@ -166,7 +164,7 @@ class PrefillPass(Recorded):
         epilogue, out = ("logits", self.out[0]) if self.shape.scored else ("argmax", self.out)
         forward(
             self.model, self.kv, self.prompts.rows, self.activations, self.workspace,
-            logit_rows=self.prompts.logit_rows, epilogue=epilogue, out=out, max_seq_len=self.max_seq_len,
+            logit_rows=self.prompts.logit_rows, epilogue=epilogue, out=out,
         )  # fmt: skip
 
     run = Recorded.run_again

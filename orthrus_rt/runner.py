@@ -56,7 +56,7 @@ class Runner:
     """Static buffers for ``num_slots`` sequences of at most ``max_seq_len`` tokens, and all that runs on them."""
 
     def __init__(self, model: Model, *, num_slots: int, max_seq_len: int, shapes, num_pages: int, max_stop_ids):
-        self.model, self.max_seq_len, self.num_slots = model, max_seq_len, num_slots
+        self.model, self.num_slots = model, num_slots
         block_len = model.config.block_len
         self.lag = 1 if model.device.type == "cuda" else 0
         self.kv = PagedKvCache(
@@ -92,14 +92,14 @@ class Runner:
         rows = self.most_prompt_rows + decoded
         with naming_the_knobs(f"making room for {decoded} rows a pass"):
             activations = Activations(self.model, rows, rows_diff, max_logit_rows=decoded + self.num_slots)
-            workspace = Workspace.allocate(self.model, max_rows=rows, max_seq_len=self.max_seq_len)
+            workspace = Workspace.allocate(self.model, max_rows=rows, max_seq_len=self.kv.max_seq_len)
         self.drop_cycles()  # they know the old buffers
         self.activations, self.workspace, self._room = activations, workspace, room
 
     @property
     def most_prompt_rows(self) -> int:
         """Of prompts, in one pass."""
-        return min(PREFILL_CHUNK, self.num_slots * self.max_seq_len)
+        return min(PREFILL_CHUNK, self.num_slots * self.kv.max_seq_len)
 
     def drop_cycles(self) -> None:
         """Free every cycle and prefill pass built so far, and its graph."""
@@ -128,7 +128,7 @@ class Runner:
                 return Cycle(
                     self.model, self.kv, self.state, bucket, plan,
                     sampling=sampling, activations=self.activations, workspace=self.workspace,
-                    max_seq_len=self.max_seq_len, shape=shape, plain=plain,
+                    shape=shape, plain=plain,
                 )  # fmt: skip
 
         key = (plan, bucket, sampling is not None, sampling is not None and sampling.edits is not None)
@@ -243,7 +243,7 @@ class Runner:
     def _prefill_pass(self, shape: PrefillShape) -> PrefillPass:
         def build(shape: PrefillShape) -> PrefillPass:
             with naming_the_knobs("preparing a prefill"):
-                return PrefillPass(self.model, self.kv, self.activations, self.workspace, self.max_seq_len, shape)
+                return PrefillPass(self.model, self.kv, self.activations, self.workspace, shape)
 
         return self._cached(shape, (), build)
 
@@ -284,7 +284,6 @@ class Runner:
                 forward(
                     self.model, self.kv, rows, self.activations, self.workspace, epilogue="logits", out=out,
                     logit_rows=upload([rows.num_rows - 1], torch.int32, self.model.device),
-                    max_seq_len=self.max_seq_len,
                 )  # fmt: skip
         finally:
             self.kv.release(0)

@@ -21,6 +21,5 @@ def logits_of(engine, rows):
         model, engine.kv, rows, Activations(model, n, rows.num_rows_diff),
         Workspace.allocate(model, max_rows=n, max_seq_len=engine.max_seq_len),
         logit_rows=torch.arange(n, dtype=torch.int32, device=model.device), epilogue="logits", out=out,
-        max_seq_len=engine.max_seq_len,
     )  # fmt: skip
     return out

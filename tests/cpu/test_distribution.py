@@ -62,7 +62,7 @@ def coupled(engine, monkeypatch):
     def pairs(drafter, setting, plan=TWO_PASS):
         tables = {"ar": TABLE, "diffusion": DRAFTERS[drafter]}
 
-        def forward(model, kv, rows, act, workspace, *, logit_rows, epilogue, out, max_seq_len):
+        def forward(model, kv, rows, act, workspace, *, logit_rows, epilogue, out):
             assert epilogue == "logits"
             blocks = rows.group_start[rows.num_groups_ar :].long()
             anchor = rows.token[blocks[:-1]].repeat_interleave(blocks.diff())  # a block drafts from its first token
