@@ -19,7 +19,7 @@ from bench.models import random_checkpoint
 from orthrus_rt import dispatch
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
-from orthrus_rt.plan import prefill_rows
+from orthrus_rt.prefill import prefill_rows
 from orthrus_rt.profile import calls_of, time_calls
 
 OPS = ("row_linear", "dual_attn", "qkv_commit", "rms_norm", "embed")

@@ -15,7 +15,7 @@ import torch
 
 from bench.common import graphed, header, loop, measure, out_folder, read_bandwidth, report
 from orthrus_rt import dispatch, ops, reference
-from orthrus_rt.plan import prefill_rows
+from orthrus_rt.prefill import prefill_rows
 from orthrus_rt.state import SlotEdits, SlotSampling, empty_partials, num_score_tiles
 
 # name: temperature, top_k, top_p, min_p

@@ -129,22 +129,3 @@ def lay_out(chunks: list[Chunk], fields: np.ndarray, group_start: np.ndarray) ->
         group_start[i + 1] = end
     group_start[0], group_start[len(chunks) + 1 :] = 0, end
     group_start[-1] = fields.shape[1]
-
-
-def prefill_rows(chunks: list[Chunk], device) -> Rows:
-    """AR rows of prompt chunks, one group each. A slot occurs once at most."""
-    n = sum(len(tokens) for tokens, _, _ in chunks)
-    host = np.zeros((4, padded(n)), dtype=np.int32)
-    group_start = np.zeros(len(chunks) + 1, dtype=np.int32)
-    lay_out(chunks, host[:, :n], group_start)
-    token, position, seq, prefix_len = upload(host, torch.int32, device)[:, :n]
-    return Rows(
-        token=token,
-        position=position,
-        seq=seq,
-        prefix_len=prefix_len,
-        group_start=upload(group_start, torch.int32, device),
-        num_rows_ar=n,
-        num_groups_ar=len(chunks),
-        max_group_rows=max((len(tokens) for tokens, _, _ in chunks), default=0),
-    )

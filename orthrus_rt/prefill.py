@@ -133,6 +133,14 @@ class PromptRows:
         self._buffer.copy_(torch.from_numpy(self._host), non_blocking=True)  # pageable: staged before it returns
 
 
+def prefill_rows(chunks: list[Chunk], device) -> Rows:
+    """AR rows of prompt chunks, one group each. A slot occurs once at most."""
+    sizes = [len(tokens) for tokens, _, _ in chunks]
+    prompts = PromptRows(PrefillShape(sum(sizes), len(sizes), max(sizes, default=0), 0, False), device)
+    prompts.load(chunks, [])
+    return prompts.rows
+
+
 class PrefillPass(Recorded):
     """A pass of one shape over static buffers.
 

@@ -20,9 +20,8 @@ from orthrus_rt.host_choices import run_by_rejection, verify
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.model import Activations, Model, Workspace, forward
-from orthrus_rt.plan import prefill_rows
 from orthrus_rt.policy import Policy
-from orthrus_rt.prefill import PrefillPass, PrefillShape, PromptChunks, Prompts, round_up
+from orthrus_rt.prefill import PrefillPass, PrefillShape, PromptChunks, Prompts, prefill_rows, round_up
 from orthrus_rt.request import Request
 from orthrus_rt.results import SlotResults
 from orthrus_rt.sampling import MAX_LOGIT_BIAS

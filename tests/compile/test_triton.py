@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
 
 from orthrus_rt import plan
+from orthrus_rt.prefill import prefill_rows
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState, empty_partials, num_score_tiles
 from orthrus_rt.triton_kernels import count_tokens, dual_attn, embed, process_logits, rms_norm
 from tests.compile import cubins
@@ -60,7 +61,7 @@ def call_process_logits(vocab, extras):
     i64 = torch.empty(n, dtype=torch.int64)
     edits = SlotEdits.allocate(n, vocab, 5, int32(n, 3)) if extras else None
     sampling = SlotSampling(fp32(n), int32(n), fp32(n), fp32(n), i64, edits)
-    rows = plan.prefill_rows([([0] * n, 0, 0)], "cpu")
+    rows = prefill_rows([([0] * n, 0, 0)], "cpu")
     args = fp32(n, vocab), rows, int32(n), sampling, int32(n), 1, empty_partials(n, num_score_tiles(vocab), "cpu")
     return process_logits.process_logits, args, {"log_probs": fp32(n, vocab)} if extras else {}
 

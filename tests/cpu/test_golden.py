@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from orthrus_rt.engine import Engine
-from orthrus_rt.plan import prefill_rows
+from orthrus_rt.prefill import prefill_rows
 from orthrus_rt.sampling import SamplingParams
 from tests.forward import draft_rows, logits_of
 

@@ -10,7 +10,8 @@ import torch
 from orthrus_rt import dispatch, ops
 from orthrus_rt import state as st
 from orthrus_rt.engine import Engine
-from orthrus_rt.plan import empty_rows, prefill_rows
+from orthrus_rt.plan import empty_rows
+from orthrus_rt.prefill import prefill_rows
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState, empty_partials
 from orthrus_rt.weights import pack
 from tests import checkpoints

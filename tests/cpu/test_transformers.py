@@ -6,7 +6,7 @@ import torch
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import prompts
 from orthrus_rt.engine import Engine
-from orthrus_rt.plan import prefill_rows
+from orthrus_rt.prefill import prefill_rows
 from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.transformers_model import build, greedy
 from tests import checkpoints
