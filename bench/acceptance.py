@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 from orthrus_rt import state as st
-from orthrus_rt.graph import Cycle
+from orthrus_rt.cycle import Cycle
 
 RIGHT, WRONG = 1, 2
 

@@ -17,8 +17,8 @@ import torch
 
 from bench import common
 from bench.models import random_checkpoint
+from orthrus_rt.cycle import Cycle
 from orthrus_rt.engine import Engine
-from orthrus_rt.graph import Cycle
 from orthrus_rt.sampling import SamplingParams
 
 ACCEPTED = 2  # drafts per cycle, where there are any

@@ -9,7 +9,7 @@ import torch
 
 from orthrus_rt import nvtx
 from orthrus_rt import state as st
-from orthrus_rt.graph import Cycle, Pass
+from orthrus_rt.cycle import Cycle, Pass
 from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.reference import first_argmax
 from orthrus_rt.request import Request

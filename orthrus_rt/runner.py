@@ -13,9 +13,9 @@ import torch
 
 from orthrus_rt import dispatch, nvtx, ops
 from orthrus_rt import state as st
+from orthrus_rt.cycle import COUPLED, Cycle
 from orthrus_rt.cycle_plan import CyclePlan, batch_bucket, most_hypotheses
 from orthrus_rt.device import put, upload
-from orthrus_rt.graph import COUPLED, Cycle
 from orthrus_rt.host_choices import run_by_rejection, verify
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.memory import naming_the_knobs

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from orthrus_rt import state as st
+from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import CyclePlan, batch_bucket
 from orthrus_rt.exclusive import whole
-from orthrus_rt.graph import Cycle
 from orthrus_rt.kv import OutOfPages
 
 DRAFT_PROB = [0.8, 0.1, 0.05]  # of a staged draft and its runners-up

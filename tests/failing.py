@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from orthrus_rt.aio import AsyncEngine
+from orthrus_rt.cycle import Cycle
 from orthrus_rt.engine import Engine
-from orthrus_rt.graph import Cycle
 from orthrus_rt.sampling import SamplingParams
 from tests.poison import Job
 

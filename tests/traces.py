@@ -16,8 +16,8 @@ import torch
 
 from orthrus_rt import ops
 from orthrus_rt import state as st
+from orthrus_rt.cycle import Cycle
 from orthrus_rt.engine import Engine
-from orthrus_rt.graph import Cycle
 
 
 @dataclass

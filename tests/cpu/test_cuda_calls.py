@@ -11,10 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 from bench import common
 from orthrus_rt import dispatch, native, ops, profile, recording, timing
+from orthrus_rt.cycle import Cycle
 from orthrus_rt.device import pick_device, with_index
 from orthrus_rt.engine import Engine
 from orthrus_rt.exclusive import Turn, exclusive
-from orthrus_rt.graph import Cycle
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
 

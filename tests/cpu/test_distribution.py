@@ -70,7 +70,7 @@ def coupled(engine, monkeypatch):
             is_ar = (logit_rows < rows.num_rows_ar)[:, None]
             out.copy_(torch.where(is_ar, tables["ar"][token], tables["diffusion"][token]))
 
-        monkeypatch.setattr("orthrus_rt.graph.forward", forward)
+        monkeypatch.setattr("orthrus_rt.cycle.forward", forward)
         runner = engine.runner
         state, n = runner.state, runner.num_slots
         runner.kv.page_table.fill_(1)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from orthrus_rt import dispatch, embedded
+from orthrus_rt.cycle import Cycle
 from orthrus_rt.engine import Engine
-from orthrus_rt.graph import Cycle
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints, lossless
 from tests.cpu import cuda_host

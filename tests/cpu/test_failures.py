@@ -13,10 +13,10 @@ import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt.config import CheckpointError
+from orthrus_rt.cycle import Cycle
 from orthrus_rt.device import claim
 from orthrus_rt.embedded import cache_root
 from orthrus_rt.engine import Engine
-from orthrus_rt.graph import Cycle
 from orthrus_rt.model import Activations
 from orthrus_rt.pass_costs import PassCosts
 from orthrus_rt.prefill import PrefillPass

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orthrus_rt import dispatch, ops
-from orthrus_rt.graph import Cycle
+from orthrus_rt.cycle import Cycle
 from orthrus_rt.plan import Layout
 from orthrus_rt.prefill import PrefillShape, PromptRows
 from orthrus_rt.sampling import SamplingParams

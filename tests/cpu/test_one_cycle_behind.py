@@ -13,7 +13,7 @@ import torch
 
 from orthrus_rt import dispatch, ops
 from orthrus_rt import state as st
-from orthrus_rt.graph import Cycle
+from orthrus_rt.cycle import Cycle
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
 from tests import engines, poison

@@ -10,9 +10,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from orthrus_rt import state as st
+from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.engine import Engine
-from orthrus_rt.graph import Cycle
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
 from tests.traces import arriving, assert_same, decode
