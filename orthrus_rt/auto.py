@@ -14,10 +14,10 @@ from functools import partial
 
 import torch
 
-from orthrus_rt.checks import PAGE_SIZE
 from orthrus_rt.config import CheckpointError
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_buckets
 from orthrus_rt.embedded import cache_root
+from orthrus_rt.pages import PAGE_SIZE
 from orthrus_rt.pass_costs import PassCosts, cache_file
 from orthrus_rt.policy import Policy, candidate_plans
 from orthrus_rt.staging import most_context, staged

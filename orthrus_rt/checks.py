@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 
 from orthrus_rt import state as st
+from orthrus_rt.pages import PAGE_SIZE
 from orthrus_rt.plan import Rows
-
-PAGE_SIZE = 64  # tokens
 
 
 def require(op: str, what: str, expected, got) -> None:

@@ -17,7 +17,6 @@ import torch
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import dispatch
 from orthrus_rt.auto import CONTEXT, Auto
-from orthrus_rt.checks import PAGE_SIZE
 from orthrus_rt.cycle_plan import CyclePlan, batch_buckets, cycle_plan
 from orthrus_rt.device import (
     DTYPES,
@@ -37,6 +36,7 @@ from orthrus_rt.metrics import Metrics
 from orthrus_rt.model import Model
 from orthrus_rt.outbox import Outbox
 from orthrus_rt.outputs import RequestOutput
+from orthrus_rt.pages import PAGE_SIZE
 from orthrus_rt.request import MAX_STOP_TOKEN_IDS, Request, check_prompt, make_request
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from orthrus_rt.checks import PAGE_SIZE
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.device import upload
-from orthrus_rt.pages import PagePool
+from orthrus_rt.pages import PAGE_SIZE, PagePool
 
 SINK_PAGE = 0  # nobody reads it; where invalid rows write, they do it here
 

@@ -19,7 +19,6 @@ import torch
 from orthrus_rt import dispatch, native, nvtx, reference
 from orthrus_rt import state as st
 from orthrus_rt.checks import (
-    PAGE_SIZE,
     check_choices,
     check_edits,
     check_pages,
@@ -31,6 +30,7 @@ from orthrus_rt.checks import (
 )
 from orthrus_rt.cycle_plan import MAX_BLOCK_LEN
 from orthrus_rt.device import device_scope
+from orthrus_rt.pages import PAGE_SIZE
 from orthrus_rt.plan import Rows
 from orthrus_rt.weights import PackedWeight
 

@@ -7,7 +7,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from orthrus_rt.checks import PAGE_SIZE
+PAGE_SIZE = 64  # tokens
 
 
 def page_names(tokens: list[int], known: list[bytes]) -> list[bytes]:

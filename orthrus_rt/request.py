@@ -10,11 +10,10 @@ from collections.abc import Mapping
 
 import torch
 
-from orthrus_rt.checks import PAGE_SIZE
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.outputs import RequestOutput, Stats
-from orthrus_rt.pages import page_names
+from orthrus_rt.pages import PAGE_SIZE, page_names
 from orthrus_rt.sampling import RejectionSampler, SamplingParams
 
 MAX_STOP_TOKEN_IDS = 64

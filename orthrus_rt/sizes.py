@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from orthrus_rt.checks import PAGE_SIZE
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.cycle_plan import integer
+from orthrus_rt.pages import PAGE_SIZE
 
 DEFAULT_SEQ_LEN = 4096
 MOST = 2**31  # slots and pages are told apart by int32 numbers
