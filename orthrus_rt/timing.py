@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from orthrus_rt.weights import huge_pages
+from orthrus_rt.huge_pages import huge_pages
 
 SLEEP_CYCLES = 1_000_000  # of the device, about 0.5 ms; up to 64 times as many where the host is slow to launch
 CHUNK = 100  # runs launched behind one sleep; far below the driver's queue

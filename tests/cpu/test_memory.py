@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from orthrus_rt import dispatch, weights
+from orthrus_rt import dispatch
 from orthrus_rt.device import claim
+from orthrus_rt.huge_pages import huge_pages
 from orthrus_rt.runner import Runner
 from tests import checkpoints, engines, failing, poison
 
@@ -81,11 +82,11 @@ def test_cycles_that_find_no_memory_for_their_recording_run_op_by_op(folder, mod
 
 def test_large_weights_have_blocks_of_their_own():
     """Which are freed with them; small ones share one."""
-    large = weights.huge_pages.empty(torch.Size([weights.huge_pages.BLOCK]), torch.uint8)
-    small = [weights.huge_pages.empty(torch.Size([100]), torch.bfloat16) for _ in range(2)]
-    blocks = [t.untyped_storage().data_ptr() for t in (large, *small, weights.huge_pages.block)]
+    large = huge_pages.empty(torch.Size([huge_pages.BLOCK]), torch.uint8)
+    small = [huge_pages.empty(torch.Size([100]), torch.bfloat16) for _ in range(2)]
+    blocks = [t.untyped_storage().data_ptr() for t in (large, *small, huge_pages.block)]
     assert blocks[0] not in blocks[1:] and blocks[2] == blocks[3]
-    assert weights.huge_pages.block.untyped_storage().nbytes() < 2 * weights.huge_pages.BLOCK
+    assert huge_pages.block.untyped_storage().nbytes() < 2 * huge_pages.BLOCK
     assert all(t.data_ptr() % 64 == 0 for t in small) and large.data_ptr() % (2 << 20) == 0
 
 

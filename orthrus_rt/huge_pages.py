@@ -1,0 +1,42 @@
+"""Host memory in huge pages."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from orthrus_rt import dispatch
+
+
+class HugePages:
+    """Tensors in blocks that ask for huge pages: a pass reads every weight once, so with 4 KiB pages it also reads most
+    of the page tables. Small ones share a block, which is freed with the last of them once the next is begun.
+    """
+
+    BLOCK, PAGE, LINE = 32 << 20, 2 << 20, 64  # bytes
+
+    def __init__(self):
+        self.block, self.lock = torch.empty(0, dtype=torch.uint8, device="cpu"), threading.Lock()
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        nbytes = shape.numel() * dtype.itemsize
+        size = -(-nbytes // self.LINE) * self.LINE
+        if size >= self.BLOCK:
+            return self._new_block(size)[:nbytes].view(dtype).view(shape)
+        with self.lock:
+            if size > self.block.numel():
+                self.block = self._new_block(self.BLOCK)
+            data, self.block = self.block[:nbytes].view(dtype).view(shape), self.block[size:]
+        return data
+
+    def _new_block(self, nbytes: int) -> torch.Tensor:
+        with torch.inference_mode(False):  # else only callers in inference mode could use the rest of it
+            block = torch.empty(nbytes + self.PAGE, dtype=torch.uint8, device="cpu")
+        block = block[-block.data_ptr() % self.PAGE :][:nbytes]
+        if native := dispatch.native():
+            native.cpu.advise_huge_pages(block.data_ptr(), nbytes)
+        return block
+
+
+huge_pages = HugePages()
