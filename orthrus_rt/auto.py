@@ -14,9 +14,8 @@ from functools import partial
 
 import torch
 
-from orthrus_rt.config import CheckpointError
+from orthrus_rt.cache_folder import NoCacheFolder, cache_root
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_buckets
-from orthrus_rt.embedded import cache_root
 from orthrus_rt.pages import PAGE_SIZE
 from orthrus_rt.pass_costs import PassCosts, cache_file
 from orthrus_rt.policy import Policy, candidate_plans
@@ -47,7 +46,7 @@ class Auto:
         try:
             self._file = cache_file(cache_root(), self._key)
             self.measured = costs.load(self._file, self._key)
-        except CheckpointError as error:  # no folder to keep them in: nothing else needs one here
+        except NoCacheFolder as error:
             log.info("the times of a warm-up are not kept: %s", error)
             self._file, self.measured = None, False
         self.policy = Policy(plans, num_slots, costs, max_rows=MAX_ROWS)

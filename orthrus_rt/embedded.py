@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import stat
 import tempfile
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from orthrus_rt.cache_folder import cache_root
 from orthrus_rt.config import CheckpointError
 
 log = logging.getLogger("orthrus_rt")
@@ -74,36 +74,6 @@ def base_folder(gguf: str | None = None) -> Path:
                 f"{folder}: the converted base model cannot be written ({error}); it takes {CACHE_BYTES // 10**6} MB: "
                 "free some space or let XDG_CACHE_HOME name a folder on another disk"
             ) from error
-    return folder
-
-
-def cache_root() -> Path:
-    """``$XDG_CACHE_HOME/orthrus_rt``, by default ``~/.cache/orthrus_rt``; for a user without a home, as in a container
-    that runs under a random uid, a folder of this user's beside the temporary files.
-
-    Raises:
-        CheckpointError: the latter is there already and others can write to it, or nothing can be written anywhere.
-    """
-    if named := os.environ.get("XDG_CACHE_HOME"):
-        return Path(named) / "orthrus_rt"
-    with contextlib.suppress(RuntimeError):
-        home = Path.home()
-        if home != Path("/") or os.getuid() == 0:  # what containers name as the home of a uid that they do not know
-            return home / ".cache" / "orthrus_rt"
-    return _temporary_root()
-
-
-def _temporary_root() -> Path:
-    named = "as there is no home folder for a cache; let XDG_CACHE_HOME name one"
-    try:
-        folder = Path(tempfile.gettempdir()) / f"orthrus_rt-{os.getuid()}"
-    except FileNotFoundError as error:
-        raise CheckpointError(f"a folder for temporary files is needed ({error}), {named}") from error
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()  # not of what a link points to: anybody may have put it there
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise CheckpointError(f"{folder}: must be a folder that this user alone can write to, {named}")
     return folder
 
 

@@ -16,6 +16,7 @@ import time
 import pytest
 
 from orthrus_rt import embedded
+from orthrus_rt.cache_folder import cache_root
 from orthrus_rt.checkpoint import CheckpointError
 from tests import gguf_files
 
@@ -72,7 +73,7 @@ def test_converted_once(cache, monkeypatch):
 def test_default_cache_is_in_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert embedded.cache_root() == tmp_path / ".cache" / "orthrus_rt"
+    assert cache_root() == tmp_path / ".cache" / "orthrus_rt"
 
 
 class TestNoHome:
@@ -95,7 +96,7 @@ class TestNoHome:
                 shared.mkdir(mode=0o700)
                 os.chown(shared, 12345, -1)
                 monkeypatch.setattr(os, "getuid", lambda: 12345)
-        assert embedded.cache_root() == embedded.cache_root() == shared
+        assert cache_root() == cache_root() == shared
         assert shared.stat().st_mode & 0o777 == 0o700
 
     @pytest.mark.parametrize("is_there", ("a link", "a file", "writable by others", "another's"))
@@ -113,7 +114,7 @@ class TestNoHome:
                 shared = shared.rename(tmp_path / f"orthrus_rt-{other}")
                 monkeypatch.setattr(os, "getuid", lambda: other)
         with pytest.raises(CheckpointError) as error:
-            embedded.cache_root()
+            cache_root()
         assert str(error.value) == (
             f"{shared}: must be a folder that this user alone can write to, as there is no home folder for a cache; "
             "let XDG_CACHE_HOME name one"

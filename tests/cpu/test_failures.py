@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from orthrus_rt import dispatch
+from orthrus_rt.cache_folder import cache_root
 from orthrus_rt.config import CheckpointError
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.device import claim
-from orthrus_rt.embedded import cache_root
 from orthrus_rt.engine import Engine
 from orthrus_rt.model import Activations
 from orthrus_rt.pass_costs import PassCosts
