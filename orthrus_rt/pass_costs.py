@@ -13,18 +13,20 @@ from pathlib import Path
 from orthrus_rt.cycle_plan import AR, CyclePlan
 
 STALLED = math.log(1.3)  # a first measurement so much above the next one was a stalled cycle's
-CLIP = 2.0  # standard errors by which one measurement surprises, at most: a stalled cycle is not a slow plan
+CLIP = 2.0  # the largest innovation, in its standard deviations: a stalled cycle is not a slow plan
 HOPE = 0.3  # standard errors by which a cycle may be cheaper than it looks
 # Variances of logarithms, that is of relative errors.
-NOISE = 0.01  # of one measurement
+MEASUREMENT_NOISE = 0.01
 WARMED = 0.0015  # of a warm-up's time: the machine may have been busy then
-FEW = 0.005  # more is left of a time measured once or twice
+FEW = 0.005  # above this, an entry was measured once or twice
 KNOWN = 0.0002  # the least of an entry
-WANDER = 2e-6  # what an entry that does not run gains per cycle
+ENTRY_PROCESS_NOISE = 2e-6  # per cycle, of an entry that does not run
 OTHER_DAY = 0.02  # of the machine's slowness since the entries were measured
-SWING = 1e-4  # what that gains per cycle
-UNREST = 0.1  # what either gains, times its share of a surprise, times the surprise's square
-COUPLED, UNCOUPLED = 0.98, 1e-6  # the largest correlation that is believed, the least covariance that is kept
+SLOWNESS_PROCESS_NOISE = 1e-4  # per cycle
+# More process noise where measurements do not fit: this much of gain x innovation^2 is added to the variance, so that
+# after a jump the next gains are larger.
+ADAPTIVE_NOISE = 0.1
+MAX_CORRELATION, MIN_COVARIANCE = 0.98, 1e-6  # a larger correlation is not believed, a smaller covariance not kept
 
 
 class PassCosts:
@@ -46,7 +48,7 @@ class PassCosts:
     def __init__(self, ridge_rows: int = 32, basis: PassCosts | None = None):
         self._ridge_rows, self._basis = ridge_rows, basis
         self._log: dict[tuple[int, CyclePlan], float] = {}
-        self._variance: dict[tuple[int, CyclePlan], float] = {}  # without WANDER since it was last measured
+        self._variance: dict[tuple[int, CyclePlan], float] = {}  # less the process noise since it was measured
         self._covariance: dict[tuple[int, CyclePlan], float] = {}  # with the machine's slowness, where not negligible
         self._seen: dict[tuple[int, CyclePlan], tuple[int, float]] = {}  # clock and slowness then
         self._slowness, self._slowness_variance = 0.0, OTHER_DAY
@@ -93,24 +95,29 @@ class PassCosts:
         key = bucket, plan
         self._clock += 1
         if key not in self._log or (self._variance[key] > FEW and seconds < math.exp(-STALLED) * self.seconds(*key)):
-            return self._set(key, seconds, NOISE)  # the first time, or it stalled when it was measured the first time
+            return self._set(key, seconds, MEASUREMENT_NOISE)  # nothing was known, or a stalled cycle's time
         self._curve = None
-        own, machine, shared = self._doubt(key), self._slowness_variance + SWING, self._covariance.setdefault(key, 0.0)
-        variance = own + machine + 2 * shared + NOISE
-        most = CLIP * math.sqrt(variance)
-        surprise = max(-most, min(most, math.log(seconds) - self._slowness - self._log[key]))
-        share = (machine + shared) / variance
-        self._slowness += share * surprise
-        self._slowness_variance = max(SWING, machine - share**2 * variance + UNREST * share * surprise**2)
+        own, machine = self._doubt(key), self._slowness_variance + SLOWNESS_PROCESS_NOISE
+        shared = self._covariance.setdefault(key, 0.0)
+        innovation_variance = own + machine + 2 * shared + MEASUREMENT_NOISE
+        most = CLIP * math.sqrt(innovation_variance)
+        innovation = max(-most, min(most, math.log(seconds) - self._slowness - self._log[key]))
+        gain = (machine + shared) / innovation_variance
+        self._slowness += gain * innovation
+        adaptive_noise = ADAPTIVE_NOISE * gain * innovation**2
+        posterior = machine - gain**2 * innovation_variance + adaptive_noise
+        self._slowness_variance = max(SLOWNESS_PROCESS_NOISE, posterior)
         self._variance[key], self._seen[key] = own, (self._clock, self._slowness)
         for entry, covariance in tuple(self._covariance.items()):
-            its = (covariance + (own if entry == key else 0.0)) / variance
-            self._log[entry] += its * surprise
-            unrest = UNREST * its * surprise**2 if entry == key else 0.0
-            self._variance[entry] = max(KNOWN, self._variance[entry] - its**2 * variance + unrest)
-            most = COUPLED * math.sqrt(self._variance[entry] * self._slowness_variance)
-            self._covariance[entry] = max(-most, min(most, covariance - share * its * variance))
-            if abs(self._covariance[entry]) < UNCOUPLED:
+            entry_gain = (covariance + (own if entry == key else 0.0)) / innovation_variance
+            self._log[entry] += entry_gain * innovation
+            adaptive_noise = ADAPTIVE_NOISE * entry_gain * innovation**2 if entry == key else 0.0
+            posterior = self._variance[entry] - entry_gain**2 * innovation_variance + adaptive_noise
+            self._variance[entry] = max(KNOWN, posterior)
+            most = MAX_CORRELATION * math.sqrt(self._variance[entry] * self._slowness_variance)
+            covariance -= gain * entry_gain * innovation_variance
+            self._covariance[entry] = max(-most, min(most, covariance))
+            if abs(self._covariance[entry]) < MIN_COVARIANCE:
                 del self._covariance[entry]
 
     def drift(self, bucket: int, plan: CyclePlan) -> float:
@@ -120,7 +127,8 @@ class PassCosts:
 
     def _doubt(self, key: tuple[int, CyclePlan]) -> float:
         """Its variance by now."""
-        return min(4 * NOISE, self._variance[key] + WANDER * (self._clock - self._seen[key][0]))
+        cycles = self._clock - self._seen[key][0]
+        return min(4 * MEASUREMENT_NOISE, self._variance[key] + ENTRY_PROCESS_NOISE * cycles)
 
     def _guess(self, bucket: int, plan: CyclePlan, hopeful: bool) -> float:
         if self._basis and (bucket, AR) in self._log and (bucket, AR) in self._basis:
