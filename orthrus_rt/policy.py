@@ -49,8 +49,8 @@ EXPLORATION_CAP = 64  # AR cycles of credit kept
 SWITCH = 1.0  # cycles of savings before the plan in use changes
 DEADBAND = 0.01  # relative savings that are none
 OPTIMISM = 0.7  # standard errors by which a plan may be better than it looks; more while exploration credit lies idle
-BURST = 8  # sequence-cycles that a trial lasts, at least
-BURST_PRICE = 0.5  # share of the exploration credit that a longer trial may cost
+TRIAL_LENGTH = 8  # sequence-cycles, at least
+TRIAL_PRICE = 0.5  # share of the exploration credit that a longer trial may cost
 REST = 64  # cycles between trials, and the most that one lasts
 COURSE, AR_COURSE, COURSE_SHARE = 8, 32, 8  # cycles of a course: at most so many, and this fraction of all before
 PIPELINE_FILL = 1  # passes of one_pass before its drafts are there
@@ -166,8 +166,8 @@ class Policy:
         self._unread: deque[tuple[Launched, list[Outcome], float | None]] = deque()  # brought, not yet weighed
         self._course: Launched | None = None  # what its cycles are
         self._course_left = 0  # cycles to go
-        self._burst: tuple[Lane, CyclePlan] | None = None  # a trial under way
-        self._burst_left = 0
+        self._trial: tuple[Lane, CyclePlan] | None = None  # under way
+        self._trial_left = 0
         self._broke = False  # safety credit ran out while a plan other than AR was running
         self._since_trial = self._cycles = 0
 
@@ -190,7 +190,7 @@ class Policy:
         elif course.fills:
             self._course = course = course._replace(fills=False)
         self._course_left -= 1
-        self._burst_left -= course.against is not None
+        self._trial_left -= course.against is not None
         self._since_trial = 0 if course.against is not None else self._since_trial + 1
         lane.ran(course.plan)
         self._pending.append(course)
@@ -209,11 +209,11 @@ class Policy:
         tokens = lane.acceptance.tokens(lane.plans)
         rates = {p: lane.seconds(p) / tokens[p] for p in lane.plans}
         in_use = lane.hold(rates)
-        trial = self._trial(lane, batch_size, tokens, rates[in_use])
+        trial = self._plan_to_try(lane, batch_size, tokens, rates[in_use])
         plan = in_use if trial is None else trial
         if not self._affordable(lane, plan):
-            plan, trial, self._burst = self._fallback(lane, rates), None, None
-        longest = min(COURSE, self._burst_left) if trial is not None else AR_COURSE if plan == AR else COURSE
+            plan, trial, self._trial = self._fallback(lane, rates), None, None
+        longest = min(COURSE, self._trial_left) if trial is not None else AR_COURSE if plan == AR else COURSE
         self._course_left = min(longest, 1 + self._cycles // COURSE_SHARE)
         if (lane.bucket, plan) not in lane.costs:
             self._course_left = 1  # what it costs is a guess
@@ -229,14 +229,14 @@ class Policy:
             self._broke |= self.current not in (None, AR)
         return self.current if self.current in better else min(better, key=rates.get, default=AR)
 
-    def _trial(self, lane: Lane, batch_size: int, tokens: dict[CyclePlan, float], rate: float) -> CyclePlan | None:
+    def _plan_to_try(self, lane: Lane, batch_size: int, tokens, rate: float) -> CyclePlan | None:
         """A plan to try in this cycle, if any; ``rate``: seconds per token of the plan in use."""
-        if self._burst is None or self._burst[0] is not lane or not self._burst_left:
-            plan, self._burst_left = self._next_burst(lane, batch_size, tokens, rate)
-            self._burst = None if plan is None else (lane, plan)
-        return self._burst and self._burst[1]
+        if self._trial is None or self._trial[0] is not lane or not self._trial_left:
+            plan, self._trial_left = self._next_trial(lane, batch_size, tokens, rate)
+            self._trial = None if plan is None else (lane, plan)
+        return self._trial and self._trial[1]
 
-    def _next_burst(self, lane: Lane, batch_size: int, tokens, rate: float) -> tuple[CyclePlan | None, int]:
+    def _next_trial(self, lane: Lane, batch_size: int, tokens, rate: float) -> tuple[CyclePlan | None, int]:
         """``(plan, cycles)`` of a trial to begin, if any."""
         if lane.wants_ar_timed(rate):
             return AR, REFRESH_CYCLES
@@ -246,7 +246,7 @@ class Policy:
         optimism = OPTIMISM * max(1.0, 2 * idle)
         hopeful = lane.acceptance.tokens(lane.plans, optimism, lane.in_use)
         hopes = {p: lane.seconds(p, hopeful=True) / hopeful[p] for p in lane.plans if p != AR}
-        least = -(-BURST // batch_size)
+        least = -(-TRIAL_LENGTH // batch_size)
         for plan in sorted(hopes, key=hopes.get):
             if hopes[plan] >= rate * (1 - DEADBAND):
                 break
@@ -254,7 +254,7 @@ class Policy:
             spare = self.exploration.balance - filling * (lane.seconds(plan) - rate)
             price = lane.seconds(plan) - tokens[plan] * rate
             if plan != lane.in_use and least * price <= spare and self._affordable(lane, plan):
-                cycles = least if price <= 0 else min(REST, max(least, int(BURST_PRICE * spare / price)))
+                cycles = least if price <= 0 else min(REST, max(least, int(TRIAL_PRICE * spare / price)))
                 return plan, cycles + filling
         return None, 0
 
@@ -327,7 +327,7 @@ class Policy:
     def forget_pending(self) -> None:
         """The cycles under way were lost; their results will not come."""
         self._pending.clear()
-        self._burst, self.current = None, None  # and with it ends the course
+        self._trial, self.current = None, None  # and with it ends the course
 
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict:
         """Why cycles of ``batch_size`` sequences run what they run: a plain dict, seconds and ratios. The last few

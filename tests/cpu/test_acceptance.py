@@ -110,7 +110,7 @@ def test_one_pass_alone_tells_nothing_of_two_pass():
 
 
 def test_what_two_pass_brings_is_believed_soon():
-    """one_pass alone for long, of a model whose one_pass is worse than most, then a few bursts of two_pass."""
+    """one_pass alone for long, of a model whose one_pass is worse than most, then a few trials of two_pass."""
     seen, rng = Acceptance(15, FAN_OUTS), random.Random(3)
     two, one = CyclePlan("two_pass", 16), CyclePlan("one_pass", 16, 8)
 
