@@ -9,7 +9,6 @@ the engine does it, ``own_pass_ms`` of one where the prompt has a pass of its ow
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from unittest import mock
@@ -17,7 +16,6 @@ from unittest import mock
 import torch
 
 from bench import common
-from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
 from orthrus_rt.rounds import Rounds
 from orthrus_rt.sampling import SamplingParams
@@ -88,16 +86,13 @@ def measure(mode: str, batch: int, length: int, args) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto")
+    parser = common.parser_of(__doc__, device="auto")
     parser.add_argument("--modes", nargs="+", choices=("ar", "two_pass", "one_pass"), default=["ar", "two_pass"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, nargs="+", default=[32, 128], help="tokens of an arriving prompt")
     parser.add_argument("--draft-len", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
-    args.device = pick_device(args.device)
     rows = []
     for mode in args.modes:
         for batch in args.batch:

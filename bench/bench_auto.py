@@ -16,10 +16,8 @@ was fastest in all rounds but the one compared, which need not be the best: what
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
-import os
 import random
 import statistics
 import time
@@ -35,7 +33,6 @@ import torch
 from bench import common
 from orthrus_rt import checkpoint, prompts
 from orthrus_rt.cycle_plan import AR, CyclePlan
-from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
 from orthrus_rt.policy import candidate_plans
 from orthrus_rt.sampling import SamplingParams
@@ -120,7 +117,7 @@ def fastest(rates: dict[str, list[float]], but: int | None = None) -> str:
 
 
 def measure(kind: str, batch: int, args) -> list[dict]:
-    engine = make_engine(kind, batch, pick_device(args.device))
+    engine = make_engine(kind, batch, args.device)
     texts = [p.encode(engine.tokenizer) for p in prompts.load("chat" if kind == "chat" else "code")]
     ids = [texts[i % len(texts)] for i in range((WAVES + WAITING) * batch)]
     most = WAVES * batch * args.tokens
@@ -161,23 +158,20 @@ def measure(kind: str, batch: int, args) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__doc__, device="auto")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--tokens", type=int, default=128, help="of a request, on average")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--most-rows", type=int, default=32, help="leave out fixed plans with more rows in a pass")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     rows = []
     for kind in args.kinds:
         for batch in args.batch:
             rows += measure(kind, batch, args)
             print(*rows[-len(fixed_plans(batch, args.most_rows)) - 2 :], sep="\n", flush=True)
-    device = pick_device(args.device)
-    facts = common.header(device) | {"load average": os.getloadavg()[0], "tokens": args.tokens, "rounds": args.rounds}
-    common.report(f"auto-{device.type}", facts, rows, args.out)
+    facts = common.header(args.device) | {"tokens": args.tokens, "rounds": args.rounds}
+    common.report(f"auto-{args.device.type}", facts, rows, args.out)
 
 
 if __name__ == "__main__":

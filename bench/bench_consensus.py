@@ -1,18 +1,18 @@
 """consensus: one launch for all slots, against the same arithmetic as torch operations, on CUDA in a graph too.
 
-PYTHONPATH=. python bench/bench_consensus.py --out results/
+    python -m bench.bench_consensus --out DIR
+
 A call uses up its drafts: what is timed is calls behind their restoring, less the restoring alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 
 import torch
 
-from bench.common import graphed, header, loop, measure, out_folder, read_bandwidth, report
+from bench.common import graphed, header, loop, measure, parser_of, read_bandwidth, report
 from orthrus_rt import dispatch, ops, reference
 from orthrus_rt import state as st
 from orthrus_rt.plan import empty_rows
@@ -114,15 +114,13 @@ class Case:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, device="auto")
     parser.add_argument("--slots", default="1,16,64,256")
     parser.add_argument("--block-len", default="16,32")
     parser.add_argument("--partials", type=int, default=150)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--loop", type=int, help="run the first shape this often under an NVTX range, for a profiler")
-    parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = args.device
     shapes = [(int(s), int(k)) for k in args.block_len.split(",") for s in args.slots.split(",")]
     if args.loop:
         case = Case(*shapes[0], args.partials, device)

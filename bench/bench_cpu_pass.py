@@ -8,13 +8,11 @@ recorded on a tape and replayed. Per-op columns time that op's calls within a pa
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import os
 
 import torch
 
-from bench.common import header, measure, out_folder, read_bandwidth, report
+from bench.common import header, measure, parser_of, read_bandwidth, report
 from bench.models import random_checkpoint
 from orthrus_rt import dispatch
 from orthrus_rt.kv import PagedKvCache
@@ -40,7 +38,7 @@ def make_pass(model: Model, kv: PagedKvCache, num_rows: int, context: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 6, 8, 16, 32])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -49,7 +47,6 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--ops", action="store_true", help="also time each op's calls alone")
-    parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cpu, device = dispatch.native().cpu, torch.device("cpu")
@@ -61,10 +58,7 @@ def main() -> None:
     kv.pages.normal_()
     kv.reserve(0, max_seq_len)
     bandwidth, weight_bytes = read_bandwidth(device), model.nbytes()["ar"]
-    facts = header(device) | {
-        "load average": os.getloadavg()[0],
-        "context": args.context, "weights": weight_bytes // 2, "read GB/s": bandwidth
-    }  # fmt: skip
+    facts = header(device) | {"context": args.context, "weights": weight_bytes // 2, "read GB/s": bandwidth}
     table = []
     for isa, n in itertools.product(args.isa or [cpu.isa()], args.rows):
         cpu.set_isa(isa)

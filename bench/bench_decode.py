@@ -13,7 +13,6 @@ bench/baselines.py. ``device_ms``: how long the device is busy in a cycle, where
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import os
@@ -49,7 +48,7 @@ class Bench:
     max_seq_len = 2048  # of the embedded model's engines
 
     def __init__(self, args):
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device = args, args.device
         self.dtype = torch.bfloat16
         self.real = args.model == EMBEDDED
         if self.real:
@@ -345,7 +344,7 @@ def with_speed_up(rows: list[dict]) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__doc__, device="auto")
     parser.add_argument("--model", choices=(*PUBLISHED, EMBEDDED), required=True)
     parser.add_argument("--context", type=int, nargs="+", default=[1024], help="official shapes: committed tokens")
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"], help="embedded model")
@@ -359,8 +358,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fan-out", type=int, help="blocks that a one_pass cycle drafts; the engine's own by default")
     parser.add_argument("--accepted", type=float, help="official shapes: accepted drafts per cycle to simulate")
     parser.add_argument("--cycles", type=int, default=64, help="measured cycles per row")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args(argv)
     with torch.inference_mode():
         bench = Bench(args)
@@ -371,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     command = " ".join(["python -m bench.bench_decode", *given])
     facts = common.header(bench.device) | {"read_bandwidth_gb_s": bench.bandwidth, "command": command}
     if bench.device.type == "cpu":
-        facts |= {"load average": os.getloadavg()[0], "nice": os.nice(0)}
+        facts["nice"] = os.nice(0)
     common.report(f"decode-{Path(args.model).name}", facts, rows, args.out)
 
 

@@ -1,13 +1,13 @@
 """dual_attn against the bandwidth of its keys and values, SDPA, compiled FlexAttention and flash-attn.
 
-PYTHONPATH=. python bench/bench_dual_attn.py --heads 32,8,128 --out results/
+    python -m bench.bench_dual_attn --heads 32,8,128 --out DIR
+
 Each call reads another copy of the keys and values, so that none come from L2, or a CPU's L3. Bytes are the visible
 keys and values, once per sequence; FLOPs count visible keys only.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import itertools
 import sys
@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.common import graphed, header, loop, measure, out_folder, read_bandwidth, report
+from bench.common import graphed, header, loop, measure, parser_of, read_bandwidth, report
 from orthrus_rt import dispatch, native, ops
 from orthrus_rt.plan import empty_rows
 
@@ -211,17 +211,15 @@ def prefill_baseline(case: Case):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, device="auto")
     parser.add_argument("--heads", default="32,8,128", help="query heads, key/value heads, head_dim")
     parser.add_argument("--context", default="1024,8192,40000")
     parser.add_argument("--prefill", default="2048,4096,8192", help="prompts prefilled at once; empty: none")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, compiled for every shape")
     parser.add_argument("--loop", type=int, help="run the first shape this often under an NVTX range, for a profiler")
-    parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = args.device
     heads = tuple(int(x) for x in args.heads.split(","))
     contexts = [int(x) for x in args.context.split(",") if x]
     if args.loop:

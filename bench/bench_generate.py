@@ -19,7 +19,7 @@ import time
 import torch
 
 from bench import common
-from orthrus_rt import checkpoint, prompts
+from orthrus_rt import checkpoint, prompts, transformers_model
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
@@ -57,11 +57,7 @@ def ours(engine: Engine, params: SamplingParams, mode: str, draft_len: int | Non
 
 def theirs(model, max_new_tokens: int) -> Side:
     def run(ids):
-        prompt = torch.tensor([ids])
-        out = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_new_tokens
-        )
-        return out[0, prompt.shape[1] :].tolist(), 0
+        return transformers_model.greedy(model, ids, max_new_tokens), 0
 
     dtype = str(model.dtype).removeprefix("torch.")
     return Side({"runtime": "transformers", "dtype": dtype, "mode": "generate", "draft_len": None}, run)
@@ -104,11 +100,10 @@ def own_process() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"])
     parser.add_argument("--draft-len", type=int, nargs="+", default=[3, 5, 7, 15])
-    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     parser.add_argument("--own-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.own_process:

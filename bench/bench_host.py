@@ -9,7 +9,6 @@ copy of results. There the host is a cycle ahead, so that cycles whose kernels t
 
 from __future__ import annotations
 
-import argparse
 import time
 from unittest import mock
 
@@ -37,14 +36,13 @@ class Instant(Cycle):
         self.state.num_output.add_(1 + min(ACCEPTED, drafts))
 
 
-def microseconds(device: str, mode: str, batch: int, cycles: int) -> list[float]:
+def microseconds(device: torch.device, mode: str, batch: int, cycles: int) -> list[float]:
     """Of every step of ``batch`` sequences."""
     most = 16 + (1 + ACCEPTED) * (WARM_UP + cycles + 2)
     with mock.patch("orthrus_rt.runner.Cycle", Instant):
         engine = Engine(
-            random_checkpoint("tiny", torch.device(device), 16), device=torch.device(device), dtype=torch.bfloat16,
-            mode=mode, max_seq_len=most, draft_len=None, fan_out=None, max_batch_size=batch, num_pages=None,
-            prefix_caching=True,
+            random_checkpoint("tiny", device, 16), device=device, dtype=torch.bfloat16, mode=mode, max_seq_len=most,
+            draft_len=None, fan_out=None, max_batch_size=batch, num_pages=None, prefix_caching=True,
         )  # fmt: skip
         with engine:
             for i in range(batch):
@@ -61,12 +59,10 @@ def microseconds(device: str, mode: str, batch: int, cycles: int) -> list[float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = common.parser_of(__doc__, device="auto")
     parser.add_argument("--modes", nargs="+", default=["ar", "two_pass", "one_pass", "auto"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--cycles", type=int, default=1000)
-    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     rows = []
     for mode in args.modes:
@@ -75,7 +71,7 @@ def main() -> None:
             us = common.percentiles(times)
             rows.append({"mode": mode, "batch": batch, "mean_us": sum(times) / len(times), "us": us["p50"]})
             rows[-1] |= {"p20": us["p20"], "p80": us["p80"]}
-    common.report(f"host-{args.device}", common.header(torch.device(args.device)), rows, args.out)
+    common.report(f"host-{args.device.type}", common.header(args.device), rows, args.out)
 
 
 if __name__ == "__main__":

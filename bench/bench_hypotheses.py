@@ -17,7 +17,6 @@ Rules, each with ``fan_out`` blocks (0: every hypothesis):
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -194,11 +193,10 @@ def two_pass(table: DraftTable, block_len: int) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat", "math", "data", "prose"])
     parser.add_argument("--block-len", type=int, nargs="+", default=[8, 16])
-    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     engine = Engine.from_pretrained(
         "smollm2-135m", device="cpu", max_seq_len=2048, max_batch_size=1, mode="two_pass", prefix_caching=False

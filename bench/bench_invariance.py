@@ -10,14 +10,12 @@ the fastest of those; below 0 invariance is free. Weights, keys and values rotat
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 from torch.nn import functional
 
 from bench.bench_dual_attn import Case, Shape
 from bench.bench_row_linear import EPILOGUES, OPS
-from bench.common import graphed, header, measure, out_folder, report
+from bench.common import graphed, header, measure, parser_of, report
 from bench.models import SHAPES, config_of, linear_shapes
 from orthrus_rt import native, ops
 from orthrus_rt.config import ModelConfig
@@ -112,15 +110,13 @@ def compare(op, num_rows, ours, theirs, copies, device, rounds) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, device="cpu")
     parser.add_argument("--model", choices=SHAPES, default="135m")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
-    device, config = torch.device(args.device), config_of(args.model)
+    device, config = args.device, config_of(args.model)
     torch.manual_seed(0)
     rows = []
     with torch.inference_mode():

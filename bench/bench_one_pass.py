@@ -9,8 +9,6 @@ does; on a CPU rows cost compute too.
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 
 from bench import common
@@ -55,17 +53,15 @@ def rates(plan: CyclePlan, outputs: list) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser_of(__doc__, device="auto")
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"])
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--draft-len", type=int, nargs="+", default=[3, 7])
     parser.add_argument("--fan-out", type=int, nargs="+", default=[1, 2, 4, 8, 0], help="0: every hypothesis")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     engine = Engine.from_pretrained(
-        "smollm2-135m", device=args.device, max_seq_len=2048, max_batch_size=1, prefix_caching=False
+        "smollm2-135m", device=str(args.device), max_seq_len=2048, max_batch_size=1, prefix_caching=False
     )
     rows, same = [], True
     for kind in args.kinds:

@@ -9,10 +9,7 @@ with and without caching are checked to be the same.
 
 from __future__ import annotations
 
-import argparse
 import time
-
-import torch
 
 from bench import common
 from orthrus_rt import prompts
@@ -45,12 +42,10 @@ def at_once(engine: Engine, ids: list[list[int]]) -> tuple[list[float], list]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser = common.parser_of(__doc__, device="cpu")
     parser.add_argument("--shared", type=int, nargs="+", default=[256, 1000])
     parser.add_argument("--requests", type=int, default=8, help="2 ... 12")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     rows = []
     for shared in args.shared:
@@ -58,7 +53,7 @@ def main() -> None:
             tokens = {}
             for caching in (False, True):
                 engine = Engine.from_pretrained(
-                    "smollm2-135m", device=args.device, mode="ar", max_seq_len=2048, max_batch_size=args.requests,
+                    "smollm2-135m", device=str(args.device), mode="ar", max_seq_len=2048, max_batch_size=args.requests,
                     prefix_caching=caching,
                 )  # fmt: skip
                 for n in (-2, -1):  # warms caches and graphs
@@ -87,7 +82,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
             assert tokens[False] == tokens[True]
     facts = {"model": "smollm2-135m", "rounds": args.rounds}
-    common.report("prefix", common.header(torch.device(args.device)) | facts, rows, args.out)
+    common.report("prefix", common.header(args.device) | facts, rows, args.out)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
 """process_logits against the same filters and draw as eager torch operations (sort, cumsum, multinomial).
 
-python -m bench.bench_process_logits --out results/
-OMP_NUM_THREADS=1 python -m bench.bench_process_logits --device cpu --rows 1,16 --vocab 49152 --out bench/results/cpu
+    python -m bench.bench_process_logits --out DIR
+    OMP_NUM_THREADS=1 python -m bench.bench_process_logits --device cpu --rows 1,16 --vocab 49152 --out DIR
+
 Bytes are one read of the logits: the least that any choice costs.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 
 import torch
 
-from bench.common import graphed, header, loop, measure, out_folder, read_bandwidth, report
+from bench.common import graphed, header, loop, measure, parser_of, read_bandwidth, report
 from orthrus_rt import dispatch, ops, reference
 from orthrus_rt.prefill import prefill_rows
 from orthrus_rt.state import SlotEdits, SlotSampling, empty_partials, num_score_tiles
@@ -92,14 +91,12 @@ class Case:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, device="auto")
     parser.add_argument("--rows", default="1,16,32,128")
     parser.add_argument("--vocab", default="151936,49152")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--loop", type=int, help="run the first shape this often under an NVTX range, for a profiler")
-    parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = args.device
     shapes = [(int(r), int(v)) for v in args.vocab.split(",") for r in args.rows.split(",")]
     if args.loop:
         case = Case(*shapes[0], FILTERS["top-p 0.95"], device)
@@ -108,8 +105,6 @@ def main() -> int:
     bandwidth = read_bandwidth(device)
     repeats = 50
     facts = header(device) | {"read bandwidth GB/s": bandwidth}
-    if device.type == "cpu":
-        facts |= {"load average": os.getloadavg()[0]}  # above the threads used, p20 says more than p50
     results = []
     for rows, vocab in shapes:
         for name in (*FILTERS, EDITED):

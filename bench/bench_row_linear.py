@@ -1,19 +1,19 @@
 """row_linear, op by op and chained over a model's layers under a CUDA graph, against torch.mm.
 
-PYTHONPATH=. python bench/bench_row_linear.py --model 8b --rows 1,16,32,64,96,128,160,2000 --out DIR
+    python -m bench.bench_row_linear --model 8b --rows 1,16,32,64,96,128,160,2000 --out DIR
+
 Every layer has its own weights, so nothing is read from a cache but what a launch has the next one's weight brought to
 L2. Bytes are the packed weights alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from functools import partial
 
 import torch
 
-from bench.common import graphed, header, loop, measure, out_folder, read_bandwidth, report
+from bench.common import graphed, header, loop, measure, parser_of, read_bandwidth, report
 from bench.models import SHAPES, config_of, linear_shapes
 from orthrus_rt import native, ops
 from orthrus_rt.weights import PackedWeight, pack
@@ -109,18 +109,16 @@ def in_turn(run, order: list[tuple[str, int]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, device="auto")
     parser.add_argument("--model", default="8b", choices=SHAPES)
     parser.add_argument("--rows", default="1,16,32,64,96,128,160,2000")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--diff", action="store_true", help="half of the rows use the diffusion view's qkv and o")
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--loop", choices=OPS, help="run this op in a loop, for a profiler")
-    parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = args.device
     chain = Chain(args.model, device, args.layers, args.diff)
     row_counts = [int(r) for r in args.rows.split(",")]
     if args.loop:

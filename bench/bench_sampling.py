@@ -8,10 +8,7 @@ of plain AR decoding with that seed, which the published rejection rule does not
 
 from __future__ import annotations
 
-import argparse
 import statistics
-
-import torch
 
 from bench import common
 from orthrus_rt import prompts
@@ -43,19 +40,17 @@ def cell(engine: Engine, kind: str, temperature: float, acceptance: str, args) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser = common.parser_of(__doc__, device="cpu")
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.3, 0.7, 1.0])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=2, help="generations per prompt")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--draft-len", type=int, default=15)
-    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
     engine = Engine.from_pretrained(
         "smollm2-135m",
-        device=args.device,
+        device=str(args.device),
         mode="two_pass",
         max_seq_len=2048,
         max_batch_size=1,
@@ -68,7 +63,7 @@ def main() -> None:
                 rows.append(cell(engine, kind, temperature, acceptance, args))
                 print(rows[-1], flush=True)
     facts = {"model": "smollm2-135m", "draft_len": args.draft_len, "max_new_tokens": args.tokens, "top_p": args.top_p}
-    common.report("sampling", common.header(torch.device(args.device)) | facts, rows, args.out)
+    common.report("sampling", common.header(args.device) | facts, rows, args.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ whatever company each request had.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import random
 import statistics
@@ -23,7 +22,6 @@ from dataclasses import dataclass, field
 from bench import common
 from orthrus_rt import prompts
 from orthrus_rt.aio import AsyncEngine
-from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
@@ -107,8 +105,7 @@ def row(mode: str, rate: float, runs: dict[str, list[list[Asked]]], batch: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto")
+    parser = common.parser_of(__doc__, device="auto")
     parser.add_argument("--modes", nargs="+", choices=("ar", "two_pass", "one_pass", "auto"), default=MODES)
     parser.add_argument("--rate", type=float, nargs="+", default=[2, 6, 12], help="requests a second")
     parser.add_argument("--requests", type=int, default=40)
@@ -116,9 +113,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="slots of the engine")
     parser.add_argument("--draft-len", type=int, default=3, help="of two_pass")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=common.out_folder, help="folder for the JSON and the table")
     args = parser.parse_args()
-    args.device = pick_device(args.device)
     rows = []
     for rate in args.rate:
         runs: dict[str, list[list[Asked]]] = {mode: [] for mode in args.modes}

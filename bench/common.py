@@ -1,9 +1,10 @@
-"""What every benchmark shares: timing (see orthrus_rt/timing.py), graphs, the header, the report and its folder."""
+"""What every benchmark shares: options, timing (see orthrus_rt/timing.py), graphs, the header, the report."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import tempfile
@@ -12,10 +13,27 @@ from pathlib import Path
 
 import torch
 
+from orthrus_rt.device import pick_device
 from orthrus_rt.info import device_facts
 from orthrus_rt.timing import measure, percentiles, read_bandwidth
 
-__all__ = ["graphed", "header", "loop", "measure", "out_folder", "percentiles", "read_bandwidth", "report"]
+__all__ = ["graphed", "header", "loop", "measure", "out_folder", "parser_of", "percentiles", "read_bandwidth", "report"]
+
+
+def parser_of(doc: str, device: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a script whose docstring is ``doc``, with ``--out``; and ``--device``, if its default is given."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
+    if device is not None:
+        parser.add_argument("--device", type=_device, default=device, help="auto, cpu, cuda or cuda:N (%(default)s)")
+    return parser
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return pick_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -53,8 +71,11 @@ def _revision() -> str:
     return (f"{head}-dirty" if changed else head) or "unknown"
 
 
-def header(device: torch.device) -> dict[str, str | None]:
-    """The machine, its clocks, versions, the revision measured, and the variant of the CPU kernels (``isa``)."""
+def header(device: torch.device) -> dict:
+    """The machine, its clocks or load, versions, the revision measured, and the variant of the CPU kernels (``isa``).
+
+    Where the load average is above the threads used, p20 says more than p50.
+    """
     cpu = device_facts(torch.device("cpu"))
     facts = {
         "revision": _revision(),
@@ -69,6 +90,8 @@ def header(device: torch.device) -> dict[str, str | None]:
         values = [v.strip() for v in cards[min(torch.cuda.current_device(), len(cards) - 1)].split(",")]
         facts |= {"name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
         facts |= dict(zip(query.split(","), values, strict=True)) if any(values) else {}
+    else:
+        facts["load average"] = os.getloadavg()[0]
     return facts
 
 

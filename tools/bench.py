@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,8 +53,8 @@ def main() -> int:
             continue
         print(f"== {name}", flush=True)
         out = args.out or ROOT / "bench" / "results" / ("gpu" if device == "cuda" else "cpu")
-        command = [sys.executable, f"bench/{script}.py", *options, "--out", str(Path(out).resolve())]
-        failed += subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode != 0
+        command = [sys.executable, "-m", f"bench.{script}", *options, "--out", str(Path(out).resolve())]
+        failed += subprocess.run(command, cwd=ROOT).returncode != 0
     return 1 if failed else 0
 
 

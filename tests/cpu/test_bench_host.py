@@ -1,6 +1,7 @@
 """The benchmark of the host's work decodes nothing, and still every step is a whole one."""
 
 import pytest
+import torch
 
 from bench.bench_host import microseconds
 from orthrus_rt import dispatch, ops
@@ -11,9 +12,10 @@ from orthrus_rt import dispatch, ops
 def test_every_cycle_emits_and_none_computes(mode, monkeypatch):
     passes, row_linear = [], ops.row_linear
     monkeypatch.setattr(ops, "row_linear", lambda *args, **how: passes.append(args) or row_linear(*args, **how))
-    times = microseconds("cpu", mode, 2, 10)  # checks that each of the steps emits for both sequences
+    cpu = torch.device("cpu")
+    times = microseconds(cpu, mode, 2, 10)  # checks that each of the steps emits for both sequences
     assert len(times) == 10 and min(times) > 0
     prefilled = len(passes)
     passes.clear()
-    microseconds("cpu", mode, 2, 40)
+    microseconds(cpu, mode, 2, 40)
     assert len(passes) == prefilled > 0
