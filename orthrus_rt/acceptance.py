@@ -144,7 +144,8 @@ class Acceptance:
         def worth(trials, doubt):  # of own trials; variances add up
             return trials / (1 + trials * doubt)
 
-        # What each drafter tells of a fan_out of shape 1, and that of each drafter; the fan_outs' own level cancels.
+        # Trials that each one_pass row contributes to a fan_out of shape 1, discounted by its shape's doubt; the common
+        # level cancels.
         told = worth(own_trials, shape_doubt)
         told_hits = told * own_hits / np.maximum(own_trials * shape, TINY)
         two = worth(self._trials[0], level_doubt)

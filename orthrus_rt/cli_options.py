@@ -75,9 +75,8 @@ def tokens_text(tokenizer, tokens) -> str:
 
 
 def in_options(message: str, args) -> str:
-    """An error of the API in the words of the command line: parameters by the options that set them. A name that is a
-    plain word too is one only where the message begins with what it must be, or where ``=`` follows. What is quoted is
-    the user's.
+    """Rewrite an API error in option names. A name that is also an English word is replaced only before ``=``, or at
+    the start before " must". Quoted text stays.
     """
     names = {name: "--" + name.replace("_", "-") for name in vars(args) if name not in ("command", "run", "prompt")}
     names |= {"max_batch_size": names.get("batch", "max_batch_size"), "prompt_ids": "prompt"}

@@ -93,8 +93,8 @@ class PagedKvCache:
             self.pool.name(page, name)
 
     def withdraw(self, slot: int) -> None:
-        """Nobody is to find the slot's pages any more, nor what others have computed behind those that they share with
-        it; who shares them keeps them.
+        """Take the slot's pages out of the prefix cache, and what other slots hold behind pages shared with it. Holders
+        keep them.
         """
         doubtful = set(self._held[slot])
         for held in self._held:

@@ -344,7 +344,7 @@ def process_logits(
         partials: ``(value fp32, id int32)``, each ``[n, ceil(vocab_size / 128)]``, MUTATED: per 128 tokens the largest
             score and its lowest id; -inf and the first id where none is kept. Scores that cannot be the row's largest,
             because the likeliest token's is more than 23 above the logit, may be left out.
-        log_probs: None, or fp32 like ``logits``, MUTATED: log of the filtered distribution.
+        log_probs: None, or fp32 like ``logits``, MUTATED: log of the filtered distribution. Only tests ask for it.
     """
     op, device = "process_logits", logits.device
     f32, i32 = torch.float32, torch.int32

@@ -57,7 +57,7 @@ class PagePool:
             self._named.pop(page, None)
 
     def give_back(self, pages: list[int]) -> None:
-        """Once less; whoever holds a page last makes it free. Of those with names, the last will be taken first."""
+        """Drop one hold of each; a page without holders is free. Of the named ones, the last is evicted first."""
         for page in reversed(pages):
             self._holders[page] -= 1
             if self._holders[page]:

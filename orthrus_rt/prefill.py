@@ -41,8 +41,8 @@ class PrefillShape:
     scored: bool
 
     def padded(self, max_rows: int, num_slots: int, in_cycle: bool = False) -> PrefillShape:
-        """The next of the few shapes; with a group more, for the padding. Fewer still in a cycle, as there are many of
-        those: each may bring prompts, and it reads the head's weights in any case.
+        """Rounded up to one of the few recorded shapes, plus a group for padding rows. Coarser in a cycle: many cycles
+        may take prompts, and each reads the head's weights anyway.
         """
         rows = max(self.rows, min(round_up(self.rows), max_rows))
         even = in_cycle or self.groups == 1

@@ -19,8 +19,8 @@ from orthrus_rt.model import Model, Workspace
 
 @functools.cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """One that nobody else has: torch hands its own out again after 32, and what another thread launched on one would
-    be recorded in place of run.
+    """A stream of our own: torch reuses its 32, and what another thread launches on a shared one during a capture would
+    be captured instead of run.
     """
     with device_scope(device):
         return torch.cuda.ExternalStream(dispatch.native().cuda.new_stream(), device)

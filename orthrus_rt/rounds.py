@@ -69,8 +69,8 @@ class Rounds:
 
     @contextlib.contextmanager
     def _or_end(self, requests: list[Request]) -> Iterator[None]:
-        """What fails in here for lack of memory would fail the next time as well: the request that it belongs to ends,
-        and the others can go on. Where that is not known, it is the latest of those of ``requests`` that take most.
+        """Out of memory ends one request: ``error.request``, else the latest of those that need logits, else the
+        latest. It would fail the next time as well; the others can go on.
         """
         try:
             with naming_the_knobs("running a step"):
