@@ -2,7 +2,7 @@
 
     python -m bench.bench_consensus --out DIR
 
-A call uses up its drafts: what is timed is calls behind their restoring, less the restoring alone.
+A call uses up its drafts, so they are restored before each; the time of restoring alone is subtracted.
 """
 
 from __future__ import annotations

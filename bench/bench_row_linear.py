@@ -2,8 +2,8 @@
 
     python -m bench.bench_row_linear --model 8b --rows 1,16,32,64,96,128,160,2000 --out DIR
 
-Every layer has its own weights, so nothing is read from a cache but what a launch has the next one's weight brought to
-L2. Bytes are the packed weights alone.
+Every layer has its own weights, so nothing is read from a cache but what a launch has prefetched to L2 for the next
+one. Bytes are the packed weights alone.
 """
 
 from __future__ import annotations

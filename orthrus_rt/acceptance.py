@@ -5,8 +5,8 @@ estimator: a cycle that accepted all ``m`` of its drafts says nothing of positio
 are forgotten fast. two_pass has its own, and so has one_pass with every ``fan_out``: on it depends whether drafts stand
 behind the true bonus token, behind one unseen, or behind a rejected draft, or are missing, which counts as rejected.
 
-What relates them belongs to the model and is forgotten slowly. *Quality* is the hazards of a fan_out over those of
-two_pass, at the first, the second and later positions: a *level* that all fan_outs share times a *shape*, which tells
+What relates them belongs to the model and is forgotten slowly. *Quality* is the ratio of a fan_out's hazards to
+two_pass's, at the first, the second and later positions: a *level* that all fan_outs share times a *shape*, which tells
 them apart (Mantel and Haenszel's ratios, over positions and over what both sides saw of the same text: level of all
 fan_outs against two_pass, shape of each against the other ones). Through them, what was learnt of the text with one
 plan serves the others.
@@ -29,14 +29,14 @@ SLOW_MEMORY = 4096  # drafting cycles that quality looks back on
 FADE_EVERY = 16  # cycles without drafts: estimates that hardly change are not worth computing for each
 PRIOR_HAZARD, PRIOR_TRIALS = 0.7, 4.0  # of the first draft
 CHAIN_TRIALS = 8.0  # weight of the position before as a later position's prior
-# Of the first, the second and later drafts by fan_out: the embedded model on its code and chat prompts.
+# By fan_out, of the first, the second and later drafts: measured with the embedded model on code and chat prompts.
 PRIOR_QUALITY = {
     1: (0.53, 0.78, 0.97), 2: (0.60, 0.80, 0.97), 4: (0.67, 0.87, 0.97), 8: (0.73, 0.90, 0.97),
     12: (0.75, 0.91, 0.97),
 }  # fmt: skip
 LEVEL_TRIALS, SHAPE_TRIALS = 32.0, 256.0  # that the priors are worth
 LEAST_QUALITY = 0.1
-PRIOR_LENGTH = 128.0  # tokens of a sequence, at least so many until more are known
+PRIOR_LENGTH = 128.0  # tokens of a sequence, until more are known
 TINY = 1e-9  # of trials: none
 
 
@@ -50,12 +50,12 @@ class Outcome(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """That the cycle yielded, one at least."""
+        """Tokens that the cycle yielded, at least one."""
         return max(1, 1 + self.num_accepted - self.cut)
 
 
 class Ratio:
-    """Hits over those expected, by position group, starting from a prior that is worth ``trials``."""
+    """Hits over expected hits, by position group, starting from a prior that is worth ``trials``."""
 
     def __init__(self, prior: np.ndarray, trials: float):
         self._prior, self._trials = prior, trials
@@ -92,7 +92,7 @@ class Acceptance:
         self._unfaded = 0  # cycles whose fading is still due
 
     def observe(self, plan: CyclePlan, cycles: list[list[Outcome]]) -> None:
-        """Some cycles in a row of ``plan``: what each brought to every sequence in it, one at least."""
+        """Learn from consecutive cycles of ``plan``: of each, the outcomes of its sequences, one at least."""
         self._unfaded += len(cycles)
         verified, accepted, cut, fresh = np.array([out for outs in cycles for out in outs], dtype=int).T
         self._begun += int(fresh.sum())
@@ -113,14 +113,14 @@ class Acceptance:
             self._compare(renewed, len(cycles))
 
     def _by_position(self, drafts: np.ndarray) -> np.ndarray:
-        """How many sequences had their draft of each position among the first so many."""
+        """For every position i, how many of ``drafts`` are above i."""
         return len(drafts) - np.bincount(drafts, minlength=self.max_drafts).cumsum()[: self.max_drafts]
 
     def _compare(self, renewed: np.ndarray, cycles: int) -> None:
         """Let the share of the counts that is new tell of level and shape."""
         shape = self._shape.estimate()[0][:, self._group]
         hits, trials = self._hits[1:], self._trials[1:]
-        like_level = trials * shape  # with so many trials of quality `level`, as many hits
+        like_level = trials * shape  # trials normalised for shape: hits = level * these
 
         def compare(ratio: Ratio, hits, trials, base_hits, base_trials) -> None:
             share = renewed / np.maximum(trials + base_trials, TINY)
@@ -163,7 +163,7 @@ class Acceptance:
         return {f: self._chain(*row, optimism, running.block_len - 1) for f, *row in rows}
 
     def _error(self, quality, level_doubt, shape_doubt, running: CyclePlan) -> np.ndarray:
-        """Relative standard error of each row's hazards, beside the running plan's."""
+        """Relative standard error of each row's hazards against the running plan's."""
         of = self.fan_outs.index(running.fan_out) if running.mode == "one_pass" else 0
         doubt = np.concatenate([np.zeros_like(quality[:1]), shape_doubt])
         if running.mode == "one_pass":  # level sets two_pass apart from it, not the other fan_outs

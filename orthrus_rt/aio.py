@@ -16,12 +16,12 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.sampling import SamplingParams
 
-# Calls that would take outputs that are the streams', or make some that nobody gets -> what does that here.
+# Calls that would take the streams' outputs, or make outputs that nobody gets -> what to call here instead.
 INSTEAD = {
     Engine.submit: "stream()", Engine.stream: "stream()", Engine.step: "stream()", Engine.generate: "generate()",
     Engine.abort: "abort()", Engine.close: "close()", Engine.__exit__: "close()",
 }  # fmt: skip
-MOST_FAILURES = 3  # steps that may fail, with no cycle between them, before every stream does
+MOST_FAILURES = 3  # steps that fail, with no cycle between them, fail every stream
 log = logging.getLogger("orthrus_rt")
 
 
@@ -35,16 +35,16 @@ class Waiting:
 
 
 class AsyncEngine:
-    """Streams over one :class:`Engine`, which it uses alone from now on: other calls of it that run, change or close
-    anything are refused, but through :meth:`call`. ``async with`` closes it in the end.
+    """Streams over one :class:`Engine`, which it owns from now on: the engine refuses calls that run, change or close
+    anything unless :meth:`call` makes them. ``async with`` closes it in the end.
 
     Cancelling or closing a stream aborts its request; the others are not disturbed, nor are they by a request that
     cannot go on (see :meth:`Engine.step`) or by a step that fails. A thread steps the engine, so decoding goes on
     however long the event loop is busy elsewhere. One event loop at a time may use it; a later one ends the streams
     that the one before has left open, with an error.
 
-    In a server of threads, let the loop run in one of its own: ``asyncio.run_coroutine_threadsafe(coroutine, loop)``
-    serves the others.
+    In a server of threads, give the loop one of its own; the others reach it through
+    ``asyncio.run_coroutine_threadsafe(coroutine, loop)``.
 
     Raises:
         TypeError: it is no :class:`Engine`.
@@ -64,14 +64,14 @@ class AsyncEngine:
             if engine.has_unfinished():
                 raise RuntimeError("the engine has requests, whose outputs nobody would hand out; step first")
         self._worker.submit(engine.turn.claim, self).result()
-        # Of streams that wait for more, by the engine's own name of each: the caller's is free again as soon as its
-        # stream has ended, while in the engine an aborted request is there until the next step.
+        # Streams that wait for more, by the id that the engine has for each: the caller's is free again as soon as its
+        # stream has ended, but the engine keeps an aborted request until the next step.
         self._waiting: dict[str, Waiting] = {}
         self._numbers = itertools.count(1)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: asyncio.Future | None = None
         self._draining = False
-        self._steps = False  # the worker's, as are the next two: a step is in its queue
+        self._steps = False  # a step is in the queue; the worker's, as are the next two
         self._failures = self._cycles = 0  # steps that failed since there were that many cycles
 
     def _enter(self) -> asyncio.AbstractEventLoop:
@@ -107,7 +107,7 @@ class AsyncEngine:
     ) -> AsyncIterator[RequestOutput]:
         """Yield the request's outputs as :meth:`Engine.step` returns them, each with ``stats`` of its own; the last has
         a ``finish_reason``, and if that is ``"error"``, ``error`` says why: nothing is raised. Arguments are checked
-        now, but for a ``request_id`` in use: one is taken from when its first output is asked for until its last is
+        now, but not whether ``request_id`` is in use: it is from when its first output is asked for until its last is
         decoded, or the stream closed.
 
         Raises:
@@ -162,7 +162,7 @@ class AsyncEngine:
 
     async def call(self, function, *args):
         """``function(engine, *args)`` between two steps, in the thread that makes them: ``call(Engine.explain)`` or
-        :meth:`Engine.warmup` as long as there is no request. Decoding stands still meanwhile, also where this call is
+        :meth:`Engine.warmup` as long as there is no request. Decoding stands still meanwhile, even if this call is
         cancelled.
 
         Raises:
@@ -190,7 +190,7 @@ class AsyncEngine:
     def _fail(self, error: BaseException) -> None:
         for stream in self._waiting.values():
             stream.failed = True
-            with contextlib.suppress(RuntimeError):  # of waking a reader in a loop that was closed: it is there already
+            with contextlib.suppress(RuntimeError):  # its reader's loop is closed; the error is in the queue
                 stream.queue.put_nowait(error)
 
     async def __aenter__(self) -> AsyncEngine:

@@ -112,7 +112,7 @@ class Auto:
                 (costs.observe if self.measured else costs.set)(slots, plan, statistics.median(seconds))
 
     def _seconds(self, start) -> float:
-        """Of a cycle, by the clock that those that decode are timed by."""
+        """Of a cycle, by the clock that times decoding."""
         cycle, stopwatch = start(), Stopwatch(self._device)
         with stopwatch.time("cycle") as stretch:
             cycle.run()

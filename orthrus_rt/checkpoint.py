@@ -90,7 +90,7 @@ def load_folder(folder: Path, adapter: str | Path | None, name: str) -> Checkpoi
     stored = scan(folder, "model.safetensors")
     adapter = None if adapter is None else _resolve(str(adapter), adapter=True)
     where = str(folder / "config.json")
-    family_of(raw, where)  # first: of another one no adapter makes anything
+    family_of(raw, where)  # first: no adapter would help another family
     _check_one_view(stored, folder, adapter)
     adapter_raw = {}
     if adapter is not None:

@@ -32,7 +32,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None:
 
 
 def load_engine(args, mode: str = "auto", max_batch_size: int = 1):
-    """Every run computes all of its own: some commands compare runs, and no other runs a prompt twice."""
+    """Without prefix caching: some commands compare runs, and the others run no prompt twice."""
     from orthrus_rt.engine import Engine
 
     return Engine.from_pretrained(

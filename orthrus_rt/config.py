@@ -117,7 +117,7 @@ def parse(raw: dict, generation: dict | None = None, *, name: str, where: str | 
 
 
 def family_of(raw: dict, where: str) -> str:
-    """Of FAMILIES, by config.json; :class:`CheckpointError` if it is none of them."""
+    """The model's family by its config.json; :class:`CheckpointError` if it is none of FAMILIES."""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")

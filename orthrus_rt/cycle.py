@@ -34,8 +34,7 @@ class Pass:
     Attributes:
         kind: NEXT_DRAFT, NEXT_VERIFY, NEXT_AR or NEXT_ONE_PASS: how its rows are staged.
         step: STEP_DRAFT, STEP_VERIFY or STEP_VERIFY_AND_DRAFT: what its choices are.
-        rows: static. own: those that the consensus before it stages: all, but where there are ``prompts``, whose rows
-            come first.
+        rows: static. own: those that the consensus before it stages: all but the rows of ``prompts``, which come first.
         per_slot: choices per slot. logit_rows: int32, the rows they belong to, slot by slot, and then prompts' rows.
         out: ``(value, id)``, their partial maxima, of logits or of scores. partials: the slots'.
         logits: fp32 ``[len(logit_rows), vocab_size]`` that every pass shares; None where none are materialised.
@@ -104,7 +103,7 @@ class Cycle(Recorded):
     their rows alone, and the next cycle may be of any plan.
 
     Args:
-        state: of all slots. num_slots: of them, the first so many run.
+        state: of all slots. num_slots: the first so many of them run.
         sampling: None for greedy slots alone: choices come from partial maxima, no logits are materialised. Else the
             slots' sampling parameters.
         activations, workspace: shared with every other cycle; large enough for the plan's rows.
@@ -151,14 +150,14 @@ class Cycle(Recorded):
 
     @functools.cached_property
     def tapes(self) -> dict[Pass, object]:
-        """Of the passes before the last one, on the CPU: a cycle with prompts, taped for one run, takes them in."""
+        """Of the passes before the last one, on the CPU: a cycle with prompts, taped for one run, reuses them."""
         if self.model.device.type != "cpu" or not self.can_record:
             return {}
         return {p: taped(functools.partial(self.forward, p)) for p in self.passes[:-1]}
 
     @property
     def nbytes(self) -> int:
-        """Of the passes' static buffers, but for passes of another cycle's."""
+        """Of the static buffers of its own passes."""
         passes = self.passes if self.prompts is None else self.passes[-1:]
         held = (t for p in passes for t in (*vars(p.rows).values(), p.logit_rows, *p.out))
         return sum(t.nbytes for t in held if isinstance(t, torch.Tensor))
@@ -171,7 +170,7 @@ class Cycle(Recorded):
 
     def sample(self, p: Pass) -> None:
         """Coupled choices from the logits of pass ``p``, into its partials."""
-        # Of all slots: a prompt's may be any.
+        # The lengths of all slots: a prompt may be in any.
         ops.process_logits(p.logits, p.rows, p.logit_rows, self.sampling, self._cache_seqlens, COUPLED, p.out)
 
     def take(self, p: Pass, partials) -> None:

@@ -69,8 +69,8 @@ def stream_scope(stream: torch.cuda.Stream | None):
 
 @functools.cache
 def prepare_for_forks() -> None:
-    """What this process forks from now on computes on one thread, unless it asks for more: the threads of torch's pool
-    are not there, and whoever hands them work waits for ever.
+    """Children forked from now on compute on one thread, unless they ask for more: the threads of torch's pool are not
+    there, and whoever hands them work waits for ever.
     """
     os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 

@@ -101,7 +101,7 @@ class Engine(Generation):
             raise
 
     def _let_go(self) -> None:
-        """Be closed: the device is free for another engine, and the memory goes with the last one who looks at it."""
+        """Be closed: the device is free for another engine, and the memory goes with its last user."""
         self.closed = True
         self.model = self.runner = self.kv = self.scheduler = None
 
@@ -125,8 +125,8 @@ class Engine(Generation):
         """Load a model and make an engine for it.
 
         Args:
-            model: ``"smollm2-135m"`` (embedded), a checkpoint folder or a hub id, of which files that are not there
-                yet are fetched; ``owner/name@revision`` pins a branch, a tag or a commit.
+            model: ``"smollm2-135m"`` (embedded), a checkpoint folder or a hub id, whose files are fetched if they are
+                not there yet; ``owner/name@revision`` pins a branch, a tag or a commit.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"``: CUDA where there is one.
             dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``, or torch's own. All but float16, which runs the
                 plain torch reference, have row-invariant kernels.
@@ -142,10 +142,10 @@ class Engine(Generation):
             max_batch_size: sequences decoded at once; more wait their turn.
             num_pages: pages of 64 positions in the cache; None for ``max_batch_size`` sequences of ``max_seq_len``.
                 With fewer, sequences wait for pages, or give theirs up for a while (same tokens after).
-            prefix_caching: whether a prompt takes over keys and values of whole pages that an earlier sequence, which
-                began with the same tokens, has left in the cache or shares with it. The bits are those that it would
-                have computed; only the time of its prefill tells that somebody asked alike before. Without effect
-                where an op that makes keys and values runs ``reference``, as in float16, which is not row-invariant.
+            prefix_caching: whether a prompt reuses whole pages of keys and values that earlier sequences with the same
+                beginning have in the cache, or left there. The bits are those that it would have computed; only the
+                time of its prefill tells that somebody asked alike before. Without effect where an op that makes keys
+                and values runs ``reference``, as in float16, which is not row-invariant.
 
         Raises:
             CheckpointError: the checkpoint is not whole, not supported or not what it says.
@@ -198,15 +198,15 @@ class Engine(Generation):
         return " | ".join(map(str, facts))
 
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict | None:
-        """What ``mode="auto"`` goes by, for a batch of this size, of which none or some sample:
-        :meth:`Policy.explain`; None while it is not on. For the thread that uses the engine.
+        """What ``mode="auto"`` goes by, for a batch of this size, ``greedy`` if none of it samples: see
+        :meth:`Policy.explain`. None while it is not on. For the thread that uses the engine.
         """
         self._check_open()
         auto = self._autos.get(self._plan)
         return auto.policy.explain(batch_size, greedy) if auto else None
 
     def _plan_to_join(self) -> CyclePlan:
-        """That of what runs, or the engine's own if nothing does."""
+        """The plan of what runs, or the engine's own if nothing does."""
         return self._default_plan if self._idle() else self._plan
 
     def _check_open(self) -> None:
@@ -263,13 +263,13 @@ class Engine(Generation):
         """Run one cycle of every decoding sequence together with one chunk of the prompts, and return what is new since
         the last step: at most one output per submitted request. Returns at once when nothing is to do.
 
-        A request that needs memory that there is not, or that has no logit above -inf to choose by (all are NaN, say),
-        ends with finish_reason ``"error"`` behind the tokens that it has; the others go on.
+        A request that runs out of memory, or has no logit above -inf to choose by (all are NaN, say), keeps its tokens
+        and ends with finish_reason ``"error"``; the others go on.
 
         Raises:
             Exception: whatever else failed; a note says who was running. Nothing is lost, and the next step tries
-                again. If it fails every time, one of those has to be aborted, or if that fails too, as on a device
-                that is lost, the engine closed.
+                again. If it fails every time, abort one of those; if that fails too, as on a device that is lost,
+                close the engine.
         """
         self._advance_and_collect()
         try:
@@ -286,8 +286,8 @@ class Engine(Generation):
     def abort(self, request_id: str) -> None:
         """End a request now; :meth:`step` returns its last output, with finish_reason ``"abort"``.
 
-        Of a request that has come to its end, or that never was, nothing is done or said: whoever aborts may be a
-        moment late. :meth:`is_unfinished` tells.
+        A request that has ended, or that never was, is ignored: whoever aborts may be a moment late.
+        :meth:`is_unfinished` tells.
         """
         if request := self.outbox.get(request_id):
             with whole(self):
@@ -311,9 +311,9 @@ class Engine(Generation):
         """Abort everything and let go of weights, cache and graphs. The engine refuses calls from then on, and its
         device takes another one. Closing twice is harmless.
 
-        What :meth:`step` has not returned by then, last outputs included, is never told: requests are to end first
-        where that matters. To let them (a server at SIGTERM), submit no more, and step while :meth:`has_unfinished`;
-        to break them off, abort them and step once. Of an :class:`orthrus_rt.AsyncEngine`, ``close(drain=True)``.
+        What :meth:`step` has not returned by then, last outputs included, is lost. To let requests end first (a server
+        at SIGTERM), submit no more, and step while :meth:`has_unfinished`; to cut them short, abort them and step once.
+        With an :class:`orthrus_rt.AsyncEngine`, ``close(drain=True)``.
         """
         with self.turn:
             if self.closed:
@@ -335,8 +335,8 @@ class Engine(Generation):
         """Build, and where the device can, record the greedy cycles of every batch bucket for the engine's own mode; on
         CUDA the prefill passes of a single prompt too. Cycles with prompts are recorded as their shapes come again.
 
-        In mode ``auto`` this also times them: at length the first time on this device for this model and version, once
-        each whenever that is known already.
+        In mode ``auto`` this also times them: at length the first time on this device for this model and version, later
+        once each.
         """
         from tqdm import tqdm
 

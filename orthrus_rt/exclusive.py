@@ -72,7 +72,7 @@ def _runs(frame) -> bool:
 def exclusive(method):
     """Decorator of an engine's method: alone, on the engine's device and stream, and never after ``close()``.
 
-    Whoever calls, from whichever thread, work is in the order of the calls: no matter what stream is current there.
+    Work runs in the order of the calls, whatever thread they come from and whatever stream is current there.
     """
 
     @functools.wraps(method)
@@ -92,7 +92,7 @@ def exclusive(method):
 
 @contextlib.contextmanager
 def whole(engine):
-    """What is cut short in here, wherever, leaves the engine ``torn``: its next call then recovers first."""
+    """Whatever is cut short in here leaves the engine ``torn``: its next call then recovers first."""
     engine.torn = True
     yield
     engine.torn = False

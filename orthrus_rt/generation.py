@@ -65,8 +65,8 @@ class Generation(Rounds):
     def stream(self, prompt_ids, params: SamplingParams | None = None, *, mode=None, draft_len=None, fan_out=None):
         """Like :meth:`generate` for one prompt, yielding a :class:`RequestOutput` per cycle (the first after prefill).
 
-        Arguments are checked now, not at the first piece. Closing the iterator aborts the request, in another thread
-        than the one that read it last with the engine's next call. One that could not go on raises after its last
+        Arguments are checked now, not at the first piece. Closing the iterator aborts the request: at once in the
+        thread that read it last, else with the engine's next call. One that could not go on raises after its last
         piece, as :meth:`generate` does. The pieces' ``request_id`` only tells streams apart: :meth:`abort` and
         :meth:`is_unfinished` know the ids of :meth:`submit` alone.
         """

@@ -55,7 +55,7 @@ def verify(request: Request, logits: torch.Tensor, drafts: list[int], position: 
 
 @contextlib.contextmanager
 def _failures_of(request: Request) -> Iterator[None]:
-    """Of what fails in here ``error.request`` says whose it was."""
+    """An error in here carries the request as ``error.request``."""
     try:
         with naming_the_knobs("sampling by rejection"):
             yield

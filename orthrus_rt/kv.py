@@ -53,11 +53,11 @@ class PagedKvCache:
         return self.pages.nbytes
 
     def open(self, slot: int, names: list[bytes], length: int) -> int:
-        """Give the empty ``slot`` pages for positions ``0 ... length-1``; the first of them are those that have the
-        first of ``names``, as far as there are such. No page changes hands if that fails.
+        """Give the empty ``slot`` pages for positions ``0 ... length-1``, first those that the cache has under
+        ``names``, up to the first that it lacks. No page changes hands if that fails.
 
         Returns:
-            For how many positions keys and values are there already: a multiple of 64.
+            How many positions' keys and values are there already, a multiple of 64.
 
         Raises:
             OutOfPages: fewer pages are free than needed.

@@ -50,7 +50,7 @@ class Latencies:
 
 
 class Metrics:
-    """Counts what the engine did; reading never disturbs it, nor does keeping this keep the engine."""
+    """Counts what the engine did; reading never disturbs it, and holding this does not keep it alive."""
 
     def __init__(self, engine):
         self._engine, self._block_len = weakref.ref(engine), engine.config.block_len

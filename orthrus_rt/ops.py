@@ -6,8 +6,8 @@ depends on its own inputs only. Shapes and rounding points are in ``csrc/include
 oracles in :mod:`orthrus_rt.reference`; which implementation runs is decided in :mod:`orthrus_rt.dispatch`, what the
 arguments must be in :mod:`orthrus_rt.checks`.
 
-All ops raise ValueError naming op, argument, expected and got. What tensors of ids, indices, positions and lengths hold
-is the caller's to keep in range: beyond it, memory of anything may be read or written.
+All ops raise ValueError naming op, argument, expected and got. The caller keeps ids, indices, positions and lengths
+in range: beyond it, any memory may be read or written.
 """
 
 from __future__ import annotations

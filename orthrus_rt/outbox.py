@@ -39,7 +39,7 @@ class Outbox:
         self._requests[request.request_id] = request
 
     def hear(self, request: Request) -> None:
-        """``request`` is about to have news. Of one that was never added nothing is told."""
+        """``request`` is about to have news; ignored if it was never added."""
         if self._requests.get(request.request_id) is request:
             self._heard[request.request_id] = request
 

@@ -11,8 +11,8 @@ PAGE_SIZE = 64  # tokens
 
 
 def page_names(tokens: list[int], known: list[bytes]) -> list[bytes]:
-    """Names of all whole pages of ``tokens``, the first of which are ``known``: each tells its page's tokens and all
-    before them, up to collisions of SHA-256.
+    """Names of all whole pages of ``tokens``, the first of which are ``known``: each stands for its page's tokens and
+    all before them, up to collisions of SHA-256.
     """
     names, name = list(known), known[-1] if known else b""
     for first in range(len(known) * PAGE_SIZE, len(tokens) - PAGE_SIZE + 1, PAGE_SIZE):
@@ -26,7 +26,7 @@ class PagePool:
 
     A page may be named after what it holds. It keeps name and content while it is free, so that :meth:`find` brings it
     back, until it is taken for something else: those without a name go first, then those that were free longest. One
-    that is in doubt has no name, until it is taken again.
+    in doubt has no name until it is taken again.
     """
 
     def __init__(self, pages: range):
@@ -42,7 +42,7 @@ class PagePool:
         return len(self._blank) + len(self._named)
 
     def take(self, count: int) -> list[int]:
-        """``count`` free pages, of no name; the caller has seen that there are so many."""
+        """``count`` free pages, whose names are forgotten; the caller has seen that there are so many."""
         pages = [self._blank.pop() if self._blank else self._named.popitem(last=False)[0] for _ in range(count)]
         for page in pages:
             self._holders[page] = 1
@@ -51,7 +51,7 @@ class PagePool:
         return pages
 
     def hold(self, pages: Iterable[int]) -> None:
-        """Once more, the free ones among them too."""
+        """Add one hold of each; free ones are no longer free."""
         for page in pages:
             self._holders[page] += 1
             self._named.pop(page, None)
@@ -68,12 +68,12 @@ class PagePool:
                 self._blank.append(page)
 
     def name(self, page: int, name: bytes) -> None:
-        """A held page holds what ``name`` tells; the first of equal pages has the name."""
+        """Name a held page after what it holds; of equal pages, the first keeps the name."""
         if name not in self._page_of:
             self._page_of[name], self._name_of[page] = page, name
 
     def doubt(self, pages: Iterable[int]) -> None:
-        """What these held pages have is not to be found by others."""
+        """Others are not to find these held pages."""
         for page in pages:
             self._unname(page)
             self._doubtful.add(page)

@@ -42,7 +42,7 @@ class PassCosts:
     a pass is supposed to cost ``1 + rows / ridge_rows``.
 
     Args:
-        basis: costs of like cycles, which these are in proportion to where they are unmeasured.
+        basis: costs of like cycles, to which unmeasured ones are in proportion.
     """
 
     def __init__(self, ridge_rows: int = 32, basis: PassCosts | None = None):

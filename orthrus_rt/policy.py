@@ -44,7 +44,7 @@ GRANT = 4  # AR cycles that may be lost beyond that, once
 SAFETY_CAP = 64  # AR cycles of credit kept
 RESTART = 2  # after running out of credit: how many worst outcomes to save for
 EXPLORATION = 0.01  # of all time that may be lost on trying plans
-NOVELTY = 4  # cycles' time more for every e-fold of cycles: a model's ways are learnt once, early
+NOVELTY = 4  # and as many cycles' each time that cycles grow e-fold: a model is learnt once, early
 EXPLORATION_CAP = 64  # AR cycles of credit kept
 SWITCH = 1.0  # cycles of savings before the plan in use changes
 DEADBAND = 0.01  # relative savings that are none
@@ -52,7 +52,7 @@ OPTIMISM = 0.7  # standard errors by which a plan may be better than it looks; m
 TRIAL_LENGTH = 8  # sequence-cycles, at least
 TRIAL_PRICE = 0.5  # share of the exploration credit that a longer trial may cost
 REST = 64  # cycles between trials, and the most that one lasts
-COURSE, AR_COURSE, COURSE_SHARE = 8, 32, 8  # cycles of a course: at most so many, and this fraction of all before
+COURSE, AR_COURSE, COURSE_SHARE = 8, 32, 8  # most cycles of a course, and of AR's; at most 1/8 of all before
 PIPELINE_FILL = 1  # passes of one_pass before its drafts are there
 REFRESH = 512  # cycles without AR after which AR is timed anew
 REFRESH_DRIFT, REFRESH_REST = 0.25, 64  # drift (see PassCosts) that calls for it sooner, but not before so many cycles
@@ -223,7 +223,7 @@ class Policy:
         return Launched(lane, plan, max(0.0, lane.worst_loss(plan)), against, fills)
 
     def _fallback(self, lane: Lane, rates: dict[CyclePlan, float]) -> CyclePlan:
-        """What to run while the account does not cover the plan wanted: the one that runs, if it beats AR and can."""
+        """What to run while the account does not cover the plan wanted: what runs, if it is covered and beats AR."""
         better = [p for p in lane.plans if rates[p] < rates[AR] and self._affordable(lane, p)]
         if not better:
             self._broke |= self.current not in (None, AR)
@@ -282,7 +282,7 @@ class Policy:
         self._unread.append((self._pending.popleft(), outcomes, seconds))
 
     def settle(self) -> None:
-        """Weigh what cycles have brought so far: at the costs that they were launched at, which they correct then."""
+        """Weigh what cycles have brought so far, at the costs known before; then correct these by their times."""
         of_a_kind = itertools.groupby(self._unread, key=lambda cycle: (cycle[0].plan, cycle[0].lane.acceptance))
         for (plan, acceptance), cycles in of_a_kind:
             observed = [outcomes for cycle, outcomes, _ in cycles if outcomes and not cycle.fills]
@@ -327,7 +327,7 @@ class Policy:
     def forget_pending(self) -> None:
         """The cycles under way were lost; their results will not come."""
         self._pending.clear()
-        self._trial, self.current = None, None  # and with it ends the course
+        self._trial, self.current = None, None  # which ends the course too
 
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict:
         """Why cycles of ``batch_size`` sequences run what they run: a plain dict, seconds and ratios. The last few

@@ -1,8 +1,8 @@
 """Prefill: prompts' tokens through the AR view, in passes of their own or before the rows of a cycle's last pass, which
 then reads the weights for both.
 
-Where a device records, in few shapes, each replayed from its second use on: launched op by op, the shortest prompt
-takes the host milliseconds, in which a GPU waits, and with it all who decode.
+Where a device records, passes have few shapes, each replayed from its second use on: launched op by op, even the
+shortest prompt takes the host milliseconds, in which the GPU and all who decode wait.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Recorded:
     workspace: Workspace
     graph_bytes = 0
     op_by_op = False
-    _replay: Callable[[], None] | None = None  # of nothing that holds this object: its memory goes with its last user
+    _replay: Callable[[], None] | None = None  # no reference to this object, which goes with its last user
     _loaded = False
     _warm = False
 
@@ -94,7 +94,7 @@ class Recorded:
         return self._warm and not self.recorded
 
     def run_again(self) -> None:
-        """A replay from the second time on, where not every shape comes again: the first time warms the kernels up."""
+        """Replay from the second time on, as not every shape comes again; the first time warms the kernels up."""
         if self.records:
             self.record()
         if self.recorded:

@@ -197,8 +197,8 @@ class Rounds:
             self.metrics.prefilled(len(tokens), request.count_prompt())
 
     def _collect_but(self, launched: int) -> None:
-        """Read results, but of a device that runs ahead only those of the first ``launched`` flights: for what this
-        round has launched it is not waited.
+        """Read results; of a device that runs ahead only those of the first ``launched`` flights, so as not to wait for
+        what this round has launched.
         """
         self._collect(self.runner.num_posted - launched if self.runner.lag else 0)
 
@@ -249,7 +249,7 @@ class Rounds:
 
 
 def _without_frames(error: Exception) -> Exception:
-    """The frames that it and what led to it went through hold tensors, for as long as somebody holds the error."""
+    """``error``, its tracebacks and those of its causes dropped: their frames hold tensors."""
     seen, left = set(), [error]
     while left:
         if (one := left.pop()) is not None and id(one) not in seen:

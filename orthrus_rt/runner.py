@@ -263,7 +263,7 @@ class Runner:
         return this
 
     def warm_up_prefills(self) -> None:
-        """Record, where that is done, the passes of a prompt by itself, of every number of rows; here none is valid."""
+        """Record, where that is done, passes of one prompt for every padded number of rows, which are invalid here."""
         most = self.most_prompt_rows
         sizes = {min(round_up(n), most) for n in range(1, most + 1)} if self.records_prefill else ()
         for rows in sorted(sizes):

@@ -9,7 +9,7 @@ from orthrus_rt.cycle_plan import integer
 from orthrus_rt.pages import PAGE_SIZE
 
 DEFAULT_SEQ_LEN = 4096
-MOST = 2**31  # slots and pages are told apart by int32 numbers
+MOST = 2**31  # slots and pages have int32 numbers
 
 
 class Sizes(NamedTuple):

@@ -74,6 +74,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of ``text`` ``stop`` begins with, without being all there."""
+    """Length of the longest end of ``text`` that is a beginning of ``stop``, but not all of it."""
     longest = min(len(text), len(stop) - 1)
     return next(n for n in range(longest, -1, -1) if text.endswith(stop[:n]))

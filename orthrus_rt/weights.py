@@ -49,8 +49,8 @@ def pack(weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None
     """Pack ``weight`` ``[out_features, in_features]`` for the implementation chosen for its device and dtype.
 
     ``gate_up`` says that the first half of the rows are gates and the second half ups. On CUDA the kernels read weights
-    ahead of their turn in the stream: between packing and the first of this project's kernels lies an ordinary one, a
-    copy or a synchronisation.
+    ahead of their turn in the stream: an ordinary kernel, a copy or a synchronisation must come between packing and the
+    first of this project's kernels.
 
     Raises:
         ValueError: ``impl`` does not take the weight's dtype, or gates and ups differ in number.

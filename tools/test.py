@@ -37,9 +37,9 @@ SANITIZED_TESTS = cpu_tests(
     "consensus cuda_on_host dual_attn_on_host f32_on_host row_linear_host lossless_tiny one_pass batching "
     "prefix_caching memory nan"
 )
-# Where memory is short on purpose a sanitizer has none; its locks may stay taken in the child of a fork beside a thread
-# that is just beginning; in a process that a test starts, the module is the plain one, whose atomics it does not see.
-# After a crash its report is the better one, so Python's own is turned off there.
+# Where memory is short on purpose a sanitizer has none either; its locks may stay taken in a child that is forked while
+# a thread begins; and a process that a test starts has the plain module, whose atomics it does not see. After a crash
+# its report is the better one, so Python's own is turned off there.
 NOT_SANITIZED = "not without_memory and not forked_child and not subnormal_numbers"
 RACY_TESTS = cpu_tests(  # without whole engines, which take minutes each
     "sanitized cuda_on_host dual_attn_on_host f32_on_host row_linear_host consensus cpu_ops_linear "
