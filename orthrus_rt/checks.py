@@ -104,10 +104,7 @@ def check_choices(op: str, partials, step: int, slots: int, block_len: int, fan_
         )
     if num_partials < 1:
         raise ValueError(f"{op}: partials[1].shape[1] must be >= 1 (num_partials), got 0")
-    if value is not None:
-        check_tensor(op, "partials[0]", value, (rows, num_partials), torch.float32, device)
-    elif num_partials != 1 or step == st.STEP_VERIFY_AND_DRAFT:
-        raise ValueError(f"{op}: partials[0] may be None only for num_partials 1 and without drafts, got {step=}")
+    check_tensor(op, "partials[0]", value, (rows, num_partials), torch.float32, device)
     low, high = rows_per_slot[step]
     if slots and not low <= rows // slots <= high:
         want = f"within [{low}, {high}] for block_len {block_len}"

@@ -251,7 +251,7 @@ def dual_attn(
 @nvtx.ranged("consensus")
 def consensus(
     state: st.SlotState,
-    partials: tuple[torch.Tensor | None, torch.Tensor],
+    partials: tuple[torch.Tensor, torch.Tensor] | tuple[None, None],
     step: int,
     next_pass: int,
     rows_next: Rows | None,
@@ -276,8 +276,8 @@ def consensus(
 
     Args:
         state: MUTATED.
-        partials: ``(value fp32, id int32)``, each ``[num_slots * rows_per_slot, num_partials]``, slot by slot; value
-            may be None where num_partials is 1. ``(None, None)`` for STEP_STAGE.
+        partials: ``(value fp32, id int32)``, each ``[num_slots * rows_per_slot, num_partials]``, slot by slot;
+            ``(None, None)`` for STEP_STAGE.
         step: one of the STEP_* of :mod:`orthrus_rt.state`.
         next_pass: one of its NEXT_*.
         rows_next: rows of the next pass, slot by slot (NEXT_ONE_PASS: first every slot's ``block_len`` AR rows, then

@@ -51,8 +51,6 @@ def consensus(
 
 def _choices(value, index):
     """Every row's choice, and whether it has none: then the id is only its first partial's."""
-    if value is None:
-        return index[:, 0].tolist(), [False] * len(index)
     value = torch.where(value.isnan(), -torch.inf, value)
     ids = index.gather(1, first_argmax(value)[:, None])[:, 0]
     return ids.tolist(), value.amax(1).isneginf().tolist()

@@ -112,8 +112,7 @@ def check(consensus, seed, case, slots, block_len, num_partials, fan_out=0, devi
     step, rows_per_slot, next_pass = case
     generator = torch.Generator().manual_seed(seed)
     state = random_state(generator, slots, block_len, fan_out)
-    value, ids = random_partials(generator, slots * rows_per_slot, num_partials, ties=not fan_out)
-    partials = (None if num_partials == 1 and not fan_out else value, ids)
+    partials = random_partials(generator, slots * rows_per_slot, num_partials, ties=not fan_out)
     if step == st.STEP_STAGE:
         partials = (None, None)
     rows = staged_rows(slots, block_len, next_pass, fan_out)

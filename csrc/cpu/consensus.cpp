@@ -21,7 +21,6 @@ struct Choice {
 // Best of a row's partial maxima: ties go to the earlier vocabulary tile, hence to the lowest id; NaN never wins.
 Choice choose(const ConsensusParams& p, int64_t row) {
   const int32_t* id = p.partial_id + row * p.num_partials;
-  if (!p.partial_value) return {id[0], false};
   const float* value = p.partial_value + row * p.num_partials;
   float best = -INFINITY;
   int32_t at = 0;

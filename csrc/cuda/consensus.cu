@@ -48,7 +48,6 @@ __device__ void for_each_partial(const float* values, const int32_t* ids, int nu
 
 // The largest partial of one row; the first id at -inf where none is above that. Warp-collective.
 __device__ Best choose(const float* values, const int32_t* ids, int num_partials, int lane) {
-  if (!values) return {0.f, ids[0]};
   Best best;
   for_each_partial(values, ids, num_partials, lane, [&](const Best& other) {
     if (best < other) best = other;
@@ -161,7 +160,7 @@ struct Row {
 };
 __device__ Row choice_row(const ConsensusParams& p, int slot, int row) {
   const int64_t first = (static_cast<int64_t>(slot) * p.rows_per_slot + row) * p.num_partials;
-  return {p.partial_value ? p.partial_value + first : nullptr, p.partial_id + first};
+  return {p.partial_value + first, p.partial_id + first};
 }
 
 // The choices of the first `count` rows, whether they are any, and whether they are stop ids.

@@ -62,8 +62,7 @@ def test_verify(data):
     ids = torch.tensor([data.draw(token) if c is None else c for c in choices], dtype=torch.int32)[:, None]
     nothing = data.draw(hs.sampled_from([-torch.inf, torch.nan]))
     value = torch.tensor([nothing if c is None else -5.0 for c in choices])[:, None]
-    partials = (value, ids) if None in choices else (None, ids)
-    reference.consensus(state, partials, st.STEP_VERIFY, st.NEXT_DRAFT, rows, MASK, k)
+    reference.consensus(state, (value, ids), st.STEP_VERIFY, st.NEXT_DRAFT, rows, MASK, k)
     for s, (n, limit, drafts, stops, running, output) in enumerate(before):
         staged = rows.position[s * k : (s + 1) * k].tolist()
         if not running:
@@ -104,7 +103,7 @@ def test_draft_then_verify_rows():
     state.block_tokens[0, 0] = 5
     rows = empty_rows(1, 4, 0, 0, "cpu")
     ids = torch.tensor([[7], [8], [9]], dtype=torch.int32)
-    reference.consensus(state, (None, ids), st.STEP_DRAFT, st.NEXT_VERIFY, rows, MASK, 4)
+    reference.consensus(state, (torch.zeros(3, 1), ids), st.STEP_DRAFT, st.NEXT_VERIFY, rows, MASK, 4)
     assert int(state.num_drafts[0]) == 2  # position 13 is beyond the limit
     assert rows.token.tolist() == [5, 7, 8, 0]
     assert rows.position.tolist() == [10, 11, 12, -1]

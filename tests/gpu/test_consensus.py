@@ -26,8 +26,8 @@ def test_one_pass_against_oracle(block_len, fan_out):
 
 def test_no_slots():
     state = cs.random_state(torch.Generator(), 0, 4)
-    ids = torch.zeros(0, 1, dtype=torch.int32, device="cuda")
-    ops.consensus(cs.clone(state, "cuda"), (None, ids), 1, 0, None, cs.MASK, 4)
+    partials = torch.zeros(0, 1, device="cuda"), torch.zeros(0, 1, dtype=torch.int32, device="cuda")
+    ops.consensus(cs.clone(state, "cuda"), partials, 1, 0, None, cs.MASK, 4)
 
 
 def test_graph_replay():

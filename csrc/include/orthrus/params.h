@@ -191,7 +191,7 @@ struct SlotState {
 
 struct ConsensusParams {
   const float* partial_value;  // [num_slots * rows_per_slot, num_partials]; NaN counts as -inf, and a row of nothing
-                               // else has no choice. Null only if num_partials == 1: every row has one
+                               // else has no choice
   const int32_t* partial_id;   // same shape
   SlotState state;
   int32_t* next_token;         // rows of the next pass, as NextPass lists them, MUTATED whole
