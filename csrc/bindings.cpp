@@ -14,13 +14,15 @@ using namespace orthrus;
 
 namespace {
 
-// A struct member as a Python property: pointers travel as integers, nested structs as themselves.
+// A struct member as a Python property: pointers and enums travel as integers, nested structs as themselves.
 template <typename Struct, typename Member>
 void bind_field(py::class_<Struct>& cls, const char* name, Member Struct::*member) {
-  if constexpr (std::is_pointer_v<Member>) {
+  if constexpr (std::is_pointer_v<Member> || std::is_enum_v<Member>) {
+    using Integer = std::conditional_t<std::is_enum_v<Member>, int32_t, uintptr_t>;
+    static_assert(sizeof(Integer) == sizeof(Member));
     cls.def_property(
-        name, [member](const Struct& s) { return reinterpret_cast<uintptr_t>(s.*member); },
-        [member](Struct& s, uintptr_t value) { s.*member = reinterpret_cast<Member>(value); });
+        name, [member](const Struct& s) { return Integer(s.*member); },
+        [member](Struct& s, Integer value) { s.*member = Member(value); });
   } else {
     cls.def_readwrite(name, member);
   }

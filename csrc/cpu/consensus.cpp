@@ -10,8 +10,6 @@
 namespace orthrus::cpu {
 namespace {
 
-bool is(int32_t value, ConsensusStep step) { return value == static_cast<int32_t>(step); }
-
 // `none`: no partial maximum is above -inf, and the id is only the first one's.
 struct Choice {
   int32_t id;
@@ -122,7 +120,7 @@ void accept(const ConsensusParams& p, int32_t slot) {
   int32_t* block = s.block_tokens + int64_t{slot} * s.max_block_len;
   const int64_t first_row = int64_t{slot} * p.rows_per_slot;
   const int32_t n = s.cache_seqlens[slot];
-  const int32_t num_choices = is(p.step, ConsensusStep::kVerifyAndDraft) ? p.block_len : p.rows_per_slot;
+  const int32_t num_choices = p.step == ConsensusStep::kVerifyAndDraft ? p.block_len : p.rows_per_slot;
   const int32_t room = std::min(num_choices, s.limit[slot] - 1 - n);
   const int32_t num_drafts = s.num_drafts[slot];
 
@@ -146,12 +144,11 @@ void accept(const ConsensusParams& p, int32_t slot) {
   s.num_accepted[slot] = accepted;
   s.num_drafts[slot] = 0;
   const bool full = n + 1 + emitted >= s.limit[slot];
-  const FinishReason finish = no_choice ? FinishReason::kNoChoice
-                              : stopped ? FinishReason::kStop
-                              : full    ? FinishReason::kLength
-                                        : FinishReason::kRunning;
-  s.finish[slot] = static_cast<int32_t>(finish);
-  if (finish != FinishReason::kRunning || !is(p.step, ConsensusStep::kVerifyAndDraft)) return;
+  s.finish[slot] = no_choice ? FinishReason::kNoChoice
+                   : stopped ? FinishReason::kStop
+                   : full    ? FinishReason::kLength
+                             : FinishReason::kRunning;
+  if (s.finish[slot] != FinishReason::kRunning || p.step != ConsensusStep::kVerifyAndDraft) return;
   const Hit hit = find_hit(s.hypotheses + int64_t{slot} * s.max_fan_out * 2, p.fan_out, accepted, last);
   if (hit.block >= 0) {
     take_block(p, slot, hit, last);
@@ -168,13 +165,13 @@ struct OneLane {
 
 void stage(const ConsensusParams& p, int32_t slot) {
   const SlotState& s = p.state;
-  const bool running = s.finish[slot] == static_cast<int32_t>(FinishReason::kRunning);
-  const auto next = static_cast<NextPass>(p.next_pass);
+  const bool running = s.finish[slot] == FinishReason::kRunning;
+  const auto next = p.next_pass;
   const int32_t count = next == NextPass::kAr ? 1 : p.block_len;
   const int32_t n = s.cache_seqlens[slot];
   const int32_t* block = s.block_tokens + int64_t{slot} * s.max_block_len;
   const bool verifies = next == NextPass::kVerify || next == NextPass::kOnePass;
-  if (is(p.step, ConsensusStep::kStage)) s.num_drafts[slot] = verifies ? std::min(s.num_drafts[slot], count - 1) : 0;
+  if (p.step == ConsensusStep::kStage) s.num_drafts[slot] = verifies ? std::min(s.num_drafts[slot], count - 1) : 0;
   for (int32_t i = 0; i < count; ++i) {
     const int64_t r = int64_t{slot} * count + i;
     const bool valid = running && n + i < s.limit[slot] && (!verifies || i <= s.num_drafts[slot]);
@@ -208,14 +205,14 @@ void stage(const ConsensusParams& p, int32_t slot) {
 
 void run_consensus(const ConsensusParams& p) {
   for (int32_t slot = 0; slot < p.state.num_slots; ++slot) {
-    if (p.state.finish[slot] == static_cast<int32_t>(FinishReason::kRunning)) {
-      if (is(p.step, ConsensusStep::kDraft)) {
+    if (p.state.finish[slot] == FinishReason::kRunning) {
+      if (p.step == ConsensusStep::kDraft) {
         take_drafts(p, slot);
-      } else if (!is(p.step, ConsensusStep::kStage)) {
+      } else if (p.step != ConsensusStep::kStage) {
         accept(p, slot);
       }
     }
-    if (p.next_pass != static_cast<int32_t>(NextPass::kNone)) stage(p, slot);
+    if (p.next_pass != NextPass::kNone) stage(p, slot);
   }
 }
 

@@ -143,10 +143,10 @@ ORTHRUS_INLINE void finish_rows(const RowLinearParamsOf<T>& p, const float* acc,
                                 int64_t strip) {
   const int64_t column = strip * kStrip;
   const int64_t count = min_of(kStrip, p.out_features - column);
-  switch (static_cast<Epilogue>(p.epilogue)) {
+  switch (p.epilogue) {
     case Epilogue::kNone:
     case Epilogue::kResidual: {
-      const T* residual = p.epilogue == static_cast<int32_t>(Epilogue::kResidual) ? p.residual : nullptr;
+      const T* residual = p.epilogue == Epilogue::kResidual ? p.residual : nullptr;
       for (int64_t r = 0; r < num_rows; ++r) {
         const int64_t at = (first_row + r) * p.out_features + column;
         for (int64_t i = 0; i < count; i += kLanes) {
@@ -211,7 +211,7 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, const Input<T>
 template <typename T, typename Body>
 ORTHRUS_INLINE void parallel_strips(const RowLinearParamsOf<T>& p, int64_t chunks_per_thread, Body body) {
   const int64_t num_strips = div_up(p.out_features, kStrip);
-  const int64_t unit = p.epilogue == static_cast<int32_t>(Epilogue::kArgmax) ? kArgmaxTile / kStrip : 1;
+  const int64_t unit = p.epilogue == Epilogue::kArgmax ? kArgmaxTile / kStrip : 1;
   parallel_for(
       div_up(num_strips, unit), 1,
       [&](int64_t begin, int64_t end) { body(begin * unit, min_of(end * unit, num_strips)); }, chunks_per_thread);

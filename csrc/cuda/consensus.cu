@@ -94,7 +94,8 @@ __device__ void choose_candidates(const float* values, const int32_t* ids, int n
 }
 
 struct Slot {
-  int32_t cached, limit, finish, num_drafts, num_output;
+  int32_t cached, limit, num_drafts, num_output;
+  FinishReason finish;
   int32_t num_emitted, num_accepted;
   Hit hit;
   bool doubt;
@@ -111,15 +112,14 @@ __device__ void accept(Slot& slot, const int32_t* choices, const int32_t* drafts
   int emitted = accepted + 1 < num_choices ? accepted + 1 : num_choices;
   const int room = slot.limit - 1 - slot.cached;
   if (emitted > room) emitted = room > 0 ? room : 0;
-  slot.finish = static_cast<int32_t>(slot.cached + 1 + emitted >= slot.limit ? FinishReason::kLength
-                                                                              : FinishReason::kRunning);
+  slot.finish = slot.cached + 1 + emitted >= slot.limit ? FinishReason::kLength : FinishReason::kRunning;
   for (int i = 0; i < emitted; ++i) {
     if (is_none[i]) {  // the last one, if any
       emitted = i;
-      slot.finish = static_cast<int32_t>(FinishReason::kNoChoice);
+      slot.finish = FinishReason::kNoChoice;
     } else if (is_stop[i]) {
       emitted = i + 1;
-      slot.finish = static_cast<int32_t>(FinishReason::kStop);
+      slot.finish = FinishReason::kStop;
     }
   }
   slot.num_accepted = accepted < emitted ? accepted : emitted;
@@ -148,10 +148,6 @@ struct Shared {
   uint32_t picked[kMaxBlockLen];
   Slot slot;
 };
-
-__device__ bool is(int32_t value, ConsensusStep step) { return value == static_cast<int32_t>(step); }
-__device__ bool is(int32_t value, NextPass next) { return value == static_cast<int32_t>(next); }
-__device__ bool is(int32_t value, FinishReason reason) { return value == static_cast<int32_t>(reason); }
 
 // Partials of one of the slot's choice rows.
 struct Row {
@@ -247,7 +243,7 @@ __device__ void renew_drafts(const ConsensusParams& p, Shared& sh) {
 __device__ void verify(const ConsensusParams& p, Shared& sh) {
   const SlotState& state = p.state;
   const int s = blockIdx.x, thread = threadIdx.x;
-  const bool drafts_too = is(p.step, ConsensusStep::kVerifyAndDraft);
+  const bool drafts_too = p.step == ConsensusStep::kVerifyAndDraft;
   Slot& slot = sh.slot;
   if (thread == 0) {
     accept(slot, sh.choices, sh.tokens + 1, sh.is_stop, sh.is_none, drafts_too ? p.block_len : p.rows_per_slot);
@@ -263,7 +259,7 @@ __device__ void verify(const ConsensusParams& p, Shared& sh) {
   int32_t* const output = state.output + static_cast<int64_t>(s) * state.output_capacity;
   for (int i = thread; i < slot.num_emitted; i += blockDim.x)
     output[(slot.num_output + i) % state.output_capacity] = sh.choices[i];
-  if (drafts_too && is(slot.finish, FinishReason::kRunning)) {
+  if (drafts_too && slot.finish == FinishReason::kRunning) {
     renew_drafts(p, sh);
   } else if (thread == 0) {
     state.num_drafts[s] = slot.num_drafts = 0;
@@ -287,11 +283,11 @@ __device__ void stage(const ConsensusParams& p, Shared& sh) {
   const SlotState& state = p.state;
   const int s = blockIdx.x, thread = threadIdx.x;
   Slot& slot = sh.slot;
-  const bool running = is(slot.finish, FinishReason::kRunning);
-  const bool draft = is(p.next_pass, NextPass::kDraft), one_pass = is(p.next_pass, NextPass::kOnePass);
-  const bool verifies = one_pass || is(p.next_pass, NextPass::kVerify);
-  const int count = is(p.next_pass, NextPass::kAr) ? 1 : p.block_len;
-  if (thread == 0 && is(p.step, ConsensusStep::kStage)) {
+  const bool running = slot.finish == FinishReason::kRunning;
+  const bool draft = p.next_pass == NextPass::kDraft, one_pass = p.next_pass == NextPass::kOnePass;
+  const bool verifies = one_pass || p.next_pass == NextPass::kVerify;
+  const int count = p.next_pass == NextPass::kAr ? 1 : p.block_len;
+  if (thread == 0 && p.step == ConsensusStep::kStage) {
     slot.num_drafts = !verifies ? 0 : slot.num_drafts < count - 1 ? slot.num_drafts : count - 1;
     state.num_drafts[s] = slot.num_drafts;
   }
@@ -337,14 +333,14 @@ __global__ void __launch_bounds__(kMaxThreads) consensus_kernel(const __grid_con
     slot.num_drafts = state.num_drafts[s];
     slot.num_output = state.num_output[s];
   }
-  if (!is(p.step, ConsensusStep::kStage))
-    read_choices(p, sh, is(p.step, ConsensusStep::kVerifyAndDraft) ? p.block_len : p.rows_per_slot);
+  if (p.step != ConsensusStep::kStage)
+    read_choices(p, sh, p.step == ConsensusStep::kVerifyAndDraft ? p.block_len : p.rows_per_slot);
   __syncthreads();
-  const bool running = is(sh.slot.finish, FinishReason::kRunning);
+  const bool running = sh.slot.finish == FinishReason::kRunning;
   __syncthreads();  // before a verification changes it
-  if (running && is(p.step, ConsensusStep::kDraft)) take_drafts(p, sh);
-  if (running && (is(p.step, ConsensusStep::kVerify) || is(p.step, ConsensusStep::kVerifyAndDraft))) verify(p, sh);
-  if (!is(p.next_pass, NextPass::kNone)) stage(p, sh);
+  if (running && p.step == ConsensusStep::kDraft) take_drafts(p, sh);
+  if (running && (p.step == ConsensusStep::kVerify || p.step == ConsensusStep::kVerifyAndDraft)) verify(p, sh);
+  if (p.next_pass != NextPass::kNone) stage(p, sh);
 }
 
 }  // namespace

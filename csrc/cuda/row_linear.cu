@@ -32,9 +32,9 @@ bool runs_wgmma(const DeviceInfo& device) {
   return device.major == 9 && device.minor == 0 && has_wgmma() && !(isa && !std::strcmp(isa, "sm80"));
 }
 
-bool needs_whole_tiles(int epilogue) {
+bool needs_whole_tiles(Epilogue epilogue) {
   // Materialised logits and partial maxima must come from the same bits, and a CTA must see whole sums.
-  return epilogue == static_cast<int>(Epilogue::kLogits) || epilogue == static_cast<int>(Epilogue::kArgmax);
+  return epilogue == Epilogue::kLogits || epilogue == Epilogue::kArgmax;
 }
 
 int tokens_per_tile(int rows, const TokenTiles& tiles) {
@@ -88,7 +88,7 @@ int row_linear(const RowLinearParams& params, void* stream) {
   args.plan = make_plan(params.in_features, params.out_features, needs_whole_tiles(params.epilogue), device.num_sms);
   if (params.next_weight)
     args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms);
-  const bool argmax = params.epilogue == static_cast<int>(Epilogue::kArgmax);
+  const bool argmax = params.epilogue == Epilogue::kArgmax;
   if (argmax && params.num_partials != args.plan.grid) return cudaErrorInvalidValue;
 
   const int rows_ar = args.p.num_rows_ar, rows_diff = params.num_rows - rows_ar;

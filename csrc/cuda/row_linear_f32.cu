@@ -35,7 +35,7 @@ struct Tile {
 __device__ Tile tile_of(const Args& args, int block) {
   const int row_tile = block % args.row_tiles, tile = block / args.row_tiles;
   const bool diff = row_tile >= args.row_tiles_ar;
-  const bool silu = args.p.epilogue == static_cast<int32_t>(Epilogue::kSiluMul);
+  const bool silu = args.p.epilogue == Epilogue::kSiluMul;
   return {static_cast<const float*>(diff ? args.p.weight_diff : args.p.weight),
           diff ? args.p.num_rows_ar + (row_tile - args.row_tiles_ar) * kRows : row_tile * kRows,
           diff ? args.p.num_rows : args.p.num_rows_ar, tile * (silu ? kOutputs / 2 : kOutputs)};
@@ -43,7 +43,7 @@ __device__ Tile tile_of(const Args& args, int block) {
 
 // The weight's row of output `o` of the tile, or -1 beyond its edge. kSiluMul: 64 gates, then their ups.
 __device__ int weight_row(const RowLinearParamsOf<float>& p, int first, int o) {
-  if (p.epilogue != static_cast<int32_t>(Epilogue::kSiluMul)) return first + o < p.out_features ? first + o : -1;
+  if (p.epilogue != Epilogue::kSiluMul) return first + o < p.out_features ? first + o : -1;
   const int width = p.out_features / 2, column = first + o % (kOutputs / 2);
   return column < width ? column + (o < kOutputs / 2 ? 0 : width) : -1;
 }
@@ -77,7 +77,7 @@ __device__ void write_best(const RowLinearParamsOf<float>& p, const float (&acc)
 __device__ void write_row(const RowLinearParamsOf<float>& p, const float (&acc)[kLaneOutputs], int row, int first,
                           int lane) {
   float* out = static_cast<float*>(p.out);
-  if (p.epilogue == static_cast<int32_t>(Epilogue::kSiluMul)) {
+  if (p.epilogue == Epilogue::kSiluMul) {
     const int width = p.out_features / 2;
     for (int j = 0; j < kLaneOutputs / 2; ++j) {
       const int column = first + lane + 32 * j;
@@ -91,7 +91,7 @@ __device__ void write_row(const RowLinearParamsOf<float>& p, const float (&acc)[
     const int feature = first + lane + 32 * j;
     if (feature >= p.out_features) continue;
     const int64_t at = static_cast<int64_t>(row) * p.out_features + feature;
-    out[at] = p.epilogue == static_cast<int32_t>(Epilogue::kResidual) ? acc[j] + p.residual[at] : acc[j];
+    out[at] = p.epilogue == Epilogue::kResidual ? acc[j] + p.residual[at] : acc[j];
   }
 }
 
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) row_linear_f32_kernel(const __grid_c
   for (int r = 0; r < kWarpRows; ++r) {
     const int row = tile.row_begin + warp * kWarpRows + r;
     const bool mine = row < tile.row_end;
-    if (p.epilogue == static_cast<int32_t>(Epilogue::kArgmax)) {
+    if (p.epilogue == Epilogue::kArgmax) {
       write_best(p, acc[r], mine ? row : -1, tile.first, lane);
     } else if (mine) {
       write_row(p, acc[r], row, tile.first, lane);
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) row_linear_f32_kernel(const __grid_c
 
 int row_linear(const RowLinearParamsOf<float>& params, void* stream) {
   if (params.num_rows == 0 || params.out_features == 0) return cudaSuccess;
-  const bool argmax = params.epilogue == static_cast<int32_t>(Epilogue::kArgmax);
+  const bool argmax = params.epilogue == Epilogue::kArgmax;
   if (params.num_rows_ar < 0 || params.num_rows_ar > params.num_rows ||
       (argmax && params.num_partials != (params.out_features + kOutputs - 1) / kOutputs))
     return cudaErrorInvalidValue;
@@ -151,7 +151,7 @@ int row_linear(const RowLinearParamsOf<float>& params, void* stream) {
   if (!params.weight_diff) args.p.num_rows_ar = params.num_rows;
   args.row_tiles_ar = (args.p.num_rows_ar + kRows - 1) / kRows;
   args.row_tiles = args.row_tiles_ar + (params.num_rows - args.p.num_rows_ar + kRows - 1) / kRows;
-  const bool silu = params.epilogue == static_cast<int32_t>(Epilogue::kSiluMul);
+  const bool silu = params.epilogue == Epilogue::kSiluMul;
   const int width = silu ? params.out_features / 2 : params.out_features, per_tile = silu ? kOutputs / 2 : kOutputs;
   const int64_t blocks = static_cast<int64_t>((width + per_tile - 1) / per_tile) * args.row_tiles;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;

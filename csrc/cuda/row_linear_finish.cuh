@@ -220,7 +220,7 @@ template <int kTokens, class Sums>
 __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, int row_begin, int row_end, int group,
                              float* staging, BestLogit* best) {
   const RowLinearParams& p = args.p;
-  const Epilogue epilogue = static_cast<Epilogue>(p.epilogue);
+  const Epilogue epilogue = p.epilogue;
   uint4 residual;  // where aligned: used only where it was loaded
   auto residual_at = [&](int t0) {
     const uint32_t thread = thread_here();

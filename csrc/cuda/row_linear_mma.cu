@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
                               nullptr);
     }
   } else {
-    const bool argmax = args.p.epilogue == static_cast<int>(Epilogue::kArgmax);
+    const bool argmax = args.p.epilogue == Epilogue::kArgmax;
     const int begin = plan.range_begin(blockIdx.x), range_end = plan.range_begin(blockIdx.x + 1);
     for (int row_tile = 0; row_tile < args.row_tiles; ++row_tile) {
       enter(row_tile);

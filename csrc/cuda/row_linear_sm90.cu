@@ -276,7 +276,7 @@ __device__ void consume_decode(const RowLinearArgs& args, const Ring<kTokens>& r
   Shared& shared = ring.shared;
   const RowLinearPlan& plan = args.plan;
   const Walk<false> walk(args);
-  const bool argmax = args.p.epilogue == static_cast<int>(Epilogue::kArgmax);
+  const bool argmax = args.p.epilogue == Epilogue::kArgmax;
   Cursor cursor;
   float acc[kTokens / 2];
   for (int row_tile = 0; row_tile < args.row_tiles; ++row_tile) {
@@ -388,7 +388,7 @@ int launch_variant(const RowLinearArgs& plain, void* stream, const DeviceInfo& d
   constexpr int ctas = ctas_per_sm(kTokens, kPrefill);
   constexpr int room = (kSharedPerSm - (ctas == 1 ? 0 : kSharedOfOthers)) / ctas - kSharedOfCta - sizeof(Shared);
   static_assert(room / stage_bytes<kTokens>(2) >= 3);
-  const bool argmax = args.p.epilogue == static_cast<int>(Epilogue::kArgmax);
+  const bool argmax = args.p.epilogue == Epilogue::kArgmax;
   const int best = argmax ? blocks * kTokens * static_cast<int>(sizeof(BestLogit)) : 0;
   args.num_stages = min((room - best) / stage_bytes<kTokens>(blocks), kMaxStages);
   const int shared = sizeof(Shared) + args.num_stages * stage_bytes<kTokens>(blocks) + best;

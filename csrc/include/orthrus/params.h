@@ -70,7 +70,7 @@ struct RowLinearParamsOf {
   int32_t in_features;
   int32_t out_features;        // of the weight: 2 * intermediate size for kSiluMul
   int32_t num_partials;
-  int32_t epilogue;            // Epilogue
+  Epilogue epilogue;
   const void* next_weight;     // packed like `weight`: what the next launch reads first, or null: a hint
   int32_t next_in_features;
   int32_t next_out_features;
@@ -176,7 +176,7 @@ struct SlotState {
   int32_t* num_accepted;       // [num_slots] accepted drafts of the last verification
   int32_t* limit;              // [num_slots] total tokens the sequence may have
   int32_t* stop_ids;           // [num_slots, max_stop_ids], padded with -1
-  int32_t* finish;             // [num_slots] FinishReason
+  FinishReason* finish;        // [num_slots]
   int32_t* output;             // [num_slots, output_capacity] ring of emitted tokens
   int32_t* num_output;         // [num_slots] tokens emitted so far (ring index = num_output % capacity)
   int32_t* runner_up;          // [num_slots, max_block_len, kCandidates - 1] other likely tokens in a draft's place
@@ -204,8 +204,8 @@ struct ConsensusParams {
   int32_t fan_out;             // F of kOnePass and kVerifyAndDraft, <= state.max_fan_out
   int32_t num_partials;
   int32_t mask_token_id;
-  int32_t step;                // ConsensusStep
-  int32_t next_pass;           // NextPass
+  ConsensusStep step;
+  NextPass next_pass;
 };
 
 // What changes a slot's logits before anything filters them. All null where no slot has any. Ids outside the vocabulary

@@ -34,11 +34,12 @@ def compiler() -> str | None:
 def structs() -> dict[str, type[ctypes.Structure]]:
     """The structs of params.h as ctypes classes, by name; templates, whatever their element, without the Of."""
     text = (CSRC / "include" / "orthrus" / "params.h").read_text()
+    scalars = SCALARS | dict.fromkeys(re.findall(r"^enum class (\w+) : int32_t", text, re.M), ctypes.c_int32)
     found: dict[str, type[ctypes.Structure]] = {}
     for name, body in re.findall(r"^struct (\w+?)(?:Of)? \{\n(.*?)^\};", text, re.M | re.S):
         fields = []
         for kind, pointer, field in re.findall(r"^  (?:const )?(\w+?)(?:Of<T>)?(\*?) (\w+);", body, re.M):
-            fields.append((field, ctypes.c_void_p if pointer else (SCALARS | found)[kind]))
+            fields.append((field, ctypes.c_void_p if pointer else (scalars | found)[kind]))
         found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
     return found
 
