@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "orthrus/hypotheses.h"
+#include "orthrus/staging.h"
 
 namespace orthrus::cpu {
 namespace {
@@ -166,22 +167,17 @@ struct OneLane {
 void stage(const ConsensusParams& p, int32_t slot) {
   const SlotState& s = p.state;
   const bool running = s.finish[slot] == FinishReason::kRunning;
-  const auto next = p.next_pass;
-  const int32_t count = next == NextPass::kAr ? 1 : p.block_len;
+  const int32_t count = p.next_pass == NextPass::kAr ? 1 : p.block_len;
   const int32_t n = s.cache_seqlens[slot];
   const int32_t* block = s.block_tokens + int64_t{slot} * s.max_block_len;
-  const bool verifies = next == NextPass::kVerify || next == NextPass::kOnePass;
-  if (p.step == ConsensusStep::kStage) s.num_drafts[slot] = verifies ? std::min(s.num_drafts[slot], count - 1) : 0;
-  for (int32_t i = 0; i < count; ++i) {
-    const int64_t r = int64_t{slot} * count + i;
-    const bool valid = running && n + i < s.limit[slot] && (!verifies || i <= s.num_drafts[slot]);
-    const int32_t token = next == NextPass::kDraft && i > 0 ? p.mask_token_id : block[i];
-    p.next_token[r] = valid ? token : 0;
-    p.next_position[r] = valid ? n + i : -1;
-    p.next_seq[r] = slot;
-    p.next_prefix_len[r] = !valid ? 0 : next == NextPass::kDraft ? n : n + i + 1;
+  if (p.step == ConsensusStep::kStage) {
+    s.num_drafts[slot] = verifies(p.next_pass) ? std::min(s.num_drafts[slot], count - 1) : 0;
   }
-  if (next != NextPass::kOnePass) return;
+  for (int32_t i = 0; i < count; ++i) {
+    write_row(p, int64_t{slot} * count + i, slot,
+              running ? own_row(p, block, n, s.limit[slot], s.num_drafts[slot], i) : StagedRow{});
+  }
+  if (p.next_pass != NextPass::kOnePass) return;
   if (running) {
     std::array<float, kMaxBlockLen> reach;
     std::array<uint32_t, kMaxBlockLen> picked;
@@ -191,12 +187,7 @@ void stage(const ConsensusParams& p, int32_t slot) {
   for (int32_t f = 0; f < p.fan_out; ++f) {
     for (int32_t i = 0; i < count; ++i) {
       const int64_t r = int64_t{s.num_slots} * count + (int64_t{slot} * p.fan_out + f) * count + i;
-      const BlockRow row = running ? block_row(hypotheses + 2 * f, block, n, s.limit[slot], i, p.mask_token_id)
-                                   : BlockRow{false, 0, -1, 0};
-      p.next_token[r] = row.token;
-      p.next_position[r] = row.position;
-      p.next_seq[r] = slot;
-      p.next_prefix_len[r] = row.prefix_len;
+      write_row(p, r, slot, running ? block_row(p, hypotheses + 2 * f, block, n, s.limit[slot], i) : StagedRow{});
     }
   }
 }

@@ -7,6 +7,7 @@
 #include "orthrus/hypotheses.h"
 #include "orthrus/launch.cuh"
 #include "orthrus/ops.h"
+#include "orthrus/staging.h"
 
 namespace orthrus::cuda {
 namespace {
@@ -284,36 +285,25 @@ __device__ void stage(const ConsensusParams& p, Shared& sh) {
   const int s = blockIdx.x, thread = threadIdx.x;
   Slot& slot = sh.slot;
   const bool running = slot.finish == FinishReason::kRunning;
-  const bool draft = p.next_pass == NextPass::kDraft, one_pass = p.next_pass == NextPass::kOnePass;
-  const bool verifies = one_pass || p.next_pass == NextPass::kVerify;
   const int count = p.next_pass == NextPass::kAr ? 1 : p.block_len;
   if (thread == 0 && p.step == ConsensusStep::kStage) {
-    slot.num_drafts = !verifies ? 0 : slot.num_drafts < count - 1 ? slot.num_drafts : count - 1;
+    slot.num_drafts = !verifies(p.next_pass) ? 0 : slot.num_drafts < count - 1 ? slot.num_drafts : count - 1;
     state.num_drafts[s] = slot.num_drafts;
   }
   __syncthreads();
   for (int i = thread; i < count; i += blockDim.x) {
-    const int64_t row = static_cast<int64_t>(s) * count + i;
-    const bool valid = running && slot.cached + i < slot.limit && (!verifies || i <= slot.num_drafts);
-    const int token = draft && i > 0 ? p.mask_token_id : sh.tokens[i];
-    p.next_token[row] = valid ? token : 0;
-    p.next_position[row] = valid ? slot.cached + i : -1;
-    p.next_seq[row] = s;
-    p.next_prefix_len[row] = !valid ? 0 : draft ? slot.cached : slot.cached + i + 1;
+    write_row(p, static_cast<int64_t>(s) * count + i, s,
+              running ? own_row(p, sh.tokens, slot.cached, slot.limit, slot.num_drafts, i) : StagedRow{});
   }
-  if (!one_pass) return;
+  if (p.next_pass != NextPass::kOnePass) return;
   if (running && thread < 32) pick_hypotheses(Warp{thread}, state, s, slot.num_drafts, p.fan_out, sh.reach, sh.picked);
   __syncthreads();
   const int32_t* const hypotheses = state.hypotheses + static_cast<int64_t>(s) * state.max_fan_out * 2;
   for (int i = thread; i < p.fan_out * count; i += blockDim.x) {
     const int64_t row = static_cast<int64_t>(state.num_slots) * count + static_cast<int64_t>(s) * p.fan_out * count + i;
-    BlockRow staged{false, 0, -1, 0};
-    if (running)
-      staged = block_row(hypotheses + i / count * 2, sh.tokens, slot.cached, slot.limit, i % count, p.mask_token_id);
-    p.next_token[row] = staged.token;
-    p.next_position[row] = staged.position;
-    p.next_seq[row] = s;
-    p.next_prefix_len[row] = staged.prefix_len;
+    const int32_t* const hypothesis = hypotheses + i / count * 2;
+    write_row(p, row, s,
+              running ? block_row(p, hypothesis, sh.tokens, slot.cached, slot.limit, i % count) : StagedRow{});
   }
 }
 

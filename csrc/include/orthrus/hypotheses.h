@@ -79,24 +79,6 @@ ORTHRUS_HD void pick_hypotheses(const Team& team, const SlotState& s, int32_t sl
   }
 }
 
-// One diffusion row of a hypothesis' block.
-struct BlockRow {
-  bool valid;
-  int32_t token;
-  int32_t position;
-  int32_t prefix_len;
-};
-
-ORTHRUS_HD BlockRow block_row(const int32_t* hypothesis, const int32_t* block_tokens, int32_t cached, int32_t limit,
-                              int32_t i, int32_t mask_token_id) {
-  const int32_t accepted = hypothesis[0], anchor = hypothesis[1];
-  if (accepted < 0) return {false, 0, -1, 0};
-  const int32_t start = cached + accepted + (anchor >= 0 ? 1 : 0);
-  if (start + i >= limit) return {false, 0, -1, 0};
-  const int32_t first = anchor >= 0 ? anchor : block_tokens[accepted];
-  return {true, i > 0 ? mask_token_id : first, start + i, start};
-}
-
 // The block that supposed what happened, and the first of its rows that drafts: block -1 if none did.
 struct Hit {
   int32_t block;
