@@ -4,6 +4,7 @@
 // block in shared memory; all threads write the results. Integers beside the comparisons and the wagers of
 // hypotheses.h, all in a fixed order, so deterministic; graph-safe: limits, stop ids and lengths are read on the
 // device. Reads 8 bytes a partial (of a one-pass cycle's blocks, the one that hit alone); everything else is small.
+#include "best.cuh"
 #include "orthrus/hypotheses.h"
 #include "orthrus/launch.cuh"
 #include "orthrus/ops.h"
@@ -14,24 +15,6 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kAhead = 8;  // partials of a row in flight per lane
-
-// A partial maximum. The larger value is better, ties to the lower id; NaN never wins.
-struct Best {
-  float value = -INFINITY;
-  int id = INT32_MAX;
-  __device__ bool operator<(const Best& other) const {
-    return other.value > value || (other.value == value && other.id < id);
-  }
-};
-
-// The best of the warp's lanes, known to all of them.
-__device__ Best warp_best(Best best) {
-  for (int mask = 16; mask > 0; mask /= 2) {
-    const Best other{__shfl_xor_sync(~0u, best.value, mask), __shfl_xor_sync(~0u, best.id, mask)};
-    if (best < other) best = other;
-  }
-  return best;
-}
 
 // Calls take(partial) for the partials of one row that fall to this lane; the loads of 256 are in flight at once.
 template <typename Take>
@@ -51,9 +34,9 @@ __device__ void for_each_partial(const float* values, const int32_t* ids, int nu
 __device__ Best choose(const float* values, const int32_t* ids, int num_partials, int lane) {
   Best best;
   for_each_partial(values, ids, num_partials, lane, [&](const Best& other) {
-    if (best < other) best = other;
+    if (beats(other, best)) best = other;
   });
-  best = warp_best(best);
+  best = warp_best<32>(best);
   return best.value > -INFINITY ? best : Best{-INFINITY, ids[0]};
 }
 
@@ -65,7 +48,7 @@ __device__ void choose_candidates(const float* values, const int32_t* ids, int n
     const bool likely = other.value > -INFINITY;
 #pragma unroll
     for (int i = 0; i < kCandidates; ++i) {
-      if (likely && mine[i] < other) {
+      if (likely && beats(other, mine[i])) {
         const Best smaller = mine[i];
         mine[i] = other;
         other = smaller;
@@ -75,7 +58,7 @@ __device__ void choose_candidates(const float* values, const int32_t* ids, int n
   float value[kCandidates];
 #pragma unroll
   for (int i = 0; i < kCandidates; ++i) {
-    const Best best = warp_best(mine[0]);
+    const Best best = warp_best<32>(mine[0]);
     value[i] = best.value;
     id[i] = best.id == INT32_MAX ? ids[0] : best.id;
     if (mine[0].id == best.id && best.id != INT32_MAX) {  // this lane's: ids are distinct

@@ -8,6 +8,7 @@
 // Bytes: each view's weight once per 16 rows, from L2 but for the first. FLOP: 2 * num_rows * in * out_features.
 #include <cmath>
 
+#include "best.cuh"
 #include "orthrus/launch.cuh"
 #include "orthrus/ops.h"
 
@@ -50,27 +51,16 @@ __device__ int weight_row(const RowLinearParamsOf<float>& p, int first, int o) {
 
 __device__ void write_best(const RowLinearParamsOf<float>& p, const float (&acc)[kLaneOutputs], int row, int first,
                            int lane) {
-  float best = -INFINITY;
-  int id = first;
+  Best best{-INFINITY, first};
   for (int j = 0; j < kLaneOutputs; ++j) {
     const int feature = first + lane + 32 * j;
-    if (feature < p.out_features && acc[j] > best) {
-      best = acc[j];
-      id = feature;
-    }
+    if (feature < p.out_features && acc[j] > best.value) best = {acc[j], feature};
   }
-  for (int mask = 16; mask; mask /= 2) {
-    const float value = __shfl_xor_sync(~0u, best, mask);
-    const int other = __shfl_xor_sync(~0u, id, mask);
-    if (value > best || (value == best && other < id)) {
-      best = value;
-      id = other;
-    }
-  }
+  best = warp_best<32>(best);
   if (lane == 0 && row >= 0) {
     const int64_t slot = static_cast<int64_t>(row) * p.num_partials + first / kOutputs;
-    p.partial_value[slot] = best;
-    p.partial_id[slot] = id;
+    p.partial_value[slot] = best.value;
+    p.partial_id[slot] = best.id;
   }
 }
 

@@ -6,6 +6,7 @@
 // feature f + 8, f = 16*(t/32) + (t%32)/4: the accumulator layout of wgmma m64nN and of four warps
 // of mma.m16n8k16 alike.
 #pragma once
+#include "best.cuh"
 #include "row_linear_plan.h"
 
 namespace orthrus::cuda {
@@ -13,17 +14,6 @@ namespace orthrus::cuda {
 // A number that the compiler does not know takes all 16 barriers of a CTA, of 64 in Hopper's SM: enough for two CTAs and
 // a norm's. Numbers that it knows take 4, and have it spill registers in two of the wgmma variants.
 __device__ __forceinline__ void group_sync(int group) { named_barrier(group + 1, kGroupThreads); }
-
-// Running best logit of each token in this CTA, one entry per group and token.
-struct BestLogit {
-  float value;
-  int32_t id;
-};
-
-// NaN compares false and so never wins; equal values go to the lower id.
-__device__ __forceinline__ bool beats(float value, int32_t id, const BestLogit& best) {
-  return value > best.value || (value == best.value && id < best.id);
-}
 
 // A CTA's partial sum of a cut tile: the one that its range starts inside of, or ends inside of.
 template <int kTokens>
@@ -193,18 +183,13 @@ __device__ __forceinline__ void silu_mul(float (&v)[8], const float* staged) {
 }
 
 // Updates a token's best with the 8 features of each of its 8 threads.
-__device__ __forceinline__ void keep_best(BestLogit* best, const float (&v)[8], int count, int feature) {
-  BestLogit top{-INFINITY, feature};
+__device__ __forceinline__ void keep_best(Best* best, const float (&v)[8], int count, int feature) {
+  Best top{-INFINITY, feature};
 #pragma unroll
   for (int i = 0; i < 8; ++i)
     if (i < count && v[i] > top.value) top = {v[i], feature + i};
-#pragma unroll
-  for (int lane = 4; lane; lane /= 2) {
-    const float value = __shfl_xor_sync(~0u, top.value, lane);
-    const int32_t id = __shfl_xor_sync(~0u, top.id, lane);
-    if (beats(value, id, top)) top = {value, id};
-  }
-  if (threadIdx.x % 8 == 0 && beats(top.value, top.id, *best)) *best = top;
+  top = warp_best<8>(top);
+  if (threadIdx.x % 8 == 0 && beats(top, *best)) *best = top;
 }
 
 // A thread's number within its group, worked out where it is used: registers are dearer in a loop.
@@ -218,7 +203,7 @@ __device__ __forceinline__ uint32_t thread_here() {
 // consecutive features of one token. Called by all threads of a group.
 template <int kTokens, class Sums>
 __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, int row_begin, int row_end, int group,
-                             float* staging, BestLogit* best) {
+                             float* staging, Best* best) {
   const RowLinearParams& p = args.p;
   const Epilogue epilogue = p.epilogue;
   uint4 residual;  // where aligned: used only where it was loaded
@@ -272,9 +257,10 @@ __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, in
   }
 }
 
+// `best` holds the running best logit of each token in this CTA, one entry per group and token.
 // Before the first tile of a row tile: nothing seen, and the lowest id of the CTA's range.
 template <int kTokens>
-__device__ void reset_best(const RowLinearArgs& args, BestLogit* best, int group) {
+__device__ void reset_best(const RowLinearArgs& args, Best* best, int group) {
   const int first_block = args.plan.range_begin(blockIdx.x) / args.plan.k_blocks * args.plan.blocks_per_tile;
   for (int token = threadIdx.x % kGroupThreads; token < kTokens; token += kGroupThreads)
     best[group * kTokens + token] = {-INFINITY, first_block * kBlock};
@@ -282,14 +268,11 @@ __device__ void reset_best(const RowLinearArgs& args, BestLogit* best, int group
 
 // After the last tile of a row tile, by all groups together, between two CTA-wide barriers.
 template <int kTokens>
-__device__ void write_best(const RowLinearArgs& args, const BestLogit* best, int row_begin, int row_end) {
+__device__ void write_best(const RowLinearArgs& args, const Best* best, int row_begin, int row_end) {
   for (int token = threadIdx.x; token < kTokens && row_begin + token < row_end;
        token += args.plan.blocks_per_tile * kGroupThreads) {
-    BestLogit top = best[token];
-    if (args.plan.blocks_per_tile == 2) {
-      const BestLogit other = best[kTokens + token];
-      if (beats(other.value, other.id, top)) top = other;
-    }
+    Best top = best[token];
+    if (args.plan.blocks_per_tile == 2 && beats(best[kTokens + token], top)) top = best[kTokens + token];
     const int64_t slot = static_cast<int64_t>(row_begin + token) * args.p.num_partials + blockIdx.x;
     args.p.partial_value[slot] = top.value;
     args.p.partial_id[slot] = top.id;

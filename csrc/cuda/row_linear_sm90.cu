@@ -62,7 +62,7 @@ struct Ring {
     return reinterpret_cast<uint8_t*>(&shared + 1) + stage * stage_bytes<kTokens>(blocks) + block * kBlockBytes;
   }
   __device__ uint8_t* x(int stage) const { return weight(stage, blocks); }
-  __device__ BestLogit* best() const { return reinterpret_cast<BestLogit*>(weight(num_stages, 0)); }
+  __device__ Best* best() const { return reinterpret_cast<Best*>(weight(num_stages, 0)); }
 };
 
 struct Cursor {
@@ -389,7 +389,7 @@ int launch_variant(const RowLinearArgs& plain, void* stream, const DeviceInfo& d
   constexpr int room = (kSharedPerSm - (ctas == 1 ? 0 : kSharedOfOthers)) / ctas - kSharedOfCta - sizeof(Shared);
   static_assert(room / stage_bytes<kTokens>(2) >= 3);
   const bool argmax = args.p.epilogue == Epilogue::kArgmax;
-  const int best = argmax ? blocks * kTokens * static_cast<int>(sizeof(BestLogit)) : 0;
+  const int best = argmax ? blocks * kTokens * static_cast<int>(sizeof(Best)) : 0;
   args.num_stages = min((room - best) / stage_bytes<kTokens>(blocks), kMaxStages);
   const int shared = sizeof(Shared) + args.num_stages * stage_bytes<kTokens>(blocks) + best;
 
