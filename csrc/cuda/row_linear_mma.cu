@@ -19,7 +19,7 @@ struct Stream {
   static constexpr int kThreads = kBlocks * kGroupThreads;
   static constexpr int kStageBytes = kBlocks * kBlockBytes + kTokens * kBlock * 2;
   static constexpr int kFixedBytes =
-      kBlocks * (kStagingFloats * 4 + 8) + (kPrefill ? 0 : kBlocks * kTokens * static_cast<int>(sizeof(Best)));
+      kBlocks * (kStagingFloats * 4 + 4) + (kPrefill ? 0 : kBlocks * kTokens * static_cast<int>(sizeof(Best)));
   static constexpr int kFit = (kSharedBudget - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFit < kMaxStages ? kFit : kMaxStages;
 
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
   const int group = threadIdx.x / kGroupThreads;
   float* staging = reinterpret_cast<float*>(shared + S::kStages * S::kStageBytes);
   int32_t* flags = reinterpret_cast<int32_t*>(staging + kBlocks * kStagingFloats);
-  Best* best = reinterpret_cast<Best*>(flags + 2 * kBlocks);
+  Best* best = reinterpret_cast<Best*>(flags + kBlocks);
   staging += group * kStagingFloats;
   S stream{args, shared, 0, 0, 0, false};
   float acc[kTokens / 2];
