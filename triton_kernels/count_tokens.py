@@ -16,7 +16,7 @@ def _count_kernel(output_ptr, num_output_ptr, counts_ptr, num_counted_ptr, capac
     for i in range(first, total):
         same = token == tl.load(output_ptr + slot * capacity + i % capacity)
         times += same.to(tl.int32)
-        mine = mine & ((i >= index) | (same == 0))  # the first lane alone of a token: no two touch one count
+        mine = mine & ((i >= index) | (same == 0))  # only a token's first lane: no two write one count
     mine = mine & (token >= 0) & (token < vocab)
     at = counts_ptr + slot * vocab + token
     count = tl.load(at, mask=mine, other=0)

@@ -13,7 +13,7 @@ def _capable(index: int) -> bool:
 
 
 def launch_options(device: torch.device) -> dict:
-    """Keyword arguments of a launch whose kernel calls gdc_wait before it reads or writes, where the card can.
+    """Launch options of a kernel that calls gdc_wait before it touches anything but weights: PDL where the card can.
 
     ``ORTHRUS_CUDA_PDL=0`` turns it off, here and in the native module.
     """
@@ -26,8 +26,8 @@ PREFERRED_SHARED_MEMORY_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_...
 
 
 def share_multiprocessors(kernel) -> None:
-    """Have ``kernel``, what a launch returned, run with the shared memory of the native kernels, all there is: one that
-    wants another division of it cannot begin on a multiprocessor before theirs have left.
+    """Give ``kernel``, what a launch returned, the shared-memory carve-out of the native kernels, the largest: a kernel
+    with another one cannot begin on a multiprocessor before theirs have left.
     """
     if kernel is not None and getattr(kernel, "function", None):  # not so in the interpreter
         _carve_out(kernel.function)

@@ -270,7 +270,7 @@ def _draw_kernel(
     score = tl.load(y_ptr + row * vocab + token, mask=token < vocab, other=float("-inf"))
     if sampled:
         score = tl.where(score >= cut, score, float("-inf"))
-        if (tl.max(score, 0) > float("-inf")) & (position >= 0):  # noise is dear: most tiles keep nothing
+        if (tl.max(score, 0) > float("-inf")) & (position >= 0):  # noise is costly, and most tiles keep nothing
             quad = (tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
             zero = quad * 0
             chosen = zero + (position + 1).to(tl.uint32)

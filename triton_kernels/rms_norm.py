@@ -15,7 +15,7 @@ def rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < hidden
-    # The weight is a constant of the model: it may be read before the predecessor's results are there.
+    # The weight is a constant of the model: it may be read before the predecessor has finished.
     weight = tl.load(weight_ptr + lane, mask=inside, other=0.0)
     if PDL:
         gdc_launch_dependents()

@@ -1,5 +1,5 @@
-// Tile registers of AMX: 16 rows of 64 bytes each. A product adds, to a tile of fp32 [m][16], the dots of bf16
-// rows [m][32] with 16 columns whose pairs of elements lie side by side, [16][16][2] (the words of simd.h).
+// Tile registers of AMX: 16 rows of 64 bytes each. A product adds to a tile of fp32 sums [m][16] the dot products
+// of bf16 rows [m][32] and 16 columns, which are stored as pairs of elements, [16][16][2] (the words of simd.h).
 //
 // A step of a product adds, to every sum, two chains over 32 elements (the even ones, the odd ones), denormals counting
 // as zero. An output is a chain of steps over its own row and column alone, so a row's bits depend neither on m nor on
@@ -7,7 +7,7 @@
 #pragma once
 #include "simd.h"
 
-#include <amx_tiles.h>  // of the include path: tests have a twin
+#include <amx_tiles.h>  // in <>, so that tests can put their own on the include path
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 

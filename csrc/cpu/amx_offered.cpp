@@ -9,8 +9,8 @@
 
 namespace orthrus::cpu::amx_bf16 {
 
-// Tiles want the system's leave, which is asked for here: it is for the process, all its threads and children, and
-// makes signal stacks hold 8 KB more (one that is too small already is a refusal).
+// Tiles need the system's permission, which this asks for: it covers all threads and children of the process, and
+// makes signal frames 8 KB larger (it is refused where a signal stack is too small for that).
 bool tiles_offered() {
 #if defined(__linux__)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;

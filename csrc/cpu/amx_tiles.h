@@ -1,4 +1,4 @@
-// The tile instructions of AMX, no policy. The tests have a twin in software.
+// The tile instructions of AMX, no policy. The tests have the same in software.
 #pragma once
 #include <cstdint>
 
@@ -37,7 +37,7 @@ template <Tile kTile>
 ORTHRUS_INLINE void tile_load(const void* from, int64_t row_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(kTile) : "memory");
 }
-// The same for what will not be read again soon: it leaves the L1 cache to what is.
+// The same for data that is not read again soon: a hint to keep it out of L1.
 template <Tile kTile>
 ORTHRUS_INLINE void tile_stream(const void* from, int64_t row_bytes) {
   asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(kTile) : "memory");

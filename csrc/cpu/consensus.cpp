@@ -11,7 +11,7 @@
 namespace orthrus::cpu {
 namespace {
 
-// `none`: no partial maximum is above -inf, and the id is only the first one's.
+// `none`: no partial maximum is above -inf, and the id is merely the first one's.
 struct Choice {
   int32_t id;
   bool none;
@@ -81,7 +81,7 @@ bool is_stop(const SlotState& s, int32_t slot, int32_t token) {
   return token >= 0 && std::find(ids, ids + s.max_stop_ids, token) != ids + s.max_stop_ids;
 }
 
-// The drafts behind a rejected one were made for these very positions: they stay, in doubt.
+// The drafts behind the rejected one were made for these very positions: they stay, in doubt.
 void keep_tail(const SlotState& s, int32_t slot, int32_t num_drafts, int32_t accepted) {
   int32_t* block = s.block_tokens + int64_t{slot} * s.max_block_len;
   int32_t* runner_up = s.runner_up + int64_t{slot} * s.max_block_len * (kCandidates - 1);
@@ -97,7 +97,7 @@ void keep_tail(const SlotState& s, int32_t slot, int32_t num_drafts, int32_t acc
   s.num_drafts[slot] = count;
 }
 
-// The next drafts, from the block that supposed what happened.
+// The next drafts, from the block whose hypothesis came true.
 void take_block(const ConsensusParams& p, int32_t slot, const Hit& hit, int32_t bonus) {
   const SlotState& s = p.state;
   const int64_t rows = int64_t{slot} * p.rows_per_slot + p.block_len * (1 + hit.block);

@@ -39,14 +39,14 @@ bool has_amx_bf16() { return has_avx512_bf16() && amx_bf16::tiles_offered(); }
 bool always() { return true; }
 
 #if defined(ORTHRUS_HAS_avx512_bf16)
-// A vdpbf16ps does the work of two fused products, and takes as long as four of them on Intel's cores.
+// A vdpbf16ps does the work of two fused multiply-adds, and takes as long as four of them on Intel's cores.
 bool has_fast_vdpbf16ps() { return !__builtin_cpu_is("intel"); }
 #endif
 
 struct Choice {
   const char* name;
   bool (*offered)();
-  bool (*preferred)();  // if offered, and not named, to those below
+  bool (*preferred)();  // to those below, if offered and none is named
   const Variant* variant;
 };
 
@@ -109,7 +109,7 @@ void record_or(const Params& p, Run run) {
   }
 }
 
-// Whether the groups are what they have to be is known only now: a tape's may differ from replay to replay.
+// Groups can only be checked when the op runs: those that a tape reads may differ from replay to replay.
 void check_groups(const Rows& rows) {
   const auto check = [&](int32_t group, int32_t row) {
     if (rows.group_start[group] == row) return;

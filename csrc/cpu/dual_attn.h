@@ -3,10 +3,10 @@
 // A prefix is cut into splits at fixed absolute positions. The keys of a split are taken 64 at a time, in an online
 // softmax that begins anew with every split, and a query's splits are folded in ascending order; a block's own keys
 // come last, within the last split of the query's prefix. A query is one row's head; a tile holds queries that share
-// a KV head, as many as its arithmetic likes. A key that a query does not see never enters that query's sums, nor a
-// split of which it sees nothing, so tiles change no bit and unused cache may hold anything.
+// a KV head, as many as suit its arithmetic. Neither a key that a query does not see nor a split of which it sees
+// nothing enters its sums, so tiles change no bit and unused cache may hold anything.
 //
-// Two ways to the same bits: a tile folds its splits one by one (many tiles: prefill), or every split is an item of
+// Two ways to the same bits: a tile folds its splits one by one (many tiles: prefill), or every split is a work item of
 // its own, and its sums are kept until all are there to be folded (few tiles: decoding).
 //
 // Rounding points: weights, before their sum and their product with the values, and the output.
@@ -30,15 +30,15 @@ static_assert(kSplitKeys % kKeys == 0);  // so that 64 keys of a prefix are one 
 // At least one: for the block, if there is no prefix.
 ORTHRUS_INLINE int64_t num_splits(int64_t prefix_len) { return max_of(1, div_up(prefix_len, kSplitKeys)); }
 
-// Where the next 64 keys and values lie: on a page of their own, which the processor cannot foresee.
+// Where the next 64 keys and values lie: on a page of their own, which the hardware prefetcher cannot foresee.
 class KeysAhead {
  public:
   KeysAhead() = default;
   ORTHRUS_INLINE KeysAhead(const void* k, const void* v, int64_t num_bytes)
       : at_(static_cast<const char*>(k)), end_(at_ + num_bytes), v_(static_cast<const char*>(v)), v_bytes_(num_bytes) {}
 
-  // Prefetches `count` lines more, keys first, as far as there are any. A few at a time, amid all of the arithmetic: a
-  // processor that has as many under way as it can does nothing else until some arrive.
+  // Prefetches the next `count` lines, keys first, until none is left. A few at a time, all through the arithmetic: a
+  // processor with as many loads in flight as it can have stalls until some arrive.
   ORTHRUS_INLINE void prefetch_lines(int64_t count) {
     for (; count > 0; --count, at_ += kLineBytes) {
       if (at_ == end_) {
@@ -65,7 +65,7 @@ struct KeyRows {
   const T* k_row[kKeys];
   const T* v_row[kKeys];
   int64_t num_keys;
-  int32_t visible[kMaxQueries];  // the first so many keys are visible to the query
+  int32_t visible[kMaxQueries];  // how many of them, the first ones, the query sees
 };
 
 template <typename T>
@@ -79,7 +79,7 @@ struct QueryRows {
   int64_t longest;  // of the prefixes
   int64_t head_dim;
   float scale;
-  Sums sums;  // of the split at hand
+  Sums sums;  // of the current split
 };
 
 struct TileItem {
@@ -164,7 +164,7 @@ ORTHRUS_INLINE void attend_block(const DualAttnParamsOf<T>& p, const TileItem& i
   }
 }
 
-// Into `sums`, what the queries have of one split.
+// The queries' sums over one split, written to `sums`.
 template <typename Tile, typename T>
 inline void attend_split(const DualAttnParamsOf<T>& p, const TileItem& item, int64_t split, Tile& queries,
                          const Sums& sums) {
@@ -236,7 +236,7 @@ inline void fold_splits(const DualAttnParamsOf<T>& p, int64_t first, const Split
 template <typename Tile>
 inline void dual_attn(const DualAttnParamsOf<typename Tile::Element>& p) {
   constexpr int64_t kItemsPerThread = 2;  // with fewer, threads wait for the last
-  constexpr int64_t kMaxFloats = 32 << 20;  // which the thread keeps
+  constexpr int64_t kMaxFloats = 32 << 20;  // memory that the thread keeps
   const int64_t heads_per_kv = p.num_heads_q / p.kv.num_heads_kv;
   const int64_t tiles = div_up(p.rows.max_group_rows * heads_per_kv, Tile::kQueries);
   const int64_t num_items = p.rows.num_groups * tiles * p.kv.num_heads_kv;

@@ -1,9 +1,9 @@
 // Query tiles of dual_attn on AMX, 16 or 32 queries.
 //
-// Scores are made transposed, keys x queries: keys come as they lie in the cache, and the softmax runs down
-// the lanes, a query each. Weights e^(score - maximum) are rounded to bf16; their sum and their product with the values
-// take the rounded ones. A key that a query does not see has weight zero, which changes no sum but -0 (to +0; finish()
-// makes both alike); values that are not finite are taken out of the product and added for the queries that see them.
+// Scores are computed transposed, keys x queries: keys are read as they lie in the cache, and in the softmax each lane
+// is a query. Weights e^(score - maximum) are rounded to bf16; their sum and their product with the values use the
+// rounded ones. A key that a query does not see has weight zero, which at most turns a sum of -0 into +0 (finish()
+// makes both +0); values that are not finite are kept out of the product and added for the queries that see them.
 #pragma once
 #include <immintrin.h>
 
@@ -18,14 +18,14 @@ struct AmxTile : QueryRows<bf16_t> {
 
   alignas(64) uint32_t q_words[2][kMaxHeadDim / 2][kTileHeight];  // the queries transposed, in words
   alignas(64) uint32_t v_words[kPairs * kMaxHeadDim];             // [pair of keys][head_dim]
-  alignas(64) bf16_t k_copy[2][kTileHeight * kMaxHeadDim];        // rows of keys that do not lie evenly
+  alignas(64) bf16_t k_copy[2][kTileHeight * kMaxHeadDim];        // keys that are not evenly spaced
   alignas(64) float score[kKeys][kQueries];
   alignas(64) uint32_t weight_words[kPairs][kTileHeight];
   alignas(64) bf16_t weight[kQueries][kKeys];                     // e^(score - top)
   alignas(64) int32_t visible[kQueries];
 
   bool two() const { return num_queries > kTileHeight; }
-  // To prefetch for every two keys, in each of two loops over them.
+  // Lines to prefetch per two keys, in each of two loops over them.
   int64_t lines_ahead() const { return div_up(kKeys * head_dim * sizeof(bf16_t), kPairs * kLineBytes); }
   int64_t depth() const { return div_up(head_dim, kTileDepth) * kTileDepth; }
 
@@ -78,7 +78,7 @@ struct AmxTile : QueryRows<bf16_t> {
     }
   }
 
-  // 16 keys from `first` on as rows of a tile: in place if they lie evenly, else in a copy with zeros behind.
+  // 16 keys from `first` on as rows of a tile: in place if evenly spaced, else in a zero-padded copy.
   ORTHRUS_INLINE TileRows rows_of_keys(const KeyRows<bf16_t>& keys, int64_t first, bf16_t* copy) {
     const int64_t count = min_of(kTileHeight, keys.num_keys - first);
     const int64_t stride = count > 1 ? keys.k_row[first + 1] - keys.k_row[first] : 0;
@@ -117,7 +117,7 @@ struct AmxTile : QueryRows<bf16_t> {
     }
   }
 
-  // Scores of 16 queries to weights: new maxima, e^(score - maximum), running sums, the old mixture decayed.
+  // Turns the scores of 16 queries into weights: new maxima, e^(score - maximum), running sums; decays the old mixture.
   ORTHRUS_INLINE void make_weights(int t, KeyRows<bf16_t>& keys) {
     const Vec none = set1(-__builtin_inff());
     const __m512i seen = _mm512_load_si512(&visible[t * kTileHeight]);
@@ -135,7 +135,7 @@ struct AmxTile : QueryRows<bf16_t> {
     }
     const Vec old_top = load(sums.top + t * kTileHeight);
     const Vec new_top = max(old_top, max(max(best[0], best[1]), max(best[2], best[3])));
-    // Against nothing seen yet, e^(-inf) is 0, and e^(-inf + inf) would be NaN.
+    // 0 where nothing has been seen yet: e^(-inf + inf) would be NaN.
     const Vec base = _mm512_mask_mov_ps(new_top, _mm512_cmp_ps_mask(new_top, none, _CMP_EQ_OQ), zero());
     const Vec fade = exp(sub(old_top, base));
     Vec sum[2] = {zero(), zero()};
@@ -177,7 +177,7 @@ struct AmxTile : QueryRows<bf16_t> {
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
 
-  // v_words of as many pairs as steps of a product read, zeros behind the keys; whether all values are finite.
+  // Fills v_words, zero-padded to whole steps of a product; returns whether all values are finite.
   ORTHRUS_INLINE bool pair_values(KeyRows<bf16_t>& keys) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fff7fff);
     __m512i largest = _mm512_setzero_si512();

@@ -1,6 +1,5 @@
-// Query tiles of dual_attn on vectors. Scores: dot over ascending words of lanes. Weights e^(score - maximum) are
-// rounded to T; their sum and, by dot over ascending words of keys, their product with the values take the
-// rounded ones.
+// Query tiles of dual_attn on vectors. Scores: dot() over ascending words of dims. Weights e^(score - maximum) are
+// rounded to T; their sum and their product with the values, dot() over ascending words of keys, use the rounded ones.
 #pragma once
 #include "dual_attn.h"
 
@@ -94,7 +93,7 @@ inline void score_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t firs
   }
 }
 
-// Scores to weights, for queries [first, first + kCount): new maxima, e^(score - maximum), running sums.
+// Turns the scores of queries [first, first + kCount) into weights: new maxima, e^(score - maximum), running sums.
 template <int kCount, typename T>
 inline void weigh_queries(VectorTile<T>& queries, int64_t first, int64_t num_vecs) {
   static_assert(kCount <= kLanes);
@@ -119,7 +118,7 @@ inline void weigh_queries(VectorTile<T>& queries, int64_t first, int64_t num_vec
   }
 }
 
-// Lane i: element d + i of the rows of as many keys as a word holds.
+// Lane i: the word of element d + i of two keys' rows (bf16), or of one's (float).
 ORTHRUS_INLINE WordVec zip_words(const bf16_t* const* rows, int64_t d) { return zip_pairs(rows[0] + d, rows[1] + d); }
 ORTHRUS_INLINE WordVec zip_words(const float* const* rows, int64_t d) { return load_words(rows[0] + d); }
 
@@ -190,7 +189,7 @@ inline void attend_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t fir
 template <typename T>
 ORTHRUS_INLINE void VectorTile<T>::attend(KeyRows<T>& keys) {
   transpose_keys(keys, head_dim, k_words);
-  // A step of mixing, and half as many one of scoring: with the transposition's, all that is ahead in one round.
+  // For each step of mixing, half as many for one of scoring: with those of the transposition, all that is ahead.
   const int64_t lines = div_up(4, div_up(num_queries, kTileQueries));
   for (int64_t first = 0, last; first < num_queries; first = last) {
     last = first + 1;

@@ -1,5 +1,5 @@
-// How the processor rounds in the calling thread: to nearest, subnormal numbers included. Some libraries have it flush
-// those to zero, for a thread at a time; results must not depend on which thread computes them.
+// How the calling thread rounds: to nearest, subnormal numbers included. Some libraries make a thread flush those to
+// zero; results must not depend on which thread computes them.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,7 @@
 
 namespace orthrus::cpu {
 
-// The default while it lives, then what was before.
+// Sets the default while it lives, then restores what was before.
 class FloatMode {
  public:
   FloatMode() : before_(get()) {

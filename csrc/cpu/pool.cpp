@@ -26,8 +26,8 @@
 namespace orthrus::cpu {
 namespace {
 
-// Ops of one pass follow each other within microseconds: workers spin some tens of them, then sleep,
-// so that idle workers leave the cores to torch's own threads.
+// Ops of one pass follow each other within microseconds: workers spin for some tens of them, then sleep,
+// which leaves the cores to torch's own threads.
 constexpr int kSpins = 4000;
 
 inline void pause_cpu() {
@@ -38,7 +38,7 @@ inline void pause_cpu() {
 #endif
 }
 
-// A thread of the pool. Regions for fewer threads than `place` are not for it.
+// A thread of the pool. It takes no part in regions of `place` threads or fewer.
 struct Worker {
   const int place;  // 1 ...; the caller is 0
   std::atomic<bool> asleep{false};
@@ -47,11 +47,10 @@ struct Worker {
   explicit Worker(int at) : place(at) {}
 };
 
-// It lasts as long as the process, and only grows: programs and threads that ask for different numbers by turns find
-// theirs ready.
+// It lives as long as the process and only grows: callers that alternate between numbers of threads find theirs ready.
 class Pool {
  public:
-  // Throws where the system does not start as many; those that it did start stay, and the next call tries again.
+  // Throws where the system does not start that many; those that it did start stay, and the next call tries again.
   void grow(int num_threads) {
     while (this->num_threads() < num_threads) {
       Worker& worker = workers_.emplace_back(this->num_threads());
@@ -70,9 +69,8 @@ class Pool {
     }
   }
 
-  // Returns when every chunk is done; throws what the first that failed has thrown. A worker that the system has not
-  // woken yet, or has put aside for another process, holds up no more than the chunk that it is in: the others take the
-  // rest.
+  // Returns when every chunk is done; rethrows the first exception. A worker that the system has not woken yet, or has
+  // preempted, holds up no more than the chunk that it is in: the others take the rest.
   void run(int num_threads, int64_t num_items, int64_t num_chunks, void (*body)(void*, int64_t, int64_t),
            void* context) {
     num_items_ = num_items;
@@ -98,12 +96,12 @@ class Pool {
     for (Worker& worker : workers_) {
       if (worker.place >= num_threads) return;
       if (!worker.asleep.load()) continue;
-      { std::lock_guard<std::mutex> lock(mutex_); }  // a worker that is falling asleep must not miss the news
+      { std::lock_guard<std::mutex> lock(mutex_); }  // a worker that is falling asleep must not miss the wake-up
       worker.wake.notify_one();
     }
   }
 
-  // Claims the next chunk and runs it; false if none is left. The region's fields hold still from
+  // Claims the next chunk and runs it; false if none is left. The region's fields do not change from
   // a successful claim until that chunk is counted as finished.
   bool run_chunk() {
     int64_t left = unclaimed_.load(std::memory_order_acquire);
@@ -123,7 +121,7 @@ class Pool {
 
   void work(Worker& worker) {
     FloatMode::set_default();  // or it would have that of the thread which started it
-    // Of a region that has just ended, the number may be an older one: it is then a thread more that takes a chunk.
+    // The number may still be that of the region before: then a thread too many takes a chunk, which does no harm.
     const auto takes_part = [&] { return worker.place < wanted_.load(std::memory_order_relaxed); };
     while (true) {
       for (int spins = 0; spins < kSpins; ++spins) {
@@ -167,7 +165,7 @@ void parallel_chunks(int64_t num_items, int64_t num_chunks, void (*body)(void*, 
   if (num_items <= 0) return;
   const int wanted = wanted_threads.load(std::memory_order_relaxed);
   std::unique_lock<std::mutex> lock(region, std::defer_lock);
-  // Another Python thread inside an op keeps the pool; this one then works alone: same bits.
+  // While another Python thread's op has the pool, this one works alone: same bits.
   if (wanted == 1 || num_chunks <= 1 || !lock.try_lock()) return body(context, 0, num_items);
   if (pool == nullptr) {
     static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_in_child);

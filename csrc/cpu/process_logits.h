@@ -182,7 +182,7 @@ struct LogitRow {
     return count;
   }
 
-  // The smallest set of largest values that has `target` of them or as much mass; `found` holds vocab + 16 values.
+  // A cut that keeps no more values than it takes to have `target` or as much mass; `found` has room for vocab + 16.
   template <bool kByMass>
   inline float cut_at(int64_t target, float* found) const {
     int64_t reached = 0;
@@ -252,7 +252,7 @@ ORTHRUS_INLINE float penalised(float y, int32_t count, const float* penalties) {
   return count > 0 ? less : seen;
 }
 
-// Penalties, bias and stop mask of pass row r. `kept` holds as many values as the row has drafts before it.
+// Penalties, bias and stop mask of pass row r. `kept` has room for as many values as the row has drafts before it.
 inline void edit(const ProcessLogitsParams& p, int64_t r, float* y, float* kept) {
   const SlotEdits& e = p.edits;
   const int64_t slot = p.rows.seq[r], vocab = p.vocab_size;

@@ -22,11 +22,11 @@ struct Ahead {
   const char* from;
   int64_t lines;
 };
-// Distance at which a lone tile, which reads each weight once, runs ahead of itself.
+// How far ahead a lone tile, which reads each weight once, prefetches.
 constexpr int kAheadBytes = 16384;
 constexpr int kStepBytes = kStrip * sizeof(uint32_t);
-// Inputs of a block of rows, in bytes, and rows of such a block at least: what is widened, or meets strips in groups,
-// should stay in the L2 cache.
+// Bytes of inputs in a block of rows, and its rows at least: what is widened, or multiplied by groups of strips, should
+// stay in the L2 cache.
 constexpr int64_t kRowBlockBytes = 1 << 20;
 constexpr int64_t kMinRowBlock = 48;
 
@@ -123,7 +123,7 @@ ORTHRUS_INLINE void finish_lanes(Vec v, const T* residual, T* out, int64_t count
   for (int64_t i = 0; i < count; ++i) out[i] = from_float<T>(residual ? lanes[i] + to_float(residual[i]) : lanes[i]);
 }
 
-// Folds 32 values of ids first_id ... first_id + count - 1 into a maximum: the lowest id among equals, no NaN.
+// Folds the values of ids first_id ... first_id + count - 1 into a maximum: ties to the lowest id, NaN never wins.
 ORTHRUS_INLINE void update_argmax(const float* acc, int64_t first_id, int64_t count, float* best, int32_t* best_id) {
   const float none = -__builtin_inff();
   const Vec lo = keep_first(replace_nan(load(acc), none), count, none);
@@ -137,7 +137,7 @@ ORTHRUS_INLINE void update_argmax(const float* acc, int64_t first_id, int64_t co
   *best_id = static_cast<int32_t>(first_id + (in_lo < kLanes ? in_lo : kLanes + first_equal(hi, top)));
 }
 
-// num_rows rows of 32 accumulators of `strip` to where the epilogue wants them.
+// The epilogue of num_rows rows of `strip`, 32 accumulators each.
 template <typename T>
 ORTHRUS_INLINE void finish_rows(const RowLinearParamsOf<T>& p, const float* acc, int64_t first_row, int64_t num_rows,
                                 int64_t strip) {

@@ -1,42 +1,42 @@
-// row_linear of bf16 on AMX tiles, over the same packed weights: two of its words make a row of a column tile.
+// row_linear of bf16 on AMX tiles, over the same packed weights: each of their WordVecs is a row of a column tile.
 //
-// A strip of 32 outputs meets 32 rows at a time, a pair of tiles, in 2 x 2 products. Rows are cut into tiles of one
-// height, so that one set of shapes serves them all; the last tile overlaps its neighbour where they do not come out
-// even, and computes the shared rows' bits again.
+// A strip of 32 outputs is multiplied by 32 rows at a time, a pair of tiles, in 2 x 2 products. Rows are cut into tiles
+// of one height, so that one set of shapes serves them all; where they do not come out even, the last tile overlaps its
+// neighbour and computes the shared rows' bits again.
 //
-// A pair meets a group of strips before the next pair does: its rows then stay in the L1 cache, the group in the L2
-// cache. Products, memory and what is done with the sums must overlap, but loads that miss hold up the tile loads
-// behind them, and the processor looks only some steps ahead. So every pair prefetches its share of the next group,
-// a few lines at a time between tile loads, and the sums of one strip are finished amid the steps of the next.
+// A pair goes through a group of strips before the next pair does: its rows then stay in the L1 cache, the group in the
+// L2 cache. Products, memory and epilogues must overlap, but loads that miss hold up the tile loads behind them, and
+// the processor looks only some steps ahead. So every pair prefetches its share of the next group, a few lines at a
+// time between tile loads, and the sums of one strip are finished in the middle of the next.
 #pragma once
 #include "amx.h"
 #include "row_linear.h"
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-// A block of rows is larger than vectors' are: products here are so fast that reading the strips again would tell.
+// Blocks of rows are larger than with vectors: products are so fast here that reading the strips again would show.
 constexpr int64_t kMinTileRowBlock = 256;
 // Bytes of a strip that one step over k reads.
 constexpr int64_t kTileStepBytes = kTileDepth / 2 * kStepBytes;
 
 // Strips of a group, in bytes.
 constexpr int64_t kGroupBytes = 144 << 10;
-// Distance at which those who read a strip that nobody has prefetched run ahead of themselves.
+// How far ahead a pair prefetches a strip that no pair before it has prefetched.
 constexpr int64_t kTileAheadBytes = 8192;
-// Of a step's 32 lines, those of the next group that are prefetched, by all pairs together: the processor, which sees
+// How many of a step's 32 lines of the next group all pairs together prefetch: the hardware prefetcher, which sees
 // them in order, fetches the rest. To prefetch all of them takes longer.
 constexpr int64_t kPrefetchedLines = 24;
 // Places within a step of two tiles where lines are prefetched.
 constexpr int64_t kPrefetchPlaces = 4;
 
-// The last in_features % 32 inputs, zeros behind them: neither a row nor a strip may be read past its end.
+// The last in_features % 32 inputs, zero-padded: neither a row nor a strip may be read past its end.
 struct TileTail {
   alignas(64) bf16_t rows[2][kTileHeight][kTileDepth];
   alignas(64) char columns[kTileStepBytes];
 };
 
-// One or two tiles of rows: `height` rows each from x[t], which is row[t], on. The first again[t] of them are another
-// tile's too, and finished there.
+// One or two tiles of `height` rows each: tile t begins at row[t], which lies at x[t]. Its first again[t] rows belong
+// to another tile too, and are finished there.
 struct TilePair {
   int num_tiles;
   int64_t height;
@@ -64,7 +64,7 @@ ORTHRUS_INLINE TilePair tile_pair(const RowLinearParamsOf<bf16_t>& p, int64_t be
 template <bool kTwo>
 inline __attribute__((noinline)) void multiply_steps(const TilePair& rows, int64_t in_features, const char* w,
                                                      int64_t begin, int64_t end, Ahead ahead) {
-  // Evenly between the tile loads if there are many of these; a lone tile only loses time by that.
+  // Two tiles spread them evenly between their loads; a lone tile only loses time by that.
   const int64_t lines = kTwo ? ahead.lines / kPrefetchPlaces : ahead.lines;
   const char* from = ahead.from + begin * ahead.lines * kLineBytes;
   const auto prefetch_lines = [&]() ORTHRUS_LAMBDA {
@@ -120,7 +120,7 @@ ORTHRUS_INLINE void finish_sums(const RowLinearParamsOf<bf16_t>& p, const StripS
   }
 }
 
-// Makes the sums of sums.rows against sums.strip, at w, and finishes `last` on the way, if there is one.
+// Computes the sums of sums.rows against sums.strip, at w, and finishes `last` on the way, if there is one.
 template <bool kTwo>
 ORTHRUS_INLINE void multiply_strip_amx(const RowLinearParamsOf<bf16_t>& p, const char* w, Ahead ahead,
                                        const StripSums* last, StripSums& sums) {
@@ -186,7 +186,7 @@ ORTHRUS_INLINE void multiply_strips_amx(const RowLinearParamsOf<bf16_t>& p, cons
 template <>
 inline void row_linear(const RowLinearParamsOf<bf16_t>& p) {
   const int64_t most = max_of(kMinTileRowBlock, kRowBlockBytes / (p.in_features * int64_t{sizeof(bf16_t)}));
-  // One run of strips per thread: whoever begins anew finds nothing in its cache.
+  // One run of strips per thread: each run begins with a cold cache.
   parallel_strips(p, 1, [&](int64_t first_strip, int64_t last_strip) {
     for_row_blocks(p, most, [&](const void* weight, int64_t begin, int64_t end) {
       multiply_strips_amx(p, weight, first_strip, last_strip, begin, end);

@@ -94,7 +94,7 @@ ORTHRUS_INLINE bool all_finite(const T* x, int64_t count) {
   return sum == 0.f;
 }
 
-// Zero in place of a value that is not finite, NaN in its place of the key.
+// Zero in place of each element of the value that is not finite, NaN in the same place of the key.
 template <typename T>
 inline void keep_finite(T* value, T* key, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
@@ -127,7 +127,7 @@ ORTHRUS_INLINE void commit_row(const QkvCommitParamsOf<T>& p, int64_t r) {
   T* v_out;
   int64_t stride_head;
   if (is_ar) {
-    if (!valid) return;  // it has no place
+    if (!valid) return;  // nowhere to write
     const int64_t page = p.kv.page_table[int64_t{p.rows.seq[r]} * p.kv.max_pages + position / kPageSize];
     const int64_t at = (page * num_heads_kv * kPageSize + position % kPageSize) * head_dim;
     k_out = p.kv.k_pages + at;

@@ -10,7 +10,7 @@
 
 #define ORTHRUS_INLINE inline __attribute__((always_inline))
 #define ORTHRUS_LAMBDA __attribute__((always_inline))
-#define ORTHRUS_UNROLL _Pragma("GCC unroll 16")  // or arrays of vectors would live in memory
+#define ORTHRUS_UNROLL _Pragma("GCC unroll 16")  // keeps arrays of vectors in registers
 
 #if defined(ORTHRUS_ISA_avx512) || defined(ORTHRUS_ISA_avx512_bf16) || defined(ORTHRUS_ISA_amx_bf16)
 #include "simd_avx512.h"

@@ -60,7 +60,7 @@ ORTHRUS_INLINE uint32_t lanes_at_least(Vec x, float bound) {
 }
 // Lanes that are at least `bound`; a NaN is not.
 ORTHRUS_INLINE int32_t count_at_least(Vec x, float bound) { return __builtin_popcount(lanes_at_least(x, bound)); }
-// The lanes with low <= x < high to out, side by side; how many. May overwrite 16 places.
+// Packs the lanes with low <= x < high at out; returns how many. May overwrite 16 places.
 ORTHRUS_INLINE int32_t compress_between(float* out, Vec x, float low, float high) {
   float lane[16];
   store(lane, x);

@@ -34,7 +34,7 @@ ORTHRUS_INLINE Vec where_less(Vec x, float bound, Vec a, Vec b) {
 ORTHRUS_INLINE int32_t count_at_least(Vec x, float bound) {
   return __builtin_popcount(_mm512_cmp_ps_mask(x, set1(bound), _CMP_GE_OQ));
 }
-// The lanes with low <= x < high to out, side by side; how many. Overwrites all 16 places.
+// Packs the lanes with low <= x < high at out; returns how many. Overwrites all 16 places.
 ORTHRUS_INLINE int32_t compress_between(float* out, Vec x, float low, float high) {
   const __mmask16 mask = _mm512_cmp_ps_mask(x, set1(low), _CMP_GE_OQ) & _mm512_cmp_ps_mask(x, set1(high), _CMP_LT_OQ);
   store(out, _mm512_maskz_compress_ps(mask, x));
@@ -68,7 +68,7 @@ ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
 }
 #else
-// Denormals become zero, as they count in dot2; in the tails of rows that kernels write one by one they stay.
+// Denormals become zero, as dot2 takes them; where kernels write a row's tail element by element, they stay.
 ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
 }

@@ -43,7 +43,7 @@ ORTHRUS_EACH(max(Vec a, Vec b), a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i])
 ORTHRUS_EACH(min(Vec a, Vec b), a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i])
 // Nearest even for |a| < 2^22, by the rounding of the addition itself.
 ORTHRUS_EACH(round(Vec a), (a.lane[i] + 12582912.f) - 12582912.f)
-// The addition leaves n, a whole number, in the low bits; of a NaN, which no integer can hold, something.
+// The addition leaves n, a whole number, in the low bits; converting to an integer would be undefined for a NaN.
 ORTHRUS_EACH(scale_by_pow2(Vec a, Vec n),
              a.lane[i] * as_float((as_bits(n.lane[i] + 12582912.f) - 0x4b400000u + 127u) << 23))
 ORTHRUS_EACH(truncate(Vec a), static_cast<float>(static_cast<int32_t>(a.lane[i])))  // |a| < 2^31
@@ -105,7 +105,7 @@ ORTHRUS_INLINE int32_t count_at_least(Vec x, float bound) {
   for (int i = 0; i < 16; ++i) count += x.lane[i] >= bound;
   return count;
 }
-// The lanes with low <= x < high to out, side by side; how many. May overwrite 16 places.
+// Packs the lanes with low <= x < high at out; returns how many. May overwrite 16 places.
 ORTHRUS_INLINE int32_t compress_between(float* out, Vec x, float low, float high) {
   int32_t count = 0;
   for (int i = 0; i < 16; ++i) {

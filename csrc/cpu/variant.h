@@ -28,7 +28,7 @@ namespace avx512 { extern const Variant kVariant; }
 namespace avx512_bf16 { extern const Variant kVariant; }
 namespace amx_bf16 {
 extern const Variant kVariant;
-bool tiles_offered();  // asks the system; on processors with AVX-512 only
+bool tiles_offered();  // asks the system; to be called where there is AVX-512
 }
 
 }  // namespace orthrus::cpu

@@ -1,9 +1,9 @@
 // Choice, acceptance, stop, commit and staging of one cycle; contract in orthrus/params.h.
 //
 // One launch, one CTA a slot, one warp a row where they suffice. Warps reduce the partial maxima; one thread walks the
-// block in shared memory; all threads write the results. Integers beside the comparisons and the wagers of
+// block in shared memory; all threads write the results. Integer arithmetic but for comparisons and the wagers of
 // hypotheses.h, all in a fixed order, so deterministic; graph-safe: limits, stop ids and lengths are read on the
-// device. Reads 8 bytes a partial (of a one-pass cycle's blocks, the one that hit alone); everything else is small.
+// device. Reads 8 bytes a partial (of a one-pass cycle's blocks, only of the one that hit); everything else is small.
 #include "best.cuh"
 #include "orthrus/hypotheses.h"
 #include "orthrus/launch.cuh"
@@ -16,7 +16,7 @@ namespace {
 constexpr int kMaxThreads = 1024;
 constexpr int kAhead = 8;  // partials of a row in flight per lane
 
-// Calls take(partial) for the partials of one row that fall to this lane; the loads of 256 are in flight at once.
+// Calls take(partial) for this lane's partials of one row; the loads of 256 are in flight at once.
 template <typename Take>
 __device__ void for_each_partial(const float* values, const int32_t* ids, int num_partials, int lane, Take take) {
   for (int first = lane; first < num_partials; first += 32 * kAhead) {
@@ -98,7 +98,7 @@ __device__ void accept(Slot& slot, const int32_t* choices, const int32_t* drafts
   if (emitted > room) emitted = room > 0 ? room : 0;
   slot.finish = slot.cached + 1 + emitted >= slot.limit ? FinishReason::kLength : FinishReason::kRunning;
   for (int i = 0; i < emitted; ++i) {
-    if (is_none[i]) {  // the last one, if any
+    if (is_none[i]) {  // only the last one can be
       emitted = i;
       slot.finish = FinishReason::kNoChoice;
     } else if (is_stop[i]) {
@@ -143,7 +143,7 @@ __device__ Row choice_row(const ConsensusParams& p, int slot, int row) {
   return {p.partial_value + first, p.partial_id + first};
 }
 
-// The choices of the first `count` rows, whether they are any, and whether they are stop ids.
+// The choices of the first `count` rows, whether a row has none, and whether they are stop ids.
 __device__ void read_choices(const ConsensusParams& p, Shared& sh, int count) {
   const int s = blockIdx.x, lane = threadIdx.x % 32;
   for (int i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
@@ -163,7 +163,7 @@ __device__ void read_choices(const ConsensusParams& p, Shared& sh, int count) {
   }
 }
 
-// The drafts of the next pass: those of the block that supposed what happened, or the rest of the rejected ones.
+// The drafts of the next pass: those of the block whose hypothesis came true, or those behind the rejected one.
 __device__ void renew_drafts(const ConsensusParams& p, Shared& sh) {
   const SlotState& state = p.state;
   const int s = blockIdx.x, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -220,7 +220,7 @@ __device__ void renew_drafts(const ConsensusParams& p, Shared& sh) {
       for (int j = 0; j < kCandidates; ++j) prob[i * kCandidates + j] = j == 0 ? likely[0] * kDoubt : likely[j];
     }
   }
-  if (thread == 0) state.num_drafts[s] = slot.num_drafts;  // as this thread wrote it
+  if (thread == 0) state.num_drafts[s] = slot.num_drafts;  // which this thread wrote
 }
 
 // Accept, commit and emit; the slot's drafts are spent, or renewed by the pass that verified them.

@@ -52,10 +52,10 @@ int run(DualAttnLaunch a, void* stream) {
   const int tall = a.p.rows.max_group_rows * a.heads_per_kv;
   const int tile_m = tall <= 16 ? 16 : tall <= 64 ? 64 : 128;
   cut_into_units(a, tile_m);
-  // Units that hold rows, at most: a padded prefill has many that do not.
+  // An upper bound of the units that hold rows: a padded prefill has many that do not.
   const int busy = min(a.num_units, a.p.rows.num_rows * a.heads_per_kv / tile_m + a.p.rows.num_groups);
   const int64_t pairs = static_cast<int64_t>(busy) * a.p.kv.num_heads_kv;
-  // Groups of several units are prefills, with much to fold; a shorter prompt's last units are empty. Others
+  // Groups of several units are prefills, with much to fold; a shorter prompt's last units are empty. Other groups
   // may differ in length, so that only many of them balance without being split.
   const bool enough = a.units_per_group > 1 ? 4 * pairs >= 3 * device.num_sms : pairs >= 4 * device.num_sms;
   const int64_t needed = workspace_bytes(a.p.rows.num_rows, a.p.num_heads_q, kHeadDim, a.p.max_seq_len);

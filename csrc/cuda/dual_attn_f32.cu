@@ -1,4 +1,4 @@
-// Mixed-mask attention in float32: a warp per (row, head), for models that are run in it to be compared with.
+// Mixed-mask attention in float32: a warp per (row, head). Models are run in it to compare results, not for speed.
 //
 // Contract (shapes in params.h). head_dim 64 or 128; keys 16-byte aligned; no workspace. MUTATED: out, all rows. Keys
 // come 32 at a time, a lane each, at absolute positions, the row's own block last; their scores are chains of fused

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_fold_kernel(const __gri
 
 // A grid that fills the chip once: CTAs take work items, which lengths on the device define, until none
 // is left. Which CTA takes which changes no bit. The next kernels are let in with the last items: sooner, what they
-// bring to L2 ahead of time would be gone again before they use it.
+// bring to L2 ahead of time would be evicted before they use it.
 template <typename V>
 __global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __grid_constant__ DualAttnLaunch a) {
   pdl_wait();
@@ -79,12 +79,12 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __gr
       plan.next = gridDim.x + atomicAdd(a.next_item, 1);
       if (plan.next >= plan.num_items) pdl_launch_dependents();
     });
-    i = plan.next;  // there since the barrier of the item's first tile (each has one), until that of the next's begin
+    i = plan.next;  // valid from the barrier of the item's first tile (each has one) to the first of the next item
   }
 }
 
 // Folds the partial results of a (row, q head) in ascending order, the own block last; one thread per dim. They come
-// through shared memory, so that many are on their way at once: a trip to L2 takes as long as all their sums.
+// through shared memory, so that many are in flight at once: a trip to L2 takes as long as all their sums.
 template <int kHeadDim>
 __global__ void __launch_bounds__(kHeadDim) dual_attn_merge_kernel(const __grid_constant__ DualAttnLaunch a) {
   constexpr int kAtOnce = 36;  // 40,960 tokens take 69 results at most: two trips

@@ -176,7 +176,7 @@ __device__ __forceinline__ float fold(const Fold& step, float running, float spl
   return step.replace ? split : step.skip ? running : both;
 }
 
-// Maxima know nothing of NaN scores, totals do: one that is NaN is neither replaced nor skipped, and outlives the fold.
+// fmaxf drops NaN scores, totals keep them: a total that is NaN is neither replaced nor skipped, and survives the fold.
 __device__ __forceinline__ Fold fold_step(float& top, float& total, float split_top, float split_total) {
   const float new_top = fmaxf(top, split_top);
   const float keep = exp2_fast(__fsub_rn(top, new_top)), take = exp2_fast(__fsub_rn(split_top, new_top));

@@ -49,7 +49,7 @@ class Attention {
   __device__ Attention(const DualAttnLaunch& a, const uint8_t* smem) : a_(a), p_(a.p), smem_(shared_address(smem)) {}
 
   // The unit's rows are rows of a group x q heads of a kv head, flattened. Read by `lanes` threads together, a whole
-  // warp or one thread, each of which gets its share's longest prefix.
+  // warp or one thread; each gets the longest prefix of its share.
   __device__ Unit read_unit(int u, int lane, int lanes) const {
     const Rows& rows = p_.rows;
     const int group = u / a_.units_per_group, offset = u % a_.units_per_group * V::kTileM;
@@ -65,8 +65,8 @@ class Attention {
   __device__ bool has_block(int u) const { return u / a_.units_per_group >= p_.rows.num_groups_ar; }
 
   // Attends over prefix tiles [first_tile, last_tile), and the group's own block if asked. Without kFold
-  // these are the tiles of one split, or the own block alone. Calls while_loading() in the shadow of the
-  // first copies.
+  // these are the tiles of one split, or the own block alone. Calls while_loading() while the first copies
+  // are under way.
   template <typename WhileLoading>
   __device__ void run(int u, const Unit& unit, int head, int first_tile, int last_tile, bool block,
                       const WhileLoading& while_loading) {
@@ -128,7 +128,7 @@ class Attention {
           decay_mixed<V::kHeadDim>(mixed[f], decay);
         }
       }
-      __syncwarp();  // else the compiler fetches values while the scores still fill the registers
+      __syncwarp();  // else the compiler loads values while the scores still fill the registers
       if (needed) mix_tile<V::kHeadDim>(mixed, probs, v, lane());
 
       if constexpr (V::kFold) {

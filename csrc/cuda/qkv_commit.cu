@@ -4,8 +4,8 @@
 // partners of the upper half, so that rotation stays in registers. fp32 inside, one rounding to T;
 // the norm's sum is four squares a thread, then a butterfly over the head's threads: the same order
 // for every row. Row-invariant, deterministic, graph-safe. Moves (q + 2 * kv) * head_dim elements a
-// row in and the same out, with head_dim * 4 bytes of cos_sin; a key's threads look at its value too, which is
-// in the caches.
+// row in and the same out, with head_dim * 4 bytes of cos_sin; a key's threads read its value too, from the
+// caches.
 #include <cuda_bf16.h>
 
 #include "orthrus/launch.cuh"
@@ -68,7 +68,7 @@ __device__ void rotate(Dims& x, const float* table, int t, int half) {
 
 __device__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
 
-// Zero in place of what is not finite.
+// Zero in place of each element that is not finite.
 __device__ void keep_finite(Dims& value) {
   for (int i = 0; i < 2; ++i) {
     if (!is_finite(value.lo[i])) value.lo[i] = 0.f;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads) qkv_commit_kernel(const __grid_const
   if (is_q) {
     store_dims(p.q_out + (static_cast<int64_t>(row) * p.num_heads_q + head) * kHeadDim, t, kHalf, y);
   } else if (!diff && !row_is_valid(position)) {
-    return;  // it has no place
+    return;  // nowhere to write
   } else if (is_v) {
     const int64_t offset = kv_offset(p, row, head - p.num_heads_q - p.kv.num_heads_kv, position);
     keep_finite(x);

@@ -1,4 +1,4 @@
-// row_linear in float32: plain fused multiply-adds, for models that are run in it to be compared with.
+// row_linear in float32: plain fused multiply-adds. Models are run in it to compare results, not for speed.
 //
 // Contract (shapes in params.h). Weights stay [out_features, in_features], for kSiluMul all gates, then all ups. No
 // workspace, no alignment beyond a float's. MUTATED: out or the partial maxima, all rows. No rows: nothing is launched.

@@ -11,11 +11,11 @@
 
 namespace orthrus::cuda {
 
-// A number that the compiler does not know takes all 16 barriers of a CTA, of 64 in Hopper's SM: enough for two CTAs and
-// a norm's. Numbers that it knows take 4, and have it spill registers in two of the wgmma variants.
+// A barrier number that the compiler does not know reserves all 16 of a CTA, of the 64 in a Hopper SM: enough for two
+// CTAs and a norm's. Numbers that it knows reserve 4, but make it spill registers in two of the wgmma variants.
 __device__ __forceinline__ void group_sync(int group) { named_barrier(group + 1, kGroupThreads); }
 
-// A CTA's partial sum of a cut tile: the one that its range starts inside of, or ends inside of.
+// A CTA's partial sum of a cut tile: the one inside which its range starts, or the one inside which it `ends`.
 template <int kTokens>
 __device__ float4* partial_sum(const RowLinearArgs& args, int view, int group, bool ends, int cta) {
   float* workspace = static_cast<float*>(args.p.workspace);
@@ -48,8 +48,8 @@ __device__ bool leave_partial(const float (&acc)[kTokens / 2], const RowLinearAr
   return *flag;
 }
 
-// Where an epilogue has a tile's sums from is a class, WholeSums or FoldedSums: it loads the sums of a step of
-// kStagingTokens tokens ahead, and some time later stages them, each thread its own.
+// An epilogue gets a tile's sums from a class, WholeSums or FoldedSums: it loads the sums of a step of
+// kStagingTokens tokens ahead, and later stages them, each thread its own.
 constexpr int kStepSums = kStagingTokens / 2;  // of a thread
 
 // `s`: of the thread's first token and feature.
@@ -80,7 +80,7 @@ struct WholeSums {
 template <int kTokens>
 struct FoldedSums {
   static constexpr int kAhead = 5;  // CTAs that share a tile, at most, in nearly all weights of nearly all models
-  const float4 *begin, *rest;       // of the first CTA, which ends inside of the tile, and as if it started there
+  const float4 *begin, *rest;       // of the first CTA, which ends inside the tile, and as if it began there
   int count;
   float4 v[kAhead][2] = {};
 
@@ -149,8 +149,8 @@ __device__ __forceinline__ void load8(float (&v)[8], const float* staged) {
   *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(staged + 4);
 }
 
-// Up to 8 consecutive outputs of a row, added to `residual` if there is one. Rows that are not aligned are of no
-// model: they may be slow, but must not take registers.
+// Up to 8 consecutive outputs of a row, added to `residual` if there is one. No model has rows that are not aligned:
+// they may be slow, but must not take registers.
 __device__ __forceinline__ void store_bf16(bf16_t* out, const float (&v)[8], int count, bool aligned,
                                            const bf16_t* residual) {
   if (aligned && count >= 8) {
@@ -173,7 +173,7 @@ __device__ __forceinline__ void store_f32(float* out, const float (&v)[8], int c
     if (i < count) out[i] = v[i];
 }
 
-// silu(gate) * up; they alternate by 8 features. The division is good to 2 ulp, and yields 0 for less than 1.1e-36.
+// silu(gate) * up; they alternate by 8 features. The division is good to 2 ulp; quotients below 1.1e-36 become 0.
 __device__ __forceinline__ void silu_mul(float (&v)[8], const float* staged) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -192,7 +192,7 @@ __device__ __forceinline__ void keep_best(Best* best, const float (&v)[8], int c
   if (threadIdx.x % 8 == 0 && beats(top, *best)) *best = top;
 }
 
-// A thread's number within its group, worked out where it is used: registers are dearer in a loop.
+// A thread's number within its group, computed again at each use: in the loop, registers are scarcer than time.
 __device__ __forceinline__ uint32_t thread_here() {
   uint32_t thread = threadIdx.x;
   asm volatile("" : "+r"(thread));
@@ -257,7 +257,7 @@ __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, in
   }
 }
 
-// `best` holds the running best logit of each token in this CTA, one entry per group and token.
+// `best` is the best logit so far in this CTA, one entry per group and token.
 // Before the first tile of a row tile: nothing seen, and the lowest id of the CTA's range.
 template <int kTokens>
 __device__ void reset_best(const RowLinearArgs& args, Best* best, int group) {

@@ -7,7 +7,7 @@
 namespace orthrus::cuda {
 namespace {
 
-constexpr int kSharedBudget = 99 * 1024;  // the least that a device from sm_80 on grants a CTA
+constexpr int kSharedBudget = 99 * 1024;  // what every device from sm_80 on grants a CTA
 constexpr int kMaxStages = 6;
 
 // Where the 16-byte chunk (row, chunk) of a [rows, 64] bf16 matrix lies, for W as packed and for x.

@@ -14,8 +14,8 @@ namespace {
 
 constexpr int kMaxStages = 16;
 constexpr int kSharedPerSm = 228 * 1024;
-constexpr int kSharedOfCta = 1024;    // that the system takes
-constexpr int kSharedOfOthers = 2048;  // for a small kernel's CTA, its own included
+constexpr int kSharedOfCta = 1024;    // reserved by the system
+constexpr int kSharedOfOthers = 2048;  // for a small kernel's CTA, its kSharedOfCta included
 
 template <int kTokens>
 __host__ __device__ constexpr int stage_bytes(int blocks) {
@@ -23,7 +23,7 @@ __host__ __device__ constexpr int stage_bytes(int blocks) {
 }
 
 struct Sm90Params {
-  sm90::TensorMap x_map[2];  // of each view; what lies behind its rows is not read
+  sm90::TensorMap x_map[2];  // of each view; nothing behind its rows is read
   RowLinearArgs args;
 };
 
@@ -45,7 +45,7 @@ struct alignas(1024) Shared {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // From a kernel's last load to its successor's first free stage pass several microseconds: more than the stages can
-// absorb at 24 KB a microsecond and SM. So L2 is filled this much further ahead of them, all along: when the successor
+// absorb at 24 KB per microsecond and SM. So L2 is always filled this much further ahead of them: when the successor
 // starts at last, its reads from L2 catch up while memory goes on.
 constexpr int kPrefetchBytes = 96 * 1024;
 __device__ constexpr int steps_ahead(int blocks) { return kPrefetchBytes / (blocks * kBlockBytes); }
@@ -123,7 +123,7 @@ struct Unit {
   }
 };
 
-// The first units that the next kernel's CTA of this number will load, if it is decode as well: memory does not wait
+// The first units that the next kernel's CTA of the same number will load, if that is decode too: memory does not wait
 // for this kernel's end.
 struct Handover {
   Unit unit;
@@ -197,8 +197,8 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
   };
 
   // Steps brought to L2 before they are loaded; prefill, with one CTA an SM and reuse in L2, does without. Only the
-  // load says that a line is not wanted any more: between the two it has to stay. Behind the last step come the first
-  // ones of the next weight.
+  // load marks a line as evict-first: between the two it has to stay. Behind the last step come the first ones of the
+  // next weight.
   const int lead = kPrefill ? 0 : steps_ahead(ring.blocks);
   const int ahead = min(total, ring.num_stages);
   Position first(walk), next(walk);
@@ -238,7 +238,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kTokens / 2], const uint8_
   }
 }
 
-// acc = the sum over the next `length` stages, from zero. Prefill is bound by arithmetic: the next stage's goes on
+// acc = the sum over the next `length` stages, from zero. Prefill is bound by arithmetic: it begins the next stage's
 // before this one is released. In decode a stage is worth more as room for the next load.
 template <int kTokens, bool kPrefill>
 __device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Ring<kTokens>& ring, Cursor& cursor,
@@ -331,7 +331,7 @@ __device__ void consume_prefill(const RowLinearArgs& args, const Ring<kTokens>& 
 }
 #endif
 
-// Decode runs fewer threads than registers are given out for: where two CTAs share an SM, the rest is for the norm.
+// Decode runs fewer threads than the bound reserves registers for: where two CTAs share an SM, the norm has the rest.
 template <int kTokens, bool kPrefill>
 __global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTokens, kPrefill))
     row_linear_sm90(const __grid_constant__ Sm90Params params) {
@@ -342,7 +342,7 @@ __global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTokens, kPrefi
   const Ring<kTokens> ring{shared, args.num_stages, blocks};
 
   const int thread = threadIdx.x;
-  const int group = __shfl_sync(~0u, thread / kGroupThreads, 0);  // the compiler shall know that a warp has one role
+  const int group = __shfl_sync(~0u, thread / kGroupThreads, 0);  // tells the compiler that a warp has one role
   if (thread == 0) {
     for (int s = 0; s < ring.num_stages; ++s) {
       sm90::barrier_init(ring.full(s), 1);
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTokens, kPrefi
       sm90::prefetch_map(params.x_map + 1);
       produce<kTokens, kPrefill>(args, params.x_map, ring);
     }
-    __syncwarp();  // lest the idle lanes' wait, taken first, hold up the one that runs ahead of the previous kernel
+    __syncwarp();  // else the idle lanes' wait may come first and hold up the lane that runs ahead of the kernel before
     pdl_wait();
     return;
   }

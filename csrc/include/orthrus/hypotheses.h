@@ -17,7 +17,7 @@ namespace orthrus {
 
 // Gain of drafting behind the true bonus token, over drafting with it unseen.
 constexpr float kSeenGain = 1.6f;
-// Factor on the probability of drafts made beside a bonus token other than the true one, or kept from a rejected block.
+// Factor on the probability of drafts that follow a wrong guess of the bonus token, or are kept from a rejected block.
 constexpr float kDoubt = 0.5f;
 
 struct Hypothesis {
@@ -31,7 +31,7 @@ ORTHRUS_HD bool better(const Hypothesis& a, const Hypothesis& b) {
   return a.accepted != b.accepted ? a.accepted < b.accepted : a.rank < b.rank;
 }
 
-// Gain of (accepted, rank) beside those already picked for the same `accepted`, a bit for each rank; -1: impossible.
+// Gain of (accepted, rank) given those already picked for the same `accepted`, a bit for each rank; -1: impossible.
 // `reach` is the probability that `accepted` drafts are accepted at all, `prob` that of the next draft and runners-up.
 ORTHRUS_HD float gain(float reach, const float* prob, bool last, int32_t rank, uint32_t picked) {
   if ((picked >> rank & 1) || (last && rank > 0)) return -1.f;
@@ -79,7 +79,7 @@ ORTHRUS_HD void pick_hypotheses(const Team& team, const SlotState& s, int32_t sl
   }
 }
 
-// The block that supposed what happened, and the first of its rows that drafts: block -1 if none did.
+// The block whose hypothesis came true, -1 if none did, and the first of its rows that drafts.
 struct Hit {
   int32_t block;
   int32_t first_row;

@@ -9,12 +9,12 @@
 namespace orthrus::cuda {
 
 // Blocks until every earlier kernel of the stream has finished and its writes are visible. Every
-// kernel calls it before it touches a tensor, also on its early exits: a later kernel relies on it
-// to see not only its predecessor's writes but all writes before that.
+// kernel calls it before it touches any tensor but weights, also on its early exits: a later kernel
+// relies on it to see not only its predecessor's writes but all writes before that.
 __device__ __forceinline__ void pdl_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-#if ORTHRUS_PDL_DELAY_NS > 0  // a build that looks for kernels which do not wait as they should
+#if ORTHRUS_PDL_DELAY_NS > 0  // a build that looks for kernels that do not wait as they should
   __nanosleep(ORTHRUS_PDL_DELAY_NS);
 #endif
 #endif
@@ -32,7 +32,7 @@ __device__ __forceinline__ void pdl_launch_dependents() {
 struct DeviceInfo {
   int num_sms;
   int major, minor;   // compute capability
-  cudaError_t error;  // why the others are 0: no device, or one that has failed
+  cudaError_t error;  // why the other fields are 0: no device, or one that has failed
 };
 
 inline DeviceInfo device_info() {
@@ -80,7 +80,7 @@ template <typename Params>
 int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int smem_bytes, void* stream,
            const DeviceInfo& device) {
   if (const cudaError_t error = allow_smem(kernel, smem_bytes)) return static_cast<int>(error);
-  // The same carve-out in every kernel: a change of it would keep neighbours from sharing an SM.
+  // The same carve-out for every kernel: another one would keep neighbours from sharing an SM.
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                                      cudaSharedmemCarveoutMaxShared))
     return static_cast<int>(error);

@@ -54,6 +54,6 @@ int32_t row_linear_num_partials(int32_t in_features, int32_t out_features);
 // where ORTHRUS_CUDA_ISA asks for it) or "none". The two round alike but sum in different orders.
 const char* isa();
 const char* error_string(int error);
-int new_stream(void** stream);  // of the current device, for good; it waits for no other
+int new_stream(void** stream);  // on the current device, never destroyed, waits for no other
 
 }  // namespace orthrus::cuda

@@ -71,7 +71,7 @@ struct RowLinearParamsOf {
   int32_t out_features;        // of the weight: 2 * intermediate size for kSiluMul
   int32_t num_partials;
   Epilogue epilogue;
-  const void* next_weight;     // packed like `weight`: what the next launch reads first, or null: a hint
+  const void* next_weight;     // packed likewise: what the next row_linear reads, or null; only a hint
   int32_t next_in_features;
   int32_t next_out_features;
 };
@@ -79,7 +79,7 @@ using RowLinearParams = RowLinearParamsOf<bf16_t>;
 
 // QK RMSNorm (optional) + RoPE (half-split) + write. q goes to q_out; k and v of AR rows go to their
 // page at `position`, of diffusion rows to the scratch at row - num_rows_ar. fp32 inside, one rounding.
-// Values are finite: for one that is not, 0 is written, and NaN in its place of the key. So it spoils the
+// An element of a value that is not finite is written as 0, and NaN in the same place of the key. So it spoils the
 // rows that see the key, and no others: attention multiplies whole tiles, and 0 * NaN is NaN.
 template <typename T>
 struct QkvCommitParamsOf {
@@ -100,8 +100,8 @@ struct QkvCommitParamsOf {
 using QkvCommitParams = QkvCommitParamsOf<bf16_t>;
 
 // Softmax attention of each row over the keys that rows.h makes visible to it. A row that sees
-// nothing yields zeros. Rounding points: weights e^(score - maximum) before they meet the values, the
-// output; everything else fp32.
+// nothing yields zeros. Rounding points: weights e^(score - maximum) before their product with the values,
+// and the output; everything else fp32.
 template <typename T>
 struct DualAttnParamsOf {
   const T* q;                  // [num_rows, num_heads_q, head_dim]
@@ -141,7 +141,7 @@ struct EmbedParamsOf {
 };
 using EmbedParams = EmbedParamsOf<bf16_t>;
 
-// kNoChoice: the token was due of a row that has no logit above -inf, as all are NaN or masked.
+// kNoChoice: the row of the next token has no logit above -inf, as all are NaN or masked.
 enum class FinishReason : int32_t { kEmpty = -1, kRunning = 0, kStop = 1, kLength = 2, kNoChoice = 3 };
 
 // Which rows the choices of this call belong to.
@@ -190,8 +190,8 @@ struct SlotState {
 };
 
 struct ConsensusParams {
-  const float* partial_value;  // [num_slots * rows_per_slot, num_partials]; NaN counts as -inf, and a row of nothing
-                               // else has no choice
+  const float* partial_value;  // [num_slots * rows_per_slot, num_partials]; NaN counts as -inf, and a row whose values
+                               // are all -inf has no choice
   const int32_t* partial_id;   // same shape
   SlotState state;
   int32_t* next_token;         // rows of the next pass, as NextPass lists them, MUTATED whole
@@ -208,8 +208,8 @@ struct ConsensusParams {
   NextPass next_pass;
 };
 
-// What changes a slot's logits before anything filters them. All null where no slot has any. Ids outside the vocabulary
-// have no effect.
+// Edits of a slot's logits, made before any filter. All null where no slot has any. Ids outside the vocabulary have no
+// effect.
 struct SlotEdits {
   const float* penalties;      // [num_slots, 3] repetition, presence, frequency; 1, 0, 0 changes nothing
   const int32_t* token_counts; // [num_slots, vocab_size] times generated; -1: in the prompt alone

@@ -13,15 +13,15 @@ __device__ __forceinline__ SharedAddress shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Adds to a counter in global memory; returns what was there. Orders, for the whole device, what the thread's block
-// wrote before (a barrier ago) ahead of what it reads after.
+// Adds to a counter in global memory; returns what was there. Device-wide, what the block wrote before its last barrier
+// is ordered ahead of what the thread reads after.
 __device__ __forceinline__ int add_acq_rel(int32_t* counter, int value) {
   int before;
   asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
   return before;
 }
 
-// 16 bytes from L2, where other blocks' writes are; without `wanted` nothing is read, and v keeps what it holds.
+// 16 bytes from L2, where other blocks' writes are; if not `wanted`, nothing is read and v keeps what it holds.
 __device__ __forceinline__ void load_l2_if(float4& v, const float4* p, bool wanted) {
   asm volatile(
       "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n"

@@ -75,8 +75,8 @@ __device__ __forceinline__ void bulk_prefetch(const void* src, int bytes) {
 
 using TensorMap = CUtensorMap;
 
-// The driver's functions, other than the runtime's, want a context that is current in the calling thread, and a thread
-// that has asked nothing of a device but its number has none: torch, too, sets no device that is current already.
+// Driver functions, unlike the runtime's, need a current context in the calling thread, and a thread that has asked for
+// no more than the device's number has none: torch, too, does not set a device that is current already.
 inline cudaError_t bind_context() {
   static thread_local bool bound = false;
   if (bound) return cudaSuccess;
@@ -106,7 +106,7 @@ inline cudaError_t make_row_map(TensorMap* map, const uint16_t* data, int rows, 
   const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<uint16_t*>(data), size,
                                  stride_bytes, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return static_cast<cudaError_t>(result);  // the two number errors alike
+  return static_cast<cudaError_t>(result);  // driver and runtime number errors alike
 }
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
@@ -132,7 +132,7 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Moves registers between the warpgroups of a CTA; each must execute its own as a whole.
+// Move registers between the warpgroups of a CTA; a warpgroup must execute its own as a whole.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -153,7 +153,7 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
 template <int kN>
 __device__ void wgmma(float* d, uint64_t a, uint64_t b, int accumulate);
 
-// The N / 2 accumulators of a thread: names of the asm's first operands, and these operands.
+// The N / 2 accumulators of a thread: the names of the asm's first operands, then these operands.
 #define ORTHRUS_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define ORTHRUS_NAMES_16 ORTHRUS_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define ORTHRUS_NAMES_32 \
