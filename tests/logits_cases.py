@@ -106,12 +106,14 @@ def logits(n, vocab, kind, seed=0):
     if kind == "tied":
         return (x * 2).round() / 2
     if kind == "hostile":
-        x[0::4] = torch.nan
-        x[1::4, : vocab // 2] = -torch.inf
-        x[1::4, -1] = torch.inf
-        x[2::4] = 1e38 * x[2::4]
-        x[3::4] = -torch.inf
-        x[3::4, vocab // 3] = torch.nan
+        x[0::5] = torch.nan
+        x[1::5, : vocab // 2] = -torch.inf
+        x[1::5, -1] = torch.inf
+        x[2::5] = 1e38 * x[2::5]
+        x[3::5] = -torch.inf
+        x[3::5, vocab // 3] = torch.nan
+        x[4::5] = -x[4::5].abs()
+        x[4::5, vocab // 3] = -0.0  # the maximum
         return x
     return x * 3
 

@@ -186,7 +186,7 @@ struct LogitRow {
   template <bool kByMass>
   inline float cut_at(int64_t target, float* found) const {
     int64_t reached = 0;
-    float high = ordered(order_of(top) + 1);
+    float high = ordered(order_of(top + 0.f) + 1);  // + 0: right above -0 lies 0, which equals it
     for (int rung = 0; rung <= kRungs; ++rung) {
       const float low = rung < kRungs ? top - kRung * static_cast<float>((rung + 1) * (rung + 1)) : -kFloatMax;
       const int64_t base = reached, size = gather(low, high, found);
