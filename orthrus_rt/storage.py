@@ -89,9 +89,9 @@ def _scan_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
         if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(f"{index}: weight_map must name files of its own folder, got {file!r}")
     stored = _scan_files(folder, sorted(set(weight_map.values())))
+    held = {(name, entry.file.name) for entry in stored.values() for name in (entry.key, entry.scale)}
     for tensor, file in weight_map.items():
-        held_by = stored[tensor].file.name if tensor in stored else None
-        if held_by != file and not _ignored(tensor):
+        if (tensor, file) not in held and not _ignored(tensor):
             raise CheckpointError(f"{index}: weight_map puts {tensor} into {file}, which does not hold it")
     return stored
 

@@ -70,6 +70,29 @@ def test_int8_view_is_within_half_a_step(folders):
             assert ((loaded.tensors[name] - weight).abs() <= 0.5001 * step).all()
 
 
+def test_int8_view_in_shards(folders):
+    """Its index lists the scales too, each beside its tensor."""
+    base, adapter = folders
+    quantize_view(adapter / VIEW, adapter / "int8.safetensors")
+    (adapter / "int8.safetensors").replace(adapter / VIEW)
+    single = dict(checkpoint.load(base, adapter=adapter).tensors)
+    tensors = load_file(adapter / VIEW)
+    (adapter / VIEW).unlink()
+    weight_map = {name: f"layer-{name.split('.')[2]}.safetensors" for name in tensors}
+    for file in set(weight_map.values()):
+        save_file({name: t for name, t in tensors.items() if weight_map[name] == file}, adapter / file)
+    index = adapter / f"{VIEW}.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    sharded = dict(checkpoint.load(base, adapter=adapter).tensors)
+    assert set(sharded) == set(single)
+    assert all(torch.equal(sharded[name], single[name]) for name in single)
+
+    elsewhere = weight_map | {f"{Q_DIFF}_scale": "layer-0.safetensors"}
+    index.write_text(json.dumps({"weight_map": elsewhere}))
+    expected = f"{index}: weight_map puts {Q_DIFF}_scale into layer-0.safetensors, which does not hold it"
+    assert message_of(base, adapter) == expected
+
+
 def test_base_alone(folders):
     base, _ = folders
     assert message_of(base) == (
