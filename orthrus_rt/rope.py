@@ -16,9 +16,10 @@ def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    # The scaled variants are transformers' own; any config class does, they read only these facts.
+    # The scaled variants are transformers' own; any config class does, they read only these facts. The hidden size is
+    # none of them, but LlamaConfig wants it to be a multiple of the heads.
     carrier = LlamaConfig(
-        hidden_size=config.hidden_size,
+        hidden_size=config.num_heads_q * config.head_dim,
         num_attention_heads=config.num_heads_q,
         head_dim=config.head_dim,
         max_position_embeddings=config.max_position_embeddings,

@@ -48,6 +48,14 @@ def test_yarn_scales_cosines_and_sines():
     assert table[0, 0] == pytest.approx(1.2079, abs=1e-4)  # 0.1 ln 8 + 1 at position 0
 
 
+@pytest.mark.parametrize("rope_type", VARIANTS)
+def test_heads_need_not_share_the_hidden_size_out(rope_type):
+    """Qwen3's have a size of their own."""
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, **VARIANTS[rope_type]}
+    odd = tiny_config(hidden_size=72, num_attention_heads=5, num_key_value_heads=1, rope_parameters=rope)
+    assert torch.equal(cos_sin_table(odd, 9), cos_sin_table(tiny_config(rope_parameters=rope), 9))
+
+
 def test_a_row_does_not_depend_on_the_table_length():
     config = tiny_config(rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, **VARIANTS["llama3"]})
     assert torch.equal(cos_sin_table(config, 40)[:7], cos_sin_table(config, 7))
