@@ -13,6 +13,10 @@ ARCHITECTURES = {
     "qwen3": ("OrthrusLM", "OrthrusForCausalLM", "Qwen3ForCausalLM"),
     "llama": ("LlamaForCausalLM", "OrthrusLM", "OrthrusForCausalLM"),
 }
+# What of config.json describes the rotary embedding.
+ROPE_KEYS = (
+    "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings",
+)  # fmt: skip
 # rope_type -> keys that it cannot do without
 ROPE_TYPES = {
     "default": (),
@@ -33,7 +37,7 @@ class ModelConfig:
     Attributes:
         family: ``"llama"`` or ``"qwen3"``.
         qk_norm: both views normalise queries and keys per head (Qwen3).
-        rope: the ``rope_parameters`` dictionary, ``rope_type`` and ``rope_theta`` always present.
+        rope: as transformers' ``rope_parameters``, ``rope_type`` and ``rope_theta`` always present.
         block_len: K, most rows of a diffusion block; the checkpoint's ``block_size``, or MAX_BLOCK_LEN if that is less.
         eos_token_ids: every id that ends a sequence, from config.json and generation_config.json.
         name: where it came from, for messages.
@@ -158,31 +162,44 @@ def _refuse_sliding_window(raw, num_layers, where):
 
 
 def _rope(raw, where):
-    """One flat dictionary from ``rope_parameters`` or from the older ``rope_theta`` and ``rope_scaling``."""
-    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    rope = raw.get(key) or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"{where}: {key} must be an object, got {rope!r}")
-    rope = dict(rope)
-    nested = [key for key, value in rope.items() if isinstance(value, dict)]
-    if nested:
-        raise CheckpointError(f"{where}: rope_parameters must be one set for all layers, got one per {nested}")
+    """One flat dictionary of the ROPE_KEYS, as transformers reads them: the older ``rope_scaling`` replaces
+    ``rope_parameters``, and what either leaves out may stand beside it.
+    """
+    given = {key: raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")}
+    for key, rope in given.items():
+        if not isinstance(rope, dict):
+            raise CheckpointError(f"{where}: {key} must be an object, got {rope!r}")
+        nested = [name for name, value in rope.items() if isinstance(value, dict)]
+        if nested:
+            raise CheckpointError(f"{where}: {key} must be one set for all layers, got one per {nested}")
+    key = "rope_scaling" if given["rope_scaling"] else "rope_parameters"
+    rope = dict(given[key])
     rope_type = rope.pop("type", None)
     rope_type = rope.setdefault("rope_type", rope_type or "default")
     if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
         raise CheckpointError(f"{where}: rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}")
     if rope.get("rope_theta") is None:
         rope["rope_theta"] = raw.get("rope_theta", 10000.0)
+        # Refused, not used: transformers goes on with the one above, so its text and ours would differ.
+        replaced = given["rope_parameters"].get("rope_theta")
+        if replaced not in (None, rope["rope_theta"]):
+            raise CheckpointError(
+                f"{where}: rope_scaling must give rope_theta: it replaces rope_parameters, whose rope_theta is "
+                f"{replaced!r}, and would get {rope['rope_theta']!r}"
+            )
     _number(rope, "rope_theta", where)
-    for key in ROPE_TYPES[rope_type]:
-        _number(rope, key, where)
+    for name in ROPE_TYPES[rope_type]:
+        _number(rope, name, where)
     partial = rope.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise CheckpointError(f"{where}: partial_rotary_factor must be 1 (the whole head rotates), got {partial!r}")
     if rope_type in ("yarn", "llama3"):
-        original = raw.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
-        rope.setdefault("original_max_position_embeddings", original)
-        _number(rope, "original_max_position_embeddings", where)
+        name = "original_max_position_embeddings"
+        beside = raw.get(name, raw.get("max_position_embeddings"))
+        original = rope.setdefault(name, beside)
+        _number(rope, name, where)
+        if raw.get(name) not in (None, original):  # readers differ in which they take
+            raise CheckpointError(f"{where}: {name} must be {original!r} as in {key}, got {beside!r} beside it")
     return rope
 
 

@@ -5,6 +5,8 @@ import pytest
 from orthrus_rt.config import CheckpointError, parse
 from tests.checkpoints import raw_config, tiny_config
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
 UNSUPPORTED = [
     ({"model_type": "mistral"}, "model_type must be one of qwen3, orthrus, llama, got 'mistral'"),
     ({"model_type": ...}, "model_type must be one of qwen3, orthrus, llama, got None"),
@@ -57,6 +59,24 @@ UNSUPPORTED = [
     (
         {"rope_parameters": {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": "x"}},
         "original_max_position_embeddings must be a positive number, got 'x'",
+    ),
+    ({"rope_parameters": 5, "rope_scaling": YARN}, "rope_parameters must be an object, got 5"),
+    ({"rope_scaling": {"full_attention": YARN}}, "rope_scaling must be one set for all layers, got one per ['full_"),
+    (
+        {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": YARN},
+        "rope_scaling must give rope_theta: it replaces rope_parameters, whose rope_theta is 1000000.0, and would get",
+    ),
+    (
+        {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": YARN, "rope_theta": 5e5},
+        "whose rope_theta is 1000000.0, and would get 500000.0",
+    ),
+    (
+        {"rope_scaling": YARN, "original_max_position_embeddings": 64},
+        "original_max_position_embeddings must be 128 as in rope_scaling, got 64 beside it",
+    ),
+    (
+        {"rope_parameters": YARN, "original_max_position_embeddings": 64},
+        "original_max_position_embeddings must be 128 as in rope_parameters, got 64 beside it",
     ),
     ({"layer_types": 5}, "layer_types must be a list of names, got 5"),
     ({"layer_types": ["sliding_attention", 3]}, "layer_types must be a list of names, got ['sliding_attention', 3]"),
@@ -131,6 +151,21 @@ def test_old_and_new_rope_keys_say_the_same(old, new):
     from_old = tiny_config(rope_parameters=..., **old)
     assert from_old.rope == new
     assert from_old == tiny_config(rope_parameters=new)
+
+
+@pytest.mark.parametrize(
+    "both",
+    [
+        {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": YARN | {"rope_theta": 1e6}},
+        {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": YARN, "rope_theta": 1e6},
+        {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": YARN | {"rope_theta": 1e6}, "rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": YARN, "rope_theta": 1e6},
+        {"rope_parameters": YARN | {"rope_theta": 1e6}, "rope_scaling": {}, "original_max_position_embeddings": 128},
+    ],
+)
+def test_rope_scaling_replaces_rope_parameters(both):
+    """The recipe for long contexts of Qwen3 adds it to config.json."""
+    assert tiny_config(**both).rope == YARN | {"rope_theta": 1e6}
 
 
 @pytest.mark.parametrize(

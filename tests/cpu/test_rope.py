@@ -1,12 +1,15 @@
 """The table of cosines and sines against transformers' own rotary embedding, bit for bit."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from orthrus_rt.config import parse
 from orthrus_rt.rope import cos_sin_table
-from tests.checkpoints import tiny_config
+from tests.checkpoints import raw_config, tiny_config
 
 POSITIONS = 600  # past max_position_embeddings, 512
 
@@ -28,18 +31,47 @@ def test_same_bits_as_transformers(rope_type, head_dim):
     assert table.shape == (POSITIONS, head_dim)
     assert table.dtype == torch.float32
 
-    theirs = LlamaRotaryEmbedding(
+    assert_same_as_transformers(
+        table,
         LlamaConfig(
             hidden_size=64,
             num_attention_heads=4,
             head_dim=head_dim,
             max_position_embeddings=512,
             rope_parameters=dict(rope),
-        )
+        ),
     )
-    cos, sin = theirs(torch.zeros(1), torch.arange(POSITIONS)[None])
-    torch.testing.assert_close(table[:, : head_dim // 2], cos[0, :, : head_dim // 2], rtol=0, atol=0)
-    torch.testing.assert_close(table[:, head_dim // 2 :], sin[0, :, head_dim // 2 :], rtol=0, atol=0)
+
+
+def assert_same_as_transformers(table, config):
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(POSITIONS)[None])
+    half = table.shape[1] // 2
+    torch.testing.assert_close(table[:, :half], cos[0, :, :half], rtol=0, atol=0)
+    torch.testing.assert_close(table[:, half:], sin[0, :, half:], rtol=0, atol=0)
+
+
+PLAIN, YARN = {"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "yarn", **VARIANTS["yarn"]}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"rope_parameters": PLAIN},
+        {"rope_parameters": PLAIN, "rope_theta": 3e4},
+        {"rope_parameters": PLAIN, "rope_scaling": YARN | {"rope_theta": 5e5}},
+        {"rope_parameters": PLAIN, "rope_scaling": YARN, "rope_theta": 5e5},
+        {"rope_parameters": ..., "rope_scaling": YARN},
+        {"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 8.0}, "original_max_position_embeddings": 64},
+        {"rope_parameters": YARN, "original_max_position_embeddings": 64},
+        {"rope_parameters": YARN | {"attention_factor": 0.5, "beta_fast": 16, "beta_slow": None, "truncate": False}},
+        {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
+    ],
+)
+def test_config_is_read_as_by_transformers(said):
+    raw = raw_config("llama", **said)
+    theirs = LlamaConfig.from_dict(copy.deepcopy(raw))  # it fills in what it gets
+    assert_same_as_transformers(cos_sin_table(parse(raw, name="tiny"), POSITIONS), theirs)
 
 
 def test_yarn_scales_cosines_and_sines():
