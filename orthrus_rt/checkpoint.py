@@ -39,11 +39,13 @@ class Checkpoint:
             from the file on every access, so that whoever packs the weights holds one copy. ``lm_head.weight`` is
             absent when the head is tied to the embedding. Access raises :class:`CheckpointError` on NaN or inf.
         tokenizer_dir: folder with ``tokenizer.json``, or None when the checkpoint has none.
+        raw: config.json that ``config`` was parsed from, or None when it was made otherwise.
     """
 
     config: ModelConfig
     tensors: Mapping[str, torch.Tensor]
     tokenizer_dir: str | None
+    raw: dict | None = None
 
     def load_tokenizer(self):
         """The transformers tokenizer, with the chat template if the checkpoint has one."""
@@ -122,7 +124,7 @@ def load_folder(folder: Path, adapter: str | Path | None, name: str) -> Checkpoi
     if "base_fingerprint" in adapter_raw:
         _check_fact("base_fingerprint", adapter_raw["base_fingerprint"], fingerprint(tensors, config), adapter, folder)
     has_tokenizer = (folder / "tokenizer.json").exists()
-    return Checkpoint(config, tensors, str(folder) if has_tokenizer else None)
+    return Checkpoint(config, tensors, str(folder) if has_tokenizer else None, raw)
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

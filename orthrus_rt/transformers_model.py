@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from orthrus_rt.checkpoint import Checkpoint
+from orthrus_rt.config import ROPE_KEYS
 from orthrus_rt.storage import is_diffusion
 
 
 def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torch.float32, device="cpu"):
     """The causal model of one view, ``"ar"`` or ``"diffusion"``, whose weights then stand under the AR names.
 
-    Attention is transformers' ``eager`` one. ``generate`` stops at the checkpoint's end-of-sequence ids.
+    Attention is transformers' ``eager`` one, the rotary embedding follows its own reading of config.json. ``generate``
+    stops at the checkpoint's end-of-sequence ids.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    c = checkpoint.config
+    c, raw = checkpoint.config, checkpoint.raw
+    # Read for itself: what we might misread (it has many spellings) would else be the same in both.
+    rope = {"rope_parameters": c.rope} if raw is None else {key: raw[key] for key in ROPE_KEYS if key in raw}
     kind, model_type = (Qwen3Config, Qwen3ForCausalLM) if c.family == "qwen3" else (LlamaConfig, LlamaForCausalLM)
     config = kind(
         vocab_size=c.vocab_size,
@@ -28,7 +34,7 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
         rms_norm_eps=c.rms_norm_eps,
         max_position_embeddings=c.max_position_embeddings,
         tie_word_embeddings=c.tie_word_embeddings,
-        rope_parameters=dict(c.rope),
+        **copy.deepcopy(rope),  # it fills them in
         attn_implementation="eager",
         bos_token_id=None,
         eos_token_id=list(c.eos_token_ids),

@@ -1,7 +1,10 @@
 """Against transformers: logits of both views from its own blocks, and its own greedy ``generate`` token for token."""
 
+import dataclasses
+
 import pytest
 import torch
+from transformers import Qwen3Config
 
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import prompts
@@ -55,6 +58,21 @@ def both_views_agree(name, max_seq_len=256):
 def test_logits_of_both_views_tiny(variant, tmp_path):
     checkpoints.make(tmp_path, **VARIANTS[variant])
     both_views_agree(str(tmp_path))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_rotary_embedding_is_as_transformers_reads_it(tmp_path, adapter):
+    """From config.json, of the base if there is an adapter: a misreading here shows in every comparison."""
+    yarn = VARIANTS["qwen3-rope-yarn"]["rope_parameters"]
+    folder, view = checkpoints.make(tmp_path / "whole", rope_scaling=yarn), None
+    if adapter:
+        folder, view = checkpoints.make_base_and_adapter(tmp_path, "qwen3", rope_scaling=yarn)
+    checkpoint = ckpt.load(folder, adapter=view)
+    want = build(checkpoint).config.rope_parameters
+    assert want == Qwen3Config.from_pretrained(folder).rope_parameters == yarn
+    misread = dataclasses.replace(checkpoint.config, rope={"rope_type": "default", "rope_theta": 1e4})
+    assert build(dataclasses.replace(checkpoint, config=misread)).config.rope_parameters == yarn
+    assert checkpoint.raw["rope_scaling"] == yarn  # as it was
 
 
 def test_logits_of_both_views_embedded():
