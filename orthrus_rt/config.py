@@ -24,6 +24,7 @@ ROPE_TYPES = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # numbers that it may have
 
 
 class CheckpointError(ValueError):
@@ -190,6 +191,13 @@ def _rope(raw, where):
     _number(rope, "rope_theta", where)
     for name in ROPE_TYPES[rope_type]:
         _number(rope, name, where)
+    if rope_type == "yarn":
+        for name in YARN_OPTIONS:
+            if rope.get(name) is not None:
+                _number(rope, name, where)
+        _bool(rope, "truncate", where)
+        if rope["rope_theta"] <= 1:
+            raise CheckpointError(f"{where}: rope_theta must be above 1 for yarn, got {rope['rope_theta']!r}")
     partial = rope.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise CheckpointError(f"{where}: partial_rotary_factor must be 1 (the whole head rotates), got {partial!r}")
@@ -229,7 +237,7 @@ def _bool(raw, key, where):
 def _positive(raw, key, where, default=None):
     value = raw.get(key)
     value = default if value is None else value
-    if not _is_int(value) or value < 1:
+    if not _is_int(value) or not 1 <= value <= sys.maxsize:
         raise CheckpointError(f"{where}: {key} must be a positive integer, got {value!r}")
     return value
 

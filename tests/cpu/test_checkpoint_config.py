@@ -1,5 +1,7 @@
 """config.json and generation_config.json: what is read, and the one error for each thing that is not supported."""
 
+import math
+
 import pytest
 
 from orthrus_rt.config import CheckpointError, parse
@@ -78,6 +80,9 @@ UNSUPPORTED = [
         {"rope_parameters": YARN, "original_max_position_embeddings": 64},
         "original_max_position_embeddings must be 128 as in rope_parameters, got 64 beside it",
     ),
+    ({"rope_scaling": YARN | {"rope_theta": 1}}, "rope_theta must be above 1 for yarn, got 1"),
+    ({"rope_scaling": YARN | {"truncate": "false"}}, "truncate must be true or false, got 'false'"),
+    ({"max_position_embeddings": 10**400}, "max_position_embeddings must be a positive integer, got 1000"),
     ({"layer_types": 5}, "layer_types must be a list of names, got 5"),
     ({"layer_types": ["sliding_attention", 3]}, "layer_types must be a list of names, got ['sliding_attention', 3]"),
     (
@@ -97,6 +102,15 @@ def test_one_clear_error_each(changes, message):
         parse(raw_config(**changes), name="tiny", where="folder/config.json")
     assert str(error.value).startswith("folder/config.json: ")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1, 0, 10**400, "x", "", True, [], [1]])
+def test_a_number_that_yarn_may_have(key, value):
+    with pytest.raises(CheckpointError) as error:
+        parse(raw_config(rope_parameters=YARN | {key: value}), name="tiny", where="folder/config.json")
+    assert str(error.value) == f"folder/config.json: {key} must be a positive number, got {value!r}"
+    assert tiny_config(rope_parameters=YARN | {key: None}).rope[key] is None
 
 
 def test_facts_of_both_families():
