@@ -67,6 +67,7 @@ class AsyncEngine:
         # Streams that wait for more, by the id that the engine has for each: the caller's is free again as soon as its
         # stream has ended, but the engine keeps an aborted request until the next step.
         self._waiting: dict[str, Waiting] = {}
+        self._known_as: dict[str, str] = {}  # the engine's name of each, by the caller's
         self._numbers = itertools.count(1)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: asyncio.Future | None = None
@@ -86,7 +87,7 @@ class AsyncEngine:
             self._fail(RuntimeError("another event loop has taken this AsyncEngine over"))
             for known_as in self._waiting:
                 self._worker.submit(self._abort, known_as)
-            self._waiting.clear()
+            self._waiting.clear(), self._known_as.clear()
             self._loop = loop
         return loop
 
@@ -122,10 +123,10 @@ class AsyncEngine:
     async def _stream(self, prompt_ids, params, request_id: str) -> AsyncIterator[RequestOutput]:
         self._check_taking()
         self._enter()
-        if any(stream.request_id == request_id for stream in self._waiting.values()):
+        if request_id in self._known_as:
             raise ValueError(f"request_id must be unused, got {request_id!r} twice")
         known_as, stream, finished = f"{request_id}#{next(self._numbers)}", Waiting(request_id), False
-        self._waiting[known_as] = stream
+        self._waiting[known_as], self._known_as[request_id] = stream, known_as
         try:
             await self._call(self._run, Engine.submit, prompt_ids, params, known_as)
             while not finished:
@@ -135,8 +136,7 @@ class AsyncEngine:
                 finished = output.finished
                 yield replace(output, request_id=request_id)
         finally:
-            unfinished = self._waiting.pop(known_as, None) is not None
-            if unfinished and self._closing is None:
+            if self._leave(known_as) and self._closing is None:
                 # Not awaited: the stream may be closing because its task was cancelled.
                 with contextlib.suppress(RuntimeError):  # as the process ends, nothing is taken any more
                     self._worker.submit(self._abort, known_as)
@@ -157,8 +157,8 @@ class AsyncEngine:
         :meth:`Engine.abort`.
         """
         self._enter()
-        for known_as in [known_as for known_as, stream in self._waiting.items() if stream.request_id == request_id]:
-            await asyncio.shield(self._call(self._abort, known_as))
+        if request_id in self._known_as:
+            await asyncio.shield(self._call(self._abort, self._known_as[request_id]))
 
     async def call(self, function, *args):
         """``function(engine, *args)`` between two steps, in the thread that makes them: ``call(Engine.explain)`` or
@@ -183,9 +183,16 @@ class AsyncEngine:
         for output in outputs:
             stream = self._waiting.get(output.request_id)
             if output.finished:  # however long its reader takes for what is left
-                self._waiting.pop(output.request_id, None)
+                self._leave(output.request_id)
             if stream:
                 stream.queue.put_nowait(output)
+
+    def _leave(self, known_as: str) -> bool:
+        """It waits no more, and the caller's name is free; whether it waited."""
+        stream = self._waiting.pop(known_as, None)
+        if stream:
+            del self._known_as[stream.request_id]
+        return stream is not None
 
     def _fail(self, error: BaseException) -> None:
         for stream in self._waiting.values():

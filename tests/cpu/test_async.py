@@ -153,6 +153,28 @@ def test_a_name_is_free_when_its_stream_has_ended(folder, alone):
     run(folder, use)
 
 
+def test_a_name_is_found_without_a_look_at_the_others(folder):
+    """With thousands of clients, a stream's begin and an abort cost no more than with a few."""
+    compared = []
+
+    class Name(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(other)
+            return str.__eq__(self, other)
+
+    async def use(shared):
+        names = [Name(f"client {i}") for i in range(30)]
+        streams = [asyncio.create_task(shared.generate([i], GREEDY, name)) for i, name in enumerate(names)]
+        await asyncio.sleep(0)
+        await asyncio.gather(*map(shared.abort, names))
+        await asyncio.gather(*streams)
+
+    run(folder, use)
+    assert len(compared) < 30
+
+
 def test_streams_of_a_closed_engine_end_with_an_error(folder, monkeypatch):
     async def use(shared):
         slowly(shared, monkeypatch)

@@ -66,7 +66,7 @@ def test_streams_of_a_loop_that_another_one_takes_over_from_end_with_an_error(fo
     for task in (anext(stream), waits):
         with pytest.raises(RuntimeError, match="another event loop has taken this AsyncEngine over"):
             first.run_until_complete(task)
-    assert not shared._waiting
+    assert not shared._waiting and not shared._known_as
 
     waits = first.create_task(anext(shared.stream([3], long)))
     first.run_until_complete(asyncio.sleep(0))

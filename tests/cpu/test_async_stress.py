@@ -99,7 +99,8 @@ def test_clients_come_and_go(folder, alone, monkeypatch, seed):
             await asyncio.wait_for(asyncio.gather(*clients), 60)
             while engine.has_unfinished() or shared._steps:
                 await asyncio.sleep(0.001)
-            assert not shared._waiting and not any(engine.scheduler.slots) and not engine.scheduler._live
+            assert not shared._waiting and not shared._known_as
+            assert not any(engine.scheduler.slots) and not engine.scheduler._live
             assert engine.kv.num_free_pages == engine.kv.num_pages - 1
 
     with monkeypatch.context() as patch:
