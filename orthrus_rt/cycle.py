@@ -37,7 +37,7 @@ class Pass:
         rows: static. own: those that the consensus before it stages: all but the rows of ``prompts``, which come first.
         per_slot: choices per slot. logit_rows: int32, the rows they belong to, slot by slot, and then prompts' rows.
         out: ``(value, id)``, their partial maxima, of logits or of scores. partials: the slots'.
-        logits: fp32 ``[len(logit_rows), vocab_size]`` that every pass shares; None where none are materialised.
+        logits: fp32 ``[len(logit_rows), vocab_size]``; None where none are materialised. All passes share both.
     """
 
     kind: int
@@ -53,10 +53,11 @@ class Pass:
 
 
 def _pass(
-    model: Model, kind: int, slots: int, plan: CyclePlan, activations: Activations | None, shape: PrefillShape | None
-) -> Pass:
-    """A pass whose choices are scored from logits in ``activations``, or if None by the head's own partial maxima;
-    ``shape`` is that of the prompts in it, if any.
+    kind: int, model: Model, slots: int, plan: CyclePlan, activations: Activations, scored: bool,
+    shape: PrefillShape | None,
+) -> Pass:  # fmt: skip
+    """A pass whose choices are ``scored`` from logits, or else the head's own partial maxima; ``shape`` is that of the
+    prompts in it, if any.
     """
     length = 1 if kind == st.NEXT_AR else plan.block_len
     blocks = {st.NEXT_DRAFT: 1, st.NEXT_ONE_PASS: plan.fan_out}.get(kind, 0)
@@ -75,9 +76,8 @@ def _pass(
     else:
         prompts = PromptRows(shape, model.device, layout, picked.flatten())
         rows, own, logit_rows = prompts.rows, prompts.own, prompts.logit_rows
-    scored, n = activations is not None, logit_rows.shape[0]
-    num_partials = st.num_score_tiles(model.config.vocab_size) if scored else model.lm_head.num_partials
-    out = st.empty_partials(n, num_partials, model.device)
+    n = logit_rows.shape[0]
+    out = activations.partials(n, "scores" if scored else "logits")
     return Pass(
         kind=kind,
         step={st.NEXT_DRAFT: st.STEP_DRAFT, st.NEXT_ONE_PASS: st.STEP_VERIFY_AND_DRAFT}.get(kind, st.STEP_VERIFY),
@@ -120,13 +120,13 @@ class Cycle(Recorded):
         self.sampling: SlotSampling | None = sampling
         self.activations: Activations = activations
         self.workspace: Workspace = workspace
-        scored = None if sampling is None else activations
+        common = model, num_slots, plan, activations, sampling is not None
         *before, last = KINDS[plan.mode]
         if plain is None:
-            self.passes, self._tapes = [_pass(model, kind, num_slots, plan, scored, None) for kind in before], {}
+            self.passes, self._tapes = [_pass(kind, *common, None) for kind in before], {}
         else:
             self.passes, self._tapes = plain.passes[:-1], plain.tapes
-        self.passes.append(_pass(model, last, num_slots, plan, scored, shape))
+        self.passes.append(_pass(last, *common, shape))
         self.prompts = self.passes[-1].prompts
         with_prompts = "" if shape is None else f" with {shape.rows} rows of prompts"
         self.what = f"{plan.mode} cycle of {num_slots} slots{with_prompts}"
@@ -157,9 +157,9 @@ class Cycle(Recorded):
 
     @property
     def nbytes(self) -> int:
-        """Of the static buffers of its own passes."""
+        """Of the rows of its own passes."""
         passes = self.passes if self.prompts is None else self.passes[-1:]
-        held = (t for p in passes for t in (*vars(p.rows).values(), p.logit_rows, *p.out))
+        held = (t for p in passes for t in (*vars(p.rows).values(), p.logit_rows))
         return sum(t.nbytes for t in held if isinstance(t, torch.Tensor))
 
     def stage_first(self) -> None:

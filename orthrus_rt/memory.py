@@ -21,13 +21,13 @@ def memory_report(engine) -> dict[str, int]:
 
     ``weights`` (of the AR view, embedding included), ``kv_pages`` and ``tables`` (rotary angles, page table) are
     what AR decoding alone needs; only the last two grow with context. The diffusion view adds ``weights_diffusion``,
-    ``scratch`` (one layer's keys and values of the block rows), in ``activations`` one layer's buffers of these rows
-    and, in ``cycles``, the verified rows' choices (greedy: partial maxima instead of logits). ``activations`` and
-    ``workspace`` (bounded) are sized by the most rows of a pass, a cycle's and a chunk of prompts; ``activations``
-    grows by the logits of the former, and of a row for each slot, at the first request that samples or edits them;
-    ``edits`` is what penalties, bias and min_tokens need, once a request asked for any; ``cycles`` and ``graphs`` are
-    what the cycles and recorded passes with prompts so far hold: rows and choices, and what torch keeps for CUDA
-    graphs; the driver keeps some more for their launches.
+    ``scratch`` (one layer's keys and values of the block rows) and, in ``activations``, one layer's buffers of these
+    rows and the verified rows' choices (greedy: partial maxima instead of logits). ``activations`` and ``workspace``
+    (bounded) are sized by the most rows of a pass, a cycle's and a chunk of prompts; ``activations`` grows by the
+    logits of the former, and of a row for each slot, at the first request that samples or edits them; ``edits`` is
+    what penalties, bias and min_tokens need, once a request asked for any; ``cycles`` and ``graphs`` are what the
+    cycles and recorded passes with prompts so far hold: rows, and what torch keeps for CUDA graphs; the driver keeps
+    some more for their launches.
     """
     runner, sizes = engine.runner, engine.model.nbytes()
     scratch = runner.activations.scratch_k.nbytes + runner.activations.scratch_v.nbytes

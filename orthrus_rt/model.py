@@ -12,6 +12,7 @@ from orthrus_rt.config import ModelConfig
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.plan import Rows
 from orthrus_rt.rope import cos_sin_table
+from orthrus_rt.state import empty_partials, num_score_tiles
 from orthrus_rt.weights import PackedWeight
 
 
@@ -108,6 +109,8 @@ class Activations:
         self.scratch_v = torch.empty(max_rows_diff, c.num_heads_kv, c.head_dim, **kw)
         self._logits = torch.empty(0, c.vocab_size, dtype=torch.float32, device=model.device)
         self._max_logit_rows = max_logit_rows
+        self._num_partials = {"logits": model.lm_head.num_partials, "scores": num_score_tiles(c.vocab_size)}
+        self._partials = empty_partials(max_logit_rows, max(self._num_partials.values()), model.device)
 
     def logits(self, num_rows: int) -> torch.Tensor:
         """fp32 ``[num_rows, vocab_size]``, at most ``max_logit_rows``; allocated on first use, as greedy decoding
@@ -117,9 +120,17 @@ class Activations:
             self._logits = self._logits.new_empty(self._max_logit_rows, self._logits.shape[1])
         return self._logits[:num_rows]
 
+    def partials(self, num_rows: int, of: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(value, id)``, fp32 and int32 ``[num_rows, n]``: partial maxima of the head's ``"logits"`` or of
+        ``"scores"``, at most ``max_logit_rows``. Every pass has the same: what it chose is taken before the next.
+        """
+        n = self._num_partials[of]
+        value, index = (t.flatten()[: num_rows * n].view(num_rows, n) for t in self._partials)
+        return value, index
+
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in vars(self).values() if isinstance(t, torch.Tensor))
+        return sum(t.nbytes for t in (*vars(self).values(), *self._partials) if isinstance(t, torch.Tensor))
 
 
 @dataclass

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from orthrus_rt import dispatch
-from orthrus_rt import state as st
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.plan import Chunk, Layout, Rows, fixed_rows, lay_out, padded
@@ -146,7 +145,7 @@ class PrefillPass(Recorded):
 
     Attributes:
         prompts: its rows, to be loaded before every run.
-        out: ``(value, id)``, of ``chosen`` rows: fp32 logits, shared by all passes (id None), or partial maxima.
+        out: ``(value, id)``, of ``chosen`` rows: fp32 logits (id None), or partial maxima. All passes share both.
     """
 
     def __init__(
@@ -154,15 +153,13 @@ class PrefillPass(Recorded):
     ):
         self.model, self.kv, self.activations, self.workspace, self.shape = model, kv, activations, workspace, shape
         self.what, self.prompts = f"prefill of {shape.rows} rows", PromptRows(shape, model.device)
-        if shape.scored:
-            self.out = activations.logits(shape.chosen), None
-        else:
-            self.out = st.empty_partials(shape.chosen, model.lm_head.num_partials, model.device)
+        logits = (activations.logits(shape.chosen), None) if shape.scored else None
+        self.out = logits or activations.partials(shape.chosen, "logits")
 
     @property
     def nbytes(self) -> int:
         """Of what it has for itself."""
-        return self.prompts.nbytes + (0 if self.shape.scored else sum(t.nbytes for t in self.out))
+        return self.prompts.nbytes
 
     def used_ops(self) -> tuple[str, ...]:
         return dispatch.OPS_BEFORE_LOGITS

@@ -29,7 +29,8 @@ from orthrus_rt.state import SlotEdits, SlotSampling, SlotState
 from orthrus_rt.stopwatch import Stopwatch, Stretch
 
 PREFILL_CHUNK = 512  # prompt tokens per pass, of one prompt or of several
-MAX_RECORDINGS = 64  # of passes and cycles with prompts
+# Of passes and cycles with prompts. An `auto` of 32 slots comes upon some 120 shapes, and recording stops the device.
+MAX_RECORDINGS = 256
 _leaked_mailboxes: list[SlotResults] = []  # of devices that have failed
 
 
@@ -215,7 +216,7 @@ class Runner:
                 by_rejection[i] = verify(request, value[i : i + 1], [], len(request.prompt))
         if sampling := self._sampling(requests):
             logits = value
-            value, index = out = st.empty_partials(n, st.num_score_tiles(logits.shape[1]), logits.device)
+            value, index = out = self.activations.partials(n, "scores")
             rows, picked = this.prompts.rows, this.prompts.logit_rows[:n]
             ops.process_logits(logits, rows, picked, sampling, self.state.cache_seqlens, COUPLED, out)
         partials = [(value[i : i + 1], index[i : i + 1]) for i in range(n)]

@@ -50,12 +50,13 @@ def test_what_the_diffusion_view_adds(folder):
     hidden_and_normed, mlp = 2 * config.hidden_size, config.intermediate_size
     qkv_q_and_attn = (3 * config.num_heads_q + 2 * config.num_heads_kv) * config.head_dim
     per_row = (hidden_and_normed + qkv_q_and_attn + mlp) * 2
-    assert two_pass["activations"] - ar["activations"] == slots * (config.block_len - 1) * per_row  # beside prompts'
-    built = slots + 4 + 2 + 1  # slots of the cycles of every batch bucket
     partials = 1  # per row: 96 ids lie in one tile
-    choices = built * (2 * config.block_len - 1) * (partials * 8 + 4)  # value, id; the row's number
+    more = slots * (config.block_len - 1)  # rows, beside those of ar and of prompts
+    assert two_pass["activations"] - ar["activations"] == more * (per_row + partials * 8)  # value, id
+    built = slots + 4 + 2 + 1  # slots of the cycles of every batch bucket
+    picked = built * (2 * config.block_len - 1) * 4  # the numbers of the rows that choose
     staged = 2 * (built * config.block_len * 16 + (built + 4) * 4)  # two passes' rows and where their groups start
-    assert two_pass["cycles"] == choices + staged
+    assert two_pass["cycles"] == picked + staged
 
 
 @pytest.mark.parametrize("where", ("model", "runner", "cpu", "kernel"))
