@@ -62,9 +62,10 @@ def test_costs_are_kept(auto, monkeypatch):
     )  # fmt: skip
     with contextlib.closing(again):
         again.warmup()
-        now = again._autos[again._plan].policy.costs.table()
-        assert 0 < len(looks) <= len(table) and [row[:-1] for row in now] == [row[:-1] for row in table]
-        assert all(0.1 < a[-1] / b[-1] < 10 for a, b in zip(now, table, strict=True))
+        costs = again._autos[again._plan].policy.costs
+        now, before = ({tuple(row[:-1]): row[-1] for row in t} for t in (costs.table(), table))
+        assert 0 < len(looks) <= len(now) and now.keys() >= before.keys()  # others may look as if they paid by now
+        assert all(0.1 < now[plan] / before[plan] < 10 for plan in before)
         again.generate(PROMPTS, GREEDY)
 
 
