@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import operator
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from orthrus_rt.checkpoint import EMBEDDED_NAME
 from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
+
+LEAST_TEMPERATURE = 1e-5  # that the published code samples at
 
 
 class OrthrusForCausalLM:
@@ -114,8 +117,8 @@ class OrthrusForCausalLM:
         top_k: int | None = 20,
         top_p: float | None = 0.8,
         eos_token_id: int | list[int] | None = None,
-        use_diffusion_mode: bool = True,
         streamer=None,
+        use_diffusion_mode: bool = True,
         *,
         attention_mask: torch.Tensor | None = None,
         pad_token_id: int | None = None,
@@ -127,12 +130,13 @@ class OrthrusForCausalLM:
             input_ids: integer ``[1, n]``: a tensor, a list, an array, or what a tokenizer or its chat template returns,
                 whose ``attention_mask`` then counts.
             max_new_tokens: at most this many tokens are added.
-            max_length: total length instead, prompt included; wins over ``max_new_tokens``.
-            temperature: 0 is greedy; above, ``top_k`` and ``top_p`` apply, and torch's global generator gives the seed,
-                so ``torch.manual_seed`` makes a run repeatable.
+            max_length: total length instead, prompt included; wins over ``max_new_tokens``. 0 is none.
+            temperature: below 1e-5 it is greedy; above, ``top_k`` and ``top_p`` apply, and torch's global generator
+                gives the seed, so ``torch.manual_seed`` makes a run repeatable.
+            top_k, top_p: None is off, as is what keeps all: 0 or less of the one, 1 or more of the other.
             eos_token_id: an id or a list of them instead of the checkpoint's own.
-            use_diffusion_mode: two-pass decoding; False decodes autoregressively. The tokens are the same.
             streamer: gets the prompt, then tokens as they are accepted, then ``end()``.
+            use_diffusion_mode: two-pass decoding; False decodes autoregressively. The tokens are the same.
             attention_mask: tolerated if all ones. pad_token_id: has nothing to do here, one prompt needs no padding.
             do_sample: tolerated if it says what ``temperature`` says.
 
@@ -151,6 +155,8 @@ class OrthrusForCausalLM:
             raise ValueError(f"generate: input_ids must have shape [1, n], got {list(input_ids.shape)}")
         if attention_mask is not None and not bool((_tensor(attention_mask, "attention_mask") == 1).all()):
             raise ValueError("generate: attention_mask must be all ones (no padding), got zeros in it")
+        if isinstance(temperature, Real) and 0 < temperature < LEAST_TEMPERATURE:
+            temperature = 0.0
         if do_sample is not None and bool(do_sample) != (temperature != 0):
             raise ValueError(
                 f"generate: do_sample must be {temperature != 0} at temperature {temperature}, got {do_sample}"
@@ -171,31 +177,30 @@ class OrthrusForCausalLM:
         return torch.cat([input_ids.long(), new], dim=1)
 
     def _params(self, length, max_new_tokens, max_length, temperature, top_k, top_p, eos_token_id) -> SamplingParams:
-        if max_length is None:
-            if max_new_tokens is None:
-                raise ValueError("generate: max_new_tokens or max_length must be given")
-            max_length = length + max_new_tokens
-        if max_length <= length:
-            raise ValueError(f"generate: max_length must exceed the prompt's {length} tokens, got {max_length}")
-        if max_length > self.engine.max_seq_len:
-            raise ValueError(
-                f"generate: {max_length} tokens in all exceed max_seq_len {self.engine.max_seq_len}; "
-                "pass a larger max_seq_len to from_pretrained"
-            )
+        if max_length:
+            if max_length <= length:
+                raise ValueError(f"generate: max_length must exceed the prompt's {length} tokens, got {max_length}")
+            max_new_tokens = max_length - length
+        elif max_new_tokens is None:
+            raise ValueError("generate: max_new_tokens or max_length must be given")
         try:
             stop = () if eos_token_id is None else (operator.index(eos_token_id),)
         except TypeError:
             stop = eos_token_id
-        greedy = temperature == 0
         params = SamplingParams(
-            max_new_tokens=max_length - length,
+            max_new_tokens=max_new_tokens,
             temperature=temperature,
-            top_k=top_k or 0,
-            top_p=1.0 if top_p is None else top_p,
-            seed=None if greedy else int(torch.randint(2**62, (), device="cpu")),
+            top_k=0 if top_k is None or (isinstance(top_k, Real) and top_k <= 0) else top_k,
+            top_p=1.0 if top_p is None or (isinstance(top_p, Real) and top_p >= 1) else top_p,
+            seed=None if temperature == 0 else int(torch.randint(2**62, (), device="cpu")),
             stop_token_ids=stop,
             ignore_eos=eos_token_id is not None,
         )
+        if length + params.max_new_tokens > self.engine.max_seq_len:
+            raise ValueError(
+                f"generate: {length + params.max_new_tokens} tokens in all exceed max_seq_len "
+                f"{self.engine.max_seq_len}; pass a larger max_seq_len to from_pretrained"
+            )
         possible = tuple(t for t in params.stop_token_ids if t < self.config.vocab_size)  # others never come
         return dataclasses.replace(params, stop_token_ids=possible)
 

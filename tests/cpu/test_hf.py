@@ -1,5 +1,7 @@
 """The call that users of the published code know."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -98,10 +100,13 @@ def test_mask_of_ones_and_pad_id_are_tolerated(model, input_ids):
         ),
         ({"max_new_tokens": 4, "attention_mask": [[0, 1, 1, 1, 1]]}, ValueError, "must be all ones"),
         ({}, ValueError, "max_new_tokens or max_length must be given"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be >= 1, got 0"),
+        ({"max_length": 0}, ValueError, "max_new_tokens or max_length must be given"),
         ({"max_length": 5}, ValueError, "max_length must exceed the prompt's 5 tokens, got 5"),
         ({"max_new_tokens": 124}, ValueError, "129 tokens in all exceed max_seq_len 128"),
         ({"max_new_tokens": 4, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, ValueError, "must be all ones"),
-        ({"max_new_tokens": 4, "top_p": 1.5}, ValueError, "top_p"),
+        ({"max_new_tokens": 4, "top_p": 0.0}, ValueError, "top_p"),
+        ({"max_new_tokens": 4, "temperature": -1e-6}, ValueError, "temperature"),
     ],
 )
 def test_errors(model, input_ids, arguments, error, message):
@@ -123,6 +128,27 @@ def test_whatever_a_tokenizer_returns(model):
     for nothing in ("text", None, [[1], [2, 3]], {"ids": [[1]]}):
         with pytest.raises(ValueError, match=r"generate: input_ids must be integers of shape \[1, n\], got "):
             model.generate(nothing, max_new_tokens=6)
+
+
+def test_arguments_in_the_published_order():
+    """``generate`` of src/model.py, github.com/chiennv2000/orthrus."""
+    published = (
+        "self input_ids max_new_tokens max_length temperature top_k top_p eos_token_id streamer use_diffusion_mode"
+    )
+    parameters = inspect.signature(OrthrusForCausalLM.generate).parameters.values()
+    assert [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD] == published.split()
+
+
+def test_what_the_published_code_takes_as_off(model, input_ids):
+    greedy = model.generate(input_ids, max_new_tokens=8)
+    for off in ({"temperature": 9e-6}, {"temperature": 9e-6, "do_sample": False}, {"max_length": 0}):
+        assert torch.equal(model.generate(input_ids, max_new_tokens=8, **off), greedy)
+
+    def sample(**filters):
+        torch.manual_seed(1)
+        return model.generate(input_ids, max_new_tokens=8, temperature=2.0, **filters).tolist()
+
+    assert sample(top_k=-1, top_p=1.5) == sample(top_k=None, top_p=None) != sample()
 
 
 def test_what_says_the_same_is_accepted(model, input_ids):
