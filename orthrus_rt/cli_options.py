@@ -43,9 +43,11 @@ def load_engine(args, mode: str = "auto", max_batch_size: int = 1):
 
 
 def read_utf8(source: str, read: Callable[[], str]) -> str:
-    """The text that ``read`` returns; bytes that are no UTF-8 come as an error or, from the shell, as surrogates."""
+    """The text that ``read`` returns, without a byte order mark; bytes that are no UTF-8 come as an error or, from the
+    shell, as surrogates.
+    """
     try:
-        return read().encode(errors="surrogateescape").decode()
+        return read().encode(errors="surrogateescape").decode().removeprefix("\ufeff")
     except UnicodeError as error:
         got = error.object[error.start : error.end]
         raise ValueError(f"the prompt ({source}) must be UTF-8 text, got {got!r} at position {error.start}") from None

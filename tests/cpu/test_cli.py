@@ -39,11 +39,12 @@ def generate(run, *args):
 
 def test_prompt_from_argument_file_and_stdin_is_the_same(run, tmp_path, monkeypatch):
     text = "Grüße, 世界\n"
-    (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
     want = generate(run, text)
-    assert generate(run, "--file", str(tmp_path / "prompt.txt"))["prompt_token_ids"] == want["prompt_token_ids"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-    assert generate(run)["token_ids"] == want["token_ids"]
+    for begins in ("", "\ufeff"):  # some editors put a byte order mark there
+        (tmp_path / "prompt.txt").write_text(begins + text, encoding="utf-8")
+        assert generate(run, "--file", str(tmp_path / "prompt.txt"))["prompt_token_ids"] == want["prompt_token_ids"]
+        monkeypatch.setattr(sys, "stdin", io.StringIO(begins + text))
+        assert generate(run)["token_ids"] == want["token_ids"]
 
 
 @pytest.mark.parametrize("source", ("argument", "--file", "standard input", "standard input, surrogates"))

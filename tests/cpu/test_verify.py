@@ -156,6 +156,7 @@ def test_auto_against_ar(run):
     [
         (b"one\ncaf\xe9\n", "the prompt ({}) must be UTF-8 text, got b'\\xe9' at position 7"),
         (b"\n \n", "--prompts must name a file with a prompt a line, {} holds none"),
+        (b"\xef\xbb\xbf" + b"x" * 128, "{}, line 1 has 128 tokens: --max-seq-len must be above that, got 128"),
         (b"one\n\n" + b"x" * 128, "{}, line 3 has 128 tokens: --max-seq-len must be above that, got 128"),
     ],
 )
