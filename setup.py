@@ -31,6 +31,8 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         args = [
             "-G", "Ninja",
+            # Of the build before this one, whose environment may be gone (pip's isolated ones are) or was another.
+            "-UCMAKE_MAKE_PROGRAM", "-UORTHRUS_CUDA_ARCHS",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DORTHRUS_CUDA={os.environ.get('ORTHRUS_CUDA', 'AUTO')}",
