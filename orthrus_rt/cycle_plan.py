@@ -66,12 +66,15 @@ def integer(name: str, value) -> int:
     """``value`` as an int.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none; True and False are none.
     """
     try:
-        return operator.index(value)
+        index = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+        index = None
+    if index is None:
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    return index
 
 
 def cycle_plan(mode: str, draft_len: int, fan_out: int | None, config) -> CyclePlan:

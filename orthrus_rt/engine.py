@@ -72,6 +72,8 @@ class Engine(Generation):
         prepare_for_forks()
         config = checkpoint.config
         sizes = engine_sizes(config, max_seq_len, max_batch_size, num_pages)
+        if not isinstance(prefix_caching, bool):
+            raise ValueError(f"prefix_caching must be True or False, got {prefix_caching!r}")
         self.turn, self.closed, self.torn, self.dropped = Turn(), False, False, deque()
         self.config, self.max_seq_len = config, sizes.max_seq_len
         self._pages_per_slot = sizes.num_pages // sizes.max_batch_size

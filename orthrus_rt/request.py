@@ -130,7 +130,9 @@ def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str = "pro
         ValueError: it is empty, too long, not integers, or has ids outside the vocabulary.
     """
     is_tensor = isinstance(prompt_ids, torch.Tensor)
-    if getattr(prompt_ids, "ndim", 1) != 1 or (is_tensor and prompt_ids.is_floating_point()):
+    if getattr(prompt_ids, "ndim", 1) != 1 or (
+        is_tensor and (prompt_ids.is_floating_point() or prompt_ids.dtype is torch.bool)
+    ):
         got = f"{prompt_ids.dtype} {list(prompt_ids.shape)}"
         raise ValueError(f"{name}: a tensor or array must be 1-D and integer, got {got}")
     if is_tensor:

@@ -127,7 +127,7 @@ def _integer(name: str, value) -> int:
 
 
 def _number(name: str, value) -> float:
-    if not isinstance(value, Real):
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"SamplingParams: {name} must be a number, got {value!r}")
     try:
         return float(value)

@@ -254,6 +254,7 @@ def test_top_k_one_is_greedy(engine):
         (UserDict(input_ids=[1]), "prompt_ids must be token ids, got UserDict; pass its input_ids"),
         ([1.5], "prompt_ids must be a list of ints or a 1-D integer tensor"),
         (torch.ones(2), "a tensor or array must be 1-D and integer"),
+        (torch.ones(2, dtype=torch.bool), r"a tensor or array must be 1-D and integer, got torch.bool \[2\]"),
         (torch.ones(1, 2, dtype=torch.int64), "a tensor or array must be 1-D and integer"),
         (np.ones((1, 2), dtype=np.int64), r"a tensor or array must be 1-D and integer, got int64 \[1, 2\]"),
     ],
@@ -297,6 +298,8 @@ def test_bad_arguments(engine):
         ({"max_batch_size": 2.5}, "max_batch_size must be an integer, got 2.5"),
         ({"max_seq_len": "64"}, "max_seq_len must be an integer, got '64'"),
         ({"num_pages": 9.0}, "num_pages must be an integer, got 9.0"),
+        ({"max_batch_size": True}, "max_batch_size must be an integer, got True"),
+        ({"prefix_caching": "false"}, "prefix_caching must be True or False, got 'false'"),
     ]:
         with pytest.raises(ValueError, match=message):
             Engine.from_pretrained(folder, **({"mode": "two_pass", "device": "cpu"} | kwargs))
