@@ -12,6 +12,8 @@ import importlib
 import importlib.util
 import logging
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -19,6 +21,7 @@ from orthrus_rt.device import device_scope
 
 log = logging.getLogger("orthrus_rt")
 
+NATIVE = "orthrus_rt._native"
 OPS = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus", "process_logits", "count_tokens")
 OPS_BEFORE_LOGITS = OPS[:5]  # which take weights, activations or cache; the others see logits, maxima and ids
 IMPLEMENTATIONS = ("cpu", "cuda", "triton", "reference")
@@ -36,12 +39,21 @@ _PREFERENCE = {
 
 @functools.cache
 def native():
-    """The native module, or None where it was not built."""
+    """The native module, or None where there is none: :func:`why_no_native` tells why."""
+    return None if why_no_native() else sys.modules[NATIVE]
+
+
+@functools.cache
+def why_no_native() -> str | None:
+    """Why the native module cannot be imported; None if it can."""
     try:
-        from orthrus_rt import _native
-    except ImportError:
-        return None
-    return _native
+        importlib.import_module(NATIVE)
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == NATIVE:
+            folder = Path(__file__).parent
+            return f"the native module is not built in {folder}, which orthrus_rt is imported from (pip install -e .)"
+        return f"the native module cannot be loaded: {error}"
+    return None
 
 
 def triton_module(op: str):
@@ -74,7 +86,7 @@ def unavailable(impl: str, op: str, device: torch.device, dtype: torch.dtype) ->
     if impl == "triton":
         return None if has_triton() else "triton is not installed"
     if native() is None:
-        return "the native module is not built (pip install -e .)"
+        return why_no_native()
     if impl == "cuda" and not hasattr(native(), "cuda"):
         return "the native module was built without CUDA (ORTHRUS_CUDA=ON builds it)"
     if impl == "cuda":

@@ -74,6 +74,7 @@ def collect(*, device: str, dtype: str, model: str, **sources) -> dict:
     facts = {
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "native": dict(native.build_info()) if native else None,
+        "why_no_native": dispatch.why_no_native(),
         "device": device_facts(chosen),
         "dtype": dtype,
         "ops": {op: dispatch.select(op, chosen, DTYPES[dtype]) for op in dispatch.OPS},

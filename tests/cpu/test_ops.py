@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from orthrus_rt import dispatch, ops
 from orthrus_rt import state as st
+from orthrus_rt.cli import main
 from orthrus_rt.engine import Engine
 from orthrus_rt.plan import empty_rows
 from orthrus_rt.prefill import prefill_rows
@@ -278,6 +280,28 @@ def test_a_second_choice_is_a_warning(monkeypatch, caplog):
     assert chosen == ["reference", "triton", "triton"]
     why = "since the native module was built for 80-real, not for compute capability 10.0"
     assert [r.getMessage().endswith(why) for r in caplog.records if r.levelname == "WARNING"] == [True, True]
+
+
+@pytest.mark.parametrize("found", (False, True))
+def test_why_there_is_no_native_module(folder, monkeypatch, tmp_path, caplog, capsys, found):
+    (tmp_path / "broken.so").write_text("no library")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(dispatch, "NATIVE", "broken" if found else "missing")
+    caches = (dispatch.native, dispatch.why_no_native, dispatch._select)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        assert dispatch.select("embed", torch.device("cpu"), torch.bfloat16) == "reference"
+        assert main(["info", "--device", "cpu", "--model", folder]) == 0
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    source = Path(dispatch.__file__).parent
+    why = f"the native module is not built in {source}, which orthrus_rt is imported from (pip install -e .)"
+    if found:
+        why = f"the native module cannot be loaded: {tmp_path}/broken.so: "
+    assert f"embed on cpu torch.bfloat16: reference, since {why}" in caplog.text
+    assert f"native    none, so every op runs the reference: {why}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("isa", ("sm90a", "none"))
