@@ -3,7 +3,8 @@
     python docs/server.py smollm2-135m 8000
     curl -N localhost:8000/v1/completions -d '{"prompt": "def add(a, b):", "max_tokens": 32, "stream": true}'
 
-All requests share one engine. A client that goes away ends its request; at SIGTERM what runs comes to its end.
+All requests share one engine. A client that goes away, or closes its side of the connection, ends its request; at
+SIGTERM or Ctrl-C what runs comes to its end.
 """
 
 import asyncio
@@ -21,14 +22,21 @@ async def read_request(reader):
     length = dict(line.split(":", 1) for line in lines if line).get("content-length", 0)
     if not start.startswith("post /v1/completions "):
         raise ValueError("this server answers POST /v1/completions")
-    asked = json.loads(await reader.readexactly(int(length)))
-    if not isinstance(asked, dict):
-        raise TypeError(f"the request must be an object, got {type(asked).__name__}")
+    try:
+        asked = json.loads(await reader.readexactly(int(length)))
+    except RecursionError:
+        raise ValueError("the request is nested too deeply") from None
+    if not isinstance(asked, dict) or not isinstance(asked.get("prompt"), str):
+        raise ValueError("the request must be an object whose prompt is a string")
     return asked
 
 
 def send(writer, status, kind, body=""):
     writer.write(f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n{body}".encode())
+
+
+def failure(error):
+    return json.dumps({"error": {"message": str(error) or repr(error)}})
 
 
 async def abort_when_gone(shared, reader, name):
@@ -46,9 +54,9 @@ async def serve(shared, reader, writer):
             stop = asked.get("stop") or ()
             text = orthrus_rt.TextStream(tokenizer, [stop] if isinstance(stop, str) else stop)
             outputs = shared.stream(tokenizer(asked["prompt"]).input_ids, params, name)
-        except (ValueError, KeyError, TypeError, RuntimeError, asyncio.LimitOverrunError) as error:
+        except (ValueError, TypeError, RuntimeError, asyncio.LimitOverrunError) as error:
             status = "503 Service Unavailable" if isinstance(error, RuntimeError) else "400 Bad Request"
-            return send(writer, status, "application/json", json.dumps({"error": {"message": str(error)}}))
+            return send(writer, status, "application/json", failure(error))
         if asked.get("stream"):
             send(writer, "200 OK", "text/event-stream")
         gone = asyncio.create_task(abort_when_gone(shared, reader, name))
@@ -64,23 +72,32 @@ async def serve(shared, reader, writer):
                         await writer.drain()
                     if reason:
                         break
+            if reason in ("error", "abort"):
+                raise RuntimeError(out.error or "the request ended as its client closed the connection")
+            choice["text"] = "".join(parts)
+            status, body, end = "200 OK", json.dumps(answer), "[DONE]"
+        except Exception as error:  # of this request alone, or of the engine
+            status, body = "500 Internal Server Error", failure(error)
+            end = body
         finally:
             gone.cancel()
         if asked.get("stream"):
-            writer.write(b"data: [DONE]\n\n")
+            writer.write(f"data: {end}\n\n".encode())
         else:
-            choice["text"] = "".join(parts)
-            send(writer, "200 OK", "application/json", json.dumps(answer))
+            send(writer, status, "application/json", body)
 
 
 async def main(model, port, **options):
     async with orthrus_rt.AsyncEngine(orthrus_rt.Engine.from_pretrained(model, **options)) as shared:
         server = await asyncio.start_server(lambda *streams: serve(shared, *streams), "127.0.0.1", port)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, (stop := asyncio.Event()).set)
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         await stop.wait()
         server.close()
-        await asyncio.wait_for(shared.close(drain=True), 60)
-        await asyncio.sleep(0.5)  # for the last words on their way to clients
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(shared.close(drain=True), 60)
+    await asyncio.sleep(0.5)  # for the last words on their way to clients
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
-"""The server of docs/: whole answers, streams, clients that go away, and SIGTERM."""
+"""The server of docs/: whole answers, streams, clients that go away, requests that fail, SIGTERM and Ctrl-C."""
 
 import asyncio
+import contextlib
 import http.client
 import importlib.util
 import json
 import os
 import signal
 import socket
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from orthrus_rt import dispatch
+from orthrus_rt import AsyncEngine, dispatch
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
@@ -29,65 +31,128 @@ def server():
     return module
 
 
+@pytest.fixture
+def engine(server, text_folder, monkeypatch):
+    engine = Engine.from_pretrained(text_folder, **HOW)
+    monkeypatch.setattr(server.orthrus_rt.Engine, "from_pretrained", lambda *_, **__: engine)
+    return engine
+
+
+def serve(server, client, number):
+    """Run it beside ``client(port, end)``, whose ``end()`` sends the server that signal."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    sent = []
+
+    def end():
+        defaults = (signal.SIG_DFL, signal.default_int_handler)
+        if not sent and signal.getsignal(number) not in defaults:  # else the server has ended, and this process would
+            sent.append(os.kill(os.getpid(), number))
+
+    def run():
+        for _ in range(100):
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        try:
+            client(port, end)
+        finally:
+            end()
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(run)
+        asyncio.run(asyncio.wait_for(server.main("model", port), 60))
+        done.result(60)
+
+
 def post(port, whole=None, path="/v1/completions", **asked):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", path, json.dumps(whole or asked))
+    connection.request("POST", path, whole or json.dumps(asked))
     return connection.getresponse()
+
+
+def failure(response):
+    return response.status, json.load(response)["error"]["message"]
 
 
 def events(response):
     return [line.removeprefix("data: ") for line in response.read().decode().split("\n\n") if line]
 
 
-def test_a_server(server, text_folder, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    engine = Engine.from_pretrained(text_folder, **HOW)
+def slow(engine):
+    step = engine.step
+    engine.step = lambda: (time.sleep(0.01), step())[1]
+
+
+def test_a_server(server, engine):
     out = engine.generate(engine.tokenizer("hello").input_ids, SamplingParams(8))
     text = engine.tokenizer.decode(out.token_ids, skip_special_tokens=True)
     stop = next(char for char in text if char.isascii())
-    monkeypatch.setattr(server.orthrus_rt.Engine, "from_pretrained", lambda *_, **__: engine)
     told = {}
 
-    def client():
-        for _ in range(100):
-            try:
-                told["whole"] = json.load(post(port, prompt="hello", max_tokens=8, temperature=0))
-                break
-            except ConnectionRefusedError:
-                time.sleep(0.05)
-        try:
-            asked = dict(prompt="hello", max_tokens=8, temperature=0)
-            told["stream"] = events(post(port, stream=True, **asked))
-            told["stopped"] = json.load(post(port, stop=stop, **asked | {"max_tokens": 100}))
-            told["list"] = post(port, [1]).status
-            for name, wrong in (("no prompt", {}), ("length", {"prompt": "x", "max_tokens": 0})):
-                response = post(port, **wrong)
-                told[name] = response.status, json.load(response)["error"]["message"]
-            told["path"] = post(port, path="/").status
-            step = engine.step
-            engine.step = lambda: (time.sleep(0.01), step())[1]
-            gone = post(port, prompt="gone", max_tokens=200, temperature=0, stream=True)
-            gone.readline(), gone.close()
-            while engine.metrics.requests["abort"] < 2:
-                time.sleep(0.01)
-            last = post(port, prompt="last", max_tokens=20, temperature=0, stream=True)
-        finally:
-            if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # or the server has ended, and this process would
-                os.kill(os.getpid(), signal.SIGTERM)
+    def client(port, end):
+        asked = dict(prompt="hello", max_tokens=8, temperature=0)
+        told["whole"] = json.load(post(port, **asked))
+        told["stream"] = events(post(port, stream=True, **asked))
+        told["stopped"] = json.load(post(port, stop=stop, **asked | {"max_tokens": 100}))
+        told["list"] = post(port, "[1]").status
+        told["no prompt"] = failure(post(port, max_tokens=8))
+        told["length"] = failure(post(port, prompt="x", max_tokens=0))
+        told["nested"] = failure(post(port, "[" * 100_000))
+        told["path"] = post(port, path="/").status
+        slow(engine)
+        gone = post(port, prompt="gone", max_tokens=200, temperature=0, stream=True)
+        gone.readline(), gone.close()
+        while engine.metrics.requests["abort"] < 2:
+            time.sleep(0.01)
+        last = post(port, prompt="last", max_tokens=20, temperature=0, stream=True)
+        end()
         told["last"] = events(last)
 
-    thread = threading.Thread(target=client, daemon=True)
-    thread.start()
-    asyncio.run(asyncio.wait_for(server.main(text_folder, port), 60))
-    thread.join(60)
-
+    serve(server, client, signal.SIGTERM)
     (choice,) = told["whole"]["choices"]
     assert choice == {"index": 0, "text": text, "finish_reason": out.finish_reason}
     *pieces, end = told["stream"]
     assert end == "[DONE]" and "".join(json.loads(piece)["choices"][0]["text"] for piece in pieces) == text
     assert told["stopped"]["choices"][0] == {"index": 0, "text": text.partition(stop)[0], "finish_reason": "stop"}
-    assert told["no prompt"] == (400, "'prompt'") and told["path"] == told["list"] == 400
+    assert told["path"] == told["list"] == 400
+    assert told["no prompt"] == (400, "the request must be an object whose prompt is a string")
     assert told["length"] == (400, "SamplingParams: max_new_tokens must be >= 1, got 0")
+    assert told["nested"] == (400, "the request is nested too deeply")
     assert told["last"][-1] == "[DONE]" and json.loads(told["last"][-2])["choices"][0]["finish_reason"] == "length"
     assert engine.closed and engine.metrics.requests["abort"] == 2  # the stopped one and the gone one
+
+
+def test_what_fails_is_no_success(server, engine, monkeypatch):
+    stream, told, whys = AsyncEngine.stream, {}, {"no memory": "out of memory", "lost": "a step failed"}
+
+    async def failing(shared, ids, params, name):
+        how = engine.tokenizer.decode(ids)
+        async for out in stream(shared, ids, params, name):
+            if how == "lost":
+                raise RuntimeError(whys[how])
+            if how == "no memory":
+                out = replace(out, finished=True, finish_reason="error", error=whys[how])
+            yield out
+
+    def client(port, end):
+        for how in whys:
+            told[how] = failure(post(port, prompt=how))
+            told[f"{how}, streamed"] = events(post(port, prompt=how, stream=True))
+        slow(engine)
+        with socket.create_connection(("127.0.0.1", port)) as half:
+            body = json.dumps({"prompt": "hello", "max_tokens": 200, "temperature": 0})
+            half.sendall(f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            half.shutdown(socket.SHUT_WR)
+            told["half"] = half.makefile().read()
+        last = post(port, prompt="last", max_tokens=20, temperature=0, stream=True)
+        end()
+        told["last"] = events(last)
+
+    monkeypatch.setattr(AsyncEngine, "stream", failing)
+    serve(server, client, signal.SIGINT)
+    for how, why in whys.items():
+        assert told[how] == (500, why)
+        assert json.loads(told[f"{how}, streamed"][-1]) == {"error": {"message": why}}
+    assert told["half"].startswith("HTTP/1.1 500") and "as its client closed the connection" in told["half"]
+    assert told["last"][-1] == "[DONE]" and engine.closed
