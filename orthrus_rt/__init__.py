@@ -4,6 +4,7 @@ The names below are imported on first use: ``import orthrus_rt`` costs nothing a
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 _HOME = {
     "AsyncEngine": "aio",
@@ -18,15 +19,28 @@ _HOME = {
 }
 __all__ = list(_HOME)
 
+if TYPE_CHECKING:  # the same for those who read this and run nothing
+    from orthrus_rt.aio import AsyncEngine as AsyncEngine
+    from orthrus_rt.config import CheckpointError as CheckpointError
+    from orthrus_rt.config import ModelConfig as ModelConfig
+    from orthrus_rt.engine import Engine as Engine
+    from orthrus_rt.outputs import GenerationOutput as GenerationOutput
+    from orthrus_rt.outputs import RequestOutput as RequestOutput
+    from orthrus_rt.outputs import Stats as Stats
+    from orthrus_rt.sampling import SamplingParams as SamplingParams
+    from orthrus_rt.text_stream import TextStream as TextStream
 
-def __getattr__(name):
-    if name in _HOME:
-        return getattr(import_module(f"orthrus_rt.{_HOME[name]}"), name)
-    if name == "__version__":
-        from importlib.metadata import version
+    __version__: str
+else:
 
-        return version("orthrus-rt")
-    raise AttributeError(f"module 'orthrus_rt' has no attribute {name!r}")
+    def __getattr__(name):
+        if name in _HOME:
+            return getattr(import_module(f"orthrus_rt.{_HOME[name]}"), name)
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("orthrus-rt")
+        raise AttributeError(f"module 'orthrus_rt' has no attribute {name!r}")
 
 
 def __dir__():

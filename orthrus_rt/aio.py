@@ -8,12 +8,14 @@ import functools
 import itertools
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import RequestOutput
+from orthrus_rt.request import TokenIds
 from orthrus_rt.sampling import SamplingParams
 
 # Calls that would take the streams' outputs, or make outputs that nobody gets -> what to call here instead.
@@ -23,6 +25,7 @@ INSTEAD = {
 }  # fmt: skip
 MOST_FAILURES = 3  # steps that fail, with no cycle between them, fail every stream
 log = logging.getLogger("orthrus_rt")
+R = TypeVar("R")
 
 
 @dataclass
@@ -104,8 +107,8 @@ class AsyncEngine:
         return self._enter().run_in_executor(self._worker, function, *args)
 
     def stream(
-        self, prompt_ids, params: SamplingParams | None = None, request_id: str | None = None
-    ) -> AsyncIterator[RequestOutput]:
+        self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's outputs as :meth:`Engine.step` returns them, each with ``stats`` of its own; the last has
         a ``finish_reason``, and if that is ``"error"``, ``error`` says why: nothing is raised. Arguments are checked
         now, but not whether ``request_id`` is in use: it is from when its first output is asked for until its last is
@@ -120,7 +123,7 @@ class AsyncEngine:
         self.engine.check(prompt_ids, params, request_id)
         return self._stream(prompt_ids, params, request_id or uuid.uuid4().hex)
 
-    async def _stream(self, prompt_ids, params, request_id: str) -> AsyncIterator[RequestOutput]:
+    async def _stream(self, prompt_ids, params, request_id: str) -> AsyncGenerator[RequestOutput, None]:
         self._check_taking()
         self._enter()
         if request_id in self._known_as:
@@ -142,7 +145,7 @@ class AsyncEngine:
                     self._worker.submit(self._abort, known_as)
 
     async def generate(
-        self, prompt_ids, params: SamplingParams | None = None, request_id: str | None = None
+        self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None
     ) -> RequestOutput:
         """The last output of :meth:`stream`, with all the tokens. Cancelling it aborts the request."""
         tokens: list[int] = []
@@ -160,7 +163,7 @@ class AsyncEngine:
         if request_id in self._known_as:
             await asyncio.shield(self._call(self._abort, self._known_as[request_id]))
 
-    async def call(self, function, *args):
+    async def call(self, function: Callable[..., R], *args) -> R:
         """``function(engine, *args)`` between two steps, in the thread that makes them: ``call(Engine.explain)`` or
         :meth:`Engine.warmup` as long as there is no request. Decoding stands still meanwhile, even if this call is
         cancelled.

@@ -11,6 +11,7 @@ import logging
 import sys
 import threading
 from collections import deque
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -37,11 +38,14 @@ from orthrus_rt.model import Model
 from orthrus_rt.outbox import Outbox
 from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.pages import PAGE_SIZE
-from orthrus_rt.request import MAX_STOP_TOKEN_IDS, Request, check_prompt, make_request
+from orthrus_rt.request import MAX_STOP_TOKEN_IDS, Request, TokenIds, check_prompt, make_request
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.scheduler import Scheduler
 from orthrus_rt.sizes import engine_sizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("orthrus_rt")
 _loading_a_tokenizer = threading.Lock()  # two threads may not import transformers at once
@@ -53,6 +57,14 @@ class Engine(Generation):
     A CUDA device takes one engine per process until it is closed; on the CPU any number may live side by side. One
     thread calls it at a time (others are refused; :class:`orthrus_rt.AsyncEngine` shares it). Ctrl-C inside a call, at
     any instruction, loses no request, token or page: the next call goes on.
+
+    Attributes:
+        config: the model's numbers, a :class:`orthrus_rt.ModelConfig`.
+        tokenizer: the checkpoint's transformers tokenizer, chat template included.
+        device: where it runs, a :class:`torch.device`. max_seq_len: tokens that a sequence may have.
+        mode, draft_len, fan_out: those of calls that name none; None is the checkpoint's or the runtime's default.
+        metrics: what it has done since it was made: ``as_dict()`` and ``as_prometheus()``, in any thread.
+        closed: whether :meth:`close` has been called.
 
     >>> import orthrus_rt
     >>> engine = orthrus_rt.Engine.from_pretrained("smollm2-135m", max_seq_len=256)
@@ -113,7 +125,7 @@ class Engine(Generation):
         model: str,
         *,
         device: str = "auto",
-        dtype: str = "bfloat16",
+        dtype: str | torch.dtype = "bfloat16",
         mode: str = "auto",
         max_seq_len: int | None = None,
         draft_len: int | None = None,
@@ -151,7 +163,10 @@ class Engine(Generation):
 
         Raises:
             CheckpointError: the checkpoint is not whole, not supported or not what it says.
-            ValueError: an argument is out of its range.
+            ValueError: an argument is out of its range, or the device is not there.
+            RuntimeError: ``ORTHRUS_BACKEND`` asks for an implementation that is not available, or the CUDA device has
+                an engine already.
+            torch.OutOfMemoryError: there is no room for the weights or the cache; the message says what is smaller.
         """
         dtype = str(dtype).removeprefix("torch.")
         if dtype not in DTYPES:
@@ -164,7 +179,7 @@ class Engine(Generation):
         )  # fmt: skip
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's transformers tokenizer, chat template included."""
         with _loading_a_tokenizer:
             if self._tokenizer is None:
@@ -228,7 +243,7 @@ class Engine(Generation):
         if request.rejection and plan.mode not in ("two_pass", "auto"):
             raise ValueError(f"acceptance='rejection' belongs to mode two_pass alone, got mode {plan.mode!r}")
 
-    def check(self, prompt_ids, params: SamplingParams | None = None, request_id: str | None = None) -> None:
+    def check(self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None) -> None:
         """Whether :meth:`submit` would take these; from any thread.
 
         Raises:
@@ -238,7 +253,7 @@ class Engine(Generation):
         self._make_request(prompt_ids, params, None, request_id)
 
     @exclusive
-    def submit(self, prompt_ids, params: SamplingParams | None = None, request_id: str | None = None) -> str:
+    def submit(self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None) -> str:
         """Queue one prompt; its tokens come out of :meth:`step`.
 
         Args:

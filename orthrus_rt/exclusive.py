@@ -7,10 +7,16 @@ import functools
 import sys
 import threading
 import weakref
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
 from orthrus_rt.device import stream_scope
+
+Engine = TypeVar("Engine")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Taken(RuntimeError):
@@ -69,7 +75,7 @@ def _runs(frame) -> bool:
     return caller is not None
 
 
-def exclusive(method):
+def exclusive(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatenate[Engine, P], R]:
     """Decorator of an engine's method: alone, on the engine's device and stream, and never after ``close()``.
 
     Work runs in the order of the calls, whatever thread they come from and whatever stream is current there.
@@ -82,9 +88,9 @@ def exclusive(method):
                 raise RuntimeError("this engine is closed")
             with torch.inference_mode(), stream_scope(engine.cuda_stream):
                 if engine.torn:
-                    engine.recover()
+                    engine._recover()
                 if engine.dropped:
-                    engine.abort_dropped()
+                    engine._abort_dropped()
                 return method(engine, *args, **kwargs)
 
     return call

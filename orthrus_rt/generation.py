@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from typing import overload
 
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.exclusive import Taken, exclusive, whole
 from orthrus_rt.outputs import GenerationOutput, RequestOutput
-from orthrus_rt.request import Request
+from orthrus_rt.request import Request, TokenIds
 from orthrus_rt.rounds import Rounds
 from orthrus_rt.sampling import SamplingParams
 
@@ -19,6 +20,18 @@ class Generation(Rounds):
     """``generate`` and ``stream``: rounds until some requests are through."""
 
     dropped: deque[list[Request]]  # of calls and streams that are over: what has not ended is to be aborted
+
+    @overload
+    def generate(
+        self, prompt_ids: TokenIds, params: SamplingParams | None = None, *, mode: str | None = None,
+        draft_len: int | None = None, fan_out: int | None = None, progress: bool = False,
+    ) -> GenerationOutput: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, prompt_ids: Sequence[TokenIds], params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+        mode: str | None = None, draft_len: int | None = None, fan_out: int | None = None, progress: bool = False,
+    ) -> list[GenerationOutput]: ...  # fmt: skip
 
     def generate(self, prompt_ids, params=None, *, mode=None, draft_len=None, fan_out=None, progress=False):
         """Continue one prompt, or a batch of them together.
@@ -62,7 +75,10 @@ class Generation(Rounds):
         outs = [GenerationOutput(r.tokens, r.finish_reason, r.stats, r.error and str(r.error)) for r in requests]
         return outs if batch else outs[0]
 
-    def stream(self, prompt_ids, params: SamplingParams | None = None, *, mode=None, draft_len=None, fan_out=None):
+    def stream(
+        self, prompt_ids: TokenIds, params: SamplingParams | None = None, *, mode: str | None = None,
+        draft_len: int | None = None, fan_out: int | None = None,
+    ) -> Generator[RequestOutput, None, None]:  # fmt: skip
         """Like :meth:`generate` for one prompt, yielding a :class:`RequestOutput` per cycle (the first after prefill).
 
         Arguments are checked now, not at the first piece. Closing the iterator aborts the request: at once in the
@@ -77,7 +93,7 @@ class Generation(Rounds):
         """None if none of them is given: then the plan is that of what runs."""
         return self.make_plan(mode, draft_len, fan_out) if (mode, draft_len, fan_out) != (None, None, None) else None
 
-    def _stream(self, request: Request, plan: CyclePlan | None) -> Iterator[RequestOutput]:
+    def _stream(self, request: Request, plan: CyclePlan | None) -> Generator[RequestOutput, None, None]:
         delivered, finished = 0, False
         with contextlib.closing(self._run([request], plan)) as rounds:
             for _ in rounds:
@@ -89,7 +105,7 @@ class Generation(Rounds):
         if request.error:
             raise request.error
 
-    def _run(self, requests: list[Request], plan: CyclePlan | None) -> Iterator[None]:
+    def _run(self, requests: list[Request], plan: CyclePlan | None) -> Generator[None, None, None]:
         """Step until these requests are through; whatever else is queued runs along.
 
         Mode and block length belong to the whole batch: whoever finds the engine idle sets them.
@@ -134,9 +150,9 @@ class Generation(Rounds):
 
     @exclusive
     def _take_turn_and_abort_dropped(self) -> None:
-        self.abort_dropped()
+        self._abort_dropped()
 
-    def abort_dropped(self) -> None:
+    def _abort_dropped(self) -> None:
         """End what calls and streams that are over have left; for whoever has the turn."""
         while self.dropped:
             with whole(self):

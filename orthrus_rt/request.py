@@ -6,8 +6,10 @@ import operator
 import secrets
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
+import numpy as np
 import torch
 
 from orthrus_rt.config import ModelConfig
@@ -17,6 +19,7 @@ from orthrus_rt.pages import PAGE_SIZE, page_names
 from orthrus_rt.sampling import RejectionSampler, SamplingParams
 
 MAX_STOP_TOKEN_IDS = 64
+TokenIds: TypeAlias = Sequence[int] | torch.Tensor | np.ndarray  # of one prompt
 
 
 class Request:

@@ -43,7 +43,7 @@ class Rounds:
     scheduler: Scheduler
     metrics: Metrics
     outbox: Outbox
-    torn: bool  # something was cut short: recover() first
+    torn: bool  # something was cut short: _recover() first
     _plan: CyclePlan  # of the batch that runs
     _autos: dict[CyclePlan, Auto]
 
@@ -233,7 +233,7 @@ class Rounds:
         for auto in self._autos.values():
             auto.policy.forget_pending()
 
-    def recover(self) -> None:
+    def _recover(self) -> None:
         """After a fault, wherever it struck: start again from the tokens that the host knows, and nothing else."""
         self._forget_flights()
         self.runner.reset()

@@ -1,8 +1,11 @@
 """What importing costs and needs: no CUDA, no Triton, and no torch for --help."""
 
+import ast
+import inspect
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,18 @@ assert not {"torch", "numpy", "transformers"} & set(sys.modules)
         seconds.append(time.perf_counter() - start)
     assert all(command in out for command in ("generate", "info", "verify"))
     assert min(seconds) < 1
+
+
+def test_a_type_checker_sees_what_python_finds():
+    """The same names from the same places, and what every public method returns."""
+    lines = ast.walk(ast.parse(Path(orthrus_rt.__file__).read_text()))
+    imports = {n.names[0].asname: n.module for n in lines if isinstance(n, ast.ImportFrom) and n.names[0].asname}
+    assert imports == {name: f"orthrus_rt.{home}" for name, home in orthrus_rt._HOME.items()}
+    for owner in map(orthrus_rt.__getattr__, orthrus_rt.__all__):
+        for name, method in inspect.getmembers(owner, lambda m: inspect.isfunction(m) or inspect.ismethod(m)):
+            if not name.startswith("_"):
+                for function in typing.get_overloads(method) or [method]:
+                    assert "return" in function.__annotations__, (owner, name)
 
 
 def test_public_names():
