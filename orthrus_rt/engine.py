@@ -163,10 +163,10 @@ class Engine(Generation):
 
         Raises:
             CheckpointError: the checkpoint is not whole, not supported or not what it says.
-            ValueError: an argument is out of its range, or the device is not there.
+            ValueError: an argument, or ``ORTHRUS_BACKEND``, is out of its range, or the device is not there.
             RuntimeError: ``ORTHRUS_BACKEND`` asks for an implementation that is not available, or the CUDA device has
                 an engine already.
-            torch.OutOfMemoryError: there is no room for the weights or the cache; the message says what is smaller.
+            torch.OutOfMemoryError: there is no room for the weights or the cache; the message says what to lower.
         """
         dtype = str(dtype).removeprefix("torch.")
         if dtype not in DTYPES:
