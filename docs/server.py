@@ -40,7 +40,8 @@ def failure(error):
 
 
 async def abort_when_gone(shared, reader, name):
-    await reader.read()  # to the end of what the client sends
+    with contextlib.suppress(OSError):
+        await reader.read()  # to the end of what the client sends
     await shared.abort(name)
 
 

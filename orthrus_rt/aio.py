@@ -61,12 +61,11 @@ class AsyncEngine:
         self.engine = engine
         # Its queue is the order of all calls: a step puts the next one behind whatever was asked for meanwhile.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="orthrus")
-        with engine.turn:  # takes the place of a call of this thread that an interrupt has ended
-            if engine.closed:
-                raise RuntimeError("this engine is closed")
-            if engine.has_unfinished():
-                raise RuntimeError("the engine has requests, whose outputs nobody would hand out; step first")
+        engine._take_turn_and_abort_dropped()  # whose turn an interrupt has ended too; a closed one refuses
         self._worker.submit(engine.turn.claim, self).result()
+        if engine.has_unfinished():
+            engine.turn.release()
+            raise RuntimeError("the engine has requests, whose outputs nobody would hand out; step first")
         # Streams that wait for more, by the id that the engine has for each: the caller's is free again as soon as its
         # stream has ended, but the engine keeps an aborted request until the next step.
         self._waiting: dict[str, Waiting] = {}

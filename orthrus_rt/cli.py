@@ -295,7 +295,7 @@ def _print_info(facts: dict) -> None:
         cuda = f"CUDA {native['cuda_version']} for {native['cuda_archs']}" if native["cuda_archs"] else "no CUDA half"
         print(f"native    {native['compiler']}, {cuda}, CPU {native['cpu_isa']}")
     else:
-        print(f"native    none, so every op runs the reference: {facts['why_no_native']}")
+        print(f"native    none, so ops run Triton or the reference: {facts['why_no_native']}")
     print("device    " + ", ".join(f"{k} {v}" for k, v in facts["device"].items()))
     print("model     " + ", ".join(f"{k} {v}" for k, v in facts["model"].items() if k != "error"))  # which ends it all
     rows = [(f"op ({facts['dtype']})", "runs on", "available")]

@@ -193,7 +193,8 @@ def _rope(raw, where):
         _number(rope, name, where)
     if rope_type == "yarn":
         for name in YARN_OPTIONS:
-            if rope.get(name) is not None:
+            absent = (None,) if name == "attention_factor" else (None, 0)  # to transformers too
+            if rope.get(name) not in absent:
                 _number(rope, name, where)
         _bool(rope, "truncate", where)
         if rope["rope_theta"] <= 1:

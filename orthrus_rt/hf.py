@@ -134,7 +134,7 @@ class OrthrusForCausalLM:
             temperature: below 1e-5 it is greedy; above, ``top_k`` and ``top_p`` apply, and torch's global generator
                 gives the seed, so ``torch.manual_seed`` makes a run repeatable.
             top_k, top_p: None is off, as is what keeps all: 0 or less of the one, 1 or more of the other.
-            eos_token_id: an id or a list of them instead of the checkpoint's own.
+            eos_token_id: an id, 0 among them, or a list of ids, instead of the checkpoint's own.
             streamer: gets the prompt, then tokens as they are accepted, then ``end()``.
             use_diffusion_mode: two-pass decoding; False decodes autoregressively. The tokens are the same.
             attention_mask: tolerated if all ones. pad_token_id: has nothing to do here, one prompt needs no padding.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +111,7 @@ class Activations:
         self._logits = torch.empty(0, c.vocab_size, dtype=torch.float32, device=model.device)
         self._max_logit_rows = max_logit_rows
         self._num_partials = {"logits": model.lm_head.num_partials, "scores": num_score_tiles(c.vocab_size)}
-        self._partials = empty_partials(max_logit_rows, max(self._num_partials.values()), model.device)
+        self._partials: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def logits(self, num_rows: int) -> torch.Tensor:
         """fp32 ``[num_rows, vocab_size]``, at most ``max_logit_rows``; allocated on first use, as greedy decoding
@@ -122,15 +123,18 @@ class Activations:
 
     def partials(self, num_rows: int, of: str) -> tuple[torch.Tensor, torch.Tensor]:
         """``(value, id)``, fp32 and int32 ``[num_rows, n]``: partial maxima of the head's ``"logits"`` or of
-        ``"scores"``, at most ``max_logit_rows``. Every pass has the same: what it chose is taken before the next.
+        ``"scores"``, at most ``max_logit_rows``; allocated on first use. Every pass has the same: what it chose is
+        taken before the next.
         """
-        n = self._num_partials[of]
-        value, index = (t.flatten()[: num_rows * n].view(num_rows, n) for t in self._partials)
-        return value, index
+        if of not in self._partials:
+            self._partials[of] = empty_partials(self._max_logit_rows, self._num_partials[of], self.hidden.device)
+        value, index = self._partials[of]
+        return value[:num_rows], index[:num_rows]
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*vars(self).values(), *self._partials) if isinstance(t, torch.Tensor))
+        held = itertools.chain(vars(self).values(), *self._partials.values())
+        return sum(t.nbytes for t in held if isinstance(t, torch.Tensor))
 
 
 @dataclass

@@ -145,9 +145,12 @@ def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str = "pro
     if isinstance(prompt_ids, Mapping):
         raise ValueError(f"{name} must be token ids, got {type(prompt_ids).__name__}; pass its input_ids")
     try:
-        ids = [operator.index(t) for t in prompt_ids]
+        given = list(prompt_ids)
+        ids = [operator.index(t) for t in given]
     except TypeError as error:
         raise ValueError(f"{name} must be a list of ints or a 1-D integer tensor: {error}") from error
+    if bool in map(type, given):
+        raise ValueError(f"{name} must be a list of ints or a 1-D integer tensor, got a bool in it")
     if not ids:
         raise ValueError(f"{name} must hold at least one token, got none")
     if len(ids) >= max_seq_len:

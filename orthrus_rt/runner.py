@@ -146,7 +146,7 @@ class Runner:
 
     @property
     def cycle_bytes(self) -> int:
-        """Rows and choices of the cycles and passes with prompts that are kept."""
+        """Rows of the cycles and passes with prompts that are kept."""
         return sum(known.nbytes for known in (*self._cycles.values(), *self._with_prompts.values()))
 
     def begin(self, request: Request) -> None:
@@ -168,6 +168,7 @@ class Runner:
         if params.scored:
             with naming_the_knobs("making room for logits"):
                 self.activations.logits(1)
+                self.activations.partials(1, "scores")
         if params.edits and sampling.edits is None:
             with naming_the_knobs("counting tokens for penalties"):
                 sampling.edits = SlotEdits.allocate(

@@ -1,6 +1,7 @@
 """How requests of an AsyncEngine end: all tokens at once, aborted by name, or let run out before it closes."""
 
 import asyncio
+import threading
 
 import pytest
 
@@ -151,5 +152,9 @@ def test_an_engine_with_requests_is_refused(folder, alone):
     while engine.has_unfinished():
         tokens += [t for out in engine.step() if out.request_id == request_id for t in out.new_token_ids]
     assert tokens == alone([1, 2], GREEDY)
+    abandoned = engine.stream([1, 2], GREEDY)
+    reader = threading.Thread(target=next, args=(abandoned,))
+    reader.start(), reader.join()
+    abandoned.close()  # in another thread than read it: aborted with the engine's next call, which is this one
     asyncio.run(AsyncEngine(engine).close())
     assert engine.closed

@@ -3,8 +3,10 @@
 import math
 
 import pytest
+import torch
 
 from orthrus_rt.config import CheckpointError, parse
+from orthrus_rt.rope import cos_sin_table
 from tests.checkpoints import raw_config, tiny_config
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
@@ -105,12 +107,21 @@ def test_one_clear_error_each(changes, message):
 
 
 @pytest.mark.parametrize("key", ["attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -1, 0, 10**400, "x", "", True, [], [1]])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1, 10**400, "x", "", True, [], [1]])
 def test_a_number_that_yarn_may_have(key, value):
     with pytest.raises(CheckpointError) as error:
         parse(raw_config(rope_parameters=YARN | {key: value}), name="tiny", where="folder/config.json")
     assert str(error.value) == f"folder/config.json: {key} must be a positive number, got {value!r}"
     assert tiny_config(rope_parameters=YARN | {key: None}).rope[key] is None
+
+
+def test_a_zero_stands_for_what_yarn_does_without_it():
+    """As in transformers, but for the factor of attention, which 0 would put an end to."""
+    plain = cos_sin_table(tiny_config(rope_parameters=YARN), 64)
+    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        assert torch.equal(cos_sin_table(tiny_config(rope_parameters=YARN | {key: 0}), 64), plain)
+    with pytest.raises(CheckpointError, match="attention_factor must be a positive number, got 0"):
+        tiny_config(rope_parameters=YARN | {"attention_factor": 0})
 
 
 def test_facts_of_both_families():

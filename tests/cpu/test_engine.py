@@ -253,6 +253,7 @@ def test_top_k_one_is_greedy(engine):
         ("12", "prompt_ids must be token ids, got text"),
         (UserDict(input_ids=[1]), "prompt_ids must be token ids, got UserDict; pass its input_ids"),
         ([1.5], "prompt_ids must be a list of ints or a 1-D integer tensor"),
+        ([1, True], "prompt_ids must be a list of ints or a 1-D integer tensor, got a bool"),
         (torch.ones(2), "a tensor or array must be 1-D and integer"),
         (torch.ones(2, dtype=torch.bool), r"a tensor or array must be 1-D and integer, got torch.bool \[2\]"),
         (torch.ones(1, 2, dtype=torch.int64), "a tensor or array must be 1-D and integer"),

@@ -10,7 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not the environment of tools/with-env")
+@pytest.mark.skipif(
+    Path(sys.prefix) != ROOT / ".venv" or not (ROOT / ".venv/.packages").exists(),
+    reason="not the environment of tools/with-env",
+)
 def test_the_package_is_found_in_a_folder_that_holds_a_clone(tmp_path):
     (tmp_path / "orthrus_rt").mkdir()
     script = "import orthrus_rt, orthrus_rt.triton_kernels as t; print(orthrus_rt.__file__, t.__file__)"

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -140,11 +141,19 @@ def test_what_fails_is_no_success(server, engine, monkeypatch):
             told[how] = failure(post(port, prompt=how))
             told[f"{how}, streamed"] = events(post(port, prompt=how, stream=True))
         slow(engine)
+        aborted = engine.metrics.requests["abort"]
         with socket.create_connection(("127.0.0.1", port)) as half:
             body = json.dumps({"prompt": "hello", "max_tokens": 200, "temperature": 0})
             half.sendall(f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
             half.shutdown(socket.SHUT_WR)
             told["half"] = half.makefile().read()
+        with socket.create_connection(("127.0.0.1", port)) as reset:
+            reset.sendall(f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            while not any(engine.scheduler.slots):
+                time.sleep(0.01)
+            reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing it resets it
+        while engine.metrics.requests["abort"] < aborted + 2:
+            time.sleep(0.01)
         last = post(port, prompt="last", max_tokens=20, temperature=0, stream=True)
         end()
         told["last"] = events(last)
