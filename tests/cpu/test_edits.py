@@ -191,3 +191,17 @@ def test_parameters_are_checked(kwargs, message):
 def test_a_bias_beyond_the_vocabulary_is_refused(engine):
     with pytest.raises(ValueError, match=r"logit_bias: ids must be within the vocabulary \[0, 96\), got 96"):
         engine.generate([1], SamplingParams(logit_bias={96: 1.0}))
+
+
+def test_min_tokens_counts_from_the_prompt_after_a_preemption_too(engine, prompts):
+    """Not anew from where the request went on."""
+    sampled = dict(max_new_tokens=100, temperature=1.5, seed=1, ignore_eos=True)
+    plain = engine.generate(prompts[0], SamplingParams(**sampled), mode="ar").token_ids
+    stop = next(t for t in plain[60:] if t not in plain[:60])
+    params = SamplingParams(**sampled, stop_token_ids=(stop,), min_tokens=50)
+    want = engine.generate(prompts[0], params, mode="ar").token_ids
+    assert want[-1] == stop and 60 < len(want) < 100
+    others = [(prompt, SamplingParams(100, ignore_eos=True)) for prompt in prompts[1:4]]
+    with few_pages(engine, 7):
+        outs = engine.generate(*(list(column) for column in zip(*others, (prompts[0], params), strict=True)), mode="ar")
+    assert outs[-1].stats.preemptions and outs[-1].token_ids == want

@@ -321,3 +321,30 @@ def test_next_logits_of_a_full_cache():
         engine.next_logits([1] * 65)
     with pytest.raises(ValueError, match="token_ids must hold at least one token"):
         engine.next_logits([])
+
+
+def test_stop_ids_are_more_ends_beside_those_of_the_checkpoint(engine, monkeypatch):
+    sampled = dict(max_new_tokens=40, temperature=100.0, seed=1)
+    tokens = engine.generate(PROMPT, SamplingParams(**sampled, ignore_eos=True)).token_ids
+    eos, stop = sorted(set(tokens), key=tokens.index)[4:6]  # eos comes first
+    monkeypatch.setattr(engine, "config", dataclasses.replace(engine.config, eos_token_ids=(eos,)))
+    out = engine.generate(PROMPT, SamplingParams(**sampled, stop_token_ids=(stop,)))
+    assert out.token_ids == tokens[: tokens.index(eos) + 1] and out.finish_reason == "stop"
+
+
+def test_as_many_stop_ids_as_are_supported(engine):
+    assert engine.generate(PROMPT, SamplingParams(1, stop_token_ids=tuple(range(24)) * 2 + tuple(range(16)))).token_ids
+    with pytest.raises(ValueError, match="at most 64 are supported, got 65"):
+        engine.generate(PROMPT, SamplingParams(1, stop_token_ids=tuple(range(24)) * 2 + tuple(range(17))))
+
+
+def test_next_logits_leaves_nothing_behind_and_takes_any_length(engine, monkeypatch):
+    prompt = [(7 * i * i + i) % 20 for i in range(150)]
+    want, free = engine.next_logits(prompt), engine.kv.num_free_pages
+    monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 64)
+    assert torch.equal(engine.next_logits(prompt), want) and engine.kv.num_free_pages == free == engine.kv.num_pages - 1
+    request_id = engine.submit(PROMPT, SamplingParams(30, ignore_eos=True))
+    engine.step()
+    with pytest.raises(RuntimeError, match="next_logits: the engine must be idle"):
+        engine.next_logits(prompt)
+    engine.abort(request_id)

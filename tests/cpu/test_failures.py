@@ -374,3 +374,13 @@ def test_costs_that_cannot_be_kept_are_a_warning(folder, tmp_path, monkeypatch):
         warnings.simplefilter("error")
         engine.warmup()  # said once
     assert engine.generate([1, 2], GREEDY).finish_reason == "length"
+
+
+def test_who_finds_no_memory_is_who_ends(folder, alone, monkeypatch):
+    """Not whoever came last: the sampler by rejection that found none says whose it is."""
+    engine, jobs = make(folder, mode="two_pass"), [([6], REJECTION), ([3, 4], SAMPLED), ([1, 2], GREEDY)]
+    ids = [engine.submit(*job) for job in jobs]
+    monkeypatch.setattr(RejectionSampler, "draft", exhausted)
+    got, errors = drain_with_errors(engine)
+    assert len(errors) == 1 and got[ids[0]][1] == "error"
+    assert [got[i] for i in ids[1:]] == [(alone(*job), "length") for job in jobs[1:]]

@@ -234,3 +234,22 @@ def test_a_model_can_be_closed(text_folder):
         model.close()
     with pytest.raises(RuntimeError, match="this engine is closed"):
         model.generate([[1, 2]], max_new_tokens=1)
+
+
+def test_arguments_reach_the_engine(model, input_ids, monkeypatch):
+    asked, real = [], model.engine.stream
+
+    def stream(ids, params, **kwargs):
+        asked.append((params, kwargs))
+        return real(ids, params, **kwargs)
+
+    monkeypatch.setattr(model.engine, "stream", stream)
+    model.generate(input_ids, max_new_tokens=4, temperature=0.7)
+    model.generate(input_ids, max_new_tokens=40, max_length=input_ids.shape[1] + 3, temperature=0.7, top_k=5, top_p=0.5,
+                   eos_token_id=7, use_diffusion_mode=False)  # fmt: skip
+    (by_default, how), (given, how_given) = asked
+    assert (by_default.max_new_tokens, by_default.temperature, by_default.top_k, by_default.top_p) == (4, 0.7, 20, 0.8)
+    assert (by_default.stop_token_ids, by_default.ignore_eos, how["mode"]) == ((), False, "two_pass")
+    assert (given.max_new_tokens, given.temperature, given.top_k, given.top_p) == (3, 0.7, 5, 0.5)
+    assert (given.stop_token_ids, given.ignore_eos, how_given["mode"]) == ((7,), True, "ar")
+    assert model.engine.runner.num_slots == 1
