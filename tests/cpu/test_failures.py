@@ -384,3 +384,26 @@ def test_who_finds_no_memory_is_who_ends(folder, alone, monkeypatch):
     got, errors = drain_with_errors(engine)
     assert len(errors) == 1 and got[ids[0]][1] == "error"
     assert [got[i] for i in ids[1:]] == [(alone(*job), "length") for job in jobs[1:]]
+
+
+def test_an_interrupt_before_a_stop_is_told_does_not_go_on_behind_it(folder, alone, monkeypatch):
+    free = alone([1, 2, 3], GREEDY)
+    stop = max(free, key=free.index)  # of all tokens the last to come
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True, stop_token_ids=(stop,))
+    engine, struck = make(folder, mode="two_pass"), []
+    finish = engine._finish
+
+    def interrupted(request, reason, *args):
+        if not struck and reason == "stop":
+            struck.append(reason)
+            raise KeyboardInterrupt
+        return finish(request, reason, *args)
+
+    monkeypatch.setattr(engine, "_finish", interrupted)
+    request_id, got = engine.submit([1, 2, 3], params), {}
+    while engine.has_unfinished():
+        try:
+            engines.take(engine.step(), got)
+        except KeyboardInterrupt:
+            continue
+    assert struck and got[request_id] == (free[: free.index(stop) + 1], "stop")

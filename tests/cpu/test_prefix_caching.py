@@ -236,3 +236,32 @@ def test_names_tell_all_tokens_so_far():
     for changed in (0, 63, 64, 191):
         other = page_names([*tokens[:changed], tokens[changed] + 1, *tokens[changed + 1 :]], [])
         assert [a == b for a, b in zip(names, other, strict=True)] == [i < changed // 64 for i in range(3)]
+
+
+def test_a_prompt_that_ended_half_way_leaves_what_was_computed(folder, forgetful, monkeypatch):
+    """And no more: what lies in the pages behind it may be anything."""
+    monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 64)
+    engine = make(folder)
+    engine.kv.pages.fill_(torch.nan)
+    request_id = engine.submit(text(300), GREEDY)
+    engine.step()
+    engine.abort(request_id)
+    engine.step()
+    out = engine.generate(text(300), GREEDY)
+    assert out.token_ids == forgetful.generate(text(300), GREEDY).token_ids and out.stats.cached_tokens == 64
+
+
+def test_nothing_behind_doubtful_pages_is_found_under_a_name(folder):
+    """Slot 1 computed the third page behind two of slot 0's in which a NaN turned up. Those two are computed anew."""
+    kv, names = make(folder, max_seq_len=256, max_batch_size=3).kv, page_names(text(192), [])
+    kv.open(0, [], 128)
+    kv.publish(0, names[:2])
+    assert kv.open(1, names, 192) == 128
+    kv.publish(1, names)
+    kv.withdraw(0)
+    kv.release(0)
+    kv.release(1)
+    assert kv.open(2, names, 128) == 0
+    kv.publish(2, names[:2])
+    kv.release(2)
+    assert kv.open(0, names, 192) == 128
