@@ -110,8 +110,7 @@ class Activations:
         self.scratch_v = torch.empty(max_rows_diff, c.num_heads_kv, c.head_dim, **kw)
         self._logits = torch.empty(0, c.vocab_size, dtype=torch.float32, device=model.device)
         self._max_logit_rows = max_logit_rows
-        self._num_partials = {"logits": model.lm_head.num_partials, "scores": num_score_tiles(c.vocab_size)}
-        self._partials: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._partials = {"logits": empty_partials(max_logit_rows, model.lm_head.num_partials, model.device)}
 
     def logits(self, num_rows: int) -> torch.Tensor:
         """fp32 ``[num_rows, vocab_size]``, at most ``max_logit_rows``; allocated on first use, as greedy decoding
@@ -123,11 +122,12 @@ class Activations:
 
     def partials(self, num_rows: int, of: str) -> tuple[torch.Tensor, torch.Tensor]:
         """``(value, id)``, fp32 and int32 ``[num_rows, n]``: partial maxima of the head's ``"logits"`` or of
-        ``"scores"``, at most ``max_logit_rows``; allocated on first use. Every pass has the same: what it chose is
-        taken before the next.
+        ``"scores"``, at most ``max_logit_rows``; the latter allocated on first use. Every pass has the same: what it
+        chose is taken before the next.
         """
         if of not in self._partials:
-            self._partials[of] = empty_partials(self._max_logit_rows, self._num_partials[of], self.hidden.device)
+            num_tiles = num_score_tiles(self._logits.shape[1])
+            self._partials[of] = empty_partials(self._max_logit_rows, num_tiles, self.hidden.device)
         value, index = self._partials[of]
         return value[:num_rows], index[:num_rows]
 

@@ -370,3 +370,14 @@ def test_warmup_changes_nothing(folder, alone):
     engine.warmup()
     params = SamplingParams(max_new_tokens=20, ignore_eos=True)
     assert engine.generate([5, 6, 7], params).token_ids == alone([5, 6, 7], params)
+
+
+def test_who_moves_to_a_lower_slot_takes_its_drafts_along(folder):
+    """A batch that shrinks from below accepts what each of its sequences accepts alone."""
+    engine = make(folder, mode="one_pass", max_batch_size=8)
+    prompts = [[i, i + 1, i + 2] for i in range(8)]
+    params = [SamplingParams(3 + 5 * i, ignore_eos=True) for i in range(8)]
+    together = engine.generate(prompts, params)
+    alone = [engine.generate(*job) for job in zip(prompts, params, strict=True)]
+    assert [out.token_ids for out in together] == [out.token_ids for out in alone]
+    assert [(o.stats.accepted, o.stats.misses) for o in together] == [(o.stats.accepted, o.stats.misses) for o in alone]
