@@ -73,6 +73,8 @@ def test_what_fails_again_and_again_reaches_every_stream(folder, monkeypatch, wh
         streams = (collect(shared, [i], GREEDY) for i in range(3))
         got = await asyncio.wait_for(asyncio.gather(*streams, return_exceptions=True), 20)
         assert [type(error) for error in got] == [ZeroDivisionError] * 3
+        with pytest.raises(ZeroDivisionError):  # and the stream after these
+            await asyncio.wait_for(collect(shared, [1], GREEDY), 20)
         monkeypatch.undo()
         assert (await collect(shared, [1], GREEDY))[1] == "length"
 

@@ -51,10 +51,11 @@ def test_whoever_arrives_changes_no_bit(make, mode, records):
         before = count(engine, "mixed_cycle")
         got = arriving(engine, JOBS, every)
         assert_same(got, alone, (mode, every))
-        assert count(engine, "mixed_cycle") > before
         if mode != "auto":
+            assert count(engine, "mixed_cycle") > before
             assert [t.tokens_per_cycle for t in got] == [t.tokens_per_cycle for t in alone]
             assert lossless.rate(got) == pytest.approx(PINNED[mode], abs=0.01)
+    assert count(engine, "mixed_cycle") > 0  # of auto: at all, as which cycles take prompts depends on the clock
     kept = [known for known in engine.runner._with_prompts.values() if isinstance(known, Cycle)]
     assert any(known.recorded for known in kept) == records
 

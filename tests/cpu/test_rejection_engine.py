@@ -1,0 +1,55 @@
+"""``acceptance="rejection"`` through the engine: three tokens of many requests against the AR view's own distribution.
+
+Keys of random numbers, logits processed twice or too early: what test_distribution.py cannot see of RejectionSampler's
+callers. Seeds are fixed; a right rule fails once in 10,000 choices of them.
+"""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from orthrus_rt import dispatch
+from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints, engines
+
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+PROMPT, TEMPERATURE, REQUESTS, SIGNIFICANCE = [1, 2, 3], 1.7, 2400, 1e-4
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    folder = checkpoints.make(tmp_path_factory.mktemp("rejection"), dtype=torch.float32, diff_noise=0.05)
+    return engines.make(str(folder), max_seq_len=64, max_batch_size=8, mode="two_pass", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def texts(engine):
+    params = [
+        SamplingParams(3, temperature=TEMPERATURE, seed=seed, ignore_eos=True, acceptance="rejection")
+        for seed in range(REQUESTS)
+    ]
+    outs = engine.generate([PROMPT] * REQUESTS, params)
+    assert sum(sum(out.stats.accepted[1:]) for out in outs) > REQUESTS / 10  # drafts count among the tokens
+    return [tuple(out.token_ids) for out in outs]
+
+
+@pytest.mark.parametrize("index", (0, 1, 2))
+def test_a_token_is_distributed_as_in_ar(engine, texts, index):
+    """Given those before it, over the commonest of these."""
+    statistic = freedom = 0
+    for prefix, count in Counter(text[:index] for text in texts).most_common(12):
+        want = count * torch.softmax(engine.next_logits([*PROMPT, *prefix]).double() / TEMPERATURE, 0).numpy()
+        got = np.bincount([text[index] for text in texts if text[:index] == prefix], minlength=len(want))
+        often = want >= 5  # the rest in one cell, as chi-square wants it
+        want, got = (np.append(x[often], x[~often].sum()) for x in (want, got))
+        if want[-1] >= 5 and len(want) > 1:
+            statistic, freedom = statistic + ((got - want) ** 2 / want).sum(), freedom + len(want) - 1
+    assert freedom > 5 and stats.chi2.sf(statistic, freedom) > SIGNIFICANCE
+
+
+def test_the_seed_is_the_requests(texts):
+    assert len(set(texts)) > 20
