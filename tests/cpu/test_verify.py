@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -226,6 +227,59 @@ def test_a_near_tie_is_neither_identical_nor_different(run, monkeypatch, break_t
     assert code == 0
     assert re.search(r"tokens/cycle  near-tie at token 4 \(8 tokens not compared\)\n  transformers: near-tie", out)
     assert out.endswith("\n0 of 1 prompts identical, 1 near-ties within rounding, 4 tokens compared\n")
+
+
+def test_a_near_tie_excuses_no_difference_beside_it(run, monkeypatch, break_token, break_transformers):
+    break_token(5, "two_pass")
+    break_transformers(lambda token: (token + 128) % 256)
+    monkeypatch.setattr(verify, "near_tie_bound", lambda *_: float("inf"))
+    options = ("--modes", "ar", "two_pass", "--against", "transformers", "-n", "1", "--json")
+    code, out, _ = run(*options)
+    facts = json.loads(out)
+    mine, theirs = (way["difference"] for way in facts["prompts"][0]["ways"])
+    assert theirs["near_tie"] and not mine["near_tie"]
+    assert code == 1 and (facts["different"], facts["near_ties"]) == (1, 0)
+
+
+def test_rounding_excuses_nothing_in_float32(run, monkeypatch, break_transformers):
+    break_transformers(lambda token: (token + 128) % 256)
+    monkeypatch.setattr(verify, "near_tie_bound", lambda *_: float("inf"))
+    code, out, _ = run("--modes", "ar", "--against", "transformers", "--dtype", "float32", "--json")
+    assert code == 1 and json.loads(out)["different"] == 3
+
+
+@pytest.mark.parametrize("tied", (True, False))
+def test_the_bound_is_of_the_rows_that_make_the_logits(tied):
+    """It is linear in these rows, and no others count."""
+    config = checkpoints.tiny_config(tie_word_embeddings=tied)
+    tensors, hidden = checkpoints.random_tensors(config), torch.linspace(-1, 1, config.hidden_size)
+
+    def bound(tensors):
+        of = SimpleNamespace(
+            config=config, checkpoint=SimpleNamespace(tensors=tensors), model=SimpleNamespace(dtype=torch.bfloat16)
+        )
+        return verify.near_tie_bound(of, hidden, 4, 7)
+
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & set(tensors):
+        factor = 2 if tied or name == "lm_head.weight" else 1
+        changed = tensors | {name: 2 * tensors[name]}
+        assert bound(changed) == pytest.approx(factor * bound(tensors), rel=1e-6)
+
+
+def test_ways_end_where_max_seq_len_does_and_none_reads_what_another_left(run, tmp_path, monkeypatch):
+    """Of a prompt of 120 tokens, of which prefix caching would keep a page."""
+    honest, cached = Engine.generate, []
+
+    def counted(self, *args, **kwargs):
+        out = honest(self, *args, **kwargs)
+        cached.extend(o.stats.cached_tokens for o in (out if isinstance(out, list) else [out]))
+        return out
+
+    monkeypatch.setattr(Engine, "generate", counted)
+    (tmp_path / "prompts.txt").write_text(f"{'a longer line ' * 9:.120}\n")
+    code, out, _ = run("--against", "transformers", "--dtype", "float32", "--batch", "2")
+    assert code == 0 and out.endswith("1 of 1 prompts identical, 48 tokens compared\n")
+    assert cached == [0] * 6
 
 
 def test_a_wrong_token_of_ours_is_no_near_tie(run, monkeypatch):
