@@ -138,7 +138,8 @@ def extras(n, vocab, position) -> SlotEdits:
 
 
 def block_with_edits(vocab, block_len=5) -> Case:
-    """A pass of 2 AR blocks and a diffusion block over 3 slots, with penalties; the drafts repeat tokens.
+    """A pass of 2 AR blocks and a diffusion block over 3 slots, with penalties; the drafts repeat tokens, of which some
+    were in the prompt. A tile's first token has a bias.
 
     Slot 1's last two rows are invalid; logits are there for all rows but the first, in another order than the rows.
     """
@@ -150,6 +151,10 @@ def block_with_edits(vocab, block_len=5) -> Case:
     sampling = with_filters(torch.zeros(3, vocab), [(0.0, 0, 1.0, 0.0), (0.9, 0, 0.9, 0.0)], edits=True).sampling
     cache_seqlens = torch.tensor([g.start for g in groups], dtype=torch.int32)
     sampling.edits.min_position.copy_(cache_seqlens + 3)
+    sampling.edits.token_counts[:, :4] = torch.tensor([-1, 0, 2, -1], dtype=torch.int32)[:vocab]
+    if vocab > 4096:
+        sampling.edits.bias_ids[:, 0] = 4096
+        sampling.edits.bias_values[:, 0] = 20.0
     return Case(logits(len(order), vocab, "normal"), rows, order, sampling, cache_seqlens)
 
 

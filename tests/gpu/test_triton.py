@@ -185,8 +185,9 @@ def test_process_logits_penalties_bias_and_stop_ids(kind):
     assert_agrees(with_filters(logits(6 * len(FILTERS), 49152, kind), edits=True, device="cuda"))
 
 
-def test_process_logits_blocks_with_edits():
-    case = block_with_edits(49152, 16)
+@pytest.mark.parametrize("vocab", (12, 49152))
+def test_process_logits_blocks_with_edits(vocab):
+    case = block_with_edits(vocab, 16)
     valid = case.rows.position[case.logit_rows.long()] >= 0
     assert_agrees(moved(case.only(valid), "cuda"))
 

@@ -33,8 +33,9 @@ def test_penalties_bias_and_stop_ids(kind):
     assert_same(with_filters(logits(len(FILTERS), 5000, kind), edits=True))
 
 
-def test_blocks_with_edits():
-    assert_same(block_with_edits(5000))
+@pytest.mark.parametrize("vocab", (12, 5000))
+def test_blocks_with_edits(vocab):
+    assert_same(block_with_edits(vocab))
 
 
 def test_ids_outside_the_vocabulary():
