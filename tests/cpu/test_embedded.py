@@ -157,6 +157,13 @@ class TestRealModel:
         assert (config.rms_norm_eps, config.rope) == (1e-5, {"rope_type": "default", "rope_theta": 1e5})
         assert (config.max_position_embeddings, config.tie_word_embeddings) == (8192, True)
 
+    def test_an_adapter_of_the_users_takes_the_place_of_the_embedded_one(self, loaded, tmp_path):
+        for file in ("config.json", "diffusion_view.safetensors"):
+            (tmp_path / file).write_bytes((embedded.ADAPTER / file).read_bytes())
+        raw = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(raw | {"block_size": 7}))
+        assert checkpoint.load("smollm2-135m", adapter=str(tmp_path)).config.block_len == 7 != loaded.config.block_len
+
     def test_package_is_not_imported(self, loaded):
         assert embedded.GGUF_PACKAGE not in sys.modules
 

@@ -1,5 +1,7 @@
 """The built-in prompts, and how prompts become token ids."""
 
+from tokenizers.processors import TemplateProcessing
+
 from orthrus_rt import checkpoint, prompts
 from tests import byte_tokenizer
 
@@ -14,8 +16,16 @@ def test_built_in_prompts():
 
 
 def test_chat_ids_are_the_templates():
-    """As transformers itself encodes the turn: no special token twice, none missing."""
-    for tokenizer in (byte_tokenizer.build(), checkpoint.load("smollm2-135m").load_tokenizer()):
+    """As transformers itself encodes the turn: no special token twice, none missing, as Llama's would be: its tokenizer
+    begins every text with the token that its template begins with too.
+    """
+    begins = byte_tokenizer.build()
+    begins.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", byte_tokenizer.END)]
+    )
+    begins.chat_template = "<|end|>" + begins.chat_template
+    assert begins("a").input_ids[0] == byte_tokenizer.END
+    for tokenizer in (byte_tokenizer.build(), begins, checkpoint.load("smollm2-135m").load_tokenizer()):
         for prompt in prompts.load("chat") + prompts.load("math"):
             turns = [{"role": "user", "content": prompt.text}]
             want = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]

@@ -7,7 +7,7 @@ import pytest
 
 from orthrus_rt import dispatch
 from orthrus_rt.engine import Engine
-from tests import checkpoints, lossless
+from tests import checkpoints, engines, lossless
 
 
 @pytest.mark.parametrize("kind", ("greedy", "sampled"))
@@ -29,3 +29,19 @@ def test_every_mode_gives_the_ar_tokens(dtype, kind, tmp_path, monkeypatch):
         # Random weights: of a block whose bonus token is unseen nearly nothing holds.
         rate = sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs)
         assert rate > {"two_pass": 1.3, "one_pass": 1.0}[way["mode"]]
+
+
+@pytest.mark.parametrize("op", ("process_logits", "count_tokens"))
+def test_one_op_of_the_reference_among_native_ones(op, folder, monkeypatch):
+    """No recording may hold what only Python runs: it would replay the first cycle's choices."""
+    prompts = lossless.random_prompts(96, 3, 80, seed=2)
+    edits = {} if op == "process_logits" else dict(frequency_penalty=0.3)
+    params = lossless.sampled(3, max_new_tokens=16, ignore_eos=True, **edits)
+
+    def run():
+        engine = engines.make(folder, mode="two_pass", max_seq_len=128, max_batch_size=3)
+        return [(o.token_ids, o.stats.accepted) for o in engine.generate(prompts, params)]
+
+    want = run()
+    monkeypatch.setenv("ORTHRUS_BACKEND", f"{op}=reference")
+    assert run() == want
