@@ -43,8 +43,9 @@ def test_prompt_from_argument_file_and_stdin_is_the_same(run, tmp_path, monkeypa
     for begins in ("", "\ufeff"):  # some editors put a byte order mark there
         (tmp_path / "prompt.txt").write_text(begins + text, encoding="utf-8")
         assert generate(run, "--file", str(tmp_path / "prompt.txt"))["prompt_token_ids"] == want["prompt_token_ids"]
-        monkeypatch.setattr(sys, "stdin", io.StringIO(begins + text))
-        assert generate(run)["token_ids"] == want["token_ids"]
+        for args in ([], ["-"]):
+            monkeypatch.setattr(sys, "stdin", io.StringIO(begins + text))
+            assert generate(run, *args)["token_ids"] == want["token_ids"]
 
 
 @pytest.mark.parametrize("source", ("argument", "--file", "standard input", "standard input, surrogates"))
@@ -118,6 +119,13 @@ def test_edits_reach_the_engine(run):
     penalties = ("--frequency-penalty", "2", "--repetition-penalty", "5", "--presence-penalty", "1")
     varied = generate(run, "x", "--min-tokens", "12", "--max-new-tokens", "12", *penalties, "--compare-ar")["token_ids"]
     assert len(varied) == len(set(varied)) == 12  # no token twice
+
+
+def test_a_character_that_remains_a_beginning_is_told(run):
+    begins = byte_tokenizer.build()("é").input_ids[0]
+    options = ("--logit-bias", f"{begins}=60", "--max-new-tokens", "1")
+    assert generate(run, "x", *options)["text"] == "\ufffd"
+    assert run("generate", "x", *options)[1] == "\ufffd\n"
 
 
 @pytest.fixture

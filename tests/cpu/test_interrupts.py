@@ -122,6 +122,17 @@ def test_submit_at_every_instruction(engine, want):
         all_pages_back(engine)
 
 
+def test_an_id_is_in_use_until_its_last_output_is_returned(engine):
+    engine.submit([9], PARAMS, "mine")
+    while not (engine.outbox.outputs and engine.outbox.outputs[-1].finished):
+        engine._advance_and_collect()  # all of a step but its last instruction
+    with pytest.raises(ValueError, match="must be unused, got 'mine' twice"):
+        engine.submit([9], PARAMS, "mine")
+    assert engine.is_unfinished("mine") and engine.step()[-1].finished
+    engine.submit([9], PARAMS, "mine")
+    assert drain(engine)["mine"][1] == "length"
+
+
 def test_steps_at_random_instructions(engine, want):
     """Outputs too: what an interrupted step did not return, the next one does."""
     rng, strikes, got = random.Random(0), 0, {}

@@ -9,6 +9,7 @@ from orthrus_rt import dispatch
 from orthrus_rt.device import claim
 from orthrus_rt.huge_pages import huge_pages
 from orthrus_rt.runner import Runner
+from orthrus_rt.sizes import engine_sizes
 from tests import checkpoints, engines, failing, poison
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
@@ -35,6 +36,11 @@ def test_only_the_cache_and_its_tables_grow_with_context(folder):
     assert long["kv_pages"] - short["kv_pages"] == 8 * 56 * 64 * 2 * 2 * 2 * 64 * 2  # pages, layers, k/v, heads, bf16
     for report in (short, long):
         assert report["total"] == sum(v for k, v in report.items() if k != "total")
+
+
+@pytest.mark.parametrize(("most", "want"), ((512, (512, 3, 24)), (131072, (4096, 3, 192))))
+def test_sizes_by_default(most, want):
+    assert engine_sizes(checkpoints.tiny_config(max_position_embeddings=most), None, 3, None) == want
 
 
 def test_what_the_diffusion_view_adds(folder):
