@@ -110,6 +110,24 @@ def test_the_policy_hears_of_every_cycle(folder):
     assert auto.explain() is None  # pinned
 
 
+def test_the_time_of_a_kinds_first_cycle_is_not_weighed(folder, monkeypatch):
+    """It holds the building of the cycle and first uses, which no later one does."""
+    heard, record = [], Policy.record
+
+    def hear(policy, outcomes, seconds=None):
+        heard.append((policy._pending[0].plan, seconds))
+        record(policy, outcomes, seconds)
+
+    monkeypatch.setattr(Policy, "record", hear)
+    in_turn(monkeypatch, ("ar", "two_pass", "one_pass"))
+    engine(folder).generate(PROMPTS[0], LONG)
+    known = set()
+    for plan, seconds in heard:
+        assert (seconds is not None) == (plan in known)
+        known.add(plan)
+    assert len(known) >= 5 and len(heard) > 2 * len(known)
+
+
 def test_rejection_sampling_runs_two_pass_whatever_the_policy_thinks(folder):
     auto = engine(folder)
     params = SamplingParams(max_new_tokens=20, temperature=0.8, seed=3, acceptance="rejection", ignore_eos=True)
@@ -204,6 +222,7 @@ def test_warmup_takes_no_room_of_its_own(folder):
 
 def test_costs_belong_to_the_implementation_that_was_timed(folder, monkeypatch):
     native = engine(folder)._identity()
+    assert engine(folder, dtype="float32")._identity() != native
     monkeypatch.setenv("ORTHRUS_BACKEND", "row_linear=reference")
     assert engine(folder)._identity() != native
 
