@@ -42,7 +42,6 @@ from orthrus_rt.pass_costs import PassCosts
 SAFETY = 0.02  # of AR's time that may be lost against AR
 GRANT = 4  # AR cycles that may be lost beyond that, once
 SAFETY_CAP = 64  # AR cycles of credit kept
-RESTART = 2  # after running out of credit: how many worst outcomes to save for
 EXPLORATION = 0.01  # of all time that may be lost on trying plans
 NOVELTY = 4  # and as many cycles' each time that cycles grow e-fold: a model is learnt once, early
 EXPLORATION_CAP = 64  # AR cycles of credit kept
@@ -54,10 +53,9 @@ TRIAL_PRICE = 0.5  # share of the exploration credit that a longer trial may cos
 REST = 64  # cycles between trials, and the most that one lasts
 COURSE, AR_COURSE, COURSE_SHARE = 8, 32, 8  # most cycles of a course, and of AR's; at most 1/8 of all before
 PIPELINE_FILL = 1  # passes of one_pass before its drafts are there
-REFRESH = 512  # cycles without AR after which AR is timed anew
-REFRESH_DRIFT, REFRESH_REST = 0.25, 64  # drift (see PassCosts) that calls for it sooner, but not before so many cycles
-REFRESH_CYCLES = 3
-REFRESH_PRICE = 0.0025  # of all time that may be lost on it sooner: where AR is close it is cheap, and may win
+REFRESH_REST, REFRESH_CYCLES = 64, 3  # cycles without AR before AR is timed anew, and for how many
+REFRESH_PRICE = 0.0025  # of all time that may be lost on that: where AR is close it is cheap, and may win
+REFRESH_DRIFT = 0.25  # drift (see PassCosts) that calls for it at any price
 
 
 def candidate_plans(block_len: int, fan_out: int = 0) -> list[CyclePlan]:
@@ -85,7 +83,7 @@ class Lane:
     def __init__(self, bucket: int, plans: list[CyclePlan], costs: PassCosts, acceptance: Acceptance):
         self.bucket, self.plans, self.costs, self.acceptance = bucket, plans, costs, acceptance
         self.in_use: CyclePlan | None = None
-        self.since_ar = REFRESH  # cycles; its true cost here is not known
+        self.since_ar = math.inf  # cycles; its true cost here is not known
         self._savings = self._saving = 0.0  # cycles, and per cycle by the last look
         self._since_look = 0  # cycles
 
@@ -104,7 +102,7 @@ class Lane:
         drifted = self.costs.drift(self.bucket, AR) > REFRESH_DRIFT
         lost = REFRESH_CYCLES * (self.seconds(AR) - rate)
         cheap = lost <= REFRESH_PRICE * self.since_ar * self.seconds(self.in_use)
-        return drifted or cheap or self.since_ar >= REFRESH
+        return drifted or cheap
 
     def ran(self, plan: CyclePlan) -> None:
         """A cycle of ``plan`` was launched."""
@@ -168,7 +166,6 @@ class Policy:
         self._course_left = 0  # cycles to go
         self._trial: tuple[Lane, CyclePlan] | None = None  # under way
         self._trial_left = 0
-        self._broke = False  # safety credit ran out while a plan other than AR was running
         self._since_trial = self._cycles = 0
 
     def plans_of(self, bucket: int) -> list[CyclePlan]:
@@ -217,7 +214,6 @@ class Policy:
         self._course_left = min(longest, 1 + self._cycles // COURSE_SHARE)
         if (lane.bucket, plan) not in lane.costs:
             self._course_left = 1  # what it costs is a guess
-        self._broke &= plan == AR
         fills = plan.mode == "one_pass" and self.current != plan
         against = None if trial is None else rates[in_use]
         return Launched(lane, plan, max(0.0, lane.worst_loss(plan)), against, fills)
@@ -225,8 +221,6 @@ class Policy:
     def _fallback(self, lane: Lane, rates: dict[CyclePlan, float]) -> CyclePlan:
         """What to run while the account does not cover the plan wanted: what runs, if it is covered and beats AR."""
         better = [p for p in lane.plans if rates[p] < rates[AR] and self._affordable(lane, p)]
-        if not better:
-            self._broke |= self.current not in (None, AR)
         return self.current if self.current in better else min(better, key=rates.get, default=AR)
 
     def _plan_to_try(self, lane: Lane, batch_size: int, tokens, rate: float) -> CyclePlan | None:
@@ -263,8 +257,6 @@ class Policy:
         if plan == AR:
             return True
         cycles = 1 + PIPELINE_FILL if plan.mode == "one_pass" and self.current != plan else 1
-        if self._broke:
-            cycles *= RESTART
         return self._covers(cycles * lane.worst_loss(plan))
 
     def _covers(self, seconds: float) -> bool:
@@ -327,7 +319,7 @@ class Policy:
     def forget_pending(self) -> None:
         """The cycles under way were lost; their results will not come."""
         self._pending.clear()
-        self._trial, self.current = None, None  # which ends the course too
+        self.current = None  # which ends the course too
 
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict:
         """Why cycles of ``batch_size`` sequences run what they run: a plain dict, seconds and ratios. The last few

@@ -168,6 +168,28 @@ def test_lost_cycles_hold_no_credit():
     assert chooser.safety.balance < free  # a cycle that served nobody was still paid for
 
 
+LOSSES = {
+    "a fault": lambda chooser: chooser.forget_pending(),
+    "rejection sampling ran": lambda chooser: setattr(chooser, "current", None),  # as Auto.choose tells it
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_lost_drafts_end_the_course_and_the_pipeline_fills_anew(loss):
+    plan = CyclePlan("one_pass", 16, 4)
+    chooser = Policy([AR, plan], 1)
+    for p, seconds in ((AR, 1.0), (plan, 1.4)):
+        chooser.costs.set(1, p, seconds)
+    chooser.choose(1)
+    while not (chooser.current == plan and chooser._course_left == COURSE - 3):
+        chooser.record([Outcome(0, 0)] if chooser._pending[-1].fills or chooser.current == AR else [Outcome(15, 12)])
+        chooser.choose(1)
+    assert not chooser._pending[-1].fills
+    LOSSES[loss](chooser)
+    assert chooser.choose(1) == plan and chooser._pending[-1].fills
+    assert chooser.choose(1) == plan and not chooser._pending[-1].fills
+
+
 def test_a_course_that_the_account_does_not_cover_any_more_ends():
     """A drafter that fails from one cycle to the next, with credit for a part of the course."""
     chooser, ar = policy("steep"), cycle_seconds("steep", 1, AR)
