@@ -126,6 +126,8 @@ def row_linear(
         x=ptr(x),
         weight=ptr(weight.data),
         weight_diff=ptr(weight_diff.data) if weight_diff is not None else 0,
+        weight_coded=weight.coded,
+        weight_diff_coded=weight_diff is not None and weight_diff.coded,
         residual=ptr(residual),
         out=0 if epilogue == "argmax" else ptr(out),
         partial_value=ptr(value),

@@ -30,6 +30,7 @@ class PackedWeight:
         data: the packed storage; for ``reference``, and on CUDA in float32, the plain matrix.
         impl: the implementation of ``row_linear`` that reads it.
         gate_up: rows are gates and ups, for the ``silu_mul`` epilogue alone.
+        coded: without loss in 12 bits an element, whatever dtype holds them; see csrc/cpu/coded_weight.h.
         num_partials: partial maxima per row that the ``argmax`` epilogue writes.
     """
 
@@ -39,6 +40,7 @@ class PackedWeight:
     impl: str
     gate_up: bool = False
     num_partials: int = 1
+    coded: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -61,18 +63,21 @@ def pack(weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None
         raise ValueError(f"row_linear: weight.dtype must be one of {dispatch.ELEMENTS} for {impl}, got {weight.dtype}")
     if gate_up and out_features % 2:
         raise ValueError(f"row_linear: out_features of gate and up must be even, got {out_features}")
+    coded = False
     if impl == "cpu":
-        data, partials = _pack_cpu(weight, gate_up)
+        data, coded = _pack_cpu(weight, gate_up)
+        partials = -(-out_features // CPU_ARGMAX_TILE)
     elif impl == "cuda" and weight.dtype is torch.float32:
         data, partials = weight.contiguous(), -(-out_features // CUDA_F32_ARGMAX_TILE)
     elif impl == "cuda":
         data, partials = _pack_cuda(weight, gate_up)
     else:
         data, partials = weight, -(-out_features // max(1, min(REFERENCE_ARGMAX_TILE, out_features // 32)))
-    return PackedWeight(data, out_features, in_features, impl, gate_up, partials)
+    return PackedWeight(data, out_features, in_features, impl, gate_up, partials, coded)
 
 
-def _pack_cpu(weight, gate_up):
+def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
+    """The packed weight, and whether it is coded: where the processor reads it faster so, and it becomes smaller."""
     in_features, per_word = weight.shape[1], 4 // weight.element_size()
 
     def strips(rows, height):
@@ -86,7 +91,15 @@ def _pack_cpu(weight, gate_up):
     else:
         data = strips(weight, CPU_STRIP)
     data = data.transpose(1, 2)
-    return huge_pages.empty(data.shape, data.dtype).copy_(data), -(-weight.shape[0] // CPU_ARGMAX_TILE)
+    codable = weight.dtype is torch.bfloat16 and in_features % 4 == 0  # steps over two inputs are coded in pairs
+    if codable and (cpu := dispatch.native().cpu).wants_coded_weights():
+        plain, (num_strips, num_steps) = data.contiguous(), data.shape[:2]
+        nbytes = cpu.coded_weight_bytes(plain.data_ptr(), num_strips, num_steps)
+        if nbytes < plain.nbytes:
+            coded = huge_pages.empty(torch.Size([nbytes // 2]), weight.dtype)
+            cpu.encode_weight(plain.data_ptr(), num_strips, num_steps, coded.data_ptr())
+            return coded, True
+    return huge_pages.empty(data.shape, data.dtype).copy_(data), False
 
 
 def _pack_cuda(weight, gate_up):

@@ -133,6 +133,7 @@ void check_groups(const Rows& rows) {
 
 const char* isa() { return chosen().load()->name; }
 void set_isa(const char* name) { chosen() = find(name); }
+bool wants_coded_weights() { return variant().wants_coded_weights; }
 
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num_bytes) {
 #if defined(__linux__)

@@ -3,12 +3,14 @@
 // Packed weight: strips of 32 outputs, each [ceil(in/n)][32][n], n elements a word (see simd.h): the same
 // inputs of 32 outputs side by side, so that one step over k loads two WordVecs and feeds every row of
 // the tile. For kSiluMul a strip holds 16 gates, then their 16 ups. Outputs and inputs are padded with zeros.
+// A bf16 strip may be coded (see coded_weight.h): tiles decode it as they go, many read it decoded once.
 //
 // Row-invariant: every output is one accumulator that runs over k in ascending order, whatever the
 // tile, the row count or the thread.
 #pragma once
 #include <type_traits>
 
+#include "coded_strip.h"
 #include "pool.h"
 #include "simd.h"
 
@@ -17,18 +19,20 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 constexpr int kStrip = 32;
 // Vocabulary ids per partial maximum.
 constexpr int kArgmaxTile = 512;
-// What a tile prefetches while it computes: `lines` cache lines per step over k, 0, 1 or 2 in multiply_tile.
+// What a tile prefetches while it computes: `lines` cache lines per step over k, 0, 1 or 2 in multiply_tile, where a
+// coded strip's tile always prefetches as many as it reads.
 struct Ahead {
   const char* from;
   int64_t lines;
 };
 // How far ahead a lone tile, which reads each weight once, prefetches.
 constexpr int kAheadBytes = 16384;
-constexpr int kStepBytes = kStrip * sizeof(uint32_t);
 // Bytes of inputs in a block of rows, and its rows at least: what is widened, or multiplied by groups of strips, should
 // stay in the L2 cache.
 constexpr int64_t kRowBlockBytes = 1 << 20;
 constexpr int64_t kMinRowBlock = 48;
+// More tiles than these read a coded strip decoded once: what that writes costs more than to decode a few times.
+constexpr int64_t kMostDecodingTiles = 6;
 
 // Inputs as the products take them: where no instruction multiplies pairs of bf16, they are widened to floats first,
 // once per run of strips.
@@ -38,27 +42,23 @@ template <typename T>
 using Input = std::conditional_t<kWidensRows<T>, float, T>;
 
 // acc[r][0 ... 31] of kRows rows against one strip. Widened rows have an even number of elements.
-template <typename T, int kRows>
+template <typename T, typename Strip, int kRows>
 inline __attribute__((noinline)) void multiply_tile(const Input<T>* x, int64_t x_stride, const char* w,
                                                     int64_t in_features, Ahead ahead, float* acc) {
   Vec lo[kRows], hi[kRows];
   ORTHRUS_UNROLL
   for (int r = 0; r < kRows; ++r) lo[r] = hi[r] = zero();
-  const auto step = [&](const char* weights, auto word_of_row) ORTHRUS_LAMBDA {
-    const WordVec w_lo = load_words(weights);
-    const WordVec w_hi = load_words(weights + kStepBytes / 2);
+  const auto step = [&](StepWords weights, auto word_of_row) ORTHRUS_LAMBDA {
     ORTHRUS_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const WordVec word = set1_word(word_of_row(r));
-      lo[r] = dot<T>(lo[r], w_lo, word);
-      hi[r] = dot<T>(hi[r], w_hi, word);
+      lo[r] = dot<T>(lo[r], weights.lo, word);
+      hi[r] = dot<T>(hi[r], weights.hi, word);
     }
   };
-  const auto widened_step = [&](const char* weights, const float* from) ORTHRUS_LAMBDA {
-    const WordVec w_lo = load_words(weights);
-    const WordVec w_hi = load_words(weights + kStepBytes / 2);
-    const Vec first_lo = first_of(w_lo), first_hi = first_of(w_hi);
-    const Vec second_lo = second_of(w_lo), second_hi = second_of(w_hi);
+  const auto widened_step = [&](StepWords weights, const float* from) ORTHRUS_LAMBDA {
+    const Vec first_lo = first_of(weights.lo), first_hi = first_of(weights.hi);
+    const Vec second_lo = second_of(weights.lo), second_hi = second_of(weights.hi);
     ORTHRUS_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const Vec first = set1(from[r * x_stride]), second = set1(from[r * x_stride + 1]);
@@ -66,30 +66,36 @@ inline __attribute__((noinline)) void multiply_tile(const Input<T>* x, int64_t x
       hi[r] = fma(second_hi, second, fma(first_hi, first, hi[r]));
     }
   };
-  const int64_t num_words = kWidensRows<T> ? div_up(in_features, 2) : in_features / kPerWord<T>;
-  const auto stream = [&](auto prefetch_at) ORTHRUS_LAMBDA {
-    for (int64_t k = 0; k < num_words; ++k) {
-      prefetch_at(k);
-      if constexpr (kWidensRows<T>) {
-        widened_step(w + kStepBytes * k, x + 2 * k);
-      } else {
-        step(w + kStepBytes * k, [&](int r) ORTHRUS_LAMBDA { return load_word(x + r * x_stride + kPerWord<T> * k); });
-      }
+  Strip strip(w);
+  const auto step_at = [&](const Input<T>* from, StepWords weights) ORTHRUS_LAMBDA {
+    if constexpr (kWidensRows<T>) {
+      widened_step(weights, from);
+    } else {
+      step(weights, [&](int r) ORTHRUS_LAMBDA { return load_word(from + r * x_stride); });
     }
   };
-  if (ahead.lines == 2) {
-    stream([&](int64_t k) ORTHRUS_LAMBDA {
-      prefetch(ahead.from + 2 * k * kLineBytes);
-      prefetch(ahead.from + (2 * k + 1) * kLineBytes);
-    });
+  const int64_t num_words = kWidensRows<T> ? div_up(in_features, 2) : in_features / kPerWord<T>;
+  const auto stream = [&](auto lines) ORTHRUS_LAMBDA {
+    const char* line = ahead.from;
+    for (int64_t k = 0; k < num_words; k += Strip::kSteps) {
+      for (int i = 0; i < lines; ++i, line += kLineBytes) prefetch(line);
+      const Input<T>* from = x + k * (kWidensRows<T> ? 2 : kPerWord<T>);
+      step_at(from, strip.template words<0>(k));
+      if constexpr (Strip::kSteps == 2) step_at(from + 2, strip.template words<1>(k + 1));
+    }
+  };
+  if constexpr (Strip::kSteps == 2) {
+    stream(std::integral_constant<int, kUnitBytes / kLineBytes>());
+  } else if (ahead.lines == 2) {
+    stream(std::integral_constant<int, 2>());
   } else if (ahead.lines == 1) {
-    stream([&](int64_t k) ORTHRUS_LAMBDA { prefetch(ahead.from + k * kLineBytes); });
+    stream(std::integral_constant<int, 1>());
   } else {
-    stream([](int64_t) ORTHRUS_LAMBDA {});
+    stream(std::integral_constant<int, 0>());
   }
-  if constexpr (kPerWord<T> == 2 && !kWidensRows<T>) {
+  if constexpr (kPerWord<T> == 2 && !kWidensRows<T> && Strip::kSteps == 1) {
     if (in_features % 2) {
-      step(w + kStepBytes * num_words,
+      step(strip.template words<0>(num_words),
            [&](int r) ORTHRUS_LAMBDA { return uint32_t{x[r * x_stride + in_features - 1]}; });
     }
   }
@@ -103,12 +109,12 @@ inline __attribute__((noinline)) void multiply_tile(const Input<T>* x, int64_t x
 template <typename T>
 using MultiplyTile = void (*)(const Input<T>*, int64_t, const char*, int64_t, Ahead, float*);
 
-template <typename T, int kRows = kTileRows>
+template <typename T, typename Strip, int kRows = kTileRows>
 ORTHRUS_INLINE MultiplyTile<T> multiply_tile_of(int64_t rows) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return multiply_tile_of<T, kRows - 1>(rows);
+    if (rows < kRows) return multiply_tile_of<T, Strip, kRows - 1>(rows);
   }
-  return multiply_tile<T, kRows>;
+  return multiply_tile<T, Strip, kRows>;
 }
 
 // Writes `count` lanes of v, rounded, at out; adds `residual` first if there is one (it may alias out).
@@ -186,25 +192,46 @@ ORTHRUS_INLINE void finish_rows(const RowLinearParamsOf<T>& p, const float* acc,
   }
 }
 
+// One view's weight.
+struct Weight {
+  const char* data;
+  bool coded;
+};
+
 // Rows [begin, end), the first of them at x, against one strip of `weight`, in row tiles of nearly equal height.
+// `decoded` has room for a strip, where the weight is coded.
 template <typename T>
-ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, const Input<T>* x, int64_t x_stride,
-                                   const void* weight, int64_t strip, int64_t begin, int64_t end) {
-  const int64_t strip_bytes = div_up(p.in_features, kPerWord<T>) * kStepBytes;
-  const char* w = static_cast<const char*>(weight) + strip * strip_bytes;
+ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, const Input<T>* x, int64_t x_stride, Weight weight,
+                                   int64_t strip, int64_t begin, int64_t end, char* decoded) {
+  const int64_t num_steps = div_up(p.in_features, kPerWord<T>);
+  const int64_t strip_bytes = weight.coded ? coded_strip_bytes(num_steps) : num_steps * kStepBytes;
+  const char* stored = weight.data + strip * strip_bytes;
   const int64_t num_tiles = div_up(end - begin, kTileRows);
   alignas(64) float acc[kTileRows * kStrip];
-  // Several tiles read the strip from cache: the first two fetch one half of the next strip each.
-  const auto ahead = [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
-    if (num_tiles == 1) return {w + kAheadBytes, 2};
-    return {w + strip_bytes + tile * (strip_bytes / 2), tile < 2};
+  const auto multiply = [&](auto of_rows, const char* w, auto ahead) ORTHRUS_LAMBDA {
+    for (int64_t t = 0; t < num_tiles; ++t) {
+      const int64_t first = (end - begin) * t / num_tiles;
+      const int64_t last = (end - begin) * (t + 1) / num_tiles;
+      of_rows(last - first)(x + first * x_stride, x_stride, w, p.in_features, ahead(t), acc);
+      finish_rows(p, acc, begin + first, last - first, strip);
+    }
   };
-  for (int64_t t = 0; t < num_tiles; ++t) {
-    const int64_t first = (end - begin) * t / num_tiles;
-    const int64_t last = (end - begin) * (t + 1) / num_tiles;
-    multiply_tile_of<T>(last - first)(x + first * x_stride, x_stride, w, p.in_features, ahead(t), acc);
-    finish_rows(p, acc, begin + first, last - first, strip);
+  if constexpr (kPerWord<T> == 2 && kDecodesWords) {
+    if (weight.coded && num_tiles <= kMostDecodingTiles) {
+      // Several tiles fetch the next strip and the one behind it by turns, again and again: once, early, is slower.
+      return multiply(multiply_tile_of<T, CodedWords>, stored, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
+        return {stored + (num_tiles == 1 ? kAheadBytes : (1 + tile % 2) * strip_bytes), 2};
+      });
+    }
   }
+  if constexpr (kPerWord<T> == 2) {
+    if (weight.coded) decode_strip(stored, num_steps, decoded);
+  }
+  // Several tiles read the strip from cache: the first two fetch one half of the next strip each.
+  multiply(multiply_tile_of<T, PlainWords>, weight.coded ? decoded : stored, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
+    if (num_tiles == 1) return {stored + kAheadBytes, 2};
+    return {stored + strip_bytes + tile * (strip_bytes / 2), tile < 2};
+  });
 }
 
 // body(first_strip, last_strip) over all strips, in parallel; one partial maximum belongs to one thread.
@@ -223,14 +250,16 @@ ORTHRUS_INLINE void for_row_blocks(const RowLinearParamsOf<T>& p, int64_t most, 
   const int64_t rows_ar = p.weight_diff ? p.num_rows_ar : p.num_rows;
   for (int64_t begin = 0, end; begin < p.num_rows; begin = end) {
     end = min_of(begin + most, begin < rows_ar ? rows_ar : p.num_rows);
-    body(begin < rows_ar ? p.weight : p.weight_diff, begin, end);
+    const bool is_ar = begin < rows_ar;
+    body(Weight{static_cast<const char*>(is_ar ? p.weight : p.weight_diff),
+                (is_ar ? p.weight_coded : p.weight_diff_coded) != 0},
+         begin, end);
   }
 }
 
 // Rows [begin, end) as floats, `stride` apart, a zero behind an odd number of elements.
-ORTHRUS_INLINE const float* widen_rows(const RowLinearParamsOf<bf16_t>& p, int64_t begin, int64_t end,
-                                       int64_t stride) {
-  float* out = thread_scratch((end - begin) * stride);
+ORTHRUS_INLINE void widen_rows(const RowLinearParamsOf<bf16_t>& p, int64_t begin, int64_t end, int64_t stride,
+                               float* out) {
   for (int64_t r = 0; r < end - begin; ++r) {
     const bf16_t* x = p.x + (begin + r) * p.in_features;
     float* to = out + r * stride;
@@ -239,29 +268,35 @@ ORTHRUS_INLINE const float* widen_rows(const RowLinearParamsOf<bf16_t>& p, int64
     for (; k < p.in_features; ++k) to[k] = to_float(x[k]);
     if (k < stride) to[k] = 0.f;
   }
-  return out;
 }
 
 template <typename T>
-inline void row_linear(const RowLinearParamsOf<T>& p) {
+inline void row_linear_vectors(const RowLinearParamsOf<T>& p) {
+  const int64_t decoded_floats = p.weight_coded || p.weight_diff_coded ? div_up(p.in_features, 2) * kStrip : 0;
   parallel_strips(p, 4, [&](int64_t first_strip, int64_t last_strip) {
     if constexpr (kWidensRows<T>) {
       const int64_t stride = 2 * div_up(p.in_features, 2);
       const int64_t most = max_of(kMinRowBlock, kRowBlockBytes / (stride * int64_t{sizeof(float)}));
-      for_row_blocks(p, most, [&](const void* weight, int64_t begin, int64_t end) {
-        const float* x = widen_rows(p, begin, end, stride);
+      for_row_blocks(p, most, [&](Weight weight, int64_t begin, int64_t end) {
+        float* x = thread_scratch((end - begin) * stride + decoded_floats);
+        char* decoded = reinterpret_cast<char*>(x + (end - begin) * stride);
+        widen_rows(p, begin, end, stride, x);
         for (int64_t strip = first_strip; strip < last_strip; ++strip) {
-          multiply_strip(p, x, stride, weight, strip, begin, end);
+          multiply_strip(p, x, stride, weight, strip, begin, end, decoded);
         }
       });
     } else {
+      char* decoded = reinterpret_cast<char*>(thread_scratch(decoded_floats));
       for (int64_t strip = first_strip; strip < last_strip; ++strip) {
-        for_row_blocks(p, p.num_rows, [&](const void* weight, int64_t begin, int64_t end) {
-          multiply_strip(p, p.x + begin * p.in_features, p.in_features, weight, strip, begin, end);
+        for_row_blocks(p, p.num_rows, [&](Weight weight, int64_t begin, int64_t end) {
+          multiply_strip(p, p.x + begin * p.in_features, p.in_features, weight, strip, begin, end, decoded);
         });
       }
     }
   });
 }
+
+template <typename T>
+inline void row_linear(const RowLinearParamsOf<T>& p) { row_linear_vectors(p); }
 
 }  // namespace orthrus::cpu::ORTHRUS_ISA

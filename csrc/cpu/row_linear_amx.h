@@ -145,13 +145,13 @@ ORTHRUS_INLINE void multiply_strip_amx(const RowLinearParamsOf<bf16_t>& p, const
 }
 
 // Rows [begin, end) against strips [first_strip, last_strip) of `weight`.
-ORTHRUS_INLINE void multiply_strips_amx(const RowLinearParamsOf<bf16_t>& p, const void* weight, int64_t first_strip,
+ORTHRUS_INLINE void multiply_strips_amx(const RowLinearParamsOf<bf16_t>& p, const char* weight, int64_t first_strip,
                                         int64_t last_strip, int64_t begin, int64_t end) {
   const int64_t num_tiles = div_up(end - begin, kTileHeight), height = div_up(end - begin, num_tiles);
   const int64_t num_pairs = div_up(num_tiles, 2);
   const int64_t strip_bytes = div_up(p.in_features, 2) * kStepBytes, num_steps = p.in_features / kTileDepth;
   const int64_t group = num_pairs == 1 ? last_strip - first_strip : max_of(1, kGroupBytes / strip_bytes);
-  const auto at = [&](int64_t strip) ORTHRUS_LAMBDA { return static_cast<const char*>(weight) + strip * strip_bytes; };
+  const auto at = [&](int64_t strip) ORTHRUS_LAMBDA { return weight + strip * strip_bytes; };
   StripSums sums[2];  // of this strip and of the one before
   int now = 0;
   bool first = true;
@@ -185,11 +185,13 @@ ORTHRUS_INLINE void multiply_strips_amx(const RowLinearParamsOf<bf16_t>& p, cons
 
 template <>
 inline void row_linear(const RowLinearParamsOf<bf16_t>& p) {
+  // Tiles are loaded from memory, so weights are not coded for them; these were for another instruction set.
+  if (p.weight_coded || p.weight_diff_coded) return row_linear_vectors(p);
   const int64_t most = max_of(kMinTileRowBlock, kRowBlockBytes / (p.in_features * int64_t{sizeof(bf16_t)}));
   // One run of strips per thread: each run begins with a cold cache.
   parallel_strips(p, 1, [&](int64_t first_strip, int64_t last_strip) {
-    for_row_blocks(p, most, [&](const void* weight, int64_t begin, int64_t end) {
-      multiply_strips_amx(p, weight, first_strip, last_strip, begin, end);
+    for_row_blocks(p, most, [&](Weight weight, int64_t begin, int64_t end) {
+      multiply_strips_amx(p, weight.data, first_strip, last_strip, begin, end);
     });
   });
 }

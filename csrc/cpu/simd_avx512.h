@@ -96,6 +96,20 @@ ORTHRUS_INLINE Vec dot2(Vec acc, WordVec a, WordVec b) {
 }
 #endif
 
+#if defined(ORTHRUS_ISA_avx512_bf16)
+// 32 elements of a coded weight (see coded_weight.h): their signs and mantissas, and codes whose low 5 bits count.
+#define ORTHRUS_DECODES_WORDS
+ORTHRUS_INLINE WordVec decode_words(const void* sign_and_mantissa, WordVec codes, WordVec exponents) {
+  const __m512i rest = _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(sign_and_mantissa)));
+  constexpr int kSelect = 0xea;  // (a & b) | c
+  return _mm512_ternarylogic_epi32(rest, _mm512_set1_epi16(static_cast<int16_t>(0x807f)),
+                                   _mm512_permutexvar_epi16(codes, exponents), kSelect);
+}
+template <int kBits>
+ORTHRUS_INLINE WordVec shift_halves_right(WordVec a) { return _mm512_srli_epi16(a, kBits); }
+ORTHRUS_INLINE void store_words(void* p, WordVec a) { _mm512_storeu_si512(p, a); }
+#endif
+
 // The same lanes as 32-bit words.
 ORTHRUS_INLINE WordVec bit_xor(WordVec a, WordVec b) { return _mm512_xor_si512(a, b); }
 // High and low word of a * m.

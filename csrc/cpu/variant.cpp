@@ -22,6 +22,7 @@ extern const Variant kVariant = {
     {row_linear<bf16_t>, qkv_commit<bf16_t>, dual_attn<Bf16Tile>, rms_norm<bf16_t>, embed<bf16_t>},
     {row_linear<float>, qkv_commit<float>, dual_attn<VectorTile<float>>, rms_norm<float>, embed<float>},
     process_logits,
+    kDecodesWords,
 };
 
 }  // namespace orthrus::cpu::ORTHRUS_ISA

@@ -117,7 +117,7 @@ def test_luck_misleads_seldom():
     cases = itertools.product((1, 2), (0.85, 0.9, 0.97), range(14))
     over = sorted(over_best("flat", batch, hazard, seed=seed) for batch, hazard, seed in cases)
     assert len(over) == 84 and statistics.mean(over) <= 1.023
-    assert over[-2] <= 1.05 and over[-1] <= 1.081
+    assert over[-3] <= 1.05 and over[-2] <= 1.054 and over[-1] <= 1.065
 
 
 @pytest.mark.full
