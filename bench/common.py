@@ -42,8 +42,9 @@ def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], obj
         return run
     run()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, inference = torch.cuda.CUDAGraph(), torch.is_inference_mode_enabled()
+    # What torch makes once for all graphs of the process must be of use outside inference mode too.
+    with torch.inference_mode(False), torch.cuda.graph(graph), torch.inference_mode(inference):
         run()
     return graph.replay
 

@@ -100,7 +100,9 @@ class Auto:
                 # A cycle with more rows costs no less than the dearest measured with fewer.
                 at_least = costs.seconds(slots, plan, hopeful=True) if plan != AR else 0.0
                 if at_least <= plan.block_len * costs.seconds(slots, AR):
-                    start(plan).run()  # recorded
+                    for _ in range(2):  # recorded, and on CUDA put on the device
+                        if not (cycle := start(plan)).steady:
+                            cycle.run()
                     worth.append(plan)
                     if not self.measured:
                         costs.set(slots, plan, self._seconds(partial(start, plan)))

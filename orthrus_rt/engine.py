@@ -364,7 +364,7 @@ class Engine(Generation):
             return auto.warmup(self, progress)
         sizes = batch_buckets(self.scheduler.num_slots)
         for size in tqdm(sizes, desc="warm-up", unit="batch size", disable=not progress):
-            self.runner.cycle(self._default_plan, size).run()
+            self.runner.cycle(self._default_plan, size).warm_up()
 
     def memory_report(self) -> dict[str, int]:
         """Bytes by use: see :func:`orthrus_rt.memory.memory_report`. For the thread that uses the engine."""

@@ -92,8 +92,8 @@ class Metrics:
         """Device time of one prefill pass or one cycle.
 
         kind: ``prefill``, ``ar_cycle``, ``two_pass_cycle``, ``one_pass_cycle``, ``mixed_cycle``: any that took prompts
-            along, or ``recording``: what ran and was recorded as well, the first cycle of its plan and batch bucket, or
-            the second use of a shape of prompts.
+            along, or ``recording``: what ran and was recorded as well, the first cycle of its plan and batch bucket (on
+            CUDA the second too, which puts the recording on the device), or the second use of a shape of prompts.
         """
         count, total = self.times.get(kind, (0, 0.0))
         self.times[kind] = (count + 1, total + seconds)

@@ -74,6 +74,10 @@ class Recorded:
         """Op by op."""
         raise NotImplementedError
 
+    def run(self) -> None:
+        """As is due: see :meth:`run_again`."""
+        raise NotImplementedError
+
     def used_ops(self) -> Sequence[str]:
         """Those that :meth:`run_eager` calls."""
         raise NotImplementedError
@@ -85,8 +89,21 @@ class Recorded:
 
     @property
     def recorded(self) -> bool:
-        """Whether it runs as it will from now on; until then it takes longer."""
+        """Whether it runs as it will from now on."""
         return self.op_by_op or self._replay is not None
+
+    @property
+    def steady(self) -> bool:
+        """Whether the next run takes no longer than any later one. A graph's first replay does: it puts it on the
+        device.
+        """
+        return self.op_by_op or self._loaded or (self.recorded and self.model.device.type == "cpu")
+
+    def warm_up(self) -> None:
+        """Run until that is steady, with nothing to do: op by op, then a first replay."""
+        for _ in range(2):
+            if not self.steady:
+                self.run()
 
     @property
     def records(self) -> bool:
@@ -144,7 +161,7 @@ class Recorded:
         before = torch.cuda.memory_reserved(device)
         # thread_local: what other threads do meanwhile, with models of their own, does not spoil the recording. Where
         # one is spoilt, torch's context leaves its own stream current. What torch makes once for all graphs of the
-        # process (up to 2.10, the state of its generator) must be of use outside inference mode too.
+        # process, the state of its generator, must be of use outside inference mode too.
         try:
             with (
                 _nothing_collected(),

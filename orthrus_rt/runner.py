@@ -272,8 +272,7 @@ class Runner:
             for chosen in (0, 1) if rows == most else (1,):
                 this = self._prefill_pass(PrefillShape(rows, 1, rows, chosen, False))
                 this.prompts.load([], [])
-                while not this.recorded:
-                    this.run()
+                this.warm_up()
 
     def next_logits(self, token_ids: list[int]) -> torch.Tensor:
         """AR logits fp32 ``[vocab_size]`` for the token after ``token_ids``; uses slot 0, which must be free."""
@@ -306,7 +305,7 @@ class Runner:
     def decode(self, requests: list[Request], plan: CyclePlan, policy: Policy | None = None) -> None:
         """Launch one cycle for the running slots, which ``requests`` hold; ``policy``: who chose the plan, if any."""
         cycle = self.cycle(plan, 1 + max(r.slot for r in requests), self._sampling(requests))
-        by_rejection, steady = any(r.rejection for r in requests), cycle.recorded
+        by_rejection, steady = any(r.rejection for r in requests), cycle.steady
         with self.stopwatch.time(f"{plan.mode}_cycle" if steady or by_rejection else "recording") as stretch:
             if by_rejection:
                 run_by_rejection(cycle, requests)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_TIMEOUT_S = 600
-APART_AT_ONCE = 4
+APART_AT_ONCE = 2
 MOST_PROCESSES = 8  # of a tier that is spread; each holds a model or two
 
 
@@ -31,18 +31,20 @@ def cpu_tests(names: str) -> list[str]:
     return [f"tests/cpu/test_{name}.py" for name in names.split()]
 
 
-AMX_TESTS = cpu_tests("cpu_ops_linear cpu_ops_attn cpu_ops_attn_splits cpu_ops_runtime lossless_tiny one_pass")
+AMX_TESTS = cpu_tests(
+    "coded_weight cpu_ops_linear cpu_ops_attn cpu_ops_attn_splits cpu_ops_runtime lossless_tiny one_pass"
+)
 SANITIZED_TESTS = cpu_tests(
-    "sanitized cpu_ops_linear cpu_ops_attn cpu_ops_attn_splits cpu_ops_logits cpu_ops_rows cpu_ops_runtime "
-    "consensus cuda_on_host dual_attn_on_host f32_on_host row_linear_host lossless_tiny one_pass batching "
-    "prefix_caching memory nan"
+    "sanitized coded_weight cpu_ops_linear cpu_ops_attn cpu_ops_attn_splits cpu_ops_logits cpu_ops_rows "
+    "cpu_ops_runtime consensus cuda_on_host dual_attn_on_host f32_on_host row_linear_host lossless_tiny one_pass "
+    "batching prefix_caching memory nan"
 )
 # Where memory is short on purpose a sanitizer has none either; its locks may stay taken in a child that is forked while
 # a thread begins; and a process that a test starts has the plain module, whose atomics it does not see. After a crash
 # its report is the better one, so Python's own is turned off there.
 NOT_SANITIZED = "not without_memory and not forked_child and not subnormal_numbers"
 RACY_TESTS = cpu_tests(  # without whole engines, which take minutes each
-    "sanitized cuda_on_host dual_attn_on_host f32_on_host row_linear_host consensus cpu_ops_linear "
+    "sanitized cuda_on_host dual_attn_on_host f32_on_host row_linear_host consensus coded_weight cpu_ops_linear "
     "cpu_ops_attn cpu_ops_attn_splits cpu_ops_logits cpu_ops_rows cpu_ops_runtime"
 )
 TIMED = ("test_auto.py", "test_profile.py")  # of tests/gpu: they measure, so nothing may run beside them

@@ -8,6 +8,7 @@
 // Rounding points: probabilities to bf16 before the product with the values, the output to bf16.
 // Row-invariant, deterministic, graph-safe: the grid depends on host integers alone.
 #include "dual_attn_kernel.cuh"
+#include "orthrus/aligned.h"
 #include "orthrus/ops.h"
 
 namespace orthrus::cuda {
@@ -84,7 +85,8 @@ int64_t dual_attn_workspace(int32_t max_rows, int32_t num_heads_q, int32_t head_
 
 int dual_attn(const DualAttnParams& p, void* stream) {
   if (p.rows.num_rows == 0 || p.rows.num_groups == 0) return cudaSuccess;
-  if (reinterpret_cast<uintptr_t>(p.workspace) % 16) return cudaErrorMisalignedAddress;
+  if (!aligned(16, p.q, p.kv.k_pages, p.kv.v_pages, p.scratch_k, p.scratch_v, p.workspace) || !aligned(4, p.out))
+    return cudaErrorMisalignedAddress;
   DualAttnLaunch a{};
   a.p = p;
   a.num_splits = num_splits(p.max_seq_len);

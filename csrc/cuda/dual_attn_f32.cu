@@ -8,6 +8,7 @@
 // Method: online softmax (Milakov & Gimelshein 2018).
 #include <cmath>
 
+#include "orthrus/aligned.h"
 #include "orthrus/launch.cuh"
 #include "orthrus/ops.h"
 #include "orthrus/rows.h"
@@ -134,8 +135,7 @@ int run(const DualAttnParamsOf<float>& p, void* stream) {
 
 int dual_attn(const DualAttnParamsOf<float>& p, void* stream) {
   if (p.rows.num_rows == 0) return cudaSuccess;
-  if ((reinterpret_cast<uintptr_t>(p.kv.k_pages) | reinterpret_cast<uintptr_t>(p.scratch_k)) % 16)
-    return cudaErrorMisalignedAddress;
+  if (!aligned(16, p.kv.k_pages, p.scratch_k)) return cudaErrorMisalignedAddress;
   if (p.kv.head_dim == 64) return run<64>(p, stream);
   if (p.kv.head_dim == 128) return run<128>(p, stream);
   return cudaErrorInvalidValue;

@@ -8,6 +8,7 @@
 // caches.
 #include <cuda_bf16.h>
 
+#include "orthrus/aligned.h"
 #include "orthrus/launch.cuh"
 #include "orthrus/ops.h"
 #include "orthrus/rows.h"
@@ -142,6 +143,8 @@ int run(const QkvCommitParamsOf<T>& p, void* stream) {
 template <typename T>
 int run(const QkvCommitParamsOf<T>& p, void* stream) {
   if (p.rows.num_rows == 0) return cudaSuccess;
+  if (!aligned(2 * sizeof(T), p.qkv, p.q_out, p.kv.k_pages, p.kv.v_pages, p.scratch_k, p.scratch_v))
+    return cudaErrorMisalignedAddress;
   if (p.kv.head_dim == 64) return run<64>(p, stream);
   if (p.kv.head_dim == 128) return run<128>(p, stream);
   return cudaErrorInvalidValue;

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "orthrus/aligned.h"
 #include "orthrus/ops.h"
 #include "row_linear_plan.h"
 
@@ -47,8 +48,6 @@ int64_t workspace_bytes(const RowLinearPlan& plan, int views, int tokens) {
   return plan.split ? partial_offset(plan, views, 0, 0, 0, tokens) * 4 : 0;
 }
 
-bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 }  // namespace
 
 const char* isa() {
@@ -74,11 +73,10 @@ int row_linear(const RowLinearParams& params, void* stream) {
   if (params.in_features <= 0 || params.in_features % kBlock || params.num_rows_ar < 0 ||
       params.num_rows_ar > params.num_rows)
     return cudaErrorInvalidValue;
-  if (!aligned16(params.x) || !aligned16(params.weight) || !aligned16(params.weight_diff) ||
-      !aligned16(params.workspace) || !aligned16(params.next_weight))
+  if (!aligned(16, params.x, params.weight, params.weight_diff, params.workspace, params.next_weight))
     return cudaErrorMisalignedAddress;
   const bool wide_rows = params.out_features % 4 == 0;  // which are read and written 16 bytes at a time
-  if (wide_rows && !(aligned16(params.residual) && aligned16(params.out))) return cudaErrorMisalignedAddress;
+  if (wide_rows && !aligned(16, params.residual, params.out)) return cudaErrorMisalignedAddress;
   const DeviceInfo device = device_info();
   if (device.error) return device.error;
 

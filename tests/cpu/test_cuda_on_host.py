@@ -1,9 +1,12 @@
 """The indexing of CUDA's qkv_commit, run as host C++ in both thread orders."""
 
+import copy
+
 import pytest
 import torch
 
 from orthrus_rt import native, reference
+from tests.attention_pass import Heads, Pass
 from tests.rows import ar, diff, make_rows
 
 pytestmark = pytest.mark.usefixtures("both_orders")
@@ -45,3 +48,36 @@ def check_qkv_commit(heads, norms, dtype):
     page = v_pages[4, :, 0]  # of row 1, the first behind a page's end
     assert not page.any() and bool(k_pages[4, :, 0].isnan().all()) and bool(scratch_v[:3].isfinite().all())
     assert bool(scratch_k[2, -1, -3].isnan()) and int(scratch_k[2].isnan().sum()) == 1
+
+
+MISALIGNED = 716  # cudaErrorMisalignedAddress
+
+
+def shifted(tensor):
+    """The same values, one element behind a multiple of 16 bytes."""
+    buffer = torch.empty(tensor.numel() + 16 + 1, dtype=tensor.dtype)
+    first = -buffer.data_ptr() // tensor.element_size() % 16 + 1
+    return buffer[first:][: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+def test_what_is_not_aligned_is_refused(dtype):
+    """On a device such an access would end the context."""
+    case = Pass(Heads(3, 1, 64), [ar(0, 70, 2), diff(0, 72, 3)], "cpu", dtype=dtype)
+    out, qkv = torch.empty_like(case.q), torch.zeros(5, 5 * 64, dtype=dtype)
+    case.call(out, None)
+    for name in ("k_pages", "scratch_k") + (("q", "v_pages", "scratch_v") if dtype is torch.bfloat16 else ()):
+        moved = copy.copy(case)
+        setattr(moved, name, shifted(getattr(case, name)))
+        with pytest.raises(AssertionError, match=f"dual_attn.* returned {MISALIGNED}"):
+            moved.call(out, None)
+    args = [qkv, case.k_pages, case.v_pages, case.scratch_k, case.scratch_v, out]
+    cos_sin = torch.zeros(80, 64)
+
+    def commit(qkv, k_pages, v_pages, *rest):
+        native.qkv_commit(qkv, case.rows, cos_sin, None, 1e-6, k_pages, v_pages, case.page_table, *rest)
+
+    commit(*args)
+    for i, tensor in enumerate(args):
+        with pytest.raises(AssertionError, match=f"qkv_commit.* returned {MISALIGNED}"):
+            commit(*args[:i], shifted(tensor), *args[i + 1 :])

@@ -175,8 +175,9 @@ def test_times_come_from_the_device(folder):
     torch.cuda.synchronize()
     engine.generate([4], SamplingParams(max_new_tokens=1, ignore_eos=True))  # takes what was still under way
     facts = engine.metrics.as_dict()
-    assert facts["times"]["recording"]["count"] == 2  # the cycle, and the prefill pass that came again
-    assert facts["times"]["two_pass_cycle"]["count"] >= facts["cycles"] - 1
+    # The cycle, its first replay, and the prefill pass that came again.
+    assert facts["times"]["recording"]["count"] == 3
+    assert facts["times"]["two_pass_cycle"]["count"] >= facts["cycles"] - 2
     assert facts["times"]["two_pass_cycle"]["seconds"] > 0
 
 

@@ -55,7 +55,8 @@ def sanitized(tool: str, *arguments: str) -> tuple[str, list[str]]:
             printed, _ = process.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # Python under the tool would outlive it
-            pytest.fail(f"{tool}: not finished in {LIMIT_S} s, nothing is known", pytrace=False)
+            printed, _ = process.communicate()
+            pytest.fail(f"{tool}: not finished in {LIMIT_S} s; until then:\n{printed}", pytrace=False)
     return printed, re.findall(r"^=====.*\borthrus::cuda\b.*", printed, re.MULTILINE)
 
 
@@ -63,7 +64,7 @@ def sanitized(tool: str, *arguments: str) -> tuple[str, list[str]]:
 @pytest.mark.parametrize("tool", ["memcheck", pytest.param("racecheck", marks=pytest.mark.full)])
 def test_no_finding(tool):
     cases = [str(ROOT / "tests" / "gpu" / case) for case in CASES]
-    printed, findings = sanitized(tool, "-m", "pytest", "-q", "-p", "no:cacheprovider", *cases)
+    printed, findings = sanitized(tool, "-m", "pytest", "-v", "-p", "no:cacheprovider", *cases)
     assert f"{len(CASES)} passed" in printed, printed
     assert not findings, printed
 

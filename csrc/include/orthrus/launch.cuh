@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 
 namespace orthrus::cuda {
 
@@ -61,6 +62,8 @@ template <typename Params>
 cudaError_t allow_smem(void (*kernel)(Params), int smem_bytes) {
   if (smem_bytes <= 48 * 1024) return cudaSuccess;
   const auto* function = reinterpret_cast<const void*>(kernel);
+  static std::mutex of_this_limit;
+  const std::lock_guard<std::mutex> lock(of_this_limit);
   cudaFuncAttributes now{};
   if (const cudaError_t error = cudaFuncGetAttributes(&now, function)) return error;
   if (smem_bytes <= now.maxDynamicSharedSizeBytes) return cudaSuccess;
