@@ -3,22 +3,26 @@
     python -m bench.bench_cpu_pass --rows 1 4 6 8 16 32 --out bench/results/cpu
 
 A pass is ``rows`` AR rows of one sequence behind ``context`` cached tokens, argmax of every row included; it is
-recorded on a tape and replayed. Per-op columns time that op's calls within a pass.
+recorded on a tape and replayed. Per-op columns time that op's calls within a pass. Where weights are coded (see
+csrc/cpu/coded_weight.h), ``over plain`` is the median of the ratios of a pass to one over plain weights run in turns
+with it.
 """
 
 from __future__ import annotations
 
-import itertools
+import statistics
 
 import torch
 
-from bench.common import header, measure, parser_of, read_bandwidth, report
+from bench.common import header, parser_of, percentiles, read_bandwidth, report
 from bench.models import random_checkpoint
 from orthrus_rt import dispatch
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.prefill import prefill_rows
 from orthrus_rt.profile import calls_of, time_calls
+from orthrus_rt.recording import taped
+from orthrus_rt.timing import time_each
 
 OPS = ("row_linear", "dual_attn", "qkv_commit", "rms_norm", "embed")
 
@@ -62,27 +66,30 @@ def main() -> None:
     kv = PagedKvCache(checkpoint.config, num_slots=1, max_seq_len=max_seq_len, num_pages=num_pages, **on_device)
     kv.pages.normal_()
     kv.reserve(0, max_seq_len)
-    bandwidth, table = read_bandwidth(device), []
-    for isa, n in itertools.product(args.isa or [cpu.isa()], args.rows):
-        if isa not in [row["isa"] for row in table]:
-            cpu.set_isa(isa)
-            model = Model(checkpoint, max_seq_len=max_seq_len, **on_device)  # packed as this one wants it
-            weight_bytes = model.nbytes()["ar"]
-        one_pass, tape = make_pass(model, kv, n, args.context), cpu.Tape()
-        with tape.record():
-            one_pass()
-        us = measure(tape.replay, device, repeats=args.repeats)
-        rate = weight_bytes / us["p50"] * 1e-3
-        row = {"isa": isa, "rows": n} | {f"ms {name}": value * 1e-3 for name, value in us.items()}
-        row |= {"weight MB": weight_bytes * 1e-6, "GB/s": rate, "of read": rate / bandwidth}
-        row |= {"GFLOP/s": 2 * n * num_weights(model) / us["p50"] * 1e-3}
-        if args.ops:
-            calls = calls_of(one_pass)
-            times = time_calls(calls, device, repeats=args.repeats)
-            row |= {f"{op} ms": sum(t for c, t in zip(calls, times, strict=True) if c.op == op) * 1e-3 for op in OPS}
-        table.append(row)
-    facts = header(device) | {"context": args.context, "weights": num_weights(model), "read GB/s": bandwidth}
-    report("cpu_pass", facts, table, args.out)
+
+    def packed_for(isa: str) -> Model:
+        cpu.set_isa(isa)
+        return Model(checkpoint, max_seq_len=max_seq_len, **on_device)
+
+    table = []
+    for isa in args.isa or [cpu.isa()]:
+        plain, model = packed_for("portable"), packed_for(isa)
+        weight_bytes, coded = model.nbytes()["ar"], model.lm_head.coded
+        for n in args.rows:
+            passes = [make_pass(m, kv, n, args.context) for m in ((model, plain) if coded else (model,))]
+            times = time_each([taped(run).replay for run in passes], device, repeats=args.repeats)
+            us, bandwidth = percentiles(times[0]), read_bandwidth(device)
+            rate = weight_bytes / us["p50"] * 1e-3
+            row = {"isa": isa, "rows": n} | {f"ms {name}": value * 1e-3 for name, value in us.items()}
+            row["over plain"] = statistics.median(a / b for a, b in zip(*times, strict=True)) if coded else None
+            row |= {"weight MB": weight_bytes * 1e-6, "GB/s": rate, "read GB/s": bandwidth, "of read": rate / bandwidth}
+            row |= {"GFLOP/s": 2 * n * num_weights(model) / us["p50"] * 1e-3}
+            if args.ops:
+                calls = calls_of(passes[0])
+                ms = [us * 1e-3 for us in time_calls(calls, device, repeats=args.repeats)]
+                row |= {f"{op} ms": sum(t for c, t in zip(calls, ms, strict=True) if c.op == op) for op in OPS}
+            table.append(row)
+    report("cpu_pass", header(device) | {"context": args.context, "weights": num_weights(model)}, table, args.out)
 
 
 if __name__ == "__main__":
