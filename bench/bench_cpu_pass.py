@@ -71,25 +71,28 @@ def main() -> None:
         cpu.set_isa(isa)
         return Model(checkpoint, max_seq_len=max_seq_len, **on_device)
 
-    table = []
+    facts, table = header(device) | {"context": args.context}, []
     for isa in args.isa or [cpu.isa()]:
-        plain, model = packed_for("portable"), packed_for(isa)
-        weight_bytes, coded = model.nbytes()["ar"], model.lm_head.coded
+        models = [packed_for(isa)]
+        weight_bytes, coded = models[0].nbytes()["ar"], models[0].lm_head.coded
+        if coded:
+            models.append(packed_for("portable"))
+            cpu.set_isa(isa)
         for n in args.rows:
-            passes = [make_pass(m, kv, n, args.context) for m in ((model, plain) if coded else (model,))]
+            passes = [make_pass(model, kv, n, args.context) for model in models]
             times = time_each([taped(run).replay for run in passes], device, repeats=args.repeats)
             us, bandwidth = percentiles(times[0]), read_bandwidth(device)
             rate = weight_bytes / us["p50"] * 1e-3
             row = {"isa": isa, "rows": n} | {f"ms {name}": value * 1e-3 for name, value in us.items()}
             row["over plain"] = statistics.median(a / b for a, b in zip(*times, strict=True)) if coded else None
             row |= {"weight MB": weight_bytes * 1e-6, "GB/s": rate, "read GB/s": bandwidth, "of read": rate / bandwidth}
-            row |= {"GFLOP/s": 2 * n * num_weights(model) / us["p50"] * 1e-3}
+            row |= {"GFLOP/s": 2 * n * num_weights(models[0]) / us["p50"] * 1e-3}
             if args.ops:
                 calls = calls_of(passes[0])
                 ms = [us * 1e-3 for us in time_calls(calls, device, repeats=args.repeats)]
                 row |= {f"{op} ms": sum(t for c, t in zip(calls, ms, strict=True) if c.op == op) for op in OPS}
             table.append(row)
-    report("cpu_pass", header(device) | {"context": args.context, "weights": num_weights(model)}, table, args.out)
+    report("cpu_pass", facts | {"weights": num_weights(models[0])}, table, args.out)
 
 
 if __name__ == "__main__":

@@ -54,9 +54,9 @@ void bind_element_params(py::module_& m, const std::string& suffix) {
   {
     using T = RowLinearParamsOf<E>;
     auto cls = bind_struct<T>(m, "RowLinearParams" + suffix);
-    FIELD(x); FIELD(weight); FIELD(weight_diff); FIELD(weight_coded); FIELD(weight_diff_coded); FIELD(residual); FIELD(out); FIELD(partial_value);
-    FIELD(partial_id); FIELD(workspace); FIELD(workspace_bytes); FIELD(num_rows);
-    FIELD(num_rows_ar); FIELD(in_features); FIELD(out_features); FIELD(num_partials); FIELD(epilogue);
+    FIELD(x); FIELD(weight); FIELD(weight_diff); FIELD(weight_coded); FIELD(weight_diff_coded); FIELD(residual);
+    FIELD(out); FIELD(partial_value); FIELD(partial_id); FIELD(workspace); FIELD(workspace_bytes);
+    FIELD(num_rows); FIELD(num_rows_ar); FIELD(in_features); FIELD(out_features); FIELD(num_partials); FIELD(epilogue);
     FIELD(next_weight); FIELD(next_in_features); FIELD(next_out_features);
   }
   {
@@ -148,13 +148,15 @@ void bind_cpu(py::module_ m) {
   bind_cpu_element_ops<float>(m);
   m.def("isa", &cpu::isa);
   m.def("set_isa", [](const std::string& name) { cpu::set_isa(name.c_str()); });  // which None is not
-  m.def("wants_coded_weights", &cpu::wants_coded_weights);
-  m.def("coded_weight_bytes", [](uintptr_t plain, int64_t num_strips, int64_t num_steps) {
-    return cpu::coded_weight_bytes(reinterpret_cast<const bf16_t*>(plain), num_strips, num_steps);
-  }, release);
-  m.def("encode_weight", [](uintptr_t plain, int64_t num_strips, int64_t num_steps, uintptr_t out) {
-    cpu::encode_weight(reinterpret_cast<const bf16_t*>(plain), num_strips, num_steps, reinterpret_cast<char*>(out));
-  }, release);
+  m.def("takes_coded_weights", &cpu::takes_coded_weights);
+  py::class_<cpu::WeightEncoder>(m, "WeightEncoder")
+      .def(py::init([](uintptr_t plain, int64_t num_strips, int64_t num_steps) {
+             return cpu::WeightEncoder(reinterpret_cast<const bf16_t*>(plain), num_strips, num_steps);
+           }), release)
+      .def_property_readonly("nbytes", &cpu::WeightEncoder::nbytes)
+      .def("write", [](const cpu::WeightEncoder& encoder, uintptr_t out) {
+        encoder.write(reinterpret_cast<char*>(out));
+      }, release);
   m.def("set_num_threads", &cpu::set_num_threads);
   m.def("advise_huge_pages", [](uintptr_t data, int64_t num_bytes) {
     cpu::advise_huge_pages(reinterpret_cast<void*>(data), num_bytes);

@@ -208,7 +208,7 @@ class Engine(Generation):
     def _identity(self) -> str:
         """What a cycle's cost depends on, beside its plan and batch."""
         c, dtype = self.config, self.model.dtype
-        sizes = (c.name, c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size, dtype)
+        sizes = (c.name, c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size, dtype, self.model.nbytes())
         ops = (f"{op} {dispatch.select(op, self.device, dtype)}" for op in dispatch.OPS)
         timed_at = f"{min(CONTEXT, self.max_seq_len, self._pages_per_slot * PAGE_SIZE)} tokens"  # of a full batch
         facts = (version("orthrus-rt"), *sizes, *device_facts(self.device).values(), *ops, timed_at)

@@ -54,7 +54,9 @@ REST = 64  # cycles between trials, and the most that one lasts
 COURSE, AR_COURSE, COURSE_SHARE = 8, 32, 8  # most cycles of a course, and of AR's; at most 1/8 of all before
 PIPELINE_FILL = 1  # passes of one_pass before its drafts are there
 REFRESH_REST, REFRESH_CYCLES = 64, 3  # cycles without AR before AR is timed anew, and for how many
-REFRESH_PRICE = 0.0025  # of all time that may be lost on that: where AR is close it is cheap, and may win
+# Of all time that may be lost on that: where AR is close it is cheap, and may win; everywhere it comes within 1,200 AR
+# cycles' time.
+REFRESH_PRICE = 0.0025
 REFRESH_DRIFT = 0.25  # drift (see PassCosts) that calls for it at any price
 
 

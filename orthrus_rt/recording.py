@@ -100,7 +100,7 @@ class Recorded:
         return self.op_by_op or self._loaded or (self.recorded and self.model.device.type == "cpu")
 
     def warm_up(self) -> None:
-        """Run until that is steady, with nothing to do: op by op, then a first replay."""
+        """Run as often as it takes to be steady, with nothing to do: op by op, then the first replay."""
         for _ in range(2):
             if not self.steady:
                 self.run()

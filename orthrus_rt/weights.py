@@ -15,6 +15,7 @@ from orthrus_rt.huge_pages import huge_pages
 # csrc/cpu/row_linear.h.
 CPU_STRIP = 32
 CPU_ARGMAX_TILE = 512
+MOST_CODED = 0.8  # of a weight's bytes: a larger one has so many exceptions that they are what takes time
 REFERENCE_ARGMAX_TILE = 128  # at most; runners-up are seen where they are the best of another tile
 # CUDA: blocks of 64 outputs x 64 inputs, inputs fastest; see csrc/cuda/row_linear_plan.h. In float32 the plain matrix
 # and one partial maximum per 128 ids; see csrc/cuda/row_linear_f32.cu.
@@ -30,7 +31,7 @@ class PackedWeight:
         data: the packed storage; for ``reference``, and on CUDA in float32, the plain matrix.
         impl: the implementation of ``row_linear`` that reads it.
         gate_up: rows are gates and ups, for the ``silu_mul`` epilogue alone.
-        coded: without loss in 12 bits an element, whatever dtype holds them; see csrc/cpu/coded_weight.h.
+        coded: in 12 bits an element without loss, which ``data`` then holds as any bytes; see csrc/cpu/coded_weight.h.
         num_partials: partial maxima per row that the ``argmax`` epilogue writes.
     """
 
@@ -77,7 +78,7 @@ def pack(weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None
 
 
 def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
-    """The packed weight, and whether it is coded: where the processor reads it faster so, and it becomes smaller."""
+    """The packed weight, and whether it is coded."""
     in_features, per_word = weight.shape[1], 4 // weight.element_size()
 
     def strips(rows, height):
@@ -91,13 +92,13 @@ def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
     else:
         data = strips(weight, CPU_STRIP)
     data = data.transpose(1, 2)
-    codable = weight.dtype is torch.bfloat16 and in_features % 4 == 0  # steps over two inputs are coded in pairs
-    if codable and (cpu := dispatch.native().cpu).wants_coded_weights():
-        plain, (num_strips, num_steps) = data.contiguous(), data.shape[:2]
-        nbytes = cpu.coded_weight_bytes(plain.data_ptr(), num_strips, num_steps)
-        if nbytes < plain.nbytes:
-            coded = huge_pages.empty(torch.Size([nbytes // 2]), weight.dtype)
-            cpu.encode_weight(plain.data_ptr(), num_strips, num_steps, coded.data_ptr())
+    # Steps over two inputs are coded in pairs.
+    if weight.dtype is torch.bfloat16 and in_features % 4 == 0 and dispatch.native().cpu.takes_coded_weights():
+        data = data.contiguous()
+        encoder = dispatch.native().cpu.WeightEncoder(data.data_ptr(), *data.shape[:2])
+        if encoder.nbytes <= MOST_CODED * data.nbytes:
+            coded = huge_pages.empty(torch.Size([encoder.nbytes // 2]), weight.dtype)
+            encoder.write(coded.data_ptr())
             return coded, True
     return huge_pages.empty(data.shape, data.dtype).copy_(data), False
 

@@ -87,7 +87,7 @@ GROUPS = {
         tests("qkv_commit", 90),
         tests("dual_attn", 150),
         tests("consensus", 90),
-        tests("triton", 180),
+        tests("triton", 180, each_s=100),  # it compiles
         tests("row_linear", 120, "invariance and not sm80"),
         tests("row_linear", 120, "rewrite or reuse"),
         tests("f32", 90),
@@ -95,9 +95,9 @@ GROUPS = {
     ],
     "engine": [
         tests("engine", 180),
-        tests("failures", 180),
+        tests("failures", 240, each_s=220),  # one waits for a process of its own
         tests("lossless", 300, each_s=150),
-        tests("auto", 120),
+        tests("auto", 120, each_s=100),
         tests("profile", 120),
     ],
     "embedded": [tests("lossless_embedded", 150)],
@@ -146,7 +146,7 @@ class Calls:
         late = "timed out" if limit_s == step.limit_s else "cut short"
         state = "ok" if code == 0 else late if code is None else "FAILED"
         lines = [line for line in printed.splitlines() if line.strip()]
-        if code == 0 and "pytest" in step.command and " passed" not in lines[-1]:
+        if code == 0 and "pytest" in step.command and not any(" passed" in line for line in lines[-5:]):
             state = "SKIPPED"  # no test of it ran: what it needs is not there, or the card does not answer any more
         return {"state": state, "rc": code, "seconds": round(time.monotonic() - start, 1), "limit_s": limit_s,
                 "said": lines[-1].strip("= ")[:120] if lines else "", "printed": "\n".join(lines[-25:])}  # fmt: skip

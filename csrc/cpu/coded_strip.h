@@ -48,7 +48,7 @@ struct CodedWords {
   template <int kStep>
   ORTHRUS_INLINE StepWords words(int64_t k) {
     const WordVec codes = load_words(unit);
-    const char* rest = unit + sizeof codes + kStep * kStepElements;
+    const char* rest = unit + kCodeBytes + kStep * kStepElements;
     const WordVec lo = kStep ? shift_halves_right<8>(codes) : codes;
     StepWords out{decode_words(rest, lo, exponents),
                   decode_words(rest + kStepElements / 2, shift_halves_right<8 * kStep + 4>(codes), exponents)};
@@ -80,26 +80,6 @@ ORTHRUS_INLINE void decode_strip(const char* at, int64_t num_steps, char* out) {
 }
 #else
 constexpr bool kDecodesWords = false;
-struct CodedWords;
-
-// A coded strip as a plain one at `out`, element by element: weights are not coded for these instruction sets.
-inline void decode_strip(const char* at, int64_t num_steps, char* out) {
-  const auto* strip = reinterpret_cast<const CodedStrip*>(at);
-  auto* element = reinterpret_cast<bf16_t*>(out);
-  const char* unit = strip->units();
-  for (int64_t k = 0; k < num_steps; k += kUnitSteps, unit += kUnitBytes) {
-    for (int i = 0; i < kUnitSteps * kStepElements; ++i) {
-      uint16_t codes;
-      std::memcpy(&codes, unit + 2 * (i % 32), sizeof codes);
-      const auto rest = static_cast<uint8_t>(unit[kStepElements + i]);
-      element[k * kStepElements + i] = static_cast<bf16_t>(
-          (rest & 0x80) << 8 | (rest & 0x7f) | strip->exponent[codes >> (i / 32 * 4) & (kExponents - 1)]);
-    }
-  }
-  for (const CodedException* e = strip->exceptions(); e->step != kNoStep; ++e) {
-    element[e->step * kStepElements + e->element] = e->value;
-  }
-}
 #endif
 
 }  // namespace orthrus::cpu::ORTHRUS_ISA

@@ -133,7 +133,7 @@ void check_groups(const Rows& rows) {
 
 const char* isa() { return chosen().load()->name; }
 void set_isa(const char* name) { chosen() = find(name); }
-bool wants_coded_weights() { return variant().wants_coded_weights; }
+bool takes_coded_weights() { return variant().takes_coded_weights; }
 
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num_bytes) {
 #if defined(__linux__)
@@ -145,7 +145,13 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num
 }
 
 template <typename T>
-void row_linear(const RowLinearParamsOf<T>& p) { record_or(p, kernels<T>().row_linear); }
+void row_linear(const RowLinearParamsOf<T>& p) {
+  if ((p.weight_coded || p.weight_diff_coded) && !takes_coded_weights()) {
+    throw std::invalid_argument(std::string("row_linear: weights must be packed for ") + isa() +
+                                ", got such as avx512_bf16 takes");
+  }
+  record_or(p, kernels<T>().row_linear);
+}
 template <typename T>
 void qkv_commit(const QkvCommitParamsOf<T>& p) { record_or(p, kernels<T>().qkv_commit); }
 template <typename T>

@@ -1,13 +1,33 @@
 // Packs bf16 weights in 12 bits: see coded_weight.h.
 #pragma once
+#include <array>
 #include <cstdint>
+#include <vector>
 
 #include "orthrus/params.h"
 
 namespace orthrus::cpu {
 
-// `plain`: num_strips strips of num_steps steps each, an even number, as row_linear.h packs them.
-int64_t coded_weight_bytes(const bf16_t* plain, int64_t num_strips, int64_t num_steps);
-void encode_weight(const bf16_t* plain, int64_t num_strips, int64_t num_steps, char* out);
+// Of `plain`: num_strips strips of num_steps steps each, an even number, as row_linear.h packs them. It has to stay.
+class WeightEncoder {
+ public:
+  WeightEncoder(const bf16_t* plain, int64_t num_strips, int64_t num_steps);
+
+  int64_t nbytes() const;
+  // `out`: nbytes() from the beginning of a cache line.
+  void write(char* out) const;
+
+ private:
+  struct Strip {
+    std::array<uint8_t, 16> exponents;
+    int64_t num_exceptions;
+  };
+
+  const bf16_t* plain_;
+  int64_t num_steps_;
+  std::vector<Strip> strips_;
+
+  void write_strip(int64_t strip, char* out, char* exceptions) const;
+};
 
 }  // namespace orthrus::cpu

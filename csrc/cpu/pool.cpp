@@ -177,9 +177,11 @@ void parallel_chunks(int64_t num_items, int64_t num_chunks, void (*body)(void*, 
 }
 
 float* thread_scratch(int64_t num_floats) {
+  constexpr uintptr_t kLine = 64;
   thread_local std::vector<float> scratch;
-  if (static_cast<int64_t>(scratch.size()) < num_floats) scratch.resize(num_floats);
-  return scratch.data();
+  const int64_t size = num_floats + static_cast<int64_t>(kLine / sizeof(float));
+  if (static_cast<int64_t>(scratch.size()) < size) scratch.resize(size);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data()) + kLine - 1) / kLine * kLine);
 }
 
 int32_t num_threads() { return wanted_threads.load(std::memory_order_relaxed); }

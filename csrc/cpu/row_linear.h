@@ -19,8 +19,8 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 constexpr int kStrip = 32;
 // Vocabulary ids per partial maximum.
 constexpr int kArgmaxTile = 512;
-// What a tile prefetches while it computes: `lines` cache lines per step over k, 0, 1 or 2 in multiply_tile, where a
-// coded strip's tile always prefetches as many as it reads.
+// What a tile prefetches while it computes: `lines` cache lines per step over k, 0, 1 or 2 in multiply_tile; or of a
+// coded strip, per unit, as many as it reads.
 struct Ahead {
   const char* from;
   int64_t lines;
@@ -78,7 +78,7 @@ inline __attribute__((noinline)) void multiply_tile(const Input<T>* x, int64_t x
   const auto stream = [&](auto lines) ORTHRUS_LAMBDA {
     const char* line = ahead.from;
     for (int64_t k = 0; k < num_words; k += Strip::kSteps) {
-      for (int i = 0; i < lines; ++i, line += kLineBytes) prefetch(line);
+      for (int i = 0; i < decltype(lines)::value; ++i, line += kLineBytes) prefetch(line);
       const Input<T>* from = x + k * (kWidensRows<T> ? 2 : kPerWord<T>);
       step_at(from, strip.template words<0>(k));
       if constexpr (Strip::kSteps == 2) step_at(from + 2, strip.template words<1>(k + 1));
@@ -199,13 +199,13 @@ struct Weight {
 };
 
 // Rows [begin, end), the first of them at x, against one strip of `weight`, in row tiles of nearly equal height.
-// `decoded` has room for a strip, where the weight is coded.
 template <typename T>
 ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, const Input<T>* x, int64_t x_stride, Weight weight,
-                                   int64_t strip, int64_t begin, int64_t end, char* decoded) {
+                                   int64_t strip, int64_t begin, int64_t end) {
   const int64_t num_steps = div_up(p.in_features, kPerWord<T>);
   const int64_t strip_bytes = weight.coded ? coded_strip_bytes(num_steps) : num_steps * kStepBytes;
   const char* stored = weight.data + strip * strip_bytes;
+  const char* plain = stored;
   const int64_t num_tiles = div_up(end - begin, kTileRows);
   alignas(64) float acc[kTileRows * kStrip];
   const auto multiply = [&](auto of_rows, const char* w, auto ahead) ORTHRUS_LAMBDA {
@@ -216,21 +216,26 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, const Input<T>
       finish_rows(p, acc, begin + first, last - first, strip);
     }
   };
-  if constexpr (kPerWord<T> == 2 && kDecodesWords) {
+#if defined(ORTHRUS_DECODES_WORDS)
+  if constexpr (kPerWord<T> == 2) {
     if (weight.coded && num_tiles <= kMostDecodingTiles) {
-      // Several tiles fetch the next strip and the one behind it by turns, again and again: once, early, is slower.
+      // Several fetch the next strip and the one after that by turns, though all lines have then been asked for before:
+      // to ask once is slower.
       return multiply(multiply_tile_of<T, CodedWords>, stored, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
-        return {stored + (num_tiles == 1 ? kAheadBytes : (1 + tile % 2) * strip_bytes), 2};
+        return {stored + (num_tiles == 1 ? kAheadBytes : (1 + tile % 2) * strip_bytes), kUnitBytes / kLineBytes};
       });
     }
+    if (weight.coded) {
+      char* decoded = reinterpret_cast<char*>(thread_scratch(num_steps * kStrip));
+      decode_strip(stored, num_steps, decoded);
+      plain = decoded;
+    }
   }
-  if constexpr (kPerWord<T> == 2) {
-    if (weight.coded) decode_strip(stored, num_steps, decoded);
-  }
-  // Several tiles read the strip from cache: the first two fetch one half of the next strip each.
-  multiply(multiply_tile_of<T, PlainWords>, weight.coded ? decoded : stored, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
+#endif
+  // Several tiles read the strip from cache: the first two fetch the next strip, one half each where it is plain.
+  multiply(multiply_tile_of<T, PlainWords>, plain, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
     if (num_tiles == 1) return {stored + kAheadBytes, 2};
-    return {stored + strip_bytes + tile * (strip_bytes / 2), tile < 2};
+    return {stored + strip_bytes + tile * num_steps * kLineBytes, tile < 2};
   });
 }
 
@@ -258,8 +263,9 @@ ORTHRUS_INLINE void for_row_blocks(const RowLinearParamsOf<T>& p, int64_t most, 
 }
 
 // Rows [begin, end) as floats, `stride` apart, a zero behind an odd number of elements.
-ORTHRUS_INLINE void widen_rows(const RowLinearParamsOf<bf16_t>& p, int64_t begin, int64_t end, int64_t stride,
-                               float* out) {
+ORTHRUS_INLINE const float* widen_rows(const RowLinearParamsOf<bf16_t>& p, int64_t begin, int64_t end,
+                                       int64_t stride) {
+  float* out = thread_scratch((end - begin) * stride);
   for (int64_t r = 0; r < end - begin; ++r) {
     const bf16_t* x = p.x + (begin + r) * p.in_features;
     float* to = out + r * stride;
@@ -268,35 +274,29 @@ ORTHRUS_INLINE void widen_rows(const RowLinearParamsOf<bf16_t>& p, int64_t begin
     for (; k < p.in_features; ++k) to[k] = to_float(x[k]);
     if (k < stride) to[k] = 0.f;
   }
+  return out;
 }
 
 template <typename T>
-inline void row_linear_vectors(const RowLinearParamsOf<T>& p) {
-  const int64_t decoded_floats = p.weight_coded || p.weight_diff_coded ? div_up(p.in_features, 2) * kStrip : 0;
+inline void row_linear(const RowLinearParamsOf<T>& p) {
   parallel_strips(p, 4, [&](int64_t first_strip, int64_t last_strip) {
     if constexpr (kWidensRows<T>) {
       const int64_t stride = 2 * div_up(p.in_features, 2);
       const int64_t most = max_of(kMinRowBlock, kRowBlockBytes / (stride * int64_t{sizeof(float)}));
       for_row_blocks(p, most, [&](Weight weight, int64_t begin, int64_t end) {
-        float* x = thread_scratch((end - begin) * stride + decoded_floats);
-        char* decoded = reinterpret_cast<char*>(x + (end - begin) * stride);
-        widen_rows(p, begin, end, stride, x);
+        const float* x = widen_rows(p, begin, end, stride);
         for (int64_t strip = first_strip; strip < last_strip; ++strip) {
-          multiply_strip(p, x, stride, weight, strip, begin, end, decoded);
+          multiply_strip(p, x, stride, weight, strip, begin, end);
         }
       });
     } else {
-      char* decoded = reinterpret_cast<char*>(thread_scratch(decoded_floats));
       for (int64_t strip = first_strip; strip < last_strip; ++strip) {
         for_row_blocks(p, p.num_rows, [&](Weight weight, int64_t begin, int64_t end) {
-          multiply_strip(p, p.x + begin * p.in_features, p.in_features, weight, strip, begin, end, decoded);
+          multiply_strip(p, p.x + begin * p.in_features, p.in_features, weight, strip, begin, end);
         });
       }
     }
   });
 }
-
-template <typename T>
-inline void row_linear(const RowLinearParamsOf<T>& p) { row_linear_vectors(p); }
 
 }  // namespace orthrus::cpu::ORTHRUS_ISA

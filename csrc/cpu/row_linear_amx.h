@@ -185,8 +185,6 @@ ORTHRUS_INLINE void multiply_strips_amx(const RowLinearParamsOf<bf16_t>& p, cons
 
 template <>
 inline void row_linear(const RowLinearParamsOf<bf16_t>& p) {
-  // Tiles are loaded from memory, so weights are not coded for them; these were for another instruction set.
-  if (p.weight_coded || p.weight_diff_coded) return row_linear_vectors(p);
   const int64_t most = max_of(kMinTileRowBlock, kRowBlockBytes / (p.in_features * int64_t{sizeof(bf16_t)}));
   // One run of strips per thread: each run begins with a cold cache.
   parallel_strips(p, 1, [&](int64_t first_strip, int64_t last_strip) {

@@ -20,7 +20,7 @@ struct Variant {
   ElementKernels<bf16_t> bf16;
   ElementKernels<float> f32;
   void (*process_logits)(const ProcessLogitsParams&);
-  bool wants_coded_weights;  // it decodes them faster than it would read plain ones: see coded_weight.h
+  bool takes_coded_weights;  // and wants them: see coded_weight.h
 };
 
 namespace portable { extern const Variant kVariant; }

@@ -205,7 +205,7 @@ def install() -> None:
     torch.profiler.profile = lambda activities: profile(activities=[torch.profiler.ProfilerActivity.CPU])
     timing.read_bandwidth = lambda device: 3000.0  # GB/s
     dispatch.select = lambda op, device, dtype: "cpu"
-    ops.wants_coded_weights = lambda: False  # they are coded where no mark is inherited
+    ops.takes_coded_weights = lambda: False  # coding makes a tensor without a mark
     recording._recording_stream = Stream
     native._launch = lambda op, params, device: launch(getattr(ops, op), params)
     card.__enter__()

@@ -1,5 +1,6 @@
-"""Weights in 12 bits: the bits of plain ones, in every variant, with any exponents and wherever the exceptions are."""
+"""Weights in 12 bits: the bits of plain ones, with any exponents and wherever the exceptions are."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,12 +19,43 @@ def packed(monkeypatch):
     """``packed(how, weight)``, coded or plain whatever the processor is."""
 
     def pack(how, weight, **kwargs):
-        monkeypatch.setattr(native.cpu, "wants_coded_weights", lambda: how == "coded")
+        monkeypatch.setattr(native.cpu, "takes_coded_weights", lambda: how == "coded")
         out = weights.pack(weight, impl="cpu", **kwargs)
         assert out.coded == (how == "coded")
         return out
 
     return pack
+
+
+@pytest.fixture
+def decoding():
+    """The variant that takes coded weights runs."""
+    before = native.cpu.isa()
+    try:
+        native.cpu.set_isa("avx512_bf16")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield
+    native.cpu.set_isa(before)
+
+
+def decoded(packed):
+    """Bits ``[strips, steps, 32 outputs, 2 inputs]`` of a coded weight, as csrc/cpu/coded_weight.h describes it."""
+    num_strips, num_steps = -(-packed.out_features // 32), packed.in_features // 2
+    buffer = packed.data.view(torch.uint8).numpy()
+    strips = buffer[: num_strips * (128 + 96 * num_steps)].reshape(num_strips, -1)
+    exponent, units = strips[:, :32].view(np.uint16), strips[:, 128:].reshape(num_strips, -1, 192)
+    codes = units[..., :64].view(np.uint16)[..., None, :] >> (4 * np.arange(4, dtype=np.uint16))[:, None] & 15
+    rest = units[..., 64:].reshape(codes.shape).astype(np.uint16)
+    bits = (rest & 0x80) << 8 | rest & 0x7F | exponent[np.arange(num_strips)[:, None, None, None], codes]
+    bits = bits.reshape(num_strips, num_steps, 64)
+    for s, strip in enumerate(strips):
+        at = s * len(strip) + int(strip[64:72].view(np.int64)[0])
+        while (step := int(buffer[at : at + 4].view(np.int32)[0])) != -1:
+            element, value = buffer[at + 4 : at + 8].view(np.uint16)
+            bits[s, step, element] = value
+            at += 8
+    return bits.reshape(num_strips, num_steps, 32, 2)
 
 
 def with_exponents(shape, exponents, seed=0):
@@ -66,35 +98,25 @@ def everything(x, weight, gates):
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_the_bits_of_plain_weights(isa, packed, kind):
+def test_every_bit_comes_back(packed, kind):
+    weight = WEIGHTS[kind]()
+    plain, coded = (packed(how, weight) for how in ("plain", "coded"))
+    assert np.array_equal(decoded(coded), plain.data.view(torch.uint16).numpy())
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_products_are_those_of_plain_weights(decoding, packed, kind):
     weight = WEIGHTS[kind]()
     how = [(packed(h, weight), packed(h, weight, gate_up=True)) for h in ("plain", "coded")]
     for n in ROWS:
         x = randn(n, SHAPE[1], seed=n)
-        coded = everything(x, *how[1])
-        if isa == "amx_bf16":  # its tiles take plain weights alone, and add in another order
-            native.cpu.set_isa("avx512_bf16")
-        plain = everything(x, *how[0])
-        native.cpu.set_isa(isa)
+        plain, coded = (everything(x, *weights) for weights in how)
         assert all(torch.equal(a, b) for a, b in zip(plain, coded, strict=True)), n
 
 
-def test_every_element_comes_back(packed):
-    """One input at a time picks a column."""
-    weight = some_exceptions()
-    weight[3, 46:48] = 0.0  # products of denormals are zero
-    coded = packed("coded", weight)
-    out = poison(SHAPE[1], SHAPE[0], dtype=torch.float32)
-    x = torch.eye(SHAPE[1], dtype=torch.bfloat16)
-    for i in range(SHAPE[1]):  # alone: in company it is zero times what is not finite
-        ops.row_linear(x[i : i + 1], coded, out[i : i + 1], epilogue="logits")
-    finite = weight.isfinite().all(1)
-    assert finite.sum() == SHAPE[0] - 1 and torch.equal(out.T[finite], weight[finite].float())
-
-
-@pytest.mark.parametrize(("n", "rows_ar", "count"), [(70, 30, 1), (70, 30, 3), (20, 12, 2)])
-def test_both_views_rows(isa, packed, n, rows_ar, count):
-    """A coded weight beside a plain one too."""
+@pytest.mark.parametrize(("n", "rows_ar", "count"), [(190, 80, 1), (190, 80, 3), (70, 30, 3), (20, 12, 2)])
+def test_both_views_rows(decoding, packed, n, rows_ar, count):
+    """A coded weight beside a plain one too; a few tiles, which decode, and many, which read what was decoded."""
     weight, x, outs = (randn(*SHAPE, seed=1), some_exceptions()), randn(n, SHAPE[1], seed=3), []
     for hows in (("plain", "plain"), ("coded", "coded"), ("coded", "plain"), ("plain", "coded")):
         ar, diff = (packed(how, w) for how, w in zip(hows, weight, strict=True))
@@ -119,13 +141,26 @@ def test_they_are_a_quarter_smaller(packed):
         randn(64, 35, seed=1),
         randn(64, 32, seed=1).float(),
         with_exponents((64, 64), range(256)),  # would be larger
+        with_exponents((64, 576), [*[120] * 350, *range(100, 115), *range(40, 50)]),  # 3 in 100 are exceptions
     ],
     ids=lambda w: f"{w.shape[1]} {w.dtype}",
 )
 def test_what_stays_plain(monkeypatch, weight):
-    monkeypatch.setattr(native.cpu, "wants_coded_weights", lambda: True)
+    monkeypatch.setattr(native.cpu, "takes_coded_weights", lambda: True)
     assert not weights.pack(weight, impl="cpu").coded
 
 
 def test_for_whom_they_are_coded(isa):
     assert weights.pack(randn(64, 64), impl="cpu").coded == (isa == "avx512_bf16")
+
+
+def test_other_variants_refuse_them(isa, packed):
+    coded, x = packed("coded", randn(64, 64)), randn(2, 64)
+    if isa == "avx512_bf16":
+        return ops.row_linear(x, coded, poison(2, 64))
+    with pytest.raises(ValueError, match=f"row_linear: weights must be packed for {isa}"):
+        ops.row_linear(x, coded, poison(2, 64))
+    with pytest.raises(ValueError, match=f"row_linear: weights must be packed for {isa}"):
+        ops.row_linear(
+            x, weights.PackedWeight(randn(64 * 64), 64, 64, "cpu"), poison(2, 64), weight_diff=coded, num_rows_ar=1
+        )

@@ -1,10 +1,10 @@
-// Whether pointers allow the wide accesses that a kernel makes: on a device another one ends the whole context.
+// Whether pointers allow the wide accesses that a kernel makes: a misaligned one would end the device's whole context.
 #pragma once
 #include <cstdint>
 
 namespace orthrus::cuda {
 
-// Of each of them; null is.
+// A null pointer is.
 template <typename... T>
 bool aligned(uintptr_t bytes, const T*... pointers) {
   return (reinterpret_cast<uintptr_t>(pointers) | ...) % bytes == 0;

@@ -62,8 +62,8 @@ template <typename Params>
 cudaError_t allow_smem(void (*kernel)(Params), int smem_bytes) {
   if (smem_bytes <= 48 * 1024) return cudaSuccess;
   const auto* function = reinterpret_cast<const void*>(kernel);
-  static std::mutex of_this_limit;
-  const std::lock_guard<std::mutex> lock(of_this_limit);
+  static std::mutex reads_and_sets;
+  const std::lock_guard<std::mutex> lock(reads_and_sets);
   cudaFuncAttributes now{};
   if (const cudaError_t error = cudaFuncGetAttributes(&now, function)) return error;
   if (smem_bytes <= now.maxDynamicSharedSizeBytes) return cudaSuccess;

@@ -9,8 +9,8 @@ namespace orthrus::cpu {
 const char* isa();
 // Change it for tests and measurements. Throws std::runtime_error where the machine does not offer it.
 void set_isa(const char* name);
-// Whether it takes bf16 weights faster in 12 bits than as they are: see cpu/coded_weight.h.
-bool wants_coded_weights();
+// Whether bf16 weights are to be packed in 12 bits for it: see cpu/coded_weight.h.
+bool takes_coded_weights();
 // Threads of the pool that runs every CPU op; takes effect with the next op, which throws std::runtime_error where the
 // system does not start as many.
 void set_num_threads(int32_t num_threads);
