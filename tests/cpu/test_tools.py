@@ -105,6 +105,13 @@ def test_the_first_time_on_a_card(card, tmp_path, monkeypatch, capsys):
     assert card.Calls(tmp_path / "late", 0.3).run(last)["state"] == "cut short"
 
 
+@pytest.mark.parametrize(("last", "state"), [("3 passed, 1 skipped in 2 s", "ok"), ("23 skipped in 1 s", "SKIPPED")])
+def test_a_step_whose_tests_are_all_skipped_is_not_ok(card, tmp_path, last, state):
+    """As where the card does not answer any more."""
+    step = card.Step("tests", 9, ["bash", "-c", f"echo '=== {last} ==='; echo a warning at exit", "pytest"])
+    assert card.Calls(tmp_path / "out", 9).run(step)["state"] == state
+
+
 def test_a_module_that_is_brought_is_not_built_again(card, tmp_path, capsys):
     """And goes back out; Triton's kernels are found beside it."""
     card.BROUGHT.mkdir(parents=True)
