@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from orthrus_rt import dispatch, ops, weights
+from orthrus_rt import checkpoint, dispatch, ops, weights
 from tests.native_cpu import poison, randn, threads
 
 if (native := dispatch.native()) is None:
@@ -132,6 +132,20 @@ def test_they_are_a_quarter_smaller(packed):
     assert plain.nbytes == weight.nbytes
     # 20 strips with a head of two lines and a last exception each.
     assert 0 <= coded.nbytes - (0.75 * weight.nbytes + 20 * (128 + 8)) < 0.001 * weight.nbytes
+
+
+@pytest.mark.full
+def test_the_embedded_model_has_few_exceptions(packed):
+    """2 in 100,000."""
+    exceptions, elements, tensors = 0, 0, checkpoint.load("smollm2-135m").tensors
+    for name in tensors:
+        if (weight := tensors[name]).dim() == 2:
+            plain = packed("plain", weight.bfloat16()).data
+            num_strips, num_steps = plain.shape[:2]
+            encoder = native.cpu.WeightEncoder(plain.data_ptr(), num_strips, num_steps)
+            exceptions += (encoder.nbytes - num_strips * (128 + 96 * num_steps)) // 8 - num_strips
+            elements += weight.numel()
+    assert 1e-5 < exceptions / elements < 2e-5
 
 
 @pytest.mark.parametrize(
