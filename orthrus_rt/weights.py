@@ -93,9 +93,10 @@ def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
         data = strips(weight, CPU_STRIP)
     data = data.transpose(1, 2)
     # Steps over two inputs are coded in pairs.
-    if weight.dtype is torch.bfloat16 and in_features % 4 == 0 and dispatch.native().cpu.takes_coded_weights():
+    if weight.dtype is torch.bfloat16 and in_features % 4 == 0 and (cpu := dispatch.native().cpu).takes_coded_weights():
         data = data.contiguous()
-        encoder = dispatch.native().cpu.WeightEncoder(data.data_ptr(), *data.shape[:2])
+        cpu.set_num_threads(torch.get_num_threads())
+        encoder = cpu.WeightEncoder(data.data_ptr(), *data.shape[:2])
         if encoder.nbytes <= MOST_CODED * data.nbytes:
             coded = huge_pages.empty(torch.Size([encoder.nbytes // 2]), weight.dtype)
             encoder.write(coded.data_ptr())
