@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from orthrus_rt import dispatch
 from orthrus_rt.device import device_scope
@@ -80,28 +81,24 @@ def pack(weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None
 def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
     """The packed weight, and whether it is coded."""
     in_features, per_word = weight.shape[1], 4 // weight.element_size()
-
-    def strips(rows, height):
-        out = rows.new_zeros(-(-rows.shape[0] // height) * height, -(-in_features // per_word) * per_word)
-        out[: rows.shape[0], :in_features] = rows
-        return out.view(-1, height, out.shape[1] // per_word, per_word)
-
-    if gate_up:
-        gate, up = weight.chunk(2)
-        data = torch.cat([strips(gate, CPU_STRIP // 2), strips(up, CPU_STRIP // 2)], dim=1)
-    else:
-        data = strips(weight, CPU_STRIP)
-    data = data.transpose(1, 2)
+    rows = weight.reshape(2 if gate_up else 1, -1, in_features)
+    height = CPU_STRIP // len(rows)
+    missing = -rows.shape[1] % height, -in_features % per_word
+    if any(missing) or rows.storage_offset() % per_word:
+        rows = F.pad(rows, (0, missing[1], 0, missing[0]))
+    words = rows.contiguous().view(torch.int32).unflatten(1, (-1, height))
+    strips = words.permute(1, 3, 0, 2)
     # Steps over two inputs are coded in pairs.
     if weight.dtype is torch.bfloat16 and in_features % 4 == 0 and (cpu := dispatch.native().cpu).takes_coded_weights():
-        data = data.contiguous()
+        strips = strips.contiguous()
         cpu.set_num_threads(torch.get_num_threads())
-        encoder = cpu.WeightEncoder(data.data_ptr(), *data.shape[:2])
-        if encoder.nbytes <= MOST_CODED * data.nbytes:
+        encoder = cpu.WeightEncoder(strips.data_ptr(), *strips.shape[:2])
+        if encoder.nbytes <= MOST_CODED * strips.nbytes:
             coded = huge_pages.empty(torch.Size([encoder.nbytes // 2]), weight.dtype)
             encoder.write(coded.data_ptr())
             return coded, True
-    return huge_pages.empty(data.shape, data.dtype).copy_(data), False
+    data = huge_pages.empty(strips.shape, strips.dtype).copy_(strips)
+    return data.view(weight.dtype).view(*strips.shape[:2], CPU_STRIP, per_word), False
 
 
 def _pack_cuda(weight, gate_up):
