@@ -25,8 +25,13 @@ def per_position(mean: float, draft_len: int) -> float:
     low, high = 0.0, 1.0
     for _ in range(60):
         p = (low + high) / 2
-        low, high = (p, high) if sum(p**i for i in range(1, draft_len + 1)) < mean else (low, p)
+        low, high = (p, high) if mean_accepted(p, draft_len) < mean else (low, p)
     return (low + high) / 2
+
+
+def mean_accepted(p: float, draft_len: int) -> float:
+    """Accepted drafts per cycle where each is with the chance ``p``, after all before it were."""
+    return sum(p**i for i in range(1, draft_len + 1))
 
 
 def trace(mean: float, draft_len: int, cycles: int, batch: int) -> torch.Tensor:

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import bench_decode
-from bench.acceptance import per_position, simulated, trace
+from bench.acceptance import mean_accepted, per_position, simulated, trace
 from bench.baselines import GrowingCache, StaticCache, Weights, generate
 from orthrus_rt import checkpoint, dispatch
 from orthrus_rt.engine import Engine
@@ -63,7 +64,7 @@ def test_a_trace_accepts_what_it_states(mean, draft_len):
     assert accepted.shape == (64, 3) and int(accepted.min()) >= 0 and int(accepted.max()) <= draft_len
     assert accepted.float().mean(0).tolist() == pytest.approx([mean] * 3, abs=0.1)
     assert mean in (0, draft_len) or not torch.equal(accepted[:, 0], accepted[:, 1])
-    assert sum(per_position(mean, draft_len) ** i for i in range(1, draft_len + 1)) == pytest.approx(mean, abs=1e-6)
+    assert mean_accepted(per_position(mean, draft_len), draft_len) == pytest.approx(mean, abs=1e-6)
     with pytest.raises(ValueError, match=r"accepted drafts per cycle must be within \[0, 7\] \(draft_len\), got 8"):
         trace(8, 7, 64, 1)
 
@@ -88,6 +89,18 @@ def test_simulated_cycles_accept_by_the_trace_and_do_the_same_work(tmp_path):
             out = {o.request_id: len(o.new_token_ids) for o in engine.step()}
             lengths.append([out[i] for i in ids])
     assert lengths == (drawn + 1).tolist() * 2
+
+
+def test_fewer_drafts_accept_fewer(monkeypatch):
+    """By default the published models' 31, cut to as many as there are."""
+    assert mean_accepted(per_position(1 - 2.0**-31, 31), 3) == pytest.approx(1 / 2 + 1 / 4 + 1 / 8)
+    monkeypatch.setattr("bench.common.read_bandwidth", lambda _: 1.0)
+    shared = {"model": "8b", "device": torch.device("cpu"), "block_len": 32, "cycles": 8}
+    accepted = [
+        bench_decode.Bench(SimpleNamespace(draft_len=draft_len, accepted=given, **shared)).accepted
+        for draft_len, given in ((None, None), (7, None), (7, 2.5))
+    ]
+    assert accepted == [pytest.approx(9.7), pytest.approx(4.9, abs=0.1), 2.5]
 
 
 @needs_native
