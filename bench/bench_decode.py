@@ -168,6 +168,7 @@ def place(engine: Engine, batch: int, context: int) -> None:
         engine.outbox.get(engine.submit([7] * context, params)).tokens.append(1)
     with (
         mock.patch.object(PrefillPass, "run", lambda _: None),
+        mock.patch.object(PrefillPass, "record", lambda _: None),
         mock.patch("orthrus_rt.runner.PREFILL_CHUNK", MANY),
     ):
         engine.step()

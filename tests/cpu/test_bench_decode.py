@@ -105,7 +105,7 @@ def test_fewer_drafts_accept_fewer(monkeypatch):
 
 @needs_native
 def test_rows_of_an_official_shape(tmp_path, capsys):
-    arguments = "--model tiny --device cpu --context 70 --batch 1 2 --cycles 16 --accepted 5 --block-len 8"
+    arguments = "--model tiny --device cpu --context 300 --batch 1 2 --cycles 16 --accepted 5 --block-len 8"
     bench_decode.main([*arguments.split(), "--out", str(tmp_path)])
     report = json.loads((tmp_path / "decode-tiny.json").read_text())
     rows = report["rows"]

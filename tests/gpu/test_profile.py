@@ -36,7 +36,7 @@ def test_the_graphed_baseline_gives_the_eager_ones_tokens(tmp_path):
 
 
 def test_decode_benchmark_runs(tmp_path):
-    arguments = "--model tiny --context 70 --batch 1 2 --cycles 16 --accepted 5 --block-len 8"
+    arguments = "--model tiny --context 300 --batch 1 2 --cycles 16 --accepted 5 --block-len 8"
     bench_decode.main([*arguments.split(), "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "decode-tiny.json").read_text())["rows"]
     assert len(rows) == 12
