@@ -10,8 +10,9 @@ from orthrus_rt import dispatch
 
 
 class HugePages:
-    """Tensors in blocks that ask for huge pages: a pass reads every weight once, so with 4 KiB pages it also reads most
-    of the page tables. Small ones share a block, which is freed with the last of them once the next is begun.
+    """Tensors in blocks that ask for huge pages: a pass reads every weight and every key once, so with 4 KiB pages it
+    also reads most of the page tables. Small ones share a block, which is freed with the last of them once the next is
+    begun.
     """
 
     BLOCK, PAGE, LINE = 32 << 20, 2 << 20, 64  # bytes

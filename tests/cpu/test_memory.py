@@ -8,6 +8,7 @@ import torch
 from orthrus_rt import dispatch
 from orthrus_rt.device import claim
 from orthrus_rt.huge_pages import huge_pages
+from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.runner import Runner
 from orthrus_rt.sizes import engine_sizes
 from tests import checkpoints, engines, failing, poison
@@ -99,6 +100,14 @@ def test_large_weights_have_blocks_of_their_own():
     assert blocks[0] not in blocks[1:] and blocks[2] == blocks[3]
     assert huge_pages.block.untyped_storage().nbytes() < 2 * huge_pages.BLOCK
     assert all(t.data_ptr() % 64 == 0 for t in small) and large.data_ptr() % (2 << 20) == 0
+
+
+def test_a_large_cache_has_huge_pages():
+    config = checkpoints.tiny_config()
+    page_bytes = config.num_layers * 2 * config.num_heads_kv * 64 * config.head_dim * 2
+    sizes = dict(num_slots=1, max_seq_len=64, num_pages=huge_pages.BLOCK // page_bytes + 1)
+    kv = PagedKvCache(config, device=torch.device("cpu"), dtype=torch.bfloat16, **sizes)
+    assert kv.pages.is_contiguous() and kv.pages.data_ptr() % (2 << 20) == 0
 
 
 def test_other_errors_pass_unchanged(folder, monkeypatch):
