@@ -174,7 +174,7 @@ def place(engine: Engine, batch: int, context: int) -> None:
         engine.step()
 
 
-def simulated_row(bench: Bench, mode: str, batch: int, context: int) -> dict:
+def simulated_row(bench: Bench, batch: int, context: int, mode: str) -> dict:
     """The engine's steps, scheduler and results included, over cycles that accept by the trace."""
     length = bench.room(context, mode, batch)
     with simulated(bench.trace(mode, batch)), contextlib.closing(bench.engine(mode, batch, length)) as engine:
@@ -193,7 +193,7 @@ def simulated_row(bench: Bench, mode: str, batch: int, context: int) -> dict:
     return bench.row("orthrus_rt", mode, batch, context, seconds / bench.args.cycles, per_cycle, **more)
 
 
-def real_row(bench: Bench, mode: str, batch: int, kind: str) -> dict:
+def real_row(bench: Bench, batch: int, kind: str, mode: str) -> dict:
     """The built-in prompts of one kind through the engine, ``batch`` at a time; time from the first decode cycle on."""
     ids, params = prompts_of(bench, kind), SamplingParams(max_new_tokens=bench.args.tokens, ignore_eos=True)
     with contextlib.closing(bench.engine(mode, batch, bench.max_seq_len)) as engine:
@@ -238,7 +238,7 @@ def device_busy_ms(run) -> float:
     return sum(event.self_device_time_total for event in profiled.key_averages()) * 1e-3
 
 
-def baseline_row(bench: Bench, name: str, weights: Weights, mode: str, batch: int, context: int) -> dict:
+def baseline_row(bench: Bench, name: str, weights: Weights, batch: int, context: int, mode: str) -> dict:
     """A baseline's cycles under the same trace, read by the host as they come."""
     if name == "eager":
         baseline = GrowingCache(weights, mode, bench.draft_len)
@@ -266,7 +266,7 @@ def baseline_row(bench: Bench, name: str, weights: Weights, mode: str, batch: in
     return bench.row(f"baseline {name}", mode, batch, context, seconds / bench.args.cycles, per_cycle, **more)
 
 
-def real_baseline_row(bench: Bench, name: str, weights: Weights, mode: str, kind: str) -> dict:
+def real_baseline_row(bench: Bench, name: str, weights: Weights, kind: str, mode: str) -> dict:
     """A baseline over the prompts of one kind, one after another, prefill left out as for the engine."""
     seconds = tokens = cycles = 0
     ids = prompts_of(bench, kind)
@@ -309,31 +309,33 @@ def attempt(measure, *args) -> dict | None:
 def rows_of(bench: Bench) -> list[dict]:
     args, rows = bench.args, []
 
-    def add(measure, *rest):
-        row = attempt(measure, bench, *rest)
-        if row:
-            rows.append(row)
+    def measured(*args):
+        if row := attempt(*args):
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        return row
+
+    def add(measure, *rest, modes):
+        """A row of each mode, the median by time of ``--rounds`` that took turns."""
+        rounds = [[measured(measure, bench, *rest, mode) for mode in modes] for _ in range(args.rounds)]
+        for tried in zip(*rounds, strict=True):
+            if all(tried):
+                rows.append(sorted(tried, key=lambda row: row["ms_per_cycle"])[len(tried) // 2])
 
     cases = args.kinds if bench.real else args.context
     for case in cases:
         for batch in args.batch:
-            for mode in args.modes:
-                if bench.real:
-                    add(real_row, mode, batch, case)
-                else:
-                    add(simulated_row, mode, batch, case)
+            add(real_row if bench.real else simulated_row, batch, case, modes=args.modes)
     bench.model = None  # the baselines bring weights of their own
+    modes = [mode for mode in args.modes if mode != "one_pass"]
     for name in args.baselines:
         gc.collect()
         weights = Weights(bench.checkpoint, bench.device, bench.dtype, bench.positions(), fused=name == "graphed")
         for case in cases:
             for batch in args.batch if name == "graphed" and not bench.real else (1,):
-                for mode in (mode for mode in args.modes if mode != "one_pass"):
-                    if bench.real:
-                        add(real_baseline_row, name, weights, mode, case)
-                    else:
-                        add(baseline_row, name, weights, mode, batch, case)
+                if bench.real:
+                    add(real_baseline_row, name, weights, case, modes=modes)
+                else:
+                    add(baseline_row, name, weights, batch, case, modes=modes)
         del weights
     return with_speed_up(rows)
 
@@ -364,6 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fan-out", type=int, help="blocks that a one_pass cycle drafts; the engine's own by default")
     parser.add_argument("--accepted", type=float, help="official shapes: accepted drafts per cycle to simulate")
     parser.add_argument("--cycles", type=int, default=64, help="measured cycles per row")
+    parser.add_argument("--rounds", type=int, default=1, help="of all modes in turn; each row is the median of as many")
     args = parser.parse_args(argv)
     with torch.inference_mode():
         bench = Bench(args)

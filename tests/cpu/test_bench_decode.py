@@ -137,6 +137,22 @@ def test_rows_of_an_official_shape(tmp_path, capsys):
 
 
 @needs_native
+def test_a_row_is_the_median_of_its_rounds(tmp_path, monkeypatch):
+    """Of modes in turn, by the time of a cycle."""
+    times, modes = iter([5.0, 9.0, 1.0, 7.0, 3.0, 8.0]), []
+
+    def simulated_row(bench, batch, context, mode):
+        modes.append(mode)
+        return bench.row("orthrus_rt", mode, batch, context, next(times) * 1e-3, 1.0)
+
+    monkeypatch.setattr(bench_decode, "simulated_row", simulated_row)
+    arguments = "--model tiny --device cpu --modes ar two_pass --baselines --rounds 3"
+    bench_decode.main([*arguments.split(), "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "decode-tiny.json").read_text())["rows"]
+    assert modes == ["ar", "two_pass"] * 3 and [r["ms_per_cycle"] for r in rows] == [3.0, 8.0]
+
+
+@needs_native
 def test_rows_of_a_model_that_accepts_by_itself(tmp_path, monkeypatch):
     folder = str(byte_tokenizer.make_checkpoint(tmp_path / "model"))
     monkeypatch.setattr(bench_decode, "EMBEDDED", folder)
