@@ -39,6 +39,7 @@ from orthrus_rt.outbox import Outbox
 from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.pages import PAGE_SIZE
 from orthrus_rt.request import MAX_STOP_TOKEN_IDS, Request, TokenIds, check_prompt, make_request
+from orthrus_rt.room import check_cache
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.scheduler import Scheduler
@@ -100,6 +101,7 @@ class Engine(Generation):
         try:
             with stream_scope(self.cuda_stream), naming_the_knobs(f"making an engine of {sizes}"):
                 self.model = Model(checkpoint, device=self.device, dtype=dtype, max_seq_len=sizes.max_seq_len)
+                check_cache(config, sizes, self.device, dtype)
                 self.runner = Runner(
                     self.model, num_slots=sizes.max_batch_size, max_seq_len=sizes.max_seq_len,
                     shapes=self._shapes(self._default_plan, sizes.max_batch_size), num_pages=sizes.num_pages + 1,
@@ -166,7 +168,7 @@ class Engine(Generation):
             ValueError: an argument, or ``ORTHRUS_BACKEND``, is out of its range, or the device is not there.
             RuntimeError: ``ORTHRUS_BACKEND`` asks for an implementation that is not available, or the CUDA device has
                 an engine already.
-            torch.OutOfMemoryError: there is no room for the weights or the cache; the message says what to lower.
+            torch.OutOfMemoryError: there is no room for the weights, or for the cache; then it says what to lower.
         """
         dtype = str(dtype).removeprefix("torch.")
         if dtype not in DTYPES:

@@ -12,6 +12,7 @@ from orthrus_rt.checkpoint import Checkpoint
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.plan import Rows
+from orthrus_rt.room import check_weights
 from orthrus_rt.rope import cos_sin_table
 from orthrus_rt.state import empty_partials, num_score_tiles
 from orthrus_rt.weights import PackedWeight
@@ -42,6 +43,7 @@ class Model:
         self.dtype = dtype
         self.softmax_scale = config.head_dim**-0.5
         ops.check_head_dim(config.head_dim, self.device, dtype)
+        check_weights(config, self.device, dtype)
 
         def get(name):
             return tensors[name].to(device=self.device, dtype=dtype)

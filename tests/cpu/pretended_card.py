@@ -188,6 +188,7 @@ def torch_cuda(card: Card) -> dict:
         get_device_properties=lambda *_: properties, stream=stream, graph=lambda new, **_: new.record(),
         is_current_stream_capturing=lambda: Tape.recording is not None,
         memory_stats=lambda *_: defaultdict(int, {"allocation.all.allocated": card.allocations}),
+        mem_get_info=lambda *_: (80 << 30, 80 << 30), set_device=nothing,
         current_stream=lambda *_: streams[-1], device=lambda _: contextlib.nullcontext(), synchronize=synchronize,
         graph_pool_handle=nothing, empty_cache=nothing, reset_peak_memory_stats=nothing, _sleep=nothing,
         set_sync_debug_mode=functools.partial(setattr, card, "sync_debug"),

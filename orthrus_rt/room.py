@@ -1,0 +1,93 @@
+"""Whether an engine fits into memory, told before its weights are loaded.
+
+Where the weights alone are too large, no argument of an engine helps; and Linux hands out more memory than it has, to
+end without a word whoever comes to use it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+
+from orthrus_rt import dispatch
+from orthrus_rt.checkpoint import expected_tensors
+from orthrus_rt.config import ModelConfig
+from orthrus_rt.memory import OutOfMemoryError
+from orthrus_rt.pages import PAGE_SIZE
+from orthrus_rt.sizes import Sizes
+
+log = logging.getLogger("orthrus_rt")
+CODED = 0.75  # of a bf16 weight's bytes, see csrc/cpu/coded_weight.h
+
+
+def check_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Before they are loaded.
+
+    Raises:
+        torch.OutOfMemoryError: they do not fit.
+    """
+    free, need = free_bytes(device), least_weight_bytes(config, device, dtype)
+    if free is not None and need > free:
+        what = f"the weights of {config.name} in {str(dtype).removeprefix('torch.')}"
+        raise OutOfMemoryError(f"out of memory: {what} take {_gb(need)}, and {device} has {_gb(free)} left")
+
+
+def check_cache(config: ModelConfig, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> None:
+    """Log a warning where a CPU's cache, which takes its memory as sequences come, may outgrow what is left."""
+    free, need = free_bytes(device), cache_bytes(config, sizes, dtype)
+    if device.type == "cpu" and free is not None and need > free:
+        log.warning(
+            "the cache of %s may grow to %s, and %s has %s left: lower max_batch_size, num_pages or max_seq_len",
+            sizes, _gb(need), device, _gb(free),
+        )  # fmt: skip
+
+
+def least_weight_bytes(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """Of the matrices that passes multiply by, in both views; the table of embeddings may stay in its file."""
+    shapes = expected_tensors(config)
+    if not config.tie_word_embeddings:
+        del shapes["model.embed_tokens.weight"]
+    plain = dtype.itemsize * sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
+    cpu = dtype is torch.bfloat16 and dispatch.select("row_linear", device, dtype) == "cpu" and dispatch.native().cpu
+    return int(CODED * plain) if cpu and cpu.takes_coded_weights() else plain
+
+
+def cache_bytes(config: ModelConfig, sizes: Sizes, dtype: torch.dtype) -> int:
+    per_position = 2 * config.num_layers * config.num_heads_kv * config.head_dim * dtype.itemsize
+    return sizes.num_pages * PAGE_SIZE * per_position
+
+
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
+    """What ``device`` could still give; None where nobody tells. Of a host, swap counts, and a container's limit."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        told = _numbers((root / "proc/meminfo").read_text())
+        free = 1024 * (told["MemAvailable:"] + told["SwapFree:"])
+    except (OSError, KeyError):
+        return None
+    group = root / "sys/fs/cgroup"
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        files = _numbers((group / "memory.stat").read_text())["file"]  # kept in memory as long as there is room
+    except (OSError, KeyError, ValueError):  # no container, or no limit: "max"
+        return free
+    return min(free, limit - used + files)
+
+
+def _numbers(text: str) -> dict[str, int]:
+    """The number beside each name.
+
+    >>> _numbers("MemTotal:       24576 kB" + chr(10) + "file 4096")
+    {'MemTotal:': 24576, 'file': 4096}
+    """
+    lines = (line.split() for line in text.splitlines())
+    return {name: int(value) for name, value, *_ in lines if value.isdigit()}
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes * 1e-9:.1f} GB"

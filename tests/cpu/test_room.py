@@ -1,0 +1,78 @@
+"""What does not fit into memory is said before it is loaded."""
+
+import logging
+
+import pytest
+import torch
+
+from orthrus_rt import room
+from orthrus_rt.sizes import Sizes
+from tests import checkpoints, engines
+
+CPU = torch.device("cpu")
+GB = 10**9
+MEMINFO = "MemTotal:  24000000 kB\nMemFree: 1 kB\nMemAvailable:  8000000 kB\nSwapFree:  1000000 kB\nHugePages_Free: 0\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16))
+
+
+def host(root, limit=None, used="3000000000"):
+    """A machine, and maybe the container that this process is in."""
+    files = {"proc/meminfo": MEMINFO}
+    if limit is not None:
+        stat = "anon 2000000000\nfile 500000000\n"
+        files |= {f"sys/fs/cgroup/memory.{k}": v for k, v in (("max", limit), ("current", used), ("stat", stat))}
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"),
+    [(None, 9216 * 10**6), ("max", 9216 * 10**6), ("4000000000\n", 15 * 10**8), ("90000000000\n", 9216 * 10**6)],
+)
+def test_what_a_host_can_give(tmp_path, limit, free):
+    assert room.free_bytes(CPU, host(tmp_path, limit)) == free
+
+
+def test_a_host_that_tells_nothing(tmp_path, monkeypatch, folder):
+    assert room.free_bytes(CPU, tmp_path) is None
+    monkeypatch.setattr(room, "free_bytes", lambda _: None)
+    engines.make(folder)
+
+
+def test_weights_are_estimated_from_below_and_the_cache_exactly(folder):
+    for dtype in ("bfloat16", "float32"):
+        engine = engines.make(folder, dtype=dtype)
+        report, (config, dtype) = engine.memory_report(), (engine.config, engine.model.dtype)
+        packed = sum(engine.model.nbytes()[name] for name in ("ar", "diffusion"))
+        assert 0.7 * packed < room.least_weight_bytes(config, CPU, dtype) <= packed
+        sizes = Sizes(engine.max_seq_len, 8, engine.runner.kv.num_pages - 1)
+        page = report["kv_pages"] // engine.runner.kv.num_pages
+        assert room.cache_bytes(config, sizes, dtype) == report["kv_pages"] - page
+
+
+def test_weights_that_do_not_fit_are_not_loaded(folder, monkeypatch):
+    monkeypatch.setattr(room, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(room, "least_weight_bytes", lambda *_: 18 * GB)
+    monkeypatch.setattr("orthrus_rt.weights.pack", lambda *_, **__: pytest.fail("loaded"))
+    said = r"^out of memory: the weights of \S+ in bfloat16 take 18.0 GB, and cpu has 0.0 GB left$"
+    with pytest.raises(torch.OutOfMemoryError, match=said):
+        engines.make(folder)
+
+
+def test_a_cache_that_may_outgrow_the_memory_is_a_warning(folder, monkeypatch, caplog):
+    monkeypatch.setattr(room, "cache_bytes", lambda *_: 3 * GB)
+    with caplog.at_level(logging.WARNING, "orthrus_rt"):
+        for free in (3.0, 2.9):
+            assert not caplog.messages
+            monkeypatch.setattr(room, "free_bytes", lambda _, free=free: int(free * GB))
+            engines.make(folder, max_seq_len=512)
+    assert caplog.messages == [
+        "the cache of max_batch_size 8, num_pages 64, max_seq_len 512 may grow to 3.0 GB, and cpu has 2.9 GB left: "
+        "lower max_batch_size, num_pages or max_seq_len"
+    ]
