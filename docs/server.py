@@ -3,8 +3,8 @@
     python docs/server.py smollm2-135m 8000
     curl -N localhost:8000/v1/completions -d '{"prompt": "def add(a, b):", "max_tokens": 32, "stream": true}'
 
-All requests share one engine. A client that goes away, or closes its side of the connection, ends its request; at
-SIGTERM or Ctrl-C what runs comes to its end.
+Prompts are completed as they are, without a chat template. All requests share one engine. A client that goes away, or
+closes its side of the connection, ends its request; at SIGTERM or Ctrl-C what runs comes to its end.
 """
 
 import asyncio

@@ -174,7 +174,7 @@ def _resolve(path_or_id: str, *, adapter: bool = False) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repo_id, revision=revision or None, allow_patterns=HUB_PATTERNS))
     except Exception as error:  # whatever the client or its transport raises
-        reason = next(iter(str(error).strip().splitlines()), "no reason given")
+        reason = " ".join(str(error).split()) or "no reason given"
         raise CheckpointError(
             f"{what} is no folder here and could not be fetched from the Hugging Face hub "
             f"({type(error).__name__}: {reason})"

@@ -171,6 +171,8 @@ def run_generate(args) -> int:
             print(f"identical tokens: {_verdict(engine, output, other)}")
     if output.finish_reason == "length" and len(output.token_ids) < args.max_new_tokens:
         _say(args, f"cut at --max-seq-len {engine.max_seq_len}, after {len(output.token_ids)} new tokens")
+    elif output.finish_reason == "length" and chat and not args.ignore_eos:  # an answer has an end
+        _say(args, f"cut at --max-new-tokens {args.max_new_tokens}")
     return EXIT_DIFFERENT if other and other.token_ids != output.token_ids else 0
 
 

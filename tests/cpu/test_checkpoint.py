@@ -265,7 +265,7 @@ class TestHub:
             raise ConnectionResetError("the line broke\nand more")
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        assert message_of("owner/model").endswith("hub (ConnectionResetError: the line broke)")
+        assert message_of("owner/model").endswith("hub (ConnectionResetError: the line broke and more)")
 
     @pytest.mark.parametrize("name", ["smollm", "./missing", "a/b/c", "/no/folder", "owner/", "owner/model@"])
     def test_neither_folder_nor_id(self, name):

@@ -269,6 +269,17 @@ def test_parameters_are_called_by_their_options(message, says):
     assert in_options(message, args) == says
 
 
+def test_an_answer_that_is_cut_says_so(run):
+    """Text that is continued has no end that could be missing, nor has an answer that is to have none."""
+    for options, said in (
+        (["--chat"], "orthrus-rt generate: cut at --max-new-tokens 3\n"),
+        (["--raw"], ""),
+        (["--chat", "--ignore-eos"], ""),
+    ):
+        code, out, err = run("generate", *options, "hello", "--max-new-tokens", "3")
+        assert (code, err) == (0, said) and out
+
+
 def test_text_that_is_cut_by_the_engine_says_so(run):
     code, out, err = run("generate", "--raw", "hello", "--ignore-eos", "--max-new-tokens", "300", "--mode", "two_pass")
     assert (code, err) == (0, "orthrus-rt generate: cut at --max-seq-len 256, after 251 new tokens\n") and out
