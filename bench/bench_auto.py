@@ -121,10 +121,11 @@ def measure(kind: str, batch: int, args) -> list[dict]:
     texts = [p.encode(engine.tokenizer) for p in prompts.load("chat" if kind == "chat" else "code")]
     ids = [texts[i % len(texts)] for i in range((WAVES + WAITING) * batch)]
     most = WAVES * batch * args.tokens
-    engine.warmup()
     plans = fixed_plans(batch, args.most_rows)
+    engine.runner.make_room([(plan, batch) for plan in plans])  # at once: more rows drop what is recorded
+    engine.warmup()
     for plan in plans:
-        decode(engine, ids[:batch], 4, most, plan)  # built and recorded
+        decode(engine, ids[:batch], 4 * plan.block_len, most, plan)  # built, recorded and replayed
     ways = {plan.label: partial(decode, plan=plan) for plan in plans}
     ways |= {"auto first": decode_first, "auto": partial(decode, plan=None)}
     want = decode(engine, ids, args.tokens, math.inf, None).tokens

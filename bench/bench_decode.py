@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import sys
 import time
@@ -61,8 +62,10 @@ class Bench:
         self.accepted = args.accepted
         if self.accepted is None and not self.real:
             self.accepted = mean_accepted(per_position(PUBLISHED[args.model], 31), self.draft_len)
+        if not self.real:
+            per_position(self.accepted, self.draft_len)  # checks it
         self.bandwidth = common.read_bandwidth(self.device)
-        self.cycles = WARM_UP + args.cycles  # of a row
+        self.cycles = WARM_UP + args.cycles + 1  # of a row, one that is profiled among them
         self.model = None
 
     def trace(self, mode: str, batch: int) -> torch.Tensor:
@@ -74,8 +77,8 @@ class Bench:
     def room(self, context: int, mode: str, batch: int) -> int:
         """Positions of a sequence that starts at ``context`` and never ends while it is measured."""
         accepted = self.trace(mode, batch)
-        most = int((accepted.sum(0) + len(accepted)).max()) * -(-self.cycles // len(accepted))
-        return context + most + 4 * (self.draft_len + 1)
+        grown = 1 + accepted[torch.arange(self.cycles) % len(accepted)]
+        return context + int(grown.sum(0).max()) + 4 * (self.draft_len + 1)
 
     def positions(self) -> int:
         """As many as any row needs."""
@@ -196,6 +199,7 @@ def simulated_row(bench: Bench, batch: int, context: int, mode: str) -> dict:
 def real_row(bench: Bench, batch: int, kind: str, mode: str) -> dict:
     """The built-in prompts of one kind through the engine, ``batch`` at a time; time from the first decode cycle on."""
     ids, params = prompts_of(bench, kind), SamplingParams(max_new_tokens=bench.args.tokens, ignore_eos=True)
+    ids *= math.lcm(len(ids), batch) // len(ids)  # no slot stays empty
     with contextlib.closing(bench.engine(mode, batch, bench.max_seq_len)) as engine:
         engine.warmup()  # as prompts end, smaller batches run: their cycles are not built by the clock either
         engine.generate(ids[:batch], SamplingParams(max_new_tokens=8))
@@ -294,11 +298,12 @@ def real_baseline_row(bench: Bench, name: str, weights: Weights, kind: str, mode
 
 
 def attempt(measure, *args) -> dict | None:
-    """The row, or None where it does not fit into the device's memory."""
+    """The row, or None where it does not fit into the device's memory or the model's positions."""
     try:
         return measure(*args)
-    except torch.OutOfMemoryError as error:
-        print(f"does not fit: {' '.join(map(str, args[1:]))}: {' '.join(str(error).split())}", flush=True)
+    except (torch.OutOfMemoryError, ValueError) as error:
+        case = " ".join(str(a) for a in args[1:] if not isinstance(a, Weights))
+        print(f"does not fit: {case}: {' '.join(str(error).split())}", flush=True)
     finally:
         gc.collect()
         if torch.cuda.is_available():
@@ -319,7 +324,7 @@ def rows_of(bench: Bench) -> list[dict]:
         rounds = [[measured(measure, bench, *rest, mode) for mode in modes] for _ in range(args.rounds)]
         for tried in zip(*rounds, strict=True):
             if all(tried):
-                rows.append(sorted(tried, key=lambda row: row["ms_per_cycle"])[len(tried) // 2])
+                rows.append(sorted(tried, key=lambda row: row["ms_per_cycle"])[(len(tried) - 1) // 2])
 
     cases = args.kinds if bench.real else args.context
     for case in cases:

@@ -90,7 +90,7 @@ def load_transformers(dtype: torch.dtype):
 
 def own_process() -> None:
     """Print, as JSON, the peak resident memory of decoding and the time of a 1,000-token prefill."""
-    engine = Engine.from_pretrained(MODEL, max_seq_len=2048, max_batch_size=1, prefix_caching=False)
+    engine = Engine.from_pretrained(MODEL, device="cpu", max_seq_len=2048, max_batch_size=1, prefix_caching=False)
     text = " ".join(p.text for p in prompts.load("long"))
     ids = engine.tokenizer(text).input_ids[:1000]
     engine.generate(ids[:100], SamplingParams(max_new_tokens=32))

@@ -27,7 +27,7 @@ WARM_UP = 64  # cycles
 class Instant(Cycle):
     """Emits tokens, whichever, for every slot."""
 
-    recorded = True
+    recorded = steady = True
 
     def run(self) -> None:
         drafts = self.plan.block_len - 1

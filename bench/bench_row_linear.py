@@ -34,6 +34,8 @@ class Chain:
         self.weights["lm_head"] = [self._random("lm_head", shapes["lm_head"])]
         self.diff = {op: [self._random(op, shapes[op]) for _ in range(self.layers)] for op in ("qkv", "o") if diff}
 
+        self.plain: dict[tuple[str, int], torch.Tensor] = {}
+
     def _random(self, op: str, shape) -> PackedWeight:
         weight = torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(0, shape[1] ** -0.5)
         return pack(weight, gate_up=op == "gate_up")
@@ -71,9 +73,14 @@ class Chain:
         ops.row_linear(inputs, weight, out, then=then, **rest, **views)
 
     def run_mm(self, op: str, layer: int, following=None) -> None:
-        """The same product by torch, epilogue left out, over the packed bytes read as a plain matrix."""
+        """The same product by torch, epilogue left out, over the packed bytes read as a plain matrix; or over another
+        one, where they are coded.
+        """
         n, k = self.shapes[op]
-        weight = self.weights[op][layer].data.view(-1, k)[:n]
+        packed = self.weights[op][layer]
+        if packed.coded and (op, layer) not in self.plain:
+            self.plain[op, layer] = torch.randn(n, k, dtype=torch.bfloat16)
+        weight = self.plain[op, layer] if packed.coded else packed.data.view(-1, k)[:n]
         inputs = {"o": self.attn, "down": self.act}.get(op, self.x)
         if op == "lm_head":
             if self.logits is None:

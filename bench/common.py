@@ -31,9 +31,12 @@ def parser_of(doc: str, device: str | None = None) -> argparse.ArgumentParser:
 
 def _device(text: str) -> torch.device:
     try:
-        return pick_device(text)
+        device = pick_device(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if device.index is not None:
+        torch.cuda.set_device(device)  # events and synchronisation are the current one's
+    return device
 
 
 def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:

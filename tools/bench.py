@@ -17,7 +17,7 @@ RUNS = [
     ("cpu", "bench_cpu_pass", []),
     ("cpu", "bench_generate", []),
     ("cpu", "bench_sampling", []),
-    ("cpu", "bench_prefix", []),
+    ("cpu", "bench_prefix", ["--device", "cpu"]),
     ("cpu", "bench_arrivals", ["--device", "cpu"]),
     ("cpu", "bench_serving", ["--device", "cpu"]),
     ("cpu", "bench_invariance", []),
@@ -43,7 +43,9 @@ RUNS = [
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", help="folder for JSON and tables (default: bench/results/cpu or gpu, by device)")
+    parser.add_argument(
+        "--out", default=ROOT / "bench" / "results", help="JSON and tables go to its cpu and gpu (%(default)s)"
+    )
     args = parser.parse_args()
     failed = 0
     for device, script, options in RUNS:
@@ -52,8 +54,8 @@ def main() -> int:
             print(f"== {name}: skipped, no CUDA device", flush=True)
             continue
         print(f"== {name}", flush=True)
-        out = args.out or ROOT / "bench" / "results" / ("gpu" if device == "cuda" else "cpu")
-        command = [sys.executable, "-m", f"bench.{script}", *options, "--out", str(Path(out).resolve())]
+        out = Path(args.out) / ("gpu" if device == "cuda" else "cpu")
+        command = [sys.executable, "-m", f"bench.{script}", *options, "--out", str(out.resolve())]
         failed += subprocess.run(command, cwd=ROOT).returncode != 0
     return 1 if failed else 0
 

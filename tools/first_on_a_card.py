@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -66,7 +67,9 @@ class Step:
 def tests(file: str, limit_s: int, only: str = "", *, each_s: int = 50, **env: str) -> Step:
     """Of one file of tests/gpu, in one process; it ends where a test hangs, with all threads' stacks in the log."""
     name = " ".join([f"{k}={v}" for k, v in env.items()] + [file] + ([f"-k '{only}'"] if only else []))
-    limits = f"--timeout={each_s} --timeout-method=thread -o faulthandler_timeout={each_s - 5}"
+    limits = f"-o faulthandler_timeout={each_s - 5}"
+    if importlib.util.find_spec("pytest_timeout"):
+        limits += f" --timeout={each_s} --timeout-method=thread"
     command = f"python3 -m pytest -v -r fE {limits} tests/gpu/test_{file}.py".split()
     return Step(name, limit_s, command + (["-k", only] if only else []), env)
 
@@ -109,7 +112,8 @@ class Calls:
     """Runs steps until the time is up, and keeps what they did in ``out``."""
 
     def __init__(self, out: Path, within_s: float):
-        self.out, self.ends, self.env = out, time.monotonic() + within_s, {"PYTHONPATH": str(ROOT)}
+        self.out, self.ends, self.env = out, time.monotonic() + within_s, {}
+        self.env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.results: list[dict] = []
         out.mkdir(parents=True, exist_ok=True)
         (out / "steps.log").unlink(missing_ok=True)
