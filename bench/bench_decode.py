@@ -67,6 +67,8 @@ class Bench:
         self.bandwidth = common.read_bandwidth(self.device)
         self.cycles = WARM_UP + args.cycles + 1  # of a row, one that is profiled among them
         self.model = None
+        if self.positions() > (most := self.config.max_position_embeddings):
+            raise ValueError(f"--context: {self.positions()} positions are needed, and the model has {most}")
 
     def trace(self, mode: str, batch: int) -> torch.Tensor:
         """Accepted drafts of every measured cycle and sequence, ``[cycles, batch]``; used over again around those."""
@@ -131,7 +133,7 @@ class Bench:
         if mode != "ar" and self.real:
             acceptance[mode] = "real"
         elif mode == "two_pass":
-            acceptance[mode] = f"simulated acceptance a={self.accepted:.2g}"
+            acceptance[mode] = f"simulated acceptance a={self.accepted:.3g}"
         timed_only = mode not in acceptance  # what one_pass would accept is not simulated
         plan = cycle_plan(mode, self.draft_len, self.args.fan_out, self.config)
         return {
@@ -192,7 +194,7 @@ def simulated_row(bench: Bench, batch: int, context: int, mode: str) -> dict:
         seconds = time.perf_counter() - start
         memory = peak_gb(bench, engine)
     per_cycle = tokens / bench.args.cycles / batch
-    more = memory | {"grown": per_cycle * bench.cycles / 2}
+    more = memory | {"grown": per_cycle * (WARM_UP + bench.args.cycles / 2)}
     return bench.row("orthrus_rt", mode, batch, context, seconds / bench.args.cycles, per_cycle, **more)
 
 
@@ -264,7 +266,7 @@ def baseline_row(bench: Bench, name: str, weights: Weights, batch: int, context:
     bench.sync()
     seconds = time.perf_counter() - start
     per_cycle = tokens / bench.args.cycles / batch
-    more = peak_gb(bench) | {"grown": per_cycle * bench.cycles / 2}
+    more = peak_gb(bench) | {"grown": per_cycle * (WARM_UP + bench.args.cycles / 2)}
     if bench.device.type == "cuda":
         more["device_ms"] = device_busy_ms(cycle)
     return bench.row(f"baseline {name}", mode, batch, context, seconds / bench.args.cycles, per_cycle, **more)
@@ -298,10 +300,10 @@ def real_baseline_row(bench: Bench, name: str, weights: Weights, kind: str, mode
 
 
 def attempt(measure, *args) -> dict | None:
-    """The row, or None where it does not fit into the device's memory or the model's positions."""
+    """The row, or None where it does not fit into the device's memory."""
     try:
         return measure(*args)
-    except (torch.OutOfMemoryError, ValueError) as error:
+    except torch.OutOfMemoryError as error:
         case = " ".join(str(a) for a in args[1:] if not isinstance(a, Weights))
         print(f"does not fit: {case}: {' '.join(str(error).split())}", flush=True)
     finally:

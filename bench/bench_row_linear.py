@@ -16,6 +16,7 @@ import torch
 from bench.common import graphed, header, loop, measure, parser_of, read_bandwidth, report
 from bench.models import SHAPES, config_of, linear_shapes
 from orthrus_rt import native, ops
+from orthrus_rt.huge_pages import huge_pages
 from orthrus_rt.weights import PackedWeight, pack
 
 OPS = ("qkv", "o", "gate_up", "down", "lm_head")
@@ -33,7 +34,6 @@ class Chain:
         self.weights = {op: [self._random(op, shapes[op]) for _ in range(self.layers)] for op in OPS[:-1]}
         self.weights["lm_head"] = [self._random("lm_head", shapes["lm_head"])]
         self.diff = {op: [self._random(op, shapes[op]) for _ in range(self.layers)] for op in ("qkv", "o") if diff}
-
         self.plain: dict[tuple[str, int], torch.Tensor] = {}
 
     def _random(self, op: str, shape) -> PackedWeight:
@@ -79,7 +79,7 @@ class Chain:
         n, k = self.shapes[op]
         packed = self.weights[op][layer]
         if packed.coded and (op, layer) not in self.plain:
-            self.plain[op, layer] = torch.randn(n, k, dtype=torch.bfloat16)
+            self.plain[op, layer] = huge_pages.empty(torch.Size([n, k]), torch.bfloat16).normal_()
         weight = self.plain[op, layer] if packed.coded else packed.data.view(-1, k)[:n]
         inputs = {"o": self.attn, "down": self.act}.get(op, self.x)
         if op == "lm_head":

@@ -34,7 +34,7 @@ def _device(text: str) -> torch.device:
         device = pick_device(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if device.index is not None:
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # events and synchronisation are the current one's
     return device
 

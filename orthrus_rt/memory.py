@@ -49,7 +49,7 @@ def memory_report(engine) -> dict[str, int]:
 
 
 class OutOfMemoryError(torch.OutOfMemoryError):
-    """Says which arguments make the engine smaller."""
+    """Says what did not fit, and which arguments make the engine smaller, if any do."""
 
 
 @contextlib.contextmanager

@@ -32,13 +32,15 @@ def check_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype)
     free, need = free_bytes(device), least_weight_bytes(config, device, dtype)
     if free is not None and need > free:
         what = f"the weights of {config.name} in {str(dtype).removeprefix('torch.')}"
-        raise OutOfMemoryError(f"out of memory: {what} take {_gb(need)}, and {device} has {_gb(free)} left")
+        raise OutOfMemoryError(f"out of memory: {what} take at least {_gb(need)}, and {device} has {_gb(free)} left")
 
 
 def check_cache(config: ModelConfig, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> None:
     """Log a warning where a CPU's cache, which takes its memory as sequences come, may outgrow what is left."""
+    if device.type != "cpu":
+        return
     free, need = free_bytes(device), cache_bytes(config, sizes, dtype)
-    if device.type == "cpu" and free is not None and need > free:
+    if free is not None and need > free:
         log.warning(
             "the cache of %s may grow to %s, and %s has %s left: lower max_batch_size, num_pages or max_seq_len",
             sizes, _gb(need), device, _gb(free),
@@ -51,8 +53,11 @@ def least_weight_bytes(config: ModelConfig, device: torch.device, dtype: torch.d
     if not config.tie_word_embeddings:
         del shapes["model.embed_tokens.weight"]
     plain = dtype.itemsize * sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
-    cpu = dtype is torch.bfloat16 and dispatch.select("row_linear", device, dtype) == "cpu" and dispatch.native().cpu
-    return int(CODED * plain) if cpu and cpu.takes_coded_weights() else plain
+    impl = dispatch.select("row_linear", device, dtype)
+    if impl == "reference" and device.type == "cpu":
+        return 0  # which may multiply by what lies in the file
+    coded = impl == "cpu" and dtype is torch.bfloat16 and dispatch.native().cpu.takes_coded_weights()
+    return int(CODED * plain) if coded else plain
 
 
 def cache_bytes(config: ModelConfig, sizes: Sizes, dtype: torch.dtype) -> int:
@@ -61,22 +66,34 @@ def cache_bytes(config: ModelConfig, sizes: Sizes, dtype: torch.dtype) -> int:
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
-    """What ``device`` could still give; None where nobody tells. Of a host, swap counts, and a container's limit."""
+    """What ``device`` could still give; None where nobody tells. Of a host that is what Linux says, swap included,
+    within the limit of a container (cgroup v2).
+    """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     try:
         told = _numbers((root / "proc/meminfo").read_text())
-        free = 1024 * (told["MemAvailable:"] + told["SwapFree:"])
+        swap = 1024 * told["SwapFree:"]
+        free = 1024 * told["MemAvailable:"] + swap
     except (OSError, KeyError):
         return None
-    group = root / "sys/fs/cgroup"
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        files = _numbers((group / "memory.stat").read_text())["file"]  # kept in memory as long as there is room
-    except (OSError, KeyError, ValueError):  # no container, or no limit: "max"
+
+    def left(kind: str) -> float:
+        group = root / "sys/fs/cgroup"
+        try:
+            limit = (group / f"{kind}.max").read_text().strip()
+            used = int((group / f"{kind}.current").read_text())
+        except OSError:  # no such group, or the root's, which has no limit
+            return math.inf
+        return math.inf if limit == "max" else int(limit) - used
+
+    memory = left("memory")
+    if memory is math.inf:
         return free
-    return min(free, limit - used + files)
+    used = _numbers((root / "sys/fs/cgroup/memory.stat").read_text())
+    files = used["file"] - used["shmem"]  # kept in memory as long as there is room
+    return int(min(free, memory + files + min(swap, left("memory.swap"))))
 
 
 def _numbers(text: str) -> dict[str, int]:

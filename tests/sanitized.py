@@ -76,6 +76,12 @@ class Sanitizer:
             except RuntimeError:
                 break
         cuda_host.FLAGS += self.flags
+        import torch
+
+        from orthrus_rt.huge_pages import HugePages
+
+        # Each weight and cache by itself: what lies beside one in a block is not looked at.
+        HugePages.empty = lambda _, shape, dtype: torch.empty(shape, dtype=dtype)
 
 
 def _library(name: str) -> str | None:

@@ -65,7 +65,9 @@ class Step:
 
 
 def tests(file: str, limit_s: int, only: str = "", *, each_s: int = 50, **env: str) -> Step:
-    """Of one file of tests/gpu, in one process; it ends where a test hangs, with all threads' stacks in the log."""
+    """Of one file of tests/gpu, in one process. Where a test hangs, all threads' stacks are in the log, and it ends, if
+    there is pytest-timeout.
+    """
     name = " ".join([f"{k}={v}" for k, v in env.items()] + [file] + ([f"-k '{only}'"] if only else []))
     limits = f"-o faulthandler_timeout={each_s - 5}"
     if importlib.util.find_spec("pytest_timeout"):

@@ -96,11 +96,14 @@ def test_fewer_drafts_accept_fewer(monkeypatch):
     assert mean_accepted(per_position(1 - 2.0**-31, 31), 3) == pytest.approx(1 / 2 + 1 / 4 + 1 / 8)
     monkeypatch.setattr("bench.common.read_bandwidth", lambda _: 1.0)
     shared = {"model": "8b", "device": torch.device("cpu"), "block_len": 32, "cycles": 8}
+    shared |= {"modes": ("ar", "two_pass"), "batch": [1], "context": [512]}
     accepted = [
         bench_decode.Bench(SimpleNamespace(draft_len=draft_len, accepted=given, **shared)).accepted
         for draft_len, given in ((None, None), (7, None), (7, 2.5))
     ]
     assert accepted == [pytest.approx(9.7), pytest.approx(4.9, abs=0.1), 2.5]
+    with pytest.raises(ValueError, match="positions are needed, and the model has 40960"):
+        bench_decode.Bench(SimpleNamespace(**shared | {"context": [40_900], "draft_len": None, "accepted": None}))
 
 
 @needs_native

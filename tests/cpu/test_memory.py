@@ -92,8 +92,8 @@ def test_cycles_that_find_no_memory_for_their_recording_run_op_by_op(folder, mod
     failing.check_recordings_without_memory(make(folder, mode=mode), poison.jobs_of([kind], count=4))
 
 
-def test_large_weights_have_blocks_of_their_own():
-    """Which are freed with them; small ones share one."""
+def test_large_weights_have_huge_pages_of_their_own():
+    """Blocks which are freed with them; small ones share one."""
     large = huge_pages.empty(torch.Size([huge_pages.BLOCK]), torch.uint8)
     small = [huge_pages.empty(torch.Size([100]), torch.bfloat16) for _ in range(2)]
     blocks = [t.untyped_storage().data_ptr() for t in (large, *small, huge_pages.block)]

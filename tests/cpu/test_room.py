@@ -19,12 +19,9 @@ def folder(tmp_path_factory):
     return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), "qwen3", dtype=torch.bfloat16))
 
 
-def host(root, limit=None, used="3000000000"):
+def host(root, **group):
     """A machine, and maybe the container that this process is in."""
-    files = {"proc/meminfo": MEMINFO}
-    if limit is not None:
-        stat = "anon 2000000000\nfile 500000000\n"
-        files |= {f"sys/fs/cgroup/memory.{k}": v for k, v in (("max", limit), ("current", used), ("stat", stat))}
+    files = {"proc/meminfo": MEMINFO} | {f"sys/fs/cgroup/{name.replace('__', '.')}": group[name] for name in group}
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -32,11 +29,26 @@ def host(root, limit=None, used="3000000000"):
 
 
 @pytest.mark.parametrize(
-    ("limit", "free"),
-    [(None, 9216 * 10**6), ("max", 9216 * 10**6), ("4000000000\n", 15 * 10**8), ("90000000000\n", 9216 * 10**6)],
+    ("limit", "swap", "free"),
+    [
+        ("max", "max", 9216 * 10**6),
+        ("90000000000", "max", 9216 * 10**6),
+        ("4000000000", "0", 13 * 10**8),
+        ("4000000000", "200000000", 14 * 10**8),
+        ("4000000000", "max", 13 * 10**8 + 1024 * 10**6),
+    ],
 )
-def test_what_a_host_can_give(tmp_path, limit, free):
-    assert room.free_bytes(CPU, host(tmp_path, limit)) == free
+def test_what_a_container_can_give(tmp_path, limit, swap, free):
+    """Beside what it uses, files in its memory that are on a disk, and as much swap as it may have and there is."""
+    group = dict(memory__max=f"{limit}\n", memory__current="3000000000\n", memory__swap__max=f"{swap}\n")
+    group |= dict(memory__swap__current="100000000\n", memory__stat="file 500000000\nshmem 200000000\n")
+    if swap == "0":
+        group["memory__swap__current"] = "0\n"
+    assert room.free_bytes(CPU, host(tmp_path, **group)) == free
+
+
+def test_what_a_host_can_give(tmp_path):
+    assert room.free_bytes(CPU, host(tmp_path)) == 9216 * 10**6
 
 
 def test_a_host_that_tells_nothing(tmp_path, monkeypatch, folder):
@@ -60,7 +72,7 @@ def test_weights_that_do_not_fit_are_not_loaded(folder, monkeypatch):
     monkeypatch.setattr(room, "free_bytes", lambda _: 1000)
     monkeypatch.setattr(room, "least_weight_bytes", lambda *_: 18 * GB)
     monkeypatch.setattr("orthrus_rt.weights.pack", lambda *_, **__: pytest.fail("loaded"))
-    said = r"^out of memory: the weights of \S+ in bfloat16 take 18.0 GB, and cpu has 0.0 GB left$"
+    said = r"^out of memory: the weights of \S+ in bfloat16 take at least 18.0 GB, and cpu has 0.0 GB left$"
     with pytest.raises(torch.OutOfMemoryError, match=said):
         engines.make(folder)
 
