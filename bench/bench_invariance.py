@@ -86,13 +86,15 @@ def attention_row(config: ModelConfig, num_rows: int, context: int, device, roun
     repeated = [[x.repeat_interleave(heads_q // heads_kv, 1) for x in pair] for pair in copies]
     scale = head_dim**-0.5
 
-    def sdpa(i, kv, mask, gqa):
+    def sdpa(i, q, kv, mask, gqa=False):
         functional.scaled_dot_product_attention(q, *kv[i % case.copies], attn_mask=mask, enable_gqa=gqa, scale=scale)
 
     seen = None if num_rows == 1 else mask
+    as_rows, tall = case.queries_as_rows(q), seen if seen is None else mask.repeat(heads_q // heads_kv, 1)
     theirs = {
-        "sdpa, grouped": lambda i: sdpa(i, copies, seen, True),
-        "sdpa, heads repeated": lambda i: sdpa(i, repeated, seen, False),
+        "sdpa, grouped": lambda i: sdpa(i, q, copies, seen, True),
+        "sdpa, heads repeated": lambda i: sdpa(i, q, repeated, seen),
+        "sdpa, queries as rows": lambda i: sdpa(i, as_rows, copies, tall),
     }
     calls = max(case.copies, 32)  # one call is too short to time
     ours = lambda i: case.call(i % case.copies)  # noqa: E731
