@@ -99,7 +99,10 @@ class Auto:
             for plan in plans:
                 # A cycle with more rows costs no less than the dearest measured with fewer.
                 at_least = costs.seconds(slots, plan, hopeful=True) if plan != AR else 0.0
-                if at_least <= plan.block_len * costs.seconds(slots, AR):
+                most = plan.block_len * costs.seconds(slots, AR)
+                if plan.mode == "one_pass" and (fresh := CyclePlan("two_pass", plan.block_len)) in worth:
+                    most = min(most, costs.seconds(slots, fresh))  # of whose drafts more are accepted
+                if at_least <= most:
                     for _ in range(2):  # recorded, and on CUDA put on the device
                         if not (cycle := start(plan)).steady:
                             cycle.run()

@@ -183,7 +183,7 @@ def test_warmup_measures_once_per_device_and_model_and_looks_again(folder, cache
     assert len(table) == len(set(timed)) < len(timed) / 5
     written = file.read_text()
     now, timed = warmup(engine(folder), 2.0)  # the machine is slower today
-    assert len(timed) == len(set(timed)) == len(table)
+    assert len(timed) == len(set(timed)) == len(table) - 1  # one costs more than drafting anew
     assert [row[:-1] for row in now] == [row[:-1] for row in table]
     assert [row[-1] for row in now] == pytest.approx([2 * row[-1] for row in table], rel=0.2)
     assert json.loads(file.read_text())["seconds"] == now
@@ -191,6 +191,26 @@ def test_warmup_measures_once_per_device_and_model_and_looks_again(folder, cache
     third = engine(folder)
     assert not third._autos[third._plan].measured
     assert warmup(third, 1.0)[0] == table == json.loads(file.read_text())["seconds"]
+
+
+@pytest.mark.parametrize(("per_row", "dearer_stay_out"), [(0.0, False), (0.4e-3, True)])
+def test_warmup_leaves_out_what_could_not_pay(folder, cache, monkeypatch, per_row, dearer_stay_out):
+    """Of one_pass what costs more than drafting anew: where rows are free nothing does."""
+
+    def seconds(self, start):
+        cycle = start()
+        return cycle.plan.num_passes * (1e-3 + per_row * cycle.plan.max_rows)
+
+    monkeypatch.setattr(Auto, "_seconds", seconds)
+    auto = engine(folder, max_batch_size=1)
+    auto.warmup()
+    policy = auto._autos[auto._plan].policy
+    timed = {row[1:4] for row in map(tuple, policy.costs.table())}
+    plans = {(p.mode, p.block_len, p.fan_out) for p in policy.plans_of(1)}
+    assert (timed != plans) == dearer_stay_out
+    longest = max(k for mode, k, _ in plans if mode == "two_pass")
+    assert ("two_pass", longest, 0) in timed
+    assert (max(p for p in plans if p[:2] == ("one_pass", longest)) in timed) != dearer_stay_out
 
 
 def test_few_pages_have_costs_of_their_own(folder):
