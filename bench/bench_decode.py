@@ -2,11 +2,10 @@
 
 Official shapes have random weights, so what a two-pass cycle accepts is simulated (``--accepted``, by default what the
 published models reach, or would with fewer drafts if each were as likely as another), and every such row says so;
-one-pass cycles are timed alone. The embedded model decodes the
-built-in prompts with its own acceptance. The floor is the bytes of what a cycle must read in bf16 (each pass's weights,
-committed keys and values) over the bandwidth measured in this call. Baselines: ``eager`` (growing cache; one sequence)
-and ``graphed`` (static cache, torch.mm, SDPA), see bench/baselines.py. ``device_ms``: how long the device is busy in a
-cycle, where that is measured.
+one-pass cycles are timed alone. The embedded model decodes the built-in prompts with its own acceptance. The floor is
+the bytes of what a cycle must read in bf16 (each pass's weights, committed keys and values) over the bandwidth measured
+in this call. Baselines: ``eager`` (growing cache; one sequence) and ``graphed`` (static cache, torch.mm, SDPA), see
+bench/baselines.py. ``device_ms``: how long the device is busy in a cycle, where that is measured.
 
     python -m bench.bench_decode --model 8b --context 512 8192 32768 --batch 1 4 16 64 --out DIR
     python -m bench.bench_decode --model smollm2-135m --batch 1 8 --out DIR

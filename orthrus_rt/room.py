@@ -79,21 +79,19 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
     except (OSError, KeyError):
         return None
 
-    def left(kind: str) -> float:
-        group = root / "sys/fs/cgroup"
-        try:
-            limit = (group / f"{kind}.max").read_text().strip()
-            used = int((group / f"{kind}.current").read_text())
-        except OSError:  # no such group, or the root's, which has no limit
-            return math.inf
-        return math.inf if limit == "max" else int(limit) - used
+    group = root / "sys/fs/cgroup"
 
-    memory = left("memory")
-    if memory is math.inf:
+    def left(kind: str) -> float:
+        limit = (group / f"{kind}.max").read_text().strip()
+        return math.inf if limit == "max" else int(limit) - int((group / f"{kind}.current").read_text())
+
+    try:
+        memory, used = left("memory"), _numbers((group / "memory.stat").read_text())
+        files = used["file"] - used["shmem"]  # kept in memory as long as there is room
+        swap = min(swap, left("memory.swap"))
+    except (OSError, KeyError, ValueError):  # no such group, or the root's, which has no limit
         return free
-    used = _numbers((root / "sys/fs/cgroup/memory.stat").read_text())
-    files = used["file"] - used["shmem"]  # kept in memory as long as there is room
-    return int(min(free, memory + files + min(swap, left("memory.swap"))))
+    return int(min(free, memory + files + swap))
 
 
 def _numbers(text: str) -> dict[str, int]:

@@ -81,7 +81,7 @@ class Sanitizer:
         from orthrus_rt.huge_pages import HugePages
 
         # Each weight and cache by itself: what lies beside one in a block is not looked at.
-        HugePages.empty = lambda _, shape, dtype: torch.empty(shape, dtype=dtype)
+        HugePages.empty = lambda _, shape, dtype: torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _library(name: str) -> str | None:

@@ -47,8 +47,10 @@ def test_what_a_container_can_give(tmp_path, limit, swap, free):
     assert room.free_bytes(CPU, host(tmp_path, **group)) == free
 
 
-def test_what_a_host_can_give(tmp_path):
-    assert room.free_bytes(CPU, host(tmp_path)) == 9216 * 10**6
+@pytest.mark.parametrize("group", [{}, {"memory__max": "1000"}, {"memory__max": "1000", "memory__current": "?"}])
+def test_what_a_host_can_give(tmp_path, group):
+    """Where no container's limit is told, or not all of it."""
+    assert room.free_bytes(CPU, host(tmp_path, **group)) == 9216 * 10**6
 
 
 def test_a_host_that_tells_nothing(tmp_path, monkeypatch, folder):
@@ -66,6 +68,10 @@ def test_weights_are_estimated_from_below_and_the_cache_exactly(folder):
         sizes = Sizes(engine.max_seq_len, 8, engine.runner.kv.num_pages - 1)
         page = report["kv_pages"] // engine.runner.kv.num_pages
         assert room.cache_bytes(config, sizes, dtype) == report["kv_pages"] - page
+
+
+def test_the_reference_may_multiply_by_what_lies_in_the_file(folder):
+    assert room.least_weight_bytes(engines.make(folder).config, CPU, torch.float16) == 0
 
 
 def test_weights_that_do_not_fit_are_not_loaded(folder, monkeypatch):
