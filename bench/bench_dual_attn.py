@@ -12,15 +12,13 @@ import importlib.util
 import itertools
 import sys
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.common import graphed, header, loop, measure, parser_of, read_bandwidth, report
-from orthrus_rt import dispatch, native, ops
-from orthrus_rt.huge_pages import huge_pages
+from orthrus_rt import dispatch, huge_pages, native, ops
 from orthrus_rt.plan import empty_rows
 
 COLD_BYTES = 200 << 20  # of cache copies: several times any L2, or a CPU's L3
@@ -71,10 +69,9 @@ class Case:
         num_pages = 1 + self.copies * shape.batch * columns
         bf16 = dict(dtype=torch.bfloat16, device=device)
         shape_kv = torch.Size((num_pages, self.heads_kv, ops.PAGE_SIZE, self.dim))
-        empty = (
-            partial(huge_pages.empty, dtype=torch.bfloat16) if device.type == "cpu" else partial(torch.empty, **bf16)
-        )
-        self.k_pages, self.v_pages = (empty(shape_kv).normal_() for _ in range(2))  # where the engine has them
+        self.k_pages, self.v_pages = (
+            huge_pages.empty(shape_kv, torch.bfloat16, device).normal_() for _ in range(2)
+        )  # where the engine has them
         order = torch.randperm(num_pages - 1, device=device).int() + 1
         self.page_tables = order.view(self.copies, shape.batch, columns)
         pad = (0, self.max_seq_len // ops.PAGE_SIZE - columns)

@@ -35,9 +35,8 @@ def run(engine: Engine, ids: list[list[int]], params: SamplingParams, chosen: li
         draft_len = plan.block_len - 1 if plan.mode != "ar" else None
         return engine.generate(prompt, params, mode=plan.mode, draft_len=draft_len, fan_out=plan.fan_out or None)
 
-    for plan in sorted(
-        chosen, key=lambda plan: -plan.max_rows
-    ):  # more rows than any before would drop what is recorded
+    # The most rows first: more than any before would drop what is recorded.
+    for plan in sorted(chosen, key=lambda plan: -plan.max_rows):
         decode(plan, ids[0], SamplingParams(max_new_tokens=4 * plan.block_len, ignore_eos=True))
     return list(zip(*([decode(plan, prompt, params) for plan in chosen] for prompt in ids), strict=True))
 

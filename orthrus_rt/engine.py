@@ -101,7 +101,6 @@ class Engine(Generation):
         try:
             with stream_scope(self.cuda_stream), naming_the_knobs(f"making an engine of {sizes}"):
                 self.model = Model(checkpoint, device=self.device, dtype=dtype, max_seq_len=sizes.max_seq_len)
-                check_cache(config, sizes, self.device, dtype)
                 self.runner = Runner(
                     self.model, num_slots=sizes.max_batch_size, max_seq_len=sizes.max_seq_len,
                     shapes=self._shapes(self._default_plan, sizes.max_batch_size), num_pages=sizes.num_pages + 1,
@@ -111,6 +110,7 @@ class Engine(Generation):
                 log.info("no prefix caching: keys and values of the reference depend on the rows of their pass")
                 prefix_caching = False
             self.kv = self.runner.kv
+            check_cache(sizes, self.kv.nbytes, self.device)
             self.scheduler = Scheduler(self.kv, sizes.max_batch_size, prefix_caching)
         except BaseException:
             self._let_go()

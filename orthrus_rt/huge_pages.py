@@ -41,3 +41,8 @@ class HugePages:
 
 
 huge_pages = HugePages()
+
+
+def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """In huge pages on a CPU."""
+    return huge_pages.empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)

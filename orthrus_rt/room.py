@@ -1,4 +1,4 @@
-"""Whether an engine fits into memory, told before its weights are loaded.
+"""Whether an engine fits into memory: its weights, before they are loaded, and its cache, before it is used.
 
 Where the weights alone are too large, no argument of an engine helps; and Linux hands out more memory than it has, to
 end without a word whoever comes to use it.
@@ -16,7 +16,6 @@ from orthrus_rt import dispatch
 from orthrus_rt.checkpoint import expected_tensors
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.memory import OutOfMemoryError
-from orthrus_rt.pages import PAGE_SIZE
 from orthrus_rt.sizes import Sizes
 
 log = logging.getLogger("orthrus_rt")
@@ -35,15 +34,12 @@ def check_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype)
         raise OutOfMemoryError(f"out of memory: {what} take at least {_gb(need)}, and {device} has {_gb(free)} left")
 
 
-def check_cache(config: ModelConfig, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> None:
+def check_cache(sizes: Sizes, nbytes: int, device: torch.device) -> None:
     """Log a warning where a CPU's cache, which takes its memory as sequences come, may outgrow what is left."""
-    if device.type != "cpu":
-        return
-    free, need = free_bytes(device), cache_bytes(config, sizes, dtype)
-    if free is not None and need > free:
+    if device.type == "cpu" and (free := free_bytes(device)) is not None and nbytes > free:
         log.warning(
             "the cache of %s may grow to %s, and %s has %s left: lower max_batch_size, num_pages or max_seq_len",
-            sizes, _gb(need), device, _gb(free),
+            sizes, _gb(nbytes), device, _gb(free),
         )  # fmt: skip
 
 
@@ -58,11 +54,6 @@ def least_weight_bytes(config: ModelConfig, device: torch.device, dtype: torch.d
         return 0  # which may multiply by what lies in the file
     coded = impl == "cpu" and dtype is torch.bfloat16 and dispatch.native().cpu.takes_coded_weights()
     return int(CODED * plain) if coded else plain
-
-
-def cache_bytes(config: ModelConfig, sizes: Sizes, dtype: torch.dtype) -> int:
-    per_position = 2 * config.num_layers * config.num_heads_kv * config.head_dim * dtype.itemsize
-    return sizes.num_pages * PAGE_SIZE * per_position
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
