@@ -52,9 +52,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 6, 8, 16, 32])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--isa", nargs="+", help="of portable, avx2, avx512, avx512_bf16 and amx_bf16; the best one by default"
-    )
+    parser.add_argument("--isa", nargs="+", help="variants, such as avx2; the best one by default")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--ops", action="store_true", help="also time each op's calls alone")
     args = parser.parse_args()

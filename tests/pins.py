@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 def of_this_isa(pinned: dict[str, T], tight: float, loose: float) -> tuple[T, float]:
     """What is pinned for the CPU variant that runs, and ``tight``; else what is for AVX-512 BF16, and ``loose``. AVX2
-    rounds as AVX-512 does.
+    and NEON round as AVX-512 does.
     """
-    isa = dispatch.native().cpu.isa().replace("avx2", "avx512")
+    isa = dispatch.native().cpu.isa()
+    isa = "avx512" if isa in ("avx2", "neon") else isa
     return (pinned[isa], tight) if isa in pinned else (pinned["avx512_bf16"], loose)

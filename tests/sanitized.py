@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import amx_software
+from tests import amx_software, variants
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +37,8 @@ class Sanitizer:
 
     def why_not(self) -> str | None:
         """Why it cannot be built and run here; None if it can."""
+        if variants.ON_AARCH64:
+            return "its module is one for x86-64"
         if not (_library(self.library) and shutil.which("cmake") and shutil.which("ninja")):
             return "needs g++ with its sanitizers, cmake and ninja"
         if subprocess.run(
@@ -70,7 +72,7 @@ class Sanitizer:
         from tests.cpu import cuda_host
 
         cpu = amx_software.load(self.folder).cpu
-        for isa in ("portable", "avx2", "avx512", "avx512_bf16"):
+        for isa in variants.OF_THIS_KIND[:-1]:
             try:
                 cpu.set_isa(isa)
             except RuntimeError:

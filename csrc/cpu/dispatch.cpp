@@ -15,7 +15,11 @@
 #include "variant.h"
 
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/mman.h>
+#include <unistd.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace orthrus::cpu {
@@ -34,6 +38,21 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 
 #if defined(ORTHRUS_HAS_amx_bf16)
 bool has_amx_bf16() { return has_avx512_bf16() && amx_bf16::tiles_offered(); }
+#endif
+
+#if defined(ORTHRUS_HAS_neon_bf16)
+bool has_neon_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers do not name
+  return getauxval(AT_HWCAP2) & kBf16;
+#elif defined(__APPLE__)
+  int offered = 0;
+  size_t size = sizeof offered;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &offered, &size, nullptr, 0) == 0 && offered;
+#else
+  return false;
+#endif
+}
 #endif
 
 bool always() { return true; }
@@ -64,6 +83,12 @@ const Choice kChoices[] = {
 #if defined(ORTHRUS_HAS_avx2)
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, always, &avx2::kVariant},
 #endif
+#if defined(ORTHRUS_HAS_neon_bf16)
+    {"neon_bf16", has_neon_bf16, always, &neon_bf16::kVariant},
+#endif
+#if defined(ORTHRUS_HAS_neon)
+    {"neon", always, always, &neon::kVariant},
+#endif
     {"portable", always, always, &portable::kVariant},
 };
 
@@ -73,7 +98,9 @@ const Choice* find(const std::string& name) {
     if (!c.offered()) throw std::runtime_error("ORTHRUS_CPU_ISA: this machine does not offer " + name);
     return &c;
   }
-  throw std::runtime_error("ORTHRUS_CPU_ISA: must be amx_bf16, avx512_bf16, avx512, avx2 or portable, got " + name);
+  std::string names;
+  for (const Choice& c : kChoices) names += std::string(names.empty() ? "" : ", ") + c.name;
+  throw std::runtime_error("ORTHRUS_CPU_ISA: must be one of " + names + ", got " + name);
 }
 
 const Choice* choose() {
@@ -137,9 +164,9 @@ bool takes_coded_weights() { return variant().takes_coded_weights; }
 
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num_bytes) {
 #if defined(__linux__)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + num_bytes) / kPage * kPage;
+  static const uintptr_t page = sysconf(_SC_PAGESIZE);
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + num_bytes) / page * page;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

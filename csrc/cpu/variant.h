@@ -27,6 +27,8 @@ namespace portable { extern const Variant kVariant; }
 namespace avx2 { extern const Variant kVariant; }
 namespace avx512 { extern const Variant kVariant; }
 namespace avx512_bf16 { extern const Variant kVariant; }
+namespace neon { extern const Variant kVariant; }
+namespace neon_bf16 { extern const Variant kVariant; }
 namespace amx_bf16 {
 extern const Variant kVariant;
 bool tiles_offered();  // asks the system; to be called where there is AVX-512

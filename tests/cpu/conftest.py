@@ -5,12 +5,12 @@ kernels on the host, a checkpoint with a tokenizer, and what a request gets alon
 import pytest
 
 from orthrus_rt import dispatch
-from tests import byte_tokenizer, engines, native_cpu
+from tests import byte_tokenizer, engines, native_cpu, variants
 from tests.cpu import cuda_host
 from tests.cpu.cuda_host import device
 
 
-@pytest.fixture(params=("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"))
+@pytest.fixture(params=variants.OF_THIS_KIND)
 def isa(request):
     """Runs the test under every variant that this CPU has."""
     cpu = dispatch.native().cpu

@@ -1,6 +1,7 @@
 """The machinery under the CPU ops: the tape, threads, forks and the choice of the ISA variant."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -138,7 +139,7 @@ def test_a_worker_without_memory():
 import resource, torch
 from orthrus_rt import ops, weights, dispatch
 from tests.native_cpu import randn, threads
-dispatch.native().cpu.set_isa("avx2")
+dispatch.native().cpu.set_isa("portable")
 wide, small = weights.pack(randn(128, 240000, seed=1), impl="cpu"), weights.pack(randn(64, 32, seed=2), impl="cpu")
 x, y = randn(48, 240000, seed=3), randn(9, 32, seed=4)  # 46 MB as floats: more than malloc ever keeps for later
 out, want, got = torch.empty(48, 128).bfloat16(), torch.empty(9, 64).bfloat16(), torch.empty(9, 64).bfloat16()
@@ -253,7 +254,7 @@ def test_isa_override():
     assert isa_of(ORTHRUS_CPU_ISA="portable").stdout == "portable\n"
     wrong = isa_of(ORTHRUS_CPU_ISA="sse9")
     assert wrong.returncode
-    assert "ORTHRUS_CPU_ISA: must be amx_bf16, avx512_bf16, avx512, avx2 or portable, got sse9" in wrong.stderr
+    assert re.search(r"ORTHRUS_CPU_ISA: must be one of (\w+, )+portable, got sse9", wrong.stderr)
     with pytest.raises(TypeError, match="incompatible function arguments"):
         dispatch.native().cpu.set_isa(None)
     tiles = isa_of(ORTHRUS_CPU_ISA="amx_bf16")

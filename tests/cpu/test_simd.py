@@ -1,0 +1,71 @@
+"""What simd.h computes on every instruction set, lane by lane: all kernels are written over it once.
+
+AArch64's sets are cross-compiled and emulated elsewhere.
+"""
+
+import functools
+import shutil
+import struct
+import subprocess
+
+import pytest
+
+from orthrus_rt import dispatch
+from tests import variants
+
+FUSED = ("fma", "exp", "log")  # portable code rounds a fused product twice
+pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+
+
+@pytest.fixture(scope="module")
+def lines_of(tmp_path_factory):
+    """By variant: the lines that simd_lanes.cpp prints; None where it cannot be compiled or run."""
+    folder = tmp_path_factory.mktemp("simd")
+
+    @functools.cache
+    def lines(isa: str) -> list[str] | None:
+        for_aarch64, run = isa in variants.NEON, [folder / isa]
+        compiler, linked = variants.compiler(for_aarch64), []
+        if for_aarch64 and not variants.ON_AARCH64:
+            run, linked = [shutil.which("qemu-aarch64"), *run], ["-static"]
+        elif not offered(isa):
+            return None
+        if not compiler or not run[0]:
+            return None
+        source = str(variants.ROOT / "tests/cpu/simd_lanes.cpp")
+        subprocess.run([compiler, *variants.flags(isa), "-O2", *linked, source, "-o", folder / isa], check=True)
+        return subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()
+
+    return lines
+
+
+def offered(isa: str) -> bool:
+    cpu = dispatch.native().cpu
+    before = cpu.isa()
+    try:
+        cpu.set_isa(isa)
+    except RuntimeError:
+        return False
+    cpu.set_isa(before)
+    return True
+
+
+def floats(line: str) -> list[float]:
+    return [struct.unpack(">f", bytes.fromhex(word))[0] for word in line.split()[1:]]
+
+
+@pytest.mark.parametrize("isa", ("avx2", "avx512", "avx512_bf16", *variants.NEON))
+def test_every_set_computes_the_same_lanes(lines_of, isa):
+    """To the bit: what portable code cannot do as it does, and the others as AVX2 does. But products of pairs of bf16
+    have roundings of their own.
+    """
+    if (got := lines_of(isa)) is None:
+        pytest.skip(f"{isa} does not run here; of {variants.EMULATED}")
+    portable, avx2 = lines_of("portable"), lines_of("avx2") or got
+    assert len(got) == len(portable) > 10_000
+    for mine, plain, fused in zip(got, portable, avx2, strict=True):
+        name = mine.split()[0]
+        if name == "dot" and isa.endswith("bf16"):
+            assert floats(mine) == pytest.approx(floats(plain), rel=0, abs=36 * 2**-22)
+        else:
+            assert mine == (fused if name in FUSED else plain)

@@ -1,0 +1,36 @@
+"""The variants of the CPU kernels: of this processor's kind, and how to compile for one."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CMAKE = (ROOT / "CMakeLists.txt").read_text()
+ON_AARCH64 = platform.machine() in ("aarch64", "arm64")
+NEON = ("neon", "neon_bf16")
+OF_THIS_KIND = ("portable", *(NEON if ON_AARCH64 else ("avx2", "avx512", "avx512_bf16", "amx_bf16")))
+EMULATED = "AArch64 elsewhere: apt-get install g++-aarch64-linux-gnu qemu-user"
+
+
+def compiler(for_aarch64: bool) -> str | None:
+    return shutil.which("aarch64-linux-gnu-g++" if for_aarch64 and not ON_AARCH64 else "g++")
+
+
+def flags(isa: str) -> list[str]:
+    """What CMake compiles a source of this variant with, but for optimisation."""
+    defined = [f"-DORTHRUS_ISA={isa}", f"-DORTHRUS_ISA_{isa}", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cpu"]
+    return ["-std=c++17", "-ffp-contract=off", *defined, *_listed(f"CPU_FLAGS_{isa}")]
+
+
+def sources() -> list[str]:
+    """That all variants share."""
+    return _listed("CPU_SOURCES")
+
+
+def _listed(name: str) -> list[str]:
+    found = re.search(rf"set\({name}\s+([^)]*)\)", CMAKE)
+    words = re.sub(r"#.*", "", found[1]).split() if found else []
+    return [w for word in words for w in (_listed(word[2:-1]) if word.startswith("${") else [word])]
