@@ -15,7 +15,8 @@ from orthrus_rt.storage import LazyTensors, StoredTensor, is_diffusion, read_jso
 
 EMBEDDED_NAME = "smollm2-135m"
 # Everything a checkpoint needs, and no copy of the weights in another format.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+JSON_PATTERNS = ["*.json"]
+HUB_PATTERNS = [*JSON_PATTERNS, "*.safetensors", "*.jinja"]
 ADAPTER_KEYS = ("block_size", "mask_token_id")
 # What an adapter's config.json may say about the base that it was trained on -> its name in the base's ModelConfig.
 BASE_FACTS = {
@@ -91,21 +92,9 @@ def load_folder(folder: Path, adapter: str | Path | None, name: str) -> Checkpoi
     raw = read_json(folder / "config.json")
     stored = scan(folder, "model.safetensors")
     adapter = None if adapter is None else _resolve(str(adapter), adapter=True)
-    where = str(folder / "config.json")
-    family_of(raw, where)  # first: no adapter would help another family
+    family_of(raw, str(folder / "config.json"))  # first: no adapter would help another family
     _check_one_view(stored, folder, adapter)
-    adapter_raw = {}
-    if adapter is not None:
-        adapter_raw = _adapter_config(adapter)
-        raw = raw | {key: adapter_raw[key] for key in ADAPTER_KEYS}
-        where += f" with {adapter / 'config.json'}"
-    generation_file = folder / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.exists() else None
-    config = parse(raw, generation, name=name, where=where)
-    for key, attribute in BASE_FACTS.items():
-        if adapter_raw.get(key) is not None:
-            _check_fact(key, adapter_raw[key], getattr(config, attribute), adapter, folder)
-
+    config, raw, adapter_raw = _read_config(folder, adapter, name)
     expected = expected_tensors(config)
     tied_head = {"lm_head.weight": expected["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
     if adapter is None:
@@ -125,6 +114,33 @@ def load_folder(folder: Path, adapter: str | Path | None, name: str) -> Checkpoi
         _check_fact("base_fingerprint", adapter_raw["base_fingerprint"], fingerprint(tensors, config), adapter, folder)
     has_tokenizer = (folder / "tokenizer.json").exists()
     return Checkpoint(config, tensors, str(folder) if has_tokenizer else None, raw)
+
+
+def load_config(path_or_id: str, adapter: str | None = None) -> ModelConfig:
+    """The config of :func:`load` for a folder or hub id, from their JSON files alone: no weights are fetched.
+
+    Raises:
+        CheckpointError: as :func:`load`, of what these files tell.
+    """
+    view = None if adapter is None else _resolve(adapter, JSON_PATTERNS, adapter=True)
+    return _read_config(_resolve(path_or_id, JSON_PATTERNS), view, path_or_id)[0]
+
+
+def _read_config(folder: Path, adapter: Path | None, name: str) -> tuple[ModelConfig, dict, dict]:
+    """The config, the JSON that it was parsed from, and the adapter's (empty without one)."""
+    raw, adapter_raw = read_json(folder / "config.json"), {}
+    where = str(folder / "config.json")
+    if adapter is not None:
+        adapter_raw = _adapter_config(adapter)
+        raw = raw | {key: adapter_raw[key] for key in ADAPTER_KEYS}
+        where += f" with {adapter / 'config.json'}"
+    generation_file = folder / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.exists() else None
+    config = parse(raw, generation, name=name, where=where)
+    for key, attribute in BASE_FACTS.items():
+        if adapter_raw.get(key) is not None:
+            _check_fact(key, adapter_raw[key], getattr(config, attribute), adapter, folder)
+    return config, raw, adapter_raw
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -159,8 +175,8 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> str
     return hashlib.sha256(weight.to(torch.bfloat16).contiguous().view(torch.int16).numpy()).hexdigest()
 
 
-def _resolve(path_or_id: str, *, adapter: bool = False) -> Path:
-    """An existing folder as it is, else a hub id's snapshot."""
+def _resolve(path_or_id: str, patterns: list[str] = HUB_PATTERNS, *, adapter: bool = False) -> Path:
+    """An existing folder as it is, else a hub id's snapshot, of the files that match ``patterns``."""
     if path_or_id and Path(path_or_id).is_dir():
         return Path(path_or_id)
     what, known = f"{path_or_id!r}:", f"a folder here, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
@@ -172,7 +188,7 @@ def _resolve(path_or_id: str, *, adapter: bool = False) -> Path:
 
     repo_id, _, revision = path_or_id.partition("@")
     try:
-        return Path(huggingface_hub.snapshot_download(repo_id, revision=revision or None, allow_patterns=HUB_PATTERNS))
+        return Path(huggingface_hub.snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # whatever the client or its transport raises
         reason = " ".join(str(error).split()) or "no reason given"
         raise CheckpointError(

@@ -51,15 +51,18 @@ def device_facts(device: torch.device) -> dict:
     return {"type": "cpu", "name": cpu_name(_cpuinfo()), "isa": isa, "threads": torch.get_num_threads()}
 
 
-def model_facts(model: str, **sources) -> dict:
-    """Facts from the checkpoint's headers; the weights are not read.
+def model_facts(model: str, adapter: str | None, base_gguf: str | None) -> dict:
+    """Facts from the checkpoint's headers; the weights are not read, and those of a hub id not fetched.
 
     Raises:
         CheckpointError: it cannot be opened.
     """
     from orthrus_rt import checkpoint
 
-    c = checkpoint.load(model, **sources).config
+    if model == checkpoint.EMBEDDED_NAME or base_gguf is not None or Path(model).is_dir():
+        c = checkpoint.load(model, adapter=adapter, base_gguf=base_gguf).config
+    else:
+        c = checkpoint.load_config(model, adapter)
     names = (
         "family", "num_layers", "hidden_size", "intermediate_size", "num_heads_q", "num_heads_kv", "head_dim",
         "vocab_size", "max_position_embeddings", "block_len", "mask_token_id", "eos_token_ids",
@@ -67,7 +70,7 @@ def model_facts(model: str, **sources) -> dict:
     return {"name": c.name} | {name: getattr(c, name) for name in names}
 
 
-def collect(*, device: str, dtype: str, model: str, **sources) -> dict:
+def collect(*, device: str, dtype: str, model: str, adapter: str | None = None, base_gguf: str | None = None) -> dict:
     """Everything as one dictionary of plain values. A model that cannot be opened is reported, not raised."""
     chosen = pick_device(device)
     native = dispatch.native()
@@ -84,7 +87,7 @@ def collect(*, device: str, dtype: str, model: str, **sources) -> dict:
         },
     }
     try:
-        facts["model"] = model_facts(model, **sources)
+        facts["model"] = model_facts(model, adapter, base_gguf)
     except CheckpointError as error:
         facts["model"] = {"name": model, "error": str(error)}
     return facts

@@ -28,9 +28,16 @@ def check_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype)
     Raises:
         torch.OutOfMemoryError: they do not fit.
     """
-    free, need = free_bytes(device), least_weight_bytes(config, device, dtype)
+    check_left(f"the weights of {config.name}", least_weight_bytes(config, device, dtype), device, dtype)
+
+
+def check_left(what: str, need: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises:
+    torch.OutOfMemoryError: ``need`` bytes are not there.
+    """
+    free = free_bytes(device)
     if free is not None and need > free:
-        what = f"the weights of {config.name} in {str(dtype).removeprefix('torch.')}"
+        what += f" in {str(dtype).removeprefix('torch.')}"
         raise OutOfMemoryError(f"out of memory: {what} take at least {_gb(need)}, and {device} has {_gb(free)} left")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 
-from orthrus_rt.checkpoint import Checkpoint
+from orthrus_rt.checkpoint import Checkpoint, expected_tensors
 from orthrus_rt.config import ROPE_KEYS
+from orthrus_rt.room import check_left
 from orthrus_rt.storage import is_diffusion
 
 
@@ -16,6 +18,9 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
 
     Attention is transformers' ``eager`` one, the rotary embedding follows its own reading of config.json. ``generate``
     stops at the checkpoint's end-of-sequence ids.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for it.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -40,10 +45,12 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
         eos_token_id=list(c.eos_token_ids),
         pad_token_id=0,
     )
-    weights = {}
-    for name, tensor in checkpoint.tensors.items():
-        if is_diffusion(name) == (view == "diffusion") or ".self_attn." not in name:
-            weights[name.replace("_diff.", ".")] = tensor.to(device=device, dtype=dtype)
+    device = torch.device(device)
+    shapes = {n: s for n, s in expected_tensors(c).items() if is_diffusion(n) == (view == "diffusion") or _is_shared(n)}
+    if device.type != "cpu" or checkpoint.tensors["model.norm.weight"].dtype != dtype:  # else they stay in their files
+        nbytes = dtype.itemsize * sum(map(math.prod, shapes.values()))
+        check_left("the weights that transformers needs beside these", nbytes, device, dtype)
+    weights = {n.replace("_diff.", "."): checkpoint.tensors[n].to(device=device, dtype=dtype) for n in shapes}
     with torch.device("meta"):
         model = model_type(config)
     model.load_state_dict(weights, strict=False, assign=True)
@@ -56,6 +63,10 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
     if missing:
         raise ValueError(f"transformers' {model_type.__name__} lacks weights for {', '.join(missing)}")
     return model.eval()
+
+
+def _is_shared(name: str) -> bool:
+    return ".self_attn." not in name
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from orthrus_rt import checkpoint, storage
+from orthrus_rt import checkpoint, info, storage
 from orthrus_rt.checkpoint import CheckpointError
 from tests import checkpoints
 
@@ -252,6 +252,23 @@ class TestHub:
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
         assert checkpoint.load(name).config.name == name
         assert asked == [("owner/model", revision, ["*.json", "*.safetensors", "*.jinja"])]
+
+    def test_info_fetches_no_weights(self, monkeypatch, folder, tmp_path):
+        """A view's folder or id beside the base's included."""
+        asked = []
+
+        def snapshot_download(repo_id, revision, allow_patterns):
+            asked.append((repo_id, allow_patterns))
+            files = tmp_path / repo_id.replace("/", "-")
+            files.mkdir()
+            for file in folder.glob("*.json"):
+                (files / file.name).write_bytes(file.read_bytes())
+            return str(files)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        facts = info.collect(device="cpu", dtype="bfloat16", model="owner/base", adapter="owner/view")["model"]
+        assert facts == info.model_facts(str(folder), None, None) | {"name": "owner/base"}
+        assert sorted(asked) == [("owner/base", ["*.json"]), ("owner/view", ["*.json"])]
 
     def test_offline(self, monkeypatch, tmp_path):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from orthrus_rt import room
+from orthrus_rt import room, transformers_model
 from tests import checkpoints, engines
 
 CPU = torch.device("cpu")
@@ -76,6 +76,16 @@ def test_weights_that_do_not_fit_are_not_loaded(folder, monkeypatch):
     said = r"^out of memory: the weights of \S+ in bfloat16 take at least 18.0 GB, and cpu has 0.0 GB left$"
     with pytest.raises(torch.OutOfMemoryError, match=said):
         engines.make(folder)
+
+
+def test_a_second_copy_that_does_not_fit(folder, monkeypatch):
+    """transformers', to compare with. What lies in files as it is needed takes no room."""
+    checkpoint = engines.make(folder).checkpoint
+    monkeypatch.setattr(room, "free_bytes", lambda _: 1000)
+    transformers_model.build(checkpoint, dtype=torch.bfloat16)
+    said = "^out of memory: the weights that transformers needs beside these in float32 take at least 0.0 GB, and cpu"
+    with pytest.raises(torch.OutOfMemoryError, match=said):
+        transformers_model.build(checkpoint, dtype=torch.float32)
 
 
 def test_a_cache_that_may_outgrow_the_memory_is_a_warning(folder, monkeypatch, caplog):
