@@ -196,7 +196,7 @@ def main() -> None:
     parser = common.parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat", "math", "data", "prose"])
-    parser.add_argument("--block-len", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--block-len", type=int, nargs="+", default=[8, 16], choices=range(8, 17), metavar="K")
     args = parser.parse_args()
     engine = Engine.from_pretrained(
         "smollm2-135m", device="cpu", max_seq_len=2048, max_batch_size=1, mode="two_pass", prefix_caching=False

@@ -44,7 +44,7 @@ def at_once(engine: Engine, ids: list[list[int]]) -> tuple[list[float], list]:
 def main() -> None:
     parser = common.parser_of(__doc__, device="cpu")
     parser.add_argument("--shared", type=int, nargs="+", default=[256, 1000])
-    parser.add_argument("--requests", type=int, default=8, help="2 ... 12")
+    parser.add_argument("--requests", type=int, default=8, choices=range(2, 13), metavar="N")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     rows = []

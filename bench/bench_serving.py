@@ -114,6 +114,8 @@ def main() -> None:
     parser.add_argument("--draft-len", type=int, default=3, help="of two_pass")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    if args.requests < 2 or args.tokens < 3:
+        parser.error("percentiles and times between tokens want --requests of at least 2, --tokens of at least 3")
     rows = []
     for rate in args.rate:
         runs: dict[str, list[list[Asked]]] = {mode: [] for mode in args.modes}
