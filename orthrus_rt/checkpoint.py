@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -15,8 +17,8 @@ from orthrus_rt.storage import LazyTensors, StoredTensor, is_diffusion, read_jso
 
 EMBEDDED_NAME = "smollm2-135m"
 # Everything a checkpoint needs, and no copy of the weights in another format.
-JSON_PATTERNS = ["*.json"]
-HUB_PATTERNS = [*JSON_PATTERNS, "*.safetensors", "*.jinja"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+CONFIG_FILES = ["config.json", "generation_config.json"]
 ADAPTER_KEYS = ("block_size", "mask_token_id")
 # What an adapter's config.json may say about the base that it was trained on -> its name in the base's ModelConfig.
 BASE_FACTS = {
@@ -77,14 +79,8 @@ def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None =
     Raises:
         CheckpointError: naming the file, the tensor or key, what was expected and what was found.
     """
-    path_or_id = str(path_or_id)
-    if path_or_id == EMBEDDED_NAME:
-        from orthrus_rt import embedded
-
-        return load_folder(embedded.base_folder(base_gguf), adapter or embedded.ADAPTER, EMBEDDED_NAME)
-    if base_gguf is not None:
-        raise CheckpointError(f"base_gguf: applies to {EMBEDDED_NAME!r} only, got it with {path_or_id!r}")
-    return load_folder(_resolve(path_or_id), adapter, path_or_id)
+    folder, adapter = _open(str(path_or_id), adapter, base_gguf, HUB_PATTERNS)
+    return load_folder(folder, adapter, str(path_or_id))
 
 
 def load_folder(folder: Path, adapter: str | Path | None, name: str) -> Checkpoint:
@@ -94,7 +90,7 @@ def load_folder(folder: Path, adapter: str | Path | None, name: str) -> Checkpoi
     adapter = None if adapter is None else _resolve(str(adapter), adapter=True)
     family_of(raw, str(folder / "config.json"))  # first: no adapter would help another family
     _check_one_view(stored, folder, adapter)
-    config, raw, adapter_raw = _read_config(folder, adapter, name)
+    config, raw, adapter_raw = _read_config(folder, raw, adapter, name)
     expected = expected_tensors(config)
     tied_head = {"lm_head.weight": expected["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
     if adapter is None:
@@ -116,20 +112,36 @@ def load_folder(folder: Path, adapter: str | Path | None, name: str) -> Checkpoi
     return Checkpoint(config, tensors, str(folder) if has_tokenizer else None, raw)
 
 
-def load_config(path_or_id: str, adapter: str | None = None) -> ModelConfig:
-    """The config of :func:`load` for a folder or hub id, from their JSON files alone: no weights are fetched.
+def load_config(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None = None) -> ModelConfig:
+    """The config of :func:`load` as the JSON files tell it. Of a hub id that is not on this machine, they alone are
+    fetched.
 
     Raises:
-        CheckpointError: as :func:`load`, of what these files tell.
+        CheckpointError: as of :func:`load`, but for what is wrong with weights.
     """
-    view = None if adapter is None else _resolve(adapter, JSON_PATTERNS, adapter=True)
-    return _read_config(_resolve(path_or_id, JSON_PATTERNS), view, path_or_id)[0]
+    folder, adapter = _open(path_or_id, adapter, base_gguf, CONFIG_FILES)
+    raw = read_json(folder / "config.json")
+    family_of(raw, str(folder / "config.json"))
+    if adapter is None and "block_size" not in raw:
+        raise _plain_base(folder)
+    view = None if adapter is None else _resolve(str(adapter), CONFIG_FILES, adapter=True)
+    return _read_config(folder, raw, view, path_or_id)[0]
 
 
-def _read_config(folder: Path, adapter: Path | None, name: str) -> tuple[ModelConfig, dict, dict]:
-    """The config, the JSON that it was parsed from, and the adapter's (empty without one)."""
-    raw, adapter_raw = read_json(folder / "config.json"), {}
-    where = str(folder / "config.json")
+def _open(path_or_id: str, adapter, base_gguf: str | None, patterns: list[str]) -> tuple[Path, str | Path | None]:
+    """The base's folder, and what was said of the adapter or goes without saying."""
+    if path_or_id == EMBEDDED_NAME:
+        from orthrus_rt import embedded
+
+        return embedded.base_folder(base_gguf), adapter or embedded.ADAPTER
+    if base_gguf is not None:
+        raise CheckpointError(f"base_gguf: applies to {EMBEDDED_NAME!r} only, got it with {path_or_id!r}")
+    return _resolve(path_or_id, patterns), adapter
+
+
+def _read_config(folder: Path, raw: dict, adapter: Path | None, name: str) -> tuple[ModelConfig, dict, dict]:
+    """The config, the JSON that it was parsed from, and the adapter's (empty without one); ``raw`` is config.json."""
+    where, adapter_raw = str(folder / "config.json"), {}
     if adapter is not None:
         adapter_raw = _adapter_config(adapter)
         raw = raw | {key: adapter_raw[key] for key in ADAPTER_KEYS}
@@ -176,7 +188,9 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> str
 
 
 def _resolve(path_or_id: str, patterns: list[str] = HUB_PATTERNS, *, adapter: bool = False) -> Path:
-    """An existing folder as it is, else a hub id's snapshot, of the files that match ``patterns``."""
+    """An existing folder as it is, else a hub id's snapshot, of the files that match ``patterns``. For configs that is
+    the one on this machine, if there is one: to fetch a later one's would part its name from the weights here.
+    """
     if path_or_id and Path(path_or_id).is_dir():
         return Path(path_or_id)
     what, known = f"{path_or_id!r}:", f"a folder here, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
@@ -187,8 +201,12 @@ def _resolve(path_or_id: str, patterns: list[str] = HUB_PATTERNS, *, adapter: bo
     import huggingface_hub
 
     repo_id, _, revision = path_or_id.partition("@")
+    fetch = functools.partial(huggingface_hub.snapshot_download, repo_id, revision=revision or None)
     try:
-        return Path(huggingface_hub.snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns))
+        if patterns == CONFIG_FILES:
+            with contextlib.suppress(huggingface_hub.errors.LocalEntryNotFoundError):
+                return Path(fetch(local_files_only=True))
+        return Path(fetch(allow_patterns=patterns))
     except Exception as error:  # whatever the client or its transport raises
         reason = " ".join(str(error).split()) or "no reason given"
         raise CheckpointError(
@@ -200,12 +218,16 @@ def _resolve(path_or_id: str, patterns: list[str] = HUB_PATTERNS, *, adapter: bo
 def _check_one_view(stored: dict[str, StoredTensor], folder: Path, adapter: Path | None) -> None:
     diffusion = [key for key in stored if is_diffusion(key)]
     if adapter is None and not diffusion:
-        raise CheckpointError(
-            f"{folder}: holds no diffusion view (no *_diff tensors), it is a plain base model: "
-            "pass adapter=FOLDER with the diffusion view trained on it"
-        )
+        raise _plain_base(folder, " (no *_diff tensors)")
     if adapter is not None and diffusion:
         raise CheckpointError(f"{folder}: already holds a diffusion view ({diffusion[0]}), so {adapter} does not fit")
+
+
+def _plain_base(folder: Path, evidence: str = "") -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: holds no diffusion view{evidence}, it is a plain base model: "
+        "pass adapter=FOLDER with the diffusion view trained on it"
+    )
 
 
 def _adapter_config(adapter: Path) -> dict:

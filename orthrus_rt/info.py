@@ -34,7 +34,8 @@ def cpu_name(cpuinfo: str) -> str:
     """Of the first processor, with family and model: virtual ones of several generations may share a name."""
     lines = (line.partition(":") for line in cpuinfo.split("\n\n")[0].splitlines())
     facts = {key.strip(): value.strip() for key, _, value in lines}
-    numbers = [f"{name} {facts[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in facts]
+    keys = {"family": "cpu family", "model": "model", "implementer": "CPU implementer", "part": "CPU part"}
+    numbers = [f"{name} {facts[key]}" for name, key in keys.items() if key in facts]
     return facts.get("model name", platform.machine()) + (f" ({', '.join(numbers)})" if numbers else "")
 
 
@@ -52,17 +53,18 @@ def device_facts(device: torch.device) -> dict:
 
 
 def model_facts(model: str, adapter: str | None, base_gguf: str | None) -> dict:
-    """Facts from the checkpoint's headers; the weights are not read, and those of a hub id not fetched.
+    """Facts from config.json, and all that the headers of weights tell where they lie in folders. None are fetched.
 
     Raises:
         CheckpointError: it cannot be opened.
     """
     from orthrus_rt import checkpoint
 
-    if model == checkpoint.EMBEDDED_NAME or base_gguf is not None or Path(model).is_dir():
+    are_here = (source in (None, checkpoint.EMBEDDED_NAME) or Path(source).is_dir() for source in (model, adapter))
+    if all(are_here):
         c = checkpoint.load(model, adapter=adapter, base_gguf=base_gguf).config
     else:
-        c = checkpoint.load_config(model, adapter)
+        c = checkpoint.load_config(model, adapter=adapter, base_gguf=base_gguf)
     names = (
         "family", "num_layers", "hidden_size", "intermediate_size", "num_heads_q", "num_heads_kv", "head_dim",
         "vocab_size", "max_position_embeddings", "block_len", "mask_token_id", "eos_token_ids",

@@ -32,8 +32,10 @@ def check_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype)
 
 
 def check_left(what: str, need: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises:
-    torch.OutOfMemoryError: ``need`` bytes are not there.
+    """Before ``need`` bytes are taken for it.
+
+    Raises:
+        torch.OutOfMemoryError: they are not there.
     """
     free = free_bytes(device)
     if free is not None and need > free:

@@ -46,11 +46,13 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
         pad_token_id=0,
     )
     device = torch.device(device)
-    shapes = {n: s for n, s in expected_tensors(c).items() if is_diffusion(n) == (view == "diffusion") or _is_shared(n)}
-    if device.type != "cpu" or checkpoint.tensors["model.norm.weight"].dtype != dtype:  # else they stay in their files
-        nbytes = dtype.itemsize * sum(map(math.prod, shapes.values()))
-        check_left("the weights that transformers needs beside these", nbytes, device, dtype)
-    weights = {n.replace("_diff.", "."): checkpoint.tensors[n].to(device=device, dtype=dtype) for n in shapes}
+    names = [n for n in checkpoint.tensors if is_diffusion(n) == (view == "diffusion") or ".self_attn." not in n]
+    # On a CPU what needs no conversion stays in its file: one matrix stands for all.
+    if device.type != "cpu" or checkpoint.tensors["model.layers.0.mlp.up_proj.weight"].dtype != dtype:
+        shapes = expected_tensors(c)
+        nbytes = dtype.itemsize * sum(math.prod(shapes[name]) for name in names)
+        check_left("the weights of transformers' model", nbytes, device, dtype)
+    weights = {n.replace("_diff.", "."): checkpoint.tensors[n].to(device=device, dtype=dtype) for n in names}
     with torch.device("meta"):
         model = model_type(config)
     model.load_state_dict(weights, strict=False, assign=True)
@@ -63,10 +65,6 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
     if missing:
         raise ValueError(f"transformers' {model_type.__name__} lacks weights for {', '.join(missing)}")
     return model.eval()
-
-
-def _is_shared(name: str) -> bool:
-    return ".self_attn." not in name
 
 
 @torch.inference_mode()

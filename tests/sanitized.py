@@ -72,7 +72,9 @@ class Sanitizer:
         from tests.cpu import cuda_host
 
         cpu = amx_software.load(self.folder).cpu
-        for isa in variants.OF_THIS_KIND[:-1]:
+        for isa in variants.OF_THIS_KIND:
+            if isa == "amx_bf16":
+                break
             try:
                 cpu.set_isa(isa)
             except RuntimeError:

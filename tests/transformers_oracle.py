@@ -1,5 +1,7 @@
 """An independent oracle: transformers' own Llama and Qwen3 blocks, holding one view's attention weights at a time."""
 
+import inspect
+
 import torch
 from transformers import DynamicCache
 
@@ -13,13 +15,14 @@ def ar_logits(ar_model, ids):
 @torch.inference_mode()
 def diffusion_logits(ar_model, diffusion_model, prefix, block):
     """fp32 ``[len(block), vocab_size]``: the block's rows see the AR cache of ``prefix`` and each other."""
-    cache = DynamicCache()
-    ar_model(torch.tensor([prefix]), past_key_values=cache, use_cache=True)
+    named = "cache" if "cache" in inspect.signature(ar_model.forward).parameters else "past_key_values"  # before 5.24
+    cache = {named: DynamicCache()}
+    ar_model(torch.tensor([prefix]), use_cache=True, **cache)
     n, k = len(prefix), len(block)
     return diffusion_model(
         torch.tensor([block]),
-        past_key_values=cache,
         attention_mask=torch.zeros(1, 1, k, n + k),
         position_ids=torch.arange(n, n + k)[None],
         use_cache=True,
+        **cache,
     ).logits[0]

@@ -12,7 +12,7 @@ CMAKE = (ROOT / "CMakeLists.txt").read_text()
 ON_AARCH64 = platform.machine() in ("aarch64", "arm64")
 NEON = ("neon", "neon_bf16")
 OF_THIS_KIND = ("portable", *(NEON if ON_AARCH64 else ("avx2", "avx512", "avx512_bf16", "amx_bf16")))
-EMULATED = "AArch64 elsewhere: apt-get install g++-aarch64-linux-gnu qemu-user"
+EMULATED = "for AArch64 elsewhere, apt-get install g++-aarch64-linux-gnu qemu-user"
 
 
 def compiler(for_aarch64: bool) -> str | None:

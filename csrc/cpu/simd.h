@@ -105,7 +105,7 @@ ORTHRUS_INLINE Vec exp(Vec x) {
   return where_less(x, -87.3f, zero(), scale_by_pow2(p, n));
 }
 
-// ln(x) to 2 ulp of the larger of |ln(x)| and 0.3, for normal 0 < x < 2^126: 2 atanh((m - 1) / (m + 1)), mantissa m.
+// ln(x) to 2 ulp of the larger of |ln(x)| and 0.3, for normal 0 < x < 2^126: of its mantissa m, 2 atanh((m-1) / (m+1)).
 ORTHRUS_INLINE Vec log(Vec x) {
   const Vec n = exponent(x);
   const Vec m = scale_by_pow2(x, sub(zero(), n));

@@ -4,7 +4,8 @@
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-// Rows of the register tile of row_linear (times 32 outputs) and queries of those of dual_attn: what 32 registers hold.
+// Rows of the register tile of row_linear (times 32 outputs) and queries of those of dual_attn: about what 32 registers
+// hold.
 #if defined(ORTHRUS_ISA_neon_bf16)
 constexpr int kTileRows = 3;
 #else
@@ -31,7 +32,7 @@ ORTHRUS_EACH(mul, vmulq_f32)
 ORTHRUS_EACH(div, vdivq_f32)
 ORTHRUS_INLINE float32x4_t max4(float32x4_t x, float32x4_t y) { return vbslq_f32(vcgtq_f32(x, y), x, y); }
 ORTHRUS_INLINE float32x4_t min4(float32x4_t x, float32x4_t y) { return vbslq_f32(vcltq_f32(x, y), x, y); }
-// A NaN in y passes through max and min, one in x does not, which the instructions of these names would pass too.
+// A NaN in y passes through max and min, one in x does not: fmax and fmin would pass both.
 ORTHRUS_EACH(max, max4)
 ORTHRUS_EACH(min, min4)
 ORTHRUS_INLINE float32x4_t scale_by_pow2(float32x4_t x, float32x4_t n) {

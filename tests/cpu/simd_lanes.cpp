@@ -1,9 +1,14 @@
-// Prints what every function of simd.h gives on one instruction set: a line of bits for each call. NaN of any kind
-// prints as one; results at which a sign of zero is free are added to zero.
+// Prints what the functions of simd.h over vectors give on one instruction set: a line of bits for each call. NaN of
+// any kind prints as one; results at which a sign of zero is free are added to zero. What they read and write ends
+// where memory does.
 #include "simd.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
 #include <cstdio>
-#include <vector>
+#include <cstdlib>
 
 namespace simd = orthrus::cpu::ORTHRUS_ISA;
 using orthrus::bf16_t;
@@ -13,6 +18,15 @@ using simd::WordVec;
 namespace {
 
 constexpr int kLanes = simd::kLanes;
+
+// Room for `count` elements right before a page that must not be touched.
+template <typename T>
+T* at_edge(int count) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  void* pages = mmap(nullptr, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED || mprotect(static_cast<char*>(pages) + page, page, PROT_NONE)) std::abort();
+  return reinterpret_cast<T*>(static_cast<char*>(pages) + page) - count;
+}
 
 uint32_t next_word() {  // xorshift
   static uint32_t state = 2463534242u;
@@ -43,8 +57,8 @@ float positive_normal() { return as_float(0x00800000u + next_word() % 0x7f000000
 
 template <typename Make>
 Vec fill(Make make) {
-  float lane[kLanes];
-  for (float& x : lane) x = make();
+  static float* const lane = at_edge<float>(kLanes);
+  for (int i = 0; i < kLanes; ++i) lane[i] = make();
   return simd::load(lane);
 }
 
@@ -57,8 +71,8 @@ void print(const char* name, float f) {
   std::puts("");
 }
 void print(const char* name, Vec v) {
+  static float* const lane = at_edge<float>(kLanes);
   uint32_t bits[kLanes];
-  float lane[kLanes];
   simd::store(lane, v);
   std::memcpy(bits, lane, sizeof bits);
   std::printf("%s", name);
@@ -95,6 +109,10 @@ void arithmetic() {
   print("mul", simd::mul(a, b));
   print("div", simd::div(a, b));
   print("fma", simd::fma(a, b, c));
+  static float lanes[4][kLanes];
+  for (int i = 0; i < 3; ++i) simd::store(lanes[i], i == 0 ? a : i == 1 ? b : c);
+  for (int i = 0; i < kLanes; ++i) lanes[3][i] = std::fma(lanes[0][i], lanes[1][i], lanes[2][i]);
+  print("fused", simd::load(lanes[3]));
   print("max", simd::max(a, b));
   print("min", simd::min(a, b));
   print("where_less", simd::where_less(a, any(), b, c));
@@ -106,7 +124,8 @@ void arithmetic() {
   const Vec mantissa = fill(in(8.f)), exponent = fill([] { return whole(120); });
   print("scale_by_pow2", simd::scale_by_pow2(mantissa, exponent));
   print("exponent", simd::exponent(fill(positive_normal)));
-  print("reduce_add", simd::reduce_add(fill(in(8.f))));
+  const Vec left = fill(in(8.f)), right = fill(in(8.f));
+  print("reduce_add", simd::reduce_add(simd::mul(left, right)));
   print("reduce_max", simd::reduce_max(simd::replace_nan(a, 0.f)));
   print("exp", simd::exp(fill(in(100.f))));
   print("exp", simd::exp(a));
@@ -114,18 +133,18 @@ void arithmetic() {
 }
 
 void counting() {
-  const Vec few = fill([] { return whole(3); });
+  const Vec few = fill([] { return next_word() % 4 ? whole(3) : any(); });
   const float low = whole(3), high = whole(3);
   std::printf("count_at_least %d %d\n", simd::count_at_least(few, low), simd::count_at_least(fill(any), low));
-  float out[2 * kLanes];
+  static float* const out = at_edge<float>(kLanes);
   const int32_t count = simd::compress_between(out, few, low, high);
   std::printf("compress_between %d", count);
-  for (int i = 0; i < count; ++i) std::printf(" %g", out[i]);
+  for (int i = 0; i < count; ++i) std::printf(" %a", out[i] + 0.f);
   std::printf("\nfirst_equal %d\n", simd::first_equal(few, low));
 }
 
 void words() {
-  uint32_t in[kLanes], other[kLanes];
+  static uint32_t *const in = at_edge<uint32_t>(kLanes), *const other = at_edge<uint32_t>(kLanes);
   for (int i = 0; i < kLanes; ++i) {
     in[i] = next_word();
     other[i] = next_word();
@@ -143,18 +162,17 @@ void words() {
 }
 
 void elements() {
-  bf16_t p[kLanes], q[kLanes], out[kLanes];
+  static bf16_t *const p = at_edge<bf16_t>(kLanes), *const q = at_edge<bf16_t>(kLanes);
+  static bf16_t* const out = at_edge<bf16_t>(kLanes);
   for (int i = 0; i < kLanes; ++i) {
     p[i] = simd::to_bf16(within(4.f));
     q[i] = simd::to_bf16(within(4.f));
   }
   print("load", simd::load(p));
-  // Where pairs are multiplied at once, denormals become zero.
-  const Vec normal = fill([] {
-    const float x = any();
-    return x * x < 1e-37f ? 1.f : x;
-  });
-  simd::store(out, normal);
+  const Vec wide = fill(any);
+  simd::store(out, wide);
+  print("store_any", out, kLanes);
+  simd::store(out, simd::where_less(simd::mul(wide, wide), 1e-37f, simd::set1(1.f), wide));
   print("store", out, kLanes);
   const WordVec pairs = simd::zip_pairs(p, q), more = simd::zip_pairs(q, p);
   print("zip_pairs", pairs);
@@ -165,14 +183,13 @@ void elements() {
 }
 
 void transposition() {
-  uint32_t in[kLanes][kLanes], out[kLanes * 20] = {};
+  constexpr int kStride = 20, kWords = 15 * kStride + kLanes;
+  static uint32_t *const in = at_edge<uint32_t>(kLanes * kLanes), *const out = at_edge<uint32_t>(kWords);
   const uint32_t* rows[kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    rows[i] = in[i];
-    for (uint32_t& word : in[i]) word = next_word();
-  }
-  simd::transpose16(rows, out, 20);
-  print("transpose16", out, kLanes * 20);
+  for (int i = 0; i < kLanes * kLanes; ++i) in[i] = next_word();
+  for (int i = 0; i < kLanes; ++i) rows[i] = in + (7 * i + 3) % kLanes * kLanes;
+  simd::transpose16(rows, out, kStride);
+  print("transpose16", out, kWords);
 }
 
 }  // namespace

@@ -253,22 +253,39 @@ class TestHub:
         assert checkpoint.load(name).config.name == name
         assert asked == [("owner/model", revision, ["*.json", "*.safetensors", "*.jinja"])]
 
-    def test_info_fetches_no_weights(self, monkeypatch, folder, tmp_path):
-        """A view's folder or id beside the base's included."""
+    @pytest.mark.parametrize("adapter", [None, "owner/view"])
+    @pytest.mark.parametrize("is_here", [False, True])
+    def test_info_fetches_no_weights(self, monkeypatch, folder, tmp_path, is_here, adapter):
+        """Nor anything, where a snapshot is here: its name would move to what has no weights here."""
         asked = []
 
-        def snapshot_download(repo_id, revision, allow_patterns):
+        def snapshot_download(repo_id, revision, local_files_only=False, allow_patterns=None):
+            if local_files_only and not is_here:
+                raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
             asked.append((repo_id, allow_patterns))
             files = tmp_path / repo_id.replace("/", "-")
             files.mkdir()
-            for file in folder.glob("*.json"):
-                (files / file.name).write_bytes(file.read_bytes())
+            (files / "config.json").write_bytes((folder / "config.json").read_bytes())
             return str(files)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        facts = info.collect(device="cpu", dtype="bfloat16", model="owner/base", adapter="owner/view")["model"]
+        facts = info.collect(device="cpu", dtype="bfloat16", model="owner/base", adapter=adapter)["model"]
         assert facts == info.model_facts(str(folder), None, None) | {"name": "owner/base"}
-        assert sorted(asked) == [("owner/base", ["*.json"]), ("owner/view", ["*.json"])]
+        patterns = None if is_here else ["config.json", "generation_config.json"]
+        assert asked == [(name, patterns) for name in ("owner/base", adapter) if name]
+
+    def test_info_of_a_base(self, monkeypatch, folder):
+        """A view would not help another family: nothing is said of one then."""
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+        config = json.loads((folder / "config.json").read_text())
+        del config["block_size"]
+        (folder / "config.json").write_text(json.dumps(config))
+        told = info.collect(device="cpu", dtype="bfloat16", model="owner/base")["model"]["error"]
+        assert told.startswith(f"{folder}: holds no diffusion view, it is a plain base model: pass adapter=FOLDER")
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+        for adapter in (None, "owner/view"):
+            facts = info.collect(device="cpu", dtype="bfloat16", model="owner/base", adapter=adapter)["model"]
+            assert "gpt2" in facts["error"] and "view" not in facts["error"]
 
     def test_offline(self, monkeypatch, tmp_path):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

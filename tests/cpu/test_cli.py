@@ -166,6 +166,8 @@ def test_processors_of_one_name_are_told_apart():
     """What cycles cost is kept by it."""
     processor = "processor\t: {}\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nflags\t\t: a: b\n\n"
     assert info.cpu_name(processor.format(0) + processor.format(1)) == "AMD EPYC (family 26, model 2)"
+    arm = "processor\t: 0\nBogoMIPS\t: 2000.00\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n"
+    assert info.cpu_name(arm) == f"{platform.machine()} (implementer 0x41, part 0xd4f)"
     assert info.cpu_name("processor\t: 0\nBogoMIPS\t: 243.75\n") == info.cpu_name("") == platform.machine()
 
 

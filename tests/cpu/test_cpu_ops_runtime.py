@@ -258,7 +258,7 @@ def test_isa_override():
     with pytest.raises(TypeError, match="incompatible function arguments"):
         dispatch.native().cpu.set_isa(None)
     tiles = isa_of(ORTHRUS_CPU_ISA="amx_bf16")
-    assert tiles.stdout == "amx_bf16\n" or "this machine does not offer amx_bf16" in tiles.stderr
+    assert tiles.stdout == "amx_bf16\n" or re.search("this machine does not offer|got amx_bf16", tiles.stderr)
 
 
 def test_enums_of_parameters_are_integers():

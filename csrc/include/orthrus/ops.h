@@ -4,8 +4,7 @@
 
 namespace orthrus::cpu {
 
-// ISA variant in use: "amx_bf16", "avx512_bf16", "avx512", "avx2" or "portable"; the best one unless ORTHRUS_CPU_ISA
-// names another.
+// ISA variant in use (cpu/dispatch.cpp lists them), the best one unless ORTHRUS_CPU_ISA names another.
 const char* isa();
 // Change it for tests and measurements. Throws std::runtime_error where the machine does not offer it.
 void set_isa(const char* name);
