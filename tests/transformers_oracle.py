@@ -15,7 +15,7 @@ def ar_logits(ar_model, ids):
 @torch.inference_mode()
 def diffusion_logits(ar_model, diffusion_model, prefix, block):
     """fp32 ``[len(block), vocab_size]``: the block's rows see the AR cache of ``prefix`` and each other."""
-    named = "cache" if "cache" in inspect.signature(ar_model.forward).parameters else "past_key_values"  # before 5.24
+    named = "cache" if "cache" in inspect.signature(ar_model.forward).parameters else "past_key_values"  # older
     cache = {named: DynamicCache()}
     ar_model(torch.tensor([prefix]), use_cache=True, **cache)
     n, k = len(prefix), len(block)
