@@ -188,8 +188,10 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> str
 
 
 def _resolve(path_or_id: str, patterns: list[str] = HUB_PATTERNS, *, adapter: bool = False) -> Path:
-    """An existing folder as it is, else a hub id's snapshot, of the files that match ``patterns``. For configs that is
-    the one on this machine, if there is one: to fetch a later one's would part its name from the weights here.
+    """An existing folder as it is, else a hub id's snapshot, of the files that match ``patterns``.
+
+    Where configs alone are asked for, a snapshot on this machine will do: to fetch those of a later one would make the
+    id, for whoever is offline then, mean that one, whose weights are not here.
     """
     if path_or_id and Path(path_or_id).is_dir():
         return Path(path_or_id)
@@ -205,7 +207,9 @@ def _resolve(path_or_id: str, patterns: list[str] = HUB_PATTERNS, *, adapter: bo
     try:
         if patterns == CONFIG_FILES:
             with contextlib.suppress(huggingface_hub.errors.LocalEntryNotFoundError):
-                return Path(fetch(local_files_only=True))
+                here = Path(fetch(local_files_only=True))
+                if (here / "config.json").exists():
+                    return here
         return Path(fetch(allow_patterns=patterns))
     except Exception as error:  # whatever the client or its transport raises
         reason = " ".join(str(error).split()) or "no reason given"
