@@ -79,7 +79,7 @@ def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None =
     Raises:
         CheckpointError: naming the file, the tensor or key, what was expected and what was found.
     """
-    folder, adapter = _open(str(path_or_id), adapter, base_gguf, HUB_PATTERNS)
+    folder, adapter = _open(str(path_or_id), adapter, base_gguf)
     return load_folder(folder, adapter, str(path_or_id))
 
 
@@ -119,16 +119,16 @@ def load_config(path_or_id: str, *, adapter: str | None = None, base_gguf: str |
     Raises:
         CheckpointError: as of :func:`load`, but for what is wrong with weights.
     """
-    folder, adapter = _open(path_or_id, adapter, base_gguf, CONFIG_FILES)
+    folder, adapter = _open(path_or_id, adapter, base_gguf, config_only=True)
     raw = read_json(folder / "config.json")
     family_of(raw, str(folder / "config.json"))
     if adapter is None and "block_size" not in raw:
         raise _plain_base(folder)
-    view = None if adapter is None else _resolve(str(adapter), CONFIG_FILES, adapter=True)
+    view = None if adapter is None else _resolve(str(adapter), adapter=True, config_only=True)
     return _read_config(folder, raw, view, path_or_id)[0]
 
 
-def _open(path_or_id: str, adapter, base_gguf: str | None, patterns: list[str]) -> tuple[Path, str | Path | None]:
+def _open(path_or_id: str, adapter, base_gguf: str | None, config_only=False) -> tuple[Path, str | Path | None]:
     """The base's folder, and what was said of the adapter or goes without saying."""
     if path_or_id == EMBEDDED_NAME:
         from orthrus_rt import embedded
@@ -136,7 +136,7 @@ def _open(path_or_id: str, adapter, base_gguf: str | None, patterns: list[str]) 
         return embedded.base_folder(base_gguf), adapter or embedded.ADAPTER
     if base_gguf is not None:
         raise CheckpointError(f"base_gguf: applies to {EMBEDDED_NAME!r} only, got it with {path_or_id!r}")
-    return _resolve(path_or_id, patterns), adapter
+    return _resolve(path_or_id, config_only=config_only), adapter
 
 
 def _read_config(folder: Path, raw: dict, adapter: Path | None, name: str) -> tuple[ModelConfig, dict, dict]:
@@ -187,11 +187,11 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> str
     return hashlib.sha256(weight.to(torch.bfloat16).contiguous().view(torch.int16).numpy()).hexdigest()
 
 
-def _resolve(path_or_id: str, patterns: list[str] = HUB_PATTERNS, *, adapter: bool = False) -> Path:
-    """An existing folder as it is, else a hub id's snapshot, of the files that match ``patterns``.
+def _resolve(path_or_id: str, *, adapter: bool = False, config_only: bool = False) -> Path:
+    """An existing folder as it is, else a hub id's snapshot.
 
-    Where configs alone are asked for, a snapshot on this machine will do: to fetch those of a later one would make the
-    id, for whoever is offline then, mean that one, whose weights are not here.
+    ``config_only``: a snapshot on this machine will do, else no weights are fetched. To fetch the config of a later one
+    would make the id, for whoever is offline then, mean that one, whose weights are not here.
     """
     if path_or_id and Path(path_or_id).is_dir():
         return Path(path_or_id)
@@ -205,12 +205,12 @@ def _resolve(path_or_id: str, patterns: list[str] = HUB_PATTERNS, *, adapter: bo
     repo_id, _, revision = path_or_id.partition("@")
     fetch = functools.partial(huggingface_hub.snapshot_download, repo_id, revision=revision or None)
     try:
-        if patterns == CONFIG_FILES:
+        if config_only:
             with contextlib.suppress(huggingface_hub.errors.LocalEntryNotFoundError):
                 here = Path(fetch(local_files_only=True))
                 if (here / "config.json").exists():
                     return here
-        return Path(fetch(allow_patterns=patterns))
+        return Path(fetch(allow_patterns=CONFIG_FILES if config_only else HUB_PATTERNS))
     except Exception as error:  # whatever the client or its transport raises
         reason = " ".join(str(error).split()) or "no reason given"
         raise CheckpointError(
