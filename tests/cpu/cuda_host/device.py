@@ -11,8 +11,10 @@ import ctypes
 import functools
 
 import pytest
+import torch
 
 from orthrus_rt import dispatch, ops
+from orthrus_rt.huge_pages import huge_pages
 from tests.cpu import cuda_host
 
 NATIVE = ("row_linear", "qkv_commit", "dual_attn", "consensus")  # the other ops are Triton's
@@ -79,7 +81,8 @@ class Device:
     def __getattr__(self, op: str):
         if op in NATIVE:
             return lambda params: launch(self._run, op, as_ctypes(params), type(params).__name__.endswith("F32"))
-        return lambda params: launch(getattr(self.native.cpu, op), params)
+        function = getattr(self.native.cpu, op)
+        return (lambda params: launch(function, params)) if op in dispatch.OPS else function
 
     def _run(self, op: str, params: ctypes.Structure, is_f32: bool) -> None:
         self.num_launches += 1
@@ -121,6 +124,7 @@ def installed(*, others: str, num_sms: int = 5):
     module = Module(device)
     with pytest.MonkeyPatch.context() as patch, cuda_host.host_unseen():
         patch.setattr(dispatch, "native", lambda: module)
+        patch.setattr(huge_pages, "block", torch.empty(0, dtype=torch.uint8))  # it begins with memory of its own
         patch.setattr(dispatch, "select", lambda op, *_: "cuda" if op in NATIVE else others)
         patch.setattr(ops, "_launch_on", lambda *args, **kwargs: launch(functools.partial(run_triton, **kwargs), *args))
         yield device
