@@ -27,24 +27,13 @@ struct Ahead {
 };
 // How far ahead a lone tile, which reads each weight once, prefetches.
 constexpr int kAheadBytes = 16384;
-// Bytes of inputs in a block of rows, and its rows at least: what is widened, or multiplied by groups of strips, should
-// stay in the L2 cache.
-constexpr int64_t kRowBlockBytes = 1 << 20;
-constexpr int64_t kMinRowBlock = 48;
 // More tiles than these read a coded strip decoded once: what that writes costs more than to decode a few times.
 constexpr int64_t kMostDecodingTiles = 6;
 
-// Inputs as the products take them: where no instruction multiplies pairs of bf16, they are widened to floats first,
-// once per run of strips.
-template <typename T>
-constexpr bool kWidensRows = kPerWord<T> == 2 && !kHasDot2;
-template <typename T>
-using Input = std::conditional_t<kWidensRows<T>, float, T>;
-
-// acc[r][0 ... 31] of kRows rows against one strip. Widened rows have an even number of elements.
+// acc[r][0 ... 31] of kRows rows against one strip.
 template <typename T, typename Strip, int kRows>
-inline __attribute__((noinline)) void multiply_tile(const Input<T>* x, int64_t x_stride, const char* w,
-                                                    int64_t in_features, Ahead ahead, float* acc) {
+inline __attribute__((noinline)) void multiply_tile(const T* x, int64_t x_stride, const char* w, int64_t in_features,
+                                                    Ahead ahead, float* acc) {
   Vec lo[kRows], hi[kRows];
   ORTHRUS_UNROLL
   for (int r = 0; r < kRows; ++r) lo[r] = hi[r] = zero();
@@ -56,30 +45,16 @@ inline __attribute__((noinline)) void multiply_tile(const Input<T>* x, int64_t x
       hi[r] = dot<T>(hi[r], weights.hi, word);
     }
   };
-  const auto widened_step = [&](StepWords weights, const float* from) ORTHRUS_LAMBDA {
-    const Vec first_lo = first_of(weights.lo), first_hi = first_of(weights.hi);
-    const Vec second_lo = second_of(weights.lo), second_hi = second_of(weights.hi);
-    ORTHRUS_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const Vec first = set1(from[r * x_stride]), second = set1(from[r * x_stride + 1]);
-      lo[r] = fma(second_lo, second, fma(first_lo, first, lo[r]));
-      hi[r] = fma(second_hi, second, fma(first_hi, first, hi[r]));
-    }
-  };
   Strip strip(w);
-  const auto step_at = [&](const Input<T>* from, StepWords weights) ORTHRUS_LAMBDA {
-    if constexpr (kWidensRows<T>) {
-      widened_step(weights, from);
-    } else {
-      step(weights, [&](int r) ORTHRUS_LAMBDA { return load_word(from + r * x_stride); });
-    }
+  const auto step_at = [&](const T* from, StepWords weights) ORTHRUS_LAMBDA {
+    step(weights, [&](int r) ORTHRUS_LAMBDA { return load_word(from + r * x_stride); });
   };
-  const int64_t num_words = kWidensRows<T> ? div_up(in_features, 2) : in_features / kPerWord<T>;
+  const int64_t num_words = in_features / kPerWord<T>;
   const auto stream = [&](auto lines) ORTHRUS_LAMBDA {
     const char* line = ahead.from;
     for (int64_t k = 0; k < num_words; k += Strip::kSteps) {
       for (int i = 0; i < decltype(lines)::value; ++i, line += kLineBytes) prefetch(line);
-      const Input<T>* from = x + k * (kWidensRows<T> ? 2 : kPerWord<T>);
+      const T* from = x + k * kPerWord<T>;
       step_at(from, strip.template words<0>(k));
       if constexpr (Strip::kSteps == 2) step_at(from + 2, strip.template words<1>(k + 1));
     }
@@ -93,7 +68,7 @@ inline __attribute__((noinline)) void multiply_tile(const Input<T>* x, int64_t x
   } else {
     stream(std::integral_constant<int, 0>());
   }
-  if constexpr (kPerWord<T> == 2 && !kWidensRows<T> && Strip::kSteps == 1) {
+  if constexpr (kPerWord<T> == 2 && Strip::kSteps == 1) {
     if (in_features % 2) {
       step(strip.template words<0>(num_words),
            [&](int r) ORTHRUS_LAMBDA { return uint32_t{x[r * x_stride + in_features - 1]}; });
@@ -107,7 +82,7 @@ inline __attribute__((noinline)) void multiply_tile(const Input<T>* x, int64_t x
 }
 
 template <typename T>
-using MultiplyTile = void (*)(const Input<T>*, int64_t, const char*, int64_t, Ahead, float*);
+using MultiplyTile = void (*)(const T*, int64_t, const char*, int64_t, Ahead, float*);
 
 template <typename T, typename Strip, int kRows = kTileRows>
 ORTHRUS_INLINE MultiplyTile<T> multiply_tile_of(int64_t rows) {
@@ -198,10 +173,10 @@ struct Weight {
   bool coded;
 };
 
-// Rows [begin, end), the first of them at x, against one strip of `weight`, in row tiles of nearly equal height.
+// Rows [begin, end) against one strip of `weight`, in row tiles of nearly equal height.
 template <typename T>
-ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, const Input<T>* x, int64_t x_stride, Weight weight,
-                                   int64_t strip, int64_t begin, int64_t end) {
+ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight, int64_t strip, int64_t begin,
+                                   int64_t end) {
   const int64_t num_steps = div_up(p.in_features, kPerWord<T>);
   const int64_t strip_bytes = weight.coded ? coded_strip_bytes(num_steps) : num_steps * kStepBytes;
   const char* stored = weight.data + strip * strip_bytes;
@@ -212,7 +187,8 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, const Input<T>
     for (int64_t t = 0; t < num_tiles; ++t) {
       const int64_t first = (end - begin) * t / num_tiles;
       const int64_t last = (end - begin) * (t + 1) / num_tiles;
-      of_rows(last - first)(x + first * x_stride, x_stride, w, p.in_features, ahead(t), acc);
+      const T* x = p.x + (begin + first) * p.in_features;
+      of_rows(last - first)(x, p.in_features, w, p.in_features, ahead(t), acc);
       finish_rows(p, acc, begin + first, last - first, strip);
     }
   };
@@ -262,39 +238,13 @@ ORTHRUS_INLINE void for_row_blocks(const RowLinearParamsOf<T>& p, int64_t most, 
   }
 }
 
-// Rows [begin, end) as floats, `stride` apart, a zero behind an odd number of elements.
-ORTHRUS_INLINE const float* widen_rows(const RowLinearParamsOf<bf16_t>& p, int64_t begin, int64_t end,
-                                       int64_t stride) {
-  float* out = thread_scratch((end - begin) * stride);
-  for (int64_t r = 0; r < end - begin; ++r) {
-    const bf16_t* x = p.x + (begin + r) * p.in_features;
-    float* to = out + r * stride;
-    int64_t k = 0;
-    for (; k + kLanes <= p.in_features; k += kLanes) store(to + k, load(x + k));
-    for (; k < p.in_features; ++k) to[k] = to_float(x[k]);
-    if (k < stride) to[k] = 0.f;
-  }
-  return out;
-}
-
 template <typename T>
 inline void row_linear(const RowLinearParamsOf<T>& p) {
   parallel_strips(p, 4, [&](int64_t first_strip, int64_t last_strip) {
-    if constexpr (kWidensRows<T>) {
-      const int64_t stride = 2 * div_up(p.in_features, 2);
-      const int64_t most = max_of(kMinRowBlock, kRowBlockBytes / (stride * int64_t{sizeof(float)}));
-      for_row_blocks(p, most, [&](Weight weight, int64_t begin, int64_t end) {
-        const float* x = widen_rows(p, begin, end, stride);
-        for (int64_t strip = first_strip; strip < last_strip; ++strip) {
-          multiply_strip(p, x, stride, weight, strip, begin, end);
-        }
+    for (int64_t strip = first_strip; strip < last_strip; ++strip) {
+      for_row_blocks(p, p.num_rows, [&](Weight weight, int64_t begin, int64_t end) {
+        multiply_strip(p, weight, strip, begin, end);
       });
-    } else {
-      for (int64_t strip = first_strip; strip < last_strip; ++strip) {
-        for_row_blocks(p, p.num_rows, [&](Weight weight, int64_t begin, int64_t end) {
-          multiply_strip(p, p.x + begin * p.in_features, p.in_features, weight, strip, begin, end);
-        });
-      }
     }
   });
 }

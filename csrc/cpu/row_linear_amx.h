@@ -16,6 +16,8 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 
 // Blocks of rows are larger than with vectors: products are so fast here that reading the strips again would show.
 constexpr int64_t kMinTileRowBlock = 256;
+// Bytes of inputs in one, which should stay in the L2 cache.
+constexpr int64_t kRowBlockBytes = 1 << 20;
 // Bytes of a strip that one step over k reads.
 constexpr int64_t kTileStepBytes = kTileDepth / 2 * kStepBytes;
 

@@ -3,8 +3,9 @@
 
 namespace orthrus::cpu::avx2 {
 
-// Rows of the register tile of row_linear (times 32 outputs) and queries of those of dual_attn.
-constexpr int kTileRows = 4;
+// Rows of the register tile of row_linear (times 32 outputs, or 16 if they are more than kWideTileRows) and queries of
+// those of dual_attn.
+constexpr int kTileRows = 6, kWideTileRows = 3;
 constexpr int kTileQueries = 2;
 
 struct Vec {
@@ -32,9 +33,12 @@ ORTHRUS_INLINE void store(float* p, Vec v) {
   _mm256_storeu_ps(p, v.lo);
   _mm256_storeu_ps(p + 8, v.hi);
 }
-ORTHRUS_INLINE Vec fma(Vec a, Vec b, Vec c) {
-  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+// Into c's registers: left to choose, g++ moves and spills sums where they take nearly all there are.
+ORTHRUS_INLINE __m256 fma(__m256 a, __m256 b, __m256 c) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "xm"(b));
+  return c;
 }
+ORTHRUS_INLINE Vec fma(Vec a, Vec b, Vec c) { return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)}; }
 ORTHRUS_INLINE Vec round(Vec a) {
   constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(a.lo, kMode), _mm256_round_ps(a.hi, kMode)};

@@ -8,6 +8,8 @@
 #if defined(ORTHRUS_ISA_amx_bf16)
 #include "dual_attn_amx.h"
 #include "row_linear_amx.h"
+#elif !defined(ORTHRUS_HAS_DOT2)
+#include "row_linear_widened.h"
 #endif
 
 namespace orthrus::cpu::ORTHRUS_ISA {
