@@ -1,6 +1,9 @@
 // Query tiles of dual_attn on vectors. Scores: dot() over ascending words of dims. Weights e^(score - maximum) are
 // rounded to T; their sum and their product with the values, dot() over ascending words of keys, use the rounded ones.
+// Where no instruction multiplies pairs of bf16, words are floats: widened once for all queries.
 #pragma once
+#include <type_traits>
+
 #include "dual_attn.h"
 
 namespace orthrus::cpu::ORTHRUS_ISA {
@@ -8,17 +11,37 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 template <typename T>
 struct VectorTile : QueryRows<T> {
   static constexpr int kQueries = 24;
+  using Operand = std::conditional_t<kHasDot2, T, float>;  // of the products
+  static constexpr bool kWidens = sizeof(Operand) > sizeof(T);
   using QueryRows<T>::num_queries;
   using QueryRows<T>::head_dim;
   using QueryRows<T>::sums;
 
-  alignas(64) uint32_t k_words[kMaxHeadDim / kPerWord<T>][kKeys];  // the keys transposed, in words
-  float decay[kLanes];                        // e^(old maximum - new maximum) of the queries at hand
+  alignas(64) uint32_t k_words[kMaxHeadDim / kPerWord<Operand>][kKeys];  // the keys transposed, in words
+  float decay[kLanes];                         // e^(old maximum - new maximum) of the queries at hand
   alignas(64) float score[kQueries][kKeys];
-  alignas(64) T weight[kQueries][kKeys];      // e^(score - top)
-  alignas(64) float total[kQueries][kLanes];  // sum of the weights, lane by lane
+  alignas(64) Operand weight[kQueries][kKeys];  // e^(score - top)
+  alignas(64) float total[kQueries][kLanes];   // sum of the weights, lane by lane
+  // Widened copies.
+  alignas(64) float wide_q[kWidens ? kQueries : 0][kMaxHeadDim];
+  alignas(64) float wide_v[kWidens ? kKeys : 0][kMaxHeadDim];
 
-  ORTHRUS_INLINE void begin() {}
+  ORTHRUS_INLINE const Operand* q_at(int64_t q) const {
+    if constexpr (kWidens) {
+      return wide_q[q];
+    } else {
+      return this->q_row[q];
+    }
+  }
+  ORTHRUS_INLINE void widen(const T* from, float* to) {
+    for (int64_t d = 0; d < head_dim; d += kLanes) store(to + d, load(from + d));
+  }
+
+  ORTHRUS_INLINE void begin() {
+    if constexpr (kWidens) {
+      for (int64_t q = 0; q < num_queries; ++q) widen(this->q_row[q], wide_q[q]);
+    }
+  }
   ORTHRUS_INLINE void begin_split(const Sums& into) {
     sums = into;
     for (int64_t q = 0; q < num_queries; ++q) {
@@ -34,8 +57,8 @@ struct VectorTile : QueryRows<T> {
 };
 
 template <typename T>
-ORTHRUS_INLINE void transpose_keys(KeyRows<T>& keys, int64_t head_dim, uint32_t (*k_words)[kKeys]) {
-  const int64_t num_words = head_dim / kPerWord<T>;
+ORTHRUS_INLINE void transpose_keys(VectorTile<T>& queries, KeyRows<T>& keys) {
+  const int64_t num_words = queries.head_dim / kPerWord<T>;
   for (int64_t j = 0; j < keys.num_keys; j += kLanes) {
     const uint32_t* in[kLanes];
     for (int64_t d = 0; d < num_words; d += kLanes) {
@@ -43,54 +66,82 @@ ORTHRUS_INLINE void transpose_keys(KeyRows<T>& keys, int64_t head_dim, uint32_t 
       for (int64_t i = 0; i < kLanes; ++i) {
         in[i] = reinterpret_cast<const uint32_t*>(keys.k_row[min_of(j + i, keys.num_keys - 1)]) + d;
       }
-      if (d + kLanes <= num_words) {
-        transpose16(in, &k_words[d][j], kKeys);
+      const int64_t count = min_of(kLanes, num_words - d);
+      alignas(64) uint32_t pairs[VectorTile<T>::kWidens ? kLanes : 0][kLanes];
+      uint32_t* out = VectorTile<T>::kWidens ? &pairs[0][0] : &queries.k_words[d][j];
+      constexpr int64_t kStride = VectorTile<T>::kWidens ? kLanes : kKeys;
+      if (count == kLanes) {
+        transpose16(in, out, kStride);
       } else {
-        for (int64_t c = d; c < num_words; ++c) {
-          for (int64_t i = 0; i < kLanes; ++i) k_words[c][j + i] = in[i][c - d];
+        for (int64_t c = 0; c < count; ++c) {
+          for (int64_t i = 0; i < kLanes; ++i) out[c * kStride + i] = in[i][c];
+        }
+      }
+      if constexpr (VectorTile<T>::kWidens) {
+        for (int64_t c = 0; c < count; ++c) {
+          const WordVec words = load_words(pairs[c]);
+          store(reinterpret_cast<float*>(&queries.k_words[2 * (d + c)][j]), first_of(words));
+          store(reinterpret_cast<float*>(&queries.k_words[2 * (d + c) + 1][j]), second_of(words));
         }
       }
     }
   }
 }
 
+// Whether products prefetch in every step, or before the first: a step of floats has half as many products.
+template <typename Operand>
+constexpr bool kPrefetchesInSteps = kPerWord<Operand> == 2;
+
+// Of the keys [key, key + 16 kVecs).
 template <int kCount, int kVecs, typename T>
-inline void score_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t first, int64_t lines) {
+inline void score_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t first, int64_t key, int64_t lines) {
+  using Operand = typename VectorTile<T>::Operand;
   Vec acc[kCount][kVecs];
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) {
     ORTHRUS_UNROLL
     for (int b = 0; b < kVecs; ++b) acc[q][b] = zero();
   }
-  const T* q_row[kCount];
+  const Operand* q_row[kCount];
   ORTHRUS_UNROLL
-  for (int q = 0; q < kCount; ++q) q_row[q] = queries.q_row[first + q];
-  for (int64_t d = 0; d < queries.head_dim / kPerWord<T>; ++d) {
-    keys.ahead.prefetch_lines(lines);
+  for (int q = 0; q < kCount; ++q) q_row[q] = queries.q_at(first + q);
+  if constexpr (!kPrefetchesInSteps<Operand>) keys.ahead.prefetch_lines(lines);
+  for (int64_t d = 0; d < queries.head_dim / kPerWord<Operand>; ++d) {
+    if constexpr (kPrefetchesInSteps<Operand>) keys.ahead.prefetch_lines(lines);
     WordVec k[kVecs];
     ORTHRUS_UNROLL
     for (int b = 0; b < kVecs; ++b) {
-      k[b] = load_words(&queries.k_words[d][b * kLanes]);
+      k[b] = load_words(&queries.k_words[d][key + b * kLanes]);
     }
     ORTHRUS_UNROLL
     for (int q = 0; q < kCount; ++q) {
-      const WordVec word = set1_word(load_word(q_row[q] + kPerWord<T> * d));
+      const WordVec word = set1_word(load_word(q_row[q] + kPerWord<Operand> * d));
       ORTHRUS_UNROLL
-      for (int b = 0; b < kVecs; ++b) acc[q][b] = dot<T>(acc[q][b], k[b], word);
+      for (int b = 0; b < kVecs; ++b) acc[q][b] = dot<Operand>(acc[q][b], k[b], word);
     }
   }
   const Vec scale = set1(queries.scale);
-  const int64_t visible = keys.visible[first];
+  const int64_t visible = keys.visible[first] - key;
   const bool all = visible >= kVecs * kLanes;
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) {
     ORTHRUS_UNROLL
     for (int b = 0; b < kVecs; ++b) {
-      const int64_t key = b * kLanes;
       const Vec score = mul(acc[q][b], scale);
-      store(&queries.score[first + q][key], all ? score : keep_first(score, visible - key, -__builtin_inff()));
+      store(&queries.score[first + q][key + b * kLanes],
+            all ? score : keep_first(score, visible - b * kLanes, -__builtin_inff()));
     }
   }
+}
+
+// The same of num_vecs vectors of keys, or kVecs if they are more.
+template <int kCount, int kVecs, typename T>
+ORTHRUS_INLINE void score_some(VectorTile<T>& queries, KeyRows<T>& keys, int64_t first, int64_t key, int64_t num_vecs,
+                               int64_t lines) {
+  if constexpr (kVecs > 1) {
+    if (num_vecs <= kVecs / 2) return score_some<kCount, kVecs / 2>(queries, keys, first, key, num_vecs, lines);
+  }
+  score_queries<kCount, kVecs>(queries, keys, first, key, lines);
 }
 
 // Turns the scores of queries [first, first + kCount) into weights: new maxima, e^(score - maximum), running sums.
@@ -110,21 +161,25 @@ inline void weigh_queries(VectorTile<T>& queries, int64_t first, int64_t num_vec
     const Vec top = set1(running_top[q]);
     Vec total = mul(load(queries.total[q]), set1(queries.decay[q - first]));
     for (int64_t b = 0; b < num_vecs; ++b) {
-      T* weight = &queries.weight[q][b * kLanes];
-      store(weight, exp(sub(load(&queries.score[q][b * kLanes]), top)));
-      total = add(total, load(weight));
+      const Vec weight = exp(sub(load(&queries.score[q][b * kLanes]), top));
+      if constexpr (VectorTile<T>::kWidens) {
+        alignas(64) T rounded[kLanes];
+        store(rounded, weight);
+        store(&queries.weight[q][b * kLanes], load(rounded));
+      } else {
+        store(&queries.weight[q][b * kLanes], weight);
+      }
+      total = add(total, load(&queries.weight[q][b * kLanes]));
     }
     store(queries.total[q], total);
   }
 }
 
-// Lane i: the word of element d + i of two keys' rows (bf16), or of one's (float).
-ORTHRUS_INLINE WordVec zip_words(const bf16_t* const* rows, int64_t d) { return zip_pairs(rows[0] + d, rows[1] + d); }
-ORTHRUS_INLINE WordVec zip_words(const float* const* rows, int64_t d) { return load_words(rows[0] + d); }
-
-// mixed = mixed * decay + weights x values, for queries that see the same number of keys.
-template <int kCount, int kVecs, typename T>
-inline void mix_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t first, int64_t lane, int64_t lines) {
+// mixed = mixed * decay + weights x values, for queries that see the same number of keys. `v_row`: the values, of T or
+// widened.
+template <int kCount, int kVecs, typename T, typename Value>
+inline void mix_queries(VectorTile<T>& queries, KeyRows<T>& keys, const Value* const* v_row, int64_t first,
+                        int64_t lane, int64_t lines) {
   float* mixed = queries.sums.mixed + first * queries.head_dim + lane;
   Vec acc[kCount][kVecs];
   ORTHRUS_UNROLL
@@ -133,28 +188,39 @@ inline void mix_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t first,
     ORTHRUS_UNROLL
     for (int c = 0; c < kVecs; ++c) acc[q][c] = mul(load(mixed + q * queries.head_dim + c * kLanes), decay);
   }
-  const auto add_keys = [&](auto values_of, auto weights_of) ORTHRUS_LAMBDA {
-    WordVec v[kVecs];
-    ORTHRUS_UNROLL
-    for (int c = 0; c < kVecs; ++c) v[c] = values_of(lane + c * kLanes);
-    ORTHRUS_UNROLL
-    for (int q = 0; q < kCount; ++q) {
-      const WordVec w = set1_word(weights_of(queries.weight[first + q]));
-      ORTHRUS_UNROLL
-      for (int c = 0; c < kVecs; ++c) acc[q][c] = dot<T>(acc[q][c], v[c], w);
-    }
-  };
   const int64_t count = keys.visible[first];
-  int64_t j = 0;
-  for (; j + kPerWord<T> <= count; j += kPerWord<T>) {
+  if constexpr (kPerWord<typename VectorTile<T>::Operand> == 1) {
     keys.ahead.prefetch_lines(lines);
-    add_keys([&](int64_t d) ORTHRUS_LAMBDA { return zip_words(&keys.v_row[j], d); },
-             [&](const T* weight) ORTHRUS_LAMBDA { return load_word(weight + j); });
-  }
-  if constexpr (kPerWord<T> == 2) {
+    for (int64_t j = 0; j < count; ++j) {
+      Vec v[kVecs];
+      ORTHRUS_UNROLL
+      for (int c = 0; c < kVecs; ++c) v[c] = load(v_row[j] + lane + c * kLanes);
+      ORTHRUS_UNROLL
+      for (int q = 0; q < kCount; ++q) {
+        const Vec w = set1(queries.weight[first + q][j]);
+        ORTHRUS_UNROLL
+        for (int c = 0; c < kVecs; ++c) acc[q][c] = fma(w, v[c], acc[q][c]);
+      }
+    }
+  } else {
+    const auto add_keys = [&](const bf16_t* v0, const bf16_t* v1, auto weights_of) ORTHRUS_LAMBDA {
+      WordVec v[kVecs];
+      ORTHRUS_UNROLL
+      for (int c = 0; c < kVecs; ++c) v[c] = zip_pairs(v0 + lane + c * kLanes, v1 ? v1 + lane + c * kLanes : nullptr);
+      ORTHRUS_UNROLL
+      for (int q = 0; q < kCount; ++q) {
+        const WordVec w = set1_word(weights_of(queries.weight[first + q]));
+        ORTHRUS_UNROLL
+        for (int c = 0; c < kVecs; ++c) acc[q][c] = dot2(acc[q][c], v[c], w);
+      }
+    };
+    int64_t j = 0;
+    for (; j + 2 <= count; j += 2) {
+      keys.ahead.prefetch_lines(lines);
+      add_keys(v_row[j], v_row[j + 1], [&](const bf16_t* weight) ORTHRUS_LAMBDA { return load_word(weight + j); });
+    }
     if (j < count) {  // the next key is not visible, and zero times its value may be NaN
-      add_keys([&](int64_t d) ORTHRUS_LAMBDA { return zip_pairs(keys.v_row[j] + d, nullptr); },
-               [&](const T* weight) ORTHRUS_LAMBDA { return uint32_t{weight[j]}; });
+      add_keys(v_row[j], nullptr, [&](const bf16_t* weight) ORTHRUS_LAMBDA { return uint32_t{weight[j]}; });
     }
   }
   ORTHRUS_UNROLL
@@ -164,39 +230,67 @@ inline void mix_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t first,
   }
 }
 
-template <int kCount, typename T>
-inline void attend_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t first, int64_t count, int64_t lines) {
+// What products prefetch at a time: with what the transposition does, all that is ahead.
+struct LinesAhead {
+  int64_t of_scoring, of_mixing;
+};
+template <typename T>
+ORTHRUS_INLINE LinesAhead lines_ahead(const VectorTile<T>& queries) {
+  const int64_t num_tiles = div_up(queries.num_queries, kTileQueries);
+  if constexpr (kPrefetchesInSteps<typename VectorTile<T>::Operand>) {
+    const int64_t of_mixing = div_up(4, num_tiles);
+    return {div_up(of_mixing, 2), of_mixing};
+  } else {
+    const int64_t num_calls = kKeys / kLanes + div_up(queries.head_dim, kTileVecs * kLanes);
+    const int64_t lines = div_up(2 * kKeys * queries.head_dim * int64_t{sizeof(T)} / kLineBytes, num_calls * num_tiles);
+    return {lines, lines};
+  }
+}
+
+template <int kCount, typename T, typename Value>
+inline void attend_queries(VectorTile<T>& queries, KeyRows<T>& keys, const Value* const* v_row, int64_t first,
+                           int64_t count, LinesAhead lines) {
   if constexpr (kCount > 1) {
-    if (count < kCount) return attend_queries<kCount - 1>(queries, keys, first, count, lines);
+    if (count < kCount) return attend_queries<kCount - 1>(queries, keys, v_row, first, count, lines);
   }
   const int64_t num_vecs = div_up(keys.visible[first], kLanes);
-  if (num_vecs > 2) {
-    score_queries<kCount, 4>(queries, keys, first, div_up(lines, 2));
-  } else if (num_vecs > 1) {
-    score_queries<kCount, 2>(queries, keys, first, div_up(lines, 2));
-  } else {
-    score_queries<kCount, 1>(queries, keys, first, div_up(lines, 2));
+  for (int64_t b = 0; b < num_vecs; b += kTileVecs) {
+    score_some<kCount, kTileVecs>(queries, keys, first, b * kLanes, num_vecs - b, lines.of_scoring);
   }
   weigh_queries<kCount>(queries, first, num_vecs);
   int64_t lane = 0;
-  for (; lane + 4 * kLanes <= queries.head_dim; lane += 4 * kLanes) {
-    mix_queries<kCount, 4>(queries, keys, first, lane, lines);
+  for (; lane + kTileVecs * kLanes <= queries.head_dim; lane += kTileVecs * kLanes) {
+    mix_queries<kCount, kTileVecs>(queries, keys, v_row, first, lane, lines.of_mixing);
   }
-  for (; lane < queries.head_dim; lane += kLanes) mix_queries<kCount, 1>(queries, keys, first, lane, lines);
+  for (; lane < queries.head_dim; lane += kLanes) {
+    mix_queries<kCount, 1>(queries, keys, v_row, first, lane, lines.of_mixing);
+  }
 }
 
 // Folds the keys into every query that sees any of them.
 template <typename T>
 ORTHRUS_INLINE void VectorTile<T>::attend(KeyRows<T>& keys) {
-  transpose_keys(keys, head_dim, k_words);
-  // For each step of mixing, half as many for one of scoring: with those of the transposition, all that is ahead.
-  const int64_t lines = div_up(4, div_up(num_queries, kTileQueries));
-  for (int64_t first = 0, last; first < num_queries; first = last) {
-    last = first + 1;
-    const auto joins = [&](int64_t q) { return q < num_queries && keys.visible[q] == keys.visible[first]; };
-    while (last - first < kTileQueries && joins(last)) ++last;
-    if (keys.visible[first] > 0) attend_queries<kTileQueries>(*this, keys, first, last - first, lines);
+  transpose_keys(*this, keys);
+  const LinesAhead lines = lines_ahead(*this);
+  const auto attend_all = [&](auto v_row) ORTHRUS_LAMBDA {
+    for (int64_t first = 0, last; first < num_queries; first = last) {
+      last = first + 1;
+      const auto joins = [&](int64_t q) { return q < num_queries && keys.visible[q] == keys.visible[first]; };
+      while (last - first < kTileQueries && joins(last)) ++last;
+      if (keys.visible[first] > 0) attend_queries<kTileQueries>(*this, keys, v_row, first, last - first, lines);
+    }
+  };
+  if constexpr (kWidens) {
+    if (num_queries > kTileQueries) {
+      const float* v_row[kKeys];
+      for (int64_t j = 0; j < keys.num_keys; ++j) {
+        widen(keys.v_row[j], wide_v[j]);
+        v_row[j] = wide_v[j];
+      }
+      return attend_all(static_cast<const float* const*>(v_row));
+    }
   }
+  attend_all(static_cast<const T* const*>(keys.v_row));
 }
 
 }  // namespace orthrus::cpu::ORTHRUS_ISA

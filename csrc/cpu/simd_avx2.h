@@ -6,7 +6,7 @@ namespace orthrus::cpu::avx2 {
 // Rows of the register tile of row_linear (times 32 outputs, or 16 if they are more than kWideTileRows) and queries of
 // those of dual_attn.
 constexpr int kTileRows = 6, kWideTileRows = 3;
-constexpr int kTileQueries = 2;
+constexpr int kTileQueries = 6, kTileVecs = 1;
 
 struct Vec {
   __m256 lo, hi;
@@ -189,10 +189,30 @@ ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
 // Into L2: what is needed soon, but not before what L1 holds now.
 ORTHRUS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
+// out[j][i] = in[i][j] of 8 x 8 words at in[i] + from.
+ORTHRUS_INLINE void transpose8(const uint32_t* const* in, int from, uint32_t* out, int64_t stride) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(in[i] + from));
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+  // a[4q + j] holds columns j and j+4 (one per 128-bit lane) of rows 4q ... 4q+3.
+  for (int j = 0; j < 4; ++j) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(out + j * stride), _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
+    _mm256_storeu_ps(reinterpret_cast<float*>(out + (j + 4) * stride), _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
+  }
+}
 // out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are `stride` words apart.
 ORTHRUS_INLINE void transpose16(const uint32_t* const* in, uint32_t* out, int64_t stride) {
-  for (int i = 0; i < 16; ++i) {
-    for (int j = 0; j < 16; ++j) out[j * stride + i] = in[i][j];
+  for (int i = 0; i < 16; i += 8) {
+    for (int j = 0; j < 16; j += 8) transpose8(in + i, j, out + j * stride + i, stride);
   }
 }
 

@@ -8,7 +8,7 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 // models of Neoverse N1 and V2 and of Apple M1, three rows do most products in a cycle, and one query does of values,
 // if not of keys.
 constexpr int kTileRows = 3, kWideTileRows = kTileRows;
-constexpr int kTileQueries = 1;
+constexpr int kTileQueries = 1, kTileVecs = 4;
 
 // Lanes 0 ... 3, 4 ... 7, 8 ... 11 and 12 ... 15.
 struct Vec {
