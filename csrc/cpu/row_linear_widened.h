@@ -1,6 +1,6 @@
-// row_linear over bf16 where no instruction multiplies pairs of them: rows are widened to floats first, once per run of
-// strips, and weights as they are multiplied. A strip is taken in blocks over k: a block, and of a tile's rows what it
-// meets, stay in the L1 cache while all tiles pass over it. Between blocks the accumulators wait in memory.
+// row_linear over bf16 where no instruction multiplies pairs of them: rows are widened to floats once for all strips,
+// weights whenever they are multiplied. A strip is taken in blocks over k: a block, and of a tile's rows what it meets,
+// stay in the L1 cache while all tiles pass over it. Between blocks the accumulators wait in memory.
 #pragma once
 #include "row_linear.h"
 
@@ -66,14 +66,14 @@ inline __attribute__((noinline)) void multiply_block(const float* x, int64_t x_s
   }
 }
 
-// The same of `rows` rows and all outputs, in two halves where both would need more registers than there are.
-template <int kRows = kTileRows>
+// The same of `rows` rows and all outputs; of more than kTileRows rows in two halves, as registers are few.
+template <int kRows = kHalfTileRows>
 ORTHRUS_INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const char* w, int64_t num_steps,
                                   AheadBytes ahead, float* acc) {
   if constexpr (kRows > 1) {
     if (rows < kRows) return multiply_rows<kRows - 1>(rows, x, x_stride, w, num_steps, ahead, acc);
   }
-  if constexpr (kRows <= kWideTileRows) {
+  if constexpr (kRows <= kTileRows) {
     multiply_block<kRows, 2>(x, x_stride, w, num_steps, ahead, acc);
   } else {
     for (int v = 0; v < 2; ++v) {
@@ -87,7 +87,7 @@ ORTHRUS_INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_stride
 ORTHRUS_INLINE void multiply_strip(const float* x, int64_t x_stride, int64_t num_rows, const char* strip,
                                    int64_t num_steps, float* acc) {
   std::memset(acc, 0, num_rows * kStrip * sizeof(float));
-  const int64_t num_tiles = div_up(num_rows, kTileRows);
+  const int64_t num_tiles = div_up(num_rows, kHalfTileRows);
   const int64_t fetching = min_of(num_tiles, kFetchingTiles), bytes = kStepBytes / fetching;
   const int64_t steps = div_up(num_steps, div_up(num_steps, kBlockSteps));
   for (int64_t k = 0; k < num_steps; k += steps) {

@@ -1,7 +1,10 @@
 // Vec: 16 fp32 lanes, and WordVec: 16 lanes of one 32-bit word each, two bf16 elements or one float, on
 // the instruction set that this translation unit is compiled for. Lane count and words are the same
 // everywhere, so that kernels and packed layouts are written once, for both elements; the sets differ in
-// how a product of bf16 pairs is rounded.
+// how a product of bf16 pairs is rounded, and in the register tiles that suit them:
+// - kTileRows rows of row_linear times 32 outputs,
+// - kHalfTileRows rows times 16 outputs, where rows are widened; no more than kTileRows if 32 suit it always,
+// - kTileQueries queries of dual_attn times kTileVecs vectors of keys, then of values.
 #pragma once
 #include <cstdint>
 #include <cstring>

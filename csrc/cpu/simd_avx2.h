@@ -3,9 +3,8 @@
 
 namespace orthrus::cpu::avx2 {
 
-// Rows of the register tile of row_linear (times 32 outputs, or 16 if they are more than kWideTileRows) and queries of
-// those of dual_attn.
-constexpr int kTileRows = 6, kWideTileRows = 3;
+// Sums take 12 of 16 registers.
+constexpr int kTileRows = 3, kHalfTileRows = 6;
 constexpr int kTileQueries = 6, kTileVecs = 1;
 
 struct Vec {

@@ -4,8 +4,7 @@
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-// Rows of the register tile of row_linear (times 32 outputs) and queries of those of dual_attn.
-constexpr int kTileRows = 12, kWideTileRows = kTileRows;
+constexpr int kTileRows = 12, kHalfTileRows = kTileRows;
 constexpr int kTileQueries = 6, kTileVecs = 4;
 
 using Vec = __m512;

@@ -4,10 +4,9 @@
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-// Rows of the register tile of row_linear (times 32 outputs) and queries of those of dual_attn. Not measured: by LLVM's
-// models of Neoverse N1 and V2 and of Apple M1, three rows do most products in a cycle, and one query does of values,
-// if not of keys.
-constexpr int kTileRows = 3, kWideTileRows = kTileRows;
+// Not measured: by LLVM's models of Neoverse N1 and V2 and of Apple M1, three rows do most products in a cycle, and one
+// query does of values, if not of keys.
+constexpr int kTileRows = 3, kHalfTileRows = kTileRows;
 constexpr int kTileQueries = 1, kTileVecs = 4;
 
 // Lanes 0 ... 3, 4 ... 7, 8 ... 11 and 12 ... 15.

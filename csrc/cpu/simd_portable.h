@@ -2,8 +2,7 @@
 
 namespace orthrus::cpu::portable {
 
-// Rows of the register tile of row_linear (times 32 outputs) and queries of those of dual_attn.
-constexpr int kTileRows = 8, kWideTileRows = kTileRows;
+constexpr int kTileRows = 8, kHalfTileRows = kTileRows;
 constexpr int kTileQueries = 2, kTileVecs = 4;
 
 struct Vec {
