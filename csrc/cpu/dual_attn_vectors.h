@@ -1,6 +1,6 @@
 // Query tiles of dual_attn on vectors. Scores: dot() over ascending words of dims. Weights e^(score - maximum) are
-// rounded to T; their sum and their product with the values, dot() over ascending words of keys, use the rounded ones.
-// Where no instruction multiplies pairs of bf16, words are floats: widened once for all queries.
+// rounded to T; their sum and their product with the values, over ascending keys, use the rounded ones. Where no
+// instruction multiplies pairs of bf16, operands are widened to floats first, once for a tile's queries.
 #pragma once
 #include <type_traits>
 
@@ -22,13 +22,13 @@ struct VectorTile : QueryRows<T> {
   alignas(64) float score[kQueries][kKeys];
   alignas(64) Operand weight[kQueries][kKeys];  // e^(score - top)
   alignas(64) float total[kQueries][kLanes];   // sum of the weights, lane by lane
-  // Widened copies.
-  alignas(64) float wide_q[kWidens ? kQueries : 0][kMaxHeadDim];
-  alignas(64) float wide_v[kWidens ? kKeys : 0][kMaxHeadDim];
+  // Widened copies of rows, head_dim apart.
+  alignas(64) float wide_q[kWidens ? kQueries * kMaxHeadDim : 0];
+  alignas(64) float wide_v[kWidens ? kKeys * kMaxHeadDim : 0];
 
   ORTHRUS_INLINE const Operand* q_at(int64_t q) const {
     if constexpr (kWidens) {
-      return wide_q[q];
+      return wide_q + q * head_dim;
     } else {
       return this->q_row[q];
     }
@@ -39,7 +39,7 @@ struct VectorTile : QueryRows<T> {
 
   ORTHRUS_INLINE void begin() {
     if constexpr (kWidens) {
-      for (int64_t q = 0; q < num_queries; ++q) widen(this->q_row[q], wide_q[q]);
+      for (int64_t q = 0; q < num_queries; ++q) widen(this->q_row[q], wide_q + q * head_dim);
     }
   }
   ORTHRUS_INLINE void begin_split(const Sums& into) {
@@ -88,9 +88,10 @@ ORTHRUS_INLINE void transpose_keys(VectorTile<T>& queries, KeyRows<T>& keys) {
   }
 }
 
-// Whether products prefetch in every step, or before the first: a step of floats has half as many products.
-template <typename Operand>
-constexpr bool kPrefetchesInSteps = kPerWord<Operand> == 2;
+// Lines that each step of mixing prefetches for a tile's only queries, half as many in each of scoring: with what the
+// transposition does, all that is ahead. If less than one, products prefetch before their first step.
+template <typename T>
+constexpr int64_t kLinesPerStep = sizeof(T) * kPerWord<typename VectorTile<T>::Operand> * kTileVecs / 4;
 
 // Of the keys [key, key + 16 kVecs).
 template <int kCount, int kVecs, typename T>
@@ -105,9 +106,9 @@ inline void score_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t firs
   const Operand* q_row[kCount];
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) q_row[q] = queries.q_at(first + q);
-  if constexpr (!kPrefetchesInSteps<Operand>) keys.ahead.prefetch_lines(lines);
+  if constexpr (kLinesPerStep<T> == 0) keys.ahead.prefetch_lines(lines);
   for (int64_t d = 0; d < queries.head_dim / kPerWord<Operand>; ++d) {
-    if constexpr (kPrefetchesInSteps<Operand>) keys.ahead.prefetch_lines(lines);
+    if constexpr (kLinesPerStep<T> > 0) keys.ahead.prefetch_lines(lines);
     WordVec k[kVecs];
     ORTHRUS_UNROLL
     for (int b = 0; b < kVecs; ++b) {
@@ -189,9 +190,10 @@ inline void mix_queries(VectorTile<T>& queries, KeyRows<T>& keys, const Value* c
     for (int c = 0; c < kVecs; ++c) acc[q][c] = mul(load(mixed + q * queries.head_dim + c * kLanes), decay);
   }
   const int64_t count = keys.visible[first];
+  if constexpr (kLinesPerStep<T> == 0) keys.ahead.prefetch_lines(lines);
   if constexpr (kPerWord<typename VectorTile<T>::Operand> == 1) {
-    keys.ahead.prefetch_lines(lines);
     for (int64_t j = 0; j < count; ++j) {
+      if constexpr (kLinesPerStep<T> > 0) keys.ahead.prefetch_lines(lines);
       Vec v[kVecs];
       ORTHRUS_UNROLL
       for (int c = 0; c < kVecs; ++c) v[c] = load(v_row[j] + lane + c * kLanes);
@@ -203,7 +205,7 @@ inline void mix_queries(VectorTile<T>& queries, KeyRows<T>& keys, const Value* c
       }
     }
   } else {
-    const auto add_keys = [&](const bf16_t* v0, const bf16_t* v1, auto weights_of) ORTHRUS_LAMBDA {
+    const auto add_keys = [&](const T* v0, const T* v1, auto weights_of) ORTHRUS_LAMBDA {
       WordVec v[kVecs];
       ORTHRUS_UNROLL
       for (int c = 0; c < kVecs; ++c) v[c] = zip_pairs(v0 + lane + c * kLanes, v1 ? v1 + lane + c * kLanes : nullptr);
@@ -211,16 +213,16 @@ inline void mix_queries(VectorTile<T>& queries, KeyRows<T>& keys, const Value* c
       for (int q = 0; q < kCount; ++q) {
         const WordVec w = set1_word(weights_of(queries.weight[first + q]));
         ORTHRUS_UNROLL
-        for (int c = 0; c < kVecs; ++c) acc[q][c] = dot2(acc[q][c], v[c], w);
+        for (int c = 0; c < kVecs; ++c) acc[q][c] = dot<T>(acc[q][c], v[c], w);
       }
     };
     int64_t j = 0;
     for (; j + 2 <= count; j += 2) {
-      keys.ahead.prefetch_lines(lines);
-      add_keys(v_row[j], v_row[j + 1], [&](const bf16_t* weight) ORTHRUS_LAMBDA { return load_word(weight + j); });
+      if constexpr (kLinesPerStep<T> > 0) keys.ahead.prefetch_lines(lines);
+      add_keys(v_row[j], v_row[j + 1], [&](const T* weight) ORTHRUS_LAMBDA { return load_word(weight + j); });
     }
     if (j < count) {  // the next key is not visible, and zero times its value may be NaN
-      add_keys(v_row[j], nullptr, [&](const bf16_t* weight) ORTHRUS_LAMBDA { return uint32_t{weight[j]}; });
+      add_keys(v_row[j], nullptr, [&](const T* weight) ORTHRUS_LAMBDA { return uint32_t{weight[j]}; });
     }
   }
   ORTHRUS_UNROLL
@@ -230,19 +232,18 @@ inline void mix_queries(VectorTile<T>& queries, KeyRows<T>& keys, const Value* c
   }
 }
 
-// What products prefetch at a time: with what the transposition does, all that is ahead.
 struct LinesAhead {
-  int64_t of_scoring, of_mixing;
+  int64_t of_scoring, of_mixing;  // a step, or before the first
 };
 template <typename T>
 ORTHRUS_INLINE LinesAhead lines_ahead(const VectorTile<T>& queries) {
   const int64_t num_tiles = div_up(queries.num_queries, kTileQueries);
-  if constexpr (kPrefetchesInSteps<typename VectorTile<T>::Operand>) {
-    const int64_t of_mixing = div_up(4, num_tiles);
+  if constexpr (kLinesPerStep<T> > 0) {
+    const int64_t of_mixing = div_up(kLinesPerStep<T>, num_tiles);
     return {div_up(of_mixing, 2), of_mixing};
   } else {
-    const int64_t num_calls = kKeys / kLanes + div_up(queries.head_dim, kTileVecs * kLanes);
-    const int64_t lines = div_up(2 * kKeys * queries.head_dim * int64_t{sizeof(T)} / kLineBytes, num_calls * num_tiles);
+    const int64_t calls = div_up(kKeys, kTileVecs * kLanes) + div_up(queries.head_dim, kTileVecs * kLanes);
+    const int64_t lines = div_up(2 * kKeys * queries.head_dim * int64_t{sizeof(T)} / kLineBytes, calls * num_tiles);
     return {lines, lines};
   }
 }
@@ -284,8 +285,9 @@ ORTHRUS_INLINE void VectorTile<T>::attend(KeyRows<T>& keys) {
     if (num_queries > kTileQueries) {
       const float* v_row[kKeys];
       for (int64_t j = 0; j < keys.num_keys; ++j) {
-        widen(keys.v_row[j], wide_v[j]);
-        v_row[j] = wide_v[j];
+        float* wide = wide_v + j * head_dim;
+        widen(keys.v_row[j], wide);
+        v_row[j] = wide;
       }
       return attend_all(static_cast<const float* const*>(v_row));
     }

@@ -7,6 +7,7 @@ namespace orthrus::cpu {
 int32_t num_threads();
 
 // Memory of the calling thread's own, valid until its next call, from the beginning of a cache line; it only grows.
+// What a region's body reads of the caller's stays only if the body takes none itself.
 float* thread_scratch(int64_t num_floats);
 
 // Splits [0, num_items) into num_chunks contiguous ranges and calls body(context, begin, end) on each,

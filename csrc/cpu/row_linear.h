@@ -25,7 +25,7 @@ struct Ahead {
   const char* from;
   int64_t lines;
 };
-// How far ahead a lone tile, which reads each weight once, prefetches.
+// How far ahead of what is multiplied it lies, where each weight is read once.
 constexpr int kAheadBytes = 16384;
 // More tiles than these read a coded strip decoded once: what that writes costs more than to decode a few times.
 constexpr int64_t kMostDecodingTiles = 6;

@@ -8,9 +8,12 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 
 // Steps of a block at most: 16 KiB.
 constexpr int64_t kBlockSteps = 128;
-// Bytes of widened rows in a block of rows, which should stay in the L2 cache, and its rows at least.
-constexpr int64_t kWideRowBlockBytes = 1 << 18;
-constexpr int64_t kMinWideRowBlock = 48, kMostRows = 128;
+// Bytes of widened rows in a block of rows, which should stay in the L2 cache; and its rows: few would read all strips
+// too often, of many the accumulators would not lie on the stack.
+constexpr int64_t kWidenedBytes = 1 << 18;
+constexpr int64_t kFewestRows = 48, kMostRows = 128;
+// Elements that are worth another thread's help when they are widened.
+constexpr int64_t kWidenedAlone = 1 << 15;
 // Tiles that share what a block prefetches.
 constexpr int64_t kFetchingTiles = 2;
 
@@ -67,7 +70,7 @@ inline __attribute__((noinline)) void multiply_block(const float* x, int64_t x_s
 }
 
 // The same of `rows` rows and all outputs; of more than kTileRows rows in two halves, as registers are few.
-template <int kRows = kHalfTileRows>
+template <int kRows = kWidenedTileRows>
 ORTHRUS_INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const char* w, int64_t num_steps,
                                   AheadBytes ahead, float* acc) {
   if constexpr (kRows > 1) {
@@ -84,10 +87,10 @@ ORTHRUS_INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_stride
 }
 
 // acc[r][0 ... 31] = num_rows rows times a strip, in row tiles of nearly equal height.
-ORTHRUS_INLINE void multiply_strip(const float* x, int64_t x_stride, int64_t num_rows, const char* strip,
-                                   int64_t num_steps, float* acc) {
+ORTHRUS_INLINE void multiply_widened(const float* x, int64_t x_stride, int64_t num_rows, const char* strip,
+                                     int64_t num_steps, float* acc) {
   std::memset(acc, 0, num_rows * kStrip * sizeof(float));
-  const int64_t num_tiles = div_up(num_rows, kHalfTileRows);
+  const int64_t num_tiles = div_up(num_rows, kWidenedTileRows);
   const int64_t fetching = min_of(num_tiles, kFetchingTiles), bytes = kStepBytes / fetching;
   const int64_t steps = div_up(num_steps, div_up(num_steps, kBlockSteps));
   for (int64_t k = 0; k < num_steps; k += steps) {
@@ -104,27 +107,32 @@ ORTHRUS_INLINE void multiply_strip(const float* x, int64_t x_stride, int64_t num
 // Rows [begin, end) as floats, `stride` apart, a zero behind an odd number of elements.
 ORTHRUS_INLINE void widen_rows(const RowLinearParamsOf<bf16_t>& p, int64_t begin, int64_t end, int64_t stride,
                                float* out) {
-  for (int64_t r = begin; r < end; ++r, out += stride) {
-    const bf16_t* x = p.x + r * p.in_features;
-    int64_t k = 0;
-    for (; k + kLanes <= p.in_features; k += kLanes) store(out + k, load(x + k));
-    for (; k < p.in_features; ++k) out[k] = to_float(x[k]);
-    if (k < stride) out[k] = 0.f;
-  }
+  parallel_for(end - begin, div_up(kWidenedAlone, stride), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const bf16_t* x = p.x + (begin + r) * p.in_features;
+      float* to = out + r * stride;
+      int64_t k = 0;
+      for (; k + kLanes <= p.in_features; k += kLanes) store(to + k, load(x + k));
+      for (; k < p.in_features; ++k) to[k] = to_float(x[k]);
+      if (k % 2) to[k] = 0.f;
+    }
+  });
 }
 
 template <>
 inline void row_linear(const RowLinearParamsOf<bf16_t>& p) {
-  const int64_t num_steps = div_up(p.in_features, 2), stride = 2 * num_steps;
-  const int64_t fit = kWideRowBlockBytes / (stride * int64_t{sizeof(float)});
-  for_row_blocks(p, min_of(max_of(kMinWideRowBlock, fit), kMostRows), [&](Weight weight, int64_t begin, int64_t end) {
+  const int64_t num_steps = div_up(p.in_features, 2);
+  const int64_t stride = 2 * num_steps + kLanes;  // a power of two would crowd few sets of a cache
+  const int64_t fit = kWidenedBytes / (stride * int64_t{sizeof(float)});
+  const int64_t num_blocks = div_up(p.num_rows, min_of(max_of(kFewestRows, fit), kMostRows));
+  for_row_blocks(p, div_up(p.num_rows, max_of(1, num_blocks)), [&](Weight weight, int64_t begin, int64_t end) {
     const int64_t num_rows = end - begin;
     float* x = thread_scratch(num_rows * stride);
     widen_rows(p, begin, end, stride, x);
     parallel_strips(p, 8, [&](int64_t first_strip, int64_t last_strip) {
       alignas(64) float acc[kMostRows * kStrip];
       for (int64_t strip = first_strip; strip < last_strip; ++strip) {
-        multiply_strip(x, stride, num_rows, weight.data + strip * num_steps * kStepBytes, num_steps, acc);
+        multiply_widened(x, stride, num_rows, weight.data + strip * num_steps * kStepBytes, num_steps, acc);
         finish_rows(p, acc, begin, num_rows, strip);
       }
     });

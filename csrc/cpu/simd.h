@@ -3,7 +3,7 @@
 // everywhere, so that kernels and packed layouts are written once, for both elements; the sets differ in
 // how a product of bf16 pairs is rounded, and in the register tiles that suit them:
 // - kTileRows rows of row_linear times 32 outputs,
-// - kHalfTileRows rows times 16 outputs, where rows are widened; no more than kTileRows if 32 suit it always,
+// - kWidenedTileRows rows of row_linear_widened.h; if more than kTileRows, then times 16 outputs,
 // - kTileQueries queries of dual_attn times kTileVecs vectors of keys, then of values.
 #pragma once
 #include <cstdint>
@@ -74,21 +74,16 @@ ORTHRUS_INLINE uint32_t load_word(const T* p) {
 constexpr bool kHasDot2 = true;
 #else
 constexpr bool kHasDot2 = false;
-// first_of() and second_of() of pairs are their elements as floats.
-// acc + a.first * b.first, then + a.second * b.second: the products of bf16 are exact, the sums rounded.
-ORTHRUS_INLINE Vec dot2(Vec acc, WordVec a, WordVec b) {
-  return fma(second_of(a), second_of(b), fma(first_of(a), first_of(b), acc));
-}
 #endif
 
-// acc + the products of a's and b's elements, in their order.
+// acc + the products of a's and b's elements, in their order: of pairs only where an instruction has them.
 template <typename T>
 ORTHRUS_INLINE Vec dot(Vec acc, WordVec a, WordVec b) {
-  if constexpr (kPerWord<T> == 2) {
-    return dot2(acc, a, b);
-  } else {
-    return fma(as_floats(a), as_floats(b), acc);
-  }
+#if defined(ORTHRUS_HAS_DOT2)
+  if constexpr (kPerWord<T> == 2) return dot2(acc, a, b);
+#endif
+  static_assert(kHasDot2 || kPerWord<T> == 1);
+  return fma(as_floats(a), as_floats(b), acc);
 }
 
 // e^x to 2 ulp; 0 below -87.3, finite above 88.3. The polynomial is the Taylor series on |r| <= ln2/2.

@@ -4,7 +4,7 @@
 namespace orthrus::cpu::avx2 {
 
 // Sums take 12 of 16 registers.
-constexpr int kTileRows = 3, kHalfTileRows = 6;
+constexpr int kTileRows = 3, kWidenedTileRows = 6;
 constexpr int kTileQueries = 6, kTileVecs = 1;
 
 struct Vec {
@@ -32,10 +32,13 @@ ORTHRUS_INLINE void store(float* p, Vec v) {
   _mm256_storeu_ps(p, v.lo);
   _mm256_storeu_ps(p + 8, v.hi);
 }
-// Into c's registers: left to choose, g++ moves and spills sums where they take nearly all there are.
 ORTHRUS_INLINE __m256 fma(__m256 a, __m256 b, __m256 c) {
+#if defined(__clang__)
+  return _mm256_fmadd_ps(a, b, c);
+#else  // into c's registers: left to choose, g++ moves and spills sums where they take nearly all there are
   asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "xm"(b));
   return c;
+#endif
 }
 ORTHRUS_INLINE Vec fma(Vec a, Vec b, Vec c) { return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)}; }
 ORTHRUS_INLINE Vec round(Vec a) {
@@ -120,17 +123,6 @@ ORTHRUS_INLINE WordVec load_words(const void* p) {
   return {_mm256_loadu_si256(half), _mm256_loadu_si256(half + 1)};
 }
 ORTHRUS_INLINE Vec as_floats(WordVec a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
-ORTHRUS_INLINE __m256i zip_pairs8(const bf16_t* p, const bf16_t* q) {
-  const __m256i first = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i second = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
-  return _mm256_or_si256(first, _mm256_slli_epi32(second, 16));
-}
-// Lane i: p[i] and q[i], or p[i] and 0 without q.
-ORTHRUS_INLINE WordVec zip_pairs(const bf16_t* p, const bf16_t* q) {
-  constexpr bf16_t kZeros[16] = {};
-  if (!q) return {zip_pairs8(p, kZeros), zip_pairs8(p + 8, kZeros)};
-  return {zip_pairs8(p, q), zip_pairs8(p + 8, q + 8)};
-}
 ORTHRUS_INLINE WordVec set1_word(uint32_t word) {
   const __m256i v = _mm256_set1_epi32(static_cast<int32_t>(word));
   return {v, v};

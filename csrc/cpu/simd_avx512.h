@@ -4,7 +4,7 @@
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-constexpr int kTileRows = 12, kHalfTileRows = kTileRows;
+constexpr int kTileRows = 12, kWidenedTileRows = kTileRows;
 constexpr int kTileQueries = 6, kTileVecs = 4;
 
 using Vec = __m512;
@@ -75,13 +75,6 @@ ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
 
 ORTHRUS_INLINE WordVec load_words(const void* p) { return _mm512_loadu_si512(p); }
 ORTHRUS_INLINE Vec as_floats(WordVec a) { return _mm512_castsi512_ps(a); }
-// Lane i: p[i] and q[i], or p[i] and 0 without q.
-ORTHRUS_INLINE WordVec zip_pairs(const bf16_t* p, const bf16_t* q) {
-  const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  if (!q) return first;
-  const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
-  return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
-}
 ORTHRUS_INLINE WordVec set1_word(uint32_t word) { return _mm512_set1_epi32(static_cast<int32_t>(word)); }
 ORTHRUS_INLINE Vec first_of(WordVec pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 ORTHRUS_INLINE Vec second_of(WordVec pairs) {
@@ -89,6 +82,13 @@ ORTHRUS_INLINE Vec second_of(WordVec pairs) {
 }
 #if !defined(ORTHRUS_ISA_avx512)
 #define ORTHRUS_HAS_DOT2
+// Lane i: p[i] and q[i], or p[i] and 0 without q.
+ORTHRUS_INLINE WordVec zip_pairs(const bf16_t* p, const bf16_t* q) {
+  const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  if (!q) return first;
+  const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
+  return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+}
 // acc + a.first * b.first + a.second * b.second, as vdpbf16ps rounds it (denormals count as zero).
 ORTHRUS_INLINE Vec dot2(Vec acc, WordVec a, WordVec b) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));

@@ -5,7 +5,7 @@
 namespace orthrus::cpu::ORTHRUS_ISA {
 
 // Not measured: these do most products in a cycle by LLVM's models of Neoverse N1 and Apple M1.
-constexpr int kTileRows = 3, kHalfTileRows = kTileRows;
+constexpr int kTileRows = 3, kWidenedTileRows = kTileRows;
 constexpr int kTileQueries = 5, kTileVecs = 1;
 
 // Lanes 0 ... 3, 4 ... 7, 8 ... 11 and 12 ... 15.
@@ -114,11 +114,6 @@ ORTHRUS_INLINE Vec load(const bf16_t* p) {
   const uint16x8_t none = vdupq_n_u16(0);
   return as_floats(zip(none, none, vld1q_u16(p), vld1q_u16(p + 8)));
 }
-// Lane i: p[i] and q[i], or p[i] and 0 without q.
-ORTHRUS_INLINE WordVec zip_pairs(const bf16_t* p, const bf16_t* q) {
-  const uint16x8_t none = vdupq_n_u16(0);
-  return zip(vld1q_u16(p), vld1q_u16(p + 8), q ? vld1q_u16(q) : none, q ? vld1q_u16(q + 8) : none);
-}
 // In the upper half of each word.
 ORTHRUS_INLINE uint16x8_t round_to_bf16(float32x4_t v) {
   const uint32x4_t bits = as_words(v);
@@ -143,6 +138,11 @@ ORTHRUS_INLINE WordVec set1_word(uint32_t word) {
 }
 #if defined(ORTHRUS_ISA_neon_bf16)
 #define ORTHRUS_HAS_DOT2
+// Lane i: p[i] and q[i], or p[i] and 0 without q.
+ORTHRUS_INLINE WordVec zip_pairs(const bf16_t* p, const bf16_t* q) {
+  const uint16x8_t none = vdupq_n_u16(0);
+  return zip(vld1q_u16(p), vld1q_u16(p + 8), q ? vld1q_u16(q) : none, q ? vld1q_u16(q + 8) : none);
+}
 // acc + a.first * b.first + a.second * b.second, in that instruction's rounding.
 ORTHRUS_INLINE float32x4_t dot2(float32x4_t acc, uint32x4_t a, uint32x4_t b) {
   return vbfdotq_f32(acc, vreinterpretq_bf16_u32(a), vreinterpretq_bf16_u32(b));

@@ -2,7 +2,7 @@
 
 namespace orthrus::cpu::portable {
 
-constexpr int kTileRows = 8, kHalfTileRows = kTileRows;
+constexpr int kTileRows = 8, kWidenedTileRows = kTileRows;
 constexpr int kTileQueries = 2, kTileVecs = 4;
 
 struct Vec {
@@ -74,12 +74,6 @@ ORTHRUS_INLINE WordVec load_words(const void* p) {
 ORTHRUS_INLINE Vec as_floats(WordVec a) {
   Vec out;
   std::memcpy(out.lane, a.lane, sizeof out.lane);
-  return out;
-}
-// Lane i: p[i] and q[i], or p[i] and 0 without q.
-ORTHRUS_INLINE WordVec zip_pairs(const bf16_t* p, const bf16_t* q) {
-  WordVec out;
-  for (int i = 0; i < 16; ++i) out.lane[i] = p[i] | (q ? uint32_t{q[i]} << 16 : 0u);
   return out;
 }
 ORTHRUS_INLINE WordVec set1_word(uint32_t word) {

@@ -82,6 +82,20 @@ def test_large_scores(isa, element):
     assert ((case.run().double() - case.expected()).abs() <= case.bound() + 1e-3).all()
 
 
+@pytest.mark.parametrize("heads", (1, 8))
+def test_weights_are_rounded_before_they_weigh_and_are_summed(isa, heads):
+    """Two keys, the second with e^-1.453125 = 0.23384 of the first's weight, which bf16 rounds to 0.2333984375."""
+    case = make([ar(0, 1, 1)], torch.bfloat16, Heads(heads, 1, 16))
+    case.q.zero_()[..., 0] = 1
+    keys, values = (pages[case.page_table[0, 0], 0, :2] for pages in (case.k_pages, case.v_pages))
+    keys.zero_()[1, 0] = -5.8125
+    values.zero_()
+    values[:, 0], values[0, 1] = torch.tensor([-0.2333984375, 1.0]).bfloat16(), 1
+    got = case.run()[0]
+    assert not got[:, 0].any(), "its product with a value"
+    assert bool((got[:, 1] == 0.8125).all()), "the sum: 1 / 1.23384 is nearer to 0.80859375"
+
+
 def test_no_rows_and_wrong_head_dim():
     assert make([], torch.bfloat16).run().shape == (0, 9, 64)
     with pytest.raises(ValueError, match="dual_attn: head_dim must be a multiple of 16 up to 256 on the CPU, got 24"):

@@ -134,15 +134,21 @@ with threads(2):
 
 
 def test_a_worker_without_memory():
-    """No room for the rows that it widens: the op raises once all threads are out of it, and the next one is whole."""
+    """No room for a row's scratch: the op raises once all threads are out of it, and the next one is whole."""
     code = """
 import resource, torch
-from orthrus_rt import ops, weights, dispatch
+from orthrus_rt import dispatch, native, ops, weights
+from tests.logits_cases import with_filters
 from tests.native_cpu import randn, threads
-dispatch.native().cpu.set_isa("portable")
-wide, small = weights.pack(randn(128, 240000, seed=1), impl="cpu"), weights.pack(randn(64, 32, seed=2), impl="cpu")
-x, y = randn(48, 240000, seed=3), randn(9, 32, seed=4)  # 46 MB as floats: more than malloc ever keeps for later
-out, want, got = torch.empty(48, 128).bfloat16(), torch.empty(9, 64).bfloat16(), torch.empty(9, 64).bfloat16()
+case = with_filters(torch.rand(2, 12_000_000), [(1.0, 0, 1.0, 0.0)])  # 48 MB of scratch: more than malloc ever keeps
+tiles = -(-case.logits.shape[1] // 128)
+best = torch.empty(2, tiles), torch.empty(2, tiles, dtype=torch.int32)
+small, y = weights.pack(randn(64, 32, seed=2), impl="cpu"), randn(9, 32, seed=4)
+want, got = torch.empty(9, 64).bfloat16(), torch.empty(9, 64).bfloat16()
+
+def process():
+    native.process_logits(case.logits, case.rows, case.logit_rows, case.sampling, case.cache_seqlens, 2, best)
+
 with threads(2):
     ops.row_linear(y, small, want)
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -150,7 +156,7 @@ with threads(2):
     for _ in range(20):
         resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), before[1]))
         try:
-            ops.row_linear(x, wide, out)
+            process()
         except MemoryError:
             pass
         else:
@@ -159,6 +165,32 @@ with threads(2):
             resource.setrlimit(resource.RLIMIT_AS, before)
         ops.row_linear(y, small, got)
         assert torch.equal(got, want)
+    process()
+"""
+    run_apart(code)
+
+
+def test_rows_that_there_is_no_memory_to_widen():
+    """The caller has no room for them: the op raises before any thread begins."""
+    code = """
+import resource, torch
+from orthrus_rt import dispatch, ops, weights
+from tests.native_cpu import randn, threads
+dispatch.native().cpu.set_isa("portable")
+wide, x = weights.pack(randn(64, 240000, seed=1), impl="cpu"), randn(48, 240000, seed=3)  # 46 MB as floats
+out = torch.empty(48, 64).bfloat16()
+before = resource.getrlimit(resource.RLIMIT_AS)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+with threads(2):
+    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), before[1]))
+    try:
+        ops.row_linear(x, wide, out)
+    except MemoryError:
+        pass
+    else:
+        raise AssertionError("there was memory enough")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
     ops.row_linear(x, wide, out)
 """
     run_apart(code)
