@@ -170,8 +170,8 @@ with threads(2):
     run_apart(code)
 
 
-def test_rows_that_there_is_no_memory_to_widen():
-    """The caller has no room for them: the op raises before any thread begins."""
+def test_a_caller_without_memory():
+    """No room for the rows that it widens: the op raises before any other thread begins."""
     code = """
 import resource, torch
 from orthrus_rt import dispatch, ops, weights
