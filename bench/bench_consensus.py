@@ -115,13 +115,13 @@ class Case:
 
 def main() -> int:
     parser = parser_of(__doc__, device="auto")
-    parser.add_argument("--slots", default="1,16,64,256")
-    parser.add_argument("--block-len", default="16,32")
+    parser.add_argument("--slots", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--block-len", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--partials", type=int, default=150)
     parser.add_argument("--loop", type=int, help="run the first shape this often under an NVTX range, for a profiler")
     args = parser.parse_args()
     device = args.device
-    shapes = [(int(s), int(k)) for k in args.block_len.split(",") for s in args.slots.split(",")]
+    shapes = [(slots, block_len) for block_len in args.block_len for slots in args.slots]
     if args.loop:
         case = Case(*shapes[0], args.partials, device)
         loop("consensus", lambda: (case.restore(), case.call()), args.loop)

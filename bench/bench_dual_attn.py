@@ -224,23 +224,22 @@ def prefill_baseline(case: Case):
 def main() -> int:
     parser = parser_of(__doc__, device="auto")
     parser.add_argument("--heads", default="32,8,128", help="query heads, key/value heads, head_dim")
-    parser.add_argument("--context", default="1024,8192,40000")
-    parser.add_argument("--prefill", default="2048,4096,8192", help="prompts prefilled at once; empty: none")
+    parser.add_argument("--context", type=int, nargs="+", default=[1024, 8192, 40000])
+    parser.add_argument("--prefill", type=int, nargs="*", default=[2048, 4096, 8192], help="prompts prefilled at once")
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, compiled for every shape")
     parser.add_argument("--loop", type=int, help="run the first shape this often under an NVTX range, for a profiler")
     args = parser.parse_args()
     device = args.device
     heads = tuple(int(x) for x in args.heads.split(","))
-    contexts = [int(x) for x in args.context.split(",") if x]
     if args.loop:
-        looped = Case(DECODE[0], contexts[0], heads, device)
+        looped = Case(DECODE[0], args.context[0], heads, device)
         copies = itertools.cycle(range(looped.copies))
         loop("dual_attn", lambda: looped.call(next(copies)), args.loop)
         return 0
     bandwidth = read_bandwidth(device)
-    cases = [(shape, context) for context in contexts for shape in DECODE if shape.rows * context < 4 << 20]
-    cases += [(Shape(1, int(n), 0, 0), 0) for n in args.prefill.split(",") if n]
+    cases = [(shape, context) for context in args.context for shape in DECODE if shape.rows * context < 4 << 20]
+    cases += [(Shape(1, n, 0, 0), 0) for n in args.prefill]
     results = []
     for shape, context in cases:
         torch.manual_seed(0)

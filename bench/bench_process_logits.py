@@ -1,7 +1,7 @@
 """process_logits against the same filters and draw as eager torch operations (sort, cumsum, multinomial).
 
     python -m bench.bench_process_logits --out DIR
-    OMP_NUM_THREADS=1 python -m bench.bench_process_logits --device cpu --rows 1,16 --vocab 49152 --out DIR
+    OMP_NUM_THREADS=1 python -m bench.bench_process_logits --device cpu --rows 1 16 --vocab 49152 --out DIR
 
 Bytes are one read of the logits: the least that any choice costs.
 """
@@ -92,12 +92,12 @@ class Case:
 
 def main() -> int:
     parser = parser_of(__doc__, device="auto")
-    parser.add_argument("--rows", default="1,16,32,128")
-    parser.add_argument("--vocab", default="151936,49152")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 32, 128])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[151936, 49152])
     parser.add_argument("--loop", type=int, help="run the first shape this often under an NVTX range, for a profiler")
     args = parser.parse_args()
     device = args.device
-    shapes = [(int(r), int(v)) for v in args.vocab.split(",") for r in args.rows.split(",")]
+    shapes = [(rows, vocab) for vocab in args.vocab for rows in args.rows]
     if args.loop:
         case = Case(*shapes[0], FILTERS["top-p 0.95"], device)
         loop("process_logits", case.call, args.loop)

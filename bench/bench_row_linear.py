@@ -1,6 +1,6 @@
 """row_linear, op by op and chained over a model's layers under a CUDA graph, against torch.mm.
 
-    python -m bench.bench_row_linear --model 8b --rows 1,16,32,64,96,128,160,2000 --out DIR
+    python -m bench.bench_row_linear --model 8b --rows 1 16 32 64 96 128 160 2000 --out DIR
 
 Every layer has its own weights, so nothing is read from a cache but what a launch has prefetched to L2 for the next
 one. Bytes are the packed weights alone.
@@ -118,7 +118,7 @@ def in_turn(run, order: list[tuple[str, int]]) -> None:
 def main() -> int:
     parser = parser_of(__doc__, device="auto")
     parser.add_argument("--model", default="8b", choices=SHAPES)
-    parser.add_argument("--rows", default="1,16,32,64,96,128,160,2000")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 32, 64, 96, 128, 160, 2000])
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--diff", action="store_true", help="half of the rows use the diffusion view's qkv and o")
     parser.add_argument("--no-baseline", action="store_true")
@@ -127,15 +127,14 @@ def main() -> int:
     args = parser.parse_args()
     device = args.device
     chain = Chain(args.model, device, args.layers, args.diff)
-    row_counts = [int(r) for r in args.rows.split(",")]
     if args.loop:
-        chain.rows(row_counts[0])
+        chain.rows(args.rows[0])
         order = chain.order(args.loop)
         loop(f"row_linear/{args.loop}", partial(in_turn, chain.run, order * max(1, 1000 // len(order))), 1)
         return 0
     bandwidth = read_bandwidth(device)
     results = []
-    for num_rows in row_counts:
+    for num_rows in args.rows:
         chain.rows(num_rows)
 
         def add(op, run, run_mm, nbytes, flops, count, error):
