@@ -53,7 +53,12 @@ PINNED_SMALL["avx512"] = PINNED_SMALL["avx512_bf16"] | {
 }
 
 
-@pytest.fixture(scope="module", params=("bfloat16", "float32"))
+# Without AVX-512 such passes take minutes; test_lossless_tiny.py has float32 everywhere.
+SLOW = dispatch.native() is not None and dispatch.native().cpu.isa() in ("avx2", "neon", "portable")
+FLOAT32 = pytest.param("float32", marks=pytest.mark.full if SLOW else ())
+
+
+@pytest.fixture(scope="module", params=("bfloat16", FLOAT32))
 def engine(request):
     return Engine.from_pretrained(
         "smollm2-135m",
