@@ -1,5 +1,8 @@
 """Shared by the tests of the native CPU ops: thread counts, tensors, the rounding bound."""
 
+import contextlib
+import resource
+
 import torch
 
 ELEMENT = torch.bfloat16  # see the fixture ``element``
@@ -17,6 +20,23 @@ class threads:
 
     def __exit__(self, *_):
         torch.set_num_threads(self.before)
+
+
+class AddressSpace:
+    """What the process has of it when this is made; ``with space.and_only(mebibytes):`` lets it have as much more."""
+
+    def __init__(self):
+        with open("/proc/self/statm") as file:
+            self.used = int(file.read().split()[0]) * resource.getpagesize()
+
+    @contextlib.contextmanager
+    def and_only(self, mebibytes):
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (self.used + (mebibytes << 20), before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def randn(*shape, seed=0, scale=1.0):

@@ -18,10 +18,10 @@ struct VectorTile : QueryRows<T> {
   using QueryRows<T>::sums;
 
   alignas(64) uint32_t k_words[kMaxHeadDim / kPerWord<Operand>][kKeys];  // the keys transposed, in words
-  float decay[kLanes];                         // e^(old maximum - new maximum) of the queries at hand
+  float decay[kLanes];                          // e^(old maximum - new maximum) of the queries at hand
   alignas(64) float score[kQueries][kKeys];
   alignas(64) Operand weight[kQueries][kKeys];  // e^(score - top)
-  alignas(64) float total[kQueries][kLanes];   // sum of the weights, lane by lane
+  alignas(64) float total[kQueries][kLanes];    // sum of the weights, lane by lane
   // Widened copies of rows, head_dim apart.
   alignas(64) float wide_q[kWidens ? kQueries * kMaxHeadDim : 0];
   alignas(64) float wide_v[kWidens ? kKeys * kMaxHeadDim : 0];

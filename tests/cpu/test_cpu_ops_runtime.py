@@ -136,10 +136,10 @@ with threads(2):
 def test_a_worker_without_memory():
     """No room for a row's scratch: the op raises once all threads are out of it, and the next one is whole."""
     code = """
-import resource, torch
-from orthrus_rt import dispatch, native, ops, weights
+import pytest, torch
+from orthrus_rt import native, ops, weights
 from tests.logits_cases import with_filters
-from tests.native_cpu import randn, threads
+from tests.native_cpu import AddressSpace, randn, threads
 case = with_filters(torch.rand(2, 12_000_000), [(1.0, 0, 1.0, 0.0)])  # 48 MB of scratch: more than malloc ever keeps
 tiles = -(-case.logits.shape[1] // 128)
 best = torch.empty(2, tiles), torch.empty(2, tiles, dtype=torch.int32)
@@ -151,18 +151,10 @@ def process():
 
 with threads(2):
     ops.row_linear(y, small, want)
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    space = AddressSpace()
     for _ in range(20):
-        resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), before[1]))
-        try:
+        with space.and_only(4), pytest.raises(MemoryError):
             process()
-        except MemoryError:
-            pass
-        else:
-            raise AssertionError("there was memory enough")
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, before)
         ops.row_linear(y, small, got)
         assert torch.equal(got, want)
     process()
@@ -173,24 +165,15 @@ with threads(2):
 def test_a_caller_without_memory():
     """No room for the rows that it widens: the op raises before any other thread begins."""
     code = """
-import resource, torch
+import pytest, torch
 from orthrus_rt import dispatch, ops, weights
-from tests.native_cpu import randn, threads
+from tests.native_cpu import AddressSpace, randn, threads
 dispatch.native().cpu.set_isa("portable")
 wide, x = weights.pack(randn(64, 240000, seed=1), impl="cpu"), randn(48, 240000, seed=3)  # 46 MB as floats
 out = torch.empty(48, 64).bfloat16()
-before = resource.getrlimit(resource.RLIMIT_AS)
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 with threads(2):
-    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), before[1]))
-    try:
+    with AddressSpace().and_only(4), pytest.raises(MemoryError):
         ops.row_linear(x, wide, out)
-    except MemoryError:
-        pass
-    else:
-        raise AssertionError("there was memory enough")
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
     ops.row_linear(x, wide, out)
 """
     run_apart(code)
@@ -199,28 +182,22 @@ with threads(2):
 def test_threads_started_without_memory():
     """The op raises and says so; those that were started stay, and with memory again it runs on all of them."""
     code = """
-import resource, torch
+import pytest, torch
 from orthrus_rt import ops, weights
-from tests.native_cpu import randn
+from tests.native_cpu import AddressSpace, randn
 weight, x = weights.pack(randn(640, 64, seed=1), impl="cpu"), randn(9, 64, seed=2)
 want, got = torch.empty(9, 640).bfloat16(), torch.empty(9, 640).bfloat16()
 torch.set_num_threads(2)
 ops.row_linear(x, weight, want)
-before = resource.getrlimit(resource.RLIMIT_AS)
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+space = AddressSpace()
 torch.set_num_threads(30)
 for mebibytes in (1, 2, 4, 12, 40):
     for _ in range(3):
-        resource.setrlimit(resource.RLIMIT_AS, (used + (mebibytes << 20), before[1]))
-        try:
+        with space.and_only(mebibytes), pytest.raises(RuntimeError) as raised:
             ops.row_linear(x, weight, got)
-        except RuntimeError as error:
-            told = str(error)
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, before)
+        told = str(raised.value)
         assert told.startswith("the CPU ops cannot have 30 threads (torch.set_num_threads): the system started "), told
         assert "Resource temporarily unavailable" in told, told
-        del told
         torch.set_num_threads(2)
         ops.row_linear(x, weight, got.zero_())
         assert torch.equal(got, want)
