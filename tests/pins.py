@@ -11,8 +11,9 @@ T = TypeVar("T")
 
 def of_this_isa(pinned: dict[str, T], tight: float, loose: float) -> tuple[T, float]:
     """What is pinned for the CPU variant that runs, and ``tight``; else what is for AVX-512 BF16, and ``loose``. AVX2
-    and NEON round as AVX-512 does.
+    and NEON round as AVX-512 does, and have pins of their own where they decode something else.
     """
     isa = dispatch.native().cpu.isa()
-    isa = "avx512" if isa in ("avx2", "neon") else isa
+    if isa in ("avx2", "neon"):
+        isa = "avx2" if "avx2" in pinned else "avx512"
     return (pinned[isa], tight) if isa in pinned else (pinned["avx512_bf16"], loose)

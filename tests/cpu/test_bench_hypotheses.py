@@ -12,12 +12,19 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
-@pytest.mark.parametrize("fan_out", (2, 6))
-def test_the_replay_of_our_rule_is_what_the_engine_does(fan_out):
+@pytest.fixture(scope="module")
+def collected():
+    """The engine, a prompt, and the drafts behind each of its first tokens."""
+    if dispatch.native() is None:
+        pytest.skip("the native module is not built")
     engine = Engine.from_pretrained("smollm2-135m", device="cpu", max_seq_len=512, max_batch_size=1, mode="one_pass")
     prompt = prompts.load("code")[0]
-    table = collect(engine, prompt, 32, [(8, 1)])
+    return engine, prompt, collect(engine, prompt, 32, [(8, 1)])
+
+
+@pytest.mark.parametrize("fan_out", (2, 6))
+def test_the_replay_of_our_rule_is_what_the_engine_does(collected, fan_out):
+    engine, prompt, table = collected
     params = SamplingParams(max_new_tokens=32)
     out = engine.generate(prompt.encode(engine.tokenizer), params, draft_len=7, fan_out=fan_out)
     assert out.token_ids == table.text.tolist()

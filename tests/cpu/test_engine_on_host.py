@@ -62,8 +62,8 @@ def case(request, tmp_path_factory):
 def jobs(case):
     """``(prompts, params, AR alone)``"""
     rng = random.Random(1)
-    prompts = [[rng.randrange(700) for _ in range(n)] for n in (40, 3, 100)]  # two grow over a page
-    kwargs = dict(max_new_tokens=30, ignore_eos=True)
+    prompts = [[rng.randrange(700) for _ in range(n)] for n in (55, 3, 115)]  # two grow over a page
+    kwargs = dict(max_new_tokens=16, ignore_eos=True)
     params = lossless.greedy(2, **kwargs) + lossless.sampled(1, **kwargs)
     return prompts, params, decode(case[1], prompts, params, mode="ar")
 

@@ -83,12 +83,12 @@ def same_as_generate(chosen, max_new_tokens):
     checkpoint = ckpt.load("smollm2-135m")
     ar = build(checkpoint)
     engine = Engine.from_pretrained("smollm2-135m", device="cpu", mode="two_pass", dtype="float32", max_seq_len=2048)
-    for prompt in chosen:
-        ids = prompt.encode(engine.tokenizer)
-        want = greedy(ar, ids, max_new_tokens)
-        for mode in ("two_pass", "ar"):
-            got = engine.generate(ids, SamplingParams(max_new_tokens=max_new_tokens), mode=mode)
-            assert got.token_ids == want, (prompt.name, mode)
+    ids = [prompt.encode(engine.tokenizer) for prompt in chosen]
+    want = [greedy(ar, each, max_new_tokens) for each in ids]
+    for way in (dict(mode="ar"), dict(mode="two_pass", draft_len=5)):
+        got = engine.generate(ids, SamplingParams(max_new_tokens=max_new_tokens), **way)
+        for prompt, out, tokens in zip(chosen, got, want, strict=True):
+            assert out.token_ids == tokens, (prompt.name, way)
 
 
 def test_tokens_of_generate_small_grid():

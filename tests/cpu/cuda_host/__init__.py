@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
+import fcntl
 import functools
+import hashlib
 import re
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[2] / "csrc"
+ROOT = HERE.parents[2]
+CSRC = ROOT / "csrc"
 PARAMS = ("RowLinearParams", "QkvCommitParams", "ConsensusParams", "DualAttnParams")
 KERNELS = ("qkv_commit", "consensus", "dual_attn", "dual_attn_f32", "row_linear_f32")
 ROW_LINEAR = ("row_linear", "row_linear_mma", "row_linear_sm90")
@@ -45,18 +46,37 @@ def structs() -> dict[str, type[ctypes.Structure]]:
 
 
 def build(interface: str, kernels: tuple[str, ...]) -> ctypes.CDLL:
-    """The kernels behind the C functions of ``interface``, a file of this folder."""
+    """The kernels behind the C functions of ``interface``, a file of this folder: from the build folder if nothing has
+    changed since.
+    """
     sources = [HERE / interface, *(CSRC / "cuda" / f"{name}.cu" for name in kernels)]
     include = [f"-I{HERE}", f"-I{CSRC / 'include'}"]
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder)  # not before: a sanitizer's report reads it
-    path = Path(folder) / "kernels.so"
-    command = [compiler(), *FLAGS, *include, "-shared", "-x", "c++", *map(str, sources), "-o", str(path)]
-    subprocess.run(command, check=True)
-    LIBRARIES.append(ctypes.CDLL(str(path)))
+    stem = f"{Path(interface).stem}-{hashlib.sha256(' '.join(FLAGS).encode()).hexdigest()[:8]}"
+    path = ROOT / "build" / "cuda_host" / f"{stem}-{_hash_of_sources()}.so"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / f"{stem}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of a run want it too
+        if not path.exists():
+            unfinished = path.with_suffix(".unfinished")
+            command = [compiler(), *FLAGS, *include, "-shared", "-x", "c++", *map(str, sources), "-o", str(unfinished)]
+            subprocess.run(command, check=True)
+            for old in path.parent.glob(f"{stem}-*.so"):
+                old.unlink()
+            unfinished.rename(path)
+        LIBRARIES.append(ctypes.CDLL(str(path)))
     if "-fsanitize=thread" in FLAGS:
         let_kernels_follow()
     return LIBRARIES[-1]
+
+
+@functools.cache
+def _hash_of_sources() -> str:
+    """Of what is compiled, and of what the compiler says of itself and this processor."""
+    digest = hashlib.sha256(subprocess.check_output([compiler(), *FLAGS, "-dM", "-E", "-x", "c++", "/dev/null"]))
+    for folder in (HERE, CSRC / "cuda", CSRC / "include"):
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:24]
 
 
 @contextlib.contextmanager

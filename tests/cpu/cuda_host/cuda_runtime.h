@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "races.h"
@@ -65,7 +66,7 @@ inline bool descending = false;
 // A thread of a block, of every block in turn. Its context is entered once; from then on control passes by setjmp and
 // longjmp, which, unlike swapcontext, ask nothing of the system.
 struct Fiber {
-  enum State { kReady, kWarp, kBlock, kDone };
+  enum State : uint8_t { kReady, kWarp, kBlock, kDone };
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   static constexpr int kStackBytes = 1 << 18;
 #else
@@ -75,7 +76,6 @@ struct Fiber {
   jmp_buf resume;
   bool entered = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  State state = kDone;
   int exchanges = 0, met[2] = {};  // so often with its warp, with its block
   races::Thread seen_as{};
 };
@@ -109,7 +109,7 @@ class Block {
     while (static_cast<int>(fibers().size()) < threads) make_fiber();
     threads_ = threads;
     kernel_ = &kernel;
-    for (int t = 0; t < threads; ++t) fibers()[t].state = Fiber::kReady;
+    std::fill_n(states_, threads, Fiber::kReady);
     while (step()) {
     }
   }
@@ -117,7 +117,7 @@ class Block {
   void wait(Fiber::State state) {
     const races::Unseen unseen;
     Fiber& fiber = fibers()[active_];
-    fiber.state = state;
+    states_[active_] = state;
     if (_setjmp(fiber.resume)) return;
     races::become(scheduler_seen_as_);
     _longjmp(scheduler_, 1);
@@ -137,11 +137,13 @@ class Block {
   // Which of the sets of fibers runs.
   int set() const { return set_; }
 
-  // What the warp's lanes have passed to the same exchange; until the caller's next one.
+  // What the warp's lanes have passed to the same exchange; until the caller's next one. ``first``: to ask, of them.
   template <typename T>
   struct Lanes {
     const char (*values)[kValueBytes];
+    bool* asked;
     const T& operator[](int lane) const { return *reinterpret_cast<const T*>(values[lane]); }
+    bool first() const { return !std::exchange(*asked, true); }
   };
 
   // Orders nothing else.
@@ -149,10 +151,12 @@ class Block {
   Lanes<T> exchange(T value) {
     static_assert(sizeof(T) <= kValueBytes);
     const races::Unseen unseen;
-    auto& values = values_[active_ / 32][fibers()[active_].exchanges++ % 2];
+    const int warp = active_ / 32, turn = fibers()[active_].exchanges++ % 2;
+    auto& values = values_[warp][turn];
     __builtin_memcpy(values[active_ % 32], &value, sizeof(T));
+    asked_[warp][turn] = false;
     wait(Fiber::kWarp);
-    return {values};
+    return {values, &asked_[warp][turn]};
   }
 
  private:
@@ -196,7 +200,7 @@ class Block {
     bool ran = false;
     for (int i = 0; i < threads_; ++i) {
       const int t = descending ? threads_ - 1 - i : i;
-      if (fibers()[t].state != Fiber::kReady) continue;
+      if (states_[t] != Fiber::kReady) continue;
       ran = true;
       active_ = t;
       threadIdx.x = t;
@@ -204,33 +208,25 @@ class Block {
     }
     for (int first = 0; first < threads_; first += 32) ran |= open(Fiber::kWarp, first, std::min(first + 32, threads_));
     if (!ran) ran = open(Fiber::kBlock, 0, threads_);
-    for (int t = 0; t < threads_; ++t) {
-      if (!ran && fibers()[t].state != Fiber::kDone) fail("threads wait for each other");
-    }
+    if (!ran && std::count(states_, states_ + threads_, Fiber::kDone) < threads_) fail("threads wait for each other");
     return ran;
   }
 
   bool open(Fiber::State state, int first, int last) {
-    int waiting = 0;
-    for (int t = first; t < last; ++t) {
-      if (fibers()[t].state == state) {
-        ++waiting;
-      } else if (fibers()[t].state != Fiber::kDone) {
-        return false;
-      }
-    }
-    for (int t = first; t < last; ++t) {
-      if (fibers()[t].state == state) fibers()[t].state = Fiber::kReady;
-    }
+    const auto waiting = std::count(states_ + first, states_ + last, state);
+    if (waiting + std::count(states_ + first, states_ + last, Fiber::kDone) < last - first) return false;
+    std::replace(states_ + first, states_ + last, state, Fiber::kReady);
     return waiting > 0;
   }
 
   std::deque<Fiber> sets_[2 * kSets];  // of fibers, which stay where they are
+  Fiber::State states_[kMaxWarps * 32];
   int set_ = 0;
   races::Thread scheduler_seen_as_{};
   Meeting meetings_[kMaxWarps + 1];  // of the warps, and of the block
   // Of this and the previous exchange of each warp: a lane runs at most one ahead of its warp.
   alignas(64) char values_[kMaxWarps][2][32][kValueBytes] = {};
+  bool asked_[kMaxWarps][2] = {};
   jmp_buf scheduler_;
   const std::function<void()>* kernel_ = nullptr;
   int threads_ = 0;

@@ -95,6 +95,16 @@ inline float widen(const uint8_t* bf16) {
   return value;
 }
 
+// To the four accumulators of mma, or four of wgmma, where two rows and two columns meet.
+inline void add_products(float* d, const float* row0, const float* row1, const float* column0, const float* column1) {
+  for (int k = 0; k < 16; ++k) {
+    d[0] += row0[k] * column0[k];
+    d[1] += row0[k] * column1[k];
+    d[2] += row1[k] * column0[k];
+    d[3] += row1[k] * column1[k];
+  }
+}
+
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxSharedBytes = 227 * 1024;  // that a block may ask for
 alignas(1024) inline uint8_t dynamic_shared[kMaxSharedBytes + 1024];
@@ -180,38 +190,36 @@ void copy_wait() {
   });
 }
 
-template <typename Layout>
-void load_elements(uint32_t (&r)[4], SharedAddress row, const Layout& layout) {
+template <auto kLayout>
+void load_elements(uint32_t (&r)[4], SharedAddress row) {
   const auto rows = cuda_host::Block::current().exchange(row);
   for (int i = 0; i < 8; ++i) {
-    const auto [from, column] = layout(threadIdx.x % 32, i);
+    const auto [from, column] = kLayout(threadIdx.x % 32, i);
     std::memcpy(reinterpret_cast<uint8_t*>(r) + i * 2, reinterpret_cast<const uint8_t*>(rows[from]) + column * 2, 2);
   }
 }
-inline void load_matrices(uint32_t (&r)[4], SharedAddress row) { load_elements(r, row, cuda_host::load_matrix); }
+inline void load_matrices(uint32_t (&r)[4], SharedAddress row) { load_elements<cuda_host::load_matrix>(r, row); }
 inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress row) {
-  load_elements(r, row, cuda_host::load_matrix_transposed);
+  load_elements<cuda_host::load_matrix_transposed>(r, row);
 }
 
 inline void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const cuda_host::races::Unseen unseen;  // no memory of the device is touched
   using Words = std::array<uint32_t, 6>;
   const auto lanes = cuda_host::Block::current().exchange(Words{a[0], a[1], a[2], a[3], b0, b1});
   auto element = [&](cuda_host::Place from, int first_word) {
     return cuda_host::widen(reinterpret_cast<const uint8_t*>(&lanes[from.lane][first_word]) + from.index * 2);
   };
-  // A lane's accumulators are where two rows and two columns meet.
-  const int lane = threadIdx.x % 32;
-  float rows[2][16], columns[2][16];
-  for (int i = 0; i < 2; ++i) {
-    const int row = cuda_host::mma_accumulator(lane, i * 2).row, column = cuda_host::mma_accumulator(lane, i).column;
+  static struct { float a[16][16], b[8][16]; } operands[cuda_host::kMaxThreads / 32];
+  auto& [rows, columns] = operands[threadIdx.x / 32];
+  if (lanes.first()) {
     for (int k = 0; k < 16; ++k) {
-      rows[i][k] = element(cuda_host::mma_a(row, k), 0);
-      columns[i][k] = element(cuda_host::mma_b(column, k), 4);
+      for (int row = 0; row < 16; ++row) rows[row][k] = element(cuda_host::mma_a(row, k), 0);
+      for (int row = 0; row < 8; ++row) columns[row][k] = element(cuda_host::mma_b(row, k), 4);
     }
   }
-  for (int k = 0; k < 16; ++k) {
-    for (int i = 0; i < 4; ++i) d[i] += rows[i / 2][k] * columns[i % 2][k];
-  }
+  const auto [row, column] = cuda_host::mma_accumulator(threadIdx.x % 32, 0);
+  cuda_host::add_products(d, rows[row], rows[row + 8], columns[column], columns[column + 1]);
 }
 
 inline uint32_t pack_bf16(float lo, float hi) {

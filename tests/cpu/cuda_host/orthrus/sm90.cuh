@@ -202,12 +202,18 @@ void wgmma(float* d, uint64_t a, uint64_t b, int accumulate) {
     }
   };
   auto multiply = [=, thread = threadIdx.x % 128] {
-    auto element = [](uint64_t matrix, int row, int k) { return widen(pointer(operand_address(matrix, row, k))); };
-    for (int i = 0; i < kN / 2; ++i) {
-      const auto [row, column] = wgmma_accumulator(thread, i);
-      float sum = accumulate ? d[i] : 0.f;
-      for (int k = 0; k < 16; ++k) sum += element(a, row, k) * element(b, column, k);
-      d[i] = sum;
+    // Eight elements of a row lie together.
+    auto widen_row = [](uint64_t matrix, int row, float (&to)[16]) {
+      for (int k = 0; k < 16; ++k) to[k] = widen(pointer(operand_address(matrix, row, k / 8 * 8) + k % 8 * 2));
+    };
+    float rows[2][16], columns[2][16];
+    for (int i = 0; i < kN / 2; i += 4) {
+      for (int j = 0; j < 2; ++j) {
+        if (i == 0) widen_row(a, wgmma_accumulator(thread, j * 2).row, rows[j]);
+        widen_row(b, wgmma_accumulator(thread, i + j).column, columns[j]);
+      }
+      if (!accumulate) std::fill_n(d + i, 4, 0.f);
+      add_products(d + i, rows[0], rows[1], columns[0], columns[1]);
     }
   };
   read();
