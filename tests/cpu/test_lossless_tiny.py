@@ -49,7 +49,10 @@ def one_thread():
         yield
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.full if name == "llama-float32" else ()) for name in VARIANTS],
+)
 def case(request, tmp_path_factory):
     """``(name, engine, draft_lens)``"""
     kwargs = dict(dtype=torch.bfloat16, diff_noise=0.05, vocab_size=700, mask_token_id=699) | VARIANTS[request.param]

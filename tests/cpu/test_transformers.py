@@ -92,7 +92,7 @@ def same_as_generate(chosen, max_new_tokens):
 
 
 def test_tokens_of_generate_small_grid():
-    same_as_generate([prompts.load(kind)[0] for kind in prompts.KINDS], 32)
+    same_as_generate([prompts.load(kind)[0] for kind in prompts.KINDS], 20)
 
 
 @pytest.mark.full

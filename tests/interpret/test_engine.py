@@ -35,9 +35,9 @@ def test_every_mode_gives_the_ar_bits(folder, monkeypatch):
         engine.runner.records_prefill = True
         assert (engine.next_logits(JOBS[0][0]) - want).abs().max() < 2e-2 * want.abs().max()
         assert gpu.num_launches > 8
-        ar, two_pass = traces.decode(engine, *JOBS, mode="ar"), dict(mode="two_pass", draft_len=3)
+        ar, two_pass = traces.decode(engine, *JOBS, mode="ar"), dict(mode="two_pass", draft_len=2)
         assert lossless.check_alone(engine, *JOBS, ar, two_pass) > 1.2
-        lossless.check_alone(engine, *JOBS, ar, dict(mode="one_pass", draft_len=2, fan_out=2))
+        lossless.check_alone(engine, *JOBS, ar, dict(mode="one_pass", draft_len=1, fan_out=2))
         traces.assert_same(traces.decode(engine, *JOBS, together=True, **two_pass), ar)
         with traces.eager_cycles(engine):
-            traces.assert_same(traces.decode(engine, *JOBS, mode="ar"), ar)
+            traces.assert_same(traces.decode(engine, *(column[1:] for column in JOBS), mode="ar"), ar[1:])
