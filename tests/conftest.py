@@ -1,9 +1,17 @@
-"""The checkpoint that most tests run."""
+"""The checkpoint that most tests run, and less of the collector's work."""
+
+import gc
 
 import pytest
 import torch
 
 from tests import checkpoints
+
+
+def pytest_collection_finish():
+    """What torch, transformers and the tests consist of stays; to look through it again and again takes seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

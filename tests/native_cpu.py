@@ -3,14 +3,8 @@
 import contextlib
 import resource
 
-import pytest
 import torch
 
-from orthrus_rt import dispatch
-
-# On one core without AVX-512 a pass of the embedded model takes so long that some of its tests are ``--full``'s there.
-SLOW = dispatch.native() is not None and dispatch.native().cpu.isa() in ("avx2", "neon", "portable")
-UNLESS_SLOW = pytest.mark.full if SLOW else ()
 ELEMENT = torch.bfloat16  # see the fixture ``element``
 
 

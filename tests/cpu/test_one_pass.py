@@ -13,8 +13,7 @@ from orthrus_rt.plan import empty_rows
 from orthrus_rt.reference_consensus import DOUBT, SEEN_GAIN, pick_hypotheses
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
-from tests.native_cpu import UNLESS_SLOW
-from tests.pins import of_this_isa
+from tests.pins import UNLESS_SLOW, of_this_isa
 
 FOLDER = Path(__file__).parents[1] / "golden" / "qwen3-tied-k8"
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

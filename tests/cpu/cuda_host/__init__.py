@@ -10,6 +10,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -23,6 +24,7 @@ FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 FLAGS.append("-Wno-maybe-uninitialized")  # what is loaded under one condition and used under the same
 FLAGS.append("-U_FORTIFY_SOURCE")  # which takes a fiber's stack for a longjmp gone wrong
 LIBRARIES: list[ctypes.CDLL] = []  # that were built
+A_WEEK = 7 * 24 * 3600
 SCALARS = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
 
 
@@ -51,31 +53,32 @@ def build(interface: str, kernels: tuple[str, ...]) -> ctypes.CDLL:
     """
     sources = [HERE / interface, *(CSRC / "cuda" / f"{name}.cu" for name in kernels)]
     include = [f"-I{HERE}", f"-I{CSRC / 'include'}"]
-    stem = f"{Path(interface).stem}-{hashlib.sha256(' '.join(FLAGS).encode()).hexdigest()[:8]}"
-    path = ROOT / "build" / "cuda_host" / f"{stem}-{_hash_of_sources()}.so"
+    path = ROOT / "build" / "cuda_host" / f"{Path(interface).stem}-{_hash_for([interface, *kernels, *FLAGS])}.so"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / f"{stem}.lock", "w") as lock:
+    with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of a run want it too
         if not path.exists():
             unfinished = path.with_suffix(".unfinished")
             command = [compiler(), *FLAGS, *include, "-shared", "-x", "c++", *map(str, sources), "-o", str(unfinished)]
             subprocess.run(command, check=True)
-            for old in path.parent.glob(f"{stem}-*.so"):
-                old.unlink()
             unfinished.rename(path)
+            for old in path.parent.iterdir():
+                with contextlib.suppress(FileNotFoundError):  # another process was first
+                    if old.stat().st_mtime < time.time() - A_WEEK:  # a sanitizer's report may read a younger one
+                        old.unlink()
         LIBRARIES.append(ctypes.CDLL(str(path)))
     if "-fsanitize=thread" in FLAGS:
         let_kernels_follow()
     return LIBRARIES[-1]
 
 
-@functools.cache
-def _hash_of_sources() -> str:
-    """Of what is compiled, and of what the compiler says of itself and this processor."""
+def _hash_for(command: list[str]) -> str:
+    """Of the command, all that it may compile, and what the compiler says of itself and this processor."""
     digest = hashlib.sha256(subprocess.check_output([compiler(), *FLAGS, "-dM", "-E", "-x", "c++", "/dev/null"]))
+    digest.update(repr(command).encode())
     for folder in (HERE, CSRC / "cuda", CSRC / "include"):
         for path in sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp")):
-            digest.update(path.read_bytes())
+            digest.update(repr((str(path.relative_to(ROOT)), path.read_bytes())).encode())
     return digest.hexdigest()[:24]
 
 

@@ -137,7 +137,8 @@ class Block {
   // Which of the sets of fibers runs.
   int set() const { return set_; }
 
-  // What the warp's lanes have passed to the same exchange; until the caller's next one. ``first``: to ask, of them.
+  // What the warp's lanes have passed to the same exchange; until the caller's next one. ``first()``: is the caller the
+  // first of them to ask?
   template <typename T>
   struct Lanes {
     const char (*values)[kValueBytes];

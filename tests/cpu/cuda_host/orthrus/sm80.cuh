@@ -210,6 +210,7 @@ inline void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   auto element = [&](cuda_host::Place from, int first_word) {
     return cuda_host::widen(reinterpret_cast<const uint8_t*>(&lanes[from.lane][first_word]) + from.index * 2);
   };
+  // Widened by the first lane for all: none comes to the next mma before all have read them.
   static struct { float a[16][16], b[8][16]; } operands[cuda_host::kMaxThreads / 32];
   auto& [rows, columns] = operands[threadIdx.x / 32];
   if (lanes.first()) {

@@ -202,7 +202,8 @@ void wgmma(float* d, uint64_t a, uint64_t b, int accumulate) {
     }
   };
   auto multiply = [=, thread = threadIdx.x % 128] {
-    // Eight elements of a row lie together.
+    static_assert(kN % 8 == 0, "accumulators come by four");
+    // Eight elements of a row lie together: the swizzle moves 16 bytes at a time.
     auto widen_row = [](uint64_t matrix, int row, float (&to)[16]) {
       for (int k = 0; k < 16; ++k) to[k] = widen(pointer(operand_address(matrix, row, k / 8 * 8) + k % 8 * 2));
     };
