@@ -110,7 +110,7 @@ def test_small_grid_together(engine, jobs):
 @pytest.mark.parametrize("jobs", ("greedy",), indirect=True)  # sampled ones are too short to run out of pages
 def test_small_grid_preempted(engine, jobs):
     for way in lossless.ways([5]):
-        lossless.check_preempted(engine, *jobs, way, num_pages=9 if SLOW else 11)
+        lossless.check_preempted(engine, *jobs, way, num_pages=9 if SLOW else 12)
 
 
 @pytest.mark.parametrize("engine", (pytest.param("bfloat16", marks=UNLESS_SLOW),), indirect=True)
@@ -184,11 +184,12 @@ def test_tokens_per_cycle_of_four_prompts(engine):
 
 
 @pytest.mark.parametrize("engine", ("bfloat16",), indirect=True)
-def test_prefill_of_two_thousand_tokens(engine, monkeypatch):
-    """In chunks; neither their size nor the mode changes a bit of what follows."""
+def test_prefill_of_a_long_prompt(engine, monkeypatch):
+    """In chunks, the last of which is not whole; neither their size nor the mode changes a bit of what follows."""
     text = " ".join(p.text for p in prompts.load("long")) + " "
-    ids = engine.tokenizer(text * 2).input_ids[:2000]
-    assert len(ids) == 2000
+    count = 1100 if SLOW else 2000
+    ids = engine.tokenizer(text * 2).input_ids[:count]
+    assert len(ids) == count
     params = SamplingParams(max_new_tokens=24, ignore_eos=True)
     want = decode(engine, [ids], params)
     assert len(want[0].tokens) == 24 and want[0].tokens_per_cycle > 1.5

@@ -212,7 +212,7 @@ PINNED = {
 
 @pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 @pytest.mark.parametrize(
-    ("kind", "draft_len", "fan_out"), [("code", 7, 2), pytest.param("chat", 15, 6, marks=UNLESS_SLOW)]
+    ("kind", "draft_len", "fan_out"), [pytest.param(*case, marks=UNLESS_SLOW) for case in PINNED["avx512_bf16"]]
 )
 def test_tokens_per_pass_are_pinned(kind, draft_len, fan_out):
     engine = Engine.from_pretrained("smollm2-135m", device="cpu", mode="two_pass", max_seq_len=512, max_batch_size=4)
