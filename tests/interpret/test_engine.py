@@ -37,7 +37,8 @@ def test_every_mode_gives_the_ar_bits(folder, monkeypatch):
         assert gpu.num_launches > 8
         ar, two_pass = traces.decode(engine, *JOBS, mode="ar"), dict(mode="two_pass", draft_len=2)
         assert lossless.check_alone(engine, *JOBS, ar, two_pass) > 1.2
-        lossless.check_alone(engine, *JOBS, ar, dict(mode="one_pass", draft_len=1, fan_out=2))
+        sampled = *(column[1:2] for column in JOBS), ar[1:2]
+        lossless.check_alone(engine, *sampled, dict(mode="one_pass", draft_len=2, fan_out=2))
         traces.assert_same(traces.decode(engine, *JOBS, together=True, **two_pass), ar)
         with traces.eager_cycles(engine):
             traces.assert_same(traces.decode(engine, *(column[:2] for column in JOBS), mode="ar"), ar[:2])
