@@ -126,7 +126,7 @@ class GrowingCache:
         w, rows = self.weights, len(tokens)
         positions = torch.arange(self.n, self.n + rows, device=w.device)
         mask = None
-        if not view:
+        if not view and rows > 1:
             mask = torch.arange(self.n + rows, device=w.device) <= positions[:, None]
 
         def attend(i, q, k, v):
@@ -192,6 +192,8 @@ class StaticCache:
         mask = torch.arange(self.max_len, device=tokens.device) <= last.expand(-1, positions.shape[1], -1)
         per_kv = c.num_heads_q // c.num_heads_kv
         mask = mask[:, None, :, None].expand(-1, -1, -1, per_kv, -1).flatten(2, 3)
+        # Of booleans SDPA would make this anew in every layer.
+        mask = torch.zeros_like(mask, dtype=self.weights.dtype).masked_fill_(~mask, -torch.inf)
 
         def attend(i, q, k, v):
             keys, values = self.cache[i]

@@ -24,141 +24,17 @@ from unittest import mock
 
 import torch
 
-from bench import common
-from bench.acceptance import mean_accepted, per_position, simulated, trace
-from bench.baselines import GrowingCache, StaticCache, Weights
-from bench.models import random_checkpoint
-from orthrus_rt import checkpoint as ckpt
+from bench import common, decode_cases
+from bench.acceptance import simulated
+from bench.baselines import Weights
+from bench.decode_baselines import baseline_row, device_ms, for_each_baseline, real_baseline_row
+from bench.decode_cases import MANY, PUBLISHED, WARM_UP, Bench, case_of, peak_gb, prompts_of
 from orthrus_rt import prompts
-from orthrus_rt.cycle_plan import MODES, cycle_plan
+from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.engine import Engine
-from orthrus_rt.model import Model
+from orthrus_rt.memory import lacks_memory
 from orthrus_rt.prefill import PrefillPass
 from orthrus_rt.sampling import SamplingParams
-
-EMBEDDED = ckpt.EMBEDDED_NAME
-# Accepted of 31 drafts per cycle by the published models (twice their tokens per forward pass, less the bonus).
-PUBLISHED = {"1.7b": 7.5, "4b": 9.4, "8b": 9.7, "tiny": 3.0}
-WARM_UP = 4  # cycles
-MANY = 1 << 30
-
-
-class Bench:
-    """One model on one device, and what is common to its rows."""
-
-    max_seq_len = 2048  # of the embedded model's engines
-
-    def __init__(self, args):
-        self.args, self.device = args, args.device
-        self.dtype = torch.bfloat16
-        self.real = args.model == EMBEDDED
-        if self.real:
-            self.checkpoint = ckpt.load(EMBEDDED)
-        else:
-            self.checkpoint = random_checkpoint(args.model, self.device, args.block_len)
-        self.config = self.checkpoint.config
-        self.draft_len = args.draft_len or self.config.block_len - 1
-        self.accepted = args.accepted
-        if self.accepted is None and not self.real:
-            self.accepted = mean_accepted(per_position(PUBLISHED[args.model], 31), self.draft_len)
-        if not self.real:
-            per_position(self.accepted, self.draft_len)  # checks it
-        self.bandwidth = common.read_bandwidth(self.device)
-        self.cycles = WARM_UP + args.cycles + 1  # of a row, one that is profiled among them
-        self.model = None
-        if self.positions() > (most := self.config.max_position_embeddings):
-            raise ValueError(f"--context: {self.positions()} positions are needed, and the model has {most}")
-
-    def trace(self, mode: str, batch: int) -> torch.Tensor:
-        """Accepted drafts of every measured cycle and sequence, ``[cycles, batch]``; used over again around those."""
-        if mode != "two_pass":
-            return torch.zeros(1, batch, dtype=torch.int32)
-        return trace(self.accepted, self.draft_len, self.args.cycles, batch)
-
-    def room(self, context: int, mode: str, batch: int) -> int:
-        """Positions of a sequence that starts at ``context`` and never ends while it is measured."""
-        accepted = self.trace(mode, batch)
-        grown = 1 + accepted[torch.arange(self.cycles) % len(accepted)]
-        return context + int(grown.sum(0).max()) + 4 * (self.draft_len + 1)
-
-    def positions(self) -> int:
-        """As many as any row needs."""
-        cases = ((max(self.args.context), mode, max(self.args.batch)) for mode in self.args.modes)
-        return self.max_seq_len if self.real else max(self.room(*case) for case in cases)
-
-    def engine(self, mode: str, batch: int, max_seq_len: int) -> Engine:
-        """An engine over weights that all engines of this call share."""
-
-        def shared(checkpoint, **kwargs):
-            if self.model is None:
-                self.model = Model(checkpoint, **kwargs | {"max_seq_len": self.positions()})
-            return self.model
-
-        with mock.patch("orthrus_rt.engine.Model", shared):
-            return Engine(
-                self.checkpoint, device=self.device, dtype=self.dtype, mode=mode, max_seq_len=max_seq_len,
-                draft_len=self.draft_len, fan_out=self.args.fan_out, max_batch_size=batch, num_pages=None,
-                prefix_caching=False,
-            )  # fmt: skip
-
-    def sync(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def floor_ms(self, mode: str, batch: int, context: float) -> float:
-        """Time to read, in bf16, each pass's weights and every sequence's cache once. Coded weights may be below it."""
-        c = self.config
-        cache = 2 * batch * context * c.num_layers * c.num_heads_kv * c.head_dim * 2
-        passes = {"ar": [("",)], "two_pass": [("_diff",), ("",)], "one_pass": [("", "_diff")]}[mode]
-        return sum(self.weight_bytes(views) + cache for views in passes) / self.bandwidth * 1e-6
-
-    def weight_bytes(self, views: tuple[str, ...]) -> int:
-        """bf16 bytes of the matrices that a pass with rows of these views reads, the head included."""
-        head = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
-        total = 0
-        for name, shape in ckpt.expected_tensors(self.config).items():
-            attention = "self_attn" in name
-            view = "_diff" if name.endswith("_diff.weight") else ""
-            mine = view in views if attention else "mlp" in name or name == head
-            total += 2 * shape[0] * shape[1] if mine and len(shape) == 2 else 0
-        return total
-
-    def row(self, runtime, mode, batch, context, cycle_s, tokens_per_cycle, *, grown=0.0, **more) -> dict:
-        """``cycle_s``: seconds per cycle of the whole batch; ``tokens_per_cycle``: of one sequence, whose cache was
-        ``grown`` tokens longer than ``context`` on average.
-        """
-        floor = self.floor_ms(mode, batch, context + grown)
-        acceptance = {"ar": "none (ar)"}
-        if mode != "ar" and self.real:
-            acceptance[mode] = "real"
-        elif mode == "two_pass":
-            acceptance[mode] = f"simulated acceptance a={self.accepted:.3g}"
-        timed_only = mode not in acceptance  # what one_pass would accept is not simulated
-        plan = cycle_plan(mode, self.draft_len, self.args.fan_out, self.config)
-        return {
-            "model": self.args.model,
-            "runtime": runtime,
-            "mode": mode,
-            "block_len": plan.block_len,
-            "fan_out": plan.fan_out,
-            "batch": batch,
-            "context": round(context),
-            "acceptance": acceptance.get(mode, "not simulated: time alone"),
-            "tokens_per_cycle": None if timed_only else tokens_per_cycle,
-            "ms_per_cycle": cycle_s * 1e3,
-            "floor_ms": floor,
-            "of_floor": floor / (cycle_s * 1e3),
-            "tok_s": None if timed_only else batch * tokens_per_cycle / cycle_s,
-        } | more
-
-
-def peak_gb(bench: Bench, engine: Engine | None = None) -> dict:
-    """Peak device memory since the last call; on the CPU what the engine planned."""
-    if bench.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() * 1e-9
-        torch.cuda.reset_peak_memory_stats()
-        return {"peak_gb": peak}
-    return {"peak_gb": engine.memory_report()["total"] * 1e-9} if engine else {}
 
 
 def place(engine: Engine, batch: int, context: int) -> None:
@@ -228,82 +104,14 @@ def real_row(bench: Bench, batch: int, kind: str, mode: str) -> dict:
     return row | {"tok_s": tokens / seconds}  # towards the end cycles run with slots empty
 
 
-def prompts_of(bench: Bench, kind: str) -> list[list[int]]:
-    tokenizer = bench.checkpoint.load_tokenizer()
-    return [p.encode(tokenizer) for p in prompts.load(kind)[: bench.args.num_prompts]]
-
-
-def device_busy_ms(run) -> float:
-    """The time that kernels take in one call of ``run``, however long the host leaves gaps between them."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        run()
-        torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profiled.key_averages()) * 1e-3
-
-
-def baseline_row(bench: Bench, name: str, weights: Weights, batch: int, context: int, mode: str) -> dict:
-    """A baseline's cycles under the same trace, read by the host as they come."""
-    if name == "eager":
-        baseline = GrowingCache(weights, mode, bench.draft_len)
-    else:
-        baseline = StaticCache(weights, mode, bench.draft_len, batch, bench.room(context, mode, batch))
-    baseline.place(context)
-    accepted = bench.trace(mode, batch).tolist()
-    steps = iter(range(MANY))
-
-    def cycle():
-        return baseline.cycle(accepted[next(steps) % len(accepted)])
-
-    for _ in range(WARM_UP):
-        cycle()
-    bench.sync()
-    start, tokens = time.perf_counter(), 0
-    for _ in range(bench.args.cycles):
-        tokens += sum(map(len, cycle()))
-    bench.sync()
-    seconds = time.perf_counter() - start
-    per_cycle = tokens / bench.args.cycles / batch
-    more = peak_gb(bench) | {"grown": per_cycle * (WARM_UP + bench.args.cycles / 2)}
-    if bench.device.type == "cuda":
-        more["device_ms"] = device_busy_ms(cycle)
-    return bench.row(f"baseline {name}", mode, batch, context, seconds / bench.args.cycles, per_cycle, **more)
-
-
-def real_baseline_row(bench: Bench, name: str, weights: Weights, kind: str, mode: str) -> dict:
-    """A baseline over the prompts of one kind, one after another, prefill left out as for the engine."""
-    seconds = tokens = cycles = 0
-    ids = prompts_of(bench, kind)
-    for prompt in ids:
-        if name == "eager":
-            baseline = GrowingCache(weights, mode, bench.draft_len)
-        else:
-            length = len(prompt) + bench.args.tokens + 4 * (bench.draft_len + 1)
-            baseline = StaticCache(weights, mode, bench.draft_len, 1, length)
-        baseline.prefill([prompt])
-        baseline.cycle()  # a graph's recording is not part of decoding
-        bench.sync()
-        start, total = time.perf_counter(), 1
-        while total < bench.args.tokens:
-            total += len(baseline.cycle()[0])
-            cycles += 1
-        bench.sync()
-        seconds += time.perf_counter() - start
-        tokens += min(total, bench.args.tokens) - 1
-    more = {"kind": kind} | peak_gb(bench)
-    if bench.device.type == "cuda":
-        more["device_ms"] = device_busy_ms(baseline.cycle)
-    mean = sum(map(len, ids)) / len(ids) + bench.args.tokens / 2
-    return bench.row(f"baseline {name}", mode, 1, mean, seconds / cycles, tokens / cycles, **more)
-
-
-def attempt(measure, *args) -> dict | None:
-    """The row, or None where it does not fit into the device's memory."""
+def attempt(measure, *args):
+    """What it measures, or None where it does not fit into the device's memory."""
+    case = " ".join(str(a) for a in args[1:] if not isinstance(a, Weights))
     try:
         return measure(*args)
-    except torch.OutOfMemoryError as error:
-        case = " ".join(str(a) for a in args[1:] if not isinstance(a, Weights))
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
         print(f"does not fit: {case}: {' '.join(str(error).split())}", flush=True)
     finally:
         gc.collect()
@@ -312,7 +120,8 @@ def attempt(measure, *args) -> dict | None:
             torch.cuda.reset_peak_memory_stats()
 
 
-def rows_of(bench: Bench) -> list[dict]:
+def rows_of(bench: Bench, save) -> list[dict]:
+    """``save(rows)`` keeps those that there are so far."""
     args, rows = bench.args, []
 
     def measured(*args):
@@ -326,40 +135,37 @@ def rows_of(bench: Bench) -> list[dict]:
         for tried in zip(*rounds, strict=True):
             if all(tried):
                 rows.append(sorted(tried, key=lambda row: row["ms_per_cycle"])[(len(tried) - 1) // 2])
+        save(with_speed_up(rows))
 
-    cases = args.kinds if bench.real else args.context
-    for case in cases:
+    for case in bench.cases:
         for batch in args.batch:
             add(real_row if bench.real else simulated_row, batch, case, modes=args.modes)
     bench.model = None  # the baselines bring weights of their own
     modes = [mode for mode in args.modes if mode != "one_pass"]
-    for name in args.baselines:
-        gc.collect()
-        weights = Weights(bench.checkpoint, bench.device, bench.dtype, bench.positions(), fused=name == "graphed")
-        for case in cases:
-            for batch in args.batch if name == "graphed" and not bench.real else (1,):
-                if bench.real:
-                    add(real_baseline_row, name, weights, case, modes=modes)
-                else:
-                    add(baseline_row, name, weights, batch, case, modes=modes)
-        del weights
+    measure = real_baseline_row if bench.real else baseline_row
+    for_each_baseline(bench, lambda *given: add(measure, *given, modes=modes))
+    if bench.device.type == "cuda":  # not sooner: once the profiler has run, every launch may take longer
+        by_case = {(row["runtime"], case_of(row), row["mode"]): row for row in rows}
+
+        def add_device_ms(name, weights, batch, case):
+            for mode in modes:
+                if row := by_case.get((f"baseline {name}", (batch, case), mode)):
+                    row["device_ms"] = attempt(device_ms, bench, name, weights, batch, case, mode)
+
+        for_each_baseline(bench, add_device_ms)
     return with_speed_up(rows)
 
 
 def with_speed_up(rows: list[dict]) -> list[dict]:
     """``over_ar``: tokens per second over this engine's own AR decoding of the same case."""
-
-    def case(row):
-        return row["batch"], row.get("kind", row["context"])
-
-    own = {case(r): r["tok_s"] for r in rows if r["runtime"] == "orthrus_rt" and r["mode"] == "ar"}
-    known = [row["tok_s"] is not None and case(row) in own for row in rows]
-    return [r | {"over_ar": r["tok_s"] / own[case(r)] if k else None} for r, k in zip(rows, known, strict=True)]
+    own = {case_of(r): r["tok_s"] for r in rows if r["runtime"] == "orthrus_rt" and r["mode"] == "ar"}
+    known = [row["tok_s"] is not None and case_of(row) in own for row in rows]
+    return [r | {"over_ar": r["tok_s"] / own[case_of(r)] if k else None} for r, k in zip(rows, known, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser_of(__doc__, device="auto")
-    parser.add_argument("--model", choices=(*PUBLISHED, EMBEDDED), required=True)
+    parser.add_argument("--model", choices=(*PUBLISHED, decode_cases.EMBEDDED), required=True)
     parser.add_argument("--context", type=int, nargs="+", default=[1024], help="official shapes: committed tokens")
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"], help="embedded model")
     parser.add_argument("--num-prompts", type=int, help="embedded model: only the first prompts of each kind")
@@ -374,17 +180,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cycles", type=int, default=64, help="measured cycles per row")
     parser.add_argument("--rounds", type=int, default=1, help="of all modes in turn; each row is the median of as many")
     args = parser.parse_args(argv)
-    with torch.inference_mode():
-        bench = Bench(args)
-        rows = rows_of(bench)
     given = [*(sys.argv[1:] if argv is None else argv)]
     if args.out in given:
         given[given.index(args.out)] = "DIR"
     command = " ".join(["python -m bench.bench_decode", *given])
-    facts = common.header(bench.device) | {"read_bandwidth_gb_s": bench.bandwidth, "command": command}
-    if bench.device.type == "cpu":
+    name, facts = f"decode-{Path(args.model).name}", common.header(args.device) | {"command": command}
+    if args.device.type == "cpu":
         facts["nice"] = os.nice(0)
-    common.report(f"decode-{Path(args.model).name}", facts, rows, args.out)
+    with torch.inference_mode():
+        bench = Bench(args)
+        facts["read_bandwidth_gb_s"] = bench.bandwidth
+        rows = rows_of(bench, lambda rows: common.save(name, facts, rows, args.out))
+    common.report(name, facts, rows, args.out)
 
 
 if __name__ == "__main__":

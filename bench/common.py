@@ -112,13 +112,18 @@ def out_folder(text: str) -> str:
 
 def report(name: str, facts: dict, rows: list[dict], out: str | None) -> None:
     """Print the rows as a markdown table; with ``out``, also write ``<out>/<name>.json`` and ``.md``."""
+    print(save(name, facts, rows, out))
+
+
+def save(name: str, facts: dict, rows: list[dict], out: str | None) -> str:
+    """What :func:`report` prints; its files are written."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = lambda v: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v)  # noqa: E731
     lines = [f"# {name}", "", *(f"- {key}: {text(value)}" for key, value in facts.items()), ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(text(row.get(c)) for c in columns) + " |" for row in rows]
-    print("\n".join(lines))
     if out:
         folder = Path(out)
         (folder / f"{name}.json").write_text(json.dumps({"header": facts, "rows": rows}, indent=1) + "\n")
         (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines)

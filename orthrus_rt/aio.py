@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import RequestOutput
-from orthrus_rt.request import TokenIds
+from orthrus_rt.request import TokenIds, on_host
 from orthrus_rt.sampling import SamplingParams
 
 # Calls that would take the streams' outputs, or make outputs that nobody gets -> what to call here instead.
@@ -119,6 +119,7 @@ class AsyncEngine:
             Exception: what three steps with no cycle between them raised.
         """
         self._check_taking()
+        prompt_ids = on_host(prompt_ids)
         self.engine.check(prompt_ids, params, request_id)
         return self._stream(prompt_ids, params, request_id or uuid.uuid4().hex)
 

@@ -38,7 +38,7 @@ from orthrus_rt.model import Model
 from orthrus_rt.outbox import Outbox
 from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.pages import PAGE_SIZE
-from orthrus_rt.request import MAX_STOP_TOKEN_IDS, Request, TokenIds, check_prompt, make_request
+from orthrus_rt.request import MAX_STOP_TOKEN_IDS, Request, TokenIds, check_prompt, make_request, on_host
 from orthrus_rt.room import check_cache
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
@@ -254,7 +254,6 @@ class Engine(Generation):
         """
         self._make_request(prompt_ids, params, None, request_id)
 
-    @exclusive
     def submit(self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None) -> str:
         """Queue one prompt; its tokens come out of :meth:`step`.
 
@@ -269,6 +268,10 @@ class Engine(Generation):
         Raises:
             ValueError: the prompt or the parameters cannot be served, or the id is in use.
         """
+        return self._submit(on_host(prompt_ids), params, request_id)
+
+    @exclusive
+    def _submit(self, prompt_ids: TokenIds, params: SamplingParams | None, request_id: str | None) -> str:
         self._plan = self._plan_to_join()
         request = self._make_request(prompt_ids, params, self._plan, request_id)
         if request.request_id in self.outbox:

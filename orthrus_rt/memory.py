@@ -52,6 +52,16 @@ class OutOfMemoryError(torch.OutOfMemoryError):
     """Says what did not fit, and which arguments make the engine smaller, if any do."""
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether it says that a device or the host has none left."""
+    # torch's allocator for the CPU raises a plain RuntimeError, the kernels' scratch a MemoryError; where CUDA's driver
+    # has none, for a graph or a kernel's code, whoever asked says so in some RuntimeError.
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = ("out of memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
 @contextlib.contextmanager
 def naming_the_knobs(doing: str):
     """Say of a failed allocation what was being done and which arguments make it smaller; the innermost says it.
@@ -62,12 +72,7 @@ def naming_the_knobs(doing: str):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch's allocator for the CPU raises a plain RuntimeError, the kernels' scratch a MemoryError; where CUDA's
-        # driver has none, for a graph or a kernel's code, whoever asked says so in some RuntimeError.
-        named = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not named and not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
-            raise
-        if isinstance(error, OutOfMemoryError):
+        if isinstance(error, OutOfMemoryError) or not lacks_memory(error):
             raise
         said = str(error).strip().split("\n")[0]
         raise OutOfMemoryError(

@@ -73,7 +73,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
 
     Args:
         x: ``[num_rows_in, hidden]``.
-        weight: fp32 ``[hidden]``.
+        weight: fp32 ``[hidden]``; Triton reads it ahead of its turn in the stream, as :func:`orthrus_rt.weights.pack`
+            says of weights.
         out: ``[num_rows, hidden]``, MUTATED.
         row_index: int32 ``[num_rows]``, the input row of each output row, within x's; None for all rows in order.
     """

@@ -32,7 +32,8 @@ _one_at_a_time = threading.RLock()
 @contextlib.contextmanager
 def _nothing_collected() -> Iterator[None]:
     """No garbage is collected inside, by any thread: what a finalizer asks of a device would become part of a capture,
-    or spoil it. One thread at a time is inside.
+    or spoil it. One thread at a time is inside: no other one's recording is in the way of what torch's allocator does
+    before and after.
     """
     with _one_at_a_time:
         was_enabled = gc.isenabled()
@@ -156,6 +157,10 @@ class Recorded:
             return None
         if self.model.device.type == "cpu":
             return taped(self.run_eager).replay
+        with _nothing_collected():
+            return self._capture().replay
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
         device, graph = self.model.device, torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()  # as recording itself begins: what it gives back is not the graph's
         before = torch.cuda.memory_reserved(device)
@@ -164,7 +169,6 @@ class Recorded:
         # process, the state of its generator, must be of use outside inference mode too.
         try:
             with (
-                _nothing_collected(),
                 stream_scope(stream_of(device)),
                 torch.inference_mode(False),
                 torch.cuda.graph(
@@ -180,7 +184,7 @@ class Recorded:
             self._end_spoilt(graph, error)
             raise
         self.graph_bytes = torch.cuda.memory_reserved(device) - before
-        return graph.replay
+        return graph
 
     def _end_spoilt(self, graph: torch.cuda.CUDAGraph, error: BaseException) -> None:
         """A capture that an interrupt left open would fail every later wait of this thread; and of one that did not

@@ -126,6 +126,11 @@ class Request:
             stats.seconds = now - self.first_token
 
 
+def on_host(prompt_ids: TokenIds) -> TokenIds:
+    """The same, where reading it waits for no device: to be called on the stream that a tensor's ids come from."""
+    return prompt_ids.cpu() if isinstance(prompt_ids, torch.Tensor) else prompt_ids
+
+
 def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str = "prompt_ids") -> list[int]:
     """The prompt, which errors call by ``name``, as a list of ints.
 

@@ -28,6 +28,8 @@ nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv
 PATH=$PATH:/usr/local/cuda/bin
 nvcc --version | tail -2
 command -v compute-sanitizer
+command -v gcc clang  # Triton compiles its launchers with one of them, and with Python's headers
+ls $(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
 nproc
 python3 - <<'PY'
 import sys
@@ -77,7 +79,7 @@ def tests(file: str, limit_s: int, only: str = "", *, each_s: int = 50, **env: s
 
 
 PREPARATION = [
-    Step("machine", 90, ["bash", "-c", MACHINE]),
+    Step("machine", 180, ["bash", "-c", MACHINE]),
     Step("build", 400, ["bash", "tools/with-env", "--here", "python3", "-c", BUILT]),
 ]
 REST = "not one_hot and not rewrite and not reuse and not (invariance and not sm80)"

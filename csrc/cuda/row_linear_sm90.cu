@@ -207,6 +207,7 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
   for (int step = ahead; step < min(total, ahead + lead); ++step, later.advance()) later.unit.prefetch();
   Handover handover(args);
   pdl_wait();
+  fence_proxy_async_global();  // x was stored by threads
   if (total == ahead) pdl_launch_dependents();  // after the wait: never more than two row_linears at once
   for (int step = 0; step < ahead; ++step, first.advance()) load_x(first, step);
   Cursor cursor;

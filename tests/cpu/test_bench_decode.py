@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import bench_decode
+from bench import bench_decode, decode_cases
 from bench.acceptance import mean_accepted, per_position, simulated, trace
 from bench.baselines import GrowingCache, StaticCache, Weights, generate
 from orthrus_rt import checkpoint, dispatch
@@ -156,9 +156,24 @@ def test_a_row_is_the_median_of_its_rounds(tmp_path, monkeypatch):
 
 
 @needs_native
+def test_a_row_that_fails_loses_none_of_those_before_it(tmp_path, monkeypatch):
+    def simulated_row(bench, batch, context, mode):
+        if context == 128:
+            raise RuntimeError("an illegal memory access was encountered")
+        return bench.row("orthrus_rt", mode, batch, context, 1e-3, 1.0)
+
+    monkeypatch.setattr(bench_decode, "simulated_row", simulated_row)
+    arguments = "--model tiny --device cpu --modes ar --context 64 128 --baselines"
+    with pytest.raises(RuntimeError, match="illegal"):
+        bench_decode.main([*arguments.split(), "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "decode-tiny.json").read_text())["rows"]
+    assert [row["context"] for row in rows] == [64]
+
+
+@needs_native
 def test_rows_of_a_model_that_accepts_by_itself(tmp_path, monkeypatch):
     folder = str(byte_tokenizer.make_checkpoint(tmp_path / "model"))
-    monkeypatch.setattr(bench_decode, "EMBEDDED", folder)
+    monkeypatch.setattr(decode_cases, "EMBEDDED", folder)
     arguments = f"--model {folder} --device cpu --batch 1 2 --kinds math --num-prompts 2 --tokens 12"
     monkeypatch.setattr(bench_decode.Bench, "max_seq_len", 512)
     bench_decode.main([*arguments.split(), "--out", str(tmp_path)])
@@ -170,9 +185,10 @@ def test_rows_of_a_model_that_accepts_by_itself(tmp_path, monkeypatch):
     assert rows[1]["tokens_per_cycle"] == rows[4]["tokens_per_cycle"] >= rows[2]["tokens_per_cycle"] >= 1
 
 
-def test_what_does_not_fit_is_left_out(capsys):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_what_does_not_fit_is_left_out(kind, capsys):
     def too_large(_, batch):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise kind("CUDA out of memory")
 
     assert bench_decode.attempt(too_large, None, 64) is None
     assert capsys.readouterr().out == "does not fit: 64: CUDA out of memory\n"

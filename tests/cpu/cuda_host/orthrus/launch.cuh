@@ -20,6 +20,7 @@ namespace orthrus::cuda {
 inline void pdl_wait() {
   const cuda_host::races::Unseen unseen;
   cuda_host::waited[threadIdx.x] = true;
+  cuda_host::proxy_fenced[threadIdx.x] = false;
   cuda_host::races::acquire(cuda_host::end_of(cuda_host::num_launches - 1));
 }
 inline void pdl_launch_dependents() {}

@@ -108,8 +108,9 @@ inline void add_products(float* d, const float* row0, const float* row1, const f
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxSharedBytes = 227 * 1024;  // that a block may ask for
 alignas(1024) inline uint8_t dynamic_shared[kMaxSharedBytes + 1024];
-inline int shared_bytes = 0;         // that the launch asked for
-inline bool waited[kMaxThreads];     // threads that have called pdl_wait
+inline int shared_bytes = 0;            // that the launch asked for
+inline bool waited[kMaxThreads];        // threads that have called pdl_wait
+inline bool proxy_fenced[kMaxThreads];  // since then, for copies of what they waited for
 
 // Before that, another kernel may still be writing what this thread is about to touch.
 inline void need_wait() {

@@ -116,6 +116,11 @@ inline void barrier_init(uint64_t* barrier, int arrivals) {
   cuda_host::transactions[barrier] = {arrivals, arrivals, 0, 0};
 }
 inline void fence_barrier_init() {}
+inline void fence_proxy_async_global() {
+  cuda_host::need_wait();
+  const cuda_host::races::Unseen unseen;
+  cuda_host::proxy_fenced[threadIdx.x] = true;
+}
 inline void barrier_arrive_expect(uint64_t* barrier, int bytes) {
   __atomic_load_n(barrier, __ATOMIC_RELAXED);
   const cuda_host::races::Unseen unseen;
@@ -164,6 +169,7 @@ inline void bulk_prefetch(const void* src, int bytes) {
 
 inline void tensor_load(void* dst, const TensorMap* map, int column, int row, uint64_t* barrier) {
   cuda_host::need_wait();
+  if (!cuda_host::proxy_fenced[threadIdx.x]) cuda_host::fail("a copy of what threads have stored, without a fence");
   const TensorMap m = *map;
   const uint32_t begin = cuda_host::address(dst, 128);
   std::memset(dst, 0xff, m.box_rows * 128);

@@ -1,0 +1,151 @@
+"""What the rows of bench_decode have in common: a model on a device, its engines, floor and columns."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+
+from bench import common
+from bench.acceptance import mean_accepted, per_position, trace
+from bench.models import random_checkpoint
+from orthrus_rt import checkpoint as ckpt
+from orthrus_rt import prompts
+from orthrus_rt.cycle_plan import cycle_plan
+from orthrus_rt.engine import Engine
+from orthrus_rt.model import Model
+
+EMBEDDED = ckpt.EMBEDDED_NAME
+# Accepted of 31 drafts per cycle by the published models (twice their tokens per forward pass, less the bonus).
+PUBLISHED = {"1.7b": 7.5, "4b": 9.4, "8b": 9.7, "tiny": 3.0}
+WARM_UP = 4  # cycles
+MANY = 1 << 30
+
+
+class Bench:
+    """One model on one device, and what is common to its rows."""
+
+    max_seq_len = 2048  # of the embedded model's engines
+
+    def __init__(self, args):
+        self.args, self.device = args, args.device
+        self.dtype = torch.bfloat16
+        self.real = args.model == EMBEDDED
+        if self.real:
+            self.checkpoint = ckpt.load(EMBEDDED)
+        else:
+            self.checkpoint = random_checkpoint(args.model, self.device, args.block_len)
+        self.config = self.checkpoint.config
+        self.cases = args.kinds if self.real else args.context
+        self.draft_len = args.draft_len or self.config.block_len - 1
+        self.accepted = args.accepted
+        if self.accepted is None and not self.real:
+            self.accepted = mean_accepted(per_position(PUBLISHED[args.model], 31), self.draft_len)
+        if not self.real:
+            per_position(self.accepted, self.draft_len)  # checks it
+        self.bandwidth = common.read_bandwidth(self.device)
+        self.cycles = WARM_UP + args.cycles + 1  # of a row, one that is profiled among them
+        self.model = None
+        if self.positions() > (most := self.config.max_position_embeddings):
+            raise ValueError(f"--context: {self.positions()} positions are needed, and the model has {most}")
+
+    def trace(self, mode: str, batch: int) -> torch.Tensor:
+        """Accepted drafts of every measured cycle and sequence, ``[cycles, batch]``; used over again around those."""
+        if mode != "two_pass":
+            return torch.zeros(1, batch, dtype=torch.int32)
+        return trace(self.accepted, self.draft_len, self.args.cycles, batch)
+
+    def room(self, context: int, mode: str, batch: int) -> int:
+        """Positions of a sequence that starts at ``context`` and never ends while it is measured."""
+        accepted = self.trace(mode, batch)
+        grown = 1 + accepted[torch.arange(self.cycles) % len(accepted)]
+        return context + int(grown.sum(0).max()) + 4 * (self.draft_len + 1)
+
+    def positions(self) -> int:
+        """As many as any row needs."""
+        cases = ((max(self.args.context), mode, max(self.args.batch)) for mode in self.args.modes)
+        return self.max_seq_len if self.real else max(self.room(*case) for case in cases)
+
+    def engine(self, mode: str, batch: int, max_seq_len: int) -> Engine:
+        """An engine over weights that all engines of this call share."""
+
+        def shared(checkpoint, **kwargs):
+            if self.model is None:
+                self.model = Model(checkpoint, **kwargs | {"max_seq_len": self.positions()})
+            return self.model
+
+        with mock.patch("orthrus_rt.engine.Model", shared):
+            return Engine(
+                self.checkpoint, device=self.device, dtype=self.dtype, mode=mode, max_seq_len=max_seq_len,
+                draft_len=self.draft_len, fan_out=self.args.fan_out, max_batch_size=batch, num_pages=None,
+                prefix_caching=False,
+            )  # fmt: skip
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def floor_ms(self, mode: str, batch: int, context: float) -> float:
+        """Time to read, in bf16, each pass's weights and every sequence's cache once. Coded weights may be below it."""
+        c = self.config
+        cache = 2 * batch * context * c.num_layers * c.num_heads_kv * c.head_dim * 2
+        passes = {"ar": [("",)], "two_pass": [("_diff",), ("",)], "one_pass": [("", "_diff")]}[mode]
+        return sum(self.weight_bytes(views) + cache for views in passes) / self.bandwidth * 1e-6
+
+    def weight_bytes(self, views: tuple[str, ...]) -> int:
+        """bf16 bytes of the matrices that a pass with rows of these views reads, the head included."""
+        head = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        total = 0
+        for name, shape in ckpt.expected_tensors(self.config).items():
+            attention = "self_attn" in name
+            view = "_diff" if name.endswith("_diff.weight") else ""
+            mine = view in views if attention else "mlp" in name or name == head
+            total += 2 * shape[0] * shape[1] if mine and len(shape) == 2 else 0
+        return total
+
+    def row(self, runtime, mode, batch, context, cycle_s, tokens_per_cycle, *, grown=0.0, **more) -> dict:
+        """``cycle_s``: seconds per cycle of the whole batch; ``tokens_per_cycle``: of one sequence, whose cache was
+        ``grown`` tokens longer than ``context`` on average.
+        """
+        floor = self.floor_ms(mode, batch, context + grown)
+        acceptance = {"ar": "none (ar)"}
+        if mode != "ar" and self.real:
+            acceptance[mode] = "real"
+        elif mode == "two_pass":
+            acceptance[mode] = f"simulated acceptance a={self.accepted:.3g}"
+        timed_only = mode not in acceptance  # what one_pass would accept is not simulated
+        plan = cycle_plan(mode, self.draft_len, self.args.fan_out, self.config)
+        return {
+            "model": self.args.model,
+            "runtime": runtime,
+            "mode": mode,
+            "block_len": plan.block_len,
+            "fan_out": plan.fan_out,
+            "batch": batch,
+            "context": round(context),
+            "acceptance": acceptance.get(mode, "not simulated: time alone"),
+            "tokens_per_cycle": None if timed_only else tokens_per_cycle,
+            "ms_per_cycle": cycle_s * 1e3,
+            "floor_ms": floor,
+            "of_floor": floor / (cycle_s * 1e3),
+            "tok_s": None if timed_only else batch * tokens_per_cycle / cycle_s,
+        } | more
+
+
+def peak_gb(bench: Bench, engine: Engine | None = None) -> dict:
+    """Peak device memory since the last call; on the CPU what the engine planned."""
+    if bench.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() * 1e-9
+        torch.cuda.reset_peak_memory_stats()
+        return {"peak_gb": peak}
+    return {"peak_gb": engine.memory_report()["total"] * 1e-9} if engine else {}
+
+
+def prompts_of(bench: Bench, kind: str) -> list[list[int]]:
+    tokenizer = bench.checkpoint.load_tokenizer()
+    return [p.encode(tokenizer) for p in prompts.load(kind)[: bench.args.num_prompts]]
+
+
+def case_of(row: dict):
+    """What was asked for: batch, and the embedded model's kind of prompts or the others' context."""
+    return row["batch"], row.get("kind", row["context"])
