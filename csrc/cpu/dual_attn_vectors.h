@@ -1,6 +1,7 @@
 // Query tiles of dual_attn on vectors. Scores: dot() over ascending words of dims. Weights e^(score - maximum) are
 // rounded to T; their sum and their product with the values, over ascending keys, use the rounded ones. Where no
-// instruction multiplies pairs of bf16, operands are widened to floats first, once for a tile's queries.
+// instruction multiplies pairs of bf16, products are of floats: queries and weights are widened once, keys and values
+// whenever they are multiplied, or, where that has its price and many queries read them, once too.
 #pragma once
 #include <type_traits>
 
@@ -13,19 +14,22 @@ struct VectorTile : QueryRows<T> {
   static constexpr int kQueries = 24;
   using Operand = std::conditional_t<kHasDot2, T, float>;  // of the products
   static constexpr bool kWidens = sizeof(Operand) > sizeof(T);
+  static constexpr bool kWidensOnce = kWidens && !kWidensAtUse;  // for many queries
   using QueryRows<T>::num_queries;
   using QueryRows<T>::head_dim;
   using QueryRows<T>::sums;
 
-  alignas(64) uint32_t k_words[kMaxHeadDim / kPerWord<Operand>][kKeys];  // the keys transposed, in words
+  alignas(64) uint32_t k_words[kMaxHeadDim / (kWidensOnce ? 1 : kPerWord<T>)][kKeys];  // the keys transposed
   float decay[kLanes];                          // e^(old maximum - new maximum) of the queries at hand
   alignas(64) float score[kQueries][kKeys];
   alignas(64) Operand weight[kQueries][kKeys];  // e^(score - top)
   alignas(64) float total[kQueries][kLanes];    // sum of the weights, lane by lane
   // Widened copies of rows, head_dim apart.
   alignas(64) float wide_q[kWidens ? kQueries * kMaxHeadDim : 0];
-  alignas(64) float wide_v[kWidens ? kKeys * kMaxHeadDim : 0];
+  alignas(64) float wide_v[kWidensOnce ? kKeys * kMaxHeadDim : 0];
 
+  // Whether keys and values are floats before they are multiplied.
+  ORTHRUS_INLINE bool widens_once() const { return kWidensOnce && num_queries > kTileQueries; }
   ORTHRUS_INLINE const Operand* q_at(int64_t q) const {
     if constexpr (kWidens) {
       return wide_q + q * head_dim;
@@ -61,23 +65,24 @@ ORTHRUS_INLINE void transpose_keys(VectorTile<T>& queries, KeyRows<T>& keys) {
   const int64_t num_words = queries.head_dim / kPerWord<T>;
   for (int64_t j = 0; j < keys.num_keys; j += kLanes) {
     const uint32_t* in[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      in[i] = reinterpret_cast<const uint32_t*>(keys.k_row[min_of(j + i, keys.num_keys - 1)]);
+    }
     for (int64_t d = 0; d < num_words; d += kLanes) {
       keys.ahead.prefetch_lines(kLanes / 2);
-      for (int64_t i = 0; i < kLanes; ++i) {
-        in[i] = reinterpret_cast<const uint32_t*>(keys.k_row[min_of(j + i, keys.num_keys - 1)]) + d;
-      }
       const int64_t count = min_of(kLanes, num_words - d);
-      alignas(64) uint32_t pairs[VectorTile<T>::kWidens ? kLanes : 0][kLanes];
-      uint32_t* out = VectorTile<T>::kWidens ? &pairs[0][0] : &queries.k_words[d][j];
-      constexpr int64_t kStride = VectorTile<T>::kWidens ? kLanes : kKeys;
+      alignas(64) uint32_t pairs[VectorTile<T>::kWidensOnce ? kLanes : 0][kLanes];
+      uint32_t* out = queries.widens_once() ? &pairs[0][0] : &queries.k_words[d][j];
+      const int64_t stride = queries.widens_once() ? kLanes : kKeys;
       if (count == kLanes) {
-        transpose16(in, out, kStride);
+        transpose16(in, out, stride);
       } else {
         for (int64_t c = 0; c < count; ++c) {
-          for (int64_t i = 0; i < kLanes; ++i) out[c * kStride + i] = in[i][c];
+          for (int64_t i = 0; i < kLanes; ++i) out[c * stride + i] = in[i][c];
         }
       }
-      if constexpr (VectorTile<T>::kWidens) {
+      for (int64_t i = 0; i < kLanes; ++i) in[i] += kLanes;
+      if (queries.widens_once()) {
         for (int64_t c = 0; c < count; ++c) {
           const WordVec words = load_words(pairs[c]);
           store(reinterpret_cast<float*>(&queries.k_words[2 * (d + c)][j]), first_of(words));
@@ -93,8 +98,37 @@ ORTHRUS_INLINE void transpose_keys(VectorTile<T>& queries, KeyRows<T>& keys) {
 template <typename T>
 constexpr int64_t kLinesPerStep = sizeof(T) * kPerWord<typename VectorTile<T>::Operand> * kTileVecs / 4;
 
+// acc[q][b] += queries times keys, a word of each; kPairs: of a pair that is widened here.
+template <bool kPairs, int kCount, int kVecs, typename T, typename Operand>
+ORTHRUS_INLINE void add_products(Vec (&acc)[kCount][kVecs], const VectorTile<T>& queries, int64_t d, int64_t key,
+                                 const Operand* const (&q_row)[kCount]) {
+  const auto words = [&](int b) ORTHRUS_LAMBDA { return load_words(&queries.k_words[d][key + b * kLanes]); };
+  if constexpr (kPairs) {
+    const auto add_elements = [&](auto element_of, int64_t at) ORTHRUS_LAMBDA {
+      ORTHRUS_UNROLL
+      for (int b = 0; b < kVecs; ++b) {
+        const Vec k = element_of(words(b));
+        ORTHRUS_UNROLL
+        for (int q = 0; q < kCount; ++q) acc[q][b] = fma(set1(q_row[q][at]), k, acc[q][b]);
+      }
+    };
+    add_elements([](WordVec pairs) ORTHRUS_LAMBDA { return first_of(pairs); }, 2 * d);
+    add_elements([](WordVec pairs) ORTHRUS_LAMBDA { return second_of(pairs); }, 2 * d + 1);
+  } else {
+    WordVec k[kVecs];
+    ORTHRUS_UNROLL
+    for (int b = 0; b < kVecs; ++b) k[b] = words(b);
+    ORTHRUS_UNROLL
+    for (int q = 0; q < kCount; ++q) {
+      const WordVec word = set1_word(load_word(q_row[q] + kPerWord<Operand> * d));
+      ORTHRUS_UNROLL
+      for (int b = 0; b < kVecs; ++b) acc[q][b] = dot<Operand>(acc[q][b], k[b], word);
+    }
+  }
+}
+
 // Of the keys [key, key + 16 kVecs).
-template <int kCount, int kVecs, typename T>
+template <bool kPairs, int kCount, int kVecs, typename T>
 inline void score_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t first, int64_t key, int64_t lines) {
   using Operand = typename VectorTile<T>::Operand;
   Vec acc[kCount][kVecs];
@@ -107,19 +141,9 @@ inline void score_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t firs
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) q_row[q] = queries.q_at(first + q);
   if constexpr (kLinesPerStep<T> == 0) keys.ahead.prefetch_lines(lines);
-  for (int64_t d = 0; d < queries.head_dim / kPerWord<Operand>; ++d) {
+  for (int64_t d = 0; d < queries.head_dim / (kPairs ? kPerWord<T> : kPerWord<Operand>); ++d) {
     if constexpr (kLinesPerStep<T> > 0) keys.ahead.prefetch_lines(lines);
-    WordVec k[kVecs];
-    ORTHRUS_UNROLL
-    for (int b = 0; b < kVecs; ++b) {
-      k[b] = load_words(&queries.k_words[d][key + b * kLanes]);
-    }
-    ORTHRUS_UNROLL
-    for (int q = 0; q < kCount; ++q) {
-      const WordVec word = set1_word(load_word(q_row[q] + kPerWord<Operand> * d));
-      ORTHRUS_UNROLL
-      for (int b = 0; b < kVecs; ++b) acc[q][b] = dot<Operand>(acc[q][b], k[b], word);
-    }
+    add_products<kPairs>(acc, queries, d, key, q_row);
   }
   const Vec scale = set1(queries.scale);
   const int64_t visible = keys.visible[first] - key;
@@ -142,7 +166,12 @@ ORTHRUS_INLINE void score_some(VectorTile<T>& queries, KeyRows<T>& keys, int64_t
   if constexpr (kVecs > 1) {
     if (num_vecs <= kVecs / 2) return score_some<kCount, kVecs / 2>(queries, keys, first, key, num_vecs, lines);
   }
-  score_queries<kCount, kVecs>(queries, keys, first, key, lines);
+  if constexpr (VectorTile<T>::kWidens) {
+    if (!queries.widens_once()) return score_queries<true, kCount, kVecs>(queries, keys, first, key, lines);
+  }
+  if constexpr (VectorTile<T>::kWidensOnce || !VectorTile<T>::kWidens) {
+    score_queries<false, kCount, kVecs>(queries, keys, first, key, lines);
+  }
 }
 
 // Turns the scores of queries [first, first + kCount) into weights: new maxima, e^(score - maximum), running sums.
@@ -194,14 +223,11 @@ inline void mix_queries(VectorTile<T>& queries, KeyRows<T>& keys, const Value* c
   if constexpr (kPerWord<typename VectorTile<T>::Operand> == 1) {
     for (int64_t j = 0; j < count; ++j) {
       if constexpr (kLinesPerStep<T> > 0) keys.ahead.prefetch_lines(lines);
-      Vec v[kVecs];
       ORTHRUS_UNROLL
-      for (int c = 0; c < kVecs; ++c) v[c] = load(v_row[j] + lane + c * kLanes);
-      ORTHRUS_UNROLL
-      for (int q = 0; q < kCount; ++q) {
-        const Vec w = set1(queries.weight[first + q][j]);
+      for (int c = 0; c < kVecs; ++c) {
+        const Vec v = load(v_row[j] + lane + c * kLanes);
         ORTHRUS_UNROLL
-        for (int c = 0; c < kVecs; ++c) acc[q][c] = fma(w, v[c], acc[q][c]);
+        for (int q = 0; q < kCount; ++q) acc[q][c] = fma(set1(queries.weight[first + q][j]), v, acc[q][c]);
       }
     }
   } else {
@@ -232,6 +258,13 @@ inline void mix_queries(VectorTile<T>& queries, KeyRows<T>& keys, const Value* c
   }
 }
 
+// Vectors at a time: fewer queries leave registers for more, without which a sum's steps would wait for each other.
+constexpr int vecs_for(int count) {
+  int vecs = kTileVecs;
+  while (3 * count * vecs <= kTileQueries * kTileVecs && 2 * vecs * kLanes <= kKeys) vecs *= 2;
+  return vecs;
+}
+
 struct LinesAhead {
   int64_t of_scoring, of_mixing;  // a step, or before the first
 };
@@ -242,7 +275,8 @@ ORTHRUS_INLINE LinesAhead lines_ahead(const VectorTile<T>& queries) {
     const int64_t of_mixing = div_up(kLinesPerStep<T>, num_tiles);
     return {div_up(of_mixing, 2), of_mixing};
   } else {
-    const int64_t calls = div_up(kKeys, kTileVecs * kLanes) + div_up(queries.head_dim, kTileVecs * kLanes);
+    const int64_t lanes = kLanes * vecs_for(min_of(queries.num_queries, kTileQueries));
+    const int64_t calls = div_up(kKeys, lanes) + div_up(queries.head_dim, lanes);
     const int64_t lines = div_up(2 * kKeys * queries.head_dim * int64_t{sizeof(T)} / kLineBytes, calls * num_tiles);
     return {lines, lines};
   }
@@ -254,14 +288,15 @@ inline void attend_queries(VectorTile<T>& queries, KeyRows<T>& keys, const Value
   if constexpr (kCount > 1) {
     if (count < kCount) return attend_queries<kCount - 1>(queries, keys, v_row, first, count, lines);
   }
+  constexpr int kVecs = vecs_for(kCount);
   const int64_t num_vecs = div_up(keys.visible[first], kLanes);
-  for (int64_t b = 0; b < num_vecs; b += kTileVecs) {
-    score_some<kCount, kTileVecs>(queries, keys, first, b * kLanes, num_vecs - b, lines.of_scoring);
+  for (int64_t b = 0; b < num_vecs; b += kVecs) {
+    score_some<kCount, kVecs>(queries, keys, first, b * kLanes, num_vecs - b, lines.of_scoring);
   }
   weigh_queries<kCount>(queries, first, num_vecs);
   int64_t lane = 0;
-  for (; lane + kTileVecs * kLanes <= queries.head_dim; lane += kTileVecs * kLanes) {
-    mix_queries<kCount, kTileVecs>(queries, keys, v_row, first, lane, lines.of_mixing);
+  for (; lane + kVecs * kLanes <= queries.head_dim; lane += kVecs * kLanes) {
+    mix_queries<kCount, kVecs>(queries, keys, v_row, first, lane, lines.of_mixing);
   }
   for (; lane < queries.head_dim; lane += kLanes) {
     mix_queries<kCount, 1>(queries, keys, v_row, first, lane, lines.of_mixing);
@@ -281,8 +316,8 @@ ORTHRUS_INLINE void VectorTile<T>::attend(KeyRows<T>& keys) {
       if (keys.visible[first] > 0) attend_queries<kTileQueries>(*this, keys, v_row, first, last - first, lines);
     }
   };
-  if constexpr (kWidens) {
-    if (num_queries > kTileQueries) {
+  if constexpr (kWidensOnce) {
+    if (widens_once()) {
       const float* v_row[kKeys];
       for (int64_t j = 0; j < keys.num_keys; ++j) {
         float* wide = wide_v + j * head_dim;

@@ -6,6 +6,7 @@ namespace orthrus::cpu::avx2 {
 // Sums take 12 of 16 registers.
 constexpr int kTileRows = 3, kWidenedTileRows = 6;
 constexpr int kTileQueries = 6, kTileVecs = 1;
+constexpr bool kWidensAtUse = true;
 
 struct Vec {
   __m256 lo, hi;
@@ -182,22 +183,21 @@ ORTHRUS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const cha
 
 // out[j][i] = in[i][j] of 8 x 8 words at in[i] + from.
 ORTHRUS_INLINE void transpose8(const uint32_t* const* in, int from, uint32_t* out, int64_t stride) {
-  __m256 a[8], b[8];
-  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(in[i] + from));
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
-    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
-    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-  }
-  // a[4q + j] holds columns j and j+4 (one per 128-bit lane) of rows 4q ... 4q+3.
-  for (int j = 0; j < 4; ++j) {
-    _mm256_storeu_ps(reinterpret_cast<float*>(out + j * stride), _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
-    _mm256_storeu_ps(reinterpret_cast<float*>(out + (j + 4) * stride), _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
+  for (int j = 0; j < 8; j += 4) {
+    __m256 a[4], b[4];  // a[i]: columns j ... j+3 of row i, in the upper half of row i+4
+    for (int i = 0; i < 4; ++i) {
+      a[i] = _mm256_loadu2_m128(reinterpret_cast<const float*>(in[i + 4] + from + j),
+                                reinterpret_cast<const float*>(in[i] + from + j));
+    }
+    for (int i = 0; i < 4; i += 2) {
+      b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m256 column = i % 2 ? _mm256_shuffle_ps(b[i / 2], b[i / 2 + 2], 0xee)
+                                  : _mm256_shuffle_ps(b[i / 2], b[i / 2 + 2], 0x44);
+      _mm256_storeu_ps(reinterpret_cast<float*>(out + (j + i) * stride), column);
+    }
   }
 }
 // out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are `stride` words apart.

@@ -6,6 +6,7 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 
 constexpr int kTileRows = 12, kWidenedTileRows = kTileRows;
 constexpr int kTileQueries = 6, kTileVecs = 4;
+constexpr bool kWidensAtUse = false;
 
 using Vec = __m512;
 using WordVec = __m512i;

@@ -4,6 +4,7 @@ namespace orthrus::cpu::portable {
 
 constexpr int kTileRows = 8, kWidenedTileRows = kTileRows;
 constexpr int kTileQueries = 2, kTileVecs = 4;
+constexpr bool kWidensAtUse = false;
 
 struct Vec {
   float lane[16];
