@@ -144,13 +144,14 @@ def rows_of(bench: Bench, save) -> list[dict]:
     modes = [mode for mode in args.modes if mode != "one_pass"]
     measure = real_baseline_row if bench.real else baseline_row
     for_each_baseline(bench, lambda *given: add(measure, *given, modes=modes))
-    if bench.device.type == "cuda":  # not sooner: once the profiler has run, every launch may take longer
+    if bench.profiles:  # not sooner: once the profiler has run, every launch may take longer
         by_case = {(row["runtime"], case_of(row), row["mode"]): row for row in rows}
 
         def add_device_ms(name, weights, batch, case):
             for mode in modes:
                 if row := by_case.get((f"baseline {name}", (batch, case), mode)):
                     row["device_ms"] = attempt(device_ms, bench, name, weights, batch, case, mode)
+            save(with_speed_up(rows))
 
         for_each_baseline(bench, add_device_ms)
     return with_speed_up(rows)
@@ -184,14 +185,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.out in given:
         given[given.index(args.out)] = "DIR"
     command = " ".join(["python -m bench.bench_decode", *given])
-    name, facts = f"decode-{Path(args.model).name}", common.header(args.device) | {"command": command}
-    if args.device.type == "cpu":
-        facts["nice"] = os.nice(0)
+    name, revision = f"decode-{Path(args.model).name}", common.header(args.device)["revision"]
+
+    def facts() -> dict:
+        known = common.header(args.device) | {"revision": revision, "read_bandwidth_gb_s": bench.bandwidth}
+        return known | {"command": command} | ({"nice": os.nice(0)} if args.device.type == "cpu" else {})
+
     with torch.inference_mode():
         bench = Bench(args)
-        facts["read_bandwidth_gb_s"] = bench.bandwidth
-        rows = rows_of(bench, lambda rows: common.save(name, facts, rows, args.out))
-    common.report(name, facts, rows, args.out)
+        rows = rows_of(bench, lambda rows: common.save(name, facts(), rows, args.out))
+    common.report(name, facts(), rows, args.out)
 
 
 if __name__ == "__main__":

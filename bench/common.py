@@ -17,7 +17,18 @@ from orthrus_rt.device import pick_device
 from orthrus_rt.info import device_facts
 from orthrus_rt.timing import measure, percentiles, read_bandwidth
 
-__all__ = ["graphed", "header", "loop", "measure", "out_folder", "parser_of", "percentiles", "read_bandwidth", "report"]
+__all__ = [
+    "graphed",
+    "header",
+    "loop",
+    "measure",
+    "out_folder",
+    "parser_of",
+    "percentiles",
+    "read_bandwidth",
+    "report",
+    "save",
+]
 
 
 def parser_of(doc: str, device: str | None = None) -> argparse.ArgumentParser:

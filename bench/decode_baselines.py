@@ -13,12 +13,12 @@ from bench.decode_cases import MANY, WARM_UP, Bench, peak_gb, prompts_of
 def for_each_baseline(bench: Bench, do: Callable) -> None:
     """``do(name, weights, batch, case)`` for all that are asked for, with weights of one kind at a time."""
     for name in bench.args.baselines:
+        gc.collect()
         weights = Weights(bench.checkpoint, bench.device, bench.dtype, bench.positions(), fused=name == "graphed")
         for case in bench.cases:
             for batch in bench.args.batch if name == "graphed" and not bench.real else (1,):
                 do(name, weights, batch, case)
         del weights
-        gc.collect()
 
 
 def baseline_of(bench: Bench, name: str, weights: Weights, batch: int, length: int, mode: str):
@@ -39,7 +39,8 @@ def simulated_cycle(bench: Bench, name: str, weights: Weights, batch: int, conte
 
 def real_baseline(bench: Bench, name: str, weights: Weights, prompt: list[int], mode: str):
     """A baseline behind this prompt."""
-    length = len(prompt) + bench.args.tokens + 4 * (bench.draft_len + 1)
+    block_len = bench.draft_len + 1
+    length = len(prompt) + max(bench.args.tokens, block_len) + WARM_UP * block_len
     baseline = baseline_of(bench, name, weights, 1, length, mode)
     baseline.prefill([prompt])
     return baseline

@@ -44,10 +44,15 @@ class Bench:
         if not self.real:
             per_position(self.accepted, self.draft_len)  # checks it
         self.bandwidth = common.read_bandwidth(self.device)
-        self.cycles = WARM_UP + args.cycles + 1  # of a row, one that is profiled among them
+        self.cycles = WARM_UP + max(1, args.cycles)  # of a row, or of a baseline that is profiled
         self.model = None
         if self.positions() > (most := self.config.max_position_embeddings):
             raise ValueError(f"--context: {self.positions()} positions are needed, and the model has {most}")
+
+    @property
+    def profiles(self) -> bool:
+        """Whether there are kernels whose time the profiler can tell."""
+        return self.device.type == "cuda"
 
     def trace(self, mode: str, batch: int) -> torch.Tensor:
         """Accepted drafts of every measured cycle and sequence, ``[cycles, batch]``; used over again around those."""

@@ -268,6 +268,7 @@ class Engine(Generation):
         Raises:
             ValueError: the prompt or the parameters cannot be served, or the id is in use.
         """
+        self._check_open()
         return self._submit(on_host(prompt_ids), params, request_id)
 
     @exclusive

@@ -55,10 +55,10 @@ class OutOfMemoryError(torch.OutOfMemoryError):
 def lacks_memory(error: BaseException) -> bool:
     """Whether it says that a device or the host has none left."""
     # torch's allocator for the CPU raises a plain RuntimeError, the kernels' scratch a MemoryError; where CUDA's driver
-    # has none, for a graph or a kernel's code, whoever asked says so in some RuntimeError.
+    # has none, for a graph or a kernel's code, or cuBLAS, whoever asked says so in some RuntimeError.
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    said = ("out of memory", "can't allocate memory")
+    said = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 

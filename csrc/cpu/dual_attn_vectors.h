@@ -69,6 +69,9 @@ ORTHRUS_INLINE void transpose_keys(VectorTile<T>& queries, KeyRows<T>& keys) {
       in[i] = reinterpret_cast<const uint32_t*>(keys.k_row[min_of(j + i, keys.num_keys - 1)]);
     }
     for (int64_t d = 0; d < num_words; d += kLanes) {
+      if (d > 0) {
+        for (int64_t i = 0; i < kLanes; ++i) in[i] += kLanes;
+      }
       keys.ahead.prefetch_lines(kLanes / 2);
       const int64_t count = min_of(kLanes, num_words - d);
       alignas(64) uint32_t pairs[VectorTile<T>::kWidensOnce ? kLanes : 0][kLanes];
@@ -81,9 +84,8 @@ ORTHRUS_INLINE void transpose_keys(VectorTile<T>& queries, KeyRows<T>& keys) {
           for (int64_t i = 0; i < kLanes; ++i) out[c * stride + i] = in[i][c];
         }
       }
-      for (int64_t i = 0; i < kLanes; ++i) in[i] += kLanes;
-      if (queries.widens_once()) {
-        for (int64_t c = 0; c < count; ++c) {
+      if constexpr (VectorTile<T>::kWidensOnce) {
+        for (int64_t c = 0; queries.widens_once() && c < count; ++c) {
           const WordVec words = load_words(pairs[c]);
           store(reinterpret_cast<float*>(&queries.k_words[2 * (d + c)][j]), first_of(words));
           store(reinterpret_cast<float*>(&queries.k_words[2 * (d + c) + 1][j]), second_of(words));
@@ -93,10 +95,12 @@ ORTHRUS_INLINE void transpose_keys(VectorTile<T>& queries, KeyRows<T>& keys) {
   }
 }
 
-// Lines that each step of mixing prefetches for a tile's only queries, half as many in each of scoring: with what the
-// transposition does, all that is ahead. If less than one, products prefetch before their first step.
-template <typename T>
-constexpr int64_t kLinesPerStep = sizeof(T) * kPerWord<typename VectorTile<T>::Operand> * kTileVecs / 4;
+// Quarters of a line that a step of mixing prefetches for a tile's only queries, half as much a step over one word of
+// scoring: with what the transposition does, all that is ahead. Where they are less than a line, every eighth step does.
+template <typename T, int kVecs>
+constexpr int64_t kQuartersPerStep = sizeof(T) * kPerWord<typename VectorTile<T>::Operand> * kVecs;
+template <typename T, int kVecs>
+constexpr int64_t kFetchingStep = kQuartersPerStep<T, kVecs> < 4 ? 8 : 1;
 
 // acc[q][b] += queries times keys, a word of each; kPairs: of a pair that is widened here.
 template <bool kPairs, int kCount, int kVecs, typename T, typename Operand>
@@ -140,9 +144,8 @@ inline void score_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t firs
   const Operand* q_row[kCount];
   ORTHRUS_UNROLL
   for (int q = 0; q < kCount; ++q) q_row[q] = queries.q_at(first + q);
-  if constexpr (kLinesPerStep<T> == 0) keys.ahead.prefetch_lines(lines);
   for (int64_t d = 0; d < queries.head_dim / (kPairs ? kPerWord<T> : kPerWord<Operand>); ++d) {
-    if constexpr (kLinesPerStep<T> > 0) keys.ahead.prefetch_lines(lines);
+    if (d % kFetchingStep<T, kVecs> == 0) keys.ahead.prefetch_lines(lines);
     add_products<kPairs>(acc, queries, d, key, q_row);
   }
   const Vec scale = set1(queries.scale);
@@ -219,10 +222,9 @@ inline void mix_queries(VectorTile<T>& queries, KeyRows<T>& keys, const Value* c
     for (int c = 0; c < kVecs; ++c) acc[q][c] = mul(load(mixed + q * queries.head_dim + c * kLanes), decay);
   }
   const int64_t count = keys.visible[first];
-  if constexpr (kLinesPerStep<T> == 0) keys.ahead.prefetch_lines(lines);
   if constexpr (kPerWord<typename VectorTile<T>::Operand> == 1) {
     for (int64_t j = 0; j < count; ++j) {
-      if constexpr (kLinesPerStep<T> > 0) keys.ahead.prefetch_lines(lines);
+      if (j % kFetchingStep<T, kVecs> == 0) keys.ahead.prefetch_lines(lines);
       ORTHRUS_UNROLL
       for (int c = 0; c < kVecs; ++c) {
         const Vec v = load(v_row[j] + lane + c * kLanes);
@@ -244,7 +246,7 @@ inline void mix_queries(VectorTile<T>& queries, KeyRows<T>& keys, const Value* c
     };
     int64_t j = 0;
     for (; j + 2 <= count; j += 2) {
-      if constexpr (kLinesPerStep<T> > 0) keys.ahead.prefetch_lines(lines);
+      keys.ahead.prefetch_lines(lines);
       add_keys(v_row[j], v_row[j + 1], [&](const T* weight) ORTHRUS_LAMBDA { return load_word(weight + j); });
     }
     if (j < count) {  // the next key is not visible, and zero times its value may be NaN
@@ -266,29 +268,25 @@ constexpr int vecs_for(int count) {
 }
 
 struct LinesAhead {
-  int64_t of_scoring, of_mixing;  // a step, or before the first
+  int64_t of_scoring, of_mixing;  // every kFetchingStep steps
 };
-template <typename T>
+// For each of the tile's groups of queries.
+template <typename T, int kVecs>
 ORTHRUS_INLINE LinesAhead lines_ahead(const VectorTile<T>& queries) {
-  const int64_t num_tiles = div_up(queries.num_queries, kTileQueries);
-  if constexpr (kLinesPerStep<T> > 0) {
-    const int64_t of_mixing = div_up(kLinesPerStep<T>, num_tiles);
-    return {div_up(of_mixing, 2), of_mixing};
-  } else {
-    const int64_t lanes = kLanes * vecs_for(min_of(queries.num_queries, kTileQueries));
-    const int64_t calls = div_up(kKeys, lanes) + div_up(queries.head_dim, lanes);
-    const int64_t lines = div_up(2 * kKeys * queries.head_dim * int64_t{sizeof(T)} / kLineBytes, calls * num_tiles);
-    return {lines, lines};
-  }
+  const int64_t of_one = kQuartersPerStep<T, kVecs> * kFetchingStep<T, kVecs> / 4;
+  const int64_t of_mixing = div_up(of_one, div_up(queries.num_queries, kTileQueries));
+  const bool of_pairs = VectorTile<T>::kWidens && !queries.widens_once();
+  return {of_pairs ? of_mixing : div_up(of_mixing, 2), of_mixing};
 }
 
 template <int kCount, typename T, typename Value>
 inline void attend_queries(VectorTile<T>& queries, KeyRows<T>& keys, const Value* const* v_row, int64_t first,
-                           int64_t count, LinesAhead lines) {
+                           int64_t count) {
   if constexpr (kCount > 1) {
-    if (count < kCount) return attend_queries<kCount - 1>(queries, keys, v_row, first, count, lines);
+    if (count < kCount) return attend_queries<kCount - 1>(queries, keys, v_row, first, count);
   }
   constexpr int kVecs = vecs_for(kCount);
+  const LinesAhead lines = lines_ahead<T, kVecs>(queries);
   const int64_t num_vecs = div_up(keys.visible[first], kLanes);
   for (int64_t b = 0; b < num_vecs; b += kVecs) {
     score_some<kCount, kVecs>(queries, keys, first, b * kLanes, num_vecs - b, lines.of_scoring);
@@ -307,13 +305,12 @@ inline void attend_queries(VectorTile<T>& queries, KeyRows<T>& keys, const Value
 template <typename T>
 ORTHRUS_INLINE void VectorTile<T>::attend(KeyRows<T>& keys) {
   transpose_keys(*this, keys);
-  const LinesAhead lines = lines_ahead(*this);
   const auto attend_all = [&](auto v_row) ORTHRUS_LAMBDA {
     for (int64_t first = 0, last; first < num_queries; first = last) {
       last = first + 1;
       const auto joins = [&](int64_t q) { return q < num_queries && keys.visible[q] == keys.visible[first]; };
       while (last - first < kTileQueries && joins(last)) ++last;
-      if (keys.visible[first] > 0) attend_queries<kTileQueries>(*this, keys, v_row, first, last - first, lines);
+      if (keys.visible[first] > 0) attend_queries<kTileQueries>(*this, keys, v_row, first, last - first);
     }
   };
   if constexpr (kWidensOnce) {

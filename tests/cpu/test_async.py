@@ -3,13 +3,11 @@
 import asyncio
 import gc
 import logging
-import threading
 import time
 import weakref
 from functools import partial
 
 import pytest
-import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt.aio import AsyncEngine
@@ -132,27 +130,6 @@ def test_arguments_are_checked_at_the_call(folder, monkeypatch):
         assert [out.finish_reason async for out in first][-1] == "length"
 
     run(folder, use)
-
-
-def test_a_tensors_ids_are_read_by_the_caller(folder, alone):
-    """On whose stream they were computed: in its thread, and before the engine makes its own stream the current one."""
-    reads = []
-
-    class Ids(torch.Tensor):
-        def cpu(self):
-            reads.append((threading.get_ident(), dict(engine.turn._holder)))
-            return self.as_subclass(torch.Tensor)
-
-    engine, prompt = make(folder), torch.tensor([1, 2, 3]).as_subclass(Ids)
-    engine.abort(engine.submit(prompt, GREEDY))
-    engine.step()
-
-    async def main():
-        async with AsyncEngine(engine) as shared:
-            assert (await collect(shared, prompt, GREEDY))[0] == alone([1, 2, 3], GREEDY)
-
-    asyncio.run(main())
-    assert reads == [(threading.get_ident(), {})] * 2
 
 
 def test_a_name_is_free_when_its_stream_has_ended(folder, alone):

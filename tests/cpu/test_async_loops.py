@@ -1,10 +1,13 @@
-"""An AsyncEngine and several event loops: at a time, one after the other, and those that are left or closed."""
+"""An AsyncEngine and several event loops: at a time, one after the other, and those that are left or closed; whose
+thread and stream a prompt is read on.
+"""
 
 import asyncio
 import threading
 import time
 
 import pytest
+import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt.aio import AsyncEngine
@@ -116,3 +119,24 @@ def test_failures_that_a_loop_was_to_hear_of_reach_no_stream_of_the_next(folder,
     second.run_until_complete(shared.close())
     for loop in (first, second):
         loop.close()
+
+
+def test_a_tensors_ids_are_read_by_the_caller(folder, alone):
+    """On whose stream they were computed: in its thread, and before the engine makes its own stream the current one."""
+    reads = []
+
+    class Ids(torch.Tensor):
+        def cpu(self):
+            reads.append((threading.get_ident(), dict(engine.turn._holder)))
+            return self.as_subclass(torch.Tensor)
+
+    engine, prompt = make(folder), torch.tensor([1, 2, 3]).as_subclass(Ids)
+    engine.abort(engine.submit(prompt, GREEDY))
+    engine.step()
+
+    async def main():
+        async with AsyncEngine(engine) as shared:
+            assert (await collect(shared, prompt, GREEDY))[0] == alone([1, 2, 3], GREEDY)
+
+    asyncio.run(main())
+    assert reads == [(threading.get_ident(), {})] * 2

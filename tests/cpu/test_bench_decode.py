@@ -156,6 +156,34 @@ def test_a_row_is_the_median_of_its_rounds(tmp_path, monkeypatch):
 
 
 @needs_native
+def test_kernels_are_timed_when_all_rows_are(tmp_path, monkeypatch):
+    """Of every baseline's row, as the profiler slows whatever runs after it."""
+    order = []
+
+    def measured(*args):
+        order.append("row")
+        return baseline_row(*args)
+
+    def device_ms(bench, name, weights, batch, case, mode):
+        order.append("device_ms")
+        return {"eager": 1.0, "graphed": 2.0}[name] + 10 * batch + 100 * (mode == "ar")
+
+    baseline_row = bench_decode.baseline_row
+    monkeypatch.setattr(bench_decode, "baseline_row", measured)
+    monkeypatch.setattr(bench_decode, "device_ms", device_ms)
+    monkeypatch.setattr(bench_decode.Bench, "profiles", True)
+    arguments = "--model tiny --device cpu --modes ar two_pass --context 64 --batch 1 2 --cycles 2"
+    bench_decode.main([*arguments.split(), "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "decode-tiny.json").read_text())["rows"]
+    baselines = {(r["runtime"][9:], r["batch"], r["mode"]): r["device_ms"] for r in rows if "device_ms" in r}
+    assert order == ["row"] * 6 + ["device_ms"] * 6
+    assert baselines == {
+        ("eager", 1, "ar"): 111, ("eager", 1, "two_pass"): 11, ("graphed", 1, "ar"): 112,
+        ("graphed", 1, "two_pass"): 12, ("graphed", 2, "ar"): 122, ("graphed", 2, "two_pass"): 22,
+    }  # fmt: skip
+
+
+@needs_native
 def test_a_row_that_fails_loses_none_of_those_before_it(tmp_path, monkeypatch):
     def simulated_row(bench, batch, context, mode):
         if context == 128:

@@ -79,6 +79,7 @@ class Recordings:
             raise self.fail_at[point]
 
     def empty_cache(self) -> None:
+        self.collecting.append(gc.isenabled())  # here too: it is no time for another thread to record
         self.reserved = 500
 
     def new_stream(self) -> int:
@@ -196,7 +197,7 @@ def test_no_garbage_is_collected_in_a_capture(recordings, enabled, error):
         gc.enable() if enabled else gc.disable()
         with pytest.raises(RuntimeError, match="there") if error else contextlib.nullcontext():
             recorded("cuda:0")
-        assert recordings.collecting == [False, False] and gc.isenabled() == enabled
+        assert recordings.collecting == [False] * 4 and gc.isenabled() == enabled
     finally:
         gc.enable()
 
