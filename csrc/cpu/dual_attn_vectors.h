@@ -96,7 +96,7 @@ ORTHRUS_INLINE void transpose_keys(VectorTile<T>& queries, KeyRows<T>& keys) {
 }
 
 // Quarters of a line that a step of mixing prefetches for a tile's only queries, half as much a step over one word of
-// scoring: with what the transposition does, all that is ahead. Where they are less than a line, every eighth step does.
+// scoring: with what the transposition does, all that is ahead. Less than a line: every eighth step prefetches.
 template <typename T, int kVecs>
 constexpr int64_t kQuartersPerStep = sizeof(T) * kPerWord<typename VectorTile<T>::Operand> * kVecs;
 template <typename T, int kVecs>
