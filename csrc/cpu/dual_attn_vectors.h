@@ -194,14 +194,9 @@ inline void weigh_queries(VectorTile<T>& queries, int64_t first, int64_t num_vec
     const Vec top = set1(running_top[q]);
     Vec total = mul(load(queries.total[q]), set1(queries.decay[q - first]));
     for (int64_t b = 0; b < num_vecs; ++b) {
-      const Vec weight = exp(sub(load(&queries.score[q][b * kLanes]), top));
-      if constexpr (VectorTile<T>::kWidens) {
-        alignas(64) T rounded[kLanes];
-        store(rounded, weight);
-        store(&queries.weight[q][b * kLanes], load(rounded));
-      } else {
-        store(&queries.weight[q][b * kLanes], weight);
-      }
+      Vec weight = exp(sub(load(&queries.score[q][b * kLanes]), top));
+      if constexpr (VectorTile<T>::kWidens) weight = second_of(round_to_bf16(weight));
+      store(&queries.weight[q][b * kLanes], weight);  // rounds it where T is bf16 and not widened
       total = add(total, load(&queries.weight[q][b * kLanes]));
     }
     store(queries.total[q], total);

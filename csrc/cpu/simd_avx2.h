@@ -109,13 +109,15 @@ ORTHRUS_INLINE Vec load(const bf16_t* p) {
 ORTHRUS_INLINE __m256i round_to_bf16(__m256 v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-  const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }
+// In the upper half of each word.
+ORTHRUS_INLINE WordVec round_to_bf16(Vec v) { return {round_to_bf16(v.lo), round_to_bf16(v.hi)}; }
 ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
-  const __m256i packed = _mm256_packus_epi32(round_to_bf16(v.lo), round_to_bf16(v.hi));
+  const WordVec words = round_to_bf16(v);
+  const __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32(words.lo, 16), _mm256_srli_epi32(words.hi, 16));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
 

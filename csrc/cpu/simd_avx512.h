@@ -58,14 +58,18 @@ ORTHRUS_INLINE Vec load(const bf16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
-#if defined(ORTHRUS_ISA_avx512)
-ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
+// In the upper half of each word.
+ORTHRUS_INLINE WordVec round_to_bf16(Vec v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  const __m512i chosen = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+}
+#if defined(ORTHRUS_ISA_avx512)
+ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
+  const __m512i halves = _mm512_srli_epi32(round_to_bf16(v), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(halves));
 }
 #else
 // Denormals become zero, as dot2 takes them; where kernels write a row's tail element by element, they stay.

@@ -115,17 +115,24 @@ ORTHRUS_INLINE Vec load(const bf16_t* p) {
   const uint16x8_t none = vdupq_n_u16(0);
   return as_floats(zip(none, none, vld1q_u16(p), vld1q_u16(p + 8)));
 }
-// In the upper half of each word.
-ORTHRUS_INLINE uint16x8_t round_to_bf16(float32x4_t v) {
+ORTHRUS_INLINE uint32x4_t round_to_bf16(float32x4_t v) {
   const uint32x4_t bits = as_words(v);
   const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
   const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
   const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
-  return vreinterpretq_u16_u32(vbslq_u32(vceqq_f32(v, v), rounded, quiet));
+  return vbslq_u32(vceqq_f32(v, v), rounded, quiet);
+}
+// In the upper half of each word.
+ORTHRUS_INLINE WordVec round_to_bf16(Vec v) {
+  return {round_to_bf16(v.a), round_to_bf16(v.b), round_to_bf16(v.c), round_to_bf16(v.d)};
 }
 ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
-  vst1q_u16(p, vuzp2q_u16(round_to_bf16(v.a), round_to_bf16(v.b)));
-  vst1q_u16(p + 8, vuzp2q_u16(round_to_bf16(v.c), round_to_bf16(v.d)));
+  const WordVec words = round_to_bf16(v);
+  const auto upper = [](uint32x4_t a, uint32x4_t b) ORTHRUS_LAMBDA {
+    return vuzp2q_u16(vreinterpretq_u16_u32(a), vreinterpretq_u16_u32(b));
+  };
+  vst1q_u16(p, upper(words.a, words.b));
+  vst1q_u16(p + 8, upper(words.c, words.d));
 }
 
 ORTHRUS_INLINE WordVec load_words(const void* p) {

@@ -59,12 +59,18 @@ ORTHRUS_EACH(load(const bf16_t* p), as_float(uint32_t{p[i]} << 16))
 
 ORTHRUS_INLINE Vec zero() { return set1(0.f); }
 ORTHRUS_INLINE void store(float* p, Vec v) { std::memcpy(p, v.lane, sizeof v.lane); }
-ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
+// In the upper half of each word.
+ORTHRUS_INLINE WordVec round_to_bf16(Vec v) {
+  WordVec out;
   for (int i = 0; i < 16; ++i) {
     const uint32_t bits = as_bits(v.lane[i]);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    p[i] = static_cast<bf16_t>(v.lane[i] == v.lane[i] ? rounded : (bits >> 16) | 0x40u);
+    out.lane[i] = v.lane[i] == v.lane[i] ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;
   }
+  return out;
+}
+ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
+  const WordVec words = round_to_bf16(v);
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<bf16_t>(words.lane[i] >> 16);
 }
 
 ORTHRUS_INLINE WordVec load_words(const void* p) {
