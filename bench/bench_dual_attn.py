@@ -3,7 +3,7 @@
     python -m bench.bench_dual_attn --heads 32,8,128 --out DIR
 
 Each call reads another copy of the keys and values, so that none come from L2, or a CPU's L3. Bytes are the visible
-keys and values, once per sequence; FLOPs count visible keys only.
+keys and values, once per sequence; FLOPs count visible keys only. On a CPU, baselines take turns with the op.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import importlib.util
 import itertools
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.common import graphed, header, loop, measure, parser_of, read_bandwidth, report
+from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report
 from orthrus_rt import dispatch, huge_pages, native, ops
 from orthrus_rt.plan import empty_rows
 
@@ -150,20 +151,19 @@ class Case:
         return float((got.double() - want).abs().max())
 
 
-def over_copies(case: Case, run):
-    """Microseconds of one call, each on the next copy of the cache."""
-    device = case.device
+def over_copies(case: Case, runs):
+    """Microseconds of one call of each, every one on the next copy of the cache."""
 
-    def all_copies():
+    def all_copies(run):
         for i in range(case.copies):
             run(i)
 
-    took = measure(graphed(all_copies, device), device)
-    return {k: v / case.copies for k, v in took.items()}
+    took = measure_in_turns({name: partial(all_copies, run) for name, run in runs.items()}, case.device)
+    return {name: {k: v / case.copies for k, v in us.items()} for name, us in took.items()}
 
 
-def baselines(case: Case, flex: bool):
-    """(name, microseconds) of each dense attention that can do this mask here."""
+def baselines(case: Case):
+    """Each dense attention that can do this mask here, by name."""
     q, copies, mask, *_ = case.dense()
 
     def sdpa(i):
@@ -176,12 +176,6 @@ def baselines(case: Case, flex: bool):
         functional.scaled_dot_product_attention(as_rows, *copies[i], attn_mask=tall, scale=case.dim**-0.5)
 
     ways = {"sdpa": sdpa, "sdpa, queries as rows": sdpa_as_rows}
-    found = [(name, over_copies(case, run)["p50"]) for name, run in ways.items()]
-    if flex and case.device.type == "cuda":
-        try:
-            found.append(("flex", flex_us(case)))
-        except Exception as error:  # a baseline that cannot do a shape must not end the measurement
-            print(f"flex: {case.shape}, context {case.context}: {type(error).__name__}: {error}", file=sys.stderr)
     if importlib.util.find_spec("flash_attn") and not case.shape.blocks:
         from flash_attn import flash_attn_func
 
@@ -189,8 +183,8 @@ def baselines(case: Case, flex: bool):
             args = (x.transpose(1, 2) for x in (q, *copies[i]))
             flash_attn_func(*args, softmax_scale=case.dim**-0.5, causal=True)
 
-        found.append(("flash-attn", over_copies(case, flash)["p50"]))
-    return found
+        ways["flash-attn"] = flash
+    return ways
 
 
 def flex_us(case: Case) -> float:
@@ -208,7 +202,7 @@ def flex_us(case: Case) -> float:
     compiled = torch.compile(flex_attention, dynamic=False)
     block_mask = create_block_mask(visible, None, None, q.shape[2], mask.shape[1], device=case.device)
     kwargs = dict(block_mask=block_mask, enable_gqa=True, scale=case.dim**-0.5)
-    return over_copies(case, lambda i: compiled(q, *copies[i], **kwargs))["p50"]
+    return over_copies(case, {"flex": lambda i: compiled(q, *copies[i], **kwargs)})["flex"]["p50"]
 
 
 def prefill_baseline(case: Case):
@@ -218,7 +212,20 @@ def prefill_baseline(case: Case):
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             functional.scaled_dot_product_attention(q, *copies[i], is_causal=True, enable_gqa=True)
 
-    return [("sdpa flash", over_copies(case, flash)["p50"])]
+    return {"sdpa flash": flash}
+
+
+def time_case(case: Case, baseline: bool, flex: bool):
+    """Percentiles of the op, and (name, microseconds) of every baseline."""
+    ways = {} if not baseline else baselines(case) if case.context else prefill_baseline(case)
+    took = over_copies(case, {"own": case.call} | ways)
+    found = [(name, took[name]["p50"]) for name in ways]
+    if baseline and flex and case.context and case.device.type == "cuda":
+        try:
+            found.append(("flex", flex_us(case)))
+        except Exception as error:  # a baseline that cannot do a shape must not end the measurement
+            print(f"flex: {case.shape}, context {case.context}: {type(error).__name__}: {error}", file=sys.stderr)
+    return took["own"], found
 
 
 def main() -> int:
@@ -245,10 +252,7 @@ def main() -> int:
         torch.manual_seed(0)
         case = Case(shape, context, heads, device)
         error = case.max_error()
-        took = over_copies(case, case.call)
-        base = []
-        if not args.no_baseline:
-            base = baselines(case, not args.no_flex) if context else prefill_baseline(case)
+        took, base = time_case(case, not args.no_baseline, not args.no_flex)
         name, best = min(base, key=lambda pair: pair[1], default=(None, None))
         gbs = case.nbytes / took["p50"] * 1e-3
         results.append({

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from bench.common import graphed, header, loop, measure, parser_of, read_bandwidth, report
+from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report
 from bench.models import SHAPES, config_of, linear_shapes
 from orthrus_rt import native, ops
 from orthrus_rt.huge_pages import huge_pages
@@ -138,8 +138,9 @@ def main() -> int:
         chain.rows(num_rows)
 
         def add(op, run, run_mm, nbytes, flops, count, error):
-            took = measure(graphed(run, device), device, repeats=args.repeats)
-            base = None if args.no_baseline else measure(graphed(run_mm, device), device, repeats=args.repeats)["p50"]
+            runs = {"own": run} if args.no_baseline else {"own": run, "torch.mm": run_mm}
+            times = measure_in_turns(runs, device, repeats=args.repeats)
+            took, base = times["own"], times["torch.mm"]["p50"] if "torch.mm" in times else None
             us = took["p50"] / count
             results.append({
                 "op": op, "impl": chain.weights["qkv"][0].impl, "rows": num_rows, "dtype": "bf16",  # noqa: B023

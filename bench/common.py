@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,13 +16,14 @@ import torch
 
 from orthrus_rt.device import pick_device
 from orthrus_rt.info import device_facts
-from orthrus_rt.timing import measure, percentiles, read_bandwidth
+from orthrus_rt.timing import measure, percentiles, read_bandwidth, time_each
 
 __all__ = [
     "graphed",
     "header",
     "loop",
     "measure",
+    "measure_in_turns",
     "out_folder",
     "parser_of",
     "percentiles",
@@ -61,6 +63,25 @@ def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], obj
     with torch.inference_mode(False), torch.cuda.graph(graph), torch.inference_mode(inference):
         run()
     return graph.replay
+
+
+SPINNING_S = 0.03  # longer than torch's threads spin on after an op (some 10 ms), on cores that others would have
+
+
+def measure_in_turns(
+    runs: dict[str, Callable[[], object]], device: torch.device, *, repeats: int = 20
+) -> dict[str, dict[str, float]]:
+    """What :func:`measure` says of each, as one graph on a GPU. On a CPU they take turns, so that an hour in which the
+    machine is busy is as bad for all of them."""
+    if device.type == "cuda":
+        return {name: measure(graphed(run, device), device, repeats=repeats) for name, run in runs.items()}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(-3, repeats):  # three to warm up
+        for name, run in runs.items():
+            time.sleep(SPINNING_S)
+            us = time_each([run], device, repeats=1)[0]
+            samples[name] += us if turn >= 0 else []
+    return {name: percentiles(of) for name, of in samples.items()}
 
 
 def loop(name: str, run: Callable[[], object], count: int) -> None:
