@@ -101,6 +101,11 @@ class Pool {
     }
   }
 
+  // The larger chunks come first, so that threads of one pace end together.
+  int64_t begin_of(int64_t chunk) const {
+    return num_items_ / num_chunks_ * chunk + std::min(num_items_ % num_chunks_, chunk);
+  }
+
   // Claims the next chunk and runs it; false if none is left. The region's fields do not change from
   // a successful claim until that chunk is counted as finished.
   bool run_chunk() {
@@ -110,7 +115,7 @@ class Pool {
     } while (!unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acquire));
     const int64_t chunk = num_chunks_ - left;
     try {
-      body_(context_, num_items_ * chunk / num_chunks_, num_items_ * (chunk + 1) / num_chunks_);
+      body_(context_, begin_of(chunk), begin_of(chunk + 1));
     } catch (...) {  // no memory for scratch
       std::lock_guard<std::mutex> lock(mutex_);
       if (!error_) error_ = std::current_exception();

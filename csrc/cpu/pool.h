@@ -10,9 +10,9 @@ int32_t num_threads();
 // What a region's body reads of the caller's stays only if the body takes none itself.
 float* thread_scratch(int64_t num_floats);
 
-// Splits [0, num_items) into num_chunks contiguous ranges and calls body(context, begin, end) on each,
-// handing them out in order to whichever thread is free; returns when all are done. Which thread runs
-// an item never changes a result: no item depends on another.
+// Splits [0, num_items) into num_chunks contiguous ranges, larger ones first, and calls body(context, begin, end) on
+// each, handing them out in order to whichever thread is free; returns when all are done. Which thread runs an item
+// never changes a result: no item depends on another.
 void parallel_chunks(int64_t num_items, int64_t num_chunks, void (*body)(void*, int64_t, int64_t), void* context);
 
 // body(begin, end) over ranges of at least `min_items`, a few per thread to even out their pace. No

@@ -129,7 +129,8 @@ inline void row_linear(const RowLinearParamsOf<bf16_t>& p) {
     const int64_t num_rows = end - begin;
     float* x = thread_scratch(num_rows * stride);
     widen_rows(p, begin, end, stride, x);
-    parallel_strips(p, 8, [&](int64_t first_strip, int64_t last_strip) {
+    // Few rows stream weights, best in long runs; many are long over a strip, and the threads are to end together.
+    parallel_strips(p, p.num_rows < kFewestRows ? 4 : 8, [&](int64_t first_strip, int64_t last_strip) {
       alignas(64) float acc[kMostRows * kStrip];
       for (int64_t strip = first_strip; strip < last_strip; ++strip) {
         multiply_widened(x, stride, num_rows, weight.data + strip * num_steps * kStepBytes, num_steps, acc);
