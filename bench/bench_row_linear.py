@@ -3,7 +3,7 @@
     python -m bench.bench_row_linear --model 8b --rows 1 16 32 64 96 128 160 2000 --out DIR
 
 Every layer has its own weights, so nothing is read from a cache but what a launch has prefetched to L2 for the next
-one. Bytes are the packed weights alone.
+one. Bytes are the packed weights alone. On a CPU, torch.mm takes turns with the op.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ constexpr int64_t kBlockSteps = 128;
 // too often, of many the accumulators would not lie on the stack.
 constexpr int64_t kWidenedBytes = 1 << 18;
 constexpr int64_t kFewestRows = 48, kMostRows = 128;
+// Fewer rows stream weights, best in long runs: fewer chunks a thread. More are long over a strip, and the threads are
+// to end together. Measured with AVX2.
+constexpr int64_t kStreamingRows = 32;
 // Elements that are worth another thread's help when they are widened.
 constexpr int64_t kWidenedAlone = 1 << 15;
 // Tiles that share what a block prefetches.
@@ -129,8 +132,7 @@ inline void row_linear(const RowLinearParamsOf<bf16_t>& p) {
     const int64_t num_rows = end - begin;
     float* x = thread_scratch(num_rows * stride);
     widen_rows(p, begin, end, stride, x);
-    // Few rows stream weights, best in long runs; many are long over a strip, and the threads are to end together.
-    parallel_strips(p, p.num_rows < kFewestRows ? 4 : 8, [&](int64_t first_strip, int64_t last_strip) {
+    parallel_strips(p, num_rows < kStreamingRows ? 4 : 8, [&](int64_t first_strip, int64_t last_strip) {
       alignas(64) float acc[kMostRows * kStrip];
       for (int64_t strip = first_strip; strip < last_strip; ++strip) {
         multiply_widened(x, stride, num_rows, weight.data + strip * num_steps * kStepBytes, num_steps, acc);

@@ -1,9 +1,12 @@
 """What measure() gives on a device that runs behind its host: the time of the work alone, at full clocks."""
 
+import functools
+import itertools
+
 import pytest
 import torch
 
-from bench import bench_invariance
+from bench import bench_invariance, common
 from orthrus_rt import timing
 
 LAUNCH = 8.0  # µs that the host takes for one
@@ -80,3 +83,14 @@ def test_rounds_in_turn_are_warm_and_alone_too(gpu, monkeypatch):
     candidates = {"long": lambda i: gpu.launch(5.0), "short": lambda i: gpu.launch(2.0)}
     took = bench_invariance.least_times(candidates, copies=4, device=DEVICE, rounds=1)
     assert took == {"long": pytest.approx(5.0), "short": pytest.approx(2.0)}
+
+
+def test_on_a_cpu_ways_take_turns(monkeypatch):
+    """Each turn has all of them, and the first three are no samples."""
+    ran, clock = [], itertools.count()
+    monkeypatch.setattr(common, "SPINNING_S", 0.0)
+    monkeypatch.setattr(common, "time_each", lambda runs, device, repeats: [[runs[0]() or float(next(clock))]])
+    runs = {name: functools.partial(ran.append, name) for name in ("own", "base")}
+    took = common.measure_in_turns(runs, torch.device("cpu"), repeats=5)
+    assert ran == ["own", "base"] * 8
+    assert {name: us["p50"] for name, us in took.items()} == {"own": 10.0, "base": 11.0}

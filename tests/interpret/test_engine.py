@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
     dispatch.native() is None or cuda_host.compiler() is None, reason="needs the native module and a C++ compiler"
 )
 
-KWARGS = dict(max_new_tokens=8, ignore_eos=True)
+KWARGS = dict(max_new_tokens=6, ignore_eos=True)
 JOBS = (
     [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]],
     [
