@@ -35,6 +35,7 @@ VARIANTS = {
 }
 # Tokens per cycle of two_pass with all drafts of a block.
 PINNED = {"sm90": 1.25, "sm80": 1.45, "float32": 1.36, "sm90, cut": 1.88, "sm80, cut": 1.67}
+REST = [name for name in VARIANTS if name != "sm90"]
 CASES = [pytest.param(name, marks=pytest.mark.full if "cut" in name else ()) for name in VARIANTS]
 
 
@@ -91,11 +92,10 @@ def test_together_preempted_and_eager(case, jobs):
     lossless.check_eager(engine, *jobs, way)
 
 
-def test_prompts_that_arrive(case, jobs, request):
+@pytest.mark.parametrize("case", ["sm90", *(pytest.param(n, marks=pytest.mark.full) for n in REST)], indirect=True)
+def test_prompts_that_arrive(case, jobs):
     """They go through cycles of those who decode: op by op the first time, then recorded, then replayed."""
-    name, engine, _ = case
-    if name != "sm90" and not request.config.getoption("--full"):
-        pytest.skip("the whole grid: make test-full")
+    _, engine, _ = case
     few = list(zip(jobs[0], [replace(params, max_new_tokens=8) for params in jobs[1]], strict=True))
     prompts, params = (list(column) for column in zip(*few, strict=True))
     want, alone = decode(engine, prompts, params, mode="ar"), decode(engine, prompts, params)
