@@ -28,18 +28,31 @@ struct PlainWords {
 #if defined(ORTHRUS_DECODES_WORDS)
 constexpr bool kDecodesWords = true;
 
+// Of a unit's step kStep, exceptions aside.
+template <int kStep>
+ORTHRUS_INLINE StepWords decode_step(const char* unit, WordVec table) {
+  const WordVec codes = load_words(unit), lower = load_words(unit + (1 + kStep) * kStepElements);
+  const WordVec upper = look_up(table, kStep ? high_nibbles(codes) : low_nibbles(codes));
+  return {zip_first(lower, upper), zip_last(lower, upper)};
+}
+
+ORTHRUS_INLINE void store_step(char* out, StepWords words) {
+  store_words(out, words.lo);
+  store_words(out + kStepBytes / 2, words.hi);
+}
+
 // Decoded on the way, with steps in order.
 struct CodedWords {
   static constexpr int kSteps = kUnitSteps;
   const char* unit;
-  WordVec exponents;
+  WordVec table;
   const CodedException* next;
   int64_t next_step;
 
   explicit CodedWords(const char* at) {
     const auto* strip = reinterpret_cast<const CodedStrip*>(at);
     unit = strip->units();
-    exponents = load_words(strip->exponent);
+    table = load_words(strip->upper);
     next = strip->exceptions();
     next_step = next->step;
   }
@@ -47,15 +60,10 @@ struct CodedWords {
   // kStep: of the unit's two.
   template <int kStep>
   ORTHRUS_INLINE StepWords words(int64_t k) {
-    const WordVec codes = load_words(unit);
-    const char* rest = unit + kCodeBytes + kStep * kStepElements;
-    const WordVec lo = kStep ? shift_halves_right<8>(codes) : codes;
-    StepWords out{decode_words(rest, lo, exponents),
-                  decode_words(rest + kStepElements / 2, shift_halves_right<8 * kStep + 4>(codes), exponents)};
+    StepWords out = decode_step<kStep>(unit, table);
     if (__builtin_expect(next_step == k, 0)) {
       alignas(64) bf16_t element[kStepElements];
-      store_words(element, out.lo);
-      store_words(element + kStepElements / 2, out.hi);
+      store_step(reinterpret_cast<char*>(element), out);
       for (; next->step == k; ++next) element[next->element] = next->value;
       next_step = next->step;
       out = {load_words(element), load_words(element + kStepElements / 2)};
@@ -65,19 +73,41 @@ struct CodedWords {
   }
 };
 
-// A coded strip as a plain one at `out`.
-ORTHRUS_INLINE void decode_strip(const char* at, int64_t num_steps, char* out) {
-  CodedWords strip(at);
-  const auto store = [&](StepWords words) ORTHRUS_LAMBDA {
-    store_words(out, words.lo);
-    store_words(out + kStepBytes / 2, words.hi);
-    out += kStepBytes;
-  };
-  for (int64_t k = 0; k < num_steps; k += kUnitSteps) {
-    store(strip.words<0>(k));
-    store(strip.words<1>(k + 1));
+// Decoded in runs of steps, of an even number each, in order.
+struct CodedRuns {
+  const char* unit;
+  WordVec table;
+  const CodedException* next;
+  int64_t done = 0;  // steps
+
+  explicit CodedRuns(const char* at) {
+    const auto* strip = reinterpret_cast<const CodedStrip*>(at);
+    unit = strip->units();
+    table = load_words(strip->upper);
+    next = strip->exceptions();
   }
-}
+
+  ORTHRUS_INLINE bool has_exception(int64_t num_steps) const { return next->step < done + num_steps; }
+  ORTHRUS_INLINE void skip(int64_t num_steps) {
+    unit += num_steps / kUnitSteps * kUnitBytes;
+    done += num_steps;
+  }
+  // As a plain strip holds them.
+  ORTHRUS_INLINE void decode(int64_t num_steps, char* out) {
+    const CodedRuns from = *this;  // no store to `out` can change it
+    for (int64_t k = 0; k < num_steps; k += kUnitSteps) {
+      const char* at = from.unit + k / kUnitSteps * kUnitBytes;
+      const StepWords first = decode_step<0>(at, from.table), second = decode_step<1>(at, from.table);
+      store_step(out + k * kStepBytes, first);
+      store_step(out + (k + 1) * kStepBytes, second);
+    }
+    for (; has_exception(num_steps); ++next) {
+      char* step = out + (next->step - done) * kStepBytes;
+      std::memcpy(step + next->element * sizeof(bf16_t), &next->value, sizeof(bf16_t));
+    }
+    skip(num_steps);
+  }
+};
 #else
 constexpr bool kDecodesWords = false;
 #endif

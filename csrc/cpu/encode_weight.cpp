@@ -10,9 +10,11 @@
 namespace orthrus::cpu {
 namespace {
 
-constexpr int kOther = kExponents;  // the number of an exponent that is not listed
+constexpr int kOther = kUpperBytes;  // the code of a byte that has none
 
-int exponent_of(bf16_t element) { return (element & kExponentBits) >> 7; }
+// Elements of a step that lie side by side as they are stored, too; and where the run-th such ones begin.
+constexpr int kRun = 8;
+constexpr int first_of_run(int run) { return run / 2 * kRun + run % 2 * 32; }
 
 }  // namespace
 
@@ -21,15 +23,15 @@ WeightEncoder::WeightEncoder(const bf16_t* plain, int64_t num_strips, int64_t nu
   const int64_t num_elements = num_steps * kStepElements;
   parallel_each(num_strips, [&](int64_t s) {
     const bf16_t* strip = plain + s * num_elements;
-    int64_t counts[4][256] = {};  // several, as an exponent comes again before its last count is stored
-    for (int64_t i = 0; i < num_elements; ++i) ++counts[i % 4][exponent_of(strip[i])];
-    for (int e = 0; e < 256; ++e) counts[0][e] += counts[1][e] + counts[2][e] + counts[3][e];
+    int64_t counts[4][256] = {};  // several, as a byte comes again before its last count is stored
+    for (int64_t i = 0; i < num_elements; ++i) ++counts[i % 4][strip[i] >> 8];
+    for (int b = 0; b < 256; ++b) counts[0][b] += counts[1][b] + counts[2][b] + counts[3][b];
     std::array<uint8_t, 256> order;
     std::iota(order.begin(), order.end(), uint8_t{0});
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return counts[0][a] > counts[0][b]; });
     strips_[s].num_exceptions = num_elements;
-    for (int i = 0; i < kExponents; ++i) {
-      strips_[s].exponents[i] = order[i];
+    for (int i = 0; i < kUpperBytes; ++i) {
+      strips_[s].upper[i] = order[i];
       strips_[s].num_exceptions -= counts[0][order[i]];
     }
   });
@@ -56,12 +58,11 @@ void WeightEncoder::write(char* out) const {
 void WeightEncoder::write_strip(int64_t s, char* out, char* exceptions) const {
   CodedStrip strip{};
   strip.to_exceptions = exceptions - out;
-  std::array<uint8_t, 256> number;
-  number.fill(kOther);
-  for (int i = 0; i < kExponents; ++i) {
-    const uint8_t exponent = strips_[s].exponents[i];
-    number[exponent] = static_cast<uint8_t>(i);
-    strip.exponent[i] = strip.exponent[kExponents + i] = static_cast<bf16_t>(exponent << 7);
+  std::array<uint8_t, 256> code_of;
+  code_of.fill(kOther);
+  for (int i = 0; i < kUpperBytes; ++i) {
+    code_of[strips_[s].upper[i]] = static_cast<uint8_t>(i);
+    for (auto& table : strip.upper) table[i] = strips_[s].upper[i];
   }
   std::memcpy(out, &strip, sizeof strip);
 
@@ -69,21 +70,26 @@ void WeightEncoder::write_strip(int64_t s, char* out, char* exceptions) const {
     std::memcpy(exceptions, &exception, sizeof exception);
     exceptions += sizeof exception;
   };
-  const bf16_t* plain = plain_ + s * num_steps_ * kStepElements;
+  const bf16_t* first = plain_ + s * num_steps_ * kStepElements;
   char* unit = out + sizeof strip;
   for (int64_t step = 0; step < num_steps_; step += kUnitSteps, unit += kUnitBytes) {
-    uint16_t codes[kCodeBytes / sizeof(uint16_t)] = {};
-    for (int i = 0; i < kUnitSteps * kStepElements; ++i) {
-      const bf16_t element = plain[step * kStepElements + i];
-      int code = number[exponent_of(element)];
-      if (code == kOther) {
-        code = 0;
-        except({static_cast<int32_t>(step + i / kStepElements), static_cast<uint16_t>(i % kStepElements), element});
+    const bf16_t* second = first + kStepElements;
+    int all_codes = 0;
+    for (int run = 0; run < kStepElements / kRun; ++run) {
+      for (int i = 0; i < kRun; ++i) {
+        const int place = run * kRun + i, element = first_of_run(run) + i;
+        const int code_a = code_of[first[element] >> 8], code_b = code_of[second[element] >> 8];
+        all_codes |= code_a | code_b;
+        unit[place] = static_cast<char>(code_a % kOther | code_b % kOther << 4);
+        unit[kStepElements + place] = static_cast<char>(first[element] & 0xff);
+        unit[2 * kStepElements + place] = static_cast<char>(second[element] & 0xff);
       }
-      codes[i % 32] |= static_cast<uint16_t>(code << (i / 32 * 4));
-      unit[kCodeBytes + i] = static_cast<char>((element >> 8 & 0x80) | (element & 0x7f));
     }
-    std::memcpy(unit, codes, sizeof codes);
+    for (int i = 0; all_codes >= kOther && i < kUnitSteps * kStepElements; ++i) {
+      if (code_of[first[i] >> 8] != kOther) continue;
+      except({static_cast<int32_t>(step + i / kStepElements), static_cast<uint16_t>(i % kStepElements), first[i]});
+    }
+    first += kUnitSteps * kStepElements;
   }
   except({kNoStep, 0, 0});
 }

@@ -19,7 +19,7 @@ class WeightEncoder {
 
  private:
   struct Strip {
-    std::array<uint8_t, 16> exponents;
+    std::array<uint8_t, 16> upper;  // bytes that have a code
     int64_t num_exceptions;
   };
 

@@ -173,12 +173,17 @@ struct Weight {
   bool coded;
 };
 
+// Of a strip of num_steps steps; what is coded may lie behind all of them too.
+ORTHRUS_INLINE int64_t strip_bytes_of(Weight weight, int64_t num_steps) {
+  return weight.coded ? coded_strip_bytes(num_steps) : num_steps * kStepBytes;
+}
+
 // Rows [begin, end) against one strip of `weight`, in row tiles of nearly equal height.
 template <typename T>
 ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight, int64_t strip, int64_t begin,
                                    int64_t end) {
   const int64_t num_steps = div_up(p.in_features, kPerWord<T>);
-  const int64_t strip_bytes = weight.coded ? coded_strip_bytes(num_steps) : num_steps * kStepBytes;
+  const int64_t strip_bytes = strip_bytes_of(weight, num_steps);
   const char* stored = weight.data + strip * strip_bytes;
   const char* plain = stored;
   const int64_t num_tiles = div_up(end - begin, kTileRows);
@@ -203,7 +208,7 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight,
     }
     if (weight.coded) {
       char* decoded = reinterpret_cast<char*>(thread_scratch(num_steps * kStrip));
-      decode_strip(stored, num_steps, decoded);
+      CodedRuns(stored).decode(num_steps, decoded);
       plain = decoded;
     }
   }

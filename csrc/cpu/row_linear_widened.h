@@ -20,26 +20,54 @@ constexpr int64_t kWidenedAlone = 1 << 15;
 // Tiles that share what a block prefetches.
 constexpr int64_t kFetchingTiles = 2;
 
-// What a call prefetches: `bytes` for each step, 128 at most, from `from` on.
+// What a call prefetches: `bytes` for each step from `from` on.
 struct AheadBytes {
   const char* from;
   int64_t bytes;
 };
 
-// acc[r][0 ... 16 kVecs) += kRows rows times those outputs of a block; or times its last 16, if w points to them.
-template <int kRows, int kVecs>
-inline __attribute__((noinline)) void multiply_block(const float* x, int64_t x_stride, const char* w, int64_t num_steps,
+// The steps of a block as a plain strip holds them.
+struct PlainSteps {
+  static constexpr int kTogether = 1;
+  static constexpr int kMostRows = kWidenedTileRows;
+  const char* at;
+
+  // Outputs 16 kVec ... 16 kVec + 15 of a step, of those together the kStep-th.
+  template <int kStep, int kVec>
+  ORTHRUS_INLINE WordVec words() const { return load_words(at + kVec * (kStepBytes / 2)); }
+  ORTHRUS_INLINE void advance() { at += kStepBytes; }
+};
+
+#if defined(ORTHRUS_DECODES_WORDS)
+// Decoded in registers, which are too few for that beside more rows' sums.
+struct CodedSteps {
+  static constexpr int kTogether = kUnitSteps;
+  static constexpr int kMostRows = 1;
+  const char* unit;
+  WordVec table;
+
+  template <int kStep, int kVec>
+  ORTHRUS_INLINE WordVec words() const {
+    const StepWords both = decode_step<kStep>(unit, table);
+    return kVec ? both.hi : both.lo;
+  }
+  ORTHRUS_INLINE void advance() { unit += kUnitBytes; }
+};
+#endif
+
+// acc[r][16 kFirst ... 16 (kFirst + kVecs)) += kRows rows times those outputs of a block.
+template <int kRows, int kFirst, int kVecs, typename Steps>
+inline __attribute__((noinline)) void multiply_block(const float* x, int64_t x_stride, Steps steps, int64_t num_steps,
                                                      AheadBytes ahead, float* acc) {
+  acc += kFirst * kLanes;
   Vec sum[kRows][kVecs];
   ORTHRUS_UNROLL
   for (int r = 0; r < kRows; ++r) {
     ORTHRUS_UNROLL
     for (int v = 0; v < kVecs; ++v) sum[r][v] = load(acc + r * kStrip + v * kLanes);
   }
-  const auto add_products = [&](auto element_of, const float* input) ORTHRUS_LAMBDA {
-    Vec element[kVecs];
-    ORTHRUS_UNROLL
-    for (int v = 0; v < kVecs; ++v) element[v] = element_of(load_words(w + v * (kStepBytes / 2)));
+  const auto add_products = [&](auto first, auto last, const float* input) ORTHRUS_LAMBDA {
+    const Vec element[] = {first, last};
     ORTHRUS_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const Vec from_row = set1(input[r * x_stride]);
@@ -47,20 +75,30 @@ inline __attribute__((noinline)) void multiply_block(const float* x, int64_t x_s
       for (int v = 0; v < kVecs; ++v) sum[r][v] = fma(from_row, element[v], sum[r][v]);
     }
   };
+  const auto add_step = [&](auto step) ORTHRUS_LAMBDA {
+    constexpr int kStep = decltype(step)::value, kLast = kFirst + kVecs - 1;
+    // First the products of all first elements: half as many registers hold weights.
+    add_products(first_of(steps.template words<kStep, kFirst>()), first_of(steps.template words<kStep, kLast>()),
+                 x + 2 * kStep);
+    add_products(second_of(steps.template words<kStep, kFirst>()), second_of(steps.template words<kStep, kLast>()),
+                 x + 2 * kStep + 1);
+  };
+  const int64_t ahead_bytes = ahead.bytes * Steps::kTogether;
   const auto stream = [&](auto lines) ORTHRUS_LAMBDA {
     constexpr int kLines = decltype(lines)::value;
     const char* line = ahead.from;
-    const int64_t stride = kLines ? ahead.bytes / kLines : 0;
-    for (int64_t k = 0; k < num_steps; ++k, w += kStepBytes, x += 2) {
+    const int64_t stride = kLines ? ahead_bytes / kLines : 0;
+    for (int64_t k = 0; k < num_steps; k += Steps::kTogether, steps.advance(), x += 2 * Steps::kTogether) {
       for (int i = 0; i < kLines; ++i, line += stride) prefetch(line);
-      // First those of all first elements: half as many registers hold weights.
-      add_products([](WordVec pairs) ORTHRUS_LAMBDA { return first_of(pairs); }, x);
-      add_products([](WordVec pairs) ORTHRUS_LAMBDA { return second_of(pairs); }, x + 1);
+      add_step(std::integral_constant<int, 0>());
+      if constexpr (Steps::kTogether == 2) add_step(std::integral_constant<int, 1>());
     }
   };
-  if (ahead.bytes > kLineBytes) {
+  if (ahead_bytes > 2 * kLineBytes) {
+    stream(std::integral_constant<int, 3>());
+  } else if (ahead_bytes > kLineBytes) {
     stream(std::integral_constant<int, 2>());
-  } else if (ahead.bytes > 0) {
+  } else if (ahead_bytes > 0) {
     stream(std::integral_constant<int, 1>());
   } else {
     stream(std::integral_constant<int, 0>());
@@ -72,38 +110,86 @@ inline __attribute__((noinline)) void multiply_block(const float* x, int64_t x_s
   }
 }
 
-// The same of `rows` rows and all outputs; of more than kTileRows rows in two halves, as registers are few.
-template <int kRows = kWidenedTileRows>
-ORTHRUS_INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const char* w, int64_t num_steps,
+// The same of `rows` rows and all outputs; of more than kWholeTileRows rows in two halves, as registers are few.
+template <typename Steps, int kRows = Steps::kMostRows>
+ORTHRUS_INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_stride, Steps steps, int64_t num_steps,
                                   AheadBytes ahead, float* acc) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return multiply_rows<kRows - 1>(rows, x, x_stride, w, num_steps, ahead, acc);
+    if (rows < kRows) return multiply_rows<Steps, kRows - 1>(rows, x, x_stride, steps, num_steps, ahead, acc);
   }
-  if constexpr (kRows <= kTileRows) {
-    multiply_block<kRows, 2>(x, x_stride, w, num_steps, ahead, acc);
+  if constexpr (kRows <= kWholeTileRows) {
+    multiply_block<kRows, 0, 2>(x, x_stride, steps, num_steps, ahead, acc);
   } else {
-    for (int v = 0; v < 2; ++v) {
-      const AheadBytes half{ahead.from + v * num_steps * ahead.bytes / 2, ahead.bytes / 2};
-      multiply_block<kRows, 1>(x, x_stride, w + v * (kStepBytes / 2), num_steps, half, acc + v * kLanes);
-    }
+    ahead.bytes /= 2;
+    multiply_block<kRows, 0, 1>(x, x_stride, steps, num_steps, ahead, acc);
+    ahead.from += num_steps * ahead.bytes;
+    multiply_block<kRows, 1, 1>(x, x_stride, steps, num_steps, ahead, acc);
   }
 }
 
+// The blocks of a strip, in order: next(...) calls use(steps) with those of the next one.
+struct PlainBlocks {
+  static constexpr int64_t kBytes = kStepBytes;  // that a step is stored in
+  const char* at;
+
+  explicit PlainBlocks(const char* strip) : at(strip) {}
+
+  static int64_t most_steps(int64_t) { return kBlockSteps; }
+  // From where on to prefetch while the next block is multiplied.
+  ORTHRUS_INLINE const char* ahead(int64_t) const { return at + kAheadBytes; }
+  template <typename Use>
+  ORTHRUS_INLINE void next(int64_t num_steps, int64_t, Use use) {
+    use(PlainSteps{at});
+    at += num_steps * kBytes;
+  }
+};
+
+#if defined(ORTHRUS_DECODES_WORDS)
+// One row decodes them as it goes, more read them decoded, from the L1 cache.
+struct CodedBlocks {
+  static constexpr int64_t kBytes = kUnitBytes / kUnitSteps;
+  CodedRuns runs;
+  alignas(64) char decoded[kBlockSteps * kStepBytes];
+
+  explicit CodedBlocks(const char* strip) : runs(strip) {}
+
+  // Fewer, as they lie in the cache twice, and few rows are soon through.
+  static int64_t most_steps(int64_t num_tiles) { return num_tiles == 1 ? 48 : 96; }
+  // As it is decoded at once, all of it should have come.
+  ORTHRUS_INLINE const char* ahead(int64_t num_steps) const { return runs.unit + num_steps * kBytes; }
+  template <typename Use>
+  ORTHRUS_INLINE void next(int64_t num_steps, int64_t num_rows, Use use) {
+    if (num_rows <= CodedSteps::kMostRows && !runs.has_exception(num_steps)) {
+      use(CodedSteps{runs.unit, runs.table});
+      runs.skip(num_steps);
+    } else {
+      runs.decode(num_steps, decoded);
+      use(PlainSteps{decoded});
+    }
+  }
+};
+#endif
+
 // acc[r][0 ... 31] = num_rows rows times a strip, in row tiles of nearly equal height.
+template <typename Blocks>
 ORTHRUS_INLINE void multiply_widened(const float* x, int64_t x_stride, int64_t num_rows, const char* strip,
                                      int64_t num_steps, float* acc) {
   std::memset(acc, 0, num_rows * kStrip * sizeof(float));
   const int64_t num_tiles = div_up(num_rows, kWidenedTileRows);
-  const int64_t fetching = min_of(num_tiles, kFetchingTiles), bytes = kStepBytes / fetching;
-  const int64_t steps = div_up(num_steps, div_up(num_steps, kBlockSteps));
-  for (int64_t k = 0; k < num_steps; k += steps) {
-    const int64_t count = min_of(steps, num_steps - k);
-    const char* block = strip + k * kStepBytes;
-    for (int64_t t = 0; t < num_tiles; ++t) {
-      const int64_t first = num_rows * t / num_tiles, last = num_rows * (t + 1) / num_tiles;
-      const AheadBytes ahead{block + kAheadBytes + t * count * bytes, t < fetching ? bytes : 0};
-      multiply_rows(last - first, x + first * x_stride + 2 * k, x_stride, block, count, ahead, acc + first * kStrip);
-    }
+  const int64_t fetching = min_of(num_tiles, kFetchingTiles), bytes = Blocks::kBytes / fetching;
+  const int64_t num_units = div_up(num_steps, kUnitSteps), most_units = Blocks::most_steps(num_tiles) / kUnitSteps;
+  const int64_t steps_of_block = kUnitSteps * div_up(num_units, div_up(num_units, most_units));
+  Blocks blocks(strip);
+  for (int64_t k = 0; k < num_steps; k += steps_of_block) {
+    const int64_t count = min_of(steps_of_block, num_steps - k);
+    const char* ahead = blocks.ahead(count);
+    blocks.next(count, num_rows, [&](auto steps) ORTHRUS_LAMBDA {
+      for (int64_t t = 0; t < num_tiles; ++t) {
+        const int64_t first = num_rows * t / num_tiles, last = num_rows * (t + 1) / num_tiles;
+        multiply_rows(last - first, x + first * x_stride + 2 * k, x_stride, steps, count,
+                      {ahead + t * count * bytes, t < fetching ? bytes : 0}, acc + first * kStrip);
+      }
+    });
   }
 }
 
@@ -135,7 +221,13 @@ inline void row_linear(const RowLinearParamsOf<bf16_t>& p) {
     parallel_strips(p, num_rows < kStreamingRows ? 4 : 8, [&](int64_t first_strip, int64_t last_strip) {
       alignas(64) float acc[kMostRows * kStrip];
       for (int64_t strip = first_strip; strip < last_strip; ++strip) {
-        multiply_widened(x, stride, num_rows, weight.data + strip * num_steps * kStepBytes, num_steps, acc);
+        const char* at = weight.data + strip * strip_bytes_of(weight, num_steps);
+#if defined(ORTHRUS_DECODES_WORDS)
+        if (weight.coded) {
+          multiply_widened<CodedBlocks>(x, stride, num_rows, at, num_steps, acc);
+        } else
+#endif
+          multiply_widened<PlainBlocks>(x, stride, num_rows, at, num_steps, acc);
         finish_rows(p, acc, begin, num_rows, strip);
       }
     });

@@ -3,7 +3,7 @@
 // everywhere, so that kernels and packed layouts are written once, for both elements; the sets differ in
 // how a product of bf16 pairs is rounded, and in the register tiles that suit them:
 // - kTileRows rows of row_linear times 32 outputs,
-// - kWidenedTileRows rows of row_linear_widened.h; if more than kTileRows, then times 16 outputs,
+// - kWidenedTileRows rows of row_linear_widened.h; if more than kWholeTileRows, then times 16 outputs,
 // - kTileQueries queries of dual_attn times kTileVecs vectors of keys, then of values; kWidensAtUse: where bf16 becomes
 //   floats on ports that products leave idle.
 #pragma once

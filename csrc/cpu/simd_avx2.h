@@ -4,7 +4,7 @@
 namespace orthrus::cpu::avx2 {
 
 // Sums take 12 of 16 registers.
-constexpr int kTileRows = 3, kWidenedTileRows = 6;
+constexpr int kTileRows = 3, kWidenedTileRows = 6, kWholeTileRows = 2;
 constexpr int kTileQueries = 6, kTileVecs = 1;
 constexpr bool kWidensAtUse = true;
 
@@ -136,6 +136,32 @@ ORTHRUS_INLINE __m256 second_of(__m256i pairs) {
 }
 ORTHRUS_INLINE Vec first_of(WordVec pairs) { return {first_of(pairs.lo), first_of(pairs.hi)}; }
 ORTHRUS_INLINE Vec second_of(WordVec pairs) { return {second_of(pairs.lo), second_of(pairs.hi)}; }
+
+// For coded weights (see coded_weight.h): bytes, each 16 by themselves.
+#define ORTHRUS_DECODES_WORDS
+ORTHRUS_INLINE void store_words(void* p, WordVec a) {
+  __m256i* half = static_cast<__m256i*>(p);
+  _mm256_storeu_si256(half, a.lo);
+  _mm256_storeu_si256(half + 1, a.hi);
+}
+ORTHRUS_INLINE WordVec low_nibbles(WordVec a) {
+  const __m256i mask = _mm256_set1_epi8(0xf);
+  return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
+}
+ORTHRUS_INLINE WordVec high_nibbles(WordVec a) {
+  return low_nibbles({_mm256_srli_epi16(a.lo, 4), _mm256_srli_epi16(a.hi, 4)});
+}
+// table[index], of indices below 16.
+ORTHRUS_INLINE WordVec look_up(WordVec table, WordVec index) {
+  return {_mm256_shuffle_epi8(table.lo, index.lo), _mm256_shuffle_epi8(table.hi, index.hi)};
+}
+// The first, or last, 8 of a and b by turns.
+ORTHRUS_INLINE WordVec zip_first(WordVec a, WordVec b) {
+  return {_mm256_unpacklo_epi8(a.lo, b.lo), _mm256_unpacklo_epi8(a.hi, b.hi)};
+}
+ORTHRUS_INLINE WordVec zip_last(WordVec a, WordVec b) {
+  return {_mm256_unpackhi_epi8(a.lo, b.lo), _mm256_unpackhi_epi8(a.hi, b.hi)};
+}
 
 // The same lanes as 32-bit words.
 ORTHRUS_INLINE WordVec bit_xor(WordVec a, WordVec b) {

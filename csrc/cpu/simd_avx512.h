@@ -4,7 +4,7 @@
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-constexpr int kTileRows = 12, kWidenedTileRows = kTileRows;
+constexpr int kTileRows = 12, kWidenedTileRows = kTileRows, kWholeTileRows = kTileRows;
 constexpr int kTileQueries = 6, kTileVecs = 4;
 constexpr bool kWidensAtUse = false;
 
@@ -101,17 +101,16 @@ ORTHRUS_INLINE Vec dot2(Vec acc, WordVec a, WordVec b) {
 #endif
 
 #if defined(ORTHRUS_ISA_avx512_bf16)
-// 32 elements of a coded weight (see coded_weight.h): their signs and mantissas, and codes whose low 5 bits count.
+// For coded weights (see coded_weight.h): bytes, each 16 by themselves.
 #define ORTHRUS_DECODES_WORDS
-ORTHRUS_INLINE WordVec decode_words(const void* sign_and_mantissa, WordVec codes, WordVec exponents) {
-  const __m512i rest = _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(sign_and_mantissa)));
-  constexpr int kSelect = 0xea;  // (a & b) | c
-  return _mm512_ternarylogic_epi32(rest, _mm512_set1_epi16(static_cast<int16_t>(0x807f)),
-                                   _mm512_permutexvar_epi16(codes, exponents), kSelect);
-}
-template <int kBits>
-ORTHRUS_INLINE WordVec shift_halves_right(WordVec a) { return _mm512_srli_epi16(a, kBits); }
 ORTHRUS_INLINE void store_words(void* p, WordVec a) { _mm512_storeu_si512(p, a); }
+ORTHRUS_INLINE WordVec low_nibbles(WordVec a) { return _mm512_and_si512(a, _mm512_set1_epi8(0xf)); }
+ORTHRUS_INLINE WordVec high_nibbles(WordVec a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
+// table[index], of indices below 16.
+ORTHRUS_INLINE WordVec look_up(WordVec table, WordVec index) { return _mm512_shuffle_epi8(table, index); }
+// The first, or last, 8 of a and b by turns.
+ORTHRUS_INLINE WordVec zip_first(WordVec a, WordVec b) { return _mm512_unpacklo_epi8(a, b); }
+ORTHRUS_INLINE WordVec zip_last(WordVec a, WordVec b) { return _mm512_unpackhi_epi8(a, b); }
 #endif
 
 // The same lanes as 32-bit words.

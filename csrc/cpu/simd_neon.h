@@ -5,7 +5,7 @@
 namespace orthrus::cpu::ORTHRUS_ISA {
 
 // Not measured: these do most products in a cycle by LLVM's models of Neoverse N1 and Apple M1.
-constexpr int kTileRows = 3, kWidenedTileRows = kTileRows;
+constexpr int kTileRows = 3, kWidenedTileRows = kTileRows, kWholeTileRows = kTileRows;
 constexpr int kTileQueries = 5, kTileVecs = 1;
 constexpr bool kWidensAtUse = false;
 

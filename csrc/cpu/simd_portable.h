@@ -2,7 +2,7 @@
 
 namespace orthrus::cpu::portable {
 
-constexpr int kTileRows = 8, kWidenedTileRows = kTileRows;
+constexpr int kTileRows = 8, kWidenedTileRows = kTileRows, kWholeTileRows = kTileRows;
 constexpr int kTileQueries = 2, kTileVecs = 4;
 constexpr bool kWidensAtUse = false;
 

@@ -12,6 +12,7 @@ if (native := dispatch.native()) is None:
 
 SHAPE = 200, 132  # strips, the last of them padded, of 33 units
 ROWS = (*range(1, 14), 25, 60, 120)
+CODING = "avx2", "avx512_bf16"
 
 
 @pytest.fixture
@@ -27,12 +28,12 @@ def packed(monkeypatch):
     return pack
 
 
-@pytest.fixture
-def decoding():
-    """The variant that takes coded weights runs."""
+@pytest.fixture(params=CODING)
+def decoding(request):
+    """A variant that takes coded weights runs."""
     before = native.cpu.isa()
     try:
-        native.cpu.set_isa("avx512_bf16")
+        native.cpu.set_isa(request.param)
     except RuntimeError as error:
         pytest.skip(str(error))
     yield
@@ -44,14 +45,16 @@ def decoded(packed):
     num_strips, num_steps = -(-packed.out_features // 32), packed.in_features // 2
     buffer = packed.data.view(torch.uint8).numpy()
     strips = buffer[: num_strips * (128 + 96 * num_steps)].reshape(num_strips, -1)
-    exponent, units = strips[:, :32].view(np.uint16), strips[:, 128:].reshape(num_strips, -1, 192)
-    codes = units[..., :64].view(np.uint16)[..., None, :] >> (4 * np.arange(4, dtype=np.uint16))[:, None] & 15
-    rest = units[..., 64:].reshape(codes.shape).astype(np.uint16)
-    bits = (rest & 0x80) << 8 | rest & 0x7F | exponent[np.arange(num_strips)[:, None, None, None], codes]
-    bits = bits.reshape(num_strips, num_steps, 64)
+    tables, units = strips[:, :64].reshape(num_strips, 4, 16), strips[:, 128:].reshape(num_strips, -1, 3, 64)
+    assert (tables == tables[:, :1]).all()
+    codes = np.stack((units[:, :, 0] & 15, units[:, :, 0] >> 4), axis=2)
+    upper = tables[np.arange(num_strips)[:, None, None, None], 0, codes].astype(np.uint16)
+    bits = upper << 8 | units[:, :, 1:]
+    # 4 x 8 elements of the first 16 outputs and of the last by turns.
+    bits = bits.reshape(num_strips, num_steps, 4, 2, 8).swapaxes(2, 3).reshape(num_strips, num_steps, 64)
     for s, strip in enumerate(strips):
         at = s * len(strip) + int(strip[64:72].view(np.int64)[0])
-        while (step := int(buffer[at : at + 4].view(np.int32)[0])) != -1:
+        while (step := int(buffer[at : at + 4].view(np.int32)[0])) != 2**31 - 1:
             element, value = buffer[at + 4 : at + 8].view(np.uint16)
             bits[s, step, element] = value
             at += 8
@@ -79,7 +82,7 @@ def some_exceptions():
 WEIGHTS = {
     "random": lambda: randn(*SHAPE, seed=1),
     "exceptions": some_exceptions,
-    "16 exponents, spread out": lambda: with_exponents(SHAPE, range(80, 144, 4)),
+    "16 upper bytes, spread out": lambda: with_exponents(SHAPE, [e for i in range(80, 144, 8) for e in (i, i + 1)]),
     "the least and the largest": lambda: with_exponents(SHAPE, (0, 1, 2, 120, 126, 127, 128, 253, 254)),
     "all zero": lambda: torch.zeros(SHAPE, dtype=torch.bfloat16),
 }
@@ -136,7 +139,7 @@ def test_they_are_a_quarter_smaller(packed):
 
 @pytest.mark.full
 def test_the_embedded_model_has_few_exceptions(packed):
-    """2 in 100,000."""
+    """5 in 100,000."""
     exceptions, elements, tensors = 0, 0, checkpoint.load("smollm2-135m").tensors
     for name in tensors:
         if (weight := tensors[name]).dim() == 2:
@@ -145,7 +148,7 @@ def test_the_embedded_model_has_few_exceptions(packed):
             encoder = native.cpu.WeightEncoder(plain.data_ptr(), num_strips, num_steps)
             exceptions += (encoder.nbytes - num_strips * (128 + 96 * num_steps)) // 8 - num_strips
             elements += weight.numel()
-    assert 1e-5 < exceptions / elements < 2e-5
+    assert 5e-5 < exceptions / elements < 6e-5
 
 
 @pytest.mark.parametrize(
@@ -165,12 +168,12 @@ def test_what_stays_plain(monkeypatch, weight):
 
 
 def test_for_whom_they_are_coded(isa):
-    assert weights.pack(randn(64, 64), impl="cpu").coded == (isa == "avx512_bf16")
+    assert weights.pack(randn(64, 64), impl="cpu").coded == (isa in CODING)
 
 
 def test_other_variants_refuse_them(isa, packed):
     coded, x = packed("coded", randn(64, 64)), randn(2, 64)
-    if isa == "avx512_bf16":
+    if isa in CODING:
         return ops.row_linear(x, coded, poison(2, 64))
     with pytest.raises(ValueError, match=f"row_linear: weights must be packed for {isa}"):
         ops.row_linear(x, coded, poison(2, 64))
