@@ -41,21 +41,25 @@ ORTHRUS_INLINE void store_step(char* out, StepWords words) {
   store_words(out + kStepBytes / 2, words.hi);
 }
 
-// Decoded on the way, with steps in order.
-struct CodedWords {
-  static constexpr int kSteps = kUnitSteps;
+struct CodedUnits {
   const char* unit;
   WordVec table;
   const CodedException* next;
-  int64_t next_step;
 
-  explicit CodedWords(const char* at) {
+  explicit CodedUnits(const char* at) {
     const auto* strip = reinterpret_cast<const CodedStrip*>(at);
     unit = strip->units();
     table = load_words(strip->upper);
     next = strip->exceptions();
-    next_step = next->step;
   }
+};
+
+// Decoded on the way, with steps in order.
+struct CodedWords : CodedUnits {
+  static constexpr int kSteps = kUnitSteps;
+  int64_t next_step;
+
+  explicit CodedWords(const char* at) : CodedUnits(at), next_step(next->step) {}
 
   // kStep: of the unit's two.
   template <int kStep>
@@ -74,18 +78,10 @@ struct CodedWords {
 };
 
 // Decoded in runs of steps, of an even number each, in order.
-struct CodedRuns {
-  const char* unit;
-  WordVec table;
-  const CodedException* next;
+struct CodedRuns : CodedUnits {
   int64_t done = 0;  // steps
 
-  explicit CodedRuns(const char* at) {
-    const auto* strip = reinterpret_cast<const CodedStrip*>(at);
-    unit = strip->units();
-    table = load_words(strip->upper);
-    next = strip->exceptions();
-  }
+  using CodedUnits::CodedUnits;
 
   ORTHRUS_INLINE bool has_exception(int64_t num_steps) const { return next->step < done + num_steps; }
   ORTHRUS_INLINE void skip(int64_t num_steps) {

@@ -12,9 +12,9 @@ namespace {
 
 constexpr int kOther = kUpperBytes;  // the code of a byte that has none
 
-// Elements of a step that lie side by side as they are stored, too; and where the run-th such ones begin.
+// So many of a step's elements stay side by side; the first of those stored as the run-th.
 constexpr int kRun = 8;
-constexpr int first_of_run(int run) { return run / 2 * kRun + run % 2 * 32; }
+constexpr int first_of_run(int run) { return run / 2 * kRun + run % 2 * (kStepElements / 2); }
 
 }  // namespace
 
@@ -85,9 +85,11 @@ void WeightEncoder::write_strip(int64_t s, char* out, char* exceptions) const {
         unit[2 * kStepElements + place] = static_cast<char>(second[element] & 0xff);
       }
     }
-    for (int i = 0; all_codes >= kOther && i < kUnitSteps * kStepElements; ++i) {
-      if (code_of[first[i] >> 8] != kOther) continue;
-      except({static_cast<int32_t>(step + i / kStepElements), static_cast<uint16_t>(i % kStepElements), first[i]});
+    if (all_codes >= kOther) {
+      for (int i = 0; i < kUnitSteps * kStepElements; ++i) {
+        if (code_of[first[i] >> 8] != kOther) continue;
+        except({static_cast<int32_t>(step + i / kStepElements), static_cast<uint16_t>(i % kStepElements), first[i]});
+      }
     }
     first += kUnitSteps * kStepElements;
   }

@@ -6,8 +6,9 @@
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-// Steps of a block at most: 16 KiB.
-constexpr int64_t kBlockSteps = 128;
+// Steps of a block at most: 16 KiB. A coded one lies in the cache twice; a single tile is soon through, and meets more
+// than one block there.
+constexpr int64_t kBlockSteps = 128, kCodedBlockSteps = 96, kCodedBlockStepsOfOneTile = 48;
 // Bytes of widened rows in a block of rows, which should stay in the L2 cache; and its rows: few would read all strips
 // too often, of many the accumulators would not lie on the stack.
 constexpr int64_t kWidenedBytes = 1 << 18;
@@ -29,7 +30,7 @@ struct AheadBytes {
 // The steps of a block as a plain strip holds them.
 struct PlainSteps {
   static constexpr int kTogether = 1;
-  static constexpr int kMostRows = kWidenedTileRows;
+  static constexpr int kMostTileRows = kWidenedTileRows;
   const char* at;
 
   // Outputs 16 kVec ... 16 kVec + 15 of a step, of those together the kStep-th.
@@ -42,7 +43,7 @@ struct PlainSteps {
 // Decoded in registers, which are too few for that beside more rows' sums.
 struct CodedSteps {
   static constexpr int kTogether = kUnitSteps;
-  static constexpr int kMostRows = 1;
+  static constexpr int kMostTileRows = 1;
   const char* unit;
   WordVec table;
 
@@ -111,7 +112,7 @@ inline __attribute__((noinline)) void multiply_block(const float* x, int64_t x_s
 }
 
 // The same of `rows` rows and all outputs; of more than kWholeTileRows rows in two halves, as registers are few.
-template <typename Steps, int kRows = Steps::kMostRows>
+template <typename Steps, int kRows = Steps::kMostTileRows>
 ORTHRUS_INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_stride, Steps steps, int64_t num_steps,
                                   AheadBytes ahead, float* acc) {
   if constexpr (kRows > 1) {
@@ -149,17 +150,18 @@ struct PlainBlocks {
 struct CodedBlocks {
   static constexpr int64_t kBytes = kUnitBytes / kUnitSteps;
   CodedRuns runs;
-  alignas(64) char decoded[kBlockSteps * kStepBytes];
+  alignas(64) char decoded[kCodedBlockSteps * kStepBytes];
 
   explicit CodedBlocks(const char* strip) : runs(strip) {}
 
-  // Fewer, as they lie in the cache twice, and few rows are soon through.
-  static int64_t most_steps(int64_t num_tiles) { return num_tiles == 1 ? 48 : 96; }
+  static int64_t most_steps(int64_t num_tiles) {
+    return num_tiles == 1 ? kCodedBlockStepsOfOneTile : kCodedBlockSteps;
+  }
   // As it is decoded at once, all of it should have come.
   ORTHRUS_INLINE const char* ahead(int64_t num_steps) const { return runs.unit + num_steps * kBytes; }
   template <typename Use>
   ORTHRUS_INLINE void next(int64_t num_steps, int64_t num_rows, Use use) {
-    if (num_rows <= CodedSteps::kMostRows && !runs.has_exception(num_steps)) {
+    if (num_rows <= CodedSteps::kMostTileRows && !runs.has_exception(num_steps)) {
       use(CodedSteps{runs.unit, runs.table});
       runs.skip(num_steps);
     } else {

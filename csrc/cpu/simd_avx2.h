@@ -3,7 +3,7 @@
 
 namespace orthrus::cpu::avx2 {
 
-// Sums take 12 of 16 registers.
+// Sums take 12 of 16 registers at most; 3 rows times 32 outputs would leave too few for a step's weights.
 constexpr int kTileRows = 3, kWidenedTileRows = 6, kWholeTileRows = 2;
 constexpr int kTileQueries = 6, kTileVecs = 1;
 constexpr bool kWidensAtUse = true;

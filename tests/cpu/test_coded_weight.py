@@ -10,7 +10,7 @@ from tests.native_cpu import poison, randn, threads
 if (native := dispatch.native()) is None:
     pytest.skip("the native module is not built", allow_module_level=True)
 
-SHAPE = 200, 132  # strips, the last of them padded, of 33 units
+SHAPE = 200, 260  # strips, the last of them padded, of 65 units: blocks of 44 steps for one tile, of 66 for more
 ROWS = (*range(1, 14), 25, 60, 120)
 CODING = "avx2", "avx512_bf16"
 
@@ -71,17 +71,30 @@ def with_exponents(shape, exponents, seed=0):
 
 
 def some_exceptions():
-    """A few in the first step, in the last, several in one, alone; strips without any; NaN, infinities and zeros."""
+    """A few in the first step, in the last, at the edges of blocks, several in one step, alone; strips without any;
+    NaN, infinities and zeros.
+    """
     weight = randn(*SHAPE, seed=1)
-    weight[5:9, :2] = weight[130, -1] = weight[131, 130:] = 2.0**-60
+    weight[5:9, :2] = weight[130, -1] = weight[131, -2:] = 2.0**-60
+    for strip, step in enumerate((43, 44, 65, 66)):
+        weight[32 * strip + 9, 2 * step] = 2.0**-70
     weight[3, 40:48] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e38, -1e-38, 2.0**-100])
     weight[40, 77] = -(2.0**50)
+    return weight
+
+
+def a_lone_exception():
+    """In a unit where all else has the commonest upper byte."""
+    weight = torch.ones(SHAPE, dtype=torch.bfloat16)
+    weight[:, 0] = torch.tensor([2.0 ** (2 * (i % 32) - 60) for i in range(SHAPE[0])])
+    weight[70, 77] = -(2.0**100)
     return weight
 
 
 WEIGHTS = {
     "random": lambda: randn(*SHAPE, seed=1),
     "exceptions": some_exceptions,
+    "a lone exception": a_lone_exception,
     "16 upper bytes, spread out": lambda: with_exponents(SHAPE, [e for i in range(80, 144, 8) for e in (i, i + 1)]),
     "the least and the largest": lambda: with_exponents(SHAPE, (0, 1, 2, 120, 126, 127, 128, 253, 254)),
     "all zero": lambda: torch.zeros(SHAPE, dtype=torch.bfloat16),
@@ -117,7 +130,7 @@ def test_products_are_those_of_plain_weights(decoding, packed, kind):
         assert all(torch.equal(a, b) for a, b in zip(plain, coded, strict=True)), n
 
 
-@pytest.mark.parametrize(("n", "rows_ar", "count"), [(190, 80, 1), (190, 80, 3), (70, 30, 3), (20, 12, 2)])
+@pytest.mark.parametrize(("n", "rows_ar", "count"), [(190, 80, 1), (190, 80, 3), (70, 30, 3), (20, 12, 2), (2, 1, 1)])
 def test_both_views_rows(decoding, packed, n, rows_ar, count):
     """A coded weight beside a plain one too; a few tiles, which decode, and many, which read what was decoded."""
     weight, x, outs = (randn(*SHAPE, seed=1), some_exceptions()), randn(n, SHAPE[1], seed=3), []
