@@ -117,12 +117,12 @@ def test_two_views_in_one_launch(isa, element):
 
 @pytest.mark.parametrize("shape", [(96, 64), (576, 1536), (513, 31), (2500, 97)], ids=str)
 def test_row_invariance(isa, element, shape):
-    """A row's bits: alone, among 16 and 1000 rows (one of them NaN), in any order, on any thread count."""
+    """A row's bits: alone, among 16 and 300 rows (one of them NaN), in any order, on any thread count."""
     packed = weights.pack(randn(*shape, seed=9, scale=0.1), impl="cpu")
-    x = randn(1000, shape[1], seed=10)
+    x = randn(300, shape[1], seed=10)
     x[3] = torch.nan
     everything = logits(x, packed)
-    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     for count in (1, 2, 3):
         with threads(count):
             assert torch.equal(logits(x, packed).nan_to_num(7.0), everything.nan_to_num(7.0))

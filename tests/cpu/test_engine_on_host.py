@@ -76,10 +76,15 @@ def test_logits_are_the_cpus(case):
     assert error < (2e-2 if engine.model.dtype is torch.bfloat16 else 1e-5)
 
 
-def test_alone(case, jobs):
-    name, engine, _ = case
+@pytest.mark.parametrize("case", ["sm90", *(pytest.param(n, marks=pytest.mark.full) for n in REST)], indirect=True)
+def test_every_mode_alone(case, jobs):
+    _, engine, _ = case
     for way in lossless.ways((3,)):
         lossless.check_alone(engine, *jobs, way)
+
+
+def test_alone(case, jobs):
+    name, engine, _ = case
     rate = lossless.check_alone(engine, *jobs, dict(mode="two_pass", draft_len=7))
     assert rate == pytest.approx(PINNED[name], abs=0.1)
 

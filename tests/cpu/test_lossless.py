@@ -59,12 +59,12 @@ PINNED_SMALL["avx512"] = PINNED_SMALL["avx512_bf16"] | {
 PINNED_SLOW = {
     "avx512": {
         torch.bfloat16: {
-            "two_pass": {"greedy": {1: 1.865, 5: 2.875, 15: 2.875}, "sampled": {5: 2.143}},
-            "one_pass": {"greedy": {1: 1.5, 5: 1.725}, "sampled": {5: 1.452}},
+            "two_pass": {"greedy": {5: 2.875, 15: 2.875}, "sampled": {5: 2.143}},
+            "one_pass": {"greedy": {5: 1.725}, "sampled": {5: 1.452}},
         },
         torch.float32: {
-            "two_pass": {"greedy": {1: 1.725, 5: 2.3, 15: 2.379}, "sampled": {5: 2.25}},
-            "one_pass": {"greedy": {1: 1.5, 5: 1.725}, "sampled": {5: 1.552}},
+            "two_pass": {"greedy": {5: 2.3, 15: 2.379}, "sampled": {5: 2.25}},
+            "one_pass": {"greedy": {5: 1.725}, "sampled": {5: 1.552}},
         },
     },
 }
@@ -178,16 +178,16 @@ def test_tokens_per_cycle_is_pinned(engine, kind):
 
 @pytest.mark.skipif(not SLOW, reason="test_tokens_per_cycle_is_pinned has all prompts")
 @pytest.mark.parametrize("engine", ("bfloat16",), indirect=True)
-def test_tokens_per_cycle_of_four_prompts(engine):
-    pinned, tolerance = of_this_isa({"avx512": 3.546, "avx512_bf16": 3.546}, TIGHT, LOOSE)
-    assert tokens_per_cycle(engine, prompts.load("code")[:4]) == pytest.approx(pinned, abs=tolerance)
+def test_tokens_per_cycle_of_two_prompts(engine):
+    pinned, tolerance = of_this_isa({"avx512": 3.612, "avx512_bf16": 3.612}, TIGHT, LOOSE)
+    assert tokens_per_cycle(engine, prompts.load("code")[:2]) == pytest.approx(pinned, abs=tolerance)
 
 
 @pytest.mark.parametrize("engine", ("bfloat16",), indirect=True)
 def test_prefill_of_a_long_prompt(engine, monkeypatch):
     """In chunks, the last of which is not whole; neither their size nor the mode changes a bit of what follows."""
     text = " ".join(p.text for p in prompts.load("long")) + " "
-    count = 1100 if SLOW else 2000
+    count = 700 if SLOW else 2000
     ids = engine.tokenizer(text * 2).input_ids[:count]
     assert len(ids) == count
     params = SamplingParams(max_new_tokens=24, ignore_eos=True)

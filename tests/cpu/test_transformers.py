@@ -94,7 +94,7 @@ def same_as_generate(chosen, max_new_tokens, *, together, draft_len=None):
 
 
 def test_tokens_of_generate_small_grid():
-    kinds = ("code", "chat", "math") if SLOW else prompts.KINDS
+    kinds = ("code", "chat") if SLOW else prompts.KINDS
     same_as_generate([prompts.load(kind)[0] for kind in kinds], 20, together=True, draft_len=5)
 
 
