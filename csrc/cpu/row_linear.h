@@ -173,7 +173,7 @@ struct Weight {
   bool coded;
 };
 
-// Of a strip of num_steps steps; what is coded may lie behind all of them too.
+// Of a strip of num_steps steps; exceptions of a coded one lie behind all strips.
 ORTHRUS_INLINE int64_t strip_bytes_of(Weight weight, int64_t num_steps) {
   return weight.coded ? coded_strip_bytes(num_steps) : num_steps * kStepBytes;
 }

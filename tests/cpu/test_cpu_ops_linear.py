@@ -116,13 +116,14 @@ def test_two_views_in_one_launch(isa, element):
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (576, 1536), (513, 31), (2500, 97)], ids=str)
-def test_row_invariance(isa, element, shape):
-    """A row's bits: alone, among 16 and 300 rows (one of them NaN), in any order, on any thread count."""
+def test_row_invariance(isa, element, shape, request):
+    """A row's bits: alone, among 16 and many rows (one of them NaN), in any order, on any thread count."""
+    num_rows = 1000 if request.config.getoption("--full") else 300
     packed = weights.pack(randn(*shape, seed=9, scale=0.1), impl="cpu")
-    x = randn(300, shape[1], seed=10)
+    x = randn(num_rows, shape[1], seed=10)
     x[3] = torch.nan
     everything = logits(x, packed)
-    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
     for count in (1, 2, 3):
         with threads(count):
             assert torch.equal(logits(x, packed).nan_to_num(7.0), everything.nan_to_num(7.0))
