@@ -35,7 +35,8 @@ VARIANTS = {
 }
 # Tokens per cycle of two_pass with all drafts of a block.
 PINNED = {"sm90": 1.25, "sm80": 1.45, "float32": 1.36, "sm90, cut": 1.88, "sm80, cut": 1.67}
-REST = [name for name in VARIANTS if name != "sm90"]
+REST = [pytest.param(name, marks=pytest.mark.full) for name in VARIANTS if name != "sm90"]
+SM90_UNLESS_FULL = pytest.mark.parametrize("case", ["sm90", *REST], indirect=True)
 CASES = [pytest.param(name, marks=pytest.mark.full if "cut" in name else ()) for name in VARIANTS]
 
 
@@ -76,7 +77,7 @@ def test_logits_are_the_cpus(case):
     assert error < (2e-2 if engine.model.dtype is torch.bfloat16 else 1e-5)
 
 
-@pytest.mark.parametrize("case", ["sm90", *(pytest.param(n, marks=pytest.mark.full) for n in REST)], indirect=True)
+@SM90_UNLESS_FULL
 def test_every_mode_alone(case, jobs):
     _, engine, _ = case
     for way in lossless.ways((3,)):
@@ -89,6 +90,7 @@ def test_alone(case, jobs):
     assert rate == pytest.approx(PINNED[name], abs=0.1)
 
 
+@SM90_UNLESS_FULL
 def test_together_preempted_and_eager(case, jobs):
     _, engine, _ = case
     way = dict(mode="two_pass", draft_len=3)
@@ -97,7 +99,7 @@ def test_together_preempted_and_eager(case, jobs):
     lossless.check_eager(engine, *jobs, way)
 
 
-@pytest.mark.parametrize("case", ["sm90", *(pytest.param(n, marks=pytest.mark.full) for n in REST)], indirect=True)
+@SM90_UNLESS_FULL
 def test_prompts_that_arrive(case, jobs):
     """They go through cycles of those who decode: op by op the first time, then recorded, then replayed."""
     _, engine, _ = case
