@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -20,15 +22,17 @@ EMBEDDED_NAME = "smollm2-135m"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 CONFIG_FILES = ["config.json", "generation_config.json"]
 ADAPTER_KEYS = ("block_size", "mask_token_id")
-# What an adapter's config.json may say about the base that it was trained on -> its name in the base's ModelConfig.
+# What an adapter's config.json may say about the base that it was trained on -> where a ModelConfig has it.
 BASE_FACTS = {
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads_q",
-    "num_key_value_heads": "num_heads_kv",
-    "head_dim": "head_dim",
-    "vocab_size": "vocab_size",
+    "hidden_size": attrgetter("hidden_size"),
+    "intermediate_size": attrgetter("intermediate_size"),
+    "num_hidden_layers": attrgetter("num_layers"),
+    "num_attention_heads": attrgetter("num_heads_q"),
+    "num_key_value_heads": attrgetter("num_heads_kv"),
+    "head_dim": attrgetter("head_dim"),
+    "vocab_size": attrgetter("vocab_size"),
+    "rms_norm_eps": attrgetter("rms_norm_eps"),
+    "rope_theta": lambda config: config.rope["rope_theta"],
 }
 
 
@@ -73,7 +77,8 @@ def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None =
             ``adapter``), a hub id ``owner/name`` or ``owner/name@revision`` (a branch, tag or commit), or
             ``"smollm2-135m"``, the embedded model.
         adapter: folder or hub id of a diffusion view: safetensors with ``*_diff`` tensors only, and a config.json
-            that gives ``block_size`` and ``mask_token_id`` and may state facts about its base, which are checked.
+            that gives ``block_size`` and ``mask_token_id`` and may state facts about its base (BASE_FACTS, and
+            ``base_fingerprint``), which are checked.
         base_gguf: the embedded model's base as a GGUF file, instead of the installed wheel's.
 
     Raises:
@@ -91,6 +96,11 @@ def load_folder(folder: Path, adapter: str | Path | None, name: str) -> Checkpoi
     family_of(raw, str(folder / "config.json"))  # first: no adapter would help another family
     _check_one_view(stored, folder, adapter)
     config, raw, adapter_raw = _read_config(folder, raw, adapter, name)
+    if config.num_layers > len(stored):  # before as many names are made as it asks for
+        raise CheckpointError(
+            f"{folder / 'config.json'}: num_hidden_layers must be at most {len(stored)}, the number of tensors there, "
+            f"got {config.num_layers}"
+        )
     expected = expected_tensors(config)
     tied_head = {"lm_head.weight": expected["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
     if adapter is None:
@@ -148,10 +158,10 @@ def _read_config(folder: Path, raw: dict, adapter: Path | None, name: str) -> tu
         where += f" with {adapter / 'config.json'}"
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.exists() else None
-    config = parse(raw, generation, name=name, where=where)
-    for key, attribute in BASE_FACTS.items():
+    config = parse(raw, generation, name=name, where=where, where_generation=str(generation_file))
+    for key, of_base in BASE_FACTS.items():
         if adapter_raw.get(key) is not None:
-            _check_fact(key, adapter_raw[key], getattr(config, attribute), adapter, folder)
+            _check_fact(key, adapter_raw[key], of_base(config), adapter, folder)
     return config, raw, adapter_raw
 
 
@@ -193,7 +203,7 @@ def _resolve(path_or_id: str, *, adapter: bool = False, config_only: bool = Fals
     ``config_only``: a snapshot on this machine will do, else no weights are fetched. To fetch the config of a later one
     would make the id, for whoever is offline then, mean that one, whose weights are not here.
     """
-    if path_or_id and Path(path_or_id).is_dir():
+    if os.path.isdir(path_or_id):
         return Path(path_or_id)
     what, known = f"{path_or_id!r}:", f"a folder here, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
     if adapter:

@@ -346,18 +346,28 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # of what the terminal's encoding lacks
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader went away: nothing more can be said, not even by the flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader went away: nothing more can be said
         return EXIT_ERROR
     except (OSError, ValueError, ArithmeticError, RuntimeError, ImportError) as error:
         return _fail(args, error)
     except Exception:  # a bug of ours; Python's own exit code for it would say that tokens differ
         traceback.print_exc()
         return EXIT_ERROR
+    finally:
+        _drop_what_cannot_be_written()
+
+
+def _drop_what_cannot_be_written() -> None:
+    """Python would try again at exit, complain, and exit with a code of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(args, error) -> int:

@@ -51,7 +51,7 @@ def run(args) -> int:
     params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
     verify.check(params, args.modes, args.batch, args.against)
     engine = load_engine(args, max_batch_size=args.batch)
-    ids = [_encode(prompt, engine.tokenizer) for prompt in todo]
+    ids = [prompt.encode(engine.tokenizer) for prompt in todo]
     for prompt, tokens in zip(todo, ids, strict=True):  # all of them, before the first is decoded
         check_length(tokens, engine.max_seq_len, f"{args.prompts or 'built-in prompt'}, {prompt.name}")
     against = _transformers(engine, args.max_new_tokens) if args.against else None
@@ -90,11 +90,6 @@ def _prompts(args) -> list:
     if not found:
         raise ValueError(f"--prompts must name a file with a prompt a line, {args.prompts} holds none")
     return found[: args.num_prompts]
-
-
-def _encode(prompt, tokenizer) -> list[int]:
-    """With the chat template where there is one: a base without any can be verified too."""
-    return prompt.encode(tokenizer) if tokenizer.chat_template else tokenizer(prompt.text).input_ids
 
 
 def _transformers(engine, max_new_tokens: int):

@@ -63,7 +63,14 @@ class ModelConfig:
     name: str = ""
 
 
-def parse(raw: dict, generation: dict | None = None, *, name: str, where: str | None = None) -> ModelConfig:
+def parse(
+    raw: dict,
+    generation: dict | None = None,
+    *,
+    name: str,
+    where: str | None = None,
+    where_generation: str | None = None,
+) -> ModelConfig:
     """Build a :class:`ModelConfig` from the contents of config.json and generation_config.json.
 
     Args:
@@ -71,11 +78,13 @@ def parse(raw: dict, generation: dict | None = None, *, name: str, where: str | 
         generation: generation_config.json, if there is one; only its EOS ids are read.
         name: kept in the result.
         where: file that messages name; ``name`` if omitted.
+        where_generation: the same for ``generation``.
 
     Raises:
         CheckpointError: a key is missing or out of range, or asks for something that is not supported.
     """
     where = where or name
+    where_generation = where_generation or f"{where} (generation_config.json)"
     family = family_of(raw, where)
     _refuse_unsupported(raw, where)
     hidden_size = _positive(raw, "hidden_size", where)
@@ -95,11 +104,12 @@ def parse(raw: dict, generation: dict | None = None, *, name: str, where: str | 
     block_len = _positive(raw, "block_size", where)
     if block_len < 2:
         raise CheckpointError(f"{where}: block_size must be ≥ 2, got {block_len}")
-    eos = dict.fromkeys([*_eos_ids(raw, where), *_eos_ids(generation or {}, f"{where} (generation_config.json)")])
-    mask_token_id = raw.get("mask_token_id")
-    for key, token in [("mask_token_id", mask_token_id), *(("eos_token_id", token) for token in eos)]:
-        if not _is_int(token) or not 0 <= token < vocab_size:
-            raise CheckpointError(f"{where}: {key} must be in 0 … {vocab_size - 1} (vocab_size - 1), got {token!r}")
+    mask_token_id, eos = raw.get("mask_token_id"), []
+    _check_token("mask_token_id", mask_token_id, vocab_size, where)
+    for content, file in ((raw, where), (generation or {}, where_generation)):
+        for token in _eos_ids(content, file):
+            _check_token("eos_token_id", token, vocab_size, file)
+            eos.append(token)
     return ModelConfig(
         family=family,
         vocab_size=vocab_size,
@@ -115,7 +125,7 @@ def parse(raw: dict, generation: dict | None = None, *, name: str, where: str | 
         qk_norm=family == "qwen3",
         block_len=min(block_len, MAX_BLOCK_LEN),
         mask_token_id=mask_token_id,
-        eos_token_ids=tuple(eos),
+        eos_token_ids=tuple(dict.fromkeys(eos)),
         rope=_rope(raw, where),
         name=name,
     )
@@ -141,6 +151,9 @@ def _refuse_unsupported(raw, where):
             raise CheckpointError(f"{where}: {key} must be false (biases are not supported), got {raw[key]!r}")
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{where}: hidden_act must be 'silu', got {raw['hidden_act']!r}")
+    # transformers follows it: each token would see those behind it.
+    if not _bool({"is_causal": True} | raw, "is_causal", where):
+        raise CheckpointError(f"{where}: is_causal must be true, got {raw['is_causal']!r}")
     if raw.get("quantization_config"):
         raise CheckpointError(f"{where}: quantization_config must be absent (weights must be fp32, fp16 or bf16)")
 
@@ -218,6 +231,11 @@ def _eos_ids(raw, where):
     if not all(_is_int(token) for token in ids):
         raise CheckpointError(f"{where}: eos_token_id must be an integer or a list of integers, got {ids!r}")
     return ids
+
+
+def _check_token(key, token, vocab_size, where):
+    if not _is_int(token) or not 0 <= token < vocab_size:
+        raise CheckpointError(f"{where}: {key} must be in 0 … {vocab_size - 1} (vocab_size - 1), got {token!r}")
 
 
 def _is_int(value):

@@ -9,7 +9,7 @@ import torch
 
 from orthrus_rt import native, nvtx, ops, weights
 from orthrus_rt.checkpoint import Checkpoint
-from orthrus_rt.config import ModelConfig
+from orthrus_rt.config import CheckpointError, ModelConfig
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.plan import Rows
 from orthrus_rt.room import check_weights
@@ -46,7 +46,13 @@ class Model:
         check_weights(config, self.device, dtype)
 
         def get(name):
-            return tensors[name].to(device=self.device, dtype=dtype)
+            stored = tensors[name]
+            weight = stored.to(device=self.device, dtype=dtype)
+            if torch.finfo(dtype).max < torch.finfo(stored.dtype).max:
+                low, high = weight.aminmax()
+                if not (low.isfinite() and high.isfinite()):
+                    raise CheckpointError(f"{config.name}: {name} holds numbers that {dtype} does not have")
+            return weight
 
         def norm(name):
             return tensors[name].to(device=self.device, dtype=torch.float32).contiguous()

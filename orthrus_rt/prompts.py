@@ -19,8 +19,8 @@ class Prompt:
     text: str
 
     def encode(self, tokenizer) -> list[int]:
-        """Token ids, with the chat template where the kind wants it."""
-        return encode(tokenizer, self.text, chat=self.kind in CHAT_KINDS)
+        """Token ids, with the chat template where the kind wants it and the tokenizer has one."""
+        return encode(tokenizer, self.text, chat=self.kind in CHAT_KINDS and bool(tokenizer.chat_template))
 
 
 def load(kind: str | None = None) -> list[Prompt]:
@@ -39,5 +39,10 @@ def encode(tokenizer, text: str, *, chat: bool) -> list[int]:
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; use raw text (--raw)")
     turns = [{"role": "user", "content": text}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program
+        raise ValueError(
+            f"the tokenizer's chat template fails ({type(error).__name__}: {error}); use raw text (--raw)"
+        ) from error
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids

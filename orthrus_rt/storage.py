@@ -57,12 +57,12 @@ class LazyTensors(Mapping):
 def read_json(path: Path) -> dict:
     """The object in a JSON file."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, got {type(content).__name__}")
@@ -86,7 +86,7 @@ def _scan_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: must hold weight_map, an object of tensor name to file, got {weight_map!r}")
     for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or "\0" in file:
             raise CheckpointError(f"{index}: weight_map must name files of its own folder, got {file!r}")
     stored = _scan_files(folder, sorted(set(weight_map.values())))
     held = {(name, entry.file.name) for entry in stored.values() for name in (entry.key, entry.scale)}

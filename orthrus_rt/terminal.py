@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
+import threading
 import unicodedata
+
+LEAVING = (signal.SIGTERM, signal.SIGTSTP, signal.SIGHUP)
 
 
 class Screen:
@@ -20,6 +24,7 @@ class Screen:
         self._has_status = capable and all(s is not None and s.isatty() for s in (sys.stdout, sys.stderr))
         self._rows = 0
         self._column = 0
+        self._before: dict = {}
 
     def write(self, text: str) -> None:
         sys.stdout.write(text)
@@ -39,11 +44,27 @@ class Screen:
         _control(f"\x1b7\x1b[{rows};1H\x1b[2K\x1b[2m{text[: columns - 1]}\x1b[0m\x1b8")
 
     def __enter__(self):
+        # What ends or stops a process leaves its terminal as it is.
+        if self._has_status and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._leave) for number in LEAVING}
         return self
 
     def __exit__(self, *_):
+        self._release()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _release(self) -> None:
+        """Give the last row back, until the next status."""
         if self._rows:
             _control(f"\x1b7\x1b[r\x1b[{self._rows};1H\x1b[2K\x1b8")
+            self._rows = 0
+
+    def _leave(self, number: int, _frame) -> None:
+        self._release()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        signal.signal(number, self._leave)  # it goes on
 
 
 def _control(sequence: str) -> None:

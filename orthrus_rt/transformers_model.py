@@ -8,15 +8,17 @@ import math
 import torch
 
 from orthrus_rt.checkpoint import Checkpoint, expected_tensors
-from orthrus_rt.config import ROPE_KEYS
 from orthrus_rt.room import check_left
 from orthrus_rt.storage import is_diffusion
+
+# Of config.json: what the weights are stored in, and which class reads them.
+NOT_OF_A_MODEL = {"model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
 
 
 def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torch.float32, device="cpu"):
     """The causal model of one view, ``"ar"`` or ``"diffusion"``, whose weights then stand under the AR names.
 
-    Attention is transformers' ``eager`` one, the rotary embedding follows its own reading of config.json. ``generate``
+    Attention is transformers' ``eager`` one; all but shapes follows its own reading of config.json. ``generate``
     stops at the checkpoint's end-of-sequence ids.
 
     Raises:
@@ -25,10 +27,10 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     c, raw = checkpoint.config, checkpoint.raw
-    # Read for itself: what we might misread (it has many spellings) would else be the same in both.
-    rope = {"rope_parameters": c.rope} if raw is None else {key: raw[key] for key in ROPE_KEYS if key in raw}
+    # Read for itself: what we might misread or overlook would else be the same in both.
+    read = {"rope_parameters": c.rope} if raw is None else {key: raw[key] for key in raw.keys() - NOT_OF_A_MODEL}
     kind, model_type = (Qwen3Config, Qwen3ForCausalLM) if c.family == "qwen3" else (LlamaConfig, LlamaForCausalLM)
-    config = kind(
+    ours = dict(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
         intermediate_size=c.intermediate_size,
@@ -39,12 +41,12 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
         rms_norm_eps=c.rms_norm_eps,
         max_position_embeddings=c.max_position_embeddings,
         tie_word_embeddings=c.tie_word_embeddings,
-        **copy.deepcopy(rope),  # it fills them in
         attn_implementation="eager",
         bos_token_id=None,
         eos_token_id=list(c.eos_token_ids),
         pad_token_id=0,
     )
+    config = kind(**(copy.deepcopy(read) | ours))  # it fills in what describes the rotary embedding
     device = torch.device(device)
     names = [n for n in checkpoint.tensors if is_diffusion(n) == (view == "diffusion") or ".self_attn." not in n]
     # On a CPU what needs no conversion stays in its file: one matrix stands for all.

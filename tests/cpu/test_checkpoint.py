@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 
 from orthrus_rt import checkpoint, info, storage
 from orthrus_rt.checkpoint import CheckpointError
+from orthrus_rt.engine import Engine
 from tests import checkpoints
 
 WEIGHTS = "model.safetensors"
@@ -179,11 +180,38 @@ def test_a_file_that_cannot_be_opened_is_not_called_missing(folder):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "is not valid JSON ("), ("[]", "must hold a JSON object, got list")]
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON ("),
+        ("[" * 200_000, "is not valid JSON ("),
+        (b"\xff", "is not valid JSON ("),
+        ("[]", "must hold a JSON object, got list"),
+    ],
 )
 def test_broken_config(folder, content, message):
-    (folder / "config.json").write_text(content)
+    (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     assert message_of(folder).startswith(f"{folder / 'config.json'}: {message}")
+
+
+def test_more_layers_than_there_are_tensors(folder):
+    """So many that their names alone would not fit into memory."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**15}))
+    assert message_of(folder) == (
+        f"{folder / 'config.json'}: num_hidden_layers must be at most 36, the number of tensors there, got {10**15}"
+    )
+
+
+@pytest.mark.parametrize("name", ("x" * 5000, "a\0b", ""))
+def test_what_names_no_folder(name):
+    assert "is neither a folder here, nor a hub id" in message_of(name)
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [(1e5, "float16"), (3.4e38, "bfloat16")])
+def test_what_a_dtype_does_not_have(folder, stored, dtype):
+    edit(folder, lambda tensors: tensors.update({Q_DIFF: tensors[Q_DIFF].float() * 0 + stored}))
+    with pytest.raises(CheckpointError, match=f"^{folder}: {Q_DIFF} holds numbers that torch.{dtype} does not have$"):
+        Engine.from_pretrained(str(folder), device="cpu", dtype=dtype, max_seq_len=64)
 
 
 class TestShards:

@@ -118,12 +118,23 @@ def test_base_that_has_a_view_already(tmp_path, folders):
 
 
 @pytest.mark.parametrize(
-    "fact", ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"]
+    "fact",
+    [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "rms_norm_eps",
+        "rope_theta",
+    ],
 )
 def test_adapter_that_states_another_base(folders, fact):
     base, adapter = folders
     edit_config(adapter, **{fact: 7})
-    found = json.loads((base / "config.json").read_text())[fact]
+    config = json.loads((base / "config.json").read_text())
+    found = (config | config["rope_parameters"])[fact]
     assert message_of(base, adapter) == f"{adapter}: is for another base: {fact} must be 7, got {found} from {base}"
 
 

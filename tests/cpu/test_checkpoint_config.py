@@ -17,6 +17,8 @@ UNSUPPORTED = [
     ({"architectures": ["Qwen3MoeForCausalLM"]}, "architectures must name one of OrthrusLM"),
     ({"attention_bias": True}, "attention_bias must be false (biases are not supported), got True"),
     ({"mlp_bias": True}, "mlp_bias must be false (biases are not supported), got True"),
+    ({"is_causal": False}, "is_causal must be true, got False"),
+    ({"is_causal": 0}, "is_causal must be true or false, got 0"),
     ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config must be absent"),
     (
@@ -104,6 +106,13 @@ def test_one_clear_error_each(changes, message):
         parse(raw_config(**changes), name="tiny", where="folder/config.json")
     assert str(error.value).startswith("folder/config.json: ")
     assert message in str(error.value)
+
+
+def test_what_names_an_end_is_to_blame_for_it():
+    with pytest.raises(
+        CheckpointError, match=r"^f/generation_config\.json: eos_token_id must be in 0 … 95 .*, got 999"
+    ):
+        parse(raw_config(), {"eos_token_id": [2, 999]}, name="tiny", where_generation="f/generation_config.json")
 
 
 @pytest.mark.parametrize("key", ["attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"])

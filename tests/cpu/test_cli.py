@@ -336,9 +336,14 @@ def test_closed_streams(run, monkeypatch, closed, message):
     assert run("generate", *(["x"] if closed == "stdout" else [])) == (2, "", message)
 
 
-def test_a_reader_that_leaves_is_no_traceback(text_folder):
+@pytest.mark.parametrize("unbuffered", ("", "1"))
+def test_what_cannot_be_written(text_folder, unbuffered):
+    """A reader that leaves is no traceback, and a full disk is an error; also where Python writes at exit only."""
     command = [sys.executable, "-m", "orthrus_rt.cli", "info", "--model", text_folder]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    how = dict(stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **how) as process:
         process.stdout.close()
-        err = process.stderr.read()
-    assert process.wait() == 2 and b"Traceback" not in err and b"Exception" not in err
+        assert (process.stderr.read(), process.wait()) == (b"", 2)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, **how)
+    assert (done.stderr, done.returncode) == (b"orthrus-rt info: [Errno 28] No space left on device\n", 2)

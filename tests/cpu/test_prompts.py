@@ -1,5 +1,6 @@
 """The built-in prompts, and how prompts become token ids."""
 
+import pytest
 from tokenizers.processors import TemplateProcessing
 
 from orthrus_rt import checkpoint, prompts
@@ -32,3 +33,28 @@ def test_chat_ids_are_the_templates():
             assert prompt.encode(tokenizer) == list(want)
         raw = prompts.load("code")[0]
         assert raw.encode(tokenizer) == tokenizer(raw.text).input_ids
+
+
+def test_a_tokenizer_without_a_template_continues_the_text():
+    tokenizer = byte_tokenizer.build()
+    tokenizer.chat_template = None
+    chat = prompts.load("chat")[0]
+    assert chat.encode(tokenizer) == tokenizer(chat.text).input_ids
+    with pytest.raises(ValueError, match="the tokenizer has no chat template; use raw text"):
+        prompts.encode(tokenizer, "text", chat=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "TemplateError: roles must alternate"),
+        ("{% for m in messages %}", "TemplateSyntaxError: Unexpected end of template"),
+        ("{{ messages.bar.baz }}", "UndefinedError: 'list object' has no attribute 'bar'"),
+        ("{{ 1 + 'a' }}", "TypeError: unsupported operand"),
+    ],
+)
+def test_a_template_that_fails(template, why):
+    tokenizer = byte_tokenizer.build()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=rf"the tokenizer's chat template fails \({why}.*use raw text \(--raw\)"):
+        prompts.encode(tokenizer, "text", chat=True)

@@ -1,6 +1,7 @@
 """Text that streams, the status line and tables."""
 
 import io
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,20 @@ def test_status_line_gives_its_row_back(streams):
     assert streams.stdout.getvalue() == "text"
     assert "\x1b[1;9r" in control and "x" * 19 in control and "x" * 20 not in control
     assert control.index("\x1b[r") > control.index("x" * 19)
+
+
+def test_a_process_that_is_ended_or_stopped_gives_the_row_back(streams, monkeypatch):
+    """And takes it again when it goes on; the handlers from before come back."""
+    sent, before = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(terminal.os, "kill", lambda _, number: sent.append((number, signal.getsignal(number))))
+    with Screen() as screen:
+        for number in terminal.LEAVING:
+            screen.status("status")
+            assert not streams.stderr.getvalue().endswith("\x1b[2K\x1b8")
+            signal.raise_signal(number)
+            assert streams.stderr.getvalue().endswith("\x1b[r\x1b[10;1H\x1b[2K\x1b8")
+    assert sent == [(number, signal.SIG_DFL) for number in terminal.LEAVING]
+    assert signal.getsignal(signal.SIGTERM) is before and streams.stderr.getvalue().count("\x1b[1;9r") == 3
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,14 @@ def test_the_rotary_embedding_is_as_transformers_reads_it(tmp_path, adapter):
     assert checkpoint.raw["rope_scaling"] == yarn  # as it was
 
 
+def test_what_we_do_not_read_is_read_too(tmp_path):
+    """All of config.json but shapes: what we overlook shows in every comparison."""
+    checkpoint = ckpt.load(checkpoints.make(tmp_path))
+    other = checkpoint.raw | {"is_causal": False, "hidden_act": "gelu"}
+    config = build(dataclasses.replace(checkpoint, raw=other)).config
+    assert config.is_causal is False and config.hidden_act == "gelu"
+
+
 def test_logits_of_both_views_embedded():
     both_views_agree("smollm2-135m")
 
