@@ -3,7 +3,8 @@
     python docs/server.py smollm2-135m 8000
     curl -N localhost:8000/v1/completions -d '{"prompt": "def add(a, b):", "max_tokens": 32, "stream": true}'
 
-Prompts are completed as they are, without a chat template. All requests share one engine. A client that goes away, or
+Prompts are completed as they are, without a chat template. Requests may have `max_tokens`, `stop`, `stream` and what
+SAMPLING names; what else would change an answer is refused. All requests share one engine. A client that goes away, or
 closes its side of the connection, ends its request; at SIGTERM or Ctrl-C what runs comes to its end.
 """
 
@@ -16,19 +17,36 @@ import uuid
 
 import orthrus_rt
 
+SAMPLING = {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "logit_bias"}
+KNOWN = {"prompt", "max_tokens", "stop", "stream", "model", "user", *SAMPLING}
+HARMLESS = {"n": 1, "best_of": 1, "echo": False, "suffix": ""}  # where they ask for nothing
+
 
 async def read_request(reader):
     start, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin1").lower().split("\r\n")
-    length = dict(line.split(":", 1) for line in lines if line).get("content-length", 0)
+    headers = dict(line.split(":", 1) for line in lines if line)
     if not start.startswith("post /v1/completions "):
         raise ValueError("this server answers POST /v1/completions")
+    if "transfer-encoding" in headers:
+        raise ValueError("a request in chunks is not supported: send its Content-Length")
     try:
-        asked = json.loads(await reader.readexactly(int(length)))
+        asked = json.loads(await reader.readexactly(int(headers.get("content-length", 0))))
     except RecursionError:
         raise ValueError("the request is nested too deeply") from None
     if not isinstance(asked, dict) or not isinstance(asked.get("prompt"), str):
         raise ValueError("the request must be an object whose prompt is a string")
+    asked = {key: value for key, value in asked.items() if value is not None}
+    if other := [key for key in asked if key not in KNOWN and asked[key] != HARMLESS.get(key, ())]:
+        raise ValueError(f"this server does not support {', '.join(other)}")
     return asked
+
+
+def sampling(asked):
+    """As the engine has it; JSON's keys are strings, and temperature is 1 unless a request says otherwise."""
+    options = {"temperature": 1.0} | {key: asked[key] for key in SAMPLING & asked.keys()}
+    if "logit_bias" in options:
+        options["logit_bias"] = {int(token): value for token, value in dict(options["logit_bias"]).items()}
+    return orthrus_rt.SamplingParams(asked.get("max_tokens", 16), **options)
 
 
 def send(writer, status, kind, body=""):
@@ -50,11 +68,9 @@ async def serve(shared, reader, writer):
     with contextlib.suppress(OSError, EOFError), contextlib.closing(writer):  # the client may be gone
         try:
             asked = await read_request(reader)
-            filters = {key: asked[key] for key in ("temperature", "top_p", "top_k", "min_p", "seed") if key in asked}
-            params = orthrus_rt.SamplingParams(asked.get("max_tokens", 16), **{"temperature": 1.0} | filters)
             stop = asked.get("stop") or ()
             text = orthrus_rt.TextStream(tokenizer, [stop] if isinstance(stop, str) else stop)
-            outputs = shared.stream(tokenizer(asked["prompt"]).input_ids, params, name)
+            outputs = shared.stream(tokenizer(asked["prompt"]).input_ids, sampling(asked), name)
         except (ValueError, TypeError, RuntimeError, asyncio.LimitOverrunError) as error:
             status = "503 Service Unavailable" if isinstance(error, RuntimeError) else "400 Bad Request"
             return send(writer, status, "application/json", failure(error))

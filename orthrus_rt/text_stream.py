@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 class TextStream:
     """Token ids in, text out, such that the pieces joined are the decoding of the whole, or of what comes before the
-    stop string that is complete first, wherever the pieces are cut.
+    stop string that is complete first, wherever the pieces are cut. (Where tokens of single bytes are no valid text,
+    some tokenizers decode all such tokens in a row as U+FFFD: those that were shown stay.)
 
     A character may span several tokens and a token may hold half of one, so text that ends in an unfinished character
     is held back, and so is what a stop string may begin with. Only the tokens since the last two safe points are
@@ -31,9 +32,9 @@ class TextStream:
     """
 
     def __init__(self, tokenizer, stop: Sequence[str] = ()):
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in self._stop):
+        if not _are_strings(stop):
             raise ValueError(f"stop must be a sequence of strings that are not empty, got {stop!r}")
+        self._tokenizer, self._stop, self._special = tokenizer, tuple(stop), set(tokenizer.all_special_ids)
         self.stopped: str | None = None
         self._ids: list[int] = []
         self._shown_ids = 0  # of _ids, those whose text is out; they stay as context for the next ones
@@ -44,7 +45,7 @@ class TextStream:
 
     def push(self, token_ids) -> str:
         """The text that these tokens complete."""
-        self._ids.extend(map(int, token_ids))
+        self._ids.extend(token for token in map(int, token_ids) if token not in self._special)  # which say nothing
         return self._until_stop(self._advance(final=False), final=False)
 
     def end(self) -> str:
@@ -54,11 +55,13 @@ class TextStream:
     def _advance(self, final: bool) -> str:
         before = self._decode(self._ids[: self._shown_ids])
         text = self._decode(self._ids)
-        if len(text) <= len(before) or (text.endswith("\ufffd") and not final):
+        if text.endswith("\ufffd") and not final:
             return ""
-        self._ids = self._ids[self._shown_ids :]
-        self._shown_ids = len(self._ids)
-        return text[len(before) :]
+        new = self._ids[self._shown_ids :]
+        text = text[len(before) :] if text.startswith(before) else self._decode(new)
+        if text:
+            self._ids, self._shown_ids = new, len(new)
+        return text
 
     def _until_stop(self, new: str, final: bool) -> str:
         if self.stopped is not None:
@@ -71,6 +74,10 @@ class TextStream:
             end = len(text) - (0 if final else max((_overlap(text, s) for s in self._stop), default=0))
         self._held = "" if found else text[end:]
         return text[:end]
+
+
+def _are_strings(stop) -> bool:
+    return isinstance(stop, Sequence) and not isinstance(stop, str) and all(isinstance(s, str) and s for s in stop)
 
 
 def _overlap(text: str, stop: str) -> int:

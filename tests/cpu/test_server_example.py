@@ -165,3 +165,34 @@ def test_what_fails_is_no_success(server, engine, monkeypatch):
         assert json.loads(told[f"{how}, streamed"][-1]) == {"error": {"message": why}}
     assert told["half"].startswith("HTTP/1.1 500") and "as its client closed the connection" in told["half"]
     assert told["last"][-1] == "[DONE]" and engine.closed
+
+
+def test_what_a_request_may_ask_for(server, engine):
+    """Sampling as the engine has it, null as what is left out; the rest is refused, not ignored."""
+    asked = dict(prompt="hello", max_tokens=8, temperature=0)
+    options = dict(presence_penalty=1.5, frequency_penalty=0.5, logit_bias={72: 3.0, 101: -100.0})
+    refused = {
+        "n": (dict(n=2), "this server does not support n"),
+        "two": (dict(logprobs=1, echo=True), "this server does not support logprobs, echo"),
+        "bias": (dict(logit_bias=[1]), "cannot convert dictionary update sequence element #0 to a sequence"),
+        "stop": (dict(stop={"a": 1}), "stop must be a sequence of strings that are not empty, got {'a': 1}"),
+    }
+    told, want = {}, {}
+    for name, params in (("edited", SamplingParams(8, **options)), ("null", SamplingParams(16))):
+        ids = engine.generate(engine.tokenizer("hello").input_ids, params).token_ids
+        want[name] = engine.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def client(port, end):
+        for name, (more, _) in refused.items():
+            told[name] = failure(post(port, **asked, **more))
+        told["edited"] = json.load(post(port, **asked, **options, n=1, echo=False, model="any"))
+        told["null"] = json.load(post(port, prompt="hello", max_tokens=None, temperature=0, stop=None, logprobs=None))
+        with socket.create_connection(("127.0.0.1", port)) as chunked:
+            chunked.sendall(b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n")
+            told["chunked"] = chunked.makefile().read()
+
+    serve(server, client, signal.SIGTERM)
+    for name, (_, why) in refused.items():
+        assert told[name] == (400, why)
+    assert "send its Content-Length" in told["chunked"]
+    assert {name: told[name]["choices"][0]["text"] for name in want} == want

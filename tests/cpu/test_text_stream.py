@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from orthrus_rt.text_stream import TextStream
 from tests import byte_tokenizer
@@ -48,6 +50,30 @@ def test_an_unfinished_character_is_held_back(tokenizer):
     stream = TextStream(tokenizer)
     assert [stream.push([i]) for i in euro] == ["", "", "€"]
     assert stream.push(euro[:2]) == "" and stream.end() == "\ufffd"
+
+
+def test_what_was_shown_stays_where_bytes_turn_out_to_be_no_text():
+    """Of a tokenizer that decodes a run of byte tokens as a whole, and all of it as U+FFFD if any part is no text."""
+    tokens = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁a"]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    emoji, a = list("🎉".encode()), 256
+    assert tokenizer.decode([a, *emoji, *emoji[:3]]) == " a" + 7 * "\ufffd"
+    for cuts in ([1, 2, 3, 4, 5, 6, 7], [5]):
+        assert "".join(streamed(tokenizer, [a, *emoji, *emoji[:3]], cuts)) == " a🎉" + 3 * "\ufffd"
+    assert "".join(streamed(tokenizer, [*"é".encode(), 0xFF, a], [2])) == "é\ufffd a"
+    assert "".join(streamed(tokenizer, [a, *emoji, *emoji, a], range(10))) == " a🎉🎉 a"
+
+
+def test_ids_that_say_nothing_cost_nothing(tokenizer, monkeypatch):
+    """As those behind an end that is ignored: not to be decoded again and again."""
+    stream, seen = TextStream(tokenizer), []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **how: seen.append(len(ids)) or decode(ids, **how))
+    assert stream.push(tokenizer("ab").input_ids) == "ab"
+    assert not any(stream.push([byte_tokenizer.END]) for _ in range(100)) and max(seen) == 2
+    assert stream.push(tokenizer("c").input_ids) + stream.end() == "c"
 
 
 def could_begin(stop: list[str], end: str) -> bool:
