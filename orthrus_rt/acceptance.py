@@ -106,9 +106,10 @@ class Acceptance:
         hits, trials = (self._by_position(np.minimum(n, drafts)) for n in (accepted, accepted + 1 - cut))
         renewed = trials / (MEMORY * len(accepted) / len(cycles))  # rarely reached positions look back further
         row = self.fan_outs.index(plan.fan_out)
-        for counts, new in ((self._hits, hits), (self._trials, trials)):
-            counts *= idle * (1 - renewed)
-            counts[row] += new
+        with np.errstate(under="ignore"):  # whatever the program asks of NumPy elsewhere
+            for counts, new in ((self._hits, hits), (self._trials, trials)):
+                counts *= idle * (1 - renewed)
+                counts[row] += new
         if plan.mode != "ar":
             self._compare(renewed, len(cycles))
 

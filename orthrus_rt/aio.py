@@ -7,6 +7,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import os
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +74,7 @@ class AsyncEngine:
         self._numbers = itertools.count(1)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: asyncio.Future | None = None
-        self._draining = False
+        self._draining, self._process = False, os.getpid()
         self._steps = False  # a step is in the queue; the worker's, as are the next two
         self._failures = self._cycles = 0  # steps that failed since there were that many cycles
 
@@ -94,6 +95,8 @@ class AsyncEngine:
         return loop
 
     def _check_open(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError("this AsyncEngine is another process's: its thread is not here; make an engine here")
         if self._closing is not None:
             raise RuntimeError("this engine is closed")
 
@@ -119,11 +122,11 @@ class AsyncEngine:
             Exception: what three steps with no cycle between them raised.
         """
         self._check_taking()
-        prompt_ids = on_host(prompt_ids)
-        self.engine.check(prompt_ids, params, request_id)
-        return self._stream(prompt_ids, params, request_id or uuid.uuid4().hex)
+        # Of its own: the caller may change what was passed before it is submitted.
+        prompt = self.engine.check(on_host(prompt_ids), params, request_id)
+        return self._stream(prompt, params, request_id or uuid.uuid4().hex)
 
-    async def _stream(self, prompt_ids, params, request_id: str) -> AsyncGenerator[RequestOutput, None]:
+    async def _stream(self, prompt: list[int], params, request_id: str) -> AsyncGenerator[RequestOutput, None]:
         self._check_taking()
         self._enter()
         if request_id in self._known_as:
@@ -131,7 +134,7 @@ class AsyncEngine:
         known_as, stream, finished = f"{request_id}#{next(self._numbers)}", Waiting(request_id), False
         self._waiting[known_as], self._known_as[request_id] = stream, known_as
         try:
-            await self._call(self._run, Engine.submit, prompt_ids, params, known_as)
+            await self._call(self._run, Engine.submit, prompt, params, known_as)
             while not finished:
                 output = await stream.queue.get()
                 if isinstance(output, BaseException):

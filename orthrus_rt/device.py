@@ -67,6 +67,14 @@ def stream_scope(stream: torch.cuda.Stream | None):
     return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
+@contextlib.contextmanager
+def scope(device: torch.device, stream: torch.cuda.Stream | None):
+    """What an engine runs in: its stream, and the types that it asks for, whatever the program's ``autocast`` says."""
+    cast = torch.is_autocast_enabled(device.type)
+    with stream_scope(stream), torch.autocast(device.type, enabled=False) if cast else contextlib.nullcontext():
+        yield
+
+
 @functools.cache
 def prepare_for_forks() -> None:
     """Children forked from now on compute on one thread, unless they ask for more: the threads of torch's pool are not

@@ -18,15 +18,15 @@ import torch
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import dispatch
 from orthrus_rt.auto import CONTEXT, Auto
-from orthrus_rt.cycle_plan import CyclePlan, batch_buckets, cycle_plan
+from orthrus_rt.cycle_plan import CyclePlan, batch_buckets, cycle_plan, integer, most_hypotheses
 from orthrus_rt.device import (
     DTYPES,
     claim,
     device_scope,
     pick_device,
     prepare_for_forks,
+    scope,
     stream_of,
-    stream_scope,
     with_index,
 )
 from orthrus_rt.exclusive import Turn, exclusive, whole
@@ -94,12 +94,12 @@ class Engine(Generation):
         self.device = with_index(device)
         self.cuda_stream = stream_of(self.device)
         self.mode, self.draft_len, self.fan_out = mode, draft_len, fan_out
-        self._plan = self._default_plan = self.make_plan()
+        self._plan = self._default_plan = self.make_plan(fan_out=fan_out)
         self._autos: dict[CyclePlan, Auto] = {}
         self.outbox, self.metrics = Outbox(), Metrics(self)
         claim(self.device, self)
         try:
-            with stream_scope(self.cuda_stream), naming_the_knobs(f"making an engine of {sizes}"):
+            with scope(self.device, self.cuda_stream), naming_the_knobs(f"making an engine of {sizes}"):
                 self.model = Model(checkpoint, device=self.device, dtype=dtype, max_seq_len=sizes.max_seq_len)
                 self.runner = Runner(
                     self.model, num_slots=sizes.max_batch_size, max_seq_len=sizes.max_seq_len,
@@ -192,12 +192,10 @@ class Engine(Generation):
         """The cycles to run; what is None is the engine's own."""
         mode = self.mode if mode is None else mode
         draft_len = self.draft_len if draft_len is None else draft_len
-        return cycle_plan(
-            mode,
-            self.config.block_len - 1 if draft_len is None else draft_len,
-            self.fan_out if fan_out is None else fan_out,
-            self.config,
-        )
+        draft_len = self.config.block_len - 1 if draft_len is None else integer("draft_len", draft_len)
+        if fan_out is None and self.fan_out is not None:
+            fan_out = max(1, min(self.fan_out, most_hypotheses(draft_len)))
+        return cycle_plan(mode, draft_len, fan_out, self.config)
 
     def _shapes(self, plan: CyclePlan, num_slots: int) -> list[tuple[CyclePlan, int]]:
         """``(plan, slots)`` of every cycle that may run under ``plan``."""
@@ -225,8 +223,10 @@ class Engine(Generation):
         return auto.policy.explain(batch_size, greedy) if auto else None
 
     def _plan_to_join(self) -> CyclePlan:
-        """The plan of what runs, or the engine's own if nothing does."""
-        return self._default_plan if self._idle() else self._plan
+        """The plan of what runs, or the engine's own if nothing does that is not to be aborted."""
+        over = {request for requests in tuple(self.dropped) for request in requests}
+        idle = self._idle() or (over and over.issuperset(self.scheduler.unfinished))
+        return self._default_plan if idle else self._plan
 
     def _check_open(self) -> None:
         if self.closed:
@@ -245,14 +245,19 @@ class Engine(Generation):
         if request.rejection and plan.mode not in ("two_pass", "auto"):
             raise ValueError(f"acceptance='rejection' belongs to mode two_pass alone, got mode {plan.mode!r}")
 
-    def check(self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None) -> None:
+    def check(
+        self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None
+    ) -> list[int]:
         """Whether :meth:`submit` would take these; from any thread.
+
+        Returns:
+            The prompt's ids, in a list of its own.
 
         Raises:
             ValueError: it would not.
             RuntimeError: the engine is closed.
         """
-        self._make_request(prompt_ids, params, None, request_id)
+        return self._make_request(prompt_ids, params, None, request_id).prompt
 
     def submit(self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None) -> str:
         """Queue one prompt; its tokens come out of :meth:`step`.
@@ -387,6 +392,8 @@ class Engine(Generation):
             raise ValueError(f"token_ids must hold at most max_seq_len ({self.max_seq_len}) tokens, got {len(ids)}")
         with whole(self):
             logits = self.runner.next_logits(ids)
+            with torch.inference_mode(False):
+                logits = logits.clone()  # the caller's, to change or to differentiate through
         if self.cuda_stream is not None:
             self.cuda_stream.synchronize()  # the caller may look at them from another one
         return logits

@@ -12,7 +12,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from orthrus_rt.device import stream_scope
+from orthrus_rt.device import scope
 
 Engine = TypeVar("Engine")
 P = ParamSpec("P")
@@ -86,7 +86,7 @@ def exclusive(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatena
         with engine.turn:
             if engine.closed:
                 raise RuntimeError("this engine is closed")
-            with torch.inference_mode(), stream_scope(engine.cuda_stream):
+            with torch.inference_mode(), scope(engine.device, engine.cuda_stream):
                 if engine.torn:
                     engine._recover()
                 if engine.dropped:

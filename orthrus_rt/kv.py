@@ -95,12 +95,13 @@ class PagedKvCache:
 
     def withdraw(self, slot: int) -> None:
         """Take the slot's pages out of the prefix cache, and what other slots hold behind pages shared with it. Holders
-        keep them.
+        keep them. So may free pages lie behind them: all go.
         """
         doubtful = set(self._held[slot])
         for held in self._held:
             first = next((i for i, page in enumerate(held) if page in doubtful), len(held))
             self.pool.doubt(held[first:])
+        self.pool.forget_free()
 
     def _take(self, slot: int, length: int, there: int) -> list[int]:
         need = self.num_pages_for(length) - there

@@ -78,6 +78,13 @@ class PagePool:
             self._unname(page)
             self._doubtful.add(page)
 
+    def forget_free(self) -> None:
+        """Nobody is to find what free pages hold."""
+        while self._named:
+            page, _ = self._named.popitem()
+            self._unname(page)
+            self._blank.append(page)
+
     def is_doubtful(self, page: int) -> bool:
         return page in self._doubtful
 

@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 
 from orthrus_rt.acceptance import Acceptance, Outcome, prior_quality
@@ -183,3 +184,13 @@ def test_two_pass_alone(optimism):
     for _ in range(400):
         seen.observe(plan, [[Outcome(3, 2)]])
     assert seen.tokens([AR, plan], optimism, plan) == {AR: 1.0, plan: pytest.approx(3.0, rel=0.05)}
+
+
+def test_an_idle_engine_counts_down_to_nothing():
+    """In silence, also where the program asked NumPy to raise whatever happens."""
+    acceptance = Acceptance(15, FAN_OUTS)
+    acceptance.observe(CyclePlan("two_pass", 4), [[Outcome(3, 3)]])
+    acceptance._hits[:] = acceptance._trials[:] = np.finfo(float).tiny
+    with np.errstate(all="raise"):
+        for _ in range(200):
+            acceptance.observe(AR, [[Outcome(0, 0)]] * 32)

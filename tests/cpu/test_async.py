@@ -7,7 +7,9 @@ import time
 import weakref
 from functools import partial
 
+import numpy as np
 import pytest
+import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt.aio import AsyncEngine
@@ -128,6 +130,24 @@ def test_arguments_are_checked_at_the_call(folder, monkeypatch):
         with pytest.raises(ValueError, match="request_id must be unused, got 'mine' twice"):
             await anext(shared.stream([1], GREEDY, request_id="mine"))
         assert [out.finish_reason async for out in first][-1] == "length"
+
+    run(folder, use)
+
+
+@pytest.mark.parametrize("kind", (list, np.array, torch.tensor, iter))
+def test_a_prompt_may_change_behind_the_call(folder, alone, monkeypatch, kind):
+    """As a buffer that is used again: the worker submits it later, behind the step that runs."""
+
+    async def use(shared):
+        slowly(shared, monkeypatch)
+        busy = asyncio.create_task(collect(shared, [9], GREEDY))
+        await asyncio.sleep(0.05)
+        prompt = kind([1, 2, 3])
+        first = shared.stream(prompt, GREEDY)
+        if kind is not iter:
+            prompt[:] = kind([4, 5, 6])
+        assert [t async for out in first for t in out.new_token_ids] == alone([1, 2, 3], GREEDY)
+        await busy
 
     run(folder, use)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import UserDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -348,3 +349,39 @@ def test_next_logits_leaves_nothing_behind_and_takes_any_length(engine, monkeypa
     with pytest.raises(RuntimeError, match="next_logits: the engine must be idle"):
         engine.next_logits(prompt)
     engine.abort(request_id)
+
+
+def test_next_logits_are_the_callers(engine):
+    """To change, and to compute gradients with."""
+    want = engine.next_logits(PROMPT)
+    logits = engine.next_logits(PROMPT)
+    logits[3] = -torch.inf
+    assert torch.equal(engine.next_logits(PROMPT), want)
+    scale = torch.ones(1, requires_grad=True)
+    (want * scale).sum().backward()
+    assert torch.equal(scale.grad, want.sum(0, keepdim=True))
+
+
+def test_a_fan_out_of_the_engine_is_no_reason_to_refuse_a_call():
+    """It is bounded by what a shorter block has; one that the call gives is refused."""
+    engine = Engine.from_pretrained(str(FOLDER), device="cpu", mode="one_pass", fan_out=22, max_seq_len=64)
+    params = SamplingParams(8, ignore_eos=True)
+    want = engine.generate(PROMPT, params).token_ids
+    for options in (dict(mode="ar", draft_len=1), dict(mode="two_pass", draft_len=1), dict(draft_len=1)):
+        assert engine.generate(PROMPT, params, **options).token_ids == want
+    assert engine.make_plan(draft_len=2).fan_out == 7
+    with pytest.raises(ValueError, match=r"fan_out must be within \[1, 4\] for draft_len 1, got 22"):
+        engine.generate(PROMPT, params, draft_len=1, fan_out=22)
+    with pytest.raises(ValueError, match=r"fan_out must be within \[1, 22\] for draft_len 7, got 23"):
+        Engine.from_pretrained(str(FOLDER), device="cpu", mode="one_pass", fan_out=23, max_seq_len=64)
+
+
+def test_a_stream_that_is_over_refuses_nothing(engine):
+    """Also before the next call has ended its request: it was closed where another thread had begun it."""
+    stream = engine.stream(PROMPT, SamplingParams(200, ignore_eos=True), mode="ar")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(next, stream).result()
+    stream.close()
+    assert engine.dropped
+    params = SamplingParams(4, temperature=0.8, seed=7, ignore_eos=True, acceptance="rejection")
+    assert len(engine.generate(PROMPT, params).token_ids) == 4 and not engine.dropped

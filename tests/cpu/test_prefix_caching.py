@@ -265,3 +265,18 @@ def test_nothing_behind_doubtful_pages_is_found_under_a_name(folder):
     kv.publish(2, names[:2])
     kv.release(2)
     assert kv.open(0, names, 192) == 128
+
+
+def test_nor_behind_them_what_ended_before(folder):
+    """The same, but slot 1's request has ended already when the NaN turns up."""
+    kv, names = make(folder, max_seq_len=256, max_batch_size=3).kv, page_names(text(192), [])
+    kv.open(0, [], 128)
+    kv.publish(0, names[:2])
+    assert kv.open(1, names, 192) == 128
+    kv.publish(1, names)
+    kv.release(1)
+    kv.withdraw(0)
+    kv.release(0)
+    assert kv.open(2, names, 128) == 0
+    kv.publish(2, names[:2])
+    assert kv.open(0, names, 192) == 128 and kv.num_free_pages == kv.num_pages - 1 - 3

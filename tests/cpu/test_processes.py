@@ -43,7 +43,25 @@ assert len(seen) == 8 and len(set(map(id, seen))) == 1
 """
 
 
-@pytest.mark.parametrize("code", (FORK, THREADS), ids=("a forked child", "a tokenizer's first users"))
+ASYNC_FORK = """
+import asyncio, os, sys, orthrus_rt
+shared = orthrus_rt.AsyncEngine(orthrus_rt.Engine.from_pretrained({folder!r}, device="cpu", max_seq_len=64))
+params = orthrus_rt.SamplingParams(4)
+asyncio.run(shared.generate([1, 2], params))
+child = os.fork()
+if not child:
+    try:
+        asyncio.run(asyncio.wait_for(shared.generate([1, 2], params), 20))
+    except RuntimeError as error:
+        os._exit("another process" not in str(error))
+    os._exit(2)
+asyncio.run(shared.close())
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+CODES = {"a forked child": FORK, "a tokenizer's first users": THREADS, "a shared engine in a child": ASYNC_FORK}
+
+
+@pytest.mark.parametrize("code", CODES.values(), ids=CODES)
 def test_in_a_process_of_its_own(text_folder, code):
     command = [sys.executable, "-c", code.format(folder=text_folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

@@ -78,3 +78,11 @@ def test_the_published_call_too(text_folder):
     want = sample()
     with defaults(torch.bfloat16, "meta"):
         assert sample() == want
+
+
+@pytest.mark.parametrize("cast_to", (torch.float16, torch.bfloat16))
+def test_nor_does_autocast_reach_it(folder, how, cast_to):
+    want = decoded(folder, how, "two_pass")
+    with torch.autocast("cpu", dtype=cast_to):
+        assert decoded(folder, how, "two_pass") == want
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == cast_to  # the program's own is as it was
