@@ -29,9 +29,9 @@ def own_pass():
     real = Rounds._launch
 
     def launch(rounds, running, before):
-        with mock.patch.object(rounds, "_chunks", list):
+        with mock.patch.object(rounds, "_chunks", lambda room: []):
             real(rounds, running, before)
-        rounds._prefill(rounds._chunks())
+        rounds._prefill(rounds._chunks(rounds.runner.most_prompt_rows_beside))
 
     return mock.patch.object(Rounds, "_launch", launch)
 

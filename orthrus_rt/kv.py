@@ -91,17 +91,18 @@ class PagedKvCache:
         for page, name in zip(self._held[slot], names, strict=False):
             if self.pool.is_doubtful(page):
                 return  # so is what was computed behind it
-            self.pool.name(page, name)
+            self.pool.name(page, name, names[0])
 
-    def withdraw(self, slot: int) -> None:
-        """Take the slot's pages out of the prefix cache, and what other slots hold behind pages shared with it. Holders
-        keep them. So may free pages lie behind them: all go.
+    def withdraw(self, slot: int, names: list[bytes]) -> None:
+        """Take the slot's pages, whose names would be these, out of the prefix cache, and what other slots hold behind
+        pages shared with it (holders keep them), and what those who have ended left behind them.
         """
         doubtful = set(self._held[slot])
         for held in self._held:
             first = next((i for i, page in enumerate(held) if page in doubtful), len(held))
             self.pool.doubt(held[first:])
-        self.pool.forget_free()
+        if names:
+            self.pool.forget(names[0])
 
     def _take(self, slot: int, length: int, there: int) -> list[int]:
         need = self.num_pages_for(length) - there

@@ -34,6 +34,7 @@ class PagePool:
         self._named: OrderedDict[int, None] = OrderedDict()  # free, with one, the longest first
         self._holders = dict.fromkeys(pages, 0)
         self._name_of: dict[int, bytes] = {}
+        self._beginning: dict[int, bytes] = {}  # of a named page: the name of the first page before it, or its own
         self._page_of: dict[bytes, int] = {}
         self._doubtful: set[int] = set()
 
@@ -67,10 +68,10 @@ class PagePool:
             else:
                 self._blank.append(page)
 
-    def name(self, page: int, name: bytes) -> None:
-        """Name a held page after what it holds; of equal pages, the first keeps the name."""
+    def name(self, page: int, name: bytes, beginning: bytes) -> None:
+        """Name a held page after what it holds, behind that first page; of equal pages, the first keeps the name."""
         if name not in self._page_of:
-            self._page_of[name], self._name_of[page] = page, name
+            self._page_of[name], self._name_of[page], self._beginning[page] = page, name, beginning
 
     def doubt(self, pages: Iterable[int]) -> None:
         """Others are not to find these held pages."""
@@ -78,11 +79,11 @@ class PagePool:
             self._unname(page)
             self._doubtful.add(page)
 
-    def forget_free(self) -> None:
-        """Nobody is to find what free pages hold."""
-        while self._named:
-            page, _ = self._named.popitem()
+    def forget(self, beginning: bytes) -> None:
+        """Others are not to find free pages behind that first one, nor itself."""
+        for page in [page for page in self._named if self._beginning[page] == beginning]:
             self._unname(page)
+            del self._named[page]
             self._blank.append(page)
 
     def is_doubtful(self, page: int) -> bool:
@@ -90,7 +91,7 @@ class PagePool:
 
     def _unname(self, page: int) -> None:
         if page in self._name_of:
-            del self._page_of[self._name_of.pop(page)]
+            del self._page_of[self._name_of.pop(page)], self._beginning[page]
 
     def find(self, name: bytes) -> int | None:
         """The page of that name, free or not."""

@@ -123,11 +123,11 @@ class Rounds:
         timed by itself, or choices are made on the host.
         """
         if not running:
-            return self._prefill(self._chunks())
-        auto = self._autos.get(self._plan)
+            return self._prefill(self._chunks(self.runner.most_prompt_rows))
+        auto, room = self._autos.get(self._plan), self.runner.most_prompt_rows_beside
         plan, policy = auto.choose(running) if auto else (self._plan, None)
         apart = any(r.rejection for r in running) or (policy is not None and policy.wants_time)
-        chunks = [] if apart else self._chunks()
+        chunks = [] if apart else self._chunks(room)
         prompts = [request for request, _ in chunks]
         if chunks and not any(r.rejection for r in prompts):
             with self._or_end(prompts):  # whoever runs goes on without them
@@ -137,7 +137,7 @@ class Rounds:
             self.runner.decode(running, plan, policy)
         if apart:
             self._collect_but(before)  # whoever has ended leaves room for a prompt
-            chunks = self._chunks()
+            chunks = self._chunks(room)
         self._prefill(chunks)
 
     @property
@@ -170,12 +170,12 @@ class Rounds:
                 self.runner.begin(request)
             yield request
 
-    def _chunks(self) -> PromptChunks:
-        """What the next pass with prompts takes: as many tokens as fit, the first requests' first. A request is
+    def _chunks(self, room: int) -> PromptChunks:
+        """What the next pass with prompts takes: at most ``room`` tokens, the first requests' first. A request is
         admitted only if there is room; it may share pages that those before it fill in this very pass, as keys are
         written before anything attends to them.
         """
-        chunks, room = [], self.runner.most_prompt_rows
+        chunks = []
         for request in self._prompts():
             end = min(request.prefilled + room, len(request.to_prefill))
             chunks.append((request, request.to_prefill[request.prefilled : end]))

@@ -29,6 +29,9 @@ from orthrus_rt.state import SlotEdits, SlotSampling, SlotState
 from orthrus_rt.stopwatch import Stopwatch, Stretch
 
 PREFILL_CHUNK = 512  # prompt tokens per pass, of one prompt or of several
+# The same where sequences decode beside it, by device: their next tokens wait for that pass. A CPU computes every row,
+# so that fewer hold them up for less, and a prompt for little longer (bench_long_prompt); to a GPU rows are cheap.
+CHUNK_BESIDE = {"cpu": 128, "cuda": PREFILL_CHUNK}
 # Of passes and cycles with prompts. An `auto` of 32 slots comes upon some 120 shapes, and recording stops the device.
 MAX_RECORDINGS = 256
 _leaked_mailboxes: list[SlotResults] = []  # of devices that have failed
@@ -100,6 +103,11 @@ class Runner:
     def most_prompt_rows(self) -> int:
         """Of prompts, in one pass."""
         return min(PREFILL_CHUNK, self.num_slots * self.kv.max_seq_len)
+
+    @property
+    def most_prompt_rows_beside(self) -> int:
+        """Of prompts, in a step of those who decode."""
+        return min(self.most_prompt_rows, CHUNK_BESIDE[self.model.device.type])
 
     def drop_cycles(self) -> None:
         """Free every cycle and prefill pass built so far, and its graph."""

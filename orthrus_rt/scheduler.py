@@ -71,7 +71,7 @@ class Scheduler:
         if request.error is None:
             self.publish(slot, request, num_cached)
         else:  # its keys and values may be what was wrong
-            self.kv.withdraw(slot)
+            self.kv.withdraw(slot, request.names_of_pages(request.length) if self.prefix_caching else [])
         self.kv.release(slot)
         return slot
 

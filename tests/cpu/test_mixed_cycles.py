@@ -9,6 +9,7 @@ from orthrus_rt import dispatch, ops
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.plan import Layout
 from orthrus_rt.prefill import PrefillShape, PromptRows
+from orthrus_rt.runner import CHUNK_BESIDE
 from orthrus_rt.sampling import SamplingParams
 from tests import engines, lossless
 from tests.traces import arriving, assert_same, decode
@@ -72,7 +73,7 @@ def test_one_cycle_does_both(make):
 
 def test_decoding_does_not_stop_for_a_long_prompt(make, monkeypatch):
     """As much of it goes along as a pass takes; its first token comes with the last of it."""
-    monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 32)
+    monkeypatch.setitem(CHUNK_BESIDE, "cpu", 32)
     engine = make(mode="ar")
     want = make().generate([5] * 100, GREEDY).token_ids
     first = engine.submit([1, 2, 3], SamplingParams(60, ignore_eos=True))

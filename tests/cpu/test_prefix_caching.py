@@ -191,7 +191,7 @@ def test_the_pool_takes_what_nobody_needs_first():
     a, b = pool.take(2), pool.take(2)
     assert (a, b, pool.num_free) == ([1, 2], [3, 4], 1)
     for page, name in zip(a + b, (b"a1", b"a2", b"b1", b"b2"), strict=True):
-        pool.name(page, name)
+        pool.name(page, name, b"first")
     pool.give_back(a)
     pool.give_back(b)
     assert pool.num_free == 5 and [pool.find(n) for n in (b"a1", b"a2", b"b1", b"b2")] == [1, 2, 3, 4]
@@ -210,7 +210,7 @@ def test_of_equal_pages_the_first_keeps_the_name():
     pool = PagePool(range(1, 4))
     pages = pool.take(2)
     for page in pages:
-        pool.name(page, b"same")
+        pool.name(page, b"same", b"first")
     assert pool.find(b"same") == 1
     pool.give_back(pages)
     assert pool.take(2) == [2, 3] and pool.find(b"same") == 1
@@ -258,7 +258,7 @@ def test_nothing_behind_doubtful_pages_is_found_under_a_name(folder):
     kv.publish(0, names[:2])
     assert kv.open(1, names, 192) == 128
     kv.publish(1, names)
-    kv.withdraw(0)
+    kv.withdraw(0, names[:2])
     kv.release(0)
     kv.release(1)
     assert kv.open(2, names, 128) == 0
@@ -275,8 +275,20 @@ def test_nor_behind_them_what_ended_before(folder):
     assert kv.open(1, names, 192) == 128
     kv.publish(1, names)
     kv.release(1)
-    kv.withdraw(0)
+    kv.withdraw(0, names[:2])
     kv.release(0)
     assert kv.open(2, names, 128) == 0
     kv.publish(2, names[:2])
     assert kv.open(0, names, 192) == 128 and kv.num_free_pages == kv.num_pages - 1 - 3
+
+
+def test_what_begins_otherwise_stays(folder):
+    kv, names, other = make(folder, max_seq_len=256).kv, page_names(text(192), []), page_names([7] * 192, [])
+    for known in (names, other):
+        kv.open(0, [], 192)
+        kv.publish(0, known)
+        kv.release(0)
+    assert kv.open(0, names, 192) == 192
+    kv.withdraw(0, names)
+    kv.release(0)
+    assert kv.open(0, names, 192) == 0 and kv.open(1, other, 192) == 192

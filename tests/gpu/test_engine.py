@@ -3,6 +3,7 @@ tokens, nothing waits for the device.
 """
 
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from orthrus_rt import state as st
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.device import upload
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
@@ -208,6 +210,20 @@ def test_a_step_launches_one_graph_and_never_waits_for_the_device(tmp_path, mode
         assert not any(name in calls for name in ("aten::item", "aten::_local_scalar_dense", "aten::empty"))
         seen.append({name: count for name, count in calls.items() if name.startswith(("aten::", "cudaLaunch"))})
     assert seen[0] == seen[1]
+
+
+def test_uploads_do_not_wait_for_the_device():
+    """Of what lies in pageable memory, which a driver may or may not stage at once: sync-debug mode cannot tell."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    for count in (64, 64, 16_000):  # the first time takes memory
+        numbers = list(range(count))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1_000_000_000)  # half a second
+        start = time.perf_counter()
+        there = upload(numbers, torch.int32, device)
+        seconds = time.perf_counter() - start
+        assert there.tolist() == numbers and time.perf_counter() - start > 0.2
+    assert seconds < 0.1
 
 
 def test_requests_come_and_go_without_waiting_for_the_device(folder):

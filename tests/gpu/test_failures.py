@@ -60,7 +60,8 @@ def test_nan_by_and_beside_rejection(make):
 
 @pytest.mark.parametrize("mode", ("two_pass", "one_pass"))
 def test_nan_in_the_diffusion_view_costs_speed_alone(make, mode):
-    at_least = {"two_pass": 1.3, "one_pass": 1.1}[mode]
+    # Over 14 sets of prompts the healthy ones give from 1.22 and from 1.02 on: see least_rate in test_lossless.py.
+    at_least = {"two_pass": 1.15, "one_pass": 1.0}[mode]
     poison.check_nan_drafts_cost_speed_alone(make(mode=mode), poison.jobs_of([GREEDY, SAMPLED, EDITED]), at_least)
 
 

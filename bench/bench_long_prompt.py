@@ -1,0 +1,89 @@
+"""What a long prompt costs those who decode, and they it, by how much of it a step takes along.
+
+``batch`` sequences of the embedded model decode when a prompt of ``--prompt`` tokens arrives. ``step_ms``: the median
+step before. Until the prompt's first token, ``longest_step_ms`` and ``others_tok_s``: how long the others waited at
+most, and how many tokens a second all of them had; ``ttft_s``: how long the prompt's took. ``chunk``: prompt tokens a
+step takes along, at most; ``own`` marks the engine's. Medians of rounds, in which the chunks take turns.
+
+    python -m bench.bench_long_prompt --out DIR
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from statistics import median
+from unittest import mock
+
+from bench import common
+from orthrus_rt import runner
+from orthrus_rt.engine import Engine
+from orthrus_rt.outputs import RequestOutput
+from orthrus_rt.sampling import SamplingParams
+
+CONTEXT, STEPS = 64, 15  # of those who decode; steps before the prompt arrives
+
+
+def step(engine: Engine) -> tuple[float, list[RequestOutput]]:
+    start = time.perf_counter()
+    outs = engine.step()
+    return time.perf_counter() - start, outs
+
+
+def measure(engine: Engine, prompt: list[int], others: list[list[int]]) -> dict:
+    ids = [engine.submit(one, SamplingParams(2048, ignore_eos=True)) for one in others]
+    while any(r is None or not r.decoding for r in engine.scheduler.slots[: len(others)]):
+        engine.step()
+    before = [step(engine)[0] for _ in range(STEPS)]
+    seconds, tokens, arrived = [], 0, engine.submit(prompt, SamplingParams(1, ignore_eos=True))
+    while True:
+        took, outs = step(engine)
+        seconds.append(took)
+        tokens += sum(len(out.new_token_ids) for out in outs if out.request_id != arrived)
+        if any(out.request_id == arrived for out in outs):
+            break
+    for one in ids:
+        engine.abort(one)
+    while engine.has_unfinished():
+        engine.step()
+    return {
+        "step_ms": 1e3 * median(before),
+        "longest_step_ms": 1e3 * max(seconds),
+        "ttft_s": sum(seconds),
+        "others_tok_s": tokens / sum(seconds),
+    }
+
+
+def main() -> None:
+    parser = common.parser_of(__doc__, device="auto")
+    parser.add_argument("--modes", nargs="+", choices=("ar", "two_pass", "one_pass"), default=["ar", "two_pass"])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--prompt", type=int, default=1500)
+    parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64, 128, 256, 512])
+    parser.add_argument("--draft-len", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    device, rows = args.device.type, []
+    own = runner.CHUNK_BESIDE[device]
+    for mode in args.modes:
+        drawn, options = random.Random(0), {} if mode == "ar" else {"draft_len": args.draft_len}
+        with Engine.from_pretrained(
+            "smollm2-135m", device=str(args.device), mode=mode, max_seq_len=max(4096, args.prompt + 64),
+            max_batch_size=args.batch + 1, prefix_caching=False, **options,
+        ) as engine:  # fmt: skip
+            lengths, vocab = (args.prompt, *[CONTEXT] * args.batch), engine.config.vocab_size - 1
+            prompt, *others = ([drawn.randrange(vocab) for _ in range(length)] for length in lengths)
+            found: dict[int, list[dict]] = {chunk: [] for chunk in args.chunks}
+            for _ in range(args.rounds + 1):
+                for chunk, measured in found.items():
+                    with mock.patch.dict(runner.CHUNK_BESIDE, {device: chunk}):
+                        measured.append(measure(engine, prompt, others))
+        for chunk, (_, *measured) in found.items():  # the first warmed up
+            row = {"mode": mode, "batch": args.batch, "prompt": args.prompt, "chunk": chunk, "own": chunk == own}
+            rows.append(row | {name: median(one[name] for one in measured) for name in measured[0]})
+            print(rows[-1], flush=True)
+    common.report(f"long_prompt-{device}", common.header(args.device), rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
