@@ -250,7 +250,8 @@ def test_an_engine_keeps_its_stream(two_devices, monkeypatch):
         inside.append(current[-1])
 
     monkeypatch.setattr(torch.cuda, "stream", on)
-    method(SimpleNamespace(turn=Turn(), closed=False, torn=False, dropped=(), cuda_stream="own"))
+    where = dict(device=torch.device("cuda:0"), cuda_stream="own")
+    method(SimpleNamespace(turn=Turn(), closed=False, torn=False, dropped=(), **where))
     assert inside == ["own"] and current == ["later"]
 
 
