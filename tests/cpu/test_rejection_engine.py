@@ -23,7 +23,7 @@ PROMPT, TEMPERATURE, REQUESTS, SIGNIFICANCE = [1, 2, 3], 1.7, 2400, 1e-4
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     folder = checkpoints.make(tmp_path_factory.mktemp("rejection"), dtype=torch.float32, diff_noise=0.05)
-    return engines.make(str(folder), max_seq_len=64, max_batch_size=8, mode="two_pass", dtype="float32")
+    return engines.make(str(folder), max_seq_len=64, max_batch_size=32, mode="two_pass", dtype="float32")
 
 
 @pytest.fixture(scope="module")
