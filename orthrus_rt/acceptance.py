@@ -37,6 +37,7 @@ PRIOR_QUALITY = {
 LEVEL_TRIALS, SHAPE_TRIALS = 32.0, 256.0  # that the priors are worth
 LEAST_QUALITY = 0.1
 PRIOR_LENGTH = 128.0  # tokens of a sequence, until more are known
+IN_SILENCE = np.errstate(under="ignore")  # whatever a program asks of NumPy: what is long past counts for nothing
 TINY = 1e-9  # of trials: none
 
 
@@ -91,6 +92,7 @@ class Acceptance:
         self._begun, self._tokens = 0.0, PRIOR_LENGTH  # sequences, and the tokens of them all
         self._unfaded = 0  # cycles whose fading is still due
 
+    @IN_SILENCE
     def observe(self, plan: CyclePlan, cycles: list[list[Outcome]]) -> None:
         """Learn from consecutive cycles of ``plan``: of each, the outcomes of its sequences, one at least."""
         self._unfaded += len(cycles)
@@ -106,10 +108,9 @@ class Acceptance:
         hits, trials = (self._by_position(np.minimum(n, drafts)) for n in (accepted, accepted + 1 - cut))
         renewed = trials / (MEMORY * len(accepted) / len(cycles))  # rarely reached positions look back further
         row = self.fan_outs.index(plan.fan_out)
-        with np.errstate(under="ignore"):  # whatever the program asks of NumPy elsewhere
-            for counts, new in ((self._hits, hits), (self._trials, trials)):
-                counts *= idle * (1 - renewed)
-                counts[row] += new
+        for counts, new in ((self._hits, hits), (self._trials, trials)):
+            counts *= idle * (1 - renewed)
+            counts[row] += new
         if plan.mode != "ar":
             self._compare(renewed, len(cycles))
 
@@ -131,6 +132,7 @@ class Acceptance:
         compare(self._shape, hits, trials, self._others @ hits, self._others @ like_level)
         compare(self._level, hits.sum(0), like_level.sum(0), self._hits[0], self._trials[0])
 
+    @IN_SILENCE
     def accepted(self, optimism: float = 0.0, running: CyclePlan = AR) -> dict[int, list[float]]:
         """By fan_out: the expected accepted drafts of 0 ... max_drafts. For the arguments see :meth:`tokens`."""
         (level, level_doubt), (shape, shape_doubt) = (

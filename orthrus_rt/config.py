@@ -98,7 +98,7 @@ def parse(
         )
     if head_dim % 2:
         raise CheckpointError(f"{where}: head_dim must be even, got {head_dim}")
-    _refuse_sliding_window(raw, num_layers, where)
+    _refuse_sliding_window(raw, family, num_layers, where)
 
     vocab_size = _positive(raw, "vocab_size", where)
     block_len = _positive(raw, "block_size", where)
@@ -158,7 +158,7 @@ def _refuse_unsupported(raw, where):
         raise CheckpointError(f"{where}: quantization_config must be absent (weights must be fp32, fp16 or bf16)")
 
 
-def _refuse_sliding_window(raw, num_layers, where):
+def _refuse_sliding_window(raw, family, num_layers, where):
     layer_types, full_layers = raw.get("layer_types"), raw.get("max_window_layers") or 0
     if layer_types and not _are_names(layer_types):
         raise CheckpointError(f"{where}: layer_types must be a list of names, got {layer_types!r}")
@@ -167,6 +167,8 @@ def _refuse_sliding_window(raw, num_layers, where):
     if layer_types:
         other = sorted(set(layer_types) - {"full_attention"})
         in_use = f"layer_types holds {other}" if other else ""
+    elif raw.get("sliding_window") and family == "llama":  # transformers' cache follows it there without more ado
+        in_use = f"sliding_window is {raw['sliding_window']}"
     elif raw.get("use_sliding_window") and raw.get("sliding_window"):
         in_use = f"sliding_window is {raw['sliding_window']}" if full_layers < num_layers else ""
     else:

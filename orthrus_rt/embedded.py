@@ -13,8 +13,8 @@ import importlib.util
 import json
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -108,7 +108,7 @@ def _is_whole(folder: Path) -> bool:
     """Every file that the conversion wrote is there in full length."""
     try:
         sizes = json.loads((folder / "manifest.json").read_text())
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -128,7 +128,8 @@ def _convert_into(source: Path, folder: Path) -> None:
     for left_over in folder.parent.glob(f"{prefix}*"):
         shutil.rmtree(left_over)
     log.info("converting %s into %s, once", source, folder)
-    work = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    work = folder.parent / f"{prefix}{secrets.token_hex(8)}"
+    work.mkdir()  # open to whom the umask says: tempfile's are their maker's alone
     try:
         convert(source, work)
         sizes = {path.name: path.stat().st_size for path in work.iterdir()}

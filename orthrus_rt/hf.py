@@ -153,8 +153,12 @@ class OrthrusForCausalLM:
         input_ids = _tensor(input_ids)
         if input_ids.dim() != 2 or input_ids.shape[0] != 1:
             raise ValueError(f"generate: input_ids must have shape [1, n], got {list(input_ids.shape)}")
-        if attention_mask is not None and not bool((_tensor(attention_mask, "attention_mask") == 1).all()):
-            raise ValueError("generate: attention_mask must be all ones (no padding), got zeros in it")
+        if attention_mask is not None:
+            mask = _tensor(attention_mask, "attention_mask")
+            if mask.shape != input_ids.shape or not bool((mask == 1).all()):
+                shape = list(input_ids.shape)
+                got = "zeros in it" if mask.shape == input_ids.shape else list(mask.shape)
+                raise ValueError(f"generate: attention_mask must be all ones (no padding), of shape {shape}, got {got}")
         if isinstance(temperature, Real) and 0 < temperature < LEAST_TEMPERATURE:
             temperature = 0.0
         if do_sample is not None and bool(do_sample) != (temperature != 0):

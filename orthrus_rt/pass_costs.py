@@ -6,11 +6,11 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import secrets
 from bisect import bisect_left
 from pathlib import Path
 
-from orthrus_rt.cycle_plan import AR, CyclePlan
+from orthrus_rt.cycle_plan import AR, MODES, CyclePlan
 
 STALLED = math.log(1.3)  # a first measurement so much above the next one was a stalled cycle's
 CLIP = 2.0  # the largest innovation, in its standard deviations: a stalled cycle is not a slow plan
@@ -166,13 +166,13 @@ class PassCosts:
     def save(self, path: Path, key: str) -> None:
         """Write the table for ``key``, atomically: a reader sees the old file or the new one."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        part = path.with_name(f"{path.name}{secrets.token_hex(8)}.part")
         try:
-            with os.fdopen(handle, "w") as file:
+            with open(part, "x") as file:
                 json.dump({"key": key, "seconds": self.table()}, file)
-            os.replace(name, path)
+            os.replace(part, path)
         except BaseException:
-            os.unlink(name)
+            part.unlink(missing_ok=True)
             raise
 
     def load(self, path: Path, key: str) -> bool:
@@ -182,9 +182,9 @@ class PassCosts:
             if content["key"] != key:
                 return False
             rows = [(int(b), CyclePlan(str(m), int(k), int(f)), float(s)) for b, m, k, f, s in content["seconds"]]
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
             return False
-        if not rows or any(bucket < 1 or not 0 < seconds < math.inf for bucket, _, seconds in rows):
+        if not rows or not all(b >= 1 and plan.mode in MODES and 0 < s < math.inf for b, plan, s in rows):
             return False
         for bucket, plan, seconds in rows:
             self.set(bucket, plan, seconds)

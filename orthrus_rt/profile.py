@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from orthrus_rt import dispatch, ops
+from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.exclusive import exclusive
 from orthrus_rt.staging import staged
 from orthrus_rt.timing import measure, read_bandwidth, time_each
@@ -123,7 +124,7 @@ def profile(engine, *, mode=None, draft_len=None, fan_out=None, batch: int = 1, 
         first: ``op``, ``calls``, ``us``, ``share`` of all ops, ``mbytes``, ``gb_s``, ``of_read``.
 
     Raises:
-        ValueError: the engine has too few slots, pages or positions.
+        ValueError: the engine has too few slots, pages or positions, or an argument is out of its range.
         RuntimeError: the engine is not idle, or closed, or another thread uses it.
     """
     if not engine._idle():
@@ -132,6 +133,8 @@ def profile(engine, *, mode=None, draft_len=None, fan_out=None, batch: int = 1, 
     if mode is None:
         mode = "two_pass" if engine.mode == "auto" else engine.mode
     plan = engine.make_plan(mode, draft_len, fan_out)
+    if plan.mode == "auto" or repeats < 1:
+        raise ValueError(f"profile: mode must be one of {', '.join(MODES)}, repeats >= 1, got {plan.mode}, {repeats}")
     with staged(engine, [plan], batch, context) as start:
         cycle, reset = start(plan), partial(start, plan)
         cycle_us = measure(cycle.run, device, repeats=repeats, reset=reset)["p50"]

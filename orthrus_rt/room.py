@@ -6,6 +6,7 @@ end without a word whoever comes to use it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from pathlib import Path
@@ -88,9 +89,10 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
     try:
         memory, used = left("memory"), _numbers((group / "memory.stat").read_text())
         files = used["file"] - used["shmem"]  # kept in memory as long as there is room
-        swap = min(swap, left("memory.swap"))
     except (OSError, KeyError, ValueError):  # no such group, or the root's, which has no limit
         return free
+    with contextlib.suppress(OSError, ValueError):  # no account is kept of swap
+        swap = min(swap, left("memory.swap"))
     return int(min(free, memory + files + swap))
 
 

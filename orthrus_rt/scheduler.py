@@ -34,7 +34,7 @@ class Scheduler:
     @property
     def unfinished(self) -> list[Request]:
         """Requests in the queue, in a slot, or on the way from one to the other."""
-        return [r for r in self._live.values() if r.finish_reason is None]
+        return [r for r in tuple(self._live.values()) if r.finish_reason is None]  # other threads look too
 
     def holds(self, request: Request) -> bool:
         return self._live.get(request.arrival) is request

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import shutil
 import signal
 import sys
@@ -24,7 +26,7 @@ class Screen:
         self._has_status = capable and all(s is not None and s.isatty() for s in (sys.stdout, sys.stderr))
         self._rows = 0
         self._column = 0
-        self._before: dict = {}
+        self._handled: list[int] = []
 
     def write(self, text: str) -> None:
         sys.stdout.write(text)
@@ -44,25 +46,32 @@ class Screen:
         _control(f"\x1b7\x1b[{rows};1H\x1b[2K\x1b[2m{text[: columns - 1]}\x1b[0m\x1b8")
 
     def __enter__(self):
-        # What ends or stops a process leaves its terminal as it is.
+        # What ends or stops a process leaves its terminal as it is; signals that somebody handles or ignores do not.
         if self._has_status and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._leave) for number in LEAVING}
+            self._handled = [number for number in LEAVING if signal.getsignal(number) is signal.SIG_DFL]
+            for number in self._handled:
+                signal.signal(number, self._leave)
         return self
 
     def __exit__(self, *_):
-        self._release()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _release(self) -> None:
-        """Give the last row back, until the next status."""
+        for number in self._handled:
+            signal.signal(number, signal.SIG_DFL)
         if self._rows:
-            _control(f"\x1b7\x1b[r\x1b[{self._rows};1H\x1b[2K\x1b8")
-            self._rows = 0
+            _control(self._giving_back())
+
+    def _giving_back(self) -> str:
+        """The last row, until the next status."""
+        rows, self._rows = self._rows, 0
+        return f"\x1b7\x1b[r\x1b[{rows};1H\x1b[2K\x1b8"
 
     def _leave(self, number: int, _frame) -> None:
-        self._release()
+        """Whatever becomes of the terminal, which may be gone or take nothing: a write could wait for ever."""
         signal.signal(number, signal.SIG_DFL)
+        if self._rows:
+            with contextlib.suppress(OSError, ValueError):
+                terminal = sys.stderr.fileno()
+                if select.select([], [terminal], [], 0)[1]:
+                    os.write(terminal, self._giving_back().encode())
         os.kill(os.getpid(), number)
         signal.signal(number, self._leave)  # it goes on
 

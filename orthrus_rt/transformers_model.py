@@ -11,8 +11,11 @@ from orthrus_rt.checkpoint import Checkpoint, expected_tensors
 from orthrus_rt.room import check_left
 from orthrus_rt.storage import is_diffusion
 
-# Of config.json: what the weights are stored in, and which class reads them.
-NOT_OF_A_MODEL = {"model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
+# Of config.json: what the weights are stored in, which class reads them, and what it returns.
+NOT_OF_A_MODEL = {
+    "model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "is_encoder_decoder",
+    "return_dict", "output_attentions", "output_hidden_states", "_attn_implementation", "attn_implementation",
+}  # fmt: skip
 
 
 def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torch.float32, device="cpu"):

@@ -186,11 +186,15 @@ def test_two_pass_alone(optimism):
     assert seen.tokens([AR, plan], optimism, plan) == {AR: 1.0, plan: pytest.approx(3.0, rel=0.05)}
 
 
-def test_an_idle_engine_counts_down_to_nothing():
+@pytest.mark.parametrize("first", (CyclePlan("one_pass", 16, 8), CyclePlan("two_pass", 16)))
+def test_what_is_long_past_counts_down_to_nothing(first):
     """In silence, also where the program asked NumPy to raise whatever happens."""
     acceptance = Acceptance(15, FAN_OUTS)
-    acceptance.observe(CyclePlan("two_pass", 4), [[Outcome(3, 3)]])
-    acceptance._hits[:] = acceptance._trials[:] = np.finfo(float).tiny
+    acceptance.observe(first, [[Outcome(15, 9)]])
+    for counts in (acceptance._hits, acceptance._trials):
+        counts *= np.finfo(float).tiny
     with np.errstate(all="raise"):
-        for _ in range(200):
-            acceptance.observe(AR, [[Outcome(0, 0)]] * 32)
+        for plan in (AR, CyclePlan("two_pass", 16), CyclePlan("one_pass", 16, 8)):
+            for _ in range(64):
+                acceptance.observe(plan, [[Outcome(15 if plan.mode != "ar" else 0, 0)]])
+                acceptance.accepted(1.0)

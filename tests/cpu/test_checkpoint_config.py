@@ -29,6 +29,10 @@ UNSUPPORTED = [
         {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1},
         "every layer must use full attention, but sliding_window is 128",
     ),
+    (
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "sliding_window": 4},
+        "every layer must use full attention, but sliding_window is 4",
+    ),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type must be one of default, linear, yarn"),
     (
         {"rope_parameters": {"rope_type": "longrope"}},

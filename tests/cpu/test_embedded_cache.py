@@ -63,8 +63,10 @@ def message_of(*args):
 
 
 def test_converted_once(cache, monkeypatch):
+    """For all who may look into the folder, as the umask says."""
     folder = embedded.base_folder()
-    assert folder.parent == cache
+    os.umask(umask := os.umask(0))
+    assert folder.parent == cache and folder.stat().st_mode & 0o777 == 0o777 & ~umask
     assert {path.name for path in folder.iterdir()} == FILES
     monkeypatch.setattr(embedded, "convert", None)
     assert embedded.base_folder() == folder
@@ -228,6 +230,13 @@ def test_cache_that_is_no_folder(monkeypatch, cache, tmp_path):
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     assert "the converted base model cannot be written ([Errno 20] Not a directory" in message_of()
+
+
+def test_an_empty_manifest_is_not_a_whole_cache(cache):
+    folder = embedded.base_folder()
+    (folder / "manifest.json").write_text("{}")
+    (folder / "model.safetensors").unlink()
+    assert (embedded.base_folder() / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("file", sorted(FILES))

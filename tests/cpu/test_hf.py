@@ -104,6 +104,7 @@ def test_mask_of_ones_and_pad_id_are_tolerated(model, input_ids):
         ({"max_length": 0}, ValueError, "max_new_tokens or max_length must be given"),
         ({"max_length": 5}, ValueError, "max_length must exceed the prompt's 5 tokens, got 5"),
         ({"max_new_tokens": 124}, ValueError, "129 tokens in all exceed max_seq_len 128"),
+        ({"max_new_tokens": 4, "attention_mask": [[1, 1, 1]]}, ValueError, r"of shape \[1, 5\], got \[1, 3\]"),
         ({"max_new_tokens": 4, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, ValueError, "must be all ones"),
         ({"max_new_tokens": 4, "top_p": 0.0}, ValueError, "top_p"),
         ({"max_new_tokens": 4, "temperature": -1e-6}, ValueError, "temperature"),

@@ -115,6 +115,10 @@ def test_costs_are_kept_and_a_stale_or_broken_file_is_not_believed(tmp_path):
     text = file.read_text()
     broken = ["", text[: len(text) // 2], "[]", "{}", '{"key": 1}', json.dumps({"key": key, "seconds": []})]
     broken += [json.dumps({"key": key, "seconds": [[1, "ar", 1, 0, bad]]}) for bad in (0, -1, float("nan"), "x", None)]
+    broken += [
+        json.dumps({"key": key, "seconds": [bad]}) for bad in ([1, "foo", 1, 0, 1], [float("inf"), "ar", 1, 0, 1])
+    ]
+    broken += ["[" * 100_000, f'{{"key": "{key}", "seconds": [[1, "ar", 1, 0, {10**400}]]}}']
     broken += [json.dumps({"key": key, "seconds": 7}), json.dumps({"key": key, "seconds": [[1, "ar"]]})]
     for content in broken:
         file.write_text(content)

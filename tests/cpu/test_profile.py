@@ -80,6 +80,8 @@ def test_calls_and_bytes(folder):
     ("arguments", "message"),
     [
         ({"batch": 5}, r"batch must be within \[1, 4\] \(max_batch_size\), got 5"),
+        ({"mode": "auto"}, "mode must be one of ar, two_pass, one_pass, repeats >= 1, got auto, 20"),
+        ({"repeats": 0}, "got two_pass, 0"),
         ({"context": 121}, r"context must be within \[1, 120\] \(max_seq_len less a block\), got 121"),
     ],
 )

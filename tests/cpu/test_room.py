@@ -46,6 +46,12 @@ def test_what_a_container_can_give(tmp_path, limit, swap, free):
     assert room.free_bytes(CPU, host(tmp_path, **group)) == free
 
 
+def test_a_container_without_an_account_of_swap(tmp_path):
+    """Its limit holds all the same."""
+    group = dict(memory__max="4000000000", memory__current="3000000000", memory__stat="file 500000000\nshmem 200000000")
+    assert room.free_bytes(CPU, host(tmp_path, **group)) == 13 * 10**8 + 1024 * 10**6
+
+
 @pytest.mark.parametrize("group", [{}, {"memory__max": "1000"}, {"memory__max": "1000", "memory__current": "?"}])
 def test_what_a_host_can_give(tmp_path, group):
     """Where no container's limit is told, or not all of it."""

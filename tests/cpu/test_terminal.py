@@ -1,6 +1,7 @@
 """Text that streams, the status line and tables."""
 
 import io
+import os
 import signal
 from types import SimpleNamespace
 
@@ -36,18 +37,53 @@ def test_status_line_gives_its_row_back(streams):
     assert control.index("\x1b[r") > control.index("x" * 19)
 
 
-def test_a_process_that_is_ended_or_stopped_gives_the_row_back(streams, monkeypatch):
-    """And takes it again when it goes on; the handlers from before come back."""
-    sent, before = [], signal.getsignal(signal.SIGTERM)
+@pytest.fixture
+def leaving(streams, monkeypatch):
+    """What a process is sent by itself; and the pipe that stderr is for what is written past Python's buffers."""
+    sent, (reads, writes) = [], os.pipe()
     monkeypatch.setattr(terminal.os, "kill", lambda _, number: sent.append((number, signal.getsignal(number))))
+    streams.stderr.fileno = lambda: writes
+    yield SimpleNamespace(sent=sent, reads=reads, writes=writes)
+    os.close(reads)
+    os.close(writes)
+
+
+def test_a_process_that_is_ended_or_stopped_gives_the_row_back(streams, leaving):
+    """And takes it again when it goes on; the handlers from before come back."""
     with Screen() as screen:
         for number in terminal.LEAVING:
             screen.status("status")
-            assert not streams.stderr.getvalue().endswith("\x1b[2K\x1b8")
             signal.raise_signal(number)
-            assert streams.stderr.getvalue().endswith("\x1b[r\x1b[10;1H\x1b[2K\x1b8")
-    assert sent == [(number, signal.SIG_DFL) for number in terminal.LEAVING]
-    assert signal.getsignal(signal.SIGTERM) is before and streams.stderr.getvalue().count("\x1b[1;9r") == 3
+            assert os.read(leaving.reads, 99) == b"\x1b7\x1b[r\x1b[10;1H\x1b[2K\x1b8"
+    assert leaving.sent == [(number, signal.SIG_DFL) for number in terminal.LEAVING]
+    assert streams.stderr.getvalue().count("\x1b[1;9r") == 3
+    assert {signal.getsignal(number) for number in terminal.LEAVING} == {signal.SIG_DFL}
+
+
+@pytest.mark.parametrize("terminal_is", ("gone", "taking nothing"))
+def test_it_is_ended_whatever_the_terminal_does(streams, leaving, terminal_is):
+    if terminal_is == "gone":
+        streams.stderr.fileno = lambda: 10**6
+    else:
+        os.set_blocking(leaving.writes, False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(leaving.writes, bytes(1 << 16))
+        os.set_blocking(leaving.writes, True)
+    with Screen() as screen:
+        screen.status("status")
+        signal.raise_signal(signal.SIGTERM)
+    assert leaving.sent == [(signal.SIGTERM, signal.SIG_DFL)]
+
+
+def test_a_signal_that_is_ignored_stays_so(streams, leaving):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Screen() as screen:
+            screen.status("status")
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize(

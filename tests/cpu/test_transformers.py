@@ -80,8 +80,10 @@ def test_what_we_do_not_read_is_read_too(tmp_path):
     """All of config.json but shapes: what we overlook shows in every comparison."""
     checkpoint = ckpt.load(checkpoints.make(tmp_path))
     other = checkpoint.raw | {"is_causal": False, "hidden_act": "gelu"}
-    config = build(dataclasses.replace(checkpoint, raw=other)).config
-    assert config.is_causal is False and config.hidden_act == "gelu"
+    other |= {"return_dict": False, "output_attentions": True, "is_encoder_decoder": True, "torch_dtype": "float16"}
+    model = build(dataclasses.replace(checkpoint, raw=other | {"_attn_implementation": "flash_attention_2"}))
+    assert model.config.is_causal is False and model.config.hidden_act == "gelu"
+    assert len(greedy(model, [1, 2, 3], 4)) == 4
 
 
 def test_logits_of_both_views_embedded():
