@@ -74,6 +74,8 @@ def check_head_dim(op: str, head_dim: int, device_type: str) -> None:
     """Refuse a head_dim that the native kernel of ``op`` does not have."""
     if device_type == "cuda" and head_dim not in (64, 128):
         raise ValueError(f"{op}: head_dim must be in (64, 128) on CUDA, got {head_dim}")
+    if op == "qkv_commit" and head_dim % 2:
+        raise ValueError(f"{op}: head_dim must be even (its halves rotate), got {head_dim}")
     if op == "dual_attn" and device_type == "cpu" and (head_dim % 16 or head_dim > 256):
         raise ValueError(f"{op}: head_dim must be a multiple of 16 up to 256 on the CPU, got {head_dim}")
 

@@ -111,7 +111,7 @@ def row_linear(
             ``[num_rows, out_features / 2]``; ``logits`` the same as ``none`` in fp32, never rounded;
             ``argmax`` a pair ``(value fp32, id int32)``, each ``[num_rows, weight.num_partials]``, the maximum and its
             lowest id per vocabulary tile. MUTATED.
-        residual: ``[num_rows, out_features]``, added before the rounding; may be ``out``.
+        residual: ``[num_rows, out_features]``, added before the rounding; may be ``out``, which may not be ``x``.
         workspace: of :func:`orthrus_rt.native.row_linear_workspace_bytes`, zeroed once; CUDA only.
         then: the weight that the next call reads first, with an epilogue other than logits and argmax. A hint: on
             Hopper its beginning comes to L2 while this call ends, where neither is prefill; no result depends on it.

@@ -53,6 +53,12 @@ def taped(run: Callable[[], None]):
     return tape
 
 
+def replay(tape) -> None:
+    """On as many threads as torch has now."""
+    dispatch.native().cpu.set_num_threads(torch.get_num_threads())
+    tape.replay()
+
+
 class Recorded:
     """Launches over static buffers in a fixed sequence: run op by op, or replayed.
 
@@ -156,7 +162,7 @@ class Recorded:
         if not self.can_record:
             return None
         if self.model.device.type == "cpu":
-            return taped(self.run_eager).replay
+            return functools.partial(replay, taped(self.run_eager))
         with _nothing_collected():
             return self._capture().replay
 

@@ -189,9 +189,10 @@ inline void weigh_queries(VectorTile<T>& queries, int64_t first, int64_t num_vec
     const float tile_top = reduce_max(top);
     if (tile_top > running_top[q]) running_top[q] = tile_top;
   }
-  store(queries.decay, exp(sub(old_top, load(running_top + first))));
+  const Vec least = set1(-__FLT_MAX__);  // where all that has been seen is -inf: e^(-inf + inf) would be NaN
+  store(queries.decay, exp(sub(old_top, max(least, load(running_top + first)))));
   for (int64_t q = first; q < first + kCount; ++q) {
-    const Vec top = set1(running_top[q]);
+    const Vec top = max(least, set1(running_top[q]));
     Vec total = mul(load(queries.total[q]), set1(queries.decay[q - first]));
     for (int64_t b = 0; b < num_vecs; ++b) {
       Vec weight = exp(sub(load(&queries.score[q][b * kLanes]), top));

@@ -252,7 +252,7 @@ ORTHRUS_INLINE float penalised(float y, int32_t count, const float* penalties) {
   return count > 0 ? less : seen;
 }
 
-// Penalties, bias and stop mask of pass row r. `kept` has room for as many values as the row has drafts before it.
+// Penalties, bias and stop mask of pass row r. `kept` has room for as many values as there are drafts up to it.
 inline void edit(const ProcessLogitsParams& p, int64_t r, float* y, float* kept) {
   const SlotEdits& e = p.edits;
   const int64_t slot = p.rows.seq[r], vocab = p.vocab_size;
@@ -260,7 +260,7 @@ inline void edit(const ProcessLogitsParams& p, int64_t r, float* y, float* kept)
   const auto inside = [vocab](int32_t id) { return 0 <= id && id < vocab; };
   if (penalties[0] != 1 || penalties[1] != 0 || penalties[2] != 0) {
     const int32_t* counts = e.token_counts + slot * vocab;
-    const int64_t drafts = r < p.rows.num_rows_ar ? min_of(p.rows.position[r] - p.cache_seqlens[slot], r) : 0;
+    const int64_t drafts = r < p.rows.num_rows_ar ? min_of(p.rows.position[r] - p.cache_seqlens[slot], r + 1) : 0;
     const int32_t* draft = p.rows.token + r + 1 - drafts;
     for (int64_t i = 0; i < drafts; ++i) {  // tokens of the rows up to this one count too, each time they occur
       if (!inside(draft[i])) continue;

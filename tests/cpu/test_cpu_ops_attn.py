@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from orthrus_rt import reference
 from tests.attention_pass import SPOIL, Heads, Pass, check_nan_outlives_the_splits, set_keys, set_values
 from tests.native_cpu import threads
 from tests.rows import ar, diff
@@ -73,6 +74,28 @@ def test_nan_of_one_row_stays_with_those_who_see_it(isa, element, wild):
 @pytest.mark.parametrize("spoil", SPOIL)
 def test_nan_outlives_what_else_a_row_sees(isa, element, spoil):
     check_nan_outlives_the_splits(lambda groups: make(groups, element), spoil)
+
+
+@pytest.mark.parametrize("blind", (range(1), range(64), range(70), range(512), range(3, 70)), ids=str)
+def test_scores_of_minus_infinity(isa, element, blind):
+    """Keys that overflowed, against which a query's product is -inf: they weigh nothing, wherever they stand, and a row
+    that sees nothing else yields zeros. The others give the bits that they give without them.
+    """
+    lengths = (1, 64, 65, 70, 513, 600)
+    case = make([ar(i, length - 1, 1) for i, length in enumerate(lengths)], element, Heads(2, 1, 32))
+    case.q[..., 0] = -1
+    for seq, length in enumerate(lengths):
+        for position in blind:
+            if position < length:
+                case.k_pages[case.page_table[seq, position // 64], :, position % 64, 0] = torch.inf
+    got = case.run()
+    want = torch.empty_like(got)
+    reference.dual_attn(
+        case.q, case.k_pages, case.v_pages, case.page_table, None, None, case.rows, case.softmax_scale, want
+    )
+    assert got.isfinite().all() and (got - want).abs().max() <= (2e-5 if element is torch.float32 else 2e-2)
+    sees_nothing = torch.tensor([set(range(length)) <= set(blind) for length in lengths])
+    assert torch.equal(got.flatten(1).any(1), ~sees_nothing)
 
 
 def test_large_scores(isa, element):

@@ -14,6 +14,7 @@ from tests.logits_cases import (
     with_filters,
 )
 from tests.native_cpu import threads
+from tests.rows import ar, make_rows
 
 KINDS = ["normal", "peaked", "tied", "hostile"]
 
@@ -33,6 +34,21 @@ def test_penalties_bias_and_stop_ids(isa, kind):
 def test_blocks_with_edits(isa, vocab):
     """Drafts count in AR rows alone; invalid rows yield zeros."""
     assert_agrees(block_with_edits(vocab), native.process_logits)
+
+
+@pytest.mark.parametrize("before", (0, 1))
+def test_a_draft_in_the_first_row_of_a_pass(isa, before):
+    """It counts whatever stands before it in the pass."""
+    groups = [ar(1, 3, 1)] * before + [ar(0, 11, 1)]
+    case, rows = with_filters(logits(2, 130, "normal"), [FILTERS[0]], edits=True), make_rows(groups)
+    rows.token.fill_(5)
+    case.rows, case.logit_rows = rows, torch.tensor([rows.num_rows - 1], dtype=torch.int32)
+    case.cache_seqlens, case.logits = torch.tensor([10, 3], dtype=torch.int32), torch.zeros(1, 130)
+    case.logits[0, [5, 7]] = torch.tensor([2.0, 1.5])
+    edits = case.sampling.edits
+    edits.penalties.copy_(torch.tensor([1.0, 1.0, 0.0]))
+    edits.token_counts.zero_(), edits.bias_ids.fill_(-1), edits.min_position.zero_()
+    assert assert_agrees(case, native.process_logits).tolist() == [7]
 
 
 def test_ids_outside_the_vocabulary(isa):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orthrus_rt import ops
+from orthrus_rt import native, ops
 from tests.native_cpu import assert_rounded, poison, randn, threads
 from tests.rows import ar, diff, make_rows
 
@@ -128,3 +128,9 @@ def test_qkv_commit_row_invariance(isa, element):
         page = int(TABLE[0, i // 64])
         assert torch.equal(one[0][0], whole[0][i])
         assert torch.equal(one[1][page, :, i % 64], whole[1][page, :, i % 64])
+
+
+def test_qkv_commit_of_an_odd_head_dim_is_refused():
+    rows, tensor = make_rows([ar(0, 0, 1)]), torch.empty(1, 1, 17)
+    with pytest.raises(ValueError, match=r"qkv_commit: head_dim must be even \(its halves rotate\), got 17"):
+        native.qkv_commit(torch.empty(1, 51), rows, None, None, 1e-5, None, None, None, None, None, tensor)

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from orthrus_rt import dispatch, ops, weights
+from orthrus_rt import dispatch, ops, recording, weights
 from tests.native_cpu import poison, randn, threads
 from tests.rows import ar, diff, make_rows
 
@@ -59,6 +59,16 @@ def test_tape_replays_what_eager_runs(isa, element):
         tape.replay()
         assert torch.equal(taped.logits, eager.logits)
         assert torch.equal(taped.pages, eager.pages)
+
+
+def test_a_recording_runs_on_the_threads_that_torch_has_then(monkeypatch):
+    seen, layer = [], Layer()  # which the tape points into
+    tape = recording.taped(layer.run)
+    monkeypatch.setattr(dispatch.native().cpu, "set_num_threads", seen.append)
+    for count in (3, 1):
+        with threads(count):
+            recording.replay(tape)
+    assert seen == [3, 1]
 
 
 def test_a_tape_takes_in_what_another_replays(isa):
