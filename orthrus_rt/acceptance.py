@@ -37,8 +37,18 @@ PRIOR_QUALITY = {
 LEVEL_TRIALS, SHAPE_TRIALS = 32.0, 256.0  # that the priors are worth
 LEAST_QUALITY = 0.1
 PRIOR_LENGTH = 128.0  # tokens of a sequence, until more are known
-IN_SILENCE = np.errstate(under="ignore")  # whatever a program asks of NumPy: what is long past counts for nothing
 TINY = 1e-9  # of trials: none
+
+
+def in_silence(method):
+    """What is long past counts for nothing, whatever the program asks of NumPy."""
+
+    @functools.wraps(method)
+    def run(*args, **kwargs):
+        with np.errstate(under="ignore"):
+            return method(*args, **kwargs)
+
+    return run
 
 
 class Outcome(NamedTuple):
@@ -92,7 +102,7 @@ class Acceptance:
         self._begun, self._tokens = 0.0, PRIOR_LENGTH  # sequences, and the tokens of them all
         self._unfaded = 0  # cycles whose fading is still due
 
-    @IN_SILENCE
+    @in_silence
     def observe(self, plan: CyclePlan, cycles: list[list[Outcome]]) -> None:
         """Learn from consecutive cycles of ``plan``: of each, the outcomes of its sequences, one at least."""
         self._unfaded += len(cycles)
@@ -132,7 +142,7 @@ class Acceptance:
         compare(self._shape, hits, trials, self._others @ hits, self._others @ like_level)
         compare(self._level, hits.sum(0), like_level.sum(0), self._hits[0], self._trials[0])
 
-    @IN_SILENCE
+    @in_silence
     def accepted(self, optimism: float = 0.0, running: CyclePlan = AR) -> dict[int, list[float]]:
         """By fan_out: the expected accepted drafts of 0 ... max_drafts. For the arguments see :meth:`tokens`."""
         (level, level_doubt), (shape, shape_doubt) = (

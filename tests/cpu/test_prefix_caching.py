@@ -251,32 +251,22 @@ def test_a_prompt_that_ended_half_way_leaves_what_was_computed(folder, forgetful
     assert out.token_ids == forgetful.generate(text(300), GREEDY).token_ids and out.stats.cached_tokens == 64
 
 
-def test_nothing_behind_doubtful_pages_is_found_under_a_name(folder):
-    """Slot 1 computed the third page behind two of slot 0's in which a NaN turned up. Those two are computed anew."""
+@pytest.mark.parametrize("ended", (False, True))
+def test_nothing_behind_doubtful_pages_is_found_under_a_name(folder, ended):
+    """Slot 1 computed the third page behind two of slot 0's in which a NaN turned up, and may have ``ended`` before
+    that. Those two are computed anew.
+    """
     kv, names = make(folder, max_seq_len=256, max_batch_size=3).kv, page_names(text(192), [])
     kv.open(0, [], 128)
     kv.publish(0, names[:2])
     assert kv.open(1, names, 192) == 128
     kv.publish(1, names)
+    if ended:
+        kv.release(1)
     kv.withdraw(0, names[:2])
     kv.release(0)
-    kv.release(1)
-    assert kv.open(2, names, 128) == 0
-    kv.publish(2, names[:2])
-    kv.release(2)
-    assert kv.open(0, names, 192) == 128
-
-
-def test_nor_behind_them_what_ended_before(folder):
-    """The same, but slot 1's request has ended already when the NaN turns up."""
-    kv, names = make(folder, max_seq_len=256, max_batch_size=3).kv, page_names(text(192), [])
-    kv.open(0, [], 128)
-    kv.publish(0, names[:2])
-    assert kv.open(1, names, 192) == 128
-    kv.publish(1, names)
-    kv.release(1)
-    kv.withdraw(0, names[:2])
-    kv.release(0)
+    if not ended:
+        kv.release(1)
     assert kv.open(2, names, 128) == 0
     kv.publish(2, names[:2])
     assert kv.open(0, names, 192) == 128 and kv.num_free_pages == kv.num_pages - 1 - 3
