@@ -1,5 +1,5 @@
 // Python face of the native module: the parameter structs as classes with keyword constructors,
-// one launcher per op and backend, and build_info(). Shapes are validated in orthrus_rt/ops.py.
+// one launcher per op and backend, and build_info(). Shapes are validated in orthrus_rt/ops.py and checks.py.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

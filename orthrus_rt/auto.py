@@ -10,16 +10,16 @@ from __future__ import annotations
 import logging
 import statistics
 import warnings
-from functools import partial
 
 import torch
 
 from orthrus_rt.cache_folder import NoCacheFolder, cache_root
+from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_buckets
+from orthrus_rt.dry_run import dry_cycles, most_context
 from orthrus_rt.pages import PAGE_SIZE
 from orthrus_rt.pass_costs import PassCosts, cache_file
 from orthrus_rt.policy import Policy, candidate_plans
-from orthrus_rt.staging import most_context, staged
 from orthrus_rt.stopwatch import Stopwatch
 
 MAX_ROWS = 512  # of a one_pass candidate: more are bound by arithmetic, where one read of the weights saves little
@@ -95,7 +95,7 @@ class Auto:
         if context < 1:
             return
         plans, worth = sorted(plans, key=lambda p: p.num_passes * p.max_rows), []
-        with staged(engine, plans, slots, context) as start:
+        with dry_cycles(engine, plans, slots, context) as start:
             for plan in plans:
                 # A cycle with more rows costs no less than the dearest measured with fewer.
                 at_least = costs.seconds(slots, plan, hopeful=True) if plan != AR else 0.0
@@ -108,17 +108,17 @@ class Auto:
                             cycle.run()
                     worth.append(plan)
                     if not self.measured:  # twice: a burst of other work leaves out what could pay
-                        costs.set(slots, plan, min(self._seconds(partial(start, plan)) for _ in range(2)))
+                        costs.set(slots, plan, min(self._seconds(start(plan)) for _ in range(2)))
                 bar.update()
             # In turns, so that a burst of other work on the machine meets all alike, or few.
             repeats = 1 if self.measured else REPEATS
-            rounds = [[self._seconds(partial(start, plan)) for plan in worth] for _ in range(repeats)]
+            rounds = [[self._seconds(start(plan)) for plan in worth] for _ in range(repeats)]
             for plan, seconds in zip(worth, zip(*rounds, strict=True), strict=True):
                 (costs.observe if self.measured else costs.set)(slots, plan, statistics.median(seconds))
 
-    def _seconds(self, start) -> float:
-        """Of a cycle, by the clock that times decoding."""
-        cycle, stopwatch = start(), Stopwatch(self._device)
+    def _seconds(self, cycle: Cycle) -> float:
+        """By the clock that times decoding."""
+        stopwatch = Stopwatch(self._device)
         with stopwatch.time("cycle") as stretch:
             cycle.run()
         if self._device.type == "cuda":

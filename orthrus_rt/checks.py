@@ -9,7 +9,7 @@ import torch
 
 from orthrus_rt import state as st
 from orthrus_rt.pages import PAGE_SIZE
-from orthrus_rt.plan import Rows
+from orthrus_rt.rows import Rows
 
 
 def require(op: str, what: str, expected, got) -> None:

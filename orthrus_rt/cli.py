@@ -336,7 +336,7 @@ def run_bench(args) -> int:
 
 
 def _short(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return str(value) if not isinstance(value, float) else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -380,7 +380,3 @@ def _fail(args, error) -> int:
 
 def _say(args, message: str) -> None:
     print(f"orthrus-rt {args.command}: {message}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

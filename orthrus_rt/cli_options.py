@@ -26,9 +26,17 @@ def add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None:
     if engine:
         group.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and output (default: up to 4096)")
         parser.add_argument(
-            "--draft-len", type=int, metavar="N", help="drafts per cycle (default: the checkpoint's K-1)"
+            "--draft-len",
+            type=int,
+            metavar="N",
+            help="drafts per cycle, in auto at most (default: the checkpoint's K-1)",
         )
-        parser.add_argument("--fan-out", type=int, metavar="F", help="blocks that a one_pass cycle drafts (default: 6)")
+        parser.add_argument(
+            "--fan-out",
+            type=int,
+            metavar="F",
+            help="blocks that a one_pass cycle drafts (default: 6, in auto 2, 4 or 8)",
+        )
 
 
 def load_engine(args, mode: str = "auto", max_batch_size: int = 1):

@@ -49,7 +49,7 @@ def run(args) -> int:
     check_used(args, "--modes", args.modes)
     todo = _prompts(args)
     params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
-    verify.check(params, args.modes, args.batch, args.against)
+    verify.check(len(todo), params, args.modes, args.batch, args.against)
     engine = load_engine(args, max_batch_size=args.batch)
     ids = [prompt.encode(engine.tokenizer) for prompt in todo]
     for prompt, tokens in zip(todo, ids, strict=True):  # all of them, before the first is decoded

@@ -14,9 +14,6 @@ ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "OrthrusLM", "OrthrusForCausalLM"),
 }
 # What of config.json describes the rotary embedding.
-ROPE_KEYS = (
-    "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings",
-)  # fmt: skip
 # rope_type -> keys that it cannot do without
 ROPE_TYPES = {
     "default": (),
@@ -178,7 +175,7 @@ def _refuse_sliding_window(raw, family, num_layers, where):
 
 
 def _rope(raw, where):
-    """One flat dictionary of the ROPE_KEYS, as transformers reads them: the older ``rope_scaling`` replaces
+    """One flat dictionary, as transformers reads it: the older ``rope_scaling`` replaces
     ``rope_parameters``, and what either leaves out may stand beside it.
     """
     given = {key: raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")}

@@ -19,9 +19,9 @@ from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.device import upload
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
-from orthrus_rt.plan import Layout, Rows, empty_rows
 from orthrus_rt.prefill import PrefillShape, PromptRows
 from orthrus_rt.recording import Recorded, taped
+from orthrus_rt.rows import Layout, Rows, empty_rows
 from orthrus_rt.state import SlotSampling, SlotState
 
 COUPLED = 0  # purpose of the noise that both views share
@@ -59,7 +59,8 @@ def _pass(
     """A pass whose choices are ``scored`` from logits, or else the head's own partial maxima; ``shape`` is that of the
     prompts in it, if any.
     """
-    length = 1 if kind == st.NEXT_AR else plan.block_len
+    whole = model.config.block_len
+    length = {st.NEXT_AR: 1, st.NEXT_DRAFT: plan.draft_rows(whole)}.get(kind, plan.block_len)
     blocks = {st.NEXT_DRAFT: 1, st.NEXT_ONE_PASS: plan.fan_out}.get(kind, 0)
     verifies = 0 if kind == st.NEXT_DRAFT else 1
     layout = Layout(slots * verifies, length, slots * blocks, length)
@@ -68,7 +69,7 @@ def _pass(
     ar, diffusion = np.split(row, [slots * verifies * length])
     diffusion = diffusion.reshape(slots, blocks, length)
     if kind == st.NEXT_DRAFT:
-        diffusion = diffusion[..., :-1]  # the last row predicts beyond the block
+        diffusion = diffusion[..., : plan.block_len - 1]  # the last row of a whole block predicts beyond it
     picked = np.concatenate([ar.reshape(slots, -1), diffusion.reshape(slots, -1)], 1)
     if shape is None:
         prompts, logit_rows = None, upload(picked.flatten(), torch.int32, model.device)
@@ -166,7 +167,8 @@ class Cycle(Recorded):
         """Stage the first pass's rows from the state as it is, and count for penalties what it has emitted."""
         if self.sampling is not None and self.sampling.edits is not None:
             ops.count_tokens(self.state, self.sampling.edits)
-        self._consensus(st.STEP_STAGE, (None, None), self.passes[0])
+        first = self.passes[0]
+        self._consensus(st.STEP_STAGE, (None, None), first, first.own.max_group_rows)
 
     def sample(self, p: Pass) -> None:
         """Coupled choices from the logits of pass ``p``, into its partials."""
@@ -176,14 +178,14 @@ class Cycle(Recorded):
     def take(self, p: Pass, partials) -> None:
         """Take the choices of pass ``p`` and stage the pass after it, if there is one."""
         following = self.passes.index(p) + 1
-        self._consensus(p.step, partials, self.passes[following] if following < len(self.passes) else None)
+        staged = self.passes[following] if following < len(self.passes) else None
+        self._consensus(p.step, partials, staged, self.plan.block_len)
 
-    def _consensus(self, step: int, partials, staged: Pass | None) -> None:
+    def _consensus(self, step: int, partials, staged: Pass | None, block_len: int) -> None:
         kind, rows = (staged.kind, staged.own) if staged else (st.NEXT_NONE, None)
         ops.consensus(
-            self.state, partials, step, kind, rows, self.model.config.mask_token_id, self.plan.block_len,
-            self.plan.fan_out,
-        )  # fmt: skip
+            self.state, partials, step, kind, rows, self.model.config.mask_token_id, block_len, self.plan.fan_out
+        )
 
     def run_eager(self) -> None:
         """One cycle of every running slot, op by op."""

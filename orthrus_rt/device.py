@@ -1,4 +1,4 @@
-"""Devices and dtypes by name."""
+"""Devices and dtypes by name, uploads, streams and scopes on them, and who has the one engine of a CUDA device."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def pick_device(device: str) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
     """``"auto"`` is CUDA where a device answers, else the CPU. A CUDA device comes with its index.
 
     Raises:
         ValueError: the device is unknown or not there.
     """
+    device = str(device) if isinstance(device, torch.device) else device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

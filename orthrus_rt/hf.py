@@ -89,6 +89,7 @@ class OrthrusForCausalLM:
 
     @property
     def dtype(self) -> torch.dtype:
+        self.engine._check_open()
         return self.engine.model.dtype
 
     def eval(self) -> OrthrusForCausalLM:
@@ -98,8 +99,10 @@ class OrthrusForCausalLM:
         """The model itself, where ``device`` is the one that it is on.
 
         Raises:
-            ValueError: it is another one; a model stays where it was loaded.
+            ValueError: it is another one, or a dtype; a model stays as it was loaded.
         """
+        if isinstance(device, torch.dtype):
+            raise ValueError(f"to: a dtype is from_pretrained's to choose, got {device}")
         if pick_device(str(device)) != self.device:
             raise ValueError(f"to: device must be {self.device}, where device_map has put it, got {device}")
         return self

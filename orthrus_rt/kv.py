@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from orthrus_rt import huge_pages
+from orthrus_rt import huge_pages, pages
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.device import upload
 from orthrus_rt.pages import PAGE_SIZE, PagePool
@@ -31,7 +31,7 @@ class PagedKvCache:
     """
 
     def __init__(self, config: ModelConfig, *, num_slots: int, max_seq_len: int, num_pages: int, device, dtype):
-        self.max_seq_len, self.max_pages, self.num_pages = max_seq_len, -(-max_seq_len // PAGE_SIZE), num_pages
+        self.max_seq_len, self.max_pages, self.num_pages = max_seq_len, pages.num_pages(max_seq_len), num_pages
         shape = torch.Size((config.num_layers, 2, num_pages, config.num_heads_kv, PAGE_SIZE, config.head_dim))
         self.pages = huge_pages.empty(shape, dtype, torch.device(device))
         self.k_pages = [self.pages[i, 0] for i in range(config.num_layers)]
@@ -105,7 +105,7 @@ class PagedKvCache:
             self.pool.forget(names[0])
 
     def _take(self, slot: int, length: int, there: int) -> list[int]:
-        need = self.num_pages_for(length) - there
+        need = pages.num_pages(length) - there
         if need > self.num_free_pages:
             free = self.num_free_pages
             raise OutOfPages(f"KV cache: slot {slot} needs {need} more pages for {length} tokens, {free} are free")
@@ -116,10 +116,6 @@ class PagedKvCache:
         first = len(held)
         held.extend(pages)
         self.page_table[slot, first : len(held)] = upload(pages, torch.int32, self.page_table.device)
-
-    def num_pages_for(self, length: int) -> int:
-        """Pages that ``length`` positions take."""
-        return -(-length // PAGE_SIZE)
 
     def move(self, source: int, target: int) -> None:
         """Hand every page of ``source`` to the empty slot ``target``; no key or value moves."""

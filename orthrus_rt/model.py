@@ -11,9 +11,9 @@ from orthrus_rt import native, nvtx, ops, weights
 from orthrus_rt.checkpoint import Checkpoint
 from orthrus_rt.config import CheckpointError, ModelConfig
 from orthrus_rt.kv import PagedKvCache
-from orthrus_rt.plan import Rows
 from orthrus_rt.room import check_weights
 from orthrus_rt.rope import cos_sin_table
+from orthrus_rt.rows import Rows
 from orthrus_rt.state import empty_partials, num_score_tiles
 from orthrus_rt.weights import PackedWeight
 

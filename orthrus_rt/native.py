@@ -1,5 +1,5 @@
 """Launchers of the native module: tensors in, parameter structs out; and the workspace that they need. Validation is in
-ops.py.
+ops.py and checks.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt.device import device_scope
-from orthrus_rt.plan import Rows
+from orthrus_rt.rows import Rows
 from orthrus_rt.state import SlotEdits, SlotState
 
 EPILOGUE = {"none": 0, "residual": 1, "silu_mul": 2, "logits": 3, "argmax": 4}

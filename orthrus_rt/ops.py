@@ -6,8 +6,10 @@ depends on its own inputs only. Shapes and rounding points are in ``csrc/include
 oracles in :mod:`orthrus_rt.reference`; which implementation runs is decided in :mod:`orthrus_rt.dispatch`, what the
 arguments must be in :mod:`orthrus_rt.checks`.
 
-All ops raise ValueError naming op, argument, expected and got. The caller keeps ids, indices, positions and lengths
-in range: beyond it, any memory may be read or written.
+Floating-point tensors whose dtype is not named here have one and the same: bfloat16 or float32, in ``reference`` any.
+A tensor of another shape, dtype, device or layout raises ValueError naming op, argument, expected and got; an
+implementation that ORTHRUS_BACKEND asks for and that is missing, RuntimeError. The caller keeps ids, indices, positions
+and lengths in range: beyond it, any memory may be read or written.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from orthrus_rt.checks import (
 )
 from orthrus_rt.cycle_plan import MAX_BLOCK_LEN
 from orthrus_rt.device import device_scope
-from orthrus_rt.pages import PAGE_SIZE
-from orthrus_rt.plan import Rows
+from orthrus_rt.pages import PAGE_SIZE, num_pages
+from orthrus_rt.rows import Rows
 from orthrus_rt.weights import PackedWeight
 
 
@@ -73,6 +75,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
 
     Args:
         x: ``[num_rows_in, hidden]``.
+        eps: added to the mean square.
         weight: fp32 ``[hidden]``; Triton reads it ahead of its turn in the stream, as :func:`orthrus_rt.weights.pack`
             says of weights.
         out: ``[num_rows, hidden]``, MUTATED.
@@ -107,6 +110,9 @@ def row_linear(
     Args:
         x: ``[num_rows, in_features]``.
         weight: W of rows ``[0, num_rows_ar)``; of all rows if ``weight_diff`` is None.
+        weight_diff: W of the other rows, those of the diffusion view, packed as ``weight`` is.
+        num_rows_ar: how many rows come before them; needed with ``weight_diff``.
+        epilogue: ``none``, ``residual``, ``silu_mul``, ``logits`` or ``argmax``.
         out: by epilogue: ``none`` and ``residual`` ``[num_rows, out_features]``; ``silu_mul``
             ``[num_rows, out_features / 2]``; ``logits`` the same as ``none`` in fp32, never rounded;
             ``argmax`` a pair ``(value fp32, id int32)``, each ``[num_rows, weight.num_partials]``, the maximum and its
@@ -118,6 +124,9 @@ def row_linear(
     """
     op, dtype, device = "row_linear", x.dtype, x.device
     n = x.shape[0]
+    if not isinstance(weight, PackedWeight):
+        got = type(weight).__name__
+        raise ValueError(f"{op}: weight must be a PackedWeight (orthrus_rt.weights.pack), got {got}")
     check_tensor(op, "x", x, (None, weight.in_features), dtype, device)
     if epilogue not in native.EPILOGUE:
         raise ValueError(f"{op}: epilogue must be one of {', '.join(native.EPILOGUE)}, got {epilogue!r}")
@@ -176,6 +185,8 @@ def qkv_commit(
     Args:
         qkv: ``[num_rows, (num_heads_q + 2 * num_heads_kv) * head_dim]``, q then k then v heads.
         cos_sin: fp32 ``[max_positions, head_dim]``, cosines of the half dims, then sines.
+        rows: of the pass, as many as ``qkv`` has.
+        eps: of the norms, added to the mean square.
         norms: None, or fp32 ``(q_norm, k_norm, q_norm_diff, k_norm_diff)``, each ``[head_dim]``.
         k_pages, v_pages: ``[num_pages, num_heads_kv, 64, head_dim]``; MUTATED at the AR rows' positions. Invalid
             rows write nothing, or, in the reference, to page 0.
@@ -219,7 +230,10 @@ def dual_attn(
     Args:
         q: ``[num_rows, num_heads_q, head_dim]``.
         k_pages, v_pages, page_table: the paged cache, as in :func:`qkv_commit`; what no row sees is never used.
-        scratch_k, scratch_v: the diffusion rows' own keys and values; None without diffusion rows.
+        scratch_k, scratch_v: the diffusion rows' own keys and values, as :func:`qkv_commit` leaves them; None without
+            diffusion rows.
+        rows: of the pass, as many as ``q`` has.
+        softmax_scale: of the scores before the softmax, usually ``head_dim ** -0.5``.
         out: like ``q``, MUTATED.
         max_seq_len: no ``prefix_len`` exceeds it.
         workspace: of :func:`orthrus_rt.native.dual_attn_workspace_bytes`, zeroed once; CUDA only.
@@ -234,7 +248,7 @@ def dual_attn(
         raise ValueError(f"{op}: num_heads_q must be a multiple of num_heads_kv ({num_heads_kv}), got {num_heads_q}")
     if page_table.shape[1] * PAGE_SIZE < max_seq_len:
         raise ValueError(
-            f"{op}: page_table.shape[1] must be >= {-(-max_seq_len // PAGE_SIZE)} "
+            f"{op}: page_table.shape[1] must be >= {num_pages(max_seq_len)} "
             f"(max_seq_len {max_seq_len} / page_size {PAGE_SIZE}), got {page_table.shape[1]}"
         )
     check_scratch(op, scratch_k, scratch_v, rows, num_heads_kv, head_dim, dtype, device)

@@ -94,10 +94,13 @@ class RequestOutput:
 
     request_id: str
     new_token_ids: list[int]
-    finished: bool
     finish_reason: str | None
     stats: Stats
     error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
 
     @property
     def token_ids(self) -> list[int]:

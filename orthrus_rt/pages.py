@@ -10,6 +10,11 @@ from collections.abc import Iterable
 PAGE_SIZE = 64  # tokens
 
 
+def num_pages(length: int) -> int:
+    """Pages that ``length`` positions take."""
+    return -(-length // PAGE_SIZE)
+
+
 def page_names(tokens: list[int], known: list[bytes]) -> list[bytes]:
     """Names of all whole pages of ``tokens``, the first of which are ``known``: each stands for its page's tokens and
     all before them, up to collisions of SHA-256.

@@ -17,9 +17,9 @@ import torch
 from orthrus_rt import dispatch
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
-from orthrus_rt.plan import Chunk, Layout, Rows, fixed_rows, lay_out, padded
 from orthrus_rt.recording import Recorded
 from orthrus_rt.request import Request
+from orthrus_rt.rows import Chunk, Layout, Rows, fixed_rows, lay_out, padded
 
 TILE = 128  # rows of row_linear's tiles in a prefill on sm_90: what pads the last one costs nothing
 LEAST = 16  # rows of its narrowest
@@ -63,7 +63,7 @@ class Prompts:
     """What one pass takes of some requests' prompts, which count as prefilled from now on.
 
     Attributes:
-        laid: see :func:`orthrus_rt.plan.lay_out`. ended: requests whose last row is among these. choosing: those of
+        laid: see :func:`orthrus_rt.rows.lay_out`. ended: requests whose last row is among these. choosing: those of
             them that do not know the token after it. picked: their last rows.
     """
 

@@ -14,8 +14,8 @@ import torch
 
 from orthrus_rt import dispatch, ops
 from orthrus_rt.cycle_plan import MODES
+from orthrus_rt.dry_run import dry_cycles
 from orthrus_rt.exclusive import exclusive
-from orthrus_rt.staging import staged
 from orthrus_rt.timing import measure, read_bandwidth, time_each
 
 
@@ -135,7 +135,7 @@ def profile(engine, *, mode=None, draft_len=None, fan_out=None, batch: int = 1, 
     plan = engine.make_plan(mode, draft_len, fan_out)
     if plan.mode == "auto" or repeats < 1:
         raise ValueError(f"profile: mode must be one of {', '.join(MODES)}, repeats >= 1, got {plan.mode}, {repeats}")
-    with staged(engine, [plan], batch, context) as start:
+    with dry_cycles(engine, [plan], batch, context) as start:
         cycle, reset = start(plan), partial(start, plan)
         cycle_us = measure(cycle.run, device, repeats=repeats, reset=reset)["p50"]
         reset()

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from orthrus_rt import state as st
-from orthrus_rt.plan import Rows
 from orthrus_rt.reference_consensus import consensus, first_argmax  # noqa: F401  (consensus is an op like these)
+from orthrus_rt.rows import Rows
 
 
 def embed(token, table, out):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from orthrus_rt import state as st
-from orthrus_rt.plan import Rows
+from orthrus_rt.rows import Rows
 
 SEEN_GAIN = 1.6
 DOUBT = 0.5

@@ -6,7 +6,7 @@ import operator
 import secrets
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TypeAlias
 
 import numpy as np
@@ -16,7 +16,8 @@ from orthrus_rt.config import ModelConfig
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.outputs import RequestOutput, Stats
 from orthrus_rt.pages import PAGE_SIZE, page_names
-from orthrus_rt.sampling import RejectionSampler, SamplingParams
+from orthrus_rt.rejection import RejectionSampler
+from orthrus_rt.sampling import SamplingParams
 
 MAX_STOP_TOKEN_IDS = 64
 TokenIds: TypeAlias = Sequence[int] | torch.Tensor | np.ndarray  # of one prompt
@@ -99,11 +100,11 @@ class Request:
 
     def output_since(self, delivered: int) -> RequestOutput | None:
         """What is new after the first ``delivered`` tokens; None if nothing is and more is to come."""
-        new, finished = self.tokens[delivered:], self.finish_reason is not None
-        if not (new or finished):
+        new = self.tokens[delivered:]
+        if not (new or self.finish_reason):
             return None
         error = None if self.error is None else str(self.error)
-        return RequestOutput(self.request_id, new, finished, self.finish_reason, self.stats, error)
+        return RequestOutput(self.request_id, new, self.finish_reason, self.stats, error)
 
     def record(self, new: list[int], plan: CyclePlan | None, verified: int, accepted: int) -> None:
         """Take the tokens of one cycle, or of the prefill (``plan`` None): none if no token could be chosen."""
@@ -142,11 +143,14 @@ def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str = "pro
         is_tensor and (prompt_ids.is_floating_point() or prompt_ids.dtype is torch.bool)
     ):
         got = f"{prompt_ids.dtype} {list(prompt_ids.shape)}"
-        raise ValueError(f"{name}: a tensor or array must be 1-D and integer, got {got}")
+        hint = "; of a batch, pass list(ids)" if prompt_ids.ndim == 2 else ""
+        raise ValueError(f"{name}: a tensor or array must be 1-D and integer, got {got}{hint}")
     if is_tensor:
         prompt_ids = prompt_ids.tolist()
     if isinstance(prompt_ids, str | bytes):
         raise ValueError(f"{name} must be token ids, got text; encode it with engine.tokenizer")
+    if isinstance(prompt_ids, Set):
+        raise ValueError(f"{name} must be token ids in their order, got {type(prompt_ids).__name__}")
     if isinstance(prompt_ids, Mapping):
         raise ValueError(f"{name} must be token ids, got {type(prompt_ids).__name__}; pass its input_ids")
     try:

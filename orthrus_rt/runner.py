@@ -16,12 +16,12 @@ from orthrus_rt import state as st
 from orthrus_rt.cycle import COUPLED, Cycle
 from orthrus_rt.cycle_plan import CyclePlan, batch_bucket, most_hypotheses
 from orthrus_rt.device import put, upload
-from orthrus_rt.host_choices import run_by_rejection, verify
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.policy import Policy
 from orthrus_rt.prefill import PrefillPass, PrefillShape, PromptChunks, Prompts, prefill_rows, round_up
+from orthrus_rt.rejection import run_by_rejection, verify
 from orthrus_rt.request import Request
 from orthrus_rt.results import SlotResults
 from orthrus_rt.sampling import MAX_LOGIT_BIAS
@@ -247,7 +247,7 @@ class Runner:
             view = self.state.view(slice(request.slot, request.slot + 1))
             ops.consensus(view, mine, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id, 1)
         if prompts.choosing:
-            self._post([(r.slot, r) for r in prompts.choosing], None)
+            self._post(prompts.choosing, None)
 
     def _prefill_pass(self, shape: PrefillShape) -> PrefillPass:
         def build(shape: PrefillShape) -> PrefillPass:
@@ -306,7 +306,7 @@ class Runner:
         cycle.prompts.load(prompts.laid, prompts.picked)
         with self.stopwatch.time("recording" if cycle.records else "mixed_cycle"):
             cycle.run()
-        self._post([(r.slot, r) for r in requests], plan, None, policy)
+        self._post(requests, plan, None, policy)
         value, index = cycle.first_choices
         self._take_prompts(prompts, [(value[i : i + 1], index[i : i + 1]) for i in range(len(prompts.choosing))])
 
@@ -319,9 +319,9 @@ class Runner:
                 run_by_rejection(cycle, requests)
             else:
                 cycle.run()
-        self._post([(r.slot, r) for r in requests], plan, stretch if steady else None, policy)
+        self._post(requests, plan, stretch if steady else None, policy)
 
-    def _post(self, requests, plan: CyclePlan | None, timed=None, policy=None) -> None:
+    def _post(self, requests: list[Request], plan: CyclePlan | None, timed=None, policy=None) -> None:
         """Queue the slots' results for reading: a copy to pinned memory on CUDA, the state itself on the CPU."""
         results, done = self.results, None
         if self.lag:
@@ -329,7 +329,7 @@ class Runner:
             results.memory.copy_(self.results.memory, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-        self.flights.append(Flight(requests, plan, results, done, timed, policy))
+        self.flights.append(Flight([(r.slot, r) for r in requests], plan, results, done, timed, policy))
         self.num_posted += 1
 
     def _mailbox(self) -> SlotResults:

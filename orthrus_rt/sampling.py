@@ -1,11 +1,4 @@
-"""Sampling parameters, and the published rejection rule.
-
-By default acceptance is *coupled*: at every position both views choose under the same noise, keyed by seed, position
-and token id, so decoding at temperature > 0 is as lossless as greedy decoding (that is ``process_logits``; nothing
-here is needed). The *rejection* rule is lossless in distribution: accept a draft with probability min(1, p/q), else
-sample from the positive part of p - q; p and q are the AR and diffusion distributions after temperature, top-k, top-p
-and min-p. (Speculative sampling: Leviathan et al. 2023, Chen et al. 2023; arXiv 2605.12825 for this use.)
-"""
+"""Sampling parameters: how to continue one prompt."""
 
 from __future__ import annotations
 
@@ -15,14 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
 
-import numpy as np
 import torch
 
 from orthrus_rt.cycle_plan import integer
-from orthrus_rt.reference import process_logits_probs
 
-# Every random number is keyed by (seed, position, purpose), never by call order.
-DRAFT, ACCEPT, RECOVER = 0, 1, 2
 MAX_LOGIT_BIAS = 256
 LEAST, MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # the kernels compute in fp32
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -74,8 +63,8 @@ class SamplingParams:
             object.__setattr__(self, name, _integer(name, getattr(self, name)))
         for name in ("temperature", "top_p", "min_p", *PENALTIES):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
-        object.__setattr__(self, "stop_token_ids", _integers("stop_token_ids", self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", _pairs("logit_bias", self.logit_bias))  # hashable, as all else
+        object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))  # hashable, as all else
         checks = (
             ("max_new_tokens", ">= 1", self.max_new_tokens >= 1),
             ("temperature", "0, or finite and >= 1e-6", self.greedy or 1e-6 <= self.temperature <= MOST),
@@ -135,85 +124,20 @@ def _number(name: str, value) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _integers(name: str, values) -> tuple[int, ...]:
+def _stop_ids(values) -> tuple[int, ...]:
     try:
         ids = None if isinstance(values, str) else tuple(values)
     except TypeError:
         ids = None
     if ids is None:
-        raise ValueError(f"SamplingParams: {name} must be a list of integers, got {values!r}")
-    return tuple(_integer(name, t) for t in ids)
+        raise ValueError(f"SamplingParams: stop_token_ids must be a list of integers, got {values!r}")
+    return tuple(_integer("stop_token_ids: every id", t) for t in ids)
 
 
-def _pairs(name: str, values) -> tuple[tuple[int, float], ...]:
+def _logit_bias(values) -> tuple[tuple[int, float], ...]:
     pairs = values.items() if isinstance(values, Mapping) else values
     try:
         pairs = [(token, value) for token, value in pairs]
     except (TypeError, ValueError):
-        raise ValueError(f"SamplingParams: {name} must be {{token id: value}}, got {values!r}") from None
-    return tuple((_integer(f"{name}: every token id", token), _number(name, value)) for token, value in pairs)
-
-
-def uniform(seed: int, position: int, purpose: int) -> float:
-    """One fp64 uniform in [0, 1) from the counter-based Philox generator, keyed by its arguments."""
-    bits = np.random.Philox(key=[seed, purpose], counter=[position, 0, 0, 0])
-    return np.random.Generator(bits).random()
-
-
-def pick(weights: torch.Tensor, u: float) -> int:
-    """Inverse-CDF draw from non-negative fp64 ``weights`` ``[vocab_size]`` (any positive sum)."""
-    cdf = weights.cumsum(0)
-    index = int(torch.searchsorted(cdf, u * float(cdf[-1]), right=True))
-    return min(index, int(weights.nonzero()[-1]))
-
-
-class RejectionSampler:
-    """One request's sampler. A rejected draft's recovery token never equals the draft (its residual is 0 there), so
-    consensus by comparing ids accepts exactly what the rule accepted.
-    """
-
-    def __init__(self, params: SamplingParams, seed: int):
-        self.params, self.seed = params, seed
-        self._draft_probs: torch.Tensor | None = None
-
-    def _probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """fp64 ``[rows, vocab_size]``, computed in fp32."""
-        p = self.params
-        probs = process_logits_probs(logits, p.temperature, p.top_k, p.top_p, p.min_p).double()
-        return probs / probs.sum(-1, keepdim=True)
-
-    def draft(self, logits: torch.Tensor, position: int) -> torch.Tensor:
-        """Draft tokens int32 ``[rows]`` for ``position, position + 1, ...`` from fp32 logits ``[rows, vocab_size]``.
-
-        NaN counts as -inf, and a row of nothing else drafts id 0: a broken drafter is only slow.
-        """
-        self._draft_probs = self._probs(logits)
-        ids = [pick(q, uniform(self.seed, position + i, DRAFT)) for i, q in enumerate(self._draft_probs)]
-        return torch.tensor(ids, dtype=torch.int32, device="cpu")
-
-    def forget_drafts(self) -> None:
-        """Free what :meth:`draft` keeps for :meth:`verify`: fp64 ``[drafts, vocab_size]``."""
-        self._draft_probs = None
-
-    def verify(self, logits: torch.Tensor, drafts: list[int], position: int) -> torch.Tensor:
-        """Choices int32 ``[len(drafts) + 1]`` for positions ``position, ...``: each draft until the first rejected one,
-        there the recovery token, and after all drafts the bonus token. NaN counts as -inf; what a row of nothing else
-        chooses means nothing, and consensus, told so, does not take it.
-        """
-        probs = self._probs(logits[: len(drafts) + 1])
-        choices = list(drafts)
-        for i, token in enumerate(drafts):
-            p, q = probs[i], self._draft_probs[i]
-            # u < p/q without the division; u = 0 must not accept what p forbids.
-            u = uniform(self.seed, position + i, ACCEPT)
-            if p[token] > 0 and u * q[token] < p[token]:
-                continue
-            residual = (p - q).clamp(min=0)
-            if not residual.any():
-                continue  # p and q are one distribution to the last bit: rejecting would be a rounding error
-            choices[i] = pick(residual, uniform(self.seed, position + i, RECOVER))
-            break
-        else:
-            choices.append(pick(probs[len(drafts)], uniform(self.seed, position + len(drafts), RECOVER)))
-        padded = choices + [0] * (len(drafts) + 1 - len(choices))
-        return torch.tensor(padded, dtype=torch.int32, device="cpu")
+        raise ValueError(f"SamplingParams: logit_bias must be {{token id: value}}, got {values!r}") from None
+    return tuple((_integer("logit_bias: every token id", t), _number("logit_bias", value)) for t, value in pairs)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from orthrus_rt import pages
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.cycle_plan import integer
-from orthrus_rt.pages import PAGE_SIZE
 
 DEFAULT_SEQ_LEN = 4096
 MOST = 2**31  # slots and pages have int32 numbers
@@ -34,7 +34,7 @@ def engine_sizes(config: ModelConfig, max_seq_len: int | None, max_batch_size: i
     max_batch_size = integer("max_batch_size", max_batch_size)
     if max_batch_size < 1:
         raise ValueError(f"max_batch_size must be >= 1, got {max_batch_size}")
-    per_sequence = -(-max_seq_len // PAGE_SIZE)
+    per_sequence = pages.num_pages(max_seq_len)
     num_pages = max_batch_size * per_sequence if num_pages is None else integer("num_pages", num_pages)
     for name, value in (("max_batch_size", max_batch_size), ("num_pages", num_pages)):
         if value >= MOST:

@@ -44,7 +44,7 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def push(self, token_ids) -> str:
-        """The text that these tokens complete."""
+        """The text that these tokens, ints, complete."""
         self._ids.extend(token for token in map(int, token_ids) if token not in self._special)  # which say nothing
         return self._until_stop(self._advance(final=False), final=False)
 

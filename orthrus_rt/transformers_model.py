@@ -73,11 +73,10 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
 
 
 @torch.inference_mode()
-def greedy(model, ids: list[int], max_new_tokens: int, *, stop: bool = True) -> list[int]:
+def greedy(model, ids: list[int], max_new_tokens: int) -> list[int]:
     """transformers' own greedy ``generate``; the new tokens alone."""
-    kwargs = {} if stop else {"eos_token_id": None}
     out = model.generate(
         torch.tensor([ids], device=model.device), attention_mask=torch.ones(1, len(ids), dtype=torch.long,
-        device=model.device), do_sample=False, max_new_tokens=max_new_tokens, **kwargs,
+        device=model.device), do_sample=False, max_new_tokens=max_new_tokens,
     )  # fmt: skip
     return out[0, len(ids) :].tolist()

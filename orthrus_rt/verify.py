@@ -60,15 +60,17 @@ def first_difference(a: list[int], b: list[int]) -> Difference | None:
     return None
 
 
-def check(params: SamplingParams, modes: list[str], batch: int = 1, against=None) -> None:
-    """Whether :meth:`verify` would take these.
+def check(num_prompts: int, params: SamplingParams, modes: list[str], batch: int = 1, against=None) -> None:
+    """Whether :func:`verify` would take these.
 
     Raises:
-        ValueError: there is nothing to compare, a mode comes twice, or sampling has no seed or is compared with another
-            implementation.
+        ValueError: there is nothing to compare, a batch has more prompts than there are, a mode comes twice, or
+            sampling has no seed or is compared with another implementation.
     """
     if len(modes) < 2 and batch < 2 and against is None:
         raise ValueError("two modes, a batch of at least 2 or another implementation are needed to compare")
+    if not 1 <= batch <= num_prompts:
+        raise ValueError(f"batch must be within [1, {num_prompts}] (the prompts there are), got {batch}")
     if len(set(modes)) < len(modes):
         raise ValueError(f"modes must differ from one another, got {' '.join(modes)}")
     if not params.greedy and (params.seed is None or against):
@@ -86,8 +88,9 @@ def verify(
 ) -> Iterator[tuple[list[int], float, list[Comparison]]]:
     """Decode every prompt in ``modes[0]`` alone, and compare all other ways with that.
 
-    The other ways are the other modes alone; with ``batch`` > 1 every mode again, ``batch`` prompts together; and
-    ``against``, another implementation's greedy continuation of a prompt, whose near-ties in 16 bit are marked.
+    The other ways are the other modes alone; with ``batch`` > 1 every mode again, ``batch`` prompts together (where
+    fewer are left, with some before them); and ``against``, another implementation's greedy continuation of a prompt,
+    whose near-ties in 16 bit are marked.
 
     Made with ``prefix_caching=False`` the engine computes all of it anew; else ways take over pages from one another.
 
@@ -100,12 +103,13 @@ def verify(
     Raises:
         ValueError: as :func:`check`.
     """
-    check(params, modes, batch, against)
+    check(len(prompts), params, modes, batch, against)
     for first in range(0, len(prompts), batch):
-        group = prompts[first : first + batch]
-        together = []
+        group, together = prompts[first : first + batch], []
         if batch > 1:
-            together = [(mode, complete(engine.generate(group, params, mode=mode))) for mode in modes]
+            company = prompts[max(0, len(group) + first - batch) : first + len(group)]
+            outs = [complete(engine.generate(company, params, mode=mode)) for mode in modes]
+            together = [(mode, some[-len(group) :]) for mode, some in zip(modes, outs, strict=True)]
         for i, ids in enumerate(group):
             want, *others = (engine.generate(ids, params, mode=mode) for mode in modes)
             ways = list(zip(modes[1:], others, strict=True))

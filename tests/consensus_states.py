@@ -9,7 +9,7 @@ import torch
 
 from orthrus_rt import reference
 from orthrus_rt import state as st
-from orthrus_rt.plan import empty_rows
+from orthrus_rt.rows import empty_rows
 
 MASK = 99
 

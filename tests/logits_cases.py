@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from orthrus_rt import reference
-from orthrus_rt.plan import Rows
+from orthrus_rt.rows import Rows
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState, empty_partials, num_score_tiles
 from tests.rows import ar, diff, make_rows
 

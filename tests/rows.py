@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orthrus_rt.plan import Rows
+from orthrus_rt.rows import Rows
 
 
 @dataclass(frozen=True)

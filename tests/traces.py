@@ -18,6 +18,7 @@ from orthrus_rt import ops
 from orthrus_rt import state as st
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.engine import Engine
+from orthrus_rt.pages import num_pages
 
 
 @dataclass
@@ -127,7 +128,7 @@ class Tap:
     def _cache(self, request) -> bytes:
         kv, slot = self.engine.kv, request.slot
         length = int(self.engine.runner.state.cache_seqlens[slot])
-        pages = kv.pages[:, :, kv.page_table[slot, : kv.num_pages_for(length)].long()]
+        pages = kv.pages[:, :, kv.page_table[slot, : num_pages(length)].long()]
         return digest(pages.transpose(3, 4).flatten(2, 3)[:, :, :length])
 
 

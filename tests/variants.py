@@ -22,15 +22,16 @@ def compiler(for_aarch64: bool) -> str | None:
 def flags(isa: str) -> list[str]:
     """What CMake compiles a source of this variant with, but for optimisation."""
     defined = [f"-DORTHRUS_ISA={isa}", f"-DORTHRUS_ISA_{isa}", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cpu"]
-    return ["-std=c++17", "-ffp-contract=off", *defined, *_listed(f"CPU_FLAGS_{isa}")]
+    return ["-std=c++17", "-ffp-contract=off", *defined, *listed(f"CPU_FLAGS_{isa}")]
 
 
 def sources() -> list[str]:
     """That all variants share."""
-    return _listed("CPU_SOURCES")
+    return listed("CPU_SOURCES")
 
 
-def _listed(name: str) -> list[str]:
+def listed(name: str) -> list[str]:
+    """What CMakeLists.txt sets ``name`` to."""
     found = re.search(rf"set\({name}\s+([^)]*)\)", CMAKE)
     words = re.sub(r"#.*", "", found[1]).split() if found else []
-    return [w for word in words for w in (_listed(word[2:-1]) if word.startswith("${") else [word])]
+    return [w for word in words for w in (listed(word[2:-1]) if word.startswith("${") else [word])]

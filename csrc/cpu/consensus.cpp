@@ -1,5 +1,5 @@
 // Coupled choice, accepted prefix, stop conditions, commit and staging, slot by slot.
-#include "consensus.h"
+#include "slot_ops.h"
 
 #include <algorithm>
 #include <array>

@@ -1,4 +1,4 @@
-#include "count_tokens.h"
+#include "slot_ops.h"
 
 #include <algorithm>
 

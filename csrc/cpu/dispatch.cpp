@@ -7,8 +7,7 @@
 #include <string>
 #include <type_traits>
 
-#include "consensus.h"
-#include "count_tokens.h"
+#include "slot_ops.h"
 #include "float_mode.h"
 #include "orthrus/ops.h"
 #include "tape.h"

@@ -1,3 +1,4 @@
+// Of the variant avx2: eight lanes of fp32, bf16 widened.
 #pragma once
 #include <immintrin.h>
 

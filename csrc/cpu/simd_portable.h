@@ -1,3 +1,4 @@
+// Of the variant portable: C++ alone, for any processor.
 #pragma once
 
 namespace orthrus::cpu::portable {

@@ -5,22 +5,14 @@
 // on it), and the next kernel is let in with this one's last load, not sooner, lest its loads hold up ours: the
 // memory bus stays busy across kernel boundaries. Small kernels in between let their successor in at once. All that
 // needs two CTAs to fit an SM, and one of a small kernel, hence the budgets of shared memory and registers.
-#include "orthrus/launch.cuh"
-#include "orthrus/sm90.cuh"
-#include "row_linear_finish.cuh"
+#include "row_linear_sm90_producer.cuh"
 
 namespace orthrus::cuda {
 namespace {
 
-constexpr int kMaxStages = 16;
 constexpr int kSharedPerSm = 228 * 1024;
 constexpr int kSharedOfCta = 1024;    // reserved by the system
 constexpr int kSharedOfOthers = 2048;  // for a small kernel's CTA, its kSharedOfCta included
-
-template <int kTokens>
-__host__ __device__ constexpr int stage_bytes(int blocks) {
-  return blocks * kBlockBytes + kTokens * kBlock * 2;
-}
 
 struct Sm90Params {
   sm90::TensorMap x_map[2];  // of each view; nothing behind its rows is read
@@ -34,198 +26,7 @@ constexpr int ctas_per_sm(int tokens, bool prefill) { return prefill || tokens >
 // One thread produces; only whole warpgroups can hand their registers over to the prefill's two sets of sums.
 constexpr int producer_threads(bool prefill) { return prefill ? kGroupThreads : 32; }
 
-// The start of shared memory, at addresses that take no registers. Behind it the ring's stages, then for kArgmax the
-// best logits.
-struct alignas(1024) Shared {
-  uint64_t full[kMaxStages], empty[kMaxStages];
-  int32_t flags[2];                              // of each group
-  alignas(16) float staging[2][kStagingFloats];
-};
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// From a kernel's last load to its successor's first free stage pass several microseconds: more than the stages can
-// absorb at 24 KB per microsecond and SM. So L2 is always filled this much further ahead of them: when the successor
-// starts at last, its reads from L2 catch up while memory goes on.
-constexpr int kPrefetchBytes = 96 * 1024;
-__device__ constexpr int steps_ahead(int blocks) { return kPrefetchBytes / (blocks * kBlockBytes); }
-
-template <int kTokens>
-struct Ring {
-  Shared& shared;
-  int num_stages;
-  int blocks;  // of a stage's weights
-
-  __device__ uint64_t* full(int stage) const { return &shared.full[stage]; }
-  __device__ uint64_t* empty(int stage) const { return &shared.empty[stage]; }
-  __device__ uint8_t* weight(int stage, int block) const {
-    return reinterpret_cast<uint8_t*>(&shared + 1) + stage * stage_bytes<kTokens>(blocks) + block * kBlockBytes;
-  }
-  __device__ uint8_t* x(int stage) const { return weight(stage, blocks); }
-  __device__ Best* best() const { return reinterpret_cast<Best*>(weight(num_stages, 0)); }
-};
-
-struct Cursor {
-  int stage = 0;
-  int parity = 0;
-  __device__ void advance(int num_stages) {
-    if (++stage == num_stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// The items that a CTA works through: its range of units for one row tile after the other (decode), or whole
-// tiles of two blocks (prefill), there with the row tile varying fastest so that a weight is read from memory once.
-template <bool kPrefill>
-struct Walk {
-  const RowLinearArgs& args;
-  int begin, length;  // units of an item: within the weight (decode) or within a tile (prefill)
-
-  __device__ explicit Walk(const RowLinearArgs& a) : args(a) {
-    begin = kPrefill ? 0 : a.plan.range_begin(blockIdx.x);
-    length = kPrefill ? a.plan.k_blocks : a.plan.range_begin(blockIdx.x + 1) - begin;
-  }
-  __device__ int items() const {
-    if (!kPrefill) return args.row_tiles;
-    const int all = (args.plan.blocks + 1) / 2 * args.row_tiles;
-    return (all - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
-  }
-  __device__ int row_tile(int item) const {
-    return kPrefill ? (blockIdx.x + item * gridDim.x) % args.row_tiles : item;
-  }
-  __device__ int first_block(int item) const {
-    return kPrefill ? (blockIdx.x + item * gridDim.x) / args.row_tiles * 2
-                    : begin / args.plan.k_blocks * args.plan.blocks_per_tile;
-  }
-};
-
-// Where one unit of a weight lies; stepping costs no division.
-struct Unit {
-  const RowLinearPlan& plan;
-  const uint8_t* weight;
-  int block, kb;
-  const uint8_t* source;  // of its first block
-
-  __device__ void locate() { source = weight + (static_cast<int64_t>(block) * plan.k_blocks + kb) * kBlockBytes; }
-  __device__ void advance() {
-    source += kBlockBytes;
-    if (++kb < plan.k_blocks) return;
-    block += plan.blocks_per_tile;
-    kb = 0;
-    locate();
-  }
-  __device__ void prefetch() const {
-#pragma unroll 1
-    for (int b = 0; b < plan.blocks_per_tile; ++b)
-      sm90::bulk_prefetch(source + static_cast<int64_t>(b) * plan.k_blocks * kBlockBytes, kBlockBytes);
-  }
-};
-
-// The first units that the next kernel's CTA of the same number will load, if that is decode too: memory does not wait
-// for this kernel's end.
-struct Handover {
-  Unit unit;
-  int left = 0;
-
-  __device__ explicit Handover(const RowLinearArgs& args) : unit{args.next} {
-    const RowLinearPlan& plan = args.next;
-    if (!args.p.next_weight || static_cast<int>(blockIdx.x) >= plan.grid) return;
-    const int begin = plan.range_begin(blockIdx.x);
-    left = min(steps_ahead(plan.blocks_per_tile), plan.range_begin(blockIdx.x + 1) - begin);
-    unit.weight = static_cast<const uint8_t*>(args.p.next_weight);
-    unit.block = begin / plan.k_blocks * plan.blocks_per_tile;
-    unit.kb = begin % plan.k_blocks;
-    unit.locate();
-  }
-  __device__ void prefetch() {
-    unit.prefetch();
-    unit.advance();
-    --left;
-  }
-};
-
-// One unit of the walk as the producer needs it.
-template <int kTokens, bool kPrefill>
-struct Position {
-  const Walk<kPrefill>& walk;
-  int item = 0, offset, row_tile, row;
-  Unit unit;
-
-  __device__ explicit Position(const Walk<kPrefill>& w) : walk(w), unit{w.args.plan} { enter(); }
-  __device__ void enter() {
-    const RowLinearArgs& args = walk.args;
-    row_tile = walk.row_tile(item);
-    unit.weight = static_cast<const uint8_t*>(args.is_diff(row_tile) ? args.p.weight_diff : args.p.weight);
-    row = args.row_begin(row_tile, kTokens);
-    offset = 0;
-    unit.block = walk.first_block(item);
-    unit.kb = walk.begin % args.plan.k_blocks;
-    unit.locate();
-  }
-  __device__ void advance() {
-    unit.advance();
-    if (++offset < walk.length) return;
-    ++item;
-    enter();
-  }
-};
-
-template <int kTokens, bool kPrefill>
-__device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map, const Ring<kTokens>& ring) {
-  using namespace sm90;
-  using Position = Position<kTokens, kPrefill>;
-  const Walk<kPrefill> walk(args);
-  const int total = walk.items() * walk.length;
-  const int64_t block_stride = static_cast<int64_t>(args.plan.k_blocks) * kBlockBytes;
-  const uint64_t policy = evict_first_policy();
-
-  auto load_weight = [&](const Position& at, int stage) {
-    const int count = min(ring.blocks, args.plan.blocks - at.unit.block);
-    barrier_arrive_expect(ring.full(stage), stage_bytes<kTokens>(count));
-#pragma unroll 1
-    for (int b = 0; b < count; ++b) {
-      if (kPrefill)
-        bulk_load(ring.weight(stage, b), at.unit.source + b * block_stride, kBlockBytes, ring.full(stage));
-      else
-        bulk_load(ring.weight(stage, b), at.unit.source + b * block_stride, kBlockBytes, ring.full(stage), policy);
-    }
-  };
-  auto load_x = [&](const Position& at, int stage) {
-    tensor_load(ring.x(stage), x_map + args.is_diff(at.row_tile), at.unit.kb * kBlock, at.row, ring.full(stage));
-  };
-
-  // Steps brought to L2 before they are loaded; prefill, with one CTA an SM and reuse in L2, does without. Only the
-  // load marks a line as evict-first: between the two it has to stay. Behind the last step come the first ones of the
-  // next weight.
-  const int lead = kPrefill ? 0 : steps_ahead(ring.blocks);
-  const int ahead = min(total, ring.num_stages);
-  Position first(walk), next(walk);
-  for (int step = 0; step < ahead; ++step, next.advance()) load_weight(next, step);
-  Position later(next);
-  for (int step = ahead; step < min(total, ahead + lead); ++step, later.advance()) later.unit.prefetch();
-  Handover handover(args);
-  pdl_wait();
-  fence_proxy_async_global();  // x was stored by threads
-  if (total == ahead) pdl_launch_dependents();  // after the wait: never more than two row_linears at once
-  for (int step = 0; step < ahead; ++step, first.advance()) load_x(first, step);
-  Cursor cursor;
-  for (int step = ahead; step < total; ++step, next.advance()) {
-    barrier_wait(ring.empty(cursor.stage), cursor.parity);
-    load_weight(next, cursor.stage);
-    load_x(next, cursor.stage);
-    if (step == total - 1) pdl_launch_dependents();
-    if (lead > 0 && step + lead < total) {
-      later.unit.prefetch();
-      later.advance();
-    } else if (!kPrefill && handover.left > 0) {
-      handover.prefetch();
-    }
-    cursor.advance(ring.num_stages);
-  }
-  while (!kPrefill && handover.left > 0) handover.prefetch();
-}
 
 template <int kTokens>
 __device__ __forceinline__ void multiply(float (&acc)[kTokens / 2], const uint8_t* weight, const uint8_t* x,

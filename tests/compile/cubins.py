@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import variants
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-cubin", "-Xptxas=-v", f"-I{ROOT / 'csrc/include'}")
@@ -22,12 +24,6 @@ FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-cubin", "-Xptxas=-v", f"-I{ROOT / '
 def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
-
-
-def sources() -> list[str]:
-    """CUDA_SOURCES of CMakeLists.txt, the only list there is."""
-    listed = re.search(r"set\(CUDA_SOURCES\s+([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
-    return listed.group(1).split()
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ def reports() -> dict:
     """Futures of all reports by (source, arch)."""
     pool = ThreadPoolExecutor(2)
     # The largest sources first, so that none is left running alone at the end.
-    by_size = sorted(sources(), key=lambda s: -(ROOT / s).stat().st_size)
+    by_size = sorted(variants.listed("CUDA_SOURCES"), key=lambda s: -(ROOT / s).stat().st_size)
     return {(source, arch): pool.submit(report, source, arch) for source in by_size for arch in ARCHS}
 
 

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from tests import variants
 from tests.compile import cubins
 
 STATIC_SHARED_LIMIT = 48 << 10  # of any architecture; more has to be dynamic
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.skipif(cubins.nvcc() is None, reason="nvcc is not insta
 
 
 @pytest.mark.parametrize("arch", cubins.ARCHS)
-@pytest.mark.parametrize("source", cubins.sources())
+@pytest.mark.parametrize("source", variants.listed("CUDA_SOURCES"))
 def test_compiles_without_spills(source, arch):
     for kernel in cubins.parse(cubins.reports()[source, arch].result()):
         assert kernel.spill_bytes == kernel.stack_bytes == 0, f"{source} {arch}: {kernel}"
@@ -48,7 +49,7 @@ def test_kernels_sleep_where_a_build_asks_for_it(tmp_path, delay):
 @pytest.mark.parametrize("arch", cubins.ARCHS)
 def test_every_architecture_has_kernels(arch):
     """A guard that compiles everything away would pass the test above."""
-    names = [k.name for s in cubins.sources() for k in cubins.parse(cubins.reports()[s, arch].result())]
+    names = [k.name for s in variants.listed("CUDA_SOURCES") for k in cubins.parse(cubins.reports()[s, arch].result())]
     for op in ("row_linear", "qkv_commit", "dual_attn", "consensus"):
         assert any(op in name for name in names), f"{arch}: no kernel of {op} among {names}"
 

@@ -251,42 +251,6 @@ def test_an_abort_that_fails_is_tried_again(folder, monkeypatch):
     run(folder, use)
 
 
-def test_streams_and_cancellation(folder, alone, monkeypatch):
-    params = SamplingParams(max_new_tokens=30, ignore_eos=True)
-
-    async def collect(shared, prompt, running=None):
-        tokens = []
-        async for out in shared.stream(prompt, params):
-            tokens += out.new_token_ids
-            if running:
-                running.set()
-        return tokens
-
-    async def main():
-        engine = make(folder)
-        shared = AsyncEngine(engine)
-        slowly(shared, monkeypatch)
-        prompts = [[i, i + 1, i + 2] for i in range(10)]
-        running = asyncio.Event()
-        cancelled = asyncio.create_task(collect(shared, [50, 51], running))
-        tasks = [asyncio.create_task(collect(shared, p)) for p in prompts]
-        await running.wait()
-        cancelled.cancel()
-        assert await asyncio.gather(*tasks) == [alone(p, params) for p in prompts]
-        with pytest.raises(asyncio.CancelledError):
-            await cancelled
-        with pytest.raises(ValueError, match="at least one token"):
-            await collect(shared, [])
-        assert (await collect(shared, [9]))[:3] == alone([9], params)[:3]
-        while engine.has_unfinished():  # the cancelled request's last output is still to be taken
-            await asyncio.sleep(0.01)
-        assert engine.kv.num_free_pages == engine.kv.num_pages - 1
-        assert bool((engine.kv.page_table == 0).all()) and not any(engine.scheduler.slots)
-        await shared.close()
-
-    asyncio.run(main())
-
-
 def test_nobody_else_calls_an_engine_that_is_shared(folder, alone):
     """Direct calls would take other streams' tokens out of its hands."""
 
@@ -339,6 +303,8 @@ def test_calls_that_would_disturb_the_streams_are_refused(folder, function, args
         message = rf"Engine\.{name} would disturb the streams; use AsyncEngine\.{instead}\(\)"
         with pytest.raises(ValueError, match=message):
             await shared.call(function, *args)
+        with pytest.raises(TypeError, match=r"call: pass Engine\.explain, which gets the engine as its argument"):
+            await shared.call(shared.engine.explain)
 
     run(folder, use)
 

@@ -167,8 +167,7 @@ def test_a_fault_leaves_no_cycle_pending(folder, monkeypatch):
 
 def test_warmup_measures_once_per_device_and_model_and_looks_again(folder, cache, monkeypatch):
     def warmup(engine, slowness):
-        def seconds(self, start):
-            cycle = start()
+        def seconds(self, cycle):
             timed.append((cycle.state.num_slots, cycle.plan))
             return slowness * cycle.plan.num_passes * (1e-3 + 2e-5 * cycle.plan.max_rows)
 
@@ -197,8 +196,7 @@ def test_warmup_measures_once_per_device_and_model_and_looks_again(folder, cache
 def test_warmup_leaves_out_what_could_not_pay(folder, cache, monkeypatch, per_row, dearer_stay_out):
     """Of one_pass what costs more than drafting anew: where rows are free nothing does."""
 
-    def seconds(self, start):
-        cycle = start()
+    def seconds(self, cycle):
         return cycle.plan.num_passes * (1e-3 + per_row * cycle.plan.max_rows)
 
     monkeypatch.setattr(Auto, "_seconds", seconds)
@@ -259,8 +257,7 @@ def test_warmup_times_sequences_in_the_middle_and_leaves_no_trace(folder, monkey
     tensors, seen = snapshot(auto)
     timed = []
 
-    def seconds(self, start):
-        cycle = start()
+    def seconds(self, cycle):
         cycle.stage_first()
         state, rows = cycle.state, cycle.passes[0].rows
         (context,) = set(state.cache_seqlens.tolist())

@@ -11,10 +11,10 @@ from bench import bench_decode, decode_cases
 from bench.acceptance import mean_accepted, per_position, simulated, trace
 from bench.baselines import GrowingCache, StaticCache, Weights, generate
 from orthrus_rt import checkpoint, dispatch
+from orthrus_rt.dry_run import dry_cycles
 from orthrus_rt.engine import Engine
 from orthrus_rt.profile import calls_of
 from orthrus_rt.sampling import SamplingParams
-from orthrus_rt.staging import staged
 from tests import byte_tokenizer, checkpoints
 
 needs_native = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
@@ -78,7 +78,7 @@ def test_simulated_cycles_accept_by_the_trace_and_do_the_same_work(tmp_path):
         for context in (contextlib.nullcontext(), simulated(drawn)):
             engine = Engine.from_pretrained(folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=2)
             plan = engine.make_plan("two_pass")
-            with context, staged(engine, [plan], 2, 40) as start:
+            with context, dry_cycles(engine, [plan], 2, 40) as start:
                 calls.append([(call.name, call.nbytes()) for call in calls_of(start(plan).run_eager)])
     assert calls[0] == calls[1]  # the same ops over as many bytes
     with simulated(drawn):

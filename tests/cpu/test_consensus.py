@@ -8,7 +8,7 @@ from hypothesis import strategies as hs
 from orthrus_rt import dispatch, native, reference
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import MAX_BLOCK_LEN
-from orthrus_rt.plan import empty_rows
+from orthrus_rt.rows import empty_rows
 from tests import consensus_states as cs
 from tests.consensus_states import MASK
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from scipy import stats
 
-from orthrus_rt import ops, sampling
+from orthrus_rt import ops, rejection
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.engine import Engine
-from orthrus_rt.sampling import RejectionSampler, SamplingParams
+from orthrus_rt.rejection import RejectionSampler
+from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
 from tests.native_cpu import threads
 from tests.table_model import DRAFTERS, SETTINGS, TABLE, VOCAB, two_tokens
@@ -190,22 +191,24 @@ class SharedStream(RejectionSampler):
 
     def draft(self, logits, position):
         self._draft_probs = self._probs(logits)
-        ids = [sampling.pick(q, sampling.uniform(self.seed, position + i, 0)) for i, q in enumerate(self._draft_probs)]
+        ids = [
+            rejection.pick(q, rejection.uniform(self.seed, position + i, 0)) for i, q in enumerate(self._draft_probs)
+        ]
         return torch.tensor(ids, dtype=torch.int32)
 
     def verify(self, logits, drafts, position):
-        honest, sampling.uniform = sampling.uniform, lambda seed, position, purpose: honest(seed, position, 0)
+        honest, rejection.uniform = rejection.uniform, lambda seed, position, purpose: honest(seed, position, 0)
         try:
             return super().verify(logits, drafts, position)
         finally:
-            sampling.uniform = honest
+            rejection.uniform = honest
 
 
 class NoDraftProbs(RejectionSampler):
     """Published bug: without draft probabilities every draft counts as certain to be right."""
 
     def verify(self, logits, drafts, position):
-        bonus = sampling.pick(self._probs(logits)[-1], sampling.uniform(self.seed, position + len(drafts), 2))
+        bonus = rejection.pick(self._probs(logits)[-1], rejection.uniform(self.seed, position + len(drafts), 2))
         return torch.tensor([*drafts, bonus])
 
 

@@ -20,9 +20,10 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.model import Activations
 from orthrus_rt.pass_costs import PassCosts
 from orthrus_rt.prefill import PrefillPass
+from orthrus_rt.rejection import RejectionSampler
 from orthrus_rt.results import SlotResults
 from orthrus_rt.runner import Runner
-from orthrus_rt.sampling import RejectionSampler, SamplingParams
+from orthrus_rt.sampling import SamplingParams
 from tests import engines, failing
 from tests.failing import exhausted
 
@@ -86,10 +87,6 @@ def no_memory_to_verify(monkeypatch):
     monkeypatch.setattr(RejectionSampler, "verify", exhausted)
 
 
-def no_memory_to_draft(monkeypatch):
-    monkeypatch.setattr(RejectionSampler, "draft", exhausted)
-
-
 def no_memory_on_the_cpu(monkeypatch):
     def cpu_allocator(*_):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
@@ -102,7 +99,6 @@ def no_memory_on_the_cpu(monkeypatch):
     [
         (no_memory_for_scored_cycles, SAMPLED),
         (no_memory_to_verify, REJECTION),
-        (no_memory_to_draft, REJECTION),
         (no_memory_on_the_cpu, SAMPLED),
     ],
 )

@@ -163,7 +163,7 @@ def test_what_says_the_same_is_accepted(model, input_ids):
 
 def test_a_failure_before_the_first_token_sends_the_streamer_nothing(model, input_ids, monkeypatch):
     def stream(*_, **__):
-        yield RequestOutput("x", [], True, "error", Stats("", 0, 0))
+        yield RequestOutput("x", [], "error", Stats("", 0, 0))
         raise FloatingPointError("no logit is above -inf")
 
     monkeypatch.setattr(model.engine, "stream", stream)
@@ -227,6 +227,8 @@ def test_a_model_stays_where_it_is(model, monkeypatch):
     monkeypatch.setattr(hf, "pick_device", torch.device)
     with pytest.raises(ValueError, match=r"to: device must be cpu, where device_map has put it, got cuda:1"):
         model.to("cuda:1")
+    with pytest.raises(ValueError, match=r"to: a dtype is from_pretrained's to choose, got torch\.float32"):
+        model.to(torch.float32)
 
 
 def test_a_model_can_be_closed(text_folder):
@@ -235,6 +237,8 @@ def test_a_model_can_be_closed(text_folder):
         model.close()
     with pytest.raises(RuntimeError, match="this engine is closed"):
         model.generate([[1, 2]], max_new_tokens=1)
+    with pytest.raises(RuntimeError, match="this engine is closed"):
+        print(model.dtype)
 
 
 def test_arguments_reach_the_engine(model, input_ids, monkeypatch):

@@ -7,8 +7,8 @@ import torch
 
 from orthrus_rt import dispatch, ops
 from orthrus_rt.cycle import Cycle
-from orthrus_rt.plan import Layout
 from orthrus_rt.prefill import PrefillShape, PromptRows
+from orthrus_rt.rows import Layout
 from orthrus_rt.runner import CHUNK_BESIDE
 from orthrus_rt.sampling import SamplingParams
 from tests import engines, lossless
@@ -28,7 +28,7 @@ JOBS = [
     ([9] * 9, GREEDY),
 ]
 MODES = {"ar": {}, "two_pass": {"draft_len": 5}, "one_pass": {"draft_len": 3, "fan_out": 2}, "auto": {}}
-PINNED = {"ar": 1.0, "two_pass": 1.48, "one_pass": 1.10}  # tokens per cycle
+PINNED = {"ar": 1.0, "two_pass": 1.52, "one_pass": 1.10}  # tokens per cycle
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""NVTX ranges, with a recorder in the profiler's place: each variable's setting in a process of its own."""
+"""NVTX ranges, with a recorder in the profiler's place."""
 
 import json
 import os
@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from orthrus_rt import dispatch
+import pytest
+import torch
+
+from orthrus_rt import dispatch, nvtx
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen3-tied-k8"
 CODE = f"""
@@ -22,19 +25,15 @@ print(json.dumps(events))
 """
 
 
-def events(value):
-    env = {**os.environ, "ORTHRUS_NVTX": value}
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=env, check=True)
-    return json.loads(done.stdout)
-
-
-def test_off_never_calls():
-    assert events("0") == []
+def test_off_returns_functions_as_they_are():
+    assert not nvtx.ENABLED and nvtx.ranged("x")(len) is len
 
 
 def test_ranges_nest_cycle_pass_layer_op():
+    env = {**os.environ, "ORTHRUS_NVTX": "1"}
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=env, check=True)
     depth, paths = [], set()
-    for name in events("1"):
+    for name in json.loads(done.stdout):
         if name is None:
             depth.pop()
         else:
@@ -52,10 +51,17 @@ def test_ranges_nest_cycle_pass_layer_op():
     assert ops == set(dispatch.OPS) - {"process_logits", "count_tokens"}
 
 
-def test_a_torch_that_has_none_says_so_once():
+def test_a_torch_that_has_none_says_so_once(monkeypatch):
     """As one for the CPU alone."""
-    code = CODE.replace("events.append(name)", "exec('raise RuntimeError(\"NVTX functions not installed.\")')")
-    env = {**os.environ, "ORTHRUS_NVTX": "1", "PYTHONWARNINGS": "always"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
-    assert json.loads(done.stdout) == []
-    assert done.stderr.count("ORTHRUS_NVTX is set, but there will be no ranges: NVTX functions not installed.") == 1
+
+    def lacking(_):
+        raise RuntimeError("NVTX functions not installed.")
+
+    monkeypatch.setattr(nvtx, "ENABLED", True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lacking)
+    nvtx._warn.cache_clear()
+    five = nvtx.ranged("x")(lambda: 5)
+    said = "ORTHRUS_NVTX is set, but there will be no ranges: NVTX functions not installed."
+    with pytest.warns(UserWarning, match=said) as told:
+        assert (five(), five()) == (5, 5)
+    assert len(told) == 1

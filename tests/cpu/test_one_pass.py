@@ -9,10 +9,9 @@ from orthrus_rt import dispatch, prompts, reference
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import MODES, CyclePlan, cycle_plan
 from orthrus_rt.engine import Engine
-from orthrus_rt.plan import empty_rows
 from orthrus_rt.reference_consensus import DOUBT, SEEN_GAIN, pick_hypotheses
+from orthrus_rt.rows import empty_rows
 from orthrus_rt.sampling import SamplingParams
-from tests import checkpoints
 from tests.pins import UNLESS_SLOW, of_this_isa
 
 FOLDER = Path(__file__).parents[1] / "golden" / "qwen3-tied-k8"
@@ -132,38 +131,6 @@ def test_the_tokens_of_ar(tiny, draft_len, fan_out):
     assert out.token_ids == want
     assert (s.mode, s.block_len, s.fan_out, s.passes) == ("one_pass", draft_len + 1, fan_out, s.cycles)
     assert sum(s.accepted) == s.cycles == 59  # random weights: only a block's first draft ever holds
-
-
-@pytest.mark.parametrize("n", (1, 2, 7, 8, 9, 17))
-def test_ends(tiny, n):
-    tokens = greedy(tiny, 40, mode="ar").token_ids
-    out = greedy(tiny, n, mode="one_pass", fan_out=3)
-    assert out.token_ids == tokens[:n] and out.finish_reason == "length"
-    stop = tokens[n]
-    params = SamplingParams(max_new_tokens=40, ignore_eos=True, stop_token_ids=(stop,))
-    assert tiny.generate(PROMPT, params, mode="one_pass", fan_out=3).token_ids == tokens[: tokens.index(stop) + 1]
-
-
-def test_to_the_last_position_of_the_cache():
-    engine = Engine.from_pretrained(
-        str(FOLDER), device="cpu", mode="two_pass", dtype="float32", max_seq_len=64, max_batch_size=1
-    )
-    want = greedy(engine, 100, mode="ar")
-    got = greedy(engine, 100, mode="one_pass", fan_out=5)
-    assert got.token_ids == want.token_ids and len(PROMPT) + len(got.token_ids) == 64
-
-
-def test_sampled_tokens_are_those_of_every_mode(tmp_path):
-    """On a drafter that nearly agrees."""
-    folder = checkpoints.make(tmp_path, "qwen3", dtype=torch.float32, diff_noise=0.05)
-    engine = Engine.from_pretrained(
-        str(folder), device="cpu", mode="two_pass", dtype="float32", max_seq_len=128, max_batch_size=1
-    )
-    params = SamplingParams(max_new_tokens=50, temperature=1.0, top_p=0.95, seed=7, ignore_eos=True)
-    want = engine.generate(PROMPT, params, mode="ar").token_ids
-    out = engine.generate(PROMPT, params, mode="one_pass", fan_out=3)
-    assert out.token_ids == want and len(set(want)) > 10
-    assert out.stats.cycles == 45  # 44 of them accept nothing, one accepts four drafts
 
 
 def test_any_plan_may_follow_any_other(tiny):

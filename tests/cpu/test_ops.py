@@ -12,8 +12,8 @@ from orthrus_rt import dispatch, ops
 from orthrus_rt import state as st
 from orthrus_rt.cli import main
 from orthrus_rt.engine import Engine
-from orthrus_rt.plan import empty_rows
 from orthrus_rt.prefill import prefill_rows
+from orthrus_rt.rows import empty_rows
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState, empty_partials
 from orthrus_rt.weights import pack
 from tests import checkpoints
@@ -69,8 +69,7 @@ def commit(**changes):
 
 
 def linear(**changes):
-    weight = changes.pop("weight", None) or pack(f32(6, 8))
-    arguments = dict(x=f32(ROWS, 8), weight=weight, out=f32(ROWS, 6))
+    arguments = dict(x=f32(ROWS, 8), weight=pack(f32(6, 8)), out=f32(ROWS, 6))
     ops.row_linear(**(arguments | changes))
 
 
@@ -112,6 +111,7 @@ def logits(**changes):
 
 
 CASES = [
+    (linear, {"weight": f32(6, 8)}, "row_linear: weight must be a PackedWeight (orthrus_rt.weights.pack), got Tensor"),
     (linear, {"x": f32(ROWS, 8).bfloat16(), "out": f32(ROWS, 6).bfloat16()},
      "row_linear: weight.data.dtype must be torch.bfloat16, got torch.float32"),
     (linear, {"weight_diff": replace(pack(f32(6, 8)), data=f32(1).bfloat16()), "num_rows_ar": 1},

@@ -12,9 +12,9 @@ from bench import common
 from orthrus_rt import dispatch, profile, prompts, rates
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import MODES
+from orthrus_rt.dry_run import dry_cycles
 from orthrus_rt.profile import calls_of
 from orthrus_rt.sampling import SamplingParams
-from orthrus_rt.staging import staged
 from tests import byte_tokenizer, engines
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
@@ -30,7 +30,7 @@ def test_the_calls_are_the_cycle(folder, dtype):
     for by_calls in (False, True):
         engine = make(folder, dtype=dtype)
         plan = engine.make_plan("two_pass")
-        with torch.inference_mode(), staged(engine, [plan], SLOTS, CONTEXT) as start:
+        with torch.inference_mode(), dry_cycles(engine, [plan], SLOTS, CONTEXT) as start:
             cycle = start(plan)
             if by_calls:
                 calls = calls_of(cycle.run_eager)
@@ -134,7 +134,7 @@ def test_every_row_of_a_staged_one_pass_cycle_is_valid(folder, fan_out):
     """Each time it runs, and up to the largest context: a cycle in the middle of decoding, not the first one."""
     engine = make(folder)
     plan = engine.make_plan("one_pass", fan_out=fan_out)
-    with torch.inference_mode(), staged(engine, [plan], SLOTS, engine.max_seq_len - 2 * K) as start:
+    with torch.inference_mode(), dry_cycles(engine, [plan], SLOTS, engine.max_seq_len - 2 * K) as start:
         for _ in range(2):
             cycle = start(plan)
             cycle.stage_first()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from orthrus_rt import sampling
-from orthrus_rt.sampling import RejectionSampler, SamplingParams
+from orthrus_rt import rejection
+from orthrus_rt.rejection import RejectionSampler
+from orthrus_rt.sampling import SamplingParams
 from tests.table_model import DRAFTERS, SETTINGS, TABLE, VOCAB, distribution
 
 ROWS = TABLE[:2]  # the AR logits that verify a draft, and those of the bonus token
@@ -37,7 +38,7 @@ class Integral:
 
     def __init__(self, sampler_type, setting, draft_logits, monkeypatch):
         self.u = [0.0, 0.0, 0.0]
-        monkeypatch.setattr(sampling, "uniform", lambda seed, position, purpose: self.u[purpose])
+        monkeypatch.setattr(rejection, "uniform", lambda seed, position, purpose: self.u[purpose])
         self.sampler = sampler_type(SamplingParams(seed=0, **setting), 0)
         compute, known = self.sampler._probs, {}
 
@@ -51,11 +52,11 @@ class Integral:
         self.draft_logits = draft_logits
 
     def drafted(self, u) -> int:
-        self.u[sampling.DRAFT] = u
+        self.u[rejection.DRAFT] = u
         return int(self.sampler.draft(self.draft_logits, 0)[0])
 
     def emitted(self, draft, u_accept, u_recover) -> int:
-        self.u[sampling.ACCEPT], self.u[sampling.RECOVER] = u_accept, u_recover
+        self.u[rejection.ACCEPT], self.u[rejection.RECOVER] = u_accept, u_recover
         return int(self.sampler.verify(ROWS, [draft], 0)[0])
 
     def output(self) -> np.ndarray:
@@ -98,10 +99,12 @@ class Mutant(RejectionSampler):
     def verify(self, logits, drafts, position):
         (token,), probs = drafts, self._probs(logits)
         p, q = probs[0], self._draft_probs[0]
-        if self.accepts(p, q, token, sampling.uniform(self.seed, position, sampling.ACCEPT)):
-            bonus = sampling.pick(probs[1], sampling.uniform(self.seed, position + 1, sampling.RECOVER))
+        if self.accepts(p, q, token, rejection.uniform(self.seed, position, rejection.ACCEPT)):
+            bonus = rejection.pick(probs[1], rejection.uniform(self.seed, position + 1, rejection.RECOVER))
             return torch.tensor([token, bonus])
-        return torch.tensor([sampling.pick(self.residual(p, q), sampling.uniform(self.seed, 0, sampling.RECOVER)), 0])
+        return torch.tensor(
+            [rejection.pick(self.residual(p, q), rejection.uniform(self.seed, 0, rejection.RECOVER)), 0]
+        )
 
 
 class Bf16Ratio(Mutant):
@@ -117,7 +120,7 @@ class Bf16Draft(Mutant):
     def draft(self, logits, position):
         self._draft_probs = self._probs(logits)
         rounded = self._draft_probs[0].bfloat16().double()
-        return torch.tensor([sampling.pick(rounded, sampling.uniform(self.seed, position, sampling.DRAFT))])
+        return torch.tensor([rejection.pick(rounded, rejection.uniform(self.seed, position, rejection.DRAFT))])
 
 
 class FallsBackToP(Mutant):

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from orthrus_rt import sampling
-from orthrus_rt.sampling import RejectionSampler, SamplingParams
+from orthrus_rt import rejection
+from orthrus_rt.rejection import RejectionSampler
+from orthrus_rt.sampling import SamplingParams
 
 VOCAB = 6
 
 
 def test_noise_is_keyed_not_ordered():
-    u = {(s, p, k): sampling.uniform(s, p, k) for s in (0, 1) for p in (0, 1, 2) for k in range(3)}
+    u = {(s, p, k): rejection.uniform(s, p, k) for s in (0, 1) for p in (0, 1, 2) for k in range(3)}
     assert len(set(u.values())) == len(u)
-    assert all(sampling.uniform(*key) == value for key, value in reversed(u.items()))
+    assert all(rejection.uniform(*key) == value for key, value in reversed(u.items()))
 
 
 def test_nan_of_the_drafter_is_one_bad_draft_and_of_the_ar_view_an_id_that_consensus_does_not_take():
@@ -41,7 +42,7 @@ def test_nan_of_the_drafter_is_one_bad_draft_and_of_the_ar_view_an_id_that_conse
         ({"seed": False}, "seed must be an integer, got False"),
         ({"temperature": True}, "temperature must be a number, got True"),
         ({"top_p": True}, "top_p must be a number, got True"),
-        ({"stop_token_ids": [True]}, "stop_token_ids must be an integer, got True"),
+        ({"stop_token_ids": [True]}, "stop_token_ids: every id must be an integer, got True"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"min_p": 1.0}, r"min_p must be in \[0, 1\), got 1.0"),
         ({"seed": -3}, "seed must be None or in"),

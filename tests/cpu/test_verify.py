@@ -126,6 +126,8 @@ def test_an_output_that_ends_early(text_folder):
     [
         (["--modes", "ar"], "two modes, a batch of at least 2 or another implementation are needed"),
         (["--against", "transformers", "--temperature", "1"], "cannot be compared with another implementation"),
+        (["--batch", "9"], r"batch must be within \[1, \d\] \(the prompts there are\), got 9"),
+        (["--batch", "0"], r"batch must be within \[1, \d\] \(the prompts there are\), got 0"),
         (["-n", "0"], "--num-prompts must be >= 1, got 0"),
         (["-n", "-1"], "--num-prompts must be >= 1, got -1"),
         (["--modes", "ar", "ar"], "--modes must differ from one another, got ar ar"),
@@ -267,7 +269,7 @@ def test_the_bound_is_of_the_rows_that_make_the_logits(tied):
 
 
 def test_ways_end_where_max_seq_len_does_and_none_reads_what_another_left(run, tmp_path, monkeypatch):
-    """Of a prompt of 120 tokens, of which prefix caching would keep a page."""
+    """Of prompts of 120 tokens, of which prefix caching would keep a page."""
     honest, cached = Engine.generate, []
 
     def counted(self, *args, **kwargs):
@@ -276,10 +278,10 @@ def test_ways_end_where_max_seq_len_does_and_none_reads_what_another_left(run, t
         return out
 
     monkeypatch.setattr(Engine, "generate", counted)
-    (tmp_path / "prompts.txt").write_text(f"{'a longer line ' * 9:.120}\n")
+    (tmp_path / "prompts.txt").write_text(f"{'a longer line ' * 9:.120}\n" * 2)
     code, out, _ = run("--against", "transformers", "--dtype", "float32", "--batch", "2")
-    assert code == 0 and out.endswith("1 of 1 prompts identical, 48 tokens compared\n")
-    assert cached == [0] * 6
+    assert code == 0 and out.endswith("2 of 2 prompts identical, 96 tokens compared\n")
+    assert cached == [0] * 12
 
 
 def test_a_wrong_token_of_ours_is_no_near_tie(run, monkeypatch):

@@ -55,7 +55,7 @@ def test_costs_are_kept(auto, monkeypatch):
     assert {(1, "ar"), (4, "ar"), (1, "two_pass")} <= {(row[0], row[1]) for row in table}
     auto.close()
     looks, seconds = [], Auto._seconds
-    monkeypatch.setattr(Auto, "_seconds", lambda self, start: looks.append(seconds(self, start)) or looks[-1])
+    monkeypatch.setattr(Auto, "_seconds", lambda self, cycle: looks.append(seconds(self, cycle)) or looks[-1])
     again = Engine(
         auto.checkpoint, device=auto.device, dtype=torch.bfloat16, mode="auto", max_seq_len=256, draft_len=None,
         fan_out=None, max_batch_size=4, num_pages=None, prefix_caching=True,

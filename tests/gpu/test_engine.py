@@ -24,10 +24,20 @@ pytestmark = pytest.mark.gpu
 _made = []
 
 
-def make(folder, **kwargs):
-    """An engine, in place of the one made before: a device has one at a time."""
+@pytest.fixture(scope="module", autouse=True)
+def the_last_is_closed():
+    yield
+    close()
+
+
+def close():
     while _made:
         _made.pop().close()
+
+
+def make(folder, **kwargs):
+    """An engine, in place of the one made before: a device has one at a time."""
+    close()
     _made.append(
         Engine.from_pretrained(
             folder, device="cuda", **({"mode": "two_pass", "max_seq_len": 256, "max_batch_size": 8} | kwargs)

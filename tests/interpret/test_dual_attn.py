@@ -5,7 +5,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from orthrus_rt.plan import empty_rows
+from orthrus_rt.rows import empty_rows
 from orthrus_rt.triton_kernels import dual_attn
 from tests.attention_pass import (
     SPOIL,

@@ -1,4 +1,5 @@
-// Launchers of the native ops. Nothing here allocates, synchronises or knows torch or Python.
+// Launchers of the native ops, which know neither torch nor Python. Those for CUDA allocate nothing and do not
+// synchronise; ops of the CPU keep scratch per thread, which only grows (cpu/pool.h).
 #pragma once
 #include "orthrus/params.h"
 

@@ -13,7 +13,7 @@ from orthrus_rt.cycle_plan import CyclePlan, batch_bucket
 from orthrus_rt.exclusive import whole
 from orthrus_rt.kv import OutOfPages
 
-DRAFT_PROB = [0.8, 0.1, 0.05]  # of a staged draft and its runners-up
+DRAFT_PROB = [0.8, 0.1, 0.05]  # of a draft and its runners-up
 
 
 def most_context(engine, plans: list[CyclePlan]) -> int:
@@ -23,7 +23,7 @@ def most_context(engine, plans: list[CyclePlan]) -> int:
 
 
 @contextlib.contextmanager
-def staged(engine, plans: list[CyclePlan], slots: int, context: int) -> Iterator[Callable[[CyclePlan], Cycle]]:
+def dry_cycles(engine, plans: list[CyclePlan], slots: int, context: int) -> Iterator[Callable[[CyclePlan], Cycle]]:
     """``start(plan)``: the plan's cycle, ``slots`` running sequences with ``context`` committed tokens before it.
 
     Keys and values are random. Every slot has K-1 drafts that look likely, so that a one-pass cycle is one in the

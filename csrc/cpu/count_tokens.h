@@ -1,9 +1,0 @@
-// Bookkeeping of a few integers per slot: one thread, no variants.
-#pragma once
-#include "orthrus/params.h"
-
-namespace orthrus::cpu {
-
-void run_count_tokens(const CountTokensParams& p);
-
-}  // namespace orthrus::cpu

@@ -1,0 +1,143 @@
+"""The published rejection rule, and the cycles in which some requests choose by it, on the host.
+
+By default acceptance is *coupled*: at every position both views choose under the same noise, keyed by seed, position
+and token id, so decoding at temperature > 0 is as lossless as greedy decoding (that is ``process_logits``; nothing
+here is needed). The *rejection* rule is lossless in distribution: accept a draft with probability min(1, p/q), else
+sample from the positive part of p - q; p and q are the AR and diffusion distributions after temperature, top-k, top-p
+and min-p. (Speculative sampling: Leviathan et al. 2023, Chen et al. 2023; arXiv 2605.12825 for this use.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from orthrus_rt import nvtx
+from orthrus_rt import state as st
+from orthrus_rt.memory import naming_the_knobs
+from orthrus_rt.reference import first_argmax, process_logits_probs
+from orthrus_rt.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from orthrus_rt.cycle import Cycle, Pass
+    from orthrus_rt.request import Request
+
+# Every random number is keyed by (seed, position, purpose), never by call order.
+DRAFT, ACCEPT, RECOVER = 0, 1, 2
+
+
+def uniform(seed: int, position: int, purpose: int) -> float:
+    """One fp64 uniform in [0, 1) from the counter-based Philox generator, keyed by its arguments."""
+    bits = np.random.Philox(key=[seed, purpose], counter=[position, 0, 0, 0])
+    return np.random.Generator(bits).random()
+
+
+def pick(weights: torch.Tensor, u: float) -> int:
+    """Inverse-CDF draw from non-negative fp64 ``weights`` ``[vocab_size]`` (any positive sum)."""
+    cdf = weights.cumsum(0)
+    index = int(torch.searchsorted(cdf, u * float(cdf[-1]), right=True))
+    return min(index, int(weights.nonzero()[-1]))
+
+
+class RejectionSampler:
+    """One request's sampler. A rejected draft's recovery token never equals the draft (its residual is 0 there), so
+    consensus by comparing ids accepts exactly what the rule accepted.
+    """
+
+    def __init__(self, params: SamplingParams, seed: int):
+        self.params, self.seed = params, seed
+        self._draft_probs: torch.Tensor | None = None
+
+    def _probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """fp64 ``[rows, vocab_size]``, computed in fp32."""
+        p = self.params
+        probs = process_logits_probs(logits, p.temperature, p.top_k, p.top_p, p.min_p).double()
+        return probs / probs.sum(-1, keepdim=True)
+
+    def draft(self, logits: torch.Tensor, position: int) -> torch.Tensor:
+        """Draft tokens int32 ``[rows]`` for ``position, position + 1, ...`` from fp32 logits ``[rows, vocab_size]``.
+
+        NaN counts as -inf, and a row of nothing else drafts id 0: a broken drafter is only slow.
+        """
+        self._draft_probs = self._probs(logits)
+        ids = [pick(q, uniform(self.seed, position + i, DRAFT)) for i, q in enumerate(self._draft_probs)]
+        return torch.tensor(ids, dtype=torch.int32, device="cpu")
+
+    def forget_drafts(self) -> None:
+        """Free what :meth:`draft` keeps for :meth:`verify`: fp64 ``[drafts, vocab_size]``."""
+        self._draft_probs = None
+
+    def verify(self, logits: torch.Tensor, drafts: list[int], position: int) -> torch.Tensor:
+        """Choices int32 ``[len(drafts) + 1]`` for positions ``position, ...``: each draft until the first rejected one,
+        there the recovery token, and after all drafts the bonus token. NaN counts as -inf; what a row of nothing else
+        chooses means nothing, and consensus, told so, does not take it.
+        """
+        probs = self._probs(logits[: len(drafts) + 1])
+        choices = list(drafts)
+        for i, token in enumerate(drafts):
+            p, q = probs[i], self._draft_probs[i]
+            # u < p/q without the division; u = 0 must not accept what p forbids.
+            u = uniform(self.seed, position + i, ACCEPT)
+            if p[token] > 0 and u * q[token] < p[token]:
+                continue
+            residual = (p - q).clamp(min=0)
+            if not residual.any():
+                continue  # p and q are one distribution to the last bit: rejecting would be a rounding error
+            choices[i] = pick(residual, uniform(self.seed, position + i, RECOVER))
+            break
+        else:
+            choices.append(pick(probs[len(drafts)], uniform(self.seed, position + len(drafts), RECOVER)))
+        padded = choices + [0] * (len(drafts) + 1 - len(choices))
+        return torch.tensor(padded, dtype=torch.int32, device="cpu")
+
+
+@nvtx.ranged("rejection cycle")
+def run_by_rejection(cycle: Cycle, requests: list[Request]) -> None:
+    """One cycle, op by op; whoever of ``requests`` samples by rejection chooses here, the others as ever."""
+    cycle.stage_first()
+    for p in cycle.passes:
+        cycle.forward(p)
+        by_slot = p.logits.view(cycle.state.num_slots, p.per_slot, -1)
+        kept = {r: by_slot[r.slot].clone() for r in requests if r.rejection}
+        cycle.sample(p)
+        value, index = p.partials
+        # Whether a row has a choice at all does not depend on the rule, so the best score says it for both.
+        best, ids = value.amax(1, keepdim=True), index.gather(1, first_argmax(value)[:, None])
+        for request, mine in kept.items():
+            choices = _choices(cycle.state, p, request, mine)
+            first = request.slot * p.per_slot
+            ids[first : first + len(choices), 0] = choices.to(ids.device)
+        cycle.take(p, (best, ids))
+
+
+def _choices(state: st.SlotState, p: Pass, request: Request, logits: torch.Tensor) -> torch.Tensor:
+    slot = request.slot
+    position = int(state.cache_seqlens[slot]) + 1
+    if p.step == st.STEP_DRAFT:
+        with _failures_of(request):
+            return request.rejection.draft(logits, position)
+    drafts = state.block_tokens[slot, 1 : 1 + int(state.num_drafts[slot])].tolist()
+    return verify(request, logits, drafts, position)
+
+
+def verify(request: Request, logits: torch.Tensor, drafts: list[int], position: int) -> torch.Tensor:
+    """The request's choices by rejection: see :meth:`RejectionSampler.verify`."""
+    with _failures_of(request):
+        choices = request.rejection.verify(logits, drafts, position)
+        request.rejection.forget_drafts()
+        return choices
+
+
+@contextlib.contextmanager
+def _failures_of(request: Request) -> Iterator[None]:
+    """An error in here carries the request as ``error.request``."""
+    try:
+        with naming_the_knobs("sampling by rejection"):
+            yield
+    except torch.OutOfMemoryError as error:
+        error.request = request
+        raise
