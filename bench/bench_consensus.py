@@ -15,7 +15,7 @@ import torch
 from bench.common import graphed, header, loop, measure, parser_of, read_bandwidth, report
 from orthrus_rt import dispatch, ops, reference
 from orthrus_rt import state as st
-from orthrus_rt.plan import empty_rows
+from orthrus_rt.rows import empty_rows
 
 MASK = 99
 VOCABULARY = 150000

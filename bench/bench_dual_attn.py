@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report
 from orthrus_rt import dispatch, huge_pages, native, ops
-from orthrus_rt.plan import empty_rows
+from orthrus_rt.rows import empty_rows
 
 COLD_BYTES = 200 << 20  # of cache copies: several times any L2, or a CPU's L3
 

@@ -86,6 +86,8 @@ def measure_in_turns(
 
 def loop(name: str, run: Callable[[], object], count: int) -> None:
     """``run`` over and over under the NVTX range ``name``, for a profiler."""
+    if not torch.cuda.is_available():
+        raise SystemExit("--loop is for a GPU's profiler, and there is no GPU")
     with torch.cuda.nvtx.range(name):
         for _ in range(count):
             run()
@@ -147,10 +149,15 @@ def report(name: str, facts: dict, rows: list[dict], out: str | None) -> None:
     print(save(name, facts, rows, out))
 
 
+def figures(value: float) -> str:
+    """Four digits, or as many as there are before the point."""
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+
+
 def save(name: str, facts: dict, rows: list[dict], out: str | None) -> str:
     """What :func:`report` prints; its files are written."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = lambda v: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v)  # noqa: E731
+    text = lambda v: figures(v) if isinstance(v, float) else "" if v is None else str(v)  # noqa: E731
     lines = [f"# {name}", "", *(f"- {key}: {text(value)}" for key, value in facts.items()), ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(text(row.get(c)) for c in columns) + " |" for row in rows]

@@ -15,8 +15,8 @@ import torch
 from orthrus_rt import prompts
 from orthrus_rt.engine import Engine
 from orthrus_rt.model import Activations, Workspace, forward
-from orthrus_rt.plan import Rows, empty_rows
 from orthrus_rt.prefill import prefill_rows
+from orthrus_rt.rows import Rows, empty_rows
 from orthrus_rt.sampling import SamplingParams
 
 BLOCKS_PER_PASS = 8

@@ -46,7 +46,7 @@ RUNS = [
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--out", default=ROOT / "bench" / "results", help="JSON and tables go to its cpu and gpu (%(default)s)"
+        "--out", default=ROOT / "build" / "bench", help="JSON and tables go to its cpu and gpu (%(default)s)"
     )
     args = parser.parse_args()
     failed = 0
