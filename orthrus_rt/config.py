@@ -153,10 +153,15 @@ def _refuse_unsupported(raw, where):
         raise CheckpointError(f"{where}: is_causal must be true, got {raw['is_causal']!r}")
     if raw.get("quantization_config"):
         raise CheckpointError(f"{where}: quantization_config must be absent (weights must be fp32, fp16 or bf16)")
+    for key in ("per_layer_config", "kv_sharing_modes"):
+        if raw.get(key):
+            raise CheckpointError(f"{where}: {key} must be absent (all layers are alike), got {raw[key]!r}")
 
 
 def _refuse_sliding_window(raw, family, num_layers, where):
     layer_types, full_layers = raw.get("layer_types"), raw.get("max_window_layers") or 0
+    # What transformers' cache follows in a Llama model without more ado.
+    windows = [key for key in ("sliding_window", "attention_chunk_size") if raw.get(key) is not None]
     if layer_types and not _are_names(layer_types):
         raise CheckpointError(f"{where}: layer_types must be a list of names, got {layer_types!r}")
     if not _is_int(full_layers):
@@ -164,8 +169,8 @@ def _refuse_sliding_window(raw, family, num_layers, where):
     if layer_types:
         other = sorted(set(layer_types) - {"full_attention"})
         in_use = f"layer_types holds {other}" if other else ""
-    elif raw.get("sliding_window") and family == "llama":  # transformers' cache follows it there without more ado
-        in_use = f"sliding_window is {raw['sliding_window']}"
+    elif windows and family == "llama":
+        in_use = f"{windows[0]} is {raw[windows[0]]}"
     elif raw.get("use_sliding_window") and raw.get("sliding_window"):
         in_use = f"sliding_window is {raw['sliding_window']}" if full_layers < num_layers else ""
     else:

@@ -10,6 +10,7 @@ from orthrus_rt.rope import cos_sin_table
 from tests.checkpoints import raw_config, tiny_config
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 UNSUPPORTED = [
     ({"model_type": "mistral"}, "model_type must be one of qwen3, orthrus, llama, got 'mistral'"),
@@ -29,10 +30,19 @@ UNSUPPORTED = [
         {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1},
         "every layer must use full attention, but sliding_window is 128",
     ),
+    (LLAMA | {"sliding_window": 4}, "every layer must use full attention, but sliding_window is 4"),
+    (LLAMA | {"sliding_window": 0}, "every layer must use full attention, but sliding_window is 0"),
+    (LLAMA | {"attention_chunk_size": 4}, "every layer must use full attention, but attention_chunk_size is 4"),
+    (LLAMA | {"attention_chunk_size": 0}, "every layer must use full attention, but attention_chunk_size is 0"),
     (
-        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "sliding_window": 4},
-        "every layer must use full attention, but sliding_window is 4",
+        LLAMA | {"layer_types": ["full_attention", "chunked_attention"], "attention_chunk_size": 4},
+        "every layer must use full attention, but layer_types holds ['chunked_attention']",
     ),
+    (
+        {"per_layer_config": {"1": {"intermediate_size": 32}}},
+        "per_layer_config must be absent (all layers are alike), got {'1': {'intermediate_size': 32}}",
+    ),
+    ({"kv_sharing_modes": ["store", "reuse"]}, "kv_sharing_modes must be absent (all layers are alike), got ['store'"),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type must be one of default, linear, yarn"),
     (
         {"rope_parameters": {"rope_type": "longrope"}},
@@ -217,3 +227,15 @@ def test_rope_scaling_replaces_rope_parameters(both):
 )
 def test_a_sliding_window_that_no_layer_uses_is_no_error(unused):
     assert tiny_config(**unused) == tiny_config()
+
+
+@pytest.mark.parametrize(
+    "unused",
+    [
+        {"layer_types": ["full_attention", "full_attention"], "sliding_window": 4},
+        {"layer_types": ["full_attention", "full_attention"], "attention_chunk_size": 4},
+        {"sliding_window": None, "attention_chunk_size": None, "per_layer_config": {}, "kv_sharing_modes": None},
+    ],
+)
+def test_neither_is_a_window_of_llama_that_layer_types_overrides(unused):
+    assert tiny_config("llama", **unused) == tiny_config("llama")
