@@ -143,7 +143,9 @@ ORTHRUS_INLINE void finish_rows(const RowLinearParamsOf<T>& p, const float* acc,
       for (int64_t r = 0; r < num_rows; ++r) {
         const Vec gate = load(acc + r * kStrip);
         const Vec sigmoid_den = add(set1(1.f), exp(sub(zero(), gate)));
-        finish_lanes<T>(mul(div(gate, sigmoid_den), load(acc + r * kStrip + kLanes)), nullptr,
+        // Below -88.3 exp grows no further: -0 there, of -inf NaN.
+        const Vec silu = where_less(gate, -88.3f, mul(gate, zero()), div(gate, sigmoid_den));
+        finish_lanes<T>(mul(silu, load(acc + r * kStrip + kLanes)), nullptr,
                         static_cast<T*>(p.out) + (first_row + r) * width + first, width - first);
       }
       break;

@@ -75,6 +75,19 @@ def test_silu_mul_extremes(isa, element):
     assert bool(got[3].isnan()) and got[4] == 0
 
 
+@pytest.mark.parametrize("up", [1.0, 1e6])
+def test_silu_mul_of_gates_whose_exp_overflows(isa, element, up):
+    """Quotients below 1.1e-36 may become 0, as in CUDA; their sign stays."""
+    packed = weights.pack(torch.eye(2).to(element), gate_up=True, impl="cpu")
+    gates = torch.tensor([-88.0, -88.5, -100.0, -1e30, -3e38])
+    x = torch.stack([gates, torch.full_like(gates, up)], 1).to(element)
+    got = poison(len(gates), 1)
+    ops.row_linear(x, packed, got, epilogue="silu_mul")
+    gate, scale = x.double().unbind(1)
+    exact = gate / (1 + torch.exp(-gate)) * scale
+    assert bool(((got[:, 0].double() - exact).abs() <= 1.1e-36 * scale).all()) and bool(got.signbit().all())
+
+
 @pytest.mark.parametrize("vocab", [3, 512, 513, 1500])
 def test_argmax_is_the_argmax_of_the_logits(isa, element, vocab):
     w = randn(vocab, 32, seed=5)
