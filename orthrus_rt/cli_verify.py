@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections import Counter
 
@@ -21,7 +22,9 @@ from orthrus_rt.cycle_plan import MODES
 DESCRIPTION = """Decode prompts in several modes and compare the tokens with those of the first mode alone. Every
 difference is reported: its position, both tokens and the gap between their logits. Exits 1 if there is one. With
 --against transformers, its greedy generate on the AR part of the checkpoint is compared too: float32 must be equal; in
-16 bit, differences that rounding alone explains are listed as near-ties and do not fail."""
+16 bit, differences that rounding alone explains are listed as near-ties and do not fail. After the first one its model
+is given this runtime's tokens, and each of them that it would not have chosen must be a near-tie too."""
+SHOWN = 4  # near-ties of a prompt
 
 
 def add_parser(commands) -> None:
@@ -71,7 +74,7 @@ def run(args) -> int:
     else:
         ways = ", ".join(c.way for c in comparisons)
         how = f"temperature {args.temperature:g}, seed {args.seed}" if args.temperature else "greedy"
-        rest = f", {ties} near-ties within rounding" if ties else ""
+        rest = f", {ties} with near-ties within rounding" if ties else ""
         rest += f", {different} differ" if different else ""
         print(f"{args.modes[0]} against {ways} ({args.dtype}, {how}):")
         print(f"{verdicts['identical']} of {len(todo)} prompts identical{rest}, {tokens} tokens compared")
@@ -93,14 +96,14 @@ def _prompts(args) -> list:
 
 
 def _transformers(engine, max_new_tokens: int):
-    from orthrus_rt import transformers_model
+    from orthrus_rt import transformers_model, verify
 
     model = transformers_model.build(engine.checkpoint, dtype=engine.model.dtype, device=engine.device)
 
-    def generate(ids: list[int]) -> list[int]:
+    def greedy(ids: list[int]) -> list[int]:
         return transformers_model.greedy(model, ids, min(max_new_tokens, engine.max_seq_len - len(ids)))
 
-    return generate
+    return verify.Other(greedy, functools.partial(transformers_model.logits, model))
 
 
 def _facts(name, mode, want, rate, comparisons) -> dict:
@@ -118,13 +121,20 @@ def _verdict(comparisons) -> str:
 
 def _print(tokenizer, name, want, rate, comparisons) -> None:
     rates = " / ".join(f"{r:.2f}" for r in (rate, *(c.tokens_per_cycle for c in comparisons)) if r is not None)
-    verdict = _verdict(comparisons)
+    verdict, ties = _verdict(comparisons), sum(len(c.near_ties) for c in comparisons)
     if verdict == "near-tie":
-        compared = min(c.tokens for c in comparisons)
-        verdict += f" at token {compared} ({len(want) - compared} tokens not compared)"
+        verdict = f"{ties} near-tie{'s' * (ties > 1)}"
     print(f"{name:24} {len(want):4} tokens  {rates} tokens/cycle  {verdict}", flush=True)
     for c in comparisons:
-        if c.difference:
-            d, kind = c.difference, "near-tie" if c.difference.near_tie else "differs"
-            gap = "" if d.gap is None else f", logit gap {d.gap:.3g}"
-            print(f"  {c.way}: {kind} at token {d.index}: {tokens_text(tokenizer, d.tokens)}{gap}", flush=True)
+        for d in c.near_ties[:SHOWN]:
+            _print_difference(tokenizer, c.way, "near-tie", d)
+        if len(c.near_ties) > SHOWN:
+            print(f"  {c.way}: {len(c.near_ties) - SHOWN} more near-ties", flush=True)
+        if c.difference and not c.difference.near_tie:
+            _print_difference(tokenizer, c.way, "differs", c.difference)
+
+
+def _print_difference(tokenizer, way, kind, d) -> None:
+    gap = "" if d.gap is None else f", logit gap {d.gap:.3g}"
+    gap += "" if d.their_gap is None else f", its own {d.their_gap:.3g}"
+    print(f"  {way}: {kind} at token {d.index}: {tokens_text(tokenizer, d.tokens)}{gap}", flush=True)

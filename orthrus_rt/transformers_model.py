@@ -80,3 +80,9 @@ def greedy(model, ids: list[int], max_new_tokens: int) -> list[int]:
         device=model.device), do_sample=False, max_new_tokens=max_new_tokens,
     )  # fmt: skip
     return out[0, len(ids) :].tolist()
+
+
+@torch.inference_mode()
+def logits(model, ids: list[int], count: int) -> torch.Tensor:
+    """For the token behind each of the last ``count`` ids, ``[count, vocab_size]``: of one forward."""
+    return model(torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=count).logits[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,42 +16,58 @@ NEAR_TIE_SIGMAS = 3
 
 @dataclass
 class Difference:
-    """The first difference of two outputs.
+    """Where two outputs differ.
 
     Attributes:
         index: which generated token, from 0. A side that ended before it has token None.
         tokens: the two ids there.
-        gap: AR logit of the first id minus that of the second, given the common prefix; None where a side ended.
-        near_tie: rounding alone explains it: the gap, whichever token it favours, is within :func:`near_tie_bound`.
-            Between two ways of this runtime nothing is ever explained by rounding.
+        gap: AR logit of the first id minus that of the second, given the tokens before; None where a side ended.
+        near_tie: rounding alone explains it: the gap, their gap and the sum of both (by which the two implementations
+            are apart), whichever token they favour, are within :func:`near_tie_bound`. Between two ways of this
+            runtime nothing is ever explained by rounding.
+        their_gap: by the other implementation's logits, that of the second id minus that of the first; None in float32
+            and between two ways of this runtime.
     """
 
     index: int
     tokens: tuple[int | None, int | None]
     gap: float | None = None
     near_tie: bool = False
+    their_gap: float | None = None
 
 
 @dataclass
 class Comparison:
     """One prompt, decoded ``way`` ("two_pass", "ar in batches of 4", "transformers"), against the first mode alone.
 
-    ``tokens`` were compared: those before the difference, or all.
+    ``tokens`` were compared: those before a difference that is no near-tie, or all. ``difference`` is that one; if
+    there is none, the first of ``near_ties``.
     """
 
     way: str
     tokens: int
     tokens_per_cycle: float | None
     difference: Difference | None
+    near_ties: list[Difference] = field(default_factory=list)
+
+
+@dataclass
+class Other:
+    """Another implementation: ``greedy(ids)`` goes on from a prompt, ``logits(ids, n)`` are ``[n, vocab_size]``, those
+    for the token behind each of the last n ids.
+    """
+
+    greedy: Callable[[list[int]], list[int]]
+    logits: Callable[[list[int], int], torch.Tensor]
 
 
 def first_difference(a: list[int], b: list[int]) -> Difference | None:
     """The first index at which the lists differ, None if they are equal.
 
     >>> first_difference([1, 2, 3], [1, 5, 3])
-    Difference(index=1, tokens=(2, 5), gap=None, near_tie=False)
+    Difference(index=1, tokens=(2, 5), gap=None, near_tie=False, their_gap=None)
     >>> first_difference([1, 2], [1])
-    Difference(index=1, tokens=(2, None), gap=None, near_tie=False)
+    Difference(index=1, tokens=(2, None), gap=None, near_tie=False, their_gap=None)
     """
     for i in range(max(len(a), len(b))):
         pair = (a[i] if i < len(a) else None, b[i] if i < len(b) else None)
@@ -84,13 +100,14 @@ def verify(
     modes: list[str],
     *,
     batch: int = 1,
-    against: Callable[[list[int]], list[int]] | None = None,
+    against: Other | None = None,
 ) -> Iterator[tuple[list[int], float, list[Comparison]]]:
     """Decode every prompt in ``modes[0]`` alone, and compare all other ways with that.
 
     The other ways are the other modes alone; with ``batch`` > 1 every mode again, ``batch`` prompts together (where
-    fewer are left, with some before them); and ``against``, another implementation's greedy continuation of a prompt,
-    whose near-ties in 16 bit are marked.
+    fewer are left, with some before them); and ``against``, another implementation's greedy continuation of a prompt.
+    In 16 bit that may part from ours at a near-tie: from there on it is given our tokens, and each that it would not
+    have chosen must be a near-tie too.
 
     Made with ``prefix_caching=False`` the engine computes all of it anew; else ways take over pages from one another.
 
@@ -119,25 +136,42 @@ def verify(
                 for way, out in ways
             ]
             if against:
-                comparisons.append(_compare_against(engine, ids, want.token_ids, against(ids)))
+                comparisons.append(_compare_against(engine, against, ids, want.token_ids))
             yield want.token_ids, want.stats.tokens_per_cycle, comparisons
 
 
 def _compare(engine: Engine, way: str, ids, want, got, tokens_per_cycle=None) -> Comparison:
     difference = first_difference(want, got)
     if difference and None not in difference.tokens:
-        logits = engine.next_logits(ids + want[: difference.index])
-        difference.gap = float(logits[difference.tokens[0]] - logits[difference.tokens[1]])
+        difference.gap = _gap(engine, ids, want, difference)
     return Comparison(way, difference.index if difference else len(want), tokens_per_cycle, difference)
 
 
-def _compare_against(engine: Engine, ids, want, got) -> Comparison:
-    comparison = _compare(engine, "transformers", ids, want, got)
-    difference = comparison.difference
-    if difference and difference.gap is not None and engine.model.dtype is not torch.float32:
+def _gap(engine: Engine, ids, want, difference: Difference) -> float:
+    logits = engine.next_logits(ids + want[: difference.index])
+    return float(logits[difference.tokens[0]] - logits[difference.tokens[1]])
+
+
+def _compare_against(engine: Engine, against: Other, ids, want) -> Comparison:
+    way, got, near_ties = "transformers", against.greedy(ids), []
+    first = first_difference(want, got)
+    if first is None or None in first.tokens or engine.model.dtype is torch.float32:
+        return _compare(engine, way, ids, want, got)
+    logits = against.logits(ids + want[:-1], len(want) - first.index)
+    choices = [first.tokens[1], *logits[1:].argmax(-1).tolist()]
+    for index, (ours, theirs, row) in enumerate(zip(want[first.index :], choices, logits, strict=True), first.index):
+        if ours == theirs:
+            continue
+        difference = Difference(index, (ours, theirs), their_gap=float(row[theirs]) - float(row[ours]))
+        difference.gap = _gap(engine, ids, want, difference)
         hidden = engine.runner.activations.normed[0]  # that next_logits has just made its logits of
-        difference.near_tie = abs(difference.gap) <= near_tie_bound(engine, hidden, *difference.tokens)
-    return comparison
+        bound = near_tie_bound(engine, hidden, ours, theirs)
+        apart = difference.gap + difference.their_gap
+        difference.near_tie = all(abs(gap) <= bound for gap in (difference.gap, difference.their_gap, apart))
+        if not difference.near_tie:
+            return Comparison(way, index, None, difference, near_ties)
+        near_ties.append(difference)
+    return Comparison(way, len(want), None, near_ties[0], near_ties)
 
 
 def near_tie_bound(engine: Engine, hidden: torch.Tensor, a: int, b: int) -> float:

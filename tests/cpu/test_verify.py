@@ -1,7 +1,9 @@
 """``orthrus-rt verify``: it finds no difference where there is none, and every one that is planted."""
 
+import dataclasses
 import json
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +69,22 @@ def break_transformers(monkeypatch):
     return install
 
 
+@pytest.fixture
+def misread_rope(monkeypatch):
+    """``misread_rope(factor)``: transformers' model turns its heads by another theta than ours."""
+    honest = transformers_model.build
+
+    def install(factor):
+        def build(checkpoint, **kwargs):
+            rope = checkpoint.config.rope | {"rope_theta": factor * checkpoint.config.rope["rope_theta"]}
+            raw = checkpoint.raw | {"rope_parameters": rope}
+            return honest(dataclasses.replace(checkpoint, raw=raw), **kwargs)
+
+        monkeypatch.setattr(transformers_model, "build", build)
+
+    return install
+
+
 def test_no_difference(run):
     code, out, err = run("--batch", "2")
     assert code == 0 and err == "" and len(re.findall(r"\d\.\d\d tokens/cycle  identical\n", out)) == 3
@@ -116,7 +134,7 @@ def test_an_output_that_ends_early(text_folder):
     engine = Engine.from_pretrained(text_folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=1)
     ids, params = [1, 2, 3], SamplingParams(max_new_tokens=6, ignore_eos=True)
     short = engine.generate(ids, params).token_ids[:4]
-    ((_, _, (comparison,)),) = verify.verify(engine, [ids], params, ["ar"], against=lambda _: short)
+    ((_, _, (comparison,)),) = verify.verify(engine, [ids], params, ["ar"], against=verify.Other(lambda _: short, None))
     assert comparison.difference.tokens[1] is None and comparison.difference.index == comparison.tokens == 4
     assert comparison.difference.gap is None and not comparison.difference.near_tie
 
@@ -184,33 +202,72 @@ def test_against_transformers_in_float32(run, family, tmp_path, break_transforme
     assert code == 1 and json.loads(out)["different"] == 3 and json.loads(out)["near_ties"] == 0
 
 
-def nudged(engine, monkeypatch, gap):
-    """The choice of transformers parts from ours at token 2, where our logits now lie ``gap`` apart."""
-    honest = engine.next_logits
+def compare_scripted(engine, monkeypatch, shares):
+    """Our tokens against an implementation that prefers our second choice wherever ``shares`` names a token: its logits
+    there lie apart by that share of the bound, and ours by another. Returns the comparison and the pairs of tokens.
+    """
+    ids, params = [1, 2, 3], SamplingParams(max_new_tokens=6, ignore_eos=True)
+    want = engine.generate(ids, params, mode="ar").token_ids
+    honest, gaps, pairs, rows = engine.next_logits, {}, {}, torch.zeros(len(want), engine.config.vocab_size)
+    for index, token in enumerate(want):
+        first, second = honest(ids + want[:index]).topk(2).indices.tolist()
+        assert first == token
+        rows[index, first] = 1
+        if index in shares:
+            bound = verify.near_tie_bound(engine, engine.runner.activations.normed[0], first, second)
+            pairs[index], gaps[len(ids) + index] = (first, second), shares[index][0] * bound
+            rows[index, second] = 1 + shares[index][1] * bound
 
     def close(ids):
         logits = honest(ids).clone()
         first, second = logits.topk(2).indices.tolist()
-        logits[second] = logits[first] - gap
+        logits[second] = logits[first] - gaps[len(ids)]
         return logits
 
     monkeypatch.setattr(engine, "next_logits", close)
+    start = min(shares)
+    theirs = [*want[:start], pairs[start][1], *[0] * (len(want) - start - 1)]  # what comes behind it is its own affair
+    other = verify.Other(lambda _: theirs, lambda ids, count: rows[-count:])
+    ((_, _, (comparison,)),) = verify.verify(engine, [ids], params, ["ar"], against=other)
+    return comparison, pairs
 
 
-@pytest.mark.parametrize("share", (0.9, 1.1))
-def test_near_ties_are_those_within_the_bound(text_folder, monkeypatch, share):
+@pytest.mark.parametrize(
+    ("ours", "theirs", "near_tie"),
+    [(0.9, 0.05, True), (1.1, 0.05, False), (0, 0.9, True), (0, 1.1, False), (0.5, 0.4, True), (0.5, 0.6, False)],
+)
+@pytest.mark.parametrize("before", [{}, {2: (0.3, 0.3)}], ids=["first", "second"])
+def test_near_ties_are_those_within_the_bound(text_folder, monkeypatch, ours, theirs, near_tie, before):
+    """The first difference and every one after it: by our gap, by theirs and by both."""
     engine = Engine.from_pretrained(text_folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=1)
-    ids, params = [1, 2, 3], SamplingParams(max_new_tokens=6, ignore_eos=True)
-    theirs = engine.generate(ids, params, mode="ar").token_ids
-    first, second = engine.next_logits(ids + theirs[:2]).topk(2).indices.tolist()
-    assert first == theirs[2]
-    bound = verify.near_tie_bound(engine, engine.runner.activations.normed[0], first, second)
-    nudged(engine, monkeypatch, share * bound)
-    theirs[2] = second
-    ((_, _, (comparison,)),) = verify.verify(engine, [ids], params, ["ar"], against=lambda _: theirs)
+    comparison, pairs = compare_scripted(engine, monkeypatch, before | {4: (ours, theirs)})
+    assert [d.index for d in comparison.near_ties] == [*before, *[4] * near_tie]
+    assert all(d.near_tie and d.tokens == pairs[d.index] for d in comparison.near_ties)
+    assert comparison.tokens == (6 if near_tie else 4)
     difference = comparison.difference
-    assert difference.tokens == (first, second) and difference.gap == pytest.approx(share * bound, rel=1e-4)
-    assert difference.near_tie == (share < 1)
+    assert difference.near_tie == near_tie and difference.tokens == pairs[difference.index]
+    assert difference.index == (min([*before, 4]) if near_tie else 4)
+
+
+def test_a_wrong_model_does_not_pass_for_a_near_tie(run, tmp_path, misread_rope):
+    """It parts from ours at close choices first, and is told by what it makes of the tokens behind them."""
+    (tmp_path / "prompts.txt").write_text("def\n")
+    options = ("--modes", "ar", "--against", "transformers", "--json")
+    code, out, _ = run(*options)
+    assert code == 0 and json.loads(out)["tokens_compared"] == 12
+    misread_rope(2)
+    code, out, _ = run(*options)
+    assert code == 1 and json.loads(out)["different"] == 1
+
+
+def test_many_near_ties_are_not_all_listed(run, monkeypatch, break_transformers):
+    break_transformers(lambda token: token ^ 1)
+    honest = transformers_model.logits
+    monkeypatch.setattr(transformers_model, "logits", lambda *args: honest(*args).roll(1, -1))
+    monkeypatch.setattr(verify, "near_tie_bound", lambda *_: float("inf"))
+    code, out, _ = run("--modes", "ar", "--against", "transformers", "-n", "1")
+    count, more = (int(n) for n in re.search(r" (\d+) near-ties\n(?:.*\n){4}.* (\d+) more near-ties", out).groups())
+    assert code == 0 and out.count("transformers: near-tie at token") == count - more == 4
 
 
 def test_a_wrong_token_is_no_near_tie(run, break_transformers):
@@ -227,8 +284,10 @@ def test_a_near_tie_is_neither_identical_nor_different(run, monkeypatch, break_t
     monkeypatch.setattr(verify, "near_tie_bound", lambda *_: float("inf"))
     code, out, _ = run("--modes", "ar", "--against", "transformers", "-n", "1")
     assert code == 0
-    assert re.search(r"tokens/cycle  near-tie at token 4 \(8 tokens not compared\)\n  transformers: near-tie", out)
-    assert out.endswith("\n0 of 1 prompts identical, 1 near-ties within rounding, 4 tokens compared\n")
+    ids = r"\d+ '.*' against \d+ '.*'"
+    pattern = rf"tokens/cycle  \d near-ties?\n  transformers: near-tie at token 4: {ids}, logit gap \d.*, its own -\d"
+    assert re.search(pattern, out)
+    assert out.endswith("\n0 of 1 prompts identical, 1 with near-ties within rounding, 12 tokens compared\n")
 
 
 def test_a_near_tie_excuses_no_difference_beside_it(run, monkeypatch, break_token, break_transformers):
@@ -325,8 +384,9 @@ def test_the_bound_is_what_bf16_does():
             a, b = ours.topk(2).indices.tolist()
             bound = verify.near_tie_bound(engine, engine.runner.activations.normed[0], a, b)
             shares.append(float((ours[a] - ours[b]) - (theirs[n, a] - theirs[n, b])) / bound)
-        theirs = transformers_model.greedy(model, ids, 24)
-        difference = verify._compare_against(engine, ids, tokens, theirs).difference
+        greedy, logits = (partial(f, model) for f in (transformers_model.greedy, transformers_model.logits))
+        other = verify.Other(partial(greedy, max_new_tokens=24), logits)
+        difference = verify._compare_against(engine, other, ids, tokens).difference
         assert difference is None or difference.near_tie
     assert max(map(abs, shares)) < 1 < 15 * (sum(s * s for s in shares) / len(shares)) ** 0.5
 
