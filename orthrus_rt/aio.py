@@ -10,7 +10,7 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -73,7 +73,7 @@ class AsyncEngine:
         self._known_as: dict[str, str] = {}  # the engine's name of each, by the caller's
         self._numbers = itertools.count(1)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._closing: asyncio.Future | None = None
+        self._closing: Future | None = None
         self._draining, self._process = False, os.getpid()
         self._steps = False  # a step is in the queue; the worker's, as are the next two
         self._failures = self._cycles = 0  # steps that failed since there were that many cycles
@@ -216,7 +216,8 @@ class AsyncEngine:
         await self.close()
 
     async def close(self, drain: bool = False) -> None:
-        """Close the engine, also if this call is cancelled; open streams end with an error. Twice is harmless.
+        """Close the engine, also if this call is cancelled; open streams end with an error. Twice is
+        harmless, in whatever loop.
 
         Args:
             drain: first let them run to their end, and refuse new ones for good: what a server does at SIGTERM.
@@ -228,13 +229,9 @@ class AsyncEngine:
             while self._closing is None and not all(stream.failed for stream in self._waiting.values()):
                 await asyncio.sleep(0.01)
         if self._closing is None:
-            self._closing = self._call(self._close)
-            self._closing.add_done_callback(self._end)
-        await asyncio.shield(self._closing)
-
-    def _end(self, _) -> None:
-        self._worker.shutdown(wait=False)
-        self._fail(RuntimeError("this engine is closed"))
+            self._enter()
+            self._closing = self._worker.submit(self._close)
+        await asyncio.shield(asyncio.wrap_future(self._closing))  # which is no loop's: this one may not see its end
 
     # What follows runs in the worker.
 
@@ -305,3 +302,5 @@ class AsyncEngine:
             self.engine.close()
         finally:
             self.engine.turn.release()
+            self._worker.shutdown(wait=False)
+            self._tell(self._fail, RuntimeError("this engine is closed"))

@@ -81,6 +81,45 @@ def test_streams_of_a_loop_that_another_one_takes_over_from_end_with_an_error(fo
         loop.close()
 
 
+@pytest.mark.parametrize("wait", (0, 0.5), ids=("at once", "later"))
+def test_a_close_whose_loop_ends_before_it_is_through(folder, caplog, wait):
+    """The thread ends all the same, and closing once more, in another loop, is harmless."""
+    shared = AsyncEngine(make(folder))
+    step, worker = shared.engine.step, shared._worker
+    shared.engine.step = lambda: (time.sleep(0.3), step())[1]
+
+    async def closing():
+        stream = asyncio.create_task(shared.generate([1, 2], GREEDY))
+        await asyncio.sleep(0.05)  # a step is under way
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(shared.close(), 0.01)
+        stream.cancel()
+
+    asyncio.run(closing())
+    time.sleep(wait)
+    for _ in range(2):
+        asyncio.run(asyncio.wait_for(shared.close(), 20))
+    for thread in worker._threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert shared.engine.closed and not caplog.text
+
+
+def test_streams_of_a_loop_that_stands_still_hear_of_a_close_that_ends_meanwhile(folder):
+    shared, loop = AsyncEngine(make(folder)), asyncio.new_event_loop()
+    waits = loop.create_task(collect(shared, [1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True)))
+    step, free = shared.engine.step, threading.Event()
+    shared.engine.step = lambda: (free.wait(60), step())[1]
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.create_task(shared.close())
+    loop.run_until_complete(asyncio.sleep(0))
+    free.set()
+    asyncio.run(asyncio.wait_for(shared.close(), 20))
+    with pytest.raises(RuntimeError, match="this engine is closed"):
+        loop.run_until_complete(asyncio.wait_for(waits, 20))
+    loop.close()
+
+
 def test_what_is_left_to_a_loop_that_is_closed_is_aborted(folder):
     shared, loop = AsyncEngine(make(folder)), asyncio.new_event_loop()
     stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
