@@ -4,15 +4,19 @@
     curl -N localhost:8000/v1/completions -d '{"prompt": "def add(a, b):", "max_tokens": 32, "stream": true}'
 
 Prompts are completed as they are, without a chat template. Requests may have `max_tokens`, `stop`, `stream` and what
-SAMPLING names; what else would change an answer is refused. All requests share one engine. A client that goes away, or
-closes its side of the connection, ends its request; at SIGTERM or Ctrl-C what runs comes to its end.
+SAMPLING names; what else would change an answer is refused, as is a request that is large or takes long to arrive. All
+share one engine. A client that goes away, or closes its side of the connection, ends its request; at SIGTERM or Ctrl-C
+what runs comes to its end.
 """
 
 import asyncio
 import contextlib
 import json
+import math
+import re
 import signal
 import sys
+import time
 import uuid
 
 import orthrus_rt
@@ -20,32 +24,65 @@ import orthrus_rt
 SAMPLING = {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "logit_bias"}
 KNOWN = {"prompt", "max_tokens", "stop", "stream", "model", "user", *SAMPLING}
 HARMLESS = {"n": 1, "best_of": 1, "echo": False, "suffix": ""}  # where they ask for nothing
+MOST_BYTES, MOST_STOPS, MOST_SECONDS = 1 << 20, 4, 30  # of a request, which has these seconds to arrive
+
+
+class Refused(Exception):
+    """With its status and the body of the answer."""
 
 
 async def read_request(reader):
-    start, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin1").lower().split("\r\n")
-    headers = dict(line.split(":", 1) for line in lines if line)
-    if not start.startswith("post /v1/completions "):
-        raise ValueError("this server answers POST /v1/completions")
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except asyncio.LimitOverrunError:
+        raise ValueError("the headers of a request must be at most 64 KiB") from None
+    start, *lines = head.decode("latin1").lower().split("\r\n")
+    if len(words := start.split(" ")) != 3:
+        raise ValueError("a request must begin with METHOD PATH HTTP/1.1")
+    if words[:2] != ["post", "/v1/completions"]:
+        not_post = "405 Method Not Allowed\r\nAllow: POST"  # which must name the methods there are
+        status = not_post if words[1] == "/v1/completions" else "404 Not Found"
+        raise Refused(status, "" if words[0] == "head" else failure("this server answers POST /v1/completions"))
+    headers = {}
+    for name, colon, value in (line.partition(":") for line in lines if line):
+        if not colon or not name or name != name.strip():
+            raise ValueError("a header must be a name, a colon and a value")
+        headers.setdefault(name, set()).add(value.strip())
     if "transfer-encoding" in headers:
         raise ValueError("a request in chunks is not supported: send its Content-Length")
+    length = " and ".join(sorted(headers.get("content-length", {"0"})))
+    if not re.fullmatch("[0-9]{1,7}", length) or int(length) > MOST_BYTES:
+        raise ValueError(f"Content-Length must be one number of bytes, at most {MOST_BYTES}, got {length}")
     try:
-        asked = json.loads(await reader.readexactly(int(headers.get("content-length", 0))))
+        return json.loads(await reader.readexactly(int(length)))
     except RecursionError:
         raise ValueError("the request is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"the request must be JSON: {error}") from None
+
+
+def check(asked):
+    """What was asked for, without the nulls."""
     if not isinstance(asked, dict) or not isinstance(asked.get("prompt"), str):
         raise ValueError("the request must be an object whose prompt is a string")
     asked = {key: value for key, value in asked.items() if value is not None}
     if other := [key for key in asked if key not in KNOWN and asked[key] != HARMLESS.get(key, ())]:
         raise ValueError(f"this server does not support {', '.join(other)}")
+    if re.search(r"[\ud800-\udfff]", asked["prompt"]):
+        raise ValueError("the prompt must be whole characters, not one half of a surrogate pair")
+    if not isinstance(asked.get("stream", False), bool):
+        raise ValueError(f"stream must be true or false, got {asked['stream']!r}")
+    if isinstance(stop := asked.get("stop"), list) and len(stop) > MOST_STOPS:
+        raise ValueError(f"stop must be at most {MOST_STOPS} strings, got {len(stop)}")
     return asked
 
 
 def sampling(asked):
     """As the engine has it; JSON's keys are strings, and temperature is 1 unless a request says otherwise."""
     options = {"temperature": 1.0} | {key: asked[key] for key in SAMPLING & asked.keys()}
-    if "logit_bias" in options:
-        options["logit_bias"] = {int(token): value for token, value in dict(options["logit_bias"]).items()}
+    if isinstance(bias := options.get("logit_bias"), dict):  # what is no id stays as it is, to be refused
+        ids = (int(token) if re.fullmatch("-?[0-9]{1,10}", token) else token for token in bias)
+        options["logit_bias"] = tuple(zip(ids, bias.values(), strict=True))
     return orthrus_rt.SamplingParams(asked.get("max_tokens", 16), **options)
 
 
@@ -57,56 +94,79 @@ def failure(error):
     return json.dumps({"error": {"message": str(error) or repr(error)}})
 
 
+async def drop(reader, most=math.inf):
+    """What else the client sends, to its end."""
+    while most > 0 and (piece := await reader.read(1 << 16)):
+        most -= len(piece)
+
+
 async def abort_when_gone(shared, reader, name):
     with contextlib.suppress(OSError):
-        await reader.read()  # to the end of what the client sends
+        await drop(reader)
     await shared.abort(name)
 
 
-async def serve(shared, reader, writer):
+async def answer(shared, model, reader, writer):
     name, tokenizer, parts = uuid.uuid4().hex, shared.engine.tokenizer, []
-    with contextlib.suppress(OSError, EOFError), contextlib.closing(writer):  # the client may be gone
-        try:
+    try:
+        async with asyncio.timeout(MOST_SECONDS):
             asked = await read_request(reader)
-            stop = asked.get("stop") or ()
-            text = orthrus_rt.TextStream(tokenizer, [stop] if isinstance(stop, str) else stop)
-            outputs = shared.stream(tokenizer(asked["prompt"]).input_ids, sampling(asked), name)
-        except (ValueError, TypeError, RuntimeError, asyncio.LimitOverrunError) as error:
-            status = "503 Service Unavailable" if isinstance(error, RuntimeError) else "400 Bad Request"
-            return send(writer, status, "application/json", failure(error))
-        if asked.get("stream"):
-            send(writer, "200 OK", "text/event-stream")
-        gone = asyncio.create_task(abort_when_gone(shared, reader, name))
-        try:
-            async with contextlib.aclosing(outputs):  # which ends a request that is not over
-                async for out in outputs:
-                    parts.append(text.push(out.new_token_ids) + (text.end() if out.finished else ""))
-                    reason = "stop" if text.stopped else out.finish_reason
-                    choice = {"index": 0, "text": parts[-1], "finish_reason": reason}
-                    answer = {"id": name, "object": "text_completion", "choices": [choice]}
-                    if asked.get("stream"):
-                        writer.write(f"data: {json.dumps(answer)}\n\n".encode())
-                        await writer.drain()
-                    if reason:
-                        break
-            if reason in ("error", "abort"):
-                raise RuntimeError(out.error or "the request ended as its client closed the connection")
-            choice["text"] = "".join(parts)
-            status, body, end = "200 OK", json.dumps(answer), "[DONE]"
-        except Exception as error:  # of this request alone, or of the engine
-            status, body = "500 Internal Server Error", failure(error)
-            end = body
-        finally:
-            gone.cancel()
-        if asked.get("stream"):
-            writer.write(f"data: {end}\n\n".encode())
-        else:
-            send(writer, status, "application/json", body)
+        asked = check(asked)
+        stop = asked.get("stop") or ()
+        text = orthrus_rt.TextStream(tokenizer, [stop] if isinstance(stop, str) else stop)
+        prompt = tokenizer(asked["prompt"]).input_ids
+        outputs = shared.stream(prompt, sampling(asked), name)
+    except Refused as refused:
+        status, body = refused.args
+        return send(writer, status, "application/json", body)
+    except (ValueError, TypeError, RuntimeError) as error:
+        status = "503 Service Unavailable" if isinstance(error, RuntimeError) else "400 Bad Request"
+        return send(writer, status, "application/json", failure(error))
+    if streams := asked.get("stream"):
+        send(writer, "200 OK", "text/event-stream")
+    about = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model}
+    gone = asyncio.create_task(abort_when_gone(shared, reader, name))
+    try:
+        async with contextlib.aclosing(outputs):  # which ends a request that is not over
+            async for out in outputs:
+                parts.append(text.push(out.new_token_ids) + (text.end() if out.finished else ""))
+                reason = "stop" if text.stopped else out.finish_reason
+                choice = {"index": 0, "text": parts[-1], "finish_reason": reason}
+                if streams:
+                    writer.write(f"data: {json.dumps(about | {'choices': [choice]})}\n\n".encode())
+                    await writer.drain()
+                if reason:
+                    break
+        if reason in ("error", "abort"):
+            raise RuntimeError(out.error or "the request ended as its client closed the connection")
+        choice["text"] = "".join(parts)
+        count = {"prompt_tokens": len(prompt), "completion_tokens": out.stats.tokens}
+        usage = count | {"total_tokens": sum(count.values())}
+        status, body, end = "200 OK", json.dumps(about | {"choices": [choice], "usage": usage}), "[DONE]"
+    except Exception as error:  # of this request alone, or of the engine
+        status, body = "500 Internal Server Error", failure(error)
+        end = body
+    finally:
+        gone.cancel()
+        await asyncio.wait([gone])
+    if streams:
+        writer.write(f"data: {end}\n\n".encode())
+    else:
+        send(writer, status, "application/json", body)
+
+
+async def serve(shared, model, reader, writer):
+    # The client may be gone or too slow, or this process ends, where Python 3.11 logs each that was cancelled.
+    with contextlib.suppress(OSError, EOFError, asyncio.CancelledError), contextlib.closing(writer):
+        await answer(shared, model, reader, writer)
+        writer.write_eof()
+        async with asyncio.timeout(1):  # closing it with input unread would reset the connection, answer and all
+            await drop(reader, 16 * MOST_BYTES)
 
 
 async def main(model, port, **options):
     async with orthrus_rt.AsyncEngine(orthrus_rt.Engine.from_pretrained(model, **options)) as shared:
-        server = await asyncio.start_server(lambda *streams: serve(shared, *streams), "127.0.0.1", port)
+        server = await asyncio.start_server(lambda *streams: serve(shared, model, *streams), "127.0.0.1", port)
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)

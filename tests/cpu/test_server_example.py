@@ -1,4 +1,6 @@
-"""The server of docs/: whole answers, streams, clients that go away, requests that fail, SIGTERM and Ctrl-C."""
+"""The server of docs/: whole answers, streams, clients that go away, requests that fail or are refused, SIGTERM and
+Ctrl-C.
+"""
 
 import asyncio
 import contextlib
@@ -76,6 +78,13 @@ def failure(response):
     return response.status, json.load(response)["error"]["message"]
 
 
+def exchange(port, sent):
+    """All that the server answers to these bytes, while the connection stays open."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        client.sendall(sent)
+        return client.makefile("rb").read().decode()
+
+
 def events(response):
     return [line.removeprefix("data: ") for line in response.read().decode().split("\n\n") if line]
 
@@ -100,7 +109,6 @@ def test_a_server(server, engine):
         told["no prompt"] = failure(post(port, max_tokens=8))
         told["length"] = failure(post(port, prompt="x", max_tokens=0))
         told["nested"] = failure(post(port, "[" * 100_000))
-        told["path"] = post(port, path="/").status
         slow(engine)
         gone = post(port, prompt="gone", max_tokens=200, temperature=0, stream=True)
         gone.readline(), gone.close()
@@ -111,12 +119,16 @@ def test_a_server(server, engine):
         told["last"] = events(last)
 
     serve(server, client, signal.SIGTERM)
-    (choice,) = told["whole"]["choices"]
+    (choice,), name = told["whole"]["choices"], told["whole"]["id"]
+    usage = {"prompt_tokens": 5, "completion_tokens": len(out.token_ids), "total_tokens": 5 + len(out.token_ids)}
+    about = {"id": name, "object": "text_completion", "model": "model", "created": pytest.approx(time.time(), abs=60)}
+    assert told["whole"] == about | {"choices": [choice], "usage": usage}
+    assert json.loads(told["stream"][0]).keys() == {*about, "choices"}
     assert choice == {"index": 0, "text": text, "finish_reason": out.finish_reason}
     *pieces, end = told["stream"]
     assert end == "[DONE]" and "".join(json.loads(piece)["choices"][0]["text"] for piece in pieces) == text
     assert told["stopped"]["choices"][0] == {"index": 0, "text": text.partition(stop)[0], "finish_reason": "stop"}
-    assert told["path"] == told["list"] == 400
+    assert told["list"] == 400
     assert told["no prompt"] == (400, "the request must be an object whose prompt is a string")
     assert told["length"] == (400, "SamplingParams: max_new_tokens must be >= 1, got 0")
     assert told["nested"] == (400, "the request is nested too deeply")
@@ -133,7 +145,7 @@ def test_what_fails_is_no_success(server, engine, monkeypatch):
             if how == "lost":
                 raise RuntimeError(whys[how])
             if how == "no memory":
-                out = replace(out, finished=True, finish_reason="error", error=whys[how])
+                out = replace(out, finish_reason="error", error=whys[how])
             yield out
 
     def client(port, end):
@@ -174,7 +186,12 @@ def test_what_a_request_may_ask_for(server, engine):
     refused = {
         "n": (dict(n=2), "this server does not support n"),
         "two": (dict(logprobs=1, echo=True), "this server does not support logprobs, echo"),
-        "bias": (dict(logit_bias=[1]), "cannot convert dictionary update sequence element #0 to a sequence"),
+        "bias": (dict(logit_bias=5), "SamplingParams: logit_bias must be {token id: value}, got 5"),
+        "pair": (dict(logit_bias=[[1.7, 2]]), "SamplingParams: logit_bias: every token id must be an integer, got 1.7"),
+        "id": (dict(logit_bias={"a": 2}), "SamplingParams: logit_bias: every token id must be an integer, got 'a'"),
+        "surrogate": (dict(prompt="\ud800"), "the prompt must be whole characters, not one half of a surrogate pair"),
+        "stream": (dict(stream="false"), "stream must be true or false, got 'false'"),
+        "stops": (dict(stop=["x"] * 5), "stop must be at most 4 strings, got 5"),
         "stop": (dict(stop={"a": 1}), "stop must be a sequence of strings that are not empty, got {'a': 1}"),
     }
     told, want = {}, {}
@@ -184,15 +201,84 @@ def test_what_a_request_may_ask_for(server, engine):
 
     def client(port, end):
         for name, (more, _) in refused.items():
-            told[name] = failure(post(port, **asked, **more))
+            told[name] = failure(post(port, **asked | more))
         told["edited"] = json.load(post(port, **asked, **options, n=1, echo=False, model="any"))
         told["null"] = json.load(post(port, prompt="hello", max_tokens=None, temperature=0, stop=None, logprobs=None))
-        with socket.create_connection(("127.0.0.1", port)) as chunked:
-            chunked.sendall(b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n")
-            told["chunked"] = chunked.makefile().read()
 
     serve(server, client, signal.SIGTERM)
     for name, (_, why) in refused.items():
         assert told[name] == (400, why)
-    assert "send its Content-Length" in told["chunked"]
     assert {name: told[name]["choices"][0]["text"] for name in want} == want
+
+
+def test_heads_that_are_refused(server, engine):
+    only, told = "this server answers POST /v1/completions", []
+    begin, chunks = "POST /v1/completions HTTP/1.1\r\n", "a request in chunks is not supported: send its Content-Length"
+    length = "Content-Length must be one number of bytes, at most 1048576, got"
+    refused = [
+        (f"{begin}Transfer-Encoding: chunked\r\n", 400, chunks),
+        (f"{begin}Content-Length: -5\r\n", 400, f"{length} -5"),
+        (f"{begin}Content-Length: 1048577\r\n", 400, f"{length} 1048577"),
+        (f"{begin}Content-Length: 5\r\nContent-Length: 6\r\n", 400, f"{length} 5 and 6"),
+        (f"{begin}no colon\r\n", 400, "a header must be a name, a colon and a value"),
+        (f"{begin}long: {'x' * 70_000}\r\n", 400, "the headers of a request must be at most 64 KiB"),
+        (begin, 400, "the request must be JSON: Expecting value: line 1 column 1 (char 0)"),
+        ("hello\r\n", 400, "a request must begin with METHOD PATH HTTP/1.1"),
+        ("POST / HTTP/1.1\r\n", 404, only),
+        ("GET /v1/completions HTTP/1.1\r\n", 405, only),
+        ("HEAD /v1/completions HTTP/1.1\r\n", 405, None),
+        ("HEAD / HTTP/1.1\r\n", 404, None),
+    ]
+
+    def client(port, end):
+        told.extend(exchange(port, f"{head}\r\n".encode()).partition("\r\n\r\n") for head, *_ in refused)
+
+    serve(server, client, signal.SIGTERM)
+    for (_, status, why), (answer, _, body) in zip(refused, told, strict=True):
+        assert int(answer.split()[1]) == status and ("Allow: POST" in answer) == (status == 405)
+        assert (json.loads(body)["error"]["message"] if body else None) == why
+
+
+def test_more_than_a_request(server, engine, monkeypatch):
+    """A refusal arrives however much comes behind it, and nobody gathers what comes behind a request."""
+    read, asked, told, much = asyncio.StreamReader.read, [], [], b"x" * (5 << 20)
+    body = b'{"prompt": "hello", "max_tokens": 8}'
+
+    def client(port, end):
+        for length, content in ((len(much), much), (len(body), body + much)):
+            head = f"POST /v1/completions HTTP/1.1\r\nContent-Length: {length}\r\n\r\n"
+            told.append(exchange(port, head.encode() + content))
+
+    monkeypatch.setattr(asyncio.StreamReader, "read", lambda self, n=-1: asked.append(n) or read(self, n))
+    serve(server, client, signal.SIGTERM)
+    assert told[0].startswith("HTTP/1.1 400") and told[1].startswith("HTTP/1.1 200")
+    assert all(0 < n <= 1 << 16 for n in asked)
+
+
+def test_what_is_dropped_behind_an_answer_is_bounded(server):
+    async def rest():
+        reader = asyncio.StreamReader()
+        reader.feed_data(bytes(10 << 16))
+        await server.drop(reader, 3 << 16)
+        reader.feed_eof()
+        return await reader.read()
+
+    assert len(asyncio.run(rest())) == 7 << 16
+
+
+def test_clients_that_do_not_ask(server, engine, monkeypatch, caplog):
+    """One that takes too long is left; those that are idle at the end leave no trace."""
+    told, head = {}, b"POST /v1/completions HTTP/1.1\r\n"
+
+    def client(port, end):
+        with monkeypatch.context() as patch:
+            patch.setattr(server, "MOST_SECONDS", 0.1)
+            told["slow"] = exchange(port, head)
+        told["idle"] = socket.create_connection(("127.0.0.1", port))
+        told["idle"].sendall(head)
+        time.sleep(0.1)
+
+    serve(server, client, signal.SIGTERM)
+    told["idle"].close()
+    assert not told["slow"] and engine.closed
+    assert not [record for record in caplog.records if record.name == "asyncio"]
