@@ -42,9 +42,17 @@ class CMakeBuild(build_ext):
             args.append(f"-DORTHRUS_CUDA_ARCHS={archs}")
         if (nvcc := find_nvcc()) and os.environ.get("ORTHRUS_CUDA") != "OFF":
             args.append(f"-DCMAKE_CUDA_COMPILER={os.path.realpath(nvcc)}")
+        # CMake never looks for compilers again, nor into a folder that was moved.
+        configured, key = build / "configured", repr([str(ROOT), os.environ.get("CXX"), nvcc])
+        if not configured.exists() or configured.read_text() != key:
+            args.append("--fresh")
+        configured.unlink(missing_ok=True)
         subprocess.run(["cmake", *args, str(ROOT)], cwd=build, check=True)
+        configured.write_text(key)
         subprocess.run(["cmake", "--build", "."], cwd=build, check=True)
         subprocess.run(["cmake", "--install", ".", "--prefix", str(out.parent)], cwd=build, check=True)
 
 
+for kept in (ROOT / "build").glob("lib*"):  # by a wheel before this one, with modules that may be gone
+    shutil.rmtree(kept)
 setup(ext_modules=[Extension("orthrus_rt._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

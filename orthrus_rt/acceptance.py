@@ -208,14 +208,33 @@ class Acceptance:
     def tokens(self, plans: list[CyclePlan], optimism: float = 0.0, running: CyclePlan = AR) -> dict[CyclePlan, float]:
         """Expected tokens of one sequence's cycle: accepted drafts and the one that verification itself yields.
 
-        A sequence's first one_pass cycle yields that one alone. With ``optimism``, estimates are taken that many
-        standard errors higher, but those alone that set a plan apart from the ``running`` one: an error in what both
-        depend on favours neither.
+        A sequence's first one_pass cycle yields that one alone, and the last cycle of any plan no more than is left.
+        With ``optimism``, estimates are taken that many standard errors higher, but those alone that set a plan apart
+        from the ``running`` one: an error in what both depend on favours neither.
         """
-        accepted = self.accepted(optimism, running)
-        tokens = {p: 1.0 + accepted[p.fan_out][p.block_len - 1] for p in plans}
-        fresh = min(1.0, self._begun / self._tokens)  # sequences begun per token
-        return {p: t if p.mode != "one_pass" else 1 / (fresh + (1 - fresh) / t) for p, t in tokens.items()}
+        accepted, length = self.accepted(optimism, running), max(1.0, self._tokens / max(self._begun, TINY))
+        return {p: length / _cycles(accepted[p.fan_out][: p.block_len], length, p.mode == "one_pass") for p in plans}
+
+
+def _cycles(accepted: list[float], length: float, fills: bool) -> float:
+    """Expected cycles of a sequence of ``length`` tokens; ``accepted``: of 0, 1, ... drafts that are offered.
+    ``fills``: its first cycle yields one token.
+
+    Exact for sequences no longer than two cycles may yield; for longer ones by the mean overshoot of renewal theory.
+    """
+    block, mean, left = len(accepted), 1.0 + accepted[-1], length - fills
+    if left > 2 * block:
+        second = 1.0 + sum((2 * i + 1) * (accepted[i] - accepted[i - 1]) for i in range(1, block))  # E[tokens^2]
+        return fills + (left + (second / mean - 1.0) / 2) / mean
+    at_least = np.diff(accepted, prepend=-1.0)  # chance that a cycle yields 1, 2, ... tokens or more
+    chance = (at_least - np.append(at_least[1:], 0.0))[::-1]
+    cycles = np.zeros(block + math.ceil(left) + 1)  # for so many tokens, behind as many zeros as a cycle may yield
+    for n in range(block, len(cycles)):
+        cycles[n] = 1.0 + chance @ cycles[n - block : n]
+    whole = int(left)
+    share = left - whole
+    low, high = (cycles[block + n - 1] for n in (whole, whole + 1))
+    return fills + (1 - share) * low + share * high
 
 
 @functools.cache

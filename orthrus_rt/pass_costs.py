@@ -12,17 +12,22 @@ from pathlib import Path
 
 from orthrus_rt.cycle_plan import AR, MODES, CyclePlan
 
-STALLED = math.log(1.3)  # a first measurement so much above the next one was a stalled cycle's
+STALLED = 1.3  # times the next measurement: what was so much above it was a stalled cycle's
+UNLIKELY = (
+    8.0  # times what was to be expected: more is not believed of a first measurement, or it would be the only one
+)
 CLIP = 2.0  # the largest innovation, in its standard deviations: a stalled cycle is not a slow plan
 HOPE = 0.3  # standard errors by which a cycle may be cheaper than it looks
 # Variances of logarithms, that is of relative errors.
 MEASUREMENT_NOISE = 0.01
 WARMED = 0.0015  # of a warm-up's time: the machine may have been busy then
-FEW = 0.005  # above this, an entry was measured once or twice
 KNOWN = 0.0002  # the least of an entry
 ENTRY_PROCESS_NOISE = 2e-6  # per cycle, of an entry that does not run
 OTHER_DAY = 0.02  # of the machine's slowness since the entries were measured
 SLOWNESS_PROCESS_NOISE = 1e-4  # per cycle
+# Of the slowness, per cycle, that turns into the own cost of the plan that runs. Nothing else could tell the two apart
+# while no other plan runs, and noise that is not symmetric would drive one against the other without bound.
+SETTLING = 1 / 4096
 # More process noise where measurements do not fit: this much of gain x innovation^2 is added to the variance, so that
 # after a jump the next gains are larger.
 ADAPTIVE_NOISE = 0.1
@@ -51,6 +56,7 @@ class PassCosts:
         self._variance: dict[tuple[int, CyclePlan], float] = {}  # less the process noise since it was measured
         self._covariance: dict[tuple[int, CyclePlan], float] = {}  # with the machine's slowness, where not negligible
         self._seen: dict[tuple[int, CyclePlan], tuple[int, float]] = {}  # clock and slowness then
+        self._once: set[tuple[int, CyclePlan]] = set()  # no two cycles agree yet: what is known may be a stalled one's
         self._slowness, self._slowness_variance = 0.0, OTHER_DAY
         self._clock = 0
         self._curve: list[tuple[int, float]] | None = None  # see _passes(); None since the entries changed
@@ -65,6 +71,10 @@ class PassCosts:
     def __contains__(self, key: tuple[int, CyclePlan]) -> bool:
         return key in self._log
 
+    def measured_once(self, bucket: int, plan: CyclePlan) -> bool:
+        """Or more often, if no cycle has confirmed yet that those before were not stalled."""
+        return (bucket, plan) in self._once
+
     def seconds(self, bucket: int, plan: CyclePlan, hopeful: bool = False) -> float:
         """Expected seconds of one cycle of ``bucket`` slots under ``plan``.
 
@@ -78,10 +88,11 @@ class PassCosts:
         if not hopeful:
             return seconds
         hoped = seconds * (1 - HOPE * math.sqrt(min(WARMED, self._doubt(key)) - KNOWN))
-        return min(hoped, self._guess(bucket, plan, True)) if self._variance[key] > FEW else hoped
+        return min(hoped, self._guess(bucket, plan, True)) if key in self._once else hoped
 
     def set(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
         """A warm-up's measurement, or a kept one, replacing what was known."""
+        self._once.discard((bucket, plan))
         self._set((bucket, plan), seconds, WARMED)
 
     def _set(self, key: tuple[int, CyclePlan], seconds: float, variance: float) -> None:
@@ -94,8 +105,13 @@ class PassCosts:
         """The seconds that one real cycle took."""
         key = bucket, plan
         self._clock += 1
-        if key not in self._log or (self._variance[key] > FEW and seconds < math.exp(-STALLED) * self.seconds(*key)):
-            return self._set(key, seconds, MEASUREMENT_NOISE)  # nothing was known, or a stalled cycle's time
+        if key not in self._log:
+            self._once.add(key)
+            most = UNLIKELY * self.seconds(*key) if self._log else math.inf
+            return self._set(key, min(seconds, most), MEASUREMENT_NOISE)
+        if key in self._once and self.seconds(*key) > STALLED * seconds:
+            return self._set(key, seconds, MEASUREMENT_NOISE)
+        self._once.discard(key)
         self._curve = None
         own, machine = self._doubt(key), self._slowness_variance + SLOWNESS_PROCESS_NOISE
         shared = self._covariance.setdefault(key, 0.0)
@@ -119,6 +135,9 @@ class PassCosts:
             self._covariance[entry] = max(-most, min(most, covariance))
             if abs(self._covariance[entry]) < MIN_COVARIANCE:
                 del self._covariance[entry]
+        settled = SETTLING * self._slowness
+        self._slowness -= settled
+        self._log[key] += settled
 
     def drift(self, bucket: int, plan: CyclePlan) -> float:
         """Logarithm by which the machine seems to have changed its speed since the entry was last measured."""

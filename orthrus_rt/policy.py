@@ -54,6 +54,7 @@ REST = 64  # cycles between trials, and the most that one lasts
 COURSE, AR_COURSE, COURSE_SHARE = 8, 32, 8  # most cycles of a course, and of AR's; at most 1/8 of all before
 PIPELINE_FILL = 1  # passes of one_pass before its drafts are there
 REFRESH_REST, REFRESH_CYCLES = 64, 3  # cycles without AR before AR is timed anew, and for how many
+DRIFT_REST = 8  # the same where the machine seems to have changed: it may be the plan in use alone
 # Of all time that may be lost on that: where AR is close it is cheap, and may win; everywhere it comes within 1,200 AR
 # cycles' time.
 REFRESH_PRICE = 0.0025
@@ -88,6 +89,8 @@ class Lane:
         self.since_ar = math.inf  # cycles; its true cost here is not known
         self._savings = self._saving = 0.0  # cycles, and per cycle by the last look
         self._since_look = 0  # cycles
+        self.trial: CyclePlan | None = None  # under way, also while other lanes run
+        self.trial_left = 0  # cycles to go
 
     def seconds(self, plan: CyclePlan, hopeful: bool = False) -> float:
         """Expected seconds of a cycle."""
@@ -99,9 +102,9 @@ class Lane:
 
     def wants_ar_timed(self, rate: float) -> bool:
         """``rate``: seconds per token of the plan in use."""
-        if self.since_ar < REFRESH_REST:
-            return False
         drifted = self.costs.drift(self.bucket, AR) > REFRESH_DRIFT
+        if self.since_ar < (DRIFT_REST if drifted else REFRESH_REST):
+            return False
         lost = REFRESH_CYCLES * (self.seconds(AR) - rate)
         cheap = lost <= REFRESH_PRICE * self.since_ar * self.seconds(self.in_use)
         return drifted or cheap
@@ -166,8 +169,6 @@ class Policy:
         self._unread: deque[tuple[Launched, list[Outcome], float | None]] = deque()  # brought, not yet weighed
         self._course: Launched | None = None  # what its cycles are
         self._course_left = 0  # cycles to go
-        self._trial: tuple[Lane, CyclePlan] | None = None  # under way
-        self._trial_left = 0
         self._since_trial = self._cycles = 0
 
     def plans_of(self, bucket: int) -> list[CyclePlan]:
@@ -189,7 +190,7 @@ class Policy:
         elif course.fills:
             self._course = course = course._replace(fills=False)
         self._course_left -= 1
-        self._trial_left -= course.against is not None
+        lane.trial_left -= course.against is not None
         self._since_trial = 0 if course.against is not None else self._since_trial + 1
         lane.ran(course.plan)
         self._pending.append(course)
@@ -211,8 +212,8 @@ class Policy:
         trial = self._plan_to_try(lane, batch_size, tokens, rates[in_use])
         plan = in_use if trial is None else trial
         if not self._affordable(lane, plan):
-            plan, trial, self._trial = self._fallback(lane, rates), None, None
-        longest = min(COURSE, self._trial_left) if trial is not None else AR_COURSE if plan == AR else COURSE
+            plan, trial, lane.trial = self._fallback(lane, rates), None, None
+        longest = min(COURSE, lane.trial_left) if trial is not None else AR_COURSE if plan == AR else COURSE
         self._course_left = min(longest, 1 + self._cycles // COURSE_SHARE)
         if (lane.bucket, plan) not in lane.costs:
             self._course_left = 1  # what it costs is a guess
@@ -227,10 +228,9 @@ class Policy:
 
     def _plan_to_try(self, lane: Lane, batch_size: int, tokens, rate: float) -> CyclePlan | None:
         """A plan to try in this cycle, if any; ``rate``: seconds per token of the plan in use."""
-        if self._trial is None or self._trial[0] is not lane or not self._trial_left:
-            plan, self._trial_left = self._next_trial(lane, batch_size, tokens, rate)
-            self._trial = None if plan is None else (lane, plan)
-        return self._trial and self._trial[1]
+        if lane.trial is None or not lane.trial_left:
+            lane.trial, lane.trial_left = self._next_trial(lane, batch_size, tokens, rate)
+        return lane.trial
 
     def _next_trial(self, lane: Lane, batch_size: int, tokens, rate: float) -> tuple[CyclePlan | None, int]:
         """``(plan, cycles)`` of a trial to begin, if any."""
@@ -246,10 +246,14 @@ class Policy:
         for plan in sorted(hopes, key=hopes.get):
             if hopes[plan] >= rate * (1 - DEADBAND):
                 break
+            if plan == lane.in_use or not self._affordable(lane, plan):
+                continue
             filling = PIPELINE_FILL if plan.mode == "one_pass" else 0
+            if lane.costs.measured_once(lane.bucket, plan):  # if that cycle was stalled, one more tells
+                return plan, 1 + filling
             spare = self.exploration.balance - filling * (lane.seconds(plan) - rate)
             price = lane.seconds(plan) - tokens[plan] * rate
-            if plan != lane.in_use and least * price <= spare and self._affordable(lane, plan):
+            if least * price <= spare:
                 cycles = least if price <= 0 else min(REST, max(least, int(TRIAL_PRICE * spare / price)))
                 return plan, cycles + filling
         return None, 0

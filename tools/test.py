@@ -165,7 +165,7 @@ def read_junit(path: str, result: Result) -> None:
             result.failed += 1
             row[1] += 1
         elif skip is not None:
-            result.skipped[skip.get("message", "").splitlines()[0]] += 1
+            result.skipped[(skip.get("message") or "no reason given").splitlines()[0]] += 1
             row[2] += 1
         else:
             result.passed += 1
@@ -194,9 +194,10 @@ def run_pytest(tier: Tier, full: bool, *more: str, **how) -> tuple[Result, str |
             code, printed = done.returncode, done.stdout
         except subprocess.TimeoutExpired as error:
             code, printed = 1, (error.stdout or b"").decode(errors="replace") + f"\nnot finished in {limit} s: ended"
-        if os.path.exists(report):
+        reported = os.path.exists(report)
+        if reported:
             read_junit(report, result)
-    if code and not result.failed:
+    if not result.failed and (code or not reported):
         result.failed = 1  # a crash, a hang, collection errors, or no test at all
         for path in more:
             result.files.setdefault(Path(path).stem, [0, 0, 0, 0.0])[1] += 1
@@ -264,6 +265,9 @@ def main() -> int:
             print(f"{name:10} skipped: {result}")
             continue
         print(f"{name:10} {result.line()}")
+        if args.tiers and not (result.passed or result.failed):
+            result.failed = 1
+            print(f"{'':10} failed: it was asked for, and nothing ran")
         for reason, count in result.skipped.items():
             print(f"{'':10} {count} skipped: {reason}")
         if name == "gpu":

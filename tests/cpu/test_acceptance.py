@@ -139,7 +139,7 @@ def test_while_ar_runs_two_pass_may_be_better_than_one_pass_let_it_look():
 
 
 def test_ends_and_beginnings_are_no_rejections():
-    """Requests of 24 tokens: drafts are worth what they are in long ones; the first cycles are priced apart."""
+    """Requests of 24 tokens: drafts are worth what they are in long ones."""
     short, long = (Acceptance(15, FAN_OUTS) for _ in range(2))
     for plan in (CyclePlan("two_pass", 16), CyclePlan("one_pass", 16, 8)):
         for seen, length in ((short, 24), (long, 0)):
@@ -150,8 +150,26 @@ def test_ends_and_beginnings_are_no_rejections():
                     seen.observe(plan, [outs])
     for fan_out in (0, 8):
         assert short.accepted()[fan_out][15] == pytest.approx(long.accepted()[fan_out][15], rel=0.05)
-    plan = CyclePlan("one_pass", 16, 8)
-    assert short.tokens(PLANS)[plan] == pytest.approx(1 / (1 / 24 + 23 / 24 / long.tokens(PLANS)[plan]), rel=0.05)
+
+
+@pytest.mark.parametrize("mode", ["two_pass", "one_pass"])
+@pytest.mark.parametrize(("block_len", "hazard"), [(4, 0.3), (4, 0.97), (16, 0.8), (16, 0.97)])
+def test_the_last_cycle_of_a_sequence_yields_what_is_left(mode, block_len, hazard):
+    """Tokens per cycle of sequences of a length, against as many of them played through."""
+    plan, rng = CyclePlan(mode, block_len, 2 * (mode == "one_pass")), random.Random(0)
+    accepted = [sum(hazard ** (1 + i) for i in range(drafts)) for drafts in range(block_len)]
+    for length in (1, 2, 5, 16, 24, 33, 100):
+        seen, cycles = Acceptance(15, FAN_OUTS), 0
+        seen.accepted = lambda *_: {0: accepted, 2: accepted}
+        seen._begun, seen._tokens = 10.0, 10.0 * length
+        for _ in range(2000):
+            left, first = length, True
+            while left > 0:
+                drafts = 0
+                while drafts < block_len - 1 and rng.random() < hazard and not (first and mode == "one_pass"):
+                    drafts += 1
+                left, first, cycles = left - 1 - drafts, False, cycles + 1
+        assert seen.tokens([plan])[plan] == pytest.approx(2000 * length / cycles, rel=0.09), length
 
 
 def test_prior_quality_grows_with_fan_out():

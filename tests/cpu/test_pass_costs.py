@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 
@@ -92,6 +93,25 @@ def test_a_first_measurement_of_a_stalled_cycle_is_soon_forgotten():
     assert costs.seconds(1, plan, hopeful=True) == pytest.approx(1.0)  # worth another attempt
     costs.observe(1, plan, 1.1)
     assert costs.seconds(1, plan) == pytest.approx(1.1) and costs.seconds(1, other) == pytest.approx(1.0)
+
+
+def test_two_stalls_in_a_row_are_forgotten_too_and_the_worst_is_not_believed():
+    costs, plan = PassCosts(), CyclePlan("two_pass", 4)
+    costs.set(1, AR, 1.0)
+    for seconds, most in ((1000.0, 20.0), (9.0, 9.0), (2.0, 2.0), (2.0, 2.0)):
+        costs.observe(1, plan, seconds)
+        assert costs.seconds(1, plan) <= 1.01 * most
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.1, 0.2, 0.4, "skew"])
+def test_noise_moves_no_plan_that_does_not_run(noise):
+    """20,000 cycles of AR on a machine that stays as it is."""
+    rng, idle = random.Random(0), CyclePlan("two_pass", 8)
+    costs = known(0, idle)
+    for cycle in range(20_000):
+        costs.observe(1, AR, 1 + rng.expovariate(10) if noise == "skew" else math.exp(rng.gauss(0, noise)))
+        if cycle % 100 == 99:
+            assert 0.5 < costs.seconds(1, idle) < 2.0
 
 
 def test_a_wrong_warm_up_is_corrected_within_a_few_cycles():

@@ -143,3 +143,15 @@ def test_what_is_to_run_on_a_card_exists(monkeypatch):
     for file, words in chosen.items():
         for word in words - {"and", "or", "not"}:
             assert any(i.startswith(file) and word in i for i in ids), (file, word)
+
+
+def test_a_tier_that_was_asked_for_and_ran_nothing_has_failed(runner, tmp_path, monkeypatch, capsys):
+    """All of its tests skipped, or its process gone without a report."""
+    for name, code in {"skips": "import pytest\n@pytest.mark.skip\n", "leaves": "import os\nos._exit(0)\n"}.items():
+        file = tmp_path / f"test_{name}.py"
+        file.write_text(f"{code}def test_a(): pass\n")
+        tier = runner.Tier("cpu", [str(file)])
+        monkeypatch.setattr(runner, "TIERS", [tier])
+        monkeypatch.setattr(sys, "argv", ["test.py", "cpu"])
+        assert runner.main() == 1
+        assert "0 passed, 1 failed, " in capsys.readouterr().out.splitlines()[-1]

@@ -1,0 +1,71 @@
+"""The policy where cycles take other times than was to be expected: noise, stalls, drafting alone that gets slower,
+requests that end within a cycle, batches that change with every cycle.
+"""
+
+import pytest
+
+from orthrus_rt.pass_costs import PassCosts
+from orthrus_rt.policy import AR, Policy
+from tests.policy_simulator import DEVICES, PLANS, cycle_seconds, expected_tokens, policy, run
+
+RIDGE = {"flat": 256, "steep": 32}
+
+
+class Stalls(Policy):
+    """The first cycle that drafts takes ``stalled`` times as long."""
+
+    stalled = 1.0
+
+    def record(self, outcomes, seconds=None):
+        if self._pending[0].plan != AR:
+            seconds, self.stalled = self.stalled * seconds, 1.0
+        super().record(outcomes, seconds)
+
+
+@pytest.mark.parametrize("stalled", [10, 1000])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_first_draft_that_stalls_ends_no_drafting(device, stalled):
+    chooser = Stalls(PLANS, 64, PassCosts(RIDGE[device]))
+    chooser.stalled = stalled
+    got = run(device, lambda cycle, i: (0.95, 1.0), 3000, chooser=chooser, noise=0.02)
+    best = min(cycle_seconds(device, 1, plan) / expected_tokens(plan, 0.95, 1.0) for plan in PLANS)
+    assert got.seconds_per_token <= 1.15 * best  # 1.12: what a second look costs, the account has to earn first
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.2, 0.3])
+@pytest.mark.parametrize("device", DEVICES)
+def test_noise_ends_no_drafting(device, noise):
+    """600 cycles whose drafts are rejected, then text that drafts well."""
+    chooser = policy(device, measured=False)
+    got = run(device, lambda cycle, i: (0.9 if cycle >= 600 else 0.0, 1.0), 2500, chooser=chooser, noise=noise)
+    assert sum(plan == AR for plan in got.plans[1500:]) < 500
+
+
+@pytest.mark.parametrize(("device", "hazard"), [("steep", 0.65), ("steep", 0.8), ("flat", 0.5)])
+def test_drafting_alone_gets_slower(device, hazard):
+    """For every other 150 cycles: at first that may be the machine, which would slow AR down as well."""
+
+    def cost(cycle, batch, plan):
+        return cycle_seconds(device, batch, plan) * (3 if plan != AR and (cycle // 150) % 2 else 1)
+
+    got = run(device, lambda cycle, i: (hazard, 1.0), 2500, cost=cost, chooser=policy(device), noise=0.02)
+    assert got.over_ar <= 1.04
+
+
+@pytest.mark.parametrize(("batch", "length", "hazard"), [(4, 4, 0.97), (1, 4, 0.9), (1, 8, 0.97), (4, 10, 0.97)])
+def test_requests_of_a_few_tokens(batch, length, hazard):
+    def rate(chooser):
+        got = run("steep", lambda cycle, i: (hazard, 1.0), 3000, batch=batch, length=length, chooser=chooser)
+        return got.seconds / got.tokens
+
+    assert rate(policy("steep")) <= 1.1 * min(map(rate, PLANS))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_batches_that_change_with_every_cycle(seed):
+    chooser, sizes = policy("steep", measured=False), (1, 2, 4, 8, 16)
+    got = run(
+        "steep", lambda cycle, i: (0.0, 1.0), 3000, batch=lambda cycle: sizes[cycle % 5], chooser=chooser,
+        noise=0.05, seed=seed,
+    )  # fmt: skip
+    assert got.over_ar <= 1.03
