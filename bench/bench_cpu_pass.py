@@ -1,6 +1,6 @@
 """Whole passes on the CPU, in the embedded model's shapes with random weights: is a pass bound by memory or arithmetic?
 
-    python -m bench.bench_cpu_pass --rows 1 4 6 8 16 32 --out bench/results/cpu
+    python -m bench.bench_cpu_pass --rows 1 4 6 8 16 32 --out DIR
 
 A pass is ``rows`` AR rows of one sequence behind ``context`` cached tokens, argmax of every row included; it is
 recorded on a tape and replayed. Per-op columns time that op's calls within a pass. Where weights are coded (see

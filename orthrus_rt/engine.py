@@ -371,7 +371,7 @@ class Engine(Generation):
         from tqdm import tqdm
 
         if any(self.scheduler.slots):
-            raise RuntimeError("warmup: the engine must be idle")
+            raise RuntimeError("warmup: no request may be running")
         self.runner.warm_up_prefills()
         if auto := self._autos.get(self._default_plan):
             return auto.warmup(self, progress)
@@ -386,9 +386,9 @@ class Engine(Generation):
 
     @exclusive
     def next_logits(self, token_ids: list[int]) -> torch.Tensor:
-        """AR logits fp32 ``[vocab_size]`` for the token after at most ``max_seq_len`` ids; the engine must be idle."""
+        """AR logits fp32 ``[vocab_size]`` for the token after at most ``max_seq_len`` ids, while no request runs."""
         if any(self.scheduler.slots):
-            raise RuntimeError("next_logits: the engine must be idle")
+            raise RuntimeError("next_logits: no request may be running")
         ids = check_prompt(token_ids, self.config.vocab_size, sys.maxsize, "token_ids")
         if len(ids) > self.max_seq_len:
             raise ValueError(f"token_ids must hold at most max_seq_len ({self.max_seq_len}) tokens, got {len(ids)}")

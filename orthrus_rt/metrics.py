@@ -141,7 +141,15 @@ class Metrics:
         }
 
     def as_prometheus(self) -> str:
-        """The same in the text exposition format, names prefixed with ``orthrus_``."""
+        """The same in the text exposition format.
+
+        Counters: ``orthrus_`` and ``tokens``, ``prompt_tokens``, ``recomputed_tokens``, ``cached_tokens``, ``cycles``,
+        ``passes``, ``preemptions``, ``busy_seconds``, each ``_total``; ``orthrus_plan_cycles_total{plan}``;
+        ``orthrus_finished_total{reason}``: stop, length, abort, error. Gauges: ``orthrus_waiting``, ``_running``,
+        ``_pages``, ``_pages_free``; ``orthrus_plan_info{plan}``. Histograms: ``orthrus_first_token_seconds``,
+        ``orthrus_per_token_seconds``, ``orthrus_accepted_drafts``. Summary: ``orthrus_device_seconds{kind}``, kinds as
+        in :meth:`took`.
+        """
         lines = []
 
         def begin(metric: str, kind: str) -> None:

@@ -11,6 +11,7 @@ class Stats:
     """What one generation did. Tokens per cycle and per pass leave out the prefill and the token it yields.
 
     Attributes:
+        prompt_tokens: of the prompt.
         mode: the mode that ran last. block_len: its K (1 for ``ar``). fan_out: its blocks (``one_pass``, else 0).
         cached_tokens: those of the prompt that were not computed, as the cache held their keys and values from before.
         tokens: generated tokens, the stop token included.
@@ -49,6 +50,7 @@ class Stats:
 
     @property
     def tokens_per_cycle(self) -> float:
+        """Of decoding alone, as the next two: the first token is the prefill's."""
         return (self.tokens - 1) / self.cycles if self.cycles else 0.0
 
     @property
@@ -88,8 +90,8 @@ def complete(outs: list[GenerationOutput]) -> list[GenerationOutput]:
 
 @dataclass
 class RequestOutput:
-    """New tokens of one request. ``finish_reason`` is None until ``finished``, then as in :class:`GenerationOutput`;
-    so is ``error``. ``stats`` runs along.
+    """New tokens of one request, those since its last output. ``finish_reason`` is None until ``finished``, then as in
+    :class:`GenerationOutput`; so is ``error``. ``stats`` runs along.
     """
 
     request_id: str

@@ -348,7 +348,7 @@ def test_next_logits_leaves_nothing_behind_and_takes_any_length(engine, monkeypa
     assert torch.equal(engine.next_logits(prompt), want) and engine.kv.num_free_pages == free == engine.kv.num_pages - 1
     request_id = engine.submit(PROMPT, SamplingParams(30, ignore_eos=True))
     engine.step()
-    with pytest.raises(RuntimeError, match="next_logits: the engine must be idle"):
+    with pytest.raises(RuntimeError, match="next_logits: no request may be running"):
         engine.next_logits(prompt)
     engine.abort(request_id)
 
