@@ -56,7 +56,8 @@ class PassCosts:
         self._variance: dict[tuple[int, CyclePlan], float] = {}  # less the process noise since it was measured
         self._covariance: dict[tuple[int, CyclePlan], float] = {}  # with the machine's slowness, where not negligible
         self._seen: dict[tuple[int, CyclePlan], tuple[int, float]] = {}  # clock and slowness then
-        self._once: set[tuple[int, CyclePlan]] = set()  # no two cycles agree yet: what is known may be a stalled one's
+        # No two cycles agree yet: what is known may be a stalled one's; whether it is less than was measured.
+        self._once: dict[tuple[int, CyclePlan], bool] = {}
         self._slowness, self._slowness_variance = 0.0, OTHER_DAY
         self._clock = 0
         self._curve: list[tuple[int, float]] | None = None  # see _passes(); None since the entries changed
@@ -92,7 +93,7 @@ class PassCosts:
 
     def set(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
         """A warm-up's measurement, or a kept one, replacing what was known."""
-        self._once.discard((bucket, plan))
+        self._once.pop((bucket, plan), None)
         self._set((bucket, plan), seconds, WARMED)
 
     def _set(self, key: tuple[int, CyclePlan], seconds: float, variance: float) -> None:
@@ -106,12 +107,15 @@ class PassCosts:
         key = bucket, plan
         self._clock += 1
         if key not in self._log:
-            self._once.add(key)
             most = UNLIKELY * self.seconds(*key) if self._log else math.inf
+            self._once[key] = seconds > most
             return self._set(key, min(seconds, most), MEASUREMENT_NOISE)
-        if key in self._once and self.seconds(*key) > STALLED * seconds:
-            return self._set(key, seconds, MEASUREMENT_NOISE)
-        self._once.discard(key)
+        if key in self._once:
+            known = self.seconds(*key)
+            if known > STALLED * seconds or (self._once[key] and seconds > known):
+                self._once[key] = False
+                return self._set(key, seconds, MEASUREMENT_NOISE)
+            del self._once[key]
         self._curve = None
         own, machine = self._doubt(key), self._slowness_variance + SLOWNESS_PROCESS_NOISE
         shared = self._covariance.setdefault(key, 0.0)

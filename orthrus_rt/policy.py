@@ -96,6 +96,10 @@ class Lane:
         """Expected seconds of a cycle."""
         return self.costs.seconds(self.bucket, plan, hopeful)
 
+    def guesses(self, plan: CyclePlan) -> bool:
+        """Whether no two cycles agree yet on what it costs."""
+        return (self.bucket, plan) not in self.costs or self.costs.measured_once(self.bucket, plan)
+
     def worst_loss(self, plan: CyclePlan) -> float:
         """Seconds that a cycle costs the safety account if no draft is accepted."""
         return self.seconds(plan) - (1 + SAFETY) * self.seconds(AR)
@@ -201,7 +205,7 @@ class Policy:
     def wants_time(self) -> bool:
         """Whether the cycle chosen last should run by itself, to be timed: what it costs is a guess, or out of date."""
         lane, plan, _, against, _ = self._course
-        return (lane.bucket, plan) not in lane.costs or (plan == AR and against is not None)
+        return lane.guesses(plan) or (plan == AR and against is not None)
 
     def _think(self, lane: Lane, batch_size: int) -> Launched:
         """The course to take now."""
@@ -215,8 +219,8 @@ class Policy:
             plan, trial, lane.trial = self._fallback(lane, rates), None, None
         longest = min(COURSE, lane.trial_left) if trial is not None else AR_COURSE if plan == AR else COURSE
         self._course_left = min(longest, 1 + self._cycles // COURSE_SHARE)
-        if (lane.bucket, plan) not in lane.costs:
-            self._course_left = 1  # what it costs is a guess
+        if lane.guesses(plan):
+            self._course_left = 1
         fills = plan.mode == "one_pass" and self.current != plan
         against = None if trial is None else rates[in_use]
         return Launched(lane, plan, max(0.0, lane.worst_loss(plan)), against, fills)
@@ -248,9 +252,9 @@ class Policy:
                 break
             if plan == lane.in_use or not self._affordable(lane, plan):
                 continue
-            filling = PIPELINE_FILL if plan.mode == "one_pass" else 0
             if lane.costs.measured_once(lane.bucket, plan):  # if that cycle was stalled, one more tells
-                return plan, 1 + filling
+                return plan, 1
+            filling = PIPELINE_FILL if plan.mode == "one_pass" else 0
             spare = self.exploration.balance - filling * (lane.seconds(plan) - rate)
             price = lane.seconds(plan) - tokens[plan] * rate
             if least * price <= spare:
