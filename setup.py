@@ -53,6 +53,6 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", ".", "--prefix", str(out.parent)], cwd=build, check=True)
 
 
-for kept in (ROOT / "build").glob("lib*"):  # by a wheel before this one, with modules that may be gone
-    shutil.rmtree(kept)
+for kept in (ROOT / "build").glob("lib*/"):  # by a wheel before this one, with modules that may be gone
+    shutil.rmtree(kept, ignore_errors=True)
 setup(ext_modules=[Extension("orthrus_rt._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

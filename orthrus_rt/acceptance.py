@@ -37,6 +37,7 @@ PRIOR_QUALITY = {
 LEVEL_TRIALS, SHAPE_TRIALS = 32.0, 256.0  # that the priors are worth
 LEAST_QUALITY = 0.1
 PRIOR_LENGTH = 128.0  # tokens of a sequence, until more are known
+EXACT = 32  # tokens, up to which cycles of a sequence are counted exactly
 TINY = 1e-9  # of trials: none
 
 
@@ -220,10 +221,10 @@ def _cycles(accepted: list[float], length: float, fills: bool) -> float:
     """Expected cycles of a sequence of ``length`` tokens; ``accepted``: of 0, 1, ... drafts that are offered.
     ``fills``: its first cycle yields one token.
 
-    Exact for sequences no longer than two cycles may yield; for longer ones by the mean overshoot of renewal theory.
+    Exact for sequences of up to EXACT tokens that two cycles may yield; for longer ones by renewal theory's overshoot.
     """
     block, mean, left = len(accepted), 1.0 + accepted[-1], length - fills
-    if left > 2 * block:
+    if left > min(2 * block, EXACT):
         second = 1.0 + sum((2 * i + 1) * (accepted[i] - accepted[i - 1]) for i in range(1, block))  # E[tokens^2]
         return fills + (left + (second / mean - 1.0) / 2) / mean
     at_least = np.diff(accepted, prepend=-1.0)  # chance that a cycle yields 1, 2, ... tokens or more

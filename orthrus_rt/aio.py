@@ -175,16 +175,16 @@ class AsyncEngine:
             ValueError: it is one of Engine's that submit, run or end requests, or close it; this class does that.
             TypeError: it is a method of the engine, not of the class: it would get the engine twice.
         """
-        asked = function.func if isinstance(function, functools.partial) else function
-        asked = getattr(asked, "__func__", asked)
+        given = function.func if isinstance(function, functools.partial) else function
+        asked = getattr(given, "__func__", given)
         for method, instead in INSTEAD.items():
             if asked is method:
                 name = method.__name__
                 raise ValueError(
                     f"AsyncEngine.call: Engine.{name} would disturb the streams; use AsyncEngine.{instead}"
                 )
-        if getattr(function, "__self__", None) is self.engine:
-            raise TypeError(f"AsyncEngine.call: pass Engine.{function.__name__}, which gets the engine as its argument")
+        if getattr(given, "__self__", None) is self.engine:
+            raise TypeError(f"AsyncEngine.call: pass Engine.{given.__name__}, which gets the engine as its argument")
         return await self._call(self._run, function, *args)
 
     def _hand_out(self, outputs: list[RequestOutput]) -> None:

@@ -380,3 +380,7 @@ def _fail(args, error) -> int:
 
 def _say(args, message: str) -> None:
     print(f"orthrus-rt {args.command}: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

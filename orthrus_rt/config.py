@@ -13,7 +13,6 @@ ARCHITECTURES = {
     "qwen3": ("OrthrusLM", "OrthrusForCausalLM", "Qwen3ForCausalLM"),
     "llama": ("LlamaForCausalLM", "OrthrusLM", "OrthrusForCausalLM"),
 }
-# What of config.json describes the rotary embedding.
 # rope_type -> keys that it cannot do without
 ROPE_TYPES = {
     "default": (),

@@ -37,7 +37,7 @@ class CyclePlan(NamedTuple):
         """Diffusion rows of a ``two_pass`` draft, where the checkpoint's blocks have ``whole``.
 
         The last row of a block predicts beyond it. A whole block has it, as published; a shorter one does without: it
-        would cost a row, and the embedded model's drafts are as good (within 0.5% of the tokens per cycle).
+        would cost a row, and the embedded model's drafts are as good (within about 1% of the tokens per cycle).
         """
         return self.block_len - (self.block_len < whole)
 

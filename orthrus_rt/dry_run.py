@@ -28,7 +28,7 @@ def dry_cycles(engine, plans: list[CyclePlan], slots: int, context: int) -> Iter
 
     Keys and values are random. Every slot has K-1 drafts that look likely, so that a one-pass cycle is one in the
     middle of decoding: all its rows are valid. The engine's own pages are borrowed and returned; cached prefixes are
-    evicted only if blank pages run out. Its buffers are given back as they were. The engine must be idle, and whoever
+    evicted only if blank pages run out. Its buffers are given back as they were. No request may be running, and whoever
     calls holds its turn. An interrupt in here leaves it torn, as in any other call.
 
     Raises:

@@ -13,9 +13,7 @@ from pathlib import Path
 from orthrus_rt.cycle_plan import AR, MODES, CyclePlan
 
 STALLED = 1.3  # times the next measurement: what was so much above it was a stalled cycle's
-UNLIKELY = (
-    8.0  # times what was to be expected: more is not believed of a first measurement, or it would be the only one
-)
+UNLIKELY = 8.0  # times what was to be expected: more is not believed of a first measurement, lest it stay the only one
 CLIP = 2.0  # the largest innovation, in its standard deviations: a stalled cycle is not a slow plan
 HOPE = 0.3  # standard errors by which a cycle may be cheaper than it looks
 # Variances of logarithms, that is of relative errors.
@@ -104,6 +102,8 @@ class PassCosts:
 
     def observe(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
         """The seconds that one real cycle took."""
+        if not 0 < seconds < math.inf:
+            return  # no clock's
         key = bucket, plan
         self._clock += 1
         if key not in self._log:
@@ -183,8 +183,8 @@ class PassCosts:
         return seconds * (1.0 if hopeful and rows > end else (self._ridge_rows + rows) / (self._ridge_rows + end))
 
     def table(self) -> list[list]:
-        """``[bucket, mode, block_len, fan_out, seconds]`` of every measured entry."""
-        return [[bucket, *plan, self.seconds(bucket, plan)] for bucket, plan in sorted(self._log)]
+        """``[bucket, mode, block_len, fan_out, seconds]`` of every entry that more than one cycle was measured for."""
+        return [[key[0], *key[1], self.seconds(*key)] for key in sorted(self._log) if key not in self._once]
 
     def save(self, path: Path, key: str) -> None:
         """Write the table for ``key``, atomically: a reader sees the old file or the new one."""

@@ -95,6 +95,18 @@ def test_a_first_measurement_of_a_stalled_cycle_is_soon_forgotten():
     assert costs.seconds(1, plan) == pytest.approx(1.1) and costs.seconds(1, other) == pytest.approx(1.0)
 
 
+def test_what_no_second_cycle_confirmed_is_not_kept(tmp_path):
+    costs = known(3)
+    costs.observe(1, CyclePlan("two_pass", 4), 5.0)
+    assert [row[1] for row in costs.table()] == ["ar"]
+    costs.observe(1, CyclePlan("two_pass", 4), 2.0)
+    costs.observe(1, CyclePlan("two_pass", 4), 2.0)
+    assert [row[1] for row in costs.table()] == ["ar", "two_pass"]
+    for no_time in (0.0, -1.0, math.nan, math.inf):
+        costs.observe(1, AR, no_time)
+    assert costs.seconds(1, AR) == pytest.approx(1.0, rel=0.02)
+
+
 def test_two_stalls_in_a_row_are_forgotten_too_and_the_worst_is_not_believed():
     costs, plan = PassCosts(), CyclePlan("two_pass", 4)
     costs.set(1, AR, 1.0)
