@@ -139,6 +139,13 @@ TIERS = [
         spread=True,
         in_full=True,
     ),
+    Tier(
+        "ptx",
+        ["--full", "tests/ptx/test_kernels.py"],
+        lambda: of_tests("ptx.build").why_not(),
+        in_full=True,
+        timeout_s=1800,
+    ),
     Tier("gpu", ["-m", "gpu"], why_no_gpu, apart="tests/gpu", timeout_s=270, process_timeout_s=330),
 ]
 

@@ -137,6 +137,23 @@ def test_row_invariance(shape):
     assert torch.equal(run(x[order], plain, sms=sms), want[order])
 
 
+@pytest.mark.parametrize("epilogue", ["residual", "silu_mul", "logits", "argmax"])
+def test_epilogues_at_every_width(epilogue):
+    """As above, behind each epilogue; two equal columns tie."""
+    k, n, sms = 512, 192, 4
+    plain, x, residual = tensor(n, k, seed=1), tensor(170, k, seed=2), tensor(170, n, seed=3)
+    plain[n // 2] = plain[n // 3]
+
+    def some(rows):
+        out = run(x[:rows], plain, epilogue, residual=residual[:rows] if epilogue == "residual" else None, sms=sms)
+        return out if isinstance(out, tuple) else (out,)
+
+    want = some(170)
+    for rows in (1, 17, 33, 65, 97, 129, 161):
+        for got, all_rows in zip(some(rows), want, strict=True):
+            assert torch.equal(got, all_rows[:rows]), rows
+
+
 BOTH = [(1, 0), (20, 0), (20, 20), (21, 1), (50, 32), (150, 70), (200, 30), (200, 170), (280, 140)]
 WHOLE, CUT = (512, 128, 5), (1024, 128, 5)
 

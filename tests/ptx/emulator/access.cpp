@@ -1,0 +1,96 @@
+// Checks of every access: bounds, alignment, races, bytes that nobody has written or that a copy or a product holds.
+#include <algorithm>
+
+#include "machine.h"
+
+namespace ptx {
+
+std::pair<uintptr_t, uintptr_t> bounds(uintptr_t address, const Modes& modes) {
+  const auto found = allocation(address);
+  if (found.first <= address && address < found.second) return found;
+  const uintptr_t line = address / 64 * 64;
+  return modes.mapped ? std::pair{line, line + 64} : found;
+}
+
+void check_races(Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
+                 const uint8_t* value) {
+  const auto self = static_cast<uint32_t>(w.index);
+  const uint32_t granule = w.cta->launch->kernel->granule, begin = address - kSharedBegin;
+  const Shared& s = w.cta->shared;
+  for (uint32_t at = begin / granule * granule; at < begin + bytes; at += granule) {
+    Word& word = w.cta->shared.words[at / granule];
+    const bool races = word.writer != self && word.written > w.seen[word.writer];
+    if (!writes) {
+      if (races && !(word.agreeing >> self & 1)) report(w, i, lane, "a race with a write");
+      if (self < word.read.size()) word.read[self] = w.seen[self];
+      continue;
+    }
+    if (races && value && !std::memcmp(s.bytes.data() + at, value + (at - begin), granule)) {
+      word.agreeing |= 1u << self;
+      continue;
+    }
+    if (races) report(w, i, lane, "a race with a write");
+    for (uint32_t r = 0; r < word.read.size(); ++r)
+      if (r != self && word.read[r] > w.seen[r]) report(w, i, lane, "a race with a read");
+    word.writer = self;
+    word.written = w.seen[self];
+    word.agreeing = 0;
+  }
+}
+
+uint8_t* shared_at(Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
+                   uint32_t alignment, const uint8_t* value) {
+  Shared& s = w.cta->shared;
+  const uint32_t at = address - kSharedBegin;
+  if (address < kSharedBegin || at + static_cast<uint64_t>(bytes) > s.bytes.size())
+    fail(w, i, lane, "outside of shared memory: " + std::to_string(address));
+  if (address % (alignment ? alignment : bytes)) fail(w, i, lane, "misaligned in shared memory");
+  check_races(w, i, lane, address, bytes, writes, value);
+  uint8_t any = 0, all = 255;
+  for (uint32_t k = at; k < at + bytes; ++k) {
+    any |= s.state[k];
+    all &= s.state[k];
+  }
+  if (any & kInFlight) report(w, i, lane, "shared memory that a copy in flight writes");
+  if (any & kMbarrier) report(w, i, lane, "an mbarrier accessed as memory");
+  if (writes) {
+    for (uint32_t k = at / 16; k <= (at + bytes - 1) / 16; ++k)
+      if (s.readers[k]) report(w, i, lane, "overwrites what a wgmma in flight reads");
+  } else if (!(all & kWritten)) {
+    report(w, i, lane, "shared memory that nobody has written");
+  }
+  return s.bytes.data() + at;
+}
+
+uint8_t* global_at(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes, bool writes) {
+  if (address % std::min(bytes, 16u)) fail(w, i, lane, "misaligned in global memory");
+  if (address < w.known_begin || address + bytes > w.known_end) {
+    std::tie(w.known_begin, w.known_end) = bounds(address, w.cta->launch->modes);
+    if (address < w.known_begin || address + bytes > w.known_end)
+      fail(w, i, lane, std::string(writes ? "writes" : "reads") + " outside of every allocation");
+  }
+  const Launch& launch = *w.cta->launch;
+  if (launch.pdl && !(w.waited_pdl >> lane & 1)) {
+    const bool allowed = !writes && std::any_of(launch.before_wait.begin(), launch.before_wait.end(), [&](auto range) {
+      return range.first <= address && address + bytes <= range.second;
+    });
+    if (!allowed) report(w, i, lane, "global memory ahead of griddepcontrol.wait");
+  }
+  return reinterpret_cast<uint8_t*>(address);
+}
+
+uint8_t* param_at(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes) {
+  const auto& params = w.cta->launch->params;
+  const uint64_t begin = reinterpret_cast<uintptr_t>(params.data());
+  if (address < begin || address + bytes > begin + w.cta->launch->kernel->param_bytes)
+    fail(w, i, lane, "outside of the parameters");
+  return reinterpret_cast<uint8_t*>(address);
+}
+
+void mark_written(Warp& w, int lane, uint32_t address, uint32_t bytes) {
+  const bool tracks = w.cta->launch->kernel->has_wgmma;
+  std::fill_n(w.cta->shared.state.data() + (address - kSharedBegin), bytes, kWritten | (tracks ? kUnfenced : 0));
+  if (tracks) w.unfenced[lane].push_back({address, bytes});
+}
+
+}  // namespace ptx

@@ -1,0 +1,13 @@
+// What the C interfaces in tests/cpu/cuda_host take from their shim, for them to be compiled over the real headers.
+#pragma once
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace cuda_host {
+
+extern int num_sms;
+extern bool descending;  // CTAs and warps run backwards
+extern std::vector<std::pair<const uint8_t*, int>> prefetched;  // by the launch: where from, bytes
+
+}  // namespace cuda_host

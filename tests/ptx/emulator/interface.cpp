@@ -1,0 +1,91 @@
+// What Python calls, by ctypes.
+#include <cstdio>
+
+#include "orthrus/params.h"
+#include "run.h"
+
+namespace {
+
+constexpr int kFailed = 999;
+
+template <class Body>
+int guarded(Body body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "ptx: %s\n", error.what());
+    return kFailed;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Modules in which launches look for their kernels, for one architecture.
+int ptx_load(const char* path) {
+  return guarded([&] { ptx::modules.push_back(&ptx::load(path)); });
+}
+void ptx_architecture(int arch) { ptx::architecture = arch; }
+
+// The order of everything is drawn at random, with so many CTAs at once, where `concurrent` is not 0.
+void ptx_random(int concurrent, unsigned seed) {
+  ptx::modes.random = concurrent > 0;
+  ptx::modes.concurrent = concurrent > 0 ? concurrent : 1;
+  ptx::modes.seed = seed;
+}
+void ptx_mapped(int on) { ptx::modes.mapped = on; }
+void ptx_limit(uint64_t instructions) { ptx::modes.limit = instructions; }
+
+// Kernels may read the tensors at these addresses ahead of griddepcontrol.wait, and bring them to L2.
+void ptx_before_wait(const uint64_t* addresses, int count) {
+  ptx::before_wait.clear();
+  for (int k = 0; k < count; ++k) ptx::before_wait.push_back(ptx::bounds(addresses[k], ptx::modes));
+}
+void ptx_before_row_linear(const orthrus::RowLinearParams* p) {
+  ptx::before_wait.clear();
+  for (const void* weight : {p->weight, p->weight_diff, p->next_weight})
+    if (weight) ptx::before_wait.push_back(ptx::bounds(reinterpret_cast<uintptr_t>(weight), ptx::modes));
+}
+
+// A kernel of a file, with one 8-byte word for each parameter.
+int ptx_launch(const char* path, const char* kernel, const uint32_t* grid, uint32_t threads, uint32_t dynamic_shared,
+               const uint64_t* values, uint32_t count) {
+  return guarded([&] {
+    const ptx::Module& module = ptx::load(path);
+    const auto found = module.kernels.find(kernel);
+    if (found == module.kernels.end()) throw ptx::Failure(std::string("no kernel ") + kernel);
+    const auto& offsets = found->second->param_offsets;
+    if (offsets.size() != count) throw ptx::Failure("another number of parameters");
+    std::vector<uint8_t> params(found->second->param_bytes);
+    for (uint32_t k = 0; k < count; ++k) {
+      const uint32_t end = k + 1 < count ? offsets[k + 1] : found->second->param_bytes;
+      std::memcpy(params.data() + offsets[k], values + k, std::min(8u, end - offsets[k]));
+    }
+    ptx::launch(module, kernel, {grid[0], grid[1], grid[2]}, threads, dynamic_shared, std::move(params), false);
+  });
+}
+
+// A module whose kernels take the place of others of their names, until it is null.
+int ptx_override(const char* path) {
+  static std::unique_ptr<ptx::Module> replacing;
+  if (replacing) ptx::modules.erase(ptx::modules.begin());
+  replacing.reset();
+  if (!path) return 0;
+  return guarded([&] {
+    replacing = std::make_unique<ptx::Module>(ptx::parse(ptx::read_file(path)));
+    ptx::modules.insert(ptx::modules.begin(), replacing.get());
+  });
+}
+
+int ptx_reports() { return ptx::num_reports; }
+uint64_t ptx_instructions() { return ptx::num_instructions; }
+// Names of all kernels that have run, one a line.
+const char* ptx_launched() {
+  static std::string names;
+  names.clear();
+  for (const auto& name : ptx::launched) names += name + "\n";
+  return names.c_str();
+}
+}

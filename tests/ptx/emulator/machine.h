@@ -1,0 +1,197 @@
+// The state of a launch: CTAs, warps, shared memory with what is known of each byte, copies in flight.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <deque>
+#include <random>
+#include <stdexcept>
+
+#include "program.h"
+
+namespace ptx {
+
+enum class Order { kForward, kBackward, kRandom };
+struct Modes {
+  bool random = false;
+  int concurrent = 1;     // CTAs that run interleaved
+  uint32_t seed = 0;
+  uint64_t limit = 1ull << 40;  // instructions of warps in a launch
+  bool mapped = false;          // kernels also use memory that was mapped, as a checkpoint is
+};
+
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+enum class LaneState : uint8_t { kReady, kAtCollective, kAtBarrier, kAtMbarrier, kDone };
+
+// Bits of a byte of shared memory.
+constexpr uint8_t kWritten = 1, kInFlight = 2, kUnfenced = 4, kMbarrier = 8;
+
+// What each warp knows of the others' clocks; a warp's own goes on with every release.
+using Clocks = std::array<uint32_t, 32>;
+inline void join(Clocks& a, const Clocks& b) {
+  for (size_t k = 0; k < a.size(); ++k) a[k] = std::max(a[k], b[k]);
+}
+
+// Who was last at the kernel's smallest access of shared memory, by the clock of the warp.
+struct Word {
+  uint32_t written = 0, writer = 0;
+  Mask agreeing = 0;  // warps that have written the same at once, as layouts of Triton's with copies do
+  std::array<uint32_t, 16> read = {};  // by the first warps
+};
+
+struct Shared {
+  std::vector<Word> words;
+  std::vector<uint8_t> bytes, state, readers;  // readers: products in flight, per 16 bytes
+};
+
+struct Mbarrier {
+  int arrivals = 0, pending = 0;
+  int64_t bytes = 0;
+  uint32_t phase = 0;
+  bool fenced = false;
+  Clocks released = {};
+};
+
+struct BulkCopy {
+  uint32_t dst;
+  uint32_t bytes;
+  uint32_t mbarrier;
+  uint64_t src;                // null: a box of a tensor
+  const struct TensorMap* map;
+  int column, row;
+};
+
+struct CopyAsync {
+  uint32_t dst;
+  uint64_t src;
+  uint32_t bytes, size;        // to write, to read
+  uint32_t group;
+};
+
+struct Product {  // a warp's share of a wgmma
+  const Instruction* instruction;
+  uint64_t a, b;
+  bool accumulate;
+  uint32_t group;
+  uint32_t a_regs[4][32];        // where a does not lie in shared memory
+  std::vector<uint32_t> chunks;  // of 16 bytes that it reads
+};
+
+struct Cta;
+struct Warp {
+  Cta* cta = nullptr;
+  uint8_t* file = nullptr;
+  int index = 0;
+  Mask live = 0;
+  uint32_t pc[32] = {};
+  LaneState state[32] = {};
+  Mask waited_pdl = 0, fenced_global = 0;
+  std::deque<CopyAsync> copies[32];
+  uint32_t copy_group[32] = {};
+  std::vector<std::pair<uint32_t, uint32_t>> unfenced[32];
+  std::deque<Product> products;
+  uint32_t product_group = 0, num_products = 0;
+  std::map<Place, std::vector<float>> sums;  // of products in flight, by the first accumulator
+  bool wgmma_fenced = false;
+  int at_barrier = -1;
+  Clocks seen = {};
+  uintptr_t known_begin = 1, known_end = 0;  // the allocation seen last
+
+  template <class T>
+  T* reg(Place place) {
+    return reinterpret_cast<T*>(file + place);
+  }
+  Mask in(LaneState s) const {
+    Mask m = 0;
+    for (int l = 0; l < 32; ++l) m |= static_cast<Mask>(state[l] == s && (live >> l & 1)) << l;
+    return m;
+  }
+};
+
+struct NamedBarrier {
+  int arrived = 0, expected = 0;
+};
+
+struct alignas(64) Line {  // parameters lie at such an address: tensor maps need it
+  uint8_t bytes[64];
+};
+
+struct Launch {
+  const Module* module;
+  const Kernel* kernel;
+  Modes modes;
+  Order order;
+  uint32_t grid[3], threads;
+  uint32_t dynamic_shared;
+  bool pdl;                // it may begin before the grid ahead of it has ended
+  std::vector<Line> params;
+  std::mt19937 random;
+  uint64_t clock = 0;
+  std::vector<std::pair<uintptr_t, uintptr_t>> before_wait;  // what may be read ahead of griddepcontrol.wait
+};
+
+struct Cta {
+  Launch* launch;
+  uint32_t id[3];
+  std::vector<Warp> warps;
+  std::vector<uint8_t> files;
+  Shared shared;
+  NamedBarrier barriers[16];
+  std::map<uint32_t, Mbarrier> mbarriers;
+  std::deque<BulkCopy> bulk;
+  std::vector<std::pair<uint32_t, uint32_t>> published;  // written ahead of a barrier, by threads without a fence
+
+  Cta(Launch& l, const uint32_t (&index)[3]);
+  bool run(bool to_the_end);   // until all threads have exited, or for a while; whether they have
+  bool land_one();             // a bulk copy; whether there was one
+  void settle(Mbarrier& barrier);
+};
+
+[[noreturn]] void fail(Warp& w, const Instruction& i, int lane, const std::string& what);
+void report(Warp& w, const Instruction& i, int lane, const std::string& what);
+
+// [begin, end) of the tensor's memory that an address lies in; an empty range that does not hold it if there is none.
+std::pair<uintptr_t, uintptr_t> allocation(uintptr_t address);
+// The same; where mapped memory counts, whatever lies around the address.
+std::pair<uintptr_t, uintptr_t> bounds(uintptr_t address, const Modes& modes);
+
+// Reports an access that nothing orders after another warp's. value: what it writes, where that is known.
+void check_races(Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
+                 const uint8_t* value = nullptr);
+
+// Checked access. Null after a report.
+uint8_t* shared_at(Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
+                   uint32_t alignment = 0, const uint8_t* value = nullptr);
+uint8_t* global_at(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes, bool writes);
+uint8_t* param_at(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes);
+Mbarrier& mbarrier_at(Warp& w, const Instruction& i, int lane, uint32_t address, bool of_a_copy);
+void mark_written(Warp& w, int lane, uint32_t address, uint32_t bytes);
+
+void land(Cta& cta, const BulkCopy& copy);
+void land_copies(Warp& w, int lane, uint32_t pending_groups);
+void complete_products(Warp& w, uint32_t pending_groups);
+uint32_t swizzled(uint32_t address, int bytes);
+
+// What cuTensorMapEncodeTiled of the emulated driver leaves in a CUtensorMap.
+struct TensorMap {
+  uint64_t magic;
+  uint64_t base;
+  uint64_t columns, rows, stride_bytes;
+  uint32_t box_columns, box_rows, swizzle_bytes, element_bytes;
+};
+constexpr uint64_t kTensorMapMagic = 0x70616d726f736e74;
+
+// Handlers by family; null if it is not theirs. They fill in the instruction's places.
+struct Parsed;
+bool decode_arithmetic(Parsed& p);
+bool decode_bits(Parsed& p);
+bool decode_memory(Parsed& p);
+bool decode_copies(Parsed& p);
+bool decode_ordering(Parsed& p);
+bool decode_collective(Parsed& p);
+bool decode_matrices(Parsed& p);
+
+}  // namespace ptx

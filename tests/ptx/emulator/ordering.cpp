@@ -1,0 +1,94 @@
+// What orders memory: mbarriers, fences between proxies, griddepcontrol.
+#include <algorithm>
+
+#include "lanes.h"
+#include "parsed.h"
+
+namespace ptx {
+
+Mbarrier& mbarrier_at(Warp& w, const Instruction& i, int lane, uint32_t address, bool of_a_copy) {
+  const auto found = w.cta->mbarriers.find(address);
+  if (found == w.cta->mbarriers.end()) fail(w, i, lane, "no mbarrier there");
+  if (of_a_copy && !found->second.fenced) report(w, i, lane, "a copy may not see the mbarrier yet: no fence");
+  return found->second;
+}
+
+namespace {
+
+void mbarrier_init(Warp& w, const Instruction& i, Mask m) {
+  for_lanes(m, [&](int l) {
+    const uint32_t address = w.reg<uint32_t>(i.a)[l];
+    const int count = w.reg<int32_t>(i.b)[l];
+    shared_at(w, i, l, address, 8, true);
+    if (count < 1 || count >= 1 << 20) fail(w, i, l, "an mbarrier of so many arrivals");
+    std::fill_n(w.cta->shared.state.data() + (address - kSharedBegin), 8, kMbarrier);
+    w.cta->mbarriers[address] = {count, count, 0, 0, false, {}};
+  });
+}
+template <bool kExpects>
+void mbarrier_arrive(Warp& w, const Instruction& i, Mask m) {
+  for_lanes(m, [&](int l) {
+    const uint32_t address = w.reg<uint32_t>(i.a)[l];
+    Mbarrier& barrier = mbarrier_at(w, i, l, address, false);
+    if (kExpects) barrier.bytes += w.reg<int32_t>(i.b)[l];
+    if (barrier.bytes >= 1 << 20) fail(w, i, l, "an mbarrier expects more than it can count");
+    join(barrier.released, w.seen);
+    ++w.seen[static_cast<size_t>(w.index)];
+    if (--barrier.pending < 0) fail(w, i, l, "more arrivals than the mbarrier is for");
+    w.cta->settle(barrier);
+  });
+}
+
+// Of the thread's own writes, and of others' that a barrier has shown it.
+void fence(Warp& w, const Instruction& i, Mask m) {
+  if (i.offset) w.fenced_global |= m;  // of all memory or of global
+  for (auto& [address, barrier] : w.cta->mbarriers) barrier.fenced = true;
+  auto clear = [&](std::vector<std::pair<uint32_t, uint32_t>>& ranges) {
+    for (auto [address, bytes] : ranges)
+      for (uint32_t k = 0; k < bytes; ++k) w.cta->shared.state[address - kSharedBegin + k] &= ~kUnfenced;
+    ranges.clear();
+  };
+  clear(w.cta->published);
+  for_lanes(m, [&](int l) { clear(w.unfenced[l]); });
+}
+void wait_for_grid(Warp& w, const Instruction&, Mask m) {
+  w.waited_pdl |= m;
+  w.fenced_global &= ~m;
+}
+
+bool decode_mbarrier(Parsed& p) {
+  Instruction& o = p.out;
+  const std::string& what = p.parts[1];
+  const bool has_state = what != "init";
+  o.a = p.address(has_state ? 1 : 0, 4);
+  if (o.offset) return false;
+  if (what == "init") {
+    o.run = mbarrier_init;
+    o.b = p.at(1, 4);
+  } else if (what == "arrive") {
+    if (p.operands[0] != "_") return false;
+    o.run = p.has("expect_tx") ? mbarrier_arrive<true> : mbarrier_arrive<false>;
+    if (p.has("expect_tx")) o.b = p.at(2, 4);
+  } else if (what == "try_wait" && p.has("parity")) {
+    o.kind = Kind::kTryWait;
+    o.run = nothing;
+    o.d = p.at(0, 4);
+    o.b = p.at(2, 4);
+  }
+  return o.run != nullptr;
+}
+
+}  // namespace
+
+bool decode_ordering(Parsed& p) {
+  const std::string& op = p.parts[0];
+  Instruction& o = p.out;
+  if (op == "mbarrier") return decode_mbarrier(p);
+  if (op == "fence") o.offset = p.has("async") && !p.has("shared::cta");
+  if (op == "fence") o.run = p.has("proxy") || p.has("mbarrier_init") ? fence : nothing;
+  if (op == "membar") o.run = nothing;
+  if (op == "griddepcontrol") o.run = p.has("wait") ? wait_for_grid : nothing;
+  return o.run != nullptr;
+}
+
+}  // namespace ptx

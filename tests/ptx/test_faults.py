@@ -1,0 +1,141 @@
+"""That the emulator can fail: kernels with a wait, a barrier, a fence or a product missing or wrong are noticed."""
+
+import functools
+import itertools
+import re
+
+import pytest
+import torch
+
+from tests.attention_pass import Heads, Pass
+from tests.cpu import test_row_linear_host as rl
+from tests.rows import ar, diff
+
+pytestmark = pytest.mark.usefixtures("host")
+MOST_INSTRUCTIONS = 8_000_000  # of warps in a launch: many times what any takes
+SEEDS = (1, 2)
+
+
+def row_linear(host):
+    outs = []
+    for k, n, sms in ((512, 192, 4), (1024, 128, 5)):
+        weight, x, residual = rl.tensor(n, k, seed=1), rl.tensor(9, k, seed=2), rl.tensor(9, n, seed=3)
+        how = dict(sms=sms, descending=host.descending)
+        outs += [rl.run(x, weight, **how), *rl.run(x, weight, "argmax", **how)]
+        outs.append(rl.run(x, weight, "residual", residual=residual, diff=weight, num_rows_ar=4, **how))
+    return outs
+
+
+def dual_attn(host):
+    groups = [ar(0, 130, 6, invalid=2), ar(1, 300, 1), diff(0, 135, 8), diff(2, 0, 70)]
+    case, outs = Pass(Heads(3, 1, 64), groups, "cpu"), []
+    for host.num_sms in (1000, 2):
+        outs.append(case.run(split=True).clone())
+    return outs
+
+
+KERNELS = {  # name: part of the mangled one, and who calls it
+    "sm80-row_linear": ("row_linear_mmaILi16ELb0ELi1E", row_linear),
+    "sm90-row_linear": ("row_linear_sm90ILi16ELb0E", row_linear),
+    "sm80-dual_attn": ("dual_attn_split_kernelINS0_7VariantILi64ELi4ELi2ELb0E", dual_attn),
+}
+GONE, SWAPPED = "", r"\1{\3, \2,"  # the first two registers of an operand
+MMA = r"(mma\.sync\S+\s+\{[^}]*\},\s*)\{(%\w+),\s*(%\w+),"
+FAULTS = {  # kernel, what is wrong with it: which lines, and what takes their place
+    ("sm80-row_linear", "no wait for copies"): (r"cp\.async\.wait_group[^;]*;", GONE),
+    ("sm80-row_linear", "a wait for fewer copies"): (r"(cp\.async\.wait_group\s+)(\d)", r"\g<1>1\2"),
+    ("sm80-row_linear", "no barriers"): (r"bar\.sync\s[^;]*;", GONE),
+    ("sm80-row_linear", "a swapped operand"): (MMA, SWAPPED),
+    ("sm80-row_linear", "a transposed operand"): (r"(ldmatrix\S*x4)", r"\1.trans"),
+    ("sm80-dual_attn", "no wait for copies"): (r"cp\.async\.wait_(group|all)[^;]*;", GONE),
+    ("sm80-dual_attn", "no barriers"): (r"bar\.sync\s[^;]*;", GONE),
+    ("sm80-dual_attn", "a swapped operand"): (MMA, SWAPPED),
+    ("sm80-dual_attn", "no transposed operand"): (r"\.trans", GONE),
+    ("sm90-row_linear", "no wait for copies"): (r"mbarrier\.try_wait[^;]*;", "setp.eq.u32 done, 0, 0;"),
+    ("sm90-row_linear", "no wait for products"): (r"wgmma\.wait_group[^;]*;", GONE),
+    ("sm90-row_linear", "a wait for fewer products"): (r"(wgmma\.wait_group\S*\s+)(\d)", r"\g<1>1\2"),
+    ("sm90-row_linear", "no fence of products"): (r"wgmma\.fence[^;]*;", GONE),
+    ("sm90-row_linear", "no proxy fences"): (r"fence\.(proxy\.async|mbarrier_init)[^;]*;", GONE),
+    ("sm90-row_linear", "no wait for the grid before"): (r"griddepcontrol\.wait;", GONE),
+    ("sm90-row_linear", "no arrivals"): (r"mbarrier\.arrive\.shared[^;]*;", GONE),
+    ("sm90-row_linear", "no barriers"): (r"bar\.sync\s[^;]*;", GONE),
+    ("sm90-row_linear", "swapped operands"): (r"(wgmma\.mma_async[^}]*\},\s*)(%rd\d+), (%rd\d+)", r"\1\3, \2"),
+}
+
+
+@pytest.fixture
+def library(host):
+    from tests.ptx.plugin import AT_ONCE, LIBRARY
+
+    def outcome(call, path=None):
+        """The results in several orders; None where the emulator has found something wrong."""
+        outs = []
+        try:
+            assert LIBRARY.ptx_override(None if path is None else str(path).encode()) == 0, "it does not parse"
+            for host.descending, seed in ((False, None), (True, None), *((False, seed) for seed in SEEDS)):
+                LIBRARY.ptx_random(0 if seed is None else AT_ONCE, seed or 0)
+                try:
+                    outs += call(host)
+                except AssertionError:
+                    return None
+        finally:
+            LIBRARY.ptx_random(0, 0)
+            LIBRARY.ptx_override(None)
+        return outs
+
+    LIBRARY.outcome = outcome
+    LIBRARY.ptx_limit(MOST_INSTRUCTIONS)
+    yield LIBRARY
+    LIBRARY.ptx_limit(1 << 40)
+
+
+@functools.cache
+def kernel_text(part):
+    """A module of the one kernel in whose name is ``part``."""
+    from tests.ptx.plugin import FOLDER
+
+    for path in FOLDER.glob("*.ptx"):
+        text = path.read_text()
+        starts = [m.start() for m in re.finditer(r"^(\.visible )?\.entry ", text, re.M)]
+        for start, end in itertools.pairwise([*starts, len(text)]):
+            if part in text[start:end].split("(")[0]:
+                return text[: starts[0]] + text[start:end]
+    raise LookupError(part)
+
+
+@pytest.fixture
+def isa(request, monkeypatch):
+    monkeypatch.setenv("ORTHRUS_CUDA_ISA", request.getfixturevalue("kernel")[:4])
+
+
+def same(a, b):
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a, b, strict=True))
+
+
+WANT = {}
+
+
+def want(kernel, library):
+    if kernel not in WANT:
+        WANT[kernel] = library.outcome(KERNELS[kernel][1])
+    return WANT[kernel]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_without_a_fault(kernel, library, tmp_path):
+    part, call = KERNELS[kernel]
+    (tmp_path / "kernel.ptx").write_text(kernel_text(part))
+    assert same(library.outcome(call, tmp_path / "kernel.ptx"), want(kernel, library))
+    assert part in library.ptx_launched().decode()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(("kernel", "fault"), FAULTS)
+def test_a_fault_is_seen(kernel, fault, library, tmp_path):
+    part, call = KERNELS[kernel]
+    text, count = re.subn(*FAULTS[kernel, fault], kernel_text(part))
+    assert count
+    (tmp_path / "kernel.ptx").write_text(text)
+    got = library.outcome(call, tmp_path / "kernel.ptx")
+    assert got is None or not same(got, want(kernel, library))
