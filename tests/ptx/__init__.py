@@ -18,7 +18,7 @@ griddepcontrol.wait, weights excepted; shuffles from lanes that take no part; ba
 or products left behind at the end. Registers and sums that nobody has written, or waited for, are NaN.
 
 Not modelled: SASS, what ptxas makes of PTX and how the hardware runs it; the weak order of memory between CTAs, which
-see each other's writes at once; races in global memory, or between lanes of one warp; kernels that overlap under PDL,
-where the rule alone is checked; time. Tensor cores sum in double and round once; ex2, lg2, rsqrt, rcp and div are
-correctly rounded or the C library's: a card's last bits differ.
+see each other's writes at once; races in global memory, between lanes of one warp, or with what warps beyond the 16th
+of a CTA have read; kernels that overlap under PDL, where the rule alone is checked; time. Tensor cores sum in double
+and round once; ex2, lg2, rsqrt, rcp and div are correctly rounded or the C library's: a card's last bits differ.
 """
