@@ -16,6 +16,7 @@ import torch
 
 from orthrus_rt.device import pick_device
 from orthrus_rt.info import device_facts
+from orthrus_rt.terminal import figures
 from orthrus_rt.timing import measure, percentiles, read_bandwidth, time_each
 
 __all__ = [
@@ -149,18 +150,12 @@ def report(name: str, facts: dict, rows: list[dict], out: str | None) -> None:
     print(save(name, facts, rows, out))
 
 
-def figures(value: float) -> str:
-    """Four digits, or as many as there are before the point."""
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
-
-
 def save(name: str, facts: dict, rows: list[dict], out: str | None) -> str:
     """What :func:`report` prints; its files are written."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = lambda v: figures(v) if isinstance(v, float) else "" if v is None else str(v)  # noqa: E731
-    lines = [f"# {name}", "", *(f"- {key}: {text(value)}" for key, value in facts.items()), ""]
+    lines = [f"# {name}", "", *(f"- {key}: {figures(value)}" for key, value in facts.items()), ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(text(row.get(c)) for c in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(figures(row.get(c)) for c in columns) + " |" for row in rows]
     if out:
         folder = Path(out)
         (folder / f"{name}.json").write_text(json.dumps({"header": facts, "rows": rows}, indent=1) + "\n")

@@ -330,13 +330,9 @@ def run_bench(args) -> int:
         return 0
     print(", ".join(facts.values()))
     for about, rows in tables:
-        print("\n" + ", ".join(f"{name} {_short(value)}" for name, value in about.items()))
-        print(terminal.table([tuple(rows[0]), *(tuple(map(_short, row.values())) for row in rows)]))
+        print("\n" + ", ".join(f"{name} {terminal.figures(value)}" for name, value in about.items()))
+        print(terminal.table([tuple(rows[0]), *(tuple(map(terminal.figures, row.values())) for row in rows)]))
     return 0
-
-
-def _short(value) -> str:
-    return str(value) if not isinstance(value, float) else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -88,6 +88,13 @@ def char_width(char: str) -> int:
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
+def figures(value) -> str:
+    """Of a float four digits, or as many as stand before the point; nothing of None."""
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.4g}" if abs(value) < 9999.5 else f"{value:.0f}"
+
+
 def table(rows: list[tuple]) -> str:
     """Rows of strings as aligned columns: the first column left, the others right; the first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

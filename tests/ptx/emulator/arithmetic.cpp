@@ -6,51 +6,46 @@ namespace ptx {
 namespace {
 
 // Handlers by type. Integer arithmetic wraps (-fwrapv).
+template <class Make>
+Handler of_integers(std::string_view t, Make make) {
+  if (t == "s32") return make.template operator()<int32_t>();
+  if (t == "u32" || t == "b32") return make.template operator()<uint32_t>();
+  if (t == "s64") return make.template operator()<int64_t>();
+  if (t == "u64" || t == "b64") return make.template operator()<uint64_t>();
+  if (t == "s16") return make.template operator()<int16_t>();
+  if (t == "u16" || t == "b16") return make.template operator()<uint16_t>();
+  if (t == "pred") return make.template operator()<bool>();
+  return nullptr;
+}
+template <class Make>
+Handler of_floats(std::string_view t, Make make) {
+  if (t == "f32") return make.template operator()<float>();
+  if (t == "f64") return make.template operator()<double>();
+  return nullptr;
+}
+template <class Make>
+Handler of_any(std::string_view t, Make make) {
+  return t[0] == 'f' ? of_floats(t, make) : of_integers(t, make);
+}
 template <auto F>
 Handler int2(std::string_view t) {
-  if (t == "s32") return map2<F, int32_t, int32_t, int32_t>;
-  if (t == "u32" || t == "b32") return map2<F, uint32_t, uint32_t, uint32_t>;
-  if (t == "s64") return map2<F, int64_t, int64_t, int64_t>;
-  if (t == "u64" || t == "b64") return map2<F, uint64_t, uint64_t, uint64_t>;
-  if (t == "s16") return map2<F, int16_t, int16_t, int16_t>;
-  if (t == "u16" || t == "b16") return map2<F, uint16_t, uint16_t, uint16_t>;
-  if (t == "pred") return map2<F, bool, bool, bool>;
-  return nullptr;
+  return of_integers(t, []<class T>() -> Handler { return map2<F, T, T, T>; });
 }
 template <auto F>
 Handler float2(std::string_view t) {
-  if (t == "f32") return map2<F, float, float, float>;
-  if (t == "f64") return map2<F, double, double, double>;
-  return nullptr;
+  return of_floats(t, []<class T>() -> Handler { return map2<F, T, T, T>; });
 }
 template <auto F>
 Handler any2(std::string_view t) {
-  return t[0] == 'f' ? float2<F>(t) : int2<F>(t);
+  return of_any(t, []<class T>() -> Handler { return map2<F, T, T, T>; });
 }
 template <auto F>
 Handler any1(std::string_view t) {
-  if (t == "s32") return map1<F, int32_t, int32_t>;
-  if (t == "u32" || t == "b32") return map1<F, uint32_t, uint32_t>;
-  if (t == "s64") return map1<F, int64_t, int64_t>;
-  if (t == "u64" || t == "b64") return map1<F, uint64_t, uint64_t>;
-  if (t == "u16" || t == "b16") return map1<F, uint16_t, uint16_t>;
-  if (t == "s16") return map1<F, int16_t, int16_t>;
-  if (t == "f32") return map1<F, float, float>;
-  if (t == "f64") return map1<F, double, double>;
-  if (t == "pred") return map1<F, bool, bool>;
-  return nullptr;
+  return of_any(t, []<class T>() -> Handler { return map1<F, T, T>; });
 }
 template <auto F>
 Handler compare(std::string_view t) {
-  if (t == "s32") return map2<F, bool, int32_t, int32_t>;
-  if (t == "u32" || t == "b32") return map2<F, bool, uint32_t, uint32_t>;
-  if (t == "s64") return map2<F, bool, int64_t, int64_t>;
-  if (t == "u64" || t == "b64") return map2<F, bool, uint64_t, uint64_t>;
-  if (t == "s16") return map2<F, bool, int16_t, int16_t>;
-  if (t == "u16" || t == "b16") return map2<F, bool, uint16_t, uint16_t>;
-  if (t == "f32") return map2<F, bool, float, float>;
-  if (t == "f64") return map2<F, bool, double, double>;
-  return nullptr;
+  return of_any(t, []<class T>() -> Handler { return map2<F, bool, T, T>; });
 }
 
 template <class T>
