@@ -113,7 +113,7 @@ class Tier:
 
 TIERS = [
     Tier("lint", ["-m", "ruff", "check", "--quiet", "."], why_no_lint, command=True),
-    Tier("doctest", ["--doctest-modules", "--doctest-glob=*.md", "orthrus_rt", "README.md"]),
+    Tier("doctest", ["--doctest-modules", "--doctest-glob=*.md", "orthrus_rt", "README.md"], spread=True),
     Tier("cpu", ["tests/cpu"], spread=True),
     Tier(
         "amx",

@@ -4,7 +4,6 @@
 #include "orthrus/sm80.cuh"
 #include "orthrus/sm90.cuh"
 
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED 1  // 160
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -59,7 +58,9 @@ __global__ void __launch_bounds__(384) instructions(const __grid_constant__ Oper
   multiply<kOurs, 64>(o);
   multiply<kOurs, 96>(o);
   multiply<kOurs, 128>(o);
+#ifdef CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
   multiply<kOurs, 160>(o);
+#endif
   uint32_t a[4];
   if constexpr (kOurs) {
     using namespace ours::sm90;

@@ -7,7 +7,6 @@
 // Descriptors hold shared-memory addresses, for which any number does here.
 inline size_t __cvta_generic_to_shared(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 #define CUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED 1
-#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED 1  // 160
 #include <cutlass/bfloat16.h>
 
 #include <cute/atom/copy_traits_sm75.hpp>
@@ -110,7 +109,9 @@ int main() {
   check_wgmma<64>();
   check_wgmma<96>();
   check_wgmma<128>();
+#ifdef CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
   check_wgmma<160>();
+#endif
   check_mma();
   check_ldmatrix<SM75_U32x4_LDSM_N>(cuda_host::load_matrix, "ldmatrix");
   check_ldmatrix<SM75_U16x8_LDSM_T>(cuda_host::load_matrix_transposed, "ldmatrix.trans");

@@ -114,8 +114,16 @@ def test_one_version_serves_any_number_of_rows(call, monkeypatch):
     assert all(kind == kinds[0] for kind in kinds)
 
 
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize("name", CALLS)
+# All of them for sm_90, and each kernel, in its largest form, for every architecture; all with all in --full.
+LARGEST = ("count_tokens-32", "rms_norm-4096", "embed-4096", "dual_attn-32-8-128", "process_logits-49152")
+GRID = [
+    pytest.param(name, arch, marks=() if arch == 90 or name in LARGEST else pytest.mark.full)
+    for name in CALLS
+    for arch in SHARED_LIMIT
+]
+
+
+@pytest.mark.parametrize("name, arch", GRID)
 def test_compiles_within_the_chip(name, arch, monkeypatch):
     launcher, args, kwargs = CALLS[name]
     launches = record(monkeypatch, launcher, *args, **kwargs)

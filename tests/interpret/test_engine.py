@@ -14,11 +14,11 @@ pytestmark = pytest.mark.skipif(
     dispatch.native() is None or cuda_host.compiler() is None, reason="needs the native module and a C++ compiler"
 )
 
-KWARGS = dict(max_new_tokens=6, ignore_eos=True)
+KWARGS = dict(max_new_tokens=4, ignore_eos=True)
 JOBS = (
     [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]],
     [
-        SamplingParams(**KWARGS),
+        SamplingParams(max_new_tokens=7, ignore_eos=True),
         SamplingParams(temperature=0.8, top_p=0.9, seed=1, **KWARGS),
         SamplingParams(frequency_penalty=0.5, logit_bias={5: 1.0}, min_tokens=3, **KWARGS),
     ],
