@@ -24,6 +24,10 @@
 namespace orthrus::cpu {
 namespace {
 
+#if defined(ORTHRUS_HAS_avx2)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+
 #if defined(ORTHRUS_HAS_avx512)
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -65,30 +69,31 @@ struct Choice {
   const char* name;
   bool (*offered)();
   bool (*preferred)();  // to those below, if offered and none is named
-  const Variant* variant;
+  const Bf16Kernels* of_bf16;
+  const FloatKernels* of_floats;
 };
 
 // Best first.
 const Choice kChoices[] = {
 #if defined(ORTHRUS_HAS_amx_bf16)
-    {"amx_bf16", has_amx_bf16, always, &amx_bf16::kVariant},
+    {"amx_bf16", has_amx_bf16, always, &amx_bf16::kOfBf16, &avx512::kOfFloats},
 #endif
 #if defined(ORTHRUS_HAS_avx512_bf16)
-    {"avx512_bf16", has_avx512_bf16, has_fast_vdpbf16ps, &avx512_bf16::kVariant},
+    {"avx512_bf16", has_avx512_bf16, has_fast_vdpbf16ps, &avx512_bf16::kOfBf16, &avx512::kOfFloats},
 #endif
 #if defined(ORTHRUS_HAS_avx512)
-    {"avx512", has_avx512, always, &avx512::kVariant},
+    {"avx512", has_avx512, always, &avx512::kOfBf16, &avx512::kOfFloats},
 #endif
 #if defined(ORTHRUS_HAS_avx2)
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, always, &avx2::kVariant},
+    {"avx2", has_avx2, always, &avx2::kOfBf16, &avx2::kOfFloats},
 #endif
 #if defined(ORTHRUS_HAS_neon_bf16)
-    {"neon_bf16", has_neon_bf16, always, &neon_bf16::kVariant},
+    {"neon_bf16", has_neon_bf16, always, &neon_bf16::kOfBf16, &neon::kOfFloats},
 #endif
 #if defined(ORTHRUS_HAS_neon)
-    {"neon", always, always, &neon::kVariant},
+    {"neon", always, always, &neon::kOfBf16, &neon::kOfFloats},
 #endif
-    {"portable", always, always, &portable::kVariant},
+    {"portable", always, always, &portable::kOfBf16, &portable::kOfFloats},
 };
 
 const Choice* find(const std::string& name) {
@@ -114,14 +119,14 @@ std::atomic<const Choice*>& chosen() {
   return choice;
 }
 
-const Variant& variant() { return *chosen().load(std::memory_order_relaxed)->variant; }
+const Choice& variant() { return *chosen().load(std::memory_order_relaxed); }
 
 template <typename T>
 const ElementKernels<T>& kernels() {
   if constexpr (std::is_same_v<T, float>) {
-    return variant().f32;
+    return *variant().of_floats;
   } else {
-    return variant().bf16;
+    return *variant().of_bf16;
   }
 }
 
@@ -159,7 +164,7 @@ void check_groups(const Rows& rows) {
 
 const char* isa() { return chosen().load()->name; }
 void set_isa(const char* name) { chosen() = find(name); }
-bool takes_coded_weights() { return variant().takes_coded_weights; }
+bool takes_coded_weights() { return variant().of_bf16->takes_coded_weights; }
 
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num_bytes) {
 #if defined(__linux__)
@@ -203,7 +208,7 @@ ORTHRUS_INSTANTIATE(float)
 #undef ORTHRUS_INSTANTIATE
 
 void consensus(const ConsensusParams& p) { record_or(p, run_consensus); }
-void process_logits(const ProcessLogitsParams& p) { record_or(p, variant().process_logits); }
+void process_logits(const ProcessLogitsParams& p) { record_or(p, variant().of_floats->process_logits); }
 void count_tokens(const CountTokensParams& p) { record_or(p, run_count_tokens); }
 
 }  // namespace orthrus::cpu

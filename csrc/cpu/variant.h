@@ -16,21 +16,23 @@ struct ElementKernels {
   void (*embed)(const EmbedParamsOf<T>&);
 };
 
-struct Variant {
-  ElementKernels<bf16_t> bf16;
-  ElementKernels<float> f32;
-  void (*process_logits)(const ProcessLogitsParams&);
+struct Bf16Kernels : ElementKernels<bf16_t> {
   bool takes_coded_weights;  // and wants them: see coded_weight.h
 };
 
-namespace portable { extern const Variant kVariant; }
-namespace avx2 { extern const Variant kVariant; }
-namespace avx512 { extern const Variant kVariant; }
-namespace avx512_bf16 { extern const Variant kVariant; }
-namespace neon { extern const Variant kVariant; }
-namespace neon_bf16 { extern const Variant kVariant; }
+struct FloatKernels : ElementKernels<float> {
+  void (*process_logits)(const ProcessLogitsParams&);
+};
+
+// What amx_bf16, avx512_bf16 and neon_bf16 add to the sets that they extend works on bf16: they share those for floats.
+namespace portable { extern const Bf16Kernels kOfBf16; extern const FloatKernels kOfFloats; }
+namespace avx2 { extern const Bf16Kernels kOfBf16; extern const FloatKernels kOfFloats; }
+namespace avx512 { extern const Bf16Kernels kOfBf16; extern const FloatKernels kOfFloats; }
+namespace avx512_bf16 { extern const Bf16Kernels kOfBf16; }
+namespace neon { extern const Bf16Kernels kOfBf16; extern const FloatKernels kOfFloats; }
+namespace neon_bf16 { extern const Bf16Kernels kOfBf16; }
 namespace amx_bf16 {
-extern const Variant kVariant;
+extern const Bf16Kernels kOfBf16;
 bool tiles_offered();  // asks the system; to be called where there is AVX-512
 }
 
