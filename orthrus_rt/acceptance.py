@@ -197,13 +197,16 @@ class Acceptance:
     def _chain(hits, trials, prior: float, step, optimism: float, seen: int) -> list[float]:
         """Running sums of survival; positions from ``seen`` on are hoped to be better than they look."""
         weight, totals, survival = PRIOR_TRIALS, [0.0], 1.0
-        for i, (hit, tried) in enumerate(zip(hits, trials, strict=True)):
+        for i, (hit, tried, ratio) in enumerate(zip(hits, trials, [*step, 1.0], strict=True)):
             certain = weight + tried
-            hazard = min(1.0, (weight * prior + hit) / certain)
-            hope = optimism * math.sqrt(hazard * (1 - hazard) / certain) if optimism and i >= seen else 0.0
-            survival *= min(1.0, hazard + hope)
+            hazard = (weight * prior + hit) / certain
+            hoped = hazard = hazard if hazard < 1.0 else 1.0
+            if optimism and i >= seen:
+                hoped = hazard + optimism * math.sqrt(hazard * (1 - hazard) / certain)
+            survival *= hoped if hoped < 1.0 else 1.0
             totals.append(totals[-1] + survival)
-            prior, weight = min(1.0, hazard * step[i]) if i < len(step) else hazard, CHAIN_TRIALS
+            prior, weight = hazard * ratio, CHAIN_TRIALS
+            prior = prior if prior < 1.0 else 1.0
         return totals
 
     def tokens(self, plans: list[CyclePlan], optimism: float = 0.0, running: CyclePlan = AR) -> dict[CyclePlan, float]:
@@ -214,20 +217,33 @@ class Acceptance:
         from the ``running`` one: an error in what both depend on favours neither.
         """
         accepted, length = self.accepted(optimism, running), max(1.0, self._tokens / max(self._begun, TINY))
-        return {p: length / _cycles(accepted[p.fan_out][: p.block_len], length, p.mode == "one_pass") for p in plans}
+        squares = {f: _squares(row) for f, row in accepted.items()}
+        return {
+            p: length
+            / _cycles(accepted[p.fan_out], squares[p.fan_out], p.block_len, length, fills=p.mode == "one_pass")
+            for p in plans
+        }
 
 
-def _cycles(accepted: list[float], length: float, fills: bool) -> float:
-    """Expected cycles of a sequence of ``length`` tokens; ``accepted``: of 0, 1, ... drafts that are offered.
-    ``fills``: its first cycle yields one token.
+def _squares(accepted: list[float]) -> list[float]:
+    """E[tokens^2] - 1 of a cycle that is offered 0, 1, ... drafts."""
+    totals, total = [0.0], 0.0
+    for i in range(1, len(accepted)):
+        total += (2 * i + 1) * (accepted[i] - accepted[i - 1])
+        totals.append(total)
+    return totals
+
+
+def _cycles(accepted: list[float], squares: list[float], block: int, length: float, fills: bool) -> float:
+    """Expected cycles of a sequence of ``length`` tokens in blocks of ``block``; ``accepted`` and ``squares``: of 0, 1,
+    ... drafts that are offered, as many as a block has or more. ``fills``: its first cycle yields one token.
 
     Exact for sequences of up to EXACT tokens that two cycles may yield; for longer ones by renewal theory's overshoot.
     """
-    block, mean, left = len(accepted), 1.0 + accepted[-1], length - fills
+    mean, left = 1.0 + accepted[block - 1], length - fills
     if left > min(2 * block, EXACT):
-        second = 1.0 + sum((2 * i + 1) * (accepted[i] - accepted[i - 1]) for i in range(1, block))  # E[tokens^2]
-        return fills + (left + (second / mean - 1.0) / 2) / mean
-    at_least = np.diff(accepted, prepend=-1.0)  # chance that a cycle yields 1, 2, ... tokens or more
+        return fills + (left + ((1.0 + squares[block - 1]) / mean - 1.0) / 2) / mean
+    at_least = np.diff(accepted[:block], prepend=-1.0)  # chance that a cycle yields 1, 2, ... tokens or more
     chance = (at_least - np.append(at_least[1:], 0.0))[::-1]
     cycles = np.zeros(block + math.ceil(left) + 1)  # for so many tokens, behind as many zeros as a cycle may yield
     for n in range(block, len(cycles)):

@@ -96,7 +96,8 @@ class Sequence:
     def prospect(self, plan: CyclePlan) -> float:
         """Tokens that a cycle is expected to yield: luck, the draws to come and those past, left out."""
         drafting = plan if plan.mode != "one_pass" else self.drafted_by or AR
-        drafting = drafting._replace(block_len=min(drafting.block_len, plan.block_len))
+        if drafting.block_len > plan.block_len:
+            drafting = drafting._replace(block_len=plan.block_len)
         return expected_tokens(drafting, self.hazard, self.decay)
 
     def _accept(self, drafts: int, kind: str) -> int:

@@ -26,6 +26,7 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 
 namespace cuda_host {
 
+constexpr int kMaxThreads = 1024;
 inline int num_sms = 1;
 
 // Polls until `ready`; a thread that polls for ever is a deadlock.
@@ -54,7 +55,7 @@ inline std::map<int, NamedBarrier> named_barriers;
 
 // What each thread has asked for and not waited for, group by group; the last one is open.
 template <typename T>
-using Groups = std::map<int, std::deque<std::vector<T>>>;
+using Groups = std::array<std::deque<std::vector<T>>, kMaxThreads>;
 inline Groups<Copy> copy_groups;
 
 template <typename T>
@@ -97,15 +98,16 @@ inline float widen(const uint8_t* bf16) {
 
 // To the four accumulators of mma, or four of wgmma, where two rows and two columns meet.
 inline void add_products(float* d, const float* row0, const float* row1, const float* column0, const float* column1) {
+  float sums[4] = {d[0], d[1], d[2], d[3]};  // no operand can be one of these
   for (int k = 0; k < 16; ++k) {
-    d[0] += row0[k] * column0[k];
-    d[1] += row0[k] * column1[k];
-    d[2] += row1[k] * column0[k];
-    d[3] += row1[k] * column1[k];
+    sums[0] += row0[k] * column0[k];
+    sums[1] += row0[k] * column1[k];
+    sums[2] += row1[k] * column0[k];
+    sums[3] += row1[k] * column1[k];
   }
+  std::copy_n(sums, 4, d);
 }
 
-constexpr int kMaxThreads = 1024;
 constexpr int kMaxSharedBytes = 227 * 1024;  // that a block may ask for
 alignas(1024) inline uint8_t dynamic_shared[kMaxSharedBytes + 1024];
 inline int shared_bytes = 0;            // that the launch asked for

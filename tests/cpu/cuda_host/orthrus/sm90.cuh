@@ -211,7 +211,10 @@ void wgmma(float* d, uint64_t a, uint64_t b, int accumulate) {
     static_assert(kN % 8 == 0, "accumulators come by four");
     // Eight elements of a row lie together: the swizzle moves 16 bytes at a time.
     auto widen_row = [](uint64_t matrix, int row, float (&to)[16]) {
-      for (int k = 0; k < 16; ++k) to[k] = widen(pointer(operand_address(matrix, row, k / 8 * 8) + k % 8 * 2));
+      for (int k = 0; k < 16; k += 8) {
+        const uint8_t* from = pointer(operand_address(matrix, row, k));
+        for (int i = 0; i < 8; ++i) to[k + i] = widen(from + i * 2);
+      }
     };
     float rows[2][16], columns[2][16];
     for (int i = 0; i < kN / 2; i += 4) {
