@@ -32,7 +32,7 @@ def texts(engine):
         SamplingParams(3, temperature=TEMPERATURE, seed=seed, ignore_eos=True, acceptance="rejection")
         for seed in range(REQUESTS)
     ]
-    outs = engine.generate([PROMPT] * REQUESTS, params)
+    outs = engine.generate([PROMPT] * REQUESTS, params, draft_len=3)  # one more than there is ever room for
     assert sum(sum(out.stats.accepted[1:]) for out in outs) > REQUESTS / 10  # drafts count among the tokens
     return [tuple(out.token_ids) for out in outs]
 
