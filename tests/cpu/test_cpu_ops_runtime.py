@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from orthrus_rt import dispatch, ops, recording, weights
+from tests import apart
 from tests.native_cpu import poison, randn, threads
 from tests.rows import ar, diff, make_rows
 
@@ -119,11 +120,6 @@ def test_threads_of_python_share_the_pool():
     assert all(torch.equal(layer.logits, want.logits) for layer in layers)
 
 
-def run_apart(code):
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)
-
-
 def test_ops_run_in_a_forked_child():
     """The pool's threads do not survive a fork: the child starts its own."""
     code = """
@@ -140,7 +136,7 @@ with threads(2):
     assert os.waitpid(pid, 0)[1] == 0
     child.run()
 """
-    run_apart(code)
+    apart.run(code)
 
 
 def test_a_worker_without_memory():
@@ -169,7 +165,7 @@ with threads(2):
         assert torch.equal(got, want)
     process()
 """
-    run_apart(code)
+    apart.run(code)
 
 
 def test_a_caller_without_memory():
@@ -186,7 +182,7 @@ with threads(2):
         ops.row_linear(x, wide, out)
     ops.row_linear(x, wide, out)
 """
-    run_apart(code)
+    apart.run(code)
 
 
 def test_threads_started_without_memory():
@@ -215,7 +211,7 @@ for mebibytes in (1, 2, 4, 12, 40):
 ops.row_linear(x, weight, got.zero_())
 assert torch.equal(got, want)
 """
-    run_apart(code)
+    apart.run(code)
 
 
 def test_flushing_of_subnormal_numbers_changes_no_bit():
@@ -249,7 +245,7 @@ if not torch.set_flush_denormal(False):  # not on this machine
 assert check(torch.float32)
 check(torch.bfloat16)  # some instructions take such numbers for zeros, always
 """
-    run_apart(code)
+    apart.run(code)
 
 
 def test_numbers_of_threads_by_turns(isa):

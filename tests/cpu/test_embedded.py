@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import socket
-import subprocess
 import sys
 
 import gguf
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from orthrus_rt import checkpoint, embedded
 from orthrus_rt.rope import cos_sin_table
-from tests import gguf_files
+from tests import apart, gguf_files
 from tests.checkpoints import tiny_config
 from tools import quantize_view
 
@@ -124,8 +123,8 @@ def test_quantize_command(tmp_path):
         "model.layers.0.self_attn.q_norm_diff.weight": torch.randn(8).bfloat16(),
     }
     save_file(view, tmp_path / "view.safetensors")
-    command = [sys.executable, quantize_view.__file__]
-    subprocess.run([*command, tmp_path / "view.safetensors", tmp_path / "int8.safetensors"], check=True, timeout=120)
+    command = [quantize_view.__file__, *(str(tmp_path / f"{name}.safetensors") for name in ("view", "int8"))]
+    apart.run(f"import runpy, sys; sys.argv = {command}; runpy.run_path(sys.argv[0], run_name='__main__')")
     matrix, norm = view
     written = load_file(tmp_path / "int8.safetensors")
     assert set(written) == {matrix, norm, f"{matrix}_scale"}

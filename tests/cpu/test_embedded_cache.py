@@ -6,8 +6,6 @@ import importlib.machinery
 import importlib.util
 import os
 import pwd
-import signal
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -18,7 +16,7 @@ import pytest
 from orthrus_rt import embedded
 from orthrus_rt.cache_folder import cache_root
 from orthrus_rt.checkpoint import CheckpointError
-from tests import gguf_files
+from tests import apart, gguf_files
 
 FILES = {"config.json", "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -51,9 +49,7 @@ def left_in(cache):
 def child(source, code):
     """A process that sees the tiny GGUF as the real one and runs ``code``."""
     setup = f"from orthrus_rt import embedded\nembedded.GGUF_SHA256 = {sha256(source)!r}\n"
-    return subprocess.Popen(
-        [sys.executable, "-c", setup + textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return apart.Popen(setup + textwrap.dedent(code))
 
 
 def message_of(*args):
@@ -292,8 +288,8 @@ def test_killed_conversion_leaves_no_trace(cache, source):
     while not left_in(cache) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left_in(cache), "the child did not start to convert"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.communicate(timeout=120)
     folder = embedded.base_folder()
     assert {path.name for path in folder.iterdir()} == FILES
     assert len(left_in(cache)) == len(FILES)

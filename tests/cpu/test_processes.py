@@ -1,11 +1,9 @@
 """An engine in forked children and among threads: in processes of their own, which have a time limit."""
 
-import subprocess
-import sys
-
 import pytest
 
 from orthrus_rt import dispatch
+from tests import apart
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
@@ -63,6 +61,4 @@ CODES = {"a forked child": FORK, "a tokenizer's first users": THREADS, "a shared
 
 @pytest.mark.parametrize("code", CODES.values(), ids=CODES)
 def test_in_a_process_of_its_own(text_folder, code):
-    command = [sys.executable, "-c", code.format(folder=text_folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
+    apart.run(code.format(folder=text_folder))
