@@ -1,5 +1,6 @@
 """Penalties, logit bias and min_tokens through the engine: exactly their definition, in every mode and company."""
 
+import functools
 import math
 
 import pytest
@@ -79,20 +80,26 @@ def edited(logits, prompt, tokens, params, stop_ids):
     return row
 
 
-def by_hand(engine, prompt, params, stop_ids):
+@pytest.fixture(scope="module")
+def logits(engine):
+    """Behind a text, by a forward of it all; remembered."""
+    return functools.cache(lambda text: engine.next_logits(list(text)))
+
+
+def by_hand(logits, prompt, params, stop_ids):
     """Greedy decoding, one forward of the whole text a token."""
     tokens = []
     while len(tokens) < params.max_new_tokens and not set(tokens) & stop_ids:
-        row = edited(engine.next_logits(prompt + tokens), prompt, tokens, params, stop_ids)
+        row = edited(logits((*prompt, *tokens)), prompt, tokens, params, stop_ids)
         tokens.append(row.index(max(row)))
     return tokens
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_greedy_is_the_definition(engine, prompts, name):
+def test_greedy_is_the_definition(engine, logits, prompts, name):
     params = params_of(name, "greedy", ignore_eos=False, stop_token_ids=(1, 2, 3), max_new_tokens=30)
     for prompt in prompts[:2]:
-        want = by_hand(engine, prompt, params, {1, 2, 3, *engine.config.eos_token_ids})
+        want = by_hand(logits, prompt, params, {1, 2, 3, *engine.config.eos_token_ids})
         for mode in MODES:
             assert engine.generate(prompt, params, mode=mode).token_ids == want, mode
 
@@ -136,7 +143,7 @@ def test_batched_with_others_and_preempted(engine, prompts, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_no_stop_id_before_min_tokens(engine, prompts, mode):
+def test_no_stop_id_before_min_tokens(engine, logits, prompts, mode):
     """Also inside a block: plain decoding accepts a stop id as a draft at some place below."""
     plain = engine.generate(prompts[0], SamplingParams(max_new_tokens=40, ignore_eos=True), mode=mode).token_ids
     for stop in sorted(set(plain[:20])):
@@ -144,7 +151,7 @@ def test_no_stop_id_before_min_tokens(engine, prompts, mode):
         for min_tokens in (first, first + 1, first + 9):
             params = SamplingParams(40, stop_token_ids=(stop,), min_tokens=min_tokens, ignore_eos=True)
             out = engine.generate(prompts[0], params, mode=mode)
-            assert out.token_ids == by_hand(engine, prompts[0], params, {stop})
+            assert out.token_ids == by_hand(logits, prompts[0], params, {stop})
             assert (len(out.token_ids) == first + 1) == (min_tokens == first)
             assert stop not in out.token_ids[:min_tokens]
 

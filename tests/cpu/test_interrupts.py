@@ -13,12 +13,12 @@ import torch
 from orthrus_rt import dispatch
 from orthrus_rt.exclusive import Turn
 from orthrus_rt.sampling import SamplingParams
-from tests import engines
+from tests import checkpoints, engines
 from tests.engines import drain, take
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 
-PARAMS = SamplingParams(max_new_tokens=9, ignore_eos=True)
+PARAMS, SHORT = (SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (9, 5))
 PROMPTS = [[1, 2, 3], [7], [5, 6]]
 
 
@@ -32,14 +32,27 @@ def want(engine):
     return [engine.generate(p, PARAMS, mode="ar").token_ids for p in PROMPTS]
 
 
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    """``(engine, want)`` of one layer and of SHORT, for interrupts of what runs no model: there are many of them."""
+    kwargs = dict(dtype=torch.bfloat16, diff_noise=0.05, num_hidden_layers=1)
+    folder = str(checkpoints.make(tmp_path_factory.mktemp("shallow"), **kwargs))
+    engine = engines.make(folder, max_seq_len=64, max_batch_size=2, num_pages=2)
+    return engine, [engine.generate(p, SHORT, mode="ar").token_ids for p in PROMPTS]
+
+
 @functools.cache
-def _looks(code, offset: int) -> bool:
-    """Whether the interpreter looks for signals just before this instruction: it starts a function, goes back in a
-    loop, or comes after a call.
+def _looks(code) -> frozenset[int]:
+    """The instructions just before which the interpreter looks for signals: they start a function, go back in a loop,
+    or come after a call.
     """
-    names = {i.offset: i.opname for i in dis.get_instructions(code)}
-    earlier = [name for at, name in names.items() if at < offset and name not in ("CACHE", "PRECALL")]
-    return names[offset].startswith(("RESUME", "JUMP_BACKWARD")) or bool(earlier and earlier[-1].startswith("CALL"))
+    found, earlier = set(), ""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname.startswith(("RESUME", "JUMP_BACKWARD")) or earlier.startswith("CALL"):
+            found.add(instruction.offset)
+        if instruction.opname not in ("CACHE", "PRECALL"):
+            earlier = instruction.opname
+    return frozenset(found)
 
 
 def interrupted(function, after: int, everywhere: bool = False):
@@ -51,19 +64,23 @@ def interrupted(function, after: int, everywhere: bool = False):
     """
     left = after
 
-    def trace(frame, kind, _):
-        nonlocal left
+    def trace(frame, *_):
         code = frame.f_code
         if not ("orthrus_rt" in code.co_filename or code.co_filename.endswith("contextlib.py")):
             return None
-        if kind == "call":
-            frame.f_trace = trace  # before the next, which Python 3.13 forgets otherwise
-            frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if kind == "opcode" and (everywhere or _looks(code, frame.f_lasti)):
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-        return trace
+        looks = _looks(code)
+
+        def trace_inside(frame, kind, _):
+            nonlocal left
+            if kind == "opcode" and (everywhere or frame.f_lasti in looks):
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace_inside
+
+        frame.f_trace = trace_inside  # before the next, which Python 3.13 forgets otherwise
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return trace_inside
 
     before = sys.gettrace()
     sys._getframe().f_trace_opcodes = True  # of any frame: Python 3.12 looks for it when tracing begins
@@ -83,14 +100,15 @@ def all_pages_back(engine):
 
 
 def start(engine, got):
-    ids = [engine.submit(p, PARAMS) for p in PROMPTS]
+    ids = [engine.submit(p, SHORT) for p in PROMPTS]
     for _ in range(2):
         take(engine.step(), got)
     return ids
 
 
 @pytest.mark.parametrize("victim", (0, 2))  # one that decodes, one that waits
-def test_abort_at_every_instruction(engine, want, victim):
+def test_abort_at_every_instruction(shallow, victim):
+    engine, want = shallow
     after, reached = 0, True
     while reached:
         after += 1
@@ -107,18 +125,19 @@ def test_abort_at_every_instruction(engine, want, victim):
     assert after > 100
 
 
-def test_submit_at_every_instruction(engine, want):
+def test_submit_at_every_instruction(shallow):
+    engine, want = shallow
     after, reached = 0, True
     while reached:
         after += 1
         got = {}
         ids = start(engine, got)
-        reached = interrupted(lambda: engine.submit([9], PARAMS, "new"), after, everywhere=True)
+        reached = interrupted(lambda: engine.submit([9], SHORT, "new"), after, everywhere=True)
         if not engine.is_unfinished("new"):
-            engine.submit([9], PARAMS, "new")
+            engine.submit([9], SHORT, "new")
         drain(engine, got)
         assert [got[i] for i in ids] == [(tokens, "length") for tokens in want]
-        assert len(got["new"][0]) == 9
+        assert len(got["new"][0]) == 5
         all_pages_back(engine)
 
 

@@ -60,11 +60,11 @@ PINNED_SLOW = {
     "avx512": {
         torch.bfloat16: {
             "two_pass": {"greedy": {5: 2.875, 15: 2.875}, "sampled": {5: 2.143}},
-            "one_pass": {"greedy": {5: 1.725}, "sampled": {5: 1.452}},
+            "one_pass": {"greedy": {5: 1.725}, "sampled": {5: 1.5}},
         },
         torch.float32: {
-            "two_pass": {"greedy": {5: 2.3, 15: 2.379}, "sampled": {5: 2.25}},
-            "one_pass": {"greedy": {5: 1.725}, "sampled": {5: 1.552}},
+            "two_pass": {"greedy": {5: 2.3, 15: 2.379}, "sampled": {5: 2.5}},
+            "one_pass": {"greedy": {5: 1.725}, "sampled": {5: 1.667}},
         },
     },
 }
@@ -86,8 +86,10 @@ def engine(request):
 
 @pytest.fixture(scope="module", params=("greedy", "sampled"))
 def jobs(request, engine):
-    """The small grid: ``(prompts, params, AR alone)``."""
-    ids = [p.encode(engine.tokenizer) for p in SMALL]
+    """The small grid: ``(prompts, params, AR alone)``. Where passes are slow the long prompt, most of whose time is its
+    prefill, is decoded greedily alone.
+    """
+    ids = [p.encode(engine.tokenizer) for p in (SMALL[:2] if SLOW and request.param == "sampled" else SMALL)]
     most = LENGTHS[request.param][engine.model.dtype]
     params = getattr(lossless, request.param)(len(ids), max_new_tokens=most)
     return ids, params, decode(engine, ids, params, mode="ar")
@@ -102,7 +104,9 @@ def test_small_grid_alone(engine, jobs, mode):
 
 
 def test_small_grid_together(engine, jobs):
-    for way in lossless.ways([5]):
+    """Where passes are slow, greedy ones in one mode and sampled ones in the other: test_lossless_tiny.py has both."""
+    ways = lossless.ways([5])
+    for way in (ways[not jobs[1][0].greedy :][:1]) if SLOW else ways:
         lossless.check_together(engine, *jobs, way)
 
 
@@ -161,10 +165,10 @@ def test_whole_grid_together(engine, params, kind):
     lossless.check_preempted(engine, ids, each, want, lossless.ways((7,))[0], num_pages=16)
 
 
-def tokens_per_cycle(engine, chosen) -> float:
+def tokens_per_cycle(engine, chosen, most=128) -> float:
     tokens = cycles = 0
     for prompt in chosen:
-        stats = engine.generate(prompt.encode(engine.tokenizer), SamplingParams(max_new_tokens=128)).stats
+        stats = engine.generate(prompt.encode(engine.tokenizer), SamplingParams(max_new_tokens=most)).stats
         tokens, cycles = tokens + stats.tokens - 1, cycles + stats.cycles
     return tokens / cycles
 
@@ -179,15 +183,15 @@ def test_tokens_per_cycle_is_pinned(engine, kind):
 @pytest.mark.skipif(not SLOW, reason="test_tokens_per_cycle_is_pinned has all prompts")
 @pytest.mark.parametrize("engine", ("bfloat16",), indirect=True)
 def test_tokens_per_cycle_of_two_prompts(engine):
-    pinned, tolerance = of_this_isa({"avx512": 3.612, "avx512_bf16": 3.612}, TIGHT, LOOSE)
-    assert tokens_per_cycle(engine, prompts.load("code")[:2]) == pytest.approx(pinned, abs=tolerance)
+    pinned, tolerance = of_this_isa({"avx512": 3.229, "avx512_bf16": 3.229}, TIGHT, LOOSE)
+    assert tokens_per_cycle(engine, prompts.load("code")[:2], 64) == pytest.approx(pinned, abs=tolerance)
 
 
 @pytest.mark.parametrize("engine", ("bfloat16",), indirect=True)
 def test_prefill_of_a_long_prompt(engine, monkeypatch):
     """In chunks, the last of which is not whole; neither their size nor the mode changes a bit of what follows."""
     text = " ".join(p.text for p in prompts.load("long")) + " "
-    count = 700 if SLOW else 2000
+    count = 560 if SLOW else 2000
     ids = engine.tokenizer(text * 2).input_ids[:count]
     assert len(ids) == count
     params = SamplingParams(max_new_tokens=24, ignore_eos=True)

@@ -70,13 +70,14 @@ def jobs(request, case):
     _, engine, _ = case
     prompts = lossless.random_prompts(engine.config.vocab_size, 6, 120, seed=1)
     params = getattr(lossless, request.param)(6, max_new_tokens=32, ignore_eos=True)
-    return prompts, params, decode(engine, prompts, params, mode="ar")
+    return prompts, params, decode(engine, prompts, params, replayed=True, mode="ar")
 
 
 def test_alone(case, jobs):
+    """Nearly all cycles are replays."""
     name, engine, draft_lens = case
     for mode in lossless.MODES:
-        rates = [lossless.check_alone(engine, *jobs, way) for way in lossless.ways(draft_lens, [mode])]
+        rates = [lossless.check_alone(engine, *jobs, way, replayed=True) for way in lossless.ways(draft_lens, [mode])]
         pinned, tolerance = of_this_isa(PINNED, 0.01, 0.1)
         assert rates[-1] == pytest.approx(pinned[name][mode][not jobs[1][0].greedy], abs=tolerance), mode
 
@@ -94,9 +95,10 @@ def test_preempted(case, jobs):
 
 
 def test_eager_and_replayed(case, jobs):
+    """Op by op they give what ``jobs`` and test_alone() have from replays; after that one is recorded anew."""
     _, engine, draft_lens = case
     for way in (dict(mode="ar"), *lossless.ways(draft_lens[-1:])):
-        lossless.check_eager(engine, *jobs, way)
+        lossless.check_eager(engine, *jobs, way, again=way["mode"] == "one_pass")
 
 
 def test_prefill(case, monkeypatch):

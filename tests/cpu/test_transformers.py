@@ -37,20 +37,31 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def both_views_agree(name, max_seq_len=256):
+def loaded(name, max_seq_len):
+    """``(checkpoint, transformers' AR model, our engine)``"""
     checkpoint = ckpt.load(name)
-    ar, diffusion = build(checkpoint), build(checkpoint, "diffusion")
     engine = Engine.from_pretrained(name, device="cpu", mode="two_pass", dtype="float32", max_seq_len=max_seq_len)
+    return checkpoint, build(checkpoint), engine
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return loaded("smollm2-135m", 2048)
+
+
+def both_views_agree(checkpoint, ar, engine):
+    diffusion = build(checkpoint, "diffusion")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, engine.config.vocab_size, (130,), generator=generator).tolist()
     n, k = len(ids), engine.config.block_len
-    engine.kv.reserve(0, max_seq_len)
+    engine.kv.reserve(0, 256)
     got = logits_of(engine, prefill_rows([(ids, 0, 0)], "cpu"))
     want = oracle.ar_logits(ar, ids)
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     block = [5] + [engine.config.mask_token_id] * (k - 1)
     rows = draft_rows(torch.tensor(block, dtype=torch.int32), n)
     got = logits_of(engine, rows)
+    engine.kv.release(0)
     want = oracle.diffusion_logits(ar, diffusion, ids, block)
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
@@ -58,7 +69,7 @@ def both_views_agree(name, max_seq_len=256):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_of_both_views_tiny(variant, tmp_path):
     checkpoints.make(tmp_path, **VARIANTS[variant])
-    both_views_agree(str(tmp_path))
+    both_views_agree(*loaded(str(tmp_path), 256))
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -86,14 +97,12 @@ def test_what_we_do_not_read_is_read_too(tmp_path):
     assert len(greedy(model, [1, 2, 3], 4)) == 4
 
 
-def test_logits_of_both_views_embedded():
-    both_views_agree("smollm2-135m")
+def test_logits_of_both_views_embedded(embedded):
+    both_views_agree(*embedded)
 
 
-def same_as_generate(chosen, max_new_tokens, *, together, draft_len=None):
-    checkpoint = ckpt.load("smollm2-135m")
-    ar = build(checkpoint)
-    engine = Engine.from_pretrained("smollm2-135m", device="cpu", mode="two_pass", dtype="float32", max_seq_len=2048)
+def same_as_generate(embedded, chosen, max_new_tokens, *, together, draft_len=None):
+    _, ar, engine = embedded
     ids, params = [prompt.encode(engine.tokenizer) for prompt in chosen], SamplingParams(max_new_tokens)
     want = [greedy(ar, each, max_new_tokens) for each in ids]
     for mode in ("ar", "two_pass"):
@@ -103,12 +112,12 @@ def same_as_generate(chosen, max_new_tokens, *, together, draft_len=None):
             assert out.token_ids == tokens, (prompt.name, mode)
 
 
-def test_tokens_of_generate_small_grid():
+def test_tokens_of_generate_small_grid(embedded):
     kinds = ("code", "chat") if SLOW else prompts.KINDS
-    same_as_generate([prompts.load(kind)[0] for kind in kinds], 20, together=True, draft_len=5)
+    same_as_generate(embedded, [prompts.load(kind)[0] for kind in kinds], 20, together=True, draft_len=5)
 
 
 @pytest.mark.full
-def test_tokens_of_generate_whole_grid():
+def test_tokens_of_generate_whole_grid(embedded):
     assert len(prompts.load()) >= 50
-    same_as_generate(prompts.load(), 128, together=False)
+    same_as_generate(embedded, prompts.load(), 128, together=False)
