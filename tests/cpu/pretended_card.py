@@ -22,7 +22,6 @@ from types import SimpleNamespace
 import torch
 import torch.profiler
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from tests.cpu.cuda_host.device import Tape, launch
 
@@ -41,6 +40,8 @@ ANSWERS = {
     torch.Tensor.is_cuda.__get__: on_card,
     torch.Tensor.is_cpu.__get__: lambda t: not on_card(t),
 }
+# What most calls ask, of one tensor: a card refuses none of it, and no tensor comes of it.
+PLAIN = {torch.Tensor.shape.__get__, torch.Tensor.dtype.__get__, torch.Tensor.data_ptr, torch.Tensor.is_contiguous}
 
 
 def names(device_type: str, value) -> bool:
@@ -53,8 +54,15 @@ def on_host(value):
     return HOST if names("cuda", value) else value
 
 
-def tensors_in(values) -> list[torch.Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+def tensors_in(value) -> list[torch.Tensor]:
+    """In whatever of Python's own containers."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return []
+    return [tensor for part in value for tensor in tensors_in(part)]
 
 
 def shares(tensor: torch.Tensor, others) -> bool:
@@ -89,11 +97,11 @@ class Card(TorchFunctionMode):
             raise RuntimeError(f"pretended card: {name} while capturing")
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
-        if function is torch.device:
-            return function(*args, **kwargs)
         if function in ANSWERS:
             return ANSWERS[function](args[0])
+        if function in PLAIN or function is torch.device:
+            return function(*args, **(kwargs or {}))
+        kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
         tensors = tensors_in((args, kwargs))
         marked = any(map(on_card, tensors))
         said = [*args, kwargs.get("device")]

@@ -23,7 +23,14 @@ def load(name, monkeypatch):
 
 
 @pytest.fixture
-def runner(monkeypatch):
+def light(monkeypatch):
+    """A pytest that is started here loads the plugin that it needs, not hypothesis, which takes a second."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_PLUGINS", "pytest_timeout")
+
+
+@pytest.fixture
+def runner(monkeypatch, light):
     return load("test", monkeypatch)
 
 
@@ -50,11 +57,11 @@ def test_a_process_that_hangs_at_its_end(runner, tmp_path, monkeypatch, capsys):
     )
     for name, value in {"ROOT": tmp_path, "LONGEST": ("test_stuck.py",), "APART_AT_ONCE": 1}.items():
         monkeypatch.setattr(runner, name, value)
-    result = runner.run(runner.Tier("gpu", ["-s"], apart=".", process_timeout_s=10), full=False)
+    result = runner.run(runner.Tier("gpu", ["-s"], apart=".", process_timeout_s=6), full=False)
     assert (result.passed, result.failed) == (2, 1)
     assert {name: row[:2] for name, row in result.files.items()} == {"test_quick": [1, 0], "test_stuck": [1, 1]}
     out = capsys.readouterr().out
-    assert "ran to its end" in out and "not finished in 10 s" in out
+    assert "ran to its end" in out and "not finished in 6 s" in out
     assert out.index("-- test_stuck.py") < out.index("-- test_quick.py")
 
 
@@ -126,7 +133,7 @@ def test_a_module_that_is_brought_is_not_built_again(card, tmp_path, capsys):
     assert (tmp_path / "orthrus_rt" / "triton_kernels").samefile(tmp_path / "triton_kernels")
 
 
-def test_what_is_to_run_on_a_card_exists(monkeypatch):
+def test_what_is_to_run_on_a_card_exists(monkeypatch, light):
     """Every file of tests/gpu has its turn, every name that chooses among tests is in one, and in the sanitizer's."""
     from tests.gpu.test_sanitizer import CASES
 
