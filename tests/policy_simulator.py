@@ -7,11 +7,13 @@ chooses it.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 
 from orthrus_rt.acceptance import Outcome
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket, batch_buckets
@@ -232,6 +234,15 @@ def cost_table(device: str, plans: list[CyclePlan], max_batch_size: int) -> Pass
 def policy(device: str, measured: bool = True) -> Policy:
     ridge = {"flat": 256, "steep": 32}[device]
     return Policy(PLANS, 64, cost_table(device, PLANS, 64) if measured else PassCosts(ridge))
+
+
+def by_turns(*axes):
+    """Parameters of every combination of axes, of which all but the first have two values. Every other one is ``full``:
+    those left have each value of the first axis with each of the second, or of the third where there are three.
+    """
+    for at in itertools.product(*(range(len(axis)) for axis in axes)):
+        values = [list(axis)[i] for axis, i in zip(axes, at, strict=True)]
+        yield pytest.param(*values, marks=pytest.mark.full if sum(at) % 2 else ())
 
 
 def run(device, seq_of, cycles=HORIZON, *, cost=None, chooser=None, **how):

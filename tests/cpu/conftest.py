@@ -9,6 +9,24 @@ from tests import byte_tokenizer, engines, native_cpu, variants
 from tests.cpu import cuda_host
 from tests.cpu.cuda_host import device
 
+# They begin, so that no process ends long after the other ones. What xdist begins with of itself are the files of most
+# tests, not of the longest.
+LONGEST = [
+    "lossless", "row_linear_host", "policy", "lossless_tiny", "engine_on_host", "consensus", "pretended_card",
+    "interrupts", "transformers", "policy_safety", "policy_surprises", "nan", "batching", "tools", "bench_hypotheses",
+    "rejection_engine",
+]  # fmt: skip
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    turns = {f"test_{name}.py": turn for turn, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: turns.get(item.path.name, len(turns)))
+
 
 @pytest.fixture(params=variants.OF_THIS_KIND)
 def isa(request):

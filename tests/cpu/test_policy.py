@@ -27,6 +27,7 @@ from tests.policy_simulator import (
     HORIZON,
     PLANS,
     PROMISE,
+    by_turns,
     cycle_seconds,
     expected_tokens,
     policy,
@@ -161,9 +162,9 @@ LEARNT = [
 ]
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize(("device", "batch", "hazard", "seed"), LEARNT)
-def test_costs_learnt_from_the_cycles_themselves(device, batch, hazard, seed, lag):
+@pytest.mark.parametrize(("where", "lag"), by_turns(LEARNT, (0, 1)))
+def test_costs_learnt_from_the_cycles_themselves(where, lag):
+    device, batch, hazard, seed = where
     got = run(
         device, lambda cycle, i: (hazard, 1.0), chooser=policy(device, measured=False), noise=0.05, batch=batch,
         lag=lag, seed=seed,

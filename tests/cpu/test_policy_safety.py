@@ -23,6 +23,7 @@ from tests.policy_simulator import (
     HORIZON,
     PLANS,
     PROMISE,
+    by_turns,
     cycle_seconds,
     policy,
     run,
@@ -47,9 +48,7 @@ ADVERSARIES = {
 }
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("adversary", ADVERSARIES)
+@pytest.mark.parametrize(("adversary", "device", "lag"), by_turns(ADVERSARIES, DEVICES, (0, 1)))
 def test_no_drafter_costs_more_than_the_safety_account(adversary, device, lag):
     """With costs known, at every moment since the start, and over every stretch but for the capped credit."""
     seq_of, batch = ADVERSARIES[adversary]

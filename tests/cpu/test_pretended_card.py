@@ -27,19 +27,8 @@ def test_gpu_tests():
     """But for those that need Triton, CUDA's profiler, a second thread or a quiet machine."""
     files = [f"tests/gpu/test_{name}.py" for name in ("auto", "engine", "profile")]
     but = "costs_and_acceptance or triton or launches_one_graph or keeps_to_its_stream or uploads or decode_benchmark"
-    out = run(
-        "pytest",
-        "-p",
-        PRETENDED,
-        "-p",
-        "no:hypothesispytest",
-        "-p",
-        "no:cacheprovider",
-        "-q",
-        *files,
-        "-k",
-        f"not ({but} or {OTHER_MODES})",
-    )
+    how = f"-p {PRETENDED} -p no:hypothesispytest -p no:cacheprovider -q".split()
+    out = run("pytest", *how, *files, "-k", f"not ({but} or {OTHER_MODES})")
     assert int(re.search(r"(\d+) passed", out)[1]) == 13
 
 

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from orthrus_rt.config import parse
 from orthrus_rt.rope import cos_sin_table
@@ -44,6 +43,8 @@ def test_same_bits_as_transformers(rope_type, head_dim):
 
 
 def assert_same_as_transformers(table, config):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # seconds: for this process alone
+
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(POSITIONS)[None])
     half = table.shape[1] // 2
     torch.testing.assert_close(table[:, :half], cos[0, :, :half], rtol=0, atol=0)
