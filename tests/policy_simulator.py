@@ -240,9 +240,9 @@ def by_turns(*axes):
     """Parameters of every combination of axes, of which all but the first have two values. Every other one is ``full``:
     those left have each value of the first axis with each of the second, or of the third where there are three.
     """
-    for at in itertools.product(*(range(len(axis)) for axis in axes)):
-        values = [list(axis)[i] for axis, i in zip(axes, at, strict=True)]
-        yield pytest.param(*values, marks=pytest.mark.full if sum(at) % 2 else ())
+    cases = itertools.product(*(enumerate(axis) for axis in axes))
+    turns = ((sum(i for i, _ in case), [value for _, value in case]) for case in cases)
+    return [pytest.param(*values, marks=pytest.mark.full if turn % 2 else ()) for turn, values in turns]
 
 
 def run(device, seq_of, cycles=HORIZON, *, cost=None, chooser=None, **how):

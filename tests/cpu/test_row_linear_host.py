@@ -171,8 +171,11 @@ ROWS_AND_SHAPES = [
 
 def both_views():
     """Every epilogue with every shape and with all rows, by turns; with ``--full`` each with each."""
-    for i, ((both, shape), epilogue) in enumerate(itertools.product(ROWS_AND_SHAPES, ("none", "residual"))):
-        yield pytest.param(*both, shape, epilogue, marks=pytest.mark.full if (i & 7).bit_count() % 2 else ())
+    cases = enumerate(itertools.product(ROWS_AND_SHAPES, ("none", "residual")))
+    return [
+        pytest.param(*both, shape, epilogue, marks=pytest.mark.full if (i & 7).bit_count() % 2 else ())
+        for i, ((both, shape), epilogue) in cases
+    ]
 
 
 @pytest.mark.parametrize(("rows", "ar", "shape", "epilogue"), both_views())
