@@ -7,6 +7,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -94,17 +95,23 @@ def kernels(arch: str) -> Path:
 
 
 def pytest_process(
-    arch: str, *args: str, triton: bool = False, seed: int | None = None, mapped: bool = False, **how
-) -> subprocess.CompletedProcess:
+    arch: str, *args: str, triton: bool = False, seed: int | None = None, mapped: bool = False, traffic: bool = False,
+    counts: Path | None = None, **how,
+) -> subprocess.CompletedProcess:  # fmt: skip
     """pytest with the CUDA kernels for ``arch``, and Triton's, in the emulator.
 
     ``seed``: of a random order of everything. ``mapped``: kernels also use memory that is no tensor's of its own.
+    ``traffic``: at the end, what the kernels asked of memory. ``counts``: where test_shapes.py puts such counts.
     """
     kernels(arch)
     env = os.environ | {"PTX_ARCH": arch, "PTX_MAPPED": str(int(mapped)), "LD_PRELOAD": str(emulator() / "bounds.so")}
     env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(BUILT / "triton")}
     if seed is not None:
         env["PTX_SEED"] = str(seed)
+    if traffic:
+        env["PTX_TRAFFIC"] = "1"
+    if counts is not None:
+        env["PTX_COUNTS"] = str(counts)
     plugins = ["-p", "tests.ptx.plugin", *(["-p", "tests.ptx.triton_plugin"] if triton else [])]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *plugins, *args]
     return subprocess.run(command, cwd=ROOT, env=env, **how)
@@ -119,6 +126,10 @@ def _run(*command: str) -> None:
 def _all(function, items) -> None:
     with ThreadPoolExecutor(JOBS) as pool:
         list(pool.map(function, items))
+
+
+def nvcc_version() -> str:
+    return re.search(r"V([\d.]+)", subprocess.check_output([nvcc(), "--version"], text=True))[1]
 
 
 @functools.cache

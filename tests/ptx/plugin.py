@@ -6,6 +6,7 @@ Its process needs build.environment(); test_kernels.py starts such.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import struct
 
@@ -25,7 +26,7 @@ class Library(ctypes.CDLL):
         super().__init__(str(FOLDER / "kernels.so"))
         self.ptx_instructions.restype = ctypes.c_uint64
         self.ptx_limit.argtypes = [ctypes.c_uint64]
-        self.ptx_launched.restype = ctypes.c_char_p
+        self.ptx_launched.restype = self.ptx_traffic_json.restype = ctypes.c_char_p
         self.ptx_architecture(int(ARCH.rstrip("a")))
         self.ptx_mapped(int(os.environ["PTX_MAPPED"]))
         for path in sorted(FOLDER.glob("*.ptx")):
@@ -45,6 +46,10 @@ class Library(ctypes.CDLL):
         """Kernels may read these ahead of griddepcontrol.wait."""
         self.ptx_before_wait((ctypes.c_uint64 * len(tensors))(*[t.data_ptr() for t in tensors]), len(tensors))
 
+    def traffic(self) -> dict[str, dict]:
+        """What each kernel has asked of memory since ptx_traffic(1), which begins from zero."""
+        return json.loads(self.ptx_traffic_json())
+
     def launch(self, path, name: str, grid: tuple[int, ...], threads: int, dynamic_shared: int, values: list) -> None:
         """A kernel of a PTX file; ``values``: tensors, ints and floats."""
         words = [_word(value) for value in values]
@@ -63,6 +68,9 @@ def _word(value) -> int:
 
 LIBRARY = Library()
 cuda_host.build = lambda interface, kernels: LIBRARY
+PRINTS_TRAFFIC = "PTX_TRAFFIC" in os.environ
+if PRINTS_TRAFFIC:
+    LIBRARY.ptx_traffic(1)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -71,3 +79,7 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"ptx {ARCH}: {millions:.1f} M instructions of warps, {LIBRARY.ptx_reports()} reports")
     for name in names:
         terminalreporter.write_line(f"ran {name}")
+    if PRINTS_TRAFFIC:
+        from tests.ptx import traffic
+
+        terminalreporter.write_line(traffic.table(LIBRARY.traffic()))

@@ -130,9 +130,15 @@ void land(Cta& cta, const BulkCopy& c) {
 
 bool decode_copies(Parsed& p) {
   Instruction& o = p.out;
+  bool plain = true;  // addresses without offsets: bulk copies have room for none
+  auto address = [&](size_t operand, int bytes) {
+    const Place place = p.address(operand, bytes);
+    plain &= o.offset == 0;
+    return place;
+  };
   if (p.parts[0] == "prefetch" && p.has("tensormap")) {
     o.run = prefetch_map;
-    o.a = p.address(0, 8);
+    o.a = address(0, 8);
   } else if (p.parts[0] != "cp") {
     return false;
   } else if (p.has("commit_group")) {
@@ -142,25 +148,25 @@ bool decode_copies(Parsed& p) {
     o.offset = p.has("wait_all") ? 0 : immediate(p.operands[0], 4);
   } else if (p.has("prefetch")) {
     o.run = bulk_prefetch;
-    o.a = p.address(0, 8);
+    o.a = address(0, 8);
     o.b = p.at(1, 4);
   } else if (p.has("tensor")) {
     if (!p.has("2d") || !p.has("tile")) return false;
     o.run = tensor_copy;
-    o.d = p.address(0, 4);
+    o.d = address(0, 4);
     const std::string inner = p.operands[1].substr(1, p.operands[1].size() - 2);
     const auto parts = split(inner, ',', true);
     o.a = p.place(parts.at(0), 8);
     const std::string coordinates = parts.at(1).substr(1, parts.at(1).size() - 2);
     for (const auto& c : split(coordinates, ',', false)) o.list.push_back(p.place(c, 4));
-    o.c = p.address(2, 4);
+    o.c = address(2, 4);
   } else if (p.has("bulk")) {
     if (!p.has("shared::cluster") || !p.has("global")) return false;
     o.run = bulk_copy;
-    o.d = p.address(0, 4);
-    o.a = p.address(1, 8);
+    o.d = address(0, 4);
+    o.a = address(1, 8);
     o.b = p.at(2, 4);
-    o.c = p.address(3, 4);
+    o.c = address(3, 4);
   } else {
     o.run = copy_async;
     o.a = p.address(1, 8);
@@ -169,7 +175,7 @@ bool decode_copies(Parsed& p) {
     o.c = p.at(2, 4);
     if (p.operands.size() > 3) o.list.push_back(p.at(3, 4));
   }
-  return true;
+  return plain;
 }
 
 }  // namespace ptx

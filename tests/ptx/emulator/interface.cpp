@@ -79,6 +79,17 @@ int ptx_override(const char* path) {
   });
 }
 
+// Counts from zero what kernels ask of memory and of the issue slots, or no longer.
+void ptx_traffic(int on) {
+  ptx::counts_traffic = on;
+  ptx::traffic.clear();
+}
+const char* ptx_traffic_json() {
+  static std::string json;
+  json = ptx::as_json(ptx::traffic);
+  return json.c_str();
+}
+
 int ptx_reports() { return ptx::num_reports; }
 uint64_t ptx_instructions() { return ptx::num_instructions; }
 // Names of all kernels that have run, one a line.

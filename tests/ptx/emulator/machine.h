@@ -131,6 +131,7 @@ struct Launch {
   std::mt19937 random;
   uint64_t clock = 0;
   std::vector<std::pair<uintptr_t, uintptr_t>> before_wait;  // what may be read ahead of griddepcontrol.wait
+  struct Traffic* traffic = nullptr;                         // counters, if asked for
 };
 
 struct Cta {
@@ -193,5 +194,6 @@ bool decode_copies(Parsed& p);
 bool decode_ordering(Parsed& p);
 bool decode_collective(Parsed& p);
 bool decode_matrices(Parsed& p);
+void classify(const Parsed& p);  // of a decoded one: unit and memory
 
 }  // namespace ptx

@@ -283,6 +283,7 @@ class Parser {
     } else if (!decode(p)) {
       throw Failure("an instruction that the emulator does not know: " + text);
     }
+    classify(p);
     kernel_->has_wgmma |= op == "wgmma";
     kernel_->has_pdl |= op == "griddepcontrol" && p.has("wait");
     kernel_->code.push_back(std::move(out));

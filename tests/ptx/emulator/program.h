@@ -25,12 +25,30 @@ enum class Kind : uint8_t {
   kTryWait,  // a lane until the mbarrier's phase has completed
 };
 
+// Whose issue slots an instruction takes.
+enum class Unit : uint8_t {
+  kGlobalLoad, kGlobalStore, kSharedLoad, kSharedStore, kMatrix, kCopy, kProduct, kFloat, kSpecial, kInteger,
+  kMove,  // and parameters: most of them are no instruction of SASS
+  kShuffle, kBarrier, kBranch
+};
+constexpr const char* kUnitNames[] = {
+    "global_load", "global_store", "shared_load", "shared_store", "matrix", "copy", "product", "float", "special",
+    "integer",     "move",         "shuffle",     "barrier",      "branch"};
+constexpr int kNumUnits = sizeof(kUnitNames) / sizeof(*kUnitNames);
+// What it does to memory.
+enum class Memory : uint8_t {
+  kNone, kGlobalLoad, kGlobalStore, kSharedLoad, kSharedStore, kMatrices, kCopyAsync, kBulk, kTensor, kPrefetch
+};
+
 // Register files hold 32 lanes of 4 or 8 bytes per register; a place is an offset in bytes.
 using Place = uint32_t;
 
 struct Instruction {
   Handler run = nullptr;
   Kind kind = Kind::kLanes;
+  Unit unit = Unit::kBranch;
+  Memory memory = Memory::kNone;
+  uint8_t lane_bytes = 0;        // that a lane loads or stores
   Place d = 0, a = 0, b = 0, c = 0, mask = 0;
   Place guard = 0;               // 0: none
   bool guard_negated = false;

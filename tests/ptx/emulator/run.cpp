@@ -62,6 +62,7 @@ void launch(const Module& module, const std::string& name, const uint32_t (&grid
   Launch l{&module, &kernel, modes, Order::kForward, {grid[0], grid[1], grid[2]}, threads, dynamic_shared,
            pdl || kernel.has_pdl, {}, {}, 0, before_wait};
   if (modes.random || cuda_host::descending) l.order = modes.random ? Order::kRandom : Order::kBackward;
+  if (counts_traffic) l.traffic = &traffic[name];
   l.random.seed(modes.seed + num_launches);
   l.params.resize(params.size() / sizeof(Line) + 1);
   std::memcpy(l.params.data(), params.data(), params.size());
@@ -82,6 +83,7 @@ void launch(const Module& module, const std::string& name, const uint32_t (&grid
     const size_t which = running.size() > 1 ? l.random() % running.size() : 0;
     if (running[which]->run(modes.concurrent <= 1)) running.erase(running.begin() + static_cast<long>(which));
   }
+  if (l.traffic) l.traffic->end_launch(l);
   ++num_launches;
   num_instructions += l.clock;
   launched.insert(name);

@@ -2,7 +2,7 @@
 #pragma once
 #include <set>
 
-#include "machine.h"
+#include "traffic.h"
 
 namespace ptx {
 
@@ -20,5 +20,7 @@ inline int architecture = 80;
 inline int num_reports = 0;
 inline uint64_t num_instructions = 0;
 inline std::set<std::string> launched;
+inline bool counts_traffic = false;
+inline std::map<std::string, Traffic> traffic;  // by kernel
 
 }  // namespace ptx

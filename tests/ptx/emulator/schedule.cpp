@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <bit>
 
-#include "machine.h"
+#include "traffic.h"
 
 namespace ptx {
 
@@ -66,7 +66,8 @@ namespace {
 
 class Runner {
  public:
-  Runner(Cta& cta, Warp& w) : cta_(cta), w_(w), launch_(*cta.launch), code_(cta.launch->kernel->code) {}
+  Runner(Cta& cta, Warp& w)
+      : cta_(cta), w_(w), launch_(*cta.launch), traffic_(launch_.traffic), code_(launch_.kernel->code) {}
 
   // Until no lane is ready, or the budget is spent. Whether anything ran.
   bool run(int64_t budget) {
@@ -108,6 +109,10 @@ class Runner {
     return some ? some : group;
   }
 
+  void run_one(const Instruction& i, Mask m) {
+    if (traffic_ && i.memory != Memory::kNone) traffic_->count(w_, i, m);
+    i.run(w_, i, m);
+  }
   void move(Mask m, uint32_t pc) {
     for (; m; m &= m - 1) w_.pc[std::countr_zero(m)] = pc;
   }
@@ -131,13 +136,14 @@ class Runner {
       if (!first && ((i.is_leader && !alone) || done >= budget)) break;
       ++done;
       ++launch_.clock;
+      if (traffic_) ++traffic_->issued[static_cast<size_t>(i.unit)];
       Mask runs = m;
       if (i.guard) {
         runs = where(m, i.guard);
         if (i.guard_negated) runs = m & ~runs;
       }
       if (i.kind == Kind::kLanes) {
-        if (runs) i.run(w_, i, runs);
+        if (runs) run_one(i, runs);
         ++pc;
         continue;
       }
@@ -214,7 +220,7 @@ class Runner {
       arrive(i, needed, pc);
       return;
     }
-    i.run(w_, i, needed);
+    run_one(i, needed);
     move(needed, pc + 1);
     set(needed, LaneState::kReady);
   }
@@ -270,6 +276,7 @@ class Runner {
   Cta& cta_;
   Warp& w_;
   Launch& launch_;
+  Traffic* const traffic_;
   const std::vector<Instruction>& code_;
 };
 
