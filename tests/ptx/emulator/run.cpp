@@ -61,8 +61,8 @@ void launch(const Module& module, const std::string& name, const uint32_t (&grid
   if (kernel.static_shared + dynamic_shared > 227 * 1024) throw Failure("too much shared memory");
   Launch l{&module, &kernel, modes, Order::kForward, {grid[0], grid[1], grid[2]}, threads, dynamic_shared,
            pdl || kernel.has_pdl, {}, {}, 0, before_wait};
-  if (modes.random || cuda_host::descending) l.order = modes.random ? Order::kRandom : Order::kBackward;
-  if (counts_traffic) l.traffic = &traffic[name];
+  if (counts_traffic) l.traffic = &traffic[name];  // forwards, which is where lanes that part meet again soonest
+  else if (modes.random || cuda_host::descending) l.order = modes.random ? Order::kRandom : Order::kBackward;
   l.random.seed(modes.seed + num_launches);
   l.params.resize(params.size() / sizeof(Line) + 1);
   std::memcpy(l.params.data(), params.data(), params.size());
