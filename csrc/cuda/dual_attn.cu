@@ -38,7 +38,7 @@ int launch_split(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
   error = launch(dual_attn_split_kernel<V>, a, dim3(static_cast<unsigned>(grid)), V::kThreads, smem, stream, device);
   if (error) return error;
   const int64_t heads = static_cast<int64_t>(a.p.rows.num_rows) * a.p.num_heads_q;
-  return launch(dual_attn_merge_kernel<V::kHeadDim>, a, dim3(static_cast<unsigned>(heads)), V::kHeadDim, 0, stream,
+  return launch(dual_attn_merge_kernel<V::kHeadDim>, a, dim3(static_cast<unsigned>(heads)), kMergeThreads, 0, stream,
                 device);
 }
 

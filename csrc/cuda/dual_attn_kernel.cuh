@@ -83,41 +83,57 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __gr
   }
 }
 
-// Folds the partial results of a (row, q head) in ascending order, the own block last; one thread per dim. They come
-// through shared memory, so that many are in flight at once: a trip to L2 takes as long as all their sums.
+constexpr int kMergeThreads = 32;
+
+// Folds the partial results of a (row, q head) in ascending order, the own block last; one warp each, whose lanes hold
+// pairs of dims: a fold's factors, most of its arithmetic, are computed once for all of them. The results come through
+// shared memory, so that many are in flight at once: a trip to L2 takes as long as all their sums.
 template <int kHeadDim>
-__global__ void __launch_bounds__(kHeadDim) dual_attn_merge_kernel(const __grid_constant__ DualAttnLaunch a) {
+__global__ void __launch_bounds__(kMergeThreads) dual_attn_merge_kernel(const __grid_constant__ DualAttnLaunch a) {
   constexpr int kAtOnce = 36;  // 40,960 tokens take 69 results at most: two trips
   constexpr int kChunks = kHeadDim / 4;  // of 16 bytes
+  constexpr int kPairs = kHeadDim / 64;  // of a lane
   __shared__ __align__(16) float part[kAtOnce][kHeadDim];
   __shared__ float2 state[kAtOnce];
   pdl_launch_dependents();
   pdl_wait();
   const Rows& rows = a.p.rows;
-  const int64_t head = blockIdx.x, slot_stride = static_cast<int64_t>(rows.num_rows) * a.p.num_heads_q;
-  const int thread = threadIdx.x;
-  const Results results = results_of(rows, static_cast<int>(head / a.p.num_heads_q));
-  if (head == 0 && thread == 0) *a.next_item = 0;
+  const int head = blockIdx.x, lane = threadIdx.x;
+  const int64_t slot_stride = static_cast<int64_t>(rows.num_rows) * a.p.num_heads_q;
+  const Results results = results_of(rows, head / a.p.num_heads_q);
+  if (head == 0 && lane == 0) *a.next_item = 0;
   if (results.count() == 1) return;  // written by the attention kernel
 
-  float top = -INFINITY, total = 0.f, folded = 0.f;
+  float top = -INFINITY, total = 0.f, folded[kPairs][2] = {};
   for (int first = 0; first < results.count(); first += kAtOnce) {
     const int n = min(kAtOnce, results.count() - first);
     auto slot = [&](int s) {
       return (first + s < results.splits ? first + s : a.num_splits) * slot_stride + head;
     };
-    for (int s = thread / kChunks; s < n; s += kHeadDim / kChunks) {
-      const int dim = thread % kChunks * 4;
+    for (int s = lane / kChunks; s < n; s += kMergeThreads / kChunks) {
+      const int dim = lane % kChunks * 4;
       copy16(shared_address(&part[s][dim]), a.partial + slot(s) * kHeadDim + dim, true);
     }
     copy_commit();
-    if (thread < n) state[thread] = a.partial_state[slot(thread)];
+    for (int s = lane; s < n; s += kMergeThreads) state[s] = a.partial_state[slot(s)];
     copy_wait<0>();
-    __syncthreads();
-    for (int s = 0; s < n; ++s) folded = fold(fold_step(top, total, state[s].x, state[s].y), folded, part[s][thread]);
-    __syncthreads();
+    __syncwarp();
+    for (int s = 0; s < n; ++s) {
+      const Fold step = fold_step(top, total, state[s].x, state[s].y);
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) {
+        const float2 split = *reinterpret_cast<const float2*>(&part[s][j * 64 + lane * 2]);
+        folded[j][0] = fold(step, folded[j][0], split.x);
+        folded[j][1] = fold(step, folded[j][1], split.y);
+      }
+    }
+    __syncwarp();
   }
-  a.p.out[head * kHeadDim + thread] = static_cast<bf16_t>(pack_bf16(__fmul_rn(folded, inverse_total(total)), 0.f));
+  const float inverse = inverse_total(total);
+  uint32_t* const out = reinterpret_cast<uint32_t*>(a.p.out + static_cast<int64_t>(head) * kHeadDim) + lane;
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j)
+    out[j * 32] = pack_bf16(__fmul_rn(folded[j][0], inverse), __fmul_rn(folded[j][1], inverse));
 }
 
 }  // namespace orthrus::cuda
