@@ -45,23 +45,22 @@ __device__ void store_dims(float* head, int t, int half, const Dims& x) {
 }
 
 template <int kHeadDim>
-__device__ void normalise(Dims& x, const float* weight, int t, float eps) {
+__device__ void normalise(Dims& x, const Dims& weight, float eps) {
   float sum = 0.f;
   for (int i = 0; i < 2; ++i) sum = __fadd_rn(sum, __fmul_rn(x.lo[i], x.lo[i]));
   for (int i = 0; i < 2; ++i) sum = __fadd_rn(sum, __fmul_rn(x.hi[i], x.hi[i]));
   for (int mask = kHeadDim / 8; mask > 0; mask /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, mask));
   const float scale = rsqrtf(sum / kHeadDim + eps);
   for (int i = 0; i < 2; ++i) {
-    x.lo[i] = x.lo[i] * scale * weight[2 * t + i];
-    x.hi[i] = x.hi[i] * scale * weight[kHeadDim / 2 + 2 * t + i];
+    x.lo[i] = x.lo[i] * scale * weight.lo[i];
+    x.hi[i] = x.hi[i] * scale * weight.hi[i];
   }
 }
 
-// `table` is the row of cos_sin for the position: cos of the half-dims, then sin.
-__device__ void rotate(Dims& x, const float* table, int t, int half) {
+// `table`: of the row of cos_sin for the position, cos of the half-dims, then sin.
+__device__ void rotate(Dims& x, const Dims& table) {
   for (int i = 0; i < 2; ++i) {
-    const float cos = table[2 * t + i], sin = table[half + 2 * t + i];
-    const float lo = x.lo[i], hi = x.hi[i];
+    const float cos = table.lo[i], sin = table.hi[i], lo = x.lo[i], hi = x.hi[i];
     x.lo[i] = lo * cos - hi * sin;
     x.hi[i] = hi * cos + lo * sin;
   }
@@ -87,11 +86,11 @@ __device__ void spoil(Dims& key, const Dims& value) {
 
 // Where the key or value of (row, kv head) lives, as an offset into the pages or the scratch.
 template <typename T>
-__device__ int64_t kv_offset(const QkvCommitParamsOf<T>& p, int row, int head, int position) {
+__device__ int64_t kv_offset(const QkvCommitParamsOf<T>& p, int row, int head, int seq, int position) {
   if (row >= p.rows.num_rows_ar) {
     return (static_cast<int64_t>(row - p.rows.num_rows_ar) * p.kv.num_heads_kv + head) * p.kv.head_dim;
   }
-  const int64_t page = p.kv.page_table[static_cast<int64_t>(p.rows.seq[row]) * p.kv.max_pages + position / kPageSize];
+  const int64_t page = p.kv.page_table[static_cast<int64_t>(seq) * p.kv.max_pages + position / kPageSize];
   return ((page * p.kv.num_heads_kv + head) * kPageSize + position % kPageSize) * p.kv.head_dim;
 }
 
@@ -100,34 +99,40 @@ __global__ void __launch_bounds__(kThreads) qkv_commit_kernel(const __grid_const
   constexpr int kHalf = kHeadDim / 2, kHeadThreads = kHeadDim / 4;
   pdl_launch_dependents();
   pdl_wait();
-  const int heads = p.num_heads_q + 2 * p.kv.num_heads_kv;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * (kThreads / kHeadThreads) + threadIdx.x / kHeadThreads;
+  const int heads_kv = p.kv.num_heads_kv, heads = p.num_heads_q + 2 * heads_kv;
+  const int index = blockIdx.x * (kThreads / kHeadThreads) + threadIdx.x / kHeadThreads;
   // Surplus threads redo the last head without storing it: whole warps take part in the reductions.
-  const int64_t last = static_cast<int64_t>(p.rows.num_rows) * heads - 1;
-  const int64_t at = index < last ? index : last;
-  const int row = static_cast<int>(at / heads), head = static_cast<int>(at % heads), t = threadIdx.x % kHeadThreads;
+  const int last = p.rows.num_rows * heads - 1, at = min(index, last);
+  const int row = at / heads, head = at % heads, t = threadIdx.x % kHeadThreads;
   const bool diff = row >= p.rows.num_rows_ar;
-  const int position = p.rows.position[row];
+  const bool is_q = head < p.num_heads_q, is_v = head >= p.num_heads_q + heads_kv;
+  // All loads begin before the arithmetic, and those that wait for another one behind the others.
+  const int position = p.rows.position[row], seq = p.rows.seq[row];
+  const bool valid = row_is_valid(position);
+  const T* const own = p.qkv + static_cast<int64_t>(at) * kHeadDim;
+  const float* const norm = is_q ? (diff ? p.q_norm_diff : p.q_norm) : (diff ? p.k_norm_diff : p.k_norm);
+  Dims x = load_dims(own, t, kHalf), value = x, weight = x;
+  if (!is_q && !is_v) value = load_dims(own + heads_kv * kHeadDim, t, kHalf);
+  if (norm) weight = load_dims(norm, t, kHalf);
+  const Dims table = load_dims(p.cos_sin + static_cast<int64_t>(valid ? position : 0) * kHeadDim, t, kHalf);
+  int64_t offset = 0;
+  if (!is_q && (diff || valid))
+    offset = kv_offset(p, row, head - p.num_heads_q - (is_v ? heads_kv : 0), seq, position);
 
-  Dims x = load_dims(p.qkv + at * kHeadDim, t, kHalf);
-  const bool is_q = head < p.num_heads_q, is_v = head >= p.num_heads_q + p.kv.num_heads_kv;
-  const float* weight = is_q ? (diff ? p.q_norm_diff : p.q_norm) : (diff ? p.k_norm_diff : p.k_norm);
   Dims y = x;
-  if (weight) normalise<kHeadDim>(y, weight, t, p.eps);
-  rotate(y, p.cos_sin + static_cast<int64_t>(row_is_valid(position) ? position : 0) * kHeadDim, t, kHalf);
+  if (norm) normalise<kHeadDim>(y, weight, p.eps);
+  rotate(y, table);
   if (index > last) return;
 
   if (is_q) {
     store_dims(p.q_out + (static_cast<int64_t>(row) * p.num_heads_q + head) * kHeadDim, t, kHalf, y);
-  } else if (!diff && !row_is_valid(position)) {
+  } else if (!diff && !valid) {
     return;  // nowhere to write
   } else if (is_v) {
-    const int64_t offset = kv_offset(p, row, head - p.num_heads_q - p.kv.num_heads_kv, position);
     keep_finite(x);
     store_dims((diff ? p.scratch_v : p.kv.v_pages) + offset, t, kHalf, x);
   } else {
-    spoil(y, load_dims(p.qkv + (at + p.kv.num_heads_kv) * kHeadDim, t, kHalf));
-    const int64_t offset = kv_offset(p, row, head - p.num_heads_q, position);
+    spoil(y, value);
     store_dims((diff ? p.scratch_k : p.kv.k_pages) + offset, t, kHalf, y);
   }
 }
@@ -135,6 +140,7 @@ __global__ void __launch_bounds__(kThreads) qkv_commit_kernel(const __grid_const
 template <int kHeadDim, typename T>
 int run(const QkvCommitParamsOf<T>& p, void* stream) {
   const int64_t heads = static_cast<int64_t>(p.rows.num_rows) * (p.num_heads_q + 2 * p.kv.num_heads_kv);
+  if (heads > INT32_MAX - kThreads) return cudaErrorInvalidValue;
   const int64_t heads_per_block = kThreads / (kHeadDim / 4);
   const dim3 grid(static_cast<unsigned>((heads + heads_per_block - 1) / heads_per_block));
   return launch(qkv_commit_kernel<kHeadDim, T>, p, grid, kThreads, 0, stream, device_info());
@@ -144,6 +150,8 @@ template <typename T>
 int run(const QkvCommitParamsOf<T>& p, void* stream) {
   if (p.rows.num_rows == 0) return cudaSuccess;
   if (!aligned(2 * sizeof(T), p.qkv, p.q_out, p.kv.k_pages, p.kv.v_pages, p.scratch_k, p.scratch_v))
+    return cudaErrorMisalignedAddress;
+  if (!aligned(sizeof(float2), p.cos_sin, p.q_norm, p.k_norm, p.q_norm_diff, p.k_norm_diff))
     return cudaErrorMisalignedAddress;
   if (p.kv.head_dim == 64) return run<64>(p, stream);
   if (p.kv.head_dim == 128) return run<128>(p, stream);

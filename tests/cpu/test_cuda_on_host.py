@@ -72,12 +72,17 @@ def test_what_is_not_aligned_is_refused(dtype):
         with pytest.raises(AssertionError, match=f"dual_attn.* returned {MISALIGNED}"):
             moved.call(out, None)
     args = [qkv, case.k_pages, case.v_pages, case.scratch_k, case.scratch_v, out]
-    cos_sin = torch.zeros(80, 64)
+    cos_sin, norm = torch.zeros(80, 64), torch.ones(64)
 
-    def commit(qkv, k_pages, v_pages, *rest):
-        native.qkv_commit(qkv, case.rows, cos_sin, None, 1e-6, k_pages, v_pages, case.page_table, *rest)
+    def commit(qkv, k_pages, v_pages, *rest, cos_sin=cos_sin, norms=None):
+        native.qkv_commit(qkv, case.rows, cos_sin, norms, 1e-6, k_pages, v_pages, case.page_table, *rest)
 
     commit(*args)
     for i, tensor in enumerate(args):
         with pytest.raises(AssertionError, match=f"qkv_commit.* returned {MISALIGNED}"):
             commit(*args[:i], shifted(tensor), *args[i + 1 :])
+    fp32 = [dict(cos_sin=shifted(cos_sin))]
+    fp32 += [dict(norms=tuple(shifted(norm) if i == k else norm for i in range(4))) for k in range(4)]
+    for moved in fp32:
+        with pytest.raises(AssertionError, match=f"qkv_commit.* returned {MISALIGNED}"):
+            commit(*args, **moved)
