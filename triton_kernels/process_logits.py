@@ -107,11 +107,17 @@ def _census_kernel(
         token = tile * BLOCK + tl.arange(0, BLOCK)
         inside = token < vocab
         y = tl.load(y_ptr + row * vocab + token, mask=inside, other=float("-inf"))
+        mass = _mass(y, top, inside)  # the same for every rung: no value is above the maximum
+        tile_top = tl.load(tile_top_ptr + row * num_tiles + tile)
         for rung in tl.static_range(RUNGS):
-            kept = y >= top - RUNG * ((rung + 1) * (rung + 1))
             at = (row * num_tiles + tile) * RUNGS + rung
-            tl.store(count_ptr + at, tl.sum(kept.to(tl.int32), 0))
-            tl.store(mass_ptr + at, tl.sum(_mass(y, top, kept), 0))
+            if tile_top >= top - RUNG * ((rung + 1) * (rung + 1)):  # most tiles do not reach the first ones
+                kept = y >= top - RUNG * ((rung + 1) * (rung + 1))
+                tl.store(count_ptr + at, tl.sum(kept.to(tl.int32), 0))
+                tl.store(mass_ptr + at, tl.sum(tl.where(kept, mass, 0), 0))
+            else:
+                tl.store(count_ptr + at, 0)
+                tl.store(mass_ptr + at, 0)
 
 
 @triton.jit
