@@ -17,6 +17,9 @@ the same; operands of wgmma and mbarriers without the fence between proxies; glo
 griddepcontrol.wait, weights excepted; shuffles from lanes that take no part; barriers that nobody can pass; copies
 or products left behind at the end. Registers and sums that nobody has written, or waited for, are NaN.
 
+Counted, if asked for (``--traffic``): instructions by unit, sectors and lines of global memory, wavefronts of shared
+memory, each beside the least that would do. ``python -m tests.ptx.traffic``: all kernels at the shapes of a real model.
+
 Not modelled: SASS, what ptxas makes of PTX and how the hardware runs it; the weak order of memory between CTAs, which
 see each other's writes at once; races in global memory, between lanes of one warp, or with what warps beyond the 16th
 of a CTA have read; kernels that overlap under PDL, where the rule alone is checked; time. Tensor cores sum in double

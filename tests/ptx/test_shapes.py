@@ -27,12 +27,16 @@ ARCH = os.environ.get("PTX_ARCH", "")
 HIDDEN, VOCABULARY, SMS = 4096, 151936, 132
 HEADS = Heads(32, 8, 128)
 ROWS = (1, 4, 16, 64, 128)
+# Sectors beyond those that would do, as a share of these: half-filled ones of outputs, weights of 4 bytes beside rows
+# of 2, loads under a mask of any length, columns of small tables.
+EXCESS = {"dual_attn_fold": 0.21, "rms_norm": 0.51, "_cut_kernel": 3.0, "consensus": 0.17}
 PDL = {"PDL": True, "launch_pdl": True} if ARCH == "90a" else {"PDL": False}
 
 
 @pytest.fixture(autouse=True)
 def shapes(host, request, monkeypatch):
-    """Counts each test's kernels apart."""
+    """Counts each test's kernels apart: sectors, and no bank conflicts where the work is."""
+    from tests.ptx import traffic
     from tests.ptx.plugin import LIBRARY
 
     host.num_sms = SMS
@@ -41,6 +45,11 @@ def shapes(host, request, monkeypatch):
         monkeypatch.setattr(module, "launch_options", lambda device: PDL)
     LIBRARY.ptx_traffic(1)
     yield
+    for name, counts in LIBRARY.traffic().items():
+        allowed = next((share for part, share in EXCESS.items() if part in name), 0.1)
+        assert traffic.figures_of(counts)["excess sectors %"] <= 100 * allowed, name
+        for kind in ("matrices", "shared_copies"):
+            assert counts[kind]["wavefronts"] == counts[kind]["least"], name
     if path := os.environ.get("PTX_COUNTS"):
         with open(path, "a") as file:
             file.write(json.dumps([request.node.name.removeprefix("test_"), LIBRARY.traffic()]) + "\n")

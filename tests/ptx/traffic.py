@@ -104,7 +104,8 @@ def main() -> int:
                 for name, counts in kernels.items():
                     rows.append({"kernel": name_of(name), "sm": arch, "case": case, **figures_of(counts)})
     rows.sort(key=lambda row: (row["sm"], row["kernel"]))
-    facts = {name: fact for name, fact in header(torch.device("cpu")).items() if name in ("revision", "torch")}
+    facts = {"what": "counts of PTX in an emulator, not times; sizes and instructions of one launch"}
+    facts |= {name: fact for name, fact in header(torch.device("cpu")).items() if name in ("revision", "torch")}
     facts |= {"triton": importlib.metadata.version("triton"), "nvcc": build.nvcc_version()}
     report("traffic", facts, rows, args.out)
     return 0
