@@ -144,9 +144,14 @@ __device__ __forceinline__ void add8(float (&v)[8], const uint4& packed) {
   for (int i = 0; i < 8; ++i) v[i] += __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
 }
 
-__device__ __forceinline__ void load8(float (&v)[8], const float* staged) {
-  *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(staged);
-  *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(staged + 4);
+// Staged features from 32 on lie with neighbouring fours exchanged: the eight threads of a token, each of which reads
+// eight features, would meet in half the banks else.
+__device__ __forceinline__ uint32_t staged_at(uint32_t feature) { return feature ^ feature / 32 * 4; }
+
+// Eight staged features of a token from `feature` on, a multiple of 8.
+__device__ __forceinline__ void load8(float (&v)[8], const float* token, uint32_t feature) {
+  *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(token + staged_at(feature));
+  *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(token + staged_at(feature + 4));
 }
 
 // Up to 8 consecutive outputs of a row, added to `residual` if there is one. No model has rows that are not aligned:
@@ -174,12 +179,12 @@ __device__ __forceinline__ void store_f32(float* out, const float (&v)[8], int c
 }
 
 // silu(gate) * up; they alternate by 8 features. The division is good to 2 ulp; quotients below 1.1e-36 become 0.
-__device__ __forceinline__ void silu_mul(float (&v)[8], const float* staged) {
+__device__ __forceinline__ void silu_mul(float (&v)[8], const float* token, uint32_t feature) {
+  float up[8];
+  load8(v, token, feature);
+  load8(up, token, feature + 8);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float gate = staged[i];
-    v[i] = __fdividef(gate, 1.0f + expf(-gate)) * staged[8 + i];
-  }
+  for (int i = 0; i < 8; ++i) v[i] = __fdividef(v[i], 1.0f + expf(-v[i])) * up[i];
 }
 
 // Updates a token's best with the 8 features of each of its 8 threads.
@@ -220,7 +225,7 @@ __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, in
   for (int t0 = 0; t0 < kTokens && row_begin + t0 < row_end; t0 += kStagingTokens) {
     const uint32_t thread = thread_here(), eighth = thread % 8, token = thread / 8;
     group_sync(group);
-    sums.stage(t0, staging + thread % 4 * 2 * kStagingStride + 16 * (thread / 32) + thread % 32 / 4);
+    sums.stage(t0, staging + thread % 4 * 2 * kStagingStride + staged_at(thread / 32 * 16 + thread % 32 / 4));
     sums.load_ahead(t0 + kStagingTokens);
     group_sync(group);
     const float* staged = staging + token * kStagingStride;
@@ -229,13 +234,13 @@ __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, in
     if (epilogue == Epilogue::kSiluMul) {
       const int columns = p.out_features / 2, column = block * (kBlock / 2) + 8 * eighth;
       if (row < row_end && eighth < 4 && column < columns) {
-        silu_mul(v, staged + 16 * eighth);
+        silu_mul(v, staged, 16 * eighth);
         store_bf16(static_cast<bf16_t*>(p.out) + static_cast<int64_t>(row) * columns + column, v, columns - column,
                    columns % 8 == 0, nullptr);
       }
       continue;
     }
-    load8(v, staged + 8 * eighth);
+    load8(v, staged, 8 * eighth);
     const int columns = p.out_features, column = block * kBlock + 8 * eighth, count = columns - column;
     const int64_t offset = static_cast<int64_t>(row) * columns + column;
     if (epilogue == Epilogue::kArgmax) {
