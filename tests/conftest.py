@@ -8,10 +8,15 @@ import torch
 from tests import checkpoints
 
 
+# What torch, transformers and the tests consist of stays; to look through it again and again takes seconds.
+def pytest_collection():
+    gc.disable()
+
+
 def pytest_collection_finish():
-    """What torch, transformers and the tests consist of stays; to look through it again and again takes seconds."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -244,16 +244,16 @@ def test_no_rows():
 @pytest.mark.parametrize(
     ("rows", "shape"), [(1, (256, 3200, 7)), (1, (64, 64, 7)), *((n, (1024, 192, 5)) for n in (1, 120, 200))]
 )
-@pytest.mark.parametrize("next_shape", [(64, 64), (640, 320), (64, 3200), (256, 3200)])
-def test_the_next_weights_beginning_is_brought_to_l2(next_shape, shape, rows, isa):
+def test_the_next_weights_beginning_is_brought_to_l2(shape, rows, isa):
     """A hint: no bit changes, and the rest is prefetched as ever."""
-    (k, n, sms), (next_k, next_n) = shape, next_shape
+    k, n, sms = shape
     plain, x = tensor(n, k, seed=1), tensor(rows, k, seed=2)
-    then = pack(tensor(next_n, next_k, seed=3))
     want, before = run(x, plain, sms=sms), library().row_linear_prefetches()
-    assert torch.equal(run(x, plain, sms=sms, then=then), want)
-    begin = then.data.data_ptr()
-    handed = library().row_linear_prefetched(*map(ctypes.c_void_p, (begin, begin + then.nbytes)))
-    assert library().row_linear_prefetches() == before + handed
-    ctas = 0 if isa == "sm80" or rows > 160 else library().row_linear_grid(k, n, sms)
-    assert handed == library().row_linear_handover(ctas, next_k, next_n, sms)
+    for next_k, next_n in ((64, 64), (640, 320), (64, 3200), (256, 3200)):
+        then = pack(tensor(next_n, next_k, seed=3))
+        assert torch.equal(run(x, plain, sms=sms, then=then), want)
+        begin = then.data.data_ptr()
+        handed = library().row_linear_prefetched(*map(ctypes.c_void_p, (begin, begin + then.nbytes)))
+        assert library().row_linear_prefetches() == before + handed
+        ctas = 0 if isa == "sm80" or rows > 160 else library().row_linear_grid(k, n, sms)
+        assert handed == library().row_linear_handover(ctas, next_k, next_n, sms)

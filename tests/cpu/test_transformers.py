@@ -114,7 +114,7 @@ def same_as_generate(embedded, chosen, max_new_tokens, *, together, draft_len=No
 
 def test_tokens_of_generate_small_grid(embedded):
     kinds = ("code", "chat") if SLOW else prompts.KINDS
-    same_as_generate(embedded, [prompts.load(kind)[0] for kind in kinds], 20, together=True, draft_len=5)
+    same_as_generate(embedded, [prompts.load(kind)[0] for kind in kinds], 12, together=True, draft_len=5)
 
 
 @pytest.mark.full
