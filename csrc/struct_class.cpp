@@ -141,6 +141,10 @@ void deallocate(PyObject* self) {
 }  // namespace
 
 bool StructClass::define(PyObject* module, const std::string& name, size_t num_bytes, std::vector<Field> fields) {
+  if (type_) {  // a second module would pull its fields from under the first one's objects
+    PyErr_Format(PyExc_ImportError, "%s is defined already, by another copy of this module", name.c_str());
+    return false;
+  }
   name_ = name;
   num_bytes_ = num_bytes;
   fields_ = std::move(fields);

@@ -119,14 +119,14 @@ std::atomic<const Choice*>& chosen() {
   return choice;
 }
 
-const Choice& variant() { return *chosen().load(std::memory_order_relaxed); }
+const Choice& choice() { return *chosen().load(std::memory_order_relaxed); }
 
 template <typename T>
 const ElementKernels<T>& kernels() {
   if constexpr (std::is_same_v<T, float>) {
-    return *variant().of_floats;
+    return *choice().of_floats;
   } else {
-    return *variant().of_bf16;
+    return *choice().of_bf16;
   }
 }
 
@@ -164,7 +164,7 @@ void check_groups(const Rows& rows) {
 
 const char* isa() { return chosen().load()->name; }
 void set_isa(const char* name) { chosen() = find(name); }
-bool takes_coded_weights() { return variant().of_bf16->takes_coded_weights; }
+bool takes_coded_weights() { return choice().of_bf16->takes_coded_weights; }
 
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num_bytes) {
 #if defined(__linux__)
@@ -208,7 +208,7 @@ ORTHRUS_INSTANTIATE(float)
 #undef ORTHRUS_INSTANTIATE
 
 void consensus(const ConsensusParams& p) { record_or(p, run_consensus); }
-void process_logits(const ProcessLogitsParams& p) { record_or(p, variant().of_floats->process_logits); }
+void process_logits(const ProcessLogitsParams& p) { record_or(p, choice().of_floats->process_logits); }
 void count_tokens(const CountTokensParams& p) { record_or(p, run_count_tokens); }
 
 }  // namespace orthrus::cpu

@@ -7,6 +7,7 @@ import struct
 import pytest
 
 from orthrus_rt import dispatch
+from tests import apart
 
 native = dispatch.native()
 pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
@@ -94,3 +95,19 @@ def test_an_op_takes_its_own_parameters():
         cpu.count_tokens(3)
     cpu.embed(native.EmbedParams())
     cpu.embed(native.EmbedParamsF32())
+
+
+def test_a_second_copy_of_the_module_leaves_the_first_one_whole():
+    """Classes are the process's: whoever loads the file under another name gets an error, and nothing else changes."""
+    out = apart.run("""
+import importlib.util
+from orthrus_rt import _native
+before = _native.Rows(num_rows=3)
+spec = importlib.util.spec_from_file_location("other._native", _native.__file__)
+try:
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+except ImportError:
+    print("refused")
+print(before.num_rows, _native.Rows(num_rows=7).num_rows_ar)
+""")
+    assert out == "refused\n3 0\n"

@@ -82,7 +82,8 @@ using RowLinearParams = RowLinearParamsOf<bf16_t>;
 // QK RMSNorm (optional) + RoPE (half-split) + write. q goes to q_out; k and v of AR rows go to their
 // page at `position`, of diffusion rows to the scratch at row - num_rows_ar. fp32 inside, one rounding.
 // An element of a value that is not finite is written as 0, and NaN in the same place of the key. So it spoils the
-// rows that see the key, and no others: attention multiplies whole tiles, and 0 * NaN is NaN.
+// rows that see the key, and no others: attention multiplies whole tiles, and 0 * NaN is NaN. CUDA reads pairs: all
+// pointers but those of rows and of the page table are aligned to two elements.
 template <typename T>
 struct QkvCommitParamsOf {
   const T* qkv;                // [num_rows, (num_heads_q + 2*num_heads_kv) * head_dim]: q | k | v heads

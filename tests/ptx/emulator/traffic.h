@@ -20,7 +20,7 @@ struct Wavefronts {
 struct Traffic {
   uint64_t launches = 0, ctas = 0, threads = 0;
   std::array<uint64_t, kNumUnits> issued = {};           // by warps, also where no lane's predicate is true
-  Requests loads, stores, copies, bulk, prefetches;  // stores: atomics too
+  Requests loads, stores, copies, bulk, prefetches;      // stores: atomics too
   Wavefronts shared_loads, shared_stores, matrices, shared_copies;
   uint64_t distinct_read = 0, distinct_written = 0;      // sectors, each once a launch; prefetches left out
   std::unordered_set<uint64_t> read, written;            // in the launch that runs
