@@ -129,7 +129,7 @@ class PromptRows:
         """The next pass is of these; ``picked`` are the rows that choose. A cycle's own rows have to be staged anew."""
         lay_out(chunks, self._fields[:, : self.shape.rows], self._group_start)
         self._picked[: len(picked)] = picked
-        self._buffer.copy_(torch.from_numpy(self._host), non_blocking=True)  # pageable: staged before it returns
+        self._buffer.copy_(torch.from_numpy(self._host), non_blocking=True)  # pageable: as in upload()
 
 
 def prefill_rows(chunks: list[Chunk], device) -> Rows:

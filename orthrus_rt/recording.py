@@ -170,9 +170,10 @@ class Recorded:
         device, graph = self.model.device, torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()  # as recording itself begins: what it gives back is not the graph's
         before = torch.cuda.memory_reserved(device)
-        # thread_local: what other threads do meanwhile, with models of their own, does not spoil the recording. Where
-        # one is spoilt, torch's context leaves its own stream current. What torch makes once for all graphs of the
-        # process, the state of its generator, must be of use outside inference mode too.
+        # thread_local: what other threads do meanwhile, with models of their own, does not spoil the recording, unless
+        # one waits for the whole device. Where one is spoilt, torch's context leaves its own stream current. What torch
+        # makes once for all graphs of the process, the state of its generator, must be of use outside inference mode
+        # too.
         try:
             with (
                 stream_scope(stream_of(device)),
@@ -193,11 +194,16 @@ class Recorded:
         return graph
 
     def _end_spoilt(self, graph: torch.cuda.CUDAGraph, error: BaseException) -> None:
-        """A capture that an interrupt left open would fail every later wait of this thread; and of one that did not
-        end as it should, torch's allocator may go on keeping the pool.
+        """A capture that an interrupt left open would fail every later wait of this thread. And one that did not end as
+        it should leaves torch's allocator taking it for under way: it would give nothing back any more, nor let
+        anything be recorded ("captures_underway.empty() INTERNAL ASSERT FAILED", of many reports).
         """
-        with stream_scope(_recording_stream(self.model.device)), contextlib.suppress(RuntimeError):
+        device, pool = self.model.device, self.workspace.graph_pool
+        with stream_scope(_recording_stream(device)), contextlib.suppress(RuntimeError):
             if torch.cuda.is_current_stream_capturing():
                 graph.capture_end()
+        with contextlib.suppress(RuntimeError):  # the first call says so where the capture did end: nothing to do
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+            torch._C._cuda_releasePool(device.index, pool)
         if not isinstance(error, torch.OutOfMemoryError):
             self.workspace.graph_pool = torch.cuda.graph_pool_handle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
@@ -97,20 +98,9 @@ def read_bandwidth(device: torch.device) -> float:
     if device.type != "cuda":
         data = huge_pages.empty(torch.Size([64 << 20]), torch.float32).fill_(1.0)
         return data.numel() * 4e-3 / measure(lambda: torch.dot(data, data), device)["p20"]
-    import triton
-    import triton.language as tl
+    from orthrus_rt.triton_kernels.sum_words import num_sums, sum_words
 
-    @triton.jit
-    def total(x_ptr, out_ptr, n, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-        start = tl.program_id(0).to(tl.int64) * BLOCK * STEPS
-        acc = tl.zeros([BLOCK], dtype=tl.int32)
-        for step in range(STEPS):
-            offset = start + step * BLOCK + tl.arange(0, BLOCK)
-            acc += tl.load(x_ptr + offset, mask=offset < n, other=0)
-        tl.store(out_ptr + tl.program_id(0), tl.sum(acc))
-
-    block, steps = 4096, 16
     data = torch.ones(1 << 30, dtype=torch.int32, device=device)
-    out = torch.empty(data.numel() // (block * steps), dtype=torch.int32, device=device)
-    run = lambda: total[(out.numel(),)](data, out, data.numel(), BLOCK=block, STEPS=steps, num_warps=8)  # noqa: E731
+    out = torch.empty(num_sums(data.numel()), dtype=torch.int32, device=device)
+    run = functools.partial(sum_words, data, out)
     return data.numel() * 4e-3 / measure(run, device)["p20"]

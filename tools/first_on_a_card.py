@@ -105,7 +105,7 @@ GROUPS = {
         tests("failures", 240, each_s=220),  # one waits for a process of its own
         tests("lossless", 300, each_s=150),
         tests("auto", 120, each_s=100),
-        tests("profile", 120),
+        tests("profile", 120, each_s=100),
     ],
     "embedded": [tests("lossless_embedded", 150)],
     "sanitizer": [tests("sanitizer", 300, each_s=280)],

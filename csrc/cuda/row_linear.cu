@@ -84,8 +84,6 @@ int row_linear(const RowLinearParams& params, void* stream) {
   args.p = params;
   if (!params.weight_diff) args.p.num_rows_ar = params.num_rows;
   args.plan = make_plan(params.in_features, params.out_features, needs_whole_tiles(params.epilogue), device.num_sms);
-  if (params.next_weight)
-    args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms);
   const bool argmax = params.epilogue == Epilogue::kArgmax;
   if (argmax && params.num_partials != args.plan.grid) return cudaErrorInvalidValue;
 
@@ -94,6 +92,9 @@ int row_linear(const RowLinearParams& params, void* stream) {
   const bool wgmma = runs_wgmma(device);
   const TokenTiles& tiles = wgmma ? kTokensSm90 : kTokensMma;
   const bool prefill = most_rows > tiles.widest && !argmax;
+  if (params.num_rows > tiles.widest) args.p.next_weight = nullptr;  // its rows may be of one view: prefill
+  if (args.p.next_weight)
+    args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms);
   const int tokens = prefill ? tiles.prefill : tokens_per_tile(most_rows, tiles);
   args.row_tiles_ar = (rows_ar + tokens - 1) / tokens;
   args.row_tiles = args.row_tiles_ar + (rows_diff + tokens - 1) / tokens;

@@ -184,7 +184,7 @@ __device__ __forceinline__ void silu_mul(float (&v)[8], const float* token, uint
   load8(v, token, feature);
   load8(up, token, feature + 8);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = __fdividef(v[i], 1.0f + expf(-v[i])) * up[i];
+  for (int i = 0; i < 8; ++i) v[i] = __fmul_rn(__fdividef(v[i], __fadd_rn(1.0f, expf(-v[i]))), up[i]);
 }
 
 // Updates a token's best with the 8 features of each of its 8 threads.

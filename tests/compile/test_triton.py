@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from orthrus_rt.prefill import prefill_rows
 from orthrus_rt.rows import empty_rows
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState, empty_partials, num_score_tiles
-from orthrus_rt.triton_kernels import count_tokens, dual_attn, embed, process_logits, rms_norm
+from orthrus_rt.triton_kernels import count_tokens, dual_attn, embed, process_logits, rms_norm, sum_words
 from tests.compile import cubins
 from tests.compile.recorder import record
 
@@ -86,6 +86,7 @@ CALLS = {
     "dual_attn-16-8-128-ar": call_dual_attn(16, 8, 128, 0),
     "process_logits-49152": call_process_logits(49152, True),
     "process_logits-151936": call_process_logits(151936, False),
+    "sum_words": (sum_words.sum_words, (int32(1 << 20), int32(16)), {}),
 }
 
 
@@ -115,7 +116,7 @@ def test_one_version_serves_any_number_of_rows(call, monkeypatch):
 
 
 # All of them for sm_90, and each kernel, in its largest form, for every architecture; all with all in --full.
-LARGEST = ("count_tokens-32", "rms_norm-4096", "embed-4096", "dual_attn-32-8-128", "process_logits-49152")
+LARGEST = ("count_tokens-32", "rms_norm-4096", "embed-4096", "dual_attn-32-8-128", "process_logits-49152", "sum_words")
 GRID = [
     pytest.param(name, arch, marks=() if arch == 90 or name in LARGEST else pytest.mark.full)
     for name in CALLS

@@ -73,6 +73,7 @@ class Recordings:
         self.seen, self.current, self.capturing, self.reserved, self.num_pools = [], ["caller's"], False, 900, 0
         self.streams, self.replays, self.eager, self.inference, self.collecting = 0, 0, 0, [], []
         self.fail_at: dict[str, BaseException] = {}  # "begin", "run", "end", "replay": what each raises
+        self.pools_underway, self.pool_users = [], 0  # of torch's allocator
 
     def reach(self, point: str) -> None:
         if point in self.fail_at:
@@ -97,6 +98,8 @@ class Recordings:
         self.inference.append(torch.is_inference_mode_enabled())
         self.current.append(kwargs["stream"])
         self.capturing = True
+        self.pools_underway.append(kwargs["pool"])
+        self.pool_users += 1
         self.reach("begin")
         try:
             yield
@@ -107,7 +110,16 @@ class Recordings:
 
     def capture_end(self) -> None:
         self.capturing = False
-        self.reach("end")
+        self.reach("end")  # torch looks whether the driver's part failed before it tells its allocator
+        self.end_allocate_to_pool(0, "pool")
+
+    def end_allocate_to_pool(self, device: int, pool) -> None:
+        if pool not in self.pools_underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.pools_underway.remove(pool)
+
+    def release_pool(self, device: int, pool) -> None:
+        self.pool_users -= 1
 
     def replay(self) -> None:
         self.reach("replay")
@@ -150,6 +162,8 @@ def recordings(monkeypatch):
         "memory_reserved": lambda device: fake.reserved,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", fake.end_allocate_to_pool, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", fake.release_pool, raising=False)
     monkeypatch.setattr(Cycle, "run_eager", fake.run_eager)
     yield fake
     recording._recording_stream.cache_clear()
@@ -179,13 +193,17 @@ def test_a_cycle_is_recorded_on_its_own_device(recordings):
 @pytest.mark.parametrize("where", ("begin", "run", "end"))
 @pytest.mark.parametrize("error", (RuntimeError, KeyboardInterrupt))
 def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):
-    """Not the capture, which would fail every later wait; the caller's stream is current, the pool is another."""
+    """Not the capture, which would fail every later wait, nor its pool, which would every later recording; the caller's
+    stream is current, the pool is another.
+    """
     recordings.fail_at = {where: error("there")}
     cycle = None
     with pytest.raises(error, match="there") as raised:
         cycle = recorded("cuda:0")
     assert cycle is None and not recordings.capturing and recordings.current == ["caller's"]
     assert recordings.num_pools == 1, raised
+    # Of a capture that did end, the graph itself releases the pool when it goes.
+    assert not recordings.pools_underway and recordings.pool_users == (where != "end")
 
 
 @pytest.mark.parametrize("enabled", (True, False))

@@ -15,6 +15,9 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 LIMIT_S = 240  # below the tier's own, which would leave the process running
+# The tool gives up on a process whose first CUDA call takes longer than 10 seconds, imports and all, and lets it run
+# unwatched.
+ATTACHED = {"memcheck": "ERROR SUMMARY", "racecheck": "RACECHECK SUMMARY"}
 # Only kernels with this in their mangled names are checked: csrc's, which are in namespace orthrus::cuda. Torch's and
 # cuBLAS's take most of the time; Triton's are named after their Python functions, and none is in CASES. CUDA 12.3 or
 # later: before that the option was --kernel-regex.
@@ -48,8 +51,8 @@ def sanitized(tool: str, *arguments: str) -> tuple[str, list[str]]:
     # Each tensor gets an allocation of its own, so that its end is known to the tool.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with subprocess.Popen(
-        [SANITIZER, "--tool", tool, *OURS, sys.executable, *arguments], cwd=ROOT, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        [SANITIZER, "--tool", tool, "--launch-timeout", str(LIMIT_S), *OURS, sys.executable, *arguments],
+        cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     ) as process:  # fmt: skip
         try:
             printed, _ = process.communicate(timeout=LIMIT_S)
@@ -57,6 +60,7 @@ def sanitized(tool: str, *arguments: str) -> tuple[str, list[str]]:
             os.killpg(process.pid, signal.SIGKILL)  # Python under the tool would outlive it
             printed, _ = process.communicate()
             pytest.fail(f"{tool}: not finished in {LIMIT_S} s; until then:\n{printed}", pytrace=False)
+    assert ATTACHED[tool] in printed, printed
     return printed, re.findall(r"^=====.*\borthrus::cuda\b.*", printed, re.MULTILINE)
 
 

@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from orthrus_rt import reference
 from orthrus_rt.state import empty_partials, num_score_tiles
-from orthrus_rt.triton_kernels import count_tokens, embed, process_logits, rms_norm
+from orthrus_rt.triton_kernels import count_tokens, embed, process_logits, rms_norm, sum_words
 from tests.attention_pass import Heads, assert_close
 from tests.logits_cases import (
     FILTERS,
@@ -101,6 +101,13 @@ def test_embed_64_bit_offsets():
     out = torch.empty(1, 4096, device="cuda", dtype=torch.bfloat16)
     embed.embed(torch.tensor([599_999], device="cuda", dtype=torch.int32), table, out)
     assert (out == 3).all()
+
+
+def test_sum_words():
+    x = torch.randint(-(2**31), 2**31, (200_000,), device="cuda", dtype=torch.int32)
+    out = torch.empty(sum_words.num_sums(200_000), device="cuda", dtype=torch.int32)
+    sum_words.sum_words(x, out)
+    assert out.tolist() == [int(part.sum(dtype=torch.int32)) for part in x.split(65_536)]
 
 
 PASSES = {

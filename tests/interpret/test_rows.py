@@ -1,11 +1,11 @@
-"""rms_norm and embed under the interpreter, against the oracle."""
+"""rms_norm, embed and sum_words under the interpreter, against the oracle."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from orthrus_rt import reference
-from orthrus_rt.triton_kernels import embed, rms_norm
+from orthrus_rt.triton_kernels import embed, rms_norm, sum_words
 
 DTYPES = [torch.float32, torch.float16]
 
@@ -52,3 +52,11 @@ def test_embed(hidden, dtype):
 def test_nothing_to_do():
     rms_norm.rms_norm(torch.empty(0, 64), torch.ones(64), 1e-6, torch.empty(0, 64))
     embed.embed(torch.empty(0, dtype=torch.int32), torch.ones(3, 64), torch.empty(0, 64))
+
+
+@pytest.mark.parametrize("n", [1, 65_536, 200_000])
+def test_sum_words(n):
+    x = torch.randint(-(2**31), 2**31, (n,), dtype=torch.int32)
+    out = torch.empty(sum_words.num_sums(n), dtype=torch.int32)
+    sum_words.sum_words(x, out)
+    assert out.tolist() == [int(part.sum(dtype=torch.int32)) for part in x.split(65_536)]

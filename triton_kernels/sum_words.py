@@ -1,0 +1,32 @@
+"""A plain read of memory: what a device's bandwidth is measured by (see orthrus_rt/timing.py)."""
+
+import triton
+import triton.language as tl
+
+BLOCK, STEPS = 4096, 16  # words that a program loads at once, and how often
+
+
+@triton.jit
+def sum_words_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK * STEPS
+    total = tl.zeros([BLOCK], dtype=tl.int32)
+    for step in range(STEPS):
+        at = start + step * BLOCK + tl.arange(0, BLOCK)
+        total += tl.load(x_ptr + at, mask=at < n, other=0)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(total))
+
+
+def sum_words(x, out):
+    """Sums of 65,536 words each, modulo 2**32, the last of what remains.
+
+    Contract:
+        x: int32 ``[n]``, contiguous, n < 2**31.
+        out: int32 ``[num_sums(n)]``, MUTATED whole.
+        Moves ``n`` words; what is written is 1 in 65,536 of it.
+    """
+    sum_words_kernel[(out.numel(),)](x, out, x.numel(), BLOCK=BLOCK, STEPS=STEPS, num_warps=8)
+
+
+def num_sums(n: int) -> int:
+    """Of ``n`` words."""
+    return triton.cdiv(n, BLOCK * STEPS)
