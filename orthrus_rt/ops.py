@@ -120,7 +120,8 @@ def row_linear(
         residual: ``[num_rows, out_features]``, added before the rounding; may be ``out``, which may not be ``x``.
         workspace: of :func:`orthrus_rt.native.row_linear_workspace_bytes`, zeroed once; CUDA only.
         then: the weight that the next call reads first, with an epilogue other than logits and argmax. A hint: on
-            Hopper its beginning comes to L2 while this call ends, where neither is prefill; no result depends on it.
+            Hopper its beginning comes to L2 while this call ends, for no more rows than one tile takes; no result
+            depends on it.
     """
     op, dtype, device = "row_linear", x.dtype, x.device
     n = x.shape[0]

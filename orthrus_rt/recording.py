@@ -27,6 +27,9 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 _one_at_a_time = threading.RLock()
+# Graphs whose capture did not end as it should: torch's allocator of pinned memory goes on asking them whether a stream
+# is theirs, and nothing in Python tells it to stop.
+_spoilt: list[torch.cuda.CUDAGraph] = []
 
 
 @contextlib.contextmanager
@@ -202,8 +205,11 @@ class Recorded:
         with stream_scope(_recording_stream(device)), contextlib.suppress(RuntimeError):
             if torch.cuda.is_current_stream_capturing():
                 graph.capture_end()
-        with contextlib.suppress(RuntimeError):  # the first call says so where the capture did end: nothing to do
+        ended = True
+        with contextlib.suppress(RuntimeError, AttributeError):  # the first call says where the capture did end
             torch._C._cuda_endAllocateToPool(device.index, pool)
+            ended = False
+            _spoilt.append(graph)
             torch._C._cuda_releasePool(device.index, pool)
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not ended or not isinstance(error, torch.OutOfMemoryError):
             self.workspace.graph_pool = torch.cuda.graph_pool_handle()

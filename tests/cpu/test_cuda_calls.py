@@ -72,7 +72,7 @@ class Recordings:
     def __init__(self):
         self.seen, self.current, self.capturing, self.reserved, self.num_pools = [], ["caller's"], False, 900, 0
         self.streams, self.replays, self.eager, self.inference, self.collecting = 0, 0, 0, [], []
-        self.fail_at: dict[str, BaseException] = {}  # "begin", "run", "end", "replay": what each raises
+        self.fail_at: dict[str, BaseException] = {}  # "refused", "begin", "run", "end", "replay": what each raises
         self.pools_underway, self.pool_users = [], 0  # of torch's allocator
 
     def reach(self, point: str) -> None:
@@ -97,9 +97,10 @@ class Recordings:
         self.empty_cache()  # as torch does before it records
         self.inference.append(torch.is_inference_mode_enabled())
         self.current.append(kwargs["stream"])
-        self.capturing = True
         self.pools_underway.append(kwargs["pool"])
         self.pool_users += 1
+        self.reach("refused")
+        self.capturing = True
         self.reach("begin")
         try:
             yield
@@ -111,7 +112,7 @@ class Recordings:
     def capture_end(self) -> None:
         self.capturing = False
         self.reach("end")  # torch looks whether the driver's part failed before it tells its allocator
-        self.end_allocate_to_pool(0, "pool")
+        self.end_allocate_to_pool(0, self.seen[-1]["pool"])
 
     def end_allocate_to_pool(self, device: int, pool) -> None:
         if pool not in self.pools_underway:
@@ -147,6 +148,7 @@ class Recordings:
 def recordings(monkeypatch):
     fake = Recordings()
     recording._recording_stream.cache_clear()
+    monkeypatch.setattr(recording, "_spoilt", [])
     monkeypatch.setattr(dispatch, "select", lambda *_: "cuda")
     monkeypatch.setattr(dispatch, "native", lambda: SimpleNamespace(cuda=fake))
     for name, value in {
@@ -190,7 +192,7 @@ def test_a_cycle_is_recorded_on_its_own_device(recordings):
     assert recordings.inference == [False, True] * 3  # of what torch makes for a graph, and of what is recorded
 
 
-@pytest.mark.parametrize("where", ("begin", "run", "end"))
+@pytest.mark.parametrize("where", ("refused", "begin", "run", "end"))
 @pytest.mark.parametrize("error", (RuntimeError, KeyboardInterrupt))
 def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):
     """Not the capture, which would fail every later wait, nor its pool, which would every later recording; the caller's
@@ -202,8 +204,10 @@ def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):
         cycle = recorded("cuda:0")
     assert cycle is None and not recordings.capturing and recordings.current == ["caller's"]
     assert recordings.num_pools == 1, raised
-    # Of a capture that did end, the graph itself releases the pool when it goes.
-    assert not recordings.pools_underway and recordings.pool_users == (where != "end")
+    # Of a capture that did end, the graph itself releases the pool when it goes; of another one it stays.
+    did_end = where in ("begin", "run")
+    assert not recordings.pools_underway and recordings.pool_users == did_end
+    assert recording._spoilt == [recordings] * (not did_end)
 
 
 @pytest.mark.parametrize("enabled", (True, False))

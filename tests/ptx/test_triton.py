@@ -1,4 +1,4 @@
-"""Triton's kernels in bf16 and fp32, as compiled: rms_norm, embed, dual_attn."""
+"""Triton's kernels in bf16 and fp32, as compiled: rms_norm, embed, dual_attn; and sum_words."""
 
 import os
 
@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from orthrus_rt import reference
-from orthrus_rt.triton_kernels import embed, rms_norm
+from orthrus_rt.triton_kernels import embed, rms_norm, sum_words
 from tests.attention_pass import (
     SPOIL,
     Heads,
@@ -99,3 +99,11 @@ def test_embed(hidden, dtype):
     out = torch.full((5, hidden), torch.nan, dtype=dtype)
     embed.embed(token, table, out)
     assert torch.equal(out, table[token.long()])
+
+
+@pytest.mark.parametrize("n", [1, 65_536, 200_000])
+def test_sum_words(n):
+    x = torch.randint(-(2**31), 2**31, (n,), dtype=torch.int32)
+    out = torch.full((sum_words.num_sums(n),), -7, dtype=torch.int32)
+    sum_words.sum_words(x, out)
+    assert out.tolist() == [int(part.sum(dtype=torch.int32)) for part in x.split(65_536)]
