@@ -2,5 +2,6 @@
 launched), nothing of the engine.
 
 Every kernel is deterministic, row-invariant (tile shapes follow from the model's shape, never from the number
-of rows) and graph-safe: grids depend on host integers only. Correct under Triton 3.6 ... 3.9.
+of rows) and graph-safe: grids depend on host integers only. None lets products and sums be contracted, not even
+where there are none: Triton 3.9 warns where a launch does not say. Correct under Triton 3.6 ... 3.9.
 """

@@ -30,5 +30,5 @@ def count_tokens(state, edits):
     # One warp: every lane has read num_counted before any writes it.
     _count_kernel[(state.num_slots,)](
         state.output, state.num_output, edits.token_counts, edits.num_counted, capacity, edits.token_counts.shape[1],
-        RING=triton.next_power_of_2(capacity), num_warps=1,
+        RING=triton.next_power_of_2(capacity), num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip

@@ -36,5 +36,7 @@ def embed(token, table, out):
     if not num_rows:
         return
     grid = (num_rows, triton.cdiv(hidden, BLOCK))
-    kernel = embed_kernel[grid](token, table, out, hidden, BLOCK=BLOCK, num_warps=4, **launch_options(out.device))
+    kernel = embed_kernel[grid](
+        token, table, out, hidden, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False, **launch_options(out.device)
+    )
     share_multiprocessors(kernel)

@@ -24,7 +24,7 @@ def sum_words(x, out):
         out: int32 ``[num_sums(n)]``, MUTATED whole.
         Moves ``n`` words; what is written is 1 in 65,536 of it.
     """
-    sum_words_kernel[(out.numel(),)](x, out, x.numel(), BLOCK=BLOCK, STEPS=STEPS, num_warps=8)
+    sum_words_kernel[(out.numel(),)](x, out, x.numel(), BLOCK=BLOCK, STEPS=STEPS, num_warps=8, enable_fp_fusion=False)
 
 
 def num_sums(n: int) -> int:

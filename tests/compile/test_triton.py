@@ -132,6 +132,7 @@ def test_compiles_within_the_chip(name, arch, monkeypatch):
     for launch in launches:
         used = launch.resources(arch)
         what = f"{launch.fn.__name__} sm_{arch}: {used}"
+        assert launch.options["enable_fp_fusion"] is False, what
         assert used["STACK"] == 0 and used["LOCAL"] == 0, f"spills: {what}"
         threads = 32 * launch.options["num_warps"]
         assert threads * -(-used["REG"] // 8) * 8 <= REGISTERS, f"registers: {what}"
