@@ -29,7 +29,7 @@ struct Ahead {
 constexpr int kAheadBytes = 16384;
 // So few rows prefetch nothing, where each weight is read once: they take less time than weights do to come, so that
 // the hardware's own prefetcher keeps ahead of them, and what is asked for besides holds one of L1's few miss buffers
-// until it is here. Prefetching, one core of Zen 4 reads 21 GB/s of 30 for one row; from 5 rows on it is the faster way.
+// until it is here. Prefetching, one core of Zen 4 reads 21 GB/s of 30 for one row; more rows read faster with it.
 constexpr int64_t kMostRowsWithoutAhead = 4;
 // More tiles than these read a coded strip decoded once: what that writes costs more than to decode a few times.
 constexpr int64_t kMostDecodingTiles = 6;

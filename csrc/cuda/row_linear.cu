@@ -7,8 +7,8 @@
 // The weights must be complete before the kernels ahead of it in the stream start: they are read before those end.
 // kArgmax: partial p covers the p-th of num_partials runs of whole tiles; ties go to the lowest id, NaN never wins, a
 // run of nothing but NaN gives -inf and its first id.
-// next_weight: for so few rows that the next launch is no prefill either, sm_90a brings its beginning to L2 while this one ends, in the order for
-// an epilogue that may cut tiles; no result depends on it.
+// next_weight: for so few rows that the next launch is no prefill either, sm_90a brings its beginning to L2 while this
+// one ends, in the order for an epilogue that may cut tiles; no result depends on it.
 // Bytes: each view's packed weight once (kArgmax: once per tile of rows), plus x once per tile from L2.
 // FLOP: 2 * num_rows * in * out_features.
 #include <cstdlib>
