@@ -1,4 +1,5 @@
-"""Devices that have no memory, or none for a recording, or that fail for good; for the CPU and GPU tiers.
+"""Devices that have no memory, or none for a recording, recordings that are spoilt, devices that fail for good; for the
+CPU and GPU tiers.
 
 ``python -m tests.failing FOLDER`` lets the CUDA device of its own process fail under an engine for the checkpoint in
 FOLDER: nothing else can use that device in that process any more. It prints what came of it as JSON.
@@ -11,7 +12,9 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
+from tests import engines
 from tests.poison import Job
 
 MORE_THAN_THERE_IS = 1 << 50
@@ -31,26 +35,35 @@ def exhausted(*_, **__):
 
 
 @contextlib.contextmanager
-def no_memory_for_recordings():
-    """A recording gets on until, in its middle, the allocator is asked for more than there is."""
+def amid_recordings(act: Callable[[Cycle], object]):
+    """``act(cycle)`` is called in the middle of every recording of a cycle."""
     recording, record, stage_first = [], Cycle._record, Cycle.stage_first
 
-    def failing_record(cycle):
+    def noted_record(cycle):
         recording.append(cycle)
         try:
             return record(cycle)
         finally:
             recording.clear()
 
-    def failing_stage_first(cycle):
+    def stage_first_and_act(cycle):
         stage_first(cycle)
         if recording:
-            torch.empty(MORE_THAN_THERE_IS, dtype=torch.uint8, device=cycle.model.device)
+            act(cycle)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cycle, "_record", failing_record)
-        patch.setattr(Cycle, "stage_first", failing_stage_first)
+        patch.setattr(Cycle, "_record", noted_record)
+        patch.setattr(Cycle, "stage_first", stage_first_and_act)
         yield
+
+
+def no_memory_for_recordings():
+    """A recording gets on until, in its middle, the allocator is asked for more than there is."""
+
+    def ask(cycle: Cycle) -> None:
+        torch.empty(MORE_THAN_THERE_IS, dtype=torch.uint8, device=cycle.model.device)
+
+    return amid_recordings(ask)
 
 
 def check_recordings_without_memory(engine: Engine, jobs: list[Job]) -> None:
@@ -78,6 +91,69 @@ def check_recordings_without_memory(engine: Engine, jobs: list[Job]) -> None:
         warnings.simplefilter("error")
         assert tokens() == want
     assert not any(cycle.op_by_op for cycle in cycles())
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def _wait_elsewhere() -> None:
+    """Another thread waits for the whole device, which it may not, or gets an error for."""
+
+    def wait():
+        with contextlib.suppress(Exception):
+            torch.cuda.synchronize()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    thread.join()
+
+
+# By what a recording may be spoilt in its middle: whoever steps the engine then gets an error, of the last one perhaps.
+SPOILERS = {
+    "interrupt": _interrupt,
+    "wait": lambda: torch.cuda.synchronize(),
+    "wait of another thread": _wait_elsewhere,
+}
+SURE = "interrupt", "wait"
+
+
+def check_a_spoilt_recording(engine: Engine, jobs: list[Job], spoiler: str) -> None:
+    """Nothing is lost: the same tokens after it, and everything is recorded and replayed as ever."""
+
+    def cycles():
+        return list(engine.runner._cycles.values())
+
+    def decoded(failures: list) -> list[list[int]]:
+        names, got = [engine.submit(*job) for job in jobs], {}
+        while engine.has_unfinished():
+            try:
+                outputs = engine.step()
+            except BaseException as error:
+                failures.append(error)
+                if len(failures) > len(jobs):
+                    raise
+                continue
+            engines.take(outputs, got)
+        return [got[name][0] for name in names]
+
+    struck, failures = [], []
+
+    def spoil(cycle: Cycle) -> None:
+        struck.append(cycle.what)
+        if len(struck) == 1:
+            SPOILERS[spoiler]()
+
+    want = decoded(failures)
+    recorded = len(cycles())
+    assert recorded and not failures
+    engine.runner.drop_cycles()
+    with amid_recordings(spoil):
+        assert decoded(failures) == want
+    assert len(failures) == 1 if spoiler in SURE else len(failures) <= 1, failures
+    assert len(struck) == len(cycles()) + len(failures)
+    assert len(cycles()) == recorded and all(c.recorded and not c.op_by_op for c in cycles())
+    assert decoded(failures) == want and len(failures) <= 1
 
 
 def after_a_failure(make, fail) -> dict:

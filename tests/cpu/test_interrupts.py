@@ -13,7 +13,7 @@ import torch
 from orthrus_rt import dispatch
 from orthrus_rt.exclusive import Turn
 from orthrus_rt.sampling import SamplingParams
-from tests import checkpoints, engines
+from tests import checkpoints, engines, failing, poison
 from tests.engines import drain, take
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
@@ -317,3 +317,8 @@ class TestAStreamThatIsCollected:
         monkeypatch.setattr(engine.runner, "decode", lambda *args: (real(*args), held.clear())[0])
         engine.step()
         assert engine.generate(PROMPTS[0], PARAMS, mode="one_pass").token_ids == want[0]
+
+
+def test_in_the_middle_of_a_recording(folder):
+    engine = engines.make(folder, max_seq_len=128, max_batch_size=4)
+    failing.check_a_spoilt_recording(engine, poison.jobs_of([poison.GREEDY, poison.SAMPLED], count=4), "interrupt")

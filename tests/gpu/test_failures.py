@@ -1,5 +1,5 @@
-"""What goes wrong on a CUDA device: recordings without memory, NaN under replayed graphs, a device that fails for good;
-and close() gives back what an engine took.
+"""What goes wrong on a CUDA device: recordings without memory or spoilt, NaN under replayed graphs, a device that fails
+for good; and close() gives back what an engine took.
 """
 
 import gc
@@ -43,6 +43,11 @@ def make(folder):
 @pytest.mark.parametrize("kind", (GREEDY, SAMPLED), ids=("greedy", "sampled"))
 def test_recordings_that_find_no_memory(make, mode, kind):
     failing.check_recordings_without_memory(make(mode=mode), poison.jobs_of([kind], count=4))
+
+
+@pytest.mark.parametrize("spoiler", failing.SPOILERS)
+def test_a_spoilt_recording(make, spoiler):
+    failing.check_a_spoilt_recording(make(), poison.jobs_of([GREEDY, SAMPLED], count=4), spoiler)
 
 
 @pytest.mark.parametrize("mode", MODES)
