@@ -4,8 +4,9 @@ Every plan decodes the same requests, prefill included, by the clock, until ther
 slots are refilled as on a server, and the queue does not run dry. (A queue decoded to its end would measure how well
 each plan happens to fill the slots with the last requests.) Lengths are drawn: were there few of them, a plan that
 keeps its sequences in step would see many end at once, and read the weights once for all that follow. ``auto first`` is
-a fresh policy with measured costs, its learning included; ``auto`` is one that has decoded those requests before.
-Rounds are interleaved, each in another order, so that a machine whose speed changes is fair to all; of rates, and of
+a fresh policy with measured costs, its learning included; ``auto`` is one that has decoded those texts before. Rounds
+are interleaved, each in another order, so that a machine whose speed changes is fair to all, and each begins with
+another text, as a fresh policy depends on whether the first few drafts of all happen to be accepted. Of rates, and of
 their ratios within a round, the median counts, and ``p20`` and ``p80`` tell the noise. ``over_best_fixed`` compares
 with the plan that was fastest in these rounds, which it owes to luck in part, ``over_chosen_fixed`` with the one that
 was fastest in all rounds but the one compared, which need not be the best: what is true lies in between.
@@ -17,7 +18,6 @@ was fastest in all rounds but the one compared, which need not be the best: what
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 import statistics
 import time
@@ -41,6 +41,7 @@ KINDS = ("code", "chat", "adversarial")
 WAVES = 4  # requests' worth of tokens per slot
 WAITING = 2  # requests per slot beyond these
 LENGTHS = 0.5, 1.5  # least and most of a request, of --tokens
+NEXT_ROUND = 5  # texts further on the next round begins; no divisor of their number, so that each has its turn
 
 
 class Decoded(NamedTuple):
@@ -119,24 +120,26 @@ def fastest(rates: dict[str, list[float]], but: int | None = None) -> str:
 def measure(kind: str, batch: int, args) -> list[dict]:
     engine = make_engine(kind, batch, args.device)
     texts = [p.encode(engine.tokenizer) for p in prompts.load("chat" if kind == "chat" else "code")]
-    ids = [texts[i % len(texts)] for i in range((WAVES + WAITING) * batch)]
+    number = (WAVES + WAITING) * batch
     most = WAVES * batch * args.tokens
     plans = fixed_plans(batch, args.most_rows)
     engine.runner.make_room([(plan, batch) for plan in plans])  # at once: more rows drop what is recorded
     engine.warmup()
     for plan in plans:
-        decode(engine, ids[:batch], 4 * plan.block_len, most, plan)  # built, recorded and replayed
+        decode(engine, texts[:1] * batch, 4 * plan.block_len, most, plan)  # built, recorded and replayed
     ways = {plan.label: partial(decode, plan=plan) for plan in plans}
     ways |= {"auto first": decode_first, "auto": partial(decode, plan=None)}
-    want = decode(engine, ids, args.tokens, math.inf, None).tokens
+    longest = SamplingParams(max_new_tokens=round(LENGTHS[1] * args.tokens), ignore_eos=True)
+    want = [output.token_ids for output in engine.generate(texts, longest)]
     rates: dict[str, list[float]] = {label: [] for label in ways}
     cycles = {label: Counter() for label in ways}
     order = deque(ways)
-    for _ in range(args.rounds):
+    for start in range(0, NEXT_ROUND * args.rounds, NEXT_ROUND):
+        queue = [i % len(texts) for i in range(start, start + number)]
         for label in order:
             before = Counter(engine.metrics.plans)
-            got = ways[label](engine, ids, args.tokens, most)
-            if any(full[: len(some)] != some for full, some in zip(want, got.tokens, strict=True)):
+            got = ways[label](engine, [texts[i] for i in queue], args.tokens, most)
+            if any(want[i][: len(some)] != some for i, some in zip(queue, got.tokens, strict=True)):
                 raise SystemExit(f"bench_auto: {label} gave other tokens than auto before")
             rates[label].append(sum(map(len, got.tokens)) / got.seconds)
             cycles[label] += Counter(engine.metrics.plans) - before
