@@ -148,7 +148,7 @@ class Engine(Generation):
                 plain torch reference, have row-invariant kernels.
             mode: ``"ar"``, ``"two_pass"``, ``"one_pass"``, or ``"auto"``: whichever is fastest now, chosen again every
                 few cycles from measured costs and acceptance; as far as those are right, all tokens together cost no
-                more than 2% and four cycles beyond what ``ar`` would need.
+                more than 1% and eight cycles beyond what ``ar`` would need.
             max_seq_len: tokens a sequence may have, prompt included; sizes the cache. None for 4096, or the
                 checkpoint's own limit where that is less.
             draft_len: drafts per cycle, 1 ... K-1 (in mode auto at most; it tries 3, 7, 15 and this); None for the
