@@ -160,8 +160,10 @@ class AsyncEngine:
     async def abort(self, request_id: str) -> None:
         """End the stream with this ``request_id``, or :meth:`generate`, also if this call is cancelled: its last output
         has finish_reason ``"abort"``. If there is none yet, or none any more, nothing is done or said, as by
-        :meth:`Engine.abort`.
+        :meth:`Engine.abort`; nor if this is closed.
         """
+        if self._closing is not None:
+            return
         self._enter()
         if request_id in self._known_as:
             await asyncio.shield(self._call(self._abort, self._known_as[request_id]))

@@ -22,8 +22,9 @@ def cache_root() -> Path:
     Raises:
         NoCacheFolder: the latter is there already and others can write to it, or nothing can be written anywhere.
     """
-    if named := os.environ.get("XDG_CACHE_HOME"):
-        return Path(named) / "orthrus_rt"
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if named.is_absolute():  # a relative one is to be ignored, its specification says
+        return named / "orthrus_rt"
     with contextlib.suppress(RuntimeError):
         home = Path.home()
         if home != Path("/") or os.getuid() == 0:  # what containers name as the home of a uid that they do not know

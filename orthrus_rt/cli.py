@@ -27,6 +27,7 @@ from orthrus_rt.cli_options import (
 from orthrus_rt.cycle_plan import MODES
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 128 + signal.SIGINT
+BENCH_TOKENS, PROFILE_CONTEXT = 64, 256
 
 
 def _version() -> str:
@@ -102,11 +103,11 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"of auto, {', '.join(MODES)} (default: ar two_pass)",
     )  # fmt: skip
     bench.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (default: %(default)s)")
-    bench.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    bench.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default: {BENCH_TOKENS}")
     bench.add_argument("-n", "--num-prompts", type=int, metavar="N", help="only the first N prompts of each kind")
     bench.add_argument("--profile", action="store_true", help="a breakdown per op instead of decoding")
     bench.add_argument(
-        "--context", type=int, default=256, metavar="N", help="committed tokens with --profile (default: %(default)s)"
+        "--context", type=int, metavar="N", help=f"committed tokens with --profile (default: {PROFILE_CONTEXT})"
     )
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -153,7 +154,7 @@ def run_generate(args) -> int:
     engine = load_engine(args, args.mode)
     chat = bool(engine.tokenizer.chat_template) if args.chat is None else args.chat
     prompt_ids = prompts.encode(engine.tokenizer, text, chat=chat)
-    check_length(prompt_ids, engine.max_seq_len, "the prompt")
+    check_length(prompt_ids, engine, "the prompt")
     if args.compare_ar:
         _warm_up(engine, prompt_ids)
     output, decoded = _decode(engine, prompt_ids, params, show=not args.json)
@@ -311,20 +312,26 @@ def run_bench(args) -> int:
     check_num_prompts(args)
     if args.profile and "auto" in args.modes:
         raise ValueError(f"--profile takes one cycle apart: --modes must be among {', '.join(MODES)}, got auto")
-    if args.context < 1:
-        raise ValueError(f"--context must be >= 1, got {args.context}")
+    for name in ("max_new_tokens", "num_prompts") if args.profile else ("context",):
+        if getattr(args, name) is not None:
+            which = "with" if args.profile else "without"
+            raise ValueError(f"--{name.replace('_', '-')} has no use {which} --profile")
+    context = PROFILE_CONTEXT if args.context is None else args.context
+    if context < 1:
+        raise ValueError(f"--context must be >= 1, got {context}")
     check_used(args, "--modes", args.modes)
     engine = load_engine(args, max_batch_size=args.batch)
     facts = {"model": args.model, "device": info.device_facts(engine.device)["name"], "dtype": args.dtype}
     if args.profile:
-        cycle = {"draft_len": args.draft_len, "fan_out": args.fan_out, "batch": args.batch, "context": args.context}
+        cycle = {"draft_len": args.draft_len, "fan_out": args.fan_out, "batch": args.batch, "context": context}
         tables = [profile.profile(engine, mode=mode, **cycle) for mode in args.modes]
     else:
+        most = BENCH_TOKENS if args.max_new_tokens is None else args.max_new_tokens
         rows = rates.decode_rates(
             engine, ("code", "chat"), args.modes, draft_len=args.draft_len, fan_out=args.fan_out,
-            num_prompts=args.num_prompts, max_new_tokens=args.max_new_tokens,
+            num_prompts=args.num_prompts, max_new_tokens=most,
         )  # fmt: skip
-        tables = [({"max_new_tokens": args.max_new_tokens}, rows)]
+        tables = [({"max_new_tokens": most}, rows)]
     if args.json:
         print(json.dumps(facts | {"tables": [about | {"rows": rows} for about, rows in tables]}))
         return 0

@@ -74,9 +74,11 @@ def check_used(args, option: str, modes: list[str]) -> None:
             raise ValueError(f"{has}: {option} must name one of them, got {' '.join(modes)}")
 
 
-def check_length(ids: list[int], max_seq_len: int, what: str) -> None:
-    if len(ids) >= max_seq_len:
-        raise ValueError(f"{what} has {len(ids)} tokens: --max-seq-len must be above that, got {max_seq_len}")
+def check_length(ids: list[int], engine, what: str) -> None:
+    if len(ids) >= (most := engine.config.max_position_embeddings):
+        raise ValueError(f"{what} has {len(ids)} tokens: this model takes fewer than {most}")
+    if len(ids) >= engine.max_seq_len:
+        raise ValueError(f"{what} has {len(ids)} tokens: --max-seq-len must be above that, got {engine.max_seq_len}")
 
 
 def tokens_text(tokenizer, tokens) -> str:

@@ -56,7 +56,7 @@ def run(args) -> int:
     engine = load_engine(args, max_batch_size=args.batch)
     ids = [prompt.encode(engine.tokenizer) for prompt in todo]
     for prompt, tokens in zip(todo, ids, strict=True):  # all of them, before the first is decoded
-        check_length(tokens, engine.max_seq_len, f"{args.prompts or 'built-in prompt'}, {prompt.name}")
+        check_length(tokens, engine, f"{args.prompts or 'built-in prompt'}, {prompt.name}")
     against = _transformers(engine, args.max_new_tokens) if args.against else None
     results, tokens, verdicts = [], 0, Counter()
     found = verify.verify(engine, ids, params, args.modes, batch=args.batch, against=against)

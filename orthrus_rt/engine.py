@@ -312,13 +312,17 @@ class Engine(Generation):
         self._advance()
         self.outbox.collect()
 
-    @exclusive
     def abort(self, request_id: str) -> None:
         """End a request now; :meth:`step` returns its last output, with finish_reason ``"abort"``.
 
-        A request that has ended, or that never was, is ignored: whoever aborts may be a moment late.
-        :meth:`is_unfinished` tells.
+        A request that has ended, or that never was, is ignored, and so is any once the engine is closed: whoever aborts
+        may be a moment late. :meth:`is_unfinished` tells.
         """
+        if not self.closed:
+            self._abort_named(request_id)
+
+    @exclusive
+    def _abort_named(self, request_id: str) -> None:
         if request := self.outbox.get(request_id):
             with whole(self):
                 self._abort(request)

@@ -30,7 +30,8 @@ class SamplingParams:
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the output, > 0.
         presence_penalty: subtracted from the logits of tokens in the output, in [-2, 2].
         frequency_penalty: subtracted once for each time that a token is in the output, in [-2, 2].
-        logit_bias: ``{token id: value}`` added to the logits; at most 256.
+        logit_bias: ``{token id: value}`` added to the logits; at most 256. Sums beyond 1e6 times the temperature leave
+            the draw's noise, added in fp32, too few digits to tell likely tokens apart fairly.
         min_tokens: stop ids, the model's own included, cannot be chosen before this many tokens, 0 ... max_new_tokens.
         seed: non-negative int below 2**63; None draws one, reported in ``stats.seed``.
         stop_token_ids: ids that end the sequence besides the model's own; they are part of the output.

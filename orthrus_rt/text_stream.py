@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 
 class TextStream:
-    """Token ids in, text out, such that the pieces joined are the decoding of the whole, or of what comes before the
-    stop string that is complete first, wherever the pieces are cut. (Where tokens of single bytes are no valid text,
-    some tokenizers decode all such tokens in a row as U+FFFD: those that were shown stay.)
+    """Token ids in, text out, such that the pieces joined are the decoding of the whole without its special tokens, or
+    of what comes before the stop string that is complete first, wherever the pieces are cut. (Where tokens of single
+    bytes are no valid text, some tokenizers decode all such tokens in a row as U+FFFD: those that were shown stay.)
 
     A character may span several tokens and a token may hold half of one, so text that ends in an unfinished character
     is held back, and so is what a stop string may begin with. Only the tokens since the last two safe points are
@@ -16,7 +17,8 @@ class TextStream:
 
     Args:
         tokenizer: a transformers tokenizer.
-        stop: strings none of which is to be shown, nor anything after it.
+        stop: strings none of which is to be shown, nor anything after it. A special token is no string: to stop at one
+            is ``stop_token_ids``' part, of :class:`SamplingParams`.
 
     Attributes:
         stopped: the stop string that came; None until one does. The request goes on until its stream is closed.
@@ -44,8 +46,10 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def push(self, token_ids) -> str:
-        """The text that these tokens, ints, complete."""
-        self._ids.extend(token for token in map(int, token_ids) if token not in self._special)  # which say nothing
+        """The text that these tokens, ints, complete. TypeError: they are no ints."""
+        self._ids.extend(
+            token for token in map(operator.index, token_ids) if token not in self._special
+        )  # which say nothing
         return self._until_stop(self._advance(final=False), final=False)
 
     def end(self) -> str:

@@ -67,6 +67,19 @@ def test_a_request_is_aborted_by_its_name(folder, alone, monkeypatch):
     run(folder, use)
 
 
+def test_an_abort_may_come_after_the_end_of_all(folder):
+    engine = make(folder)
+
+    async def use():
+        async with AsyncEngine(engine) as shared:
+            await shared.generate([1, 2], GREEDY, "mine")
+        await shared.abort("mine")
+
+    asyncio.run(use())
+    assert engine.closed
+    engine.abort("mine")
+
+
 def test_an_abort_that_is_cancelled_aborts(folder, monkeypatch):
     async def use(shared):
         slowly(shared, monkeypatch)

@@ -207,6 +207,8 @@ def test_bench_runs_auto(run, tmp_path, monkeypatch):
             "--draft-len belongs to auto, .*: --modes must name one of them, got ar",
         ),
         (["--profile", "--context", "-1", "--model", "/nowhere"], "--context must be >= 1, got -1"),
+        (["--context", "10"], "--context has no use without --profile"),
+        (["--profile", "-n", "2"], "--num-prompts has no use with --profile"),
         (["--profile", "--modes", "ar", "auto"], "--modes must be among ar, two_pass, one_pass, got auto"),
         (["--modes", "one_pass", "--fan-out", "99"], r"--fan-out must be within \[1, 22\] for --draft-len 7, got 99"),
     ],
@@ -240,6 +242,7 @@ def test_info_reports_a_model_that_cannot_be_opened(run):
         (["--model", "/nowhere", "x"], "/nowhere"),
         (["--adapter", "/nope", "x"], "adapter: '/nope' is neither a folder with a diffusion view, nor a hub id"),
         (["--raw", "x" * 300], "the prompt has 300 tokens: --max-seq-len must be above that, got 256"),
+        (["--raw", "x" * 600], "the prompt has 600 tokens: this model takes fewer than 512"),
         (["--device", "tpu", "x"], ": --device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     ],
 )

@@ -72,6 +72,9 @@ def test_default_cache_is_in_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_root() == tmp_path / ".cache" / "orthrus_rt"
+    for relative in ("", "cache", "~/cache"):  # to be ignored, the variable's specification says
+        monkeypatch.setenv("XDG_CACHE_HOME", relative)
+        assert cache_root() == tmp_path / ".cache" / "orthrus_rt"
 
 
 class TestNoHome:

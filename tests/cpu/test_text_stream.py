@@ -43,6 +43,16 @@ def test_ids_of_any_kind(tokenizer):
     for kind in (np.array, torch.tensor, tuple):
         stream = TextStream(tokenizer)
         assert stream.push(ids[:1]) + stream.push(kind(ids[1:])) == "abc"
+    for what in ("12", [1.5], ids[0]):
+        with pytest.raises(TypeError):
+            TextStream(tokenizer).push(what)
+
+
+def test_a_special_token_is_no_text(tokenizer):
+    end = tokenizer.all_special_tokens[0]
+    stream = TextStream(tokenizer, stop=[end])
+    assert stream.push([*tokenizer("ab").input_ids, tokenizer.convert_tokens_to_ids(end)]) + stream.end() == "ab"
+    assert stream.stopped is None
 
 
 def test_an_unfinished_character_is_held_back(tokenizer):
