@@ -7,10 +7,10 @@ keeps its sequences in step would see many end at once, and read the weights onc
 a fresh policy with measured costs, its learning included; ``auto`` is one that has decoded those texts before. Rounds
 are interleaved, each in another order, so that a machine whose speed changes is fair to all, and each begins with
 another text, as a fresh policy depends on whether the first few drafts of all happen to be accepted. Of rates, and of
-their ratios within a round, the median counts, and ``p20`` and ``p80`` tell the noise. ``over_best_fixed`` compares
-with the plan that was fastest in these rounds, which it owes to luck in part, ``over_chosen_fixed`` with the one that
-was fastest in all rounds but the one compared, which need not be the best: what is true lies in between.
-``adversarial`` decodes code with a drafter that is broken on purpose.
+their ratios within a round, the median counts, and ``p20`` and ``p80`` tell the noise, that of the texts included.
+``over_best_fixed`` compares with the plan that was fastest in these rounds, which it owes to luck in part,
+``over_chosen_fixed`` with the one that was fastest in all rounds but the one compared, which need not be the best: what
+is true lies in between. ``adversarial`` decodes code with a drafter that is broken on purpose.
 
     python -m bench.bench_auto --out DIR
 """
@@ -131,6 +131,7 @@ def measure(kind: str, batch: int, args) -> list[dict]:
     ways |= {"auto first": decode_first, "auto": partial(decode, plan=None)}
     longest = SamplingParams(max_new_tokens=round(LENGTHS[1] * args.tokens), ignore_eos=True)
     want = [output.token_ids for output in engine.generate(texts, longest)]
+    decode(engine, [texts[i % len(texts)] for i in range(number)], args.tokens, most, None)  # slots refilled too
     rates: dict[str, list[float]] = {label: [] for label in ways}
     cycles = {label: Counter() for label in ways}
     order = deque(ways)

@@ -16,8 +16,8 @@ class NoCacheFolder(CheckpointError):
 
 
 def cache_root() -> Path:
-    """``$XDG_CACHE_HOME/orthrus_rt``, by default ``~/.cache/orthrus_rt``; for a user without a home, as in a container
-    that runs under a random uid, a folder of this user's beside the temporary files.
+    """``$XDG_CACHE_HOME/orthrus_rt`` if that is an absolute path, by default ``~/.cache/orthrus_rt``; for a user that
+    has no home, as in a container that runs under a random uid, a folder of this user's beside the temporary files.
 
     Raises:
         NoCacheFolder: the latter is there already and others can write to it, or nothing can be written anywhere.
@@ -33,7 +33,7 @@ def cache_root() -> Path:
 
 
 def _temporary_root() -> Path:
-    named = "as there is no home folder for a cache; let XDG_CACHE_HOME name one"
+    named = "as there is no home folder for a cache; let XDG_CACHE_HOME name one, by an absolute path"
     try:
         folder = Path(tempfile.gettempdir()) / f"orthrus_rt-{os.getuid()}"
     except FileNotFoundError as error:

@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"of auto, {', '.join(MODES)} (default: ar two_pass)",
     )  # fmt: skip
     bench.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (default: %(default)s)")
-    bench.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default: {BENCH_TOKENS}")
+    bench.add_argument("--max-new-tokens", type=int, metavar="N", help=f"without --profile (default: {BENCH_TOKENS})")
     bench.add_argument("-n", "--num-prompts", type=int, metavar="N", help="only the first N prompts of each kind")
     bench.add_argument("--profile", action="store_true", help="a breakdown per op instead of decoding")
     bench.add_argument(

@@ -318,8 +318,12 @@ class Engine(Generation):
         A request that has ended, or that never was, is ignored, and so is any once the engine is closed: whoever aborts
         may be a moment late. :meth:`is_unfinished` tells.
         """
-        if not self.closed:
-            self._abort_named(request_id)
+        try:
+            if not self.closed:
+                self._abort_named(request_id)
+        except RuntimeError:
+            if not self.closed:  # by another thread, meanwhile
+                raise
 
     @exclusive
     def _abort_named(self, request_id: str) -> None:
@@ -342,8 +346,8 @@ class Engine(Generation):
         self.close()
 
     def close(self) -> None:
-        """Abort everything and let go of weights, cache and graphs. The engine refuses calls from then on, and its
-        device takes another one. Closing twice is harmless.
+        """Abort everything and let go of weights, cache and graphs. The engine refuses calls from then on, but for
+        late ones of :meth:`abort`, and its device takes another one. Closing twice is harmless.
 
         What :meth:`step` has not returned by then, last outputs included, is lost. To let requests end first (a server
         at SIGTERM), submit no more, and step while :meth:`has_unfinished`; to cut them short, abort them and step once.

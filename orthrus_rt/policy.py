@@ -16,10 +16,11 @@ least, under two accounts of time:
   from the plan in use, not of what both depend on) are tried, as long as that has cost less than EXPLORATION of all
   time, measured against the plan in use. A close rival costs little, so its trial is long.
 
-Both bounds are in estimated seconds: they hold for real ones as far as the costs are right. SAFETY leaves room for that
-below the 3% that ``mode="auto"`` promises, grant included, from 400 tokens on. Of the pairs that promise the same there
-this one leaves most to a fresh engine, whose first few drafts may be unlucky; 4 cycles and 2% would come sooner to hard
-text that turns easy. AR cycles are timed at the beginning of every batch bucket, and anew at times while others run.
+Both bounds are in estimated seconds: they hold for real ones as far as the costs are right. SAFETY and GRANT come to
+3% of 400 tokens, which ``mode="auto"`` promises from there on, and to less beyond: room for costs that are not quite
+right. 4 cycles and 2% would come to as much, leave less to a fresh engine, whose first few drafts may be unlucky, and
+find text that turns easy sooner. AR cycles are timed at the beginning of every batch bucket, and anew at times while
+others run.
 
 Hysteresis: another plan replaces the one in use once its predicted savings have added up to SWITCH cycles (a one-sided
 CUSUM), by one look after another: a large gain soon, a small one only if it lasts.

@@ -47,9 +47,8 @@ class TextStream:
 
     def push(self, token_ids) -> str:
         """The text that these tokens, ints, complete. TypeError: they are no ints."""
-        self._ids.extend(
-            token for token in map(operator.index, token_ids) if token not in self._special
-        )  # which say nothing
+        tokens = [operator.index(token) for token in token_ids]  # all of them, before one is taken
+        self._ids.extend(token for token in tokens if token not in self._special)  # which say nothing
         return self._until_stop(self._advance(final=False), final=False)
 
     def end(self) -> str:

@@ -104,9 +104,9 @@ def _wait_elsewhere() -> None:
         with contextlib.suppress(Exception):
             torch.cuda.synchronize()
 
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=wait, daemon=True)
     thread.start()
-    thread.join()
+    thread.join(30)
 
 
 # By what a recording may be spoilt in its middle: whoever steps the engine then gets an error, of the last one perhaps.
@@ -140,20 +140,22 @@ def check_a_spoilt_recording(engine: Engine, jobs: list[Job], spoiler: str) -> N
     struck, failures = [], []
 
     def spoil(cycle: Cycle) -> None:
-        struck.append(cycle.what)
-        if len(struck) == 1:
+        struck.append(engine.metrics.as_dict()["tokens"])
+        if len(struck) == 2:  # the first is of a cycle before which there were no tokens to lose
             SPOILERS[spoiler]()
 
     want = decoded(failures)
-    recorded = len(cycles())
-    assert recorded and not failures
+    before, recorded = engine.metrics.as_dict()["tokens"], len(cycles())
+    assert recorded > 1 and not failures
     engine.runner.drop_cycles()
     with amid_recordings(spoil):
         assert decoded(failures) == want
     assert len(failures) == 1 if spoiler in SURE else len(failures) <= 1, failures
-    assert len(struck) == len(cycles()) + len(failures)
-    assert len(cycles()) == recorded and all(c.recorded and not c.op_by_op for c in cycles())
-    assert decoded(failures) == want and len(failures) <= 1
+    assert all(isinstance(error, KeyboardInterrupt) == (spoiler == "interrupt") for error in failures), failures
+    assert struck[1] > before + len(jobs) and len(struck) >= len(cycles()) + len(failures)
+    assert len(cycles()) > 1 and all(c.recorded and not c.op_by_op for c in cycles())
+    failed = len(failures)
+    assert decoded(failures) == want and len(failures) == failed
 
 
 def after_a_failure(make, fail) -> dict:

@@ -118,7 +118,7 @@ class TestNoHome:
             cache_root()
         assert str(error.value) == (
             f"{shared}: must be a folder that this user alone can write to, as there is no home folder for a cache; "
-            "let XDG_CACHE_HOME name one"
+            "let XDG_CACHE_HOME name one, by an absolute path"
         )
 
 
