@@ -13,7 +13,7 @@ from pathlib import Path
 from orthrus_rt.cycle_plan import AR, MODES, CyclePlan
 
 STALLED = 1.3  # times the next measurement: what was so much above it was a stalled cycle's
-UNLIKELY = 8.0  # times what was to be expected: more is not believed of a first measurement, lest it stay the only one
+UNLIKELY = 4.0  # times what was to be expected: more is not believed of a first measurement, lest it stay the only one
 CLIP = 2.0  # the largest innovation, in its standard deviations: a stalled cycle is not a slow plan
 HOPE = 0.3  # standard errors by which a cycle may be cheaper than it looks
 # Variances of logarithms, that is of relative errors.

@@ -22,14 +22,14 @@ class Stalls(Policy):
         super().record(outcomes, seconds)
 
 
-@pytest.mark.parametrize("stalled", [10, 1000])
+@pytest.mark.parametrize("stalled", [3, 10, 1000])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_first_draft_that_stalls_ends_no_drafting(device, stalled):
     chooser = Stalls(PLANS, 64, PassCosts(RIDGE[device]))
     chooser.stalled = stalled
     got = run(device, lambda cycle, i: (0.95, 1.0), 3000, chooser=chooser, noise=0.02)
     best = min(cycle_seconds(device, 1, plan) / expected_tokens(plan, 0.95, 1.0) for plan in PLANS)
-    assert got.seconds_per_token <= 1.15 * best  # 1.12: what a second look costs, the account has to earn first
+    assert got.seconds_per_token <= 1.05 * best  # the account's grant covers a second look
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.2, 0.3])
