@@ -66,31 +66,32 @@ def no_memory_for_recordings():
     return amid_recordings(ask)
 
 
+def cycles_of(engine: Engine) -> list[Cycle]:
+    return list(engine.runner._cycles.values())
+
+
 def check_recordings_without_memory(engine: Engine, jobs: list[Job]) -> None:
     """The same tokens, cycle by cycle op by op, with a warning for each that could not be recorded; and recorded ones
     again, once there is memory and they are built anew.
     """
     prompts, params = ([job[i] for job in jobs] for i in range(2))
 
-    def cycles():
-        return list(engine.runner._cycles.values())
-
     def tokens():
         return [out.token_ids for out in engine.generate(prompts, params)]
 
     want = tokens()
-    assert cycles() and not any(cycle.op_by_op for cycle in cycles())
+    assert cycles_of(engine) and not any(cycle.op_by_op for cycle in cycles_of(engine))
     engine.runner.drop_cycles()
     said = rf"recording the {engine.mode} cycle of \d+ slots: lower max_batch_size, .*; .* op by op, slower$"
     with no_memory_for_recordings(), pytest.warns(UserWarning, match=said) as warned:
         assert tokens() == tokens() == want
-    assert len(warned) == len(cycles()) and all(cycle.graph_bytes == 0 for cycle in cycles())
-    assert all(cycle.recorded and cycle.op_by_op for cycle in cycles())
+    assert len(warned) == len(cycles_of(engine)) and all(cycle.graph_bytes == 0 for cycle in cycles_of(engine))
+    assert all(cycle.recorded and cycle.op_by_op for cycle in cycles_of(engine))
     engine.runner.drop_cycles()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tokens() == want
-    assert not any(cycle.op_by_op for cycle in cycles())
+    assert not any(cycle.op_by_op for cycle in cycles_of(engine))
 
 
 def _interrupt() -> None:
@@ -98,7 +99,7 @@ def _interrupt() -> None:
 
 
 def _wait_elsewhere() -> None:
-    """Another thread waits for the whole device, which it may not, or gets an error for."""
+    """Another thread waits for the whole device, which may be an error there."""
 
     def wait():
         with contextlib.suppress(Exception):
@@ -109,7 +110,7 @@ def _wait_elsewhere() -> None:
     thread.join(30)
 
 
-# By what a recording may be spoilt in its middle: whoever steps the engine then gets an error, of the last one perhaps.
+# By what a recording may be spoilt in its middle. Of the first two an error reaches whoever steps the engine.
 SPOILERS = {
     "interrupt": _interrupt,
     "wait": lambda: torch.cuda.synchronize(),
@@ -120,9 +121,6 @@ SURE = "interrupt", "wait"
 
 def check_a_spoilt_recording(engine: Engine, jobs: list[Job], spoiler: str) -> None:
     """Nothing is lost: the same tokens after it, and everything is recorded and replayed as ever."""
-
-    def cycles():
-        return list(engine.runner._cycles.values())
 
     def decoded(failures: list) -> list[list[int]]:
         names, got = [engine.submit(*job) for job in jobs], {}
@@ -145,15 +143,15 @@ def check_a_spoilt_recording(engine: Engine, jobs: list[Job], spoiler: str) -> N
             SPOILERS[spoiler]()
 
     want = decoded(failures)
-    before, recorded = engine.metrics.as_dict()["tokens"], len(cycles())
+    before, recorded = engine.metrics.as_dict()["tokens"], len(cycles_of(engine))
     assert recorded > 1 and not failures
     engine.runner.drop_cycles()
     with amid_recordings(spoil):
         assert decoded(failures) == want
     assert len(failures) == 1 if spoiler in SURE else len(failures) <= 1, failures
     assert all(isinstance(error, KeyboardInterrupt) == (spoiler == "interrupt") for error in failures), failures
-    assert struck[1] > before + len(jobs) and len(struck) >= len(cycles()) + len(failures)
-    assert len(cycles()) > 1 and all(c.recorded and not c.op_by_op for c in cycles())
+    assert struck[1] > before + len(jobs) and len(struck) >= len(cycles_of(engine)) + len(failures)
+    assert len(cycles_of(engine)) > 1 and all(c.recorded and not c.op_by_op for c in cycles_of(engine))
     failed = len(failures)
     assert decoded(failures) == want and len(failures) == failed
 
