@@ -4,7 +4,8 @@
   every cycle, acceptance read back to the host: how transformers-style code does it.
 * :class:`StaticCache`: the best that a user would get from torch without ``torch.compile``: fused weights, a
   preallocated cache written in place, SDPA with a mask, and the whole cycle as one CUDA graph (eager on the CPU), any
-  number of sequences.
+  number of sequences. On a GPU, SDPA's kernel for masks does not share out one sequence's keys among many SMs, as the
+  one without may: at long contexts the other way may be the faster one.
 
 Both are greedy and give the tokens of AR decoding, up to rounding.
 """

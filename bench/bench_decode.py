@@ -61,7 +61,7 @@ def simulated_row(bench: Bench, batch: int, context: int, mode: str) -> dict:
         place(engine, batch, context)
         for _ in range(WARM_UP):
             engine.step()
-        bench.sync()
+        bench.begin()
         start, tokens = time.perf_counter(), 0
         for _ in range(bench.args.cycles):
             tokens += sum(len(out.new_token_ids) for out in engine.step())

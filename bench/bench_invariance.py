@@ -21,7 +21,7 @@ from orthrus_rt import native, ops
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.weights import pack
 
-COLD_BYTES = 128 << 20
+COLD_BYTES = 128 << 20  # between two uses of the same copy, at least
 
 
 def least_times(candidates: dict, copies: int, device, rounds: int) -> dict[str, float]:
@@ -45,7 +45,7 @@ def least_times(candidates: dict, copies: int, device, rounds: int) -> dict[str,
 def linear_rows(config: ModelConfig, op: str, num_rows: list[int], device, rounds: int) -> list[dict]:
     n, k = linear_shapes(config)[op]
     bf16 = dict(dtype=torch.bfloat16, device=device)
-    copies = max(1, COLD_BYTES // (2 * n * k))
+    copies = 1 + -(-COLD_BYTES // (2 * n * k))
     plain = [(torch.randn(n, k, device=device) * k**-0.5).bfloat16()]
     plain += [plain[0].clone() for _ in range(copies - 1)]
     packed = [pack(w, gate_up=op == "gate_up") for w in plain]

@@ -15,8 +15,7 @@ import torch
 
 from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report
 from bench.models import SHAPES, config_of, linear_shapes
-from orthrus_rt import native, ops
-from orthrus_rt.huge_pages import huge_pages
+from orthrus_rt import huge_pages, native, ops
 from orthrus_rt.weights import PackedWeight, pack
 
 OPS = ("qkv", "o", "gate_up", "down", "lm_head")
@@ -79,7 +78,7 @@ class Chain:
         n, k = self.shapes[op]
         packed = self.weights[op][layer]
         if packed.coded and (op, layer) not in self.plain:
-            self.plain[op, layer] = huge_pages.empty(torch.Size([n, k]), torch.bfloat16).normal_()
+            self.plain[op, layer] = huge_pages.empty([n, k], torch.bfloat16).normal_()
         weight = self.plain[op, layer] if packed.coded else packed.data.view(-1, k)[:n]
         inputs = {"o": self.attn, "down": self.act}.get(op, self.x)
         if op == "lm_head":

@@ -4,8 +4,9 @@ The embedded model behind an AsyncEngine; ``rate`` requests a second arrive by a
 in turn, of drawn lengths, the same for every mode. ``tok_s``: tokens of all requests, from the first arrival to the
 last token. ``ttft``: from a request's arrival to its first token, its time in the queue included. ``tpot``: from there
 to its last, per token. Of rounds, in which the modes take turns in another order each, the median counts, as it does of
-``over_first``, the throughput's ratio to that of the first mode within a round. Every mode must give the same tokens,
-whatever company each request had.
+``over_first``, the throughput's ratio to that of the first mode within a round. ``recording_s``: seconds that went into
+recording cycles; on a GPU, where each of them takes as long as many cycles, all requests come once before they count.
+Every mode must give the same tokens, whatever company each request had.
 
     python -m bench.bench_serving --out DIR
 """
@@ -40,6 +41,16 @@ class Asked:
     first = last = 0.0
 
 
+@dataclass
+class Served:
+    asked: list[Asked]
+    recording_s: float
+
+    @property
+    def tok_s(self) -> float:
+        return sum(len(a.tokens) for a in self.asked) / max(a.last for a in self.asked)
+
+
 def arrivals(tokenizer, rate: float, args) -> list[Asked]:
     """Drawn alike for every mode."""
     drawn, at, asked = random.Random(0), 0.0, []
@@ -67,8 +78,8 @@ async def serve(shared: AsyncEngine, asked: list[Asked]) -> None:
     await asyncio.gather(*map(client, asked))
 
 
-def run(mode: str, rate: float, args) -> list[Asked]:
-    """One engine, which decodes a few requests first and then those that count."""
+def run(mode: str, rate: float, args) -> Served:
+    """One engine, which decodes some requests first and then those that count."""
     engine = Engine.from_pretrained(
         "smollm2-135m", device=str(args.device), mode=mode, max_seq_len=1024, max_batch_size=args.batch,
         draft_len=args.draft_len if mode == "two_pass" else None, prefix_caching=False,
@@ -76,29 +87,33 @@ def run(mode: str, rate: float, args) -> list[Asked]:
     engine.warmup()
 
     first, asked = (arrivals(engine.tokenizer, how_often, args) for how_often in (1e9, rate))
+    first = first[: args.batch]
+    if args.device.type == "cuda":
+        first = arrivals(engine.tokenizer, rate, args)
 
-    async def all_of_it() -> list[Asked]:
+    def recording_s() -> float:
+        return engine.metrics.times.get("recording", (0, 0.0))[1]
+
+    async def all_of_it() -> Served:
         async with AsyncEngine(engine) as shared:
-            await serve(shared, first[: args.batch])
+            await serve(shared, first)
+            before = await shared.call(lambda _: recording_s())
             await serve(shared, asked)
-            return asked
+            return Served(asked, await shared.call(lambda _: recording_s()) - before)
 
     return asyncio.run(all_of_it())
 
 
-def tok_s(asked: list[Asked]) -> float:
-    return sum(len(a.tokens) for a in asked) / max(a.last for a in asked)
-
-
-def row(mode: str, rate: float, runs: dict[str, list[list[Asked]]], batch: int) -> dict:
+def row(mode: str, rate: float, runs: dict[str, list[Served]], batch: int) -> dict:
     """Medians over rounds of what each had."""
     rounds, first = runs[mode], next(iter(runs.values()))
-    found = {"mode": mode, "rate": rate, "batch": batch, "requests": len(rounds[0])}
-    found["tok_s"] = statistics.median(map(tok_s, rounds))
-    found["over_first"] = statistics.median(tok_s(a) / tok_s(b) for a, b in zip(rounds, first, strict=True))
+    found = {"mode": mode, "rate": rate, "batch": batch, "requests": len(rounds[0].asked)}
+    found["tok_s"] = statistics.median(served.tok_s for served in rounds)
+    found["over_first"] = statistics.median(a.tok_s / b.tok_s for a, b in zip(rounds, first, strict=True))
+    found["recording_s"] = statistics.median(served.recording_s for served in rounds)
     measures = {"ttft": lambda a: a.first - a.at, "tpot": lambda a: (a.last - a.first) / (len(a.tokens) - 1)}
     for name, of in measures.items():
-        each = [statistics.quantiles(map(of, asked), n=100, method="inclusive") for asked in rounds]
+        each = [statistics.quantiles(map(of, served.asked), n=100, method="inclusive") for served in rounds]
         for percent in (50, 90):
             found[f"{name}_p{percent}_ms"] = 1e3 * statistics.median(cuts[percent - 1] for cuts in each)
     return found
@@ -118,14 +133,14 @@ def main() -> None:
         parser.error("percentiles and times between tokens want --requests of at least 2, --tokens of at least 3")
     rows = []
     for rate in args.rate:
-        runs: dict[str, list[list[Asked]]] = {mode: [] for mode in args.modes}
+        runs: dict[str, list[Served]] = {mode: [] for mode in args.modes}
         order = deque(args.modes)
         for _ in range(args.rounds):
             for mode in order:
                 runs[mode].append(run(mode, rate, args))
             order.rotate()
-        want = [one.tokens for one in runs[args.modes[0]][0]]
-        if any([one.tokens for one in asked] != want for rounds in runs.values() for asked in rounds):
+        want = [one.tokens for one in runs[args.modes[0]][0].asked]
+        if any([one.tokens for one in served.asked] != want for rounds in runs.values() for served in rounds):
             raise SystemExit("bench_serving: two modes gave other tokens")
         rows += [row(mode, rate, runs, args.batch) for mode in runs]
         print(*rows[-len(runs) :], sep="\n", flush=True)

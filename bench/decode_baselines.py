@@ -68,7 +68,7 @@ def baseline_row(bench: Bench, name: str, weights: Weights, batch: int, context:
     cycle = simulated_cycle(bench, name, weights, batch, context, mode)
     for _ in range(WARM_UP):
         cycle()
-    bench.sync()
+    bench.begin()
     start, tokens = time.perf_counter(), 0
     for _ in range(bench.args.cycles):
         tokens += sum(map(len, cycle()))

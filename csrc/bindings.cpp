@@ -205,7 +205,13 @@ Launcher on_cuda() {
 void bind_cuda_op(py::module_& m, const char* op, std::vector<Launcher> launchers) {
   m.def(op, [op, launchers = std::move(launchers)](py::handle params, uintptr_t stream) {
     const Launcher& launcher = choose(op, launchers, params);
-    check(op, launcher.launch(launcher.params_class->data_of(params.ptr()), reinterpret_cast<void*>(stream)));
+    const void* data = launcher.params_class->data_of(params.ptr());
+    int error;
+    {
+      py::gil_scoped_release release;  // a launch waits where the queue is full
+      error = launcher.launch(data, reinterpret_cast<void*>(stream));
+    }
+    check(op, error);
   });
 }
 

@@ -1,8 +1,9 @@
 """``mode="auto"`` in an engine: the policy, its candidates on this runner, and the cycles timed for it.
 
-Costs come from :meth:`Auto.warmup`, which measures them once per device, model and version, keeps them in the user's
-cache folder, and looks every time whether they still hold. Without it they come from the cycles that run: a fresh
-policy begins with a few of AR, to know what they cost, so the first request never waits for measurements.
+Costs come from :meth:`Auto.warmup`, which measures them once per device, number of threads, model and version, and
+keeps them in the user's cache folder: later engines begin with them, and later warm-ups look whether they still hold.
+Where none are kept they come from the cycles that run: a fresh policy begins with a few of AR, to know what they cost,
+so the first request never waits for measurements.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ MAX_ROWS = 512  # of a one_pass candidate: more are bound by arithmetic, where o
 RIDGE_ROWS = {"cpu": 32, "cuda": 256}  # where a pass begins to cost more, until it is measured
 CONTEXT = 256  # committed tokens of a sequence in a warm-up
 REPEATS = 5
+BUSY_CLOCKS = 1_000_000  # of a GPU: about half a millisecond, in which a cycle is launched
 log = logging.getLogger("orthrus_rt")
 
 
@@ -35,22 +37,33 @@ class Auto:
     Args:
         plan: its block_len is the longest that may run; its fan_out the only one, or 0 for several.
         num_slots: the engine's largest batch. device: where cycles run.
-        identity: whatever else decides what a cycle costs: model, dtype, implementation, version.
+        identity: whatever else decides what a cycle costs: model, dtype, implementation, threads, version.
+
+    Attributes:
+        known: costs are a warm-up's, this one's or a kept one's.
     """
 
     def __init__(self, plan: CyclePlan, num_slots: int, device: torch.device, identity: str):
         plans = candidate_plans(plan.block_len, plan.fan_out)
         self.plan, self._device = plan, device
-        self._key = f"{identity} | {num_slots} slots | {' '.join(p.label for p in plans)}"
-        costs = PassCosts(RIDGE_ROWS[device.type])
+        self._plans = f"{num_slots} slots | {' '.join(p.label for p in plans)}"
+        self._key, self._costs = "", PassCosts(RIDGE_ROWS[device.type])
+        self._look_up(identity)
+        self.policy = Policy(plans, num_slots, self._costs, max_rows=MAX_ROWS)
+        self._buckets = batch_buckets(num_slots)
+
+    def _look_up(self, identity: str) -> None:
+        """Begin with kept costs of this identity, unless these are its own already."""
+        key = f"{identity} | {self._plans}"
+        if key == self._key:
+            return
+        self._costs.forget()
+        self._key, self._file, self.known = key, None, False
         try:
-            self._file = cache_file(cache_root(), self._key)
-            self.measured = costs.load(self._file, self._key)
+            self._file = cache_file(cache_root(), key)
+            self.known = self._costs.load(self._file, key)
         except NoCacheFolder as error:
             log.info("the times of a warm-up are not kept: %s", error)
-            self._file, self.measured = None, False
-        self.policy = Policy(plans, num_slots, costs, max_rows=MAX_ROWS)
-        self._buckets = batch_buckets(num_slots)
 
     def shapes(self) -> list[tuple[CyclePlan, int]]:
         """``(plan, slots)`` of every cycle that may run."""
@@ -76,20 +89,21 @@ class Auto:
         """
         from tqdm import tqdm
 
+        self._look_up(engine._identity())  # torch may have another number of threads by now
         with tqdm(total=len(self.shapes()), desc="warm-up", unit="cycle", disable=not progress) as bar:
             for slots in self._buckets:
                 self._warm(engine, slots, bar)
-        self.measured = True
+        self.known = True
         if self._file is None:
             return
         try:
-            self.policy.costs.save(self._file, self._key)
+            self._costs.save(self._file, self._key)
         except OSError as error:
             self._file = None  # said once
             warnings.warn(f"the times of this warm-up cannot be kept for the next one: {error}", stacklevel=2)
 
     def _warm(self, engine, slots: int, bar) -> None:
-        costs, plans = self.policy.costs, self.policy.plans_of(slots)
+        costs, plans = self._costs, self.policy.plans_of(slots)
         room = engine.kv.num_free_pages // slots * PAGE_SIZE - engine.config.block_len
         context = min(CONTEXT, room, most_context(engine, plans))
         if context < 1:
@@ -107,18 +121,20 @@ class Auto:
                         if not (cycle := start(plan)).steady:
                             cycle.run()
                     worth.append(plan)
-                    if not self.measured:  # twice: a burst of other work leaves out what could pay
+                    if not self.known:  # twice: a burst of other work leaves out what could pay
                         costs.set(slots, plan, min(self._seconds(start(plan)) for _ in range(2)))
                 bar.update()
             # In turns, so that a burst of other work on the machine meets all alike, or few.
-            repeats = 1 if self.measured else REPEATS
+            repeats = 1 if self.known else REPEATS
             rounds = [[self._seconds(start(plan)) for plan in worth] for _ in range(repeats)]
             for plan, seconds in zip(worth, zip(*rounds, strict=True), strict=True):
-                (costs.observe if self.measured else costs.set)(slots, plan, statistics.median(seconds))
+                (costs.observe if self.known else costs.set)(slots, plan, statistics.median(seconds))
 
     def _seconds(self, cycle: Cycle) -> float:
-        """By the clock that times decoding."""
+        """By the clock that times decoding; launched, as there, while the device is busy."""
         stopwatch = Stopwatch(self._device)
+        if self._device.type == "cuda":
+            torch.cuda._sleep(BUSY_CLOCKS)
         with stopwatch.time("cycle") as stretch:
             cycle.run()
         if self._device.type == "cuda":

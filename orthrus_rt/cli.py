@@ -18,6 +18,7 @@ from orthrus_rt.cli_options import (
     add_model_options,
     check_length,
     check_num_prompts,
+    check_samples,
     check_used,
     in_options,
     load_engine,
@@ -148,9 +149,9 @@ def run_generate(args) -> int:
         presence_penalty=args.presence_penalty, frequency_penalty=args.frequency_penalty,
         logit_bias=tuple(args.logit_bias), min_tokens=args.min_tokens,
     )  # fmt: skip
-    for name in ("top_k", "top_p", "min_p"):
-        if params.greedy and getattr(params, name) != getattr(SamplingParams, name):
-            raise ValueError(f"--{name.replace('_', '-')} is for sampling: --temperature must be above 0, got 0")
+    for name in ("top_k", "top_p", "min_p", "seed"):
+        if getattr(params, name) != getattr(SamplingParams, name):
+            check_samples(f"--{name.replace('_', '-')}", params)
     engine = load_engine(args, args.mode)
     chat = bool(engine.tokenizer.chat_template) if args.chat is None else args.chat
     prompt_ids = prompts.encode(engine.tokenizer, text, chat=chat)

@@ -74,6 +74,12 @@ def check_used(args, option: str, modes: list[str]) -> None:
             raise ValueError(f"{has}: {option} must name one of them, got {' '.join(modes)}")
 
 
+def check_samples(option: str, params) -> None:
+    """``option`` was given, which says how to sample."""
+    if params.greedy:
+        raise ValueError(f"{option} is for sampling: --temperature must be above 0, got 0")
+
+
 def check_length(ids: list[int], engine, what: str) -> None:
     if len(ids) >= (most := engine.config.max_position_embeddings):
         raise ValueError(f"{what} has {len(ids)} tokens: this model takes fewer than {most}")

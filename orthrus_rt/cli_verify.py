@@ -12,6 +12,7 @@ from orthrus_rt.cli_options import (
     add_model_options,
     check_length,
     check_num_prompts,
+    check_samples,
     check_used,
     load_engine,
     read_utf8,
@@ -41,7 +42,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="also decode N prompts together in each mode")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="of sampling (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -51,7 +52,9 @@ def run(args) -> int:
 
     check_used(args, "--modes", args.modes)
     todo = _prompts(args)
-    params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
+    params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed or 0)
+    if args.seed is not None:
+        check_samples("--seed", params)
     verify.check(len(todo), params, args.modes, args.batch, args.against)
     engine = load_engine(args, max_batch_size=args.batch)
     ids = [prompt.encode(engine.tokenizer) for prompt in todo]
@@ -73,7 +76,7 @@ def run(args) -> int:
         print(json.dumps(facts | {"different": different, "near_ties": ties, "prompts": results}))
     else:
         ways = ", ".join(c.way for c in comparisons)
-        how = f"temperature {args.temperature:g}, seed {args.seed}" if args.temperature else "greedy"
+        how = "greedy" if params.greedy else f"temperature {args.temperature:g}, seed {params.seed}"
         rest = f", {ties} with near-ties within rounding" if ties else ""
         rest += f", {different} differ" if different else ""
         print(f"{args.modes[0]} against {ways} ({args.dtype}, {how}):")

@@ -42,10 +42,24 @@ def with_index(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+STAGED_BYTES = 64 << 10  # of pageable memory, which CUDA stages before it returns; for more it may wait
+
+
+def copy_up(there: torch.Tensor, host: torch.Tensor) -> None:
+    """``there.copy_(host)`` of one dimension, without its wait for what the device is doing; ``host``, which is
+    pageable, may be written again at once.
+    """
+    step = STAGED_BYTES // host.element_size()
+    for part, values in zip(there.split(step), host.split(step), strict=True):
+        part.copy_(values, non_blocking=True)
+
+
 def upload(values, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``torch.tensor(values, device=device)`` without its wait for what the device is doing, for up to 64 KB."""
+    """``torch.tensor(values, device=device)`` of flat values, as :func:`copy_up` brings them there."""
     host = torch.tensor(values, dtype=dtype, device="cpu")
-    return host.to(device, non_blocking=True)  # pageable: staged before it returns
+    there = torch.empty_like(host, device=device)
+    copy_up(there, host)
+    return there
 
 
 def put(column: torch.Tensor, index: int, value) -> None:

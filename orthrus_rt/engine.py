@@ -103,7 +103,7 @@ class Engine(Generation):
                 self.model = Model(checkpoint, device=self.device, dtype=dtype, max_seq_len=sizes.max_seq_len)
                 self.runner = Runner(
                     self.model, num_slots=sizes.max_batch_size, max_seq_len=sizes.max_seq_len,
-                    shapes=self._shapes(self._default_plan, sizes.max_batch_size), num_pages=sizes.num_pages + 1,
+                    shapes=self._shapes(self._default_plan, sizes.max_batch_size), num_pages=sizes.num_pages,
                     max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS,
                 )  # fmt: skip
             if prefix_caching and not dispatch.row_invariant(self.device, dtype):
@@ -392,9 +392,13 @@ class Engine(Generation):
         self._check_open()
         return memory_report(self)
 
-    @exclusive
-    def next_logits(self, token_ids: list[int]) -> torch.Tensor:
+    def next_logits(self, token_ids: TokenIds) -> torch.Tensor:
         """AR logits fp32 ``[vocab_size]`` for the token after at most ``max_seq_len`` ids, while no request runs."""
+        self._check_open()
+        return self._next_logits(on_host(token_ids))
+
+    @exclusive
+    def _next_logits(self, token_ids: TokenIds) -> torch.Tensor:
         if any(self.scheduler.slots):
             raise RuntimeError("next_logits: no request may be running")
         ids = check_prompt(token_ids, self.config.vocab_size, sys.maxsize, "token_ids")

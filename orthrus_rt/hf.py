@@ -72,7 +72,9 @@ class OrthrusForCausalLM:
         if revision is not None and model != EMBEDDED_NAME and not Path(model).is_dir():
             model = f"{model}@{revision}"
         return cls(
-            Engine.from_pretrained(model, device=str(device_map), dtype=dtype, max_batch_size=1, **engine_arguments)
+            Engine.from_pretrained(
+                model, device=str(device_map), dtype=dtype, mode="two_pass", max_batch_size=1, **engine_arguments
+            )
         )
 
     @property

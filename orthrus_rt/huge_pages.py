@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 
 from orthrus_rt import dispatch
 
 
-class HugePages:
+class Blocks:
     """Tensors in blocks that ask for huge pages: a pass reads every weight and every key once, so with 4 KiB pages it
     also reads most of the page tables. Small ones share a block, which is freed with the last of them once the next is
     begun.
@@ -40,9 +41,11 @@ class HugePages:
         return block
 
 
-huge_pages = HugePages()
+blocks = Blocks()
 
 
-def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """In huge pages on a CPU."""
-    return huge_pages.empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """In huge pages on a CPU, which is where it is if nothing is said."""
+    if device is None or device.type == "cpu":
+        return blocks.empty(torch.Size(shape), dtype)
+    return torch.empty(shape, dtype=dtype, device=device)

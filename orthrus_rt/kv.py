@@ -25,14 +25,15 @@ class PagedKvCache:
 
     Attributes:
         max_seq_len: positions of a sequence, at most.
-        k_pages, v_pages: per layer ``[num_pages, num_heads_kv, 64, head_dim]``. What lies beyond the positions that a
-            slot committed or is verifying is undefined: kernels never use it.
+        num_pages: those that slots may hold. There is one more, which nobody does: SINK_PAGE.
+        k_pages, v_pages: per layer ``[1 + num_pages, num_heads_kv, 64, head_dim]``. What lies beyond the positions that
+            a slot committed or is verifying is undefined: kernels never use it.
         page_table: int32 ``[num_slots, max_pages]``; entry i holds positions ``64*i ... 64*i+63``.
     """
 
     def __init__(self, config: ModelConfig, *, num_slots: int, max_seq_len: int, num_pages: int, device, dtype):
         self.max_seq_len, self.max_pages, self.num_pages = max_seq_len, pages.num_pages(max_seq_len), num_pages
-        shape = torch.Size((config.num_layers, 2, num_pages, config.num_heads_kv, PAGE_SIZE, config.head_dim))
+        shape = torch.Size((config.num_layers, 2, 1 + num_pages, config.num_heads_kv, PAGE_SIZE, config.head_dim))
         self.pages = huge_pages.empty(shape, dtype, torch.device(device))
         self.k_pages = [self.pages[i, 0] for i in range(config.num_layers)]
         self.v_pages = [self.pages[i, 1] for i in range(config.num_layers)]
@@ -41,7 +42,7 @@ class PagedKvCache:
 
     def reset(self) -> None:
         """Every page is free, and none holds anything."""
-        self.pool = PagePool(range(SINK_PAGE + 1, self.num_pages))
+        self.pool = PagePool(range(SINK_PAGE + 1, SINK_PAGE + 1 + self.num_pages))
         self._held: list[list[int]] = [[] for _ in range(self.page_table.shape[0])]
         self.page_table.fill_(SINK_PAGE)
 

@@ -137,7 +137,7 @@ class Metrics:
             "waiting": len(scheduler.waiting) if scheduler else 0,
             "running": len(scheduler.active) if scheduler else 0,
             "pages_free": kv.num_free_pages if kv else 0,
-            "pages": kv.num_pages - 1 if kv else 0,
+            "pages": kv.num_pages if kv else 0,
         }
 
     def as_prometheus(self) -> str:

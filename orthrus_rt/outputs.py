@@ -12,11 +12,13 @@ class Stats:
 
     Attributes:
         prompt_tokens: of the prompt.
-        mode: the mode that ran last. block_len: its K (1 for ``ar``). fan_out: its blocks (``one_pass``, else 0).
+        mode: the mode that ran last. block_len: its K (1 for ``ar``). fan_out: its blocks (``one_pass``, else 0). Empty
+            and 0 before the first decode cycle, which the first token does not take.
         cached_tokens: those of the prompt that were not computed, as the cache held their keys and values from before.
         tokens: generated tokens, the stop token included.
         cycles: decode cycles. passes: forward passes of these cycles, of any view.
-        misses: ``one_pass`` cycles that had no drafts to verify: none of the blocks before fitted what happened.
+        misses: ``one_pass`` cycles that had no drafts to verify: the first, for which nothing was drafted, and those
+            behind one none of whose blocks fitted what happened.
         plans: cycles by plan: ``ar``, ``two_pass/7`` (drafts), ``one_pass/15x4`` (drafts, fan_out).
         accepted: histogram, ``accepted[j]`` cycles accepted j drafts.
         seconds: from the first token to the last; prefill_seconds: from the start of the prefill to the first token;

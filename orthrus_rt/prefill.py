@@ -1,8 +1,8 @@
 """Prefill: prompts' tokens through the AR view, in passes of their own or before the rows of a cycle's last pass, which
 then reads the weights for both.
 
-Where a device records, passes have few shapes, each replayed from its second use on: launched op by op, even the
-shortest prompt takes the host milliseconds, in which the GPU and all who decode wait.
+On a GPU passes are padded to few shapes, each replayed from its second use on: launched op by op, even the shortest
+prompt takes the host milliseconds, in which the GPU and all who decode wait.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from orthrus_rt import dispatch
+from orthrus_rt.device import copy_up
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.recording import Recorded
@@ -129,7 +130,7 @@ class PromptRows:
         """The next pass is of these; ``picked`` are the rows that choose. A cycle's own rows have to be staged anew."""
         lay_out(chunks, self._fields[:, : self.shape.rows], self._group_start)
         self._picked[: len(picked)] = picked
-        self._buffer.copy_(torch.from_numpy(self._host), non_blocking=True)  # pageable: as in upload()
+        copy_up(self._buffer, torch.from_numpy(self._host))
 
 
 def prefill_rows(chunks: list[Chunk], device) -> Rows:

@@ -6,6 +6,7 @@ Calls are not grouped by guesswork: the cycle runs once with each op recorded, s
 from __future__ import annotations
 
 import statistics
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -78,11 +79,16 @@ NBYTES = {
 
 
 def calls_of(run: Callable[[], object]) -> list[Call]:
-    """The ops that ``run()`` calls, in order. Native CPU calls are taped instead of run, others run as they come."""
+    """The ops that ``run()`` calls, in order. Native CPU calls are taped instead of run, others run as they come; and
+    other threads' calls meanwhile, with engines of their own.
+    """
     calls: list[Call] = []
+    thread = threading.get_ident()
 
     def recorder(op: str, real: Callable):
         def record(*args, **kwargs):
+            if threading.get_ident() != thread:
+                return real(*args, **kwargs)
             again = partial(real, *args, **kwargs)
             if dispatch.native() is not None:
                 tape = dispatch.native().cpu.Tape()  # a call without Python's share of it

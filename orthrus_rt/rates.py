@@ -55,7 +55,7 @@ def _warm(engine, ids, options) -> None:
     Prompts of one token are decoded from the first step on, all at once. An engine in mode ``auto`` knows itself which
     cycles that mode may run.
     """
-    for _ in range(2 if engine.runner.records_prefill else 1):
+    for _ in range(2 if engine.runner.pads_prefill else 1):
         engine.generate(ids, SamplingParams(max_new_tokens=4), **options)
     if engine.mode == options["mode"] == "auto":
         return engine.warmup()

@@ -26,6 +26,32 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
         return torch.cuda.ExternalStream(dispatch.native().cuda.new_stream(), device)
 
 
+@functools.cache
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device)
+
+
+class _Captured:
+    """A graph of ``device`` for torch.cuda.graph, whose capture leaves the program's random numbers alone. As one
+    begins, torch 2.11 marks the state of the device's generator: until it ends, every other thread that draws from it
+    gets an error, and after one that could not end everybody does. So a state of our own stands in as it begins. (Who
+    draws in these microseconds draws from that one.)
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device):
+        self._graph, self._device = graph, device
+        self.capture_end = graph.capture_end
+
+    def capture_begin(self, *args, **kwargs) -> None:
+        generator = torch.cuda.default_generators[self._device.index]
+        state = generator.graphsafe_get_state()
+        try:
+            generator.graphsafe_set_state(_generator(self._device))
+            self._graph.capture_begin(*args, **kwargs)
+        finally:
+            generator.graphsafe_set_state(state)
+
+
 _one_at_a_time = threading.RLock()
 # Graphs whose capture did not end as it should: torch's allocator of pinned memory goes on asking them whether a stream
 # is theirs, and nothing in Python tells it to stop.
@@ -174,15 +200,14 @@ class Recorded:
         torch.cuda.empty_cache()  # as recording itself begins: what it gives back is not the graph's
         before = torch.cuda.memory_reserved(device)
         # thread_local: what other threads do meanwhile, with models of their own, does not spoil the recording, unless
-        # one waits for the whole device. Where one is spoilt, torch's context leaves its own stream current. What torch
-        # makes once for all graphs of the process, the state of its generator, must be of use outside inference mode
-        # too.
+        # one waits for the whole device. Where one is spoilt, torch's context leaves its own stream current. The state
+        # of a generator, which torch makes with the first graph and writes for each, is always of no inference mode.
         try:
             with (
                 stream_scope(stream_of(device)),
                 torch.inference_mode(False),
                 torch.cuda.graph(
-                    graph,
+                    _Captured(graph, device),
                     pool=self.workspace.graph_pool,
                     stream=_recording_stream(device),
                     capture_error_mode="thread_local",

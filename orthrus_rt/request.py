@@ -66,6 +66,10 @@ class Request:
         return self.prompt + self.tokens[:-1]
 
     @property
+    def num_known(self) -> int:
+        return len(self.prompt) + max(0, len(self.tokens) - 1)
+
+    @property
     def num_cached(self) -> int:
         """Tokens, at least so many, whose keys and values are in the cache as far as the host knows."""
         return self.length - 1 if self.decoding else self.prefilled

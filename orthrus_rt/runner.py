@@ -80,7 +80,7 @@ class Runner:
         self.num_posted = 0  # flights ever launched
         self._cycles: dict[tuple, Cycle] = {}
         # Not on the CPU, where every row of padding costs its arithmetic.
-        self.records_prefill = model.device.type == "cuda" and dispatch.row_invariant(model.device, model.dtype)
+        self.pads_prefill = model.device.type == "cuda" and dispatch.row_invariant(model.device, model.dtype)
         self._with_prompts: dict[tuple, PrefillPass | Cycle] = {}  # those used last at the end
         self._mailboxes: list[SlotResults] = []
         self._room = (0, 0)
@@ -257,10 +257,10 @@ class Runner:
         return self._cached(shape, (), build)
 
     def _cached(self, shape: PrefillShape, cycle: tuple, build):
-        """``build(shape)``, of a ``cycle`` or of a pass by itself. Where passes with prompts are recorded, the shape is
+        """``build(shape)``, of a ``cycle`` or of a pass by itself. Where passes with prompts are padded, the shape is
         padded first and the MAX_RECORDINGS used last are kept.
         """
-        if not self.records_prefill:
+        if not self.pads_prefill:
             this = build(shape)
             if self.model.device.type == "cpu":
                 this.record()  # an op's Python runs three times as fast here as behind one that has swept the caches
@@ -275,7 +275,7 @@ class Runner:
     def warm_up_prefills(self) -> None:
         """Record, where that is done, passes of one prompt for every padded number of rows, which are invalid here."""
         most = self.most_prompt_rows
-        sizes = {min(round_up(n), most) for n in range(1, most + 1)} if self.records_prefill else ()
+        sizes = {min(round_up(n), most) for n in range(1, most + 1)} if self.pads_prefill else ()
         for rows in sorted(sizes):
             for chosen in (0, 1) if rows == most else (1,):
                 this = self._prefill_pass(PrefillShape(rows, 1, rows, chosen, False))

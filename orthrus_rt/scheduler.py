@@ -54,7 +54,7 @@ class Scheduler:
             return None
         request, slot = next(iter(self.waiting.values())), self.slots.index(None)
         # One token is computed in any case: the last row of a prompt gives the first token.
-        names = request.names_of_pages(len(request.known) - 1) if self.prefix_caching else []
+        names = request.names_of_pages(request.num_known - 1) if self.prefix_caching else []
         try:
             found = self.kv.open(slot, names, min(request.length + margin, request.limit))
         except OutOfPages:

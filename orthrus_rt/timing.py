@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from orthrus_rt.huge_pages import huge_pages
+from orthrus_rt import huge_pages
 
 SLEEP_CYCLES = 1_000_000  # of the device, about 0.5 ms; up to 64 times as many where the host is slow to launch
 CHUNK = 100  # runs launched behind one sleep; far below the driver's queue
@@ -96,7 +96,7 @@ def _on_device(runs, sleep: int) -> tuple[list[float], bool]:
 def read_bandwidth(device: torch.device) -> float:
     """GB/s of reading memory far larger than any cache, in huge pages as weights are, and writing next to nothing."""
     if device.type != "cuda":
-        data = huge_pages.empty(torch.Size([64 << 20]), torch.float32).fill_(1.0)
+        data = huge_pages.empty([64 << 20], torch.float32).fill_(1.0)
         return data.numel() * 4e-3 / measure(lambda: torch.dot(data, data), device)["p20"]
     from orthrus_rt.triton_kernels.sum_words import num_sums, sum_words
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from orthrus_rt import dispatch
+from orthrus_rt import dispatch, huge_pages
 from orthrus_rt.device import device_scope
-from orthrus_rt.huge_pages import huge_pages
 
 # CPU: strips of 32 outputs (16 gates and their 16 ups for silu_mul) x one word of inputs (two bfloat16, one float32),
 # so that one vector instruction takes 16 outputs' words from one cache line; one partial maximum per 512 ids. See
@@ -94,7 +93,7 @@ def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
         cpu.set_num_threads(torch.get_num_threads())
         encoder = cpu.WeightEncoder(strips.data_ptr(), *strips.shape[:2])
         if encoder.nbytes <= MOST_CODED * strips.nbytes:
-            coded = huge_pages.empty(torch.Size([encoder.nbytes // 2]), weight.dtype)
+            coded = huge_pages.empty([encoder.nbytes // 2], weight.dtype)
             encoder.write(coded.data_ptr())
             return coded, True
     data = huge_pages.empty(strips.shape, strips.dtype).copy_(strips)

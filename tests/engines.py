@@ -8,13 +8,13 @@ from orthrus_rt.outputs import RequestOutput
 Told = dict[str, tuple[list[int], str | None]]  # tokens so far and finish reason, by request id
 
 
-def make(folder: str, records_prefill: bool = False, *, mode: str = "two_pass", **how) -> Engine:
-    """On the CPU, and with ``records_prefill`` its prefill passes padded, recorded and replayed as on CUDA.
+def make(folder: str, pads_prefill: bool = False, *, mode: str = "two_pass", **how) -> Engine:
+    """On the CPU, and with ``pads_prefill`` its prefill passes padded, recorded and replayed as on CUDA.
 
     No sizes: ``make = partial(engines.make, max_seq_len=128)`` shows in each file those that its tests depend on.
     """
     engine = Engine.from_pretrained(folder, device="cpu", mode=mode, **how)
-    engine.runner.records_prefill = records_prefill
+    engine.runner.pads_prefill = pads_prefill
     return engine
 
 

@@ -120,7 +120,9 @@ SURE = "interrupt", "wait"
 
 
 def check_a_spoilt_recording(engine: Engine, jobs: list[Job], spoiler: str) -> None:
-    """Nothing is lost: the same tokens after it, and everything is recorded and replayed as ever."""
+    """Nothing is lost: the same tokens after it, and everything is recorded and replayed as ever; and the program can
+    draw random numbers on the device.
+    """
 
     def decoded(failures: list) -> list[list[int]]:
         names, got = [engine.submit(*job) for job in jobs], {}
@@ -152,6 +154,7 @@ def check_a_spoilt_recording(engine: Engine, jobs: list[Job], spoiler: str) -> N
     assert all(isinstance(error, KeyboardInterrupt) == (spoiler == "interrupt") for error in failures), failures
     assert struck[1] > before + len(jobs) and len(struck) >= len(cycles_of(engine)) + len(failures)
     assert len(cycles_of(engine)) > 1 and all(c.recorded and not c.op_by_op for c in cycles_of(engine))
+    torch.rand(1, device=engine.device)
     failed = len(failures)
     assert decoded(failures) == want and len(failures) == failed
 

@@ -82,10 +82,10 @@ class Sanitizer:
         cuda_host.FLAGS += self.flags
         import torch
 
-        from orthrus_rt.huge_pages import HugePages
+        from orthrus_rt.huge_pages import Blocks
 
         # Each weight and cache by itself: what lies beside one in a block is not looked at.
-        HugePages.empty = lambda _, shape, dtype: torch.empty(shape, dtype=dtype, device="cpu")
+        Blocks.empty = lambda _, shape, dtype: torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _library(name: str) -> str | None:

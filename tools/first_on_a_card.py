@@ -94,7 +94,7 @@ GROUPS = {
         tests("qkv_commit", 90),
         tests("dual_attn", 150),
         tests("consensus", 90),
-        tests("triton", 180, each_s=100),  # it compiles
+        tests("triton", 300, each_s=100),  # it compiles
         tests("row_linear", 120, "invariance and not sm80"),
         tests("row_linear", 120, "rewrite or reuse"),
         tests("f32", 90),

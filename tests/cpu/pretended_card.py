@@ -72,6 +72,12 @@ def shares(tensor: torch.Tensor, others) -> bool:
 class Graph(Tape):
     """Stands for torch.cuda.CUDAGraph."""
 
+    def capture_begin(self, *_, **__) -> None:
+        Tape.recording = self
+
+    def capture_end(self) -> None:
+        Tape.recording = None
+
     def replay(self) -> None:
         with torch._C.DisableTorchFunction(), torch.inference_mode():
             super().replay()
@@ -169,6 +175,8 @@ class Stream:
 
 
 class Generator:
+    graphsafe_get_state = graphsafe_set_state = staticmethod(lambda *_: None)
+
     def __new__(cls, device="cpu", make=torch.Generator):
         return make(on_host(device))
 
@@ -186,6 +194,14 @@ def torch_cuda(card: Card) -> dict:
         finally:
             streams.pop()
 
+    @contextlib.contextmanager
+    def graph(new, **_):
+        new.capture_begin()
+        try:
+            yield
+        finally:
+            new.capture_end()
+
     def synchronize(*_):
         assert Tape.recording is None, "synchronize() while capturing"
 
@@ -193,7 +209,7 @@ def torch_cuda(card: Card) -> dict:
     return dict.fromkeys(bytes_of, lambda *_: 0) | dict(
         Event=Event, Stream=Stream, CUDAGraph=Graph, is_available=lambda: True, device_count=lambda: 1,
         current_device=lambda: 0, get_device_name=lambda *_: "pretended", get_device_capability=lambda *_: (9, 0),
-        get_device_properties=lambda *_: properties, stream=stream, graph=lambda new, **_: new.record(),
+        get_device_properties=lambda *_: properties, stream=stream, graph=graph, default_generators=[Generator],
         is_current_stream_capturing=lambda: Tape.recording is not None,
         memory_stats=lambda *_: defaultdict(int, {"allocation.all.allocated": card.allocations}),
         mem_get_info=lambda *_: (80 << 30, 80 << 30), set_device=nothing,

@@ -101,7 +101,7 @@ def test_clients_come_and_go(folder, alone, monkeypatch, seed):
                 await asyncio.sleep(0.001)
             assert not shared._waiting and not shared._known_as
             assert not any(engine.scheduler.slots) and not engine.scheduler._live
-            assert engine.kv.num_free_pages == engine.kv.num_pages - 1
+            assert engine.kv.num_free_pages == engine.kv.num_pages
 
     with monkeypatch.context() as patch:
         patch.setattr(logging.getLogger("orthrus_rt"), "disabled", True)  # of steps that fail

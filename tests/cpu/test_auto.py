@@ -9,7 +9,7 @@ import torch
 
 from orthrus_rt import state as st
 from orthrus_rt.auto import Auto
-from orthrus_rt.cycle_plan import batch_bucket
+from orthrus_rt.cycle_plan import AR, batch_bucket
 from orthrus_rt.engine import Engine
 from orthrus_rt.policy import Policy
 from orthrus_rt.sampling import SamplingParams
@@ -188,8 +188,33 @@ def test_warmup_measures_once_per_device_and_model_and_looks_again(folder, cache
     assert json.loads(file.read_text())["seconds"] == now
     file.write_text(written[:50])
     third = engine(folder)
-    assert not third._autos[third._plan].measured
+    assert not third._autos[third._plan].known
     assert warmup(third, 1.0)[0] == table == json.loads(file.read_text())["seconds"]
+
+
+def test_a_warmup_on_other_threads_is_kept_as_theirs(folder, cache, monkeypatch):
+    """And measures in full, whatever was kept of the former number."""
+
+    def warmup(engine):
+        timed = []
+        seconds = 1e-3 * torch.get_num_threads()
+        monkeypatch.setattr(Auto, "_seconds", lambda self, cycle: timed.append(cycle.plan) or seconds)
+        engine.warmup()
+        return engine._autos[engine._plan].policy.costs.seconds(1, AR), len(timed)
+
+    def kept():
+        auto = engine(folder)._autos[plan]
+        return auto.known and auto.policy.costs.seconds(1, AR)
+
+    with threads(2):
+        first, in_full = warmup(engine(folder))
+        again = engine(folder)
+    plan = again._plan
+    assert not kept()
+    assert warmup(again) == (pytest.approx(first / 2), in_full)
+    assert kept() == pytest.approx(first / 2)
+    with threads(2):
+        assert kept() == pytest.approx(first)
 
 
 @pytest.mark.parametrize(("per_row", "dearer_stay_out"), [(0.0, False), (0.4e-3, True)])

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from bench import common
 from orthrus_rt import dispatch, native, ops, profile, recording, timing
 from orthrus_rt.cycle import Cycle
-from orthrus_rt.device import pick_device, with_index
+from orthrus_rt.device import pick_device, upload, with_index
 from orthrus_rt.engine import Engine
 from orthrus_rt.exclusive import Turn, exclusive
 from orthrus_rt.sampling import SamplingParams
@@ -74,6 +74,13 @@ class Recordings:
         self.streams, self.replays, self.eager, self.inference, self.collecting = 0, 0, 0, [], []
         self.fail_at: dict[str, BaseException] = {}  # "refused", "begin", "run", "end", "replay": what each raises
         self.pools_underway, self.pool_users = [], 0  # of torch's allocator
+        self.state, self.marked = "the program's", []  # of the default generator; states that captures marked
+
+    def graphsafe_get_state(self):
+        return self.state
+
+    def graphsafe_set_state(self, state) -> None:
+        self.state = state
 
     def reach(self, point: str) -> None:
         if point in self.fail_at:
@@ -97,17 +104,21 @@ class Recordings:
         self.empty_cache()  # as torch does before it records
         self.inference.append(torch.is_inference_mode_enabled())
         self.current.append(kwargs["stream"])
-        self.pools_underway.append(kwargs["pool"])
-        self.pool_users += 1
-        self.reach("refused")
-        self.capturing = True
-        self.reach("begin")
+        cuda_graph.capture_begin(kwargs["pool"], capture_error_mode=kwargs["capture_error_mode"])
         try:
             yield
         finally:
             self.collecting.append(gc.isenabled())
-            self.capture_end()
+            cuda_graph.capture_end()
             self.current.pop()
+
+    def capture_begin(self, pool, capture_error_mode: str) -> None:
+        self.marked.append(self.state)
+        self.pools_underway.append(pool)
+        self.pool_users += 1
+        self.reach("refused")
+        self.capturing = True
+        self.reach("begin")
 
     def capture_end(self) -> None:
         self.capturing = False
@@ -149,10 +160,12 @@ def recordings(monkeypatch):
     fake = Recordings()
     recording._recording_stream.cache_clear()
     monkeypatch.setattr(recording, "_spoilt", [])
+    monkeypatch.setattr(recording, "_generator", lambda device: f"ours on {device}")
     monkeypatch.setattr(dispatch, "select", lambda *_: "cuda")
     monkeypatch.setattr(dispatch, "native", lambda: SimpleNamespace(cuda=fake))
     for name, value in {
         "CUDAGraph": lambda: fake,
+        "default_generators": (fake, fake),
         "ExternalStream": lambda pointer, device: SimpleNamespace(device=device, pointer=pointer),
         "current_stream": lambda device: fake.current[-1],
         "device": lambda device: contextlib.nullcontext(),
@@ -190,13 +203,14 @@ def test_a_cycle_is_recorded_on_its_own_device(recordings):
     assert [r["stream"].pointer for r in seen] == [1, 2, 1]  # nobody else's
     assert all(r["pool"] == "pool" and r["capture_error_mode"] == "thread_local" for r in seen)
     assert recordings.inference == [False, True] * 3  # of what torch makes for a graph, and of what is recorded
+    assert recordings.marked == [f"ours on cuda:{i}" for i in (0, 1, 0)]  # not the program's random numbers
 
 
 @pytest.mark.parametrize("where", ("refused", "begin", "run", "end"))
 @pytest.mark.parametrize("error", (RuntimeError, KeyboardInterrupt))
 def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):
     """Not the capture, which would fail every later wait, nor its pool, which would every later recording; the caller's
-    stream is current, the pool is another.
+    stream is current, the pool is another, and its random numbers are its own.
     """
     recordings.fail_at = {where: error("there")}
     cycle = None
@@ -204,6 +218,7 @@ def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):
         cycle = recorded("cuda:0")
     assert cycle is None and not recordings.capturing and recordings.current == ["caller's"]
     assert recordings.num_pools == 1, raised
+    assert recordings.state == "the program's" and recordings.state not in recordings.marked
     # Of a capture that did end, the graph itself releases the pool when it goes; of another one it stays.
     did_end = where in ("begin", "run")
     assert not recordings.pools_underway and recordings.pool_users == did_end
@@ -322,23 +337,27 @@ def test_a_benchmark_survives_without_git_and_nvidia_smi(two_devices, monkeypatc
 
 class Checked(TorchFunctionMode):
     """Refuses what waits for the device: ``torch.tensor(..., device=)``, ``.to()`` and ``.copy_()`` from the host
-    without non_blocking, and a number written to one element, which is such a copy.
+    without non_blocking or of more than CUDA stages, and a number written to one element, which is such a copy.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch):
         super().__init__()
-        self.uploads, self.hosts, from_numpy = [], [], torch.from_numpy
-        patch.setattr(torch, "from_numpy", lambda array: self.hosts.append(from_numpy(array)) or self.hosts[-1])
+        self.uploads, self.hosts, from_numpy = [], {}, torch.from_numpy
+        patch.setattr(torch, "from_numpy", lambda array: self.from_host(from_numpy(array)))
+
+    def from_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.hosts[tensor.untyped_storage().data_ptr()] = tensor  # which so stays, and its address with it
+        return tensor
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is torch.tensor:
             assert isinstance(kwargs.get("device", "cpu"), str), "not on the host, which goes by its name"
-        elif function is torch.Tensor.to and any(isinstance(a, torch.device) for a in args):
+            return self.from_host(function(*args, **kwargs))
+        if function is torch.Tensor.to and any(isinstance(a, torch.device) for a in args):
             assert kwargs.get("non_blocking"), args
-            self.uploads.append(args[0].shape)
-        elif function is torch.Tensor.copy_ and any(args[1] is host for host in self.hosts):
-            assert kwargs.get("non_blocking")
+        elif function is torch.Tensor.copy_ and args[1].untyped_storage().data_ptr() in self.hosts:
+            assert kwargs.get("non_blocking") and args[1].nbytes <= 64 << 10
             self.uploads.append(args[0].shape)
         elif function is torch.Tensor.__setitem__ and isinstance(args[2], int | float):
             assert args[0][args[1]].dim() > 0, "a number written to one element"
@@ -357,6 +376,14 @@ def test_admission_does_not_block(tmp_path, monkeypatch):
     with Checked(monkeypatch) as checked:
         engine.generate(prompts, params)
     assert len(checked.uploads) > 10
+
+
+def test_uploads_in_parts(monkeypatch):
+    """Every value gets there, whatever the number of parts."""
+    for count in (0, 1, 16_384, 16_385, 50_000):
+        with Checked(monkeypatch) as checked:
+            assert upload(range(count), torch.int32, torch.device("cpu")).tolist() == list(range(count))
+        assert len(checked.uploads) == max(1, -(-count // 16_384))
 
 
 def test_triton_kernels_divide_the_shared_memory_as_the_native_ones(monkeypatch):

@@ -56,7 +56,7 @@ def case(request, tmp_path_factory):
             patch.setenv("ORTHRUS_CUDA_ISA", request.param.partition(",")[0])
         with device.installed(others="cpu"):
             engine = make(folder, kwargs["dtype"])
-            engine.runner.records_prefill = True
+            engine.runner.pads_prefill = True
             yield request.param, engine, want
 
 

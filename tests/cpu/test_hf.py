@@ -46,6 +46,10 @@ def test_a_revision_is_of_hub_ids(monkeypatch, model, loads):
     assert asked == [loads]
 
 
+def test_its_engine_makes_no_room_for_modes_that_it_does_not_run(model):
+    assert model.engine.mode == "two_pass" and not model.engine._autos
+
+
 def test_returns_prompt_and_new_tokens(model, input_ids):
     want = model.engine.generate(input_ids[0], SamplingParams(max_new_tokens=20), mode="ar").token_ids
     for diffusion in (True, False):

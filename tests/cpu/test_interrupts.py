@@ -95,7 +95,7 @@ def interrupted(function, after: int, everywhere: bool = False):
 
 
 def all_pages_back(engine):
-    assert engine.kv.num_free_pages == engine.kv.num_pages - 1 and not any(engine.scheduler.slots)
+    assert engine.kv.num_free_pages == engine.kv.num_pages and not any(engine.scheduler.slots)
     assert not engine.scheduler._live
 
 

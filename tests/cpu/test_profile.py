@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -42,11 +43,21 @@ def test_the_calls_are_the_cycle(folder, dtype):
             state = engine.runner.state
             assert int(state.num_output.sum()) >= SLOTS  # tokens emitted
             left.append([t.clone() for t in (*vars(state).values(), engine.kv.pages)])
-        assert engine.kv.num_free_pages == engine.kv.num_pages - 1
+        assert engine.kv.num_free_pages == engine.kv.num_pages
         engine.generate([1, 2, 3])  # and the engine goes on
     state, pages = left[0][:-1], left[0][-1]
     assert all(torch.equal(a, b) for a, b in zip(state, left[1][:-1], strict=True))
     assert torch.equal(pages[:, :, 1:5].view(torch.uint8), left[1][-1][:, :, 1:5].view(torch.uint8))
+
+
+def test_calls_of_other_threads_are_not_taken(folder):
+    """They run: an engine of another thread goes on decoding."""
+    other = make(folder)
+    want = other.generate([1, 2, 3]).token_ids
+    with ThreadPoolExecutor(1) as pool:
+        got = []
+        calls = calls_of(lambda: got.append(pool.submit(other.generate, [1, 2, 3]).result(60).token_ids))
+    assert got == [want] and calls == []
 
 
 def test_calls_and_bytes(folder):
@@ -95,7 +106,7 @@ def test_too_few_pages(folder):
     with pytest.raises(ValueError, match=r"batch 4 with context 100 does not fit: KV cache: slot 2 needs 2 more pages"):
         profile.profile(engine, batch=4, context=100)
     assert len(engine.generate([1, 2, 3], SamplingParams(8, ignore_eos=True)).token_ids) == 8
-    assert engine.kv.num_free_pages == engine.kv.num_pages - 1
+    assert engine.kv.num_free_pages == engine.kv.num_pages
 
 
 def test_a_busy_engine_is_refused_and_goes_on(folder):
@@ -126,7 +137,7 @@ def test_an_interrupted_profile_leaves_a_whole_engine(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         profile.profile(engine, context=20)
     assert engine.torn and engine.generate([1, 2, 3]).token_ids == want.token_ids
-    assert not engine.torn and engine.kv.num_free_pages == engine.kv.num_pages - 1
+    assert not engine.torn and engine.kv.num_free_pages == engine.kv.num_pages
 
 
 @pytest.mark.parametrize("fan_out", (1, 6, 3 * (K - 1) + 1))

@@ -146,6 +146,7 @@ def test_an_output_that_ends_early(text_folder):
         (["--against", "transformers", "--temperature", "1"], "cannot be compared with another implementation"),
         (["--batch", "9"], r"batch must be within \[1, \d\] \(the prompts there are\), got 9"),
         (["--batch", "0"], r"batch must be within \[1, \d\] \(the prompts there are\), got 0"),
+        (["--seed", "0"], "--seed is for sampling: --temperature must be above 0, got 0"),
         (["-n", "0"], "--num-prompts must be >= 1, got 0"),
         (["-n", "-1"], "--num-prompts must be >= 1, got -1"),
         (["--modes", "ar", "ar"], "--modes must differ from one another, got ar ar"),

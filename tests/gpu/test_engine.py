@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from orthrus_rt import state as st
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import CyclePlan
-from orthrus_rt.device import upload
+from orthrus_rt.device import copy_up
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
@@ -105,9 +105,9 @@ def test_replayed_prefills_equal_eager_bit_for_bit(folder):
     engine = make(folder, mode="two_pass", prefix_caching=False)
     params = SamplingParams(max_new_tokens=20, ignore_eos=True)
     for batch in ([[5] * 11], [[1, 2, 3], [4] * 30, [6]]):
-        engine.runner.records_prefill = False
+        engine.runner.pads_prefill = False
         want = decode(engine, batch, params, together=True)
-        engine.runner.records_prefill = True
+        engine.runner.pads_prefill = True
         for _ in range(4):
             assert_same(decode(engine, batch, params, together=True), want)
     passes = engine.runner._with_prompts.values()
@@ -223,17 +223,19 @@ def test_a_step_launches_one_graph_and_never_waits_for_the_device(tmp_path, mode
 
 
 def test_uploads_do_not_wait_for_the_device():
-    """Of what lies in pageable memory, which a driver may or may not stage at once: sync-debug mode cannot tell."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    for count in (64, 16_000):
-        numbers = list(range(count))
-        upload(numbers, torch.int32, device)  # the first time takes memory
+    """Of what lies in pageable memory, which a driver may or may not stage at once: sync-debug mode cannot tell. And
+    what is written there afterwards does not get there.
+    """
+    for count in (64, 16_000, 80_000):
+        there, host = torch.empty(count, dtype=torch.int32, device="cuda"), torch.arange(count, dtype=torch.int32)
+        copy_up(there, host)  # the first time takes memory
         torch.cuda.synchronize()
         torch.cuda._sleep(1_000_000_000)  # half a second
         start = time.perf_counter()
-        there = upload(numbers, torch.int32, device)
+        copy_up(there, host)
+        host.zero_()
         seconds = time.perf_counter() - start
-        assert there.tolist() == numbers and time.perf_counter() - start > 0.2
+        assert there.tolist() == list(range(count)) and time.perf_counter() - start > 0.2
         assert seconds < 0.1
 
 

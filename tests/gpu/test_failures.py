@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,21 @@ def test_recordings_that_find_no_memory(make, mode, kind):
 @pytest.mark.parametrize("spoiler", failing.SPOILERS)
 def test_a_spoilt_recording(make, spoiler):
     failing.check_a_spoilt_recording(make(), poison.jobs_of([GREEDY, SAMPLED], count=4), spoiler)
+
+
+def test_other_threads_draw_random_numbers_amid_recordings(make):
+    """The program's, and the numbers that it would have drawn without us."""
+    engine, drawn = make(), []
+
+    def draw(cycle) -> None:
+        with ThreadPoolExecutor(1) as other:
+            drawn.append(other.submit(torch.rand, 3, device="cuda").result(30))
+
+    torch.manual_seed(3)
+    with failing.amid_recordings(draw):
+        engine.warmup()
+    torch.manual_seed(3)
+    assert len(drawn) > 1 and all(numbers.equal(torch.rand(3, device="cuda")) for numbers in drawn)
 
 
 @pytest.mark.parametrize("mode", MODES)

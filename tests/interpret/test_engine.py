@@ -32,7 +32,7 @@ def test_every_mode_gives_the_ar_bits(folder, monkeypatch):
     monkeypatch.setenv("ORTHRUS_CUDA_ISA", "sm90")
     with device.installed(others="triton") as gpu:
         engine = Engine.from_pretrained(folder, **how)
-        engine.runner.records_prefill = True
+        engine.runner.pads_prefill = True
         assert (engine.next_logits(JOBS[0][0]) - want).abs().max() < 2e-2 * want.abs().max()
         assert gpu.num_launches > 8
         ar, two_pass = traces.decode(engine, *JOBS, mode="ar"), dict(mode="two_pass", draft_len=2)

@@ -13,8 +13,7 @@ import functools
 import pytest
 import torch
 
-from orthrus_rt import dispatch, ops
-from orthrus_rt.huge_pages import huge_pages
+from orthrus_rt import dispatch, huge_pages, ops
 from tests.cpu import cuda_host
 
 NATIVE = ("row_linear", "qkv_commit", "dual_attn", "consensus")  # the other ops are Triton's
@@ -124,7 +123,7 @@ def installed(*, others: str, num_sms: int = 5):
     module = Module(device)
     with pytest.MonkeyPatch.context() as patch, cuda_host.host_unseen():
         patch.setattr(dispatch, "native", lambda: module)
-        patch.setattr(huge_pages, "block", torch.empty(0, dtype=torch.uint8))  # it begins with memory of its own
+        patch.setattr(huge_pages.blocks, "block", torch.empty(0, dtype=torch.uint8))  # it begins with memory of its own
         patch.setattr(dispatch, "select", lambda op, *_: "cuda" if op in NATIVE else others)
         patch.setattr(ops, "_launch_on", lambda *args, **kwargs: launch(functools.partial(run_triton, **kwargs), *args))
         yield device
