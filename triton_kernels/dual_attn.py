@@ -113,7 +113,9 @@ def dual_attn(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softm
         return
     if scratch_k is None:
         scratch_k = scratch_v = k_pages  # a pointer that the kernel never follows without diffusion groups
-    # maxnreg: without it some versions of ptxas spill for an occupancy that shared memory rules out anyway.
+    # maxnreg: without it some versions of ptxas spill for an occupancy that shared memory rules out anyway. num_stages:
+    # with more, keys come by cp.async, and before 3.7.1 (triton, pull request 10537) Triton puts no fence between those
+    # and the wgmma that reads them.
     grid = (triton.cdiv(rows.max_group_rows, BLOCK_M // heads_per_kv), num_heads_kv, rows.num_groups)
     dual_attn_kernel[grid](
         q, k_pages, v_pages, page_table, scratch_k, scratch_v, out,
@@ -121,5 +123,5 @@ def dual_attn(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softm
         page_table.shape[1], rows.num_rows_ar, rows.num_groups_ar, num_heads_q, num_heads_kv,
         softmax_scale * math.log2(math.e),
         HEADS_PER_KV=heads_per_kv, HEAD_DIM=head_dim, PAGE_SIZE=page_size, BLOCK_M=BLOCK_M,
-        num_warps=8, num_stages=2, maxnreg=255, enable_fp_fusion=False,
+        num_warps=8, num_stages=1, maxnreg=255, enable_fp_fusion=False,
     )  # fmt: skip

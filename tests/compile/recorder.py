@@ -59,14 +59,17 @@ class Launch:
                 facts.append((value == 1, value % 16 == 0))
         return facts
 
-    def resources(self, arch: int) -> dict[str, int]:
-        """What the kernel takes, compiled for compute capability ``arch`` (80, 90, 100 or 120).
-
-        Registers a thread (REG), bytes of local memory (STACK, LOCAL: spills), of shared memory a block (SHARED).
-        """
+    def compile(self, arch: int):
+        """For compute capability ``arch`` (80, 90, 100 or 120)."""
         pdl = arch >= 90 and "PDL" in self.arguments
         options = dict(self.options, **({"launch_pdl": True} if pdl else {}))
-        compiled = triton.compile(self.source(pdl), target=GPUTarget("cuda", arch, 32), options=options)
+        return triton.compile(self.source(pdl), target=GPUTarget("cuda", arch, 32), options=options)
+
+    def resources(self, arch: int) -> dict[str, int]:
+        """What the kernel takes: registers a thread (REG), bytes of local memory (STACK, LOCAL: spills), of shared
+        memory a block (SHARED).
+        """
+        compiled = self.compile(arch)
         used = resource_usage(compiled.asm["cubin"])
         used["SHARED"] += compiled.metadata.shared
         return used

@@ -139,6 +139,15 @@ def test_compiles_within_the_chip(name, arch, monkeypatch):
         assert used["SHARED"] <= SHARED_LIMIT[arch], f"shared memory: {what}"
 
 
+@pytest.mark.parametrize("arch", (90, 100))
+def test_what_copies_bring_is_no_operand_of_the_async_proxy(arch, monkeypatch):
+    """Before 3.7.1 Triton leaves out the fence between the two."""
+    launcher, args, kwargs = CALLS["dual_attn-32-8-128"]
+    (launch,) = record(monkeypatch, launcher, *args, **kwargs)
+    ptx = launch.compile(arch).asm["ptx"]
+    assert ("wgmma.mma_async" in ptx or "tcgen05.mma" in ptx) and "cp.async" not in ptx
+
+
 @pytest.mark.parametrize("name", ["rms_norm-576", "rms_norm-2048-index", "rms_norm-4096", "embed-576", "embed-4096"])
 def test_fits_beside_two_row_linears(name, monkeypatch):
     """Lest the second one, which brings its weights while the first one ends, has to wait for this kernel."""
