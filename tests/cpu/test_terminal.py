@@ -39,11 +39,16 @@ def test_status_line_gives_its_row_back(streams):
 
 @pytest.fixture
 def leaving(streams, monkeypatch):
-    """What a process is sent by itself; and the pipe that stderr is for what is written past Python's buffers."""
+    """What a process is sent by itself; and the pipe that stderr is for what is written past Python's buffers. Nothing
+    is ignored, as SIGHUP is under nohup.
+    """
     sent, (reads, writes) = [], os.pipe()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in terminal.LEAVING}
     monkeypatch.setattr(terminal.os, "kill", lambda _, number: sent.append((number, signal.getsignal(number))))
     streams.stderr.fileno = lambda: writes
     yield SimpleNamespace(sent=sent, reads=reads, writes=writes)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     os.close(reads)
     os.close(writes)
 
