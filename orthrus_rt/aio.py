@@ -62,7 +62,7 @@ class AsyncEngine:
         self.engine = engine
         # Its queue is the order of all calls: a step puts the next one behind whatever was asked for meanwhile.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="orthrus")
-        engine._take_turn_and_abort_dropped()  # whose turn an interrupt has ended too; a closed one refuses
+        engine._take_turn()  # whose turn an interrupt has ended too; a closed one refuses
         self._worker.submit(engine.turn.claim, self).result()
         if engine.has_unfinished():
             engine.turn.release()

@@ -127,7 +127,7 @@ class Generation(Rounds):
                 # A stream may be collected anywhere: inside a call, or in another thread, whose turn it is not.
                 if threading.get_ident() == thread:
                     with contextlib.suppress(Taken):
-                        self._take_turn_and_abort_dropped()
+                        self._take_turn()
 
     @exclusive
     def _enqueue(self, requests: list[Request], plan: CyclePlan | None) -> None:
@@ -149,8 +149,8 @@ class Generation(Rounds):
         self._advance()
 
     @exclusive
-    def _take_turn_and_abort_dropped(self) -> None:
-        self._abort_dropped()
+    def _take_turn(self) -> None:
+        """And with it abort what was dropped, as every call does first."""
 
     def _abort_dropped(self) -> None:
         """End what calls and streams that are over have left; for whoever has the turn."""

@@ -25,7 +25,9 @@ from orthrus_rt.rows import Chunk, Layout, Rows, fixed_rows, lay_out, padded
 TILE = 128  # rows of row_linear's tiles in a prefill on sm_90: what pads the last one costs nothing
 LEAST = 16  # rows of its narrowest
 NOTHING = Layout()
-PromptChunks = list[tuple[Request, list[int]]]  # of requests that hold a slot, tokens of their prompts that come next
+# Of requests that hold a slot: how much of their prompts went before, and the tokens that come next. They count as
+# prefilled already.
+PromptChunks = list[tuple[Request, int, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def round_up(rows: int) -> int:
 
 
 class Prompts:
-    """What one pass takes of some requests' prompts, which count as prefilled from now on.
+    """What one pass takes of some requests' prompts.
 
     Attributes:
         laid: see :func:`orthrus_rt.rows.lay_out`. ended: requests whose last row is among these. choosing: those of
@@ -69,11 +71,9 @@ class Prompts:
     """
 
     def __init__(self, chunks: PromptChunks):
-        self.laid: list[Chunk] = [(tokens, request.prefilled, request.slot) for request, tokens in chunks]
-        for request, tokens in chunks:
-            request.prefilled += len(tokens)
-        self._sizes = [len(tokens) for _, tokens in chunks]
-        last = {r: end - 1 for (r, _), end in zip(chunks, accumulate(self._sizes), strict=True) if r.decoding}
+        self.laid: list[Chunk] = [(tokens, start, request.slot) for request, start, tokens in chunks]
+        self._sizes = [len(tokens) for tokens, _, _ in self.laid]
+        last = {r: end - 1 for (r, _, _), end in zip(chunks, accumulate(self._sizes), strict=True) if r.decoding}
         self.ended = list(last)
         self.choosing = [r for r in last if not r.tokens]
         self.picked = [last[r] for r in self.choosing]

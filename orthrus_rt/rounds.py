@@ -128,7 +128,7 @@ class Rounds:
         plan, policy = auto.choose(running) if auto else (self._plan, None)
         apart = any(r.rejection for r in running) or (policy is not None and policy.wants_time)
         chunks = [] if apart else self._chunks(room)
-        prompts = [request for request, _ in chunks]
+        prompts = [request for request, _, _ in chunks]
         if chunks and not any(r.rejection for r in prompts):
             with self._or_end(prompts):  # whoever runs goes on without them
                 self.runner.decode_and_prefill(running, plan, policy, chunks)
@@ -177,10 +177,12 @@ class Rounds:
         """
         chunks = []
         for request in self._prompts():
-            end = min(request.prefilled + room, len(request.to_prefill))
-            chunks.append((request, request.to_prefill[request.prefilled : end]))
-            self.scheduler.publish(request.slot, request, end)
-            room -= end - request.prefilled
+            start = request.prefilled
+            tokens = request.to_prefill[start : start + room]
+            chunks.append((request, start, tokens))
+            request.prefilled += len(tokens)
+            self.scheduler.publish(request.slot, request, request.prefilled)
+            room -= len(tokens)
             if not room:
                 break
         return chunks
@@ -188,12 +190,12 @@ class Rounds:
     def _prefill(self, chunks: PromptChunks) -> None:
         if not chunks:
             return
-        with self._or_end([request for request, _ in chunks]):
+        with self._or_end([request for request, _, _ in chunks]):
             self.runner.prefill(chunks)
         self._count(chunks)
 
     def _count(self, chunks: PromptChunks) -> None:
-        for request, tokens in chunks:
+        for request, _, tokens in chunks:
             self.metrics.prefilled(len(tokens), request.count_prompt())
 
     def _collect_but(self, launched: int) -> None:

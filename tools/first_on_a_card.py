@@ -47,6 +47,10 @@ for name in "setuptools torch triton transformers pybind11 cmake ninja pytest py
 import torch
 print("torch's CUDA", torch.version.cuda)
 print("capability", ".".join(map(str, torch.cuda.get_device_capability())))
+import ctypes
+answer = ctypes.c_int()
+ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(answer), 88, 0)
+print("reads pageable memory", answer.value)  # then uploads may not be staged
 PY
 """
 BUILT = """
