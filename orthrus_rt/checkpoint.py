@@ -116,7 +116,7 @@ def load_folder(folder: Path, adapter: str | Path | None, name: str) -> Checkpoi
     if config.tie_word_embeddings and "lm_head.weight" in stored:
         _check_tied_head(tensors, stored["lm_head.weight"].file)
         del stored["lm_head.weight"]
-    if "base_fingerprint" in adapter_raw:
+    if adapter_raw.get("base_fingerprint") is not None:
         _check_fact("base_fingerprint", adapter_raw["base_fingerprint"], fingerprint(tensors, config), adapter, folder)
     has_tokenizer = (folder / "tokenizer.json").exists()
     return Checkpoint(config, tensors, str(folder) if has_tokenizer else None, raw)
@@ -162,6 +162,8 @@ def _read_config(folder: Path, raw: dict, adapter: Path | None, name: str) -> tu
     for key, of_base in BASE_FACTS.items():
         if adapter_raw.get(key) is not None:
             _check_fact(key, adapter_raw[key], of_base(config), adapter, folder)
+    for key in ("rope_scaling", "rope_parameters"):
+        _check_rope(key, adapter_raw.get(key) or {}, config, adapter, folder)
     return config, raw, adapter_raw
 
 
@@ -257,7 +259,18 @@ def _adapter_config(adapter: Path) -> dict:
 
 def _check_fact(key: str, expected, found, adapter: Path, folder: Path) -> None:
     if expected != found:
-        raise CheckpointError(f"{adapter}: is for another base: {key} must be {expected}, got {found} from {folder}")
+        what = f"{key} must be {expected!r}, got {found!r} from {folder}"
+        raise CheckpointError(f"{adapter}: is for another base: {what}")
+
+
+def _check_rope(key: str, stated, config: ModelConfig, adapter: Path, folder: Path) -> None:
+    """What an adapter states of the rotary embedding, in either of transformers' ways."""
+    if not isinstance(stated, dict):
+        raise CheckpointError(f"{adapter / 'config.json'}: {key} must be an object, got {stated!r}")
+    base = config.rope | {"type": config.rope["rope_type"], "partial_rotary_factor": 1.0}
+    for name, value in stated.items():
+        if value is not None:
+            _check_fact(f"{key}'s {name}", value, base.get(name), adapter, folder)
 
 
 def _check_tied_head(tensors: LazyTensors, file: Path) -> None:

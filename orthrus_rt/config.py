@@ -36,6 +36,7 @@ class ModelConfig:
         qk_norm: both views normalise queries and keys per head (Qwen3).
         rope: as transformers' ``rope_parameters``, ``rope_type`` and ``rope_theta`` always present.
         block_len: K, most rows of a diffusion block; the checkpoint's ``block_size``, or MAX_BLOCK_LEN if that is less.
+        max_position_embeddings: positions that a sequence may have; with YaRN as many as it stretches to.
         eos_token_ids: every id that ends a sequence, from config.json and generation_config.json.
         name: where it came from, for messages.
     """
@@ -100,6 +101,7 @@ def parse(
     block_len = _positive(raw, "block_size", where)
     if block_len < 2:
         raise CheckpointError(f"{where}: block_size must be ≥ 2, got {block_len}")
+    rope = _rope(raw, where)
     mask_token_id, eos = raw.get("mask_token_id"), []
     _check_token("mask_token_id", mask_token_id, vocab_size, where)
     for content, file in ((raw, where), (generation or {}, where_generation)):
@@ -116,13 +118,13 @@ def parse(
         num_heads_kv=num_heads_kv,
         head_dim=head_dim,
         rms_norm_eps=_number(raw, "rms_norm_eps", where, default=1e-6),
-        max_position_embeddings=_positive(raw, "max_position_embeddings", where),
+        max_position_embeddings=_most_positions(raw, rope, where),
         tie_word_embeddings=_bool(raw, "tie_word_embeddings", where),
         qk_norm=family == "qwen3",
         block_len=min(block_len, MAX_BLOCK_LEN),
         mask_token_id=mask_token_id,
         eos_token_ids=tuple(dict.fromkeys(eos)),
-        rope=_rope(raw, where),
+        rope=rope,
         name=name,
     )
 
@@ -145,24 +147,29 @@ def _refuse_unsupported(raw, where):
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
             raise CheckpointError(f"{where}: {key} must be false (biases are not supported), got {raw[key]!r}")
-    if raw.get("hidden_act", "silu") != "silu":
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         raise CheckpointError(f"{where}: hidden_act must be 'silu', got {raw['hidden_act']!r}")
     # transformers follows it: each token would see those behind it.
     if not _bool({"is_causal": True} | raw, "is_causal", where):
         raise CheckpointError(f"{where}: is_causal must be true, got {raw['is_causal']!r}")
     if raw.get("quantization_config"):
         raise CheckpointError(f"{where}: quantization_config must be absent (weights must be fp32, fp16 or bf16)")
+    if raw.get("transformers_weights") not in (None, "model.safetensors"):  # transformers would read that file
+        raise CheckpointError(f"{where}: transformers_weights must be absent, got {raw['transformers_weights']!r}")
     for key in ("per_layer_config", "kv_sharing_modes"):
         if raw.get(key):
             raise CheckpointError(f"{where}: {key} must be absent (all layers are alike), got {raw[key]!r}")
 
 
 def _refuse_sliding_window(raw, family, num_layers, where):
-    layer_types, full_layers = raw.get("layer_types"), raw.get("max_window_layers") or 0
+    # What is absent is as in transformers' configuration of Qwen3.
+    layer_types, window = raw.get("layer_types"), raw.get("sliding_window", 4096)
+    full_layers = raw.get("max_window_layers", 28) or 0
     # What transformers' cache follows in a Llama model without more ado.
     windows = [key for key in ("sliding_window", "attention_chunk_size") if raw.get(key) is not None]
-    if layer_types and not _are_names(layer_types):
-        raise CheckpointError(f"{where}: layer_types must be a list of names, got {layer_types!r}")
+    if layer_types is not None and not (_are_names(layer_types) and len(layer_types) == num_layers):
+        wanted = f"a list of {num_layers} names (num_hidden_layers)"
+        raise CheckpointError(f"{where}: layer_types must be {wanted}, got {layer_types!r}")
     if not _is_int(full_layers):
         raise CheckpointError(f"{where}: max_window_layers must be an integer, got {full_layers!r}")
     if layer_types:
@@ -170,8 +177,8 @@ def _refuse_sliding_window(raw, family, num_layers, where):
         in_use = f"layer_types holds {other}" if other else ""
     elif windows and family == "llama":
         in_use = f"{windows[0]} is {raw[windows[0]]}"
-    elif raw.get("use_sliding_window") and raw.get("sliding_window"):
-        in_use = f"sliding_window is {raw['sliding_window']}" if full_layers < num_layers else ""
+    elif raw.get("use_sliding_window") and window is not None:
+        in_use = f"sliding_window is {window}" if full_layers < num_layers else ""
     else:
         in_use = ""
     if in_use:
@@ -223,9 +230,18 @@ def _rope(raw, where):
         beside = raw.get(name, raw.get("max_position_embeddings"))
         original = rope.setdefault(name, beside)
         _number(rope, name, where)
-        if raw.get(name) not in (None, original):  # readers differ in which they take
+        if name in raw and raw[name] != original:  # readers differ in which they take
             raise CheckpointError(f"{where}: {name} must be {original!r} as in {key}, got {beside!r} beside it")
     return rope
+
+
+def _most_positions(raw, rope, where):
+    most = _positive(raw, "max_position_embeddings", where)
+    if rope["rope_type"] == "yarn":  # recipes add the stretch, and leave that number as it was
+        most = min(sys.maxsize, max(most, int(rope["factor"] * rope["original_max_position_embeddings"])))
+    if most < 2:
+        raise CheckpointError(f"{where}: max_position_embeddings must be >= 2, got {most}")
+    return most
 
 
 def _eos_ids(raw, where):

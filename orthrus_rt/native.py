@@ -77,7 +77,8 @@ def check_head_dim(op: str, head_dim: int, device_type: str) -> None:
     if op == "qkv_commit" and head_dim % 2:
         raise ValueError(f"{op}: head_dim must be even (its halves rotate), got {head_dim}")
     if op == "dual_attn" and device_type == "cpu" and (head_dim % 16 or head_dim > 256):
-        raise ValueError(f"{op}: head_dim must be a multiple of 16 up to 256 on the CPU, got {head_dim}")
+        other = f"ORTHRUS_BACKEND={op}=reference takes any"
+        raise ValueError(f"{op}: head_dim must be a multiple of 16 up to 256 on the CPU, got {head_dim}; {other}")
 
 
 def row_linear_workspace_bytes(device: torch.device, dtype: torch.dtype, max_rows: int, shapes) -> int:

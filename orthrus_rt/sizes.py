@@ -30,7 +30,7 @@ def engine_sizes(config: ModelConfig, max_seq_len: int | None, max_batch_size: i
     most = config.max_position_embeddings
     max_seq_len = min(DEFAULT_SEQ_LEN, most) if max_seq_len is None else integer("max_seq_len", max_seq_len)
     if not 2 <= max_seq_len <= most:
-        raise ValueError(f"max_seq_len must be within [2, {most}], got {max_seq_len}")
+        raise ValueError(f"max_seq_len must be within [2, {most}] (the positions of this model), got {max_seq_len}")
     max_batch_size = integer("max_batch_size", max_batch_size)
     if max_batch_size < 1:
         raise ValueError(f"max_batch_size must be >= 1, got {max_batch_size}")

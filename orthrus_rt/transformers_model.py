@@ -8,6 +8,7 @@ import math
 import torch
 
 from orthrus_rt.checkpoint import Checkpoint, expected_tensors
+from orthrus_rt.config import CheckpointError
 from orthrus_rt.room import check_left
 from orthrus_rt.storage import is_diffusion
 
@@ -25,6 +26,7 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
     stops at the checkpoint's end-of-sequence ids.
 
     Raises:
+        CheckpointError: transformers refuses the config that this runtime took.
         torch.OutOfMemoryError: there is no room for it.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -49,7 +51,11 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
         eos_token_id=list(c.eos_token_ids),
         pad_token_id=0,
     )
-    config = kind(**(copy.deepcopy(read) | ours))  # it fills in what describes the rotary embedding
+    try:
+        config = kind(**(copy.deepcopy(read) | ours))  # it fills in what describes the rotary embedding
+    except Exception as error:  # of all kinds: its own checks', or none's
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise CheckpointError(f"{c.name}: transformers cannot read its config.json ({why})") from error
     device = torch.device(device)
     names = [n for n in checkpoint.tensors if is_diffusion(n) == (view == "diffusion") or ".self_attn." not in n]
     # On a CPU what needs no conversion stays in its file: one matrix stands for all.

@@ -38,7 +38,8 @@ def rms_norm(x, weight, eps, out, row_index=None):
         row_index: int32 ``[num_rows]`` within x's rows, or None.
         out: ``[num_rows, hidden]`` of x's dtype, contiguous, MUTATED whole; may be x itself where row_index is None.
         No rows: no launch. fp32 inside, one rounding at the store. One program reduces one row in an order
-        that depends on ``hidden`` alone: deterministic, row-invariant, graph-safe.
+        that depends on ``hidden`` alone, where x and out begin at 16 bytes (elsewhere Triton's threads take other
+        elements each): deterministic, row-invariant, graph-safe.
         Moves ``num_rows * hidden * 2`` elements and ``4 * hidden`` bytes of weight; 4 FLOPs an element.
     """
     num_rows, hidden = out.shape

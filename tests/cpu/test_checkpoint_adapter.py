@@ -170,8 +170,37 @@ def test_fingerprint_tells_bases_of_one_shape_apart(tmp_path):
     fingerprint = checkpoint.fingerprint(loaded.tensors, loaded.config)
     edit_config(adapter, base_fingerprint=fingerprint)
     checkpoint.load(base, adapter=adapter)
-    expected = f"{adapter}: is for another base: base_fingerprint must be {fingerprint}, got "
+    expected = f"{adapter}: is for another base: base_fingerprint must be '{fingerprint}', got '"
     assert message_of(other, adapter).startswith(expected)
+    edit_config(adapter, base_fingerprint=None)
+    checkpoint.load(other, adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"rope_parameters": {"rope_theta": 7}}, "rope_parameters's rope_theta must be 7, got 10000.0"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling's type must be 'linear', got 'default'"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling's factor must be 8.0, got None"),
+        ({"rope_theta": "10000.0"}, "rope_theta must be '10000.0', got 10000.0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}}, None),
+        ({"rope_parameters": None, "rope_scaling": {}}, None),
+    ],
+)
+def test_an_adapter_may_state_the_rotary_embedding(folders, stated, message):
+    base, adapter = folders
+    edit_config(adapter, rope_theta=None, rope_parameters=None)
+    edit_config(adapter, **stated)
+    if message is None:
+        checkpoint.load(base, adapter=adapter)
+    else:
+        assert message_of(base, adapter) == f"{adapter}: is for another base: {message} from {base}"
+
+
+def test_an_adapter_whose_rotary_embedding_is_no_object(folders):
+    base, adapter = folders
+    edit_config(adapter, rope_scaling=[4])
+    assert message_of(base, adapter) == f"{adapter / 'config.json'}: rope_scaling must be an object, got [4]"
 
 
 def test_fingerprint_does_not_depend_on_the_dtype_stored(tmp_path):

@@ -30,6 +30,14 @@ UNSUPPORTED = [
         {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1},
         "every layer must use full attention, but sliding_window is 128",
     ),
+    (
+        {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1},
+        "every layer must use full attention, but sliding_window is 0",
+    ),
+    (  # transformers' own defaults are 4096 and 28
+        {"use_sliding_window": True, "num_hidden_layers": 29},
+        "every layer must use full attention, but sliding_window is 4096",
+    ),
     (LLAMA | {"sliding_window": 4}, "every layer must use full attention, but sliding_window is 4"),
     (LLAMA | {"sliding_window": 0}, "every layer must use full attention, but sliding_window is 0"),
     (LLAMA | {"attention_chunk_size": 4}, "every layer must use full attention, but attention_chunk_size is 4"),
@@ -101,8 +109,16 @@ UNSUPPORTED = [
     ({"rope_scaling": YARN | {"rope_theta": 1}}, "rope_theta must be above 1 for yarn, got 1"),
     ({"rope_scaling": YARN | {"truncate": "false"}}, "truncate must be true or false, got 'false'"),
     ({"max_position_embeddings": 10**400}, "max_position_embeddings must be a positive integer, got 1000"),
-    ({"layer_types": 5}, "layer_types must be a list of names, got 5"),
-    ({"layer_types": ["sliding_attention", 3]}, "layer_types must be a list of names, got ['sliding_attention', 3]"),
+    ({"layer_types": 5}, "layer_types must be a list of 2 names (num_hidden_layers), got 5"),
+    ({"layer_types": ["sliding_attention", 3]}, "layer_types must be a list of 2 names (num_hidden_layers), got ['sl"),
+    ({"layer_types": ["full_attention"] * 3}, "layer_types must be a list of 2 names (num_hidden_layers), got ['full"),
+    ({"layer_types": []}, "layer_types must be a list of 2 names (num_hidden_layers), got []"),
+    ({"transformers_weights": "other.safetensors"}, "transformers_weights must be absent, got 'other.safetensors'"),
+    (
+        {"rope_scaling": YARN, "original_max_position_embeddings": None},
+        "original_max_position_embeddings must be 128 as in rope_scaling, got None beside it",
+    ),
+    ({"max_position_embeddings": 1}, "max_position_embeddings must be >= 2, got 1"),
     (
         {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": "x"},
         "max_window_layers must be an integer, got 'x'",
@@ -222,6 +238,8 @@ def test_rope_scaling_replaces_rope_parameters(both):
         {"use_sliding_window": False, "sliding_window": 4096},
         {"use_sliding_window": True, "sliding_window": None},
         {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 28},
+        {"use_sliding_window": True, "sliding_window": 128},
+        {"use_sliding_window": True},
         {"layer_types": ["full_attention", "full_attention"], "sliding_window": 128, "use_sliding_window": True},
     ],
 )
@@ -239,3 +257,13 @@ def test_a_sliding_window_that_no_layer_uses_is_no_error(unused):
 )
 def test_neither_is_a_window_of_llama_that_layer_types_overrides(unused):
     assert tiny_config("llama", **unused) == tiny_config("llama")
+
+
+@pytest.mark.parametrize(("most", "positions"), [(160, 512), (512, 512), (1000, 1000)])
+def test_yarn_reaches_as_far_as_it_stretches(most, positions):
+    """The recipe for long contexts of Qwen3 leaves max_position_embeddings as it was."""
+    assert tiny_config(rope_scaling=YARN, max_position_embeddings=most).max_position_embeddings == positions
+
+
+def test_silu_has_two_names():
+    assert tiny_config(hidden_act="swish") == tiny_config()

@@ -275,7 +275,7 @@ def test_bad_arguments(engine):
         ({"draft_len": 0}, r"draft_len must be within \[1, 7\]"),
         ({"mode": "three_pass"}, "mode must be auto, ar, two_pass, one_pass, got 'three_pass'"),
         ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got 'int8'"),
-        ({"max_seq_len": 513}, r"max_seq_len must be within \[2, 512\], got 513"),
+        ({"max_seq_len": 513}, r"max_seq_len must be within \[2, 512\] \(the positions of this model\), got 513"),
         ({"device": "abacus"}, "device must be auto, cpu, cuda or cuda:N, got 'abacus'"),
         ({"device": None}, "device must be auto, cpu, cuda or cuda:N, got None"),
         ({"num_pages": 10**15}, r"num_pages must be < 2\*\*31, got 1000000000000000"),
