@@ -93,6 +93,18 @@ def test_no_difference(run):
     assert out.endswith("3 of 3 prompts identical, 180 tokens compared\n")
 
 
+def test_a_config_that_transformers_refuses(run, monkeypatch):
+    honest = transformers_model.build
+
+    def build(checkpoint, **kwargs):
+        return honest(dataclasses.replace(checkpoint, raw=checkpoint.raw | {"attention_bias": "no"}), **kwargs)
+
+    monkeypatch.setattr(transformers_model, "build", build)
+    code, out, err = run("--against", "transformers")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert re.search(r"transformers cannot read its config.json \(\w+: .*attention_bias", err)
+
+
 def test_sampled(run):
     code, out, _ = run("--temperature", "0.9", "--seed", "3", "--batch", "3", "--json")
     facts = json.loads(out)
