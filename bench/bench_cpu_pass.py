@@ -16,7 +16,7 @@ import torch
 
 from bench.common import header, parser_of, percentiles, read_bandwidth, report
 from bench.models import random_checkpoint
-from orthrus_rt import dispatch
+from orthrus_rt import dispatch, pages
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.prefill import prefill_rows
@@ -60,7 +60,7 @@ def main() -> None:
     cpu, device = dispatch.native().cpu, torch.device("cpu")
     max_seq_len = args.context + max(args.rows)
     checkpoint, on_device = random_checkpoint("135m", device), dict(device=device, dtype=torch.bfloat16)
-    num_pages = 2 + max_seq_len // 64
+    num_pages = pages.num_pages(max_seq_len)
     kv = PagedKvCache(checkpoint.config, num_slots=1, max_seq_len=max_seq_len, num_pages=num_pages, **on_device)
     kv.pages.normal_()
     kv.reserve(0, max_seq_len)

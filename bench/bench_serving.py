@@ -86,10 +86,9 @@ def run(mode: str, rate: float, args) -> Served:
     )  # fmt: skip
     engine.warmup()
 
-    first, asked = (arrivals(engine.tokenizer, how_often, args) for how_often in (1e9, rate))
-    first = first[: args.batch]
-    if args.device.type == "cuda":
-        first = arrivals(engine.tokenizer, rate, args)
+    first, asked = (arrivals(engine.tokenizer, rate, args) for _ in range(2))
+    if args.device.type == "cpu":
+        first = arrivals(engine.tokenizer, 1e9, args)[: args.batch]
 
     def recording_s() -> float:
         return engine.metrics.times.get("recording", (0, 0.0))[1]

@@ -206,12 +206,8 @@ void bind_cuda_op(py::module_& m, const char* op, std::vector<Launcher> launcher
   m.def(op, [op, launchers = std::move(launchers)](py::handle params, uintptr_t stream) {
     const Launcher& launcher = choose(op, launchers, params);
     const void* data = launcher.params_class->data_of(params.ptr());
-    int error;
-    {
-      py::gil_scoped_release release;  // a launch waits where the queue is full
-      error = launcher.launch(data, reinterpret_cast<void*>(stream));
-    }
-    check(op, error);
+    const py::gil_scoped_release release;  // a launch waits where the queue is full
+    check(op, launcher.launch(data, reinterpret_cast<void*>(stream)));
   });
 }
 

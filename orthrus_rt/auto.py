@@ -22,12 +22,12 @@ from orthrus_rt.pages import PAGE_SIZE
 from orthrus_rt.pass_costs import PassCosts, cache_file
 from orthrus_rt.policy import Policy, candidate_plans
 from orthrus_rt.stopwatch import Stopwatch
+from orthrus_rt.timing import SLEEP_CYCLES
 
 MAX_ROWS = 512  # of a one_pass candidate: more are bound by arithmetic, where one read of the weights saves little
 RIDGE_ROWS = {"cpu": 32, "cuda": 256}  # where a pass begins to cost more, until it is measured
 CONTEXT = 256  # committed tokens of a sequence in a warm-up
 REPEATS = 5
-BUSY_CLOCKS = 1_000_000  # of a GPU: about half a millisecond, in which a cycle is launched
 log = logging.getLogger("orthrus_rt")
 
 
@@ -44,26 +44,24 @@ class Auto:
     """
 
     def __init__(self, plan: CyclePlan, num_slots: int, device: torch.device, identity: str):
-        plans = candidate_plans(plan.block_len, plan.fan_out)
-        self.plan, self._device = plan, device
-        self._plans = f"{num_slots} slots | {' '.join(p.label for p in plans)}"
-        self._key, self._costs = "", PassCosts(RIDGE_ROWS[device.type])
-        self._look_up(identity)
-        self.policy = Policy(plans, num_slots, self._costs, max_rows=MAX_ROWS)
+        self.plan, self._device, self._num_slots, self._key = plan, device, num_slots, ""
         self._buckets = batch_buckets(num_slots)
+        self._begin(identity)
 
-    def _look_up(self, identity: str) -> None:
-        """Begin with kept costs of this identity, unless these are its own already."""
-        key = f"{identity} | {self._plans}"
+    def _begin(self, identity: str) -> None:
+        """Anew, with kept costs of this identity, unless it has begun with that."""
+        plans = candidate_plans(self.plan.block_len, self.plan.fan_out)
+        key = f"{identity} | {self._num_slots} slots | {' '.join(p.label for p in plans)}"
         if key == self._key:
             return
-        self._costs.forget()
+        costs = PassCosts(RIDGE_ROWS[self._device.type])
         self._key, self._file, self.known = key, None, False
         try:
             self._file = cache_file(cache_root(), key)
-            self.known = self._costs.load(self._file, key)
+            self.known = costs.load(self._file, key)
         except NoCacheFolder as error:
             log.info("the times of a warm-up are not kept: %s", error)
+        self.policy = Policy(plans, self._num_slots, costs, max_rows=MAX_ROWS)
 
     def shapes(self) -> list[tuple[CyclePlan, int]]:
         """``(plan, slots)`` of every cycle that may run."""
@@ -89,7 +87,7 @@ class Auto:
         """
         from tqdm import tqdm
 
-        self._look_up(engine._identity())  # torch may have another number of threads by now
+        self._begin(engine._identity())  # torch may have another number of threads by now
         with tqdm(total=len(self.shapes()), desc="warm-up", unit="cycle", disable=not progress) as bar:
             for slots in self._buckets:
                 self._warm(engine, slots, bar)
@@ -97,13 +95,13 @@ class Auto:
         if self._file is None:
             return
         try:
-            self._costs.save(self._file, self._key)
+            self.policy.costs.save(self._file, self._key)
         except OSError as error:
             self._file = None  # said once
             warnings.warn(f"the times of this warm-up cannot be kept for the next one: {error}", stacklevel=2)
 
     def _warm(self, engine, slots: int, bar) -> None:
-        costs, plans = self._costs, self.policy.plans_of(slots)
+        costs, plans = self.policy.costs, self.policy.plans_of(slots)
         room = engine.kv.num_free_pages // slots * PAGE_SIZE - engine.config.block_len
         context = min(CONTEXT, room, most_context(engine, plans))
         if context < 1:
@@ -134,7 +132,7 @@ class Auto:
         """By the clock that times decoding; launched, as there, while the device is busy."""
         stopwatch = Stopwatch(self._device)
         if self._device.type == "cuda":
-            torch.cuda._sleep(BUSY_CLOCKS)
+            torch.cuda._sleep(SLEEP_CYCLES)
         with stopwatch.time("cycle") as stretch:
             cycle.run()
         if self._device.type == "cuda":

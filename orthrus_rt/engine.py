@@ -373,8 +373,8 @@ class Engine(Generation):
         """Build, and where the device can, record the greedy cycles of every batch bucket for the engine's own mode; on
         CUDA the prefill passes of a single prompt too. Cycles with prompts are recorded as their shapes come again.
 
-        In mode ``auto`` this also times them: at length the first time on this device for this model and version, later
-        once each.
+        In mode ``auto`` this also times them: at length the first time on this device, with this number of threads, for
+        this model and version, later once each.
         """
         from tqdm import tqdm
 

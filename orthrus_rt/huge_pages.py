@@ -10,7 +10,7 @@ import torch
 from orthrus_rt import dispatch
 
 
-class Blocks:
+class Arena:
     """Tensors in blocks that ask for huge pages: a pass reads every weight and every key once, so with 4 KiB pages it
     also reads most of the page tables. Small ones share a block, which is freed with the last of them once the next is
     begun.
@@ -41,11 +41,11 @@ class Blocks:
         return block
 
 
-blocks = Blocks()
+arena = Arena()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
     """In huge pages on a CPU, which is where it is if nothing is said."""
     if device is None or device.type == "cpu":
-        return blocks.empty(torch.Size(shape), dtype)
+        return arena.empty(torch.Size(shape), dtype)
     return torch.empty(shape, dtype=dtype, device=device)

@@ -13,7 +13,7 @@ class Stats:
     Attributes:
         prompt_tokens: of the prompt.
         mode: the mode that ran last. block_len: its K (1 for ``ar``). fan_out: its blocks (``one_pass``, else 0). Empty
-            and 0 before the first decode cycle, which the first token does not take.
+            and 0 before the first decode cycle: the first token is the prefill's.
         cached_tokens: those of the prompt that were not computed, as the cache held their keys and values from before.
         tokens: generated tokens, the stop token included.
         cycles: decode cycles. passes: forward passes of these cycles, of any view.

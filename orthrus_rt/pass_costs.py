@@ -182,10 +182,6 @@ class PassCosts:
         end, seconds = known[min(i, len(known) - 1)]
         return seconds * (1.0 if hopeful and rows > end else (self._ridge_rows + rows) / (self._ridge_rows + end))
 
-    def forget(self) -> None:
-        """All that was measured."""
-        self.__init__(self._ridge_rows, self._basis)
-
     def table(self) -> list[list]:
         """``[bucket, mode, block_len, fan_out, seconds]`` of every entry that more than one cycle was measured for."""
         return [[key[0], *key[1], self.seconds(*key)] for key in sorted(self._log) if key not in self._once]

@@ -79,8 +79,8 @@ NBYTES = {
 
 
 def calls_of(run: Callable[[], object]) -> list[Call]:
-    """The ops that ``run()`` calls, in order. Native CPU calls are taped instead of run, others run as they come; and
-    other threads' calls meanwhile, with engines of their own.
+    """The ops that ``run()`` calls, in order. Native CPU calls are taped instead of run, others run as they come, and
+    so do other threads' calls.
     """
     calls: list[Call] = []
     thread = threading.get_ident()

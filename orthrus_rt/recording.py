@@ -31,11 +31,14 @@ def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device)
 
 
+MARKS_GENERATORS = torch.__version__ < "2.13"  # later it keeps a state per capture
+
+
 class _Captured:
     """A graph of ``device`` for torch.cuda.graph, whose capture leaves the program's random numbers alone. As one
-    begins, torch 2.11 marks the state of the device's generator: until it ends, every other thread that draws from it
-    gets an error, and after one that could not end everybody does. So a state of our own stands in as it begins. (Who
-    draws in these microseconds draws from that one.)
+    begins, torch marks the state of the device's generator: until it ends, every other thread that draws from it gets
+    an error, and after one that could not end everybody does. So a state of our own stands in while it begins. (Another
+    thread that draws or seeds in that moment still meets ours.)
     """
 
     def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device):
@@ -200,14 +203,14 @@ class Recorded:
         torch.cuda.empty_cache()  # as recording itself begins: what it gives back is not the graph's
         before = torch.cuda.memory_reserved(device)
         # thread_local: what other threads do meanwhile, with models of their own, does not spoil the recording, unless
-        # one waits for the whole device. Where one is spoilt, torch's context leaves its own stream current. The state
-        # of a generator, which torch makes with the first graph and writes for each, is always of no inference mode.
+        # one waits for the whole device. Where one is spoilt, torch's context leaves its own stream current. A
+        # generator's state, made with the first graph and written for each, is so outside inference mode.
         try:
             with (
                 stream_scope(stream_of(device)),
                 torch.inference_mode(False),
                 torch.cuda.graph(
-                    _Captured(graph, device),
+                    _Captured(graph, device) if MARKS_GENERATORS else graph,
                     pool=self.workspace.graph_pool,
                     stream=_recording_stream(device),
                     capture_error_mode="thread_local",

@@ -33,7 +33,8 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
 
     c, raw = checkpoint.config, checkpoint.raw
     # Read for itself: what we might misread or overlook would else be the same in both.
-    read = {"rope_parameters": c.rope} if raw is None else {key: raw[key] for key in raw.keys() - NOT_OF_A_MODEL}
+    facts = {"rope_parameters": c.rope, "max_position_embeddings": c.max_position_embeddings}
+    read = facts if raw is None else {key: raw[key] for key in raw.keys() - NOT_OF_A_MODEL}
     kind, model_type = (Qwen3Config, Qwen3ForCausalLM) if c.family == "qwen3" else (LlamaConfig, LlamaForCausalLM)
     ours = dict(
         vocab_size=c.vocab_size,
@@ -44,7 +45,6 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
         num_key_value_heads=c.num_heads_kv,
         head_dim=c.head_dim,
         rms_norm_eps=c.rms_norm_eps,
-        max_position_embeddings=c.max_position_embeddings,
         tie_word_embeddings=c.tie_word_embeddings,
         attn_implementation="eager",
         bos_token_id=None,
@@ -55,7 +55,7 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
         config = kind(**(copy.deepcopy(read) | ours))  # it fills in what describes the rotary embedding
     except Exception as error:  # of all kinds: its own checks', or none's
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise CheckpointError(f"{c.name}: transformers cannot read its config.json ({why})") from error
+        raise CheckpointError(f"{c.name}: transformers cannot read its config ({why})") from error
     device = torch.device(device)
     names = [n for n in checkpoint.tensors if is_diffusion(n) == (view == "diffusion") or ".self_attn." not in n]
     # On a CPU what needs no conversion stays in its file: one matrix stands for all.

@@ -82,10 +82,10 @@ class Sanitizer:
         cuda_host.FLAGS += self.flags
         import torch
 
-        from orthrus_rt.huge_pages import Blocks
+        from orthrus_rt.huge_pages import Arena
 
         # Each weight and cache by itself: what lies beside one in a block is not looked at.
-        Blocks.empty = lambda _, shape, dtype: torch.empty(shape, dtype=dtype, device="cpu")
+        Arena.empty = lambda _, shape, dtype: torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _library(name: str) -> str | None:

@@ -172,10 +172,11 @@ def test_a_tensors_ids_are_read_by_the_caller(folder, alone):
     engine, prompt = make(folder), torch.tensor([1, 2, 3]).as_subclass(Ids)
     engine.abort(engine.submit(prompt, GREEDY))
     engine.step()
+    engine.next_logits(prompt)
 
     async def main():
         async with AsyncEngine(engine) as shared:
             assert (await collect(shared, prompt, GREEDY))[0] == alone([1, 2, 3], GREEDY)
 
     asyncio.run(main())
-    assert reads == [(threading.get_ident(), {})] * 2
+    assert reads == [(threading.get_ident(), {})] * 3

@@ -179,9 +179,9 @@ def test_fingerprint_tells_bases_of_one_shape_apart(tmp_path):
 @pytest.mark.parametrize(
     ("stated", "message"),
     [
-        ({"rope_parameters": {"rope_theta": 7}}, "rope_parameters's rope_theta must be 7, got 10000.0"),
-        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling's type must be 'linear', got 'default'"),
-        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling's factor must be 8.0, got None"),
+        ({"rope_parameters": {"rope_theta": 7}}, "rope_parameters.rope_theta must be 7, got 10000.0"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling.type must be 'linear', got 'default'"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling.factor must be 8.0, got None"),
         ({"rope_theta": "10000.0"}, "rope_theta must be '10000.0', got 10000.0"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}}, None),
         ({"rope_parameters": None, "rope_scaling": {}}, None),

@@ -1,6 +1,7 @@
 """config.json and generation_config.json: what is read, and the one error for each thing that is not supported."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ UNSUPPORTED = [
     ({"mlp_bias": True}, "mlp_bias must be false (biases are not supported), got True"),
     ({"is_causal": False}, "is_causal must be true, got False"),
     ({"is_causal": 0}, "is_causal must be true or false, got 0"),
-    ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+    ({"hidden_act": "gelu"}, "hidden_act must be 'silu' or 'swish', got 'gelu'"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config must be absent"),
     (
         {"layer_types": ["full_attention", "sliding_attention"]},
@@ -113,12 +114,12 @@ UNSUPPORTED = [
     ({"layer_types": ["sliding_attention", 3]}, "layer_types must be a list of 2 names (num_hidden_layers), got ['sl"),
     ({"layer_types": ["full_attention"] * 3}, "layer_types must be a list of 2 names (num_hidden_layers), got ['full"),
     ({"layer_types": []}, "layer_types must be a list of 2 names (num_hidden_layers), got []"),
-    ({"transformers_weights": "other.safetensors"}, "transformers_weights must be absent, got 'other.safetensors'"),
+    ({"transformers_weights": "other.safetensors"}, "transformers_weights must be absent or model"),
     (
         {"rope_scaling": YARN, "original_max_position_embeddings": None},
         "original_max_position_embeddings must be 128 as in rope_scaling, got None beside it",
     ),
-    ({"max_position_embeddings": 1}, "max_position_embeddings must be >= 2, got 1"),
+    ({"max_position_embeddings": 1}, "max_position_embeddings must be ≥ 2, got 1"),
     (
         {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": "x"},
         "max_window_layers must be an integer, got 'x'",
@@ -263,6 +264,8 @@ def test_neither_is_a_window_of_llama_that_layer_types_overrides(unused):
 def test_yarn_reaches_as_far_as_it_stretches(most, positions):
     """The recipe for long contexts of Qwen3 leaves max_position_embeddings as it was."""
     assert tiny_config(rope_scaling=YARN, max_position_embeddings=most).max_position_embeddings == positions
+    far = tiny_config(rope_scaling=YARN | {"factor": 1e308}, max_position_embeddings=most)
+    assert far.max_position_embeddings == sys.maxsize
 
 
 def test_silu_has_two_names():

@@ -161,6 +161,7 @@ def recordings(monkeypatch):
     recording._recording_stream.cache_clear()
     monkeypatch.setattr(recording, "_spoilt", [])
     monkeypatch.setattr(recording, "_generator", lambda device: f"ours on {device}")
+    monkeypatch.setattr(recording, "MARKS_GENERATORS", True)  # as in torch before 2.13
     monkeypatch.setattr(dispatch, "select", lambda *_: "cuda")
     monkeypatch.setattr(dispatch, "native", lambda: SimpleNamespace(cuda=fake))
     for name, value in {

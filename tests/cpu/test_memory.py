@@ -93,18 +93,18 @@ def test_cycles_that_find_no_memory_for_their_recording_run_op_by_op(folder, mod
 
 def test_large_weights_have_huge_pages_of_their_own():
     """Blocks which are freed with them; small ones share one."""
-    large = huge_pages.empty([huge_pages.blocks.BLOCK], torch.uint8)
+    large = huge_pages.empty([huge_pages.arena.BLOCK], torch.uint8)
     small = [huge_pages.empty([100], torch.bfloat16) for _ in range(2)]
-    blocks = [t.untyped_storage().data_ptr() for t in (large, *small, huge_pages.blocks.block)]
+    blocks = [t.untyped_storage().data_ptr() for t in (large, *small, huge_pages.arena.block)]
     assert blocks[0] not in blocks[1:] and blocks[2] == blocks[3]
-    assert huge_pages.blocks.block.untyped_storage().nbytes() < 2 * huge_pages.blocks.BLOCK
+    assert huge_pages.arena.block.untyped_storage().nbytes() < 2 * huge_pages.arena.BLOCK
     assert all(t.data_ptr() % 64 == 0 for t in small) and large.data_ptr() % (2 << 20) == 0
 
 
 def test_a_large_cache_has_huge_pages():
     config = checkpoints.tiny_config()
     page_bytes = config.num_layers * 2 * config.num_heads_kv * 64 * config.head_dim * 2
-    sizes = dict(num_slots=1, max_seq_len=64, num_pages=huge_pages.blocks.BLOCK // page_bytes + 1)
+    sizes = dict(num_slots=1, max_seq_len=64, num_pages=huge_pages.arena.BLOCK // page_bytes + 1)
     kv = PagedKvCache(config, device=torch.device("cpu"), dtype=torch.bfloat16, **sizes)
     assert kv.pages.is_contiguous() and kv.pages.data_ptr() % (2 << 20) == 0
 

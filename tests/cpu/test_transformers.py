@@ -87,6 +87,16 @@ def test_the_rotary_embedding_is_as_transformers_reads_it(tmp_path, adapter):
     assert checkpoint.raw["rope_scaling"] == yarn  # as it was
 
 
+def test_yarn_that_leaves_the_original_length_to_its_default(tmp_path):
+    """Which is max_position_embeddings as it is, not as far as it is stretched."""
+    folder = checkpoints.make(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4.0}, max_position_embeddings=160)
+    checkpoint = ckpt.load(folder)
+    config = build(checkpoint).config
+    assert config.max_position_embeddings == 160 and checkpoint.config.max_position_embeddings == 640
+    assert config.rope_parameters["original_max_position_embeddings"] == 160
+    assert checkpoint.config.rope["original_max_position_embeddings"] == 160
+
+
 def test_what_we_do_not_read_is_read_too(tmp_path):
     """All of config.json but shapes: what we overlook shows in every comparison."""
     checkpoint = ckpt.load(checkpoints.make(tmp_path))

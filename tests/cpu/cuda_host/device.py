@@ -123,7 +123,7 @@ def installed(*, others: str, num_sms: int = 5):
     module = Module(device)
     with pytest.MonkeyPatch.context() as patch, cuda_host.host_unseen():
         patch.setattr(dispatch, "native", lambda: module)
-        patch.setattr(huge_pages.blocks, "block", torch.empty(0, dtype=torch.uint8))  # it begins with memory of its own
+        patch.setattr(huge_pages.arena, "block", torch.empty(0, dtype=torch.uint8))  # it begins with memory of its own
         patch.setattr(dispatch, "select", lambda op, *_: "cuda" if op in NATIVE else others)
         patch.setattr(ops, "_launch_on", lambda *args, **kwargs: launch(functools.partial(run_triton, **kwargs), *args))
         yield device
