@@ -35,15 +35,16 @@ class CMakeBuild(build_ext):
             "-UCMAKE_MAKE_PROGRAM", "-UORTHRUS_CUDA_ARCHS",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DORTHRUS_CUDA={os.environ.get('ORTHRUS_CUDA', 'AUTO')}",
-            f"-DORTHRUS_PDL_DELAY_NS={os.environ.get('ORTHRUS_PDL_DELAY_NS', '0')}",
+            f"-DORTHRUS_CUDA={os.environ.get('ORTHRUS_CUDA') or 'AUTO'}",
+            f"-DORTHRUS_PDL_DELAY_NS={os.environ.get('ORTHRUS_PDL_DELAY_NS') or '0'}",
         ]  # fmt: skip
         if archs := os.environ.get("ORTHRUS_CUDA_ARCHS"):
             args.append(f"-DORTHRUS_CUDA_ARCHS={archs}")
         if (nvcc := find_nvcc()) and os.environ.get("ORTHRUS_CUDA") != "OFF":
             args.append(f"-DCMAKE_CUDA_COMPILER={os.path.realpath(nvcc)}")
-        # CMake never looks for compilers again, nor into a folder that was moved.
-        configured, key = build / "configured", repr([str(ROOT), os.environ.get("CXX"), nvcc])
+        # CMake never looks for compilers or their flags again, nor into a folder that was moved.
+        given = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX")]
+        configured, key = build / "configured", repr([str(ROOT), given, nvcc])
         if not configured.exists() or configured.read_text() != key:
             args.append("--fresh")
         configured.unlink(missing_ok=True)

@@ -38,17 +38,21 @@ def own_pass():
 
 def step_ms(engine: Engine, prompts: list[list[int]]) -> float:
     """Milliseconds of a step, the mean over one for each of ``prompts``; an empty one does not arrive."""
-    start, told = time.perf_counter(), 0
+    start, names, ended = time.perf_counter(), set(), set()
     for prompt in prompts:
         if prompt:
-            engine.submit(prompt, SamplingParams(max_new_tokens=1, ignore_eos=True))
-        told += sum(out.finished for out in engine.step())
+            names.add(engine.submit(prompt, SamplingParams(max_new_tokens=1, ignore_eos=True)))
+        ended.update(out.request_id for out in engine.step() if out.finished)
     if engine.device.type == "cuda":
         torch.cuda.synchronize(engine.device)
     seconds = time.perf_counter() - start
-    told += sum(out.finished for _ in range(2) for out in engine.step())  # of results that are a step late
-    if told != sum(map(bool, prompts)):
-        raise SystemExit(f"bench_arrivals: {told} of {sum(map(bool, prompts))} prompts came to their end")
+    ended.update(out.request_id for _ in range(2) for out in engine.step() if out.finished)  # results a step late
+    if ended - names:
+        raise ValueError("a sequence that decodes has ended: fewer --rounds")
+    if names - ended:
+        raise ValueError(
+            f"--prompt must fit a step beside those who decode, {engine.runner.most_prompt_rows_beside} rows"
+        )
     return 1e3 * seconds / len(prompts)
 
 
@@ -77,8 +81,6 @@ def measure(mode: str, batch: int, length: int, args) -> dict:
             if turn == 1:
                 for column in times.values():
                     column.clear()
-        if any(r is None for r in engine.scheduler.slots[:batch]):
-            raise SystemExit("bench_arrivals: a sequence ended; fewer --rounds")
     ms = {name: common.percentiles(values)["p50"] for name, values in times.items()}
     added = {name: ms[name] - ms["step_ms"] for name in ("with_ms", "own_pass_ms")}
     saved = 1 - added["with_ms"] / added["own_pass_ms"]
@@ -103,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)

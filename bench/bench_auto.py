@@ -166,7 +166,7 @@ def main() -> None:
     parser = common.parser_of(__doc__, device="auto")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--tokens", type=int, default=128, help="of a request, on average")
+    parser.add_argument("--tokens", type=int, least=2, most=600, default=128, help="of a request, on average")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--most-rows", type=int, default=32, help="leave out fixed plans with more rows in a pass")
     args = parser.parse_args()
@@ -180,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)

@@ -7,12 +7,11 @@ A call uses up its drafts, so they are restored before each; the time of restori
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import torch
 
-from bench.common import graphed, header, loop, measure, parser_of, read_bandwidth, report
+from bench.common import graphed, header, loop, measure, parser_of, read_bandwidth, report, run_script
 from orthrus_rt import dispatch, ops, reference
 from orthrus_rt import state as st
 from orthrus_rt.rows import empty_rows
@@ -145,4 +144,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

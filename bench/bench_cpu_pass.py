@@ -14,7 +14,7 @@ import statistics
 
 import torch
 
-from bench.common import header, parser_of, percentiles, read_bandwidth, report
+from bench.common import header, parser_of, percentiles, read_bandwidth, report, run_script
 from bench.models import random_checkpoint
 from orthrus_rt import dispatch, pages
 from orthrus_rt.kv import PagedKvCache
@@ -50,7 +50,7 @@ def num_weights(model: Model) -> int:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 6, 8, 16, 32])
-    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--context", type=int, least=0, default=256)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--isa", nargs="+", help="variants, such as avx2; the best one by default")
     parser.add_argument("--repeats", type=int, default=30)
@@ -94,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,7 @@ import contextlib
 import gc
 import math
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -170,21 +171,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[1024], help="official shapes: committed tokens")
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"], help="embedded model")
     parser.add_argument("--num-prompts", type=int, help="embedded model: only the first prompts of each kind")
-    parser.add_argument("--tokens", type=int, default=128, help="embedded model: new tokens of each prompt")
+    parser.add_argument(
+        "--tokens", type=int, least=2, most=1900, default=128, help="embedded model: new tokens of each prompt"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--baselines", nargs="*", choices=("eager", "graphed"), default=["eager", "graphed"])
     parser.add_argument("--block-len", type=int, default=32, help="official shapes: K of the checkpoint")
     parser.add_argument("--draft-len", type=int, help="drafts per cycle; K-1 by default")
     parser.add_argument("--fan-out", type=int, help="blocks that a one_pass cycle drafts; the engine's own by default")
-    parser.add_argument("--accepted", type=float, help="official shapes: accepted drafts per cycle to simulate")
+    parser.add_argument(
+        "--accepted", type=float, least=0, help="official shapes: accepted drafts per cycle to simulate"
+    )
     parser.add_argument("--cycles", type=int, default=64, help="measured cycles per row")
     parser.add_argument("--rounds", type=int, default=1, help="of all modes in turn; each row is the median of as many")
     args = parser.parse_args(argv)
     given = [*(sys.argv[1:] if argv is None else argv)]
-    if args.out in given:
-        given[given.index(args.out)] = "DIR"
-    command = " ".join(["python -m bench.bench_decode", *given])
+    for i, option in enumerate(given):
+        if option == "--out":
+            given[i + 1] = "DIR"
+        elif option.startswith("--out="):
+            given[i] = "--out=DIR"
+    command = shlex.join(["python", "-m", "bench.bench_decode", *given])
     name, revision = f"decode-{Path(args.model).name}", common.header(args.device)["revision"]
 
     def facts() -> dict:
@@ -198,4 +206,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report
+from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report, run_script
 from orthrus_rt import dispatch, huge_pages, native, ops
 from orthrus_rt.rows import empty_rows
 
@@ -272,4 +272,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

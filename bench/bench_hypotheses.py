@@ -194,7 +194,7 @@ def two_pass(table: DraftTable, block_len: int) -> np.ndarray:
 
 def main() -> None:
     parser = common.parser_of(__doc__)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, least=2, most=1900, default=64)
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat", "math", "data", "prose"])
     parser.add_argument("--block-len", type=int, nargs="+", default=[8, 16], choices=range(8, 17), metavar="K")
     args = parser.parse_args()
@@ -211,7 +211,7 @@ def main() -> None:
         for name, run in runs.items():
             fan_outs = FAN_OUTS[:1] if name == "two_pass" else FAN_OUTS
             totals = {f: [run(table, f) for table in tables] for f in fan_outs}
-            for kind in ("code", "all"):
+            for kind in ["code"] * ("code" in args.kinds) + ["all"]:
                 chosen = [i for i, t in enumerate(tables) if kind in (t.kind, "all")]
                 row = {"block_len": block_len, "prompts": kind, "n": len(chosen), "rule": name}
                 for fan_out, each in totals.items():
@@ -228,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from bench.bench_dual_attn import Case, Shape
 from bench.bench_row_linear import EPILOGUES, OPS
-from bench.common import graphed, header, measure, parser_of, report
+from bench.common import graphed, header, measure, parser_of, report, run_script
 from bench.models import SHAPES, config_of, linear_shapes
 from orthrus_rt import native, ops
 from orthrus_rt.config import ModelConfig
@@ -131,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -57,9 +57,9 @@ def main() -> None:
     parser = common.parser_of(__doc__, device="auto")
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"])
     parser.add_argument("--num-prompts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, least=2, most=1900, default=64)
     parser.add_argument("--draft-len", type=int, nargs="+", default=[3, 7])
-    parser.add_argument("--fan-out", type=int, nargs="+", default=[1, 2, 4, 8, 0], help="0: every hypothesis")
+    parser.add_argument("--fan-out", type=int, least=0, nargs="+", default=[1, 2, 4, 8, 0], help="0: every hypothesis")
     args = parser.parse_args()
     engine = Engine.from_pretrained(
         "smollm2-135m", device=str(args.device), max_seq_len=2048, max_batch_size=1, prefix_caching=False
@@ -80,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)

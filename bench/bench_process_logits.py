@@ -8,11 +8,9 @@ Bytes are one read of the logits: the least that any choice costs.
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
-from bench.common import graphed, header, loop, measure, parser_of, read_bandwidth, report
+from bench.common import graphed, header, loop, measure, parser_of, read_bandwidth, report, run_script
 from orthrus_rt import dispatch, ops, reference
 from orthrus_rt.prefill import prefill_rows
 from orthrus_rt.state import SlotEdits, SlotSampling, empty_partials, num_score_tiles
@@ -125,4 +123,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -8,12 +8,11 @@ one. Bytes are the packed weights alone. On a CPU, torch.mm takes turns with the
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
 import torch
 
-from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report
+from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report, run_script
 from bench.models import SHAPES, config_of, linear_shapes
 from orthrus_rt import huge_pages, native, ops
 from orthrus_rt.weights import PackedWeight, pack
@@ -168,4 +167,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,13 +33,44 @@ __all__ = [
     "percentiles",
     "read_bandwidth",
     "report",
+    "run_script",
     "save",
 ]
 
 
-def parser_of(doc: str, device: str | None = None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Whose numbers are finite and above 0, or within ``least`` and ``most`` where an option says so."""
+
+    def add_argument(self, *names, least: float | None = None, most: float = math.inf, **how):
+        if (kind := how.get("type")) in (int, float):
+            how["type"] = functools.partial(_number, kind, least, most)
+        return super().add_argument(*names, **how)
+
+
+def _number(kind: type, least: float | None, most: float, text: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value <= most and (value > 0 if least is None else value >= least)):
+        what = "a whole number" if kind is int else "a number"
+        low = "> 0" if least is None else f">= {least}"
+        high = "" if most == math.inf else f" and <= {most}"
+        raise argparse.ArgumentTypeError(f"must be {what} {low}{high}, got {text!r}")
+    return value
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """The script, which ends with a message where its options do not fit together, or the machine."""
+    try:
+        sys.exit(main())
+    except (ValueError, torch.OutOfMemoryError) as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {' '.join(str(error).split())}")
+
+
+def parser_of(doc: str, device: str | None = None) -> Parser:
     """The parser of a script whose docstring is ``doc``, with ``--out``; and ``--device``, if its default is given."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", type=out_folder, help="folder for the JSON and the table")
     if device is not None:
         parser.add_argument("--device", type=_device, default=device, help="auto, cpu, cuda or cuda:N (%(default)s)")
@@ -105,8 +139,9 @@ def _said(*command: str) -> str:
 
 def _revision() -> str:
     """With ``-dirty`` if tracked files other than results have changed since."""
-    head = _said("git", "rev-parse", "--short", "HEAD")
-    changed = _said("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results")
+    git = "git", "-C", str(Path(__file__).parent)
+    head = _said(*git, "rev-parse", "--short", "HEAD")
+    changed = _said(*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results")
     return (f"{head}-dirty" if changed else head) or "unknown"
 
 
@@ -137,6 +172,8 @@ def header(device: torch.device) -> dict:
 def out_folder(text: str) -> str:
     """The type of ``--out``: a folder, made if need be, that takes files; known before anything is measured."""
     try:
+        if not text:
+            raise argparse.ArgumentTypeError("must be a folder, got nothing")
         Path(text).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=text):
             return text

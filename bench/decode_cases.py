@@ -40,7 +40,7 @@ class Bench:
             self.checkpoint = random_checkpoint(args.model, self.device, args.block_len)
         self.config = self.checkpoint.config
         self.cases = args.kinds if self.real else args.context
-        self.draft_len = args.draft_len or self.config.block_len - 1
+        self.draft_len = self.config.block_len - 1 if args.draft_len is None else args.draft_len
         self.accepted = args.accepted
         if self.accepted is None and not self.real:
             self.accepted = mean_accepted(per_position(PUBLISHED[args.model], 31), self.draft_len)

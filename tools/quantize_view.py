@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from orthrus_rt.storage import SCALE_SUFFIX
@@ -23,6 +24,8 @@ def quantize_view(source: Path, target: Path) -> None:
     """Round the matrices of the diffusion view ``source`` to int8 per output row; norms stay."""
     tensors = {}
     for name, weight in load_file(source).items():
+        if not weight.is_floating_point() or name.endswith(SCALE_SUFFIX):
+            raise ValueError(f"{source}: {name} is {weight.dtype}, of a view that is quantised already")
         if weight.dim() == 2:
             tensors[name], tensors[name + SCALE_SUFFIX] = quantize_rows(weight)
         else:
@@ -35,4 +38,7 @@ if __name__ == "__main__":
     parser.add_argument("source", type=Path, metavar="SRC")
     parser.add_argument("target", type=Path, metavar="DST")
     args = parser.parse_args()
-    quantize_view(args.source, args.target)
+    try:
+        quantize_view(args.source, args.target)
+    except (OSError, ValueError, SafetensorError) as error:
+        parser.error(str(error))

@@ -117,6 +117,15 @@ def test_base_that_has_a_view_already(tmp_path, folders):
     assert message_of(whole, adapter).startswith(expected)
 
 
+def test_a_quantised_view_is_not_quantised_again(tmp_path, folders):
+    """Its scales would be lost, and what is left looks whole."""
+    _, adapter = folders
+    quantize_view(adapter / VIEW, adapter / "int8.safetensors")
+    with pytest.raises(ValueError, match=r"is torch\.\w+, of a view that is quantised already"):
+        quantize_view(adapter / "int8.safetensors", tmp_path / "again.safetensors")
+    assert not (tmp_path / "again.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     "fact",
     [

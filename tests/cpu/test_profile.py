@@ -218,3 +218,25 @@ def test_the_folder_for_results_is_made(tmp_path):
     assert Path(out).is_dir() and not list(Path(out).iterdir())
     common.report("name", {}, [{"x": 1}], out)
     assert {path.name for path in Path(out).iterdir()} == {"name.json", "name.md"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--rows", "0"], "--rows: must be a whole number > 0, got '0'"),
+        (["--rows", "1.5"], "--rows: must be a whole number > 0, got '1.5'"),
+        (["--rate", "nan"], "--rate: must be a number > 0, got 'nan'"),
+        (["--tokens", "1"], "--tokens: must be a whole number >= 2 and <= 9, got '1'"),
+        (["--tokens", "10"], "--tokens: must be a whole number >= 2 and <= 9, got '10'"),
+        (["--out", ""], "--out: must be a folder, got nothing"),
+    ],
+)
+def test_numbers_that_a_benchmark_has_no_use_for(capsys, given, message):
+    parser = common.parser_of("")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--tokens", type=int, least=2, most=9)
+    assert parser.parse_args(["--rows", "1", "--rate", "0.5", "--tokens", "9"]).tokens == 9
+    with pytest.raises(SystemExit):
+        parser.parse_args(given)
+    assert capsys.readouterr().err.endswith(f"{message}\n")
