@@ -58,6 +58,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cpu, device = dispatch.native().cpu, torch.device("cpu")
+    for isa in args.isa or ():
+        try:
+            cpu.set_isa(isa)
+        except RuntimeError:
+            parser.error(f"--isa: this machine does not offer {isa}")
     max_seq_len = args.context + max(args.rows)
     checkpoint, on_device = random_checkpoint("135m", device), dict(device=device, dtype=torch.bfloat16)
     num_pages = pages.num_pages(max_seq_len)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -240,7 +241,11 @@ def main() -> int:
     parser.add_argument("--loop", type=int, help="run the first shape this often under an NVTX range, for a profiler")
     args = parser.parse_args()
     device = args.device
-    heads = tuple(int(x) for x in args.heads.split(","))
+    if not re.fullmatch(r"[1-9]\d*,[1-9]\d*,[1-9]\d*", args.heads):
+        parser.error(f"--heads must be three numbers, such as 32,8,128, got {args.heads!r}")
+    heads = tuple(map(int, args.heads.split(",")))
+    if heads[0] % heads[1]:
+        parser.error(f"--heads: query heads must be a multiple of the key/value heads, got {args.heads}")
     if args.loop:
         looped = Case(DECODE[0], args.context[0], heads, device)
         copies = itertools.cycle(range(looped.copies))

@@ -22,6 +22,7 @@ from orthrus_rt.sampling import SamplingParams
 
 ACCEPTED = 2  # drafts per cycle, where there are any
 WARM_UP = 64  # cycles
+MODES = ("ar", "two_pass", "one_pass", "auto")
 
 
 class Instant(Cycle):
@@ -60,7 +61,7 @@ def microseconds(device: torch.device, mode: str, batch: int, cycles: int) -> li
 
 def main() -> None:
     parser = common.parser_of(__doc__, device="auto")
-    parser.add_argument("--modes", nargs="+", default=["ar", "two_pass", "one_pass", "auto"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--cycles", type=int, default=1000)
     args = parser.parse_args()

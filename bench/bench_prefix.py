@@ -22,7 +22,8 @@ FIRST = SamplingParams(max_new_tokens=1)
 def requests(engine: Engine, shared: int, count: int, round_number: int) -> list[list[int]]:
     """``count`` prompts whose first ``shared`` tokens are the same, and no other round's."""
     beginning = engine.tokenizer(f"{round_number}. " + " ".join(p.text for p in prompts.load("long")) * 2).input_ids
-    assert len(beginning) >= shared
+    if shared > len(beginning):
+        raise ValueError(f"--shared must be at most {len(beginning)}, got {shared}")
     return [beginning[:shared] + engine.tokenizer("\n" + p.text).input_ids for p in prompts.load("chat")[:count]]
 
 

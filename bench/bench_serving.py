@@ -122,10 +122,8 @@ def main() -> None:
     parser = common.parser_of(__doc__, device="auto")
     parser.add_argument("--modes", nargs="+", choices=("ar", "two_pass", "one_pass", "auto"), default=MODES)
     parser.add_argument("--rate", type=float, nargs="+", default=[2, 6, 12], help="requests a second")
-    parser.add_argument("--requests", type=int, least=2, default=40, help="at least 2")
-    parser.add_argument(
-        "--tokens", type=int, least=3, most=600, default=64, help="of a request, on average; at least 3"
-    )
+    parser.add_argument("--requests", type=int, least=2, default=40)
+    parser.add_argument("--tokens", type=int, least=3, most=600, default=64, help="of a request, on average")
     parser.add_argument("--batch", type=int, default=8, help="slots of the engine")
     parser.add_argument("--draft-len", type=int, default=3, help="of two_pass")
     parser.add_argument("--rounds", type=int, default=3)

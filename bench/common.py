@@ -50,9 +50,10 @@ class Parser(argparse.ArgumentParser):
 def _number(kind: type, least: float | None, most: float, text: str):
     try:
         value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value <= most and (value > 0 if least is None else value >= least)):
+        fits = math.isfinite(value) and value <= most and (value > 0 if least is None else value >= least)
+    except (ValueError, OverflowError):
+        fits = False
+    if not fits:
         what = "a whole number" if kind is int else "a number"
         low = "> 0" if least is None else f">= {least}"
         high = "" if most == math.inf else f" and <= {most}"
@@ -61,7 +62,7 @@ def _number(kind: type, least: float | None, most: float, text: str):
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """The script, which ends with a message where its options do not fit together, or the machine."""
+    """The script, which ends with a message where its options do not fit together, or into a GPU's memory."""
     try:
         sys.exit(main())
     except (ValueError, torch.OutOfMemoryError) as error:

@@ -47,7 +47,7 @@ class Bench:
         if not self.real:
             per_position(self.accepted, self.draft_len)  # checks it
         self.bandwidth = common.read_bandwidth(self.device)
-        self.cycles = WARM_UP + max(1, args.cycles)  # of a row, or of a baseline that is profiled
+        self.cycles = WARM_UP + args.cycles  # of a row, or of a baseline that is profiled
         self.model = None
         if self.positions() > (most := self.config.max_position_embeddings):
             raise ValueError(f"--context: {self.positions()} positions are needed, and the model has {most}")

@@ -268,10 +268,13 @@ def _check_rope(key: str, stated, config: ModelConfig, adapter: Path, folder: Pa
     """What an adapter states of the rotary embedding, in either of transformers' ways."""
     if not isinstance(stated, dict):
         raise CheckpointError(f"{adapter / 'config.json'}: {key} must be an object, got {stated!r}")
-    base = ROPE_DEFAULTS | config.rope | {"type": config.rope["rope_type"]}
-    for name, value in stated.items():
-        if value is not None:
-            _check_fact(f"{key}.{name}", value, base.get(name), adapter, folder)
+
+    def given(rope: dict) -> dict:
+        return {name: value for name, value in rope.items() if value is False or value not in (None, 0)}  # else absent
+
+    base = ROPE_DEFAULTS | given(config.rope) | {"type": config.rope["rope_type"]}
+    for name, value in given(stated).items():
+        _check_fact(f"{key}.{name}", value, base.get(name), adapter, folder)
 
 
 def _check_tied_head(tensors: LazyTensors, file: Path) -> None:

@@ -154,9 +154,9 @@ def _refuse_unsupported(raw, where):
         raise CheckpointError(f"{where}: is_causal must be true, got {raw['is_causal']!r}")
     if raw.get("quantization_config"):
         raise CheckpointError(f"{where}: quantization_config must be absent (weights must be fp32, fp16 or bf16)")
-    weights = raw.get("transformers_weights")  # transformers reads that file, and there is no other that is read here
-    if weights not in (None, "model.safetensors", "model.safetensors.index.json"):
-        raise CheckpointError(f"{where}: transformers_weights must be absent or model.safetensors, got {weights!r}")
+    weights, read = raw.get("transformers_weights"), ("model.safetensors", "model.safetensors.index.json")
+    if weights not in (None, *read):  # transformers would read that file
+        raise CheckpointError(f"{where}: transformers_weights must be {' or '.join(read)}, got {weights!r}")
     for key in ("per_layer_config", "kv_sharing_modes"):
         if raw.get(key):
             raise CheckpointError(f"{where}: {key} must be absent (all layers are alike), got {raw[key]!r}")

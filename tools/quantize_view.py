@@ -25,7 +25,7 @@ def quantize_view(source: Path, target: Path) -> None:
     tensors = {}
     for name, weight in load_file(source).items():
         if not weight.is_floating_point() or name.endswith(SCALE_SUFFIX):
-            raise ValueError(f"{source}: {name} is {weight.dtype}, of a view that is quantised already")
+            raise ValueError(f"{source} holds {name} ({weight.dtype}): it is quantised already")
         if weight.dim() == 2:
             tensors[name], tensors[name + SCALE_SUFFIX] = quantize_rows(weight)
         else:

@@ -121,7 +121,7 @@ def test_a_quantised_view_is_not_quantised_again(tmp_path, folders):
     """Its scales would be lost, and what is left looks whole."""
     _, adapter = folders
     quantize_view(adapter / VIEW, adapter / "int8.safetensors")
-    with pytest.raises(ValueError, match=r"is torch\.\w+, of a view that is quantised already"):
+    with pytest.raises(ValueError, match=r"holds model.layers.0.*\(torch\.\w+\): it is quantised already"):
         quantize_view(adapter / "int8.safetensors", tmp_path / "again.safetensors")
     assert not (tmp_path / "again.safetensors").exists()
 
@@ -194,6 +194,8 @@ def test_fingerprint_tells_bases_of_one_shape_apart(tmp_path):
         ({"rope_theta": "10000.0"}, "rope_theta must be '10000.0', got 10000.0"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}}, None),
         ({"rope_parameters": None, "rope_scaling": {}}, None),
+        ({"rope_parameters": {"rope_type": "default", "truncate": True, "beta_fast": 32, "mscale": 0}}, None),
+        ({"rope_parameters": {"truncate": False}}, "rope_parameters.truncate must be False, got True"),
     ],
 )
 def test_an_adapter_may_state_the_rotary_embedding(folders, stated, message):

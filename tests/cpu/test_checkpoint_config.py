@@ -114,7 +114,10 @@ UNSUPPORTED = [
     ({"layer_types": ["sliding_attention", 3]}, "layer_types must be a list of 2 names (num_hidden_layers), got ['sl"),
     ({"layer_types": ["full_attention"] * 3}, "layer_types must be a list of 2 names (num_hidden_layers), got ['full"),
     ({"layer_types": []}, "layer_types must be a list of 2 names (num_hidden_layers), got []"),
-    ({"transformers_weights": "other.safetensors"}, "transformers_weights must be absent or model"),
+    (
+        {"transformers_weights": "other.safetensors"},
+        "transformers_weights must be model.safetensors or model",
+    ),
     (
         {"rope_scaling": YARN, "original_max_position_embeddings": None},
         "original_max_position_embeddings must be 128 as in rope_scaling, got None beside it",

@@ -207,6 +207,12 @@ def test_a_cycle_is_recorded_on_its_own_device(recordings):
     assert recordings.marked == [f"ours on cuda:{i}" for i in (0, 1, 0)]  # not the program's random numbers
 
 
+def test_a_torch_that_marks_no_generator_is_left_alone(recordings, monkeypatch):
+    monkeypatch.setattr(recording, "MARKS_GENERATORS", False)
+    recorded("cuda:0")
+    assert recordings.marked == ["the program's"]
+
+
 @pytest.mark.parametrize("where", ("refused", "begin", "run", "end"))
 @pytest.mark.parametrize("error", (RuntimeError, KeyboardInterrupt))
 def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):

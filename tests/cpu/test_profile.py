@@ -240,3 +240,14 @@ def test_numbers_that_a_benchmark_has_no_use_for(capsys, given, message):
     with pytest.raises(SystemExit):
         parser.parse_args(given)
     assert capsys.readouterr().err.endswith(f"{message}\n")
+
+
+def test_a_script_whose_options_do_not_fit(capsys):
+    def main():
+        raise ValueError("draft_len must be\n3, got 4")
+
+    with pytest.raises(SystemExit, match=r"^[\w.-]+: draft_len must be 3, got 4$"):
+        common.run_script(main)
+    with pytest.raises(SystemExit, match="2"):
+        common.parser_of("", device="cpu").parse_args(["--dev", "cpu"])  # no abbreviations: reports tell the command
+    assert "unrecognized arguments: --dev cpu" in capsys.readouterr().err
