@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"], help="embedded model")
     parser.add_argument("--num-prompts", type=int, help="embedded model: only the first prompts of each kind")
     parser.add_argument(
-        "--tokens", type=int, least=2, most=1500, default=128, help="embedded model: new tokens of each prompt"
+        "--tokens", type=int, least=2, most=common.MOST_TOKENS, default=128, help="embedded model: of each prompt"
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)

@@ -101,7 +101,7 @@ def own_process() -> None:
 
 def main() -> None:
     parser = common.parser_of(__doc__)
-    parser.add_argument("--tokens", type=int, least=2, most=1500, default=64)
+    parser.add_argument("--tokens", type=int, least=2, most=common.MOST_TOKENS, default=64)
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"])
     parser.add_argument("--draft-len", type=int, nargs="+", default=[3, 5, 7, 15])
     parser.add_argument("--own-process", action="store_true", help=argparse.SUPPRESS)

@@ -16,13 +16,14 @@ import torch
 
 from bench import common
 from bench.models import random_checkpoint
+from orthrus_rt import cycle_plan
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
 ACCEPTED = 2  # drafts per cycle, where there are any
 WARM_UP = 64  # cycles
-MODES = ("ar", "two_pass", "one_pass", "auto")
+MODES = (*cycle_plan.MODES, "auto")
 
 
 class Instant(Cycle):

@@ -194,7 +194,7 @@ def two_pass(table: DraftTable, block_len: int) -> np.ndarray:
 
 def main() -> None:
     parser = common.parser_of(__doc__)
-    parser.add_argument("--tokens", type=int, least=2, most=1500, default=64)
+    parser.add_argument("--tokens", type=int, least=2, most=common.MOST_TOKENS, default=64)
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat", "math", "data", "prose"])
     parser.add_argument("--block-len", type=int, nargs="+", default=[8, 16], choices=range(8, 17), metavar="K")
     args = parser.parse_args()

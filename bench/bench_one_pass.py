@@ -57,7 +57,7 @@ def main() -> None:
     parser = common.parser_of(__doc__, device="auto")
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"])
     parser.add_argument("--num-prompts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, least=2, most=1500, default=64)
+    parser.add_argument("--tokens", type=int, least=2, most=common.MOST_TOKENS, default=64)
     parser.add_argument("--draft-len", type=int, nargs="+", default=[3, 7])
     parser.add_argument("--fan-out", type=int, least=0, nargs="+", default=[1, 2, 4, 8, 0], help="0: every hypothesis")
     args = parser.parse_args()

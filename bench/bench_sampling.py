@@ -43,7 +43,7 @@ def main() -> None:
     parser = common.parser_of(__doc__, device="cpu")
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"])
     parser.add_argument("--temperatures", type=float, least=0, nargs="+", default=[0.0, 0.3, 0.7, 1.0])
-    parser.add_argument("--tokens", type=int, least=2, most=1500, default=64)
+    parser.add_argument("--tokens", type=int, least=2, most=common.MOST_TOKENS, default=64)
     parser.add_argument("--seeds", type=int, default=2, help="generations per prompt")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--draft-len", type=int, default=15)

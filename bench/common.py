@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 
+MOST_TOKENS = 1500  # of a request, beside the longest built-in prompt in an engine of 2,048
+
+
 class Parser(argparse.ArgumentParser):
     """Whose numbers are finite and above 0, or within ``least`` and ``most`` where an option says so."""
 
