@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 
 from bench import common
+from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.engine import Engine
 from orthrus_rt.rounds import Rounds
 from orthrus_rt.sampling import SamplingParams
@@ -89,7 +90,7 @@ def measure(mode: str, batch: int, length: int, args) -> dict:
 
 def main() -> None:
     parser = common.parser_of(__doc__, device="auto")
-    parser.add_argument("--modes", nargs="+", choices=("ar", "two_pass", "one_pass"), default=["ar", "two_pass"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["ar", "two_pass"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, nargs="+", default=[32, 128], help="tokens of an arriving prompt")
     parser.add_argument("--draft-len", type=int, default=3)

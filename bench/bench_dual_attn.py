@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report, run_script
 from orthrus_rt import dispatch, huge_pages, native, ops
+from orthrus_rt.pages import PAGE_SIZE, num_pages
 from orthrus_rt.rows import empty_rows
 
 COLD_BYTES = 200 << 20  # of cache copies: several times any L2, or a CPU's L3
@@ -64,19 +65,19 @@ class Case:
         self.rows.prefix_len.fill_(context)
         self.rows.prefix_len[:n_ar] += offset[:n_ar].to(device) + 1
         self.cached = context + shape.ar_rows
-        self.max_seq_len = -(-max(self.cached, 4096) // ops.PAGE_SIZE) * ops.PAGE_SIZE
-        columns = -(-self.cached // ops.PAGE_SIZE)
-        page_bytes = self.heads_kv * ops.PAGE_SIZE * self.dim * 4
+        self.max_seq_len = num_pages(max(self.cached, 4096)) * PAGE_SIZE
+        columns = num_pages(self.cached)
+        page_bytes = self.heads_kv * PAGE_SIZE * self.dim * 4
         self.copies = -(-COLD_BYTES // (page_bytes * columns * shape.batch))
-        num_pages = 1 + self.copies * shape.batch * columns
+        total = 1 + self.copies * shape.batch * columns
         bf16 = dict(dtype=torch.bfloat16, device=device)
-        shape_kv = torch.Size((num_pages, self.heads_kv, ops.PAGE_SIZE, self.dim))
+        shape_kv = torch.Size((total, self.heads_kv, PAGE_SIZE, self.dim))
         self.k_pages, self.v_pages = (
             huge_pages.empty(shape_kv, torch.bfloat16, device).normal_() for _ in range(2)
         )  # where the engine has them
-        order = torch.randperm(num_pages - 1, device=device).int() + 1
+        order = torch.randperm(total - 1, device=device).int() + 1
         self.page_tables = order.view(self.copies, shape.batch, columns)
-        pad = (0, self.max_seq_len // ops.PAGE_SIZE - columns)
+        pad = (0, self.max_seq_len // PAGE_SIZE - columns)
         self.wide_tables = [functional.pad(t, pad, value=-1).contiguous() for t in self.page_tables]
         n_diff = self.rows.num_rows_diff
         self.q = torch.randn(self.rows.num_rows, self.heads_q, self.dim, **bf16)

@@ -20,6 +20,7 @@ import torch
 
 from bench import common
 from orthrus_rt import checkpoint, prompts, transformers_model
+from orthrus_rt.device import dtype_name
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
@@ -51,7 +52,7 @@ def ours(engine: Engine, params: SamplingParams, mode: str, draft_len: int | Non
         out = engine.generate(ids, params, mode=mode, draft_len=draft_len)
         return out.token_ids, out.stats.cycles
 
-    dtype = str(engine.model.dtype).removeprefix("torch.")
+    dtype = dtype_name(engine.model.dtype)
     return Side({"runtime": "orthrus_rt", "dtype": dtype, "mode": mode, "draft_len": draft_len}, run)
 
 
@@ -59,7 +60,7 @@ def theirs(model, max_new_tokens: int) -> Side:
     def run(ids):
         return transformers_model.greedy(model, ids, max_new_tokens), 0
 
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     return Side({"runtime": "transformers", "dtype": dtype, "mode": "generate", "draft_len": None}, run)
 
 
@@ -88,11 +89,15 @@ def load_transformers(dtype: torch.dtype):
     return LlamaForCausalLM.from_pretrained(checkpoint.load(MODEL).tokenizer_dir, dtype=dtype).eval()
 
 
+def long_prompt(tokenizer) -> list[int]:
+    """1,000 tokens of text."""
+    return tokenizer(" ".join(p.text for p in prompts.load("long"))).input_ids[:1000]
+
+
 def own_process() -> None:
     """Print, as JSON, the peak resident memory of decoding and the time of a 1,000-token prefill."""
     engine = Engine.from_pretrained(MODEL, device="cpu", max_seq_len=2048, max_batch_size=1, prefix_caching=False)
-    text = " ".join(p.text for p in prompts.load("long"))
-    ids = engine.tokenizer(text).input_ids[:1000]
+    ids = long_prompt(engine.tokenizer)
     engine.generate(ids[:100], SamplingParams(max_new_tokens=32))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = prefill_seconds(lambda: engine.generate(ids, SamplingParams(max_new_tokens=1)))
@@ -126,11 +131,10 @@ def main() -> None:
         decode_all(sides, ids)
         same &= all(side.tokens == own[0].tokens for side in own)
         rows += [{"kind": kind, "prompts": len(ids)} | side.rates() for side in sides]
-    text = " ".join(p.text for p in prompts.load("long"))
-    long = torch.tensor([engine.tokenizer(text).input_ids[:1000]])
+    long = torch.tensor([long_prompt(engine.tokenizer)])
     with torch.inference_mode():
         for model in models:
-            name = str(model.dtype).removeprefix("torch.")
+            name = dtype_name(model.dtype)
             facts[f"transformers_prefill_seconds_{name}"] = prefill_seconds(lambda m=model: m(long, logits_to_keep=1))
     for row in rows:
         best = max(r["tok_s"] for r in rows if r["kind"] == row["kind"] and r["runtime"] == "transformers")

@@ -17,6 +17,7 @@ from unittest import mock
 
 from bench import common
 from orthrus_rt import runner
+from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.sampling import SamplingParams
@@ -56,7 +57,7 @@ def measure(engine: Engine, prompt: list[int], others: list[list[int]]) -> dict:
 
 def main() -> None:
     parser = common.parser_of(__doc__, device="auto")
-    parser.add_argument("--modes", nargs="+", choices=("ar", "two_pass", "one_pass"), default=["ar", "two_pass"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["ar", "two_pass"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=1500)
     parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64, 128, 256, 512])

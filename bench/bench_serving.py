@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from bench import common
 from orthrus_rt import prompts
 from orthrus_rt.aio import AsyncEngine
+from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
-MODES = ("ar", "two_pass", "auto")
 LENGTHS = 0.5, 1.5  # least and most tokens of a request, of --tokens
 
 
@@ -120,7 +120,7 @@ def row(mode: str, rate: float, runs: dict[str, list[Served]], batch: int) -> di
 
 def main() -> None:
     parser = common.parser_of(__doc__, device="auto")
-    parser.add_argument("--modes", nargs="+", choices=("ar", "two_pass", "one_pass", "auto"), default=MODES)
+    parser.add_argument("--modes", nargs="+", choices=(*MODES, "auto"), default=["ar", "two_pass", "auto"])
     parser.add_argument("--rate", type=float, nargs="+", default=[2, 6, 12], help="requests a second")
     parser.add_argument("--requests", type=int, least=2, default=40)
     parser.add_argument("--tokens", type=int, least=3, most=600, default=64, help="of a request, on average")

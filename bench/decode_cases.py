@@ -111,7 +111,7 @@ class Bench:
 
     def weight_bytes(self, views: tuple[str, ...]) -> int:
         """bf16 bytes of the matrices that a pass with rows of these views reads, the head included."""
-        head = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        head = ckpt.head_name(self.config)
         total = 0
         for name, shape in ckpt.expected_tensors(self.config).items():
             attention = "self_attn" in name

@@ -41,8 +41,8 @@ EXACT = 32  # tokens, up to which cycles of a sequence are counted exactly
 TINY = 1e-9  # of trials: none
 
 
-def in_silence(method):
-    """What is long past counts for nothing, whatever the program asks of NumPy."""
+def ignoring_underflow(method):
+    """Counts that have decayed become 0, also in a program that told NumPy to raise on underflow."""
 
     @functools.wraps(method)
     def run(*args, **kwargs):
@@ -103,7 +103,7 @@ class Acceptance:
         self._begun, self._tokens = 0.0, PRIOR_LENGTH  # sequences, and the tokens of them all
         self._unfaded = 0  # cycles whose fading is still due
 
-    @in_silence
+    @ignoring_underflow
     def observe(self, plan: CyclePlan, cycles: list[list[Outcome]]) -> None:
         """Learn from consecutive cycles of ``plan``: of each, the outcomes of its sequences, one at least."""
         self._unfaded += len(cycles)
@@ -143,7 +143,7 @@ class Acceptance:
         compare(self._shape, hits, trials, self._others @ hits, self._others @ like_level)
         compare(self._level, hits.sum(0), like_level.sum(0), self._hits[0], self._trials[0])
 
-    @in_silence
+    @ignoring_underflow
     def accepted(self, optimism: float = 0.0, running: CyclePlan = AR) -> dict[int, list[float]]:
         """By fan_out: the expected accepted drafts of 0 ... max_drafts. For the arguments see :meth:`tokens`."""
         (level, level_doubt), (shape, shape_doubt) = (

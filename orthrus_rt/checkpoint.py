@@ -140,7 +140,7 @@ def load_config(path_or_id: str, *, adapter: str | None = None, base_gguf: str |
 
 
 def _open(path_or_id: str, adapter, base_gguf: str | None, config_only=False) -> tuple[Path, str | Path | None]:
-    """The base's folder, and what was said of the adapter or goes without saying."""
+    """The base's folder, and the adapter, which for the embedded model defaults to its own."""
     if path_or_id == EMBEDDED_NAME:
         from orthrus_rt import embedded
 
@@ -166,6 +166,11 @@ def _read_config(folder: Path, raw: dict, adapter: Path | None, name: str) -> tu
     for key in ("rope_scaling", "rope_parameters"):
         _check_rope(key, adapter_raw.get(key) or {}, config, adapter, folder)
     return config, raw, adapter_raw
+
+
+def head_name(config: ModelConfig) -> str:
+    """The tensor that makes logits of hidden states."""
+    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

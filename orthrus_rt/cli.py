@@ -18,11 +18,11 @@ from orthrus_rt.cli_options import (
     add_model_options,
     check_length,
     check_num_prompts,
-    check_samples,
     check_used,
     in_options,
     load_engine,
     read_utf8,
+    require_sampling,
     tokens_text,
 )
 from orthrus_rt.cycle_plan import MODES
@@ -151,7 +151,7 @@ def run_generate(args) -> int:
     )  # fmt: skip
     for name in ("top_k", "top_p", "min_p", "seed"):
         if getattr(params, name) != getattr(SamplingParams, name):
-            check_samples(f"--{name.replace('_', '-')}", params)
+            require_sampling(f"--{name.replace('_', '-')}", params)
     engine = load_engine(args, args.mode)
     chat = bool(engine.tokenizer.chat_template) if args.chat is None else args.chat
     prompt_ids = prompts.encode(engine.tokenizer, text, chat=chat)

@@ -74,8 +74,8 @@ def check_used(args, option: str, modes: list[str]) -> None:
             raise ValueError(f"{has}: {option} must name one of them, got {' '.join(modes)}")
 
 
-def check_samples(option: str, params) -> None:
-    """``option`` was given, which says how to sample."""
+def require_sampling(option: str, params) -> None:
+    """Refuse ``option``, which says how to sample, at temperature 0."""
     if params.greedy:
         raise ValueError(f"{option} is for sampling: --temperature must be above 0, got 0")
 

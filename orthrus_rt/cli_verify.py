@@ -12,10 +12,10 @@ from orthrus_rt.cli_options import (
     add_model_options,
     check_length,
     check_num_prompts,
-    check_samples,
     check_used,
     load_engine,
     read_utf8,
+    require_sampling,
     tokens_text,
 )
 from orthrus_rt.cycle_plan import MODES
@@ -54,7 +54,7 @@ def run(args) -> int:
     todo = _prompts(args)
     params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed or 0)
     if args.seed is not None:
-        check_samples("--seed", params)
+        require_sampling("--seed", params)
     verify.check(len(todo), params, args.modes, args.batch, args.against)
     engine = load_engine(args, max_batch_size=args.batch)
     ids = [prompt.encode(engine.tokenizer) for prompt in todo]

@@ -13,6 +13,15 @@ import torch
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Without torch's own prefix.
+
+    >>> dtype_name(torch.bfloat16), dtype_name("float32")
+    ('bfloat16', 'float32')
+    """
+    return str(dtype).removeprefix("torch.")
+
+
 def pick_device(device: str | torch.device) -> torch.device:
     """``"auto"`` is CUDA where a device answers, else the CPU. A CUDA device comes with its index.
 

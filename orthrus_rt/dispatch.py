@@ -1,8 +1,8 @@
 """Which implementation runs each op, decided by device, capability and dtype, and never silently.
 
-``ORTHRUS_BACKEND`` overrides the choice: ``reference`` (all ops), or per op, e.g.
-``ORTHRUS_BACKEND=dual_attn=triton,rms_norm=reference``. A requested implementation that is not
-available raises.
+``ORTHRUS_BACKEND`` overrides the choice: ``reference`` or ``cpu`` for all ops, or per op, e.g.
+``ORTHRUS_BACKEND=dual_attn=triton,rms_norm=reference``; the later of two entries for an op counts. A requested
+implementation that is not available raises.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from orthrus_rt.device import device_scope
+from orthrus_rt.device import device_scope, dtype_name
 
 log = logging.getLogger("orthrus_rt")
 
@@ -25,6 +25,7 @@ NATIVE = "orthrus_rt._native"
 OPS = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus", "process_logits", "count_tokens")
 OPS_BEFORE_LOGITS = OPS[:5]  # which take weights, activations or cache; the others see logits, maxima and ids
 IMPLEMENTATIONS = ("cpu", "cuda", "triton", "reference")
+FOR_ALL_OPS = ("cpu", "reference")
 # Weights, activations and cache that kernels take; ``reference`` takes any, triton's dual_attn bfloat16 alone.
 ELEMENTS = (torch.bfloat16, torch.float32)
 
@@ -61,10 +62,6 @@ def triton_module(op: str):
     return importlib.import_module(f"orthrus_rt.triton_kernels.{op}")
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -80,7 +77,7 @@ def unavailable(impl: str, op: str, device: torch.device, dtype: torch.dtype) ->
     if op in OPS_BEFORE_LOGITS:
         takes = ELEMENTS[:1] if (impl, op) == ("triton", "dual_attn") else ELEMENTS
         if dtype not in takes:
-            return f"the {impl} {op} takes {' or '.join(map(_name, takes))}, not {_name(dtype)}"
+            return f"the {impl} {op} takes {' or '.join(map(dtype_name, takes))}, not {dtype_name(dtype)}"
     if device.type != device_type:
         return f"the {impl} implementation needs {device_type} tensors, not {device.type}"
     if impl == "triton":
@@ -123,6 +120,11 @@ def requested(overrides: str) -> dict[str, str]:
             raise ValueError(
                 f"ORTHRUS_BACKEND: cannot read {item!r}; expected an implementation "
                 f"({', '.join(IMPLEMENTATIONS)}) or op=implementation with op one of {', '.join(OPS)}"
+            )
+        if not op and impl not in FOR_ALL_OPS:
+            raise ValueError(
+                f"ORTHRUS_BACKEND: {impl} does not implement all ops; name those that it is to run, as in "
+                f"dual_attn={impl} ({' and '.join(FOR_ALL_OPS)} are for all)"
             )
         for name in [op] if op else OPS:
             chosen[name] = impl

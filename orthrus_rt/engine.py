@@ -23,6 +23,7 @@ from orthrus_rt.device import (
     DTYPES,
     claim,
     device_scope,
+    dtype_name,
     pick_device,
     prepare_for_forks,
     scope,
@@ -172,7 +173,7 @@ class Engine(Generation):
                 an engine already.
             torch.OutOfMemoryError: there is no room for the weights, or for the cache; then it says what to lower.
         """
-        dtype = str(dtype).removeprefix("torch.")
+        dtype = dtype_name(dtype)
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         device = pick_device(device)
@@ -250,13 +251,13 @@ class Engine(Generation):
     def check(
         self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None
     ) -> list[int]:
-        """Whether :meth:`submit` would take these; from any thread.
+        """Validate these as :meth:`submit` would, from any thread.
 
         Returns:
             The prompt's ids, in a list of its own.
 
         Raises:
-            ValueError: it would not.
+            ValueError: it would refuse them.
             RuntimeError: the engine is closed.
         """
         return self._make_request(prompt_ids, params, None, request_id).prompt
@@ -274,6 +275,7 @@ class Engine(Generation):
 
         Raises:
             ValueError: the prompt or the parameters cannot be served, or the id is in use.
+            RuntimeError: the engine is closed, or another thread is using it.
         """
         self._check_open()
         return self._submit(on_host(prompt_ids), params, request_id)
@@ -375,6 +377,9 @@ class Engine(Generation):
 
         In mode ``auto`` this also times them: at length the first time on this device, with this number of threads, for
         this model and version, later once each.
+
+        Raises:
+            RuntimeError: a request is running, the engine is closed, or another thread is using it.
         """
         from tqdm import tqdm
 
@@ -393,7 +398,12 @@ class Engine(Generation):
         return memory_report(self)
 
     def next_logits(self, token_ids: TokenIds) -> torch.Tensor:
-        """AR logits fp32 ``[vocab_size]`` for the token after at most ``max_seq_len`` ids, while no request runs."""
+        """AR logits fp32 ``[vocab_size]`` for the token after at most ``max_seq_len`` ids.
+
+        Raises:
+            ValueError: there are no ids, too many, or some outside the vocabulary.
+            RuntimeError: a request is running, the engine is closed, or another thread is using it.
+        """
         self._check_open()
         return self._next_logits(on_host(token_ids))
 

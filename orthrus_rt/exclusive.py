@@ -84,8 +84,7 @@ def exclusive(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatena
     @functools.wraps(method)
     def call(engine, *args, **kwargs):
         with engine.turn:
-            if engine.closed:
-                raise RuntimeError("this engine is closed")
+            engine._check_open()
             with torch.inference_mode(), scope(engine.device, engine.cuda_stream):
                 if engine.torn:
                     engine._recover()

@@ -3,10 +3,12 @@
 Weights and cache are allocated once. Activations and workspace are too, and again when a call asks for larger
 cycles. Logits, edits, and each cycle or shape of prefill with its graph are allocated at their first use; from then on
 decoding allocates nothing more that lasts. What ``acceptance="rejection"`` computes on the host's side of a cycle comes
-and goes with each. On the CPU threads keep some memory outside this report: the calling one attention's partial results
-of every 512 positions, where all threads share a few rows, fp32 ``[splits, rows, num_heads_q, head_dim + 2]``, at most
-128 MB; and each, where the processor has no bf16 products, a block of a pass's rows as floats, 1 MB or 48 rows,
-whichever is more.
+and goes with each.
+
+Not counted on the CPU, as threads keep it for themselves: attention's partial results, in the calling thread, fp32
+``[splits, rows, num_heads_q, head_dim + 2]`` where all threads share a few rows (a split is 512 positions; at most
+128 MB); and, where the processor has no bf16 dot products, a float copy of a block of a pass's rows in each thread (1
+MB or 48 rows, whichever is more).
 """
 
 from __future__ import annotations

@@ -107,14 +107,21 @@ class Metrics:
             self.busy_seconds += time.perf_counter() - since
 
     def as_dict(self) -> dict:
-        """All counters and gauges; safe to call from any thread. ``prompt_tokens`` came into the cache or were found
-        there; ``cached_tokens`` of those, and of what preemption had cost, were found when their request got its
-        slot; ``recomputed_tokens`` went through the network again, as preemption or a fault had cost their pages.
-        ``accepted`` maps drafts accepted to cycles of a sequence; ``times`` has, by kind of pass or cycle, how many
-        there were and their seconds on the device; ``busy_seconds`` is the host's. ``plans`` has the cycles of each
-        plan (``ar``, ``two_pass/7``, ``one_pass/15x4``: drafts, fan_out), ``plan`` is the last. ``first_token`` and
-        ``per_token`` tell what requests saw since the engine had them: :meth:`Latencies.as_dict` of the seconds to
-        their first token, and from there per token, of those that came to their end.
+        """All counters and gauges; safe to call from any thread.
+
+        Returns:
+            ``tokens``: generated. ``cycles``, ``passes``: run. ``preemptions``: of requests.
+            ``prompt_tokens``: came into the cache, or were found there.
+            ``cached_tokens``: of those, and of what preemption had cost, found when their request got its slot.
+            ``recomputed_tokens``: went through the network again, as preemption or a fault had cost their pages.
+            ``busy_seconds``: of the host, inside steps.
+            ``times``: kind of pass or cycle (see :meth:`took`) -> ``count``, and ``seconds`` on the device.
+            ``first_token``, ``per_token``: :meth:`Latencies.as_dict` of seconds, from a request's arrival to its first
+            token, and per token from there on, of those that came to their end.
+            ``plans``: plan (``ar``, ``two_pass/7``, ``one_pass/15x4``: drafts, fan_out) -> cycles. ``plan``: the last.
+            ``accepted``: number of drafts accepted -> how often, a cycle of a sequence each.
+            ``finished``: finish reason -> requests. ``waiting``, ``running``: requests now.
+            ``pages``, ``pages_free``: of the cache, those usable and those free now.
         """
         engine = self._engine()
         scheduler, kv = (engine.scheduler, engine.kv) if engine else (None, None)  # None too once it is closed

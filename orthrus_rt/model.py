@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from orthrus_rt import native, nvtx, ops, weights
-from orthrus_rt.checkpoint import Checkpoint
+from orthrus_rt.checkpoint import Checkpoint, head_name
 from orthrus_rt.config import CheckpointError, ModelConfig
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.room import check_weights
@@ -61,8 +61,7 @@ class Model:
             return weights.pack(torch.cat([get(n) for n in names]) if len(names) > 1 else get(names[0]), **kwargs)
 
         self.embedding = get("model.embed_tokens.weight").contiguous()
-        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        self.lm_head = pack(head)
+        self.lm_head = pack(head_name(config))
         self.final_norm = norm("model.norm.weight")
         self.cos_sin = cos_sin_table(config, max_seq_len).to(self.device)
         self.layers = []

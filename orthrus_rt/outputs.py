@@ -52,15 +52,17 @@ class Stats:
 
     @property
     def tokens_per_cycle(self) -> float:
-        """Of decoding alone, as the next two: the first token is the prefill's."""
+        """Tokens per decode cycle, the first token excluded: prefill yields it."""
         return (self.tokens - 1) / self.cycles if self.cycles else 0.0
 
     @property
     def tokens_per_pass(self) -> float:
+        """The same per pass, that is, per read of the weights."""
         return (self.tokens - 1) / self.passes if self.passes else 0.0
 
     @property
     def tokens_per_second(self) -> float:
+        """The same per second of decoding, prefill and queue excluded."""
         return (self.tokens - 1) / self.seconds if self.seconds else 0.0
 
 

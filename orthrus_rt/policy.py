@@ -334,12 +334,19 @@ class Policy:
         self.current = None  # which ends the course too
 
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict:
-        """Why cycles of ``batch_size`` sequences run what they run: a plain dict, seconds and ratios. The last few
-        cycles, not weighed yet, are not in it.
+        """Why cycles of ``batch_size`` sequences run what they run. The last few cycles are not weighed yet.
 
-        ``accepted``: expected drafts accepted of 0, 1, ... that are offered. ``cycles`` counts those of all batches.
-        ``in_use`` is the plan wanted, ``current`` the one that ran last: another while the safety account does not
-        cover ``in_use``, or in a trial.
+        Returns:
+            ``bucket``: the batch size that it is taken for. ``in_use``: the plan wanted. ``current``: the one that ran
+            last, another while the safety account does not cover ``in_use``, or in a trial.
+            ``candidates``: plan -> ``seconds_per_cycle``, ``tokens_per_cycle`` (of a sequence), ``seconds_per_token``,
+            ``cost_measured`` (false: inferred from other plans), ``cycles`` (those of all batches).
+            ``accepted``: way of drafting -> expected drafts accepted of 0, 1, ... that are offered.
+            ``safety_balance_seconds``, ``exploration_balance_seconds``: what drafting, and trials, may still cost.
+            ``spent_seconds``: of all cycles. ``ar_equivalent_seconds``: what AR would have taken for their tokens.
+
+        Raises:
+            ValueError: ``batch_size`` is out of its range.
         """
         if not 1 <= batch_size <= self.max_batch_size:
             raise ValueError(f"batch_size must be within [1, {self.max_batch_size}], got {batch_size}")

@@ -16,6 +16,7 @@ import torch
 from orthrus_rt import dispatch
 from orthrus_rt.checkpoint import expected_tensors
 from orthrus_rt.config import ModelConfig
+from orthrus_rt.device import dtype_name
 from orthrus_rt.memory import OutOfMemoryError
 from orthrus_rt.sizes import Sizes
 
@@ -40,7 +41,7 @@ def check_left(what: str, need: int, device: torch.device, dtype: torch.dtype) -
     """
     free = free_bytes(device)
     if free is not None and need > free:
-        what += f" in {str(dtype).removeprefix('torch.')}"
+        what += f" in {dtype_name(dtype)}"
         raise OutOfMemoryError(f"out of memory: {what} take at least {_gb(need)}, and {device} has {_gb(free)} left")
 
 

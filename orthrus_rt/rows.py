@@ -56,10 +56,6 @@ class Rows:
     def num_groups(self) -> int:
         return self.group_start.shape[0] - 1
 
-    @property
-    def device(self) -> torch.device:
-        return self.token.device
-
 
 class Layout(NamedTuple):
     """AR groups of ``rows_ar`` rows each, then diffusion blocks of ``rows_diff``."""

@@ -24,7 +24,12 @@ def percentiles(samples: list[float]) -> dict[str, float]:
 
 
 def measure(
-    run: Callable[[], object], device: torch.device, *, repeats: int = 20, warmup: int = 3, reset: Callable = int
+    run: Callable[[], object],
+    device: torch.device,
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+    reset: Callable = lambda: None,
 ) -> dict[str, float]:
     """Microseconds of ``run()``, ``reset()`` before each: p50, p20, p80. See :func:`time_each`.
 
@@ -49,7 +54,7 @@ def _warm_up(run: Callable[[], object], device: torch.device, count: int, reset:
 
 
 def time_each(
-    runs: list[Callable[[], object]], device: torch.device, *, repeats: int, reset: Callable = int
+    runs: list[Callable[[], object]], device: torch.device, *, repeats: int, reset: Callable = lambda: None
 ) -> list[list[float]]:
     """Microseconds of each of ``runs``, ``repeats`` of every one: run in order, ``reset()`` before each round.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from orthrus_rt.checkpoint import head_name
 from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import complete
 from orthrus_rt.sampling import SamplingParams
@@ -77,7 +78,7 @@ def first_difference(a: list[int], b: list[int]) -> Difference | None:
 
 
 def check(num_prompts: int, params: SamplingParams, modes: list[str], batch: int = 1, against=None) -> None:
-    """Whether :func:`verify` would take these.
+    """Refuse what :func:`verify` cannot compare.
 
     Raises:
         ValueError: there is nothing to compare, a batch has more prompts than there are, a mode comes twice, or
@@ -187,8 +188,7 @@ def near_tie_bound(engine: Engine, hidden: torch.Tensor, a: int, b: int) -> floa
     and sqrt(2) times that between two implementations. The bound is three of these, and the rounding of both logits.
     """
     config = engine.config
-    name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    head = engine.checkpoint.tensors[name][[a, b]].float().to(hidden.device)
+    head = engine.checkpoint.tensors[head_name(config)][[a, b]].float().to(hidden.device)
     unit = torch.finfo(engine.model.dtype).eps / 2
     relative = unit * ((2 * config.num_layers + 1) / 6) ** 0.5
     x = hidden.float()

@@ -2,7 +2,7 @@
 hang.
 
 Every call builds the module first, or takes the one that an earlier call left in DIR, if that was put into build/card.
-DIR (default: $OUT, else build/first_on_a_card) gets steps.log, steps.json, native.log and the module.
+DIR (default: build/first_on_a_card) gets steps.log, steps.json, native.log and the module.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def leave_module(folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "first_on_a_card"))
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "first_on_a_card", metavar="DIR")
     parser.add_argument(
         "--within", type=float, default=570, metavar="SECONDS", help="then whatever runs is ended (%(default)s)"
     )

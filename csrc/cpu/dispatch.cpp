@@ -17,8 +17,6 @@
 #include <sys/auxv.h>
 #include <sys/mman.h>
 #include <unistd.h>
-#elif defined(__APPLE__)
-#include <sys/sysctl.h>
 #endif
 
 namespace orthrus::cpu {
@@ -48,10 +46,6 @@ bool has_neon_bf16() {
 #if defined(__linux__)
   constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers do not name
   return getauxval(AT_HWCAP2) & kBf16;
-#elif defined(__APPLE__)
-  int offered = 0;
-  size_t size = sizeof offered;
-  return sysctlbyname("hw.optional.arm.FEAT_BF16", &offered, &size, nullptr, 0) == 0 && offered;
 #else
   return false;
 #endif

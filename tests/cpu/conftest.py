@@ -12,7 +12,7 @@ from tests.cpu.cuda_host import device
 # They begin, so that no process ends long after the other ones. What xdist begins with of itself are the files of most
 # tests, not of the longest.
 LONGEST = [
-    "lossless", "row_linear_host", "policy", "lossless_tiny", "engine_on_host", "consensus", "pretended_card",
+    "lossless", "row_linear_on_host", "policy", "lossless_tiny", "engine_on_host", "consensus", "pretended_card",
     "interrupts", "transformers", "policy_safety", "policy_surprises", "nan", "batching", "tools", "bench_hypotheses",
     "rejection_engine",
 ]  # fmt: skip

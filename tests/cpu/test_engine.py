@@ -102,7 +102,7 @@ def test_stream_is_generate_in_pieces(engine):
 
 
 @pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
-def test_engines_made_in_inference_mode_leave_nothing_behind():
+def test_an_engine_made_in_inference_mode_does_not_break_the_next():
     """Packed weights share blocks of memory, whoever asks for them."""
     for mode in (True, False):
         with torch.inference_mode(mode):
@@ -216,7 +216,7 @@ def test_what_ran_last_refuses_nothing_once_the_engine_is_idle(engine):
     greedy(engine, 3, mode="ar")
     engine.check(PROMPT, params)
     engine.abort(engine.submit(PROMPT, params))
-    engine.step()
+    assert [out.finish_reason for out in engine.step()] == ["abort"]
 
 
 def test_a_call_that_asks_for_no_mode_joins_the_one_that_runs(engine):

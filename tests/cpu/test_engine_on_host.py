@@ -42,7 +42,7 @@ CASES = [pytest.param(name, marks=pytest.mark.full if "cut" in name else ()) for
 
 def make(folder, dtype, **kwargs):
     how = dict(mode="two_pass", max_seq_len=192, max_batch_size=4, num_pages=13, prefix_caching=False) | kwargs
-    return Engine.from_pretrained(str(folder), device="cpu", dtype=str(dtype).removeprefix("torch."), **how)
+    return Engine.from_pretrained(str(folder), device="cpu", dtype=dtype, **how)
 
 
 @pytest.fixture(scope="module", params=CASES)

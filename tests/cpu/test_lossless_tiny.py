@@ -59,7 +59,7 @@ def case(request, tmp_path_factory):
     folder = checkpoints.make(tmp_path_factory.mktemp("tiny"), **kwargs)
     engine = Engine.from_pretrained(
         str(folder), device="cpu", mode="two_pass", max_seq_len=256, max_batch_size=6, num_pages=24,
-        dtype=str(kwargs["dtype"]).removeprefix("torch."), prefix_caching=False,
+        dtype=kwargs["dtype"], prefix_caching=False,
     )  # fmt: skip
     return request.param, engine, (1, 5, engine.config.block_len - 1)
 

@@ -222,14 +222,19 @@ def test_small_ops_name_their_arguments():
         ops.rms_norm(f32(3, 8), torch.ones(8, dtype=torch.bfloat16), 1e-6, f32(3, 8))
 
 
-def test_nothing_to_do_is_done():
-    """No rows: no error, no launch."""
+def test_nothing_to_do_is_done(monkeypatch):
+    """No rows, no slots: no error, and no implementation is called."""
+    monkeypatch.setattr(ops, "_choose", lambda *what: pytest.fail(f"{what} was chosen"))
     empty = prefill_rows([], "cpu")
     attention(q=f32(0, HEADS_Q, DIM), out=f32(0, HEADS_Q, DIM), rows=empty)
     commit(qkv=f32(0, 512), q_out=f32(0, HEADS_Q, DIM), rows=empty)
     linear(x=f32(0, 8), out=f32(0, 6))
     ops.embed(i32(0), f32(10, 8), f32(0, 8))
     ops.rms_norm(f32(0, 8), torch.ones(8), 1e-6, f32(0, 8))
+    logits(logits=f32(0, 300), logit_rows=i32(0), partials=empty_partials(0, 3, "cpu"))
+    none = SlotState.allocate(0, 4, 16, 2, "cpu")
+    consensus(state=none, partials=empty_partials(0, 3, "cpu"), next_pass=st.NEXT_NONE, rows_next=None)
+    count(state=none)
 
 
 @pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
@@ -342,8 +347,9 @@ def test_native_kernels_run_unless_told_otherwise(monkeypatch, dtype):
     ("value", "error", "message"),
     [
         ("dual_attn=triton", RuntimeError, "dual_attn: the triton implementation was requested but is unavailable"),
-        ("cuda", RuntimeError, "the cuda implementation needs cuda tensors, not cpu"),
+        ("dual_attn=cuda", RuntimeError, "the cuda implementation needs cuda tensors, not cpu"),
         ("fast", ValueError, "ORTHRUS_BACKEND: cannot read 'fast'"),
+        ("triton", ValueError, "ORTHRUS_BACKEND: triton does not implement all ops; name those that it is to run"),
         ("attention=cpu", ValueError, "ORTHRUS_BACKEND: cannot read 'attention=cpu'"),
     ],
 )

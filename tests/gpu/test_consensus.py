@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from orthrus_rt import ops
+from orthrus_rt import state as st
 from tests import consensus_states as cs
 
 pytestmark = pytest.mark.gpu
@@ -25,9 +26,11 @@ def test_one_pass_against_oracle(block_len, fan_out):
 
 
 def test_no_slots():
-    state = cs.random_state(torch.Generator(), 0, 4)
+    """Nothing is launched: a grid of no blocks would be an error."""
+    state = cs.clone(cs.random_state(torch.Generator(), 0, 4), "cuda")
     partials = torch.zeros(0, 1, device="cuda"), torch.zeros(0, 1, dtype=torch.int32, device="cuda")
-    ops.consensus(cs.clone(state, "cuda"), partials, 1, 0, None, cs.MASK, 4)
+    ops.consensus(state, partials, st.STEP_VERIFY, st.NEXT_NONE, None, cs.MASK, 4)
+    torch.cuda.synchronize()
 
 
 def test_graph_replay():

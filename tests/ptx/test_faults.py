@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.attention_pass import Heads, Pass
-from tests.cpu import test_row_linear_host as rl
+from tests.cpu import test_row_linear_on_host as rl
 from tests.rows import ar, diff
 
 pytestmark = pytest.mark.usefixtures("host")

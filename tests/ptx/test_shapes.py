@@ -17,7 +17,7 @@ from orthrus_rt import native
 from orthrus_rt import state as st
 from tests import consensus_states
 from tests.attention_pass import Heads, Pass
-from tests.cpu import test_row_linear_host as rl
+from tests.cpu import test_row_linear_on_host as rl
 from tests.rows import ar, diff, make_rows
 
 pytest.importorskip("triton")

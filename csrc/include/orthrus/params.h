@@ -43,7 +43,6 @@ struct PagedKvOf {
   int32_t num_heads_kv;
   int32_t head_dim;
 };
-using PagedKv = PagedKvOf<bf16_t>;
 
 enum class Epilogue : int32_t {
   kNone = 0,      // out[T]    = round(acc)
@@ -131,7 +130,6 @@ struct RmsNormParamsOf {
   int32_t hidden;
   float eps;
 };
-using RmsNormParams = RmsNormParamsOf<bf16_t>;
 
 template <typename T>
 struct EmbedParamsOf {
@@ -142,7 +140,6 @@ struct EmbedParamsOf {
   int32_t hidden;
   int32_t vocab_size;
 };
-using EmbedParams = EmbedParamsOf<bf16_t>;
 
 // kNoChoice: the row of the next token has no logit above -inf, as all are NaN or masked.
 enum class FinishReason : int32_t { kEmpty = -1, kRunning = 0, kStop = 1, kLength = 2, kNoChoice = 3 };
