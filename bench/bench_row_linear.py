@@ -60,7 +60,7 @@ class Chain:
         """``following``: op and layer of the next launch, if any."""
         weight = self.weights[op][layer]
         then = None
-        if following and (op, following[0]) != ("qkv", "o") and following[0] != "lm_head":  # as in the model
+        if following and following[0] != "lm_head":  # as in the model
             first = self.diff if following[0] in self.diff and self.num_rows < 2 else self.weights
             then = first[following[0]][following[1]]
         inputs = {"o": self.attn, "down": self.act}.get(op, self.x)

@@ -208,7 +208,8 @@ def _layer(model: Model, kv: PagedKvCache, rows: Rows, act: Activations, workspa
     cache = (kv.k_pages[i], kv.v_pages[i], kv.page_table)
     views = dict(num_rows_ar=rows.num_rows_ar, workspace=workspace.linear)
     ops.rms_norm(hidden, layer.input_norm, eps, normed)
-    ops.row_linear(normed, layer.qkv, qkv, weight_diff=layer.qkv_diff, **views)
+    o = layer.o if rows.num_rows_ar else layer.o_diff
+    ops.row_linear(normed, layer.qkv, qkv, weight_diff=layer.qkv_diff, then=o, **views)
     ops.qkv_commit(qkv, rows, model.cos_sin, layer.qk_norms, eps, *cache, *scratch, q)
     first = 0
     for part in rows.parts or (rows,):

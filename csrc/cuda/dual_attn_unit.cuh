@@ -46,7 +46,9 @@ struct Variant {
 template <typename V>
 class Attention {
  public:
-  __device__ Attention(const DualAttnLaunch& a, const uint8_t* smem) : a_(a), p_(a.p), smem_(shared_address(smem)) {}
+  __device__ Attention(const DualAttnLaunch& a, const uint8_t* smem) : a_(a), p_(a.p), smem_(shared_address(smem)) {
+    if constexpr (!V::kFold) once_ = evict_first_policy();
+  }
 
   // The unit's rows are rows of a group x q heads of a kv head, flattened. Read by `lanes` threads together, a whole
   // warp or one thread; each gets the longest prefix of its share.
@@ -296,7 +298,13 @@ class Attention {
     src += row * stride + chunk * 8;
 #pragma unroll 8
     for (int i = 0; i < kTileKv; i += kRowsAtOnce) {
-      copy16((first ^ (i & 7) * 16) + i * 128, src + i * stride, kAll || (keys >> (row + i) & 1));
+      const SharedAddress to = (first ^ (i & 7) * 16) + i * 128;
+      const bool wanted = kAll || (keys >> (row + i) & 1);
+      if constexpr (V::kFold) {
+        copy16(to, src + i * stride, wanted);  // other CTAs, with other rows of a prompt, read the same keys
+      } else {
+        copy16(to, src + i * stride, wanted, once_);
+      }
     }
   }
 
@@ -324,6 +332,8 @@ class Attention {
   const DualAttnLaunch& a_;
   const DualAttnParams& p_;
   SharedAddress smem_;
+  // Keys and values by splits, which leave L2 first: for the merge partial results stay, for `o` what qkv has fetched.
+  uint64_t once_;
 
   const Unit* unit_;  // in shared memory
   int head_, offset_, first_tile_, num_prefix_, num_tiles_, next_page_;

@@ -87,6 +87,8 @@ def quarter_of_registers(warps: int, registers: int) -> int:
     return -(-warps // 4) * 32 * -(-registers // 8) * 8
 
 
+SHARED = 228 << 10  # bytes of a multiprocessor; a CTA takes 1 KB more than it asks for
+ROW_LINEAR_SHARED = (SHARED - 2048) // 2  # at most, of a CTA that shares it with another one and a small kernel's
 QUARTER = 16384
 # Two of row_linear's CTAs, of 9 warps each, put 5 warps into a quarter: if the second begins where the first ended.
 LEFT_BESIDE_ROW_LINEAR = QUARTER - quarter_of_registers(2 * 9, 80)

@@ -36,6 +36,13 @@ def test_hopper_instructions_are_kept():
         assert cubins.quarter_of_registers(9, registers[f"Li{tokens}ELb0"]) <= cubins.QUARTER, registers
 
 
+def test_a_row_linear_finds_room_beside_the_merge_of_attention():
+    """Of 32 rows with 32 heads an SM has 8 of the merge's CTAs at most."""
+    kernels = cubins.parse(cubins.reports()["csrc/cuda/dual_attn.cu", "sm_90a"].result())
+    merges = [k.static_shared_bytes for k in kernels if "merge" in k.name]
+    assert len(merges) == 2 and 8 * (max(merges) + 1024) + cubins.ROW_LINEAR_SHARED <= cubins.SHARED, merges
+
+
 @pytest.mark.parametrize("delay", [None, 0, 50_000])
 def test_kernels_sleep_where_a_build_asks_for_it(tmp_path, delay):
     defined = [] if delay is None else [f"-DORTHRUS_PDL_DELAY_NS={delay}"]

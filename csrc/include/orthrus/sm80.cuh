@@ -1,5 +1,5 @@
-// The sm_80 instructions that kernels stream with: cp.async, ldmatrix, mma.sync, named barriers, loads with an L2 policy,
-// an atomic add in acquire-release order. Thin wrappers over PTX. The host shim of the CPU tests provides its own twin.
+// The sm_80 instructions that kernels stream with: cp.async, ldmatrix, mma.sync, named barriers, loads from L2, an atomic
+// add in acquire-release order. Thin wrappers over PTX. The host shim of the CPU tests provides its own twin.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -44,6 +44,17 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 // 16 bytes from global to shared memory, or zeros without reading.
 __device__ __forceinline__ void copy16(SharedAddress dst, const void* src, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
+}
+// For data that is read once: its lines are the first to leave L2.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void copy16(SharedAddress dst, const void* src, bool valid, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(dst), "l"(src),
+               "r"(valid ? 16 : 0), "l"(policy)
+               : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>

@@ -181,6 +181,8 @@ inline void copy16(SharedAddress dst, const void* src, bool valid) {
   if (valid) cuda_host::races::reads(src, 16);
   cuda_host::add_to_group(cuda_host::copy_groups, {to, valid ? src : nullptr});
 }
+inline uint64_t evict_first_policy() { return 0; }
+inline void copy16(SharedAddress dst, const void* src, bool valid, uint64_t /*policy*/) { copy16(dst, src, valid); }
 inline void copy_commit() { cuda_host::close_group(cuda_host::copy_groups); }
 template <int kPending>
 void copy_wait() {

@@ -148,7 +148,6 @@ inline void barrier_wait(uint64_t* barrier, int parity) {
   cuda_host::races::acquire(cuda_host::phase(barrier, parity));
 }
 
-inline uint64_t evict_first_policy() { return 0; }
 inline void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier, uint64_t = 0) {
   cuda_host::address(dst, 16);
   if (reinterpret_cast<uintptr_t>(src) % 16 || bytes % 16) cuda_host::fail("a bulk copy is not of whole 16 bytes");
