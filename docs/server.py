@@ -15,23 +15,27 @@ import json
 import math
 import re
 import signal
+import socket
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import orthrus_rt
 
 SAMPLING = {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "logit_bias"}
 KNOWN = {"prompt", "max_tokens", "stop", "stream", "model", "user", *SAMPLING}
 HARMLESS = {"n": 1, "best_of": 1, "echo": False, "suffix": ""}  # where they ask for nothing
-MOST_BYTES, MOST_STOPS, MOST_SECONDS = 1 << 20, 4, 30  # of a request, which has these seconds to arrive
+MOST_BYTES, MOST_STOPS, MOST_SECONDS = 1 << 16, 4, 30  # of a request, which has these seconds to arrive
+MOST_CONNECTIONS = 256  # at once
+TOKENIZING = ThreadPoolExecutor(1)  # long prompts take a while, in which the event loop is to serve the others
 
 
 class Refused(Exception):
     """With its status and the body of the answer."""
 
 
-async def read_request(reader):
+async def read_request(reader, writer):
     try:
         head = await reader.readuntil(b"\r\n\r\n")
     except asyncio.LimitOverrunError:
@@ -53,6 +57,8 @@ async def read_request(reader):
     length = " and ".join(sorted(headers.get("content-length", {"0"})))
     if not re.fullmatch("[0-9]{1,7}", length) or int(length) > MOST_BYTES:
         raise ValueError(f"Content-Length must be one number of bytes, at most {MOST_BYTES}, got {length}")
+    if "100-continue" in headers.get("expect", ()):
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     try:
         return json.loads(await reader.readexactly(int(length)))
     except RecursionError:
@@ -110,15 +116,19 @@ async def answer(shared, model, reader, writer):
     name, tokenizer, parts = uuid.uuid4().hex, shared.engine.tokenizer, []
     try:
         async with asyncio.timeout(MOST_SECONDS):
-            asked = await read_request(reader)
+            asked = await read_request(reader, writer)
         asked = check(asked)
-        stop = asked.get("stop") or ()
+        stop = asked.get("stop", ())
         text = orthrus_rt.TextStream(tokenizer, [stop] if isinstance(stop, str) else stop)
-        prompt = tokenizer(asked["prompt"]).input_ids
+        encoding = await asyncio.get_running_loop().run_in_executor(TOKENIZING, tokenizer, asked["prompt"])
+        prompt = encoding.input_ids
         outputs = shared.stream(prompt, sampling(asked), name)
     except Refused as refused:
         status, body = refused.args
         return send(writer, status, "application/json", body)
+    except TimeoutError:
+        late = failure(f"a request must arrive within {MOST_SECONDS} seconds")
+        return send(writer, "408 Request Timeout", "application/json", late)
     except (ValueError, TypeError, RuntimeError) as error:
         status = "503 Service Unavailable" if isinstance(error, RuntimeError) else "400 Bad Request"
         return send(writer, status, "application/json", failure(error))
@@ -155,18 +165,29 @@ async def answer(shared, model, reader, writer):
         send(writer, status, "application/json", body)
 
 
-async def serve(shared, model, reader, writer):
+async def serve(shared, model, room, reader, writer):
+    if room.locked():
+        return writer.close()
     # The client may be gone or too slow, or this process ends, where Python 3.11 logs each that was cancelled.
     with contextlib.suppress(OSError, EOFError, asyncio.CancelledError), contextlib.closing(writer):
-        await answer(shared, model, reader, writer)
-        writer.write_eof()
-        async with asyncio.timeout(1):  # closing it with input unread would reset the connection, answer and all
-            await drop(reader, 16 * MOST_BYTES)
+        async with room:
+            await answer(shared, model, reader, writer)
+            writer.write_eof()
+            async with asyncio.timeout(1):  # closing it with input unread would reset the connection, answer and all
+                await drop(reader, 256 * MOST_BYTES)
 
 
-async def main(model, port, **options):
-    async with orthrus_rt.AsyncEngine(orthrus_rt.Engine.from_pretrained(model, **options)) as shared:
-        server = await asyncio.start_server(lambda *streams: serve(shared, model, *streams), "127.0.0.1", port)
+def bind(port):
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
+    return listener
+
+
+async def main(engine, model, listener):
+    room = asyncio.Semaphore(MOST_CONNECTIONS)
+    async with orthrus_rt.AsyncEngine(engine) as shared:
+        server = await asyncio.start_server(lambda *streams: serve(shared, model, room, *streams), sock=listener)
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -180,4 +201,11 @@ async def main(model, port, **options):
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+    name = sys.argv[1]
+    try:
+        listener = bind(int(sys.argv[2]))  # first: a port that cannot be had is told before a model is loaded
+        engine = orthrus_rt.Engine.from_pretrained(name)
+        engine.tokenizer  # noqa: B018 (loaded here, so that the first request need not wait for it)
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
+        sys.exit(f"{sys.argv[0]}: {error}")
+    asyncio.run(main(engine, name, listener))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import functools
 import itertools
 import logging
@@ -138,7 +139,7 @@ class AsyncEngine:
             while not finished:
                 output = await stream.queue.get()
                 if isinstance(output, BaseException):
-                    raise output
+                    raise _own(output)
                 finished = output.finished
                 yield replace(output, request_id=request_id)
         finally:
@@ -306,3 +307,14 @@ class AsyncEngine:
             self.engine.turn.release()
             self._worker.shutdown(wait=False)
             self._tell(self._fail, RuntimeError("this engine is closed"))
+
+
+def _own(error: BaseException) -> BaseException:
+    """A copy for one reader of several: who raises an exception adds frames to its traceback, and they hold locals."""
+    try:
+        own = copy.copy(error)
+    except Exception:  # not every class allows for it
+        return error
+    own.__cause__, own.__context__ = error.__cause__, error.__context__
+    own.__suppress_context__ = error.__suppress_context__
+    return own.with_traceback(error.__traceback__)

@@ -41,6 +41,7 @@ class TextStream:
         self._ids: list[int] = []
         self._shown_ids = 0  # of _ids, those whose text is out; they stay as context for the next ones
         self._held = ""  # decoded, but a stop string may begin there
+        self._next_try = 0  # so many ids without their text are decoded again
 
     def _decode(self, ids) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -56,14 +57,17 @@ class TextStream:
         return self._until_stop(self._advance(final=True), final=True)
 
     def _advance(self, final: bool) -> str:
+        new = self._ids[self._shown_ids :]
+        if len(new) < self._next_try and not final:
+            return ""
         before = self._decode(self._ids[: self._shown_ids])
         text = self._decode(self._ids)
         if text.endswith("\ufffd") and not final:
+            self._next_try = len(new) + 1 + len(new) // 8  # bytes that are no text may go on and on
             return ""
-        new = self._ids[self._shown_ids :]
         text = text[len(before) :] if text.startswith(before) else self._decode(new)
         if text:
-            self._ids, self._shown_ids = new, len(new)
+            self._ids, self._shown_ids, self._next_try = new, len(new), 0
         return text
 
     def _until_stop(self, new: str, final: bool) -> str:

@@ -46,9 +46,7 @@ struct Variant {
 template <typename V>
 class Attention {
  public:
-  __device__ Attention(const DualAttnLaunch& a, const uint8_t* smem) : a_(a), p_(a.p), smem_(shared_address(smem)) {
-    if constexpr (!V::kFold) once_ = evict_first_policy();
-  }
+  __device__ Attention(const DualAttnLaunch& a, const uint8_t* smem) : a_(a), p_(a.p), smem_(shared_address(smem)) {}
 
   // The unit's rows are rows of a group x q heads of a kv head, flattened. Read by `lanes` threads together, a whole
   // warp or one thread; each gets the longest prefix of its share.
@@ -296,14 +294,18 @@ class Attention {
     const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
     const SharedAddress first = chunk_address(dst, row, chunk) + chunk / 8 * (kTileKv * 128);
     src += row * stride + chunk * 8;
+    // Folded, a prompt's other rows read the same keys in other CTAs. By splits all rows of a sequence read them at
+    // about the same time; in L2 it is partial results that should stay, and what qkv has fetched of `o`.
+    uint64_t once = 0;
+    if constexpr (!V::kFold) once = evict_first_policy();  // anew for every tile: there is no register to keep it in
 #pragma unroll 8
     for (int i = 0; i < kTileKv; i += kRowsAtOnce) {
       const SharedAddress to = (first ^ (i & 7) * 16) + i * 128;
       const bool wanted = kAll || (keys >> (row + i) & 1);
       if constexpr (V::kFold) {
-        copy16(to, src + i * stride, wanted);  // other CTAs, with other rows of a prompt, read the same keys
+        copy16(to, src + i * stride, wanted);
       } else {
-        copy16(to, src + i * stride, wanted, once_);
+        copy16(to, src + i * stride, wanted, once);
       }
     }
   }
@@ -332,8 +334,6 @@ class Attention {
   const DualAttnLaunch& a_;
   const DualAttnParams& p_;
   SharedAddress smem_;
-  // Keys and values by splits, which leave L2 first: for the merge partial results stay, for `o` what qkv has fetched.
-  uint64_t once_;
 
   const Unit* unit_;  // in shared memory
   int head_, offset_, first_tile_, num_prefix_, num_tiles_, next_page_;

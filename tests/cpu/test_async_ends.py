@@ -1,7 +1,9 @@
 """How requests of an AsyncEngine end: all tokens at once, aborted by name, or let run out before it closes."""
 
 import asyncio
+import functools
 import threading
+import traceback
 
 import pytest
 
@@ -171,3 +173,30 @@ def test_an_engine_with_requests_is_refused(folder, alone):
     abandoned.close()  # in another thread than read it: aborted with the engine's next call, which is this one
     asyncio.run(AsyncEngine(engine).close())
     assert engine.closed
+
+
+def test_every_stream_has_an_error_of_its_own(folder, monkeypatch):
+    """With the cause and notes of the first, and a traceback that grows by no other stream's frames."""
+
+    class Unusual(RuntimeError):  # it cannot be copied
+        def __init__(self, what, where):
+            super().__init__(what)
+
+    async def use(shared, error, kinds):
+        try:
+            raise error from KeyError("why")
+        except RuntimeError:
+            error.add_note("where")
+
+        def fails():
+            raise error
+
+        monkeypatch.setattr(shared.engine, "step", fails)
+        found = await asyncio.gather(*(shared.generate([i], LONG) for i in (1, 2, 3)), return_exceptions=True)
+        assert len(set(map(id, found))) == kinds and {repr(e) for e in found} == {repr(error)}
+        assert all(repr(e.__cause__) == "KeyError('why')" and e.__notes__ == ["where"] for e in found)
+        depths = [len(list(traceback.walk_tb(e.__traceback__))) for e in found]
+        assert kinds == 1 or len(set(depths)) == 1
+
+    run(folder, functools.partial(use, error=RuntimeError("lost"), kinds=3))
+    run(folder, functools.partial(use, error=Unusual("lost", "there"), kinds=1))

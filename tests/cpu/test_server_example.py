@@ -11,10 +11,12 @@ import os
 import signal
 import socket
 import struct
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -43,9 +45,8 @@ def engine(server, text_folder, monkeypatch):
 
 def serve(server, client, number):
     """Run it beside ``client(port, end)``, whose ``end()`` sends the server that signal."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    sent = []
+    listener, sent = server.bind(0), []
+    port = listener.getsockname()[1]
 
     def end():
         defaults = (signal.SIG_DFL, signal.default_int_handler)
@@ -64,7 +65,7 @@ def serve(server, client, number):
 
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(run)
-        asyncio.run(asyncio.wait_for(server.main("model", port), 60))
+        asyncio.run(asyncio.wait_for(server.main(Engine.from_pretrained("model"), "model", listener), 60))
         done.result(60)
 
 
@@ -108,7 +109,7 @@ def test_a_server(server, engine):
         told["list"] = post(port, "[1]").status
         told["no prompt"] = failure(post(port, max_tokens=8))
         told["length"] = failure(post(port, prompt="x", max_tokens=0))
-        told["nested"] = failure(post(port, "[" * 100_000))
+        told["nested"] = failure(post(port, "[" * 60_000))
         slow(engine)
         gone = post(port, prompt="gone", max_tokens=200, temperature=0, stream=True)
         gone.readline(), gone.close()
@@ -214,11 +215,11 @@ def test_what_a_request_may_ask_for(server, engine):
 def test_heads_that_are_refused(server, engine):
     only, told = "this server answers POST /v1/completions", []
     begin, chunks = "POST /v1/completions HTTP/1.1\r\n", "a request in chunks is not supported: send its Content-Length"
-    length = "Content-Length must be one number of bytes, at most 1048576, got"
+    length = "Content-Length must be one number of bytes, at most 65536, got"
     refused = [
         (f"{begin}Transfer-Encoding: chunked\r\n", 400, chunks),
         (f"{begin}Content-Length: -5\r\n", 400, f"{length} -5"),
-        (f"{begin}Content-Length: 1048577\r\n", 400, f"{length} 1048577"),
+        (f"{begin}Content-Length: 65537\r\n", 400, f"{length} 65537"),
         (f"{begin}Content-Length: 5\r\nContent-Length: 6\r\n", 400, f"{length} 5 and 6"),
         (f"{begin}no colon\r\n", 400, "a header must be a name, a colon and a value"),
         (f"{begin}long: {'x' * 70_000}\r\n", 400, "the headers of a request must be at most 64 KiB"),
@@ -255,6 +256,56 @@ def test_more_than_a_request(server, engine, monkeypatch):
     assert all(0 < n <= 1 << 16 for n in asked)
 
 
+def test_a_client_that_waits_to_be_told_to_go_on(server, engine):
+    told, body = [], b'{"prompt": "hello", "max_tokens": 8}'
+
+    def client(port, end):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as waits:
+            waits.sendall(
+                f"POST /v1/completions HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            )
+            answer = waits.makefile("rb")
+            told.append(answer.readline() + answer.readline())
+            waits.sendall(body)
+            told.append(answer.readline())
+
+    serve(server, client, signal.SIGTERM)
+    assert told == [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n"]
+
+
+def test_nobody_waits_for_a_prompt_that_is_being_tokenized(server, engine):
+    tokenizer, others, told = engine.tokenizer, threading.Event(), {}
+    engine._tokenizer = mock.Mock(wraps=tokenizer, all_special_ids=tokenizer.all_special_ids)
+    engine._tokenizer.side_effect = lambda text: others.wait(30) and tokenizer(text)
+
+    def client(port, end):
+        with ThreadPoolExecutor(1) as pool:
+            waits = pool.submit(post, port, prompt="hello", max_tokens=8)
+            while not engine._tokenizer.called:
+                time.sleep(0.01)
+            told["other"] = failure(post(port, max_tokens=8))
+            others.set()
+            told["waits"] = waits.result(60).status
+
+    serve(server, client, signal.SIGTERM)
+    assert told == {"other": (400, "the request must be an object whose prompt is a string"), "waits": 200}
+
+
+def test_more_connections_than_there_may_be_are_closed(server, engine, monkeypatch):
+    monkeypatch.setattr(server, "MOST_CONNECTIONS", 2)
+    told = []
+
+    def client(port, end):
+        with socket.create_connection(("127.0.0.1", port)), socket.create_connection(("127.0.0.1", port)):
+            told.append(exchange(port, b""))
+        while (answer := exchange(port, b"GET / HTTP/1.1\r\n\r\n")) == "":  # until it has seen them go
+            time.sleep(0.01)
+        told.append(answer.split()[1])
+
+    serve(server, client, signal.SIGTERM)
+    assert told == ["", "404"]
+
+
 def test_what_is_dropped_behind_an_answer_is_bounded(server):
     async def rest():
         reader = asyncio.StreamReader()
@@ -280,5 +331,6 @@ def test_clients_that_do_not_ask(server, engine, monkeypatch, caplog):
 
     serve(server, client, signal.SIGTERM)
     told["idle"].close()
-    assert not told["slow"] and engine.closed
+    late = "a request must arrive within 0.1 seconds"
+    assert told["slow"].startswith("HTTP/1.1 408") and late in told["slow"] and engine.closed
     assert not [record for record in caplog.records if record.name == "asyncio"]

@@ -86,6 +86,18 @@ def test_ids_that_say_nothing_cost_nothing(tokenizer, monkeypatch):
     assert stream.push(tokenizer("c").input_ids) + stream.end() == "c"
 
 
+def test_bytes_that_are_no_text_cost_little_however_many_they_are(tokenizer, monkeypatch):
+    stream, seen, n = TextStream(tokenizer), [], 4000
+    (byte,) = set(tokenizer("€").input_ids[:1])
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **how: seen.append(len(ids)) or decode(ids, **how))
+    text = [stream.push([byte]) for _ in range(n)]
+    assert sum(seen) < 20 * n
+    monkeypatch.undo()
+    text += [stream.push(tokenizer("a").input_ids) for _ in range(n)] + [stream.end()]
+    assert "".join(text) == n * "\ufffd" + n * "a" and text[n + n // 8 :].count("a") > n * 3 // 4
+
+
 def could_begin(stop: list[str], end: str) -> bool:
     return any(s.startswith(end) and s != end for s in stop)
 

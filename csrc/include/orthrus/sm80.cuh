@@ -1,5 +1,5 @@
-// The sm_80 instructions that kernels stream with: cp.async, ldmatrix, mma.sync, named barriers, loads from L2, an atomic
-// add in acquire-release order. Thin wrappers over PTX. The host shim of the CPU tests provides its own twin.
+// The sm_80 instructions that kernels stream with: cp.async, ldmatrix, mma.sync, named barriers, loads from L2, an
+// atomic add in acquire-release order. Thin wrappers over PTX. The host shim of the CPU tests provides its own twin.
 #pragma once
 #include <cuda_runtime.h>
 
