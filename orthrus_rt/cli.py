@@ -131,6 +131,8 @@ def _read_prompt(args) -> str:
     elif sys.stdin is None or sys.stdin.isatty():  # None: closed
         raise ValueError("a prompt is needed: as an argument, from --file, or on standard input")
     else:
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the locale says
         text = read_utf8("standard input", sys.stdin.read)
     if not text:
         raise ValueError("the prompt is empty")
@@ -383,7 +385,10 @@ def _fail(args, error) -> int:
 
 
 def _say(args, message: str) -> None:
-    print(f"orthrus-rt {args.command}: {message}", file=sys.stderr)
+    """To stderr, where there is one that takes it: the exit code says the rest."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"orthrus-rt {args.command}: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,10 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def with_index(device: torch.device) -> torch.device:
-    """``cuda`` as the device that it means now: to another thread, or later, it may mean another."""
-    if device.type != "cuda" or device.index is not None:
+    """``cuda`` as the device that it means now: to another thread, or later, it may mean another. The CPU has none."""
+    if device.type != "cuda":
+        return torch.device(device.type)
+    if device.index is not None:
         return device
     return torch.device("cuda", torch.cuda.current_device())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import operator
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from orthrus_rt.checkpoint import EMBEDDED_NAME
+from orthrus_rt.cycle_plan import integer
 from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
@@ -162,13 +162,13 @@ class OrthrusForCausalLM:
             mask = _tensor(attention_mask, "attention_mask")
             if mask.shape != input_ids.shape or not bool((mask == 1).all()):
                 shape = list(input_ids.shape)
-                got = "zeros in it" if mask.shape == input_ids.shape else list(mask.shape)
+                got = "other values" if mask.shape == input_ids.shape else list(mask.shape)
                 raise ValueError(f"generate: attention_mask must be all ones (no padding), of shape {shape}, got {got}")
         if isinstance(temperature, Real) and 0 < temperature < LEAST_TEMPERATURE:
             temperature = 0.0
-        if do_sample is not None and bool(do_sample) != (temperature != 0):
+        if do_sample is not None and isinstance(temperature, Real) and bool(do_sample) != (temperature != 0):
             raise ValueError(
-                f"generate: do_sample must be {temperature != 0} at temperature {temperature}, got {do_sample}"
+                f"generate: do_sample must be {temperature != 0} at temperature {temperature}, got {do_sample!r}"
             )
         params = self._params(input_ids.shape[1], max_new_tokens, max_length, temperature, top_k, top_p, eos_token_id)
         stream = self.engine.stream(input_ids[0], params, mode="two_pass" if use_diffusion_mode else "ar")
@@ -187,15 +187,14 @@ class OrthrusForCausalLM:
 
     def _params(self, length, max_new_tokens, max_length, temperature, top_k, top_p, eos_token_id) -> SamplingParams:
         if max_length:
-            if max_length <= length:
+            if (max_length := integer("generate: max_length", max_length)) <= length:
                 raise ValueError(f"generate: max_length must exceed the prompt's {length} tokens, got {max_length}")
             max_new_tokens = max_length - length
         elif max_new_tokens is None:
             raise ValueError("generate: max_new_tokens or max_length must be given")
-        try:
-            stop = () if eos_token_id is None else (operator.index(eos_token_id),)
-        except TypeError:
-            stop = eos_token_id
+        stop = () if eos_token_id is None else eos_token_id
+        with contextlib.suppress(ValueError):
+            stop = (integer("eos_token_id", eos_token_id),)
         params = SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=temperature,

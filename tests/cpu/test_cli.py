@@ -352,3 +352,18 @@ def test_what_cannot_be_written(unbuffered):
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, **how)
     assert (done.stderr, done.returncode) == (b"orthrus-rt info: [Errno 28] No space left on device\n", 2)
+
+
+@pytest.mark.parametrize("stderr", ("full", "closed"))
+def test_a_complaint_that_nobody_takes_changes_no_exit_code(stderr):
+    fails = "def run(args): raise ValueError('x')"
+    code = f"import sys; from orthrus_rt import cli\n{fails}\ncli.run_info = run; sys.exit(cli.main(['info']))"
+    shell = '"$@" 2>/dev/full' if stderr == "full" else '"$@" 2>&-'
+    done = subprocess.run(["sh", "-c", shell, "sh", sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert (done.stdout, done.returncode) == (b"", 2)
+
+
+def test_standard_input_is_utf8_whatever_the_locale_says(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("héllo".encode()), encoding="ascii"))
+    ids = generate(run, "--raw")["prompt_token_ids"]
+    assert ids == generate(run, "--raw", "héllo")["prompt_token_ids"]

@@ -112,6 +112,14 @@ def test_mask_of_ones_and_pad_id_are_tolerated(model, input_ids):
         ({"max_new_tokens": 4, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, ValueError, "must be all ones"),
         ({"max_new_tokens": 4, "top_p": 0.0}, ValueError, "top_p"),
         ({"max_new_tokens": 4, "temperature": -1e-6}, ValueError, "temperature"),
+        ({"max_new_tokens": 4, "temperature": None, "do_sample": False}, ValueError, "temperature must be a number"),
+        ({"max_length": "20"}, ValueError, "max_length must be an integer, got '20'"),
+        (
+            {"max_new_tokens": 4, "eos_token_id": True},
+            ValueError,
+            "stop_token_ids must be a list of integers, got True",
+        ),
+        ({"max_new_tokens": 4, "attention_mask": [[2, 2, 2, 2, 2]]}, ValueError, "got other values"),
     ],
 )
 def test_errors(model, input_ids, arguments, error, message):
@@ -227,7 +235,7 @@ def test_a_device_map_of_one_device(monkeypatch, device_map, device):
 
 
 def test_a_model_stays_where_it_is(model, monkeypatch):
-    assert model.to("cpu") is model.to(torch.device("cpu")) is model.to(device="cpu") is model
+    assert model.to("cpu") is model.to(torch.device("cpu")) is model.to(device="cpu:0") is model
     monkeypatch.setattr(hf, "pick_device", torch.device)
     with pytest.raises(ValueError, match=r"to: device must be cpu, where device_map has put it, got cuda:1"):
         model.to("cuda:1")
