@@ -200,3 +200,35 @@ def test_every_stream_has_an_error_of_its_own(folder, monkeypatch):
 
     run(folder, functools.partial(use, error=RuntimeError("lost"), kinds=3))
     run(folder, functools.partial(use, error=Unusual("lost", "there"), kinds=1))
+
+
+def test_whoever_is_refused_as_the_engine_has_requests_can_step_at_once(folder, alone):
+    engine, told = make(folder), []
+    engine.submit([1, 2], GREEDY)
+    try:
+        AsyncEngine(engine)
+    except RuntimeError:  # which still holds what was refused
+        while engine.has_unfinished():
+            told += engine.step()
+    assert [t for out in told for t in out.new_token_ids] == alone([1, 2], GREEDY)
+
+
+def test_an_engine_is_its_makers_again_once_it_is_closed(folder):
+    async def use(shared):
+        await shared.close()
+        shared.engine.close()  # twice is harmless, whoever does it
+
+    run(folder, use)
+
+
+def test_failures_with_an_end_between_them_end_no_stream(folder, monkeypatch):
+    """Also of requests without a cycle of their own: their one token is the prefill's."""
+
+    async def use(shared):
+        step, due = shared.engine.step, []
+        monkeypatch.setattr(shared.engine, "step", lambda: due.pop() / 0 if due else step())
+        for i in range(4):
+            due.append(1)
+            assert len((await shared.generate([i], SamplingParams(1, ignore_eos=True))).new_token_ids) == 1
+
+    run(folder, use)

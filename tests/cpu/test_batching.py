@@ -381,3 +381,43 @@ def test_who_moves_to_a_lower_slot_takes_its_drafts_along(folder):
     alone = [engine.generate(*job) for job in zip(prompts, params, strict=True)]
     assert [out.token_ids for out in together] == [out.token_ids for out in alone]
     assert [(o.stats.accepted, o.stats.misses) for o in together] == [(o.stats.accepted, o.stats.misses) for o in alone]
+
+
+def test_those_who_go_on_hold_the_lowest_slots(folder):
+    """A cycle is as large as its highest slot; no more of them move than have to."""
+    engine = make(folder)
+    ids = [engine.submit([i], SamplingParams(max_new_tokens=50, ignore_eos=True)) for i in range(4)]
+    engine.step()
+    engine.abort(ids[1])
+    engine.step()
+    assert [r.slot for r in engine.scheduler.active] == [0, 2, 1]
+
+
+def test_options_of_a_mode_belong_to_those_who_run_too(folder):
+    engine = make(folder, mode="two_pass")
+    stream = engine.stream([1, 2, 3], SamplingParams(max_new_tokens=30, ignore_eos=True))
+    next(stream)
+    with pytest.raises(RuntimeError, match=r"cannot change while requests run \(now two_pass/7, asked two_pass/3\)"):
+        engine.generate([1], draft_len=3)
+    assert engine.generate([1], draft_len=7).finish_reason
+
+
+def test_a_progress_bar_counts_every_prompt_once(folder, capsys):
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (2, 20)]
+    make(folder, mode="ar").generate([[1], [2]], params, progress=True)
+    assert " 2/2 " in capsys.readouterr().err.rpartition("\r")[2]
+
+
+def test_cycles_are_no_larger_than_who_runs_asks_for(folder):
+    """In slots, and in what is done to logits."""
+    engine = make(folder, mode="ar")
+    for how in ({}, {"frequency_penalty": 0.5}, {"temperature": 0.8, "seed": 1}):
+        engine.generate([1, 2], SamplingParams(4, ignore_eos=True, **how))
+    made = [(slots, scored, edited) for _, slots, scored, edited in engine.runner._cycles]
+    assert made == [(1, False, False), (1, True, True), (1, True, False)]
+
+
+def test_cycles_that_draft_nothing_ahead_miss_nothing(folder):
+    engine = make(folder)
+    for mode in ("ar", "two_pass"):
+        assert engine.generate([1, 2], SamplingParams(9, ignore_eos=True), mode=mode).stats.misses == 0

@@ -252,6 +252,12 @@ class TestShards:
             message_of(folder) == f"{folder / self.INDEX}: weight_map puts {name} into {first}, which does not hold it"
         )
 
+    def test_old_rotary_buffers_that_the_index_lists(self, folder):
+        buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+        edit(folder, lambda tensors: tensors.update({buffer: torch.ones(32)}), self.SECOND)
+        self.edit_index(folder, lambda index: index["weight_map"].update({buffer: self.SECOND}))
+        assert buffer not in checkpoint.load(folder).tensors
+
     def test_tensor_in_two_shards(self, folder):
         edit(folder, lambda tensors: tensors.update({EMBEDDING: torch.ones(96, 64)}), self.SECOND)
         first = self.SECOND.replace("2-of", "1-of")

@@ -208,6 +208,17 @@ def test_an_adapter_may_state_the_rotary_embedding(folders, stated, message):
         assert message_of(base, adapter) == f"{adapter}: is for another base: {message} from {base}"
 
 
+def test_what_the_base_says_of_the_rotary_embedding_goes_before_defaults(folders):
+    base, adapter = folders
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 64, "truncate": False}
+    edit_config(base, rope_parameters=yarn)
+    edit_config(adapter, rope_theta=None, rope_parameters=yarn)
+    checkpoint.load(base, adapter=adapter)
+    edit_config(adapter, rope_parameters=yarn | {"beta_fast": 32})
+    expected = f"{adapter}: is for another base: rope_parameters.beta_fast must be 32, got 64"
+    assert message_of(base, adapter).startswith(expected)
+
+
 def test_an_adapter_whose_rotary_embedding_is_no_object(folders):
     base, adapter = folders
     edit_config(adapter, rope_scaling=[4])

@@ -242,6 +242,8 @@ def test_rope_scaling_replaces_rope_parameters(both):
         {"use_sliding_window": False, "sliding_window": 4096},
         {"use_sliding_window": True, "sliding_window": None},
         {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 28},
+        {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 2},
+        {"max_window_layers": None},
         {"use_sliding_window": True, "sliding_window": 128},
         {"use_sliding_window": True},
         {"layer_types": ["full_attention", "full_attention"], "sliding_window": 128, "use_sliding_window": True},

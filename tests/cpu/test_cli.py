@@ -121,6 +121,20 @@ def test_edits_reach_the_engine(run):
     assert len(varied) == len(set(varied)) == 12  # no token twice
 
 
+def test_what_the_terminals_encoding_lacks_is_replaced(run, monkeypatch):
+    want = generate(run, "--raw", "Grüße")["text"]
+    assert not want.isascii()
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert run("generate", "--max-new-tokens", "24", "--ignore-eos", "--raw", "Grüße")[0] == 0
+    assert out.buffer.getvalue() == want.encode("ascii", "replace") + b"\n"
+
+
+def test_an_error_before_the_first_token_leaves_the_output_empty(run, monkeypatch):
+    monkeypatch.setattr("orthrus_rt.runner.Runner.prefill", lambda *_: 1 / 0)
+    assert run("generate", "a") == (2, "", "orthrus-rt generate: division by zero\n")
+
+
 def test_a_character_that_remains_a_beginning_is_told(run):
     begins = byte_tokenizer.build()("é").input_ids[0]
     options = ("--logit-bias", f"{begins}=60", "--max-new-tokens", "1")
@@ -244,6 +258,7 @@ def test_info_reports_a_model_that_cannot_be_opened(run):
         (["--adapter", "/nope", "x"], "adapter: '/nope' is neither a folder with a diffusion view, nor a hub id"),
         (["--raw", "x" * 300], "the prompt has 300 tokens: --max-seq-len must be above that, got 256"),
         (["--raw", "x" * 600], "the prompt has 600 tokens: this model takes fewer than 512"),
+        (["--raw", "x" * 512], "the prompt has 512 tokens: this model takes fewer than 512"),
         (["--device", "tpu", "x"], ": --device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     ],
 )

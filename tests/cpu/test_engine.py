@@ -202,6 +202,11 @@ def test_a_seed_gives_the_same_text_in_every_mode(engine, filters):
     assert engine.generate(PROMPT, again, mode="ar").token_ids == drawn.token_ids
 
 
+def test_a_seed_of_0_is_one(engine):
+    params = SamplingParams(max_new_tokens=4, temperature=1.0, seed=0, ignore_eos=True)
+    assert engine.generate(PROMPT, params).stats.seed == 0
+
+
 def test_rejection_belongs_to_two_pass(engine):
     params = SamplingParams(30, temperature=0.8, top_k=10, seed=7, ignore_eos=True, acceptance="rejection")
     a, b = (engine.generate(PROMPT, params, mode="two_pass") for _ in range(2))
@@ -276,6 +281,7 @@ def test_bad_arguments(engine):
         ({"mode": "three_pass"}, "mode must be auto, ar, two_pass, one_pass, got 'three_pass'"),
         ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got 'int8'"),
         ({"max_seq_len": 513}, r"max_seq_len must be within \[2, 512\] \(the positions of this model\), got 513"),
+        ({"max_seq_len": 1}, r"max_seq_len must be within \[2, 512\] \(the positions of this model\), got 1"),
         ({"device": "abacus"}, "device must be auto, cpu, cuda or cuda:N, got 'abacus'"),
         ({"device": None}, "device must be auto, cpu, cuda or cuda:N, got None"),
         ({"num_pages": 10**15}, r"num_pages must be < 2\*\*31, got 1000000000000000"),

@@ -382,16 +382,18 @@ def test_who_finds_no_memory_is_who_ends(folder, alone, monkeypatch):
     assert [got[i] for i in ids[1:]] == [(alone(*job), "length") for job in jobs[1:]]
 
 
-def test_an_interrupt_before_a_stop_is_told_does_not_go_on_behind_it(folder, alone, monkeypatch):
+@pytest.mark.parametrize("ends", ("stop", "length"))
+def test_an_interrupt_before_an_end_is_told_does_not_go_on_behind_it(folder, alone, monkeypatch, ends):
     free = alone([1, 2, 3], GREEDY)
     stop = max(free, key=free.index)  # of all tokens the last to come
-    params = SamplingParams(max_new_tokens=20, ignore_eos=True, stop_token_ids=(stop,))
+    stops = (stop,) if ends == "stop" else ()
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True, stop_token_ids=stops)
     engine, struck = make(folder, mode="two_pass"), []
     finish = engine._finish
 
     def interrupted(request, reason, *args):
-        if not struck and reason == "stop":
-            struck.append(reason)
+        if not struck and reason == ends:
+            struck.append(engine.metrics.cycles)
             raise KeyboardInterrupt
         return finish(request, reason, *args)
 
@@ -402,4 +404,19 @@ def test_an_interrupt_before_a_stop_is_told_does_not_go_on_behind_it(folder, alo
             engines.take(engine.step(), got)
         except KeyboardInterrupt:
             continue
-    assert struck and got[request_id] == (free[: free.index(stop) + 1], "stop")
+    assert got[request_id] == (free[: free.index(stop) + 1] if ends == "stop" else free, ends)
+    assert engine.metrics.cycles == struck[0] and engine.metrics.recomputed_tokens == 0
+
+
+def test_whoever_is_back_in_the_queue_after_a_fault_holds_no_slot(folder, monkeypatch):
+    """Else to abort it would take the slot from whoever has it by then."""
+    engine = make(folder)
+    for i in range(2):
+        engine.submit([i], GREEDY)
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "decode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    engine.abort("nobody")  # every call recovers first
+    assert [r.slot for r in engine.scheduler.waiting.values()] == [None, None]

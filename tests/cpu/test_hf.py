@@ -79,6 +79,18 @@ def test_eos_token_id_replaces_the_checkpoints_own(model, input_ids):
         assert out[0, input_ids.shape[1] :].tolist() == tokens[: tokens.index(tokens[3]) + 1]
 
 
+@pytest.mark.parametrize(("eos", "stop"), [(0, (0,)), ([], ()), ([3, 0], (3, 0)), (None, ())])
+def test_whatever_end_of_sequence_ids_are_given_replace_the_checkpoints_own(model, eos, stop):
+    """0 as well, and none at all."""
+    params = model._params(5, 8, None, 0.0, None, None, eos)
+    assert (params.stop_token_ids, params.ignore_eos) == (stop, eos is not None)
+
+
+def test_an_end_of_sequence_id_just_beyond_the_vocabulary_never_comes(model, input_ids):
+    out = model.generate(input_ids, max_length=128, eos_token_id=model.config.vocab_size)
+    assert out.shape == (1, 128)  # all that there is room for
+
+
 def test_manual_seed_makes_sampling_repeatable(model, input_ids):
     def sample(seed):
         torch.manual_seed(seed)

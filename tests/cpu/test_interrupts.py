@@ -245,6 +245,31 @@ def test_a_lock_left_behind_is_taken_over_by_its_thread():
         pass
 
 
+def test_a_lock_that_is_claimed_while_another_thread_is_about_to_take_it(monkeypatch):
+    """It stays its owner's, and free."""
+
+    class Owner:
+        pass
+
+    turn, owner, looks = Turn(), Owner(), []
+    look = turn._check_owner
+
+    def look_and_be_overtaken(thread):
+        look(thread)
+        looks.append(thread)
+        if len(looks) == 1:
+            claiming = threading.Thread(target=turn.claim, args=(owner,))
+            claiming.start()
+            claiming.join()
+
+    monkeypatch.setattr(turn, "_check_owner", look_and_be_overtaken)
+    with pytest.raises(RuntimeError, match="belongs to an Owner"), turn:
+        pass
+    turn.release()
+    with turn:
+        pass
+
+
 def test_a_signal_handler_cannot_reenter(engine):
     refused = []
 

@@ -7,8 +7,11 @@ from functools import partial
 import pytest
 
 from orthrus_rt import dispatch
+from orthrus_rt.metrics import Latencies
+from orthrus_rt.outputs import Stats
 from orthrus_rt.sampling import SamplingParams
 from tests import engines
+from tests.failing import exhausted
 
 pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
 make = partial(engines.make, max_seq_len=256, max_batch_size=8)
@@ -33,6 +36,9 @@ def test_prometheus_text_says_what_each_metric_is(folder):
     helped = [line.split()[2] for line in text if line.startswith("# HELP ")]
     assert helped == [line.split()[2] for line in text if line.startswith("# TYPE ")]
     assert all(len(line.split()) > 4 for line in text if line.startswith("# HELP "))
+    gauges = {line.split()[2] for line in text if line.endswith(" gauge")}
+    names = ("waiting", "running", "pages_free", "pages", "plan_info")
+    assert gauges == {f"orthrus_{name}" for name in names}
 
 
 def test_metrics_count_what_happened(folder):
@@ -45,6 +51,7 @@ def test_metrics_count_what_happened(folder):
     text = engine.metrics.as_prometheus()
     assert "orthrus_tokens_total 20\n" in text and 'orthrus_finished_total{reason="length"} 2\n' in text
     assert f"orthrus_accepted_drafts_count {sum(o.stats.cycles for o in outs)}\n" in text
+    assert f"orthrus_accepted_drafts_sum {sum(n * count for n, count in facts['accepted'].items())}\n" in text
     buckets = [line for line in text.splitlines() if line.startswith("orthrus_accepted_drafts_bucket")]
     assert [b.split('"')[1] for b in buckets] == [*map(str, range(8)), "+Inf"]  # the same in every scrape
     prefills, cycles = facts["times"]["prefill"], facts["times"]["two_pass_cycle"]
@@ -80,3 +87,44 @@ def test_an_aborted_request_has_no_time_per_token(folder):
     engine.step()
     facts = engine.metrics.as_dict()
     assert (facts["first_token"]["count"], facts["per_token"]["count"]) == (1, 0)
+
+
+def test_nor_has_one_that_could_not_go_on(folder, monkeypatch):
+    engine = make(folder)
+    engine.submit([1, 2, 3], SamplingParams(max_new_tokens=100, ignore_eos=True))
+    while engine.metrics.tokens < 5:
+        engine.step()
+    monkeypatch.setattr(engine.runner, "decode", exhausted)
+    (out,) = engine.step()
+    assert out.finish_reason == "error" and engine.metrics.as_dict()["per_token"]["count"] == 0
+
+
+def test_a_latency_of_a_bound_is_within_it():
+    latencies = Latencies()
+    latencies.add(0.001)
+    at_most = latencies.as_dict()["at_most"]
+    assert (at_most[0.0005], at_most[0.001]) == (0, 1)
+
+
+def test_who_runs_and_who_waits(folder):
+    engine = make(folder, max_batch_size=1)
+    for i in range(3):
+        engine.submit([i], SamplingParams(max_new_tokens=9, ignore_eos=True))
+    engine.step()
+    facts = engine.metrics.as_dict()
+    assert (facts["running"], facts["waiting"]) == (1, 2)
+
+
+def test_rates_leave_the_token_of_the_prefill_out():
+    stats = Stats("two_pass", 8, 0, tokens=13, cycles=4, passes=8, seconds=3.0)
+    assert (stats.tokens_per_cycle, stats.tokens_per_pass, stats.tokens_per_second) == (3.0, 1.5, 4.0)
+    assert Stats("", 0, 0, tokens=1).tokens_per_second == 0.0
+
+
+def test_cycles_by_rejection_record_nothing(folder):
+    engine = make(folder, mode="two_pass")
+    engine.generate([1, 2], SamplingParams(9, temperature=0.8, seed=1, ignore_eos=True, acceptance="rejection"))
+    facts = engine.metrics.as_dict()
+    assert {kind: of["count"] for kind, of in facts["times"].items()} == {
+        "prefill": 1, "two_pass_cycle": facts["cycles"],
+    }  # fmt: skip

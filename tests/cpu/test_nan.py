@@ -70,6 +70,7 @@ def test_without_a_first_token_there_is_no_time_of_it(folder):
     engine, params = make(folder), SamplingParams(10, ignore_eos=True)
     with poison.nan_embedding(engine, 9):
         nothing, some = (out.stats for out in engine.generate([[5, 9, 7], [5, 6, 7]], params))
+    assert engine.metrics.as_dict()["first_token"]["count"] == 1
     assert (nothing.tokens, nothing.prefill_seconds, nothing.seconds) == (0, 0.0, 0.0)
     assert some.tokens == 10 and some.prefill_seconds > 0 and some.seconds > 0
 

@@ -10,6 +10,7 @@ from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import MODES, CyclePlan, cycle_plan
 from orthrus_rt.engine import Engine
 from orthrus_rt.reference_consensus import DOUBT, SEEN_GAIN, pick_hypotheses
+from orthrus_rt.request import Request
 from orthrus_rt.rows import empty_rows
 from orthrus_rt.sampling import SamplingParams
 from tests.pins import UNLESS_SLOW, of_this_isa
@@ -191,3 +192,14 @@ def test_tokens_per_pass_are_pinned(kind, draft_len, fan_out):
     rate = sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs)
     pinned, tolerance = of_this_isa(PINNED, 0.03, 0.3)
     assert rate == pytest.approx(pinned[kind, draft_len, fan_out], abs=tolerance)
+
+
+def test_whoever_gets_a_slot_again_begins_without_drafts():
+    """As at first: that its next cycle has none to verify tells nothing of how well it drafts."""
+    request = Request("name", [1, 2], SamplingParams(), [], 10)
+    for _ in range(2):
+        request.begin(0, 0)
+        assert request.fresh
+        request.record([3], None, 0, 0)
+        request.record([4], CyclePlan("one_pass", 4, 2), 0, 0)
+        assert not request.fresh

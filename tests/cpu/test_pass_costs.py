@@ -190,3 +190,13 @@ def test_unmeasured_costs_are_in_proportion_to_those_of_like_cycles():
     assert costs.seconds(8, plan) > 2.0  # nothing to tell the proportion by
     costs.observe(1, plan, 2.0)
     assert costs.seconds(1, plan) == pytest.approx(2.0) and basis.seconds(1, plan) == pytest.approx(1.0)
+
+
+def test_costs_that_could_not_be_kept_leave_nothing_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("orthrus_rt.pass_costs.os.replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        cost_table("steep", PLANS, 4).save(tmp_path / "costs.json", "key")
+    assert not list(tmp_path.iterdir())

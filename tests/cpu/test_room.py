@@ -71,6 +71,21 @@ def test_weights_are_estimated_from_below(folder):
         assert 0.7 * packed < room.least_weight_bytes(engine.config, CPU, engine.model.dtype) <= packed
 
 
+@pytest.mark.parametrize("tied", (False, True))
+def test_in_float32_the_estimate_is_exact(tmp_path, tied):
+    """A table of embeddings counts where it is the head too."""
+    engine = engines.make(str(checkpoints.make(tmp_path, "qwen3", tie_word_embeddings=tied)), dtype="float32")
+    packed = sum(engine.model.nbytes()[name] for name in ("ar", "diffusion"))
+    assert room.least_weight_bytes(engine.config, CPU, torch.float32) == packed
+
+
+def test_what_fits_exactly_is_loaded(monkeypatch):
+    monkeypatch.setattr(room, "free_bytes", lambda _: 1000)
+    room.check_left("they", 1000, CPU, torch.float32)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^out of memory: they in float32 take at least 0\.0 GB"):
+        room.check_left("they", 1001, CPU, torch.float32)
+
+
 def test_the_reference_may_multiply_by_what_lies_in_the_file(folder):
     assert room.least_weight_bytes(engines.make(folder).config, CPU, torch.float16) == 0
 

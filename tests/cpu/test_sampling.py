@@ -28,6 +28,18 @@ def test_nan_of_the_drafter_is_one_bad_draft_and_of_the_ar_view_an_id_that_conse
         assert all(0 <= token < VOCAB for token in sampler.verify(verified, drafts, 0).tolist())
 
 
+def test_what_only_rounding_would_reject_is_accepted(monkeypatch):
+    sampler = RejectionSampler(SamplingParams(temperature=1.0), 0)
+    sampler.draft(torch.zeros(1, VOCAB), 0)
+    sampler._draft_probs += 1e-9  # nothing is left of p - q
+    monkeypatch.setattr(rejection, "uniform", lambda *_: 1 - 2**-53)
+    assert sampler.verify(torch.zeros(2, VOCAB), [3], 0).tolist() == [3, VOCAB - 1]
+
+
+def test_no_rounding_picks_what_has_no_weight():
+    assert rejection.pick(torch.tensor([0.0, 5e-324, 0.0], dtype=torch.float64), 1 - 2**-53) == 1
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -58,6 +70,7 @@ def test_nan_of_the_drafter_is_one_bad_draft_and_of_the_ar_view_an_id_that_conse
         ({"repetition_penalty": 1e-46}, "repetition_penalty must be finite and > 0, got 1e-46"),
         ({"top_p": 1e-46}, r"top_p must be in \(0, 1\], got 1e-46"),
         ({"logit_bias": {1: 1e39}}, "logit_bias must be finite values for ids"),
+        ({"logit_bias": {1: -1e39}}, "logit_bias must be finite values for ids"),
         ({"logit_bias": {"5": 1}}, "SamplingParams: logit_bias: every token id must be an integer, got '5'"),
         ({"logit_bias": {1: "a"}}, "logit_bias must be a number, got 'a'"),
         ({"temperature": 10**400}, "temperature must be 0, or finite and >= 1e-6, got inf"),

@@ -65,6 +65,14 @@ def test_a_process_that_is_ended_or_stopped_gives_the_row_back(streams, leaving)
     assert {signal.getsignal(number) for number in terminal.LEAVING} == {signal.SIG_DFL}
 
 
+def test_a_process_that_was_stopped_can_be_stopped_again(streams, leaving):
+    with Screen() as screen:
+        handler = signal.getsignal(signal.SIGTSTP)
+        screen.status("status")
+        signal.raise_signal(signal.SIGTSTP)
+        assert signal.getsignal(signal.SIGTSTP) == handler != signal.SIG_DFL
+
+
 @pytest.mark.parametrize("terminal_is", ("gone", "taking nothing"))
 def test_it_is_ended_whatever_the_terminal_does(streams, leaving, terminal_is):
     if terminal_is == "gone":

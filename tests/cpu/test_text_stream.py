@@ -76,6 +76,14 @@ def test_what_was_shown_stays_where_bytes_turn_out_to_be_no_text():
     assert "".join(streamed(tokenizer, [a, *emoji, *emoji, a], range(10))) == " a🎉🎉 a"
 
 
+def test_the_space_before_a_word_behind_a_piece_without_text():
+    """Of a tokenizer that decodes the first word without the space before it, as SentencePiece's."""
+    backend = Tokenizer(models.BPE(vocab={"▁a": 0, "▁b": 1, "</s>": 2}, merges=[]))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    stream = TextStream(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    assert [stream.push(ids) for ids in ([0], [], [1], [2], [0])] == ["a", "", " b", "", " a"]
+
+
 def test_ids_that_say_nothing_cost_nothing(tokenizer, monkeypatch):
     """As those behind an end that is ignored: not to be decoded again and again."""
     stream, seen = TextStream(tokenizer), []

@@ -142,6 +142,19 @@ def test_a_difference_in_a_batch_alone(run, break_token):
     assert re.search(r"line 5 .*  differs\n  ar in batches of 3: differs at token 0: ", out)
 
 
+def test_the_last_batch_is_as_large_as_the_others(run, monkeypatch):
+    """Of three prompts in twos, the second goes along with the third once more."""
+    honest, sizes = Engine.generate, []
+
+    def counted(self, ids, *args, **kwargs):
+        sizes.append(len(ids) if isinstance(ids[0], list) else 1)
+        return honest(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "generate", counted)
+    assert run("--modes", "ar", "--batch", "2")[0] == 0
+    assert sizes == [2, 1, 1, 2, 1]
+
+
 def test_an_output_that_ends_early(text_folder):
     engine = Engine.from_pretrained(text_folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=1)
     ids, params = [1, 2, 3], SamplingParams(max_new_tokens=6, ignore_eos=True)
@@ -338,6 +351,20 @@ def test_the_bound_is_of_the_rows_that_make_the_logits(tied):
         factor = 2 if tied or name == "lm_head.weight" else 1
         changed = tensors | {name: 2 * tensors[name]}
         assert bound(changed) == pytest.approx(factor * bound(tensors), rel=1e-6)
+
+
+def test_the_bound_is_three_standard_deviations_and_the_rounding_of_both_logits():
+    config = checkpoints.tiny_config(tie_word_embeddings=True)
+    head = torch.zeros(config.vocab_size, config.hidden_size)
+    head[4, 0], head[7, 1] = 3.0, 4.0
+    of = SimpleNamespace(
+        config=config,
+        checkpoint=SimpleNamespace(tensors={"model.embed_tokens.weight": head}),
+        model=SimpleNamespace(dtype=torch.bfloat16),
+    )
+    hidden, unit, times = torch.ones(config.hidden_size), 2**-8, 2 * config.num_layers + 1
+    sigma = 5.0 * unit * (times / 6) ** 0.5 * 2**0.5  # |w_a - w_b| is 5, |hidden| the root of its size
+    assert verify.near_tie_bound(of, hidden, 4, 7) == pytest.approx(3 * sigma + 7 * unit, rel=1e-6)
 
 
 def test_ways_end_where_max_seq_len_does_and_none_reads_what_another_left(run, tmp_path, monkeypatch):
