@@ -199,6 +199,28 @@ def check_ids_outside(implementation):
     assert all(torch.equal(one, other) for one, other in zip(case.run(implementation), want, strict=True))
 
 
+def check_neighbouring_values(implementation):
+    """A cut falls between the two largest values, though no number lies between them."""
+    row = torch.full((1, 300), -5.0)
+    row[0, 7] = 5
+    row[0, 200] = row[0, 7].nextafter(torch.tensor(0.0))
+    for filters in ((1.0, 1, 1.0, 0.0), (1.0, 0, 0.4, 0.0)):
+        log_probs = with_filters(row, [filters]).run(implementation)[2]
+        assert log_probs.isfinite().nonzero().tolist() == [[0, 7]], filters
+
+
+def check_the_largest_uniform(implementation):
+    """Who is left alone is chosen, whatever the noise: token 32's word is 0xffffff88 here, which as fp32 is 2**32."""
+    assert int(reference.philox(0, 242043, 2, 32)) == 0xFFFFFF88
+    row = torch.full((1, 300), -5.0)
+    row[0, 32] = 5
+    case = with_filters(row, [(1.0, 1, 1.0, 0.0)])
+    case.sampling.seed.zero_()
+    case.rows.position[0] = 242042
+    value, index, _ = case.run(implementation)
+    assert value.max().isfinite() and choices(value, index).tolist() == [32]
+
+
 def check_count_tokens(op, device="cpu"):
     """Only what is new, each token as often as it occurs, from a ring that wraps; a prompt's token becomes counted, one
     outside the vocabulary does not.

@@ -29,7 +29,9 @@ int64_t workspace_bytes(int num_rows, int num_heads_q, int head_dim, int max_seq
 
 template <typename V>
 int launch_split(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
-  const int smem = V::kSmemBytes + sizeof(Schedule) + a.num_units * static_cast<int>(sizeof(Unit) + sizeof(int));
+  constexpr int kUnitBytes = sizeof(Unit) + sizeof(int), kFixedBytes = V::kSmemBytes + sizeof(Schedule);
+  static_assert(kFixedBytes + kMaxUnits * kUnitBytes <= 99 * 1024);
+  const int smem = kFixedBytes + a.num_units * kUnitBytes;
   const int64_t items = static_cast<int64_t>(a.num_units) * a.p.kv.num_heads_kv * (a.num_splits + 1);
   int per_sm = 0;
   int error = occupancy(dual_attn_split_kernel<V>, V::kThreads, smem, &per_sm);

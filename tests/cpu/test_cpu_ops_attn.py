@@ -119,6 +119,14 @@ def test_weights_are_rounded_before_they_weigh_and_are_summed(isa, heads):
     assert bool((got[:, 1] == 0.8125).all()), "the sum: 1 / 1.23384 is nearer to 0.80859375"
 
 
+def test_64_bit_offsets(isa):
+    """Pages beyond 2^31 elements; what is not touched takes no memory."""
+    groups, heads = [ar(0, 70, 2), diff(0, 70, 2)], Heads(1, 1, 64)
+    far = Pass(heads, groups, "cpu", first_page=(1 << 31) // (64 * 64) + 1)
+    assert far.k_pages.numel() > 2**31
+    assert torch.equal(far.run(), Pass(heads, groups, "cpu").run())
+
+
 def test_no_rows_and_wrong_head_dim():
     assert make([], torch.bfloat16).run().shape == (0, 9, 64)
     with pytest.raises(

@@ -10,6 +10,8 @@ from tests.logits_cases import (
     block_with_edits,
     check_draws,
     check_ids_outside,
+    check_neighbouring_values,
+    check_the_largest_uniform,
     logits,
     with_filters,
 )
@@ -53,6 +55,14 @@ def test_a_draft_in_the_first_row_of_a_pass(isa, before):
 
 def test_ids_outside_the_vocabulary(isa):
     check_ids_outside(native.process_logits)
+
+
+def test_neighbouring_values(isa):
+    check_neighbouring_values(native.process_logits)
+
+
+def test_the_largest_uniform(isa):
+    check_the_largest_uniform(native.process_logits)
 
 
 @pytest.mark.parametrize("kind", ["peaked", "tied"])

@@ -1,5 +1,6 @@
 """The float32 CUDA kernels as host C++: against float64, and row-invariance to the bit."""
 
+import ctypes
 import functools
 
 import pytest
@@ -13,9 +14,11 @@ from tests.attention_pass import (
     check_a_nan_key_spoils_those_who_see_it_alone,
     check_nan_outlives_the_splits,
 )
-from tests.cpu.test_cuda_on_host import check_qkv_commit
+from tests.cpu.cuda_host import library
+from tests.cpu.cuda_host.device import as_ctypes
+from tests.cpu.test_cuda_on_host import INVALID, check_qkv_commit
 from tests.cpu.test_dual_attn_on_host import PASSES
-from tests.rows import ar
+from tests.rows import ar, diff
 
 pytestmark = pytest.mark.usefixtures("host")
 F32Pass = functools.partial(Pass, device="cpu", dtype=torch.float32)
@@ -76,6 +79,21 @@ def test_row_linear_argmax(vocab):
     assert torch.equal(index[:, 1:], 128 * torch.arange(1, value.shape[1]).int().expand(20, -1))
 
 
+@pytest.mark.parametrize(("name", "values"), [("num_rows_ar", (-1, 20)), ("num_partials", (1, 4))])
+def test_row_linear_refuses(name, values, monkeypatch):
+    errors = []
+
+    def launch(op, params, device):
+        params = as_ctypes(params)
+        for value in values:
+            setattr(params, name, value)
+            errors.append(library().row_linear_f32(ctypes.byref(params)))
+
+    monkeypatch.setattr(native, "_launch", launch)
+    linear(tensor(19, 16), tensor(300, 16), "argmax")
+    assert errors == [INVALID, INVALID]
+
+
 def test_row_linear_rows_do_not_depend_on_company():
     weight, diff = tensor(150, 70, seed=1), tensor(150, 70, seed=2)
     x = tensor(45, 70, seed=3)
@@ -122,6 +140,14 @@ def test_dual_attn_rows_do_not_depend_on_company():
     verified = F32Pass(heads, [ar(0, 130, 6)]).run()
     for i in range(6):  # a row of a verification is the row of AR decoding
         assert torch.equal(F32Pass(heads, [ar(0, 130 + i, 1)]).run()[0], verified[i])
+
+
+def test_dual_attn_64_bit_offsets():
+    """Pages beyond 2^31 elements; what is not touched takes no memory."""
+    groups = [ar(0, 70, 2), diff(0, 70, 2)]
+    far = F32Pass(Heads(1, 1, 64), groups, first_page=(1 << 31) // (64 * 64) + 1)
+    assert far.k_pages.numel() > 2**31
+    assert torch.equal(far.run(), F32Pass(Heads(1, 1, 64), groups).run())
 
 
 @pytest.mark.usefixtures("both_orders")

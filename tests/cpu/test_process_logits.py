@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from orthrus_rt import reference
-from tests.logits_cases import FILTERS, block_with_edits, check_draws, check_ids_outside, logits, with_filters
+from tests.logits_cases import (
+    FILTERS,
+    block_with_edits,
+    check_draws,
+    check_ids_outside,
+    check_neighbouring_values,
+    check_the_largest_uniform,
+    logits,
+    with_filters,
+)
 
 
 def naive_probs(row, temperature, top_k, top_p, min_p):
@@ -140,6 +149,14 @@ def test_penalties_bias_and_stop_ids_are_their_definition():
 
 def test_ids_outside_the_vocabulary():
     check_ids_outside(reference.process_logits)
+
+
+def test_neighbouring_values():
+    check_neighbouring_values(reference.process_logits)
+
+
+def test_the_largest_uniform():
+    check_the_largest_uniform(reference.process_logits)
 
 
 def test_philox_known_answers():

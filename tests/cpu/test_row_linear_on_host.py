@@ -8,6 +8,7 @@ not how fast, nor how CTAs and kernels overlap: tests/gpu does that.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import itertools
 
@@ -17,6 +18,8 @@ import torch
 from orthrus_rt import dispatch, native
 from orthrus_rt.weights import pack
 from tests.cpu.cuda_host import row_linear_library as library
+from tests.cpu.cuda_host.device import as_ctypes
+from tests.cpu.test_cuda_on_host import INVALID, MISALIGNED, shifted
 
 pytestmark = pytest.mark.usefixtures("host")
 GUARD, COUNTERS = 8, 4 * 4096
@@ -219,6 +222,14 @@ def test_argmax(shape, rows):
         assert bool((value[-1] == -torch.inf).all() and (index[-1].diff() > 0).all() and index[-1, 0] == 0)
 
 
+@pytest.mark.parametrize("shape", [(64, 37, 3), (128, 1001, 4), (64, 3180, 6)])
+def test_argmax_of_negative_logits(shape):
+    """What fills up the last block, whose products are 0, is no token."""
+    k, n, sms = shape
+    value, index = run(tensor(3, k, seed=2).abs(), -tensor(n, k, seed=1).abs(), "argmax", sms=sms)
+    assert (index < n).all() and (value < 0).all()
+
+
 # Hidden, MLP and vocabulary sizes of real checkpoints among others; the SMs of real devices and a few.
 INS = [64, 192, 576, 1024, 1536, 2048, 2560, 4096, 6144, 9728, 12288, 14336, 28672]
 OUTS = [8, 37, 64, 576, 960, 1001, 2048, 4096, 6144, 19456, 24576, 28672, 49152, 57344, 128256, 151936]
@@ -239,6 +250,38 @@ def test_a_reused_workspace():
 
 def test_no_rows():
     assert run(tensor(0, 64), tensor(64, 64)).shape == (0, 64)
+
+
+def test_what_is_not_aligned_is_refused(host):
+    """On a device such an access would end the context."""
+    host.num_sms = 5
+    weight, residual = packed(tensor(128, 1024, seed=1), False), tensor(3, 128)
+    tensors = dict(x=tensor(3, 1024), out=torch.empty_like(residual), workspace=workspace(3, 1024, 128, 5))
+    given = tensors | dict(residual=residual, weight=weight, weight_diff=weight, then=weight)
+    native.row_linear(**given, num_rows_ar=1, epilogue="residual")
+    for name, value in given.items():
+        moved = dataclasses.replace(value, data=shifted(value.data)) if value is weight else shifted(value)
+        with pytest.raises(AssertionError, match=f"row_linear returned {MISALIGNED}"):
+            native.row_linear(**given | {name: moved}, num_rows_ar=1, epilogue="residual")
+
+
+REFUSED = dict(in_features=(0, 96), num_rows_ar=(-1, 4), workspace_bytes=(COUNTERS,), num_partials=(1, 3))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_kernels_do_not_take_is_refused(name, monkeypatch):
+    """Each is an error of its own, ahead of any launch."""
+    errors = []
+
+    def launch(op, params, device):
+        params = as_ctypes(params)
+        for value in REFUSED[name]:
+            setattr(params, name, value)
+            errors.append(library().row_linear(ctypes.byref(params), 0, 5))
+
+    monkeypatch.setattr(native, "_launch", launch)
+    run(tensor(3, 1024), tensor(128, 1024), "argmax" if name == "num_partials" else "none")
+    assert errors == [INVALID] * len(REFUSED[name])
 
 
 @pytest.mark.parametrize(

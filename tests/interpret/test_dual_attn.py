@@ -29,8 +29,8 @@ GROUPS = [
 ]
 
 
-def on_cpu(groups, heads=HEADS, dtype=torch.float32):
-    return TritonPass(heads, groups, dtype=dtype, device="cpu")  # the interpreter computes bf16 wrongly
+def on_cpu(groups, heads=HEADS, dtype=torch.float32, **how):
+    return TritonPass(heads, groups, dtype=dtype, device="cpu", **how)  # the interpreter computes bf16 wrongly
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -79,6 +79,14 @@ def test_a_nan_key_spoils_those_who_see_it_alone(products_in_order):
 @pytest.mark.parametrize("spoil", SPOIL)
 def test_nan_outlives_what_else_a_row_sees(spoil):
     check_nan_outlives_the_splits(on_cpu, spoil)
+
+
+def test_64_bit_offsets():
+    """Pages beyond 2^31 elements; what is not touched takes no memory."""
+    groups, heads = [Group("ar", 0, 70, 2), Group("diff", 0, 70, 2)], Heads(1, 1, 16)
+    far = on_cpu(groups, heads, torch.float16, first_page=(1 << 31) // (64 * 16) + 1)
+    assert far.k_pages.numel() > 2**31
+    assert torch.equal(far.run(), on_cpu(groups, heads, torch.float16).run())
 
 
 def test_nothing_to_do():

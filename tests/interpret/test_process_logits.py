@@ -12,6 +12,8 @@ from tests.logits_cases import (
     block_with_edits,
     check_count_tokens,
     check_ids_outside,
+    check_neighbouring_values,
+    check_the_largest_uniform,
     logits,
     with_filters,
 )
@@ -48,6 +50,14 @@ def test_blocks_with_edits(vocab):
 
 def test_ids_outside_the_vocabulary():
     check_ids_outside(kernel.process_logits)
+
+
+def test_neighbouring_values():
+    check_neighbouring_values(kernel.process_logits)
+
+
+def test_the_largest_uniform():
+    check_the_largest_uniform(kernel.process_logits)
 
 
 def test_a_row_does_not_depend_on_company():

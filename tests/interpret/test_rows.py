@@ -49,6 +49,14 @@ def test_embed(hidden, dtype):
     assert torch.equal(out, table[token.long()])
 
 
+def test_embed_64_bit_offsets():
+    """A row behind 2^31 elements; what is not touched takes no memory."""
+    table, out = torch.empty((1 << 31) // 64 + 2, 64, dtype=torch.float16), torch.zeros(1, 64, dtype=torch.float16)
+    table[-1] = 3
+    embed.embed(torch.tensor([len(table) - 1], dtype=torch.int32), table, out)
+    assert (out == 3).all()
+
+
 def test_nothing_to_do():
     rms_norm.rms_norm(torch.empty(0, 64), torch.ones(64), 1e-6, torch.empty(0, 64))
     embed.embed(torch.empty(0, dtype=torch.int32), torch.ones(3, 64), torch.empty(0, 64))

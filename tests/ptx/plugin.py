@@ -50,12 +50,16 @@ class Library(ctypes.CDLL):
         """What each kernel has asked of memory since ptx_traffic(1), which begins from zero."""
         return json.loads(self.ptx_traffic_json())
 
-    def launch(self, path, name: str, grid: tuple[int, ...], threads: int, dynamic_shared: int, values: list) -> None:
-        """A kernel of a PTX file; ``values``: tensors, ints and floats."""
+    def launch(
+        self, path, name: str, grid: tuple[int, ...], threads: int, dynamic_shared: int, values: list, pdl=False
+    ) -> None:
+        """A kernel of a PTX file; ``values``: tensors, ints and floats; ``pdl``: it may begin before the grid ahead of
+        it has ended.
+        """
         words = [_word(value) for value in values]
         error = self.ptx_launch(
             str(path).encode(), name.encode(), (ctypes.c_uint32 * 3)(*(*grid, 1, 1)[:3]), threads, dynamic_shared,
-            (ctypes.c_uint64 * len(words))(*words), len(words),
+            (ctypes.c_uint64 * len(words))(*words), len(words), pdl,
         )  # fmt: skip
         assert error == 0, f"{name} returned {error}"
 

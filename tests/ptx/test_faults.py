@@ -34,9 +34,15 @@ def dual_attn(host):
     return outs
 
 
+def prefill(host):
+    weight, x = rl.tensor(128, 192, seed=1), rl.tensor(161, 192, seed=2)
+    return [rl.run(x, weight, sms=4, descending=host.descending)]
+
+
 KERNELS = {  # name: part of the mangled one, and who calls it
     "sm80-row_linear": ("row_linear_mmaILi16ELb0ELi1E", row_linear),
     "sm90-row_linear": ("row_linear_sm90ILi16ELb0E", row_linear),
+    "sm90-prefill": ("row_linear_sm90ILi128ELb1E", prefill),
     "sm80-dual_attn": ("dual_attn_split_kernelINS0_7VariantILi64ELi4ELi2ELb0E", dual_attn),
 }
 GONE, SWAPPED = "", r"\1{\3, \2,"  # the first two registers of an operand
@@ -59,6 +65,10 @@ FAULTS = {  # kernel, what is wrong with it: which lines, and what takes their p
     ("sm90-row_linear", "no wait for the grid before"): (r"griddepcontrol\.wait;", GONE),
     ("sm90-row_linear", "no arrivals"): (r"mbarrier\.arrive\.shared[^;]*;", GONE),
     ("sm90-row_linear", "no barriers"): (r"bar\.sync\s[^;]*;", GONE),
+    ("sm80-row_linear", "no order among CTAs"): (r"(atom\S*)\.acq_rel", r"\1.relaxed"),
+    ("sm90-row_linear", "an order within a CTA alone"): (r"(atom\S*\.acq_rel)\.gpu", r"\1.cta"),
+    ("sm90-prefill", "more registers than there are"): (r"(setmaxnreg\.inc\S*\s+)232", r"\g<1>240"),
+    ("sm90-prefill", "registers that nobody gives"): (r"setmaxnreg\.dec[^;]*;", GONE),
     ("sm90-row_linear", "swapped operands"): (r"(wgmma\.mma_async[^}]*\},\s*)(%rd\d+), (%rd\d+)", r"\1\3, \2"),
 }
 

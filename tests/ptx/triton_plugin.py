@@ -21,7 +21,7 @@ num_launches = 0
 
 
 def compile_launch(launch: recorder.Launch):
-    """The specialisation's source, the path of its PTX, and Triton's metadata."""
+    """Whether it may begin early, the specialisation's source, the path of its PTX, and Triton's metadata."""
     uses_pdl = CAPABILITY >= 90 and "PDL" in launch.arguments
     source = launch.source(uses_pdl)
     for index, param in enumerate(launch.fn.params):
@@ -38,7 +38,7 @@ def compile_launch(launch: recorder.Launch):
         unfinished.write_text(ptx)
         unfinished.rename(path)
         compiled[key] = path, kernel.metadata
-    return source, *compiled[key]
+    return uses_pdl, source, *compiled[key]
 
 
 def run(self, *args, grid, warmup, **kwargs):
@@ -47,14 +47,14 @@ def run(self, *args, grid, warmup, **kwargs):
     names = [p.name for p in self.params]
     arguments = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
     options = {k: v for k, v in kwargs.items() if k not in names and k != "launch_pdl"}
-    source, path, metadata = compile_launch(recorder.Launch(self, arguments, options))
+    uses_pdl, source, path, metadata = compile_launch(recorder.Launch(self, arguments, options))
     assert metadata.global_scratch_size == 0 and metadata.num_ctas == 1
     passed = [name for name in names if source.signature[name] != "constexpr"]
     num_launches += 1
     LIBRARY.configure(num_launches % 2, 1)
     LIBRARY.read_before_wait([arguments[name] for name in passed if name in CONSTANT])
     values = [arguments[name] for name in passed] + [0, 0]  # scratch memory of Triton's own, which no kernel here has
-    LIBRARY.launch(path, metadata.name, grid, 32 * metadata.num_warps, metadata.shared, values)
+    LIBRARY.launch(path, metadata.name, grid, 32 * metadata.num_warps, metadata.shared, values, uses_pdl)
 
 
 JITFunction.run = run

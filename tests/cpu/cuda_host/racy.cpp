@@ -156,7 +156,7 @@ void multiplies_what_has_landed(Params p) {
 }
 
 int run(Kernel kernel, int blocks, int threads, const Params& params) {
-  return launch(kernel, params, dim3(blocks), threads, 16384, nullptr, device_info());
+  return launch(kernel, params, dim3(blocks), threads, 16384, cuda_host::kStream, device_info());
 }
 
 }  // namespace

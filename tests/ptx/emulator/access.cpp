@@ -62,6 +62,21 @@ uint8_t* shared_at(Warp& w, const Instruction& i, int lane, uint32_t address, ui
   return s.bytes.data() + at;
 }
 
+// Reports a load of what another CTA of the launch has stored, if no release and acquire of the device order the two.
+void check_order(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes, bool writes) {
+  Cta& cta = *w.cta;
+  for (uint64_t word = address / 4; word <= (address + bytes - 1) / 4; ++word) {
+    if (writes) {
+      cta.launch->writes[word] = {cta.number, cta.known[cta.number]};
+      continue;
+    }
+    const auto found = cta.launch->writes.find(word);
+    if (found == cta.launch->writes.end() || found->second.cta == cta.number) continue;
+    if (cta.known[found->second.cta] < found->second.clock)
+      report(w, i, lane, "global memory that another CTA has written, with nothing between that orders the two");
+  }
+}
+
 uint8_t* global_at(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes, bool writes) {
   if (address % std::min(bytes, 16u)) fail(w, i, lane, "misaligned in global memory");
   if (address < w.known_begin || address + bytes > w.known_end) {
@@ -76,6 +91,7 @@ uint8_t* global_at(Warp& w, const Instruction& i, int lane, uint64_t address, ui
     });
     if (!allowed) report(w, i, lane, "global memory ahead of griddepcontrol.wait");
   }
+  if (launch.kernel->has_atomics) check_order(w, i, lane, address, bytes, writes);
   return reinterpret_cast<uint8_t*>(address);
 }
 

@@ -168,6 +168,8 @@ bool decode_mov(Parsed& p) {
   return true;
 }
 
+void set_registers(Warp& w, const Instruction& i, Mask) { w.registers = static_cast<int>(i.offset2); }
+
 }  // namespace
 
 bool decode_bits(Parsed& p) {
@@ -236,13 +238,13 @@ bool decode_bits(Parsed& p) {
     o.run = map1<[](uint32_t x) -> uint32_t { return x ? std::countl_zero(x) : ~0u; }, uint32_t, uint32_t>;
     return p.has("shiftamt") && t == "u32" && p.places(4, 4);
   }
-  for (const char* ignored : {"createpolicy", "setmaxnreg"})
-    if (op == ignored) {
-      o.run = nothing;
-      if (op == "setmaxnreg") o.kind = Kind::kAligned;
-      return true;
-    }
-  return false;
+  if (op == "createpolicy") o.run = nothing;
+  if (op == "setmaxnreg") {
+    o.run = set_registers;
+    o.kind = Kind::kAligned;
+    o.offset2 = immediate(p.operands[0], 4);
+  }
+  return o.run != nullptr;
 }
 
 }  // namespace ptx

@@ -7,6 +7,7 @@
 namespace cuda_host {
 
 extern int num_sms;
+inline void* const kStream = reinterpret_cast<void*>(0x57ea);  // what launchers are given, and have to launch on
 extern bool descending;  // CTAs and warps run backwards
 extern std::vector<std::pair<const uint8_t*, int>> prefetched;  // by the launch: where from, bytes
 

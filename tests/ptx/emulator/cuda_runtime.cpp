@@ -89,6 +89,7 @@ cudaError_t cudaLaunchKernel(const void* f, dim3 grid, dim3 block, void** args, 
   return static_cast<cudaError_t>(ptx::run_kernel(f, grid, block, shared, args));
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* f, void** args) {
+  if (c->stream != cuda_host::kStream) return cudaErrorInvalidResourceHandle;
   const bool pdl = std::any_of(c->attrs, c->attrs + c->numAttrs, [](const cudaLaunchAttribute& a) {
     return a.id == cudaLaunchAttributeProgrammaticStreamSerialization && a.val.programmaticStreamSerializationAllowed;
   });
@@ -114,7 +115,10 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void* f) {
   return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void* f, cudaFuncAttribute attribute, int value) {
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) ptx::functions().at(f).max_dynamic = value;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  const int granted = ptx::architecture == 90 ? 227 * 1024 : 99 * 1024;  // on the smallest device that runs them
+  if (value > granted) return cudaErrorInvalidValue;
+  ptx::functions().at(f).max_dynamic = value;
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* ctas, const void*, int threads, size_t shared) {

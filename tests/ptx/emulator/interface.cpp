@@ -49,9 +49,9 @@ void ptx_before_row_linear(const orthrus::RowLinearParams* p) {
     if (weight) ptx::before_wait.push_back(ptx::bounds(reinterpret_cast<uintptr_t>(weight), ptx::modes));
 }
 
-// A kernel of a file, with one 8-byte word for each parameter.
+// A kernel of a file, with one 8-byte word for each parameter; pdl: it may begin before the grid ahead of it has ended.
 int ptx_launch(const char* path, const char* kernel, const uint32_t* grid, uint32_t threads, uint32_t dynamic_shared,
-               const uint64_t* values, uint32_t count) {
+               const uint64_t* values, uint32_t count, int pdl) {
   return guarded([&] {
     const ptx::Module& module = ptx::load(path);
     const auto found = module.kernels.find(kernel);
@@ -63,7 +63,7 @@ int ptx_launch(const char* path, const char* kernel, const uint32_t* grid, uint3
       const uint32_t end = k + 1 < count ? offsets[k + 1] : found->second->param_bytes;
       std::memcpy(params.data() + offsets[k], values + k, std::min(8u, end - offsets[k]));
     }
-    ptx::launch(module, kernel, {grid[0], grid[1], grid[2]}, threads, dynamic_shared, std::move(params), false);
+    ptx::launch(module, kernel, {grid[0], grid[1], grid[2]}, threads, dynamic_shared, std::move(params), pdl);
   });
 }
 

@@ -6,6 +6,7 @@
 #include <deque>
 #include <random>
 #include <stdexcept>
+#include <unordered_map>
 
 #include "program.h"
 
@@ -83,6 +84,7 @@ struct Product {  // a warp's share of a wgmma
 struct Cta;
 struct Warp {
   Cta* cta = nullptr;
+  int registers = 0;  // of a thread, where setmaxnreg has set them
   uint8_t* file = nullptr;
   int index = 0;
   Mask live = 0;
@@ -119,6 +121,15 @@ struct alignas(64) Line {  // parameters lie at such an address: tensor maps nee
   uint8_t bytes[64];
 };
 
+// A CTA's clock goes on with every release to the device; what it knows of the others' comes with an acquire.
+using CtaClocks = std::map<uint32_t, uint32_t>;
+inline void join(CtaClocks& a, const CtaClocks& b) {
+  for (const auto& [cta, clock] : b) a[cta] = std::max(a[cta], clock);
+}
+struct GlobalWrite {
+  uint32_t cta, clock;
+};
+
 struct Launch {
   const Module* module;
   const Kernel* kernel;
@@ -132,11 +143,15 @@ struct Launch {
   uint64_t clock = 0;
   std::vector<std::pair<uintptr_t, uintptr_t>> before_wait;  // what may be read ahead of griddepcontrol.wait
   struct Traffic* traffic = nullptr;                         // counters, if asked for
+  std::unordered_map<uint64_t, GlobalWrite> writes = {};     // the last one, per 4 bytes; where a kernel has atomics
+  std::map<uint64_t, CtaClocks> released = {};               // by atomics, to an address
 };
 
 struct Cta {
   Launch* launch;
   uint32_t id[3];
+  uint32_t number = 0;  // among the launch's
+  CtaClocks known;      // its own too
   std::vector<Warp> warps;
   std::vector<uint8_t> files;
   Shared shared;
@@ -162,6 +177,8 @@ std::pair<uintptr_t, uintptr_t> bounds(uintptr_t address, const Modes& modes);
 // Reports an access that nothing orders after another warp's. value: what it writes, where that is known.
 void check_races(Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
                  const uint8_t* value = nullptr);
+
+void check_order(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes, bool writes);
 
 // Checked access. Null after a report.
 uint8_t* shared_at(Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,

@@ -71,6 +71,12 @@ void atomic_add(Warp& w, const Instruction& i, Mask m) {
     const uint32_t after = before + w.reg<uint32_t>(i.b)[l];
     std::memcpy(to, &after, 4);
     if (i.d) w.reg<uint32_t>(i.d)[l] = before;
+    if (!i.offset2) return;  // it orders nothing among CTAs
+    Cta& cta = *w.cta;
+    CtaClocks& released = cta.launch->released[reinterpret_cast<uintptr_t>(to)];
+    join(released, cta.known);
+    join(cta.known, released);
+    ++cta.known[cta.number];
   });
 }
 
@@ -97,6 +103,8 @@ bool decode_memory(Parsed& p) {
   if (op == "atom" || op == "red") {
     if (!p.has("global") || !p.has("add") || type_bytes(t) != 4 || t[0] == 'f') return false;
     o.run = atomic_add;
+    p.kernel.has_atomics = true;
+    o.offset2 = p.has("acq_rel") && (p.has("gpu") || p.has("sys"));
     const bool returns = op == "atom";
     if (returns && p.operands[0] != "_") o.d = p.at(0, 4);
     o.a = p.address(returns ? 1 : 0, 8);

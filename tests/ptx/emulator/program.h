@@ -81,7 +81,7 @@ struct Kernel {
   uint32_t static_shared = 0;   // bytes; dynamic shared memory follows at its alignment
   uint32_t dynamic_align = 1;
   uint32_t granule = 4;         // bytes of the smallest access of shared memory, 4 at most
-  bool has_wgmma = false, has_pdl = false;
+  bool has_wgmma = false, has_pdl = false, has_atomics = false;
   int max_threads = 1024, required_threads = 0;
 };
 

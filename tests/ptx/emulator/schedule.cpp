@@ -28,6 +28,8 @@ bool Cta::land_one() {
 
 Cta::Cta(Launch& l, const uint32_t (&index)[3]) : launch(&l), id{index[0], index[1], index[2]} {
   const Kernel& k = *l.kernel;
+  number = id[0] + l.grid[0] * (id[1] + l.grid[1] * id[2]);
+  known[number] = 1;
   const uint32_t statics = (k.static_shared + k.dynamic_align - 1) / k.dynamic_align * k.dynamic_align;
   const uint32_t bytes = statics + l.dynamic_shared;
   shared.bytes.assign(bytes, 0xff);
@@ -304,6 +306,11 @@ bool Cta::run(bool to_the_end) {
         if ((w.live >> l & 1) && w.state[l] != LaneState::kDone)
           fail(w, launch->kernel->code[w.pc[l]], l, "nobody can go on");
   }
+  // Registers are moved among warps, none are made: who takes more than others give would wait for ever.
+  const int at_first = 65536 / launch->kernel->max_threads / 8 * 8;
+  int missing = 0;
+  for (const Warp& w : warps) missing += w.registers ? w.registers - at_first : 0;
+  if (missing > 0) throw Failure("warps take more registers than their CTA has: " + launch->kernel->name);
   if (!bulk.empty()) throw Failure("a CTA has ended with copies in flight");
   for (const auto& barrier : barriers)
     if (barrier.arrived) throw Failure("a CTA has ended with warps at a barrier");

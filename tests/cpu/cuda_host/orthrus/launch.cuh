@@ -38,7 +38,9 @@ int occupancy(void (*)(Params), int, int, int* ctas) {
 }
 
 template <typename Params>
-int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int smem_bytes, void*, DeviceInfo) {
+int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int smem_bytes, void* stream,
+           DeviceInfo) {
+  if (stream != cuda_host::kStream) cuda_host::fail("a launch on another stream");
   constexpr int kPoison = 0xff;  // NaN
   uint8_t* shared = cuda_host::dynamic_shared;
   static const void* poisoned = std::memset(shared, kPoison, sizeof(cuda_host::dynamic_shared));
