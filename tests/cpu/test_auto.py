@@ -3,13 +3,14 @@
 import itertools
 import json
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from orthrus_rt import state as st
-from orthrus_rt.auto import Auto
-from orthrus_rt.cycle_plan import AR, batch_bucket
+from orthrus_rt.auto import MAX_ROWS, REPEATS, Auto
+from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket
 from orthrus_rt.engine import Engine
 from orthrus_rt.policy import Policy
 from orthrus_rt.sampling import SamplingParams
@@ -217,9 +218,15 @@ def test_a_warmup_on_other_threads_is_kept_as_theirs(folder, cache, monkeypatch)
         assert kept() == pytest.approx(first)
 
 
-@pytest.mark.parametrize(("per_row", "dearer_stay_out"), [(0.0, False), (0.4e-3, True)])
-def test_warmup_leaves_out_what_could_not_pay(folder, cache, monkeypatch, per_row, dearer_stay_out):
-    """Of one_pass what costs more than drafting anew: where rows are free nothing does."""
+DEAR = ("one_pass", 4, 4), ("one_pass", 8, 4), ("one_pass", 8, 8)
+DEARER_THAN_AR = ("two_pass", 8, 0), ("one_pass", 8, 2)
+
+
+@pytest.mark.parametrize(("per_row", "out"), [(0.0, ()), (0.4e-3, DEAR), (2e-3, (*DEAR, *DEARER_THAN_AR))])
+def test_warmup_leaves_out_what_could_not_pay(folder, cache, monkeypatch, per_row, out):
+    """Of one_pass what costs more than drafting anew: where rows are free nothing does. Of all what costs more than AR
+    for as many tokens as it could yield.
+    """
 
     def seconds(self, cycle):
         return cycle.plan.num_passes * (1e-3 + per_row * cycle.plan.max_rows)
@@ -230,7 +237,7 @@ def test_warmup_leaves_out_what_could_not_pay(folder, cache, monkeypatch, per_ro
     policy = auto._autos[auto._plan].policy
     timed = {row[1:4] for row in map(tuple, policy.costs.table())}
     plans = {(p.mode, p.block_len, p.fan_out) for p in policy.plans_of(1)}
-    assert plans - timed == ({("one_pass", 8, 4), ("one_pass", 8, 8), ("one_pass", 4, 4)} if dearer_stay_out else set())
+    assert plans - timed == set(out)
 
 
 def test_few_pages_have_costs_of_their_own(folder):
@@ -307,3 +314,72 @@ def test_candidates_stay_within_what_was_asked(folder):
     assert "one_pass/7x8" in labels(max_batch_size=1)
     assert labels(draft_len=1) == {"ar", "two_pass/1", "one_pass/1x2"}
     assert labels(fan_out=3) == {"ar", "two_pass/3", "two_pass/7", "one_pass/3x3", "one_pass/7x3"}
+
+
+def test_one_pass_candidates_stay_within_the_rows_of_a_pass(folder):
+    shapes = engine(folder, max_batch_size=16)._autos.popitem()[1].shapes()
+    assert 0 < max(plan.max_rows * slots for plan, slots in shapes if plan.mode == "one_pass") <= MAX_ROWS
+
+
+def test_the_policy_is_asked_for_the_slots_that_run_and_by_whether_any_request_samples(monkeypatch):
+    """Rejection sampling next to others leaves it nothing to choose."""
+    asked = []
+    monkeypatch.setattr(Policy, "choose", lambda self, *args: asked.append(args) or AR)
+    auto = Auto(CyclePlan("auto", 8), 4, torch.device("cpu"), "a model")
+
+    def choose(**requests):
+        """Of requests by slot."""
+        ways = {"greedy": (False, False), "sampled": (False, True), "rejection": (True, True)}
+        running = []
+        for slot, way in requests.items():
+            rejection, scored = ways[way]
+            params = SimpleNamespace(scored=scored)
+            running.append(SimpleNamespace(slot=int(slot[1:]), rejection=rejection, params=params))
+        return auto.choose(running)
+
+    assert choose(_0="greedy") == choose(_2="greedy") == choose(_0="sampled", _1="greedy") == (AR, auto.policy)
+    assert asked == [(1, True), (3, True), (2, False)]
+    assert choose(_0="greedy", _1="rejection") == (CyclePlan("two_pass", 8), None) and len(asked) == 3
+
+
+def test_kept_costs_are_of_one_number_of_slots_and_one_set_of_candidates(folder, monkeypatch):
+    """Costs of fewer buckets, or of fewer plans, are no warm-up's of more."""
+    monkeypatch.setattr(Auto, "_seconds", lambda self, cycle: 1e-3)
+    engine(folder, max_batch_size=1).warmup()
+    known = [engine(folder, **how)._autos.popitem()[1].known for how in (
+        {"max_batch_size": 1}, {"max_batch_size": 2}, {"max_batch_size": 1, "draft_len": 3},
+    )]  # fmt: skip
+    assert known == [True, False, False]
+
+
+def test_bursts_of_other_work_change_no_time_of_a_warmup(folder, cache, monkeypatch):
+    """Of one cycle here and there, and of as many in a row as each plan is timed."""
+
+    def warmup(stalled):
+        count = itertools.count()
+
+        def seconds(self, cycle):
+            factor = 50 if next(count) in stalled else 1
+            return factor * cycle.plan.num_passes * (1e-3 + 1e-5 * cycle.plan.max_rows)
+
+        for file in cache.glob("pass-costs-*.json"):
+            file.unlink()
+        monkeypatch.setattr(Auto, "_seconds", seconds)
+        auto = engine(folder, max_batch_size=1)
+        auto.warmup()
+        return auto._autos[auto._plan].policy.costs.table(), next(count)
+
+    undisturbed, calls = warmup(())
+    plans = len(undisturbed)
+    assert calls == (2 + REPEATS) * plans
+    assert warmup(range(0, calls, plans + 1))[0] == undisturbed
+    assert warmup(range(3 * plans, 3 * plans + REPEATS))[0] == undisturbed
+
+
+def test_what_was_never_timed_is_guessed_by_the_kind_of_device():
+    """More rows cost a GPU little: its passes wait for the weights."""
+    dearer = {}
+    for device in ("cpu", "cuda"):
+        costs = Auto(CyclePlan("auto", 8), 4, torch.device(device), "a model").policy.costs
+        dearer[device] = costs.seconds(1, CyclePlan("one_pass", 8, 4)) / costs.seconds(1, AR)
+    assert dearer["cpu"] > 2.0 and dearer["cuda"] < 1.2

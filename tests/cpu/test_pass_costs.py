@@ -24,6 +24,21 @@ def test_unmeasured_costs_lie_between_measured_ones():
     assert costs.seconds(1, beyond, hopeful=True) == pytest.approx(2.0)
 
 
+def test_what_is_guessed_follows_what_cycles_are_found_to_cost():
+    """Whether or not it was asked for before."""
+    near, far = CyclePlan("two_pass", 4), CyclePlan("two_pass", 16)
+    asked, first = PassCosts(), PassCosts()
+    for costs in (asked, first):
+        costs.set(1, AR, 1.0)
+        costs.set(1, near, 2.0)
+    before = asked.seconds(1, far)
+    for costs in (asked, first):
+        for _ in range(10):
+            costs.observe(1, near, 3.0)
+            costs.observe(1, AR, 1.0)
+    assert asked.seconds(1, far) == first.seconds(1, far) > 1.2 * before
+
+
 def known(count=30, *plans) -> PassCosts:
     """1 second of each plan, of AR from ``count`` cycles."""
     costs = PassCosts()
