@@ -4,9 +4,9 @@
     curl -N localhost:8000/v1/completions -d '{"prompt": "def add(a, b):", "max_tokens": 32, "stream": true}'
 
 Prompts are completed as they are, without a chat template. Requests may have `max_tokens`, `stop`, `stream` and what
-SAMPLING names; what else would change an answer is refused, as is a request that is large or takes long to arrive. All
-share one engine. A client that goes away, or closes its side of the connection, ends its request; at SIGTERM or Ctrl-C
-what runs comes to its end.
+SAMPLING names; what else would change an answer is refused, as is a request that is large or takes long to arrive, or a
+connection beyond MOST_CONNECTIONS. All share one engine. A client that goes away, or closes its side of the connection,
+ends its request; at SIGTERM or Ctrl-C what runs comes to its end.
 """
 
 import asyncio
@@ -118,7 +118,7 @@ async def answer(shared, model, reader, writer):
         async with asyncio.timeout(MOST_SECONDS):
             asked = await read_request(reader, writer)
         asked = check(asked)
-        stop = asked.get("stop", ())
+        stop = asked.get("stop", "") or ()
         text = orthrus_rt.TextStream(tokenizer, [stop] if isinstance(stop, str) else stop)
         encoding = await asyncio.get_running_loop().run_in_executor(TOKENIZING, tokenizer, asked["prompt"])
         prompt = encoding.input_ids

@@ -315,6 +315,7 @@ def _own(error: BaseException) -> BaseException:
         own = copy.copy(error)
     except Exception:  # not every class allows for it
         return error
+    own.args = error.args  # which a class of its own kind makes of others
     own.__cause__, own.__context__ = error.__cause__, error.__context__
     own.__suppress_context__ = error.__suppress_context__
     return own.with_traceback(error.__traceback__)

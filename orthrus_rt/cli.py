@@ -362,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, ArithmeticError, RuntimeError, ImportError) as error:
         return _fail(args, error)
     except Exception:  # a bug of ours; Python's own exit code for it would say that tokens differ
-        traceback.print_exc()
+        _tell(traceback.format_exc())
         return EXIT_ERROR
     finally:
         _drop_what_cannot_be_written()
@@ -385,10 +385,15 @@ def _fail(args, error) -> int:
 
 
 def _say(args, message: str) -> None:
+    _tell(f"orthrus-rt {args.command}: {message}\n")
+
+
+def _tell(text: str) -> None:
     """To stderr, where there is one that takes it: the exit code says the rest."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
-            print(f"orthrus-rt {args.command}: {message}", file=sys.stderr, flush=True)
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 if __name__ == "__main__":

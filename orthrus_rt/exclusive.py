@@ -84,7 +84,8 @@ def exclusive(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatena
     @functools.wraps(method)
     def call(engine, *args, **kwargs):
         with engine.turn:
-            engine._check_open()
+            if engine.closed:
+                raise RuntimeError("this engine is closed")
             with torch.inference_mode(), scope(engine.device, engine.cuda_stream):
                 if engine.torn:
                     engine._recover()

@@ -47,7 +47,11 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def push(self, token_ids) -> str:
-        """The text that these tokens, ints, complete. TypeError: they are no ints."""
+        """The text that these tokens, ints, complete; in a long run of bytes that are no text, with a few more of them.
+
+        Raises:
+            TypeError: they are no ints.
+        """
         tokens = [operator.index(token) for token in token_ids]  # all of them, before one is taken
         self._ids.extend(token for token in tokens if token not in self._special)  # which say nothing
         return self._until_stop(self._advance(final=False), final=False)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from orthrus_rt import native, ops
+from tests import sparse
 from tests.rows import Group, ar, diff, make_rows
 
 WILD_PAGE = 1 << 30
@@ -71,8 +72,11 @@ class Pass:
         total = sum(counts.values())
         order = torch.randperm(total, generator=torch.Generator().manual_seed(1)) + first_page
         shape = (first_page + total, heads.kv, ops.PAGE_SIZE, heads.dim)
-        self.k_pages = torch.empty(shape, dtype=self.dtype, device=device)
-        self.v_pages = torch.empty_like(self.k_pages)
+        if first_page > 1 and str(device) == "cpu":
+            self.k_pages, self.v_pages = sparse.empty(shape, self.dtype), sparse.empty(shape, self.dtype)
+        else:
+            self.k_pages = torch.empty(shape, dtype=self.dtype, device=device)
+            self.v_pages = torch.empty_like(self.k_pages)
         for pages in (self.k_pages, self.v_pages):
             pages[0] = torch.nan
             pages[first_page:] = torch.nan

@@ -182,6 +182,10 @@ def test_every_stream_has_an_error_of_its_own(folder, monkeypatch):
         def __init__(self, what, where):
             super().__init__(what)
 
+    class Wordy(RuntimeError):
+        def __init__(self, what):
+            super().__init__(f"it is {what}")
+
     async def use(shared, error, kinds):
         try:
             raise error from KeyError("why")
@@ -199,6 +203,7 @@ def test_every_stream_has_an_error_of_its_own(folder, monkeypatch):
         assert kinds == 1 or len(set(depths)) == 1
 
     run(folder, functools.partial(use, error=RuntimeError("lost"), kinds=3))
+    run(folder, functools.partial(use, error=Wordy("lost"), kinds=3))
     run(folder, functools.partial(use, error=Unusual("lost", "there"), kinds=1))
 
 

@@ -369,9 +369,10 @@ def test_what_cannot_be_written(unbuffered):
     assert (done.stderr, done.returncode) == (b"orthrus-rt info: [Errno 28] No space left on device\n", 2)
 
 
+@pytest.mark.parametrize("error", ("ValueError", "KeyError"))  # of the user's making, and a bug
 @pytest.mark.parametrize("stderr", ("full", "closed"))
-def test_a_complaint_that_nobody_takes_changes_no_exit_code(stderr):
-    fails = "def run(args): raise ValueError('x')"
+def test_a_complaint_that_nobody_takes_changes_no_exit_code(stderr, error):
+    fails = f"def run(args): raise {error}('x')"
     code = f"import sys; from orthrus_rt import cli\n{fails}\ncli.run_info = run; sys.exit(cli.main(['info']))"
     shell = '"$@" 2>/dev/full' if stderr == "full" else '"$@" 2>&-'
     done = subprocess.run(["sh", "-c", shell, "sh", sys.executable, "-c", code], stdout=subprocess.PIPE)

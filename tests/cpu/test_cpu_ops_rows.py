@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from orthrus_rt import native, ops
+from tests import sparse
 from tests.native_cpu import assert_rounded, poison, randn, threads
 from tests.rows import ar, diff, make_rows
 
@@ -21,7 +22,7 @@ def test_embed(isa, element):
 
 def test_embed_64_bit_offsets():
     """A row behind 2^31 elements; what is not touched takes no memory."""
-    table, out = torch.empty((1 << 31) // 64 + 2, 64, dtype=torch.bfloat16), torch.zeros(1, 64, dtype=torch.bfloat16)
+    table, out = sparse.empty(((1 << 31) // 64 + 2, 64), torch.bfloat16), torch.zeros(1, 64, dtype=torch.bfloat16)
     table[-1] = 3
     ops.embed(torch.tensor([len(table) - 1], dtype=torch.int32), table, out)
     assert (out == 3).all()
@@ -145,7 +146,7 @@ def test_qkv_commit_64_bit_offsets():
     rows, qkv, cos_sin = make_rows([ar(0, 70, 2)]), torch.randn(2, 5 * 64).bfloat16(), torch.rand(80, 64)
     written = []
     for page in (1, (1 << 31) // (64 * 64) + 1):
-        pages = [torch.empty(page + 1, 1, 64, 64, dtype=torch.bfloat16) for _ in range(2)]
+        pages = [sparse.empty((page + 1, 1, 64, 64), torch.bfloat16) for _ in range(2)]
         q_out, table = torch.empty(2, 3, 64, dtype=torch.bfloat16), torch.tensor([[-9, page]], dtype=torch.int32)
         ops.qkv_commit(qkv, rows, cos_sin, None, 1e-6, *pages, table, None, None, q_out)
         written.append(torch.stack([part[page, 0, 6:8] for part in pages]))

@@ -46,6 +46,7 @@ def engine(server, text_folder, monkeypatch):
 def serve(server, client, number):
     """Run it beside ``client(port, end)``, whose ``end()`` sends the server that signal."""
     listener, sent = server.bind(0), []
+    listener.listen()  # so that nobody is refused before the server is up
     port = listener.getsockname()[1]
 
     def end():
@@ -54,10 +55,6 @@ def serve(server, client, number):
             sent.append(os.kill(os.getpid(), number))
 
     def run():
-        for _ in range(100):
-            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.05)
         try:
             client(port, end)
         finally:
@@ -281,7 +278,9 @@ def test_nobody_waits_for_a_prompt_that_is_being_tokenized(server, engine):
     def client(port, end):
         with ThreadPoolExecutor(1) as pool:
             waits = pool.submit(post, port, prompt="hello", max_tokens=8)
-            while not engine._tokenizer.called:
+            for _ in range(3000):
+                if engine._tokenizer.called:
+                    break
                 time.sleep(0.01)
             told["other"] = failure(post(port, max_tokens=8))
             others.set()
@@ -298,8 +297,10 @@ def test_more_connections_than_there_may_be_are_closed(server, engine, monkeypat
     def client(port, end):
         with socket.create_connection(("127.0.0.1", port)), socket.create_connection(("127.0.0.1", port)):
             told.append(exchange(port, b""))
-        while (answer := exchange(port, b"GET / HTTP/1.1\r\n\r\n")) == "":  # until it has seen them go
-            time.sleep(0.01)
+        answer = ""
+        while not answer:  # until it has seen them go
+            with contextlib.suppress(ConnectionResetError):
+                answer = exchange(port, b"GET / HTTP/1.1\r\n\r\n")
         told.append(answer.split()[1])
 
     serve(server, client, signal.SIGTERM)

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 from orthrus_rt import reference
 from orthrus_rt.triton_kernels import embed, rms_norm, sum_words
+from tests import sparse
 
 DTYPES = [torch.float32, torch.float16]
 
@@ -51,7 +52,7 @@ def test_embed(hidden, dtype):
 
 def test_embed_64_bit_offsets():
     """A row behind 2^31 elements; what is not touched takes no memory."""
-    table, out = torch.empty((1 << 31) // 64 + 2, 64, dtype=torch.float16), torch.zeros(1, 64, dtype=torch.float16)
+    table, out = sparse.empty(((1 << 31) // 64 + 2, 64), torch.float16), torch.zeros(1, 64, dtype=torch.float16)
     table[-1] = 3
     embed.embed(torch.tensor([len(table) - 1], dtype=torch.int32), table, out)
     assert (out == 3).all()
