@@ -365,15 +365,15 @@ def main(argv: list[str] | None = None) -> int:
         _tell(traceback.format_exc())
         return EXIT_ERROR
     finally:
-        _drop_what_cannot_be_written()
+        _flush_or_drop(sys.stdout)
 
 
-def _drop_what_cannot_be_written() -> None:
-    """Python would try again at exit, complain, and exit with a code of its own."""
+def _flush_or_drop(stream) -> None:
+    """What cannot be written is dropped: Python would try again at exit, complain, and exit with a code of its own."""
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fail(args, error) -> int:
@@ -391,9 +391,9 @@ def _say(args, message: str) -> None:
 def _tell(text: str) -> None:
     """To stderr, where there is one that takes it: the exit code says the rest."""
     if sys.stderr is not None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # of a line, which is written at once
             sys.stderr.write(text)
-            sys.stderr.flush()
+        _flush_or_drop(sys.stderr)
 
 
 if __name__ == "__main__":
