@@ -1,4 +1,4 @@
-"""Tensors larger than memory, of which only what is written takes any."""
+"""Tensors larger than memory, of which only what is written takes any, and ops on what lies behind 2^31 elements."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import mmap
 
 import pytest
 import torch
+
+from tests.rows import ar, make_rows
 
 NORESERVE = 0x4000  # MAP_NORESERVE, which mmap does not name in every Python: no account is kept of what it might take
 
@@ -19,3 +21,22 @@ def empty(shape, dtype: torch.dtype) -> torch.Tensor:
     except OSError as error:
         pytest.skip(f"{nbytes >> 20} MB of addresses: {error.strerror}")
     return torch.frombuffer(space, dtype=dtype).view(shape)
+
+
+def check_embed(embed, dtype: torch.dtype) -> None:
+    table, out = empty(((1 << 31) // 64 + 2, 64), dtype), torch.zeros(1, 64, dtype=dtype)
+    table[-1] = 3
+    embed(torch.tensor([len(table) - 1], dtype=torch.int32), table, out)
+    assert (out == 3).all()
+
+
+def check_qkv_commit(qkv_commit) -> None:
+    rows, qkv, cos_sin = make_rows([ar(0, 70, 2)]), torch.randn(2, 5 * 64).bfloat16(), torch.rand(80, 64)
+    written = []
+    for page in (1, (1 << 31) // (64 * 64) + 1):
+        pages = [empty((page + 1, 1, 64, 64), torch.bfloat16) for _ in range(2)]
+        q_out, table = torch.empty(2, 3, 64, dtype=torch.bfloat16), torch.tensor([[-9, page]], dtype=torch.int32)
+        qkv_commit(qkv, rows, cos_sin, None, 1e-6, *pages, table, None, None, q_out)
+        written.append(torch.stack([part[page, 0, 6:8] for part in pages]))
+    assert torch.equal(*written)
+    assert torch.equal(written[0][1], qkv[:, -64:])
