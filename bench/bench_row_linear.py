@@ -3,7 +3,8 @@
     python -m bench.bench_row_linear --model 8b --rows 1 16 32 64 96 128 160 2000 --out DIR
 
 Every layer has its own weights, so nothing is read from a cache but what a launch has prefetched to L2 for the next
-one. Bytes are the packed weights alone. On a CPU, torch.mm takes turns with the op.
+one. Bytes are the packed weights alone, of ``ORTHRUS_CUDA_CODED=1`` those in 12 bits an element. On a CPU, torch.mm
+takes turns with the op.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Chain:
         n, k = self.shapes[op]
         packed = self.weights[op][layer]
         if packed.coded and (op, layer) not in self.plain:
-            self.plain[op, layer] = huge_pages.empty([n, k], torch.bfloat16).normal_()
+            self.plain[op, layer] = huge_pages.empty([n, k], torch.bfloat16, self.device).normal_()
         weight = self.plain[op, layer] if packed.coded else packed.data.view(-1, k)[:n]
         inputs = {"o": self.attn, "down": self.act}.get(op, self.x)
         if op == "lm_head":
@@ -161,7 +162,9 @@ def main() -> int:
         flops = sum(2 * num_rows * n * k * len(chain.weights[op]) for op, (n, k) in chain.shapes.items())
         both = (partial(in_turn, run, chain.order()) for run in (chain.run, chain.run_mm))
         add("chain", *both, total, flops, 1, None)
+    bits = 12 if chain.weights["qkv"][0].coded else 16
     facts = header(device) | {"measured read GB/s": bandwidth, "model": args.model, "layers": chain.layers}
+    facts |= {"bits of a weight": bits}
     report(f"row_linear_{args.model}{'_diff' if args.diff else ''}_{device.type}", facts, results, args.out)
     return 0
 

@@ -146,6 +146,7 @@ def row_linear(
         next_weight=ptr(then and then.data),
         next_in_features=then.in_features if then else 0,
         next_out_features=then.out_features if then else 0,
+        next_weight_coded=then is not None and then.coded,
     )
     _launch("row_linear", params, x.device)
 

@@ -137,7 +137,7 @@ def row_linear(
         require(op, "weight.impl", dispatch.select(op, device, dtype), weight.impl)
     require(op, "weight.gate_up", epilogue == "silu_mul", weight.gate_up)
     if weight_diff is not None:
-        facts = ("out_features", "in_features", "impl", "gate_up")
+        facts = ("out_features", "in_features", "impl", "gate_up", *(["coded"] if weight.impl == "cuda" else []))
         require(op, "weight_diff", *({f: getattr(w, f) for f in facts} for w in (weight, weight_diff)))
         require(op, "weight_diff.data.dtype", dtype, weight_diff.data.dtype)
         require(op, "weight_diff.data.device", device, weight_diff.data.device)

@@ -19,9 +19,10 @@ from orthrus_rt.config import ModelConfig
 from orthrus_rt.device import dtype_name
 from orthrus_rt.memory import OutOfMemoryError
 from orthrus_rt.sizes import Sizes
+from orthrus_rt.weights import codes_for_cuda
 
 log = logging.getLogger("orthrus_rt")
-CODED = 0.75  # of a bf16 weight's bytes, see csrc/cpu/coded_weight.h
+CODED = 0.75  # of a bf16 weight's bytes, see csrc/cpu/coded_weight.h and csrc/cuda/coded_block.cuh
 
 
 def check_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -63,7 +64,9 @@ def least_weight_bytes(config: ModelConfig, device: torch.device, dtype: torch.d
     impl = dispatch.select("row_linear", device, dtype)
     if impl == "reference" and device.type == "cpu":
         return 0  # which may multiply by what lies in the file
-    coded = impl == "cpu" and dtype is torch.bfloat16 and dispatch.native().cpu.takes_coded_weights()
+    coded = False
+    if dtype is torch.bfloat16 and impl != "reference":
+        coded = codes_for_cuda() if impl == "cuda" else dispatch.native().cpu.takes_coded_weights()
     return int(CODED * plain) if coded else plain
 
 

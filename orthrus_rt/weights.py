@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from orthrus_rt import dispatch, huge_pages
+from orthrus_rt import coded_blocks, dispatch, huge_pages
 from orthrus_rt.device import device_scope
 
 # CPU: strips of 32 outputs (16 gates and their 16 ups for silu_mul) x one word of inputs (two bfloat16, one float32),
@@ -17,7 +18,8 @@ CPU_STRIP = 32
 CPU_ARGMAX_TILE = 512
 MOST_CODED = 0.8  # of a weight's bytes: a larger one has so many exceptions that they are what takes time
 REFERENCE_ARGMAX_TILE = 128  # at most; runners-up are seen where they are the best of another tile
-# CUDA: blocks of 64 outputs x 64 inputs, inputs fastest; see csrc/cuda/row_linear_plan.h. In float32 the plain matrix
+# CUDA: blocks of 64 outputs x 64 inputs, inputs fastest; see csrc/cuda/row_linear_plan.h. All of them
+# are coded or none, since both views' go through one launch. In float32 the plain matrix
 # and one partial maximum per 128 ids; see csrc/cuda/row_linear_f32.cu.
 CUDA_BLOCK = 64
 CUDA_F32_ARGMAX_TILE = 128
@@ -31,7 +33,8 @@ class PackedWeight:
         data: the packed storage; for ``reference``, and on CUDA in float32, the plain matrix.
         impl: the implementation of ``row_linear`` that reads it.
         gate_up: rows are gates and ups, for the ``silu_mul`` epilogue alone.
-        coded: in 12 bits an element without loss, which ``data`` then holds as any bytes; see csrc/cpu/coded_weight.h.
+        coded: in 12 bits an element without loss, which ``data`` then holds as any bytes; see csrc/cpu/coded_weight.h
+            and csrc/cuda/coded_block.cuh.
         num_partials: partial maxima per row that the ``argmax`` epilogue writes.
     """
 
@@ -71,7 +74,7 @@ def pack(weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None
     elif impl == "cuda" and weight.dtype is torch.float32:
         data, partials = weight.contiguous(), -(-out_features // CUDA_F32_ARGMAX_TILE)
     elif impl == "cuda":
-        data, partials = _pack_cuda(weight, gate_up)
+        data, partials, coded = _pack_cuda(weight, gate_up)
     else:
         data, partials = weight, -(-out_features // max(1, min(REFERENCE_ARGMAX_TILE, out_features // 32)))
     return PackedWeight(data, out_features, in_features, impl, gate_up, partials, coded)
@@ -100,11 +103,21 @@ def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
     return data.view(weight.dtype).view(*strips.shape[:2], CPU_STRIP, per_word), False
 
 
-def _pack_cuda(weight, gate_up):
+def codes_for_cuda() -> bool:
+    """Whether bfloat16 weights are packed in 12 bits for GPUs, which ``ORTHRUS_CUDA_CODED=1`` asks for."""
+    return os.environ.get("ORTHRUS_CUDA_CODED", "0") not in ("", "0")
+
+
+def _pack_cuda(weight, gate_up) -> tuple[torch.Tensor, int, bool]:
+    """The packed weight, its partial maxima, and whether it is coded."""
     out_features, in_features = weight.shape
+    coded = codes_for_cuda()
     with device_scope(weight.device):
         partials = dispatch.native().cuda.row_linear_num_partials(in_features, out_features)
-    return cuda_blocks(weight, gate_up), partials
+    blocks = _cuda_blocks(weight, gate_up)
+    if coded:
+        return coded_blocks.encode(blocks.flatten(0, 1)).view(weight.dtype), partials, True
+    return _swizzled(blocks), partials, False
 
 
 def cuda_blocks(weight: torch.Tensor, gate_up: bool) -> torch.Tensor:
@@ -116,6 +129,11 @@ def cuda_blocks(weight: torch.Tensor, gate_up: bool) -> torch.Tensor:
     Raises:
         ValueError: ``in_features`` is no multiple of 64, or gates and ups no multiple of 8.
     """
+    return _swizzled(_cuda_blocks(weight, gate_up))
+
+
+def _cuda_blocks(weight: torch.Tensor, gate_up: bool) -> torch.Tensor:
+    """``[blocks, in_features / 64, 64 rows, 64]``."""
     out_features, in_features = weight.shape
     if in_features % CUDA_BLOCK:
         raise ValueError(f"row_linear: in_features must be a multiple of {CUDA_BLOCK}, got {in_features}")
@@ -126,7 +144,11 @@ def cuda_blocks(weight: torch.Tensor, gate_up: bool) -> torch.Tensor:
     blocks = -(-out_features // CUDA_BLOCK)
     rows = weight.new_zeros(blocks * CUDA_BLOCK, in_features)
     rows[:out_features] = weight.reshape(out_features, in_features)
-    rows = rows.view(blocks, CUDA_BLOCK, in_features // CUDA_BLOCK, 8, 8).transpose(1, 2)
-    chunk = torch.arange(8, device=weight.device)
-    order = chunk[None, :] ^ (torch.arange(CUDA_BLOCK, device=weight.device) % 8)[:, None]
+    return rows.view(blocks, CUDA_BLOCK, in_features // CUDA_BLOCK, CUDA_BLOCK).transpose(1, 2)
+
+
+def _swizzled(blocks: torch.Tensor) -> torch.Tensor:
+    rows = blocks.unflatten(3, (8, 8))
+    chunk = torch.arange(8, device=blocks.device)
+    order = chunk[None, :] ^ (torch.arange(CUDA_BLOCK, device=blocks.device) % 8)[:, None]
     return rows.gather(3, order[:, :, None].expand(rows.shape)).contiguous()

@@ -9,6 +9,7 @@
 // run of nothing but NaN gives -inf and its first id.
 // next_weight: for so few rows that the next launch is no prefill either, sm_90a brings its beginning to L2 while this
 // one ends, in the order for an epilogue that may cut tiles; no result depends on it.
+// Coded weights (coded_block.cuh), both views' alike: the same bits as of plain ones.
 // Bytes: each view's packed weight once (kArgmax: once per tile of rows), plus x once per tile from L2.
 // FLOP: 2 * num_rows * in * out_features.
 #include <cstdlib>
@@ -83,7 +84,10 @@ int row_linear(const RowLinearParams& params, void* stream) {
   RowLinearArgs args{};
   args.p = params;
   if (!params.weight_diff) args.p.num_rows_ar = params.num_rows;
-  args.plan = make_plan(params.in_features, params.out_features, needs_whole_tiles(params.epilogue), device.num_sms);
+  const bool coded = params.weight_coded;
+  if (params.weight_diff && coded != static_cast<bool>(params.weight_diff_coded)) return cudaErrorInvalidValue;
+  args.plan =
+      make_plan(params.in_features, params.out_features, needs_whole_tiles(params.epilogue), device.num_sms, coded);
   const bool argmax = params.epilogue == Epilogue::kArgmax;
   if (argmax && params.num_partials != args.plan.grid) return cudaErrorInvalidValue;
 
@@ -94,13 +98,15 @@ int row_linear(const RowLinearParams& params, void* stream) {
   const bool prefill = most_rows > tiles.widest && !argmax;
   if (params.num_rows > tiles.widest) args.p.next_weight = nullptr;  // its rows may be of one view: prefill
   if (args.p.next_weight)
-    args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms);
+    args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms,
+                          params.next_weight_coded);
   const int tokens = prefill ? tiles.prefill : tokens_per_tile(most_rows, tiles);
   args.row_tiles_ar = (rows_ar + tokens - 1) / tokens;
   args.row_tiles = args.row_tiles_ar + (rows_diff + tokens - 1) / tokens;
   if (!prefill && params.workspace_bytes < workspace_bytes(args.plan, rows_diff ? 2 : 1, tokens))
     return cudaErrorInvalidValue;
-  const auto launch = wgmma ? launch_row_linear_sm90 : launch_row_linear_mma;
+  const auto launch = wgmma ? coded ? launch_row_linear_sm90_coded : launch_row_linear_sm90
+                            : coded ? launch_row_linear_mma_coded : launch_row_linear_mma;
   return launch(args, tokens, prefill, stream, device);
 }
 

@@ -3,7 +3,8 @@
 // The packed weight is a grid of 64 x 64 blocks, 8 KiB each, k fastest: block (b, kb) holds output
 // features [64b, 64b+64) and inputs [64kb, 64kb+64), each feature's 128 bytes with its 16-byte
 // chunks permuted by chunk ^ (feature & 7), which is both the 128-byte wgmma swizzle and free of
-// bank conflicts for ldmatrix. A block column of x times one block of W is a *unit* of work.
+// bank conflicts for ldmatrix. A coded weight's blocks are smaller, see coded_block.cuh; behind them lie exceptions.
+// A block column of x times one block of W is a *unit* of work.
 //
 // A tile is one or two blocks tall. The units of all tiles, in order, are cut into `grid` equal
 // ranges; where a cut falls inside a tile its sum is cut there too. The cuts depend on the weight's
@@ -17,6 +18,8 @@ namespace orthrus::cuda {
 
 constexpr int kBlock = 64;
 constexpr int kBlockBytes = kBlock * kBlock * 2;
+constexpr int kCodedBlockBytes = kBlock * kBlock * 3 / 2 + 128;
+__host__ __device__ constexpr int packed_bytes(bool coded) { return coded ? kCodedBlockBytes : kBlockBytes; }
 constexpr int kGroupThreads = 128;     // the threads that own one 64-feature block of a tile
 constexpr int kMaxCounters = 4096;     // arrival counters at the start of the workspace
 constexpr int kStagingStride = kBlock + 4;
@@ -30,6 +33,7 @@ struct RowLinearPlan {
   int32_t tiles;
   int32_t grid;             // CTAs, and for kArgmax partial maxima per row
   int32_t split;            // cuts may fall inside a tile
+  int32_t block_bytes;      // of the packed weight
 
   // make_plan keeps these products within 31 bits.
   __host__ __device__ int range_begin(int cta) const {
@@ -55,8 +59,9 @@ constexpr int kMinUnits = 6;
 // Taller tiles read x half as often; narrow weights take short ones, cut in fewer pieces.
 constexpr int kMinTallTiles = 24;
 
-inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_tiles, int num_sms) {
+inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_tiles, int num_sms, bool coded = false) {
   RowLinearPlan plan{};
+  plan.block_bytes = packed_bytes(coded);
   plan.k_blocks = in_features / kBlock;
   plan.blocks = (out_features + kBlock - 1) / kBlock;
   plan.blocks_per_tile = plan.blocks % 2 == 0 && plan.blocks / 2 >= kMinTallTiles ? 2 : 1;
@@ -82,6 +87,7 @@ struct RowLinearArgs {
   int32_t num_stages;    // of the shared-memory ring
 
   __device__ bool is_diff(int row_tile) const { return row_tile >= row_tiles_ar; }
+  __device__ const void* weight_of(int row_tile) const { return is_diff(row_tile) ? p.weight_diff : p.weight; }
   __device__ int row_begin(int row_tile, int tokens) const {
     return is_diff(row_tile) ? p.num_rows_ar + (row_tile - row_tiles_ar) * tokens : row_tile * tokens;
   }
@@ -107,6 +113,10 @@ constexpr TokenTiles kTokensSm90{160, 128};
 constexpr TokenTiles kTokensMma{96, 96};
 
 int launch_row_linear_sm90(const RowLinearArgs& args, int tokens, bool prefill, void* stream, const DeviceInfo& device);
+int launch_row_linear_sm90_coded(const RowLinearArgs& args, int tokens, bool prefill, void* stream,
+                                 const DeviceInfo& device);
 int launch_row_linear_mma(const RowLinearArgs& args, int tokens, bool prefill, void* stream, const DeviceInfo& device);
+int launch_row_linear_mma_coded(const RowLinearArgs& args, int tokens, bool prefill, void* stream,
+                                const DeviceInfo& device);
 
 }  // namespace orthrus::cuda

@@ -9,9 +9,15 @@ namespace orthrus::cuda {
 
 constexpr int kMaxStages = 16;
 
+// A stage: a unit's blocks, then x from the next multiple of 1024 bytes on, as its swizzle wants.
+__host__ __device__ constexpr int x_offset(int blocks, bool coded) {
+  return (blocks * packed_bytes(coded) + 1023) / 1024 * 1024;
+}
 template <int kTokens>
+constexpr int kXBytes = kTokens * kBlock * 2;
+template <int kTokens, bool kCoded>
 __host__ __device__ constexpr int stage_bytes(int blocks) {
-  return blocks * kBlockBytes + kTokens * kBlock * 2;
+  return x_offset(blocks, kCoded) + kXBytes<kTokens>;
 }
 
 // The start of shared memory, at addresses that take no registers. Behind it the ring's stages, then for kArgmax the
@@ -28,9 +34,11 @@ struct alignas(1024) Shared {
 // absorb at 24 KB per microsecond and SM. So L2 is always filled this much further ahead of them: when the successor
 // starts at last, its reads from L2 catch up while memory goes on.
 constexpr int kPrefetchBytes = 96 * 1024;
-__device__ constexpr int steps_ahead(int blocks) { return kPrefetchBytes / (blocks * kBlockBytes); }
+__device__ inline int steps_ahead(const RowLinearPlan& plan) {
+  return kPrefetchBytes / (plan.blocks_per_tile * plan.block_bytes);
+}
 
-template <int kTokens>
+template <int kTokens, bool kCoded>
 struct Ring {
   Shared& shared;
   int num_stages;
@@ -39,9 +47,10 @@ struct Ring {
   __device__ uint64_t* full(int stage) const { return &shared.full[stage]; }
   __device__ uint64_t* empty(int stage) const { return &shared.empty[stage]; }
   __device__ uint8_t* weight(int stage, int block) const {
-    return reinterpret_cast<uint8_t*>(&shared + 1) + stage * stage_bytes<kTokens>(blocks) + block * kBlockBytes;
+    return reinterpret_cast<uint8_t*>(&shared + 1) + stage * stage_bytes<kTokens, kCoded>(blocks) +
+           block * packed_bytes(kCoded);
   }
-  __device__ uint8_t* x(int stage) const { return weight(stage, blocks); }
+  __device__ uint8_t* x(int stage) const { return weight(stage, 0) + x_offset(blocks, kCoded); }
   __device__ Best* best() const { return reinterpret_cast<Best*>(weight(num_stages, 0)); }
 };
 
@@ -88,9 +97,11 @@ struct Unit {
   int block, kb;
   const uint8_t* source;  // of its first block
 
-  __device__ void locate() { source = weight + (static_cast<int64_t>(block) * plan.k_blocks + kb) * kBlockBytes; }
+  __device__ void locate() {
+    source = weight + (static_cast<int64_t>(block) * plan.k_blocks + kb) * plan.block_bytes;
+  }
   __device__ void advance() {
-    source += kBlockBytes;
+    source += plan.block_bytes;
     if (++kb < plan.k_blocks) return;
     block += plan.blocks_per_tile;
     kb = 0;
@@ -99,7 +110,7 @@ struct Unit {
   __device__ void prefetch() const {
 #pragma unroll 1
     for (int b = 0; b < plan.blocks_per_tile; ++b)
-      sm90::bulk_prefetch(source + static_cast<int64_t>(b) * plan.k_blocks * kBlockBytes, kBlockBytes);
+      sm90::bulk_prefetch(source + static_cast<int64_t>(b) * plan.k_blocks * plan.block_bytes, plan.block_bytes);
   }
 };
 
@@ -113,7 +124,7 @@ struct Handover {
     const RowLinearPlan& plan = args.next;
     if (!args.p.next_weight || static_cast<int>(blockIdx.x) >= plan.grid) return;
     const int begin = plan.range_begin(blockIdx.x);
-    left = min(steps_ahead(plan.blocks_per_tile), plan.range_begin(blockIdx.x + 1) - begin);
+    left = min(steps_ahead(plan), plan.range_begin(blockIdx.x + 1) - begin);
     unit.weight = static_cast<const uint8_t*>(args.p.next_weight);
     unit.block = begin / plan.k_blocks * plan.blocks_per_tile;
     unit.kb = begin % plan.k_blocks;
@@ -137,7 +148,7 @@ struct Position {
   __device__ void enter() {
     const RowLinearArgs& args = walk.args;
     row_tile = walk.row_tile(item);
-    unit.weight = static_cast<const uint8_t*>(args.is_diff(row_tile) ? args.p.weight_diff : args.p.weight);
+    unit.weight = static_cast<const uint8_t*>(args.weight_of(row_tile));
     row = args.row_begin(row_tile, kTokens);
     offset = 0;
     unit.block = walk.first_block(item);
@@ -152,24 +163,25 @@ struct Position {
   }
 };
 
-template <int kTokens, bool kPrefill>
-__device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map, const Ring<kTokens>& ring) {
+template <int kTokens, bool kPrefill, bool kCoded>
+__device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map, const Ring<kTokens, kCoded>& ring) {
   using namespace sm90;
   using Position = Position<kTokens, kPrefill>;
   const Walk<kPrefill> walk(args);
   const int total = walk.items() * walk.length;
-  const int64_t block_stride = static_cast<int64_t>(args.plan.k_blocks) * kBlockBytes;
+  constexpr int block_bytes = packed_bytes(kCoded);
+  const int64_t block_stride = static_cast<int64_t>(args.plan.k_blocks) * block_bytes;
   const uint64_t policy = evict_first_policy();
 
   auto load_weight = [&](const Position& at, int stage) {
     const int count = min(ring.blocks, args.plan.blocks - at.unit.block);
-    barrier_arrive_expect(ring.full(stage), stage_bytes<kTokens>(count));
+    barrier_arrive_expect(ring.full(stage), count * block_bytes + kXBytes<kTokens>);
 #pragma unroll 1
     for (int b = 0; b < count; ++b) {
       if (kPrefill)
-        bulk_load(ring.weight(stage, b), at.unit.source + b * block_stride, kBlockBytes, ring.full(stage));
+        bulk_load(ring.weight(stage, b), at.unit.source + b * block_stride, block_bytes, ring.full(stage));
       else
-        bulk_load(ring.weight(stage, b), at.unit.source + b * block_stride, kBlockBytes, ring.full(stage), policy);
+        bulk_load(ring.weight(stage, b), at.unit.source + b * block_stride, block_bytes, ring.full(stage), policy);
     }
   };
   auto load_x = [&](const Position& at, int stage) {
@@ -179,7 +191,7 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
   // Steps brought to L2 before they are loaded; prefill, with one CTA an SM and reuse in L2, does without. Only the
   // load marks a line as evict-first: between the two it has to stay. Behind the last step come the first ones of the
   // next weight.
-  const int lead = kPrefill ? 0 : steps_ahead(ring.blocks);
+  const int lead = kPrefill ? 0 : steps_ahead(args.plan);
   const int ahead = min(total, ring.num_stages);
   Position first(walk), next(walk);
   for (int step = 0; step < ahead; ++step, next.advance()) load_weight(next, step);

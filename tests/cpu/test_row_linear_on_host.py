@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import functools
 import itertools
+import os
 
 import pytest
 import torch
@@ -25,9 +26,12 @@ pytestmark = pytest.mark.usefixtures("host")
 GUARD, COUNTERS = 8, 4 * 4096
 
 
-@pytest.fixture(params=["sm90", "sm80"], autouse=True)
+@pytest.fixture(params=["sm90", "sm80", "coded-sm90", "coded-sm80"], autouse=True)
 def isa(request, monkeypatch):
-    monkeypatch.setenv("ORTHRUS_CUDA_ISA", request.param)
+    """Which instructions, and whether they multiply by weights in 12 bits."""
+    coded, _, isa = request.param.rpartition("-")
+    monkeypatch.setenv("ORTHRUS_CUDA_ISA", isa)
+    monkeypatch.setenv("ORTHRUS_CUDA_CODED", str(int(bool(coded))))
     return request.param
 
 
@@ -43,7 +47,7 @@ def workspace(rows, k, n, sms):
 
 
 @functools.lru_cache(maxsize=4)  # a test's own; nobody writes to them any more
-def packed(plain, gate_up):
+def packed(plain, gate_up, coded):
     return pack(plain, gate_up=gate_up)
 
 
@@ -57,7 +61,9 @@ def run(
     host = dispatch.native().cuda
     host.num_sms, host.descending = sms, descending
     rows, gate_up = x.shape[0], epilogue == "silu_mul"
-    weight, weight_diff = (None if w is None else packed(w, gate_up) for w in (plain, diff))
+    weight, weight_diff = (
+        None if w is None else packed(w, gate_up, os.environ.get("ORTHRUS_CUDA_CODED")) for w in (plain, diff)
+    )
     n, k = plain.shape
     width = {"silu_mul": n // 2, "argmax": weight.num_partials}.get(epilogue, n)
     dtype = torch.float32 if epilogue in ("logits", "argmax") else torch.bfloat16
@@ -255,7 +261,7 @@ def test_no_rows():
 def test_what_is_not_aligned_is_refused(host):
     """On a device such an access would end the context."""
     host.num_sms = 5
-    weight, residual = packed(tensor(128, 1024, seed=1), False), tensor(3, 128)
+    weight, residual = pack(tensor(128, 1024, seed=1)), tensor(3, 128)
     tensors = dict(x=tensor(3, 1024), out=torch.empty_like(residual), workspace=workspace(3, 1024, 128, 5))
     given = tensors | dict(residual=residual, weight=weight, weight_diff=weight, then=weight)
     native.row_linear(**given, num_rows_ar=1, epilogue="residual")
@@ -301,7 +307,7 @@ def test_the_next_weights_beginning_is_brought_to_l2(shape, rows, ar, isa):
         then = pack(tensor(next_n, next_k, seed=3))
         assert torch.equal(run(x, plain, sms=sms, then=then, **views), want)
         begin = then.data.data_ptr()
-        handed = library().row_linear_prefetched(*map(ctypes.c_void_p, (begin, begin + then.nbytes)))
+        handed = library().row_linear_prefetched(*map(ctypes.c_void_p, (begin, begin + then.nbytes)), then.coded)
         assert library().row_linear_prefetches() == before + handed
-        ctas = 0 if isa == "sm80" or rows > 160 else library().row_linear_grid(k, n, sms)
-        assert handed == library().row_linear_handover(ctas, next_k, next_n, sms)
+        ctas = 0 if isa.endswith("sm80") or rows > 160 else library().row_linear_grid(k, n, sms)
+        assert handed == library().row_linear_handover(ctas, next_k, next_n, sms, then.coded)

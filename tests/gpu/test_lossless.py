@@ -14,17 +14,22 @@ VARIANTS = {
     "qwen3-untied-k32": dict(family="qwen3", tie_word_embeddings=False, block_size=32, num_attention_heads=8),
     "llama": dict(family="llama"),
     "llama-float32": dict(family="llama", dtype=torch.float32),
+    "qwen3-coded": dict(family="qwen3", head_dim=128),
 }
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def engine(request, tmp_path_factory):
+    coded = "coded" in request.param
     kwargs = dict(dtype=torch.bfloat16, diff_noise=0.05, vocab_size=700, mask_token_id=699) | VARIANTS[request.param]
     folder = checkpoints.make(tmp_path_factory.mktemp("tiny"), **kwargs)
-    engine = Engine.from_pretrained(
-        str(folder), device="cuda", mode="two_pass", max_seq_len=256, max_batch_size=6, num_pages=24,
-        dtype=kwargs["dtype"], prefix_caching=False,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ORTHRUS_CUDA_CODED", str(int(coded)))
+        engine = Engine.from_pretrained(
+            str(folder), device="cuda", mode="two_pass", max_seq_len=256, max_batch_size=6, num_pages=24,
+            dtype=kwargs["dtype"], prefix_caching=False,
+        )  # fmt: skip
+    assert engine.model.layers[0].o.coded == coded
     yield engine
     engine.close()
 

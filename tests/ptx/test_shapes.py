@@ -75,6 +75,13 @@ def test_row_linear_cut(epilogue, rows):
     rl.run(rl.tensor(rows, k), rl.tensor(n, k), epilogue, residual=residual, sms=sms)
 
 
+@pytest.mark.parametrize("rows", [*ROWS, 200])
+def test_row_linear_coded(rows, monkeypatch):
+    k, n, sms = CUT
+    monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
+    rl.run(rl.tensor(rows, k), rl.tensor(n, k), sms=sms)
+
+
 def test_row_linear_qkv():
     k, n, sms = QKV
     rl.run(rl.tensor(16, k), rl.tensor(n, k), sms=sms)

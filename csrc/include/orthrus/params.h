@@ -58,7 +58,7 @@ struct RowLinearParamsOf {
   const T* x;                  // [num_rows, in_features]
   const void* weight;          // packed by the implementation's own layout
   const void* weight_diff;     // packed likewise; null: all rows use `weight`
-  int32_t weight_coded;        // in 12 bits an element, see cpu/coded_weight.h; CPU and bf16 only
+  int32_t weight_coded;        // in 12 bits an element, see cpu/coded_weight.h and cuda/coded_block.cuh; bf16 only
   int32_t weight_diff_coded;
   const T* residual;           // [num_rows, out_features] (kResidual), may alias out
   void* out;                   // see Epilogue
@@ -75,6 +75,7 @@ struct RowLinearParamsOf {
   const void* next_weight;     // packed likewise: what the next row_linear reads, or null; only a hint
   int32_t next_in_features;
   int32_t next_out_features;
+  int32_t next_weight_coded;
 };
 using RowLinearParams = RowLinearParamsOf<bf16_t>;
 

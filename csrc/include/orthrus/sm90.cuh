@@ -150,6 +150,11 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
 template <int kN>
 __device__ void wgmma(float* d, uint64_t a, uint64_t b, int accumulate);
 
+// The same, with A in registers: of thread t of the warpgroup, two inputs each of features f, f + 8, f and f + 8, f =
+// 16*(t/32) + (t%32)/4, from input 2*(t%4) and, the last two, from that plus 8. They stay as they are until it is done.
+template <int kN>
+__device__ void wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate);
+
 // The N / 2 accumulators of a thread: the names of the asm's first operands, then these operands.
 #define ORTHRUS_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define ORTHRUS_NAMES_16 ORTHRUS_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
@@ -186,6 +191,24 @@ ORTHRUS_WGMMA(64, 32, 33, 34)
 ORTHRUS_WGMMA(96, 48, 49, 50)
 ORTHRUS_WGMMA(128, 64, 65, 66)
 ORTHRUS_WGMMA(160, 80, 81, 82)
+#undef ORTHRUS_WGMMA
+
+// `sums`: N / 2, which is also the number of the first operand behind them.
+#define ORTHRUS_WGMMA(n, sums, a1, a2, a3, b_number, accumulate_number)                                    \
+  template <>                                                                                              \
+  __device__ __forceinline__ void wgmma<n>(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate_number ", 0;\n"                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" ORTHRUS_NAMES_##sums "}, "     \
+                 "{%" #sums ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_number ", p, 1, 1, 0;\n}\n"            \
+                 : ORTHRUS_SUMS_##sums                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                   \
+  }
+ORTHRUS_WGMMA(16, 8, 9, 10, 11, 12, 13)
+ORTHRUS_WGMMA(32, 16, 17, 18, 19, 20, 21)
+ORTHRUS_WGMMA(64, 32, 33, 34, 35, 36, 37)
+ORTHRUS_WGMMA(96, 48, 49, 50, 51, 52, 53)
+ORTHRUS_WGMMA(128, 64, 65, 66, 67, 68, 69)
+ORTHRUS_WGMMA(160, 80, 81, 82, 83, 84, 85)
 #undef ORTHRUS_WGMMA
 
 }  // namespace orthrus::cuda::sm90

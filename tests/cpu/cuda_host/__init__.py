@@ -18,7 +18,7 @@ ROOT = HERE.parents[2]
 CSRC = ROOT / "csrc"
 PARAMS = ("RowLinearParams", "QkvCommitParams", "ConsensusParams", "DualAttnParams")
 KERNELS = ("qkv_commit", "consensus", "dual_attn", "dual_attn_f32", "row_linear_f32")
-ROW_LINEAR = ("row_linear", "row_linear_mma", "row_linear_sm90")
+ROW_LINEAR = ("row_linear", *(f"row_linear_{isa}{coded}" for isa in ("mma", "sm90") for coded in ("", "_coded")))
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 FLAGS.append("-Wno-maybe-uninitialized")  # what is loaded under one condition and used under the same

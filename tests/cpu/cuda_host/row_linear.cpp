@@ -37,21 +37,22 @@ int row_linear(const orthrus::RowLinearParams* p, int descending, int num_sms) {
   return orthrus::cuda::row_linear(*p, cuda_host::kStream);
 }
 // Blocks that the last launch has prefetched of [begin, end), or -1 if one of them twice or a part of one.
-int64_t row_linear_prefetched(const uint8_t* begin, const uint8_t* end) {
+int64_t row_linear_prefetched(const uint8_t* begin, const uint8_t* end, bool coded) {
   std::set<const uint8_t*> blocks;
   for (const auto& [from, bytes] : cuda_host::prefetched) {
     if (from < begin || end <= from) continue;
-    if (bytes != orthrus::cuda::kBlockBytes || (from - begin) % bytes || !blocks.insert(from).second) return -1;
+    if (bytes != orthrus::cuda::packed_bytes(coded) || (from - begin) % bytes || !blocks.insert(from).second) return -1;
   }
   return static_cast<int64_t>(blocks.size());
 }
 int64_t row_linear_prefetches() { return static_cast<int64_t>(cuda_host::prefetched.size()); }
-// Blocks that `ctas` CTAs hand over to the next weight's, 96 KiB each.
-int64_t row_linear_handover(int ctas, int in_features, int out_features, int num_sms) {
+// Blocks that `ctas` CTAs hand over to the next weight's, of units that fill 96 KiB each.
+int64_t row_linear_handover(int ctas, int in_features, int out_features, int num_sms, bool coded) {
   const auto plan = orthrus::cuda::make_plan(in_features, out_features, false, num_sms);
   int64_t sum = 0;
   for (int cta = 0; cta < min(ctas, plan.grid); ++cta)
-    sum += min(12, (plan.range_begin(cta + 1) - plan.range_begin(cta)) * plan.blocks_per_tile);
+    sum += min(coded ? plan.blocks_per_tile == 1 ? 15 : 14 : 12,
+               (plan.range_begin(cta + 1) - plan.range_begin(cta)) * plan.blocks_per_tile);
   return sum;
 }
 int row_linear_grid(int in_features, int out_features, int num_sms) {

@@ -110,11 +110,13 @@ void multiply(Warp& w, const Product& p) {
       (of_b ? b[kk][r] : a[r][kk]) = widen(values[j]);
     }
   });
-  if (!i.list2.empty())
-    for (int l = 0; l < 32; ++l)
-      for (int r = 0; r < 4; ++r)
-        for (int h = 0; h < 2; ++h)
-          a[l / 4 + r % 2 * 8][l % 4 * 2 + h + r / 2 * 8] = widen(static_cast<uint16_t>(p.a_regs[r][l] >> (16 * h)));
+  for (int l = 0; l < 32 && !i.list2.empty(); ++l)
+    for (int r = 0; r < 4; ++r) {
+      if (w.reg<uint32_t>(i.list2[r])[l] != p.a_regs[r][l])
+        report(w, i, l, "an operand in registers that has changed before the product was waited for");
+      for (int h = 0; h < 2; ++h)
+        a[l / 4 + r % 2 * 8][l % 4 * 2 + h + r / 2 * 8] = widen(static_cast<uint16_t>(p.a_regs[r][l] >> (16 * h)));
+    }
   std::vector<float>& sums = w.sums.at(i.list[0]);  // [register][lane]
   for (int r = 0; r < 16; ++r) {
     double row[256] = {};

@@ -192,35 +192,35 @@ inline void wgmma_fence() {
   const cuda_host::races::Unseen unseen;
   cuda_host::fenced[threadIdx.x] = true;
 }
-template <int kN>
-void wgmma(float* d, uint64_t a, uint64_t b, int accumulate) {
+using Row = float[16];
+inline void widen_row(uint64_t matrix, int row, Row& to) {
+  // Eight elements of a row lie together: the swizzle moves 16 bytes at a time.
+  for (int k = 0; k < 16; k += 8) {
+    const uint8_t* from = cuda_host::pointer(cuda_host::operand_address(matrix, row, k));
+    for (int i = 0; i < 8; ++i) to[k + i] = cuda_host::widen(from + i * 2);
+  }
+}
+
+// d (+)= A B^T when it is waited for. `a_rows(rows)`: rows of A of the thread's accumulators; read_a(row): the thread
+// reads a row of A, of its warp's 16.
+template <int kN, class Rows, class Read>
+void product(float* d, uint64_t b, int accumulate, const Rows& a_rows, const Read& read_a) {
   if (!cuda_host::fenced[threadIdx.x]) cuda_host::fail("wgmma without a fence");
-  if (!cuda_host::is_swizzled_128(a) || !cuda_host::is_swizzled_128(b)) cuda_host::fail("a bad matrix descriptor");
+  if (!cuda_host::is_swizzled_128(b)) cuda_host::fail("a bad matrix descriptor");
   using namespace cuda_host;
   // Rows of both operands, shared out among the warp's lanes: read at once, or at any time until they are waited for.
-  auto read = [=, thread = threadIdx.x % 128] {
-    for (int row = thread % 32; row < kN + 16; row += 32) {
-      for (int k = 0; k < 16; k += 8) {
-        const bool of_b = row < kN;
-        races::reads(pointer(operand_address(of_b ? b : a, of_b ? row : thread / 32 * 16 + row - kN, k)), 16);
-      }
+  auto read = [=, lane = threadIdx.x % 32] {
+    for (int row = lane; row < kN + 16; row += 32) {
+      if (row >= kN) read_a(row - kN);
+      for (int k = 0; row < kN && k < 16; k += 8) races::reads(pointer(operand_address(b, row, k)), 16);
     }
   };
   auto multiply = [=, thread = threadIdx.x % 128] {
     static_assert(kN % 8 == 0, "accumulators come by four");
-    // Eight elements of a row lie together: the swizzle moves 16 bytes at a time.
-    auto widen_row = [](uint64_t matrix, int row, float (&to)[16]) {
-      for (int k = 0; k < 16; k += 8) {
-        const uint8_t* from = pointer(operand_address(matrix, row, k));
-        for (int i = 0; i < 8; ++i) to[k + i] = widen(from + i * 2);
-      }
-    };
-    float rows[2][16], columns[2][16];
+    Row rows[2], columns[2];
+    a_rows(rows);
     for (int i = 0; i < kN / 2; i += 4) {
-      for (int j = 0; j < 2; ++j) {
-        if (i == 0) widen_row(a, wgmma_accumulator(thread, j * 2).row, rows[j]);
-        widen_row(b, wgmma_accumulator(thread, i + j).column, columns[j]);
-      }
+      for (int j = 0; j < 2; ++j) widen_row(b, wgmma_accumulator(thread, i + j).column, columns[j]);
       if (!accumulate) std::fill_n(d + i, 4, 0.f);
       add_products(d + i, rows[0], rows[1], columns[0], columns[1]);
     }
@@ -238,6 +238,45 @@ void wgmma(float* d, uint64_t a, uint64_t b, int accumulate) {
     const races::Unseen unseen;
     multiply();
   });
+}
+
+template <int kN>
+void wgmma(float* d, uint64_t a, uint64_t b, int accumulate) {
+  if (!cuda_host::is_swizzled_128(a)) cuda_host::fail("a bad matrix descriptor");
+  const int thread = threadIdx.x % 128, first = thread / 32 * 16;
+  product<kN>(
+      d, b, accumulate,
+      [=](Row (&rows)[2]) {
+        for (int j = 0; j < 2; ++j) widen_row(a, cuda_host::wgmma_accumulator(thread, j * 2).row, rows[j]);
+      },
+      [=](int row) {
+        for (int k = 0; k < 16; k += 8)
+          cuda_host::races::reads(cuda_host::pointer(cuda_host::operand_address(a, first + row, k)), 16);
+      });
+}
+
+// Registers are taken as they are now: nobody sees here whether they stay so.
+template <int kN>
+void wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  struct Registers {
+    uint32_t a[4];
+  };
+  Registers mine;
+  std::copy_n(a, 4, mine.a);
+  const auto lanes = cuda_host::Block::current().exchange(mine);
+  std::array<std::array<float, 16>, 2> of_mine;  // rows of A
+  for (int j = 0; j < 2; ++j) {
+    for (int k = 0; k < 16; ++k) {
+      const cuda_host::Place at = cuda_host::mma_a(threadIdx.x % 32 / 4 + 8 * j, k);
+      of_mine[j][k] = cuda_host::widen(reinterpret_cast<const uint8_t*>(lanes[at.lane].a) + at.index * 2);
+    }
+  }
+  product<kN>(
+      d, b, accumulate,
+      [=](Row (&rows)[2]) {
+        for (int j = 0; j < 2; ++j) std::copy_n(of_mine[j].data(), 16, rows[j]);
+      },
+      [](int) {});
 }
 inline void wgmma_commit() { cuda_host::close_group(cuda_host::wgmma_groups); }
 template <int kPending>

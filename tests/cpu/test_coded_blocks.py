@@ -1,0 +1,160 @@
+"""bf16 weights in 12 bits for the CUDA kernels: every bit comes back, in the format and in row_linear."""
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+
+from orthrus_rt import coded_blocks, native, ops, room, weights
+from orthrus_rt.checkpoint import load_config
+from orthrus_rt.weights import pack
+from tests import checkpoints
+from tests.cpu import test_row_linear_on_host as rl
+from tests.cpu.test_coded_weight import with_exponents
+from tests.cpu.test_cuda_on_host import INVALID
+
+BYTES, LISTED = 6272, 28
+CPU = torch.device("cpu")
+
+
+def spread(count, features=64, inputs=64):
+    """``count`` exceptions in the only block, all over it."""
+    block = with_exponents((features, inputs), range(112, 128), seed=1)
+    where = torch.randperm(features * inputs, generator=torch.Generator().manual_seed(2))[:count]
+    block.view(-1)[where] = with_exponents((count,), range(40, 72, 2), seed=3)
+    return block
+
+
+WEIGHTS = {
+    "random": lambda: rl.tensor(192, 256, seed=1),
+    "one block": lambda: rl.tensor(64, 64, seed=1),
+    "eight exponents": lambda: with_exponents((64, 128), [e for i in range(8) for e in (16 * i, 16 * i + 1)]),
+    "one exception": lambda: spread(1),
+    "as many as are listed": lambda: spread(LISTED),
+    "one more": lambda: spread(LISTED + 1),
+    "some in every block": lambda: torch.cat([torch.cat([spread(n), spread(60 - n)], 1) for n in (0, 1, 28, 31)]),
+    "every exponent": lambda: with_exponents((128, 192), range(256)),
+    "all zero": lambda: torch.zeros(64, 64, dtype=torch.bfloat16),
+}
+
+
+def decoded(packed, num_blocks):
+    """Bits ``[blocks, 64 features, 64 inputs]`` of coded blocks, as csrc/cuda/coded_block.cuh describes them."""
+    everything = packed.view(torch.uint8).numpy()
+    words, blocks = everything.view(np.uint32), everything[: num_blocks * BYTES].reshape(num_blocks, BYTES)
+    out = np.zeros((num_blocks, 64, 64), dtype=np.uint16)
+    for block, bits in zip(blocks, out, strict=True):
+        head, codes, lower = block[:128].view(np.uint32), block[128:2176].view(np.uint32), block[2176:]
+        listed, count, elsewhere = head[4:], head[2], head[3]
+        taken = list(listed[:count] if count <= LISTED else words[elsewhere : elsewhere + count])
+        for t in range(128):
+            for step in range(4):
+                code = [int(codes[4 * t + step]) >> 4 * i & 15 for i in range(8)]
+                for e in range(8):
+                    sign = code[2 * e + 1 if e < 4 else 2 * (e - 4)] >> 3
+                    low = lower[step // 2 * 2048 + 16 * t + step % 2 * 8 + e]
+                    value = sign << 15 | int(block[code[e] & 7]) << 8 | int(low)
+                    register = 4 * step + e // 2
+                    for exception in taken:
+                        if exception >> 16 == t | register << 7 | e % 2 << 11:
+                            value = exception & 0xFFFF
+                    feature = t // 32 * 16 + t % 32 // 4 + e // 2 % 2 * 8
+                    bits[feature, 16 * step + t % 4 * 2 + e % 2 + e // 4 * 8] = value
+    return out
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_bit_comes_back(name):
+    weight = WEIGHTS[name]()
+    n, k = weight.shape
+    blocks = weight.view(n // 64, 64, k // 64, 64).transpose(1, 2).flatten(0, 1)
+    packed = coded_blocks.encode(blocks)
+    assert (decoded(packed, len(blocks)) == blocks.view(torch.int16).numpy().view(np.uint16)).all()
+    assert packed.numel() % 16 == 0
+
+
+def test_blocks_are_coded_in_any_number_at_a_time(monkeypatch):
+    blocks = torch.stack([spread(n) for n in (0, 40, 28, 29, 100, 7, 64)])
+    want = coded_blocks.encode(blocks)
+    for at_once in (1, 2, 3):
+        monkeypatch.setattr(coded_blocks, "AT_ONCE", at_once)
+        assert torch.equal(coded_blocks.encode(blocks), want)
+
+
+def test_size():
+    weight = torch.randn(640, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    coded = coded_blocks.encode(weight.view(160, 64, 64))
+    assert 0 <= coded.numel() - 160 * BYTES <= 16 and coded.numel() < 0.77 * weight.nbytes
+
+
+def bits(out):
+    """NaN equals itself."""
+    outs = out if isinstance(out, tuple) else (out,)
+    return [t.view(torch.int16 if t.dtype is torch.bfloat16 else torch.int32) for t in outs]
+
+
+@pytest.mark.usefixtures("host")
+class TestRowLinear:
+    @pytest.fixture(params=["sm90", "sm80"], autouse=True)
+    def isa(self, request, monkeypatch):
+        monkeypatch.setenv("ORTHRUS_CUDA_ISA", request.param)
+        return request.param
+
+    @pytest.mark.parametrize("rows", [1, 24, 64, 90, 128, 150, 170])
+    @pytest.mark.parametrize("name", [*WEIGHTS, "cut"])
+    def test_no_bit_differs_from_plain_weights(self, name, rows, monkeypatch):
+        weight = rl.tensor(192, 1024, seed=1) if name == "cut" else WEIGHTS[name]()
+        n, k = weight.shape
+        if name == "cut":
+            weight[::5, ::7] = with_exponents((39, 147), range(60, 100))
+        x, diff = rl.tensor(rows, k, seed=2), weight.flip(0)
+        residual = rl.tensor(rows, n, seed=3)
+
+        def everything(coded):
+            monkeypatch.setenv("ORTHRUS_CUDA_CODED", coded)
+            views = dict(diff=diff, num_rows_ar=rows // 3)
+            return [
+                *bits(rl.run(x, weight, "residual", residual=residual, **views)),
+                *bits(rl.run(x, weight, "argmax")), *bits(rl.run(x, weight, "silu_mul")),
+            ]  # fmt: skip
+
+        assert all(torch.equal(a, b) for a, b in zip(everything("0"), everything("1"), strict=True))
+
+    def test_what_follows_may_be_plain(self, isa, monkeypatch):
+        weight, x = rl.tensor(3200, 256, seed=1), rl.tensor(4, 256, seed=2)
+        want = rl.run(x, weight)
+        for coded, then in (("0", "1"), ("1", "0")):
+            monkeypatch.setenv("ORTHRUS_CUDA_CODED", then)
+            following = pack(weight)
+            monkeypatch.setenv("ORTHRUS_CUDA_CODED", coded)
+            assert torch.equal(rl.run(x, weight, then=following), want)
+            begin = following.data.data_ptr()
+            ends = map(ctypes.c_void_p, (begin, begin + following.nbytes))
+            assert (rl.library().row_linear_prefetched(*ends, following.coded) > 0) == (isa == "sm90")
+
+    def test_views_are_packed_alike(self, monkeypatch):
+        weight, x, out = rl.tensor(128, 64), rl.tensor(2, 64), torch.empty(2, 128, dtype=torch.bfloat16)
+        plain = pack(weight)
+        monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
+        coded = pack(weight)
+        space = dict(workspace=rl.workspace(2, 64, 128, 5), num_rows_ar=1)
+        for a, b in ((plain, coded), (coded, plain)):
+            with pytest.raises(ValueError, match=r"row_linear: weight_diff must be .*'coded': .*, got .*'coded': "):
+                ops.row_linear(x, a, out, weight_diff=b, **space)
+            with pytest.raises(AssertionError, match=f"row_linear returned {INVALID}"):
+                native.row_linear(x, a, out, weight_diff=b, **space)
+
+    def test_room(self, monkeypatch, tmp_path):
+        """What is asked for ahead of loading, which no rows of 64 fill up."""
+        config = load_config(str(checkpoints.make(tmp_path, "qwen3", dtype=torch.bfloat16)))
+        plain = room.least_weight_bytes(config, CPU, torch.bfloat16)
+        monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
+        assert room.least_weight_bytes(config, CPU, torch.bfloat16) == int(0.75 * plain)
+        assert room.least_weight_bytes(config, CPU, torch.float32) == 2 * plain
+
+
+def test_nobody_codes_unasked(monkeypatch):
+    for value in ("", "0"):
+        monkeypatch.setenv("ORTHRUS_CUDA_CODED", value)
+        assert not weights.codes_for_cuda()
