@@ -162,9 +162,7 @@ def main() -> int:
         flops = sum(2 * num_rows * n * k * len(chain.weights[op]) for op, (n, k) in chain.shapes.items())
         both = (partial(in_turn, run, chain.order()) for run in (chain.run, chain.run_mm))
         add("chain", *both, total, flops, 1, None)
-    bits = 12 if chain.weights["qkv"][0].coded else 16
     facts = header(device) | {"measured read GB/s": bandwidth, "model": args.model, "layers": chain.layers}
-    facts |= {"bits of a weight": bits}
     report(f"row_linear_{args.model}{'_diff' if args.diff else ''}_{device.type}", facts, results, args.out)
     return 0
 

@@ -25,6 +25,8 @@ def encode(blocks: torch.Tensor) -> torch.Tensor:
         more = _encode_some(blocks[first : first + AT_ONCE], out[first : first + AT_ONCE], words)
         behind.append(more)
         words += len(more)
+    if words * 4 == out.numel():
+        return out.flatten()
     behind.append(torch.zeros(-words % 4, dtype=torch.int32, device=blocks.device))
     return torch.cat([out.flatten(), *(more.view(torch.uint8) for more in behind)])
 

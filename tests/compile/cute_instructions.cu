@@ -20,6 +20,7 @@ struct Operands {
   float* out;
   const void* source;
   uint64_t a, b;
+  uint32_t a_registers[4];
   int accumulate;
   ours::sm90::TensorMap map;
 };
@@ -31,22 +32,37 @@ __device__ void cute_wgmma(float* d, uint64_t a, uint64_t b, int accumulate, std
   Op::fma(a, b, d[kI]..., static_cast<cute::SM90::GMMA::ScaleOut>(accumulate));
 }
 
-template <bool kOurs, int kN>
-__device__ void multiply(const Operands& o) {
+template <int kN, int... kI>
+__device__ void cute_wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate,
+                           std::integer_sequence<int, kI...>) {
+  using Op = decltype(cute::SM90::GMMA::rs_op_selector<cutlass::bfloat16_t, cutlass::bfloat16_t, float,
+                                                       cute::Shape<cute::_64, cute::Int<kN>, cute::_64>>());
+  Op::fma(a[0], a[1], a[2], a[3], b, d[kI]..., static_cast<cute::SM90::GMMA::ScaleOut>(accumulate));
+}
+
+// `a`: a descriptor or registers.
+template <bool kOurs, int kN, typename A>
+__device__ void multiply(const Operands& o, const A& a) {
   float d[kN / 2];
   for (int i = 0; i < kN / 2; ++i) d[i] = o.out[i];
   if constexpr (kOurs) {
     ours::sm90::wgmma_fence();
-    ours::sm90::wgmma<kN>(d, o.a, o.b, o.accumulate);
+    ours::sm90::wgmma<kN>(d, a, o.b, o.accumulate);
     ours::sm90::wgmma_commit();
     ours::sm90::wgmma_wait<1>();
   } else {
     cute::warpgroup_arrive();
-    cute_wgmma<kN>(d, o.a, o.b, o.accumulate, std::make_integer_sequence<int, kN / 2>());
+    cute_wgmma<kN>(d, a, o.b, o.accumulate, std::make_integer_sequence<int, kN / 2>());
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
   }
   for (int i = 0; i < kN / 2; ++i) o.out[i] = d[i];
+}
+
+template <bool kOurs, int kN>
+__device__ void multiply(const Operands& o) {
+  multiply<kOurs, kN>(o, o.a);
+  multiply<kOurs, kN>(o, o.a_registers);
 }
 
 template <bool kOurs>

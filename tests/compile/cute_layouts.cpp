@@ -60,6 +60,14 @@ void check_wgmma() {
       expect(row + 64 * column, typename Traits::CLayout{}(thread, i), "wgmma accumulator", thread, i);
     }
   }
+  // A in registers: of each warp's 16 rows, as mma has it.
+  using OfRegisters = MMA_Traits<decltype(SM90::GMMA::rs_op_selector<Bf16, Bf16, float, Shape<_64, Int<kN>, _64>>())>;
+  for (int row = 0; row < 64; ++row) {
+    for (int k = 0; k < 16; ++k) {
+      const auto [lane, index] = cuda_host::mma_a(row % 16, k);
+      expect(row + 64 * k, typename OfRegisters::ALayout{}(row / 16 * 32 + lane, index), "wgmma A", row, k);
+    }
+  }
 }
 
 void check_mma() {

@@ -75,6 +75,6 @@ def test_instructions(tmp_path, tiles):
     )
     ours, cutes = map(instructions, (tmp_path / "out.ptx").read_text().split(".entry")[1:])
     assert ours == cutes
-    assert len([entry for entry in ours if entry[0] == "stored"]) == sum(tiles) // 2
+    assert len([entry for entry in ours if entry[0] == "stored"]) == sum(tiles)
     assert all(entry[1] == entry[2] for entry in ours if entry[0] == "stored")
-    assert len([entry for entry in ours if entry[0] != "stored"]) == 14 + 4 * len(tiles)
+    assert len([entry for entry in ours if entry[0] != "stored"]) == 14 + 2 * 4 * len(tiles)
