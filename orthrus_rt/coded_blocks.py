@@ -1,79 +1,91 @@
-"""bf16 weights in 12 bits an element, without loss, as the CUDA kernels for Hopper read them.
+"""bf16 weights in 12 bits an element, without loss, as the CUDA kernels read them.
 
 The format, and why: csrc/cuda/coded_block.cuh.
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
-BLOCK_BYTES = 6272
+HEAD_BYTES, CODE_BYTES, LOWER_BYTES = 64, 2048, 4096
+BLOCK_BYTES = HEAD_BYTES + CODE_BYTES + LOWER_BYTES
 NUM_UPPER = 8  # exponents' upper seven bits that have a code in a block
-LISTED = 28  # exceptions that have room in their block
+LISTED = 12  # exceptions that have room in their block
+MOST_EXCEPTIONS = 2  # a block, on average: more of them take longer than what they come with is shorter
 THREADS, STEPS, STEP_ELEMENTS = 128, 4, 8
-HEAD_BYTES, CODE_BYTES, LOWER_BYTES = 128, 2048, 4096
-AT_ONCE = 1024  # blocks, 4 million elements: what is computed with takes some 100 MB
+AT_ONCE = 1024  # blocks, of 4 million elements: what is computed with takes some 100 MB
 
 
-def encode(blocks: torch.Tensor) -> torch.Tensor:
-    """``blocks`` ``[n, 64 features, 64 inputs]`` in bfloat16, coded: bytes, a multiple of 16 of them."""
-    out = torch.empty(len(blocks), BLOCK_BYTES, dtype=torch.uint8, device=blocks.device)
-    behind, words = [], len(blocks) * BLOCK_BYTES // 4
-    for first in range(0, len(blocks), AT_ONCE):
-        more = _encode_some(blocks[first : first + AT_ONCE], out[first : first + AT_ONCE], words)
-        behind.append(more)
-        words += len(more)
-    if words * 4 == out.numel():
-        return out.flatten()
-    behind.append(torch.zeros(-words % 4, dtype=torch.int32, device=blocks.device))
-    return torch.cat([out.flatten(), *(more.view(torch.uint8) for more in behind)])
+def encode(blocks: torch.Tensor) -> torch.Tensor | None:
+    """``blocks`` ``[rows, columns, 64 features, 64 inputs]`` in bfloat16, coded: bytes, a multiple of 16 of them.
 
-
-def _encode_some(blocks: torch.Tensor, out: torch.Tensor, end: int) -> torch.Tensor:
-    """Write ``out`` ``[n, BLOCK_BYTES]``; return the exceptions that have no room in there, which will lie ``end``
-    words behind the weight's begin.
+    None if there are too many exceptions for that to pay.
     """
-    n, device = len(blocks), blocks.device
-    bits = blocks.reshape(n, -1).view(torch.int16)[:, _order(device)].int() & 0xFFFF
-    upper = (bits >> 8 & 0x7F).long()
-    count = torch.zeros(n, 128, dtype=torch.int32, device=device).scatter_add_(1, upper, torch.ones_like(bits))
-    table = count.sort(dim=1, descending=True, stable=True).indices[:, :NUM_UPPER]
-    code_of = torch.full((n, 128), NUM_UPPER, dtype=torch.int32, device=device)
-    code_of.scatter_(1, table, torch.arange(NUM_UPPER, dtype=torch.int32, device=device).expand(n, -1))
-    code = code_of.gather(1, upper)
-    excepted = code == NUM_UPPER
-
-    # Codes by nibbles: 0-3 and 4-7 are selectors, signs are the top bits of 1, 3, 5, 7 and of 0, 2, 4, 6.
-    nibble = (code % NUM_UPPER).view(n, THREADS, STEPS, STEP_ELEMENTS)
-    sign = (bits >> 15 << 3).view_as(nibble)
-    nibble[..., 1::2] |= sign[..., :4]
-    nibble[..., 0::2] |= sign[..., 4:]
-    codes = nibble[..., 0::2] | nibble[..., 1::2] << 4
-    lower = (bits & 0xFF).view(n, THREADS, 2, 16).transpose(1, 2)
-
-    # Exceptions, block by block and in the order of the elements.
-    which, element = excepted.nonzero(as_tuple=True)
-    listed = bits[which, element].long() | _place(device)[element]
-    num = excepted.sum(1)
-    begin = num.cumsum(0) - num
-    inside = num[which] <= LISTED
-    elsewhere = torch.where(num > LISTED, num, 0)
-    head = torch.zeros(n, HEAD_BYTES // 4, dtype=torch.int32, device=device)
-    head.view(torch.uint8)[:, :NUM_UPPER] = table.byte()
-    head[:, 2] = num
-    head[:, 3] = end + elsewhere.cumsum(0) - elsewhere
-    rank = torch.arange(len(which), device=device) - begin[which]
-    head[which[inside], 4 + rank[inside]] = listed[inside].int()
-
-    out[:, :HEAD_BYTES] = head.view(torch.uint8)
-    out[:, HEAD_BYTES : HEAD_BYTES + CODE_BYTES] = codes.reshape(n, -1)
-    out[:, HEAD_BYTES + CODE_BYTES :] = lower.reshape(n, -1)
-    return listed[~inside].int()
+    some = max(1, AT_ONCE // blocks.shape[1])
+    parts = [blocks[i : i + some] for i in range(0, len(blocks), some)]
+    num_blocks, order = len(blocks) * blocks.shape[1], _order(blocks.device)
+    exceptions = [_Part(part, order).num_exceptions for part in parts]
+    if int(sum(each.sum() for each in exceptions)) > MOST_EXCEPTIONS * num_blocks:
+        return None
+    elsewhere = int(sum(each[each > LISTED].sum() for each in exceptions))
+    out = torch.zeros(num_blocks * BLOCK_BYTES + -(-elsewhere // 4) * 16, dtype=torch.uint8, device=blocks.device)
+    assert out.numel() < 1 << 33, "where exceptions lie is said in 31 bits"
+    words, block, word = out.view(torch.int32), 0, num_blocks * BLOCK_BYTES // 4
+    for part in parts:
+        coded = _Part(part, order)
+        end = block + len(coded.bits)
+        more = coded.write(out[block * BLOCK_BYTES : end * BLOCK_BYTES].view(-1, BLOCK_BYTES), word)
+        words[word : word + len(more)] = more
+        block, word = end, word + len(more)
+    return out
 
 
-@functools.cache
+class _Part:
+    """Some blocks, their elements in the order of :func:`_order`."""
+
+    def __init__(self, blocks: torch.Tensor, order: torch.Tensor):
+        self.bits = blocks.reshape(-1, 4096).view(torch.int16)[:, order].int() & 0xFFFF
+        n, device = len(self.bits), self.bits.device
+        upper = (self.bits >> 8 & 0x7F).long()
+        count = torch.zeros(n, 128, dtype=torch.int32, device=device)
+        count.scatter_add_(1, upper, torch.ones_like(self.bits))
+        self.table = count.sort(dim=1, descending=True, stable=True).indices[:, :NUM_UPPER]
+        code_of = torch.full((n, 128), NUM_UPPER, dtype=torch.int32, device=device)
+        code_of.scatter_(1, self.table, torch.arange(NUM_UPPER, dtype=torch.int32, device=device).expand(n, -1))
+        self.code = code_of.gather(1, upper)  # NUM_UPPER: an exception
+        self.num_exceptions = (self.code == NUM_UPPER).sum(1)
+
+    def write(self, out: torch.Tensor, end: int) -> torch.Tensor:
+        """Into ``out`` ``[blocks, BLOCK_BYTES]``; what it returns are exceptions that have no room there, to be put
+        ``end`` words behind the weight's begin.
+        """
+        n, bits, num = len(out), self.bits, self.num_exceptions
+        # Codes by nibbles: 0-3 and 4-7 are selectors, signs are the top bits of 1, 3, 5, 7 and of 0, 2, 4, 6.
+        nibble = (self.code % NUM_UPPER).view(n, THREADS, STEPS, STEP_ELEMENTS)
+        sign = (bits >> 15 << 3).view_as(nibble)
+        nibble[..., 1::2] |= sign[..., :4]
+        nibble[..., 0::2] |= sign[..., 4:]
+        codes = nibble[..., 0::2] | nibble[..., 1::2] << 4
+        lower = (bits & 0xFF).view(n, THREADS, 2, 16).transpose(1, 2)
+
+        # Exceptions, block by block: the element, its thread, its register and which half of that.
+        block, index = (self.code == NUM_UPPER).nonzero(as_tuple=True)
+        listed = bits[block, index].long() | index // 32 << 16 | index % 32 // 2 << 23 | index % 2 << 27
+        rank = torch.arange(len(block), device=bits.device) - (num.cumsum(0) - num)[block]
+        inside = num[block] <= LISTED
+        elsewhere = torch.where(num > LISTED, num, 0)
+
+        head = torch.zeros(n, HEAD_BYTES // 4, dtype=torch.int32, device=bits.device)
+        head.view(torch.uint8)[:, :NUM_UPPER] = self.table.byte()
+        head[:, 2] = num
+        head[:, 3] = end + elsewhere.cumsum(0) - elsewhere
+        head[block[inside], 4 + rank[inside]] = listed[inside].int()
+        out[:, :HEAD_BYTES] = head.view(torch.uint8)
+        out[:, HEAD_BYTES:-LOWER_BYTES] = codes.reshape(n, -1)
+        out[:, -LOWER_BYTES:] = lower.reshape(n, -1)
+        return listed[~inside].int()
+
+
 def _order(device: torch.device) -> torch.Tensor:
     """Which element of a block, ``64 * feature + input``, comes where: by thread, step and the step's elements."""
     thread, step, element = torch.meshgrid(
@@ -82,10 +94,3 @@ def _order(device: torch.device) -> torch.Tensor:
     feature = thread // 32 * 16 + thread % 32 // 4 + element // 2 % 2 * 8
     column = step * 16 + thread % 4 * 2 + element % 2 + element // 4 * 8
     return (64 * feature + column).flatten()
-
-
-@functools.cache
-def _place(device: torch.device) -> torch.Tensor:
-    """What an exception says of each element in that order: the thread, the register and which half of it."""
-    index = torch.arange(THREADS * STEPS * STEP_ELEMENTS, device=device)
-    return index // 32 << 16 | index % 32 // 2 << 23 | index % 2 << 27

@@ -57,11 +57,15 @@ class Model:
         def norm(name):
             return tensors[name].to(device=self.device, dtype=torch.float32).contiguous()
 
-        def pack(*names, **kwargs):
-            return weights.pack(torch.cat([get(n) for n in names]) if len(names) > 1 else get(names[0]), **kwargs)
+        def joined(*names):
+            return torch.cat([get(n) for n in names]) if len(names) > 1 else get(names[0])
+
+        def pack_views(*names):
+            of_views = (joined(*(name + f"_proj{view}.weight" for name in names)) for view in ("", "_diff"))
+            return weights.pack_views(*of_views)
 
         self.embedding = get("model.embed_tokens.weight").contiguous()
-        self.lm_head = pack(head_name(config))
+        self.lm_head = weights.pack(get(head_name(config)))
         self.final_norm = norm("model.norm.weight")
         self.cos_sin = cos_sin_table(config, max_seq_len).to(self.device)
         self.layers = []
@@ -70,17 +74,18 @@ class Model:
             qk_norms = None
             if config.qk_norm:
                 qk_norms = tuple(norm(f"{attn}{n}.weight") for n in ("q_norm", "k_norm", "q_norm_diff", "k_norm_diff"))
+            (qkv, qkv_diff), (o, o_diff) = pack_views(*(attn + n for n in "qkv")), pack_views(attn + "o")
             self.layers.append(
                 Layer(
                     input_norm=norm(p + "input_layernorm.weight"),
-                    qkv=pack(*(f"{attn}{n}_proj.weight" for n in "qkv")),
-                    qkv_diff=pack(*(f"{attn}{n}_proj_diff.weight" for n in "qkv")),
+                    qkv=qkv,
+                    qkv_diff=qkv_diff,
                     qk_norms=qk_norms,
-                    o=pack(attn + "o_proj.weight"),
-                    o_diff=pack(attn + "o_proj_diff.weight"),
+                    o=o,
+                    o_diff=o_diff,
                     post_attn_norm=norm(p + "post_attention_layernorm.weight"),
-                    gate_up=pack(p + "mlp.gate_proj.weight", p + "mlp.up_proj.weight", gate_up=True),
-                    down=pack(p + "mlp.down_proj.weight"),
+                    gate_up=weights.pack(joined(*(f"{p}mlp.{n}_proj.weight" for n in ("gate", "up"))), gate_up=True),
+                    down=weights.pack(get(p + "mlp.down_proj.weight")),
                 )
             )
 

@@ -18,8 +18,7 @@ CPU_STRIP = 32
 CPU_ARGMAX_TILE = 512
 MOST_CODED = 0.8  # of a weight's bytes: a larger one has so many exceptions that they are what takes time
 REFERENCE_ARGMAX_TILE = 128  # at most; runners-up are seen where they are the best of another tile
-# CUDA: blocks of 64 outputs x 64 inputs, inputs fastest; see csrc/cuda/row_linear_plan.h. All of them
-# are coded or none, since both views' go through one launch. In float32 the plain matrix
+# CUDA: blocks of 64 outputs x 64 inputs, inputs fastest; see csrc/cuda/row_linear_plan.h. In float32 the plain matrix
 # and one partial maximum per 128 ids; see csrc/cuda/row_linear_f32.cu.
 CUDA_BLOCK = 64
 CUDA_F32_ARGMAX_TILE = 128
@@ -51,12 +50,22 @@ class PackedWeight:
         return self.data.nbytes
 
 
-def pack(weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None) -> PackedWeight:
+def pack_views(weight: torch.Tensor, weight_diff: torch.Tensor) -> tuple[PackedWeight, PackedWeight]:
+    """Both views' weights of the same calls, of which CUDA's kernels want both coded or none."""
+    views = pack(weight), pack(weight_diff)
+    if views[0].impl == "cuda" and views[0].coded != views[1].coded:
+        return pack(weight, may_code=False), pack(weight_diff, may_code=False)
+    return views
+
+
+def pack(
+    weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None, may_code: bool = True
+) -> PackedWeight:
     """Pack ``weight`` ``[out_features, in_features]`` for the implementation chosen for its device and dtype.
 
-    ``gate_up`` says that the first half of the rows are gates and the second half ups. On CUDA the kernels read weights
-    ahead of their turn in the stream: an ordinary kernel, a copy or a synchronisation must come between packing and the
-    first of this project's kernels.
+    ``gate_up`` says that the first half of the rows are gates and the second half ups; ``may_code``, that it may be in
+    12 bits an element where that pays. On CUDA the kernels read weights ahead of their turn in the stream: an ordinary
+    kernel, a copy or a synchronisation must come between packing and the first of this project's kernels.
 
     Raises:
         ValueError: ``impl`` does not take the weight's dtype, or gates and ups differ in number.
@@ -69,18 +78,18 @@ def pack(weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None
         raise ValueError(f"row_linear: out_features of gate and up must be even, got {out_features}")
     coded = False
     if impl == "cpu":
-        data, coded = _pack_cpu(weight, gate_up)
+        data, coded = _pack_cpu(weight, gate_up, may_code)
         partials = -(-out_features // CPU_ARGMAX_TILE)
     elif impl == "cuda" and weight.dtype is torch.float32:
         data, partials = weight.contiguous(), -(-out_features // CUDA_F32_ARGMAX_TILE)
     elif impl == "cuda":
-        data, partials, coded = _pack_cuda(weight, gate_up)
+        data, partials, coded = _pack_cuda(weight, gate_up, may_code)
     else:
         data, partials = weight, -(-out_features // max(1, min(REFERENCE_ARGMAX_TILE, out_features // 32)))
     return PackedWeight(data, out_features, in_features, impl, gate_up, partials, coded)
 
 
-def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
+def _pack_cpu(weight, gate_up, may_code) -> tuple[torch.Tensor, bool]:
     """The packed weight, and whether it is coded."""
     in_features, per_word = weight.shape[1], 4 // weight.element_size()
     rows = weight.reshape(2 if gate_up else 1, -1, in_features)
@@ -91,7 +100,8 @@ def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
     words = rows.contiguous().view(torch.int32).unflatten(1, (-1, height))
     strips = words.permute(1, 3, 0, 2)
     # Steps over two inputs are coded in pairs.
-    if weight.dtype is torch.bfloat16 and in_features % 4 == 0 and (cpu := dispatch.native().cpu).takes_coded_weights():
+    may_code &= weight.dtype is torch.bfloat16 and in_features % 4 == 0
+    if may_code and (cpu := dispatch.native().cpu).takes_coded_weights():
         strips = strips.contiguous()
         cpu.set_num_threads(torch.get_num_threads())
         encoder = cpu.WeightEncoder(strips.data_ptr(), *strips.shape[:2])
@@ -108,15 +118,14 @@ def codes_for_cuda() -> bool:
     return os.environ.get("ORTHRUS_CUDA_CODED", "0") not in ("", "0")
 
 
-def _pack_cuda(weight, gate_up) -> tuple[torch.Tensor, int, bool]:
+def _pack_cuda(weight, gate_up, may_code) -> tuple[torch.Tensor, int, bool]:
     """The packed weight, its partial maxima, and whether it is coded."""
     out_features, in_features = weight.shape
-    coded = codes_for_cuda()
     with device_scope(weight.device):
         partials = dispatch.native().cuda.row_linear_num_partials(in_features, out_features)
     blocks = _cuda_blocks(weight, gate_up)
-    if coded:
-        return coded_blocks.encode(blocks.flatten(0, 1)).view(weight.dtype), partials, True
+    if may_code and codes_for_cuda() and (coded := coded_blocks.encode(blocks)) is not None:
+        return coded.view(weight.dtype), partials, True
     return _swizzled(blocks), partials, False
 
 

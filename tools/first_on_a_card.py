@@ -103,6 +103,7 @@ GROUPS = {
         tests("row_linear", 120, "(rewrite or reuse) and not coded"),
         tests("f32", 90),
         tests("row_linear", 180, REST),
+        tests("row_linear", 90, "coded_weights or are_coded", ORTHRUS_CUDA_PDL="0"),
         tests("row_linear", 180, "coded"),
     ],
     "engine": [

@@ -198,13 +198,6 @@ __device__ __forceinline__ void keep_best(Best* best, const float (&v)[8], int c
   if (threadIdx.x % 8 == 0 && beats(top, *best)) *best = top;
 }
 
-// A thread's number within its group, computed again at each use: in the loop, registers are scarcer than time.
-__device__ __forceinline__ uint32_t thread_here() {
-  uint32_t thread = threadIdx.x;
-  asm volatile("" : "+r"(thread));
-  return thread % kGroupThreads;
-}
-
 // The epilogue of one block: sums cross shared memory kStagingTokens tokens at a time, so that a thread ends with 8
 // consecutive features of one token. Called by all threads of a group.
 template <int kTokens, class Sums>

@@ -65,19 +65,18 @@ struct Stream {
     const SharedAddress x = shared_address(stages + read_stage * kStageBytes + kBlocks * kWeightBytes);
     const int feature = thread / 32 * 16 + lane % 16;
     const int token = lane % 8 + lane / 16 * 8;
-    Fragment fragment;
-    if constexpr (kCoded)
-      decode(fragment, *reinterpret_cast<const CodedBlock*>(weight), diff ? args.p.weight_diff : args.p.weight);
+    const CodedBlock& block = *reinterpret_cast<const CodedBlock*>(weight);
+    uint32_t a[kBlock / 16][4];
+    if constexpr (kCoded) decode(a, load_part(block), block, diff ? args.p.weight_diff : args.p.weight);
 #pragma unroll
     for (int k = 0; k < kBlock / 16; ++k) {
-      uint32_t (&a)[4] = fragment.a[k];
-      if constexpr (!kCoded) load_matrices(a, shared_address(weight) + swizzled(feature, 2 * k + lane / 16));
+      if constexpr (!kCoded) load_matrices(a[k], shared_address(weight) + swizzled(feature, 2 * k + lane / 16));
 #pragma unroll
       for (int t = 0; t < kTokens / 16; ++t) {
         uint32_t b[4];
         load_matrices(b, x + swizzled(16 * t + token, 2 * k + lane / 8 % 2));
-        mma(acc + 8 * t, a, b[0], b[1]);
-        mma(acc + 8 * t + 4, a, b[2], b[3]);
+        mma(acc + 8 * t, a[k], b[0], b[1]);
+        mma(acc + 8 * t + 4, a[k], b[2], b[3]);
       }
     }
     read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;

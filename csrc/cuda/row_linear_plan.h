@@ -18,7 +18,7 @@ namespace orthrus::cuda {
 
 constexpr int kBlock = 64;
 constexpr int kBlockBytes = kBlock * kBlock * 2;
-constexpr int kCodedBlockBytes = kBlock * kBlock * 3 / 2 + 128;
+constexpr int kCodedBlockBytes = kBlock * kBlock * 3 / 2 + 64;
 __host__ __device__ constexpr int packed_bytes(bool coded) { return coded ? kCodedBlockBytes : kBlockBytes; }
 constexpr int kGroupThreads = 128;     // the threads that own one 64-feature block of a tile
 constexpr int kMaxCounters = 4096;     // arrival counters at the start of the workspace
@@ -93,6 +93,13 @@ struct RowLinearArgs {
   }
   __device__ int row_end(int row_tile) const { return is_diff(row_tile) ? p.num_rows : p.num_rows_ar; }
 };
+
+// A thread's number within its group, computed again at each use: in loops, registers are scarcer than time.
+__device__ __forceinline__ uint32_t thread_here() {
+  uint32_t thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread % kGroupThreads;
+}
 
 // Partial sums follow the counters: [view][block of the tile][which][cta][tokens * 64] floats, in the order of the
 // owning threads' accumulators; a CTA cuts two tiles at most, the one that its range starts inside of (0), and the one

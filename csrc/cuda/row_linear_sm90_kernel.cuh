@@ -22,7 +22,7 @@ struct Sm90Params {
 };
 
 // Two of them overlap across kernel boundaries, with a norm's CTA in between. The sums of wider tiles leave no
-// registers for that, nor do those of 96 tokens beside a decoded block.
+// registers for that, nor do those of 96 tokens beside a coded block.
 __host__ __device__ constexpr int ctas_per_sm(int tokens, bool prefill, bool coded) {
   return prefill || tokens > (coded ? 64 : 96) ? 1 : 2;
 }
@@ -44,59 +44,71 @@ __device__ __forceinline__ void multiply(float (&acc)[kTokens / 2], const uint8_
   }
 }
 
-// The same, of a block that has been decoded.
-template <int kTokens>
-__device__ __forceinline__ void multiply(float (&acc)[kTokens / 2], const Fragment& weight, const uint8_t* x,
-                                         bool accumulate) {
+// acc = the sum over the next `length` stages, from zero. Prefill, which has more arithmetic, begins the next stage's
+// before this one is released. In decode a stage is worth more as room for the next load.
+template <int kTokens, bool kPrefill>
+__device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Ring<kTokens, false>& ring,
+                                            Cursor& cursor, int length, int group, const RowLinearArgs&, int,
+                                            bool) {
   using namespace sm90;
-  const uint64_t b = matrix_descriptor(x);
-#pragma unroll
-  for (int k = 0; k < kBlock / 16; ++k)
-    wgmma<kTokens>(acc, weight.a[k], b + descriptor_offset(k * 16 * 2), accumulate || k > 0);
-}
-
-// acc = the sum over the next `length` stages, from zero. Prefill is bound by arithmetic: it begins the next stage's
-// before this one is released. Over coded weights many rows do so, lest tensor cores wait while a block is decoded; in
-// prefill two groups do that by turns. Elsewhere a stage is worth more as room for the next load. `weight`: where all
-// blocks begin, or null where the group has none.
-template <int kTokens, bool kPrefill, bool kCoded>
-__device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Ring<kTokens, kCoded>& ring,
-                                            Cursor& cursor, int length, int group, const void* weight) {
-  using namespace sm90;
-  constexpr bool overlaps = kCoded ? !kPrefill && ctas_per_sm(kTokens, kPrefill, kCoded) == 1 : kPrefill;
   const bool releases = threadIdx.x % 32 == 0;
   int previous = 0;
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;  // until here the registers are free
   pin(acc);
-  const auto add = [&](int i, Fragment& fragment) {
+#pragma unroll 1
+  for (int i = 0; i < length; ++i) {
     barrier_wait(ring.full(cursor.stage), cursor.parity);
-    const uint8_t* block = ring.weight(cursor.stage, group);
-    if (kCoded && weight) decode(fragment, *reinterpret_cast<const CodedBlock*>(block), weight);
     wgmma_fence();
-    if constexpr (kCoded)
-      multiply<kTokens>(acc, fragment, ring.x(cursor.stage), i > 0);
-    else
-      multiply<kTokens>(acc, block, ring.x(cursor.stage), i > 0);
+    multiply<kTokens>(acc, ring.weight(cursor.stage, group), ring.x(cursor.stage), i > 0);
     wgmma_commit();
-    if (!overlaps || i > 0) {
-      wgmma_wait<overlaps>();
-      if (kCoded) __syncwarp();  // every lane has read its part of the block
-      if (releases) barrier_arrive(ring.empty(overlaps ? previous : cursor.stage));
+    if (!kPrefill || i > 0) {
+      wgmma_wait<kPrefill>();
+      if (releases) barrier_arrive(ring.empty(kPrefill ? previous : cursor.stage));
     }
     previous = cursor.stage;
     cursor.advance(ring.num_stages);
+  }
+  if (kPrefill) {
+    wgmma_wait<0>();
+    if (releases) barrier_arrive(ring.empty(previous));
+  }
+  pin(acc);
+}
+
+// The same over coded weights. The next stage's codes come to registers during this one's products: in a CTA of one
+// group nobody else would hide that. `exists`: the group has a block; else its sums are anything.
+template <int kTokens, bool>
+__device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Ring<kTokens, true>& ring, Cursor& cursor,
+                                            int length, int group, const RowLinearArgs& args, int row_tile,
+                                            bool exists) {
+  using namespace sm90;
+  const auto block = [&] { return reinterpret_cast<const CodedBlock*>(ring.weight(cursor.stage, group)); };
+  CodedPart part{};
+  const auto load = [&] {
+    barrier_wait(ring.full(cursor.stage), cursor.parity);
+    if (exists) part = load_part(*block());
   };
-  Fragment even{}, odd{};  // the products of one may be under way while the other is decoded
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
+  pin(acc);
+  load();
 #pragma unroll 1
   for (int i = 0; i < length; ++i) {
-    add(i, even);
-    if (kCoded && overlaps && ++i < length) add(i, odd);
-  }
-  if (overlaps) {
+    const uint64_t b = matrix_descriptor(ring.x(cursor.stage));
+    uint32_t a[kBlock / 16][4];
+    decode(a, part, *block(), args.weight_of(row_tile));
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kBlock / 16; ++k)
+      wgmma<kTokens>(acc, a[k], b + descriptor_offset(k * 16 * 2), i > 0 || k > 0);
+    wgmma_commit();
+    const int stage = cursor.stage;
+    cursor.advance(ring.num_stages);
+    if (i + 1 < length) load();
     wgmma_wait<0>();
-    if (kCoded) __syncwarp();
-    if (releases) barrier_arrive(ring.empty(previous));
+    __syncwarp();  // every lane has read its part of the block
+    if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty(stage));
   }
   pin(acc);
 }
@@ -118,7 +130,7 @@ __device__ void consume_decode(const RowLinearArgs& args, const Ring<kTokens, kC
       const int tile = (walk.begin + offset) / plan.k_blocks;
       const int kb = (walk.begin + offset) % plan.k_blocks;
       const int length = min(plan.k_blocks - kb, walk.length - offset);
-      sum_segment<kTokens, false>(acc, ring, cursor, length, group, args.weight_of(row_tile));
+      sum_segment<kTokens, false>(acc, ring, cursor, length, group, args, row_tile, true);
       const int view = args.is_diff(row_tile), rows = row_end - row_begin;
       auto finish = [&](auto sums) {
         finish_block<kTokens>(sums, args, tile * plan.blocks_per_tile + group, row_begin, row_end, group,
@@ -148,15 +160,15 @@ __device__ void consume_prefill(const RowLinearArgs& args, const Ring<kTokens, k
   for (int item = 0, items = walk.items(); item < items; ++item) {
     const int block = walk.first_block(item) + group;
     const int tile = min(block, plan.blocks - 1) / plan.blocks_per_tile, row_tile = walk.row_tile(item);
-    const void* weight = block < plan.blocks ? args.weight_of(row_tile) : nullptr;
+    const bool exists = block < plan.blocks;
     for (int kb = 0; kb < plan.k_blocks;) {
       const int end = plan.segment_end(tile, kb);
-      sum_segment<kTokens, true>(acc, ring, cursor, end - kb, group, weight);
+      sum_segment<kTokens, true>(acc, ring, cursor, end - kb, group, args, row_tile, exists);
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sum[i] = kb == 0 ? acc[i] : sum[i] + acc[i];
       kb = end;
     }
-    if (block < plan.blocks)
+    if (exists)
       finish_block<kTokens>(WholeSums<kTokens>{sum}, args, block, args.row_begin(row_tile, kTokens),
                             args.row_end(row_tile), group, ring.shared.staging[group], nullptr);
   }

@@ -9,19 +9,15 @@ namespace orthrus::cuda {
 
 constexpr int kMaxStages = 16;
 
-// A stage: a unit's blocks, then x from the next multiple of 1024 bytes on, as its swizzle wants.
-__host__ __device__ constexpr int x_offset(int blocks, bool coded) {
-  return (blocks * packed_bytes(coded) + 1023) / 1024 * 1024;
-}
 template <int kTokens>
 constexpr int kXBytes = kTokens * kBlock * 2;
 template <int kTokens, bool kCoded>
 __host__ __device__ constexpr int stage_bytes(int blocks) {
-  return x_offset(blocks, kCoded) + kXBytes<kTokens>;
+  return blocks * packed_bytes(kCoded) + kXBytes<kTokens>;
 }
 
-// The start of shared memory, at addresses that take no registers. Behind it the ring's stages, then for kArgmax the
-// best logits.
+// The start of shared memory, at addresses that take no registers. Behind it x of all the ring's stages, which its
+// swizzle wants at multiples of 1024 bytes, then their weights, then for kArgmax the best logits.
 struct alignas(1024) Shared {
   uint64_t full[kMaxStages], empty[kMaxStages];
   int32_t flags[2];                              // of each group
@@ -47,10 +43,9 @@ struct Ring {
   __device__ uint64_t* full(int stage) const { return &shared.full[stage]; }
   __device__ uint64_t* empty(int stage) const { return &shared.empty[stage]; }
   __device__ uint8_t* weight(int stage, int block) const {
-    return reinterpret_cast<uint8_t*>(&shared + 1) + stage * stage_bytes<kTokens, kCoded>(blocks) +
-           block * packed_bytes(kCoded);
+    return x(num_stages) + (stage * blocks + block) * packed_bytes(kCoded);
   }
-  __device__ uint8_t* x(int stage) const { return weight(stage, 0) + x_offset(blocks, kCoded); }
+  __device__ uint8_t* x(int stage) const { return reinterpret_cast<uint8_t*>(&shared + 1) + stage * kXBytes<kTokens>; }
   __device__ Best* best() const { return reinterpret_cast<Best*>(weight(num_stages, 0)); }
 };
 

@@ -8,13 +8,13 @@ import torch
 
 from orthrus_rt import coded_blocks, native, ops, room, weights
 from orthrus_rt.checkpoint import load_config
-from orthrus_rt.weights import pack
+from orthrus_rt.weights import pack, pack_views
 from tests import checkpoints
 from tests.cpu import test_row_linear_on_host as rl
 from tests.cpu.test_coded_weight import with_exponents
 from tests.cpu.test_cuda_on_host import INVALID
 
-BYTES, LISTED = 6272, 28
+BYTES, LISTED = 6208, 12
 CPU = torch.device("cpu")
 
 
@@ -33,10 +33,16 @@ WEIGHTS = {
     "one exception": lambda: spread(1),
     "as many as are listed": lambda: spread(LISTED),
     "one more": lambda: spread(LISTED + 1),
-    "some in every block": lambda: torch.cat([torch.cat([spread(n), spread(60 - n)], 1) for n in (0, 1, 28, 31)]),
+    "some in every block": lambda: torch.cat([torch.cat([spread(n), spread(60 - n)], 1) for n in (0, 1, 12, 31)]),
     "every exponent": lambda: with_exponents((128, 192), range(256)),
     "all zero": lambda: torch.zeros(64, 64, dtype=torch.bfloat16),
 }
+
+
+@pytest.fixture
+def however_many(monkeypatch):
+    """Exceptions are coded."""
+    monkeypatch.setattr(coded_blocks, "MOST_EXCEPTIONS", 4096)
 
 
 def decoded(packed, num_blocks):
@@ -45,7 +51,7 @@ def decoded(packed, num_blocks):
     words, blocks = everything.view(np.uint32), everything[: num_blocks * BYTES].reshape(num_blocks, BYTES)
     out = np.zeros((num_blocks, 64, 64), dtype=np.uint16)
     for block, bits in zip(blocks, out, strict=True):
-        head, codes, lower = block[:128].view(np.uint32), block[128:2176].view(np.uint32), block[2176:]
+        head, codes, lower = block[:64].view(np.uint32), block[64:2112].view(np.uint32), block[2112:]
         listed, count, elsewhere = head[4:], head[2], head[3]
         taken = list(listed[:count] if count <= LISTED else words[elsewhere : elsewhere + count])
         for t in range(128):
@@ -64,28 +70,39 @@ def decoded(packed, num_blocks):
     return out
 
 
+@pytest.mark.usefixtures("however_many")
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_bit_comes_back(name):
     weight = WEIGHTS[name]()
     n, k = weight.shape
-    blocks = weight.view(n // 64, 64, k // 64, 64).transpose(1, 2).flatten(0, 1)
-    packed = coded_blocks.encode(blocks)
-    assert (decoded(packed, len(blocks)) == blocks.view(torch.int16).numpy().view(np.uint16)).all()
+    blocks = weight.view(n // 64, 64, k // 64, 64).transpose(1, 2)
+    packed, want = coded_blocks.encode(blocks), blocks.flatten(0, 1).view(torch.int16).numpy().view(np.uint16)
+    assert (decoded(packed, len(want)) == want).all()
     assert packed.numel() % 16 == 0
 
 
+@pytest.mark.usefixtures("however_many")
 def test_blocks_are_coded_in_any_number_at_a_time(monkeypatch):
-    blocks = torch.stack([spread(n) for n in (0, 40, 28, 29, 100, 7, 64)])
+    blocks = torch.stack([spread(n) for n in (0, 40, 12, 13, 100, 7, 64, 5)]).view(4, 2, 64, 64)
     want = coded_blocks.encode(blocks)
-    for at_once in (1, 2, 3):
+    for at_once in (1, 5, 6):
         monkeypatch.setattr(coded_blocks, "AT_ONCE", at_once)
         assert torch.equal(coded_blocks.encode(blocks), want)
 
 
 def test_size():
     weight = torch.randn(640, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
-    coded = coded_blocks.encode(weight.view(160, 64, 64))
-    assert 0 <= coded.numel() - 160 * BYTES <= 16 and coded.numel() < 0.77 * weight.nbytes
+    coded = coded_blocks.encode(weight.view(16, 10, 64, 64))
+    assert 0 <= coded.numel() - 160 * BYTES <= 16 and coded.numel() < 0.76 * weight.nbytes
+
+
+def test_weights_with_too_many_exceptions_stay_plain(host, monkeypatch):
+    monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
+    few, many = torch.cat([spread(4), spread(0)], 1), torch.cat([spread(4), spread(1)], 1)
+    assert pack(few).coded and not pack(many).coded
+    assert [w.coded for w in pack_views(few, few)] == [True, True]
+    for views in ((few, many), (many, few), (many, many)):
+        assert [w.coded for w in pack_views(*views)] == [False, False]
 
 
 def bits(out):
@@ -101,6 +118,7 @@ class TestRowLinear:
         monkeypatch.setenv("ORTHRUS_CUDA_ISA", request.param)
         return request.param
 
+    @pytest.mark.usefixtures("however_many")
     @pytest.mark.parametrize("rows", [1, 24, 64, 90, 128, 150, 170])
     @pytest.mark.parametrize("name", [*WEIGHTS, "cut"])
     def test_no_bit_differs_from_plain_weights(self, name, rows, monkeypatch):
