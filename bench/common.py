@@ -21,6 +21,7 @@ from orthrus_rt.device import pick_device
 from orthrus_rt.info import device_facts
 from orthrus_rt.terminal import figures
 from orthrus_rt.timing import measure, percentiles, read_bandwidth, time_each
+from orthrus_rt.weights import codes_for_cuda
 
 __all__ = [
     "graphed",
@@ -167,7 +168,7 @@ def header(device: torch.device) -> dict:
         cards = _said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").split("\n")
         values = [v.strip() for v in cards[min(torch.cuda.current_device(), len(cards) - 1)].split(",")]
         facts |= {"name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-        facts["bits of a bf16 weight"] = device_facts(device)["weight_bits"]
+        facts["bits of a bf16 weight"] = 12 if codes_for_cuda() else 16
         facts |= dict(zip(query.split(","), values, strict=True)) if any(values) else {}
     else:
         facts["load average"] = os.getloadavg()[0]
