@@ -86,25 +86,25 @@ PREPARATION = [
     Step("machine", 180, ["bash", "-c", MACHINE]),
     Step("build", 400, ["bash", "tools/with-env", "--here", "python3", "-c", BUILT]),
 ]
-REST = "not coded and not one_hot and not rewrite and not reuse and not (invariance and not sm80)"
+REST = "not one_hot and not rewrite and not reuse and not (invariance and not sm80)"
 # What the card's instructions alone decide comes first: mma.sync and wgmma apart, without dependent launches and with
 # them; then whatever needs no row_linear, and of that one that wgmma's widths agree to the bit.
 GROUPS = {
     "ops": [
-        tests("row_linear", 90, "one_hot and sm80 and not coded", ORTHRUS_CUDA_PDL="0"),
-        tests("row_linear", 90, "one_hot and not sm80 and not coded", ORTHRUS_CUDA_PDL="0"),
-        tests("row_linear", 90, "one_hot and sm80 and not coded"),
-        tests("row_linear", 90, "one_hot and not sm80 and not coded"),
+        tests("row_linear", 90, "one_hot and sm80", ORTHRUS_CUDA_PDL="0"),
+        tests("row_linear", 90, "one_hot and not sm80", ORTHRUS_CUDA_PDL="0"),
+        tests("row_linear", 90, "one_hot and sm80"),
+        tests("row_linear", 90, "one_hot and not sm80"),
         tests("qkv_commit", 90),
         tests("dual_attn", 150),
         tests("consensus", 90),
         tests("triton", 300, each_s=100),  # it compiles
-        tests("row_linear", 120, "invariance and not sm80 and not coded"),
-        tests("row_linear", 120, "(rewrite or reuse) and not coded"),
+        tests("row_linear", 120, "invariance and not sm80"),
+        tests("row_linear", 120, "rewrite or reuse"),
         tests("f32", 90),
         tests("row_linear", 180, REST),
-        tests("row_linear", 90, "coded_weights or are_coded", ORTHRUS_CUDA_PDL="0"),
-        tests("row_linear", 180, "coded"),
+        tests("coded_weights", 90, "same_bits or as_on_a_cpu", ORTHRUS_CUDA_PDL="0"),
+        tests("coded_weights", 180),
     ],
     "engine": [
         tests("engine", 180),

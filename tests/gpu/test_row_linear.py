@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from orthrus_rt import coded_blocks, dispatch, ops
+from orthrus_rt import dispatch, ops
 from orthrus_rt.weights import pack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -25,11 +25,10 @@ SHAPES = [
 ROWS = [1, 2, 15, 16, 17, 33, 64, 80, 100, 160, 161, 300]
 
 
-@pytest.fixture(params=["", "sm80", "coded", "coded-sm80"], autouse=True)
+@pytest.fixture(params=["", "sm80"], autouse=True)
 def isa(request, monkeypatch):
-    """Both instruction variants, over the same packed weights, plain ones and such in 12 bits."""
-    monkeypatch.setenv("ORTHRUS_CUDA_ISA", "sm80" if "sm80" in request.param else "")
-    monkeypatch.setenv("ORTHRUS_CUDA_CODED", str(int("coded" in request.param)))
+    """Both instruction variants, over the same packed weights."""
+    monkeypatch.setenv("ORTHRUS_CUDA_ISA", request.param)
     return request.param
 
 
@@ -126,37 +125,6 @@ def test_both_views(shape, rows, ar):
         assert torch.equal(got[:ar], run(x[:ar], weight, "residual", residual=residual[:ar]))
     if rows - ar:
         assert torch.equal(got[ar:], run(x[ar:], diff, "residual", residual=residual[ar:]))
-
-
-def with_exceptions(n, k):
-    """One in every block of the first row; in large weights some in one, more than it has room for in another."""
-    plain = tensor(n, k, seed=1)
-    plain[1, 7::64] *= 2.0**-40
-    if k >= 1024:
-        plain[3, :6] *= 2.0**-50
-        plain[4, 64:104] *= 2.0**-50
-    return plain
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("isa", ["coded", "coded-sm80"], indirect=True)
-def test_coded_weights_give_the_same_bits(isa, shape, monkeypatch):
-    """Also where wgmma finds a weight in registers, not in shared memory."""
-    k, n = shape
-    plain, x = with_exceptions(n, k), tensor(300, k, seed=2)
-    coded = pack(plain)
-    assert coded.coded
-    monkeypatch.setenv("ORTHRUS_CUDA_CODED", "0")
-    weight = pack(plain)
-    for rows in ROWS:
-        assert torch.equal(run(x[:rows], coded), run(x[:rows], weight)), rows
-
-
-@pytest.mark.parametrize("isa", ["coded"], indirect=True)
-def test_weights_are_coded_as_on_a_cpu(isa):
-    plain = with_exceptions(640, 1024)
-    blocks = plain.view(10, 64, 16, 64).transpose(1, 2)
-    assert torch.equal(coded_blocks.encode(blocks).cpu(), coded_blocks.encode(blocks.cpu()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -291,7 +259,7 @@ def test_in_place_residual():
 
 def test_isa(isa):
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert dispatch.native().cuda.isa() == ("sm80" if "sm80" in isa or not hopper else "sm90a")
+    assert dispatch.native().cuda.isa() == ("sm80" if isa or not hopper else "sm90a")
 
 
 def test_no_rows():

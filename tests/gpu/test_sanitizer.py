@@ -29,10 +29,10 @@ CASES = (
     # Decode: tiles cut along k, of 1 row and of 31. Prefill: the last tile of rows is cut, and that of features.
     "test_row_linear.py::test_both_views[-32-1-shape1]",
     "test_row_linear.py::test_both_views[sm80-32-1-shape1]",
-    "test_row_linear.py::test_both_views[coded-32-1-shape1]",
+    "test_coded_weights.py::test_both_views[-32-1-shape1]",
     "test_row_linear.py::test_one_hot_rows_pick_columns_of_the_weight[-161]",
     "test_row_linear.py::test_one_hot_rows_pick_columns_of_the_weight[sm80-161]",
-    "test_row_linear.py::test_one_hot_rows_pick_columns_of_the_weight[coded-161]",
+    "test_coded_weights.py::test_one_hot_rows_pick_columns_of_the_weight[-161]",
     "test_f32.py::test_row_linear[(130, 70)]",
     "test_f32.py::test_dual_attn[padding-Heads(q=9, kv=3, dim=64)]",
     "test_consensus.py::test_against_oracle[37-16]",
