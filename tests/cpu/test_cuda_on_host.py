@@ -1,13 +1,17 @@
 """The indexing of CUDA's qkv_commit, run as host C++ in both thread orders."""
 
 import copy
+import ctypes
 
 import pytest
 import torch
 
 from orthrus_rt import native, reference
-from tests import sparse
+from orthrus_rt import state as st
+from tests import consensus_states, sparse
 from tests.attention_pass import Heads, Pass
+from tests.cpu import cuda_host
+from tests.cpu.cuda_host.device import as_ctypes
 from tests.rows import ar, diff, make_rows
 
 pytestmark = pytest.mark.usefixtures("both_orders")
@@ -91,3 +95,34 @@ def test_what_is_not_aligned_is_refused(dtype):
     for moved in fp32:
         with pytest.raises(AssertionError, match=f"qkv_commit.* returned {MISALIGNED}"):
             commit(*args, **moved)
+
+
+def test_what_the_kernel_does_not_take_is_refused(monkeypatch):
+    """Each is an error of its own, ahead of any launch: other head_dims, more heads than a grid's blocks count."""
+    case, errors = Pass(Heads(3, 1, 64), [ar(0, 70, 2)], "cpu"), []
+
+    def launch(op, params, device):
+        params = as_ctypes(params)
+        good = params.kv.head_dim, params.num_heads_q
+        for params.kv.head_dim, params.num_heads_q in ((96, good[1]), (64, 2**30 - 65), (64, 2**31 - 3)):
+            errors.append(cuda_host.library().qkv_commit(ctypes.byref(params)))
+
+    monkeypatch.setattr(native, "_launch", launch)
+    qkv, cos_sin, out = torch.zeros(2, 5 * 64, dtype=torch.bfloat16), torch.zeros(80, 64), torch.empty_like(case.q)
+    pages = case.k_pages, case.v_pages, case.page_table
+    native.qkv_commit(qkv, case.rows, cos_sin, None, 1e-6, *pages, case.scratch_k, case.scratch_v, out)
+    assert errors == [INVALID] * 3
+
+
+def test_blocks_that_a_consensus_has_no_room_for_are_refused(monkeypatch):
+    errors = []
+
+    def launch(op, params, device):
+        params = as_ctypes(params)
+        params.block_len = 257
+        errors.append(cuda_host.library().consensus(ctypes.byref(params)))
+
+    monkeypatch.setattr(native, "_launch", launch)
+    state = consensus_states.random_state(torch.Generator().manual_seed(0), 2, 4)
+    native.consensus(state, (None, None), st.STEP_STAGE, st.NEXT_NONE, None, 0, 4, 0)
+    assert errors == [INVALID]
