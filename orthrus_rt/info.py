@@ -11,7 +11,6 @@ import torch
 from orthrus_rt import dispatch
 from orthrus_rt.config import CheckpointError
 from orthrus_rt.device import DTYPES, pick_device
-from orthrus_rt.weights import codes_for_cuda
 
 PACKAGES = ("orthrus-rt", "torch", "triton", "transformers", "safetensors", "gguf", "numpy")
 
@@ -47,7 +46,7 @@ def device_facts(device: torch.device) -> dict:
         p = torch.cuda.get_device_properties(device)
         return {
             "type": "cuda", "name": p.name, "capability": f"{p.major}.{p.minor}",
-            "memory_gib": round(p.total_memory / 2**30, 1), "isa": isa, "weight_bits": 12 if codes_for_cuda() else 16,
+            "memory_gib": round(p.total_memory / 2**30, 1), "isa": isa,
         }  # fmt: skip
     isa = native.cpu.isa() if native else None
     return {"type": "cpu", "name": cpu_name(_cpuinfo()), "isa": isa, "threads": torch.get_num_threads()}

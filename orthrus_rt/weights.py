@@ -51,7 +51,9 @@ class PackedWeight:
 
 
 def pack_views(weight: torch.Tensor, weight_diff: torch.Tensor) -> tuple[PackedWeight, PackedWeight]:
-    """Both views' weights of the same calls, of which CUDA's kernels want both coded or none."""
+    """Both views' weights ``[out_features, in_features]`` of the same calls, packed as :func:`pack` does, which raises
+    the same: CUDA's kernels want both coded or none.
+    """
     views = pack(weight), pack(weight_diff)
     if views[0].impl == "cuda" and views[0].coded != views[1].coded:
         return pack(weight, may_code=False), pack(weight_diff, may_code=False)
@@ -63,9 +65,9 @@ def pack(
 ) -> PackedWeight:
     """Pack ``weight`` ``[out_features, in_features]`` for the implementation chosen for its device and dtype.
 
-    ``gate_up`` says that the first half of the rows are gates and the second half ups; ``may_code``, that it may be in
-    12 bits an element where that pays. On CUDA the kernels read weights ahead of their turn in the stream: an ordinary
-    kernel, a copy or a synchronisation must come between packing and the first of this project's kernels.
+    ``gate_up`` says that the first half of the rows are gates and the second half ups. On CUDA the kernels read weights
+    ahead of their turn in the stream: an ordinary kernel, a copy or a synchronisation must come between packing and the
+    first of this project's kernels; without ``may_code`` none is in 12 bits an element there.
 
     Raises:
         ValueError: ``impl`` does not take the weight's dtype, or gates and ups differ in number.
@@ -78,7 +80,7 @@ def pack(
         raise ValueError(f"row_linear: out_features of gate and up must be even, got {out_features}")
     coded = False
     if impl == "cpu":
-        data, coded = _pack_cpu(weight, gate_up, may_code)
+        data, coded = _pack_cpu(weight, gate_up)
         partials = -(-out_features // CPU_ARGMAX_TILE)
     elif impl == "cuda" and weight.dtype is torch.float32:
         data, partials = weight.contiguous(), -(-out_features // CUDA_F32_ARGMAX_TILE)
@@ -89,7 +91,7 @@ def pack(
     return PackedWeight(data, out_features, in_features, impl, gate_up, partials, coded)
 
 
-def _pack_cpu(weight, gate_up, may_code) -> tuple[torch.Tensor, bool]:
+def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
     """The packed weight, and whether it is coded."""
     in_features, per_word = weight.shape[1], 4 // weight.element_size()
     rows = weight.reshape(2 if gate_up else 1, -1, in_features)
@@ -100,8 +102,7 @@ def _pack_cpu(weight, gate_up, may_code) -> tuple[torch.Tensor, bool]:
     words = rows.contiguous().view(torch.int32).unflatten(1, (-1, height))
     strips = words.permute(1, 3, 0, 2)
     # Steps over two inputs are coded in pairs.
-    may_code &= weight.dtype is torch.bfloat16 and in_features % 4 == 0
-    if may_code and (cpu := dispatch.native().cpu).takes_coded_weights():
+    if weight.dtype is torch.bfloat16 and in_features % 4 == 0 and (cpu := dispatch.native().cpu).takes_coded_weights():
         strips = strips.contiguous()
         cpu.set_num_threads(torch.get_num_threads())
         encoder = cpu.WeightEncoder(strips.data_ptr(), *strips.shape[:2])

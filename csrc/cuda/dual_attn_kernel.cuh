@@ -90,8 +90,9 @@ constexpr int kMergeThreads = 32;
 // shared memory, so that many are in flight at once: a trip to L2 takes as long as all their sums.
 template <int kHeadDim>
 __global__ void __launch_bounds__(kMergeThreads) dual_attn_merge_kernel(const __grid_constant__ DualAttnLaunch a) {
-  // 40,960 tokens take 69 results at most: three trips. An SM has 8 of these CTAs, of 14 KB each with the system's 1,
-  // where 32 rows have 32 heads: with larger ones a row_linear behind them, of 113 KB, would have to wait for some.
+  // 40,960 tokens take 69 results at most: three trips. An SM has 8 of these CTAs, of 14 KB each, 1 KB of it the
+  // system's, where 32 rows have 32 heads: with larger ones a row_linear behind them, of 113 KB, would have to wait for
+  // some.
   constexpr int kAtOnce = 24;
   constexpr int kChunks = kHeadDim / 4;  // of 16 bytes
   constexpr int kPairs = kHeadDim / 64;  // of a lane

@@ -48,8 +48,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kTokens / 2], const uint8_
 // before this one is released. In decode a stage is worth more as room for the next load.
 template <int kTokens, bool kPrefill>
 __device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Ring<kTokens, false>& ring,
-                                            Cursor& cursor, int length, int group, const RowLinearArgs&, int,
-                                            bool) {
+                                            Cursor& cursor, int length, int group, const void*, bool) {
   using namespace sm90;
   const bool releases = threadIdx.x % 32 == 0;
   int previous = 0;
@@ -76,12 +75,12 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Rin
   pin(acc);
 }
 
-// The same over coded weights. The next stage's codes come to registers during this one's products: in a CTA of one
-// group nobody else would hide that. `exists`: the group has a block; else its sums are anything.
+// The same over coded weights. The next stage's codes come to registers during this one's products, before this one is
+// released: in a CTA of one group nothing else would hide that, and it is worth a stage. `weight`: where its blocks
+// begin. `exists`: the group has a block; else its sums are anything.
 template <int kTokens, bool>
 __device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Ring<kTokens, true>& ring, Cursor& cursor,
-                                            int length, int group, const RowLinearArgs& args, int row_tile,
-                                            bool exists) {
+                                            int length, int group, const void* weight, bool exists) {
   using namespace sm90;
   const auto block = [&] { return reinterpret_cast<const CodedBlock*>(ring.weight(cursor.stage, group)); };
   CodedPart part{};
@@ -97,7 +96,7 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Rin
   for (int i = 0; i < length; ++i) {
     const uint64_t b = matrix_descriptor(ring.x(cursor.stage));
     uint32_t a[kBlock / 16][4];
-    decode(a, part, *block(), args.weight_of(row_tile));
+    decode(a, part, *block(), weight);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kBlock / 16; ++k)
@@ -130,7 +129,7 @@ __device__ void consume_decode(const RowLinearArgs& args, const Ring<kTokens, kC
       const int tile = (walk.begin + offset) / plan.k_blocks;
       const int kb = (walk.begin + offset) % plan.k_blocks;
       const int length = min(plan.k_blocks - kb, walk.length - offset);
-      sum_segment<kTokens, false>(acc, ring, cursor, length, group, args, row_tile, true);
+      sum_segment<kTokens, false>(acc, ring, cursor, length, group, args.weight_of(row_tile), true);
       const int view = args.is_diff(row_tile), rows = row_end - row_begin;
       auto finish = [&](auto sums) {
         finish_block<kTokens>(sums, args, tile * plan.blocks_per_tile + group, row_begin, row_end, group,
@@ -163,7 +162,7 @@ __device__ void consume_prefill(const RowLinearArgs& args, const Ring<kTokens, k
     const bool exists = block < plan.blocks;
     for (int kb = 0; kb < plan.k_blocks;) {
       const int end = plan.segment_end(tile, kb);
-      sum_segment<kTokens, true>(acc, ring, cursor, end - kb, group, args, row_tile, exists);
+      sum_segment<kTokens, true>(acc, ring, cursor, end - kb, group, args.weight_of(row_tile), exists);
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sum[i] = kb == 0 ? acc[i] : sum[i] + acc[i];
       kb = end;

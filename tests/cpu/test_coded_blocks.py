@@ -173,6 +173,8 @@ class TestRowLinear:
 
 
 def test_nobody_codes_unasked(monkeypatch):
+    monkeypatch.delenv("ORTHRUS_CUDA_CODED", raising=False)
+    assert not weights.codes_for_cuda()
     for value in ("", "0"):
         monkeypatch.setenv("ORTHRUS_CUDA_CODED", value)
         assert not weights.codes_for_cuda()

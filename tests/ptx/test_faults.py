@@ -76,6 +76,7 @@ FAULTS = {  # kernel, what is wrong with it: which lines, and what takes their p
     ("sm90-row_linear", "an order within a CTA alone"): (r"(atom\S*\.acq_rel)\.gpu", r"\1.cta"),
     ("sm90-coded", "no wait for copies"): (r"mbarrier\.try_wait[^;]*;", "setp.eq.u32 done, 0, 0;"),
     ("sm90-coded", "no wait for products"): (r"wgmma\.wait_group[^;]*;", GONE),
+    ("sm90-coded", "no fence of products"): (r"wgmma\.fence[^;]*;", GONE),
     ("sm90-coded", "swapped registers"): (r"(wgmma\.mma_async[^}]*\},\s*)\{(%r\d+), (%r\d+)", r"\1{\3, \2"),
     ("sm90-coded", "another order of bytes"): (r"\b20800\b", "20816"),
     ("sm90-coded", "a wait for fewer products"): (r"(wgmma\.wait_group\S*\s+)(\d)", r"\g<1>1\2"),
