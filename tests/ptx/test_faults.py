@@ -46,7 +46,7 @@ def coded(host):
 
 
 KERNELS = {  # name: part of the mangled one, and who calls it
-    "sm80-row_linear": ("row_linear_mmaILi16ELb0ELi1E", row_linear),
+    "sm80-row_linear": ("row_linear_mmaILi16ELb0ELi1ELb0E", row_linear),
     "sm90-row_linear": ("row_linear_sm90ILi16ELb0ELb0E", row_linear),
     "sm90-prefill": ("row_linear_sm90ILi128ELb1ELb0E", prefill),
     "sm90-coded": ("row_linear_sm90ILi16ELb0ELb1E", coded),
