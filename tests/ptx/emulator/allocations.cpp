@@ -1,5 +1,5 @@
-// The bounds of torch's CPU tensors, those of tests/sparse.py too: this library is loaded before all others and sees the
-// calls that allocate them.
+// The bounds of torch's CPU tensors, those of tests/sparse.py too: this library is loaded before all others and sees
+// the calls that allocate them.
 #include <dlfcn.h>
 #include <sys/mman.h>
 
