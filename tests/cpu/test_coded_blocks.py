@@ -1,14 +1,15 @@
 """bf16 weights in 12 bits for the CUDA kernels: every bit comes back, in the format and in row_linear."""
 
 import ctypes
+import importlib.util
 
 import numpy as np
 import pytest
 import torch
 
-from orthrus_rt import coded_blocks, native, ops, room, weights
-from orthrus_rt.checkpoint import load_config
-from orthrus_rt.weights import pack, pack_views
+from orthrus_rt import coded_blocks, embedded, native, ops, room, weights
+from orthrus_rt.checkpoint import load, load_config
+from orthrus_rt.weights import _cuda_blocks, pack, pack_views
 from tests import checkpoints
 from tests.cpu import test_row_linear_on_host as rl
 from tests.cpu.test_coded_weight import with_exponents
@@ -94,6 +95,18 @@ def test_size():
     weight = torch.randn(640, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
     coded = coded_blocks.encode(weight.view(16, 10, 64, 64))
     assert 0 <= coded.numel() - 160 * BYTES <= 16 and coded.numel() < 0.76 * weight.nbytes
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec(embedded.GGUF_PACKAGE) is None, reason=f"needs {embedded.WHEEL}")
+def test_exceptions_of_the_embedded_model():
+    """What csrc/cuda/coded_block.cuh says of them."""
+    matrices = [tensor.bfloat16() for tensor in load("smollm2-135m").tensors.values() if tensor.dim() == 2]
+    coded = [coded_blocks.encode(_cuda_blocks(matrix, gate_up=False)) for matrix in matrices]
+    blocks = [data[: data.numel() // BYTES * BYTES].view(-1, BYTES) for data in coded]
+    count = torch.cat([part[:, 8:12].contiguous().view(torch.int32)[:, 0] for part in blocks])
+    assert 3.5e-5 < count.sum() / (4096 * len(count)) < 4.5e-5
+    assert 0.935 < (count == 0).float().mean() < 0.945
 
 
 def test_weights_with_too_many_exceptions_stay_plain(host, monkeypatch):
