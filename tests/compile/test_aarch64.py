@@ -1,25 +1,58 @@
-"""The CPU half compiles for AArch64, without a warning."""
+"""Both halves compile for AArch64, without a warning: GH200 and GB200 have such hosts."""
 
+import re
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 
+import pybind11
 import pytest
 
 from tests import variants
+from tests.compile import cubins
+
+TO_NOWHERE = ["-O0", "-Wall", "-Wextra", "-Werror", "-c", "-o", "/dev/null"]
 
 
-def test_the_cpu_half():
-    if (compiler := variants.compiler(for_aarch64=True)) is None:
-        pytest.skip(f"no compiler: {variants.EMULATED}")
-    to_nowhere = ["-O0", "-Wall", "-Wextra", "-Werror", "-c", "-o", "/dev/null"]
-    to_nowhere += [f"-DORTHRUS_HAS_{isa}" for isa in ("portable", *variants.NEON)]
-    commands = [[compiler, *variants.flags("portable"), *to_nowhere, source] for source in variants.sources()]
-    for isa in ("portable", *variants.NEON):
-        commands.append([compiler, *variants.flags(isa), *to_nowhere, "csrc/cpu/variant.cpp"])
+def compiler() -> str:
+    return variants.compiler(for_aarch64=True) or pytest.skip(f"no compiler: {variants.EMULATED}")
 
+
+def run_all(commands: list[list[str]]) -> None:
     def run(command):
         return subprocess.run(command, cwd=variants.ROOT, capture_output=True, text=True)
 
     with ThreadPoolExecutor(2) as pool:
         for done in pool.map(run, commands):
             assert not done.returncode, done.stderr
+
+
+def toolkit(nvcc: str) -> str:
+    """``-I`` and the toolkit's own headers, which nvcc does not offer another host than its own."""
+    plan = subprocess.run([nvcc, "-dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True)
+    return re.search(r'INCLUDES="(-I[^"]+)"', plan.stderr)[1]
+
+
+def test_the_cpu_half():
+    has = [f"-DORTHRUS_HAS_{isa}" for isa in ("portable", *variants.NEON)]
+    commands = [[compiler(), *variants.flags("portable"), *TO_NOWHERE, *has, s] for s in variants.sources()]
+    for isa in ("portable", *variants.NEON):
+        commands.append([compiler(), *variants.flags(isa), *TO_NOWHERE, "csrc/cpu/variant.cpp"])
+    run_all(commands)
+
+
+def test_the_cuda_half():
+    """Launchers and bindings; of the kernels their PTX alone, which no host changes."""
+    if (nvcc := cubins.nvcc()) is None:
+        pytest.skip("no nvcc")
+    flags = ["-std=c++17", f"-I{variants.ROOT}/csrc/include", toolkit(nvcc), "-arch=compute_90a"]
+    to_nowhere = ["-Xcompiler=-O0,-Wall,-Wextra,-Werror", "-c", "-o", "/dev/null"]
+    commands = [[nvcc, "-ccbin", compiler(), *flags, *to_nowhere, s] for s in variants.listed("CUDA_SOURCES")]
+    python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    defined = [
+        "-DORTHRUS_WITH_CUDA",
+        *(f'-DORTHRUS_{name}=""' for name in ("CUDA_ARCHS", "CUDA_VERSION", "CXX_COMPILER")),
+    ]
+    for source in ("csrc/bindings.cpp", "csrc/struct_class.cpp"):
+        commands.append([compiler(), *variants.flags("portable"), *python, *defined, *TO_NOWHERE, source])
+    run_all(commands)
