@@ -89,7 +89,8 @@ def unavailable(impl: str, op: str, device: torch.device, dtype: torch.dtype) ->
     if impl == "cuda":
         archs, (major, minor) = native().build_info()["cuda_archs"], torch.cuda.get_device_capability(device)
         if not runs_on(archs, (major, minor)):
-            return f"the native module was built for {archs}, not for compute capability {major}.{minor}"
+            built = f"the native module was built for {archs}, not for compute capability {major}.{minor}"
+            return built + (f" (ORTHRUS_CUDA_ARCHS={major}{minor}-real builds for it)" if major >= 8 else "")
         with device_scope(device):
             if native().cuda.isa() == "none":
                 version = native().build_info()["cuda_version"]
