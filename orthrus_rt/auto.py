@@ -8,19 +8,26 @@ so the first request never waits for measurements.
 
 from __future__ import annotations
 
+import functools
 import logging
 import statistics
 import warnings
+from collections.abc import Callable
 
 import torch
 
+from orthrus_rt import dispatch
 from orthrus_rt.cache_folder import NoCacheFolder, cache_root
+from orthrus_rt.config import ModelConfig
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_buckets
 from orthrus_rt.dry_run import dry_cycles, most_context
+from orthrus_rt.info import device_facts, version
+from orthrus_rt.model import Model
 from orthrus_rt.pages import PAGE_SIZE
 from orthrus_rt.pass_costs import PassCosts, cache_file
 from orthrus_rt.policy import Policy, candidate_plans
+from orthrus_rt.sizes import Sizes
 from orthrus_rt.stopwatch import Stopwatch
 from orthrus_rt.timing import SLEEP_CYCLES
 
@@ -37,21 +44,21 @@ class Auto:
     Args:
         plan: its block_len is the longest that may run; its fan_out the only one, or 0 for several.
         num_slots: the engine's largest batch. device: where cycles run.
-        identity: whatever else decides what a cycle costs: model, dtype, implementation, threads, version.
+        identity: returns whatever else decides now what a cycle costs: :func:`cost_identity`.
 
     Attributes:
         known: costs are a warm-up's, this one's or a kept one's.
     """
 
-    def __init__(self, plan: CyclePlan, num_slots: int, device: torch.device, identity: str):
-        self.plan, self._device, self._num_slots, self._key = plan, device, num_slots, ""
-        self._buckets = batch_buckets(num_slots)
-        self._begin(identity)
+    def __init__(self, plan: CyclePlan, num_slots: int, device: torch.device, identity: Callable[[], str]):
+        self.plan, self._device, self._num_slots, self._identity = plan, device, num_slots, identity
+        self._key, self._buckets = "", batch_buckets(num_slots)
+        self._begin()
 
-    def _begin(self, identity: str) -> None:
+    def _begin(self) -> None:
         """Anew, with kept costs of this identity, unless it has begun with that."""
         plans = candidate_plans(self.plan.block_len, self.plan.fan_out)
-        key = f"{identity} | {self._num_slots} slots | {' '.join(p.label for p in plans)}"
+        key = f"{self._identity()} | {self._num_slots} slots | {' '.join(p.label for p in plans)}"
         if key == self._key:
             return
         costs = PassCosts(RIDGE_ROWS[self._device.type])
@@ -87,7 +94,7 @@ class Auto:
         """
         from tqdm import tqdm
 
-        self._begin(engine._identity())  # torch may have another number of threads by now
+        self._begin()  # torch may have another number of threads by now
         with tqdm(total=len(self.shapes()), desc="warm-up", unit="cycle", disable=not progress) as bar:
             for slots in self._buckets:
                 self._warm(engine, slots, bar)
@@ -139,3 +146,38 @@ class Auto:
             torch.cuda.synchronize(self._device)
         stopwatch.settle()
         return stretch.seconds
+
+
+class Autos(dict[CyclePlan, Auto]):
+    """The policies of an engine: of every plan of mode ``auto`` that it was asked for."""
+
+    def __init__(self, model: Model, sizes: Sizes):
+        self._num_slots, self._device = sizes.max_batch_size, model.device
+        context = min(CONTEXT, sizes.max_seq_len, sizes.num_pages // sizes.max_batch_size * PAGE_SIZE)
+        self.identity = functools.partial(
+            cost_identity, model.config, model.device, model.dtype, model.nbytes(), context
+        )
+
+    def shapes(self, plan: CyclePlan) -> list[tuple[CyclePlan, int]]:
+        """``(plan, slots)`` of every cycle that may run under ``plan``."""
+        if plan.mode != "auto":
+            return [(plan, self._num_slots)]
+        if plan not in self:
+            self[plan] = Auto(plan, self._num_slots, self._device, self.identity)
+        return self[plan].shapes()
+
+    def forget_pending(self) -> None:
+        """No result of a cycle that was launched will come."""
+        for auto in self.values():
+            auto.policy.forget_pending()
+
+
+def cost_identity(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, nbytes: dict[str, int], context: int
+) -> str:
+    """What a cycle's cost depends on, beside its plan and batch; ``context``: tokens that a full batch is timed at."""
+    c = config
+    sizes = (c.name, c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size, dtype, nbytes)
+    ops = (f"{op} {dispatch.select(op, device, dtype)}" for op in dispatch.OPS)
+    facts = (version("orthrus-rt"), *sizes, *device_facts(device).values(), *ops, f"{context} tokens")
+    return " | ".join(map(str, facts))

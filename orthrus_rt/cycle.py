@@ -59,8 +59,7 @@ def _pass(
     """A pass whose choices are ``scored`` from logits, or else the head's own partial maxima; ``shape`` is that of the
     prompts in it, if any.
     """
-    whole = model.config.block_len
-    length = {st.NEXT_AR: 1, st.NEXT_DRAFT: plan.draft_rows(whole)}.get(kind, plan.block_len)
+    length = {st.NEXT_AR: 1, st.NEXT_DRAFT: plan.draft_rows(model.config.block_len)}.get(kind, plan.block_len)
     blocks = {st.NEXT_DRAFT: 1, st.NEXT_ONE_PASS: plan.fan_out}.get(kind, 0)
     verifies = 0 if kind == st.NEXT_DRAFT else 1
     layout = Layout(slots * verifies, length, slots * blocks, length)
@@ -209,7 +208,7 @@ class Cycle(Recorded):
         """
         if self.prompts is not None:
             return self.run_again()
-        if self.recorded:
-            return self.replay()
+        if self.settled:
+            return self.run_settled()
         self.run_eager()
         self.record()

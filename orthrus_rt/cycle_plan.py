@@ -33,13 +33,13 @@ class CyclePlan(NamedTuple):
     def num_passes(self) -> int:
         return 2 if self.mode == "two_pass" else 1
 
-    def draft_rows(self, whole: int) -> int:
-        """Diffusion rows of a ``two_pass`` draft, where the checkpoint's blocks have ``whole``.
+    def draft_rows(self, checkpoint_block_len: int) -> int:
+        """Diffusion rows of a ``two_pass`` draft, where the checkpoint's blocks have ``checkpoint_block_len``.
 
         The last row of a block predicts beyond it. A whole block has it, as published; a shorter one does without: it
         would cost a row, and the embedded model's drafts are as good (within about 1% of the tokens per cycle).
         """
-        return self.block_len - (self.block_len < whole)
+        return self.block_len - (self.block_len < checkpoint_block_len)
 
     @property
     def max_rows(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from orthrus_rt import state as st
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import CyclePlan, batch_bucket
-from orthrus_rt.exclusive import whole
+from orthrus_rt.exclusive import torn_if_cut
 from orthrus_rt.kv import OutOfPages
 
 DRAFT_PROB = [0.8, 0.1, 0.05]  # of a draft and its runners-up
@@ -58,7 +58,7 @@ def dry_cycles(engine, plans: list[CyclePlan], slots: int, context: int) -> Iter
         state.finish[:slots] = st.RUNNING
         return runner.cycle(plan, slots)
 
-    with whole(engine):
+    with torn_if_cut(engine):
         engine._collect(0)  # what is under way belongs to requests that have ended: read it first
         runner.make_room([(plan, batch_bucket(slots, runner.num_slots)) for plan in plans])
         before = [tensor.clone() for tensor in vars(state).values()]

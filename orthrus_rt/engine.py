@@ -17,8 +17,8 @@ import torch
 
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import dispatch
-from orthrus_rt.auto import CONTEXT, Auto
-from orthrus_rt.cycle_plan import CyclePlan, batch_buckets, cycle_plan, integer, most_hypotheses
+from orthrus_rt.auto import Autos
+from orthrus_rt.cycle_plan import batch_buckets
 from orthrus_rt.device import (
     DTYPES,
     claim,
@@ -30,16 +30,14 @@ from orthrus_rt.device import (
     stream_of,
     with_index,
 )
-from orthrus_rt.exclusive import Turn, exclusive, whole
+from orthrus_rt.exclusive import Turn, exclusive, torn_if_cut
 from orthrus_rt.generation import Generation
-from orthrus_rt.info import device_facts, version
 from orthrus_rt.memory import memory_report, naming_the_knobs
 from orthrus_rt.metrics import Metrics
 from orthrus_rt.model import Model
 from orthrus_rt.outbox import Outbox
 from orthrus_rt.outputs import RequestOutput
-from orthrus_rt.pages import PAGE_SIZE
-from orthrus_rt.request import MAX_STOP_TOKEN_IDS, Request, TokenIds, check_prompt, make_request, on_host
+from orthrus_rt.request import MAX_STOP_TOKEN_IDS, TokenIds, check_prompt, on_host
 from orthrus_rt.room import check_cache
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
@@ -90,21 +88,20 @@ class Engine(Generation):
             raise ValueError(f"prefix_caching must be True or False, got {prefix_caching!r}")
         self.turn, self.closed, self.torn, self.dropped = Turn(), False, False, deque()
         self.config, self.max_seq_len = config, sizes.max_seq_len
-        self._pages_per_slot = sizes.num_pages // sizes.max_batch_size
         self.checkpoint, self._tokenizer = checkpoint, None
         self.device = with_index(device)
         self.cuda_stream = stream_of(self.device)
         self.mode, self.draft_len, self.fan_out = mode, draft_len, fan_out
         self._plan = self._default_plan = self.make_plan(fan_out=fan_out)
-        self._autos: dict[CyclePlan, Auto] = {}
         self.outbox, self.metrics = Outbox(), Metrics(self)
         claim(self.device, self)
         try:
             with scope(self.device, self.cuda_stream), naming_the_knobs(f"making an engine of {sizes}"):
                 self.model = Model(checkpoint, device=self.device, dtype=dtype, max_seq_len=sizes.max_seq_len)
+                self._autos = Autos(self.model, sizes)
                 self.runner = Runner(
                     self.model, num_slots=sizes.max_batch_size, max_seq_len=sizes.max_seq_len,
-                    shapes=self._shapes(self._default_plan, sizes.max_batch_size), num_pages=sizes.num_pages,
+                    shapes=self._autos.shapes(self._default_plan), num_pages=sizes.num_pages,
                     max_stop_ids=len(config.eos_token_ids) + MAX_STOP_TOKEN_IDS,
                 )  # fmt: skip
             if prefix_caching and not dispatch.row_invariant(self.device, dtype):
@@ -191,32 +188,6 @@ class Engine(Generation):
                 self._tokenizer = self.checkpoint.load_tokenizer()
             return self._tokenizer
 
-    def make_plan(self, mode: str | None = None, draft_len: int | None = None, fan_out: int | None = None) -> CyclePlan:
-        """The cycles to run; what is None is the engine's own."""
-        mode = self.mode if mode is None else mode
-        draft_len = self.draft_len if draft_len is None else draft_len
-        draft_len = self.config.block_len - 1 if draft_len is None else integer("draft_len", draft_len)
-        if fan_out is None and self.fan_out is not None:
-            fan_out = max(1, min(self.fan_out, most_hypotheses(draft_len)))
-        return cycle_plan(mode, draft_len, fan_out, self.config)
-
-    def _shapes(self, plan: CyclePlan, num_slots: int) -> list[tuple[CyclePlan, int]]:
-        """``(plan, slots)`` of every cycle that may run under ``plan``."""
-        if plan.mode != "auto":
-            return [(plan, num_slots)]
-        if plan not in self._autos:
-            self._autos[plan] = Auto(plan, num_slots, self.device, self._identity())
-        return self._autos[plan].shapes()
-
-    def _identity(self) -> str:
-        """What a cycle's cost depends on, beside its plan and batch."""
-        c, dtype = self.config, self.model.dtype
-        sizes = (c.name, c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size, dtype, self.model.nbytes())
-        ops = (f"{op} {dispatch.select(op, self.device, dtype)}" for op in dispatch.OPS)
-        timed_at = f"{min(CONTEXT, self.max_seq_len, self._pages_per_slot * PAGE_SIZE)} tokens"  # of a full batch
-        facts = (version("orthrus-rt"), *sizes, *device_facts(self.device).values(), *ops, timed_at)
-        return " | ".join(map(str, facts))
-
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict | None:
         """What ``mode="auto"`` goes by, for a batch of this size, ``greedy`` if none of it samples: see
         :meth:`Policy.explain`. None while it is not on. For the thread that uses the engine.
@@ -224,29 +195,6 @@ class Engine(Generation):
         self._check_open()
         auto = self._autos.get(self._plan)
         return auto.policy.explain(batch_size, greedy) if auto else None
-
-    def _plan_to_join(self) -> CyclePlan:
-        """The plan of what runs, or the engine's own if nothing does that is not to be aborted."""
-        over = {request for requests in tuple(self.dropped) for request in requests}
-        idle = self._idle() or (over and over.issuperset(self.scheduler.unfinished))
-        return self._default_plan if idle else self._plan
-
-    def _check_open(self) -> None:
-        if self.closed:
-            raise RuntimeError("this engine is closed")
-
-    def _make_request(
-        self, prompt_ids, params: SamplingParams | None, plan: CyclePlan | None, request_id=None, name="prompt_ids"
-    ) -> Request:
-        self._check_open()
-        params = SamplingParams() if params is None else params
-        request = make_request(prompt_ids, params, request_id, self.config, self.max_seq_len, name)
-        self._check_acceptance(request, plan or self._plan_to_join())
-        return request
-
-    def _check_acceptance(self, request: Request, plan: CyclePlan) -> None:
-        if request.rejection and plan.mode not in ("two_pass", "auto"):
-            raise ValueError(f"acceptance='rejection' belongs to mode two_pass alone, got mode {plan.mode!r}")
 
     def check(
         self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None
@@ -286,7 +234,7 @@ class Engine(Generation):
         request = self._make_request(prompt_ids, params, self._plan, request_id)
         if request.request_id in self.outbox:
             raise ValueError(f"request_id must be unused, got {request.request_id!r} twice")
-        with whole(self):
+        with torn_if_cut(self):
             self.outbox.add(request)
             self.scheduler.enqueue(request)
         return request.request_id
@@ -330,7 +278,7 @@ class Engine(Generation):
     @exclusive
     def _abort_named(self, request_id: str) -> None:
         if request := self.outbox.get(request_id):
-            with whole(self):
+            with torn_if_cut(self):
                 self._abort(request)
 
     def has_unfinished(self) -> bool:
@@ -414,7 +362,7 @@ class Engine(Generation):
         ids = check_prompt(token_ids, self.config.vocab_size, sys.maxsize, "token_ids")
         if len(ids) > self.max_seq_len:
             raise ValueError(f"token_ids must hold at most max_seq_len ({self.max_seq_len}) tokens, got {len(ids)}")
-        with whole(self):
+        with torn_if_cut(self):
             logits = self.runner.next_logits(ids)
             with torch.inference_mode(False):
                 logits = logits.clone()  # the caller's, to change or to differentiate through

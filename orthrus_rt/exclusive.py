@@ -7,16 +7,12 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator, Sized
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
 from orthrus_rt.device import scope
-
-Engine = TypeVar("Engine")
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Taken(RuntimeError):
@@ -75,6 +71,26 @@ def _runs(frame) -> bool:
     return caller is not None
 
 
+class Guarded(Protocol):
+    """What an engine has for :func:`exclusive` and :func:`torn_if_cut`."""
+
+    turn: Turn
+    closed: bool
+    device: torch.device
+    cuda_stream: torch.cuda.Stream | None
+    torn: bool  # a call was cut short: _recover() before the next
+    dropped: Sized  # if any, _abort_dropped() before the next call
+
+    def _recover(self) -> None: ...
+
+    def _abort_dropped(self) -> None: ...
+
+
+Engine = TypeVar("Engine", bound=Guarded)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
 def exclusive(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatenate[Engine, P], R]:
     """Decorator of an engine's method: alone, on the engine's device and stream, and never after ``close()``.
 
@@ -97,7 +113,7 @@ def exclusive(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatena
 
 
 @contextlib.contextmanager
-def whole(engine):
+def torn_if_cut(engine: Guarded) -> Iterator[None]:
     """Whatever is cut short in here leaves the engine ``torn``: its next call then recovers first."""
     engine.torn = True
     yield

@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from typing import overload
 
-from orthrus_rt.cycle_plan import CyclePlan
-from orthrus_rt.exclusive import Taken, exclusive, whole
+from orthrus_rt.cycle_plan import CyclePlan, cycle_plan, integer, most_hypotheses
+from orthrus_rt.exclusive import Taken, exclusive, torn_if_cut
 from orthrus_rt.outputs import GenerationOutput, RequestOutput
-from orthrus_rt.request import Request, TokenIds
+from orthrus_rt.request import Request, TokenIds, make_request
 from orthrus_rt.rounds import Rounds
 from orthrus_rt.sampling import SamplingParams
 
@@ -19,6 +19,12 @@ from orthrus_rt.sampling import SamplingParams
 class Generation(Rounds):
     """``generate`` and ``stream``: rounds until some requests are through."""
 
+    mode: str  # this and the next two: of calls that name none
+    draft_len: int | None
+    fan_out: int | None
+    max_seq_len: int
+    _default_plan: CyclePlan
+    closed: bool
     dropped: deque[list[Request]]  # of calls and streams that are over: what has not ended is to be aborted
 
     @overload
@@ -89,6 +95,38 @@ class Generation(Rounds):
         plan = self._asked_plan(mode, draft_len, fan_out)
         return self._stream(self._make_request(prompt_ids, params, plan), plan)
 
+    def make_plan(self, mode: str | None = None, draft_len: int | None = None, fan_out: int | None = None) -> CyclePlan:
+        """The cycles to run; what is None is the engine's own."""
+        mode = self.mode if mode is None else mode
+        draft_len = self.draft_len if draft_len is None else draft_len
+        draft_len = self.config.block_len - 1 if draft_len is None else integer("draft_len", draft_len)
+        if fan_out is None and self.fan_out is not None:
+            fan_out = max(1, min(self.fan_out, most_hypotheses(draft_len)))
+        return cycle_plan(mode, draft_len, fan_out, self.config)
+
+    def _plan_to_join(self) -> CyclePlan:
+        """The plan of what runs, or the engine's own if nothing does that is not to be aborted."""
+        over = {request for requests in tuple(self.dropped) for request in requests}
+        idle = self._idle() or (over and over.issuperset(self.scheduler.unfinished))
+        return self._default_plan if idle else self._plan
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RuntimeError("this engine is closed")
+
+    def _make_request(
+        self, prompt_ids, params: SamplingParams | None, plan: CyclePlan | None, request_id=None, name="prompt_ids"
+    ) -> Request:
+        self._check_open()
+        params = SamplingParams() if params is None else params
+        request = make_request(prompt_ids, params, request_id, self.config, self.max_seq_len, name)
+        self._check_acceptance(request, plan or self._plan_to_join())
+        return request
+
+    def _check_acceptance(self, request: Request, plan: CyclePlan) -> None:
+        if request.rejection and plan.mode not in ("two_pass", "auto"):
+            raise ValueError(f"acceptance='rejection' belongs to mode two_pass alone, got mode {plan.mode!r}")
+
     def _asked_plan(self, mode, draft_len, fan_out) -> CyclePlan | None:
         """None if none of them is given: then the plan is that of what runs."""
         return self.make_plan(mode, draft_len, fan_out) if (mode, draft_len, fan_out) != (None, None, None) else None
@@ -135,12 +173,12 @@ class Generation(Rounds):
         for request in requests:
             self._check_acceptance(request, plan)  # again: what runs may have changed since it was made
         if self._idle():
-            self.runner.make_room(self._shapes(plan, self.scheduler.num_slots))
+            self.runner.make_room(self._autos.shapes(plan))
             self._plan = plan
         elif plan != self._plan:
             now = self._plan
             raise RuntimeError(f"the mode cannot change while requests run (now {now.label}, asked {plan.label})")
-        with whole(self):
+        with torn_if_cut(self):
             for request in requests:
                 self.scheduler.enqueue(request)
 
@@ -155,7 +193,7 @@ class Generation(Rounds):
     def _abort_dropped(self) -> None:
         """End what calls and streams that are over have left; for whoever has the turn."""
         while self.dropped:
-            with whole(self):
+            with torn_if_cut(self):
                 for request in self.dropped[0]:
                     if request.arrival >= 0:  # else it was never queued
                         self._abort(request)

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import torch
 
 from orthrus_rt import state as st
-from orthrus_rt.auto import Auto
+from orthrus_rt.auto import Autos
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.cycle_plan import CyclePlan
-from orthrus_rt.exclusive import whole
+from orthrus_rt.exclusive import torn_if_cut
 from orthrus_rt.kv import OutOfPages
 from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.metrics import Metrics
@@ -45,7 +45,7 @@ class Rounds:
     outbox: Outbox
     torn: bool  # something was cut short: _recover() first
     _plan: CyclePlan  # of the batch that runs
-    _autos: dict[CyclePlan, Auto]
+    _autos: Autos
 
     def _abort(self, request: Request, reason: str = "abort") -> None:
         if request.finish_reason is None:
@@ -88,7 +88,7 @@ class Rounds:
         """One round: a cycle for those that decode and prompts into the cache, in one if they can be; then read what
         has arrived.
         """
-        with self._naming_who_runs(), contextlib.suppress(RequestFailed), whole(self), self.metrics.busy():
+        with self._naming_who_runs(), contextlib.suppress(RequestFailed), torn_if_cut(self), self.metrics.busy():
             before = self.runner.num_posted
             self._launch(self._ready(), before)
             self._collect_but(before)
@@ -232,8 +232,7 @@ class Rounds:
 
     def _forget_flights(self) -> None:
         self.runner.flights.clear()
-        for auto in self._autos.values():
-            auto.policy.forget_pending()
+        self._autos.forget_pending()
 
     def _recover(self) -> None:
         """After a fault, wherever it struck: start again from the tokens that the host knows, and nothing else."""

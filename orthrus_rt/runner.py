@@ -212,7 +212,7 @@ class Runner:
         prompts = Prompts(chunks)
         this = self._prefill_pass(prompts.shape(self._sampling(prompts.choosing) is not None))
         this.prompts.load(prompts.laid, prompts.picked)
-        with self.stopwatch.time("recording" if this.records else "prefill"):
+        with self.stopwatch.time("recording" if this.due_to_record else "prefill"):
             this.run()
         self._take_prompts(prompts, self._score(prompts.choosing, this) if prompts.choosing else [])
 
@@ -304,7 +304,7 @@ class Runner:
         shape = prompts.shape(sampling is not None)
         cycle = self.cycle(plan, 1 + max(r.slot for r in requests), sampling, shape)
         cycle.prompts.load(prompts.laid, prompts.picked)
-        with self.stopwatch.time("recording" if cycle.records else "mixed_cycle"):
+        with self.stopwatch.time("recording" if cycle.due_to_record else "mixed_cycle"):
             cycle.run()
         self._post(requests, plan, None, policy)
         value, index = cycle.first_choices

@@ -86,7 +86,7 @@ def check_recordings_without_memory(engine: Engine, jobs: list[Job]) -> None:
     with no_memory_for_recordings(), pytest.warns(UserWarning, match=said) as warned:
         assert tokens() == tokens() == want
     assert len(warned) == len(cycles_of(engine)) and all(cycle.graph_bytes == 0 for cycle in cycles_of(engine))
-    assert all(cycle.recorded and cycle.op_by_op for cycle in cycles_of(engine))
+    assert all(cycle.settled and cycle.op_by_op for cycle in cycles_of(engine))
     engine.runner.drop_cycles()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -153,7 +153,7 @@ def check_a_spoilt_recording(engine: Engine, jobs: list[Job], spoiler: str) -> N
     assert len(failures) == 1 if spoiler in SURE else len(failures) <= 1, failures
     assert all(isinstance(error, KeyboardInterrupt) == (spoiler == "interrupt") for error in failures), failures
     assert struck[1] > before + len(jobs) and len(struck) >= len(cycles_of(engine)) + len(failures)
-    assert len(cycles_of(engine)) > 1 and all(c.recorded and not c.op_by_op for c in cycles_of(engine))
+    assert len(cycles_of(engine)) > 1 and all(c.settled and not c.op_by_op for c in cycles_of(engine))
     torch.rand(1, device=engine.device)
     failed = len(failures)
     assert decoded(failures) == want and len(failures) == failed

@@ -221,7 +221,7 @@ def torch_cuda(card: Card) -> dict:
 
 def install() -> None:
     """From here on this process has the card."""
-    from orthrus_rt import dispatch, native, recording, timing
+    from orthrus_rt import capture, dispatch, native, timing
 
     card, ops, profile = Card(), dispatch.native().cpu, torch.profiler.profile
     for name, value in torch_cuda(card).items():
@@ -231,7 +231,7 @@ def install() -> None:
     timing.read_bandwidth = lambda device: 3000.0  # GB/s
     dispatch.select = lambda op, device, dtype: "cpu"
     ops.takes_coded_weights = lambda: False  # coding makes a tensor without a mark
-    recording._recording_stream = Stream
+    capture._recording_stream = Stream
     native._launch = lambda op, params, device: launch(getattr(ops, op), params)
     card.__enter__()
 

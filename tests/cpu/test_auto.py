@@ -243,9 +243,9 @@ def test_warmup_leaves_out_what_could_not_pay(folder, cache, monkeypatch, per_ro
 def test_few_pages_have_costs_of_their_own(folder):
     """They leave the largest batches less context to be timed at."""
     assert (
-        engine(folder)._identity()
-        == engine(folder, num_pages=64)._identity()
-        != engine(folder, num_pages=7)._identity()
+        engine(folder)._autos.identity()
+        == engine(folder, num_pages=64)._autos.identity()
+        != engine(folder, num_pages=7)._autos.identity()
     )
 
 
@@ -268,10 +268,10 @@ def test_warmup_takes_no_room_of_its_own(folder):
 
 
 def test_costs_belong_to_the_implementation_that_was_timed(folder, monkeypatch):
-    native = engine(folder)._identity()
-    assert engine(folder, dtype="float32")._identity() != native
+    native = engine(folder)._autos.identity()
+    assert engine(folder, dtype="float32")._autos.identity() != native
     monkeypatch.setenv("ORTHRUS_BACKEND", "row_linear=reference")
-    assert engine(folder)._identity() != native
+    assert engine(folder)._autos.identity() != native
 
 
 CONTEXTS = [  # by slots, where two blocks of 8 positions and the pages leave less than 256
@@ -325,7 +325,7 @@ def test_the_policy_is_asked_for_the_slots_that_run_and_by_whether_any_request_s
     """Rejection sampling next to others leaves it nothing to choose."""
     asked = []
     monkeypatch.setattr(Policy, "choose", lambda self, *args: asked.append(args) or AR)
-    auto = Auto(CyclePlan("auto", 8), 4, torch.device("cpu"), "a model")
+    auto = Auto(CyclePlan("auto", 8), 4, torch.device("cpu"), lambda: "a model")
 
     def choose(**requests):
         """Of requests by slot."""
@@ -380,6 +380,6 @@ def test_what_was_never_timed_is_guessed_by_the_kind_of_device():
     """More rows cost a GPU little: its passes wait for the weights."""
     dearer = {}
     for device in ("cpu", "cuda"):
-        costs = Auto(CyclePlan("auto", 8), 4, torch.device(device), "a model").policy.costs
+        costs = Auto(CyclePlan("auto", 8), 4, torch.device(device), lambda: "a model").policy.costs
         dearer[device] = costs.seconds(1, CyclePlan("one_pass", 8, 4)) / costs.seconds(1, AR)
     assert dearer["cpu"] > 2.0 and dearer["cuda"] < 1.2

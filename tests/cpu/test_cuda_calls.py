@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bench import common
-from orthrus_rt import dispatch, native, ops, profile, recording, timing
+from orthrus_rt import capture, dispatch, native, ops, profile, timing
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.device import pick_device, upload, with_index
 from orthrus_rt.engine import Engine
@@ -158,10 +158,10 @@ class Recordings:
 @pytest.fixture
 def recordings(monkeypatch):
     fake = Recordings()
-    recording._recording_stream.cache_clear()
-    monkeypatch.setattr(recording, "_spoilt", [])
-    monkeypatch.setattr(recording, "_generator", lambda device: f"ours on {device}")
-    monkeypatch.setattr(recording, "MARKS_GENERATORS", True)  # as in torch before 2.13
+    capture._recording_stream.cache_clear()
+    monkeypatch.setattr(capture, "_spoilt", [])
+    monkeypatch.setattr(capture, "_generator", lambda device: f"ours on {device}")
+    monkeypatch.setattr(capture, "MARKS_GENERATORS", True)  # as in torch before 2.13
     monkeypatch.setattr(dispatch, "select", lambda *_: "cuda")
     monkeypatch.setattr(dispatch, "native", lambda: SimpleNamespace(cuda=fake))
     for name, value in {
@@ -182,7 +182,7 @@ def recordings(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_releasePool", fake.release_pool, raising=False)
     monkeypatch.setattr(Cycle, "run_eager", fake.run_eager)
     yield fake
-    recording._recording_stream.cache_clear()
+    capture._recording_stream.cache_clear()
 
 
 @torch.inference_mode()
@@ -208,7 +208,7 @@ def test_a_cycle_is_recorded_on_its_own_device(recordings):
 
 
 def test_a_torch_that_marks_no_generator_is_left_alone(recordings, monkeypatch):
-    monkeypatch.setattr(recording, "MARKS_GENERATORS", False)
+    monkeypatch.setattr(capture, "MARKS_GENERATORS", False)
     recorded("cuda:0")
     assert recordings.marked == ["the program's"]
 
@@ -229,7 +229,7 @@ def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):
     # Of a capture that did end, the graph itself releases the pool when it goes; of another one it stays.
     did_end = where in ("begin", "run")
     assert not recordings.pools_underway and recordings.pool_users == did_end
-    assert recording._spoilt == [recordings] * (not did_end)
+    assert capture._spoilt == [recordings] * (not did_end)
 
 
 @pytest.mark.parametrize("enabled", (True, False))
@@ -257,7 +257,7 @@ def test_a_driver_without_memory_for_a_graph(recordings, where):
         cycle = recorded("cuda:0")
         cycle.run()
     cycle.run()
-    assert recordings.eager == 2 and recordings.replays == 0 and cycle.recorded
+    assert recordings.eager == 2 and recordings.replays == 0 and cycle.settled
 
 
 def test_a_recording_goes_with_its_last_user(recordings):

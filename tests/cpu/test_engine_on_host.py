@@ -114,7 +114,7 @@ def test_prompts_that_arrive(case, jobs):
         got = arriving(engine, few, every=1)
         assert_same(got, want)
         assert [trace.tokens_per_cycle for trace in got] == [trace.tokens_per_cycle for trace in alone]
-    assert any(known.recorded for known in engine.runner._with_prompts.values() if isinstance(known, Cycle))
+    assert any(known.settled for known in engine.runner._with_prompts.values() if isinstance(known, Cycle))
 
 
 @pytest.mark.full

@@ -58,7 +58,7 @@ def test_whoever_arrives_changes_no_bit(make, mode, records):
             assert lossless.rate(got) == pytest.approx(PINNED[mode], abs=0.01)
     assert count(engine, "mixed_cycle") > 0  # of auto: at all, as which cycles take prompts depends on the clock
     kept = [known for known in engine.runner._with_prompts.values() if isinstance(known, Cycle)]
-    assert any(known.recorded for known in kept) == records
+    assert any(known.settled for known in kept) == records
 
 
 def test_one_cycle_does_both(make):

@@ -71,7 +71,7 @@ def test_padding_and_replays_change_no_bit(make, monkeypatch):
         outs = engine.generate(prompts, params)
         assert [outs[i].token_ids for i in kinds] == [trace.tokens for trace in alone]
         assert outs[-1].token_ids == rejection
-        assert any(known.recorded for known in engine.runner._with_prompts.values())
+        assert any(known.settled for known in engine.runner._with_prompts.values())
 
 
 def test_as_many_choose_as_there_are_slots(make):
@@ -134,11 +134,11 @@ def test_a_pass_that_failed_has_warmed_nothing_up(make, monkeypatch):
         patch.setattr(PrefillPass, "run_eager", lambda _: (_ for _ in ()).throw(RuntimeError("injected")))
         with pytest.raises(RuntimeError, match="injected"):
             engine.generate([1, 2, 3], GREEDY)
-    assert not any(known.recorded for known in engine.runner._with_prompts.values())
+    assert not any(known.settled for known in engine.runner._with_prompts.values())
     engine.generate([1, 2, 3], GREEDY)
-    assert not any(known.recorded for known in engine.runner._with_prompts.values())
+    assert not any(known.settled for known in engine.runner._with_prompts.values())
     engine.generate([1, 2, 3], GREEDY)
-    assert all(known.recorded for known in engine.runner._with_prompts.values())
+    assert all(known.settled for known in engine.runner._with_prompts.values())
 
 
 def test_larger_cycles_drop_what_knew_the_old_buffers(make):

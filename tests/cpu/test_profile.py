@@ -173,7 +173,7 @@ def test_rates_build_no_cycle_by_the_clock(tmp_path, monkeypatch, mode):
     ids = [p.encode(engine.tokenizer) for p in prompts.load("data")[:3]]
     rates._warm(engine, ids, {"mode": mode})
     assert {cycle.state.num_slots for cycle in engine.runner._cycles.values()} == {1, 2, 4}
-    assert all(cycle.recorded for cycle in engine.runner._cycles.values())
+    assert all(cycle.settled for cycle in engine.runner._cycles.values())
     monkeypatch.setattr("orthrus_rt.runner.Cycle", None)  # nothing is built from here on
     params = [SamplingParams(n, ignore_eos=True) for n in (4, 30, 60)]
     assert [len(out.token_ids) for out in engine.generate(ids, params, mode=mode)] == [4, 30, 60]

@@ -111,7 +111,7 @@ def test_replayed_prefills_equal_eager_bit_for_bit(folder):
         for _ in range(4):
             assert_same(decode(engine, batch, params, together=True), want)
     passes = engine.runner._with_prompts.values()
-    assert len(passes) == 2 and all(known.recorded and not known.op_by_op for known in passes)
+    assert len(passes) == 2 and all(known.settled and not known.op_by_op for known in passes)
 
 
 @pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
@@ -125,7 +125,7 @@ def test_prompts_that_arrive_change_no_bit(folder, mode):
         assert_same(got, want)
         assert [trace.tokens_per_cycle for trace in got] == [trace.tokens_per_cycle for trace in want]
     mixed = [known for known in engine.runner._with_prompts.values() if isinstance(known, Cycle)]
-    assert any(known.recorded and not known.op_by_op for known in mixed)
+    assert any(known.settled and not known.op_by_op for known in mixed)
 
 
 def test_an_engine_keeps_to_its_stream(folder):
