@@ -16,11 +16,11 @@ least, under two accounts of time:
   from the plan in use, not of what both depend on) are tried, as long as that has cost less than EXPLORATION of all
   time, measured against the plan in use. A close rival costs little, so its trial is long.
 
-Both bounds are in estimated seconds: they hold for real ones as far as the costs are right. SAFETY and GRANT come to
-3% of 400 tokens, which ``mode="auto"`` promises from there on, and to less beyond: room for costs that are not quite
-right. 4 cycles and 2% would come to as much, leave less to a fresh engine, whose first few drafts may be unlucky, and
-find text that turns easy sooner. AR cycles are timed at the beginning of every batch bucket, and anew at times while
-others run.
+Both bounds are in estimated seconds: they hold for real ones as far as the costs are right. At 400 tokens SAFETY and
+GRANT allow 3% together, which ``mode="auto"`` promises from there on; later they allow less, which leaves room for
+errors in the costs. 2% and 4 cycles would allow as much and find text that turns easy sooner, but leave less to a fresh
+engine, whose first drafts may be unlucky. AR cycles are timed at the beginning of every batch bucket, and anew at times
+while others run.
 
 Hysteresis: another plan replaces the one in use once its predicted savings have added up to SWITCH cycles (a one-sided
 CUSUM), by one look after another: a large gain soon, a small one only if it lasts.

@@ -31,7 +31,8 @@ class Rows:
         group_start: int32 ``[num_groups + 1]``, first row of each group.
         num_rows_ar, num_groups_ar: how many rows and groups are AR (they come first).
         max_group_rows: no group has more rows than this.
-        parts: runs of its rows, if attention is to take one after another: its tiles are as tall as the tallest group.
+        parts: runs of its rows that attention takes in separate calls, lest the tallest group (a prompt's) set the tile
+            height of all; empty for one call.
     """
 
     token: torch.Tensor

@@ -1,4 +1,8 @@
-"""Attention under the mixed mask over paged KV: the portable implementation."""
+"""Attention under the mixed mask over paged KV: the portable implementation.
+
+Online softmax in tiles (FlashAttention-2: Dao, arXiv 2307.08691). The sum is of weights before they are rounded for
+their product with the values.
+"""
 
 import math
 

@@ -283,6 +283,7 @@ def _draw_kernel(
             w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr + slot), quad, chosen, zero + purpose, zero)
             word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
             u = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+            # -ln(1 - u), of full relative precision near 0 too.
             series = u * (1 + u * (0.5 + u * (0.3333333333333333 + u * 0.25)))
             score -= tl.log(tl.where(u < 0.0078125, series, -tl.log(1 - u)))
     score = tl.reshape(tl.where(position >= 0, score, 0.0), (SCORES, SCORE_TILE))

@@ -173,7 +173,7 @@ template <typename T>
 void row_linear(const RowLinearParamsOf<T>& p) {
   if ((p.weight_coded || p.weight_diff_coded) && !takes_coded_weights()) {
     throw std::invalid_argument(std::string("row_linear: weights must be packed for ") + isa() +
-                                ", got such as avx2 and avx512_bf16 take");
+                                ", got 12-bit ones, which avx2 and avx512_bf16 take");
   }
   record_or(p, kernels<T>().row_linear);
 }

@@ -5,7 +5,10 @@
 // row's splits in ascending order. Three ways to the same bits: a CTA folds all splits of its unit in
 // registers (many units: prefill); or every split is a work item of its own and a second kernel folds
 // the partial results (few units: decoding); or a row has one split and nothing is folded.
-// Rounding points: probabilities to bf16 before the product with the values, the output to bf16.
+// Rounding points: probabilities to bf16 before the product with the values (their sum is of the unrounded ones), the
+// output to bf16.
+// Method: online softmax (Milakov, Gimelshein, arXiv 1805.02867) in tiles as in FlashAttention-2 (Dao, arXiv
+// 2307.08691); splits along the keys as in Flash-Decoding (Dao, Haziza, Massa, Sizov 2023), here at fixed positions.
 // Row-invariant, deterministic, graph-safe: the grid depends on host integers alone.
 #include "dual_attn_kernel.cuh"
 #include "orthrus/aligned.h"
@@ -59,7 +62,7 @@ int run(DualAttnLaunch a, void* stream) {
   const int busy = min(a.num_units, a.p.rows.num_rows * a.heads_per_kv / tile_m + a.p.rows.num_groups);
   const int64_t pairs = static_cast<int64_t>(busy) * a.p.kv.num_heads_kv;
   // Groups of several units are prefills, with much to fold; a shorter prompt's last units are empty. Other groups
-  // may differ in length, so that only many of them balance without being split.
+  // may differ in length, so that only many of them balance without being split. (The thresholds are estimates.)
   const bool enough = a.units_per_group > 1 ? 4 * pairs >= 3 * device.num_sms : pairs >= 4 * device.num_sms;
   const int64_t needed = workspace_bytes(a.p.rows.num_rows, a.p.num_heads_q, kHeadDim, a.p.max_seq_len);
   if (enough || a.num_units > kMaxUnits || !a.p.workspace || a.p.workspace_bytes < needed) {

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __gr
       if (threadIdx.x % 32 == 0) note(u, unit);
     }
   } else {
-    // A unit's reads depend on each other, so that one unit after the other would cost microseconds.
+    // A unit's reads depend on each other, so that one unit after the other would cost microseconds (by estimate).
     for (int u = threadIdx.x; u < a.num_units; u += V::kThreads) note(u, attention.read_unit(u, 0, 1));
   }
   __syncthreads();

@@ -4,7 +4,7 @@
 // a multiple of 4; in_features a multiple of 64. MUTATED: out or the partial maxima, all rows, and the workspace. No
 // rows: nothing is launched. fp32 accumulation; one rounding, in the epilogue (none for kLogits).
 // Deterministic, row-invariant, graph-safe: each launch leaves the workspace's counters at zero. One launch per call.
-// The weights must be complete before the kernels ahead of it in the stream start: they are read before those end.
+// The weights must be complete before the preceding kernels of the stream start: they are prefetched while those run.
 // kArgmax: partial p covers the p-th of num_partials runs of whole tiles; ties go to the lowest id, NaN never wins, a
 // run of nothing but NaN gives -inf and its first id.
 // next_weight: for so few rows that the next launch is no prefill either, sm_90a brings its beginning to L2 while this

@@ -52,7 +52,8 @@ __device__ bool leave_partial(const float (&acc)[kTokens / 2], const RowLinearAr
 // kStagingTokens tokens ahead, and later stages them, each thread its own.
 constexpr int kStepSums = kStagingTokens / 2;  // of a thread
 
-// `s`: of the thread's first token and feature.
+// `s`: of the thread's first token, and staged_at() its first feature, below 8 of a warp's 16: the other, 8 further,
+// lies 8 floats further too.
 __device__ __forceinline__ void stage_pairs(float* s, float a, float b, float c, float d) {
   s[0] = a;
   s[kStagingStride] = b;

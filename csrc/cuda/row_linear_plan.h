@@ -9,6 +9,8 @@
 // A tile is one or two blocks tall. The units of all tiles, in order, are cut into `grid` equal
 // ranges; where a cut falls inside a tile its sum is cut there too. The cuts depend on the weight's
 // shape and the device alone, so a row's sum is folded in the same order whatever shares the call.
+// Method: Stream-K (Osama, Merrill, Cecka, Garland, Owens, arXiv 2301.03598), where of a tile's CTAs the last to arrive
+// folds, in k order.
 #pragma once
 #include "orthrus/launch.cuh"
 #include "orthrus/params.h"
@@ -53,7 +55,7 @@ struct RowLinearPlan {
 };
 
 // A cut costs a round trip through L2, so tiles are cut only where whole ones would leave more than
-// this share of the CTAs' time idle, and only where each CTA still gets a few units.
+// this share of the CTAs' time idle, and only where each CTA still gets a few units. (Estimated, as is the next.)
 constexpr double kTolerableIdle = 0.04;
 constexpr int kMinUnits = 6;
 // Taller tiles read x half as often; narrow weights take short ones, cut in fewer pieces.

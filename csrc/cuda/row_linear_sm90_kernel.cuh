@@ -45,7 +45,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kTokens / 2], const uint8_
 }
 
 // acc = the sum over the next `length` stages, from zero. Prefill, which has more arithmetic, begins the next stage's
-// before this one is released. In decode a stage is worth more as room for the next load.
+// before this one is released. In decode a stage is taken to be worth more as room for the next load (not measured).
 template <int kTokens, bool kPrefill>
 __device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Ring<kTokens, false>& ring,
                                             Cursor& cursor, int length, int group, const void*, bool) {

@@ -26,9 +26,9 @@ struct alignas(1024) Shared {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// From a kernel's last load to its successor's first free stage pass several microseconds: more than the stages can
-// absorb at 24 KB per microsecond and SM. So L2 is always filled this much further ahead of them: when the successor
-// starts at last, its reads from L2 catch up while memory goes on.
+// Estimated: several microseconds pass between a kernel's last load and its successor's first free stage, more than the
+// stages hold at 24 KB per microsecond and SM. So L2 is kept filled this far ahead of them: the successor catches up
+// from L2 while memory goes on.
 constexpr int kPrefetchBytes = 96 * 1024;
 __device__ inline int steps_ahead(const RowLinearPlan& plan) {
   return kPrefetchBytes / (plan.blocks_per_tile * plan.block_bytes);

@@ -32,7 +32,7 @@ struct Rows {
 // Positions of a page.
 constexpr int kPageSize = 64;
 
-// One layer's paged KV: page p, head h, slot t, lane d at ((p*num_heads_kv + h)*kPageSize + t)*head_dim + d.
+// One layer's paged KV: page p, head h, position t of the page, dim d at ((p*num_heads_kv + h)*kPageSize + t)*head_dim + d.
 // Nobody reads page 0, the sink: the torch reference writes invalid rows there, native code nowhere.
 template <typename T>
 struct PagedKvOf {
@@ -103,8 +103,8 @@ struct QkvCommitParamsOf {
 using QkvCommitParams = QkvCommitParamsOf<bf16_t>;
 
 // Softmax attention of each row over the keys that rows.h makes visible to it. A row that sees
-// nothing yields zeros. Rounding points: weights e^(score - maximum) before their product with the values,
-// and the output; everything else fp32.
+// nothing yields zeros. Rounding points: weights e^(score - maximum) before their product with the values (on the
+// CPU before their sum too), and the output; everything else fp32.
 template <typename T>
 struct DualAttnParamsOf {
   const T* q;                  // [num_rows, num_heads_q, head_dim]
