@@ -2,9 +2,11 @@
 
 By default acceptance is *coupled*: at every position both views choose under the same Gumbel noise, keyed by seed,
 position and token id, so decoding at temperature > 0 is as lossless as greedy decoding (that is ``process_logits``;
-nothing here is needed). It is the drafter-invariant scheme of Daliri, Musco and Suresh (arXiv 2408.07978). The *rejection* rule is lossless in distribution: accept a draft with probability min(1, p/q), else
-sample from the positive part of p - q; p and q are the AR and diffusion distributions after temperature, top-k, top-p
-and min-p. (Speculative sampling: Leviathan et al. 2023, Chen et al. 2023; arXiv 2605.12825 for this use.)
+nothing here is needed). It is the drafter-invariant scheme of Daliri, Musco and Suresh (arXiv 2408.07978).
+
+The *rejection* rule is lossless in distribution: accept a draft with probability min(1, p/q), else sample from the
+positive part of p - q; p and q are the AR and diffusion distributions after temperature, top-k, top-p and min-p.
+(Speculative sampling: Leviathan et al. 2023, Chen et al. 2023; arXiv 2605.12825 for this use.)
 """
 
 from __future__ import annotations

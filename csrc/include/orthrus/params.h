@@ -32,7 +32,8 @@ struct Rows {
 // Positions of a page.
 constexpr int kPageSize = 64;
 
-// One layer's paged KV: page p, head h, position t of the page, dim d at ((p*num_heads_kv + h)*kPageSize + t)*head_dim + d.
+// One layer's paged KV: page p, head h, position t in it and dim d lie at
+// ((p*num_heads_kv + h)*kPageSize + t)*head_dim + d.
 // Nobody reads page 0, the sink: the torch reference writes invalid rows there, native code nowhere.
 template <typename T>
 struct PagedKvOf {
