@@ -60,16 +60,16 @@ class Chain:
     def run(self, op: str, layer: int, following=None) -> None:
         """``following``: op and layer of the next launch, if any."""
         weight = self.weights[op][layer]
-        then = None
+        next_weight = None
         if following and following[0] != "lm_head":  # as in the model
             first = self.diff if following[0] in self.diff and self.num_rows < 2 else self.weights
-            then = first[following[0]][following[1]]
+            next_weight = first[following[0]][following[1]]
         inputs = {"o": self.attn, "down": self.act}.get(op, self.x)
         out = {"qkv": self.qkv, "gate_up": self.act, "lm_head": self.best}.get(op, self.x)
         views = dict(weight_diff=self.diff[op][layer], num_rows_ar=self.num_rows // 2) if op in self.diff else {}
         residual = self.x if EPILOGUES[op] == "residual" else None
         rest = dict(residual=residual, epilogue=EPILOGUES[op], workspace=self.workspace)
-        ops.row_linear(inputs, weight, out, then=then, **rest, **views)
+        ops.row_linear(inputs, weight, out, next_weight=next_weight, **rest, **views)
 
     def run_mm(self, op: str, layer: int, following=None) -> None:
         """The same product by torch, epilogue left out, over the packed bytes read as a plain matrix; or over another

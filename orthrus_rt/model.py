@@ -214,7 +214,7 @@ def _layer(model: Model, kv: PagedKvCache, rows: Rows, act: Activations, workspa
     views = dict(num_rows_ar=rows.num_rows_ar, workspace=workspace.linear)
     ops.rms_norm(hidden, layer.input_norm, eps, normed)
     o = layer.o if rows.num_rows_ar else layer.o_diff
-    ops.row_linear(normed, layer.qkv, qkv, weight_diff=layer.qkv_diff, then=o, **views)
+    ops.row_linear(normed, layer.qkv, qkv, weight_diff=layer.qkv_diff, next_weight=o, **views)
     ops.qkv_commit(qkv, rows, model.cos_sin, layer.qk_norms, eps, *cache, *scratch, q)
     first = 0
     for part in rows.parts or (rows,):
@@ -226,13 +226,13 @@ def _layer(model: Model, kv: PagedKvCache, rows: Rows, act: Activations, workspa
         )  # fmt: skip
     flat = attn.view(n, -1)
     ops.row_linear(
-        flat, layer.o, hidden, weight_diff=layer.o_diff, residual=hidden, epilogue="residual", then=layer.gate_up,
-        **views,
+        flat, layer.o, hidden, weight_diff=layer.o_diff, residual=hidden, epilogue="residual",
+        next_weight=layer.gate_up, **views,
     )  # fmt: skip
     ops.rms_norm(hidden, layer.post_attn_norm, eps, normed)
-    ops.row_linear(normed, layer.gate_up, mlp, epilogue="silu_mul", then=layer.down, workspace=workspace.linear)
+    ops.row_linear(normed, layer.gate_up, mlp, epilogue="silu_mul", next_weight=layer.down, workspace=workspace.linear)
     above = model.layers[i + 1] if i + 1 < len(model.layers) else None
     ops.row_linear(
         mlp, layer.down, hidden, residual=hidden, epilogue="residual", workspace=workspace.linear,
-        then=above and (above.qkv if rows.num_rows_ar else above.qkv_diff),
+        next_weight=above and (above.qkv if rows.num_rows_ar else above.qkv_diff),
     )  # fmt: skip

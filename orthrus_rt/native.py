@@ -116,7 +116,16 @@ def rms_norm(x, weight, eps, out, row_index=None):
 
 
 def row_linear(
-    x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=None, epilogue="none", workspace=None, then=None
+    x,
+    weight,
+    out,
+    *,
+    weight_diff=None,
+    num_rows_ar=None,
+    residual=None,
+    epilogue="none",
+    workspace=None,
+    next_weight=None,
 ):
     value, index = out if epilogue == "argmax" else (None, None)
     if weight.impl == "cuda" and x.dtype is torch.bfloat16:
@@ -143,10 +152,10 @@ def row_linear(
         out_features=weight.out_features,
         num_partials=weight.num_partials,
         epilogue=EPILOGUE[epilogue],
-        next_weight=ptr(then and then.data),
-        next_in_features=then.in_features if then else 0,
-        next_out_features=then.out_features if then else 0,
-        next_weight_coded=then is not None and then.coded,
+        next_weight=ptr(next_weight and next_weight.data),
+        next_in_features=next_weight.in_features if next_weight else 0,
+        next_out_features=next_weight.out_features if next_weight else 0,
+        next_weight_coded=next_weight is not None and next_weight.coded,
     )
     _launch("row_linear", params, x.device)
 

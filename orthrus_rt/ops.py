@@ -103,7 +103,7 @@ def row_linear(
     residual: torch.Tensor | None = None,
     epilogue: str = "none",
     workspace: torch.Tensor | None = None,
-    then: PackedWeight | None = None,
+    next_weight: PackedWeight | None = None,
 ) -> None:
     """``y[r] = x[r] @ W(r)^T`` with fp32 accumulation, then one epilogue; both views' rows in one launch.
 
@@ -119,9 +119,9 @@ def row_linear(
             lowest id per vocabulary tile. MUTATED.
         residual: ``[num_rows, out_features]``, added before the rounding; may be ``out``, which may not be ``x``.
         workspace: of :func:`orthrus_rt.native.row_linear_workspace_bytes`, zeroed once; CUDA only.
-        then: the weight that the next call reads first, with an epilogue other than logits and argmax. A hint: on
-            Hopper its beginning comes to L2 while this call ends, for no more rows than one tile takes; no result
-            depends on it.
+        next_weight: the weight of the next ``row_linear``, if that takes neither logits nor argmax: a prefetch hint. On
+            Hopper, if the rows fit one tile, its beginning is brought to L2 while this call ends; no result depends on
+            it.
     """
     op, dtype, device = "row_linear", x.dtype, x.device
     n = x.shape[0]
@@ -153,17 +153,19 @@ def row_linear(
         raise ValueError(f"{op}: residual must be given for the residual epilogue alone, got epilogue {epilogue!r}")
     if residual is not None:
         check_tensor(op, "residual", residual, (n, weight.out_features), dtype, device)
-    if then is not None:
-        require(op, "then.impl", weight.impl, then.impl)
-        require(op, "then.data.dtype", dtype, then.data.dtype)
-        require(op, "then.data.device", device, then.data.device)
+    if next_weight is not None:
+        require(op, "next_weight.impl", weight.impl, next_weight.impl)
+        require(op, "next_weight.data.dtype", dtype, next_weight.data.dtype)
+        require(op, "next_weight.data.device", device, next_weight.data.device)
     if not n:
         return
     kwargs = dict(num_rows_ar=num_rows_ar, residual=residual, epilogue=epilogue)
     if weight.impl == "reference":
         reference.row_linear(x, weight.data, out, weight_diff=weight_diff and weight_diff.data, **kwargs)
     else:
-        native.row_linear(x, weight, out, weight_diff=weight_diff, workspace=workspace, then=then, **kwargs)
+        native.row_linear(
+            x, weight, out, weight_diff=weight_diff, workspace=workspace, next_weight=next_weight, **kwargs
+        )
 
 
 @nvtx.ranged("qkv_commit")

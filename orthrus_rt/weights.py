@@ -124,26 +124,19 @@ def _pack_cuda(weight, gate_up, may_code) -> tuple[torch.Tensor, int, bool]:
     out_features, in_features = weight.shape
     with device_scope(weight.device):
         partials = dispatch.native().cuda.row_linear_num_partials(in_features, out_features)
-    blocks = _cuda_blocks(weight, gate_up)
+    blocks = cuda_blocks(weight, gate_up)
     if may_code and codes_for_cuda() and (coded := coded_blocks.encode(blocks)) is not None:
         return coded.view(weight.dtype), partials, True
-    return _swizzled(blocks), partials, False
+    return swizzled(blocks), partials, False
 
 
 def cuda_blocks(weight: torch.Tensor, gate_up: bool) -> torch.Tensor:
-    """``weight`` as the CUDA kernels stream it: ``[blocks, in_features / 64, 64 rows, 8 chunks, 8]``.
-
-    Rows are padded with zeros to whole blocks; gates and ups alternate by 8 rows; the 16-byte chunks of row ``r``
-    lie in the order ``chunk ^ (r % 8)``.
+    """``weight`` in blocks, ``[blocks, in_features / 64, 64 rows, 64]``: rows are padded with zeros to whole blocks,
+    gates and ups alternate by 8 rows.
 
     Raises:
         ValueError: ``in_features`` is no multiple of 64, or gates and ups no multiple of 8.
     """
-    return _swizzled(_cuda_blocks(weight, gate_up))
-
-
-def _cuda_blocks(weight: torch.Tensor, gate_up: bool) -> torch.Tensor:
-    """``[blocks, in_features / 64, 64 rows, 64]``."""
     out_features, in_features = weight.shape
     if in_features % CUDA_BLOCK:
         raise ValueError(f"row_linear: in_features must be a multiple of {CUDA_BLOCK}, got {in_features}")
@@ -157,7 +150,10 @@ def _cuda_blocks(weight: torch.Tensor, gate_up: bool) -> torch.Tensor:
     return rows.view(blocks, CUDA_BLOCK, in_features // CUDA_BLOCK, CUDA_BLOCK).transpose(1, 2)
 
 
-def _swizzled(blocks: torch.Tensor) -> torch.Tensor:
+def swizzled(blocks: torch.Tensor) -> torch.Tensor:
+    """Plain blocks as the CUDA kernels stream them, ``[blocks, in_features / 64, 64 rows, 8 chunks, 8]``: the 16-byte
+    chunks of row ``r`` lie in the order ``chunk ^ (r % 8)``.
+    """
     rows = blocks.unflatten(3, (8, 8))
     chunk = torch.arange(8, device=blocks.device)
     order = chunk[None, :] ^ (torch.arange(CUDA_BLOCK, device=blocks.device) % 8)[:, None]

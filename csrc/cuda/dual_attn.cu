@@ -32,7 +32,7 @@ int64_t workspace_bytes(int num_rows, int num_heads_q, int head_dim, int max_seq
 
 template <typename V>
 int launch_split(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
-  constexpr int kUnitBytes = sizeof(Unit) + sizeof(int), kFixedBytes = V::kSmemBytes + sizeof(Schedule);
+  constexpr int kUnitBytes = sizeof(QueryUnit) + sizeof(int), kFixedBytes = V::kSmemBytes + sizeof(Schedule);
   static_assert(kFixedBytes + kMaxUnits * kUnitBytes <= 99 * 1024);
   const int smem = kFixedBytes + a.num_units * kUnitBytes;
   const int64_t items = static_cast<int64_t>(a.num_units) * a.p.kv.num_heads_kv * (a.num_splits + 1);

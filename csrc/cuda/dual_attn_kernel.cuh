@@ -8,7 +8,7 @@ namespace orthrus::cuda {
 // What a kernel keeps in shared memory behind the tiles.
 struct Schedule {
   int num_items, next;
-  Unit units[1];  // as many as the launch has room for
+  QueryUnit units[1];  // as many as the launch has room for
 };
 
 template <typename V>
@@ -23,9 +23,9 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_fold_kernel(const __gri
   pdl_launch_dependents();
   Attention<V> attention(a, dynamic_shared());
   const int u = a.num_units - 1 - blockIdx.x / a.p.kv.num_heads_kv, head = blockIdx.x % a.p.kv.num_heads_kv;
-  Unit& unit = schedule<V>().units[0];
+  QueryUnit& unit = schedule<V>().units[0];
   if (threadIdx.x < 32) {
-    Unit read = attention.read_unit(u, threadIdx.x, 32);
+    QueryUnit read = attention.read_unit(u, threadIdx.x, 32);
     read.longest = __reduce_max_sync(~0u, read.longest);
     if (threadIdx.x == 0) unit = read;
   }
@@ -41,16 +41,16 @@ template <typename V>
 __global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __grid_constant__ DualAttnLaunch a) {
   pdl_wait();
   Attention<V> attention(a, dynamic_shared());
-  Schedule& plan = schedule<V>();
-  int* const layers = reinterpret_cast<int*>(plan.units + a.num_units);
-  auto note = [&](int u, const Unit& unit) {
-    plan.units[u] = unit;
+  Schedule& work = schedule<V>();
+  int* const layers = reinterpret_cast<int*>(work.units + a.num_units);
+  auto note = [&](int u, const QueryUnit& unit) {
+    work.units[u] = unit;
     layers[u] = unit.num_rows == 0 ? 0 : num_splits(unit.longest) + attention.has_block(u);
   };
   if (a.num_units <= V::kWarps) {
     const int u = threadIdx.x / 32;
     if (u < a.num_units) {
-      Unit unit = attention.read_unit(u, threadIdx.x % 32, 32);
+      QueryUnit unit = attention.read_unit(u, threadIdx.x % 32, 32);
       unit.longest = __reduce_max_sync(~0u, unit.longest);
       if (threadIdx.x % 32 == 0) note(u, unit);
     }
@@ -64,22 +64,22 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __gr
     int items = 0;
     for (int u = threadIdx.x; u < a.num_units; u += 32) items += layers[u] * heads;
     items = __reduce_add_sync(~0u, items);
-    if (threadIdx.x == 0) plan.num_items = items;
+    if (threadIdx.x == 0) work.num_items = items;
   }
   __syncthreads();
 
-  for (int i = blockIdx.x; i < plan.num_items;) {
+  for (int i = blockIdx.x; i < work.num_items;) {
     const Item item = find_item(i / heads, layers, a.num_units, a.num_splits + 1);
-    const Unit& unit = plan.units[item.unit];
+    const QueryUnit& unit = work.units[item.unit];
     const int split = item.layer - attention.has_block(item.unit);
     const int first = split < 0 ? 0 : first_tile_of_split(split);
     const int last = split < 0 ? 0 : min(first_tile_of_split(split + 1), num_tiles(unit.longest));
     attention.run(item.unit, unit, i % heads, first, last, split < 0, [&] {
       if (threadIdx.x != 0) return;
-      plan.next = gridDim.x + atomicAdd(a.next_item, 1);
-      if (plan.next >= plan.num_items) pdl_launch_dependents();
+      work.next = gridDim.x + atomicAdd(a.next_item, 1);
+      if (work.next >= work.num_items) pdl_launch_dependents();
     });
-    i = plan.next;  // valid from the barrier of the item's first tile (each has one) to the first of the next item
+    i = work.next;  // valid from the barrier of the item's first tile (each has one) to the first of the next item
   }
 }
 

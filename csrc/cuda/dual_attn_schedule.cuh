@@ -52,7 +52,7 @@ ORTHRUS_HD int num_tiles(int length) { return (length + kTileKv - 1) / kTileKv; 
 ORTHRUS_HD int num_splits(int length) { return length <= 0 ? 0 : split_of_tile(num_tiles(length) - 1) + 1; }
 
 // A unit is one tile of a group's query rows: rows x (q heads of a kv head), up to kTileM of them.
-struct alignas(16) Unit {
+struct alignas(16) QueryUnit {
   int32_t longest;    // longest prefix_len of its rows
   int32_t first_row;  // first row of its group
   int32_t seq;

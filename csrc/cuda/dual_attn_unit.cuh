@@ -50,7 +50,7 @@ class Attention {
 
   // The unit's rows are rows of a group x q heads of a kv head, flattened. Read by `lanes` threads together, a whole
   // warp or one thread; each gets the longest prefix of its share.
-  __device__ Unit read_unit(int u, int lane, int lanes) const {
+  __device__ QueryUnit read_unit(int u, int lane, int lanes) const {
     const Rows& rows = p_.rows;
     const int group = u / a_.units_per_group, offset = u % a_.units_per_group * V::kTileM;
     const int first = rows.group_start[group], num_rows = rows.group_start[group + 1] - first;
@@ -68,7 +68,7 @@ class Attention {
   // these are the tiles of one split, or the own block alone. Calls while_loading() while the first copies
   // are under way.
   template <typename WhileLoading>
-  __device__ void run(int u, const Unit& unit, int head, int first_tile, int last_tile, bool block,
+  __device__ void run(int u, const QueryUnit& unit, int head, int first_tile, int last_tile, bool block,
                       const WhileLoading& while_loading) {
     unit_ = &unit;
     head_ = head;
@@ -335,7 +335,7 @@ class Attention {
   const DualAttnParams& p_;
   SharedAddress smem_;
 
-  const Unit* unit_;  // in shared memory
+  const QueryUnit* unit_;  // in shared memory
   int head_, offset_, first_tile_, num_prefix_, num_tiles_, next_page_;
   // Of the two rows that this thread holds of each fragment: prefix keys from the first tile on, and what
   // it sees of each tile of its own block; 0 where there is no row.

@@ -7,7 +7,7 @@
 // The weights must be complete before the preceding kernels of the stream start: they are prefetched while those run.
 // kArgmax: partial p covers the p-th of num_partials runs of whole tiles; ties go to the lowest id, NaN never wins, a
 // run of nothing but NaN gives -inf and its first id.
-// next_weight: for so few rows that the next launch is no prefill either, sm_90a brings its beginning to L2 while this
+// next_weight: for so few rows that the next launch has few too, sm_90a brings its beginning to L2 while this
 // one ends, in the order for an epilogue that may cut tiles; no result depends on it.
 // Coded weights (coded_block.cuh), both views' alike: the same bits as of plain ones.
 // Bytes: each view's packed weight once (kArgmax: once per tile of rows), plus x once per tile from L2.
@@ -39,14 +39,14 @@ bool needs_whole_tiles(Epilogue epilogue) {
   return epilogue == Epilogue::kLogits || epilogue == Epilogue::kArgmax;
 }
 
-int tokens_per_tile(int rows, const TokenTiles& tiles) {
-  for (int tokens : {16, 32, 64, 96, 128})
-    if (rows <= tokens && tokens < tiles.widest) return tokens;
+int rows_per_tile(int rows, const RowTiles& tiles) {
+  for (int tile_rows : {16, 32, 64, 96, 128})
+    if (rows <= tile_rows && tile_rows < tiles.widest) return tile_rows;
   return tiles.widest;
 }
 
-int64_t workspace_bytes(const RowLinearPlan& plan, int views, int tokens) {
-  return plan.split ? partial_offset(plan, views, 0, 0, 0, tokens) * 4 : 0;
+int64_t workspace_bytes(const RowLinearPlan& plan, int views, int tile_rows) {
+  return plan.split ? partial_offset(plan, views, 0, 0, 0, tile_rows) * 4 : 0;
 }
 
 }  // namespace
@@ -61,7 +61,7 @@ int64_t row_linear_workspace(int32_t max_rows, int32_t in_features, int32_t out_
   const DeviceInfo device = device_info();
   if (device.error) return 0;
   return workspace_bytes(make_plan(in_features, out_features, false, device.num_sms), 2,
-                         tokens_per_tile(max_rows, runs_wgmma(device) ? kTokensSm90 : kTokensMma));
+                         rows_per_tile(max_rows, runs_wgmma(device) ? kRowTilesSm90 : kRowTilesMma));
 }
 
 int32_t row_linear_num_partials(int32_t in_features, int32_t out_features) {
@@ -94,20 +94,20 @@ int row_linear(const RowLinearParams& params, void* stream) {
   const int rows_ar = args.p.num_rows_ar, rows_diff = params.num_rows - rows_ar;
   const int most_rows = rows_ar > rows_diff ? rows_ar : rows_diff;
   const bool wgmma = runs_wgmma(device);
-  const TokenTiles& tiles = wgmma ? kTokensSm90 : kTokensMma;
-  const bool prefill = most_rows > tiles.widest && !argmax;
-  if (params.num_rows > tiles.widest) args.p.next_weight = nullptr;  // its rows may be of one view: prefill
+  const RowTiles& tiles = wgmma ? kRowTilesSm90 : kRowTilesMma;
+  const bool many_rows = most_rows > tiles.widest && !argmax;
+  if (params.num_rows > tiles.widest) args.p.next_weight = nullptr;  // its rows may be of one view, and many
   if (args.p.next_weight)
     args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms,
                           params.next_weight_coded);
-  const int tokens = prefill ? tiles.prefill : tokens_per_tile(most_rows, tiles);
-  args.row_tiles_ar = (rows_ar + tokens - 1) / tokens;
-  args.row_tiles = args.row_tiles_ar + (rows_diff + tokens - 1) / tokens;
-  if (!prefill && params.workspace_bytes < workspace_bytes(args.plan, rows_diff ? 2 : 1, tokens))
+  const int tile_rows = many_rows ? tiles.many_rows : rows_per_tile(most_rows, tiles);
+  args.row_tiles_ar = (rows_ar + tile_rows - 1) / tile_rows;
+  args.row_tiles = args.row_tiles_ar + (rows_diff + tile_rows - 1) / tile_rows;
+  if (!many_rows && params.workspace_bytes < workspace_bytes(args.plan, rows_diff ? 2 : 1, tile_rows))
     return cudaErrorInvalidValue;
   const auto launch = wgmma ? coded ? launch_row_linear_sm90_coded : launch_row_linear_sm90
                             : coded ? launch_row_linear_mma_coded : launch_row_linear_mma;
-  return launch(args, tokens, prefill, stream, device);
+  return launch(args, tile_rows, many_rows, stream, device);
 }
 
 }  // namespace orthrus::cuda

@@ -1,8 +1,8 @@
 // What follows a tile's sum, shared by both instruction variants: folding the partial sums of a cut
 // tile in k order, and the epilogues.
 //
-// A *group* is the 128 threads that own one 64-feature block. Thread t holds, for every token pair
-// j = token / 8, acc[4j + {0,1}] = feature f, tokens 8j + 2*(t%4) + {0,1} and acc[4j + {2,3}] =
+// A *group* is the 128 threads that own one 64-feature block. Thread t holds, for every eight rows
+// j = row / 8, acc[4j + {0,1}] = feature f, rows 8j + 2*(t%4) + {0,1} and acc[4j + {2,3}] =
 // feature f + 8, f = 16*(t/32) + (t%32)/4: the accumulator layout of wgmma m64nN and of four warps
 // of mma.m16n8k16 alike.
 #pragma once
@@ -16,22 +16,22 @@ namespace orthrus::cuda {
 __device__ __forceinline__ void group_sync(int group) { named_barrier(group + 1, kGroupThreads); }
 
 // A CTA's partial sum of a cut tile: the one inside which its range starts, or the one inside which it `ends`.
-template <int kTokens>
+template <int kTileRows>
 __device__ float4* partial_sum(const RowLinearArgs& args, int view, int group, bool ends, int cta) {
   float* workspace = static_cast<float*>(args.p.workspace);
-  return reinterpret_cast<float4*>(workspace + partial_offset(args.plan, view, group, ends, cta, kTokens)) +
+  return reinterpret_cast<float4*>(workspace + partial_offset(args.plan, view, group, ends, cta, kTileRows)) +
          threadIdx.x % kGroupThreads;
 }
 
-// Leaves this CTA's partial sum of a cut tile, of its first `rows` tokens. True in the group that arrives last: it
+// Leaves this CTA's partial sum of a cut tile, of its first `rows` rows. True in the group that arrives last: it
 // finishes the tile, and nobody waits for anybody.
-template <int kTokens>
-__device__ bool leave_partial(const float (&acc)[kTokens / 2], const RowLinearArgs& args, int view, int tile,
+template <int kTileRows>
+__device__ bool leave_partial(const float (&acc)[kTileRows / 2], const RowLinearArgs& args, int view, int tile,
                               int kb_begin, int rows, int group, int32_t* flag) {
   const RowLinearPlan& plan = args.plan;
-  float4* mine = partial_sum<kTokens>(args, view, group, kb_begin == 0, blockIdx.x);
+  float4* mine = partial_sum<kTileRows>(args, view, group, kb_begin == 0, blockIdx.x);
 #pragma unroll
-  for (int j = 0; j < kTokens / 8; ++j)
+  for (int j = 0; j < kTileRows / 8; ++j)
     if (8 * j < rows)
       __stcg(mine + j * kGroupThreads, make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
 
@@ -49,10 +49,10 @@ __device__ bool leave_partial(const float (&acc)[kTokens / 2], const RowLinearAr
 }
 
 // An epilogue gets a tile's sums from a class, WholeSums or FoldedSums: it loads the sums of a step of
-// kStagingTokens tokens ahead, and later stages them, each thread its own.
-constexpr int kStepSums = kStagingTokens / 2;  // of a thread
+// kStagingRows rows ahead, and later stages them, each thread its own.
+constexpr int kStepSums = kStagingRows / 2;  // of a thread
 
-// `s`: of the thread's first token, and staged_at() its first feature, below 8 of a warp's 16: the other, 8 further,
+// `s`: of the thread's first row, and staged_at() its first feature, below 8 of a warp's 16: the other, 8 further,
 // lies 8 floats further too.
 __device__ __forceinline__ void stage_pairs(float* s, float a, float b, float c, float d) {
   s[0] = a;
@@ -62,23 +62,23 @@ __device__ __forceinline__ void stage_pairs(float* s, float a, float b, float c,
 }
 
 // Of a tile that was not cut: a thread's own accumulators.
-template <int kTokens>
+template <int kTileRows>
 struct WholeSums {
-  const float (&acc)[kTokens / 2];
+  const float (&acc)[kTileRows / 2];
 
   __device__ void load_ahead(int) {}
   __device__ void stage(int t0, float* s) const {
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j)  // registers have constant names
-      if (8 * j / kStagingTokens == t0 / kStagingTokens)
-        stage_pairs(s + 8 * j % kStagingTokens * kStagingStride, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2],
+    for (int j = 0; j < kTileRows / 8; ++j)  // registers have constant names
+      if (8 * j / kStagingRows == t0 / kStagingRows)
+        stage_pairs(s + 8 * j % kStagingRows * kStagingStride, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2],
                     acc[4 * j + 3]);
   }
 };
 
 // Of a cut tile: the partial sums, folded in k order. They come from L2 while the step before is finished, all of a
 // step at once: a branch around a load would make the next one wait for it.
-template <int kTokens>
+template <int kTileRows>
 struct FoldedSums {
   static constexpr int kAhead = 5;  // CTAs that share a tile, at most, in nearly all weights of nearly all models
   const float4 *begin, *rest;       // of the first CTA, which ends inside the tile, and as if it began there
@@ -89,17 +89,17 @@ struct FoldedSums {
     const RowLinearPlan& plan = args.plan;
     const int first = plan.owner(tile * plan.k_blocks);
     count = plan.owner((tile + 1) * plan.k_blocks - 1) - first + 1;
-    begin = partial_sum<kTokens>(args, view, group, true, first);
-    rest = partial_sum<kTokens>(args, view, group, false, first);
+    begin = partial_sum<kTileRows>(args, view, group, true, first);
+    rest = partial_sum<kTileRows>(args, view, group, false, first);
   }
   template <bool kFirst>
   __device__ void load(int from, int t0) {
 #pragma unroll
     for (int b = 0; b < kAhead; ++b) {
-      const float4* p = kFirst && b == 0 ? begin : rest + (from + b) * (kTokens * kBlock / 4);
+      const float4* p = kFirst && b == 0 ? begin : rest + (from + b) * (kTileRows * kBlock / 4);
       p += t0 / 8 * kGroupThreads;
 #pragma unroll
-      for (int j = 0; j < 2; ++j) load_l2_if(v[b][j], p + j * kGroupThreads, from + b < count && t0 < kTokens);
+      for (int j = 0; j < 2; ++j) load_l2_if(v[b][j], p + j * kGroupThreads, from + b < count && t0 < kTileRows);
     }
   }
   template <bool kFirst>
@@ -145,14 +145,14 @@ __device__ __forceinline__ void add8(float (&v)[8], const uint4& packed) {
   for (int i = 0; i < 8; ++i) v[i] += __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
 }
 
-// Staged features from 32 on lie with neighbouring fours exchanged: the eight threads of a token, each of which reads
+// Staged features from 32 on lie with neighbouring fours exchanged: the eight threads of a row, each of which reads
 // eight features, would meet in half the banks else.
 __device__ __forceinline__ uint32_t staged_at(uint32_t feature) { return feature ^ feature / 32 * 4; }
 
-// Eight staged features of a token from `feature` on, a multiple of 8.
-__device__ __forceinline__ void load8(float (&v)[8], const float* token, uint32_t feature) {
-  *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(token + staged_at(feature));
-  *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(token + staged_at(feature + 4));
+// Eight staged features of a row from `feature` on, a multiple of 8.
+__device__ __forceinline__ void load8(float (&v)[8], const float* tile_row, uint32_t feature) {
+  *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(tile_row + staged_at(feature));
+  *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(tile_row + staged_at(feature + 4));
 }
 
 // Up to 8 consecutive outputs of a row, added to `residual` if there is one. No model has rows that are not aligned:
@@ -181,15 +181,15 @@ __device__ __forceinline__ void store_f32(float* out, const float (&v)[8], int c
 
 // silu(gate) * up; they alternate by 8 features. The division is good to 2 ulp; quotients below 1.1e-36 become 0. No
 // product and sum are left to be contracted: every instantiation rounds alike.
-__device__ __forceinline__ void silu_mul(float (&v)[8], const float* token, uint32_t feature) {
+__device__ __forceinline__ void silu_mul(float (&v)[8], const float* tile_row, uint32_t feature) {
   float up[8];
-  load8(v, token, feature);
-  load8(up, token, feature + 8);
+  load8(v, tile_row, feature);
+  load8(up, tile_row, feature + 8);
 #pragma unroll
   for (int i = 0; i < 8; ++i) v[i] = __fmul_rn(__fdividef(v[i], __fadd_rn(1.0f, expf(-v[i]))), up[i]);
 }
 
-// Updates a token's best with the 8 features of each of its 8 threads.
+// Updates a row's best with the 8 features of each of its 8 threads.
 __device__ __forceinline__ void keep_best(Best* best, const float (&v)[8], int count, int feature) {
   Best top{-INFINITY, feature};
 #pragma unroll
@@ -199,9 +199,9 @@ __device__ __forceinline__ void keep_best(Best* best, const float (&v)[8], int c
   if (threadIdx.x % 8 == 0 && beats(top, *best)) *best = top;
 }
 
-// The epilogue of one block: sums cross shared memory kStagingTokens tokens at a time, so that a thread ends with 8
-// consecutive features of one token. Called by all threads of a group.
-template <int kTokens, class Sums>
+// The epilogue of one block: sums cross shared memory kStagingRows rows at a time, so that a thread ends with 8
+// consecutive features of one row. Called by all threads of a group.
+template <int kTileRows, class Sums>
 __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, int row_begin, int row_end, int group,
                              float* staging, Best* best) {
   const RowLinearParams& p = args.p;
@@ -210,21 +210,21 @@ __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, in
   auto residual_at = [&](int t0) {
     const uint32_t thread = thread_here();
     const int row = row_begin + t0 + thread / 8, column = block * kBlock + thread % 8 * 8;
-    if (epilogue == Epilogue::kResidual && p.out_features % 8 == 0 && column < p.out_features && t0 < kTokens &&
+    if (epilogue == Epilogue::kResidual && p.out_features % 8 == 0 && column < p.out_features && t0 < kTileRows &&
         row < row_end)
       residual = *reinterpret_cast<const uint4*>(p.residual + static_cast<int64_t>(row) * p.out_features + column);
   };
   residual_at(0);
   sums.load_ahead(0);
 #pragma unroll 1
-  for (int t0 = 0; t0 < kTokens && row_begin + t0 < row_end; t0 += kStagingTokens) {
-    const uint32_t thread = thread_here(), eighth = thread % 8, token = thread / 8;
+  for (int t0 = 0; t0 < kTileRows && row_begin + t0 < row_end; t0 += kStagingRows) {
+    const uint32_t thread = thread_here(), eighth = thread % 8, tile_row = thread / 8;
     group_sync(group);
     sums.stage(t0, staging + thread % 4 * 2 * kStagingStride + staged_at(thread / 32 * 16 + thread % 32 / 4));
-    sums.load_ahead(t0 + kStagingTokens);
+    sums.load_ahead(t0 + kStagingRows);
     group_sync(group);
-    const float* staged = staging + token * kStagingStride;
-    const int row = row_begin + t0 + token;
+    const float* staged = staging + tile_row * kStagingStride;
+    const int row = row_begin + t0 + tile_row;
     float v[8];
     if (epilogue == Epilogue::kSiluMul) {
       const int columns = p.out_features / 2, column = block * (kBlock / 2) + 8 * eighth;
@@ -239,7 +239,7 @@ __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, in
     const int columns = p.out_features, column = block * kBlock + 8 * eighth, count = columns - column;
     const int64_t offset = static_cast<int64_t>(row) * columns + column;
     if (epilogue == Epilogue::kArgmax) {
-      keep_best(best + t0 + token, v, count, column);
+      keep_best(best + t0 + tile_row, v, count, column);
     } else if (row < row_end && count > 0) {
       const bool aligned = columns % 8 == 0;
       if (epilogue == Epilogue::kLogits) {
@@ -248,7 +248,7 @@ __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, in
         const bool adds = epilogue == Epilogue::kResidual;
         if (adds && aligned) {
           add8(v, residual);
-          residual_at(t0 + kStagingTokens);
+          residual_at(t0 + kStagingRows);
         }
         store_bf16(static_cast<bf16_t*>(p.out) + offset, v, count, aligned,
                    adds && !aligned ? p.residual + offset : nullptr);
@@ -257,23 +257,23 @@ __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, in
   }
 }
 
-// `best` is the best logit so far in this CTA, one entry per group and token.
+// `best` is the best logit so far in this CTA, one entry per group and row.
 // Before the first tile of a row tile: nothing seen, and the lowest id of the CTA's range.
-template <int kTokens>
+template <int kTileRows>
 __device__ void reset_best(const RowLinearArgs& args, Best* best, int group) {
   const int first_block = args.plan.range_begin(blockIdx.x) / args.plan.k_blocks * args.plan.blocks_per_tile;
-  for (int token = threadIdx.x % kGroupThreads; token < kTokens; token += kGroupThreads)
-    best[group * kTokens + token] = {-INFINITY, first_block * kBlock};
+  for (int tile_row = threadIdx.x % kGroupThreads; tile_row < kTileRows; tile_row += kGroupThreads)
+    best[group * kTileRows + tile_row] = {-INFINITY, first_block * kBlock};
 }
 
 // After the last tile of a row tile, by all groups together, between two CTA-wide barriers.
-template <int kTokens>
+template <int kTileRows>
 __device__ void write_best(const RowLinearArgs& args, const Best* best, int row_begin, int row_end) {
-  for (int token = threadIdx.x; token < kTokens && row_begin + token < row_end;
-       token += args.plan.blocks_per_tile * kGroupThreads) {
-    Best top = best[token];
-    if (args.plan.blocks_per_tile == 2 && beats(best[kTokens + token], top)) top = best[kTokens + token];
-    const int64_t slot = static_cast<int64_t>(row_begin + token) * args.p.num_partials + blockIdx.x;
+  for (int tile_row = threadIdx.x; tile_row < kTileRows && row_begin + tile_row < row_end;
+       tile_row += args.plan.blocks_per_tile * kGroupThreads) {
+    Best top = best[tile_row];
+    if (args.plan.blocks_per_tile == 2 && beats(best[kTileRows + tile_row], top)) top = best[kTileRows + tile_row];
+    const int64_t slot = static_cast<int64_t>(row_begin + tile_row) * args.p.num_partials + blockIdx.x;
     args.p.partial_value[slot] = top.value;
     args.p.partial_id[slot] = top.id;
   }

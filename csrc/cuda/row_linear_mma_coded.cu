@@ -3,9 +3,9 @@
 
 namespace orthrus::cuda {
 
-int launch_row_linear_mma_coded(const RowLinearArgs& args, int tokens, bool prefill, void* stream,
+int launch_row_linear_mma_coded(const RowLinearArgs& args, int tile_rows, bool many_rows, void* stream,
                                 const DeviceInfo& device) {
-  return launch_mma<true>(args, tokens, prefill, stream, device);
+  return launch_mma<true>(args, tile_rows, many_rows, stream, device);
 }
 
 }  // namespace orthrus::cuda

@@ -1,5 +1,5 @@
 // row_linear on any device from sm_80 on: cp.async into a ring of shared-memory stages, ldmatrix,
-// mma.sync m16n8k16 (features are M, tokens N). A group's four warps own 16 features each, which
+// mma.sync m16n8k16 (features are M, rows N). A group's four warps own 16 features each, which
 // gives every thread the same accumulators as the wgmma variant: fold and epilogues are shared. Coded weights are
 // decoded, where ldmatrix loads plain ones. No bit differs.
 #pragma once
@@ -15,14 +15,14 @@ constexpr int kMaxStages = 6;
 // Where the 16-byte chunk (row, chunk) of a [rows, 64] bf16 matrix lies, for W as packed and for x.
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-// Loads of one CTA: unit after unit of its range (decode) or of whole tiles (prefill).
-template <int kTokens, bool kPrefill, int kBlocks, bool kCoded>
+// Loads of one CTA: unit after unit of its range (few rows) or of whole tiles (many rows).
+template <int kTileRows, bool kManyRows, int kBlocks, bool kCoded>
 struct Stream {
   static constexpr int kThreads = kBlocks * kGroupThreads;
   static constexpr int kWeightBytes = packed_bytes(kCoded);
-  static constexpr int kStageBytes = kBlocks * kWeightBytes + kTokens * kBlock * 2;
+  static constexpr int kStageBytes = kBlocks * kWeightBytes + kTileRows * kBlock * 2;
   static constexpr int kFixedBytes =
-      kBlocks * (kStagingFloats * 4 + 4) + (kPrefill ? 0 : kBlocks * kTokens * static_cast<int>(sizeof(Best)));
+      kBlocks * (kStagingFloats * 4 + 4) + (kManyRows ? 0 : kBlocks * kTileRows * static_cast<int>(sizeof(Best)));
   static constexpr int kFit = (kSharedBudget - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFit < kMaxStages ? kFit : kMaxStages;
 
@@ -48,9 +48,9 @@ struct Stream {
     }
     const SharedAddress x_base = base + kBlocks * kWeightBytes;
 #pragma unroll
-    for (int i = 0; i < (kTokens * 8 + kThreads - 1) / kThreads; ++i) {
+    for (int i = 0; i < (kTileRows * 8 + kThreads - 1) / kThreads; ++i) {
       const int chunk = threadIdx.x + i * kThreads;
-      if (kTokens * 8 % kThreads != 0 && chunk >= kTokens * 8) break;
+      if (kTileRows * 8 % kThreads != 0 && chunk >= kTileRows * 8) break;
       const int row = row_begin + chunk / 8;
       const bool valid = row < row_end;
       copy16(x_base + swizzled(chunk / 8, chunk % 8),
@@ -59,12 +59,12 @@ struct Stream {
     load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
   }
 
-  __device__ void multiply(float (&acc)[kTokens / 2]) {
+  __device__ void multiply(float (&acc)[kTileRows / 2]) {
     const int thread = threadIdx.x % kGroupThreads, lane = thread % 32;
     const uint8_t* weight = stages + read_stage * kStageBytes + threadIdx.x / kGroupThreads * kWeightBytes;
     const SharedAddress x = shared_address(stages + read_stage * kStageBytes + kBlocks * kWeightBytes);
     const int feature = thread / 32 * 16 + lane % 16;
-    const int token = lane % 8 + lane / 16 * 8;
+    const int tile_row = lane % 8 + lane / 16 * 8;
     const CodedBlock& block = *reinterpret_cast<const CodedBlock*>(weight);
     uint32_t a[kBlock / 16][4];
     if constexpr (kCoded) decode(a, load_part(block), block, diff ? args.p.weight_diff : args.p.weight);
@@ -72,9 +72,9 @@ struct Stream {
     for (int k = 0; k < kBlock / 16; ++k) {
       if constexpr (!kCoded) load_matrices(a[k], shared_address(weight) + swizzled(feature, 2 * k + lane / 16));
 #pragma unroll
-      for (int t = 0; t < kTokens / 16; ++t) {
+      for (int t = 0; t < kTileRows / 16; ++t) {
         uint32_t b[4];
-        load_matrices(b, x + swizzled(16 * t + token, 2 * k + lane / 8 % 2));
+        load_matrices(b, x + swizzled(16 * t + tile_row, 2 * k + lane / 8 % 2));
         mma(acc + 8 * t, a[k], b[0], b[1]);
         mma(acc + 8 * t + 4, a[k], b[2], b[3]);
       }
@@ -83,9 +83,9 @@ struct Stream {
   }
 
   // acc = the sum over k-blocks [begin, end), from zero.
-  __device__ void sum_segment(float (&acc)[kTokens / 2], int begin, int end) {
+  __device__ void sum_segment(float (&acc)[kTileRows / 2], int begin, int end) {
 #pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
+    for (int i = 0; i < kTileRows / 2; ++i) acc[i] = 0.0f;
     __syncthreads();  // the previous segment's stages have been read
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
@@ -102,11 +102,11 @@ struct Stream {
   }
 };
 
-template <int kTokens, bool kPrefill, int kBlocks, bool kCoded>
+template <int kTileRows, bool kManyRows, int kBlocks, bool kCoded>
 __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
     row_linear_mma(const __grid_constant__ RowLinearArgs args) {
   pdl_wait();
-  using S = Stream<kTokens, kPrefill, kBlocks, kCoded>;
+  using S = Stream<kTileRows, kManyRows, kBlocks, kCoded>;
   uint8_t* shared = dynamic_shared();
   const RowLinearPlan& plan = args.plan;
   const int group = threadIdx.x / kGroupThreads;
@@ -115,15 +115,15 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
   Best* best = reinterpret_cast<Best*>(flags + kBlocks);
   staging += group * kStagingFloats;
   S stream{args, shared, 0, 0, 0, false};
-  float acc[kTokens / 2];
+  float acc[kTileRows / 2];
 
   auto enter = [&](int row_tile) {
     stream.diff = args.is_diff(row_tile);
-    stream.row_begin = args.row_begin(row_tile, kTokens);
+    stream.row_begin = args.row_begin(row_tile, kTileRows);
     stream.row_end = args.row_end(row_tile);
   };
-  if constexpr (kPrefill) {
-    float sum[kTokens / 2];
+  if constexpr (kManyRows) {
+    float sum[kTileRows / 2];
     const int items = (plan.blocks + kBlocks - 1) / kBlocks * args.row_tiles;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
       enter(item % args.row_tiles);
@@ -134,19 +134,19 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
         const int end = plan.segment_end(tile, kb);
         stream.sum_segment(acc, kb, end);
 #pragma unroll
-        for (int i = 0; i < kTokens / 2; ++i) sum[i] = kb == 0 ? acc[i] : sum[i] + acc[i];
+        for (int i = 0; i < kTileRows / 2; ++i) sum[i] = kb == 0 ? acc[i] : sum[i] + acc[i];
         kb = end;
       }
       if (block < plan.blocks)
-        finish_block<kTokens>(WholeSums<kTokens>{sum}, args, block, stream.row_begin, stream.row_end, group, staging,
-                              nullptr);
+        finish_block<kTileRows>(WholeSums<kTileRows>{sum}, args, block, stream.row_begin, stream.row_end, group,
+                                staging, nullptr);
     }
   } else {
     const bool argmax = args.p.epilogue == Epilogue::kArgmax;
     const int begin = plan.range_begin(blockIdx.x), range_end = plan.range_begin(blockIdx.x + 1);
     for (int row_tile = 0; row_tile < args.row_tiles; ++row_tile) {
       enter(row_tile);
-      if (argmax) reset_best<kTokens>(args, best, group);
+      if (argmax) reset_best<kTileRows>(args, best, group);
       for (int unit = begin; unit < range_end;) {
         const int tile = unit / plan.k_blocks, kb = unit % plan.k_blocks;
         const int end = min(plan.k_blocks, kb + range_end - unit);
@@ -154,50 +154,50 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
         stream.sum_segment(acc, kb, end);
         const int rows = stream.row_end - stream.row_begin;
         auto finish = [&](auto sums) {
-          finish_block<kTokens>(sums, args, stream.first_block + group, stream.row_begin, stream.row_end, group,
-                                staging, best + group * kTokens);
+          finish_block<kTileRows>(sums, args, stream.first_block + group, stream.row_begin, stream.row_end, group,
+                                staging, best + group * kTileRows);
         };
         if (end - kb == plan.k_blocks)
-          finish(WholeSums<kTokens>{acc});
-        else if (leave_partial<kTokens>(acc, args, stream.diff, tile, kb, rows, group, flags + group))
-          finish(FoldedSums<kTokens>(args, stream.diff, tile, group));
+          finish(WholeSums<kTileRows>{acc});
+        else if (leave_partial<kTileRows>(acc, args, stream.diff, tile, kb, rows, group, flags + group))
+          finish(FoldedSums<kTileRows>(args, stream.diff, tile, group));
         unit += end - kb;
       }
       if (argmax) {
         __syncthreads();
-        write_best<kTokens>(args, best, stream.row_begin, stream.row_end);
+        write_best<kTileRows>(args, best, stream.row_begin, stream.row_end);
         __syncthreads();
       }
     }
   }
 }
 
-template <int kTokens, bool kPrefill, int kBlocks, bool kCoded>
+template <int kTileRows, bool kManyRows, int kBlocks, bool kCoded>
 int launch_variant(const RowLinearArgs& args, void* stream, const DeviceInfo& device) {
-  using S = Stream<kTokens, kPrefill, kBlocks, kCoded>;
+  using S = Stream<kTileRows, kManyRows, kBlocks, kCoded>;
   static_assert(S::kStages >= 3);
   constexpr int kShared = S::kStages * S::kStageBytes + S::kFixedBytes;
   const int items = (args.plan.blocks + kBlocks - 1) / kBlocks * args.row_tiles;
-  const int grid = kPrefill ? (items < device.num_sms ? items : device.num_sms) : args.plan.grid;
-  const auto kernel = row_linear_mma<kTokens, kPrefill, kBlocks, kCoded>;
+  const int grid = kManyRows ? (items < device.num_sms ? items : device.num_sms) : args.plan.grid;
+  const auto kernel = row_linear_mma<kTileRows, kManyRows, kBlocks, kCoded>;
   return launch(kernel, args, grid, S::kThreads, kShared, stream, device);
 }
 
 template <int kBlocks, bool kCoded>
-int launch_tokens(const RowLinearArgs& args, int tokens, bool prefill, void* stream, const DeviceInfo& device) {
-  if (prefill) return launch_variant<kTokensMma.prefill, true, kBlocks, kCoded>(args, stream, device);
-  switch (tokens) {
+int launch_tile_rows(const RowLinearArgs& args, int tile_rows, bool many_rows, void* stream, const DeviceInfo& device) {
+  if (many_rows) return launch_variant<kRowTilesMma.many_rows, true, kBlocks, kCoded>(args, stream, device);
+  switch (tile_rows) {
     case 16: return launch_variant<16, false, kBlocks, kCoded>(args, stream, device);
     case 32: return launch_variant<32, false, kBlocks, kCoded>(args, stream, device);
     case 64: return launch_variant<64, false, kBlocks, kCoded>(args, stream, device);
-    default: return launch_variant<kTokensMma.widest, false, kBlocks, kCoded>(args, stream, device);
+    default: return launch_variant<kRowTilesMma.widest, false, kBlocks, kCoded>(args, stream, device);
   }
 }
 
 template <bool kCoded>
-int launch_mma(const RowLinearArgs& args, int tokens, bool prefill, void* stream, const DeviceInfo& device) {
-  const auto launch_blocks = args.plan.blocks_per_tile == 2 ? launch_tokens<2, kCoded> : launch_tokens<1, kCoded>;
-  return launch_blocks(args, tokens, prefill, stream, device);
+int launch_mma(const RowLinearArgs& args, int tile_rows, bool many_rows, void* stream, const DeviceInfo& device) {
+  const auto launch_blocks = args.plan.blocks_per_tile == 2 ? launch_tile_rows<2, kCoded> : launch_tile_rows<1, kCoded>;
+  return launch_blocks(args, tile_rows, many_rows, stream, device);
 }
 
 }  // namespace orthrus::cuda

@@ -25,8 +25,8 @@ __host__ __device__ constexpr int packed_bytes(bool coded) { return coded ? kCod
 constexpr int kGroupThreads = 128;     // the threads that own one 64-feature block of a tile
 constexpr int kMaxCounters = 4096;     // arrival counters at the start of the workspace
 constexpr int kStagingStride = kBlock + 4;
-constexpr int kStagingTokens = 16;
-constexpr int kStagingFloats = kStagingTokens * kStagingStride;  // one group's transposition buffer
+constexpr int kStagingRows = 16;
+constexpr int kStagingFloats = kStagingRows * kStagingStride;  // one group's transposition buffer
 
 struct RowLinearPlan {
   int32_t k_blocks;         // in_features / 64
@@ -84,14 +84,14 @@ inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_til
 struct RowLinearArgs {
   RowLinearParams p;
   RowLinearPlan plan, next;  // next: of p.next_weight
-  int32_t row_tiles_ar;  // row tiles of `tokens` rows, the AR view's first; no tile holds both views
+  int32_t row_tiles_ar;  // row tiles of `tile_rows` rows, the AR view's first; no tile holds both views
   int32_t row_tiles;
   int32_t num_stages;    // of the shared-memory ring
 
   __device__ bool is_diff(int row_tile) const { return row_tile >= row_tiles_ar; }
   __device__ const void* weight_of(int row_tile) const { return is_diff(row_tile) ? p.weight_diff : p.weight; }
-  __device__ int row_begin(int row_tile, int tokens) const {
-    return is_diff(row_tile) ? p.num_rows_ar + (row_tile - row_tiles_ar) * tokens : row_tile * tokens;
+  __device__ int row_begin(int row_tile, int tile_rows) const {
+    return is_diff(row_tile) ? p.num_rows_ar + (row_tile - row_tiles_ar) * tile_rows : row_tile * tile_rows;
   }
   __device__ int row_end(int row_tile) const { return is_diff(row_tile) ? p.num_rows : p.num_rows_ar; }
 };
@@ -103,29 +103,31 @@ __device__ __forceinline__ uint32_t thread_here() {
   return thread % kGroupThreads;
 }
 
-// Partial sums follow the counters: [view][block of the tile][which][cta][tokens * 64] floats, in the order of the
+// Partial sums follow the counters: [view][block of the tile][which][cta][tile_rows * 64] floats, in the order of the
 // owning threads' accumulators; a CTA cuts two tiles at most, the one that its range starts inside of (0), and the one
 // that it ends inside of (1).
 __host__ __device__ inline int64_t partial_offset(const RowLinearPlan& plan, int view, int group, int which, int cta,
-                                                  int tokens) {
+                                                  int tile_rows) {
   const int64_t slot = ((static_cast<int64_t>(view) * plan.blocks_per_tile + group) * 2 + which) * plan.grid + cta;
-  return kMaxCounters + slot * tokens * kBlock;
+  return kMaxCounters + slot * tile_rows * kBlock;
 }
 
 // Rows per tile: the narrowest variant that holds the larger view's rows. More rows than the widest
-// holds take the prefill variant: whole sums per CTA, folded in registers at the same cuts.
-struct TokenTiles {
+// holds take the variant for many rows: whole sums per CTA, folded in registers at the same cuts.
+struct RowTiles {
   int32_t widest;
-  int32_t prefill;
+  int32_t many_rows;
 };
-constexpr TokenTiles kTokensSm90{160, 128};
-constexpr TokenTiles kTokensMma{96, 96};
+constexpr RowTiles kRowTilesSm90{160, 128};
+constexpr RowTiles kRowTilesMma{96, 96};
 
-int launch_row_linear_sm90(const RowLinearArgs& args, int tokens, bool prefill, void* stream, const DeviceInfo& device);
-int launch_row_linear_sm90_coded(const RowLinearArgs& args, int tokens, bool prefill, void* stream,
+int launch_row_linear_sm90(const RowLinearArgs& args, int tile_rows, bool many_rows, void* stream,
+                           const DeviceInfo& device);
+int launch_row_linear_sm90_coded(const RowLinearArgs& args, int tile_rows, bool many_rows, void* stream,
                                  const DeviceInfo& device);
-int launch_row_linear_mma(const RowLinearArgs& args, int tokens, bool prefill, void* stream, const DeviceInfo& device);
-int launch_row_linear_mma_coded(const RowLinearArgs& args, int tokens, bool prefill, void* stream,
+int launch_row_linear_mma(const RowLinearArgs& args, int tile_rows, bool many_rows, void* stream,
+                          const DeviceInfo& device);
+int launch_row_linear_mma_coded(const RowLinearArgs& args, int tile_rows, bool many_rows, void* stream,
                                 const DeviceInfo& device);
 
 }  // namespace orthrus::cuda

@@ -1,5 +1,5 @@
 // row_linear on Hopper: one warp streams weights through a ring of shared-memory stages with bulk
-// copies, one or two warpgroups multiply them with wgmma as they land (features are M, tokens N). Plain weights are
+// copies, one or two warpgroups multiply them with wgmma as they land (features are M, rows N). Plain weights are
 // read from shared memory by wgmma itself; of coded ones, decoded, it finds them in registers. No bit differs.
 //
 // The ring is filled, and some more brought to L2, before waiting for the previous kernel (weights do not depend
@@ -22,53 +22,54 @@ struct Sm90Params {
 };
 
 // Two of them overlap across kernel boundaries, with a norm's CTA in between. The sums of wider tiles leave no
-// registers for that, nor do those of 96 tokens beside a coded block.
-__host__ __device__ constexpr int ctas_per_sm(int tokens, bool prefill, bool coded) {
-  return prefill || tokens > (coded ? 64 : 96) ? 1 : 2;
+// registers for that, nor do those of 96 rows beside a coded block.
+__host__ __device__ constexpr int ctas_per_sm(int tile_rows, bool many_rows, bool coded) {
+  return many_rows || tile_rows > (coded ? 64 : 96) ? 1 : 2;
 }
 
-// One thread produces; only whole warpgroups can hand their registers over to the prefill's two sets of sums.
-constexpr int producer_threads(bool prefill) { return prefill ? kGroupThreads : 32; }
+// One thread produces; only whole warpgroups can hand their registers over to the two sets of sums of many rows.
+constexpr int producer_threads(bool many_rows) { return many_rows ? kGroupThreads : 32; }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-template <int kTokens>
-__device__ __forceinline__ void multiply(float (&acc)[kTokens / 2], const uint8_t* weight, const uint8_t* x,
+template <int kTileRows>
+__device__ __forceinline__ void multiply(float (&acc)[kTileRows / 2], const uint8_t* weight, const uint8_t* x,
                                          bool accumulate) {
   using namespace sm90;
   const uint64_t a = matrix_descriptor(weight), b = matrix_descriptor(x);
 #pragma unroll
   for (int k = 0; k < kBlock / 16; ++k) {
     const uint64_t step = descriptor_offset(k * 16 * 2);  // along K, inside the swizzled 128 bytes
-    wgmma<kTokens>(acc, a + step, b + step, accumulate || k > 0);
+    wgmma<kTileRows>(acc, a + step, b + step, accumulate || k > 0);
   }
 }
 
-// acc = the sum over the next `length` stages, from zero. Prefill, which has more arithmetic, begins the next stage's
-// before this one is released. In decode a stage is taken to be worth more as room for the next load (not measured).
-template <int kTokens, bool kPrefill>
-__device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Ring<kTokens, false>& ring,
+// acc = the sum over the next `length` stages, from zero. With many rows, which is more arithmetic, the next stage's
+// begins before this one is released; with few, a stage is taken to be worth more as room for the next load (not
+// measured).
+template <int kTileRows, bool kManyRows>
+__device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const Ring<kTileRows, false>& ring,
                                             Cursor& cursor, int length, int group, const void*, bool) {
   using namespace sm90;
   const bool releases = threadIdx.x % 32 == 0;
   int previous = 0;
 #pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;  // until here the registers are free
+  for (int i = 0; i < kTileRows / 2; ++i) acc[i] = 0.0f;  // until here the registers are free
   pin(acc);
 #pragma unroll 1
   for (int i = 0; i < length; ++i) {
     barrier_wait(ring.full(cursor.stage), cursor.parity);
     wgmma_fence();
-    multiply<kTokens>(acc, ring.weight(cursor.stage, group), ring.x(cursor.stage), i > 0);
+    multiply<kTileRows>(acc, ring.weight(cursor.stage, group), ring.x(cursor.stage), i > 0);
     wgmma_commit();
-    if (!kPrefill || i > 0) {
-      wgmma_wait<kPrefill>();
-      if (releases) barrier_arrive(ring.empty(kPrefill ? previous : cursor.stage));
+    if (!kManyRows || i > 0) {
+      wgmma_wait<kManyRows>();
+      if (releases) barrier_arrive(ring.empty(kManyRows ? previous : cursor.stage));
     }
     previous = cursor.stage;
     cursor.advance(ring.num_stages);
   }
-  if (kPrefill) {
+  if (kManyRows) {
     wgmma_wait<0>();
     if (releases) barrier_arrive(ring.empty(previous));
   }
@@ -78,9 +79,10 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Rin
 // The same over coded weights. The next stage's codes come to registers during this one's products, before this one is
 // released: in a CTA of one group nothing else would hide that, and it is worth a stage. `weight`: where its blocks
 // begin. `exists`: the group has a block; else its sums are anything.
-template <int kTokens, bool>
-__device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Ring<kTokens, true>& ring, Cursor& cursor,
-                                            int length, int group, const void* weight, bool exists) {
+template <int kTileRows, bool>
+__device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const Ring<kTileRows, true>& ring,
+                                            Cursor& cursor, int length, int group, const void* weight,
+                                            bool exists) {
   using namespace sm90;
   const auto block = [&] { return reinterpret_cast<const CodedBlock*>(ring.weight(cursor.stage, group)); };
   CodedPart part{};
@@ -89,7 +91,7 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Rin
     if (exists) part = load_part(*block());
   };
 #pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
+  for (int i = 0; i < kTileRows / 2; ++i) acc[i] = 0.0f;
   pin(acc);
   load();
 #pragma unroll 1
@@ -100,7 +102,7 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Rin
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kBlock / 16; ++k)
-      wgmma<kTokens>(acc, a[k], b + descriptor_offset(k * 16 * 2), i > 0 || k > 0);
+      wgmma<kTileRows>(acc, a[k], b + descriptor_offset(k * 16 * 2), i > 0 || k > 0);
     wgmma_commit();
     const int stage = cursor.stage;
     cursor.advance(ring.num_stages);
@@ -114,75 +116,75 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTokens / 2], const Rin
 
 __device__ __forceinline__ void consumers_sync(int blocks) { named_barrier(3, blocks * kGroupThreads); }
 
-template <int kTokens, bool kCoded>
-__device__ void consume_decode(const RowLinearArgs& args, const Ring<kTokens, kCoded>& ring, int group) {
+template <int kTileRows, bool kCoded>
+__device__ void consume_few_rows(const RowLinearArgs& args, const Ring<kTileRows, kCoded>& ring, int group) {
   Shared& shared = ring.shared;
   const RowLinearPlan& plan = args.plan;
   const Walk<false> walk(args);
   const bool argmax = args.p.epilogue == Epilogue::kArgmax;
   Cursor cursor;
-  float acc[kTokens / 2];
+  float acc[kTileRows / 2];
   for (int row_tile = 0; row_tile < args.row_tiles; ++row_tile) {
-    const int row_begin = args.row_begin(row_tile, kTokens), row_end = args.row_end(row_tile);
-    if (argmax) reset_best<kTokens>(args, ring.best(), group);
+    const int row_begin = args.row_begin(row_tile, kTileRows), row_end = args.row_end(row_tile);
+    if (argmax) reset_best<kTileRows>(args, ring.best(), group);
     for (int offset = 0; offset < walk.length;) {
       const int tile = (walk.begin + offset) / plan.k_blocks;
       const int kb = (walk.begin + offset) % plan.k_blocks;
       const int length = min(plan.k_blocks - kb, walk.length - offset);
-      sum_segment<kTokens, false>(acc, ring, cursor, length, group, args.weight_of(row_tile), true);
+      sum_segment<kTileRows, false>(acc, ring, cursor, length, group, args.weight_of(row_tile), true);
       const int view = args.is_diff(row_tile), rows = row_end - row_begin;
       auto finish = [&](auto sums) {
-        finish_block<kTokens>(sums, args, tile * plan.blocks_per_tile + group, row_begin, row_end, group,
-                              shared.staging[group], ring.best() + group * kTokens);
+        finish_block<kTileRows>(sums, args, tile * plan.blocks_per_tile + group, row_begin, row_end, group,
+                              shared.staging[group], ring.best() + group * kTileRows);
       };
       if (length == plan.k_blocks)
-        finish(WholeSums<kTokens>{acc});
-      else if (leave_partial<kTokens>(acc, args, view, tile, kb, rows, group, shared.flags + group))
-        finish(FoldedSums<kTokens>(args, view, tile, group));
+        finish(WholeSums<kTileRows>{acc});
+      else if (leave_partial<kTileRows>(acc, args, view, tile, kb, rows, group, shared.flags + group))
+        finish(FoldedSums<kTileRows>(args, view, tile, group));
       offset += length;
     }
     if (argmax) {
       consumers_sync(plan.blocks_per_tile);
-      write_best<kTokens>(args, ring.best(), row_begin, row_end);
+      write_best<kTileRows>(args, ring.best(), row_begin, row_end);
       consumers_sync(plan.blocks_per_tile);
     }
   }
 }
 
 // Whole sums, folded in registers at the same cuts and in the same order as FoldedSums.
-template <int kTokens, bool kCoded>
-__device__ void consume_prefill(const RowLinearArgs& args, const Ring<kTokens, kCoded>& ring, int group) {
+template <int kTileRows, bool kCoded>
+__device__ void consume_many_rows(const RowLinearArgs& args, const Ring<kTileRows, kCoded>& ring, int group) {
   const RowLinearPlan& plan = args.plan;
   const Walk<true> walk(args);
   Cursor cursor;
-  float acc[kTokens / 2], sum[kTokens / 2];
+  float acc[kTileRows / 2], sum[kTileRows / 2];
   for (int item = 0, items = walk.items(); item < items; ++item) {
     const int block = walk.first_block(item) + group;
     const int tile = min(block, plan.blocks - 1) / plan.blocks_per_tile, row_tile = walk.row_tile(item);
     const bool exists = block < plan.blocks;
     for (int kb = 0; kb < plan.k_blocks;) {
       const int end = plan.segment_end(tile, kb);
-      sum_segment<kTokens, true>(acc, ring, cursor, end - kb, group, args.weight_of(row_tile), exists);
+      sum_segment<kTileRows, true>(acc, ring, cursor, end - kb, group, args.weight_of(row_tile), exists);
 #pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) sum[i] = kb == 0 ? acc[i] : sum[i] + acc[i];
+      for (int i = 0; i < kTileRows / 2; ++i) sum[i] = kb == 0 ? acc[i] : sum[i] + acc[i];
       kb = end;
     }
     if (exists)
-      finish_block<kTokens>(WholeSums<kTokens>{sum}, args, block, args.row_begin(row_tile, kTokens),
+      finish_block<kTileRows>(WholeSums<kTileRows>{sum}, args, block, args.row_begin(row_tile, kTileRows),
                             args.row_end(row_tile), group, ring.shared.staging[group], nullptr);
   }
 }
 #endif
 
 // Decode runs fewer threads than the bound reserves registers for: where two CTAs share an SM, the norm has the rest.
-template <int kTokens, bool kPrefill, bool kCoded>
-__global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTokens, kPrefill, kCoded))
+template <int kTileRows, bool kManyRows, bool kCoded>
+__global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTileRows, kManyRows, kCoded))
     row_linear_sm90(const __grid_constant__ Sm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const RowLinearArgs& args = params.args;
-  const int blocks = kPrefill ? 2 : args.plan.blocks_per_tile;
+  const int blocks = kManyRows ? 2 : args.plan.blocks_per_tile;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
-  const Ring<kTokens, kCoded> ring{shared, args.num_stages, blocks};
+  const Ring<kTileRows, kCoded> ring{shared, args.num_stages, blocks};
 
   const int thread = threadIdx.x;
   const int group = __shfl_sync(~0u, thread / kGroupThreads, 0);  // tells the compiler that a warp has one role
@@ -195,64 +197,64 @@ __global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTokens, kPrefi
   }
   __syncthreads();
   if (group == blocks) {
-    if constexpr (kPrefill) sm90::give_registers<40>();
+    if constexpr (kManyRows) sm90::give_registers<40>();
     if (thread == blocks * kGroupThreads) {
       sm90::prefetch_map(params.x_map);
       sm90::prefetch_map(params.x_map + 1);
-      produce<kTokens, kPrefill>(args, params.x_map, ring);
+      produce<kTileRows, kManyRows>(args, params.x_map, ring);
     }
     __syncwarp();  // else the idle lanes' wait may come first and hold up the lane that runs ahead of the kernel before
     pdl_wait();
     return;
   }
   pdl_wait();
-  if constexpr (kPrefill) {
+  if constexpr (kManyRows) {
     sm90::take_registers<232>();
-    consume_prefill(args, ring, group);
+    consume_many_rows(args, ring, group);
   } else {
-    consume_decode(args, ring, group);
+    consume_few_rows(args, ring, group);
   }
 #else
   __trap();  // never launched: row_linear.cu sends other architectures to the mma variant
 #endif
 }
 
-template <int kTokens, bool kPrefill, bool kCoded>
+template <int kTileRows, bool kManyRows, bool kCoded>
 int launch_variant(const RowLinearArgs& plain, void* stream, const DeviceInfo& device) {
   Sm90Params params{{}, plain};
   RowLinearArgs& args = params.args;
   for (int view = 0; view < 2; ++view) {
     const int rows = view ? args.p.num_rows : max(args.p.num_rows_ar, 1);
     if (const cudaError_t error =
-            sm90::make_row_map(&params.x_map[view], args.p.x, rows, args.p.in_features, kTokens))
+            sm90::make_row_map(&params.x_map[view], args.p.x, rows, args.p.in_features, kTileRows))
       return error;
   }
-  const int blocks = kPrefill ? 2 : args.plan.blocks_per_tile;
-  constexpr int ctas = ctas_per_sm(kTokens, kPrefill, kCoded);
+  const int blocks = kManyRows ? 2 : args.plan.blocks_per_tile;
+  constexpr int ctas = ctas_per_sm(kTileRows, kManyRows, kCoded);
   constexpr int room = (kSharedPerSm - (ctas == 1 ? 0 : kSharedOfOthers)) / ctas - kSharedOfCta - sizeof(Shared);
-  static_assert(room / stage_bytes<kTokens, kCoded>(2) >= 3);
+  static_assert(room / stage_bytes<kTileRows, kCoded>(2) >= 3);
   const bool argmax = args.p.epilogue == Epilogue::kArgmax;
-  const int best = argmax ? blocks * kTokens * static_cast<int>(sizeof(Best)) : 0;
-  args.num_stages = min((room - best) / stage_bytes<kTokens, kCoded>(blocks), kMaxStages);
-  const int shared = sizeof(Shared) + args.num_stages * stage_bytes<kTokens, kCoded>(blocks) + best;
+  const int best = argmax ? blocks * kTileRows * static_cast<int>(sizeof(Best)) : 0;
+  args.num_stages = min((room - best) / stage_bytes<kTileRows, kCoded>(blocks), kMaxStages);
+  const int shared = sizeof(Shared) + args.num_stages * stage_bytes<kTileRows, kCoded>(blocks) + best;
 
-  const auto kernel = row_linear_sm90<kTokens, kPrefill, kCoded>;
+  const auto kernel = row_linear_sm90<kTileRows, kManyRows, kCoded>;
   int grid = args.plan.grid;
-  if (kPrefill) grid = min(device.num_sms, (args.plan.blocks + 1) / 2 * args.row_tiles);
-  const int threads = blocks * kGroupThreads + producer_threads(kPrefill);
+  if (kManyRows) grid = min(device.num_sms, (args.plan.blocks + 1) / 2 * args.row_tiles);
+  const int threads = blocks * kGroupThreads + producer_threads(kManyRows);
   return launch(kernel, params, grid, threads, shared, stream, device);
 }
 
 template <bool kCoded>
-int launch_sm90(const RowLinearArgs& args, int tokens, bool prefill, void* stream, const DeviceInfo& device) {
-  if (prefill) return launch_variant<kTokensSm90.prefill, true, kCoded>(args, stream, device);
-  switch (tokens) {
+int launch_sm90(const RowLinearArgs& args, int tile_rows, bool many_rows, void* stream, const DeviceInfo& device) {
+  if (many_rows) return launch_variant<kRowTilesSm90.many_rows, true, kCoded>(args, stream, device);
+  switch (tile_rows) {
     case 16: return launch_variant<16, false, kCoded>(args, stream, device);
     case 32: return launch_variant<32, false, kCoded>(args, stream, device);
     case 64: return launch_variant<64, false, kCoded>(args, stream, device);
     case 96: return launch_variant<96, false, kCoded>(args, stream, device);
     case 128: return launch_variant<128, false, kCoded>(args, stream, device);
-    default: return launch_variant<kTokensSm90.widest, false, kCoded>(args, stream, device);
+    default: return launch_variant<kRowTilesSm90.widest, false, kCoded>(args, stream, device);
   }
 }
 

@@ -9,11 +9,11 @@ namespace orthrus::cuda {
 
 constexpr int kMaxStages = 16;
 
-template <int kTokens>
-constexpr int kXBytes = kTokens * kBlock * 2;
-template <int kTokens, bool kCoded>
+template <int kTileRows>
+constexpr int kXBytes = kTileRows * kBlock * 2;
+template <int kTileRows, bool kCoded>
 __host__ __device__ constexpr int stage_bytes(int blocks) {
-  return blocks * packed_bytes(kCoded) + kXBytes<kTokens>;
+  return blocks * packed_bytes(kCoded) + kXBytes<kTileRows>;
 }
 
 // The start of shared memory, at addresses that take no registers. Behind it x of all the ring's stages, which its
@@ -34,7 +34,7 @@ __device__ inline int steps_ahead(const RowLinearPlan& plan) {
   return kPrefetchBytes / (plan.blocks_per_tile * plan.block_bytes);
 }
 
-template <int kTokens, bool kCoded>
+template <int kTileRows, bool kCoded>
 struct Ring {
   Shared& shared;
   int num_stages;
@@ -45,7 +45,9 @@ struct Ring {
   __device__ uint8_t* weight(int stage, int block) const {
     return x(num_stages) + (stage * blocks + block) * packed_bytes(kCoded);
   }
-  __device__ uint8_t* x(int stage) const { return reinterpret_cast<uint8_t*>(&shared + 1) + stage * kXBytes<kTokens>; }
+  __device__ uint8_t* x(int stage) const {
+    return reinterpret_cast<uint8_t*>(&shared + 1) + stage * kXBytes<kTileRows>;
+  }
   __device__ Best* best() const { return reinterpret_cast<Best*>(weight(num_stages, 0)); }
 };
 
@@ -60,33 +62,33 @@ struct Cursor {
   }
 };
 
-// The items that a CTA works through: its range of units for one row tile after the other (decode), or whole
-// tiles of two blocks (prefill), there with the row tile varying fastest so that a weight is read from memory once.
-template <bool kPrefill>
+// The items that a CTA works through: its range of units for one row tile after the other (few rows), or whole
+// tiles of two blocks (many rows), there with the row tile varying fastest so that a weight is read from memory once.
+template <bool kManyRows>
 struct Walk {
   const RowLinearArgs& args;
-  int begin, length;  // units of an item: within the weight (decode) or within a tile (prefill)
+  int begin, length;  // units of an item: within the weight (few rows) or within a tile (many rows)
 
   __device__ explicit Walk(const RowLinearArgs& a) : args(a) {
-    begin = kPrefill ? 0 : a.plan.range_begin(blockIdx.x);
-    length = kPrefill ? a.plan.k_blocks : a.plan.range_begin(blockIdx.x + 1) - begin;
+    begin = kManyRows ? 0 : a.plan.range_begin(blockIdx.x);
+    length = kManyRows ? a.plan.k_blocks : a.plan.range_begin(blockIdx.x + 1) - begin;
   }
   __device__ int items() const {
-    if (!kPrefill) return args.row_tiles;
+    if (!kManyRows) return args.row_tiles;
     const int all = (args.plan.blocks + 1) / 2 * args.row_tiles;
     return (all - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
   }
   __device__ int row_tile(int item) const {
-    return kPrefill ? (blockIdx.x + item * gridDim.x) % args.row_tiles : item;
+    return kManyRows ? (blockIdx.x + item * gridDim.x) % args.row_tiles : item;
   }
   __device__ int first_block(int item) const {
-    return kPrefill ? (blockIdx.x + item * gridDim.x) / args.row_tiles * 2
+    return kManyRows ? (blockIdx.x + item * gridDim.x) / args.row_tiles * 2
                     : begin / args.plan.k_blocks * args.plan.blocks_per_tile;
   }
 };
 
 // Where one unit of a weight lies; stepping costs no division.
-struct Unit {
+struct WeightUnit {
   const RowLinearPlan& plan;
   const uint8_t* weight;
   int block, kb;
@@ -109,13 +111,13 @@ struct Unit {
   }
 };
 
-// The first units that the next kernel's CTA of the same number will load, if that is decode too: memory does not wait
-// for this kernel's end.
-struct Handover {
-  Unit unit;
+// The first units that the next kernel's CTA of the same number will load, if that has few rows too: memory does not
+// wait for this kernel's end.
+struct NextWeightPrefetch {
+  WeightUnit unit;
   int left = 0;
 
-  __device__ explicit Handover(const RowLinearArgs& args) : unit{args.next} {
+  __device__ explicit NextWeightPrefetch(const RowLinearArgs& args) : unit{args.next} {
     const RowLinearPlan& plan = args.next;
     if (!args.p.next_weight || static_cast<int>(blockIdx.x) >= plan.grid) return;
     const int begin = plan.range_begin(blockIdx.x);
@@ -133,18 +135,18 @@ struct Handover {
 };
 
 // One unit of the walk as the producer needs it.
-template <int kTokens, bool kPrefill>
+template <int kTileRows, bool kManyRows>
 struct Position {
-  const Walk<kPrefill>& walk;
+  const Walk<kManyRows>& walk;
   int item = 0, offset, row_tile, row;
-  Unit unit;
+  WeightUnit unit;
 
-  __device__ explicit Position(const Walk<kPrefill>& w) : walk(w), unit{w.args.plan} { enter(); }
+  __device__ explicit Position(const Walk<kManyRows>& w) : walk(w), unit{w.args.plan} { enter(); }
   __device__ void enter() {
     const RowLinearArgs& args = walk.args;
     row_tile = walk.row_tile(item);
     unit.weight = static_cast<const uint8_t*>(args.weight_of(row_tile));
-    row = args.row_begin(row_tile, kTokens);
+    row = args.row_begin(row_tile, kTileRows);
     offset = 0;
     unit.block = walk.first_block(item);
     unit.kb = walk.begin % args.plan.k_blocks;
@@ -158,11 +160,11 @@ struct Position {
   }
 };
 
-template <int kTokens, bool kPrefill, bool kCoded>
-__device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map, const Ring<kTokens, kCoded>& ring) {
+template <int kTileRows, bool kManyRows, bool kCoded>
+__device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map, const Ring<kTileRows, kCoded>& ring) {
   using namespace sm90;
-  using Position = Position<kTokens, kPrefill>;
-  const Walk<kPrefill> walk(args);
+  using Position = Position<kTileRows, kManyRows>;
+  const Walk<kManyRows> walk(args);
   const int total = walk.items() * walk.length;
   constexpr int block_bytes = packed_bytes(kCoded);
   const int64_t block_stride = static_cast<int64_t>(args.plan.k_blocks) * block_bytes;
@@ -170,10 +172,10 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
 
   auto load_weight = [&](const Position& at, int stage) {
     const int count = min(ring.blocks, args.plan.blocks - at.unit.block);
-    barrier_arrive_expect(ring.full(stage), count * block_bytes + kXBytes<kTokens>);
+    barrier_arrive_expect(ring.full(stage), count * block_bytes + kXBytes<kTileRows>);
 #pragma unroll 1
     for (int b = 0; b < count; ++b) {
-      if (kPrefill)
+      if (kManyRows)
         bulk_load(ring.weight(stage, b), at.unit.source + b * block_stride, block_bytes, ring.full(stage));
       else
         bulk_load(ring.weight(stage, b), at.unit.source + b * block_stride, block_bytes, ring.full(stage), policy);
@@ -183,16 +185,16 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
     tensor_load(ring.x(stage), x_map + args.is_diff(at.row_tile), at.unit.kb * kBlock, at.row, ring.full(stage));
   };
 
-  // Steps brought to L2 before they are loaded; prefill, with one CTA an SM and reuse in L2, does without. Only the
+  // Steps brought to L2 before they are loaded; many rows, with one CTA an SM and reuse in L2, does without. Only the
   // load marks a line as evict-first: between the two it has to stay. Behind the last step come the first ones of the
   // next weight.
-  const int lead = kPrefill ? 0 : steps_ahead(args.plan);
+  const int lead = kManyRows ? 0 : steps_ahead(args.plan);
   const int ahead = min(total, ring.num_stages);
   Position first(walk), next(walk);
   for (int step = 0; step < ahead; ++step, next.advance()) load_weight(next, step);
   Position later(next);
   for (int step = ahead; step < min(total, ahead + lead); ++step, later.advance()) later.unit.prefetch();
-  Handover handover(args);
+  NextWeightPrefetch next_weight(args);
   pdl_wait();
   fence_proxy_async_global();  // x was stored by threads
   if (total == ahead) pdl_launch_dependents();  // after the wait: never more than two row_linears at once
@@ -206,12 +208,12 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map,
     if (lead > 0 && step + lead < total) {
       later.unit.prefetch();
       later.advance();
-    } else if (!kPrefill && handover.left > 0) {
-      handover.prefetch();
+    } else if (!kManyRows && next_weight.left > 0) {
+      next_weight.prefetch();
     }
     cursor.advance(ring.num_stages);
   }
-  while (!kPrefill && handover.left > 0) handover.prefetch();
+  while (!kManyRows && next_weight.left > 0) next_weight.prefetch();
 }
 
 #endif

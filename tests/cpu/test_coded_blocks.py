@@ -9,7 +9,7 @@ import torch
 
 from orthrus_rt import coded_blocks, embedded, native, ops, room, weights
 from orthrus_rt.checkpoint import load, load_config
-from orthrus_rt.weights import _cuda_blocks, pack, pack_views
+from orthrus_rt.weights import cuda_blocks, pack, pack_views
 from tests import checkpoints
 from tests.cpu import test_row_linear_on_host as rl
 from tests.cpu.test_coded_weight import with_exponents
@@ -102,7 +102,7 @@ def test_size():
 def test_exceptions_of_the_embedded_model():
     """What csrc/cuda/coded_block.cuh says of them."""
     matrices = [tensor.bfloat16() for tensor in load("smollm2-135m").tensors.values() if tensor.dim() == 2]
-    coded = [coded_blocks.encode(_cuda_blocks(matrix, gate_up=False)) for matrix in matrices]
+    coded = [coded_blocks.encode(cuda_blocks(matrix, gate_up=False)) for matrix in matrices]
     blocks = [data[: data.numel() // BYTES * BYTES].view(-1, BYTES) for data in coded]
     count = torch.cat([part[:, 8:12].contiguous().view(torch.int32)[:, 0] for part in blocks])
     assert 3.5e-5 < count.sum() / (4096 * len(count)) < 4.5e-5
@@ -159,7 +159,7 @@ class TestRowLinear:
             monkeypatch.setenv("ORTHRUS_CUDA_CODED", then)
             following = pack(weight)
             monkeypatch.setenv("ORTHRUS_CUDA_CODED", coded)
-            assert torch.equal(rl.run(x, weight, then=following), want)
+            assert torch.equal(rl.run(x, weight, next_weight=following), want)
             begin = following.data.data_ptr()
             ends = map(ctypes.c_void_p, (begin, begin + following.nbytes))
             assert (rl.library().row_linear_prefetched(*ends, following.coded) > 0) == (isa == "sm90")

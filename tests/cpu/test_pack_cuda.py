@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orthrus_rt.weights import cuda_blocks
+from orthrus_rt.weights import cuda_blocks, swizzled
 
 
 def unpack(data: torch.Tensor, out_features: int, gate_up: bool) -> torch.Tensor:
@@ -27,7 +27,7 @@ def unpack(data: torch.Tensor, out_features: int, gate_up: bool) -> torch.Tensor
 @pytest.mark.parametrize(("out_features", "in_features"), [(64, 64), (128, 192), (960, 576), (80, 64), (16, 128)])
 def test_round_trip(out_features, in_features, gate_up):
     weight = torch.randn(out_features, in_features).bfloat16()
-    data = cuda_blocks(weight, gate_up)
+    data = swizzled(cuda_blocks(weight, gate_up))
     assert data.is_contiguous()
     assert data.shape == (-(-out_features // 64), in_features // 64, 64, 8, 8)
     assert torch.equal(unpack(data, out_features, gate_up), weight)
@@ -35,7 +35,7 @@ def test_round_trip(out_features, in_features, gate_up):
 
 def test_any_number_of_outputs():
     weight = torch.randn(37, 64).bfloat16()
-    assert torch.equal(unpack(cuda_blocks(weight, False), 37, False), weight)
+    assert torch.equal(unpack(swizzled(cuda_blocks(weight, False)), 37, False), weight)
 
 
 def test_errors():

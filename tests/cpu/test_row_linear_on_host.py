@@ -53,10 +53,10 @@ def packed(plain, gate_up, coded):
 
 def run(
     x, plain, epilogue="none", *, residual=None, diff=None, num_rows_ar=None, sms=5, descending=False, space=None,
-    then=None,
+    next_weight=None,
 ):  # fmt: skip
-    """The op on a device of ``sms`` SMs, into a NaN-filled output between guards, with weights packed here; ``then`` is
-    packed.
+    """The op on a device of ``sms`` SMs, into a NaN-filled output between guards, with weights packed here;
+    ``next_weight`` is packed.
     """
     host = dispatch.native().cuda
     host.num_sms, host.descending = sms, descending
@@ -73,7 +73,7 @@ def run(
         out = out, torch.full((rows, width), -7, dtype=torch.int32)
     if space is None:
         space = workspace(rows, k, n, sms)
-    kwargs = dict(residual=residual, epilogue=epilogue, workspace=space, then=then)
+    kwargs = dict(residual=residual, epilogue=epilogue, workspace=space, next_weight=next_weight)
     native.row_linear(x, weight, out, weight_diff=weight_diff, num_rows_ar=num_rows_ar, **kwargs)
     assert guarded[:GUARD].isnan().all()
     assert guarded[-GUARD:].isnan().all()
@@ -263,7 +263,7 @@ def test_what_is_not_aligned_is_refused(host):
     host.num_sms = 5
     weight, residual = pack(tensor(128, 1024, seed=1)), tensor(3, 128)
     tensors = dict(x=tensor(3, 1024), out=torch.empty_like(residual), workspace=workspace(3, 1024, 128, 5))
-    given = tensors | dict(residual=residual, weight=weight, weight_diff=weight, then=weight)
+    given = tensors | dict(residual=residual, weight=weight, weight_diff=weight, next_weight=weight)
     native.row_linear(**given, num_rows_ar=1, epilogue="residual")
     for name, value in given.items():
         moved = dataclasses.replace(value, data=shifted(value.data)) if value is weight else shifted(value)
@@ -304,10 +304,11 @@ def test_the_next_weights_beginning_is_brought_to_l2(shape, rows, ar, isa):
     views = dict(diff=tensor(n, k, seed=4), num_rows_ar=ar) if ar < rows else {}
     want, before = run(x, plain, sms=sms, **views), library().row_linear_prefetches()
     for next_k, next_n in ((64, 64), (640, 320), (64, 3200), (256, 3200)):
-        then = pack(tensor(next_n, next_k, seed=3))
-        assert torch.equal(run(x, plain, sms=sms, then=then, **views), want)
-        begin = then.data.data_ptr()
-        handed = library().row_linear_prefetched(*map(ctypes.c_void_p, (begin, begin + then.nbytes)), then.coded)
-        assert library().row_linear_prefetches() == before + handed
+        next_weight = pack(tensor(next_n, next_k, seed=3))
+        assert torch.equal(run(x, plain, sms=sms, next_weight=next_weight, **views), want)
+        begin = next_weight.data.data_ptr()
+        ends = map(ctypes.c_void_p, (begin, begin + next_weight.nbytes))
+        brought = library().row_linear_prefetched(*ends, next_weight.coded)
+        assert library().row_linear_prefetches() == before + brought
         ctas = 0 if isa.endswith("sm80") or rows > 160 else library().row_linear_grid(k, n, sms)
-        assert handed == library().row_linear_handover(ctas, next_k, next_n, sms, then.coded)
+        assert brought == library().row_linear_next_prefetch(ctas, next_k, next_n, sms, next_weight.coded)

@@ -188,9 +188,11 @@ def test_layers_that_rewrite_their_input_early(rows):
         for _ in range(20):
             ops.rms_norm(hidden, norm, 1e-6, normed)
             after()
-            ops.row_linear(normed, gate_up, wide, epilogue="silu_mul", workspace=space, then=down)
+            ops.row_linear(normed, gate_up, wide, epilogue="silu_mul", workspace=space, next_weight=down)
             after()
-            ops.row_linear(wide, down, hidden, residual=hidden, epilogue="residual", workspace=space, then=gate_up)
+            ops.row_linear(
+                wide, down, hidden, residual=hidden, epilogue="residual", workspace=space, next_weight=gate_up
+            )
             after()
 
     hidden.copy_(start)
@@ -217,8 +219,8 @@ def test_graph_and_reuse(rows):
     outs = [torch.empty_like(w) for w in want]
 
     def all_of_them():
-        for x, w, out, then in zip(xs, weights, outs, [*weights[1:], weights[0]], strict=True):
-            ops.row_linear(x, w, out, workspace=space, then=then)
+        for x, w, out, following in zip(xs, weights, outs, [*weights[1:], weights[0]], strict=True):
+            ops.row_linear(x, w, out, workspace=space, next_weight=following)
 
     def check():
         torch.cuda.synchronize()

@@ -47,7 +47,7 @@ int64_t row_linear_prefetched(const uint8_t* begin, const uint8_t* end, bool cod
 }
 int64_t row_linear_prefetches() { return static_cast<int64_t>(cuda_host::prefetched.size()); }
 // Blocks that `ctas` CTAs hand over to the next weight's, of units that fill 96 KiB each.
-int64_t row_linear_handover(int ctas, int in_features, int out_features, int num_sms, bool coded) {
+int64_t row_linear_next_prefetch(int ctas, int in_features, int out_features, int num_sms, bool coded) {
   const auto plan = orthrus::cuda::make_plan(in_features, out_features, false, num_sms);
   int64_t sum = 0;
   for (int cta = 0; cta < min(ctas, plan.grid); ++cta)
