@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTileRows, kMan
   __syncthreads();
   if (group == blocks) {
     if constexpr (kManyRows) sm90::give_registers<40>();
-    if (thread == blocks * kGroupThreads) {
+    if (__shfl_sync(~0u, thread / 32, 0) == blocks * kGroupThreads / 32 && sm90::elect_one()) {
       sm90::prefetch_map(params.x_map);
       sm90::prefetch_map(params.x_map + 1);
       produce<kTileRows, kManyRows>(args, params.x_map, ring);

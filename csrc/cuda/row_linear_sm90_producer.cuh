@@ -51,6 +51,22 @@ struct Ring {
   __device__ Best* best() const { return reinterpret_cast<Best*>(weight(num_stages, 0)); }
 };
 
+// The same as addresses, from one that stays in a register: the compiler would ask for the start at every step.
+template <int kTileRows, bool kCoded>
+struct RingAddresses {
+  SharedAddress start;
+  int num_stages, blocks;
+
+  __device__ explicit RingAddresses(const Ring<kTileRows, kCoded>& ring)
+      : start(shared_address(&ring.shared)), num_stages(ring.num_stages), blocks(ring.blocks) {
+    asm volatile("" : "+r"(start), "+r"(num_stages), "+r"(blocks));
+  }
+  __device__ SharedAddress full(int stage) const { return start + stage * sizeof(uint64_t); }
+  __device__ SharedAddress empty(int stage) const { return full(kMaxStages + stage); }
+  __device__ SharedAddress x(int stage) const { return start + sizeof(Shared) + stage * kXBytes<kTileRows>; }
+  __device__ SharedAddress weight(int stage) const { return x(num_stages) + stage * blocks * packed_bytes(kCoded); }
+};
+
 struct Cursor {
   int stage = 0;
   int parity = 0;
@@ -87,132 +103,144 @@ struct Walk {
   }
 };
 
-// Where one unit of a weight lies; stepping costs no division.
-struct WeightUnit {
-  const RowLinearPlan& plan;
-  const uint8_t* weight;
-  int block, kb;
-  const uint8_t* source;  // of its first block
+// One unit of the walk as the producer needs it. A single thread loads everything, so that a step has to take it no
+// longer than memory takes for 6 KB: within a run, the units of one tile one after the other, it is a few additions.
+template <int kTileRows, bool kManyRows, bool kCoded>
+struct Position {
+  static constexpr int kBytes = packed_bytes(kCoded);
 
-  __device__ void locate() {
-    source = weight + (static_cast<int64_t>(block) * plan.k_blocks + kb) * plan.block_bytes;
+  const Walk<kManyRows>& walk;
+  const sm90::TensorMap* x_map;  // of the item's view
+  int item = 0, row;             // the first of its row tile
+  const uint8_t* weight;
+  int block, behind;             // first block of the tile; units of the item behind the run
+  const uint8_t* source;         // the unit's first block
+  int column, left;              // its first input; units of the run from it on
+
+  __device__ Position(const Walk<kManyRows>& w, const sm90::TensorMap* x_maps) : walk(w) { enter(x_maps); }
+  __device__ void enter(const sm90::TensorMap* x_maps) {
+    const RowLinearArgs& args = walk.args;
+    const int row_tile = walk.row_tile(item);
+    x_map = x_maps + args.is_diff(row_tile);
+    weight = static_cast<const uint8_t*>(args.weight_of(row_tile));
+    row = args.row_begin(row_tile, kTileRows);
+    block = walk.first_block(item);
+    behind = walk.length;
+    begin_run(walk.begin % args.plan.k_blocks);
   }
-  __device__ void advance() {
-    source += plan.block_bytes;
-    if (++kb < plan.k_blocks) return;
-    block += plan.blocks_per_tile;
-    kb = 0;
-    locate();
+  __device__ void begin_run(int kb) {
+    left = min(walk.args.plan.k_blocks - kb, behind);
+    behind -= left;
+    source = weight + (static_cast<int64_t>(block) * walk.args.plan.k_blocks + kb) * kBytes;
+    column = kb * kBlock;
   }
-  __device__ void prefetch() const {
-#pragma unroll 1
-    for (int b = 0; b < plan.blocks_per_tile; ++b)
-      sm90::bulk_prefetch(source + static_cast<int64_t>(b) * plan.k_blocks * plan.block_bytes, plan.block_bytes);
+  __device__ void advance(const sm90::TensorMap* x_maps) {
+    source += kBytes;
+    column += kBlock;
+    if (--left > 0) return;
+    if (behind > 0) {
+      block += walk.args.plan.blocks_per_tile;
+      begin_run(0);
+    } else {
+      ++item;
+      enter(x_maps);
+    }
   }
 };
 
 // The first units that the next kernel's CTA of the same number will load, if that has few rows too: memory does not
 // wait for this kernel's end.
 struct NextWeightPrefetch {
-  WeightUnit unit;
-  int left = 0;
+  const RowLinearPlan& plan;
+  const uint8_t* source = nullptr;
+  int kb = 0, left = 0;
 
-  __device__ explicit NextWeightPrefetch(const RowLinearArgs& args) : unit{args.next} {
-    const RowLinearPlan& plan = args.next;
+  __device__ explicit NextWeightPrefetch(const RowLinearArgs& args) : plan(args.next) {
     if (!args.p.next_weight || static_cast<int>(blockIdx.x) >= plan.grid) return;
     const int begin = plan.range_begin(blockIdx.x);
     left = min(steps_ahead(plan), plan.range_begin(blockIdx.x + 1) - begin);
-    unit.weight = static_cast<const uint8_t*>(args.p.next_weight);
-    unit.block = begin / plan.k_blocks * plan.blocks_per_tile;
-    unit.kb = begin % plan.k_blocks;
-    unit.locate();
+    kb = begin % plan.k_blocks;
+    const int64_t unit = static_cast<int64_t>(begin / plan.k_blocks) * plan.blocks_per_tile * plan.k_blocks + kb;
+    source = static_cast<const uint8_t*>(args.p.next_weight) + unit * plan.block_bytes;
   }
   __device__ void prefetch() {
-    unit.prefetch();
-    unit.advance();
+    const int64_t row_of_blocks = static_cast<int64_t>(plan.k_blocks) * plan.block_bytes;
+    sm90::bulk_prefetch(source, plan.block_bytes);
+    if (plan.blocks_per_tile == 2) sm90::bulk_prefetch(source + row_of_blocks, plan.block_bytes);
+    source += plan.block_bytes;
+    if (++kb == plan.k_blocks) {
+      kb = 0;
+      source += row_of_blocks * (plan.blocks_per_tile - 1);
+    }
     --left;
   }
 };
 
-// One unit of the walk as the producer needs it.
-template <int kTileRows, bool kManyRows>
-struct Position {
-  const Walk<kManyRows>& walk;
-  int item = 0, offset, row_tile, row;
-  WeightUnit unit;
-
-  __device__ explicit Position(const Walk<kManyRows>& w) : walk(w), unit{w.args.plan} { enter(); }
-  __device__ void enter() {
-    const RowLinearArgs& args = walk.args;
-    row_tile = walk.row_tile(item);
-    unit.weight = static_cast<const uint8_t*>(args.weight_of(row_tile));
-    row = args.row_begin(row_tile, kTileRows);
-    offset = 0;
-    unit.block = walk.first_block(item);
-    unit.kb = walk.begin % args.plan.k_blocks;
-    unit.locate();
-  }
-  __device__ void advance() {
-    unit.advance();
-    if (++offset < walk.length) return;
-    ++item;
-    enter();
-  }
-};
-
 template <int kTileRows, bool kManyRows, bool kCoded>
-__device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_map, const Ring<kTileRows, kCoded>& ring) {
+__device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps,
+                        const Ring<kTileRows, kCoded>& pointers) {
   using namespace sm90;
-  using Position = Position<kTileRows, kManyRows>;
+  using Position = Position<kTileRows, kManyRows, kCoded>;
+  constexpr int kBytes = Position::kBytes;
+  const RingAddresses<kTileRows, kCoded> ring(pointers);
   const Walk<kManyRows> walk(args);
   const int total = walk.items() * walk.length;
-  constexpr int block_bytes = packed_bytes(kCoded);
-  const int64_t block_stride = static_cast<int64_t>(args.plan.k_blocks) * block_bytes;
+  const int64_t row_of_blocks = static_cast<int64_t>(args.plan.k_blocks) * kBytes;
   const uint64_t policy = evict_first_policy();
 
+  auto load_block = [&](SharedAddress dst, const uint8_t* source, SharedAddress full) {
+    if (kManyRows)
+      bulk_load(dst, source, kBytes, full);
+    else
+      bulk_load(dst, source, kBytes, full, policy);
+  };
   auto load_weight = [&](const Position& at, int stage) {
-    const int count = min(ring.blocks, args.plan.blocks - at.unit.block);
-    barrier_arrive_expect(ring.full(stage), count * block_bytes + kXBytes<kTileRows>);
-#pragma unroll 1
-    for (int b = 0; b < count; ++b) {
-      if (kManyRows)
-        bulk_load(ring.weight(stage, b), at.unit.source + b * block_stride, block_bytes, ring.full(stage));
-      else
-        bulk_load(ring.weight(stage, b), at.unit.source + b * block_stride, block_bytes, ring.full(stage), policy);
-    }
+    const bool both = ring.blocks == 2 && (!kManyRows || at.block + 1 < args.plan.blocks);
+    const SharedAddress full = ring.full(stage), dst = ring.weight(stage);
+    barrier_arrive_expect(full, (1 + both) * kBytes + kXBytes<kTileRows>);
+    load_block(dst, at.source, full);
+    if (both) load_block(dst + kBytes, at.source + row_of_blocks, full);
   };
   auto load_x = [&](const Position& at, int stage) {
-    tensor_load(ring.x(stage), x_map + args.is_diff(at.row_tile), at.unit.kb * kBlock, at.row, ring.full(stage));
+    tensor_load(ring.x(stage), at.x_map, at.column, at.row, ring.full(stage));
+  };
+  auto prefetch = [&](const Position& at) {
+    bulk_prefetch(at.source, kBytes);
+    if (ring.blocks == 2) bulk_prefetch(at.source + row_of_blocks, kBytes);
   };
 
-  // Steps brought to L2 before they are loaded; many rows, with one CTA an SM and reuse in L2, does without. Only the
+  // Steps brought to L2 before they are loaded; many rows, with one CTA an SM and reuse in L2, do without. Only the
   // load marks a line as evict-first: between the two it has to stay. Behind the last step come the first ones of the
   // next weight.
   const int lead = kManyRows ? 0 : steps_ahead(args.plan);
   const int ahead = min(total, ring.num_stages);
-  Position first(walk), next(walk);
-  for (int step = 0; step < ahead; ++step, next.advance()) load_weight(next, step);
+  Position first(walk, x_maps), next(walk, x_maps);
+#pragma unroll 1
+  for (int step = 0; step < ahead; ++step, next.advance(x_maps)) load_weight(next, step);
   Position later(next);
-  for (int step = ahead; step < min(total, ahead + lead); ++step, later.advance()) later.unit.prefetch();
+#pragma unroll 1
+  for (int step = ahead; step < min(total, ahead + lead); ++step, later.advance(x_maps)) prefetch(later);
   NextWeightPrefetch next_weight(args);
   pdl_wait();
   fence_proxy_async_global();  // x was stored by threads
   if (total == ahead) pdl_launch_dependents();  // after the wait: never more than two row_linears at once
-  for (int step = 0; step < ahead; ++step, first.advance()) load_x(first, step);
+#pragma unroll 1
+  for (int step = 0; step < ahead; ++step, first.advance(x_maps)) load_x(first, step);
   Cursor cursor;
-  for (int step = ahead; step < total; ++step, next.advance()) {
+  for (int step = ahead; step < total; ++step, next.advance(x_maps)) {
     barrier_wait(ring.empty(cursor.stage), cursor.parity);
     load_weight(next, cursor.stage);
     load_x(next, cursor.stage);
     if (step == total - 1) pdl_launch_dependents();
     if (lead > 0 && step + lead < total) {
-      later.unit.prefetch();
-      later.advance();
+      prefetch(later);
+      later.advance(x_maps);
     } else if (!kManyRows && next_weight.left > 0) {
       next_weight.prefetch();
     }
     cursor.advance(ring.num_stages);
   }
+#pragma unroll 1
   while (!kManyRows && next_weight.left > 0) next_weight.prefetch();
 }
 

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests import variants
@@ -49,7 +50,7 @@ def _common_hash() -> bytes:
 
 
 def report(source: str, arch: str) -> str:
-    """What ptxas says about ``source`` for ``arch``: from the build folder if nothing has changed since.
+    """What ptxas says about ``source`` for ``arch``, and its SASS: from the build folder if nothing has changed since.
 
     Raises:
         RuntimeError: it does not compile.
@@ -68,9 +69,25 @@ def report(source: str, arch: str) -> str:
         for old in kept.parent.glob(f"{Path(source).stem}-{arch}-*.txt"):
             old.unlink(missing_ok=True)
         finished = Path(folder) / "report.txt"
-        finished.write_text(done.stderr)
+        finished.write_text(f"{done.stderr}\nlane loops: {lane_loops(command[-2])}\n")
         finished.rename(kept)
-    return done.stderr
+    return kept.read_text()
+
+
+@functools.cache
+def cuobjdump() -> str | None:
+    """That of the toolkit, or Triton's own."""
+    triton = find_spec("triton")
+    beside = os.path.join(os.path.dirname(triton.origin), "backends/nvidia/bin") if triton else ""
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=beside)
+
+
+def lane_loops(cubin: str) -> int | None:
+    """Loops in SASS over the lanes for which a warp's one unit has to do something, each 40 clocks; None: no tool."""
+    if cuobjdump() is None:
+        return None
+    done = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True)
+    return done.stdout.count("BRA.U.ANY")
 
 
 @functools.cache

@@ -28,7 +28,7 @@ def test_hopper_instructions_are_kept(coded):
     is under way, registers that cannot be moved between warpgroups. All of it costs time, and the first hides a bug."""
     report = cubins.reports()[f"csrc/cuda/row_linear_sm90{'_coded' * coded}.cu", "sm_90a"].result()
     assert re.findall(r".*(?:\(C\d+\)|warning|setmaxnreg).*", report) == []
-    # Prefill moves registers: each of its 12 warps has to start with the same share of the register file.
+    # With many rows registers are moved: each of its 12 warps has to start with the same share of the register file.
     registers = {re.search(r"sm90I(Li\d+ELb[01])", k.name)[1]: k.registers for k in cubins.parse(report)}
     assert registers["Li128ELb1"] == 168, registers
     # Two of these CTAs share an SM across kernel boundaries, with a norm's in between: see test_triton.py.
@@ -36,6 +36,16 @@ def test_hopper_instructions_are_kept(coded):
     assert max(registers[f"Li{tokens}ELb0"] for tokens in narrow) <= 80, registers
     for tokens in wide:
         assert cubins.quarter_of_registers(9, registers[f"Li{tokens}ELb0"]) <= cubins.QUARTER, registers
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_copies_are_issued_once(coded):
+    """Not in a loop over the lanes that may be there: the one thread that loads has some 200 clocks for a step."""
+    report = cubins.reports()[f"csrc/cuda/row_linear_sm90{'_coded' * coded}.cu", "sm_90a"].result()
+    loops = re.search(r"lane loops: (\w+)", report)[1]
+    if loops == "None":
+        pytest.skip("no cuobjdump, which Triton has too")
+    assert loops == "0"
 
 
 def test_a_row_linear_finds_room_beside_the_merge_of_attention():

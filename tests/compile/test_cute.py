@@ -48,7 +48,7 @@ def test_layouts(tmp_path, tiles):
     assert (done.returncode, done.stdout) == (0, "")
 
 
-OPCODES = "wgmma|ldmatrix|mbarrier|cp|fence|prefetch|setmaxnreg|bar|griddepcontrol"
+OPCODES = "wgmma|ldmatrix|mbarrier|cp|fence|prefetch|setmaxnreg|bar|griddepcontrol|elect"
 
 
 def instructions(function: str) -> list:
@@ -77,4 +77,4 @@ def test_instructions(tmp_path, tiles):
     assert ours == cutes
     assert len([entry for entry in ours if entry[0] == "stored"]) == sum(tiles)
     assert all(entry[1] == entry[2] for entry in ours if entry[0] == "stored")
-    assert len([entry for entry in ours if entry[0] != "stored"]) == 14 + 2 * 4 * len(tiles)
+    assert len([entry for entry in ours if entry[0] != "stored"]) == 16 + 2 * 4 * len(tiles)

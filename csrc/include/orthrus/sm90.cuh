@@ -27,16 +27,17 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
+__device__ __forceinline__ void barrier_arrive_expect(SharedAddress barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Blocks until the barrier's phase of this parity has completed. Copies take microseconds: after 2^34 clocks, some ten
-// seconds, an error is better than a hang.
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+// Blocks until the barrier's phase of this parity has completed. Copies take microseconds: 2^34 clocks, some ten
+// seconds, after the first look an error is better than a hang.
+__device__ __forceinline__ void barrier_wait(SharedAddress barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\n.reg .s64 start, now;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra completed;\n"
       "mov.u64 start, %%clock64;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
@@ -46,22 +47,26 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
       "setp.lt.s64 done, now, 17179869184;\n"
       "@done bra again;\n"
       "trap;\n"
-      "completed:\n}\n" ::"r"(shared_address(barrier)),
+      "completed:\n}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+  barrier_wait(shared_address(barrier), parity);
+}
 
-__device__ __forceinline__ void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier) {
+__device__ __forceinline__ void bulk_load(SharedAddress dst, const void* src, int bytes, SharedAddress barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-               "[%0], [%1], %2, [%3];" ::"r"(shared_address(dst)),
-               "l"(src), "r"(bytes), "r"(shared_address(barrier))
+               "[%0], [%1], %2, [%3];" ::"r"(dst),
+               "l"(src), "r"(bytes), "r"(barrier)
                : "memory");
 }
 
-__device__ __forceinline__ void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier, uint64_t policy) {
+__device__ __forceinline__ void bulk_load(SharedAddress dst, const void* src, int bytes, SharedAddress barrier,
+                                          uint64_t policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-               "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(dst)),
-               "l"(src), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+               "[%0], [%1], %2, [%3], %4;" ::"r"(dst),
+               "l"(src), "r"(bytes), "r"(barrier), "l"(policy)
                : "memory");
 }
 
@@ -106,15 +111,26 @@ inline cudaError_t make_row_map(TensorMap* map, const uint16_t* data, int rows, 
   return static_cast<cudaError_t>(result);  // driver and runtime number errors alike
 }
 
+// True in one thread of the calling warp. Of such a thread ptxas knows that it is alone: behind any other condition it
+// issues every copy in a loop over the lanes that may be there, some 40 clocks each.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile("{\n.reg .b32 leader;\n.reg .pred p;\nelect.sync leader|p, %1;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(elected)
+               : "r"(~0u));
+  return elected;
+}
+
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // The box of a 2-D tensor map whose first element is (row, column); elements outside the tensor are 0.
-__device__ __forceinline__ void tensor_load(void* dst, const TensorMap* map, int column, int row, uint64_t* barrier) {
+__device__ __forceinline__ void tensor_load(SharedAddress dst, const TensorMap* map, int column, int row,
+                                            SharedAddress barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-               "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(dst)),
-               "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+               "[%0], [%1, {%2, %3}], [%4];" ::"r"(dst),
+               "l"(map), "r"(column), "r"(row), "r"(barrier)
                : "memory");
 }
 

@@ -30,6 +30,10 @@ void shuffle(Warp& w, const Instruction& i, Mask m) {
   });
 }
 
+void elect(Warp& w, const Instruction& i, Mask m) {
+  for_lanes(m, [&](int l) { w.reg<uint32_t>(i.d)[l] = l == std::countr_zero(m); });
+}
+
 enum class Vote { kBallot, kAny, kAll };
 // offset: whether the predicate is negated.
 template <Vote kKind>
@@ -65,6 +69,13 @@ bool decode_collective(Parsed& p) {
       if (p.operands.size() > 1) o.b = p.at(1, 4);
     }
     o.run = nothing;
+    return true;
+  }
+  if (op == "elect") {
+    o.kind = Kind::kMembers;
+    o.mask = p.at(last, 4);
+    o.d = p.place(split(p.operands[0], '|', false)[1], 4);  // the other, the leader's number, nobody asks for
+    o.run = elect;
     return true;
   }
   if (op == "shfl" || op == "vote" || op == "redux") {

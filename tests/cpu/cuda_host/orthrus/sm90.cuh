@@ -109,6 +109,11 @@ inline cudaError_t make_row_map(TensorMap* map, const uint16_t* data, int rows, 
 }
 inline void prefetch_map(const TensorMap*) {}
 
+inline bool elect_one() {
+  __syncwarp();
+  return threadIdx.x % 32 == 0;
+}
+
 inline void barrier_init(uint64_t* barrier, int arrivals) {
   cuda_host::address(barrier, 8);
   *barrier = 0;
@@ -157,6 +162,16 @@ inline void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier, 
   std::memset(dst, 0xff, bytes);
   cuda_host::ask_for({barrier, bytes, dst, [=] { std::memcpy(dst, src, bytes); }});
 }
+// The same by addresses.
+inline void barrier_arrive_expect(SharedAddress barrier, int bytes) {
+  barrier_arrive_expect(reinterpret_cast<uint64_t*>(barrier), bytes);
+}
+inline void barrier_wait(SharedAddress barrier, int parity) {
+  barrier_wait(reinterpret_cast<uint64_t*>(barrier), parity);
+}
+inline void bulk_load(SharedAddress dst, const void* src, int bytes, SharedAddress barrier, uint64_t = 0) {
+  bulk_load(reinterpret_cast<void*>(dst), src, bytes, reinterpret_cast<uint64_t*>(barrier));
+}
 
 inline void bulk_prefetch(const void* src, int bytes) {
   const cuda_host::races::Unseen unseen;
@@ -184,6 +199,9 @@ inline void tensor_load(void* dst, const TensorMap* map, int column, int row, ui
       }
     }
   }});
+}
+inline void tensor_load(SharedAddress dst, const TensorMap* map, int column, int row, SharedAddress barrier) {
+  tensor_load(reinterpret_cast<void*>(dst), map, column, row, reinterpret_cast<uint64_t*>(barrier));
 }
 
 inline uint64_t matrix_descriptor(const void* smem) { return matrix_descriptor_at(cuda_host::address(smem, 1024)); }
