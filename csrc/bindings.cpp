@@ -239,7 +239,6 @@ PYBIND11_MODULE(_native, m) {
 #if defined(ORTHRUS_WITH_CUDA)
   bind_cuda(m.def_submodule("cuda"));
 #endif
-  m.attr("PAGE_SIZE") = kPageSize;
   m.def("build_info", [] {
     py::dict info;
 #if defined(ORTHRUS_WITH_CUDA)

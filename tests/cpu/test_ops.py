@@ -1,6 +1,7 @@
 """The validated signatures: bad arguments are named with op, argument, expected and got; and who runs what."""
 
 import contextlib
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from orthrus_rt import dispatch, ops
+from orthrus_rt import dispatch, native, ops, weights
 from orthrus_rt import state as st
 from orthrus_rt.cli import main
 from orthrus_rt.engine import Engine
@@ -18,6 +19,7 @@ from orthrus_rt.state import SlotEdits, SlotSampling, SlotState, empty_partials
 from orthrus_rt.weights import pack
 from tests import checkpoints
 
+ROOT = Path(__file__).parents[2]
 F32, I32 = torch.float32, torch.int32
 ROWS, HEADS_Q, HEADS_KV, DIM = 3, 4, 2, 64
 
@@ -210,9 +212,31 @@ def test_messages(call, changes, message):
     assert message in str(error.value)
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
-def test_a_page_is_the_same_in_python_and_in_the_kernels():
-    assert dispatch.native().PAGE_SIZE == ops.PAGE_SIZE
+def numbers(*files: str) -> dict[str, int]:
+    """Constants and the members of enumerations: ``kPageSize``, ``NextPass.kDraft``."""
+    text = "".join((ROOT / file).read_text() for file in files)
+    found = re.findall(r"^constexpr \w+ (k\w+) = (\d+);", text, re.M)
+    for name, members in re.findall(r"^enum class (\w+) : int32_t \{(.*?)\};", text, re.M | re.S):
+        found += [(f"{name}.{member}", value) for member, value in re.findall(r"(k\w+) = (-?\d+)", members)]
+    return {name: int(value) for name, value in found}
+
+
+def test_numbers_are_the_same_in_python_and_in_the_kernels():
+    native_ones = numbers("csrc/include/orthrus/params.h", "csrc/cpu/row_linear.h")
+    python_ones = {"kPageSize": ops.PAGE_SIZE, "kScoreTile": st.SCORE_TILE, "kCandidates": st.CANDIDATES}
+    python_ones |= {"kMaxBlockLen": ops.MAX_BLOCK_LEN, "kArgmaxTile": weights.CPU_ARGMAX_TILE}
+    of_triton = re.search(r"^SCORE_TILE = (\d+)", (ROOT / "triton_kernels/process_logits.py").read_text(), re.M)[1]
+    assert int(of_triton) == st.SCORE_TILE
+    assert {name: native_ones[name] for name in python_ones} == python_ones
+    enums = {"Epilogue": native.EPILOGUE, "ConsensusStep": {}, "NextPass": {}, "FinishReason": {}}
+    for name, value in vars(st).items():
+        for prefix, enum in (("STEP_", "ConsensusStep"), ("NEXT_", "NextPass")):
+            if name.startswith(prefix):
+                enums[enum][name.removeprefix(prefix)] = value
+    enums["FinishReason"] = {n: getattr(st, n) for n in ("EMPTY", "RUNNING", "STOP", "LENGTH", "NO_CHOICE")}
+    for enum, members in enums.items():
+        camel = {f"{enum}.k{name.title().replace('_', '')}": value for name, value in members.items()}
+        assert camel == {name: value for name, value in native_ones.items() if name.startswith(f"{enum}.")}
 
 
 def test_small_ops_name_their_arguments():
