@@ -9,6 +9,7 @@ import functools
 import itertools
 import logging
 import os
+import threading
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -74,6 +75,7 @@ class AsyncEngine:
         self._known_as: dict[str, str] = {}  # the engine's name of each, by the caller's
         self._numbers = itertools.count(1)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._taking_over = threading.Lock()
         self._closing: Future | None = None
         self._draining, self._process = False, os.getpid()
         self._steps = False  # a step is in the queue; the worker's, as are the next two
@@ -86,14 +88,19 @@ class AsyncEngine:
         self._check_open()
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
-            if self._loop is not None and self._loop.is_running():
-                raise RuntimeError("this AsyncEngine is in use by another event loop")
-            self._fail(RuntimeError("another event loop has taken this AsyncEngine over"))
+            with self._taking_over:  # loops of several threads may be about to
+                self._take_over(loop)
+        return loop
+
+    def _take_over(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._loop is not None and self._loop.is_running():
+            raise RuntimeError("this AsyncEngine is in use by another event loop")
+        self._fail(RuntimeError("another event loop has taken this AsyncEngine over"))
+        with contextlib.suppress(RuntimeError):  # as the process ends, nothing is taken any more
             for known_as in self._waiting:
                 self._worker.submit(self._abort, known_as)
-            self._waiting.clear(), self._known_as.clear()
-            self._loop = loop
-        return loop
+        self._waiting.clear(), self._known_as.clear()
+        self._loop = loop
 
     def _check_open(self) -> None:
         if os.getpid() != self._process:
@@ -233,14 +240,25 @@ class AsyncEngine:
                 await asyncio.sleep(0.01)
         if self._closing is None:
             self._enter()
-            self._closing = self._worker.submit(self._close)
+            self._closing = self._close_in_worker()
         await asyncio.shield(asyncio.wrap_future(self._closing))  # which is no loop's: this one may not see its end
+
+    def _close_in_worker(self) -> Future:
+        try:
+            return self._worker.submit(self._close)
+        except RuntimeError:  # the process ends, and has waited for its threads: there is no worker any more
+            self.engine.turn.release()
+            self._close()
+            (closed := Future()).set_result(None)
+            return closed
 
     # What follows runs in the worker.
 
     def _run(self, function, *args):
         try:
             return function(self.engine, *args)
+        except StopIteration as error:  # which no future takes
+            raise RuntimeError(f"{function!r} raised StopIteration") from error
         finally:
             self._go_on()
 

@@ -27,6 +27,7 @@ from orthrus_rt.model import Model
 from orthrus_rt.pages import PAGE_SIZE
 from orthrus_rt.pass_costs import PassCosts, cache_file
 from orthrus_rt.policy import Policy, candidate_plans
+from orthrus_rt.progress import progress_bar
 from orthrus_rt.sizes import Sizes
 from orthrus_rt.stopwatch import Stopwatch
 from orthrus_rt.timing import SLEEP_CYCLES
@@ -92,10 +93,8 @@ class Auto:
         Kept costs of those that could are corrected by one more time each. Buckets with fewer pages than slots never
         run full: they are not timed.
         """
-        from tqdm import tqdm
-
         self._begin()  # torch may have another number of threads by now
-        with tqdm(total=len(self.shapes()), desc="warm-up", unit="cycle", disable=not progress) as bar:
+        with progress_bar(progress, total=len(self.shapes()), desc="warm-up", unit="cycle") as bar:
             for slots in self._buckets:
                 self._warm(engine, slots, bar)
         self.known = True

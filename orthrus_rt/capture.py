@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import threading
 from collections.abc import Callable, Iterator
 
 import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt.device import device_scope, stream_of, stream_scope
+from orthrus_rt.fork_lock import ForkLock
 from orthrus_rt.model import Workspace
 
 
@@ -85,7 +85,7 @@ class _Captured:
             generator.graphsafe_set_state(state)
 
 
-_one_at_a_time = threading.RLock()
+_one_at_a_time = ForkLock()
 # Graphs whose capture did not end as it should: torch's allocator of pinned memory goes on asking them whether a stream
 # is theirs, and nothing in Python tells it to stop.
 _spoilt: list[torch.cuda.CUDAGraph] = []
@@ -97,7 +97,7 @@ def _nothing_collected() -> Iterator[None]:
     or spoil it. One thread at a time is inside: no other one's recording is in the way of what torch's allocator does
     before and after.
     """
-    with _one_at_a_time:
+    with _one_at_a_time.held():
         was_enabled = gc.isenabled()
         try:
             gc.disable()

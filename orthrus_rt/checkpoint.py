@@ -62,7 +62,7 @@ class Checkpoint:
         from transformers import PreTrainedTokenizerFast
 
         try:
-            return PreTrainedTokenizerFast.from_pretrained(self.tokenizer_dir)
+            return PreTrainedTokenizerFast.from_pretrained(self.tokenizer_dir, local_files_only=True)
         except Exception as error:  # its readers raise all kinds
             file = Path(self.tokenizer_dir) / "tokenizer.json"
             raise CheckpointError(
@@ -91,6 +91,7 @@ def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None =
 
 def load_folder(folder: Path, adapter: str | Path | None, name: str) -> Checkpoint:
     """:func:`load` for a folder on this machine."""
+    folder = Path(os.path.abspath(folder))  # what is read later is read there, wherever the program has gone meanwhile
     raw = read_json(folder / "config.json")
     stored = scan(folder, "model.safetensors")
     adapter = None if adapter is None else _resolve(str(adapter), adapter=True)

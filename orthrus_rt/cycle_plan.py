@@ -70,6 +70,12 @@ def most_hypotheses(draft_len: int) -> int:
     return 3 * draft_len + 1
 
 
+def is_bool(value) -> bool:
+    """Whether it is True or False, be it numpy's or a tensor's, which ``operator.index`` takes for 1 and 0."""
+    dtype = getattr(value, "dtype", None)
+    return isinstance(value, bool) or (dtype is not None and str(dtype) in ("bool", "torch.bool"))
+
+
 def integer(name: str, value) -> int:
     """``value`` as an int.
 
@@ -77,7 +83,7 @@ def integer(name: str, value) -> int:
         ValueError: it is none; True and False are none.
     """
     try:
-        index = None if isinstance(value, bool) else operator.index(value)
+        index = None if is_bool(value) else operator.index(value)
     except TypeError:
         index = None
     if index is None:

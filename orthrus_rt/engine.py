@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -31,12 +30,14 @@ from orthrus_rt.device import (
     with_index,
 )
 from orthrus_rt.exclusive import Turn, exclusive, torn_if_cut
+from orthrus_rt.fork_lock import ForkLock
 from orthrus_rt.generation import Generation
 from orthrus_rt.memory import memory_report, naming_the_knobs
 from orthrus_rt.metrics import Metrics
 from orthrus_rt.model import Model
 from orthrus_rt.outbox import Outbox
 from orthrus_rt.outputs import RequestOutput
+from orthrus_rt.progress import progress_bar
 from orthrus_rt.request import MAX_STOP_TOKEN_IDS, TokenIds, check_prompt, on_host
 from orthrus_rt.room import check_cache
 from orthrus_rt.runner import Runner
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("orthrus_rt")
-_loading_a_tokenizer = threading.Lock()  # two threads may not import transformers at once
+_loading_a_tokenizer = ForkLock()  # two threads may not import transformers at once
 
 
 class Engine(Generation):
@@ -183,7 +184,7 @@ class Engine(Generation):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's transformers tokenizer, chat template included."""
-        with _loading_a_tokenizer:
+        with _loading_a_tokenizer.held():
             if self._tokenizer is None:
                 self._tokenizer = self.checkpoint.load_tokenizer()
             return self._tokenizer
@@ -329,16 +330,16 @@ class Engine(Generation):
         Raises:
             RuntimeError: a request is running, the engine is closed, or another thread is using it.
         """
-        from tqdm import tqdm
-
         if any(self.scheduler.slots):
             raise RuntimeError("warmup: no request may be running")
         self.runner.warm_up_prefills()
         if auto := self._autos.get(self._default_plan):
             return auto.warmup(self, progress)
         sizes = batch_buckets(self.scheduler.num_slots)
-        for size in tqdm(sizes, desc="warm-up", unit="batch size", disable=not progress):
-            self.runner.cycle(self._default_plan, size).warm_up()
+        with progress_bar(progress, total=len(sizes), desc="warm-up", unit="batch size") as bar:
+            for size in sizes:
+                self.runner.cycle(self._default_plan, size).warm_up()
+                bar.update()
 
     def memory_report(self) -> dict[str, int]:
         """Bytes by use: see :func:`orthrus_rt.memory.memory_report`. For the thread that uses the engine."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import threading
 import weakref
@@ -40,10 +41,12 @@ class Turn:
         self._owner = None
 
     def __enter__(self) -> None:
-        mine = (threading.get_ident(), sys._getframe(1))
+        mine = (threading.get_ident(), sys._getframe(1), os.getpid())
         self._check_owner(mine[0])
         holder = self._holder.setdefault("held", mine)  # tests and sets in one step
-        if holder is not mine:
+        if holder is not mine and holder[2] != mine[2]:  # a thread of the process that this one was forked from
+            self._holder["held"] = mine
+        elif holder is not mine:
             if holder[0] != mine[0]:
                 raise Taken("this engine is in use by another thread; share it through orthrus_rt.AsyncEngine")
             if _runs(holder[1]):

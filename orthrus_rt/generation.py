@@ -11,6 +11,7 @@ from typing import overload
 from orthrus_rt.cycle_plan import CyclePlan, cycle_plan, integer, most_hypotheses
 from orthrus_rt.exclusive import Taken, exclusive, torn_if_cut
 from orthrus_rt.outputs import GenerationOutput, RequestOutput
+from orthrus_rt.progress import progress_bar
 from orthrus_rt.request import Request, TokenIds, make_request
 from orthrus_rt.rounds import Rounds
 from orthrus_rt.sampling import SamplingParams
@@ -65,13 +66,11 @@ class Generation(Rounds):
         each = params if isinstance(params, Sequence) else [params] * len(all_ids)
         if len(each) != len(all_ids):
             raise ValueError(f"params: expected one or {len(all_ids)}, got {len(each)}")
-        from tqdm import tqdm
-
         plan = self._asked_plan(mode, draft_len, fan_out)
         names = [f"prompt_ids[{i}]" for i in range(len(all_ids))] if batch else ["prompt_ids"]
         asked = zip(all_ids, each, names, strict=True)
         requests = [self._make_request(ids, p, plan, name=name) for ids, p, name in asked]
-        bar = tqdm(total=len(requests), unit="prompt", disable=not progress)
+        bar = progress_bar(progress, total=len(requests), unit="prompt")
         with bar, contextlib.closing(self._run(requests, plan)) as rounds:
             for _ in rounds:
                 if progress:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import torch
 
 from orthrus_rt import dispatch
+from orthrus_rt.fork_lock import ForkLock
 
 
 class Arena:
@@ -19,14 +19,14 @@ class Arena:
     BLOCK, PAGE, LINE = 32 << 20, 2 << 20, 64  # bytes
 
     def __init__(self):
-        self.block, self.lock = torch.empty(0, dtype=torch.uint8, device="cpu"), threading.Lock()
+        self.block, self.lock = torch.empty(0, dtype=torch.uint8, device="cpu"), ForkLock()
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         nbytes = shape.numel() * dtype.itemsize
         size = -(-nbytes // self.LINE) * self.LINE
         if size >= self.BLOCK:
             return self._new_block(size)[:nbytes].view(dtype).view(shape)
-        with self.lock:
+        with self.lock.held():
             if size > self.block.numel():
                 self.block = self._new_block(self.BLOCK)
             data, self.block = self.block[:nbytes].view(dtype).view(shape), self.block[size:]

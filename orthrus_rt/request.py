@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from orthrus_rt.config import ModelConfig
-from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.cycle_plan import CyclePlan, is_bool
 from orthrus_rt.outputs import RequestOutput, Stats
 from orthrus_rt.pages import PAGE_SIZE, page_names
 from orthrus_rt.rejection import RejectionSampler
@@ -134,7 +134,8 @@ class Request:
 
 def on_host(prompt_ids: TokenIds) -> TokenIds:
     """The same, where reading it waits for no device: to be called on the stream that a tensor's ids come from."""
-    return prompt_ids.cpu() if isinstance(prompt_ids, torch.Tensor) else prompt_ids
+    is_somewhere = isinstance(prompt_ids, torch.Tensor) and not prompt_ids.is_meta
+    return prompt_ids.cpu() if is_somewhere else prompt_ids
 
 
 def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str = "prompt_ids") -> list[int]:
@@ -151,7 +152,10 @@ def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str = "pro
         hint = "; of a batch, pass list(ids)" if prompt_ids.ndim == 2 else ""
         raise ValueError(f"{name}: a tensor or array must be 1-D and integer, got {got}{hint}")
     if is_tensor:
-        prompt_ids = prompt_ids.tolist()
+        try:
+            prompt_ids = prompt_ids.tolist()
+        except (RuntimeError, NotImplementedError) as error:  # of a meta, sparse or quantised one
+            raise ValueError(f"{name}: a tensor must hold its ids in memory, one after the other: {error}") from error
     if isinstance(prompt_ids, str | bytes):
         raise ValueError(f"{name} must be token ids, got text; encode it with engine.tokenizer")
     if isinstance(prompt_ids, Set):
@@ -163,7 +167,7 @@ def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str = "pro
         ids = [operator.index(t) for t in given]
     except TypeError as error:
         raise ValueError(f"{name} must be a list of ints or a 1-D integer tensor: {error}") from error
-    if bool in map(type, given):
+    if any(map(is_bool, given)):
         raise ValueError(f"{name} must be a list of ints or a 1-D integer tensor, got a bool in it")
     if not ids:
         raise ValueError(f"{name} must hold at least one token, got none")

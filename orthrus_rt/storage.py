@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,10 @@ def _ignored(key: str) -> bool:
 
 
 def _open(path: Path):
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{os.fspath(path)!r}: is no UTF-8, which safetensors needs of a path") from None
     try:
         with open(path, "rb"):  # safetensors calls every file that it cannot open missing
             return safe_open(path, framework="pt")

@@ -180,3 +180,44 @@ def test_a_tensors_ids_are_read_by_the_caller(folder, alone):
 
     asyncio.run(main())
     assert reads == [(threading.get_ident(), {})] * 3
+
+
+def test_loops_of_two_threads_take_over_one_after_the_other(folder, alone, monkeypatch):
+    """Else both would have it, and one change what the other is about to clear."""
+    shared, taking, most, together = AsyncEngine(make(folder)), [], [], threading.Barrier(2)
+    asyncio.run(collect(shared, [1, 2], GREEDY))
+    fail = shared._fail
+
+    def slowly_fail(error):
+        taking.append(error)
+        most.append(len(taking))
+        time.sleep(0.1)
+        fail(error)
+        taking.remove(error)
+
+    monkeypatch.setattr(shared, "_fail", slowly_fail)
+    got = []
+
+    def use():
+        together.wait()
+        try:
+            got.append(asyncio.run(collect(shared, [1, 2], GREEDY))[0])
+        except RuntimeError as error:
+            got.append(str(error))
+
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    monkeypatch.undo()
+    asyncio.run(shared.close())
+    right = alone([1, 2], GREEDY)
+    assert max(most) == 1 and right in got
+    assert all(it in (right, "this AsyncEngine is in use by another event loop") for it in got)
+
+
+def test_a_call_that_raises_what_no_future_takes(folder):
+    async def main():
+        async with AsyncEngine(make(folder)) as shared:
+            with pytest.raises(RuntimeError, match="raised StopIteration"):
+                await asyncio.wait_for(shared.call(lambda engine: next(iter([]))), 20)
+
+    asyncio.run(main())

@@ -1,7 +1,10 @@
 """Checkpoint folders and hub ids: what loads, and the one error for each way in which they can be wrong."""
 
 import json
+import os
 import resource
+import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -363,3 +366,19 @@ class TestTokenizer:
         with pytest.raises(CheckpointError) as error:
             checkpoint.load(folder).load_tokenizer()
         assert str(error.value).startswith(f"{folder / 'tokenizer.json'}: transformers cannot read it (")
+
+
+def test_a_folder_is_the_one_that_was_there_at_load(text_folder, tmp_path, monkeypatch):
+    """A relative path, in a program that goes elsewhere, where another such folder is, or none."""
+    monkeypatch.chdir(Path(text_folder).parent)
+    loaded = [checkpoint.load(Path(text_folder).name) for _ in range(2)]
+    want, tokens = loaded[0].load_tokenizer()("hello").input_ids, loaded[0].tensors["model.norm.weight"]
+    monkeypatch.chdir(tmp_path)
+    assert loaded[1].load_tokenizer()("hello").input_ids == want
+    assert torch.equal(loaded[1].tensors["model.norm.weight"], tokens)
+
+
+def test_a_path_that_safetensors_cannot_take(folder, tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/m\xff")
+    shutil.copytree(folder, odd)
+    assert message_of(odd).endswith("model.safetensors': is no UTF-8, which safetensors needs of a path")

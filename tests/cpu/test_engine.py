@@ -262,6 +262,9 @@ def test_top_k_one_is_greedy(engine):
         (UserDict(input_ids=[1]), "prompt_ids must be token ids, got UserDict; pass its input_ids"),
         ([1.5], "prompt_ids must be a list of ints or a 1-D integer tensor"),
         ([1, True], "prompt_ids must be a list of ints or a 1-D integer tensor, got a bool"),
+        ([1, torch.tensor(True)], "prompt_ids must be a list of ints or a 1-D integer tensor, got a bool"),
+        (torch.ones(2, dtype=torch.int64, device="meta"), "prompt_ids: a tensor must hold its ids in memory"),
+        (torch.ones(2, dtype=torch.int64).to_sparse(), "prompt_ids: a tensor must hold its ids in memory"),
         (torch.ones(2), "a tensor or array must be 1-D and integer"),
         (torch.ones(2, dtype=torch.bool), r"a tensor or array must be 1-D and integer, got torch.bool \[2\]"),
         (torch.ones(1, 2, dtype=torch.int64), "a tensor or array must be 1-D and integer"),
@@ -304,6 +307,7 @@ def test_bad_arguments(engine):
             engine.stream(PROMPT, SamplingParams(**params))
     for kwargs, message in [
         ({"draft_len": 1.5}, "draft_len must be an integer, got 1.5"),
+        ({"draft_len": torch.tensor(True)}, r"draft_len must be an integer, got tensor\(True\)"),
         ({"mode": "one_pass", "fan_out": 2.5}, "fan_out must be an integer, got 2.5"),
         ({"max_batch_size": 2.5}, "max_batch_size must be an integer, got 2.5"),
         ({"max_seq_len": "64"}, "max_seq_len must be an integer, got '64'"),

@@ -56,7 +56,52 @@ if not child:
 asyncio.run(shared.close())
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-CODES = {"a forked child": FORK, "a tokenizer's first users": THREADS, "a shared engine in a child": ASYNC_FORK}
+# What a thread holds at the fork nobody gives back in the child, where that thread is not.
+HELD = """
+import os, signal, sys, threading, orthrus_rt
+from orthrus_rt import capture, engine as module, huge_pages
+make = lambda: orthrus_rt.Engine.from_pretrained({folder!r}, device="cpu", max_seq_len=64)
+engine, held, through = make(), threading.Event(), threading.Event()
+want, one = engine.generate([1, 2, 3]).token_ids, orthrus_rt.SamplingParams(1)
+def hold():
+    with module._loading_a_tokenizer.held(), huge_pages.arena.lock.held(), capture._one_at_a_time.held(), engine.turn:
+        held.set()
+        through.wait()
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    with capture._one_at_a_time.held():
+        right = engine.generate([1, 2, 3]).token_ids == want == make().generate([1, 2, 3]).token_ids
+    os._exit(not right or not engine.tokenizer("a").input_ids)
+status = os.waitpid(child, 0)[1]
+try:
+    engine.generate([1], one)
+    sys.exit("the turn was not held")
+except RuntimeError as error:
+    assert "in use by another thread" in str(error), error
+through.set()
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+ATEXIT = """
+import asyncio, atexit, os, orthrus_rt
+shared = orthrus_rt.AsyncEngine(orthrus_rt.Engine.from_pretrained({folder!r}, device="cpu", max_seq_len=64))
+asyncio.run(shared.generate([1, 2], orthrus_rt.SamplingParams(4)))
+@atexit.register
+def close():
+    try:
+        asyncio.run(shared.close())
+        asyncio.run(shared.close())
+    finally:
+        os._exit(not shared.engine.closed)
+"""
+
+CODES = {
+    "a forked child": FORK, "a tokenizer's first users": THREADS, "a shared engine in a child": ASYNC_FORK,
+    "locks that were held at a fork": HELD, "closed as the process ends": ATEXIT,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("code", CODES.values(), ids=CODES)
