@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--ops", action="store_true", help="also time each op's calls alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    cpu, device = dispatch.native().cpu, torch.device("cpu")
+    cpu, device = dispatch.extension().cpu, torch.device("cpu")
     for isa in args.isa or ():
         try:
             cpu.set_isa(isa)

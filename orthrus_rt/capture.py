@@ -53,7 +53,7 @@ def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     be captured instead of run.
     """
     with device_scope(device):
-        return torch.cuda.ExternalStream(dispatch.native().cuda.new_stream(), device)
+        return torch.cuda.ExternalStream(dispatch.extension().cuda.new_stream(), device)
 
 
 @functools.cache

@@ -39,7 +39,7 @@ _PREFERENCE = {
 
 
 @functools.cache
-def native():
+def extension():
     """The native module, or None where there is none: :func:`why_no_native` tells why."""
     return None if why_no_native() else sys.modules[NATIVE]
 
@@ -82,18 +82,18 @@ def unavailable(impl: str, op: str, device: torch.device, dtype: torch.dtype) ->
         return f"the {impl} implementation needs {device_type} tensors, not {device.type}"
     if impl == "triton":
         return None if has_triton() else "triton is not installed"
-    if native() is None:
+    if extension() is None:
         return why_no_native()
-    if impl == "cuda" and not hasattr(native(), "cuda"):
+    if impl == "cuda" and not hasattr(extension(), "cuda"):
         return "the native module was built without CUDA (ORTHRUS_CUDA=ON builds it)"
     if impl == "cuda":
-        archs, (major, minor) = native().build_info()["cuda_archs"], torch.cuda.get_device_capability(device)
+        archs, (major, minor) = extension().build_info()["cuda_archs"], torch.cuda.get_device_capability(device)
         if not runs_on(archs, (major, minor)):
             built = f"the native module was built for {archs}, not for compute capability {major}.{minor}"
             return built + (f" (ORTHRUS_CUDA_ARCHS={major}{minor}-real builds for it)" if major >= 8 else "")
         with device_scope(device):
-            if native().cuda.isa() == "none":
-                version = native().build_info()["cuda_version"]
+            if extension().cuda.isa() == "none":
+                version = extension().build_info()["cuda_version"]
                 return f"the native module, built with CUDA {version}, cannot use the device: is its driver older?"
     return None
 

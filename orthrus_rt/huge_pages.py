@@ -36,7 +36,7 @@ class Arena:
         with torch.inference_mode(False):  # else only callers in inference mode could use the rest of it
             block = torch.empty(nbytes + self.PAGE, dtype=torch.uint8, device="cpu")
         block = block[-block.data_ptr() % self.PAGE :][:nbytes]
-        if native := dispatch.native():
+        if native := dispatch.extension():
             native.cpu.advise_huge_pages(block.data_ptr(), nbytes)
         return block
 

@@ -40,7 +40,7 @@ def cpu_name(cpuinfo: str) -> str:
 
 
 def device_facts(device: torch.device) -> dict:
-    native = dispatch.native()
+    native = dispatch.extension()
     if device.type == "cuda":
         isa = native.cuda.isa() if hasattr(native, "cuda") else None
         p = torch.cuda.get_device_properties(device)
@@ -75,7 +75,7 @@ def model_facts(model: str, adapter: str | None, base_gguf: str | None) -> dict:
 def collect(*, device: str, dtype: str, model: str, adapter: str | None = None, base_gguf: str | None = None) -> dict:
     """Everything as one dictionary of plain values. A model that cannot be opened is reported, not raised."""
     chosen = pick_device(device)
-    native = dispatch.native()
+    native = dispatch.extension()
     facts = {
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "native": dict(native.build_info()) if native else None,

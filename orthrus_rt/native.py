@@ -20,11 +20,11 @@ def ptr(tensor: torch.Tensor | None) -> int:
 
 def struct(name: str, dtype: torch.dtype):
     """The class ``name`` of the native module for weights, activations or cache of ``dtype``."""
-    return getattr(dispatch.native(), name + {torch.bfloat16: "", torch.float32: "F32"}[dtype])
+    return getattr(dispatch.extension(), name + {torch.bfloat16: "", torch.float32: "F32"}[dtype])
 
 
 def rows_struct(rows: Rows):
-    return dispatch.native().Rows(
+    return dispatch.extension().Rows(
         token=ptr(rows.token),
         position=ptr(rows.position),
         seq=ptr(rows.seq),
@@ -50,7 +50,7 @@ def kv_struct(k_pages, v_pages, page_table):
 
 
 def state_struct(state: SlotState):
-    return dispatch.native().SlotState(
+    return dispatch.extension().SlotState(
         **{name: ptr(tensor) for name, tensor in vars(state).items()},  # they are named alike
         num_slots=state.num_slots,
         max_block_len=state.max_block_len,
@@ -63,9 +63,9 @@ def state_struct(state: SlotState):
 def _launch(op: str, params, device: torch.device) -> None:
     if device.type == "cuda":
         with device_scope(device):
-            getattr(dispatch.native().cuda, op)(params, torch.cuda.current_stream(device).cuda_stream)
+            getattr(dispatch.extension().cuda, op)(params, torch.cuda.current_stream(device).cuda_stream)
     else:
-        cpu = dispatch.native().cpu
+        cpu = dispatch.extension().cpu
         cpu.set_num_threads(torch.get_num_threads())
         getattr(cpu, op)(params)
 
@@ -86,7 +86,7 @@ def row_linear_workspace_bytes(device: torch.device, dtype: torch.dtype, max_row
     if dtype is not torch.bfloat16 or dispatch.select("row_linear", device, dtype) != "cuda":
         return 0
     with device_scope(device):
-        return max(dispatch.native().cuda.row_linear_workspace(max_rows, k, n) for k, n in shapes)
+        return max(dispatch.extension().cuda.row_linear_workspace(max_rows, k, n) for k, n in shapes)
 
 
 def dual_attn_workspace_bytes(
@@ -96,7 +96,7 @@ def dual_attn_workspace_bytes(
     if dtype is not torch.bfloat16 or dispatch.select("dual_attn", device, dtype) != "cuda":
         return 0
     with device_scope(device):
-        return dispatch.native().cuda.dual_attn_workspace(max_rows, num_heads_q, head_dim, max_seq_len)
+        return dispatch.extension().cuda.dual_attn_workspace(max_rows, num_heads_q, head_dim, max_seq_len)
 
 
 def embed(token, table, out):
@@ -130,7 +130,7 @@ def row_linear(
     value, index = out if epilogue == "argmax" else (None, None)
     if weight.impl == "cuda" and x.dtype is torch.bfloat16:
         with device_scope(x.device):
-            need = dispatch.native().cuda.row_linear_workspace(x.shape[0], weight.in_features, weight.out_features)
+            need = dispatch.extension().cuda.row_linear_workspace(x.shape[0], weight.in_features, weight.out_features)
         have = 0 if workspace is None else workspace.nbytes
         if have < need:
             raise ValueError(f"row_linear: workspace must be at least {need} bytes for {x.shape[0]} rows, got {have}")
@@ -203,7 +203,7 @@ def dual_attn(
 
 def consensus(state, partials, step, next_pass, rows_next, mask_token_id, block_len, fan_out):
     value, index = partials
-    params = dispatch.native().ConsensusParams(
+    params = dispatch.extension().ConsensusParams(
         partial_value=ptr(value),
         partial_id=ptr(index),
         state=state_struct(state),
@@ -224,8 +224,8 @@ def consensus(state, partials, step, next_pass, rows_next, mask_token_id, block_
 
 def edits_struct(edits: SlotEdits | None):
     if edits is None:
-        return dispatch.native().SlotEdits()
-    return dispatch.native().SlotEdits(
+        return dispatch.extension().SlotEdits()
+    return dispatch.extension().SlotEdits(
         penalties=ptr(edits.penalties),
         token_counts=ptr(edits.token_counts),
         bias_ids=ptr(edits.bias_ids),
@@ -238,7 +238,7 @@ def edits_struct(edits: SlotEdits | None):
 
 
 def process_logits(logits, rows, logit_rows, sampling, cache_seqlens, purpose, partials, *, log_probs=None):
-    params = dispatch.native().ProcessLogitsParams(
+    params = dispatch.extension().ProcessLogitsParams(
         logits=ptr(logits),
         logit_rows=ptr(logit_rows),
         cache_seqlens=ptr(cache_seqlens),
@@ -260,7 +260,7 @@ def process_logits(logits, rows, logit_rows, sampling, cache_seqlens, purpose, p
 
 
 def count_tokens(state, edits):
-    params = dispatch.native().CountTokensParams(
+    params = dispatch.extension().CountTokensParams(
         token_counts=ptr(edits.token_counts),
         num_counted=ptr(edits.num_counted),
         state=state_struct(state),

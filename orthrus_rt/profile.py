@@ -90,8 +90,8 @@ def calls_of(run: Callable[[], object]) -> list[Call]:
             if threading.get_ident() != thread:
                 return real(*args, **kwargs)
             again = partial(real, *args, **kwargs)
-            if dispatch.native() is not None:
-                tape = dispatch.native().cpu.Tape()  # a call without Python's share of it
+            if dispatch.extension() is not None:
+                tape = dispatch.extension().cpu.Tape()  # a call without Python's share of it
                 with tape.record():
                     again()
                 again = tape.replay if len(tape) else again

@@ -17,7 +17,7 @@ from orthrus_rt.model import Model, Workspace
 
 def taped(run: Callable[[], None]):
     """The native CPU ops that ``run`` calls, for a replay."""
-    tape = dispatch.native().cpu.Tape()
+    tape = dispatch.extension().cpu.Tape()
     with tape.record():
         run()
     return tape
@@ -25,7 +25,7 @@ def taped(run: Callable[[], None]):
 
 def replay(tape) -> None:
     """On as many threads as torch has now."""
-    dispatch.native().cpu.set_num_threads(torch.get_num_threads())
+    dispatch.extension().cpu.set_num_threads(torch.get_num_threads())
     tape.replay()
 
 

@@ -66,7 +66,7 @@ def least_weight_bytes(config: ModelConfig, device: torch.device, dtype: torch.d
         return 0  # which may multiply by what lies in the file
     coded = False
     if dtype is torch.bfloat16 and impl != "reference":
-        coded = codes_for_cuda() if impl == "cuda" else dispatch.native().cpu.takes_coded_weights()
+        coded = codes_for_cuda() if impl == "cuda" else dispatch.extension().cpu.takes_coded_weights()
     return int(CODED * plain) if coded else plain
 
 

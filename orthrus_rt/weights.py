@@ -102,7 +102,11 @@ def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
     words = rows.contiguous().view(torch.int32).unflatten(1, (-1, height))
     strips = words.permute(1, 3, 0, 2)
     # Steps over two inputs are coded in pairs.
-    if weight.dtype is torch.bfloat16 and in_features % 4 == 0 and (cpu := dispatch.native().cpu).takes_coded_weights():
+    if (
+        weight.dtype is torch.bfloat16
+        and in_features % 4 == 0
+        and (cpu := dispatch.extension().cpu).takes_coded_weights()
+    ):
         strips = strips.contiguous()
         cpu.set_num_threads(torch.get_num_threads())
         encoder = cpu.WeightEncoder(strips.data_ptr(), *strips.shape[:2])
@@ -123,7 +127,7 @@ def _pack_cuda(weight, gate_up, may_code) -> tuple[torch.Tensor, int, bool]:
     """The packed weight, its partial maxima, and whether it is coded."""
     out_features, in_features = weight.shape
     with device_scope(weight.device):
-        partials = dispatch.native().cuda.row_linear_num_partials(in_features, out_features)
+        partials = dispatch.extension().cuda.row_linear_num_partials(in_features, out_features)
     blocks = cuda_blocks(weight, gate_up)
     if may_code and codes_for_cuda() and (coded := coded_blocks.encode(blocks)) is not None:
         return coded.view(weight.dtype), partials, True

@@ -13,7 +13,7 @@ import pytest
 
 from orthrus_rt import dispatch
 
-SLOW = dispatch.native() is not None and dispatch.native().cpu.isa() in ("avx2", "neon", "portable")
+SLOW = dispatch.extension() is not None and dispatch.extension().cpu.isa() in ("avx2", "neon", "portable")
 UNLESS_SLOW = pytest.mark.full if SLOW else ()
 
 T = TypeVar("T")
@@ -23,6 +23,6 @@ def of_this_isa(pinned: dict[str, T], tight: float, loose: float) -> tuple[T, fl
     """What is pinned for the CPU variant that runs, and ``tight``; else what is for AVX-512 BF16, and ``loose``. AVX2
     and NEON round as AVX-512 does.
     """
-    isa = dispatch.native().cpu.isa()
+    isa = dispatch.extension().cpu.isa()
     isa = "avx512" if isa in ("avx2", "neon") else isa
     return (pinned[isa], tight) if isa in pinned else (pinned["avx512_bf16"], loose)

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=variants.OF_THIS_KIND)
 def isa(request):
     """Runs the test under every variant that this CPU has."""
-    cpu = dispatch.native().cpu
+    cpu = dispatch.extension().cpu
     before = cpu.isa()
     try:
         cpu.set_isa(request.param)
@@ -51,7 +51,7 @@ def element(request, monkeypatch):
 @pytest.fixture
 def host():
     """CPU tensors run the CUDA kernels, compiled for the host, on this :class:`~tests.cpu.cuda_host.device.Device`."""
-    if dispatch.native() is None or cuda_host.compiler() is None:
+    if dispatch.extension() is None or cuda_host.compiler() is None:
         pytest.skip("needs the native module and a C++ compiler")
     with device.installed(others="cpu") as host:
         yield host

@@ -223,7 +223,7 @@ def install() -> None:
     """From here on this process has the card."""
     from orthrus_rt import capture, dispatch, native, timing
 
-    card, ops, profile = Card(), dispatch.native().cpu, torch.profiler.profile
+    card, ops, profile = Card(), dispatch.extension().cpu, torch.profiler.profile
     for name, value in torch_cuda(card).items():
         setattr(torch.cuda, name, value)
     torch.Generator = Generator

@@ -12,7 +12,7 @@ from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.sampling import SamplingParams
 from tests.cpu.test_async import GREEDY, collect, collect_rest, make, run, slowly
 
-pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 LONG = SamplingParams(max_new_tokens=100, ignore_eos=True)
 

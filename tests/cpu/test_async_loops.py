@@ -14,7 +14,7 @@ from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.sampling import SamplingParams
 from tests.cpu.test_async import GREEDY, collect, collect_rest, make, slowly
 
-pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 
 def test_one_event_loop_at_a_time(folder, alone):

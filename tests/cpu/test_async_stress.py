@@ -13,7 +13,7 @@ from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.sampling import SamplingParams
 from tests import engines
 
-pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 MODES = ("ar", "two_pass", "one_pass", "auto")
 

@@ -17,7 +17,7 @@ from orthrus_rt.sampling import SamplingParams
 from tests import engines
 from tests.engines import drain, take
 
-pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 VOCAB = 96
 make = partial(engines.make, max_seq_len=256, max_batch_size=8)

@@ -17,7 +17,7 @@ from orthrus_rt.profile import calls_of
 from orthrus_rt.sampling import SamplingParams
 from tests import byte_tokenizer, checkpoints
 
-needs_native = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+needs_native = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [53, 58, 9], [7]]
 TOKENS = 30
 CYCLES = {"qwen3": 56, "llama": 64}  # of the 87 tokens after the first ones
@@ -113,8 +113,8 @@ def test_rows_of_an_official_shape(tmp_path, capsys):
     report = json.loads((tmp_path / "decode-tiny.json").read_text())
     rows = report["rows"]
     assert report["header"]["command"] == f"python -m bench.bench_decode {arguments} --out DIR"
-    assert report["header"]["isa"] == dispatch.native().cpu.isa()
-    assert f"- isa: {dispatch.native().cpu.isa()}\n" in (tmp_path / "decode-tiny.md").read_text()
+    assert report["header"]["isa"] == dispatch.extension().cpu.isa()
+    assert f"- isa: {dispatch.extension().cpu.isa()}\n" in (tmp_path / "decode-tiny.md").read_text()
     cases = [(r["runtime"], r["mode"], r["batch"]) for r in rows]
     modes = ("ar", "two_pass")
     assert cases == [

@@ -15,7 +15,7 @@ from orthrus_rt.sampling import SamplingParams
 @pytest.fixture(scope="module")
 def collected():
     """The engine, a prompt, and the drafts behind each of its first tokens."""
-    if dispatch.native() is None:
+    if dispatch.extension() is None:
         pytest.skip("the native module is not built")
     engine = Engine.from_pretrained("smollm2-135m", device="cpu", max_seq_len=512, max_batch_size=1, mode="one_pass")
     prompt = prompts.load("code")[0]

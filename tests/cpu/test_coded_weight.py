@@ -7,7 +7,7 @@ import torch
 from orthrus_rt import checkpoint, dispatch, ops, weights
 from tests.native_cpu import poison, randn, threads
 
-if (native := dispatch.native()) is None:
+if (native := dispatch.extension()) is None:
     pytest.skip("the native module is not built", allow_module_level=True)
 
 SHAPE = 200, 260  # strips, the last of them padded, of 65 units: blocks of 44 steps for one tile, of 66 for more

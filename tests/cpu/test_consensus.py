@@ -129,7 +129,7 @@ def consensus(request):
     """Every implementation; CUDA's on the host, in both thread orders."""
     if request.param == "reference":
         return reference.consensus
-    if request.param == "cpu" and dispatch.native() is None:
+    if request.param == "cpu" and dispatch.extension() is None:
         pytest.skip("the native module is not built")
     if request.param != "cpu":
         request.getfixturevalue("host").descending = request.param == "cuda-descending"

@@ -48,7 +48,7 @@ class Layer:
 def test_tape_replays_what_eager_runs(isa, element):
     """Recording runs nothing; a replay reads what the pointers hold by then and gives eager's bits."""
     eager, taped = Layer(), Layer()
-    tape = dispatch.native().cpu.Tape()
+    tape = dispatch.extension().cpu.Tape()
     with tape.record():
         taped.run()
     assert len(tape) == 6
@@ -65,7 +65,7 @@ def test_tape_replays_what_eager_runs(isa, element):
 def test_a_recording_runs_on_the_threads_that_torch_has_then(monkeypatch):
     seen, layer = [], Layer()  # which the tape points into
     tape = recording.taped(layer.run)
-    monkeypatch.setattr(dispatch.native().cpu, "set_num_threads", seen.append)
+    monkeypatch.setattr(dispatch.extension().cpu, "set_num_threads", seen.append)
     for count in (3, 1):
         with threads(count):
             recording.replay(tape)
@@ -74,7 +74,7 @@ def test_a_recording_runs_on_the_threads_that_torch_has_then(monkeypatch):
 
 def test_a_tape_takes_in_what_another_replays(isa):
     eager, taped = Layer(), Layer()
-    inner, outer = dispatch.native().cpu.Tape(), dispatch.native().cpu.Tape()
+    inner, outer = dispatch.extension().cpu.Tape(), dispatch.extension().cpu.Tape()
     with inner.record():
         taped.run()
     with outer.record():
@@ -88,7 +88,7 @@ def test_a_tape_takes_in_what_another_replays(isa):
 
 
 def test_tape_misuse():
-    cpu = dispatch.native().cpu
+    cpu = dispatch.extension().cpu
     tape = cpu.Tape()
     with tape.record():
         with pytest.raises(RuntimeError, match="another tape is recording"), cpu.Tape().record():
@@ -174,7 +174,7 @@ def test_a_caller_without_memory():
 import pytest, torch
 from orthrus_rt import dispatch, ops, weights
 from tests.native_cpu import AddressSpace, randn, threads
-dispatch.native().cpu.set_isa("portable")
+dispatch.extension().cpu.set_isa("portable")
 wide, x = weights.pack(randn(64, 240000, seed=1), impl="cpu"), randn(48, 240000, seed=3)  # 46 MB as floats
 out = torch.empty(48, 64).bfloat16()
 with threads(2):
@@ -271,7 +271,7 @@ def test_isa_override():
     assert wrong.returncode
     assert re.search(r"ORTHRUS_CPU_ISA: must be one of (\w+, )+portable, got sse9", wrong.stderr)
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        dispatch.native().cpu.set_isa(None)
+        dispatch.extension().cpu.set_isa(None)
     tiles = isa_of(ORTHRUS_CPU_ISA="amx_bf16")
     assert tiles.stdout == "amx_bf16\n" or re.search("this machine does not offer|got amx_bf16", tiles.stderr)
 
@@ -290,7 +290,7 @@ def test_torch_and_the_ops_take_turns(isa):
 
 def test_avx512_rounds_as_avx2_does(element):
     """To the bit: what tests pin for one of them holds for both."""
-    cpu = dispatch.native().cpu
+    cpu = dispatch.extension().cpu
     before, got = cpu.isa(), {}
     for isa in ("avx2", "avx512"):
         try:

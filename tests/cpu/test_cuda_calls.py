@@ -56,7 +56,7 @@ def test_a_kernel_is_launched_on_its_tensors_device(two_devices, monkeypatch, im
 
     monkeypatch.setattr(torch.cuda, "device", switched)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(dispatch, "native", lambda: SimpleNamespace(cuda=SimpleNamespace(embed=kernel)))
+    monkeypatch.setattr(dispatch, "extension", lambda: SimpleNamespace(cuda=SimpleNamespace(embed=kernel)))
     monkeypatch.setattr(dispatch, "triton_module", lambda op: SimpleNamespace(embed=kernel))
     monkeypatch.setattr(dispatch, "select", lambda *_: impl)
     if impl == "cuda":
@@ -163,7 +163,7 @@ def recordings(monkeypatch):
     monkeypatch.setattr(capture, "_generator", lambda device: f"ours on {device}")
     monkeypatch.setattr(capture, "MARKS_GENERATORS", True)  # as in torch before 2.13
     monkeypatch.setattr(dispatch, "select", lambda *_: "cuda")
-    monkeypatch.setattr(dispatch, "native", lambda: SimpleNamespace(cuda=fake))
+    monkeypatch.setattr(dispatch, "extension", lambda: SimpleNamespace(cuda=fake))
     for name, value in {
         "CUDAGraph": lambda: fake,
         "default_generators": (fake, fake),

@@ -101,7 +101,7 @@ def test_stream_is_generate_in_pieces(engine):
     assert all(p.finish_reason is None for p in pieces[:-1])
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 def test_an_engine_made_in_inference_mode_does_not_break_the_next():
     """Packed weights share blocks of memory, whoever asks for them."""
     for mode in (True, False):
@@ -130,7 +130,7 @@ def test_batch_gives_the_tokens_of_each_alone(engine):
         engine.generate(prompts, [params, params])
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 def test_a_block_size_beyond_the_kernels(tmp_path):
     """Such a checkpoint drafts as much as they take, and asking for more is an error before anything runs."""
     folder = checkpoints.make(tmp_path, dtype=torch.bfloat16, diff_noise=0.05, block_size=512)

@@ -21,7 +21,7 @@ from tests.native_cpu import threads
 from tests.traces import arriving, assert_same, decode
 
 pytestmark = pytest.mark.skipif(
-    dispatch.native() is None or cuda_host.compiler() is None, reason="needs the native module and a C++ compiler"
+    dispatch.extension() is None or cuda_host.compiler() is None, reason="needs the native module and a C++ compiler"
 )
 
 LARGE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=1)  # for a device of 5 multiprocessors
@@ -77,7 +77,7 @@ def test_logits_are_the_cpus(case):
     name, engine, want = case
     assert name == "float32" or engine.model.layers[0].down.coded == ("coded" in name)
     error = (engine.next_logits(list(range(100))) - want).abs().max() / want.abs().max()
-    assert dispatch.native().cuda.num_launches > 6
+    assert dispatch.extension().cuda.num_launches > 6
     assert error < (2e-2 if engine.model.dtype is torch.bfloat16 else 1e-5)
 
 

@@ -16,7 +16,7 @@ from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints, engines, failing, poison
 from tests.engines import drain, take
 
-pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 PARAMS, SHORT = (SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (9, 5))
 PROMPTS = [[1, 2, 3], [7], [5, 6]]

@@ -13,7 +13,7 @@ from tests import lossless
 from tests.pins import SLOW, UNLESS_SLOW, of_this_isa
 from tests.traces import assert_same, decode
 
-pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 # Tokens per two-pass cycle, greedy, bf16, K = 16, at most 128 tokens a prompt, token-weighted over all prompts of the
 # kind, by the CPU variant: they round differently, and where two logits nearly tie they write another text, whose rate

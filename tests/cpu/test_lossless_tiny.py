@@ -12,7 +12,7 @@ from tests.native_cpu import threads
 from tests.pins import of_this_isa
 from tests.traces import assert_same, decode
 
-pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 VARIANTS = {
     "qwen3": dict(family="qwen3"),

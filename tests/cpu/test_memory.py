@@ -12,7 +12,7 @@ from orthrus_rt.runner import Runner
 from orthrus_rt.sizes import engine_sizes
 from tests import checkpoints, engines, failing, poison
 
-pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 GROWS_WITH_CONTEXT = {"kv_pages", "tables", "total"}
 make = partial(engines.make, max_seq_len=512)

@@ -12,7 +12,7 @@ from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints, engines, poison
 from tests.poison import EDITED, GREEDY, REJECTION, SAMPLED, jobs_of
 
-pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 MODES = ("ar", "two_pass", "one_pass")
 make = partial(engines.make, max_seq_len=128, max_batch_size=4)

@@ -18,7 +18,7 @@ from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
 from tests import engines, poison
 
-pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 VOCAB = 96
 POISON = -77

@@ -178,7 +178,7 @@ PINNED = {
 }
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 @pytest.mark.parametrize(
     ("kind", "draft_len", "fan_out"), [pytest.param(*case, marks=UNLESS_SLOW) for case in PINNED["avx512_bf16"]]
 )

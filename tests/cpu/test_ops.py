@@ -261,7 +261,7 @@ def test_nothing_to_do_is_done(monkeypatch):
     count(state=none)
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 @pytest.mark.parametrize(
     ("group_start", "changes", "message"),
     [
@@ -284,7 +284,7 @@ def test_groups_that_would_leave_rows_out(group_start, changes, message):
     with pytest.raises(ValueError) as error:
         attention(**(arguments | {"rows": bad}))
     assert str(error.value) == f"dual_attn: {message}"
-    tape = dispatch.native().cpu.Tape()
+    tape = dispatch.extension().cpu.Tape()
     with tape.record():
         attention(**arguments)
     tape.replay()
@@ -304,7 +304,7 @@ def test_pack_refuses_what_the_kernels_do_not_take():
 def test_a_second_choice_is_a_warning(monkeypatch, caplog):
     cuda = torch.device("cuda", 7)
     module = SimpleNamespace(cuda=None, build_info=lambda: {"cuda_archs": "80-real"})
-    monkeypatch.setattr(dispatch, "native", lambda: module)
+    monkeypatch.setattr(dispatch, "extension", lambda: module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     chosen = [dispatch.select(op, cuda, torch.bfloat16) for op in ("consensus", "dual_attn", "embed")]
@@ -322,7 +322,7 @@ def test_why_there_is_no_native_module(folder, monkeypatch, tmp_path, caplog, ca
     (tmp_path / "broken.so").write_text("no library")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(dispatch, "NATIVE", "broken" if found else "missing")
-    caches = (dispatch.native, dispatch.why_no_native, dispatch._select)
+    caches = (dispatch.extension, dispatch.why_no_native, dispatch._select)
     for cache in caches:
         cache.cache_clear()
     try:
@@ -343,7 +343,7 @@ def test_why_there_is_no_native_module(folder, monkeypatch, tmp_path, caplog, ca
 def test_a_driver_older_than_the_modules_cuda_is_told_at_once(monkeypatch, isa):
     built = {"cuda_archs": "90a-real", "cuda_version": "13.0"}
     module = SimpleNamespace(cuda=SimpleNamespace(isa=lambda: isa), build_info=lambda: built)
-    monkeypatch.setattr(dispatch, "native", lambda: module)
+    monkeypatch.setattr(dispatch, "extension", lambda: module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     why = dispatch.unavailable("cuda", "dual_attn", torch.device("cuda", 7), torch.bfloat16)
@@ -358,7 +358,7 @@ def test_float16_runs_the_reference():
     assert why == "the cpu dual_attn takes bfloat16 or float32, not float16"
 
 
-@pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 @pytest.mark.parametrize("dtype", dispatch.ELEMENTS, ids=str)
 def test_native_kernels_run_unless_told_otherwise(monkeypatch, dtype):
     cpu = torch.device("cpu")
@@ -389,7 +389,7 @@ def test_what_is_asked_for_and_missing_raises(monkeypatch, value, error, message
 def test_head_dims_without_a_kernel_are_refused_at_load(tmp_path, monkeypatch):
     """Before anything is packed, and for CUDA too (whose choice of kernels needs no device)."""
     folder = checkpoints.make(tmp_path, "llama", dtype=torch.bfloat16, head_dim=24)
-    if dispatch.native() is not None:
+    if dispatch.extension() is not None:
         monkeypatch.setattr("orthrus_rt.weights.pack", None)
         with pytest.raises(ValueError, match="dual_attn: head_dim must be a multiple of 16 up to 256 on the CPU"):
             Engine.from_pretrained(str(folder), device="cpu", mode="two_pass")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PRETENDED = "tests.cpu.pretended_card"
 OTHER_MODES = "((common or arrive) and not one_pass)"
 
-pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 
 def run(*command: str) -> str:

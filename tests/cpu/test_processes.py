@@ -5,7 +5,7 @@ import pytest
 from orthrus_rt import dispatch
 from tests import apart
 
-pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 FORK = """
 import os, sys, time, torch, orthrus_rt

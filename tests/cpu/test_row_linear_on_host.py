@@ -58,7 +58,7 @@ def run(
     """The op on a device of ``sms`` SMs, into a NaN-filled output between guards, with weights packed here;
     ``next_weight`` is packed.
     """
-    host = dispatch.native().cuda
+    host = dispatch.extension().cuda
     host.num_sms, host.descending = sms, descending
     rows, gate_up = x.shape[0], epilogue == "silu_mul"
     weight, weight_diff = (

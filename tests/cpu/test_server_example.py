@@ -24,7 +24,7 @@ from orthrus_rt import AsyncEngine, dispatch
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
-pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 HOW = dict(device="cpu", mode="two_pass", max_seq_len=256)
 
 

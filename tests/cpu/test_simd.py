@@ -14,7 +14,7 @@ from orthrus_rt import dispatch
 from tests import variants
 
 FUSED = ("fma", "exp", "log")  # portable code rounds their products twice
-pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def lines_of(tmp_path_factory):
 
 
 def offered(isa: str) -> bool:
-    cpu = dispatch.native().cpu
+    cpu = dispatch.extension().cpu
     before = cpu.isa()
     try:
         cpu.set_isa(isa)

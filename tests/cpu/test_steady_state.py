@@ -13,7 +13,7 @@ from orthrus_rt.results import SlotResults
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
 
-pytestmark = pytest.mark.skipif(dispatch.native() is None, reason="the native module is not built")
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 STEPS = 4
 GREEDY = SamplingParams(max_new_tokens=60, ignore_eos=True)

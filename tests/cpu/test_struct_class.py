@@ -9,7 +9,7 @@ import pytest
 from orthrus_rt import dispatch
 from tests import apart
 
-native = dispatch.native()
+native = dispatch.extension()
 pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
 
 ADDRESS = 2 ** (8 * struct.calcsize("P"))

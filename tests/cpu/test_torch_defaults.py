@@ -45,7 +45,7 @@ def decoded(folder, how, mode):
 @pytest.fixture(params=("native", "reference"))
 def how(request):
     """Native kernels, or in float16 the plain torch reference."""
-    if request.param == "native" and dispatch.native() is None:
+    if request.param == "native" and dispatch.extension() is None:
         pytest.skip("the native module is not built")
     return {"dtype": "bfloat16" if request.param == "native" else "float16"}
 

@@ -38,7 +38,7 @@ def tensor(*shape, scale=1.0, seed=0):
 
 
 def workspace(max_rows, in_features, out_features):
-    size = dispatch.native().cuda.row_linear_workspace(max_rows, in_features, out_features)
+    size = dispatch.extension().cuda.row_linear_workspace(max_rows, in_features, out_features)
     return torch.zeros(max(size, 16), dtype=torch.uint8, device="cuda")
 
 
@@ -261,7 +261,7 @@ def test_in_place_residual():
 
 def test_isa(isa):
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert dispatch.native().cuda.isa() == ("sm80" if isa or not hopper else "sm90a")
+    assert dispatch.extension().cuda.isa() == ("sm80" if isa or not hopper else "sm90a")
 
 
 def test_no_rows():

@@ -11,7 +11,7 @@ from tests.cpu import cuda_host
 from tests.cpu.cuda_host import device
 
 pytestmark = pytest.mark.skipif(
-    dispatch.native() is None or cuda_host.compiler() is None, reason="needs the native module and a C++ compiler"
+    dispatch.extension() is None or cuda_host.compiler() is None, reason="needs the native module and a C++ compiler"
 )
 
 KWARGS = dict(max_new_tokens=4, ignore_eos=True)

@@ -71,7 +71,7 @@ class Device:
 
     def __init__(self, num_sms: int):
         self.num_sms, self.num_launches = num_sms, 0
-        self.native = dispatch.native()  # not at import: with --software-tiles it is another module
+        self.native = dispatch.extension()  # not at import: with --software-tiles it is another module
         self.descending: bool | None = None
 
     def set_num_threads(self, count: int) -> None:
@@ -122,7 +122,7 @@ def installed(*, others: str, num_sms: int = 5):
     device, run_triton = Device(num_sms), ops._launch_on
     module = Module(device)
     with pytest.MonkeyPatch.context() as patch, cuda_host.host_unseen():
-        patch.setattr(dispatch, "native", lambda: module)
+        patch.setattr(dispatch, "extension", lambda: module)
         patch.setattr(huge_pages.arena, "block", torch.empty(0, dtype=torch.uint8))  # it begins with memory of its own
         patch.setattr(dispatch, "select", lambda op, *_: "cuda" if op in NATIVE else others)
         patch.setattr(ops, "_launch_on", lambda *args, **kwargs: launch(functools.partial(run_triton, **kwargs), *args))
