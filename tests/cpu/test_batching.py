@@ -402,22 +402,6 @@ def test_options_of_a_mode_belong_to_those_who_run_too(folder):
     assert engine.generate([1], draft_len=7).finish_reason
 
 
-def test_a_progress_bar_counts_every_prompt_once(folder, capsys):
-    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (2, 20)]
-    make(folder, mode="ar").generate([[1], [2]], params, progress=True)
-    assert " 2/2 " in capsys.readouterr().err.rpartition("\r")[2]
-
-
-def test_what_nobody_asked_to_see_settles_nothing_for_the_program(folder, monkeypatch):
-    """Even a disabled bar starts a thread, and fixes how the program's multiprocessing starts processes."""
-    monkeypatch.setattr("tqdm.tqdm", lambda *_, **__: 1 / 0)
-    engine = make(folder, mode="auto")
-    engine.warmup()
-    assert len(engine.generate([[1], [2]], SamplingParams(2))) == 2
-    engine = make(folder, mode="ar")
-    engine.warmup()
-
-
 def test_cycles_are_no_larger_than_who_runs_asks_for(folder):
     """In slots, and in what is done to logits."""
     engine = make(folder, mode="ar")

@@ -1,0 +1,20 @@
+"""Progress bars of generate and warmup: on request, and nothing at all without one."""
+
+from orthrus_rt.sampling import SamplingParams
+from tests.engines import make
+
+
+def test_a_progress_bar_counts_every_prompt_once(folder, capsys):
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (2, 20)]
+    make(folder, mode="ar").generate([[1], [2]], params, progress=True)
+    assert " 2/2 " in capsys.readouterr().err.rpartition("\r")[2]
+
+
+def test_what_nobody_asked_to_see_settles_nothing_for_the_program(folder, monkeypatch):
+    """Even a disabled bar starts a thread, and fixes how the program's multiprocessing starts processes."""
+    monkeypatch.setattr("tqdm.tqdm", lambda *_, **__: 1 / 0)
+    engine = make(folder, mode="auto")
+    engine.warmup()
+    assert len(engine.generate([[1], [2]], SamplingParams(2))) == 2
+    engine = make(folder, mode="ar")
+    engine.warmup()
