@@ -26,7 +26,6 @@ from orthrus_rt.cycle_plan import AR, CyclePlan
 MEMORY = 128  # drafting cycles that a hazard looks back on
 IDLE_MEMORY = 1024  # cycles after which hazards that nothing is drafted for fade
 SLOW_MEMORY = 4096  # drafting cycles that quality looks back on
-FADE_EVERY = 16  # cycles without drafts: estimates that hardly change are not worth computing for each
 PRIOR_HAZARD, PRIOR_TRIALS = 0.7, 4.0  # of the first draft
 CHAIN_TRIALS = 8.0  # weight of the position before as a later position's prior
 # By fan_out, of the first, the second and later drafts: measured with the embedded model on code and chat prompts.
@@ -35,7 +34,6 @@ PRIOR_QUALITY = {
     12: (0.75, 0.91, 0.97),
 }  # fmt: skip
 LEVEL_TRIALS, SHAPE_TRIALS = 32.0, 256.0  # that the priors are worth
-LEAST_QUALITY = 0.1
 PRIOR_LENGTH = 128.0  # tokens of a sequence, until more are known
 EXACT = 32  # tokens, up to which cycles of a sequence are counted exactly
 TINY = 1e-9  # of trials: none
@@ -101,20 +99,15 @@ class Acceptance:
         prior = np.array([prior_quality(f) for f in self.fan_outs[1:]]).reshape(-1, 3)
         self._level, self._shape = Ratio(np.ones(3), LEVEL_TRIALS), Ratio(prior, SHAPE_TRIALS)
         self._begun, self._tokens = 0.0, PRIOR_LENGTH  # sequences, and the tokens of them all
-        self._unfaded = 0  # cycles whose fading is still due
 
     @ignoring_underflow
     def observe(self, plan: CyclePlan, cycles: list[list[Outcome]]) -> None:
         """Learn from consecutive cycles of ``plan``: of each, the outcomes of its sequences, one at least."""
-        self._unfaded += len(cycles)
         verified, accepted, cut, fresh = np.array([out for outs in cycles for out in outs], dtype=int).T
         self._begun += int(fresh.sum())
         self._tokens += int(np.maximum(1, 1 + accepted - cut).sum())
-        if plan.mode == "ar" and self._unfaded < FADE_EVERY:
-            return
-        idle = (1 - 1 / IDLE_MEMORY) ** self._unfaded
+        idle = (1 - 1 / IDLE_MEMORY) ** len(cycles)
         self._begun, self._tokens = self._begun * idle, max(PRIOR_LENGTH, self._tokens * idle)
-        self._unfaded = 0
         drafts = verified if plan.mode != "one_pass" else np.where(fresh, 0, plan.block_len - 1)
         hits, trials = (self._by_position(np.minimum(n, drafts)) for n in (accepted, accepted + 1 - cut))
         renewed = trials / (MEMORY * len(accepted) / len(cycles))  # rarely reached positions look back further
@@ -149,7 +142,7 @@ class Acceptance:
         (level, level_doubt), (shape, shape_doubt) = (
             tuple(x[..., self._group] for x in ratio.estimate()) for ratio in (self._level, self._shape)
         )
-        quality = np.concatenate([np.ones((1, self.max_drafts)), np.clip(level * shape, LEAST_QUALITY, 1.0)])
+        quality = np.concatenate([np.ones((1, self.max_drafts)), np.minimum(1.0, level * shape)])
         hope = np.ones_like(quality)
         if optimism:
             hope += optimism * self._error(quality, level_doubt, shape_doubt, running)
@@ -178,20 +171,14 @@ class Acceptance:
 
     def _error(self, quality, level_doubt, shape_doubt, running: CyclePlan) -> np.ndarray:
         """Relative standard error of each row's hazards against the running plan's."""
-        of = self.fan_outs.index(running.fan_out) if running.mode == "one_pass" else 0
-        doubt = np.concatenate([np.zeros_like(quality[:1]), shape_doubt])
+        of, odds, error = self.fan_outs.index(running.fan_out), 1 / quality[1:] - 1, np.zeros_like(quality)
+        error[1:] = np.sqrt(odds * (shape_doubt + level_doubt))
+        error[0] = error[of or -1]  # two_pass's quality is certain: it is one_pass's that sets them apart
         if running.mode == "one_pass":  # level sets two_pass apart from it, not the other fan_outs
-            doubt += doubt[of]
-            doubt[0] += level_doubt
-        else:
-            doubt[1:] += level_doubt
-        odds = (1 - quality) / quality
-        odds[0] = odds[of or -1]  # two_pass's quality is certain: it is one_pass's that sets them apart
-        if running.mode == "ar":
-            doubt[0] = doubt[-1]
-        else:
-            doubt[of] = 0.0
-        return np.sqrt(odds * doubt)
+            error[1:] = np.sqrt(odds * (shape_doubt + shape_doubt[of - 1]))
+        if running.mode != "ar":
+            error[of] = 0.0
+        return error
 
     @staticmethod
     def _chain(hits, trials, prior: float, step, optimism: float, seen: int) -> list[float]:
@@ -248,16 +235,9 @@ def _cycles(accepted: list[float], squares: list[float], block: int, length: flo
     cycles = np.zeros(block + math.ceil(left) + 1)  # for so many tokens, behind as many zeros as a cycle may yield
     for n in range(block, len(cycles)):
         cycles[n] = 1.0 + chance @ cycles[n - block : n]
-    whole = int(left)
-    share = left - whole
-    low, high = (cycles[block + n - 1] for n in (whole, whole + 1))
-    return fills + (1 - share) * low + share * high
+    return fills + float(np.interp(left + block - 1, np.arange(len(cycles)), cycles))
 
 
-@functools.cache
 def prior_quality(fan_out: int) -> tuple[float, ...]:
-    """``PRIOR_QUALITY``, linear between its entries and constant beyond them."""
-    low = max(f for f in PRIOR_QUALITY if f <= fan_out)
-    high = min((f for f in PRIOR_QUALITY if f >= fan_out), default=low)
-    share = (fan_out - low) / (high - low) if high > low else 0.0
-    return tuple(a + (b - a) * share for a, b in zip(PRIOR_QUALITY[low], PRIOR_QUALITY[high], strict=True))
+    """``PRIOR_QUALITY`` of the nearest fan_out in it that is no larger."""
+    return PRIOR_QUALITY[max(f for f in PRIOR_QUALITY if f <= fan_out)]

@@ -44,7 +44,8 @@ class Auto:
 
     Args:
         plan: its block_len is the longest that may run; its fan_out the only one, or 0 for several.
-        num_slots: the engine's largest batch. device: where cycles run.
+        num_slots: the engine's largest batch.
+        device: where cycles run.
         identity: returns whatever else decides now what a cycle costs: :func:`cost_identity`.
 
     Attributes:

@@ -34,10 +34,14 @@ class Pass:
     Attributes:
         kind: NEXT_DRAFT, NEXT_VERIFY, NEXT_AR or NEXT_ONE_PASS: how its rows are staged.
         step: STEP_DRAFT, STEP_VERIFY or STEP_VERIFY_AND_DRAFT: what its choices are.
-        rows: static. own: those that the consensus before it stages: all but the rows of ``prompts``, which come first.
-        per_slot: choices per slot. logit_rows: int32, the rows they belong to, slot by slot, and then prompts' rows.
-        out: ``(value, id)``, their partial maxima, of logits or of scores. partials: the slots'.
-        logits: fp32 ``[len(logit_rows), vocab_size]``; None where none are materialised. All passes share both.
+        rows: all of its rows, static.
+        own: those that the consensus before it stages.
+        prompts: the others, which come first; None if there are none.
+        per_slot: choices per slot.
+        logit_rows: int32, the rows that choose: slot by slot, then those of prompts.
+        out: ``(value, id)``, partial maxima of their logits or scores; all passes share the memory.
+        partials: of ``out``, the slots'.
+        logits: fp32 ``[len(logit_rows), vocab_size]``, shared too; None where none are materialised.
     """
 
     kind: int
@@ -103,7 +107,8 @@ class Cycle(Recorded):
     their rows alone, and the next cycle may be of any plan.
 
     Args:
-        state: of all slots. num_slots: the first so many of them run.
+        state: of all slots.
+        num_slots: the first so many of them run.
         sampling: None for greedy slots alone: choices come from partial maxima, no logits are materialised. Else the
             slots' sampling parameters.
         activations, workspace: shared with every other cycle; large enough for the plan's rows.

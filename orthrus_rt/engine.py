@@ -62,7 +62,8 @@ class Engine(Generation):
     Attributes:
         config: the model's numbers, a :class:`orthrus_rt.ModelConfig`.
         tokenizer: the checkpoint's transformers tokenizer, chat template included.
-        device: where it runs, a :class:`torch.device`. max_seq_len: tokens that a sequence may have.
+        device: where it runs, a :class:`torch.device`.
+        max_seq_len: tokens that a sequence may have.
         mode, draft_len, fan_out: those of calls that name none; None is the checkpoint's or the runtime's default.
         metrics: what it has done since it was made: ``as_dict()`` and ``as_prometheus()``, in any thread.
         closed: whether :meth:`close` has been called.

@@ -11,18 +11,21 @@ class Stats:
     """What one generation did. Tokens per cycle and per pass leave out the prefill and the token it yields.
 
     Attributes:
+        mode: the mode that ran last; empty before the first decode cycle, as the first token is the prefill's.
+        block_len: its K (1 for ``ar``); 0 before.
+        fan_out: its blocks (``one_pass``, else 0).
         prompt_tokens: of the prompt.
-        mode: the mode that ran last. block_len: its K (1 for ``ar``). fan_out: its blocks (``one_pass``, else 0). Empty
-            and 0 before the first decode cycle: the first token is the prefill's.
         cached_tokens: those of the prompt that were not computed, as the cache held their keys and values from before.
         tokens: generated tokens, the stop token included.
-        cycles: decode cycles. passes: forward passes of these cycles, of any view.
+        cycles: decode cycles.
+        passes: forward passes of these cycles, of any view.
         misses: ``one_pass`` cycles that had no drafts to verify: the first, for which nothing was drafted, and those
             behind one none of whose blocks fitted what happened.
         plans: cycles by plan: ``ar``, ``two_pass/7`` (drafts), ``one_pass/15x4`` (drafts, fan_out).
         accepted: histogram, ``accepted[j]`` cycles accepted j drafts.
-        seconds: from the first token to the last; prefill_seconds: from the start of the prefill to the first token;
-            queue_seconds: from joining the queue to that start, when it first got a slot, 0 if it never did.
+        seconds: from the first token to the last.
+        prefill_seconds: from the start of the prefill to the first token.
+        queue_seconds: from joining the queue to that start, when it first got a slot; 0 if it never did.
         preemptions: how often it had to give its pages up and recompute them.
         seed: the seed used, drawn if none was given; None for greedy decoding.
     """

@@ -125,8 +125,7 @@ class PassCosts:
         gain = (machine + shared) / innovation_variance
         self._slowness += gain * innovation
         adaptive_noise = ADAPTIVE_NOISE * gain * innovation**2
-        posterior = machine - gain**2 * innovation_variance + adaptive_noise
-        self._slowness_variance = max(SLOWNESS_PROCESS_NOISE, posterior)
+        self._slowness_variance = machine - gain**2 * innovation_variance + adaptive_noise
         self._variance[key], self._seen[key] = own, (self._clock, self._slowness)
         for entry, covariance in tuple(self._covariance.items()):
             entry_gain = (covariance + (own if entry == key else 0.0)) / innovation_variance

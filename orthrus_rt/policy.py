@@ -23,7 +23,7 @@ engine, whose first drafts may be unlucky. AR cycles are timed at the beginning 
 while others run.
 
 Hysteresis: another plan replaces the one in use once its predicted savings have added up to SWITCH cycles (a one-sided
-CUSUM), by one look after another: a large gain soon, a small one only if it lasts.
+CUSUM): a large gain soon, a small one only if it lasts.
 
 Thinking takes the host longer than all else about a cycle, most of all where a pass through the weights has swept its
 caches. So a plan once chosen is kept for a *course* of up to COURSE cycles, as long as the account covers them at their
@@ -45,7 +45,6 @@ SAFETY = 0.01  # of AR's time that may be lost against AR
 GRANT = 8  # AR cycles that may be lost beyond that, once
 SAFETY_CAP = 64  # AR cycles of credit kept
 EXPLORATION = 0.01  # of all time that may be lost on trying plans
-NOVELTY = 4  # and as many cycles' each time that cycles grow e-fold: a model is learnt once, early
 EXPLORATION_CAP = 64  # AR cycles of credit kept
 SWITCH = 1.0  # cycles of savings before the plan in use changes
 DEADBAND = 0.01  # relative savings that are none
@@ -89,7 +88,7 @@ class Lane:
         self.bucket, self.plans, self.costs, self.acceptance = bucket, plans, costs, acceptance
         self.in_use: CyclePlan | None = None
         self.since_ar = math.inf  # cycles; its true cost here is not known
-        self._savings = self._saving = 0.0  # cycles, and per cycle by the last look
+        self._savings = 0.0  # cycles
         self._since_look = 0  # cycles
         self.trial: CyclePlan | None = None  # under way, also while other lanes run
         self.trial_left = 0  # cycles to go
@@ -124,11 +123,11 @@ class Lane:
         """The plan in use, changed when another has promised enough for long enough."""
         best = min(self.plans, key=rates.get)
         self.in_use = self.in_use or best
-        before, self._saving = self._saving, 1 - rates[best] / rates[self.in_use] - DEADBAND
-        self._savings = max(0.0, self._savings + self._since_look * min(before, self._saving))
+        saving = 1 - rates[best] / rates[self.in_use] - DEADBAND
+        self._savings = max(0.0, self._savings + self._since_look * saving)
         self._since_look = 0
         if self._savings >= SWITCH:
-            self.in_use, self._savings, self._saving = best, 0.0, 0.0
+            self.in_use, self._savings = best, 0.0
         return self.in_use
 
 
@@ -191,7 +190,7 @@ class Policy:
         """The plan of the next cycle of ``batch_size`` (>= 1) sequences; ``greedy`` if none of them samples."""
         lane, course = self._lane(batch_size, greedy), self._course
         keeps = self._course_left and course.lane is lane and course.plan == self.current
-        if not (keeps and (course.plan == AR or self._covers(course.reserved))):
+        if not (keeps and self._covers(course.reserved)):
             self._course = course = self._think(lane, batch_size)
         elif course.fills:
             self._course = course = course._replace(fills=False)
@@ -225,7 +224,7 @@ class Policy:
             self._course_left = 1
         fills = plan.mode == "one_pass" and self.current != plan
         against = None if trial is None else rates[in_use]
-        return Launched(lane, plan, max(0.0, lane.worst_loss(plan)), against, fills)
+        return Launched(lane, plan, lane.worst_loss(plan), against, fills)
 
     def _fallback(self, lane: Lane, rates: dict[CyclePlan, float]) -> CyclePlan:
         """What to run while the account does not cover the plan wanted: what runs, if it is covered and beats AR."""
@@ -247,7 +246,7 @@ class Policy:
         idle = self.exploration.balance / (EXPLORATION_CAP * lane.seconds(AR))  # credit left lying: too sure of itself?
         optimism = OPTIMISM * max(1.0, 2 * idle)
         hopeful = lane.acceptance.tokens(lane.plans, optimism, lane.in_use)
-        hopes = {p: lane.seconds(p, hopeful=True) / hopeful[p] for p in lane.plans if p != AR}
+        hopes = {p: lane.seconds(p, hopeful=True) / hopeful[p] for p in lane.plans}
         least = -(-TRIAL_LENGTH // batch_size)
         for plan in sorted(hopes, key=hopes.get):
             if hopes[plan] >= rate * (1 - DEADBAND):
@@ -266,8 +265,6 @@ class Policy:
 
     def _affordable(self, lane: Lane, plan: CyclePlan) -> bool:
         """Whether the safety account covers the worst outcome; of one_pass, of enough passes to see a draft of it."""
-        if plan == AR:
-            return True
         cycles = 1 + PIPELINE_FILL if plan.mode == "one_pass" and self.current != plan else 1
         return self._covers(cycles * lane.worst_loss(plan))
 
@@ -317,8 +314,7 @@ class Policy:
         tokens = sum(out.num_tokens for out in outcomes) / len(outcomes) if outcomes else 1.0
         self.safety.add((1 + SAFETY) * tokens * ar - cost, SAFETY_CAP * ar)
         lost = 0.0 if against is None else cost - tokens * against
-        share = EXPLORATION + NOVELTY / self._cycles
-        self.exploration.add(share * cost - lost, EXPLORATION_CAP * ar)
+        self.exploration.add(EXPLORATION * cost - lost, EXPLORATION_CAP * ar)
         self.spent += cost
         self.ar_equivalent += tokens * ar
 

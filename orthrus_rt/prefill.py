@@ -66,8 +66,10 @@ class Prompts:
     """What one pass takes of some requests' prompts.
 
     Attributes:
-        laid: see :func:`orthrus_rt.rows.lay_out`. ended: requests whose last row is among these. choosing: those of
-            them that do not know the token after it. picked: their last rows.
+        laid: the rows, see :func:`orthrus_rt.rows.lay_out`.
+        ended: requests whose last row is among these.
+        choosing: those of them that do not know the token after it.
+        picked: their last rows.
     """
 
     def __init__(self, chunks: PromptChunks):
@@ -86,10 +88,12 @@ class PromptRows:
     """Static rows of a pass: first those of prompts, of one shape, then a cycle's own, if any.
 
     Args:
-        own: the layout of the latter. own_picked: those of them whose logits are wanted.
+        own: the layout of the latter.
+        own_picked: those of them whose logits are wanted.
 
     Attributes:
-        rows: all of them. own: the cycle's, to be staged.
+        rows: all of them.
+        own: the cycle's, to be staged.
         logit_rows: int32, ``own_picked`` and then the prompts' rows that choose a token; None if there are none.
     """
 

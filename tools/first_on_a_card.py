@@ -49,8 +49,9 @@ print("torch's CUDA", torch.version.cuda)
 print("capability", ".".join(map(str, torch.cuda.get_device_capability())))
 import ctypes
 answer = ctypes.c_int()
-ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(answer), 88, 0)
-print("reads pageable memory", answer.value)  # then uploads may not be staged
+for what, attribute in (("reads pageable memory", 88), ("by the host's page tables", 100)):  # uploads may be unstaged
+    ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(answer), attribute, 0)
+    print(what, answer.value)
 PY
 """
 BUILT = """

@@ -66,6 +66,24 @@ def test_cycles_in_a_row_may_be_told_together(plan):
         assert ratio._expected == pytest.approx(apart._expected, rel=0.1, abs=1e-3)
 
 
+def test_a_large_batch_forgets_as_fast_as_a_small_one():
+    """By cycles, not by drafts."""
+    for batch in (1, 16):
+        seen = Acceptance(15, FAN_OUTS)
+        for accepted, count in ((15, 512), (0, 64)):
+            for _ in range(count):
+                seen.observe(CyclePlan("two_pass", 16), [[Outcome(15, accepted)] * batch])
+        assert seen.accepted()[0][1] == pytest.approx((1 - 1 / 128) ** 64, abs=0.05)
+
+
+def test_a_fan_out_hears_of_the_others():
+    seen, fresh = (Acceptance(15, FAN_OUTS) for _ in range(2))
+    for _ in range(50):
+        seen.observe(CyclePlan("one_pass", 16, 4), [[Outcome(15, 9)] * 8])
+    for fan_out in (2, 8):
+        assert seen.accepted()[fan_out][9] > 2 * fresh.accepted()[fan_out][9]
+
+
 def test_fan_outs_are_told_apart():
     """The same text under both, in turns: the wider one's drafts are accepted more often, whatever was supposed."""
     seen, narrow, wide = Acceptance(15, FAN_OUTS), CyclePlan("one_pass", 16, 2), CyclePlan("one_pass", 16, 8)

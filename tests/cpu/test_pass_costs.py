@@ -97,7 +97,33 @@ def test_what_was_taken_for_the_machines_turns_out_to_be_a_plans_own():
         for _ in range(REFRESH_CYCLES):
             costs.observe(1, AR, 1.0)
         costs.observe(1, used, 2.0)
-    assert costs.seconds(1, used) / costs.seconds(1, AR) > 1.25
+    assert costs.seconds(1, used) / costs.seconds(1, AR) > 1.5
+
+
+def test_no_correlation_is_believed_that_cannot_be():
+    """The machine and single plans change at once and by more than the filter supposes."""
+    rng, plans, most = random.Random(0), [AR, CyclePlan("two_pass", 4), CyclePlan("one_pass", 16, 8)], 0.0
+    costs, own, machine, plan = known(0, *plans[1:]), dict.fromkeys(plans, 1.0), 1.0, AR
+    for _ in range(1500):
+        plan = rng.choice(plans) if rng.random() < 0.05 else plan
+        machine = rng.choice((0.3, 1.0, 3.0)) if rng.random() < 0.01 else machine
+        own[plan] = rng.choice((0.3, 1.0, 3.0)) if rng.random() < 0.01 else own[plan]
+        costs.observe(1, plan, machine * own[plan] * math.exp(rng.gauss(0, 0.1)))
+        for key, covariance in costs._covariance.items():
+            most = max(most, covariance**2 / (costs._variance[key] * costs._slowness_variance))
+    assert 0.9 < most < 1.0
+
+
+def test_a_new_warm_up_leaves_nothing_open_between_a_plan_and_the_machine():
+    tried, other = CyclePlan("two_pass", 4), CyclePlan("two_pass", 8)
+    costs = known(500, tried, other)
+    for _ in range(8):
+        costs.observe(1, tried, 3.0)
+    for plan in (tried, other):
+        costs.set(1, plan, 3.0)
+    for _ in range(3):
+        costs.observe(1, AR, 3.0)
+    assert costs.seconds(1, tried) == pytest.approx(costs.seconds(1, other))
 
 
 def test_a_first_measurement_of_a_stalled_cycle_is_soon_forgotten():
@@ -203,6 +229,9 @@ def test_unmeasured_costs_are_in_proportion_to_those_of_like_cycles():
     costs.observe(1, AR, 1.5)
     assert costs.seconds(1, plan) == pytest.approx(1.5)
     assert costs.seconds(8, plan) > 2.0  # nothing to tell the proportion by
+    costs.set(2, AR, 1.0)
+    costs.set(2, CyclePlan("two_pass", 16), 4.0)
+    assert costs.seconds(2, plan) == pytest.approx(2 * (1 + 6 / 30))  # of greedy ones of two, AR was not timed
     costs.observe(1, plan, 2.0)
     assert costs.seconds(1, plan) == pytest.approx(2.0) and basis.seconds(1, plan) == pytest.approx(1.0)
 

@@ -115,8 +115,7 @@ def test_luck_misleads_seldom():
     """Three plans within 13% of each other, of which one may look worse than it is for a thousand cycles."""
     cases = itertools.product((1, 2), (0.85, 0.9, 0.97), range(14))
     over = sorted(over_best("flat", batch, hazard, seed=seed) for batch, hazard, seed in cases)
-    assert len(over) == 84 and statistics.mean(over) <= 1.023
-    assert over[-3] <= 1.05 and over[-2] <= 1.054 and over[-1] <= 1.065
+    assert len(over) == 84 and statistics.mean(over) <= 1.016 and over[-1] <= 1.05
 
 
 @pytest.mark.full
@@ -260,6 +259,27 @@ def test_a_large_batch_tells_of_a_plan_in_fewer_cycles(batch, tried):
     chooser.settle()
     chooser.exploration.balance = 3.5 * price
     assert (chooser.choose(batch) == rival) == tried
+
+
+@pytest.mark.parametrize(("filling", "tried"), [(False, 0), (True, 2)])
+def test_credit_for_a_trial_of_one_pass_is_for_more_than_its_first_cycle(filling, tried):
+    """Which has no drafts to verify. Of eight sequences one more cycle is a trial."""
+    rival, price = CyclePlan("one_pass", 4, 2), 0.02
+    chooser = Policy([AR, rival], 8)
+    chooser.costs.set(8, AR, 1.0)
+    chooser.costs.set(8, rival, chooser.acceptance.tokens([rival])[rival] + price)
+    ran = 0
+    while ran < REST + REFRESH_CYCLES or chooser._course_left:
+        assert chooser.choose(8) == AR
+        chooser.exploration.balance, ran = 0.0, ran + 1
+        chooser.record([Outcome(0, 0)] * 8)
+    chooser.settle()
+    chooser.exploration.balance = 1.5 * price + filling * (chooser.costs.seconds(8, rival) - 1.0)
+    plans = []
+    for _ in range(3):
+        plans.append(chooser.choose(8))
+        chooser.record([Outcome(0, 0)] * 8)
+    assert plans == [rival] * tried + [AR] * (3 - tried)
 
 
 def test_a_plan_whose_only_cycle_may_have_stalled_gets_one_more_at_any_price():

@@ -30,6 +30,11 @@ from tests.policy_simulator import (
 )
 
 
+def test_the_account_is_the_one_that_is_promised():
+    """README: 1% and eight cycles, 3% from 400 tokens on."""
+    assert (SAFETY, GRANT) == (0.01, 8) and SAFETY * 400 + GRANT <= 0.03 * 400
+
+
 def alternating(period):
     return lambda cycle, i: (0.9 if (cycle // period) % 2 else 0.0, 1.0)
 

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from orthrus_rt import state as st
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import CyclePlan
-from orthrus_rt.device import copy_up
+from orthrus_rt.device import copy_up, reads_pageable_memory
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
@@ -224,8 +224,9 @@ def test_a_step_launches_one_graph_and_never_waits_for_the_device(tmp_path, mode
 
 def test_uploads_do_not_wait_for_the_device():
     """Of what lies in pageable memory, which a driver may or may not stage at once: sync-debug mode cannot tell. And
-    what is written there afterwards does not get there.
+    what is written there afterwards does not get there. Where the device reads that memory itself, it is waited for.
     """
+    waits = reads_pageable_memory(torch.device("cuda", 0))
     for count in (64, 16_000, 80_000):
         there, host = torch.empty(count, dtype=torch.int32, device="cuda"), torch.arange(count, dtype=torch.int32)
         copy_up(there, host)  # the first time takes memory
@@ -236,7 +237,7 @@ def test_uploads_do_not_wait_for_the_device():
         host.zero_()
         seconds = time.perf_counter() - start
         assert there.tolist() == list(range(count)) and time.perf_counter() - start > 0.2
-        assert seconds < 0.1
+        assert waits or seconds < 0.1
 
 
 def test_requests_come_and_go_without_waiting_for_the_device(folder):
