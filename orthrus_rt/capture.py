@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -85,7 +86,7 @@ class _Captured:
             generator.graphsafe_set_state(state)
 
 
-_one_at_a_time = ForkLock()
+_one_at_a_time = ForkLock(threading.RLock)
 # Graphs whose capture did not end as it should: torch's allocator of pinned memory goes on asking them whether a stream
 # is theirs, and nothing in Python tells it to stop.
 _spoilt: list[torch.cuda.CUDAGraph] = []

@@ -91,7 +91,6 @@ def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None =
 
 def load_folder(folder: Path, adapter: str | Path | None, name: str) -> Checkpoint:
     """:func:`load` for a folder on this machine."""
-    folder = Path(os.path.abspath(folder))  # what is read later is read there, wherever the program has gone meanwhile
     raw = read_json(folder / "config.json")
     stored = scan(folder, "model.safetensors")
     adapter = None if adapter is None else _resolve(str(adapter), adapter=True)
@@ -207,13 +206,13 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> str
 
 
 def _resolve(path_or_id: str, *, adapter: bool = False, config_only: bool = False) -> Path:
-    """An existing folder as it is, else a hub id's snapshot.
+    """An existing folder, else a hub id's snapshot; absolute, as a program may go elsewhere before all is read.
 
     ``config_only``: a snapshot on this machine will do, else no weights are fetched. To fetch the config of a later one
     would make the id, for whoever is offline then, mean that one, whose weights are not here.
     """
     if os.path.isdir(path_or_id):
-        return Path(path_or_id)
+        return Path(path_or_id).absolute()
     what, known = f"{path_or_id!r}:", f"a folder here, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
     if adapter:
         what, known = f"adapter: {path_or_id!r}", "a folder with a diffusion view, nor a hub id (owner/name)"
@@ -228,8 +227,8 @@ def _resolve(path_or_id: str, *, adapter: bool = False, config_only: bool = Fals
             with contextlib.suppress(huggingface_hub.errors.LocalEntryNotFoundError):
                 here = Path(fetch(local_files_only=True))
                 if (here / "config.json").exists():
-                    return here
-        return Path(fetch(allow_patterns=CONFIG_FILES if config_only else HUB_PATTERNS))
+                    return here.absolute()
+        return Path(fetch(allow_patterns=CONFIG_FILES if config_only else HUB_PATTERNS)).absolute()
     except Exception as error:  # whatever the client or its transport raises
         reason = " ".join(str(error).split()) or "no reason given"
         raise CheckpointError(

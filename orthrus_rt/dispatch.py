@@ -90,7 +90,8 @@ def unavailable(impl: str, op: str, device: torch.device, dtype: torch.dtype) ->
         archs, (major, minor) = extension().build_info()["cuda_archs"], torch.cuda.get_device_capability(device)
         if not runs_on(archs, (major, minor)):
             built = f"the native module was built for {archs}, not for compute capability {major}.{minor}"
-            return built + (f" (ORTHRUS_CUDA_ARCHS={major}{minor}-real builds for it)" if major >= 8 else "")
+            arch = f"{major}{minor}" + "a" * ((major, minor) in ((9, 0), (10, 0)))
+            return built + (f" (ORTHRUS_CUDA_ARCHS={arch}-real builds for it)" if major >= 8 else "")
         with device_scope(device):
             if extension().cuda.isa() == "none":
                 version = extension().build_info()["cuda_version"]

@@ -29,7 +29,7 @@ class Turn:
     """
 
     def __init__(self):
-        self._holder: dict[str, tuple] = {}
+        self._holder: dict[int, tuple] = {}  # by process: a forked child has none of its parent's threads
         self._owner: tuple[weakref.ref, int] | None = None
 
     def claim(self, owner) -> None:
@@ -41,17 +41,15 @@ class Turn:
         self._owner = None
 
     def __enter__(self) -> None:
-        mine = (threading.get_ident(), sys._getframe(1), os.getpid())
+        process, mine = os.getpid(), (threading.get_ident(), sys._getframe(1))
         self._check_owner(mine[0])
-        holder = self._holder.setdefault("held", mine)  # tests and sets in one step
-        if holder is not mine and holder[2] != mine[2]:  # a thread of the process that this one was forked from
-            self._holder["held"] = mine
-        elif holder is not mine:
+        holder = self._holder.setdefault(process, mine)  # tests and sets in one step
+        if holder is not mine:
             if holder[0] != mine[0]:
                 raise Taken("this engine is in use by another thread; share it through orthrus_rt.AsyncEngine")
             if _runs(holder[1]):
                 raise Taken("this engine is in the middle of a call; a signal handler cannot make another one")
-            self._holder["held"] = mine
+            self._holder[process] = mine
         try:
             self._check_owner(mine[0])  # again: it may have been claimed before this thread had it
         except Taken:

@@ -9,14 +9,15 @@ from collections.abc import Iterator
 
 
 class ForkLock:
-    """A reentrant lock that is free in a forked child, where whoever held it at the fork is not. Kept for good."""
+    """A lock that is free in a forked child, where whoever held it at the fork is not. Kept for good."""
 
-    def __init__(self):
+    def __init__(self, kind=threading.Lock):
+        self._kind = kind
         self._renew()
         os.register_at_fork(after_in_child=self._renew)
 
     def _renew(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = self._kind()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

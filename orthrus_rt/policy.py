@@ -224,7 +224,7 @@ class Policy:
             self._course_left = 1
         fills = plan.mode == "one_pass" and self.current != plan
         against = None if trial is None else rates[in_use]
-        return Launched(lane, plan, lane.worst_loss(plan), against, fills)
+        return Launched(lane, plan, max(0.0, lane.worst_loss(plan)), against, fills)
 
     def _fallback(self, lane: Lane, rates: dict[CyclePlan, float]) -> CyclePlan:
         """What to run while the account does not cover the plan wanted: what runs, if it is covered and beats AR."""

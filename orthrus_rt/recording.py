@@ -33,7 +33,8 @@ class Recorded:
     """Launches over static buffers in a fixed sequence: run op by op, or replayed.
 
     Attributes:
-        what: for messages. model, workspace: what is launched runs on.
+        what: is recorded, for messages.
+        model, workspace: that the launches run on.
         graph_bytes: device memory that the recording holds, but for what the driver keeps of its launches.
         op_by_op: nothing could be recorded, and will not be.
     """

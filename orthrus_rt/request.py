@@ -167,7 +167,7 @@ def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str = "pro
         ids = [operator.index(t) for t in given]
     except TypeError as error:
         raise ValueError(f"{name} must be a list of ints or a 1-D integer tensor: {error}") from error
-    if any(map(is_bool, given)):
+    if set(map(type, given)) != {int} and any(map(is_bool, given)):
         raise ValueError(f"{name} must be a list of ints or a 1-D integer tensor, got a bool in it")
     if not ids:
         raise ValueError(f"{name} must hold at least one token, got none")

@@ -176,7 +176,7 @@ __device__ void consume_many_rows(const RowLinearArgs& args, const Ring<kTileRow
 }
 #endif
 
-// Decode runs fewer threads than the bound reserves registers for: where two CTAs share an SM, the norm has the rest.
+// Few rows take fewer threads than the bound reserves registers for: where two CTAs share an SM, the norm has the rest.
 template <int kTileRows, bool kManyRows, bool kCoded>
 __global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTileRows, kManyRows, kCoded))
     row_linear_sm90(const __grid_constant__ Sm90Params params) {

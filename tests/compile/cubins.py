@@ -55,7 +55,9 @@ def report(source: str, arch: str) -> str:
     Raises:
         RuntimeError: it does not compile.
     """
-    key = hashlib.sha256(_common_hash() + (ROOT / source).read_bytes() + arch.encode()).hexdigest()[:24]
+    tool = cuobjdump() if arch == "sm_90a" and "_sm90" in source else None
+    what = (ROOT / source).read_bytes() + f"{arch} {bool(tool)}".encode()
+    key = hashlib.sha256(_common_hash() + what).hexdigest()[:24]
     kept = ROOT / "build" / "cubins" / f"{Path(source).stem}-{arch}-{key}.txt"
     if kept.exists():
         return kept.read_text()
@@ -69,9 +71,10 @@ def report(source: str, arch: str) -> str:
         for old in kept.parent.glob(f"{Path(source).stem}-{arch}-*.txt"):
             old.unlink(missing_ok=True)
         finished = Path(folder) / "report.txt"
-        finished.write_text(f"{done.stderr}\nlane loops: {lane_loops(command[-2])}\n")
+        said = done.stderr + (f"\nlane loops: {lane_loops(tool, command[-2])}\n" if tool else "")
+        finished.write_text(said)
         finished.rename(kept)
-    return kept.read_text()
+    return said
 
 
 @functools.cache
@@ -82,12 +85,12 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=beside)
 
 
-def lane_loops(cubin: str) -> int | None:
-    """Loops in SASS over the lanes for which a warp's one unit has to do something, each 40 clocks; None: no tool."""
-    if cuobjdump() is None:
-        return None
-    done = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True)
-    return done.stdout.count("BRA.U.ANY")
+def lane_loops(tool: str, cubin: str) -> int:
+    """Loops in SASS over the lanes for which a warp's one copy unit has to do something, each 40 clocks."""
+    sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    if "UBLKCP" not in sass:
+        raise RuntimeError(f"{tool} shows no bulk copy in {cubin}")
+    return sass.count("BRA.U.ANY")
 
 
 @functools.cache

@@ -33,19 +33,18 @@ def test_hopper_instructions_are_kept(coded):
     assert registers["Li128ELb1"] == 168, registers
     # Two of these CTAs share an SM across kernel boundaries, with a norm's in between: see test_triton.py.
     narrow, wide = ((16, 32, 64), (96, 128, 160)) if coded else ((16, 32, 64, 96), (128, 160))
-    assert max(registers[f"Li{tokens}ELb0"] for tokens in narrow) <= 80, registers
-    for tokens in wide:
-        assert cubins.quarter_of_registers(9, registers[f"Li{tokens}ELb0"]) <= cubins.QUARTER, registers
+    assert max(registers[f"Li{rows}ELb0"] for rows in narrow) <= 80, registers
+    for rows in wide:
+        assert cubins.quarter_of_registers(9, registers[f"Li{rows}ELb0"]) <= cubins.QUARTER, registers
 
 
 @pytest.mark.parametrize("coded", [False, True])
 def test_copies_are_issued_once(coded):
     """Not in a loop over the lanes that may be there: the one thread that loads has some 200 clocks for a step."""
     report = cubins.reports()[f"csrc/cuda/row_linear_sm90{'_coded' * coded}.cu", "sm_90a"].result()
-    loops = re.search(r"lane loops: (\w+)", report)[1]
-    if loops == "None":
+    if cubins.cuobjdump() is None:
         pytest.skip("no cuobjdump, which Triton has too")
-    assert loops == "0"
+    assert re.search(r"lane loops: (\d+)", report)[1] == "0"
 
 
 def test_a_row_linear_finds_room_beside_the_merge_of_attention():

@@ -369,13 +369,16 @@ class TestTokenizer:
 
 
 def test_a_folder_is_the_one_that_was_there_at_load(text_folder, tmp_path, monkeypatch):
-    """A relative path, in a program that goes elsewhere, where another such folder is, or none."""
-    monkeypatch.chdir(Path(text_folder).parent)
-    loaded = [checkpoint.load(Path(text_folder).name) for _ in range(2)]
-    want, tokens = loaded[0].load_tokenizer()("hello").input_ids, loaded[0].tensors["model.norm.weight"]
-    monkeypatch.chdir(tmp_path)
-    assert loaded[1].load_tokenizer()("hello").input_ids == want
-    assert torch.equal(loaded[1].tensors["model.norm.weight"], tokens)
+    """A relative path, through a link too, in a program that goes elsewhere."""
+    folder = Path(text_folder)
+    (tmp_path / "link").symlink_to(folder.parent)
+    for start, given in ((folder.parent, folder.name), (tmp_path, f"link/../{folder.parent.name}/{folder.name}")):
+        monkeypatch.chdir(start)
+        loaded = [checkpoint.load(given) for _ in range(2)]
+        want, tokens = loaded[0].load_tokenizer()("hello").input_ids, loaded[0].tensors["model.norm.weight"]
+        monkeypatch.chdir("/")
+        assert loaded[1].load_tokenizer()("hello").input_ids == want
+        assert torch.equal(loaded[1].tensors["model.norm.weight"], tokens)
 
 
 def test_a_path_that_safetensors_cannot_take(folder, tmp_path):

@@ -49,6 +49,15 @@ def test_base_and_adapter_are_the_whole_model(tmp_path, family):
     assert all(torch.equal(joined.tensors[name], whole.tensors[name]) for name in whole.tensors)
 
 
+def test_a_view_by_a_relative_path_is_the_one_that_was_there_at_load(folders, monkeypatch):
+    base, adapter = folders
+    want = checkpoint.load(base, adapter=adapter).tensors[Q_DIFF]
+    monkeypatch.chdir(adapter.parent)
+    loaded = checkpoint.load(base.name, adapter=adapter.name)
+    monkeypatch.chdir("/")
+    assert torch.equal(loaded.tensors[Q_DIFF], want)
+
+
 def test_view_may_be_called_model(folders):
     base, adapter = folders
     (adapter / VIEW).rename(adapter / "model.safetensors")

@@ -312,7 +312,7 @@ def test_a_second_choice_is_a_warning(monkeypatch, caplog):
     assert chosen == ["reference", "triton", "triton"]
     why = (
         "since the native module was built for 80-real, not for compute capability 10.0 "
-        "(ORTHRUS_CUDA_ARCHS=100-real builds for it)"
+        "(ORTHRUS_CUDA_ARCHS=100a-real builds for it)"
     )
     assert [r.getMessage().endswith(why) for r in caplog.records if r.levelname == "WARNING"] == [True, True]
 

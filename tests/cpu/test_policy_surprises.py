@@ -54,7 +54,7 @@ def test_drafting_alone_gets_slower(device, hazard):
         how = dict(cost=cost, chooser=policy(device), noise=0.02, seed=seed)
         return run(device, lambda cycle, i: (hazard, 1.0), 2500, **how).over_ar
 
-    assert statistics.mean(map(over_ar, range(4))) <= 1.08  # single ones reach 1.14
+    assert statistics.mean(map(over_ar, range(4))) <= 1.03  # single ones of many seeds reach 1.10
 
 
 @pytest.mark.parametrize(("batch", "length", "hazard"), [(4, 4, 0.97), (1, 4, 0.9), (1, 8, 0.97), (4, 10, 0.97)])

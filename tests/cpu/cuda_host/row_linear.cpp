@@ -46,7 +46,7 @@ int64_t row_linear_prefetched(const uint8_t* begin, const uint8_t* end, bool cod
   return static_cast<int64_t>(blocks.size());
 }
 int64_t row_linear_prefetches() { return static_cast<int64_t>(cuda_host::prefetched.size()); }
-// Blocks that `ctas` CTAs hand over to the next weight's, of units that fill 96 KiB each.
+// Blocks of the next weight that `ctas` CTAs bring to L2, of units that fill 96 KiB each.
 int64_t row_linear_next_prefetch(int ctas, int in_features, int out_features, int num_sms, bool coded) {
   const auto plan = orthrus::cuda::make_plan(in_features, out_features, false, num_sms);
   int64_t sum = 0;
