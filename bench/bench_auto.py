@@ -18,6 +18,7 @@ is true lies in between. ``adversarial`` decodes code with a drafter that is bro
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import statistics
 import time
@@ -104,7 +105,9 @@ def decode(engine: Engine, ids: list[list[int]], tokens: int, most: int, plan: C
 
 def decode_first(engine: Engine, *args) -> Decoded:
     """The same by a policy that knows the costs and nothing else."""
-    with mock.patch.object(engine, "_autos", {}):
+    fresh = copy.copy(engine._autos)
+    fresh.clear()
+    with mock.patch.object(engine, "_autos", fresh):
         return decode(engine, *args, None)
 
 
