@@ -222,6 +222,7 @@ def torch_cuda(card: Card) -> dict:
 def install() -> None:
     """From here on this process has the card."""
     from orthrus_rt import capture, dispatch, native, timing
+    from orthrus_rt import device as devices
 
     card, ops, profile = Card(), dispatch.extension().cpu, torch.profiler.profile
     for name, value in torch_cuda(card).items():
@@ -232,6 +233,7 @@ def install() -> None:
     dispatch.select = lambda op, device, dtype: "cpu"
     ops.takes_coded_weights = lambda: False  # coding makes a tensor without a mark
     capture._recording_stream = Stream
+    devices.reads_pageable_memory = lambda device: False
     native._launch = lambda op, params, device: launch(getattr(ops, op), params)
     card.__enter__()
 
