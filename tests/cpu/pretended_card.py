@@ -234,6 +234,9 @@ def install() -> None:
     ops.takes_coded_weights = lambda: False  # coding makes a tensor without a mark
     capture._recording_stream = Stream
     devices.reads_pageable_memory = lambda device: False
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):  # of a torch with CUDA, which knows no such pool
+        if hasattr(torch._C, name):
+            delattr(torch._C, name)
     native._launch = lambda op, params, device: launch(getattr(ops, op), params)
     card.__enter__()
 
