@@ -166,9 +166,13 @@ class Rounds:
         yield from [r for r in self.scheduler.active if not r.decoding]
         while request := self.scheduler.admit(self._margin):
             self.metrics.found(request.prefilled, request.count_prompt())
-            with self._or_end([request]):
-                self.runner.begin(request)
-            yield request
+            try:
+                with naming_the_knobs("beginning a request"):
+                    self.runner.begin(request)
+            except torch.OutOfMemoryError as error:
+                self._fail(request, error)  # nothing was launched for it: the others go on as they are
+            else:
+                yield request
 
     def _chunks(self, room: int) -> PromptChunks:
         """What the next pass with prompts takes: at most ``room`` tokens, the first requests' first. A request is

@@ -68,10 +68,10 @@ class Scheduler:
         """Take the request out of its slot, its pages back at once; the slot it had."""
         slot, num_cached, request.slot = request.slot, request.num_cached, None
         self.slots[slot] = None
-        if request.error is None:
-            self.publish(slot, request, num_cached)
-        else:  # its keys and values may be what was wrong
+        if isinstance(request.error, FloatingPointError):  # its keys and values may be what was wrong
             self.kv.withdraw(slot, request.names_of_pages(request.length) if self.prefix_caching else [])
+        else:
+            self.publish(slot, request, num_cached)
         self.kv.release(slot)
         return slot
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -22,7 +23,9 @@ import torch
 from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.engine import Engine
+from orthrus_rt.model import Activations
 from orthrus_rt.sampling import SamplingParams
+from orthrus_rt.state import SlotEdits
 from tests import engines
 from tests.poison import Job
 
@@ -92,6 +95,39 @@ def check_recordings_without_memory(engine: Engine, jobs: list[Job]) -> None:
         warnings.simplefilter("error")
         assert tokens() == want
     assert not any(cycle.op_by_op for cycle in cycles_of(engine))
+
+
+# What a request may find no memory for before anything is launched for it.
+AT_THE_START = (Activations, "logits"), (SlotEdits, "allocate")
+
+
+def check_refused_at_the_start(make, alone, lacking) -> None:
+    """Beside requests that find no memory for what they are the first to need, the others have the same tokens, steps
+    and passes, and what is in the prefix cache stays there, also what the refused shared.
+    """
+    beginning = [i % 90 for i in range(140)]
+    prompts = [[*beginning, 91], [7] * 70, [*beginning, 92], [8]]
+    params = SamplingParams(max_new_tokens=24, ignore_eos=True)
+    refused = dataclasses.replace(params, temperature=0.8, seed=3, repetition_penalty=1.2)
+    facts = []
+    for beside in ([], [[*beginning, 93], [5] * 200]):
+        engine, told, good, bad = make(), {}, [], []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*lacking, exhausted)
+            for prompt in prompts:
+                good.append(engine.submit(prompt, params))
+                bad += [engine.submit(ids, refused) for ids in beside]
+                for _ in range(3):
+                    engines.take(engine.step(), told)
+            engines.drain(engine, told)
+        assert [told[i] for i in good] == [(alone(prompt, params), "length") for prompt in prompts]
+        assert [told[i] for i in bad] == [([], "error")] * len(bad)
+        assert engine.kv.num_free_pages == engine.kv.num_pages and engine.metrics.recomputed_tokens == 0
+        assert engine.generate([*beginning, 94], params).stats.cached_tokens == 128
+        now = engine.metrics.as_dict()
+        facts.append([now["cycles"], now["passes"], {kind: t["count"] for kind, t in now["times"].items()}])
+        assert engine.generate(prompts[1], refused).token_ids == alone(prompts[1], refused)
+    assert facts[0] == facts[1]
 
 
 def _interrupt() -> None:

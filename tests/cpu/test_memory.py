@@ -91,6 +91,11 @@ def test_cycles_that_find_no_memory_for_their_recording_run_op_by_op(folder, mod
     failing.check_recordings_without_memory(make(folder, mode=mode), poison.jobs_of([kind], count=4))
 
 
+@pytest.mark.parametrize("lacking", failing.AT_THE_START)
+def test_who_finds_no_memory_at_the_start_costs_the_others_nothing(folder, alone, lacking):
+    failing.check_refused_at_the_start(lambda: make(folder, max_batch_size=5), alone, lacking)
+
+
 def test_large_weights_have_huge_pages_of_their_own():
     """Blocks which are freed with them; small ones share one."""
     large = huge_pages.empty([huge_pages.arena.BLOCK], torch.uint8)

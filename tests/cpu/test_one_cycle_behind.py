@@ -16,7 +16,7 @@ from orthrus_rt import state as st
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
-from tests import engines, poison
+from tests import engines, failing, poison
 
 pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
@@ -187,6 +187,11 @@ def test_nan_ends_a_slot_before_the_host_knows(late, mode):
     """The cycles launched meanwhile leave it alone."""
     kinds = [poison.GREEDY, poison.SAMPLED, poison.EDITED]
     poison.check_nan_ends_its_requests_alone(late(mode=mode, max_batch_size=4), poison.jobs_of(kinds))
+
+
+@pytest.mark.parametrize("lacking", failing.AT_THE_START)
+def test_who_finds_no_memory_at_the_start_costs_the_others_nothing(late, alone, lacking):
+    failing.check_refused_at_the_start(lambda: late(max_batch_size=5), alone, lacking)
 
 
 def test_prompts_that_arrive_while_others_decode(late, alone):
