@@ -151,8 +151,9 @@ class Rounds:
             try:
                 return self.runner.kv.reserve(request.slot, min(request.length + self._margin, request.limit))
             except OutOfPages:
-                self._collect(0)
-                if request.slot is not None:
+                if self.runner.flights:
+                    self._collect(0)  # whoever has ended gives pages back; it may be this one
+                else:
                     self._preempt(self.scheduler.active[-1])
 
     def _preempt(self, request: Request) -> None:

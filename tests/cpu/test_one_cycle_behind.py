@@ -132,6 +132,20 @@ def test_arrivals_aborts_and_few_pages(late, alone, mode):
     assert len(late.stream.boxes) <= 4  # of two rounds, each with a cycle and a prefill pass; they are used again
 
 
+@pytest.mark.parametrize(("mode", "shortest"), (("ar", 16), ("two_pass", 4)))
+def test_nobody_gives_pages_up_for_whom_an_end_in_flight_makes_room(late, alone, mode, shortest):
+    """The first needs the other's page while the other's last tokens are not read yet, or later, or earlier."""
+    engine = late(mode=mode, max_seq_len=128, max_batch_size=2, num_pages=2, prefix_caching=False)
+    prompts, taken = [[1] * 30, [2] * 20], []
+    for length in range(shortest, shortest + 9):
+        params = [SamplingParams(n, ignore_eos=True) for n in (60, length)]
+        outs = engine.generate(prompts, params)
+        assert [out.token_ids for out in outs] == [alone(*job) for job in zip(prompts, params, strict=True)]
+        assert outs[0].stats.preemptions == 0
+        taken.append(outs[1].stats.preemptions)
+    assert taken == sorted(taken) and set(taken) == {0, 1}
+
+
 @pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
 def test_as_many_cycles_and_drafts_as_without_the_lag(late, folder, mode):
     """Nothing of a cycle that finds its slot ended on the device is counted, and no block is lost to the delay."""
