@@ -354,20 +354,24 @@ class Engine(Generation):
             ValueError: there are no ids, too many, or some outside the vocabulary.
             RuntimeError: a request is running, the engine is closed, or another thread is using it.
         """
+        return self.next_logits_and_hidden(token_ids)[0]
+
+    def next_logits_and_hidden(self, token_ids: TokenIds) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`next_logits`, and the final normed row ``[hidden_size]`` that the head makes them of."""
         self._check_open()
         return self._next_logits(on_host(token_ids))
 
     @exclusive
-    def _next_logits(self, token_ids: TokenIds) -> torch.Tensor:
+    def _next_logits(self, token_ids: TokenIds) -> tuple[torch.Tensor, torch.Tensor]:
         if any(self.scheduler.slots):
             raise RuntimeError("next_logits: no request may be running")
         ids = check_prompt(token_ids, self.config.vocab_size, sys.maxsize, "token_ids")
         if len(ids) > self.max_seq_len:
             raise ValueError(f"token_ids must hold at most max_seq_len ({self.max_seq_len}) tokens, got {len(ids)}")
         with torn_if_cut(self):
-            logits = self.runner.next_logits(ids)
+            rows = self.runner.next_logits(ids)
             with torch.inference_mode(False):
-                logits = logits.clone()  # the caller's, to change or to differentiate through
+                logits, hidden = (row.clone() for row in rows)  # the caller's, to change or to differentiate through
         if self.cuda_stream is not None:
             self.cuda_stream.synchronize()  # the caller may look at them from another one
-        return logits
+        return logits, hidden

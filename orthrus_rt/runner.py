@@ -282,8 +282,10 @@ class Runner:
                 this.prompts.load([], [])
                 this.warm_up()
 
-    def next_logits(self, token_ids: list[int]) -> torch.Tensor:
-        """AR logits fp32 ``[vocab_size]`` for the token after ``token_ids``; uses slot 0, which must be free."""
+    def next_logits(self, token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """AR logits fp32 ``[vocab_size]`` for the token after ``token_ids``, and the hidden row ``[hidden_size]`` that
+        the head makes them of, until the next pass; uses slot 0, which must be free.
+        """
         self.kv.reserve(0, len(token_ids))
         try:
             out = torch.empty(1, self.model.config.vocab_size, dtype=torch.float32, device=self.model.device)
@@ -295,7 +297,7 @@ class Runner:
                 )  # fmt: skip
         finally:
             self.kv.release(0)
-        return out[0]
+        return out[0], self.activations.normed[0]
 
     def decode_and_prefill(self, requests: list[Request], plan: CyclePlan, policy: Policy | None, chunks: PromptChunks):
         """Both in one, of requests none of which is by rejection: prompts' tokens go through the cycle's last pass."""

@@ -144,13 +144,14 @@ def verify(
 def _compare(engine: Engine, way: str, ids, want, got, tokens_per_cycle=None) -> Comparison:
     difference = first_difference(want, got)
     if difference and None not in difference.tokens:
-        difference.gap = _gap(engine, ids, want, difference)
+        difference.gap, _ = _gap(engine, ids, want, difference)
     return Comparison(way, difference.index if difference else len(want), tokens_per_cycle, difference)
 
 
-def _gap(engine: Engine, ids, want, difference: Difference) -> float:
-    logits = engine.next_logits(ids + want[: difference.index])
-    return float(logits[difference.tokens[0]] - logits[difference.tokens[1]])
+def _gap(engine: Engine, ids, want, difference: Difference) -> tuple[float, torch.Tensor]:
+    """By which our logits of the two ids differ, and the hidden row that they are made of."""
+    logits, hidden = engine.next_logits_and_hidden(ids + want[: difference.index])
+    return float(logits[difference.tokens[0]] - logits[difference.tokens[1]]), hidden
 
 
 def _compare_against(engine: Engine, against: Other, ids, want) -> Comparison:
@@ -164,8 +165,7 @@ def _compare_against(engine: Engine, against: Other, ids, want) -> Comparison:
         if ours == theirs:
             continue
         difference = Difference(index, (ours, theirs), their_gap=float(row[theirs]) - float(row[ours]))
-        difference.gap = _gap(engine, ids, want, difference)
-        hidden = engine.runner.activations.normed[0]  # that next_logits has just made its logits of
+        difference.gap, hidden = _gap(engine, ids, want, difference)
         bound = near_tie_bound(engine, hidden, ours, theirs)
         apart = difference.gap + difference.their_gap
         difference.near_tie = all(abs(gap) <= bound for gap in (difference.gap, difference.their_gap, apart))

@@ -11,6 +11,7 @@ import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt import state as st
+from orthrus_rt.checkpoint import head_name
 from orthrus_rt.cycle_plan import MAX_BLOCK_LEN, MODES
 from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
@@ -372,6 +373,13 @@ def test_next_logits_are_the_callers(engine):
     scale = torch.ones(1, requires_grad=True)
     (want * scale).sum().backward()
     assert torch.equal(scale.grad, want.sum(0, keepdim=True))
+
+
+def test_the_hidden_row_is_what_the_logits_are_made_of(engine):
+    logits, hidden = engine.next_logits_and_hidden(PROMPT)
+    engine.next_logits([*PROMPT, 1])  # of another one
+    head = engine.checkpoint.tensors[head_name(engine.config)].float()
+    torch.testing.assert_close(head @ hidden.float(), logits, atol=1e-3, rtol=1e-3)
 
 
 def test_a_fan_out_of_the_engine_is_no_reason_to_refuse_a_call():

@@ -234,23 +234,24 @@ def compare_scripted(engine, monkeypatch, shares):
     """
     ids, params = [1, 2, 3], SamplingParams(max_new_tokens=6, ignore_eos=True)
     want = engine.generate(ids, params, mode="ar").token_ids
-    honest, gaps, pairs, rows = engine.next_logits, {}, {}, torch.zeros(len(want), engine.config.vocab_size)
+    honest, gaps, pairs, rows = engine.next_logits_and_hidden, {}, {}, torch.zeros(len(want), engine.config.vocab_size)
     for index, token in enumerate(want):
-        first, second = honest(ids + want[:index]).topk(2).indices.tolist()
+        logits, hidden = honest(ids + want[:index])
+        first, second = logits.topk(2).indices.tolist()
         assert first == token
         rows[index, first] = 1
         if index in shares:
-            bound = verify.near_tie_bound(engine, engine.runner.activations.normed[0], first, second)
+            bound = verify.near_tie_bound(engine, hidden, first, second)
             pairs[index], gaps[len(ids) + index] = (first, second), shares[index][0] * bound
             rows[index, second] = 1 + shares[index][1] * bound
 
     def close(ids):
-        logits = honest(ids).clone()
+        logits, hidden = honest(ids)
         first, second = logits.topk(2).indices.tolist()
         logits[second] = logits[first] - gaps[len(ids)]
-        return logits
+        return logits, hidden
 
-    monkeypatch.setattr(engine, "next_logits", close)
+    monkeypatch.setattr(engine, "next_logits_and_hidden", close)
     start = min(shares)
     theirs = [*want[:start], pairs[start][1], *[0] * (len(want) - start - 1)]  # what comes behind it is its own affair
     other = verify.Other(lambda _: theirs, lambda ids, count: rows[-count:])
@@ -420,9 +421,9 @@ def test_the_bound_is_what_bf16_does():
         with torch.inference_mode():
             theirs = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 :].float()
         for n in range(0, len(tokens), 3):
-            ours = engine.next_logits(ids + tokens[:n])
+            ours, hidden = engine.next_logits_and_hidden(ids + tokens[:n])
             a, b = ours.topk(2).indices.tolist()
-            bound = verify.near_tie_bound(engine, engine.runner.activations.normed[0], a, b)
+            bound = verify.near_tie_bound(engine, hidden, a, b)
             shares.append(float((ours[a] - ours[b]) - (theirs[n, a] - theirs[n, b])) / bound)
         greedy, logits = (partial(f, model) for f in (transformers_model.greedy, transformers_model.logits))
         other = verify.Other(partial(greedy, max_new_tokens=24), logits)
