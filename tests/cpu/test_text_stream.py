@@ -62,6 +62,14 @@ def test_an_unfinished_character_is_held_back(tokenizer):
     assert stream.push(euro[:2]) == "" and stream.end() == "\ufffd"
 
 
+def test_a_long_piece_waits_for_the_end_of_its_last_character_alone(tokenizer):
+    text = "a" + 30 * "€"
+    ids = tokenizer(text).input_ids
+    for cut in (len(ids) - 2, len(ids) - 1):
+        stream = TextStream(tokenizer)
+        assert [stream.push(part) for part in (ids[:cut], ids[cut:])] == ["", text]
+
+
 def test_what_was_shown_stays_where_bytes_turn_out_to_be_no_text():
     """Of a tokenizer that decodes a run of byte tokens as a whole, and all of it as U+FFFD if any part is no text."""
     tokens = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁a"]
