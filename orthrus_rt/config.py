@@ -212,14 +212,13 @@ def _rope(raw, where):
                 f"{where}: rope_scaling must give rope_theta: it replaces rope_parameters, whose rope_theta is "
                 f"{replaced!r}, and would get {rope['rope_theta']!r}"
             )
-    _number(rope, "rope_theta", where)
-    for name in ROPE_TYPES[rope_type]:
-        _number(rope, name, where)
+    for name in ("rope_theta", *ROPE_TYPES[rope_type]):
+        rope[name] = _number(rope, name, where)  # torch takes no int beyond 64 bits
     if rope_type == "yarn":
         for name in YARN_OPTIONS:
             absent = (None,) if name == "attention_factor" else (None, 0)  # to transformers too
             if rope.get(name) not in absent:
-                _number(rope, name, where)
+                rope[name] = _number(rope, name, where)
         _bool(rope, "truncate", where)
         if rope["rope_theta"] <= 1:
             raise CheckpointError(f"{where}: rope_theta must be above 1 for yarn, got {rope['rope_theta']!r}")
@@ -230,7 +229,8 @@ def _rope(raw, where):
         name = "original_max_position_embeddings"
         beside = raw.get(name, raw.get("max_position_embeddings"))
         original = rope.setdefault(name, beside)
-        _number(rope, name, where)
+        if (number := _number(rope, name, where)) > sys.maxsize:
+            rope[name] = number  # any other int stays one, as transformers wants it to be
         if name in raw and raw[name] != original:  # readers differ in which they take
             raise CheckpointError(f"{where}: {name} must be {original!r} as in {key}, got {beside!r} beside it")
     return rope

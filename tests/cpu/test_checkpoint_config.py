@@ -11,6 +11,7 @@ from orthrus_rt.rope import cos_sin_table
 from tests.checkpoints import raw_config, tiny_config
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 UNSUPPORTED = [
@@ -234,6 +235,23 @@ def test_old_and_new_rope_keys_say_the_same(old, new):
 def test_rope_scaling_replaces_rope_parameters(both):
     """The recipe for long contexts of Qwen3 adds it to config.json."""
     assert tiny_config(**both).rope == YARN | {"rope_theta": 1e6}
+
+
+@pytest.mark.parametrize(
+    ("rope", "key"),
+    [
+        ({"rope_type": "default"}, "rope_theta"),
+        ({"rope_type": "linear"}, "factor"),
+        (YARN, "factor"),
+        (YARN, "beta_fast"),
+        (LLAMA3, "factor"),
+        (LLAMA3, "original_max_position_embeddings"),
+    ],
+)
+def test_an_integer_of_any_size_is_a_number(rope, key):
+    """Also one that torch takes for none, being beyond 64 bits."""
+    tables = [cos_sin_table(tiny_config(rope_parameters=rope | {key: value}), 64) for value in (10**20, 1e20)]
+    assert torch.equal(*tables)
 
 
 @pytest.mark.parametrize(
