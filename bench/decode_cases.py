@@ -49,7 +49,7 @@ class Bench:
         self.bandwidth = common.read_bandwidth(self.device)
         self.cycles = WARM_UP + args.cycles  # of a row, or of a baseline that is profiled
         self.model = None
-        if self.positions() > (most := self.config.max_position_embeddings):
+        if self.positions() > (most := self.config.most_positions):
             raise ValueError(f"--context: {self.positions()} positions are needed, and the model has {most}")
 
     @property

@@ -81,7 +81,7 @@ def require_sampling(option: str, params) -> None:
 
 
 def check_length(ids: list[int], engine, what: str) -> None:
-    if len(ids) >= (most := engine.config.max_position_embeddings):
+    if len(ids) >= (most := engine.config.most_positions):
         raise ValueError(f"{what} has {len(ids)} tokens: this model takes fewer than {most}")
     if len(ids) >= engine.max_seq_len:
         raise ValueError(f"{what} has {len(ids)} tokens: --max-seq-len must be above that, got {engine.max_seq_len}")

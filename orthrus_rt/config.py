@@ -36,7 +36,7 @@ class ModelConfig:
         qk_norm: both views normalise queries and keys per head (Qwen3).
         rope: as transformers' ``rope_parameters``, ``rope_type`` and ``rope_theta`` always present.
         block_len: K, most rows of a diffusion block; the checkpoint's ``block_size``, or MAX_BLOCK_LEN if that is less.
-        max_position_embeddings: positions that a sequence may have; with YaRN as many as it stretches to.
+        max_position_embeddings: positions that a sequence has by default; with YaRN as many as it stretches to.
         eos_token_ids: every id that ends a sequence, from config.json and generation_config.json.
         name: where it came from, for messages.
     """
@@ -58,6 +58,14 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     rope: dict = field(default_factory=dict)
     name: str = ""
+
+    @property
+    def most_positions(self) -> int:
+        """Positions that whoever asks for them may have. Linear scaling stretches too; but as some checkpoints state
+        what it stretches to and others what it starts from, nobody gets more than is stated unasked.
+        """
+        factor = self.rope["factor"] if self.rope.get("rope_type") == "linear" else 1
+        return max(self.max_position_embeddings, int(min(sys.maxsize, factor * self.max_position_embeddings)))
 
 
 def parse(

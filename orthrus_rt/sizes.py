@@ -27,8 +27,8 @@ def engine_sizes(config: ModelConfig, max_seq_len: int | None, max_batch_size: i
     Raises:
         ValueError: one is out of its range for this model, or no integer.
     """
-    most = config.max_position_embeddings
-    max_seq_len = min(DEFAULT_SEQ_LEN, most) if max_seq_len is None else integer("max_seq_len", max_seq_len)
+    most, default = config.most_positions, min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
+    max_seq_len = default if max_seq_len is None else integer("max_seq_len", max_seq_len)
     if not 2 <= max_seq_len <= most:
         raise ValueError(f"max_seq_len must be within [2, {most}] (the positions of this model), got {max_seq_len}")
     max_batch_size = integer("max_batch_size", max_batch_size)

@@ -1,5 +1,6 @@
 """What memory goes where, and what is said when there is not enough of it."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -41,6 +42,19 @@ def test_only_the_cache_and_its_tables_grow_with_context(folder):
 @pytest.mark.parametrize(("most", "want"), ((512, (512, 3, 24)), (131072, (4096, 3, 192))))
 def test_sizes_by_default(most, want):
     assert engine_sizes(checkpoints.tiny_config(max_position_embeddings=most), None, 3, None) == want
+
+
+@pytest.mark.parametrize("factor", (0.5, 1.0, 4, 1e308))
+def test_linear_scaling_reaches_further_for_whoever_asks(factor):
+    """Vicuna 16k states the 4096 that it starts from, others what they stretch to."""
+    config = checkpoints.tiny_config(rope_scaling={"type": "linear", "factor": factor}, max_position_embeddings=128)
+    most = int(min(128 * max(1, factor), sys.maxsize))
+    assert config.most_positions == most
+    assert engine_sizes(config, None, 1, None).max_seq_len == 128
+    if most < 2**31:
+        assert engine_sizes(config, most, 1, None).max_seq_len == most
+        with pytest.raises(ValueError, match=rf"max_seq_len must be within \[2, {most}\]"):
+            engine_sizes(config, most + 1, 1, None)
 
 
 def test_what_the_diffusion_view_adds(folder):
