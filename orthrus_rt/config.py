@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass, field
 
 from orthrus_rt.cycle_plan import MAX_BLOCK_LEN
+
+log = logging.getLogger("orthrus_rt")
 
 # model_type in config.json -> family. Published Orthrus checkpoints say qwen3, their code says orthrus.
 FAMILIES = {"qwen3": "qwen3", "orthrus": "qwen3", "llama": "llama"}
@@ -37,7 +40,7 @@ class ModelConfig:
         rope: as transformers' ``rope_parameters``, ``rope_type`` and ``rope_theta`` always present.
         block_len: K, most rows of a diffusion block; the checkpoint's ``block_size``, or MAX_BLOCK_LEN if that is less.
         max_position_embeddings: positions that a sequence has by default; with YaRN as many as it stretches to.
-        eos_token_ids: every id that ends a sequence, from config.json and generation_config.json.
+        eos_token_ids: every id that may end a sequence, from config.json and generation_config.json.
         name: where it came from, for messages.
     """
 
@@ -110,12 +113,7 @@ def parse(
     if block_len < 2:
         raise CheckpointError(f"{where}: block_size must be ≥ 2, got {block_len}")
     rope = _rope(raw, where)
-    mask_token_id, eos = raw.get("mask_token_id"), []
-    _check_token("mask_token_id", mask_token_id, vocab_size, where)
-    for content, file in ((raw, where), (generation or {}, where_generation)):
-        for token in _eos_ids(content, file):
-            _check_token("eos_token_id", token, vocab_size, file)
-            eos.append(token)
+    eos = _eos_ids(raw, vocab_size, where) + _eos_ids(generation or {}, vocab_size, where_generation)
     return ModelConfig(
         family=family,
         vocab_size=vocab_size,
@@ -130,7 +128,7 @@ def parse(
         tie_word_embeddings=_bool(raw, "tie_word_embeddings", where),
         qk_norm=family == "qwen3",
         block_len=min(block_len, MAX_BLOCK_LEN),
-        mask_token_id=mask_token_id,
+        mask_token_id=_mask_id(raw, vocab_size, where),
         eos_token_ids=tuple(dict.fromkeys(eos)),
         rope=rope,
         name=name,
@@ -254,17 +252,23 @@ def _most_positions(raw, rope, where):
     return most
 
 
-def _eos_ids(raw, where):
+def _eos_ids(raw, vocab_size, where):
     ids = raw.get("eos_token_id")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(_is_int(token) for token in ids):
         raise CheckpointError(f"{where}: eos_token_id must be an integer or a list of integers, got {ids!r}")
-    return ids
+    possible = [token for token in ids if 0 <= token < vocab_size]
+    if possible != ids:  # they do no harm, and transformers does not mind them
+        never = [token for token in ids if token not in possible]
+        log.warning("%s: eos_token_id %s never comes, vocab_size is %d", where, never, vocab_size)
+    return possible
 
 
-def _check_token(key, token, vocab_size, where):
+def _mask_id(raw, vocab_size, where):
+    token = raw.get("mask_token_id")
     if not _is_int(token) or not 0 <= token < vocab_size:
-        raise CheckpointError(f"{where}: {key} must be in 0 … {vocab_size - 1} (vocab_size - 1), got {token!r}")
+        raise CheckpointError(f"{where}: mask_token_id must be in 0 … {vocab_size - 1} (vocab_size - 1), got {token!r}")
+    return token
 
 
 def _is_int(value):
