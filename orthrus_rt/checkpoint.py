@@ -264,6 +264,9 @@ def _adapter_config(adapter: Path) -> dict:
 
 
 def _check_fact(key: str, expected, found, adapter: Path, folder: Path) -> None:
+    if isinstance(found, int | float) and isinstance(expected, str):  # "1e-5" is not another base's, but a slip
+        kind = "true or false" if isinstance(found, bool) else "a number"
+        raise CheckpointError(f"{adapter / 'config.json'}: {key} must be {kind}, got {expected!r}")
     if expected != found:
         what = f"{key} must be {expected!r}, got {found!r} from {folder}"
         raise CheckpointError(f"{adapter}: is for another base: {what}")

@@ -200,7 +200,6 @@ def test_fingerprint_tells_bases_of_one_shape_apart(tmp_path):
         ({"rope_parameters": {"rope_theta": 7}}, "rope_parameters.rope_theta must be 7, got 10000.0"),
         ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling.type must be 'linear', got 'default'"),
         ({"rope_scaling": {"factor": 8.0}}, "rope_scaling.factor must be 8.0, got None"),
-        ({"rope_theta": "10000.0"}, "rope_theta must be '10000.0', got 10000.0"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}}, None),
         ({"rope_parameters": None, "rope_scaling": {}}, None),
         ({"rope_parameters": {"rope_type": "default", "truncate": True, "beta_fast": 32, "mscale": 0}}, None),
@@ -215,6 +214,22 @@ def test_an_adapter_may_state_the_rotary_embedding(folders, stated, message):
         checkpoint.load(base, adapter=adapter)
     else:
         assert message_of(base, adapter) == f"{adapter}: is for another base: {message} from {base}"
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number, got '1e-6'"),
+        ({"rope_theta": "10000.0"}, "rope_theta must be a number, got '10000.0'"),
+        ({"hidden_size": "64"}, "hidden_size must be a number, got '64'"),
+        ({"rope_scaling": {"beta_fast": "32"}}, "rope_scaling.beta_fast must be a number, got '32'"),
+        ({"rope_scaling": {"truncate": "true"}}, "rope_scaling.truncate must be true or false, got 'true'"),
+    ],
+)
+def test_a_fact_in_quotes_is_not_put_down_to_another_base(folders, stated, message):
+    base, adapter = folders
+    edit_config(adapter, **stated)
+    assert message_of(base, adapter) == f"{adapter / 'config.json'}: {message}"
 
 
 def test_what_the_base_says_of_the_rotary_embedding_goes_before_defaults(folders):
