@@ -97,12 +97,13 @@ def test_a_config_that_transformers_refuses(run, monkeypatch):
     honest = transformers_model.build
 
     def build(checkpoint, **kwargs):
-        return honest(dataclasses.replace(checkpoint, raw=checkpoint.raw | {"attention_bias": "no"}), **kwargs)
+        refused = {"rope_parameters": {"rope_type": "yarn"}}  # whose factor is missing
+        return honest(dataclasses.replace(checkpoint, raw=checkpoint.raw | refused), **kwargs)
 
     monkeypatch.setattr(transformers_model, "build", build)
     code, out, err = run("--against", "transformers")
     assert code == 2 and out == "" and err.count("\n") == 1
-    assert re.search(r"transformers cannot read its config \(\w+: .*attention_bias", err)
+    assert re.search(r"transformers cannot read its config \(\w+: .*rope_parameters.*factor", err)
 
 
 def test_sampled(run):
