@@ -62,12 +62,26 @@ class Checkpoint:
         from transformers import PreTrainedTokenizerFast
 
         try:
-            return PreTrainedTokenizerFast.from_pretrained(self.tokenizer_dir, local_files_only=True)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(self.tokenizer_dir, local_files_only=True)
+            _restore_bos(tokenizer, Path(self.tokenizer_dir) / "tokenizer_config.json")
+            return tokenizer
         except Exception as error:  # its readers raise all kinds
             file = Path(self.tokenizer_dir) / "tokenizer.json"
             raise CheckpointError(
                 f"{file}: transformers cannot read it ({type(error).__name__}: {error}), or what lies beside it"
             ) from error
+
+
+def _restore_bos(tokenizer, settings: Path) -> None:
+    """Put BOS before each text where ``settings`` ask for it and tokenizer.json adds nothing.
+
+    Up to version 4 transformers did so for these classes, and models such as DeepSeek-R1-Distill rely on it. Since then
+    it leaves that to tokenizer.json.
+    """
+    raw = read_json(settings) if settings.exists() else {}
+    asked = raw.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast") and raw.get("add_bos_token") is True
+    if asked and tokenizer.bos_token is not None and not tokenizer.num_special_tokens_to_add():
+        tokenizer.add_bos_token = True
 
 
 def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None = None) -> Checkpoint:

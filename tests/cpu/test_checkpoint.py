@@ -10,7 +10,6 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
 
 from orthrus_rt import checkpoint, info, storage
 from orthrus_rt.checkpoint import CheckpointError
@@ -342,30 +341,6 @@ class TestHub:
     def test_neither_folder_nor_id(self, name):
         expected = f"{name!r}: is neither a folder here, nor a hub id (owner/name), nor 'smollm2-135m'"
         assert message_of(name) == expected
-
-
-class TestTokenizer:
-    def test_chat_template_comes_along(self, folder):
-        Tokenizer(models.WordLevel({"hello": 0, "<eos>": 1}, unk_token="hello")).save(str(folder / "tokenizer.json"))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
-        tokenizer = checkpoint.load(folder).load_tokenizer()
-        assert tokenizer("hello")["input_ids"] == [0]
-        assert tokenizer.eos_token_id == 1
-        assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
-
-    def test_none(self, folder):
-        with pytest.raises(CheckpointError) as error:
-            checkpoint.load(folder).load_tokenizer()
-        assert str(error.value) == f"{folder}: has no tokenizer.json; pass token ids instead of text"
-
-    @pytest.mark.parametrize("content", ("", "{}", "not JSON", '{"model": 5}'))
-    def test_broken(self, folder, content):
-        (folder / "tokenizer.json").write_text(content)
-        with pytest.raises(CheckpointError) as error:
-            checkpoint.load(folder).load_tokenizer()
-        assert str(error.value).startswith(f"{folder / 'tokenizer.json'}: transformers cannot read it (")
 
 
 def test_a_folder_is_the_one_that_was_there_at_load(text_folder, tmp_path, monkeypatch):
