@@ -190,7 +190,8 @@ def qkv_commit(
         cos_sin: fp32 ``[max_positions, head_dim]``, cosines of the half dims, then sines.
         rows: of the pass, as many as ``qkv`` has.
         eps: of the norms, added to the mean square.
-        norms: None, or fp32 ``(q_norm, k_norm, q_norm_diff, k_norm_diff)``, each ``[head_dim]``.
+        norms: None, or fp32 ``(q_norm, k_norm, q_norm_diff, k_norm_diff)``, each ``[head_dim]``; CUDA reads them as
+            Triton does those of :func:`rms_norm`.
         k_pages, v_pages: ``[num_pages, num_heads_kv, 64, head_dim]``; MUTATED at the AR rows' positions. Invalid
             rows write nothing, or, in the reference, to page 0.
         page_table: int32 ``[num_slots, max_pages]``.

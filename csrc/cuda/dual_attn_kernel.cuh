@@ -7,7 +7,8 @@ namespace orthrus::cuda {
 
 // What a kernel keeps in shared memory behind the tiles.
 struct Schedule {
-  int num_items, next;
+  int next;
+  Destination to;
   QueryUnit units[1];  // as many as the launch has room for
 };
 
@@ -22,16 +23,21 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_fold_kernel(const __gri
   pdl_wait();
   pdl_launch_dependents();
   Attention<V> attention(a, dynamic_shared());
-  const int u = a.num_units - 1 - blockIdx.x / a.p.kv.num_heads_kv, head = blockIdx.x % a.p.kv.num_heads_kv;
-  QueryUnit& unit = schedule<V>().units[0];
+  const int u = a.num_units - 1 - static_cast<int>(blockIdx.x) / a.heads_kv;
+  const int head = static_cast<int>(blockIdx.x) % a.heads_kv;
+  Schedule& work = schedule<V>();
+  QueryUnit& unit = work.units[0];
   if (threadIdx.x < 32) {
-    QueryUnit read = attention.read_unit(u, threadIdx.x, 32);
+    QueryUnit read = attention.template read_unit<32>(u, threadIdx.x);
     read.longest = __reduce_max_sync(~0u, read.longest);
-    if (threadIdx.x == 0) unit = read;
+    if (threadIdx.x == 0) {
+      unit = read;
+      work.to = {head, attention.offset_of(u), 0};
+    }
   }
   __syncthreads();
   if (unit.num_rows == 0) return;
-  attention.run(u, unit, head, 0, num_tiles(unit.longest), attention.has_block(u), [] {});
+  attention.run(u, unit, head, 0, num_tiles(unit.longest), attention.has_block(u), work.to, [] {});
 }
 
 // A grid that fills the chip once: CTAs take work items, which lengths on the device define, until none
@@ -50,44 +56,43 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __gr
   if (a.num_units <= V::kWarps) {
     const int u = threadIdx.x / 32;
     if (u < a.num_units) {
-      QueryUnit unit = attention.read_unit(u, threadIdx.x % 32, 32);
+      QueryUnit unit = attention.template read_unit<32>(u, threadIdx.x % 32);
       unit.longest = __reduce_max_sync(~0u, unit.longest);
       if (threadIdx.x % 32 == 0) note(u, unit);
     }
   } else {
     // A unit's reads depend on each other, so that one unit after the other would cost microseconds (by estimate).
-    for (int u = threadIdx.x; u < a.num_units; u += V::kThreads) note(u, attention.read_unit(u, 0, 1));
-  }
-  __syncthreads();
-  const int heads = a.p.kv.num_heads_kv;
-  if (threadIdx.x < 32) {
-    int items = 0;
-    for (int u = threadIdx.x; u < a.num_units; u += 32) items += layers[u] * heads;
-    items = __reduce_add_sync(~0u, items);
-    if (threadIdx.x == 0) work.num_items = items;
+    for (int u = threadIdx.x; u < a.num_units; u += V::kThreads) note(u, attention.template read_unit<1>(u, 0));
   }
   __syncthreads();
 
-  for (int i = blockIdx.x; i < work.num_items;) {
-    const Item item = find_item(i / heads, layers, a.num_units, a.num_splits + 1);
+  for (int i = blockIdx.x;;) {
+    const Layers all(layers, a.num_units);  // anew for every item: no register is left to keep them
+    const int num_items = all.num_items() * a.heads_kv;
+    if (i >= num_items) break;
+    const int rank = i / a.heads_kv, head = i % a.heads_kv;
+    const Item item = a.num_units == 1 ? Item{0, layers[0] - 1 - rank} : all.item(rank);
     const QueryUnit& unit = work.units[item.unit];
     const int split = item.layer - attention.has_block(item.unit);
     const int first = split < 0 ? 0 : first_tile_of_split(split);
     const int last = split < 0 ? 0 : min(first_tile_of_split(split + 1), num_tiles(unit.longest));
-    attention.run(item.unit, unit, i % heads, first, last, split < 0, [&] {
+    attention.run(item.unit, unit, head, first, last, split < 0, work.to, [&] {
       if (threadIdx.x != 0) return;
-      work.next = gridDim.x + atomicAdd(a.next_item, 1);
-      if (work.next >= work.num_items) pdl_launch_dependents();
+      work.to = {head, attention.offset_of(item.unit), split < 0 ? a.num_splits : split};
+      work.next = gridDim.x;
+      if (work.next < num_items) work.next += atomicAdd(a.next_item, 1);
+      if (work.next >= num_items) pdl_launch_dependents();
     });
-    i = work.next;  // valid from the barrier of the item's first tile (each has one) to the first of the next item
+    i = work.next;  // valid, as work.to, from the barrier of the item's first tile (each has one) to the next item's
   }
 }
 
 constexpr int kMergeThreads = 32;
 
 // Folds the partial results of a (row, q head) in ascending order, the own block last; one warp each, whose lanes hold
-// pairs of dims: a fold's factors, most of its arithmetic, are computed once for all of them. The results come through
-// shared memory, so that many are in flight at once: a trip to L2 takes as long as all their sums.
+// pairs of dims. All factors come of running maxima, which are exact in any order: each lane computes those of one
+// result, then all lanes fold one after the other. The results come through shared memory, so that many are in flight
+// at once: a trip to L2 takes as long as all their sums.
 template <int kHeadDim>
 __global__ void __launch_bounds__(kMergeThreads) dual_attn_merge_kernel(const __grid_constant__ DualAttnLaunch a) {
   // 40,960 tokens take 69 results at most: three trips. An SM has 8 of these CTAs, of 14 KB each, 1 KB of it the
@@ -96,38 +101,61 @@ __global__ void __launch_bounds__(kMergeThreads) dual_attn_merge_kernel(const __
   constexpr int kAtOnce = 24;
   constexpr int kChunks = kHeadDim / 4;  // of 16 bytes
   constexpr int kPairs = kHeadDim / 64;  // of a lane
+  constexpr int kTogether = kMergeThreads / kChunks;  // results that are copied together
+  struct alignas(16) Step {
+    float keep, take, total;
+    uint16_t replace, skip;  // no bytes of it that nobody writes
+  };
   __shared__ __align__(16) float part[kAtOnce][kHeadDim];
-  __shared__ float2 state[kAtOnce];
+  __shared__ Step steps[kAtOnce];
   pdl_launch_dependents();
   pdl_wait();
   const Rows& rows = a.p.rows;
   const int head = blockIdx.x, lane = threadIdx.x;
-  const int64_t slot_stride = static_cast<int64_t>(rows.num_rows) * a.p.num_heads_q;
-  const Results results = results_of(rows, head / a.p.num_heads_q);
+  const Results results = results_of(rows, head / a.heads_q);
   if (head == 0 && lane == 0) *a.next_item = 0;
   if (results.count() == 1) return;  // written by the attention kernel
 
+  const int64_t stride = static_cast<int64_t>(rows.num_rows) * a.p.num_heads_q;  // from slot to slot
+  const int64_t to_own = (a.num_splits - results.splits) * stride;
+  const float2* state = a.partial_state + head + lane * stride;
+  const float* copied = a.partial + (head + lane / kChunks * stride) * kHeadDim + lane % kChunks * 4;
   float top = -INFINITY, total = 0.f, folded[kPairs][2] = {};
-  for (int first = 0; first < results.count(); first += kAtOnce) {
+#pragma unroll 1
+  for (int first = 0; first < results.count(); first += kAtOnce, state += kAtOnce * stride) {
     const int n = min(kAtOnce, results.count() - first);
-    auto slot = [&](int s) {
-      return (first + s < results.splits ? first + s : a.num_splits) * slot_stride + head;
-    };
-    for (int s = lane / kChunks; s < n; s += kMergeThreads / kChunks) {
-      const int dim = lane % kChunks * 4;
-      copy16(shared_address(&part[s][dim]), a.partial + slot(s) * kHeadDim + dim, true);
+    float2 mine = {-INFINITY, 0.f};
+    if (lane < n) mine = state[first + lane < results.splits ? 0 : to_own];
+    SharedAddress to = shared_address(&part[lane / kChunks][lane % kChunks * 4]);
+#pragma unroll 4
+    for (int s = lane / kChunks; s < n; s += kTogether) {
+      copy16(to, copied + (first + s < results.splits ? 0 : to_own * kHeadDim), true);
+      to += kTogether * sizeof(part[0]);
+      copied += kTogether * stride * kHeadDim;
     }
     copy_commit();
-    for (int s = lane; s < n; s += kMergeThreads) state[s] = a.partial_state[slot(s)];
+    float after = fmaxf(top, mine.x);
+#pragma unroll
+    for (int d = 1; d < kMergeThreads; d *= 2) {
+      const float other = __shfl_up_sync(~0u, after, d);
+      if (lane >= d) after = fmaxf(after, other);
+    }
+    const float previous = __shfl_up_sync(~0u, after, 1);
+    const Fold of_mine = fold_between(lane == 0 ? top : previous, after, mine.x, mine.y);
+    top = __shfl_sync(~0u, after, n - 1);
+    if (lane < n) steps[lane] = {of_mine.keep, of_mine.take, mine.y, of_mine.replace, of_mine.skip};
     copy_wait<0>();
     __syncwarp();
+#pragma unroll 4
     for (int s = 0; s < n; ++s) {
-      const Fold step = fold_step(top, total, state[s].x, state[s].y);
+      const Step& step = steps[s];
+      const Fold now = {step.keep, step.take, step.replace && total == total, step.skip};
+      total = fold(now, total, step.total);
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) {
         const float2 split = *reinterpret_cast<const float2*>(&part[s][j * 64 + lane * 2]);
-        folded[j][0] = fold(step, folded[j][0], split.x);
-        folded[j][1] = fold(step, folded[j][1], split.y);
+        folded[j][0] = fold(now, folded[j][0], split.x);
+        folded[j][1] = fold(now, folded[j][1], split.y);
       }
     }
     __syncwarp();

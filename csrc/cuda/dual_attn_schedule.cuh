@@ -66,37 +66,64 @@ struct Item {
   int layer;
 };
 
-// Item number `rank` in order of descending layer, then unit: long splits come first, and groups that
-// share a sequence read the same pages at about the same time. Warp-collective; layers[u] counts the
-// items of unit u, none above max_layers; rank is below their sum.
-__device__ inline Item find_item(int rank, const int* layers, int num_units, int max_layers) {
-  const int lane = threadIdx.x % 32;
-  // Layers >= lo hold more than `rank` items, layers >= hi do not but hold `above`.
-  int lo = 0, hi = max_layers, above = 0;
-  while (hi - lo > 1) {
-    const int mid = (lo + hi) / 2;
-    int items = 0;
-    for (int u = lane; u < num_units; u += 32) items += max(layers[u] - mid, 0);
-    items = __reduce_add_sync(~0u, items);
-    if (items > rank) {
-      lo = mid;
-    } else {
-      hi = mid;
-      above = items;
+constexpr int kMaxUnits = 128;  // of a launch by items
+
+// How many layers the units have, each lane holding those of some; warp-collective.
+class Layers {
+ public:
+  __device__ Layers(const int* layers, int num_units) {
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      const int u = j * 32 + lane();
+      of_[j] = u < num_units ? layers[u] : 0;
     }
   }
-  int left = rank - above;
-  for (int base = 0; base < num_units; base += 32) {
-    const int u = base + lane;
-    unsigned holders = __ballot_sync(~0u, u < num_units && layers[u] > lo);
-    if (left >= __popc(holders)) {
+
+  __device__ int num_items() const { return from(0); }
+
+  // Item number `rank` in order of descending layer, then unit: long splits come first, and groups that
+  // share a sequence read the same pages at about the same time. It is below num_items.
+  __device__ Item item(int rank) const {
+    int most = 0;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) most = max(most, of_[j]);
+    // Layers >= lo hold more than `rank` items, layers >= hi do not but hold `above`.
+    int lo = 0, hi = __reduce_max_sync(~0u, most), above = 0;
+    while (hi - lo > 1) {
+      const int mid = (lo + hi) / 2, items = from(mid);
+      if (items > rank) {
+        lo = mid;
+      } else {
+        hi = mid;
+        above = items;
+      }
+    }
+    int left = rank - above;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      unsigned holders = __ballot_sync(~0u, of_[j] > lo);
+      if (left < __popc(holders)) {
+        for (; left > 0; --left) holders &= holders - 1;
+        return {j * 32 + __ffs(holders) - 1, lo};
+      }
       left -= __popc(holders);
-      continue;
     }
-    for (; left > 0; --left) holders &= holders - 1;
-    return {base + __ffs(holders) - 1, lo};
+    return {0, 0};  // not reached
   }
-  return {0, 0};  // not reached
-}
+
+ private:
+  static constexpr int kPerLane = kMaxUnits / 32;
+
+  __device__ static int lane() { return threadIdx.x % 32; }
+  // Items of `layer` and all above it.
+  __device__ int from(int layer) const {
+    int items = 0;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) items += max(of_[j] - layer, 0);
+    return __reduce_add_sync(~0u, items);
+  }
+
+  int of_[kPerLane];
+};
 
 }  // namespace orthrus::cuda

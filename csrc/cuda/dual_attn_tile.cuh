@@ -176,11 +176,17 @@ __device__ __forceinline__ float fold(const Fold& step, float running, float spl
   return step.replace ? split : step.skip ? running : both;
 }
 
+// `before` and `after`: the running maximum. `replace` is for a running total that is not NaN.
+__device__ __forceinline__ Fold fold_between(float before, float after, float split_top, float split_total) {
+  const float keep = exp2_fast(__fsub_rn(before, after)), take = exp2_fast(__fsub_rn(split_top, after));
+  return {keep, take, before == -INFINITY, take == 0.f && split_total == split_total};
+}
+
 // fmaxf drops NaN scores, totals keep them: a total that is NaN is neither replaced nor skipped, and survives the fold.
 __device__ __forceinline__ Fold fold_step(float& top, float& total, float split_top, float split_total) {
   const float new_top = fmaxf(top, split_top);
-  const float keep = exp2_fast(__fsub_rn(top, new_top)), take = exp2_fast(__fsub_rn(split_top, new_top));
-  const Fold step = {keep, take, top == -INFINITY && total == total, take == 0.f && split_total == split_total};
+  Fold step = fold_between(top, new_top, split_top, split_total);
+  step.replace &= total == total;
   top = new_top;
   total = fold(step, total, split_total);
   return step;

@@ -3,6 +3,7 @@
 #pragma once
 #include "dual_attn_schedule.cuh"
 #include "dual_attn_tile.cuh"
+#include "orthrus/divisor.h"
 #include "orthrus/launch.cuh"
 
 namespace orthrus::cuda {
@@ -13,8 +14,8 @@ struct DualAttnLaunch {
   float* partial;        // [num_splits + 1, num_rows, num_heads_q, head_dim] unnormalised; last: own block
   float2* partial_state;  // [num_splits + 1, num_rows, num_heads_q] (top, total) of RowState
   int num_splits;        // of max_seq_len
-  int heads_per_kv;
-  int units_per_group;
+  Divisor heads_q, heads_kv, heads_per_kv;
+  Divisor units_per_group;
   int num_units;
   float scale_log2;      // softmax_scale * log2(e)
 };
@@ -43,36 +44,46 @@ struct Variant {
   static constexpr int kSmemBytes = kQueryBytes + 2 * 2 * kTileBytes;
 };
 
+// Of a work item, in shared memory until its end: there is no register for it. head: kv head; offset: of its first
+// (row, q head) in the group; slot: of the partial results.
+struct Destination {
+  int head, offset, slot;
+};
+
 template <typename V>
 class Attention {
  public:
   __device__ Attention(const DualAttnLaunch& a, const uint8_t* smem) : a_(a), p_(a.p), smem_(shared_address(smem)) {}
 
-  // The unit's rows are rows of a group x q heads of a kv head, flattened. Read by `lanes` threads together, a whole
+  // The unit's rows are rows of a group x q heads of a kv head, flattened. Read by kLanes threads together, a whole
   // warp or one thread; each gets the longest prefix of its share.
-  __device__ QueryUnit read_unit(int u, int lane, int lanes) const {
+  template <int kLanes>
+  __device__ QueryUnit read_unit(int u, int lane) const {
     const Rows& rows = p_.rows;
-    const int group = u / a_.units_per_group, offset = u % a_.units_per_group * V::kTileM;
+    const int group = u / a_.units_per_group, offset = offset_of(u);
     const int first = rows.group_start[group], num_rows = rows.group_start[group + 1] - first;
     if (offset >= num_rows * a_.heads_per_kv) return {0, 0, 0, 0};
     const int last = min(num_rows, (offset + V::kTileM - 1) / a_.heads_per_kv + 1);
+    const int seq = rows.seq[first];  // on its way beside what follows
     int longest = 0;
-    for (int r = offset / a_.heads_per_kv + lane; r < last; r += lanes)
+#pragma unroll(kLanes == 1 ? 16 : 1)
+    for (int r = offset / a_.heads_per_kv + lane; r < last; r += kLanes)
       longest = max(longest, rows.prefix_len[first + r]);
-    return {longest, first, rows.seq[first], num_rows};
+    return {longest, first, seq, num_rows};
   }
 
-  __device__ bool has_block(int u) const { return u / a_.units_per_group >= p_.rows.num_groups_ar; }
+  __device__ int offset_of(int u) const { return u % a_.units_per_group * V::kTileM; }
+  __device__ bool has_block(int u) const { return u >= p_.rows.num_groups_ar * a_.units_per_group; }
 
   // Attends over prefix tiles [first_tile, last_tile), and the group's own block if asked. Without kFold
   // these are the tiles of one split, or the own block alone. Calls while_loading() while the first copies
-  // are under way.
+  // are under way; `to` has to be valid from the first tile's barrier on.
   template <typename WhileLoading>
   __device__ void run(int u, const QueryUnit& unit, int head, int first_tile, int last_tile, bool block,
-                      const WhileLoading& while_loading) {
+                      const Destination& to, const WhileLoading& while_loading) {
     unit_ = &unit;
     head_ = head;
-    offset_ = u % a_.units_per_group * V::kTileM;
+    offset_ = offset_of(u);
     first_tile_ = first_tile;
     num_prefix_ = last_tile - first_tile;
     num_tiles_ = num_prefix_ + (block ? num_tiles(unit.num_rows) : 0);
@@ -82,6 +93,7 @@ class Attention {
     __syncthreads();  // the previous item's last tile has been read
     load_tile(0);
     load_queries();
+    copy_commit();
     while_loading();
 
     float mixed[V::kFrags][V::kHeadDim / 8][4], folded[V::kFold ? V::kFrags : 1][V::kFold ? V::kHeadDim / 8 : 1][4];
@@ -97,9 +109,11 @@ class Attention {
     }
 
     for (int t = 0; t < num_tiles_; ++t) {
-      copy_wait<0>();
-      __syncthreads();  // tile t is there, and nobody reads tile t-1 any more
+      if (t > 0 && t + 1 < num_tiles_) __syncthreads();  // nobody reads tile t-1 any more
       load_tile(t + 1);
+      copy_commit();
+      copy_wait<1>();  // tile t is there
+      __syncthreads();
 
       const bool own = t >= num_prefix_;
       int visible[V::kFrags][2];
@@ -155,6 +169,8 @@ class Attention {
     }
     copy_wait<0>();
 
+    head_ = to.head;
+    offset_ = to.offset;
 #pragma unroll
     for (int f = 0; f < V::kFrags; ++f) {
       if constexpr (!V::kFold) reduce_totals(state[f]);
@@ -168,7 +184,7 @@ class Attention {
           if (results_of(p_.rows, at.row).count() == 1) {
             write_output(mixed[f], state[f].total[i], at, i);
           } else {
-            write_partial(mixed[f], state[f], at, i, num_prefix_ == 0 ? a_.num_splits : split_of_tile(first_tile_));
+            write_partial(mixed[f], state[f], at, i, to.slot);
           }
         }
       }
@@ -240,7 +256,6 @@ class Attention {
       const SharedAddress dst = chunk_address(smem_, m, chunk) + chunk / 8 * (V::kTileM * 128);
       copy16(dst, p_.q + head * V::kHeadDim + chunk * 8, at.row >= 0);
     }
-    copy_commit();
   }
 
   // Warp-collective: bit c says that key c of tile t exists. What lies behind the longest prefix is
@@ -277,7 +292,6 @@ class Attention {
       load_rows(stage(t), p_.scratch_k + base, stride, keys);
       load_rows(stage(t) + V::kTileBytes, p_.scratch_v + base, stride, keys);
     }
-    copy_commit();
   }
 
   __device__ void load_rows(SharedAddress dst, const bf16_t* src, int64_t stride, uint64_t keys) const {
@@ -298,14 +312,19 @@ class Attention {
     // about the same time; in L2 it is partial results that should stay, and what qkv has fetched of `o`.
     uint64_t once = 0;
     if constexpr (!V::kFold) once = evict_first_policy();  // anew for every tile: there is no register to keep it in
-#pragma unroll 8
-    for (int i = 0; i < kTileKv; i += kRowsAtOnce) {
-      const SharedAddress to = (first ^ (i & 7) * 16) + i * 128;
-      const bool wanted = kAll || (keys >> (row + i) & 1);
-      if constexpr (V::kFold) {
-        copy16(to, src + i * stride, wanted);
-      } else {
-        copy16(to, src + i * stride, wanted, once);
+    constexpr int kStep = kRowsAtOnce * 8 < kTileKv ? kRowsAtOnce * 8 : kTileKv;
+    static_assert(kStep % 8 == 0);  // the swizzle repeats
+    SharedAddress to = first;
+#pragma unroll 1
+    for (int base = row; base < kTileKv + row; base += kStep, src += kStep * stride, to += kStep * 128) {
+#pragma unroll
+      for (int i = 0; i < kStep; i += kRowsAtOnce) {
+        const bool wanted = kAll || (keys >> (base + i) & 1);
+        if constexpr (V::kFold) {
+          copy16((to ^ i % 8 * 16) + i * 128, src + i * stride, wanted);
+        } else {
+          copy16((to ^ i % 8 * 16) + i * 128, src + i * stride, wanted, once);
+        }
       }
     }
   }

@@ -84,40 +84,30 @@ __device__ void spoil(Dims& key, const Dims& value) {
   }
 }
 
-// Where the key or value of (row, kv head) lives, as an offset into the pages or the scratch.
-template <typename T>
-__device__ int64_t kv_offset(const QkvCommitParamsOf<T>& p, int row, int head, int seq, int position) {
-  if (row >= p.rows.num_rows_ar) {
-    return (static_cast<int64_t>(row - p.rows.num_rows_ar) * p.kv.num_heads_kv + head) * p.kv.head_dim;
-  }
-  const int64_t page = p.kv.page_table[static_cast<int64_t>(seq) * p.kv.max_pages + position / kPageSize];
-  return ((page * p.kv.num_heads_kv + head) * kPageSize + position % kPageSize) * p.kv.head_dim;
-}
-
+// One row and some of its heads a CTA: q heads first, then keys, then values.
 template <int kHeadDim, typename T>
 __global__ void __launch_bounds__(kThreads) qkv_commit_kernel(const __grid_constant__ QkvCommitParamsOf<T> p) {
   constexpr int kHalf = kHeadDim / 2, kHeadThreads = kHeadDim / 4;
   pdl_launch_dependents();
-  pdl_wait();
-  const int heads_kv = p.kv.num_heads_kv, heads = p.num_heads_q + 2 * heads_kv;
-  const int index = blockIdx.x * (kThreads / kHeadThreads) + threadIdx.x / kHeadThreads;
+  const int heads_kv = p.kv.num_heads_kv, last = p.num_heads_q + 2 * heads_kv - 1;
+  const int row = blockIdx.x, index = blockIdx.y * (kThreads / kHeadThreads) + threadIdx.x / kHeadThreads;
   // Surplus threads redo the last head without storing it: whole warps take part in the reductions.
-  const int last = p.rows.num_rows * heads - 1, at = min(index, last);
-  const int row = at / heads, head = at % heads, t = threadIdx.x % kHeadThreads;
+  const int head = min(index, last), t = threadIdx.x % kHeadThreads;
   const bool diff = row >= p.rows.num_rows_ar;
   const bool is_q = head < p.num_heads_q, is_v = head >= p.num_heads_q + heads_kv;
-  // All loads begin before the arithmetic, and those that wait for another one behind the others.
-  const int position = p.rows.position[row], seq = p.rows.seq[row];
-  const bool valid = row_is_valid(position);
-  const T* const own = p.qkv + static_cast<int64_t>(at) * kHeadDim;
   const float* const norm = is_q ? (diff ? p.q_norm_diff : p.q_norm) : (diff ? p.k_norm_diff : p.k_norm);
-  Dims x = load_dims(own, t, kHalf), value = x, weight = x;
-  if (!is_q && !is_v) value = load_dims(own + heads_kv * kHeadDim, t, kHalf);
+  Dims weight{};
   if (norm) weight = load_dims(norm, t, kHalf);
+  pdl_wait();
+  // Two trips to memory: no load but those of a place that another one tells waits for anything, and none is in a
+  // branch, which would wait for what decides it. Who needs no value or page reads what is of no use.
+  const int position = p.rows.position[row], seq = p.rows.seq[row];
+  const T* const own = p.qkv + (static_cast<int64_t>(row) * (last + 1) + head) * kHeadDim;
+  const Dims x = load_dims(own, t, kHalf), value = load_dims(is_q || is_v ? own : own + heads_kv * kHeadDim, t, kHalf);
+  const bool valid = row_is_valid(position), paged = !is_q && !diff && valid;
+  const int64_t entry = static_cast<int64_t>(seq) * p.kv.max_pages + position / kPageSize;
+  const int64_t page = p.kv.page_table[paged ? entry : 0];
   const Dims table = load_dims(p.cos_sin + static_cast<int64_t>(valid ? position : 0) * kHeadDim, t, kHalf);
-  int64_t offset = 0;
-  if (!is_q && (diff || valid))
-    offset = kv_offset(p, row, head - p.num_heads_q - (is_v ? heads_kv : 0), seq, position);
 
   Dims y = x;
   if (norm) normalise<kHeadDim>(y, weight, p.eps);
@@ -126,23 +116,28 @@ __global__ void __launch_bounds__(kThreads) qkv_commit_kernel(const __grid_const
 
   if (is_q) {
     store_dims(p.q_out + (static_cast<int64_t>(row) * p.num_heads_q + head) * kHeadDim, t, kHalf, y);
-  } else if (!diff && !valid) {
-    return;  // nowhere to write
-  } else if (is_v) {
-    keep_finite(x);
-    store_dims((diff ? p.scratch_v : p.kv.v_pages) + offset, t, kHalf, x);
+    return;
+  }
+  if (!diff && !valid) return;  // nowhere to write
+  const int head_kv = head - p.num_heads_q - (is_v ? heads_kv : 0);
+  const int64_t place = diff ? static_cast<int64_t>(row - p.rows.num_rows_ar) * heads_kv + head_kv
+                             : (page * heads_kv + head_kv) * kPageSize + position % kPageSize;
+  if (is_v) {
+    Dims kept = x;
+    keep_finite(kept);
+    store_dims((diff ? p.scratch_v : p.kv.v_pages) + place * kHeadDim, t, kHalf, kept);
   } else {
     spoil(y, value);
-    store_dims((diff ? p.scratch_k : p.kv.k_pages) + offset, t, kHalf, y);
+    store_dims((diff ? p.scratch_k : p.kv.k_pages) + place * kHeadDim, t, kHalf, y);
   }
 }
 
 template <int kHeadDim, typename T>
 int run(const QkvCommitParamsOf<T>& p, void* stream) {
-  const int64_t heads = static_cast<int64_t>(p.rows.num_rows) * (p.num_heads_q + 2 * p.kv.num_heads_kv);
-  if (heads > INT32_MAX - kThreads) return cudaErrorInvalidValue;
-  const int64_t heads_per_block = kThreads / (kHeadDim / 4);
-  const dim3 grid(static_cast<unsigned>((heads + heads_per_block - 1) / heads_per_block));
+  constexpr int kHeads = kThreads / (kHeadDim / 4), kMostGridY = 65535;
+  const int64_t heads = int64_t{p.num_heads_q} + 2 * p.kv.num_heads_kv;
+  if (heads > kHeads * kMostGridY) return cudaErrorInvalidValue;
+  const dim3 grid(p.rows.num_rows, static_cast<unsigned>((heads + kHeads - 1) / kHeads));
   return launch(qkv_commit_kernel<kHeadDim, T>, p, grid, kThreads, 0, stream, device_info());
 }
 

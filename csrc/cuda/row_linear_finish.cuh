@@ -23,11 +23,12 @@ __device__ float4* partial_sum(const RowLinearArgs& args, int view, int group, b
          threadIdx.x % kGroupThreads;
 }
 
-// Leaves this CTA's partial sum of a cut tile, of its first `rows` rows. True in the group that arrives last: it
-// finishes the tile, and nobody waits for anybody.
+// Leaves this CTA's partial sum of a cut tile, of its first `rows` rows, and tells who else does. True in the group
+// that arrives last: it finishes the tile, and nobody waits for anybody.
 template <int kTileRows>
 __device__ bool leave_partial(const float (&acc)[kTileRows / 2], const RowLinearArgs& args, int view, int tile,
-                              int kb_begin, int rows, int group, int32_t* flag) {
+                              int kb_begin, int rows, int group, int32_t* flag,
+                              RowLinearPlan::Sharers& sharers) {
   const RowLinearPlan& plan = args.plan;
   float4* mine = partial_sum<kTileRows>(args, view, group, kb_begin == 0, blockIdx.x);
 #pragma unroll
@@ -35,12 +36,12 @@ __device__ bool leave_partial(const float (&acc)[kTileRows / 2], const RowLinear
     if (8 * j < rows)
       __stcg(mine + j * kGroupThreads, make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
 
+  sharers = plan.sharers(tile);  // not behind the counter, which all wait for
   group_sync(group);
   if (threadIdx.x % kGroupThreads == 0) {
-    const int others = plan.owner((tile + 1) * plan.k_blocks - 1) - plan.owner(tile * plan.k_blocks);
     int32_t* counter = static_cast<int32_t*>(args.p.workspace) +
                        (view * plan.tiles + tile) * plan.blocks_per_tile + group;
-    const bool is_last = add_acq_rel(counter, 1) == others;
+    const bool is_last = add_acq_rel(counter, 1) == sharers.count - 1;
     if (is_last) *counter = 0;  // the next launch finds it so
     *flag = is_last;
   }
@@ -85,13 +86,10 @@ struct FoldedSums {
   int count;
   float4 v[kAhead][2] = {};
 
-  __device__ FoldedSums(const RowLinearArgs& args, int view, int tile, int group) {
-    const RowLinearPlan& plan = args.plan;
-    const int first = plan.owner(tile * plan.k_blocks);
-    count = plan.owner((tile + 1) * plan.k_blocks - 1) - first + 1;
-    begin = partial_sum<kTileRows>(args, view, group, true, first);
-    rest = partial_sum<kTileRows>(args, view, group, false, first);
-  }
+  __device__ FoldedSums(const RowLinearArgs& args, int view, const RowLinearPlan::Sharers& sharers, int group)
+      : begin(partial_sum<kTileRows>(args, view, group, true, sharers.first)),
+        rest(partial_sum<kTileRows>(args, view, group, false, sharers.first)),
+        count(sharers.count) {}
   template <bool kFirst>
   __device__ void load(int from, int t0) {
 #pragma unroll

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
       if (argmax) reset_best<kTileRows>(args, best, group);
       for (int unit = begin; unit < range_end;) {
         const int tile = unit / plan.k_blocks, kb = unit % plan.k_blocks;
-        const int end = min(plan.k_blocks, kb + range_end - unit);
+        const int end = kb + min(plan.k_blocks - kb, range_end - unit);
         stream.first_block = tile * kBlocks;
         stream.sum_segment(acc, kb, end);
         const int rows = stream.row_end - stream.row_begin;
@@ -157,10 +157,11 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
           finish_block<kTileRows>(sums, args, stream.first_block + group, stream.row_begin, stream.row_end, group,
                                 staging, best + group * kTileRows);
         };
+        RowLinearPlan::Sharers sharers;
         if (end - kb == plan.k_blocks)
           finish(WholeSums<kTileRows>{acc});
-        else if (leave_partial<kTileRows>(acc, args, stream.diff, tile, kb, rows, group, flags + group))
-          finish(FoldedSums<kTileRows>(args, stream.diff, tile, group));
+        else if (leave_partial<kTileRows>(acc, args, stream.diff, tile, kb, rows, group, flags + group, sharers))
+          finish(FoldedSums<kTileRows>(args, stream.diff, sharers, group));
         unit += end - kb;
       }
       if (argmax) {

@@ -12,6 +12,7 @@
 // Method: Stream-K (Osama, Merrill, Cecka, Garland, Owens, arXiv 2301.03598), where of a tile's CTAs the last to arrive
 // folds, in k order.
 #pragma once
+#include "orthrus/divisor.h"
 #include "orthrus/launch.cuh"
 #include "orthrus/params.h"
 #include "orthrus/sm80.cuh"
@@ -29,22 +30,28 @@ constexpr int kStagingRows = 16;
 constexpr int kStagingFloats = kStagingRows * kStagingStride;  // one group's transposition buffer
 
 struct RowLinearPlan {
-  int32_t k_blocks;         // in_features / 64
+  Divisor k_blocks;         // in_features / 64
   int32_t blocks;           // ceil(out_features / 64)
   int32_t blocks_per_tile;  // 1 or 2
   int32_t tiles;
-  int32_t grid;             // CTAs, and for kArgmax partial maxima per row
+  Divisor grid;             // CTAs, and for kArgmax partial maxima per row
   int32_t split;            // cuts may fall inside a tile
   int32_t block_bytes;      // of the packed weight
+  Divisor units;            // tiles * k_blocks
 
   // make_plan keeps these products within 31 bits.
   __host__ __device__ int range_begin(int cta) const {
-    return split ? static_cast<uint32_t>(cta * tiles * k_blocks) / grid
-                 : static_cast<uint32_t>(cta * tiles) / grid * k_blocks;
+    return split ? cta * units / grid : cta * tiles / grid * k_blocks;
   }
   // The CTA whose range holds `unit` (split plans only).
-  __host__ __device__ int owner(int unit) const {
-    return static_cast<uint32_t>((unit + 1) * grid - 1) / (tiles * k_blocks);
+  __host__ __device__ int owner(int unit) const { return ((unit + 1) * grid - 1) / units; }
+  // The CTAs that share a tile which is cut.
+  struct Sharers {
+    int first, count;
+  };
+  __host__ __device__ Sharers sharers(int tile) const {
+    const int first = owner(tile * k_blocks);
+    return {first, owner((tile + 1) * k_blocks - 1) - first + 1};
   }
   // One past the last k-block summed without a fold, for a sum of `tile` that starts at `kb`.
   __host__ __device__ int segment_end(int tile, int kb) const {
@@ -64,7 +71,7 @@ constexpr int kMinTallTiles = 24;
 inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_tiles, int num_sms, bool coded = false) {
   RowLinearPlan plan{};
   plan.block_bytes = packed_bytes(coded);
-  plan.k_blocks = in_features / kBlock;
+  plan.k_blocks = Divisor(in_features / kBlock);
   plan.blocks = (out_features + kBlock - 1) / kBlock;
   plan.blocks_per_tile = plan.blocks % 2 == 0 && plan.blocks / 2 >= kMinTallTiles ? 2 : 1;
   plan.tiles = plan.blocks / plan.blocks_per_tile;
@@ -77,7 +84,8 @@ inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_til
     plan.blocks_per_tile = 1;
     plan.tiles = plan.blocks;
   }
-  plan.grid = plan.split || plan.tiles > num_sms ? num_sms : plan.tiles;
+  plan.grid = Divisor(plan.split || plan.tiles > num_sms ? num_sms : plan.tiles);
+  plan.units = Divisor(plan.split ? units : 1);
   return plan;
 }
 

@@ -137,10 +137,11 @@ __device__ void consume_few_rows(const RowLinearArgs& args, const Ring<kTileRows
         finish_block<kTileRows>(sums, args, tile * plan.blocks_per_tile + group, row_begin, row_end, group,
                               shared.staging[group], ring.best() + group * kTileRows);
       };
+      RowLinearPlan::Sharers sharers;
       if (length == plan.k_blocks)
         finish(WholeSums<kTileRows>{acc});
-      else if (leave_partial<kTileRows>(acc, args, view, tile, kb, rows, group, shared.flags + group))
-        finish(FoldedSums<kTileRows>(args, view, tile, group));
+      else if (leave_partial<kTileRows>(acc, args, view, tile, kb, rows, group, shared.flags + group, sharers))
+        finish(FoldedSums<kTileRows>(args, view, sharers, group));
       offset += length;
     }
     if (argmax) {

@@ -98,7 +98,7 @@ def test_what_is_not_aligned_is_refused(dtype):
 
 
 def test_what_the_kernel_does_not_take_is_refused(monkeypatch):
-    """Each is an error of its own, ahead of any launch: other head_dims, more heads than a grid's blocks count."""
+    """Each is an error of its own, ahead of any launch: other head_dims, more heads than a grid has blocks for."""
     case, errors = Pass(Heads(3, 1, 64), [ar(0, 70, 2)], "cpu"), []
 
     def launch(op, params, device):

@@ -247,6 +247,13 @@ def test_every_unit_has_one_owner_and_every_partial_sum_a_place():
         assert library().row_linear_plan_error(*case) is None, case
 
 
+def test_reciprocals_divide_exactly():
+    """On all ranges' cuts a sum's order depends, hence its bits."""
+    near_powers = {2**k + by for k in range(2, 31) for by in (-1, 0, 1)}
+    for d in sorted({*range(1, 200), *near_powers, 9728 * 132, 46341, 2**31 - 1}):
+        assert library().wrongly_divided(d) == -1, d
+
+
 def test_a_reused_workspace():
     plain, x, space = tensor(128, 1024, seed=1), tensor(24, 1024, seed=2), workspace(160, 1024, 128, 5)
     want = run(x, plain)

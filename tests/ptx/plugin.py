@@ -42,6 +42,14 @@ class Library(ctypes.CDLL):
         self.ptx_before_row_linear(params)
         return self["row_linear"](params, descending, num_sms)
 
+    def qkv_commit(self, params) -> int:
+        self.ptx_before_qkv_commit(params)
+        return self["qkv_commit"](params)
+
+    def qkv_commit_f32(self, params) -> int:
+        self.ptx_before_qkv_commit(params)
+        return self["qkv_commit_f32"](params)
+
     def read_before_wait(self, tensors: list) -> None:
         """Kernels may read these ahead of griddepcontrol.wait."""
         self.ptx_before_wait((ctypes.c_uint64 * len(tensors))(*[t.data_ptr() for t in tensors]), len(tensors))

@@ -84,7 +84,8 @@ using RowLinearParams = RowLinearParamsOf<bf16_t>;
 // page at `position`, of diffusion rows to the scratch at row - num_rows_ar. fp32 inside, one rounding.
 // An element of a value that is not finite is written as 0, and NaN in the same place of the key. So it spoils the
 // rows that see the key, and no others: attention multiplies whole tiles, and 0 * NaN is NaN. CUDA reads pairs: all
-// pointers but those of rows and of the page table are aligned to two elements.
+// pointers but those of rows and of the page table are aligned to two elements. The norms' weights must be complete
+// before the preceding kernels of the stream start: they are read while those run.
 template <typename T>
 struct QkvCommitParamsOf {
   const T* qkv;                // [num_rows, (num_heads_q + 2*num_heads_kv) * head_dim]: q | k | v heads

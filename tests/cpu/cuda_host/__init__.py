@@ -134,4 +134,5 @@ def row_linear_library() -> ctypes.CDLL:
     for name in ("workspace", "prefetched", "prefetches", "next_prefetch"):
         getattr(loaded, f"row_linear_{name}").restype = ctypes.c_int64
     loaded.row_linear_plan_error.restype = ctypes.c_char_p
+    loaded.wrongly_divided.restype = ctypes.c_int64
     return loaded

@@ -255,6 +255,12 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 }
 
 template <typename T>
+T __shfl_up_sync(unsigned, T value, int delta) {
+  const int lane = threadIdx.x % 32;
+  return cuda_host::Block::current().exchange(value)[lane < delta ? lane : lane - delta];
+}
+
+template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
   return cuda_host::Block::current().exchange(value)[lane];
 }

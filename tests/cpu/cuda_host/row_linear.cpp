@@ -30,6 +30,17 @@ const char* row_linear_plan_error(int in_features, int out_features, bool whole_
   }
   return nullptr;
 }
+// The first number beside a multiple of d that the reciprocal divides wrongly, or -1.
+int64_t wrongly_divided(int32_t d) {
+  const orthrus::Divisor by(d);
+  const int64_t multiples = (int64_t{INT32_MAX} + 1) / d, step = multiples / 1000 + 1;
+  for (int64_t k = 0; k <= multiples; k += k < 1000 || k > multiples - 1000 ? 1 : step)
+    for (int64_t beside = k * d - 1; beside <= k * d + 1; ++beside) {
+      const auto n = static_cast<int32_t>(beside);
+      if (beside == n && n >= 0 && (n / by != n / d || n % by != n % d)) return n;
+    }
+  return -1;
+}
 int row_linear(const orthrus::RowLinearParams* p, int descending, int num_sms) {
   cuda_host::descending = descending;
   cuda_host::num_sms = num_sms;
@@ -50,7 +61,7 @@ int64_t row_linear_prefetches() { return static_cast<int64_t>(cuda_host::prefetc
 int64_t row_linear_next_prefetch(int ctas, int in_features, int out_features, int num_sms, bool coded) {
   const auto plan = orthrus::cuda::make_plan(in_features, out_features, false, num_sms);
   int64_t sum = 0;
-  for (int cta = 0; cta < min(ctas, plan.grid); ++cta)
+  for (int cta = 0; cta < min(ctas, plan.grid.d); ++cta)
     sum += min(coded ? plan.blocks_per_tile == 1 ? 15 : 14 : 12,
                (plan.range_begin(cta + 1) - plan.range_begin(cta)) * plan.blocks_per_tile);
   return sum;

@@ -19,6 +19,13 @@ int guarded(Body body) {
   }
 }
 
+// Kernels may read these tensors ahead of griddepcontrol.wait, and bring them to L2.
+void allow_before_wait(const std::vector<const void*>& tensors) {
+  ptx::before_wait.clear();
+  for (const void* tensor : tensors)
+    if (tensor) ptx::before_wait.push_back(ptx::bounds(reinterpret_cast<uintptr_t>(tensor), ptx::modes));
+}
+
 }  // namespace
 
 extern "C" {
@@ -38,15 +45,14 @@ void ptx_random(int concurrent, unsigned seed) {
 void ptx_mapped(int on) { ptx::modes.mapped = on; }
 void ptx_limit(uint64_t instructions) { ptx::modes.limit = instructions; }
 
-// Kernels may read the tensors at these addresses ahead of griddepcontrol.wait, and bring them to L2.
-void ptx_before_wait(const uint64_t* addresses, int count) {
-  ptx::before_wait.clear();
-  for (int k = 0; k < count; ++k) ptx::before_wait.push_back(ptx::bounds(addresses[k], ptx::modes));
+void ptx_before_wait(const void** tensors, int count) {
+  allow_before_wait(std::vector<const void*>(tensors, tensors + count));
 }
 void ptx_before_row_linear(const orthrus::RowLinearParams* p) {
-  ptx::before_wait.clear();
-  for (const void* weight : {p->weight, p->weight_diff, p->next_weight})
-    if (weight) ptx::before_wait.push_back(ptx::bounds(reinterpret_cast<uintptr_t>(weight), ptx::modes));
+  allow_before_wait({p->weight, p->weight_diff, p->next_weight});
+}
+void ptx_before_qkv_commit(const orthrus::QkvCommitParams* p) {  // with pointers at the same places in float32
+  allow_before_wait({p->q_norm, p->k_norm, p->q_norm_diff, p->k_norm_diff});
 }
 
 // A kernel of a file, with one 8-byte word for each parameter; pdl: it may begin before the grid ahead of it has ended.

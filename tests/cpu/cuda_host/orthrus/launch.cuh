@@ -52,14 +52,17 @@ int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads,
   ++cuda_host::num_launches;
   gridDim = grid;
   blockDim = dim3(threads);
-  for (unsigned i = 0; i < grid.x; ++i) {
-    blockIdx.x = cuda_host::descending ? grid.x - 1 - i : i;
+  const unsigned blocks = grid.x * grid.y;
+  for (unsigned i = 0; i < blocks; ++i) {
+    const unsigned block = cuda_host::descending ? blocks - 1 - i : i;
+    blockIdx.x = block % grid.x;
+    blockIdx.y = block / grid.x;
     std::fill_n(cuda_host::waited, cuda_host::kMaxThreads, false);
     cuda_host::named_barriers.clear();
     cuda_host::races::forget(shared, smem_bytes);
     cuda_host::races::forget(__bss_start, _end - __bss_start);
     ASAN_POISON_MEMORY_REGION(rest, rest_bytes);
-    cuda_host::Block::current().run(cuda_host::num_launches, blockIdx.x, threads, [&] {
+    cuda_host::Block::current().run(cuda_host::num_launches, block, threads, [&] {
       kernel(params);
       cuda_host::races::release(cuda_host::end_of(cuda_host::num_launches));
     });
