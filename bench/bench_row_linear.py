@@ -1,6 +1,6 @@
 """row_linear, op by op and chained over a model's layers under a CUDA graph, against torch.mm.
 
-    python -m bench.bench_row_linear --model 8b --rows 1 16 32 64 96 128 160 2000 --out DIR
+    python -m bench.bench_row_linear --model 8b --rows 1 16 32 64 96 128 160 224 2000 --out DIR
 
 Every layer has its own weights, so nothing is read from a cache but what a launch has prefetched to L2 for the next
 one. Bytes are the packed weights alone, of ``ORTHRUS_CUDA_CODED=1`` those in 12 bits an element. On a CPU, torch.mm
@@ -117,7 +117,7 @@ def in_turn(run, order: list[tuple[str, int]]) -> None:
 def main() -> int:
     parser = parser_of(__doc__, device="auto")
     parser.add_argument("--model", default="8b", choices=SHAPES)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 32, 64, 96, 128, 160, 2000])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 32, 64, 96, 128, 160, 224, 2000])
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--diff", action="store_true", help="half of the rows use the diffusion view's qkv and o")
     parser.add_argument("--no-baseline", action="store_true")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 MODES = ("ar", "two_pass", "one_pass")
 DEFAULT_FAN_OUT = 6
+DEFAULT_ROWS = 160  # that is, fewer blocks with more: up to there all SMs of a Hopper share what row_linear reads, once
 MAX_BLOCK_LEN = 256  # rows of a block that consensus takes: csrc/include/orthrus/params.h
 
 
@@ -113,4 +114,6 @@ def cycle_plan(mode: str, draft_len: int, fan_out: int | None, config) -> CycleP
         return CyclePlan("two_pass", draft_len + 1)
     if mode == "auto":
         return CyclePlan("auto", draft_len + 1, fan_out or 0)
-    return CyclePlan("one_pass", draft_len + 1, min(DEFAULT_FAN_OUT, hypotheses) if fan_out is None else fan_out)
+    if fan_out is None:
+        fan_out = min(DEFAULT_FAN_OUT, hypotheses, max(1, DEFAULT_ROWS // (draft_len + 1) - 1))
+    return CyclePlan("one_pass", draft_len + 1, fan_out)

@@ -153,8 +153,8 @@ class Engine(Generation):
                 checkpoint's own limit where that is less.
             draft_len: drafts per cycle, 1 ... K-1 (in mode auto at most; it tries 3, 7, 15 and this); None for the
                 checkpoint's K-1.
-            fan_out: blocks that a one_pass cycle drafts, 1 ... 3 * draft_len + 1 (every outcome); None for 6 (in mode
-                auto it tries 2, 4 and 8).
+            fan_out: blocks that a one_pass cycle drafts, 1 ... 3 * draft_len + 1 (every outcome); None for 6, or
+                as many as make 160 rows with the AR view's: 4 with drafts of 31 (in mode auto it tries 2, 4 and 8).
             adapter: folder of a diffusion view for a base that has none.
             base_gguf: path of the embedded model's base, where it is not installed as a wheel.
             max_batch_size: sequences decoded at once; more wait their turn.

@@ -12,7 +12,7 @@ import torch
 from orthrus_rt import dispatch
 from orthrus_rt import state as st
 from orthrus_rt.checkpoint import head_name
-from orthrus_rt.cycle_plan import MAX_BLOCK_LEN, MODES
+from orthrus_rt.cycle_plan import MAX_BLOCK_LEN, MODES, cycle_plan
 from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
@@ -380,6 +380,13 @@ def test_the_hidden_row_is_what_the_logits_are_made_of(engine):
     engine.next_logits([*PROMPT, 1])  # of another one
     head = engine.checkpoint.tensors[head_name(engine.config)].float()
     torch.testing.assert_close(head @ hidden.float(), logits, atol=1e-3, rtol=1e-3)
+
+
+def test_one_pass_has_160_rows_by_default_or_one_block(engine):
+    config = dataclasses.replace(engine.config, block_len=256)
+    plans = [cycle_plan("one_pass", drafts, None, config) for drafts in (1, 7, 15, 21, 22, 31, 79, 80, 255)]
+    assert [plan.fan_out for plan in plans] == [4, 6, 6, 6, 5, 4, 1, 1, 1]
+    assert [plan.max_rows <= 160 for plan in plans] == 7 * [True] + 2 * [False]
 
 
 def test_a_fan_out_of_the_engine_is_no_reason_to_refuse_a_call():
