@@ -240,7 +240,7 @@ def dual_attn(
         softmax_scale: of the scores before the softmax, usually ``head_dim ** -0.5``.
         out: like ``q``, MUTATED.
         max_seq_len: no ``prefix_len`` exceeds it.
-        workspace: of :func:`orthrus_rt.native.dual_attn_workspace_bytes`, zeroed once; CUDA only.
+        workspace: of :func:`orthrus_rt.native.dual_attn_workspace_bytes`; CUDA only.
     """
     op, dtype, device = "dual_attn", q.dtype, q.device
     check_rows(op, rows, device)

@@ -2,10 +2,18 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .pdl import launch_options, share_multiprocessors
 
 
 @triton.jit
-def _count_kernel(output_ptr, num_output_ptr, counts_ptr, num_counted_ptr, capacity, vocab, RING: tl.constexpr):
+def _count_kernel(
+    output_ptr, num_output_ptr, counts_ptr, num_counted_ptr, capacity, vocab, RING: tl.constexpr, PDL: tl.constexpr
+):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     slot = tl.program_id(0).to(tl.int64)
     first = tl.load(num_counted_ptr + slot)
     total = tl.load(num_output_ptr + slot)
@@ -28,7 +36,9 @@ def count_tokens(state, edits):
     """See :func:`orthrus_rt.ops.count_tokens`. One program a slot, which takes at most a ring of tokens."""
     capacity = state.output.shape[1]
     # One warp: every lane has read num_counted before any writes it.
-    _count_kernel[(state.num_slots,)](
+    kernel = _count_kernel[(state.num_slots,)](
         state.output, state.num_output, edits.token_counts, edits.num_counted, capacity, edits.token_counts.shape[1],
         RING=triton.next_power_of_2(capacity), num_warps=1, enable_fp_fusion=False,
+        **launch_options(state.output.device),
     )  # fmt: skip
+    share_multiprocessors(kernel)

@@ -9,6 +9,9 @@ choice cannot depend on how the row is split.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .pdl import launch_options, share_multiprocessors
 
 BLOCK = 4096  # tokens of one tile
 SCORE_TILE = 128  # tokens of one partial maximum
@@ -38,15 +41,18 @@ def _place(rows_ptr, seq_ptr, position_ptr, i):
 def _scale_kernel(
     logits_ptr, tile_top_ptr, rows_ptr, seq_ptr, position_ptr, token_ptr, seqlens_ptr, temperature_ptr, penalties_ptr,
     counts_ptr, bias_ids_ptr, bias_values_ptr, stop_ids_ptr, min_position_ptr, num_rows_ar, vocab, num_tiles, max_bias,
-    max_stop, HAS_EDITS: tl.constexpr, BLOCK: tl.constexpr,
+    max_stop, HAS_EDITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Edited and scaled logits in place, and each tile's maximum."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    slot, position = _place(rows_ptr, seq_ptr, position_ptr, row)
     token = tile * BLOCK + tl.arange(0, BLOCK)
     inside = token < vocab
     y = tl.load(logits_ptr + row * vocab + token, mask=inside, other=float("-inf"))
+    slot, position = _place(rows_ptr, seq_ptr, position_ptr, row)
     y = tl.where(y == y, y, float("-inf"))
     if HAS_EDITS:
         r = tl.load(rows_ptr + row)
@@ -96,9 +102,12 @@ def _row_top(tile_top_ptr, row, num_tiles, TILES: tl.constexpr):
 @triton.jit
 def _census_kernel(
     y_ptr, tile_top_ptr, rows_ptr, seq_ptr, position_ptr, temperature_ptr, top_k_ptr, top_p_ptr, count_ptr, mass_ptr,
-    vocab, num_tiles, TILES: tl.constexpr, RUNGS: tl.constexpr, BLOCK: tl.constexpr,
+    vocab, num_tiles, TILES: tl.constexpr, RUNGS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Per tile, how many tokens reach each rung below the row's maximum, and their mass."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     top = _row_top(tile_top_ptr, row, num_tiles, TILES)
@@ -177,9 +186,12 @@ def _rung_cut(top, rung, RUNGS: tl.constexpr):
 @triton.jit
 def _gather_kernel(
     y_ptr, tile_top_ptr, rows_ptr, seq_ptr, position_ptr, temperature_ptr, top_k_ptr, top_p_ptr, count_ptr, mass_ptr,
-    found_ptr, vocab, num_tiles, TILES: tl.constexpr, RUNGS: tl.constexpr, BLOCK: tl.constexpr,
+    found_ptr, vocab, num_tiles, TILES: tl.constexpr, RUNGS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The values that reach the row's rung, side by side."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     top = _row_top(tile_top_ptr, row, num_tiles, TILES)
@@ -219,9 +231,12 @@ def _bisect(y_ptr, length, top, low, high, count_low, count_high, target, BY_MAS
 def _cut_kernel(
     y_ptr, tile_top_ptr, rows_ptr, seq_ptr, position_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, count_ptr,
     mass_ptr, found_ptr, cut_ptr, top_ptr, total_ptr, vocab, num_tiles,
-    WITH_TOTAL: tl.constexpr, TILES: tl.constexpr, RUNGS: tl.constexpr, BLOCK: tl.constexpr,
+    WITH_TOTAL: tl.constexpr, TILES: tl.constexpr, RUNGS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The row's maximum, its cut (the maximum itself if greedy) and, if asked for, the mass that is kept."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     slot, position = _place(rows_ptr, seq_ptr, position_ptr, row)
     y_ptr += row * vocab
@@ -263,17 +278,20 @@ def _cut_kernel(
 @triton.jit(do_not_specialize=["purpose"])
 def _draw_kernel(
     y_ptr, cut_ptr, rows_ptr, seq_ptr, position_ptr, temperature_ptr, seed_ptr, value_ptr, id_ptr, purpose, vocab,
-    num_scores, SCORE_TILE: tl.constexpr, BLOCK: tl.constexpr,
+    num_scores, SCORE_TILE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Best score and its lowest token of every SCORE_TILE tokens: kept logits plus noise, or if greedy all logits."""
     SCORES: tl.constexpr = BLOCK // SCORE_TILE
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
+    token = tile * BLOCK + tl.arange(0, BLOCK)
+    score = tl.load(y_ptr + row * vocab + token, mask=token < vocab, other=float("-inf"))
+    cut = tl.load(cut_ptr + row)
     slot, position = _place(rows_ptr, seq_ptr, position_ptr, row)
     sampled = tl.load(temperature_ptr + slot) > 0
-    token = tile * BLOCK + tl.arange(0, BLOCK)
-    cut = tl.load(cut_ptr + row)
-    score = tl.load(y_ptr + row * vocab + token, mask=token < vocab, other=float("-inf"))
     if sampled:
         score = tl.where(score >= cut, score, float("-inf"))
         if (tl.max(score, 0) > float("-inf")) & (position >= 0):  # noise is costly, and most tiles keep nothing
@@ -297,8 +315,11 @@ def _draw_kernel(
 @triton.jit
 def _log_probs_kernel(
     y_ptr, cut_ptr, top_ptr, total_ptr, rows_ptr, seq_ptr, position_ptr, temperature_ptr, value_ptr, id_ptr,
-    log_probs_ptr, vocab, num_scores, SCORES: tl.constexpr, BLOCK: tl.constexpr,
+    log_probs_ptr, vocab, num_scores, SCORES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     slot, _position = _place(rows_ptr, seq_ptr, position_ptr, row)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -345,31 +366,42 @@ def process_logits(logits, rows, logit_rows, sampling, cache_seqlens, purpose, p
         edited = (
             edits.penalties, edits.token_counts, edits.bias_ids, edits.bias_values, edits.stop_ids, edits.min_position,
         )  # fmt: skip
-    _scale_kernel[(num_rows, num_tiles)](
+
+    def launch(kernel, grid, *args, **options):
+        options |= dict(num_warps=8, enable_fp_fusion=False, **launch_options(device))
+        share_multiprocessors(kernel[grid](*args, **options))
+
+    launch(
+        _scale_kernel, (num_rows, num_tiles),
         logits, tile_top, *place, rows.token, cache_seqlens, sampling.temperature, *edited, rows.num_rows_ar, vocab,
         num_tiles, edits.bias_ids.shape[1] if edits else 0, edits.stop_ids.shape[1] if edits else 0,
-        HAS_EDITS=edits is not None, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
+        HAS_EDITS=edits is not None, BLOCK=BLOCK,
     )  # fmt: skip
-    _census_kernel[(num_rows, num_tiles)](
+    launch(
+        _census_kernel, (num_rows, num_tiles),
         logits, tile_top, *place, *filters, count, mass, vocab, num_tiles,
-        TILES=tiles, RUNGS=RUNGS, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
+        TILES=tiles, RUNGS=RUNGS, BLOCK=BLOCK,
     )  # fmt: skip
-    _gather_kernel[(num_rows, num_tiles)](
+    launch(
+        _gather_kernel, (num_rows, num_tiles),
         logits, tile_top, *place, *filters, count, mass, found, vocab, num_tiles,
-        TILES=tiles, RUNGS=RUNGS, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
+        TILES=tiles, RUNGS=RUNGS, BLOCK=BLOCK,
     )  # fmt: skip
     # maxnreg: without it some versions of ptxas spill for an occupancy that one block a row cannot use.
-    _cut_kernel[(num_rows,)](
+    launch(
+        _cut_kernel, (num_rows,),
         logits, tile_top, *place, *filters, sampling.min_p, count, mass, found, cut, top, total, vocab, num_tiles,
         WITH_TOTAL=log_probs is not None,
-        TILES=tiles, RUNGS=RUNGS, BLOCK=SWEEP, num_warps=8, maxnreg=128, enable_fp_fusion=False,
+        TILES=tiles, RUNGS=RUNGS, BLOCK=SWEEP, maxnreg=128,
     )  # fmt: skip
-    _draw_kernel[(num_rows, num_tiles)](
+    launch(
+        _draw_kernel, (num_rows, num_tiles),
         logits, cut, *place, sampling.temperature, sampling.seed, value, index, purpose, vocab, num_scores,
-        SCORE_TILE=SCORE_TILE, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
+        SCORE_TILE=SCORE_TILE, BLOCK=BLOCK,
     )  # fmt: skip
     if log_probs is not None:
-        _log_probs_kernel[(num_rows, num_tiles)](
+        launch(
+            _log_probs_kernel, (num_rows, num_tiles),
             logits, cut, top, total, *place, sampling.temperature, value, index, log_probs, vocab, num_scores,
-            SCORES=triton.next_power_of_2(num_scores), BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
+            SCORES=triton.next_power_of_2(num_scores), BLOCK=BLOCK,
         )  # fmt: skip

@@ -178,12 +178,14 @@ void stage(const ConsensusParams& p, int32_t slot) {
               running ? own_row(p, block, n, s.limit[slot], s.num_drafts[slot], i) : StagedRow{});
   }
   if (p.next_pass != NextPass::kOnePass) return;
+  int32_t* hypotheses = s.hypotheses + int64_t{slot} * s.max_fan_out * 2;
   if (running) {
     std::array<float, kMaxBlockLen> reach;
     std::array<uint32_t, kMaxBlockLen> picked;
-    pick_hypotheses(OneLane{}, s, slot, s.num_drafts[slot], p.fan_out, reach.data(), picked.data());
+    const float* prob = s.draft_prob + int64_t{slot} * s.max_block_len * kCandidates;
+    const int32_t* runner_up = s.runner_up + int64_t{slot} * s.max_block_len * (kCandidates - 1);
+    pick_hypotheses(OneLane{}, prob, runner_up, s.num_drafts[slot], p.fan_out, reach.data(), picked.data(), hypotheses);
   }
-  const int32_t* hypotheses = s.hypotheses + int64_t{slot} * s.max_fan_out * 2;
   for (int32_t f = 0; f < p.fan_out; ++f) {
     for (int32_t i = 0; i < count; ++i) {
       const int64_t r = int64_t{s.num_slots} * count + (int64_t{slot} * p.fan_out + f) * count + i;

@@ -85,53 +85,71 @@ struct Slot {
   bool doubt;
 };
 
-// The walk of a verification: accepted prefix, then cut at the limit, at the first stop id and before a row without a
-// choice, whose id accepts no draft.
-__device__ void accept(Slot& slot, const int32_t* choices, const int32_t* drafts, const bool* is_stop,
-                       const bool* is_none, int num_choices) {
-  int accepted = 0;
-  while (accepted < slot.num_drafts && accepted < num_choices && !is_none[accepted] &&
-         drafts[accepted] == choices[accepted])
-    ++accepted;
-  int emitted = accepted + 1 < num_choices ? accepted + 1 : num_choices;
-  const int room = slot.limit - 1 - slot.cached;
-  if (emitted > room) emitted = room > 0 ? room : 0;
-  slot.finish = slot.cached + 1 + emitted >= slot.limit ? FinishReason::kLength : FinishReason::kRunning;
-  for (int i = 0; i < emitted; ++i) {
-    if (is_none[i]) {  // only the last one can be
-      emitted = i;
-      slot.finish = FinishReason::kNoChoice;
-    } else if (is_stop[i]) {
-      emitted = i + 1;
-      slot.finish = FinishReason::kStop;
-    }
+// The first of `count` numbers for which is_it(), `count` if there is none. Warp-collective.
+template <typename IsIt>
+__device__ int first_where(int count, int lane, IsIt is_it) {
+  for (int base = 0; base < count; base += 32) {
+    const int i = base + lane;
+    if (const unsigned found = __ballot_sync(~0u, i < count && is_it(i))) return base + __ffs(found) - 1;
   }
-  slot.num_accepted = accepted < emitted ? accepted : emitted;
+  return count;
+}
+
+// The walk of a verification: accepted prefix, then cut at the limit, at the first stop id and before a row without a
+// choice, whose id accepts no draft. Warp-collective.
+__device__ void accept(Slot& slot, const int32_t* choices, const int32_t* drafts, const bool* is_stop,
+                       const bool* is_none, int num_choices, int lane) {
+  const int accepted = first_where(min(slot.num_drafts, num_choices), lane,
+                                   [&](int i) { return is_none[i] || drafts[i] != choices[i]; });
+  const int room = max(slot.limit - 1 - slot.cached, 0), most = min(min(accepted + 1, num_choices), room);
+  const int end = first_where(most, lane, [&](int i) { return is_none[i] || is_stop[i]; });
+  const bool ends = end < most, none = ends && is_none[end];
+  const int emitted = ends && !none ? end + 1 : end;
+  __syncwarp();  // all lanes have read the slot
+  if (lane > 0) return;
+  slot.finish = none                                           ? FinishReason::kNoChoice
+                : ends                                         ? FinishReason::kStop
+                : slot.cached + 1 + emitted >= slot.limit ? FinishReason::kLength
+                                                               : FinishReason::kRunning;
+  slot.num_accepted = min(accepted, emitted);
   slot.num_emitted = emitted;
 }
 
 struct Warp {
   static constexpr int32_t kLanes = 32;
   int32_t lane;
-  __device__ Hypothesis best(Hypothesis mine) const {
-    for (int mask = 16; mask > 0; mask /= 2) {
-      const Hypothesis other{__shfl_xor_sync(~0u, mine.gain, mask), __shfl_xor_sync(~0u, mine.accepted, mask),
-                             __shfl_xor_sync(~0u, mine.rank, mask)};
-      if (other.accepted >= 0 && (mine.accepted < 0 || better(other, mine))) mine = other;
-    }
-    return mine;
+  // Gains are not negative: their bits are in their order.
+  __device__ Hypothesis best(const Hypothesis& mine) const {
+    const bool offers = mine.gain >= 0.f;
+    const unsigned gain = offers ? __float_as_uint(mine.gain) : 0u, most = __reduce_max_sync(~0u, gain);
+    const unsigned number = offers && gain == most ? mine.accepted * kCandidates + mine.rank : ~0u;
+    const unsigned first = __reduce_min_sync(~0u, number);
+    if (first == ~0u) return {-1.f, -1, 0};
+    const auto accepted = static_cast<int32_t>(first / kCandidates);
+    return {__uint_as_float(most), accepted, static_cast<int32_t>(first) - accepted * kCandidates};
   }
 };
+
+constexpr int kMaxHypotheses = kCandidates * (kMaxBlockLen - 1) + 1;
 
 struct Shared {
   int32_t choices[kMaxBlockLen];
   int32_t tokens[kMaxBlockLen];  // the slot's block: t0, then the drafts
   bool is_stop[kMaxBlockLen];
   bool is_none[kMaxBlockLen];  // the row has no choice
+  // Of one-pass cycles, the slot's as SlotState has them:
+  int32_t runner_up[kMaxBlockLen * (kCandidates - 1)];
+  float prob[kMaxBlockLen * kCandidates];
+  int32_t hypotheses[2 * kMaxHypotheses];
   float reach[kMaxBlockLen];
   uint32_t picked[kMaxBlockLen];
   Slot slot;
 };
+
+template <typename T>
+__device__ void copy(T* to, const T* from, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+}
 
 // Partials of one of the slot's choice rows.
 struct Row {
@@ -148,12 +166,11 @@ __device__ void read_choices(const ConsensusParams& p, Shared& sh, int count) {
   const int s = blockIdx.x, lane = threadIdx.x % 32;
   for (int i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
     const Row row = choice_row(p, s, i);
+    const int32_t* const stop_ids = p.state.stop_ids + static_cast<int64_t>(s) * p.state.max_stop_ids;
+    const int first_stop = lane < p.state.max_stop_ids ? stop_ids[lane] : -1;  // on its way beside the partials
     const Best choice = choose(row.values, row.ids, p.num_partials, lane);
-    bool stop = false;
-    for (int j = lane; j < p.state.max_stop_ids; j += 32) {
-      const int id = p.state.stop_ids[static_cast<int64_t>(s) * p.state.max_stop_ids + j];
-      stop |= id >= 0 && id == choice.id;
-    }
+    bool stop = first_stop >= 0 && first_stop == choice.id;
+    for (int j = 32 + lane; j < p.state.max_stop_ids; j += 32) stop |= stop_ids[j] >= 0 && stop_ids[j] == choice.id;
     stop = __any_sync(~0u, stop);
     if (lane == 0) {
       sh.choices[i] = choice.id;
@@ -163,64 +180,58 @@ __device__ void read_choices(const ConsensusParams& p, Shared& sh, int count) {
   }
 }
 
-// The drafts of the next pass: those of the block whose hypothesis came true, or those behind the rejected one.
+// The drafts of the next pass, of the block whose hypothesis came true or those behind the rejected one, and what
+// stands beside them.
 __device__ void renew_drafts(const ConsensusParams& p, Shared& sh) {
   const SlotState& state = p.state;
   const int s = blockIdx.x, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int64_t first = static_cast<int64_t>(s) * state.max_block_len;
-  int32_t* const tokens = state.block_tokens + first;
-  int32_t* const runner_up = state.runner_up + first * (kCandidates - 1);
-  float* const prob = state.draft_prob + first * kCandidates;
   Slot& slot = sh.slot;
-  if (thread == 0) {
-    slot.hit = find_hit(state.hypotheses + static_cast<int64_t>(s) * state.max_fan_out * 2, p.fan_out,
-                        slot.num_accepted, sh.tokens[0]);
-  }
+  if (thread == 0) slot.hit = find_hit(sh.hypotheses, p.fan_out, slot.num_accepted, sh.tokens[0]);
   __syncthreads();
   const int block_row = p.block_len * (1 + slot.hit.block);
-  if (slot.hit.block >= 0) {
-    if (warp == 0) {
-      const Row row = choice_row(p, s, block_row);
-      const int guess = choose(row.values, row.ids, p.num_partials, lane).id;
-      if (lane == 0) {
-        slot.doubt = slot.hit.first_row == 1 && guess != sh.tokens[0];
-        const int room = slot.limit - 1 - slot.cached;
-        slot.num_drafts = room < p.block_len - 1 ? room : p.block_len - 1;
-      }
-    }
-    __syncthreads();
-    for (int i = 1 + warp; i <= slot.num_drafts; i += blockDim.x / 32) {
-      const Row row = choice_row(p, s, block_row + slot.hit.first_row + i - 1);
-      int32_t id[kCandidates];
-      float likely[kCandidates];
-      choose_candidates(row.values, row.ids, p.num_partials, lane, id, likely);
-      if (lane == 0) {
-        tokens[i] = sh.tokens[i] = id[0];
-        for (int j = 1; j < kCandidates; ++j) runner_up[i * (kCandidates - 1) + j - 1] = id[j];
-        for (int j = 0; j < kCandidates; ++j) prob[i * kCandidates + j] = likely[j];
-        if (slot.doubt) prob[i * kCandidates] *= kDoubt;
-      }
-    }
-  } else {
-    // The drafts behind the rejected one move up, all at once: read, then written.
-    const int shift = slot.num_accepted + 1, left = slot.num_drafts > shift ? slot.num_drafts - shift : 0;
-    const int i = 1 + thread, from = i + shift;
-    int32_t token = 0, others[kCandidates - 1] = {};
-    float likely[kCandidates] = {};
-    if (i <= left) {
-      token = sh.tokens[from];
-      for (int j = 0; j + 1 < kCandidates; ++j) others[j] = runner_up[from * (kCandidates - 1) + j];
-      for (int j = 0; j < kCandidates; ++j) likely[j] = prob[from * kCandidates + j];
-    }
-    __syncthreads();
-    if (thread == 0) slot.num_drafts = left;
-    if (i <= left) {
-      tokens[i] = sh.tokens[i] = token;
-      for (int j = 0; j + 1 < kCandidates; ++j) runner_up[i * (kCandidates - 1) + j] = others[j];
-      for (int j = 0; j < kCandidates; ++j) prob[i * kCandidates + j] = j == 0 ? likely[0] * kDoubt : likely[j];
-    }
+  const bool hit = slot.hit.block >= 0;
+  // Those behind the rejected one move up, all at once: read, then written.
+  const int shift = slot.num_accepted + 1, room = slot.limit - 1 - slot.cached;
+  const int num_drafts = hit ? min(room, p.block_len - 1) : max(slot.num_drafts - shift, 0);
+  const int moved = 1 + thread, from = moved + shift;
+  int32_t token = 0, others[kCandidates - 1] = {};
+  float likely[kCandidates] = {};
+  if (!hit && moved <= num_drafts) {
+    token = sh.tokens[from];
+    for (int j = 0; j + 1 < kCandidates; ++j) others[j] = sh.runner_up[from * (kCandidates - 1) + j];
+    for (int j = 0; j < kCandidates; ++j) likely[j] = sh.prob[from * kCandidates + j];
   }
-  if (thread == 0) state.num_drafts[s] = slot.num_drafts;  // which this thread wrote
+  __syncthreads();
+  auto keep = [&](int i) {
+    sh.tokens[i] = token;
+    for (int j = 0; j + 1 < kCandidates; ++j) sh.runner_up[i * (kCandidates - 1) + j] = others[j];
+    for (int j = 0; j < kCandidates; ++j) sh.prob[i * kCandidates + j] = likely[j];
+  };
+  if (!hit && moved <= num_drafts) keep(moved);
+  // The guess of the bonus token, if the block was drafted with that unseen, is a row like the drafts'.
+  for (int i = slot.hit.first_row == 1 ? warp : 1 + warp; hit && i <= num_drafts; i += blockDim.x / 32) {
+    const Row row = choice_row(p, s, block_row + slot.hit.first_row + i - 1);
+    if (i == 0) {
+      const int guess = choose(row.values, row.ids, p.num_partials, lane).id;
+      if (lane == 0) slot.doubt = guess != sh.tokens[0];
+      continue;
+    }
+    int32_t id[kCandidates];
+    choose_candidates(row.values, row.ids, p.num_partials, lane, id, likely);
+    token = id[0];
+    for (int j = 1; j < kCandidates; ++j) others[j - 1] = id[j];
+    if (lane == 0) keep(i);
+  }
+  __syncthreads();
+  if (!hit || (slot.hit.first_row == 1 && slot.doubt)) {
+    for (int i = 1 + thread; i <= num_drafts; i += blockDim.x) sh.prob[i * kCandidates] *= kDoubt;
+  }
+  if (thread == 0) state.num_drafts[s] = slot.num_drafts = num_drafts;
+  __syncthreads();
+  const int64_t first = static_cast<int64_t>(s) * state.max_block_len + 1;
+  copy(state.block_tokens + first, sh.tokens + 1, num_drafts);
+  copy(state.runner_up + first * (kCandidates - 1), sh.runner_up + (kCandidates - 1), num_drafts * (kCandidates - 1));
+  copy(state.draft_prob + first * kCandidates, sh.prob + kCandidates, num_drafts * kCandidates);
 }
 
 // Accept, commit and emit; the slot's drafts are spent, or renewed by the pass that verified them.
@@ -229,8 +240,11 @@ __device__ void verify(const ConsensusParams& p, Shared& sh) {
   const int s = blockIdx.x, thread = threadIdx.x;
   const bool drafts_too = p.step == ConsensusStep::kVerifyAndDraft;
   Slot& slot = sh.slot;
+  if (thread < 32) {
+    const int num_choices = drafts_too ? p.block_len : p.rows_per_slot;
+    accept(slot, sh.choices, sh.tokens + 1, sh.is_stop, sh.is_none, num_choices, thread);
+  }
   if (thread == 0) {
-    accept(slot, sh.choices, sh.tokens + 1, sh.is_stop, sh.is_none, drafts_too ? p.block_len : p.rows_per_slot);
     if (slot.num_emitted > 0) sh.tokens[0] = sh.choices[slot.num_emitted - 1];
     state.block_tokens[static_cast<int64_t>(s) * state.max_block_len] = sh.tokens[0];
     state.cache_seqlens[s] = slot.cached += slot.num_emitted;
@@ -279,12 +293,14 @@ __device__ void stage(const ConsensusParams& p, Shared& sh) {
               running ? own_row(p, sh.tokens, slot.cached, slot.limit, slot.num_drafts, i) : StagedRow{});
   }
   if (p.next_pass != NextPass::kOnePass) return;
-  if (running && thread < 32) pick_hypotheses(Warp{thread}, state, s, slot.num_drafts, p.fan_out, sh.reach, sh.picked);
+  if (running && thread < 32)
+    pick_hypotheses(Warp{thread}, sh.prob, sh.runner_up, slot.num_drafts, p.fan_out, sh.reach, sh.picked,
+                    sh.hypotheses);
   __syncthreads();
-  const int32_t* const hypotheses = state.hypotheses + static_cast<int64_t>(s) * state.max_fan_out * 2;
+  if (running) copy(state.hypotheses + static_cast<int64_t>(s) * state.max_fan_out * 2, sh.hypotheses, 2 * p.fan_out);
   for (int i = thread; i < p.fan_out * count; i += blockDim.x) {
     const int64_t row = static_cast<int64_t>(state.num_slots) * count + static_cast<int64_t>(s) * p.fan_out * count + i;
-    const int32_t* const hypothesis = hypotheses + i / count * 2;
+    const int32_t* const hypothesis = sh.hypotheses + i / count * 2;
     write_row(p, row, s,
               running ? block_row(p, hypothesis, sh.tokens, slot.cached, slot.limit, i % count) : StagedRow{});
   }
@@ -296,8 +312,13 @@ __global__ void __launch_bounds__(kMaxThreads) consensus_kernel(const __grid_con
   pdl_wait();
   const SlotState& state = p.state;
   const int s = blockIdx.x, thread = threadIdx.x;
-  const int32_t* const block_tokens = state.block_tokens + static_cast<int64_t>(s) * state.max_block_len;
-  for (int i = thread; i < p.block_len; i += blockDim.x) sh.tokens[i] = block_tokens[i];
+  const int64_t block = static_cast<int64_t>(s) * state.max_block_len;
+  copy(sh.tokens, state.block_tokens + block, p.block_len);
+  if (p.next_pass == NextPass::kOnePass || p.step == ConsensusStep::kVerifyAndDraft) {
+    copy(sh.runner_up, state.runner_up + block * (kCandidates - 1), p.block_len * (kCandidates - 1));
+    copy(sh.prob, state.draft_prob + block * kCandidates, p.block_len * kCandidates);
+    copy(sh.hypotheses, state.hypotheses + static_cast<int64_t>(s) * state.max_fan_out * 2, 2 * p.fan_out);
+  }
   if (thread == 0) {
     Slot& slot = sh.slot;
     slot.cached = state.cache_seqlens[s];
@@ -320,7 +341,7 @@ __global__ void __launch_bounds__(kMaxThreads) consensus_kernel(const __grid_con
 
 int consensus(const ConsensusParams& p, void* stream) {
   if (p.state.num_slots == 0) return cudaSuccess;
-  if (p.block_len > kMaxBlockLen) return cudaErrorInvalidValue;
+  if (p.block_len > kMaxBlockLen || p.fan_out > kMaxHypotheses) return cudaErrorInvalidValue;
   const int rows = p.block_len < p.rows_per_slot ? p.block_len : p.rows_per_slot;
   const int warps = rows < 4 ? 4 : rows < kMaxThreads / 32 ? rows : kMaxThreads / 32;  // a thread for each draft
   return launch(consensus_kernel, p, dim3(p.state.num_slots), 32 * warps, 0, stream, device_info());

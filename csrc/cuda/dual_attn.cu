@@ -17,7 +17,6 @@
 namespace orthrus::cuda {
 namespace {
 
-constexpr int kCounterBytes = 256;
 // What passes need that gain by splitting: 445 rows of 32 heads at 40,960 tokens.
 constexpr int64_t kMaxWorkspaceBytes = 512 << 20;
 
@@ -27,7 +26,7 @@ int64_t partial_heads(int num_rows, int num_heads_q, int max_seq_len) {
 
 int64_t workspace_bytes(int num_rows, int num_heads_q, int head_dim, int max_seq_len) {
   const int64_t head_bytes = head_dim * sizeof(float) + sizeof(float2);
-  return kCounterBytes + partial_heads(num_rows, num_heads_q, max_seq_len) * head_bytes;
+  return partial_heads(num_rows, num_heads_q, max_seq_len) * head_bytes;
 }
 
 template <typename V>
@@ -71,11 +70,10 @@ int run(DualAttnLaunch a, void* stream) {
     return launch(dual_attn_fold_kernel<V>, a, dim3(a.num_units * a.p.kv.num_heads_kv), V::kThreads,
                   V::kSmemBytes + sizeof(Schedule), stream, device);
   }
-  a.next_item = static_cast<int32_t*>(a.p.workspace);
-  a.partial = reinterpret_cast<float*>(static_cast<char*>(a.p.workspace) + kCounterBytes);
+  a.partial = static_cast<float*>(a.p.workspace);
   a.partial_state = reinterpret_cast<float2*>(
       a.partial + partial_heads(a.p.rows.num_rows, a.p.num_heads_q, a.p.max_seq_len) * kHeadDim);
-  if (tall <= 16) return launch_split<Variant<kHeadDim, 1, 1, false>>(a, stream, device);
+  if (tall <= 16) return launch_split<Variant<kHeadDim, 4, 1, false, 4>>(a, stream, device);
   if (tall <= 64) return launch_split<Variant<kHeadDim, 4, 1, false>>(a, stream, device);
   return launch_split<Variant<kHeadDim, 4, 2, false>>(a, stream, device);
 }

@@ -7,7 +7,6 @@ namespace orthrus::cuda {
 
 // What a kernel keeps in shared memory behind the tiles.
 struct Schedule {
-  int next;
   Destination to;
   QueryUnit units[1];  // as many as the launch has room for
 };
@@ -40,11 +39,12 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_fold_kernel(const __gri
   attention.run(u, unit, head, 0, num_tiles(unit.longest), attention.has_block(u), work.to, [] {});
 }
 
-// A grid that fills the chip once: CTAs take work items, which lengths on the device define, until none
-// is left. Which CTA takes which changes no bit. The next kernels are let in with the last items: sooner, what they
-// bring to L2 ahead of time would be evicted before they use it.
+// A grid that fills the chip once: CTAs take turns at the work items, which lengths on the device define, the heaviest
+// first. Which CTA takes which changes no bit. The next kernels are let in with the last items: sooner, what they bring
+// to L2 ahead of time would be evicted before they use it.
 template <typename V>
-__global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __grid_constant__ DualAttnLaunch a) {
+__global__ void __launch_bounds__(V::kThreads, V::kMinCtas)
+    dual_attn_split_kernel(const __grid_constant__ DualAttnLaunch a) {
   pdl_wait();
   Attention<V> attention(a, dynamic_shared());
   Schedule& work = schedule<V>();
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __gr
   }
   __syncthreads();
 
-  for (int i = blockIdx.x;;) {
+  for (int i = blockIdx.x;; i += gridDim.x) {
     const Layers all(layers, a.num_units);  // anew for every item: no register is left to keep them
     const int num_items = all.num_items() * a.heads_kv;
     if (i >= num_items) break;
@@ -79,11 +79,8 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_split_kernel(const __gr
     attention.run(item.unit, unit, head, first, last, split < 0, work.to, [&] {
       if (threadIdx.x != 0) return;
       work.to = {head, attention.offset_of(item.unit), split < 0 ? a.num_splits : split};
-      work.next = gridDim.x;
-      if (work.next < num_items) work.next += atomicAdd(a.next_item, 1);
-      if (work.next >= num_items) pdl_launch_dependents();
+      if (i + static_cast<int>(gridDim.x) >= num_items) pdl_launch_dependents();
     });
-    i = work.next;  // valid, as work.to, from the barrier of the item's first tile (each has one) to the next item's
   }
 }
 
@@ -113,7 +110,6 @@ __global__ void __launch_bounds__(kMergeThreads) dual_attn_merge_kernel(const __
   const Rows& rows = a.p.rows;
   const int head = blockIdx.x, lane = threadIdx.x;
   const Results results = results_of(rows, head / a.heads_q);
-  if (head == 0 && lane == 0) *a.next_item = 0;
   if (results.count() == 1) return;  // written by the attention kernel
 
   const int64_t stride = static_cast<int64_t>(rows.num_rows) * a.p.num_heads_q;  // from slot to slot

@@ -122,25 +122,26 @@ __device__ __forceinline__ void softmax_tile(uint32_t (&probs)[4][4], float (&sc
 }
 
 // mixed = mixed * decay. Multiplying by one changes no bit, so a warp may skip it.
-template <int kHeadDim>
-__device__ __forceinline__ void decay_mixed(float (&mixed)[kHeadDim / 8][4], const float (&decay)[2]) {
+template <int kColumns>
+__device__ __forceinline__ void decay_mixed(float (&mixed)[kColumns / 8][4], const float (&decay)[2]) {
   if (!__any_sync(~0u, decay[0] != 1.f || decay[1] != 1.f)) return;
 #pragma unroll
-  for (int j = 0; j < kHeadDim / 8; ++j) {
+  for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) mixed[j][e] = __fmul_rn(mixed[j][e], decay[e / 2]);
   }
 }
 
-// mixed += probabilities . v.
-template <int kHeadDim, int kFrags>
-__device__ __forceinline__ void mix_tile(float (&mixed)[kFrags][kHeadDim / 8][4], const uint32_t (&probs)[kFrags][4][4],
-                                         SharedAddress v, int lane) {
-  const SharedAddress first_v = chunk_address(v, lane % 16, lane / 16);
+// mixed += probabilities . v, of kColumns columns from first_column on: a multiple of them.
+template <int kColumns, int kFrags>
+__device__ __forceinline__ void mix_tile(float (&mixed)[kFrags][kColumns / 8][4], const uint32_t (&probs)[kFrags][4][4],
+                                         SharedAddress v, int first_column, int lane) {
+  const SharedAddress first_v =
+      fragment_address<64>(chunk_address(v, lane % 16, lane / 16), 0, first_column / 16);
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk) {
 #pragma unroll
-    for (int j = 0; j < kHeadDim / 16; ++j) {
+    for (int j = 0; j < kColumns / 16; ++j) {
       uint32_t b[4];
       load_matrices_transposed(b, fragment_address<64>(first_v, kk, j));
 #pragma unroll

@@ -10,7 +10,6 @@ namespace orthrus::cuda {
 
 struct DualAttnLaunch {
   DualAttnParams p;
-  int32_t* next_item;     // work items handed out beyond the first of each CTA; zero between launches
   float* partial;        // [num_splits + 1, num_rows, num_heads_q, head_dim] unnormalised; last: own block
   float2* partial_state;  // [num_splits + 1, num_rows, num_heads_q] (top, total) of RowState
   int num_splits;        // of max_seq_len
@@ -32,12 +31,16 @@ __device__ __forceinline__ Results results_of(const Rows& rows, int row) {
 
 __device__ __forceinline__ float inverse_total(float total) { return total > 0.f ? __frcp_rn(total) : 0.f; }
 
-template <int kHeadDim_, int kWarps_, int kFrags_, bool kFold_>
+template <int kHeadDim_, int kWarps_, int kFrags_, bool kFold_, int kShare_ = 1>
 struct Variant {
   static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kFrags = kFrags_;
   static constexpr bool kFold = kFold_;  // a CTA folds all splits of its unit; else one split a work item
+  // Warps that share their rows: each computes all scores, and of the output the columns that are its own.
+  static constexpr int kShare = kShare_, kColumns = kHeadDim / kShare;
+  // CTAs that an SM's registers have to suffice for; its shared memory does for 3 or 2 of head_dim 128, 6 or 5 of 64.
+  static constexpr int kMinCtas = kFold || kFrags > 1 ? 1 : kHeadDim == 64 ? 4 : kShare > 1 ? 3 : 2;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kTileM = 16 * kFrags * kWarps;
+  static constexpr int kTileM = 16 * kFrags * kWarps / kShare;
   static constexpr int kTileBytes = kTileKv * kHeadDim * 2;
   static constexpr int kQueryBytes = kTileM * kHeadDim * 2;
   // Two stages of keys and values: more would leave no room for other CTAs, which hide latency better.
@@ -66,9 +69,12 @@ class Attention {
     const int last = min(num_rows, (offset + V::kTileM - 1) / a_.heads_per_kv + 1);
     const int seq = rows.seq[first];  // on its way beside what follows
     int longest = 0;
-#pragma unroll(kLanes == 1 ? 16 : 1)
-    for (int r = offset / a_.heads_per_kv + lane; r < last; r += kLanes)
-      longest = max(longest, rows.prefix_len[first + r]);
+    constexpr int kAtOnce = kLanes == 1 ? 16 : 1;
+#pragma unroll 1
+    for (int r = offset / a_.heads_per_kv + lane; r < last; r += kLanes * kAtOnce) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) longest = max(longest, rows.prefix_len[first + min(r + i, last - 1)]);
+    }
     return {longest, first, seq, num_rows};
   }
 
@@ -88,7 +94,6 @@ class Attention {
     num_prefix_ = last_tile - first_tile;
     num_tiles_ = num_prefix_ + (block ? num_tiles(unit.num_rows) : 0);
     if (num_prefix_ > 0) next_page_ = page_of(0);
-    read_rows();
 
     __syncthreads();  // the previous item's last tile has been read
     load_tile(0);
@@ -96,7 +101,7 @@ class Attention {
     copy_commit();
     while_loading();
 
-    float mixed[V::kFrags][V::kHeadDim / 8][4], folded[V::kFold ? V::kFrags : 1][V::kFold ? V::kHeadDim / 8 : 1][4];
+    float mixed[V::kFrags][V::kColumns / 8][4], folded[V::kFold ? V::kFrags : 1][V::kFold ? V::kColumns / 8 : 1][4];
     float folded_top[V::kFrags][2], folded_total[V::kFrags][2];
     RowState state[V::kFrags];
 #pragma unroll
@@ -112,6 +117,7 @@ class Attention {
       if (t > 0 && t + 1 < num_tiles_) __syncthreads();  // nobody reads tile t-1 any more
       load_tile(t + 1);
       copy_commit();
+      if (t == 0) read_rows();  // while the first tile is on its way
       copy_wait<1>();  // tile t is there
       __syncthreads();
 
@@ -139,11 +145,11 @@ class Attention {
             mask_tile(scores[f], visible[f], keys, lane());
           float decay[2];
           softmax_tile(probs[f], scores[f], state[f], decay, a_.scale_log2);
-          decay_mixed<V::kHeadDim>(mixed[f], decay);
+          decay_mixed<V::kColumns>(mixed[f], decay);
         }
       }
       __syncwarp();  // else the compiler loads values while the scores still fill the registers
-      if (needed) mix_tile<V::kHeadDim>(mixed, probs, v, lane());
+      if (needed) mix_tile<V::kColumns>(mixed, probs, v, first_column(), lane());
 
       if constexpr (V::kFold) {
         if (t + 1 == num_tiles_ || t + 1 == num_prefix_ ||
@@ -156,7 +162,7 @@ class Attention {
               const Fold step =
                   fold_step(folded_top[f][i], folded_total[f][i], state[f].top[i], state[f].total[i]);
 #pragma unroll
-              for (int j = 0; j < V::kHeadDim / 8; ++j) {
+              for (int j = 0; j < V::kColumns / 8; ++j) {
 #pragma unroll
                 for (int e = 2 * i; e < 2 * i + 2; ++e) folded[f][j][e] = fold(step, folded[f][j][e], mixed[f][j][e]);
               }
@@ -194,7 +200,8 @@ class Attention {
  private:
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int warp() { return threadIdx.x / 32; }
-  __device__ static int first_row_of_warp() { return warp() * 16 * V::kFrags; }
+  __device__ static int first_row_of_warp() { return warp() / V::kShare * (16 * V::kFrags); }
+  __device__ static int first_column() { return warp() % V::kShare * V::kColumns; }
   __device__ SharedAddress stage(int t) const {
     return smem_ + V::kQueryBytes + t % 2 * (2 * V::kTileBytes);
   }
@@ -217,9 +224,8 @@ class Attention {
     int row, head_q;
   };
   __device__ Place place(int m) const {
-    const int r = (offset_ + m) / a_.heads_per_kv;
-    return {r < unit_->num_rows ? unit_->first_row + r : -1,
-            head_ * a_.heads_per_kv + (offset_ + m) % a_.heads_per_kv};
+    const int r = (offset_ + m) / a_.heads_per_kv, h = offset_ + m - r * a_.heads_per_kv;
+    return {r < unit_->num_rows ? unit_->first_row + r : -1, head_ * a_.heads_per_kv + h};
   }
   // The row that this thread holds as number i of fragment f.
   __device__ Place place(int f, int i) const { return place(first_row_of_warp() + f * 16 + lane() / 4 + 8 * i); }
@@ -229,9 +235,10 @@ class Attention {
     for (int f = 0; f < V::kFrags; ++f) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = place(f, i).row;
-        const bool valid = row >= 0 && row_is_valid(p_.rows.position[row]);
-        prefix_keys_[f][i] = row < 0 ? 0 : p_.rows.prefix_len[row] - first_tile_ * kTileKv;
+        const int row = place(f, i).row, at = max(row, 0);  // no branch around a load, which would wait for it
+        const int prefix = p_.rows.prefix_len[at], position = p_.rows.position[at];
+        const bool valid = row >= 0 && row_is_valid(position);
+        prefix_keys_[f][i] = row < 0 ? 0 : prefix - first_tile_ * kTileKv;
         if (V::kFold) {
           block_keys_[f][i] = valid ? kTileKv : 0;
         } else if (num_prefix_ == 0) {
@@ -282,9 +289,9 @@ class Attention {
     if (t < num_prefix_) {
       const int64_t base =
           (static_cast<int64_t>(next_page_) * p_.kv.num_heads_kv + head_) * (kTileKv * V::kHeadDim);
-      if (t + 1 < num_prefix_) next_page_ = page_of(t + 1);
       load_rows(stage(t), p_.kv.k_pages + base, V::kHeadDim, keys);
       load_rows(stage(t) + V::kTileBytes, p_.kv.v_pages + base, V::kHeadDim, keys);
+      if (t + 1 < num_prefix_) next_page_ = page_of(t + 1);
     } else {
       const int64_t key = unit_->first_row - p_.rows.num_rows_ar + (t - num_prefix_) * kTileKv;
       const int64_t base = (key * p_.kv.num_heads_kv + head_) * V::kHeadDim;
@@ -332,7 +339,7 @@ class Attention {
   template <int kN>
   __device__ void write_output(const float (&mixed)[kN][4], float total, const Place& at, int i) const {
     const int64_t head = static_cast<int64_t>(at.row) * p_.num_heads_q + at.head_q;
-    uint32_t* out = reinterpret_cast<uint32_t*>(p_.out + head * V::kHeadDim) + lane() % 4;
+    uint32_t* out = reinterpret_cast<uint32_t*>(p_.out + head * V::kHeadDim + first_column()) + lane() % 4;
     const float inverse = inverse_total(total);
 #pragma unroll
     for (int j = 0; j < kN; ++j)
@@ -344,10 +351,10 @@ class Attention {
                                 int slot) const {
     const int64_t head =
         (static_cast<int64_t>(slot) * p_.rows.num_rows + at.row) * p_.num_heads_q + at.head_q;
-    float2* out = reinterpret_cast<float2*>(a_.partial + head * V::kHeadDim) + lane() % 4;
+    float2* out = reinterpret_cast<float2*>(a_.partial + head * V::kHeadDim + first_column()) + lane() % 4;
 #pragma unroll
     for (int j = 0; j < kN; ++j) out[j * 4] = float2{mixed[j][2 * i], mixed[j][2 * i + 1]};
-    if (lane() % 4 == 0) a_.partial_state[head] = float2{state.top[i], state.total[i]};
+    if (first_column() == 0 && lane() % 4 == 0) a_.partial_state[head] = float2{state.top[i], state.total[i]};
   }
 
   const DualAttnLaunch& a_;

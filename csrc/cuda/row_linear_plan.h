@@ -38,6 +38,7 @@ struct RowLinearPlan {
   int32_t split;            // cuts may fall inside a tile
   int32_t block_bytes;      // of the packed weight
   Divisor units;            // tiles * k_blocks
+  int32_t steps_ahead;      // units that fill kPrefetchBytes
 
   // make_plan keeps these products within 31 bits.
   __host__ __device__ int range_begin(int cta) const {
@@ -68,6 +69,11 @@ constexpr int kMinUnits = 6;
 // Taller tiles read x half as often; narrow weights take short ones, cut in fewer pieces.
 constexpr int kMinTallTiles = 24;
 
+// Estimated: several microseconds pass between a kernel's last load and its successor's first free stage, more than the
+// stages hold at 24 KB per microsecond and SM. So L2 is kept filled this far ahead of them: the successor catches up
+// from L2 while memory goes on.
+constexpr int kPrefetchBytes = 96 * 1024;
+
 inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_tiles, int num_sms, bool coded = false) {
   RowLinearPlan plan{};
   plan.block_bytes = packed_bytes(coded);
@@ -86,6 +92,7 @@ inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_til
   }
   plan.grid = Divisor(plan.split || plan.tiles > num_sms ? num_sms : plan.tiles);
   plan.units = Divisor(plan.split ? units : 1);
+  plan.steps_ahead = kPrefetchBytes / (plan.blocks_per_tile * plan.block_bytes);
   return plan;
 }
 

@@ -26,14 +26,6 @@ struct alignas(1024) Shared {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Estimated: several microseconds pass between a kernel's last load and its successor's first free stage, more than the
-// stages hold at 24 KB per microsecond and SM. So L2 is kept filled this far ahead of them: the successor catches up
-// from L2 while memory goes on.
-constexpr int kPrefetchBytes = 96 * 1024;
-__device__ inline int steps_ahead(const RowLinearPlan& plan) {
-  return kPrefetchBytes / (plan.blocks_per_tile * plan.block_bytes);
-}
-
 template <int kTileRows, bool kCoded>
 struct Ring {
   Shared& shared;
@@ -158,7 +150,7 @@ struct NextWeightPrefetch {
   __device__ explicit NextWeightPrefetch(const RowLinearArgs& args) : plan(args.next) {
     if (!args.p.next_weight || static_cast<int>(blockIdx.x) >= plan.grid) return;
     const int begin = plan.range_begin(blockIdx.x);
-    left = min(steps_ahead(plan), plan.range_begin(blockIdx.x + 1) - begin);
+    left = min(plan.steps_ahead, plan.range_begin(blockIdx.x + 1) - begin);
     kb = begin % plan.k_blocks;
     const int64_t unit = static_cast<int64_t>(begin / plan.k_blocks) * plan.blocks_per_tile * plan.k_blocks + kb;
     source = static_cast<const uint8_t*>(args.p.next_weight) + unit * plan.block_bytes;
@@ -212,7 +204,7 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps
   // Steps brought to L2 before they are loaded; many rows, with one CTA an SM and reuse in L2, do without. Only the
   // load marks a line as evict-first: between the two it has to stay. Behind the last step come the first ones of the
   // next weight.
-  const int lead = kManyRows ? 0 : steps_ahead(args.plan);
+  const int lead = kManyRows ? 0 : args.plan.steps_ahead;
   const int ahead = min(total, ring.num_stages);
   Position first(walk, x_maps), next(walk, x_maps);
 #pragma unroll 1

@@ -43,7 +43,7 @@ def shapes(host, request, monkeypatch):
 
     host.num_sms = SMS
     monkeypatch.setenv("ORTHRUS_CUDA_ISA", "sm90" if ARCH == "90a" else "sm80")
-    for module in (rms_norm, embed):
+    for module in (rms_norm, embed, process_logits, count_tokens):
         monkeypatch.setattr(module, "launch_options", lambda device: PDL)
     LIBRARY.ptx_traffic(1)
     yield

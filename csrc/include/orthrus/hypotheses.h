@@ -21,15 +21,10 @@ constexpr float kSeenGain = 1.6f;
 constexpr float kDoubt = 0.5f;
 
 struct Hypothesis {
-  float gain;
+  float gain;  // -1: none
   int32_t accepted;
   int32_t rank;  // 0: bonus unseen; else the runner-up that is the anchor
 };
-
-ORTHRUS_HD bool better(const Hypothesis& a, const Hypothesis& b) {
-  if (a.gain != b.gain) return a.gain > b.gain;
-  return a.accepted != b.accepted ? a.accepted < b.accepted : a.rank < b.rank;
-}
 
 // Gain of (accepted, rank) given those already picked for the same `accepted`, a bit for each rank; -1: impossible.
 // `reach` is the probability that `accepted` drafts are accepted at all, `prob` that of the next draft and runners-up.
@@ -43,15 +38,13 @@ ORTHRUS_HD float gain(float reach, const float* prob, bool last, int32_t rank, u
   return reach * (open > 0.f ? open : 0.f);
 }
 
-// Picks `fan_out` hypotheses of one slot. Called by every lane of a `Team` (a warp, or the one lane of a CPU thread):
-// team.lane, Team::kLanes and best(), the better()-most of the lanes' offers. `reach` and `picked` are scratch of
-// num_drafts + 1 elements, of which a lane touches only its own.
+// Picks `fan_out` hypotheses of one slot into `hypotheses`. Called by every lane of a `Team` (a warp, or the one lane
+// of a CPU thread): team.lane, Team::kLanes and best(), of the lanes' offers that of the largest gain, of equal ones that
+// with fewest accepted, then of lowest rank. `prob`, `runner_up`: of the slot's block, as SlotState has them. `reach`
+// and `picked` are scratch of num_drafts + 1 elements, of which a lane touches only its own.
 template <typename Team>
-ORTHRUS_HD void pick_hypotheses(const Team& team, const SlotState& s, int32_t slot, int32_t num_drafts, int32_t fan_out,
-                                float* reach, uint32_t* picked) {
-  const float* prob = s.draft_prob + int64_t{slot} * s.max_block_len * kCandidates;
-  const int32_t* runner_up = s.runner_up + int64_t{slot} * s.max_block_len * (kCandidates - 1);
-  int32_t* out = s.hypotheses + int64_t{slot} * s.max_fan_out * 2;
+ORTHRUS_HD void pick_hypotheses(const Team& team, const float* prob, const int32_t* runner_up, int32_t num_drafts,
+                                int32_t fan_out, float* reach, uint32_t* picked, int32_t* hypotheses) {
   float product = 1.f;
   for (int32_t j = 0; j <= num_drafts; ++j) {
     if (j % Team::kLanes == team.lane) {
@@ -65,16 +58,15 @@ ORTHRUS_HD void pick_hypotheses(const Team& team, const SlotState& s, int32_t sl
     for (int32_t j = team.lane; j <= num_drafts; j += Team::kLanes) {
       for (int32_t rank = 0; rank < kCandidates; ++rank) {
         const bool last = j == num_drafts;
-        const Hypothesis offer{gain(reach[j], last ? nullptr : prob + (j + 1) * kCandidates, last, rank, picked[j]), j,
-                               rank};
-        if (offer.gain >= 0.f && (best.accepted < 0 || better(offer, best))) best = offer;
+        const float offer = gain(reach[j], last ? nullptr : prob + (j + 1) * kCandidates, last, rank, picked[j]);
+        if (offer > best.gain) best = {offer, j, rank};
       }
     }
     best = team.best(best);
     if (best.accepted >= 0 && best.accepted % Team::kLanes == team.lane) picked[best.accepted] |= 1u << best.rank;
     if (team.lane == 0) {
-      out[2 * f] = best.accepted;
-      out[2 * f + 1] = best.rank == 0 ? -1 : runner_up[(best.accepted + 1) * (kCandidates - 1) + best.rank - 1];
+      hypotheses[2 * f] = best.accepted;
+      hypotheses[2 * f + 1] = best.rank == 0 ? -1 : runner_up[(best.accepted + 1) * (kCandidates - 1) + best.rank - 1];
     }
   }
 }

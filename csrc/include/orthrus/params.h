@@ -113,7 +113,7 @@ struct DualAttnParamsOf {
   const T* scratch_k;          // [num_rows - num_rows_ar, num_heads_kv, head_dim]
   const T* scratch_v;          // same shape
   T* out;                      // [num_rows, num_heads_q, head_dim]
-  void* workspace;             // implementation's own size, zero-initialised once by the caller, 16-byte aligned
+  void* workspace;             // implementation's own size, 16-byte aligned
   int64_t workspace_bytes;
   Rows rows;
   PagedKvOf<T> kv;

@@ -45,6 +45,16 @@ enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+inline float __uint_as_float(uint32_t word) {
+  float value;
+  __builtin_memcpy(&value, &word, 4);
+  return value;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t word;
+  __builtin_memcpy(&word, &value, 4);
+  return word;
+}
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
@@ -274,16 +284,20 @@ inline unsigned __ballot_sync(unsigned, bool value) {
 
 inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
 
-inline int __reduce_add_sync(unsigned, int value) {
+template <typename T, typename Both>
+T reduce_lanes(T value, const Both& both) {
   const auto lanes = cuda_host::Block::current().exchange(value);
-  int sum = 0;
-  for (int i = 0; i < 32; ++i) sum += lanes[i];
-  return sum;
+  T all = lanes[0];
+  for (int i = 1; i < 32; ++i) all = both(all, lanes[i]);
+  return all;
 }
 
-inline int __reduce_max_sync(unsigned, int value) {
-  const auto lanes = cuda_host::Block::current().exchange(value);
-  int most = lanes[0];
-  for (int i = 1; i < 32; ++i) most = std::max(most, lanes[i]);
-  return most;
+inline int __reduce_add_sync(unsigned, int value) { return reduce_lanes(value, std::plus<int>()); }
+template <typename T>
+T __reduce_max_sync(unsigned, T value) {
+  return reduce_lanes(value, [](T a, T b) { return std::max(a, b); });
+}
+template <typename T>
+T __reduce_min_sync(unsigned, T value) {
+  return reduce_lanes(value, [](T a, T b) { return std::min(a, b); });
 }

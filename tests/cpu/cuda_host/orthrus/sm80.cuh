@@ -129,11 +129,6 @@ using std::min;
 
 inline float __fdividef(float a, float b) { return std::fabs(b) < 8.507059e37f ? a / b : a * 0.0f; }
 
-inline float __uint_as_float(uint32_t word) {
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
-}
 inline int atomicAdd(int32_t* p, int32_t value) {
   cuda_host::need_wait();
   return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
