@@ -88,7 +88,7 @@ class Case:
         size = native.dual_attn_workspace_bytes(
             device, torch.bfloat16, self.rows.num_rows, self.heads_q, self.dim, self.max_seq_len
         )
-        self.workspace = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
+        self.workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
 
     def call(self, copy=0):
         args = (self.q, self.k_pages, self.v_pages, self.wide_tables[copy], *self.scratch, self.rows)

@@ -151,7 +151,7 @@ class Activations:
 
 @dataclass
 class Workspace:
-    """Scratch memory of the kernels themselves, zeroed once; None where the implementation needs none.
+    """Scratch memory of the kernels themselves, that of row_linear zeroed once; None where they need none.
 
     ``graph_pool`` is where recordings allocate, all of them in one place: only one replays at a time.
     """
@@ -166,11 +166,11 @@ class Workspace:
         linear = native.row_linear_workspace_bytes(*where, model.linear_shapes())
         attn = native.dual_attn_workspace_bytes(*where, c.num_heads_q, c.head_dim, max_seq_len)
 
-        def zeros(nbytes):
-            return torch.zeros(nbytes, dtype=torch.uint8, device=model.device) if nbytes else None
+        def room(nbytes, make):
+            return make(nbytes, dtype=torch.uint8, device=model.device) if nbytes else None
 
         pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
-        return Workspace(zeros(linear), zeros(attn), pool)
+        return Workspace(room(linear, torch.zeros), room(attn, torch.empty), pool)
 
 
 def forward(

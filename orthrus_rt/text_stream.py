@@ -66,9 +66,8 @@ class TextStream:
             return ""
         before = self._decode(self._ids[: self._shown_ids])
         text = self._decode(self._ids)
-        unread = len(text) - len(text.rstrip("\ufffd"))
-        if unread and not final:
-            self._next_try = len(new) + 1 + unread // 8  # bytes that are no text may go on and on
+        if text.endswith("\ufffd") and not final:
+            self._next_try = len(new) + 1 + text.count("\ufffd") // 8  # bytes that are no text may go on and on
             return ""
         text = text[len(before) :] if text.startswith(before) else self._decode(new)
         if text:

@@ -12,9 +12,9 @@ struct Best {
   int32_t id = INT32_MAX;
 };
 
-// NaN compares false and so never wins.
+// NaN compares false and so never wins. Without branches.
 __device__ __forceinline__ bool beats(const Best& a, const Best& b) {
-  return a.value > b.value || (a.value == b.value && a.id < b.id);
+  return (a.value > b.value) | ((a.value == b.value) & (a.id < b.id));
 }
 
 // The best of kWidth neighbouring lanes, known to all of them. Warp-collective.

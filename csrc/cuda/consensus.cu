@@ -1,9 +1,10 @@
 // Choice, acceptance, stop, commit and staging of one cycle; contract in orthrus/params.h.
 //
-// One launch, one CTA a slot, one warp a row where they suffice. Warps reduce the partial maxima; one thread walks the
-// block in shared memory; all threads write the results. Integer arithmetic but for comparisons and the wagers of
-// hypotheses.h, all in a fixed order, so deterministic; graph-safe: limits, stop ids and lengths are read on the
-// device. Reads 8 bytes a partial (of a one-pass cycle's blocks, only of the one that hit); everything else is small.
+// One launch, one CTA a slot, one warp a row where they suffice. Warps reduce the partial maxima; one of them walks the
+// block and picks hypotheses, in shared memory; all threads write the results. Integer arithmetic but for comparisons
+// and the wagers of hypotheses.h, all in a fixed order, so deterministic; graph-safe: limits, stop ids and lengths are
+// read on the device. Reads 8 bytes a partial (of a one-pass cycle's blocks, only of the one that hit); everything else
+// is small.
 #include "best.cuh"
 #include "orthrus/hypotheses.h"
 #include "orthrus/launch.cuh"
@@ -19,12 +20,14 @@ constexpr int kAhead = 8;  // partials of a row in flight per lane
 // Calls take(partial) for this lane's partials of one row; the loads of 256 are in flight at once.
 template <typename Take>
 __device__ void for_each_partial(const float* values, const int32_t* ids, int num_partials, int lane, Take take) {
-  for (int first = lane; first < num_partials; first += 32 * kAhead) {
+  for (int base = 0; base < num_partials; base += 32 * kAhead) {
+    const int first = base + lane;
     Best ahead[kAhead];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       if (first + 32 * j < num_partials) ahead[j] = {values[first + 32 * j], ids[first + 32 * j]};
     }
+    __syncwarp();  // else the compiler takes the first before it loads the last
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) take(ahead[j]);
   }
@@ -107,10 +110,11 @@ __device__ void accept(Slot& slot, const int32_t* choices, const int32_t* drafts
   const int emitted = ends && !none ? end + 1 : end;
   __syncwarp();  // all lanes have read the slot
   if (lane > 0) return;
-  slot.finish = none                                           ? FinishReason::kNoChoice
-                : ends                                         ? FinishReason::kStop
-                : slot.cached + 1 + emitted >= slot.limit ? FinishReason::kLength
-                                                               : FinishReason::kRunning;
+  const bool full = slot.cached + 1 + emitted >= slot.limit;
+  slot.finish = none   ? FinishReason::kNoChoice
+                : ends ? FinishReason::kStop
+                : full ? FinishReason::kLength
+                       : FinishReason::kRunning;
   slot.num_accepted = min(accepted, emitted);
   slot.num_emitted = emitted;
 }
@@ -146,9 +150,11 @@ struct Shared {
   Slot slot;
 };
 
+// By all threads, the first elements by those of warp `first_warp`, below 4: short copies by several are one trip.
 template <typename T>
-__device__ void copy(T* to, const T* from, int count) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+__device__ void copy(T* to, const T* from, int count, int first_warp = 0) {
+  const int threads = blockDim.x, thread = static_cast<int>(threadIdx.x) - 32 * first_warp;
+  for (int i = thread < 0 ? thread + threads : thread; i < count; i += threads) to[i] = from[i];
 }
 
 // Partials of one of the slot's choice rows.
@@ -313,20 +319,14 @@ __global__ void __launch_bounds__(kMaxThreads) consensus_kernel(const __grid_con
   const SlotState& state = p.state;
   const int s = blockIdx.x, thread = threadIdx.x;
   const int64_t block = static_cast<int64_t>(s) * state.max_block_len;
+  const Slot before{state.cache_seqlens[s], state.limit[s], state.num_drafts[s], state.num_output[s], state.finish[s]};
   copy(sh.tokens, state.block_tokens + block, p.block_len);
   if (p.next_pass == NextPass::kOnePass || p.step == ConsensusStep::kVerifyAndDraft) {
-    copy(sh.runner_up, state.runner_up + block * (kCandidates - 1), p.block_len * (kCandidates - 1));
-    copy(sh.prob, state.draft_prob + block * kCandidates, p.block_len * kCandidates);
-    copy(sh.hypotheses, state.hypotheses + static_cast<int64_t>(s) * state.max_fan_out * 2, 2 * p.fan_out);
+    copy(sh.runner_up, state.runner_up + block * (kCandidates - 1), p.block_len * (kCandidates - 1), 1);
+    copy(sh.prob, state.draft_prob + block * kCandidates, p.block_len * kCandidates, 2);
+    copy(sh.hypotheses, state.hypotheses + static_cast<int64_t>(s) * state.max_fan_out * 2, 2 * p.fan_out, 3);
   }
-  if (thread == 0) {
-    Slot& slot = sh.slot;
-    slot.cached = state.cache_seqlens[s];
-    slot.limit = state.limit[s];
-    slot.finish = state.finish[s];
-    slot.num_drafts = state.num_drafts[s];
-    slot.num_output = state.num_output[s];
-  }
+  if (thread == 0) sh.slot = before;
   if (p.step != ConsensusStep::kStage)
     read_choices(p, sh, p.step == ConsensusStep::kVerifyAndDraft ? p.block_len : p.rows_per_slot);
   __syncthreads();

@@ -1,5 +1,5 @@
-// The work of one CTA of dual_attn: a unit (see dual_attn_schedule.cuh) of one kv head, 16 or 32 query rows
-// a warp, over a run of tiles that all warps share.
+// The work of one CTA of dual_attn: a unit (see dual_attn_schedule.cuh) of one kv head over a run of tiles that all
+// warps share. A warp has 16 or 32 query rows, or four have the same 16 and a quarter of their output each.
 #pragma once
 #include "dual_attn_schedule.cuh"
 #include "dual_attn_tile.cuh"
@@ -141,7 +141,7 @@ class Attention {
         const uint64_t keys = keys_of(t);
 #pragma unroll
         for (int f = 0; f < V::kFrags; ++f) {
-          if (~keys || visible[f][0] < kTileKv || visible[f][1] < kTileKv)
+          if (~keys || hides(visible[f][0]) || hides(visible[f][1]))
             mask_tile(scores[f], visible[f], keys, lane());
           float decay[2];
           softmax_tile(probs[f], scores[f], state[f], decay, a_.scale_log2);
@@ -238,15 +238,19 @@ class Attention {
         const int row = place(f, i).row, at = max(row, 0);  // no branch around a load, which would wait for it
         const int prefix = p_.rows.prefix_len[at], position = p_.rows.position[at];
         const bool valid = row >= 0 && row_is_valid(position);
-        prefix_keys_[f][i] = row < 0 ? 0 : prefix - first_tile_ * kTileKv;
+        prefix_keys_[f][i] = row < 0 ? kNoRow : prefix - first_tile_ * kTileKv;
         if (V::kFold) {
           block_keys_[f][i] = valid ? kTileKv : 0;
         } else if (num_prefix_ == 0) {
-          prefix_keys_[f][i] = valid ? INT32_MAX : 0;
+          prefix_keys_[f][i] = valid ? INT32_MAX : row < 0 ? kNoRow : 0;
         }
       }
     }
   }
+
+  // Of a row that does not exist: it sees nothing, but nobody reads its scores, so nothing has to be hidden from it.
+  static constexpr int kNoRow = -(1 << 30);
+  __device__ static bool hides(int visible) { return visible < kTileKv && visible > kNoRow / 2; }
 
   // How many keys of tile t, counted from its first, this row may see.
   __device__ int keys_seen(int f, int i, int t, bool own) const {
@@ -312,6 +316,7 @@ class Attention {
   template <bool kAll>
   __device__ void load_rows(SharedAddress dst, const bf16_t* src, int64_t stride, uint64_t keys) const {
     constexpr int kChunks = V::kHeadDim / 8, kRowsAtOnce = V::kThreads / kChunks;
+    static_assert(kRowsAtOnce % 8 == 0);  // the swizzle repeats
     const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
     const SharedAddress first = chunk_address(dst, row, chunk) + chunk / 8 * (kTileKv * 128);
     src += row * stride + chunk * 8;
@@ -319,19 +324,13 @@ class Attention {
     // about the same time; in L2 it is partial results that should stay, and what qkv has fetched of `o`.
     uint64_t once = 0;
     if constexpr (!V::kFold) once = evict_first_policy();  // anew for every tile: there is no register to keep it in
-    constexpr int kStep = kRowsAtOnce * 8 < kTileKv ? kRowsAtOnce * 8 : kTileKv;
-    static_assert(kStep % 8 == 0);  // the swizzle repeats
-    SharedAddress to = first;
-#pragma unroll 1
-    for (int base = row; base < kTileKv + row; base += kStep, src += kStep * stride, to += kStep * 128) {
 #pragma unroll
-      for (int i = 0; i < kStep; i += kRowsAtOnce) {
-        const bool wanted = kAll || (keys >> (base + i) & 1);
-        if constexpr (V::kFold) {
-          copy16((to ^ i % 8 * 16) + i * 128, src + i * stride, wanted);
-        } else {
-          copy16((to ^ i % 8 * 16) + i * 128, src + i * stride, wanted, once);
-        }
+    for (int i = 0; i < kTileKv; i += kRowsAtOnce) {
+      const bool wanted = kAll || (keys >> (row + i) & 1);
+      if constexpr (V::kFold) {
+        copy16(first + i * 128, src + i * stride, wanted);
+      } else {
+        copy16(first + i * 128, src + i * stride, wanted, once);
       }
     }
   }
@@ -364,7 +363,7 @@ class Attention {
   const QueryUnit* unit_;  // in shared memory
   int head_, offset_, first_tile_, num_prefix_, num_tiles_, next_page_;
   // Of the two rows that this thread holds of each fragment: prefix keys from the first tile on, and what
-  // it sees of each tile of its own block; 0 where there is no row.
+  // it sees of each tile of its own block.
   int prefix_keys_[V::kFrags][2], block_keys_[V::kFrags][2];
 };
 

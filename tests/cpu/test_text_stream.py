@@ -114,6 +114,24 @@ def test_bytes_that_are_no_text_cost_little_however_many_they_are(tokenizer, mon
     assert "".join(text) == n * "\ufffd" + n * "a" and text[n + n // 8 :].count("a") > n * 3 // 4
 
 
+def test_a_loop_of_tokens_that_end_inside_a_character_costs_little():
+    """As some byte-level vocabularies have: none of them is ever text at its end."""
+    tokens = {" \ufffd": 0, "a": 1}
+
+    class Tokenizer:
+        all_special_ids, decoded = (), 0
+
+        def decode(self, ids, **how):
+            self.decoded += len(ids)
+            return "".join(list(tokens)[i] for i in ids)
+
+    tokenizer, n = Tokenizer(), 4000
+    stream = TextStream(tokenizer)
+    text = [stream.push([0]) for _ in range(n)] + [stream.push([1] * n)]
+    assert "".join(text) + stream.end() == " \ufffd" * n + "a" * n
+    assert tokenizer.decoded < 20 * n
+
+
 def could_begin(stop: list[str], end: str) -> bool:
     return any(s.startswith(end) and s != end for s in stop)
 

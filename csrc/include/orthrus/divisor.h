@@ -9,7 +9,8 @@ namespace orthrus {
 
 // Exact for every n >= 0 below 2^31. Method: the reciprocal rounded down, for n + 1 in place of n (Robison, N-bit
 // unsigned division via N-bit multiply-add, ARITH 2005): with m = (2^64 - 1 - e) / d, e < d, and n = q * d + s, the
-// product (n + 1) * m / 2^64 is q + (s + 1) / d less than (n + 1) / 2^64, hence at least q and below q + 1.
+// product (n + 1) * m / 2^64 lies below q + (s + 1) / d, by at most (n + 1) / 2^64, which is less than 1 / d: it is at
+// least q and below q + 1.
 struct Divisor {
   int32_t d;
   uint32_t low, high;  // of floor((2^64 - 1) / d)

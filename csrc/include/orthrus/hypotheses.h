@@ -39,12 +39,13 @@ ORTHRUS_HD float gain(float reach, const float* prob, bool last, int32_t rank, u
 }
 
 // Picks `fan_out` hypotheses of one slot into `hypotheses`. Called by every lane of a `Team` (a warp, or the one lane
-// of a CPU thread): team.lane, Team::kLanes and best(), of the lanes' offers that of the largest gain, of equal ones that
-// with fewest accepted, then of lowest rank. `prob`, `runner_up`: of the slot's block, as SlotState has them. `reach`
-// and `picked` are scratch of num_drafts + 1 elements, of which a lane touches only its own.
+// of a CPU thread): team.lane, Team::kLanes and best(), of the lanes' offers that of the largest gain, of equal ones
+// that with fewest accepted, then of lowest rank. `prob`, `runner_up`: of the slot's block, as SlotState has them.
+// `reach` and `picked` are scratch of num_drafts + 1 elements, of which a lane touches only its own.
 template <typename Team>
-ORTHRUS_HD void pick_hypotheses(const Team& team, const float* prob, const int32_t* runner_up, int32_t num_drafts,
-                                int32_t fan_out, float* reach, uint32_t* picked, int32_t* hypotheses) {
+ORTHRUS_HD void pick_hypotheses(const Team& team, const float* __restrict__ prob, const int32_t* runner_up,
+                                int32_t num_drafts, int32_t fan_out, float* __restrict__ reach,
+                                uint32_t* __restrict__ picked, int32_t* hypotheses) {
   float product = 1.f;
   for (int32_t j = 0; j <= num_drafts; ++j) {
     if (j % Team::kLanes == team.lane) {

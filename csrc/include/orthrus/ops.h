@@ -45,8 +45,8 @@ int dual_attn(const DualAttnParams& p, void* stream);
 int dual_attn(const DualAttnParamsOf<float>& p, void* stream);
 int consensus(const ConsensusParams& p, void* stream);
 
-// Bytes of workspace for bf16 (float needs none), zero-initialised once by the caller and reusable by every later
-// call on the same stream: each launch leaves its counters at zero again.
+// Bytes of workspace for bf16 (float needs none), reusable by every later call on the same stream. The caller
+// zero-initialises that of row_linear once: each launch leaves its counters at zero again.
 int64_t row_linear_workspace(int32_t max_rows, int32_t in_features, int32_t out_features);
 int64_t dual_attn_workspace(int32_t max_rows, int32_t num_heads_q, int32_t head_dim, int32_t max_seq_len);
 // Partial maxima per row that kArgmax writes for a vocabulary of out_features ids, in bf16 (float: one per 128 ids).
