@@ -189,9 +189,11 @@ __global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTileRows, kMan
 
   const int thread = threadIdx.x;
   const int group = __shfl_sync(~0u, thread / kGroupThreads, 0);  // tells the compiler that a warp has one role
-  if (thread < ring.num_stages) {
-    sm90::barrier_init(ring.full(thread), 1);
-    sm90::barrier_init(ring.empty(thread), 4 * blocks);  // one arrival per consumer warp
+  if (thread == 0) {  // lanes would take turns
+    for (int s = 0; s < ring.num_stages; ++s) {
+      sm90::barrier_init(ring.full(s), 1);
+      sm90::barrier_init(ring.empty(s), 4 * blocks);  // one arrival per consumer warp
+    }
     sm90::fence_barrier_init();
   }
   __syncthreads();
