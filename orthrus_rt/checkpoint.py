@@ -75,8 +75,8 @@ class Checkpoint:
 def _restore_bos(tokenizer, settings: Path) -> None:
     """Put BOS before each text where ``settings`` ask for it and tokenizer.json adds nothing.
 
-    Up to version 4 transformers did so for these classes, and models such as DeepSeek-R1-Distill rely on it. Since then
-    it leaves that to tokenizer.json.
+    Up to version 4 transformers did so for these classes, as DeepSeek-R1-Distill's files ask for (swift-transformers,
+    issue 161). Since then it leaves that to tokenizer.json.
     """
     raw = read_json(settings) if settings.exists() else {}
     asked = raw.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast") and raw.get("add_bos_token") is True

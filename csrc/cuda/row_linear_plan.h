@@ -37,7 +37,7 @@ struct RowLinearPlan {
   Divisor grid;             // CTAs, and for kArgmax partial maxima per row
   int32_t split;            // cuts may fall inside a tile
   int32_t block_bytes;      // of the packed weight
-  Divisor units;            // tiles * k_blocks
+  Divisor units;            // tiles * k_blocks (split plans only)
   int32_t steps_ahead;      // units that fill kPrefetchBytes
 
   // make_plan keeps these products within 31 bits.

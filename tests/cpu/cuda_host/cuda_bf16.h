@@ -6,17 +6,11 @@ struct __nv_bfloat162 {
   uint16_t x, y;
 };
 
-inline float bf16_to_float(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
+inline float bf16_to_float(uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); }
 
 inline uint16_t float_to_bf16(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
   if (value != value) return 0x7fff;
+  const uint32_t bits = __float_as_uint(value);
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
