@@ -2,18 +2,15 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .pdl import launch_options, share_multiprocessors
+from .pdl import launch_options, share_multiprocessors, take_turn
 
 
 @triton.jit
 def _count_kernel(
     output_ptr, num_output_ptr, counts_ptr, num_counted_ptr, capacity, vocab, RING: tl.constexpr, PDL: tl.constexpr
 ):
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     slot = tl.program_id(0).to(tl.int64)
     first = tl.load(num_counted_ptr + slot)
     total = tl.load(num_output_ptr + slot)

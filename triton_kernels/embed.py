@@ -2,9 +2,8 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .pdl import launch_options, share_multiprocessors
+from .pdl import launch_options, share_multiprocessors, take_turn
 
 BLOCK = 1024
 
@@ -14,9 +13,7 @@ def embed_kernel(token_ptr, table_ptr, out_ptr, hidden, BLOCK: tl.constexpr, PDL
     row = tl.program_id(0).to(tl.int64)
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < hidden
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     token = tl.load(token_ptr + row).to(tl.int64)
     value = tl.load(table_ptr + token * hidden + lane, mask=inside)
     tl.store(out_ptr + row * hidden + lane, value, mask=inside)

@@ -5,6 +5,17 @@ import functools
 import os
 
 import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def take_turn(PDL: tl.constexpr):
+    """Lets the successor start and waits for the predecessor: before it a kernel may touch constants alone."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @functools.cache
@@ -13,7 +24,7 @@ def _capable(index: int) -> bool:
 
 
 def launch_options(device: torch.device) -> dict:
-    """Launch options of a kernel that calls gdc_wait before it touches anything but weights: PDL where the card can.
+    """Launch options of a kernel that calls :func:`take_turn`: PDL where the card can.
 
     ``ORTHRUS_CUDA_PDL=0`` turns it off, here and in the native module.
     """

@@ -9,9 +9,8 @@ choice cannot depend on how the row is split.
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .pdl import launch_options, share_multiprocessors
+from .pdl import launch_options, share_multiprocessors, take_turn
 
 BLOCK = 4096  # tokens of one tile
 SCORE_TILE = 128  # tokens of one partial maximum
@@ -44,9 +43,7 @@ def _scale_kernel(
     max_stop, HAS_EDITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Edited and scaled logits in place, and each tile's maximum."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     token = tile * BLOCK + tl.arange(0, BLOCK)
@@ -105,9 +102,7 @@ def _census_kernel(
     vocab, num_tiles, TILES: tl.constexpr, RUNGS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Per tile, how many tokens reach each rung below the row's maximum, and their mass."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     top = _row_top(tile_top_ptr, row, num_tiles, TILES)
@@ -189,9 +184,7 @@ def _gather_kernel(
     found_ptr, vocab, num_tiles, TILES: tl.constexpr, RUNGS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The values that reach the row's rung, side by side."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     top = _row_top(tile_top_ptr, row, num_tiles, TILES)
@@ -234,9 +227,7 @@ def _cut_kernel(
     WITH_TOTAL: tl.constexpr, TILES: tl.constexpr, RUNGS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The row's maximum, its cut (the maximum itself if greedy) and, if asked for, the mass that is kept."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     slot, position = _place(rows_ptr, seq_ptr, position_ptr, row)
     y_ptr += row * vocab
@@ -282,9 +273,7 @@ def _draw_kernel(
 ):  # fmt: skip
     """Best score and its lowest token of every SCORE_TILE tokens: kept logits plus noise, or if greedy all logits."""
     SCORES: tl.constexpr = BLOCK // SCORE_TILE
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     token = tile * BLOCK + tl.arange(0, BLOCK)
@@ -317,9 +306,7 @@ def _log_probs_kernel(
     y_ptr, cut_ptr, top_ptr, total_ptr, rows_ptr, seq_ptr, position_ptr, temperature_ptr, value_ptr, id_ptr,
     log_probs_ptr, vocab, num_scores, SCORES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     slot, _position = _place(rows_ptr, seq_ptr, position_ptr, row)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -2,9 +2,8 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .pdl import launch_options, share_multiprocessors
+from .pdl import launch_options, share_multiprocessors, take_turn
 
 
 @triton.jit
@@ -17,9 +16,7 @@ def rms_norm_kernel(
     inside = lane < hidden
     # The weight is a constant of the model: it may be read before the predecessor has finished.
     weight = tl.load(weight_ptr + lane, mask=inside, other=0.0)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     source = row
     if HAS_INDEX:
         source = tl.load(row_index_ptr + row).to(tl.int64)
