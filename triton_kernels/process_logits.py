@@ -1,9 +1,9 @@
 """From a row of logits to the scores of its tokens: penalties, bias, temperature, top-k, top-p, min-p, noise.
 
 Every filter keeps "all tokens at or above a cut", so a row's filters are one number. It is found without a sort: a
-census counts the tokens above a few rungs, those above the right rung are gathered, and bisection does the rest.
-Probability is summed as integers (trunc(exp(y - max) * 2**40)): exact in any order, so the cut and the
-choice cannot depend on how the row is split.
+census counts the tokens above a few rungs, those above the right rung, if few, are gathered, and bisection does the
+rest. Probability is summed as integers (trunc(exp(y - max) * 2**40)): exact in any order, so the cut and the choice
+cannot depend on how the row is split.
 """
 
 import torch
@@ -15,6 +15,7 @@ from .pdl import launch_options, share_multiprocessors, take_turn
 BLOCK = 4096  # tokens of one tile
 SCORE_TILE = 128  # tokens of one partial maximum
 SWEEP = 1024  # values that the search over one row takes at a time
+MOST_FOUND = 16384  # values of a row that are gathered: where more reach its rung, the search sweeps the whole row
 RUNGS = 8
 MASS_ONE = tl.constexpr(1 << 40)
 # Rung i lies RUNG * (i + 1)**2 below the row's maximum; exact in fp32, so every kernel means the same number.
@@ -179,11 +180,17 @@ def _rung_cut(top, rung, RUNGS: tl.constexpr):
 
 
 @triton.jit
+def _is_gathered(rung, count, RUNGS: tl.constexpr, MOST_FOUND: tl.constexpr):
+    return (rung < RUNGS) & (count <= MOST_FOUND)
+
+
+@triton.jit
 def _gather_kernel(
     y_ptr, tile_top_ptr, rows_ptr, seq_ptr, position_ptr, temperature_ptr, top_k_ptr, top_p_ptr, count_ptr, mass_ptr,
-    found_ptr, vocab, num_tiles, TILES: tl.constexpr, RUNGS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    found_ptr, vocab, num_tiles, MOST_FOUND: tl.constexpr, TILES: tl.constexpr, RUNGS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The values that reach the row's rung, side by side."""
+    """The values that reach the row's rung, side by side, if they are few."""
     take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
@@ -192,13 +199,15 @@ def _gather_kernel(
     if _active(temperature_ptr, top_k_ptr, top_p_ptr, slot, position, top, vocab):
         top_k = tl.load(top_k_ptr + slot)
         top_p = tl.load(top_p_ptr + slot)
-        first, _, base, _, _ = _bracket(count_ptr, mass_ptr, row, top_k, top_p, vocab, num_tiles, tile, TILES, RUNGS)
-        base = tl.where(first < RUNGS, base, tile * BLOCK)
-        token = tile * BLOCK + tl.arange(0, BLOCK)
-        inside = token < vocab
-        y = tl.load(y_ptr + row * vocab + token, mask=inside, other=0.0)
-        kept = (inside & (y >= _rung_cut(top, first, RUNGS))).to(tl.int32)
-        tl.store(found_ptr + row * vocab + base + tl.cumsum(kept, 0) - 1, y, mask=kept != 0)
+        first, count, base, _, _ = _bracket(
+            count_ptr, mass_ptr, row, top_k, top_p, vocab, num_tiles, tile, TILES, RUNGS
+        )
+        if _is_gathered(first, count, RUNGS, MOST_FOUND):
+            token = tile * BLOCK + tl.arange(0, BLOCK)
+            inside = token < vocab
+            y = tl.load(y_ptr + row * vocab + token, mask=inside, other=0.0)
+            kept = (inside & (y >= _rung_cut(top, first, RUNGS))).to(tl.int32)
+            tl.store(found_ptr + row * MOST_FOUND + base + tl.cumsum(kept, 0) - 1, y, mask=kept != 0)
 
 
 @triton.jit
@@ -224,14 +233,14 @@ def _bisect(y_ptr, length, top, low, high, count_low, count_high, target, BY_MAS
 def _cut_kernel(
     y_ptr, tile_top_ptr, rows_ptr, seq_ptr, position_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, count_ptr,
     mass_ptr, found_ptr, cut_ptr, top_ptr, total_ptr, vocab, num_tiles,
-    WITH_TOTAL: tl.constexpr, TILES: tl.constexpr, RUNGS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    MOST_FOUND: tl.constexpr, WITH_TOTAL: tl.constexpr, TILES: tl.constexpr, RUNGS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The row's maximum, its cut (the maximum itself if greedy) and, if asked for, the mass that is kept."""
     take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     slot, position = _place(rows_ptr, seq_ptr, position_ptr, row)
     y_ptr += row * vocab
-    found_ptr += row * vocab
     top = _row_top(tile_top_ptr, row, num_tiles, TILES)
     above_top = _order(_order(top.to(tl.int32, bitcast=True)) + 1).to(tl.float32, bitcast=True)
     top_k = tl.load(top_k_ptr + slot)
@@ -241,21 +250,23 @@ def _cut_kernel(
     cut = tl.where(sampled, float("-inf"), top)
     if _active(temperature_ptr, top_k_ptr, top_p_ptr, slot, position, top, vocab):
         by_count = (top_k > 0) & (top_k < vocab)
-        first, length, _, count_high, target = _bracket(
+        first, count_low, _, count_high, target = _bracket(
             count_ptr, mass_ptr, row, top_k, top_p, vocab, num_tiles, 0, TILES, RUNGS
         )
+        values_ptr, length = y_ptr, vocab
+        if _is_gathered(first, count_low, RUNGS, MOST_FOUND):
+            values_ptr, length = found_ptr + row * MOST_FOUND, count_low
         low = _rung_cut(top, first, RUNGS)
         high = tl.where(first > 0, _rung_cut(top, first - 1, RUNGS), above_top)
-        count_low = length
         if by_count:
-            cut = _bisect(found_ptr, length, top, low, high, count_low, count_high, target, False, BLOCK)
+            cut = _bisect(values_ptr, length, top, low, high, count_low, count_high, target, False, BLOCK)
             low = tl.maximum(cut, top - REACH)
             high = above_top
             count_high = 0
-            count_low, mass = _sweep(found_ptr, length, top, low, BLOCK)
+            count_low, mass = _sweep(values_ptr, length, top, low, BLOCK)
             target = _share(top_p, mass)
         if top_p < 1:
-            cut = _bisect(found_ptr, length, top, low, high, count_low, count_high, target, True, BLOCK)
+            cut = _bisect(values_ptr, length, top, low, high, count_low, count_high, target, True, BLOCK)
     if sampled:
         if min_p > 0:
             cut = tl.maximum(cut, top + tl.log(min_p))
@@ -328,8 +339,9 @@ def process_logits(logits, rows, logit_rows, sampling, cache_seqlens, purpose, p
     """Scores whose largest is a row's choice; see :func:`orthrus_rt.ops.process_logits` for arguments and semantics.
 
     All fp32; division is IEEE; exp and log may differ in the last bits from other implementations, the uniforms do not.
-    Deterministic, row-invariant, graph-safe (workspace comes from torch's allocator). No rows: no launch. Reads the
-    logits 3 times and writes them once; with top-k or top-p 2 reads more and those of the few candidates.
+    Deterministic, row-invariant, graph-safe (workspace, some 70 KB a row, comes from torch's allocator). No rows: no
+    launch. Reads the logits 3 times and writes them once; with top-k or top-p 2 reads more and those of the few
+    candidates, or of all tokens where more than MOST_FOUND are candidates.
     """
     num_rows, vocab = logits.shape
     if not num_rows:
@@ -338,7 +350,7 @@ def process_logits(logits, rows, logit_rows, sampling, cache_seqlens, purpose, p
     tiles = triton.next_power_of_2(num_tiles)
     device = logits.device
     tile_top = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=device)
-    found = torch.empty(num_rows, vocab, dtype=torch.float32, device=device)
+    found = torch.empty(num_rows, MOST_FOUND, dtype=torch.float32, device=device)
     count = torch.empty(num_rows, num_tiles, RUNGS, dtype=torch.int32, device=device)
     mass = torch.empty(num_rows, num_tiles, RUNGS, dtype=torch.int64, device=device)
     # Padded, so that all three are aligned for any number of rows: one specialisation of the kernels serves all.
@@ -372,13 +384,13 @@ def process_logits(logits, rows, logit_rows, sampling, cache_seqlens, purpose, p
     launch(
         _gather_kernel, (num_rows, num_tiles),
         logits, tile_top, *place, *filters, count, mass, found, vocab, num_tiles,
-        TILES=tiles, RUNGS=RUNGS, BLOCK=BLOCK,
+        MOST_FOUND=MOST_FOUND, TILES=tiles, RUNGS=RUNGS, BLOCK=BLOCK,
     )  # fmt: skip
     # maxnreg: without it some versions of ptxas spill for an occupancy that one block a row cannot use.
     launch(
         _cut_kernel, (num_rows,),
         logits, tile_top, *place, *filters, sampling.min_p, count, mass, found, cut, top, total, vocab, num_tiles,
-        WITH_TOTAL=log_probs is not None,
+        MOST_FOUND=MOST_FOUND, WITH_TOTAL=log_probs is not None,
         TILES=tiles, RUNGS=RUNGS, BLOCK=SWEEP, maxnreg=128,
     )  # fmt: skip
     launch(

@@ -60,6 +60,14 @@ def test_the_largest_uniform():
     check_the_largest_uniform(kernel.process_logits)
 
 
+def test_rows_with_too_many_values_to_gather(monkeypatch):
+    case = with_filters(logits(len(FILTERS), 5000, "peaked")).only(slice(2, 5))
+    gathered = case.run(kernel.process_logits)
+    for most in (2, 70, 71):  # 71 values reach the rung of the row whose top-k is 20
+        monkeypatch.setattr(kernel, "MOST_FOUND", most)
+        assert all(torch.equal(*pair) for pair in zip(case.run(kernel.process_logits), gathered, strict=True))
+
+
 def test_a_row_does_not_depend_on_company():
     case = with_filters(logits(len(FILTERS), 5000, "peaked"), edits=True)
     together = case.run(kernel.process_logits)
