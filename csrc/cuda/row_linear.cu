@@ -45,6 +45,19 @@ int rows_per_tile(int rows, const RowTiles& tiles) {
   return tiles.widest;
 }
 
+// Of a call with many rows. A step of a tile loads two blocks of weights and as many columns of x.
+int rows_per_tile_of_many(int rows_ar, int rows_diff, const RowTiles& tiles, int blocks, int num_sms) {
+  int best = 0;
+  int64_t least = INT64_MAX;
+  for (const int tile_rows : tiles.many_rows) {
+    const int row_tiles = (rows_ar + tile_rows - 1) / tile_rows + (rows_diff + tile_rows - 1) / tile_rows;
+    const int64_t items = static_cast<int64_t>((blocks + 1) / 2) * row_tiles;
+    const int64_t loads = (items + num_sms - 1) / num_sms * (2 * kBlock + tile_rows);
+    if (loads < least) least = loads, best = tile_rows;
+  }
+  return best;
+}
+
 int64_t workspace_bytes(const RowLinearPlan& plan, int views, int tile_rows) {
   return plan.split ? partial_offset(plan, views, 0, 0, 0, tile_rows) * 4 : 0;
 }
@@ -94,13 +107,15 @@ int row_linear(const RowLinearParams& params, void* stream) {
   const int rows_ar = args.p.num_rows_ar, rows_diff = params.num_rows - rows_ar;
   const int most_rows = rows_ar > rows_diff ? rows_ar : rows_diff;
   const bool wgmma = runs_wgmma(device);
-  const RowTiles& tiles = wgmma ? kRowTilesSm90 : kRowTilesMma;
+  const RowTiles& tiles = !wgmma ? kRowTilesMma : coded ? kRowTilesSm90Coded : kRowTilesSm90;
   const bool many_rows = most_rows > tiles.widest && !argmax;
   if (params.num_rows > tiles.widest) args.p.next_weight = nullptr;  // its rows may be of one view, and many
   if (args.p.next_weight)
     args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms,
                           params.next_weight_coded);
-  const int tile_rows = many_rows ? tiles.many_rows : rows_per_tile(most_rows, tiles);
+  const int tile_rows = many_rows
+                            ? rows_per_tile_of_many(rows_ar, rows_diff, tiles, args.plan.blocks, device.num_sms)
+                            : rows_per_tile(most_rows, tiles);
   args.row_tiles_ar = (rows_ar + tile_rows - 1) / tile_rows;
   args.row_tiles = args.row_tiles_ar + (rows_diff + tile_rows - 1) / tile_rows;
   if (!many_rows && params.workspace_bytes < workspace_bytes(args.plan, rows_diff ? 2 : 1, tile_rows))

@@ -186,7 +186,7 @@ int launch_variant(const RowLinearArgs& args, void* stream, const DeviceInfo& de
 
 template <int kBlocks, bool kCoded>
 int launch_tile_rows(const RowLinearArgs& args, int tile_rows, bool many_rows, void* stream, const DeviceInfo& device) {
-  if (many_rows) return launch_variant<kRowTilesMma.many_rows, true, kBlocks, kCoded>(args, stream, device);
+  if (many_rows) return launch_variant<kRowTilesMma.many_rows[0], true, kBlocks, kCoded>(args, stream, device);
   switch (tile_rows) {
     case 16: return launch_variant<16, false, kBlocks, kCoded>(args, stream, device);
     case 32: return launch_variant<32, false, kBlocks, kCoded>(args, stream, device);

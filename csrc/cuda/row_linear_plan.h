@@ -128,13 +128,14 @@ __host__ __device__ inline int64_t partial_offset(const RowLinearPlan& plan, int
 }
 
 // Rows per tile: the narrowest variant that holds the larger view's rows. More rows than the widest
-// holds take the variant for many rows: whole sums per CTA, folded in registers at the same cuts.
+// holds take a variant for many rows: whole sums per CTA, folded in registers at the same cuts.
 struct RowTiles {
   int32_t widest;
-  int32_t many_rows;
+  int32_t many_rows[2];  // of which a call takes the one by which the busiest SM loads less
 };
-constexpr RowTiles kRowTilesSm90{160, 128};
-constexpr RowTiles kRowTilesMma{96, 96};
+constexpr RowTiles kRowTilesSm90{160, {128, 192}};
+constexpr RowTiles kRowTilesSm90Coded{160, {128, 128}};  // 192 rows' sums leave no registers for decoding
+constexpr RowTiles kRowTilesMma{96, {96, 96}};
 
 int launch_row_linear_sm90(const RowLinearArgs& args, int tile_rows, bool many_rows, void* stream,
                            const DeviceInfo& device);

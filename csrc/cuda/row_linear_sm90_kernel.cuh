@@ -248,7 +248,12 @@ int launch_variant(const RowLinearArgs& plain, void* stream, const DeviceInfo& d
 
 template <bool kCoded>
 int launch_sm90(const RowLinearArgs& args, int tile_rows, bool many_rows, void* stream, const DeviceInfo& device) {
-  if (many_rows) return launch_variant<kRowTilesSm90.many_rows, true, kCoded>(args, stream, device);
+  if (many_rows) {
+    constexpr RowTiles tiles = kCoded ? kRowTilesSm90Coded : kRowTilesSm90;
+    const bool first = tile_rows == tiles.many_rows[0];
+    return first ? launch_variant<tiles.many_rows[0], true, kCoded>(args, stream, device)
+                 : launch_variant<tiles.many_rows[1], true, kCoded>(args, stream, device);
+  }
   switch (tile_rows) {
     case 16: return launch_variant<16, false, kCoded>(args, stream, device);
     case 32: return launch_variant<32, false, kCoded>(args, stream, device);

@@ -60,12 +60,13 @@ def shapes(host, request, monkeypatch):
 
 # in_features, out_features, SMs: 24 units a CTA in cut tiles of two blocks, as in qkv (23), o (16) and down (47).
 CUT = (1024, 3072, 16)
+TILE_OF_MANY = {190: 192, 200: 128}  # one tile of 192 rows, or two of 128, for 24 pairs of blocks
 QKV = (4096, 6144, 132)
 # Whole tiles of two blocks, as the vocabulary's, of 32 units in place of 64.
 WHOLE = (2048, 3200, 25)
 
 
-@pytest.mark.parametrize("rows", [*ROWS, 200])
+@pytest.mark.parametrize("rows", [*ROWS, *TILE_OF_MANY])
 @pytest.mark.parametrize("epilogue", ["none", "residual", "silu_mul"])
 def test_row_linear_cut(epilogue, rows):
     if epilogue != "none" and rows not in (1, 16, 128):
@@ -73,6 +74,10 @@ def test_row_linear_cut(epilogue, rows):
     k, n, sms = CUT
     residual = rl.tensor(rows, n) if epilogue == "residual" else None
     rl.run(rl.tensor(rows, k), rl.tensor(n, k), epilogue, residual=residual, sms=sms)
+    if ARCH == "90a" and rows in TILE_OF_MANY:
+        from tests.ptx.plugin import LIBRARY
+
+        assert any(f"Li{TILE_OF_MANY[rows]}ELb1ELb0" in name for name in LIBRARY.traffic())
 
 
 @pytest.mark.parametrize("rows", [*ROWS, 200])

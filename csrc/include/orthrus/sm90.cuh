@@ -182,6 +182,8 @@ __device__ void wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int accumula
   ORTHRUS_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define ORTHRUS_NAMES_80 \
   ORTHRUS_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define ORTHRUS_NAMES_96 \
+  ORTHRUS_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define ORTHRUS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define ORTHRUS_16(i) ORTHRUS_4(i), ORTHRUS_4(i + 4), ORTHRUS_4(i + 8), ORTHRUS_4(i + 12)
 #define ORTHRUS_SUMS_8 ORTHRUS_4(0), ORTHRUS_4(4)
@@ -190,6 +192,7 @@ __device__ void wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int accumula
 #define ORTHRUS_SUMS_48 ORTHRUS_SUMS_32, ORTHRUS_16(32)
 #define ORTHRUS_SUMS_64 ORTHRUS_SUMS_48, ORTHRUS_16(48)
 #define ORTHRUS_SUMS_80 ORTHRUS_SUMS_64, ORTHRUS_16(64)
+#define ORTHRUS_SUMS_96 ORTHRUS_SUMS_80, ORTHRUS_16(80)
 
 // `sums`: N / 2, which is also the number of operand a; those of b and accumulate follow.
 #define ORTHRUS_WGMMA(n, sums, b_number, accumulate_number)                                            \
@@ -207,6 +210,7 @@ ORTHRUS_WGMMA(64, 32, 33, 34)
 ORTHRUS_WGMMA(96, 48, 49, 50)
 ORTHRUS_WGMMA(128, 64, 65, 66)
 ORTHRUS_WGMMA(160, 80, 81, 82)
+ORTHRUS_WGMMA(192, 96, 97, 98)
 #undef ORTHRUS_WGMMA
 
 // `sums`: N / 2, which is also the number of the first operand behind them.
