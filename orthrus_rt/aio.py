@@ -288,6 +288,8 @@ class AsyncEngine:
             self._go_on()
         except Exception as error:
             self._tell(self._fail, error)  # the streams abort their requests
+        except BaseException as error:  # SystemExit, say, sent to this thread: no loop is to end by that
+            self._tell(self._fail, RuntimeError(f"a step ended with {error!r}"))
 
     def _step_once(self) -> None:
         try:

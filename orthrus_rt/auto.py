@@ -92,12 +92,13 @@ class Auto:
 
         They are timed with all slots running and CONTEXT committed tokens each, or as many as the engine has room for.
         Kept costs of those that could are corrected by one more time each. Buckets with fewer pages than slots never
-        run full: they are not timed.
+        run full: all their cycles are recorded and none is timed.
         """
         self._begin()  # torch may have another number of threads by now
         with progress_bar(progress, total=len(self.shapes()), desc="warm-up", unit="cycle") as bar:
-            for slots in self._buckets:
-                self._warm(engine, slots, bar)
+            timed = [self._warm(engine, slots, bar) for slots in self._buckets]
+        if not any(timed):
+            return
         self.known = True
         if self._file is None:
             return
@@ -107,12 +108,16 @@ class Auto:
             self._file = None  # said once
             warnings.warn(f"the times of this warm-up cannot be kept for the next one: {error}", stacklevel=2)
 
-    def _warm(self, engine, slots: int, bar) -> None:
+    def _warm(self, engine, slots: int, bar) -> bool:
+        """Whether the bucket of ``slots`` was timed."""
         costs, plans = self.policy.costs, self.policy.plans_of(slots)
         room = engine.kv.num_free_pages // slots * PAGE_SIZE - engine.config.block_len
         context = min(CONTEXT, room, most_context(engine, plans))
         if context < 1:
-            return
+            for plan in plans:
+                engine.runner.cycle(plan, slots).warm_up()
+                bar.update()
+            return False
         plans, worth = sorted(plans, key=lambda p: p.num_passes * p.max_rows), []
         with dry_cycles(engine, plans, slots, context) as start:
             for plan in plans:
@@ -134,6 +139,7 @@ class Auto:
             rounds = [[self._seconds(start(plan)) for plan in worth] for _ in range(repeats)]
             for plan, seconds in zip(worth, zip(*rounds, strict=True), strict=True):
                 (costs.observe if self.known else costs.set)(slots, plan, statistics.median(seconds))
+        return True
 
     def _seconds(self, cycle: Cycle) -> float:
         """By the clock that times decoding; launched, as there, while the device is busy."""

@@ -99,6 +99,12 @@ def in_options(message: str, args) -> str:
     names = {name: "--" + name.replace("_", "-") for name in vars(args) if name not in ("command", "run", "prompt")}
     names |= {"max_batch_size": names.get("batch", "max_batch_size"), "prompt_ids": "prompt"}
 
+    def offered(knobs: re.Match) -> str:
+        have = [knob for knob in re.split(", | or ", knobs[0]) if names.get(knob, knob) != knob]
+        return " or ".join(filter(None, [", ".join(have[:-1]), have[-1]])) if have else knobs[0]
+
+    message = re.sub(r"(?<=: lower )\w+(, \w+)* or \w+", offered, message)
+
     def option(found: re.Match) -> str:
         name, follows = found.groups()
         if name is None:

@@ -190,9 +190,10 @@ class Engine(Generation):
                 self._tokenizer = self.checkpoint.load_tokenizer()
             return self._tokenizer
 
+    @exclusive
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict | None:
         """What ``mode="auto"`` goes by, for a batch of this size, ``greedy`` if none of it samples: see
-        :meth:`Policy.explain`. None while it is not on. For the thread that uses the engine.
+        :meth:`Policy.explain`. None while it is not on.
         """
         self._check_open()
         auto = self._autos.get(self._plan)
@@ -207,7 +208,7 @@ class Engine(Generation):
             The prompt's ids, in a list of its own.
 
         Raises:
-            ValueError: it would refuse them.
+            ValueError: it would refuse them, whatever other requests there are.
             RuntimeError: the engine is closed.
         """
         return self._make_request(prompt_ids, params, None, request_id).prompt
@@ -342,8 +343,9 @@ class Engine(Generation):
                 self.runner.cycle(self._default_plan, size).warm_up()
                 bar.update()
 
+    @exclusive
     def memory_report(self) -> dict[str, int]:
-        """Bytes by use: see :func:`orthrus_rt.memory.memory_report`. For the thread that uses the engine."""
+        """Bytes by use: see :func:`orthrus_rt.memory.memory_report`."""
         self._check_open()
         return memory_report(self)
 

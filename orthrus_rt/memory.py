@@ -22,14 +22,15 @@ def memory_report(engine) -> dict[str, int]:
     """Bytes by use.
 
     ``weights`` (of the AR view, embedding included), ``kv_pages`` and ``tables`` (rotary angles, page table) are
-    what AR decoding alone needs; only the last two grow with context. The diffusion view adds ``weights_diffusion``,
+    what AR decoding alone needs; the last two grow with context. The diffusion view adds ``weights_diffusion``,
     ``scratch`` (one layer's keys and values of the block rows) and, in ``activations``, one layer's buffers of these
     rows and the verified rows' choices (greedy: partial maxima instead of logits). ``activations`` and ``workspace``
-    (bounded) are sized by the most rows of a pass, a cycle's and a chunk of prompts; ``activations`` grows by the
-    logits of the former, and of a row for each slot, at the first request that samples or edits them; ``edits`` is
-    what penalties, bias and min_tokens need, once a request asked for any; ``cycles`` and ``graphs`` are what the
-    cycles and recorded passes with prompts so far hold: rows, and what torch keeps for CUDA graphs; the driver keeps
-    some more for their launches.
+    are sized by the most rows of a pass, a cycle's and a chunk of prompts; in ``workspace``, on CUDA, attention's
+    partial results of these rows grow with ``max_seq_len`` too, up to 512 MB and no further. ``activations`` grows by
+    the logits of a cycle's rows, and of a row for each slot, at the first request that samples or edits them;
+    ``edits`` is what penalties, bias and min_tokens need, once a request asked for any; ``cycles`` and ``graphs`` are
+    what the cycles and recorded passes with prompts so far hold: rows, and what torch keeps for CUDA graphs; the
+    driver keeps some more for their launches.
     """
     runner, sizes = engine.runner, engine.model.nbytes()
     scratch = runner.activations.scratch_k.nbytes + runner.activations.scratch_v.nbytes
@@ -64,8 +65,12 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
+KNOBS = "max_batch_size, num_pages or max_seq_len"
+KNOBS_OF_ROWS = f"draft_len, fan_out, {KNOBS}"  # of what is allocated for each row of a cycle
+
+
 @contextlib.contextmanager
-def naming_the_knobs(doing: str):
+def naming_the_knobs(doing: str, knobs: str = KNOBS):
     """Say of a failed allocation what was being done and which arguments make it smaller; the innermost says it.
 
     Raises:
@@ -77,6 +82,4 @@ def naming_the_knobs(doing: str):
         if isinstance(error, OutOfMemoryError) or not lacks_memory(error):
             raise
         said = str(error).strip().split("\n")[0]
-        raise OutOfMemoryError(
-            f"out of memory while {doing}: lower max_batch_size, num_pages or max_seq_len ({said})"
-        ) from error
+        raise OutOfMemoryError(f"out of memory while {doing}: lower {knobs} ({said})") from error

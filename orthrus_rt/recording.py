@@ -125,8 +125,8 @@ class Recorded:
             with naming_the_knobs(f"{doing} the {self.what}"):
                 yield
         except torch.OutOfMemoryError as error:
+            self._replay, self.op_by_op = None, True  # first: a program may have made warnings errors
             warnings.warn(f"{error}; until it is built anew, this runs op by op, slower", stacklevel=5)
-            self._replay, self.op_by_op = None, True
 
     def _record(self) -> Callable[[], None] | None:
         # Recording runs nothing: the state stays as it is.

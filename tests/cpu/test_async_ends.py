@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import sys
 import threading
 import traceback
 
@@ -154,6 +155,17 @@ def test_draining_does_not_wait_for_streams_that_have_failed(folder, monkeypatch
         await asyncio.wait_for(shared.close(drain=True), 10)
         with pytest.raises(ZeroDivisionError):
             await collect_rest(stream)
+
+    run(folder, use)
+
+
+def test_what_ends_a_thread_ends_the_streams(folder, monkeypatch):
+    """Nothing steps the engine again, so they would wait for ever."""
+
+    async def use(shared):
+        monkeypatch.setattr(shared.engine, "step", sys.exit)
+        with pytest.raises(RuntimeError, match=r"a step ended with SystemExit\(\)"):
+            await asyncio.wait_for(shared.generate([1, 2], LONG), 10)
 
     run(folder, use)
 

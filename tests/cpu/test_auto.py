@@ -276,6 +276,7 @@ def test_costs_belong_to_the_implementation_that_was_timed(folder, monkeypatch):
 
 CONTEXTS = [  # by slots, where two blocks of 8 positions and the pages leave less than 256
     ({}, {1: 240, 2: 240, 4: 240}),
+    ({"num_pages": 4, "max_batch_size": 5}, {1: 240, 2: 120, 4: 56}),
     ({"max_seq_len": 60}, {1: 44, 2: 44, 4: 44}),
     ({"max_seq_len": 16}, {}),
     ({"num_pages": 7}, {1: 240, 2: 184, 4: 56}),
@@ -283,7 +284,7 @@ CONTEXTS = [  # by slots, where two blocks of 8 positions and the pages leave le
 
 
 @pytest.mark.parametrize(("how", "contexts"), CONTEXTS)
-def test_warmup_times_sequences_in_the_middle_and_leaves_no_trace(folder, monkeypatch, how, contexts):
+def test_warmup_times_sequences_in_the_middle_and_leaves_no_trace(folder, cache, monkeypatch, how, contexts):
     auto = engine(folder, **how)
     auto.generate(PROMPTS, LONG)  # pages handed out and taken back, costs and acceptance learnt
     tensors, seen = snapshot(auto)
@@ -302,6 +303,9 @@ def test_warmup_times_sequences_in_the_middle_and_leaves_no_trace(folder, monkey
     after, still_seen = snapshot(auto)
     assert still_seen == seen and all(torch.equal(a, b) for a, b in zip(tensors, after, strict=True))
     assert dict(timed) == contexts
+    untimed = {(p, n) for p, n in auto._autos[auto._plan].shapes() if n not in contexts}
+    assert untimed <= {(cycle.plan, cycle.state.num_slots) for cycle in auto.runner._cycles.values() if cycle.settled}
+    assert auto._autos[auto._plan].known == bool(contexts) == bool(list(cache.glob("*")))
     assert [o.token_ids for o in auto.generate(PROMPTS, LONG)] == [
         o.token_ids for o in auto.generate(PROMPTS, LONG, mode="ar")
     ]

@@ -192,18 +192,22 @@ def test_faults_lose_nothing(folder, alone, fault, monkeypatch):
     all_pages_back(engine)
 
 
-def test_first_come_first_served(folder):
-    engine = make(folder, max_batch_size=2)
-    ids = [engine.submit([i + 1] * 5, SamplingParams(max_new_tokens=12, ignore_eos=True)) for i in range(7)]
-    first_seen = []
-    drain_order = []
-    while engine.has_unfinished():
+@pytest.mark.parametrize("num_pages", (None, 4))
+def test_first_come_first_served(folder, num_pages):
+    """Whoever needs most pages, too, while others keep coming who would need one; preempted or not."""
+    engine = make(folder, max_batch_size=2, num_pages=num_pages)
+    short = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    large = SamplingParams(max_new_tokens=240, ignore_eos=True)
+    ids = [engine.submit([i + 1] * 5, large if i in (1, 3) else short) for i in range(4)]
+    first_seen, ended = [], []
+    while not {ids[1], ids[3]} <= set(ended):
+        ids.append(engine.submit([7] * 5, short))
         for out in engine.step():
             if out.request_id not in first_seen:
                 first_seen.append(out.request_id)
             if out.finished:
-                drain_order.append(out.request_id)
-    assert first_seen == ids and len(drain_order) == 7
+                ended.append(out.request_id)
+    assert first_seen == ids[: len(first_seen)] and (engine.metrics.preemptions > 0) == (num_pages is not None)
 
 
 def test_whoever_ends_makes_room_for_the_next_pass(folder):
@@ -323,13 +327,14 @@ def test_calls_from_two_threads_are_refused(folder):
     worker = threading.Thread(target=lambda: engine.generate([1, 2], SamplingParams(max_new_tokens=2)))
     worker.start()
     assert inside.wait(10)
-    try:
-        engine.step()
-    except RuntimeError as error:
-        errors.append(str(error))
+    for call in (engine.step, engine.explain, engine.memory_report):
+        try:
+            call()
+        except RuntimeError as error:
+            errors.append(str(error))
     leave.set()
     worker.join()
-    assert errors == ["this engine is in use by another thread; share it through orthrus_rt.AsyncEngine"]
+    assert errors == ["this engine is in use by another thread; share it through orthrus_rt.AsyncEngine"] * 3
 
 
 def test_submit_validates_now(folder):

@@ -281,6 +281,12 @@ def test_errors_are_one_line(run, args, message):
         ),
         ("/max_seq_len/x-max_seq_len: model must be", "/max_seq_len/x-max_seq_len: model must be"),
         ("making max_batch_size 8, num_pages 9, max_seq_len.", "making max_batch_size 8, num_pages 9, --max-seq-len."),
+        (
+            "out of memory: lower max_batch_size, num_pages or max_seq_len (5 GiB)",
+            "out of memory: lower --max-seq-len (5 GiB)",
+        ),
+        ("rows: lower draft_len, fan_out, max_batch_size or num_pages", "rows: lower --draft-len or --fan-out"),
+        ("cache: lower num_pages or max_batch_size", "cache: lower num_pages or max_batch_size"),
         ("seed must be drawn for a model of any seed", "--seed must be drawn for a model of any seed"),
         ("'base_gguf': is neither; owner/x@seed=3?mode=ar", "'base_gguf': is neither; owner/x@seed=3?mode=ar"),
     ],

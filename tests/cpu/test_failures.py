@@ -61,7 +61,7 @@ def test_no_memory_for_logits_ends_those_who_sample(folder, alone, monkeypatch):
     jobs = [([1, 2], GREEDY), ([3, 4], SAMPLED), ([5], GREEDY), ([6], REJECTION)]
     ids = [engine.submit(*job) for job in jobs]
     got, errors = drain_with_errors(engine)
-    assert len(errors) == 2 and all("making room for logits: lower max_batch_size" in e for e in errors)
+    assert len(errors) == 2 and all("making room for logits: lower draft_len" in e for e in errors)
     for request_id, (prompt, params) in zip(ids, jobs, strict=True):
         assert got[request_id] == ((alone(prompt, params), "length") if params is GREEDY else ([], "error"))
     assert engine.kv.num_free_pages == engine.kv.num_pages
@@ -107,7 +107,7 @@ def test_who_needs_the_memory_ends_whoever_came_later(folder, alone, monkeypatch
     fault(monkeypatch)
     ids = [engine.submit([9, 8], params)] + [engine.submit([i + 1] * 3, GREEDY) for i in range(3)]
     got, errors = drain_with_errors(engine)
-    assert len(errors) == 1 and "lower max_batch_size" in errors[0]
+    assert len(errors) == 1 and "max_batch_size, num_pages" in errors[0]
     assert got[ids[0]][1] == "error" and len(got[ids[0]][0]) <= 1
     assert [got[i] for i in ids[1:]] == [(alone([i + 1] * 3, GREEDY), "length") for i in range(3)]
 

@@ -99,6 +99,15 @@ def test_out_of_memory_names_the_knobs(folder, monkeypatch, where):
         make(folder)
 
 
+def test_cycles_that_are_too_large_name_what_makes_their_rows(folder, monkeypatch):
+    engine = make(folder)
+    monkeypatch.setattr("orthrus_rt.runner.Activations", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(
+        torch.OutOfMemoryError, match="rows a pass: lower draft_len, fan_out, max_batch_size, num_pages"
+    ):
+        engine.generate([1], mode="one_pass", fan_out=9)
+
+
 @pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
 @pytest.mark.parametrize("kind", (poison.GREEDY, poison.SAMPLED), ids=("greedy", "sampled"))
 def test_cycles_that_find_no_memory_for_their_recording_run_op_by_op(folder, mode, kind):

@@ -1,5 +1,7 @@
 """Progress bars of generate and warmup: on request, and nothing at all without one."""
 
+import re
+
 from orthrus_rt.sampling import SamplingParams
 from tests.engines import make
 
@@ -8,6 +10,13 @@ def test_a_progress_bar_counts_every_prompt_once(folder, capsys):
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (2, 20)]
     make(folder, mode="ar").generate([[1], [2]], params, progress=True)
     assert " 2/2 " in capsys.readouterr().err.rpartition("\r")[2]
+
+
+def test_a_progress_bar_of_a_warmup_counts_every_cycle(folder, capsys):
+    """Those of the bucket of 3, which is never full, too."""
+    make(folder, mode="auto", max_batch_size=3, num_pages=2, max_seq_len=128).warmup(progress=True)
+    done, total = re.search(r" (\d+)/(\d+) ", capsys.readouterr().err.rpartition("\r")[2]).groups()
+    assert done == total
 
 
 def test_what_nobody_asked_to_see_settles_nothing_for_the_program(folder, monkeypatch):
