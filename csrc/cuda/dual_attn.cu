@@ -51,6 +51,13 @@ void cut_into_units(DualAttnLaunch& a, int tile_m) {
   a.num_units = a.units_per_group * a.p.rows.num_groups;
 }
 
+template <typename V>
+int launch_fold(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
+  cut_into_units(a, V::kTileM);
+  return launch(dual_attn_fold_kernel<V>, a, dim3(a.num_units * a.p.kv.num_heads_kv), V::kThreads,
+                V::kSmemBytes + sizeof(Schedule), stream, device);
+}
+
 template <int kHeadDim>
 int run(DualAttnLaunch a, void* stream) {
   const DeviceInfo device = device_info();
@@ -65,10 +72,14 @@ int run(DualAttnLaunch a, void* stream) {
   const bool enough = a.units_per_group > 1 ? 4 * pairs >= 3 * device.num_sms : pairs >= 4 * device.num_sms;
   const int64_t needed = workspace_bytes(a.p.rows.num_rows, a.p.num_heads_q, kHeadDim, a.p.max_seq_len);
   if (enough || a.num_units > kMaxUnits || !a.p.workspace || a.p.workspace_bytes < needed) {
-    using V = Variant<kHeadDim, 8, 1, true>;
-    cut_into_units(a, V::kTileM);
-    return launch(dual_attn_fold_kernel<V>, a, dim3(a.num_units * a.p.kv.num_heads_kv), V::kThreads,
-                  V::kSmemBytes + sizeof(Schedule), stream, device);
+    // The warps of a CTA multiply, or compute probabilities, all at the same time: two CTAs on an SM do both.
+    using Half = Variant<kHeadDim, 4, kHeadDim == 64 ? 2 : 1, true>;
+    using Whole = Variant<kHeadDim, 8, 1, true>;
+    int per_sm = 0;
+    const int error =
+        occupancy(dual_attn_fold_kernel<Half>, Half::kThreads, Half::kSmemBytes + sizeof(Schedule), &per_sm);
+    if (error) return error;
+    return per_sm > 1 ? launch_fold<Half>(a, stream, device) : launch_fold<Whole>(a, stream, device);
   }
   a.partial = static_cast<float*>(a.p.workspace);
   a.partial_state = reinterpret_cast<float2*>(

@@ -50,7 +50,7 @@ __device__ bool leave_partial(const float (&acc)[kTileRows / 2], const RowLinear
 }
 
 // An epilogue gets a tile's sums from a class, WholeSums or FoldedSums: it loads the sums of a step of
-// kStagingRows rows ahead, and later stages them, each thread its own.
+// kStepRows rows ahead, and later stages them, each thread its own.
 constexpr int kStepSums = kStagingRows / 2;  // of a thread
 
 // `s`: of the thread's first row, and staged_at() its first feature, below 8 of a warp's 16: the other, 8 further,
@@ -62,18 +62,25 @@ __device__ __forceinline__ void stage_pairs(float* s, float a, float b, float c,
   s[kStagingStride + 8] = d;
 }
 
-// Of a tile that was not cut: a thread's own accumulators.
-template <int kTileRows>
+// Of a tile that was not cut: a thread's own accumulators, kStepRows rows a step.
+template <int kTileRows, int kStepRows_ = kStagingRows>
 struct WholeSums {
+  static constexpr int kStepRows = kStepRows_;
   const float (&acc)[kTileRows / 2];
 
   __device__ void load_ahead(int) {}
+  // Registers have constant names: a branch for each step, as else all steps' stores would be issued, predicated.
+  template <int kStep = 0>
   __device__ void stage(int t0, float* s) const {
+    if (t0 == kStep) {
 #pragma unroll
-    for (int j = 0; j < kTileRows / 8; ++j)  // registers have constant names
-      if (8 * j / kStagingRows == t0 / kStagingRows)
-        stage_pairs(s + 8 * j % kStagingRows * kStagingStride, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2],
-                    acc[4 * j + 3]);
+      for (int j = 0; j < kStepRows / 8; ++j) {
+        const float* sums = acc + (kStep + 8 * j) / 2;
+        stage_pairs(s + 8 * j * kStagingStride, sums[0], sums[1], sums[2], sums[3]);
+      }
+    } else if constexpr (kStep + kStepRows < kTileRows) {
+      stage<kStep + kStepRows>(t0, s);
+    }
   }
 };
 
@@ -81,6 +88,7 @@ struct WholeSums {
 // step at once: a branch around a load would make the next one wait for it.
 template <int kTileRows>
 struct FoldedSums {
+  static constexpr int kStepRows = kStagingRows;
   static constexpr int kAhead = 5;  // CTAs that share a tile, at most, in nearly all weights of nearly all models
   const float4 *begin, *rest;       // of the first CTA, which ends inside the tile, and as if it began there
   int count;
@@ -197,59 +205,74 @@ __device__ __forceinline__ void keep_best(Best* best, const float (&v)[8], int c
   if (threadIdx.x % 8 == 0 && beats(top, *best)) *best = top;
 }
 
-// The epilogue of one block: sums cross shared memory kStagingRows rows at a time, so that a thread ends with 8
-// consecutive features of one row. Called by all threads of a group.
+// The epilogue of one block: sums cross shared memory in steps, once or twice kStagingRows rows, so that a thread ends
+// with 8 consecutive features of each of one or two rows. Called by all threads of a group.
 template <int kTileRows, class Sums>
 __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, int row_begin, int row_end, int group,
                              float* staging, Best* best) {
   const RowLinearParams& p = args.p;
   const Epilogue epilogue = p.epilogue;
-  uint4 residual;  // where aligned: used only where it was loaded
-  auto residual_at = [&](int t0) {
+  constexpr int kStep = Sums::kStepRows, kParts = kStep / kStagingRows;
+  uint4 residual[kParts];  // where aligned: used only where it was loaded
+  auto residual_at = [&](int t0, int i) {
     const uint32_t thread = thread_here();
     const int row = row_begin + t0 + thread / 8, column = block * kBlock + thread % 8 * 8;
     if (epilogue == Epilogue::kResidual && p.out_features % 8 == 0 && column < p.out_features && t0 < kTileRows &&
         row < row_end)
-      residual = *reinterpret_cast<const uint4*>(p.residual + static_cast<int64_t>(row) * p.out_features + column);
+      residual[i] = *reinterpret_cast<const uint4*>(p.residual + static_cast<int64_t>(row) * p.out_features + column);
   };
-  residual_at(0);
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) residual_at(i * kStagingRows, i);
+  // `quarter`: 16 of the block's features, 8 outputs.
+  auto finish_silu_mul = [&](int t0, uint32_t step_row, uint32_t quarter) {
+    const int columns = p.out_features / 2, column = block * (kBlock / 2) + 8 * quarter;
+    const int row = row_begin + t0 + step_row;
+    if (row < row_end && column < columns) {
+      float v[8];
+      silu_mul(v, staging + step_row * kStagingStride, 16 * quarter);
+      store_bf16(static_cast<bf16_t*>(p.out) + static_cast<int64_t>(row) * columns + column, v, columns - column,
+                 columns % 8 == 0, nullptr);
+    }
+  };
   sums.load_ahead(0);
 #pragma unroll 1
-  for (int t0 = 0; t0 < kTileRows && row_begin + t0 < row_end; t0 += kStagingRows) {
+  for (int t0 = 0; t0 < kTileRows && row_begin + t0 < row_end; t0 += kStep) {
     const uint32_t thread = thread_here(), eighth = thread % 8, tile_row = thread / 8;
     group_sync(group);
     sums.stage(t0, staging + thread % 4 * 2 * kStagingStride + staged_at(thread / 32 * 16 + thread % 32 / 4));
-    sums.load_ahead(t0 + kStagingRows);
+    sums.load_ahead(t0 + kStep);
     group_sync(group);
-    const float* staged = staging + tile_row * kStagingStride;
-    const int row = row_begin + t0 + tile_row;
-    float v[8];
     if (epilogue == Epilogue::kSiluMul) {
-      const int columns = p.out_features / 2, column = block * (kBlock / 2) + 8 * eighth;
-      if (row < row_end && eighth < 4 && column < columns) {
-        silu_mul(v, staged, 16 * eighth);
-        store_bf16(static_cast<bf16_t*>(p.out) + static_cast<int64_t>(row) * columns + column, v, columns - column,
-                   columns % 8 == 0, nullptr);
-      }
+      if constexpr (kParts == 2)  // four threads a row; of eight, those of rows whose banks differ
+        finish_silu_mul(t0, thread / 16 * 4 + thread / 4 % 2 * 2 + thread / 8 % 2, thread % 4);
+      else if (eighth < 4)
+        finish_silu_mul(t0, tile_row, eighth);
       continue;
     }
-    load8(v, staged, 8 * eighth);
-    const int columns = p.out_features, column = block * kBlock + 8 * eighth, count = columns - column;
-    const int64_t offset = static_cast<int64_t>(row) * columns + column;
-    if (epilogue == Epilogue::kArgmax) {
-      keep_best(best + t0 + tile_row, v, count, column);
-    } else if (row < row_end && count > 0) {
-      const bool aligned = columns % 8 == 0;
-      if (epilogue == Epilogue::kLogits) {
-        store_f32(static_cast<float*>(p.out) + offset, v, count, columns % 4 == 0);
-      } else {
-        const bool adds = epilogue == Epilogue::kResidual;
-        if (adds && aligned) {
-          add8(v, residual);
-          residual_at(t0 + kStagingRows);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const int t = t0 + i * kStagingRows;
+      const float* staged = staging + (i * kStagingRows + tile_row) * kStagingStride;
+      const int row = row_begin + t + tile_row;
+      float v[8];
+      load8(v, staged, 8 * eighth);
+      const int columns = p.out_features, column = block * kBlock + 8 * eighth, count = columns - column;
+      const int64_t offset = static_cast<int64_t>(row) * columns + column;
+      if (epilogue == Epilogue::kArgmax) {
+        keep_best(best + t + tile_row, v, count, column);
+      } else if (row < row_end && count > 0) {
+        const bool aligned = columns % 8 == 0;
+        if (epilogue == Epilogue::kLogits) {
+          store_f32(static_cast<float*>(p.out) + offset, v, count, columns % 4 == 0);
+        } else {
+          const bool adds = epilogue == Epilogue::kResidual;
+          if (adds && aligned) {
+            add8(v, residual[i]);
+            residual_at(t + kStep, i);
+          }
+          store_bf16(static_cast<bf16_t*>(p.out) + offset, v, count, aligned,
+                     adds && !aligned ? p.residual + offset : nullptr);
         }
-        store_bf16(static_cast<bf16_t*>(p.out) + offset, v, count, aligned,
-                   adds && !aligned ? p.residual + offset : nullptr);
       }
     }
   }

@@ -40,7 +40,7 @@ struct Stream {
 #pragma unroll
     for (int i = 0; i < (chunks + kThreads - 1) / kThreads; ++i) {
       const int chunk = threadIdx.x + i * kThreads;
-      if (chunks % kThreads != 0 && chunk >= chunks) break;
+      if ((i + 1) * kThreads > chunks && chunk >= chunks) break;
       const int block = first_block + chunk / (kWeightBytes / 16);
       const bool valid = block < args.plan.blocks;
       const int64_t unit = static_cast<int64_t>(valid ? block : 0) * args.plan.k_blocks + kb;
@@ -50,7 +50,7 @@ struct Stream {
 #pragma unroll
     for (int i = 0; i < (kTileRows * 8 + kThreads - 1) / kThreads; ++i) {
       const int chunk = threadIdx.x + i * kThreads;
-      if (kTileRows * 8 % kThreads != 0 && chunk >= kTileRows * 8) break;
+      if ((i + 1) * kThreads > kTileRows * 8 && chunk >= kTileRows * 8) break;
       const int row = row_begin + chunk / 8;
       const bool valid = row < row_end;
       copy16(x_base + swizzled(chunk / 8, chunk % 8),

@@ -46,15 +46,18 @@ __device__ __forceinline__ void multiply(float (&acc)[kTileRows / 2], const uint
 
 // acc = the sum over the next `length` stages, from zero. With many rows, which is more arithmetic, the next stage's
 // begins before this one is released; with few, a stage is taken to be worth more as room for the next load (not
-// measured).
-template <int kTileRows, bool kManyRows>
+// measured). meanwhile() is called while the last products are under way; with many rows acc must have been written.
+template <int kTileRows, bool kManyRows, typename Meanwhile>
 __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const Ring<kTileRows, false>& ring,
-                                            Cursor& cursor, int length, int group, const void*, bool) {
+                                            Cursor& cursor, int length, int group, const void*, bool,
+                                            const Meanwhile& meanwhile) {
   using namespace sm90;
   const bool releases = threadIdx.x % 32 == 0;
   int previous = 0;
+  if constexpr (!kManyRows) {
 #pragma unroll
-  for (int i = 0; i < kTileRows / 2; ++i) acc[i] = 0.0f;  // until here the registers are free
+    for (int i = 0; i < kTileRows / 2; ++i) acc[i] = 0.0f;  // until here the registers are free
+  }
   pin(acc);
 #pragma unroll 1
   for (int i = 0; i < length; ++i) {
@@ -70,6 +73,7 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const R
     cursor.advance(ring.num_stages);
   }
   if (kManyRows) {
+    meanwhile();
     wgmma_wait<0>();
     if (releases) barrier_arrive(ring.empty(previous));
   }
@@ -79,10 +83,10 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const R
 // The same over coded weights. The next stage's codes come to registers during this one's products, before this one is
 // released: in a CTA of one group nothing else would hide that, and it is worth a stage. `weight`: where its blocks
 // begin. `exists`: the group has a block; else its sums are anything.
-template <int kTileRows, bool>
+template <int kTileRows, bool kManyRows, typename Meanwhile>
 __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const Ring<kTileRows, true>& ring,
                                             Cursor& cursor, int length, int group, const void* weight,
-                                            bool exists) {
+                                            bool exists, const Meanwhile& meanwhile) {
   using namespace sm90;
   const auto block = [&] { return reinterpret_cast<const CodedBlock*>(ring.weight(cursor.stage, group)); };
   CodedPart part{};
@@ -90,8 +94,10 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const R
     barrier_wait(ring.full(cursor.stage), cursor.parity);
     if (exists) part = load_part(*block());
   };
+  if constexpr (!kManyRows) {
 #pragma unroll
-  for (int i = 0; i < kTileRows / 2; ++i) acc[i] = 0.0f;
+    for (int i = 0; i < kTileRows / 2; ++i) acc[i] = 0.0f;
+  }
   pin(acc);
   load();
 #pragma unroll 1
@@ -106,7 +112,10 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const R
     wgmma_commit();
     const int stage = cursor.stage;
     cursor.advance(ring.num_stages);
-    if (i + 1 < length) load();
+    if (i + 1 < length)
+      load();
+    else
+      meanwhile();
     wgmma_wait<0>();
     __syncwarp();  // every lane has read its part of the block
     if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty(stage));
@@ -131,7 +140,7 @@ __device__ void consume_few_rows(const RowLinearArgs& args, const Ring<kTileRows
       const int tile = (walk.begin + offset) / plan.k_blocks;
       const int kb = (walk.begin + offset) % plan.k_blocks;
       const int length = min(plan.k_blocks - kb, walk.length - offset);
-      sum_segment<kTileRows, false>(acc, ring, cursor, length, group, args.weight_of(row_tile), true);
+      sum_segment<kTileRows, false>(acc, ring, cursor, length, group, args.weight_of(row_tile), true, [] {});
       const int view = args.is_diff(row_tile), rows = row_end - row_begin;
       auto finish = [&](auto sums) {
         finish_block<kTileRows>(sums, args, tile * plan.blocks_per_tile + group, row_begin, row_end, group,
@@ -163,16 +172,25 @@ __device__ void consume_many_rows(const RowLinearArgs& args, const Ring<kTileRow
     const int block = walk.first_block(item) + group;
     const int tile = min(block, plan.blocks - 1) / plan.blocks_per_tile, row_tile = walk.row_tile(item);
     const bool exists = block < plan.blocks;
-    for (int kb = 0; kb < plan.k_blocks;) {
-      const int end = plan.segment_end(tile, kb);
-      sum_segment<kTileRows, true>(acc, ring, cursor, end - kb, group, args.weight_of(row_tile), exists);
 #pragma unroll
-      for (int i = 0; i < kTileRows / 2; ++i) sum[i] = kb == 0 ? acc[i] : sum[i] + acc[i];
+    for (int i = 0; i < kTileRows / 2; ++i) {
+      acc[i] = 0.0f;   // until here the registers are free
+      sum[i] = -0.0f;  // changes no bit of what is added to it
+    }
+    for (int kb = 0, end = plan.segment_end(tile, 0); kb < plan.k_blocks;) {
+      int next = end;
+      sum_segment<kTileRows, true>(acc, ring, cursor, end - kb, group, args.weight_of(row_tile), exists, [&] {
+        if (end < plan.k_blocks) next = plan.segment_end(tile, end);
+      });
+#pragma unroll
+      for (int i = 0; i < kTileRows / 2; ++i) sum[i] += acc[i];
       kb = end;
+      end = next;
     }
     if (exists)
-      finish_block<kTileRows>(WholeSums<kTileRows>{sum}, args, block, args.row_begin(row_tile, kTileRows),
-                            args.row_end(row_tile), group, ring.shared.staging[group], nullptr);
+      finish_block<kTileRows>(WholeSums<kTileRows, kManyStagingRows>{sum}, args, block,
+                              args.row_begin(row_tile, kTileRows), args.row_end(row_tile), group, ring.staging(group),
+                              nullptr);
   }
 }
 #endif
@@ -235,9 +253,9 @@ int launch_variant(const RowLinearArgs& plain, void* stream, const DeviceInfo& d
   constexpr int room = (kSharedPerSm - (ctas == 1 ? 0 : kSharedOfOthers)) / ctas - kSharedOfCta - sizeof(Shared);
   static_assert(room / stage_bytes<kTileRows, kCoded>(2) >= 3);
   const bool argmax = args.p.epilogue == Epilogue::kArgmax;
-  const int best = argmax ? blocks * kTileRows * static_cast<int>(sizeof(Best)) : 0;
-  args.num_stages = min((room - best) / stage_bytes<kTileRows, kCoded>(blocks), kMaxStages);
-  const int shared = sizeof(Shared) + args.num_stages * stage_bytes<kTileRows, kCoded>(blocks) + best;
+  const int behind = kManyRows ? 2 * kManyStagingBytes : argmax ? blocks * kTileRows * int{sizeof(Best)} : 0;
+  args.num_stages = min((room - behind) / stage_bytes<kTileRows, kCoded>(blocks), kMaxStages);
+  const int shared = sizeof(Shared) + args.num_stages * stage_bytes<kTileRows, kCoded>(blocks) + behind;
 
   const auto kernel = row_linear_sm90<kTileRows, kManyRows, kCoded>;
   int grid = args.plan.grid;

@@ -8,6 +8,8 @@
 namespace orthrus::cuda {
 
 constexpr int kMaxStages = 16;
+constexpr int kManyStagingRows = 2 * kStagingRows;  // of many rows
+constexpr int kManyStagingBytes = kManyStagingRows * kStagingStride * 4;
 
 template <int kTileRows>
 constexpr int kXBytes = kTileRows * kBlock * 2;
@@ -17,7 +19,8 @@ __host__ __device__ constexpr int stage_bytes(int blocks) {
 }
 
 // The start of shared memory, at addresses that take no registers. Behind it x of all the ring's stages, which its
-// swizzle wants at multiples of 1024 bytes, then their weights, then for kArgmax the best logits.
+// swizzle wants at multiples of 1024 bytes, then their weights, then for kArgmax the best logits, or with many rows
+// transposition buffers that are twice as large.
 struct alignas(1024) Shared {
   uint64_t full[kMaxStages], empty[kMaxStages];
   int32_t flags[2];                              // of each group
@@ -39,6 +42,9 @@ struct Ring {
   }
   __device__ uint8_t* x(int stage) const {
     return reinterpret_cast<uint8_t*>(&shared + 1) + stage * kXBytes<kTileRows>;
+  }
+  __device__ float* staging(int group) const {
+    return reinterpret_cast<float*>(weight(num_stages, 0) + group * kManyStagingBytes);
   }
   __device__ Best* best() const { return reinterpret_cast<Best*>(weight(num_stages, 0)); }
 };

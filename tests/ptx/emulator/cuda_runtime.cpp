@@ -122,7 +122,8 @@ cudaError_t cudaFuncSetAttribute(const void* f, cudaFuncAttribute attribute, int
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* ctas, const void*, int threads, size_t shared) {
-  *ctas = std::max(1, std::min<int>(2048 / threads, static_cast<int>(227 * 1024 / (shared + 1024))));
+  const int of_sm = (ptx::architecture == 90 ? 228 : 100) * 1024;  // as above, of the smallest
+  *ctas = std::max(1, std::min<int>(2048 / threads, of_sm / static_cast<int>(shared + 1024)));
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* ctas, const void* f, int threads, size_t shared,
