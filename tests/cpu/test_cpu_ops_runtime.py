@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -87,6 +89,37 @@ def test_a_tape_takes_in_what_another_replays(isa):
     assert torch.equal(taped.logits, eager.logits) and torch.equal(taped.pages, eager.pages)
 
 
+def filling(out, value):
+    """An op that fills ``out`` with ``value``."""
+    table, token = torch.full((1, out.shape[1]), float(value)), torch.zeros(len(out), dtype=torch.int32)
+    return (lambda: ops.embed(token, table, out)), (table, token)
+
+
+def test_a_tape_keeps_the_order_and_forgets_what_it_held():
+    out = torch.zeros(1, 8)
+    (first, _kept), (last, _too) = (filling(out, value) for value in (1, 2))
+    inner, outer = dispatch.extension().cpu.Tape(), dispatch.extension().cpu.Tape()
+    for begin, end, want in ((first, last, 2), (last, first, 1)):
+        with inner.record():
+            end()
+        with outer.record():
+            begin()
+            inner.replay()
+        assert (len(inner), len(outer)) == (1, 2)
+        outer.replay()
+        assert out.eq(want).all()
+
+
+def test_a_tape_records_its_own_thread_alone():
+    out, tape = torch.zeros(1, 8), dispatch.extension().cpu.Tape()
+    op, _kept = filling(out, 3)
+    with tape.record():
+        other = threading.Thread(target=op)
+        other.start()
+        other.join()
+    assert len(tape) == 0 and out.eq(3).all()
+
+
 def test_tape_misuse():
     cpu = dispatch.extension().cpu
     tape = cpu.Tape()
@@ -106,17 +139,18 @@ def test_threads_of_python_share_the_pool():
     want = Layer()
     want.run()
     layers = [Layer() for _ in range(4)]
+    weight, x = weights.pack(randn(640, 640, seed=1), impl="cpu"), randn(64, 640, seed=2)
+    product, outs = poison(64, 640), [poison(64, 640) for _ in layers]
+    ops.row_linear(x, weight, product)
 
-    def work(layer):
+    def work(layer, out):
         for _ in range(50):
             layer.run()
+            ops.row_linear(x, weight, out.fill_(torch.nan))  # long enough for two to meet
+            assert torch.equal(out, product)
 
-    with threads(2):
-        workers = [threading.Thread(target=work, args=(layer,)) for layer in layers]
-        for w in workers:
-            w.start()
-        for w in workers:
-            w.join()
+    with threads(2), ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, layers, outs))
     assert all(torch.equal(layer.logits, want.logits) for layer in layers)
 
 
@@ -137,6 +171,107 @@ with threads(2):
     child.run()
 """
     apart.run(code)
+
+
+WHO_TAKES_PART = """
+import os, threading, time, torch, traceback
+from orthrus_rt import ops, weights
+from tests.native_cpu import randn
+weight, x = weights.pack(randn(2048, 1024, seed=1).float(), impl="cpu"), randn(256, 1024, seed=2).float()
+out = torch.empty(256, 2048)
+
+def tasks():
+    return {int(task) for task in os.listdir("/proc/self/task")}
+
+def time_of(task):
+    with open(f"/proc/self/task/{task}/schedstat") as file:
+        return int(file.read().split()[0])  # ns
+
+def run(count, times=1):
+    torch.get_num_threads = lambda: count  # to set it would start threads of torch's
+    for _ in range(times):
+        ops.row_linear(x, weight, out)
+
+def check():
+    before = tasks()
+    run(4)
+    workers = sorted(tasks() - before)
+    assert len(workers) == 3, workers
+    for count in (4, 3, 2, 4):
+        worked = set()
+        for _ in range(100):
+            time.sleep(0.01)  # until they sleep
+            then = {worker: time_of(worker) for worker in workers}
+            run(count)
+            worked |= {worker for worker in workers if time_of(worker) - then[worker] > 1e6}
+            if len(worked) == count - 1:
+                break
+        assert worked == set(workers[: count - 1]), (count, workers, worked)
+
+check()
+"""
+
+
+def test_who_takes_part():
+    """As many threads as torch has, though they fell asleep before."""
+    apart.run(WHO_TAKES_PART)
+
+
+def test_who_takes_part_in_a_forked_child():
+    """Threads of its own, also if an op of another thread was under way."""
+    code = """
+busy = threading.Thread(target=run, args=(2, 20))
+busy.start()
+time.sleep(0.02)
+if (pid := os.fork()) == 0:
+    try:
+        check()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(3)
+    os._exit(0)
+assert busy.is_alive() and os.waitpid(pid, 0)[1] == 0
+busy.join()
+"""
+    apart.run(WHO_TAKES_PART + code)
+
+
+def test_other_threads_run_meanwhile():
+    """While an op, a replay, or a weight on its way into 12 bits takes its time."""
+    cpu = dispatch.extension().cpu
+    weight, x = weights.pack(randn(2048, 2048, seed=1).float(), impl="cpu"), randn(300, 2048, seed=2).float()
+    out, plain, coded = torch.empty(300, 2048), randn(64 * 2048, 64, seed=3), torch.empty(64 * 2048 * 64).bfloat16()
+    encoder, tape = cpu.WeightEncoder(plain.data_ptr(), 2048, 64), cpu.Tape()
+
+    def op():
+        ops.row_linear(x, weight, out)
+
+    with tape.record():
+        op()
+
+    def turns_beside(call):
+        begun, ended, turns = threading.Event(), threading.Event(), 0
+
+        def work():
+            begun.set()
+            call()
+            ended.set()
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        begun.wait()
+        while not ended.is_set():
+            time.sleep(1e-3)
+            turns += 1
+        worker.join()
+        return turns
+
+    calls = {"op": op, "replay": tape.replay, "write": lambda: encoder.write(coded.data_ptr())}
+    calls["encode"] = lambda: cpu.WeightEncoder(plain.data_ptr(), 2048, 64)
+    with threads(1):
+        for name, call in calls.items():
+            turns = [turns_beside(call) for _ in range(9)]
+            assert sorted(turns)[4] > 4, (name, turns)
 
 
 def test_a_worker_without_memory():
@@ -188,7 +323,7 @@ with threads(2):
 def test_threads_started_without_memory():
     """The op raises and says so; those that were started stay, and with memory again it runs on all of them."""
     code = """
-import pytest, torch
+import os, pytest, torch
 from orthrus_rt import ops, weights
 from tests.native_cpu import AddressSpace, randn
 weight, x = weights.pack(randn(640, 64, seed=1), impl="cpu"), randn(9, 64, seed=2)
@@ -210,15 +345,18 @@ for mebibytes in (1, 2, 4, 12, 40):
         torch.set_num_threads(30)
 ops.row_linear(x, weight, got.zero_())
 assert torch.equal(got, want)
+assert len(os.listdir("/proc/self/task")) >= 30
 """
     apart.run(code)
 
 
 def test_flushing_of_subnormal_numbers_changes_no_bit():
-    """Neither the caller's nor that of the thread which started a worker; and the caller's own mode stays."""
+    """Neither the caller's nor that of the thread which started a worker, be it for an op or to pack a weight; and the
+    caller's own mode stays.
+    """
     code = """
 import torch
-from orthrus_rt import ops, weights
+from orthrus_rt import dispatch, ops, weights
 tiny = torch.tensor([8e-39])
 
 def check(dtype):
@@ -240,8 +378,12 @@ def check(dtype):
             torch.set_flush_denormal(False)
     return bool(want.any())
 
-if not torch.set_flush_denormal(False):  # not on this machine
+if not torch.set_flush_denormal(True):  # not on this machine
     raise SystemExit
+plain = torch.ones(256, 64, dtype=torch.bfloat16)
+dispatch.extension().cpu.set_num_threads(2)
+dispatch.extension().cpu.WeightEncoder(plain.data_ptr(), 8, 32)
+torch.set_flush_denormal(False)
 assert check(torch.float32)
 check(torch.bfloat16)  # some instructions take such numbers for zeros, always
 """
@@ -267,6 +409,7 @@ def isa_of(**env):
 
 def test_isa_override():
     assert isa_of(ORTHRUS_CPU_ISA="portable").stdout == "portable\n"
+    assert isa_of(ORTHRUS_CPU_ISA="").stdout == f"{dispatch.extension().cpu.isa()}\n"
     wrong = isa_of(ORTHRUS_CPU_ISA="sse9")
     assert wrong.returncode
     assert re.search(r"ORTHRUS_CPU_ISA: must be one of (\w+, )+portable, got sse9", wrong.stderr)

@@ -270,6 +270,7 @@ def test_nothing_to_do_is_done(monkeypatch):
         ([1, 5, 6], {}, "rows.group_start[0] must be 0, got 1"),
         ([0, 3, 5], {}, "rows.group_start[2] must be 6, got 5"),
         ([0, 5, 6], {"num_groups_ar": 1}, "rows.group_start[1] must be 6, got 5"),
+        ([0, 5, 5], {"num_groups_ar": 1, "num_rows_ar": 5}, "rows.group_start[2] must be 6, got 5"),
     ],
 )
 def test_groups_that_would_leave_rows_out(group_start, changes, message):
@@ -281,8 +282,9 @@ def test_groups_that_would_leave_rows_out(group_start, changes, message):
     )
     attention(**arguments)
     bad = replace(rows, group_start=torch.tensor(group_start, dtype=I32), **changes)
+    scratch = f32(6 - bad.num_rows_ar, HEADS_KV, DIM)
     with pytest.raises(ValueError) as error:
-        attention(**(arguments | {"rows": bad}))
+        attention(**(arguments | {"rows": bad, "scratch_k": scratch, "scratch_v": scratch}))
     assert str(error.value) == f"dual_attn: {message}"
     tape = dispatch.extension().cpu.Tape()
     with tape.record():

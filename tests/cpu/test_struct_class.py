@@ -3,6 +3,7 @@
 import gc
 import re
 import struct
+import sys
 
 import pytest
 
@@ -84,6 +85,17 @@ def test_a_struct_within_another_is_set_by_a_copy_and_read_in_place():
     del params
     gc.collect()
     assert within.num_rows == 7  # it keeps what it is part of
+
+
+def test_references_are_given_back():
+    params = native.DualAttnParams()
+    counted = params, native.DualAttnParams, native.Rows
+    before = [sys.getrefcount(each) for each in counted]
+    for _ in range(10):
+        assert params.rows.num_rows == native.Rows().num_rows == 0
+        with pytest.raises(TypeError):
+            native.Rows(num_rows=None)
+    assert [sys.getrefcount(each) for each in counted] == before
 
 
 def test_an_op_takes_its_own_parameters():
