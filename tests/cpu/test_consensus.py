@@ -221,3 +221,28 @@ def test_draft_rows_without_a_choice_are_drafts_all_the_same(consensus, nothing)
     consensus(state, (value, ids.repeat(2 * k, 1)), st.STEP_VERIFY_AND_DRAFT, st.NEXT_ONE_PASS, rows, MASK, k, 1)
     assert int(state.finish[0]) == st.RUNNING and state.output[0, 0] == 6
     assert rows.token[:k].tolist() == [6, 5, 5, 5] and not state.draft_prob[0, 1:k].any()
+
+
+def test_candidates_that_tie_or_overflow(consensus):
+    """The lower id comes first; where the largest is infinite nobody is believed."""
+    k, inf = 4, torch.inf
+    state = st.SlotState.allocate(1, k, 8, 1, "cpu", max_fan_out=1)
+    state.cache_seqlens[0], state.limit[0], state.finish[0] = 10, 40, st.RUNNING
+    state.hypotheses[0, 0] = torch.tensor([0, -1])
+    value = torch.zeros(2 * k, 5)
+    value[[0, k], 1] = 1.0
+    value[k + 1 :] = torch.tensor([[1, 4, 4, 4, 2], [2, 3, 2, 2, -inf], [1, inf, 3, inf, torch.nan]])
+    ids = torch.arange(5, 10, dtype=torch.int32).repeat(2 * k, 1)
+    consensus(state, (value, ids), st.STEP_VERIFY_AND_DRAFT, st.NEXT_NONE, None, MASK, k, 1)
+    assert state.block_tokens[0].tolist() == [6, 6, 6, 6]
+    assert state.runner_up[0, 1:].tolist() == [[7, 8], [5, 7], [8, 7]]
+    assert state.draft_prob[0, 1, 0] == state.draft_prob[0, 1, 2] > 0 and not state.draft_prob[0, 3].any()
+
+
+def test_a_shorter_block_stages_fewer_drafts(consensus):
+    state = st.SlotState.allocate(1, 6, 8, 1, "cpu")
+    state.cache_seqlens[0], state.limit[0], state.finish[0], state.num_drafts[0] = 10, 40, st.RUNNING, 5
+    state.block_tokens[0] = torch.arange(20, 26)
+    rows = empty_rows(1, 3, 0, 0, "cpu")
+    consensus(state, (None, None), st.STEP_STAGE, st.NEXT_VERIFY, rows, MASK, 3, 0)
+    assert int(state.num_drafts[0]) == 2 and rows.token.tolist() == [20, 21, 22]

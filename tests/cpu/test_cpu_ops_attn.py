@@ -76,7 +76,7 @@ def test_nan_outlives_what_else_a_row_sees(isa, element, spoil):
     check_nan_outlives_the_splits(lambda groups: make(groups, element), spoil)
 
 
-@pytest.mark.parametrize("blind", (range(1), range(64), range(70), range(512), range(3, 70)), ids=str)
+@pytest.mark.parametrize("blind", (range(1), range(64), range(70), range(512), range(600), range(3, 70)), ids=str)
 def test_scores_of_minus_infinity(isa, element, blind):
     """Keys that overflowed, against which a query's product is -inf: they weigh nothing, wherever they stand, and a row
     that sees nothing else yields zeros. The others give the bits that they give without them.
@@ -96,6 +96,17 @@ def test_scores_of_minus_infinity(isa, element, blind):
     assert got.isfinite().all() and (got - want).abs().max() <= (2e-5 if element is torch.float32 else 2e-2)
     sees_nothing = torch.tensor([set(range(length)) <= set(blind) for length in lengths])
     assert torch.equal(got.flatten(1).any(1), ~sees_nothing)
+
+
+def test_no_zero_is_negative(isa, element):
+    """Nor what is left of a negative value that weighs nothing: tiles of AMX would lose the sign."""
+    case = make([ar(0, 70, 1)], element, Heads(1, 1, 16))
+    first, second = case.page_table[0, :2]
+    case.q.zero_()[..., 0] = 1
+    case.k_pages.zero_()[second, ..., 0] = 8000
+    case.v_pages[first], case.v_pages[second] = -1, -0.0
+    got = case.run()
+    assert not got.any() and not got.signbit().any()
 
 
 def test_large_scores(isa, element):

@@ -75,6 +75,13 @@ def test_longer_prefixes_within_a_block_change_no_bit(isa, element):
         assert torch.equal(got[0], want)
 
 
+def test_the_last_row_sees_most(isa, element):
+    alone = make([ar(0, 3 * SPLIT, 1)], element)
+    case = make([ar(1, SPLIT + 1, 1), ar(0, 3 * SPLIT, 1)], element)
+    for num_threads in (1, 5):
+        assert torch.equal(run(case, num_threads)[1:], run(alone, 1))
+
+
 class EitherWay(Pass):
     """Splits as items of their own, or one after another on one thread."""
 

@@ -118,6 +118,29 @@ def test_argmax_of_nan(isa, element):
     assert value.tolist() == [[-3.0, -torch.inf]] and index.tolist() == [[0, 512]]
 
 
+@pytest.mark.parametrize(("best", "wild"), [(5, 21), (21, 5), (0, 16), (31, 15), (15, 14), (16, 17)])
+def test_argmax_beside_nan(isa, element, best, wild):
+    """Whichever lanes of a strip they are in."""
+    w = torch.ones(32, 2, dtype=element)
+    w[best, 0], w[wild, 1] = 2, torch.nan
+    value, index = torch.zeros(1, 1), torch.zeros(1, 1).int()
+    x = torch.tensor([[3.0, 1.0]]).to(element)
+    ops.row_linear(x, weights.pack(w, impl="cpu"), (value, index), epilogue="argmax")
+    assert (value.item(), index.item()) == (7.0, best)
+
+
+def test_argmax_on_many_threads(isa, element):
+    """A partial maximum is one thread's."""
+    packed, x = weights.pack(randn(5000, 32, seed=5), impl="cpu"), randn(3, 32, seed=6)
+    full = torch.nn.functional.pad(logits(x, packed), (0, 120), value=-torch.inf).view(3, 10, 512)
+    for _ in range(20):
+        best = poison(3, 10, dtype=torch.float32), torch.full((3, 10), -7, dtype=torch.int32)
+        with threads(4):
+            ops.row_linear(x, packed, best, epilogue="argmax")
+        assert torch.equal(best[0], full.amax(2))
+        assert torch.equal(best[1], full.argmax(2).int() + 512 * torch.arange(10).int())
+
+
 def test_two_views_in_one_launch(isa, element):
     w, w_diff = randn(70, 34, seed=6), randn(70, 34, seed=7)
     packed, packed_diff = weights.pack(w, impl="cpu"), weights.pack(w_diff, impl="cpu")
@@ -126,6 +149,7 @@ def test_two_views_in_one_launch(isa, element):
         got = logits(x, packed, weight_diff=packed_diff, num_rows_ar=split)
         assert torch.equal(got[:split], logits(x[:split], packed))
         assert torch.equal(got[split:], logits(x[split:], packed_diff))
+        assert torch.equal(logits(x, packed, num_rows_ar=split), logits(x, packed))  # of no second view
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (576, 1536), (513, 31), (2500, 97)], ids=str)
