@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orthrus_rt import native
+from orthrus_rt import native, reference
 from tests.logits_cases import (
     FILTERS,
     assert_agrees,
@@ -59,6 +59,18 @@ def test_ids_outside_the_vocabulary(isa):
 
 def test_neighbouring_values(isa):
     check_neighbouring_values(native.process_logits)
+
+
+def test_what_top_k_keeps(isa):
+    """A value right at a rung and alone in its tile; all but one; and what is too unlikely to have any mass."""
+    at_a_rung, unlikely = torch.full((1, 300), -90.0), torch.full((1, 300), -300.0)
+    at_a_rung[0, 7], at_a_rung[0, 200] = 5, 5 - 0.4375
+    unlikely[0, 3], unlikely[0, 9], unlikely[0, 150] = 0, -50, -40
+    all_but_one = torch.tensor([[1.0, 3.0, 2.0]])
+    for row, top_k, want in ((at_a_rung, 2, [7, 200]), (unlikely, 3, [3, 9, 150]), (all_but_one, 2, [1, 2])):
+        for op in (native.process_logits, reference.process_logits):
+            log_probs = with_filters(row, [(1.0, top_k, 1.0, 0.0)]).run(op)[2]
+            assert log_probs[0].isfinite().nonzero()[:, 0].tolist() == want
 
 
 def test_the_largest_uniform(isa):
