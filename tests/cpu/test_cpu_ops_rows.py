@@ -45,6 +45,14 @@ def test_rms_norm(isa, element, hidden):
     assert torch.equal(one[0], out[17])
 
 
+def test_nan_of_any_payload_stays_one(isa, element):
+    """To round its bits as a number's would make it one: of an odd width, in whole vectors and behind them."""
+    weight = torch.full((19,), 2**31 - 1, dtype=torch.int32).view(torch.float32)
+    out = torch.zeros(1, 19, dtype=element)
+    ops.rms_norm(randn(1, 19), weight, 1e-5, out)
+    assert bool(out.isnan().all())
+
+
 # Slot 0 crosses a page, slot 1 starts one, slot 2 is padding; then two blocks, the second with an invalid last row.
 GROUPS = [ar(0, 62, 4), ar(1, 0, 1), ar(2, 0, 1, invalid=1), diff(0, 66, 3), diff(1, 1, 2, invalid=1)]
 TABLE = torch.tensor([[3, 5], [7, 0], [0, 0]], dtype=torch.int32)
