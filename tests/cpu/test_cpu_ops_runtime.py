@@ -180,6 +180,10 @@ from tests.native_cpu import randn
 weight, x = weights.pack(randn(2048, 1024, seed=1).float(), impl="cpu"), randn(256, 1024, seed=2).float()
 out = torch.empty(256, 2048)
 
+first = threading.Thread(target=int)  # beside which a sanitizer starts one of its own
+first.start()
+first.join()
+
 def tasks():
     return {int(task) for task in os.listdir("/proc/self/task")}
 
@@ -187,10 +191,9 @@ def time_of(task):
     with open(f"/proc/self/task/{task}/schedstat") as file:
         return int(file.read().split()[0])  # ns
 
-def run(count, times=1):
+def run(count):
     torch.get_num_threads = lambda: count  # to set it would start threads of torch's
-    for _ in range(times):
-        ops.row_linear(x, weight, out)
+    ops.row_linear(x, weight, out)
 
 def check():
     before = tasks()
@@ -220,9 +223,17 @@ def test_who_takes_part():
 def test_who_takes_part_in_a_forked_child():
     """Threads of its own, also if an op of another thread was under way."""
     code = """
-busy = threading.Thread(target=run, args=(2, 20))
+begun, ended = threading.Event(), threading.Event()
+
+def work():
+    while not ended.is_set():
+        run(2)
+        begun.set()
+
+busy = threading.Thread(target=work)
 busy.start()
-time.sleep(0.02)
+begun.wait()
+time.sleep(0.01)
 if (pid := os.fork()) == 0:
     try:
         check()
@@ -230,8 +241,10 @@ if (pid := os.fork()) == 0:
         traceback.print_exc()
         os._exit(3)
     os._exit(0)
-assert busy.is_alive() and os.waitpid(pid, 0)[1] == 0
+status = os.waitpid(pid, 0)[1]
+ended.set()
 busy.join()
+assert status == 0
 """
     apart.run(WHO_TAKES_PART + code)
 
