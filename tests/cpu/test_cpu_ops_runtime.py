@@ -215,11 +215,16 @@ check()
 """
 
 
+accounts = pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="no time of each thread in /proc")
+
+
+@accounts
 def test_who_takes_part():
     """As many threads as torch has, though they fell asleep before."""
     apart.run(WHO_TAKES_PART)
 
 
+@accounts
 def test_who_takes_part_in_a_forked_child():
     """Threads of its own, also if an op of another thread was under way."""
     code = """
