@@ -126,7 +126,7 @@ def _read_prompt(args) -> str:
     if args.prompt not in (None, "-"):
         text = read_utf8("argument", lambda: args.prompt)
     elif args.file is not None:
-        with open(args.file, encoding="utf-8") as file:
+        with open(args.file, encoding="utf-8", newline="") as file:  # its bytes, as of standard input
             text = read_utf8(args.file, file.read)
     elif sys.stdin is None or sys.stdin.isatty():  # None: closed
         raise ValueError("a prompt is needed: as an argument, from --file, or on standard input")

@@ -69,7 +69,7 @@ def base_folder(gguf: str | None = None) -> Path:
             with _lock(folder):
                 if not _is_whole(folder):  # another process may have been faster
                     _convert_into(source, folder)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, UnicodeError) as error:  # the last: of a path that is not UTF-8
             raise CheckpointError(
                 f"{folder}: the converted base model cannot be written ({error}); it takes {CACHE_BYTES // 10**6} MB: "
                 "free some space or let XDG_CACHE_HOME name a folder on another disk"

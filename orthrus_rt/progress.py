@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class _NoBar:
     n = 0
@@ -17,10 +19,10 @@ class _NoBar:
 
 
 def progress_bar(shown: bool, **options):
-    """A tqdm with these options. If it is not shown nothing stands for it: even a disabled one starts a thread and
-    settles the way in which the program's multiprocessing starts processes.
+    """A tqdm with these options. If it is not shown, or there is no stderr to show it on, nothing stands for it: even a
+    disabled one starts a thread and settles the way in which the program's multiprocessing starts processes.
     """
-    if not shown:
+    if not shown or sys.stderr is None or sys.stderr.closed:
         return _NoBar()
     from tqdm import tqdm
 

@@ -127,7 +127,7 @@ def _number(name: str, value) -> float:
 
 def _stop_ids(values) -> tuple[int, ...]:
     try:
-        ids = None if isinstance(values, str) else tuple(values)
+        ids = None if isinstance(values, str | bytes | bytearray) else tuple(values)
     except TypeError:
         ids = None
     if ids is None:

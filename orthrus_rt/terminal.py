@@ -11,7 +11,7 @@ import sys
 import threading
 import unicodedata
 
-LEAVING = (signal.SIGTERM, signal.SIGTSTP, signal.SIGHUP)
+LEAVING = (signal.SIGTERM, signal.SIGQUIT, signal.SIGTSTP, signal.SIGHUP)
 
 
 class Screen:
@@ -32,7 +32,10 @@ class Screen:
         sys.stdout.write(text)
         sys.stdout.flush()
         for char in text:
-            self._column = 0 if char == "\n" else self._column + char_width(char)
+            if char == "\t":
+                self._column += 8 - self._column % 8
+            else:
+                self._column = 0 if char == "\n" else self._column + char_width(char)
 
     def status(self, text: str) -> None:
         columns, rows = shutil.get_terminal_size()
@@ -40,9 +43,9 @@ class Screen:
         if not self._has_status or (self._column and self._column % columns == 0):
             return
         if rows != self._rows:
+            self._rows = rows  # first: a signal may come in between
             # IND scrolls by one if the cursor is on the last row, and keeps its column; then the cursor goes back up.
             _control(f"\x1bD\x1b7\x1b[1;{rows - 1}r\x1b8\x1b[1A")
-            self._rows = rows
         _control(f"\x1b7\x1b[{rows};1H\x1b[2K\x1b[2m{text[: columns - 1]}\x1b[0m\x1b8")
 
     def __enter__(self):
@@ -58,11 +61,11 @@ class Screen:
             signal.signal(number, signal.SIG_DFL)
         if self._rows:
             _control(self._giving_back())
+            self._rows = 0
 
     def _giving_back(self) -> str:
         """The last row, until the next status."""
-        rows, self._rows = self._rows, 0
-        return f"\x1b7\x1b[r\x1b[{rows};1H\x1b[2K\x1b8"
+        return f"\x1b7\x1b[r\x1b[{self._rows};1H\x1b[2K\x1b8"
 
     def _leave(self, number: int, _frame) -> None:
         """Whatever becomes of the terminal, which may be gone or take nothing: a write could wait for ever."""
@@ -72,6 +75,7 @@ class Screen:
                 terminal = sys.stderr.fileno()
                 if select.select([], [terminal], [], 0)[1]:
                     os.write(terminal, self._giving_back().encode())
+            self._rows = 0
         os.kill(os.getpid(), number)
         signal.signal(number, self._leave)  # it goes on
 

@@ -38,10 +38,10 @@ def generate(run, *args):
 
 
 def test_prompt_from_argument_file_and_stdin_is_the_same(run, tmp_path, monkeypatch):
-    text = "Grüße, 世界\n"
+    text = "Grüße,\r\n世界\r\n"
     want = generate(run, text)
     for begins in ("", "\ufeff"):  # some editors put a byte order mark there
-        (tmp_path / "prompt.txt").write_text(begins + text, encoding="utf-8")
+        (tmp_path / "prompt.txt").write_text(begins + text, encoding="utf-8", newline="")
         assert generate(run, "--file", str(tmp_path / "prompt.txt"))["prompt_token_ids"] == want["prompt_token_ids"]
         for args in ([], ["-"]):
             monkeypatch.setattr(sys, "stdin", io.StringIO(begins + text))

@@ -231,6 +231,11 @@ def test_cache_that_is_no_folder(monkeypatch, cache, tmp_path):
     assert "the converted base model cannot be written ([Errno 20] Not a directory" in message_of()
 
 
+def test_cache_in_a_folder_that_is_not_utf_8(monkeypatch, cache, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/b\udcff")
+    assert "the converted base model cannot be written ('utf-8' codec can't encode" in message_of()
+
+
 def test_an_empty_manifest_is_not_a_whole_cache(cache):
     folder = embedded.base_folder()
     (folder / "manifest.json").write_text("{}")

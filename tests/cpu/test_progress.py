@@ -1,6 +1,9 @@
 """Progress bars of generate and warmup: on request, and nothing at all without one."""
 
+import io
 import re
+
+import pytest
 
 from orthrus_rt.sampling import SamplingParams
 from tests.engines import make
@@ -17,6 +20,16 @@ def test_a_progress_bar_of_a_warmup_counts_every_cycle(folder, capsys):
     make(folder, mode="auto", max_batch_size=3, num_pages=2, max_seq_len=128).warmup(progress=True)
     done, total = re.search(r" (\d+)/(\d+) ", capsys.readouterr().err.rpartition("\r")[2]).groups()
     assert done == total
+
+
+@pytest.mark.parametrize("closed", (False, True))
+def test_a_progress_bar_that_nobody_could_see(folder, monkeypatch, closed):
+    """As in a daemon, which has no stderr, or has closed it."""
+    engine, stderr = make(folder, mode="ar"), io.StringIO()
+    stderr.close()
+    monkeypatch.setattr("sys.stderr", stderr if closed else None)
+    engine.warmup(progress=True)
+    assert len(engine.generate([[1], [2]], SamplingParams(2), progress=True)) == 2
 
 
 def test_what_nobody_asked_to_see_settles_nothing_for_the_program(folder, monkeypatch):

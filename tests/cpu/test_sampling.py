@@ -62,6 +62,7 @@ def test_no_rounding_picks_what_has_no_weight():
         ({"top_p": None}, "top_p must be a number, got None"),
         ({"stop_token_ids": 5}, "stop_token_ids must be a list of integers, got 5"),
         ({"stop_token_ids": "5"}, "stop_token_ids must be a list of integers, got '5'"),
+        ({"stop_token_ids": b"5"}, "stop_token_ids must be a list of integers, got b'5'"),
         ({"logit_bias": None}, "logit_bias must be {token id: value}, got None"),
         ({"logit_bias": "ab"}, "logit_bias must be {token id: value}, got 'ab'"),
         ({"logit_bias": [1, 2]}, r"logit_bias must be {token id: value}, got \[1, 2\]"),

@@ -61,8 +61,16 @@ def test_a_process_that_is_ended_or_stopped_gives_the_row_back(streams, leaving)
             signal.raise_signal(number)
             assert os.read(leaving.reads, 99) == b"\x1b7\x1b[r\x1b[10;1H\x1b[2K\x1b8"
     assert leaving.sent == [(number, signal.SIG_DFL) for number in terminal.LEAVING]
-    assert streams.stderr.getvalue().count("\x1b[1;9r") == 3
+    assert streams.stderr.getvalue().count("\x1b[1;9r") == len(terminal.LEAVING)
     assert {signal.getsignal(number) for number in terminal.LEAVING} == {signal.SIG_DFL}
+
+
+def test_a_signal_behind_the_first_sequence_gives_the_row_back(streams, leaving, monkeypatch):
+    real = terminal._control
+    with Screen() as screen, monkeypatch.context() as patch:
+        patch.setattr(terminal, "_control", lambda sequence: (real(sequence), signal.raise_signal(signal.SIGTERM)))
+        screen.status("status")
+    assert os.read(leaving.reads, 99).startswith(b"\x1b7\x1b[r")
 
 
 def test_a_process_that_was_stopped_can_be_stopped_again(streams, leaving):
@@ -100,7 +108,8 @@ def test_a_signal_that_is_ignored_stays_so(streams, leaving):
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"), [("a" * 19, True), ("a" * 20, False), ("世" * 10, False), ("a" * 20 + "\n", True)]
+    ("text", "shown"),
+    [("a" * 19, True), ("a" * 20, False), ("世" * 10, False), ("a" * 20 + "\n", True), ("a\t\taaaa", False)],
 )
 def test_no_status_while_the_cursor_hangs_behind_a_full_row(streams, text, shown):
     with Screen() as screen:
