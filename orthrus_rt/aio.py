@@ -41,8 +41,8 @@ class Waiting:
 
 
 class AsyncEngine:
-    """Streams over one :class:`Engine`, which it owns from now on: the engine refuses calls that run, change or close
-    anything unless :meth:`call` makes them. ``async with`` closes it in the end.
+    """Streams over one :class:`Engine`, which it owns from now on: the engine refuses calls that run, change, close or
+    report anything, metrics aside, unless :meth:`call` makes them. ``async with`` closes it in the end.
 
     Cancelling or closing a stream aborts its request; the others are not disturbed, nor are they by a request that
     cannot go on (see :meth:`Engine.step`) or by a step that fails. A thread steps the engine, so decoding goes on
@@ -288,8 +288,11 @@ class AsyncEngine:
             self._go_on()
         except Exception as error:
             self._tell(self._fail, error)  # the streams abort their requests
-        except BaseException as error:  # SystemExit, say, sent to this thread: no loop is to end by that
-            self._tell(self._fail, RuntimeError(f"a step ended with {error!r}"))
+        except BaseException as error:  # SystemExit, say, sent to this thread: it would end the readers' event loop
+            log.exception("a step ended the thread's work")
+            ended = RuntimeError(f"a step ended with {error!r}")
+            ended.__cause__ = error
+            self._tell(self._fail, ended)
 
     def _step_once(self) -> None:
         try:

@@ -91,8 +91,8 @@ class Auto:
         """Record and time the greedy cycles of every bucket; those that could not pay at any acceptance stay out.
 
         They are timed with all slots running and CONTEXT committed tokens each, or as many as the engine has room for.
-        Kept costs of those that could are corrected by one more time each. Buckets with fewer pages than slots never
-        run full: all their cycles are recorded and none is timed.
+        Kept costs of those that could are corrected by one more time each. Of buckets without room for one committed
+        token a slot all cycles are recorded and none is timed.
         """
         self._begin()  # torch may have another number of threads by now
         with progress_bar(progress, total=len(self.shapes()), desc="warm-up", unit="cycle") as bar:

@@ -94,7 +94,7 @@ def tokens_text(tokenizer, tokens) -> str:
 
 def in_options(message: str, args) -> str:
     """Rewrite an API error in option names. A name that is also an English word is replaced only before ``=``, or at
-    the start before " must". Quoted text stays.
+    the start before " must". Quoted text stays. Of arguments to lower those without an option are left out.
     """
     names = {name: "--" + name.replace("_", "-") for name in vars(args) if name not in ("command", "run", "prompt")}
     names |= {"max_batch_size": names.get("batch", "max_batch_size"), "prompt_ids": "prompt"}

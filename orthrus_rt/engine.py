@@ -208,7 +208,7 @@ class Engine(Generation):
             The prompt's ids, in a list of its own.
 
         Raises:
-            ValueError: it would refuse them, whatever other requests there are.
+            ValueError: it would refuse them; whether ``request_id`` is in use is not looked at.
             RuntimeError: the engine is closed.
         """
         return self._make_request(prompt_ids, params, None, request_id).prompt

@@ -14,6 +14,7 @@ MB or 48 rows, whichever is more).
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 
 import torch
 
@@ -66,7 +67,12 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 KNOBS = "max_batch_size, num_pages or max_seq_len"
-KNOBS_OF_ROWS = f"draft_len, fan_out, {KNOBS}"  # of what is allocated for each row of a cycle
+
+
+def knobs_of_rows(modes: Iterable[str]) -> str:
+    """Of what is allocated for each row of a cycle of these modes."""
+    drafting = set(modes) - {"ar"}
+    return ", ".join([*(["draft_len"] if drafting else []), *(["fan_out"] if "one_pass" in drafting else []), KNOBS])
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ def progress_bar(shown: bool, **options):
     """A tqdm with these options. If it is not shown, or there is no stderr to show it on, nothing stands for it: even a
     disabled one starts a thread and settles the way in which the program's multiprocessing starts processes.
     """
-    if not shown or sys.stderr is None or sys.stderr.closed:
+    if not shown or sys.stderr is None or getattr(sys.stderr, "closed", False):
         return _NoBar()
     from tqdm import tqdm
 

@@ -17,7 +17,7 @@ from orthrus_rt.cycle import COUPLED, Cycle
 from orthrus_rt.cycle_plan import CyclePlan, batch_bucket, most_hypotheses
 from orthrus_rt.device import put, upload
 from orthrus_rt.kv import PagedKvCache
-from orthrus_rt.memory import KNOBS_OF_ROWS, naming_the_knobs
+from orthrus_rt.memory import KNOBS, knobs_of_rows, naming_the_knobs
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.policy import Policy
 from orthrus_rt.prefill import PrefillPass, PrefillShape, PromptChunks, Prompts, prefill_rows, round_up
@@ -83,7 +83,7 @@ class Runner:
         self.pads_prefill = model.device.type == "cuda" and dispatch.row_invariant(model.device, model.dtype)
         self._with_prompts: dict[tuple, PrefillPass | Cycle] = {}  # those used last at the end
         self._mailboxes: list[SlotResults] = []
-        self._room = (0, 0)
+        self._room, self._knobs = (0, 0), KNOBS
         self.make_room(shapes)
 
     def make_room(self, shapes: list[tuple[CyclePlan, int]]) -> None:
@@ -93,7 +93,8 @@ class Runner:
             return
         decoded, rows_diff = room
         rows = self.most_prompt_rows + decoded
-        with naming_the_knobs(f"making room for {decoded} rows a pass", KNOBS_OF_ROWS):
+        self._knobs = knobs_of_rows(plan.mode for plan, _ in shapes)
+        with naming_the_knobs(f"making room for {decoded} rows a pass", self._knobs):
             activations = Activations(self.model, rows, rows_diff, max_logit_rows=decoded + self.num_slots)
             workspace = Workspace.allocate(self.model, max_rows=rows, max_seq_len=self.kv.max_seq_len)
         self.drop_cycles()  # they know the old buffers
@@ -132,7 +133,7 @@ class Runner:
         bucket = batch_bucket(num_slots, self.num_slots)
 
         def build(shape: PrefillShape | None = None, plain: Cycle | None = None) -> Cycle:
-            with naming_the_knobs(f"building the {plan.mode} cycle of {bucket} slots", KNOBS_OF_ROWS):
+            with naming_the_knobs(f"building the {plan.mode} cycle of {bucket} slots", knobs_of_rows([plan.mode])):
                 return Cycle(
                     self.model, self.kv, self.state, bucket, plan,
                     sampling=sampling, activations=self.activations, workspace=self.workspace,
@@ -174,7 +175,7 @@ class Runner:
         put(sampling.min_p, slot, params.min_p)
         put(sampling.seed, slot, request.stats.seed or 0)
         if params.scored:
-            with naming_the_knobs("making room for logits", KNOBS_OF_ROWS):
+            with naming_the_knobs("making room for logits", self._knobs):
                 self.activations.logits(1)
                 self.activations.partials(1, "scores")
         if params.edits and sampling.edits is None:

@@ -32,8 +32,9 @@ class Screen:
         sys.stdout.write(text)
         sys.stdout.flush()
         for char in text:
-            if char == "\t":
-                self._column += 8 - self._column % 8
+            if char == "\t":  # no further than the last column
+                columns = shutil.get_terminal_size().columns
+                self._column += min(8 - self._column % columns % 8, columns - 1 - self._column % columns)
             else:
                 self._column = 0 if char == "\n" else self._column + char_width(char)
 
@@ -43,9 +44,10 @@ class Screen:
         if not self._has_status or (self._column and self._column % columns == 0):
             return
         if rows != self._rows:
-            self._rows = rows  # first: a signal may come in between
+            self._rows = rows  # before and after: a signal may come in between
             # IND scrolls by one if the cursor is on the last row, and keeps its column; then the cursor goes back up.
             _control(f"\x1bD\x1b7\x1b[1;{rows - 1}r\x1b8\x1b[1A")
+            self._rows = rows
         _control(f"\x1b7\x1b[{rows};1H\x1b[2K\x1b[2m{text[: columns - 1]}\x1b[0m\x1b8")
 
     def __enter__(self):

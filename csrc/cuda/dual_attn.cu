@@ -52,10 +52,23 @@ void cut_into_units(DualAttnLaunch& a, int tile_m) {
 }
 
 template <typename V>
+constexpr int kFoldSmemBytes = V::kSmemBytes + sizeof(Schedule);
+
+template <typename V>
 int launch_fold(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
   cut_into_units(a, V::kTileM);
-  return launch(dual_attn_fold_kernel<V>, a, dim3(a.num_units * a.p.kv.num_heads_kv), V::kThreads,
-                V::kSmemBytes + sizeof(Schedule), stream, device);
+  return launch(dual_attn_fold_kernel<V>, a, dim3(a.num_units * a.p.kv.num_heads_kv), V::kThreads, kFoldSmemBytes<V>,
+                stream, device);
+}
+
+// Whether SMs hold two CTAs of V, and there are more of them than SMs.
+template <typename V>
+int run_in_pairs(DualAttnLaunch a, const DeviceInfo& device, bool* pairs) {
+  int per_sm = 0;
+  const int error = occupancy(dual_attn_fold_kernel<V>, V::kThreads, kFoldSmemBytes<V>, &per_sm);
+  cut_into_units(a, V::kTileM);
+  *pairs = per_sm > 1 && static_cast<int64_t>(a.num_units) * a.p.kv.num_heads_kv > device.num_sms;
+  return error;
 }
 
 template <int kHeadDim>
@@ -72,14 +85,13 @@ int run(DualAttnLaunch a, void* stream) {
   const bool enough = a.units_per_group > 1 ? 4 * pairs >= 3 * device.num_sms : pairs >= 4 * device.num_sms;
   const int64_t needed = workspace_bytes(a.p.rows.num_rows, a.p.num_heads_q, kHeadDim, a.p.max_seq_len);
   if (enough || a.num_units > kMaxUnits || !a.p.workspace || a.p.workspace_bytes < needed) {
-    // The warps of a CTA multiply, or compute probabilities, all at the same time: two CTAs on an SM do both.
+    // The warps of a CTA multiply, or compute probabilities, all at the same time: two CTAs on an SM do both. (By SASS
+    // and guessed latencies; not measured.)
     using Half = Variant<kHeadDim, 4, kHeadDim == 64 ? 2 : 1, true>;
     using Whole = Variant<kHeadDim, 8, 1, true>;
-    int per_sm = 0;
-    const int error =
-        occupancy(dual_attn_fold_kernel<Half>, Half::kThreads, Half::kSmemBytes + sizeof(Schedule), &per_sm);
-    if (error) return error;
-    return per_sm > 1 ? launch_fold<Half>(a, stream, device) : launch_fold<Whole>(a, stream, device);
+    bool pairs = false;
+    if (const int error = run_in_pairs<Half>(a, device, &pairs)) return error;
+    return pairs ? launch_fold<Half>(a, stream, device) : launch_fold<Whole>(a, stream, device);
   }
   a.partial = static_cast<float*>(a.p.workspace);
   a.partial_state = reinterpret_cast<float2*>(

@@ -45,7 +45,7 @@ int rows_per_tile(int rows, const RowTiles& tiles) {
   return tiles.widest;
 }
 
-// Of a call with many rows. A step of a tile loads two blocks of weights and as many columns of x.
+// Of a call with many rows. A step of a tile loads 64 inputs of two blocks of weights and of tile_rows rows of x.
 int rows_per_tile_of_many(int rows_ar, int rows_diff, const RowTiles& tiles, int blocks, int num_sms) {
   int best = 0;
   int64_t least = INT64_MAX;

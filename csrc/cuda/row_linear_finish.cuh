@@ -51,7 +51,6 @@ __device__ bool leave_partial(const float (&acc)[kTileRows / 2], const RowLinear
 
 // An epilogue gets a tile's sums from a class, WholeSums or FoldedSums: it loads the sums of a step of
 // kStepRows rows ahead, and later stages them, each thread its own.
-constexpr int kStepSums = kStagingRows / 2;  // of a thread
 
 // `s`: of the thread's first row, and staged_at() its first feature, below 8 of a warp's 16: the other, 8 further,
 // lies 8 floats further too.
@@ -66,6 +65,7 @@ __device__ __forceinline__ void stage_pairs(float* s, float a, float b, float c,
 template <int kTileRows, int kStepRows_ = kStagingRows>
 struct WholeSums {
   static constexpr int kStepRows = kStepRows_;
+  static_assert(kTileRows % kStepRows == 0);
   const float (&acc)[kTileRows / 2];
 
   __device__ void load_ahead(int) {}
@@ -109,7 +109,7 @@ struct FoldedSums {
     }
   }
   template <bool kFirst>
-  __device__ void add(int from, float (&sum)[kStepSums]) const {
+  __device__ void add(int from, float (&sum)[kStepRows / 2]) const {
 #pragma unroll
     for (int b = 0; b < kAhead; ++b) {
       const bool exists = from + b < count;
@@ -126,7 +126,7 @@ struct FoldedSums {
   }
   __device__ void load_ahead(int t0) { load<true>(0, t0); }
   __device__ void stage(int t0, float* s) {
-    float sum[kStepSums];
+    float sum[kStepRows / 2];
     add<true>(0, sum);
 #pragma unroll 1
     for (int from = kAhead; from < count; from += kAhead) {

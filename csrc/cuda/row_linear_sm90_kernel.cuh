@@ -46,7 +46,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kTileRows / 2], const uint
 
 // acc = the sum over the next `length` stages, from zero. With many rows, which is more arithmetic, the next stage's
 // begins before this one is released; with few, a stage is taken to be worth more as room for the next load (not
-// measured). meanwhile() is called while the last products are under way; with many rows acc must have been written.
+// measured). With many rows acc must have been written, and meanwhile() is called beside the last products.
 template <int kTileRows, bool kManyRows, typename Meanwhile>
 __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const Ring<kTileRows, false>& ring,
                                             Cursor& cursor, int length, int group, const void*, bool,
@@ -251,7 +251,7 @@ int launch_variant(const RowLinearArgs& plain, void* stream, const DeviceInfo& d
   const int blocks = kManyRows ? 2 : args.plan.blocks_per_tile;
   constexpr int ctas = ctas_per_sm(kTileRows, kManyRows, kCoded);
   constexpr int room = (kSharedPerSm - (ctas == 1 ? 0 : kSharedOfOthers)) / ctas - kSharedOfCta - sizeof(Shared);
-  static_assert(room / stage_bytes<kTileRows, kCoded>(2) >= 3);
+  static_assert((room - (kManyRows ? 2 * kManyStagingBytes : 0)) / stage_bytes<kTileRows, kCoded>(2) >= 3);
   const bool argmax = args.p.epilogue == Epilogue::kArgmax;
   const int behind = kManyRows ? 2 * kManyStagingBytes : argmax ? blocks * kTileRows * int{sizeof(Best)} : 0;
   args.num_stages = min((room - behind) / stage_bytes<kTileRows, kCoded>(blocks), kMaxStages);

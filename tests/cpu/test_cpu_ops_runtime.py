@@ -174,11 +174,11 @@ with threads(2):
 
 
 WHO_TAKES_PART = """
-import os, threading, time, torch, traceback
+import collections, os, signal, threading, time, torch, traceback
 from orthrus_rt import ops, weights
 from tests.native_cpu import randn
-weight, x = weights.pack(randn(2048, 1024, seed=1).float(), impl="cpu"), randn(256, 1024, seed=2).float()
-out = torch.empty(256, 2048)
+weight, x = weights.pack(randn(2048, 1024, seed=1).float(), impl="cpu"), randn(1024, 1024, seed=2).float()
+out = torch.empty(1024, 2048)
 
 first = threading.Thread(target=int)  # beside which a sanitizer starts one of its own
 first.start()
@@ -201,15 +201,16 @@ def check():
     workers = sorted(tasks() - before)
     assert len(workers) == 3, workers
     for count in (4, 3, 2, 4):
-        worked = set()
+        worked, wanted = collections.Counter(), set(workers[: count - 1])
         for _ in range(100):
             time.sleep(0.01)  # until they sleep
             then = {worker: time_of(worker) for worker in workers}
             run(count)
-            worked |= {worker for worker in workers if time_of(worker) - then[worker] > 1e6}
-            if len(worked) == count - 1:
+            worked.update(worker for worker in workers if time_of(worker) - then[worker] > 2e6)
+            if wanted <= set(worked):
                 break
-        assert worked == set(workers[: count - 1]), (count, workers, worked)
+        assert wanted <= set(worked), (count, workers, worked)
+        assert all(worked[worker] <= 1 for worker in set(workers) - wanted), (count, workers, worked)  # once by chance
 
 check()
 """
@@ -240,6 +241,7 @@ busy.start()
 begun.wait()
 time.sleep(0.01)
 if (pid := os.fork()) == 0:
+    signal.alarm(100)
     try:
         check()
     except BaseException:
@@ -258,8 +260,8 @@ def test_other_threads_run_meanwhile():
     """While an op, a replay, or a weight on its way into 12 bits takes its time."""
     cpu = dispatch.extension().cpu
     weight, x = weights.pack(randn(2048, 2048, seed=1).float(), impl="cpu"), randn(300, 2048, seed=2).float()
-    out, plain, coded = torch.empty(300, 2048), randn(64 * 2048, 64, seed=3), torch.empty(64 * 2048 * 64).bfloat16()
-    encoder, tape = cpu.WeightEncoder(plain.data_ptr(), 2048, 64), cpu.Tape()
+    plain, coded = randn(4 * 64 * 2048, 64, seed=3), torch.empty(4 * 64 * 2048 * 64).bfloat16()
+    out, encoder, tape = torch.empty(300, 2048), cpu.WeightEncoder(plain.data_ptr(), 4 * 2048, 64), cpu.Tape()
 
     def op():
         ops.row_linear(x, weight, out)
@@ -285,11 +287,11 @@ def test_other_threads_run_meanwhile():
         return turns
 
     calls = {"op": op, "replay": tape.replay, "write": lambda: encoder.write(coded.data_ptr())}
-    calls["encode"] = lambda: cpu.WeightEncoder(plain.data_ptr(), 2048, 64)
+    calls["encode"] = lambda: cpu.WeightEncoder(plain.data_ptr(), 4 * 2048, 64)
     with threads(1):
         for name, call in calls.items():
             turns = [turns_beside(call) for _ in range(9)]
-            assert sorted(turns)[4] > 4, (name, turns)
+            assert sorted(turns)[4] > 2, (name, turns)
 
 
 def test_a_worker_without_memory():
@@ -348,6 +350,7 @@ weight, x = weights.pack(randn(640, 64, seed=1), impl="cpu"), randn(9, 64, seed=
 want, got = torch.empty(9, 640).bfloat16(), torch.empty(9, 640).bfloat16()
 torch.set_num_threads(2)
 ops.row_linear(x, weight, want)
+before = len(os.listdir("/proc/self/task"))  # one of the pool's among them
 space = AddressSpace()
 torch.set_num_threads(30)
 for mebibytes in (1, 2, 4, 12, 40):
@@ -363,7 +366,7 @@ for mebibytes in (1, 2, 4, 12, 40):
         torch.set_num_threads(30)
 ops.row_linear(x, weight, got.zero_())
 assert torch.equal(got, want)
-assert len(os.listdir("/proc/self/task")) >= 30
+assert len(os.listdir("/proc/self/task")) >= before + 28
 """
     apart.run(code)
 

@@ -99,13 +99,15 @@ def test_out_of_memory_names_the_knobs(folder, monkeypatch, where):
         make(folder)
 
 
-def test_cycles_that_are_too_large_name_what_makes_their_rows(folder, monkeypatch):
-    engine = make(folder)
+KNOBS = {"two_pass": "draft_len, max_batch_size", "one_pass": "draft_len, fan_out, max_batch_size"}
+
+
+@pytest.mark.parametrize("mode", KNOBS)
+def test_cycles_that_are_too_large_name_what_makes_their_rows(folder, monkeypatch, mode):
+    engine = make(folder, mode="ar")
     monkeypatch.setattr("orthrus_rt.runner.Activations", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
-    with pytest.raises(
-        torch.OutOfMemoryError, match="rows a pass: lower draft_len, fan_out, max_batch_size, num_pages"
-    ):
-        engine.generate([1], mode="one_pass", fan_out=9)
+    with pytest.raises(torch.OutOfMemoryError, match=f"rows a pass: lower {KNOBS[mode]}, num_pages or max_seq_len"):
+        engine.generate([1], mode=mode, fan_out=9 if mode == "one_pass" else None)
 
 
 @pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))

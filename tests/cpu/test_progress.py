@@ -2,6 +2,7 @@
 
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,6 +31,14 @@ def test_a_progress_bar_that_nobody_could_see(folder, monkeypatch, closed):
     monkeypatch.setattr("sys.stderr", stderr if closed else None)
     engine.warmup(progress=True)
     assert len(engine.generate([[1], [2]], SamplingParams(2), progress=True)) == 2
+
+
+def test_a_progress_bar_on_what_can_be_written_to_alone(folder, monkeypatch):
+    """As a logger's in place of stderr."""
+    said = []
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=said.append, flush=lambda: None))
+    make(folder, mode="ar").generate([[1], [2]], SamplingParams(2), progress=True)
+    assert any("2/2" in text for text in said)
 
 
 def test_what_nobody_asked_to_see_settles_nothing_for_the_program(folder, monkeypatch):

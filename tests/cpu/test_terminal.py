@@ -109,7 +109,14 @@ def test_a_signal_that_is_ignored_stays_so(streams, leaving):
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [("a" * 19, True), ("a" * 20, False), ("世" * 10, False), ("a" * 20 + "\n", True), ("a\t\taaaa", False)],
+    [
+        ("a" * 19, True),
+        ("a" * 20, False),
+        ("世" * 10, False),
+        ("a" * 20 + "\n", True),
+        ("a\t\taaaa", False),
+        ("\t" * 9 + "a", False),
+    ],
 )
 def test_no_status_while_the_cursor_hangs_behind_a_full_row(streams, text, shown):
     with Screen() as screen:
