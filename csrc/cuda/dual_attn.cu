@@ -63,11 +63,11 @@ int launch_fold(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
 
 // Whether SMs hold two CTAs of V, and there are more of them than SMs.
 template <typename V>
-int run_in_pairs(DualAttnLaunch a, const DeviceInfo& device, bool* pairs) {
+int fits_twice(DualAttnLaunch a, const DeviceInfo& device, bool* two_per_sm) {
   int per_sm = 0;
   const int error = occupancy(dual_attn_fold_kernel<V>, V::kThreads, kFoldSmemBytes<V>, &per_sm);
   cut_into_units(a, V::kTileM);
-  *pairs = per_sm > 1 && static_cast<int64_t>(a.num_units) * a.p.kv.num_heads_kv > device.num_sms;
+  *two_per_sm = per_sm > 1 && static_cast<int64_t>(a.num_units) * a.p.kv.num_heads_kv > device.num_sms;
   return error;
 }
 
@@ -89,9 +89,9 @@ int run(DualAttnLaunch a, void* stream) {
     // and guessed latencies; not measured.)
     using Half = Variant<kHeadDim, 4, kHeadDim == 64 ? 2 : 1, true>;
     using Whole = Variant<kHeadDim, 8, 1, true>;
-    bool pairs = false;
-    if (const int error = run_in_pairs<Half>(a, device, &pairs)) return error;
-    return pairs ? launch_fold<Half>(a, stream, device) : launch_fold<Whole>(a, stream, device);
+    bool two_per_sm = false;
+    if (const int error = fits_twice<Half>(a, device, &two_per_sm)) return error;
+    return two_per_sm ? launch_fold<Half>(a, stream, device) : launch_fold<Whole>(a, stream, device);
   }
   a.partial = static_cast<float*>(a.p.workspace);
   a.partial_state = reinterpret_cast<float2*>(
