@@ -26,6 +26,7 @@ PASSES = {
     "one_pass": [ar(0, 1500, 32), diff(0, 1510, 32), diff(0, 1532, 32), ar(1, 40, 32), diff(1, 41, 32, invalid=30)],
     "long_block": [diff(0, 70, 100), diff(1, 10, 3)],
     "prefill": [ar(0, 0, 500), ar(1, 129, 77)],
+    "long_prefill": [ar(0, 0, 1500), ar(1, 129, 77)],  # more CTAs than SMs, with either head_dim: two an SM
     "padding": [ar(0, 10, 4, invalid=4), ar(1, 200, 4), diff(2, 10, 4, invalid=4)],
 }
 
