@@ -45,14 +45,16 @@ int rows_per_tile(int rows, const RowTiles& tiles) {
   return tiles.widest;
 }
 
-// Of a call with many rows. A step of a tile loads 64 inputs of two blocks of weights and of tile_rows rows of x.
+// Of a call with many rows. A step of a CTA loads 64 inputs of two blocks of weights and of its share of tile_rows rows
+// of x.
 int rows_per_tile_of_many(int rows_ar, int rows_diff, const RowTiles& tiles, int blocks, int num_sms) {
   int best = 0;
   int64_t least = INT64_MAX;
   for (const int tile_rows : tiles.many_rows) {
     const int row_tiles = (rows_ar + tile_rows - 1) / tile_rows + (rows_diff + tile_rows - 1) / tile_rows;
-    const int64_t items = static_cast<int64_t>((blocks + 1) / 2) * row_tiles;
-    const int64_t loads = (items + num_sms - 1) / num_sms * (2 * kBlock + tile_rows);
+    const int64_t items = int64_t{items_of_many(blocks, tiles.cluster)} * row_tiles;
+    const int clusters = clusters_of_many(num_sms, tiles.cluster);
+    const int64_t loads = (items + clusters - 1) / clusters * (2 * kBlock + tile_rows / tiles.cluster);
     if (loads < least) least = loads, best = tile_rows;
   }
   return best;

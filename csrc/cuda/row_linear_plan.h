@@ -132,10 +132,17 @@ __host__ __device__ inline int64_t partial_offset(const RowLinearPlan& plan, int
 struct RowTiles {
   int32_t widest;
   int32_t many_rows[2];  // of which a call takes the one by which the busiest SM loads less
+  int32_t cluster;       // CTAs that load the rows of x together, where they are many
 };
-constexpr RowTiles kRowTilesSm90{160, {128, 192}};
-constexpr RowTiles kRowTilesSm90Coded{160, {128, 128}};  // 192 rows' sums leave no registers for decoding
-constexpr RowTiles kRowTilesMma{96, {96, 96}};
+constexpr RowTiles kRowTilesSm90{160, {128, 192}, 2};
+constexpr RowTiles kRowTilesSm90Coded{160, {128, 128}, 2};  // 192 rows' sums leave no registers for decoding
+constexpr RowTiles kRowTilesMma{96, {96, 96}, 1};
+
+// Of many rows, per row tile: two blocks for each CTA of a cluster, the last one's maybe none.
+__host__ __device__ constexpr int items_of_many(int blocks, int cluster) {
+  return (blocks + 2 * cluster - 1) / (2 * cluster);
+}
+constexpr int clusters_of_many(int num_sms, int cluster) { return num_sms < cluster ? 1 : num_sms / cluster; }
 
 int launch_row_linear_sm90(const RowLinearArgs& args, int tile_rows, bool many_rows, void* stream,
                            const DeviceInfo& device);

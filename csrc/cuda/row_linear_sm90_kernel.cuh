@@ -2,6 +2,9 @@
 // copies, one or two warpgroups multiply them with wgmma as they land (features are M, rows N). Plain weights are
 // read from shared memory by wgmma itself; of coded ones, decoded, it finds them in registers. No bit differs.
 //
+// With many rows the two CTAs of a cluster load x together, half of it each, for both: a stage is free when the
+// consumers of both have released it.
+//
 // The ring is filled, and some more brought to L2, before waiting for the previous kernel (weights do not depend
 // on it), and the next kernel is let in with this one's last load, not sooner, lest its loads hold up ours: the
 // memory bus stays busy across kernel boundaries. Small kernels in between let their successor in at once. All that
@@ -47,12 +50,23 @@ __device__ __forceinline__ void multiply(float (&acc)[kTileRows / 2], const uint
 // acc = the sum over the next `length` stages, from zero. With many rows, which is more arithmetic, the next stage's
 // begins before this one is released; with few, a stage is taken to be worth more as room for the next load (not
 // measured). With many rows acc must have been written, and meanwhile() is called beside the last products.
+// A warp of consumers has read the stage, which all CTAs that load to it have to know.
+template <bool kManyRows, class Ring>
+__device__ __forceinline__ void release(const Ring& ring, int stage) {
+  constexpr int kCtas = cluster_ctas(kManyRows);
+  const int lane = threadIdx.x % 32;
+  if (lane >= kCtas) return;
+  if constexpr (kCtas == 1)
+    sm90::barrier_arrive(ring.empty(stage));
+  else
+    sm90::barrier_arrive_at(ring.empty(stage), lane);
+}
+
 template <int kTileRows, bool kManyRows, typename Meanwhile>
 __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const Ring<kTileRows, false>& ring,
                                             Cursor& cursor, int length, int group, const void*, bool,
                                             const Meanwhile& meanwhile) {
   using namespace sm90;
-  const bool releases = threadIdx.x % 32 == 0;
   int previous = 0;
   if constexpr (!kManyRows) {
 #pragma unroll
@@ -67,7 +81,7 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const R
     wgmma_commit();
     if (!kManyRows || i > 0) {
       wgmma_wait<kManyRows>();
-      if (releases) barrier_arrive(ring.empty(kManyRows ? previous : cursor.stage));
+      release<kManyRows>(ring, kManyRows ? previous : cursor.stage);
     }
     previous = cursor.stage;
     cursor.advance(ring.num_stages);
@@ -75,7 +89,7 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const R
   if (kManyRows) {
     meanwhile();
     wgmma_wait<0>();
-    if (releases) barrier_arrive(ring.empty(previous));
+    release<kManyRows>(ring, previous);
   }
   pin(acc);
 }
@@ -118,7 +132,7 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const R
       meanwhile();
     wgmma_wait<0>();
     __syncwarp();  // every lane has read its part of the block
-    if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty(stage));
+    release<kManyRows>(ring, stage);
   }
   pin(acc);
 }
@@ -200,6 +214,7 @@ template <int kTileRows, bool kManyRows, bool kCoded>
 __global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTileRows, kManyRows, kCoded))
     row_linear_sm90(const __grid_constant__ Sm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int kCtas = cluster_ctas(kManyRows);
   const RowLinearArgs& args = params.args;
   const int blocks = kManyRows ? 2 : args.plan.blocks_per_tile;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
@@ -210,11 +225,14 @@ __global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTileRows, kMan
   if (thread == 0) {  // lanes would take turns
     for (int s = 0; s < ring.num_stages; ++s) {
       sm90::barrier_init(ring.full(s), 1);
-      sm90::barrier_init(ring.empty(s), 4 * blocks);  // one arrival per consumer warp
+      sm90::barrier_init(ring.empty(s), 4 * blocks * kCtas);  // one arrival per consumer warp
     }
     sm90::fence_barrier_init();
   }
-  __syncthreads();
+  if constexpr (kCtas == 1)
+    __syncthreads();
+  else
+    sm90::cluster_sync_relaxed();
   if (group == blocks) {
     if constexpr (kManyRows) sm90::give_registers<40>();
     if (__shfl_sync(~0u, thread / 32, 0) == blocks * kGroupThreads / 32 && sm90::elect_one()) {
@@ -242,10 +260,11 @@ template <int kTileRows, bool kManyRows, bool kCoded>
 int launch_variant(const RowLinearArgs& plain, void* stream, const DeviceInfo& device) {
   Sm90Params params{{}, plain};
   RowLinearArgs& args = params.args;
+  constexpr int kCtas = cluster_ctas(kManyRows);
   for (int view = 0; view < 2; ++view) {
     const int rows = view ? args.p.num_rows : max(args.p.num_rows_ar, 1);
     if (const cudaError_t error =
-            sm90::make_row_map(&params.x_map[view], args.p.x, rows, args.p.in_features, kTileRows))
+            sm90::make_row_map(&params.x_map[view], args.p.x, rows, args.p.in_features, kTileRows / kCtas))
       return error;
   }
   const int blocks = kManyRows ? 2 : args.plan.blocks_per_tile;
@@ -259,9 +278,11 @@ int launch_variant(const RowLinearArgs& plain, void* stream, const DeviceInfo& d
 
   const auto kernel = row_linear_sm90<kTileRows, kManyRows, kCoded>;
   int grid = args.plan.grid;
-  if (kManyRows) grid = min(device.num_sms, (args.plan.blocks + 1) / 2 * args.row_tiles);
+  if (kManyRows)
+    grid = kCtas * min(clusters_of_many(device.num_sms, kCtas),
+                       items_of_many(args.plan.blocks, kCtas) * args.row_tiles);
   const int threads = blocks * kGroupThreads + producer_threads(kManyRows);
-  return launch(kernel, params, grid, threads, shared, stream, device);
+  return launch(kernel, params, grid, threads, shared, stream, device, kCtas);
 }
 
 template <bool kCoded>

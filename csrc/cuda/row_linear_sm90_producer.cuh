@@ -11,6 +11,11 @@ constexpr int kMaxStages = 16;
 constexpr int kManyStagingRows = 2 * kStagingRows;  // of many rows
 constexpr int kManyStagingBytes = kManyStagingRows * kStagingStride * 4;
 
+// CTAs, neighbours in the grid, that work through the same rows with weights of their own: each loads its part of x for
+// all of them.
+__host__ __device__ constexpr int cluster_ctas(bool many_rows) { return many_rows ? kRowTilesSm90.cluster : 1; }
+static_assert(kRowTilesSm90.cluster == kRowTilesSm90Coded.cluster);
+
 template <int kTileRows>
 constexpr int kXBytes = kTileRows * kBlock * 2;
 template <int kTileRows, bool kCoded>
@@ -78,8 +83,11 @@ struct Cursor {
 
 // The items that a CTA works through: its range of units for one row tile after the other (few rows), or whole
 // tiles of two blocks (many rows), there with the row tile varying fastest so that a weight is read from memory once.
+// A cluster's CTAs take neighbouring tiles of the same rows, the last one maybe none that there is.
 template <bool kManyRows>
 struct Walk {
+  static constexpr int kCtas = cluster_ctas(kManyRows);
+
   const RowLinearArgs& args;
   int begin, length;  // units of an item: within the weight (few rows) or within a tile (many rows)
 
@@ -87,18 +95,21 @@ struct Walk {
     begin = kManyRows ? 0 : a.plan.range_begin(blockIdx.x);
     length = kManyRows ? a.plan.k_blocks : a.plan.range_begin(blockIdx.x + 1) - begin;
   }
+  static __device__ int rank() { return blockIdx.x % kCtas; }  // within the cluster
   __device__ int items() const {
     if (!kManyRows) return args.row_tiles;
-    const int all = (args.plan.blocks + 1) / 2 * args.row_tiles;
-    return (all - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+    const int all = items_of_many(args.plan.blocks, kCtas) * args.row_tiles;
+    const int cluster = blockIdx.x / kCtas, clusters = gridDim.x / kCtas;
+    return (all - cluster + clusters - 1) / clusters;
   }
-  __device__ int row_tile(int item) const {
-    return kManyRows ? (blockIdx.x + item * gridDim.x) % args.row_tiles : item;
-  }
+  __device__ int row_tile(int item) const { return kManyRows ? of_all(item) % args.row_tiles : item; }
   __device__ int first_block(int item) const {
-    return kManyRows ? (blockIdx.x + item * gridDim.x) / args.row_tiles * 2
+    return kManyRows ? (of_all(item) / args.row_tiles * kCtas + rank()) * 2
                     : begin / args.plan.k_blocks * args.plan.blocks_per_tile;
   }
+
+ private:
+  __device__ uint32_t of_all(int item) const { return blockIdx.x / kCtas + item * (gridDim.x / kCtas); }
 };
 
 // One unit of the walk as the producer needs it. A single thread loads everything, so that a step has to take it no
@@ -109,7 +120,7 @@ struct Position {
 
   const Walk<kManyRows>& walk;
   const sm90::TensorMap* x_map;  // of the item's view
-  int item = 0, row;             // the first of its row tile
+  int item = 0, row;             // the first that this CTA loads of its row tile
   const uint8_t* weight;
   int block, behind;             // first block of the tile; units of the item behind the run
   const uint8_t* source;         // the unit's first block
@@ -121,7 +132,7 @@ struct Position {
     const int row_tile = walk.row_tile(item);
     x_map = x_maps + args.is_diff(row_tile);
     weight = static_cast<const uint8_t*>(args.weight_of(row_tile));
-    row = args.row_begin(row_tile, kTileRows);
+    row = args.row_begin(row_tile, kTileRows) + walk.rank() * (kTileRows / walk.kCtas);
     block = walk.first_block(item);
     behind = walk.length;
     begin_run(walk.begin % args.plan.k_blocks);
@@ -193,14 +204,22 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps
       bulk_load(dst, source, kBytes, full, policy);
   };
   auto load_weight = [&](const Position& at, int stage) {
+    const bool one = !kManyRows || at.block < args.plan.blocks;
     const bool both = ring.blocks == 2 && (!kManyRows || at.block + 1 < args.plan.blocks);
     const SharedAddress full = ring.full(stage), dst = ring.weight(stage);
-    barrier_arrive_expect(full, (1 + both) * kBytes + kXBytes<kTileRows>);
-    load_block(dst, at.source, full);
+    barrier_arrive_expect(full, (one + both) * kBytes + kXBytes<kTileRows>);
+    if (one) load_block(dst, at.source, full);
     if (both) load_block(dst + kBytes, at.source + row_of_blocks, full);
   };
+  // Of a cluster's CTAs each loads its part to all, whose barriers may not expect it yet.
   auto load_x = [&](const Position& at, int stage) {
-    tensor_load(ring.x(stage), at.x_map, at.column, at.row, ring.full(stage));
+    constexpr int kCtas = cluster_ctas(kManyRows);
+    if constexpr (kCtas == 1) {
+      tensor_load(ring.x(stage), at.x_map, at.column, at.row, ring.full(stage));
+    } else {
+      const SharedAddress part = ring.x(stage) + walk.rank() * (kXBytes<kTileRows> / kCtas);
+      tensor_load_multicast(part, at.x_map, at.column, at.row, ring.full(stage), (1 << kCtas) - 1);
+    }
   };
   auto prefetch = [&](const Position& at) {
     bulk_prefetch(at.source, kBytes);
@@ -240,6 +259,12 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps
   }
 #pragma unroll 1
   while (!kManyRows && next_weight.left > 0) next_weight.prefetch();
+  // Shared memory has to stay while the cluster's consumers arrive here.
+  if constexpr (cluster_ctas(kManyRows) > 1) {
+#pragma unroll 1
+    for (int step = 0; step < ahead; ++step, cursor.advance(ring.num_stages))
+      barrier_wait(ring.empty(cursor.stage), cursor.parity);
+  }
 }
 
 #endif

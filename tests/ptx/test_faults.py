@@ -35,7 +35,7 @@ def dual_attn(host):
 
 
 def prefill(host):
-    weight, x = rl.tensor(128, 192, seed=1), rl.tensor(161, 192, seed=2)
+    weight, x = rl.tensor(320, 512, seed=1), rl.tensor(193, 512, seed=2)
     return [rl.run(x, weight, sms=4, descending=host.descending)]
 
 
@@ -54,6 +54,7 @@ KERNELS = {  # name: part of the mangled one, and who calls it
 }
 GONE, SWAPPED = "", r"\1{\3, \2,"  # the first two registers of an operand
 MMA = r"(mma\.sync\S+\s+\{[^}]*\},\s*)\{(%\w+),\s*(%\w+),"
+LAST_WAIT = r"mbarrier\.try_wait[^;]*;(?!([\s\S]*mbarrier\.try_wait){2})"  # it looks twice
 FAULTS = {  # kernel, what is wrong with it: which lines, and what takes their place
     ("sm80-row_linear", "no wait for copies"): (r"cp\.async\.wait_group[^;]*;", GONE),
     ("sm80-row_linear", "a wait for fewer copies"): (r"(cp\.async\.wait_group\s+)(\d)", r"\g<1>1\2"),
@@ -82,6 +83,12 @@ FAULTS = {  # kernel, what is wrong with it: which lines, and what takes their p
     ("sm90-coded", "a wait for fewer products"): (r"(wgmma\.wait_group\S*\s+)(\d)", r"\g<1>1\2"),
     ("sm90-prefill", "more registers than there are"): (r"(setmaxnreg\.inc\S*\s+)232", r"\g<1>240"),
     ("sm90-prefill", "registers that nobody gives"): (r"setmaxnreg\.dec[^;]*;", GONE),
+    ("sm90-prefill", "no wait for products"): (r"wgmma\.wait_group[^;]*;", GONE),
+    ("sm90-prefill", "no barrier of the cluster"): (r"barrier\.cluster\.[^;]*;", GONE),
+    ("sm90-prefill", "no wait for the cluster"): (r"barrier\.cluster\.wait[^;]*;", GONE),
+    ("sm90-prefill", "copies to one CTA alone"): (r"\.multicast::cluster([^;]*), %rs\d+;", r"\1;"),
+    ("sm90-prefill", "releases to one CTA alone"): (r"mapa\S* there, (%r\d+), %r\d+;", r"mov.b32 there, \1;"),
+    ("sm90-prefill", "an end before the last releases"): (LAST_WAIT, "setp.eq.u32 done, 0, 0;"),
     ("sm90-row_linear", "swapped operands"): (r"(wgmma\.mma_async[^}]*\},\s*)(%rd\d+), (%rd\d+)", r"\1\3, \2"),
 }
 

@@ -78,25 +78,30 @@ int occupancy(void (*kernel)(Params), int threads, int smem_bytes, int* ctas) {
   return static_cast<int>(cudaOccupancyMaxActiveBlocksPerMultiprocessor(ctas, kernel, threads, smem_bytes));
 }
 
-// Returns a cudaError_t as int.
+// Clusters of `cluster` CTAs, neighbours in x (Hopper, if more than one). Returns a cudaError_t as int.
 template <typename Params>
 int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int smem_bytes, void* stream,
-           const DeviceInfo& device) {
+           const DeviceInfo& device, int cluster = 1) {
   if (const cudaError_t error = allow_smem(kernel, smem_bytes)) return static_cast<int>(error);
   // The same carve-out for every kernel: another one would keep neighbours from sharing an SM.
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                                      cudaSharedmemCarveoutMaxShared))
     return static_cast<int>(error);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
+  const auto next_attribute = [&](cudaLaunchAttributeID id) -> cudaLaunchAttributeValue& {
+    attributes[config.numAttrs].id = id;
+    return attributes[config.numAttrs++].val;
+  };
+  if (device.major >= 9 && !pdl_is_off())
+    next_attribute(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;
+  if (cluster > 1)
+    next_attribute(cudaLaunchAttributeClusterDimension).clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = smem_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = device.major >= 9 && !pdl_is_off() ? 1 : 0;
+  config.attrs = attributes;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, params));
 }
 

@@ -15,7 +15,7 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the copy engine; the threads of the CTA still need a barrier.
+// Makes initialised barriers visible to the copy engine; the threads of the CTA, or its cluster, still need a barrier.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -25,6 +25,14 @@ __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence
 
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// At the barrier that lies there in CTA `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int rank) {
+  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+               "r"(rank)
+               : "memory");
 }
 
 __device__ __forceinline__ void barrier_arrive_expect(SharedAddress barrier, int bytes) {
@@ -132,6 +140,21 @@ __device__ __forceinline__ void tensor_load(SharedAddress dst, const TensorMap* 
                "[%0], [%1, {%2, %3}], [%4];" ::"r"(dst),
                "l"(map), "r"(column), "r"(row), "r"(barrier)
                : "memory");
+}
+
+// The same to this address in each CTA of the cluster whose bit `ctas` has; there it counts on that CTA's own barrier.
+__device__ __forceinline__ void tensor_load_multicast(SharedAddress dst, const TensorMap* map, int column, int row,
+                                                      SharedAddress barrier, uint16_t ctas) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+               "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst),
+               "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(ctas)
+               : "memory");
+}
+
+// Until every thread of the cluster is here. Orders nothing but barriers that were initialised ahead of a fence.
+__device__ __forceinline__ void cluster_sync_relaxed() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* smem) {

@@ -1,7 +1,7 @@
-// The part of CUDA that plain kernels use, as host C++: one fiber per thread of a block, blocks one
-// after the other. Barriers and warp exchanges hand control to the next fiber, in ascending or
-// descending thread order; a result that depends on the order is a race, and ThreadSanitizer, if it is
-// there, finds those on which no result depends (see races.h).
+// The part of CUDA that plain kernels use, as host C++: one fiber per thread of a block; blocks, or clusters of them,
+// one after the other. Barriers and warp exchanges hand control to the next fiber, in ascending or descending thread
+// order; a result that depends on the order is a race, and ThreadSanitizer, if it is there, finds those on which no
+// result depends (see races.h).
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -75,6 +75,9 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 namespace cuda_host {
 
 inline bool descending = false;
+constexpr int kMaxCluster = 2;
+inline int self = 0;  // the thread that runs, of all of its cluster's
+inline int rank() { return self / static_cast<int>(blockDim.x); }  // of its block in the cluster
 inline void* const kStream = reinterpret_cast<void*>(0x57ea);  // what launchers are given, and have to launch on
 
 [[noreturn]] inline void fail(const char* what) {
@@ -82,10 +85,10 @@ inline void* const kStream = reinterpret_cast<void*>(0x57ea);  // what launchers
   std::abort();
 }
 
-// A thread of a block, of every block in turn. Its context is entered once; from then on control passes by setjmp and
-// longjmp, which, unlike swapcontext, ask nothing of the system.
+// A thread of a cluster, of every cluster in turn. Its context is entered once; from then on control passes by setjmp
+// and longjmp, which, unlike swapcontext, ask nothing of the system.
 struct Fiber {
-  enum State : uint8_t { kReady, kWarp, kBlock, kDone };
+  enum State : uint8_t { kReady, kWarp, kBlock, kCluster, kDone };
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   static constexpr int kStackBytes = 1 << 18;
 #else
@@ -95,7 +98,7 @@ struct Fiber {
   jmp_buf resume;
   bool entered = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  int exchanges = 0, met[2] = {};  // so often with its warp, with its block
+  int exchanges = 0, met[3] = {};  // so often with its warp, its block, its cluster
   races::Thread seen_as{};
 };
 
@@ -110,6 +113,7 @@ struct Meeting {
   uint64_t places[2];
 };
 
+// The blocks of a cluster, which is mostly one.
 class Block {
   static constexpr int kMaxWarps = 32, kValueBytes = 32;
  public:
@@ -121,8 +125,12 @@ class Block {
   // Blocks take turns with sets of fibers, lest one's threads seem to go on as another's; so do launches.
   static constexpr int kSets = races::kSought ? 3 : 1;
 
-  void run(int launch, int block, int threads, const std::function<void()>& kernel) {
-    set_ = launch % 2 * kSets + block % kSets;
+  // `first_block`: the cluster's first, of `blocks`, neighbours in x, of blockDim.x threads.
+  void run(int launch, int cluster, dim3 first_block, int blocks, const std::function<void()>& kernel) {
+    const int threads = blocks * blockDim.x;
+    if (threads > kMaxWarps * 32 || (blocks > 1 && blockDim.x % 32)) fail("a cluster that is not modelled");
+    set_ = launch % 2 * kSets + cluster % kSets;
+    first_block_ = first_block;
     scheduler_seen_as_ = races::current();
     races::forget(meetings_, sizeof(meetings_));
     while (static_cast<int>(fibers().size()) < threads) make_fiber();
@@ -142,12 +150,12 @@ class Block {
     _longjmp(scheduler_, 1);
   }
 
-  // Until the whole warp or block is here. What they did before is done for those who leave.
+  // Until the whole warp, block or cluster is here. What they did before is done for those who leave.
   void meet(Fiber::State state) {
     const races::Unseen unseen;
-    const bool all = state == Fiber::kBlock;
-    const int turn = fibers()[active_].met[all]++ % 2;
-    uint64_t* const place = &meetings_[all ? kMaxWarps : active_ / 32].places[turn];
+    const int turn = fibers()[active_].met[state - Fiber::kWarp]++ % 2;
+    const int of_all = state == Fiber::kBlock ? kMaxWarps + rank() : kMaxWarps + kMaxCluster;
+    uint64_t* const place = &meetings_[state == Fiber::kWarp ? active_ / 32 : of_all].places[turn];
     races::release(place);
     wait(state);
     races::acquire(place);
@@ -155,6 +163,12 @@ class Block {
 
   // Which of the sets of fibers runs.
   int set() const { return set_; }
+
+  // Whether all threads of the cluster's block `rank` have ended.
+  bool has_ended(int rank) const {
+    const auto* begin = states_ + rank * blockDim.x;
+    return std::count(begin, begin + blockDim.x, Fiber::kDone) == static_cast<int>(blockDim.x);
+  }
 
   // What the warp's lanes have passed to the same exchange; until the caller's next one. ``first()``: is the caller the
   // first of them to ask?
@@ -204,7 +218,7 @@ class Block {
   static void begin(Fiber& fiber) {
     const races::Unseen unseen;
     races::acquire(cuda_host_meetings);
-    fiber.exchanges = fiber.met[0] = fiber.met[1] = 0;
+    fiber.exchanges = fiber.met[0] = fiber.met[1] = fiber.met[2] = 0;
   }
 
   void resume(Fiber& fiber) {
@@ -222,12 +236,17 @@ class Block {
       const int t = descending ? threads_ - 1 - i : i;
       if (states_[t] != Fiber::kReady) continue;
       ran = true;
-      active_ = t;
-      threadIdx.x = t;
+      active_ = self = t;
+      threadIdx.x = t % blockDim.x;
+      blockIdx = first_block_;
+      blockIdx.x += rank();
       resume(fibers()[t]);
     }
     for (int first = 0; first < threads_; first += 32) ran |= open(Fiber::kWarp, first, std::min(first + 32, threads_));
-    if (!ran) ran = open(Fiber::kBlock, 0, threads_);
+    const int of_block = blockDim.x;
+    if (!ran)
+      for (int first = 0; first < threads_; first += of_block) ran |= open(Fiber::kBlock, first, first + of_block);
+    if (!ran) ran = open(Fiber::kCluster, 0, threads_);
     if (!ran && std::count(states_, states_ + threads_, Fiber::kDone) < threads_) fail("threads wait for each other");
     return ran;
   }
@@ -243,7 +262,7 @@ class Block {
   Fiber::State states_[kMaxWarps * 32];
   int set_ = 0;
   races::Thread scheduler_seen_as_{};
-  Meeting meetings_[kMaxWarps + 1];  // of the warps, and of the block
+  Meeting meetings_[kMaxWarps + kMaxCluster + 1];  // of the warps, the blocks and the cluster
   // Of this and the previous exchange of each warp: a lane runs at most one ahead of its warp.
   alignas(64) char values_[kMaxWarps][2][32][kValueBytes] = {};
   bool asked_[kMaxWarps][2] = {};
@@ -251,6 +270,7 @@ class Block {
   const std::function<void()>* kernel_ = nullptr;
   int threads_ = 0;
   int active_ = 0;
+  dim3 first_block_;
 };
 
 }  // namespace cuda_host

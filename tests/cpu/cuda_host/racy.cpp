@@ -8,6 +8,7 @@ namespace {
 struct Params {
   bool ordered;
   int32_t* memory;  // 4096, of zeros
+  sm90::TensorMap map;  // of its beginning, 8 rows in boxes of 4
 };
 
 constexpr int kStageBytes = 1024;
@@ -99,6 +100,36 @@ void releases_what_it_has_read(Params p) {
   ring(true, p.ordered, reinterpret_cast<uint8_t*>(p.memory), p.memory + 1024);
 }
 
+// The two blocks of a cluster bring a half each to both, which read all of it before it is brought again.
+void releases_to_its_cluster(Params p) {
+  Shared& s = shared();
+  const int rank = blockIdx.x % 2;
+  if (threadIdx.x == 0) {
+    sm90::barrier_init(&s.full, 1);
+    sm90::barrier_init(&s.empty, 2);
+  }
+  sm90::cluster_sync_relaxed();
+  pdl_wait();
+  if (threadIdx.x == 32) {
+    sm90::fence_proxy_async_global();
+    for (int i = 0; i < 2; ++i) {
+      if (i == 1) sm90::barrier_wait(&s.empty, 0);
+      sm90::barrier_arrive_expect(&s.full, kStageBytes);
+      sm90::tensor_load_multicast(shared_address(s.stage + rank * kStageBytes / 2), &p.map, 0, rank * 4,
+                                  shared_address(&s.full), 3);
+    }
+    sm90::barrier_wait(&s.empty, 1);
+  } else if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      sm90::barrier_wait(&s.full, i);
+      if (!p.ordered) sm90::barrier_arrive_at(&s.empty, 1 - rank);
+      p.memory[1024 + blockIdx.x] = s.stage[(1 - rank) * kStageBytes / 2];
+      if (p.ordered) sm90::barrier_arrive_at(&s.empty, 1 - rank);
+      sm90::barrier_arrive_at(&s.empty, rank);
+    }
+  }
+}
+
 void barriers_are_there(Params p) {
   pdl_wait();
   if (threadIdx.x == 0) sm90::barrier_init(&shared().full, 64);
@@ -155,28 +186,30 @@ void multiplies_what_has_landed(Params p) {
   sm90::wgmma_wait<0>();
 }
 
-int run(Kernel kernel, int blocks, int threads, const Params& params) {
-  return launch(kernel, params, dim3(blocks), threads, 16384, cuda_host::kStream, device_info());
+int run(Kernel kernel, int blocks, int threads, int cluster, Params params) {
+  sm90::make_row_map(&params.map, reinterpret_cast<uint16_t*>(params.memory), 8, 64, 4);
+  return launch(kernel, params, dim3(blocks), threads, 16384, cuda_host::kStream, device_info(), cluster);
 }
 
 }  // namespace
 }  // namespace orthrus::cuda
 
-#define RACY(name, launches, blocks, threads)                                              \
-  extern "C" void name(int ordered) {                                                      \
-    static int32_t* const memory = new int32_t[4096]{};                                    \
-    for (int i = 0; i < launches; ++i)                                                     \
-      orthrus::cuda::run(orthrus::cuda::name, blocks, threads, {ordered != 0, memory});    \
+#define RACY(name, launches, blocks, threads, cluster)                                           \
+  extern "C" void name(int ordered) {                                                            \
+    static int32_t* const memory = new int32_t[4096]{};                                          \
+    for (int i = 0; i < launches; ++i)                                                           \
+      orthrus::cuda::run(orthrus::cuda::name, blocks, threads, cluster, {ordered != 0, memory}); \
   }
-RACY(block_barrier, 1, 1, 64)
-RACY(warp_barrier, 1, 1, 32)
-RACY(static_shared_memory, 1, 4, 64)
-RACY(named_barriers, 1, 1, 128)
-RACY(last_block_reads_all, 1, 3, 32)
-RACY(reads_the_launch_before, 2, 1, 64)
-RACY(waits_for_a_copy, 1, 1, 64)
-RACY(releases_what_it_has_read, 1, 1, 64)
-RACY(barriers_are_there, 1, 1, 64)
-RACY(waits_for_small_copies, 1, 1, 64)
-RACY(copies_onto_what_was_read, 1, 1, 64)
-RACY(multiplies_what_has_landed, 1, 1, 160)
+RACY(block_barrier, 1, 1, 64, 1)
+RACY(warp_barrier, 1, 1, 32, 1)
+RACY(static_shared_memory, 1, 4, 64, 1)
+RACY(named_barriers, 1, 1, 128, 1)
+RACY(last_block_reads_all, 1, 3, 32, 1)
+RACY(reads_the_launch_before, 2, 1, 64, 1)
+RACY(waits_for_a_copy, 1, 1, 64, 1)
+RACY(releases_what_it_has_read, 1, 1, 64, 1)
+RACY(releases_to_its_cluster, 1, 2, 64, 2)
+RACY(barriers_are_there, 1, 1, 64, 1)
+RACY(waits_for_small_copies, 1, 1, 64, 1)
+RACY(copies_onto_what_was_read, 1, 1, 64, 1)
+RACY(multiplies_what_has_landed, 1, 1, 160, 1)

@@ -12,13 +12,13 @@ std::pair<uintptr_t, uintptr_t> bounds(uintptr_t address, const Modes& modes) {
   return modes.mapped ? std::pair{line, line + 64} : found;
 }
 
-void check_races(Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
+void check_races(Cta& cta, Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
                  const uint8_t* value) {
-  const auto self = static_cast<uint32_t>(w.index);
-  const uint32_t granule = w.cta->launch->kernel->granule, begin = address - kSharedBegin;
-  const Shared& s = w.cta->shared;
+  const auto self = static_cast<uint32_t>(w.clock);
+  const uint32_t granule = cta.launch->kernel->granule, begin = address - kSharedBegin;
+  const Shared& s = cta.shared;
   for (uint32_t at = begin / granule * granule; at < begin + bytes; at += granule) {
-    Word& word = w.cta->shared.words[at / granule];
+    Word& word = cta.shared.words[at / granule];
     const bool races = word.writer != self && word.written > w.seen[word.writer];
     if (!writes) {
       if (races && !(word.agreeing >> self & 1)) report(w, i, lane, "a race with a write");
@@ -38,14 +38,22 @@ void check_races(Warp& w, const Instruction& i, int lane, uint32_t address, uint
   }
 }
 
-uint8_t* shared_at(Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
+SharedPlace in_cluster(Warp& w, const Instruction& i, int lane, uint32_t address) {
+  if (!(address >> kRankShift)) return {*w.cta, address};
+  const uint32_t rank = (address >> kRankShift) - 1;
+  Cta& cta = *w.cta->cluster->ctas.at(rank);
+  if (cta.has_ended()) report(w, i, lane, "shared memory of a CTA that has ended");
+  return {cta, address & ((1u << kRankShift) - 1)};
+}
+
+uint8_t* shared_at(Cta& cta, Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
                    uint32_t alignment, const uint8_t* value) {
-  Shared& s = w.cta->shared;
+  Shared& s = cta.shared;
   const uint32_t at = address - kSharedBegin;
   if (address < kSharedBegin || at + static_cast<uint64_t>(bytes) > s.bytes.size())
     fail(w, i, lane, "outside of shared memory: " + std::to_string(address));
   if (address % (alignment ? alignment : bytes)) fail(w, i, lane, "misaligned in shared memory");
-  check_races(w, i, lane, address, bytes, writes, value);
+  check_races(cta, w, i, lane, address, bytes, writes, value);
   uint8_t any = 0, all = 255;
   for (uint32_t k = at; k < at + bytes; ++k) {
     any |= s.state[k];

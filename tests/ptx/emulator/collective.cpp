@@ -9,6 +9,12 @@ namespace {
 
 enum class Shuffle { kUp, kDown, kBfly, kIdx };
 
+// Relaxed: it orders mbarriers that a fence has gone before, and nothing else.
+void arrive_at_cluster(Warp& w, const Instruction&, Mask) {
+  ++w.cluster_arrivals;
+  w.cta->cluster->settle();
+}
+
 // list[0]: the predicate, if any. b: lane or delta, c: clamp and segment.
 template <Shuffle kKind>
 void shuffle(Warp& w, const Instruction& i, Mask m) {
@@ -59,6 +65,12 @@ bool decode_collective(Parsed& p) {
   Instruction& o = p.out;
   const size_t last = p.operands.size() - 1;
   if (op == "bar" || op == "barrier") {
+    if (p.has("cluster")) {
+      if (!p.has("aligned")) return false;
+      o.kind = p.has("wait") ? Kind::kClusterWait : Kind::kAligned;
+      o.run = p.has("wait") ? nothing : p.has("arrive") && p.has("relaxed") ? arrive_at_cluster : nullptr;
+      return o.run != nullptr;
+    }
     if (p.has("warp")) {
       o.kind = Kind::kMembers;
       o.mask = p.at(0, 4);

@@ -30,9 +30,11 @@ void wait_copies(Warp& w, const Instruction& i, Mask m) {
   for_lanes(m, [&](int l) { land_copies(w, l, static_cast<uint32_t>(i.offset)); });
 }
 
-void mark_in_flight(Warp& w, const Instruction& i, int lane, uint32_t dst, uint32_t bytes, uint32_t alignment) {
-  shared_at(w, i, lane, dst, bytes, true, alignment);
-  for (uint32_t k = 0; k < bytes; ++k) w.cta->shared.state[dst - kSharedBegin + k] |= kInFlight;
+void ask_for(Cta& cta, Warp& w, const Instruction& i, int lane, const BulkCopy& copy, uint32_t alignment) {
+  mbarrier_at(cta, w, i, lane, copy.mbarrier, true);
+  shared_at(cta, w, i, lane, copy.dst, copy.bytes, true, alignment);
+  for (uint32_t k = 0; k < copy.bytes; ++k) cta.shared.state[copy.dst - kSharedBegin + k] |= kInFlight;
+  cta.bulk.push_back(copy);
 }
 // d: destination, a: source, b: bytes, c: mbarrier.
 void bulk_copy(Warp& w, const Instruction& i, Mask m) {
@@ -40,11 +42,9 @@ void bulk_copy(Warp& w, const Instruction& i, Mask m) {
     const uint32_t dst = w.reg<uint32_t>(i.d)[l], bytes = w.reg<uint32_t>(i.b)[l], bar = w.reg<uint32_t>(i.c)[l];
     const uint64_t src = w.reg<uint64_t>(i.a)[l];
     if (bytes % 16 || src % 16 || !bytes) fail(w, i, l, "a bulk copy is not of whole 16 bytes");
-    mbarrier_at(w, i, l, bar, true);
     global_at(w, i, l, src & ~15ull, 16, false);
     global_at(w, i, l, src + bytes - 16, 16, false);
-    mark_in_flight(w, i, l, dst, bytes, 16);
-    w.cta->bulk.push_back({dst, bytes, bar, src, nullptr, 0, 0});
+    ask_for(*w.cta, w, i, l, {dst, bytes, bar, src, nullptr, 0, 0}, 16);
   });
 }
 void bulk_prefetch(Warp& w, const Instruction& i, Mask m) {
@@ -57,7 +57,7 @@ void bulk_prefetch(Warp& w, const Instruction& i, Mask m) {
     cuda_host::prefetched.push_back({reinterpret_cast<const uint8_t*>(src), static_cast<int>(bytes)});
   });
 }
-// d: destination, a: map, list: coordinates, c: mbarrier.
+// d: destination, a: map, list: coordinates, c: mbarrier; b: bits of the CTAs that it goes to, if not this one alone.
 void tensor_copy(Warp& w, const Instruction& i, Mask m) {
   for_lanes(m, [&](int l) {
     const uint32_t dst = w.reg<uint32_t>(i.d)[l], bar = w.reg<uint32_t>(i.c)[l];
@@ -67,10 +67,14 @@ void tensor_copy(Warp& w, const Instruction& i, Mask m) {
     if (w.cta->launch->pdl && !(w.waited_pdl >> l & 1)) report(w, i, l, "a tensor ahead of the wait");
     if (w.cta->launch->pdl && !(w.fenced_global >> l & 1))
       report(w, i, l, "a tensor that threads may have stored, without fence.proxy.async");
-    mbarrier_at(w, i, l, bar, true);
     const uint32_t bytes = map->box_columns * map->box_rows * map->element_bytes;
-    mark_in_flight(w, i, l, dst, bytes, 128);
-    w.cta->bulk.push_back({dst, bytes, bar, 0, map, w.reg<int32_t>(i.list[0])[l], w.reg<int32_t>(i.list[1])[l]});
+    const uint32_t ctas = i.b ? w.reg<uint32_t>(i.b)[l] & 0xffff : 1u << w.cta->rank;
+    if (!ctas || ctas >> w.cta->launch->cluster) fail(w, i, l, "a copy to CTAs that the cluster has not");
+    for (Mask rest = ctas; rest; rest &= rest - 1) {
+      Cta& cta = *w.cta->cluster->ctas[static_cast<size_t>(std::countr_zero(rest))];
+      if (cta.has_ended()) fail(w, i, l, "a copy to a CTA that has ended");
+      ask_for(cta, w, i, l, {dst, bytes, bar, 0, map, w.reg<int32_t>(i.list[0])[l], w.reg<int32_t>(i.list[1])[l]}, 128);
+    }
   });
 }
 void prefetch_map(Warp& w, const Instruction& i, Mask m) {
@@ -160,6 +164,7 @@ bool decode_copies(Parsed& p) {
     const std::string coordinates = parts.at(1).substr(1, parts.at(1).size() - 2);
     for (const auto& c : split(coordinates, ',', false)) o.list.push_back(p.place(c, 4));
     o.c = address(2, 4);
+    if (p.has("multicast::cluster")) o.b = p.at(3, 4);
   } else if (p.has("bulk")) {
     if (!p.has("shared::cluster") || !p.has("global")) return false;
     o.run = bulk_copy;

@@ -42,7 +42,8 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
   return CUDA_SUCCESS;
 }
 
-int run_kernel(const void* function, dim3 grid, dim3 block, size_t dynamic, void** args, bool pdl = false) {
+int run_kernel(const void* function, dim3 grid, dim3 block, size_t dynamic, void** args, bool pdl = false,
+               uint32_t cluster = 1) {
   const Function& f = functions().at(function);
   if (block.y != 1 || block.z != 1 || grid.x == 0) return cudaErrorInvalidConfiguration;
   if (static_cast<int>(dynamic) > f.max_dynamic) return cudaErrorInvalidValue;
@@ -52,7 +53,7 @@ int run_kernel(const void* function, dim3 grid, dim3 block, size_t dynamic, void
       if (found == module->kernels.end()) continue;
       const auto* bytes = static_cast<const uint8_t*>(args[0]);
       launch(*module, f.name, {grid.x, grid.y, grid.z}, block.x, static_cast<uint32_t>(dynamic),
-             {bytes, bytes + found->second->param_bytes}, pdl);
+             {bytes, bytes + found->second->param_bytes}, pdl, cluster);
       return cudaSuccess;
     }
     throw Failure("no module has " + f.name);
@@ -93,7 +94,13 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* f, void
   const bool pdl = std::any_of(c->attrs, c->attrs + c->numAttrs, [](const cudaLaunchAttribute& a) {
     return a.id == cudaLaunchAttributeProgrammaticStreamSerialization && a.val.programmaticStreamSerializationAllowed;
   });
-  return static_cast<cudaError_t>(ptx::run_kernel(f, c->gridDim, c->blockDim, c->dynamicSmemBytes, args, pdl));
+  uint32_t cluster = 1;
+  for (const auto* a = c->attrs; a != c->attrs + c->numAttrs; ++a) {
+    if (a->id != cudaLaunchAttributeClusterDimension) continue;
+    if (a->val.clusterDim.y != 1 || a->val.clusterDim.z != 1) return cudaErrorInvalidConfiguration;
+    cluster = a->val.clusterDim.x;
+  }
+  return static_cast<cudaError_t>(ptx::run_kernel(f, c->gridDim, c->blockDim, c->dynamicSmemBytes, args, pdl, cluster));
 }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;

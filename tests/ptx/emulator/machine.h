@@ -1,4 +1,4 @@
-// The state of a launch: CTAs, warps, shared memory with what is known of each byte, copies in flight.
+// The state of a launch: clusters, CTAs, warps, shared memory with what is known of each byte, copies in flight.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -25,12 +25,12 @@ struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class LaneState : uint8_t { kReady, kAtCollective, kAtBarrier, kAtMbarrier, kDone };
+enum class LaneState : uint8_t { kReady, kAtCollective, kAtBarrier, kAtMbarrier, kAtCluster, kDone };
 
 // Bits of a byte of shared memory.
 constexpr uint8_t kWritten = 1, kInFlight = 2, kUnfenced = 4, kMbarrier = 8;
 
-// What each warp knows of the others' clocks; a warp's own goes on with every release.
+// What each warp of a cluster knows of the others' clocks; a warp's own goes on with every release.
 using Clocks = std::array<uint32_t, 32>;
 inline void join(Clocks& a, const Clocks& b) {
   for (size_t k = 0; k < a.size(); ++k) a[k] = std::max(a[k], b[k]);
@@ -40,7 +40,7 @@ inline void join(Clocks& a, const Clocks& b) {
 struct Word {
   uint32_t written = 0, writer = 0;
   Mask agreeing = 0;  // warps that have written the same at once, as layouts of Triton's with copies do
-  std::array<uint32_t, 16> read = {};  // by the first warps
+  std::array<uint32_t, 24> read = {};  // by the first warps of the cluster
 };
 
 struct Shared {
@@ -53,6 +53,7 @@ struct Mbarrier {
   int64_t bytes = 0;
   uint32_t phase = 0;
   bool fenced = false;
+  uint32_t fenced_in = 0;  // by a warp that had arrived so often at the cluster's barrier
   Clocks released = {};
 };
 
@@ -87,6 +88,8 @@ struct Warp {
   int registers = 0;  // of a thread, where setmaxnreg has set them
   uint8_t* file = nullptr;
   int index = 0;
+  size_t clock = 0;   // which of Clocks is its own
+  uint32_t cluster_arrivals = 0;
   Mask live = 0;
   uint32_t pc[32] = {};
   LaneState state[32] = {};
@@ -135,7 +138,7 @@ struct Launch {
   const Kernel* kernel;
   Modes modes;
   Order order;
-  uint32_t grid[3], threads;
+  uint32_t grid[3], cluster, threads;  // cluster: CTAs, along x
   uint32_t dynamic_shared;
   bool pdl;                // it may begin before the grid ahead of it has ended
   std::vector<Line> params;
@@ -149,7 +152,9 @@ struct Launch {
 
 struct Cta {
   Launch* launch;
-  uint32_t id[3];
+  struct Cluster* cluster;
+  uint32_t rank;        // in the cluster
+  std::array<uint32_t, 3> id;
   uint32_t number = 0;  // among the launch's
   CtaClocks known;      // its own too
   std::vector<Warp> warps;
@@ -160,11 +165,31 @@ struct Cta {
   std::deque<BulkCopy> bulk;
   std::vector<std::pair<uint32_t, uint32_t>> published;  // written ahead of a barrier, by threads without a fence
 
-  Cta(Launch& l, const uint32_t (&index)[3]);
-  bool run(bool to_the_end);   // until all threads have exited, or for a while; whether they have
-  bool land_one();             // a bulk copy; whether there was one
+  Cta(Cluster& of, uint32_t rank, const std::array<uint32_t, 3>& index);
+  bool has_ended() const;
+  void check_end() const;
   void settle(Mbarrier& barrier);
 };
+
+// CTAs that run together, one if the launch says nothing else.
+struct Cluster {
+  Launch* launch;
+  std::vector<std::unique_ptr<Cta>> ctas;
+  uint32_t phase = 0;  // of its barrier
+
+  Cluster(Launch& l, const std::array<uint32_t, 3>& first);
+  bool run(bool to_the_end);   // until all threads have exited, or for a while; whether they have
+  bool land_one();             // a bulk copy; whether there was one
+  void settle();               // the barrier, where threads have arrived or exited
+};
+
+// Shared memory of a cluster's CTAs: mapa's addresses name their CTA above these bits, all others are the CTA's own.
+constexpr int kRankShift = 24;
+struct SharedPlace {
+  Cta& cta;
+  uint32_t address;  // as that CTA calls it
+};
+SharedPlace in_cluster(Warp& w, const Instruction& i, int lane, uint32_t address);
 
 [[noreturn]] void fail(Warp& w, const Instruction& i, int lane, const std::string& what);
 void report(Warp& w, const Instruction& i, int lane, const std::string& what);
@@ -175,17 +200,21 @@ std::pair<uintptr_t, uintptr_t> allocation(uintptr_t address);
 std::pair<uintptr_t, uintptr_t> bounds(uintptr_t address, const Modes& modes);
 
 // Reports an access that nothing orders after another warp's. value: what it writes, where that is known.
-void check_races(Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
+void check_races(Cta& cta, Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
                  const uint8_t* value = nullptr);
 
 void check_order(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes, bool writes);
 
 // Checked access. Null after a report.
-uint8_t* shared_at(Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
+uint8_t* shared_at(Cta& cta, Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
                    uint32_t alignment = 0, const uint8_t* value = nullptr);
+inline uint8_t* shared_at(Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
+                          uint32_t alignment = 0, const uint8_t* value = nullptr) {
+  return shared_at(*w.cta, w, i, lane, address, bytes, writes, alignment, value);
+}
 uint8_t* global_at(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes, bool writes);
 uint8_t* param_at(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes);
-Mbarrier& mbarrier_at(Warp& w, const Instruction& i, int lane, uint32_t address, bool of_a_copy);
+Mbarrier& mbarrier_at(Cta& cta, Warp& w, const Instruction& i, int lane, uint32_t address, bool of_a_copy);
 void mark_written(Warp& w, int lane, uint32_t address, uint32_t bytes);
 
 void land(Cta& cta, const BulkCopy& copy);

@@ -198,7 +198,7 @@ void complete_products(Warp& w, uint32_t pending_groups) {
     multiply(w, p);
     for (uint32_t chunk : p.chunks) {
       --w.cta->shared.readers[chunk];
-      check_races(w, *p.instruction, 0, kSharedBegin + chunk * 16, 16, false);
+      check_races(*w.cta, w, *p.instruction, 0, kSharedBegin + chunk * 16, 16, false);
     }
     const Place first = p.instruction->list[0];
     auto follows = [&](const Product& q) { return q.instruction->list[0] == first; };

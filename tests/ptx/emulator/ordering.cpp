@@ -6,9 +6,11 @@
 
 namespace ptx {
 
-Mbarrier& mbarrier_at(Warp& w, const Instruction& i, int lane, uint32_t address, bool of_a_copy) {
-  const auto found = w.cta->mbarriers.find(address);
-  if (found == w.cta->mbarriers.end()) fail(w, i, lane, "no mbarrier there");
+Mbarrier& mbarrier_at(Cta& cta, Warp& w, const Instruction& i, int lane, uint32_t address, bool of_a_copy) {
+  const auto found = cta.mbarriers.find(address);
+  if (found == cta.mbarriers.end()) fail(w, i, lane, "no mbarrier there");
+  if (&cta != w.cta && (!found->second.fenced || found->second.fenced_in >= w.cluster_arrivals))
+    report(w, i, lane, "another CTA's mbarrier may not be initialised yet");
   if (of_a_copy && !found->second.fenced) report(w, i, lane, "a copy may not see the mbarrier yet: no fence");
   return found->second;
 }
@@ -22,27 +24,39 @@ void mbarrier_init(Warp& w, const Instruction& i, Mask m) {
     shared_at(w, i, l, address, 8, true);
     if (count < 1 || count >= 1 << 20) fail(w, i, l, "an mbarrier of so many arrivals");
     std::fill_n(w.cta->shared.state.data() + (address - kSharedBegin), 8, kMbarrier);
-    w.cta->mbarriers[address] = {count, count, 0, 0, false, {}};
+    w.cta->mbarriers[address] = {count, count, 0, 0, false, 0, {}};
   });
 }
 template <bool kExpects>
 void mbarrier_arrive(Warp& w, const Instruction& i, Mask m) {
   for_lanes(m, [&](int l) {
-    const uint32_t address = w.reg<uint32_t>(i.a)[l];
-    Mbarrier& barrier = mbarrier_at(w, i, l, address, false);
+    const auto [cta, address] = in_cluster(w, i, l, w.reg<uint32_t>(i.a)[l]);
+    Mbarrier& barrier = mbarrier_at(cta, w, i, l, address, false);
     if (kExpects) barrier.bytes += w.reg<int32_t>(i.b)[l];
     if (barrier.bytes >= 1 << 20) fail(w, i, l, "an mbarrier expects more than it can count");
     join(barrier.released, w.seen);
-    ++w.seen[static_cast<size_t>(w.index)];
+    ++w.seen[w.clock];
     if (--barrier.pending < 0) fail(w, i, l, "more arrivals than the mbarrier is for");
-    w.cta->settle(barrier);
+    cta.settle(barrier);
+  });
+}
+
+// d: as all of the cluster call it, a: address in CTA b.
+void map_to_cta(Warp& w, const Instruction& i, Mask m) {
+  for_lanes(m, [&](int l) {
+    const uint32_t address = w.reg<uint32_t>(i.a)[l], rank = w.reg<uint32_t>(i.b)[l];
+    if (rank >= w.cta->launch->cluster || address >> kRankShift) fail(w, i, l, "no such place in the cluster");
+    w.reg<uint32_t>(i.d)[l] = (rank + 1) << kRankShift | address;
   });
 }
 
 // Of the thread's own writes, and of others' that a barrier has shown it.
 void fence(Warp& w, const Instruction& i, Mask m) {
   if (i.offset) w.fenced_global |= m;  // of all memory or of global
-  for (auto& [address, barrier] : w.cta->mbarriers) barrier.fenced = true;
+  for (auto& [address, barrier] : w.cta->mbarriers) {
+    if (!barrier.fenced) barrier.fenced_in = w.cluster_arrivals;
+    barrier.fenced = true;
+  }
   auto clear = [&](std::vector<std::pair<uint32_t, uint32_t>>& ranges) {
     for (auto [address, bytes] : ranges)
       for (uint32_t k = 0; k < bytes; ++k) w.cta->shared.state[address - kSharedBegin + k] &= ~kUnfenced;
@@ -84,6 +98,10 @@ bool decode_ordering(Parsed& p) {
   const std::string& op = p.parts[0];
   Instruction& o = p.out;
   if (op == "mbarrier") return decode_mbarrier(p);
+  if (op == "mapa" && p.has("shared::cluster")) {
+    o.run = map_to_cta;
+    return p.places(4, 4, 4);
+  }
   if (op == "fence") o.offset = p.has("async") && !p.has("shared::cta");
   if (op == "fence") o.run = p.has("proxy") || p.has("mbarrier_init") ? fence : nothing;
   if (op == "membar") o.run = nothing;

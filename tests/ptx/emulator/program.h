@@ -23,6 +23,7 @@ enum class Kind : uint8_t {
   kAligned,  // all lanes of the warp
   kBarrier,  // those, and then the warps that the barrier is for
   kTryWait,  // a lane until the mbarrier's phase has completed
+  kClusterWait,  // a warp until all of its cluster have arrived
 };
 
 // Whose issue slots an instruction takes.

@@ -50,7 +50,7 @@ const Module& load(const std::string& path) {
 }
 
 void launch(const Module& module, const std::string& name, const uint32_t (&grid)[3], uint32_t threads,
-            uint32_t dynamic_shared, std::vector<uint8_t> params, bool pdl) {
+            uint32_t dynamic_shared, std::vector<uint8_t> params, bool pdl, uint32_t cluster) {
   const auto found = module.kernels.find(name);
   if (found == module.kernels.end()) throw Failure("no kernel " + name);
   const Kernel& kernel = *found->second;
@@ -59,8 +59,9 @@ void launch(const Module& module, const std::string& name, const uint32_t (&grid
   if (kernel.required_threads && threads != static_cast<uint32_t>(kernel.required_threads))
     throw Failure("not the threads that the kernel is for");
   if (kernel.static_shared + dynamic_shared > 227 * 1024) throw Failure("too much shared memory");
-  Launch l{&module, &kernel, modes, Order::kForward, {grid[0], grid[1], grid[2]}, threads, dynamic_shared,
-           pdl || kernel.has_pdl, {}, {}, 0, before_wait};
+  if (cluster < 1 || cluster > 8 || grid[0] % cluster) throw Failure("a grid that clusters do not cover");
+  Launch l{&module, &kernel, modes, Order::kForward, {grid[0], grid[1], grid[2]}, cluster, threads,
+           dynamic_shared, pdl || kernel.has_pdl, {}, {}, 0, before_wait};
   if (counts_traffic) l.traffic = &traffic[name];  // forwards, which is where lanes that part meet again soonest
   else if (modes.random || cuda_host::descending) l.order = modes.random ? Order::kRandom : Order::kBackward;
   l.random.seed(modes.seed + num_launches);
@@ -69,15 +70,14 @@ void launch(const Module& module, const std::string& name, const uint32_t (&grid
   std::vector<std::array<uint32_t, 3>> ids;
   for (uint32_t z = 0; z < grid[2]; ++z)
     for (uint32_t y = 0; y < grid[1]; ++y)
-      for (uint32_t x = 0; x < grid[0]; ++x) ids.push_back({x, y, z});
+      for (uint32_t x = 0; x < grid[0]; x += cluster) ids.push_back({x, y, z});
   if (l.order == Order::kBackward) std::reverse(ids.begin(), ids.end());
   if (l.order == Order::kRandom) std::shuffle(ids.begin(), ids.end(), l.random);
-  std::vector<std::unique_ptr<Cta>> running;
+  std::vector<std::unique_ptr<Cluster>> running;
   const int reports_before = num_reports;
   for (size_t next = 0; next < ids.size() || !running.empty();) {
     while (next < ids.size() && running.size() < static_cast<size_t>(std::max(1, modes.concurrent))) {
-      const uint32_t id[3] = {ids[next][0], ids[next][1], ids[next][2]};
-      running.push_back(std::make_unique<Cta>(l, id));
+      running.push_back(std::make_unique<Cluster>(l, ids[next]));
       ++next;
     }
     const size_t which = running.size() > 1 ? l.random() % running.size() : 0;

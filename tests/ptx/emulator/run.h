@@ -10,7 +10,7 @@ std::string read_file(const std::string& path);
 const Module& load(const std::string& path);
 // Runs a grid to its end. Throws Failure.
 void launch(const Module& module, const std::string& kernel, const uint32_t (&grid)[3], uint32_t threads,
-            uint32_t dynamic_shared, std::vector<uint8_t> params, bool pdl);
+            uint32_t dynamic_shared, std::vector<uint8_t> params, bool pdl, uint32_t cluster = 1);
 
 inline Modes modes;
 inline std::vector<std::pair<uintptr_t, uintptr_t>> before_wait;

@@ -1,4 +1,4 @@
-// Who runs when: lanes of a warp, warps of a CTA, and what waits for whom.
+// Who runs when: lanes of a warp, warps of a cluster's CTAs, and what waits for whom.
 #include <algorithm>
 #include <bit>
 
@@ -15,18 +15,40 @@ void Cta::settle(Mbarrier& barrier) {
       if (s == LaneState::kAtMbarrier) s = LaneState::kReady;
 }
 
-bool Cta::land_one() {
-  if (bulk.empty()) return false;
-  size_t which = 0;
-  if (launch->order == Order::kBackward) which = bulk.size() - 1;
-  if (launch->order == Order::kRandom) which = launch->random() % bulk.size();
-  const BulkCopy copy = bulk[which];
-  bulk.erase(bulk.begin() + static_cast<long>(which));
-  land(*this, copy);
+void Cluster::settle() {
+  for (const auto& cta : ctas)
+    for (const Warp& w : cta->warps)
+      if (w.cluster_arrivals <= phase && (w.live & ~w.in(LaneState::kDone))) return;
+  ++phase;
+  for (auto& cta : ctas)
+    for (Warp& w : cta->warps)
+      for (LaneState& s : w.state)
+        if (s == LaneState::kAtCluster) s = LaneState::kReady;
+}
+
+bool Cluster::land_one() {
+  std::vector<std::pair<Cta*, size_t>> all;
+  for (auto& cta : ctas)
+    for (size_t k = 0; k < cta->bulk.size(); ++k) all.push_back({cta.get(), k});
+  if (all.empty()) return false;
+  size_t at = 0;
+  if (launch->order == Order::kBackward) at = all.size() - 1;
+  if (launch->order == Order::kRandom) at = launch->random() % all.size();
+  const auto [cta, which] = all[at];
+  const BulkCopy copy = cta->bulk[which];
+  cta->bulk.erase(cta->bulk.begin() + static_cast<long>(which));
+  land(*cta, copy);
   return true;
 }
 
-Cta::Cta(Launch& l, const uint32_t (&index)[3]) : launch(&l), id{index[0], index[1], index[2]} {
+Cluster::Cluster(Launch& l, const std::array<uint32_t, 3>& first) : launch(&l) {
+  for (uint32_t rank = 0; rank < l.cluster; ++rank)
+    ctas.push_back(std::make_unique<Cta>(*this, rank, std::array{first[0] + rank, first[1], first[2]}));
+}
+
+Cta::Cta(Cluster& of, uint32_t at, const std::array<uint32_t, 3>& index)
+    : launch(of.launch), cluster(&of), rank(at), id(index) {
+  const Launch& l = *launch;
   const Kernel& k = *l.kernel;
   number = id[0] + l.grid[0] * (id[1] + l.grid[1] * id[2]);
   known[number] = 1;
@@ -45,7 +67,8 @@ Cta::Cta(Launch& l, const uint32_t (&index)[3]) : launch(&l), id{index[0], index
     w.cta = this;
     w.file = files.data() + static_cast<size_t>(n) * k.file_bytes;
     w.index = static_cast<int>(n);
-    w.seen[n] = 1;
+    w.clock = rank * num_warps + n;
+    w.seen.at(w.clock) = 1;
     const uint32_t lanes = std::min(32u, l.threads - 32 * n);
     w.live = lanes == 32 ? ~0u : (1u << lanes) - 1;
     for (const Constant& c : k.constants)
@@ -184,6 +207,7 @@ class Runner {
       if (!(w_.live & ~w_.in(LaneState::kDone))) {
         if (!w_.products.empty()) report(w_, i, 0, "exits with a wgmma in flight");
         leave();
+        if (cta_.has_ended()) cta_.check_end();
       }
       return;
     }
@@ -202,6 +226,11 @@ class Runner {
           w_.state[lane] = LaneState::kAtMbarrier;
         }
       }
+      return;
+    }
+    if (i.kind == Kind::kClusterWait) {
+      const bool passes = w_.cluster_arrivals <= cta_.cluster->phase;
+      passes ? move(m, pc + 1) : set(m, LaneState::kAtCluster);
       return;
     }
     set(m, LaneState::kAtCollective);
@@ -258,7 +287,7 @@ class Runner {
       if (w.at_barrier != static_cast<int>(id)) continue;
       w.at_barrier = -1;
       join(w.seen, all);
-      ++w.seen[static_cast<size_t>(w.index)];
+      ++w.seen[w.clock];
       for (auto& ranges : w.unfenced) {
         cta_.published.insert(cta_.published.end(), ranges.begin(), ranges.end());
         ranges.clear();
@@ -273,6 +302,7 @@ class Runner {
   void leave() {  // who has exited is not waited for
     for (uint32_t id = 0; id < 16; ++id)
       if (cta_.barriers[id].expected == 0) release(id);
+    cta_.cluster->settle();
   }
 
   Cta& cta_;
@@ -284,28 +314,37 @@ class Runner {
 
 }  // namespace
 
-bool Cta::run(bool to_the_end) {
+bool Cta::has_ended() const {
+  return std::all_of(warps.begin(), warps.end(), [](const Warp& w) { return !(w.live & ~w.in(LaneState::kDone)); });
+}
+
+bool Cluster::run(bool to_the_end) {
   const bool random = launch->order == Order::kRandom;
+  std::vector<Warp*> warps;
+  for (auto& cta : ctas)
+    for (Warp& w : cta->warps) warps.push_back(&w);
   const size_t count = warps.size();
   while (true) {
-    bool ran = false, all_done = true;
+    bool ran = false;
     const size_t first = random ? launch->random() % count : 0;
     for (size_t n = 0; n < count; ++n) {
-      Warp& w = warps[launch->order == Order::kBackward ? count - 1 - n : (first + n) % count];
+      Warp& w = *warps[launch->order == Order::kBackward ? count - 1 - n : (first + n) % count];
       const int64_t budget = random ? 1 + launch->random() % 300 : 1 << 16;
-      ran |= Runner(*this, w).run(budget);
+      ran |= Runner(*w.cta, w).run(budget);
       if (random && launch->random() % 8 == 0) ran |= land_one();
     }
-    for (const Warp& w : warps) all_done &= !(w.live & ~w.in(LaneState::kDone));
-    if (all_done) break;
+    if (std::all_of(ctas.begin(), ctas.end(), [](const auto& cta) { return cta->has_ended(); })) return true;
     if (launch->clock > launch->modes.limit) throw Failure("no end of " + launch->kernel->name);
     if (ran && !to_the_end) return false;
     if (ran || land_one()) continue;
-    for (Warp& w : warps)
+    for (Warp* w : warps)
       for (int l = 0; l < 32; ++l)
-        if ((w.live >> l & 1) && w.state[l] != LaneState::kDone)
-          fail(w, launch->kernel->code[w.pc[l]], l, "nobody can go on");
+        if ((w->live >> l & 1) && w->state[l] != LaneState::kDone)
+          fail(*w, launch->kernel->code[w->pc[l]], l, "nobody can go on");
   }
+}
+
+void Cta::check_end() const {
   // Registers are moved among warps, none are made: who takes more than others give would wait for ever.
   const int at_first = 65536 / launch->kernel->max_threads / 8 * 8;
   int missing = 0;
@@ -314,14 +353,13 @@ bool Cta::run(bool to_the_end) {
   if (!bulk.empty()) throw Failure("a CTA has ended with copies in flight");
   for (const auto& barrier : barriers)
     if (barrier.arrived) throw Failure("a CTA has ended with warps at a barrier");
-  for (size_t n = 0; n + 1 < count; ++n)
+  for (size_t n = 0; n + 1 < warps.size(); ++n)
     if (n % 4 != 3 && warps[n].num_products != warps[n + 1].num_products)
       throw Failure("warps of a warpgroup have issued different numbers of wgmma");
   if (launch->pdl)
     for (const Warp& w : warps)
       if (w.waited_pdl != w.live)
         throw Failure("a thread has exited without griddepcontrol.wait: " + launch->kernel->name);
-  return true;
 }
 
 }  // namespace ptx

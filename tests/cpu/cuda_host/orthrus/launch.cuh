@@ -1,5 +1,6 @@
 // Twin of csrc/include/orthrus/launch.cuh for host-compiled kernels. A kernel that touches the stream's results without
-// pdl_wait would be wrong on the device, so every thread has to call it. Blocks too run in either order.
+// pdl_wait would be wrong on the device, so every thread has to call it. Blocks, or clusters of them, run in either
+// order too.
 #pragma once
 #include <cstring>
 
@@ -19,8 +20,8 @@ namespace orthrus::cuda {
 
 inline void pdl_wait() {
   const cuda_host::races::Unseen unseen;
-  cuda_host::waited[threadIdx.x] = true;
-  cuda_host::proxy_fenced[threadIdx.x] = false;
+  cuda_host::waited[cuda_host::self] = true;
+  cuda_host::proxy_fenced[cuda_host::self] = false;
   cuda_host::races::acquire(cuda_host::end_of(cuda_host::num_launches - 1));
 }
 inline void pdl_launch_dependents() {}
@@ -40,39 +41,44 @@ int occupancy(void (*)(Params), int, int, int* ctas) {
 
 template <typename Params>
 int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int smem_bytes, void* stream,
-           DeviceInfo) {
+           DeviceInfo, int cluster = 1) {
   if (stream != cuda_host::kStream) cuda_host::fail("a launch on another stream");
   constexpr int kPoison = 0xff;  // NaN
-  uint8_t* shared = cuda_host::dynamic_shared;
-  static const void* poisoned = std::memset(shared, kPoison, sizeof(cuda_host::dynamic_shared));
+  auto& shared = cuda_host::dynamic_shared;
+  static const void* poisoned = std::memset(shared, kPoison, sizeof(shared));
   (void)poisoned;
-  if (smem_bytes > cuda_host::kMaxSharedBytes) return cudaErrorInvalidValue;
+  if (smem_bytes > cuda_host::kMaxSharedBytes || cluster > cuda_host::kMaxCluster || grid.x % cluster)
+    return cudaErrorInvalidValue;
   cuda_host::shared_bytes = smem_bytes;
-  uint8_t* const rest = shared + smem_bytes;
-  const int64_t rest_bytes = sizeof(cuda_host::dynamic_shared) - smem_bytes;
+  const int64_t rest_bytes = sizeof(*shared) - smem_bytes;
   ++cuda_host::num_launches;
   gridDim = grid;
   blockDim = dim3(threads);
-  const unsigned blocks = grid.x * grid.y;
-  for (unsigned i = 0; i < blocks; ++i) {
-    const unsigned block = cuda_host::descending ? blocks - 1 - i : i;
-    blockIdx.x = block % grid.x;
-    blockIdx.y = block / grid.x;
+  const unsigned clusters = grid.x / cluster * grid.y;
+  for (unsigned i = 0; i < clusters; ++i) {
+    const unsigned at = cuda_host::descending ? clusters - 1 - i : i;
+    const dim3 first_block(at * cluster % grid.x, at * cluster / grid.x);
     std::fill_n(cuda_host::waited, cuda_host::kMaxThreads, false);
     cuda_host::named_barriers.clear();
-    cuda_host::races::forget(shared, smem_bytes);
     cuda_host::races::forget(__bss_start, _end - __bss_start);
-    ASAN_POISON_MEMORY_REGION(rest, rest_bytes);
-    cuda_host::Block::current().run(cuda_host::num_launches, block, threads, [&] {
+    for (int rank = 0; rank < cluster; ++rank) {
+      cuda_host::races::forget(shared[rank], smem_bytes);
+      ASAN_POISON_MEMORY_REGION(shared[rank] + smem_bytes, rest_bytes);
+    }
+    cuda_host::Block::current().run(cuda_host::num_launches, at, first_block, cluster, [&] {
       kernel(params);
       cuda_host::races::release(cuda_host::end_of(cuda_host::num_launches));
     });
-    ASAN_UNPOISON_MEMORY_REGION(rest, rest_bytes);
-    if (std::count(cuda_host::waited, cuda_host::waited + threads, true) != threads)
+    const int all = cluster * threads;
+    if (std::count(cuda_host::waited, cuda_host::waited + all, true) != all)
       cuda_host::fail("not every thread called pdl_wait");
-    if (rest[0] != kPoison || std::memcmp(rest, rest + 1, rest_bytes - 1))
-      cuda_host::fail("shared memory is written that the launch did not ask for");
-    std::memset(shared, kPoison, smem_bytes);
+    for (int rank = 0; rank < cluster; ++rank) {
+      uint8_t* const rest = shared[rank] + smem_bytes;
+      ASAN_UNPOISON_MEMORY_REGION(rest, rest_bytes);
+      if (rest[0] != kPoison || std::memcmp(rest, rest + 1, rest_bytes - 1))
+        cuda_host::fail("shared memory is written that the launch did not ask for");
+      std::memset(shared[rank], kPoison, smem_bytes);
+    }
   }
   return cudaSuccess;
 }

@@ -61,21 +61,21 @@ inline Groups<Copy> copy_groups;
 template <typename T>
 void add_to_group(Groups<T>& groups, const T& asked) {
   const races::Unseen unseen;
-  auto& mine = groups[threadIdx.x];
+  auto& mine = groups[self];
   if (mine.empty()) mine.emplace_back();
   mine.back().push_back(asked);
 }
 template <typename T>
 void close_group(Groups<T>& groups) {
   const races::Unseen unseen;
-  groups[threadIdx.x].emplace_back();
+  groups[self].emplace_back();
 }
 // What was asked for happens now, but for the last `most` groups that are closed.
 template <typename T, typename Run>
 void run_groups(Groups<T>& groups, int most, const Run& run) {
   auto next = [&](std::vector<T>& group) {
     const races::Unseen unseen;
-    auto& mine = groups[threadIdx.x];
+    auto& mine = groups[self];
     group.clear();
     if (static_cast<int>(mine.size()) <= most + 1) return false;
     group = std::move(mine.front());
@@ -109,14 +109,14 @@ inline void add_products(float* d, const float* row0, const float* row1, const f
 }
 
 constexpr int kMaxSharedBytes = 227 * 1024;  // that a block may ask for
-alignas(1024) inline uint8_t dynamic_shared[kMaxSharedBytes + 1024];
+alignas(1024) inline uint8_t dynamic_shared[kMaxCluster][kMaxSharedBytes + 1024];  // of each block of a cluster
 inline int shared_bytes = 0;            // that the launch asked for
 inline bool waited[kMaxThreads];        // threads that have called pdl_wait
 inline bool proxy_fenced[kMaxThreads];  // since then, for copies of what they waited for
 
 // Before that, another kernel may still be writing what this thread is about to touch.
 inline void need_wait() {
-  if (!waited[threadIdx.x]) fail("results of the stream are touched before pdl_wait");
+  if (!waited[self]) fail("results of the stream are touched before pdl_wait");
 }
 
 }  // namespace cuda_host
@@ -152,11 +152,11 @@ inline void load_l2_if(float4& v, const float4* p, bool wanted) {
 using SharedAddress = uintptr_t;
 
 inline SharedAddress shared_address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
-inline uint8_t* dynamic_shared() { return cuda_host::dynamic_shared; }
+inline uint8_t* dynamic_shared() { return cuda_host::dynamic_shared[cuda_host::rank()]; }
 
 inline void named_barrier(int id, int threads) {
   const cuda_host::races::Unseen unseen;
-  cuda_host::NamedBarrier& barrier = cuda_host::named_barriers[id];
+  cuda_host::NamedBarrier& barrier = cuda_host::named_barriers[id + 16 * cuda_host::rank()];
   const int generation = barrier.generation;
   uint64_t* const place = &barrier.meeting.places[generation % 2];
   cuda_host::races::release(place);
@@ -212,7 +212,7 @@ inline void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   };
   // Widened by the first lane for all: none comes to the next mma before all have read them.
   static struct { float a[16][16], b[8][16]; } operands[cuda_host::kMaxThreads / 32];
-  auto& [rows, columns] = operands[threadIdx.x / 32];
+  auto& [rows, columns] = operands[cuda_host::self / 32];
   if (lanes.first()) {
     for (int k = 0; k < 16; ++k) {
       for (int row = 0; row < 16; ++row) rows[row][k] = element(cuda_host::mma_a(row, k), 0);

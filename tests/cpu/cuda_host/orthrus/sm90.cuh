@@ -47,7 +47,7 @@ inline std::map<std::pair<int, int>, Multiplier> multipliers;  // by the block's
 
 inline Multiplier& multiplier() {
   const races::Unseen unseen;
-  const auto [at, is_new] = multipliers.try_emplace({Block::current().set(), threadIdx.x / 32});
+  const auto [at, is_new] = multipliers.try_emplace({Block::current().set(), self / 32});
   if (is_new) at->second.thread = races::make_thread("a product");
   return at->second;
 }
@@ -57,14 +57,19 @@ inline bool fenced[kMaxThreads];  // since the thread's accumulators were last i
 // Addresses as the device counts them, where the driver keeps the first KiB.
 constexpr uint32_t kSharedBegin = 1024;
 inline uint32_t address(const void* p, uint32_t alignment) {
-  const ptrdiff_t offset = static_cast<const uint8_t*>(p) - dynamic_shared;
+  const ptrdiff_t offset = static_cast<const uint8_t*>(p) - dynamic_shared[rank()];
   if (offset < 0 || offset >= shared_bytes || offset % alignment) fail("a bad address in shared memory");
   return kSharedBegin + static_cast<uint32_t>(offset);
 }
-inline uint8_t* pointer(uint32_t address) {
+inline uint8_t* pointer(uint32_t address, int rank = cuda_host::rank()) {
   if (address < kSharedBegin || address - kSharedBegin >= static_cast<uint32_t>(shared_bytes))
     fail("an operand lies outside of shared memory");
-  return dynamic_shared + (address - kSharedBegin);
+  return dynamic_shared[rank] + (address - kSharedBegin);
+}
+// The same place of another block of the cluster.
+inline uint8_t* place_in(int rank, const void* p) {
+  if (Block::current().has_ended(rank)) fail("shared memory of a block that has ended");
+  return pointer(address(p, 1), rank);
 }
 
 // Where those meet who complete a barrier's phase and those who wait for it.
@@ -124,7 +129,7 @@ inline void fence_barrier_init() {}
 inline void fence_proxy_async_global() {
   cuda_host::need_wait();
   const cuda_host::races::Unseen unseen;
-  cuda_host::proxy_fenced[threadIdx.x] = true;
+  cuda_host::proxy_fenced[cuda_host::self] = true;
 }
 inline void barrier_arrive_expect(uint64_t* barrier, int bytes) {
   __atomic_load_n(barrier, __ATOMIC_RELAXED);
@@ -135,6 +140,13 @@ inline void barrier_arrive_expect(uint64_t* barrier, int bytes) {
   cuda_host::transactions[barrier].settle();
 }
 inline void barrier_arrive(uint64_t* barrier) { barrier_arrive_expect(barrier, 0); }
+inline void barrier_arrive_at(uint64_t* barrier, int rank) {
+  barrier_arrive(reinterpret_cast<uint64_t*>(cuda_host::place_in(rank, barrier)));
+}
+inline void cluster_sync_relaxed() {
+  __syncwarp();
+  cuda_host::Block::current().meet(cuda_host::Fiber::kCluster);
+}
 inline void barrier_wait(uint64_t* barrier, int parity) {
   __atomic_load_n(barrier, __ATOMIC_RELAXED);
   const cuda_host::races::Unseen unseen;
@@ -156,8 +168,8 @@ inline void barrier_wait(uint64_t* barrier, int parity) {
 inline void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier, uint64_t = 0) {
   cuda_host::address(dst, 16);
   if (reinterpret_cast<uintptr_t>(src) % 16 || bytes % 16) cuda_host::fail("a bulk copy is not of whole 16 bytes");
-  const bool* warp = cuda_host::waited + threadIdx.x / 32 * 32;
-  if (!cuda_host::waited[threadIdx.x] && std::count(warp, warp + 32, true))
+  const bool* warp = cuda_host::waited + cuda_host::self / 32 * 32;
+  if (!cuda_host::waited[cuda_host::self] && std::count(warp, warp + 32, true))
     cuda_host::fail("a load ahead of pdl_wait may be held up by another lane, which waits already");
   std::memset(dst, 0xff, bytes);
   cuda_host::ask_for({barrier, bytes, dst, [=] { std::memcpy(dst, src, bytes); }});
@@ -181,16 +193,20 @@ inline void bulk_prefetch(const void* src, int bytes) {
   (void)last;
 }
 
-inline void tensor_load(void* dst, const TensorMap* map, int column, int row, uint64_t* barrier) {
+// To block `rank` of the cluster.
+inline void tensor_load_to(int rank, void* dst, const TensorMap* map, int column, int row, uint64_t* barrier) {
   cuda_host::need_wait();
-  if (!cuda_host::proxy_fenced[threadIdx.x]) cuda_host::fail("a copy of what threads have stored, without a fence");
+  if (!cuda_host::proxy_fenced[cuda_host::self]) cuda_host::fail("a copy of what threads have stored, without a fence");
   const TensorMap m = *map;
   const uint32_t begin = cuda_host::address(dst, 128);
+  dst = cuda_host::place_in(rank, dst);
+  barrier = reinterpret_cast<uint64_t*>(cuda_host::place_in(rank, barrier));
+  __atomic_load_n(barrier, __ATOMIC_RELAXED);  // which is there
   std::memset(dst, 0xff, m.box_rows * 128);
   cuda_host::ask_for({barrier, m.box_rows * 128, dst, [=] {
     for (int r = 0; r < m.box_rows; ++r) {
       for (int chunk = 0; chunk < 8; ++chunk) {
-        uint8_t* to = cuda_host::pointer(cuda_host::swizzle_128(begin + r * 128 + chunk * 16));
+        uint8_t* to = cuda_host::pointer(cuda_host::swizzle_128(begin + r * 128 + chunk * 16), rank);
         if (row + r < m.rows) {
           std::memcpy(to, m.data + static_cast<int64_t>(row + r) * m.columns + column + chunk * 8, 16);
         } else {
@@ -201,14 +217,22 @@ inline void tensor_load(void* dst, const TensorMap* map, int column, int row, ui
   }});
 }
 inline void tensor_load(SharedAddress dst, const TensorMap* map, int column, int row, SharedAddress barrier) {
-  tensor_load(reinterpret_cast<void*>(dst), map, column, row, reinterpret_cast<uint64_t*>(barrier));
+  tensor_load_to(cuda_host::rank(), reinterpret_cast<void*>(dst), map, column, row,
+                 reinterpret_cast<uint64_t*>(barrier));
+}
+inline void tensor_load_multicast(SharedAddress dst, const TensorMap* map, int column, int row, SharedAddress barrier,
+                                  uint16_t ctas) {
+  if (ctas == 0 || ctas >> cuda_host::kMaxCluster) cuda_host::fail("a copy to blocks that the cluster has not");
+  for (int rank = 0; rank < cuda_host::kMaxCluster; ++rank)
+    if (ctas >> rank & 1)
+      tensor_load_to(rank, reinterpret_cast<void*>(dst), map, column, row, reinterpret_cast<uint64_t*>(barrier));
 }
 
 inline uint64_t matrix_descriptor(const void* smem) { return matrix_descriptor_at(cuda_host::address(smem, 1024)); }
 
 inline void wgmma_fence() {
   const cuda_host::races::Unseen unseen;
-  cuda_host::fenced[threadIdx.x] = true;
+  cuda_host::fenced[cuda_host::self] = true;
 }
 using Row = float[16];
 inline void widen_row(uint64_t matrix, int row, Row& to) {
@@ -223,7 +247,7 @@ inline void widen_row(uint64_t matrix, int row, Row& to) {
 // reads a row of A, of its warp's 16.
 template <int kN, class Rows, class Read>
 void product(float* d, uint64_t b, int accumulate, const Rows& a_rows, const Read& read_a) {
-  if (!cuda_host::fenced[threadIdx.x]) cuda_host::fail("wgmma without a fence");
+  if (!cuda_host::fenced[cuda_host::self]) cuda_host::fail("wgmma without a fence");
   if (!cuda_host::is_swizzled_128(b)) cuda_host::fail("a bad matrix descriptor");
   using namespace cuda_host;
   // Rows of both operands, shared out among the warp's lanes: read at once, or at any time until they are waited for.
@@ -301,7 +325,7 @@ template <int kPending>
 void wgmma_wait() {
   cuda_host::run_groups(cuda_host::wgmma_groups, kPending, [](const auto& run) { run(); });
   const cuda_host::races::Unseen unseen;
-  cuda_host::fenced[threadIdx.x] = false;
+  cuda_host::fenced[cuda_host::self] = false;
   cuda_host::Block::current().exchange(0);  // .sync.aligned: the warp's lanes pass together, all of it read
   cuda_host::races::acquire(&cuda_host::multiplier().read);
 }
