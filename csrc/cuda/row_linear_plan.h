@@ -131,7 +131,7 @@ __host__ __device__ inline int64_t partial_offset(const RowLinearPlan& plan, int
 // holds take a variant for many rows: whole sums per CTA, folded in registers at the same cuts.
 struct RowTiles {
   int32_t widest;
-  int32_t many_rows[2];  // of which a call takes the one by which the busiest SM loads less
+  int32_t many_rows[2];  // of which a call takes the one by which the busiest SM has less to do
   int32_t cluster;       // CTAs that load the rows of x together, where they are many
 };
 constexpr RowTiles kRowTilesSm90{160, {128, 192}, 2};

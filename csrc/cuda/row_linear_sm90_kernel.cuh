@@ -47,12 +47,9 @@ __device__ __forceinline__ void multiply(float (&acc)[kTileRows / 2], const uint
   }
 }
 
-// acc = the sum over the next `length` stages, from zero. With many rows, which is more arithmetic, the next stage's
-// begins before this one is released; with few, a stage is taken to be worth more as room for the next load (not
-// measured). With many rows acc must have been written, and meanwhile() is called beside the last products.
 // A warp of consumers has read the stage, which all CTAs that load to it have to know.
-template <bool kManyRows, class Ring>
-__device__ __forceinline__ void release(const Ring& ring, int stage) {
+template <bool kManyRows, int kTileRows, bool kCoded>
+__device__ __forceinline__ void release(const Ring<kTileRows, kCoded>& ring, int stage) {
   constexpr int kCtas = cluster_ctas(kManyRows);
   const int lane = threadIdx.x % 32;
   if (lane >= kCtas) return;
@@ -62,6 +59,9 @@ __device__ __forceinline__ void release(const Ring& ring, int stage) {
     sm90::barrier_arrive_at(ring.empty(stage), lane);
 }
 
+// acc = the sum over the next `length` stages, from zero. With many rows, which is more arithmetic, the next stage's
+// begins before this one is released; with few, a stage is taken to be worth more as room for the next load (not
+// measured). With many rows acc must have been written, and meanwhile() is called beside the last products.
 template <int kTileRows, bool kManyRows, typename Meanwhile>
 __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const Ring<kTileRows, false>& ring,
                                             Cursor& cursor, int length, int group, const void*, bool,

@@ -217,7 +217,9 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps
     if constexpr (kCtas == 1) {
       tensor_load(ring.x(stage), at.x_map, at.column, at.row, ring.full(stage));
     } else {
-      const SharedAddress part = ring.x(stage) + walk.rank() * (kXBytes<kTileRows> / kCtas);
+      constexpr int kPartBytes = kXBytes<kTileRows> / kCtas;
+      static_assert(kPartBytes % 1024 == 0, "whole periods of the swizzle");
+      const SharedAddress part = ring.x(stage) + walk.rank() * kPartBytes;
       tensor_load_multicast(part, at.x_map, at.column, at.row, ring.full(stage), (1 << kCtas) - 1);
     }
   };

@@ -4,6 +4,7 @@
 #include "orthrus/sm80.cuh"
 #include "orthrus/sm90.cuh"
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -83,6 +84,8 @@ __global__ void __launch_bounds__(384) instructions(const __grid_constant__ Oper
     using namespace ours::sm90;
     barrier_init(&barrier, 1);
     fence_barrier_init();
+    cluster_sync_relaxed();
+    barrier_arrive_at(&barrier, 1);
     barrier_arrive_expect(ours::shared_address(&barrier), 8192);
     bulk_load(ours::shared_address(shared), o.source, 8192, ours::shared_address(&barrier));
     barrier_wait(&barrier, 1);
@@ -101,6 +104,10 @@ __global__ void __launch_bounds__(384) instructions(const __grid_constant__ Oper
     initialize_barrier(barrier, 1);
     cutlass::arch::fence_barrier_init();
     tma_store_fence();
+    __syncwarp();
+    cluster_arrive_relaxed();
+    cluster_wait();
+    cutlass::arch::ClusterBarrier::arrive(&barrier, 1, true);
     set_barrier_transaction_bytes(barrier, 8192);
     SM90_BULK_COPY_G2S::copy(o.source, &barrier, shared, 8192);
     wait_barrier(barrier, 1);

@@ -49,7 +49,7 @@ def test_layouts(tmp_path, tiles):
     assert (done.returncode, done.stdout) == (0, "")
 
 
-OPCODES = "wgmma|ldmatrix|mbarrier|cp|fence|prefetch|setmaxnreg|bar|griddepcontrol|elect"
+OPCODES = "wgmma|ldmatrix|mbarrier|mapa|cp|fence|prefetch|setmaxnreg|bar|barrier|griddepcontrol|elect"
 
 
 def instructions(function: str) -> list:
@@ -78,4 +78,4 @@ def test_instructions(tmp_path, tiles):
     assert ours == cutes
     assert len([entry for entry in ours if entry[0] == "stored"]) == sum(tiles) + 192 // 2
     assert all(entry[1] == entry[2] for entry in ours if entry[0] == "stored")
-    assert len([entry for entry in ours if entry[0] != "stored"]) == 16 + 2 * 4 * len(tiles) + 4
+    assert len([entry for entry in ours if entry[0] != "stored"]) == 21 + 2 * 4 * len(tiles) + 4

@@ -86,6 +86,7 @@ FAULTS = {  # kernel, what is wrong with it: which lines, and what takes their p
     ("sm90-prefill", "no wait for products"): (r"wgmma\.wait_group[^;]*;", GONE),
     ("sm90-prefill", "no barrier of the cluster"): (r"barrier\.cluster\.[^;]*;", GONE),
     ("sm90-prefill", "no wait for the cluster"): (r"barrier\.cluster\.wait[^;]*;", GONE),
+    ("sm90-prefill", "no fence ahead of the cluster's barrier"): (r"fence\.mbarrier_init[^;]*;", GONE),
     ("sm90-prefill", "copies to one CTA alone"): (r"\.multicast::cluster([^;]*), %rs\d+;", r"\1;"),
     ("sm90-prefill", "releases to one CTA alone"): (r"mapa\S* there, (%r\d+), %r\d+;", r"mov.b32 there, \1;"),
     ("sm90-prefill", "an end before the last releases"): (LAST_WAIT, "setp.eq.u32 done, 0, 0;"),

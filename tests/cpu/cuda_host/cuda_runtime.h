@@ -98,7 +98,7 @@ struct Fiber {
   jmp_buf resume;
   bool entered = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  int exchanges = 0, met[3] = {};  // so often with its warp, its block, its cluster
+  int exchanges = 0, met[2] = {};  // so often with its warp, with its block
   races::Thread seen_as{};
 };
 
@@ -122,7 +122,7 @@ class Block {
     return *block;
   }
 
-  // Blocks take turns with sets of fibers, lest one's threads seem to go on as another's; so do launches.
+  // Clusters take turns with sets of fibers, lest one's threads seem to go on as another's; so do launches.
   static constexpr int kSets = races::kSought ? 3 : 1;
 
   // `first_block`: the cluster's first, of `blocks`, neighbours in x, of blockDim.x threads.
@@ -150,12 +150,12 @@ class Block {
     _longjmp(scheduler_, 1);
   }
 
-  // Until the whole warp, block or cluster is here. What they did before is done for those who leave.
+  // Until the whole warp or block is here. What they did before is done for those who leave.
   void meet(Fiber::State state) {
     const races::Unseen unseen;
-    const int turn = fibers()[active_].met[state - Fiber::kWarp]++ % 2;
-    const int of_all = state == Fiber::kBlock ? kMaxWarps + rank() : kMaxWarps + kMaxCluster;
-    uint64_t* const place = &meetings_[state == Fiber::kWarp ? active_ / 32 : of_all].places[turn];
+    const bool all = state == Fiber::kBlock;
+    const int turn = fibers()[active_].met[all]++ % 2;
+    uint64_t* const place = &meetings_[all ? kMaxWarps + rank() : active_ / 32].places[turn];
     races::release(place);
     wait(state);
     races::acquire(place);
@@ -163,6 +163,8 @@ class Block {
 
   // Which of the sets of fibers runs.
   int set() const { return set_; }
+
+  int blocks() const { return threads_ / static_cast<int>(blockDim.x); }
 
   // Whether all threads of the cluster's block `rank` have ended.
   bool has_ended(int rank) const {
@@ -218,7 +220,7 @@ class Block {
   static void begin(Fiber& fiber) {
     const races::Unseen unseen;
     races::acquire(cuda_host_meetings);
-    fiber.exchanges = fiber.met[0] = fiber.met[1] = fiber.met[2] = 0;
+    fiber.exchanges = fiber.met[0] = fiber.met[1] = 0;
   }
 
   void resume(Fiber& fiber) {
@@ -262,7 +264,7 @@ class Block {
   Fiber::State states_[kMaxWarps * 32];
   int set_ = 0;
   races::Thread scheduler_seen_as_{};
-  Meeting meetings_[kMaxWarps + kMaxCluster + 1];  // of the warps, the blocks and the cluster
+  Meeting meetings_[kMaxWarps + kMaxCluster];  // of the warps, and of the blocks
   // Of this and the previous exchange of each warp: a lane runs at most one ahead of its warp.
   alignas(64) char values_[kMaxWarps][2][32][kValueBytes] = {};
   bool asked_[kMaxWarps][2] = {};

@@ -1,7 +1,7 @@
 // What ThreadSanitizer is told of kernels on the host, so that it finds the races that a device could have: to it every
-// thread of a block is a thread, as are those that copy and multiply in its stead, and nothing orders their accesses
-// but what does on a device. Not modelled are fences between memory's proxies; blocks of a launch that are kSets apart
-// are one block to it; and of many accesses to a word it remembers a few. Without it, nothing happens here.
+// thread of a cluster is a thread, as are those that copy and multiply in its stead, and nothing orders their accesses
+// but what does on a device. Not modelled are fences between memory's proxies; clusters of a launch that are kSets
+// apart are one to it; and of many accesses to a word it remembers a few. Without it, nothing happens here.
 #pragma once
 #include <cstddef>
 

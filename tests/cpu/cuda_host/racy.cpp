@@ -101,12 +101,13 @@ void releases_what_it_has_read(Params p) {
 }
 
 // The two blocks of a cluster bring a half each to both, which read all of it before it is brought again.
-void releases_to_its_cluster(Params p) {
+void share_a_ring(const Params& p, bool fences, bool releases_late) {
   Shared& s = shared();
   const int rank = blockIdx.x % 2;
   if (threadIdx.x == 0) {
     sm90::barrier_init(&s.full, 1);
     sm90::barrier_init(&s.empty, 2);
+    if (fences) sm90::fence_barrier_init();
   }
   sm90::cluster_sync_relaxed();
   pdl_wait();
@@ -122,13 +123,15 @@ void releases_to_its_cluster(Params p) {
   } else if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
       sm90::barrier_wait(&s.full, i);
-      if (!p.ordered) sm90::barrier_arrive_at(&s.empty, 1 - rank);
+      if (!releases_late) sm90::barrier_arrive_at(&s.empty, 1 - rank);
       p.memory[1024 + blockIdx.x] = s.stage[(1 - rank) * kStageBytes / 2];
-      if (p.ordered) sm90::barrier_arrive_at(&s.empty, 1 - rank);
+      if (releases_late) sm90::barrier_arrive_at(&s.empty, 1 - rank);
       sm90::barrier_arrive_at(&s.empty, rank);
     }
   }
 }
+void fences_what_its_cluster_uses(Params p) { share_a_ring(p, p.ordered, true); }
+void releases_to_its_cluster(Params p) { share_a_ring(p, true, p.ordered); }
 
 void barriers_are_there(Params p) {
   pdl_wait();
@@ -208,6 +211,7 @@ RACY(last_block_reads_all, 1, 3, 32, 1)
 RACY(reads_the_launch_before, 2, 1, 64, 1)
 RACY(waits_for_a_copy, 1, 1, 64, 1)
 RACY(releases_what_it_has_read, 1, 1, 64, 1)
+RACY(fences_what_its_cluster_uses, 1, 2, 64, 2)
 RACY(releases_to_its_cluster, 1, 2, 64, 2)
 RACY(barriers_are_there, 1, 1, 64, 1)
 RACY(waits_for_small_copies, 1, 1, 64, 1)

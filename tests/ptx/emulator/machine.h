@@ -52,8 +52,8 @@ struct Mbarrier {
   int arrivals = 0, pending = 0;
   int64_t bytes = 0;
   uint32_t phase = 0;
-  bool fenced = false;
-  uint32_t fenced_in = 0;  // by a warp that had arrived so often at the cluster's barrier
+  bool fenced = false;        // for copies
+  uint32_t fenced_in = ~0u;   // for other CTAs, by a warp that had arrived so often at the cluster's barrier
   Clocks released = {};
 };
 
@@ -89,7 +89,7 @@ struct Warp {
   uint8_t* file = nullptr;
   int index = 0;
   size_t clock = 0;   // which of Clocks is its own
-  uint32_t cluster_arrivals = 0;
+  uint32_t cluster_arrivals = 0, cluster_waits = 0;  // at its barrier
   Mask live = 0;
   uint32_t pc[32] = {};
   LaneState state[32] = {};

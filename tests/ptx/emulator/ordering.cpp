@@ -9,7 +9,7 @@ namespace ptx {
 Mbarrier& mbarrier_at(Cta& cta, Warp& w, const Instruction& i, int lane, uint32_t address, bool of_a_copy) {
   const auto found = cta.mbarriers.find(address);
   if (found == cta.mbarriers.end()) fail(w, i, lane, "no mbarrier there");
-  if (&cta != w.cta && (!found->second.fenced || found->second.fenced_in >= w.cluster_arrivals))
+  if (&cta != w.cta && found->second.fenced_in >= w.cluster_waits)
     report(w, i, lane, "another CTA's mbarrier may not be initialised yet");
   if (of_a_copy && !found->second.fenced) report(w, i, lane, "a copy may not see the mbarrier yet: no fence");
   return found->second;
@@ -24,13 +24,14 @@ void mbarrier_init(Warp& w, const Instruction& i, Mask m) {
     shared_at(w, i, l, address, 8, true);
     if (count < 1 || count >= 1 << 20) fail(w, i, l, "an mbarrier of so many arrivals");
     std::fill_n(w.cta->shared.state.data() + (address - kSharedBegin), 8, kMbarrier);
-    w.cta->mbarriers[address] = {count, count, 0, 0, false, 0, {}};
+    w.cta->mbarriers[address] = {count, count};
   });
 }
 template <bool kExpects>
 void mbarrier_arrive(Warp& w, const Instruction& i, Mask m) {
   for_lanes(m, [&](int l) {
-    const auto [cta, address] = in_cluster(w, i, l, w.reg<uint32_t>(i.a)[l]);
+    const uint32_t given = w.reg<uint32_t>(i.a)[l];
+    const auto [cta, address] = i.offset2 ? in_cluster(w, i, l, given) : SharedPlace{*w.cta, given};
     Mbarrier& barrier = mbarrier_at(cta, w, i, l, address, false);
     if (kExpects) barrier.bytes += w.reg<int32_t>(i.b)[l];
     if (barrier.bytes >= 1 << 20) fail(w, i, l, "an mbarrier expects more than it can count");
@@ -54,7 +55,7 @@ void map_to_cta(Warp& w, const Instruction& i, Mask m) {
 void fence(Warp& w, const Instruction& i, Mask m) {
   if (i.offset) w.fenced_global |= m;  // of all memory or of global
   for (auto& [address, barrier] : w.cta->mbarriers) {
-    if (!barrier.fenced) barrier.fenced_in = w.cluster_arrivals;
+    if (i.offset2) barrier.fenced_in = std::min(barrier.fenced_in, w.cluster_arrivals);
     barrier.fenced = true;
   }
   auto clear = [&](std::vector<std::pair<uint32_t, uint32_t>>& ranges) {
@@ -83,6 +84,7 @@ bool decode_mbarrier(Parsed& p) {
     if (p.operands[0] != "_") return false;
     o.run = p.has("expect_tx") ? mbarrier_arrive<true> : mbarrier_arrive<false>;
     if (p.has("expect_tx")) o.b = p.at(2, 4);
+    o.offset2 = p.has("shared::cluster");
   } else if (what == "try_wait" && p.has("parity")) {
     o.kind = Kind::kTryWait;
     o.run = nothing;
@@ -103,6 +105,7 @@ bool decode_ordering(Parsed& p) {
     return p.places(4, 4, 4);
   }
   if (op == "fence") o.offset = p.has("async") && !p.has("shared::cta");
+  if (op == "fence") o.offset2 = p.has("mbarrier_init");
   if (op == "fence") o.run = p.has("proxy") || p.has("mbarrier_init") ? fence : nothing;
   if (op == "membar") o.run = nothing;
   if (op == "griddepcontrol") o.run = p.has("wait") ? wait_for_grid : nothing;

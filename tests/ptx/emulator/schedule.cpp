@@ -230,6 +230,7 @@ class Runner {
     }
     if (i.kind == Kind::kClusterWait) {
       const bool passes = w_.cluster_arrivals <= cta_.cluster->phase;
+      if (passes) w_.cluster_waits = w_.cluster_arrivals;
       passes ? move(m, pc + 1) : set(m, LaneState::kAtCluster);
       return;
     }

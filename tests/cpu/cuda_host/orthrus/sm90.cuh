@@ -33,6 +33,7 @@ struct BulkCopy {
 };
 
 inline std::map<uint64_t*, Transaction> transactions;
+inline uint64_t barriers_fenced = 1;  // where those meet who fence what they initialise and those of their cluster
 inline auto& copies_in_flight = *new std::deque<BulkCopy>;  // never freed, by whichever thread ends the process
 inline std::map<std::pair<int, uint64_t*>, races::Thread> copiers;  // by the block's set of fibers and the barrier
 inline std::vector<std::pair<const uint8_t*, int>> prefetched;  // by the launch: where from, bytes
@@ -68,6 +69,7 @@ inline uint8_t* pointer(uint32_t address, int rank = cuda_host::rank()) {
 }
 // The same place of another block of the cluster.
 inline uint8_t* place_in(int rank, const void* p) {
+  if (rank >= Block::current().blocks()) fail("a block that the cluster has not");
   if (Block::current().has_ended(rank)) fail("shared memory of a block that has ended");
   return pointer(address(p, 1), rank);
 }
@@ -125,7 +127,7 @@ inline void barrier_init(uint64_t* barrier, int arrivals) {
   const cuda_host::races::Unseen unseen;
   cuda_host::transactions[barrier] = {arrivals, arrivals, 0, 0};
 }
-inline void fence_barrier_init() {}
+inline void fence_barrier_init() { cuda_host::races::release(&cuda_host::barriers_fenced); }
 inline void fence_proxy_async_global() {
   cuda_host::need_wait();
   const cuda_host::races::Unseen unseen;
@@ -145,7 +147,8 @@ inline void barrier_arrive_at(uint64_t* barrier, int rank) {
 }
 inline void cluster_sync_relaxed() {
   __syncwarp();
-  cuda_host::Block::current().meet(cuda_host::Fiber::kCluster);
+  cuda_host::Block::current().wait(cuda_host::Fiber::kCluster);
+  cuda_host::races::acquire(&cuda_host::barriers_fenced);
 }
 inline void barrier_wait(uint64_t* barrier, int parity) {
   __atomic_load_n(barrier, __ATOMIC_RELAXED);
@@ -222,8 +225,7 @@ inline void tensor_load(SharedAddress dst, const TensorMap* map, int column, int
 }
 inline void tensor_load_multicast(SharedAddress dst, const TensorMap* map, int column, int row, SharedAddress barrier,
                                   uint16_t ctas) {
-  if (ctas == 0 || ctas >> cuda_host::kMaxCluster) cuda_host::fail("a copy to blocks that the cluster has not");
-  for (int rank = 0; rank < cuda_host::kMaxCluster; ++rank)
+  for (int rank = 0; rank < 16; ++rank)
     if (ctas >> rank & 1)
       tensor_load_to(rank, reinterpret_cast<void*>(dst), map, column, row, reinterpret_cast<uint64_t*>(barrier));
 }
