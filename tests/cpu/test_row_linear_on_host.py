@@ -1,8 +1,8 @@
 """Both CUDA variants of row_linear run on the host over a shim: indexing, cuts, folds, stages and epilogues.
 
 The shim's copies and multiplications happen as late as the kernel's waits allow, from descriptors and layouts that
-tests/compile/test_cute.py holds against CuTe; blocks, or clusters of them, run one after the other. So this shows what the code computes,
-not how fast, nor how CTAs and kernels overlap: tests/gpu does that.
+tests/compile/test_cute.py holds against CuTe; blocks, or clusters of them, run one after the other. So this shows what
+the code computes, not how fast, nor how CTAs and kernels overlap: tests/gpu does that.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ memory, each beside the least that would do. ``python -m tests.ptx.traffic``: al
 
 Not modelled: SASS, what ptxas makes of PTX and how the hardware runs it; the weak order of memory between CTAs, which
 see each other's writes at once, and of a cluster what comes before any arrival; races in global memory, between lanes
-of one warp, or with what warps beyond the 24th of a cluster have read; kernels that overlap under PDL, where the rule alone is checked; time. Tensor cores sum in double
-and round once; ex2, lg2, rsqrt, rcp and div are correctly rounded or the C library's: a card's last bits differ.
+of one warp, or with what warps beyond the 24th of a cluster have read; kernels that overlap under PDL, where the rule
+alone is checked; time. Tensor cores sum in double and round once; ex2, lg2, rsqrt, rcp and div are correctly rounded or
+the C library's: a card's last bits differ.
 """
