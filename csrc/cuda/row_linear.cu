@@ -46,6 +46,12 @@ int rows_per_tile(int rows, const RowTiles& tiles) {
   return tiles.widest;
 }
 
+// Of kArgmax, each of whose tiles reads the weight anew: a wider one where they are fewer then.
+int rows_per_tile_of_argmax(int rows, const RowTiles& tiles) {
+  const auto count = [&](int tile_rows) { return (rows + tile_rows - 1) / tile_rows; };
+  return count(tiles.widest_argmax) < count(tiles.widest) ? tiles.widest_argmax : rows_per_tile(rows, tiles);
+}
+
 // Of a call with many rows. A step of a CTA loads 64 inputs of two blocks of weights and of its share of tile_rows rows
 // of x, and multiplies them in as long as 5/4 tile_rows take to load: estimated, of 700 TFLOP/s and 6.5 TB/s from L2.
 int rows_per_tile_of_many(int rows_ar, int rows_diff, const RowTiles& tiles, int blocks, int num_sms) {
@@ -117,7 +123,8 @@ int row_linear(const RowLinearParams& params, void* stream) {
   if (args.p.next_weight)
     args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms,
                           params.next_weight_coded);
-  const int tile_rows = many_rows
+  const int tile_rows = argmax ? rows_per_tile_of_argmax(most_rows, tiles)
+                        : many_rows
                             ? rows_per_tile_of_many(rows_ar, rows_diff, tiles, args.plan.blocks, device.num_sms)
                             : rows_per_tile(most_rows, tiles);
   args.row_tiles_ar = (rows_ar + tile_rows - 1) / tile_rows;

@@ -128,15 +128,16 @@ __host__ __device__ inline int64_t partial_offset(const RowLinearPlan& plan, int
 }
 
 // Rows per tile: the narrowest variant that holds the larger view's rows. More rows than the widest
-// holds take a variant for many rows: whole sums per CTA, folded in registers at the same cuts.
+// holds take a variant for many rows: whole sums per CTA, folded in registers at the same cuts. kArgmax, which has no
+// cuts, takes several tiles of few rows, or of wider ones, which need registers for no more than one set of sums.
 struct RowTiles {
-  int32_t widest;
+  int32_t widest, widest_argmax;
   int32_t many_rows[2];  // of which a call takes the one by which the busiest SM has less to do
   int32_t cluster;       // CTAs that load the rows of x together, where they are many
 };
-constexpr RowTiles kRowTilesSm90{160, {128, 192}, 2};
-constexpr RowTiles kRowTilesSm90Coded{160, {128, 128}, 2};  // 192 rows' sums leave no registers for decoding
-constexpr RowTiles kRowTilesMma{96, {96, 96}, 1};
+constexpr RowTiles kRowTilesSm90{160, 256, {128, 192}, 2};
+constexpr RowTiles kRowTilesSm90Coded{160, 160, {128, 128}, 2};  // more rows' sums leave no registers for decoding
+constexpr RowTiles kRowTilesMma{96, 96, {96, 96}, 1};
 
 // Of many rows, per row tile: two blocks for each CTA of a cluster, the last one's maybe none.
 __host__ __device__ constexpr int items_of_many(int blocks, int cluster) {

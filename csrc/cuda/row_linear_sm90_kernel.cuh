@@ -161,7 +161,7 @@ __device__ void consume_few_rows(const RowLinearArgs& args, const Ring<kTileRows
                               shared.staging[group], ring.best() + group * kTileRows);
       };
       RowLinearPlan::Sharers sharers;
-      if (length == plan.k_blocks)
+      if (kTileRows > kRowTilesSm90.widest || length == plan.k_blocks)  // kArgmax alone has so wide ones, never cut
         finish(WholeSums<kTileRows>{acc});
       else if (leave_partial<kTileRows>(acc, args, view, tile, kb, rows, group, shared.flags + group, sharers))
         finish(FoldedSums<kTileRows>(args, view, sharers, group));
@@ -293,6 +293,9 @@ int launch_sm90(const RowLinearArgs& args, int tile_rows, bool many_rows, void* 
     return first ? launch_variant<tiles.many_rows[0], true, kCoded>(args, stream, device)
                  : launch_variant<tiles.many_rows[1], true, kCoded>(args, stream, device);
   }
+  if constexpr (!kCoded)
+    if (tile_rows == kRowTilesSm90.widest_argmax)
+      return launch_variant<kRowTilesSm90.widest_argmax, false, kCoded>(args, stream, device);
   switch (tile_rows) {
     case 16: return launch_variant<16, false, kCoded>(args, stream, device);
     case 32: return launch_variant<32, false, kCoded>(args, stream, device);

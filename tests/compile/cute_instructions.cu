@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(384) instructions(const __grid_constant__ Oper
   multiply<kOurs, 96>(o);
   multiply<kOurs, 128>(o);
   multiply<kOurs, 192>(o, o.a);
+  multiply<kOurs, 256>(o, o.a);
 #ifdef CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
   multiply<kOurs, 160>(o);
 #endif

@@ -113,12 +113,14 @@ int main() {
   check_operand<96, 0, 96>(40 * 1024);
   check_operand<160, 0, 160>(64 * 1024);
   check_operand<192, 0, 192>(17 * 1024);
+  check_operand<256, 0, 256>(64 * 1024);
   check_wgmma<16>();
   check_wgmma<32>();
   check_wgmma<64>();
   check_wgmma<96>();
   check_wgmma<128>();
   check_wgmma<192>();
+  check_wgmma<256>();
 #ifdef CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
   check_wgmma<160>();
 #endif

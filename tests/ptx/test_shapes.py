@@ -92,7 +92,7 @@ def test_row_linear_qkv():
     rl.run(rl.tensor(16, k), rl.tensor(n, k), sms=sms)
 
 
-@pytest.mark.parametrize(("rows", "epilogue"), [(1, "argmax"), (16, "argmax"), (16, "logits")])
+@pytest.mark.parametrize(("rows", "epilogue"), [(1, "argmax"), (16, "argmax"), (256, "argmax"), (16, "logits")])
 def test_row_linear_whole(rows, epilogue):
     k, n, sms = WHOLE
     rl.run(rl.tensor(rows, k), rl.tensor(n, k), epilogue, sms=sms)

@@ -28,7 +28,7 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
 }
 
 // At the barrier that lies there in CTA `rank` of the cluster. Not .release.cluster, for which ptxas fences all of
-// memory: what the barrier guards are wgmma's operands, which have been read once a wait says so. CUTLASS's is plain too.
+// memory: what the barrier guards are wgmma's operands, read as soon as it has been waited for. So is CUTLASS's.
 __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int rank) {
   asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
@@ -208,6 +208,9 @@ __device__ void wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int accumula
   ORTHRUS_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define ORTHRUS_NAMES_96 \
   ORTHRUS_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define ORTHRUS_NAMES_128                                                                                            \
+  ORTHRUS_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+                   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define ORTHRUS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define ORTHRUS_16(i) ORTHRUS_4(i), ORTHRUS_4(i + 4), ORTHRUS_4(i + 8), ORTHRUS_4(i + 12)
 #define ORTHRUS_SUMS_8 ORTHRUS_4(0), ORTHRUS_4(4)
@@ -217,6 +220,7 @@ __device__ void wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int accumula
 #define ORTHRUS_SUMS_64 ORTHRUS_SUMS_48, ORTHRUS_16(48)
 #define ORTHRUS_SUMS_80 ORTHRUS_SUMS_64, ORTHRUS_16(64)
 #define ORTHRUS_SUMS_96 ORTHRUS_SUMS_80, ORTHRUS_16(80)
+#define ORTHRUS_SUMS_128 ORTHRUS_SUMS_96, ORTHRUS_16(96), ORTHRUS_16(112)
 
 // `sums`: N / 2, which is also the number of operand a; those of b and accumulate follow.
 #define ORTHRUS_WGMMA(n, sums, b_number, accumulate_number)                                            \
@@ -235,6 +239,7 @@ ORTHRUS_WGMMA(96, 48, 49, 50)
 ORTHRUS_WGMMA(128, 64, 65, 66)
 ORTHRUS_WGMMA(160, 80, 81, 82)
 ORTHRUS_WGMMA(192, 96, 97, 98)
+ORTHRUS_WGMMA(256, 128, 129, 130)
 #undef ORTHRUS_WGMMA
 
 // `sums`: N / 2, which is also the number of the first operand behind them.
