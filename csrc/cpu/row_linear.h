@@ -25,8 +25,8 @@ struct Ahead {
   const char* from;
   int64_t lines;
 };
-// How far ahead of what is multiplied it lies, where each weight is read once. On Zen 5, half of that or twice as much
-// makes 4 rows take 3 to 5% longer.
+// How far ahead of what is multiplied it lies, where each weight is read once. On Zen 5 with AVX-512 BF16, half of that
+// or twice as much makes 4 rows take 3 to 5% longer; other processors have not been asked.
 constexpr int kAheadBytes = 8192;
 // So few rows prefetch nothing, where each weight is read once: they take less time than weights do to come, so that
 // the hardware's own prefetcher keeps ahead of them, and what is asked for besides holds one of L1's few miss buffers

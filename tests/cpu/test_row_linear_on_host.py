@@ -210,7 +210,7 @@ ARGMAX = [(64, 512, 3), (128, 37, 4), (64, 1001, 5), (64, 3136, 6), (64, 3180, 6
 
 
 @pytest.mark.parametrize("shape", ARGMAX)
-@pytest.mark.parametrize("rows", [1, 33, 200, 330])
+@pytest.mark.parametrize("rows", [1, 33, 200, 300, 330])
 def test_argmax(shape, rows):
     k, n, sms = shape
     plain, x = tensor(n, k, seed=1), tensor(rows, k, seed=2)

@@ -8,8 +8,8 @@ test_kernels.py starts them: ``python tools/test.py ptx``. One file of them:
 Modelled: copies (cp.async, bulk, boxes of tensors) and products of wgmma that happen as late as the kernel's waits
 allow; mbarriers with their phases, arrivals and bytes; named barriers; clusters, with their barrier, copies to all of
 them and arrivals at another's mbarriers; convergence, down to lanes that run apart; the swizzle of shared memory,
-matrix descriptors and fragments. CTAs, warps, lanes and copies run forwards, backwards, or
-in a random order, several CTAs interleaved.
+matrix descriptors and fragments. CTAs, warps, lanes and copies run forwards, backwards, or in a random order, several
+CTAs interleaved.
 
 Reported, with the line of PTX and of the source: accesses out of the bounds of a tensor, of shared memory or of
 parameters, or misaligned; shared memory that nobody has written or that a copy in flight writes; a write to operands
@@ -22,8 +22,8 @@ Counted, if asked for (``--traffic``): instructions by unit, sectors and lines o
 memory, each beside the least that would do. ``python -m tests.ptx.traffic``: all kernels at the shapes of a real model.
 
 Not modelled: SASS, what ptxas makes of PTX and how the hardware runs it; the weak order of memory between CTAs, which
-see each other's writes at once, and of a cluster what comes before any arrival; races in global memory, between lanes
-of one warp, or with what warps beyond the 24th of a cluster have read; kernels that overlap under PDL, where the rule
-alone is checked; time. Tensor cores sum in double and round once; ex2, lg2, rsqrt, rcp and div are correctly rounded or
-the C library's: a card's last bits differ.
+see each other's writes at once, and in a cluster, to all of which any arrival at an mbarrier is a release; races in
+global memory, between lanes of one warp, or with what warps beyond the 24th of a cluster have read; kernels that
+overlap under PDL, where the rule alone is checked; time. Tensor cores sum in double and round once; ex2, lg2, rsqrt,
+rcp and div are correctly rounded or the C library's: a card's last bits differ.
 """

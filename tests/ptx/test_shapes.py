@@ -96,6 +96,10 @@ def test_row_linear_qkv():
 def test_row_linear_whole(rows, epilogue):
     k, n, sms = WHOLE
     rl.run(rl.tensor(rows, k), rl.tensor(n, k), epilogue, sms=sms)
+    if ARCH == "90a" and rows == 256:
+        from tests.ptx.plugin import LIBRARY
+
+        assert any("Li256ELb0ELb0" in name for name in LIBRARY.traffic())
 
 
 def test_row_linear_of_two_views():

@@ -27,8 +27,8 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// At the barrier that lies there in CTA `rank` of the cluster. Not .release.cluster, for which ptxas fences all of
-// memory: what the barrier guards are wgmma's operands, read as soon as it has been waited for. So is CUTLASS's.
+// At the barrier that lies there in CTA `rank` of the cluster, as CUTLASS arrives: not .release.cluster, for which
+// ptxas fences all of memory. So it may release what wgmma has read, once a wait has said so, but no thread's accesses.
 __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int rank) {
   asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),

@@ -164,6 +164,9 @@ class Block {
   // Which of the sets of fibers runs.
   int set() const { return set_; }
 
+  // Where those meet who fence what they have initialised and those who wait for their cluster.
+  void* fenced() { return meetings_[kMaxWarps + kMaxCluster].places; }
+
   int blocks() const { return threads_ / static_cast<int>(blockDim.x); }
 
   // Whether all threads of the cluster's block `rank` have ended.
@@ -264,7 +267,7 @@ class Block {
   Fiber::State states_[kMaxWarps * 32];
   int set_ = 0;
   races::Thread scheduler_seen_as_{};
-  Meeting meetings_[kMaxWarps + kMaxCluster];  // of the warps, and of the blocks
+  Meeting meetings_[kMaxWarps + kMaxCluster + 1];  // of the warps, of the blocks, and of the cluster
   // Of this and the previous exchange of each warp: a lane runs at most one ahead of its warp.
   alignas(64) char values_[kMaxWarps][2][32][kValueBytes] = {};
   bool asked_[kMaxWarps][2] = {};

@@ -33,7 +33,6 @@ struct BulkCopy {
 };
 
 inline std::map<uint64_t*, Transaction> transactions;
-inline uint64_t barriers_fenced = 1;  // where those meet who fence what they initialise and those of their cluster
 inline auto& copies_in_flight = *new std::deque<BulkCopy>;  // never freed, by whichever thread ends the process
 inline std::map<std::pair<int, uint64_t*>, races::Thread> copiers;  // by the block's set of fibers and the barrier
 inline std::vector<std::pair<const uint8_t*, int>> prefetched;  // by the launch: where from, bytes
@@ -127,7 +126,7 @@ inline void barrier_init(uint64_t* barrier, int arrivals) {
   const cuda_host::races::Unseen unseen;
   cuda_host::transactions[barrier] = {arrivals, arrivals, 0, 0};
 }
-inline void fence_barrier_init() { cuda_host::races::release(&cuda_host::barriers_fenced); }
+inline void fence_barrier_init() { cuda_host::races::release(cuda_host::Block::current().fenced()); }
 inline void fence_proxy_async_global() {
   cuda_host::need_wait();
   const cuda_host::races::Unseen unseen;
@@ -148,7 +147,7 @@ inline void barrier_arrive_at(uint64_t* barrier, int rank) {
 inline void cluster_sync_relaxed() {
   __syncwarp();
   cuda_host::Block::current().wait(cuda_host::Fiber::kCluster);
-  cuda_host::races::acquire(&cuda_host::barriers_fenced);
+  cuda_host::races::acquire(cuda_host::Block::current().fenced());
 }
 inline void barrier_wait(uint64_t* barrier, int parity) {
   __atomic_load_n(barrier, __ATOMIC_RELAXED);
