@@ -149,6 +149,7 @@ def test_draining_does_not_wait_for_streams_that_have_failed(folder, monkeypatch
     """Nobody may come to read why."""
 
     async def use(shared):
+        slowly(shared, monkeypatch)
         stream = shared.stream([1, 2], LONG)
         await anext(stream)
         monkeypatch.setattr(shared.engine, "step", lambda: 1 / 0)
