@@ -4,6 +4,7 @@ import re
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pybind11
 import pytest
@@ -41,14 +42,20 @@ def test_the_cpu_half():
     run_all(commands)
 
 
-def test_the_cuda_half():
+def test_the_cuda_half(tmp_path):
     """Launchers and bindings; of the kernels their PTX alone, which no host changes."""
     if (nvcc := cubins.nvcc()) is None:
         pytest.skip("no nvcc")
     flags = ["-std=c++17", f"-I{variants.ROOT}/csrc/include", toolkit(nvcc), "-arch=compute_90a"]
     to_nowhere = ["-Xcompiler=-O0,-Wall,-Wextra,-Werror", "-c", "-o", "/dev/null"]
     commands = [[nvcc, "-ccbin", compiler(), *flags, *to_nowhere, s] for s in variants.listed("CUDA_SOURCES")]
-    python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    headers = Path(sysconfig.get_path("include"))
+    python = [f"-I{pybind11.get_include()}", f"-I{headers}", f"-I{tmp_path}"]
+    own = headers.parent / str(sysconfig.get_config_var("MULTIARCH")) / headers.name / "pyconfig.h"
+    if own.is_file():  # Debian's Python has one an architecture, and AArch64's is elsewhere: both have 64 bits
+        stands_in = tmp_path / "aarch64-linux-gnu" / headers.name / "pyconfig.h"
+        stands_in.parent.mkdir(parents=True)
+        stands_in.write_text(f'#include "{own}"\n')
     defined = [
         "-DORTHRUS_WITH_CUDA",
         *(f'-DORTHRUS_{name}=""' for name in ("CUDA_ARCHS", "CUDA_VERSION", "CXX_COMPILER")),
