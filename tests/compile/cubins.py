@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
@@ -49,6 +50,17 @@ def _common_hash() -> bytes:
     return digest.digest()
 
 
+def started(command: list[str]) -> subprocess.CompletedProcess:
+    """The compiler's run. A virtual machine's kernel has answered a start, one of thousands, with EFAULT, which says
+    nothing of a source: it is started once more then. A compiler that ran and failed is not."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        return subprocess.run(command, capture_output=True, text=True)
+
+
 def report(source: str, arch: str) -> str:
     """What ptxas says about ``source`` for ``arch``, and its SASS: from the build folder if nothing has changed since.
 
@@ -65,7 +77,7 @@ def report(source: str, arch: str) -> str:
     # Two runs of this tier may share the build folder, so each writes elsewhere and renames at the end.
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
         command = [nvcc(), *FLAGS, f"-arch={arch}", "-o", f"{folder}/out.cubin", str(ROOT / source)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = started(command)
         if done.returncode:
             raise RuntimeError(f"{source} does not compile for {arch}:\n{done.stderr}")
         for old in kept.parent.glob(f"{Path(source).stem}-{arch}-*.txt"):
