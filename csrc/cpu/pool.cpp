@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <deque>
@@ -29,6 +30,8 @@ namespace {
 // Ops of one pass follow each other within microseconds: workers spin for some tens of them, then sleep,
 // which leaves the cores to torch's own threads.
 constexpr int kSpins = 4000;
+// More threads share some.
+constexpr int kMostStretches = 256;
 
 inline void pause_cpu() {
 #if defined(__x86_64__)
@@ -37,6 +40,34 @@ inline void pause_cpu() {
   asm volatile("yield");
 #endif
 }
+
+// Chunks of a region that nobody has claimed yet: contiguous ones.
+class alignas(64) Stretch {
+ public:
+  static constexpr int64_t kNone = -1;
+
+  void set(int64_t first, int64_t last) { ends_.store(pack(first, last)); }
+
+  // A chunk from its front, or its back; kNone if there is none.
+  int64_t claim(bool front) {
+    uint64_t ends = ends_.load(std::memory_order_relaxed);
+    while (true) {
+      const int64_t first = static_cast<int64_t>(ends >> 32), last = static_cast<int64_t>(ends & 0xffffffffu);
+      if (first == last) return kNone;
+      const uint64_t rest = front ? pack(first + 1, last) : pack(first, last - 1);
+      if (ends_.compare_exchange_weak(ends, rest, std::memory_order_acquire, std::memory_order_relaxed)) {
+        return front ? first : last - 1;
+      }
+    }
+  }
+
+ private:
+  static uint64_t pack(int64_t first, int64_t last) {
+    return static_cast<uint64_t>(first) << 32 | static_cast<uint64_t>(last);
+  }
+
+  std::atomic<uint64_t> ends_{0};
+};
 
 // A thread of the pool. It takes no part in regions of `place` threads or fewer.
 struct Worker {
@@ -71,18 +102,23 @@ class Pool {
 
   // Returns when every chunk is done; rethrows the first exception. A worker that the system has not woken yet, or has
   // preempted, holds up no more than the chunk that it is in: the others take the rest.
-  void run(int num_threads, int64_t num_items, int64_t num_chunks, void (*body)(void*, int64_t, int64_t),
-           void* context) {
+  void run(int num_threads, int64_t num_items, int64_t num_chunks, HandOut hand_out,
+           void (*body)(void*, int64_t, int64_t), void* context) {
     num_items_ = num_items;
     num_chunks_ = num_chunks;
     body_ = body;
     context_ = context;
     wanted_.store(num_threads, std::memory_order_relaxed);
     unfinished_.store(num_chunks, std::memory_order_relaxed);
-    unclaimed_.store(num_chunks);
-    wake(num_threads);
-    while (run_chunk()) {
+    const int64_t most = hand_out == HandOut::kInOrder ? 1 : std::min<int64_t>(num_threads, kMostStretches);
+    const int64_t num_stretches = std::min(most, num_chunks);
+    num_stretches_.store(static_cast<int>(num_stretches), std::memory_order_relaxed);
+    for (int64_t i = 0; i < num_stretches; ++i) {
+      stretches_[i].set(num_chunks * i / num_stretches, num_chunks * (i + 1) / num_stretches);
     }
+    regions_.fetch_add(1);
+    wake(num_threads);
+    run_chunks(0);
     for (int spins = 0; unfinished_.load(std::memory_order_acquire) > 0; ++spins) {
       if (spins < kSpins) pause_cpu(); else std::this_thread::yield();
     }
@@ -101,41 +137,49 @@ class Pool {
     }
   }
 
-  // The larger chunks come first, so that threads of one pace end together.
-  int64_t begin_of(int64_t chunk) const {
-    return num_items_ / num_chunks_ * chunk + std::min(num_items_ % num_chunks_, chunk);
+  int64_t begin_of(int64_t chunk) const { return num_items_ * chunk / num_chunks_; }
+
+  // Until there is none left that it could claim.
+  void run_chunks(int place) {
+    const int num_stretches = num_stretches_.load(std::memory_order_relaxed);
+    for (int i = 0; i < num_stretches; ++i) {
+      Stretch& stretch = stretches_[(place + i) % num_stretches];
+      int64_t done = 0;
+      for (int64_t chunk; (chunk = stretch.claim(i == 0)) != Stretch::kNone; ++done) run_chunk(chunk);
+      if (done) unfinished_.fetch_sub(done, std::memory_order_release);
+    }
   }
 
-  // Claims the next chunk and runs it; false if none is left. The region's fields do not change from
-  // a successful claim until that chunk is counted as finished.
-  bool run_chunk() {
-    int64_t left = unclaimed_.load(std::memory_order_acquire);
-    do {
-      if (left == 0) return false;
-    } while (!unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acquire));
-    const int64_t chunk = num_chunks_ - left;
+  // One that was claimed, and is not counted as finished yet: until then the region's fields do not change.
+  void run_chunk(int64_t chunk) {
     try {
       body_(context_, begin_of(chunk), begin_of(chunk + 1));
     } catch (...) {  // no memory for scratch
       std::lock_guard<std::mutex> lock(mutex_);
       if (!error_) error_ = std::current_exception();
     }
-    unfinished_.fetch_sub(1, std::memory_order_release);
-    return true;
   }
 
   void work(Worker& worker) {
     FloatMode::set_default();  // or it would have that of the thread which started it
-    // The number may still be that of the region before: then a thread too many takes a chunk, which does no harm.
-    const auto takes_part = [&] { return worker.place < wanted_.load(std::memory_order_relaxed); };
+    uint64_t seen = 0;
+    // Number and stretches may be another region's by now: then a thread too many takes chunks, or one too few, which
+    // does no harm.
+    const auto is_called = [&] {
+      return regions_.load() != seen && worker.place < wanted_.load(std::memory_order_relaxed);
+    };
     while (true) {
       for (int spins = 0; spins < kSpins; ++spins) {
-        if (takes_part() && run_chunk()) spins = 0;
+        if (is_called()) {
+          seen = regions_.load();
+          run_chunks(worker.place);
+          spins = 0;
+        }
         pause_cpu();
       }
       std::unique_lock<std::mutex> lock(mutex_);
       worker.asleep.store(true);
-      worker.wake.wait(lock, [&] { return unclaimed_.load() > 0 && takes_part(); });
+      worker.wake.wait(lock, is_called);
       worker.asleep.store(false);
     }
   }
@@ -144,8 +188,10 @@ class Pool {
   std::mutex mutex_;
   std::exception_ptr error_;
   std::atomic<int> wanted_{1};  // threads, the caller included
-  alignas(64) std::atomic<int64_t> unclaimed_{0};
-  alignas(64) std::atomic<int64_t> unfinished_{0};
+  std::atomic<int> num_stretches_{0};
+  std::array<Stretch, kMostStretches> stretches_;
+  alignas(64) std::atomic<uint64_t> regions_{0};  // that were begun
+  alignas(64) std::atomic<int64_t> unfinished_{0};  // chunks
   int64_t num_items_ = 0;
   int64_t num_chunks_ = 0;
   void (*body_)(void*, int64_t, int64_t) = nullptr;
@@ -166,7 +212,8 @@ void forget_pool_in_child() {
 
 void set_num_threads(int32_t num_threads) { wanted_threads = std::max(1, num_threads); }
 
-void parallel_chunks(int64_t num_items, int64_t num_chunks, void (*body)(void*, int64_t, int64_t), void* context) {
+void parallel_chunks(int64_t num_items, int64_t num_chunks, HandOut hand_out, void (*body)(void*, int64_t, int64_t),
+                     void* context) {
   if (num_items <= 0) return;
   const int wanted = wanted_threads.load(std::memory_order_relaxed);
   std::unique_lock<std::mutex> lock(region, std::defer_lock);
@@ -178,7 +225,7 @@ void parallel_chunks(int64_t num_items, int64_t num_chunks, void (*body)(void*, 
     pool = new Pool;
   }
   pool->grow(wanted);
-  pool->run(wanted, num_items, num_chunks, body, context);
+  pool->run(wanted, num_items, num_chunks, hand_out, body, context);
 }
 
 float* thread_scratch(int64_t num_floats) {

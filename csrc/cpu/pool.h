@@ -10,20 +10,28 @@ int32_t num_threads();
 // What a region's body reads of the caller's stays only if the body takes none itself.
 float* thread_scratch(int64_t num_floats);
 
-// Splits [0, num_items) into num_chunks contiguous ranges, larger ones first, and calls body(context, begin, end) on
-// each, handing them out in order to whichever thread is free; returns when all are done. Which thread runs an item
-// never changes a result: no item depends on another.
-void parallel_chunks(int64_t num_items, int64_t num_chunks, void (*body)(void*, int64_t, int64_t), void* context);
+// Which chunks of a region a thread takes.
+enum class HandOut {
+  kInOrder,      // each the next one that is left: of uneven ones the longest should come first
+  kByStretches,  // those of a stretch of its own, in order, then others' from the back: who streams memory runs on in it
+};
 
-// body(begin, end) over ranges of at least `min_items`, a few per thread to even out their pace. No
-// std::function, so that variant.cpp may use it.
+// Splits [0, num_items) into num_chunks contiguous ranges of nearly equal size and calls body(context, begin, end) on
+// each; returns when all are done. Which thread runs an item never changes a result: no item depends on another.
+void parallel_chunks(int64_t num_items, int64_t num_chunks, HandOut hand_out, void (*body)(void*, int64_t, int64_t),
+                     void* context);
+
+// To even out the threads' pace.
+constexpr int64_t kChunksPerThread = 4;
+
+// body(begin, end) over ranges of at least `min_items`. No std::function, so that variant.cpp may use it.
 template <typename Body>
 inline __attribute__((always_inline)) void parallel_for(int64_t num_items, int64_t min_items, const Body& body,
-                                                        int64_t chunks_per_thread = 4) {
+                                                        int64_t chunks_per_thread = kChunksPerThread) {
   const int64_t most = num_threads() * chunks_per_thread;
   const int64_t chunks = num_items / min_items < most ? num_items / min_items : most;
   parallel_chunks(
-      num_items, chunks,
+      num_items, chunks, HandOut::kByStretches,
       [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
       const_cast<Body*>(&body));
 }
@@ -36,7 +44,7 @@ inline __attribute__((always_inline)) void parallel_each(int64_t num_items, cons
   };
   using Range = decltype(range);
   parallel_chunks(
-      num_items, num_items,
+      num_items, num_items, HandOut::kInOrder,
       [](void* context, int64_t begin, int64_t end) { (*static_cast<Range*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&range)));
 }

@@ -28,11 +28,6 @@ struct Ahead {
 // How far ahead of what is multiplied it lies, where each weight is read once. On Zen 5 with AVX-512 BF16, half of that
 // or twice as much makes 4 rows take 3 to 5% longer; other processors have not been asked.
 constexpr int kAheadBytes = 8192;
-// So few rows prefetch nothing, where each weight is read once: they take less time than weights do to come, so that
-// the hardware's own prefetcher keeps ahead of them, and what is asked for besides holds one of L1's few miss buffers
-// until it is here. Prefetching, one core of Zen 4 reads 21 GB/s of 30 for one row; more rows read faster with it, four
-// on Zen 5 by 12%.
-constexpr int64_t kMostRowsWithoutAhead = 3;
 // More tiles than these read a coded strip decoded once: what that writes costs more than to decode a few times.
 constexpr int64_t kMostDecodingTiles = 6;
 
@@ -195,7 +190,7 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight,
   const char* stored = weight.data + strip * strip_bytes;
   const char* plain = stored;
   const int64_t num_tiles = div_up(end - begin, kTileRows);
-  const bool few = end - begin <= kMostRowsWithoutAhead;
+  const bool few = end - begin <= most_rows_without_ahead;
   alignas(64) float acc[kTileRows * kStrip];
   const auto multiply = [&](auto of_rows, const char* w, auto ahead) ORTHRUS_LAMBDA {
     for (int64_t t = 0; t < num_tiles; ++t) {
@@ -255,7 +250,7 @@ ORTHRUS_INLINE void for_row_blocks(const RowLinearParamsOf<T>& p, int64_t most, 
 
 template <typename T>
 inline void row_linear(const RowLinearParamsOf<T>& p) {
-  parallel_strips(p, 4, [&](int64_t first_strip, int64_t last_strip) {
+  parallel_strips(p, kChunksPerThread, [&](int64_t first_strip, int64_t last_strip) {
     for (int64_t strip = first_strip; strip < last_strip; ++strip) {
       for_row_blocks(p, p.num_rows, [&](Weight weight, int64_t begin, int64_t end) {
         multiply_strip(p, weight, strip, begin, end);

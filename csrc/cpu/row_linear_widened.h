@@ -6,16 +6,13 @@
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-// Steps of a block at most: 16 KiB. A coded one lies in the cache twice; a single tile is soon through, and meets more
-// than one block there.
-constexpr int64_t kBlockSteps = 128, kCodedBlockSteps = 96, kCodedBlockStepsOfOneTile = 48;
+// Steps of a block at most: 16 KiB. A coded one lies in the cache twice; and as it is decoded at once, all of it should
+// have come by then, so that it has to be well below kAheadBytes.
+constexpr int64_t kBlockSteps = 128, kCodedBlockSteps = 48;
 // Bytes of widened rows in a block of rows, which should stay in the L2 cache; and its rows: few would read all strips
 // too often, of many the accumulators would not lie on the stack.
 constexpr int64_t kWidenedBytes = 1 << 18;
 constexpr int64_t kFewestRows = 48, kMostRows = 128;
-// Fewer rows stream weights, best in long runs: fewer chunks a thread. More are long over a strip, and the threads are
-// to end together. Measured with AVX2.
-constexpr int64_t kStreamingRows = 32;
 // Elements that are worth another thread's help when they are widened.
 constexpr int64_t kWidenedAlone = 1 << 15;
 // Tiles that share what a block prefetches.
@@ -128,16 +125,15 @@ ORTHRUS_INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_stride
   }
 }
 
-// The blocks of a strip, in order: next(...) calls use(steps) with those of the next one.
+// The blocks of a strip, in order: next(...) calls use(steps) with those of the one at next_block().
 struct PlainBlocks {
   static constexpr int64_t kBytes = kStepBytes;  // that a step is stored in
+  static constexpr int64_t kMostSteps = kBlockSteps;
   const char* at;
 
   explicit PlainBlocks(const char* strip) : at(strip) {}
 
-  static int64_t most_steps(int64_t) { return kBlockSteps; }
-  // From where on to prefetch while the next block is multiplied.
-  ORTHRUS_INLINE const char* ahead(int64_t) const { return at + kAheadBytes; }
+  ORTHRUS_INLINE const char* next_block() const { return at; }
   template <typename Use>
   ORTHRUS_INLINE void next(int64_t num_steps, int64_t, Use use) {
     use(PlainSteps{at});
@@ -149,16 +145,13 @@ struct PlainBlocks {
 // One row decodes them as it goes, more read them decoded, from the L1 cache.
 struct CodedBlocks {
   static constexpr int64_t kBytes = kUnitBytes / kUnitSteps;
+  static constexpr int64_t kMostSteps = kCodedBlockSteps;
   CodedRuns runs;
   alignas(64) char decoded[kCodedBlockSteps * kStepBytes];
 
   explicit CodedBlocks(const char* strip) : runs(strip) {}
 
-  static int64_t most_steps(int64_t num_tiles) {
-    return num_tiles == 1 ? kCodedBlockStepsOfOneTile : kCodedBlockSteps;
-  }
-  // As it is decoded at once, all of it should have come.
-  ORTHRUS_INLINE const char* ahead(int64_t num_steps) const { return runs.unit + num_steps * kBytes; }
+  ORTHRUS_INLINE const char* next_block() const { return runs.unit; }
   template <typename Use>
   ORTHRUS_INLINE void next(int64_t num_steps, int64_t num_rows, Use use) {
     if (num_rows <= CodedSteps::kMostTileRows && !runs.has_exception(num_steps)) {
@@ -179,12 +172,13 @@ ORTHRUS_INLINE void multiply_widened(const float* x, int64_t x_stride, int64_t n
   std::memset(acc, 0, num_rows * kStrip * sizeof(float));
   const int64_t num_tiles = div_up(num_rows, kWidenedTileRows);
   const int64_t fetching = min_of(num_tiles, kFetchingTiles), bytes = Blocks::kBytes / fetching;
-  const int64_t num_units = div_up(num_steps, kUnitSteps), most_units = Blocks::most_steps(num_tiles) / kUnitSteps;
-  const int64_t steps_of_block = kUnitSteps * div_up(num_units, div_up(num_units, most_units));
+  const int64_t num_units = div_up(num_steps, kUnitSteps);
+  const int64_t num_blocks = div_up(num_units, Blocks::kMostSteps / kUnitSteps);
+  const int64_t steps_of_block = kUnitSteps * div_up(num_units, num_blocks);
   Blocks blocks(strip);
   for (int64_t k = 0; k < num_steps; k += steps_of_block) {
     const int64_t count = min_of(steps_of_block, num_steps - k);
-    const char* ahead = blocks.ahead(count);
+    const char* ahead = blocks.next_block() + kAheadBytes;
     blocks.next(count, num_rows, [&](auto steps) ORTHRUS_LAMBDA {
       for (int64_t t = 0; t < num_tiles; ++t) {
         const int64_t first = num_rows * t / num_tiles, last = num_rows * (t + 1) / num_tiles;
@@ -220,7 +214,7 @@ inline void row_linear(const RowLinearParamsOf<bf16_t>& p) {
     const int64_t num_rows = end - begin;
     float* x = thread_scratch(num_rows * stride);
     widen_rows(p, begin, end, stride, x);
-    parallel_strips(p, num_rows < kStreamingRows ? 4 : 8, [&](int64_t first_strip, int64_t last_strip) {
+    parallel_strips(p, kChunksPerThread, [&](int64_t first_strip, int64_t last_strip) {
       alignas(64) float acc[kMostRows * kStrip];
       for (int64_t strip = first_strip; strip < last_strip; ++strip) {
         const char* at = weight.data + strip * strip_bytes_of(weight, num_steps);

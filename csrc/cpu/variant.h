@@ -36,4 +36,7 @@ extern const Bf16Kernels kOfBf16;
 bool tiles_offered();  // asks the system; to be called where there is AVX-512
 }
 
+// Of row_linear.h: so few rows prefetch nothing, where each weight is read once, on this processor.
+extern const int64_t most_rows_without_ahead;
+
 }  // namespace orthrus::cpu
