@@ -65,7 +65,8 @@ REFRESH_DRIFT = 0.25  # drift (see PassCosts) that calls for it at any price
 def candidate_plans(block_len: int, fan_out: int = 0) -> list[CyclePlan]:
     """The plans to choose among for drafts of at most ``block_len - 1`` tokens, AR first; ``fan_out`` 0 for several."""
     lens = sorted({min(k, block_len) for k in (4, 8, 16, block_len)})
-    two_pass = [CyclePlan("two_pass", k) for k in lens]
+    # Where rows cost compute, as on a CPU, the best of two_pass lies between 3 and 7 drafts.
+    two_pass = [CyclePlan("two_pass", k) for k in sorted({min(6, block_len), *lens})]
     if fan_out:
         return [AR, *two_pass, *(CyclePlan("one_pass", k, fan_out) for k in lens if fan_out <= most_hypotheses(k - 1))]
     return [AR, *two_pass, *(CyclePlan("one_pass", k, f) for k in lens for f in (2, 4, 8) if f <= k)]

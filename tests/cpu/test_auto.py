@@ -66,7 +66,7 @@ def test_from_a_folder_that_is_not_installed(folder, monkeypatch):
 
 
 # Tokens per cycle over the plans in turn, ar among them; a broken drafter gives 1.
-@pytest.mark.parametrize(("temperature", "pinned"), [(0.0, 1.394), (0.8, 1.127)])
+@pytest.mark.parametrize(("temperature", "pinned"), [(0.0, 1.463), (0.8, 1.157)])
 def test_plans_that_change_every_cycle_change_no_token(folder, monkeypatch, temperature, pinned):
     params = SamplingParams(max_new_tokens=60, temperature=temperature, seed=5, ignore_eos=True)
     in_turn(monkeypatch, ("ar", "two_pass", "one_pass"))
@@ -219,7 +219,7 @@ def test_a_warmup_on_other_threads_is_kept_as_theirs(folder, cache, monkeypatch)
 
 
 DEAR = ("one_pass", 4, 4), ("one_pass", 8, 4), ("one_pass", 8, 8)
-DEARER_THAN_AR = ("two_pass", 8, 0), ("one_pass", 8, 2)
+DEARER_THAN_AR = ("two_pass", 6, 0), ("two_pass", 8, 0), ("one_pass", 8, 2)
 
 
 @pytest.mark.parametrize(("per_row", "out"), [(0.0, ()), (0.4e-3, DEAR), (2e-3, (*DEAR, *DEARER_THAN_AR))])
@@ -317,7 +317,9 @@ def test_candidates_stay_within_what_was_asked(folder):
 
     assert "one_pass/7x8" in labels(max_batch_size=1)
     assert labels(draft_len=1) == {"ar", "two_pass/1", "one_pass/1x2"}
-    assert labels(fan_out=3) == {"ar", "two_pass/3", "two_pass/7", "one_pass/3x3", "one_pass/7x3"}
+    assert labels(fan_out=3) == {
+        "ar", "two_pass/3", "two_pass/5", "two_pass/7", "one_pass/3x3", "one_pass/7x3",
+    }  # fmt: skip
 
 
 def test_one_pass_candidates_stay_within_the_rows_of_a_pass(folder):
