@@ -9,13 +9,14 @@ takes turns with the op.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
 
 from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report, run_script
 from bench.models import SHAPES, config_of, linear_shapes
-from orthrus_rt import huge_pages, native, ops
+from orthrus_rt import huge_pages, native, ops, room
 from orthrus_rt.weights import PackedWeight, pack
 
 OPS = ("qkv", "o", "gate_up", "down", "lm_head")
@@ -25,15 +26,25 @@ EPILOGUES = {"qkv": "none", "o": "residual", "gate_up": "silu_mul", "down": "res
 class Chain:
     """A model's linears with random weights, and the activations they pass on for a number of rows."""
 
-    def __init__(self, model: str, device: torch.device, layers: int | None, diff: bool):
+    def __init__(self, model: str, device: torch.device, layers: int | None, diff: bool, baseline: bool):
         config, self.device = config_of(model), device
         self.shapes = shapes = linear_shapes(config)
         self.hidden, self.mlp = config.hidden_size, config.intermediate_size
         self.layers = layers or config.num_layers
+        self._check_room(model, diff, baseline)
         self.weights = {op: [self._random(op, shapes[op]) for _ in range(self.layers)] for op in OPS[:-1]}
         self.weights["lm_head"] = [self._random("lm_head", shapes["lm_head"])]
         self.diff = {op: [self._random(op, shapes[op]) for _ in range(self.layers)] for op in ("qkv", "o") if diff}
         self.plain: dict[tuple[str, int], torch.Tensor] = {}
+
+    def _check_room(self, model: str, diff: bool, baseline: bool) -> None:
+        of_a_layer = [*OPS[:-1], *(("qkv", "o") if diff else ())]
+        plain = 2 * (
+            self.layers * sum(math.prod(self.shapes[op]) for op in of_a_layer) + math.prod(self.shapes["lm_head"])
+        )
+        need = (room.CODED + baseline) * plain if room.are_coded(self.device, torch.bfloat16) else plain
+        what = f"{self.layers} layers of {model} (--layers for fewer)"
+        room.check_left(what, int(need), self.device, torch.bfloat16)
 
     def _random(self, op: str, shape) -> PackedWeight:
         weight = torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(0, shape[1] ** -0.5)
@@ -125,7 +136,7 @@ def main() -> int:
     parser.add_argument("--loop", choices=OPS, help="run this op in a loop, for a profiler")
     args = parser.parse_args()
     device = args.device
-    chain = Chain(args.model, device, args.layers, args.diff)
+    chain = Chain(args.model, device, args.layers, args.diff, baseline=not (args.no_baseline or args.loop))
     if args.loop:
         chain.rows(args.rows[0])
         order = chain.order(args.loop)

@@ -61,6 +61,10 @@ def run(args) -> int:
     for prompt, tokens in zip(todo, ids, strict=True):  # all of them, before the first is decoded
         check_length(tokens, engine, f"{args.prompts or 'built-in prompt'}, {prompt.name}")
     against = _transformers(engine, args.max_new_tokens) if args.against else None
+    if not args.json:
+        print(
+            f"{len(todo)} prompts, at most {args.max_new_tokens} tokens each, in {', '.join(args.modes)}:", flush=True
+        )
     results, tokens, verdicts = [], 0, Counter()
     found = verify.verify(engine, ids, params, args.modes, batch=args.batch, against=against)
     for prompt, (want, rate, comparisons) in zip(todo, found, strict=True):

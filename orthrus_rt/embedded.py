@@ -72,7 +72,7 @@ def base_folder(gguf: str | None = None) -> Path:
         except (OSError, SafetensorError, UnicodeError) as error:  # the last: of a path that is not UTF-8
             raise CheckpointError(
                 f"{folder}: the converted base model cannot be written ({error}); it takes {CACHE_BYTES // 10**6} MB: "
-                "free some space or let XDG_CACHE_HOME name a folder on another disk"
+                "let XDG_CACHE_HOME name a folder that can be written and has the room"
             ) from error
     return folder
 

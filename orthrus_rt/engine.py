@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("orthrus_rt")
-_loading_a_tokenizer = ForkLock()  # two threads may not import transformers at once
+_loading_a_tokenizer = ForkLock(threading.RLock)  # two threads may not import transformers at once
 
 
 class Engine(Generation):

@@ -61,13 +61,17 @@ def least_weight_bytes(config: ModelConfig, device: torch.device, dtype: torch.d
     if not config.tie_word_embeddings:
         del shapes["model.embed_tokens.weight"]
     plain = dtype.itemsize * sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
-    impl = dispatch.select("row_linear", device, dtype)
-    if impl == "reference" and device.type == "cpu":
+    if device.type == "cpu" and dispatch.select("row_linear", device, dtype) == "reference":
         return 0  # which may multiply by what lies in the file
-    coded = False
-    if dtype is torch.bfloat16 and impl != "reference":
-        coded = codes_for_cuda() if impl == "cuda" else dispatch.extension().cpu.takes_coded_weights()
-    return int(CODED * plain) if coded else plain
+    return int(CODED * plain) if are_coded(device, dtype) else plain
+
+
+def are_coded(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights that are packed now will be in 12 bits, if they are of a kind that is shorter so."""
+    impl = dispatch.select("row_linear", device, dtype)
+    if dtype is not torch.bfloat16 or impl == "reference":
+        return False
+    return codes_for_cuda() if impl == "cuda" else dispatch.extension().cpu.takes_coded_weights()
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:

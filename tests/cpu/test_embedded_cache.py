@@ -200,7 +200,7 @@ def test_full_disk(cache, monkeypatch):
     assert message.startswith(f"{cache}")
     assert message.endswith(
         ": the converted base model cannot be written ([Errno 28] No space left on device); it takes 275 MB: "
-        "free some space or let XDG_CACHE_HOME name a folder on another disk"
+        "let XDG_CACHE_HOME name a folder that can be written and has the room"
     )
     assert not left_in(cache)
     assert embedded.base_folder().exists()  # and the next one, with space, succeeds

@@ -43,6 +43,14 @@ def test_every_draft_len_gives_the_ar_tokens(engine, draft_len):
     assert emitted >= got.stats.tokens - 1  # the last cycle may lose its bonus token to the limit
 
 
+def test_a_tokenizer_that_is_asked_for_while_this_thread_loads_it(engine, monkeypatch):
+    """By a module that transformers imports, or a handler of signals: it does not wait for itself."""
+    loads = iter([lambda: engine.tokenizer, lambda: "loaded"])
+    monkeypatch.setattr(engine, "_tokenizer", None)
+    monkeypatch.setattr(type(engine.checkpoint), "load_tokenizer", lambda _: next(loads)())
+    assert engine.tokenizer == "loaded"
+
+
 def test_tokens_per_cycle_is_pinned(engine):
     """A broken drafter gives right text, only slowly."""
     stats = greedy(engine, 80, mode="two_pass").stats

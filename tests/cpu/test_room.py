@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from bench.bench_row_linear import Chain
 from orthrus_rt import room, transformers_model
 from tests import checkpoints, engines
 
@@ -97,6 +98,16 @@ def test_weights_that_do_not_fit_are_not_loaded(folder, monkeypatch):
     said = r"^out of memory: the weights of \S+ in bfloat16 take at least 18.0 GB, and cpu has 0.0 GB left$"
     with pytest.raises(torch.OutOfMemoryError, match=said):
         engines.make(folder)
+
+
+def test_a_benchmarks_weights_that_do_not_fit_are_not_drawn(monkeypatch):
+    monkeypatch.setattr(room, "free_bytes", lambda _: 10 * GB)
+    monkeypatch.setattr("bench.bench_row_linear.pack", lambda *_, **__: pytest.fail("drawn"))
+    said = (
+        r"^out of memory: 36 layers of 8b \(--layers for fewer\) in bfloat16 take at least [12]\d\.\d GB, and cpu has"
+    )
+    with pytest.raises(torch.OutOfMemoryError, match=said):
+        Chain("8b", CPU, None, diff=False, baseline=True)
 
 
 def test_a_copy_for_transformers_that_does_not_fit(folder, monkeypatch):

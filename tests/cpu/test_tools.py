@@ -65,6 +65,25 @@ def test_a_process_that_hangs_at_its_end(runner, tmp_path, monkeypatch, capsys):
     assert out.index("-- test_stuck.py") < out.index("-- test_quick.py")
 
 
+def test_what_triton_says_as_it_ends_is_left_out(runner, tmp_path, monkeypatch, capfd):
+    (tmp_path / "test_a.py").write_text(
+        "import atexit, os\n"
+        "said = b'nanobind: leaked 1 types!\\n - leaked type \"ir\"\\n - ... skipped remainder\\nas it should\\n'\n"
+        "atexit.register(lambda: os.write(2, said))\n"
+        "def test_a(): pass\n"
+    )
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    assert runner.run(runner.Tier("cpu", ["-s", "."]), full=False).passed == 1
+    assert capfd.readouterr().err == "as it should\n"
+
+
+def test_a_tier_that_was_asked_for_and_cannot_run_has_failed(runner, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "TIERS", [runner.Tier("gpu", [], why_not=lambda: "no CUDA device")])
+    monkeypatch.setattr(sys, "argv", ["test.py", "gpu"])
+    assert runner.main() == 1
+    assert "gpu        failed: it was asked for, but no CUDA device\n0 passed, 1 failed" in capsys.readouterr().out
+
+
 def test_the_longest_files_exist(runner):
     assert all((ROOT / "tests" / "gpu" / name).exists() for name in (*runner.LONGEST, *runner.TIMED))
 
