@@ -38,13 +38,15 @@ class Chain:
         self.plain: dict[tuple[str, int], torch.Tensor] = {}
 
     def _check_room(self, model: str, diff: bool, baseline: bool) -> None:
-        of_a_layer = [*OPS[:-1], *(("qkv", "o") if diff else ())]
-        plain = 2 * (
-            self.layers * sum(math.prod(self.shapes[op]) for op in of_a_layer) + math.prod(self.shapes["lm_head"])
-        )
-        need = (room.CODED + baseline) * plain if room.are_coded(self.device, torch.bfloat16) else plain
+        def nbytes(*names):
+            return 2 * sum(math.prod(self.shapes[op]) * (1 if op == "lm_head" else self.layers) for op in names)
+
+        weights, views = nbytes(*OPS), nbytes("qkv", "o") * diff
+        need = weights + views
+        if room.are_coded(self.device, torch.bfloat16):
+            need = int(room.CODED * need) + weights * baseline  # torch.mm has plain ones besides
         what = f"{self.layers} layers of {model} (--layers for fewer)"
-        room.check_left(what, int(need), self.device, torch.bfloat16)
+        room.check_left(what, need, self.device, torch.bfloat16)
 
     def _random(self, op: str, shape) -> PackedWeight:
         weight = torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(0, shape[1] ** -0.5)

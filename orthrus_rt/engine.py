@@ -152,7 +152,7 @@ class Engine(Generation):
                 more than 1% and eight cycles beyond what ``ar`` would need.
             max_seq_len: tokens a sequence may have, prompt included; sizes the cache. None for 4096, or the
                 checkpoint's own limit where that is less.
-            draft_len: drafts per cycle, 1 ... K-1 (in mode auto at most; it tries 3, 7, 15 and this); None for the
+            draft_len: drafts per cycle, 1 ... K-1 (in mode auto at most; it tries 3, 5, 7, 15 and this); None for the
                 checkpoint's K-1.
             fan_out: blocks that a one_pass cycle drafts, 1 ... 3 * draft_len + 1 (every outcome); None for 6, or
                 as many as make 160 rows with the AR view's: 4 with drafts of 31 (in mode auto it tries 2, 4 and 8).

@@ -208,11 +208,10 @@ def run_pytest(tier: Tier, full: bool, *more: str, **how) -> tuple[Result, str |
                 done = subprocess.run(command, cwd=ROOT, env=env, timeout=limit, **{"stderr": file} | how)
                 code, printed = done.returncode, done.stdout
             except subprocess.TimeoutExpired as error:
-                code, printed = (
-                    1,
-                    (error.stdout or b"").decode(errors="replace") + f"\nnot finished in {limit} s: ended",
-                )
-        print(without_leaks(Path(errors).read_text(errors="replace")), end="", file=sys.stderr, flush=True)
+                code, printed = 1, (error.stdout or b"").decode(errors="replace")
+                printed += f"\nnot finished in {limit} s: ended"
+            finally:
+                print(without_leaks(Path(errors).read_text(errors="replace")), end="", file=sys.stderr, flush=True)
         reported = os.path.exists(report)
         if reported:
             read_junit(report, result)
@@ -226,7 +225,7 @@ def run_pytest(tier: Tier, full: bool, *more: str, **how) -> tuple[Result, str |
 def run_apart(tier: Tier, full: bool) -> list[Result]:
     def run_file(path: Path) -> Result:
         result, printed = run_pytest(tier, full, str(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        print(f"-- {path.name}\n{printed}", flush=True)
+        print(f"-- {path.name}\n{without_leaks(printed)}", flush=True)
         return result
 
     files = sorted((ROOT / tier.apart).glob("test_*.py"), key=lambda f: (f.name not in LONGEST, f.name))

@@ -171,8 +171,8 @@ void check_groups(const Rows& rows) {
 }  // namespace
 
 // Beside what a core's own prefetcher asks for, what is prefetched holds one of L1's few miss buffers until it is here:
-// for one row a core of Zen 4 then reads 21 GB/s in place of 30. Zen 5's passes over 1, 2 and 3 rows take 0.94, 0.87 and
-// 0.89 of their time with it. Others have not been asked.
+// for one row a core of Zen 4 then reads 21 GB/s in place of 30. Zen 5's passes over 1, 2 and 3 rows take 0.94, 0.87
+// and 0.89 of their time with it. Others have not been asked.
 const int64_t most_rows_without_ahead = is_zen5_or_newer() ? 0 : 3;
 
 const char* isa() { return chosen().load()->name; }

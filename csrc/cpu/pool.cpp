@@ -46,7 +46,7 @@ class alignas(64) Stretch {
  public:
   static constexpr int64_t kNone = -1;
 
-  void set(int64_t first, int64_t last) { ends_.store(pack(first, last)); }
+  void set(int64_t first, int64_t last) { ends_.store(pack(first, last), std::memory_order_release); }
 
   // A chunk from its front, or its back; kNone if there is none.
   int64_t claim(bool front) {
@@ -116,9 +116,9 @@ class Pool {
     for (int64_t i = 0; i < num_stretches; ++i) {
       stretches_[i].set(num_chunks * i / num_stretches, num_chunks * (i + 1) / num_stretches);
     }
-    regions_.fetch_add(1);
+    const uint64_t region = regions_.fetch_add(1) + 1;
     wake(num_threads);
-    run_chunks(0);
+    run_chunks(0, region);
     for (int spins = 0; unfinished_.load(std::memory_order_acquire) > 0; ++spins) {
       if (spins < kSpins) pause_cpu(); else std::this_thread::yield();
     }
@@ -139,10 +139,10 @@ class Pool {
 
   int64_t begin_of(int64_t chunk) const { return num_items_ * chunk / num_chunks_; }
 
-  // Until there is none left that it could claim.
-  void run_chunks(int place) {
+  // Until there is none left that it could claim; or until the next region begins, where its own come first again.
+  void run_chunks(int place, uint64_t region) {
     const int num_stretches = num_stretches_.load(std::memory_order_relaxed);
-    for (int i = 0; i < num_stretches; ++i) {
+    for (int i = 0; i < num_stretches && regions_.load(std::memory_order_relaxed) == region; ++i) {
       Stretch& stretch = stretches_[(place + i) % num_stretches];
       int64_t done = 0;
       for (int64_t chunk; (chunk = stretch.claim(i == 0)) != Stretch::kNone; ++done) run_chunk(chunk);
@@ -172,7 +172,7 @@ class Pool {
       for (int spins = 0; spins < kSpins; ++spins) {
         if (is_called()) {
           seen = regions_.load();
-          run_chunks(worker.place);
+          run_chunks(worker.place, seen);
           spins = 0;
         }
         pause_cpu();

@@ -13,7 +13,7 @@ float* thread_scratch(int64_t num_floats);
 // Which chunks of a region a thread takes.
 enum class HandOut {
   kInOrder,      // each the next one that is left: of uneven ones the longest should come first
-  kByStretches,  // those of a stretch of its own, in order, then others' from the back: who streams memory runs on in it
+  kByStretches,  // those of a stretch of its own, in order, then others' from the back: who streams memory runs on
 };
 
 // Splits [0, num_items) into num_chunks contiguous ranges of nearly equal size and calls body(context, begin, end) on

@@ -13,6 +13,7 @@
 #include "coded_strip.h"
 #include "pool.h"
 #include "simd.h"
+#include "variant.h"
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 

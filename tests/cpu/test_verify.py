@@ -116,8 +116,9 @@ def test_sampled(run):
 def test_built_in_prompts_by_default(text_folder, capsys):
     options = ("--model", text_folder, "--device", "cpu", "--max-seq-len", "256", "--max-new-tokens", "4")
     assert main(["verify", *options, "-n", "2"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith(prompts.load()[0].name) and "2 of 2 prompts identical" in out
+    first, second, *rest = capsys.readouterr().out.splitlines()
+    assert first == "2 prompts, at most 4 tokens each, in ar, two_pass, one_pass:"
+    assert second.startswith(prompts.load()[0].name) and rest[-1].startswith("2 of 2 prompts identical")
 
 
 def test_a_planted_difference_is_reported(run, break_token):
