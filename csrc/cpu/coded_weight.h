@@ -7,8 +7,8 @@
 // 2504.11651.)
 //
 // A pass over one row then takes 0.8 of its time. Where products are what takes time it is longer: on two cores of Zen
-// 3 from some 6 rows on, by up to 7%, of Zen 4 from 64 on, by up to 3% (bench_cpu_pass). With AVX2 and more memory to a
-// core than Zen 3 had it is so from 4 rows on, by more.
+// 3 from some 6 rows on, by up to 7%, of Zen 4 from 64 on, by up to 3%, of Zen 5 from 16 on, by up to 8%
+// (bench_cpu_pass). With AVX2 and more memory to a core than Zen 3 had it is so of 2 and 4 rows, by up to 13%.
 //
 // A weight: all strips, each a CodedStrip and then a unit for every two steps over k; then all exceptions. A unit: 64
 // bytes, byte i of which says the upper byte of the first step's element at i in its lower nibble, of the second's in
