@@ -4,13 +4,15 @@ Every plan decodes the same requests, prefill included, by the clock, until ther
 slots are refilled as on a server, and the queue does not run dry. (A queue decoded to its end would measure how well
 each plan happens to fill the slots with the last requests.) Lengths are drawn: were there few of them, a plan that
 keeps its sequences in step would see many end at once, and read the weights once for all that follow. ``auto first`` is
-a fresh policy with measured costs, its learning included; ``auto`` is one that has decoded those texts before. Rounds
-are interleaved, each in another order, so that a machine whose speed changes is fair to all, and each begins with
-another text, as a fresh policy depends on whether the first few drafts of all happen to be accepted. Of rates, and of
-their ratios within a round, the median counts, and ``p20`` and ``p80`` tell the noise, that of the texts included.
-``over_best_fixed`` compares with the plan that was fastest in these rounds, which it owes to luck in part,
-``over_chosen_fixed`` with the one that was fastest in all rounds but the one compared, which need not be the best: what
-is true lies in between. ``adversarial`` decodes code with a drafter that is broken on purpose.
+a fresh policy with measured costs, its learning included; ``auto`` is one that has decoded those texts before.
+
+A few rounds of all fixed plans tell which is the fastest. It, AR and ``auto`` then meet in more rounds of their own,
+which are what ``over_ar`` and ``over_best_fixed`` are of: chosen before, the plan owes no luck to what it is compared
+by. A round is a few runs in a row, so that little time lies between those compared, as a machine's memory and
+arithmetic may change their speeds within seconds; rounds are taken in turns from every one of them on, in both
+directions, and each begins with another text, as a fresh policy depends on whether the first few drafts of all happen
+to be accepted. Of rates, and of their ratios within a round, the median counts; ``noise`` is the standard error of
+``over_ar``, as a share. ``adversarial`` decodes code with a drafter that is broken on purpose.
 
     python -m bench.bench_auto --out DIR
 """
@@ -19,11 +21,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import random
 import statistics
 import time
-from collections import Counter, deque
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -42,6 +45,9 @@ KINDS = ("code", "chat", "adversarial")
 WAVES = 4  # requests' worth of tokens per slot
 WAITING = 2  # requests per slot beyond these
 LENGTHS = 0.5, 1.5  # least and most of a request, of --tokens
+QUANTILE_80 = 0.8416  # of the normal distribution, in standard deviations
+FEW_RATIOS = 5
+ERROR_OF_MEDIAN = 1.2533  # over the mean's
 NEXT_ROUND = 5  # texts further on the next round begins; no divisor of their number, so that each has its turn
 
 
@@ -111,13 +117,37 @@ def decode_first(engine: Engine, *args) -> Decoded:
         return decode(engine, *args, None)
 
 
-def fastest(rates: dict[str, list[float]], but: int | None = None) -> str:
-    """The plan whose median rate is best, of all rounds or all but one."""
+def fastest(rates: dict[str, list[float]]) -> str:
+    """The plan whose median rate is best."""
+    return max(rates, key=lambda label: statistics.median(rates[label]))
 
-    def median(label: str) -> float:
-        return statistics.median([r for i, r in enumerate(rates[label]) if i != but] or rates[label])
 
-    return max(rates, key=median)
+def orders(labels: list[str], rounds: int) -> Iterator[list[str]]:
+    """Those of the rounds: from every label on in turn, forwards and then backwards."""
+    for i in range(rounds):
+        first = i // 2 % len(labels)
+        turned = labels[first:] + labels[:first]
+        yield turned if i % 2 == 0 else turned[::-1]
+
+
+def noise(ratios: list[float]) -> float | None:
+    """Standard error of their median, as a share of it, from their spread; None of too few to have one."""
+    if len(ratios) < FEW_RATIOS:
+        return None
+    spread = common.percentiles(ratios)
+    deviation = (spread["p80"] - spread["p20"]) / (2 * QUANTILE_80)
+    return ERROR_OF_MEDIAN * deviation / math.sqrt(len(ratios)) / spread["p50"]
+
+
+def row_of(label: str, rates: dict[str, list[float]], best: str) -> dict:
+    """Its rate, and what it is of AR's and of the plan ``best``'s in the same rounds."""
+    over = {other: [a / b for a, b in zip(rates[label], rates[other], strict=True)] for other in (AR.label, best)}
+    rate = common.percentiles(rates[label])
+    return {
+        "plan": label, "rounds": len(rates[label]), "tok_s": rate["p50"], "p20": rate["p20"], "p80": rate["p80"],
+        "over_ar": statistics.median(over[AR.label]), "noise": noise(over[AR.label]),
+        "over_best_fixed": statistics.median(over[best]),
+    }  # fmt: skip
 
 
 def measure(kind: str, batch: int, args) -> list[dict]:
@@ -135,34 +165,35 @@ def measure(kind: str, batch: int, args) -> list[dict]:
     longest = SamplingParams(max_new_tokens=round(LENGTHS[1] * args.tokens), ignore_eos=True)
     want = [output.token_ids for output in engine.generate(texts, longest)]
     decode(engine, [texts[i % len(texts)] for i in range(number)], args.tokens, most, None)  # slots refilled too
-    rates: dict[str, list[float]] = {label: [] for label in ways}
     cycles = {label: Counter() for label in ways}
-    order = deque(ways)
-    for start in range(0, NEXT_ROUND * args.rounds, NEXT_ROUND):
-        queue = [i % len(texts) for i in range(start, start + number)]
-        for label in order:
-            before = Counter(engine.metrics.plans)
-            got = ways[label](engine, [texts[i] for i in queue], args.tokens, most)
-            if any(want[i][: len(some)] != some for i, some in zip(queue, got.tokens, strict=True)):
-                raise SystemExit(f"bench_auto: {label} gave other tokens than auto before")
-            rates[label].append(sum(map(len, got.tokens)) / got.seconds)
-            cycles[label] += Counter(engine.metrics.plans) - before
-        order.rotate()
+
+    def run(label: str, start: int) -> float:
+        """Tokens per second from the text ``start`` on."""
+        queue, before = [i % len(texts) for i in range(start, start + number)], Counter(engine.metrics.plans)
+        got = ways[label](engine, [texts[i] for i in queue], args.tokens, most)
+        if any(want[i][: len(some)] != some for i, some in zip(queue, got.tokens, strict=True)):
+            raise SystemExit(f"bench_auto: {label} gave other tokens than auto before")
+        cycles[label] += Counter(engine.metrics.plans) - before
+        return sum(map(len, got.tokens)) / got.seconds
+
+    def meet(labels: list[str], rounds: int) -> dict[str, list[float]]:
+        rates: dict[str, list[float]] = {label: [] for label in labels}
+        for i, order in enumerate(orders(labels, rounds)):
+            for label in order:
+                rates[label].append(run(label, NEXT_ROUND * i))
+        return rates
+
+    fixed = meet([plan.label for plan in plans], args.fixed_rounds)
+    best = fastest(fixed)
+    rows = {label: row_of(label, fixed, best) for label in fixed}
+    for counted in cycles.values():
+        counted.clear()
+    rates = meet(list(dict.fromkeys([AR.label, best, "auto first", "auto"])), args.rounds)
     engine.close()
-    rows, fixed = [], {plan.label: rates[plan.label] for plan in plans}
-    others = {
-        "over_ar": fixed[AR.label],
-        "over_best_fixed": fixed[fastest(fixed)],
-        "over_chosen_fixed": [fixed[fastest(fixed, but=i)][i] for i in range(args.rounds)],
-    }
-    for label in ways:
-        rate = common.percentiles(rates[label])
-        rows.append({"kind": kind, "batch": batch, "plan": label, "tok_s": rate["p50"]})
-        rows[-1] |= {"p20": rate["p20"], "p80": rate["p80"]}
-        for column, other in others.items():
-            rows[-1][column] = statistics.median(a / b for a, b in zip(rates[label], other, strict=True))
-        rows[-1]["cycles"] = " ".join(f"{plan}:{n}" for plan, n in cycles[label].items())
-    return rows
+    for label in rates:
+        rows[label] = row_of(label, rates, best)
+        rows[label]["cycles"] = " ".join(f"{plan}:{n}" for plan, n in cycles[label].items())
+    return [{"kind": kind, "batch": batch} | row for row in rows.values()]
 
 
 def main() -> None:
@@ -170,15 +201,17 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--tokens", type=int, least=2, most=600, default=128, help="of a request, on average")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--fixed-rounds", type=int, default=3, help="of all fixed plans")
+    parser.add_argument("--rounds", type=int, default=16, help="of the fastest of them, AR and auto")
     parser.add_argument("--most-rows", type=int, default=32, help="leave out fixed plans with more rows in a pass")
     args = parser.parse_args()
     rows = []
     for kind in args.kinds:
         for batch in args.batch:
-            rows += measure(kind, batch, args)
-            print(*rows[-len(fixed_plans(batch, args.most_rows)) - 2 :], sep="\n", flush=True)
-    facts = common.header(args.device) | {"tokens": args.tokens, "rounds": args.rounds}
+            measured = measure(kind, batch, args)
+            print(*measured, sep="\n", flush=True)
+            rows += measured
+    facts = common.header(args.device) | {"tokens": args.tokens}
     common.report(f"auto-{args.device.type}", facts, rows, args.out)
 
 

@@ -1,18 +1,41 @@
 """What ``bench_auto`` compares, and with what."""
 
+import random
+
 import pytest
 
-from bench.bench_auto import decode, decode_first, fastest
+from bench.bench_auto import decode, decode_first, fastest, noise, orders, row_of
 from orthrus_rt import dispatch
 from orthrus_rt.cycle_plan import CyclePlan
 from tests.engines import make
 
 
-def test_the_fastest_plan_of_all_rounds_or_of_all_but_one():
-    rates = {"lucky once": [1, 1, 9, 2.2, 2.1], "steady": [2, 2, 2, 2, 2]}
-    assert fastest(rates) == "lucky once"
-    assert [fastest(rates, but=i) for i in range(5)] == ["lucky once"] * 2 + ["steady"] * 3
-    assert fastest({"a": [1.0], "b": [2.0]}, but=0) == "b"
+def test_the_fastest_plan_is_the_one_of_the_best_median():
+    assert fastest({"lucky once": [1, 1, 9], "steady": [2, 2, 2]}) == "steady"
+
+
+def test_every_plan_runs_once_a_round_and_as_often_before_another_as_after_it():
+    rounds = list(orders(["a", "b", "c"], 6))
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert {order[0] for order in rounds} == {"a", "b", "c"}
+    for one, other in ("ab", "bc", "ca"):
+        assert sum(order.index(one) < order.index(other) for order in rounds) == 3
+
+
+def test_ratios_are_of_one_round():
+    rates = {"ar": [100.0, 50.0, 80.0], "two_pass/3": [120.0, 70.0, 90.0], "auto": [110.0, 55.0, 88.0]}
+    row = row_of("auto", rates, "two_pass/3")
+    assert row["plan"] == "auto" and row["rounds"] == 3 and row["tok_s"] == 88.0
+    assert row["over_ar"] == pytest.approx(1.1) and row["over_best_fixed"] == pytest.approx(110 / 120)
+    assert row["noise"] is None  # of three
+
+
+def test_the_noise_is_the_standard_error_of_a_median():
+    drawn, deviation, number = random.Random(0), 0.05, 25
+    samples = [[drawn.gauss(1, deviation) for _ in range(number)] for _ in range(400)]
+    medians = [sorted(ratios)[number // 2] for ratios in samples]
+    error = (sum((m - 1) ** 2 for m in medians) / len(medians)) ** 0.5
+    assert sum(map(noise, samples)) / len(samples) == pytest.approx(error, rel=0.15)
 
 
 @pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
