@@ -131,6 +131,9 @@ CHANGES = {  # what cycles cost, over what a warm-up measured
     "the warm-up's machine was half as fast": lambda cycle, plan: 0.5,
     "the warm-up's machine was twice as fast": lambda cycle, plan: 2.0,
     "the machine halves its speed for a while": lambda cycle, plan: 2.0 if 300 <= cycle < 600 else 1.0,
+    "memory slows down as arithmetic speeds up, and back": lambda cycle, plan: (
+        1.0 if cycle // 500 % 2 == 0 else 1.3 if plan == AR else 0.93
+    ),
     "a rival becomes cheaper": lambda cycle, plan: 1.0 if plan != RIVAL else 1.12 if cycle < 700 else 0.9,
 }
 
