@@ -156,9 +156,16 @@ class Cycle(Recorded):
     @functools.cached_property
     def tapes(self) -> dict[Pass, object]:
         """Of the passes before the last one, on the CPU: a cycle with prompts, taped for one run, reuses them."""
+        return self._taped(self.passes[:-1])
+
+    def _taped(self, passes: list[Pass]) -> dict[Pass, object]:
         if self.model.device.type != "cpu" or not self.can_record:
             return {}
-        return {p: taped(functools.partial(self.forward, p)) for p in self.passes[:-1]}
+        return {p: taped(functools.partial(self.forward, p)) for p in passes}
+
+    def replay_forwards(self) -> None:
+        """From now on, where this device can: a cycle run pass by pass then takes no Python per layer."""
+        self._tapes = self._tapes or self.tapes | self._taped(self.passes[-1:])
 
     @property
     def nbytes(self) -> int:

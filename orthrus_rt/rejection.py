@@ -99,7 +99,8 @@ class RejectionSampler:
 
 @nvtx.ranged("rejection cycle")
 def run_by_rejection(cycle: Cycle, requests: list[Request]) -> None:
-    """One cycle, op by op; whoever of ``requests`` samples by rejection chooses here, the others as ever."""
+    """One cycle, pass by pass; whoever of ``requests`` samples by rejection chooses here, the others as ever."""
+    cycle.replay_forwards()
     cycle.stage_first()
     for p in cycle.passes:
         cycle.forward(p)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.special import chdtrc
 
-from orthrus_rt import dispatch
+from orthrus_rt import dispatch, ops
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints, engines
 
@@ -49,6 +49,26 @@ def test_a_token_is_distributed_as_in_ar(engine, texts, index):
         if want[-1] >= 5 and len(want) > 1:
             statistic, freedom = statistic + ((got - want) ** 2 / want).sum(), freedom + len(want) - 1
     assert freedom > 5 and chdtrc(freedom, statistic) > SIGNIFICANCE
+
+
+def test_no_python_per_layer(engine, monkeypatch):
+    params = SamplingParams(8, temperature=TEMPERATURE, seed=0, ignore_eos=True, acceptance="rejection")
+    want, calls = engine.generate([PROMPT], [params], draft_len=3)[0], Counter()
+    for op in dispatch.OPS:
+        monkeypatch.setattr(ops, op, count(getattr(ops, op), calls, op))
+    got = engine.generate([PROMPT], [params], draft_len=3)[0]
+    assert got.token_ids == want.token_ids
+    cycles = got.stats.cycles
+    assert 0 < cycles < calls["consensus"] <= 3 * cycles + 3 and calls["process_logits"] <= 2 * cycles + 1
+    assert calls["row_linear"] <= 4 * engine.config.num_layers + 1  # the prompt's
+
+
+def count(op, calls, name):
+    def counted(*args, **kwargs):
+        calls[name] += 1
+        return op(*args, **kwargs)
+
+    return counted
 
 
 def test_the_seed_is_the_requests(texts):
