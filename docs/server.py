@@ -206,6 +206,7 @@ if __name__ == "__main__":
         listener = bind(int(sys.argv[2]))  # first: a port that cannot be had is told before a model is loaded
         engine = orthrus_rt.Engine.from_pretrained(name)
         engine.tokenizer  # noqa: B018 (loaded here, so that the first request need not wait for it)
+        engine.warmup(sampling=True)  # nor for recordings, and there is memory for logits
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         sys.exit(f"{sys.argv[0]}: {error}")
     asyncio.run(main(engine, name, listener))

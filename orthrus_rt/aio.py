@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -135,6 +136,7 @@ class AsyncEngine:
         return self._stream(prompt, params, request_id or uuid.uuid4().hex)
 
     async def _stream(self, prompt: list[int], params, request_id: str) -> AsyncGenerator[RequestOutput, None]:
+        arrived = time.perf_counter()  # not when the engine has a moment for it
         self._check_taking()
         self._enter()
         if request_id in self._known_as:
@@ -142,7 +144,7 @@ class AsyncEngine:
         known_as, stream, finished = f"{request_id}#{next(self._numbers)}", Waiting(request_id), False
         self._waiting[known_as], self._known_as[request_id] = stream, known_as
         try:
-            await self._call(self._run, Engine.submit, prompt, params, known_as)
+            await self._call(self._run, Engine._submit, prompt, params, known_as, arrived)
             while not finished:
                 output = await stream.queue.get()
                 if isinstance(output, BaseException):
@@ -158,7 +160,9 @@ class AsyncEngine:
     async def generate(
         self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None
     ) -> RequestOutput:
-        """The last output of :meth:`stream`, with all the tokens. Cancelling it aborts the request."""
+        """The last output of :meth:`stream`, with all the tokens: as there, look at ``error``. Cancelling it aborts the
+        request.
+        """
         tokens: list[int] = []
         async with contextlib.aclosing(self.stream(prompt_ids, params, request_id)) as outputs:
             async for output in outputs:

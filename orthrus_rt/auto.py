@@ -20,7 +20,7 @@ from orthrus_rt import dispatch
 from orthrus_rt.cache_folder import NoCacheFolder, cache_root
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.cycle import Cycle
-from orthrus_rt.cycle_plan import AR, CyclePlan, batch_buckets
+from orthrus_rt.cycle_plan import AR, CyclePlan, batch_buckets, default_draft_len
 from orthrus_rt.dry_run import dry_cycles, most_context
 from orthrus_rt.info import device_facts, version
 from orthrus_rt.model import Model
@@ -83,33 +83,35 @@ class Auto:
         """
         if any(r.rejection for r in requests):
             self.policy.current = None  # unknown to it: one_pass's drafts are gone
-            return CyclePlan("two_pass", self.plan.block_len), None
+            drafts = default_draft_len("two_pass", self.plan.block_len - 1, self._device.type == "cpu")
+            return CyclePlan("two_pass", drafts + 1), None
         greedy = not any(r.params.scored for r in requests)
         return self.policy.choose(1 + max(r.slot for r in requests), greedy), self.policy
 
-    def warmup(self, engine, progress: bool = False) -> None:
+    def warmup(self, engine, progress: bool = False) -> list[tuple[CyclePlan, int]]:
         """Record and time the greedy cycles of every bucket; those that could not pay at any acceptance stay out.
 
         They are timed with all slots running and CONTEXT committed tokens each, or as many as the engine has room for.
         Kept costs of those that could are corrected by one more time each. Of buckets without room for one committed
         token a slot all cycles are recorded and none is timed.
+
+        Returns:
+            ``(plan, slots)`` of those recorded.
         """
         self._begin()  # torch may have another number of threads by now
         with progress_bar(progress, total=len(self.shapes()), desc="warm-up", unit="cycle") as bar:
-            timed = [self._warm(engine, slots, bar) for slots in self._buckets]
-        if not any(timed):
-            return
-        self.known = True
-        if self._file is None:
-            return
-        try:
-            self.policy.costs.save(self._file, self._key)
-        except OSError as error:
-            self._file = None  # said once
-            warnings.warn(f"the times of this warm-up cannot be kept for the next one: {error}", stacklevel=2)
+            warmed = [self._warm(engine, slots, bar) for slots in self._buckets]
+        self.known = self.known or any(timed for timed, _ in warmed)
+        if any(timed for timed, _ in warmed) and self._file is not None:
+            try:
+                self.policy.costs.save(self._file, self._key)
+            except OSError as error:
+                self._file = None  # said once
+                warnings.warn(f"the times of this warm-up cannot be kept for the next one: {error}", stacklevel=2)
+        return [(plan, slots) for slots, (_, plans) in zip(self._buckets, warmed, strict=True) for plan in plans]
 
-    def _warm(self, engine, slots: int, bar) -> bool:
-        """Whether the bucket of ``slots`` was timed."""
+    def _warm(self, engine, slots: int, bar) -> tuple[bool, list[CyclePlan]]:
+        """Whether the bucket of ``slots`` was timed, and the plans recorded."""
         costs, plans = self.policy.costs, self.policy.plans_of(slots)
         room = engine.kv.num_free_pages // slots * PAGE_SIZE - engine.config.block_len
         context = min(CONTEXT, room, most_context(engine, plans))
@@ -117,7 +119,7 @@ class Auto:
             for plan in plans:
                 engine.runner.cycle(plan, slots).warm_up()
                 bar.update()
-            return False
+            return False, plans
         plans, worth = sorted(plans, key=lambda p: p.num_passes * p.max_rows), []
         with dry_cycles(engine, plans, slots, context) as start:
             for plan in plans:
@@ -139,7 +141,7 @@ class Auto:
             rounds = [[self._seconds(start(plan)) for plan in worth] for _ in range(repeats)]
             for plan, seconds in zip(worth, zip(*rounds, strict=True), strict=True):
                 (costs.observe if self.known else costs.set)(slots, plan, statistics.median(seconds))
-        return True
+        return True, worth
 
     def _seconds(self, cycle: Cycle) -> float:
         """By the clock that times decoding; launched, as there, while the device is busy."""

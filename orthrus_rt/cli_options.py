@@ -29,13 +29,13 @@ def add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None:
             "--draft-len",
             type=int,
             metavar="N",
-            help="drafts per cycle, in auto at most (default: the checkpoint's K-1)",
+            help="drafts per cycle, in auto at most (default: the checkpoint's K-1; on a CPU 3)",
         )
         parser.add_argument(
             "--fan-out",
             type=int,
             metavar="F",
-            help="blocks that a one_pass cycle drafts (default: 6, with 31 drafts 4; in auto 2, 4 or 8)",
+            help="blocks that a one_pass cycle drafts (default: 6, with 31 drafts 4; on a CPU 2; in auto 2, 4 or 8)",
         )
 
 

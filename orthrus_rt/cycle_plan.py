@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 MODES = ("ar", "two_pass", "one_pass")
 DEFAULT_FAN_OUT = 6
+# On a CPU, where rows cost arithmetic: with 3 drafts two_pass beats AR on every processor measured (bench/results).
+CPU_DRAFTS, CPU_FAN_OUT = 3, 2
 DEFAULT_ROWS = 160  # that is, fewer blocks with more: up to there all SMs of a Hopper share what row_linear reads, once
 MAX_BLOCK_LEN = 256  # rows of a block that consensus takes: csrc/include/orthrus/params.h
 
@@ -71,6 +73,13 @@ def most_hypotheses(draft_len: int) -> int:
     return 3 * draft_len + 1
 
 
+def default_draft_len(mode: str, most: int, on_cpu: bool) -> int:
+    """Drafts of a cycle where the checkpoint has ``most``: all of them, as published, but on a CPU few; ``auto`` tries
+    several.
+    """
+    return min(most, CPU_DRAFTS) if on_cpu and mode != "auto" else most
+
+
 def is_bool(value) -> bool:
     """Whether it is True or False, be it numpy's or a tensor's, which ``operator.index`` takes for 1 and 0."""
     dtype = getattr(value, "dtype", None)
@@ -92,15 +101,16 @@ def integer(name: str, value) -> int:
     return index
 
 
-def cycle_plan(mode: str, draft_len: int, fan_out: int | None, config) -> CyclePlan:
-    """The plan of these options for a checkpoint's ``config``.
+def cycle_plan(mode: str, draft_len: int | None, fan_out: int | None, config, *, on_cpu: bool = False) -> CyclePlan:
+    """The plan of these options for a checkpoint's ``config``; what is None is the default.
 
     Raises:
         ValueError: no such mode, or a value is out of its range for this checkpoint.
     """
     if mode not in (*MODES, "auto"):
         raise ValueError(f"mode must be auto, {', '.join(MODES)}, got {mode!r}")
-    draft_len, most = integer("draft_len", draft_len), config.block_len - 1
+    most = config.block_len - 1
+    draft_len = default_draft_len(mode, most, on_cpu) if draft_len is None else integer("draft_len", draft_len)
     if not 1 <= draft_len <= most:
         why = f"the checkpoint's block_size - 1, at most {MAX_BLOCK_LEN - 1}"
         raise ValueError(f"draft_len must be within [1, {most}] ({why}), got {draft_len}")
@@ -115,5 +125,6 @@ def cycle_plan(mode: str, draft_len: int, fan_out: int | None, config) -> CycleP
     if mode == "auto":
         return CyclePlan("auto", draft_len + 1, fan_out or 0)
     if fan_out is None:
-        fan_out = min(DEFAULT_FAN_OUT, hypotheses, max(1, DEFAULT_ROWS // (draft_len + 1) - 1))
+        default = CPU_FAN_OUT if on_cpu else DEFAULT_FAN_OUT
+        fan_out = min(default, hypotheses, max(1, DEFAULT_ROWS // (draft_len + 1) - 1))
     return CyclePlan("one_pass", draft_len + 1, fan_out)

@@ -7,8 +7,10 @@ implementation that is not available raises.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -24,6 +26,7 @@ log = logging.getLogger("orthrus_rt")
 NATIVE = "orthrus_rt._native"
 OPS = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus", "process_logits", "count_tokens")
 OPS_BEFORE_LOGITS = OPS[:5]  # which take weights, activations or cache; the others see logits, maxima and ids
+OLDEST_TRITON = (3, 6)
 IMPLEMENTATIONS = ("cpu", "cuda", "triton", "reference")
 FOR_ALL_OPS = ("cpu", "reference")
 # Weights, activations and cache that kernels take; ``reference`` takes any, triton's dual_attn bfloat16 alone.
@@ -63,8 +66,15 @@ def triton_module(op: str):
 
 
 @functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def why_no_triton() -> str | None:
+    """Why Triton cannot run the kernels; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):  # not a package, no such version
+        version = importlib.metadata.version("triton")
+        if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+            return f"triton must be {'.'.join(map(str, OLDEST_TRITON))} or later, got {version}"
+    return None
 
 
 def unavailable(impl: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -81,7 +91,7 @@ def unavailable(impl: str, op: str, device: torch.device, dtype: torch.dtype) ->
     if device.type != device_type:
         return f"the {impl} implementation needs {device_type} tensors, not {device.type}"
     if impl == "triton":
-        return None if has_triton() else "triton is not installed"
+        return why_no_triton()
     if extension() is None:
         return why_no_native()
     if impl == "cuda" and not hasattr(extension(), "cuda"):

@@ -18,7 +18,7 @@ import torch
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import dispatch
 from orthrus_rt.auto import Autos
-from orthrus_rt.cycle_plan import batch_buckets
+from orthrus_rt.cycle_plan import batch_buckets, cycle_plan
 from orthrus_rt.device import (
     DTYPES,
     claim,
@@ -40,11 +40,12 @@ from orthrus_rt.outbox import Outbox
 from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.progress import progress_bar
 from orthrus_rt.request import MAX_STOP_TOKEN_IDS, TokenIds, check_prompt, on_host
-from orthrus_rt.room import check_cache
+from orthrus_rt.room import check_cache, check_threads, check_weights
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.scheduler import Scheduler
 from orthrus_rt.sizes import engine_sizes
+from orthrus_rt.state import SlotSampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +66,7 @@ class Engine(Generation):
         tokenizer: the checkpoint's transformers tokenizer, chat template included.
         device: where it runs, a :class:`torch.device`.
         max_seq_len: tokens that a sequence may have.
-        mode, draft_len, fan_out: those of calls that name none; None is the checkpoint's or the runtime's default.
+        mode, draft_len, fan_out: those of calls that name none; None is the default of checkpoint, mode and device.
         metrics: what it has done since it was made: ``as_dict()`` and ``as_prometheus()``, in any thread.
         closed: whether :meth:`close` has been called.
 
@@ -112,6 +113,7 @@ class Engine(Generation):
                 prefix_caching = False
             self.kv = self.runner.kv
             check_cache(sizes, self.kv.nbytes, self.device)
+            check_threads(self.device)
             self.scheduler = Scheduler(self.kv, sizes.max_batch_size, prefix_caching)
         except BaseException:
             self._let_go()
@@ -153,9 +155,10 @@ class Engine(Generation):
             max_seq_len: tokens a sequence may have, prompt included; sizes the cache. None for 4096, or the
                 checkpoint's own limit where that is less.
             draft_len: drafts per cycle, 1 ... K-1 (in mode auto at most; it tries 3, 5, 7, 15 and this); None for the
-                checkpoint's K-1.
+                checkpoint's K-1, or on a CPU, where every row costs arithmetic, for 3.
             fan_out: blocks that a one_pass cycle drafts, 1 ... 3 * draft_len + 1 (every outcome); None for 6, or
-                as many as make 160 rows with the AR view's: 4 with drafts of 31 (in mode auto it tries 2, 4 and 8).
+                as many as make 160 rows with the AR view's: 4 with drafts of 31; on a CPU for 2 (in mode auto it tries
+                2, 4 and 8).
             adapter: folder of a diffusion view for a base that has none.
             base_gguf: path of the embedded model's base, where it is not installed as a wheel.
             max_batch_size: sequences decoded at once; more wait their turn.
@@ -177,6 +180,12 @@ class Engine(Generation):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         device = pick_device(device)
+        # Before gigabytes are fetched for what cannot run.
+        config = ckpt.load_config(model, adapter=adapter, base_gguf=base_gguf)
+        engine_sizes(config, max_seq_len, max_batch_size, num_pages)
+        cycle_plan(mode, draft_len, fan_out, config, on_cpu=device.type == "cpu")
+        if device.type == "cpu":
+            check_weights(config, device, DTYPES[dtype])
         loaded = ckpt.load(model, adapter=adapter, base_gguf=base_gguf)
         return cls(
             loaded, device=device, dtype=DTYPES[dtype], mode=mode, max_seq_len=max_seq_len, draft_len=draft_len,
@@ -233,9 +242,13 @@ class Engine(Generation):
         return self._submit(on_host(prompt_ids), params, request_id)
 
     @exclusive
-    def _submit(self, prompt_ids: TokenIds, params: SamplingParams | None, request_id: str | None) -> str:
+    def _submit(
+        self, prompt_ids: TokenIds, params: SamplingParams | None, request_id: str | None, arrived: float = 0.0
+    ) -> str:
+        """``arrived``: ``time.perf_counter()`` when it was asked for, if that was earlier."""
         self._plan = self._plan_to_join()
         request = self._make_request(prompt_ids, params, self._plan, request_id)
+        request.arrived = arrived
         if request.request_id in self.outbox:
             raise ValueError(f"request_id must be unused, got {request.request_id!r} twice")
         with torn_if_cut(self):
@@ -323,12 +336,18 @@ class Engine(Generation):
                 self._let_go()
 
     @exclusive
-    def warmup(self, progress: bool = False) -> None:
+    def warmup(self, progress: bool = False, *, sampling: bool = False) -> None:
         """Build, and where the device can, record the greedy cycles of every batch bucket for the engine's own mode; on
         CUDA the prefill passes of a single prompt too. Cycles with prompts are recorded as their shapes come again.
+        Recordings last until a call asks for cycles with more rows.
 
         In mode ``auto`` this also times them: at length the first time on this device, with this number of threads, for
         this model and version, later once each.
+
+        Args:
+            progress: show a progress bar.
+            sampling: record the cycles of requests that sample as well, and take the memory for their logits (see
+                :meth:`memory_report`), which otherwise the first such request takes, if it is still there.
 
         Raises:
             RuntimeError: a request is running, the engine is closed, or another thread is using it.
@@ -337,11 +356,19 @@ class Engine(Generation):
             raise RuntimeError("warmup: no request may be running")
         self.runner.warm_up_prefills()
         if auto := self._autos.get(self._default_plan):
-            return auto.warmup(self, progress)
-        sizes = batch_buckets(self.scheduler.num_slots)
-        with progress_bar(progress, total=len(sizes), desc="warm-up", unit="batch size") as bar:
-            for size in sizes:
-                self.runner.cycle(self._default_plan, size).warm_up()
+            shapes = auto.warmup(self, progress)
+        else:
+            shapes = [(self._default_plan, size) for size in batch_buckets(self.scheduler.num_slots)]
+            self._record(shapes, progress, "warm-up")
+        if sampling:
+            self.runner.make_room_for_logits()
+            self._record(shapes, progress, "warm-up, sampling", self.runner.plain_sampling)
+
+    def _record(self, shapes, progress: bool, desc: str, sampling: SlotSampling | None = None) -> None:
+        """The cycles of these ``(plan, slots)``."""
+        with progress_bar(progress, total=len(shapes), desc=desc, unit="cycle") as bar:
+            for plan, slots in shapes:
+                self.runner.cycle(plan, slots, sampling).warm_up()
                 bar.update()
 
     @exclusive

@@ -8,7 +8,9 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from typing import overload
 
-from orthrus_rt.cycle_plan import CyclePlan, cycle_plan, integer, most_hypotheses
+import torch
+
+from orthrus_rt.cycle_plan import CyclePlan, cycle_plan, most_hypotheses
 from orthrus_rt.exclusive import Taken, exclusive, torn_if_cut
 from orthrus_rt.outputs import GenerationOutput, RequestOutput
 from orthrus_rt.progress import progress_bar
@@ -23,6 +25,7 @@ class Generation(Rounds):
     mode: str  # this and the next two: of calls that name none
     draft_len: int | None
     fan_out: int | None
+    device: torch.device
     max_seq_len: int
     _default_plan: CyclePlan
     closed: bool
@@ -47,7 +50,8 @@ class Generation(Rounds):
             prompt_ids: a list of ints, a 1-D integer tensor or array, or a list of those (a batch, which may be empty).
             params: one :class:`SamplingParams` for all, or one for each prompt of a batch; greedy by default.
             mode, draft_len, fan_out: override the engine's for this call; only while nothing else runs. With none of
-                them, the call joins what runs, in whatever mode that is.
+                them, the call joins what runs, in whatever mode that is. Cycles with more rows than any before drop
+                what is recorded, as buffers grow.
             progress: show a progress bar.
 
         Returns:
@@ -98,10 +102,11 @@ class Generation(Rounds):
         """The cycles to run; what is None is the engine's own."""
         mode = self.mode if mode is None else mode
         draft_len = self.draft_len if draft_len is None else draft_len
-        draft_len = self.config.block_len - 1 if draft_len is None else integer("draft_len", draft_len)
+        on_cpu = self.device.type == "cpu"
         if fan_out is None and self.fan_out is not None:
-            fan_out = max(1, min(self.fan_out, most_hypotheses(draft_len)))
-        return cycle_plan(mode, draft_len, fan_out, self.config)
+            drafts = cycle_plan(mode, draft_len, None, self.config, on_cpu=on_cpu).block_len - 1
+            fan_out = max(1, min(self.fan_out, most_hypotheses(drafts)))
+        return cycle_plan(mode, draft_len, fan_out, self.config, on_cpu=on_cpu)
 
     def _plan_to_join(self) -> CyclePlan:
         """The plan of what runs, or the engine's own if nothing does that is not to be aborted."""

@@ -23,7 +23,8 @@ HELP = {
     "per_token": "Seconds per further token, the mean over a request that came to its end.",
     "plans": "Decode cycles by plan.",
     "plan": "The plan that ran last.",
-    "accepted": "Drafts accepted by a request's cycle.",
+    "drafted": "Drafts that were verified.",
+    "accepted": "Drafts accepted by a request's cycle, of cycles that draft.",
     "finished": "Requests that have ended, by reason.",
     "waiting": "Requests that wait for a slot.",
     "running": "Requests in a slot.",
@@ -55,7 +56,7 @@ class Metrics:
     def __init__(self, engine):
         self._engine, self._block_len = weakref.ref(engine), engine.config.block_len
         self.tokens = self.prompt_tokens = self.recomputed_tokens = self.cached_tokens = 0
-        self.cycles = self.passes = self.preemptions = 0
+        self.cycles = self.passes = self.preemptions = self.drafted = 0
         self.accepted: dict[int, int] = {}
         self.requests = {"stop": 0, "length": 0, "abort": 0, "error": 0}
         self.busy_seconds = 0.0
@@ -74,11 +75,10 @@ class Metrics:
         self.prompt_tokens += of_them_new
         self.cached_tokens += tokens
 
-    def generated(self, tokens: int, accepted: int | None) -> None:
-        """Tokens of one request's cycle (or of its prefill: ``accepted`` None)."""
-        self.tokens += tokens
-        if accepted is not None:
-            self.accepted[accepted] = self.accepted.get(accepted, 0) + 1
+    def verified(self, drafted: int, accepted: int) -> None:
+        """What became of the drafts of one request in a cycle that drafts."""
+        self.drafted += drafted
+        self.accepted[accepted] = self.accepted.get(accepted, 0) + 1
 
     def landed(self, flight) -> None:
         """A cycle, or the first tokens of prompts (no passes), whose results were read."""
@@ -119,7 +119,8 @@ class Metrics:
             ``first_token``, ``per_token``: :meth:`Latencies.as_dict` of seconds, from a request's arrival to its first
             token, and per token from there on, of those that came to their end.
             ``plans``: plan (``ar``, ``two_pass/7``, ``one_pass/15x4``: drafts, fan_out) -> cycles. ``plan``: the last.
-            ``accepted``: number of drafts accepted -> how often, a cycle of a sequence each.
+            ``drafted``: drafts that were verified. ``accepted``: number of them accepted -> how often, a cycle of a
+            sequence each, ``ar`` ones left out.
             ``finished``: finish reason -> requests. ``waiting``, ``running``: requests now.
             ``pages``, ``pages_free``: of the cache, those usable and those free now.
         """
@@ -139,6 +140,7 @@ class Metrics:
             "per_token": self.per_token.as_dict(),
             "plans": dict(sorted(self.plans.items())),
             "plan": self.plan,
+            "drafted": self.drafted,
             "accepted": dict(sorted(self.accepted.items())),
             "finished": dict(self.requests),
             "waiting": len(scheduler.waiting) if scheduler else 0,
@@ -151,11 +153,11 @@ class Metrics:
         """The same in the text exposition format.
 
         Counters: ``orthrus_`` and ``tokens``, ``prompt_tokens``, ``recomputed_tokens``, ``cached_tokens``, ``cycles``,
-        ``passes``, ``preemptions``, ``busy_seconds``, each ``_total``; ``orthrus_plan_cycles_total{plan}``;
-        ``orthrus_finished_total{reason}``: stop, length, abort, error. Gauges: ``orthrus_waiting``, ``_running``,
-        ``_pages``, ``_pages_free``; ``orthrus_plan_info{plan}``. Histograms: ``orthrus_first_token_seconds``,
-        ``orthrus_per_token_seconds``, ``orthrus_accepted_drafts``. Summary: ``orthrus_device_seconds{kind}``, kinds as
-        in :meth:`took`.
+        ``passes``, ``preemptions``, ``busy_seconds``, ``drafted``, each ``_total``;
+        ``orthrus_plan_cycles_total{plan}``; ``orthrus_finished_total{reason}``: stop, length, abort, error. Gauges:
+        ``orthrus_waiting``, ``_running``, ``_pages``, ``_pages_free``; ``orthrus_plan_info{plan}``. Histograms:
+        ``orthrus_first_token_seconds``, ``orthrus_per_token_seconds``, ``orthrus_accepted_drafts``. Summary:
+        ``orthrus_device_seconds{kind}``, kinds as in :meth:`took`.
         """
         lines = []
 

@@ -22,7 +22,8 @@ class Stats:
         misses: ``one_pass`` cycles that had no drafts to verify: the first, for which nothing was drafted, and those
             behind one none of whose blocks fitted what happened.
         plans: cycles by plan: ``ar``, ``two_pass/7`` (drafts), ``one_pass/15x4`` (drafts, fan_out).
-        accepted: histogram, ``accepted[j]`` cycles accepted j drafts.
+        drafted: drafts that were verified.
+        accepted: histogram, ``accepted[j]`` cycles accepted j of them.
         seconds: from the first token to the last.
         prefill_seconds: from the start of the prefill to the first token.
         queue_seconds: from joining the queue to that start, when it first got a slot; 0 if it never did.
@@ -40,6 +41,7 @@ class Stats:
     passes: int = 0
     misses: int = 0
     plans: dict[str, int] = field(default_factory=dict)
+    drafted: int = 0
     accepted: list[int] = field(default_factory=list)
     seconds: float = 0.0
     prefill_seconds: float = 0.0

@@ -83,8 +83,8 @@ class Request:
         return self._page_names[:count]
 
     def arrive(self, arrival: int) -> None:
-        """Join the queue, the ``arrival``-th of all."""
-        self.arrived = time.perf_counter()
+        """Join the queue, the ``arrival``-th of all: now, unless it was on its way already."""
+        self.arrived = self.arrived or time.perf_counter()
         self.arrival = arrival
 
     def begin(self, slot: int, found: int) -> None:
@@ -126,6 +126,7 @@ class Request:
             stats.passes += plan.num_passes
             stats.plans[plan.label] = stats.plans.get(plan.label, 0) + 1
             stats.misses += plan.mode == "one_pass" and not verified
+            stats.drafted += verified
             stats.accepted += [0] * (plan.block_len - len(stats.accepted))
             stats.accepted[accepted] += 1
         if self.tokens:

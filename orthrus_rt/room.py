@@ -55,6 +55,20 @@ def check_cache(sizes: Sizes, nbytes: int, device: torch.device) -> None:
         )  # fmt: skip
 
 
+def check_threads(device: torch.device, root: Path = Path("/")) -> None:
+    """Log a warning where torch, and so CPU ops, use more threads than a container (cgroup v2) gives time to: while one
+    is held up, the others wait for it.
+    """
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no such group, or "max"
+        quota, period = map(int, (root / "sys/fs/cgroup/cpu.max").read_text().split())
+        cpus, threads = max(1, quota // period), torch.get_num_threads()
+        if device.type == "cpu" and threads > math.ceil(quota / period):
+            log.warning(
+                "CPU ops use as many threads as torch, %d, but this container has the time of %.3g CPUs: call "
+                "torch.set_num_threads(%d)", threads, quota / period, cpus,
+            )  # fmt: skip
+
+
 def least_weight_bytes(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
     """Of the matrices that passes multiply by, in both views; the table of embeddings may stay in its file."""
     shapes = expected_tensors(config)

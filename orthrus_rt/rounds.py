@@ -11,7 +11,7 @@ import torch
 from orthrus_rt import state as st
 from orthrus_rt.auto import Autos
 from orthrus_rt.config import ModelConfig
-from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.cycle_plan import AR, CyclePlan
 from orthrus_rt.exclusive import torn_if_cut
 from orthrus_rt.kv import OutOfPages
 from orthrus_rt.memory import naming_the_knobs
@@ -227,7 +227,9 @@ class Rounds:
         self.outbox.hear(request)
         waited = not request.tokens
         request.record(result.tokens, flight.plan, result.num_verified, result.num_accepted)
-        self.metrics.generated(len(result.tokens), result.num_accepted if flight.plan else None)
+        self.metrics.tokens += len(result.tokens)
+        if flight.plan not in (None, AR):
+            self.metrics.verified(result.num_verified, result.num_accepted)
         if waited and request.tokens:
             self.metrics.first_token.add(request.first_token - request.arrived)
         if result.finish in FINISH_REASONS:

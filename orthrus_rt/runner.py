@@ -175,9 +175,7 @@ class Runner:
         put(sampling.min_p, slot, params.min_p)
         put(sampling.seed, slot, request.stats.seed or 0)
         if params.scored:
-            with naming_the_knobs("making room for logits", self._knobs):
-                self.activations.logits(1)
-                self.activations.partials(1, "scores")
+            self.make_room_for_logits()
         if params.edits and sampling.edits is None:
             with naming_the_knobs("counting tokens for penalties"):
                 sampling.edits = SlotEdits.allocate(
@@ -186,11 +184,22 @@ class Runner:
         if sampling.edits is not None:
             sampling.edits.begin(slot, request.prompt, request.tokens, params)
 
+    def make_room_for_logits(self) -> None:
+        """Of all rows that choose, and for their scores; kept from then on."""
+        with naming_the_knobs("making room for logits", self._knobs):
+            self.activations.logits(1)
+            self.activations.partials(1, "scores")
+
+    @property
+    def plain_sampling(self) -> SlotSampling:
+        """Without penalties, bias and min_tokens."""
+        return replace(self.sampling, edits=None)
+
     def _sampling(self, requests: list[Request]) -> SlotSampling | None:
         """What their choices need beyond the logits' partial maxima; None for nothing."""
         if not any(r.params.scored for r in requests):
             return None
-        return self.sampling if any(r.params.edits for r in requests) else replace(self.sampling, edits=None)
+        return self.sampling if any(r.params.edits for r in requests) else self.plain_sampling
 
     def reset(self) -> None:
         """Forget what was launched; no slot runs."""

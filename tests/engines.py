@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from orthrus_rt.checkpoint import load_config
 from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import RequestOutput
 
 Told = dict[str, tuple[list[int], str | None]]  # tokens so far and finish reason, by request id
 
 
-def make(folder: str, pads_prefill: bool = False, *, mode: str = "two_pass", **how) -> Engine:
-    """On the CPU, and with ``pads_prefill`` its prefill passes padded, recorded and replayed as on CUDA.
+def make(folder: str, pads_prefill: bool = False, *, mode: str = "two_pass", draft_len=None, **how) -> Engine:
+    """On the CPU, and with ``pads_prefill`` its prefill passes padded, recorded and replayed as on CUDA. Drafts are the
+    checkpoint's whole block by default, as there.
 
     No sizes: ``make = partial(engines.make, max_seq_len=128)`` shows in each file those that its tests depend on.
     """
-    engine = Engine.from_pretrained(folder, device="cpu", mode=mode, **how)
+    draft_len = load_config(folder).block_len - 1 if draft_len is None else draft_len
+    engine = Engine.from_pretrained(folder, device="cpu", mode=mode, draft_len=draft_len, **how)
     engine.runner.pads_prefill = pads_prefill
     return engine
 

@@ -285,6 +285,20 @@ def test_what_a_stream_does_not_tell_is_asked_for_between_two_steps(folder, alon
     run(folder, use)
 
 
+def test_a_request_arrives_when_it_is_asked_for(folder):
+    """Not when the engine is through with what it is at."""
+
+    async def use(shared):
+        busy = asyncio.create_task(shared.call(lambda _: time.sleep(0.3)))
+        await asyncio.sleep(0)  # so that the call is under way
+        out = await shared.generate([1, 2], GREEDY)
+        await busy
+        assert out.stats.queue_seconds > 0.2
+        assert shared.engine.metrics.as_dict()["first_token"]["seconds"] > 0.2
+
+    run(folder, use)
+
+
 @pytest.mark.parametrize(
     ("function", "args", "instead"),
     [

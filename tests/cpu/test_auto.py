@@ -135,7 +135,7 @@ def test_rejection_sampling_runs_two_pass_whatever_the_policy_thinks(folder):
     auto.generate(PROMPTS[0], LONG)
     policy = auto._autos[auto._plan].policy
     assert policy.current is not None
-    assert set(auto.generate(PROMPTS[0], params).stats.plans) == {"two_pass/7"}
+    assert set(auto.generate(PROMPTS[0], params).stats.plans) == {"two_pass/3"}  # on a CPU
     assert policy.current is None  # whatever drafts one_pass had waiting are gone
 
 
@@ -345,7 +345,7 @@ def test_the_policy_is_asked_for_the_slots_that_run_and_by_whether_any_request_s
 
     assert choose(_0="greedy") == choose(_2="greedy") == choose(_0="sampled", _1="greedy") == (AR, auto.policy)
     assert asked == [(1, True), (3, True), (2, False)]
-    assert choose(_0="greedy", _1="rejection") == (CyclePlan("two_pass", 8), None) and len(asked) == 3
+    assert choose(_0="greedy", _1="rejection") == (CyclePlan("two_pass", 4), None) and len(asked) == 3
 
 
 def test_kept_costs_are_of_one_number_of_slots_and_one_set_of_candidates(folder, monkeypatch):

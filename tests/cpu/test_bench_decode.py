@@ -12,10 +12,9 @@ from bench.acceptance import mean_accepted, per_position, simulated, trace
 from bench.baselines import GrowingCache, StaticCache, Weights, generate
 from orthrus_rt import checkpoint, dispatch
 from orthrus_rt.dry_run import dry_cycles
-from orthrus_rt.engine import Engine
 from orthrus_rt.profile import calls_of
 from orthrus_rt.sampling import SamplingParams
-from tests import byte_tokenizer, checkpoints
+from tests import byte_tokenizer, checkpoints, engines
 
 needs_native = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [53, 58, 9], [7]]
@@ -33,7 +32,7 @@ def folder(request, tmp_path_factory):
 @pytest.mark.parametrize("mode", ("ar", "two_pass"))
 @torch.inference_mode()
 def test_baselines_give_the_engines_tokens_and_cycles(folder, mode):
-    engine = Engine.from_pretrained(folder, device="cpu", dtype="float32", max_seq_len=128, mode=mode)
+    engine = engines.make(folder, dtype="float32", max_seq_len=128, mode=mode)
     outs = [engine.generate(p, SamplingParams(TOKENS, ignore_eos=True)) for p in PROMPTS]
     want = [out.token_ids for out in outs]
     if mode == "two_pass":
@@ -76,13 +75,13 @@ def test_simulated_cycles_accept_by_the_trace_and_do_the_same_work(tmp_path):
     params, lengths, calls = SamplingParams(max_new_tokens=60, ignore_eos=True), [], []
     with torch.inference_mode():
         for context in (contextlib.nullcontext(), simulated(drawn)):
-            engine = Engine.from_pretrained(folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=2)
+            engine = engines.make(folder, max_seq_len=128, max_batch_size=2)
             plan = engine.make_plan("two_pass")
             with context, dry_cycles(engine, [plan], 2, 40) as start:
                 calls.append([(call.name, call.nbytes()) for call in calls_of(start(plan).run_eager)])
     assert calls[0] == calls[1]  # the same ops over as many bytes
     with simulated(drawn):
-        engine = Engine.from_pretrained(folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=2)
+        engine = engines.make(folder, max_seq_len=128, max_batch_size=2)
         ids = [engine.submit(p, params) for p in PROMPTS[:2]]
         engine.step()
         for _ in range(6):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -309,6 +310,32 @@ class TestHub:
         assert facts == info.model_facts(str(folder), None, None) | {"name": "owner/base"}
         patterns = None if is_here else ["config.json", "generation_config.json"]
         assert asked == [(name, patterns) for name in ("owner/base", adapter) if name]
+
+    @pytest.mark.parametrize(
+        ("change", "options", "said"),
+        [
+            ({"block_size": None}, {}, "it is a plain base model: pass adapter=FOLDER"),
+            ({"model_type": "gpt2"}, {}, "gpt2"),
+            ({}, {"mode": "two-pass"}, "mode must be auto, ar, two_pass, one_pass, got 'two-pass'"),
+            ({}, {"draft_len": 99}, "draft_len must be within"),
+            ({}, {"max_seq_len": 10**9}, "max_seq_len"),
+        ],
+    )
+    def test_no_weights_are_fetched_for_what_cannot_run(self, monkeypatch, folder, tmp_path, change, options, said):
+        config = json.loads((folder / "config.json").read_text()) | change
+        files = tmp_path / "fetched"
+        files.mkdir()
+        (files / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+        def snapshot_download(repo_id, revision, local_files_only=False, allow_patterns=None):
+            if local_files_only:
+                raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
+            assert allow_patterns == ["config.json", "generation_config.json"]
+            return str(files)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        with pytest.raises(ValueError, match=re.escape(said)):
+            Engine.from_pretrained("owner/model", device="cpu", **options)
 
     def test_info_of_a_base(self, monkeypatch, folder):
         """A view would not help another family: nothing is said of one then."""

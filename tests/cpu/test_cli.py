@@ -191,9 +191,9 @@ def test_bench_prints_rates_or_a_profile(run):
     (table,) = json.loads(out)["tables"]
     assert code == 0 and [r["mode"] for r in table["rows"]] == ["ar", "two_pass"] * 2
     code, out, _ = run("bench", *options, "--batch", "4")
-    assert code == 0 and re.search(r"prompts +batch +tokens", out) and re.search(r"code +two_pass +8 +1 +1 +8 ", out)
+    assert code == 0 and re.search(r"prompts +batch +tokens", out) and re.search(r"code +two_pass +4 +1 +1 +8 ", out)
     code, out, _ = run("bench", "--profile", "--context", "40", "--modes", "one_pass", "--fan-out", "2")
-    assert code == 0 and re.search(r"mode one_pass, block_len 8, fan_out 2, ", out)
+    assert code == 0 and re.search(r"mode one_pass, block_len 4, fan_out 2, ", out)
     code, out, _ = run("bench", "--profile", "--context", "40", "--modes", "ar")
     assert code == 0 and re.search(r"mode ar, block_len 1, fan_out 0, batch 1, context 40, read_gb_s", out)
     assert re.search(r"dual_attn +2 ", out)

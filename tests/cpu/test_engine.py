@@ -53,7 +53,7 @@ def test_a_tokenizer_that_is_asked_for_while_this_thread_loads_it(engine, monkey
 
 def test_tokens_per_cycle_is_pinned(engine):
     """A broken drafter gives right text, only slowly."""
-    stats = greedy(engine, 80, mode="two_pass").stats
+    stats = greedy(engine, 80, mode="two_pass", draft_len=7).stats
     assert stats.cycles == 40 and stats.tokens_per_cycle == 79 / 40 and stats.accepted == [0, 40, 0, 0, 0, 0, 0, 0]
 
 
@@ -147,7 +147,7 @@ def test_a_block_size_beyond_the_kernels(tmp_path):
     assert engine.config.block_len == MAX_BLOCK_LEN == 256
     want = greedy(engine, 40, mode="ar").token_ids
     for mode in ("two_pass", "one_pass", "auto"):
-        out = greedy(engine, 40, mode=mode)
+        out = greedy(engine, 40, mode=mode, draft_len=255)
         assert out.token_ids == want, mode
         assert mode == "auto" or out.stats.block_len == MAX_BLOCK_LEN
     message = r"draft_len must be within \[1, 255\] \(the checkpoint's block_size - 1, at most 255\), got 256"
@@ -399,7 +399,8 @@ def test_one_pass_has_160_rows_by_default_or_one_block(engine):
 
 def test_a_fan_out_of_the_engine_is_no_reason_to_refuse_a_call():
     """It is bounded by what a shorter block has; one that the call gives is refused."""
-    engine = Engine.from_pretrained(str(FOLDER), device="cpu", mode="one_pass", fan_out=22, max_seq_len=64)
+    how = dict(device="cpu", mode="one_pass", draft_len=7, max_seq_len=64)
+    engine = Engine.from_pretrained(str(FOLDER), fan_out=22, **how)
     params = SamplingParams(8, ignore_eos=True)
     want = engine.generate(PROMPT, params).token_ids
     for options in (dict(mode="ar", draft_len=1), dict(mode="two_pass", draft_len=1), dict(draft_len=1)):
@@ -408,7 +409,7 @@ def test_a_fan_out_of_the_engine_is_no_reason_to_refuse_a_call():
     with pytest.raises(ValueError, match=r"fan_out must be within \[1, 4\] for draft_len 1, got 22"):
         engine.generate(PROMPT, params, draft_len=1, fan_out=22)
     with pytest.raises(ValueError, match=r"fan_out must be within \[1, 22\] for draft_len 7, got 23"):
-        Engine.from_pretrained(str(FOLDER), device="cpu", mode="one_pass", fan_out=23, max_seq_len=64)
+        Engine.from_pretrained(str(FOLDER), fan_out=23, **how)
 
 
 def test_a_stream_that_is_over_refuses_nothing(engine):

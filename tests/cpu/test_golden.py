@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from orthrus_rt.engine import Engine
 from orthrus_rt.prefill import prefill_rows
 from orthrus_rt.sampling import SamplingParams
+from tests import engines
 from tests.forward import draft_rows, logits_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -19,7 +19,7 @@ CHECKPOINTS = ("qwen3-tied-k8", "qwen3-untied-k32-sharded")
 @pytest.fixture(scope="module", params=CHECKPOINTS)
 def golden(request):
     folder = GOLDEN / request.param
-    engine = Engine.from_pretrained(str(folder), device="cpu", mode="two_pass", dtype="float32", max_seq_len=512)
+    engine = engines.make(str(folder), dtype="float32", max_seq_len=512)
     return engine, load_file(folder / "expected.safetensors")
 
 

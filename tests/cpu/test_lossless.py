@@ -77,6 +77,7 @@ def engine(request):
         "smollm2-135m",
         device="cpu",
         mode="two_pass",
+        draft_len=15,
         dtype=request.param,
         max_seq_len=2048,
         num_pages=64,

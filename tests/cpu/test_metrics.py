@@ -48,7 +48,10 @@ def test_metrics_count_what_happened(folder):
     assert facts["tokens"] == 20 and facts["prompt_tokens"] == 4 and facts["finished"]["length"] == 2
     assert facts["passes"] == 2 * facts["cycles"]
     assert sum(facts["accepted"].values()) == sum(o.stats.cycles for o in outs)
+    assert facts["drafted"] == sum(o.stats.drafted for o in outs) > 3 * facts["cycles"]  # fewer before the limit
+    assert sum(j * n for j, n in facts["accepted"].items()) <= facts["drafted"] <= 7 * sum(facts["accepted"].values())
     text = engine.metrics.as_prometheus()
+    assert f"orthrus_drafted_total {facts['drafted']}\n" in text
     assert "orthrus_tokens_total 20\n" in text and 'orthrus_finished_total{reason="length"} 2\n' in text
     assert f"orthrus_accepted_drafts_count {sum(o.stats.cycles for o in outs)}\n" in text
     assert f"orthrus_accepted_drafts_sum {sum(n * count for n, count in facts['accepted'].items())}\n" in text
@@ -60,6 +63,16 @@ def test_metrics_count_what_happened(folder):
     assert 0 < prefills["seconds"] + cycles["seconds"] <= facts["busy_seconds"]
     assert f'orthrus_device_seconds_count{{kind="two_pass_cycle"}} {facts["cycles"] - 1}\n' in text
     assert (facts["waiting"], facts["running"], facts["pages_free"]) == (0, 0, facts["pages"])
+
+
+def test_cycles_without_drafts_are_no_failure_of_drafts(folder):
+    engine, params = make(folder, mode="two_pass"), SamplingParams(max_new_tokens=10, ignore_eos=True)
+    engine.generate([1, 2, 3], params)
+    before = engine.metrics.as_dict()
+    out = engine.generate([1, 2, 3], params, mode="ar")
+    after = engine.metrics.as_dict()
+    assert out.stats.cycles == 9 == after["plans"]["ar"] and out.stats.drafted == 0
+    assert [after[name] for name in ("drafted", "accepted")] == [before[name] for name in ("drafted", "accepted")]
 
 
 def test_latencies_are_those_of_the_requests(folder):

@@ -156,7 +156,7 @@ def test_any_plan_may_follow_any_other(tiny):
 
 def test_options_are_checked(tiny):
     for options, message in (
-        (dict(mode="one_pass", fan_out=0), "fan_out must be within [1, 22] for draft_len 7, got 0"),
+        (dict(mode="one_pass", draft_len=7, fan_out=0), "fan_out must be within [1, 22] for draft_len 7, got 0"),
         (dict(mode="one_pass", draft_len=1, fan_out=5), "fan_out must be within [1, 4] for draft_len 1, got 5"),
         (dict(mode="both"), "mode must be auto, ar, two_pass, one_pass, got 'both'"),
     ):
@@ -167,6 +167,9 @@ def test_options_are_checked(tiny):
     with pytest.raises(ValueError, match="belongs to mode two_pass alone, got mode 'one_pass'"):
         tiny.generate(PROMPT, rejection, mode="one_pass")
     assert cycle_plan("one_pass", 1, None, tiny.config) == CyclePlan("one_pass", 2, 4)
+    assert [cycle_plan(mode, None, None, tiny.config).label for mode in MODES] == ["ar", "two_pass/7", "one_pass/7x6"]
+    assert [tiny.make_plan(mode).label for mode in MODES] == ["ar", "two_pass/3", "one_pass/3x2"]  # on a CPU
+    assert tiny.make_plan("auto") == CyclePlan("auto", 8)
     assert MODES == ("ar", "two_pass", "one_pass")
 
 

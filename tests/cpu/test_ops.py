@@ -308,7 +308,7 @@ def test_a_second_choice_is_a_warning(monkeypatch, caplog):
     module = SimpleNamespace(cuda=None, build_info=lambda: {"cuda_archs": "80-real"})
     monkeypatch.setattr(dispatch, "extension", lambda: module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "why_no_triton", lambda: None)
     chosen = [dispatch.select(op, cuda, torch.bfloat16) for op in ("consensus", "dual_attn", "embed")]
     dispatch._select.cache_clear()
     assert chosen == ["reference", "triton", "triton"]
@@ -317,6 +317,15 @@ def test_a_second_choice_is_a_warning(monkeypatch, caplog):
         "(ORTHRUS_CUDA_ARCHS=100a-real builds for it)"
     )
     assert [r.getMessage().endswith(why) for r in caplog.records if r.levelname == "WARNING"] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("version", "why"), [("3.5.1", "triton must be 3.6 or later, got 3.5.1"), ("3.10.0+git", None)]
+)
+def test_a_triton_that_is_too_old_is_not_used(monkeypatch, version, why):
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(dispatch.importlib.metadata, "version", lambda name: version)
+    assert dispatch.why_no_triton.__wrapped__() == why
 
 
 @pytest.mark.parametrize("found", (False, True))

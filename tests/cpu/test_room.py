@@ -59,6 +59,30 @@ def test_what_a_host_can_give(tmp_path, group):
     assert room.free_bytes(CPU, host(tmp_path, **group)) == 9216 * 10**6
 
 
+@pytest.mark.parametrize(
+    ("quota", "threads", "wants"),
+    [
+        ("max 100000", 64, None),
+        ("400000 100000", 4, None),
+        ("350000 100000", 4, None),
+        ("350000 100000", 5, 3),
+        ("20000 100000", 2, 1),
+        ("no numbers", 9, None),
+    ],
+)
+def test_more_threads_than_a_container_gives_time_to(tmp_path, monkeypatch, caplog, quota, threads, wants):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    root = host(tmp_path, cpu__max=f"{quota}\n")
+    with caplog.at_level(logging.WARNING, "orthrus_rt"):
+        room.check_threads(CPU, root)
+        assert len(caplog.messages) == (wants is not None)
+        if wants:
+            assert f"threads as torch, {threads}, but" in caplog.text and f"set_num_threads({wants})" in caplog.text
+        room.check_threads(torch.device("cuda", 0), root)
+        room.check_threads(CPU, tmp_path / "nowhere")
+    assert len(caplog.messages) == (wants is not None)
+
+
 def test_a_host_that_tells_nothing(tmp_path, monkeypatch, folder):
     assert room.free_bytes(CPU, tmp_path) is None
     monkeypatch.setattr(room, "free_bytes", lambda _: None)
