@@ -44,7 +44,8 @@ def microseconds(device: torch.device, mode: str, batch: int, cycles: int) -> li
     with mock.patch("orthrus_rt.runner.Cycle", Instant):
         engine = Engine(
             random_checkpoint("tiny", device, 16), device=device, dtype=torch.bfloat16, mode=mode, max_seq_len=most,
-            draft_len=None, fan_out=None, max_batch_size=batch, num_pages=None, prefix_caching=True,
+            draft_len=15, fan_out=6 if mode == "one_pass" else None, max_batch_size=batch, num_pages=None,
+            prefix_caching=True,
         )  # fmt: skip
         with engine:
             for i in range(batch):

@@ -131,7 +131,8 @@ class Bench:
         elif mode == "two_pass":
             acceptance[mode] = f"simulated acceptance a={self.accepted:.3g}"
         timed_only = mode not in acceptance  # what one_pass would accept is not simulated
-        plan = cycle_plan(mode, self.draft_len, self.args.fan_out, self.config)
+        on_cpu = self.args.device.type == "cpu"
+        plan = cycle_plan(mode, self.draft_len, self.args.fan_out, self.config, on_cpu=on_cpu)
         return {
             "model": self.args.model,
             "runtime": runtime,

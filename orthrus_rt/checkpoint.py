@@ -18,6 +18,7 @@ from orthrus_rt.config import CheckpointError, ModelConfig, family_of, parse
 from orthrus_rt.storage import LazyTensors, StoredTensor, is_diffusion, read_json, scan, text
 
 EMBEDDED_NAME = "smollm2-135m"
+HUB_ID = r"[^./~@][^/@]*/[^/@]+(@.+)?"
 # Everything a checkpoint needs, and no copy of the weights in another format.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 CONFIG_FILES = ["config.json", "generation_config.json"]
@@ -144,6 +145,7 @@ def load_config(path_or_id: str, *, adapter: str | None = None, base_gguf: str |
     Raises:
         CheckpointError: as of :func:`load`, but for what is wrong with weights.
     """
+    path_or_id = str(path_or_id)
     folder, adapter = _open(path_or_id, adapter, base_gguf, config_only=True)
     raw = read_json(folder / "config.json")
     family_of(raw, str(folder / "config.json"))
@@ -151,6 +153,12 @@ def load_config(path_or_id: str, *, adapter: str | None = None, base_gguf: str |
         raise _plain_base(folder)
     view = None if adapter is None else _resolve(str(adapter), adapter=True, config_only=True)
     return _read_config(folder, raw, view, path_or_id)[0]
+
+
+def is_hub_id(path_or_id: str) -> bool:
+    """Whether it may be one: neither the embedded model's name nor a folder here, and of an id's form."""
+    path_or_id = str(path_or_id)
+    return path_or_id != EMBEDDED_NAME and not os.path.isdir(path_or_id) and bool(re.fullmatch(HUB_ID, path_or_id))
 
 
 def _open(path_or_id: str, adapter, base_gguf: str | None, config_only=False) -> tuple[Path, str | Path | None]:
@@ -222,15 +230,15 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> str
 def _resolve(path_or_id: str, *, adapter: bool = False, config_only: bool = False) -> Path:
     """An existing folder, else a hub id's snapshot; absolute, as a program may go elsewhere before all is read.
 
-    ``config_only``: a snapshot on this machine will do, else no weights are fetched. To fetch the config of a later one
-    would make the id, for whoever is offline then, mean that one, whose weights are not here.
+    ``config_only``: a snapshot on this machine that has weights will do, else no weights are fetched. To fetch the
+    config of a later one would make the id, for whoever is offline then, mean that one, whose weights are not here.
     """
     if os.path.isdir(path_or_id):
         return Path(path_or_id).absolute()
     what, known = f"{path_or_id!r}:", f"a folder here, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
     if adapter:
         what, known = f"adapter: {path_or_id!r}", "a folder with a diffusion view, nor a hub id (owner/name)"
-    if not re.fullmatch(r"[^./~@][^/@]*/[^/@]+(@.+)?", path_or_id):
+    if not re.fullmatch(HUB_ID, path_or_id):
         raise CheckpointError(f"{what} is neither {known}")
     import huggingface_hub
 
@@ -239,8 +247,8 @@ def _resolve(path_or_id: str, *, adapter: bool = False, config_only: bool = Fals
     try:
         if config_only:
             with contextlib.suppress(huggingface_hub.errors.LocalEntryNotFoundError):
-                here = Path(fetch(local_files_only=True))
-                if (here / "config.json").exists():
+                here = Path(fetch(local_files_only=True, allow_patterns=HUB_PATTERNS))
+                if (here / "config.json").exists() and any(here.glob("*.safetensors")):
                     return here.absolute()
         return Path(fetch(allow_patterns=CONFIG_FILES if config_only else HUB_PATTERNS)).absolute()
     except Exception as error:  # whatever the client or its transport raises

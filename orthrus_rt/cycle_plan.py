@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 MODES = ("ar", "two_pass", "one_pass")
 DEFAULT_FAN_OUT = 6
-# On a CPU, where rows cost arithmetic: with 3 drafts two_pass beats AR on every processor measured (bench/results).
+# On a CPU, where rows cost arithmetic: two_pass of one sequence with 3 drafts beats AR on every processor measured, but
+# on chat with AVX2, where they are level (bench/results).
 CPU_DRAFTS, CPU_FAN_OUT = 3, 2
 DEFAULT_ROWS = 160  # that is, fewer blocks with more: up to there all SMs of a Hopper share what row_linear reads, once
 MAX_BLOCK_LEN = 256  # rows of a block that consensus takes: csrc/include/orthrus/params.h

@@ -155,7 +155,7 @@ class Engine(Generation):
             max_seq_len: tokens a sequence may have, prompt included; sizes the cache. None for 4096, or the
                 checkpoint's own limit where that is less.
             draft_len: drafts per cycle, 1 ... K-1 (in mode auto at most; it tries 3, 5, 7, 15 and this); None for the
-                checkpoint's K-1, or on a CPU, where every row costs arithmetic, for 3.
+                checkpoint's K-1, or on a CPU, where every row costs arithmetic, for 3 unless the mode is auto.
             fan_out: blocks that a one_pass cycle drafts, 1 ... 3 * draft_len + 1 (every outcome); None for 6, or
                 as many as make 160 rows with the AR view's: 4 with drafts of 31; on a CPU for 2 (in mode auto it tries
                 2, 4 and 8).
@@ -180,12 +180,12 @@ class Engine(Generation):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         device = pick_device(device)
-        # Before gigabytes are fetched for what cannot run.
-        config = ckpt.load_config(model, adapter=adapter, base_gguf=base_gguf)
-        engine_sizes(config, max_seq_len, max_batch_size, num_pages)
-        cycle_plan(mode, draft_len, fan_out, config, on_cpu=device.type == "cpu")
-        if device.type == "cpu":
-            check_weights(config, device, DTYPES[dtype])
+        if ckpt.is_hub_id(model):  # before gigabytes are fetched for what cannot run
+            config = ckpt.load_config(model, adapter=adapter, base_gguf=base_gguf)
+            engine_sizes(config, max_seq_len, max_batch_size, num_pages)
+            cycle_plan(mode, draft_len, fan_out, config)
+            if device.type == "cpu":
+                check_weights(config, device, DTYPES[dtype])
         loaded = ckpt.load(model, adapter=adapter, base_gguf=base_gguf)
         return cls(
             loaded, device=device, dtype=DTYPES[dtype], mode=mode, max_seq_len=max_seq_len, draft_len=draft_len,
@@ -346,8 +346,9 @@ class Engine(Generation):
 
         Args:
             progress: show a progress bar.
-            sampling: record the cycles of requests that sample as well, and take the memory for their logits (see
-                :meth:`memory_report`), which otherwise the first such request takes, if it is still there.
+            sampling: the same for requests that sample, without penalties, ``logit_bias``, ``min_tokens`` and
+                ``acceptance="rejection"``; and take the memory for their logits (see :meth:`memory_report`), which
+                otherwise the first such request takes, if it is still there.
 
         Raises:
             RuntimeError: a request is running, the engine is closed, or another thread is using it.
@@ -362,6 +363,7 @@ class Engine(Generation):
             self._record(shapes, progress, "warm-up")
         if sampling:
             self.runner.make_room_for_logits()
+            self.runner.warm_up_prefills(scored=True)
             self._record(shapes, progress, "warm-up, sampling", self.runner.plain_sampling)
 
     def _record(self, shapes, progress: bool, desc: str, sampling: SlotSampling | None = None) -> None:

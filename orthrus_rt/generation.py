@@ -105,7 +105,7 @@ class Generation(Rounds):
         on_cpu = self.device.type == "cpu"
         if fan_out is None and self.fan_out is not None:
             drafts = cycle_plan(mode, draft_len, None, self.config, on_cpu=on_cpu).block_len - 1
-            fan_out = max(1, min(self.fan_out, most_hypotheses(drafts)))
+            fan_out = min(self.fan_out, most_hypotheses(drafts))
         return cycle_plan(mode, draft_len, fan_out, self.config, on_cpu=on_cpu)
 
     def _plan_to_join(self) -> CyclePlan:

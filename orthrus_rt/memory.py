@@ -28,7 +28,8 @@ def memory_report(engine) -> dict[str, int]:
     rows and the verified rows' choices (greedy: partial maxima instead of logits). ``activations`` and ``workspace``
     are sized by the most rows of a pass, a cycle's and a chunk of prompts; in ``workspace``, on CUDA, attention's
     partial results of these rows grow with ``max_seq_len`` too, up to 512 MB and no further. ``activations`` grows by
-    the logits of a cycle's rows, and of a row for each slot, at the first request that samples or edits them;
+    the logits of a cycle's rows, and of a row for each slot, at the first request that samples or edits them, or when a
+    warm-up is asked for them;
     ``edits`` is what penalties, bias and min_tokens need, once a request asked for any; ``cycles`` and ``graphs`` are
     what the cycles and recorded passes with prompts so far hold: rows, and what torch keeps for CUDA graphs; the
     driver keeps some more for their launches.

@@ -26,7 +26,7 @@ class Stats:
         accepted: histogram, ``accepted[j]`` cycles accepted j of them.
         seconds: from the first token to the last.
         prefill_seconds: from the start of the prefill to the first token.
-        queue_seconds: from joining the queue to that start, when it first got a slot; 0 if it never did.
+        queue_seconds: from being asked for to that start, when it first got a slot; 0 if it never did.
         preemptions: how often it had to give its pages up and recompute them.
         seed: the seed used, drawn if none was given; None for greedy decoding.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -71,13 +72,18 @@ def check_threads(device: torch.device, root: Path = Path("/")) -> None:
 
 def least_weight_bytes(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
     """Of the matrices that passes multiply by, in both views; the table of embeddings may stay in its file."""
-    shapes = expected_tensors(config)
-    if not config.tie_word_embeddings:
-        del shapes["model.embed_tokens.weight"]
-    plain = dtype.itemsize * sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
+    one, two = (_matrix_elements(replace(config, num_layers=n)) for n in (1, 2))  # a config may ask for any number
+    plain = dtype.itemsize * (one + (config.num_layers - 1) * (two - one))
     if device.type == "cpu" and dispatch.select("row_linear", device, dtype) == "reference":
         return 0  # which may multiply by what lies in the file
     return int(CODED * plain) if are_coded(device, dtype) else plain
+
+
+def _matrix_elements(config: ModelConfig) -> int:
+    shapes = expected_tensors(config)
+    if not config.tie_word_embeddings:
+        del shapes["model.embed_tokens.weight"]
+    return sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
 
 
 def are_coded(device: torch.device, dtype: torch.dtype) -> bool:

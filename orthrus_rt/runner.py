@@ -185,7 +185,7 @@ class Runner:
             sampling.edits.begin(slot, request.prompt, request.tokens, params)
 
     def make_room_for_logits(self) -> None:
-        """Of all rows that choose, and for their scores; kept from then on."""
+        """Of all rows that choose, and for their scores; kept until :meth:`make_room`."""
         with naming_the_knobs("making room for logits", self._knobs):
             self.activations.logits(1)
             self.activations.partials(1, "scores")
@@ -282,13 +282,15 @@ class Runner:
             del self._with_prompts[next(iter(self._with_prompts))]
         return this
 
-    def warm_up_prefills(self) -> None:
-        """Record, where that is done, passes of one prompt for every padded number of rows, which are invalid here."""
+    def warm_up_prefills(self, scored: bool = False) -> None:
+        """Record, where that is done, passes of one prompt for every padded number of rows, which are invalid here;
+        ``scored``: of one whose first token is sampled.
+        """
         most = self.most_prompt_rows
         sizes = {min(round_up(n), most) for n in range(1, most + 1)} if self.pads_prefill else ()
         for rows in sorted(sizes):
-            for chosen in (0, 1) if rows == most else (1,):
-                this = self._prefill_pass(PrefillShape(rows, 1, rows, chosen, False))
+            for chosen in (0, 1) if rows == most and not scored else (1,):
+                this = self._prefill_pass(PrefillShape(rows, 1, rows, chosen, scored))
                 this.prompts.load([], [])
                 this.warm_up()
 

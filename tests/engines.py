@@ -11,11 +11,13 @@ Told = dict[str, tuple[list[int], str | None]]  # tokens so far and finish reaso
 
 def make(folder: str, pads_prefill: bool = False, *, mode: str = "two_pass", draft_len=None, **how) -> Engine:
     """On the CPU, and with ``pads_prefill`` its prefill passes padded, recorded and replayed as on CUDA. Drafts are the
-    checkpoint's whole block by default, as there.
+    checkpoint's whole block by default, and of one_pass 6 of them, as there.
 
     No sizes: ``make = partial(engines.make, max_seq_len=128)`` shows in each file those that its tests depend on.
     """
     draft_len = load_config(folder).block_len - 1 if draft_len is None else draft_len
+    if mode == "one_pass":
+        how = {"fan_out": min(6, 3 * draft_len + 1)} | how
     engine = Engine.from_pretrained(folder, device="cpu", mode=mode, draft_len=draft_len, **how)
     engine.runner.pads_prefill = pads_prefill
     return engine

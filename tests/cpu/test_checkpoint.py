@@ -1,5 +1,6 @@
 """Checkpoint folders and hub ids: what loads, and the one error for each way in which they can be wrong."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from orthrus_rt import checkpoint, info, storage
+from orthrus_rt import checkpoint, info, room, storage
 from orthrus_rt.checkpoint import CheckpointError
 from orthrus_rt.engine import Engine
 from tests import checkpoints
@@ -198,6 +199,9 @@ def test_broken_config(folder, content, message):
 
 def test_more_layers_than_there_are_tensors(folder):
     """So many that their names alone would not fit into memory."""
+    with pytest.raises(torch.OutOfMemoryError, match="take at least"):
+        many = dataclasses.replace(checkpoint.load_config(str(folder)), num_layers=10**15)
+        room.check_weights(many, torch.device("cpu"), torch.float32)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**15}))
     assert message_of(folder) == (
@@ -291,25 +295,28 @@ class TestHub:
         assert asked == [("owner/model", revision, ["*.json", "*.safetensors", "*.jinja"])]
 
     @pytest.mark.parametrize("adapter", [None, "owner/view"])
-    @pytest.mark.parametrize("is_here", [False, True])
+    @pytest.mark.parametrize("is_here", ["no", "whole", "config.json"])
     def test_info_fetches_no_weights(self, monkeypatch, folder, tmp_path, is_here, adapter):
         """Nor anything, where a snapshot is here: its name would move to what has no weights here."""
         asked = []
 
-        def snapshot_download(repo_id, revision, local_files_only=False, allow_patterns=None):
-            if local_files_only and not is_here:
+        def snapshot_download(repo_id, revision, allow_patterns, local_files_only=False):
+            if local_files_only and is_here == "no":
                 raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
-            asked.append((repo_id, allow_patterns))
+            asked.append((repo_id, allow_patterns, local_files_only))
             files = tmp_path / repo_id.replace("/", "-")
-            files.mkdir()
+            files.mkdir(exist_ok=True)
             (files / "config.json").write_bytes((folder / "config.json").read_bytes())
+            if is_here == "whole":
+                (files / "model.safetensors").touch()
             return str(files)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
         facts = info.collect(device="cpu", dtype="bfloat16", model="owner/base", adapter=adapter)["model"]
         assert facts == info.model_facts(str(folder), None, None) | {"name": "owner/base"}
-        patterns = None if is_here else ["config.json", "generation_config.json"]
-        assert asked == [(name, patterns) for name in ("owner/base", adapter) if name]
+        ways = [] if is_here == "no" else [(checkpoint.HUB_PATTERNS, True)]
+        ways += [] if is_here == "whole" else [(["config.json", "generation_config.json"], False)]
+        assert asked == [(name, *way) for name in ("owner/base", adapter) if name for way in ways]
 
     @pytest.mark.parametrize(
         ("change", "options", "said"),

@@ -16,7 +16,7 @@ from orthrus_rt.cycle_plan import MAX_BLOCK_LEN, MODES, cycle_plan
 from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
-from tests import checkpoints
+from tests import checkpoints, engines
 
 FOLDER = Path(__file__).parents[1] / "golden" / "qwen3-tied-k8"
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -24,7 +24,7 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine.from_pretrained(str(FOLDER), device="cpu", mode="two_pass", dtype="float32", max_seq_len=512)
+    return engines.make(str(FOLDER), dtype="float32", max_seq_len=512)
 
 
 def greedy(engine, n=40, prompt=PROMPT, **kwargs):
@@ -86,7 +86,7 @@ def test_every_eos_of_the_checkpoint_ends_unless_ignored(engine, monkeypatch):
 
 
 def test_never_past_max_seq_len():
-    small = Engine.from_pretrained(str(FOLDER), device="cpu", mode="two_pass", dtype="float32", max_seq_len=64)
+    small = engines.make(str(FOLDER), dtype="float32", max_seq_len=64)
     want = greedy(small, 1000, mode="ar").token_ids
     for mode in MODES:
         out = greedy(small, 1000, mode=mode)

@@ -126,7 +126,7 @@ def test_the_embedded_model(monkeypatch, isa, coded, num_sms):
     """Its weights, shared out as on an H100, and as are those of larger models there: the CPU's tokens, in as few
     cycles.
     """
-    how = dict(device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=1, prefix_caching=False)
+    how = dict(device="cpu", mode="two_pass", draft_len=7, max_seq_len=128, max_batch_size=1, prefix_caching=False)
     native = Engine.from_pretrained("smollm2-135m", **how)
     prompt, params = native.tokenizer("def fibonacci(n):\n    if n").input_ids, SamplingParams(7, ignore_eos=True)
     want, logits = native.generate(prompt, params), native.next_logits(prompt)
@@ -136,5 +136,5 @@ def test_the_embedded_model(monkeypatch, isa, coded, num_sms):
         engine = Engine.from_pretrained("smollm2-135m", **how)
         assert (engine.next_logits(prompt) - logits).abs().max() < 2e-2 * logits.abs().max()
         assert engine.generate(prompt, params, mode="ar").token_ids == want.token_ids
-        out = engine.generate(prompt, params, draft_len=7)
+        out = engine.generate(prompt, params)
         assert (out.token_ids, out.stats.cycles) == (want.token_ids, want.stats.cycles) and out.stats.cycles < 3

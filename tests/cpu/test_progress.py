@@ -23,15 +23,15 @@ def test_a_progress_bar_of_a_warmup_counts_every_cycle(folder, capsys):
     assert done == total
 
 
-@pytest.mark.parametrize("mode", ("two_pass", "auto"))
-def test_a_warmup_with_sampling_leaves_nothing_to_record(folder, capsys, mode):
-    engine = make(folder, mode=mode, max_batch_size=2, max_seq_len=128, prefix_caching=False)
+@pytest.mark.parametrize(("mode", "pads_prefill"), [("two_pass", False), ("two_pass", True), ("auto", False)])
+def test_a_warmup_with_sampling_leaves_nothing_to_record(folder, capsys, mode, pads_prefill):
+    engine = make(folder, pads_prefill, mode=mode, max_batch_size=2, max_seq_len=128, prefix_caching=False)
     engine.warmup()
     before = engine.memory_report()["activations"]
     engine.warmup(progress=True, sampling=True)
     assert "warm-up, sampling: 100%" in capsys.readouterr().err
     logits = engine.memory_report()["activations"] - before
-    assert logits >= 4 * 8 * engine.config.vocab_size  # two_pass with 3 drafts: 4 rows of either slot
+    assert logits >= 4 * 16 * engine.config.vocab_size  # of two_pass with 7 drafts: 8 rows of either slot
     params = [SamplingParams(20, ignore_eos=True, temperature=0.8, seed=seed) for seed in (1, 2)]
     outs = engine.generate([[1], [2]], params)
     assert [len(out.token_ids) for out in outs] == [20, 20]

@@ -8,11 +8,10 @@ from transformers import Qwen3Config
 
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import prompts
-from orthrus_rt.engine import Engine
 from orthrus_rt.prefill import prefill_rows
 from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.transformers_model import build, greedy
-from tests import checkpoints
+from tests import checkpoints, engines
 from tests import transformers_oracle as oracle
 from tests.forward import draft_rows, logits_of
 from tests.pins import SLOW
@@ -40,7 +39,7 @@ VARIANTS = {
 def loaded(name, max_seq_len):
     """``(checkpoint, transformers' AR model, our engine)``"""
     checkpoint = ckpt.load(name)
-    engine = Engine.from_pretrained(name, device="cpu", mode="two_pass", dtype="float32", max_seq_len=max_seq_len)
+    engine = engines.make(name, dtype="float32", max_seq_len=max_seq_len)
     return checkpoint, build(checkpoint), engine
 
 

@@ -141,6 +141,15 @@ def test_an_engine_keeps_to_its_stream(folder):
         assert pool.submit(engine.generate, [1, 2, 3], params).result().token_ids == want
 
 
+def test_after_a_warmup_with_sampling_a_sampled_request_records_nothing(folder):
+    engine = make(folder, max_batch_size=2, mode="two_pass", prefix_caching=False)
+    engine.warmup(sampling=True)
+    held = engine.memory_report()
+    engine.generate([1, 2, 3], SamplingParams(20, ignore_eos=True, temperature=0.8, seed=1))
+    assert engine.metrics.as_dict()["times"].keys() == {"prefill", "two_pass_cycle"}
+    assert engine.memory_report() == held
+
+
 def test_the_steady_state_neither_waits_nor_allocates(folder):
     """A replayed cycle under CUDA's sync-debug mode; device memory stays where it was."""
     engine = make(folder, max_batch_size=1, mode="two_pass")
