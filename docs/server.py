@@ -181,6 +181,7 @@ def bind(port):
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
+    listener.listen(MOST_CONNECTIONS)  # who comes before the engine is ready waits
     return listener
 
 
@@ -188,6 +189,7 @@ async def main(engine, model, listener):
     room = asyncio.Semaphore(MOST_CONNECTIONS)
     async with orthrus_rt.AsyncEngine(engine) as shared:
         server = await asyncio.start_server(lambda *streams: serve(shared, model, room, *streams), sock=listener)
+        print(f"listening on http://127.0.0.1:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -204,6 +206,7 @@ if __name__ == "__main__":
     name = sys.argv[1]
     try:
         listener = bind(int(sys.argv[2]))  # first: a port that cannot be had is told before a model is loaded
+        print(f"loading {name} and warming up", file=sys.stderr, flush=True)
         engine = orthrus_rt.Engine.from_pretrained(name)
         engine.tokenizer  # noqa: B018 (loaded here, so that the first request need not wait for it)
         engine.warmup(sampling=True)  # nor for recordings, and there is memory for logits

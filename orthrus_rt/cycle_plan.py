@@ -74,11 +74,13 @@ def most_hypotheses(draft_len: int) -> int:
     return 3 * draft_len + 1
 
 
-def default_draft_len(mode: str, most: int, on_cpu: bool) -> int:
-    """Drafts of a cycle where the checkpoint has ``most``: all of them, as published, but on a CPU few; ``auto`` tries
-    several.
+def default_draft_len(mode: str, most: int, on_cpu: bool, fan_out: int = 0) -> int:
+    """Drafts of a cycle where the checkpoint has ``most``: all of them, as published, but on a CPU few, or in one_pass
+    as many as a ``fan_out`` that is asked for needs. ``auto`` tries several.
     """
-    return min(most, CPU_DRAFTS) if on_cpu and mode != "auto" else most
+    if mode == "auto" or not on_cpu:
+        return most
+    return min(most, max(CPU_DRAFTS, -(-(fan_out - 1) // 3) if mode == "one_pass" else 0))
 
 
 def is_bool(value) -> bool:
@@ -111,12 +113,13 @@ def cycle_plan(mode: str, draft_len: int | None, fan_out: int | None, config, *,
     if mode not in (*MODES, "auto"):
         raise ValueError(f"mode must be auto, {', '.join(MODES)}, got {mode!r}")
     most = config.block_len - 1
-    draft_len = default_draft_len(mode, most, on_cpu) if draft_len is None else integer("draft_len", draft_len)
+    fan_out = None if fan_out is None else integer("fan_out", fan_out)
+    asked = draft_len is not None
+    draft_len = integer("draft_len", draft_len) if asked else default_draft_len(mode, most, on_cpu, fan_out or 0)
     if not 1 <= draft_len <= most:
         why = f"the checkpoint's block_size - 1, at most {MAX_BLOCK_LEN - 1}"
         raise ValueError(f"draft_len must be within [1, {most}] ({why}), got {draft_len}")
-    hypotheses = most_hypotheses(draft_len)
-    fan_out = None if fan_out is None else integer("fan_out", fan_out)
+    hypotheses = most_hypotheses(draft_len if asked or mode == "one_pass" else most)
     if fan_out is not None and not 1 <= fan_out <= hypotheses:
         raise ValueError(f"fan_out must be within [1, {hypotheses}] for draft_len {draft_len}, got {fan_out}")
     if mode == "ar":

@@ -10,7 +10,7 @@ from typing import overload
 
 import torch
 
-from orthrus_rt.cycle_plan import CyclePlan, cycle_plan, most_hypotheses
+from orthrus_rt.cycle_plan import CyclePlan, cycle_plan, integer, most_hypotheses
 from orthrus_rt.exclusive import Taken, exclusive, torn_if_cut
 from orthrus_rt.outputs import GenerationOutput, RequestOutput
 from orthrus_rt.progress import progress_bar
@@ -102,11 +102,11 @@ class Generation(Rounds):
         """The cycles to run; what is None is the engine's own."""
         mode = self.mode if mode is None else mode
         draft_len = self.draft_len if draft_len is None else draft_len
-        on_cpu = self.device.type == "cpu"
         if fan_out is None and self.fan_out is not None:
-            drafts = cycle_plan(mode, draft_len, None, self.config, on_cpu=on_cpu).block_len - 1
-            fan_out = min(self.fan_out, most_hypotheses(drafts))
-        return cycle_plan(mode, draft_len, fan_out, self.config, on_cpu=on_cpu)
+            fan_out = self.fan_out
+            if draft_len is not None:
+                fan_out = max(1, min(fan_out, most_hypotheses(integer("draft_len", draft_len))))
+        return cycle_plan(mode, draft_len, fan_out, self.config, on_cpu=self.device.type == "cpu")
 
     def _plan_to_join(self) -> CyclePlan:
         """The plan of what runs, or the engine's own if nothing does that is not to be aborted."""

@@ -24,7 +24,7 @@ HELP = {
     "plans": "Decode cycles by plan.",
     "plan": "The plan that ran last.",
     "drafted": "Drafts that were verified.",
-    "accepted": "Drafts accepted by a request's cycle, of cycles that draft.",
+    "accepted": "Drafts accepted by a request's cycle, ar cycles left out.",
     "finished": "Requests that have ended, by reason.",
     "waiting": "Requests that wait for a slot.",
     "running": "Requests in a slot.",

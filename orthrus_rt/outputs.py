@@ -23,7 +23,7 @@ class Stats:
             behind one none of whose blocks fitted what happened.
         plans: cycles by plan: ``ar``, ``two_pass/7`` (drafts), ``one_pass/15x4`` (drafts, fan_out).
         drafted: drafts that were verified.
-        accepted: histogram, ``accepted[j]`` cycles accepted j of them.
+        accepted: histogram, ``accepted[j]`` cycles accepted j of them; ``ar`` cycles and misses are among those of 0.
         seconds: from the first token to the last.
         prefill_seconds: from the start of the prefill to the first token.
         queue_seconds: from being asked for to that start, when it first got a slot; 0 if it never did.

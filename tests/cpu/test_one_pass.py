@@ -170,6 +170,12 @@ def test_options_are_checked(tiny):
     assert [cycle_plan(mode, None, None, tiny.config).label for mode in MODES] == ["ar", "two_pass/7", "one_pass/7x6"]
     assert [tiny.make_plan(mode).label for mode in MODES] == ["ar", "two_pass/3", "one_pass/3x2"]  # on a CPU
     assert tiny.make_plan("auto") == CyclePlan("auto", 8)
+    for fan_out, drafts in ((10, 3), (11, 4), (22, 7)):  # as many as these blocks need
+        assert tiny.make_plan("one_pass", None, fan_out).label == f"one_pass/{drafts}x{fan_out}"
+        assert tiny.make_plan("two_pass", None, fan_out).label == "two_pass/3"
+    for mode in MODES:
+        with pytest.raises(ValueError, match=r"fan_out must be within \[1, 22\] for draft_len "):
+            tiny.make_plan(mode, None, 23)
     assert MODES == ("ar", "two_pass", "one_pass")
 
 
