@@ -9,9 +9,9 @@ a fresh policy with measured costs, its learning included; ``auto`` is one that 
 A few rounds of all fixed plans tell which is the fastest. It, AR and ``auto`` then meet in more rounds of their own,
 which are what ``over_ar`` and ``over_best_fixed`` are of: chosen before, the plan owes no luck to what it is compared
 by. A round is a few runs in a row, so that little time lies between those compared, as a machine's memory and
-arithmetic may change their speeds within seconds; rounds are taken in turns from every one of them on, in both
-directions, and each begins with another text, as a fresh policy depends on whether the first few drafts of all happen
-to be accepted. Of rates, and of their ratios within a round, the median counts; ``noise`` is the standard error of
+arithmetic may change their speeds within seconds; each of them is the first of a round in turn, forwards and backwards,
+and each round begins with another text, as a fresh policy depends on whether the first few drafts of all happen to be
+accepted. Of rates, and of their ratios within a round, the median counts; ``noise`` is the standard error of
 ``over_ar``, as a share. ``adversarial`` decodes code with a drafter that is broken on purpose.
 
     python -m bench.bench_auto --out DIR
@@ -46,7 +46,7 @@ WAVES = 4  # requests' worth of tokens per slot
 WAITING = 2  # requests per slot beyond these
 LENGTHS = 0.5, 1.5  # least and most of a request, of --tokens
 QUANTILE_80 = 0.8416  # of the normal distribution, in standard deviations
-FEW_RATIOS = 5
+FEW_RATIOS = 5  # fewer tell no noise
 ERROR_OF_MEDIAN = 1.2533  # over the mean's
 NEXT_ROUND = 5  # texts further on the next round begins; no divisor of their number, so that each has its turn
 

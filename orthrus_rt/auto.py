@@ -101,14 +101,19 @@ class Auto:
         self._begin()  # torch may have another number of threads by now
         with progress_bar(progress, total=len(self.shapes()), desc="warm-up", unit="cycle") as bar:
             warmed = [self._warm(engine, slots, bar) for slots in self._buckets]
-        self.known = self.known or any(timed for timed, _ in warmed)
-        if any(timed for timed, _ in warmed) and self._file is not None:
-            try:
-                self.policy.costs.save(self._file, self._key)
-            except OSError as error:
-                self._file = None  # said once
-                warnings.warn(f"the times of this warm-up cannot be kept for the next one: {error}", stacklevel=2)
+        if any(timed for timed, _ in warmed):
+            self.known = True
+            self._keep()
         return [(plan, slots) for slots, (_, plans) in zip(self._buckets, warmed, strict=True) for plan in plans]
+
+    def _keep(self) -> None:
+        if self._file is None:
+            return
+        try:
+            self.policy.costs.save(self._file, self._key)
+        except OSError as error:
+            self._file = None  # said once
+            warnings.warn(f"the times of this warm-up cannot be kept for the next one: {error}", stacklevel=3)
 
     def _warm(self, engine, slots: int, bar) -> tuple[bool, list[CyclePlan]]:
         """Whether the bucket of ``slots`` was timed, and the plans recorded."""

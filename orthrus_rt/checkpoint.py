@@ -145,7 +145,6 @@ def load_config(path_or_id: str, *, adapter: str | None = None, base_gguf: str |
     Raises:
         CheckpointError: as of :func:`load`, but for what is wrong with weights.
     """
-    path_or_id = str(path_or_id)
     folder, adapter = _open(path_or_id, adapter, base_gguf, config_only=True)
     raw = read_json(folder / "config.json")
     family_of(raw, str(folder / "config.json"))
@@ -157,7 +156,6 @@ def load_config(path_or_id: str, *, adapter: str | None = None, base_gguf: str |
 
 def is_hub_id(path_or_id: str) -> bool:
     """Whether it may be one: neither the embedded model's name nor a folder here, and of an id's form."""
-    path_or_id = str(path_or_id)
     return path_or_id != EMBEDDED_NAME and not os.path.isdir(path_or_id) and bool(re.fullmatch(HUB_ID, path_or_id))
 
 

@@ -179,7 +179,7 @@ class Engine(Generation):
         dtype = dtype_name(dtype)
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        device = pick_device(device)
+        device, model = pick_device(device), str(model)
         if ckpt.is_hub_id(model):  # before gigabytes are fetched for what cannot run
             config = ckpt.load_config(model, adapter=adapter, base_gguf=base_gguf)
             engine_sizes(config, max_seq_len, max_batch_size, num_pages)
@@ -342,7 +342,7 @@ class Engine(Generation):
         Recordings last until a call asks for cycles with more rows.
 
         In mode ``auto`` this also times them: at length the first time on this device, with this number of threads, for
-        this model and version (of the embedded model some 10 seconds on two CPU cores), later once each.
+        this model and version, later once each.
 
         Args:
             progress: show a progress bar.

@@ -187,20 +187,40 @@ PINNED = {
 }
 
 
+# The same per cycle with a CPU's own numbers of drafts and blocks, 4 prompts of code.
+PINNED_DEFAULTS = {
+    "avx512_bf16": {"two_pass": 2.786, "one_pass": 1.835},
+    "amx_bf16": {"two_pass": 2.836, "one_pass": 1.926},
+    "avx512": {"two_pass": 2.836, "one_pass": 1.88},
+}
+
+
+def tokens_per_cycle(kind, **how) -> float:
+    """Of the embedded model, whose tokens are those of AR decoding."""
+    engine = Engine.from_pretrained("smollm2-135m", device="cpu", mode="two_pass", max_seq_len=512, max_batch_size=4)
+    ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)[:4]]
+    params = SamplingParams(max_new_tokens=40)
+    want = [o.token_ids for o in engine.generate(ids, params, mode="ar")]
+    outs = engine.generate(ids, params, **how)
+    assert [o.token_ids for o in outs] == want
+    return sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs)
+
+
 @pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 @pytest.mark.parametrize(
     ("kind", "draft_len", "fan_out"), [pytest.param(*case, marks=UNLESS_SLOW) for case in PINNED["avx512_bf16"]]
 )
 def test_tokens_per_pass_are_pinned(kind, draft_len, fan_out):
-    engine = Engine.from_pretrained("smollm2-135m", device="cpu", mode="two_pass", max_seq_len=512, max_batch_size=4)
-    ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)[:4]]
-    params = SamplingParams(max_new_tokens=40)
-    want = [o.token_ids for o in engine.generate(ids, params, mode="ar")]
-    outs = engine.generate(ids, params, mode="one_pass", draft_len=draft_len, fan_out=fan_out)
-    assert [o.token_ids for o in outs] == want
-    rate = sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs)
     pinned, tolerance = of_this_isa(PINNED, 0.03, 0.3)
+    rate = tokens_per_cycle(kind, mode="one_pass", draft_len=draft_len, fan_out=fan_out)
     assert rate == pytest.approx(pinned[kind, draft_len, fan_out], abs=tolerance)
+
+
+@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=UNLESS_SLOW) for mode in PINNED_DEFAULTS["avx512"]])
+def test_tokens_per_cycle_of_a_cpus_defaults_are_pinned(mode):
+    pinned, tolerance = of_this_isa(PINNED_DEFAULTS, 0.03, 0.3)
+    assert tokens_per_cycle("code", mode=mode) == pytest.approx(pinned[mode], abs=tolerance)
 
 
 def test_whoever_gets_a_slot_again_begins_without_drafts():
