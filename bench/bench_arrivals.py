@@ -61,7 +61,7 @@ def measure(mode: str, batch: int, length: int, args) -> dict:
     drawn = random.Random(0)
     options = {} if mode == "ar" else {"draft_len": args.draft_len}
     with Engine.from_pretrained(
-        "smollm2-135m", device=str(args.device), mode=mode, max_seq_len=2048, max_batch_size=batch + 2,
+        common.EMBEDDED_NAME, device=str(args.device), mode=mode, max_seq_len=2048, max_batch_size=batch + 2,
         prefix_caching=False, **options,
     ) as engine:  # fmt: skip
         vocab = engine.config.vocab_size - 1

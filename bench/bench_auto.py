@@ -75,7 +75,7 @@ class Broken(Mapping):
 
 
 def make_engine(kind: str, batch: int, device: torch.device) -> Engine:
-    loaded = checkpoint.load("smollm2-135m")
+    loaded = checkpoint.load(common.EMBEDDED_NAME)
     if kind == "adversarial":
         loaded = replace(loaded, tensors=Broken(loaded.tensors))
     return Engine(

@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 
-from bench import common, decode_cases
+from bench import common
 from bench.acceptance import simulated
 from bench.baselines import Weights
 from bench.decode_baselines import baseline_row, device_ms, for_each_baseline, real_baseline_row
@@ -33,7 +33,7 @@ from bench.decode_cases import MANY, PUBLISHED, WARM_UP, Bench, case_of, peak_gb
 from orthrus_rt import prompts
 from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.engine import Engine
-from orthrus_rt.memory import lacks_memory
+from orthrus_rt.out_of_memory import lacks_memory
 from orthrus_rt.prefill import PrefillPass
 from orthrus_rt.sampling import SamplingParams
 
@@ -167,7 +167,7 @@ def with_speed_up(rows: list[dict]) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser_of(__doc__, device="auto")
-    parser.add_argument("--model", choices=(*PUBLISHED, decode_cases.EMBEDDED), required=True)
+    parser.add_argument("--model", choices=(*PUBLISHED, common.EMBEDDED_NAME), required=True)
     parser.add_argument("--context", type=int, nargs="+", default=[1024], help="official shapes: committed tokens")
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat"], help="embedded model")
     parser.add_argument("--num-prompts", type=int, help="embedded model: only the first prompts of each kind")

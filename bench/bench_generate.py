@@ -24,8 +24,6 @@ from orthrus_rt.device import dtype_name
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
-MODEL = "smollm2-135m"
-
 
 class Side:
     """One row: a way of decoding, and what it took for the prompts so far."""
@@ -86,7 +84,7 @@ def prefill_seconds(run) -> float:
 def load_transformers(dtype: torch.dtype):
     from transformers import LlamaForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(checkpoint.load(MODEL).tokenizer_dir, dtype=dtype).eval()
+    return LlamaForCausalLM.from_pretrained(checkpoint.load(common.EMBEDDED_NAME).tokenizer_dir, dtype=dtype).eval()
 
 
 def long_prompt(tokenizer) -> list[int]:
@@ -96,7 +94,7 @@ def long_prompt(tokenizer) -> list[int]:
 
 def own_process() -> None:
     """Print, as JSON, the peak resident memory of decoding and the time of a 1,000-token prefill."""
-    engine = Engine.from_pretrained(MODEL, device="cpu", max_seq_len=2048, max_batch_size=1, prefix_caching=False)
+    engine = common.embedded_engine()
     ids = long_prompt(engine.tokenizer)
     engine.generate(ids[:100], SamplingParams(max_new_tokens=32))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -114,13 +112,11 @@ def main() -> None:
     if args.own_process:
         return own_process()
     device = torch.device("cpu")
-    checkpoint.load(MODEL)  # on the first run it is assembled, which takes memory that decoding does not
+    checkpoint.load(common.EMBEDDED_NAME)  # on the first run it is assembled, which takes memory that decoding does not
     command = [sys.executable, "-m", "bench.bench_generate", "--own-process"]
     alone = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     facts = json.loads(alone.stdout)
-    engine = Engine.from_pretrained(
-        MODEL, device="cpu", mode="two_pass", max_seq_len=2048, max_batch_size=1, prefix_caching=False
-    )
+    engine = common.embedded_engine(mode="two_pass")
     models = [load_transformers(dtype) for dtype in (torch.float32, torch.bfloat16)]
     params = SamplingParams(max_new_tokens=args.tokens)
     rows, same = [], True
@@ -139,7 +135,7 @@ def main() -> None:
     for row in rows:
         best = max(r["tok_s"] for r in rows if r["kind"] == row["kind"] and r["runtime"] == "transformers")
         row["over_transformers"] = row["tok_s"] / best
-    header = common.header(device) | {"model": MODEL, "identical_tokens_in_all_own_modes": same} | facts
+    header = common.header(device) | {"model": common.EMBEDDED_NAME, "identical_tokens_in_all_own_modes": same} | facts
     common.report("generate-cpu", header, rows, args.out)
 
 

@@ -29,7 +29,7 @@ MODES = (*cycle_plan.MODES, "auto")
 class Instant(Cycle):
     """Emits tokens, whichever, for every slot."""
 
-    recorded = steady = True
+    steady = True
 
     def run(self) -> None:
         drafts = self.plan.block_len - 1

@@ -25,7 +25,6 @@ import torch
 from bench import common
 from bench.draft_tables import Drafts, DraftTable, collect
 from orthrus_rt import prompts
-from orthrus_rt.engine import Engine
 from orthrus_rt.reference_consensus import DOUBT, SEEN_GAIN
 
 FAN_OUTS = (1, 2, 4, 6, 8, 12, 0)
@@ -198,9 +197,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=prompts.KINDS, default=["code", "chat", "math", "data", "prose"])
     parser.add_argument("--block-len", type=int, nargs="+", default=[8, 16], choices=range(8, 17), metavar="K")
     args = parser.parse_args()
-    engine = Engine.from_pretrained(
-        "smollm2-135m", device="cpu", max_seq_len=2048, max_batch_size=1, mode="two_pass", prefix_caching=False
-    )
+    engine = common.embedded_engine(mode="two_pass")
     lengths = {k // rule.shorter for k in args.block_len for rule in RULES.values()}
     shapes = [(k, 1) for k in lengths] + [(k, 2) for k in args.block_len]
     tables = [collect(engine, p, args.tokens, shapes) for kind in args.kinds for p in prompts.load(kind)]

@@ -43,7 +43,7 @@ def least_times(candidates: dict, copies: int, device, rounds: int) -> dict[str,
 
 
 def linear_rows(config: ModelConfig, op: str, num_rows: list[int], device, rounds: int) -> list[dict]:
-    n, k = linear_shapes(config)[op]
+    k, n = linear_shapes(config)[op]
     bf16 = dict(dtype=torch.bfloat16, device=device)
     copies = 1 + -(-COLD_BYTES // (2 * n * k))
     plain = [(torch.randn(n, k, device=device) * k**-0.5).bfloat16()]

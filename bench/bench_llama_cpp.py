@@ -19,7 +19,7 @@ from statistics import median
 import torch
 
 from bench import common
-from bench.bench_generate import MODEL, long_prompt
+from bench.bench_generate import long_prompt
 from orthrus_rt import prompts
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
@@ -61,9 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--draft-len", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(arguments)
-    with Engine.from_pretrained(
-        MODEL, device="cpu", mode="two_pass", max_seq_len=2048, max_batch_size=1, prefix_caching=False
-    ) as engine:
+    with common.embedded_engine(mode="two_pass") as engine:
         long = long_prompt(engine.tokenizer)
         runs = {Path(file).name: partial(theirs, args.llama_bench, file) for file in args.gguf}
         for kind in ("code", "chat"):

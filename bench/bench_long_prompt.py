@@ -69,7 +69,7 @@ def main() -> None:
     for mode in args.modes:
         drawn, options = random.Random(0), {} if mode == "ar" else {"draft_len": args.draft_len}
         with Engine.from_pretrained(
-            "smollm2-135m", device=str(args.device), mode=mode, max_seq_len=max(4096, args.prompt + 64),
+            common.EMBEDDED_NAME, device=str(args.device), mode=mode, max_seq_len=max(4096, args.prompt + 64),
             max_batch_size=args.batch + 1, prefix_caching=False, **options,
         ) as engine:  # fmt: skip
             lengths, vocab = (args.prompt, *[CONTEXT] * args.batch), engine.config.vocab_size - 1

@@ -61,9 +61,7 @@ def main() -> None:
     parser.add_argument("--draft-len", type=int, nargs="+", default=[3, 7])
     parser.add_argument("--fan-out", type=int, least=0, nargs="+", default=[1, 2, 4, 8, 0], help="0: every hypothesis")
     args = parser.parse_args()
-    engine = Engine.from_pretrained(
-        "smollm2-135m", device=str(args.device), max_seq_len=2048, max_batch_size=1, prefix_caching=False
-    )
+    engine = common.embedded_engine(args.device)
     rows, same = [], True
     for kind in args.kinds:
         ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)[: args.num_prompts]]

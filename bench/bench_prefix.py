@@ -54,8 +54,8 @@ def main() -> None:
             tokens = {}
             for caching in (False, True):
                 engine = Engine.from_pretrained(
-                    "smollm2-135m", device=str(args.device), mode="ar", max_seq_len=2048, max_batch_size=args.requests,
-                    prefix_caching=caching,
+                    common.EMBEDDED_NAME, device=str(args.device), mode="ar", max_seq_len=2048,
+                    max_batch_size=args.requests, prefix_caching=caching,
                 )  # fmt: skip
                 for n in (-2, -1):  # warms caches and graphs
                     run(engine, requests(engine, shared, args.requests, n))
@@ -82,7 +82,7 @@ def main() -> None:
                 )
                 print(rows[-1], flush=True)
             assert tokens[False] == tokens[True]
-    facts = {"model": "smollm2-135m", "rounds": args.rounds}
+    facts = {"model": common.EMBEDDED_NAME, "rounds": args.rounds}
     common.report("prefix", common.header(args.device) | facts, rows, args.out)
 
 

@@ -49,7 +49,7 @@ class Chain:
         room.check_left(what, need, self.device, torch.bfloat16)
 
     def _random(self, op: str, shape) -> PackedWeight:
-        weight = torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(0, shape[1] ** -0.5)
+        weight = torch.empty(*reversed(shape), dtype=torch.bfloat16, device=self.device).normal_(0, shape[0] ** -0.5)
         return pack(weight, gate_up=op == "gate_up")
 
     def rows(self, num_rows: int) -> None:
@@ -59,15 +59,15 @@ class Chain:
         head = self.weights["lm_head"][0]
         self.num_rows = num_rows
         self.x = empty(num_rows, self.hidden).normal_()
-        self.qkv, self.act = empty(num_rows, self.shapes["qkv"][0]), empty(num_rows, self.mlp)
-        self.attn = empty(num_rows, self.shapes["o"][1]).normal_()
+        self.qkv, self.act = empty(num_rows, self.shapes["qkv"][1]), empty(num_rows, self.mlp)
+        self.attn = empty(num_rows, self.shapes["o"][0]).normal_()
         self.best = tuple(empty(num_rows, head.num_partials, dtype=t) for t in (torch.float32, torch.int32))
         self.wide = empty(num_rows, 2 * self.mlp)
         self.logits = None
         self.workspace = self._workspace(num_rows, self.shapes.values())
 
     def _workspace(self, num_rows: int, shapes) -> torch.Tensor:
-        size = native.row_linear_workspace_bytes(self.device, torch.bfloat16, num_rows, [(k, n) for n, k in shapes])
+        size = native.row_linear_workspace_bytes(self.device, torch.bfloat16, num_rows, shapes)
         return torch.zeros(size, dtype=torch.uint8, device=self.device)
 
     def run(self, op: str, layer: int, following=None) -> None:
@@ -88,7 +88,7 @@ class Chain:
         """The same product by torch, epilogue left out, over the packed bytes read as a plain matrix; or over another
         one, where they are coded.
         """
-        n, k = self.shapes[op]
+        k, n = self.shapes[op]
         packed = self.weights[op][layer]
         if packed.coded and (op, layer) not in self.plain:
             self.plain[op, layer] = huge_pages.empty([n, k], torch.bfloat16, self.device).normal_()
@@ -112,12 +112,12 @@ class Chain:
 
     def max_error(self, op: str) -> float:
         """Largest error against float64, over the largest value; 0.004 is a bf16 rounding. At most 8192 outputs."""
-        n, k = min(self.shapes[op][0], 8192), self.shapes[op][1]
+        k, n = self.shapes[op][0], min(self.shapes[op][1], 8192)
         plain = torch.randn(n, k, device=self.device).bfloat16()
         packed = pack(plain)  # before x is drawn: see the contract in row_linear.cu
         x = torch.randn(min(self.num_rows, 64), k, device=self.device).bfloat16()
         out = torch.empty(x.shape[0], n, dtype=torch.bfloat16, device=self.device)
-        ops.row_linear(x, packed, out, workspace=self._workspace(x.shape[0], [(n, k)]))
+        ops.row_linear(x, packed, out, workspace=self._workspace(x.shape[0], [(k, n)]))
         want = x.double() @ plain.double().T
         return float((out.double() - want).abs().max() / want.abs().max())
 
@@ -164,7 +164,7 @@ def main() -> int:
 
         for op in OPS:
             depth = len(chain.weights[op])
-            n, k = chain.shapes[op]
+            k, n = chain.shapes[op]
             add(
                 op,
                 partial(in_turn, chain.run, chain.order(op)),
@@ -172,7 +172,7 @@ def main() -> int:
                 chain.nbytes(op) * depth, 2 * num_rows * n * k * depth, depth, chain.max_error(op),
             )  # fmt: skip
         total = sum(chain.nbytes(op) * len(chain.weights[op]) for op in OPS)
-        flops = sum(2 * num_rows * n * k * len(chain.weights[op]) for op, (n, k) in chain.shapes.items())
+        flops = sum(2 * num_rows * n * k * len(chain.weights[op]) for op, (k, n) in chain.shapes.items())
         both = (partial(in_turn, run, chain.order()) for run in (chain.run, chain.run_mm))
         add("chain", *both, total, flops, 1, None)
     facts = header(device) | {"measured read GB/s": bandwidth, "model": args.model, "layers": chain.layers}

@@ -48,21 +48,19 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--draft-len", type=int, default=15)
     args = parser.parse_args()
-    engine = Engine.from_pretrained(
-        "smollm2-135m",
-        device=str(args.device),
-        mode="two_pass",
-        max_seq_len=2048,
-        max_batch_size=1,
-        prefix_caching=False,
-    )
+    engine = common.embedded_engine(args.device, "two_pass")
     rows = []
     for kind in args.kinds:
         for temperature in args.temperatures:
             for acceptance in ("coupled", "rejection") if temperature else ("coupled",):
                 rows.append(cell(engine, kind, temperature, acceptance, args))
                 print(rows[-1], flush=True)
-    facts = {"model": "smollm2-135m", "draft_len": args.draft_len, "max_new_tokens": args.tokens, "top_p": args.top_p}
+    facts = {
+        "model": common.EMBEDDED_NAME,
+        "draft_len": args.draft_len,
+        "max_new_tokens": args.tokens,
+        "top_p": args.top_p,
+    }
     common.report("sampling", common.header(args.device) | facts, rows, args.out)
 
 

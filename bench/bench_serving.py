@@ -81,7 +81,7 @@ async def serve(shared: AsyncEngine, asked: list[Asked]) -> None:
 def run(mode: str, rate: float, args) -> Served:
     """One engine, which decodes some requests first and then those that count."""
     engine = Engine.from_pretrained(
-        "smollm2-135m", device=str(args.device), mode=mode, max_seq_len=1024, max_batch_size=args.batch,
+        common.EMBEDDED_NAME, device=str(args.device), mode=mode, max_seq_len=1024, max_batch_size=args.batch,
         draft_len=args.draft_len if mode == "two_pass" else None, prefix_caching=False,
     )  # fmt: skip
     engine.warmup()

@@ -17,13 +17,17 @@ from pathlib import Path
 
 import torch
 
+from orthrus_rt.checkpoint import EMBEDDED_NAME
 from orthrus_rt.device import pick_device
+from orthrus_rt.engine import Engine
 from orthrus_rt.info import device_facts
 from orthrus_rt.terminal import figures
 from orthrus_rt.timing import measure, percentiles, read_bandwidth, time_each
 from orthrus_rt.weights import codes_for_cuda
 
 __all__ = [
+    "EMBEDDED_NAME",
+    "embedded_engine",
     "graphed",
     "header",
     "loop",
@@ -87,9 +91,16 @@ def _device(text: str) -> torch.device:
         device = pick_device(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if device.type == "cuda" and device.index is not None:
+    if device.type == "cuda":
         torch.cuda.set_device(device)  # events and synchronisation are the current one's
     return device
+
+
+def embedded_engine(device: torch.device | str = "cpu", mode: str = "auto") -> Engine:
+    """The embedded model for one request at a time, up to 2,048 tokens, each computed anew."""
+    return Engine.from_pretrained(
+        EMBEDDED_NAME, device=device, mode=mode, max_seq_len=2048, max_batch_size=1, prefix_caching=False
+    )
 
 
 def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:

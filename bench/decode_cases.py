@@ -17,7 +17,6 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.model import Model
 from orthrus_rt.timing import SLEEP_CYCLES
 
-EMBEDDED = ckpt.EMBEDDED_NAME
 # Accepted of 31 drafts per cycle by the published models (twice their tokens per forward pass, less the bonus).
 PUBLISHED = {"1.7b": 7.5, "4b": 9.4, "8b": 9.7, "tiny": 3.0}
 WARM_UP = 4  # cycles
@@ -33,9 +32,9 @@ class Bench:
     def __init__(self, args):
         self.args, self.device = args, args.device
         self.dtype = torch.bfloat16
-        self.real = args.model == EMBEDDED
+        self.real = args.model == common.EMBEDDED_NAME
         if self.real:
-            self.checkpoint = ckpt.load(EMBEDDED)
+            self.checkpoint = ckpt.load(common.EMBEDDED_NAME)
         else:
             self.checkpoint = random_checkpoint(args.model, self.device, args.block_len)
         self.config = self.checkpoint.config

@@ -17,6 +17,7 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.model import Activations, Workspace, forward
 from orthrus_rt.prefill import prefill_rows
 from orthrus_rt.rows import Rows, empty_rows
+from orthrus_rt.runner import PREFILL_CHUNK
 from orthrus_rt.sampling import SamplingParams
 
 BLOCKS_PER_PASS = 8
@@ -87,14 +88,14 @@ def collect(engine: Engine, prompt: prompts.Prompt, tokens: int, shapes: list[tu
     out = engine.generate(ids, SamplingParams(max_new_tokens=tokens))
     text, model, kv = ids + out.token_ids, engine.model, engine.kv
     most = BLOCKS_PER_PASS * engine.config.block_len
-    act = Activations(model, max(512, most), most)
-    work = Workspace.allocate(model, max_rows=max(512, most), max_seq_len=engine.max_seq_len)
+    act = Activations(model, max(PREFILL_CHUNK, most), most)
+    work = Workspace.allocate(model, max_rows=max(PREFILL_CHUNK, most), max_seq_len=engine.max_seq_len)
     kv.reserve(0, len(text))
     run = lambda rows, picked, out: forward(  # noqa: E731
         model, kv, rows, act, work, logit_rows=picked, epilogue="logits", out=out
     )
-    for at in range(0, len(text), 512):
-        run(prefill_rows([(text[at : at + 512], at, 0)], "cpu"), None, None)
+    for at in range(0, len(text), PREFILL_CHUNK):
+        run(prefill_rows([(text[at : at + PREFILL_CHUNK], at, 0)], "cpu"), None, None)
     drafts = {}
     for length, known in shapes:
         parts = []

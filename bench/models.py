@@ -67,14 +67,14 @@ def config_of(size: str, block_len: int = 32) -> ModelConfig:
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """``(out_features, in_features)`` of each weight that row_linear takes."""
+    """``(in_features, out_features)`` of each weight that row_linear takes."""
     hidden, mlp, q_width = config.hidden_size, config.intermediate_size, config.num_heads_q * config.head_dim
     return {
-        "qkv": (q_width + 2 * config.num_heads_kv * config.head_dim, hidden),
-        "o": (hidden, q_width),
-        "gate_up": (2 * mlp, hidden),
-        "down": (hidden, mlp),
-        "lm_head": (config.vocab_size, hidden),
+        "qkv": (hidden, q_width + 2 * config.num_heads_kv * config.head_dim),
+        "o": (q_width, hidden),
+        "gate_up": (hidden, 2 * mlp),
+        "down": (mlp, hidden),
+        "lm_head": (hidden, config.vocab_size),
     }
 
 

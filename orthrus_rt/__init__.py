@@ -37,9 +37,7 @@ else:
         if name in _HOME:
             return getattr(import_module(f"orthrus_rt.{_HOME[name]}"), name)
         if name == "__version__":
-            from importlib.metadata import version
-
-            return version("orthrus-rt")
+            return import_module("orthrus_rt.versions").own()
         raise AttributeError(f"module 'orthrus_rt' has no attribute {name!r}")
 
 

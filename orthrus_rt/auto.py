@@ -22,7 +22,7 @@ from orthrus_rt.config import ModelConfig
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_buckets, default_draft_len
 from orthrus_rt.dry_run import dry_cycles, most_context
-from orthrus_rt.info import device_facts, version
+from orthrus_rt.info import device_facts
 from orthrus_rt.model import Model
 from orthrus_rt.pages import PAGE_SIZE
 from orthrus_rt.pass_costs import PassCosts, cache_file
@@ -31,6 +31,7 @@ from orthrus_rt.progress import progress_bar
 from orthrus_rt.sizes import Sizes
 from orthrus_rt.stopwatch import Stopwatch
 from orthrus_rt.timing import SLEEP_CYCLES
+from orthrus_rt.versions import installed
 
 MAX_ROWS = 512  # of a one_pass candidate: more are bound by arithmetic, where one read of the weights saves little
 RIDGE_ROWS = {"cpu": 32, "cuda": 256}  # where a pass begins to cost more, until it is measured
@@ -192,5 +193,5 @@ def cost_identity(
     c = config
     sizes = (c.name, c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size, dtype, nbytes)
     ops = (f"{op} {dispatch.select(op, device, dtype)}" for op in dispatch.OPS)
-    facts = (version("orthrus-rt"), *sizes, *device_facts(device).values(), *ops, f"{context} tokens")
+    facts = (installed("orthrus-rt"), *sizes, *device_facts(device).values(), *ops, f"{context} tokens")
     return " | ".join(map(str, facts))

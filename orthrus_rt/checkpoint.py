@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from orthrus_rt.config import CheckpointError, ModelConfig, family_of, parse
-from orthrus_rt.storage import LazyTensors, StoredTensor, is_diffusion, read_json, scan, text
+from orthrus_rt.storage import LazyTensors, StoredTensor, is_diffusion, read_json, scan, shape_text
 
 EMBEDDED_NAME = "smollm2-135m"
 HUB_ID = r"[^./~@][^/@]*/[^/@]+(@.+)?"
@@ -317,14 +317,14 @@ def _check_tensors(stored: dict[str, StoredTensor], expected: dict, folder: Path
     optional = optional or {}
     missing = [name for name in expected if name not in stored]
     if missing:
-        raise CheckpointError(f"{folder}: {_some(missing)} missing, expected shape {text(expected[missing[0]])}")
+        raise CheckpointError(f"{folder}: {_some(missing)} missing, expected shape {shape_text(expected[missing[0]])}")
     extra = [name for name in stored if name not in expected and name not in optional]
     if extra:
         raise CheckpointError(f"{stored[extra[0]].file}: {_some(extra)} not part of this model")
     for name, shape in (optional | expected).items():
         if name in stored and stored[name].shape != shape:
-            got = text(stored[name].shape)
-            raise CheckpointError(f"{stored[name].file}: {name} must have shape {text(shape)}, got {got}")
+            got = shape_text(stored[name].shape)
+            raise CheckpointError(f"{stored[name].file}: {name} must have shape {shape_text(shape)}, got {got}")
 
 
 def _some(names: list[str]) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
+import sys
 from collections.abc import Callable
 
 EXIT_DIFFERENT = 1  # the exit code of commands that found other tokens than they should
@@ -115,3 +118,23 @@ def in_options(message: str, args) -> str:
 
     message = message.removeprefix("SamplingParams: ")
     return re.sub(rf"'[^']*'|(?<![\w./?&@-])({'|'.join(names)})(=| must|(?![\w/=-]|\.\w))", option, message)
+
+
+def say(args, message: str) -> None:
+    tell(f"orthrus-rt {args.command}: {message}\n")
+
+
+def tell(text: str) -> None:
+    """To stderr, where there is one that takes it: the exit code says the rest."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):  # of a line, which is written at once
+            sys.stderr.write(text)
+        flush_or_drop(sys.stderr)
+
+
+def flush_or_drop(stream) -> None:
+    """What cannot be written is dropped: Python would try again at exit, complain, and exit with a code of its own."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -16,13 +16,13 @@ import torch
 from orthrus_rt import dispatch, nvtx, ops
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import CyclePlan
-from orthrus_rt.device import upload
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.prefill import PrefillShape, PromptRows
-from orthrus_rt.recording import Recorded, taped
+from orthrus_rt.recording import Recorded, replay, taped
 from orthrus_rt.rows import Layout, Rows, empty_rows
 from orthrus_rt.state import SlotSampling, SlotState
+from orthrus_rt.uploads import upload
 
 COUPLED = 0  # purpose of the noise that both views share
 
@@ -36,7 +36,7 @@ class Pass:
         step: STEP_DRAFT, STEP_VERIFY or STEP_VERIFY_AND_DRAFT: what its choices are.
         rows: all of its rows, static.
         own: those that the consensus before it stages.
-        prompts: the others, which come first; None if there are none.
+        prompt_rows: the others, which come first; None if there are none.
         per_slot: choices per slot.
         logit_rows: int32, the rows that choose: slot by slot, then those of prompts.
         out: ``(value, id)``, partial maxima of their logits or scores; all passes share the memory.
@@ -48,7 +48,7 @@ class Pass:
     step: int
     rows: Rows
     own: Rows
-    prompts: PromptRows | None
+    prompt_rows: PromptRows | None
     per_slot: int
     logit_rows: torch.Tensor
     out: tuple[torch.Tensor, torch.Tensor]
@@ -75,11 +75,11 @@ def _pass(
         diffusion = diffusion[..., : plan.block_len - 1]  # the last row of a whole block predicts beyond it
     picked = np.concatenate([ar.reshape(slots, -1), diffusion.reshape(slots, -1)], 1)
     if shape is None:
-        prompts, logit_rows = None, upload(picked.flatten(), torch.int32, model.device)
+        prompt_rows, logit_rows = None, upload(picked.flatten(), torch.int32, model.device)
         rows = own = empty_rows(*layout, model.device)
     else:
-        prompts = PromptRows(shape, model.device, layout, picked.flatten())
-        rows, own, logit_rows = prompts.rows, prompts.own, prompts.logit_rows
+        prompt_rows = PromptRows(shape, model.device, layout, picked.flatten())
+        rows, own, logit_rows = prompt_rows.rows, prompt_rows.own, prompt_rows.logit_rows
     n = logit_rows.shape[0]
     out = activations.partials(n, "scores" if scored else "logits")
     return Pass(
@@ -87,7 +87,7 @@ def _pass(
         step={st.NEXT_DRAFT: st.STEP_DRAFT, st.NEXT_ONE_PASS: st.STEP_VERIFY_AND_DRAFT}.get(kind, st.STEP_VERIFY),
         rows=rows,
         own=own,
-        prompts=prompts,
+        prompt_rows=prompt_rows,
         per_slot=picked.shape[1],
         logit_rows=logit_rows,
         out=out,
@@ -112,7 +112,7 @@ class Cycle(Recorded):
         sampling: None for greedy slots alone: choices come from partial maxima, no logits are materialised. Else the
             slots' sampling parameters.
         activations, workspace: shared with every other cycle; large enough for the plan's rows.
-        shape: of prompts whose rows its last pass takes along; ``prompts`` is then to be loaded before every run.
+        shape: of prompts whose rows its last pass takes along; ``prompt_rows`` is then to be loaded before every run.
         plain: the cycle without prompts, whose passes before the last one are this one's too.
     """
 
@@ -132,7 +132,7 @@ class Cycle(Recorded):
         else:
             self.passes, self._tapes = plain.passes[:-1], plain.tapes
         self.passes.append(_pass(last, *common, shape))
-        self.prompts = self.passes[-1].prompts
+        self.prompt_rows = self.passes[-1].prompt_rows
         with_prompts = "" if shape is None else f" with {shape.rows} rows of prompts"
         self.what = f"{plan.mode} cycle of {num_slots} slots{with_prompts}"
 
@@ -146,7 +146,7 @@ class Cycle(Recorded):
     def forward(self, p: Pass) -> None:
         """Push pass ``p`` to its logits, or where none are materialised to its partial maxima."""
         if p in self._tapes:
-            return self._tapes[p].replay()
+            return replay(self._tapes[p])
         epilogue, out = ("argmax", p.out) if p.logits is None else ("logits", p.logits)
         forward(
             self.model, self.kv, p.rows, self.activations, self.workspace,
@@ -170,7 +170,7 @@ class Cycle(Recorded):
     @property
     def nbytes(self) -> int:
         """Of the rows of its own passes."""
-        passes = self.passes if self.prompts is None else self.passes[-1:]
+        passes = self.passes if self.prompt_rows is None else self.passes[-1:]
         held = (t for p in passes for t in (*vars(p.rows).values(), p.logit_rows))
         return sum(t.nbytes for t in held if isinstance(t, torch.Tensor))
 
@@ -218,7 +218,7 @@ class Cycle(Recorded):
         """One cycle of every running slot: a replay where this device can record one. The first call runs op by op
         (which also warms the kernels up) and then records; with prompts the second call does, if there is one.
         """
-        if self.prompts is not None:
+        if self.prompt_rows is not None:
             return self.run_again()
         if self.settled:
             return self.run_settled()

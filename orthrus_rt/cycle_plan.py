@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from typing import NamedTuple
+
+from orthrus_rt.integers import integer
 
 MODES = ("ar", "two_pass", "one_pass")
 DEFAULT_FAN_OUT = 6
@@ -81,27 +82,6 @@ def default_draft_len(mode: str, most: int, on_cpu: bool, fan_out: int = 0) -> i
     if mode == "auto" or not on_cpu:
         return most
     return min(most, max(CPU_DRAFTS, -(-(fan_out - 1) // 3) if mode == "one_pass" else 0))
-
-
-def is_bool(value) -> bool:
-    """Whether it is True or False, be it numpy's or a tensor's, which ``operator.index`` takes for 1 and 0."""
-    dtype = getattr(value, "dtype", None)
-    return isinstance(value, bool) or (dtype is not None and str(dtype) in ("bool", "torch.bool"))
-
-
-def integer(name: str, value) -> int:
-    """``value`` as an int.
-
-    Raises:
-        ValueError: it is none; True and False are none.
-    """
-    try:
-        index = None if is_bool(value) else operator.index(value)
-    except TypeError:
-        index = None
-    if index is None:
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    return index
 
 
 def cycle_plan(mode: str, draft_len: int | None, fan_out: int | None, config, *, on_cpu: bool = False) -> CyclePlan:

@@ -33,9 +33,10 @@ from orthrus_rt.device import (
 from orthrus_rt.exclusive import Turn, exclusive, torn_if_cut
 from orthrus_rt.fork_lock import ForkLock
 from orthrus_rt.generation import Generation
-from orthrus_rt.memory import memory_report, naming_the_knobs
+from orthrus_rt.memory import memory_report
 from orthrus_rt.metrics import Metrics
 from orthrus_rt.model import Model
+from orthrus_rt.out_of_memory import naming_the_knobs
 from orthrus_rt.outbox import Outbox
 from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.progress import progress_bar
@@ -325,12 +326,12 @@ class Engine(Generation):
                 return
             try:
                 for request in self.scheduler.unfinished:
-                    self.metrics.requests["abort"] += 1
+                    self.metrics.finished["abort"] += 1
                     request.finish_reason = "abort"
                 with device_scope(self.device):
                     self.runner.drop_cycles()
             except Exception:
-                self.runner.abandon()
+                self.runner.flights.abandon()
                 raise
             finally:  # a device that has failed must not keep the engine open
                 self._let_go()

@@ -10,8 +10,9 @@ from typing import overload
 
 import torch
 
-from orthrus_rt.cycle_plan import CyclePlan, cycle_plan, integer, most_hypotheses
+from orthrus_rt.cycle_plan import CyclePlan, cycle_plan, most_hypotheses
 from orthrus_rt.exclusive import Taken, exclusive, torn_if_cut
+from orthrus_rt.integers import integer
 from orthrus_rt.outputs import GenerationOutput, RequestOutput
 from orthrus_rt.progress import progress_bar
 from orthrus_rt.request import Request, TokenIds, make_request

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from orthrus_rt.checkpoint import EMBEDDED_NAME
-from orthrus_rt.cycle_plan import integer
 from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
+from orthrus_rt.integers import integer
 from orthrus_rt.sampling import SamplingParams
 
 LEAST_TEMPERATURE = 1e-5  # that the published code samples at

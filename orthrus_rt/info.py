@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -11,16 +10,9 @@ import torch
 from orthrus_rt import dispatch
 from orthrus_rt.config import CheckpointError
 from orthrus_rt.device import DTYPES, pick_device
+from orthrus_rt.versions import installed
 
 PACKAGES = ("orthrus-rt", "torch", "triton", "transformers", "safetensors", "gguf", "numpy")
-
-
-def version(package: str) -> str | None:
-    """What is installed; None if the package is not, or runs from a plain folder."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _cpuinfo() -> str:
@@ -77,7 +69,7 @@ def collect(*, device: str, dtype: str, model: str, adapter: str | None = None, 
     chosen = pick_device(device)
     native = dispatch.extension()
     facts = {
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version()} | {p: installed(p) for p in PACKAGES},
         "native": dict(native.build_info()) if native else None,
         "why_no_native": dispatch.why_no_native(),
         "device": device_facts(chosen),

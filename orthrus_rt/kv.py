@@ -6,8 +6,8 @@ import torch
 
 from orthrus_rt import huge_pages, pages
 from orthrus_rt.config import ModelConfig
-from orthrus_rt.device import upload
 from orthrus_rt.pages import PAGE_SIZE, PagePool
+from orthrus_rt.uploads import upload
 
 SINK_PAGE = 0  # nobody reads it; where invalid rows write, they do it here
 
@@ -32,12 +32,14 @@ class PagedKvCache:
     """
 
     def __init__(self, config: ModelConfig, *, num_slots: int, max_seq_len: int, num_pages: int, device, dtype):
-        self.max_seq_len, self.max_pages, self.num_pages = max_seq_len, pages.num_pages(max_seq_len), num_pages
+        self.max_seq_len, self.num_pages = max_seq_len, num_pages
         shape = torch.Size((config.num_layers, 2, 1 + num_pages, config.num_heads_kv, PAGE_SIZE, config.head_dim))
         self.pages = huge_pages.empty(shape, dtype, torch.device(device))
         self.k_pages = [self.pages[i, 0] for i in range(config.num_layers)]
         self.v_pages = [self.pages[i, 1] for i in range(config.num_layers)]
-        self.page_table = torch.full((num_slots, self.max_pages), SINK_PAGE, dtype=torch.int32, device=device)
+        self.page_table = torch.full(
+            (num_slots, pages.num_pages(max_seq_len)), SINK_PAGE, dtype=torch.int32, device=device
+        )
         self.reset()
 
     def reset(self) -> None:

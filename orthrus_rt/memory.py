@@ -13,11 +13,6 @@ MB or 48 rows, whichever is more).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable
-
-import torch
-
 
 def memory_report(engine) -> dict[str, int]:
     """Bytes by use.
@@ -51,42 +46,3 @@ def memory_report(engine) -> dict[str, int]:
         "graphs": runner.graph_bytes,
     }
     return report | {"total": sum(report.values())}
-
-
-class OutOfMemoryError(torch.OutOfMemoryError):
-    """Says what did not fit, and which arguments make the engine smaller, if any do."""
-
-
-def lacks_memory(error: BaseException) -> bool:
-    """Whether it says that a device or the host has none left."""
-    # torch's allocator for the CPU raises a plain RuntimeError, the kernels' scratch a MemoryError; where CUDA's driver
-    # has none, for a graph or a kernel's code, or cuBLAS, whoever asked says so in some RuntimeError.
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    said = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
-
-
-KNOBS = "max_batch_size, num_pages or max_seq_len"
-
-
-def knobs_of_rows(modes: Iterable[str]) -> str:
-    """Of what is allocated for each row of a cycle of these modes."""
-    drafting = set(modes) - {"ar"}
-    return ", ".join([*(["draft_len"] if drafting else []), *(["fan_out"] if "one_pass" in drafting else []), KNOBS])
-
-
-@contextlib.contextmanager
-def naming_the_knobs(doing: str, knobs: str = KNOBS):
-    """Say of a failed allocation what was being done and which arguments make it smaller; the innermost says it.
-
-    Raises:
-        torch.OutOfMemoryError: in place of the allocator's own error.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, OutOfMemoryError) or not lacks_memory(error):
-            raise
-        said = str(error).strip().split("\n")[0]
-        raise OutOfMemoryError(f"out of memory while {doing}: lower {knobs} ({said})") from error

@@ -58,7 +58,7 @@ class Metrics:
         self.tokens = self.prompt_tokens = self.recomputed_tokens = self.cached_tokens = 0
         self.cycles = self.passes = self.preemptions = self.drafted = 0
         self.accepted: dict[int, int] = {}
-        self.requests = {"stop": 0, "length": 0, "abort": 0, "error": 0}
+        self.finished = {"stop": 0, "length": 0, "abort": 0, "error": 0}
         self.busy_seconds = 0.0
         self.times: dict[str, tuple[int, float]] = {}
         self.first_token, self.per_token = Latencies(), Latencies()
@@ -142,7 +142,7 @@ class Metrics:
             "plan": self.plan,
             "drafted": self.drafted,
             "accepted": dict(sorted(self.accepted.items())),
-            "finished": dict(self.requests),
+            "finished": dict(self.finished),
             "waiting": len(scheduler.waiting) if scheduler else 0,
             "running": len(scheduler.active) if scheduler else 0,
             "pages_free": kv.num_free_pages if kv else 0,

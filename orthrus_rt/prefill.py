@@ -15,19 +15,19 @@ import numpy as np
 import torch
 
 from orthrus_rt import dispatch
-from orthrus_rt.device import copy_up
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.recording import Recorded
 from orthrus_rt.request import Request
 from orthrus_rt.rows import Chunk, Layout, Rows, fixed_rows, lay_out, padded
+from orthrus_rt.uploads import copy_up
 
 TILE = 128  # rows of row_linear's tiles in a prefill on sm_90: what pads the last one costs nothing
 LEAST = 16  # rows of its narrowest
 NOTHING = Layout()
-# Of requests that hold a slot: how much of their prompts went before, and the tokens that come next. They count as
-# prefilled already.
-PromptChunks = list[tuple[Request, int, list[int]]]
+# Tokens that come next of the prompts of requests that hold a slot, and how many went before. They count as prefilled
+# already.
+PromptChunks = list[tuple[list[int], int, Request]]
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Prompts:
     """
 
     def __init__(self, chunks: PromptChunks):
-        self.laid: list[Chunk] = [(tokens, start, request.slot) for request, start, tokens in chunks]
+        self.laid: list[Chunk] = [(tokens, start, request.slot) for tokens, start, request in chunks]
         self._sizes = [len(tokens) for tokens, _, _ in self.laid]
-        last = {r: end - 1 for (r, _, _), end in zip(chunks, accumulate(self._sizes), strict=True) if r.decoding}
+        last = {r: end - 1 for (_, _, r), end in zip(chunks, accumulate(self._sizes), strict=True) if r.decoding}
         self.ended = list(last)
         self.choosing = [r for r in last if not r.tokens]
         self.picked = [last[r] for r in self.choosing]
@@ -157,14 +157,14 @@ class PrefillPass(Recorded):
         self, model: Model, kv: PagedKvCache, activations: Activations, workspace: Workspace, shape: PrefillShape
     ):
         self.model, self.kv, self.activations, self.workspace, self.shape = model, kv, activations, workspace, shape
-        self.what, self.prompts = f"prefill of {shape.rows} rows", PromptRows(shape, model.device)
+        self.what, self.prompt_rows = f"prefill of {shape.rows} rows", PromptRows(shape, model.device)
         logits = (activations.logits(shape.chosen), None) if shape.scored else None
         self.out = logits or activations.partials(shape.chosen, "logits")
 
     @property
     def nbytes(self) -> int:
         """Of what it has for itself."""
-        return self.prompts.nbytes
+        return self.prompt_rows.nbytes
 
     def used_ops(self) -> tuple[str, ...]:
         return dispatch.OPS_BEFORE_LOGITS
@@ -173,8 +173,8 @@ class PrefillPass(Recorded):
         """From embedding to logits or partial maxima; keys and values land in the cache."""
         epilogue, out = ("logits", self.out[0]) if self.shape.scored else ("argmax", self.out)
         forward(
-            self.model, self.kv, self.prompts.rows, self.activations, self.workspace,
-            logit_rows=self.prompts.logit_rows, epilogue=epilogue, out=out,
+            self.model, self.kv, self.prompt_rows.rows, self.activations, self.workspace,
+            logit_rows=self.prompt_rows.logit_rows, epilogue=epilogue, out=out,
         )  # fmt: skip
 
     run = Recorded.run_again

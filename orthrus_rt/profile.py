@@ -17,6 +17,7 @@ from orthrus_rt import dispatch, ops
 from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.dry_run import dry_cycles
 from orthrus_rt.exclusive import exclusive
+from orthrus_rt.recording import replay, taped
 from orthrus_rt.timing import measure, read_bandwidth, time_each
 
 
@@ -91,10 +92,8 @@ def calls_of(run: Callable[[], object]) -> list[Call]:
                 return real(*args, **kwargs)
             again = partial(real, *args, **kwargs)
             if dispatch.extension() is not None:
-                tape = dispatch.extension().cpu.Tape()  # a call without Python's share of it
-                with tape.record():
-                    again()
-                again = tape.replay if len(tape) else again
+                tape = taped(again)  # a call without Python's share of it
+                again = partial(replay, tape) if len(tape) else again
             else:
                 again()
             weight = args[1]
@@ -121,7 +120,7 @@ def time_calls(calls: list[Call], device: torch.device, *, repeats: int, reset: 
 
 
 @exclusive
-def profile(engine, *, mode=None, draft_len=None, fan_out=None, batch: int = 1, context: int = 256, repeats: int = 20):
+def profile(engine, *, mode: str, draft_len=None, fan_out=None, batch: int = 1, context: int = 256, repeats: int = 20):
     """The breakdown of one greedy cycle.
 
     Returns:
@@ -136,8 +135,6 @@ def profile(engine, *, mode=None, draft_len=None, fan_out=None, batch: int = 1, 
     if not engine._idle():
         raise RuntimeError("profile: the engine must be idle")
     device = engine.device
-    if mode is None:
-        mode = "two_pass" if engine.mode == "auto" else engine.mode
     plan = engine.make_plan(mode, draft_len, fan_out)
     if plan.mode == "auto" or repeats < 1:
         raise ValueError(f"profile: mode must be one of {', '.join(MODES)}, repeats >= 1, got {plan.mode}, {repeats}")

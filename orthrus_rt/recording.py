@@ -11,8 +11,8 @@ import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt.capture import capture
-from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.model import Model, Workspace
+from orthrus_rt.out_of_memory import naming_the_knobs
 
 
 def taped(run: Callable[[], None]):

@@ -1,6 +1,6 @@
 """The oracle: every op in plain torch, obvious and slow. Runs on any device and float dtype.
 
-Each function has the signature of its twin in :mod:`orthrus_rt.ops` and the same rounding points:
+Each op has the signature of its twin in :mod:`orthrus_rt.ops` and the same rounding points:
 arithmetic in fp32, one rounding to the output's dtype. It is also a backend (``ORTHRUS_BACKEND=reference``),
 the only one for float16 models. It is *not* row-invariant: torch's own reductions may change with the shape.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from orthrus_rt import state as st
+from orthrus_rt.filters import filtered, total_mass
 from orthrus_rt.reference_consensus import consensus, first_argmax  # noqa: F401  (consensus is an op like these)
 from orthrus_rt.rows import Rows
 
@@ -135,11 +136,6 @@ def dual_attn(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows: Rows,
 
 
 # --- process_logits ---------------------------------------------------------------------------------
-#
-# Sums of probability are sums of integers: the mass of a token is trunc(exp(y - max) * 2**40). They
-# are exact in any order, so the same bits come out for any batch and any way to split the row.
-MASS_ONE = 1 << 40
-FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 def philox(seed, position, purpose, token):
@@ -183,75 +179,11 @@ def exponential(seed, position, purpose, token):
     return torch.where(u < 2.0**-7, series, -torch.log(1 - u))
 
 
-def _mass(weight):
-    return (weight * MASS_ONE).long()
-
-
-def _per_row(value, logits, dtype):
-    return torch.as_tensor(value, dtype=dtype, device=logits.device).expand(logits.shape[0])[:, None]
-
-
-def _filter(logits, temperature, top_k, top_p, min_p):
-    """(y, weight, keep): scaled logits, exp(y - max) and the kept tokens of each row (one token if greedy)."""
-    vocab = logits.shape[1]
-    temperature = _per_row(temperature, logits, torch.float32)
-    top_k = _per_row(top_k, logits, torch.int64)
-    top_p = _per_row(top_p, logits, torch.float32)
-    min_p = _per_row(min_p, logits, torch.float32)
-    y = torch.where(logits.isnan(), -torch.inf, logits.float())
-    y = (y / torch.where(temperature > 0, temperature, 1)).clamp(max=FLOAT_MAX)
-    top = y.amax(-1, keepdim=True)
-    weight = torch.exp(y - top)
-    greedy = (temperature <= 0) | (top == -torch.inf)
-    cut = torch.full_like(top, -torch.inf)
-    limited = torch.where((top_k > 0) & (top_k < vocab) & ~greedy, top_k, 0)
-    if limited.any():
-        kth = y.topk(int(limited.max())).values.gather(1, (limited - 1).clamp(min=0))
-        cut = torch.where(limited > 0, kth, cut)
-    rows = ((top_p < 1) & ~greedy)[:, 0].nonzero()[:, 0]
-    if rows.numel():
-        cut[rows] = _nucleus(y[rows], weight[rows], cut[rows], top_p[rows])
-    cut = torch.where(min_p > 0, torch.maximum(cut, top + torch.log(min_p)), cut)
-    first = (y == top).to(torch.uint8).argmax(-1, keepdim=True)
-    keep = torch.where(greedy, torch.arange(vocab, device=y.device) == first, y >= cut)
-    return y, weight, keep
-
-
-def _nucleus(y, weight, cut, top_p):
-    """Smallest y of the shortest sorted prefix that holds ``top_p`` of the mass of ``y >= cut``."""
-    total = _mass(torch.where(y >= cut, weight, 0)).sum(-1, keepdim=True)
-    target = (top_p.double() * total.double()).long().clamp(min=1)
-    for width in (1024, y.shape[1]):  # the nucleus is nearly always small: a full sort is the exception
-        index = y.topk(min(width, y.shape[1])).indices
-        reached = _mass(weight.gather(1, index)).cumsum(-1) >= target
-        if reached[:, -1].all():
-            break
-    return y.gather(1, index.gather(1, reached.int().argmax(-1, keepdim=True)))
-
-
-def process_logits_probs(logits, temperature, top_k, top_p, min_p):
-    """Probabilities fp32 ``[num_rows, vocab_size]`` of the tokens that each row may choose.
-
-    Temperature first; then ``top_k`` (0: off), ``top_p`` (1: off; the shortest prefix of the sorted
-    distribution whose mass is at least ``top_p``), ``min_p`` relative to the largest probability.
-    Tokens equal to the last kept one are kept. ``temperature`` 0 puts everything on the largest logit
-    (lowest id). NaN counts as -inf; a row of nothing else chooses id 0. Parameters are numbers or
-    ``[num_rows]`` tensors. Row-invariant.
-    """
-    _, weight, keep = _filter(logits, temperature, top_k, top_p, min_p)
-    alone = keep.sum(-1, keepdim=True) == 1
-    kept = torch.where(keep, weight, 0)
-    return torch.where(alone, keep.float(), kept / _total(kept))
-
-
-def _total(kept):
-    return (_mass(kept).sum(-1, keepdim=True).double() / MASS_ONE).float()
-
-
 def process_logits(
     logits, rows: Rows, logit_rows, sampling: st.SlotSampling, cache_seqlens, purpose, partials, *, log_probs=None
 ):
-    """Edits, then the scores of a Gumbel draw from :func:`process_logits_probs`; greedy rows score every logit.
+    """Edits, then the scores of a Gumbel draw from :func:`orthrus_rt.filters.process_logits_probs`; greedy rows score
+    every logit.
 
     See :func:`orthrus_rt.ops.process_logits` for the contract.
     """
@@ -261,7 +193,7 @@ def process_logits(
     if sampling.edits is not None:
         y = _edit(y, rows, r, slot, position, sampling.edits, cache_seqlens)
     temperature, top_k, top_p, min_p, seed = (t[slot] for t in sampling.filters())
-    y, weight, keep = _filter(y, temperature, top_k, top_p, min_p)
+    y, weight, keep = filtered(y, temperature, top_k, top_p, min_p)
     # Noise costs: draw it only for kept tokens that could still beat the likeliest one. It is at most 22.9.
     top, best = y.max(-1)
     lead = (top - torch.log(exponential(seed, position, purpose, best)))[:, None]
@@ -274,7 +206,7 @@ def process_logits(
     _partials(score, st.SCORE_TILE, partials)
     if log_probs is not None:
         alone = keep.sum(-1, keepdim=True) == 1
-        total = _total(torch.where(keep, weight, 0))
+        total = total_mass(torch.where(keep, weight, 0))
         value = torch.where(alone, 0, y - y.amax(-1, keepdim=True) - torch.log(total))
         log_probs.copy_(torch.where(keep, value, -torch.inf))
 

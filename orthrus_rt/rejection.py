@@ -20,8 +20,9 @@ import torch
 
 from orthrus_rt import nvtx
 from orthrus_rt import state as st
-from orthrus_rt.memory import naming_the_knobs
-from orthrus_rt.reference import first_argmax, process_logits_probs
+from orthrus_rt.filters import process_logits_probs
+from orthrus_rt.out_of_memory import naming_the_knobs
+from orthrus_rt.reference_consensus import first_argmax
 from orthrus_rt.sampling import SamplingParams
 
 if TYPE_CHECKING:

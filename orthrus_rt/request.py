@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from orthrus_rt.config import ModelConfig
-from orthrus_rt.cycle_plan import CyclePlan, is_bool
+from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.integers import is_bool
 from orthrus_rt.outputs import RequestOutput, Stats
 from orthrus_rt.pages import PAGE_SIZE, page_names
 from orthrus_rt.rejection import RejectionSampler

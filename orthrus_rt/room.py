@@ -18,7 +18,7 @@ from orthrus_rt import dispatch
 from orthrus_rt.checkpoint import expected_tensors
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.device import dtype_name
-from orthrus_rt.memory import OutOfMemoryError
+from orthrus_rt.out_of_memory import OutOfMemoryError
 from orthrus_rt.sizes import Sizes
 from orthrus_rt.weights import codes_for_cuda
 

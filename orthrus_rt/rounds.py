@@ -13,14 +13,15 @@ from orthrus_rt.auto import Autos
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.cycle_plan import AR, CyclePlan
 from orthrus_rt.exclusive import torn_if_cut
+from orthrus_rt.flights import Flight
 from orthrus_rt.kv import OutOfPages
-from orthrus_rt.memory import naming_the_knobs
 from orthrus_rt.metrics import Metrics
+from orthrus_rt.out_of_memory import naming_the_knobs
 from orthrus_rt.outbox import Outbox
 from orthrus_rt.prefill import PromptChunks
 from orthrus_rt.request import Request
 from orthrus_rt.results import Result
-from orthrus_rt.runner import Flight, Runner
+from orthrus_rt.runner import Runner
 from orthrus_rt.scheduler import Scheduler
 
 log = logging.getLogger("orthrus_rt")
@@ -53,7 +54,7 @@ class Rounds:
 
     def _finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
         self.outbox.hear(request)
-        self.metrics.requests[reason] += 1  # together with the next two: no signal strikes between these stores
+        self.metrics.finished[reason] += 1  # together with the next two: no signal strikes between these stores
         request.error = error
         request.finish_reason = reason
         if reason in ("stop", "length") and request.stats.tokens > 1:
@@ -89,7 +90,7 @@ class Rounds:
         has arrived.
         """
         with self._naming_who_runs(), contextlib.suppress(RequestFailed), torn_if_cut(self), self.metrics.busy():
-            before = self.runner.num_posted
+            before = self.runner.flights.num_posted
             self._launch(self._ready(), before)
             self._collect_but(before)
             auto = self._autos.get(self._plan)
@@ -128,7 +129,7 @@ class Rounds:
         plan, policy = auto.choose(running) if auto else (self._plan, None)
         apart = any(r.rejection for r in running) or (policy is not None and policy.wants_time)
         chunks = [] if apart else self._chunks(room)
-        prompts = [request for request, _, _ in chunks]
+        prompts = [request for _, _, request in chunks]
         if chunks and not any(r.rejection for r in prompts):
             with self._or_end(prompts):  # whoever runs goes on without them
                 self.runner.decode_and_prefill(running, plan, policy, chunks)
@@ -143,7 +144,7 @@ class Rounds:
     @property
     def _margin(self) -> int:
         """Positions beyond the known ones that the cycles in flight may write."""
-        return (1 + self.runner.lag) * self.config.block_len
+        return (1 + self.runner.flights.lag) * self.config.block_len
 
     def _grow(self, request: Request) -> None:
         """Pages for every position that this cycle may write; the latest arrivals give theirs up if none are free."""
@@ -184,7 +185,7 @@ class Rounds:
         for request in self._prompts():
             start = request.prefilled
             tokens = request.to_prefill[start : start + room]
-            chunks.append((request, start, tokens))
+            chunks.append((tokens, start, request))
             request.prefilled += len(tokens)
             self.scheduler.publish(request.slot, request, request.prefilled)
             room -= len(tokens)
@@ -195,24 +196,24 @@ class Rounds:
     def _prefill(self, chunks: PromptChunks) -> None:
         if not chunks:
             return
-        with self._or_end([request for request, _, _ in chunks]):
+        with self._or_end([request for _, _, request in chunks]):
             self.runner.prefill(chunks)
         self._count(chunks)
 
     def _count(self, chunks: PromptChunks) -> None:
-        for request, _, tokens in chunks:
+        for tokens, _, request in chunks:
             self.metrics.prefilled(len(tokens), request.count_prompt())
 
     def _collect_but(self, launched: int) -> None:
         """Read results; of a device that runs ahead only those of the first ``launched`` flights, so as not to wait for
         what this round has launched.
         """
-        self._collect(self.runner.num_posted - launched if self.runner.lag else 0)
+        self._collect(self.runner.flights.num_posted - launched if self.runner.flights.lag else 0)
 
     def _collect(self, in_flight: int) -> None:
         """Read results, oldest first, until only ``in_flight`` launches are unread."""
         while len(self.runner.flights) > in_flight:
-            flight = self.runner.flights.pop(0)
+            flight = self.runner.flights.pop()
             running = [(slot, r) for slot, r in flight.requests if r.finish_reason is None]
             results = flight.collect().read([(slot, len(r.tokens)) for slot, r in running])
             if flight.policy is not None:

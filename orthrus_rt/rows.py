@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from orthrus_rt.device import upload
+from orthrus_rt.uploads import upload
 
 
 @dataclass

@@ -1,12 +1,8 @@
-"""The device side of the engine: memory planned up front, prompts and cycles run, results posted back.
-
-The host never waits for the cycle it has just launched where the device is asynchronous (``lag`` 1): it reads
-the results of the one before, through pinned memory.
-"""
+"""The device side of the engine: memory planned up front, prompts and cycles run, results posted back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,10 +11,10 @@ from orthrus_rt import dispatch, nvtx, ops
 from orthrus_rt import state as st
 from orthrus_rt.cycle import COUPLED, Cycle
 from orthrus_rt.cycle_plan import CyclePlan, batch_bucket, most_hypotheses
-from orthrus_rt.device import put, upload
+from orthrus_rt.flights import Flights
 from orthrus_rt.kv import PagedKvCache
-from orthrus_rt.memory import KNOBS, knobs_of_rows, naming_the_knobs
 from orthrus_rt.model import Activations, Model, Workspace, forward
+from orthrus_rt.out_of_memory import KNOBS, knobs_of_rows, naming_the_knobs
 from orthrus_rt.policy import Policy
 from orthrus_rt.prefill import PrefillPass, PrefillShape, PromptChunks, Prompts, prefill_rows, round_up
 from orthrus_rt.rejection import run_by_rejection, verify
@@ -26,7 +22,8 @@ from orthrus_rt.request import Request
 from orthrus_rt.results import SlotResults
 from orthrus_rt.sampling import MAX_LOGIT_BIAS
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState
-from orthrus_rt.stopwatch import Stopwatch, Stretch
+from orthrus_rt.stopwatch import Stopwatch
+from orthrus_rt.uploads import put, upload
 
 PREFILL_CHUNK = 512  # prompt tokens per pass, of one prompt or of several
 # The same where sequences decode beside it, by device: their next tokens wait for that pass. A CPU computes every row,
@@ -34,25 +31,6 @@ PREFILL_CHUNK = 512  # prompt tokens per pass, of one prompt or of several
 CHUNK_BESIDE = {"cpu": 128, "cuda": PREFILL_CHUNK}
 # Of passes and cycles with prompts. An `auto` of 32 slots comes upon some 120 shapes, and recording stops the device.
 MAX_RECORDINGS = 256
-_leaked_mailboxes: list[SlotResults] = []  # of devices that have failed
-
-
-@dataclass
-class Flight:
-    """Work launched and not yet read: whose, what kind, and where its results will be."""
-
-    requests: list[tuple[int, Request]]  # (slot at launch, request)
-    plan: CyclePlan | None  # of the cycle; None for a prefill
-    results: SlotResults
-    done: torch.cuda.Event | None
-    timed: Stretch | None  # of a cycle that ran as it will run again
-    policy: Policy | None = None  # that chose the plan and waits for what came of it
-
-    def collect(self) -> SlotResults:
-        """Wait for the results."""
-        if self.done is not None:
-            self.done.synchronize()
-        return self.results
 
 
 class Runner:
@@ -61,7 +39,6 @@ class Runner:
     def __init__(self, model: Model, *, num_slots: int, max_seq_len: int, shapes, num_pages: int, max_stop_ids):
         self.model, self.num_slots = model, num_slots
         block_len = model.config.block_len
-        self.lag = 1 if model.device.type == "cuda" else 0
         self.kv = PagedKvCache(
             model.config, num_slots=num_slots, max_seq_len=max_seq_len, num_pages=num_pages, device=model.device,
             dtype=model.dtype,
@@ -70,19 +47,17 @@ class Runner:
         state = SlotState.allocate(
             num_slots, block_len, ring, max_stop_ids, model.device, max_fan_out=most_hypotheses(block_len - 1)
         )
-        self.results = SlotResults(num_slots, ring, model.device)
-        for name, view in self.results.views.items():
+        results = SlotResults(num_slots, ring, model.device)
+        self.flights = Flights(results)
+        for name, view in results.views.items():
             view.copy_(getattr(state, name))
-        self.state = replace(state, **self.results.views)
+        self.state = replace(state, **results.views)
         self.sampling = SlotSampling.allocate(num_slots, model.device)
         self.stopwatch = Stopwatch(model.device)
-        self.flights: list[Flight] = []
-        self.num_posted = 0  # flights ever launched
         self._cycles: dict[tuple, Cycle] = {}
         # Not on the CPU, where every row of padding costs its arithmetic.
         self.pads_prefill = model.device.type == "cuda" and dispatch.row_invariant(model.device, model.dtype)
         self._with_prompts: dict[tuple, PrefillPass | Cycle] = {}  # those used last at the end
-        self._mailboxes: list[SlotResults] = []
         self._room, self._knobs = (0, 0), KNOBS
         self.make_room(shapes)
 
@@ -113,16 +88,10 @@ class Runner:
     def drop_cycles(self) -> None:
         """Free every cycle and prefill pass built so far, and its graph."""
         # What was launched ahead of its results may still run.
-        if self.model.device.type == "cuda" and (self._cycles or self._with_prompts or self._mailboxes):
+        if self.model.device.type == "cuda" and (self._cycles or self._with_prompts or self.flights.may_fly):
             torch.cuda.synchronize(self.model.device)
         self._cycles.clear()
         self._with_prompts.clear()
-
-    def abandon(self) -> None:
-        """The device has failed. Page-locked memory is kept: freeing it, torch asks the device, in a destructor, and
-        the process would end there.
-        """
-        _leaked_mailboxes.extend(self._mailboxes)
 
     def cycle(
         self, plan: CyclePlan, num_slots: int, sampling: SlotSampling | None = None, shape: PrefillShape | None = None
@@ -221,7 +190,7 @@ class Runner:
         """Push these tokens through the AR view, in one pass."""
         prompts = Prompts(chunks)
         this = self._prefill_pass(prompts.shape(self._sampling(prompts.choosing) is not None))
-        this.prompts.load(prompts.laid, prompts.picked)
+        this.prompt_rows.load(prompts.laid, prompts.picked)
         with self.stopwatch.time("recording" if this.due_to_record else "prefill"):
             this.run()
         self._take_prompts(prompts, self._score(prompts.choosing, this) if prompts.choosing else [])
@@ -236,7 +205,7 @@ class Runner:
         if sampling := self._sampling(requests):
             logits = value
             value, index = out = self.activations.partials(n, "scores")
-            rows, picked = this.prompts.rows, this.prompts.logit_rows[:n]
+            rows, picked = this.prompt_rows.rows, this.prompt_rows.logit_rows[:n]
             ops.process_logits(logits, rows, picked, sampling, self.state.cache_seqlens, COUPLED, out)
         partials = [(value[i : i + 1], index[i : i + 1]) for i in range(n)]
         for i, choice in by_rejection.items():
@@ -257,7 +226,7 @@ class Runner:
             view = self.state.view(slice(request.slot, request.slot + 1))
             ops.consensus(view, mine, st.STEP_VERIFY, st.NEXT_NONE, None, self.model.config.mask_token_id, 1)
         if prompts.choosing:
-            self._post(prompts.choosing, None)
+            self.flights.post(prompts.choosing, None)
 
     def _prefill_pass(self, shape: PrefillShape) -> PrefillPass:
         def build(shape: PrefillShape) -> PrefillPass:
@@ -291,7 +260,7 @@ class Runner:
         for rows in sorted(sizes):
             for chosen in (0, 1) if rows == most and not scored else (1,):
                 this = self._prefill_pass(PrefillShape(rows, 1, rows, chosen, scored))
-                this.prompts.load([], [])
+                this.prompt_rows.load([], [])
                 this.warm_up()
 
     def next_logits(self, token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -317,10 +286,10 @@ class Runner:
         sampling = self._sampling(requests + prompts.choosing)
         shape = prompts.shape(sampling is not None)
         cycle = self.cycle(plan, 1 + max(r.slot for r in requests), sampling, shape)
-        cycle.prompts.load(prompts.laid, prompts.picked)
+        cycle.prompt_rows.load(prompts.laid, prompts.picked)
         with self.stopwatch.time("recording" if cycle.due_to_record else "mixed_cycle"):
             cycle.run()
-        self._post(requests, plan, None, policy)
+        self.flights.post(requests, plan, None, policy)
         value, index = cycle.first_choices
         self._take_prompts(prompts, [(value[i : i + 1], index[i : i + 1]) for i in range(len(prompts.choosing))])
 
@@ -333,23 +302,4 @@ class Runner:
                 run_by_rejection(cycle, requests)
             else:
                 cycle.run()
-        self._post(requests, plan, stretch if steady else None, policy)
-
-    def _post(self, requests: list[Request], plan: CyclePlan | None, timed=None, policy=None) -> None:
-        """Queue the slots' results for reading: a copy to pinned memory on CUDA, the state itself on the CPU."""
-        results, done = self.results, None
-        if self.lag:
-            results = self._mailbox()
-            results.memory.copy_(self.results.memory, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record()
-        self.flights.append(Flight([(r.slot, r) for r in requests], plan, results, done, timed, policy))
-        self.num_posted += 1
-
-    def _mailbox(self) -> SlotResults:
-        """A pinned buffer that no unread flight holds; as many as flights are ever unread, then used again."""
-        for box in self._mailboxes:
-            if not any(box is flight.results for flight in self.flights):
-                return box
-        self._mailboxes.append(SlotResults(self.num_slots, self.state.output.shape[1], "cpu", pinned=True))
-        return self._mailboxes[-1]
+        self.flights.post(requests, plan, stretch if steady else None, policy)

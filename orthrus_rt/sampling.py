@@ -10,7 +10,7 @@ from numbers import Real
 
 import torch
 
-from orthrus_rt.cycle_plan import integer
+from orthrus_rt.integers import integer
 
 MAX_LOGIT_BIAS = 256
 LEAST, MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # the kernels compute in fp32

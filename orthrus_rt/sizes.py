@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from orthrus_rt import pages
 from orthrus_rt.config import ModelConfig
-from orthrus_rt.cycle_plan import integer
+from orthrus_rt.integers import integer
 
 DEFAULT_SEQ_LEN = 4096
 MOST = 2**31  # slots and pages have int32 numbers

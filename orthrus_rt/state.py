@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orthrus_rt.device import put, upload
+from orthrus_rt.uploads import put, upload
 
 # FinishReason
 EMPTY, RUNNING, STOP, LENGTH, NO_CHOICE = -1, 0, 1, 2, 3

@@ -123,7 +123,8 @@ def _entry(path: Path, header: dict, key: str) -> StoredTensor:
         found = header[scale].get_dtype(), tuple(header[scale].get_shape())
         if found != ("F32", shape[:1]):
             raise CheckpointError(
-                f"{path}: {scale} must be F32 of shape {text(shape[:1])}, got {found[0]} of shape {text(found[1])}"
+                f"{path}: {scale} must be F32 of shape {shape_text(shape[:1])}, got {found[0]} of shape "
+                f"{shape_text(found[1])}"
             )
         return StoredTensor(path, key, shape, scale)
     if dtype not in WEIGHT_DTYPES:
@@ -158,6 +159,6 @@ def is_diffusion(name: str) -> bool:
     return name.endswith("_diff.weight")
 
 
-def text(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
     """A shape for messages, as ``[2, 3]``."""
     return "[" + ", ".join(map(str, shape)) + "]"

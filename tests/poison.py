@@ -96,11 +96,11 @@ def check_nan_ends_its_requests_alone(engine: Engine, jobs: list[Job], **how) ->
     """
     healthy = run(engine, jobs, **how)
     assert {reason for _, reason, _ in healthy} <= {"stop", "length"}
-    token, before = fatal_token(jobs, healthy), engine.metrics.requests["error"]
+    token, before = fatal_token(jobs, healthy), engine.metrics.finished["error"]
     want = [outcome_with(token, *pair) for pair in zip(jobs, healthy, strict=True)]
     with nan_embedding(engine, token):
         assert run(engine, jobs, **how) == want
-    assert engine.metrics.requests["error"] - before == sum(reason == "error" for _, reason, _ in want)
+    assert engine.metrics.finished["error"] - before == sum(reason == "error" for _, reason, _ in want)
     assert run(engine, jobs, **how) == healthy
 
 

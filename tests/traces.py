@@ -103,7 +103,7 @@ class Tap:
         before, running = state.cache_seqlens.tolist(), (state.finish == st.RUNNING).tolist()
         replayed = cycle._replay is not None
         run(cycle)
-        if cycle.prompts is None:
+        if cycle.prompt_rows is None:
             self.replays += replayed
             self.eager_cycles += not replayed
         verify = cycle.passes[-1]
@@ -111,7 +111,7 @@ class Tap:
         if cycle.sampling is None:
             check_partials(verify.out, logits)
         own = len(verify.partials[0])
-        self._before_prompts = own if cycle.prompts else 0
+        self._before_prompts = own if cycle.prompt_rows else 0
         logits = logits[:own][verify.logit_rows[:own] < verify.rows.num_rows_ar]
         per_slot = len(logits) // state.num_slots
         for slot, after in enumerate(state.cache_seqlens.tolist()):

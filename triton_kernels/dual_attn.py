@@ -90,7 +90,7 @@ def dual_attn(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softm
     """Softmax attention of each row over ``kv < prefix_len[row]`` of its sequence, then its own block's keys.
 
     Contract:
-        q, out: ``[num_rows, num_heads_q, head_dim]`` bf16 or fp16, contiguous; out MUTATED whole. (fp32 spills.)
+        q, out: ``[num_rows, num_heads_q, head_dim]`` bf16, contiguous; out MUTATED whole. (fp32 spills.)
         k_pages, v_pages: ``[num_pages, num_heads_kv, 64, head_dim]``, contiguous, 64-bit offsets. Entries
             beyond a group's longest prefix are never read, nor are the page_table entries of such pages.
         page_table: int32 ``[num_slots, max_pages]``, contiguous.

@@ -30,7 +30,7 @@ def rms_norm(x, weight, eps, out, row_index=None):
     """``out[r] = round(x[i] * rsqrt(mean(x[i]^2) + eps) * weight)``, ``i = row_index[r]`` or ``r``.
 
     Contract:
-        x: ``[num_rows_in, hidden]`` bf16, fp16 or fp32, contiguous. Not mutated.
+        x: ``[num_rows_in, hidden]`` bf16 or fp32, contiguous. Not mutated.
         weight: fp32 ``[hidden]``, contiguous; constant while the kernels ahead of it run.
         row_index: int32 ``[num_rows]`` within x's rows, or None.
         out: ``[num_rows, hidden]`` of x's dtype, contiguous, MUTATED whole; may be x itself where row_index is None.

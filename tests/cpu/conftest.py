@@ -82,3 +82,10 @@ def alone(folder):
         return known[key]
 
     return tokens
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Ops of tiny models only wait for each other on more."""
+    with native_cpu.threads(1):
+        yield

@@ -266,7 +266,7 @@ def test_nobody_else_calls_an_engine_that_is_shared(folder, alone):
         engine.check([1]), engine.has_unfinished()
         assert engine.metrics.as_dict()["tokens"]
         assert tokens + await collect_rest(stream) == alone([1, 2], GREEDY)
-        assert engine.metrics.requests["abort"] == 0  # what was refused was never there
+        assert engine.metrics.finished["abort"] == 0  # what was refused was never there
 
     run(folder, use)
 
@@ -328,7 +328,7 @@ def test_a_call_that_submits_all_the_same_is_served_and_one_that_closes_ends_the
     async def main():
         shared = AsyncEngine(make(folder))
         await shared.call(lambda engine: engine.submit([1, 2], GREEDY))
-        while not await shared.call(lambda engine: engine.metrics.requests["length"]):  # though nobody streams
+        while not await shared.call(lambda engine: engine.metrics.finished["length"]):  # though nobody streams
             pass
         waiting = asyncio.create_task(collect(shared, [3], SamplingParams(max_new_tokens=100, ignore_eos=True)))
         await asyncio.sleep(0)

@@ -43,7 +43,7 @@ def test_generate_that_is_cancelled_aborts(folder, monkeypatch):
             await asyncio.wait_for(shared.generate([1, 2], LONG), 0.1)
         while shared.engine.has_unfinished():
             await asyncio.sleep(0.01)
-        assert shared.engine.metrics.requests["abort"] == 1
+        assert shared.engine.metrics.finished["abort"] == 1
 
     run(folder, use)
 
@@ -65,7 +65,7 @@ def test_a_request_is_aborted_by_its_name(folder, alone, monkeypatch):
         await shared.abort("mine")  # late
         assert (await collect(shared, [3], GREEDY))[1] == "length"
         assert others + await collect_rest(other) == alone([1, 2], LONG)
-        assert shared.engine.metrics.requests["abort"] == 2
+        assert shared.engine.metrics.finished["abort"] == 2
 
     run(folder, use)
 
@@ -122,7 +122,7 @@ def test_close_that_drains_lets_what_runs_come_to_its_end(folder, alone, monkeyp
                 await new()
         gone.cancel()
         await closing
-        assert shared.engine.closed and shared.engine.metrics.requests["length"] == 2
+        assert shared.engine.closed and shared.engine.metrics.finished["length"] == 2
         assert await running == (alone([4], GREEDY), "length")
         assert tokens + await collect_rest(stream) == alone([1, 2], GREEDY)
         await shared.close(drain=True)  # harmless

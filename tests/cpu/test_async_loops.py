@@ -76,7 +76,7 @@ def test_streams_of_a_loop_that_another_one_takes_over_from_end_with_an_error(fo
     first.close()
     assert third.run_until_complete(collect(shared, [1, 2], long))[0] == want
     third.run_until_complete(shared.close())
-    assert shared.engine.metrics.requests["abort"] == 3
+    assert shared.engine.metrics.finished["abort"] == 3
     for loop in (second, third):
         loop.close()
 
@@ -132,7 +132,7 @@ def test_what_is_left_to_a_loop_that_is_closed_is_aborted(folder):
     end = time.monotonic() + 60
     while shared.engine.has_unfinished() and time.monotonic() < end:
         time.sleep(0.001)
-    assert shared.engine.metrics.requests == {"stop": 0, "length": 0, "abort": 1, "error": 0}
+    assert shared.engine.metrics.finished == {"stop": 0, "length": 0, "abort": 1, "error": 0}
     del left
     asyncio.run(shared.close())
 

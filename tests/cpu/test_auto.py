@@ -17,6 +17,8 @@ from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
 from tests.native_cpu import threads
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8], [1, 6, 1, 8, 0, 3, 3]]
 LONG = SamplingParams(max_new_tokens=60, ignore_eos=True)
 
@@ -25,12 +27,6 @@ LONG = SamplingParams(max_new_tokens=60, ignore_eos=True)
 def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("tiny")
     return str(checkpoints.make(where, dtype=torch.bfloat16, diff_noise=0.02, vocab_size=700, mask_token_id=699))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    with threads(1):
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +153,7 @@ def test_a_fault_leaves_no_cycle_pending(folder, monkeypatch):
     request = auto.outbox.get(auto.submit(PROMPTS[0], LONG))
     auto.step()
     with monkeypatch.context() as patch:
-        patch.setattr(auto.runner, "_post", lambda *_: 1 / 0)
+        patch.setattr(auto.runner.flights, "post", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             auto.step()
     while auto.has_unfinished():

@@ -353,7 +353,7 @@ def test_submit_validates_now(folder):
     (out,) = engine.step()
     assert out.finished and out.finish_reason == "abort" and not engine.has_unfinished()
     engine.abort("a")
-    assert engine.metrics.requests["abort"] == 1 and engine.step() == []
+    assert engine.metrics.finished["abort"] == 1 and engine.step() == []
     engine.close()
     engine.close()
     with pytest.raises(RuntimeError, match="this engine is closed"):

@@ -200,7 +200,7 @@ def test_a_row_that_fails_loses_none_of_those_before_it(tmp_path, monkeypatch):
 @needs_native
 def test_rows_of_a_model_that_accepts_by_itself(tmp_path, monkeypatch):
     folder = str(byte_tokenizer.make_checkpoint(tmp_path / "model"))
-    monkeypatch.setattr(decode_cases, "EMBEDDED", folder)
+    monkeypatch.setattr(decode_cases.common, "EMBEDDED_NAME", folder)
     arguments = f"--model {folder} --device cpu --batch 1 2 --kinds math --num-prompts 2 --tokens 12"
     monkeypatch.setattr(bench_decode.Bench, "max_seq_len", 512)
     bench_decode.main([*arguments.split(), "--out", str(tmp_path)])

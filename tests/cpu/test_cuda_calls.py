@@ -184,7 +184,7 @@ def recordings(monkeypatch):
 @torch.inference_mode()
 def recorded(device: str) -> Cycle:
     cycle = object.__new__(Cycle)
-    cycle.what, cycle.prompts = "ar cycle of 1 slots", None
+    cycle.what, cycle.prompt_rows = "ar cycle of 1 slots", None
     cycle.sampling, cycle.workspace = None, SimpleNamespace(graph_pool="pool")
     cycle.model = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
     cycle.record()

@@ -19,9 +19,9 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.rejection import RejectionSampler
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
-from tests.native_cpu import threads
-from tests.table_model import DRAFTERS, SETTINGS, TABLE, VOCAB, two_tokens
+from tests.table_model import DRAFTERS, SETTINGS, TABLE, VOCAB, remember_probs, two_tokens
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FIRST, SIGNIFICANCE, CAUGHT = 0, 1e-4, 1e-9
 TWO_PASS, ONE_PASS = CyclePlan("two_pass", 3), CyclePlan("one_pass", 3, 4)
 
@@ -36,12 +36,6 @@ def p_value(pairs, setting) -> float:
     cells = [np.append(x[often], x[(want > 0) & ~often].sum()) for x in (got, expected)]
     cells = [x[cells[1] > 0] for x in cells]
     return chdtrc(len(cells[0]) - 1, ((cells[0] - cells[1]) ** 2 / cells[1]).sum()) if len(cells[0]) > 1 else 1.0
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    with threads(1):
-        yield
 
 
 # --- coupled: the engine's own cycle, over a table instead of a network, one slot a trial ------------
@@ -158,15 +152,7 @@ def by_rejection(sampler_type, drafter, setting):
     """The first two tokens of 600 trials at distinct positions, as consensus would emit them."""
     params = SamplingParams(seed=11, **setting)
     sampler = sampler_type(params, params.seed)
-    compute, known = sampler._probs, {}
-
-    def cached(logits):  # the same few rows every time
-        key = logits.numpy().tobytes()
-        if key not in known:
-            known[key] = compute(logits)
-        return known[key]
-
-    sampler._probs = cached
+    remember_probs(sampler)
     pairs = []
     for position in range(0, 4 * 600, 4):
         tokens = [FIRST]

@@ -115,7 +115,7 @@ def test_who_needs_the_memory_ends_whoever_came_later(folder, alone, monkeypatch
 def test_a_prefill_pass_is_the_fault_of_nobody_outside_it(folder, alone, monkeypatch):
     engine = make(folder)
     monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 16)
-    refuse(PrefillPass, "run", monkeypatch, lambda this: this.prompts.rows.num_rows == 16)
+    refuse(PrefillPass, "run", monkeypatch, lambda this: this.prompt_rows.rows.num_rows == 16)
     long, short = engine.submit([7] * 40, GREEDY), engine.submit([1, 2], GREEDY)
     got, errors = drain_with_errors(engine)
     assert len(errors) == 1 and (got[long], got[short]) == (([], "error"), (alone([1, 2], GREEDY), "length"))
@@ -273,10 +273,10 @@ def test_a_device_that_fails(folder):
 
 @pytest.mark.parametrize("broken", (False, True))
 def test_page_locked_memory_is_not_freed_on_a_device_that_has_failed(folder, monkeypatch, broken):
-    monkeypatch.setattr("orthrus_rt.runner._leaked_mailboxes", [])
+    monkeypatch.setattr("orthrus_rt.flights._leaked_mailboxes", [])
     engine = make(folder)
-    engine.runner._mailboxes.append(SlotResults(2, 8, "cpu"))
-    mailbox = weakref.ref(engine.runner._mailboxes[0])
+    engine.runner.flights._mailboxes.append(SlotResults(2, 8, "cpu"))
+    mailbox = weakref.ref(engine.runner.flights._mailboxes[0])
     if broken:
         broken_device(engine)
         with pytest.raises(RuntimeError, match="CUDA error"):

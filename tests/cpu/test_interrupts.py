@@ -204,7 +204,7 @@ def test_generate_at_random_instructions(engine, want, request):
 
 def test_closing_a_stream_at_every_instruction(engine, want):
     """It is aborted then, or by the next call, whatever that is."""
-    after, reached, aborted = 0, True, engine.metrics.requests["abort"]
+    after, reached, aborted = 0, True, engine.metrics.finished["abort"]
     while reached:
         after += 1
         name = engine.submit(PROMPTS[0], PARAMS)
@@ -212,7 +212,7 @@ def test_closing_a_stream_at_every_instruction(engine, want):
         next(stream)
         reached = interrupted(stream.close, after)
         assert drain(engine)[name] == (want[0], "length")
-        assert engine.metrics.requests["abort"] == aborted + after
+        assert engine.metrics.finished["abort"] == aborted + after
         all_pages_back(engine)
     assert after > 20
 
@@ -298,7 +298,7 @@ class TestAStreamThatIsCollected:
     def hold(self, engine):
         held = [engine.stream([9], self.LONG)]
         next(held[0])
-        self.aborted = engine.metrics.requests["abort"]
+        self.aborted = engine.metrics.finished["abort"]
         return held
 
     def check(self, engine, tokens):
@@ -306,7 +306,7 @@ class TestAStreamThatIsCollected:
         name = engine.submit(PROMPTS[0], PARAMS)
         drain(engine, got)
         assert got[name] == (tokens, "length")
-        assert engine.metrics.requests["abort"] == self.aborted + 1
+        assert engine.metrics.finished["abort"] == self.aborted + 1
         all_pages_back(engine)
 
     def test_inside_a_step(self, engine, want, monkeypatch):
@@ -333,7 +333,7 @@ class TestAStreamThatIsCollected:
         thread = threading.Thread(target=held.clear)
         thread.start()
         thread.join()
-        assert engine.metrics.requests["abort"] == self.aborted and engine.has_unfinished()
+        assert engine.metrics.finished["abort"] == self.aborted and engine.has_unfinished()
         self.check(engine, want[0])
 
     def test_the_next_call_finds_the_engine_idle(self, engine, want, monkeypatch):

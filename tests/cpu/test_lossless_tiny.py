@@ -8,11 +8,13 @@ import torch
 from orthrus_rt import dispatch
 from orthrus_rt.engine import Engine
 from tests import checkpoints, lossless
-from tests.native_cpu import threads
 from tests.pins import of_this_isa
 from tests.traces import assert_same, decode
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = [
+    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 VARIANTS = {
     "qwen3": dict(family="qwen3"),
@@ -40,13 +42,6 @@ PINNED["amx_bf16"] = PINNED["avx512_bf16"] | {
     "qwen3": {"two_pass": (1.378, 1.431), "one_pass": (1.0, 1.0)},
     "qwen3-untied-k16": {"two_pass": (1.232, 1.319), "one_pass": (1.005, 1.039)},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Ops this small only wait for each other on more."""
-    with threads(1):
-        yield
 
 
 @pytest.fixture(

@@ -157,7 +157,7 @@ def test_streams_of_a_server(ill):
             facts = engine.metrics.as_dict()
             assert (facts["finished"]["error"], facts["running"], facts["waiting"]) == (2, 0, 0)
 
-    before = engine.metrics.requests["error"]
+    before = engine.metrics.finished["error"]
     assert before == 0
     asyncio.run(main())
 

@@ -14,7 +14,7 @@ import torch
 from orthrus_rt import dispatch, ops
 from orthrus_rt import state as st
 from orthrus_rt.cycle import Cycle
-from orthrus_rt.runner import Runner
+from orthrus_rt.flights import Flights
 from orthrus_rt.sampling import SamplingParams
 from tests import engines, failing, poison
 
@@ -64,12 +64,12 @@ class Event:
 def late(folder, monkeypatch, tmp_path):
     """Makes engines that run one cycle ahead of the host; every cycle's rows are checked to lie in the slot's pages."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    stream, empty, mailbox = Stream(), torch.empty, Runner._mailbox
+    stream, empty, mailbox = Stream(), torch.empty, Flights._mailbox
     monkeypatch.setattr(torch.cuda, "Event", stream.event)
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kwargs: empty(*size, **kwargs))
 
-    def tapped_mailbox(runner):
-        stream.box = mailbox(runner)
+    def tapped_mailbox(flights):
+        stream.box = mailbox(flights)
         stream.boxes += [] if any(stream.box is box for box in stream.boxes) else [stream.box]
         return stream.box
 
@@ -81,12 +81,12 @@ def late(folder, monkeypatch, tmp_path):
             pages = cycle.kv.page_table[p.rows.seq[: len(ar)][valid].long(), ar[valid].long() // ops.PAGE_SIZE]
             assert bool((pages != 0).all()), "a row beyond the slot's pages"
 
-    monkeypatch.setattr(Runner, "_mailbox", tapped_mailbox)
+    monkeypatch.setattr(Flights, "_mailbox", tapped_mailbox)
     monkeypatch.setattr(Cycle, "run", checked_run)
 
     def make_late(**kwargs):
         engine = make(folder, pads_prefill=True, **kwargs)
-        engine.runner.lag, engine.runner.stopwatch._on_device = 1, True
+        engine.runner.flights.lag, engine.runner.stopwatch._on_device = 1, True
         return engine
 
     make_late.stream = stream

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from orthrus_rt import reference
+from orthrus_rt.filters import process_logits_probs
 from tests.logits_cases import (
     FILTERS,
     block_with_edits,
@@ -44,7 +45,7 @@ def naive_probs(row, temperature, top_k, top_p, min_p):
 def probs_of(case):
     """process_logits_probs of every row of a case."""
     *filters, _ = (t[case.rows.seq[case.logit_rows].long()] for t in case.sampling.filters())
-    return reference.process_logits_probs(case.logits, *filters)
+    return process_logits_probs(case.logits, *filters)
 
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "tied"])
@@ -59,10 +60,10 @@ def test_probs_are_the_definition(vocab, kind):
 
 def test_numbers_stand_for_columns():
     rows = logits(3, 500, "normal")
-    got = reference.process_logits_probs(rows, 0.7, 40, 0.9, 0.01)
+    got = process_logits_probs(rows, 0.7, 40, 0.9, 0.01)
     columns = torch.tensor([0.7]), torch.tensor([40]), torch.tensor([0.9]), torch.tensor([0.01])
-    assert torch.equal(got, reference.process_logits_probs(rows, *columns))
-    assert torch.equal(got, reference.process_logits_probs(rows, *(c.expand(3) for c in columns)))
+    assert torch.equal(got, process_logits_probs(rows, *columns))
+    assert torch.equal(got, process_logits_probs(rows, *(c.expand(3) for c in columns)))
 
 
 def test_a_row_does_not_depend_on_company():

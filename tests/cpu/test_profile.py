@@ -98,13 +98,13 @@ def test_calls_and_bytes(folder):
 )
 def test_what_does_not_fit_is_refused(folder, arguments, message):
     with pytest.raises(ValueError, match=message):
-        profile.profile(make(folder), **arguments)
+        profile.profile(make(folder), **{"mode": "two_pass", **arguments})
 
 
 def test_too_few_pages(folder):
     engine = make(folder, num_pages=5)
     with pytest.raises(ValueError, match=r"batch 4 with context 100 does not fit: KV cache: slot 2 needs 2 more pages"):
-        profile.profile(engine, batch=4, context=100)
+        profile.profile(engine, mode="two_pass", batch=4, context=100)
     assert len(engine.generate([1, 2, 3], SamplingParams(8, ignore_eos=True)).token_ids) == 8
     assert engine.kv.num_free_pages == engine.kv.num_pages
 
@@ -117,13 +117,13 @@ def test_a_busy_engine_is_refused_and_goes_on(folder):
         for _ in range(steps):
             tokens += [token for out in engine.step() for token in out.new_token_ids]
         with pytest.raises(RuntimeError, match="profile: the engine must be idle"):
-            profile.profile(engine, context=20, repeats=1)
+            profile.profile(engine, mode="two_pass", context=20, repeats=1)
         while engine.has_unfinished():
             tokens += [token for out in engine.step() for token in out.new_token_ids]
         assert tokens == want.token_ids and not engine.is_unfinished(request_id)
     engine.close()
     with pytest.raises(RuntimeError, match="this engine is closed"):
-        profile.profile(engine)
+        profile.profile(engine, mode="ar")
 
 
 def test_an_interrupted_profile_leaves_a_whole_engine(folder, monkeypatch):
@@ -135,7 +135,7 @@ def test_an_interrupted_profile_leaves_a_whole_engine(folder, monkeypatch):
 
     monkeypatch.setattr(profile, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        profile.profile(engine, context=20)
+        profile.profile(engine, mode="two_pass", context=20)
     assert engine.torn and engine.generate([1, 2, 3]).token_ids == want.token_ids
     assert not engine.torn and engine.kv.num_free_pages == engine.kv.num_pages
 

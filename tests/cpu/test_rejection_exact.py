@@ -11,7 +11,7 @@ import torch
 from orthrus_rt import rejection
 from orthrus_rt.rejection import RejectionSampler
 from orthrus_rt.sampling import SamplingParams
-from tests.table_model import DRAFTERS, SETTINGS, TABLE, VOCAB, distribution
+from tests.table_model import DRAFTERS, SETTINGS, TABLE, VOCAB, distribution, remember_probs
 
 ROWS = TABLE[:2]  # the AR logits that verify a draft, and those of the bonus token
 EXACT = 1e-8
@@ -40,15 +40,7 @@ class Integral:
         self.u = [0.0, 0.0, 0.0]
         monkeypatch.setattr(rejection, "uniform", lambda seed, position, purpose: self.u[purpose])
         self.sampler = sampler_type(SamplingParams(seed=0, **setting), 0)
-        compute, known = self.sampler._probs, {}
-
-        def cached(logits):
-            key = logits.numpy().tobytes()
-            if key not in known:
-                known[key] = compute(logits)
-            return known[key]
-
-        self.sampler._probs = cached
+        remember_probs(self.sampler)
         self.draft_logits = draft_logits
 
     def drafted(self, u) -> int:

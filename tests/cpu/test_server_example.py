@@ -110,7 +110,7 @@ def test_a_server(server, engine):
         slow(engine)
         gone = post(port, prompt="gone", max_tokens=200, temperature=0, stream=True)
         gone.readline(), gone.close()
-        while engine.metrics.requests["abort"] < 2:
+        while engine.metrics.finished["abort"] < 2:
             time.sleep(0.01)
         last = post(port, prompt="last", max_tokens=20, temperature=0, stream=True)
         end()
@@ -131,7 +131,7 @@ def test_a_server(server, engine):
     assert told["length"] == (400, "SamplingParams: max_new_tokens must be >= 1, got 0")
     assert told["nested"] == (400, "the request is nested too deeply")
     assert told["last"][-1] == "[DONE]" and json.loads(told["last"][-2])["choices"][0]["finish_reason"] == "length"
-    assert engine.closed and engine.metrics.requests["abort"] == 2  # the stopped one and the gone one
+    assert engine.closed and engine.metrics.finished["abort"] == 2  # the stopped one and the gone one
 
 
 def test_what_fails_is_no_success(server, engine, monkeypatch):
@@ -151,7 +151,7 @@ def test_what_fails_is_no_success(server, engine, monkeypatch):
             told[how] = failure(post(port, prompt=how))
             told[f"{how}, streamed"] = events(post(port, prompt=how, stream=True))
         slow(engine)
-        aborted = engine.metrics.requests["abort"]
+        aborted = engine.metrics.finished["abort"]
         with socket.create_connection(("127.0.0.1", port)) as half:
             body = json.dumps({"prompt": "hello", "max_tokens": 200, "temperature": 0})
             half.sendall(f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
@@ -162,7 +162,7 @@ def test_what_fails_is_no_success(server, engine, monkeypatch):
             while not any(engine.scheduler.slots):
                 time.sleep(0.01)
             reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing it resets it
-        while engine.metrics.requests["abort"] < aborted + 2:
+        while engine.metrics.finished["abort"] < aborted + 2:
             time.sleep(0.01)
         last = post(port, prompt="last", max_tokens=20, temperature=0, stream=True)
         end()

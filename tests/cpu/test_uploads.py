@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from orthrus_rt import device as devices
-from orthrus_rt.device import upload
+from orthrus_rt import uploads
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
@@ -60,7 +59,7 @@ def test_uploads_in_parts(monkeypatch):
     """Every value gets there, whatever the number of parts."""
     for count in (0, 1, 16_384, 16_385, 50_000):
         with Checked(monkeypatch) as checked:
-            assert upload(range(count), torch.int32, torch.device("cpu")).tolist() == list(range(count))
+            assert uploads.upload(range(count), torch.int32, torch.device("cpu")).tolist() == list(range(count))
         assert len(checked.uploads) == max(1, -(-count // 16_384))
 
 
@@ -77,9 +76,9 @@ def test_an_upload_that_is_not_staged_is_waited_for(monkeypatch, reads):
     part = SimpleNamespace(copy_=lambda values, non_blocking: calls.append(("copy", values.tolist(), non_blocking)))
     there = SimpleNamespace(device=torch.device("cuda", 1), split=lambda step: [part])
     stream = SimpleNamespace(synchronize=lambda: calls.append("waits"))
-    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(uploads.ctypes, "CDLL", lambda name: Driver())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda of: stream)
-    devices.reads_pageable_memory.cache_clear()
-    devices.copy_up(there, host)
-    devices.reads_pageable_memory.cache_clear()
+    uploads.reads_pageable_memory.cache_clear()
+    uploads.copy_up(there, host)
+    uploads.reads_pageable_memory.cache_clear()
     assert calls == [("copy", [0, 1, 2, 3], True), (100, 1), *(["waits"] if reads else [])]

@@ -13,9 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from orthrus_rt import state as st
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import CyclePlan
-from orthrus_rt.device import copy_up, reads_pageable_memory
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
+from orthrus_rt.uploads import copy_up, reads_pageable_memory
 from tests import checkpoints
 from tests.traces import arriving, assert_same, decode
 

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "orthrus/rows.h"
+#include "orthrus/host_device.h"
 
 namespace orthrus {
 

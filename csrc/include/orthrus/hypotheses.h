@@ -11,7 +11,8 @@
 // drafts 1 ... j accepted, then j + 1 rejected. Only speed depends on any of this, never a token.
 // The constants are fitted: bench/bench_hypotheses.py.
 #pragma once
-#include "orthrus/rows.h"
+#include "orthrus/host_device.h"
+#include "orthrus/params.h"
 
 namespace orthrus {
 

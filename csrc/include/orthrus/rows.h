@@ -1,12 +1,7 @@
 // The one mask of this project: which keys a row sees. Every kernel and the oracle follow it.
 #pragma once
+#include "orthrus/host_device.h"
 #include "orthrus/params.h"
-
-#if defined(__CUDACC__)
-#define ORTHRUS_HD __host__ __device__ __forceinline__
-#else
-#define ORTHRUS_HD inline
-#endif
 
 namespace orthrus {
 

@@ -1,6 +1,7 @@
 // The rows that consensus stages for the next pass; NextPass in params.h lists them.
 #pragma once
-#include "orthrus/rows.h"
+#include "orthrus/host_device.h"
+#include "orthrus/params.h"
 
 namespace orthrus {
 

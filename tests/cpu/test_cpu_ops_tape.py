@@ -1,0 +1,97 @@
+"""The tape of native CPU calls."""
+
+import threading
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch, ops, recording
+from tests.native_cpu import threads
+from tests.native_layer import Layer
+
+
+def test_tape_replays_what_eager_runs(isa, element):
+    """Recording runs nothing; a replay reads what the pointers hold by then and gives eager's bits."""
+    eager, taped = Layer(), Layer()
+    tape = dispatch.extension().cpu.Tape()
+    with tape.record():
+        taped.run()
+    assert len(tape) == 6
+    assert bool(taped.logits.isnan().all())
+    for shift in range(3):
+        for layer in (eager, taped):
+            layer.rows.token.copy_((torch.arange(24) + shift) % 40)
+        eager.run()
+        tape.replay()
+        assert torch.equal(taped.logits, eager.logits)
+        assert torch.equal(taped.pages, eager.pages)
+
+
+def test_a_recording_runs_on_the_threads_that_torch_has_then(monkeypatch):
+    seen, layer = [], Layer()  # which the tape points into
+    tape = recording.taped(layer.run)
+    monkeypatch.setattr(dispatch.extension().cpu, "set_num_threads", seen.append)
+    for count in (3, 1):
+        with threads(count):
+            recording.replay(tape)
+    assert seen == [3, 1]
+
+
+def test_a_tape_takes_in_what_another_replays(isa):
+    eager, taped = Layer(), Layer()
+    inner, outer = dispatch.extension().cpu.Tape(), dispatch.extension().cpu.Tape()
+    with inner.record():
+        taped.run()
+    with outer.record():
+        inner.replay()
+        taped.run()
+    assert (len(inner), len(outer)) == (6, 12) and bool(taped.logits.isnan().all())
+    del inner
+    eager.run()
+    outer.replay()
+    assert torch.equal(taped.logits, eager.logits) and torch.equal(taped.pages, eager.pages)
+
+
+def filling(out, value):
+    """An op that fills ``out`` with ``value``."""
+    table, token = torch.full((1, out.shape[1]), float(value)), torch.zeros(len(out), dtype=torch.int32)
+    return (lambda: ops.embed(token, table, out)), (table, token)
+
+
+def test_a_tape_keeps_the_order_and_forgets_what_it_held():
+    out = torch.zeros(1, 8)
+    (first, _kept), (last, _too) = (filling(out, value) for value in (1, 2))
+    inner, outer = dispatch.extension().cpu.Tape(), dispatch.extension().cpu.Tape()
+    for begin, end, want in ((first, last, 2), (last, first, 1)):
+        with inner.record():
+            end()
+        with outer.record():
+            begin()
+            inner.replay()
+        assert (len(inner), len(outer)) == (1, 2)
+        outer.replay()
+        assert out.eq(want).all()
+
+
+def test_a_tape_records_its_own_thread_alone():
+    out, tape = torch.zeros(1, 8), dispatch.extension().cpu.Tape()
+    op, _kept = filling(out, 3)
+    with tape.record():
+        other = threading.Thread(target=op)
+        other.start()
+        other.join()
+    assert len(tape) == 0 and out.eq(3).all()
+
+
+def test_tape_misuse():
+    cpu = dispatch.extension().cpu
+    tape = cpu.Tape()
+    with tape.record():
+        with pytest.raises(RuntimeError, match="another tape is recording"), cpu.Tape().record():
+            pass
+        with pytest.raises(RuntimeError, match="this tape is recording"):
+            tape.replay()
+    with pytest.raises(KeyError), tape.record():
+        raise KeyError
+    tape.replay()
+    assert len(tape) == 0
