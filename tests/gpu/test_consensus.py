@@ -1,5 +1,7 @@
 """CUDA consensus against its oracle on random states."""
 
+import time
+
 import pytest
 import torch
 
@@ -31,6 +33,26 @@ def test_no_slots():
     partials = torch.zeros(0, 1, device="cuda"), torch.zeros(0, 1, dtype=torch.int32, device="cuda")
     ops.consensus(state, partials, st.STEP_VERIFY, st.NEXT_NONE, None, cs.MASK, 4)
     torch.cuda.synchronize()
+
+
+def test_a_launch_does_not_wait_for_a_copy_under_way():
+    """As that of a cycle's results, behind which the consensus of a prompt is launched: some calls of a driver do."""
+    state = cs.clone(cs.random_state(torch.Generator(), 1, 4), "cuda")
+    partials = torch.zeros(4, 1, device="cuda"), torch.zeros(4, 1, dtype=torch.int32, device="cuda")
+    results, there = torch.empty(64, dtype=torch.int32, pin_memory=True), torch.zeros(64, dtype=torch.int32).cuda()
+
+    def launch():
+        ops.consensus(state, partials, st.STEP_VERIFY, st.NEXT_NONE, None, cs.MASK, 4)
+
+    launch()  # the first time loads it
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)  # half a second
+    results.copy_(there, non_blocking=True)
+    start = time.perf_counter()
+    launch()
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    assert seconds < 0.1 and time.perf_counter() - start > 0.2
 
 
 def test_graph_replay():

@@ -83,16 +83,15 @@ template <typename Params>
 int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int smem_bytes, void* stream,
            const DeviceInfo& device, int cluster = 1) {
   if (const cudaError_t error = allow_smem(kernel, smem_bytes)) return static_cast<int>(error);
-  // The same carve-out for every kernel: another one would keep neighbours from sharing an SM.
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                     cudaSharedmemCarveoutMaxShared))
-    return static_cast<int>(error);
-  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchAttribute attributes[3]{};
   cudaLaunchConfig_t config{};
   const auto next_attribute = [&](cudaLaunchAttributeID id) -> cudaLaunchAttributeValue& {
     attributes[config.numAttrs].id = id;
     return attributes[config.numAttrs++].val;
   };
+  // The same carve-out for every kernel: another one would keep neighbours from sharing an SM. Of the launch, not of the
+  // function: setting that may wait for copies under way.
+  next_attribute(cudaLaunchAttributePreferredSharedMemoryCarveout).sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
   if (device.major >= 9 && !pdl_is_off())
     next_attribute(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;
   if (cluster > 1)
