@@ -3,6 +3,7 @@
     python docs/server.py smollm2-135m 8000
     curl -N localhost:8000/v1/completions -d '{"prompt": "def add(a, b):", "max_tokens": 32, "stream": true}'
 
+GET /health answers between two steps of the engine, or with 503 if its device has failed; GET /metrics is Prometheus'.
 Prompts are completed as they are, without a chat template. Requests may have `max_tokens`, `stop`, `stream` and what
 SAMPLING names; what else would change an answer is refused, as is a request that is large or takes long to arrive, or a
 connection beyond MOST_CONNECTIONS. All share one engine. A client that goes away, or closes its side of the connection,
@@ -28,11 +29,16 @@ KNOWN = {"prompt", "max_tokens", "stop", "stream", "model", "user", *SAMPLING}
 HARMLESS = {"n": 1, "best_of": 1, "echo": False, "suffix": ""}  # where they ask for nothing
 MOST_BYTES, MOST_STOPS, MOST_SECONDS = 1 << 16, 4, 30  # of a request, which has these seconds to arrive
 MOST_CONNECTIONS = 256  # at once
+PAGES = {"/health": lambda engine: engine.memory_report() and "ok\n", "/metrics": lambda e: e.metrics.as_prometheus()}
 TOKENIZING = ThreadPoolExecutor(1)  # long prompts take a while, in which the event loop is to serve the others
 
 
 class Refused(Exception):
     """With its status and the body of the answer."""
+
+
+class Asked(Exception):
+    """For this page."""
 
 
 async def read_request(reader, writer):
@@ -43,6 +49,8 @@ async def read_request(reader, writer):
     start, *lines = head.decode("latin1").lower().split("\r\n")
     if len(words := start.split(" ")) != 3:
         raise ValueError("a request must begin with METHOD PATH HTTP/1.1")
+    if words[0] == "get" and words[1] in PAGES:
+        raise Asked(words[1])
     if words[:2] != ["post", "/v1/completions"]:
         not_post = "405 Method Not Allowed\r\nAllow: POST"  # which must name the methods there are
         status = not_post if words[1] == "/v1/completions" else "404 Not Found"
@@ -72,7 +80,7 @@ def check(asked):
     if not isinstance(asked, dict) or not isinstance(asked.get("prompt"), str):
         raise ValueError("the request must be an object whose prompt is a string")
     asked = {key: value for key, value in asked.items() if value is not None}
-    if other := [key for key in asked if key not in KNOWN and asked[key] != HARMLESS.get(key, ())]:
+    if other := [key for key in asked if key not in KNOWN and repr(asked[key]) != repr(HARMLESS.get(key, ()))]:
         raise ValueError(f"this server does not support {', '.join(other)}")
     if re.search(r"[\ud800-\udfff]", asked["prompt"]):
         raise ValueError("the prompt must be whole characters, not one half of a surrogate pair")
@@ -123,6 +131,11 @@ async def answer(shared, model, reader, writer):
         encoding = await asyncio.get_running_loop().run_in_executor(TOKENIZING, tokenizer, asked["prompt"])
         prompt = encoding.input_ids
         outputs = shared.stream(prompt, sampling(asked), name)
+    except Asked as page:
+        try:
+            return send(writer, "200 OK", "text/plain", await shared.call(PAGES[str(page)]))
+        except Exception as error:  # of the engine
+            return send(writer, "503 Service Unavailable", "application/json", failure(error))
     except Refused as refused:
         status, body = refused.args
         return send(writer, status, "application/json", body)
@@ -212,4 +225,6 @@ if __name__ == "__main__":
         engine.warmup(sampling=True)  # nor for recordings, and there is memory for logits
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         sys.exit(f"{sys.argv[0]}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     asyncio.run(main(engine, name, listener))

@@ -11,15 +11,14 @@ import logging
 import os
 import threading
 import time
-import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import RequestOutput
-from orthrus_rt.request import TokenIds, on_host
+from orthrus_rt.request import Request, TokenIds, on_host
 from orthrus_rt.sampling import SamplingParams
 
 # Calls that would take the streams' outputs, or make outputs that nobody gets -> what to call here instead.
@@ -132,11 +131,11 @@ class AsyncEngine:
         """
         self._check_taking()
         # Of its own: the caller may change what was passed before it is submitted.
-        prompt = self.engine.check(on_host(prompt_ids), params, request_id)
-        return self._stream(prompt, params, request_id or uuid.uuid4().hex)
+        return self._stream(self.engine._make_request(on_host(prompt_ids), params, None, request_id))
 
-    async def _stream(self, prompt: list[int], params, request_id: str) -> AsyncGenerator[RequestOutput, None]:
-        arrived = time.perf_counter()  # not when the engine has a moment for it
+    async def _stream(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        request.arrived = time.perf_counter()  # not when the engine has a moment for it
+        request_id = request.request_id
         self._check_taking()
         self._enter()
         if request_id in self._known_as:
@@ -144,7 +143,8 @@ class AsyncEngine:
         known_as, stream, finished = f"{request_id}#{next(self._numbers)}", Waiting(request_id), False
         self._waiting[known_as], self._known_as[request_id] = stream, known_as
         try:
-            await self._call(self._run, Engine._submit, prompt, params, known_as, arrived)
+            request.request_id = known_as
+            await self._call(self._run, Engine._submit_made, request)
             while not finished:
                 output = await stream.queue.get()
                 if isinstance(output, BaseException):
@@ -204,11 +204,10 @@ class AsyncEngine:
     def _hand_out(self, outputs: list[RequestOutput]) -> None:
         """Every output to its stream; in the loop, as all that looks at those who wait."""
         for output in outputs:
-            stream = self._waiting.get(output.request_id)
+            if stream := self._waiting.get(output.request_id):
+                stream.queue.put_nowait(output)
             if output.finished:  # however long its reader takes for what is left
                 self._leave(output.request_id)
-            if stream:
-                stream.queue.put_nowait(output)
 
     def _leave(self, known_as: str) -> bool:
         """It waits no more, and the caller's name is free; whether it waited."""
@@ -217,11 +216,13 @@ class AsyncEngine:
             del self._known_as[stream.request_id]
         return stream is not None
 
-    def _fail(self, error: BaseException) -> None:
-        for stream in self._waiting.values():
-            stream.failed = True
-            with contextlib.suppress(RuntimeError):  # its reader's loop is closed; the error is in the queue
-                stream.queue.put_nowait(error)
+    def _fail(self, error: BaseException, names: Container[str] | None = None) -> None:
+        """End those who wait, or those of them whom the engine knows by these ``names``."""
+        for known_as, stream in self._waiting.items():
+            if names is None or known_as in names:
+                stream.failed = True
+                with contextlib.suppress(RuntimeError):  # its reader's loop is closed; the error is in the queue
+                    stream.queue.put_nowait(error)
 
     async def __aenter__(self) -> AsyncEngine:
         return self
@@ -267,13 +268,13 @@ class AsyncEngine:
             self._go_on()
 
     def _abort(self, known_as: str) -> None:
-        for _ in range(MOST_FAILURES):
-            try:
-                if self.engine.is_unfinished(known_as):
-                    self.engine.abort(known_as)
-                break
-            except Exception:
-                log.exception("request %s could not be aborted", known_as)
+        try:
+            if self.engine.is_unfinished(known_as):
+                self.engine.abort(known_as)
+        except Exception:
+            log.exception("request %s could not be aborted: the engine's next call tries again", known_as)
+            if request := self.engine.outbox.get(known_as):
+                self.engine.dropped.append([request])
         self._go_on()
 
     def _go_on(self) -> None:
@@ -301,17 +302,30 @@ class AsyncEngine:
     def _step_once(self) -> None:
         try:
             outputs = self.engine.step()
-        except Exception:
+        except Exception as error:
             log.exception("a step failed")
             self._failures += 1
             if self._failures == MOST_FAILURES:
                 self._failures = 0
-                raise
+                self._give_up(error)
             return
         if self.engine.metrics.cycles > self._cycles or not self.engine.has_unfinished():
             self._failures, self._cycles = 0, self.engine.metrics.cycles
+        self._tell_outputs(outputs)
+
+    def _tell_outputs(self, outputs: list[RequestOutput]) -> None:
         # What runs changes its statistics while the loop may look at them.
         self._tell(self._hand_out, [replace(out, stats=out.stats.copy()) for out in outputs])
+
+    def _give_up(self, error: Exception) -> None:
+        """The steps of these requests fail: their streams end, behind what they had to say before; whoever is yet to be
+        submitted has no part in it.
+        """
+        outbox = self.engine.outbox
+        outbox.collect()
+        outputs, outbox.outputs = outbox.outputs, []
+        self._tell_outputs(outputs)
+        self._tell(self._fail, error, {request.request_id for request in outbox.unfinished})
 
     def _tell(self, function, *args) -> None:
         """Call ``function`` in the loop, unless another one has taken over by then."""

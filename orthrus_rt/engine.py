@@ -40,7 +40,7 @@ from orthrus_rt.out_of_memory import naming_the_knobs
 from orthrus_rt.outbox import Outbox
 from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.progress import progress_bar
-from orthrus_rt.request import MAX_STOP_TOKEN_IDS, TokenIds, check_prompt, on_host
+from orthrus_rt.request import MAX_STOP_TOKEN_IDS, Request, TokenIds, check_prompt, on_host
 from orthrus_rt.room import check_cache, check_threads, check_weights
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
@@ -243,13 +243,17 @@ class Engine(Generation):
         return self._submit(on_host(prompt_ids), params, request_id)
 
     @exclusive
-    def _submit(
-        self, prompt_ids: TokenIds, params: SamplingParams | None, request_id: str | None, arrived: float = 0.0
-    ) -> str:
-        """``arrived``: ``time.perf_counter()`` when it was asked for, if that was earlier."""
+    def _submit(self, prompt_ids: TokenIds, params: SamplingParams | None, request_id: str | None) -> str:
+        return self._queue(self._make_request(prompt_ids, params, None, request_id))
+
+    @exclusive
+    def _submit_made(self, request: Request) -> None:
+        """:meth:`submit` a request that was made before."""
+        self._queue(request)
+
+    def _queue(self, request: Request) -> str:
         self._plan = self._plan_to_join()
-        request = self._make_request(prompt_ids, params, self._plan, request_id)
-        request.arrived = arrived
+        self._check_acceptance(request, self._plan)  # again: what runs may have changed since it was made
         if request.request_id in self.outbox:
             raise ValueError(f"request_id must be unused, got {request.request_id!r} twice")
         with torn_if_cut(self):

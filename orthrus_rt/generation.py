@@ -112,7 +112,8 @@ class Generation(Rounds):
     def _plan_to_join(self) -> CyclePlan:
         """The plan of what runs, or the engine's own if nothing does that is not to be aborted."""
         over = {request for requests in tuple(self.dropped) for request in requests}
-        idle = self._idle() or (over and over.issuperset(self.scheduler.unfinished))
+        scheduler = self.scheduler  # None once the engine is closed, which another thread may do just now
+        idle = scheduler is None or self._idle() or (over and over.issuperset(scheduler.unfinished))
         return self._default_plan if idle else self._plan
 
     def _check_open(self) -> None:

@@ -6,7 +6,7 @@ import operator
 import secrets
 import time
 import uuid
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set, Sized
 from typing import TypeAlias
 
 import numpy as np
@@ -150,20 +150,21 @@ def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str = "pro
     if getattr(prompt_ids, "ndim", 1) != 1 or (
         is_tensor and (prompt_ids.is_floating_point() or prompt_ids.dtype is torch.bool)
     ):
-        got = f"{prompt_ids.dtype} {list(prompt_ids.shape)}"
+        got = f"{getattr(prompt_ids, 'dtype', type(prompt_ids).__name__)} {list(getattr(prompt_ids, 'shape', []))}"
         hint = "; of a batch, pass list(ids)" if prompt_ids.ndim == 2 else ""
         raise ValueError(f"{name}: a tensor or array must be 1-D and integer, got {got}{hint}")
-    if is_tensor:
-        try:
-            prompt_ids = prompt_ids.tolist()
-        except (RuntimeError, NotImplementedError) as error:  # of a meta, sparse or quantised one
-            raise ValueError(f"{name}: a tensor must hold its ids in memory, one after the other: {error}") from error
     if isinstance(prompt_ids, str | bytes):
         raise ValueError(f"{name} must be token ids, got text; encode it with engine.tokenizer")
     if isinstance(prompt_ids, Set):
         raise ValueError(f"{name} must be token ids in their order, got {type(prompt_ids).__name__}")
     if isinstance(prompt_ids, Mapping):
         raise ValueError(f"{name} must be token ids, got {type(prompt_ids).__name__}; pass its input_ids")
+    _check_length(prompt_ids, max_seq_len, name)  # at once: to read a long one takes a while
+    if is_tensor:
+        try:
+            prompt_ids = prompt_ids.tolist()
+        except (RuntimeError, NotImplementedError) as error:  # of a meta, sparse or quantised one
+            raise ValueError(f"{name}: a tensor must hold its ids in memory, one after the other: {error}") from error
     try:
         given = list(prompt_ids)
         ids = [operator.index(t) for t in given]
@@ -173,12 +174,16 @@ def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str = "pro
         raise ValueError(f"{name} must be a list of ints or a 1-D integer tensor, got a bool in it")
     if not ids:
         raise ValueError(f"{name} must hold at least one token, got none")
-    if len(ids) >= max_seq_len:
-        raise ValueError(f"{name} must be shorter than max_seq_len ({max_seq_len} tokens), got {len(ids)}")
+    _check_length(ids, max_seq_len, name)
     for i, token in enumerate(ids):
         if not 0 <= token < vocab_size:
             raise ValueError(f"{name}[{i}] must be within the vocabulary [0, {vocab_size}), got {token}")
     return ids
+
+
+def _check_length(ids, max_seq_len: int, name: str) -> None:
+    if isinstance(ids, Sized) and len(ids) >= max_seq_len:
+        raise ValueError(f"{name} must be shorter than max_seq_len ({max_seq_len} tokens), got {len(ids)}")
 
 
 def make_request(

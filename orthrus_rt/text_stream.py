@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
+MOST_UNFINISHED = 3  # tokens of a character of UTF-8 that lacks its last byte
+
 
 class TextStream:
     """Token ids in, text out, such that the pieces joined are the decoding of the whole without its special tokens, or
@@ -54,25 +56,34 @@ class TextStream:
         """
         tokens = [operator.index(token) for token in token_ids]  # all of them, before one is taken
         self._ids.extend(token for token in tokens if token not in self._special)  # which say nothing
-        return self._until_stop(self._advance(final=False), final=False)
+        return self._until_stop(self._advance(len(tokens)), final=False)
 
     def end(self) -> str:
         """The text held back until now, unfinished characters as U+FFFD."""
-        return self._until_stop(self._advance(final=True), final=True)
+        return self._until_stop(self._advance(0, final=True), final=True)
 
-    def _advance(self, final: bool) -> str:
-        new = self._ids[self._shown_ids :]
-        if len(new) < self._next_try and not final:
+    def _advance(self, came: int, final: bool = False) -> str:
+        """The text of what is complete; ``came``: tokens just now."""
+        num_new = len(self._ids) - self._shown_ids
+        if num_new < self._next_try and not final:
             return ""
-        before = self._decode(self._ids[: self._shown_ids])
-        text = self._decode(self._ids)
+        end, text = len(self._ids), self._decode(self._ids)
         if text.endswith("\ufffd") and not final:
-            self._next_try = len(new) + 1 + text.count("\ufffd") // 8  # bytes that are no text may go on and on
-            return ""
+            self._next_try = num_new + 1 + text.count("\ufffd") // 8  # bytes that are no text may go on and on
+            end, text = self._before_the_last_character() if came > 1 else (self._shown_ids, "")
+        new = self._ids[self._shown_ids : end]
+        before = self._decode(self._ids[: self._shown_ids])
         text = text[len(before) :] if text.startswith(before) else self._decode(new)
         if text:
-            self._ids, self._shown_ids, self._next_try = new, len(new), 0
+            self._ids, self._shown_ids, self._next_try = self._ids[self._shown_ids :], len(new), 0
         return text
+
+    def _before_the_last_character(self) -> tuple[int, str]:
+        """How many ids end with a whole character, where the last few, of bytes of another, do not; and their text."""
+        for end in range(len(self._ids) - 1, max(self._shown_ids, len(self._ids) - MOST_UNFINISHED - 1), -1):
+            if not (text := self._decode(self._ids[:end])).endswith("\ufffd"):
+                return end, text
+        return self._shown_ids, ""
 
     def _until_stop(self, new: str, final: bool) -> str:
         if self.stopped is not None:

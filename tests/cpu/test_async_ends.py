@@ -9,7 +9,7 @@ import traceback
 import pytest
 
 from orthrus_rt import dispatch
-from orthrus_rt.aio import AsyncEngine
+from orthrus_rt.aio import MOST_FAILURES, AsyncEngine
 from orthrus_rt.sampling import SamplingParams
 from tests.cpu.test_async import GREEDY, collect, collect_rest, make, run, slowly
 
@@ -250,5 +250,56 @@ def test_failures_with_an_end_between_them_end_no_stream(folder, monkeypatch):
         for i in range(4):
             due.append(1)
             assert len((await shared.generate([i], SamplingParams(1, ignore_eos=True))).new_token_ids) == 1
+
+    run(folder, use)
+
+
+def test_who_had_no_part_in_steps_that_fail_is_served(folder, alone, monkeypatch):
+    """Its stream has begun, but the engine does not have it yet."""
+
+    async def use(shared):
+        step, calls, begun = shared.engine.step, [], threading.Event()
+
+        def failing():
+            calls.append(None)
+            if len(calls) == MOST_FAILURES:
+                begun.wait(60)
+            if len(calls) <= MOST_FAILURES:
+                raise RuntimeError("lost")
+            return step()
+
+        monkeypatch.setattr(shared.engine, "step", failing)
+        first = asyncio.create_task(collect(shared, [1], GREEDY))
+        while len(calls) < MOST_FAILURES:
+            await asyncio.sleep(0.001)
+        late = asyncio.create_task(collect(shared, [2], GREEDY))
+        await asyncio.sleep(0)  # so that it waits for the engine
+        begun.set()
+        with pytest.raises(RuntimeError, match="lost"):
+            await first
+        assert (await late)[0] == alone([2], GREEDY)
+
+    run(folder, use)
+
+
+def test_what_was_decoded_before_steps_fail_is_told(folder, alone, monkeypatch):
+    """Of one that has ended, then nothing else; of the other, and then why it cannot go on."""
+
+    async def use(shared):
+        collect_but, failures, told = shared.engine._collect_but, iter(range(MOST_FAILURES)), []
+
+        def failing(launched):
+            collect_but(launched)
+            if shared.engine.metrics.finished["length"] and next(failures, None) is not None:
+                raise RuntimeError("lost")
+
+        async def read():
+            async for out in shared.stream([2], LONG):
+                told.extend(out.new_token_ids)
+
+        monkeypatch.setattr(shared.engine, "_collect_but", failing)
+        short, long = await asyncio.gather(collect(shared, [1], GREEDY), read(), return_exceptions=True)
+        assert short == (alone([1], GREEDY), "length") and str(long) == "lost"
+        assert len(told) > 10 and told == alone([2], LONG)[: len(told)]
 
     run(folder, use)

@@ -183,6 +183,7 @@ def test_what_a_request_may_ask_for(server, engine):
     options = dict(presence_penalty=1.5, frequency_penalty=0.5, logit_bias={72: 3.0, 101: -100.0})
     refused = {
         "n": (dict(n=2), "this server does not support n"),
+        "true": (dict(n=True), "this server does not support n"),
         "two": (dict(logprobs=1, echo=True), "this server does not support logprobs, echo"),
         "bias": (dict(logit_bias=5), "SamplingParams: logit_bias must be {token id: value}, got 5"),
         "pair": (dict(logit_bias=[[1.7, 2]]), "SamplingParams: logit_bias: every token id must be an integer, got 1.7"),
@@ -207,6 +208,26 @@ def test_what_a_request_may_ask_for(server, engine):
     for name, (_, why) in refused.items():
         assert told[name] == (400, why)
     assert {name: told[name]["choices"][0]["text"] for name in want} == want
+
+
+def test_pages_for_those_who_watch_it(server, engine):
+    told = []
+
+    def get(port, path):
+        told.append(exchange(port, f"GET {path} HTTP/1.1\r\n\r\n".encode()).partition("\r\n\r\n")[::2])
+
+    def client(port, end):
+        post(port, prompt="hello", max_tokens=8).read()
+        get(port, "/health"), get(port, "/metrics")
+        engine.torn, engine._recover = True, lambda: 1 / 0  # a step has failed, on a device that is lost
+        get(port, "/health")
+        del engine._recover
+
+    serve(server, client, signal.SIGTERM)
+    (healthy, ok), (_, metrics), (lost, why) = told
+    assert healthy.startswith("HTTP/1.1 200") and ok == "ok\n"
+    assert 'orthrus_finished_total{reason="length"} 1' in metrics
+    assert lost.startswith("HTTP/1.1 503") and json.loads(why)["error"]["message"] == "division by zero"
 
 
 def test_heads_that_are_refused(server, engine):

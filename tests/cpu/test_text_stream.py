@@ -62,12 +62,15 @@ def test_an_unfinished_character_is_held_back(tokenizer):
     assert stream.push(euro[:2]) == "" and stream.end() == "\ufffd"
 
 
-def test_a_long_piece_waits_for_the_end_of_its_last_character_alone(tokenizer):
-    text = "a" + 30 * "€"
+def test_of_a_long_piece_the_last_character_alone_waits_for_its_end(tokenizer):
+    """So a stop string before it is found at once."""
+    text = "a END" + 29 * "€"
     ids = tokenizer(text).input_ids
     for cut in (len(ids) - 2, len(ids) - 1):
         stream = TextStream(tokenizer)
-        assert [stream.push(part) for part in (ids[:cut], ids[cut:])] == ["", text]
+        assert [stream.push(part) for part in (ids[:cut], ids[cut:])] == [text[:-1], text[-1]]
+        stream = TextStream(tokenizer, stop=["END"])
+        assert stream.push(ids[:cut]) == "a " and stream.stopped == "END"
 
 
 def test_what_was_shown_stays_where_bytes_turn_out_to_be_no_text():
