@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from orthrus_rt.breaks import Breaks
 from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.request import Request, TokenIds, on_host
@@ -46,8 +47,8 @@ class AsyncEngine:
 
     Cancelling or closing a stream aborts its request; the others are not disturbed, nor are they by a request that
     cannot go on (see :meth:`Engine.step`) or by a step that fails. A thread steps the engine, so decoding goes on
-    however long the event loop is busy elsewhere. One event loop at a time may use it; a later one ends the streams
-    that the one before has left open, with an error.
+    however long the event loop is busy elsewhere; a loop that is never idle makes short breaks for it. One event loop
+    at a time may use it; a later one ends the streams that the one before has left open, with an error.
 
     In a server of threads, give the loop one of its own; the others reach it through
     ``asyncio.run_coroutine_threadsafe(coroutine, loop)``.
@@ -100,7 +101,7 @@ class AsyncEngine:
             for known_as in self._waiting:
                 self._worker.submit(self._abort, known_as)
         self._waiting.clear(), self._known_as.clear()
-        self._loop = loop
+        self._loop, self._breaks = loop, Breaks(loop, lambda: loop is self._loop and bool(self._waiting))
 
     def _check_open(self) -> None:
         if os.getpid() != self._process:
@@ -142,6 +143,7 @@ class AsyncEngine:
             raise ValueError(f"request_id must be unused, got {request_id!r} twice")
         known_as, stream, finished = f"{request_id}#{next(self._numbers)}", Waiting(request_id), False
         self._waiting[known_as], self._known_as[request_id] = stream, known_as
+        self._breaks.begin()
         try:
             request.request_id = known_as
             await self._call(self._run, Engine._submit_made, request)

@@ -9,9 +9,9 @@ MOST_UNFINISHED = 3  # tokens of a character of UTF-8 that lacks its last byte
 
 
 class TextStream:
-    """Token ids in, text out, such that the pieces joined are the decoding of the whole without its special tokens, or
-    of what comes before the stop string that is complete first, wherever the pieces are cut. (Where tokens of single
-    bytes are no valid text, some tokenizers decode all such tokens in a row as U+FFFD: those that were shown stay.)
+    """Token ids in, text out, such that the pieces joined are the decoding of the whole, or of what comes before the
+    stop string that is complete first, wherever the pieces are cut. (Where tokens of single bytes are no valid text,
+    some tokenizers decode all such tokens in a row as U+FFFD: those that were shown stay.)
 
     A character may span several tokens and a token may hold half of one, so text that ends in an unfinished character
     is held back, and so is what a stop string may begin with. Only the tokens since the last two safe points are
@@ -19,8 +19,9 @@ class TextStream:
 
     Args:
         tokenizer: a transformers tokenizer.
-        stop: strings none of which is to be shown, nor anything after it. A special token is no string: to stop at one
-            is ``stop_token_ids``' part, of :class:`SamplingParams`.
+        stop: strings none of which is to be shown, nor anything after it. A special token that is skipped is no string:
+            to stop at one is ``stop_token_ids``' part, of :class:`SamplingParams`.
+        skip_special_tokens: as of ``tokenizer.decode``; False for those who look for calls of tools among them.
 
     Attributes:
         stopped: the stop string that came; None until one does. The request goes on until its stream is closed.
@@ -35,10 +36,11 @@ class TextStream:
         ValueError: ``stop`` is a string, or holds something else or an empty one.
     """
 
-    def __init__(self, tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer, stop: Sequence[str] = (), *, skip_special_tokens: bool = True):
         if not _are_strings(stop):
             raise ValueError(f"stop must be a sequence of strings that are not empty, got {stop!r}")
-        self._tokenizer, self._stop, self._special = tokenizer, tuple(stop), set(tokenizer.all_special_ids)
+        self._tokenizer, self._stop, self._skips_special = tokenizer, tuple(stop), skip_special_tokens
+        self._skipped = set(tokenizer.all_special_ids) if skip_special_tokens else ()
         self.stopped: str | None = None
         self._ids: list[int] = []
         self._shown_ids = 0  # of _ids, those whose text is out; they stay as context for the next ones
@@ -46,7 +48,7 @@ class TextStream:
         self._next_try = 0  # so many ids without their text are decoded again
 
     def _decode(self, ids) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skips_special, clean_up_tokenization_spaces=False)
 
     def push(self, token_ids) -> str:
         """The text that these tokens, ints, complete; in a long run of bytes that are no text, with a few more of them.
@@ -55,7 +57,7 @@ class TextStream:
             TypeError: they are no ints.
         """
         tokens = [operator.index(token) for token in token_ids]  # all of them, before one is taken
-        self._ids.extend(token for token in tokens if token not in self._special)  # which say nothing
+        self._ids.extend(token for token in tokens if token not in self._skipped)  # which say nothing
         return self._until_stop(self._advance(len(tokens)), final=False)
 
     def end(self) -> str:

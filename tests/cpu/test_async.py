@@ -23,6 +23,7 @@ from tests.failing import exhausted
 pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
+SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)
 SAMPLED = SamplingParams(max_new_tokens=20, temperature=0.8, seed=3, ignore_eos=True)
 make = partial(engines.make, max_seq_len=128, max_batch_size=4)
 
@@ -389,6 +390,23 @@ def test_a_busy_event_loop_does_not_stall_decoding(folder, alone):
         while shared.engine.has_unfinished():  # nothing else runs in the loop, nor does it let go of the interpreter
             assert time.monotonic() < end
         assert tokens + await collect_rest(stream) == alone([1, 2], GREEDY)
+
+    run(folder, use)
+
+
+def test_a_loop_that_is_never_idle_does_not_starve_decoding(folder, alone, monkeypatch):
+    """It lets go of the interpreter all the time, but never for long enough."""
+
+    async def use(shared):
+        slowly(shared, monkeypatch)  # where a step lets go of the interpreter
+        stream, turns = asyncio.create_task(collect(shared, [1, 2], SHORT)), 0
+        while not stream.done():
+            for _ in range(2000):
+                pass
+            turns += 1
+            await asyncio.sleep(0)
+        assert (await stream)[0] == alone([1, 2], SHORT)
+        assert turns < 20_000
 
     run(folder, use)
 

@@ -53,6 +53,11 @@ def test_a_special_token_is_no_text(tokenizer):
     stream = TextStream(tokenizer, stop=[end])
     assert stream.push([*tokenizer("ab").input_ids, tokenizer.convert_tokens_to_ids(end)]) + stream.end() == "ab"
     assert stream.stopped is None
+    shown = TextStream(tokenizer, skip_special_tokens=False)
+    assert shown.push([*tokenizer("ab").input_ids, tokenizer.convert_tokens_to_ids(end)]) == f"ab{end}"
+    stops = TextStream(tokenizer, stop=[end], skip_special_tokens=False)
+    assert stops.push([*tokenizer("ab").input_ids, tokenizer.convert_tokens_to_ids(end)]) == "ab"
+    assert stops.stopped == end
 
 
 def test_an_unfinished_character_is_held_back(tokenizer):
