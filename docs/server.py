@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import re
 import signal
 import socket
@@ -217,6 +218,7 @@ if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     name = sys.argv[1]
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads shall not spin beside busy programs
     try:
         listener = bind(int(sys.argv[2]))  # first: a port that cannot be had is told before a model is loaded
         print(f"loading {name} and warming up", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import traceback
@@ -135,6 +136,8 @@ def run_bench(args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    if argv is None:  # a process of its own: torch's threads, which load weights, shall not spin beside busy programs
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = build_parser().parse_args(argv)
     if sys.stdout is None:
         return _fail(args, "standard output is closed, so nobody would see the answer")

@@ -389,3 +389,19 @@ def test_standard_input_is_utf8_whatever_the_locale_says(run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("héllo".encode()), encoding="ascii"))
     ids = generate(run, "--raw")["prompt_token_ids"]
     assert ids == generate(run, "--raw", "héllo")["prompt_token_ids"]
+
+
+@pytest.mark.parametrize("given", (None, "ACTIVE"))
+def test_torchs_threads_do_not_spin_beside_busy_programs(given):
+    """Of the command, whose process is its own; who calls its function has set what it likes."""
+    code = "import os; print(os.environ.get('OMP_WAIT_POLICY'))"
+    begin = "import sys; sys.argv = ['orthrus-rt', 'info']; from orthrus_rt import cli"
+    for passed, want in (("", given or "PASSIVE"), ("['info']", str(given))):
+        env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        env |= {} if given is None else {"OMP_WAIT_POLICY": given}
+        command = [
+            sys.executable,
+            "-c",
+            f"{begin}\ndef run(args): {code}; return 0\ncli.run_info = run; sys.exit(cli.main({passed}))",
+        ]
+        assert subprocess.run(command, env=env, capture_output=True, text=True).stdout == f"{want}\n"
