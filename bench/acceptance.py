@@ -12,7 +12,6 @@ from unittest import mock
 
 import torch
 
-from orthrus_rt import state as st
 from orthrus_rt.cycle import Cycle
 
 RIGHT, WRONG = 1, 2
@@ -45,34 +44,49 @@ def trace(mean: float, draft_len: int, cycles: int, batch: int) -> torch.Tensor:
     return torch.stack([quantiles[torch.randperm(cycles, generator=generator)] for _ in range(batch)], dim=1)
 
 
+def one_pass_trace(mean: float, draft_len: int, hit_rate: float, cycles: int, batch: int) -> torch.Tensor:
+    """The same for one_pass: a cycle has drafts, and accepts ``mean`` of them, where a block of the one before came
+    true, in ``hit_rate`` of all; in the others it accepts none.
+    """
+    hits = round(hit_rate * cycles)
+    drawn, accepted = trace(mean, draft_len, hits, batch), torch.zeros(cycles, batch, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(1)
+    for b in range(batch):
+        accepted[torch.randperm(cycles, generator=generator)[:hits], b] = drawn[:, b]
+    return accepted
+
+
+class Simulated(Cycle):
+    """Accepts by the rows of ``accepted`` ``[cycles, batch]``, over and over, if it drafts."""
+
+    accepted: torch.Tensor
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.drawn = 0
+        self.ids = [torch.full_like(p.partials[1], RIGHT) for p in self.passes]
+        self.trace = self.accepted[:, : self.state.num_slots].to(self.model.device)
+        self.position = torch.arange(self.plan.block_len, dtype=torch.int32, device=self.model.device)
+
+    def take(self, p, partials):
+        super().take(p, partials if self.plan.mode == "ar" else (partials[0], self.ids[self.passes.index(p)]))
+
+    def run(self):
+        accepts = self.position < self.trace[self.drawn % len(self.trace), :, None]
+        # Of the draft pass, against a verification that is right; of one_pass's verification, against drafts that are.
+        decide = self.ids[0].view(self.state.num_slots, -1, self.ids[0].shape[1])[:, : self.plan.block_len]
+        if self.plan.mode != "ar":
+            decide.copy_(torch.where(accepts, RIGHT, WRONG)[:, : decide.shape[1], None].expand_as(decide))
+        if self.plan.mode == "one_pass":  # what is going to happen is the likeliest, so that there is a block for it
+            probs = self.state.draft_prob[:, 1 : self.plan.block_len]
+            probs.zero_()
+            probs[..., 0] = accepts[:, : probs.shape[1]]
+        self.drawn += 1
+        super().run()
+
+
 @contextlib.contextmanager
 def simulated(accepted: torch.Tensor):
-    """Two-pass cycles that engines build in here accept by the rows of ``accepted`` ``[cycles, batch]``, over and over.
-
-    Other modes are left alone: what a one-pass cycle accepts depends on which of its blocks came true.
-    """
-
-    class Simulated(Cycle):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.drawn = 0
-            self.ids = [torch.full_like(p.partials[1], RIGHT) for p in self.passes]
-            draft = self.passes[0]
-            if draft.step != st.STEP_DRAFT:
-                return
-            trace = accepted[:, : self.state.num_slots, None].to(self.model.device)
-            position = torch.arange(draft.per_slot, dtype=torch.int32, device=self.model.device)
-            self.drafted = torch.where(position < trace, RIGHT, WRONG).int().flatten(1)[:, :, None]
-
-        def take(self, p, partials):
-            forced = self.passes[0].step == st.STEP_DRAFT
-            super().take(p, (partials[0], self.ids[self.passes.index(p)]) if forced else partials)
-
-        def run(self):
-            if self.passes[0].step == st.STEP_DRAFT:
-                self.ids[0].copy_(self.drafted[self.drawn % len(self.drafted)].expand_as(self.ids[0]))
-            self.drawn += 1
-            super().run()
-
-    with mock.patch("orthrus_rt.runner.Cycle", Simulated):
+    """Cycles that engines build in here are :class:`Simulated`."""
+    with mock.patch("orthrus_rt.runner.Cycle", type("Cycle", (Simulated,), {"accepted": accepted})):
         yield

@@ -82,10 +82,15 @@ def measure(mode: str, batch: int, length: int, args) -> dict:
             if turn == 1:
                 for column in times.values():
                     column.clear()
+        accepted = common.accepted_share(common.drafts(engine))
     ms = {name: common.percentiles(values)["p50"] for name, values in times.items()}
     added = {name: ms[name] - ms["step_ms"] for name in ("with_ms", "own_pass_ms")}
     saved = 1 - added["with_ms"] / added["own_pass_ms"]
-    return {"mode": mode, "batch": batch, "prompt": length} | ms | {"saved_of_what_an_arrival_adds": saved}
+    return (
+        {"mode": mode, "batch": batch, "prompt": length}
+        | ms
+        | {"saved_of_what_an_arrival_adds": saved, "accepted": accepted}
+    )
 
 
 def main() -> None:
@@ -102,7 +107,8 @@ def main() -> None:
             for length in args.prompt:
                 rows.append(measure(mode, batch, length, args))
                 print(rows[-1], flush=True)
-    common.report(f"arrivals-{args.device.type}", common.header(args.device), rows, args.out)
+    facts = common.header(args.device) | {"draft_len": args.draft_len}
+    common.report(f"arrivals-{args.device.type}", facts, rows, args.out)
 
 
 if __name__ == "__main__":

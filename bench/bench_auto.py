@@ -165,15 +165,17 @@ def measure(kind: str, batch: int, args) -> list[dict]:
     longest = SamplingParams(max_new_tokens=round(LENGTHS[1] * args.tokens), ignore_eos=True)
     want = [output.token_ids for output in engine.generate(texts, longest)]
     decode(engine, [texts[i % len(texts)] for i in range(number)], args.tokens, most, None)  # slots refilled too
-    cycles = {label: Counter() for label in ways}
+    cycles, drafts = ({label: Counter() for label in ways} for _ in range(2))
 
     def run(label: str, start: int) -> float:
         """Tokens per second from the text ``start`` on."""
         queue, before = [i % len(texts) for i in range(start, start + number)], Counter(engine.metrics.plans)
+        drafted = common.drafts(engine)
         got = ways[label](engine, [texts[i] for i in queue], args.tokens, most)
         if any(want[i][: len(some)] != some for i, some in zip(queue, got.tokens, strict=True)):
             raise SystemExit(f"bench_auto: {label} gave other tokens than auto before")
         cycles[label] += Counter(engine.metrics.plans) - before
+        drafts[label] += common.drafts(engine) - drafted
         return sum(map(len, got.tokens)) / got.seconds
 
     def meet(labels: list[str], rounds: int) -> dict[str, list[float]]:
@@ -186,12 +188,13 @@ def measure(kind: str, batch: int, args) -> list[dict]:
     fixed = meet([plan.label for plan in plans], args.fixed_rounds)
     best = fastest(fixed)
     rows = {label: row_of(label, fixed, best) for label in fixed}
-    for counted in cycles.values():
+    for counted in (*cycles.values(), *drafts.values()):
         counted.clear()
     rates = meet(list(dict.fromkeys([AR.label, best, "auto first", "auto"])), args.rounds)
     engine.close()
     for label in rates:
         rows[label] = row_of(label, rates, best)
+        rows[label]["accepted"] = common.accepted_share(drafts[label])
         rows[label]["cycles"] = " ".join(f"{plan}:{n}" for plan, n in cycles[label].items())
     return [{"kind": kind, "batch": batch} | row for row in rows.values()]
 

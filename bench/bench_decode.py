@@ -1,11 +1,13 @@
 """Whole decode cycles through the engine and through two baselines: how long, how near the floor, how fast.
 
-Official shapes have random weights, so what a two-pass cycle accepts is simulated (``--accepted``, by default what the
-published models reach, or would with fewer drafts if each were as likely as another), and every such row says so;
-one-pass cycles are timed alone. The embedded model decodes the built-in prompts with its own acceptance. The floor is
-the bytes of what a cycle must read in bf16 (each pass's weights, committed keys and values) over the bandwidth measured
-in this call. Baselines: ``eager`` (growing cache; one sequence) and ``graphed`` (static cache, torch.mm, SDPA), see
-bench/baselines.py. ``device_ms``: how long the device is busy in a cycle, where that is measured.
+Official shapes have random weights, so what a cycle accepts is simulated, and every such row says so: a two-pass cycle
+by ``--accepted``, by default what the published models reach, or would with fewer drafts if each were as likely as
+another; a one-pass cycle, where a block came true (``--hit-rate`` of all), two thirds of that, else nothing, as by
+default the embedded model does. That decodes the built-in prompts with its own acceptance. The floor is the bytes of
+what a cycle must read (each pass's weights as the engine holds them, in 16 bits or 12, those of a baseline in bf16;
+committed keys and values) over the bandwidth measured in this call. Baselines: ``eager`` (growing cache; one sequence)
+and ``graphed`` (static cache, torch.mm, SDPA), see bench/baselines.py. ``device_ms``: how long the device is busy in a
+cycle, where that is measured.
 
     python -m bench.bench_decode --model 8b --context 512 8192 32768 --batch 1 4 16 64 --out DIR
     python -m bench.bench_decode --model smollm2-135m --batch 1 8 --out DIR
@@ -182,6 +184,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fan-out", type=int, help="blocks that a one_pass cycle drafts; the engine's own by default")
     parser.add_argument(
         "--accepted", type=float, least=0, help="official shapes: accepted drafts per cycle to simulate"
+    )
+    parser.add_argument(
+        "--hit-rate",
+        type=float,
+        least=0,
+        most=1,
+        help="official shapes: share of one_pass cycles whose block came true",
     )
     parser.add_argument("--cycles", type=int, default=64, help="measured cycles per row")
     parser.add_argument("--rounds", type=int, default=1, help="of all modes in turn; each row is the median of as many")

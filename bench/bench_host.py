@@ -21,7 +21,7 @@ from orthrus_rt.cycle import Cycle
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
-ACCEPTED = 2  # drafts per cycle, where there are any
+DRAFT_LEN, ACCEPTED = 15, 2  # drafts of a cycle that has any, and accepted ones
 WARM_UP = 64  # cycles
 MODES = (*cycle_plan.MODES, "auto")
 
@@ -44,7 +44,7 @@ def microseconds(device: torch.device, mode: str, batch: int, cycles: int) -> li
     with mock.patch("orthrus_rt.runner.Cycle", Instant):
         engine = Engine(
             random_checkpoint("tiny", device, 16), device=device, dtype=torch.bfloat16, mode=mode, max_seq_len=most,
-            draft_len=15, fan_out=6 if mode == "one_pass" else None, max_batch_size=batch, num_pages=None,
+            draft_len=DRAFT_LEN, fan_out=6 if mode == "one_pass" else None, max_batch_size=batch, num_pages=None,
             prefix_caching=True,
         )  # fmt: skip
         with engine:
@@ -74,7 +74,8 @@ def main() -> None:
             us = common.percentiles(times)
             rows.append({"mode": mode, "batch": batch, "mean_us": sum(times) / len(times), "us": us["p50"]})
             rows[-1] |= {"p20": us["p20"], "p80": us["p80"]}
-    common.report(f"host-{args.device.type}", common.header(args.device), rows, args.out)
+    facts = {"draft_len": DRAFT_LEN, "accepted drafts of a cycle, simulated": ACCEPTED}
+    common.report(f"host-{args.device.type}", common.header(args.device) | facts, rows, args.out)
 
 
 if __name__ == "__main__":

@@ -79,11 +79,15 @@ def main() -> None:
                 for chunk, measured in found.items():
                     with mock.patch.dict(runner.CHUNK_BESIDE, {device: chunk}):
                         measured.append(measure(engine, prompt, others))
+            accepted = common.accepted_share(common.drafts(engine))
         for chunk, (_, *measured) in found.items():  # the first warmed up
             row = {"mode": mode, "batch": args.batch, "prompt": args.prompt, "chunk": chunk, "own": chunk == own}
-            rows.append(row | {name: median(one[name] for one in measured) for name in measured[0]})
+            rows.append(
+                row | {name: median(one[name] for one in measured) for name in measured[0]} | {"accepted": accepted}
+            )
             print(rows[-1], flush=True)
-    common.report(f"long_prompt-{device}", common.header(args.device), rows, args.out)
+    facts = common.header(args.device) | {"draft_len": args.draft_len}
+    common.report(f"long_prompt-{device}", facts, rows, args.out)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def main() -> None:
                 )
                 print(rows[-1], flush=True)
             assert tokens[False] == tokens[True]
-    facts = {"model": common.EMBEDDED_NAME, "rounds": args.rounds}
+    facts = {"model": common.EMBEDDED_NAME, "mode": "ar", "rounds": args.rounds}
     common.report("prefix", common.header(args.device) | facts, rows, args.out)
 
 

@@ -57,6 +57,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     facts = {
         "model": common.EMBEDDED_NAME,
+        "mode": "two_pass",
         "draft_len": args.draft_len,
         "max_new_tokens": args.tokens,
         "top_p": args.top_p,

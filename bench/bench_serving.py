@@ -45,6 +45,7 @@ class Asked:
 class Served:
     asked: list[Asked]
     recording_s: float
+    accepted: float | None  # share of the drafts
 
     @property
     def tok_s(self) -> float:
@@ -98,7 +99,8 @@ def run(mode: str, rate: float, args) -> Served:
             await serve(shared, first)
             before = await shared.call(lambda _: recording_s())
             await serve(shared, asked)
-            return Served(asked, await shared.call(lambda _: recording_s()) - before)
+            recorded = await shared.call(lambda _: recording_s()) - before
+            return Served(asked, recorded, common.accepted_share(common.drafts(engine)))
 
     return asyncio.run(all_of_it())
 
@@ -110,6 +112,8 @@ def row(mode: str, rate: float, runs: dict[str, list[Served]], batch: int) -> di
     found["tok_s"] = statistics.median(served.tok_s for served in rounds)
     found["over_first"] = statistics.median(a.tok_s / b.tok_s for a, b in zip(rounds, first, strict=True))
     found["recording_s"] = statistics.median(served.recording_s for served in rounds)
+    accepted = [served.accepted for served in rounds]
+    found["accepted"] = None if None in accepted else statistics.median(accepted)
     measures = {"ttft": lambda a: a.first - a.at, "tpot": lambda a: (a.last - a.first) / (len(a.tokens) - 1)}
     for name, of in measures.items():
         each = [statistics.quantiles(map(of, served.asked), n=100, method="inclusive") for served in rounds]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.info import device_facts
 from orthrus_rt.terminal import figures
 from orthrus_rt.timing import measure, percentiles, read_bandwidth, time_each
+from orthrus_rt.versions import installed
 from orthrus_rt.weights import codes_for_cuda
 
 __all__ = [
@@ -171,6 +173,8 @@ def header(device: torch.device) -> dict:
         "revision": _revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": installed("triton"),
+        "transformers": installed("transformers"),
         "cpu": f"{cpu['name']}, {cpu['threads']} threads",
         "isa": cpu["isa"],
     }
@@ -184,6 +188,17 @@ def header(device: torch.device) -> dict:
     else:
         facts["load average"] = os.getloadavg()[0]
     return facts
+
+
+def drafts(engine: Engine) -> Counter:
+    """Drafts verified so far, ``drafted``, and those of them ``accepted``."""
+    facts = engine.metrics.as_dict()
+    return Counter(drafted=facts["drafted"], accepted=sum(n * times for n, times in facts["accepted"].items()))
+
+
+def accepted_share(counted: Counter) -> float | None:
+    """Of :func:`drafts`; None where there were none."""
+    return counted["accepted"] / counted["drafted"] if counted["drafted"] else None
 
 
 def out_folder(text: str) -> str:

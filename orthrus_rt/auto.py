@@ -34,7 +34,9 @@ from orthrus_rt.timing import SLEEP_CYCLES
 from orthrus_rt.versions import installed
 
 MAX_ROWS = 512  # of a one_pass candidate: more are bound by arithmetic, where one read of the weights saves little
-RIDGE_ROWS = {"cpu": 32, "cuda": 256}  # where a pass begins to cost more, until it is measured
+# As many rows more double a pass's cost, until that is measured. Too many, and a fresh engine begins with one_pass where
+# two_pass is faster; too few, and it does not draft at all.
+RIDGE_ROWS = {"cpu": 14, "amx": 32, "cuda": 256}
 CONTEXT = 256  # committed tokens of a sequence in a warm-up
 REPEATS = 5
 log = logging.getLogger("orthrus_rt")
@@ -64,7 +66,8 @@ class Auto:
         key = f"{self._identity()} | {self._num_slots} slots | {' '.join(p.label for p in plans)}"
         if key == self._key:
             return
-        costs = PassCosts(RIDGE_ROWS[self._device.type])
+        has_amx = self._device.type == "cpu" and device_facts(self._device)["isa"] == "amx_bf16"
+        costs = PassCosts(RIDGE_ROWS["amx" if has_amx else self._device.type])
         self._key, self._file, self.known = key, None, False
         try:
             self._file = cache_file(cache_root(), key)
