@@ -15,6 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = [
     ("cpu", "bench_host", ["--device", "cpu"]),
     ("cpu", "bench_cpu_pass", []),
+    ("cpu", "bench_row_linear", ["--device", "cpu", "--model", "1.7b", "--layers", "2", "--rows", "1", "8", "32"]),
+    ("cpu", "bench_consensus", ["--device", "cpu"]),
+    ("cpu", "bench_process_logits", ["--device", "cpu"]),
     ("cpu", "bench_generate", []),
     ("cpu", "bench_sampling", []),
     ("cpu", "bench_prefix", ["--device", "cpu"]),

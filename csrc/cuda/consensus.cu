@@ -3,8 +3,8 @@
 // One launch, one CTA a slot, one warp a row where they suffice. Warps reduce the partial maxima; one of them walks the
 // block and picks hypotheses, in shared memory; all threads write the results. Integer arithmetic but for comparisons
 // and the wagers of hypotheses.h, all in a fixed order, so deterministic; graph-safe: limits, stop ids and lengths are
-// read on the device. Reads 8 bytes a partial (of a one-pass cycle's blocks, only of the one that hit); everything else
-// is small.
+// read on the device. MUTATED: the slots' state, their output, and all rows that are staged. No slots: nothing is
+// launched. Reads 8 bytes a partial (of a one-pass cycle's blocks, only of the one that hit); everything else is small.
 #include "best.cuh"
 #include "orthrus/hypotheses.h"
 #include "orthrus/launch.cuh"

@@ -3,9 +3,9 @@
 // One launch, head_dim / 4 threads a head: each thread holds two dims of the lower half and their
 // partners of the upper half, so that rotation stays in registers. fp32 inside, one rounding to T;
 // the norm's sum is four squares a thread, then a butterfly over the head's threads: the same order
-// for every row. Row-invariant, deterministic, graph-safe. Moves (q + 2 * kv) * head_dim elements a
-// row in and the same out, with head_dim * 4 bytes of cos_sin; a key's threads read its value too, from the
-// caches.
+// for every row. Row-invariant, deterministic, graph-safe. MUTATED: q, and of the caches the rows' positions. No rows:
+// nothing is launched. Moves (q + 2 * kv) * head_dim elements a row in and the same out, with head_dim * 4 bytes of
+// cos_sin; a key's threads read its value too, from the caches.
 #include <cuda_bf16.h>
 
 #include "orthrus/aligned.h"

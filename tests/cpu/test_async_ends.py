@@ -24,9 +24,12 @@ def test_what_is_no_engine():
 
 
 def test_generate_is_the_whole_stream(folder, alone):
+    cycles = [make(folder).generate([i], GREEDY).stats.cycles for i in (1, 2, 3)]
+
     async def use(shared):
         outs = await asyncio.gather(*(shared.generate([i], GREEDY, f"name {i}") for i in (1, 2, 3)))
         assert [out.token_ids for out in outs] == [alone([i], GREEDY) for i in (1, 2, 3)]
+        assert [out.stats.cycles for out in outs] == cycles
         assert [(out.request_id, out.finished, out.finish_reason) for out in outs] == [
             (f"name {i}", True, "length") for i in (1, 2, 3)
         ]

@@ -62,6 +62,7 @@ def test_padding_and_replays_change_no_bit(make, monkeypatch):
     kinds = [i for i, p in enumerate(params) if p.acceptance == "coupled"]
     alone = decode(make(False), [prompts[i] for i in kinds], [params[i] for i in kinds])
     rejection = make(False).generate(*JOBS[-1]).token_ids
+    cycles = [make(False).generate(*job).stats.cycles for job in JOBS]
     for chunk in (512, 100, 7):
         monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", chunk)
         engine = make(True)
@@ -71,6 +72,7 @@ def test_padding_and_replays_change_no_bit(make, monkeypatch):
         outs = engine.generate(prompts, params)
         assert [outs[i].token_ids for i in kinds] == [trace.tokens for trace in alone]
         assert outs[-1].token_ids == rejection
+        assert [out.stats.cycles for out in outs] == cycles
         assert any(known.settled for known in engine.runner._with_prompts.values())
 
 

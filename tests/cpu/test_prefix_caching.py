@@ -32,6 +32,11 @@ def forgetful(folder):
     return make(folder, prefix_caching=False)
 
 
+def decoded(out):
+    """Tokens, and the cycles that they took: a drafter that misreads shared pages is only slow."""
+    return out.token_ids, out.stats.cycles
+
+
 def text(length, seed=0):
     rng = random.Random(seed)
     return [rng.randrange(VOCAB) for _ in range(length)]
@@ -59,7 +64,7 @@ def test_the_last_token_of_a_prompt_is_always_computed(folder, forgetful):
     for length, cached in ((128, 0), (128, 64), (129, 128), (63, 0), (64, 0), (65, 64)):
         out = engine.generate(text(length), GREEDY)
         assert out.stats.cached_tokens == cached and out.stats.prompt_tokens == length
-        assert out.token_ids == forgetful.generate(text(length), GREEDY).token_ids
+        assert decoded(out) == decoded(forgetful.generate(text(length), GREEDY))
 
 
 def test_one_pass_fills_pages_and_reads_them(folder, forgetful):
@@ -67,7 +72,7 @@ def test_one_pass_fills_pages_and_reads_them(folder, forgetful):
     engine = make(folder)
     prompts = [[*text(130), i] for i in range(4)]
     outs = engine.generate(prompts, GREEDY)
-    assert [out.token_ids for out in outs] == [forgetful.generate(p, GREEDY).token_ids for p in prompts]
+    assert list(map(decoded, outs)) == [decoded(forgetful.generate(p, GREEDY)) for p in prompts]
     assert [out.stats.cached_tokens for out in outs] == [0, 128, 128, 128]
     facts = engine.metrics.as_dict()
     assert (facts["prompt_tokens"], facts["cached_tokens"], facts["recomputed_tokens"]) == (4 * 131, 3 * 128, 0)
