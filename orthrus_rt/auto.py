@@ -34,8 +34,8 @@ from orthrus_rt.timing import SLEEP_CYCLES
 from orthrus_rt.versions import installed
 
 MAX_ROWS = 512  # of a one_pass candidate: more are bound by arithmetic, where one read of the weights saves little
-# As many rows more double a pass's cost, until that is measured. Too many, and a fresh engine begins with one_pass where
-# two_pass is faster; too few, and it does not draft at all.
+# As many rows more double a pass's cost, until that is measured. Too many, and a fresh engine begins with one_pass
+# where two_pass is faster; too few, and it does not draft at all.
 RIDGE_ROWS = {"cpu": 14, "amx": 32, "cuda": 256}
 CONTEXT = 256  # committed tokens of a sequence in a warm-up
 REPEATS = 5
