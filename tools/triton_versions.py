@@ -47,7 +47,7 @@ def row(version: str) -> dict[str, str]:
 
 
 def main() -> int:
-    sys.path.insert(0, str(ROOT))
+    sys.path[0] = str(ROOT)  # in place of this folder, which has a bench.py
     import torch
 
     from bench import common
