@@ -1,4 +1,4 @@
-"""Simulated acceptance: a drawn trace decides how many drafts each cycle accepts, at no cost to the cycle.
+"""Simulated acceptance: a drawn trace decides how many drafts each cycle accepts, at next to no cost.
 
 Random weights accept nothing, so their tokens per second would say nothing of a trained model. Consensus reads, beside
 the maxima that the passes really compute, ids of ours in place of theirs: equal for draft and verification as far as
@@ -65,22 +65,24 @@ class Simulated(Cycle):
         super().__init__(*args, **kwargs)
         self.drawn = 0
         self.ids = [torch.full_like(p.partials[1], RIGHT) for p in self.passes]
-        self.trace = self.accepted[:, : self.state.num_slots].to(self.model.device)
-        self.position = torch.arange(self.plan.block_len, dtype=torch.int32, device=self.model.device)
+        position = torch.arange(self.plan.block_len, dtype=torch.int32)
+        self.accepts = (position < self.accepted[:, : self.state.num_slots, None]).to(self.model.device)
+        self.choices = torch.where(self.accepts, RIGHT, WRONG).int()
 
     def take(self, p, partials):
         super().take(p, partials if self.plan.mode == "ar" else (partials[0], self.ids[self.passes.index(p)]))
 
     def run(self):
-        accepts = self.position < self.trace[self.drawn % len(self.trace), :, None]
+        if self.plan.mode == "ar":
+            return super().run()
+        now = self.drawn % len(self.accepts)
         # Of the draft pass, against a verification that is right; of one_pass's verification, against drafts that are.
         decide = self.ids[0].view(self.state.num_slots, -1, self.ids[0].shape[1])[:, : self.plan.block_len]
-        if self.plan.mode != "ar":
-            decide.copy_(torch.where(accepts, RIGHT, WRONG)[:, : decide.shape[1], None].expand_as(decide))
+        decide.copy_(self.choices[now, :, : decide.shape[1], None].expand_as(decide))
         if self.plan.mode == "one_pass":  # what is going to happen is the likeliest, so that there is a block for it
             probs = self.state.draft_prob[:, 1 : self.plan.block_len]
             probs.zero_()
-            probs[..., 0] = accepts[:, : probs.shape[1]]
+            probs[..., 0] = self.accepts[now, :, : probs.shape[1]]
         self.drawn += 1
         super().run()
 

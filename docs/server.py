@@ -76,12 +76,16 @@ async def read_request(reader, writer):
         raise ValueError(f"the request must be JSON: {error}") from None
 
 
+def is_harmless(key, value):
+    return value == HARMLESS.get(key, ()) and isinstance(value, bool) == isinstance(HARMLESS[key], bool)
+
+
 def check(asked):
     """What was asked for, without the nulls."""
     if not isinstance(asked, dict) or not isinstance(asked.get("prompt"), str):
         raise ValueError("the request must be an object whose prompt is a string")
     asked = {key: value for key, value in asked.items() if value is not None}
-    if other := [key for key in asked if key not in KNOWN and repr(asked[key]) != repr(HARMLESS.get(key, ()))]:
+    if other := [key for key in asked if key not in KNOWN and not is_harmless(key, asked[key])]:
         raise ValueError(f"this server does not support {', '.join(other)}")
     if re.search(r"[\ud800-\udfff]", asked["prompt"]):
         raise ValueError("the prompt must be whole characters, not one half of a surrogate pair")

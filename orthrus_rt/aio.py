@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import AsyncGenerator, Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -101,7 +102,8 @@ class AsyncEngine:
             for known_as in self._waiting:
                 self._worker.submit(self._abort, known_as)
         self._waiting.clear(), self._known_as.clear()
-        self._loop, self._breaks = loop, Breaks(loop, lambda: loop is self._loop and bool(self._waiting))
+        self._loop = loop
+        self._breaks = Breaks(loop, functools.partial(_waits, weakref.ref(self)))
 
     def _check_open(self) -> None:
         if os.getpid() != self._process:
@@ -275,7 +277,8 @@ class AsyncEngine:
                 self.engine.abort(known_as)
         except Exception:
             log.exception("request %s could not be aborted: the engine's next call tries again", known_as)
-            if request := self.engine.outbox.get(known_as):
+            request = self.engine.outbox.get(known_as)
+            if request and [request] not in self.engine.dropped:
                 self.engine.dropped.append([request])
         self._go_on()
 
@@ -291,8 +294,8 @@ class AsyncEngine:
         try:
             if self.engine.closed:
                 raise RuntimeError("this engine is closed")
-            self._step_once()
-            self._go_on()
+            if self._step_once():
+                self._go_on()
         except Exception as error:
             self._tell(self._fail, error)  # the streams abort their requests
         except BaseException as error:  # SystemExit, say, sent to this thread: it would end the readers' event loop
@@ -301,7 +304,8 @@ class AsyncEngine:
             ended.__cause__ = error
             self._tell(self._fail, ended)
 
-    def _step_once(self) -> None:
+    def _step_once(self) -> bool:
+        """Whether to go on, be it to try again."""
         try:
             outputs = self.engine.step()
         except Exception as error:
@@ -309,11 +313,12 @@ class AsyncEngine:
             self._failures += 1
             if self._failures == MOST_FAILURES:
                 self._failures = 0
-                self._give_up(error)
-            return
+                self._give_up(error)  # until those who hear of it abort, or somebody new comes
+            return self._failures > 0
         if self.engine.metrics.cycles > self._cycles or not self.engine.has_unfinished():
             self._failures, self._cycles = 0, self.engine.metrics.cycles
         self._tell_outputs(outputs)
+        return True
 
     def _tell_outputs(self, outputs: list[RequestOutput]) -> None:
         # What runs changes its statistics while the loop may look at them.
@@ -350,6 +355,12 @@ class AsyncEngine:
             self.engine.turn.release()
             self._worker.shutdown(wait=False)
             self._tell(self._fail, RuntimeError("this engine is closed"))
+
+
+def _waits(shared: weakref.ref, breaks: Breaks) -> bool:
+    """Whether a stream waits for more, and these are the breaks of the loop that is to bring it."""
+    it = shared()
+    return it is not None and it._breaks is breaks and any(not stream.failed for stream in it._waiting.values())
 
 
 def _own(error: BaseException) -> BaseException:

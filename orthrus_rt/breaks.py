@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 BUSY = 0.8  # of a stretch that the loop's thread computes: more, and it takes breaks
 BREAK = 50e-6  # seconds, in which a thread that waits wakes up
-BETWEEN_BREAKS, BETWEEN_LOOKS = 500e-6, 5e-3  # seconds: of a busy loop, and of one that was not when last looked at
+# Seconds: of a busy loop, and of one that was not when last looked at. Some loops know whole milliseconds alone.
+BETWEEN_BREAKS, BETWEEN_LOOKS = 1e-3, 5e-3
 
 
 class Breaks:
-    """Of a loop, in whose thread all of this runs, as long as somebody is ``waiting()`` for the other thread's work."""
+    """Of a loop, in whose thread all of this runs, as long as somebody is ``waiting(self)`` for the other thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, waiting: Callable[[], bool]):
+    def __init__(self, loop: asyncio.AbstractEventLoop, waiting: Callable[[Breaks], bool]):
         self._loop, self._waiting = loop, waiting
         self._looks = False
 
@@ -35,7 +36,7 @@ class Breaks:
         self._loop.call_later(seconds, self._look)
 
     def _look(self) -> None:
-        if not self._waiting():
+        if not self._waiting(self):
             self._looks = False
             return
         since, computed = self._since

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orthrus_rt.cycle_plan import MAX_BLOCK_LEN
 
@@ -59,8 +59,8 @@ class ModelConfig:
     block_len: int
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
-    rope: dict
-    name: str
+    rope: dict = field(default_factory=dict)
+    name: str = ""
 
     @property
     def most_positions(self) -> int:

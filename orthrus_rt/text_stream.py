@@ -13,8 +13,8 @@ class TextStream:
     stop string that is complete first, wherever the pieces are cut. (Where tokens of single bytes are no valid text,
     some tokenizers decode all such tokens in a row as U+FFFD: those that were shown stay.)
 
-    A character may span several tokens and a token may hold half of one, so text that ends in an unfinished character
-    is held back, and so is what a stop string may begin with. Only the tokens since the last two safe points are
+    A character may span several tokens and a token may hold half of one, so an unfinished character is held back,
+    and so is what a stop string may begin with. Only the tokens since the last two safe points are
     decoded again.
 
     Args:
@@ -73,6 +73,8 @@ class TextStream:
         if text.endswith("\ufffd") and not final:
             self._next_try = num_new + 1 + text.count("\ufffd") // 8  # bytes that are no text may go on and on
             end, text = self._before_the_last_character() if came > 1 else (self._shown_ids, "")
+            if end == self._shown_ids:
+                return ""
         new = self._ids[self._shown_ids : end]
         before = self._decode(self._ids[: self._shown_ids])
         text = text[len(before) :] if text.startswith(before) else self._decode(new)

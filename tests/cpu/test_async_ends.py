@@ -2,9 +2,12 @@
 
 import asyncio
 import functools
+import gc
 import sys
 import threading
+import time
 import traceback
+import weakref
 
 import pytest
 
@@ -306,3 +309,39 @@ def test_what_was_decoded_before_steps_fail_is_told(folder, alone, monkeypatch):
         assert len(told) > 10 and told == alone([2], LONG)[: len(told)]
 
     run(folder, use)
+
+
+def test_an_engine_that_fails_for_good_is_left_alone(folder, monkeypatch, caplog):
+    """Once everybody has heard of it, though nothing can be aborted either."""
+
+    async def use(shared):
+        calls = []
+        monkeypatch.setattr(shared.engine, "step", lambda: calls.append(None) or 1 / 0)
+        monkeypatch.setattr(shared.engine, "abort", lambda _: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                await collect(shared, [1], GREEDY)
+        await shared.call(lambda _: None)  # behind the aborts, and the step after them
+        await asyncio.sleep(0.1)
+        count = len(calls)
+        await asyncio.sleep(0.2)
+        assert len(calls) == count <= 5 * MOST_FAILURES and len(shared.engine.dropped) <= 2
+
+    run(folder, use)
+
+
+def test_an_engine_is_free_as_soon_as_nobody_holds_who_had_it(folder, alone):
+    """Not only when garbage is collected."""
+    engine = make(folder)
+    shared = AsyncEngine(engine)
+    asyncio.run(collect(shared, [1, 2], GREEDY))
+    gone = weakref.ref(shared)
+    gc.disable()
+    try:
+        del shared
+        end = time.monotonic() + 60
+        while gone() is not None and time.monotonic() < end:  # its thread may be on the way out of the last step
+            time.sleep(0.001)
+        assert gone() is None and engine.generate([1, 2], GREEDY).token_ids == alone([1, 2], GREEDY)
+    finally:
+        gc.enable()

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
+
 from orthrus_rt import reference
 from orthrus_rt.triton_kernels import embed, rms_norm, sum_words
 from tests import sparse

@@ -89,8 +89,8 @@ int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads,
     attributes[config.numAttrs].id = id;
     return attributes[config.numAttrs++].val;
   };
-  // The same carve-out for every kernel: another one would keep neighbours from sharing an SM. Of the launch, not of the
-  // function: setting that may wait for copies under way.
+  // The same carve-out for every kernel: another one would keep neighbours from sharing an SM. Of the launch, not of
+  // the function: setting that may wait for copies under way.
   next_attribute(cudaLaunchAttributePreferredSharedMemoryCarveout).sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
   if (device.major >= 9 && !pdl_is_off())
     next_attribute(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;
