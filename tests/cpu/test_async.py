@@ -72,6 +72,7 @@ def test_bad_requests_end_alone(folder, alone, monkeypatch, caplog):
 @pytest.mark.parametrize("what", ("prefill", "decode", "begin"))
 def test_what_fails_again_and_again_reaches_every_stream(folder, monkeypatch, what):
     async def use(shared):
+        await collect(shared, [9], GREEDY)  # cycles of before are none between the failures
         monkeypatch.setattr(shared.engine.runner, what, lambda *_: 1 / 0)
         streams = (collect(shared, [i], GREEDY) for i in range(3))
         got = await asyncio.wait_for(asyncio.gather(*streams, return_exceptions=True), 20)
