@@ -347,3 +347,22 @@ class TestAStreamThatIsCollected:
 def test_in_the_middle_of_a_recording(folder):
     engine = engines.make(folder, max_seq_len=128, max_batch_size=4)
     failing.check_a_spoilt_recording(engine, poison.jobs_of([poison.GREEDY, poison.SAMPLED], count=4), "interrupt")
+
+
+def test_an_interrupt_as_the_last_output_is_made_does_not_lose_it(folder, alone):
+    engine, told = engines.make(folder, max_seq_len=64, max_batch_size=2), {}
+    engine.submit([1, 2, 3], SHORT, "mine")
+
+    class Struck(dict):
+        def pop(self, *args):
+            super().pop(*args)
+            raise KeyboardInterrupt
+
+    engine.outbox._requests = Struck(engine.outbox._requests)
+    with pytest.raises(KeyboardInterrupt):
+        drain(engine, told)
+    engine.outbox._requests = {}  # what it holds now, without the interrupt
+    assert engine.has_unfinished() and engine.is_unfinished("mine")
+    with pytest.raises(ValueError, match="must be unused"):
+        engine.submit([1], SHORT, "mine")
+    assert drain(engine, told)["mine"] == (alone([1, 2, 3], SHORT), "length")

@@ -10,6 +10,7 @@ from orthrus_rt import dispatch, huge_pages
 from orthrus_rt.device import claim
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.runner import Runner
+from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.sizes import engine_sizes
 from tests import checkpoints, engines, failing, poison
 
@@ -164,3 +165,12 @@ def test_one_engine_per_cuda_device_and_any_number_on_the_cpu():
     claim(device, first)
     claim(torch.device("cpu"), first)
     claim(torch.device("cpu"), Fake())
+
+
+def test_whoever_comes_behind_one_without_memory_begins_in_the_same_step(folder, monkeypatch):
+    engine, params = make(folder), SamplingParams(max_new_tokens=20, ignore_eos=True)
+    begin = engine.runner.begin
+    monkeypatch.setattr(engine.runner, "begin", lambda r: failing.exhausted() if r.prompt == [6, 6] else begin(r))
+    _, good = engine.submit([6, 6], params), engine.submit([1, 2], params)
+    engine.step()
+    assert [r.request_id for r in engine.scheduler.active] == [good]

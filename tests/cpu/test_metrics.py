@@ -5,6 +5,7 @@ import weakref
 from functools import partial
 
 import pytest
+import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt.metrics import Latencies
@@ -141,3 +142,17 @@ def test_cycles_by_rejection_record_nothing(folder):
     assert {kind: of["count"] for kind, of in facts["times"].items()} == {
         "prefill": 1, "two_pass_cycle": facts["cycles"],
     }  # fmt: skip
+
+
+def test_what_a_preemption_costs_is_counted(folder):
+    engine = make(folder, prefix_caching=False)
+    engine.submit([5] * 40, SamplingParams(max_new_tokens=20, ignore_eos=True))
+    (request,) = engine.scheduler.unfinished
+    for _ in range(3):
+        engine.step()
+    with torch.inference_mode():
+        engine._preempt(request)
+    known = request.num_known
+    engine.step()
+    facts = engine.metrics.as_dict()
+    assert (facts["prompt_tokens"], facts["recomputed_tokens"], facts["preemptions"]) == (40, known, 1)

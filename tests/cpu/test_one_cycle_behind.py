@@ -257,3 +257,11 @@ def test_the_slot_of_a_finished_request_runs_no_more(late):
     engine.generate([1, 2, 3], SamplingParams(max_new_tokens=5, ignore_eos=True))
     assert int(engine.runner.state.finish[0]) == st.EMPTY and len(engine.runner.flights) == 1
     assert engine.step() == [] and not engine.runner.flights
+
+
+def test_pages_are_given_up_only_once_all_that_was_launched_is_read(late, monkeypatch):
+    engine, unread = late(max_seq_len=128, max_batch_size=2, num_pages=2, prefix_caching=False), []
+    preempt = engine._preempt
+    monkeypatch.setattr(engine, "_preempt", lambda r: (unread.append(len(engine.runner.flights)), preempt(r))[1])
+    engine.generate([[1] * 30, [2] * 20], SamplingParams(60, ignore_eos=True))
+    assert unread == [0]

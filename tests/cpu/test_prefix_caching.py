@@ -287,3 +287,17 @@ def test_what_begins_otherwise_stays(folder):
     kv.withdraw(0, names)
     kv.release(0)
     assert kv.open(0, names, 192) == 0 and kv.open(1, other, 192) == 192
+
+
+def test_whoever_lost_its_pages_finds_those_of_its_answer_too(folder, forgetful):
+    engine, told = make(folder), {}
+    params = SamplingParams(max_new_tokens=200, ignore_eos=True)
+    request_id = engine.submit([1, 2, 3], params)
+    (request,) = engine.scheduler.unfinished
+    while request.length < 140:
+        engines.take(engine.step(), told)
+    with torch.inference_mode():
+        engine._preempt(request)
+    engines.take(engine.step(), told)
+    assert engine.metrics.cached_tokens == 128
+    assert engines.drain(engine, told)[request_id] == (forgetful.generate([1, 2, 3], params).token_ids, "length")

@@ -1,0 +1,55 @@
+"""What was launched and not yet read: where its results lie, and that nobody waits for their copy."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from orthrus_rt import dispatch
+from orthrus_rt.flights import Flights
+from orthrus_rt.results import SlotResults
+from tests import engines
+
+pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+make = partial(engines.make, max_seq_len=128, max_batch_size=2)
+
+
+def test_results_come_by_page_locked_memory_and_nobody_waits_for_the_copy(monkeypatch):
+    empty, pinned, copies = torch.empty, [], []
+
+    def tapped(*size, pin_memory=False, **how):
+        pinned.append(pin_memory)
+        return empty(*size, **how)
+
+    class Copies(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.copy_:
+                copies.append((kwargs or {}).get("non_blocking", False))
+            return function(*args, **(kwargs or {}))
+
+    class Event:
+        def record(self): ...
+
+    flights = Flights(SlotResults(2, 8, "cpu"))
+    flights.lag = 1  # as of a device that runs ahead
+    monkeypatch.setattr(torch, "empty", tapped)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    with Copies():
+        flights.post([], None)
+    assert pinned == [True] and copies == [True] and flights.may_fly
+    with Copies():
+        flights.post([], None)  # while the first is not read
+        first = flights.pop()
+        flights.post([], None)
+    assert pinned == [True] * 2 and flights.num_posted == 3  # it has the first one's buffer again
+    assert flights.pop().results is not first.results is flights.pop().results
+
+
+def test_mailboxes_outlive_the_flights_that_are_given_up(folder):
+    """They may be on their way still."""
+    engine = make(folder)
+    engine.runner.flights._mailboxes.append(SlotResults(2, 8, "cpu"))
+    engine.torn = True
+    engine.step()  # recovers
+    assert len(engine.runner.flights._mailboxes) == 1 and engine.runner.flights.may_fly
