@@ -289,9 +289,7 @@ def test_who_had_no_part_in_steps_that_fail_is_served(folder, alone, monkeypatch
 
 
 def test_what_was_decoded_before_steps_fail_is_told(folder, alone, monkeypatch):
-    """Of one that has ended, then nothing else; of the other, and then why it cannot go on; though no step ever succeeds
-    again.
-    """
+    """Of one that has ended, then nothing else; of the other, and then why it cannot go on. No step succeeds again."""
 
     async def use(shared):
         collect_but, told = shared.engine._collect_but, []
