@@ -137,16 +137,19 @@ def test_what_is_left_to_a_loop_that_is_closed_is_aborted(folder):
     asyncio.run(shared.close())
 
 
-def test_failures_that_a_loop_was_to_hear_of_reach_no_stream_of_the_next(folder, alone, monkeypatch):
+@pytest.mark.parametrize("what", ("steps", "thread"))
+def test_failures_that_a_loop_was_to_hear_of_reach_no_stream_of_the_next(folder, alone, monkeypatch, what):
+    """Neither of steps, which those in them hear of, nor of the thread's own, which all who wait do."""
     shared, (first, second) = AsyncEngine(make(folder)), [asyncio.new_event_loop() for _ in range(2)]
     left = first.create_task(anext(shared.stream([3], GREEDY)))
     with monkeypatch.context() as patch:
-        failed = []
-        patch.setattr(shared.engine, "step", lambda: failed.append(1) or 1 / 0)
+        failed, enough = [], 3 if what == "steps" else 1
+        where = (shared.engine, "step") if what == "steps" else (shared, "_step_once")
+        patch.setattr(*where, lambda: failed.append(1) or 1 / 0)
         first.run_until_complete(asyncio.sleep(0))
-        while len(failed) < 3:
+        while len(failed) < enough:
             time.sleep(0.001)
-        shared._worker.submit(lambda: None).result(20)  # the third has been told of
+        shared._worker.submit(lambda: None).result(20)  # the last has been told of
     stream = shared.stream([1, 2], GREEDY)
     waits = second.create_task(anext(stream))
     second.run_until_complete(asyncio.sleep(0))

@@ -1,6 +1,7 @@
 """What an engine counts, as a dictionary and in Prometheus' text form."""
 
 import gc
+import time
 import weakref
 from functools import partial
 
@@ -156,3 +157,31 @@ def test_what_a_preemption_costs_is_counted(folder):
     engine.step()
     facts = engine.metrics.as_dict()
     assert (facts["prompt_tokens"], facts["recomputed_tokens"], facts["preemptions"]) == (40, known, 1)
+
+
+def test_device_times_add_up_and_a_latency_beyond_all_bounds_is_one(folder):
+    metrics = make(folder).metrics
+    assert "plan_info{" not in metrics.as_prometheus()
+    for seconds in (0.25, 0.5):
+        metrics.took("prefill", seconds), metrics.first_token.add(1000 * seconds)
+    text = metrics.as_prometheus()
+    assert 'orthrus_device_seconds_sum{kind="prefill"} 0.75\n' in text
+    assert 'orthrus_first_token_seconds_bucket{le="60.0"} 0\n' in text
+    assert 'orthrus_first_token_seconds_bucket{le="+Inf"} 2\n' in text
+
+
+def test_drafts_accepted_are_a_histogram_of_at_most_so_many(folder):
+    metrics = make(folder).metrics
+    for accepted in (0, 2, 2, 3):
+        metrics.verified(7, accepted)
+    counts = [line.split()[1] for line in metrics.as_prometheus().splitlines() if "accepted_drafts_bucket" in line]
+    assert counts[:4] == ["1", "1", "3", "4"] and set(counts[4:]) == {"4"}
+
+
+def test_a_step_that_fails_was_busy_too(folder, monkeypatch):
+    engine = make(folder)
+    engine.submit([1], SamplingParams(max_new_tokens=4))
+    monkeypatch.setattr(engine.runner, "prefill", lambda *_: (time.sleep(0.05), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    assert engine.metrics.busy_seconds >= 0.05

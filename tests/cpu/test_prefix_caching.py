@@ -301,3 +301,19 @@ def test_whoever_lost_its_pages_finds_those_of_its_answer_too(folder, forgetful)
     engines.take(engine.step(), told)
     assert engine.metrics.cached_tokens == 128
     assert engines.drain(engine, told)[request_id] == (forgetful.generate([1, 2, 3], params).token_ids, "length")
+
+
+def test_what_is_computed_behind_doubtful_pages_gets_no_name(folder):
+    kv, names = make(folder).kv, page_names([7] * 192, [])
+    kv.open(0, [], 128), kv.publish(0, names[:2])
+    assert kv.open(1, names[:2], 128) == 128
+    kv.withdraw(0, names[:2]), kv.reserve(1, 192), kv.publish(1, names)
+    assert [kv.pool.find(name) for name in names] == [None] * 3
+
+
+def test_what_others_hold_that_begins_otherwise_stays(folder):
+    kv, names, other = make(folder).kv, page_names([3] * 128, []), page_names([7] * 128, [])
+    for slot, known in enumerate((names, other)):
+        kv.open(slot, [], 128), kv.publish(slot, known)
+    kv.withdraw(0, names)
+    assert kv.open(2, names, 128) == 0 and kv.open(3, other, 128) == 128

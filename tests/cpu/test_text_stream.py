@@ -173,3 +173,25 @@ def test_nothing_of_a_stop_string_is_shown_and_nothing_else_held_back(tokenizer,
 def test_what_is_no_stop_string(tokenizer, stop):
     with pytest.raises(ValueError, match="stop must be a sequence of strings that are not empty, got "):
         TextStream(tokenizer, stop=stop)
+
+
+@pytest.mark.parametrize("last", ("é", "€", "🎉"))
+def test_of_any_piece_only_an_unfinished_character_waits(tokenizer, last):
+    ids = tokenizer("ab" + last).input_ids
+    for cut in range(3, len(ids)):
+        assert TextStream(tokenizer).push(ids[:cut]) == "ab"
+
+
+def test_of_a_piece_with_something_else_in_it_nothing_is_taken(tokenizer):
+    ids, stream = tokenizer("abc").input_ids, TextStream(tokenizer)
+    with pytest.raises(TypeError):
+        stream.push([ids[0], 1.5])
+    assert stream.push(ids) + stream.end() == "abc"
+
+
+def test_a_long_text_costs_little_however_long_it_is(tokenizer, monkeypatch):
+    stream, seen, n = TextStream(tokenizer), [], 2000
+    decode, ids = tokenizer.decode, tokenizer("a").input_ids
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **how: seen.append(len(ids)) or decode(ids, **how))
+    assert all(stream.push(ids) == "a" for _ in range(n))
+    assert sum(seen) < 10 * n
