@@ -28,7 +28,7 @@ INSTEAD = {
     Engine.submit: "stream()", Engine.stream: "stream()", Engine.step: "stream()", Engine.generate: "generate()",
     Engine.abort: "abort()", Engine.close: "close()", Engine.__exit__: "close()",
 }  # fmt: skip
-MOST_FAILURES = 3  # steps that fail, with no cycle between them, fail every stream
+MOST_FAILURES = 3  # steps that fail, with no cycle between them, fail the streams of those who were in them
 log = logging.getLogger("orthrus_rt")
 R = TypeVar("R")
 

@@ -9,13 +9,13 @@ MOST_UNFINISHED = 3  # tokens of a character of UTF-8 that lacks its last byte
 
 
 class TextStream:
-    """Token ids in, text out, such that the pieces joined are the decoding of the whole, or of what comes before the
-    stop string that is complete first, wherever the pieces are cut. (Where tokens of single bytes are no valid text,
-    some tokenizers decode all such tokens in a row as U+FFFD: those that were shown stay.)
+    """Token ids in, text out, such that the pieces joined are the decoding of the whole, by default without its special
+    tokens, or of what comes before the stop string that is complete first, wherever the pieces are cut. (Where tokens
+    of single bytes are no valid text, some tokenizers decode all such tokens in a row as U+FFFD: those that were shown
+    stay.)
 
-    A character may span several tokens and a token may hold half of one, so an unfinished character is held back,
-    and so is what a stop string may begin with. Only the tokens since the last two safe points are
-    decoded again.
+    A character may span several tokens and a token may hold half of one, so an unfinished character is held back, and
+    so is what a stop string may begin with. Only the tokens since the last two safe points are decoded again.
 
     Args:
         tokenizer: a transformers tokenizer.
