@@ -87,9 +87,27 @@ def events(response):
     return [line.removeprefix("data: ") for line in response.read().decode().split("\n\n") if line]
 
 
-def slow(engine):
+@contextlib.contextmanager
+def a_beginning_each(engine):
+    """Meanwhile requests have their first 8 tokens and few more: an abort alone ends them, however slow the clients."""
     step = engine.step
-    engine.step = lambda: (time.sleep(0.01), step())[1]
+
+    def step_unless_all_have_theirs():
+        unfinished = engine.scheduler.unfinished
+        return [] if unfinished and all(len(request.tokens) >= 8 for request in unfinished) else step()
+
+    engine.step = step_unless_all_have_theirs
+    try:
+        yield
+    finally:
+        engine.step = step
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_server(server, engine):
@@ -102,18 +120,18 @@ def test_a_server(server, engine):
         asked = dict(prompt="hello", max_tokens=8, temperature=0)
         told["whole"] = json.load(post(port, **asked))
         told["stream"] = events(post(port, stream=True, **asked))
-        told["stopped"] = json.load(post(port, stop=stop, **asked | {"max_tokens": 100}))
+        with a_beginning_each(engine):
+            told["stopped"] = json.load(post(port, stop=stop, **asked | {"max_tokens": 100}))
         told["list"] = post(port, "[1]").status
         told["no prompt"] = failure(post(port, max_tokens=8))
         told["length"] = failure(post(port, prompt="x", max_tokens=0))
         told["nested"] = failure(post(port, "[" * 60_000))
-        slow(engine)
-        gone = post(port, prompt="gone", max_tokens=200, temperature=0, stream=True)
-        gone.readline(), gone.close()
-        while engine.metrics.finished["abort"] < 2:
-            time.sleep(0.01)
-        last = post(port, prompt="last", max_tokens=20, temperature=0, stream=True)
-        end()
+        with a_beginning_each(engine):
+            gone = post(port, prompt="gone", max_tokens=200, temperature=0, stream=True)
+            gone.readline(), gone.close()
+            wait_until(lambda: engine.metrics.finished["abort"] == 2)
+            last = post(port, prompt="last", max_tokens=20, temperature=0, stream=True)
+            end()
         told["last"] = events(last)
 
     serve(server, client, signal.SIGTERM)
@@ -150,22 +168,20 @@ def test_what_fails_is_no_success(server, engine, monkeypatch):
         for how in whys:
             told[how] = failure(post(port, prompt=how))
             told[f"{how}, streamed"] = events(post(port, prompt=how, stream=True))
-        slow(engine)
         aborted = engine.metrics.finished["abort"]
-        with socket.create_connection(("127.0.0.1", port)) as half:
-            body = json.dumps({"prompt": "hello", "max_tokens": 200, "temperature": 0})
-            half.sendall(f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-            half.shutdown(socket.SHUT_WR)
-            told["half"] = half.makefile().read()
-        with socket.create_connection(("127.0.0.1", port)) as reset:
-            reset.sendall(f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-            while not any(engine.scheduler.slots):
-                time.sleep(0.01)
-            reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing it resets it
-        while engine.metrics.finished["abort"] < aborted + 2:
-            time.sleep(0.01)
-        last = post(port, prompt="last", max_tokens=20, temperature=0, stream=True)
-        end()
+        with a_beginning_each(engine):
+            with socket.create_connection(("127.0.0.1", port)) as half:
+                body = json.dumps({"prompt": "hello", "max_tokens": 200, "temperature": 0})
+                half.sendall(f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+                half.shutdown(socket.SHUT_WR)
+                told["half"] = half.makefile().read()
+            with socket.create_connection(("127.0.0.1", port)) as reset:
+                reset.sendall(f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+                wait_until(lambda: any(engine.scheduler.slots))
+                reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing it resets it
+            wait_until(lambda: engine.metrics.finished["abort"] == aborted + 2)
+            last = post(port, prompt="last", max_tokens=20, temperature=0, stream=True)
+            end()
         told["last"] = events(last)
 
     monkeypatch.setattr(AsyncEngine, "stream", failing)
@@ -299,10 +315,7 @@ def test_nobody_waits_for_a_prompt_that_is_being_tokenized(server, engine):
     def client(port, end):
         with ThreadPoolExecutor(1) as pool:
             waits = pool.submit(post, port, prompt="hello", max_tokens=8)
-            for _ in range(3000):
-                if engine._tokenizer.called:
-                    break
-                time.sleep(0.01)
+            wait_until(lambda: engine._tokenizer.called)
             told["other"] = failure(post(port, max_tokens=8))
             others.set()
             told["waits"] = waits.result(60).status
