@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from orthrus_rt.checkpoint import load_config
 from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import RequestOutput
@@ -36,3 +39,21 @@ def drain(engine: Engine, told: Told | None = None) -> Told:
     while engine.has_unfinished():
         take(engine.step(), told)
     return told
+
+
+@contextlib.contextmanager
+def a_beginning_each(engine: Engine) -> Iterator[None]:
+    """Meanwhile requests have their first 8 tokens and few more: an abort alone ends longer ones, however slowly those
+    who share the engine are served.
+    """
+    step = engine.step
+
+    def step_unless_all_have_theirs():
+        unfinished = engine.scheduler.unfinished
+        return [] if unfinished and all(len(request.tokens) >= 8 for request in unfinished) else step()
+
+    engine.step = step_unless_all_have_theirs
+    try:
+        yield
+    finally:
+        engine.step = step

@@ -11,6 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+SMALL_OPS = ("qkv_commit", "rms_norm", "embed")
 # device it is for, script, arguments
 RUNS = [
     ("cpu", "bench_host", ["--device", "cpu"]),
@@ -18,6 +19,7 @@ RUNS = [
     ("cpu", "bench_row_linear", ["--device", "cpu", "--model", "1.7b", "--layers", "2", "--rows", "1", "8", "32"]),
     ("cpu", "bench_consensus", ["--device", "cpu"]),
     ("cpu", "bench_process_logits", ["--device", "cpu"]),
+    *(("cpu", f"bench_{op}", ["--device", "cpu", "--model", "135m", "8b"]) for op in SMALL_OPS),
     ("cpu", "bench_generate", []),
     ("cpu", "bench_sampling", []),
     ("cpu", "bench_prefix", ["--device", "cpu"]),
@@ -35,6 +37,7 @@ RUNS = [
     ("cuda", "bench_consensus", []),
     ("cuda", "bench_host", ["--device", "cuda"]),
     ("cuda", "bench_process_logits", []),
+    *(("cuda", f"bench_{op}", []) for op in SMALL_OPS),
     ("cuda", "bench_invariance", ["--device", "cuda", "--model", "8b"]),
     *(("cuda", "bench_decode", ["--model", model]) for model in ("1.7b", "4b", "8b", "smollm2-135m")),
     ("cuda", "bench_prefix", ["--device", "cuda"]),

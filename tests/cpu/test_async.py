@@ -18,6 +18,7 @@ from orthrus_rt.model import Activations
 from orthrus_rt.outputs import Stats
 from orthrus_rt.sampling import SamplingParams
 from tests import engines
+from tests.engines import a_beginning_each
 from tests.failing import exhausted
 
 pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
@@ -245,9 +246,10 @@ def test_an_abort_that_fails_is_tried_again(folder, monkeypatch, failures):
     async def use(shared):
         failing, real = iter([True] * failures), shared.engine.abort
         monkeypatch.setattr(shared.engine, "abort", lambda i: 1 / 0 if next(failing, False) else real(i))
-        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
-        await anext(stream)
-        await stream.aclose()
+        with a_beginning_each(shared.engine):
+            stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+            await anext(stream)
+            await stream.aclose()
         assert len(await collect(shared, [3], GREEDY)) == 2
         assert not shared.engine.has_unfinished() and shared.engine.metrics.finished["abort"] == 1
 

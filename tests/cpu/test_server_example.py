@@ -23,6 +23,7 @@ import pytest
 from orthrus_rt import AsyncEngine, dispatch
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
+from tests.engines import a_beginning_each
 
 pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 HOW = dict(device="cpu", mode="two_pass", max_seq_len=256)
@@ -85,22 +86,6 @@ def exchange(port, sent):
 
 def events(response):
     return [line.removeprefix("data: ") for line in response.read().decode().split("\n\n") if line]
-
-
-@contextlib.contextmanager
-def a_beginning_each(engine):
-    """Meanwhile requests have their first 8 tokens and few more: an abort alone ends them, however slow the clients."""
-    step = engine.step
-
-    def step_unless_all_have_theirs():
-        unfinished = engine.scheduler.unfinished
-        return [] if unfinished and all(len(request.tokens) >= 8 for request in unfinished) else step()
-
-    engine.step = step_unless_all_have_theirs
-    try:
-        yield
-    finally:
-        engine.step = step
 
 
 def wait_until(condition):
