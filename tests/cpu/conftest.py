@@ -2,6 +2,8 @@
 kernels on the host, a checkpoint with a tokenizer, and what a request gets alone.
 """
 
+import functools
+
 import pytest
 
 from orthrus_rt import dispatch
@@ -82,6 +84,13 @@ def alone(folder):
         return known[key]
 
     return tokens
+
+
+@pytest.fixture(scope="module")
+def cycles_alone(folder):
+    """Cycles that a request takes alone in a mode, at whose usual drafts; remembered."""
+    engine_of = functools.cache(lambda mode: engines.make(folder, mode=mode, max_seq_len=256, max_batch_size=1))
+    return functools.cache(lambda mode, prompt, params: engine_of(mode).generate(list(prompt), params).stats.cycles)
 
 
 @pytest.fixture(scope="module")

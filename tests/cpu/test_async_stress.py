@@ -10,6 +10,7 @@ import pytest
 
 from orthrus_rt import dispatch
 from orthrus_rt.aio import AsyncEngine
+from orthrus_rt.pages import PAGE_SIZE
 from orthrus_rt.sampling import SamplingParams
 from tests import engines
 
@@ -23,8 +24,9 @@ class Injected(RuntimeError):
 
 
 class Client:
-    def __init__(self, shared: AsyncEngine, alone, seed: int, ends: Counter):
-        self.shared, self.alone, self.rng, self.ends = shared, alone, random.Random(seed), ends
+    def __init__(self, shared: AsyncEngine, alone, cycles_alone, seed: int, ends: Counter):
+        self.shared, self.alone, self.cycles_alone = shared, alone, cycles_alone
+        self.rng, self.ends, self.cycles = random.Random(seed), ends, 0
 
     async def run(self) -> None:
         for _ in range(6):
@@ -40,10 +42,13 @@ class Client:
             self.ends[end] += 1
             want = self.alone(prompt, params)
             assert got == (want if end == "read" else want[: len(got)])
+            if end == "read" and self.cycles_alone:
+                assert self.cycles == self.cycles_alone(self.shared.engine.mode, tuple(prompt), params)
 
     async def read(self, stream, got) -> str:
         async for out in stream:
             got += out.new_token_ids
+            self.cycles = out.stats.cycles
             assert out.stats.tokens == len(got)
             if self.rng.random() < 0.1:
                 await asyncio.sleep(self.rng.random() * 0.005)
@@ -54,6 +59,7 @@ class Client:
     async def leave(self, stream, got) -> str:
         async for out in stream:
             got += out.new_token_ids
+            self.cycles = out.stats.cycles
             if self.rng.random() < 0.3:
                 await stream.aclose()
                 return "left"
@@ -84,18 +90,21 @@ def fail_at_times(engine, rng: random.Random, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_clients_come_and_go(folder, alone, monkeypatch, seed):
+def test_clients_come_and_go(folder, alone, cycles_alone, monkeypatch, seed):
     rng, ends = random.Random(seed), Counter()
 
     async def main() -> None:
+        mode, most, pages = MODES[seed % 4], rng.choice((1, 3, 8)), rng.choice((None, 3, 5))
         engine = engines.make(
-            folder, mode=MODES[seed % 4], max_seq_len=128, max_batch_size=rng.choice((1, 3, 8)),
-            num_pages=rng.choice((None, 3, 5)), prefix_caching=seed % 3 > 0,
-        )  # fmt: skip
+            folder, mode=mode, max_seq_len=128, max_batch_size=most, num_pages=pages, prefix_caching=seed % 3 > 0
+        )
         async with AsyncEngine(engine) as shared:
             if seed % 4 == 0:
                 fail_at_times(engine, rng, monkeypatch)
-            clients = [Client(shared, alone, 100 * seed + i, ends).run() for i in range(rng.choice((4, 8)))]
+            # Where pages run out, some begin anew, without drafts; and auto decides by times.
+            enough = pages is None or pages >= most * 128 // PAGE_SIZE
+            cycles = cycles_alone if enough and mode != "auto" else None
+            clients = [Client(shared, alone, cycles, 100 * seed + i, ends).run() for i in range(rng.choice((4, 8)))]
             await asyncio.wait_for(asyncio.gather(*clients), 60)
             while engine.has_unfinished() or shared._steps:
                 await asyncio.sleep(0.001)

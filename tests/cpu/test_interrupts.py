@@ -33,6 +33,16 @@ def want(engine):
 
 
 @pytest.fixture(scope="module")
+def pace(engine, want):
+    """Cycles that each prompt takes before anything was interrupted."""
+    return pace_of(engine)
+
+
+def pace_of(engine, prompts=PROMPTS):
+    return [out.stats.cycles for out in engine.generate(prompts, PARAMS)]
+
+
+@pytest.fixture(scope="module")
 def shallow(tmp_path_factory):
     """``(engine, want)`` of one layer and of SHORT, for interrupts of what runs no model: there are many of them."""
     kwargs = dict(dtype=torch.bfloat16, diff_noise=0.05, num_hidden_layers=1)
@@ -152,8 +162,8 @@ def test_an_id_is_in_use_until_its_last_output_is_returned(engine):
     assert drain(engine)["mine"][1] == "length"
 
 
-def test_steps_at_random_instructions(engine, want, request):
-    """Outputs too: what an interrupted step did not return, the next one does."""
+def test_steps_at_random_instructions(engine, want, pace, request):
+    """Outputs too: what an interrupted step did not return, the next one does. Later drafts are as good as ever."""
     rng, strikes, got, rounds = random.Random(0), 0, {}, 60 if request.config.getoption("--full") else 30
     for _ in range(rounds):
         got.clear()
@@ -165,6 +175,7 @@ def test_steps_at_random_instructions(engine, want, request):
         assert [got[i] for i in ids] == [(tokens, "length") for tokens in want]
         all_pages_back(engine)
     assert strikes > rounds * 5 / 3
+    assert pace_of(engine) == pace
 
 
 def test_steps_that_share_pages_at_random_instructions(folder):
@@ -173,7 +184,7 @@ def test_steps_that_share_pages_at_random_instructions(folder):
     rng, strikes = random.Random(2), 0
     beginning = [rng.randrange(90) for _ in range(130)]
     prompts = [[*beginning, i] for i in range(3)]
-    want = [shared.generate(p, PARAMS, mode="ar").token_ids for p in prompts]
+    want, pace = [shared.generate(p, PARAMS, mode="ar").token_ids for p in prompts], pace_of(shared, prompts)
     got = {}
     for _ in range(40):
         shared.kv.reset()
@@ -189,9 +200,10 @@ def test_steps_that_share_pages_at_random_instructions(folder):
         all_pages_back(shared)
         assert not any(shared.kv.pool._holders.values())
     assert strikes > 40 and shared.metrics.cached_tokens > 0
+    assert pace_of(shared, prompts) == pace
 
 
-def test_generate_at_random_instructions(engine, want, request):
+def test_generate_at_random_instructions(engine, want, pace, request):
     rng = random.Random(1)
     other = {}
     for _ in range(60 if request.config.getoption("--full") else 30):
@@ -200,6 +212,7 @@ def test_generate_at_random_instructions(engine, want, request):
         other[request_id] = drain(engine)[request_id]
         all_pages_back(engine)
     assert set(map(str, other.values())) == {str((want[0], "length"))}
+    assert pace_of(engine) == pace
 
 
 def test_closing_a_stream_at_every_instruction(engine, want):

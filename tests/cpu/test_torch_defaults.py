@@ -39,7 +39,8 @@ def decoded(folder, how, mode):
         engine.warmup()
     outs = engine.generate(PROMPTS, PARAMS)
     outs += [engine.generate([1, 2], REJECTION)] if mode == "two_pass" else []
-    return [out.token_ids for out in outs], engine.next_logits([1, 2, 3]).tolist()
+    cycles = [out.stats.cycles for out in outs if mode != "auto"]  # which decides by times
+    return [out.token_ids for out in outs], cycles, engine.next_logits([1, 2, 3]).tolist()
 
 
 @pytest.fixture(params=("native", "reference"))
