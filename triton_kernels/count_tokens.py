@@ -30,7 +30,17 @@ def _count_kernel(
 
 
 def count_tokens(state, edits):
-    """See :func:`orthrus_rt.ops.count_tokens`. One program a slot, which takes at most a ring of tokens."""
+    """Emitted tokens into the counts that penalties read.
+
+    Contract:
+        state: ``output`` int32 ``[num_slots, capacity]``, a ring, and ``num_output`` int32 ``[num_slots]``. Not mutated.
+        edits: ``token_counts`` int32 ``[num_slots or more, vocab]`` and ``num_counted`` int32 ``[num_slots or more]``,
+            MUTATED for these slots; at most ``capacity`` tokens lie between ``num_counted`` and ``num_output``. Ids
+            beyond the vocabulary are not counted.
+        No slots: Triton refuses an empty grid, so the caller does not call. Integers alone, one program a slot, which
+        writes each count once: deterministic, graph-safe.
+        Reads the ring, and reads and writes a count for each of its new tokens.
+    """
     capacity = state.output.shape[1]
     # One warp: every lane has read num_counted before any writes it.
     kernel = _count_kernel[(state.num_slots,)](

@@ -336,12 +336,24 @@ def _log_probs_kernel(
 
 
 def process_logits(logits, rows, logit_rows, sampling, cache_seqlens, purpose, partials, *, log_probs=None):
-    """Scores whose largest is a row's choice; see :func:`orthrus_rt.ops.process_logits` for arguments and semantics.
+    """Scores whose largest is a row's choice; :func:`orthrus_rt.ops.process_logits` defines them, step by step.
 
-    All fp32; division is IEEE; exp and log may differ in the last bits from other implementations, the uniforms do not.
-    Deterministic, row-invariant, graph-safe (workspace, some 70 KB a row, comes from torch's allocator). No rows: no
-    launch. Reads the logits 3 times and writes them once; with top-k or top-p 2 reads more and those of the few
-    candidates, or of all tokens where more than MOST_FOUND are candidates.
+    Contract:
+        logits: fp32 ``[n, vocab]``, contiguous, MUTATED whole: edited and scaled.
+        rows: a row plan (``token``, ``position``, ``seq`` int32 on the device); logit_rows: int32 ``[n]``, within it.
+        sampling: per slot ``[num_slots]``, temperature, top_p and min_p fp32, top_k int32, seed int64; its edits, if
+            any, as :class:`orthrus_rt.state.SlotEdits` has them. cache_seqlens: int32 ``[num_slots]``. Not mutated.
+        partials: fp32 and int32 ``[n, ceil(vocab / 128)]``, contiguous, MUTATED whole.
+        log_probs: fp32 ``[n, vocab]``, MUTATED whole; or None.
+        No rows: no launch. All fp32, nothing is rounded; division is IEEE; exp and log may differ in the last bits from
+        other implementations, the uniforms do not. Probability is summed as integers, in any order the same, and a
+        program works on one row: deterministic, row-invariant. Five launches, graph-safe; the workspace, some 70 KB a
+        row, comes from torch's allocator.
+        Reads the logits 3 times and writes them once; with top-k or top-p 2 reads more and those of the few candidates,
+        or of all tokens where more than MOST_FOUND are candidates. Some 10 FLOPs a token, and of those kept the noise's
+        40.
+        Method: Philox (Salmon, Moraes, Dror, Shaw 2011) for noise that hangs on (seed, position, purpose, token) alone;
+        Gumbel-max for the draw.
     """
     num_rows, vocab = logits.shape
     if not num_rows:

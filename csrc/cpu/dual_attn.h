@@ -11,6 +11,12 @@
 //
 // Rounding points: weights, before their sum and their product with the values, and the output.
 //
+// Contract (shapes in params.h): MUTATED: out, all rows. No rows: nothing is done. Row-invariant, deterministic.
+// Bytes: each tile's visible keys and values once, from the caches but for the first; q and out once. FLOP:
+// 4 * head_dim for each key that a row and head sees.
+// Method: online softmax (Milakov, Gimelshein, arXiv 1805.02867) in tiles; splits along the keys as in Flash-Decoding
+// (Dao, Haziza, Massa, Sizov 2023), here at fixed positions.
+//
 // A tile is a QueryRows with begin(), and for every split begin_split(sums), attend(keys) for every 64 keys, and
 // end_split(): dual_attn_vectors.h, dual_attn_amx.h.
 #pragma once

@@ -3,6 +3,10 @@
 // Every filter keeps "all tokens at or above a cut", so a row's filters are one number, found without a sort: values
 // are gathered rung by rung below the maximum until they hold enough, and bisection over the last rung does the rest.
 // Probability is summed as integers, trunc(exp(y - top) * 2^40), exact in any order.
+//
+// Contract (shapes in params.h): MUTATED: logits and partial maxima, all rows, and log_probs. No rows: nothing is done.
+// All fp32. Row-invariant, deterministic. Scratch of up to a row a thread. Bytes: the logits read and written once, then
+// read again from the caches, once and for every rung that is looked at. Throws std::bad_alloc where there is no scratch.
 #pragma once
 #include "noise.h"
 #include "orthrus/rows.h"

@@ -5,8 +5,13 @@
 // the tile. For kSiluMul a strip holds 16 gates, then their 16 ups. Outputs and inputs are padded with zeros.
 // A bf16 strip may be coded (see coded_weight.h): tiles decode it as they go, many read it decoded once.
 //
-// Row-invariant: every output is one accumulator that runs over k in ascending order, whatever the
+// Contract (shapes in params.h). Nothing need be aligned. MUTATED: out or the partial maxima, all rows. No rows:
+// nothing is done. fp32 accumulation; one rounding, in the epilogue (none for kLogits). kArgmax: partial p covers the
+// p-th 512 outputs; ties go to the lowest id, NaN never wins.
+// Row-invariant and deterministic: every output is one accumulator that runs over k in ascending order, whatever the
 // tile, the row count or the thread.
+// Bytes: each view's packed weight once, or once per block of very many rows, and x once per strip from the caches.
+// FLOP: 2 * num_rows * in * out_features.
 #pragma once
 #include <type_traits>
 
