@@ -33,7 +33,8 @@ def count_tokens(state, edits):
     """Emitted tokens into the counts that penalties read.
 
     Contract:
-        state: ``output`` int32 ``[num_slots, capacity]``, a ring, and ``num_output`` int32 ``[num_slots]``. Not mutated.
+        state: ``output`` int32 ``[num_slots, capacity]``, a ring, and ``num_output`` int32 ``[num_slots]``; not
+            mutated.
         edits: ``token_counts`` int32 ``[num_slots or more, vocab]`` and ``num_counted`` int32 ``[num_slots or more]``,
             MUTATED for these slots; at most ``capacity`` tokens lie between ``num_counted`` and ``num_output``. Ids
             beyond the vocabulary are not counted.

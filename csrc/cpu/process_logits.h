@@ -5,8 +5,8 @@
 // Probability is summed as integers, trunc(exp(y - top) * 2^40), exact in any order.
 //
 // Contract (shapes in params.h): MUTATED: logits and partial maxima, all rows, and log_probs. No rows: nothing is done.
-// All fp32. Row-invariant, deterministic. Scratch of up to a row a thread. Bytes: the logits read and written once, then
-// read again from the caches, once and for every rung that is looked at. Throws std::bad_alloc where there is no scratch.
+// All fp32. Row-invariant, deterministic. Scratch of up to a row a thread; std::bad_alloc where there is no memory for
+// it. Bytes: the logits read and written once, then read again from the caches, once and for every rung looked at.
 #pragma once
 #include "noise.h"
 #include "orthrus/rows.h"
