@@ -34,7 +34,12 @@ def test_gpu_tests():
 
 
 @pytest.mark.parametrize(
-    "what", ["bench.bench_host --device cuda --batch 1 4 --cycles 10", "bench.bench_consensus --slots 4"]
+    "what",
+    [
+        "bench.bench_host --device cuda --batch 1 4 --cycles 10",
+        "bench.bench_consensus --slots 4",
+        "bench.bench_qkv_commit --model tiny --rows 4",
+    ],
 )
 def test_benchmarks(what):
     assert "| 4 |" in run(PRETENDED, *what.split())
