@@ -27,6 +27,7 @@ from orthrus_rt.model import Activations
 from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.state import SlotEdits
 from tests import engines
+from tests.engines import a_beginning_each
 from tests.poison import Job
 
 MORE_THAN_THERE_IS = 1 << 50
@@ -235,9 +236,10 @@ def streams_after_a_failure(engine: Engine, fail) -> dict:
 
     async def main():
         facts, shared = {}, AsyncEngine(engine)
-        stream = shared.stream([1, 2, 3], LONG)
-        await anext(stream)
-        fail(engine)
+        with a_beginning_each(engine):
+            stream = shared.stream([1, 2, 3], LONG)
+            await anext(stream)
+            fail(engine)
         facts["open_stream"] = await _async_error_of(_exhaust(stream))
         facts["new_stream"] = await _async_error_of(_exhaust(shared.stream([4], LONG)))
         facts["close"] = await _async_error_of(shared.close())

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import threading
 import time
 import weakref
 from functools import partial
@@ -121,17 +122,17 @@ def test_cancelled_streams_leave_nothing_to_do(folder):
     run(folder, within_a_minute)
 
 
-def test_arguments_are_checked_at_the_call(folder, monkeypatch):
+def test_arguments_are_checked_at_the_call(folder):
     async def use(shared):
-        slowly(shared, monkeypatch)
         with pytest.raises(ValueError, match="prompt_ids must be token ids, got text"):
             shared.stream("text")
         with pytest.raises(ValueError, match="request_id must be a string that is not empty, or None, got ''"):
             shared.stream([1], request_id="")
-        first = shared.stream([1], GREEDY, request_id="mine")
-        assert (await anext(first)).request_id == "mine"
-        with pytest.raises(ValueError, match="request_id must be unused, got 'mine' twice"):
-            await anext(shared.stream([1], GREEDY, request_id="mine"))
+        with a_beginning_each(shared.engine):
+            first = shared.stream([1], GREEDY, request_id="mine")
+            assert (await anext(first)).request_id == "mine"
+            with pytest.raises(ValueError, match="request_id must be unused, got 'mine' twice"):
+                await anext(shared.stream([1], GREEDY, request_id="mine"))
         assert [out.finish_reason async for out in first][-1] == "length"
 
     run(folder, use)
@@ -200,12 +201,12 @@ def test_a_name_is_found_without_a_look_at_the_others(folder):
     assert len(compared) < 30
 
 
-def test_streams_of_a_closed_engine_end_with_an_error(folder, monkeypatch):
+def test_streams_of_a_closed_engine_end_with_an_error(folder):
     async def use(shared):
-        slowly(shared, monkeypatch)
-        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
-        await anext(stream)
-        await shared.close()
+        with a_beginning_each(shared.engine):
+            stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+            await anext(stream)
+            await shared.close()
         with pytest.raises(RuntimeError, match="this engine is closed"):
             async for _ in stream:
                 pass
@@ -218,21 +219,22 @@ def test_streams_of_a_closed_engine_end_with_an_error(folder, monkeypatch):
 @pytest.mark.parametrize("how", ("fails", "is cancelled"))
 def test_close_ends_everything_even_if_it(folder, monkeypatch, how):
     async def main():
-        shared = AsyncEngine(make(folder))
-        slowly(shared, monkeypatch)
-        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
-        await anext(stream)
-        if how == "fails":
-            monkeypatch.setattr(shared.engine.runner, "drop_cycles", lambda: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
+        shared, begun, free = AsyncEngine(make(folder)), threading.Event(), threading.Event()
+        with a_beginning_each(shared.engine):
+            stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+            await anext(stream)
+            if how == "fails":
+                monkeypatch.setattr(shared.engine.runner, "drop_cycles", lambda: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    await shared.close()
+            else:
+                shared.engine.step = lambda: begun.set() or (free.wait(60) and [])
+                while not begun.is_set():
+                    await asyncio.sleep(0.001)
+                with pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(shared.close(), 0.01)
+                free.set()
                 await shared.close()
-        else:
-            real = shared.engine.step
-            monkeypatch.setattr(shared.engine, "step", lambda: (time.sleep(0.2), real())[1])
-            await asyncio.sleep(0.05)  # a step is under way
-            with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(shared.close(), 0.01)
-            await shared.close()
         assert shared.engine.closed
         with pytest.raises(RuntimeError, match="this engine is closed"):
             async for _ in stream:
@@ -276,15 +278,15 @@ def test_nobody_else_calls_an_engine_that_is_shared(folder, alone):
     run(folder, use)
 
 
-def test_what_a_stream_does_not_tell_is_asked_for_between_two_steps(folder, alone, monkeypatch):
+def test_what_a_stream_does_not_tell_is_asked_for_between_two_steps(folder, alone):
     async def use(shared):
-        slowly(shared, monkeypatch)
         assert await shared.call(Engine.warmup) is None
-        stream = shared.stream([1, 2], GREEDY)
-        tokens = (await anext(stream)).new_token_ids
-        assert (await shared.call(Engine.memory_report))["total"] > 0
-        with pytest.raises(RuntimeError, match="warmup: no request may be running"):
-            await shared.call(Engine.warmup)
+        with a_beginning_each(shared.engine):
+            stream = shared.stream([1, 2], GREEDY)
+            tokens = (await anext(stream)).new_token_ids
+            assert (await shared.call(Engine.memory_report))["total"] > 0
+            with pytest.raises(RuntimeError, match="warmup: no request may be running"):
+                await shared.call(Engine.warmup)
         assert tokens + await collect_rest(stream) == alone([1, 2], GREEDY)
 
     run(folder, use)
@@ -294,9 +296,13 @@ def test_a_request_arrives_when_it_is_asked_for(folder):
     """Not when the engine is through with what it is at."""
 
     async def use(shared):
-        busy = asyncio.create_task(shared.call(lambda _: time.sleep(0.3)))
+        asked = threading.Event()
+        busy = asyncio.create_task(shared.call(lambda _: (asked.wait(60), time.sleep(0.3))))
         await asyncio.sleep(0)  # so that the call is under way
-        out = await shared.generate([1, 2], GREEDY)
+        waits = asyncio.create_task(shared.generate([1, 2], GREEDY))
+        await asyncio.sleep(0)
+        asked.set()
+        out = await waits
         await busy
         assert out.stats.queue_seconds > 0.2
         assert shared.engine.metrics.as_dict()["first_token"]["seconds"] > 0.2

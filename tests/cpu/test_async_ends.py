@@ -14,7 +14,8 @@ import pytest
 from orthrus_rt import dispatch
 from orthrus_rt.aio import MOST_FAILURES, AsyncEngine
 from orthrus_rt.sampling import SamplingParams
-from tests.cpu.test_async import GREEDY, collect, collect_rest, make, run, slowly
+from tests.cpu.test_async import GREEDY, collect, collect_rest, make, run
+from tests.engines import a_beginning_each
 
 pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
@@ -42,27 +43,31 @@ def test_generate_is_the_whole_stream(folder, alone):
     run(folder, use)
 
 
-def test_generate_that_is_cancelled_aborts(folder, monkeypatch):
+def test_generate_that_is_cancelled_aborts(folder):
     async def use(shared):
-        slowly(shared, monkeypatch)
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(shared.generate([1, 2], LONG), 0.1)
-        while shared.engine.has_unfinished():
-            await asyncio.sleep(0.01)
+        with a_beginning_each(shared.engine):
+            asked = asyncio.create_task(shared.generate([1, 2], LONG))
+            while not shared.engine.metrics.tokens:
+                await asyncio.sleep(0.001)
+            asked.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asked
+            while shared.engine.has_unfinished():
+                await asyncio.sleep(0.001)
         assert shared.engine.metrics.finished["abort"] == 1
 
     run(folder, use)
 
 
-def test_a_request_is_aborted_by_its_name(folder, alone, monkeypatch):
+def test_a_request_is_aborted_by_its_name(folder, alone):
     async def use(shared):
-        slowly(shared, monkeypatch)
-        mine, other = (shared.stream([1, 2], LONG, request_id=name) for name in ("mine", "other"))
-        tokens, others = (await anext(mine)).new_token_ids, (await anext(other)).new_token_ids
-        whole = asyncio.create_task(shared.generate([3], LONG, "whole"))
-        await asyncio.sleep(0)
-        for name in ("mine", "whole", "nobody"):
-            assert await shared.abort(name) is None
+        with a_beginning_each(shared.engine):
+            mine, other = (shared.stream([1, 2], LONG, request_id=name) for name in ("mine", "other"))
+            tokens, others = (await anext(mine)).new_token_ids, (await anext(other)).new_token_ids
+            whole = asyncio.create_task(shared.generate([3], LONG, "whole"))
+            await asyncio.sleep(0)
+            for name in ("mine", "whole", "nobody"):
+                assert await shared.abort(name) is None
         rest = [out async for out in mine]
         assert rest[-1].request_id == "mine" and rest[-1].finish_reason == "abort"
         tokens += [t for out in rest for t in out.new_token_ids]
@@ -89,44 +94,45 @@ def test_an_abort_may_come_after_the_end_of_all(folder):
     engine.abort("mine")
 
 
-def test_an_abort_that_is_cancelled_aborts(folder, monkeypatch):
+def test_an_abort_that_is_cancelled_aborts(folder):
     async def use(shared):
-        slowly(shared, monkeypatch)
-        stream = shared.stream([1, 2], LONG, request_id="mine")
-        await anext(stream)
-        abort = asyncio.create_task(shared.abort("mine"))
-        await asyncio.sleep(0)  # it waits for the step that is under way
-        abort.cancel()
-        assert [out.finish_reason async for out in stream][-1] == "abort"
+        with a_beginning_each(shared.engine):
+            stream = shared.stream([1, 2], LONG, request_id="mine")
+            await anext(stream)
+            abort = asyncio.create_task(shared.abort("mine"))
+            await asyncio.sleep(0)  # it waits for the step that is under way
+            abort.cancel()
+            assert [out.finish_reason async for out in stream][-1] == "abort"
 
     run(folder, use)
 
 
-def test_an_aborted_name_is_free_at_once(folder, alone, monkeypatch):
+def test_an_aborted_name_is_free_at_once(folder, alone):
     async def use(shared):
-        slowly(shared, monkeypatch)
-        for _ in range(2):
-            stream = shared.stream([1, 2], LONG, request_id="mine")
-            await anext(stream)
-            await stream.aclose()
+        with a_beginning_each(shared.engine):
+            for _ in range(2):
+                stream = shared.stream([1, 2], LONG, request_id="mine")
+                await anext(stream)
+                await stream.aclose()
         assert (await shared.generate([1, 2], GREEDY, "mine")).token_ids == alone([1, 2], GREEDY)
 
     run(folder, use)
 
 
-def test_close_that_drains_lets_what_runs_come_to_its_end(folder, alone, monkeypatch):
+def test_close_that_drains_lets_what_runs_come_to_its_end(folder, alone):
     async def use(shared):
-        slowly(shared, monkeypatch)
-        stream, unasked = shared.stream([1, 2], GREEDY), shared.stream([3], GREEDY)
-        running = asyncio.create_task(collect(shared, [4], GREEDY))
-        gone = asyncio.create_task(collect(shared, [5], LONG))
-        tokens = (await anext(stream)).new_token_ids
-        closing = asyncio.create_task(shared.close(drain=True))
-        await asyncio.sleep(0)
-        for new in (lambda: shared.stream([3]), lambda: anext(unasked), lambda: shared.generate([3])):
-            with pytest.raises(RuntimeError, match="this engine is closing: it ends what runs and takes nothing new"):
-                await new()
-        gone.cancel()
+        message = "this engine is closing: it ends what runs and takes nothing new"
+        with a_beginning_each(shared.engine):
+            stream, unasked = shared.stream([1, 2], GREEDY), shared.stream([3], GREEDY)
+            running = asyncio.create_task(collect(shared, [4], GREEDY))
+            gone = asyncio.create_task(collect(shared, [5], LONG))
+            tokens = (await anext(stream)).new_token_ids
+            closing = asyncio.create_task(shared.close(drain=True))
+            await asyncio.sleep(0)
+            for new in (lambda: shared.stream([3]), lambda: anext(unasked), lambda: shared.generate([3])):
+                with pytest.raises(RuntimeError, match=message):
+                    await new()
+            gone.cancel()
         await closing
         assert shared.engine.closed and shared.engine.metrics.finished["length"] == 2
         assert await running == (alone([4], GREEDY), "length")
@@ -136,13 +142,13 @@ def test_close_that_drains_lets_what_runs_come_to_its_end(folder, alone, monkeyp
     run(folder, use)
 
 
-def test_draining_may_end_early(folder, monkeypatch):
+def test_draining_may_end_early(folder):
     async def use(shared):
-        slowly(shared, monkeypatch)
-        stream = shared.stream([1, 2], LONG)
-        await anext(stream)
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(shared.close(drain=True), 0.05)
+        with a_beginning_each(shared.engine):
+            stream = shared.stream([1, 2], LONG)
+            await anext(stream)
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(shared.close(drain=True), 0.05)
         assert not shared.engine.closed and (await anext(stream)).new_token_ids
         await shared.close()
         with pytest.raises(RuntimeError, match="this engine is closed"):
@@ -151,15 +157,15 @@ def test_draining_may_end_early(folder, monkeypatch):
     run(folder, use)
 
 
-def test_draining_does_not_wait_for_streams_that_have_failed(folder, monkeypatch):
+def test_draining_does_not_wait_for_streams_that_have_failed(folder):
     """Nobody may come to read why."""
 
     async def use(shared):
-        slowly(shared, monkeypatch)
-        stream = shared.stream([1, 2], LONG)
-        await anext(stream)
-        monkeypatch.setattr(shared.engine, "step", lambda: 1 / 0)
-        await asyncio.wait_for(shared.close(drain=True), 10)
+        with a_beginning_each(shared.engine):
+            stream = shared.stream([1, 2], LONG)
+            await anext(stream)
+            shared.engine.step = lambda: 1 / 0
+            await asyncio.wait_for(shared.close(drain=True), 60)
         with pytest.raises(ZeroDivisionError):
             await collect_rest(stream)
 
@@ -322,8 +328,8 @@ def test_an_engine_that_fails_for_good_is_left_alone(folder, monkeypatch, caplog
         for _ in range(2):
             with pytest.raises(ZeroDivisionError):
                 await collect(shared, [1], GREEDY)
-        await shared.call(lambda _: None)  # behind the aborts, and the step after them
-        await asyncio.sleep(0.1)
+        for _ in range(1 + MOST_FAILURES):  # behind the aborts, and the steps after them
+            await asyncio.wrap_future(shared._worker.submit(int))
         count = len(calls)
         await asyncio.sleep(0.2)
         assert len(calls) == count <= 5 * MOST_FAILURES and len(shared.engine.dropped) <= 2

@@ -13,6 +13,7 @@ from orthrus_rt import dispatch
 from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.sampling import SamplingParams
 from tests.cpu.test_async import GREEDY, collect, collect_rest, make, slowly
+from tests.engines import a_beginning_each
 
 pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
@@ -58,23 +59,27 @@ def test_streams_of_a_loop_that_another_one_takes_over_from_end_with_an_error(fo
     slowly(shared, monkeypatch)
     long = SamplingParams(max_new_tokens=100, ignore_eos=True)
     stream, left, want = shared.stream([1, 2], long), shared.stream([3], long), alone([1, 2], long)
-    got = first.run_until_complete(anext(stream)).new_token_ids
-    waits = first.create_task(anext(left))
-    first.run_until_complete(asyncio.sleep(0))
-    other = shared.stream([1, 2], long)
-    also = second.run_until_complete(anext(other)).new_token_ids
+    with a_beginning_each(shared.engine):
+        got = first.run_until_complete(anext(stream)).new_token_ids
+        waits = first.create_task(collect_rest(left))
+        first.run_until_complete(asyncio.sleep(0))
+        other = shared.stream([1, 2], long)
+        also = second.run_until_complete(anext(other)).new_token_ids
     first.run_until_complete(asyncio.sleep(0.05))  # what was on its way there is for nobody
     also += second.run_until_complete(collect_rest(other))
     assert got == want[: len(got)] and also == want
-    for task in (anext(stream), waits):
+    for task in (collect_rest(stream), waits):
         with pytest.raises(RuntimeError, match="another event loop has taken this AsyncEngine over"):
             first.run_until_complete(task)
     assert not shared._waiting and not shared._known_as
 
-    waits = first.create_task(anext(shared.stream([3], long)))
-    first.run_until_complete(asyncio.sleep(0))
-    first.close()
-    assert third.run_until_complete(collect(shared, [1, 2], long))[0] == want
+    with a_beginning_each(shared.engine):
+        waits = first.create_task(anext(shared.stream([3], long)))
+        first.run_until_complete(asyncio.sleep(0))
+        first.close()
+        last = shared.stream([1, 2], long)
+        got = third.run_until_complete(anext(last)).new_token_ids
+    assert got + third.run_until_complete(collect_rest(last)) == want
     third.run_until_complete(shared.close())
     assert shared.engine.metrics.finished["abort"] == 3
     for loop in (second, third):
@@ -85,17 +90,19 @@ def test_streams_of_a_loop_that_another_one_takes_over_from_end_with_an_error(fo
 def test_a_close_whose_loop_ends_before_it_is_through(folder, caplog, wait):
     """The thread ends all the same, and closing once more, in another loop, is harmless."""
     shared = AsyncEngine(make(folder))
-    step, worker = shared.engine.step, shared._worker
-    shared.engine.step = lambda: (time.sleep(0.3), step())[1]
+    step, worker, begun, free = shared.engine.step, shared._worker, threading.Event(), threading.Event()
+    shared.engine.step = lambda: (begun.set(), free.wait(60), step())[2]
 
     async def closing():
         stream = asyncio.create_task(shared.generate([1, 2], GREEDY))
-        await asyncio.sleep(0.05)  # a step is under way
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(shared.close(), 0.01)
         stream.cancel()
 
     asyncio.run(closing())
+    free.set()
     time.sleep(wait)
     for _ in range(2):
         asyncio.run(asyncio.wait_for(shared.close(), 20))
@@ -124,9 +131,11 @@ def test_what_is_left_to_a_loop_that_is_closed_is_aborted(folder):
     shared, loop = AsyncEngine(make(folder)), asyncio.new_event_loop()
     stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
     step, free = shared.engine.step, threading.Event()
-    shared.engine.step = lambda: (step(), free.wait(60))[0]
+    begun = threading.Event()
+    shared.engine.step = lambda: (step(), begun.set(), free.wait(60))[0]
     left = loop.create_task(anext(stream))
-    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.run_until_complete(asyncio.sleep(0))
+    assert begun.wait(60)
     loop.close()
     free.set()
     end = time.monotonic() + 60

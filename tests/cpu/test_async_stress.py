@@ -26,7 +26,7 @@ class Injected(RuntimeError):
 class Client:
     def __init__(self, shared: AsyncEngine, alone, cycles_alone, seed: int, ends: Counter):
         self.shared, self.alone, self.cycles_alone = shared, alone, cycles_alone
-        self.rng, self.ends, self.cycles = random.Random(seed), ends, 0
+        self.rng, self.whims, self.ends, self.cycles = random.Random(seed), random.Random(seed), ends, 0
 
     async def run(self) -> None:
         for _ in range(6):
@@ -50,9 +50,9 @@ class Client:
             got += out.new_token_ids
             self.cycles = out.stats.cycles
             assert out.stats.tokens == len(got)
-            if self.rng.random() < 0.1:
-                await asyncio.sleep(self.rng.random() * 0.005)
-            elif self.rng.random() < 0.05:
+            if self.whims.random() < 0.1:
+                await asyncio.sleep(self.whims.random() * 0.005)
+            elif self.whims.random() < 0.05:
                 time.sleep(0.002)
         return "read"
 
@@ -60,14 +60,14 @@ class Client:
         async for out in stream:
             got += out.new_token_ids
             self.cycles = out.stats.cycles
-            if self.rng.random() < 0.3:
+            if self.whims.random() < 0.3:
                 await stream.aclose()
                 return "left"
         return "read"
 
     async def be_cancelled(self, stream, got) -> str:
         task = asyncio.create_task(self.read(stream, got))
-        await asyncio.sleep(self.rng.random() * 0.01)
+        await asyncio.sleep(self.whims.random() * 0.01)
         task.cancel()
         try:
             return await task

@@ -323,13 +323,13 @@ def test_calls_from_two_threads_are_refused(folder):
 
     def slow(*args):
         inside.set()
-        leave.wait(10)
+        leave.wait(60)
         return real(*args)
 
     engine.runner.prefill = slow
     worker = threading.Thread(target=lambda: engine.generate([1, 2], SamplingParams(max_new_tokens=2)))
     worker.start()
-    assert inside.wait(10)
+    assert inside.wait(60)
     for call in (engine.step, engine.explain, engine.memory_report):
         try:
             call()

@@ -320,18 +320,9 @@ def test_a_bias_that_is_none(run, capsys, text):
 
 
 def test_ctrl_c_ends_without_a_traceback(text_folder):
-    command = [
-        sys.executable,
-        "-m",
-        "orthrus_rt",
-        "generate",
-        "--model",
-        text_folder,
-        "--dtype",
-        "float32",
-        "--raw",
-        "hello",
-    ]
+    slow = "step = Engine.step; Engine.step = lambda self: (time.sleep(0.05), step(self))[1]"
+    code = f"import sys, time; from orthrus_rt import Engine, cli; {slow}; sys.exit(cli.main())"
+    command = [sys.executable, "-c", code, "generate", "--model", text_folder, "--dtype", "float32", "--raw", "hello"]
     command += ["--mode", "ar", "--ignore-eos", "--max-new-tokens", "500", "--max-seq-len", "512"]
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs are born deaf to it
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen) as process:
@@ -367,9 +358,11 @@ def test_what_cannot_be_written(unbuffered):
     light = "cli.run_info = lambda args: print('facts') or 0; sys.exit(cli.main(['info']))"
     command = [sys.executable, "-c", f"import sys; from orthrus_rt import cli; {light}"]
     how = dict(stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
-    with subprocess.Popen(command, stdout=subprocess.PIPE, **how) as process:
-        process.stdout.close()
-        assert (process.stderr.read(), process.wait()) == (b"", 2)
+    nobody, stdout = os.pipe()
+    os.close(nobody)
+    done = subprocess.run(command, stdout=stdout, **how)
+    os.close(stdout)
+    assert (done.stderr, done.returncode) == (b"", 2)
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, **how)
     assert (done.stderr, done.returncode) == (b"orthrus-rt info: [Errno 28] No space left on device\n", 2)

@@ -10,6 +10,12 @@ from orthrus_rt.sampling import SamplingParams
 from tests.engines import make
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """A home of its own for what auto measures."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
 def test_a_progress_bar_counts_every_prompt_once(folder, capsys):
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (2, 20)]
     make(folder, mode="ar").generate([[1], [2]], params, progress=True)

@@ -34,6 +34,12 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """A home of its own for what auto measures."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
 def decoding(tmp_path, mode, layers, params):
     """A warm engine with two sequences in the middle of their decoding, no page boundary ahead."""
     folder = checkpoints.make(tmp_path / f"{layers}", dtype=torch.bfloat16, num_hidden_layers=layers)

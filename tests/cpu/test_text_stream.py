@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -25,6 +25,7 @@ def streamed(tokenizer, ids, cuts):
     return [*parts, stream.end()]
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=40), data=st.data())
 def test_pieces_join_to_the_text_wherever_it_is_cut(tokenizer, text, data):
     ids = tokenizer(text).input_ids
@@ -32,6 +33,7 @@ def test_pieces_join_to_the_text_wherever_it_is_cut(tokenizer, text, data):
     assert "".join(streamed(tokenizer, ids, cuts)) == text
 
 
+@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, byte_tokenizer.END), max_size=60), data=st.data())
 def test_pieces_join_to_the_decoding_of_any_bytes(tokenizer, ids, data):
     cuts = data.draw(st.lists(st.integers(0, len(ids))))
@@ -144,6 +146,7 @@ def could_begin(stop: list[str], end: str) -> bool:
     return any(s.startswith(end) and s != end for s in stop)
 
 
+@settings(deadline=None)
 @given(
     text=st.text("ab€", max_size=30),
     stop=st.lists(st.text("ab€", min_size=1, max_size=4), max_size=3),
