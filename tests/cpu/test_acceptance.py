@@ -6,7 +6,8 @@ import random
 import numpy as np
 import pytest
 
-from orthrus_rt.acceptance import Acceptance, Outcome, prior_quality
+from orthrus_rt import acceptance
+from orthrus_rt.acceptance import IDLE_MEMORY, SLOW_MEMORY, Acceptance, Outcome, Ratio, prior_quality
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.policy import AR, candidate_plans
 from tests.policy_simulator import Sequence
@@ -225,12 +226,78 @@ def test_two_pass_alone(optimism):
 @pytest.mark.parametrize("first", (CyclePlan("one_pass", 16, 8), CyclePlan("two_pass", 16)))
 def test_what_is_long_past_counts_down_to_nothing(first):
     """In silence, also where the program asked NumPy to raise whatever happens."""
-    acceptance = Acceptance(15, FAN_OUTS)
-    acceptance.observe(first, [[Outcome(15, 9)]])
-    for counts in (acceptance._hits, acceptance._trials):
+    seen = Acceptance(15, FAN_OUTS)
+    seen.observe(first, [[Outcome(15, 9)]])
+    for counts in (seen._hits, seen._trials):
         counts *= np.finfo(float).tiny
     with np.errstate(all="raise"):
         for plan in (AR, CyclePlan("two_pass", 16), CyclePlan("one_pass", 16, 8)):
             for _ in range(64):
-                acceptance.observe(plan, [[Outcome(15 if plan.mode != "ar" else 0, 0)]])
-                acceptance.accepted(1.0)
+                seen.observe(plan, [[Outcome(15 if plan.mode != "ar" else 0, 0)]])
+                seen.accepted(1.0)
+
+
+def test_a_cycle_yields_a_token_at_least():
+    """Also one whose sequence ended without: time is weighed as if it had."""
+    outs = [Outcome(3, 0), Outcome(3, 2), Outcome(3, 2, cut=True), Outcome(3, 0, cut=True)]
+    assert [out.num_tokens for out in outs] == [1, 3, 2, 1]
+
+
+def test_hazards_that_nothing_is_drafted_for_fade():
+    seen, fresh = (Acceptance(15, FAN_OUTS) for _ in range(2))
+    for _ in range(100):
+        seen.observe(CyclePlan("two_pass", 16), [[Outcome(15, 0)]])
+    assert seen.accepted()[0][15] < 0.1 * fresh.accepted()[0][15]
+    seen.observe(AR, [[Outcome(0, 0)]] * (8 * IDLE_MEMORY))
+    for fan_out in (0, 2, 8):
+        assert seen.accepted()[fan_out] == pytest.approx(fresh.accepted()[fan_out], rel=0.05)
+
+
+def test_quality_fades_slowly():
+    """By cycles, one by one or many at a time, to what was supposed."""
+    at_once, one_by_one = (Ratio(np.array([0.5, 0.7, 0.9]), 32.0) for _ in range(2))
+    for ratio in (at_once, one_by_one):
+        ratio.observe(np.full(3, 10.0), np.full(3, 100.0), 1)
+    at_once.observe(np.zeros(3), np.zeros(3), SLOW_MEMORY)
+    for _ in range(SLOW_MEMORY):
+        one_by_one.observe(np.zeros(3), np.zeros(3), 1)
+    for ratio in (at_once, one_by_one):
+        got, doubt = ratio.estimate()
+        left = 1 / np.e
+        assert got == pytest.approx((32 * np.array([0.5, 0.7, 0.9]) + 10 * left) / (32 + 100 * left), rel=1e-3)
+        assert doubt == pytest.approx(np.full(3, 1 / (32 + 100 * left)), rel=1e-3)
+
+
+def test_one_pass_that_drafts_better_than_two_pass_is_no_better_by_its_quality():
+    """Nor is it hoped to be."""
+    seen, two, one = Acceptance(15, FAN_OUTS), CyclePlan("two_pass", 16), CyclePlan("one_pass", 16, 8)
+    for _ in range(2000):
+        seen.observe(two, [[Outcome(15, 0), Outcome(15, 4)]])
+        seen.observe(one, [[Outcome(15, 15)]])
+    assert float((seen._level.estimate()[0] * seen._shape.estimate()[0][-1]).max()) > 1.5
+    mean, hope = seen.tokens(PLANS), seen.tokens(PLANS, 1.0)
+    assert all(mean[plan] <= hope[plan] < 1.2 * mean[plan] for plan in PLANS)
+
+
+@pytest.mark.parametrize("length", [10, 100])
+def test_the_length_of_sequences_is_that_of_the_latest(length):
+    seen = Acceptance(15, FAN_OUTS)
+    for latest in (1000 // length, length):
+        for _ in range(8 * IDLE_MEMORY // latest):
+            seen.observe(AR, [[Outcome(0, 0, fresh=i == 0)] for i in range(latest)])
+    assert seen._tokens / seen._begun == pytest.approx(length, rel=0.15)
+
+
+def test_squares_are_those_of_the_tokens_of_a_cycle():
+    alive = [0.9**i / (1 + i) for i in range(16)]  # chance that so many drafts are accepted, or more
+    squares = acceptance._squares([sum(alive[1 : 1 + i]) for i in range(16)])
+    for drafts, got in enumerate(squares):
+        chance = [a - b for a, b in itertools.pairwise([*alive[: drafts + 1], 0.0])]
+        assert got == pytest.approx(sum((1 + n) ** 2 * p for n, p in enumerate(chance)) - 1)
+
+
+def test_what_a_drafts_prior_is_worth():
+    """Of the first 4 trials; of a later one 8, in which it is as good as the one before times ``step``."""
+    first, second = (4 * 0.7 + 3) / (4 + 4), (8 * (4 * 0.7 + 3) / (4 + 4) * 0.9 + 1) / (8 + 2)
+    chain = Acceptance._chain([3.0, 1.0], [4.0, 2.0], 0.7, [0.9], 0.0, 0)
+    assert chain == pytest.approx([0.0, first, first + first * second])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 
 from orthrus_rt import state as st
 from orthrus_rt.auto import MAX_ROWS, REPEATS, Auto
+from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket
 from orthrus_rt.engine import Engine
 from orthrus_rt.policy import Policy
@@ -105,6 +107,17 @@ def test_the_policy_hears_of_every_cycle(folder):
     assert not auto._autos[auto._plan].policy._pending
     auto.generate(PROMPTS[0], LONG, mode="two_pass")
     assert auto.explain() is None  # pinned
+
+
+def test_prefill_alone_is_told_to_the_policy_as_such(folder, monkeypatch):
+    """What cycles take is weighed with what they brought."""
+    told = []
+    monkeypatch.setattr(Policy, "prefilled", lambda policy, seconds: told.append(seconds))
+    auto = engine(folder)
+    for _ in range(2):
+        auto.generate(PROMPTS, LONG)
+    prefill = auto.metrics.as_dict()["times"]["prefill"]
+    assert len(told) == prefill["count"] == 2 and sum(told) == pytest.approx(prefill["seconds"])
 
 
 def test_the_time_of_a_kinds_first_cycle_is_not_weighed(folder, monkeypatch):
@@ -243,6 +256,14 @@ def test_few_pages_have_costs_of_their_own(folder):
         == engine(folder, num_pages=64)._autos.identity()
         != engine(folder, num_pages=7)._autos.identity()
     )
+    few = engine(folder, max_seq_len=100)._autos.identity()
+    assert few != engine(folder, max_seq_len=128)._autos.identity()
+
+
+def test_another_version_times_anew(folder, monkeypatch):
+    before = engine(folder)._autos.identity()
+    monkeypatch.setattr("orthrus_rt.auto.installed", lambda package: "another")
+    assert engine(folder)._autos.identity() != before
 
 
 def snapshot(engine):
@@ -378,10 +399,29 @@ def test_bursts_of_other_work_change_no_time_of_a_warmup(folder, cache, monkeypa
     assert warmup(range(3 * plans, 3 * plans + REPEATS))[0] == undisturbed
 
 
-def test_what_was_never_timed_is_guessed_by_the_kind_of_device():
-    """More rows cost a GPU little: its passes wait for the weights."""
-    dearer = {}
-    for device in ("cpu", "cuda"):
+def test_a_warmup_times_what_is_steady(folder, monkeypatch):
+    """On a GPU from the second replay on."""
+    runs, run = Counter(), Cycle.run
+    monkeypatch.setattr(Cycle, "run", lambda cycle: runs.update([cycle]) or run(cycle))
+    monkeypatch.setattr(Cycle, "steady", property(lambda cycle: runs[cycle] >= 2))
+
+    def seconds(self, cycle):
+        assert cycle.steady
+        timed.add(cycle)
+        return 1e-3
+
+    monkeypatch.setattr(Auto, "_seconds", seconds)
+    for _ in range(2):  # and where costs are kept
+        timed = set()
+        engine(folder, max_batch_size=1).warmup()
+        assert len(timed) > 5
+
+
+def test_what_was_never_timed_is_guessed_by_the_kind_of_device(monkeypatch):
+    """More rows cost a GPU little: its passes wait for the weights. A CPU that multiplies tiles is in between."""
+    dearer = []
+    for device, isa in (("cpu", "avx2"), ("cpu", "amx_bf16"), ("cuda", None)):
+        monkeypatch.setattr("orthrus_rt.auto.device_facts", lambda _, isa=isa: {"isa": isa})
         costs = Auto(CyclePlan("auto", 8), 4, torch.device(device), lambda: "a model").policy.costs
-        dearer[device] = costs.seconds(1, CyclePlan("one_pass", 8, 4)) / costs.seconds(1, AR)
-    assert dearer["cpu"] > 2.0 and dearer["cuda"] < 1.2
+        dearer.append(costs.seconds(1, CyclePlan("one_pass", 8, 4)) / costs.seconds(1, AR))
+    assert dearer[0] > 3.0 > dearer[1] > 2.0 and dearer[2] < 1.2

@@ -153,13 +153,16 @@ def test_generate_and_stream_go_on_beside_a_request_that_cannot(folder, alone, m
 
 
 def test_an_error_that_is_kept_holds_no_tensors(folder, monkeypatch):
-    """By the frames that it went through; those of its cause too."""
+    """By the frames that it went through; those of its cause too, and of what was being handled."""
     engine, held = make(folder), []
 
     def exhausted_amid_tensors(*_):
         tensor = torch.empty(4)
         held.append(weakref.ref(tensor))
-        exhausted()
+        try:
+            raise KeyError
+        except KeyError:
+            exhausted()
 
     monkeypatch.setattr(engine.runner, "begin", exhausted_amid_tensors)
     gc.disable()

@@ -196,6 +196,24 @@ def test_a_fault_in_flight_loses_nothing(late, alone, monkeypatch):
     assert got == {i: alone(*one) for i, one in jobs.items()}
 
 
+def test_after_a_fault_no_slot_runs_on(late, monkeypatch):
+    """Until somebody is in it again, with the pages that it writes."""
+    engine = late(max_batch_size=2)
+    ids = [engine.submit([i], SamplingParams(60, ignore_eos=True)) for i in (1, 2)]
+    for _ in range(3):
+        engine.step()
+    assert engine.runner.state.finish.tolist() == [st.RUNNING] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "decode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    engine.memory_report()  # any call recovers first
+    assert engine.runner.state.finish.tolist() == [st.EMPTY] * 2 and not engine.torn
+    engine.abort(ids[1])
+    engine.step()
+    assert engine.runner.state.finish.tolist() == [st.RUNNING, st.EMPTY]
+
+
 @pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
 def test_nan_ends_a_slot_before_the_host_knows(late, mode):
     """The cycles launched meanwhile leave it alone."""

@@ -22,6 +22,10 @@ def test_unmeasured_costs_lie_between_measured_ones():
     beyond = CyclePlan("one_pass", 16, 3)
     assert costs.seconds(1, beyond) == pytest.approx(2.0 * (32 + 64) / (32 + 16))
     assert costs.seconds(1, beyond, hopeful=True) == pytest.approx(2.0)
+    costs = PassCosts()
+    costs.set(8, AR, 1.0)
+    for hopeful in (False, True):
+        assert costs.seconds(1, AR, hopeful) == pytest.approx((32 + 1) / (32 + 8))  # fewer rows
 
 
 def test_what_is_guessed_follows_what_cycles_are_found_to_cost():
@@ -156,6 +160,44 @@ def test_two_stalls_in_a_row_are_forgotten_too_and_the_worst_is_not_believed():
         assert costs.seconds(1, plan) <= 1.01 * most
 
 
+def test_two_cycles_that_agree_settle_it_whatever_the_first_one_said():
+    costs, plan = PassCosts(), CyclePlan("two_pass", 4)
+    costs.set(1, AR, 1.0)
+    for seconds, once in ((1000.0, True), (9.0, True), (10.0, False)):
+        costs.observe(1, plan, seconds)
+        assert costs.measured_once(1, plan) == once
+    assert costs.seconds(1, plan) < 9.9  # which is between the two
+
+
+def test_a_warm_up_settles_what_was_measured_once():
+    costs, plan = known(0), CyclePlan("two_pass", 4)
+    costs.observe(1, plan, 5.0)
+    costs.set(1, plan, 2.0)
+    assert not costs.measured_once(1, plan) and [row[1] for row in costs.table()] == ["ar", "two_pass"]
+    costs.observe(1, plan, 1.0)
+    assert costs.seconds(1, plan) > 1.2  # no stall's, to be replaced
+
+
+@pytest.mark.parametrize("machine", [2.0, 0.5])
+def test_drift_is_of_a_machine_that_slowed_down_or_became_faster(machine):
+    used = CyclePlan("two_pass", 4)
+    costs = known(30, used)
+    for _ in range(60):
+        costs.observe(1, used, 1.0)
+    assert costs.drift(1, AR) < 0.1 and costs.drift(8, AR) == 0.0
+    for _ in range(30):
+        costs.observe(1, used, machine)
+    assert costs.drift(1, AR) > 0.25
+
+
+def test_a_stall_is_not_believed_however_long_ago_the_plan_ran():
+    plan = CyclePlan("two_pass", 4)
+    costs = known(30, plan)
+    costs._clock += 10**7  # cycles of others
+    costs.observe(1, plan, 50.0)
+    assert costs.seconds(1, plan) < 1.7
+
+
 @pytest.mark.parametrize("noise", [0.05, 0.1, 0.2, 0.4, "skew"])
 def test_noise_moves_no_plan_that_does_not_run(noise):
     """20,000 cycles of AR on a machine that stays as it is."""
@@ -189,7 +231,8 @@ def test_costs_are_kept_and_a_stale_or_broken_file_is_not_believed(tmp_path):
     broken = ["", text[: len(text) // 2], "[]", "{}", '{"key": 1}', json.dumps({"key": key, "seconds": []})]
     broken += [json.dumps({"key": key, "seconds": [[1, "ar", 1, 0, bad]]}) for bad in (0, -1, float("nan"), "x", None)]
     broken += [
-        json.dumps({"key": key, "seconds": [bad]}) for bad in ([1, "foo", 1, 0, 1], [float("inf"), "ar", 1, 0, 1])
+        json.dumps({"key": key, "seconds": [[1, "ar", 1, 0, 1], bad]})
+        for bad in ([1, "foo", 1, 0, 1], [0, "ar", 1, 0, 1], [float("inf"), "ar", 1, 0, 1])
     ]
     broken += ["[" * 100_000, f'{{"key": "{key}", "seconds": [[1, "ar", 1, 0, {10**400}]]}}']
     broken += [json.dumps({"key": key, "seconds": 7}), json.dumps({"key": key, "seconds": [[1, "ar"]]})]

@@ -11,6 +11,7 @@ from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.pass_costs import PassCosts
 from orthrus_rt.policy import (
     AR,
+    AR_COURSE,
     COURSE,
     COURSE_SHARE,
     GRANT,
@@ -204,6 +205,12 @@ def test_what_is_to_be_timed_is_to_run_by_itself():
         wanted.append(chooser.wants_time)
         chooser.record([Outcome(*[plan.block_len - 1] * 2)] * 3, cycle_seconds("flat", 4, plan))
     assert wanted == [True] * REFRESH_CYCLES + [False] * (10 - REFRESH_CYCLES)
+    chooser, wanted = Policy([AR], 1), []
+    for _ in range(10):
+        chooser.choose(1)
+        wanted.append(chooser.wants_time)
+        chooser.record([Outcome(0, 0)], 1.0)
+    assert wanted == [True] * REFRESH_CYCLES + [False] * (10 - REFRESH_CYCLES)
     chooser = policy("flat", measured=False)
     for _ in range(10):
         chooser.choose(3)
@@ -337,6 +344,10 @@ def test_it_thinks_once_in_a_course_and_whenever_the_batch_changes(monkeypatch):
     while not chooser._course_left:
         cycles(1)
     assert cycles(1, batch=8) == 1 and cycles(1) == 1
+    chooser = Policy([AR], 1)
+    chooser.costs.set(1, AR, 1.0)
+    cycles(AR_COURSE * COURSE_SHARE)
+    assert cycles(10 * AR_COURSE) == 10
 
 
 def test_candidates():

@@ -234,3 +234,22 @@ def test_cycles_dearer_than_they_were_thought_are_paid_at_the_price_they_began_a
             chooser.record(*late.pop(0))
         assert chooser.safety.balance >= -1e-9 - 2.0 * lag  # a cycle under way is paid at what is known by then
     assert 150 < chooser.plan_counts[plan] + lag < 200
+
+
+def test_a_course_is_paid_at_the_price_that_it_began_at():
+    plan = CyclePlan("two_pass", 16)
+    chooser, price = Policy([AR, plan], 1), {AR: 1.0, plan: 2.0}
+    for p, seconds in price.items():
+        chooser.costs.set(1, p, seconds)
+    while chooser._course_left < COURSE - 1 or chooser.current == AR:
+        drafts = chooser.choose(1).block_len - 1
+        chooser.record([Outcome(drafts, drafts)], price[chooser.current])
+    chooser.settle()
+    before, worst, cycles = chooser.safety.balance, chooser._course.reserved, chooser._course_left
+    assert worst == pytest.approx(2.0 - (1 + SAFETY), rel=1e-3)
+    for _ in range(cycles):
+        assert chooser.choose(1) == plan
+        chooser.record([Outcome(15, 0)], 4.0)
+    chooser.settle()
+    assert chooser.safety.balance == pytest.approx(before - cycles * worst, rel=1e-3)
+    assert chooser.costs.seconds(1, plan) > 2.5

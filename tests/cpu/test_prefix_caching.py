@@ -317,3 +317,13 @@ def test_what_others_hold_that_begins_otherwise_stays(folder):
         kv.open(slot, [], 128), kv.publish(slot, known)
     kv.withdraw(0, names)
     assert kv.open(2, names, 128) == 0 and kv.open(3, other, 128) == 128
+
+
+def test_nothing_is_found_behind_a_page_that_is_gone(folder):
+    """Slot 1's second page is there; of its first, slot 0's had the name, and was taken for something else."""
+    kv, names = make(folder, max_seq_len=256, num_pages=4).kv, page_names(text(128), [])
+    kv.open(0, [], 64), kv.publish(0, names[:1])
+    kv.open(1, [], 128), kv.publish(1, names)
+    kv.release(0), kv.open(2, [], 128), kv.release(2)
+    assert kv.pool.find(names[0]) is None and kv.pool.find(names[1]) is not None
+    assert kv.open(3, names, 128) == 0

@@ -200,6 +200,23 @@ def test_rates_of_auto_count_the_cycles_of_every_mode(tmp_path, monkeypatch):
     assert (row["mode"], row["block_len"], row["batch"], row["tokens"]) == ("auto", 8, 1, 8) and row["ms_per_cycle"] > 0
 
 
+def test_rates_leave_out_what_ran_before(tmp_path):
+    engine = make(str(byte_tokenizer.make_checkpoint(tmp_path)), max_seq_len=512)
+    engine.metrics.times = {"ar_cycle": (3, 1e6)}
+    (row,) = rates.decode_rates(engine, ("data",), ("ar",), num_prompts=1, max_new_tokens=8)
+    assert 0 < row["ms_per_cycle"] < 1e3 * row["tokens"] / row["tok_s"]
+
+
+@pytest.mark.parametrize(("mode", "asked", "warms"), [("auto", "auto", 1), ("auto", "ar", 0), ("ar", "auto", 0)])
+def test_rates_of_an_engines_own_auto_are_behind_its_warm_up(tmp_path, monkeypatch, mode, asked, warms):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    engine = make(str(byte_tokenizer.make_checkpoint(tmp_path / "model")), mode=mode, max_seq_len=512)
+    warmed = []
+    monkeypatch.setattr(engine, "warmup", lambda: warmed.append(engine.mode))
+    rates._warm(engine, [[1, 2, 3]], {"mode": asked})
+    assert len(warmed) == warms
+
+
 SCRIPTS = sorted(p.stem for p in Path(__file__).parents[2].glob("bench/bench_*.py"))
 
 

@@ -1,0 +1,56 @@
+"""When another plan replaces the one in use: once it has promised to save SWITCH cycles."""
+
+import pytest
+
+from orthrus_rt.acceptance import Acceptance
+from orthrus_rt.cycle_plan import AR, CyclePlan
+from orthrus_rt.pass_costs import PassCosts
+from orthrus_rt.policy import DEADBAND, SWITCH, Lane
+
+PLAN = CyclePlan("two_pass", 4)
+
+
+@pytest.fixture
+def lane():
+    return Lane(1, [AR, PLAN], PassCosts(), Acceptance(3, ()))
+
+
+def cycles_until(lane, wanted, rates, thinks_every=1):
+    """Of the plan in use, until it is another one."""
+    ran = 0
+    while lane.hold(rates) != wanted:
+        for _ in range(thinks_every):
+            lane.ran(lane.in_use)
+        ran += thinks_every
+        assert ran < 1000
+    return ran
+
+
+@pytest.mark.parametrize("saving", [0.05, 0.3])
+def test_every_switch_is_earned_anew(lane, saving):
+    assert lane.hold({AR: 1.0, PLAN: 2.0}) == AR
+    due = SWITCH / (saving - DEADBAND)
+    for wanted, rates in 3 * [(PLAN, {AR: 1.0, PLAN: 1 - saving}), (AR, {AR: 1 - saving, PLAN: 1.0})]:
+        assert due <= cycles_until(lane, wanted, rates) <= due + 1
+    assert due <= cycles_until(lane, PLAN, {AR: 1.0, PLAN: 1 - saving}, thinks_every=8) <= due + 8
+
+
+def test_savings_within_the_deadband_are_none(lane):
+    assert lane.hold({AR: 1.0, PLAN: 2.0}) == AR
+    for _ in range(1000):
+        lane.ran(AR)
+        assert lane.hold({AR: 1.0, PLAN: 1 - 0.9 * DEADBAND}) == AR
+
+
+def test_a_promise_that_does_not_last_is_forgotten(lane):
+    rates = {AR: 1.0, PLAN: 0.5}
+    assert lane.hold({AR: 1.0, PLAN: 2.0}) == AR
+    due = cycles_until(lane, PLAN, rates)
+    assert cycles_until(lane, AR, {AR: 0.5, PLAN: 1.0}) == due > 1
+    for _ in range(20):
+        for _ in range(due - 1):
+            lane.ran(AR)
+            assert lane.hold(rates) == AR
+        for _ in range(round(SWITCH / DEADBAND)):
+            lane.ran(AR)
+            assert lane.hold({AR: 1.0, PLAN: 2.0}) == AR
