@@ -37,5 +37,9 @@ class Case(small_ops.Case):
         return small_ops.error_of(self.out, want)
 
 
+def main() -> None:
+    small_ops.report_on(Case, __doc__)
+
+
 if __name__ == "__main__":
-    run_script(lambda: small_ops.main(Case, __doc__))
+    run_script(main)

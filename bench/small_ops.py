@@ -75,8 +75,8 @@ def times(case: Case, repeats: int = 50) -> tuple[dict[str, float], float]:
     return {name: us / CALLS for name, us in took["own"].items()}, took["baseline"]["p50"] / CALLS
 
 
-def main(case_type: type[Case], doc: str) -> None:
-    """A script for one op."""
+def report_on(case_type: type[Case], doc: str) -> None:
+    """The script of one op, whose docstring is ``doc``."""
     parser = parser_of(doc, device="auto")
     parser.add_argument("--model", nargs="+", default=["1.7b", "4b", "8b"], choices=SHAPES)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 32, 128, 2048])

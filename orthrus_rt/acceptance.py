@@ -107,7 +107,7 @@ class Acceptance:
         self._begun += int(fresh.sum())
         self._tokens += int(np.maximum(1, 1 + accepted - cut).sum())
         idle = (1 - 1 / IDLE_MEMORY) ** len(cycles)
-        self._begun, self._tokens = self._begun * idle, max(PRIOR_LENGTH, self._tokens * idle)
+        self._begun, self._tokens = self._begun * idle, self._tokens * idle
         drafts = verified if plan.mode != "one_pass" else np.where(fresh, 0, plan.block_len - 1)
         hits, trials = (self._by_position(np.minimum(n, drafts)) for n in (accepted, accepted + 1 - cut))
         renewed = trials / (MEMORY * len(accepted) / len(cycles))  # rarely reached positions look back further

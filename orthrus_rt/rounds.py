@@ -238,13 +238,9 @@ class Rounds:
         elif result.finish == st.NO_CHOICE:
             self._fail(request, _no_choice(request))
 
-    def _forget_flights(self) -> None:
-        self.runner.flights.clear()
-        self._autos.forget_pending()
-
     def _recover(self) -> None:
         """After a fault, wherever it struck: start again from the tokens that the host knows, and nothing else."""
-        self._forget_flights()
+        self._autos.forget_pending()
         self.runner.reset()
         for request in self.outbox.unfinished:
             if not self.scheduler.holds(request):  # an interrupt came between the two

@@ -46,7 +46,7 @@ def test_report(script, monkeypatch, tmp_path):
     options = ["--device", "cpu", "--model", "tiny", "--rows", "1", "3", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [script.__name__, *options])
     monkeypatch.setattr(small_ops, "read_bandwidth", lambda _: 10.0)
-    small_ops.main(script.Case, script.__doc__)
+    script.main()
     op = script.Case.op
     rows = json.loads((tmp_path / f"{op}_cpu.json").read_text())["rows"]
     assert [(row["op"], row["model"], row["rows"]) for row in rows] == [(op, "tiny", 1), (op, "tiny", 3)]
