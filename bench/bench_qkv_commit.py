@@ -21,7 +21,7 @@ CONTEXT = 1000  # tokens before the first row
 
 
 class Case(small_ops.Case):
-    op, baseline = "qkv_commit", "torch operations"
+    op, baseline = "qkv_commit", "the oracle's torch operations"
 
     def __init__(self, config, num_rows, device):
         super().__init__(config, num_rows, device)
@@ -49,6 +49,7 @@ class Case(small_ops.Case):
 
     def call_baseline(self):
         self._run(reference.qkv_commit)
+        return self.q_out
 
     def _run(self, op):
         angles = self.rows, self.cos_sin, self.norms, self.config.rms_norm_eps

@@ -30,7 +30,7 @@ class Case(small_ops.Case):
         ops.rms_norm(self.x, self.weight, self.config.rms_norm_eps, self.out)
 
     def call_baseline(self):
-        functional.rms_norm(self.x, self.weight.shape, self.weight_bf16, self.config.rms_norm_eps)
+        return functional.rms_norm(self.x, self.weight.shape, self.weight_bf16, self.config.rms_norm_eps)
 
     def max_error(self):
         want = torch.empty_like(self.x, dtype=torch.float64)

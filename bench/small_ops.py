@@ -1,8 +1,9 @@
 """What the benchmarks of ops that take microseconds share: many calls in one run, replayed from a CUDA graph or, on the
-CPU, from a tape, as the engine does, so that launching costs the host nothing.
+CPU, from a tape, as the engine does, so that launching costs the host nothing. There are no tapes of torch's calls: on
+a CPU what Python and torch take to dispatch them counts.
 
-What an op reads lies in a cache, as in a pass, where the op before has just written it: shares of the bandwidth of
-memory may exceed 1, and few rows cost a launch, whatever their bytes.
+What an op reads lies in a cache, as in a pass (but for embed), where the op before has just written it: shares of the
+bandwidth of memory may exceed 1, and few rows cost a launch, whatever their bytes.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Case:
         """The op."""
         raise NotImplementedError
 
-    def call_baseline(self) -> None:
-        """The same by torch."""
+    def call_baseline(self) -> torch.Tensor:
+        """The same by torch; what it computes."""
         raise NotImplementedError
 
     def max_error(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 from orthrus_rt.checkpoint import load_config
@@ -42,15 +43,18 @@ def drain(engine: Engine, told: Told | None = None) -> Told:
 
 
 @contextlib.contextmanager
-def a_beginning_each(engine: Engine) -> Iterator[None]:
-    """Meanwhile requests have their first 8 tokens and few more: an abort alone ends longer ones, however slowly those
-    who share the engine are served.
+def a_beginning_each(engine: Engine, tokens: int = 8) -> Iterator[None]:
+    """Meanwhile requests have their first ``tokens`` and few more: an abort alone ends longer ones, however slowly
+    those who share the engine are served.
     """
     step = engine.step
 
     def step_unless_all_have_theirs():
         unfinished = engine.scheduler.unfinished
-        return [] if unfinished and all(len(request.tokens) >= 8 for request in unfinished) else step()
+        if not unfinished or any(len(request.tokens) < tokens for request in unfinished):
+            return step()
+        time.sleep(0.001)  # in which they are served
+        return []
 
     engine.step = step_unless_all_have_theirs
     try:

@@ -38,9 +38,9 @@ def count_tokens(state, edits):
         edits: ``token_counts`` int32 ``[num_slots or more, vocab]`` and ``num_counted`` int32 ``[num_slots or more]``,
             MUTATED for these slots; at most ``capacity`` tokens lie between ``num_counted`` and ``num_output``. Ids
             beyond the vocabulary are not counted.
-        No slots: Triton refuses an empty grid, so the caller does not call. Integers alone, one program a slot, which
-        writes each count once: deterministic, graph-safe.
-        Reads the ring, and reads and writes a count for each of its new tokens.
+        No slots: nothing is launched. Integers alone, one program a slot, which writes each count once: deterministic,
+        graph-safe.
+        Reads the ring's new tokens, and reads and writes a count for each of them.
     """
     capacity = state.output.shape[1]
     # One warp: every lane has read num_counted before any writes it.

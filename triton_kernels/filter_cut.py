@@ -234,7 +234,8 @@ def _cut_kernel(
 
 
 def find_cuts(launch, logits, tile_top, place, sampling, block, with_total):
-    """``(cut, maximum, mass that is kept)`` of each row, fp32 ``[n]``; the last is written ``with_total`` alone.
+    """``(cut, maximum, mass that is kept)`` of each row, fp32 ``[n or more]``; the last is written only ``with_total``.
+    Three launches; the rest of the contract is process_logits'.
 
     Args:
         launch: ``(kernel, grid, *args, **options)``.

@@ -127,9 +127,10 @@ def process_logits(logits, rows, logit_rows, sampling, cache_seqlens, purpose, p
         other implementations, the uniforms do not. Probability is summed as integers, in any order the same, and a
         program works on one row: deterministic, row-invariant. Five launches, graph-safe; the workspace, some 70 KB a
         row, comes from torch's allocator.
-        Reads the logits 3 times and writes them once; with top-k or top-p 2 reads more and those of the few candidates,
-        or of all tokens where more than filter_cut.MOST_FOUND are candidates. Without edits some 5 FLOPs and an exp a
-        token; two logs and Philox for those kept.
+        Reads the logits twice and writes them once; with top-k or top-p 2 reads more, an exp a token, and reads of the
+        few candidates, or of all tokens where more than filter_cut.MOST_FOUND are candidates. Without edits some 5
+        FLOPs a token; two logs and Philox for each of the 4,096 beside one that is kept. (log_probs: one launch and two
+        reads more.)
         Method: Philox (Salmon, Moraes, Dror, Shaw 2011) for noise that hangs on (seed, position, purpose, token) alone;
         Gumbel-max for the draw.
     """

@@ -1,7 +1,8 @@
 // Coupled choice, accepted prefix, stop conditions, commit and staging, slot by slot.
 //
 // Contract (shapes in params.h): MUTATED: the slots' state, their output, and all rows that are staged. No slots:
-// nothing is done. Deterministic. Bytes: 8 a partial; of a one-pass cycle's blocks, only of the one that hit.
+// nothing is done. Deterministic. Bytes: 4 a partial of the rows up to the first that differs from its draft; of a
+// one-pass cycle's blocks, only of the one that hit.
 #include "slot_ops.h"
 
 #include <algorithm>

@@ -12,6 +12,7 @@
 // Rounding points: weights, before their sum and their product with the values, and the output.
 //
 // Contract (shapes in params.h): MUTATED: out, all rows. No rows: nothing is done. Row-invariant, deterministic.
+// std::bad_alloc where there is no memory for the splits' sums.
 // Bytes: each tile's visible keys and values once, from the caches but for the first; q and out once. FLOP:
 // 4 * head_dim for each key that a row and head sees.
 // Method: online softmax (Milakov, Gimelshein, arXiv 1805.02867) in tiles; splits along the keys as in Flash-Decoding

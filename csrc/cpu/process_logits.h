@@ -4,9 +4,10 @@
 // are gathered rung by rung below the maximum until they hold enough, and bisection over the last rung does the rest.
 // Probability is summed as integers, trunc(exp(y - top) * 2^40), exact in any order.
 //
-// Contract (shapes in params.h): MUTATED: logits and partial maxima, all rows, and log_probs. No rows: nothing is done.
-// All fp32. Row-invariant, deterministic. Scratch of up to a row a thread; std::bad_alloc where there is no memory for
-// it. Bytes: the logits read and written once, then read again from the caches, once and for every rung looked at.
+// Contract (shapes in params.h): MUTATED: partial maxima, all rows; logits and log_probs, valid rows. No rows: nothing
+// is done. All fp32. Row-invariant, deterministic. Scratch of up to a row a thread; std::bad_alloc where there is no
+// memory for it. Bytes: the logits read and written once, then read again from the caches, once and for every rung
+// looked at.
 #pragma once
 #include "noise.h"
 #include "orthrus/rows.h"

@@ -6,8 +6,9 @@
 // A bf16 strip may be coded (see coded_weight.h): tiles decode it as they go, many read it decoded once.
 //
 // Contract (shapes in params.h). Nothing need be aligned. MUTATED: out or the partial maxima, all rows. No rows:
-// nothing is done. fp32 accumulation; one rounding, in the epilogue (none for kLogits). kArgmax: partial p covers the
-// p-th 512 outputs; ties go to the lowest id, NaN never wins.
+// nothing is done. fp32 accumulation; one rounding, in the epilogue (none for kLogits and kArgmax). kArgmax: partial p
+// covers the p-th 512 outputs; ties go to the lowest id, NaN never wins. std::bad_alloc where there is no memory for a
+// thread's scratch.
 // Row-invariant and deterministic: every output is one accumulator that runs over k in ascending order, whatever the
 // tile, the row count or the thread.
 // Bytes: each view's packed weight once, or once per block of very many rows, and x once per strip from the caches.

@@ -1,9 +1,9 @@
 // The small row-wise ops: embed, rms_norm, qkv_commit. Sums run over 16 lanes in a fixed order.
 //
-// Contract (shapes in params.h): MUTATED: out or q, all rows, and of the caches the rows' positions. No rows: nothing
-// is done. fp32 inside, one rounding. Row-invariant, deterministic: a thread takes whole rows. Bytes: each row read
-// once and written once, with head_dim * 4 of cos_sin for qkv_commit. FLOP: 4 an element of rms_norm, and up to 10 of
-// qkv_commit.
+// Contract (shapes in params.h): MUTATED: out or q, all rows, of the caches the AR rows' positions, and the scratch.
+// No rows: nothing is done. fp32 inside, one rounding. Row-invariant, deterministic: a thread takes whole rows. Bytes:
+// each row read once and written once, with head_dim * 4 of cos_sin for qkv_commit. FLOP: 4 an element of rms_norm,
+// and up to 7 of qkv_commit.
 #pragma once
 #include "orthrus/rows.h"
 #include "pool.h"

@@ -1,6 +1,7 @@
 """How requests of an AsyncEngine end: all tokens at once, aborted by name, or let run out before it closes."""
 
 import asyncio
+import contextlib
 import functools
 import gc
 import sys
@@ -133,6 +134,9 @@ def test_close_that_drains_lets_what_runs_come_to_its_end(folder, alone):
                 with pytest.raises(RuntimeError, match=message):
                     await new()
             gone.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await gone
+            await asyncio.wrap_future(shared._worker.submit(int))  # behind its abort
         await closing
         assert shared.engine.closed and shared.engine.metrics.finished["length"] == 2
         assert await running == (alone([4], GREEDY), "length")
@@ -144,13 +148,14 @@ def test_close_that_drains_lets_what_runs_come_to_its_end(folder, alone):
 
 def test_draining_may_end_early(folder):
     async def use(shared):
-        with a_beginning_each(shared.engine):
-            stream = shared.stream([1, 2], LONG)
-            await anext(stream)
-            with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(shared.close(drain=True), 0.05)
-        assert not shared.engine.closed and (await anext(stream)).new_token_ids
-        await shared.close()
+        with a_beginning_each(shared.engine, 40):
+            with a_beginning_each(shared.engine):
+                stream = shared.stream([1, 2], LONG)
+                await anext(stream)
+                with pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(shared.close(drain=True), 0.05)
+            assert not shared.engine.closed and (await anext(stream)).new_token_ids
+            await shared.close()
         with pytest.raises(RuntimeError, match="this engine is closed"):
             await collect_rest(stream)
 

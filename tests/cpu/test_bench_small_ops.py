@@ -18,6 +18,11 @@ SCRIPTS = (bench_embed, bench_qkv_commit, bench_rms_norm)
 def test_op_and_baseline_compute_the_same(script, num_rows):
     case = script.Case(config_of("tiny"), num_rows, torch.device("cpu"))
     assert case.max_error() < 0.004
+    case.call()
+    out = case.q_out if case.op == "qkv_commit" else case.out
+    own = out.clone()
+    out.fill_(99)
+    assert small_ops.error_of(case.call_baseline(), own) < 0.01
     expected = {"embed": 2 * 128 * 2 + 4, "qkv_commit": 2 * (4 + 2 * 2) * 64 * 2 + 4 * 64, "rms_norm": 2 * 128 * 2}
     assert case.nbytes == num_rows * expected[case.op] + (128 * 4 if case.op == "rms_norm" else 0)
 
@@ -30,12 +35,14 @@ def test_half_of_the_rows_are_a_diffusion_blocks():
 
 @pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 def test_a_run_is_many_calls(monkeypatch):
+    monkeypatch.setattr("bench.common.SPINNING_S", 0.0)
     case, calls = bench_rms_norm.Case(config_of("tiny"), 3, torch.device("cpu")), []
     monkeypatch.setattr(case, "call_baseline", lambda: calls.append(case.out.fill_(99)))
     took, baseline = small_ops.times(case, repeats=2)
     assert set(took) == {"p50", "p20", "p80"} and baseline > 0
     assert len(calls) == 5 * small_ops.CALLS  # three rounds to warm up
     tape = small_ops.taped(small_ops.over_and_over(case.call))
+    assert len(tape) == small_ops.CALLS
     case.out.fill_(99)
     small_ops.replay(tape)
     assert case.out.abs().max() < 99
@@ -44,6 +51,7 @@ def test_a_run_is_many_calls(monkeypatch):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_report(script, monkeypatch, tmp_path):
     options = ["--device", "cpu", "--model", "tiny", "--rows", "1", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr("bench.common.SPINNING_S", 0.0)
     monkeypatch.setattr(sys, "argv", [script.__name__, *options])
     monkeypatch.setattr(small_ops, "read_bandwidth", lambda _: 10.0)
     script.main()

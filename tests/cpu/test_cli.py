@@ -320,7 +320,7 @@ def test_a_bias_that_is_none(run, capsys, text):
 
 
 def test_ctrl_c_ends_without_a_traceback(text_folder):
-    slow = "step = Engine.step; Engine.step = lambda self: (time.sleep(0.05), step(self))[1]"
+    slow = "decode = Engine._round; Engine._round = lambda self: (time.sleep(0.05), decode(self))[1]"
     code = f"import sys, time; from orthrus_rt import Engine, cli; {slow}; sys.exit(cli.main())"
     command = [sys.executable, "-c", code, "generate", "--model", text_folder, "--dtype", "float32", "--raw", "hello"]
     command += ["--mode", "ar", "--ignore-eos", "--max-new-tokens", "500", "--max-seq-len", "512"]
