@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TEST_TIMEOUT_S = 600
+TEST_TIMEOUT_S = 300  # a test that hangs shall not keep CI from telling of it in time
 APART_AT_ONCE = 2
 MOST_PROCESSES = 8  # of a tier that is spread; each holds a model or two
 
@@ -52,7 +52,7 @@ RACY_TESTS = cpu_tests(  # without whole engines, which take minutes each
 )
 TIMED = ("test_auto.py", "test_profile.py")  # of tests/gpu: they measure, so nothing may run beside them
 LONGEST = ("test_sanitizer.py", "test_lossless.py", "test_lossless_embedded.py")  # of tests/gpu: they start first
-FULL_TAKES = 4  # times as long, at most
+FULL_TAKES = 4  # times as long, at most, of a test or a process
 LEAKS = re.compile(r"nanobind: | - leaked | - \.\.\. skipped remainder|See https://nanobind\.")
 
 
@@ -134,6 +134,7 @@ TIERS = [
         lambda: of_tests("sanitized").ADDRESS.environment(),
         spread=True,
         in_full=True,
+        timeout_s=1200,
     ),
     Tier(
         "races",
@@ -142,6 +143,7 @@ TIERS = [
         lambda: of_tests("sanitized").THREAD.environment(),
         spread=True,
         in_full=True,
+        timeout_s=1200,
     ),
     Tier(
         "ptx",
@@ -190,21 +192,21 @@ def without_leaks(errors: str) -> str:
 
 def run_pytest(tier: Tier, full: bool, *more: str, **how) -> tuple[Result, str | None]:
     """One process of the tier: its results, among them a failure where there is no report, and what it printed."""
-    result = Result()
+    result, takes = Result(), FULL_TAKES if full else 1
     with tempfile.TemporaryDirectory() as folder:
         report, errors = os.path.join(folder, "report.xml"), os.path.join(folder, "errors.txt")
         command = [sys.executable, "-m", "pytest", "-q", "-r", "fE", f"--junitxml={report}", *tier.args, *more]
         if full and not tier.in_full:
             command.append("--full")
         if has_module("pytest_timeout"):
-            command.append(f"--timeout={tier.timeout_s}")
+            command.append(f"--timeout={tier.timeout_s * takes}")
             if tier.apart:
                 command.append("--timeout-method=thread")  # a signal would wait for the device to answer
         env = {**os.environ, **tier.env()}
         if tier.spread and has_module("xdist"):
             command += ["-n", str(min(os.cpu_count(), MOST_PROCESSES)), "--dist", "loadfile"]
             env["OMP_NUM_THREADS"] = "1"
-        limit = tier.process_timeout_s and tier.process_timeout_s * (FULL_TAKES if full else 1)
+        limit = tier.process_timeout_s and tier.process_timeout_s * takes
         with open(errors, "w") as file:
             try:
                 done = subprocess.run(command, cwd=ROOT, env=env, timeout=limit, **{"stderr": file} | how)

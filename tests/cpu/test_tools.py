@@ -65,6 +65,19 @@ def test_a_process_that_hangs_at_its_end(runner, tmp_path, monkeypatch, capsys):
     assert out.index("-- test_stuck.py") < out.index("-- test_quick.py")
 
 
+def test_the_whole_grids_may_take_longer(runner, monkeypatch):
+    asked = []
+
+    def run(command, timeout, **_):
+        asked.append(([option for option in command if option.startswith("--timeout=")], timeout))
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(runner.subprocess, "run", run)
+    for full in (False, True):
+        runner.run_pytest(runner.Tier("gpu", [], timeout_s=5, process_timeout_s=7), full)
+    assert asked == [(["--timeout=5"], 7), (["--timeout=20"], 28)]
+
+
 def test_what_triton_says_as_it_ends_is_left_out(runner, tmp_path, monkeypatch, capfd):
     (tmp_path / "test_a.py").write_text(
         "import atexit, os\n"
