@@ -22,7 +22,7 @@ CALLS = 64  # in one timed run
 
 
 class Case:
-    """An op over tensors for ``num_rows`` rows of a model.
+    """An op over tensors for ``num_rows`` rows of a model, which a subclass makes.
 
     Attributes:
         op, baseline: the names of both.
@@ -34,7 +34,7 @@ class Case:
     nbytes: int
 
     def __init__(self, config: ModelConfig, num_rows: int, device: torch.device):
-        self.config, self.num_rows, self.device = config, num_rows, device
+        self.config, self.device = config, device
 
     def randn(self, *shape: int) -> torch.Tensor:
         generator = torch.Generator(self.device).manual_seed(0)

@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SMALL_OPS, SMALL_MODELS = ("qkv_commit", "rms_norm", "embed"), ["--device", "cpu", "--model", "135m", "8b"]
+SMALL_OPS = ("qkv_commit", "rms_norm", "embed")
 # device it is for, script, arguments
 RUNS = [
     ("cpu", "bench_host", ["--device", "cpu"]),
@@ -19,7 +19,10 @@ RUNS = [
     ("cpu", "bench_row_linear", ["--device", "cpu", "--model", "1.7b", "--layers", "2", "--rows", "1", "8", "32"]),
     ("cpu", "bench_consensus", ["--device", "cpu"]),
     ("cpu", "bench_process_logits", ["--device", "cpu"]),
-    *(("cpu", f"bench_{op}", [*SMALL_MODELS, "--rows", "1", "8", "32", "512"]) for op in SMALL_OPS),
+    *(
+        ("cpu", f"bench_{op}", ["--device", "cpu", "--model", "135m", "8b", "--rows", "1", "8", "32", "512"])
+        for op in SMALL_OPS
+    ),
     ("cpu", "bench_generate", []),
     ("cpu", "bench_sampling", []),
     ("cpu", "bench_prefix", ["--device", "cpu"]),
