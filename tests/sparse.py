@@ -1,15 +1,21 @@
-"""Tensors larger than memory, of which only what is written takes any, and ops on what lies behind 2^31 elements."""
+"""Tensors larger than memory, of which only what is written takes any or all but the end is forgotten, and ops on what
+lies behind 2^31 elements.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import os
+import tempfile
 
 import pytest
 import torch
 
 from tests.rows import ar, make_rows
 
+MAP_FIXED = 0x10
 NORESERVE = 0x4000  # MAP_NORESERVE, which mmap does not name in every Python: no account is kept of what it might take
 
 
@@ -21,6 +27,20 @@ def empty(shape, dtype: torch.dtype) -> torch.Tensor:
     except OSError as error:
         pytest.skip(f"{nbytes >> 20} MB of addresses: {error.strerror}")
     return torch.frombuffer(space, dtype=dtype).view(shape)
+
+
+def drained(shape, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor whose last 32 MB or more keep what is written to them, while all others are the same 32 MB."""
+    tensor, part = empty(shape, dtype), 32 << 20
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype, size = ctypes.c_void_p, ctypes.c_size_t
+    with tempfile.TemporaryFile() as drain:
+        drain.truncate(part)
+        for begin in range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes - 2 * part, part):
+            access, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | MAP_FIXED
+            where = libc.mmap(ctypes.c_void_p(begin), size(part), access, flags, drain.fileno(), ctypes.c_long(0))
+            assert where == begin, os.strerror(ctypes.get_errno())
+    return tensor
 
 
 def check_embed(embed, dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from orthrus_rt import dispatch, ops
 from orthrus_rt.weights import pack
+from tests import large_logits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -141,6 +142,12 @@ def test_row_invariance(shape, epilogue):
     order = torch.randperm(1000, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     assert torch.equal(run(x[order], weight, epilogue), want[order])
     assert torch.equal(run(x[order[:128]], weight, epilogue), want[order[:128]])
+
+
+def test_64_bit_offsets():
+    rows, vocab = large_logits.ROWS, large_logits.VOCAB
+    out = torch.zeros(rows, vocab, device="cuda")
+    large_logits.check_row_linear(ops.row_linear, out, in_features=64, workspace=workspace(rows, 64, vocab))
 
 
 def best(partials):

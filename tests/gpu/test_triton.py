@@ -1,5 +1,7 @@
 """Triton kernels on the device: against the oracle, to the bit whatever the company, and under a graph."""
 
+import functools
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from orthrus_rt import reference
 from orthrus_rt.state import empty_partials, num_score_tiles
 from orthrus_rt.triton_kernels import count_tokens, embed, process_logits, rms_norm, sum_words
+from tests import large_logits
 from tests.attention_pass import Heads, assert_close
 from tests.logits_cases import (
     FILTERS,
@@ -215,6 +218,12 @@ def test_process_logits_rows_do_not_depend_on_company(kind):
 
 def test_count_tokens():
     check_count_tokens(count_tokens.count_tokens, "cuda")
+
+
+def test_logits_and_counts_64_bit_offsets():
+    zeros = functools.partial(torch.zeros, device="cuda")
+    large_logits.check_process_logits(process_logits.process_logits, zeros, "cuda")
+    large_logits.check_count_tokens(count_tokens.count_tokens, zeros, "cuda")
 
 
 def test_process_logits_under_a_graph():
