@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kMergeThreads) dual_attn_merge_kernel(const __
 #pragma unroll 4
     for (int s = 0; s < n; ++s) {
       const Step& step = steps[s];
-      const Fold now = {step.keep, step.take, step.replace && total == total, step.skip};
+      const Fold now = {step.keep, step.take, step.replace && total == total, step.skip != 0};
       total = fold(now, total, step.total);
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) {

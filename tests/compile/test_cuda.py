@@ -15,8 +15,10 @@ pytestmark = pytest.mark.skipif(cubins.nvcc() is None, reason="nvcc is not insta
 
 @pytest.mark.parametrize("arch", cubins.ARCHS)
 @pytest.mark.parametrize("source", variants.listed("CUDA_SOURCES"))
-def test_compiles_without_spills(source, arch):
-    for kernel in cubins.parse(cubins.reports()[source, arch].result()):
+def test_compiles_without_warnings_or_spills(source, arch):
+    report = cubins.reports()[source, arch].result()
+    assert "warning" not in report, report
+    for kernel in cubins.parse(report):
         assert kernel.spill_bytes == kernel.stack_bytes == 0, f"{source} {arch}: {kernel}"
         assert kernel.registers <= 255, f"{source} {arch}: {kernel}"
         assert kernel.static_shared_bytes <= STATIC_SHARED_LIMIT, f"{source} {arch}: {kernel}"
