@@ -113,9 +113,8 @@ class Chain:
     def max_error(self, op: str) -> float:
         """Largest error against float64, over the largest value; 0.004 is a bf16 rounding. At most 8192 outputs."""
         k, n = self.shapes[op][0], min(self.shapes[op][1], 8192)
-        plain = torch.randn(n, k, device=self.device).bfloat16()
-        packed = pack(plain)  # before x is drawn: see the contract in row_linear.cu
-        x = torch.randn(min(self.num_rows, 64), k, device=self.device).bfloat16()
+        plain, x = (torch.randn(rows, k, device=self.device).bfloat16() for rows in (n, min(self.num_rows, 64)))
+        packed = pack(plain)
         out = torch.empty(x.shape[0], n, dtype=torch.bfloat16, device=self.device)
         ops.row_linear(x, packed, out, workspace=self._workspace(x.shape[0], [(k, n)]))
         want = x.double() @ plain.double().T

@@ -76,8 +76,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     Args:
         x: ``[num_rows_in, hidden]``.
         eps: added to the mean square.
-        weight: fp32 ``[hidden]``; Triton reads it ahead of its turn in the stream, as :func:`orthrus_rt.weights.pack`
-            says of weights.
+        weight: fp32 ``[hidden]``; Triton reads it ahead of its turn in the stream: an ordinary kernel, a copy or a
+            synchronisation must come between what writes it and the first of this project's kernels.
         out: ``[num_rows, hidden]``, MUTATED.
         row_index: int32 ``[num_rows]``, the input row of each output row, within x's; None for all rows in order.
     """

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from orthrus_rt import coded_blocks, dispatch, huge_pages
-from orthrus_rt.device import device_scope
+from orthrus_rt.device import device_scope, stream_of
 
 # CPU: strips of 32 outputs (16 gates and their 16 ups for silu_mul) x one word of inputs (two bfloat16, one float32),
 # so that one vector instruction takes 16 outputs' words from one cache line; one partial maximum per 512 ids. See
@@ -65,9 +65,9 @@ def pack(
 ) -> PackedWeight:
     """Pack ``weight`` ``[out_features, in_features]`` for the implementation chosen for its device and dtype.
 
-    ``gate_up`` says that the first half of the rows are gates and the second half ups. On CUDA the kernels read weights
-    ahead of their turn in the stream: an ordinary kernel, a copy or a synchronisation must come between packing and the
-    first of this project's kernels; without ``may_code`` none is in 12 bits an element there.
+    ``gate_up`` says that the first half of the rows are gates and the second half ups. On CUDA the packed weight is
+    waited for, as kernels read weights ahead of their turn in the stream; without ``may_code`` none is in 12 bits an
+    element there.
 
     Raises:
         ValueError: ``impl`` does not take the weight's dtype, or gates and ups differ in number.
@@ -86,6 +86,8 @@ def pack(
         data, partials = weight.contiguous(), -(-out_features // CUDA_F32_ARGMAX_TILE)
     elif impl == "cuda":
         data, partials, coded = _pack_cuda(weight, gate_up, may_code)
+        if (stream := stream_of(weight.device)) is not None:
+            stream.synchronize()
     else:
         data, partials = weight, -(-out_features // max(1, min(REFERENCE_ARGMAX_TILE, out_features // 32)))
     return PackedWeight(data, out_features, in_features, impl, gate_up, partials, coded)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import common
-from orthrus_rt import capture, dispatch, native, ops, profile, timing
+from orthrus_rt import capture, dispatch, native, ops, profile, timing, weights
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.device import pick_device, with_index
 from orthrus_rt.exclusive import Turn, exclusive
@@ -34,6 +34,16 @@ def test_a_device_has_an_index(two_devices, name, want):
 def test_a_device_that_is_not_there(two_devices):
     with pytest.raises(ValueError, match="device must be below cuda:2, got 'cuda:2'"):
         pick_device("cuda:2")
+
+
+def test_a_packed_weight_is_waited_for(monkeypatch):
+    """A kernel that follows at once reads it while what packs it may still run."""
+    done = []
+    stream = SimpleNamespace(synchronize=lambda: done.append("waited"))
+    monkeypatch.setattr(weights, "stream_of", lambda device: stream)
+    monkeypatch.setattr(weights, "_pack_cuda", lambda weight, *_: done.append("packed") or (weight, 1, False))
+    weights.pack(torch.zeros(64, 64, dtype=torch.bfloat16), impl="cuda")
+    assert done == ["packed", "waited"]
 
 
 @pytest.mark.parametrize("impl", ["cuda", "triton"])
