@@ -60,10 +60,7 @@ def step_ms(engine: Engine, prompts: list[list[int]]) -> float:
 def measure(mode: str, batch: int, length: int, args) -> dict:
     drawn = random.Random(0)
     options = {} if mode == "ar" else {"draft_len": args.draft_len}
-    with Engine.from_pretrained(
-        common.EMBEDDED_NAME, device=str(args.device), mode=mode, max_seq_len=2048, max_batch_size=batch + 2,
-        prefix_caching=False, **options,
-    ) as engine:  # fmt: skip
+    with common.embedded_engine(args.device, mode, max_batch_size=batch + 2, **options) as engine:
         vocab = engine.config.vocab_size - 1
 
         def some(length: int) -> list[int]:

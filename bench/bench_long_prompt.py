@@ -68,10 +68,8 @@ def main() -> None:
     own = runner.CHUNK_BESIDE[device]
     for mode in args.modes:
         drawn, options = random.Random(0), {} if mode == "ar" else {"draft_len": args.draft_len}
-        with Engine.from_pretrained(
-            common.EMBEDDED_NAME, device=str(args.device), mode=mode, max_seq_len=max(4096, args.prompt + 64),
-            max_batch_size=args.batch + 1, prefix_caching=False, **options,
-        ) as engine:  # fmt: skip
+        options |= dict(max_seq_len=max(4096, args.prompt + 64), max_batch_size=args.batch + 1)
+        with common.embedded_engine(args.device, mode, **options) as engine:
             lengths, vocab = (args.prompt, *[CONTEXT] * args.batch), engine.config.vocab_size - 1
             prompt, *others = ([drawn.randrange(vocab) for _ in range(length)] for length in lengths)
             found: dict[int, list[dict]] = {chunk: [] for chunk in args.chunks}

@@ -53,10 +53,8 @@ def main() -> None:
         for name, run in (("one by one", one_by_one), ("at once", at_once)):
             tokens = {}
             for caching in (False, True):
-                engine = Engine.from_pretrained(
-                    common.EMBEDDED_NAME, device=str(args.device), mode="ar", max_seq_len=2048,
-                    max_batch_size=args.requests, prefix_caching=caching,
-                )  # fmt: skip
+                options = dict(max_batch_size=args.requests, prefix_caching=caching)
+                engine = common.embedded_engine(args.device, "ar", **options)
                 for n in (-2, -1):  # warms caches and graphs
                     run(engine, requests(engine, shared, args.requests, n))
                 seconds, outs = [], []

@@ -24,7 +24,6 @@ from bench import common
 from orthrus_rt import prompts
 from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.cycle_plan import MODES
-from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
 LENGTHS = 0.5, 1.5  # least and most tokens of a request, of --tokens
@@ -81,10 +80,8 @@ async def serve(shared: AsyncEngine, asked: list[Asked]) -> None:
 
 def run(mode: str, rate: float, args) -> Served:
     """One engine, which decodes some requests first and then those that count."""
-    engine = Engine.from_pretrained(
-        common.EMBEDDED_NAME, device=str(args.device), mode=mode, max_seq_len=1024, max_batch_size=args.batch,
-        draft_len=args.draft_len if mode == "two_pass" else None, prefix_caching=False,
-    )  # fmt: skip
+    options = {"draft_len": args.draft_len} if mode == "two_pass" else {}
+    engine = common.embedded_engine(args.device, mode, max_seq_len=1024, max_batch_size=args.batch, **options)
     engine.warmup()
 
     first, asked = (arrivals(engine.tokenizer, rate, args) for _ in range(2))

@@ -98,11 +98,12 @@ def _device(text: str) -> torch.device:
     return device
 
 
-def embedded_engine(device: torch.device | str = "cpu", mode: str = "auto") -> Engine:
-    """The embedded model for one request at a time, up to 2,048 tokens, each computed anew."""
-    return Engine.from_pretrained(
-        EMBEDDED_NAME, device=device, mode=mode, max_seq_len=2048, max_batch_size=1, prefix_caching=False
-    )
+def embedded_engine(device: torch.device | str = "cpu", mode: str = "auto", **options) -> Engine:
+    """The embedded model; unless the options say otherwise for one request at a time, up to 2,048 tokens, each computed
+    anew.
+    """
+    defaults = dict(max_seq_len=2048, max_batch_size=1, prefix_caching=False)
+    return Engine.from_pretrained(EMBEDDED_NAME, device=device, mode=mode, **defaults | options)
 
 
 def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:

@@ -148,7 +148,7 @@ class AsyncEngine:
         self._breaks.begin()
         try:
             request.request_id = known_as
-            await self._call(self._run, Engine._submit_made, request)
+            await self._call(self._run, Engine._queue, request)
             while not finished:
                 output = await stream.queue.get()
                 if isinstance(output, BaseException):

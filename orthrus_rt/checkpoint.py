@@ -100,18 +100,11 @@ def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None =
     Raises:
         CheckpointError: naming the file, the tensor or key, what was expected and what was found.
     """
-    folder, adapter = _open(str(path_or_id), adapter, base_gguf)
-    return load_folder(folder, adapter, str(path_or_id))
-
-
-def load_folder(folder: Path, adapter: str | Path | None, name: str) -> Checkpoint:
-    """:func:`load` for a folder on this machine."""
-    raw = read_json(folder / "config.json")
+    folder, raw, adapter = _open(str(path_or_id), adapter, base_gguf)
     stored = scan(folder, "model.safetensors")
     adapter = None if adapter is None else _resolve(str(adapter), adapter=True)
-    family_of(raw, str(folder / "config.json"))  # first: no adapter would help another family
     _check_one_view(stored, folder, adapter)
-    config, raw, adapter_raw = _read_config(folder, raw, adapter, name)
+    config, raw, adapter_raw = _read_config(folder, raw, adapter, str(path_or_id))
     if config.num_layers > len(stored):  # before as many names are made as it asks for
         raise CheckpointError(
             f"{folder / 'config.json'}: num_hidden_layers must be at most {len(stored)}, the number of tensors there, "
@@ -145,9 +138,7 @@ def load_config(path_or_id: str, *, adapter: str | None = None, base_gguf: str |
     Raises:
         CheckpointError: as of :func:`load`, but for what is wrong with weights.
     """
-    folder, adapter = _open(path_or_id, adapter, base_gguf, config_only=True)
-    raw = read_json(folder / "config.json")
-    family_of(raw, str(folder / "config.json"))
+    folder, raw, adapter = _open(path_or_id, adapter, base_gguf, config_only=True)
     if adapter is None and "block_size" not in raw:
         raise _plain_base(folder)
     view = None if adapter is None else _resolve(str(adapter), adapter=True, config_only=True)
@@ -159,15 +150,21 @@ def is_hub_id(path_or_id: str) -> bool:
     return path_or_id != EMBEDDED_NAME and not os.path.isdir(path_or_id) and bool(re.fullmatch(HUB_ID, path_or_id))
 
 
-def _open(path_or_id: str, adapter, base_gguf: str | None, config_only=False) -> tuple[Path, str | Path | None]:
-    """The base's folder, and the adapter, which for the embedded model defaults to its own."""
+def _open(
+    path_or_id: str, adapter: str | None, base_gguf: str | None, config_only=False
+) -> tuple[Path, dict, str | Path | None]:
+    """The base's folder, its config.json, and the adapter, which for the embedded model defaults to its own."""
     if path_or_id == EMBEDDED_NAME:
         from orthrus_rt import embedded
 
-        return embedded.base_folder(base_gguf), adapter or embedded.ADAPTER
-    if base_gguf is not None:
+        folder, adapter = embedded.base_folder(base_gguf), adapter or embedded.ADAPTER
+    elif base_gguf is not None:
         raise CheckpointError(f"base_gguf: applies to {EMBEDDED_NAME!r} only, got it with {path_or_id!r}")
-    return _resolve(path_or_id, config_only=config_only), adapter
+    else:
+        folder = _resolve(path_or_id, config_only=config_only)
+    raw = read_json(folder / "config.json")
+    family_of(raw, str(folder / "config.json"))  # first: no adapter would help another family
+    return folder, raw, adapter
 
 
 def _read_config(folder: Path, raw: dict, adapter: Path | None, name: str) -> tuple[ModelConfig, dict, dict]:

@@ -166,7 +166,3 @@ def _fail(args, error) -> int:
     else:
         say(args, in_options(" ".join(str(error).split()), args))
     return EXIT_ERROR
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from orthrus_rt.cycle_plan import MAX_BLOCK_LEN
 
@@ -59,15 +59,15 @@ class ModelConfig:
     block_len: int
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
-    rope: dict = field(default_factory=dict)
-    name: str = ""
+    rope: dict
+    name: str
 
     @property
     def most_positions(self) -> int:
         """Positions that whoever asks for them may have. Linear scaling stretches too; but as some checkpoints state
         what it stretches to and others what it starts from, nobody gets more than is stated unasked.
         """
-        factor = self.rope["factor"] if self.rope.get("rope_type") == "linear" else 1
+        factor = self.rope["factor"] if self.rope["rope_type"] == "linear" else 1
         return max(self.max_position_embeddings, int(min(sys.maxsize, factor * self.max_position_embeddings)))
 
 
@@ -111,7 +111,7 @@ def parse(
     vocab_size = _positive(raw, "vocab_size", where)
     block_len = _positive(raw, "block_size", where)
     if block_len < 2:
-        raise CheckpointError(f"{where}: block_size must be ≥ 2, got {block_len}")
+        raise CheckpointError(f"{where}: block_size must be >= 2, got {block_len}")
     rope = _rope(raw, where)
     eos = _eos_ids(raw, vocab_size, where) + _eos_ids(generation or {}, vocab_size, where_generation)
     return ModelConfig(
@@ -248,7 +248,7 @@ def _most_positions(raw, rope, where):
         stretched = rope["factor"] * rope["original_max_position_embeddings"]
         most = max(most, int(min(sys.maxsize, stretched)))
     if most < 2:
-        raise CheckpointError(f"{where}: max_position_embeddings must be ≥ 2, got {most}")
+        raise CheckpointError(f"{where}: max_position_embeddings must be >= 2, got {most}")
     return most
 
 
@@ -267,7 +267,7 @@ def _eos_ids(raw, vocab_size, where):
 def _mask_id(raw, vocab_size, where):
     token = raw.get("mask_token_id")
     if not _is_int(token) or not 0 <= token < vocab_size:
-        raise CheckpointError(f"{where}: mask_token_id must be in 0 … {vocab_size - 1} (vocab_size - 1), got {token!r}")
+        raise CheckpointError(f"{where}: mask_token_id must be within the vocabulary [0, {vocab_size}), got {token!r}")
     return token
 
 

@@ -130,7 +130,7 @@ class Engine(Generation):
         cls,
         model: str,
         *,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         dtype: str | torch.dtype = "bfloat16",
         mode: str = "auto",
         max_seq_len: int | None = None,
@@ -147,7 +147,7 @@ class Engine(Generation):
         Args:
             model: ``"smollm2-135m"`` (embedded), a checkpoint folder or a hub id, whose files are fetched if they are
                 not there yet; ``owner/name@revision`` pins a branch, a tag or a commit.
-            device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"``: CUDA where there is one.
+            device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or torch's own, or ``"auto"``: CUDA where there is one.
             dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``, or torch's own. All but float16, which runs the
                 plain torch reference, have row-invariant kernels.
             mode: ``"ar"``, ``"two_pass"``, ``"one_pass"``, or ``"auto"``: whichever is fastest now, chosen again every
@@ -206,7 +206,6 @@ class Engine(Generation):
         """What ``mode="auto"`` goes by, for a batch of this size, ``greedy`` if none of it samples: see
         :meth:`Policy.explain`. None while it is not on.
         """
-        self._check_open()
         auto = self._autos.get(self._plan)
         return auto.policy.explain(batch_size, greedy) if auto else None
 
@@ -240,18 +239,11 @@ class Engine(Generation):
             RuntimeError: the engine is closed, or another thread is using it.
         """
         self._check_open()
-        return self._submit(on_host(prompt_ids), params, request_id)
+        return self._queue(self._make_request(on_host(prompt_ids), params, None, request_id))
 
     @exclusive
-    def _submit(self, prompt_ids: TokenIds, params: SamplingParams | None, request_id: str | None) -> str:
-        return self._queue(self._make_request(prompt_ids, params, None, request_id))
-
-    @exclusive
-    def _submit_made(self, request: Request) -> None:
-        """:meth:`submit` a request that was made before."""
-        self._queue(request)
-
     def _queue(self, request: Request) -> str:
+        """:meth:`submit` one that was made before."""
         self._plan = self._plan_to_join()
         self._check_acceptance(request, self._plan)  # again: what runs may have changed since it was made
         if request.request_id in self.outbox:
@@ -381,7 +373,6 @@ class Engine(Generation):
     @exclusive
     def memory_report(self) -> dict[str, int]:
         """Bytes by use: see :func:`orthrus_rt.memory.memory_report`."""
-        self._check_open()
         return memory_report(self)
 
     def next_logits(self, token_ids: TokenIds) -> torch.Tensor:

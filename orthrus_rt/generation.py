@@ -66,11 +66,11 @@ class Generation(Rounds):
         """
         batch = _is_batch(prompt_ids)
         if not batch and isinstance(params, Sequence):
-            raise ValueError(f"params: one prompt takes one SamplingParams, got a list of {len(params)}")
+            raise ValueError(f"params must be one SamplingParams for one prompt, got a list of {len(params)}")
         all_ids = prompt_ids if batch else [prompt_ids]
         each = params if isinstance(params, Sequence) else [params] * len(all_ids)
         if len(each) != len(all_ids):
-            raise ValueError(f"params: expected one or {len(all_ids)}, got {len(each)}")
+            raise ValueError(f"params must be one SamplingParams or {len(all_ids)} of them, got {len(each)}")
         plan = self._asked_plan(mode, draft_len, fan_out)
         names = [f"prompt_ids[{i}]" for i in range(len(all_ids))] if batch else ["prompt_ids"]
         asked = zip(all_ids, each, names, strict=True)

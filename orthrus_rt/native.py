@@ -1,5 +1,6 @@
-"""Launchers of the native module: tensors in, parameter structs out; and the workspace that they need. Validation is in
-ops.py and checks.py.
+"""Launchers of the native module: tensors in, parameter structs out; and the workspace that they need.
+
+What every implementation asks of its arguments is checked in ops.py; what these kernels alone ask, here.
 """
 
 from __future__ import annotations

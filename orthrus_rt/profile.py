@@ -26,6 +26,7 @@ class Call:
     """One op call of a recorded function.
 
     Attributes:
+        op: as in dispatch.OPS.
         name: the op, for ``row_linear`` with its weight's inputs and outputs.
         run: the same call again, on the same buffers.
         nbytes: what it must move at least, given what its buffers hold now.
@@ -96,8 +97,7 @@ def calls_of(run: Callable[[], object]) -> list[Call]:
                 again = partial(replay, tape) if len(tape) else again
             else:
                 again()
-            weight = args[1]
-            name = f"row_linear {weight.in_features} x {weight.out_features}" if op == "row_linear" else op
+            name = f"row_linear {args[1].in_features} x {args[1].out_features}" if op == "row_linear" else op
             calls.append(Call(op, name, again, partial(NBYTES[op], *args, **kwargs)))
 
         return record

@@ -201,8 +201,7 @@ def make_request(
         raise ValueError(f"params must be SamplingParams, got {type(params).__name__}")
     ids = check_prompt(prompt_ids, config.vocab_size, max_seq_len, name)
     if len(params.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        got = len(params.stop_token_ids)
-        raise ValueError(f"stop_token_ids: at most {MAX_STOP_TOKEN_IDS} are supported, got {got}")
+        raise ValueError(f"stop_token_ids must be at most {MAX_STOP_TOKEN_IDS}, got {len(params.stop_token_ids)}")
     for what, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", dict(params.logit_bias))):
         for token in tokens:
             if token >= config.vocab_size:

@@ -38,10 +38,11 @@ class SlotResults:
         words = num_slots * (len(SCALARS) + output_capacity)
         self.memory = torch.empty(words, dtype=torch.int32, device=device, pin_memory=pinned)
         scalars, output = self.memory.split([num_slots * len(SCALARS), num_slots * output_capacity])
-        self.views = dict(zip(SCALARS, scalars.view(len(SCALARS), num_slots), strict=True))
+        columns = scalars.view(len(SCALARS), num_slots)
+        self.views = dict(zip(SCALARS, columns, strict=True))
         self.views["output"] = output.view(num_slots, output_capacity)
         if self.memory.device.type == "cpu":
-            self._scalars = scalars.view(len(SCALARS), num_slots).numpy()
+            self._scalars = columns.numpy()
             self._rings = [memoryview(ring) for ring in self.views["output"].numpy()]
 
     def read(self, seen: list[tuple[int, int]]) -> list[Result]:

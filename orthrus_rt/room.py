@@ -18,7 +18,7 @@ from orthrus_rt import dispatch
 from orthrus_rt.checkpoint import expected_tensors
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.device import dtype_name
-from orthrus_rt.out_of_memory import OutOfMemoryError
+from orthrus_rt.out_of_memory import KNOBS, OutOfMemoryError
 from orthrus_rt.sizes import Sizes
 from orthrus_rt.weights import codes_for_cuda
 
@@ -51,8 +51,8 @@ def check_cache(sizes: Sizes, nbytes: int, device: torch.device) -> None:
     """Log a warning where a CPU's cache, which takes its memory as sequences come, may outgrow what is left."""
     if device.type == "cpu" and (free := free_bytes(device)) is not None and nbytes > free:
         log.warning(
-            "the cache of %s may grow to %s, and %s has %s left: lower max_batch_size, num_pages or max_seq_len",
-            sizes, _gb(nbytes), device, _gb(free),
+            "the cache of %s may grow to %s, and %s has %s left: lower %s",
+            sizes, _gb(nbytes), device, _gb(free), KNOBS,
         )  # fmt: skip
 
 

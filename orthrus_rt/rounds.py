@@ -33,11 +33,7 @@ class RequestFailed(Exception):
 
 
 class Rounds:
-    """The scheduler's requests on the runner's device, a round at a time.
-
-    What the host knows of a request is its tokens; everything on the device can be rebuilt from them, which is how
-    preemption, faults and interrupts lose nothing.
-    """
+    """The scheduler's requests on the runner's device, a round at a time."""
 
     config: ModelConfig
     runner: Runner

@@ -110,12 +110,10 @@ class Runner:
                 )  # fmt: skip
 
         key = (plan, bucket, sampling is not None, sampling is not None and sampling.edits is not None)
-        if shape is not None:
-            plain = self.cycle(plan, num_slots, sampling)
-            return self._cached(shape, key, partial(build, plain=plain))
         if key not in self._cycles:
             self._cycles[key] = build()
-        return self._cycles[key]
+        plain = self._cycles[key]
+        return plain if shape is None else self._cached(shape, key, partial(build, plain=plain))
 
     @property
     def graph_bytes(self) -> int:

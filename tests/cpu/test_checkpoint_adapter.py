@@ -268,7 +268,7 @@ def test_bad_adapter_value_names_both_files(folders):
     base, adapter = folders
     edit_config(adapter, mask_token_id=96)
     where = f"{base / 'config.json'} with {adapter / 'config.json'}"
-    assert message_of(base, adapter) == f"{where}: mask_token_id must be in 0 … 95 (vocab_size - 1), got 96"
+    assert message_of(base, adapter) == f"{where}: mask_token_id must be within the vocabulary [0, 96), got 96"
 
 
 def test_missing_tensor(folders):

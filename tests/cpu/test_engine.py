@@ -135,7 +135,7 @@ def test_batch_gives_the_tokens_of_each_alone(engine):
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
     outs = engine.generate(prompts, params)
     assert [o.token_ids for o in outs] == [engine.generate(p, params).token_ids for p in prompts]
-    with pytest.raises(ValueError, match="params: expected one or 3, got 2"):
+    with pytest.raises(ValueError, match="params must be one SamplingParams or 3 of them, got 2"):
         engine.generate(prompts, [params, params])
 
 
@@ -167,7 +167,7 @@ def test_what_is_a_batch(engine):
     for prompt in (list(np.array([1, 2, 3], dtype=np.int32)), list(torch.tensor([1, 2, 3])), np.array([1, 2, 3])):
         assert engine.generate(prompt, params).token_ids == want
     assert engine.generate([], params) == engine.generate([]) == engine.generate((), []) == []
-    with pytest.raises(ValueError, match="params: expected one or 0, got 1"):
+    with pytest.raises(ValueError, match="params must be one SamplingParams or 0 of them, got 1"):
         engine.generate([], [params])
     for nothing in ([[]], [np.array([], dtype=np.int64)], np.array([], dtype=np.int64)):
         with pytest.raises(ValueError, match=r"prompt_ids(\[0\])? must hold at least one token, got none"):
@@ -305,9 +305,9 @@ def test_bad_arguments(engine):
     with Engine.from_pretrained(folder, device="cpu", mode="two_pass", dtype=torch.float32) as default:
         assert default.max_seq_len == 512  # the checkpoint's own limit is below 4096
     assert default.closed
-    with pytest.raises(ValueError, match="one prompt takes one SamplingParams, got a list of 1"):
+    with pytest.raises(ValueError, match="params must be one SamplingParams for one prompt, got a list of 1"):
         engine.generate(PROMPT, [SamplingParams()])
-    with pytest.raises(ValueError, match="at most 64 are supported"):
+    with pytest.raises(ValueError, match="stop_token_ids must be at most 64, got"):
         engine.stream(PROMPT, SamplingParams(stop_token_ids=tuple(range(70))))
     for params in ({"stop_token_ids": (3, 24)}, {"logit_bias": {3: 1, 24: 1}}):
         with pytest.raises(
@@ -356,7 +356,7 @@ def test_stop_ids_are_more_ends_beside_those_of_the_checkpoint(engine, monkeypat
 
 def test_as_many_stop_ids_as_are_supported(engine):
     assert engine.generate(PROMPT, SamplingParams(1, stop_token_ids=tuple(range(24)) * 2 + tuple(range(16)))).token_ids
-    with pytest.raises(ValueError, match="at most 64 are supported, got 65"):
+    with pytest.raises(ValueError, match="stop_token_ids must be at most 64, got 65"):
         engine.generate(PROMPT, SamplingParams(1, stop_token_ids=tuple(range(24)) * 2 + tuple(range(17))))
 
 
