@@ -93,12 +93,14 @@ template <typename T>
 using MultiplyTile = void (*)(const T*, int64_t, const char*, int64_t, Ahead, float*);
 
 template <typename T, typename Strip, int kRows = kTileRows>
-ORTHRUS_INLINE MultiplyTile<T> multiply_tile_of(int64_t rows) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return multiply_tile_of<T, Strip, kRows - 1>(rows);
+struct MultiplyTileOf {
+  ORTHRUS_INLINE MultiplyTile<T> operator()(int64_t rows) const {
+    if constexpr (kRows > 1) {
+      if (rows < kRows) return MultiplyTileOf<T, Strip, kRows - 1>()(rows);
+    }
+    return multiply_tile<T, Strip, kRows>;
   }
-  return multiply_tile<T, Strip, kRows>;
-}
+};
 
 // Writes `count` lanes of v, rounded, at out; adds `residual` first if there is one (it may alias out).
 template <typename T>
@@ -213,7 +215,7 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight,
     if (weight.coded && num_tiles <= kMostDecodingTiles) {
       // Several fetch the next strip and the one after that by turns, though all lines have then been asked for before:
       // to ask once is slower.
-      return multiply(multiply_tile_of<T, CodedWords>, stored, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
+      return multiply(MultiplyTileOf<T, CodedWords>(), stored, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
         const int64_t distance = num_tiles == 1 ? kAheadBytes : (1 + tile % 2) * strip_bytes;
         return {stored + distance, few ? 0 : kUnitBytes / kLineBytes};
       });
@@ -226,7 +228,7 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight,
   }
 #endif
   // Several tiles read the strip from cache: the first two fetch the next strip, one half each where it is plain.
-  multiply(multiply_tile_of<T, PlainWords>, plain, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
+  multiply(MultiplyTileOf<T, PlainWords>(), plain, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
     if (num_tiles == 1) return {stored + kAheadBytes, few ? 0 : 2};
     return {stored + strip_bytes + tile * num_steps * kLineBytes, tile < 2};
   });
