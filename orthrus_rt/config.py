@@ -158,7 +158,7 @@ def _refuse_unsupported(raw, where):
     # transformers follows it: each token would see those behind it.
     if not _bool({"is_causal": True} | raw, "is_causal", where):
         raise CheckpointError(f"{where}: is_causal must be true, got {raw['is_causal']!r}")
-    if raw.get("quantization_config"):
+    if raw.get("quantization_config") is not None:
         raise CheckpointError(f"{where}: quantization_config must be absent (weights must be fp32, fp16 or bf16)")
     weights, read = raw.get("transformers_weights"), ("model.safetensors", "model.safetensors.index.json")
     if weights not in (None, *read):  # transformers would read that file
@@ -228,8 +228,9 @@ def _rope(raw, where):
         _bool(rope, "truncate", where)
         if rope["rope_theta"] <= 1:
             raise CheckpointError(f"{where}: rope_theta must be above 1 for yarn, got {rope['rope_theta']!r}")
-    partial = rope.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
+    partial = rope.pop("partial_rotary_factor", None)
+    partial = raw.get("partial_rotary_factor") if partial is None else partial
+    if partial not in (None, 1):
         raise CheckpointError(f"{where}: partial_rotary_factor must be 1 (the whole head rotates), got {partial!r}")
     if rope_type in ("yarn", "llama3"):
         name = "original_max_position_embeddings"

@@ -39,7 +39,10 @@ def dry_cycles(engine, plans: list[CyclePlan], slots: int, context: int) -> Iter
         raise ValueError(f"batch must be within [1, {runner.num_slots}] (max_batch_size), got {slots}")
     most = most_context(engine, plans)
     if not 1 <= context <= most:
-        less = {1: "a block", 2: "two blocks"}[(engine.max_seq_len - most) // engine.config.block_len]
+        positions = engine.max_seq_len - most
+        less = {1: "a block", 2: "two blocks"}[positions // engine.config.block_len]
+        if most < 1:
+            raise ValueError(f"max_seq_len must be above {positions} ({less}), got {engine.max_seq_len}")
         raise ValueError(f"context must be within [1, {most}] (max_seq_len less {less}), got {context}")
     random = torch.Generator(kv.pages.device).manual_seed(0)  # the caller's stream of random numbers stays where it is
     runner_up = torch.tensor([2, 3], dtype=torch.int32, device=state.runner_up.device)

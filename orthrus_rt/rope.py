@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from orthrus_rt.config import ModelConfig
+from orthrus_rt.config import CheckpointError, ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
@@ -33,7 +33,17 @@ def cos_sin_table(config: ModelConfig, max_positions: int) -> torch.Tensor:
     """fp32 ``[max_positions, head_dim]``: each position's cosines of the half dims, then the sines.
 
     Angles are products rounded to fp32, as in transformers, so that both agree in every bit.
+
+    Raises:
+        CheckpointError: the config's parameters, each within its range, are no rotary embedding together.
     """
-    inv_freq, scaling = inverse_frequencies(config)
+    wrong = f"{config.name}: rope parameters must give finite angles and a finite factor, got {config.rope}"
+    try:
+        inv_freq, scaling = inverse_frequencies(config)
+    except (ArithmeticError, ValueError) as error:
+        raise CheckpointError(f"{wrong} ({error})") from error
     angle = torch.arange(max_positions, dtype=torch.float32, device="cpu")[:, None] * inv_freq
-    return torch.cat([angle.cos(), angle.sin()], dim=1) * scaling
+    table = torch.cat([angle.cos(), angle.sin()], dim=1) * scaling
+    if not table.isfinite().all():
+        raise CheckpointError(wrong)
+    return table

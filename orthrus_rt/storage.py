@@ -39,9 +39,16 @@ class LazyTensors(Mapping):
     def __getitem__(self, name: str) -> torch.Tensor:
         entry = self._stored[name]
         with _open(entry.file) as file:
-            tensor = file.get_tensor(entry.key)
-            if entry.scale is not None:
-                tensor = tensor.float() * file.get_tensor(entry.scale)[:, None]
+            try:
+                tensor = file.get_tensor(entry.key)
+                scale = None if entry.scale is None else file.get_tensor(entry.scale)
+            except SafetensorError as error:
+                raise CheckpointError(f"{entry.file}: has changed since it was opened ({error})") from error
+        if (found := tuple(tensor.shape)) != entry.shape:
+            shapes = f"of shape {shape_text(entry.shape)}, got {shape_text(found)}"
+            raise CheckpointError(f"{entry.file}: has changed since it was opened: {name} was {shapes}")
+        if scale is not None:
+            tensor = tensor.float() * scale[:, None]
         # NaN propagates through aminmax, so two numbers tell about all, without a mask in memory.
         low, high = tensor.aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):

@@ -51,12 +51,17 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
         eos_token_id=list(c.eos_token_ids),
         pad_token_id=0,
     )
+    device = torch.device(device)
     try:
         config = kind(**(copy.deepcopy(read) | ours))  # it fills in what describes the rotary embedding
+        with torch.device("meta"):
+            model = model_type(config)
+        base = getattr(model, model_type.base_model_prefix)
+        with torch.device(device):  # rotary buffers are in no checkpoint: build them off the meta device
+            base.rotary_emb = type(base.rotary_emb)(config=config)
     except Exception as error:  # of all kinds: its own checks', or none's
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise CheckpointError(f"{c.name}: transformers cannot read its config ({why})") from error
-    device = torch.device(device)
     names = [n for n in checkpoint.tensors if is_diffusion(n) == (view == "diffusion") or ".self_attn." not in n]
     # On a CPU what needs no conversion stays in its file: one matrix stands for all.
     if device.type != "cpu" or checkpoint.tensors["model.layers.0.mlp.up_proj.weight"].dtype != dtype:
@@ -64,14 +69,9 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
         nbytes = dtype.itemsize * sum(math.prod(shapes[name]) for name in names)
         check_left("the weights of transformers' model", nbytes, device, dtype)
     weights = {n.replace("_diff.", "."): checkpoint.tensors[n].to(device=device, dtype=dtype) for n in names}
-    with torch.device("meta"):
-        model = model_type(config)
     model.load_state_dict(weights, strict=False, assign=True)
     if c.tie_word_embeddings:
         model.tie_weights()
-    base = getattr(model, model_type.base_model_prefix)
-    with torch.device(device):  # rotary buffers are in no checkpoint: build them off the meta device
-        base.rotary_emb = type(base.rotary_emb)(config=config)
     missing = [n for n, p in model.named_parameters() if p.is_meta]
     if missing:
         raise ValueError(f"transformers' {model_type.__name__} lacks weights for {', '.join(missing)}")

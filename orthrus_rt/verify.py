@@ -182,7 +182,8 @@ def near_tie_bound(engine: Engine, hidden: torch.Tensor, a: int, b: int) -> floa
     u / sqrt(6) rms. The residual stream is rounded after each of its two sums a layer and once more by the final norm,
     R = 2 * num_layers + 1 times; roundings inside a branch enter by the branch's share of the stream, and are left out.
     (A softmax of large scores enlarges those of queries and keys: of Llama-like models with random weights and sharp
-    heads, rounding alone can pass the bound; float32 tells. The trained ones measured, and Qwen3's norms, stay within.)
+    heads, rounding alone can pass the bound, of Qwen3-like ones rarely; float32 tells. The trained ones measured stay
+    within.)
     Independent errors add up to ``u * sqrt(R / 6)`` of ``hidden`` (the final normed row), in directions that the head's
     rows w do not know: so a logit *difference* is off by ``|w_a - w_b| |hidden| / sqrt(hidden_size)`` times that, rms,
     and sqrt(2) times that between two implementations. The bound is three of these, and the rounding of both logits.

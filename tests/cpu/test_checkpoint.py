@@ -162,6 +162,19 @@ def test_truncated_file(folder, cut):
     assert message_of(folder).startswith(f"{path}: is not a whole safetensors file, truncated or corrupt (")
 
 
+def test_a_file_that_changes_behind_its_header(folder):
+    path, name = folder / WEIGHTS, "model.norm.weight"
+    loaded = checkpoint.load(folder)
+    edit(folder, lambda tensors: tensors.update({name: torch.ones(3)}))
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        loaded.tensors[name]
+    said = f"{path}: has changed since it was opened: "
+    assert str(error.value) == f"{said}{name} was of shape [64], got [3]"
+    edit(folder, lambda tensors: tensors.pop(name))
+    with pytest.raises(checkpoint.CheckpointError, match=re.escape(said[:-2])):
+        loaded.tensors[name]
+
+
 def test_files_that_are_not_there(tmp_path, folder):
     assert message_of(tmp_path) == f"{tmp_path / 'config.json'}: is missing"
     (folder / WEIGHTS).unlink()

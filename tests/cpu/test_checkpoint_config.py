@@ -24,6 +24,7 @@ UNSUPPORTED = [
     ({"is_causal": 0}, "is_causal must be true or false, got 0"),
     ({"hidden_act": "gelu"}, "hidden_act must be 'silu' or 'swish', got 'gelu'"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config must be absent"),
+    ({"quantization_config": {}}, "quantization_config must be absent"),
     (
         {"layer_types": ["full_attention", "sliding_attention"]},
         "every layer must use full attention, but layer_types holds ['sliding_attention']",
@@ -68,6 +69,8 @@ UNSUPPORTED = [
     ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta must be a positive number, got -1.0"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1 (the whole head rotates), got 0.5"),
     ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor must be 1"),
+    ({"partial_rotary_factor": 0}, "partial_rotary_factor must be 1 (the whole head rotates), got 0"),
+    ({"rope_parameters": {"partial_rotary_factor": False}}, "partial_rotary_factor must be 1"),
     ({"hidden_size": ...}, "hidden_size must be a positive integer, got None"),
     ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, got 0"),
     ({"vocab_size": "96"}, "vocab_size must be a positive integer, got '96'"),

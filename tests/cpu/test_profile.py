@@ -101,6 +101,12 @@ def test_what_does_not_fit_is_refused(folder, arguments, message):
         profile.profile(make(folder), **{"mode": "two_pass", **arguments})
 
 
+def test_a_sequence_that_is_no_longer_than_a_block(folder):
+    engine = make(folder, max_seq_len=8)
+    with pytest.raises(ValueError, match=r"max_seq_len must be above 8 \(a block\), got 8"):
+        profile.profile(engine, mode="two_pass", context=1)
+
+
 def test_too_few_pages(folder):
     engine = make(folder, num_pages=5)
     with pytest.raises(ValueError, match=r"batch 4 with context 100 does not fit: KV cache: slot 2 needs 2 more pages"):

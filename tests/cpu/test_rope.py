@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from orthrus_rt.config import parse
+from orthrus_rt.config import CheckpointError, parse
 from orthrus_rt.rope import cos_sin_table
 from tests.checkpoints import raw_config, tiny_config
 
@@ -79,6 +79,22 @@ def test_yarn_scales_cosines_and_sines():
     rope = {"rope_type": "yarn", "rope_theta": 10000.0, **VARIANTS["yarn"]}
     table = cos_sin_table(tiny_config(rope_parameters=rope), 1)
     assert table[0, 0] == pytest.approx(1.2079, abs=1e-4)  # 0.1 ln 8 + 1 at position 0
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e-300},
+        {"rope_type": "linear", "factor": 1e-300},
+        YARN | {"attention_factor": 1e39},
+        YARN | {"mscale": 1e300, "mscale_all_dim": 1},
+        YARN | {"beta_fast": 5e-324},
+        YARN | {"beta_fast": 1.7e308},
+    ],
+)
+def test_parameters_that_make_no_table(rope):
+    with pytest.raises(CheckpointError, match=r"^tiny qwen3: rope parameters must give finite angles .* got \{'rope_"):
+        cos_sin_table(tiny_config(rope_parameters={"rope_theta": 10000.0} | rope), 8)
 
 
 @pytest.mark.parametrize("rope_type", VARIANTS)

@@ -93,17 +93,24 @@ def test_no_difference(run):
     assert out.endswith("3 of 3 prompts identical, 180 tokens compared\n")
 
 
-def test_a_config_that_transformers_refuses(run, monkeypatch):
+@pytest.mark.parametrize(
+    ("refused", "why"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.*factor"),  # which is missing
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "NoneType"),
+        ({"text_config": {"a": 1}}, "to_dict"),
+    ],
+)
+def test_a_config_that_transformers_refuses(run, monkeypatch, refused, why):
     honest = transformers_model.build
 
     def build(checkpoint, **kwargs):
-        refused = {"rope_parameters": {"rope_type": "yarn"}}  # whose factor is missing
         return honest(dataclasses.replace(checkpoint, raw=checkpoint.raw | refused), **kwargs)
 
     monkeypatch.setattr(transformers_model, "build", build)
     code, out, err = run("--against", "transformers")
     assert code == 2 and out == "" and err.count("\n") == 1
-    assert re.search(r"transformers cannot read its config \(\w+: .*rope_parameters.*factor", err)
+    assert re.search(rf"transformers cannot read its config \(\w+: .*{why}", err)
 
 
 def test_sampled(run):
