@@ -30,6 +30,25 @@ def test_the_mask_and_nothing_else(isa, element, heads):
     assert not got[case.rows.position < 0].any()
 
 
+@pytest.mark.parametrize("n", (15, 16, 17, 31, 32, 33))
+def test_about_as_many_queries_and_keys_as_a_tile_has(isa, element, n):
+    """Of a block's keys the first ones then lie as they came, the last ones are copied."""
+    case = make([ar(0, 50, n), diff(0, 50, n)], element, Heads(2, 2, 32))
+    assert ((case.run().double() - case.expected()).abs() <= case.bound()).all()
+
+
+@pytest.mark.parametrize("invalid", (1, 5, 15, 16, 31))
+def test_an_invalid_row_within_a_block(isa, element, invalid):
+    """The keys of the others are not evenly spaced."""
+    case = make([diff(0, 70, 36)], element)
+    case.rows.position[invalid], case.rows.prefix_len[invalid] = -1, 0
+    for rows in (case.q, case.scratch_k, case.scratch_v):
+        rows[invalid] = torch.nan
+    got = case.run()
+    assert ((got.double() - case.expected()).abs() <= case.bound()).all()
+    assert not got[invalid].any()
+
+
 @pytest.mark.parametrize("heads", HEADS[:3], ids=str)
 def test_row_invariance(isa, element, heads):
     """The same bits alone, batched, in another order of groups, and on 1, 2 or 3 threads."""
@@ -54,7 +73,9 @@ def test_chunks_of_a_prompt_change_no_bit(isa, element):
             assert torch.equal(got, whole[first : first + size])
 
 
-@pytest.mark.parametrize("wild", [(torch.nan, torch.nan), (0.0, torch.nan), (0.0, torch.inf)], ids=str)
+@pytest.mark.parametrize(
+    "wild", [(torch.nan, torch.nan), (0.0, torch.nan), (0.0, torch.inf), (0.0, -torch.inf)], ids=str
+)
 def test_nan_of_one_row_stays_with_those_who_see_it(isa, element, wild):
     """A wild key or value at position 70 reaches rows 70 and later, not the earlier rows of the same tile."""
 
@@ -67,8 +88,18 @@ def test_nan_of_one_row_stays_with_those_who_see_it(isa, element, wild):
     clean, dirty = make([ar(0, 0, 80)], element).run(), run(ar(0, 0, 80))
     assert torch.equal(dirty[:70], clean[:70])
     assert not dirty[70:].isfinite().any()
+    odd = run(ar(0, 64, 7))  # it is the last key
+    assert torch.equal(odd[:6], clean[64:70]) and not odd[6].isfinite().any()
     for first in (64, 71):  # some of them alone: their sums are made of other tiles
         assert torch.equal(run(ar(0, first, 9)).nan_to_num(7.0), dirty[first : first + 9].nan_to_num(7.0))
+
+
+def test_an_infinite_value_that_weighs_nothing_is_nan(isa, element):
+    case = make([ar(0, 80, 1), diff(0, 80, 4)], element)
+    case.q[:] = 8
+    set_keys(case, [70], -8)
+    set_values(case, [70], torch.inf)
+    assert case.run().isnan().all()
 
 
 @pytest.mark.parametrize("spoil", SPOIL)
@@ -116,15 +147,33 @@ def test_large_scores(isa, element):
     assert ((case.run().double() - case.expected()).abs() <= case.bound() + 1e-3).all()
 
 
+def test_scores_far_below_zero(isa, element):
+    """The weights are those of their differences, none of which underflows."""
+    case = make([ar(0, 100, 1), ar(1, 600, 1)], element, Heads(1, 1, 64))
+    case.q[..., 0], case.k_pages[..., 0] = 64, -64
+    assert ((case.run().double() - case.expected()).abs() <= case.bound() + 1e-3).all()
+
+
+@pytest.mark.parametrize("position", (0, 1, 2, 3, 13, 44, 62))
+def test_the_largest_score_may_be_anyones(isa, element, position):
+    """Another, 32 keys later, is too large for e^score as well."""
+    case = make([ar(0, 99, 1)], element, Heads(1, 1, 64))
+    case.q[:] = 8
+    set_keys(case, [position], 8)
+    set_keys(case, [position + 32], 7.875)
+    assert ((case.run().double() - case.expected()).abs() <= case.bound() + 1e-3).all()
+
+
+@pytest.mark.parametrize("first", (0, 1))
 @pytest.mark.parametrize("heads", (1, 8))
-def test_weights_are_rounded_before_they_weigh_and_are_summed(isa, heads):
-    """Two keys, the second with e^-1.453125 = 0.23384 of the first's weight, which bf16 rounds to 0.2333984375."""
+def test_weights_are_rounded_before_they_weigh_and_are_summed(isa, heads, first):
+    """Two keys, the other with e^-1.453125 = 0.23384 of the first's weight, which bf16 rounds to 0.2333984375."""
     case = make([ar(0, 1, 1)], torch.bfloat16, Heads(heads, 1, 16))
     case.q.zero_()[..., 0] = 1
     keys, values = (pages[case.page_table[0, 0], 0, :2] for pages in (case.k_pages, case.v_pages))
-    keys.zero_()[1, 0] = -5.8125
+    keys.zero_()[1 - first, 0] = -5.8125
     values.zero_()
-    values[:, 0], values[0, 1] = torch.tensor([-0.2333984375, 1.0]).bfloat16(), 1
+    values[first, 0], values[1 - first, 0], values[first, 1] = -0.2333984375, 1, 1
     got = case.run()[0]
     assert not got[:, 0].any(), "its product with a value"
     assert bool((got[:, 1] == 0.8125).all()), "the sum: 1 / 1.23384 is nearer to 0.80859375"

@@ -106,3 +106,18 @@ def test_an_infinite_value_reaches_those_who_see_it(isa, element, position):
     dirty = run(case, 1)
     assert torch.equal(dirty[:4], clean[:4]) and not dirty[4:].isfinite().any()
     assert torch.equal(run(case, 16).nan_to_num(7.0), dirty.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+def test_nan_that_another_pass_left_on_the_stack_reaches_nobody(isa, element, dim):
+    """Where the keys fill no tile: what stands in for the missing ones weighs nothing, but 0 times NaN is NaN."""
+    case = Pass(Heads(32, 1, dim), [ar(0, 4, 1), ar(1, 36, 1), ar(2, SPLIT + 4, 1)], device="cpu", dtype=element)
+    want, bound = case.expected(), case.bound()
+    for dtype in (torch.bfloat16, torch.float32):
+        wild = Pass(Heads(32, 1, 256), [ar(0, SPLIT + 87, 1)], device="cpu", dtype=dtype)
+        for spoiled in ((wild.q,), (wild.k_pages, wild.v_pages)):
+            for x in spoiled:
+                x.fill_(torch.nan)
+            for count in (1, 2, 2, 2):
+                run(wild, 1)
+                assert ((run(case, count).double() - want).abs() <= bound).all()

@@ -152,7 +152,18 @@ def test_two_views_in_one_launch(isa, element):
         assert torch.equal(logits(x, packed, num_rows_ar=split), logits(x, packed))  # of no second view
 
 
-@pytest.mark.parametrize("shape", [(96, 64), (576, 1536), (513, 31), (2500, 97)], ids=str)
+@pytest.mark.parametrize("in_features", [31, 32, 33, 63])
+def test_nan_of_a_weight_stays_with_its_outputs(isa, element, in_features):
+    """Where a strip ends, the next one begins."""
+    w, x = randn(96, in_features, seed=17), randn(40, in_features, seed=18)
+    clean = logits(x, weights.pack(w, impl="cpu"))
+    w[32:64] = torch.nan
+    dirty = logits(x, weights.pack(w, impl="cpu"))
+    assert torch.equal(dirty[:, :32], clean[:, :32]) and torch.equal(dirty[:, 64:], clean[:, 64:])
+    assert bool(dirty[:, 32:64].isnan().all())
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (576, 1536), (513, 31), (2500, 97), (70, 2500)], ids=str)
 def test_row_invariance(isa, element, shape, request):
     """A row's bits: alone, among 16 and many rows (one of them NaN), in any order, on any thread count."""
     num_rows = 1000 if request.config.getoption("--full") else 300
