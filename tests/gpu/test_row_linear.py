@@ -146,7 +146,7 @@ def test_row_invariance(shape, epilogue):
 
 def test_64_bit_offsets():
     rows, vocab = large_logits.ROWS, large_logits.VOCAB
-    out = torch.zeros(rows, vocab, device="cuda")
+    out = large_logits.zeros_on_cuda((rows, vocab), torch.float32)
     large_logits.check_row_linear(ops.row_linear, out, in_features=64, workspace=workspace(rows, 64, vocab))
 
 

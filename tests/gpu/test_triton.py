@@ -1,7 +1,5 @@
 """Triton kernels on the device: against the oracle, to the bit whatever the company, and under a graph."""
 
-import functools
-
 import pytest
 import torch
 
@@ -221,7 +219,7 @@ def test_count_tokens():
 
 
 def test_logits_and_counts_64_bit_offsets():
-    zeros = functools.partial(torch.zeros, device="cuda")
+    zeros = large_logits.zeros_on_cuda
     large_logits.check_process_logits(process_logits.process_logits, zeros, "cuda")
     large_logits.check_count_tokens(count_tokens.count_tokens, zeros, "cuda")
 
