@@ -150,6 +150,19 @@ def test_64_bit_offsets():
     large_logits.check_row_linear(ops.row_linear, out, in_features=64, workspace=workspace(rows, 64, vocab))
 
 
+def test_a_weight_beyond_2_31_elements():
+    """Nothing but its last rows and those around 2^31 bytes and elements is not zero."""
+    k, ends = 8192, [2**31 // (2 * 8192), 2**31 // 8192, 2**31 // 8192 + 200]
+    plain, x = large_logits.zeros_on_cuda((ends[-1], k), torch.bfloat16), tensor(5, k, seed=2)
+    some = torch.cat([torch.arange(end - 9, min(end + 9, ends[-1]), device="cuda") for end in ends])
+    plain[some] = tensor(len(some), k, seed=1)
+    got = run(x, pack(plain))
+    exact, magnitude = x.double() @ plain[some].double().T, x.double().abs() @ plain[some].double().abs().T
+    close(got[:, some], exact, magnitude)
+    got[:, some] = 0
+    assert not got.any()
+
+
 def best(partials):
     """The choice that partial maxima amount to: highest value, then lowest id."""
     value, index = partials
