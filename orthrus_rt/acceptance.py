@@ -105,7 +105,7 @@ class Acceptance:
         """Learn from consecutive cycles of ``plan``: of each, the outcomes of its sequences, one at least."""
         verified, accepted, cut, fresh = np.array([out for outs in cycles for out in outs], dtype=int).T
         self._begun += int(fresh.sum())
-        self._tokens += sum(out.num_tokens for outs in cycles for out in outs)
+        self._tokens += int(np.maximum(1, 1 + accepted - cut).sum())
         idle = (1 - 1 / IDLE_MEMORY) ** len(cycles)
         self._begun, self._tokens = self._begun * idle, self._tokens * idle
         drafts = verified if plan.mode != "one_pass" else np.where(fresh, 0, plan.block_len - 1)
