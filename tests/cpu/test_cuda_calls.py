@@ -363,3 +363,18 @@ def test_triton_kernels_divide_the_shared_memory_as_the_native_ones(monkeypatch)
         pdl.share_multiprocessors(kernel)
     pdl._carve_out.cache_clear()
     assert set_attributes == [[1 << 46, pdl.PREFERRED_SHARED_MEMORY_CARVEOUT, 100]]
+
+
+def test_triton_kernels_start_early_where_the_card_can(monkeypatch):
+    """Each on its own card; the kernel has to know, too, or it would not wait."""
+    pdl = pytest.importorskip("orthrus_rt.triton_kernels.pdl")
+    capabilities = [(8, 9), (9, 0), (12, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    pdl._capable.cache_clear()
+    early, not_early = {"PDL": True, "launch_pdl": True}, {"PDL": False}
+    monkeypatch.delenv("ORTHRUS_CUDA_PDL", raising=False)
+    devices = [torch.device(name) for name in ("cpu", "cuda", "cuda:0", "cuda:1", "cuda:2")]
+    assert [pdl.launch_options(device) for device in devices] == [not_early] * 3 + [early] * 2
+    monkeypatch.setenv("ORTHRUS_CUDA_PDL", "0")
+    assert [pdl.launch_options(device) for device in devices] == [not_early] * 5
+    pdl._capable.cache_clear()
