@@ -8,7 +8,7 @@ import triton
 
 from orthrus_rt import reference
 from orthrus_rt.triton_kernels import embed, rms_norm, sum_words
-from tests import sparse
+from tests import rms_norm_cases, sparse
 
 DTYPES = [torch.float32, torch.float16]
 
@@ -16,12 +16,11 @@ DTYPES = [torch.float32, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [16, 100, 576, 2048])
 def test_rms_norm(hidden, dtype):
-    x = torch.randn(7, hidden).to(dtype) * 3
-    weight = torch.randn(hidden)
-    got, want = torch.empty_like(x), torch.empty_like(x)
-    rms_norm.rms_norm(x, weight, 1e-6, got)
-    reference.rms_norm(x, weight, 1e-6, want)
-    torch.testing.assert_close(got, want, rtol=1e-6 if dtype is torch.float32 else 1e-3, atol=1e-6)
+    rms_norm_cases.check_rms_norm(rms_norm.rms_norm, hidden, dtype)
+
+
+def test_rms_norm_64_bit_offsets():
+    rms_norm_cases.check_64_bit_offsets(rms_norm.rms_norm, torch.float16)
 
 
 def test_rms_norm_picks_rows_and_a_row_does_not_depend_on_company():
