@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from orthrus_rt import reference
@@ -140,22 +142,26 @@ def extras(n, vocab, position) -> SlotEdits:
 
 def block_with_edits(vocab, block_len=5) -> Case:
     """A pass of 2 AR blocks and a diffusion block over 3 slots, with penalties; the drafts repeat tokens, of which some
-    were in the prompt. A tile's first token has a bias.
+    were in the prompt. A tile's first token has a bias. Slots 0 and 2 sample from the whole vocabulary, which shows any
+    edit.
 
     Slot 1's last two rows are invalid; logits are there for all rows but the first, in another order than the rows.
+    The diffusion block supposes that two drafts are accepted.
     """
     generator = torch.Generator().manual_seed(0)
-    groups = [ar(0, 20, block_len), ar(1, 7, block_len, invalid=2), diff(2, 31, block_len)]
+    groups = [ar(0, 20, block_len), ar(1, 7, block_len, invalid=2), diff(2, 31 + 2, block_len)]
     rows = make_rows(groups)
     rows.token.copy_(torch.randint(0, min(vocab, 4), (3 * block_len,), generator=generator))
     order = (torch.randperm(3 * block_len - 1, generator=generator) + 1).int()
-    sampling = with_filters(torch.zeros(3, vocab), [(0.0, 0, 1.0, 0.0), (0.9, 0, 0.9, 0.0)], edits=True).sampling
-    cache_seqlens = torch.tensor([g.start for g in groups], dtype=torch.int32)
-    sampling.edits.min_position.copy_(cache_seqlens + 3)
+    sampling = with_filters(torch.zeros(3, vocab), [(1.1, 0, 1.0, 0.0), (0.0, 0, 1.0, 0.0)], edits=True).sampling
+    starts = torch.tensor([g.start for g in groups], dtype=torch.int32)
+    sampling.edits.min_position.copy_(starts + 3)
+    sampling.edits.stop_ids.copy_(torch.tensor([5, -1, 9, 7, 3]))
     sampling.edits.token_counts[:, :4] = torch.tensor([-1, 0, 2, -1], dtype=torch.int32)[:vocab]
     if vocab > 4096:
         sampling.edits.bias_ids[:, 0] = 4096
         sampling.edits.bias_values[:, 0] = 20.0
+    cache_seqlens = starts - torch.tensor([0, 0, 2], dtype=torch.int32)
     return Case(logits(len(order), vocab, "normal"), rows, order, sampling, cache_seqlens)
 
 
@@ -210,37 +216,71 @@ def check_neighbouring_values(implementation):
         assert log_probs.isfinite().nonzero().tolist() == [[0, 7]], filters
 
 
-def check_the_largest_uniform(implementation):
-    """Who is left alone is chosen, whatever the noise: token 32's word is 0xffffff88 here, which as fp32 is 2**32."""
-    assert int(reference.philox(0, 242043, 2, 32)) == 0xFFFFFF88
-    row = torch.full((1, 300), -5.0)
-    row[0, 32] = 5
-    case = with_filters(row, [(1.0, 1, 1.0, 0.0)])
-    case.sampling.seed.zero_()
-    case.rows.position[0] = 242042
-    value, index, _ = case.run(implementation)
-    assert value.max().isfinite() and choices(value, index).tolist() == [32]
+def check_what_top_k_keeps(implementation):
+    """A value right at a rung and alone in its tile; all but one; and what is too unlikely to have any mass."""
+    at_a_rung, unlikely = torch.full((1, 9001), -90.0), torch.full((1, 300), -300.0)
+    at_a_rung[0, 7], at_a_rung[0, 4500], at_a_rung[0, 9000] = 5, 5 - 0.4375, 4.6
+    unlikely[0, 3], unlikely[0, 9], unlikely[0, 150] = 0, -50, -40
+    all_but_one = torch.tensor([[1.0, 3.0, 2.0]])
+    cases = ((at_a_rung, [7, 9000]), (at_a_rung, [7, 4500, 9000]), (unlikely, [3, 9, 150]), (all_but_one, [1, 2]))
+    for row, want in cases:
+        log_probs = with_filters(row, [(1.0, len(want), 1.0, 0.0)]).run(implementation)[2]
+        assert log_probs[0].isfinite().nonzero()[:, 0].tolist() == want
+
+
+def check_the_outermost_uniforms(implementation):
+    """Who is left alone is chosen, whatever the noise: the words are 0xffffff88, which as fp32 is 2**32, and 0."""
+    for position, token, word in ((242043, 32, 0xFFFFFF88), (5680720, 45, 0)):
+        assert int(reference.philox(0, position, 2, token)) == word
+        row = torch.full((1, 300), -5.0)
+        row[0, token] = 5
+        case = with_filters(row, [(1.0, 1, 1.0, 0.0)])
+        case.sampling.seed.zero_()
+        case.rows.position[0] = position - 1
+        value, index, _ = case.run(implementation)
+        u = min((word + 0.5) * 2.0**-32, 1 - 2.0**-24)
+        assert choices(value, index).tolist() == [token]
+        assert float(value.max()) == pytest.approx(5 - math.log(-math.log1p(-u)), abs=1e-5)
+
+
+def check_the_unlikely(implementation):
+    """Mass counts in whole units of 2**-40: 5,500 tokens of 15.5 ... 15.7 have 15 each, of which top-p drops 2**-24 of
+    the row's, whether or not top-k leaves them alone. All logits are negative. And two tokens whose mass is top-p's
+    share to the unit.
+    """
+    row = torch.full((1, 9001), -100.0)
+    row[0, 9000] = -3
+    row[0, 1500:7000] = -3 + math.log(15.7) - 40 * math.log(2) - 2e-6 * torch.arange(5500)
+    kept = 5500 - (2**16 + 1) // 15
+    for top_k in (0, 5501):
+        log_probs = with_filters(row, [(1.0, top_k, 1 - 2.0**-24, 0.0)]).run(implementation)[2]
+        assert log_probs[0].isfinite().nonzero()[:, 0].tolist() == [*range(1500, 1500 + kept), 9000]
+    shared = torch.full((1, 300), -100.0)
+    shared[0, [7, 200]], shared[0, 5] = 0, math.log(2**17 + 1.5) - 40 * math.log(2)
+    log_probs = with_filters(shared, [(1.0, 0, 1 - 2.0**-24, 0.0)]).run(implementation)[2]
+    assert log_probs[0].isfinite().nonzero()[:, 0].tolist() == [7, 200]
 
 
 def check_count_tokens(op, device="cpu"):
-    """Only what is new, each token as often as it occurs, from a ring that wraps; a prompt's token becomes counted, one
-    outside the vocabulary does not.
+    """Only what is new, each token as often as it occurs, from a ring that wraps or is new as a whole; a prompt's token
+    becomes counted, unless it is none of the new, and one outside the vocabulary does not.
     """
-    state = SlotState.allocate(3, 4, 8, 1, "cpu")
-    state.output.copy_(torch.tensor([[5, 6, 5, 5, 7, 0, 0, 0], [1, 2, 3, 4, 9, 9, 9, 3], [8] * 8]))
+    state = SlotState.allocate(3, 4, 9, 1, "cpu")
+    state.output.copy_(torch.tensor([[5, 6, 5, 5, 7, 0, 0, 0, 0], [2, 3, 4, 9, 9, 9, 9, 3, 1], [8, 8, 7] + [8] * 6]))
     state.output[2, 3:6] = torch.tensor([10, -3, 2_000_000_000])
-    state.num_output.copy_(torch.tensor([5, 12, 6]))
+    state.num_output.copy_(torch.tensor([5, 12, 12]))
     edits = SlotEdits.allocate(4, 10, 1, torch.zeros(4, 1, dtype=torch.int32))
     edits.num_counted.copy_(torch.tensor([1, 7, 3, 0]))
-    edits.token_counts[0, 5], edits.token_counts[0, 6] = 2, -1
+    edits.token_counts[0, 5], edits.token_counts[0, 6], edits.token_counts[0, 0] = 2, -1, -1
     want = edits.token_counts.clone()
     want[0, 5], want[0, 6], want[0, 7] = 4, 1, 1
     want[1, 1:5] = torch.tensor([1, 1, 2, 1], dtype=torch.int32)
+    want[2, 7], want[2, 8] = 1, 5
     state, edits = moved(state, device), moved(edits, device)
     for _ in range(2):  # once more: nothing is new
         op(state, edits)
         assert torch.equal(edits.token_counts.cpu(), want)
-        assert edits.num_counted.tolist() == [5, 12, 6, 0]
+        assert edits.num_counted.tolist() == [5, 12, 12, 0]
 
 
 def check_draws(implementation, device="cpu"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orthrus_rt import native, reference
+from orthrus_rt import native
 from tests.logits_cases import (
     FILTERS,
     assert_agrees,
@@ -11,7 +11,9 @@ from tests.logits_cases import (
     check_draws,
     check_ids_outside,
     check_neighbouring_values,
-    check_the_largest_uniform,
+    check_the_outermost_uniforms,
+    check_the_unlikely,
+    check_what_top_k_keeps,
     logits,
     with_filters,
 )
@@ -62,19 +64,15 @@ def test_neighbouring_values(isa):
 
 
 def test_what_top_k_keeps(isa):
-    """A value right at a rung and alone in its tile; all but one; and what is too unlikely to have any mass."""
-    at_a_rung, unlikely = torch.full((1, 300), -90.0), torch.full((1, 300), -300.0)
-    at_a_rung[0, 7], at_a_rung[0, 200] = 5, 5 - 0.4375
-    unlikely[0, 3], unlikely[0, 9], unlikely[0, 150] = 0, -50, -40
-    all_but_one = torch.tensor([[1.0, 3.0, 2.0]])
-    for row, top_k, want in ((at_a_rung, 2, [7, 200]), (unlikely, 3, [3, 9, 150]), (all_but_one, 2, [1, 2])):
-        for op in (native.process_logits, reference.process_logits):
-            log_probs = with_filters(row, [(1.0, top_k, 1.0, 0.0)]).run(op)[2]
-            assert log_probs[0].isfinite().nonzero()[:, 0].tolist() == want
+    check_what_top_k_keeps(native.process_logits)
 
 
-def test_the_largest_uniform(isa):
-    check_the_largest_uniform(native.process_logits)
+def test_the_outermost_uniforms(isa):
+    check_the_outermost_uniforms(native.process_logits)
+
+
+def test_the_unlikely(isa):
+    check_the_unlikely(native.process_logits)
 
 
 @pytest.mark.parametrize("kind", ["peaked", "tied"])

@@ -13,7 +13,9 @@ from tests.logits_cases import (
     check_draws,
     check_ids_outside,
     check_neighbouring_values,
-    check_the_largest_uniform,
+    check_the_outermost_uniforms,
+    check_the_unlikely,
+    check_what_top_k_keeps,
     logits,
     with_filters,
 )
@@ -127,7 +129,7 @@ def edited(row, case, i):
 
 
 def test_penalties_bias_and_stop_ids_are_their_definition():
-    """In every row of blocks whose drafts count too, AR alone; slots 0 and 2 are greedy."""
+    """In every row of blocks whose drafts count too, AR alone; slot 1 is greedy."""
     case = block_with_edits(200)
     value, index, log_probs = case.run(reference.process_logits)
     seen = set()
@@ -138,8 +140,8 @@ def test_penalties_bias_and_stop_ids_are_their_definition():
         slot = int(case.rows.seq[r])
         seen.add(slot)
         row = torch.tensor(edited(case.logits[i].tolist(), case, i), dtype=torch.float64)
-        if slot == 1:
-            want = torch.tensor(naive_probs(row.tolist(), 0.9, 0, 0.9, 0.0), dtype=torch.float64).log()
+        if slot != 1:
+            want = torch.tensor(naive_probs(row.tolist(), 1.1, 0, 1.0, 0.0), dtype=torch.float64).log()
             torch.testing.assert_close(log_probs[i].double(), want, rtol=1e-5, atol=1e-5)
         else:
             want = torch.stack([part.max() for part in row.split(128)])
@@ -156,8 +158,16 @@ def test_neighbouring_values():
     check_neighbouring_values(reference.process_logits)
 
 
-def test_the_largest_uniform():
-    check_the_largest_uniform(reference.process_logits)
+def test_what_top_k_keeps():
+    check_what_top_k_keeps(reference.process_logits)
+
+
+def test_the_outermost_uniforms():
+    check_the_outermost_uniforms(reference.process_logits)
+
+
+def test_the_unlikely():
+    check_the_unlikely(reference.process_logits)
 
 
 def test_philox_known_answers():

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 from orthrus_rt.triton_kernels import count_tokens, filter_cut
 from orthrus_rt.triton_kernels import process_logits as kernel
+from tests import large_logits, sparse
 from tests.logits_cases import (
     FILTERS,
     assert_agrees,
@@ -13,7 +14,9 @@ from tests.logits_cases import (
     check_count_tokens,
     check_ids_outside,
     check_neighbouring_values,
-    check_the_largest_uniform,
+    check_the_outermost_uniforms,
+    check_the_unlikely,
+    check_what_top_k_keeps,
     logits,
     with_filters,
 )
@@ -56,8 +59,16 @@ def test_neighbouring_values():
     check_neighbouring_values(kernel.process_logits)
 
 
-def test_the_largest_uniform():
-    check_the_largest_uniform(kernel.process_logits)
+def test_what_top_k_keeps():
+    check_what_top_k_keeps(kernel.process_logits)
+
+
+def test_the_outermost_uniforms():
+    check_the_outermost_uniforms(kernel.process_logits)
+
+
+def test_the_unlikely():
+    check_the_unlikely(kernel.process_logits)
 
 
 def test_rows_with_too_many_values_to_gather(monkeypatch):
@@ -92,3 +103,8 @@ def test_nothing_to_do():
 
 def test_count_tokens():
     check_count_tokens(count_tokens.count_tokens)
+
+
+@pytest.mark.full
+def test_count_tokens_64_bit_offsets():
+    large_logits.check_count_tokens(count_tokens.count_tokens, sparse.empty)
