@@ -97,6 +97,7 @@ def test_nothing_to_do():
     ("heads", "message"),
     [
         (Heads(2, 1, 24), "dual_attn: head_dim must be a power of two >= 16 for triton, got 24"),
+        (Heads(2, 1, 8), "dual_attn: head_dim must be a power of two >= 16 for triton, got 8"),
         (Heads(65, 1, 16), "dual_attn: num_heads_q / num_heads_kv must be <= 64, got 65"),
     ],
     ids=str,

@@ -26,6 +26,7 @@ PASSES = {
     "one_pass": [ar(0, 150, 32), diff(0, 151, 32), diff(0, 182, 32), ar(1, 40, 32), diff(1, 41, 32, invalid=30)],
     "long_block": [diff(0, 70, 100), diff(1, 10, 3), diff(2, 0, 16)],
     "prefill": [ar(0, 0, 150), ar(1, 129, 77)],
+    "full_table": [ar(0, 127, 1)],  # there is no entry behind its last page's
     "padding": [ar(0, 10, 4, invalid=4), ar(1, 200, 4), diff(2, 10, 4, invalid=4)],
 }
 
@@ -48,6 +49,11 @@ def test_dual_attn(name, heads):
     got = case.run()
     assert_close(got, case.expected())
     assert not got[case.rows.position < 0].any()
+
+
+def test_dual_attn_in_fp32():
+    case = on_cpu(PASSES["one_pass"], Heads(4, 2, 32), torch.float32)
+    torch.testing.assert_close(case.run().double(), case.expected(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
