@@ -218,11 +218,11 @@ def check_neighbouring_values(implementation):
 
 def check_what_top_k_keeps(implementation):
     """A value right at a rung and alone in its tile; all but one; and what is too unlikely to have any mass."""
-    at_a_rung, unlikely = torch.full((1, 9001), -90.0), torch.full((1, 300), -300.0)
+    at_a_rung, unlikely = torch.full((1, 9001), -90.0), torch.full((1, 9001), -300.0)
     at_a_rung[0, 7], at_a_rung[0, 4500], at_a_rung[0, 9000] = 5, 5 - 0.4375, 4.6
-    unlikely[0, 3], unlikely[0, 9], unlikely[0, 150] = 0, -50, -40
+    unlikely[0, 3], unlikely[0, 5000], unlikely[0, 9000] = 0, -50, -40
     all_but_one = torch.tensor([[1.0, 3.0, 2.0]])
-    cases = ((at_a_rung, [7, 9000]), (at_a_rung, [7, 4500, 9000]), (unlikely, [3, 9, 150]), (all_but_one, [1, 2]))
+    cases = ((at_a_rung, [7, 9000]), (at_a_rung, [7, 4500, 9000]), (unlikely, [3, 5000, 9000]), (all_but_one, [1, 2]))
     for row, want in cases:
         log_probs = with_filters(row, [(1.0, len(want), 1.0, 0.0)]).run(implementation)[2]
         assert log_probs[0].isfinite().nonzero()[:, 0].tolist() == want

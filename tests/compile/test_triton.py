@@ -148,6 +148,13 @@ def test_what_copies_bring_is_no_operand_of_the_async_proxy(arch, monkeypatch):
     assert ("wgmma.mma_async" in ptx or "tcgen05.mma" in ptx) and "cp.async" not in ptx
 
 
+def test_count_tokens_is_one_warp(monkeypatch):
+    """Another might read num_counted when the first has written it."""
+    launcher, args, kwargs = CALLS["count_tokens-32"]
+    (launch,) = record(monkeypatch, launcher, *args, **kwargs)
+    assert launch.options["num_warps"] == 1
+
+
 @pytest.mark.parametrize("name", ["rms_norm-576", "rms_norm-2048-index", "rms_norm-4096", "embed-576", "embed-4096"])
 def test_fits_beside_two_row_linears(name, monkeypatch):
     """Lest the second one, which brings its weights while the first one ends, has to wait for this kernel."""
