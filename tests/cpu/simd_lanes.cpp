@@ -67,7 +67,11 @@ float within(float bound) {
   return next_word() % 2 ? x : static_cast<float>(static_cast<int32_t>(2.f * x)) / 2.f;
 }
 float whole(int bound) { return static_cast<float>(static_cast<int32_t>(next_word() % (2 * bound + 1)) - bound); }
-float positive_normal() { return as_float(0x00800000u + next_word() % 0x7f000000u); }
+// Of any exponent, some right at 4/3, where that of log changes.
+float positive_normal() {
+  const uint32_t bits = 0x00800000u + next_word() % 0x7f000000u;
+  return as_float(next_word() % 4 ? bits : (bits & 0x7f800000u) + 0x2aaaaau + next_word() % 2);
+}
 
 template <typename Make>
 Vec fill(Make make) {
