@@ -114,12 +114,13 @@ def test_what_the_kernel_does_not_take_is_refused(monkeypatch):
     assert errors == [INVALID] * 3
 
 
-def test_blocks_that_a_consensus_has_no_room_for_are_refused(monkeypatch):
+@pytest.mark.parametrize(("name", "value"), [("block_len", 257), ("fan_out", 767)])
+def test_blocks_that_a_consensus_has_no_room_for_are_refused(name, value, monkeypatch):
     errors = []
 
     def launch(op, params, device):
         params = as_ctypes(params)
-        params.block_len = 257
+        setattr(params, name, value)
         errors.append(cuda_host.library().consensus(ctypes.byref(params)))
 
     monkeypatch.setattr(native, "_launch", launch)
