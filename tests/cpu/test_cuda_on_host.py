@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("both_orders")
 
 
 @pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize("heads", [(3, 1, 64), (4, 2, 128)])
+@pytest.mark.parametrize("heads", [(3, 1, 64), (4, 2, 128), (27, 2, 64), (7, 1, 128)])  # the last two: of two CTAs
 def test_qkv_commit(heads, norms):
     check_qkv_commit(heads, norms, torch.bfloat16)
 
@@ -112,6 +112,25 @@ def test_what_the_kernel_does_not_take_is_refused(monkeypatch):
     pages = case.k_pages, case.v_pages, case.page_table
     native.qkv_commit(qkv, case.rows, cos_sin, None, 1e-6, *pages, case.scratch_k, case.scratch_v, out)
     assert errors == [INVALID] * 3
+
+
+@pytest.mark.parametrize("name", ("dual_attn", "dual_attn_f32"))
+def test_what_attention_does_not_take_is_refused(name, monkeypatch):
+    dtype, changes = torch.float32, [("kv", "head_dim", 96)]
+    if name == "dual_attn":
+        dtype = torch.bfloat16
+        changes += [("kv", "num_heads_kv", 0), ("kv", "num_heads_kv", 4), ("rows", "max_group_rows", 0)]
+    case, errors = Pass(Heads(3, 1, 64), [ar(0, 70, 2)], "cpu", dtype=dtype), []
+
+    def launch(op, params, device):
+        for part, field, value in changes:
+            changed = as_ctypes(params)
+            setattr(getattr(changed, part), field, value)
+            errors.append(cuda_host.library()[name](ctypes.byref(changed)))
+
+    monkeypatch.setattr(native, "_launch", launch)
+    case.call(torch.empty_like(case.q), None)
+    assert errors == [INVALID] * len(changes)
 
 
 @pytest.mark.parametrize(("name", "value"), [("block_len", 257), ("fan_out", 767)])

@@ -68,13 +68,22 @@ def test_heads(heads, name, host):
     [
         [ar(i, 37 * i % 300, 1) for i in range(40)],
         [*(ar(i, 40 * i, 2) for i in range(8)), *(diff(i % 8, 40 * (i % 8), 2) for i in range(48))],
-        [ar(i, i, 1) for i in range(130)],  # more units than are split
+        [*(ar(i, i, 1) for i in range(90)), *(diff(i, i, 1) for i in range(37))],  # about as many units as are split
+        [ar(i, i, 1) for i in range(130)],
     ],
-    ids=["40 sequences", "8 with 6 blocks each", "130 sequences"],
+    ids=["40 sequences", "8 with 6 blocks each", "90 with 37 blocks", "130 sequences"],
 )
 def test_many_units(groups, num_sms, host):
     host.num_sms = num_sms
     case = HostPass(SMALL, groups)
+    split = case.run()
+    assert_close(split, case.expected())
+    assert torch.equal(split, case.run(split=False))
+
+
+@pytest.mark.parametrize("rows", [16, 17, 64, 65, 128, 129])
+def test_tiles_that_are_full_and_one_row_more(rows):
+    case = HostPass(Heads(1, 1, 64), [ar(0, 70, rows), diff(1, 70, rows)])
     split = case.run()
     assert_close(split, case.expected())
     assert torch.equal(split, case.run(split=False))

@@ -152,6 +152,6 @@ def test_dual_attn_64_bit_offsets():
 
 @pytest.mark.usefixtures("both_orders")
 @pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize("heads", [(3, 1, 64), (4, 2, 128)])
+@pytest.mark.parametrize("heads", [(3, 1, 64), (4, 2, 128), (27, 2, 64)])
 def test_qkv_commit(heads, norms):
     check_qkv_commit(heads, norms, torch.float32)

@@ -94,8 +94,9 @@ SHAPES = [
 ]  # fmt: skip
 # The same cut and of two blocks, as in most layers of a model: tiles shared by 2, 3 and 6 CTAs.
 CUT_PAIRS, CUT_IN_3, CUT_IN_6 = (128, 3200, 7), (640, 3072, 40), (2112, 3072, 132)
+CUT_IN_11 = (4224, 64, 11)  # by as many CTAs as a fold takes three looks for
 ORACLE = [
-    *((17, shape) for shape in SHAPES), (70, (256, 3200, 7)), (3, CUT_IN_3), (3, CUT_IN_6),
+    *((17, shape) for shape in SHAPES), (70, (256, 3200, 7)), (3, CUT_IN_3), (3, CUT_IN_6), (3, CUT_IN_11),
     *((rows, CUT_PAIRS) for rows in (1, 40, 100, 130, 200, 300)),
 ]  # fmt: skip
 
