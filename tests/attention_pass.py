@@ -226,6 +226,17 @@ def check_nan_outlives_the_splits(make, spoil, split=128):
     assert_close(apart.nan_to_num(), want.nan_to_num())
 
 
+def check_maxima_that_rise_from_one_look_to_the_next(make):
+    """Of the warp that folds the splits, 24 at a look; random maxima hardly ever rise just there."""
+    case = make([ar(0, 40959, 1)])  # of one head
+    for first_page in (96, 320):  # of the 25th split, and of the 49th
+        pages = case.page_table[0, first_page:].long()
+        case.k_pages[pages] = (case.k_pages[pages] + 0.2 * case.q[0]).bfloat16()
+    split = case.run()
+    assert_close(split, case.expected())
+    assert torch.equal(split, case.run(split=False))
+
+
 def check_a_nan_key_spoils_those_who_see_it_alone(make):
     """``make(groups)`` is a :class:`Pass`."""
     groups = [ar(0, 60, 20), diff(0, 70, 4), diff(0, 71, 4), diff(1, 30, 4)]

@@ -11,6 +11,7 @@ from tests.attention_pass import (
     Pass,
     assert_close,
     check_a_nan_key_spoils_those_who_see_it_alone,
+    check_maxima_that_rise_from_one_look_to_the_next,
     check_nan_outlives_the_splits,
 )
 from tests.rows import ar, diff
@@ -143,14 +144,7 @@ def test_long_context_reaches_every_length_of_split():
 
 
 def test_maxima_that_rise_from_one_look_to_the_next():
-    """Of the warp that folds the splits, 24 at a look; random maxima hardly ever rise just there."""
-    case = HostPass(Heads(1, 1, 64), [ar(0, 40959, 1)])
-    for first_page in (96, 320):  # of the 25th split, and of the 49th
-        pages = case.page_table[0, first_page:].long()
-        case.k_pages[pages] = (case.k_pages[pages] + 0.2 * case.q[0]).bfloat16()
-    split = case.run()
-    assert_close(split, case.expected())
-    assert torch.equal(split, case.run(split=False))
+    check_maxima_that_rise_from_one_look_to_the_next(lambda groups: HostPass(Heads(1, 1, 64), groups))
 
 
 def test_64_bit_offsets():

@@ -9,6 +9,7 @@ from tests.attention_pass import (
     Pass,
     assert_close,
     check_a_nan_key_spoils_those_who_see_it_alone,
+    check_maxima_that_rise_from_one_look_to_the_next,
     check_nan_outlives_the_splits,
 )
 from tests.rows import ar, diff
@@ -104,6 +105,11 @@ def test_last_page_and_longest_context():
     got = case.run()
     assert_close(got, case.expected())
     assert torch.equal(got, case.run(split=False))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_maxima_that_rise_from_one_look_to_the_next(head_dim):
+    check_maxima_that_rise_from_one_look_to_the_next(lambda groups: Pass(Heads(1, 1, head_dim), groups))
 
 
 def test_nothing_to_do():
