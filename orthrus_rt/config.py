@@ -159,7 +159,8 @@ def _refuse_unsupported(raw, where):
     if not _bool({"is_causal": True} | raw, "is_causal", where):
         raise CheckpointError(f"{where}: is_causal must be true, got {raw['is_causal']!r}")
     if raw.get("quantization_config") is not None:
-        raise CheckpointError(f"{where}: quantization_config must be absent (weights must be fp32, fp16 or bf16)")
+        wanted = "quantization_config must be absent (weights must be fp32, fp16 or bf16)"
+        raise CheckpointError(f"{where}: {wanted}, got {raw['quantization_config']!r}")
     weights, read = raw.get("transformers_weights"), ("model.safetensors", "model.safetensors.index.json")
     if weights not in (None, *read):  # transformers would read that file
         raise CheckpointError(f"{where}: transformers_weights must be {' or '.join(read)}, got {weights!r}")

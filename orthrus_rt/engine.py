@@ -42,6 +42,7 @@ from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.progress import progress_bar
 from orthrus_rt.request import MAX_STOP_TOKEN_IDS, Request, TokenIds, check_prompt, on_host
 from orthrus_rt.room import check_cache, check_threads, check_weights
+from orthrus_rt.rope import cos_sin_table
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.scheduler import Scheduler
@@ -185,6 +186,7 @@ class Engine(Generation):
             config = ckpt.load_config(model, adapter=adapter, base_gguf=base_gguf)
             engine_sizes(config, max_seq_len, max_batch_size, num_pages)
             cycle_plan(mode, draft_len, fan_out, config, on_cpu=device.type == "cpu")
+            cos_sin_table(config, 1)
             if device.type == "cpu":
                 check_weights(config, device, DTYPES[dtype])
         loaded = ckpt.load(model, adapter=adapter, base_gguf=base_gguf)

@@ -44,6 +44,7 @@ class Model:
         self.softmax_scale = config.head_dim**-0.5
         ops.check_head_dim(config.head_dim, self.device, dtype)
         check_weights(config, self.device, dtype)
+        self.cos_sin = cos_sin_table(config, max_seq_len).to(self.device)
 
         def get(name):
             stored = tensors[name]
@@ -67,7 +68,6 @@ class Model:
         self.embedding = get("model.embed_tokens.weight").contiguous()
         self.lm_head = weights.pack(get(head_name(config)))
         self.final_norm = norm("model.norm.weight")
-        self.cos_sin = cos_sin_table(config, max_seq_len).to(self.device)
         self.layers = []
         for i in range(config.num_layers):
             p, attn = f"model.layers.{i}.", f"model.layers.{i}.self_attn."

@@ -44,9 +44,10 @@ class LazyTensors(Mapping):
                 scale = None if entry.scale is None else file.get_tensor(entry.scale)
             except SafetensorError as error:
                 raise CheckpointError(f"{entry.file}: has changed since it was opened ({error})") from error
-        if (found := tuple(tensor.shape)) != entry.shape:
-            shapes = f"of shape {shape_text(entry.shape)}, got {shape_text(found)}"
-            raise CheckpointError(f"{entry.file}: has changed since it was opened: {name} was {shapes}")
+        for key, found, shape in ((name, tensor, entry.shape), (entry.scale, scale, entry.shape[:1])):
+            if found is not None and found.shape != shape:
+                shapes = f"of shape {shape_text(shape)}, got {shape_text(found.shape)}"
+                raise CheckpointError(f"{entry.file}: has changed since it was opened: {key} was {shapes}")
         if scale is not None:
             tensor = tensor.float() * scale[:, None]
         # NaN propagates through aminmax, so two numbers tell about all, without a mask in memory.

@@ -9,6 +9,7 @@ import torch
 
 from orthrus_rt.checkpoint import Checkpoint, expected_tensors
 from orthrus_rt.config import CheckpointError
+from orthrus_rt.out_of_memory import lacks_memory
 from orthrus_rt.room import check_left
 from orthrus_rt.storage import is_diffusion
 
@@ -60,6 +61,8 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
         with torch.device(device):  # rotary buffers are in no checkpoint: build them off the meta device
             base.rotary_emb = type(base.rotary_emb)(config=config)
     except Exception as error:  # of all kinds: its own checks', or none's
+        if lacks_memory(error):
+            raise
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise CheckpointError(f"{c.name}: transformers cannot read its config ({why})") from error
     names = [n for n in checkpoint.tensors if is_diffusion(n) == (view == "diffusion") or ".self_attn." not in n]

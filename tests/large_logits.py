@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
-import pytest
 import torch
 
 from orthrus_rt import weights
@@ -15,15 +13,6 @@ from tests.rows import ar, make_rows
 
 VOCAB = 1 << 20
 ROWS = (1 << 31) // VOCAB + 2
-
-
-def zeros_on_cuda(shape, dtype: torch.dtype) -> torch.Tensor:
-    """Where a card has no room for them, the test is skipped."""
-    torch.cuda.empty_cache()
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes > torch.cuda.mem_get_info()[0]:
-        pytest.skip(f"{nbytes >> 30} GB of a card's memory")
-    return torch.zeros(shape, dtype=dtype, device="cuda")
 
 
 def check_row_linear(row_linear, out: torch.Tensor, in_features: int, **kwargs) -> None:

@@ -8,7 +8,6 @@ import ctypes
 import math
 import mmap
 import os
-import tempfile
 
 import pytest
 import torch
@@ -34,7 +33,7 @@ def drained(shape, dtype: torch.dtype) -> torch.Tensor:
     tensor, part = empty(shape, dtype), 32 << 20
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype, size = ctypes.c_void_p, ctypes.c_size_t
-    with tempfile.TemporaryFile() as drain:
+    with os.fdopen(os.memfd_create("drain"), "wb") as drain:
         drain.truncate(part)
         for begin in range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes - 2 * part, part):
             access, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | MAP_FIXED

@@ -339,6 +339,7 @@ class TestHub:
             ({}, {"mode": "two-pass"}, "mode must be auto, ar, two_pass, one_pass, got 'two-pass'"),
             ({}, {"draft_len": 99}, "draft_len must be within"),
             ({}, {"max_seq_len": 10**9}, "max_seq_len"),
+            ({"rope_parameters": {"rope_type": "linear", "factor": 1e-300}}, {}, "rope parameters must give"),
         ],
     )
     def test_no_weights_are_fetched_for_what_cannot_run(self, monkeypatch, folder, tmp_path, change, options, said):

@@ -24,7 +24,7 @@ UNSUPPORTED = [
     ({"is_causal": 0}, "is_causal must be true or false, got 0"),
     ({"hidden_act": "gelu"}, "hidden_act must be 'silu' or 'swish', got 'gelu'"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config must be absent"),
-    ({"quantization_config": {}}, "quantization_config must be absent"),
+    ({"quantization_config": {}}, "quantization_config must be absent (weights must be fp32, fp16 or bf16), got {}"),
     (
         {"layer_types": ["full_attention", "sliding_attention"]},
         "every layer must use full attention, but layer_types holds ['sliding_attention']",

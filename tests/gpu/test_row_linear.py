@@ -144,16 +144,16 @@ def test_row_invariance(shape, epilogue):
     assert torch.equal(run(x[order[:128]], weight, epilogue), want[order[:128]])
 
 
-def test_64_bit_offsets():
+def test_64_bit_offsets(large_card):
     rows, vocab = large_logits.ROWS, large_logits.VOCAB
-    out = large_logits.zeros_on_cuda((rows, vocab), torch.float32)
+    out = torch.zeros(rows, vocab, device="cuda")
     large_logits.check_row_linear(ops.row_linear, out, in_features=64, workspace=workspace(rows, 64, vocab))
 
 
-def test_a_weight_beyond_2_31_elements():
+def test_a_weight_beyond_2_31_elements(large_card):
     """Nothing but its last rows and those around 2^31 bytes and elements is not zero."""
     k, ends = 8192, [2**31 // (2 * 8192), 2**31 // 8192, 2**31 // 8192 + 200]
-    plain, x = large_logits.zeros_on_cuda((ends[-1], k), torch.bfloat16), tensor(5, k, seed=2)
+    plain, x = torch.zeros(ends[-1], k, dtype=torch.bfloat16, device="cuda"), tensor(5, k, seed=2)
     some = torch.cat([torch.arange(end - 9, min(end + 9, ends[-1]), device="cuda") for end in ends])
     plain[some] = tensor(len(some), k, seed=1)
     got = run(x, pack(plain))

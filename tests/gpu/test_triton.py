@@ -1,5 +1,7 @@
 """Triton kernels on the device: against the oracle, to the bit whatever the company, and under a graph."""
 
+import functools
+
 import pytest
 import torch
 
@@ -216,8 +218,8 @@ def test_count_tokens():
     check_count_tokens(count_tokens.count_tokens, "cuda")
 
 
-def test_logits_and_counts_64_bit_offsets():
-    zeros = large_logits.zeros_on_cuda
+def test_logits_and_counts_64_bit_offsets(large_card):
+    zeros = functools.partial(torch.zeros, device="cuda")
     large_logits.check_process_logits(process_logits.process_logits, zeros, "cuda")
     large_logits.check_count_tokens(count_tokens.count_tokens, zeros, "cuda")
 
