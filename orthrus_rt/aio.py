@@ -20,7 +20,7 @@ from typing import TypeVar
 from orthrus_rt.breaks import Breaks
 from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import RequestOutput
-from orthrus_rt.request import Request, TokenIds, on_host
+from orthrus_rt.request import Request, TokenIds
 from orthrus_rt.sampling import SamplingParams
 
 # Calls that would take the streams' outputs, or make outputs that nobody gets -> what to call here instead.
@@ -134,7 +134,7 @@ class AsyncEngine:
         """
         self._check_taking()
         # Of its own: the caller may change what was passed before it is submitted.
-        return self._stream(self.engine._make_request(on_host(prompt_ids), params, None, request_id))
+        return self._stream(self.engine._make_request(prompt_ids, params, None, request_id))
 
     async def _stream(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         request.arrived = time.perf_counter()  # not when the engine has a moment for it

@@ -240,8 +240,7 @@ class Engine(Generation):
             ValueError: the prompt or the parameters cannot be served, or the id is in use.
             RuntimeError: the engine is closed, or another thread is using it.
         """
-        self._check_open()
-        return self._queue(self._make_request(on_host(prompt_ids), params, None, request_id))
+        return self._queue(self._make_request(prompt_ids, params, None, request_id))
 
     @exclusive
     def _queue(self, request: Request) -> str:

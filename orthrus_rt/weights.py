@@ -65,9 +65,9 @@ def pack(
 ) -> PackedWeight:
     """Pack ``weight`` ``[out_features, in_features]`` for the implementation chosen for its device and dtype.
 
-    ``gate_up`` says that the first half of the rows are gates and the second half ups. On CUDA a bfloat16
-    weight, which kernels read ahead of their turn in the stream, is waited for; without ``may_code`` none is in 12 bits
-    an element there.
+    ``gate_up`` says that the first half of the rows are gates and the second half ups. On CUDA a bfloat16 weight, which
+    kernels read ahead of their turn in the stream, is waited for; without ``may_code`` none is in 12 bits an element
+    there.
 
     Raises:
         ValueError: ``impl`` does not take the weight's dtype, or gates and ups differ in number.

@@ -183,6 +183,9 @@ def test_a_tensors_ids_are_read_by_the_caller(folder, alone):
             reads.append((threading.get_ident(), dict(engine.turn._holder)))
             return self.as_subclass(torch.Tensor)
 
+        def tolist(self):
+            return self.cpu().tolist()
+
     engine, prompt = make(folder), torch.tensor([1, 2, 3]).as_subclass(Ids)
     engine.abort(engine.submit(prompt, GREEDY))
     engine.step()
