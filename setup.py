@@ -10,16 +10,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-
-
-def find_nvcc():
-    """nvcc from CUDACXX, CUDA_HOME, PATH or CUDA's default location; None where there is none."""
-    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
-    versions = sorted(map(str, Path("/usr/local").glob("cuda-*")), reverse=True)
-    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", *versions):
-        if home:
-            candidates.append(os.path.join(home, "bin", "nvcc"))
-    return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
+sys.path.insert(0, str(ROOT / "tools"))
+from find_nvcc import find_nvcc  # noqa: E402
 
 
 class CMakeBuild(build_ext):

@@ -11,7 +11,6 @@ import collections
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,9 +68,7 @@ def why_no_triton() -> str | None:
 
 
 def why_no_compiler() -> str | None:
-    if has_module("triton") or shutil.which("nvcc") or os.path.exists("/usr/local/cuda/bin/nvcc"):
-        return None
-    return "neither nvcc nor triton is installed"
+    return None if has_module("triton") or of_tests("compile.cubins").nvcc() else "neither nvcc nor triton is installed"
 
 
 def of_tests(name: str):

@@ -16,16 +16,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tests import variants
+from tools.find_nvcc import find_nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-cubin", "-Xptxas=-v", f"-I{ROOT / 'csrc/include'}")
 
 
-@functools.cache
-def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+nvcc = functools.cache(find_nvcc)
 
 
 @dataclass(frozen=True)
