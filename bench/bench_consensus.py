@@ -14,7 +14,7 @@ import torch
 from bench.common import graphed, header, loop, measure, parser_of, read_bandwidth, report, run_script
 from orthrus_rt import dispatch, ops, reference
 from orthrus_rt import state as st
-from orthrus_rt.rows import empty_rows
+from orthrus_rt.rows import Layout, empty_rows
 
 MASK = 99
 VOCABULARY = 150000
@@ -38,7 +38,7 @@ class Case:
         self.accepted = ((torch.arange(slots) + 0.5) * block_len / slots).int().to(device)
         self.drafts = self._choices().view(slots, block_len)[:, : block_len - 1].clone()
         self.drafts[torch.arange(block_len - 1, device=device) == self.accepted[:, None]] = -5
-        self.rows = empty_rows(0, 0, slots, block_len, device)
+        self.rows = empty_rows(Layout(0, 0, slots, block_len), device)
         self.restore()
 
     def _choices(self):
@@ -108,7 +108,7 @@ class Case:
         """Values that differ from the oracle's after one call; anything but 0 is a bug."""
         self.restore()
         plain = st.SlotState(**{k: v.cpu().clone() for k, v in vars(self.state).items()})
-        rows = empty_rows(0, 0, plain.num_slots, plain.max_block_len, "cpu")
+        rows = empty_rows(Layout(0, 0, plain.num_slots, plain.max_block_len), "cpu")
         self.call()
         partials = (self.value.cpu(), self.ids.cpu())
         reference.consensus(plain, partials, st.STEP_VERIFY, st.NEXT_DRAFT, rows, MASK, plain.max_block_len)

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report, run_script
 from orthrus_rt import dispatch, huge_pages, native, ops
 from orthrus_rt.pages import PAGE_SIZE, num_pages
-from orthrus_rt.rows import empty_rows
+from orthrus_rt.rows import Layout, empty_rows
 
 COLD_BYTES = 200 << 20  # of cache copies: several times any L2, or a CPU's L3
 
@@ -48,7 +48,7 @@ class Shape:
 
 DECODE = [
     Shape(1, 1, 0, 0), Shape(1, 16, 0, 0), Shape(1, 32, 0, 0), Shape(1, 0, 1, 32), Shape(1, 16, 1, 16),
-    Shape(1, 32, 2, 32), Shape(16, 1, 0, 0), Shape(16, 16, 0, 0),
+    Shape(1, 16, 6, 16), Shape(1, 32, 2, 32), Shape(16, 1, 0, 0), Shape(16, 16, 0, 0),
 ]  # fmt: skip
 
 
@@ -57,7 +57,8 @@ class Case:
         self.shape, self.context, self.device = shape, context, device
         self.heads_q, self.heads_kv, self.dim = heads
         batch, blocks, n_ar = shape.batch, shape.batch * shape.blocks, shape.batch * shape.ar_rows
-        self.rows = empty_rows(batch if n_ar else 0, shape.ar_rows, blocks, shape.block_len, device)
+        layout = Layout(batch if n_ar else 0, shape.ar_rows, blocks, shape.block_len, max(shape.blocks, 1))
+        self.rows = empty_rows(layout, device)
         offset = torch.cat([torch.arange(shape.ar_rows).repeat(batch), torch.arange(shape.block_len).repeat(blocks)])
         slots, per_slot = torch.arange(batch), (shape.ar_rows, shape.blocks * shape.block_len)
         self.rows.seq.copy_(torch.cat([slots.repeat_interleave(n) for n in per_slot]))

@@ -15,7 +15,7 @@ from bench.common import run_script
 from orthrus_rt import ops, reference
 from orthrus_rt.pages import PAGE_SIZE, num_pages
 from orthrus_rt.rope import cos_sin_table
-from orthrus_rt.rows import empty_rows
+from orthrus_rt.rows import Layout, empty_rows
 
 CONTEXT = 1000  # tokens before the first row
 
@@ -27,7 +27,7 @@ class Case(small_ops.Case):
         super().__init__(config, num_rows, device)
         num_rows_diff = num_rows // 2
         num_rows_ar = num_rows - num_rows_diff
-        self.rows = rows = empty_rows(1, num_rows_ar, min(num_rows_diff, 1), num_rows_diff, device)
+        self.rows = rows = empty_rows(Layout(1, num_rows_ar, min(num_rows_diff, 1), num_rows_diff), device)
         rows.seq.zero_()
         rows.position.copy_(CONTEXT + torch.cat([torch.arange(num_rows_ar), torch.arange(num_rows_diff)]))
         dim, heads_kv = config.head_dim, config.num_heads_kv

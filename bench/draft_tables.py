@@ -16,7 +16,7 @@ from orthrus_rt import prompts
 from orthrus_rt.engine import Engine
 from orthrus_rt.model import Activations, Workspace, forward
 from orthrus_rt.prefill import prefill_rows
-from orthrus_rt.rows import Rows, empty_rows
+from orthrus_rt.rows import Layout, Rows, empty_rows
 from orthrus_rt.runner import PREFILL_CHUNK
 from orthrus_rt.sampling import SamplingParams
 
@@ -55,7 +55,7 @@ class DraftTable:
 
 def _blocks(engine: Engine, text: list[int], first: int, count: int, length: int, known: int) -> Rows:
     """``count`` blocks of slot 0 that start at ``text[first], text[first + 1], ...``."""
-    rows = empty_rows(0, 0, count, length, "cpu")
+    rows = empty_rows(Layout(0, 0, count, length), "cpu")
     token, position, prefix_len = (x.view(count, length) for x in (rows.token, rows.position, rows.prefix_len))
     token.fill_(engine.config.mask_token_id)
     for i in range(known):

@@ -70,7 +70,7 @@ void bind_params(py::module_& m) {
     using T = Rows;
     bind_struct<T>(m, "Rows", {
       FIELD(token), FIELD(position), FIELD(seq), FIELD(prefix_len), FIELD(group_start), FIELD(num_rows),
-      FIELD(num_rows_ar), FIELD(num_groups), FIELD(num_groups_ar), FIELD(max_group_rows)});
+      FIELD(num_rows_ar), FIELD(num_groups), FIELD(num_groups_ar), FIELD(max_group_rows), FIELD(blocks_per_seq)});
   }
   bind_element_params<bf16_t>(m, "");
   bind_element_params<float>(m, "F32");

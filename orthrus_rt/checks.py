@@ -51,6 +51,18 @@ def check_rows(op: str, rows: Rows, device) -> None:
             f"{op}: rows.max_group_rows must be enough for {n} rows in {rows.num_groups} groups, got "
             f"{rows.max_group_rows}"
         )
+    if rows.blocks_per_seq != 1:
+        num_blocks = rows.num_groups - rows.num_groups_ar
+        if rows.blocks_per_seq < 1 or num_blocks % rows.blocks_per_seq:
+            raise ValueError(
+                f"{op}: rows.blocks_per_seq must be a divisor of the {num_blocks} diffusion groups, got "
+                f"{rows.blocks_per_seq}"
+            )
+        if rows.num_rows_diff != num_blocks * rows.max_group_rows:
+            raise ValueError(
+                f"{op}: {num_blocks} blocks that share sequences (rows.blocks_per_seq) must have "
+                f"{rows.max_group_rows} (rows.max_group_rows) rows each, got {rows.num_rows_diff} in all"
+            )
 
 
 def check_pages(op: str, k_pages, v_pages, page_table, head_dim, dtype, device) -> None:

@@ -66,7 +66,7 @@ def _pass(
     length = {st.NEXT_AR: 1, st.NEXT_DRAFT: plan.draft_rows(model.config.block_len)}.get(kind, plan.block_len)
     blocks = {st.NEXT_DRAFT: 1, st.NEXT_ONE_PASS: plan.fan_out}.get(kind, 0)
     verifies = 0 if kind == st.NEXT_DRAFT else 1
-    layout = Layout(slots * verifies, length, slots * blocks, length)
+    layout = Layout(slots * verifies, length, slots * blocks, length, max(blocks, 1))
     # Slot by slot, the slot's AR rows and then its blocks.
     row = np.arange(layout.num_rows, dtype=np.int32)
     ar, diffusion = np.split(row, [slots * verifies * length])
@@ -76,7 +76,7 @@ def _pass(
     picked = np.concatenate([ar.reshape(slots, -1), diffusion.reshape(slots, -1)], 1)
     if shape is None:
         prompt_rows, logit_rows = None, upload(picked.flatten(), torch.int32, model.device)
-        rows = own = empty_rows(*layout, model.device)
+        rows = own = empty_rows(layout, model.device)
     else:
         prompt_rows = PromptRows(shape, model.device, layout, picked.flatten())
         rows, own, logit_rows = prompt_rows.rows, prompt_rows.own, prompt_rows.logit_rows

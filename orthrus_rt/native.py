@@ -36,6 +36,7 @@ def rows_struct(rows: Rows):
         num_groups=rows.num_groups,
         num_groups_ar=rows.num_groups_ar,
         max_group_rows=rows.max_group_rows,
+        blocks_per_seq=rows.blocks_per_seq,
     )
 
 

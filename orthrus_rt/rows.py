@@ -31,6 +31,8 @@ class Rows:
         group_start: int32 ``[num_groups + 1]``, first row of each group.
         num_rows_ar, num_groups_ar: how many rows and groups are AR (they come first).
         max_group_rows: no group has more rows than this.
+        blocks_per_seq: so many consecutive diffusion groups, of ``max_group_rows`` rows each, share a sequence, so that
+            attention may read its cache for all of them at once; 1 if nothing is known.
         parts: runs of its rows that attention takes in separate calls, lest the tallest group (a prompt's) set the tile
             height of all; empty for one call.
     """
@@ -44,6 +46,7 @@ class Rows:
     num_groups_ar: int
     max_group_rows: int
     parts: tuple[Rows, ...] = ()
+    blocks_per_seq: int = 1
 
     @property
     def num_rows(self) -> int:
@@ -59,12 +62,13 @@ class Rows:
 
 
 class Layout(NamedTuple):
-    """AR groups of ``rows_ar`` rows each, then diffusion blocks of ``rows_diff``."""
+    """AR groups of ``rows_ar`` rows each, then diffusion blocks of ``rows_diff``, ``blocks_per_seq`` of a sequence."""
 
     groups_ar: int = 0
     rows_ar: int = 0
     groups_diff: int = 0
     rows_diff: int = 0
+    blocks_per_seq: int = 1
 
     @property
     def num_rows(self) -> int:
@@ -95,12 +99,12 @@ def fixed_rows(layout: Layout, fields: torch.Tensor) -> Rows:
         num_rows_ar=layout.groups_ar * layout.rows_ar,
         num_groups_ar=layout.groups_ar,
         max_group_rows=max(layout.rows_ar if layout.groups_ar else 0, layout.rows_diff if layout.groups_diff else 0),
+        blocks_per_seq=layout.blocks_per_seq,
     )
 
 
-def empty_rows(groups_ar: int, rows_ar: int, groups_diff: int, rows_diff: int, device) -> Rows:
+def empty_rows(layout: Layout, device) -> Rows:
     """Rows of a fixed layout, all invalid."""
-    layout = Layout(groups_ar, rows_ar, groups_diff, rows_diff)
     n = layout.num_rows
     fields = torch.zeros(4, padded(n), dtype=torch.int32, device=device)[:, :n]
     fields[1] = -1

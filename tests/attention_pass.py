@@ -35,11 +35,12 @@ class Pass:
     """One dual_attn call: AR groups first, as rows require."""
 
     def __init__(
-        self, heads: Heads, groups: list[Group], device="cuda", max_seq_len=None, first_page=1, dtype=torch.bfloat16
-    ):
+        self, heads: Heads, groups: list[Group], device="cuda", max_seq_len=None, first_page=1, dtype=torch.bfloat16,
+        blocks_per_seq=1,
+    ):  # fmt: skip
         groups = sorted(groups, key=lambda g: g.view != "ar")
         self.heads, self.groups, self.device, self.dtype = heads, groups, device, dtype
-        self.rows = make_rows(groups, device)
+        self.rows = make_rows(groups, device, blocks_per_seq)
         self.q = self._rows("q", heads.q, 0)
         self.scratch_k = self.scratch_v = None
         if self.rows.num_groups > self.rows.num_groups_ar:
@@ -248,3 +249,18 @@ def check_a_nan_key_spoils_those_who_see_it_alone(make):
     verify, before, behind, own = groups
     assert torch.equal(dirty[verify][:10], clean[verify][:10]) and torch.equal(dirty[before], clean[before])
     assert dirty[verify][10:].isnan().all() and dirty[behind].isnan().all() and dirty[own].isnan().all()
+
+
+def check_blocks_read_their_sequence_together(make, slots, blocks, n):
+    """Blocks of ``n`` rows, the last of each sequence cut short, taken one by one or all of a sequence at once."""
+    groups = [ar(s, 90 * s + 40, n) for s in range(slots)]
+    for s in range(slots):
+        groups += [diff(s, 90 * s + 41 + min(3 * b, n), n, invalid=n // 3 * (b == blocks - 1)) for b in range(blocks)]
+    together, apart = make(groups, blocks_per_seq=blocks), make(groups)
+    want = apart.run()
+    assert_close(want, apart.expected())
+    assert torch.equal(together.run(), want)
+    assert torch.equal(together.run(split=False), want)
+    for case in (together, apart):
+        spoil_keys(case, [42])
+    assert torch.equal(together.run().nan_to_num(7), apart.run().nan_to_num(7))

@@ -10,7 +10,7 @@ import torch
 
 from orthrus_rt import reference
 from orthrus_rt import state as st
-from orthrus_rt.rows import empty_rows
+from orthrus_rt.rows import Layout, empty_rows
 
 MASK = 99
 
@@ -79,7 +79,7 @@ def staged_rows(slots, block_len, next_pass, fan_out=0):
     if next_pass == st.NEXT_NONE:
         return None
     blocks = slots * fan_out if next_pass == st.NEXT_ONE_PASS else 0
-    rows = empty_rows(slots, 1 if next_pass == st.NEXT_AR else block_len, blocks, block_len, "cpu")
+    rows = empty_rows(Layout(slots, 1 if next_pass == st.NEXT_AR else block_len, blocks, block_len), "cpu")
     for name in ("token", "position", "seq", "prefix_len"):
         getattr(rows, name).fill_(-77)
     return rows

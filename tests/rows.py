@@ -35,7 +35,7 @@ def diff(seq, start, n, invalid=0) -> Group:
     return Group("diff", seq, start, n, invalid)
 
 
-def make_rows(groups: list[Group], device="cpu") -> Rows:
+def make_rows(groups: list[Group], device="cpu", blocks_per_seq=1) -> Rows:
     """AR groups first, as rows require; every token is 0."""
     columns = torch.tensor([row for g in groups for row in g.columns()], dtype=torch.int32).view(-1, 3)
     position, seq, prefix_len = (column.contiguous().to(device) for column in columns.T)
@@ -51,4 +51,5 @@ def make_rows(groups: list[Group], device="cpu") -> Rows:
         num_rows_ar=starts[num_groups_ar],
         num_groups_ar=num_groups_ar,
         max_group_rows=max((g.n for g in groups), default=0),
+        blocks_per_seq=blocks_per_seq,
     )

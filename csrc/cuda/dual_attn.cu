@@ -3,8 +3,9 @@
 // Reads every visible key and value once per unit of 16, 64 or 128 (row, head) pairs; multiplies them
 // on the tensor cores (mma.sync, fp32 accumulation) with online softmax inside a split, and folds a
 // row's splits in ascending order. Three ways to the same bits: a CTA folds all splits of its unit in
-// registers (many units: prefill); or every split is a work item of its own and a second kernel folds
-// the partial results (few units: decoding); or a row has one split and nothing is folded.
+// registers (many units: prefill); or every split is a work item of its own, for all blocks of a sequence
+// together, and a second kernel folds the partial results (few units: decoding); or a row has one split and
+// nothing is folded.
 // Rounding points: probabilities to bf16 before the product with the values (their sum is of the unrounded ones), the
 // output to bf16.
 // Method: online softmax (Milakov, Gimelshein, arXiv 1805.02867) in tiles as in FlashAttention-2 (Dao, arXiv
@@ -36,8 +37,9 @@ template <typename V>
 int launch_split(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
   constexpr int kUnitBytes = sizeof(QueryUnit) + sizeof(int), kFixedBytes = V::kSmemBytes + sizeof(Schedule);
   static_assert(kFixedBytes + kMaxUnits * kUnitBytes <= 99 * 1024);
-  const int smem = kFixedBytes + a.num_units * kUnitBytes;
-  const int64_t items = static_cast<int64_t>(a.num_units) * a.p.kv.num_heads_kv * (a.num_splits + 1);
+  const int smem = kFixedBytes + a.num_units * kUnitBytes;  // and a unit of the Schedule's own
+  const int64_t tiles = static_cast<int64_t>(a.num_units) * a.num_splits + a.num_block_tiles;
+  const int64_t items = tiles * a.p.kv.num_heads_kv;
   int per_sm = 0;
   int error = occupancy(dual_attn_split_kernel<V>, V::kThreads, smem, &per_sm);
   if (error) return error;
@@ -49,9 +51,18 @@ int launch_split(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
                 device);
 }
 
-void cut_into_units(DualAttnLaunch& a, int tile_m) {
-  a.units_per_group = Divisor((a.p.rows.max_group_rows * a.heads_per_kv + tile_m - 1) / tile_m);
-  a.num_units = a.units_per_group * a.p.rows.num_groups;
+void cut_into_units(DualAttnLaunch& a, int tile_m, int blocks_together) {
+  const Rows& rows = a.p.rows;
+  const auto units_of = [&](int groups) {
+    return Divisor((rows.max_group_rows * groups * a.heads_per_kv + tile_m - 1) / tile_m);
+  };
+  a.units_per_group = units_of(1);
+  a.units_of_blocks = units_of(blocks_together);
+  a.blocks_together = Divisor(blocks_together);
+  const int blocks = rows.num_groups - rows.num_groups_ar;
+  a.num_block_tiles = blocks * a.units_per_group;
+  a.num_units_ar = rows.num_groups_ar * a.units_per_group;
+  a.num_units = a.num_units_ar + blocks / blocks_together * a.units_of_blocks;
 }
 
 template <typename V>
@@ -59,7 +70,7 @@ constexpr int kFoldSmemBytes = V::kSmemBytes + sizeof(Schedule);
 
 template <typename V>
 int launch_fold(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
-  cut_into_units(a, V::kTileM);
+  cut_into_units(a, V::kTileM, 1);
   return launch(dual_attn_fold_kernel<V>, a, dim3(a.num_units * a.p.kv.num_heads_kv), V::kThreads, kFoldSmemBytes<V>,
                 stream, device);
 }
@@ -69,7 +80,7 @@ template <typename V>
 int fits_twice(DualAttnLaunch a, const DeviceInfo& device, bool* two_per_sm) {
   int per_sm = 0;
   const int error = occupancy(dual_attn_fold_kernel<V>, V::kThreads, kFoldSmemBytes<V>, &per_sm);
-  cut_into_units(a, V::kTileM);
+  cut_into_units(a, V::kTileM, 1);
   *two_per_sm = per_sm > 1 && static_cast<int64_t>(a.num_units) * a.p.kv.num_heads_kv > device.num_sms;
   return error;
 }
@@ -77,9 +88,11 @@ int fits_twice(DualAttnLaunch a, const DeviceInfo& device, bool* two_per_sm) {
 template <int kHeadDim>
 int run(DualAttnLaunch a, void* stream) {
   const DeviceInfo device = device_info();
-  const int tall = a.p.rows.max_group_rows * a.heads_per_kv;
+  const bool diffusion = a.p.rows.num_groups > a.p.rows.num_groups_ar;
+  const int together = diffusion ? a.p.rows.blocks_per_seq : 1;
+  const int tall = a.p.rows.max_group_rows * together * a.heads_per_kv;
   const int tile_m = tall <= 16 ? 16 : tall <= 64 ? 64 : 128;
-  cut_into_units(a, tile_m);
+  cut_into_units(a, tile_m, together);
   // An upper bound of the units that hold rows: a padded prefill has many that do not.
   const int busy = min(a.num_units, a.p.rows.num_rows * a.heads_per_kv / tile_m + a.p.rows.num_groups);
   const int64_t pairs = static_cast<int64_t>(busy) * a.p.kv.num_heads_kv;
@@ -116,7 +129,8 @@ int dual_attn(const DualAttnParams& p, void* stream) {
   if (p.rows.num_rows == 0 || p.rows.num_groups == 0) return cudaSuccess;
   if (!aligned(16, p.q, p.kv.k_pages, p.kv.v_pages, p.scratch_k, p.scratch_v, p.workspace) || !aligned(4, p.out))
     return cudaErrorMisalignedAddress;
-  if (p.kv.num_heads_kv <= 0 || p.num_heads_q < p.kv.num_heads_kv || p.rows.max_group_rows <= 0)
+  if (p.kv.num_heads_kv <= 0 || p.num_heads_q < p.kv.num_heads_kv || p.rows.max_group_rows <= 0 ||
+      p.rows.blocks_per_seq <= 0)
     return cudaErrorInvalidValue;
   DualAttnLaunch a{};
   a.p = p;

@@ -8,7 +8,7 @@ namespace orthrus::cuda {
 // What a kernel keeps in shared memory behind the tiles.
 struct Schedule {
   Destination to;
-  QueryUnit units[1];  // as many as the launch has room for
+  QueryUnit units[1];  // as many as the launch has, and behind them the item's own, if it is of a block
 };
 
 template <typename V>
@@ -31,12 +31,13 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_fold_kernel(const __gri
     read.longest = __reduce_max_sync(~0u, read.longest);
     if (threadIdx.x == 0) {
       unit = read;
-      work.to = {head, attention.offset_of(u), 0};
+      work.to = {head, attention.offset_of(u), 0, 0};
     }
   }
   __syncthreads();
   if (unit.num_rows == 0) return;
-  attention.run(u, unit, head, 0, num_tiles(unit.longest), attention.has_block(u), work.to, [] {});
+  attention.run(work.to.offset, unit, head, 0, num_tiles(unit.longest), u < a.num_units_ar ? 0 : unit.num_rows, work.to,
+                [] {});
 }
 
 // A grid that fills the chip once: CTAs take turns at the work items, which lengths on the device define, the heaviest
@@ -48,10 +49,10 @@ __global__ void __launch_bounds__(V::kThreads, V::kMinCtas)
   pdl_wait();
   Attention<V> attention(a, dynamic_shared());
   Schedule& work = schedule<V>();
-  int* const layers = reinterpret_cast<int*>(work.units + a.num_units);
+  int* const layers = reinterpret_cast<int*>(work.units + a.num_units + 1);
   auto note = [&](int u, const QueryUnit& unit) {
     work.units[u] = unit;
-    layers[u] = unit.num_rows == 0 ? 0 : num_splits(unit.longest) + attention.has_block(u);
+    layers[u] = num_splits(unit.longest);
   };
   if (a.num_units <= V::kWarps) {
     const int u = threadIdx.x / 32;
@@ -66,19 +67,30 @@ __global__ void __launch_bounds__(V::kThreads, V::kMinCtas)
   }
   __syncthreads();
 
-  for (int i = blockIdx.x;; i += gridDim.x) {
+  for (int i = blockIdx.x;; i = work.to.item + gridDim.x) {
     const Layers all(layers, a.num_units);  // anew for every item: no register is left to keep them
-    const int num_items = all.num_items() * a.heads_kv;
+    const int prefix_items = all.num_items(), num_items = (prefix_items + a.num_block_tiles) * a.heads_kv;
     if (i >= num_items) break;
     const int rank = i / a.heads_kv, head = i % a.heads_kv;
-    const Item item = a.num_units == 1 ? Item{0, layers[0] - 1 - rank} : all.item(rank);
-    const QueryUnit& unit = work.units[item.unit];
-    const int split = item.layer - attention.has_block(item.unit);
-    const int first = split < 0 ? 0 : first_tile_of_split(split);
-    const int last = split < 0 ? 0 : min(first_tile_of_split(split + 1), num_tiles(unit.longest));
-    attention.run(item.unit, unit, head, first, last, split < 0, work.to, [&] {
+    int u = a.num_units, offset, first = 0, last = 0, block_rows = 0, slot = a.num_splits;
+    if (rank < prefix_items) {
+      const Item item = a.num_units == 1 ? Item{0, layers[0] - 1 - rank} : all.item(rank);
+      u = item.unit;
+      slot = item.layer;
+      offset = attention.offset_of(u);
+      first = first_tile_of_split(slot);
+      last = min(first_tile_of_split(slot + 1), num_tiles(work.units[u].longest));
+    } else {
+      const int tile = rank - prefix_items, block = tile / a.units_per_group;
+      const QueryUnit of_block = attention.block_unit(block, work.units);
+      offset = tile % a.units_per_group * V::kTileM;
+      block_rows = max(of_block.num_rows, 1);  // an empty one too has a tile, whose barrier work.to needs
+      __syncthreads();  // the previous item is through
+      if (threadIdx.x == 0) work.units[u] = of_block;
+    }
+    attention.run(offset, work.units[u], head, first, last, block_rows, work.to, [&] {
       if (threadIdx.x != 0) return;
-      work.to = {head, attention.offset_of(item.unit), split < 0 ? a.num_splits : split};
+      work.to = {head, offset, slot, i};
       if (i + static_cast<int>(gridDim.x) >= num_items) pdl_launch_dependents();
     });
   }

@@ -51,16 +51,16 @@ ORTHRUS_HD int num_tiles(int length) { return (length + kTileKv - 1) / kTileKv; 
 // Splits that hold the positions 0 ... length-1.
 ORTHRUS_HD int num_splits(int length) { return length <= 0 ? 0 : split_of_tile(num_tiles(length) - 1) + 1; }
 
-// A unit is one tile of a group's query rows: rows x (q heads of a kv head), up to kTileM of them.
+// A unit is one tile of query rows, of an AR group or of consecutive blocks of a sequence: rows x (q heads of a kv
+// head), up to kTileM of them.
 struct alignas(16) QueryUnit {
   int32_t longest;    // longest prefix_len of its rows
-  int32_t first_row;  // first row of its group
+  int32_t first_row;  // first row of its groups
   int32_t seq;
-  int32_t num_rows;   // of its group; 0: the unit is empty
+  int32_t num_rows;   // of its groups; 0: the unit is empty
 };
 
-// One work item is one split of one unit; layer 0 is a diffusion group's own block, the prefix
-// splits follow in ascending order.
+// One work item is one split of one unit. (Or a tile of a block's rows over the block: these come last.)
 struct Item {
   int unit;
   int layer;
@@ -68,7 +68,7 @@ struct Item {
 
 constexpr int kMaxUnits = 128;  // of a launch by items
 
-// How many layers the units have, each lane holding those of some; warp-collective.
+// How many layers, which are splits, the units have, each lane holding those of some; warp-collective.
 class Layers {
  public:
   __device__ Layers(const int* layers, int num_units) {

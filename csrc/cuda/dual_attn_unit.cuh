@@ -14,8 +14,10 @@ struct DualAttnLaunch {
   float2* partial_state;  // [num_splits + 1, num_rows, num_heads_q] (top, total) of RowState
   int num_splits;        // of max_seq_len
   Divisor heads_q, heads_kv, heads_per_kv;
-  Divisor units_per_group;
-  int num_units;
+  // Units of AR groups, then those of diffusion rows: of so many blocks of a sequence together.
+  int num_units_ar, num_units;
+  int num_block_tiles;   // of rows, over their own blocks
+  Divisor units_per_group, units_of_blocks, blocks_together;
   float scale_log2;      // softmax_scale * log2(e)
 };
 
@@ -48,9 +50,9 @@ struct Variant {
 };
 
 // Of a work item, in shared memory until its end: there is no register for it. head: kv head; offset: of its first
-// (row, q head) in the group; slot: of the partial results.
+// (row, q head) in the unit; slot: of the partial results; item: its number.
 struct Destination {
-  int head, offset, slot;
+  int head, offset, slot, item;
 };
 
 template <typename V>
@@ -58,13 +60,16 @@ class Attention {
  public:
   __device__ Attention(const DualAttnLaunch& a, const uint8_t* smem) : a_(a), p_(a.p), smem_(shared_address(smem)) {}
 
-  // The unit's rows are rows of a group x q heads of a kv head, flattened. Read by kLanes threads together, a whole
+  // The unit's rows are rows of its groups x q heads of a kv head, flattened. Read by kLanes threads together, a whole
   // warp or one thread; each gets the longest prefix of its share.
   template <int kLanes>
   __device__ QueryUnit read_unit(int u, int lane) const {
     const Rows& rows = p_.rows;
-    const int group = u / a_.units_per_group, offset = offset_of(u);
-    const int first = rows.group_start[group], num_rows = rows.group_start[group + 1] - first;
+    const int of_blocks = u - a_.num_units_ar, offset = offset_of(u);
+    const int group = of_blocks < 0 ? u / a_.units_per_group
+                                    : rows.num_groups_ar + of_blocks / a_.units_of_blocks * a_.blocks_together;
+    const int first = rows.group_start[group];
+    const int num_rows = rows.group_start[group + (of_blocks < 0 ? 1 : a_.blocks_together.d)] - first;
     if (offset >= num_rows * a_.heads_per_kv) return {0, 0, 0, 0};
     const int last = min(num_rows, (offset + V::kTileM - 1) / a_.heads_per_kv + 1);
     const int seq = rows.seq[first];  // on its way beside what follows
@@ -78,21 +83,30 @@ class Attention {
     return {longest, first, seq, num_rows};
   }
 
-  __device__ int offset_of(int u) const { return u % a_.units_per_group * V::kTileM; }
-  __device__ bool has_block(int u) const { return u >= p_.rows.num_groups_ar * a_.units_per_group; }
+  __device__ int offset_of(int u) const {
+    const int of_blocks = u - a_.num_units_ar;
+    return (of_blocks < 0 ? u % a_.units_per_group : of_blocks % a_.units_of_blocks) * V::kTileM;
+  }
 
-  // Attends over prefix tiles [first_tile, last_tile), and the group's own block if asked. Without kFold
-  // these are the tiles of one split, or the own block alone. Calls while_loading() while the first copies
-  // are under way; `to` has to be valid from the first tile's barrier on.
+  // Block number `block`, which as a unit sees no prefix.
+  __device__ QueryUnit block_unit(int block, const QueryUnit* units) const {
+    const QueryUnit& first = units[a_.num_units_ar + block / a_.blocks_together * a_.units_of_blocks];
+    const int most = p_.rows.max_group_rows, before = block % a_.blocks_together * most;
+    return {0, first.first_row + before, first.seq, min(first.num_rows - before, most)};
+  }
+
+  // Attends from this (row, head) of the unit on over prefix tiles [first_tile, last_tile), and the rows' own block if
+  // it has rows. Without kFold these are the tiles of one split, or the own block alone. Calls while_loading() while
+  // the first copies are under way; `to` and the unit have to be valid from the barrier before them on.
   template <typename WhileLoading>
-  __device__ void run(int u, const QueryUnit& unit, int head, int first_tile, int last_tile, bool block,
+  __device__ void run(int offset, const QueryUnit& unit, int head, int first_tile, int last_tile, int block_rows,
                       const Destination& to, const WhileLoading& while_loading) {
     unit_ = &unit;
     head_ = head;
-    offset_ = offset_of(u);
+    offset_ = offset;
     first_tile_ = first_tile;
     num_prefix_ = last_tile - first_tile;
-    num_tiles_ = num_prefix_ + (block ? num_tiles(unit.num_rows) : 0);
+    num_tiles_ = num_prefix_ + num_tiles(block_rows);
     if (num_prefix_ > 0) next_page_ = page_of(0);
 
     __syncthreads();  // the previous item's last tile has been read

@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
 
 from orthrus_rt.prefill import prefill_rows
-from orthrus_rt.rows import empty_rows
+from orthrus_rt.rows import Layout, empty_rows
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState, empty_partials, num_score_tiles
 from orthrus_rt.triton_kernels import count_tokens, dual_attn, embed, process_logits, rms_norm, sum_words
 from tests.compile import cubins
@@ -50,7 +50,7 @@ def call_embed(hidden, dtype=torch.bfloat16):
 
 
 def call_dual_attn(heads_q, heads_kv, head_dim, blocks):
-    rows = empty_rows(2, 4, blocks, 16, "cpu")
+    rows = empty_rows(Layout(2, 4, blocks, 16), "cpu")
     q, pages = bf16(rows.num_rows, heads_q, head_dim), bf16(8, heads_kv, 64, head_dim)
     scratch = bf16(rows.num_rows_diff, heads_kv, head_dim) if blocks else None
     return dual_attn.dual_attn, (q, pages, pages, int32(2, 4), scratch, scratch, rows, 0.1, q), {}
@@ -91,7 +91,7 @@ CALLS = {
 
 
 def call_cycle_logits(slots):
-    rows = empty_rows(slots, 3, slots * 2, 3, "cpu")
+    rows = empty_rows(Layout(slots, 3, slots * 2, 3), "cpu")
     n = rows.num_rows
     i64 = torch.empty(64, dtype=torch.int64)
     sampling = SlotSampling(fp32(64), int32(64), fp32(64), fp32(64), i64)
@@ -100,7 +100,7 @@ def call_cycle_logits(slots):
 
 
 def call_cycle_embed(slots):
-    rows = empty_rows(slots, 3, slots * 2, 3, "cpu")
+    rows = empty_rows(Layout(slots, 3, slots * 2, 3), "cpu")
     return embed.embed, (rows.token, bf16(100, 64), bf16(rows.num_rows, 64)), {}
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as hs
 from orthrus_rt import dispatch, native, reference
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import MAX_BLOCK_LEN
-from orthrus_rt.rows import empty_rows
+from orthrus_rt.rows import Layout, empty_rows
 from tests import consensus_states as cs
 from tests.consensus_states import MASK
 
@@ -39,7 +39,7 @@ def test_verify(data):
     k = data.draw(hs.integers(1, 5))
     slots = data.draw(hs.integers(1, 3))
     state = make_state(slots, k)
-    rows = empty_rows(0, 0, slots, k, "cpu")
+    rows = empty_rows(Layout(0, 0, slots, k), "cpu")
     token = hs.integers(0, 3)
     before = []
     choices = []
@@ -101,7 +101,7 @@ def test_draft_then_verify_rows():
     state = make_state(1, 4)
     state.cache_seqlens[0], state.limit[0], state.finish[0] = 10, 13, st.RUNNING
     state.block_tokens[0, 0] = 5
-    rows = empty_rows(1, 4, 0, 0, "cpu")
+    rows = empty_rows(Layout(1, 4), "cpu")
     ids = torch.tensor([[7], [8], [9]], dtype=torch.int32)
     reference.consensus(state, (torch.zeros(3, 1), ids), st.STEP_DRAFT, st.NEXT_VERIFY, rows, MASK, 4)
     assert int(state.num_drafts[0]) == 2  # position 13 is beyond the limit
@@ -115,7 +115,7 @@ def test_partial_maxima_ties_to_the_lowest_id():
     state.cache_seqlens[0], state.limit[0], state.finish[0] = 3, 9, st.RUNNING
     value = torch.tensor([[1.0, 4.0, 4.0, 2.0]])
     ids = torch.tensor([[2, 11, 17, 30]], dtype=torch.int32)
-    rows = empty_rows(1, 1, 0, 0, "cpu")
+    rows = empty_rows(Layout(1, 1), "cpu")
     reference.consensus(state, (value, ids), st.STEP_VERIFY, st.NEXT_AR, rows, MASK, 1)
     assert int(state.block_tokens[0, 0]) == 11
     assert rows.token.tolist() == [11] and rows.position.tolist() == [4] and rows.prefix_len.tolist() == [5]
@@ -188,7 +188,7 @@ def test_a_row_without_a_choice(consensus, nothing, step, fan_out):
         for i in set(range(k)) - set(none):
             value[s, i, 1] = -3e38  # is a number
     state.hypotheses[:] = torch.tensor([3, -1])
-    rows = empty_rows(slots, k, slots * fan_out, k, "cpu")
+    rows = empty_rows(Layout(slots, k, slots * fan_out, k), "cpu")
     partials = value.flatten(0, 1).contiguous(), ids.flatten(0, 1).contiguous()
     next_pass = st.NEXT_ONE_PASS if fan_out else st.NEXT_VERIFY
     consensus(state, partials, step, next_pass, rows, MASK, k, fan_out)
@@ -209,7 +209,7 @@ def test_draft_rows_without_a_choice_are_drafts_all_the_same(consensus, nothing)
     k, ids = 4, torch.arange(5, 8, dtype=torch.int32)
     state = st.SlotState.allocate(1, k, 8, 1, "cpu", max_fan_out=1)
     state.cache_seqlens[0], state.limit[0], state.finish[0] = 10, 40, st.RUNNING
-    rows = empty_rows(1, k, 0, 0, "cpu")
+    rows = empty_rows(Layout(1, k), "cpu")
     partials = torch.full((k - 1, 3), nothing), ids.repeat(k - 1, 1)
     consensus(state, partials, st.STEP_DRAFT, st.NEXT_VERIFY, rows, MASK, k, 0)
     assert int(state.finish[0]) == st.RUNNING and rows.token.tolist() == [0, 5, 5, 5]
@@ -217,7 +217,7 @@ def test_draft_rows_without_a_choice_are_drafts_all_the_same(consensus, nothing)
     state.hypotheses[0, 0] = torch.tensor([0, -1])
     value = torch.full((2 * k, 3), nothing)
     value[0, 1] = 1.0
-    rows = empty_rows(1, k, 1, k, "cpu")
+    rows = empty_rows(Layout(1, k, 1, k), "cpu")
     consensus(state, (value, ids.repeat(2 * k, 1)), st.STEP_VERIFY_AND_DRAFT, st.NEXT_ONE_PASS, rows, MASK, k, 1)
     assert int(state.finish[0]) == st.RUNNING and state.output[0, 0] == 6
     assert rows.token[:k].tolist() == [6, 5, 5, 5] and not state.draft_prob[0, 1:k].any()
@@ -243,6 +243,6 @@ def test_a_shorter_block_stages_fewer_drafts(consensus):
     state = st.SlotState.allocate(1, 6, 8, 1, "cpu")
     state.cache_seqlens[0], state.limit[0], state.finish[0], state.num_drafts[0] = 10, 40, st.RUNNING, 5
     state.block_tokens[0] = torch.arange(20, 26)
-    rows = empty_rows(1, 3, 0, 0, "cpu")
+    rows = empty_rows(Layout(1, 3), "cpu")
     consensus(state, (None, None), st.STEP_STAGE, st.NEXT_VERIFY, rows, MASK, 3, 0)
     assert int(state.num_drafts[0]) == 2 and rows.token.tolist() == [20, 21, 22]

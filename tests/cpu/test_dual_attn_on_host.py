@@ -11,6 +11,7 @@ from tests.attention_pass import (
     Pass,
     assert_close,
     check_a_nan_key_spoils_those_who_see_it_alone,
+    check_blocks_read_their_sequence_together,
     check_maxima_that_rise_from_one_look_to_the_next,
     check_nan_outlives_the_splits,
 )
@@ -80,6 +81,13 @@ def test_many_units(groups, num_sms, host):
     split = case.run()
     assert_close(split, case.expected())
     assert torch.equal(split, case.run(split=False))
+
+
+@pytest.mark.usefixtures("both_orders")
+@pytest.mark.parametrize("heads", [Heads(3, 1, 64), Heads(8, 2, 128)], ids=str)
+@pytest.mark.parametrize("slots, blocks, n", [(1, 8, 16), (3, 4, 5), (2, 3, 32), (2, 2, 70), (1, 5, 1), (20, 6, 2)])
+def test_blocks_read_their_sequence_together(heads, slots, blocks, n):
+    check_blocks_read_their_sequence_together(functools.partial(HostPass, heads), slots, blocks, n)
 
 
 @pytest.mark.parametrize("rows", [16, 17, 64, 65, 128, 129])

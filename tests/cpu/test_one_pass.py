@@ -11,7 +11,7 @@ from orthrus_rt.cycle_plan import MODES, CyclePlan, cycle_plan
 from orthrus_rt.engine import Engine
 from orthrus_rt.reference_consensus import DOUBT, SEEN_GAIN, pick_hypotheses
 from orthrus_rt.request import Request
-from orthrus_rt.rows import empty_rows
+from orthrus_rt.rows import Layout, empty_rows
 from orthrus_rt.sampling import SamplingParams
 from tests.pins import UNLESS_SLOW, of_this_isa
 
@@ -38,7 +38,7 @@ def run(state, ar, *blocks, next_pass=st.NEXT_ONE_PASS):
     choices = torch.tensor([*ar, *(token for block in blocks for token in block)], dtype=torch.int32)
     ids = torch.stack([choices, choices + 100, choices + 200], 1).int()
     value = torch.tensor([1.0, 0.5, 0.25]).log().expand(len(choices), -1).contiguous()
-    rows = empty_rows(1, K, F, K, "cpu")
+    rows = empty_rows(Layout(1, K, F, K), "cpu")
     reference.consensus(state, (value, ids), st.STEP_VERIFY_AND_DRAFT, next_pass, rows, MASK, K, F)
     return rows
 
@@ -92,10 +92,10 @@ def test_rows_of_the_next_pass():
 
 def test_drafts_do_not_outlive_a_change_of_plan():
     state = make_state([6, 7, 8], [[3, -1]] * 3)
-    rows = empty_rows(1, 3, 0, 0, "cpu")
+    rows = empty_rows(Layout(1, 3), "cpu")
     reference.consensus(state, (None, None), st.STEP_STAGE, st.NEXT_VERIFY, rows, MASK, 3)
     assert drafts_of(state) == [6, 7] and rows.token.tolist() == [5, 6, 7]
-    rows = empty_rows(1, 1, 0, 0, "cpu")
+    rows = empty_rows(Layout(1, 1), "cpu")
     reference.consensus(state, (None, None), st.STEP_STAGE, st.NEXT_AR, rows, MASK, 1)
     assert drafts_of(state) == [] and rows.token.tolist() == [5]
 

@@ -14,7 +14,7 @@ from orthrus_rt import state as st
 from orthrus_rt.cli import main
 from orthrus_rt.engine import Engine
 from orthrus_rt.prefill import prefill_rows
-from orthrus_rt.rows import empty_rows
+from orthrus_rt.rows import Layout, empty_rows
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState, empty_partials
 from orthrus_rt.weights import pack
 from tests import checkpoints
@@ -81,7 +81,7 @@ def consensus(**changes):
         partials=(f32(8, 1), i32(8, 1)),
         step=st.STEP_VERIFY,
         next_pass=st.NEXT_DRAFT,
-        rows_next=empty_rows(0, 0, 2, 4, "cpu"),
+        rows_next=empty_rows(Layout(0, 0, 2, 4), "cpu"),
         mask_token_id=9,
         block_len=4,
     )
@@ -130,12 +130,16 @@ CASES = [
     (attention, {"k_pages": f32(5, HEADS_KV, 16, DIM)}, "dual_attn: k_pages.shape must be [any, any, 64, 64]"),
     (attention, {"page_table": torch.zeros(1, 12)}, "dual_attn: page_table.dtype must be torch.int32"),
     (attention, {"out": f32(HEADS_Q, ROWS, DIM).transpose(0, 1)}, "dual_attn: out must be contiguous, got strides"),
-    (attention, {"rows": empty_rows(0, 0, 1, 3, "cpu"), "scratch_k": f32(1, HEADS_KV, DIM)},
+    (attention, {"rows": empty_rows(Layout(0, 0, 1, 3), "cpu"), "scratch_k": f32(1, HEADS_KV, DIM)},
      "dual_attn: scratch_k.shape must be [3, 2, 64], got [1, 2, 64]"),
     (attention, {"q": f32(ROWS, DIM)}, "dual_attn: q.shape must be [3, any, any], got [3, 64]"),
-    (attention, {"rows": empty_rows(0, 0, 1, 3, "cpu")}, "dual_attn: scratch_k must be a tensor, got None"),
+    (attention, {"rows": empty_rows(Layout(0, 0, 1, 3), "cpu")}, "dual_attn: scratch_k must be a tensor, got None"),
     (attention, {"rows": replace(prefill_rows([([0] * ROWS, 0, 0)], "cpu"), max_group_rows=0)},
      "dual_attn: rows.max_group_rows must be enough for 3 rows in 1 groups, got 0"),
+    (attention, {"rows": empty_rows(Layout(0, 0, 3, 1, 2), "cpu")},
+     "dual_attn: rows.blocks_per_seq must be a divisor of the 3 diffusion groups, got 2"),
+    (attention, {"rows": replace(empty_rows(Layout(1, 1, 2, 1, 2), "cpu"), max_group_rows=2)},
+     "dual_attn: 2 blocks that share sequences (rows.blocks_per_seq) must have 2 (rows.max_group_rows) rows each, got"),
     (commit, {"q_out": f32(ROWS, HEADS_Q * DIM)}, "qkv_commit: q_out.shape must be [3, any, any], got [3, 256]"),
     (commit, {"k_pages": f32(5)}, "qkv_commit: k_pages.shape must be [any, any, 64, 64], got [5]"),
     (commit, {"qkv": f32(ROWS, 100)}, "qkv_commit: qkv.shape must be [3, 512], got [3, 100]"),
@@ -172,7 +176,7 @@ CASES = [
     (consensus, {"fan_out": 1}, "consensus: fan_out must be within [0, 0] (the state's), got 1"),
     (consensus, {"step": st.STEP_VERIFY_AND_DRAFT, "partials": (None, i32(8, 1))},
      "consensus: partials[0] must be a tensor, got None"),
-    (consensus, {"rows_next": empty_rows(0, 0, 2, 3, "cpu")}, "consensus: rows_next.num_rows must be 8, got 6"),
+    (consensus, {"rows_next": empty_rows(Layout(0, 0, 2, 3), "cpu")}, "consensus: rows_next.num_rows must be 8, got 6"),
     (consensus, {"partials": (f32(8, 0), i32(8, 0))},
      "consensus: partials[1].shape[1] must be >= 1 (num_partials), got 0"),
     (consensus, {"partials": (f32(8), i32(8))}, "consensus: partials[1].shape must be [any, any], got [8]"),
@@ -293,6 +297,22 @@ def test_groups_that_would_leave_rows_out(group_start, changes, message):
     rows.group_start[1] = 7
     with pytest.raises(ValueError, match=r"group 0 must have 0 \.\.\. 5 \(rows.max_group_rows\) rows, got 7"):
         tape.replay()
+
+
+@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+def test_blocks_that_do_not_share_a_sequence():
+    """On the CPU, which can look, so that a GPU's kernels may take their word for it."""
+    rows = empty_rows(Layout(1, 2, 4, 2, 2), "cpu")
+    rows.seq[6:] = 1
+    arguments = dict(q=f32(10, HEADS_Q, DIM), out=f32(10, HEADS_Q, DIM), rows=rows)
+    arguments |= dict.fromkeys(("scratch_k", "scratch_v"), f32(8, HEADS_KV, DIM))
+    arguments |= dict.fromkeys(("k_pages", "v_pages"), f32(5, HEADS_KV, 64, DIM)) | {"page_table": i32(2, 12)}
+    attention(**arguments)
+    rows.seq[8] = 0
+    with pytest.raises(ValueError) as error:
+        attention(**arguments)
+    want = "dual_attn: group 4 must be of sequence 1, as the blocks before it (rows.blocks_per_seq), got 0"
+    assert str(error.value) == want
 
 
 def test_pack_refuses_what_the_kernels_do_not_take():

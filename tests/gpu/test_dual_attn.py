@@ -1,5 +1,7 @@
 """CUDA dual_attn against float64, and its promise: a row's bits depend on that row's inputs alone."""
 
+import functools
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tests.attention_pass import (
     Pass,
     assert_close,
     check_a_nan_key_spoils_those_who_see_it_alone,
+    check_blocks_read_their_sequence_together,
     check_maxima_that_rise_from_one_look_to_the_next,
     check_nan_outlives_the_splits,
 )
@@ -151,6 +154,12 @@ def test_graph_replay_reads_lengths_on_the_device(split):
         case.call(eager, case.workspace())
         assert torch.equal(out, eager)
     assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("slots, blocks, n", [(1, 8, 16), (3, 4, 5), (2, 3, 32), (2, 2, 70), (1, 5, 1), (20, 6, 2)])
+def test_blocks_read_their_sequence_together(heads, slots, blocks, n):
+    check_blocks_read_their_sequence_together(functools.partial(Pass, heads), slots, blocks, n)
 
 
 def test_repeats_to_the_bit():

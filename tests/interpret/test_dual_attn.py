@@ -5,7 +5,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from orthrus_rt.rows import empty_rows
+from orthrus_rt.rows import Layout, empty_rows
 from orthrus_rt.triton_kernels import dual_attn
 from tests.attention_pass import (
     SPOIL,
@@ -107,4 +107,4 @@ def test_refuses(heads, message):
     pages = torch.zeros(1, heads.kv, 64, heads.dim)
     table = torch.zeros(1, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
-        dual_attn.dual_attn(q, pages, pages, table, None, None, empty_rows(1, 1, 0, 0, "cpu"), 1.0, q)
+        dual_attn.dual_attn(q, pages, pages, table, None, None, empty_rows(Layout(1, 1), "cpu"), 1.0, q)

@@ -27,6 +27,8 @@ struct Rows {
   int32_t num_groups;
   int32_t num_groups_ar;
   int32_t max_group_rows;      // no group has more rows than this
+  int32_t blocks_per_seq;      // so many consecutive diffusion groups, of max_group_rows rows each, share a sequence;
+                               // 1: nothing is known
 };
 
 // Positions of a page.
