@@ -120,7 +120,7 @@ PASSES = {
 def test_dual_attn(name, host):
     if name.startswith("prompt"):
         host.num_sms = 8  # as a long prompt: more units than SMs
-    Pass(HEADS, PASSES[name], "cpu").run()
+    Pass(HEADS, PASSES[name], "cpu", blocks_per_seq=4 if name == "one-pass" else 1).run()
 
 
 @pytest.mark.parametrize("name", ["1-rows", "64-rows"])
