@@ -131,9 +131,9 @@ class Acceptance:
         def compare(ratio: Ratio, hits, trials, base_hits, base_trials) -> None:
             share = renewed / np.maximum(trials + base_trials, TINY)
             got, expected = share * hits * base_trials, share * base_hits * trials
-            ratio.observe(got @ self._in_group, expected @ self._in_group, cycles)
+            ratio.observe(product(got, self._in_group), product(expected, self._in_group), cycles)
 
-        compare(self._shape, hits, trials, self._others @ hits, self._others @ like_level)
+        compare(self._shape, hits, trials, product(self._others, hits), product(self._others, like_level))
         compare(self._level, hits.sum(0), like_level.sum(0), self._hits[0], self._trials[0])
 
     @ignoring_underflow
@@ -157,8 +157,9 @@ class Acceptance:
         told_hits = told * own_hits / np.maximum(own_trials * shape, TINY)
         two = worth(self._trials[0], level_doubt)
         two_hits = two * level * self._hits[0] / np.maximum(self._trials[0], TINY)
-        heard = np.concatenate([[told.sum(0)], self._others @ told + two])
-        heard_hits = np.concatenate([[told_hits.sum(0) / level], (self._others @ told_hits + two_hits) * shape])
+        others, others_hits = product(self._others, told), product(self._others, told_hits)
+        heard = np.concatenate([[told.sum(0)], others + two])
+        heard_hits = np.concatenate([[told_hits.sum(0) / level], (others_hits + two_hits) * shape])
         borrowed = worth(heard, np.concatenate([[level_doubt], shape_doubt]))
         rate = np.minimum(1.0, hope * heard_hits / np.maximum(heard, TINY))
         hits = (self._hits + borrowed * rate).tolist()
@@ -236,6 +237,11 @@ def _cycles(accepted: list[float], squares: list[float], block: int, length: flo
     for n in range(block, len(cycles)):
         cycles[n] = 1.0 + chance @ cycles[n - block : n]
     return fills + float(np.interp(left + block - 1, np.arange(len(cycles)), cycles))
+
+
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """``a @ b`` without the BLAS, which ends the process where there is no memory for its buffer."""
+    return np.einsum("...j,jk->...k", a, b)
 
 
 def prior_quality(fan_out: int) -> tuple[float, ...]:

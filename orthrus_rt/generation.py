@@ -154,9 +154,13 @@ class Generation(Rounds):
 
         Mode and block length belong to the whole batch: whoever finds the engine idle sets them.
         """
-        thread = threading.get_ident()
+        thread, queued = threading.get_ident(), True
         try:
-            self._enqueue(requests, plan)
+            try:
+                self._enqueue(requests, plan)
+            except Taken:  # by another thread's call
+                queued = False
+                raise
             left = deque(requests)
             while left:
                 if left[0].finish_reason is not None:
@@ -166,7 +170,7 @@ class Generation(Rounds):
                     thread = threading.get_ident()
                     yield
         finally:
-            if not self.closed:
+            if queued and not self.closed:
                 self.dropped.append(requests)  # whatever strikes from here on, the next call aborts them
                 # A stream may be collected anywhere: inside a call, or in another thread, whose turn it is not.
                 if threading.get_ident() == thread:

@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -28,6 +30,27 @@ def test_censored_observations_say_nothing_beyond_them():
     assert survival[3] / survival[2] == pytest.approx(survival[2] / survival[1], rel=1e-2)
     assert short.accepted()[0][:4] == pytest.approx(long.accepted()[0][:4])
     assert long.accepted()[0][15] < 3.1
+
+
+WITHOUT_MEMORY = """
+import resource
+from orthrus_rt.acceptance import Acceptance, Outcome
+from orthrus_rt.policy import candidate_plans
+
+plans = candidate_plans(16)
+taught = Acceptance(15, {plan.fan_out for plan in plans})
+size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) << 10
+resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
+for plan in plans:
+    taught.observe(plan, [[Outcome(3, 2)]])
+print(taught.tokens(plans)[plans[-1]] > 1)
+"""
+
+
+def test_no_memory_for_a_blas():
+    """NumPy's matrix products map a buffer at the first of them, and end the process where they get none."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_observing_one_mode_informs_the_other():

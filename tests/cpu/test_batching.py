@@ -330,14 +330,15 @@ def test_calls_from_two_threads_are_refused(folder):
     worker = threading.Thread(target=lambda: engine.generate([1, 2], SamplingParams(max_new_tokens=2)))
     worker.start()
     assert inside.wait(60)
-    for call in (engine.step, engine.explain, engine.memory_report):
+    for call in (engine.step, engine.explain, engine.memory_report, partial(engine.generate, [3, 4])):
         try:
             call()
         except RuntimeError as error:
             errors.append(str(error))
+    assert not engine.dropped  # of what was never queued, were it asked a thousand times
     leave.set()
     worker.join()
-    assert errors == ["this engine is in use by another thread; share it through orthrus_rt.AsyncEngine"] * 3
+    assert errors == ["this engine is in use by another thread; share it through orthrus_rt.AsyncEngine"] * 4
 
 
 def test_submit_validates_now(folder):
