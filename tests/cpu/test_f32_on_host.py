@@ -94,11 +94,28 @@ def test_row_linear_refuses(name, values, monkeypatch):
     assert errors == [INVALID, INVALID]
 
 
+def test_row_linear_of_nothing_and_of_too_much(monkeypatch):
+    """Neither launches anything: no rows, no outputs, more tiles than a grid has blocks."""
+    errors = []
+
+    def launch(op, params, device):
+        params = as_ctypes(params)
+        for params.num_rows, params.out_features in ((0, 5), (19, 0), (1 << 30, 1 << 16)):
+            params.num_rows_ar = params.num_rows
+            errors.append(library().row_linear_f32(ctypes.byref(params)))
+
+    monkeypatch.setattr(native, "_launch", launch)
+    out = linear(tensor(19, 16), tensor(5, 16))
+    assert errors == [0, 0, INVALID]
+    assert bool(out.isnan().all())
+
+
 def test_row_linear_rows_do_not_depend_on_company():
     weight, diff = tensor(150, 70, seed=1), tensor(150, 70, seed=2)
     x = tensor(45, 70, seed=3)
     want, want_diff = linear(x, weight), linear(x, diff)
     assert torch.equal(linear(x[17:18], weight)[0], want[17])
+    assert torch.equal(linear(x, weight, num_rows_ar=7), want)
     for split in (0, 1, 16, 20, 45):
         got = linear(x, weight, diff=diff, num_rows_ar=split)
         assert torch.equal(got[:split], want[:split])

@@ -47,7 +47,7 @@ int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads,
   auto& shared = cuda_host::dynamic_shared;
   static const void* poisoned = std::memset(shared, kPoison, sizeof(shared));
   (void)poisoned;
-  if (smem_bytes > cuda_host::kMaxSharedBytes || cluster > cuda_host::kMaxCluster || grid.x % cluster)
+  if (smem_bytes > cuda_host::kMaxSharedBytes || cluster > cuda_host::kMaxCluster || grid.x % cluster || grid.x == 0)
     return cudaErrorInvalidValue;
   cuda_host::shared_bytes = smem_bytes;
   const int64_t rest_bytes = sizeof(*shared) - smem_bytes;
