@@ -62,10 +62,10 @@ def test_qkv_commit_64_bit_offsets():
 INVALID, MISALIGNED = 1, 716  # cudaErrorInvalidValue, cudaErrorMisalignedAddress
 
 
-def shifted(tensor):
-    """The same values, one element behind a multiple of 16 bytes."""
-    buffer = torch.empty(tensor.numel() + 16 + 1, dtype=tensor.dtype)
-    first = -buffer.data_ptr() // tensor.element_size() % 16 + 1
+def shifted(tensor, by=1):
+    """The same values, ``by`` elements behind a multiple of 16 bytes."""
+    buffer = torch.empty(tensor.numel() + 16 + by, dtype=tensor.dtype)
+    first = -buffer.data_ptr() // tensor.element_size() % 16 + by
     return buffer[first:][: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 

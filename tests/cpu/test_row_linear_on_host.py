@@ -173,6 +173,19 @@ def test_epilogues_at_every_width(epilogue):
             assert torch.equal(got, all_rows[:rows]), rows
 
 
+@pytest.mark.parametrize("epilogue", ["none", "residual", "logits"])
+@pytest.mark.parametrize("n", [33, 34, 36])
+def test_rows_that_are_not_aligned(n, epilogue):
+    """Neither to 16 bytes nor, of fewer outputs, to 8: they have the same bits as of a weight of whole rows."""
+    plain, x, residual = tensor(64, 64, seed=1), tensor(20, 64, seed=2), tensor(20, 64, seed=3)
+
+    def some(outputs):
+        of = residual[:, :outputs].contiguous() if epilogue == "residual" else None
+        return run(x, plain[:outputs], epilogue, residual=of)
+
+    assert torch.equal(some(n), some(64)[:, :n])
+
+
 BOTH = [(1, 0), (20, 0), (20, 20), (21, 1), (50, 32), (150, 70), (200, 30), (200, 170), (280, 140)]
 WHOLE, CUT = (512, 128, 5), (1024, 128, 5)
 
@@ -215,7 +228,7 @@ ARGMAX = [(64, 512, 3), (128, 37, 4), (64, 1001, 5), (64, 3136, 6), (64, 3180, 6
 def test_argmax(shape, rows):
     k, n, sms = shape
     plain, x = tensor(n, k, seed=1), tensor(rows, k, seed=2)
-    plain[n // 2 :: 7] = plain[n // 3]
+    plain[n // 2 :: 7] = plain[n // 3 + 1] = plain[n // 3]  # the first two are of one thread
     plain[n // 5] = torch.nan
     x[1:][-1:] = torch.nan
     x[0] = plain[n // 3]
@@ -229,7 +242,9 @@ def test_argmax(shape, rows):
     assert torch.equal(best.long(), (logits == top).int().argmax(1))
     assert best[0] == n // 3
     if rows > 1:
-        assert bool((value[-1] == -torch.inf).all() and (index[-1].diff() > 0).all() and index[-1, 0] == 0)
+        first = index[-1]  # where each run begins: no other row finds its best ahead of it, or in the next run
+        assert bool((value[-1] == -torch.inf).all() and first[0] == 0)
+        assert bool((index >= first).all() and (index[:, :-1] < first[1:]).all() and (first[1:] < n).all())
 
 
 @pytest.mark.parametrize("shape", [(64, 37, 3), (128, 1001, 4), (64, 3180, 6)])
@@ -247,8 +262,18 @@ SMS = [1, 2, 5, 7, 60, 78, 108, 114, 132, 142, 148, 188]
 
 
 def test_every_unit_has_one_owner_and_every_partial_sum_a_place():
-    for case in itertools.product(INS, OUTS, (False, True), SMS):
+    beyond_32_bits = (64 * 24000, 64 * 1131, False, 188)
+    for case in (*itertools.product(INS, OUTS, (False, True), SMS), beyond_32_bits):
         assert library().row_linear_plan_error(*case) is None, case
+
+
+def test_shapes_are_cut_as_they_say():
+    """Else no test folds, and no SM beyond the tiles' number has anything to do."""
+    shared = {WHOLE: 1, CUT: 3, CUT_PAIRS: 2, CUT_IN_3: 3, CUT_IN_6: 6, CUT_IN_11: 11}
+    shared |= {(3072, 64, 8): 8, (1024, 192, 5): 3, (512, 192, 4): 2}
+    # As little idle time and as few units as leave tiles whole, and a little more.
+    shared |= {(512, 6144, 5): 1, (512, 6016, 5): 2, (704, 64, 2): 1, (768, 64, 2): 2}
+    assert {shape: library().row_linear_most_sharers(*shape) for shape in shared} == shared
 
 
 def test_reciprocals_divide_exactly():
@@ -265,21 +290,52 @@ def test_a_reused_workspace():
         assert torch.equal(run(x, plain, space=space), want)
 
 
-def test_no_rows():
+def test_without_another_view_all_rows_have_the_one_weight():
+    plain, x = tensor(64, 64, seed=1), tensor(20, 64, seed=2)
+    for ar in (0, 7):
+        assert torch.equal(run(x, plain, num_rows_ar=ar), run(x, plain))
+
+
+def test_no_rows_and_no_outputs(monkeypatch):
     assert run(tensor(0, 64), tensor(64, 64)).shape == (0, 64)
+    errors = []
+
+    def launch(op, params, device):
+        params = as_ctypes(params)
+        params.out_features = 0
+        errors.append(library().row_linear(ctypes.byref(params), 0, 5))
+
+    monkeypatch.setattr(native, "_launch", launch)
+    run(tensor(3, 64), tensor(64, 64))
+    assert errors == [0]
 
 
-def test_what_is_not_aligned_is_refused(host):
+@pytest.mark.parametrize("n", [128, 132])
+def test_what_is_not_aligned_is_refused(n, host):
     """On a device such an access would end the context."""
     host.num_sms = 5
-    weight, residual = pack(tensor(128, 1024, seed=1)), tensor(3, 128)
-    tensors = dict(x=tensor(3, 1024), out=torch.empty_like(residual), workspace=workspace(3, 1024, 128, 5))
+    weight, residual = pack(tensor(n, 1024, seed=1)), tensor(3, n)
+    tensors = dict(x=tensor(3, 1024), out=torch.empty_like(residual), workspace=workspace(3, 1024, n, 5))
     given = tensors | dict(residual=residual, weight=weight, weight_diff=weight, next_weight=weight)
     native.row_linear(**given, num_rows_ar=1, epilogue="residual")
     for name, value in given.items():
-        moved = dataclasses.replace(value, data=shifted(value.data)) if value is weight else shifted(value)
-        with pytest.raises(AssertionError, match=f"row_linear returned {MISALIGNED}"):
-            native.row_linear(**given | {name: moved}, num_rows_ar=1, epilogue="residual")
+        data = value.data if value is weight else value
+        for by in (1, 8 // data.element_size()):
+            moved = shifted(data, by)
+            moved = dataclasses.replace(value, data=moved) if value is weight else moved
+            with pytest.raises(AssertionError, match=f"row_linear returned {MISALIGNED}"):
+                native.row_linear(**given | {name: moved}, num_rows_ar=1, epilogue="residual")
+
+
+@pytest.mark.parametrize("n", [37, 130])
+def test_rows_of_odd_widths_may_lie_anywhere(n, host):
+    host.num_sms = 5
+    weight, x, residual, out = pack(tensor(n, 64, seed=1)), tensor(3, 64), tensor(3, n), torch.empty(3, n).bfloat16()
+    tensors = dict(x=x, weight=weight, workspace=workspace(3, 64, n, 5), epilogue="residual")
+    native.row_linear(**tensors, residual=residual, out=out)
+    moved = shifted(torch.zeros_like(out))
+    native.row_linear(**tensors, residual=shifted(residual), out=moved)
+    assert torch.equal(moved, out)
 
 
 REFUSED = dict(in_features=(0, 96), num_rows_ar=(-1, 4), workspace_bytes=(COUNTERS,), num_partials=(1, 3))
@@ -299,6 +355,26 @@ def test_what_the_kernels_do_not_take_is_refused(name, monkeypatch):
     monkeypatch.setattr(native, "_launch", launch)
     run(tensor(3, 1024), tensor(128, 1024), "argmax" if name == "num_partials" else "none")
     assert errors == [INVALID] * len(REFUSED[name])
+
+
+@pytest.mark.parametrize(("rows", "ar"), [(3, 3), (24, 24), (24, 0), (34, 17)])
+def test_a_workspace_that_does_not_hold_every_sum_is_refused(rows, ar, monkeypatch):
+    """A byte less than the sums of AR rows, and of diffusion rows if there are any, in tiles of 16 rows or of 32: what
+    lies behind is somebody else's.
+    """
+    k, n, sms = CUT
+    views = 2 if ar < rows else 1
+    need = COUNTERS + (library().row_linear_workspace(max(ar, rows - ar), k, n, sms) - COUNTERS) // 2 * views
+    errors = []
+
+    def launch(op, params, device):
+        params = as_ctypes(params)
+        for params.workspace_bytes in (need - 1, need):
+            errors.append(library().row_linear(ctypes.byref(params), 0, sms))
+
+    monkeypatch.setattr(native, "_launch", launch)
+    run(tensor(rows, k), tensor(n, k), diff=tensor(n, k), num_rows_ar=ar, sms=sms)
+    assert errors == [INVALID, 0]
 
 
 @pytest.mark.parametrize(
@@ -323,3 +399,20 @@ def test_the_next_weights_beginning_is_brought_to_l2(shape, rows, ar, isa):
         assert library().row_linear_prefetches() == before + brought
         ctas = 0 if isa.endswith("sm80") or rows > 160 else library().row_linear_grid(k, n, sms)
         assert brought == library().row_linear_next_prefetch(ctas, next_k, next_n, sms, next_weight.coded)
+
+
+@pytest.mark.parametrize("shape", [(4096, 192, 5), (1024, 3200, 7)])
+def test_a_weight_is_brought_to_l2_ahead_of_its_loads(shape, isa):
+    """Each block once, but for those that fill a CTA's stages at once, its first."""
+    k, n, sms = shape
+    plain = tensor(n, k, seed=1)
+    run(tensor(1, k, seed=2), plain, sms=sms)
+    weight = packed(plain, False, os.environ["ORTHRUS_CUDA_CODED"])  # as run had it
+    begin, height = weight.data.data_ptr(), 1 if n < 3072 else 2
+    first, brought = (
+        library().row_linear_prefetched(ctypes.c_void_p(begin), ctypes.c_void_p(begin + size), weight.coded)
+        for size in (1, weight.nbytes)
+    )
+    assert first == 0 and brought == library().row_linear_prefetches()
+    stages, rest = divmod(k * n // 64**2 - brought, sms * height)
+    assert brought == 0 if isa.endswith("sm80") else rest == 0 and 3 <= stages <= 16

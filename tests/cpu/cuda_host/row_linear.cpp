@@ -66,6 +66,13 @@ int64_t row_linear_next_prefetch(int ctas, int in_features, int out_features, in
                (plan.range_begin(cta + 1) - plan.range_begin(cta)) * plan.blocks_per_tile);
   return sum;
 }
+// The most CTAs that share a tile: 1 where none is cut.
+int row_linear_most_sharers(int in_features, int out_features, int num_sms) {
+  const auto plan = orthrus::cuda::make_plan(in_features, out_features, false, num_sms);
+  int most = 1;
+  for (int tile = 0; plan.split && tile < plan.tiles; ++tile) most = max(most, plan.sharers(tile).count);
+  return most;
+}
 int row_linear_grid(int in_features, int out_features, int num_sms) {
   return orthrus::cuda::make_plan(in_features, out_features, false, num_sms).grid;
 }

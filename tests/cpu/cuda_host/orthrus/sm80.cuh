@@ -15,10 +15,11 @@
 #define __host__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-struct float4 {
+// Aligned as on a device, lest the compiler read and write them where that would fault.
+struct alignas(16) float4 {
   float x, y, z, w;
 };
-struct uint4 {
+struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
