@@ -42,9 +42,8 @@ struct Stream {
       const int chunk = threadIdx.x + i * kThreads;
       if ((i + 1) * kThreads > chunks && chunk >= chunks) break;
       const int block = first_block + chunk / (kWeightBytes / 16);
-      const bool valid = block < args.plan.blocks;
-      const int64_t unit = static_cast<int64_t>(valid ? block : 0) * args.plan.k_blocks + kb;
-      copy16(base + chunk * 16, weight + unit * kWeightBytes + chunk % (kWeightBytes / 16) * 16, valid);
+      const int64_t unit = static_cast<int64_t>(block) * args.plan.k_blocks + kb;
+      copy16(base + chunk * 16, weight + unit * kWeightBytes + chunk % (kWeightBytes / 16) * 16, true);
     }
     const SharedAddress x_base = base + kBlocks * kWeightBytes;
 #pragma unroll
@@ -124,12 +123,11 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
   };
   if constexpr (kManyRows) {
     float sum[kTileRows / 2];
-    const int items = (plan.blocks + kBlocks - 1) / kBlocks * args.row_tiles;
+    const int items = plan.tiles * args.row_tiles;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
       enter(item % args.row_tiles);
-      stream.first_block = item / args.row_tiles * kBlocks;
-      const int block = stream.first_block + group;
-      const int tile = stream.first_block / plan.blocks_per_tile;
+      const int tile = item / args.row_tiles;
+      stream.first_block = tile * kBlocks;
       for (int kb = 0; kb < plan.k_blocks;) {
         const int end = plan.segment_end(tile, kb);
         stream.sum_segment(acc, kb, end);
@@ -137,9 +135,8 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
         for (int i = 0; i < kTileRows / 2; ++i) sum[i] = kb == 0 ? acc[i] : sum[i] + acc[i];
         kb = end;
       }
-      if (block < plan.blocks)
-        finish_block<kTileRows>(WholeSums<kTileRows>{sum}, args, block, stream.row_begin, stream.row_end, group,
-                                staging, nullptr);
+      finish_block<kTileRows>(WholeSums<kTileRows>{sum}, args, stream.first_block + group, stream.row_begin,
+                              stream.row_end, group, staging, nullptr);
     }
   } else {
     const bool argmax = args.p.epilogue == Epilogue::kArgmax;
@@ -178,7 +175,7 @@ int launch_variant(const RowLinearArgs& args, void* stream, const DeviceInfo& de
   using S = Stream<kTileRows, kManyRows, kBlocks, kCoded>;
   static_assert(S::kStages >= 3);
   constexpr int kShared = S::kStages * S::kStageBytes + S::kFixedBytes;
-  const int items = (args.plan.blocks + kBlocks - 1) / kBlocks * args.row_tiles;
+  const int items = args.plan.tiles * args.row_tiles;
   const int grid = kManyRows ? (items < device.num_sms ? items : device.num_sms) : args.plan.grid;
   const auto kernel = row_linear_mma<kTileRows, kManyRows, kBlocks, kCoded>;
   return launch(kernel, args, grid, S::kThreads, kShared, stream, device);
