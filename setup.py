@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 from find_nvcc import find_nvcc  # noqa: E402
 
+sys.path.pop(0)
+
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext):

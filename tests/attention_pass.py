@@ -251,16 +251,25 @@ def check_a_nan_key_spoils_those_who_see_it_alone(make):
     assert dirty[verify][10:].isnan().all() and dirty[behind].isnan().all() and dirty[own].isnan().all()
 
 
+# Sequences, blocks of each, rows of a block: few enough to be split on a card of 108 SMs.
+SHARED_BLOCKS = [(1, 8, 16), (3, 4, 5), (2, 3, 32), (1, 2, 70), (1, 5, 1), (5, 6, 2)]
+
+
 def check_blocks_read_their_sequence_together(make, slots, blocks, n):
-    """Blocks of ``n`` rows, the last of each sequence cut short, taken one by one or all of a sequence at once."""
-    groups = [ar(s, 90 * s + 40, n) for s in range(slots)]
+    """Blocks of ``n`` rows, the last of each sequence cut short, taken one by one or all of a sequence at once. They
+    begin on both sides of where a split does.
+    """
+    groups, starts = [ar(s, 64 * s + 119, n) for s in range(slots)], range(120, 120 + 5 * blocks, 5)
     for s in range(slots):
-        groups += [diff(s, 90 * s + 41 + min(3 * b, n), n, invalid=n // 3 * (b == blocks - 1)) for b in range(blocks)]
+        groups += [diff(s, 64 * s + at, n, invalid=n // 3 * (at == starts[-1])) for at in starts]
     together, apart = make(groups, blocks_per_seq=blocks), make(groups)
     want = apart.run()
     assert_close(want, apart.expected())
-    assert torch.equal(together.run(), want)
+    out, workspace = torch.full_like(want, torch.nan), together.workspace()
+    together.call(out, workspace)
+    assert torch.equal(out, want)
+    assert workspace.any()  # by splits, as those that fold at once take blocks one by one
     assert torch.equal(together.run(split=False), want)
     for case in (together, apart):
-        spoil_keys(case, [42])
+        spoil_keys(case, [124])
     assert torch.equal(together.run().nan_to_num(7), apart.run().nan_to_num(7))

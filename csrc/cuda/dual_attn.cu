@@ -33,12 +33,18 @@ int64_t workspace_bytes(int num_rows, int num_heads_q, int head_dim, int max_seq
   return partial_heads(num_rows, num_heads_q, max_seq_len) * head_bytes;
 }
 
+// Beside a unit of the Schedule's own.
 template <typename V>
-int launch_split(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
+int split_smem_bytes(int num_units) {
   constexpr int kUnitBytes = sizeof(QueryUnit) + sizeof(int), kFixedBytes = V::kSmemBytes + sizeof(Schedule);
   static_assert(kFixedBytes + kMaxUnits * kUnitBytes <= 99 * 1024);
-  const int smem = kFixedBytes + a.num_units * kUnitBytes;  // and a unit of the Schedule's own
-  const int64_t tiles = static_cast<int64_t>(a.num_units) * a.num_splits + a.num_block_tiles;
+  return kFixedBytes + num_units * kUnitBytes;
+}
+
+template <typename V>
+int launch_split(const DualAttnLaunch& a, void* stream, const DeviceInfo& device) {
+  const int smem = split_smem_bytes<V>(a.num_units);
+  const int64_t tiles = static_cast<int64_t>(a.num_units) * max(a.num_splits, 1) + a.num_block_tiles;
   const int64_t items = tiles * a.p.kv.num_heads_kv;
   int per_sm = 0;
   int error = occupancy(dual_attn_split_kernel<V>, V::kThreads, smem, &per_sm);
@@ -85,14 +91,16 @@ int fits_twice(DualAttnLaunch a, const DeviceInfo& device, bool* two_per_sm) {
   return error;
 }
 
+int tile_of(int tall) { return tall <= 16 ? 16 : tall <= 64 ? 64 : 128; }
+
 template <int kHeadDim>
 int run(DualAttnLaunch a, void* stream) {
+  using Shared = Variant<kHeadDim, 4, 1, false, 4>;
+  using Low = Variant<kHeadDim, 4, 1, false>;
+  using Tall = Variant<kHeadDim, 4, 2, false>;
   const DeviceInfo device = device_info();
-  const bool diffusion = a.p.rows.num_groups > a.p.rows.num_groups_ar;
-  const int together = diffusion ? a.p.rows.blocks_per_seq : 1;
-  const int tall = a.p.rows.max_group_rows * together * a.heads_per_kv;
-  const int tile_m = tall <= 16 ? 16 : tall <= 64 ? 64 : 128;
-  cut_into_units(a, tile_m, together);
+  const int tall = a.p.rows.max_group_rows * a.heads_per_kv, tile_m = tile_of(tall);
+  cut_into_units(a, tile_m, 1);
   // An upper bound of the units that hold rows: a padded prefill has many that do not.
   const int busy = min(a.num_units, a.p.rows.num_rows * a.heads_per_kv / tile_m + a.p.rows.num_groups);
   const int64_t pairs = static_cast<int64_t>(busy) * a.p.kv.num_heads_kv;
@@ -100,7 +108,23 @@ int run(DualAttnLaunch a, void* stream) {
   // may differ in length, so that only many of them balance without being split. (The thresholds are estimates.)
   const bool enough = a.units_per_group > 1 ? 4 * pairs >= 3 * device.num_sms : pairs >= 4 * device.num_sms;
   const int64_t needed = workspace_bytes(a.p.rows.num_rows, a.p.num_heads_q, kHeadDim, a.p.max_seq_len);
-  if (enough || a.num_units > kMaxUnits || !a.p.workspace || a.p.workspace_bytes < needed) {
+  bool split = !enough && a.p.workspace && a.p.workspace_bytes >= needed;
+  int split_tile = tile_m;
+  if (split) {
+    // Blocks of a sequence share what they read of it: in low tiles where an SM has room for one tall one, as an A100
+    // has with head_dim 128, and nothing would be computed while that waits.
+    const int together = a.p.rows.num_groups > a.p.rows.num_groups_ar ? a.p.rows.blocks_per_seq : 1;
+    split_tile = tile_of(tall * together);
+    if (split_tile > 64 && tile_m <= 64) {
+      int per_sm = 0;
+      const int smem = split_smem_bytes<Tall>(kMaxUnits);
+      if (const int error = occupancy(dual_attn_split_kernel<Tall>, Tall::kThreads, smem, &per_sm)) return error;
+      if (per_sm < 2) split_tile = 64;
+    }
+    cut_into_units(a, split_tile, together);
+    split = a.num_units <= kMaxUnits;
+  }
+  if (!split) {
     // The warps of a CTA multiply, or compute probabilities, all at the same time: two CTAs on an SM do both. (By SASS
     // and guessed latencies; not measured.)
     using Half = Variant<kHeadDim, 4, kHeadDim == 64 ? 2 : 1, true>;
@@ -112,9 +136,9 @@ int run(DualAttnLaunch a, void* stream) {
   a.partial = static_cast<float*>(a.p.workspace);
   a.partial_state = reinterpret_cast<float2*>(
       a.partial + partial_heads(a.p.rows.num_rows, a.p.num_heads_q, a.p.max_seq_len) * kHeadDim);
-  if (tall <= 16) return launch_split<Variant<kHeadDim, 4, 1, false, 4>>(a, stream, device);
-  if (tall <= 64) return launch_split<Variant<kHeadDim, 4, 1, false>>(a, stream, device);
-  return launch_split<Variant<kHeadDim, 4, 2, false>>(a, stream, device);
+  if (split_tile == 16) return launch_split<Shared>(a, stream, device);
+  if (split_tile == 64) return launch_split<Low>(a, stream, device);
+  return launch_split<Tall>(a, stream, device);
 }
 
 }  // namespace
@@ -130,7 +154,7 @@ int dual_attn(const DualAttnParams& p, void* stream) {
   if (!aligned(16, p.q, p.kv.k_pages, p.kv.v_pages, p.scratch_k, p.scratch_v, p.workspace) || !aligned(4, p.out))
     return cudaErrorMisalignedAddress;
   if (p.kv.num_heads_kv <= 0 || p.num_heads_q < p.kv.num_heads_kv || p.rows.max_group_rows <= 0 ||
-      p.rows.blocks_per_seq <= 0)
+      p.rows.blocks_per_seq <= 0 || (p.rows.num_groups - p.rows.num_groups_ar) % p.rows.blocks_per_seq)
     return cudaErrorInvalidValue;
   DualAttnLaunch a{};
   a.p = p;

@@ -161,8 +161,8 @@ __device__ __forceinline__ void load8(float (&v)[8], const float* tile_row, uint
   *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(tile_row + staged_at(feature + 4));
 }
 
-// 8 consecutive outputs of a row that is aligned, or up to 8, which are added to `residual` if there is one. No model has
-// rows that are not aligned: they may be slow, but must not take registers.
+// 8 consecutive outputs of a row that is aligned, or up to 8, which are added to `residual` if there is one. No model
+// has rows that are not aligned: they may be slow, but must not take registers.
 __device__ __forceinline__ void store_bf16(bf16_t* out, const float (&v)[8], int count, bool aligned,
                                            const bf16_t* residual) {
   if (aligned) {

@@ -40,7 +40,7 @@ from orthrus_rt.policy import candidate_plans
 plans = candidate_plans(16)
 taught = Acceptance(15, {plan.fan_out for plan in plans})
 size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) << 10
-resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (size + (8 << 20), resource.RLIM_INFINITY))
 for plan in plans:
     taught.observe(plan, [[Outcome(3, 2)]])
 print(taught.tokens(plans)[plans[-1]] > 1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.attention_pass import (
+    SHARED_BLOCKS,
     SPOIL,
     Heads,
     Pass,
@@ -85,9 +86,12 @@ def test_many_units(groups, num_sms, host):
 
 @pytest.mark.usefixtures("both_orders")
 @pytest.mark.parametrize("heads", [Heads(3, 1, 64), Heads(8, 2, 128)], ids=str)
-@pytest.mark.parametrize("slots, blocks, n", [(1, 8, 16), (3, 4, 5), (2, 3, 32), (2, 2, 70), (1, 5, 1), (20, 6, 2)])
+@pytest.mark.parametrize("slots, blocks, n", SHARED_BLOCKS)
 def test_blocks_read_their_sequence_together(heads, slots, blocks, n, host):
-    for host.num_sms in (1000, 25 if slots > 3 else 4):  # so few that CTAs take several turns, not that they fold
+    tall = n * heads.q // heads.kv
+    pairs = slots * (1 + blocks) * -(-tall // 128) * heads.kv
+    few = pairs * 4 // 3 + 1 if tall > 128 else pairs // 4 + 1
+    for host.num_sms in (1000, few):  # so few that CTAs take several turns, not that they fold
         check_blocks_read_their_sequence_together(functools.partial(HostPass, heads), slots, blocks, n)
 
 

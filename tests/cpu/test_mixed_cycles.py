@@ -177,7 +177,7 @@ def test_without_memory_a_newcomer_ends_alone(make, monkeypatch):
 
 def test_rows_of_prompts_before_a_cycles_own():
     """Groups and positions of all, and of both parts; a load leaves nothing of the one before."""
-    shape, own = PrefillShape(rows=8, groups=3, tallest=5, chosen=2, scored=False), Layout(2, 2, 1, 3)
+    shape, own = PrefillShape(rows=8, groups=3, tallest=5, chosen=2, scored=False), Layout(2, 2, 2, 3, 2)
     this = PromptRows(shape, "cpu", own, [0, 1, 4])
     this.own.position.fill_(7)
     this.load([([5, 6, 7], 10, 1), ([8, 9], 0, 0)], [2, 4])
@@ -185,11 +185,12 @@ def test_rows_of_prompts_before_a_cycles_own():
     assert rows.token[:8].tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
     assert rows.position[:8].tolist() == [10, 11, 12, 0, 1, -1, -1, -1]
     assert rows.prefix_len[:8].tolist() == [11, 12, 13, 1, 2, 0, 0, 0] and rows.seq[:5].tolist() == [1, 1, 1, 0, 0]
-    assert rows.group_start.tolist() == [0, 3, 5, 8, 10, 12, 15]
-    assert (rows.num_rows_ar, rows.num_groups_ar, rows.num_rows_diff, rows.max_group_rows) == (12, 5, 3, 5)
+    assert rows.group_start.tolist() == [0, 3, 5, 8, 10, 12, 15, 18]
+    assert (rows.num_rows_ar, rows.num_groups_ar, rows.num_rows_diff, rows.max_group_rows) == (12, 5, 6, 5)
     assert prompts.group_start.tolist() == [0, 3, 5, 8] and prompts.num_rows_ar == prompts.num_rows == 8
-    assert mine is this.own and mine.group_start.tolist() == [0, 2, 4, 7] and mine.num_rows_diff == 3
-    assert mine.position.tolist() == [-1] * 7  # to be staged anew
+    assert mine is this.own and mine.group_start.tolist() == [0, 2, 4, 7, 10] and mine.num_rows_diff == 6
+    assert (prompts.blocks_per_seq, mine.blocks_per_seq) == (1, 2)
+    assert mine.position.tolist() == [-1] * 10  # to be staged anew
     assert this.logit_rows.tolist() == [8, 9, 12, 2, 4]
     this.load([([1], 0, 2)], [0])
     assert rows.position[:8].tolist() == [0] + [-1] * 7 and rows.group_start[:4].tolist() == [0, 1, 1, 8]

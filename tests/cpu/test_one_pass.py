@@ -132,6 +132,8 @@ def test_the_tokens_of_ar(tiny, draft_len, fan_out):
     assert out.token_ids == want
     assert (s.mode, s.block_len, s.fan_out, s.passes) == ("one_pass", draft_len + 1, fan_out, s.cycles)
     assert sum(s.accepted) == s.cycles == 59  # random weights: only a block's first draft ever holds
+    cycle = tiny.runner.cycle(CyclePlan("one_pass", draft_len + 1, fan_out), 1)
+    assert cycle.passes[-1].rows.blocks_per_seq == fan_out  # which a GPU may read the cache for at once
 
 
 def test_any_plan_may_follow_any_other(tiny):

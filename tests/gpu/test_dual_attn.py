@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.attention_pass import (
+    SHARED_BLOCKS,
     SPOIL,
     Heads,
     Pass,
@@ -157,7 +158,7 @@ def test_graph_replay_reads_lengths_on_the_device(split):
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("slots, blocks, n", [(1, 8, 16), (3, 4, 5), (2, 3, 32), (2, 2, 70), (1, 5, 1), (20, 6, 2)])
+@pytest.mark.parametrize("slots, blocks, n", SHARED_BLOCKS)
 def test_blocks_read_their_sequence_together(heads, slots, blocks, n):
     check_blocks_read_their_sequence_together(functools.partial(Pass, heads), slots, blocks, n)
 
