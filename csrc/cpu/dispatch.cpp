@@ -167,7 +167,7 @@ void check_groups(const Rows& rows) {
     }
   }
   if (rows.blocks_per_seq <= 1 || rows.num_rows == 0) return;
-  for (int32_t group = rows.num_groups_ar; group < rows.num_groups; ++group) {  // of as many rows each, if they share
+  for (int32_t group = rows.num_groups_ar; group < rows.num_groups; ++group) {  // as tall each, says checks.py
     const int32_t first = group - (group - rows.num_groups_ar) % rows.blocks_per_seq;
     const int32_t seq = rows.seq[rows.group_start[group]], wanted = rows.seq[rows.group_start[first]];
     if (seq == wanted) continue;

@@ -33,7 +33,7 @@ int64_t workspace_bytes(int num_rows, int num_heads_q, int head_dim, int max_seq
   return partial_heads(num_rows, num_heads_q, max_seq_len) * head_bytes;
 }
 
-// Beside a unit of the Schedule's own.
+// The Schedule itself has room for one unit: that of an item that is a block.
 template <typename V>
 int split_smem_bytes(int num_units) {
   constexpr int kUnitBytes = sizeof(QueryUnit) + sizeof(int), kFixedBytes = V::kSmemBytes + sizeof(Schedule);
