@@ -29,7 +29,8 @@ PREFILL_CHUNK = 512  # prompt tokens per pass, of one prompt or of several
 # The same where sequences decode beside it, by device: their next tokens wait for that pass. A CPU computes every row,
 # so that fewer hold them up for less, and a prompt for little longer (bench_long_prompt); to a GPU rows are cheap.
 CHUNK_BESIDE = {"cpu": 128, "cuda": PREFILL_CHUNK}
-# Of passes and cycles with prompts. An `auto` of 32 slots comes upon some 120 shapes, and recording stops the device.
+# Of cycles, and of passes and cycles with prompts: on a GPU each is a graph. An `auto` of 32 slots comes upon some 120
+# shapes of the latter, and recording stops the device.
 MAX_RECORDINGS = 256
 
 
@@ -54,10 +55,10 @@ class Runner:
         self.state = replace(state, **results.views)
         self.sampling = SlotSampling.allocate(num_slots, model.device)
         self.stopwatch = Stopwatch(model.device)
-        self._cycles: dict[tuple, Cycle] = {}
+        self._cycles: dict[tuple, Cycle] = {}  # those used last at the end, as in the other one
         # Not on the CPU, where every row of padding costs its arithmetic.
         self.pads_prefill = model.device.type == "cuda" and dispatch.row_invariant(model.device, model.dtype)
-        self._with_prompts: dict[tuple, PrefillPass | Cycle] = {}  # those used last at the end
+        self._with_prompts: dict[tuple, PrefillPass | Cycle] = {}
         self._room, self._knobs = (0, 0), KNOBS
         self.make_room(shapes)
 
@@ -110,9 +111,7 @@ class Runner:
                 )  # fmt: skip
 
         key = (plan, bucket, sampling is not None, sampling is not None and sampling.edits is not None)
-        if key not in self._cycles:
-            self._cycles[key] = build()
-        plain = self._cycles[key]
+        plain = _kept(self._cycles, key, build)
         return plain if shape is None else self._cached(shape, key, partial(build, plain=plain))
 
     @property
@@ -235,7 +234,7 @@ class Runner:
 
     def _cached(self, shape: PrefillShape, cycle: tuple, build):
         """``build(shape)``, of a ``cycle`` or of a pass by itself. Where passes with prompts are padded, the shape is
-        padded first and the MAX_RECORDINGS used last are kept.
+        padded first and the pass is kept.
         """
         if not self.pads_prefill:
             this = build(shape)
@@ -243,11 +242,7 @@ class Runner:
                 this.record()  # an op's Python runs three times as fast here as behind one that has swept the caches
             return this
         shape = shape.padded(self.most_prompt_rows, self.num_slots, in_cycle=bool(cycle))
-        key = (shape, *cycle)
-        self._with_prompts[key] = this = self._with_prompts.pop(key, None) or build(shape)
-        if len(self._with_prompts) > MAX_RECORDINGS:
-            del self._with_prompts[next(iter(self._with_prompts))]
-        return this
+        return _kept(self._with_prompts, (shape, *cycle), partial(build, shape))
 
     def warm_up_prefills(self, scored: bool = False) -> None:
         """Record, where that is done, passes of one prompt for every padded number of rows, which are invalid here;
@@ -301,3 +296,14 @@ class Runner:
             else:
                 cycle.run()
         self.flights.post(requests, plan, stretch if steady else None, policy)
+
+
+def _kept(built: dict, key: tuple, build):
+    """``built[key]``, or else ``build()``; of those built the MAX_RECORDINGS used last are kept. (A graph that still
+    runs goes when it is through.)
+    """
+    this = built.pop(key, None) or build()
+    if len(built) >= MAX_RECORDINGS:
+        del built[next(iter(built))]
+    built[key] = this
+    return this

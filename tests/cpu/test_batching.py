@@ -6,13 +6,14 @@ import dataclasses
 import random
 import threading
 import time
+import weakref
 from functools import partial
 
 import pytest
 import torch
 
 from orthrus_rt import dispatch
-from orthrus_rt.cycle_plan import batch_bucket, batch_buckets
+from orthrus_rt.cycle_plan import CyclePlan, batch_bucket, batch_buckets
 from orthrus_rt.sampling import SamplingParams
 from tests import engines
 from tests.engines import drain, take
@@ -418,6 +419,19 @@ def test_cycles_are_no_larger_than_who_runs_asks_for(folder):
         engine.generate([1, 2], SamplingParams(4, ignore_eos=True, **how))
     made = [(slots, scored, edited) for _, slots, scored, edited in engine.runner._cycles]
     assert made == [(1, False, False), (1, True, True), (1, True, False)]
+
+
+def test_cycles_that_callers_vary_are_not_all_kept(folder, monkeypatch):
+    """Those used last are, and what is recorded anew yields the same tokens in as many cycles."""
+    monkeypatch.setattr("orthrus_rt.runner.MAX_RECORDINGS", 3)
+    engine = make(folder, mode="two_pass")
+    params = SamplingParams(9, ignore_eos=True)
+    made = {n: weakref.ref(engine.runner.cycle(CyclePlan("two_pass", n + 1), 1)) for n in (1, 2, 3)}
+    outs = [engine.generate([1, 2], params, draft_len=n) for n in (1, 4, 5, 1, 6)]
+    assert [plan.block_len - 1 for plan, *_ in engine.runner._cycles] == [5, 1, 6]
+    assert [n for n, cycle in made.items() if cycle() is not None] == [1]
+    again = engine.generate([1, 2], params, draft_len=4)
+    assert again.token_ids == outs[0].token_ids == outs[1].token_ids and again.stats.cycles == outs[1].stats.cycles
 
 
 def test_cycles_that_draft_nothing_ahead_miss_nothing(folder):
