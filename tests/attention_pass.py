@@ -251,6 +251,27 @@ def check_a_nan_key_spoils_those_who_see_it_alone(make):
     assert dirty[verify][10:].isnan().all() and dirty[behind].isnan().all() and dirty[own].isnan().all()
 
 
+# By dtype, a second key's score, beside a first one's 0, and in that dtype its weight and the first one's share, for
+# which the weights' sum is not rounded.
+SECOND_KEY = {
+    torch.bfloat16: (-2.546875 / 4, 0.52734375, 0.65234375),  # of rounded ones 0.65625
+    torch.float16: (-2.32421875 / 4, 0.55908203125, 0.64111328125),  # of rounded ones 0.6416015625
+}
+
+
+def check_weights_are_rounded_for_their_products_alone(make):
+    """``make(groups)`` is a :class:`Pass` of one head, whose scale is a power of 2."""
+    case = make([ar(0, 1, 1)])
+    score, weight, share = SECOND_KEY[case.dtype]
+    case.q.zero_()[..., 0] = 1
+    keys, values = (pages[case.page_table[0, 0].long(), 0, :2] for pages in (case.k_pages, case.v_pages))
+    keys.zero_()[1, 0] = score / case.softmax_scale
+    values.zero_()
+    values[0, 0], values[1, 0], values[0, 1] = -weight, 1, 1
+    for split in (True, False):
+        assert case.run(split)[0, 0, :2].tolist() == [0, share]
+
+
 # Sequences, blocks of each, rows of a block: few enough to be split on a card of 108 SMs.
 SHARED_BLOCKS = [(1, 8, 16), (3, 4, 5), (2, 3, 32), (1, 2, 70), (1, 5, 1), (5, 6, 2)]
 

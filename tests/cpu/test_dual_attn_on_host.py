@@ -15,6 +15,7 @@ from tests.attention_pass import (
     check_blocks_read_their_sequence_together,
     check_maxima_that_rise_from_one_look_to_the_next,
     check_nan_outlives_the_splits,
+    check_weights_are_rounded_for_their_products_alone,
 )
 from tests.rows import ar, diff
 
@@ -158,6 +159,10 @@ def test_long_context_reaches_every_length_of_split():
 
 def test_maxima_that_rise_from_one_look_to_the_next():
     check_maxima_that_rise_from_one_look_to_the_next(lambda groups: HostPass(Heads(1, 1, 64), groups))
+
+
+def test_weights_are_rounded_for_their_products_alone():
+    check_weights_are_rounded_for_their_products_alone(lambda groups: HostPass(Heads(1, 1, 64), groups))
 
 
 def test_64_bit_offsets():

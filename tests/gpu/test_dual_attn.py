@@ -15,6 +15,7 @@ from tests.attention_pass import (
     check_blocks_read_their_sequence_together,
     check_maxima_that_rise_from_one_look_to_the_next,
     check_nan_outlives_the_splits,
+    check_weights_are_rounded_for_their_products_alone,
 )
 from tests.rows import ar, diff
 
@@ -114,6 +115,10 @@ def test_last_page_and_longest_context():
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_maxima_that_rise_from_one_look_to_the_next(head_dim):
     check_maxima_that_rise_from_one_look_to_the_next(lambda groups: Pass(Heads(1, 1, head_dim), groups))
+
+
+def test_weights_are_rounded_for_their_products_alone():
+    check_weights_are_rounded_for_their_products_alone(lambda groups: Pass(Heads(1, 1, 64), groups))
 
 
 def test_nothing_to_do():

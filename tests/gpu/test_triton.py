@@ -11,7 +11,7 @@ from orthrus_rt import reference
 from orthrus_rt.state import empty_partials, num_score_tiles
 from orthrus_rt.triton_kernels import count_tokens, embed, process_logits, rms_norm, sum_words
 from tests import large_logits
-from tests.attention_pass import Heads, assert_close
+from tests.attention_pass import Heads, assert_close, check_weights_are_rounded_for_their_products_alone
 from tests.logits_cases import (
     FILTERS,
     block_with_edits,
@@ -129,6 +129,10 @@ def test_dual_attn(name, heads):
     torch.cuda.synchronize()
     assert_close(got, case.expected())
     assert not got[case.rows.position < 0].any()
+
+
+def test_dual_attn_rounds_weights_for_their_products_alone():
+    check_weights_are_rounded_for_their_products_alone(lambda groups: TritonPass(Heads(1, 1, 64), groups))
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)

@@ -13,6 +13,7 @@ from tests.attention_pass import (
     Heads,
     check_a_nan_key_spoils_those_who_see_it_alone,
     check_nan_outlives_the_splits,
+    check_weights_are_rounded_for_their_products_alone,
 )
 from tests.triton_pass import TritonPass
 
@@ -79,6 +80,10 @@ def test_a_nan_key_spoils_those_who_see_it_alone(products_in_order):
 @pytest.mark.parametrize("spoil", SPOIL)
 def test_nan_outlives_what_else_a_row_sees(spoil):
     check_nan_outlives_the_splits(on_cpu, spoil)
+
+
+def test_weights_are_rounded_for_their_products_alone():
+    check_weights_are_rounded_for_their_products_alone(lambda groups: on_cpu(groups, Heads(1, 1, 16), torch.float16))
 
 
 def test_64_bit_offsets():

@@ -13,6 +13,7 @@ from tests.attention_pass import (
     assert_close,
     check_a_nan_key_spoils_those_who_see_it_alone,
     check_nan_outlives_the_splits,
+    check_weights_are_rounded_for_their_products_alone,
 )
 from tests.rms_norm_cases import check_rms_norm
 from tests.rows import ar, diff
@@ -54,6 +55,10 @@ def test_dual_attn(name, heads):
 def test_dual_attn_in_fp32():
     case = on_cpu(PASSES["one_pass"], Heads(4, 2, 32), torch.float32)
     torch.testing.assert_close(case.run().double(), case.expected(), rtol=1e-5, atol=1e-5)
+
+
+def test_dual_attn_rounds_weights_for_their_products_alone():
+    check_weights_are_rounded_for_their_products_alone(lambda groups: on_cpu(groups, Heads(1, 1, 64)))
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
