@@ -206,6 +206,7 @@ void bind_cuda_op(py::module_& m, const char* op, std::vector<Launcher> launcher
   m.def(op, [op, launchers = std::move(launchers)](py::handle params, uintptr_t stream) {
     const Launcher& launcher = choose(op, launchers, params);
     const void* data = launcher.params_class->data_of(params.ptr());
+    cuda::read_environment();              // while no thread of Python's can change it
     const py::gil_scoped_release release;  // a launch waits where the queue is full
     check(op, launcher.launch(data, reinterpret_cast<void*>(stream)));
   });

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
 import os
@@ -70,10 +71,38 @@ def stream_scope(stream: torch.cuda.Stream | None):
 
 @contextlib.contextmanager
 def scope(device: torch.device, stream: torch.cuda.Stream | None):
-    """What an engine runs in: its stream, and the types that it asks for, whatever the program's ``autocast`` says."""
+    """What an engine runs in: its stream, and the types that it asks for, whatever the program's ``autocast`` says; on
+    CUDA also beside captures of other threads.
+    """
     cast = torch.is_autocast_enabled(device.type)
-    with stream_scope(stream), torch.autocast(device.type, enabled=False) if cast else contextlib.nullcontext():
+    with (
+        stream_scope(stream),
+        torch.autocast(device.type, enabled=False) if cast else contextlib.nullcontext(),
+        _beside_captures() if device.type == "cuda" else contextlib.nullcontext(),
+    ):
         yield
+
+
+@contextlib.contextmanager
+def _beside_captures():
+    """While another thread captures in CUDA's default mode, as torch.cuda.graph does, a thread that has that mode may
+    not ask for memory, nor whether an event has come: it gets an error, and the capture is spoilt.
+    """
+    before = exchange_capture_mode(THREAD_LOCAL)
+    try:
+        yield
+    finally:
+        exchange_capture_mode(before)
+
+
+THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_...
+
+
+def exchange_capture_mode(mode: int) -> int:
+    """Whose captures this thread takes care of, by the driver's number; what it was before."""
+    exchanged = ctypes.c_int(mode)
+    ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(exchanged))
+    return exchanged.value
 
 
 @functools.cache

@@ -13,6 +13,7 @@
 // Bytes: each view's packed weight once (kArgmax: once per tile of rows), plus x once per tile from L2, or, with many
 // rows on sm_90a, once per two tiles.
 // FLOP: 2 * num_rows * in * out_features.
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -30,9 +31,10 @@ bool has_wgmma() { return std::strstr(ORTHRUS_CUDA_ARCHS, "90a"); }
 bool has_wgmma() { return true; }
 #endif
 
+std::atomic<bool> wants_sm80 = false;  // the portable variant, wherever it runs
+
 bool runs_wgmma(const DeviceInfo& device) {
-  const char* isa = std::getenv("ORTHRUS_CUDA_ISA");  // "sm80": the portable variant, wherever it runs
-  return device.major == 9 && device.minor == 0 && has_wgmma() && !(isa && !std::strcmp(isa, "sm80"));
+  return device.major == 9 && device.minor == 0 && has_wgmma() && !wants_sm80;
 }
 
 bool needs_whole_tiles(Epilogue epilogue) {
@@ -75,13 +77,20 @@ int64_t workspace_bytes(const RowLinearPlan& plan, int views, int tile_rows) {
 
 }  // namespace
 
+void read_environment() {
+  const char* isa = std::getenv("ORTHRUS_CUDA_ISA");
+  wants_sm80 = isa && !std::strcmp(isa, "sm80");
+}
+
 const char* isa() {
+  read_environment();
   const DeviceInfo device = device_info();
   if (device.error) return "none";
   return runs_wgmma(device) ? "sm90a" : "sm80";
 }
 
 int64_t row_linear_workspace(int32_t max_rows, int32_t in_features, int32_t out_features) {
+  read_environment();
   const DeviceInfo device = device_info();
   if (device.error) return 0;
   return workspace_bytes(make_plan(in_features, out_features, false, device.num_sms), 2,

@@ -131,6 +131,7 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const R
     else
       meanwhile();
     wgmma_wait<0>();
+    fence_proxy_async_shared();
     __syncwarp();  // every lane has read its part of the block
     release<kManyRows>(ring, stage);
   }

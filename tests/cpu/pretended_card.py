@@ -221,7 +221,7 @@ def torch_cuda(card: Card) -> dict:
 
 def install() -> None:
     """From here on this process has the card."""
-    from orthrus_rt import capture, dispatch, native, timing, uploads
+    from orthrus_rt import capture, device, dispatch, native, timing, uploads
 
     card, ops, profile = Card(), dispatch.extension().cpu, torch.profiler.profile
     for name, value in torch_cuda(card).items():
@@ -232,6 +232,7 @@ def install() -> None:
     dispatch.select = lambda op, device, dtype: "cpu"
     ops.takes_coded_weights = lambda: False  # coding makes a tensor without a mark
     capture._recording_stream = Stream
+    device.exchange_capture_mode = lambda mode: mode
     uploads.reads_pageable_memory = lambda device: False
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):  # of a torch with CUDA, which knows no such pool
         if hasattr(torch._C, name):

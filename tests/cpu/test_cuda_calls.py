@@ -10,6 +10,7 @@ import torch
 
 from bench import common
 from orthrus_rt import capture, dispatch, native, ops, profile, timing, weights
+from orthrus_rt import device as devices
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.device import pick_device, with_index
 from orthrus_rt.exclusive import Turn, exclusive
@@ -300,9 +301,34 @@ def test_an_engine_keeps_its_stream(two_devices, monkeypatch):
         inside.append(current[-1])
 
     monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(devices, "exchange_capture_mode", lambda mode: mode)
     where = dict(device=torch.device("cuda:0"), cuda_stream="own")
     method(SimpleNamespace(turn=Turn(), closed=False, torn=False, dropped=(), **where))
     assert inside == ["own"] and current == ["later"]
+
+
+@pytest.mark.parametrize("error", (None, KeyboardInterrupt()), ids=type)
+def test_what_an_engine_asks_does_not_spoil_what_others_capture(two_devices, monkeypatch, error):
+    """Torch's default capture forbids it to all threads that do not say so. A thread that had a mode has it again."""
+    mode, inside = [2], []
+
+    class Driver:
+        def cuThreadExchangeStreamCaptureMode(self, wanted):
+            mode[0], wanted._obj.value = wanted._obj.value, mode[0]
+            return 0
+
+    @exclusive
+    def method(engine):
+        inside.append(mode[0])
+        if error:
+            raise error
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    where = dict(device=torch.device("cuda:0"), cuda_stream="own")
+    with pytest.raises(type(error)) if error else contextlib.nullcontext():
+        method(SimpleNamespace(turn=Turn(), closed=False, torn=False, dropped=(), **where))
+    assert inside == [1] and mode == [2]
 
 
 def test_what_a_graph_holds(recordings):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -64,6 +65,30 @@ def test_other_threads_draw_random_numbers_amid_recordings(make):
         engine.warmup()
     torch.manual_seed(3)
     assert len(drawn) > 1 and all(numbers.equal(torch.rand(3, device="cuda")) for numbers in drawn)
+
+
+def test_the_program_captures_while_an_engine_steps(make):
+    """In torch's default way, which forbids others to ask for memory or for an event; nothing is recorded meanwhile."""
+    engine, captures, is_over = make(), Event(), Event()
+    want = [engine.generate([1, 2, 3], GREEDY).token_ids for _ in range(3)][-1]
+    numbers, graph = torch.zeros(3, device="cuda"), torch.cuda.CUDAGraph()
+
+    def capture() -> None:
+        with torch.cuda.graph(graph):
+            numbers.add_(1)
+            captures.set()
+            assert is_over.wait(60)
+
+    with ThreadPoolExecutor(1) as other:
+        captured = other.submit(capture)
+        try:
+            assert captures.wait(60)
+            assert engine.generate([1, 2, 3], GREEDY).token_ids == want
+        finally:
+            is_over.set()
+        captured.result(60)
+    graph.replay()
+    assert numbers.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("mode", MODES)

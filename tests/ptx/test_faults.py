@@ -81,6 +81,7 @@ FAULTS = {  # kernel, what is wrong with it: which lines, and what takes their p
     ("sm90-coded", "swapped registers"): (r"(wgmma\.mma_async[^}]*\},\s*)\{(%r\d+), (%r\d+)", r"\1{\3, \2"),
     ("sm90-coded", "another order of bytes"): (r"\b20800\b", "20816"),
     ("sm90-coded", "a wait for fewer products"): (r"(wgmma\.wait_group\S*\s+)(\d)", r"\g<1>1\2"),
+    ("sm90-coded", "a release of what is not fenced"): (r"(wait_group[^;]*;[^;]*)fence\.proxy\.async[^;]*;", r"\1"),
     ("sm90-prefill", "more registers than there are"): (r"(setmaxnreg\.inc\S*\s+)232", r"\g<1>240"),
     ("sm90-prefill", "registers that nobody gives"): (r"setmaxnreg\.dec[^;]*;", GONE),
     ("sm90-prefill", "no wait for products"): (r"wgmma\.wait_group[^;]*;", GONE),

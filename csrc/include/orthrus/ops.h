@@ -55,6 +55,9 @@ int32_t row_linear_num_partials(int32_t in_features, int32_t out_features);
 // Instructions that row_linear multiplies with on the current device: "sm90a" (wgmma), "sm80" (mma.sync, also
 // where ORTHRUS_CUDA_ISA asks for it) or "none". The two round alike but sum in different orders.
 const char* isa();
+// What row_linear is to make of ORTHRUS_CUDA_ISA. Not for a moment in which the environment may change: a launch itself
+// reads nothing there.
+void read_environment();
 const char* error_string(int error);
 int new_stream(void** stream);  // on the current device, never destroyed, waits for no other
 

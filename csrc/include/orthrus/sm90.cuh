@@ -23,6 +23,11 @@ __device__ __forceinline__ void fence_barrier_init() {
 // Orders what the thread has seen in global memory before its copies that follow, which are of another proxy.
 __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
+// Orders what the thread has read in shared memory before copies to there, whoever asks for them behind a barrier.
+__device__ __forceinline__ void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }

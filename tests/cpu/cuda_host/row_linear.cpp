@@ -45,6 +45,7 @@ int row_linear(const orthrus::RowLinearParams* p, int descending, int num_sms) {
   cuda_host::descending = descending;
   cuda_host::num_sms = num_sms;
   cuda_host::prefetched.clear();
+  orthrus::cuda::read_environment();
   return orthrus::cuda::row_linear(*p, cuda_host::kStream);
 }
 // Blocks that the last launch has prefetched of [begin, end), or -1 if one of them twice or a part of one.

@@ -30,9 +30,18 @@ void wait_copies(Warp& w, const Instruction& i, Mask m) {
   for_lanes(m, [&](int l) { land_copies(w, l, static_cast<uint32_t>(i.offset)); });
 }
 
+void check_reads_are_fenced(Cta& cta, Warp& w, const Instruction& i, int lane, const BulkCopy& copy) {
+  const uint32_t first = (copy.dst - kSharedBegin) / 16;
+  for (uint32_t k = first; !cta.shared.read.empty() && k < first + copy.bytes / 16; ++k)
+    for (size_t r = 0; r < cta.cluster->fenced.size(); ++r)
+      if (cta.shared.read[k][r] > cta.cluster->fenced[r])
+        report(w, i, lane, "a copy to where threads have read, without fence.proxy.async");
+}
+
 void ask_for(Cta& cta, Warp& w, const Instruction& i, int lane, const BulkCopy& copy, uint32_t alignment) {
   mbarrier_at(cta, w, i, lane, copy.mbarrier, true);
   shared_at(cta, w, i, lane, copy.dst, copy.bytes, true, alignment);
+  check_reads_are_fenced(cta, w, i, lane, copy);
   for (uint32_t k = 0; k < copy.bytes; ++k) cta.shared.state[copy.dst - kSharedBegin + k] |= kInFlight;
   cta.bulk.push_back(copy);
 }
@@ -127,6 +136,7 @@ void land(Cta& cta, const BulkCopy& c) {
   std::fill_n(s.state.data() + (c.dst - kSharedBegin), c.bytes, kWritten);
   const uint32_t granule = cta.launch->kernel->granule;
   std::fill_n(s.words.begin() + (c.dst - kSharedBegin) / granule, c.bytes / granule, Word{});  // who waits sees it
+  if (!s.read.empty()) std::fill_n(s.read.begin() + (c.dst - kSharedBegin) / 16, c.bytes / 16, Clocks{});
   Mbarrier& barrier = cta.mbarriers.at(c.mbarrier);
   barrier.bytes -= c.bytes;
   cta.settle(barrier);

@@ -46,6 +46,7 @@ struct Word {
 struct Shared {
   std::vector<Word> words;
   std::vector<uint8_t> bytes, state, readers;  // readers: products in flight, per 16 bytes
+  std::vector<Clocks> read;                    // by each warp's threads, per 16 bytes; where a kernel has wgmma
 };
 
 struct Mbarrier {
@@ -93,7 +94,7 @@ struct Warp {
   Mask live = 0;
   uint32_t pc[32] = {};
   LaneState state[32] = {};
-  Mask waited_pdl = 0, fenced_global = 0;
+  Mask waited_pdl = 0, fenced_global = 0, fenced_shared = 0;  // the last one: until all lanes have
   std::deque<CopyAsync> copies[32];
   uint32_t copy_group[32] = {};
   std::vector<std::pair<uint32_t, uint32_t>> unfenced[32];
@@ -176,6 +177,7 @@ struct Cluster {
   Launch* launch;
   std::vector<std::unique_ptr<Cta>> ctas;
   uint32_t phase = 0;  // of its barrier
+  Clocks fenced = {};  // each warp's clock when it had read shared memory and fenced that, for copies to write there
 
   Cluster(Launch& l, const std::array<uint32_t, 3>& first);
   bool run(bool to_the_end);   // until all threads have exited, or for a while; whether they have

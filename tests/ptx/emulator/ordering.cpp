@@ -51,12 +51,20 @@ void map_to_cta(Warp& w, const Instruction& i, Mask m) {
   });
 }
 
-// Of the thread's own writes, and of others' that a barrier has shown it.
+constexpr int64_t kGlobal = 1, kShared = 2;  // of which a fence between proxies is: its offset
+
+// Of the thread's own accesses, and of others' writes that a barrier has shown it.
 void fence(Warp& w, const Instruction& i, Mask m) {
-  if (i.offset) w.fenced_global |= m;  // of all memory or of global
+  if (i.offset & kGlobal) w.fenced_global |= m;
   for (auto& [address, barrier] : w.cta->mbarriers) {
     if (i.offset2) barrier.fenced_in = std::min(barrier.fenced_in, w.cluster_arrivals);
     barrier.fenced = true;
+  }
+  if (!(i.offset & kShared)) return;
+  w.fenced_shared |= m;
+  if (w.fenced_shared == w.live) {
+    w.cta->cluster->fenced[w.clock] = w.seen[w.clock]++;
+    w.fenced_shared = 0;
   }
   auto clear = [&](std::vector<std::pair<uint32_t, uint32_t>>& ranges) {
     for (auto [address, bytes] : ranges)
@@ -104,7 +112,7 @@ bool decode_ordering(Parsed& p) {
     o.run = map_to_cta;
     return p.places(4, 4, 4);
   }
-  if (op == "fence") o.offset = p.has("async") && !p.has("shared::cta");
+  if (op == "fence" && p.has("async")) o.offset = p.has("shared::cta") ? kShared : p.has("global") ? kGlobal : 3;
   if (op == "fence") o.offset2 = p.has("mbarrier_init");
   if (op == "fence") o.run = p.has("proxy") || p.has("mbarrier_init") ? fence : nothing;
   if (op == "membar") o.run = nothing;

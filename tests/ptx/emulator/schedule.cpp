@@ -57,6 +57,7 @@ Cta::Cta(Cluster& of, uint32_t at, const std::array<uint32_t, 3>& index)
   shared.bytes.assign(bytes, 0xff);
   shared.state.assign(bytes, 0);
   shared.readers.assign(bytes / 16 + 1, 0);
+  if (k.has_wgmma) shared.read.assign(bytes / 16 + 1, {});
   shared.words.assign(bytes / k.granule + 1, {});
   const uint32_t num_warps = (l.threads + 31) / 32;
   files.resize(static_cast<size_t>(num_warps) * k.file_bytes);
