@@ -5,9 +5,10 @@
 
 GET /health answers between two steps of the engine, or with 503 if its device has failed; GET /metrics is Prometheus'.
 Prompts are completed as they are, without a chat template. Requests may have `max_tokens`, `stop`, `stream` and what
-SAMPLING names; what else would change an answer is refused, as is a request that is large or takes long to arrive, or a
-connection beyond MOST_CONNECTIONS. All share one engine. A client that goes away, or closes its side of the connection,
-ends its request; at SIGTERM or Ctrl-C what runs comes to its end.
+SAMPLING names; what else would change an answer is refused, as is a request that is large or takes long to arrive, or
+is one more than MOST_REQUESTS. All share one engine. A client that goes away, closes its side of the connection or does
+not read for MOST_SECONDS ends its request; at SIGTERM or Ctrl-C what runs comes to its end, at the second one nothing
+does.
 """
 
 import asyncio
@@ -29,8 +30,9 @@ SAMPLING = {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty"
 KNOWN = {"prompt", "max_tokens", "stop", "stream", "model", "user", *SAMPLING}
 HARMLESS = {"n": 1, "best_of": 1, "echo": False, "suffix": ""}  # where they ask for nothing
 MOST_BYTES, MOST_STOPS, MOST_SECONDS = 1 << 16, 4, 30  # of a request, which has these seconds to arrive
-MOST_CONNECTIONS = 256  # at once
+MOST_REQUESTS, MOST_WATCHING = 256, 16  # at once: completions, and connections beside them for what else is asked
 PAGES = {"/health": lambda engine: engine.memory_report() and "ok\n", "/metrics": lambda e: e.metrics.as_prometheus()}
+ANSWERING = set()  # tasks that have a request
 TOKENIZING = ThreadPoolExecutor(1)  # long prompts take a while, in which the event loop is to serve the others
 
 
@@ -125,11 +127,25 @@ async def abort_when_gone(shared, reader, name):
     await shared.abort(name)
 
 
+async def drain(writer):
+    """Wait until the client has read enough; one that does not is cut off."""
+    try:
+        async with asyncio.timeout(MOST_SECONDS):
+            await writer.drain()
+    except TimeoutError:
+        writer.transport.abort()
+        raise ConnectionAbortedError from None
+
+
 async def answer(shared, model, reader, writer):
-    name, tokenizer, parts = uuid.uuid4().hex, shared.engine.tokenizer, []
+    name, tokenizer, parts, num_tokens = uuid.uuid4().hex, shared.engine.tokenizer, [], 0
     try:
         async with asyncio.timeout(MOST_SECONDS):
             asked = await read_request(reader, writer)
+        if len(ANSWERING) >= MOST_REQUESTS:
+            raise RuntimeError(f"this server answers {MOST_REQUESTS} requests at once")
+        ANSWERING.add(task := asyncio.current_task())
+        task.add_done_callback(ANSWERING.discard)
         asked = check(asked)
         stop = asked.get("stop", "") or ()
         text = orthrus_rt.TextStream(tokenizer, [stop] if isinstance(stop, str) else stop)
@@ -157,20 +173,27 @@ async def answer(shared, model, reader, writer):
     try:
         async with contextlib.aclosing(outputs):  # which ends a request that is not over
             async for out in outputs:
-                parts.append(text.push(out.new_token_ids) + (text.end() if out.finished else ""))
+                parts.append("")
+                for token in out.new_token_ids:
+                    if not text.stopped:  # what came along behind a stop string is not counted
+                        parts[-1] += text.push([token])
+                        num_tokens += 1
+                parts[-1] += text.end() if out.finished else ""
                 reason = "stop" if text.stopped else out.finish_reason
                 choice = {"index": 0, "text": parts[-1], "finish_reason": reason}
                 if streams:
                     writer.write(f"data: {json.dumps(about | {'choices': [choice]})}\n\n".encode())
-                    await writer.drain()
+                    await drain(writer)
                 if reason:
                     break
         if reason in ("error", "abort"):
             raise RuntimeError(out.error or "the request ended as its client closed the connection")
         choice["text"] = "".join(parts)
-        count = {"prompt_tokens": len(prompt), "completion_tokens": out.stats.tokens}
+        count = {"prompt_tokens": len(prompt), "completion_tokens": num_tokens}
         usage = count | {"total_tokens": sum(count.values())}
         status, body, end = "200 OK", json.dumps(about | {"choices": [choice], "usage": usage}), "[DONE]"
+    except ConnectionError:
+        raise
     except Exception as error:  # of this request alone, or of the engine
         status, body = "500 Internal Server Error", failure(error)
         end = body
@@ -190,6 +213,8 @@ async def serve(shared, model, room, reader, writer):
     with contextlib.suppress(OSError, EOFError, asyncio.CancelledError), contextlib.closing(writer):
         async with room:
             await answer(shared, model, reader, writer)
+            writer.transport.set_write_buffer_limits(0)  # so that all of it is waited for
+            await drain(writer)
             writer.write_eof()
             async with asyncio.timeout(1):  # closing it with input unread would reset the connection, answer and all
                 await drop(reader, 256 * MOST_BYTES)
@@ -199,12 +224,12 @@ def bind(port):
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
-    listener.listen(MOST_CONNECTIONS)  # who comes before the engine is ready waits
+    listener.listen(MOST_REQUESTS)  # who comes before the engine is ready waits
     return listener
 
 
 async def main(engine, model, listener):
-    room = asyncio.Semaphore(MOST_CONNECTIONS)
+    room = asyncio.Semaphore(MOST_REQUESTS + MOST_WATCHING)
     async with orthrus_rt.AsyncEngine(engine) as shared:
         server = await asyncio.start_server(lambda *streams: serve(shared, model, room, *streams), sock=listener)
         print(f"listening on http://127.0.0.1:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
@@ -213,9 +238,14 @@ async def main(engine, model, listener):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         await stop.wait()
         server.close()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(shared.close(drain=True), 60)
-    await asyncio.sleep(0.5)  # for the last words on their way to clients
+    if ANSWERING:  # clients that have not read all of it yet
+        await asyncio.wait(ANSWERING, timeout=MOST_SECONDS)
+    await asyncio.sleep(0.5)  # for the last words on their way to the others
 
 
 if __name__ == "__main__":

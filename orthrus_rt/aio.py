@@ -272,15 +272,21 @@ class AsyncEngine:
             self._go_on()
 
     def _abort(self, known_as: str) -> None:
+        self._end(known_as)
+        self._go_on()
+
+    def _end(self, known_as: str, *how) -> bool:
+        """Abort it, or end it ``how``; whether that could be done."""
         try:
             if self.engine.is_unfinished(known_as):
-                self.engine.abort(known_as)
+                self.engine._abort_named(known_as, *how)
         except Exception:
             log.exception("request %s could not be aborted: the engine's next call tries again", known_as)
             request = self.engine.outbox.get(known_as)
             if request and [request] not in self.engine.dropped:
                 self.engine.dropped.append([request])
-        self._go_on()
+            return False
+        return True
 
     def _go_on(self) -> None:
         """Step next, behind what is in the queue, if there is anything to run or to hand out."""
@@ -313,8 +319,8 @@ class AsyncEngine:
             self._failures += 1
             if self._failures == MOST_FAILURES:
                 self._failures = 0
-                self._give_up(error)  # until those who hear of it abort, or somebody new comes
-            return self._failures > 0
+                return self._give_up(error)  # else until those who hear of it abort, or somebody new comes
+            return True
         if self.engine.metrics.cycles > self._cycles or not self.engine.has_unfinished():
             self._failures, self._cycles = 0, self.engine.metrics.cycles
         self._tell_outputs(outputs)
@@ -324,15 +330,20 @@ class AsyncEngine:
         # What runs changes its statistics while the loop may look at them.
         self._tell(self._hand_out, [replace(out, stats=out.stats.copy()) for out in outputs])
 
-    def _give_up(self, error: Exception) -> None:
-        """The steps of these requests fail: their streams end, behind what they had to say before; whoever is yet to be
-        submitted has no part in it.
+    def _give_up(self, error: Exception) -> bool:
+        """The steps of those who hold a slot fail: they end now, whenever their readers may hear of it, and their
+        streams behind what they had to say before; who waits for a slot, or is yet to come, has no part in it. Whether
+        they could be ended, so that the others go on.
         """
         outbox = self.engine.outbox
         outbox.collect()
         outputs, outbox.outputs = outbox.outputs, []
         self._tell_outputs(outputs)
-        self._tell(self._fail, error, {request.request_id for request in outbox.unfinished})
+        active = {request.request_id for request in self.engine.scheduler.active}
+        failed = {request.request_id for request in outbox.unfinished}
+        failed = failed & active or failed
+        self._tell(self._fail, error, failed)
+        return all([self._end(known_as, "error", error) for known_as in failed])
 
     def _tell(self, function, *args) -> None:
         """Call ``function`` in the loop, unless another one has taken over by then."""

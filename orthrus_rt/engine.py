@@ -291,10 +291,10 @@ class Engine(Generation):
                 raise
 
     @exclusive
-    def _abort_named(self, request_id: str) -> None:
+    def _abort_named(self, request_id: str, reason: str = "abort", error: Exception | None = None) -> None:
         if request := self.outbox.get(request_id):
             with torn_if_cut(self):
-                self._abort(request)
+                self._abort(request, reason, error)
 
     def has_unfinished(self) -> bool:
         """Whether :meth:`step` has anything to run or to return."""

@@ -80,6 +80,8 @@ class TextStream:
         text = text[len(before) :] if text.startswith(before) else self._decode(new)
         if text:
             self._ids, self._shown_ids, self._next_try = self._ids[self._shown_ids :], len(new), 0
+        elif not final:  # ids without text may go on and on, too
+            self._next_try = num_new + 1 + num_new // 8
         return text
 
     def _before_the_last_character(self) -> tuple[int, str]:

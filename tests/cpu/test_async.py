@@ -30,11 +30,11 @@ SAMPLED = SamplingParams(max_new_tokens=20, temperature=0.8, seed=3, ignore_eos=
 make = partial(engines.make, max_seq_len=128, max_batch_size=4)
 
 
-def run(folder, use):
+def run(folder, use, **kwargs):
     """``use(shared)`` with an AsyncEngine."""
 
     async def main():
-        async with AsyncEngine(make(folder)) as shared:
+        async with AsyncEngine(make(folder, **kwargs)) as shared:
             await use(shared)
         assert shared.engine.closed
         await shared.close()  # harmless
@@ -246,8 +246,8 @@ def test_close_ends_everything_even_if_it(folder, monkeypatch, how):
 @pytest.mark.parametrize("failures", (1, 100))
 def test_an_abort_that_fails_is_tried_again(folder, monkeypatch, failures):
     async def use(shared):
-        failing, real = iter([True] * failures), shared.engine.abort
-        monkeypatch.setattr(shared.engine, "abort", lambda i: 1 / 0 if next(failing, False) else real(i))
+        failing, real = iter([True] * failures), shared.engine._abort_named
+        monkeypatch.setattr(shared.engine, "_abort_named", lambda i: 1 / 0 if next(failing, False) else real(i))
         with a_beginning_each(shared.engine):
             stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
             await anext(stream)

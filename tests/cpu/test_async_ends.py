@@ -323,13 +323,53 @@ def test_what_was_decoded_before_steps_fail_is_told(folder, alone, monkeypatch):
     run(folder, use)
 
 
+def fail_with(engine, prompt, monkeypatch):
+    """Every cycle of whoever has this prompt, once it has a second token."""
+
+    def failing(run, requests, *args):
+        if any(request.prompt == prompt and len(request.tokens) > 1 for request in requests):
+            raise ValueError("lost")
+        return run(requests, *args)
+
+    for name in ("decode", "decode_and_prefill"):
+        monkeypatch.setattr(engine.runner, name, functools.partial(failing, getattr(engine.runner, name)))
+
+
+def test_a_request_whose_steps_fail_ends_before_its_reader_hears_of_it(folder, alone, monkeypatch):
+    """Who comes meanwhile is served."""
+
+    async def use(shared):
+        metrics = shared.engine.metrics
+        fail_with(shared.engine, [66], monkeypatch)
+        slow = shared.stream([66], LONG)
+        await anext(slow)
+        while not metrics.finished["error"]:
+            await asyncio.sleep(0.001)
+        assert (await collect(shared, [1], GREEDY))[0] == alone([1], GREEDY)
+        with pytest.raises(ValueError, match="lost"):
+            await collect_rest(slow)
+        assert metrics.finished == {"stop": 0, "length": 1, "abort": 0, "error": 1}
+
+    run(folder, use)
+
+
+def test_who_waits_for_a_slot_has_no_part_in_steps_that_fail(folder, alone, monkeypatch):
+    async def use(shared):
+        fail_with(shared.engine, [66], monkeypatch)
+        both = asyncio.gather(collect(shared, [66], LONG), collect(shared, [1], GREEDY), return_exceptions=True)
+        lost, served = await asyncio.wait_for(both, 60)
+        assert str(lost) == "lost" and served == (alone([1], GREEDY), "length")
+
+    run(folder, use, max_batch_size=1)
+
+
 def test_an_engine_that_fails_for_good_is_left_alone(folder, monkeypatch, caplog):
     """Once everybody has heard of it, though nothing can be aborted either."""
 
     async def use(shared):
         calls = []
         monkeypatch.setattr(shared.engine, "step", lambda: calls.append(None) or 1 / 0)
-        monkeypatch.setattr(shared.engine, "abort", lambda _: 1 / 0)
+        monkeypatch.setattr(shared.engine, "_abort_named", lambda *_: 1 / 0)
         for _ in range(2):
             with pytest.raises(ZeroDivisionError):
                 await collect(shared, [1], GREEDY)

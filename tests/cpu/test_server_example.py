@@ -27,6 +27,7 @@ from tests.engines import a_beginning_each
 
 pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 HOW = dict(device="cpu", mode="two_pass", max_seq_len=256)
+ENDLESS = dict(max_tokens=200, logit_bias={"256": -100})  # the tokenizer's end of a text
 
 
 @pytest.fixture
@@ -46,8 +47,9 @@ def engine(server, text_folder, monkeypatch):
 
 def serve(server, client, number):
     """Run it beside ``client(port, end)``, whose ``end()`` sends the server that signal."""
-    listener, sent = server.bind(0), []
+    listener, sent, before = server.bind(0), [], signal.getsignal(number)
     listener.listen()  # so that nobody is refused before the server is up
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)  # of its connections: little, as over a network
     port = listener.getsockname()[1]
 
     def end():
@@ -61,7 +63,8 @@ def serve(server, client, number):
         finally:
             end()
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as last:
+        last.callback(signal.signal, number, before)
         done = pool.submit(run)
         asyncio.run(asyncio.wait_for(server.main(Engine.from_pretrained("model"), "model", listener), 60))
         done.result(60)
@@ -129,6 +132,8 @@ def test_a_server(server, engine):
     *pieces, end = told["stream"]
     assert end == "[DONE]" and "".join(json.loads(piece)["choices"][0]["text"] for piece in pieces) == text
     assert told["stopped"]["choices"][0] == {"index": 0, "text": text.partition(stop)[0], "finish_reason": "stop"}
+    until_stop = next(n for n in range(9) if stop in engine.tokenizer.decode(out.token_ids[:n]))
+    assert told["stopped"]["usage"]["completion_tokens"] == until_stop
     assert told["list"] == 400
     assert told["no prompt"] == (400, "the request must be an object whose prompt is a string")
     assert told["length"] == (400, "SamplingParams: max_new_tokens must be >= 1, got 0")
@@ -311,7 +316,8 @@ def test_nobody_waits_for_a_prompt_that_is_being_tokenized(server, engine):
 
 
 def test_more_connections_than_there_may_be_are_closed(server, engine, monkeypatch):
-    monkeypatch.setattr(server, "MOST_CONNECTIONS", 2)
+    monkeypatch.setattr(server, "MOST_REQUESTS", 1)
+    monkeypatch.setattr(server, "MOST_WATCHING", 1)
     told = []
 
     def client(port, end):
@@ -325,6 +331,67 @@ def test_more_connections_than_there_may_be_are_closed(server, engine, monkeypat
 
     serve(server, client, signal.SIGTERM)
     assert told == ["", "404"]
+
+
+def test_who_watches_a_server_is_answered_however_many_ask(server, engine, monkeypatch):
+    monkeypatch.setattr(server, "MOST_REQUESTS", 1)
+    told = []
+
+    def client(port, end):
+        with a_beginning_each(engine):
+            first = post(port, prompt="hello", stream=True, **ENDLESS)
+            told.append(failure(post(port, prompt="hello")))
+            told.append(exchange(port, b"GET /health HTTP/1.1\r\n\r\n").split()[1])
+        told.append(events(first)[-1])
+        wait_until(lambda: not server.ANSWERING)
+        told.append(post(port, prompt="hello").status)
+
+    serve(server, client, signal.SIGTERM)
+    assert told == [(503, "this server answers 1 requests at once"), "200", "[DONE]", 200]
+
+
+@contextlib.contextmanager
+def unread(port):
+    """A client that asks for more than buffers hold, and does not read it."""
+    body = json.dumps(dict(prompt="hello", stream=True, **ENDLESS))
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 11)
+        client.settimeout(60)
+        client.connect(("127.0.0.1", port))
+        client.sendall(f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        yield client
+
+
+def test_a_client_that_does_not_read_ends_its_request(server, engine, monkeypatch):
+    monkeypatch.setattr(server, "MOST_SECONDS", 0.2)
+    told = []
+
+    def client(port, end):
+        with unread(port) as lazy:
+            wait_until(lambda: sum(engine.metrics.finished.values()) and not server.ANSWERING)
+            with contextlib.suppress(ConnectionResetError):
+                while piece := lazy.recv(1 << 16):
+                    told.append(piece)
+
+    serve(server, client, signal.SIGTERM)
+    assert b"data: " in b"".join(told) and b"[DONE]" not in b"".join(told)
+
+
+def test_what_is_read_slowly_is_told_to_the_end(server, engine):
+    """Of a server that ends."""
+    told = bytearray()
+
+    def client(port, end):
+        with unread(port) as slow:
+            told.extend(slow.recv(1))
+            end()
+            wait_until(lambda: engine.closed)
+            time.sleep(0.6)  # longer than it waits for those who have read all
+            while piece := slow.recv(1 << 12):
+                told.extend(piece)
+
+    serve(server, client, signal.SIGTERM)
+    assert told.count(b"data: ") > 40 and told.endswith(b"data: [DONE]\n\n")
 
 
 def test_what_is_dropped_behind_an_answer_is_bounded(server):

@@ -124,6 +124,17 @@ def test_bytes_that_are_no_text_cost_little_however_many_they_are(tokenizer, mon
     assert "".join(text) == n * "\ufffd" + n * "a" and text[n + n // 8 :].count("a") > n * 3 // 4
 
 
+def test_ids_without_text_cost_little_however_many_they_are(tokenizer, monkeypatch):
+    """As ids of a padded vocabulary, which the tokenizer does not have."""
+    stream, seen, n = TextStream(tokenizer), [], 4000
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **how: seen.append(len(ids)) or decode(ids, **how))
+    assert not any(stream.push([len(tokenizer) + 9]) for _ in range(n))
+    assert sum(seen) < 30 * n
+    text = "".join(stream.push(tokenizer("a").input_ids) for _ in range(n))
+    assert set(text) == {"a"} and n * 3 // 4 < len(text) and text + stream.end() == n * "a"
+
+
 def test_a_loop_of_tokens_that_end_inside_a_character_costs_little():
     """As some byte-level vocabularies have: none of them is ever text at its end."""
     tokens = {" \ufffd": 0, "a": 1}
