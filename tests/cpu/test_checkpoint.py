@@ -295,11 +295,39 @@ class TestShards:
 
 
 class TestHub:
+    @pytest.mark.parametrize(
+        "elsewhere", ["original/params.json", "checkpoint-5/model.safetensors", "training_args.json"]
+    )
+    def test_what_a_checkpoint_does_not_need_may_be_missing(self, monkeypatch, folder, tmp_path, elsewhere):
+        """Offline, by the hub's own client, which knows all of the repository's files."""
+        tree_cache = pytest.importorskip("huggingface_hub._tree_cache", reason="an older client lists no files")
+        revision = "0123456789abcdef0123456789abcdef01234567"
+        repo = tmp_path / "models--owner--model"
+        here = shutil.copytree(folder, repo / "snapshots" / revision)
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text(revision)
+        entry = tree_cache.TreeCacheEntry(size=1, blob_id="0" * 40, lfs_sha256=None, lfs_size=None, xet_hash=None)
+        files = [*(path.name for path in here.iterdir()), elsewhere]
+        tree_cache.write_tree_cache(str(repo), revision, dict.fromkeys(files, entry))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        assert checkpoint.load("owner/model").config.name == "owner/model"
+        assert checkpoint.load_config("owner/model") == checkpoint.load("owner/model").config
+        (here / "model.safetensors").unlink()
+        with pytest.raises(checkpoint.CheckpointError, match=r"must hold model\.safetensors"):
+            checkpoint.load("owner/model")
+
+    def test_weights_in_subfolders_are_not_fetched(self):
+        files = ["config.json", "model.safetensors", "original/model.safetensors", "a/b/c.json", "chat_template.jinja"]
+        how = dict(allow_patterns=checkpoint.HUB_PATTERNS, ignore_patterns=checkpoint.NO_HUB_PATTERNS)
+        chosen = huggingface_hub.utils.filter_repo_objects(files, **how)
+        assert list(chosen) == ["config.json", "model.safetensors", "chat_template.jinja"]
+
     @pytest.mark.parametrize(("name", "revision"), [("owner/model", None), ("owner/model@refs/pr/1", "refs/pr/1")])
     def test_id_is_fetched(self, monkeypatch, folder, name, revision):
         asked = []
 
-        def snapshot_download(repo_id, revision, allow_patterns):
+        def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns):
             asked.append((repo_id, revision, allow_patterns))
             return str(folder)
 
@@ -313,7 +341,7 @@ class TestHub:
         """Nor anything, where a snapshot is here: its name would move to what has no weights here."""
         asked = []
 
-        def snapshot_download(repo_id, revision, allow_patterns, local_files_only=False):
+        def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns, local_files_only=False):
             if local_files_only and is_here == "no":
                 raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
             asked.append((repo_id, allow_patterns, local_files_only))
@@ -348,7 +376,7 @@ class TestHub:
         files.mkdir()
         (files / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
-        def snapshot_download(repo_id, revision, local_files_only=False, allow_patterns=None):
+        def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns, local_files_only=False):
             if local_files_only:
                 raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
             assert allow_patterns == ["config.json", "generation_config.json"]
@@ -379,7 +407,7 @@ class TestHub:
         )
 
     def test_any_failure_is_one_error(self, monkeypatch):
-        def snapshot_download(repo_id, revision, allow_patterns):
+        def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns):
             raise ConnectionResetError("the line broke\nand more")
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
