@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from orthrus_rt import dispatch
-from tests import byte_tokenizer, engines, native_cpu, variants
+from tests import byte_tokenizer, engines, native_cpu, pace, variants
 from tests.cpu import cuda_host
 from tests.cpu.cuda_host import device
 
@@ -88,9 +88,27 @@ def alone(folder):
 
 @pytest.fixture(scope="module")
 def cycles_alone(folder):
-    """Cycles that a request takes alone in a mode, at whose usual drafts; remembered."""
-    engine_of = functools.cache(lambda mode: engines.make(folder, mode=mode, max_seq_len=256, max_batch_size=1))
-    return functools.cache(lambda mode, prompt, params: engine_of(mode).generate(list(prompt), params).stats.cycles)
+    """Cycles that a request takes alone in a mode, at whose usual drafts unless told otherwise; remembered."""
+    sizes = dict(max_seq_len=512, max_batch_size=1)
+    engine_of = functools.cache(lambda mode, dtype: engines.make(folder, mode=mode, dtype=dtype, **sizes))
+
+    @functools.cache
+    def cycles(mode, prompt, params, dtype="bfloat16", **how):
+        return engine_of(mode, dtype).generate(list(prompt), params, **how).stats.cycles
+
+    return cycles
+
+
+@pytest.fixture
+def paced(folder, cycles_alone):
+    """Whoever comes to an end in this test, of those that :func:`tests.pace.noted` notes, has taken the cycles that it
+    takes alone: a broken drafter gives the right text.
+    """
+    with pace.noted(folder) as ended:
+        yield
+    for (mode, block_len, fan_out), prompt, params, dtype, cycles in ended:
+        want = cycles_alone(mode, prompt, params, dtype, draft_len=block_len - 1, fan_out=fan_out or None)
+        assert cycles == want, (mode, prompt, params)
 
 
 @pytest.fixture(scope="module")

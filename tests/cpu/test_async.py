@@ -22,7 +22,10 @@ from tests import engines
 from tests.engines import a_beginning_each
 from tests.failing import exhausted
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = [
+    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
+    pytest.mark.usefixtures("paced"),
+]
 
 GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
 SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)

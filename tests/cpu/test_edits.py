@@ -14,7 +14,10 @@ from tests.logits_cases import check_count_tokens
 from tests.pins import of_this_isa
 from tests.traces import few_pages
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = [
+    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
+    pytest.mark.usefixtures("paced"),
+]
 
 VOCAB = 96
 EDITS = {

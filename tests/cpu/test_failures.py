@@ -27,7 +27,10 @@ from orthrus_rt.sampling import SamplingParams
 from tests import engines, failing
 from tests.failing import exhausted
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = [
+    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
+    pytest.mark.usefixtures("paced"),
+]
 
 GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
 SAMPLED = SamplingParams(max_new_tokens=20, temperature=0.8, seed=3, ignore_eos=True)

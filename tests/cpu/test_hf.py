@@ -12,6 +12,13 @@ from orthrus_rt.checkpoint import EMBEDDED_NAME
 from orthrus_rt.hf import OrthrusForCausalLM
 from orthrus_rt.outputs import RequestOutput, Stats
 
+pytestmark = pytest.mark.usefixtures("paced")
+
+
+@pytest.fixture(scope="module")
+def folder(text_folder):
+    return text_folder
+
 
 @pytest.fixture(scope="module")
 def model(text_folder):

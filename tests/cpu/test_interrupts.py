@@ -17,6 +17,7 @@ from tests import checkpoints, engines, failing, poison
 from tests.engines import drain, take
 
 pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+PACED = pytest.mark.usefixtures("paced")  # not where records of cycles are interrupted: those show it afterwards
 
 PARAMS, SHORT = (SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (9, 5))
 PROMPTS = [[1, 2, 3], [7], [5, 6]]
@@ -33,9 +34,9 @@ def want(engine):
 
 
 @pytest.fixture(scope="module")
-def pace(engine, want):
-    """Cycles that each prompt takes before anything was interrupted."""
-    return pace_of(engine)
+def pace(cycles_alone):
+    """Cycles that each prompt takes in an engine that nobody interrupts."""
+    return [cycles_alone("two_pass", tuple(p), PARAMS) for p in PROMPTS]
 
 
 def pace_of(engine, prompts=PROMPTS):
@@ -44,11 +45,11 @@ def pace_of(engine, prompts=PROMPTS):
 
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory):
-    """``(engine, want)`` of one layer and of SHORT, for interrupts of what runs no model: there are many of them."""
+    """``(engine, want, pace)`` of one layer and of SHORT, for interrupts of what runs no model: there are many."""
     kwargs = dict(dtype=torch.bfloat16, diff_noise=0.05, num_hidden_layers=1)
     folder = str(checkpoints.make(tmp_path_factory.mktemp("shallow"), **kwargs))
     engine = engines.make(folder, max_seq_len=64, max_batch_size=2, num_pages=2)
-    return engine, [engine.generate(p, SHORT, mode="ar").token_ids for p in PROMPTS]
+    return engine, [engine.generate(p, SHORT, mode="ar").token_ids for p in PROMPTS], pace_of(engine)
 
 
 @functools.cache
@@ -118,7 +119,7 @@ def start(engine, got):
 
 @pytest.mark.parametrize("victim", (0, 2))  # one that decodes, one that waits
 def test_abort_at_every_instruction(shallow, victim):
-    engine, want = shallow
+    engine, want, pace = shallow
     after, reached = 0, True
     while reached:
         after += 1
@@ -132,11 +133,11 @@ def test_abort_at_every_instruction(shallow, victim):
             tokens, reason = got[request_id]
             assert (tokens, reason) == (want[i][: len(tokens)], "abort") if i == victim else (want[i], "length")
         all_pages_back(engine)
-    assert after > 100
+    assert after > 100 and pace_of(engine) == pace
 
 
 def test_submit_at_every_instruction(shallow):
-    engine, want = shallow
+    engine, want, pace = shallow
     after, reached = 0, True
     while reached:
         after += 1
@@ -149,8 +150,10 @@ def test_submit_at_every_instruction(shallow):
         assert [got[i] for i in ids] == [(tokens, "length") for tokens in want]
         assert len(got["new"][0]) == 5
         all_pages_back(engine)
+    assert pace_of(engine) == pace
 
 
+@PACED
 def test_an_id_is_in_use_until_its_last_output_is_returned(engine):
     engine.submit([9], PARAMS, "mine")
     while not (engine.outbox.outputs and engine.outbox.outputs[-1].finished):
@@ -178,13 +181,13 @@ def test_steps_at_random_instructions(engine, want, pace, request):
     assert pace_of(engine) == pace
 
 
-def test_steps_that_share_pages_at_random_instructions(folder):
+def test_steps_that_share_pages_at_random_instructions(folder, cycles_alone):
     """No page has a name that was not written, none is held by anybody in the end."""
     shared = engines.make(folder, max_seq_len=256, max_batch_size=2, num_pages=9)
     rng, strikes = random.Random(2), 0
     beginning = [rng.randrange(90) for _ in range(130)]
     prompts = [[*beginning, i] for i in range(3)]
-    want, pace = [shared.generate(p, PARAMS, mode="ar").token_ids for p in prompts], pace_of(shared, prompts)
+    want = [shared.generate(p, PARAMS, mode="ar").token_ids for p in prompts]
     got = {}
     for _ in range(40):
         shared.kv.reset()
@@ -200,7 +203,7 @@ def test_steps_that_share_pages_at_random_instructions(folder):
         all_pages_back(shared)
         assert not any(shared.kv.pool._holders.values())
     assert strikes > 40 and shared.metrics.cached_tokens > 0
-    assert pace_of(shared, prompts) == pace
+    assert pace_of(shared, prompts) == [cycles_alone("two_pass", tuple(p), PARAMS) for p in prompts]
 
 
 def test_generate_at_random_instructions(engine, want, pace, request):
@@ -215,7 +218,7 @@ def test_generate_at_random_instructions(engine, want, pace, request):
     assert pace_of(engine) == pace
 
 
-def test_closing_a_stream_at_every_instruction(engine, want):
+def test_closing_a_stream_at_every_instruction(engine, want, pace):
     """It is aborted then, or by the next call, whatever that is."""
     after, reached, aborted = 0, True, engine.metrics.finished["abort"]
     while reached:
@@ -227,7 +230,7 @@ def test_closing_a_stream_at_every_instruction(engine, want):
         assert drain(engine)[name] == (want[0], "length")
         assert engine.metrics.finished["abort"] == aborted + after
         all_pages_back(engine)
-    assert after > 20
+    assert after > 20 and pace_of(engine) == pace
 
 
 def test_a_lock_left_behind_is_taken_over_by_its_thread():
@@ -303,6 +306,7 @@ def test_a_signal_handler_cannot_reenter(engine):
     assert refused == ["this engine is in the middle of a call; a signal handler cannot make another one"]
 
 
+@PACED
 class TestAStreamThatIsCollected:
     """Wherever the garbage collector strikes, its request ends and the call under way is not disturbed."""
 
@@ -357,14 +361,16 @@ class TestAStreamThatIsCollected:
         assert engine.generate(PROMPTS[0], PARAMS, mode="one_pass").token_ids == want[0]
 
 
+@PACED
 def test_in_the_middle_of_a_recording(folder):
     engine = engines.make(folder, max_seq_len=128, max_batch_size=4)
     failing.check_a_spoilt_recording(engine, poison.jobs_of([poison.GREEDY, poison.SAMPLED], count=4), "interrupt")
 
 
+@PACED
 def test_an_interrupt_as_the_last_output_is_made_does_not_lose_it(folder, alone):
     engine, told = engines.make(folder, max_seq_len=64, max_batch_size=2), {}
-    engine.submit([1, 2, 3], SHORT, "mine")
+    engine.submit([1, 2, 3], PARAMS, "mine")
 
     class Struck(dict):
         def pop(self, *args):
@@ -378,4 +384,4 @@ def test_an_interrupt_as_the_last_output_is_made_does_not_lose_it(folder, alone)
     assert engine.has_unfinished() and engine.is_unfinished("mine")
     with pytest.raises(ValueError, match="must be unused"):
         engine.submit([1], SHORT, "mine")
-    assert drain(engine, told)["mine"] == (alone([1, 2, 3], SHORT), "length")
+    assert drain(engine, told)["mine"] == (alone([1, 2, 3], PARAMS), "length")

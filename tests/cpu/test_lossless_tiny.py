@@ -13,7 +13,7 @@ from tests.traces import assert_same, decode
 
 pytestmark = [
     pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "paced"),
 ]
 
 VARIANTS = {
@@ -57,6 +57,11 @@ def case(request, tmp_path_factory):
         dtype=kwargs["dtype"], prefix_caching=False,
     )  # fmt: skip
     return request.param, engine, (1, 5, engine.config.block_len - 1)
+
+
+@pytest.fixture(scope="module")
+def folder(case):
+    return case[1].config.name
 
 
 @pytest.fixture

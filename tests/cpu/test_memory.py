@@ -14,7 +14,10 @@ from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.sizes import engine_sizes
 from tests import checkpoints, engines, failing, poison
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = [
+    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
+    pytest.mark.usefixtures("paced"),
+]
 
 GROWS_WITH_CONTEXT = {"kv_pages", "tables", "total"}
 make = partial(engines.make, max_seq_len=512)
@@ -23,7 +26,7 @@ make = partial(engines.make, max_seq_len=512)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
-    return str(checkpoints.make(path, "qwen3", dtype=torch.bfloat16, max_position_embeddings=4096))
+    return str(checkpoints.make(path, dtype=torch.bfloat16, diff_noise=0.05, max_position_embeddings=4096))
 
 
 def warm_report(folder, **kwargs):

@@ -14,7 +14,10 @@ from orthrus_rt.sampling import SamplingParams
 from tests import engines, lossless
 from tests.traces import arriving, assert_same, decode
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = [
+    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
+    pytest.mark.usefixtures("paced"),
+]
 
 GREEDY = SamplingParams(20, ignore_eos=True)
 SAMPLED = SamplingParams(20, temperature=0.8, seed=1, ignore_eos=True)

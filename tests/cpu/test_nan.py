@@ -13,11 +13,13 @@ from tests import checkpoints, engines, poison
 from tests.poison import EDITED, GREEDY, REJECTION, SAMPLED, jobs_of
 
 pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+PACED = pytest.mark.usefixtures("paced")  # whoever drafts without NaN
 
 MODES = ("ar", "two_pass", "one_pass")
 make = partial(engines.make, max_seq_len=128, max_batch_size=4)
 
 
+@PACED
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kinds", ([GREEDY], [SAMPLED], [EDITED], [GREEDY, SAMPLED, EDITED]), ids=str)
 def test_whoever_comes_upon_nan_ends_alone(folder, mode, kinds):
@@ -25,6 +27,7 @@ def test_whoever_comes_upon_nan_ends_alone(folder, mode, kinds):
     poison.check_nan_ends_its_requests_alone(engine, jobs_of(kinds))
 
 
+@PACED
 def test_beside_and_by_rejection(folder):
     """Those who choose by rejection share their cycle with those who do not; each ends for its own rows alone."""
     engine = make(folder)
@@ -49,6 +52,7 @@ def test_few_pages_and_auto(folder):
     assert engine.metrics.preemptions > 0
 
 
+@PACED
 @pytest.mark.parametrize("params", (GREEDY, SAMPLED, EDITED, REJECTION), ids=str)
 def test_a_prompt_whose_logits_are_nan_yields_nothing(folder, params):
     """Wherever in it the NaN lies; the others that share its prefill pass get their tokens."""
@@ -66,6 +70,7 @@ def test_a_prompt_whose_logits_are_nan_yields_nothing(folder, params):
     assert facts["prompt_tokens"] == 2 * prompt_tokens and facts["recomputed_tokens"] == 0
 
 
+@PACED
 def test_without_a_first_token_there_is_no_time_of_it(folder):
     engine, params = make(folder), SamplingParams(10, ignore_eos=True)
     with poison.nan_embedding(engine, 9):
@@ -81,6 +86,7 @@ def test_nan_in_the_diffusion_view_costs_speed_alone(folder, mode, at_least):
     poison.check_nan_drafts_cost_speed_alone(make(folder, mode=mode), jobs_of(kinds), at_least)
 
 
+@PACED
 def test_nobody_finds_what_a_request_left_that_came_upon_nan(folder):
     """Its keys and values may be what was wrong, and the fault over; whoever shares them meanwhile meets it too."""
     engine, params = make(folder), SamplingParams(10, ignore_eos=True)
@@ -127,6 +133,7 @@ def ill(folder):
         yield engine, bad, next(pair for pair in known if not pair[1][2])
 
 
+@PACED
 def test_generate_raises_and_stream_yields_what_there_is_first(ill):
     engine, (job, (tokens, _, error)), _ = ill
     with pytest.raises(FloatingPointError) as raised:
@@ -143,6 +150,7 @@ def test_generate_raises_and_stream_yields_what_there_is_first(ill):
     ]  # fmt: skip
 
 
+@PACED
 def test_streams_of_a_server(ill):
     engine, bad, good = ill
 

@@ -18,7 +18,10 @@ from orthrus_rt.flights import Flights
 from orthrus_rt.sampling import SamplingParams
 from tests import engines, failing, poison
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = [
+    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
+    pytest.mark.usefixtures("paced"),
+]
 
 VOCAB = 96
 POISON = -77

@@ -12,7 +12,10 @@ from tests import engines, lossless
 from tests.failing import exhausted
 from tests.traces import assert_same, decode
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = [
+    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
+    pytest.mark.usefixtures("paced"),
+]
 
 GREEDY = SamplingParams(6, ignore_eos=True)
 JOBS = [

@@ -18,7 +18,10 @@ from orthrus_rt.sampling import SamplingParams
 from tests import engines
 from tests.traces import assert_same, decode, digest, few_pages
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = [
+    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
+    pytest.mark.usefixtures("paced"),
+]
 
 VOCAB = 96
 GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)

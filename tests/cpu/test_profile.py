@@ -18,7 +18,10 @@ from orthrus_rt.profile import calls_of
 from orthrus_rt.sampling import SamplingParams
 from tests import byte_tokenizer, engines
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = [
+    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
+    pytest.mark.usefixtures("paced"),
+]
 
 SLOTS, CONTEXT, LAYERS, K = 2, 70, 2, 8
 make = partial(engines.make, max_seq_len=128, max_batch_size=4)

@@ -25,9 +25,17 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from tests.engines import a_beginning_each
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = [
+    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
+    pytest.mark.usefixtures("paced"),
+]
 HOW = dict(device="cpu", mode="two_pass", max_seq_len=256)
 ENDLESS = dict(max_tokens=200, logit_bias={"256": -100})  # the tokenizer's end of a text
+
+
+@pytest.fixture(scope="module")
+def folder(text_folder):
+    return text_folder
 
 
 @pytest.fixture
