@@ -75,13 +75,13 @@ def cycles_of(engine: Engine) -> list[Cycle]:
 
 
 def check_recordings_without_memory(engine: Engine, jobs: list[Job]) -> None:
-    """The same tokens, cycle by cycle op by op, with a warning for each that could not be recorded; and recorded ones
-    again, once there is memory and they are built anew.
+    """The same tokens in as many cycles, each of them op by op, with a warning for each that could not be recorded; and
+    recorded ones again, once there is memory and they are built anew.
     """
     prompts, params = ([job[i] for job in jobs] for i in range(2))
 
     def tokens():
-        return [out.token_ids for out in engine.generate(prompts, params)]
+        return [(out.token_ids, out.stats.cycles) for out in engine.generate(prompts, params)]
 
     want = tokens()
     assert cycles_of(engine) and not any(cycle.op_by_op for cycle in cycles_of(engine))

@@ -32,13 +32,25 @@ def greedy(engine, n=40, prompt=PROMPT, **kwargs):
     return engine.generate(prompt, SamplingParams(max_new_tokens=n, **({"ignore_eos": True} | params)), **kwargs)
 
 
+def cycles_of(num_tokens):
+    """That two_pass takes for so many tokens behind PROMPT, greedily: each has the first draft right and no other."""
+    return num_tokens // 2
+
+
+def decoded(out):
+    """Tokens, and the cycles that they took."""
+    return out.token_ids, out.stats.cycles
+
+
 @pytest.mark.parametrize("draft_len", range(1, 8))
 def test_every_draft_len_gives_the_ar_tokens(engine, draft_len):
     want = greedy(engine, mode="ar")
     got = greedy(engine, mode="two_pass", draft_len=draft_len)
     assert got.token_ids == want.token_ids
     assert got.stats.block_len == draft_len + 1 and len(got.stats.accepted) == draft_len + 1
-    assert got.stats.passes == 2 * got.stats.cycles and want.stats.passes == want.stats.cycles == 39
+    assert (
+        got.stats.passes == 2 * got.stats.cycles == 2 * cycles_of(40) and want.stats.passes == want.stats.cycles == 39
+    )
     emitted = sum((j + 1) * count for j, count in enumerate(got.stats.accepted))
     assert emitted >= got.stats.tokens - 1  # the last cycle may lose its bonus token to the limit
 
@@ -63,6 +75,7 @@ def test_never_more_than_max_new_tokens(engine, n):
     for mode in MODES:
         out = greedy(engine, n, mode=mode)
         assert out.token_ids == want and out.finish_reason == "length" and out.stats.tokens == n
+        assert mode != "two_pass" or out.stats.cycles == cycles_of(n)
 
 
 def test_stops_at_the_exact_token_inside_a_block(engine):
@@ -73,6 +86,7 @@ def test_stops_at_the_exact_token_inside_a_block(engine):
             out = greedy(engine, 40, mode=mode, stop_token_ids=(stop,))
             assert out.token_ids == tokens[: first + 1], (stop, mode)
             assert out.finish_reason == "stop"
+            assert mode != "two_pass" or out.stats.cycles == cycles_of(first + 1)
 
 
 def test_every_eos_of_the_checkpoint_ends_unless_ignored(engine, monkeypatch):
@@ -91,15 +105,16 @@ def test_never_past_max_seq_len():
     for mode in MODES:
         out = greedy(small, 1000, mode=mode)
         assert out.token_ids == want and len(PROMPT) + len(want) == 64 and out.finish_reason == "length"
+        assert mode != "two_pass" or out.stats.cycles == cycles_of(56)
     one = greedy(small, 5, prompt=[1] * 63, mode="two_pass")
     assert len(one.token_ids) == 1 and one.finish_reason == "length"
 
 
 def test_prompt_of_several_chunks(engine, monkeypatch):
     prompt = [(7 * i * i + i) % 20 for i in range(150)]
-    want = greedy(engine, 30, prompt=prompt).token_ids
+    want = decoded(greedy(engine, 30, prompt=prompt))
     monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 64)
-    assert greedy(engine, 30, prompt=prompt).token_ids == want
+    assert decoded(greedy(engine, 30, prompt=prompt)) == want
 
 
 def test_stream_is_generate_in_pieces(engine):
@@ -107,6 +122,7 @@ def test_stream_is_generate_in_pieces(engine):
     pieces = list(engine.stream(PROMPT, params))
     assert [t for p in pieces for t in p.token_ids] == engine.generate(PROMPT, params).token_ids
     assert len(pieces[0].token_ids) == 1 and pieces[-1].finish_reason == "length"
+    assert pieces[-1].stats.cycles == cycles_of(30)
     assert all(p.finish_reason is None for p in pieces[:-1])
 
 
@@ -134,7 +150,7 @@ def test_batch_gives_the_tokens_of_each_alone(engine):
     prompts = [PROMPT, torch.tensor([1, 2, 3]), [5]]
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
     outs = engine.generate(prompts, params)
-    assert [o.token_ids for o in outs] == [engine.generate(p, params).token_ids for p in prompts]
+    assert list(map(decoded, outs)) == [decoded(engine.generate(p, params)) for p in prompts]
     with pytest.raises(ValueError, match="params must be one SamplingParams or 3 of them, got 2"):
         engine.generate(prompts, [params, params])
 
@@ -188,10 +204,10 @@ def test_of_a_batch_the_prompt_is_named(engine, wrong, message):
 
 
 def test_stale_cache_changes_nothing(engine):
-    want = greedy(engine, 30).token_ids
+    want = greedy(engine, 30)
     engine.kv.pages.fill_(torch.nan)
-    assert greedy(engine, 30).token_ids == want
-    assert greedy(engine, 30, mode="ar").token_ids == want
+    assert decoded(greedy(engine, 30)) == decoded(want) and want.stats.cycles == cycles_of(30)
+    assert greedy(engine, 30, mode="ar").token_ids == want.token_ids
 
 
 FILTERS = ({}, {"top_k": 10}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 12, "top_p": 0.95, "min_p": 0.01})
