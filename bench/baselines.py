@@ -99,8 +99,6 @@ def emitted(choices, accepted: int) -> list[int]:
 class GrowingCache:
     """Baseline (a). State: ``n`` committed tokens whose keys and values are in the cache, and the known next one."""
 
-    batch = 1
-
     def __init__(self, weights: Weights, mode: str, draft_len: int):
         self.weights, self.block_len = weights, 1 if mode == "ar" else draft_len + 1
         self.n, self.cache, self.next_token = 0, [], 0

@@ -23,27 +23,10 @@ from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
 from orthrus_rt.info import device_facts
 from orthrus_rt.terminal import figures
-from orthrus_rt.timing import measure, percentiles, read_bandwidth, time_each
+from orthrus_rt.timing import measure, percentiles, time_each
+from orthrus_rt.timing import read_bandwidth as read_bandwidth
 from orthrus_rt.versions import installed
 from orthrus_rt.weights import codes_for_cuda
-
-__all__ = [
-    "EMBEDDED_NAME",
-    "embedded_engine",
-    "graphed",
-    "header",
-    "loop",
-    "measure",
-    "measure_in_turns",
-    "out_folder",
-    "parser_of",
-    "percentiles",
-    "read_bandwidth",
-    "report",
-    "run_script",
-    "save",
-]
-
 
 MOST_TOKENS = 1500  # of a request, beside the longest built-in prompt in an engine of 2,048
 

@@ -149,8 +149,8 @@ def load_config(path_or_id: str, *, adapter: str | None = None, base_gguf: str |
 
 
 def is_hub_id(path_or_id: str) -> bool:
-    """Whether it may be one: neither the embedded model's name nor a folder here, and of an id's form."""
-    return path_or_id != EMBEDDED_NAME and not os.path.isdir(path_or_id) and bool(re.fullmatch(HUB_ID, path_or_id))
+    """Whether it may be one: no folder here, and of an id's form, which the embedded model's name is not."""
+    return not os.path.isdir(path_or_id) and bool(re.fullmatch(HUB_ID, path_or_id))
 
 
 def _open(

@@ -20,7 +20,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None:
         default="smollm2-135m",
         help="smollm2-135m (default), a checkpoint folder, or a hub id as owner/name or owner/name@revision",
     )
-    group.add_argument("--adapter", metavar="PATH", help="folder of a diffusion view for a base that has none")
+    group.add_argument("--adapter", metavar="PATH", help="folder or hub id of a diffusion view for a base")
     group.add_argument("--base-gguf", metavar="PATH", help="the embedded model's base as a GGUF file")
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     group.add_argument(

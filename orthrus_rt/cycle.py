@@ -63,15 +63,15 @@ def _pass(
     """A pass whose choices are ``scored`` from logits, or else the head's own partial maxima; ``shape`` is that of the
     prompts in it, if any.
     """
-    length = {st.NEXT_AR: 1, st.NEXT_DRAFT: plan.draft_rows(model.config.block_len)}.get(kind, plan.block_len)
-    blocks = {st.NEXT_DRAFT: 1, st.NEXT_ONE_PASS: plan.fan_out}.get(kind, 0)
-    verifies = 0 if kind == st.NEXT_DRAFT else 1
-    layout = Layout(slots * verifies, length, slots * blocks, length, max(blocks, 1))
+    drafts = kind == st.NEXT_DRAFT
+    length = plan.draft_rows(model.config.block_len) if drafts else plan.block_len
+    ar_groups, blocks = (0, 1) if drafts else (slots, plan.fan_out)
+    layout = Layout(ar_groups, length, slots * blocks, length, max(blocks, 1))
     # Slot by slot, the slot's AR rows and then its blocks.
     row = np.arange(layout.num_rows, dtype=np.int32)
-    ar, diffusion = np.split(row, [slots * verifies * length])
+    ar, diffusion = np.split(row, [ar_groups * length])
     diffusion = diffusion.reshape(slots, blocks, length)
-    if kind == st.NEXT_DRAFT:
+    if drafts:
         diffusion = diffusion[..., : plan.block_len - 1]  # the last row of a whole block predicts beyond it
     picked = np.concatenate([ar.reshape(slots, -1), diffusion.reshape(slots, -1)], 1)
     if shape is None:

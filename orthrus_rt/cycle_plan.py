@@ -99,9 +99,10 @@ def cycle_plan(mode: str, draft_len: int | None, fan_out: int | None, config, *,
     if not 1 <= draft_len <= most:
         why = f"the checkpoint's block_size - 1, at most {MAX_BLOCK_LEN - 1}"
         raise ValueError(f"draft_len must be within [1, {most}] ({why}), got {draft_len}")
-    hypotheses = most_hypotheses(draft_len if asked or mode == "one_pass" else most)
+    bounding = draft_len if asked or mode == "one_pass" else most
+    hypotheses = most_hypotheses(bounding)
     if fan_out is not None and not 1 <= fan_out <= hypotheses:
-        raise ValueError(f"fan_out must be within [1, {hypotheses}] for draft_len {draft_len}, got {fan_out}")
+        raise ValueError(f"fan_out must be within [1, {hypotheses}] for draft_len {bounding}, got {fan_out}")
     if mode == "ar":
         return AR
     if mode == "two_pass":

@@ -161,7 +161,7 @@ class Engine(Generation):
             fan_out: blocks that a one_pass cycle drafts, 1 ... 3 * draft_len + 1 (every outcome); None for 6, or
                 as many as make 160 rows with the AR view's: 4 with drafts of 31; on a CPU for 2 (in mode auto it tries
                 2, 4 and 8).
-            adapter: folder of a diffusion view for a base that has none.
+            adapter: folder or hub id of a diffusion view for a base that has none.
             base_gguf: path of the embedded model's base, where it is not installed as a wheel.
             max_batch_size: sequences decoded at once; more wait their turn.
             num_pages: pages of 64 positions in the cache; None for ``max_batch_size`` sequences of ``max_seq_len``.
@@ -337,7 +337,7 @@ class Engine(Generation):
     def warmup(self, progress: bool = False, *, sampling: bool = False) -> None:
         """Build, and where the device can, record the greedy cycles of every batch bucket for the engine's own mode; on
         CUDA the prefill passes of a single prompt too. Cycles with prompts are recorded as their shapes come again.
-        Recordings last until a call asks for cycles with more rows.
+        Recordings last until a call asks for cycles with more rows, or MAX_RECORDINGS others were used since.
 
         In mode ``auto`` this also times them: at length the first time on this device, with this number of threads, for
         this model and version, later once each.

@@ -8,8 +8,8 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sized
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -42,7 +42,7 @@ class Turn:
 
     def __enter__(self) -> None:
         process, mine = os.getpid(), (threading.get_ident(), sys._getframe(1))
-        self._check_owner(mine[0])
+        self._check_owner()
         holder = self._holder.setdefault(process, mine)  # tests and sets in one step
         if holder is not mine:
             if holder[0] != mine[0]:
@@ -51,13 +51,14 @@ class Turn:
                 raise Taken("this engine is in the middle of a call; a signal handler cannot make another one")
             self._holder[process] = mine
         try:
-            self._check_owner(mine[0])  # again: it may have been claimed before this thread had it
+            self._check_owner()  # again: it may have been claimed before this thread had it
         except Taken:
             self._holder.clear()
             raise
 
-    def _check_owner(self, thread: int) -> None:
-        if (claim := self._owner) is not None and claim[1] != thread and (owner := claim[0]()) is not None:
+    def _check_owner(self) -> None:
+        claim = self._owner
+        if claim is not None and claim[1] != threading.get_ident() and (owner := claim[0]()) is not None:
             raise Taken(f"this engine belongs to an {type(owner).__name__} until that is closed; go through it")
 
     def __exit__(self, *_) -> None:
@@ -72,28 +73,13 @@ def _runs(frame) -> bool:
     return caller is not None
 
 
-class Guarded(Protocol):
-    """What an engine has for :func:`exclusive` and :func:`torn_if_cut`."""
-
-    turn: Turn
-    closed: bool
-    device: torch.device
-    cuda_stream: torch.cuda.Stream | None
-    torn: bool  # a call was cut short: _recover() before the next
-    dropped: Sized  # if any, _abort_dropped() before the next call
-
-    def _recover(self) -> None: ...
-
-    def _abort_dropped(self) -> None: ...
-
-
-Engine = TypeVar("Engine", bound=Guarded)
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def exclusive(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatenate[Engine, P], R]:
-    """Decorator of an engine's method: alone, on the engine's device and stream, and never after ``close()``.
+def exclusive(method: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of an engine's method: alone, on the engine's device and stream, and never after ``close()``; what an
+    earlier call left torn or dropped is mended first.
 
     Work runs in the order of the calls, whatever thread they come from and whatever stream is current there.
     """
@@ -114,7 +100,7 @@ def exclusive(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatena
 
 
 @contextlib.contextmanager
-def torn_if_cut(engine: Guarded) -> Iterator[None]:
+def torn_if_cut(engine) -> Iterator[None]:
     """Whatever is cut short in here leaves the engine ``torn``: its next call then recovers first."""
     engine.torn = True
     yield

@@ -195,6 +195,8 @@ class OrthrusForCausalLM:
         stop = () if eos_token_id is None else eos_token_id
         with contextlib.suppress(ValueError):
             stop = (integer("eos_token_id", eos_token_id),)
+        with contextlib.suppress(TypeError):  # of what is no sequence of ids, SamplingParams tells
+            stop = tuple(t for t in stop if not (isinstance(t, int) and t < 0))  # transformers' ids that never come
         params = SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=temperature,

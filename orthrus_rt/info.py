@@ -52,11 +52,10 @@ def model_facts(model: str, adapter: str | None, base_gguf: str | None) -> dict:
     """
     from orthrus_rt import checkpoint
 
-    are_here = (source in (None, checkpoint.EMBEDDED_NAME) or Path(source).is_dir() for source in (model, adapter))
-    if all(are_here):
-        c = checkpoint.load(model, adapter=adapter, base_gguf=base_gguf).config
-    else:
+    if any(source and checkpoint.is_hub_id(source) for source in (model, adapter)):
         c = checkpoint.load_config(model, adapter=adapter, base_gguf=base_gguf)
+    else:
+        c = checkpoint.load(model, adapter=adapter, base_gguf=base_gguf).config
     names = (
         "family", "num_layers", "hidden_size", "intermediate_size", "num_heads_q", "num_heads_kv", "head_dim",
         "vocab_size", "max_position_embeddings", "block_len", "mask_token_id", "eos_token_ids",

@@ -1,9 +1,9 @@
 """Where an engine's memory goes.
 
-Weights and cache are allocated once. Activations and workspace are too, and again when a call asks for larger
-cycles. Logits, edits, and each cycle or shape of prefill with its graph are allocated at their first use; from then on
-decoding allocates nothing more that lasts. What ``acceptance="rejection"`` computes on the host's side of a cycle comes
-and goes with each.
+Weights and cache are allocated once. Activations and workspace are too, and again when a call asks for larger cycles.
+Logits, edits, and each cycle or shape of prefill with its graph are allocated at their first use, and the last two are
+kept up to a number; from then on decoding allocates nothing more that lasts. What ``acceptance="rejection"`` computes
+on the host's side of a cycle comes and goes with each.
 
 Not counted on the CPU, as threads keep it for themselves: attention's partial results, in the calling thread, fp32
 ``[splits, rows, num_heads_q, head_dim + 2]`` where all threads share a few rows (a split is 512 positions; at most

@@ -82,8 +82,8 @@ class Metrics:
 
     def landed(self, flight) -> None:
         """A cycle, or the first tokens of prompts (no passes), whose results were read."""
-        self.cycles += flight.plan is not None
-        if flight.plan:
+        if flight.plan is not None:
+            self.cycles += 1
             self.passes += flight.plan.num_passes
             self.plan = flight.plan.label
             self.plans[self.plan] = self.plans.get(self.plan, 0) + 1

@@ -1,6 +1,6 @@
 """Launchers of the native module: tensors in, parameter structs out; and the workspace that they need.
 
-What every implementation asks of its arguments is checked in ops.py; what these kernels alone ask, here.
+What every implementation asks of its arguments is checked in checks.py; what these kernels alone ask, here.
 """
 
 from __future__ import annotations

@@ -106,16 +106,25 @@ class PassCosts:
             return  # no clock's
         key = bucket, plan
         self._clock += 1
+        if key not in self._log or key in self._once:
+            self._confirm(key, seconds)
+        if key not in self._once:
+            self._correct(key, seconds)
+
+    def _confirm(self, key: tuple[int, CyclePlan], seconds: float) -> None:
+        """A first measurement, or the next one, which the first has to stand up to."""
         if key not in self._log:
             most = UNLIKELY * self.seconds(*key) if self._log else math.inf
             self._once[key] = seconds > most
             return self._set(key, min(seconds, most), MEASUREMENT_NOISE)
-        if key in self._once:
-            known = self.seconds(*key)
-            if known > STALLED * seconds or (self._once[key] and seconds > known):
-                self._once[key] = False
-                return self._set(key, seconds, MEASUREMENT_NOISE)
-            del self._once[key]
+        known = self.seconds(*key)
+        if known > STALLED * seconds or (self._once[key] and seconds > known):
+            self._once[key] = False
+            return self._set(key, seconds, MEASUREMENT_NOISE)
+        del self._once[key]
+
+    def _correct(self, key: tuple[int, CyclePlan], seconds: float) -> None:
+        """The entry, and by what it tells of the machine all others: a Kalman filter's update."""
         self._curve = None
         own, machine = self._doubt(key), self._slowness_variance + SLOWNESS_PROCESS_NOISE
         shared = self._covariance.setdefault(key, 0.0)

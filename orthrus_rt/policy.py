@@ -340,7 +340,7 @@ class Policy:
             ``cost_measured`` (false: inferred from other plans), ``cycles`` (those of all batches).
             ``accepted``: way of drafting -> expected drafts accepted of 0, 1, ... that are offered.
             ``safety_balance_seconds``, ``exploration_balance_seconds``: what drafting, and trials, may still cost.
-            ``spent_seconds``: of all cycles. ``ar_equivalent_seconds``: what AR would have taken for their tokens.
+            ``spent_seconds``: of all cycles and prompts. ``ar_equivalent_seconds``: what AR would have taken for them.
 
         Raises:
             ValueError: ``batch_size`` is out of its range.

@@ -149,7 +149,7 @@ class PrefillPass(Recorded):
     """A pass of one shape over static buffers.
 
     Attributes:
-        prompts: its rows, to be loaded before every run.
+        prompt_rows: its own, to be loaded before every run.
         out: ``(value, id)``, of ``chosen`` rows: fp32 logits (id None), or partial maxima. All passes share both.
     """
 

@@ -69,7 +69,7 @@ class Request:
     @property
     def num_known(self) -> int:
         """Of :attr:`known`, without a copy."""
-        return len(self.prompt) + max(0, len(self.tokens) - 1)
+        return self.length - bool(self.tokens)
 
     @property
     def num_cached(self) -> int:

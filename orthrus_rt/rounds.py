@@ -40,7 +40,7 @@ class Rounds:
     scheduler: Scheduler
     metrics: Metrics
     outbox: Outbox
-    torn: bool  # something was cut short: _recover() first
+    torn: bool  # a call was cut short: _recover() before the next
     _plan: CyclePlan  # of the batch that runs
     _autos: Autos
 

@@ -128,7 +128,7 @@ class Runner:
         """Write the request into its slot; the slot does not run before its prefill is through."""
         state, slot = self.state, request.slot
         put(state.finish, slot, st.EMPTY)
-        put(state.cache_seqlens, slot, len(request.to_prefill) - (0 if request.tokens else 1))
+        put(state.cache_seqlens, slot, request.length - 1)
         put(state.num_drafts, slot, 0)
         put(state.num_output, slot, len(request.tokens))
         put(state.limit, slot, request.limit)

@@ -31,9 +31,11 @@ class SamplingParams:
         presence_penalty: subtracted from the logits of tokens in the output, in [-2, 2].
         frequency_penalty: subtracted once for each time that a token is in the output, in [-2, 2].
         logit_bias: ``{token id: value}`` added to the logits; at most 256. Sums beyond 1e6 times the temperature leave
-            the draw's noise, added in fp32, too few digits to tell likely tokens apart fairly.
+            the draw's noise, added in fp32, too few digits to tell likely tokens apart fairly, as do logits of 25 at
+            temperatures below 1e-4: lower ids are then favoured among equals.
         min_tokens: stop ids, the model's own included, cannot be chosen before this many tokens, 0 ... max_new_tokens.
-        seed: non-negative int below 2**63; None draws one, reported in ``stats.seed``.
+        seed: non-negative int below 2**63; None draws one, reported in ``stats.seed``. Requests of one seed meet the
+            same noise at the same positions: answers that are to be independent need a seed each, or none.
         stop_token_ids: ids that end the sequence besides the model's own; they are part of the output.
         ignore_eos: do not stop at the model's own end-of-sequence ids.
         acceptance: ``"coupled"``: a seed gives the same text in every mode and batch; or ``"rejection"``, the published

@@ -32,10 +32,9 @@ def build(checkpoint: Checkpoint, view: str = "ar", *, dtype: torch.dtype = torc
     """
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    c, raw = checkpoint.config, checkpoint.raw
+    c = checkpoint.config
     # Read for itself: what we might misread or overlook would else be the same in both.
-    facts = {"rope_parameters": c.rope, "max_position_embeddings": c.max_position_embeddings}
-    read = facts if raw is None else {key: raw[key] for key in raw.keys() - NOT_OF_A_MODEL}
+    read = {key: checkpoint.raw[key] for key in checkpoint.raw.keys() - NOT_OF_A_MODEL}
     kind, model_type = (Qwen3Config, Qwen3ForCausalLM) if c.family == "qwen3" else (LlamaConfig, LlamaForCausalLM)
     ours = dict(
         vocab_size=c.vocab_size,

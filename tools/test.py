@@ -252,7 +252,7 @@ def run(tier: Tier, full: bool) -> Result:
     return result
 
 
-def print_per_op(result: Result) -> None:
+def print_per_file(result: Result) -> None:
     for name, (passed, failed, skipped, seconds) in sorted(result.files.items()):
         state = "FAILED" if failed else "ok" if passed else "skipped"
         op = name.removeprefix("test_")
@@ -290,7 +290,7 @@ def main() -> int:
         for reason, count in result.skipped.items():
             print(f"{'':10} {count} skipped: {reason}")
         if name == "gpu":
-            print_per_op(result)
+            print_per_file(result)
         total.passed += result.passed
         total.failed += result.failed
         total.skipped += result.skipped

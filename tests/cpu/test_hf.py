@@ -93,9 +93,10 @@ def test_whatever_end_of_sequence_ids_are_given_replace_the_checkpoints_own(mode
     assert (params.stop_token_ids, params.ignore_eos) == (stop, eos is not None)
 
 
-def test_an_end_of_sequence_id_just_beyond_the_vocabulary_never_comes(model, input_ids):
-    out = model.generate(input_ids, max_length=128, eos_token_id=model.config.vocab_size)
-    assert out.shape == (1, 128)  # all that there is room for
+def test_an_end_of_sequence_id_beyond_the_vocabulary_never_comes(model, input_ids):
+    for never in (model.config.vocab_size, -1, [-1, model.config.vocab_size]):  # as transformers takes them
+        out = model.generate(input_ids, max_length=128, eos_token_id=never)
+        assert out.shape == (1, 128)  # all that there is room for
 
 
 def test_manual_seed_makes_sampling_repeatable(model, input_ids):
