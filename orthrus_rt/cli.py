@@ -21,6 +21,7 @@ from orthrus_rt.cli_options import (
     tell,
 )
 from orthrus_rt.cycle_plan import MODES
+from orthrus_rt.terminal import figures, table
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 128 + signal.SIGINT
 BENCH_TOKENS, PROFILE_CONTEXT = 64, 256
@@ -82,8 +83,6 @@ def run_info(args) -> int:
 
 
 def _print_info(facts: dict) -> None:
-    from orthrus_rt.terminal import table
-
     versions = (f"{name} {version or 'not installed'}" for name, version in facts["versions"].items())
     print("versions  " + ", ".join(versions))
     native = facts["native"]
@@ -100,7 +99,7 @@ def _print_info(facts: dict) -> None:
 
 
 def run_bench(args) -> int:
-    from orthrus_rt import info, profile, rates, terminal
+    from orthrus_rt import info, profile, rates
 
     check_num_prompts(args)
     if args.profile and "auto" in args.modes:
@@ -130,8 +129,8 @@ def run_bench(args) -> int:
         return 0
     print(", ".join(facts.values()))
     for about, rows in tables:
-        print("\n" + ", ".join(f"{name} {terminal.figures(value)}" for name, value in about.items()))
-        print(terminal.table([tuple(rows[0]), *(tuple(map(terminal.figures, row.values())) for row in rows)]))
+        print("\n" + ", ".join(f"{name} {figures(value)}" for name, value in about.items()))
+        print(table([tuple(rows[0]), *(tuple(map(figures, row.values())) for row in rows)]))
     return 0
 
 

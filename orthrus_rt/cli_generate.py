@@ -8,6 +8,7 @@ import dataclasses
 import json
 import sys
 
+from orthrus_rt import prompts
 from orthrus_rt.cli_options import (
     EXIT_DIFFERENT,
     add_model_options,
@@ -20,6 +21,10 @@ from orthrus_rt.cli_options import (
     tokens_text,
 )
 from orthrus_rt.cycle_plan import MODES
+from orthrus_rt.outputs import GenerationOutput
+from orthrus_rt.sampling import SamplingParams
+from orthrus_rt.terminal import Screen, table
+from orthrus_rt.text_stream import TextStream
 
 
 def add_parser(commands) -> None:
@@ -86,9 +91,6 @@ def _read_prompt(args) -> str:
 def run(args) -> int:
     check_used(args, "--mode", [args.mode])
     text = _read_prompt(args)
-    from orthrus_rt import prompts
-    from orthrus_rt.sampling import SamplingParams
-
     params = SamplingParams(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
         min_p=args.min_p, seed=args.seed, ignore_eos=args.ignore_eos, repetition_penalty=args.repetition_penalty,
@@ -100,7 +102,9 @@ def run(args) -> int:
             require_sampling(f"--{name.replace('_', '-')}", params)
     engine = load_engine(args, args.mode)
     chat = bool(engine.tokenizer.chat_template) if args.chat is None else args.chat
-    prompt_ids = prompts.encode(engine.tokenizer, text, chat=chat)
+    prompt_ids, end = prompts.encode(engine.tokenizer, text, chat=chat), engine.tokenizer.eos_token_id
+    if chat and end is not None and end < engine.config.vocab_size and not args.ignore_eos:
+        params = dataclasses.replace(params, stop_token_ids=(end,))  # of a turn: config.json need not name it
     check_length(prompt_ids, engine, "the prompt")
     if args.compare_ar:
         _warm_up(engine, prompt_ids)
@@ -126,18 +130,12 @@ def run(args) -> int:
 
 def _warm_up(engine, prompt_ids) -> None:
     """A few tokens in both modes, so that neither one's rate carries first-use costs."""
-    from orthrus_rt.sampling import SamplingParams
-
     for mode in (None, "ar"):
         engine.generate(prompt_ids, SamplingParams(max_new_tokens=4, ignore_eos=True), mode=mode)
 
 
 def _decode(engine, prompt_ids, params, *, show: bool):
     """Generate, writing the text as it comes if ``show``. Returns ``(GenerationOutput, text)``."""
-    from orthrus_rt.outputs import GenerationOutput
-    from orthrus_rt.terminal import Screen
-    from orthrus_rt.text_stream import TextStream
-
     tokens, text = [], []
     stream = TextStream(engine.tokenizer)
     pieces = engine.stream(prompt_ids, params)
@@ -164,8 +162,6 @@ def _progress(s) -> str:
 
 def _stats_table(engine, outputs) -> str:
     """A row per ``(mode asked for, output)``, and below them the cycles of each plan that ``auto`` ran."""
-    from orthrus_rt.terminal import table
-
     rows = [("mode", "block length", "tokens", "cycles", "passes", "tokens/cycle", "tokens/pass", "tok/s")]
     plans = []
     for mode, s in ((mode, output.stats) for mode, output in outputs):

@@ -7,6 +7,7 @@ import functools
 import json
 from collections import Counter
 
+from orthrus_rt import prompts
 from orthrus_rt.cli_options import (
     EXIT_DIFFERENT,
     add_model_options,
@@ -19,6 +20,7 @@ from orthrus_rt.cli_options import (
     tokens_text,
 )
 from orthrus_rt.cycle_plan import MODES
+from orthrus_rt.sampling import SamplingParams
 
 DESCRIPTION = """Decode prompts in several modes and compare the tokens with those of the first mode alone. Every
 difference is reported: its position, both tokens and the gap between their logits. Exits 1 if there is one. With
@@ -48,7 +50,6 @@ def add_parser(commands) -> None:
 
 def run(args) -> int:
     from orthrus_rt import verify
-    from orthrus_rt.sampling import SamplingParams
 
     check_used(args, "--modes", args.modes)
     todo = _prompts(args)
@@ -89,8 +90,6 @@ def run(args) -> int:
 
 
 def _prompts(args) -> list:
-    from orthrus_rt import prompts
-
     check_num_prompts(args)
     if args.prompts is None:
         return prompts.load()[: args.num_prompts]

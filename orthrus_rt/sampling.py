@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
 
-import torch
-
 from orthrus_rt.integers import integer
 
 MAX_LOGIT_BIAS = 256
-LEAST, MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # the kernels compute in fp32
+LEAST, MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal numbers of fp32, in which the kernels compute
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
