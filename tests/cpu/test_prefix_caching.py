@@ -61,6 +61,15 @@ def test_a_conversation_goes_on_where_it_was(folder, forgetful, mode, params):
         assert engine.kv.num_free_pages == engine.kv.num_pages
 
 
+def test_penalties_count_what_was_found_and_what_came_in_chunks(folder, forgetful, monkeypatch):
+    want = decode(forgetful, [text(300)], SAMPLED, mode="ar")
+    monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 48)
+    engine = make(folder)
+    engine.generate(text(130), SAMPLED, mode="two_pass")
+    assert_same(decode(engine, [text(300)], SAMPLED, mode="two_pass"), want, "of whose beginning some is there")
+    assert engine.metrics.cached_tokens == 128
+
+
 def test_the_last_token_of_a_prompt_is_always_computed(folder, forgetful):
     """Its row gives the first token of the answer."""
     engine = make(folder)
