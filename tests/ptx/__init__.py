@@ -12,11 +12,12 @@ matrix descriptors and fragments. CTAs, warps, lanes and copies run forwards, ba
 CTAs interleaved.
 
 Reported, with the line of PTX and of the source: accesses out of the bounds of a tensor, of shared memory or of
-parameters, or misaligned; shared memory that nobody has written or that a copy in flight writes; a write to operands
-of a product in flight; two warps at one place of shared memory that no barrier or mbarrier orders, unless both write
-the same; operands of wgmma and mbarriers without the fence between proxies; global memory touched ahead of
-griddepcontrol.wait, weights excepted; shuffles from lanes that take no part; barriers that nobody can pass; copies
-or products left behind at the end. Registers and sums that nobody has written, or waited for, are NaN.
+parameters, or misaligned; shared memory that nobody has written or that a copy in flight writes; a write to operands of
+a product in flight; two warps at one place of shared memory that no barrier or mbarrier orders, unless both write the
+same; operands of wgmma and mbarriers without the fence between proxies, and copies to where threads have read without
+it; global memory touched ahead of griddepcontrol.wait, weights excepted; shuffles from lanes that take no part;
+barriers that nobody can pass; copies or products left behind at the end. Registers and sums that nobody has written, or
+waited for, are NaN.
 
 Counted, if asked for (``--traffic``): instructions by unit, sectors and lines of global memory, wavefronts of shared
 memory, each beside the least that would do. ``python -m tests.ptx.traffic``: all kernels at the shapes of a real model.
