@@ -100,21 +100,21 @@ class PromptRows:
     def __init__(self, shape: PrefillShape, device, own: Layout = NOTHING, own_picked: Sequence[int] = ()):
         self.shape = shape
         n, groups = shape.rows + own.num_rows, shape.groups + own.num_groups
-        width, starts = padded(n), padded(groups + 1)
+        sizes = [4 * padded(n), padded(groups + 1), len(own_picked) + shape.chosen]
 
         def split(buffer):
             """Rows' fields, where groups start, and the rows whose logits are wanted."""
-            fields, rest = buffer[: 4 * width].reshape(4, width)[:, :n], buffer[4 * width :]
-            return fields, rest[: groups + 1], rest[starts:]
+            fields, group_start, picked = buffer.split(sizes)
+            return fields.view(4, -1)[:, :n], group_start[: groups + 1], picked
 
-        self._host = np.zeros(4 * width + starts + len(own_picked) + shape.chosen, dtype=np.int32)
-        self._fields, group_start, picked = split(self._host)
+        self._host = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu")
+        self._fields, group_start, picked = (part.numpy() for part in split(self._host))
         self._fields[1] = -1
         self._group_start, self._picked = group_start[: shape.groups + 1], picked[len(own_picked) :]
         group_start[shape.groups :] = shape.rows + np.array(own.starts())
         picked[: len(own_picked)] = shape.rows + np.array(own_picked, dtype=np.int32)
 
-        self._buffer = torch.zeros(self._host.shape, dtype=torch.int32, device=device)
+        self._buffer = torch.zeros_like(self._host, device=device)
         fields, group_start, picked = split(self._buffer)
         self.logit_rows = picked if picked.numel() else None
         prompts = Rows(
@@ -134,7 +134,7 @@ class PromptRows:
         """The next pass is of these; ``picked`` are the rows that choose. A cycle's own rows have to be staged anew."""
         lay_out(chunks, self._fields[:, : self.shape.rows], self._group_start)
         self._picked[: len(picked)] = picked
-        copy_up(self._buffer, torch.from_numpy(self._host))
+        copy_up(self._buffer, self._host)
 
 
 def prefill_rows(chunks: list[Chunk], device) -> Rows:
