@@ -20,7 +20,7 @@ def test_every_test_named_in_the_hazard_table_exists():
         path = TESTS.parent / file if file.startswith("tests/") else TESTS / "cpu" / file
         assert path.exists(), file
         text = path.read_text()
-        assert not test or re.search(rf"^def {test}\(", text, re.MULTILINE), f"{file}::{test}"
+        assert not test or re.search(rf"^ *def {test}\(", text, re.MULTILINE), f"{file}::{test}"
         assert parameter in text, f"{file}::{test}[{parameter}]"
 
 
