@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .pdl import launch_options, share_multiprocessors, take_turn
+from .pdl import launch, take_turn
 
 
 @triton.jit
@@ -44,9 +44,8 @@ def count_tokens(state, edits):
     """
     capacity = state.output.shape[1]
     # One warp: every lane has read num_counted before any writes it.
-    kernel = _count_kernel[(state.num_slots,)](
+    launch(
+        _count_kernel, (state.num_slots,), state.output.device,
         state.output, state.num_output, edits.token_counts, edits.num_counted, capacity, edits.token_counts.shape[1],
-        RING=triton.next_power_of_2(capacity), num_warps=1, enable_fp_fusion=False,
-        **launch_options(state.output.device),
+        RING=triton.next_power_of_2(capacity), num_warps=1,
     )  # fmt: skip
-    share_multiprocessors(kernel)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .pdl import launch_options, share_multiprocessors, take_turn
+from .pdl import launch, take_turn
 
 BLOCK = 1024
 
@@ -33,7 +33,4 @@ def embed(token, table, out):
     if not num_rows:
         return
     grid = (num_rows, triton.cdiv(hidden, BLOCK))
-    kernel = embed_kernel[grid](
-        token, table, out, hidden, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False, **launch_options(out.device)
-    )
-    share_multiprocessors(kernel)
+    launch(embed_kernel, grid, out.device, token, table, out, hidden, BLOCK=BLOCK, num_warps=4)

@@ -33,6 +33,11 @@ def launch_options(device: torch.device) -> dict:
     return {"PDL": True, "launch_pdl": True}
 
 
+def launch(kernel, grid, device: torch.device, *args, **options) -> None:
+    """A kernel that calls :func:`take_turn`, as all of them are launched: products and sums are rounded apart."""
+    share_multiprocessors(kernel[grid](*args, enable_fp_fusion=False, **options, **launch_options(device)))
+
+
 PREFERRED_SHARED_MEMORY_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_...
 
 

@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+from . import pdl
 from .filter_cut import find_cuts, place_of
-from .pdl import launch_options, share_multiprocessors, take_turn
+from .pdl import take_turn
 
 BLOCK = 4096  # tokens of one tile
 SCORE_TILE = 128  # tokens of one partial maximum
@@ -151,8 +152,7 @@ def process_logits(logits, rows, logit_rows, sampling, cache_seqlens, purpose, p
         )  # fmt: skip
 
     def launch(kernel, grid, *args, **options):
-        options |= dict(num_warps=8, enable_fp_fusion=False, **launch_options(device))
-        share_multiprocessors(kernel[grid](*args, **options))
+        pdl.launch(kernel, grid, device, *args, num_warps=8, **options)
 
     launch(
         _scale_kernel, (num_rows, num_tiles),

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .pdl import launch_options, share_multiprocessors, take_turn
+from .pdl import launch, take_turn
 
 
 @triton.jit
@@ -44,9 +44,7 @@ def rms_norm(x, weight, eps, out, row_index=None):
         return
     block = triton.next_power_of_2(hidden)
     warps = min(max(block // 512, 1), 16)
-    kernel = rms_norm_kernel[(num_rows,)](
-        x, weight, row_index, out, hidden, eps,
-        HAS_INDEX=row_index is not None, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
-        **launch_options(x.device),
+    launch(
+        rms_norm_kernel, (num_rows,), x.device,
+        x, weight, row_index, out, hidden, eps, HAS_INDEX=row_index is not None, BLOCK=block, num_warps=warps,
     )  # fmt: skip
-    share_multiprocessors(kernel)

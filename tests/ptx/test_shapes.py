@@ -21,7 +21,7 @@ from tests.cpu import test_row_linear_on_host as rl
 from tests.rows import ar, diff, make_rows
 
 pytest.importorskip("triton")
-from orthrus_rt.triton_kernels import count_tokens, embed, process_logits, rms_norm
+from orthrus_rt.triton_kernels import count_tokens, embed, pdl, process_logits, rms_norm
 from tests.triton_pass import TritonPass
 
 ARCH = os.environ.get("PTX_ARCH", "")
@@ -43,8 +43,7 @@ def shapes(host, request, monkeypatch):
 
     host.num_sms = SMS
     monkeypatch.setenv("ORTHRUS_CUDA_ISA", "sm90" if ARCH == "90a" else "sm80")
-    for module in (rms_norm, embed, process_logits, count_tokens):
-        monkeypatch.setattr(module, "launch_options", lambda device: PDL)
+    monkeypatch.setattr(pdl, "launch_options", lambda device: PDL)
     LIBRARY.ptx_traffic(1)
     yield
     for name, counts in LIBRARY.traffic().items():

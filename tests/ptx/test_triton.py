@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from orthrus_rt.triton_kernels import embed, rms_norm, sum_words
+from orthrus_rt.triton_kernels import embed, pdl, rms_norm, sum_words
 from tests.attention_pass import (
     SPOIL,
     Heads,
@@ -35,8 +35,7 @@ PASSES = {
 @pytest.fixture(autouse=True)
 def with_pdl(monkeypatch):
     options = {"PDL": True, "launch_pdl": True} if PDL else {"PDL": False}
-    for module in (rms_norm, embed):
-        monkeypatch.setattr(module, "launch_options", lambda device: options)
+    monkeypatch.setattr(pdl, "launch_options", lambda device: options)
 
 
 def on_cpu(groups, heads=HEADS[2], dtype=torch.bfloat16):
