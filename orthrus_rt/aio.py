@@ -38,8 +38,26 @@ class Waiting:
     """A stream that waits for more."""
 
     request_id: str
-    queue: asyncio.Queue = field(default_factory=asyncio.Queue)
-    failed: bool = False  # the last thing in the queue is why it ends
+    news: list[RequestOutput | BaseException] = field(default_factory=list)  # an output, and why it ends, at most
+    has_news: asyncio.Event = field(default_factory=asyncio.Event)
+    failed: bool = False  # the last of its news is why it ends
+
+    def tell(self, news: RequestOutput | BaseException) -> None:
+        """For its reader, together with what that has not read yet."""
+        last = self.news[-1] if self.news else None
+        if isinstance(news, RequestOutput) and isinstance(last, RequestOutput):
+            last.new_token_ids += news.new_token_ids
+            last.finish_reason, last.stats, last.error = news.finish_reason, news.stats, news.error
+        else:
+            self.news.append(news)
+        self.has_news.set()
+
+    async def read(self) -> RequestOutput | BaseException:
+        await self.has_news.wait()
+        news = self.news.pop(0)
+        if not self.news:
+            self.has_news.clear()
+        return news
 
 
 class AsyncEngine:
@@ -122,10 +140,10 @@ class AsyncEngine:
     def stream(
         self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Yield the request's outputs as :meth:`Engine.step` returns them, each with ``stats`` of its own; the last has
-        a ``finish_reason``, and if that is ``"error"``, ``error`` says why: nothing is raised. Arguments are checked
-        now, but not whether ``request_id`` is in use: it is from when its first output is asked for until its last is
-        decoded, or the stream closed.
+        """Yield the request's outputs as :meth:`Engine.step` returns them, those that came meanwhile as one, each with
+        ``stats`` of its own; the last has a ``finish_reason``, and if that is ``"error"``, ``error`` says why: nothing
+        is raised. Arguments are checked now, but not whether ``request_id`` is in use: it is from when its first output
+        is asked for until its last is decoded, or the stream closed.
 
         Raises:
             ValueError: the request cannot be served, as :meth:`Engine.submit`.
@@ -150,7 +168,7 @@ class AsyncEngine:
             request.request_id = known_as
             await self._call(self._run, Engine._queue, request)
             while not finished:
-                output = await stream.queue.get()
+                output = await stream.read()
                 if isinstance(output, BaseException):
                     raise _own(output)
                 finished = output.finished
@@ -209,7 +227,7 @@ class AsyncEngine:
         """Every output to its stream; in the loop, as all that looks at those who wait."""
         for output in outputs:
             if stream := self._waiting.get(output.request_id):
-                stream.queue.put_nowait(output)
+                stream.tell(output)
             if output.finished:  # however long its reader takes for what is left
                 self._leave(output.request_id)
 
@@ -225,8 +243,8 @@ class AsyncEngine:
         for known_as, stream in self._waiting.items():
             if names is None or known_as in names:
                 stream.failed = True
-                with contextlib.suppress(RuntimeError):  # its reader's loop is closed; the error is in the queue
-                    stream.queue.put_nowait(error)
+                with contextlib.suppress(RuntimeError):  # its reader's loop is closed
+                    stream.tell(error)
 
     async def __aenter__(self) -> AsyncEngine:
         return self

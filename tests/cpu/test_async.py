@@ -261,6 +261,21 @@ def test_an_abort_that_fails_is_tried_again(folder, monkeypatch, failures):
     run(folder, use)
 
 
+def test_what_a_reader_has_not_come_to_is_one_output(folder, alone):
+    """However long it takes: nothing piles up."""
+
+    async def use(shared):
+        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+        tokens = (await anext(stream)).new_token_ids
+        while shared._waiting:
+            await asyncio.sleep(0.001)
+        (rest,) = [out async for out in stream]
+        assert rest.finish_reason == "length" and rest.stats.tokens == 100
+        assert tokens + rest.new_token_ids == alone([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+
+    run(folder, use)
+
+
 def test_nobody_else_calls_an_engine_that_is_shared(folder, alone):
     """Direct calls would take other streams' tokens out of its hands."""
 
@@ -427,13 +442,14 @@ def test_statistics_of_a_piece_stay_as_they_were(folder):
     """While the engine goes on, in another thread."""
 
     async def use(shared):
-        count, cycles = 0, []
-        async for out in shared.stream([1, 2], GREEDY):
-            count += len(out.new_token_ids)
-            cycles.append(out.stats.cycles)
-            while not out.finished and shared.engine.has_unfinished():
-                await asyncio.sleep(0.001)
-            assert out.stats.tokens == count and out.stats.cycles == cycles[-1] == sum(out.stats.plans.values())
-        assert cycles == list(range(len(cycles)))
+        with a_beginning_each(shared.engine):
+            stream = shared.stream([1, 2], GREEDY)
+            first = await anext(stream)
+        noted, tokens = first.stats.copy(), len(first.new_token_ids)
+        while shared._waiting:
+            await asyncio.sleep(0.001)
+        assert first.stats == noted and noted.tokens == tokens < 20 and noted.cycles == sum(noted.plans.values())
+        (rest,) = [out async for out in stream]
+        assert rest.stats.tokens == 20 and rest.stats.cycles > noted.cycles
 
     run(folder, use)
