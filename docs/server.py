@@ -6,9 +6,9 @@
 GET /health answers between two steps of the engine, or with 503 if its device has failed; GET /metrics is Prometheus'.
 Prompts are completed as they are, without a chat template. Requests may have `max_tokens`, `stop`, `stream` and what
 SAMPLING names; what else would change an answer is refused, as is a request that is large or takes long to arrive, or
-is one more than MOST_REQUESTS. All share one engine. A client that goes away, closes its side of the connection or does
-not read for MOST_SECONDS ends its request; at SIGTERM or Ctrl-C what runs comes to its end, at the second one nothing
-does.
+is one more than MOST_REQUESTS. All share one engine. A client that goes away, closes its side of the connection or has
+not read enough within MOST_SECONDS ends its request; at SIGTERM or Ctrl-C what runs comes to its end, at the second one
+nothing does.
 """
 
 import asyncio
@@ -32,6 +32,7 @@ HARMLESS = {"n": 1, "best_of": 1, "echo": False, "suffix": ""}  # where they ask
 MOST_BYTES, MOST_STOPS, MOST_SECONDS = 1 << 16, 4, 30  # of a request, which has these seconds to arrive
 MOST_REQUESTS, MOST_WATCHING = 256, 16  # at once: completions, and connections beside them for what else is asked
 PAGES = {"/health": lambda engine: engine.memory_report() and "ok\n", "/metrics": lambda e: e.metrics.as_prometheus()}
+MOST_UNREAD = 1 << 12  # bytes of a stream that wait here for its client
 ANSWERING = set()  # tasks that have a request
 TOKENIZING = ThreadPoolExecutor(1)  # long prompts take a while, in which the event loop is to serve the others
 
@@ -167,6 +168,7 @@ async def answer(shared, model, reader, writer):
         status = "503 Service Unavailable" if isinstance(error, RuntimeError) else "400 Bad Request"
         return send(writer, status, "application/json", failure(error))
     if streams := asked.get("stream"):
+        writer.transport.set_write_buffer_limits(MOST_UNREAD)
         send(writer, "200 OK", "text/event-stream")
     about = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model}
     gone = asyncio.create_task(abort_when_gone(shared, reader, name))
@@ -192,8 +194,6 @@ async def answer(shared, model, reader, writer):
         count = {"prompt_tokens": len(prompt), "completion_tokens": num_tokens}
         usage = count | {"total_tokens": sum(count.values())}
         status, body, end = "200 OK", json.dumps(about | {"choices": [choice], "usage": usage}), "[DONE]"
-    except ConnectionError:
-        raise
     except Exception as error:  # of this request alone, or of the engine
         status, body = "500 Internal Server Error", failure(error)
         end = body
@@ -215,6 +215,7 @@ async def serve(shared, model, room, reader, writer):
             await answer(shared, model, reader, writer)
             writer.transport.set_write_buffer_limits(0)  # so that all of it is waited for
             await drain(writer)
+            ANSWERING.discard(asyncio.current_task())
             writer.write_eof()
             async with asyncio.timeout(1):  # closing it with input unread would reset the connection, answer and all
                 await drop(reader, 256 * MOST_BYTES)

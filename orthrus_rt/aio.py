@@ -293,13 +293,13 @@ class AsyncEngine:
         self._end(known_as)
         self._go_on()
 
-    def _end(self, known_as: str, *how) -> bool:
-        """Abort it, or end it ``how``; whether that could be done."""
+    def _end(self, known_as: str, error: Exception | None = None) -> bool:
+        """Abort it, or end it for this ``error``; whether that could be done."""
         try:
             if self.engine.is_unfinished(known_as):
-                self.engine._abort_named(known_as, *how)
+                self.engine._abort_named(known_as, error)
         except Exception:
-            log.exception("request %s could not be aborted: the engine's next call tries again", known_as)
+            log.exception("request %s could not be ended: the engine's next call tries again", known_as)
             request = self.engine.outbox.get(known_as)
             if request and [request] not in self.engine.dropped:
                 self.engine.dropped.append([request])
@@ -350,8 +350,8 @@ class AsyncEngine:
 
     def _give_up(self, error: Exception) -> bool:
         """The steps of those who hold a slot fail: they end now, whenever their readers may hear of it, and their
-        streams behind what they had to say before; who waits for a slot, or is yet to come, has no part in it. Whether
-        they could be ended, so that the others go on.
+        streams behind what they had to say before; who waits for a slot, or is yet to come, has no part in it, unless
+        nobody can be ended: then nobody goes on. Whether the others do.
         """
         outbox = self.engine.outbox
         outbox.collect()
@@ -361,7 +361,10 @@ class AsyncEngine:
         failed = {request.request_id for request in outbox.unfinished}
         failed = failed & active or failed
         self._tell(self._fail, error, failed)
-        return all([self._end(known_as, "error", error) for known_as in failed])
+        ended = all([self._end(known_as, error) for known_as in failed])
+        if not ended:
+            self._tell(self._fail, error)
+        return bool(failed) and ended
 
     def _tell(self, function, *args) -> None:
         """Call ``function`` in the loop, unless another one has taken over by then."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -18,13 +17,15 @@ import torch
 from orthrus_rt.config import CheckpointError, ModelConfig, family_of, parse
 from orthrus_rt.storage import LazyTensors, StoredTensor, is_diffusion, read_json, scan, shape_text
 
-log = logging.getLogger("orthrus_rt")
-
 EMBEDDED_NAME = "smollm2-135m"
 HUB_ID = r"[^./~@][^/@]*/[^/@]+(@.+)?"
-# Everything a checkpoint needs, and no copy of the weights in another format, or in a subfolder ("*" is any path).
-HUB_PATTERNS, NO_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"], ["*/*"]
 CONFIG_FILES = ["config.json", "generation_config.json"]
+# Everything a checkpoint needs, and nothing else: offline, the hub's client refuses a snapshot that lacks any of it.
+HUB_PATTERNS = [
+    *CONFIG_FILES, "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
+    "*.safetensors", "*.safetensors.index.json",
+]  # fmt: skip
+NO_HUB_PATTERNS = ["*/*", "consolidated*"]  # copies of the weights, in subfolders ("*" is any path) or as Mistral's
 ADAPTER_KEYS = ("block_size", "mask_token_id")
 # What an adapter's config.json may say about the base that it was trained on -> where a ModelConfig has it.
 BASE_FACTS = {
@@ -241,34 +242,21 @@ def _resolve(path_or_id: str, *, adapter: bool = False, config_only: bool = Fals
     import huggingface_hub
 
     repo_id, _, revision = path_or_id.partition("@")
-    fetch = functools.partial(_snapshot, repo_id, revision=revision or None, ignore_patterns=NO_HUB_PATTERNS)
+    how = dict(revision=revision or None, ignore_patterns=NO_HUB_PATTERNS)
+    fetch = functools.partial(huggingface_hub.snapshot_download, repo_id, **how)
     try:
         if config_only:
             with contextlib.suppress(huggingface_hub.errors.LocalEntryNotFoundError):
-                here = fetch(local_files_only=True, allow_patterns=HUB_PATTERNS)
+                here = Path(fetch(local_files_only=True, allow_patterns=HUB_PATTERNS))
                 if (here / "config.json").exists() and any(here.glob("*.safetensors")):
-                    return here
-        return fetch(allow_patterns=CONFIG_FILES if config_only else HUB_PATTERNS)
+                    return here.absolute()
+        return Path(fetch(allow_patterns=CONFIG_FILES if config_only else HUB_PATTERNS)).absolute()
     except Exception as error:  # whatever the client or its transport raises
         reason = " ".join(str(error).split()) or "no reason given"
         raise CheckpointError(
             f"{what} is no folder here and could not be fetched from the Hugging Face hub "
             f"({type(error).__name__}: {reason})"
         ) from error
-
-
-def _snapshot(repo_id: str, **how) -> Path:
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(repo_id, **how)).absolute()
-    except huggingface_hub.errors.LocalEntryNotFoundError as error:
-        # Not all of its files are here, and the hub cannot be reached. All that a checkpoint needs may be, and if not,
-        # whoever reads it says what is missing.
-        if path := getattr(error, "snapshot_path", None):
-            log.info("%s: %s", repo_id, error)
-            return Path(path).absolute()
-        raise
 
 
 def _check_one_view(stored: dict[str, StoredTensor], folder: Path, adapter: Path | None) -> None:

@@ -57,7 +57,7 @@ def add_parser(commands) -> None:
     )
     sampling.add_argument("--min-tokens", type=int, default=0, metavar="N", help="do not stop before N tokens")
     sampling.add_argument("--seed", type=int, help="default: drawn, and reported with --stats or --json")
-    parser.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end-of-sequence ids")
+    parser.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's or a chat's end ids")
     parser.add_argument("--stats", action="store_true", help="print a table of rates after the text")
     parser.add_argument("--compare-ar", action="store_true", help="decode again in ar mode; exit 1 if a token differs")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming the text")

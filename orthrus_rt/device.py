@@ -88,21 +88,28 @@ def _beside_captures():
     """While another thread captures in CUDA's default mode, as torch.cuda.graph does, a thread that has that mode may
     not ask for memory, nor whether an event has come: it gets an error, and the capture is spoilt.
     """
-    before = exchange_capture_mode(THREAD_LOCAL)
+    before = None
     try:
+        before = exchange_capture_mode(THREAD_LOCAL)
         yield
     finally:
-        exchange_capture_mode(before)
+        if before is not None:
+            exchange_capture_mode(before)
 
 
 THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_...
 
 
-def exchange_capture_mode(mode: int) -> int:
-    """Whose captures this thread takes care of, by the driver's number; what it was before."""
+def exchange_capture_mode(mode: int) -> int | None:
+    """Whose captures this thread takes care of, by the driver's number; what it was before, None if it cannot be."""
     exchanged = ctypes.c_int(mode)
-    ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(exchanged))
-    return exchanged.value
+    failed = _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(exchanged))
+    return None if failed else exchanged.value
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.PyDLL("libcuda.so.1")  # which keeps the GIL: nothing waits there
 
 
 @functools.cache

@@ -291,10 +291,14 @@ class Engine(Generation):
                 raise
 
     @exclusive
-    def _abort_named(self, request_id: str, reason: str = "abort", error: Exception | None = None) -> None:
+    def _abort_named(self, request_id: str, error: Exception | None = None) -> None:
+        """``error``: for which it ends."""
         if request := self.outbox.get(request_id):
             with torn_if_cut(self):
-                self._abort(request, reason, error)
+                if error is None:
+                    self._abort(request)
+                elif request.finish_reason is None:
+                    self._fail(request, error)
 
     def has_unfinished(self) -> bool:
         """Whether :meth:`step` has anything to run or to return."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -14,7 +13,7 @@ from orthrus_rt.checkpoint import EMBEDDED_NAME
 from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
 from orthrus_rt.integers import integer
-from orthrus_rt.sampling import SamplingParams
+from orthrus_rt.sampling import SamplingParams, stop_ids
 
 LEAST_TEMPERATURE = 1e-5  # that the published code samples at
 
@@ -195,15 +194,13 @@ class OrthrusForCausalLM:
         stop = () if eos_token_id is None else eos_token_id
         with contextlib.suppress(ValueError):
             stop = (integer("eos_token_id", eos_token_id),)
-        with contextlib.suppress(TypeError):  # of what is no sequence of ids, SamplingParams tells
-            stop = tuple(t for t in stop if not (isinstance(t, int) and t < 0))  # transformers' ids that never come
         params = SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=0 if top_k is None or (isinstance(top_k, Real) and top_k <= 0) else top_k,
             top_p=1.0 if top_p is None or (isinstance(top_p, Real) and top_p >= 1) else top_p,
             seed=None if temperature == 0 else int(torch.randint(2**62, (), device="cpu")),
-            stop_token_ids=stop,
+            stop_token_ids=[t for t in stop_ids(stop) if 0 <= t < self.config.vocab_size],  # others never come
             ignore_eos=eos_token_id is not None,
         )
         if length + params.max_new_tokens > self.engine.max_seq_len:
@@ -211,8 +208,7 @@ class OrthrusForCausalLM:
                 f"generate: {length + params.max_new_tokens} tokens in all exceed max_seq_len "
                 f"{self.engine.max_seq_len}; pass a larger max_seq_len to from_pretrained"
             )
-        possible = tuple(t for t in params.stop_token_ids if t < self.config.vocab_size)  # others never come
-        return dataclasses.replace(params, stop_token_ids=possible)
+        return params
 
 
 def _tensor(values, name: str = "input_ids") -> torch.Tensor:

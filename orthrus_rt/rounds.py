@@ -44,9 +44,9 @@ class Rounds:
     _plan: CyclePlan  # of the batch that runs
     _autos: Autos
 
-    def _abort(self, request: Request, reason: str = "abort", error: Exception | None = None) -> None:
+    def _abort(self, request: Request, reason: str = "abort") -> None:
         if request.finish_reason is None:
-            self._finish(request, reason, error)
+            self._finish(request, reason)
 
     def _finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
         self.outbox.hear(request)

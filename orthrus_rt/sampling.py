@@ -64,7 +64,7 @@ class SamplingParams:
             object.__setattr__(self, name, _integer(name, getattr(self, name)))
         for name in ("temperature", "top_p", "min_p", *PENALTIES):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
-        object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", stop_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))  # hashable, as all else
         checks = (
             ("max_new_tokens", ">= 1", self.max_new_tokens >= 1),
@@ -125,7 +125,12 @@ def _number(name: str, value) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _stop_ids(values) -> tuple[int, ...]:
+def stop_ids(values) -> tuple[int, ...]:
+    """``stop_token_ids`` as integers.
+
+    Raises:
+        ValueError: they are none.
+    """
     try:
         ids = None if isinstance(values, str | bytes | bytearray) else tuple(values)
     except TypeError:

@@ -51,7 +51,7 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skips_special, clean_up_tokenization_spaces=False)
 
     def push(self, token_ids) -> str:
-        """The text that these tokens, ints, complete; in a long run of bytes that are no text, with a few more of them.
+        """The text that these tokens, ints, complete; in a long run of bytes or ids without text, with a few more.
 
         Raises:
             TypeError: they are no ints.

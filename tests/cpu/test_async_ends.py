@@ -346,9 +346,10 @@ def test_a_request_whose_steps_fail_ends_before_its_reader_hears_of_it(folder, a
         fail_with(shared.engine, [66], monkeypatch)
         slow = shared.stream([66], LONG)
         await anext(slow)
-        while not metrics.finished["error"]:
-            await asyncio.sleep(0.001)
-        assert (await collect(shared, [1], GREEDY))[0] == alone([1], GREEDY)
+        async with asyncio.timeout(60):
+            while not metrics.finished["error"]:
+                await asyncio.sleep(0.001)
+            assert (await collect(shared, [1], GREEDY))[0] == alone([1], GREEDY)
         with pytest.raises(ValueError, match="lost"):
             await collect_rest(slow)
         assert metrics.finished == {"stop": 0, "length": 1, "abort": 0, "error": 1}
@@ -362,6 +363,17 @@ def test_who_waits_for_a_slot_has_no_part_in_steps_that_fail(folder, alone, monk
         both = asyncio.gather(collect(shared, [66], LONG), collect(shared, [1], GREEDY), return_exceptions=True)
         lost, served = await asyncio.wait_for(both, 60)
         assert str(lost) == "lost" and served == (alone([1], GREEDY), "length")
+
+    run(folder, use, max_batch_size=1)
+
+
+def test_a_device_that_is_lost_ends_those_who_wait_for_a_slot_too(folder, monkeypatch):
+    async def use(shared):
+        fail_with(shared.engine, [66], monkeypatch)
+        monkeypatch.setattr(shared.engine.runner, "reset", lambda: 1 / 0)  # nor can anything be recovered
+        streams = [collect(shared, prompt, LONG) for prompt in ([66], [1], [2])]
+        outs = await asyncio.wait_for(asyncio.gather(*streams, return_exceptions=True), 60)
+        assert all(isinstance(out, ValueError | ZeroDivisionError) for out in outs)
 
     run(folder, use, max_batch_size=1)
 

@@ -296,7 +296,7 @@ class TestShards:
 
 class TestHub:
     @pytest.mark.parametrize(
-        "elsewhere", ["original/params.json", "checkpoint-5/model.safetensors", "training_args.json"]
+        "elsewhere", ["original/params.json", "5/model.safetensors", "training.json", "consolidated.safetensors"]
     )
     def test_what_a_checkpoint_does_not_need_may_be_missing(self, monkeypatch, folder, tmp_path, elsewhere):
         """Offline, by the hub's own client, which knows all of the repository's files."""
@@ -313,27 +313,34 @@ class TestHub:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
         assert checkpoint.load("owner/model").config.name == "owner/model"
         assert checkpoint.load_config("owner/model") == checkpoint.load("owner/model").config
-        (here / "model.safetensors").unlink()
-        with pytest.raises(checkpoint.CheckpointError, match=r"must hold model\.safetensors"):
-            checkpoint.load("owner/model")
+        for needed in ("config.json", "model.safetensors"):
+            (here / needed).rename(tmp_path / needed)
+            with pytest.raises(checkpoint.CheckpointError, match=r"IncompleteSnapshotError: .* are missing"):
+                checkpoint.load("owner/model")
+            (tmp_path / needed).rename(here / needed)
 
     def test_weights_in_subfolders_are_not_fetched(self):
-        files = ["config.json", "model.safetensors", "original/model.safetensors", "a/b/c.json", "chat_template.jinja"]
+        files = ["config.json", "model.safetensors", "original/model.safetensors", "a/b/c.json", "chat_template.jinja",
+                 "model-00001-of-00002.safetensors", "model.safetensors.index.json", "consolidated.00.safetensors",
+                 "tokenizer.json", "tokenizer_config.json", "README.md", "pytorch_model.bin"]  # fmt: skip
         how = dict(allow_patterns=checkpoint.HUB_PATTERNS, ignore_patterns=checkpoint.NO_HUB_PATTERNS)
         chosen = huggingface_hub.utils.filter_repo_objects(files, **how)
-        assert list(chosen) == ["config.json", "model.safetensors", "chat_template.jinja"]
+        assert list(chosen) == [
+            "config.json", "model.safetensors", "chat_template.jinja", "model-00001-of-00002.safetensors",
+            "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+        ]  # fmt: skip
 
     @pytest.mark.parametrize(("name", "revision"), [("owner/model", None), ("owner/model@refs/pr/1", "refs/pr/1")])
     def test_id_is_fetched(self, monkeypatch, folder, name, revision):
         asked = []
 
         def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns):
-            asked.append((repo_id, revision, allow_patterns))
+            asked.append((repo_id, revision, allow_patterns, ignore_patterns))
             return str(folder)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
         assert checkpoint.load(name).config.name == name
-        assert asked == [("owner/model", revision, ["*.json", "*.safetensors", "*.jinja"])]
+        assert asked == [("owner/model", revision, checkpoint.HUB_PATTERNS, checkpoint.NO_HUB_PATTERNS)]
 
     @pytest.mark.parametrize("adapter", [None, "owner/view"])
     @pytest.mark.parametrize("is_here", ["no", "whole", "config.json"])

@@ -297,14 +297,16 @@ def test_parameters_are_called_by_their_options(message, says):
     assert in_options(message, args) == says
 
 
-@pytest.mark.parametrize(("how", "tokens", "reason"), [("--chat", 1, "stop"), ("--raw", 8, "length")])
+@pytest.mark.parametrize(
+    ("how", "tokens", "reason"), [("--chat", 1, "stop"), ("--raw", 8, "length"), ("--chat --ignore-eos", 8, "length")]
+)
 def test_an_answer_ends_with_the_tokenizers_end_of_a_turn(text_folder, tmp_path, capsys, how, tokens, reason):
     """Of which config.json may know nothing; text that is continued is not divided into turns."""
     folder = shutil.copytree(text_folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 3}))
     always = ["--logit-bias", f"{byte_tokenizer.END}=10000", "--max-new-tokens", "8", "--max-seq-len", "64"]
-    assert main(["generate", "--model", str(folder), "--device", "cpu", "--json", how, *always, "hi"]) == 0
+    assert main(["generate", "--model", str(folder), "--device", "cpu", "--json", *how.split(), *always, "hi"]) == 0
     out = json.loads(capsys.readouterr().out)
     assert (out["token_ids"], out["finish_reason"]) == ([byte_tokenizer.END] * tokens, reason)
 

@@ -323,7 +323,7 @@ def test_what_an_engine_asks_does_not_spoil_what_others_capture(two_devices, mon
         if error:
             raise error
 
-    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(devices, "_driver", Driver)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     where = dict(device=torch.device("cuda:0"), cuda_stream="own")
     with pytest.raises(type(error)) if error else contextlib.nullcontext():

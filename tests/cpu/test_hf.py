@@ -94,7 +94,7 @@ def test_whatever_end_of_sequence_ids_are_given_replace_the_checkpoints_own(mode
 
 
 def test_an_end_of_sequence_id_beyond_the_vocabulary_never_comes(model, input_ids):
-    for never in (model.config.vocab_size, -1, [-1, model.config.vocab_size]):  # as transformers takes them
+    for never in (model.config.vocab_size, -1, torch.tensor([-1, 2**40])):  # as transformers takes them
         out = model.generate(input_ids, max_length=128, eos_token_id=never)
         assert out.shape == (1, 128)  # all that there is room for
 

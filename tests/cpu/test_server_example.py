@@ -56,7 +56,8 @@ def engine(server, text_folder, monkeypatch):
 
 def serve(server, client, number, model="model"):
     """Run it beside ``client(port, end)``, whose ``end()`` sends the server that signal."""
-    listener, sent, before = server.bind(0), [], signal.getsignal(number)
+    listener, sent = server.bind(0), []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     listener.listen()  # so that nobody is refused before the server is up
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)  # of its connections: little, as over a network
     port = listener.getsockname()[1]
@@ -73,7 +74,8 @@ def serve(server, client, number, model="model"):
             end()
 
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as last:
-        last.callback(signal.signal, number, before)
+        for each, handler in before.items():
+            last.callback(signal.signal, each, handler)
         done = pool.submit(run)
         asyncio.run(asyncio.wait_for(server.main(Engine.from_pretrained("model"), model, listener), 60))
         done.result(60)
@@ -141,14 +143,35 @@ def test_a_server(server, engine):
     *pieces, end = told["stream"]
     assert end == "[DONE]" and "".join(json.loads(piece)["choices"][0]["text"] for piece in pieces) == text
     assert told["stopped"]["choices"][0] == {"index": 0, "text": text.partition(stop)[0], "finish_reason": "stop"}
-    until_stop = next(n for n in range(9) if stop in engine.tokenizer.decode(out.token_ids[:n]))
-    assert told["stopped"]["usage"]["completion_tokens"] == until_stop
     assert told["list"] == 400
     assert told["no prompt"] == (400, "the request must be an object whose prompt is a string")
     assert told["length"] == (400, "SamplingParams: max_new_tokens must be >= 1, got 0")
     assert told["nested"] == (400, "the request is nested too deeply")
     assert told["last"][-1] == "[DONE]" and json.loads(told["last"][-2])["choices"][0]["finish_reason"] == "length"
     assert engine.closed and engine.metrics.finished["abort"] == 2  # the stopped one and the gone one
+
+
+def stop_amid_an_output(engine, **how):
+    """``(prompt, stop, tokens up to it)``, behind which more tokens come along in one output."""
+    for prompt in map(str, range(1000)):
+        seen = []
+        with contextlib.closing(engine.stream(engine.tokenizer(prompt).input_ids, SamplingParams(**how))) as pieces:
+            for piece in pieces:
+                for token in piece.token_ids[:-1]:
+                    seen.append(engine.tokenizer.decode([token]))
+                    if seen[-1].isascii() and seen[-1].isprintable() and seen[-1] not in seen[:-1]:
+                        return prompt, seen[-1], len(seen)
+                seen.append(engine.tokenizer.decode(piece.token_ids[-1:]))
+
+
+def test_tokens_behind_a_stop_string_are_not_counted(server, engine):
+    told, (prompt, stop, want) = {}, stop_amid_an_output(engine, max_new_tokens=200, logit_bias={256: -100})
+
+    def client(port, end):
+        told.update(json.load(post(port, prompt=prompt, stop=stop, **ENDLESS)))
+
+    serve(server, client, signal.SIGTERM)
+    assert told["choices"][0]["finish_reason"] == "stop" and told["usage"]["completion_tokens"] == want
 
 
 def test_what_fails_is_no_success(server, engine, monkeypatch):
@@ -342,7 +365,7 @@ def test_more_connections_than_there_may_be_are_closed(server, engine, monkeypat
     assert told == ["", "404"]
 
 
-def test_who_watches_a_server_is_answered_however_many_ask(server, engine, monkeypatch):
+def test_who_watches_a_server_is_answered_beside_all_that_it_answers(server, engine, monkeypatch):
     monkeypatch.setattr(server, "MOST_REQUESTS", 1)
     told = []
 
@@ -376,8 +399,8 @@ def test_a_client_that_does_not_read_ends_its_request(server, engine, monkeypatc
     told = []
 
     def client(port, end):
-        with unread(port) as lazy:
-            wait_until(lambda: sum(engine.metrics.finished.values()) and not server.ANSWERING)
+        with unread(port) as lazy, a_beginning_each(engine):
+            wait_until(lambda: engine.metrics.finished["abort"])
             with contextlib.suppress(ConnectionResetError):
                 while piece := lazy.recv(1 << 16):
                     told.append(piece)
@@ -397,9 +420,11 @@ def test_what_is_read_slowly_is_told_to_the_end(server, engine):
             told.extend(slow.recv(1))
             end()
             wait_until(lambda: engine.closed)
+            at_the_next = {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
             time.sleep(0.6)  # longer than it waits for those who have read all
             while piece := slow.recv(1 << 16):
                 told.extend(piece)
+        assert at_the_next == {signal.SIG_DFL}  # which end it at once
 
     serve(server, client, signal.SIGTERM, BULKY)
     *pieces, end = told.partition(b"\r\n\r\n")[2].decode().removesuffix("\n\n").split("\n\n")

@@ -54,8 +54,10 @@ uint8_t* shared_at(Cta& cta, Warp& w, const Instruction& i, int lane, uint32_t a
     fail(w, i, lane, "outside of shared memory: " + std::to_string(address));
   if (address % (alignment ? alignment : bytes)) fail(w, i, lane, "misaligned in shared memory");
   check_races(cta, w, i, lane, address, bytes, writes, value);
-  if (!writes && !s.read.empty())
+  if (!writes && !s.read.empty()) {
+    w.fenced_shared &= ~(1u << lane);
     for (uint32_t k = at / 16; k <= (at + bytes - 1) / 16; ++k) s.read[k][w.clock] = w.seen[w.clock];
+  }
   uint8_t any = 0, all = 255;
   for (uint32_t k = at; k < at + bytes; ++k) {
     any |= s.state[k];

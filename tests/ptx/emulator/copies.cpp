@@ -32,6 +32,7 @@ void wait_copies(Warp& w, const Instruction& i, Mask m) {
 
 void check_reads_are_fenced(Cta& cta, Warp& w, const Instruction& i, int lane, const BulkCopy& copy) {
   const uint32_t first = (copy.dst - kSharedBegin) / 16;
+  release_fences(w);  // its own precede its own copies
   for (uint32_t k = first; !cta.shared.read.empty() && k < first + copy.bytes / 16; ++k)
     for (size_t r = 0; r < cta.cluster->fenced.size(); ++r)
       if (cta.shared.read[k][r] > cta.cluster->fenced[r])

@@ -94,7 +94,9 @@ struct Warp {
   Mask live = 0;
   uint32_t pc[32] = {};
   LaneState state[32] = {};
-  Mask waited_pdl = 0, fenced_global = 0, fenced_shared = 0;  // the last one: until all lanes have
+  Mask waited_pdl = 0, fenced_global = 0;
+  Mask fenced_shared = ~0u;  // lanes that have read nothing there since they fenced it
+  uint32_t fenced = 0;       // its clock when all had, for copies to what they have read
   std::deque<CopyAsync> copies[32];
   uint32_t copy_group[32] = {};
   std::vector<std::pair<uint32_t, uint32_t>> unfenced[32];
@@ -177,7 +179,7 @@ struct Cluster {
   Launch* launch;
   std::vector<std::unique_ptr<Cta>> ctas;
   uint32_t phase = 0;  // of its barrier
-  Clocks fenced = {};  // each warp's clock when it had read shared memory and fenced that, for copies to write there
+  Clocks fenced = {};  // of each warp, as its releases have told
 
   Cluster(Launch& l, const std::array<uint32_t, 3>& first);
   bool run(bool to_the_end);   // until all threads have exited, or for a while; whether they have
@@ -218,6 +220,7 @@ uint8_t* global_at(Warp& w, const Instruction& i, int lane, uint64_t address, ui
 uint8_t* param_at(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes);
 Mbarrier& mbarrier_at(Cta& cta, Warp& w, const Instruction& i, int lane, uint32_t address, bool of_a_copy);
 void mark_written(Warp& w, int lane, uint32_t address, uint32_t bytes);
+inline void release_fences(Warp& w) { w.cta->cluster->fenced[w.clock] = w.fenced; }
 
 void land(Cta& cta, const BulkCopy& copy);
 void land_copies(Warp& w, int lane, uint32_t pending_groups);

@@ -36,6 +36,7 @@ void mbarrier_arrive(Warp& w, const Instruction& i, Mask m) {
     if (kExpects) barrier.bytes += w.reg<int32_t>(i.b)[l];
     if (barrier.bytes >= 1 << 20) fail(w, i, l, "an mbarrier expects more than it can count");
     join(barrier.released, w.seen);
+    release_fences(w);
     ++w.seen[w.clock];
     if (--barrier.pending < 0) fail(w, i, l, "more arrivals than the mbarrier is for");
     cta.settle(barrier);
@@ -62,10 +63,7 @@ void fence(Warp& w, const Instruction& i, Mask m) {
   }
   if (!(i.offset & kShared)) return;
   w.fenced_shared |= m;
-  if (w.fenced_shared == w.live) {
-    w.cta->cluster->fenced[w.clock] = w.seen[w.clock]++;
-    w.fenced_shared = 0;
-  }
+  if (!(w.live & ~w.in(LaneState::kDone) & ~w.fenced_shared)) w.fenced = w.seen[w.clock]++;
   auto clear = [&](std::vector<std::pair<uint32_t, uint32_t>>& ranges) {
     for (auto [address, bytes] : ranges)
       for (uint32_t k = 0; k < bytes; ++k) w.cta->shared.state[address - kSharedBegin + k] &= ~kUnfenced;
@@ -112,7 +110,8 @@ bool decode_ordering(Parsed& p) {
     o.run = map_to_cta;
     return p.places(4, 4, 4);
   }
-  if (op == "fence" && p.has("async")) o.offset = p.has("shared::cta") ? kShared : p.has("global") ? kGlobal : 3;
+  const bool of_shared = p.has("shared::cta") || p.has("shared::cluster");
+  if (op == "fence" && p.has("async")) o.offset = (p.has("global") ? 0 : kShared) | (of_shared ? 0 : kGlobal);
   if (op == "fence") o.offset2 = p.has("mbarrier_init");
   if (op == "fence") o.run = p.has("proxy") || p.has("mbarrier_init") ? fence : nothing;
   if (op == "membar") o.run = nothing;

@@ -289,6 +289,7 @@ class Runner {
       if (w.at_barrier != static_cast<int>(id)) continue;
       w.at_barrier = -1;
       join(w.seen, all);
+      release_fences(w);
       ++w.seen[w.clock];
       for (auto& ranges : w.unfenced) {
         cta_.published.insert(cta_.published.end(), ranges.begin(), ranges.end());
