@@ -45,7 +45,7 @@ def test_files_apart(runner, tmp_path, monkeypatch, capsys):
         "test_good": [1, 1], "test_bad": [0, 1], "test_slow": [0, 1],
     }  # fmt: skip
     assert "as it should" in capsys.readouterr().out
-    runner.print_per_op(result)
+    runner.print_per_file(result)
     assert "FAILED" in capsys.readouterr().out
 
 
