@@ -341,7 +341,7 @@ class Engine(Generation):
     def warmup(self, progress: bool = False, *, sampling: bool = False) -> None:
         """Build, and where the device can, record the greedy cycles of every batch bucket for the engine's own mode; on
         CUDA the prefill passes of a single prompt too. Cycles with prompts are recorded as their shapes come again.
-        Recordings last until a call asks for cycles with more rows, or MAX_RECORDINGS others were used since.
+        Recordings last until a call asks for cycles with more rows, or 256 others were used since.
 
         In mode ``auto`` this also times them: at length the first time on this device, with this number of threads, for
         this model and version, later once each.
