@@ -10,8 +10,9 @@
 // output to bf16.
 // Method: online softmax (Milakov, Gimelshein, arXiv 1805.02867) in tiles as in FlashAttention-2 (Dao, arXiv
 // 2307.08691); splits along the keys as in Flash-Decoding (Dao, Haziza, Massa, Sizov 2023), here at fixed positions.
-// Contract: q, keys, values, out and workspace 16-byte aligned. MUTATED: out, all rows, and the workspace. No rows:
-// nothing is launched. Row-invariant, deterministic, graph-safe: the grid depends on host integers alone.
+// Contract: q, keys, values and workspace 16-byte aligned, out 4-byte aligned. MUTATED: out, all rows, and the
+// workspace. No rows: nothing is launched. Row-invariant, deterministic, graph-safe: the grid depends on host integers
+// alone.
 // Bytes: each unit's visible keys and values once, q and out once. FLOP: 4 * head_dim for each key that a row and head
 // sees.
 #include "dual_attn_kernel.cuh"

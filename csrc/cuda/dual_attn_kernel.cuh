@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_fold_kernel(const __gri
                 [] {});
 }
 
-// A grid that fills the chip once: CTAs take turns at the work items, which lengths on the device define, the heaviest
+// A grid that fills the chip once: CTAs take work items, which lengths on the device define, in rounds, the heaviest
 // first. Which CTA takes which changes no bit. The next kernels are let in with the last items: sooner, what they bring
 // to L2 ahead of time would be evicted before they use it.
 template <typename V>
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(V::kThreads, V::kMinCtas)
   }
   __syncthreads();
 
-  for (int i = blockIdx.x;; i = work.to.item + gridDim.x) {
+  for (int i = blockIdx.x;; i = work.to.next) {
     const Layers all(layers, a.num_units);  // anew for every item: no register is left to keep them
     const int prefix_items = all.num_items(), num_items = (prefix_items + a.num_block_tiles) * a.heads_kv;
     if (i >= num_items) break;
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(V::kThreads, V::kMinCtas)
     }
     attention.run(offset, work.units[u], head, first, last, block_rows, work.to, [&] {
       if (threadIdx.x != 0) return;
-      work.to = {head, offset, slot, i};
-      if (i + static_cast<int>(gridDim.x) >= num_items) pdl_launch_dependents();
+      work.to = {head, offset, slot, next_item(i, gridDim.x)};
+      if (work.to.next >= num_items) pdl_launch_dependents();
     });
   }
 }

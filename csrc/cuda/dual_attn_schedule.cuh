@@ -68,6 +68,10 @@ struct Item {
 
 constexpr int kMaxUnits = 128;  // of a launch by items
 
+// The item that a CTA of a grid of `ctas` takes after item i. Rounds run forth and back, so that the CTA with the
+// heaviest item of one round gets the lightest of the next.
+ORTHRUS_HD int next_item(int i, int ctas) { return 2 * (i / ctas + 1) * ctas - 1 - i; }
+
 // How many layers, which are splits, the units have, each lane holding those of some; warp-collective.
 class Layers {
  public:

@@ -50,9 +50,9 @@ struct Variant {
 };
 
 // Of a work item, in shared memory until its end: there is no register for it. head: kv head; offset: of its first
-// (row, q head) in the unit; slot: of the partial results; item: its number.
+// (row, q head) in the unit; slot: of the partial results; next: the item that the CTA takes next.
 struct Destination {
-  int head, offset, slot, item;
+  int head, offset, slot, next;
 };
 
 template <typename V>

@@ -258,7 +258,7 @@ __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, in
       load8(v, staged, 8 * eighth);
       const int columns = p.out_features, column = block * kBlock + 8 * eighth, count = columns - column;
       const int64_t offset = static_cast<int64_t>(row) * columns + column;
-      if (epilogue == Epilogue::kArgmax) {
+      if (kParts == 1 && epilogue == Epilogue::kArgmax) {  // never of many rows
         keep_best(best + t + tile_row, v, count, column);
       } else if (row < row_end && count > 0) {
         const bool aligned = columns % 8 == 0;

@@ -81,16 +81,19 @@ struct Stream {
     read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
   }
 
-  // acc = the sum over k-blocks [begin, end), from zero.
-  __device__ void sum_segment(float (&acc)[kTileRows / 2], int begin, int end) {
-#pragma unroll
-    for (int i = 0; i < kTileRows / 2; ++i) acc[i] = 0.0f;
+  // Starts the first loads of a segment, k-blocks [begin, end) of first_block.
+  __device__ void start(int begin, int end) {
     __syncthreads();  // the previous segment's stages have been read
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
       if (begin + s < end) load(begin + s);
       copy_commit();
     }
+  }
+  // acc = the sum over the started segment, from zero.
+  __device__ void sum_segment(float (&acc)[kTileRows / 2], int begin, int end) {
+#pragma unroll
+    for (int i = 0; i < kTileRows / 2; ++i) acc[i] = 0.0f;
     for (int kb = begin; kb < end; ++kb) {
       copy_wait<kStages - 2>();
       __syncthreads();
@@ -105,6 +108,7 @@ template <int kTileRows, bool kManyRows, int kBlocks, bool kCoded>
 __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
     row_linear_mma(const __grid_constant__ RowLinearArgs args) {
   pdl_wait();
+  pdl_launch_dependents();
   using S = Stream<kTileRows, kManyRows, kBlocks, kCoded>;
   uint8_t* shared = dynamic_shared();
   const RowLinearPlan& plan = args.plan;
@@ -130,6 +134,7 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
       stream.first_block = tile * kBlocks;
       for (int kb = 0; kb < plan.k_blocks;) {
         const int end = plan.segment_end(tile, kb);
+        stream.start(kb, end);
         stream.sum_segment(acc, kb, end);
 #pragma unroll
         for (int i = 0; i < kTileRows / 2; ++i) sum[i] = kb == 0 ? acc[i] : sum[i] + acc[i];
@@ -144,14 +149,21 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
     for (int row_tile = 0; row_tile < args.row_tiles; ++row_tile) {
       enter(row_tile);
       if (argmax) reset_best<kTileRows>(args, best, group);
+      auto enter_segment = [&](int unit) {
+        const int kb = unit % plan.k_blocks, end = kb + min(plan.k_blocks - kb, range_end - unit);
+        stream.first_block = unit / plan.k_blocks * kBlocks;
+        stream.start(kb, end);
+      };
+      enter_segment(begin);
       for (int unit = begin; unit < range_end;) {
         const int tile = unit / plan.k_blocks, kb = unit % plan.k_blocks;
         const int end = kb + min(plan.k_blocks - kb, range_end - unit);
-        stream.first_block = tile * kBlocks;
         stream.sum_segment(acc, kb, end);
+        unit += end - kb;
+        if (unit < range_end) enter_segment(unit);  // they come while this one is finished
         const int rows = stream.row_end - stream.row_begin;
         auto finish = [&](auto sums) {
-          finish_block<kTileRows>(sums, args, stream.first_block + group, stream.row_begin, stream.row_end, group,
+          finish_block<kTileRows>(sums, args, tile * kBlocks + group, stream.row_begin, stream.row_end, group,
                                 staging, best + group * kTileRows);
         };
         RowLinearPlan::Sharers sharers;
@@ -159,7 +171,6 @@ __global__ void __launch_bounds__(kBlocks * kGroupThreads, 1)
           finish(WholeSums<kTileRows>{acc});
         else if (leave_partial<kTileRows>(acc, args, stream.diff, tile, kb, rows, group, flags + group, sharers))
           finish(FoldedSums<kTileRows>(args, stream.diff, sharers, group));
-        unit += end - kb;
       }
       if (argmax) {
         __syncthreads();

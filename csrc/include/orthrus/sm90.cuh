@@ -33,7 +33,8 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
 }
 
 // At the barrier that lies there in CTA `rank` of the cluster, as CUTLASS arrives: not .release.cluster, for which
-// ptxas fences all of memory. So it may release what wgmma has read, once a wait has said so, but no thread's accesses.
+// ptxas fences all of memory. So what a peer CTA multicasts into may be released only if wgmma has read it, and once a
+// wait has said so. What threads have read may be released to copies of this CTA alone, behind fence_proxy_async_shared.
 __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int rank) {
   asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
