@@ -1,14 +1,14 @@
-"""An example of a server: completions over HTTP in OpenAI's form, with nothing but the standard library.
+"""Example server: OpenAI-style completions over HTTP, with only the standard library and orthrus_rt.
 
-    python docs/server.py smollm2-135m 8000
+    python docs/server.py smollm2-135m 8000  # MODEL PORT
     curl -N localhost:8000/v1/completions -d '{"prompt": "def add(a, b):", "max_tokens": 32, "stream": true}'
 
-GET /health answers between two steps of the engine, or with 503 if its device has failed; GET /metrics is Prometheus'.
-Prompts are completed as they are, without a chat template. Requests may have `max_tokens`, `stop`, `stream` and what
-SAMPLING names; what else would change an answer is refused, as is a request that is large or takes long to arrive, or
-is one more than MOST_REQUESTS. All share one engine. A client that goes away, closes its side of the connection or has
-not read enough within MOST_SECONDS ends its request; at SIGTERM or Ctrl-C what runs comes to its end, at the second one
-nothing does.
+It listens on 127.0.0.1 without authentication; all requests share one engine. The prompt is one string, completed as
+is, without a chat template. Requests may have `max_tokens` (default 16), `stop`, `stream` and the fields in SAMPLING;
+other fields that would change an answer are refused. A request may have MAX_BYTES and take MAX_SECONDS to arrive; with
+MAX_REQUESTS under way, further ones get 503. A client that disconnects, closes its sending side or reads too slowly for
+MAX_SECONDS ends its request. GET /health answers between two steps of the engine (503 if its device has failed), GET
+/metrics in Prometheus format. SIGTERM or Ctrl-C gives requests 60 seconds to finish; a second one ends the process.
 """
 
 import asyncio
@@ -28,21 +28,21 @@ import orthrus_rt
 
 SAMPLING = {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "logit_bias"}
 KNOWN = {"prompt", "max_tokens", "stop", "stream", "model", "user", *SAMPLING}
-HARMLESS = {"n": 1, "best_of": 1, "echo": False, "suffix": ""}  # where they ask for nothing
-MOST_BYTES, MOST_STOPS, MOST_SECONDS = 1 << 16, 4, 30  # of a request, which has these seconds to arrive
-MOST_REQUESTS, MOST_WATCHING = 256, 16  # at once: completions, and connections beside them for what else is asked
+HARMLESS = {"n": 1, "best_of": 1, "echo": False, "suffix": ""}  # accepted with these values, which ask for nothing
+MAX_BYTES, MAX_STOPS, MAX_SECONDS = 1 << 16, 4, 30  # of a request: its body, stop strings, time to arrive
+MAX_REQUESTS, MAX_WATCHING = 256, 16  # at once: completions, and further connections, such as for PAGES
 PAGES = {"/health": lambda engine: engine.memory_report() and "ok\n", "/metrics": lambda e: e.metrics.as_prometheus()}
-MOST_UNREAD = 1 << 12  # bytes of a stream that wait here for its client
-ANSWERING = set()  # tasks that have a request
-TOKENIZING = ThreadPoolExecutor(1)  # long prompts take a while, in which the event loop is to serve the others
+MAX_UNREAD = 1 << 12  # unsent bytes of a stream, beyond which writing waits for the client
+ANSWERING = set()  # tasks that are answering a completion
+TOKENIZING = ThreadPoolExecutor(1)  # so that a long prompt does not block the event loop
 
 
 class Refused(Exception):
-    """With its status and the body of the answer."""
+    """Its arguments are the status and the body of the answer."""
 
 
 class Asked(Exception):
-    """For this page."""
+    """A GET request for one of PAGES, its argument."""
 
 
 async def read_request(reader, writer):
@@ -56,7 +56,7 @@ async def read_request(reader, writer):
     if words[0] == "get" and words[1] in PAGES:
         raise Asked(words[1])
     if words[:2] != ["post", "/v1/completions"]:
-        not_post = "405 Method Not Allowed\r\nAllow: POST"  # which must name the methods there are
+        not_post = "405 Method Not Allowed\r\nAllow: POST"  # a 405 must name the allowed methods
         status = not_post if words[1] == "/v1/completions" else "404 Not Found"
         raise Refused(status, "" if words[0] == "head" else failure("this server answers POST /v1/completions"))
     headers = {}
@@ -67,8 +67,8 @@ async def read_request(reader, writer):
     if "transfer-encoding" in headers:
         raise ValueError("a request in chunks is not supported: send its Content-Length")
     length = " and ".join(sorted(headers.get("content-length", {"0"})))
-    if not re.fullmatch("[0-9]{1,7}", length) or int(length) > MOST_BYTES:
-        raise ValueError(f"Content-Length must be one number of bytes, at most {MOST_BYTES}, got {length}")
+    if not re.fullmatch("[0-9]{1,7}", length) or int(length) > MAX_BYTES:
+        raise ValueError(f"Content-Length must be one number of bytes, at most {MAX_BYTES}, got {length}")
     if "100-continue" in headers.get("expect", ()):
         writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     try:
@@ -84,7 +84,7 @@ def is_harmless(key, value):
 
 
 def check(asked):
-    """What was asked for, without the nulls."""
+    """The fields of a request that this server supports, without the nulls."""
     if not isinstance(asked, dict) or not isinstance(asked.get("prompt"), str):
         raise ValueError("the request must be an object whose prompt is a string")
     asked = {key: value for key, value in asked.items() if value is not None}
@@ -94,15 +94,15 @@ def check(asked):
         raise ValueError("the prompt must be whole characters, not one half of a surrogate pair")
     if not isinstance(asked.get("stream", False), bool):
         raise ValueError(f"stream must be true or false, got {asked['stream']!r}")
-    if isinstance(stop := asked.get("stop"), list) and len(stop) > MOST_STOPS:
-        raise ValueError(f"stop must be at most {MOST_STOPS} strings, got {len(stop)}")
+    if isinstance(stop := asked.get("stop"), list) and len(stop) > MAX_STOPS:
+        raise ValueError(f"stop must be at most {MAX_STOPS} strings, got {len(stop)}")
     return asked
 
 
 def sampling(asked):
-    """As the engine has it; JSON's keys are strings, and temperature is 1 unless a request says otherwise."""
+    """The engine's parameters of a request; JSON's keys are strings, and temperature is 1 by default."""
     options = {"temperature": 1.0} | {key: asked[key] for key in SAMPLING & asked.keys()}
-    if isinstance(bias := options.get("logit_bias"), dict):  # what is no id stays as it is, to be refused
+    if isinstance(bias := options.get("logit_bias"), dict):  # a key that is no id stays as it is, to be refused
         ids = (int(token) if re.fullmatch("-?[0-9]{1,10}", token) else token for token in bias)
         options["logit_bias"] = tuple(zip(ids, bias.values(), strict=True))
     return orthrus_rt.SamplingParams(asked.get("max_tokens", 16), **options)
@@ -117,7 +117,7 @@ def failure(error):
 
 
 async def drop(reader, most=math.inf):
-    """What else the client sends, to its end."""
+    """Read and discard what the client still sends, to its end or until ``most`` bytes are reached."""
     while most > 0 and (piece := await reader.read(1 << 16)):
         most -= len(piece)
 
@@ -129,9 +129,9 @@ async def abort_when_gone(shared, reader, name):
 
 
 async def drain(writer):
-    """Wait until the client has read enough; one that does not is cut off."""
+    """Wait until the client has read enough; it is cut off if that takes too long."""
     try:
-        async with asyncio.timeout(MOST_SECONDS):
+        async with asyncio.timeout(MAX_SECONDS):
             await writer.drain()
     except TimeoutError:
         writer.transport.abort()
@@ -141,10 +141,10 @@ async def drain(writer):
 async def answer(shared, model, reader, writer):
     name, tokenizer, parts, num_tokens = uuid.uuid4().hex, shared.engine.tokenizer, [], 0
     try:
-        async with asyncio.timeout(MOST_SECONDS):
+        async with asyncio.timeout(MAX_SECONDS):
             asked = await read_request(reader, writer)
-        if len(ANSWERING) >= MOST_REQUESTS:
-            raise RuntimeError(f"this server answers {MOST_REQUESTS} requests at once")
+        if len(ANSWERING) >= MAX_REQUESTS:
+            raise RuntimeError(f"this server answers {MAX_REQUESTS} requests at once")
         ANSWERING.add(task := asyncio.current_task())
         task.add_done_callback(ANSWERING.discard)
         asked = check(asked)
@@ -156,28 +156,28 @@ async def answer(shared, model, reader, writer):
     except Asked as page:
         try:
             return send(writer, "200 OK", "text/plain", await shared.call(PAGES[str(page)]))
-        except Exception as error:  # of the engine
+        except Exception as error:  # raised by the engine
             return send(writer, "503 Service Unavailable", "application/json", failure(error))
     except Refused as refused:
         status, body = refused.args
         return send(writer, status, "application/json", body)
     except TimeoutError:
-        late = failure(f"a request must arrive within {MOST_SECONDS} seconds")
+        late = failure(f"a request must arrive within {MAX_SECONDS} seconds")
         return send(writer, "408 Request Timeout", "application/json", late)
     except (ValueError, TypeError, RuntimeError) as error:
         status = "503 Service Unavailable" if isinstance(error, RuntimeError) else "400 Bad Request"
         return send(writer, status, "application/json", failure(error))
     if streams := asked.get("stream"):
-        writer.transport.set_write_buffer_limits(MOST_UNREAD)
+        writer.transport.set_write_buffer_limits(MAX_UNREAD)
         send(writer, "200 OK", "text/event-stream")
     about = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model}
     gone = asyncio.create_task(abort_when_gone(shared, reader, name))
     try:
-        async with contextlib.aclosing(outputs):  # which ends a request that is not over
+        async with contextlib.aclosing(outputs):  # ends the request if it has not finished
             async for out in outputs:
                 parts.append("")
                 for token in out.new_token_ids:
-                    if not text.stopped:  # what came along behind a stop string is not counted
+                    if not text.stopped:  # tokens behind a stop string are not counted
                         parts[-1] += text.push([token])
                         num_tokens += 1
                 parts[-1] += text.end() if out.finished else ""
@@ -194,7 +194,7 @@ async def answer(shared, model, reader, writer):
         count = {"prompt_tokens": len(prompt), "completion_tokens": num_tokens}
         usage = count | {"total_tokens": sum(count.values())}
         status, body, end = "200 OK", json.dumps(about | {"choices": [choice], "usage": usage}), "[DONE]"
-    except Exception as error:  # of this request alone, or of the engine
+    except Exception as error:  # of this request only, or of the engine
         status, body = "500 Internal Server Error", failure(error)
         end = body
     finally:
@@ -209,28 +209,28 @@ async def answer(shared, model, reader, writer):
 async def serve(shared, model, room, reader, writer):
     if room.locked():
         return writer.close()
-    # The client may be gone or too slow, or this process ends, where Python 3.11 logs each that was cancelled.
+    # The client may be gone or too slow; or this process ends, and Python 3.11 would log every cancelled task.
     with contextlib.suppress(OSError, EOFError, asyncio.CancelledError), contextlib.closing(writer):
         async with room:
             await answer(shared, model, reader, writer)
-            writer.transport.set_write_buffer_limits(0)  # so that all of it is waited for
+            writer.transport.set_write_buffer_limits(0)  # so that drain() waits for all of it
             await drain(writer)
             ANSWERING.discard(asyncio.current_task())
             writer.write_eof()
-            async with asyncio.timeout(1):  # closing it with input unread would reset the connection, answer and all
-                await drop(reader, 256 * MOST_BYTES)
+            async with asyncio.timeout(1):  # closing with unread input would reset the connection, and lose the answer
+                await drop(reader, 256 * MAX_BYTES)
 
 
 def bind(port):
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
-    listener.listen(MOST_REQUESTS)  # who comes before the engine is ready waits
+    listener.listen(MAX_REQUESTS)  # clients that connect before the engine is ready wait
     return listener
 
 
 async def main(engine, model, listener):
-    room = asyncio.Semaphore(MOST_REQUESTS + MOST_WATCHING)
+    room = asyncio.Semaphore(MAX_REQUESTS + MAX_WATCHING)
     async with orthrus_rt.AsyncEngine(engine) as shared:
         server = await asyncio.start_server(lambda *streams: serve(shared, model, room, *streams), sock=listener)
         print(f"listening on http://127.0.0.1:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
@@ -244,22 +244,22 @@ async def main(engine, model, listener):
             signal.signal(number, signal.SIG_DFL)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(shared.close(drain=True), 60)
-    if ANSWERING:  # clients that have not read all of it yet
-        await asyncio.wait(ANSWERING, timeout=MOST_SECONDS)
-    await asyncio.sleep(0.5)  # for the last words on their way to the others
+    if ANSWERING:  # whose clients have not read the whole answer yet
+        await asyncio.wait(ANSWERING, timeout=MAX_SECONDS)
+    await asyncio.sleep(0.5)  # for the last bytes on their way to the other clients
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     name = sys.argv[1]
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads shall not spin beside busy programs
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's waiting threads must not spin: others need the CPU
     try:
-        listener = bind(int(sys.argv[2]))  # first: a port that cannot be had is told before a model is loaded
+        listener = bind(int(sys.argv[2]))  # first, so that an unavailable port is reported before a model is loaded
         print(f"loading {name} and warming up", file=sys.stderr, flush=True)
         engine = orthrus_rt.Engine.from_pretrained(name)
         engine.tokenizer  # noqa: B018 (loaded here, so that the first request need not wait for it)
-        engine.warmup(sampling=True)  # nor for recordings, and there is memory for logits
+        engine.warmup(sampling=True)  # nor for recordings; it reserves memory for logits too
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         sys.exit(f"{sys.argv[0]}: {error}")
     except KeyboardInterrupt:

@@ -18,8 +18,8 @@ BULKY = 200_000 * "m"  # a model's name, which every event tells: more than all 
 
 
 def test_more_connections_than_there_may_be_are_closed(server, engine, monkeypatch):
-    monkeypatch.setattr(server, "MOST_REQUESTS", 1)
-    monkeypatch.setattr(server, "MOST_WATCHING", 1)
+    monkeypatch.setattr(server, "MAX_REQUESTS", 1)
+    monkeypatch.setattr(server, "MAX_WATCHING", 1)
     told = []
 
     def client(port, end):
@@ -36,7 +36,7 @@ def test_more_connections_than_there_may_be_are_closed(server, engine, monkeypat
 
 
 def test_who_watches_a_server_is_answered_beside_all_that_it_answers(server, engine, monkeypatch):
-    monkeypatch.setattr(server, "MOST_REQUESTS", 1)
+    monkeypatch.setattr(server, "MAX_REQUESTS", 1)
     told = []
 
     def client(port, end):
@@ -65,7 +65,7 @@ def unread(port):
 
 
 def test_a_client_that_does_not_read_ends_its_request(server, engine, monkeypatch):
-    monkeypatch.setattr(server, "MOST_SECONDS", 1)
+    monkeypatch.setattr(server, "MAX_SECONDS", 1)
     told = []
 
     def client(port, end):
@@ -119,7 +119,7 @@ def test_clients_that_do_not_ask(server, engine, monkeypatch, caplog):
 
     def client(port, end):
         with monkeypatch.context() as patch:
-            patch.setattr(server, "MOST_SECONDS", 0.1)
+            patch.setattr(server, "MAX_SECONDS", 0.1)
             told["slow"] = exchange(port, head)
         told["idle"] = socket.create_connection(("127.0.0.1", port))
         told["idle"].sendall(head)
