@@ -19,7 +19,7 @@ _HOME = {
 }
 __all__ = list(_HOME)
 
-if TYPE_CHECKING:  # the same for those who read this and run nothing
+if TYPE_CHECKING:  # the same names for type checkers and editors
     from orthrus_rt.aio import AsyncEngine as AsyncEngine
     from orthrus_rt.config import CheckpointError as CheckpointError
     from orthrus_rt.config import ModelConfig as ModelConfig

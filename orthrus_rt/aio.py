@@ -1,4 +1,4 @@
-"""An engine shared by many asyncio tasks: one worker thread makes every call, each stream gets its own tokens."""
+"""An engine shared by many asyncio tasks: one worker thread makes all calls, and each stream gets its own tokens."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.request import Request, TokenIds
 from orthrus_rt.sampling import SamplingParams
 
-# Calls that would take the streams' outputs, or make outputs that nobody gets -> what to call here instead.
+# Calls that would take the streams' outputs, or make outputs that no stream receives -> what to call here instead.
 INSTEAD = {
     Engine.submit: "stream()", Engine.stream: "stream()", Engine.step: "stream()", Engine.generate: "generate()",
     Engine.abort: "abort()", Engine.close: "close()", Engine.__exit__: "close()",
 }  # fmt: skip
-MOST_FAILURES = 3  # steps that fail, with no cycle between them, fail the streams of those who were in them
+MOST_FAILURES = 3  # failed steps, with no cycle between them, after which the running requests' streams fail
 log = logging.getLogger("orthrus_rt")
 R = TypeVar("R")
 
 
 @dataclass
 class Waiting:
-    """A stream that waits for more."""
+    """A stream that waits for outputs."""
 
     request_id: str
-    news: list[RequestOutput | BaseException] = field(default_factory=list)  # an output, and why it ends, at most
+    news: list[RequestOutput | BaseException] = field(default_factory=list)  # at most one output, then an error
     has_news: asyncio.Event = field(default_factory=asyncio.Event)
-    failed: bool = False  # the last of its news is why it ends
+    failed: bool = False  # the last item of news is the error that ends the stream
 
     def tell(self, news: RequestOutput | BaseException) -> None:
-        """For its reader, together with what that has not read yet."""
+        """Pass ``news`` to the reader, merged with an output that it has not read yet."""
         last = self.news[-1] if self.news else None
         if isinstance(news, RequestOutput) and isinstance(last, RequestOutput):
             last.new_token_ids += news.new_token_ids
@@ -61,54 +61,54 @@ class Waiting:
 
 
 class AsyncEngine:
-    """Streams over one :class:`Engine`, which it owns from now on: the engine refuses calls that run, change, close or
-    report anything, metrics aside, unless :meth:`call` makes them. ``async with`` closes it in the end.
+    """Streams over one :class:`Engine`, which it owns until it is closed. Meanwhile the engine refuses calls that run,
+    change, close or query it (metrics excepted) unless :meth:`call` makes them. ``async with`` closes it at the end.
 
-    Cancelling or closing a stream aborts its request; the others are not disturbed, nor are they by a request that
-    cannot go on (see :meth:`Engine.step`) or by a step that fails. A thread steps the engine, so decoding goes on
-    however long the event loop is busy elsewhere; a loop that is never idle makes short breaks for it. One event loop
-    at a time may use it; a later one ends the streams that the one before has left open, with an error.
+    Cancelling or closing a stream aborts its request. This does not disturb the other streams, nor does a request that
+    cannot continue (see :meth:`Engine.step`) or a step that fails. A thread steps the engine, so decoding continues
+    however long the event loop is busy elsewhere; a loop that is never idle takes short breaks for it. One event loop
+    at a time may use it. If a later loop takes over, streams that the earlier one has left open end with an error.
 
-    In a server of threads, give the loop one of its own; the others reach it through
+    In a server with threads, run the loop in a thread of its own; the other threads reach it through
     ``asyncio.run_coroutine_threadsafe(coroutine, loop)``.
 
     Raises:
-        TypeError: it is no :class:`Engine`.
-        RuntimeError: another one has the engine, a call of it is under way, it is closed, or it has requests: nobody
-            would hand out their tokens.
+        TypeError: ``engine`` is not an :class:`Engine`.
+        RuntimeError: the engine belongs to another AsyncEngine, is in the middle of a call, is closed, or has
+            unfinished requests, whose outputs no stream would receive.
     """
 
     def __init__(self, engine: Engine):
         if not isinstance(engine, Engine):
             raise TypeError(f"AsyncEngine: engine must be an Engine (Engine.from_pretrained makes one), got {engine!r}")
         self.engine = engine
-        # Its queue is the order of all calls: a step puts the next one behind whatever was asked for meanwhile.
+        # Its queue orders all calls: a step queues the next one behind the calls made meanwhile.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="orthrus")
-        engine._take_turn()  # whose turn an interrupt has ended too; a closed one refuses
+        engine._take_turn()  # also where an interrupt has left the turn taken; a closed engine refuses
         self._worker.submit(engine.turn.claim, self).result()
         if engine.has_unfinished():
             engine.turn.release()
             raise RuntimeError("the engine has requests, whose outputs nobody would hand out; step first")
-        # Streams that wait for more, by the id that the engine has for each: the caller's is free again as soon as its
+        # Waiting streams by the engine's id for each. The caller's id is another: it is free again as soon as its
         # stream has ended, but the engine keeps an aborted request until the next step.
         self._waiting: dict[str, Waiting] = {}
-        self._known_as: dict[str, str] = {}  # the engine's name of each, by the caller's
+        self._known_as: dict[str, str] = {}  # the caller's id -> the engine's
         self._numbers = itertools.count(1)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._taking_over = threading.Lock()
         self._closing: Future | None = None
         self._draining, self._process = False, os.getpid()
-        self._steps = False  # a step is in the queue; the worker's, as are the next two
-        self._failures = self._cycles = 0  # steps that failed since there were that many cycles
+        self._steps = False  # a step is in the queue; only the worker uses this and the next two
+        self._failures = self._cycles = 0  # steps that have failed since the engine had run that many cycles
 
     def _enter(self) -> asyncio.AbstractEventLoop:
-        """The running loop, which has the engine from now on. Another one's streams cannot be served any more: it may
-        never run again.
+        """The running loop, which uses the engine from now on. Streams of an earlier loop cannot be served any more: it
+        may never run again.
         """
         self._check_open()
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
-            with self._taking_over:  # loops of several threads may be about to
+            with self._taking_over:  # loops of several threads may try to at once
                 self._take_over(loop)
         return loop
 
@@ -116,7 +116,7 @@ class AsyncEngine:
         if self._loop is not None and self._loop.is_running():
             raise RuntimeError("this AsyncEngine is in use by another event loop")
         self._fail(RuntimeError("another event loop has taken this AsyncEngine over"))
-        with contextlib.suppress(RuntimeError):  # as the process ends, nothing is taken any more
+        with contextlib.suppress(RuntimeError):  # the worker takes nothing more when the process ends
             for known_as in self._waiting:
                 self._worker.submit(self._abort, known_as)
         self._waiting.clear(), self._known_as.clear()
@@ -140,22 +140,22 @@ class AsyncEngine:
     def stream(
         self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Yield the request's outputs as :meth:`Engine.step` returns them, those that came meanwhile as one, each with
-        ``stats`` of its own; the last has a ``finish_reason``, and if that is ``"error"``, ``error`` says why: nothing
-        is raised. Arguments are checked now, but not whether ``request_id`` is in use: it is from when its first output
-        is asked for until its last is decoded, or the stream closed.
+        """Yield the request's outputs as :meth:`Engine.step` returns them, merging those that arrive between two reads,
+        each with a copy of ``stats``. The last has a ``finish_reason``; if it is ``"error"``, ``error`` says why and
+        nothing is raised. Arguments are those of :meth:`Engine.submit` and are checked at the call, but for whether
+        ``request_id`` is in use: it is from the first read until the last output is decoded or the stream is closed.
 
         Raises:
-            ValueError: the request cannot be served, as :meth:`Engine.submit`.
+            ValueError: the request cannot be served, as for :meth:`Engine.submit`.
             RuntimeError: the engine is closed or closing.
-            Exception: what three steps with no cycle between them raised.
+            Exception: what three failing steps with no cycle between them raised.
         """
         self._check_taking()
-        # Of its own: the caller may change what was passed before it is submitted.
+        # With copies of the arguments: the caller may change them before the request is submitted.
         return self._stream(self.engine._make_request(prompt_ids, params, None, request_id))
 
     async def _stream(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
-        request.arrived = time.perf_counter()  # not when the engine has a moment for it
+        request.arrived = time.perf_counter()  # not when the engine gets to it
         request_id = request.request_id
         self._check_taking()
         self._enter()
@@ -176,14 +176,14 @@ class AsyncEngine:
         finally:
             if self._leave(known_as) and self._closing is None:
                 # Not awaited: the stream may be closing because its task was cancelled.
-                with contextlib.suppress(RuntimeError):  # as the process ends, nothing is taken any more
+                with contextlib.suppress(RuntimeError):  # the worker takes nothing more when the process ends
                     self._worker.submit(self._abort, known_as)
 
     async def generate(
         self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None
     ) -> RequestOutput:
-        """The last output of :meth:`stream`, with all the tokens: as there, look at ``error``. Cancelling it aborts the
-        request.
+        """Read :meth:`stream` to its end and return the last output, with all new tokens. As there, check its
+        ``error``. Cancelling this call aborts the request.
         """
         tokens: list[int] = []
         async with contextlib.aclosing(self.stream(prompt_ids, params, request_id)) as outputs:
@@ -192,9 +192,9 @@ class AsyncEngine:
         return replace(output, new_token_ids=tokens)
 
     async def abort(self, request_id: str) -> None:
-        """End the stream with this ``request_id``, or :meth:`generate`, also if this call is cancelled: its last output
-        has finish_reason ``"abort"``. If there is none yet, or none any more, nothing is done or said, as by
-        :meth:`Engine.abort`; nor if this is closed.
+        """End the stream or the :meth:`generate` with this ``request_id``, even if this call is cancelled; its last
+        output has finish_reason ``"abort"``. As in :meth:`Engine.abort`, an id that is unknown or has ended is ignored,
+        and so is any id once this is closed.
         """
         if self._closing is not None:
             return
@@ -203,13 +203,14 @@ class AsyncEngine:
             await asyncio.shield(self._call(self._abort, self._known_as[request_id]))
 
     async def call(self, function: Callable[..., R], *args) -> R:
-        """``function(engine, *args)`` between two steps, in the thread that makes them: ``call(Engine.explain)`` or
-        :meth:`Engine.warmup` as long as there is no request. Decoding stands still meanwhile, even if this call is
-        cancelled.
+        """Run ``function(engine, *args)`` between two steps, in the thread that makes them, and return its result: for
+        example ``call(Engine.explain)``, or :meth:`Engine.warmup` while there is no request. Decoding waits until it is
+        done, even if this call is cancelled.
 
         Raises:
-            ValueError: it is one of Engine's that submit, run or end requests, or close it; this class does that.
-            TypeError: it is a method of the engine, not of the class: it would get the engine twice.
+            ValueError: it is a method of Engine that submits, runs or ends requests, or closes it; this class has its
+                own.
+            TypeError: it is bound to the engine (``engine.explain``), which it would then receive twice.
         """
         given = function.func if isinstance(function, functools.partial) else function
         asked = getattr(given, "__func__", given)
@@ -224,22 +225,22 @@ class AsyncEngine:
         return await self._call(self._run, function, *args)
 
     def _hand_out(self, outputs: list[RequestOutput]) -> None:
-        """Every output to its stream; in the loop, as all that looks at those who wait."""
+        """Pass every output to its stream; runs in the loop, like everything that reads the waiting streams."""
         for output in outputs:
             if stream := self._waiting.get(output.request_id):
                 stream.tell(output)
-            if output.finished:  # however long its reader takes for what is left
+            if output.finished:  # even if its reader has not read everything yet
                 self._leave(output.request_id)
 
     def _leave(self, known_as: str) -> bool:
-        """It waits no more, and the caller's name is free; whether it waited."""
+        """Stop waiting and free the caller's id; whether the stream was waiting."""
         stream = self._waiting.pop(known_as, None)
         if stream:
             del self._known_as[stream.request_id]
         return stream is not None
 
     def _fail(self, error: BaseException, names: Container[str] | None = None) -> None:
-        """End those who wait, or those of them whom the engine knows by these ``names``."""
+        """End all waiting streams with ``error``, or only those that the engine knows by these ``names``."""
         for known_as, stream in self._waiting.items():
             if names is None or known_as in names:
                 stream.failed = True
@@ -253,12 +254,12 @@ class AsyncEngine:
         await self.close()
 
     async def close(self, drain: bool = False) -> None:
-        """Close the engine, also if this call is cancelled; open streams end with an error. Twice is
-        harmless, in whatever loop.
+        """Close the engine, even if this call is cancelled; open streams end with an error. Closing twice is harmless,
+        in any loop.
 
         Args:
-            drain: first let them run to their end, and refuse new ones for good: what a server does at SIGTERM.
-                Cancelled before that, as by ``asyncio.wait_for``, the engine is still open, for ``close()``.
+            drain: first let open streams run to their end and refuse new ones for good, as a server does at SIGTERM. If
+                the call is cancelled before that, as by ``asyncio.wait_for``, the engine stays open until ``close()``.
         """
         if drain and self._closing is None:
             self._enter()
@@ -268,12 +269,12 @@ class AsyncEngine:
         if self._closing is None:
             self._enter()
             self._closing = self._close_in_worker()
-        await asyncio.shield(asyncio.wrap_future(self._closing))  # which is no loop's: this one may not see its end
+        await asyncio.shield(asyncio.wrap_future(self._closing))  # _closing belongs to no loop: this one may end first
 
     def _close_in_worker(self) -> Future:
         try:
             return self._worker.submit(self._close)
-        except RuntimeError:  # the process ends, and has waited for its threads: there is no worker any more
+        except RuntimeError:  # the process is ending and has joined its threads: the worker is gone
             self.engine.turn.release()
             self._close()
             (closed := Future()).set_result(None)
@@ -284,7 +285,7 @@ class AsyncEngine:
     def _run(self, function, *args):
         try:
             return function(self.engine, *args)
-        except StopIteration as error:  # which no future takes
+        except StopIteration as error:  # no future can hold it
             raise RuntimeError(f"{function!r} raised StopIteration") from error
         finally:
             self._go_on()
@@ -294,7 +295,7 @@ class AsyncEngine:
         self._go_on()
 
     def _end(self, known_as: str, error: Exception | None = None) -> bool:
-        """Abort it, or end it for this ``error``; whether that could be done."""
+        """Abort the request, or end it with ``error``; whether that succeeded."""
         try:
             if self.engine.is_unfinished(known_as):
                 self.engine._abort_named(known_as, error)
@@ -307,13 +308,13 @@ class AsyncEngine:
         return True
 
     def _go_on(self) -> None:
-        """Step next, behind what is in the queue, if there is anything to run or to hand out."""
+        """Queue a step behind the calls already there, if there is anything to run or to hand out."""
         if not self._steps and self.engine.has_unfinished():
             self._steps = True
             self._worker.submit(self._step)
 
     def _step(self) -> None:
-        """Once, and again behind what was asked for meanwhile. Whatever fails here, no stream waits for ever."""
+        """Step once and queue the next step behind calls made meanwhile. Whatever fails, no stream waits forever."""
         self._steps = False
         try:
             if self.engine.closed:
@@ -321,15 +322,15 @@ class AsyncEngine:
             if self._step_once():
                 self._go_on()
         except Exception as error:
-            self._tell(self._fail, error)  # the streams abort their requests
-        except BaseException as error:  # SystemExit, say, sent to this thread: it would end the readers' event loop
+            self._tell(self._fail, error)  # the streams then abort their requests
+        except BaseException as error:  # such as SystemExit sent to this thread: it would end the readers' event loop
             log.exception("a step ended the thread's work")
             ended = RuntimeError(f"a step ended with {error!r}")
             ended.__cause__ = error
             self._tell(self._fail, ended)
 
     def _step_once(self) -> bool:
-        """Whether to go on, be it to try again."""
+        """Step once; whether to continue, if only to try again."""
         try:
             outputs = self.engine.step()
         except Exception as error:
@@ -337,7 +338,7 @@ class AsyncEngine:
             self._failures += 1
             if self._failures == MOST_FAILURES:
                 self._failures = 0
-                return self._give_up(error)  # else until those who hear of it abort, or somebody new comes
+                return self._give_up(error)  # if False, the next step waits for aborts or a new request
             return True
         if self.engine.metrics.cycles > self._cycles or not self.engine.has_unfinished():
             self._failures, self._cycles = 0, self.engine.metrics.cycles
@@ -345,13 +346,13 @@ class AsyncEngine:
         return True
 
     def _tell_outputs(self, outputs: list[RequestOutput]) -> None:
-        # What runs changes its statistics while the loop may look at them.
+        # Copies, as running requests change their statistics while the loop may read them.
         self._tell(self._hand_out, [replace(out, stats=out.stats.copy()) for out in outputs])
 
     def _give_up(self, error: Exception) -> bool:
-        """The steps of those who hold a slot fail: they end now, whenever their readers may hear of it, and their
-        streams behind what they had to say before; who waits for a slot, or is yet to come, has no part in it, unless
-        nobody can be ended: then nobody goes on. Whether the others do.
+        """Steps keep failing: end the requests that hold a slot (or all, if none does) at once, whenever their readers
+        learn of it. Their streams end behind the outputs that they already have. Requests that wait for a slot or
+        arrive later are spared, unless one cannot be ended: then all streams fail. Whether the others continue.
         """
         outbox = self.engine.outbox
         outbox.collect()
@@ -367,7 +368,7 @@ class AsyncEngine:
         return bool(failed) and ended
 
     def _tell(self, function, *args) -> None:
-        """Call ``function`` in the loop, unless another one has taken over by then."""
+        """Call ``function`` in the loop, unless another loop has taken over by then."""
         loop = self._loop
 
         def in_loop() -> None:
@@ -376,7 +377,7 @@ class AsyncEngine:
 
         try:
             loop.call_soon_threadsafe(in_loop)
-        except RuntimeError:  # it is closed: nobody will ever read on
+        except RuntimeError:  # the loop is closed: no stream of it will be read again
             for known_as in list(self._waiting):
                 self._abort(known_as)
 
@@ -390,18 +391,18 @@ class AsyncEngine:
 
 
 def _waits(shared: weakref.ref, breaks: Breaks) -> bool:
-    """Whether a stream waits for more, and these are the breaks of the loop that is to bring it."""
+    """Whether a stream waits for outputs and ``breaks`` belongs to the loop that delivers them."""
     it = shared()
     return it is not None and it._breaks is breaks and any(not stream.failed for stream in it._waiting.values())
 
 
 def _own(error: BaseException) -> BaseException:
-    """A copy for one reader of several: who raises an exception adds frames to its traceback, and they hold locals."""
+    """A copy for one of several readers: raising an exception adds frames to its traceback, which keep locals alive."""
     try:
         own = copy.copy(error)
-    except Exception:  # not every class allows for it
+    except Exception:  # not every class can be copied
         return error
-    own.args = error.args  # which a class of its own kind makes of others
+    own.args = error.args  # a class may make its args from other arguments
     own.__cause__, own.__context__ = error.__cause__, error.__context__
     own.__suppress_context__ = error.__suppress_context__
     return own.with_traceback(error.__traceback__)

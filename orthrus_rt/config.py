@@ -16,18 +16,18 @@ ARCHITECTURES = {
     "qwen3": ("OrthrusLM", "OrthrusForCausalLM", "Qwen3ForCausalLM"),
     "llama": ("LlamaForCausalLM", "OrthrusLM", "OrthrusForCausalLM"),
 }
-# rope_type -> keys that it cannot do without
+# rope_type -> keys that it requires
 ROPE_TYPES = {
     "default": (),
     "linear": ("factor",),
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # numbers that it may have
+YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # optional, numbers
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded; the message names the file, the tensor or key, what was expected and got."""
+    """A checkpoint that cannot be loaded; the message names the file and tensor or key, what was expected and found."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class ModelConfig:
         family: ``"llama"`` or ``"qwen3"``.
         qk_norm: both views normalise queries and keys per head (Qwen3).
         rope: as transformers' ``rope_parameters``, ``rope_type`` and ``rope_theta`` always present.
-        block_len: K, most rows of a diffusion block; the checkpoint's ``block_size``, or MAX_BLOCK_LEN if that is less.
-        max_position_embeddings: positions that a sequence has by default; with YaRN as many as it stretches to.
+        block_len: K, the most rows of a diffusion block: the checkpoint's ``block_size``, at most MAX_BLOCK_LEN.
+        max_position_embeddings: positions of a sequence unless more are requested; with YaRN, the stretched number.
         eos_token_ids: every id that may end a sequence, from config.json and generation_config.json.
-        name: where it came from, for messages.
+        name: the checkpoint's name, for messages.
     """
 
     family: str
@@ -64,8 +64,8 @@ class ModelConfig:
 
     @property
     def most_positions(self) -> int:
-        """Positions that whoever asks for them may have. Linear scaling stretches too; but as some checkpoints state
-        what it stretches to and others what it starts from, nobody gets more than is stated unasked.
+        """The most positions that may be requested. Linear scaling stretches the range as well. But some checkpoints
+        state the stretched number and others the original one, so more than stated is given only on request.
         """
         factor = self.rope["factor"] if self.rope["rope_type"] == "linear" else 1
         return max(self.max_position_embeddings, int(min(sys.maxsize, factor * self.max_position_embeddings)))
@@ -82,9 +82,9 @@ def parse(
     """Build a :class:`ModelConfig` from the contents of config.json and generation_config.json.
 
     Args:
-        raw: config.json, with ``block_size`` and ``mask_token_id`` (an adapter's are merged in by the caller).
+        raw: config.json, with ``block_size`` and ``mask_token_id`` (the caller merges in an adapter's).
         generation: generation_config.json, if there is one; only its EOS ids are read.
-        name: kept in the result.
+        name: the result's ``name``.
         where: file that messages name; ``name`` if omitted.
         where_generation: the same for ``generation``.
 
@@ -136,7 +136,7 @@ def parse(
 
 
 def family_of(raw: dict, where: str) -> str:
-    """The model's family by its config.json; :class:`CheckpointError` if it is none of FAMILIES."""
+    """The model's family according to its config.json; :class:`CheckpointError` if it is not in FAMILIES."""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
@@ -155,7 +155,7 @@ def _refuse_unsupported(raw, where):
             raise CheckpointError(f"{where}: {key} must be false (biases are not supported), got {raw[key]!r}")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         raise CheckpointError(f"{where}: hidden_act must be 'silu' or 'swish', got {raw['hidden_act']!r}")
-    # transformers follows it: each token would see those behind it.
+    # transformers obeys it: if false, each token would see those after it.
     if not _bool({"is_causal": True} | raw, "is_causal", where):
         raise CheckpointError(f"{where}: is_causal must be true, got {raw['is_causal']!r}")
     if raw.get("quantization_config") is not None:
@@ -170,10 +170,10 @@ def _refuse_unsupported(raw, where):
 
 
 def _refuse_sliding_window(raw, family, num_layers, where):
-    # What is absent is as in transformers' configuration of Qwen3.
+    # Absent keys have the defaults of transformers' configuration of Qwen3.
     layer_types, window = raw.get("layer_types"), raw.get("sliding_window", 4096)
     full_layers = raw.get("max_window_layers", 28) or 0
-    # What transformers' cache follows in a Llama model without more ado.
+    # transformers' cache obeys these in a Llama model without any further setting.
     windows = [key for key in ("sliding_window", "attention_chunk_size") if raw.get(key) is not None]
     if layer_types is not None and not (_are_names(layer_types) and len(layer_types) == num_layers):
         wanted = f"a list of {num_layers} names (num_hidden_layers)"
@@ -194,8 +194,8 @@ def _refuse_sliding_window(raw, family, num_layers, where):
 
 
 def _rope(raw, where):
-    """One flat dictionary, as transformers reads it: the older ``rope_scaling`` replaces
-    ``rope_parameters``, and what either leaves out may stand beside it.
+    """One flat dictionary, as transformers reads it: the older ``rope_scaling`` replaces ``rope_parameters``, and keys
+    missing from either may stand at the top level of config.json.
     """
     given = {key: raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")}
     for key, rope in given.items():
@@ -212,7 +212,7 @@ def _rope(raw, where):
         raise CheckpointError(f"{where}: rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}")
     if rope.get("rope_theta") is None:
         rope["rope_theta"] = raw.get("rope_theta", 10000.0)
-        # Refused, not used: transformers goes on with the one above, so its text and ours would differ.
+        # Refused instead of used: transformers takes the one above, so its text and ours would differ.
         replaced = given["rope_parameters"].get("rope_theta")
         if replaced not in (None, rope["rope_theta"]):
             raise CheckpointError(
@@ -223,7 +223,7 @@ def _rope(raw, where):
         rope[name] = _number(rope, name, where)  # torch takes no int beyond 64 bits
     if rope_type == "yarn":
         for name in YARN_OPTIONS:
-            absent = (None,) if name == "attention_factor" else (None, 0)  # to transformers too
+            absent = (None,) if name == "attention_factor" else (None, 0)  # as in transformers
             if rope.get(name) not in absent:
                 rope[name] = _number(rope, name, where)
         _bool(rope, "truncate", where)
@@ -238,15 +238,15 @@ def _rope(raw, where):
         beside = raw.get(name, raw.get("max_position_embeddings"))
         original = rope.setdefault(name, beside)
         if (number := _number(rope, name, where)) > sys.maxsize:
-            rope[name] = number  # any other int stays one, as transformers wants it to be
-        if name in raw and raw[name] != original:  # readers differ in which they take
+            rope[name] = number  # any smaller int stays an int, as transformers requires
+        if name in raw and raw[name] != original:  # readers differ in which of the two they take
             raise CheckpointError(f"{where}: {name} must be {original!r} as in {key}, got {beside!r} beside it")
     return rope
 
 
 def _most_positions(raw, rope, where):
     most = _positive(raw, "max_position_embeddings", where)
-    if rope["rope_type"] == "yarn":  # recipes add the stretch, and leave that number as it was
+    if rope["rope_type"] == "yarn":  # recipes add the scaling and leave max_position_embeddings as it was
         stretched = rope["factor"] * rope["original_max_position_embeddings"]
         most = max(most, int(min(sys.maxsize, stretched)))
     if most < 2:
@@ -260,7 +260,7 @@ def _eos_ids(raw, vocab_size, where):
     if not all(_is_int(token) for token in ids):
         raise CheckpointError(f"{where}: eos_token_id must be an integer or a list of integers, got {ids!r}")
     possible = [token for token in ids if 0 <= token < vocab_size]
-    if possible != ids:  # they do no harm, and transformers does not mind them
+    if possible != ids:  # the others do no harm, and transformers accepts them
         never = [token for token in ids if token not in possible]
         log.warning("%s: eos_token_id %s never comes, vocab_size is %d", where, never, vocab_size)
     return possible

@@ -1,8 +1,8 @@
 """The engine that other programs import: requests in, tokens out, many sequences at once.
 
-Between two calls of :meth:`Engine.step` requests may join, leave and be aborted; every sequence advances by its own
-acceptance. What the host knows of a request is its tokens; everything on the device can be rebuilt from them,
-which is how preemption, faults and interrupts lose nothing.
+Requests may join, leave and be aborted between two calls of :meth:`Engine.step`, and every sequence advances by its own
+acceptance. The host knows the tokens of each request, and everything on the device can be rebuilt from them. That is
+why preemption, faults and interrupts lose nothing.
 """
 
 from __future__ import annotations
@@ -53,23 +53,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("orthrus_rt")
-_loading_a_tokenizer = ForkLock(threading.RLock)  # two threads may not import transformers at once
+_loading_a_tokenizer = ForkLock(threading.RLock)  # two threads must not import transformers at once
 
 
 class Engine(Generation):
     """Lossless dual-view decoding of one model on one device.
 
-    A CUDA device takes one engine per process until it is closed; on the CPU any number may live side by side. One
-    thread calls it at a time (others are refused; :class:`orthrus_rt.AsyncEngine` shares it). Ctrl-C inside a call, at
-    any instruction, loses no request, token or page: the next call goes on.
+    A process may have one open engine per CUDA device, and any number on the CPU. One thread at a time may call an
+    engine; calls from others raise RuntimeError (:class:`orthrus_rt.AsyncEngine` shares an engine). Ctrl-C in a call,
+    at any instruction, loses no request, token or page: the next call continues.
 
     Attributes:
-        config: the model's numbers, a :class:`orthrus_rt.ModelConfig`.
+        config: the model's shape and conventions, a :class:`orthrus_rt.ModelConfig`.
         tokenizer: the checkpoint's transformers tokenizer, chat template included.
-        device: where it runs, a :class:`torch.device`.
-        max_seq_len: tokens that a sequence may have.
-        mode, draft_len, fan_out: those of calls that name none; None is the default of checkpoint, mode and device.
-        metrics: what it has done since it was made: ``as_dict()`` and ``as_prometheus()``, in any thread.
+        device: the :class:`torch.device` that it runs on.
+        max_seq_len: the most tokens that a sequence may have, prompt included.
+        mode, draft_len, fan_out: defaults for calls that pass none; None is the default of checkpoint, mode and device.
+        metrics: what it has done since it was made: ``as_dict()`` and ``as_prometheus()``, from any thread.
         closed: whether :meth:`close` has been called.
 
     >>> import orthrus_rt
@@ -122,7 +122,7 @@ class Engine(Generation):
             raise
 
     def _let_go(self) -> None:
-        """Be closed: the device is free for another engine, and the memory goes with its last user."""
+        """Close: the device is free for another engine, and memory is freed once nothing refers to it."""
         self.closed = True
         self.model = self.runner = self.kv = self.scheduler = None
 
@@ -146,43 +146,45 @@ class Engine(Generation):
         """Load a model and make an engine for it.
 
         Args:
-            model: ``"smollm2-135m"`` (embedded), a checkpoint folder or a hub id, whose files are fetched if they are
-                not there yet; ``owner/name@revision`` pins a branch, a tag or a commit.
-            device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or torch's own, or ``"auto"``: CUDA where there is one.
-            dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``, or torch's own. All but float16, which runs the
-                plain torch reference, have row-invariant kernels.
-            mode: ``"ar"``, ``"two_pass"``, ``"one_pass"``, or ``"auto"``: whichever is fastest now, chosen again every
-                few cycles from measured costs and acceptance; as far as those are right, all tokens together cost no
-                more than 1% and eight cycles beyond what ``ar`` would need.
-            max_seq_len: tokens a sequence may have, prompt included; sizes the cache. None for 4096, or the
-                checkpoint's own limit where that is less.
-            draft_len: drafts per cycle, 1 ... K-1 (in mode auto at most; it tries 3, 5, 7, 15 and this); None for the
-                checkpoint's K-1, or on a CPU, where every row costs arithmetic, for 3 unless the mode is auto.
-            fan_out: blocks that a one_pass cycle drafts, 1 ... 3 * draft_len + 1 (every outcome); None for 6, or
-                as many as make 160 rows with the AR view's: 4 with drafts of 31; on a CPU for 2 (in mode auto it tries
-                2, 4 and 8).
-            adapter: folder or hub id of a diffusion view for a base that has none.
-            base_gguf: path of the embedded model's base, where it is not installed as a wheel.
-            max_batch_size: sequences decoded at once; more wait their turn.
-            num_pages: pages of 64 positions in the cache; None for ``max_batch_size`` sequences of ``max_seq_len``.
-                With fewer, sequences wait for pages, or give theirs up for a while (same tokens after).
-            prefix_caching: whether a prompt reuses whole pages of keys and values that earlier sequences with the same
-                beginning have in the cache, or left there. The bits are those that it would have computed; only the
-                time of its prefill tells that somebody asked alike before. Without effect where an op that makes keys
-                and values runs ``reference``, as in float16, which is not row-invariant.
+            model: ``"smollm2-135m"`` (the embedded model), a checkpoint folder, or a hub id, whose files are downloaded
+                if they are not on this machine; ``owner/name@revision`` pins a branch, a tag or a commit.
+            device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a :class:`torch.device`; ``"auto"`` is CUDA if available,
+                else the CPU.
+            dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``, or the torch dtype. float16 runs the plain torch
+                reference; the other two have row-invariant kernels.
+            mode: ``"ar"``, ``"two_pass"``, ``"one_pass"`` or ``"auto"``. ``auto`` chooses the fastest of these every
+                few cycles, from measured costs and acceptance. As far as those are right, all tokens together take at
+                most 1% plus eight AR cycles longer than in ``ar``.
+            max_seq_len: the most tokens a sequence may have, prompt included; sizes the cache. None is 4096, or the
+                checkpoint's own limit if that is less.
+            draft_len: drafts per cycle, 1 ... K-1 (in mode auto the maximum; it tries 3, 5, 7, 15 and this). None is
+                the checkpoint's K-1, or on a CPU, where every row costs arithmetic, 3 unless the mode is auto.
+            fan_out: blocks that a one_pass cycle drafts, 1 ... 3 * draft_len + 1 (one per outcome). None is 6, or as
+                many as fit into 160 rows together with the AR rows (4 with 31 drafts); on a CPU it is 2, and mode auto
+                tries 2, 4 and 8.
+            adapter: folder or hub id of a diffusion view, for a base that has none.
+            base_gguf: path of the embedded model's base as a GGUF file, if its wheel is not installed.
+            max_batch_size: the most sequences decoded at once; further requests wait.
+            num_pages: pages of 64 positions in the cache; None is enough for ``max_batch_size`` sequences of
+                ``max_seq_len``. With fewer, sequences wait for pages or are preempted for a while (same tokens).
+            prefix_caching: whether a prompt reuses whole pages of keys and values that sequences with the same
+                beginning have, or left, in the cache. They are bitwise what it would have computed itself; only the
+                duration of its prefill reveals that the same beginning was seen before. No effect where an op that
+                computes keys and values runs ``reference``, as in float16, which is not row-invariant.
 
         Raises:
-            CheckpointError: the checkpoint is not whole, not supported or not what it says.
-            ValueError: an argument, or ``ORTHRUS_BACKEND``, is out of its range, or the device is not there.
-            RuntimeError: ``ORTHRUS_BACKEND`` asks for an implementation that is not available, or the CUDA device has
-                an engine already.
-            torch.OutOfMemoryError: there is no room for the weights, or for the cache; then it says what to lower.
+            CheckpointError: the checkpoint is incomplete, unsupported or inconsistent.
+            ValueError: an argument, or ``ORTHRUS_BACKEND``, is out of range, or the device does not exist.
+            RuntimeError: ``ORTHRUS_BACKEND`` requests an implementation that is not available, or the CUDA device
+                already has an engine.
+            torch.OutOfMemoryError: there is no room for the weights or the cache; the message says what to lower, if
+                that helps.
         """
         dtype = dtype_name(dtype)
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         device, model = pick_device(device), str(model)
-        if ckpt.is_hub_id(model):  # before gigabytes are fetched for what cannot run
+        if ckpt.is_hub_id(model):  # before gigabytes are downloaded for a model that cannot run
             config = ckpt.load_config(model, adapter=adapter, base_gguf=base_gguf)
             engine_sizes(config, max_seq_len, max_batch_size, num_pages)
             cycle_plan(mode, draft_len, fan_out, config, on_cpu=device.type == "cpu")
@@ -205,8 +207,8 @@ class Engine(Generation):
 
     @exclusive
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict | None:
-        """What ``mode="auto"`` goes by, for a batch of this size, ``greedy`` if none of it samples: see
-        :meth:`Policy.explain`. None while it is not on.
+        """The estimates behind ``mode="auto"`` for a batch of ``batch_size`` sequences, ``greedy`` if none of them
+        samples: see :meth:`Policy.explain`. None while the mode is a fixed one.
         """
         auto = self._autos.get(self._plan)
         return auto.policy.explain(batch_size, greedy) if auto else None
@@ -214,39 +216,39 @@ class Engine(Generation):
     def check(
         self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None
     ) -> list[int]:
-        """Validate these as :meth:`submit` would, from any thread.
+        """Validate the arguments of :meth:`submit` without submitting; may be called from any thread.
 
         Returns:
-            The prompt's ids, in a list of its own.
+            The prompt's ids as a new list.
 
         Raises:
-            ValueError: it would refuse them; whether ``request_id`` is in use is not looked at.
+            ValueError: :meth:`submit` would refuse them; whether ``request_id`` is in use is not checked.
             RuntimeError: the engine is closed.
         """
         return self._make_request(prompt_ids, params, None, request_id).prompt
 
     def submit(self, prompt_ids: TokenIds, params: SamplingParams | None = None, request_id: str | None = None) -> str:
-        """Queue one prompt; its tokens come out of :meth:`step`.
+        """Queue one prompt; :meth:`step` returns its tokens.
 
         Args:
-            prompt_ids: a list of ints or a 1-D integer tensor, 1 ... max_seq_len-1 tokens.
-            params: greedy by default; requests of one batch may differ.
-            request_id: a name of the caller's choice; None draws one.
+            prompt_ids: a list of ints or a 1-D integer tensor or array, 1 ... max_seq_len-1 tokens.
+            params: greedy by default; they may differ between the requests of a batch.
+            request_id: a non-empty string of the caller's choice; None draws one.
 
         Returns:
             The request's id.
 
         Raises:
-            ValueError: the prompt or the parameters cannot be served, or the id is in use.
+            ValueError: this engine cannot serve the prompt or the parameters, or the id is in use.
             RuntimeError: the engine is closed, or another thread is using it.
         """
         return self._queue(self._make_request(prompt_ids, params, None, request_id))
 
     @exclusive
     def _queue(self, request: Request) -> str:
-        """:meth:`submit` one that was made before."""
+        """:meth:`submit` for a request that has been made already."""
         self._plan = self._plan_to_join()
-        self._check_acceptance(request, self._plan)  # again: what runs may have changed since it was made
+        self._check_acceptance(request, self._plan)  # again: the plan may have changed since the request was made
         if request.request_id in self.outbox:
             raise ValueError(f"request_id must be unused, got {request.request_id!r} twice")
         with torn_if_cut(self):
@@ -255,21 +257,21 @@ class Engine(Generation):
         return request.request_id
 
     def step(self) -> list[RequestOutput]:
-        """Run one cycle of every decoding sequence together with one chunk of the prompts, and return what is new since
-        the last step: at most one output per submitted request. Returns at once when nothing is to do.
+        """Run one cycle of all decoding sequences together with one chunk of the prompts, and return what is new since
+        the last step: at most one output per submitted request. Returns at once if there is nothing to do.
 
-        A request that runs out of memory, or has no logit above -inf to choose by (all are NaN, say), keeps its tokens
-        and ends with finish_reason ``"error"``; the others go on.
+        A request that runs out of memory, or has no logit above -inf (because all are NaN, for example), keeps its
+        tokens and ends with finish_reason ``"error"``; the others continue.
 
         Raises:
-            Exception: whatever else failed; a note says who was running. Nothing is lost, and the next step tries
-                again. If it fails every time, abort one of those; if that fails too, as on a device that is lost,
-                close the engine.
+            Exception: any other failure; a note names the requests that were running. Nothing is lost, and the next
+                step tries again. If it fails every time, abort one of these requests; if that fails too, as on a lost
+                device, close the engine.
         """
         self._advance_and_collect()
         try:
             return self.outbox.outputs
-        finally:  # emptied only once they are on their way: what an interrupt holds back comes with the next step
+        finally:  # emptied only on the return: outputs held back by an interrupt are returned by the next step
             self.outbox.outputs = []
 
     @exclusive
@@ -280,19 +282,19 @@ class Engine(Generation):
     def abort(self, request_id: str) -> None:
         """End a request now; :meth:`step` returns its last output, with finish_reason ``"abort"``.
 
-        A request that has ended, or that never was, is ignored, and so is any once the engine is closed: whoever aborts
-        may be a moment late. :meth:`is_unfinished` tells.
+        A request that has ended or never existed is ignored, and so is any once the engine is closed, as an abort may
+        be a moment late. :meth:`is_unfinished` says whether a request is still there.
         """
         try:
             if not self.closed:
                 self._abort_named(request_id)
         except RuntimeError:
-            if not self.closed:  # by another thread, meanwhile
+            if not self.closed:  # else another thread has closed it meanwhile
                 raise
 
     @exclusive
     def _abort_named(self, request_id: str, error: Exception | None = None) -> None:
-        """``error``: for which it ends."""
+        """Abort the request, or end it with ``error``."""
         if request := self.outbox.get(request_id):
             with torn_if_cut(self):
                 if error is None:
@@ -305,7 +307,7 @@ class Engine(Generation):
         return not self.closed and (bool(self.outbox) or not self._idle())
 
     def is_unfinished(self, request_id: str) -> bool:
-        """Whether a submitted request still has outputs to come."""
+        """Whether :meth:`step` has yet to return the last output of a submitted request."""
         return not self.closed and request_id in self.outbox
 
     def __enter__(self) -> Engine:
@@ -315,12 +317,12 @@ class Engine(Generation):
         self.close()
 
     def close(self) -> None:
-        """Abort everything and let go of weights, cache and graphs. The engine refuses calls from then on, but for
-        late ones of :meth:`abort`, and its device takes another one. Closing twice is harmless.
+        """Abort all requests and release weights, cache and graphs. From then on the engine refuses all calls but
+        :meth:`abort`, and the device can take another engine. Closing twice is harmless.
 
-        What :meth:`step` has not returned by then, last outputs included, is lost. To let requests end first (a server
-        at SIGTERM), submit no more, and step while :meth:`has_unfinished`; to cut them short, abort them and step once.
-        With an :class:`orthrus_rt.AsyncEngine`, ``close(drain=True)``.
+        Outputs that :meth:`step` has not returned by then, last ones included, are lost. To let requests finish first,
+        as a server does at SIGTERM, submit no more and step while :meth:`has_unfinished`. To cut them short, abort them
+        and step once. An :class:`orthrus_rt.AsyncEngine` has ``close(drain=True)``.
         """
         with self.turn:
             if self.closed:
@@ -339,18 +341,18 @@ class Engine(Generation):
 
     @exclusive
     def warmup(self, progress: bool = False, *, sampling: bool = False) -> None:
-        """Build, and where the device can, record the greedy cycles of every batch bucket for the engine's own mode; on
-        CUDA the prefill passes of a single prompt too. Cycles with prompts are recorded as their shapes come again.
-        Recordings last until a call asks for cycles with more rows, or 256 others were used since.
+        """Build the greedy cycles of every batch bucket for the engine's own mode and record them if the device can; on
+        CUDA also the prefill passes of a single prompt. Cycles with prompts are recorded when their shapes recur. A
+        recording lasts until a call asks for cycles with more rows, or until 256 others have been used since.
 
-        In mode ``auto`` this also times them: at length the first time on this device, with this number of threads, for
-        this model and version, later once each.
+        In mode ``auto`` this also times them: at length the first time for this device, number of threads, model and
+        version, later once each.
 
         Args:
             progress: show a progress bar.
-            sampling: the same for requests that sample, without penalties, ``logit_bias``, ``min_tokens`` and
-                ``acceptance="rejection"``; and take the memory for their logits (see :meth:`memory_report`), which
-                otherwise the first such request takes, if it is still there.
+            sampling: do the same for requests that sample without penalties, ``logit_bias``, ``min_tokens`` or
+                ``acceptance="rejection"``, and allocate the memory for their logits (see :meth:`memory_report`).
+                Otherwise the first such request allocates it, if it is still free then.
 
         Raises:
             RuntimeError: a request is running, the engine is closed, or another thread is using it.
@@ -369,7 +371,7 @@ class Engine(Generation):
             self._record(shapes, progress, "warm-up, sampling", self.runner.plain_sampling)
 
     def _record(self, shapes, progress: bool, desc: str, sampling: SlotSampling | None = None) -> None:
-        """The cycles of these ``(plan, slots)``."""
+        """Build and record the cycles of these pairs ``(plan, slots)``."""
         with progress_bar(progress, total=len(shapes), desc=desc, unit="cycle") as bar:
             for plan, slots in shapes:
                 self.runner.cycle(plan, slots, sampling).warm_up()
@@ -381,16 +383,17 @@ class Engine(Generation):
         return memory_report(self)
 
     def next_logits(self, token_ids: TokenIds) -> torch.Tensor:
-        """AR logits fp32 ``[vocab_size]`` for the token after at most ``max_seq_len`` ids.
+        """The AR logits of the token after ``token_ids``, at most ``max_seq_len`` ids: fp32 ``[vocab_size]`` on the
+        engine's device.
 
         Raises:
-            ValueError: there are no ids, too many, or some outside the vocabulary.
+            ValueError: ``token_ids`` is empty, too long, or has ids outside the vocabulary.
             RuntimeError: a request is running, the engine is closed, or another thread is using it.
         """
         return self.next_logits_and_hidden(token_ids)[0]
 
     def next_logits_and_hidden(self, token_ids: TokenIds) -> tuple[torch.Tensor, torch.Tensor]:
-        """:meth:`next_logits`, and the final normed row ``[hidden_size]`` that the head makes them of."""
+        """:meth:`next_logits`, and the final normalised row, ``[hidden_size]`` of the model's dtype, behind them."""
         self._check_open()
         return self._next_logits(on_host(token_ids))
 
@@ -404,7 +407,7 @@ class Engine(Generation):
         with torn_if_cut(self):
             rows = self.runner.next_logits(ids)
             with torch.inference_mode(False):
-                logits, hidden = (row.clone() for row in rows)  # the caller's, to change or to differentiate through
+                logits, hidden = (row.clone() for row in rows)  # the caller may change or differentiate through them
         if self.cuda_stream is not None:
-            self.cuda_stream.synchronize()  # the caller may look at them from another one
+            self.cuda_stream.synchronize()  # the caller may read them on another stream
         return logits, hidden

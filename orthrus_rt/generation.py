@@ -1,4 +1,4 @@
-"""Calls that decode requests to their end; whatever else is queued runs along."""
+"""Calls that decode requests to their end; other queued requests run at the same time."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from orthrus_rt.sampling import SamplingParams
 
 
 class Generation(Rounds):
-    """``generate`` and ``stream``: rounds until some requests are through."""
+    """``generate`` and ``stream``: rounds until given requests have finished."""
 
-    mode: str  # this and the next two: of calls that name none
+    mode: str  # this and the next two: defaults for calls that pass none
     draft_len: int | None
     fan_out: int | None
     device: torch.device
     max_seq_len: int
     _default_plan: CyclePlan
     closed: bool
-    dropped: deque[list[Request]]  # of calls and streams that are over: what has not ended is to be aborted
+    dropped: deque[list[Request]]  # of calls and streams that have ended: those not finished are to be aborted
 
     @overload
     def generate(
@@ -45,24 +45,25 @@ class Generation(Rounds):
     ) -> list[GenerationOutput]: ...  # fmt: skip
 
     def generate(self, prompt_ids, params=None, *, mode=None, draft_len=None, fan_out=None, progress=False):
-        """Continue one prompt, or a batch of them together.
+        """Continue one prompt, or a batch of prompts together.
 
         Args:
             prompt_ids: a list of ints, a 1-D integer tensor or array, or a list of those (a batch, which may be empty).
             params: one :class:`SamplingParams` for all, or one for each prompt of a batch; greedy by default.
             mode, draft_len, fan_out: override the engine's for this call; only while nothing else runs. With none of
-                them, the call joins what runs, in whatever mode that is. Cycles with more rows than any before drop
-                what is recorded, as buffers grow.
+                them, the call joins the running requests in their mode, whichever it is. Cycles with more rows than any
+                before discard all recordings, as buffers grow.
             progress: show a progress bar.
 
         Returns:
-            A :class:`GenerationOutput`, or a list of them for a batch, in the order of the prompts. In a batch, a
-            prompt that could not go on (see :meth:`step`) has finish_reason ``"error"``.
+            A :class:`GenerationOutput`, or for a batch a list of them in the order of the prompts. In a batch, a prompt
+            that cannot continue (see :meth:`step`) has finish_reason ``"error"``.
 
         Raises:
-            ValueError: a prompt is empty, too long, or has ids outside the vocabulary; nothing has run then.
-            RuntimeError: another mode was asked for than the one that runs, or the engine is closed.
-            torch.OutOfMemoryError, FloatingPointError: the one prompt could not go on.
+            ValueError: a prompt is empty, too long, or has ids outside the vocabulary, or another argument is invalid;
+                nothing has run then.
+            RuntimeError: requests run in another mode than requested, the engine is closed, or another thread uses it.
+            torch.OutOfMemoryError, FloatingPointError: a single prompt cannot continue.
         """
         batch = _is_batch(prompt_ids)
         if not batch and isinstance(params, Sequence):
@@ -91,16 +92,16 @@ class Generation(Rounds):
     ) -> Generator[RequestOutput, None, None]:  # fmt: skip
         """Like :meth:`generate` for one prompt, yielding a :class:`RequestOutput` per cycle (the first after prefill).
 
-        Arguments are checked now, not at the first piece. Closing the iterator aborts the request: at once in the
-        thread that read it last, else with the engine's next call. One that could not go on raises after its last
-        piece, as :meth:`generate` does. The pieces' ``request_id`` only tells streams apart: :meth:`abort` and
-        :meth:`is_unfinished` know the ids of :meth:`submit` alone.
+        Arguments are checked at the call, not at the first read. Closing the iterator aborts the request: at once in
+        the thread that read it last, otherwise with the engine's next call. If the request cannot continue, the
+        iterator raises after the last output, as :meth:`generate` does. The ``request_id`` of these outputs only tells
+        streams apart: :meth:`abort` and :meth:`is_unfinished` know only the ids of :meth:`submit`.
         """
         plan = self._asked_plan(mode, draft_len, fan_out)
         return self._stream(self._make_request(prompt_ids, params, plan), plan)
 
     def make_plan(self, mode: str | None = None, draft_len: int | None = None, fan_out: int | None = None) -> CyclePlan:
-        """The cycles to run; what is None is the engine's own."""
+        """The plan of these options; None stands for the engine's own value."""
         mode = self.mode if mode is None else mode
         draft_len = self.draft_len if draft_len is None else draft_len
         if fan_out is None and self.fan_out is not None:
@@ -110,9 +111,9 @@ class Generation(Rounds):
         return cycle_plan(mode, draft_len, fan_out, self.config, on_cpu=self.device.type == "cpu")
 
     def _plan_to_join(self) -> CyclePlan:
-        """The plan of what runs, or the engine's own if nothing does that is not to be aborted."""
+        """The running plan, or the engine's own if nothing runs, or only requests that are to be aborted."""
         over = {request for requests in tuple(self.dropped) for request in requests}
-        scheduler = self.scheduler  # None once the engine is closed, which another thread may do just now
+        scheduler = self.scheduler  # None once the engine is closed, perhaps by another thread right now
         idle = scheduler is None or self._idle() or (over and over.issuperset(scheduler.unfinished))
         return self._default_plan if idle else self._plan
 
@@ -134,7 +135,7 @@ class Generation(Rounds):
             raise ValueError(f"acceptance='rejection' belongs to mode two_pass alone, got mode {plan.mode!r}")
 
     def _asked_plan(self, mode, draft_len, fan_out) -> CyclePlan | None:
-        """None if none of them is given: then the plan is that of what runs."""
+        """The plan of these options; None, which means the running plan, if none of them is given."""
         return self.make_plan(mode, draft_len, fan_out) if (mode, draft_len, fan_out) != (None, None, None) else None
 
     def _stream(self, request: Request, plan: CyclePlan | None) -> Generator[RequestOutput, None, None]:
@@ -144,15 +145,15 @@ class Generation(Rounds):
                 if piece := request.output_since(delivered):
                     delivered, finished = len(request.tokens), piece.finished
                     yield piece
-        if not finished:  # another stream's step brought the end
+        if not finished:  # another stream's step has finished it
             yield request.output_since(delivered)
         if request.error:
             raise request.error
 
     def _run(self, requests: list[Request], plan: CyclePlan | None) -> Generator[None, None, None]:
-        """Step until these requests are through; whatever else is queued runs along.
+        """Step until these requests have finished; other queued requests run at the same time.
 
-        Mode and block length belong to the whole batch: whoever finds the engine idle sets them.
+        Mode and block length belong to the whole batch: the call that finds the engine idle sets them.
         """
         thread, queued = threading.get_ident(), True
         try:
@@ -171,8 +172,8 @@ class Generation(Rounds):
                     yield
         finally:
             if queued and not self.closed:
-                self.dropped.append(requests)  # whatever strikes from here on, the next call aborts them
-                # A stream may be collected anywhere: inside a call, or in another thread, whose turn it is not.
+                self.dropped.append(requests)  # whatever interrupts from here on, the next call aborts them
+                # A stream may be garbage-collected anywhere: inside a call, or in a thread without the turn.
                 if threading.get_ident() == thread:
                     with contextlib.suppress(Taken):
                         self._take_turn()
@@ -181,7 +182,7 @@ class Generation(Rounds):
     def _enqueue(self, requests: list[Request], plan: CyclePlan | None) -> None:
         plan = plan or self._plan_to_join()
         for request in requests:
-            self._check_acceptance(request, plan)  # again: what runs may have changed since it was made
+            self._check_acceptance(request, plan)  # again: the plan may have changed since the request was made
         if self._idle():
             self.runner.make_room(self._autos.shapes(plan))
             self._plan = plan
@@ -198,10 +199,10 @@ class Generation(Rounds):
 
     @exclusive
     def _take_turn(self) -> None:
-        """And with it abort what was dropped, as every call does first."""
+        """Do only what every call does first: recover, and abort dropped requests."""
 
     def _abort_dropped(self) -> None:
-        """End what calls and streams that are over have left; for whoever has the turn."""
+        """Abort what ended calls and streams have left unfinished; the caller has the turn."""
         while self.dropped:
             with torn_if_cut(self):
                 for request in self.dropped[0]:
@@ -211,7 +212,7 @@ class Generation(Rounds):
 
 
 def _is_batch(prompt_ids) -> bool:
-    """Whether these are prompts, and not the ids of one; an empty list holds no prompt."""
+    """Whether this is a list of prompts and not the ids of one; an empty list is a batch without prompts."""
     if isinstance(prompt_ids, str | bytes) or not isinstance(prompt_ids, Sequence):
         return False
     first = prompt_ids[0] if prompt_ids else ()

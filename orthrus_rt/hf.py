@@ -1,4 +1,4 @@
-"""The call that users of the published Orthrus code know, on this engine."""
+"""The interface of the published Orthrus code, on this engine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.integers import integer
 from orthrus_rt.sampling import SamplingParams, stop_ids
 
-LEAST_TEMPERATURE = 1e-5  # that the published code samples at
+LEAST_TEMPERATURE = 1e-5  # the lowest at which the published code samples
 
 
 class OrthrusForCausalLM:
-    """An :class:`orthrus_rt.Engine` behind ``from_pretrained`` and ``generate`` of the published code.
+    """An :class:`orthrus_rt.Engine` with ``from_pretrained`` and ``generate`` as in the published code.
 
     >>> import torch
     >>> from orthrus_rt.hf import OrthrusForCausalLM
@@ -45,14 +45,14 @@ class OrthrusForCausalLM:
             dtype: a torch dtype or its name; ``"auto"`` is bfloat16.
             device_map: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or N, or ``{"": one of these}``: the whole model
                 lives on one device.
-            revision: of a hub id: a branch, tag or commit; None for main. Of anything else it is ignored.
-            attn_implementation: accepted and without effect: attention is the runtime's own.
-            trust_remote_code: accepted and without effect: no code is ever fetched.
-            engine_arguments: ``max_seq_len``, ``draft_len``, ``adapter``, ``base_gguf`` of the engine.
+            revision: branch, tag or commit of a hub id; None is main. Ignored unless ``model`` is a hub id.
+            attn_implementation: accepted but ignored, as attention is the runtime's own.
+            trust_remote_code: accepted but ignored, as no code is ever downloaded.
+            engine_arguments: ``max_seq_len``, ``draft_len``, ``adapter`` and ``base_gguf`` of the engine.
 
         Raises:
-            TypeError: an argument that is none of these.
-            CheckpointError, ValueError: as the engine's.
+            TypeError: an argument is none of these.
+            CheckpointError, ValueError: as in :meth:`orthrus_rt.Engine.from_pretrained`.
         """
         if "torch_dtype" in engine_arguments:
             raise TypeError("from_pretrained: torch_dtype is not supported; its name is dtype")
@@ -97,10 +97,10 @@ class OrthrusForCausalLM:
         return self
 
     def to(self, device) -> OrthrusForCausalLM:
-        """The model itself, where ``device`` is the one that it is on.
+        """Return the model itself, if it is on ``device``.
 
         Raises:
-            ValueError: it is another one, or a dtype; a model stays as it was loaded.
+            ValueError: ``device`` is another device, or a dtype; a model stays as it was loaded.
         """
         if isinstance(device, torch.dtype):
             raise ValueError(f"to: a dtype is from_pretrained's to choose, got {device}")
@@ -109,7 +109,7 @@ class OrthrusForCausalLM:
         return self
 
     def close(self) -> None:
-        """Let go of weights and cache; the device takes another model. Closing twice is harmless."""
+        """Release weights and cache; the device can then take another model. Closing twice is harmless."""
         self.engine.close()
 
     def generate(
@@ -131,25 +131,26 @@ class OrthrusForCausalLM:
         """Continue one prompt.
 
         Args:
-            input_ids: integer ``[1, n]``: a tensor, a list, an array, or what a tokenizer or its chat template returns,
-                whose ``attention_mask`` then counts.
-            max_new_tokens: at most this many tokens are added.
-            max_length: total length instead, prompt included; wins over ``max_new_tokens``. 0 is none.
-            temperature: below 1e-5 it is greedy; above, ``top_k`` and ``top_p`` apply, and torch's global generator
-                gives the seed, so ``torch.manual_seed`` makes a run repeatable.
-            top_k, top_p: None is off, as is what keeps all: 0 or less of the one, 1 or more of the other.
-            eos_token_id: an id, 0 among them, or a list of ids, instead of the checkpoint's own.
-            streamer: gets the prompt, then tokens as they are accepted, then ``end()``.
+            input_ids: integers ``[1, n]``: a tensor, a list, an array, or what a tokenizer or its chat template
+                returns, with its ``attention_mask`` then used unless one is passed.
+            max_new_tokens: add at most this many tokens.
+            max_length: limit on the total length, prompt included; overrides ``max_new_tokens``. 0 counts as None.
+            temperature: greedy below 1e-5; otherwise ``top_k`` and ``top_p`` apply, and the seed is drawn from torch's
+                global generator, so ``torch.manual_seed`` makes a run repeatable.
+            top_k, top_p: off if None, or if they keep all tokens: ``top_k`` <= 0, ``top_p`` >= 1.
+            eos_token_id: an id (0 is valid) or a list of ids, instead of the checkpoint's own.
+            streamer: its ``put`` receives the prompt, then tokens as they are accepted; its ``end`` is called last.
             use_diffusion_mode: two-pass decoding; False decodes autoregressively. The tokens are the same.
-            attention_mask: tolerated if all ones. pad_token_id: has nothing to do here, one prompt needs no padding.
-            do_sample: tolerated if it says what ``temperature`` says.
+            attention_mask: must be all ones, if given.
+            pad_token_id: ignored, as one prompt needs no padding.
+            do_sample: must agree with ``temperature``, if given: False is greedy.
 
         Returns:
             int64 ``[1, n + m]`` on the device of ``input_ids``: the prompt and m new tokens.
 
         Raises:
-            TypeError: an argument that is none of these.
-            ValueError: a value out of its range, or a length beyond the engine's ``max_seq_len``.
+            TypeError: an argument is none of these.
+            ValueError: a value is out of range, or the length exceeds the engine's ``max_seq_len``.
         """
         if isinstance(input_ids, Mapping) and "input_ids" in input_ids:
             attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
@@ -200,7 +201,7 @@ class OrthrusForCausalLM:
             top_k=0 if top_k is None or (isinstance(top_k, Real) and top_k <= 0) else top_k,
             top_p=1.0 if top_p is None or (isinstance(top_p, Real) and top_p >= 1) else top_p,
             seed=None if temperature == 0 else int(torch.randint(2**62, (), device="cpu")),
-            stop_token_ids=[t for t in stop_ids(stop) if 0 <= t < self.config.vocab_size],  # others never come
+            stop_token_ids=[t for t in stop_ids(stop) if 0 <= t < self.config.vocab_size],  # others never occur
             ignore_eos=eos_token_id is not None,
         )
         if length + params.max_new_tokens > self.engine.max_seq_len:

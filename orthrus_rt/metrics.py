@@ -35,7 +35,7 @@ BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 
 
 class Latencies:
-    """How many there were up to each of BOUNDS, and beyond; seconds."""
+    """A histogram of durations in seconds: how many were up to each of BOUNDS, and beyond."""
 
     def __init__(self):
         self.counts, self.seconds = [0] * (len(BOUNDS) + 1), 0.0
@@ -45,13 +45,13 @@ class Latencies:
         self.seconds += seconds
 
     def as_dict(self) -> dict:
-        """``count``, their sum in ``seconds``, and ``at_most``: bound -> how many."""
-        *at_most, count = itertools.accumulate(list(self.counts))  # of one moment, whoever adds meanwhile
+        """``count``, the sum in ``seconds``, and ``at_most``: bound in seconds -> how many were up to it."""
+        *at_most, count = itertools.accumulate(list(self.counts))  # a copy, as another thread may add meanwhile
         return {"count": count, "seconds": self.seconds, "at_most": dict(zip(BOUNDS, at_most, strict=True))}
 
 
 class Metrics:
-    """Counts what the engine did; reading never disturbs it, and holding this does not keep it alive."""
+    """Counts what the engine did; reading never disturbs it, and a reference to this does not keep it alive."""
 
     def __init__(self, engine):
         self._engine, self._block_len = weakref.ref(engine), engine.config.block_len
@@ -66,22 +66,22 @@ class Metrics:
         self.plan: str | None = None
 
     def prefilled(self, tokens: int, of_them_new: int) -> None:
-        """Tokens of one request's part of a prefill pass; new are prompt tokens that were never in the cache before."""
+        """Count one request's tokens in a prefill pass; new are prompt tokens that were never in the cache before."""
         self.prompt_tokens += of_them_new
         self.recomputed_tokens += tokens - of_them_new
 
     def found(self, tokens: int, of_them_new: int) -> None:
-        """Tokens of one request whose keys and values were in the cache when it got its slot."""
+        """Count one request's tokens whose keys and values were in the cache when it got its slot."""
         self.prompt_tokens += of_them_new
         self.cached_tokens += tokens
 
     def verified(self, drafted: int, accepted: int) -> None:
-        """What became of the drafts of one request in a cycle that drafts."""
+        """Count the outcome of one request's drafts in a cycle other than ``ar``."""
         self.drafted += drafted
         self.accepted[accepted] = self.accepted.get(accepted, 0) + 1
 
     def landed(self, flight) -> None:
-        """A cycle, or the first tokens of prompts (no passes), whose results were read."""
+        """Count a cycle whose results were read; a flight of first tokens of prompts has no plan and counts nothing."""
         if flight.plan is not None:
             self.cycles += 1
             self.passes += flight.plan.num_passes
@@ -89,11 +89,11 @@ class Metrics:
             self.plans[self.plan] = self.plans.get(self.plan, 0) + 1
 
     def took(self, kind: str, seconds: float) -> None:
-        """Device time of one prefill pass or one cycle.
+        """Count the device time of one prefill pass or one cycle.
 
-        kind: ``prefill``, ``ar_cycle``, ``two_pass_cycle``, ``one_pass_cycle``, ``mixed_cycle``: any that took prompts
-            along, or ``recording``: what ran and was recorded as well, the first cycle of its plan and batch bucket (on
-            CUDA the second too, which puts the recording on the device), or the second use of a shape of prompts.
+        kind: ``prefill``, ``ar_cycle``, ``two_pass_cycle``, ``one_pass_cycle``, ``mixed_cycle`` (of any mode, with
+            prompts in it) or ``recording`` (a run that was also recorded: the first cycle of its plan and batch bucket,
+            on CUDA also the second, which uploads the recording to the device, or the second use of a prompt shape).
         """
         count, total = self.times.get(kind, (0, 0.0))
         self.times[kind] = (count + 1, total + seconds)
@@ -111,18 +111,18 @@ class Metrics:
 
         Returns:
             ``tokens``: generated. ``cycles``, ``passes``: run. ``preemptions``: of requests.
-            ``prompt_tokens``: came into the cache, or were found there.
-            ``cached_tokens``: of those, and of what preemption had cost, found when their request got its slot.
-            ``recomputed_tokens``: went through the network again, as preemption or a fault had cost their pages.
-            ``busy_seconds``: of the host, inside steps.
+            ``prompt_tokens``: written into the cache or found there.
+            ``cached_tokens``: found in the cache when their request got its slot, at first or after a preemption.
+            ``recomputed_tokens``: sent through the network again, as a preemption or a fault had cost their pages.
+            ``busy_seconds``: host time inside steps.
             ``times``: kind of pass or cycle (see :meth:`took`) -> ``count``, and ``seconds`` on the device.
-            ``first_token``, ``per_token``: :meth:`Latencies.as_dict` of seconds, from a request's arrival to its first
-            token, and per token from there on, of those that came to their end.
+            ``first_token``, ``per_token``: :meth:`Latencies.as_dict` of the seconds from a request's arrival to its
+            first token, and of the seconds per further token of requests that came to their end.
             ``plans``: plan (``ar``, ``two_pass/7``, ``one_pass/15x4``: drafts, fan_out) -> cycles. ``plan``: the last.
-            ``drafted``: drafts that were verified. ``accepted``: number of them accepted -> how often, a cycle of a
-            sequence each, ``ar`` ones left out.
-            ``finished``: finish reason -> requests. ``waiting``, ``running``: requests now.
-            ``pages``, ``pages_free``: of the cache, those usable and those free now.
+            ``drafted``: drafts that were verified. ``accepted``: number of drafts accepted -> how often, counting each
+            sequence's cycles, without ``ar`` cycles.
+            ``finished``: finish reason -> requests. ``waiting``, ``running``: requests at present.
+            ``pages``, ``pages_free``: usable pages of the cache, and free ones at present.
         """
         engine = self._engine()
         scheduler, kv = (engine.scheduler, engine.kv) if engine else (None, None)  # None too once it is closed
@@ -150,7 +150,7 @@ class Metrics:
         }
 
     def as_prometheus(self) -> str:
-        """The same in the text exposition format.
+        """The same in Prometheus' text exposition format.
 
         Counters: ``orthrus_`` and ``tokens``, ``prompt_tokens``, ``recomputed_tokens``, ``cached_tokens``, ``cycles``,
         ``passes``, ``preemptions``, ``busy_seconds``, ``drafted``, each ``_total``;

@@ -8,26 +8,27 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Stats:
-    """What one generation did. Tokens per cycle and per pass leave out the prefill and the token it yields.
+    """What one generation did. Tokens per cycle and per pass exclude the prefill and the token that it yields.
 
     Attributes:
         mode: the mode that ran last; empty before the first decode cycle, as the first token is the prefill's.
-        block_len: its K (1 for ``ar``); 0 before.
-        fan_out: its blocks (``one_pass``, else 0).
-        prompt_tokens: of the prompt.
-        cached_tokens: those of the prompt that were not computed, as the cache held their keys and values from before.
+        block_len: K of the last cycle (1 for ``ar``); 0 before the first.
+        fan_out: blocks that the last cycle drafted (``one_pass``, else 0).
+        prompt_tokens: tokens of the prompt.
+        cached_tokens: prompt tokens that were not computed, as the cache already held their keys and values.
         tokens: generated tokens, the stop token included.
         cycles: decode cycles.
-        passes: forward passes of these cycles, of any view.
-        misses: ``one_pass`` cycles that had no drafts to verify: the first, for which nothing was drafted, and those
-            behind one none of whose blocks fitted what happened.
+        passes: forward passes of these cycles, of either view.
+        misses: ``one_pass`` cycles without drafts to verify: the first, for which nothing was drafted, and any after a
+            cycle in which no block matched the outcome.
         plans: cycles by plan: ``ar``, ``two_pass/7`` (drafts), ``one_pass/15x4`` (drafts, fan_out).
         drafted: drafts that were verified.
-        accepted: histogram, ``accepted[j]`` cycles accepted j of them; ``ar`` cycles and misses are among those of 0.
+        accepted: histogram: ``accepted[j]`` cycles accepted j drafts; ``ar`` cycles and misses count as j = 0.
         seconds: from the first token to the last.
         prefill_seconds: from the start of the prefill to the first token.
-        queue_seconds: from being asked for to that start, when it first got a slot; 0 if it never did.
-        preemptions: how often it had to give its pages up and recompute them.
+        queue_seconds: from the request's arrival to the start of the prefill, when it first got a slot; 0 if it never
+            did.
+        preemptions: how often it had to give up its pages and recompute them.
         seed: the seed used, drawn if none was given; None for greedy decoding.
     """
 
@@ -50,14 +51,14 @@ class Stats:
     seed: int | None = None
 
     def copy(self) -> Stats:
-        """As they are now."""
+        """A copy that does not change while the request runs."""
         now = copy.copy(self)
         now.plans, now.accepted = dict(self.plans), list(self.accepted)
         return now
 
     @property
     def tokens_per_cycle(self) -> float:
-        """Tokens per decode cycle, the first token excluded: prefill yields it."""
+        """Tokens per decode cycle, without the first token, which the prefill yields."""
         return (self.tokens - 1) / self.cycles if self.cycles else 0.0
 
     @property
@@ -73,10 +74,13 @@ class Stats:
 
 @dataclass
 class GenerationOutput:
-    """``token_ids`` without the prompt.
+    """The result of one prompt.
 
-    ``finish_reason``: ``"stop"`` (a stop id), ``"length"`` (as many tokens as asked for, or as there is room for),
-    ``"abort"`` (by the caller) or ``"error"``: it could not go on, and ``error`` says why.
+    Attributes:
+        token_ids: the generated tokens, without the prompt.
+        finish_reason: ``"stop"`` (a stop id), ``"length"`` (``max_new_tokens``, or as many as ``max_seq_len`` allows),
+            ``"abort"`` (by the caller) or ``"error"`` (it could not continue).
+        error: why it could not continue, else None.
     """
 
     token_ids: list[int]
@@ -86,10 +90,10 @@ class GenerationOutput:
 
 
 def complete(outs: list[GenerationOutput]) -> list[GenerationOutput]:
-    """``outs``, where all must have gone on to their end.
+    """``outs``, if none of them ended in an error.
 
     Raises:
-        RuntimeError: one could not.
+        RuntimeError: one did.
     """
     for i, out in enumerate(outs):
         if out.error:
@@ -99,8 +103,8 @@ def complete(outs: list[GenerationOutput]) -> list[GenerationOutput]:
 
 @dataclass
 class RequestOutput:
-    """New tokens of one request, those since its last output. ``finish_reason`` is None until ``finished``, then as in
-    :class:`GenerationOutput`; so is ``error``. ``stats`` runs along.
+    """New tokens of one request, since its last output. ``finish_reason`` and ``error`` are None until ``finished``,
+    then as in :class:`GenerationOutput`. ``stats`` keep changing while the request runs.
     """
 
     request_id: str
@@ -115,5 +119,5 @@ class RequestOutput:
 
     @property
     def token_ids(self) -> list[int]:
-        """The new tokens; the name that pieces of :meth:`Engine.stream` are read by."""
+        """The new tokens, under the name that readers of :meth:`Engine.stream` use."""
         return self.new_token_ids

@@ -1,4 +1,4 @@
-"""One prompt on its way to its last token: what the host knows of it, and the checks it passes first."""
+"""One request from its prompt to its last token: what the host knows of it, and how its arguments are checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TokenIds: TypeAlias = Sequence[int] | torch.Tensor | np.ndarray  # of one prompt
 
 
 class Request:
-    """``tokens`` is all that the host knows to be generated; everything on the device can be rebuilt from it."""
+    """``tokens`` are the generated tokens that the host knows; prompt and tokens suffice to rebuild device state."""
 
     def __init__(self, request_id: str, prompt: list[int], params: SamplingParams, stop_ids: list[int], limit: int):
         self.request_id, self.prompt, self.params, self.stop_ids, self.limit = (
@@ -46,7 +46,7 @@ class Request:
         self.prefilled = 0
         self.fresh = True  # no decode cycle since it got its slot
         self._page_names: list[bytes] = []
-        self._prompt_seen = 0  # prompt tokens that were in the cache at most, before and after what it lost
+        self._prompt_seen = 0  # the most prompt tokens that were ever in the cache
         self.arrived = self.started = self.first_token = 0.0
 
     @property
@@ -56,56 +56,56 @@ class Request:
 
     @property
     def decoding(self) -> bool:
-        """In a slot with its whole prompt in the cache."""
+        """Whether it is in a slot and everything to prefill is in the cache."""
         return self.slot is not None and self.prefilled == len(self.to_prefill)
 
     @property
     def known(self) -> list[int]:
-        """The tokens before the next one to run through the network. Where none is generated yet, that one is the last
-        of the prompt: its row gives the first.
+        """The tokens that come before the rows of the next cycle, which begin with the last generated token. If there
+        is none yet, that is the whole prompt: the row of its last token gives the first generated one.
         """
         return self.prompt + self.tokens[:-1]
 
     @property
     def num_known(self) -> int:
-        """Of :attr:`known`, without a copy."""
+        """The length of :attr:`known`, without a copy."""
         return self.length - bool(self.tokens)
 
     @property
     def num_cached(self) -> int:
-        """Tokens, at least so many, whose keys and values are in the cache as far as the host knows."""
+        """How many tokens, at least, have keys and values in the cache, as far as the host knows."""
         return self.length - 1 if self.decoding else self.prefilled
 
     def names_of_pages(self, num_tokens: int) -> list[bytes]:
-        """Names of the whole pages of the first so many of its tokens; they never change."""
+        """Names of the whole pages that its first ``num_tokens`` tokens fill; they never change."""
         count = num_tokens // PAGE_SIZE
         if count > len(self._page_names):
             self._page_names = page_names((self.prompt + self.tokens)[: count * PAGE_SIZE], self._page_names)
         return self._page_names[:count]
 
     def arrive(self, arrival: int) -> None:
-        """Join the queue, the ``arrival``-th of all: now, unless it was on its way already."""
+        """Join the queue as number ``arrival``; it arrives now, unless its time of arrival is set already."""
         self.arrived = self.arrived or time.perf_counter()
         self.arrival = arrival
 
     def begin(self, slot: int, found: int) -> None:
-        """Hold ``slot``, with the first ``found`` tokens' keys and values in the cache already."""
+        """Take ``slot``, with keys and values of the first ``found`` tokens already in the cache."""
         self.slot, self.to_prefill, self.prefilled, self.fresh = slot, self.known, found, True
         if not self.started:
             now = time.perf_counter()
             self.stats.queue_seconds = now - self.arrived
             self.started = now
-        # What was found once may be lost, and has to be computed then.
+        # What was found at first may get lost, and then has to be computed.
         self.stats.cached_tokens = min(found, self.stats.cached_tokens) if self._prompt_seen else found
 
     def count_prompt(self) -> int:
-        """Prompt tokens that came into the cache since the last call, for the first time."""
+        """How many prompt tokens have entered the cache for the first time since the last call."""
         before = self._prompt_seen
         self._prompt_seen = max(before, min(self.prefilled, len(self.prompt)))
         return self._prompt_seen - before
 
     def output_since(self, delivered: int) -> RequestOutput | None:
-        """What is new after the first ``delivered`` tokens; None if nothing is and more is to come."""
+        """The output after the first ``delivered`` tokens; None if nothing is new and it has not finished."""
         new = self.tokens[delivered:]
         if not (new or self.finish_reason):
             return None
@@ -113,7 +113,7 @@ class Request:
         return RequestOutput(self.request_id, new, self.finish_reason, self.stats, error)
 
     def record(self, new: list[int], plan: CyclePlan | None, verified: int, accepted: int) -> None:
-        """Take the tokens of one cycle, or of the prefill (``plan`` None): none if no token could be chosen."""
+        """Add the tokens of one cycle, or of the prefill (``plan`` None); ``new`` is empty if none could be chosen."""
         now, stats = time.perf_counter(), self.stats
         if plan is None and new:
             self.first_token = now
@@ -135,13 +135,13 @@ class Request:
 
 
 def on_host(prompt_ids: TokenIds) -> TokenIds:
-    """The same, where reading it waits for no device: to be called on the stream that a tensor's ids come from."""
+    """The prompt on the host, where reading it waits for no device; to be called on the stream that makes a tensor."""
     is_somewhere = isinstance(prompt_ids, torch.Tensor) and not prompt_ids.is_meta
     return prompt_ids.cpu() if is_somewhere else prompt_ids
 
 
 def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str = "prompt_ids") -> list[int]:
-    """The prompt, which errors call by ``name``, as a list of ints.
+    """The prompt as a list of ints; error messages call it ``name``.
 
     Raises:
         ValueError: it is empty, too long, not integers, or has ids outside the vocabulary.
@@ -159,11 +159,11 @@ def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str = "pro
         raise ValueError(f"{name} must be token ids in their order, got {type(prompt_ids).__name__}")
     if isinstance(prompt_ids, Mapping):
         raise ValueError(f"{name} must be token ids, got {type(prompt_ids).__name__}; pass its input_ids")
-    _check_length(prompt_ids, max_seq_len, name)  # at once: to read a long one takes a while
+    _check_length(prompt_ids, max_seq_len, name)  # first, as reading a long prompt takes a while
     if is_tensor:
         try:
             prompt_ids = prompt_ids.tolist()
-        except (RuntimeError, NotImplementedError) as error:  # of a meta, sparse or quantised one
+        except (RuntimeError, NotImplementedError) as error:  # a meta, sparse or quantised tensor
             raise ValueError(f"{name}: a tensor must hold its ids in memory, one after the other: {error}") from error
     try:
         given = list(prompt_ids)
@@ -189,11 +189,11 @@ def _check_length(ids, max_seq_len: int, name: str) -> None:
 def make_request(
     prompt_ids, params: SamplingParams, request_id: str | None, config: ModelConfig, max_seq_len: int, name: str
 ) -> Request:
-    """A request that this model can serve within ``max_seq_len``; errors call its prompt by ``name``.
+    """A request that this model can serve within ``max_seq_len``; error messages call its prompt ``name``.
 
     Raises:
-        ValueError: as :func:`check_prompt`, or there are too many stop ids, or a stop id or a biased one is not in the
-            vocabulary.
+        ValueError: as in :func:`check_prompt`, or there are too many stop ids, or a stop id or a biased id is outside
+            the vocabulary.
     """
     if not (request_id is None or (isinstance(request_id, str) and request_id)):
         raise ValueError(f"request_id must be a string that is not empty, or None, got {request_id!r}")

@@ -11,7 +11,7 @@ from numbers import Real
 from orthrus_rt.integers import integer
 
 MAX_LOGIT_BIAS = 256
-LEAST, MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal numbers of fp32, in which the kernels compute
+LEAST, MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of normal fp32 numbers, as the kernels compute in fp32
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -20,28 +20,28 @@ class SamplingParams:
     """How to continue one prompt.
 
     Args:
-        max_new_tokens: at most this many tokens are generated, >= 1.
-        temperature: 0 is greedy (the default); else at least 1e-6, and logits are divided by it.
+        max_new_tokens: generate at most this many tokens, >= 1.
+        temperature: 0 is greedy (the default); otherwise at least 1e-6, and logits are divided by it.
         top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the smallest set of likeliest tokens whose mass reaches it, in (0, 1].
-        min_p: drop tokens less likely than min_p x the likeliest, in [0, 1).
+        top_p: keep the smallest set of likeliest tokens whose total probability reaches this, in (0, 1].
+        min_p: drop tokens less than min_p times as likely as the likeliest, in [0, 1).
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the output, > 0.
         presence_penalty: subtracted from the logits of tokens in the output, in [-2, 2].
-        frequency_penalty: subtracted once for each time that a token is in the output, in [-2, 2].
-        logit_bias: ``{token id: value}`` added to the logits; at most 256. Sums beyond 1e6 times the temperature leave
-            the draw's noise, added in fp32, too few digits to tell likely tokens apart fairly, as do logits of 25 at
-            temperatures below 1e-4: lower ids are then favoured among equals.
+        frequency_penalty: subtracted once for each occurrence of a token in the output, in [-2, 2].
+        logit_bias: ``{token id: value}``, added to the logits; at most 256 ids. Sums beyond 1e6 times the temperature,
+            like logits of 25 at temperatures below 1e-4, leave the sampling noise, added in fp32, too few digits to
+            separate likely tokens fairly: lower ids are then favoured among equals.
         min_tokens: stop ids, the model's own included, cannot be chosen before this many tokens, 0 ... max_new_tokens.
-        seed: non-negative int below 2**63; None draws one, reported in ``stats.seed``. Requests of one seed meet the
-            same noise at the same positions: answers that are to be independent need a seed each, or none.
-        stop_token_ids: ids that end the sequence besides the model's own; they are part of the output.
+        seed: non-negative int below 2**63; None draws one, reported in ``stats.seed``. Requests with the same seed get
+            the same noise at the same positions: give each its own seed, or none, if answers are to be independent.
+        stop_token_ids: at most 64 ids that end the sequence, besides the model's own; they are part of the output.
         ignore_eos: do not stop at the model's own end-of-sequence ids.
-        acceptance: ``"coupled"``: a seed gives the same text in every mode and batch; or ``"rejection"``, the published
-            rule, in ``two_pass`` alone: lossless in distribution. In mode ``auto`` the whole batch runs ``two_pass``
-            while such a request is in it.
+        acceptance: ``"coupled"``: a seed gives the same text in every mode and batch. ``"rejection"``: the published
+            rule, lossless in distribution; only in ``two_pass``, and without penalties, ``logit_bias`` and
+            ``min_tokens``. In mode ``auto`` the whole batch runs ``two_pass`` while it contains such a request.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of range.
     """
 
     max_new_tokens: int = 128
@@ -65,7 +65,7 @@ class SamplingParams:
         for name in ("temperature", "top_p", "min_p", *PENALTIES):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
         object.__setattr__(self, "stop_token_ids", stop_ids(self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))  # hashable, as all else
+        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))  # hashable, like all other fields
         checks = (
             ("max_new_tokens", ">= 1", self.max_new_tokens >= 1),
             ("temperature", "0, or finite and >= 1e-6", self.greedy or 1e-6 <= self.temperature <= MOST),
@@ -99,7 +99,7 @@ class SamplingParams:
 
     @cached_property
     def penalised(self) -> bool:
-        """Whether it matters which tokens were seen."""
+        """Whether any penalty applies, so that the tokens seen so far matter."""
         return tuple(getattr(self, name) for name in PENALTIES) != (1, 0, 0)
 
     @property
@@ -108,7 +108,7 @@ class SamplingParams:
 
     @cached_property
     def scored(self) -> bool:
-        """Whether choices need all logits, and not just where they are largest."""
+        """Whether choices need all logits and not only the largest."""
         return self.edits or not self.greedy
 
 
@@ -121,7 +121,7 @@ def _number(name: str, value) -> float:
         raise ValueError(f"SamplingParams: {name} must be a number, got {value!r}")
     try:
         return float(value)
-    except OverflowError:  # an int beyond all floats; whoever checks its range says so
+    except OverflowError:  # an int beyond all floats: the check of its range refuses it
         return math.inf if value > 0 else -math.inf
 
 
@@ -129,7 +129,7 @@ def stop_ids(values) -> tuple[int, ...]:
     """``stop_token_ids`` as integers.
 
     Raises:
-        ValueError: they are none.
+        ValueError: ``values`` is not a sequence of integers.
     """
     try:
         ids = None if isinstance(values, str | bytes | bytearray) else tuple(values)

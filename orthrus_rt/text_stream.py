@@ -1,30 +1,29 @@
-"""Text as it is decoded, from tokens as they come."""
+"""Text from tokens as they arrive."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
 
-MOST_UNFINISHED = 3  # tokens of a character of UTF-8 that lacks its last byte
+MOST_UNFINISHED = 3  # tokens of a UTF-8 character that lacks its last byte
 
 
 class TextStream:
-    """Token ids in, text out, such that the pieces joined are the decoding of the whole, by default without its special
-    tokens, or of what comes before the stop string that is complete first, wherever the pieces are cut. (Where tokens
-    of single bytes are no valid text, some tokenizers decode all such tokens in a row as U+FFFD: those that were shown
-    stay.)
+    """Turns token ids into text. However the ids are cut into pieces, the joined text is the decoding of them all, by
+    default without special tokens, up to the stop string that is complete first. (Where single-byte tokens are not
+    valid text, some tokenizers decode a whole run of them as U+FFFD; characters that were already returned stay.)
 
-    A character may span several tokens and a token may hold half of one, so an unfinished character is held back, and
-    so is what a stop string may begin with. Only the tokens since the last two safe points are decoded again.
+    A character may span several tokens and a token may end in the middle of one, so an unfinished character is held
+    back. So is text that may begin a stop string. Only the tokens since the last two safe points are decoded again.
 
     Args:
         tokenizer: a transformers tokenizer.
-        stop: strings none of which is to be shown, nor anything after it. A special token that is skipped is no string:
-            to stop at one is ``stop_token_ids``' part, of :class:`SamplingParams`.
-        skip_special_tokens: as of ``tokenizer.decode``; False for those who look for calls of tools among them.
+        stop: strings that are not shown, nor anything after the first of them. A special token that is skipped has no
+            text; to stop at one, use ``stop_token_ids`` of :class:`SamplingParams`.
+        skip_special_tokens: as in ``tokenizer.decode``; False keeps them, for example to find tool calls.
 
     Attributes:
-        stopped: the stop string that came; None until one does. The request goes on until its stream is closed.
+        stopped: the stop string that was found; None until then. The request continues until its stream is closed.
 
     >>> import orthrus_rt
     >>> tokenizer = orthrus_rt.Engine.from_pretrained("smollm2-135m", max_seq_len=256).tokenizer
@@ -33,7 +32,7 @@ class TextStream:
     (['one ', 'EN two', ' ', ''], 'END')
 
     Raises:
-        ValueError: ``stop`` is a string, or holds something else or an empty one.
+        ValueError: ``stop`` is a string itself, or has an element that is not a non-empty string.
     """
 
     def __init__(self, tokenizer, stop: Sequence[str] = (), *, skip_special_tokens: bool = True):
@@ -43,35 +42,36 @@ class TextStream:
         self._skipped = set(tokenizer.all_special_ids) if skip_special_tokens else ()
         self.stopped: str | None = None
         self._ids: list[int] = []
-        self._shown_ids = 0  # of _ids, those whose text is out; they stay as context for the next ones
-        self._held = ""  # decoded, but a stop string may begin there
-        self._next_try = 0  # so many ids without their text are decoded again
+        self._shown_ids = 0  # how many of _ids have been returned as text; they stay as context for the next
+        self._held = ""  # decoded, but may be the beginning of a stop string
+        self._next_try = 0  # decode again once this many ids lack their text
 
     def _decode(self, ids) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skips_special, clean_up_tokenization_spaces=False)
 
     def push(self, token_ids) -> str:
-        """The text that these tokens, ints, complete; in a long run of bytes or ids without text, with a few more.
+        """Take token ids (ints) and return the text that they complete. In a long run of invalid bytes or of ids
+        without text, that may take a few more ids.
 
         Raises:
-            TypeError: they are no ints.
+            TypeError: an id is not an int.
         """
-        tokens = [operator.index(token) for token in token_ids]  # all of them, before one is taken
-        self._ids.extend(token for token in tokens if token not in self._skipped)  # which say nothing
+        tokens = [operator.index(token) for token in token_ids]  # all are checked before one is taken
+        self._ids.extend(token for token in tokens if token not in self._skipped)  # skipped ones have no text
         return self._until_stop(self._advance(len(tokens)), final=False)
 
     def end(self) -> str:
-        """The text held back until now, unfinished characters as U+FFFD."""
+        """Return the text held back so far, with unfinished characters as U+FFFD."""
         return self._until_stop(self._advance(0, final=True), final=True)
 
     def _advance(self, came: int, final: bool = False) -> str:
-        """The text of what is complete; ``came``: tokens just now."""
+        """The text that is complete; ``came`` is the number of tokens just pushed."""
         num_new = len(self._ids) - self._shown_ids
         if num_new < self._next_try and not final:
             return ""
         end, text = len(self._ids), self._decode(self._ids)
         if text.endswith("\ufffd") and not final:
-            self._next_try = num_new + 1 + text.count("\ufffd") // 8  # bytes that are no text may go on and on
+            self._next_try = num_new + 1 + text.count("\ufffd") // 8  # a run of invalid bytes may be long
             end, text = self._before_the_last_character() if came > 1 else (self._shown_ids, "")
             if end == self._shown_ids:
                 return ""
@@ -80,12 +80,12 @@ class TextStream:
         text = text[len(before) :] if text.startswith(before) else self._decode(new)
         if text:
             self._ids, self._shown_ids, self._next_try = self._ids[self._shown_ids :], len(new), 0
-        elif not final:  # ids without text may go on and on, too
+        elif not final:  # so may a run of ids without text
             self._next_try = num_new + 1 + num_new // 8
         return text
 
     def _before_the_last_character(self) -> tuple[int, str]:
-        """How many ids end with a whole character, where the last few, of bytes of another, do not; and their text."""
+        """How many ids come before the last few, which are bytes of an unfinished character; and their text."""
         for end in range(len(self._ids) - 1, max(self._shown_ids, len(self._ids) - MOST_UNFINISHED - 1), -1):
             if not (text := self._decode(self._ids[:end])).endswith("\ufffd"):
                 return end, text
@@ -109,6 +109,6 @@ def _are_strings(stop) -> bool:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that is a beginning of ``stop``, but not all of it."""
+    """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next(n for n in range(longest, -1, -1) if text.endswith(stop[:n]))
