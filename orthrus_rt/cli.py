@@ -92,7 +92,7 @@ def _print_info(facts: dict) -> None:
     else:
         print(f"native    none, so ops run Triton or the reference: {facts['why_no_native']}")
     print("device    " + ", ".join(f"{k} {v}" for k, v in facts["device"].items()))
-    print("model     " + ", ".join(f"{k} {v}" for k, v in facts["model"].items() if k != "error"))  # which ends it all
+    print("model     " + ", ".join(f"{k} {v}" for k, v in facts["model"].items() if k != "error"))  # reported last
     rows = [(f"op ({facts['dtype']})", "runs on", "available")]
     rows += [(op, impl, ", ".join(facts["ops_available"][op])) for op, impl in facts["ops"].items()]
     print("\n" + table(rows))
@@ -135,24 +135,24 @@ def run_bench(args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    if argv is None:  # a process of its own: torch's threads, which load weights, shall not spin beside busy programs
+    if argv is None:  # a process of its own: torch's threads, which load weights, should not spin and slow others down
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = build_parser().parse_args(argv)
     if sys.stdout is None:
         return _fail(args, "standard output is closed, so nobody would see the answer")
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # of what the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
     try:
         code = args.run(args)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader went away: nothing more can be said
+    except BrokenPipeError:  # the reader is gone: nothing more can be written
         return EXIT_ERROR
     except (OSError, ValueError, ArithmeticError, RuntimeError, ImportError) as error:
         return _fail(args, error)
-    except Exception:  # a bug of ours; Python's own exit code for it would say that tokens differ
+    except Exception:  # a bug of ours; Python's own exit code for it would mean that tokens differ
         tell(traceback.format_exc())
         return EXIT_ERROR
     finally:

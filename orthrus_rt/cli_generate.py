@@ -1,4 +1,4 @@
-"""``orthrus-rt generate``: continues a prompt, text as it comes."""
+"""``orthrus-rt generate``: continues a prompt and shows the text as it is decoded."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _read_prompt(args) -> str:
     if args.prompt not in (None, "-"):
         text = read_utf8("argument", lambda: args.prompt)
     elif args.file is not None:
-        with open(args.file, encoding="utf-8", newline="") as file:  # its bytes, as of standard input
+        with open(args.file, encoding="utf-8", newline="") as file:  # line ends unchanged, as from standard input
             text = read_utf8(args.file, file.read)
     elif sys.stdin is None or sys.stdin.isatty():  # None: closed
         raise ValueError("a prompt is needed: as an argument, from --file, or on standard input")
@@ -104,7 +104,7 @@ def run(args) -> int:
     chat = bool(engine.tokenizer.chat_template) if args.chat is None else args.chat
     prompt_ids, end = prompts.encode(engine.tokenizer, text, chat=chat), engine.tokenizer.eos_token_id
     if chat and end is not None and end < engine.config.vocab_size and not args.ignore_eos:
-        params = dataclasses.replace(params, stop_token_ids=(end,))  # of a turn: config.json need not name it
+        params = dataclasses.replace(params, stop_token_ids=(end,))  # it ends a turn: config.json need not name it
     check_length(prompt_ids, engine, "the prompt")
     if args.compare_ar:
         _warm_up(engine, prompt_ids)
@@ -123,19 +123,19 @@ def run(args) -> int:
             print(f"identical tokens: {_verdict(engine, output, other)}")
     if output.finish_reason == "length" and len(output.token_ids) < args.max_new_tokens:
         say(args, f"cut at --max-seq-len {engine.max_seq_len}, after {len(output.token_ids)} new tokens")
-    elif output.finish_reason == "length" and chat and not args.ignore_eos:  # an answer has an end
+    elif output.finish_reason == "length" and chat and not args.ignore_eos:  # an answer has an end of its own
         say(args, f"cut at --max-new-tokens {args.max_new_tokens}")
     return EXIT_DIFFERENT if other and other.token_ids != output.token_ids else 0
 
 
 def _warm_up(engine, prompt_ids) -> None:
-    """A few tokens in both modes, so that neither one's rate carries first-use costs."""
+    """Decode a few tokens in both modes, so that neither rate includes first-use costs."""
     for mode in (None, "ar"):
         engine.generate(prompt_ids, SamplingParams(max_new_tokens=4, ignore_eos=True), mode=mode)
 
 
 def _decode(engine, prompt_ids, params, *, show: bool):
-    """Generate, writing the text as it comes if ``show``. Returns ``(GenerationOutput, text)``."""
+    """Generate, writing the text as it is decoded if ``show``. Returns ``(GenerationOutput, text)``."""
     tokens, text = [], []
     stream = TextStream(engine.tokenizer)
     pieces = engine.stream(prompt_ids, params)
@@ -161,7 +161,7 @@ def _progress(s) -> str:
 
 
 def _stats_table(engine, outputs) -> str:
-    """A row per ``(mode asked for, output)``, and below them the cycles of each plan that ``auto`` ran."""
+    """A row per ``(requested mode, output)``, and below them the cycles of each plan that ``auto`` ran."""
     rows = [("mode", "block length", "tokens", "cycles", "passes", "tokens/cycle", "tokens/pass", "tok/s")]
     plans = []
     for mode, s in ((mode, output.stats) for mode, output in outputs):

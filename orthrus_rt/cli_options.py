@@ -1,4 +1,4 @@
-"""What the commands share: options for model and engine and their checks, and how errors and differences are told."""
+"""What the commands share: options for model and engine, their checks, and the output of errors and differences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 
-EXIT_DIFFERENT = 1  # the exit code of commands that found other tokens than they should
+EXIT_DIFFERENT = 1  # the exit code of a command that finds different tokens
 USES = {"draft_len": ("auto", "two_pass", "one_pass"), "fan_out": ("auto", "one_pass")}  # option -> modes
 
 
@@ -43,7 +43,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None:
 
 
 def load_engine(args, mode: str = "auto", max_batch_size: int = 1):
-    """Without prefix caching: some commands compare runs, and the others run no prompt twice."""
+    """The engine, without prefix caching: some commands compare runs, and the others run no prompt twice."""
     from orthrus_rt.engine import Engine
 
     return Engine.from_pretrained(
@@ -54,8 +54,8 @@ def load_engine(args, mode: str = "auto", max_batch_size: int = 1):
 
 
 def read_utf8(source: str, read: Callable[[], str]) -> str:
-    """The text that ``read`` returns, without a byte order mark; bytes that are no UTF-8 come as an error or, from the
-    shell, as surrogates.
+    """The text that ``read`` returns, without a byte order mark. Bytes that are not UTF-8 make ``read`` fail or, from
+    the shell, are surrogates in its text.
     """
     try:
         return read().encode(errors="surrogateescape").decode().removeprefix("\ufeff")
@@ -70,7 +70,7 @@ def check_num_prompts(args) -> None:
 
 
 def check_used(args, option: str, modes: list[str]) -> None:
-    """``--draft-len`` and ``--fan-out`` are only for modes that draft."""
+    """Refuse ``--draft-len`` and ``--fan-out`` if no mode in ``modes`` uses them."""
     for name, users in USES.items():
         if getattr(args, name) is not None and not set(users) & set(modes):
             has = f"--{name.replace('_', '-')} belongs to {', '.join(users)}"
@@ -78,7 +78,7 @@ def check_used(args, option: str, modes: list[str]) -> None:
 
 
 def require_sampling(option: str, params) -> None:
-    """Refuse ``option``, which says how to sample, at temperature 0."""
+    """Refuse ``option``, which only affects sampling, at temperature 0."""
     if params.greedy:
         raise ValueError(f"{option} is for sampling: --temperature must be above 0, got 0")
 
@@ -91,13 +91,14 @@ def check_length(ids: list[int], engine, what: str) -> None:
 
 
 def tokens_text(tokenizer, tokens) -> str:
-    """Two tokens that differ; None where one sequence has ended."""
+    """Two tokens that differ, as text; None means that the sequence has ended."""
     return " against ".join("the end" if t is None else f"{t} {tokenizer.decode([t])!r}" for t in tokens)
 
 
 def in_options(message: str, args) -> str:
-    """Rewrite an API error in option names. A name that is also an English word is replaced only before ``=``, or at
-    the start before " must". Quoted text stays. Of arguments to lower those without an option are left out.
+    """Replace argument names in an API error by option names. A name that is also an English word is replaced only
+    before ``=``, or before " must" at the start. Quoted text stays. Where arguments to lower are listed, those without
+    an option are left out.
     """
     names = {name: "--" + name.replace("_", "-") for name in vars(args) if name not in ("command", "run", "prompt")}
     names |= {"max_batch_size": names.get("batch", "max_batch_size"), "prompt_ids": "prompt"}
@@ -125,15 +126,15 @@ def say(args, message: str) -> None:
 
 
 def tell(text: str) -> None:
-    """To stderr, where there is one that takes it: the exit code says the rest."""
+    """Write to stderr if possible; if not, only the exit code reports the failure."""
     if sys.stderr is not None:
-        with contextlib.suppress(OSError):  # of a line, which is written at once
+        with contextlib.suppress(OSError):  # a whole line is written at once, not at the flush
             sys.stderr.write(text)
         flush_or_drop(sys.stderr)
 
 
 def flush_or_drop(stream) -> None:
-    """What cannot be written is dropped: Python would try again at exit, complain, and exit with a code of its own."""
+    """Drop what cannot be written: Python would try again at exit, complain, and exit with a code of its own."""
     try:
         stream.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""``orthrus-rt verify``: proves on the user's own machine and checkpoint that the way of decoding changes no token."""
+"""``orthrus-rt verify``: checks on the user's own machine and checkpoint that the mode and batch change no token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ difference is reported: its position, both tokens and the gap between their logi
 --against transformers, its greedy generate on the AR part of the checkpoint is compared too: float32 must be equal; in
 16 bit, differences that rounding alone explains are listed as near-ties and do not fail. After the first one its model
 is given this runtime's tokens, and each of them that it would not have chosen must be a near-tie too."""
-SHOWN = 4  # near-ties of a prompt
+SHOWN = 4  # most near-ties printed per prompt and way
 
 
 def add_parser(commands) -> None:

@@ -23,7 +23,7 @@ def _cpuinfo() -> str:
 
 
 def cpu_name(cpuinfo: str) -> str:
-    """Of the first processor, with family and model: virtual ones of several generations may share a name."""
+    """The first processor's name with family and model: virtual ones of several generations may share a name."""
     lines = (line.partition(":") for line in cpuinfo.split("\n\n")[0].splitlines())
     facts = {key.strip(): value.strip() for key, _, value in lines}
     keys = {"family": "cpu family", "model": "model", "implementer": "CPU implementer", "part": "CPU part"}
@@ -45,10 +45,10 @@ def device_facts(device: torch.device) -> dict:
 
 
 def model_facts(model: str, adapter: str | None, base_gguf: str | None) -> dict:
-    """Facts from config.json, and all that the headers of weights tell where they lie in folders. None are fetched.
+    """Facts from config.json; in folders the headers of the weights are checked too. No weights are downloaded.
 
     Raises:
-        CheckpointError: it cannot be opened.
+        CheckpointError: the model cannot be opened.
     """
     from orthrus_rt import checkpoint
 

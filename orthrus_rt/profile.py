@@ -1,6 +1,6 @@
-"""Where a cycle's time goes: every op call of one, timed on the engine's own buffers beside the bytes it must move.
+"""Where a cycle's time goes: each of its op calls, timed on the engine's own buffers, with the bytes it must move.
 
-Calls are not grouped by guesswork: the cycle runs once with each op recorded, so the list is what it really calls.
+The list of calls is not a guess: the cycle runs once with every op recorded, so it holds what is really called.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Call:
 
     Attributes:
         op: as in dispatch.OPS.
-        name: the op, for ``row_linear`` with its weight's inputs and outputs.
-        run: the same call again, on the same buffers.
-        nbytes: what it must move at least, given what its buffers hold now.
+        name: the op; for ``row_linear`` with its weight's numbers of inputs and outputs.
+        run: repeats the call on the same buffers.
+        nbytes: the bytes that it must move at least, given what its buffers hold at present.
     """
 
     op: str
@@ -43,7 +43,7 @@ def _size(*tensors) -> int:
 
 
 def _row_linear_bytes(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=None, **_) -> int:
-    """Each view's weight that has rows, once; activations in and out."""
+    """The weight of each view that has rows, once; activations in and out."""
     n = x.shape[0]
     ar = n if weight_diff is None else num_rows_ar
     weights = (weight.nbytes if ar else 0) + (weight_diff.nbytes if ar < n else 0)
@@ -61,7 +61,7 @@ def _dual_attn_bytes(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows
 
 
 def _count_tokens_bytes(state, edits) -> int:
-    """Both counters in and one out; every new token's id, its count in and out."""
+    """Both counters in and one out; per new token its id in, its count in and out."""
     n, ring = state.num_slots, state.output.shape[1]
     new = (state.num_output - edits.num_counted[:n]).clamp(0, ring)
     return 3 * _size(state.num_output) + 3 * state.output.element_size() * int(new.sum())
@@ -81,8 +81,8 @@ NBYTES = {
 
 
 def calls_of(run: Callable[[], object]) -> list[Call]:
-    """The ops that ``run()`` calls, in order. Native CPU calls are taped instead of run, others run as they come, and
-    so do other threads' calls.
+    """The ops that ``run()`` calls, in order. Native CPU calls are put on tapes instead of run; other calls, and those
+    of other threads, run as usual.
     """
     calls: list[Call] = []
     thread = threading.get_ident()
@@ -93,7 +93,7 @@ def calls_of(run: Callable[[], object]) -> list[Call]:
                 return real(*args, **kwargs)
             again = partial(real, *args, **kwargs)
             if dispatch.extension() is not None:
-                tape = taped(again)  # a call without Python's share of it
+                tape = taped(again)  # the call without the time that Python takes
                 again = partial(replay, tape) if len(tape) else again
             else:
                 again()
@@ -124,13 +124,14 @@ def profile(engine, *, mode: str, draft_len=None, fan_out=None, batch: int = 1, 
     """The breakdown of one greedy cycle.
 
     Returns:
-        ``(facts, rows)``. Facts: ``mode``, ``block_len``, ``fan_out``, ``batch``, ``context``,
-        ``read_gb_s`` (measured now), ``cycle_us`` (replayed whole), ``ops_us`` (one by one). Rows, slowest
-        first: ``op``, ``calls``, ``us``, ``share`` of all ops, ``mbytes``, ``gb_s``, ``of_read``.
+        ``(facts, rows)``. Facts: ``mode``, ``block_len``, ``fan_out``, ``batch``, ``context``, ``read_gb_s`` (read
+        bandwidth, measured in this call), ``cycle_us`` (the whole cycle replayed), ``ops_us`` (sum of the single
+        ops). Rows, slowest first: ``op``, ``calls``, ``us``, ``share`` of all ops' time, ``mbytes``, ``gb_s``,
+        ``of_read`` (``gb_s / read_gb_s``). Times are medians of ``repeats``, in microseconds; MB and GB are decimal.
 
     Raises:
-        ValueError: the engine has too few slots, pages or positions, or an argument is out of its range.
-        RuntimeError: the engine is not idle, or closed, or another thread uses it.
+        ValueError: the engine has too few slots, pages or positions, or an argument is out of range.
+        RuntimeError: the engine is not idle, is closed, or is in use by another thread.
     """
     if not engine._idle():
         raise RuntimeError("profile: the engine must be idle")

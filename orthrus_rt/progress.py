@@ -19,8 +19,8 @@ class _NoBar:
 
 
 def progress_bar(shown: bool, **options):
-    """A tqdm with these options. If it is not shown, or there is no stderr to show it on, nothing stands for it: even a
-    disabled one starts a thread and settles the way in which the program's multiprocessing starts processes.
+    """A tqdm bar with these options; a stub if it is not to be shown or there is no stderr. (Even a disabled tqdm bar
+    starts a thread and fixes the start method of the program's multiprocessing.)
     """
     if not shown or sys.stderr is None or getattr(sys.stderr, "closed", False):
         return _NoBar()

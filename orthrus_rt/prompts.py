@@ -12,14 +12,14 @@ CHAT_KINDS = ("chat", "math")
 
 @dataclass(frozen=True)
 class Prompt:
-    """``chat`` and ``math`` prompts want the chat template, the others are raw text to continue."""
+    """``chat`` and ``math`` prompts need the chat template; the others are raw text to continue."""
 
     name: str
     kind: str
     text: str
 
     def encode(self, tokenizer) -> list[int]:
-        """Token ids, with the chat template where the kind wants it and the tokenizer has one."""
+        """Token ids, with the chat template if the kind needs it and the tokenizer has one."""
         return encode(tokenizer, self.text, chat=self.kind in CHAT_KINDS and bool(tokenizer.chat_template))
 
 
@@ -33,7 +33,7 @@ def load(kind: str | None = None) -> list[Prompt]:
 
 
 def encode(tokenizer, text: str, *, chat: bool) -> list[int]:
-    """Token ids of ``text``: as one user turn of the chat template, or as it stands."""
+    """Token ids of ``text``: as one user turn of the chat template, or raw."""
     if not chat:
         return tokenizer(text, verbose=False).input_ids  # a prompt that is too long is refused elsewhere
     if not tokenizer.chat_template:

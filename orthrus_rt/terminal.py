@@ -15,10 +15,10 @@ LEAVING = (signal.SIGTERM, signal.SIGQUIT, signal.SIGTSTP, signal.SIGHUP)
 
 
 class Screen:
-    """Writes text to stdout and, while it runs, one status line at the bottom of the terminal: a context manager.
+    """A context manager that writes text to stdout and a status line at the bottom of the terminal.
 
-    The status line shows only if stdout and stderr are terminals. It takes the last row out of the scrolling region,
-    so the text above it wraps and scrolls as ever.
+    The status line appears only if stdout and stderr are terminals. It takes the last row out of the scrolling region,
+    so the text above it wraps and scrolls as usual.
     """
 
     def __init__(self):
@@ -40,18 +40,19 @@ class Screen:
 
     def status(self, text: str) -> None:
         columns, rows = shutil.get_terminal_size()
-        # A full row leaves the cursor between two rows, which saving and restoring it would not keep.
+        # After a full row the cursor is between two rows, a state that is lost by saving and restoring it.
         if not self._has_status or (self._column and self._column % columns == 0):
             return
         if rows != self._rows:
-            self._rows = rows  # before and after: a signal may come in between
+            self._rows = rows  # before and after: a signal may arrive in between
             # IND scrolls by one if the cursor is on the last row, and keeps its column; then the cursor goes back up.
             _control(f"\x1bD\x1b7\x1b[1;{rows - 1}r\x1b8\x1b[1A")
             self._rows = rows
         _control(f"\x1b7\x1b[{rows};1H\x1b[2K\x1b[2m{text[: columns - 1]}\x1b[0m\x1b8")
 
     def __enter__(self):
-        # What ends or stops a process leaves its terminal as it is; signals that somebody handles or ignores do not.
+        # A signal that ends or stops the process would leave the terminal as it is. Signals that the program handles or
+        # ignores do not end it.
         if self._has_status and threading.current_thread() is threading.main_thread():
             self._handled = [number for number in LEAVING if signal.getsignal(number) is signal.SIG_DFL]
             for number in self._handled:
@@ -66,11 +67,11 @@ class Screen:
             self._rows = 0
 
     def _giving_back(self) -> str:
-        """The last row, until the next status."""
+        """The sequence that gives the last row back, until the next status."""
         return f"\x1b7\x1b[r\x1b[{self._rows};1H\x1b[2K\x1b8"
 
     def _leave(self, number: int, _frame) -> None:
-        """Whatever becomes of the terminal, which may be gone or take nothing: a write could wait for ever."""
+        """Give the row back, but never wait for a terminal that is gone or accepts nothing; then raise the signal."""
         signal.signal(number, signal.SIG_DFL)
         if self._rows:
             with contextlib.suppress(OSError, ValueError):
@@ -79,7 +80,7 @@ class Screen:
                     os.write(terminal, self._giving_back().encode())
             self._rows = 0
         os.kill(os.getpid(), number)
-        signal.signal(number, self._leave)  # it goes on
+        signal.signal(number, self._leave)  # the process was stopped and has been continued
 
 
 def _control(sequence: str) -> None:
@@ -95,7 +96,7 @@ def char_width(char: str) -> int:
 
 
 def figures(value) -> str:
-    """Of a float four digits, or as many as stand before the point; nothing of None."""
+    """A float with four digits, or as many as it has before the point; None is empty."""
     if not isinstance(value, float):
         return "" if value is None else str(value)
     return f"{value:.4g}" if abs(value) < 9999.5 else f"{value:.0f}"

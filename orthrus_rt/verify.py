@@ -1,4 +1,4 @@
-"""Decode the same prompts in several ways and find where two of them part, and how close the choice was there."""
+"""Decode the same prompts in several ways, find where two of them first differ, and how close the choice was there."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Difference:
     """Where two outputs differ.
 
     Attributes:
-        index: which generated token, from 0. A side that ended before it has token None.
-        tokens: the two ids there.
-        gap: AR logit of the first id minus that of the second, given the tokens before; None where a side ended.
-        near_tie: rounding alone explains it: the gap, their gap and the sum of both (by which the two implementations
-            are apart), whichever token they favour, are within :func:`near_tie_bound`. Between two ways of this
-            runtime nothing is ever explained by rounding.
-        their_gap: by the other implementation's logits, that of the second id minus that of the first; None in float32
-            and between two ways of this runtime.
+        index: which generated token, from 0.
+        tokens: the two ids there; None for a side that has ended before.
+        gap: AR logit of the first id minus that of the second, given the tokens before; None if a side has ended.
+        near_tie: whether rounding alone explains it: ``gap``, ``their_gap`` and their sum (the distance between the two
+            implementations) are all within :func:`near_tie_bound` in magnitude. Always False between two ways of this
+            runtime, where rounding explains nothing.
+        their_gap: the other implementation's logit of the second id minus that of the first; None in float32 and
+            between two ways of this runtime.
     """
 
     index: int
@@ -39,10 +39,10 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """One prompt, decoded ``way`` ("two_pass", "ar in batches of 4", "transformers"), against the first mode alone.
+    """One prompt decoded one ``way`` ("two_pass", "ar in batches of 4", "transformers") and in the first mode alone.
 
-    ``tokens`` were compared: those before a difference that is no near-tie, or all. ``difference`` is that one; if
-    there is none, the first of ``near_ties``.
+    ``tokens`` is how many were compared: those before a difference that is no near-tie, or all. ``difference`` is that
+    difference, or, if there is none, the first of ``near_ties``.
     """
 
     way: str
@@ -54,8 +54,8 @@ class Comparison:
 
 @dataclass
 class Other:
-    """Another implementation: ``greedy(ids)`` goes on from a prompt, ``logits(ids, n)`` are ``[n, vocab_size]``, those
-    for the token behind each of the last n ids.
+    """Another implementation. ``greedy(ids)`` continues a prompt. ``logits(ids, n)`` gives ``[n, vocab_size]``: the
+    logits of the token after each of the last n ids.
     """
 
     greedy: Callable[[list[int]], list[int]]
@@ -81,7 +81,7 @@ def check(num_prompts: int, params: SamplingParams, modes: list[str], batch: int
     """Refuse what :func:`verify` cannot compare.
 
     Raises:
-        ValueError: there is nothing to compare, a batch has more prompts than there are, a mode comes twice, or
+        ValueError: there is nothing to compare, a batch has more prompts than there are, a mode is given twice, or
             sampling has no seed or is compared with another implementation.
     """
     if len(modes) < 2 and batch < 2 and against is None:
@@ -105,21 +105,21 @@ def verify(
 ) -> Iterator[tuple[list[int], float, list[Comparison]]]:
     """Decode every prompt in ``modes[0]`` alone, and compare all other ways with that.
 
-    The other ways are the other modes alone; with ``batch`` > 1 every mode again, ``batch`` prompts together (where
-    fewer are left, with some before them); and ``against``, another implementation's greedy continuation of a prompt.
-    In 16 bit that may part from ours at a near-tie: from there on it is given our tokens, and each that it would not
-    have chosen must be a near-tie too.
+    The other ways are the other modes alone; with ``batch`` > 1 every mode again with ``batch`` prompts together (if
+    fewer are left, together with some before them); and ``against``, another implementation's greedy continuation. In
+    16 bit the latter may differ from ours at a near-tie. From there on it is given our tokens, and each of them that it
+    would not have chosen must be a near-tie too.
 
-    Made with ``prefix_caching=False`` the engine computes all of it anew; else ways take over pages from one another.
+    An engine made with ``prefix_caching=False`` computes everything anew; otherwise the ways share cached pages.
 
     Args:
-        params: one seed for all, if it samples.
+        params: with one seed for all, if they sample.
 
     Yields:
-        For each prompt ``(token_ids, tokens_per_cycle, comparisons)``, the first two of ``modes[0]`` alone.
+        For each prompt ``(token_ids, tokens_per_cycle, comparisons)``, the first two from ``modes[0]`` alone.
 
     Raises:
-        ValueError: as :func:`check`.
+        ValueError: as in :func:`check`.
     """
     check(len(prompts), params, modes, batch, against)
     for first in range(0, len(prompts), batch):
@@ -149,7 +149,7 @@ def _compare(engine: Engine, way: str, ids, want, got, tokens_per_cycle=None) ->
 
 
 def _gap(engine: Engine, ids, want, difference: Difference) -> tuple[float, torch.Tensor]:
-    """By which our logits of the two ids differ, and the hidden row that they are made of."""
+    """The difference between our logits of the two ids, and the hidden row that they are computed from."""
     logits, hidden = engine.next_logits_and_hidden(ids + want[: difference.index])
     return float(logits[difference.tokens[0]] - logits[difference.tokens[1]]), hidden
 
@@ -178,15 +178,16 @@ def _compare_against(engine: Engine, against: Other, ids, want) -> Comparison:
 def near_tie_bound(engine: Engine, hidden: torch.Tensor, a: int, b: int) -> float:
     """How far apart rounding alone can bring the logits of ids ``a`` and ``b`` in two 16-bit implementations.
 
-    Rounding to a dtype with unit roundoff u is off by at most u of a power of two, uniformly: of the value itself, by
-    u / sqrt(6) rms. The residual stream is rounded after each of its two sums a layer and once more by the final norm,
-    R = 2 * num_layers + 1 times; roundings inside a branch enter by the branch's share of the stream, and are left out.
-    (A softmax of large scores enlarges those of queries and keys: of Llama-like models with random weights and sharp
-    heads, rounding alone can pass the bound, of Qwen3-like ones rarely; float32 tells. The trained ones measured stay
-    within.)
-    Independent errors add up to ``u * sqrt(R / 6)`` of ``hidden`` (the final normed row), in directions that the head's
-    rows w do not know: so a logit *difference* is off by ``|w_a - w_b| |hidden| / sqrt(hidden_size)`` times that, rms,
-    and sqrt(2) times that between two implementations. The bound is three of these, and the rounding of both logits.
+    Rounding to a dtype with unit roundoff u has an error of at most u times a power of two, uniformly distributed; as a
+    share of the value itself that is u / sqrt(6) rms. The residual stream is rounded after each of its two sums per
+    layer and once more by the final norm, R = 2 * num_layers + 1 times. Roundings inside a branch enter in proportion
+    to the branch's share of the stream, and are left out. (A softmax of large scores enlarges those of queries and
+    keys. In Llama-like models with random weights and sharp heads, rounding alone can exceed the bound, in Qwen3-like
+    ones rarely; a comparison in float32 decides. The trained models measured stay within it.)
+    Independent errors add up to ``u * sqrt(R / 6)`` of ``hidden`` (the final normalised row), in directions independent
+    of the head's rows w. So a logit *difference* is off by ``|w_a - w_b| |hidden| / sqrt(hidden_size)`` times that rms
+    error, and by sqrt(2) times as much between two implementations. The bound is three times this, plus the rounding of
+    both logits.
     """
     config = engine.config
     head = engine.checkpoint.tensors[head_name(config)][[a, b]].float().to(hidden.device)
