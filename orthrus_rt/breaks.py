@@ -1,9 +1,9 @@
-"""Breaks of a busy event loop, in which a thread beside it gets the interpreter.
+"""Breaks of a busy event loop, in which another thread gets the interpreter.
 
-A loop that always has something to run lets go of the interpreter (its lock, the GIL) whenever it looks for input, and
-has it back within a microsecond, before a thread that waits for it can wake up. Nor is it made to hand it over, as a
-thread would be that keeps it for ``sys.getswitchinterval()``: that time begins anew each time it lets go. So a loop
-that is busy with short tasks can keep another thread from running at all.
+A loop that always has something to run releases the interpreter's lock (the GIL) whenever it polls for input, and takes
+it back within a microsecond, before a waiting thread can wake up. Nor is it forced to hand it over, as a thread is that
+keeps the lock for ``sys.getswitchinterval()``: that interval begins anew with each release. So a loop that is busy with
+short tasks can keep another thread from running at all.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import asyncio
 import time
 from collections.abc import Callable
 
-BUSY = 0.8  # of a stretch that the loop's thread computes: more, and it takes breaks
-BREAK = 50e-6  # seconds, in which a thread that waits wakes up
-# Seconds: of a busy loop, and of one that was not when last looked at. Some loops know whole milliseconds alone.
+BUSY = 0.8  # share of time that the loop's thread computes, above which it takes breaks
+BREAK = 50e-6  # seconds, in which a waiting thread wakes up
+# Seconds, for a loop that was busy at the last look, and for one that was not. Some loops only know whole milliseconds.
 BETWEEN_BREAKS, BETWEEN_LOOKS = 1e-3, 5e-3
 
 
 class Breaks:
-    """Of a loop, in whose thread all of this runs, as long as somebody is ``waiting(self)`` for the other thread."""
+    """Breaks of ``loop``, in whose thread all of this runs, as long as ``waiting(self)`` for the other thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, waiting: Callable[[Breaks], bool]):
         self._loop, self._waiting = loop, waiting
         self._looks = False
 
     def begin(self) -> None:
-        """Somebody waits from now on."""
+        """Begin to look, as something waits for the other thread from now on."""
         if not self._looks:
             self._looks = True
             self._look_again(BETWEEN_LOOKS)

@@ -12,22 +12,22 @@ from orthrus_rt.config import CheckpointError
 
 
 class NoCacheFolder(CheckpointError):
-    """Nowhere to keep anything. The embedded model needs that, so there it is an error of the checkpoint."""
+    """There is no usable cache folder. The embedded model needs one, so for it this is an error of the checkpoint."""
 
 
 def cache_root() -> Path:
-    """``$XDG_CACHE_HOME/orthrus_rt`` if that is an absolute path, by default ``~/.cache/orthrus_rt``; for a user that
-    has no home, as in a container that runs under a random uid, a folder of this user's beside the temporary files.
+    """``$XDG_CACHE_HOME/orthrus_rt`` if that is an absolute path, by default ``~/.cache/orthrus_rt``. If the user has
+    no home, as in a container that runs under a random uid, it is a folder of this user among the temporary files.
 
     Raises:
-        NoCacheFolder: the latter is there already and others can write to it, or nothing can be written anywhere.
+        NoCacheFolder: that last folder exists and others can write to it, or there is nowhere to write.
     """
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if named.is_absolute():  # a relative one is to be ignored, its specification says
+    if named.is_absolute():  # the specification says to ignore a relative one
         return named / "orthrus_rt"
     with contextlib.suppress(RuntimeError):
         home = Path.home()
-        if home != Path("/") or os.getuid() == 0:  # what containers name as the home of a uid that they do not know
+        if home != Path("/") or os.getuid() == 0:  # "/" is what containers give as the home of an unknown uid
             return home / ".cache" / "orthrus_rt"
     return _temporary_root()
 
@@ -40,7 +40,7 @@ def _temporary_root() -> Path:
         raise NoCacheFolder(f"a folder for temporary files is needed ({error}), {named}") from error
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    found = folder.lstat()  # not of what a link points to: anybody may have put it there
+    found = folder.lstat()  # of the link itself, not its target: anybody may have put a link there
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise NoCacheFolder(f"{folder}: must be a folder that this user alone can write to, {named}")
     return folder

@@ -1,4 +1,4 @@
-"""Cycles in the middle of decoding without anybody decoding: what a profile and a warm-up time."""
+"""Cycles as in the middle of decoding, without requests: what a profile and a warm-up time."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from orthrus_rt.cycle_plan import CyclePlan, batch_bucket
 from orthrus_rt.exclusive import torn_if_cut
 from orthrus_rt.kv import OutOfPages
 
-DRAFT_PROB = [0.8, 0.1, 0.05]  # of a draft and its runners-up
+DRAFT_PROB = [0.8, 0.1, 0.05]  # probabilities of a draft and its runners-up
 
 
 def most_context(engine, plans: list[CyclePlan]) -> int:
-    """Committed tokens that leave every row of these plans' cycles a valid position."""
+    """The most committed tokens that leave a valid position for every row of these plans' cycles."""
     blocks = 2 if any(plan.mode == "one_pass" for plan in plans) else 1  # its drafts begin up to a block ahead
     return engine.max_seq_len - blocks * engine.config.block_len
 
 
 @contextlib.contextmanager
 def dry_cycles(engine, plans: list[CyclePlan], slots: int, context: int) -> Iterator[Callable[[CyclePlan], Cycle]]:
-    """``start(plan)``: the plan's cycle, ``slots`` running sequences with ``context`` committed tokens before it.
+    """Yields ``start(plan)``, which returns the plan's cycle, ready to run for ``slots`` running sequences with
+    ``context`` committed tokens each.
 
-    Keys and values are random. Every slot has K-1 drafts that look likely, so that a one-pass cycle is one in the
-    middle of decoding: all its rows are valid. The engine's own pages are borrowed and returned; cached prefixes are
-    evicted only if blank pages run out. Its buffers are given back as they were. No request may be running, and whoever
-    calls holds its turn. An interrupt in here leaves it torn, as in any other call.
+    Keys and values are random. Every slot has K-1 drafts that look likely, so that a one-pass cycle is as in the middle
+    of decoding: all its rows are valid. The engine's own pages are borrowed and returned; cached prefixes are evicted
+    only if blank pages run out. Its buffers are restored. No request may be running, and the caller holds the engine's
+    turn. An interrupt in here leaves the engine torn, as in any other call.
 
     Raises:
         ValueError: the engine has too few slots, pages or positions.
@@ -44,7 +45,7 @@ def dry_cycles(engine, plans: list[CyclePlan], slots: int, context: int) -> Iter
         if most < 1:
             raise ValueError(f"max_seq_len must be above {positions} ({less}), got {engine.max_seq_len}")
         raise ValueError(f"context must be within [1, {most}] (max_seq_len less {less}), got {context}")
-    random = torch.Generator(kv.pages.device).manual_seed(0)  # the caller's stream of random numbers stays where it is
+    random = torch.Generator(kv.pages.device).manual_seed(0)  # its own: the caller's random numbers are not used up
     runner_up = torch.tensor([2, 3], dtype=torch.int32, device=state.runner_up.device)
     draft_prob = torch.tensor(DRAFT_PROB, dtype=torch.float32, device=state.draft_prob.device)
 
@@ -62,7 +63,7 @@ def dry_cycles(engine, plans: list[CyclePlan], slots: int, context: int) -> Iter
         return runner.cycle(plan, slots)
 
     with torn_if_cut(engine):
-        engine._collect(0)  # what is under way belongs to requests that have ended: read it first
+        engine._collect(0)  # cycles in flight belong to requests that have ended: read them first
         runner.make_room([(plan, batch_bucket(slots, runner.num_slots)) for plan in plans])
         before = [tensor.clone() for tensor in vars(state).values()]
         try:

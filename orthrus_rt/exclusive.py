@@ -1,4 +1,4 @@
-"""One call of an engine at a time: a lock that refuses instead of waiting, and that no interrupt leaves taken."""
+"""One call of an engine at a time: a lock that refuses instead of waiting, and that no interrupt can leave locked."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from orthrus_rt.device import scope
 
 
 class Taken(RuntimeError):
-    """The turn is somebody else's."""
+    """The turn is taken by another call or owner."""
 
 
 class Turn:
-    """Held by the frame that entered it, for as long as that frame runs.
+    """A lock held by the frame that entered it, for as long as that frame runs.
 
-    Ctrl-C can strike between any two steps of Python, so also when the lock is just taken and its ``with`` not yet
-    entered, or on the way out before it is given back. Either way the exception unwinds the holding frame; the next
-    call of the same thread sees that the holder no longer runs, and takes its place. Signals reach no other thread.
+    Ctrl-C can strike between any two steps of Python: also after the lock is taken but before its ``with`` is entered,
+    or on the way out before it is released. Either way the exception unwinds the holding frame. The next call of the
+    same thread sees that the holder no longer runs, and takes its place. Signals reach no other thread.
     """
 
     def __init__(self):
@@ -33,7 +33,7 @@ class Turn:
         self._owner: tuple[weakref.ref, int] | None = None
 
     def claim(self, owner) -> None:
-        """The turn is this thread's alone until :meth:`release`, or until nobody holds ``owner`` any more."""
+        """Reserve the turn for this thread until :meth:`release`, or until ``owner`` is garbage-collected."""
         with self:
             self._owner = weakref.ref(owner), threading.get_ident()
 
@@ -78,10 +78,10 @@ R = TypeVar("R")
 
 
 def exclusive(method: Callable[P, R]) -> Callable[P, R]:
-    """Decorator of an engine's method: alone, on the engine's device and stream, and never after ``close()``; what an
-    earlier call left torn or dropped is mended first.
+    """Decorator of an engine's method: it runs alone, on the engine's device and stream, and never after ``close()``.
+    What an earlier call left torn is recovered first, and what was dropped is aborted.
 
-    Work runs in the order of the calls, whatever thread they come from and whatever stream is current there.
+    Work runs in the order of the calls, whichever thread makes them and whichever stream is current there.
     """
 
     @functools.wraps(method)
@@ -101,7 +101,7 @@ def exclusive(method: Callable[P, R]) -> Callable[P, R]:
 
 @contextlib.contextmanager
 def torn_if_cut(engine) -> Iterator[None]:
-    """Whatever is cut short in here leaves the engine ``torn``: its next call then recovers first."""
+    """If the block is cut short, the engine is left ``torn``, and its next call recovers first."""
     engine.torn = True
     yield
     engine.torn = False

@@ -6,7 +6,7 @@ import operator
 
 
 def is_bool(value) -> bool:
-    """Whether it is True or False, be it numpy's or a tensor's, which ``operator.index`` takes for 1 and 0."""
+    """Whether it is True or False, also numpy's or a tensor's, which ``operator.index`` takes for 1 and 0."""
     dtype = getattr(value, "dtype", None)
     return isinstance(value, bool) or (dtype is not None and str(dtype) in ("bool", "torch.bool"))
 
@@ -15,7 +15,7 @@ def integer(name: str, value) -> int:
     """``value`` as an int.
 
     Raises:
-        ValueError: it is none; True and False are none.
+        ValueError: ``value`` is not an integer; True and False are not.
     """
     try:
         index = None if is_bool(value) else operator.index(value)

@@ -1,14 +1,14 @@
 """Where an engine's memory goes.
 
-Weights and cache are allocated once. Activations and workspace are too, and again when a call asks for larger cycles.
-Logits, edits, and each cycle or shape of prefill with its graph are allocated at their first use, and the last two are
-kept up to a number; from then on decoding allocates nothing more that lasts. What ``acceptance="rejection"`` computes
-on the host's side of a cycle comes and goes with each.
+Weights and cache are allocated once. So are activations and workspace, but again when a call asks for larger cycles.
+Logits, edits, and each cycle or shape of prefill with its graph are allocated at their first use; of cycles and shapes
+only a limited number is kept. After that, decoding allocates nothing more that lasts. The host's part of a cycle with
+``acceptance="rejection"`` allocates and frees its memory each time.
 
 Not counted on the CPU, as threads keep it for themselves: attention's partial results, in the calling thread, fp32
-``[splits, rows, num_heads_q, head_dim + 2]`` where all threads share a few rows (a split is 512 positions; at most
-128 MB); and, where the processor has no bf16 dot products, a float copy of a block of a pass's rows in each thread (1
-MB or 48 rows, whichever is more).
+``[splits, rows, num_heads_q, head_dim + 2]`` if all threads share a few rows (a split is 512 positions; at most 128
+MB); and, if the processor has no bf16 dot products, a float copy of a block of a pass's rows in each thread (1 MB or 48
+rows, whichever is more).
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from __future__ import annotations
 def memory_report(engine) -> dict[str, int]:
     """Bytes by use.
 
-    ``weights`` (of the AR view, embedding included), ``kv_pages`` and ``tables`` (rotary angles, page table) are
-    what AR decoding alone needs; the last two grow with context. The diffusion view adds ``weights_diffusion``,
-    ``scratch`` (one layer's keys and values of the block rows) and, in ``activations``, one layer's buffers of these
-    rows and the verified rows' choices (greedy: partial maxima instead of logits). ``activations`` and ``workspace``
-    are sized by the most rows of a pass, a cycle's and a chunk of prompts; in ``workspace``, on CUDA, attention's
-    partial results of these rows grow with ``max_seq_len`` too, up to 512 MB and no further. ``activations`` grows by
-    the logits of a cycle's rows, and of a row for each slot, at the first request that samples or edits them, or when a
-    warm-up is asked for them;
-    ``edits`` is what penalties, bias and min_tokens need, once a request asked for any; ``cycles`` and ``graphs`` are
-    what the cycles and recorded passes with prompts so far hold: rows, and what torch keeps for CUDA graphs; the
-    driver keeps some more for their launches.
+    ``weights`` (of the AR view, embedding included), ``kv_pages`` and ``tables`` (rotary angles, page table) are what
+    AR decoding alone needs; the last two grow with context. The diffusion view adds ``weights_diffusion``, ``scratch``
+    (one layer's keys and values of the block rows) and, in ``activations``, one layer's buffers of these rows and the
+    verified rows' choices (greedy: partial maxima instead of logits). ``activations`` and ``workspace`` are sized for
+    the most rows of a pass, those of a cycle and of a chunk of prompts. On CUDA ``workspace`` includes attention's
+    partial results of these rows, which also grow with ``max_seq_len``, up to 512 MB. ``activations`` grows by the
+    logits of a cycle's rows and of one row per slot at the first request that samples or edits logits, or when a
+    warm-up includes sampling. ``edits`` is what penalties, bias and min_tokens need, once a request has used any.
+    ``cycles`` and ``graphs`` belong to the cycles and recorded passes with prompts built so far: their rows, and what
+    torch keeps for CUDA graphs (the driver keeps some more for their launches). ``total`` is the sum.
     """
     runner, sizes = engine.runner, engine.model.nbytes()
     scratch = runner.activations.scratch_k.nbytes + runner.activations.scratch_v.nbytes

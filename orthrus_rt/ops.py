@@ -1,15 +1,14 @@
-"""The kernel surface: one validated signature per op, whatever implementation runs it.
+"""The kernel surface: one validated signature per op, whichever implementation runs it.
 
-Every op writes into tensors that the caller allocates, takes any number of rows (none included: then it
-does nothing), is deterministic and, except for ``reference``, row-invariant to the bit: a row's result
-depends on its own inputs only. Shapes and rounding points are in ``csrc/include/orthrus/params.h``;
-oracles in :mod:`orthrus_rt.reference`; which implementation runs is decided in :mod:`orthrus_rt.dispatch`, what the
-arguments must be in :mod:`orthrus_rt.checks`.
+Every op writes into tensors that the caller allocates and takes any number of rows (with none it does nothing). It is
+deterministic and, except for ``reference``, row-invariant to the bit: a row's result depends on its own inputs only.
+Shapes and rounding points are in ``csrc/include/orthrus/params.h``, the oracles in :mod:`orthrus_rt.reference`.
+:mod:`orthrus_rt.dispatch` chooses the implementation, and :mod:`orthrus_rt.checks` checks the arguments.
 
-Floating-point tensors whose dtype is not named here have one and the same: bfloat16 or float32, in ``reference`` any.
-A tensor of another shape, dtype, device or layout raises ValueError naming op, argument, expected and got; an
-implementation that ORTHRUS_BACKEND asks for and that is missing, RuntimeError. The caller keeps ids, indices, positions
-and lengths in range: beyond it, any memory may be read or written.
+Floating-point tensors whose dtype is not named here all have the same one: bfloat16 or float32, in ``reference`` any.
+A tensor of another shape, dtype, device or layout raises ValueError, which names op, argument, expected and got. If an
+implementation that ORTHRUS_BACKEND requests is missing, RuntimeError is raised. The caller keeps ids, indices,
+positions and lengths in range: out of range, any memory may be read or written.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from orthrus_rt.weights import PackedWeight
 
 
 def _choose(op: str, device: torch.device, dtype: torch.dtype):
-    """The chosen implementation's function for ``op``; it runs on ``device``, whichever is the current one."""
+    """The chosen implementation's function for ``op``; it runs on ``device``, whichever device is current."""
     impl = dispatch.select(op, device, dtype)
     if impl == "reference":
         return getattr(reference, op)
@@ -76,10 +75,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     Args:
         x: ``[num_rows_in, hidden]``.
         eps: added to the mean square.
-        weight: fp32 ``[hidden]``; Triton reads it ahead of its turn in the stream: an ordinary kernel, a copy or a
-            synchronisation must come between what writes it and the first of this project's kernels.
+        weight: fp32 ``[hidden]``. Triton's kernel may read it before earlier work of the stream is done: an ordinary
+            kernel, a copy or a synchronisation must lie between writing it and the first of this project's kernels.
         out: ``[num_rows, hidden]``, MUTATED.
-        row_index: int32 ``[num_rows]``, the input row of each output row, within x's; None for all rows in order.
+        row_index: int32 ``[num_rows]``, the row of ``x`` for each output row; None for all rows in order.
     """
     op, dtype, device = "rms_norm", x.dtype, x.device
     check_tensor(op, "x", x, (None, None), dtype, device)
@@ -110,18 +109,18 @@ def row_linear(
     Args:
         x: ``[num_rows, in_features]``.
         weight: W of rows ``[0, num_rows_ar)``; of all rows if ``weight_diff`` is None.
-        weight_diff: W of the other rows, those of the diffusion view, packed as ``weight`` is.
-        num_rows_ar: how many rows come before them; needed with ``weight_diff``.
+        weight_diff: W of the other rows, which are the diffusion view's; packed like ``weight``.
+        num_rows_ar: the number of AR rows, which come first; required with ``weight_diff``.
         epilogue: ``none``, ``residual``, ``silu_mul``, ``logits`` or ``argmax``.
-        out: by epilogue: ``none`` and ``residual`` ``[num_rows, out_features]``; ``silu_mul``
-            ``[num_rows, out_features / 2]``; ``logits`` the same as ``none`` in fp32, never rounded;
-            ``argmax`` a pair ``(value fp32, id int32)``, each ``[num_rows, weight.num_partials]``, the maximum and its
-            lowest id per vocabulary tile. MUTATED.
-        residual: ``[num_rows, out_features]``, added before the rounding; may be ``out``, which may not be ``x``.
+        out: MUTATED. ``none`` and ``residual``: ``[num_rows, out_features]``. ``silu_mul``:
+            ``[num_rows, out_features / 2]``. ``logits``: like ``none``, but fp32 and never rounded.
+            ``argmax``: a pair ``(value fp32, id int32)``, each ``[num_rows, weight.num_partials]``, the maximum and its
+            lowest id per vocabulary tile.
+        residual: ``[num_rows, out_features]``, added before rounding; may be ``out``. (``out`` must not be ``x``.)
         workspace: of :func:`orthrus_rt.native.row_linear_workspace_bytes`, zeroed once; CUDA only.
-        next_weight: the weight of the next ``row_linear``, if that takes neither logits nor argmax: a prefetch hint. On
-            Hopper, if the rows fit one tile, its beginning is brought to L2 while this call ends; no result depends on
-            it.
+        next_weight: the weight of the next ``row_linear``, unless its epilogue is logits or argmax: a prefetch hint. On
+            Hopper, if the rows fit one tile, its beginning is fetched into L2 while this call ends. No result depends
+            on it.
     """
     op, dtype, device = "row_linear", x.dtype, x.device
     n = x.shape[0]
@@ -182,20 +181,20 @@ def qkv_commit(
     scratch_v: torch.Tensor | None,
     q_out: torch.Tensor,
 ) -> None:
-    """QK RMSNorm (Qwen3), half-split RoPE and the in-place cache write; fp32 inside, one rounding. For a value that is
-    not finite, 0 is written, and NaN in its place of the key: that spoils the rows that see the key and no others.
+    """QK RMSNorm (Qwen3), half-split RoPE and the in-place cache write; fp32 inside, one rounding. A V element that is
+    not finite is written as 0, and as NaN in the same place of K: that spoils the rows that see the key, and no others.
 
     Args:
         qkv: ``[num_rows, (num_heads_q + 2 * num_heads_kv) * head_dim]``, q then k then v heads.
         cos_sin: fp32 ``[max_positions, head_dim]``, cosines of the half dims, then sines.
-        rows: of the pass, as many as ``qkv`` has.
-        eps: of the norms, added to the mean square.
-        norms: None, or fp32 ``(q_norm, k_norm, q_norm_diff, k_norm_diff)``, each ``[head_dim]``; CUDA reads them as
-            Triton does those of :func:`rms_norm`.
+        rows: the rows of the pass, as many as ``qkv`` has.
+        eps: added to the mean square in the norms.
+        norms: None, or fp32 ``(q_norm, k_norm, q_norm_diff, k_norm_diff)``, each ``[head_dim]``; CUDA's kernel may read
+            them early, as Triton's does the weight of :func:`rms_norm`.
         k_pages, v_pages: ``[num_pages, num_heads_kv, 64, head_dim]``; MUTATED at the AR rows' positions. Invalid
             rows write nothing, or, in the reference, to page 0.
-        page_table: int32 ``[num_slots, max_pages]``.
-        scratch_k, scratch_v: ``[num_rows_diff, num_heads_kv, head_dim]``, MUTATED whole; None without diffusion rows.
+        page_table: int32 ``[num_slots, max_pages]``, the page numbers of every slot in order of position.
+        scratch_k, scratch_v: ``[num_rows_diff, num_heads_kv, head_dim]``, all MUTATED; None without diffusion rows.
         q_out: ``[num_rows, num_heads_q, head_dim]``, MUTATED.
     """
     op, dtype, device = "qkv_commit", qkv.dtype, qkv.device
@@ -233,13 +232,13 @@ def dual_attn(
 
     Args:
         q: ``[num_rows, num_heads_q, head_dim]``.
-        k_pages, v_pages, page_table: the paged cache, as in :func:`qkv_commit`; what no row sees is never used.
+        k_pages, v_pages, page_table: the paged cache, as in :func:`qkv_commit`; entries that no row sees are not used.
         scratch_k, scratch_v: the diffusion rows' own keys and values, as :func:`qkv_commit` leaves them; None without
             diffusion rows.
-        rows: of the pass, as many as ``q`` has.
-        softmax_scale: of the scores before the softmax, usually ``head_dim ** -0.5``.
+        rows: the rows of the pass, as many as ``q`` has.
+        softmax_scale: factor of the scores before the softmax, usually ``head_dim ** -0.5``.
         out: like ``q``, MUTATED.
-        max_seq_len: no ``prefix_len`` exceeds it.
+        max_seq_len: the upper bound of ``prefix_len``.
         workspace: of :func:`orthrus_rt.native.dual_attn_workspace_bytes`; CUDA only.
     """
     op, dtype, device = "dual_attn", q.dtype, q.device
@@ -278,18 +277,18 @@ def consensus(
     block_len: int,
     fan_out: int = 0,
 ) -> None:
-    """Take a pass's choices into the slots' state and stage the next pass's rows; one launch.
+    """Apply a pass's choices to the slots' state and stage the next pass's rows; one launch.
 
-    Per running slot, a choice is the id of the largest partial maximum of its row, ties to the lowest id; NaN counts as
-    -inf, and a row of nothing else has no choice (as a draft it is its first id: any may be drafted).
+    In a running slot, a row's choice is the id of its largest partial maximum, the lowest one on ties. NaN counts as
+    -inf, and a row with nothing else has no choice (as a draft it gives its first id, since any id may be drafted).
     ``STEP_DRAFT``: the choices of rows 0 ... m-1 become the drafts d1 ... dm, m = min(rows, limit - 1 - cache_seqlens).
-    ``STEP_VERIFY``: with a = the longest prefix of drafts equal to the choices, the choices 0 ... a are emitted, cut
-    after the first stop id and at ``limit`` tokens; ``cache_seqlens`` grows by as many (that is the commit), the last
-    one becomes the known next token, ``num_accepted`` = the drafts among them. A row without a choice accepts and emits
-    nothing: the slot finishes NO_CHOICE, with what the rows before it emit.
-    ``STEP_VERIFY_AND_DRAFT``: the same with the first ``block_len`` choices of a slot; then the choices of the block
-    whose hypothesis came true become the drafts (csrc/include/orthrus/hypotheses.h), with their runners-up and
-    probabilities, or, if none did, the drafts behind the rejected one.
+    ``STEP_VERIFY``: with a = length of the longest prefix of drafts equal to the choices, choices 0 ... a are emitted,
+    cut after the first stop id and at ``limit`` tokens. ``cache_seqlens`` grows by their number (that is the commit),
+    the last one becomes the known next token, and ``num_accepted`` counts the drafts among them. A row without a choice
+    accepts and emits nothing: the slot finishes with NO_CHOICE and the tokens that the rows before it emit.
+    ``STEP_VERIFY_AND_DRAFT``: the same with the first ``block_len`` choices of a slot. Then the choices of the block
+    whose hypothesis came true become the drafts, with their runners-up and probabilities
+    (csrc/include/orthrus/hypotheses.h); if none did, the drafts behind the rejected one do.
     ``STEP_STAGE``: no choices; drafts that the next pass cannot verify are dropped.
     Rows of the next pass whose position reaches ``limit``, and all rows of slots that do not run, are staged invalid.
 
@@ -297,11 +296,11 @@ def consensus(
         state: MUTATED.
         partials: ``(value fp32, id int32)``, each ``[num_slots * rows_per_slot, num_partials]``, slot by slot;
             ``(None, None)`` for STEP_STAGE.
-        step: one of the STEP_* of :mod:`orthrus_rt.state`.
-        next_pass: one of its NEXT_*.
+        step: one of STEP_* in :mod:`orthrus_rt.state`.
+        next_pass: one of NEXT_* there.
         rows_next: rows of the next pass, slot by slot (NEXT_ONE_PASS: first every slot's ``block_len`` AR rows, then
             every slot's ``fan_out`` blocks); all but ``group_start`` MUTATED. None for NEXT_NONE.
-        mask_token_id: token of the draft rows behind a block's first.
+        mask_token_id: token of a block's draft rows after the first.
         block_len: K of this cycle, at most ``state.max_block_len``.
         fan_out: blocks per slot of NEXT_ONE_PASS and STEP_VERIFY_AND_DRAFT, at most ``state.max_fan_out``.
     """
@@ -341,25 +340,25 @@ def process_logits(
     *,
     log_probs: torch.Tensor | None = None,
 ) -> None:
-    """Scores whose largest is a row's choice: a draw from its filtered distribution, or the best logit if greedy.
+    """Compute scores. A row's largest is its choice: a draw from its filtered distribution, or greedy the best logit.
 
-    Row i of ``logits`` belongs to row r = ``logit_rows[i]`` of the pass, obeys the parameters of its slot
+    Row i of ``logits`` belongs to row r = ``logit_rows[i]`` of the pass, uses the parameters of its slot
     ``rows.seq[r]`` and chooses the token at ``rows.position[r] + 1``. Steps, all in fp32: NaN counts as -inf; the
     slot's edits (penalties, bias, stop mask); division by the temperature; keep the ``top_k`` largest (0: all); of
-    those the shortest sorted prefix with mass >= ``top_p`` (1: all); of those what is at least ``min_p`` times as
-    likely as the best. Values equal to the last kept one are kept. The score of a kept token is its logit plus Gumbel
-    noise, a function of (seed, position, purpose, token id) alone: see :func:`orthrus_rt.reference.exponential`.
-    Where the temperature is 0 it is the edited logit of every token. Penalties count what the slot has committed and,
-    for an AR row, the drafts before the position: the tokens of its own and earlier rows from position
-    ``cache_seqlens + 1`` on.
+    those the shortest sorted prefix with mass >= ``top_p`` (1: all); of those the tokens at least ``min_p`` times as
+    likely as the best. Values equal to the last kept one are kept too. The score of a kept token is its logit plus
+    Gumbel noise, a function of (seed, position, purpose, token id) alone: see
+    :func:`orthrus_rt.reference.exponential`. At temperature 0 every token's score is its edited logit. Penalties count
+    what the slot has committed and, for an AR row, the drafts before the position: the tokens of its own and earlier
+    rows from position ``cache_seqlens + 1`` on.
 
     Args:
         logits: fp32 ``[n, vocab_size]``; its contents are undefined afterwards.
-        rows: the pass. A row at position -1 yields scores 0.
-        logit_rows: int32 ``[n]``, within the pass's rows.
-        sampling: per slot.
+        rows: the rows of the pass. A row at position -1 yields scores 0.
+        logit_rows: int32 ``[n]``, indices of rows of the pass.
+        sampling: the parameters of every slot.
         cache_seqlens: int32 ``[num_slots or fewer]``, read where there are penalties.
-        purpose: int >= 0; choices that must not share noise differ in it.
+        purpose: int >= 0, part of the noise's key; choices that must not share noise have different ones.
         partials: ``(value fp32, id int32)``, each ``[n, ceil(vocab_size / 128)]``, MUTATED: per 128 tokens the largest
             score and its lowest id; -inf and the first id where none is kept. Scores that cannot be the row's largest,
             because the likeliest token's is more than 23 above the logit, may be left out.
@@ -392,11 +391,11 @@ def process_logits(
 
 @nvtx.ranged("count_tokens")
 def count_tokens(state: st.SlotState, edits: st.SlotEdits) -> None:
-    """Count the tokens that the output ring received since the last call, at most a ring of them a slot.
+    """Count the tokens that each slot's output ring received since the last call, at most the ring's length.
 
     Args:
         state: ``num_output`` and ``output`` are read.
-        edits: of as many slots or more; ``token_counts`` and ``num_counted`` MUTATED.
+        edits: of at least as many slots; ``token_counts`` and ``num_counted`` MUTATED.
     """
     op, device = "count_tokens", state.finish.device
     check_state(op, state, device)
@@ -408,10 +407,10 @@ def count_tokens(state: st.SlotState, edits: st.SlotEdits) -> None:
 
 
 def check_head_dim(head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse, before any weight is packed, a head_dim that the chosen attention kernels do not have.
+    """Refuse, before any weight is packed, a head_dim that the chosen attention kernels do not support.
 
     Raises:
-        ValueError: naming the op and its limit.
+        ValueError: it is not supported; the message names the op and its limit.
     """
     for op in ("qkv_commit", "dual_attn"):
         if dispatch.select(op, device, dtype) in ("cpu", "cuda"):

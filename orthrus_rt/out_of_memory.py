@@ -1,4 +1,4 @@
-"""Allocations that fail: whether an error says so, and what would make the engine smaller."""
+"""Failed allocations: how to recognise one by its error, and which arguments would make the engine smaller."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class OutOfMemoryError(torch.OutOfMemoryError):
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether it says that a device or the host has none left."""
-    # torch's allocator for the CPU raises a plain RuntimeError, the kernels' scratch a MemoryError; where CUDA's driver
-    # has none, for a graph or a kernel's code, or cuBLAS, whoever asked says so in some RuntimeError.
+    """Whether ``error`` says that a device or the host has no memory left."""
+    # torch's CPU allocator raises a plain RuntimeError, the kernels' scratch a MemoryError. If CUDA's driver has none
+    # left for a graph or a kernel's code, or cuBLAS has none, their caller raises some RuntimeError.
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     said = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
@@ -26,17 +26,17 @@ KNOBS = "max_batch_size, num_pages or max_seq_len"
 
 
 def knobs_of_rows(modes: Iterable[str]) -> str:
-    """Of what is allocated for each row of a cycle of these modes."""
+    """The arguments that reduce what is allocated for each row of cycles in these modes."""
     drafting = set(modes) - {"ar"}
     return ", ".join([*(["draft_len"] if drafting else []), *(["fan_out"] if "one_pass" in drafting else []), KNOBS])
 
 
 @contextlib.contextmanager
 def naming_the_knobs(doing: str, knobs: str = KNOBS):
-    """Say of a failed allocation what was being done and which arguments make it smaller; the innermost says it.
+    """Make a failed allocation say what was being done and which arguments reduce it; the innermost block says it.
 
     Raises:
-        torch.OutOfMemoryError: in place of the allocator's own error.
+        torch.OutOfMemoryError: instead of the allocator's own error.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What submitted requests have to say: every token of theirs comes out once, whatever interrupts its way."""
+"""The outputs of submitted requests: each of their tokens is delivered exactly once, whatever interrupts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from orthrus_rt.request import Request
 
 
 class Outbox:
-    """Submitted requests until their last output is on its way. A step costs as much as there is news, however many
-    requests wait.
+    """Submitted requests until their last output is returned. The cost of a step grows with the news, not with the
+    number of waiting requests.
 
     Attributes:
-        outputs: made by :meth:`collect`, and here until whoever returns them puts an empty list in their place.
+        outputs: made by :meth:`collect`; kept until the caller that returns them puts an empty list here.
     """
 
     def __init__(self):
         self._requests: dict[str, Request] = {}  # by id
         self._heard: dict[str, Request] = {}  # those of them that may have news
-        self._told: dict[str, int] = {}  # tokens in outputs so far, of those that have any
+        self._told: dict[str, int] = {}  # tokens in outputs so far, for requests that have any
         self.outputs: list[RequestOutput] = []
 
     def __bool__(self) -> bool:
@@ -35,11 +35,11 @@ class Outbox:
         return [r for r in self._requests.values() if r.finish_reason is None]
 
     def add(self, request: Request) -> None:
-        """Tell of this request from now on."""
+        """Make outputs of this request from now on."""
         self._requests[request.request_id] = request
 
     def hear(self, request: Request) -> None:
-        """``request`` is about to have news; ignored if it was never added."""
+        """Note that ``request`` is about to have news; ignored if it was never added."""
         if self._requests.get(request.request_id) is request:
             self._heard[request.request_id] = request
 
@@ -53,5 +53,5 @@ class Outbox:
             if request.finish_reason is not None:
                 told.pop(request_id, None)
                 self._requests.pop(request_id, None)
-        # Together: between these stores no signal strikes, and no other thread takes outputs that are here as well.
+        # One statement: no signal strikes between these stores, and no other thread takes outputs to be made again.
         self.outputs, self._told, self._heard = self.outputs + news, told, {}

@@ -1,7 +1,7 @@
 """Whether an engine fits into memory: its weights, before they are loaded, and its cache, before it is used.
 
-Where the weights alone are too large, no argument of an engine helps; and Linux hands out more memory than it has, to
-end without a word whoever comes to use it.
+If the weights alone are too large, no argument of an engine helps. And Linux grants more memory than it has, and kills
+without a message a process that then uses it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from orthrus_rt.sizes import Sizes
 from orthrus_rt.weights import codes_for_cuda
 
 log = logging.getLogger("orthrus_rt")
-CODED = 0.75  # of a bf16 weight's bytes, see csrc/cpu/coded_weight.h and csrc/cuda/coded_block.cuh
+CODED = 0.75  # share of a bf16 weight's bytes, see csrc/cpu/coded_weight.h and csrc/cuda/coded_block.cuh
 
 
 def check_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Before they are loaded.
+    """Check, before they are loaded, that a model's weights fit.
 
     Raises:
         torch.OutOfMemoryError: they do not fit.
@@ -36,10 +36,10 @@ def check_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype)
 
 
 def check_left(what: str, need: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Before ``need`` bytes are taken for it.
+    """Check that ``device`` has ``need`` bytes left for ``what``.
 
     Raises:
-        torch.OutOfMemoryError: they are not there.
+        torch.OutOfMemoryError: it has not.
     """
     free = free_bytes(device)
     if free is not None and need > free:
@@ -48,7 +48,7 @@ def check_left(what: str, need: int, device: torch.device, dtype: torch.dtype) -
 
 
 def check_cache(sizes: Sizes, nbytes: int, device: torch.device) -> None:
-    """Log a warning where a CPU's cache, which takes its memory as sequences come, may outgrow what is left."""
+    """Log a warning if a cache on the CPU, which takes its memory as sequences fill it, may outgrow what is left."""
     if device.type == "cpu" and (free := free_bytes(device)) is not None and nbytes > free:
         log.warning(
             "the cache of %s may grow to %s, and %s has %s left: lower %s",
@@ -57,8 +57,8 @@ def check_cache(sizes: Sizes, nbytes: int, device: torch.device) -> None:
 
 
 def check_threads(device: torch.device, root: Path = Path("/")) -> None:
-    """Log a warning where torch, and so CPU ops, use more threads than a container (cgroup v2) gives time to: while one
-    is held up, the others wait for it.
+    """Log a warning if torch, and so CPU ops, use more threads than a container (cgroup v2) gives CPU time for: while
+    one thread is held up, the others wait for it.
     """
     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no such group, or "max"
         quota, period = map(int, (root / "sys/fs/cgroup/cpu.max").read_text().split())
@@ -71,11 +71,11 @@ def check_threads(device: torch.device, root: Path = Path("/")) -> None:
 
 
 def least_weight_bytes(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
-    """Of the matrices that passes multiply by, in both views; the table of embeddings may stay in its file."""
-    one, two = (_matrix_elements(replace(config, num_layers=n)) for n in (1, 2))  # a config may ask for any number
+    """Least bytes of the matrices that passes multiply by, in both views; the embedding table may stay in its file."""
+    one, two = (_matrix_elements(replace(config, num_layers=n)) for n in (1, 2))  # a config may state any num_layers
     plain = dtype.itemsize * (one + (config.num_layers - 1) * (two - one))
     if device.type == "cpu" and dispatch.select("row_linear", device, dtype) == "reference":
-        return 0  # which may multiply by what lies in the file
+        return 0  # it may multiply by the weights in their file
     return int(CODED * plain) if are_coded(device, dtype) else plain
 
 
@@ -87,7 +87,7 @@ def _matrix_elements(config: ModelConfig) -> int:
 
 
 def are_coded(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether weights that are packed now will be in 12 bits, if they are of a kind that is shorter so."""
+    """Whether weights that are packed now will be coded in 12 bits, if that makes them shorter."""
     impl = dispatch.select("row_linear", device, dtype)
     if dtype is not torch.bfloat16 or impl == "reference":
         return False
@@ -95,7 +95,7 @@ def are_coded(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
-    """What ``device`` could still give; None where nobody tells. Of a host that is what Linux says, swap included,
+    """Bytes that ``device`` can still give; None if unknown. For a host that is what Linux reports, swap included,
     within the limit of a container (cgroup v2).
     """
     if device.type == "cuda":
@@ -117,15 +117,15 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
     try:
         memory, used = left("memory"), _numbers((group / "memory.stat").read_text())
         files = used["file"] - used["shmem"]  # kept in memory as long as there is room
-    except (OSError, KeyError, ValueError):  # no such group, or the root's, which has no limit
+    except (OSError, KeyError, ValueError):  # no such group, or the root group, which has no limit
         return free
-    with contextlib.suppress(OSError, ValueError):  # no account is kept of swap
+    with contextlib.suppress(OSError, ValueError):  # the group does not account for swap
         swap = min(swap, left("memory.swap"))
     return int(min(free, memory + files + swap))
 
 
 def _numbers(text: str) -> dict[str, int]:
-    """The number beside each name.
+    """The number after each name.
 
     >>> _numbers("MemTotal:       24576 kB" + chr(10) + "file 4096")
     {'MemTotal:': 24576, 'file': 4096}

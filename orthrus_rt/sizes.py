@@ -22,10 +22,10 @@ class Sizes(NamedTuple):
 
 
 def engine_sizes(config: ModelConfig, max_seq_len: int | None, max_batch_size: int, num_pages: int | None) -> Sizes:
-    """As :meth:`orthrus_rt.Engine.from_pretrained` describes them.
+    """The sizes that :meth:`orthrus_rt.Engine.from_pretrained` describes.
 
     Raises:
-        ValueError: one is out of its range for this model, or no integer.
+        ValueError: one is out of range for this model, or not an integer.
     """
     most, default = config.most_positions, min(DEFAULT_SEQ_LEN, config.max_position_embeddings)
     max_seq_len = default if max_seq_len is None else integer("max_seq_len", max_seq_len)

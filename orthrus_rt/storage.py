@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: headers read and checked first, weights read from the file when asked for."""
+"""Tensors in safetensors files: headers are read and checked first, weights are read when they are accessed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCALE_SUFFIX = "_scale"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies; ``scale`` names the fp32 scale per row of an int8 tensor in the same file."""
+    """Where a tensor is stored; ``scale`` names the fp32 scales, one per row, of an int8 tensor in the same file."""
 
     file: Path
     key: str
@@ -30,7 +30,7 @@ class StoredTensor:
 class LazyTensors(Mapping):
     """Name -> tensor, read from its file on each access and checked for NaN and inf.
 
-    The file is opened anew each time: its mapping, and the pages read through it, go with the last tensor.
+    The file is opened anew each time: its mapping, and the pages read through it, are released with the last tensor.
     """
 
     def __init__(self, stored: dict[str, StoredTensor]):
@@ -50,7 +50,7 @@ class LazyTensors(Mapping):
                 raise CheckpointError(f"{entry.file}: has changed since it was opened: {key} was {shapes}")
         if scale is not None:
             tensor = tensor.float() * scale[:, None]
-        # NaN propagates through aminmax, so two numbers tell about all, without a mask in memory.
+        # NaN propagates through aminmax, so checking two numbers checks all, without a mask in memory.
         low, high = tensor.aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise CheckpointError(f"{entry.file}: {name} holds NaN or inf")
@@ -79,7 +79,7 @@ def read_json(path: Path) -> dict:
 
 
 def scan(folder: Path, *names: str) -> dict[str, StoredTensor]:
-    """Headers of the first of ``names`` that exists in ``folder``, single or sharded."""
+    """Headers of the first of ``names`` that exists in ``folder``, as a single file or sharded."""
     for name in names:
         if (folder / name).exists():
             return _scan_files(folder, [name])
@@ -141,7 +141,7 @@ def _entry(path: Path, header: dict, key: str) -> StoredTensor:
 
 
 def _ignored(key: str) -> bool:
-    """Buffers that old checkpoints stored; they follow from the config."""
+    """Whether it is a buffer that old checkpoints stored and that follows from the config."""
     return key.endswith("rotary_emb.inv_freq")
 
 
@@ -151,7 +151,7 @@ def _open(path: Path):
     except UnicodeEncodeError:
         raise CheckpointError(f"{os.fspath(path)!r}: is no UTF-8, which safetensors needs of a path") from None
     try:
-        with open(path, "rb"):  # safetensors calls every file that it cannot open missing
+        with open(path, "rb"):  # safetensors reports every file that it cannot open as missing
             return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing") from None

@@ -1,10 +1,10 @@
-"""Versions of what is installed."""
+"""Versions of installed packages."""
 
 from importlib import metadata
 
 
 def installed(package: str) -> str | None:
-    """None if it is not, or runs from a plain folder."""
+    """The package's version; None if it is not installed, or runs from a plain folder."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
