@@ -1,4 +1,4 @@
-"""Root of the test tree, so that ``tests`` is importable; and what is only there if it is asked for."""
+"""Root of the test tree, which makes ``tests`` importable; and options for what runs only on request."""
 
 import importlib
 

@@ -25,7 +25,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         args = [
             "-G", "Ninja",
-            # Of the build before this one, whose environment may be gone (pip's isolated ones are) or was another.
+            # Cached by an earlier build, whose environment may be gone (pip's isolated ones are) or different.
             "-UCMAKE_MAKE_PROGRAM", "-UORTHRUS_CUDA_ARCHS",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -36,7 +36,7 @@ class CMakeBuild(build_ext):
             args.append(f"-DORTHRUS_CUDA_ARCHS={archs}")
         if (nvcc := find_nvcc()) and os.environ.get("ORTHRUS_CUDA") != "OFF":
             args.append(f"-DCMAKE_CUDA_COMPILER={os.path.realpath(nvcc)}")
-        # CMake never looks for compilers or their flags again, nor into a folder that was moved.
+        # CMake does not look for compilers or their flags again, nor does it accept a folder that was moved.
         given = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX")]
         configured, key = build / "configured", repr([str(ROOT), given, nvcc])
         if not configured.exists() or configured.read_text() != key:
@@ -48,6 +48,6 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", ".", "--prefix", str(out.parent)], cwd=build, check=True)
 
 
-for kept in (ROOT / "build").glob("lib*/"):  # by a wheel before this one, with modules that may be gone
+for kept in (ROOT / "build").glob("lib*/"):  # left by an earlier wheel, with modules that may no longer exist
     shutil.rmtree(kept, ignore_errors=True)
 setup(ext_modules=[Extension("orthrus_rt._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -2,14 +2,14 @@
 
 A *hazard* ``h_i`` is the chance that draft ``i`` is accepted once drafts 1 ... i-1 were (Kaplan and Meier's product
 estimator: a cycle that accepted all ``m`` of its drafts says nothing of position m+1). Hazards belong to the text and
-are forgotten fast. two_pass has its own, and so has one_pass with every ``fan_out``: on it depends whether drafts stand
-behind the true bonus token, behind one unseen, or behind a rejected draft, or are missing, which counts as rejected.
+are forgotten fast. two_pass has its own, and so has one_pass for every ``fan_out``, which determines how often drafts
+follow the true bonus token, an unseen one or a rejected draft, or are missing (which counts as rejected).
 
-What relates them belongs to the model and is forgotten slowly. *Quality* is the ratio of a fan_out's hazards to
-two_pass's, at the first, the second and later positions: a *level* that all fan_outs share times a *shape*, which tells
-them apart (Mantel and Haenszel's ratios, over positions and over what both sides saw of the same text: level of all
-fan_outs against two_pass, shape of each against the other ones). Through them, what was learnt of the text with one
-plan serves the others.
+The relation between hazards belongs to the model and is forgotten slowly. *Quality* is the ratio of a fan_out's hazards
+to two_pass's, at the first, the second and later positions. It is the product of a *level*, which all fan_outs share,
+and a *shape*, which distinguishes them. Both are Mantel-Haenszel ratios, over positions and over what both sides saw of
+the same text: the level compares all fan_outs with two_pass, the shape each fan_out with the others. Through them, what
+one plan has learnt of the text serves the other plans.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ import numpy as np
 
 from orthrus_rt.cycle_plan import AR, CyclePlan
 
-MEMORY = 128  # drafting cycles that a hazard looks back on
-IDLE_MEMORY = 1024  # cycles after which hazards that nothing is drafted for fade
-SLOW_MEMORY = 4096  # drafting cycles that quality looks back on
+MEMORY = 128  # drafting cycles that a hazard remembers
+IDLE_MEMORY = 1024  # cycles after which hazards fade if nothing is drafted for them
+SLOW_MEMORY = 4096  # drafting cycles that quality remembers
 PRIOR_HAZARD, PRIOR_TRIALS = 0.7, 4.0  # of the first draft
-CHAIN_TRIALS = 8.0  # weight of the position before as a later position's prior
-# By fan_out, of the first, the second and later drafts: measured with the embedded model on code and chat prompts.
+CHAIN_TRIALS = 8.0  # weight of the preceding position as a later position's prior
+# By fan_out, for the first, the second and later drafts; measured with the embedded model on code and chat prompts.
 PRIOR_QUALITY = {
     1: (0.53, 0.78, 0.97), 2: (0.60, 0.80, 0.97), 4: (0.67, 0.87, 0.97), 8: (0.73, 0.90, 0.97),
     12: (0.75, 0.91, 0.97),
 }  # fmt: skip
-LEVEL_TRIALS, SHAPE_TRIALS = 32.0, 256.0  # that the priors are worth
+LEVEL_TRIALS, SHAPE_TRIALS = 32.0, 256.0  # weights of the priors
 PRIOR_LENGTH = 128.0  # tokens of a sequence, until more are known
-EXACT = 32  # tokens, up to which cycles of a sequence are counted exactly
-TINY = 1e-9  # of trials: none
+EXACT = 32  # tokens; a sequence's cycles are counted exactly up to here
+TINY = 1e-9  # as many trials count as none
 
 
 def ignoring_underflow(method):
-    """Counts that have decayed become 0, also in a program that told NumPy to raise on underflow."""
+    """Let decayed counts underflow to 0, even in a program that has NumPy raise on underflow."""
 
     @functools.wraps(method)
     def run(*args, **kwargs):
@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
 
     num_verified: int
     num_accepted: int
-    cut: bool = False  # the sequence ended with the last one accepted: none was rejected, and no token came on top
+    cut: bool = False  # the sequence ended with the last accepted draft: none was rejected, and no bonus token follows
     fresh: bool = False  # its first cycle: one_pass had no drafts for it yet
 
     @property
@@ -65,7 +65,7 @@ class Outcome(NamedTuple):
 
 
 class Ratio:
-    """Hits over expected hits, by position group, starting from a prior that is worth ``trials``."""
+    """Hits over expected hits, by position group, starting from a prior with the weight of ``trials``."""
 
     def __init__(self, prior: np.ndarray, trials: float):
         self._prior, self._trials = prior, trials
@@ -77,32 +77,34 @@ class Ratio:
             counts += new
 
     def estimate(self) -> tuple[np.ndarray, np.ndarray]:
-        """``(ratio, doubt)``, the latter the variance in units of that of one trial."""
+        """``(ratio, doubt)``; doubt is the variance in units of one trial's variance."""
         trials = self._trials + self._expected
         return (self._trials * self._prior + self._hits) / trials, 1 / trials
 
 
 class Acceptance:
-    """Acceptance estimates for cycles of at most ``max_drafts`` drafts, forgetting exponentially.
+    """Acceptance estimates for cycles of at most ``max_drafts`` drafts, with exponential forgetting.
 
     Args:
-        fan_outs: of the one_pass plans to come.
+        fan_outs: of the one_pass plans that may run.
     """
 
     def __init__(self, max_drafts: int, fan_outs: Iterable[int]):
-        self.max_drafts, self.fan_outs = max_drafts, [0, *sorted({*fan_outs} - {0})]  # rows: 0 of two_pass
+        self.max_drafts, self.fan_outs = max_drafts, [0, *sorted({*fan_outs} - {0})]  # rows; row 0 is two_pass
         shape = len(self.fan_outs), max_drafts
         self._hits, self._trials = np.zeros(shape), np.zeros(shape)  # drafts accepted, drafts tried
-        self._group = np.minimum(np.arange(max_drafts), 2)  # of the positions: first, second, later
+        self._group = np.minimum(np.arange(max_drafts), 2)  # group of each position: first, second, later
         self._in_group = np.eye(3)[self._group]
         self._others = 1.0 - np.eye(shape[0] - 1)
         prior = np.array([prior_quality(f) for f in self.fan_outs[1:]]).reshape(-1, 3)
         self._level, self._shape = Ratio(np.ones(3), LEVEL_TRIALS), Ratio(prior, SHAPE_TRIALS)
-        self._begun, self._tokens = 0.0, PRIOR_LENGTH  # sequences, and the tokens of them all
+        self._begun, self._tokens = 0.0, PRIOR_LENGTH  # sequences, and tokens of all of them
 
     @ignoring_underflow
     def observe(self, plan: CyclePlan, cycles: list[list[Outcome]]) -> None:
-        """Learn from consecutive cycles of ``plan``: of each, the outcomes of its sequences, one at least."""
+        """Learn from consecutive cycles of ``plan``; ``cycles`` has the outcomes of each cycle's sequences, at least
+        one.
+        """
         verified, accepted, cut, fresh = np.array([out for outs in cycles for out in outs], dtype=int).T
         self._begun += int(fresh.sum())
         self._tokens += int(np.maximum(1, 1 + accepted - cut).sum())
@@ -110,7 +112,7 @@ class Acceptance:
         self._begun, self._tokens = self._begun * idle, self._tokens * idle
         drafts = verified if plan.mode != "one_pass" else np.where(fresh, 0, plan.block_len - 1)
         hits, trials = (self._by_position(np.minimum(n, drafts)) for n in (accepted, accepted + 1 - cut))
-        renewed = trials / (MEMORY * len(accepted) / len(cycles))  # rarely reached positions look back further
+        renewed = trials / (MEMORY * len(accepted) / len(cycles))  # rarely reached positions remember longer
         row = self.fan_outs.index(plan.fan_out)
         for counts, new in ((self._hits, hits), (self._trials, trials)):
             counts *= idle * (1 - renewed)
@@ -119,14 +121,14 @@ class Acceptance:
             self._compare(renewed, len(cycles))
 
     def _by_position(self, drafts: np.ndarray) -> np.ndarray:
-        """For every position i, how many of ``drafts`` are above i."""
+        """For every position i, how many of ``drafts`` are greater than i."""
         return len(drafts) - np.bincount(drafts, minlength=self.max_drafts).cumsum()[: self.max_drafts]
 
     def _compare(self, renewed: np.ndarray, cycles: int) -> None:
-        """Let the share of the counts that is new tell of level and shape."""
+        """Update level and shape from the share of the counts that is new."""
         shape = self._shape.estimate()[0][:, self._group]
         hits, trials = self._hits[1:], self._trials[1:]
-        like_level = trials * shape  # trials normalised for shape: hits = level * these
+        like_level = trials * shape  # trials normalised for shape, so that hits = level * these
 
         def compare(ratio: Ratio, hits, trials, base_hits, base_trials) -> None:
             share = renewed / np.maximum(trials + base_trials, TINY)
@@ -138,7 +140,9 @@ class Acceptance:
 
     @ignoring_underflow
     def accepted(self, optimism: float = 0.0, running: CyclePlan = AR) -> dict[int, list[float]]:
-        """By fan_out: the expected accepted drafts of 0 ... max_drafts. For the arguments see :meth:`tokens`."""
+        """By fan_out: the expected accepted drafts if 0 ... max_drafts are offered. For the arguments see
+        :meth:`tokens`.
+        """
         (level, level_doubt), (shape, shape_doubt) = (
             tuple(x[..., self._group] for x in ratio.estimate()) for ratio in (self._level, self._shape)
         )
@@ -148,11 +152,11 @@ class Acceptance:
             hope += optimism * self._error(quality, level_doubt, shape_doubt, running)
         own_hits, own_trials = self._hits[1:], self._trials[1:]
 
-        def worth(trials, doubt):  # of own trials; variances add up
+        def worth(trials, doubt):  # of a row's own trials; variances add up
             return trials / (1 + trials * doubt)
 
-        # Trials that each one_pass row contributes to a fan_out of shape 1, discounted by its shape's doubt; the common
-        # level cancels.
+        # Trials that each one_pass row contributes to a fan_out of shape 1, discounted by the doubt of the row's shape.
+        # The common level cancels.
         told = worth(own_trials, shape_doubt)
         told_hits = told * own_hits / np.maximum(own_trials * shape, TINY)
         two = worth(self._trials[0], level_doubt)
@@ -171,11 +175,11 @@ class Acceptance:
         return {f: self._chain(*row, optimism, running.block_len - 1) for f, *row in rows}
 
     def _error(self, quality, level_doubt, shape_doubt, running: CyclePlan) -> np.ndarray:
-        """Relative standard error of each row's hazards against the running plan's."""
+        """Relative standard error of each row's hazards with respect to the running plan's."""
         of, odds, error = self.fan_outs.index(running.fan_out), 1 / quality[1:] - 1, np.zeros_like(quality)
         error[1:] = np.sqrt(odds * (shape_doubt + level_doubt))
-        error[0] = error[of or -1]  # two_pass's quality is certain: it is one_pass's that sets them apart
-        if running.mode == "one_pass":  # level sets two_pass apart from it, not the other fan_outs
+        error[0] = error[of or -1]  # two_pass's quality is certain; what sets the two apart is one_pass's
+        if running.mode == "one_pass":  # the level sets two_pass apart from it, but not the other fan_outs
             error[1:] = np.sqrt(odds * (shape_doubt + shape_doubt[of - 1]))
         if running.mode != "ar":
             error[of] = 0.0
@@ -183,7 +187,7 @@ class Acceptance:
 
     @staticmethod
     def _chain(hits, trials, prior: float, step, optimism: float, seen: int) -> list[float]:
-        """Running sums of survival; positions from ``seen`` on are hoped to be better than they look."""
+        """Running sums of survival; positions from ``seen`` on are estimated with optimism."""
         weight, totals, survival = PRIOR_TRIALS, [0.0], 1.0
         for i, (hit, tried, ratio) in enumerate(zip(hits, trials, [*step, 1.0], strict=True)):
             certain = weight + tried
@@ -198,11 +202,11 @@ class Acceptance:
         return totals
 
     def tokens(self, plans: list[CyclePlan], optimism: float = 0.0, running: CyclePlan = AR) -> dict[CyclePlan, float]:
-        """Expected tokens of one sequence's cycle: accepted drafts and the one that verification itself yields.
+        """Expected tokens of one sequence's cycle: the accepted drafts and the token that verification itself yields.
 
-        A sequence's first one_pass cycle yields that one alone, and the last cycle of any plan no more than is left.
-        With ``optimism``, estimates are taken that many standard errors higher, but those alone that set a plan apart
-        from the ``running`` one: an error in what both depend on favours neither.
+        A sequence's first one_pass cycle yields that token alone, and the last cycle of any plan no more than is left.
+        ``optimism`` raises estimates by that many standard errors, but only those that set a plan apart from the
+        ``running`` one, as an error in what both depend on favours neither.
         """
         accepted, length = self.accepted(optimism, running), max(1.0, self._tokens / max(self._begun, TINY))
         squares = {f: _squares(row) for f, row in accepted.items()}
@@ -214,7 +218,7 @@ class Acceptance:
 
 
 def _squares(accepted: list[float]) -> list[float]:
-    """E[tokens^2] - 1 of a cycle that is offered 0, 1, ... drafts."""
+    """E[tokens^2] - 1 of a cycle with 0, 1, ... drafts offered."""
     totals, total = [0.0], 0.0
     for i in range(1, len(accepted)):
         total += (2 * i + 1) * (accepted[i] - accepted[i - 1])
@@ -223,27 +227,27 @@ def _squares(accepted: list[float]) -> list[float]:
 
 
 def _cycles(accepted: list[float], squares: list[float], block: int, length: float, fills: bool) -> float:
-    """Expected cycles of a sequence of ``length`` tokens in blocks of ``block``; ``accepted`` and ``squares``: of 0, 1,
-    ... drafts that are offered, as many as a block has or more. ``fills``: its first cycle yields one token.
+    """Expected cycles of a sequence of ``length`` tokens in blocks of ``block``. ``accepted`` and ``squares`` are for
+    0, 1, 2 ... offered drafts, at least as many as a block has. ``fills``: the sequence's first cycle yields one token.
 
-    Exact for sequences of up to EXACT tokens that two cycles may yield; for longer ones by renewal theory's overshoot.
+    Exact for sequences of up to EXACT tokens that two cycles may yield; otherwise by renewal theory's overshoot.
     """
     mean, left = 1.0 + accepted[block - 1], length - fills
     if left > min(2 * block, EXACT):
         return fills + (left + ((1.0 + squares[block - 1]) / mean - 1.0) / 2) / mean
-    at_least = np.diff(accepted[:block], prepend=-1.0)  # chance that a cycle yields 1, 2, ... tokens or more
+    at_least = np.diff(accepted[:block], prepend=-1.0)  # chance that a cycle yields at least 1, 2, ... tokens
     chance = (at_least - np.append(at_least[1:], 0.0))[::-1]
-    cycles = np.zeros(block + math.ceil(left) + 1)  # for so many tokens, behind as many zeros as a cycle may yield
+    cycles = np.zeros(block + math.ceil(left) + 1)  # by tokens, after as many zeros as a cycle may yield tokens
     for n in range(block, len(cycles)):
         cycles[n] = 1.0 + chance @ cycles[n - block : n]
     return fills + float(np.interp(left + block - 1, np.arange(len(cycles)), cycles))
 
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``a @ b`` without the BLAS, which ends the process where there is no memory for its buffer."""
+    """``a @ b`` without the BLAS, which aborts the process if there is no memory for its buffer."""
     return np.einsum("...j,jk->...k", a, b)
 
 
 def prior_quality(fan_out: int) -> tuple[float, ...]:
-    """``PRIOR_QUALITY`` of the nearest fan_out in it that is no larger."""
+    """``PRIOR_QUALITY`` of the largest listed fan_out that is no larger than ``fan_out``."""
     return PRIOR_QUALITY[max(f for f in PRIOR_QUALITY if f <= fan_out)]

@@ -1,9 +1,9 @@
-"""``mode="auto"`` in an engine: the policy, its candidates on this runner, and the cycles timed for it.
+"""``mode="auto"`` in an engine: the policy, its candidates on this runner, and the timing of cycles for it.
 
 Costs come from :meth:`Auto.warmup`, which measures them once per device, number of threads, model and version, and
-keeps them in the user's cache folder: later engines begin with them, and later warm-ups look whether they still hold.
-Where none are kept they come from the cycles that run: a fresh policy begins with a few of AR, to know what they cost,
-so the first request never waits for measurements.
+keeps them in the user's cache folder. Later engines start with them, and later warm-ups check whether they still hold.
+Where none are kept, costs come from the cycles that run. A fresh policy then begins with a few AR cycles to learn what
+they cost, so the first request never waits for measurements.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from orthrus_rt.stopwatch import Stopwatch
 from orthrus_rt.timing import SLEEP_CYCLES
 from orthrus_rt.versions import installed
 
-MAX_ROWS = 512  # of a one_pass candidate: more are bound by arithmetic, where one read of the weights saves little
-# As many rows more double a pass's cost, until that is measured. Too many, and a fresh engine begins with one_pass
-# where two_pass is faster; too few, and it does not draft at all.
+MAX_ROWS = 512  # of a one_pass candidate: with more, arithmetic is the bound, and one read of the weights saves little
+# So many more rows are assumed to double a pass's cost, until it is measured. If this is too high, a fresh engine
+# begins with one_pass where two_pass is faster; if it is too low, it does not draft at all.
 RIDGE_ROWS = {"cpu": 14, "amx": 32, "cuda": 256}
 CONTEXT = 256  # committed tokens of a sequence in a warm-up
 REPEATS = 5
@@ -49,10 +49,10 @@ class Auto:
         plan: its block_len is the longest that may run; its fan_out the only one, or 0 for several.
         num_slots: the engine's largest batch.
         device: where cycles run.
-        identity: returns whatever else decides now what a cycle costs: :func:`cost_identity`.
+        identity: returns everything else that determines the present cost of a cycle, see :func:`cost_identity`.
 
     Attributes:
-        known: costs are a warm-up's, this one's or a kept one's.
+        known: costs come from a warm-up, run here or kept from an earlier one.
     """
 
     def __init__(self, plan: CyclePlan, num_slots: int, device: torch.device, identity: Callable[[], str]):
@@ -61,7 +61,7 @@ class Auto:
         self._begin()
 
     def _begin(self) -> None:
-        """Anew, with kept costs of this identity, unless it has begun with that."""
+        """Start anew with the costs kept for the present identity, unless that is the one already in use."""
         plans = candidate_plans(self.plan.block_len, self.plan.fan_out)
         key = f"{self._identity()} | {self._num_slots} slots | {' '.join(p.label for p in plans)}"
         if key == self._key:
@@ -81,28 +81,28 @@ class Auto:
         return [(plan, bucket) for bucket in self._buckets for plan in self.policy.plans_of(bucket)]
 
     def choose(self, requests) -> tuple[CyclePlan, Policy | None]:
-        """The plan of the next cycle of ``requests``, and the policy if it was that which chose.
+        """The plan of the next cycle of ``requests``, and the policy if the policy chose it.
 
-        ``acceptance="rejection"`` is two_pass's alone: with such a request about, nothing is to choose.
+        ``acceptance="rejection"`` works in two_pass alone, so with such a request there is no choice.
         """
         if any(r.rejection for r in requests):
-            self.policy.current = None  # unknown to it: one_pass's drafts are gone
+            self.policy.current = None  # the policy does not know of this cycle: one_pass's drafts are gone
             drafts = default_draft_len("two_pass", self.plan.block_len - 1, self._device.type == "cpu")
             return CyclePlan("two_pass", drafts + 1), None
         greedy = not any(r.params.scored for r in requests)
         return self.policy.choose(1 + max(r.slot for r in requests), greedy), self.policy
 
     def warmup(self, engine, progress: bool = False) -> list[tuple[CyclePlan, int]]:
-        """Record and time the greedy cycles of every bucket; those that could not pay at any acceptance stay out.
+        """Record and time the greedy cycles of every bucket, without those that could not pay at any acceptance.
 
         They are timed with all slots running and CONTEXT committed tokens each, or as many as the engine has room for.
-        Kept costs of those that could are corrected by one more time each. Of buckets without room for one committed
-        token a slot all cycles are recorded and none is timed.
+        Costs that were kept are corrected by one more measurement per cycle. In buckets without room for one committed
+        token per slot, all cycles are recorded and none is timed.
 
         Returns:
-            ``(plan, slots)`` of those recorded.
+            ``(plan, slots)`` of the recorded cycles.
         """
-        self._begin()  # torch may have another number of threads by now
+        self._begin()  # torch's number of threads may have changed
         with progress_bar(progress, total=len(self.shapes()), desc="warm-up", unit="cycle") as bar:
             warmed = [self._warm(engine, slots, bar) for slots in self._buckets]
         if any(timed for timed, _ in warmed):
@@ -116,7 +116,7 @@ class Auto:
         try:
             self.policy.costs.save(self._file, self._key)
         except OSError as error:
-            self._file = None  # said once
+            self._file = None  # warn once
             warnings.warn(f"the times of this warm-up cannot be kept for the next one: {error}", stacklevel=3)
 
     def _warm(self, engine, slots: int, bar) -> tuple[bool, list[CyclePlan]]:
@@ -132,20 +132,20 @@ class Auto:
         plans, worth = sorted(plans, key=lambda p: p.num_passes * p.max_rows), []
         with dry_cycles(engine, plans, slots, context) as start:
             for plan in plans:
-                # A cycle with more rows costs no less than the dearest measured with fewer.
+                # A cycle with more rows costs no less than the most expensive one measured with fewer.
                 at_least = costs.seconds(slots, plan, hopeful=True) if plan != AR else 0.0
                 most = plan.block_len * costs.seconds(slots, AR)
                 if plan.mode == "one_pass" and (fresh := CyclePlan("two_pass", plan.block_len)) in worth:
-                    most = min(most, costs.seconds(slots, fresh))  # of whose drafts more are accepted
+                    most = min(most, costs.seconds(slots, fresh))  # its drafts are accepted more often
                 if at_least <= most:
-                    for _ in range(2):  # recorded, and on CUDA put on the device
+                    for _ in range(2):  # record it, and on CUDA load it onto the device
                         if not (cycle := start(plan)).steady:
                             cycle.run()
                     worth.append(plan)
-                    if not self.known:  # twice: a burst of other work leaves out what could pay
+                    if not self.known:  # twice, lest a burst of other work exclude a plan that could pay
                         costs.set(slots, plan, min(self._seconds(start(plan)) for _ in range(2)))
                 bar.update()
-            # In turns, so that a burst of other work on the machine meets all alike, or few.
+            # Interleaved, so that a burst of other work on the machine affects all plans alike, or few of them.
             repeats = 1 if self.known else REPEATS
             rounds = [[self._seconds(start(plan)) for plan in worth] for _ in range(repeats)]
             for plan, seconds in zip(worth, zip(*rounds, strict=True), strict=True):
@@ -153,7 +153,7 @@ class Auto:
         return True, worth
 
     def _seconds(self, cycle: Cycle) -> float:
-        """By the clock that times decoding; launched, as there, while the device is busy."""
+        """Seconds by the clock that times decoding; as there, the cycle is launched while the device is busy."""
         stopwatch = Stopwatch(self._device)
         if self._device.type == "cuda":
             torch.cuda._sleep(SLEEP_CYCLES)
@@ -166,7 +166,7 @@ class Auto:
 
 
 class Autos(dict[CyclePlan, Auto]):
-    """The policies of an engine: of every plan of mode ``auto`` that it was asked for."""
+    """The policies of an engine, one for every plan of mode ``auto`` that was requested."""
 
     def __init__(self, model: Model, sizes: Sizes):
         self._num_slots, self._device = sizes.max_batch_size, model.device
@@ -184,7 +184,7 @@ class Autos(dict[CyclePlan, Auto]):
         return self[plan].shapes()
 
     def forget_pending(self) -> None:
-        """No result of a cycle that was launched will come."""
+        """Forget the launched cycles, whose results will not arrive."""
         for auto in self.values():
             auto.policy.forget_pending()
 
@@ -192,7 +192,7 @@ class Autos(dict[CyclePlan, Auto]):
 def cost_identity(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, nbytes: dict[str, int], context: int
 ) -> str:
-    """What a cycle's cost depends on, beside its plan and batch; ``context``: tokens that a full batch is timed at."""
+    """What a cycle's cost depends on besides its plan and batch; ``context``: tokens that a full batch is timed at."""
     c = config
     sizes = (c.name, c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size, dtype, nbytes)
     ops = (f"{op} {dispatch.select(op, device, dtype)}" for op in dispatch.OPS)

@@ -1,4 +1,4 @@
-"""Capture of launches in a CUDA graph, beside whatever else the program does, and after captures that went wrong."""
+"""Capture of launches in a CUDA graph, during whatever else the program does and after failed captures."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from orthrus_rt.model import Workspace
 
 
 def capture(run: Callable[[], None], device: torch.device, workspace: Workspace) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph of what ``run`` launches on ``device``, and the bytes of ``workspace.graph_pool`` that it holds.
+    """A graph of what ``run`` launches on ``device``, and how many bytes of ``workspace.graph_pool`` it holds.
 
     Raises:
-        Exception: whatever ``run`` or the capture raised; the next capture works all the same.
+        Exception: whatever ``run`` or the capture raised; the next capture works nevertheless.
     """
     graph = torch.cuda.CUDAGraph()
     with _nothing_collected():
-        torch.cuda.empty_cache()  # as recording itself begins: what it gives back is not the graph's
+        torch.cuda.empty_cache()  # recording does so too; what it gives back does not count as the graph's
         before = torch.cuda.memory_reserved(device)
-        # thread_local: what other threads do meanwhile, with models of their own, does not spoil the recording, unless
-        # one waits for the whole device. Where one is spoilt, torch's context leaves its own stream current. A
-        # generator's state, made with the first graph and written for each, is so outside inference mode.
+        # thread_local: what other threads do meanwhile with models of their own does not spoil the recording, unless
+        # one waits for the whole device. If a recording is spoilt, torch's context leaves its own stream current, hence
+        # the stream scope. Inference mode is off because a generator's state is created with the first graph and
+        # written for every graph.
         try:
             with (
                 stream_scope(stream_of(device)),
@@ -50,8 +51,8 @@ def capture(run: Callable[[], None], device: torch.device, workspace: Workspace)
 
 @functools.cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream of our own: torch reuses its 32, and what another thread launches on a shared one during a capture would
-    be captured instead of run.
+    """A stream of our own: torch hands out the same 32 streams again, and what another thread launches on a shared one
+    during a capture would be captured instead of run.
     """
     with device_scope(device):
         return torch.cuda.ExternalStream(dispatch.extension().cuda.new_stream(), device)
@@ -62,14 +63,14 @@ def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device)
 
 
-MARKS_GENERATORS = torch.__version__ < "2.13"  # later it keeps a state per capture
+MARKS_GENERATORS = torch.__version__ < "2.13"  # later versions keep a state per capture
 
 
 class _Captured:
-    """A graph of ``device`` for torch.cuda.graph, whose capture leaves the program's random numbers alone. As one
-    begins, torch marks the state of the device's generator: until it ends, every other thread that draws from it gets
-    an error, and after one that could not end everybody does. So a state of our own stands in while it begins. (Another
-    thread that draws or seeds in that moment still meets ours.)
+    """A graph of ``device`` for torch.cuda.graph, whose capture leaves the program's random numbers alone. When a
+    capture begins, torch marks the state of the device's generator. Until the capture ends, any other thread that draws
+    from the generator gets an error, and after a capture that could not end every thread does. So a state of our own is
+    substituted while a capture begins. (A thread that draws or seeds at that moment still gets ours.)
     """
 
     def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device):
@@ -87,15 +88,15 @@ class _Captured:
 
 
 _one_at_a_time = ForkLock(threading.RLock)
-# Graphs whose capture did not end as it should: torch's allocator of pinned memory goes on asking them whether a stream
-# is theirs, and nothing in Python tells it to stop.
+# Graphs whose capture did not end properly: torch's allocator of pinned memory keeps asking them whether a stream is
+# theirs, and nothing in Python can stop it.
 _spoilt: list[torch.cuda.CUDAGraph] = []
 
 
 @contextlib.contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """No garbage is collected inside, by any thread: what a finalizer asks of a device would become part of a capture,
-    or spoil it. One thread at a time is inside: no other one's recording is in the way of what torch's allocator does
+    """No thread collects garbage inside, as what a finalizer asks of a device would become part of a capture or spoil
+    it. Only one thread at a time is inside, so that no other recording interferes with what torch's allocator does
     before and after.
     """
     with _one_at_a_time.held():
@@ -109,15 +110,15 @@ def _nothing_collected() -> Iterator[None]:
 
 
 def _end_spoilt(graph: torch.cuda.CUDAGraph, device: torch.device, workspace: Workspace, error: BaseException) -> None:
-    """A capture that an interrupt left open would fail every later wait of this thread. And one that did not end as it
-    should leaves torch's allocator taking it for under way: it would give nothing back any more, nor let anything be
-    recorded ("captures_underway.empty() INTERNAL ASSERT FAILED", of many reports).
+    """End a spoilt capture. If an interrupt left it open, every later wait of this thread would fail. And torch's
+    allocator takes a capture that did not end properly for one in progress: it would free nothing more and allow no
+    further recording ("captures_underway.empty() INTERNAL ASSERT FAILED", often reported).
     """
     with stream_scope(_recording_stream(device)), contextlib.suppress(RuntimeError):
         if torch.cuda.is_current_stream_capturing():
             graph.capture_end()
     ended = True
-    with contextlib.suppress(RuntimeError, AttributeError):  # the first call says where the capture did end
+    with contextlib.suppress(RuntimeError, AttributeError):  # the first call raises if the capture did end
         torch._C._cuda_endAllocateToPool(device.index, workspace.graph_pool)
         ended = False
         _spoilt.append(graph)

@@ -1,4 +1,4 @@
-"""What the ops ask of their arguments: shape, dtype, device and layout, in one wording.
+"""Requirements of the ops on their arguments (shape, dtype, device and layout), in uniform wording.
 
 Each raises ValueError naming op, argument, expected and got.
 """
@@ -18,7 +18,7 @@ def require(op: str, what: str, expected, got) -> None:
 
 
 def check_tensor(op: str, name: str, t: torch.Tensor, shape: tuple, dtype, device) -> None:
-    """Check one tensor; None in ``shape`` admits any size."""
+    """Check one tensor; None in ``shape`` allows any size."""
     if t is None:
         raise ValueError(f"{op}: {name} must be a tensor, got None")
     have = t.shape
@@ -26,7 +26,7 @@ def check_tensor(op: str, name: str, t: torch.Tensor, shape: tuple, dtype, devic
         len(have) == len(shape) and all(s is None or s == n for s, n in zip(shape, have, strict=True))
     )
     if fits and t.dtype is dtype and t.device == device and t.is_contiguous():
-        return  # a thousand times a pass: what follows only words the complaint
+        return  # the fast path, taken a thousand times per pass; what follows only builds the message
     if not fits:
         text = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{op}: {name}.shape must be [{text}], got {list(have)}")
@@ -46,7 +46,7 @@ def check_rows(op: str, rows: Rows, device) -> None:
         raise ValueError(f"{op}: rows.num_rows_ar must be within [0, {n}], got {rows.num_rows_ar}")
     if not 0 <= rows.num_groups_ar <= rows.num_groups:
         raise ValueError(f"{op}: rows.num_groups_ar must be within [0, {rows.num_groups}], got {rows.num_groups_ar}")
-    if rows.max_group_rows * rows.num_groups < n:  # where group_start is on a card, nobody can look closer
+    if rows.max_group_rows * rows.num_groups < n:  # as far as the host can check if group_start is on a GPU
         raise ValueError(
             f"{op}: rows.max_group_rows must be enough for {n} rows in {rows.num_groups} groups, got "
             f"{rows.max_group_rows}"
@@ -95,7 +95,7 @@ def check_state(op: str, state: st.SlotState, device) -> None:
 
 
 def check_choices(op: str, partials, step: int, slots: int, block_len: int, fan_out: int, device) -> None:
-    """Check what ``consensus`` is to take in."""
+    """Check the choices that ``consensus`` takes."""
     one_pass = block_len * (1 + fan_out)
     rows_per_slot = {
         st.STEP_DRAFT: (0, block_len - 1),

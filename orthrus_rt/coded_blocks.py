@@ -9,22 +9,22 @@ import torch
 
 HEAD_BYTES, CODE_BYTES, LOWER_BYTES = 64, 2048, 4096
 BLOCK_BYTES = HEAD_BYTES + CODE_BYTES + LOWER_BYTES
-NUM_UPPER = 8  # exponents' upper seven bits that have a code in a block
-LISTED = 12  # exceptions that have room in their block
-# A block, on average, of a weight that is coded: by estimate each takes some 50 to 100 clocks of an H100, and the bytes
-# that a block is shorter by 150.
+NUM_UPPER = 8  # values of an exponent's upper seven bits that have a code in a block
+LISTED = 12  # exceptions that fit into their block
+# Per block, on average, in a coded weight. By estimate each exception costs some 50 to 100 clocks of an H100, and the
+# bytes saved per block are worth 150.
 MOST_EXCEPTIONS = 2
 THREADS, STEPS, STEP_ELEMENTS = 128, 4, 8
-AT_ONCE = 1024  # blocks, of 4 million elements: what is computed with takes some 100 MB
+AT_ONCE = 1024  # blocks, of 4 million elements: temporary tensors take some 100 MB
 
 
 def encode(blocks: torch.Tensor) -> torch.Tensor | None:
     """``blocks`` ``[rows, columns, 64 features, 64 inputs]`` in bfloat16, coded: bytes, a multiple of 16 of them.
 
-    None if there are more than MOST_EXCEPTIONS exceptions a block: it does not pay.
+    None if there are more than MOST_EXCEPTIONS exceptions per block, as coding does not pay then.
 
     Raises:
-        ValueError: the weight is so large that 31 bits cannot say where exceptions lie.
+        ValueError: the weight is so large that the places of exceptions do not fit in 31 bits.
     """
     some = max(1, AT_ONCE // blocks.shape[1])
     parts = [blocks[i : i + some] for i in range(0, len(blocks), some)]
@@ -47,7 +47,7 @@ def encode(blocks: torch.Tensor) -> torch.Tensor | None:
 
 
 class _Part:
-    """Some blocks, their elements in the order of :func:`_order`."""
+    """Some blocks, with their elements in the order of :func:`_order`."""
 
     def __init__(self, blocks: torch.Tensor, order: torch.Tensor):
         self.bits = blocks.reshape(-1, 4096).view(torch.int16)[:, order].int() & 0xFFFF
@@ -62,11 +62,12 @@ class _Part:
         self.num_exceptions = (self.code == NUM_UPPER).sum(1)
 
     def write(self, out: torch.Tensor, end: int) -> torch.Tensor:
-        """Into ``out`` ``[blocks, BLOCK_BYTES]``; what it returns are exceptions that have no room there, to be put
-        ``end`` words behind the weight's begin.
+        """Write to ``out`` ``[blocks, BLOCK_BYTES]``. Returns the exceptions that do not fit there, to be placed
+        ``end`` words after the weight's start.
         """
         n, bits, num = len(out), self.bits, self.num_exceptions
-        # Codes by nibbles: 0-3 and 4-7 are selectors, signs are the top bits of 1, 3, 5, 7 and of 0, 2, 4, 6.
+        # Codes in nibbles: nibbles 0-3 and 4-7 are selectors; signs are the top bits of nibbles 1, 3, 5, 7 and 0, 2, 4,
+        # 6.
         nibble = (self.code % NUM_UPPER).view(n, THREADS, STEPS, STEP_ELEMENTS)
         sign = (bits >> 15 << 3).view_as(nibble)
         nibble[..., 1::2] |= sign[..., :4]
@@ -74,7 +75,7 @@ class _Part:
         codes = nibble[..., 0::2] | nibble[..., 1::2] << 4
         lower = (bits & 0xFF).view(n, THREADS, 2, 16).transpose(1, 2)
 
-        # Exceptions, block by block: the element, its thread, its register and which half of that.
+        # Exceptions, block by block: the element, its thread, its register and the half of the register.
         block, index = (self.code == NUM_UPPER).nonzero(as_tuple=True)
         listed = bits[block, index].long() | index // 32 << 16 | index % 32 // 2 << 23 | index % 2 << 27
         rank = torch.arange(len(block), device=bits.device) - (num.cumsum(0) - num)[block]
@@ -93,7 +94,7 @@ class _Part:
 
 
 def _order(device: torch.device) -> torch.Tensor:
-    """Which element of a block, ``64 * feature + input``, comes where: by thread, step and the step's elements."""
+    """The element of a block, ``64 * feature + input``, at each place: by thread, step and element of the step."""
     thread, step, element = torch.meshgrid(
         *(torch.arange(size, device=device) for size in (THREADS, STEPS, STEP_ELEMENTS)), indexing="ij"
     )

@@ -1,4 +1,4 @@
-"""A decode cycle as a fixed sequence of passes over static buffers: built once, run (or replayed) many times.
+"""A decode cycle: a fixed sequence of passes over static buffers, built once and run (or replayed) many times.
 
 A cycle stages its first rows from the slots' state, then alternates forward and consensus; the consensus of one
 pass stages the next. Nothing in it depends on the values in the state, so a CUDA graph (or, on the CPU, a
@@ -29,19 +29,19 @@ COUPLED = 0  # purpose of the noise that both views share
 
 @dataclass(eq=False)
 class Pass:
-    """One forward of a cycle and what becomes of its choices.
+    """One forward of a cycle, and how its choices are used.
 
     Attributes:
-        kind: NEXT_DRAFT, NEXT_VERIFY, NEXT_AR or NEXT_ONE_PASS: how its rows are staged.
-        step: STEP_DRAFT, STEP_VERIFY or STEP_VERIFY_AND_DRAFT: what its choices are.
-        rows: all of its rows, static.
-        own: those that the consensus before it stages.
-        prompt_rows: the others, which come first; None if there are none.
+        kind: NEXT_DRAFT, NEXT_VERIFY, NEXT_AR or NEXT_ONE_PASS: says how its rows are staged.
+        step: STEP_DRAFT, STEP_VERIFY or STEP_VERIFY_AND_DRAFT: says what its choices are.
+        rows: all of its rows, in static buffers.
+        own: the rows that the preceding consensus stages.
+        prompt_rows: the rows of prompts, which come first; None if there are none.
         per_slot: choices per slot.
-        logit_rows: int32, the rows that choose: slot by slot, then those of prompts.
+        logit_rows: int32, the rows that choose a token: slot by slot, then those of prompts.
         out: ``(value, id)``, partial maxima of their logits or scores; all passes share the memory.
-        partials: of ``out``, the slots'.
-        logits: fp32 ``[len(logit_rows), vocab_size]``, shared too; None where none are materialised.
+        partials: the part of ``out`` that belongs to the slots.
+        logits: fp32 ``[len(logit_rows), vocab_size]``, also shared; None if no logits are materialised.
     """
 
     kind: int
@@ -60,14 +60,14 @@ def _pass(
     kind: int, model: Model, slots: int, plan: CyclePlan, activations: Activations, scored: bool,
     shape: PrefillShape | None,
 ) -> Pass:  # fmt: skip
-    """A pass whose choices are ``scored`` from logits, or else the head's own partial maxima; ``shape`` is that of the
-    prompts in it, if any.
+    """Build a pass. Its choices are ``scored`` from logits, or else are the head's own partial maxima. ``shape`` is the
+    shape of the prompts in it, if any.
     """
     drafts = kind == st.NEXT_DRAFT
     length = plan.draft_rows(model.config.block_len) if drafts else plan.block_len
     ar_groups, blocks = (0, 1) if drafts else (slots, plan.fan_out)
     layout = Layout(ar_groups, length, slots * blocks, length, max(blocks, 1))
-    # Slot by slot, the slot's AR rows and then its blocks.
+    # Slot by slot: its AR rows, then its blocks.
     row = np.arange(layout.num_rows, dtype=np.int32)
     ar, diffusion = np.split(row, [ar_groups * length])
     diffusion = diffusion.reshape(slots, blocks, length)
@@ -103,17 +103,17 @@ PASS_NAMES = {st.STEP_DRAFT: "draft pass", st.STEP_VERIFY: "verify pass", st.STE
 class Cycle(Recorded):
     """The decode cycle of one plan over the slots of ``state``.
 
-    ``two_pass`` is draft then verify, ``ar`` a verification without drafts, ``one_pass`` both at once: modes differ in
+    ``two_pass`` drafts, then verifies; ``ar`` verifies without drafts; ``one_pass`` does both at once. Modes differ in
     their rows alone, and the next cycle may be of any plan.
 
     Args:
         state: of all slots.
-        num_slots: the first so many of them run.
-        sampling: None for greedy slots alone: choices come from partial maxima, no logits are materialised. Else the
-            slots' sampling parameters.
+        num_slots: how many of them run, counted from the first.
+        sampling: None if all slots are greedy: choices come from partial maxima and no logits are materialised.
+            Otherwise the slots' sampling parameters.
         activations, workspace: shared with every other cycle; large enough for the plan's rows.
-        shape: of prompts whose rows its last pass takes along; ``prompt_rows`` is then to be loaded before every run.
-        plain: the cycle without prompts, whose passes before the last one are this one's too.
+        shape: of the prompts whose rows its last pass includes; ``prompt_rows`` must then be loaded before every run.
+        plain: the same cycle without prompts; all its passes but the last are shared.
     """
 
     def __init__(
@@ -138,13 +138,13 @@ class Cycle(Recorded):
 
     @property
     def first_choices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Partial maxima of the prompts' rows that choose."""
+        """Partial maxima of the prompts' rows that choose a token."""
         last = self.passes[-1]
         return tuple(t[last.partials[0].shape[0] :] for t in last.out)
 
     @nvtx.ranged(lambda self, p: PASS_NAMES[p.step])
     def forward(self, p: Pass) -> None:
-        """Push pass ``p`` to its logits, or where none are materialised to its partial maxima."""
+        """Run pass ``p`` up to its logits, or up to its partial maxima if no logits are materialised."""
         if p in self._tapes:
             return replay(self._tapes[p])
         epilogue, out = ("argmax", p.out) if p.logits is None else ("logits", p.logits)
@@ -155,7 +155,7 @@ class Cycle(Recorded):
 
     @functools.cached_property
     def tapes(self) -> dict[Pass, object]:
-        """Of the passes before the last one, on the CPU: a cycle with prompts, taped for one run, reuses them."""
+        """Tapes of all passes but the last, on the CPU; a cycle with prompts, taped for a single run, reuses them."""
         return self._taped(self.passes[:-1])
 
     def _taped(self, passes: list[Pass]) -> dict[Pass, object]:
@@ -164,26 +164,26 @@ class Cycle(Recorded):
         return {p: taped(functools.partial(self.forward, p)) for p in passes}
 
     def replay_forwards(self) -> None:
-        """From now on, where this device can: a cycle run pass by pass then takes no Python per layer."""
+        """Replay forwards from here on, if this device can: a cycle run pass by pass then needs no Python per layer."""
         self._tapes = self._tapes or self.tapes | self._taped(self.passes[-1:])
 
     @property
     def nbytes(self) -> int:
-        """Of the rows of its own passes."""
+        """Memory of the rows of its own passes."""
         passes = self.passes if self.prompt_rows is None else self.passes[-1:]
         held = (t for p in passes for t in (*vars(p.rows).values(), p.logit_rows))
         return sum(t.nbytes for t in held if isinstance(t, torch.Tensor))
 
     def stage_first(self) -> None:
-        """Stage the first pass's rows from the state as it is, and count for penalties what it has emitted."""
+        """Stage the first pass's rows from the current state, and count the emitted tokens for penalties."""
         if self.sampling is not None and self.sampling.edits is not None:
             ops.count_tokens(self.state, self.sampling.edits)
         first = self.passes[0]
         self._consensus(st.STEP_STAGE, (None, None), first, first.own.max_group_rows)
 
     def sample(self, p: Pass) -> None:
-        """Coupled choices from the logits of pass ``p``, into its partials."""
-        # The lengths of all slots: a prompt may be in any.
+        """Write coupled choices from the logits of pass ``p`` into its partials."""
+        # The lengths of all slots, as a prompt may be in any of them.
         ops.process_logits(p.logits, p.rows, p.logit_rows, self.sampling, self._cache_seqlens, COUPLED, p.out)
 
     def take(self, p: Pass, partials) -> None:
@@ -199,7 +199,7 @@ class Cycle(Recorded):
         )
 
     def run_eager(self) -> None:
-        """One cycle of every running slot, op by op."""
+        """Run one cycle of every running slot, op by op."""
         self.stage_first()
         for p in self.passes:
             self.forward(p)
@@ -215,8 +215,9 @@ class Cycle(Recorded):
 
     @nvtx.ranged(lambda self: f"{self.plan.mode} cycle")
     def run(self) -> None:
-        """One cycle of every running slot: a replay where this device can record one. The first call runs op by op
-        (which also warms the kernels up) and then records; with prompts the second call does, if there is one.
+        """Run one cycle of every running slot, as a replay where this device can record one. The first call runs op by
+        op (which also warms the kernels up) and then records. A cycle with prompts is recorded on its second call, if
+        there is one.
         """
         if self.prompt_rows is not None:
             return self.run_again()

@@ -1,4 +1,4 @@
-"""What a decode cycle is made of: the modes and their options. Light to import: the command line reads it."""
+"""What a decode cycle consists of: the modes and their options. Cheap to import, as the command line reads it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from orthrus_rt.integers import integer
 
 MODES = ("ar", "two_pass", "one_pass")
 DEFAULT_FAN_OUT = 6
-# On a CPU, where rows cost arithmetic: two_pass of one sequence with 3 drafts beats AR on every processor measured, but
-# on chat with AVX2, where they are level (bench/results).
+# On a CPU, where rows cost arithmetic. For one sequence, two_pass with 3 drafts beats AR on every processor measured,
+# except on chat with AVX2, where they are level (bench/results).
 CPU_DRAFTS, CPU_FAN_OUT = 3, 2
-DEFAULT_ROWS = 160  # that is, fewer blocks with more: up to there all SMs of a Hopper share what row_linear reads, once
+DEFAULT_ROWS = 160  # more drafts thus mean fewer blocks: up to here Hopper's SMs read each weight once in row_linear
 MAX_BLOCK_LEN = 256  # rows of a block that consensus takes: csrc/include/orthrus/params.h
 
 
@@ -20,7 +20,7 @@ class CyclePlan(NamedTuple):
 
     ``ar``: 1 AR row. ``two_pass``: ``draft_rows`` diffusion rows, then ``block_len`` AR rows. ``one_pass``:
     ``block_len`` AR rows and ``fan_out`` blocks of ``block_len`` diffusion rows, in one pass. ``auto`` stands for any
-    of these with at most this ``block_len``, chosen cycle by cycle.
+    of these with at most this ``block_len``, chosen anew for every cycle.
     """
 
     mode: str
@@ -39,21 +39,22 @@ class CyclePlan(NamedTuple):
         return 2 if self.mode == "two_pass" else 1
 
     def draft_rows(self, checkpoint_block_len: int) -> int:
-        """Diffusion rows of a ``two_pass`` draft, where the checkpoint's blocks have ``checkpoint_block_len``.
+        """Diffusion rows of the draft pass of ``two_pass``, where the checkpoint's blocks have
+        ``checkpoint_block_len``.
 
-        The last row of a block predicts beyond it. A whole block has it, as published; a shorter one does without: it
-        would cost a row, and the embedded model's drafts are as good (within about 1% of the tokens per cycle).
+        The last row of a block predicts beyond it. A whole block includes it, as published. A shorter block omits it,
+        which saves a row, and the embedded model's drafts are as good (within about 1% of the tokens per cycle).
         """
         return self.block_len - (self.block_len < checkpoint_block_len)
 
     @property
     def max_rows(self) -> int:
-        """Rows per slot of its largest pass."""
+        """Rows per slot in its largest pass."""
         return self.block_len * (1 + self.fan_out)
 
     @property
     def max_rows_diff(self) -> int:
-        """Diffusion rows per slot of its largest pass."""
+        """Diffusion rows per slot in its largest pass."""
         return {"ar": 0, "two_pass": self.block_len, "one_pass": self.block_len * self.fan_out}[self.mode]
 
 
@@ -61,12 +62,12 @@ AR = CyclePlan("ar")
 
 
 def batch_bucket(size: int, most: int) -> int:
-    """Slots of the cycles that ``size`` sequences run in: the next power of two, or all ``most`` that there are."""
+    """Slots of the cycles that ``size`` sequences run in: the next power of two, but at most all ``most`` slots."""
     return min(1 << (size - 1).bit_length(), most)
 
 
 def batch_buckets(most: int) -> list[int]:
-    """The buckets of 1 to ``most`` sequences."""
+    """The buckets for 1 to ``most`` sequences."""
     return [*(1 << i for i in range((most - 1).bit_length())), most]
 
 
@@ -76,8 +77,8 @@ def most_hypotheses(draft_len: int) -> int:
 
 
 def default_draft_len(mode: str, most: int, on_cpu: bool, fan_out: int = 0) -> int:
-    """Drafts of a cycle where the checkpoint has ``most``: all of them, as published, but on a CPU few, or in one_pass
-    as many as a ``fan_out`` that is asked for needs. ``auto`` tries several.
+    """Drafts per cycle if the checkpoint allows ``most``: all of them, as published. On a CPU few, or in one_pass as
+    many as the requested ``fan_out`` needs. ``auto`` tries several.
     """
     if mode == "auto" or not on_cpu:
         return most
@@ -85,7 +86,7 @@ def default_draft_len(mode: str, most: int, on_cpu: bool, fan_out: int = 0) -> i
 
 
 def cycle_plan(mode: str, draft_len: int | None, fan_out: int | None, config, *, on_cpu: bool = False) -> CyclePlan:
-    """The plan of these options for a checkpoint's ``config``; what is None is the default.
+    """The plan for these options and a checkpoint's ``config``; None stands for the default.
 
     Raises:
         ValueError: no such mode, or a value is out of its range for this checkpoint.

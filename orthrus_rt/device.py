@@ -1,4 +1,4 @@
-"""Devices and dtypes by name, streams and scopes on them, and who has the one engine of a CUDA device."""
+"""Devices and dtypes by name, streams and scopes on them, and which engine is the one of a CUDA device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:
-    """Without torch's own prefix.
+    """The name without torch's prefix.
 
     >>> dtype_name(torch.bfloat16), dtype_name("float32")
     ('bfloat16', 'float32')
@@ -24,10 +24,11 @@ def dtype_name(dtype: torch.dtype | str) -> str:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """``"auto"`` is CUDA where a device answers, else the CPU. A CUDA device comes with its index.
+    """The device of this name; ``"auto"`` is CUDA if a device is available, else the CPU. A CUDA device has its index
+    set.
 
     Raises:
-        ValueError: the device is unknown or not there.
+        ValueError: the device is unknown or not present.
     """
     device = str(device) if isinstance(device, torch.device) else device
     if device == "auto":
@@ -46,7 +47,9 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def with_index(device: torch.device) -> torch.device:
-    """``cuda`` as the device that it means now: to another thread, or later, it may mean another. The CPU has none."""
+    """``cuda`` with the index that it stands for here; in another thread, or later, it may be another. The CPU has
+    none.
+    """
     if device.type != "cuda":
         return torch.device(device.type)
     if device.index is not None:
@@ -71,8 +74,8 @@ def stream_scope(stream: torch.cuda.Stream | None):
 
 @contextlib.contextmanager
 def scope(device: torch.device, stream: torch.cuda.Stream | None):
-    """What an engine runs in: its stream, and the types that it asks for, whatever the program's ``autocast`` says; on
-    CUDA also beside captures of other threads.
+    """The context that an engine runs in: on its stream, with the dtypes that it asks for whatever the program's
+    ``autocast`` says, and on CUDA compatible with captures in other threads.
     """
     cast = torch.is_autocast_enabled(device.type)
     with (
@@ -85,8 +88,8 @@ def scope(device: torch.device, stream: torch.cuda.Stream | None):
 
 @contextlib.contextmanager
 def _beside_captures():
-    """While another thread captures in CUDA's default mode, as torch.cuda.graph does, a thread that has that mode may
-    not ask for memory, nor whether an event has come: it gets an error, and the capture is spoilt.
+    """While another thread captures in CUDA's default mode, as torch.cuda.graph does, a thread in that mode may neither
+    allocate memory nor query an event: it gets an error, and the capture is spoilt.
     """
     before = None
     try:
@@ -101,7 +104,9 @@ THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_...
 
 
 def exchange_capture_mode(mode: int) -> int | None:
-    """Whose captures this thread takes care of, by the driver's number; what it was before, None if it cannot be."""
+    """Set which threads' captures restrict this thread, by the driver's number. Returns the previous mode, None if it
+    failed.
+    """
     exchanged = ctypes.c_int(mode)
     failed = _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(exchanged))
     return None if failed else exchanged.value
@@ -109,13 +114,13 @@ def exchange_capture_mode(mode: int) -> int | None:
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
-    return ctypes.PyDLL("libcuda.so.1")  # which keeps the GIL: nothing waits there
+    return ctypes.PyDLL("libcuda.so.1")  # keeps the GIL, as nothing waits there
 
 
 @functools.cache
 def prepare_for_forks() -> None:
-    """Children forked from now on compute on one thread, unless they ask for more: the threads of torch's pool are not
-    there, and whoever hands them work waits for ever.
+    """Make children forked from here on compute on one thread, unless they ask for more. The threads of torch's pool do
+    not exist in them, and a caller that gives the pool work would wait for ever.
     """
     os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
@@ -126,8 +131,8 @@ _engines: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary
 def claim(device: torch.device, engine) -> None:
     """Make ``engine`` the one engine of a CUDA device in this process, until it is closed or collected.
 
-    Two would fight over memory planned up front and over graphs that assume an undisturbed device. On the CPU any
-    number may live side by side.
+    Two would compete for memory that is planned up front and for a device that graphs assume to be undisturbed. On the
+    CPU any number may coexist.
 
     Raises:
         RuntimeError: the device has a live engine.
@@ -136,7 +141,7 @@ def claim(device: torch.device, engine) -> None:
         return
     name = str(device)
     if name in _engines:
-        gc.collect()  # an engine that nobody holds any more
+        gc.collect()  # an engine without references
     other = _engines.get(name)
     if other is not None and not other.closed:
         raise RuntimeError(f"Engine: {name} has a live engine in this process; close() it first, or share it")

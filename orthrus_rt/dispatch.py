@@ -1,7 +1,7 @@
-"""Which implementation runs each op, decided by device, capability and dtype, and never silently.
+"""Chooses the implementation of each op by device, capability and dtype, and never silently.
 
 ``ORTHRUS_BACKEND`` overrides the choice: ``reference`` or ``cpu`` for all ops, or per op, e.g.
-``ORTHRUS_BACKEND=dual_attn=triton,rms_norm=reference``; the later of two entries for an op counts. A requested
+``ORTHRUS_BACKEND=dual_attn=triton,rms_norm=reference``. Of two entries for an op the later counts. A requested
 implementation that is not available raises.
 """
 
@@ -25,11 +25,11 @@ log = logging.getLogger("orthrus_rt")
 
 NATIVE = "orthrus_rt._native"
 OPS = ("embed", "rms_norm", "row_linear", "qkv_commit", "dual_attn", "consensus", "process_logits", "count_tokens")
-OPS_BEFORE_LOGITS = OPS[:5]  # which take weights, activations or cache; the others see logits, maxima and ids
+OPS_BEFORE_LOGITS = OPS[:5]  # ops over weights, activations or cache; the others take logits, maxima and ids
 OLDEST_TRITON = (3, 6)
 IMPLEMENTATIONS = ("cpu", "cuda", "triton", "reference")
 FOR_ALL_OPS = ("cpu", "reference")
-# Weights, activations and cache that kernels take; ``reference`` takes any, triton's dual_attn bfloat16 alone.
+# Dtypes of weights, activations and cache that kernels take. ``reference`` takes any, Triton's dual_attn only bfloat16.
 ELEMENTS = (torch.bfloat16, torch.float32)
 
 # Preference per device type; the first available one wins.
@@ -43,7 +43,7 @@ _PREFERENCE = {
 
 @functools.cache
 def extension():
-    """The native module, or None where there is none: :func:`why_no_native` tells why."""
+    """The native module, or None if there is none; :func:`why_no_native` says why."""
     return None if why_no_native() else sys.modules[NATIVE]
 
 
@@ -110,7 +110,7 @@ def unavailable(impl: str, op: str, device: torch.device, dtype: torch.dtype) ->
 
 
 def runs_on(archs: str, capability: tuple[int, int]) -> bool:
-    """Whether machine code for one of ``archs`` ("80-real 90a-real") runs on a card of this compute capability.
+    """Whether machine code for one of ``archs`` ("80-real 90a-real") runs on a GPU of this compute capability.
 
     >>> [runs_on("80-real 90a-real", c) for c in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0))]
     [False, True, True, True, False]
@@ -154,7 +154,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def row_invariant(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether keys and values have the same bits whatever pass made them: no op before them is ``reference``."""
+    """Whether keys and values have the same bits whichever pass computed them: no op before them is ``reference``."""
     return all(select(op, device, dtype) != "reference" for op in OPS_BEFORE_LOGITS)
 
 

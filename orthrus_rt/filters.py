@@ -1,11 +1,11 @@
-"""Which tokens a row may choose, by temperature, top-k, top-p and min-p, and with which probability; in torch."""
+"""The tokens that a row may choose and their probabilities, by temperature, top-k, top-p and min-p, in torch."""
 
 from __future__ import annotations
 
 import torch
 
-# Sums of probability are sums of integers: the mass of a token is trunc(exp(y - max) * 2**40). They
-# are exact in any order, so the same bits come out for any batch and any way to split the row.
+# Probabilities are summed as integers: the mass of a token is trunc(exp(y - max) * 2**40). Such sums are exact in any
+# order, so the bits are the same for any batch and any way to split the row.
 MASS_ONE = 1 << 40
 FLOAT_MAX = torch.finfo(torch.float32).max
 
@@ -45,10 +45,10 @@ def filtered(logits, temperature, top_k, top_p, min_p):
 
 
 def _nucleus(y, weight, cut, top_p):
-    """Smallest y of the shortest sorted prefix that holds ``top_p`` of the mass of ``y >= cut``."""
+    """Smallest y of the shortest sorted prefix that has ``top_p`` of the mass of ``y >= cut``."""
     total = _mass(torch.where(y >= cut, weight, 0)).sum(-1, keepdim=True)
     target = (top_p.double() * total.double()).long().clamp(min=1)
-    for width in (1024, y.shape[1]):  # the nucleus is nearly always small: a full sort is the exception
+    for width in (1024, y.shape[1]):  # the nucleus is nearly always small, so a full sort is the exception
         index = y.topk(min(width, y.shape[1])).indices
         reached = _mass(weight.gather(1, index)).cumsum(-1) >= target
         if reached[:, -1].all():
@@ -59,11 +59,10 @@ def _nucleus(y, weight, cut, top_p):
 def process_logits_probs(logits, temperature, top_k, top_p, min_p):
     """Probabilities fp32 ``[num_rows, vocab_size]`` of the tokens that each row may choose.
 
-    Temperature first; then ``top_k`` (0: off), ``top_p`` (1: off; the shortest prefix of the sorted
-    distribution whose mass is at least ``top_p``), ``min_p`` relative to the largest probability.
-    Tokens equal to the last kept one are kept. ``temperature`` 0 puts everything on the largest logit
-    (lowest id). NaN counts as -inf; a row of nothing else chooses id 0. Parameters are numbers or
-    ``[num_rows]`` tensors. Row-invariant.
+    Temperature first; then ``top_k`` (0: off), ``top_p`` (1: off; the shortest prefix of the sorted distribution whose
+    mass is at least ``top_p``), ``min_p`` relative to the largest probability. Tokens equal to the last kept one are
+    kept. ``temperature`` 0 puts everything on the largest logit (lowest id). NaN counts as -inf; a row of nothing but
+    these chooses id 0. Parameters are numbers or ``[num_rows]`` tensors. Row-invariant.
     """
     _, weight, keep = filtered(logits, temperature, top_k, top_p, min_p)
     alone = keep.sum(-1, keepdim=True) == 1

@@ -1,4 +1,4 @@
-"""What was launched and not yet read: results on their way from the device to the host."""
+"""Launches whose results have not been read, which are on their way from the device to the host."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from orthrus_rt.request import Request
 from orthrus_rt.results import SlotResults
 from orthrus_rt.stopwatch import Stretch
 
-_leaked_mailboxes: list[SlotResults] = []  # of devices that have failed
+_leaked_mailboxes: list[SlotResults] = []  # of failed devices
 
 
 @dataclass
 class Flight:
-    """Work launched and not yet read: whose, what kind, and where its results will be."""
+    """A launch that has not been read: its requests, its kind, and where its results will be."""
 
     requests: list[tuple[int, Request]]  # (slot at launch, request)
     plan: CyclePlan | None  # of the cycle; None for a prefill
     results: SlotResults
     done: torch.cuda.Event | None
-    timed: Stretch | None  # of a cycle that ran as it will run again
-    policy: Policy | None = None  # that chose the plan and waits for what came of it
+    timed: Stretch | None  # of a cycle in its steady form
+    policy: Policy | None = None  # that chose the plan and expects its results
 
     def collect(self) -> SlotResults:
-        """Wait for the results."""
+        """Wait for the results and return them."""
         if self.done is not None:
             self.done.synchronize()
         return self.results
 
 
 class Flights:
-    """Oldest first. Of a device that runs ahead of the host (``lag`` 1) each has its copy in pinned memory; else
-    ``results``, where the device writes them, are the host's own.
+    """Flights, oldest first. If the device runs ahead of the host (``lag`` 1), each has its own copy of the results in
+    pinned memory. Otherwise ``results``, where the device writes them, is host memory.
     """
 
     def __init__(self, results: SlotResults):
@@ -49,7 +49,7 @@ class Flights:
         return len(self._flights)
 
     def post(self, requests: list[Request], plan: CyclePlan | None, timed: Stretch | None = None, policy=None) -> None:
-        """What was just launched for these: a copy of the results as it leaves them is put on its way."""
+        """Add what was just launched for these requests, and start a copy of the results as it leaves them."""
         results, done = self._results, None
         if self.lag:
             results = self._mailbox()
@@ -60,7 +60,7 @@ class Flights:
         self.num_posted += 1
 
     def _mailbox(self) -> SlotResults:
-        """A pinned buffer that no unread flight holds; as many as flights are ever unread, then used again."""
+        """A pinned buffer that no unread flight uses. There are as many as flights were ever unread at once."""
         for box in self._mailboxes:
             if not any(box is flight.results for flight in self._flights):
                 return box
@@ -68,11 +68,11 @@ class Flights:
         return self._mailboxes[-1]
 
     def pop(self) -> Flight:
-        """The oldest, whose results may still be on their way."""
+        """Remove and return the oldest flight, whose results may not have arrived."""
         return self._flights.popleft()
 
     def clear(self) -> None:
-        """Nobody waits for them any more."""
+        """Drop all flights unread."""
         self._flights.clear()
 
     @property
@@ -81,7 +81,7 @@ class Flights:
         return bool(self._mailboxes)
 
     def abandon(self) -> None:
-        """The device has failed. Page-locked memory is kept: freeing it, torch asks the device, in a destructor, and
-        the process would end there.
+        """Keep the page-locked memory of a failed device: to free it, torch calls the device in a destructor, and the
+        process would abort there.
         """
         _leaked_mailboxes.extend(self._mailboxes)

@@ -1,4 +1,4 @@
-"""A lock for what all threads share, in forked children too."""
+"""A lock for state that all threads share, which also works in forked children."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 class ForkLock:
-    """A lock that is free in a forked child, where whoever held it at the fork is not. Kept for good."""
+    """A lock that is free in a forked child, where the thread that held it at the fork does not exist. Never freed."""
 
     def __init__(self, kind=threading.Lock):
         self._kind = kind
@@ -21,5 +21,5 @@ class ForkLock:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        with self._lock:  # the same one to the end, should this thread fork meanwhile
+        with self._lock:  # the same lock to the end, even if this thread forks meanwhile
             yield

@@ -11,9 +11,9 @@ from orthrus_rt.fork_lock import ForkLock
 
 
 class Arena:
-    """Tensors in blocks that ask for huge pages: a pass reads every weight and every key once, so with 4 KiB pages it
-    also reads most of the page tables. Small ones share a block, which is freed with the last of them once the next is
-    begun.
+    """Tensors in blocks that request huge pages. A pass reads every weight and every key once, so with 4 KiB pages it
+    would also read most of the page tables. Small tensors share a block, which is freed with the last of them once the
+    next block is begun.
     """
 
     BLOCK, PAGE, LINE = 32 << 20, 2 << 20, 64  # bytes
@@ -33,7 +33,7 @@ class Arena:
         return data
 
     def _new_block(self, nbytes: int) -> torch.Tensor:
-        with torch.inference_mode(False):  # else only callers in inference mode could use the rest of it
+        with torch.inference_mode(False):  # otherwise only callers in inference mode could use its rest
             block = torch.empty(nbytes + self.PAGE, dtype=torch.uint8, device="cpu")
         block = block[-block.data_ptr() % self.PAGE :][:nbytes]
         if native := dispatch.extension():
@@ -45,7 +45,7 @@ arena = Arena()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """In huge pages on a CPU, which is where it is if nothing is said."""
+    """An empty tensor, on the CPU by default and there in huge pages."""
     if device is None or device.type == "cpu":
         return arena.empty(torch.Size(shape), dtype)
     return torch.empty(shape, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""The one KV cache: paged, shared by both views, written in place and never copied."""
+"""The single KV cache: paged, shared by both views, written in place and never copied."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from orthrus_rt.config import ModelConfig
 from orthrus_rt.pages import PAGE_SIZE, PagePool
 from orthrus_rt.uploads import upload
 
-SINK_PAGE = 0  # nobody reads it; where invalid rows write, they do it here
+SINK_PAGE = 0  # never read; implementations whose invalid rows write direct those writes here
 
 
 class OutOfPages(RuntimeError):
@@ -19,15 +19,15 @@ class OutOfPages(RuntimeError):
 class PagedKvCache:
     """Pages of 64 positions for every layer, and the table that maps slots to pages.
 
-    Slots whose sequences begin alike may share the pages of that beginning: whole pages of committed positions, which
-    nobody writes any more, named by :func:`orthrus_rt.pages.page_names`. Where every op is row-invariant they hold the
-    very bits that a slot would have computed by itself.
+    Slots whose sequences have the same beginning may share its pages: whole pages of committed positions, which are not
+    written again, named by :func:`orthrus_rt.pages.page_names`. Where every op is row-invariant, they hold exactly the
+    bits that a slot would have computed by itself.
 
     Attributes:
-        max_seq_len: positions of a sequence, at most.
-        num_pages: those that slots may hold. There is one more, which nobody does: SINK_PAGE.
-        k_pages, v_pages: per layer ``[1 + num_pages, num_heads_kv, 64, head_dim]``. What lies beyond the positions that
-            a slot committed or is verifying is undefined: kernels never use it.
+        max_seq_len: the most positions of a sequence.
+        num_pages: pages that slots may hold. SINK_PAGE, which no slot holds, comes on top.
+        k_pages, v_pages: per layer ``[1 + num_pages, num_heads_kv, 64, head_dim]``. Content beyond the positions that a
+            slot has committed or is verifying is undefined, and kernels never use it.
         page_table: int32 ``[num_slots, max_pages]``; entry i holds positions ``64*i ... 64*i+63``.
     """
 
@@ -43,7 +43,7 @@ class PagedKvCache:
         self.reset()
 
     def reset(self) -> None:
-        """Every page is free, and none holds anything."""
+        """Make every page free and empty."""
         self.pool = PagePool(range(SINK_PAGE + 1, SINK_PAGE + 1 + self.num_pages))
         self._held: list[list[int]] = [[] for _ in range(self.page_table.shape[0])]
         self.page_table.fill_(SINK_PAGE)
@@ -57,11 +57,11 @@ class PagedKvCache:
         return self.pages.nbytes
 
     def open(self, slot: int, names: list[bytes], length: int) -> int:
-        """Give the empty ``slot`` pages for positions ``0 ... length-1``, first those that the cache has under
-        ``names``, up to the first that it lacks. No page changes hands if that fails.
+        """Give the empty ``slot`` pages for positions ``0 ... length-1``. The first of them are the pages that the
+        cache has under ``names``, up to the first name that it lacks. No page changes hands if this fails.
 
         Returns:
-            How many positions' keys and values are there already, a multiple of 64.
+            The number of positions whose keys and values are already there, a multiple of 64.
 
         Raises:
             OutOfPages: fewer pages are free than needed.
@@ -80,7 +80,7 @@ class PagedKvCache:
         return len(found) * PAGE_SIZE
 
     def reserve(self, slot: int, length: int) -> None:
-        """Give ``slot`` pages for positions ``0 ... length-1``; nothing changes if that fails.
+        """Give ``slot`` pages for positions ``0 ... length-1``; nothing changes if this fails.
 
         Raises:
             OutOfPages: fewer pages are free than needed.
@@ -90,15 +90,16 @@ class PagedKvCache:
             self._hand(slot, self._take(slot, length, there))
 
     def publish(self, slot: int, names: list[bytes]) -> None:
-        """Name the slot's first pages. Their contents count as final for everything launched from now on."""
+        """Name the slot's first pages. Their contents count as final for everything launched from here on."""
         for page, name in zip(self._held[slot], names, strict=False):
             if self.pool.is_doubtful(page):
-                return  # so is what was computed behind it
+                return  # whatever was computed after it is doubtful too
             self.pool.name(page, name, names[0])
 
     def withdraw(self, slot: int, names: list[bytes]) -> None:
-        """Take the slot's pages, whose names would be these, out of the prefix cache, and what other slots hold behind
-        pages shared with it (holders keep them), and what those who have ended left behind them.
+        """Remove the slot's pages, which have or would have these names, from the prefix cache. So are the pages of
+        other slots that follow pages shared with it (their holders keep them), and those that finished requests left
+        after such pages.
         """
         doubtful = set(self._held[slot])
         for held in self._held:
@@ -121,7 +122,7 @@ class PagedKvCache:
         self.page_table[slot, first : len(held)] = upload(pages, torch.int32, self.page_table.device)
 
     def move(self, source: int, target: int) -> None:
-        """Hand every page of ``source`` to the empty slot ``target``; no key or value moves."""
+        """Hand every page of ``source`` to the empty slot ``target``; no key or value is copied."""
         if self._held[target]:
             raise ValueError(f"KV cache: slot {target} must be empty to receive slot {source}")
         self._held[target], self._held[source] = self._held[source], []
@@ -129,7 +130,7 @@ class PagedKvCache:
         self.page_table[source] = SINK_PAGE
 
     def release(self, slot: int) -> None:
-        """Return every page of ``slot``; what was published may be found again for a while."""
+        """Return every page of ``slot``; published pages may still be found for a while."""
         self.pool.give_back(self._held[slot])
         self._held[slot] = []
         self.page_table[slot] = SINK_PAGE

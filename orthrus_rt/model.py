@@ -1,4 +1,4 @@
-"""The network: weights of both views and one forward over a row plan. It knows nothing of modes."""
+"""The network: the weights of both views and one forward pass over a row plan. It knows nothing of modes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Layer:
 
 
 class Model:
-    """Weights on one device in one dtype, packed for the chosen ``row_linear``."""
+    """The weights, on one device in one dtype, packed for the chosen ``row_linear``."""
 
     def __init__(self, checkpoint: Checkpoint, *, device, dtype: torch.dtype, max_seq_len: int):
         config, tensors = checkpoint.config, checkpoint.tensors
@@ -105,7 +105,7 @@ class Model:
 
 
 class Activations:
-    """Buffers of one forward for at most ``max_rows`` rows, ``max_rows_diff`` of them of the diffusion view.
+    """Buffers of one forward pass for at most ``max_rows`` rows, of which ``max_rows_diff`` are of the diffusion view.
 
     Every layer reuses them, so they do not grow with depth or context.
     """
@@ -134,8 +134,8 @@ class Activations:
 
     def partials(self, num_rows: int, of: str) -> tuple[torch.Tensor, torch.Tensor]:
         """``(value, id)``, fp32 and int32 ``[num_rows, n]``: partial maxima of the head's ``"logits"`` or of
-        ``"scores"``, at most ``max_logit_rows``; the latter allocated on first use. Every pass has the same: what it
-        chose is taken before the next.
+        ``"scores"`` (allocated on first use), at most ``max_logit_rows`` rows. Every pass uses the same memory, as its
+        choices are taken before the next pass.
         """
         if of not in self._partials:
             num_tiles = num_score_tiles(self._logits.shape[1])
@@ -151,9 +151,9 @@ class Activations:
 
 @dataclass
 class Workspace:
-    """Scratch memory of the kernels themselves, that of row_linear zeroed once; None where they need none.
+    """Scratch memory of the kernels; None where they need none. That of row_linear is zeroed once.
 
-    ``graph_pool`` is where recordings allocate, all of them in one place: only one replays at a time.
+    ``graph_pool`` is the memory pool of all recordings, which can share it as only one replays at a time.
     """
 
     linear: torch.Tensor | None
@@ -184,7 +184,7 @@ def forward(
     epilogue: str,
     out,
 ) -> None:
-    """Push the rows through every layer; AR rows' keys and values land in the cache.
+    """Run the rows through every layer; keys and values of AR rows are written to the cache.
 
     Args:
         logit_rows: int32 ``[n]``, the rows whose logits are wanted; None for no logits at all.
@@ -219,7 +219,7 @@ def _layer(model: Model, kv: PagedKvCache, rows: Rows, act: Activations, workspa
     first = 0
     for part in rows.parts or (rows,):
         here, first = slice(first, first + part.num_rows), first + part.num_rows
-        mine = (t[: part.num_rows_diff] for t in scratch)  # all of them are in the last part
+        mine = (t[: part.num_rows_diff] for t in scratch)  # all diffusion rows are in the last part
         ops.dual_attn(
             q[here], *cache, *mine, part, model.softmax_scale, attn[here], max_seq_len=kv.max_seq_len,
             workspace=workspace.attn,

@@ -1,6 +1,6 @@
-"""Launchers of the native module: tensors in, parameter structs out; and the workspace that they need.
+"""Launchers of the native module, which turn tensors into parameter structs, and the workspace that they need.
 
-What every implementation asks of its arguments is checked in checks.py; what these kernels alone ask, here.
+Requirements common to all implementations are checked in checks.py, those of these kernels alone here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def kv_struct(k_pages, v_pages, page_table):
 
 def state_struct(state: SlotState):
     return dispatch.extension().SlotState(
-        **{name: ptr(tensor) for name, tensor in vars(state).items()},  # they are named alike
+        **{name: ptr(tensor) for name, tensor in vars(state).items()},  # both use the same names
         num_slots=state.num_slots,
         max_block_len=state.max_block_len,
         max_fan_out=state.max_fan_out,
@@ -73,7 +73,7 @@ def _launch(op: str, params, device: torch.device) -> None:
 
 
 def check_head_dim(op: str, head_dim: int, device_type: str) -> None:
-    """Refuse a head_dim that the native kernel of ``op`` does not have."""
+    """Refuse a head_dim that the native kernel of ``op`` does not support."""
     if device_type == "cuda" and head_dim not in (64, 128):
         raise ValueError(f"{op}: head_dim must be in (64, 128) on CUDA, got {head_dim}")
     if op == "qkv_commit" and head_dim % 2:
@@ -84,7 +84,7 @@ def check_head_dim(op: str, head_dim: int, device_type: str) -> None:
 
 
 def row_linear_workspace_bytes(device: torch.device, dtype: torch.dtype, max_rows: int, shapes) -> int:
-    """What ``row_linear`` needs at most, for weights of these ``(in_features, out_features)``."""
+    """The most that ``row_linear`` needs, for weights of these ``(in_features, out_features)``."""
     if dtype is not torch.bfloat16 or dispatch.select("row_linear", device, dtype) != "cuda":
         return 0
     with device_scope(device):
@@ -94,7 +94,7 @@ def row_linear_workspace_bytes(device: torch.device, dtype: torch.dtype, max_row
 def dual_attn_workspace_bytes(
     device: torch.device, dtype: torch.dtype, max_rows: int, num_heads_q: int, head_dim: int, max_seq_len: int
 ) -> int:
-    """What ``dual_attn`` needs at most."""
+    """The most that ``dual_attn`` needs."""
     if dtype is not torch.bfloat16 or dispatch.select("dual_attn", device, dtype) != "cuda":
         return 0
     with device_scope(device):

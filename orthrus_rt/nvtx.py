@@ -1,8 +1,8 @@
 """NVTX ranges for profilers, per cycle, pass, layer and op, if ``ORTHRUS_NVTX=1`` is set when this module is imported.
 
-Without it :func:`ranged` returns functions as they are, so that nothing is paid per call; with it, in a torch that has
-no NVTX (one without CUDA), a warning says so once and everything runs without ranges. A replayed CUDA graph runs
-no Python: inside one, only the cycle's (or the prefill's) own range is seen.
+Without it :func:`ranged` returns functions unchanged, so that calls cost nothing extra. With it, in a torch without
+NVTX (one without CUDA), a single warning says so and everything runs without ranges. A replayed CUDA graph runs no
+Python, so only the range of the whole cycle (or prefill) is visible.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ ENABLED = os.environ.get(VARIABLE, "0") not in ("", "0")
 
 
 def ranged(name: str | Callable[..., str]):
-    """Decorator: every call lies in a range of this name, or of what ``name`` makes of the call's arguments."""
+    """Decorator: every call runs in a range of this name, or of the name that ``name`` returns for the call's
+    arguments.
+    """
 
     def wrap(function):
         if not ENABLED:
@@ -39,7 +41,7 @@ def ranged(name: str | Callable[..., str]):
 
 
 def _push(name: str) -> bool:
-    """Whether there is a range now."""
+    """Begin a range; whether that was possible."""
     import torch
 
     try:
@@ -52,5 +54,5 @@ def _push(name: str) -> bool:
 
 @functools.cache
 def _warn(why: str) -> None:
-    """Once for each reason."""
+    """Warn once for each reason."""
     warnings.warn(f"{VARIABLE} is set, but there will be no ranges: {why}", stacklevel=3)

@@ -1,4 +1,4 @@
-"""Which pages are free, and what some of them still hold."""
+"""Keeps track of which pages are free and of what some of them still hold."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ PAGE_SIZE = 64  # tokens
 
 
 def num_pages(length: int) -> int:
-    """Pages that ``length`` positions take."""
+    """Pages that ``length`` positions need."""
     return -(-length // PAGE_SIZE)
 
 
 def page_names(tokens: list[int], known: list[bytes]) -> list[bytes]:
-    """Names of all whole pages of ``tokens``, the first of which are ``known``: each stands for its page's tokens and
-    all before them, up to collisions of SHA-256.
+    """Names of all whole pages of ``tokens``; those of the first pages are ``known``. A name stands for the tokens of
+    its page and all tokens before them, barring collisions of SHA-256.
     """
     names, name = list(known), known[-1] if known else b""
     for first in range(len(known) * PAGE_SIZE, len(tokens) - PAGE_SIZE + 1, PAGE_SIZE):
@@ -27,19 +27,19 @@ def page_names(tokens: list[int], known: list[bytes]) -> list[bytes]:
 
 
 class PagePool:
-    """Pages by number, each held once or more, or free.
+    """Pages by number, each of which is free or has one or more holders.
 
-    A page may be named after what it holds. It keeps name and content while it is free, so that :meth:`find` brings it
-    back, until it is taken for something else: those without a name go first, then those that were free longest. One
-    in doubt has no name until it is taken again.
+    A page may be named after its content. A free page keeps its name and content, so that :meth:`find` can still return
+    it, until it is taken for something else. Pages without a name are taken first, then those that have been free
+    longest. A doubtful page has no name until it is taken again.
     """
 
     def __init__(self, pages: range):
         self._blank = list(reversed(pages))  # free, without a name
-        self._named: OrderedDict[int, None] = OrderedDict()  # free, with one, the longest first
+        self._named: OrderedDict[int, None] = OrderedDict()  # free, with a name, longest free first
         self._holders = dict.fromkeys(pages, 0)
         self._name_of: dict[int, bytes] = {}
-        self._beginning: dict[int, bytes] = {}  # of a named page: the name of the first page before it, or its own
+        self._beginning: dict[int, bytes] = {}  # of a named page: the name of its sequence's first page
         self._page_of: dict[bytes, int] = {}
         self._doubtful: set[int] = set()
 
@@ -48,7 +48,7 @@ class PagePool:
         return len(self._blank) + len(self._named)
 
     def take(self, count: int) -> list[int]:
-        """``count`` free pages, whose names are forgotten; the caller has seen that there are so many."""
+        """Take ``count`` free pages and forget their names. The caller has checked that there are enough."""
         pages = [self._blank.pop() if self._blank else self._named.popitem(last=False)[0] for _ in range(count)]
         for page in pages:
             self._holders[page] = 1
@@ -57,13 +57,13 @@ class PagePool:
         return pages
 
     def hold(self, pages: Iterable[int]) -> None:
-        """Add one hold of each; free ones are no longer free."""
+        """Add one hold of each page; free pages stop being free."""
         for page in pages:
             self._holders[page] += 1
             self._named.pop(page, None)
 
     def give_back(self, pages: list[int]) -> None:
-        """Drop one hold of each; a page without holders is free. Of the named ones, the last is evicted first."""
+        """Drop one hold of each page; a page without holders is free. Of the named ones, the last is evicted first."""
         for page in reversed(pages):
             self._holders[page] -= 1
             if self._holders[page]:
@@ -74,18 +74,20 @@ class PagePool:
                 self._blank.append(page)
 
     def name(self, page: int, name: bytes, beginning: bytes) -> None:
-        """Name a held page after what it holds, behind that first page; of equal pages, the first keeps the name."""
+        """Name a held page after its content; ``beginning`` names the sequence's first page. If another page has the
+        name, that one keeps it.
+        """
         if name not in self._page_of:
             self._page_of[name], self._name_of[page], self._beginning[page] = page, name, beginning
 
     def doubt(self, pages: Iterable[int]) -> None:
-        """Others are not to find these held pages."""
+        """Hide these held pages from other requests."""
         for page in pages:
             self._unname(page)
             self._doubtful.add(page)
 
     def forget(self, beginning: bytes) -> None:
-        """Others are not to find free pages behind that first one, nor itself."""
+        """Hide the free pages of sequences with this first page from other requests, and the first page itself."""
         for page in [page for page in self._named if self._beginning[page] == beginning]:
             self._unname(page)
             del self._named[page]
@@ -99,5 +101,5 @@ class PagePool:
             del self._page_of[self._name_of.pop(page)], self._beginning[page]
 
     def find(self, name: bytes) -> int | None:
-        """The page of that name, free or not."""
+        """The page with that name, free or not."""
         return self._page_of.get(name)

@@ -1,4 +1,4 @@
-"""Seconds per decode cycle of each (batch bucket, plan): measured, refined by every cycle timed, kept on disk."""
+"""Seconds per decode cycle of each (batch bucket, plan): measured, refined by every timed cycle, and kept on disk."""
 
 from __future__ import annotations
 
@@ -12,56 +12,57 @@ from pathlib import Path
 
 from orthrus_rt.cycle_plan import AR, MODES, CyclePlan
 
-STALLED = 1.3  # times the next measurement: what was so much above it was a stalled cycle's
-UNLIKELY = 4.0  # times what was to be expected: more is not believed of a first measurement, lest it stay the only one
-CLIP = 2.0  # the largest innovation, in its standard deviations: a stalled cycle is not a slow plan
-HOPE = 0.3  # standard errors by which a cycle may be cheaper than it looks
-# Variances of logarithms, that is of relative errors.
+STALLED = 1.3  # times the next measurement: a first one above this was of a stalled cycle
+UNLIKELY = 4.0  # times the expectation: a first measurement is cut to this, lest it stay the only one
+CLIP = 2.0  # the largest innovation, in standard deviations: a stalled cycle does not mean a slow plan
+HOPE = 0.3  # standard errors by which a cycle is hoped to be cheaper than it looks
+# Variances of logarithms, that is, of relative errors.
 MEASUREMENT_NOISE = 0.01
-WARMED = 0.0015  # of a warm-up's time: the machine may have been busy then
-KNOWN = 0.0002  # the least of an entry
-ENTRY_PROCESS_NOISE = 2e-6  # per cycle, of an entry that does not run
-OTHER_DAY = 0.02  # of the machine's slowness since the entries were measured
+WARMED = 0.0015  # of a time measured in a warm-up, when the machine may have been busy
+KNOWN = 0.0002  # the least variance of an entry
+ENTRY_PROCESS_NOISE = 2e-6  # per cycle, of an entry whose plan does not run
+OTHER_DAY = 0.02  # of the change of the machine's slowness since the entries were measured
 SLOWNESS_PROCESS_NOISE = 1e-4  # per cycle
-# Of the slowness, per cycle, that turns into the own cost of the plan that runs. Nothing else could tell the two apart
-# while no other plan runs, and noise that is not symmetric would drive one against the other without bound.
+# Share of the slowness, per cycle, that is moved to the own cost of the running plan. Nothing else could separate the
+# two while no other plan runs, and asymmetric noise would drive them apart without bound.
 SETTLING = 1 / 4096
-# More process noise where measurements do not fit: this much of gain x innovation^2 is added to the variance, so that
+# Extra process noise where measurements do not fit: this times gain x innovation^2 is added to the variance, so that
 # after a jump the next gains are larger.
 ADAPTIVE_NOISE = 0.1
-MAX_CORRELATION, MIN_COVARIANCE = 0.98, 1e-6  # a larger correlation is not believed, a smaller covariance not kept
+MAX_CORRELATION, MIN_COVARIANCE = 0.98, 1e-6  # correlation is capped; smaller covariances are dropped
 
 
 class PassCosts:
-    """Estimates that follow drift and shrug outliers off.
+    """Estimates that follow drift and resist outliers.
 
-    A cycle's time is its entry's times the machine's slowness (its clock, its load, the length of contexts), which all
-    entries share. A Kalman filter follows the logarithms of both. The time of a plan that is well known tells of the
-    machine, and so of the plans that do not run; that of another one tells of itself. If the filter takes the one for
-    the other, it keeps in mind that it may have (their covariance), so that the next times of a well known plan settle
-    it. Covariances of entries with each other are left out.
+    A cycle's time is its entry times the machine's slowness (its clock, its load, the length of contexts), which all
+    entries share. A Kalman filter follows the logarithms of both. The time of a well-known plan is evidence about the
+    machine, and so about the plans that do not run; the time of any other plan is evidence about that plan. If the
+    filter mistakes one for the other, their covariance records that it may have, and the next times of a well-known
+    plan resolve it. Covariances between entries are left out.
 
-    An unmeasured entry is guessed from the number of rows of its passes, between those that were measured; beyond them,
-    a pass is supposed to cost ``1 + rows / ridge_rows``.
+    An unmeasured entry is guessed from the number of rows of its passes: interpolated between measured ones, and beyond
+    them in proportion to ``1 + rows / ridge_rows``.
 
     Args:
-        basis: costs of like cycles, to which unmeasured ones are in proportion.
+        basis: costs of similar cycles, to which unmeasured costs are taken to be proportional.
     """
 
     def __init__(self, ridge_rows: int = 32, basis: PassCosts | None = None):
         self._ridge_rows, self._basis = ridge_rows, basis
         self._log: dict[tuple[int, CyclePlan], float] = {}
-        self._variance: dict[tuple[int, CyclePlan], float] = {}  # less the process noise since it was measured
+        self._variance: dict[tuple[int, CyclePlan], float] = {}  # without the process noise since the last measurement
         self._covariance: dict[tuple[int, CyclePlan], float] = {}  # with the machine's slowness, where not negligible
-        self._seen: dict[tuple[int, CyclePlan], tuple[int, float]] = {}  # clock and slowness then
-        # No two cycles agree yet: what is known may be a stalled one's; whether it is less than was measured.
+        self._seen: dict[tuple[int, CyclePlan], tuple[int, float]] = {}  # clock and slowness when last measured
+        # Entries not confirmed by a second cycle, which may be of a stalled one; the value: whether it was cut to
+        # UNLIKELY.
         self._once: dict[tuple[int, CyclePlan], bool] = {}
         self._slowness, self._slowness_variance = 0.0, OTHER_DAY
         self._clock = 0
         self._curve: list[tuple[int, float]] | None = None  # see _passes(); None since the entries changed
 
     def of_like_cycles(self) -> PassCosts:
-        """Costs of cycles in proportion to these, of which nothing is measured yet."""
+        """Costs of other cycles, taken to be proportional to these until they are measured."""
         return PassCosts(self._ridge_rows, self)
 
     def __len__(self) -> int:
@@ -71,14 +72,16 @@ class PassCosts:
         return key in self._log
 
     def measured_once(self, bucket: int, plan: CyclePlan) -> bool:
-        """Or more often, if no cycle has confirmed yet that those before were not stalled."""
+        """Also true after several measurements, as long as none has confirmed that those before it were not of stalled
+        cycles.
+        """
         return (bucket, plan) in self._once
 
     def seconds(self, bucket: int, plan: CyclePlan, hopeful: bool = False) -> float:
         """Expected seconds of one cycle of ``bucket`` slots under ``plan``.
 
-        ``hopeful``: where nothing like it was measured, suppose that more rows cost nothing; where it was measured once
-        or long ago, that it may have been a stalled cycle, or measured too high.
+        ``hopeful``: if nothing similar was measured, suppose that more rows cost nothing; if it was measured once or
+        long ago, suppose that the cycle was stalled or measured too high.
         """
         key = bucket, plan
         if key not in self._log:
@@ -90,7 +93,7 @@ class PassCosts:
         return min(hoped, self._guess(bucket, plan, True)) if key in self._once else hoped
 
     def set(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
-        """A warm-up's measurement, or a kept one, replacing what was known."""
+        """Replace what was known by a measurement from a warm-up or from disk."""
         self._once.pop((bucket, plan), None)
         self._set((bucket, plan), seconds, WARMED)
 
@@ -101,9 +104,9 @@ class PassCosts:
         self._covariance.pop(key, None)
 
     def observe(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
-        """The seconds that one real cycle took."""
+        """Learn from one real cycle, which took ``seconds``."""
         if not 0 < seconds < math.inf:
-            return  # no clock's
+            return  # not a valid time
         key = bucket, plan
         self._clock += 1
         if key not in self._log or key in self._once:
@@ -112,7 +115,7 @@ class PassCosts:
             self._correct(key, seconds)
 
     def _confirm(self, key: tuple[int, CyclePlan], seconds: float) -> None:
-        """A first measurement, or the next one, which the first has to stand up to."""
+        """Take a first measurement, or a later one that the first must agree with."""
         if key not in self._log:
             most = UNLIKELY * self.seconds(*key) if self._log else math.inf
             self._once[key] = seconds > most
@@ -124,7 +127,7 @@ class PassCosts:
         del self._once[key]
 
     def _correct(self, key: tuple[int, CyclePlan], seconds: float) -> None:
-        """The entry, and by what it tells of the machine all others: a Kalman filter's update."""
+        """Update the entry and, through the machine's slowness, all others: a Kalman filter's update."""
         self._curve = None
         own, machine = self._doubt(key), self._slowness_variance + SLOWNESS_PROCESS_NOISE
         shared = self._covariance.setdefault(key, 0.0)
@@ -152,12 +155,12 @@ class PassCosts:
         self._log[key] += settled
 
     def drift(self, bucket: int, plan: CyclePlan) -> float:
-        """Logarithm by which the machine seems to have changed its speed since the entry was last measured."""
+        """By how much, as a logarithm, the machine's speed seems to have changed since the entry was last measured."""
         seen = self._seen.get((bucket, plan))
         return 0.0 if seen is None else abs(self._slowness - seen[1])
 
     def _doubt(self, key: tuple[int, CyclePlan]) -> float:
-        """Its variance by now."""
+        """The entry's present variance."""
         cycles = self._clock - self._seen[key][0]
         return min(4 * MEASUREMENT_NOISE, self._variance[key] + ENTRY_PROCESS_NOISE * cycles)
 
@@ -180,7 +183,7 @@ class PassCosts:
         return sorted(known.items())
 
     def _guess_pass(self, known: list[tuple[int, float]], rows: int, hopeful: bool) -> float:
-        """Seconds of a pass of ``rows`` rows from those of some other numbers of rows."""
+        """Seconds of a pass of ``rows`` rows, from passes with other numbers of rows."""
         if not known:
             return 1 + rows / self._ridge_rows
         i = bisect_left(known, (rows, 0.0))
@@ -191,7 +194,7 @@ class PassCosts:
         return seconds * (1.0 if hopeful and rows > end else (self._ridge_rows + rows) / (self._ridge_rows + end))
 
     def table(self) -> list[list]:
-        """``[bucket, mode, block_len, fan_out, seconds]`` of every entry that more than one cycle was measured for."""
+        """``[bucket, mode, block_len, fan_out, seconds]`` of every confirmed entry."""
         return [[key[0], *key[1], self.seconds(*key)] for key in sorted(self._log) if key not in self._once]
 
     def save(self, path: Path, key: str) -> None:
@@ -207,7 +210,7 @@ class PassCosts:
             raise
 
     def load(self, path: Path, key: str) -> bool:
-        """Take the entries that :meth:`save` wrote for ``key``; False if the file is missing, stale or not whole."""
+        """Load the entries that :meth:`save` wrote for ``key``; False if the file is missing, stale or incomplete."""
         try:
             content = json.loads(path.read_text())
             if content["key"] != key:

@@ -1,33 +1,35 @@
-"""``mode="auto"``: which CyclePlan the next cycle of the batch runs.
+"""``mode="auto"``: chooses the CyclePlan that the next cycle of the batch runs.
 
-Predicted time per token of a plan is cost(bucket, plan) / expected tokens(plan). The policy runs the plan where it is
-least, under two accounts of time:
+A plan's predicted time per token is cost(bucket, plan) / expected tokens(plan). The policy runs the plan for which it
+is lowest, subject to two accounts of time:
 
-- *safety*. Every cycle pays its cost in and receives what plain AR would have needed for its tokens, times ``1 +
-  SAFETY``. A plan may start only if the balance covers the worst outcome, no draft accepted anywhere, for itself and
-  for all cycles whose results are not in yet, or not weighed. Every sequence yields at least one token per cycle, so
-  the balance never falls below zero: whatever the drafter does, and however badly acceptance is estimated, the time
-  spent is at most ``1 + SAFETY`` of AR's, and once GRANT cycles (conservative bandits: Wu, Shariff, Lattimore,
-  Szepesvari 2016). The grant lets a fresh engine draft from its first tokens on; without it, it would have to save up
-  for each attempt, and luck with the first few decides whether it drafts before the thousandth token. Prefill, which AR
-  needs as well, counts. The account's cap bounds the loss over any stretch, not only since the start: riches from good
-  times are not spent on bad ones.
-- *exploration*. Plans that might be better than they look (optimism in the face of uncertainty: of what sets them apart
-  from the plan in use, not of what both depend on) are tried, as long as that has cost less than EXPLORATION of all
-  time, measured against the plan in use. A close rival costs little, so its trial is long.
+- *safety*. Every cycle is debited its cost and credited with the time that plain AR would have needed for its tokens,
+  times ``1 + SAFETY``. A plan may start only if the balance covers the worst outcome (no draft accepted anywhere) of
+  its own cycle and of all cycles whose results have not arrived or have not been weighed. Every sequence yields at
+  least one token per cycle, so the balance never falls below zero. Whatever the drafter does, and however badly
+  acceptance is estimated, the time spent is at most ``1 + SAFETY`` times AR's, plus GRANT cycles once (conservative
+  bandits: Wu, Shariff, Lattimore, Szepesvari 2016). The grant lets a fresh engine draft from its first tokens on.
+  Without it, the engine would have to save up for each attempt, and luck with the first few would decide whether it
+  drafts before the thousandth token. Prefill counts, as AR needs it as well. The cap on the account bounds the loss
+  over any stretch, not only since the start: credit from good times is not spent without limit in bad ones.
+- *exploration*. Plans that might be better than they look are tried as long as trials have cost less than EXPLORATION
+  of all time, measured against the plan in use. (This is optimism in the face of uncertainty. Only uncertainty about
+  what sets a plan apart from the one in use counts, not about what both depend on.) A close rival costs little, so its
+  trial is long.
 
-Both bounds are in estimated seconds: they hold for real ones as far as the costs are right. At 400 tokens SAFETY and
-GRANT allow 3% together, which ``mode="auto"`` promises from there on; later they allow less, which leaves room for
-errors in the costs. 2% and 4 cycles would allow as much and find text that turns easy sooner, but leave less to a fresh
-engine, whose first drafts may be unlucky. AR cycles are timed at the beginning of every batch bucket, and anew at times
-while others run.
+Both bounds are in estimated seconds, and hold for real seconds as far as the estimates are right. At 400 tokens SAFETY
+and GRANT together allow 3%, which ``mode="auto"`` promises from there on. Later they allow less, which leaves room for
+errors in the costs. 2% and 4 cycles would allow as much and find text that turns easy sooner, but would leave less to a
+fresh engine, whose first drafts may be unlucky. AR cycles are timed when a batch bucket is first used, and again from
+time to time while other plans run.
 
 Hysteresis: another plan replaces the one in use once its predicted savings have added up to SWITCH cycles (a one-sided
-CUSUM): a large gain soon, a small one only if it lasts.
+CUSUM). A large gain thus leads to a switch soon, a small one only if it lasts.
 
-Thinking takes the host longer than all else about a cycle, most of all where a pass through the weights has swept its
-caches. So a plan once chosen is kept for a *course* of up to COURSE cycles, as long as the account covers them at their
-worst, and what they brought is weighed together at its end. AR cycles tell nothing of drafts: their courses are longer.
+Choosing takes the host longer than anything else about a cycle, most of all where a pass through the weights has swept
+its caches. So a chosen plan is kept for a *course* of up to COURSE cycles, as long as the account covers their worst
+outcome, and their results are weighed together at its end. AR cycles give no information on drafts, so their courses
+are longer.
 """
 
 from __future__ import annotations
@@ -47,25 +49,25 @@ SAFETY_CAP = 64  # AR cycles of credit kept
 EXPLORATION = 0.01  # of all time that may be lost on trying plans
 EXPLORATION_CAP = 64  # AR cycles of credit kept
 SWITCH = 1.0  # cycles of savings before the plan in use changes
-DEADBAND = 0.01  # relative savings that are none
-OPTIMISM = 0.7  # standard errors by which a plan may be better than it looks; more while exploration credit lies idle
+DEADBAND = 0.01  # relative savings below this do not count
+OPTIMISM = 0.7  # standard errors by which a plan may be better than it looks; more while exploration credit is unused
 TRIAL_LENGTH = 8  # sequence-cycles, at least
 TRIAL_PRICE = 0.5  # share of the exploration credit that a longer trial may cost
-REST = 64  # cycles between trials, and the most that one lasts
-COURSE, AR_COURSE, COURSE_SHARE = 8, 32, 8  # most cycles of a course, and of AR's; at most 1/8 of all before
-PIPELINE_FILL = 1  # passes of one_pass before its drafts are there
-REFRESH_REST, REFRESH_CYCLES = 64, 3  # cycles without AR before AR is timed anew, and for how many
-DRIFT_REST = 8  # the same where the machine seems to have changed: it may be the plan in use alone
-# Of all time that may be lost on that: where AR is close it is cheap, and may win; everywhere it comes within 1,200 AR
-# cycles' time.
+REST = 64  # cycles between trials, and the longest trial
+COURSE, AR_COURSE, COURSE_SHARE = 8, 32, 8  # longest course, and AR's, in cycles; at most 1/8 of all cycles before it
+PIPELINE_FILL = 1  # passes of one_pass before it has drafts
+REFRESH_REST, REFRESH_CYCLES = 64, 3  # cycles without AR before AR is timed again, and for how many cycles
+DRIFT_REST = 8  # the same if the machine's speed seems to have changed: it may be the plan in use alone
+# Share of all time that may be lost on timing AR: where AR is close that is cheap, and AR may win. In any case AR is
+# timed within the time of 1,200 AR cycles.
 REFRESH_PRICE = 0.0025
-REFRESH_DRIFT = 0.25  # drift (see PassCosts) that calls for it at any price
+REFRESH_DRIFT = 0.25  # drift (see PassCosts) beyond which AR is timed at any price
 
 
 def candidate_plans(block_len: int, fan_out: int = 0) -> list[CyclePlan]:
-    """The plans to choose among for drafts of at most ``block_len - 1`` tokens, AR first; ``fan_out`` 0 for several."""
+    """The plans to choose among, with at most ``block_len - 1`` drafts, AR first; ``fan_out`` 0 means several."""
     lens = sorted({min(k, block_len) for k in (4, 8, 16, block_len)})
-    # Where rows cost compute, as on a CPU, the best of two_pass lies between 3 and 7 drafts.
+    # Where rows cost compute, as on a CPU, two_pass is best with between 3 and 7 drafts.
     two_pass = [CyclePlan("two_pass", k) for k in sorted({min(6, block_len), *lens})]
     if fan_out:
         return [AR, *two_pass, *(CyclePlan("one_pass", k, fan_out) for k in lens if fan_out <= most_hypotheses(k - 1))]
@@ -83,23 +85,23 @@ class Account:
 
 
 class Lane:
-    """Cycles of one batch bucket, greedy or sampling: the candidates, what they cost and yield, and the one in use."""
+    """Cycles of one batch bucket, greedy or sampling: the plans, their costs and yields, and the one in use."""
 
     def __init__(self, bucket: int, plans: list[CyclePlan], costs: PassCosts, acceptance: Acceptance):
         self.bucket, self.plans, self.costs, self.acceptance = bucket, plans, costs, acceptance
         self.in_use: CyclePlan | None = None
-        self.since_ar = math.inf  # cycles; its true cost here is not known
+        self.since_ar = math.inf  # cycles; inf: AR's true cost here is not known
         self._savings = 0.0  # cycles
         self._since_look = 0  # cycles
-        self.trial: CyclePlan | None = None  # under way, also while other lanes run
+        self.trial: CyclePlan | None = None  # in progress, also while other lanes run
         self.trial_left = 0  # cycles to go
 
     def seconds(self, plan: CyclePlan, hopeful: bool = False) -> float:
-        """Expected seconds of a cycle."""
+        """Expected seconds per cycle."""
         return self.costs.seconds(self.bucket, plan, hopeful)
 
     def guesses(self, plan: CyclePlan) -> bool:
-        """Whether no two cycles agree yet on what it costs."""
+        """Whether its cost is not measured, or not confirmed by a second cycle yet."""
         return (self.bucket, plan) not in self.costs or self.costs.measured_once(self.bucket, plan)
 
     def worst_loss(self, plan: CyclePlan) -> float:
@@ -116,12 +118,12 @@ class Lane:
         return drifted or cheap
 
     def ran(self, plan: CyclePlan) -> None:
-        """A cycle of ``plan`` was launched."""
+        """Count a launched cycle of ``plan``."""
         self.since_ar = 0 if plan == AR else self.since_ar + 1
         self._since_look += 1
 
     def hold(self, rates: dict[CyclePlan, float]) -> CyclePlan:
-        """The plan in use, changed when another has promised enough for long enough."""
+        """The plan in use, replaced first if another has promised enough savings for long enough."""
         best = min(self.plans, key=rates.get)
         self.in_use = self.in_use or best
         saving = 1 - rates[best] / rates[self.in_use] - DEADBAND
@@ -133,26 +135,26 @@ class Lane:
 
 
 class Launched(NamedTuple):
-    """A cycle whose results are not in yet; one of a course is like another."""
+    """A cycle whose results have not arrived; all cycles of a course are alike."""
 
     lane: Lane
     plan: CyclePlan
     reserved: float  # seconds that it may cost the safety account
     against: float | None  # of a trial: seconds per token of the plan in use
-    fills: bool  # the pipeline of one_pass had no drafts yet
+    fills: bool  # the pipeline of one_pass was still empty of drafts
 
 
 class Policy:
-    """Chooses the plan of every cycle and learns from what came of it.
+    """Chooses the plan of every cycle and learns from the results.
 
-    One :meth:`record` per :meth:`choose`, in order; any number of cycles may be under way in between.
+    Call :meth:`record` once per :meth:`choose`, in the same order; any number of cycles may be in flight in between.
 
     Args:
-        plans: the candidates, AR among them.
+        plans: the candidates, which include AR.
         max_batch_size: the largest bucket; smaller ones are powers of two.
-        costs: of greedy cycles; shared with whoever measures them. Cycles that sample have their own, and an acceptance
-            of their own.
-        max_rows: one_pass plans with more rows in a pass are no candidates of that bucket.
+        costs: of greedy cycles; shared with the caller, which measures them. Cycles that sample have costs and an
+            acceptance of their own.
+        max_rows: a one_pass plan with more rows in a pass than this is no candidate in that bucket.
     """
 
     def __init__(
@@ -172,13 +174,13 @@ class Policy:
         self.current: CyclePlan | None = None
         self._lanes: dict[tuple[int, bool], Lane] = {}
         self._pending: deque[Launched] = deque()
-        self._unread: deque[tuple[Launched, list[Outcome], float | None]] = deque()  # brought, not yet weighed
-        self._course: Launched | None = None  # what its cycles are
+        self._unread: deque[tuple[Launched, list[Outcome], float | None]] = deque()  # recorded, not yet weighed
+        self._course: Launched | None = None  # what each of its cycles is
         self._course_left = 0  # cycles to go
         self._since_trial = self._cycles = 0
 
     def plans_of(self, bucket: int) -> list[CyclePlan]:
-        """The candidates of a bucket."""
+        """The candidates in a bucket."""
         return [p for p in self._plans if p.mode != "one_pass" or bucket * p.max_rows <= self._max_rows]
 
     def _lane(self, batch_size: int, greedy: bool) -> Lane:
@@ -205,12 +207,12 @@ class Policy:
 
     @property
     def wants_time(self) -> bool:
-        """Whether the cycle chosen last should run by itself, to be timed: what it costs is a guess, or out of date."""
+        """Whether the cycle chosen last should run by itself to be timed, as its cost is a guess or out of date."""
         lane, plan, _, against, _ = self._course
         return lane.guesses(plan) or (plan == AR and against is not None)
 
     def _think(self, lane: Lane, batch_size: int) -> Launched:
-        """The course to take now."""
+        """Choose the next course."""
         self.settle()
         tokens = lane.acceptance.tokens(lane.plans)
         rates = {p: lane.seconds(p) / tokens[p] for p in lane.plans}
@@ -228,23 +230,25 @@ class Policy:
         return Launched(lane, plan, max(0.0, lane.worst_loss(plan)), against, fills)
 
     def _fallback(self, lane: Lane, rates: dict[CyclePlan, float]) -> CyclePlan:
-        """What to run while the account does not cover the plan wanted: what runs, if it is covered and beats AR."""
+        """What to run while the account does not cover the wanted plan: the current one if covered and better than AR,
+        else the best that is, else AR.
+        """
         better = [p for p in lane.plans if rates[p] < rates[AR] and self._affordable(lane, p)]
         return self.current if self.current in better else min(better, key=rates.get, default=AR)
 
     def _plan_to_try(self, lane: Lane, batch_size: int, tokens, rate: float) -> CyclePlan | None:
-        """A plan to try in this cycle, if any; ``rate``: seconds per token of the plan in use."""
+        """The plan to try in this cycle, if any; ``rate``: seconds per token of the plan in use."""
         if lane.trial is None or not lane.trial_left:
             lane.trial, lane.trial_left = self._next_trial(lane, batch_size, tokens, rate)
         return lane.trial
 
     def _next_trial(self, lane: Lane, batch_size: int, tokens, rate: float) -> tuple[CyclePlan | None, int]:
-        """``(plan, cycles)`` of a trial to begin, if any."""
+        """``(plan, cycles)`` of the trial to begin, if any."""
         if lane.wants_ar_timed(rate):
             return AR, REFRESH_CYCLES
         if self._since_trial < REST or self.exploration.balance <= 0:
             return None, 0
-        idle = self.exploration.balance / (EXPLORATION_CAP * lane.seconds(AR))  # credit left lying: too sure of itself?
+        idle = self.exploration.balance / (EXPLORATION_CAP * lane.seconds(AR))  # unused credit: estimates too certain?
         optimism = OPTIMISM * max(1.0, 2 * idle)
         hopeful = lane.acceptance.tokens(lane.plans, optimism, lane.in_use)
         hopes = {p: lane.seconds(p, hopeful=True) / hopeful[p] for p in lane.plans}
@@ -254,7 +258,7 @@ class Policy:
                 break
             if plan == lane.in_use or not self._affordable(lane, plan):
                 continue
-            if lane.costs.measured_once(lane.bucket, plan):  # if that cycle was stalled, one more tells
+            if lane.costs.measured_once(lane.bucket, plan):  # one more cycle shows whether that one was stalled
                 return plan, 1
             filling = PIPELINE_FILL if plan.mode == "one_pass" else 0
             spare = self.exploration.balance - filling * (lane.seconds(plan) - rate)
@@ -265,26 +269,28 @@ class Policy:
         return None, 0
 
     def _affordable(self, lane: Lane, plan: CyclePlan) -> bool:
-        """Whether the safety account covers the worst outcome; of one_pass, of enough passes to see a draft of it."""
+        """Whether the safety account covers the worst outcome; of a one_pass that starts, over enough passes to see its
+        drafts.
+        """
         cycles = 1 + PIPELINE_FILL if plan.mode == "one_pass" and self.current != plan else 1
         return self._covers(cycles * lane.worst_loss(plan))
 
     def _covers(self, seconds: float) -> bool:
-        """Whether the safety account has so much, when all that is not weighed yet turns out at its worst."""
+        """Whether the safety account covers this even if everything not yet weighed turns out at its worst."""
         launched = (*self._pending, *(cycle for cycle, _, _ in self._unread))
         return seconds <= self.safety.balance - sum(cycle.reserved for cycle in launched)
 
     def record(self, outcomes: list[Outcome], seconds: float | None = None) -> None:
-        """What the oldest cycle under way brought.
+        """Record the results of the oldest cycle in flight.
 
         Args:
-            outcomes: of each sequence that ran. Leave out those that had already ended when the cycle ran.
-            seconds: how long the cycle took, where it was timed by itself and was not the first of its kind.
+            outcomes: of each sequence that ran, without those that had already ended when the cycle ran.
+            seconds: how long the cycle took, if it was timed by itself and was not the first of its kind.
         """
         self._unread.append((self._pending.popleft(), outcomes, seconds))
 
     def settle(self) -> None:
-        """Weigh what cycles have brought so far, at the costs known before; then correct these by their times."""
+        """Weigh the recorded cycles at the costs known before them; then correct these costs by their times."""
         of_a_kind = itertools.groupby(self._unread, key=lambda cycle: (cycle[0].plan, cycle[0].lane.acceptance))
         for (plan, acceptance), cycles in of_a_kind:
             observed = [outcomes for cycle, outcomes, _ in cycles if outcomes and not cycle.fills]
@@ -296,7 +302,7 @@ class Policy:
             lane, plan = cycle.lane, cycle.plan
             if seconds is not None and lane.costs:
                 timed.append((lane, plan, seconds))
-            elif seconds is not None:  # the first that is: the unit to keep accounts in
+            elif seconds is not None:  # the first cost known: it becomes the unit of the accounts
                 lane.costs.observe(lane.bucket, plan, seconds)
             self.plan_counts[plan] += 1
             self._cycles += 1
@@ -320,27 +326,27 @@ class Policy:
         self.ar_equivalent += tokens * ar
 
     def prefilled(self, seconds: float) -> None:
-        """A prompt took so long: AR decoding needs that as well, and may be exceeded by a share of it too."""
-        self.safety.add(SAFETY * seconds, math.inf)  # capped with the next cycle weighed
+        """Count a prefill of ``seconds``: AR needs it too, so the share of AR's time that may be lost includes it."""
+        self.safety.add(SAFETY * seconds, math.inf)  # capped when the next cycle is weighed
         self.spent += seconds
         self.ar_equivalent += seconds
 
     def forget_pending(self) -> None:
-        """The cycles under way were lost; their results will not come."""
+        """Forget the cycles in flight: they were lost, and no results will arrive."""
         self._pending.clear()
-        self.current = None  # which ends the course too
+        self.current = None  # this also ends the course
 
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict:
-        """Why cycles of ``batch_size`` sequences run what they run. The last few cycles are not weighed yet.
+        """Explain the choice of plan for ``batch_size`` sequences. The last few cycles may not be weighed yet.
 
         Returns:
-            ``bucket``: the batch size that it is taken for. ``in_use``: the plan wanted. ``current``: the one that ran
-            last, another while the safety account does not cover ``in_use``, or in a trial.
+            ``bucket``: the batch size that it is rounded up to. ``in_use``: the wanted plan. ``current``: the plan that
+            ran last, which differs from ``in_use`` in a trial or while the safety account does not cover ``in_use``.
             ``candidates``: plan -> ``seconds_per_cycle``, ``tokens_per_cycle`` (of a sequence), ``seconds_per_token``,
-            ``cost_measured`` (false: inferred from other plans), ``cycles`` (those of all batches).
-            ``accepted``: way of drafting -> expected drafts accepted of 0, 1, ... that are offered.
-            ``safety_balance_seconds``, ``exploration_balance_seconds``: what drafting, and trials, may still cost.
-            ``spent_seconds``: of all cycles and prompts. ``ar_equivalent_seconds``: what AR would have taken for them.
+            ``cost_measured`` (false: inferred from other plans), ``cycles`` (of all batches). ``accepted``: way of
+            drafting -> expected accepted drafts if 0, 1, ... are offered. ``safety_balance_seconds``,
+            ``exploration_balance_seconds``: what drafting, and trials, may still cost. ``spent_seconds``: of all cycles
+            and prompts. ``ar_equivalent_seconds``: what AR would have taken for them.
 
         Raises:
             ValueError: ``batch_size`` is out of its range.

@@ -1,8 +1,8 @@
-"""Prefill: prompts' tokens through the AR view, in passes of their own or before the rows of a cycle's last pass, which
-then reads the weights for both.
+"""Prefill: prompts' tokens run through the AR view, in passes of their own or ahead of the rows of a cycle's last pass,
+which then reads the weights for both.
 
-On a GPU passes are padded to few shapes, each replayed from its second use on: launched op by op, even the shortest
-prompt takes the host milliseconds, in which the GPU and all who decode wait.
+On a GPU passes are padded to a few shapes, each replayed from its second use on. Launched op by op, even the shortest
+prompt takes the host milliseconds, during which the GPU and all decoding sequences wait.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from orthrus_rt.request import Request
 from orthrus_rt.rows import Chunk, Layout, Rows, fixed_rows, lay_out, padded
 from orthrus_rt.uploads import copy_up
 
-TILE = 128  # rows of row_linear's tiles in a prefill on sm_90: what pads the last one costs nothing
-LEAST = 16  # rows of its narrowest
+TILE = 128  # rows of row_linear's tiles in a prefill on sm_90: padding the last tile costs nothing
+LEAST = 16  # rows of its narrowest tile
 NOTHING = Layout()
-# Tokens that come next of the prompts of requests that hold a slot, and how many went before. They count as prefilled
-# already.
+# The next tokens of prompts, how many tokens of the prompt precede them, and the request, which holds a slot. The
+# tokens already count as prefilled.
 PromptChunks = list[tuple[list[int], int, Request]]
 
 
 @dataclass(frozen=True)
 class PrefillShape:
-    """Rows, their groups (one a prompt, and one of padding), the most rows of a group, prompts that end and so choose a
-    token, and whether their logits are materialised.
+    """Rows; their groups (one per prompt, and one of padding); the most rows of a group; prompts that end and so choose
+    a token; and whether their logits are materialised.
     """
 
     rows: int
@@ -43,8 +43,8 @@ class PrefillShape:
     scored: bool
 
     def padded(self, max_rows: int, num_slots: int, in_cycle: bool = False) -> PrefillShape:
-        """Rounded up to one of the few recorded shapes, plus a group for padding rows. Coarser in a cycle: many cycles
-        may take prompts, and each reads the head's weights anyway.
+        """This shape rounded up to one of the few recorded ones, plus a group for padding rows. Coarser in a cycle, as
+        many cycles may take prompts and each reads the head's weights anyway.
         """
         rows = max(self.rows, min(round_up(self.rows), max_rows))
         even = in_cycle or self.groups == 1
@@ -54,7 +54,7 @@ class PrefillShape:
 
 
 def round_up(rows: int) -> int:
-    """To a power of two, from one tile on to whole tiles.
+    """Round up to a power of two, or beyond one tile to whole tiles.
 
     >>> [round_up(n) for n in (1, 17, 100, 129, 300)]
     [16, 32, 128, 256, 384]
@@ -63,12 +63,12 @@ def round_up(rows: int) -> int:
 
 
 class Prompts:
-    """What one pass takes of some requests' prompts.
+    """The part of some requests' prompts that one pass takes.
 
     Attributes:
         laid: the rows, see :func:`orthrus_rt.rows.lay_out`.
         ended: requests whose last row is among these.
-        choosing: those of them that do not know the token after it.
+        choosing: those of them whose next token is not yet known.
         picked: their last rows.
     """
 
@@ -85,16 +85,16 @@ class Prompts:
 
 
 class PromptRows:
-    """Static rows of a pass: first those of prompts, of one shape, then a cycle's own, if any.
+    """Static rows of a pass: first prompts' rows, of one shape, then a cycle's own, if any.
 
     Args:
-        own: the layout of the latter.
+        own: the layout of the cycle's rows.
         own_picked: those of them whose logits are wanted.
 
     Attributes:
-        rows: all of them.
-        own: the cycle's, to be staged.
-        logit_rows: int32, ``own_picked`` and then the prompts' rows that choose a token; None if there are none.
+        rows: all rows.
+        own: the cycle's rows, to be staged.
+        logit_rows: int32, ``own_picked``, then the prompts' rows that choose a token; None if there are none.
     """
 
     def __init__(self, shape: PrefillShape, device, own: Layout = NOTHING, own_picked: Sequence[int] = ()):
@@ -103,7 +103,7 @@ class PromptRows:
         sizes = [4 * padded(n), padded(groups + 1), len(own_picked) + shape.chosen]
 
         def split(buffer):
-            """Rows' fields, where groups start, and the rows whose logits are wanted."""
+            """The rows' fields, where groups start, and the rows whose logits are wanted."""
             fields, group_start, picked = buffer.split(sizes)
             return fields.view(4, -1)[:, :n], group_start[: groups + 1], picked
 
@@ -131,7 +131,7 @@ class PromptRows:
         return self._buffer.nbytes
 
     def load(self, chunks: list[Chunk], picked: list[int]) -> None:
-        """The next pass is of these; ``picked`` are the rows that choose. A cycle's own rows have to be staged anew."""
+        """Load the rows of the next pass; ``picked`` are those that choose. A cycle's own rows must be staged again."""
         lay_out(chunks, self._fields[:, : self.shape.rows], self._group_start)
         self._picked[: len(picked)] = picked
         copy_up(self._buffer, self._host)
@@ -149,8 +149,8 @@ class PrefillPass(Recorded):
     """A pass of one shape over static buffers.
 
     Attributes:
-        prompt_rows: its own, to be loaded before every run.
-        out: ``(value, id)``, of ``chosen`` rows: fp32 logits (id None), or partial maxima. All passes share both.
+        prompt_rows: its rows, which must be loaded before every run.
+        out: ``(value, id)`` of ``chosen`` rows: fp32 logits (id None), or partial maxima. All passes share the memory.
     """
 
     def __init__(
@@ -163,14 +163,14 @@ class PrefillPass(Recorded):
 
     @property
     def nbytes(self) -> int:
-        """Of what it has for itself."""
+        """Memory that belongs to this pass alone."""
         return self.prompt_rows.nbytes
 
     def used_ops(self) -> tuple[str, ...]:
         return dispatch.OPS_BEFORE_LOGITS
 
     def run_eager(self) -> None:
-        """From embedding to logits or partial maxima; keys and values land in the cache."""
+        """Run from the embedding to logits or partial maxima; keys and values are written to the cache."""
         epilogue, out = ("logits", self.out[0]) if self.shape.scored else ("argmax", self.out)
         forward(
             self.model, self.kv, self.prompt_rows.rows, self.activations, self.workspace,

@@ -1,4 +1,4 @@
-"""How fast an engine decodes the built-in prompts, by mode."""
+"""Measures how fast an engine decodes the built-in prompts, by mode."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def decode_rates(
     engine, kinds: Sequence[str], modes: Sequence[str], *, draft_len=None, fan_out=None, num_prompts: int | None,
     max_new_tokens: int,
 ) -> list[dict]:  # fmt: skip
-    """Decode prompts of each kind in each mode, greedily, as many at a time as the engine has slots for.
+    """Decode prompts of each kind in each mode, greedily, as many at a time as the engine has slots.
 
     Returns:
-        A row per kind and mode: ``kind``, ``mode``, ``block_len`` (of ``auto`` the longest), ``prompts``, ``batch``
-        (of them at a time), ``tokens``, ``tokens_per_cycle`` (of a sequence), ``ms_per_cycle`` (of the batch, on the
+        A row per kind and mode: ``kind``, ``mode``, ``block_len`` (for ``auto`` the longest), ``prompts``, ``batch``
+        (prompts at a time), ``tokens``, ``tokens_per_cycle`` (of a sequence), ``ms_per_cycle`` (of the batch, on the
         device) and ``tok_s`` (by the clock, prefill included).
     """
     rows = []
@@ -50,9 +50,10 @@ def _rate(engine, ids, options, max_new_tokens) -> dict:
 
 
 def _warm(engine, ids, options) -> None:
-    """First-use costs, and the cycles of every batch that is left as prompts end: they must not be built by the clock.
+    """Pay first-use costs, and build the cycles of every batch size that remains as prompts end, outside the timed
+    part.
 
-    Prompts of one token are decoded from the first step on, all at once. An engine in mode ``auto`` knows itself which
+    Prompts of one token are decoded from the first step on, all at once. An engine in mode ``auto`` itself knows which
     cycles that mode may run.
     """
     for _ in range(2 if engine.runner.pads_prefill else 1):
@@ -64,6 +65,6 @@ def _warm(engine, ids, options) -> None:
 
 
 def _cycles(engine) -> tuple[int, float]:
-    """How many cycles of any mode there were, and their seconds on the device."""
+    """The number of cycles so far, of any mode, and their seconds on the device."""
     counts, seconds = zip(*(engine.metrics.times.get(f"{mode}_cycle", (0, 0.0)) for mode in MODES), strict=True)
     return sum(counts), sum(seconds)

@@ -1,8 +1,8 @@
 """The oracle: every op in plain torch, obvious and slow. Runs on any device and float dtype.
 
-Each op has the signature of its twin in :mod:`orthrus_rt.ops` and the same rounding points:
-arithmetic in fp32, one rounding to the output's dtype. It is also a backend (``ORTHRUS_BACKEND=reference``),
-the only one for float16 models. It is *not* row-invariant: torch's own reductions may change with the shape.
+Each op has the signature of its counterpart in :mod:`orthrus_rt.ops` and the same rounding points: arithmetic in fp32,
+one rounding to the output's dtype. It is also a backend (``ORTHRUS_BACKEND=reference``), the only one for float16
+models. It is *not* row-invariant: torch's own reductions may change with the shape.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from orthrus_rt import state as st
 from orthrus_rt.filters import filtered, total_mass
-from orthrus_rt.reference_consensus import consensus, first_argmax  # noqa: F401  (consensus is an op like these)
+from orthrus_rt.reference_consensus import consensus, first_argmax  # noqa: F401 (consensus is one of the ops)
 from orthrus_rt.rows import Rows
 
 
@@ -21,7 +21,7 @@ def embed(token, table, out):
 
 
 def rms_norm(x, weight, eps, out, row_index=None):
-    """out = round(x * rsqrt(mean(x^2) + eps) * weight), rows picked by ``row_index`` if given."""
+    """out = round(x * rsqrt(mean(x^2) + eps) * weight), with rows picked by ``row_index`` if given."""
     if row_index is not None:
         x = x[row_index.long()]
     y = x.float()
@@ -47,7 +47,7 @@ def row_linear(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=N
 
 
 def _partials(x, tile, out):
-    """Maximum and its lowest id of every ``tile`` ids of ``x`` ``[num_rows, vocab_size]``; NaN never wins."""
+    """The maximum over every ``tile`` ids of ``x`` ``[num_rows, vocab_size]`` and its lowest id; NaN never wins."""
     value, index = out
     n, tiles = value.shape
     padded = torch.full((n, tiles * tile), -torch.inf, dtype=x.dtype, device=x.device)
@@ -67,8 +67,9 @@ def rope(x, position, cos_sin):
 
 
 def qkv_commit(qkv, rows: Rows, cos_sin, norms, eps, k_pages, v_pages, page_table, scratch_k, scratch_v, q_out):
-    """QK RMSNorm and RoPE in fp32, one rounding; AR keys/values to their pages, diffusion ones to the scratch. A value
-    that is not finite becomes 0 and its place of the key NaN, so that :func:`dual_attn` has no 0 * NaN for other rows.
+    """QK RMSNorm and RoPE in fp32, with one rounding. AR keys/values go to their pages, diffusion ones to the scratch.
+    A non-finite value becomes 0 and the key's element in its place NaN, so that :func:`dual_attn` has no 0 * NaN for
+    other rows.
 
     ``norms`` is None or ``(q_norm, k_norm, q_norm_diff, k_norm_diff)``, each ``[head_dim]``.
     """
@@ -122,7 +123,7 @@ def dual_attn(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows: Rows,
             own = (rows.position[a:b] >= 0)[None, :] & (rows.position[a:b] >= 0)[:, None]
             visible = torch.cat([visible, own], dim=1)
         seen_by_any = visible.any(0)
-        k = torch.where(seen_by_any[:, None, None], k, 0)  # unused cache may hold anything, NaN included
+        k = torch.where(seen_by_any[:, None, None], k, 0)  # unused cache may hold anything, including NaN
         v = torch.where(seen_by_any[:, None, None], v, 0)
         k = k.repeat_interleave(heads_per_kv, dim=1)
         v = v.repeat_interleave(heads_per_kv, dim=1)
@@ -164,15 +165,15 @@ def philox(seed, position, purpose, token):
 
 
 def uniforms(seed, position, purpose, token):
-    """fp32 in (0, 1), one a token, the same bits everywhere: min((fp32(word) + 0.5) * 2**-32, 1 - 2**-24)."""
+    """fp32 in (0, 1), one per token, with the same bits everywhere: min((fp32(word) + 0.5) * 2**-32, 1 - 2**-24)."""
     return ((philox(seed, position, purpose, token).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 
 def exponential(seed, position, purpose, token):
-    """-log(1 - u), fp32, with full relative precision near 0, where samples are decided.
+    """-log(1 - u), fp32, with full relative precision near 0, which decides samples.
 
-    ``argmax(y - log(exponential))`` draws from softmax(y): -log of it is Gumbel noise. Logarithms
-    differ in the last bits between implementations; the uniforms do not.
+    ``argmax(y - log(exponential))`` draws from softmax(y), as its -log is Gumbel noise. Logarithms differ in the last
+    bits between implementations; the uniforms do not.
     """
     u = uniforms(seed, position, purpose, token)
     series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4))))
@@ -182,8 +183,8 @@ def exponential(seed, position, purpose, token):
 def process_logits(
     logits, rows: Rows, logit_rows, sampling: st.SlotSampling, cache_seqlens, purpose, partials, *, log_probs=None
 ):
-    """Edits, then the scores of a Gumbel draw from :func:`orthrus_rt.filters.process_logits_probs`; greedy rows score
-    every logit.
+    """Apply edits, then compute the scores of a Gumbel draw from :func:`orthrus_rt.filters.process_logits_probs`; in
+    greedy rows every logit is a score.
 
     See :func:`orthrus_rt.ops.process_logits` for the contract.
     """
@@ -194,7 +195,7 @@ def process_logits(
         y = _edit(y, rows, r, slot, position, sampling.edits, cache_seqlens)
     temperature, top_k, top_p, min_p, seed = (t[slot] for t in sampling.filters())
     y, weight, keep = filtered(y, temperature, top_k, top_p, min_p)
-    # Noise costs: draw it only for kept tokens that could still beat the likeliest one. It is at most 22.9.
+    # Noise is expensive: draw it only for kept tokens that could still beat the likeliest one. It is at most 22.9.
     top, best = y.max(-1)
     lead = (top - torch.log(exponential(seed, position, purpose, best)))[:, None]
     greedy = (temperature <= 0)[:, None]
@@ -212,7 +213,7 @@ def process_logits(
 
 
 def _edit(y, rows: Rows, r, slot, position, edits: st.SlotEdits, cache_seqlens):
-    """Penalties, bias and stop mask. An AR row also counts the drafts up to its own, which are not committed."""
+    """Apply penalties, bias and stop mask. An AR row also counts the uncommitted drafts up to its own."""
     counts = edits.token_counts[slot]
     drafts = torch.where(r < rows.num_rows_ar, position - 1 - cache_seqlens[slot], 0)
     for i, (row, count) in enumerate(zip(r.tolist(), drafts.tolist(), strict=True)):

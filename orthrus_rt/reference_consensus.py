@@ -1,6 +1,6 @@
 """The oracle of consensus, slot by slot in plain Python; a part of :mod:`orthrus_rt.reference`.
 
-The wagers of one-pass cycles are explained in csrc/include/orthrus/hypotheses.h.
+The hypotheses of one-pass cycles are explained in csrc/include/orthrus/hypotheses.h.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ DOUBT = 0.5
 
 
 def first_argmax(x):
-    """Index of the maximum of each row, ties to the lowest."""
+    """Index of the maximum of each row, the lowest on ties."""
     index = torch.arange(x.shape[-1], device=x.device)
     return torch.where(x == x.amax(-1, keepdim=True), index, x.shape[-1]).amin(-1)
 
@@ -50,7 +50,7 @@ def consensus(
 
 
 def _choices(value, index):
-    """Every row's choice, and whether it has none: then the id is only its first partial's."""
+    """Every row's choice, and whether it has none, in which case the id is just that of its first partial."""
     value = torch.where(value.isnan(), -torch.inf, value)
     ids = index.gather(1, first_argmax(value)[:, None])[:, 0]
     return ids.tolist(), value.amax(1).isneginf().tolist()
@@ -107,7 +107,7 @@ def _set_drafts(state, s, tokens, runner_up, prob):
 
 
 def _renew(state, s, partials, first, block_len, fan_out, choices, old):
-    """The next drafts: of the block that supposed what happened, else those behind the rejected one."""
+    """The next drafts: from the block whose hypothesis came true, else those after the rejected draft."""
     accepted, bonus = int(state.num_accepted[s]), int(state.block_tokens[s, 0])
     suppositions = [tuple(h) for h in state.hypotheses[s, :fan_out].tolist()]
     if (accepted, bonus) in suppositions:
@@ -140,7 +140,7 @@ def candidates(value, index):
 
 
 def pick_hypotheses(drafts, runner_up, prob, fan_out):
-    """``[(accepted, anchor)]`` of ``fan_out`` blocks by expected gain, (-1, -1) where no more are possible."""
+    """``[(accepted, anchor)]`` of ``fan_out`` blocks by expected gain; (-1, -1) if no more are possible."""
     reach = [1.0, *prob[:, 0].cumprod(0).tolist()]
     m = len(drafts)
     picked = []

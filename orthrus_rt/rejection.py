@@ -1,11 +1,11 @@
-"""The published rejection rule, and the cycles in which some requests choose by it, on the host.
+"""The published rejection rule, and cycles in which some requests choose by it, on the host.
 
 By default acceptance is *coupled*: at every position both views choose under the same Gumbel noise, keyed by seed,
-position and token id, so decoding at temperature > 0 is as lossless as greedy decoding (that is ``process_logits``;
-nothing here is needed). It is the drafter-invariant scheme of Daliri, Musco and Suresh (arXiv 2408.07978).
+position and token id, so decoding at temperature > 0 is as lossless as greedy decoding (``process_logits`` does that;
+it needs nothing from here). It is the drafter-invariant scheme of Daliri, Musco and Suresh (arXiv 2408.07978).
 
 The *rejection* rule is lossless in distribution: accept a draft with probability min(1, p/q), else sample from the
-positive part of p - q; p and q are the AR and diffusion distributions after temperature, top-k, top-p and min-p.
+positive part of p - q, where p and q are the AR and diffusion distributions after temperature, top-k, top-p and min-p.
 (Speculative sampling: Leviathan et al. 2023, Chen et al. 2023; arXiv 2605.12825 for this use.)
 """
 
@@ -47,8 +47,8 @@ def pick(weights: torch.Tensor, u: float) -> int:
 
 
 class RejectionSampler:
-    """One request's sampler. A rejected draft's recovery token never equals the draft (its residual is 0 there), so
-    consensus by comparing ids accepts exactly what the rule accepted.
+    """One request's sampler. The recovery token of a rejected draft never equals the draft (whose residual is 0), so
+    consensus, which compares ids, accepts exactly what the rule accepted.
     """
 
     def __init__(self, params: SamplingParams, seed: int):
@@ -64,7 +64,7 @@ class RejectionSampler:
     def draft(self, logits: torch.Tensor, position: int) -> torch.Tensor:
         """Draft tokens int32 ``[rows]`` for ``position, position + 1, ...`` from fp32 logits ``[rows, vocab_size]``.
 
-        NaN counts as -inf, and a row of nothing else drafts id 0: a broken drafter is only slow.
+        NaN counts as -inf, and a row of nothing but these drafts id 0: a broken drafter is merely slow.
         """
         self._draft_probs = self._probs(logits)
         ids = [pick(q, uniform(self.seed, position + i, DRAFT)) for i, q in enumerate(self._draft_probs)]
@@ -75,9 +75,9 @@ class RejectionSampler:
         self._draft_probs = None
 
     def verify(self, logits: torch.Tensor, drafts: list[int], position: int) -> torch.Tensor:
-        """Choices int32 ``[len(drafts) + 1]`` for positions ``position, ...``: each draft until the first rejected one,
-        there the recovery token, and after all drafts the bonus token. NaN counts as -inf; what a row of nothing else
-        chooses means nothing, and consensus, told so, does not take it.
+        """Choices int32 ``[len(drafts) + 1]`` for positions ``position, ...``: the drafts up to the first rejected one,
+        the recovery token in its place, or the bonus token after all drafts. NaN counts as -inf. The choice of a row of
+        nothing but these is meaningless; consensus is told that the row has none and does not take it.
         """
         probs = self._probs(logits[: len(drafts) + 1])
         choices = list(drafts)
@@ -89,7 +89,7 @@ class RejectionSampler:
                 continue
             residual = (p - q).clamp(min=0)
             if not residual.any():
-                continue  # p and q are one distribution to the last bit: rejecting would be a rounding error
+                continue  # p and q are equal to the last bit: to reject would be a rounding error
             choices[i] = pick(residual, uniform(self.seed, position + i, RECOVER))
             break
         else:
@@ -100,7 +100,7 @@ class RejectionSampler:
 
 @nvtx.ranged("rejection cycle")
 def run_by_rejection(cycle: Cycle, requests: list[Request]) -> None:
-    """One cycle, pass by pass; whoever of ``requests`` samples by rejection chooses here, the others as ever."""
+    """Run one cycle, pass by pass. Those of ``requests`` that sample by rejection choose here, the others as usual."""
     cycle.replay_forwards()
     cycle.stage_first()
     for p in cycle.passes:
@@ -109,7 +109,7 @@ def run_by_rejection(cycle: Cycle, requests: list[Request]) -> None:
         kept = {r: by_slot[r.slot].clone() for r in requests if r.rejection}
         cycle.sample(p)
         value, index = p.partials
-        # Whether a row has a choice at all does not depend on the rule, so the best score says it for both.
+        # Whether a row has a choice at all does not depend on the rule, so the best score shows it for both.
         best, ids = value.amax(1, keepdim=True), index.gather(1, first_argmax(value)[:, None])
         for request, mine in kept.items():
             choices = _choices(cycle.state, p, request, mine)
@@ -138,7 +138,7 @@ def verify(request: Request, logits: torch.Tensor, drafts: list[int], position: 
 
 @contextlib.contextmanager
 def _failures_of(request: Request) -> Iterator[None]:
-    """An error in here carries the request as ``error.request``."""
+    """An error inside carries the request as ``error.request``."""
     try:
         with naming_the_knobs("sampling by rejection"):
             yield

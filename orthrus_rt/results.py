@@ -1,4 +1,4 @@
-"""What the host reads of every slot after a cycle, in one piece of memory, so that one copy carries it all."""
+"""What the host reads of every slot after a cycle, in one piece of memory so that one copy transfers it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCALARS = ("finish", "num_output", "num_verified", "num_accepted")
 
 
 class Result(NamedTuple):
-    """Of one slot, as :class:`orthrus_rt.state.SlotState` describes it; ``tokens`` are those the host has not seen."""
+    """Result of one slot, as :class:`orthrus_rt.state.SlotState` describes it; ``tokens`` are those new to the host."""
 
     finish: int
     num_verified: int
@@ -21,7 +21,7 @@ class Result(NamedTuple):
     tokens: list[int]
 
     def outcome(self, fresh: bool = False) -> Outcome:
-        """What became of its drafts; ``fresh``: in the sequence's first cycle."""
+        """What became of its drafts; ``fresh``: this was the sequence's first cycle."""
         cut = self.finish != st.RUNNING and len(self.tokens) == self.num_accepted
         return Outcome(self.num_verified, self.num_accepted, cut, fresh)
 
@@ -46,8 +46,8 @@ class SlotResults:
             self._rings = [memoryview(ring) for ring in self.views["output"].numpy()]
 
     def read(self, seen: list[tuple[int, int]]) -> list[Result]:
-        """Of each ``(slot, num_seen)`` the slot's result, with the tokens that it emitted after its first ``num_seen``;
-        on the host alone.
+        """For each ``(slot, num_seen)`` the slot's result, with the tokens that it emitted after its first
+        ``num_seen``. For results in host memory only.
         """
         finish, num_output, num_verified, num_accepted = self._scalars.tolist()
         return [

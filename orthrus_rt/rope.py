@@ -1,4 +1,4 @@
-"""The rotary embedding's table of cosines and sines."""
+"""The table of cosines and sines of the rotary embedding."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    # The scaled variants are transformers' own; any config class does, they read only these facts. The hidden size is
-    # none of them, but LlamaConfig wants it to be a multiple of the heads.
+    # The scaled variants are those of transformers. Any config class works, as they read only these fields. The hidden
+    # size is not one of them, but LlamaConfig requires a multiple of the number of heads.
     carrier = LlamaConfig(
         hidden_size=config.num_heads_q * config.head_dim,
         num_attention_heads=config.num_heads_q,
@@ -25,17 +25,18 @@ def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
         max_position_embeddings=config.max_position_embeddings,
         rope_parameters=dict(config.rope),
     )
-    with torch.device("cpu"):  # what they make on the way lies on the default device
+    with torch.device("cpu"):  # their temporary tensors are on the default device
         return ROPE_INIT_FUNCTIONS[config.rope["rope_type"]](carrier, torch.device("cpu"))
 
 
 def cos_sin_table(config: ModelConfig, max_positions: int) -> torch.Tensor:
-    """fp32 ``[max_positions, head_dim]``: each position's cosines of the half dims, then the sines.
+    """fp32 ``[max_positions, head_dim]``: for each position the cosines of the half dims, then the sines.
 
-    Angles are products rounded to fp32, as in transformers, so that both agree in every bit.
+    Angles are products rounded to fp32, as in transformers, so that the two agree in every bit.
 
     Raises:
-        CheckpointError: the config's parameters, each within its range, are no rotary embedding together.
+        CheckpointError: the config's parameters, though each within its range, do not define a rotary embedding
+            together.
     """
     wrong = f"{config.name}: rope parameters must give finite angles and a finite factor, got {config.rope}"
     try:

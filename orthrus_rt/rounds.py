@@ -1,4 +1,4 @@
-"""What the engine does between two calls: rounds of decoding, prefill and reading, and recovery from faults."""
+"""What the engine does in a step: rounds of decoding, prefill and reading results, and recovery from faults."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ FINISH_REASONS = {st.STOP: "stop", st.LENGTH: "length"}
 
 
 class RequestFailed(Exception):
-    """A round was cut short by a failure that has ended the request that it belongs to."""
+    """A failure cut a round short, and the request that it is attributed to has ended."""
 
 
 class Rounds:
-    """The scheduler's requests on the runner's device, a round at a time."""
+    """Runs the scheduler's requests on the runner's device, one round at a time."""
 
     config: ModelConfig
     runner: Runner
     scheduler: Scheduler
     metrics: Metrics
     outbox: Outbox
-    torn: bool  # a call was cut short: _recover() before the next
-    _plan: CyclePlan  # of the batch that runs
+    torn: bool  # a call was cut short: _recover() must run before the next
+    _plan: CyclePlan  # of the running batch
     _autos: Autos
 
     def _abort(self, request: Request, reason: str = "abort") -> None:
@@ -50,7 +50,7 @@ class Rounds:
 
     def _finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
         self.outbox.hear(request)
-        self.metrics.finished[reason] += 1  # together with the next two: no signal strikes between these stores
+        self.metrics.finished[reason] += 1  # directly before the next two stores: no signal handler runs between them
         request.error = error
         request.finish_reason = reason
         if reason in ("stop", "length") and request.stats.tokens > 1:
@@ -66,8 +66,8 @@ class Rounds:
 
     @contextlib.contextmanager
     def _or_end(self, requests: list[Request]) -> Iterator[None]:
-        """Out of memory ends one request: ``error.request``, else the latest of those that need logits, else the
-        latest. It would fail the next time as well; the others can go on.
+        """Out of memory ends one request: ``error.request`` if set, else the latest that needs logits, else the latest.
+        It would fail again in the next step; the others can go on.
         """
         try:
             with naming_the_knobs("running a step"):
@@ -78,12 +78,12 @@ class Rounds:
             raise RequestFailed from error
 
     def _idle(self) -> bool:
-        scheduler = self.scheduler  # None once the engine is closed, which another thread may do just now
+        scheduler = self.scheduler  # None once the engine is closed, which another thread may do at this moment
         return scheduler is None or not (scheduler.waiting or any(scheduler.slots))
 
     def _advance(self) -> None:
-        """One round: a cycle for those that decode and prompts into the cache, in one if they can be; then read what
-        has arrived.
+        """One round: run a cycle of the decoding requests and prefill prompts, in its last pass where possible; then
+        read the results that have arrived.
         """
         with self._naming_who_runs(), contextlib.suppress(RequestFailed), torn_if_cut(self), self.metrics.busy():
             before = self.runner.flights.num_posted
@@ -97,7 +97,7 @@ class Rounds:
 
     @contextlib.contextmanager
     def _naming_who_runs(self) -> Iterator[None]:
-        """Whatever fails in here says whom it may be due to."""
+        """Add the ids of the running requests to any exception raised inside."""
         try:
             yield
         except Exception as error:
@@ -105,7 +105,7 @@ class Rounds:
             raise
 
     def _ready(self) -> list[Request]:
-        """Those that decode, with pages for a cycle, in the lowest slots together with those that will."""
+        """The decoding requests, each with pages for a cycle. Active requests are moved to the lowest slots."""
         for request in self.scheduler.active:
             if request.decoding:
                 self._grow(request)
@@ -116,8 +116,8 @@ class Rounds:
         return running
 
     def _launch(self, running: list[Request], before: int) -> None:
-        """Launch a cycle for those that decode; prompts go along, or get a pass behind it where the cycle is to be
-        timed by itself, or choices are made on the host.
+        """Launch a cycle of the decoding requests. Prompts run in its last pass, or in a pass of their own after it if
+        the cycle is to be timed by itself or if tokens are chosen on the host.
         """
         if not running:
             return self._prefill(self._chunks(self.runner.most_prompt_rows))
@@ -127,13 +127,13 @@ class Rounds:
         chunks = [] if apart else self._chunks(room)
         prompts = [request for _, _, request in chunks]
         if chunks and not any(r.rejection for r in prompts):
-            with self._or_end(prompts):  # whoever runs goes on without them
+            with self._or_end(prompts):  # the running requests go on without them
                 self.runner.decode_and_prefill(running, plan, policy, chunks)
             return self._count(chunks)
         with self._or_end(running):
             self.runner.decode(running, plan, policy)
         if apart:
-            self._collect_but(before)  # whoever has ended leaves room for a prompt
+            self._collect_but(before)  # requests that have ended make room for prompts
             chunks = self._chunks(room)
         self._prefill(chunks)
 
@@ -143,13 +143,13 @@ class Rounds:
         return (1 + self.runner.flights.lag) * self.config.block_len
 
     def _grow(self, request: Request) -> None:
-        """Pages for every position that this cycle may write; the latest arrivals give theirs up if none are free."""
+        """Reserve pages for every position that this cycle may write; if none are free, preempt the latest arrivals."""
         while request.slot is not None:
             try:
                 return self.runner.kv.reserve(request.slot, min(request.length + self._margin, request.limit))
             except OutOfPages:
                 if self.runner.flights:
-                    self._collect(0)  # whoever has ended gives pages back; it may be this one
+                    self._collect(0)  # requests that have ended return their pages; this one may be among them
                 else:
                     self._preempt(self.scheduler.active[-1])
 
@@ -160,7 +160,7 @@ class Rounds:
         self.scheduler.enqueue(request)
 
     def _prompts(self) -> Iterator[Request]:
-        """Requests whose prompts are not all in the cache; newcomers from the queue as they are asked for."""
+        """Requests whose prompts are not entirely in the cache, then, on demand, requests admitted from the queue."""
         yield from [r for r in self.scheduler.active if not r.decoding]
         while request := self.scheduler.admit(self._margin):
             self.metrics.found(request.prefilled, request.count_prompt())
@@ -168,14 +168,14 @@ class Rounds:
                 with naming_the_knobs("beginning a request"):
                     self.runner.begin(request)
             except torch.OutOfMemoryError as error:
-                self._fail(request, error)  # nothing was launched for it: the others go on as they are
+                self._fail(request, error)  # nothing was launched for it, so the others are not affected
             else:
                 yield request
 
     def _chunks(self, room: int) -> PromptChunks:
-        """What the next pass with prompts takes: at most ``room`` tokens, the first requests' first. A request is
-        admitted only if there is room; it may share pages that those before it fill in this very pass, as keys are
-        written before anything attends to them.
+        """The prompt tokens of the next pass: at most ``room``, in the order of the requests. A request is admitted
+        only if there is room left. It may share pages that earlier requests fill in this same pass, as keys are written
+        before anything attends to them.
         """
         chunks = []
         for request in self._prompts():
@@ -201,8 +201,8 @@ class Rounds:
             self.metrics.prefilled(len(tokens), request.count_prompt())
 
     def _collect_but(self, launched: int) -> None:
-        """Read results; of a device that runs ahead only those of the first ``launched`` flights, so as not to wait for
-        what this round has launched.
+        """Read results. If the device runs ahead of the host, read only those of the first ``launched`` flights, so as
+        not to wait for what this round has launched.
         """
         self._collect(self.runner.flights.num_posted - launched if self.runner.flights.lag else 0)
 
@@ -235,11 +235,11 @@ class Rounds:
             self._fail(request, _no_choice(request))
 
     def _recover(self) -> None:
-        """After a fault, wherever it struck: start again from the tokens that the host knows, and nothing else."""
+        """After a fault at any point: start again from nothing but the tokens that the host knows."""
         self._autos.forget_pending()
         self.runner.reset()
         for request in self.outbox.unfinished:
-            if not self.scheduler.holds(request):  # an interrupt came between the two
+            if not self.scheduler.holds(request):  # an interrupt came between the two calls
                 self.scheduler.enqueue(request)
         for request in self.scheduler.reset():
             if request.tokens and request.tokens[-1] in request.stop_ids:
@@ -250,7 +250,7 @@ class Rounds:
 
 
 def _without_frames(error: Exception) -> Exception:
-    """``error``, its tracebacks and those of its causes dropped: their frames hold tensors."""
+    """``error`` without its traceback and those of its causes, whose frames hold tensors."""
     seen, left = set(), [error]
     while left:
         if (one := left.pop()) is not None and id(one) not in seen:
@@ -261,8 +261,8 @@ def _without_frames(error: Exception) -> Exception:
 
 
 def _no_choice(request: Request) -> FloatingPointError:
-    """Why the token after those that the request has could not be chosen."""
-    why = "are they NaN?"  # consensus does not tell NaN from -inf
+    """Why the request's next token could not be chosen."""
+    why = "are they NaN?"  # consensus does not distinguish NaN from -inf
     if request.params.edits:
         why = "are they NaN, or do penalties, logit_bias and min_tokens rule out all?"
     where = f"at position {request.length}, after {len(request.tokens)} generated tokens"

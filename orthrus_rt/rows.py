@@ -1,7 +1,7 @@
-"""Row plans: every forward pass is a list of rows, and a mode is only a way to list them (cycle_plan.py).
+"""Row plans: every forward pass is a list of rows, and a mode is only a way to choose them (cycle_plan.py).
 
-A row is one token to push through the network. The mask of a row is one predicate, everywhere:
-``kv < prefix_len[row]`` over its sequence's pages, or "same block" over the diffusion scratch.
+A row is one token to run through the network. The mask of a row is the same predicate everywhere: ``kv <
+prefix_len[row]`` over its sequence's pages, or "same block" over the diffusion scratch.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Rows:
         num_rows_ar, num_groups_ar: how many rows and groups are AR (they come first).
         max_group_rows: no group has more rows than this.
         blocks_per_seq: so many consecutive diffusion groups, of ``max_group_rows`` rows each, share a sequence, so that
-            attention may read its cache for all of them at once; 1 if nothing is known.
-        parts: runs of its rows that attention takes in separate calls, lest the tallest group (a prompt's) set the tile
-            height of all; empty for one call.
+            attention may read its cache once for all of them; 1 if unknown.
+        parts: runs of rows that attention takes in separate calls, so that the tallest group (a prompt's) does not set
+            the tile height of all; empty for a single call.
     """
 
     token: torch.Tensor
@@ -85,8 +85,8 @@ class Layout(NamedTuple):
 
 
 def padded(length: int) -> int:
-    """A multiple of 4, so that of int32 arrays in a row each begins at a multiple of 16 bytes: Triton compiles anew for
-    pointers that do not.
+    """Round up to a multiple of 4, so that consecutive int32 arrays each begin at a multiple of 16 bytes: Triton
+    compiles a kernel again for pointers that do not.
     """
     return -(-length // 4) * 4
 
@@ -115,10 +115,10 @@ Chunk = tuple[list[int], int, int]  # token_ids, start, slot: these tokens at po
 
 
 def lay_out(chunks: list[Chunk], fields: np.ndarray, group_start: np.ndarray) -> None:
-    """Write AR rows of prompt chunks, one group each, into int32 arrays for as many rows and groups or more.
+    """Write AR rows of prompt chunks, one group each, into int32 arrays with room for at least as many rows and groups.
 
     ``fields`` is token, position, seq and prefix_len, ``[4, num_rows]``; ``group_start`` ``[num_groups + 1]``. Rows
-    beyond the chunks' are invalid and make up the last group, which has to be there then; groups between are empty.
+    beyond the chunks are invalid and form the last group, which must then exist; groups in between are empty.
     """
     fields[:] = [[0], [-1], [0], [0]]
     end = 0

@@ -1,4 +1,4 @@
-"""The device side of the engine: memory planned up front, prompts and cycles run, results posted back."""
+"""The device side of the engine: plans memory up front, runs prompts and cycles, posts results to the host."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from orthrus_rt.stopwatch import Stopwatch
 from orthrus_rt.uploads import put, upload
 
 PREFILL_CHUNK = 512  # prompt tokens per pass, of one prompt or of several
-# The same where sequences decode beside it, by device: their next tokens wait for that pass. A CPU computes every row,
-# so that fewer hold them up for less, and a prompt for little longer (bench_long_prompt); to a GPU rows are cheap.
+# The same while other sequences decode, by device, as their next tokens wait for that pass. On a CPU every row takes
+# time, so fewer rows delay those sequences less, while the prompt takes little longer (bench_long_prompt). On a GPU
+# rows are cheap.
 CHUNK_BESIDE = {"cpu": 128, "cuda": PREFILL_CHUNK}
-# Of cycles, and of passes and cycles with prompts: on a GPU each is a graph. An `auto` of 32 slots comes upon some 120
-# shapes of the latter, and recording stops the device.
+# Kept of cycles, and again of passes and cycles with prompts; on a GPU each is a graph. `auto` with 32 slots meets some
+# 120 shapes with prompts, and recording stops the device.
 MAX_RECORDINGS = 256
 
 
@@ -55,15 +56,17 @@ class Runner:
         self.state = replace(state, **results.views)
         self.sampling = SlotSampling.allocate(num_slots, model.device)
         self.stopwatch = Stopwatch(model.device)
-        self._cycles: dict[tuple, Cycle] = {}  # those used last at the end, as in the other one
-        # Not on the CPU, where every row of padding costs its arithmetic.
+        self._cycles: dict[tuple, Cycle] = {}  # least recently used first, as in _with_prompts
+        # Not on the CPU, where every padding row takes arithmetic.
         self.pads_prefill = model.device.type == "cuda" and dispatch.row_invariant(model.device, model.dtype)
         self._with_prompts: dict[tuple, PrefillPass | Cycle] = {}
         self._room, self._knobs = (0, 0), KNOBS
         self.make_room(shapes)
 
     def make_room(self, shapes: list[tuple[CyclePlan, int]]) -> None:
-        """Buffers for these cycles, ``(plan, slots)``; what was built on smaller ones is dropped: nothing may run."""
+        """Make buffers large enough for these cycles, ``(plan, slots)``. If they grow, whatever was built on the
+        smaller ones is dropped, so nothing may be running.
+        """
         room = tuple(map(max, self._room, *((n * plan.max_rows, n * plan.max_rows_diff) for plan, n in shapes)))
         if room == self._room:
             return
@@ -73,22 +76,22 @@ class Runner:
         with naming_the_knobs(f"making room for {decoded} rows a pass", self._knobs):
             activations = Activations(self.model, rows, rows_diff, max_logit_rows=decoded + self.num_slots)
             workspace = Workspace.allocate(self.model, max_rows=rows, max_seq_len=self.kv.max_seq_len)
-        self.drop_cycles()  # they know the old buffers
+        self.drop_cycles()  # they refer to the old buffers
         self.activations, self.workspace, self._room = activations, workspace, room
 
     @property
     def most_prompt_rows(self) -> int:
-        """Of prompts, in one pass."""
+        """The most prompt rows of one pass."""
         return min(PREFILL_CHUNK, self.num_slots * self.kv.max_seq_len)
 
     @property
     def most_prompt_rows_beside(self) -> int:
-        """Of prompts, in a step of those who decode."""
+        """The most prompt rows of a step in which other sequences decode."""
         return min(self.most_prompt_rows, CHUNK_BESIDE[self.model.device.type])
 
     def drop_cycles(self) -> None:
-        """Free every cycle and prefill pass built so far, and its graph."""
-        # What was launched ahead of its results may still run.
+        """Free every cycle and prefill pass built so far, with its graph."""
+        # Launches whose results have not been read may still be running.
         if self.model.device.type == "cuda" and (self._cycles or self._with_prompts or self.flights.may_fly):
             torch.cuda.synchronize(self.model.device)
         self._cycles.clear()
@@ -97,8 +100,8 @@ class Runner:
     def cycle(
         self, plan: CyclePlan, num_slots: int, sampling: SlotSampling | None = None, shape: PrefillShape | None = None
     ) -> Cycle:
-        """The cycle of ``num_slots`` slots' batch bucket; built on first use. With prompts of a ``shape``, see
-        :meth:`_cached`.
+        """The cycle for the batch bucket of ``num_slots`` slots, built on first use. For cycles with prompts of a
+        ``shape`` see :meth:`_cached`.
         """
         bucket = batch_bucket(num_slots, self.num_slots)
 
@@ -116,16 +119,16 @@ class Runner:
 
     @property
     def graph_bytes(self) -> int:
-        """Device memory that recorded graphs hold."""
+        """Device memory of recorded graphs."""
         return sum(known.graph_bytes for known in (*self._cycles.values(), *self._with_prompts.values()))
 
     @property
     def cycle_bytes(self) -> int:
-        """Rows of the cycles and passes with prompts that are kept."""
+        """Memory of the rows of the kept cycles and passes with prompts."""
         return sum(known.nbytes for known in (*self._cycles.values(), *self._with_prompts.values()))
 
     def begin(self, request: Request) -> None:
-        """Write the request into its slot; the slot does not run before its prefill is through."""
+        """Write the request into its slot; the slot does not run until its prefill is complete."""
         state, slot = self.state, request.slot
         put(state.finish, slot, st.EMPTY)
         put(state.cache_seqlens, slot, request.length - 1)
@@ -151,40 +154,40 @@ class Runner:
             sampling.edits.begin(slot, request.prompt, request.tokens, params)
 
     def make_room_for_logits(self) -> None:
-        """Of all rows that choose, and for their scores; kept until :meth:`make_room`."""
+        """Allocate logits for all rows that choose a token, and their scores; kept until :meth:`make_room`."""
         with naming_the_knobs("making room for logits", self._knobs):
             self.activations.logits(1)
             self.activations.partials(1, "scores")
 
     @property
     def plain_sampling(self) -> SlotSampling:
-        """Without penalties, bias and min_tokens."""
+        """The sampling parameters without penalties, bias and min_tokens."""
         return replace(self.sampling, edits=None)
 
     def _sampling(self, requests: list[Request]) -> SlotSampling | None:
-        """What their choices need beyond the logits' partial maxima; None for nothing."""
+        """The sampling parameters that these requests need; None if the logits' partial maxima are enough."""
         if not any(r.params.scored for r in requests):
             return None
         return self.sampling if any(r.params.edits for r in requests) else self.plain_sampling
 
     def reset(self) -> None:
-        """Forget what was launched; no slot runs."""
+        """Forget whatever was launched; no slot runs afterwards."""
         self.flights.clear()
         self.state.finish.fill_(st.EMPTY)
 
     def clear(self, slot: int) -> None:
-        """The slot's rows are invalid from the next cycle on."""
+        """Make the slot's rows invalid from the next cycle on."""
         put(self.state.finish, slot, st.EMPTY)
 
     def move(self, source: int, target: int) -> None:
-        """Carry a slot's state over; its pages are moved by the scheduler."""
+        """Move a slot's state; its pages are moved by the scheduler."""
         for tensor in (*vars(self.state).values(), *self.sampling.tensors()):
             tensor[target] = tensor[source]
         self.clear(source)
 
     @nvtx.ranged("prefill")
     def prefill(self, chunks: PromptChunks) -> None:
-        """Push these tokens through the AR view, in one pass."""
+        """Run these tokens through the AR view, in one pass."""
         prompts = Prompts(chunks)
         this = self._prefill_pass(prompts.shape(self._sampling(prompts.choosing) is not None))
         this.prompt_rows.load(prompts.laid, prompts.picked)
@@ -193,11 +196,11 @@ class Runner:
         self._take_prompts(prompts, self._score(prompts.choosing, this) if prompts.choosing else [])
 
     def _score(self, requests: list[Request], this: PrefillPass) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Partial maxima of these requests' first choices, from what a prefill pass gave."""
+        """Partial maxima of these requests' first choices, from the output of a prefill pass."""
         n, by_rejection = len(requests), {}
         value, index = (t if t is None else t[:n] for t in this.out)
         for i, request in enumerate(requests):
-            if request.rejection:  # before the logits are processed in place
+            if request.rejection:  # must run before the logits are processed in place
                 by_rejection[i] = verify(request, value[i : i + 1], [], len(request.prompt))
         if sampling := self._sampling(requests):
             logits = value
@@ -210,10 +213,10 @@ class Runner:
         return partials
 
     def _take_prompts(self, prompts: Prompts, partials: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Prompts whose last row went through decode from now on; ``partials``: first choices of those that choose.
+        """Let prompts decode whose last row has run; ``partials``: of the first choices of those that choose.
 
-        That row is, to consensus, a verification without drafts: its choice is the first known token. A resumed request
-        knows that token already.
+        To consensus that row is a verification without drafts, whose choice is the first known token. A resumed request
+        already knows that token.
         """
         for request in prompts.ended:
             put(self.state.finish, request.slot, st.RUNNING)
@@ -233,20 +236,20 @@ class Runner:
         return self._cached(shape, (), build)
 
     def _cached(self, shape: PrefillShape, cycle: tuple, build):
-        """``build(shape)``, of a ``cycle`` or of a pass by itself. Where passes with prompts are padded, the shape is
-        padded first and the pass is kept.
+        """``build(shape)`` of a ``cycle`` (its key) or, if that is empty, of a prefill pass. Where passes with prompts
+        are padded, the shape is padded first and what was built is kept.
         """
         if not self.pads_prefill:
             this = build(shape)
             if self.model.device.type == "cpu":
-                this.record()  # an op's Python runs three times as fast here as behind one that has swept the caches
+                this.record()  # an op's Python is three times as fast here as after an op that has swept the caches
             return this
         shape = shape.padded(self.most_prompt_rows, self.num_slots, in_cycle=bool(cycle))
         return _kept(self._with_prompts, (shape, *cycle), partial(build, shape))
 
     def warm_up_prefills(self, scored: bool = False) -> None:
-        """Record, where that is done, passes of one prompt for every padded number of rows, which are invalid here;
-        ``scored``: of one whose first token is sampled.
+        """Record prefill passes of one prompt for every padded number of rows (here all invalid) where such passes are
+        padded. ``scored``: for a prompt whose first token is sampled.
         """
         most = self.most_prompt_rows
         sizes = {min(round_up(n), most) for n in range(1, most + 1)} if self.pads_prefill else ()
@@ -257,8 +260,8 @@ class Runner:
                 this.warm_up()
 
     def next_logits(self, token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """AR logits fp32 ``[vocab_size]`` for the token after ``token_ids``, and the hidden row ``[hidden_size]`` that
-        the head makes them of, until the next pass; uses slot 0, which must be free.
+        """AR logits fp32 ``[vocab_size]`` of the token after ``token_ids``, and the hidden row ``[hidden_size]`` that
+        the head computes them from. Both are valid until the next pass. Uses slot 0, which must be free.
         """
         self.kv.reserve(0, len(token_ids))
         try:
@@ -274,7 +277,7 @@ class Runner:
         return out[0], self.activations.normed[0]
 
     def decode_and_prefill(self, requests: list[Request], plan: CyclePlan, policy: Policy | None, chunks: PromptChunks):
-        """Both in one, of requests none of which is by rejection: prompts' tokens go through the cycle's last pass."""
+        """Launch one cycle whose last pass also takes the prompts' tokens. No request may use rejection sampling."""
         prompts = Prompts(chunks)
         sampling = self._sampling(requests + prompts.choosing)
         shape = prompts.shape(sampling is not None)
@@ -287,7 +290,7 @@ class Runner:
         self._take_prompts(prompts, [(value[i : i + 1], index[i : i + 1]) for i in range(len(prompts.choosing))])
 
     def decode(self, requests: list[Request], plan: CyclePlan, policy: Policy | None = None) -> None:
-        """Launch one cycle for the running slots, which ``requests`` hold; ``policy``: who chose the plan, if any."""
+        """Launch one cycle of ``requests``, which hold the running slots; ``policy``: what chose the plan, if any."""
         cycle = self.cycle(plan, 1 + max(r.slot for r in requests), self._sampling(requests))
         by_rejection, steady = any(r.rejection for r in requests), cycle.steady
         with self.stopwatch.time(f"{plan.mode}_cycle" if steady or by_rejection else "recording") as stretch:
@@ -299,8 +302,8 @@ class Runner:
 
 
 def _kept(built: dict, key: tuple, build):
-    """``built[key]``, or else ``build()``; of those built the MAX_RECORDINGS used last are kept. (A graph that still
-    runs goes when it is through.)
+    """``built[key]``, or else ``build()``. Keeps the MAX_RECORDINGS most recently used. (A graph that is evicted while
+    it runs is freed when it completes.)
     """
     this = built.pop(key, None) or build()
     if len(built) >= MAX_RECORDINGS:

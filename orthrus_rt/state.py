@@ -11,11 +11,11 @@ from orthrus_rt.uploads import put, upload
 
 # FinishReason
 EMPTY, RUNNING, STOP, LENGTH, NO_CHOICE = -1, 0, 1, 2, 3
-# ConsensusStep: whose choices are these
+# ConsensusStep: which pass the choices are from
 STEP_DRAFT, STEP_VERIFY, STEP_STAGE, STEP_VERIFY_AND_DRAFT = 0, 1, 2, 3
 # NextPass: what to stage
 NEXT_NONE, NEXT_DRAFT, NEXT_VERIFY, NEXT_AR, NEXT_ONE_PASS = 0, 1, 2, 3, 4
-# Choices kept of a draft's row: the draft itself, the second and the third likeliest token.
+# Choices kept per draft row: the draft itself, the second and the third likeliest token.
 CANDIDATES = 3
 
 # process_logits gives one partial maximum per this many tokens.
@@ -35,16 +35,16 @@ def empty_partials(num_rows: int, num_partials: int, device) -> tuple[torch.Tens
 
 @dataclass
 class SlotEdits:
-    """What changes a slot's logits before anything filters them. Ids outside the vocabulary have no effect.
+    """Changes to a slot's logits before any filter. Ids outside the vocabulary have no effect.
 
     Attributes:
         penalties: fp32 ``[num_slots, 3]``: repetition (> 0; divides positive and multiplies other logits of tokens
             seen), presence and frequency (subtracted for tokens generated). ``1, 0, 0`` changes nothing.
-        token_counts: int32 ``[num_slots, vocab_size]``: times generated so far; -1: in the prompt alone.
-        num_counted: int32 ``[num_slots]`` tokens of the output ring that are counted.
+        token_counts: int32 ``[num_slots, vocab_size]``: times generated so far, or -1 if only in the prompt.
+        num_counted: int32 ``[num_slots]`` tokens of the output ring that have been counted.
         bias_ids, bias_values: int32 and fp32 ``[num_slots, max_bias]``, added in order; padded with -1.
-        stop_ids: int32 ``[num_slots, max_stop_ids]``, padded with -1; may be those of :class:`SlotState`.
-        min_position: int32 ``[num_slots]``: stop ids cannot be chosen for absolute positions below.
+        stop_ids: int32 ``[num_slots, max_stop_ids]``, padded with -1; may be the tensor of :class:`SlotState`.
+        min_position: int32 ``[num_slots]``: stop ids cannot be chosen for absolute positions below this.
     """
 
     penalties: torch.Tensor
@@ -70,7 +70,9 @@ class SlotEdits:
         )
 
     def begin(self, slot: int, prompt: list[int], tokens: list[int], params) -> None:
-        """Write what ``params`` (a SamplingParams) ask of a slot that has ``prompt`` and generated ``tokens``."""
+        """Write the edits of ``params`` (a SamplingParams) for a slot with this ``prompt`` and these generated
+        ``tokens``.
+        """
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
         self.penalties[slot] = upload(penalties, torch.float32, self.penalties.device)
         put(self.min_position, slot, min(len(prompt) + params.min_tokens, 2**31 - 1))
@@ -88,7 +90,7 @@ class SlotEdits:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for name, tensor in vars(self).items() if name != "stop_ids")  # those of SlotState
+        return sum(tensor.nbytes for name, tensor in vars(self).items() if name != "stop_ids")  # it is SlotState's
 
 
 @dataclass
@@ -97,7 +99,7 @@ class SlotSampling:
 
     A choice's noise is keyed by (seed, position, token id) alone and shared by both views, so a seed gives the same
     text in every mode: a draft is accepted where the diffusion view, under the same noise, chose as the AR view does.
-    ``edits`` is None where no slot needs any.
+    ``edits`` is None if no slot needs any.
     """
 
     temperature: torch.Tensor
@@ -118,13 +120,13 @@ class SlotSampling:
         return self.temperature, self.top_k, self.top_p, self.min_p, self.seed
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All that a slot owns."""
+        """All tensors with a slot's parameters."""
         return (*self.filters(), *(vars(self.edits).values() if self.edits is not None else ()))
 
 
 @dataclass
 class SlotState:
-    """Decode state of ``num_slots`` sequences on one device, int32 unless said otherwise.
+    """Decode state of ``num_slots`` sequences on one device, int32 unless stated otherwise.
 
     Entry i of a block belongs to the token at position ``cache_seqlens + i``.
 
@@ -132,16 +134,16 @@ class SlotState:
         cache_seqlens: ``[num_slots]`` committed tokens, whose AR keys/values are in the cache.
         block_tokens: ``[num_slots, max_block_len]`` the known next token t0, then the drafts.
         num_drafts: ``[num_slots]`` drafts to verify, fewer than a cycle's ``block_len``.
-        num_verified: ``[num_slots]`` drafts that the last verification looked at.
-        num_accepted: ``[num_slots]`` drafts accepted by it.
+        num_verified: ``[num_slots]`` drafts that the last verification checked.
+        num_accepted: ``[num_slots]`` drafts that it accepted.
         limit: ``[num_slots]`` total tokens the sequence may have, prompt included.
         stop_ids: ``[num_slots, max_stop_ids]`` ids that end the sequence, padded with -1.
-        finish: ``[num_slots]`` EMPTY, RUNNING, STOP, LENGTH or NO_CHOICE: the row whose token was due has no logit
-            above -inf, as all are NaN or masked.
+        finish: ``[num_slots]`` EMPTY, RUNNING, STOP, LENGTH or NO_CHOICE (the row that was to give the next token has
+            no logit above -inf, as all are NaN or masked).
         output: ``[num_slots, output_capacity]`` ring of emitted tokens.
         num_output: ``[num_slots]`` tokens emitted so far.
         runner_up: ``[num_slots, max_block_len, 2]`` other likely tokens in a draft's place (``one_pass``).
-        draft_prob: fp32 ``[num_slots, max_block_len, 3]`` probabilities of the draft and of those.
+        draft_prob: fp32 ``[num_slots, max_block_len, 3]`` probabilities of the draft and of the runners-up.
         hypotheses: ``[num_slots, max_fan_out, 2]`` what each block of a one-pass cycle supposes: drafts accepted (-1:
             no block) and anchor (-1: the last accepted token); csrc/include/orthrus/hypotheses.h.
     """
@@ -161,7 +163,7 @@ class SlotState:
     hypotheses: torch.Tensor
 
     def view(self, slots: slice) -> SlotState:
-        """The same memory for some of the slots."""
+        """A view of some of the slots, over the same memory."""
         return SlotState(*(tensor[slots] for tensor in vars(self).values()))
 
     @property

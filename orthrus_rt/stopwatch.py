@@ -1,4 +1,4 @@
-"""How long launched work takes on its device, without ever waiting for it."""
+"""Measures how long launched work takes on its device, without ever waiting for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Stretch:
-    """Work of one kind; ``seconds`` is None until the device is known to be through."""
+    """Work of one kind; ``seconds`` is None until the device is known to have completed it."""
 
     def __init__(self, kind: str):
         self.kind, self.seconds = kind, None
@@ -20,7 +20,7 @@ class Stretch:
 class Stopwatch:
     """Times stretches of work by kind: with the host's clock on the CPU, with events on CUDA.
 
-    On CUDA a stretch is known only when the device has passed it; events are used again.
+    On CUDA the time of a stretch is known only once the device has completed it. Events are reused.
     """
 
     def __init__(self, device: torch.device):
@@ -31,7 +31,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def time(self, kind: str):
-        """What is run or launched in here is one stretch of this kind."""
+        """Time what is run or launched inside as one stretch of this kind."""
         stretch = Stretch(kind)
         if not self._on_device:
             start = time.perf_counter()
@@ -46,13 +46,13 @@ class Stopwatch:
         self._running.append((stretch, start, end))
 
     def take(self) -> Iterator[tuple[str, float]]:
-        """``(kind, seconds)`` of every stretch that is through and was not taken before."""
+        """``(kind, seconds)`` of every completed stretch that was not taken before."""
         self.settle()
         known, self._known = self._known, []
         yield from ((stretch.kind, stretch.seconds) for stretch in known)
 
     def settle(self) -> None:
-        """Read the times of what the device has passed by now."""
+        """Read the times of the stretches that the device has completed."""
         while self._running and self._running[0][2].query():
             stretch, start, end = self._running.popleft()
             stretch.seconds = start.elapsed_time(end) * 1e-3

@@ -12,9 +12,9 @@ import torch
 
 from orthrus_rt import huge_pages
 
-SLEEP_CYCLES = 1_000_000  # of the device, about 0.5 ms; up to 64 times as many where the host is slow to launch
-CHUNK = 100  # runs launched behind one sleep; far below the driver's queue
-WARM_UP_S = 0.05  # idle clocks are several times slower, and take some tens of ms to rise
+SLEEP_CYCLES = 1_000_000  # of the device, about 0.5 ms; up to 64 times as many if the host is slow to launch
+CHUNK = 100  # runs launched after one sleep; far fewer than the driver's queue takes
+WARM_UP_S = 0.05  # idle clocks are several times slower and take some tens of ms to rise
 
 
 def percentiles(samples: list[float]) -> dict[str, float]:
@@ -33,7 +33,7 @@ def measure(
 ) -> dict[str, float]:
     """Microseconds of ``run()``, ``reset()`` before each: p50, p20, p80. See :func:`time_each`.
 
-    ``warmup`` runs go before, on a GPU as many more as take its clocks up; 0 for none.
+    ``warmup`` runs come first, on a GPU followed by as many as it takes to raise its clocks; 0 means none.
     """
     _warm_up(run, device, warmup, reset)
     return percentiles(time_each([run], device, repeats=repeats, reset=reset)[0])
@@ -45,7 +45,7 @@ def _warm_up(run: Callable[[], object], device: torch.device, count: int, reset:
         run()
     if device.type != "cuda" or not count:
         return
-    torch.cuda.synchronize()  # what was compiled or recorded meanwhile does not count
+    torch.cuda.synchronize()  # time spent on compiling or recording does not count
     end = time.perf_counter() + WARM_UP_S
     while time.perf_counter() < end:
         reset()
@@ -56,10 +56,10 @@ def _warm_up(run: Callable[[], object], device: torch.device, count: int, reset:
 def time_each(
     runs: list[Callable[[], object]], device: torch.device, *, repeats: int, reset: Callable = lambda: None
 ) -> list[list[float]]:
-    """Microseconds of each of ``runs``, ``repeats`` of every one: run in order, ``reset()`` before each round.
+    """Microseconds of each of ``runs``, ``repeats`` times each: run in order, with ``reset()`` before each round.
 
-    On a GPU by events, behind a sleep of the device that lasts until the host has launched everything, or else what is
-    shorter than its launch would be measured with it; on the CPU by the clock.
+    On a GPU by events, after a sleep of the device that lasts until the host has launched everything; otherwise work
+    that is shorter than its launch would be measured with the launch. On the CPU by the clock.
     """
     samples, sleep = [], SLEEP_CYCLES
     while len(samples) < repeats:
@@ -82,7 +82,7 @@ def _on_host(runs) -> list[float]:
 
 
 def _on_device(runs, sleep: int) -> tuple[list[float], bool]:
-    """Their times, and whether all were launched while the device slept."""
+    """The runs' times, and whether all were launched while the device slept."""
     times, hidden = [], True
     for first in range(0, len(runs), CHUNK):
         chunk = runs[first : first + CHUNK]
@@ -99,7 +99,7 @@ def _on_device(runs, sleep: int) -> tuple[list[float], bool]:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """GB/s of reading memory far larger than any cache, in huge pages as weights are, and writing next to nothing."""
+    """GB/s when reading memory far larger than any cache, in huge pages as weights are, and writing next to nothing."""
     if device.type != "cuda":
         data = huge_pages.empty([64 << 20], torch.float32).fill_(1.0)
         return data.numel() * 4e-3 / measure(lambda: torch.dot(data, data), device)["p20"]

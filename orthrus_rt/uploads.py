@@ -1,4 +1,4 @@
-"""Numbers on their way to a device, without waiting for what it is doing."""
+"""Copies of numbers to a device, without waiting for the work in progress there."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import functools
 
 import torch
 
-STAGED_BYTES = 64 << 10  # of pageable memory, which CUDA stages before it returns; for more it may wait
+STAGED_BYTES = 64 << 10  # of pageable memory, which CUDA stages before it returns; for larger copies it may wait
 
 
 @functools.cache
 def reads_pageable_memory(device: torch.device) -> bool:
-    """Whether a CUDA device reads the host's pageable memory itself, through its page tables, as a GH200's does: then
-    nothing has to be staged, and a copy may bring what was written after it was asked for.
+    """Whether a CUDA device reads the host's pageable memory itself, through the host's page tables, as in a GH200.
+    Then copies are not staged, and one may transfer what was written after it was requested.
     """
     uses_host_page_tables, answer = 100, ctypes.c_int(0)  # CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_...
     ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(answer), uses_host_page_tables, device.index)
@@ -21,8 +21,8 @@ def reads_pageable_memory(device: torch.device) -> bool:
 
 
 def copy_up(there: torch.Tensor, host: torch.Tensor) -> None:
-    """``there.copy_(host)`` of one dimension, without its wait for what the device is doing, if that can be; ``host``,
-    which is pageable, may be written again at once.
+    """``there.copy_(host)`` of one dimension, if possible without waiting for the work in progress on the device.
+    ``host``, which is pageable, may be overwritten at once.
     """
     step = STAGED_BYTES // host.element_size()
     for part, values in zip(there.split(step), host.split(step), strict=True):
@@ -32,7 +32,7 @@ def copy_up(there: torch.Tensor, host: torch.Tensor) -> None:
 
 
 def upload(values, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``torch.tensor(values, device=device)`` of flat values, as :func:`copy_up` brings them there."""
+    """``torch.tensor(values, device=device)`` of flat values, transferred by :func:`copy_up`."""
     host = torch.tensor(values, dtype=dtype, device="cpu")
     there = torch.empty_like(host, device=device)
     copy_up(there, host)
@@ -40,5 +40,5 @@ def upload(values, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def put(column: torch.Tensor, index: int, value) -> None:
-    """``column[index] = value`` for a number, which torch would first copy over from the host, and wait for that."""
+    """``column[index] = value`` for a number, which torch itself would copy from the host, and wait for the copy."""
     column[index].fill_(value)

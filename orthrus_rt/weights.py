@@ -1,4 +1,4 @@
-"""Linear weights in the layout that their implementation of ``row_linear`` streams."""
+"""Linear weights, in the layout that their implementation of ``row_linear`` streams."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from orthrus_rt import coded_blocks, dispatch, huge_pages
 from orthrus_rt.device import device_scope, stream_of
 
 # CPU: strips of 32 outputs (16 gates and their 16 ups for silu_mul) x one word of inputs (two bfloat16, one float32),
-# so that one vector instruction takes 16 outputs' words from one cache line; one partial maximum per 512 ids. See
+# so that one vector instruction takes the words of 16 outputs from one cache line; one partial maximum per 512 ids. See
 # csrc/cpu/row_linear.h.
 CPU_STRIP = 32
 CPU_ARGMAX_TILE = 512
-MOST_CODED = 0.8  # of a weight's bytes: a larger one has so many exceptions that they are what takes time
-REFERENCE_ARGMAX_TILE = 128  # at most; runners-up are seen where they are the best of another tile
-# CUDA: blocks of 64 outputs x 64 inputs, inputs fastest; see csrc/cuda/row_linear_plan.h. In float32 the plain matrix
+MOST_CODED = 0.8  # of a weight's bytes: a coded weight above this has so many exceptions that they dominate the time
+REFERENCE_ARGMAX_TILE = 128  # at most; a runner-up is seen only if it is the best of another tile
+# CUDA: blocks of 64 outputs x 64 inputs, inputs fastest; see csrc/cuda/row_linear_plan.h. In float32 the plain matrix,
 # and one partial maximum per 128 ids; see csrc/cuda/row_linear_f32.cu.
 CUDA_BLOCK = 64
 CUDA_F32_ARGMAX_TILE = 128
@@ -32,8 +32,8 @@ class PackedWeight:
         data: the packed storage; for ``reference``, and on CUDA in float32, the plain matrix.
         impl: the implementation of ``row_linear`` that reads it.
         gate_up: rows are gates and ups, for the ``silu_mul`` epilogue alone.
-        coded: in 12 bits an element without loss, which ``data`` then holds as any bytes; see csrc/cpu/coded_weight.h
-            and csrc/cuda/coded_block.cuh.
+        coded: compressed without loss to 12 bits an element, which ``data`` then holds as raw bytes; see
+            csrc/cpu/coded_weight.h and csrc/cuda/coded_block.cuh.
         num_partials: partial maxima per row that the ``argmax`` epilogue writes.
     """
 
@@ -51,8 +51,8 @@ class PackedWeight:
 
 
 def pack_views(weight: torch.Tensor, weight_diff: torch.Tensor) -> tuple[PackedWeight, PackedWeight]:
-    """Both views' weights ``[out_features, in_features]`` of the same calls, packed as :func:`pack` does, which raises
-    the same: CUDA's kernels want both coded or none.
+    """Pack both views' weights ``[out_features, in_features]`` of the same calls, as :func:`pack` does (it raises the
+    same). The CUDA kernels need both of them coded, or neither.
     """
     views = pack(weight), pack(weight_diff)
     if views[0].impl == "cuda" and views[0].coded != views[1].coded:
@@ -65,9 +65,9 @@ def pack(
 ) -> PackedWeight:
     """Pack ``weight`` ``[out_features, in_features]`` for the implementation chosen for its device and dtype.
 
-    ``gate_up`` says that the first half of the rows are gates and the second half ups. On CUDA a bfloat16 weight, which
-    kernels read ahead of their turn in the stream, is waited for; without ``may_code`` none is in 12 bits an element
-    there.
+    ``gate_up`` says that the first half of the rows are gates and the second half ups. On CUDA this waits for a
+    bfloat16 weight to be complete, as kernels prefetch it ahead of stream order; without ``may_code`` it is not coded
+    in 12 bits an element.
 
     Raises:
         ValueError: ``impl`` does not take the weight's dtype, or gates and ups differ in number.
@@ -103,7 +103,7 @@ def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
         rows = F.pad(rows, (0, missing[1], 0, missing[0]))
     words = rows.contiguous().view(torch.int32).unflatten(1, (-1, height))
     strips = words.permute(1, 3, 0, 2)
-    # Steps over two inputs are coded in pairs.
+    # Steps, each over two inputs, are coded in pairs.
     if (
         weight.dtype is torch.bfloat16
         and in_features % 4 == 0
@@ -121,12 +121,12 @@ def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
 
 
 def codes_for_cuda() -> bool:
-    """Whether bfloat16 weights are packed in 12 bits for GPUs, which ``ORTHRUS_CUDA_CODED=1`` asks for."""
+    """Whether bfloat16 weights are packed in 12 bits for GPUs, as ``ORTHRUS_CUDA_CODED=1`` requests."""
     return os.environ.get("ORTHRUS_CUDA_CODED", "0") not in ("", "0")
 
 
 def _pack_cuda(weight, gate_up, may_code) -> tuple[torch.Tensor, int, bool]:
-    """The packed weight, its partial maxima, and whether it is coded."""
+    """The packed weight, its number of partial maxima, and whether it is coded."""
     out_features, in_features = weight.shape
     with device_scope(weight.device):
         partials = dispatch.extension().cuda.row_linear_num_partials(in_features, out_features)
@@ -137,11 +137,11 @@ def _pack_cuda(weight, gate_up, may_code) -> tuple[torch.Tensor, int, bool]:
 
 
 def cuda_blocks(weight: torch.Tensor, gate_up: bool) -> torch.Tensor:
-    """``weight`` in blocks, ``[blocks, in_features / 64, 64 rows, 64]``: rows are padded with zeros to whole blocks,
-    gates and ups alternate by 8 rows.
+    """``weight`` in blocks, ``[blocks, in_features / 64, 64 rows, 64]``. Rows are padded with zeros to whole blocks;
+    gates and ups alternate every 8 rows.
 
     Raises:
-        ValueError: ``in_features`` is no multiple of 64, or gates and ups no multiple of 8.
+        ValueError: ``in_features`` is not a multiple of 64, or the number of gates and of ups not a multiple of 8.
     """
     out_features, in_features = weight.shape
     if in_features % CUDA_BLOCK:

@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 SMALL_OPS = ("qkv_commit", "rms_norm", "embed")
-# device it is for, script, arguments
+# device, script, arguments
 RUNS = [
     ("cpu", "bench_host", ["--device", "cpu"]),
     ("cpu", "bench_cpu_pass", []),

@@ -1,4 +1,4 @@
-"""nvcc as setup.py, tools/with-env and the tests look for it. As a command: prints its path, or nothing."""
+"""Finds nvcc for setup.py, tools/with-env and the tests. As a command, prints its path or nothing."""
 
 import os
 import re

@@ -1,7 +1,6 @@
-"""The first time on a card: what has never run on one, step by step, each with a time limit of its own, since it may
-hang.
+"""For the first run on a GPU: steps that have never run on one, each with its own time limit, since it may hang.
 
-Every call builds the module first, or takes the one that an earlier call left in DIR, if that was put into build/card.
+Every call first builds the module, or uses the one that an earlier call left in DIR if that was copied to build/card.
 DIR (default: build/first_on_a_card) gets steps.log, steps.json, native.log and the module.
 """
 
@@ -22,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BROUGHT = ROOT / "build" / "card"
-KEY = "native-key"  # build/.native, by which tools/with-env knows whether the module is current
+KEY = "native-key"  # build/.native, which tells tools/with-env whether the module is current
 MACHINE = """
 nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader
 PATH=$PATH:/usr/local/cuda/bin
@@ -63,7 +62,7 @@ print(native.build_info(), native.cuda.isa())
 
 @dataclass(frozen=True)
 class Step:
-    """``command``: python3 is the one that the module was built for."""
+    """In ``command``, python3 is the one that the module was built for."""
 
     name: str
     limit_s: float
@@ -72,8 +71,8 @@ class Step:
 
 
 def tests(file: str, limit_s: int, only: str = "", *, each_s: int = 50, **env: str) -> Step:
-    """Of one file of tests/gpu, in one process. Where a test hangs, all threads' stacks are in the log, and it ends, if
-    there is pytest-timeout.
+    """Run one file of tests/gpu in one process. If a test hangs, the log gets the stacks of all threads, and the test
+    is ended if pytest-timeout is installed.
     """
     name = " ".join([f"{k}={v}" for k, v in env.items()] + [file] + ([f"-k '{only}'"] if only else []))
     limits = f"-o faulthandler_timeout={each_s - 5}"
@@ -88,8 +87,9 @@ PREPARATION = [
     Step("build", 400, ["bash", "tools/with-env", "--here", "python3", "-c", BUILT]),
 ]
 REST = "not one_hot and not rewrite and not reuse and not (invariance and not sm80)"
-# What the card's instructions alone decide comes first: mma.sync and wgmma apart, without dependent launches and with
-# them; then whatever needs no row_linear, and of that one that wgmma's widths agree to the bit.
+# Tests that depend on the GPU's instructions alone come first: mma.sync and wgmma separately, without and with
+# dependent launches. Then come those that do not need row_linear, and of row_linear that wgmma's widths agree to the
+# bit.
 GROUPS = {
     "ops": [
         tests("row_linear", 90, "one_hot and sm80", ORTHRUS_CUDA_PDL="0"),
@@ -109,7 +109,7 @@ GROUPS = {
     ],
     "engine": [
         tests("engine", 180),
-        tests("failures", 240, each_s=220),  # one waits for a process of its own
+        tests("failures", 240, each_s=220),  # one test waits for a process that it starts
         tests("lossless", 300, each_s=150),
         tests("auto", 120, each_s=100),
         tests("profile", 120, each_s=100),
@@ -120,7 +120,7 @@ GROUPS = {
 
 
 class Calls:
-    """Runs steps until the time is up, and keeps what they did in ``out``."""
+    """Runs steps until the time is up, and keeps their results in ``out``."""
 
     def __init__(self, out: Path, within_s: float):
         self.out, self.ends, self.env = out, time.monotonic() + within_s, {}
@@ -162,7 +162,7 @@ class Calls:
         state = "ok" if code == 0 else late if code is None else "FAILED"
         lines = [line for line in printed.splitlines() if line.strip()]
         if code == 0 and "pytest" in step.command and not any(" passed" in line for line in lines[-5:]):
-            state = "SKIPPED"  # no test of it ran: what it needs is not there, or the card does not answer any more
+            state = "SKIPPED"  # no test ran: requirements are missing, or the GPU has stopped answering
         return {"state": state, "rc": code, "seconds": round(time.monotonic() - start, 1), "limit_s": limit_s,
                 "said": lines[-1].strip("= ")[:120] if lines else "", "printed": "\n".join(lines[-25:])}  # fmt: skip
 
@@ -172,20 +172,20 @@ class Calls:
 
 
 def take_module(folder: Path) -> None:
-    """The module of an earlier call on such a machine; whether it is current is for tools/with-env to say."""
+    """Take the module of an earlier call on such a machine; tools/with-env decides whether it is current."""
     if not (folder / KEY).exists():
         return
     (ROOT / "build").mkdir(exist_ok=True)
     shutil.copyfile(folder / KEY, ROOT / "build" / ".native")
     for module in folder.glob("_native*.so"):
         shutil.copyfile(module, ROOT / "orthrus_rt" / module.name)
-    link = ROOT / "orthrus_rt" / "triton_kernels"  # where pip has installed nothing, Python would not find it
+    link = ROOT / "orthrus_rt" / "triton_kernels"  # without pip's installation Python would not find it
     if not link.is_symlink():
         link.symlink_to("../triton_kernels")
 
 
 def leave_module(folder: Path) -> None:
-    """For later calls: see take_module."""
+    """Leave the module for later calls: see take_module."""
     shutil.copyfile(ROOT / "build" / ".native", folder / KEY)
     for module in (ROOT / "orthrus_rt").glob("_native*.so"):
         shutil.copyfile(module, folder / module.name)

@@ -1,7 +1,7 @@
-"""Run every test tier that this machine can run, cheap ones first, and say in a line each what was skipped and why.
+"""Run every test tier that this machine can run, cheap ones first, and list what was skipped and why, one line each.
 
-Usage: python tools/test.py [--full] [TIER ...]
-A tier named on the command line must run: where it cannot, that is an error.
+Usage: python tools/test.py [--full] [TIER ...] A tier named on the command line must run; if it cannot, that is an
+error.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TEST_TIMEOUT_S = 300  # a test that hangs shall not keep CI from telling of it in time
+TEST_TIMEOUT_S = 300  # a test that hangs must not keep CI from reporting it in time
 APART_AT_ONCE = 2
-MOST_PROCESSES = 8  # of a tier that is spread; each holds a model or two
+MOST_PROCESSES = 8  # of a spread tier; each holds a model or two
 
 
 def cpu_tests(names: str) -> list[str]:
@@ -40,18 +40,19 @@ SANITIZED_TESTS = cpu_tests(
     "cpu_ops_tape cpu_ops_pool cpu_ops_runtime consensus cuda_on_host dual_attn_on_host f32_on_host "
     "row_linear_on_host coded_blocks lossless_tiny one_pass batching prefix_caching memory nan"
 )
-# Where memory is short on purpose a sanitizer has none either; its locks may stay taken in a child that is forked while
-# a thread begins; a process that a test starts has the plain module, whose atomics it does not see; and weights and
-# caches share no blocks of huge pages. After a crash its report is the better one, so Python's own is turned off there.
+# Where memory is short on purpose, a sanitizer has none either. Its locks may stay taken in a child that is forked
+# while a thread starts. A process that a test starts has the plain module, whose atomics the sanitizer does not see.
+# And weights and caches do not share blocks of huge pages. After a crash the sanitizer's report is better, so Python's
+# own is turned off.
 NOT_SANITIZED = "not without_memory and not forked_child and not subnormal_numbers and not huge_pages"
 RACY_TESTS = cpu_tests(  # without whole engines, which take minutes each
     "sanitized cuda_on_host dual_attn_on_host f32_on_host row_linear_on_host coded_blocks consensus coded_weight "
     "cpu_ops_linear cpu_ops_attn cpu_ops_attn_splits cpu_ops_logits cpu_ops_rows cpu_ops_tape cpu_ops_pool "
     "cpu_ops_runtime"
 )
-TIMED = ("test_auto.py", "test_profile.py")  # of tests/gpu: they measure, so nothing may run beside them
-LONGEST = ("test_sanitizer.py", "test_lossless.py", "test_lossless_embedded.py")  # of tests/gpu: they start first
-FULL_TAKES = 4  # times as long, at most, of a test or a process
+TIMED = ("test_auto.py", "test_profile.py")  # of tests/gpu: they measure, so nothing else may run meanwhile
+LONGEST = ("test_sanitizer.py", "test_lossless.py", "test_lossless_embedded.py")  # of tests/gpu: started first
+FULL_TAKES = 4  # times the limits of a test and of a process
 LEAKS = re.compile(r"nanobind: | - leaked | - \.\.\. skipped remainder|See https://nanobind\.")
 
 
@@ -72,7 +73,7 @@ def why_no_compiler() -> str | None:
 
 
 def of_tests(name: str):
-    """A module of the folder ``tests``."""
+    """Import a module of the folder ``tests``."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     return importlib.import_module(f"tests.{name}")
@@ -90,14 +91,13 @@ def always() -> None:
 
 @dataclass
 class Tier:
-    """``args`` are pytest's, or a whole command where ``command`` is set.
+    """``args`` are pytest's, or a whole command if ``command`` is set.
 
-    ``spread``: files are spread over processes of one thread each, one a processor: most tests have nothing to do for a
-    second thread.
-    ``apart``: the folder whose files run in processes of their own. A kernel that faults takes the CUDA context of its
-    whole process with it, and one that hangs can only be ended with it.
-    ``in_full``: it runs with ``--full`` or by its name, on its small grids.
-    ``timeout_s``: of a test. ``process_timeout_s``: of a process, which may hang when its last test is through.
+    ``spread``: files are spread over processes of one thread each, one per processor, as most tests have no work for a
+    second thread. ``apart``: the folder whose files run in processes of their own. A kernel that faults destroys the
+    CUDA context of its whole process, and one that hangs can only be ended together with the process. ``in_full``: the
+    tier runs only with ``--full`` or by its name, on its small grids. ``timeout_s``: of a test. ``process_timeout_s``:
+    of a process, which may hang after its last test.
     """
 
     name: str
@@ -183,12 +183,12 @@ def read_junit(path: str, result: Result) -> None:
 
 
 def without_leaks(errors: str) -> str:
-    """Triton's binding counts what is left of it as Python ends, in some 20 lines a process: no test's doing."""
+    """Drop Triton's binding's report of leaks as Python ends, some 20 lines per process, which no test causes."""
     return "".join(line for line in errors.splitlines(keepends=True) if not LEAKS.match(line))
 
 
 def run_pytest(tier: Tier, full: bool, *more: str, **how) -> tuple[Result, str | None]:
-    """One process of the tier: its results, among them a failure where there is no report, and what it printed."""
+    """Run one process of the tier: its results, which include a failure if there is no report, and what it printed."""
     result, takes = Result(), FULL_TAKES if full else 1
     with tempfile.TemporaryDirectory() as folder:
         report, errors = os.path.join(folder, "report.xml"), os.path.join(folder, "errors.txt")

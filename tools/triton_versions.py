@@ -1,9 +1,10 @@
-"""What tests Triton's kernels without a GPU, by versions of Triton: the interpreter, ahead-of-time compilation, and the
-PTX in the emulator.
+"""Run the tests of Triton kernels that need no GPU under several versions of Triton: the interpreter, ahead-of-time
+compilation, and the PTX in the emulator.
 
     python tools/triton_versions.py 3.6.0 3.7.1 3.8.0 3.9.0 --out DIR
 
-Each version is fetched into a folder of its own, before the installed one in the path of the tests alone.
+Each version is fetched into a folder of its own, which comes before the installed version in the path of the tests
+alone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TESTS = {  # column -> arguments of Python
 
 
 def outcome(arguments: tuple[str, ...], env: dict[str, str]) -> str:
-    """As pytest's last line tells it, without its time."""
+    """The outcome according to pytest's last line, without its time."""
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
     said = re.findall(r"^=* ?((?:\d+ \w+(?:, )?)+) in [\d.]+s", done.stdout, re.M)
     return said[-1] if said and done.returncode in (0, 5) else f"failed: {(said or [done.stderr[-300:]])[-1]}"
@@ -47,7 +48,7 @@ def row(version: str) -> dict[str, str]:
 
 
 def main() -> int:
-    sys.path[0] = str(ROOT)  # in place of this folder, which has a bench.py
+    sys.path[0] = str(ROOT)  # instead of this folder, which has a bench.py
     import torch
 
     from bench import common

@@ -21,7 +21,7 @@ def _count_kernel(
     for i in range(first, total):
         same = token == tl.load(output_ptr + slot * capacity + i % capacity)
         times += same.to(tl.int32)
-        mine = mine & ((i >= index) | (same == 0))  # only a token's first lane: no two write one count
+        mine = mine & ((i >= index) | (same == 0))  # only a token's first lane, so that no two write the same count
     mine = mine & (token >= 0) & (token < vocab)
     at = counts_ptr + slot * vocab + token
     count = tl.load(at, mask=mine, other=0)
@@ -37,13 +37,12 @@ def count_tokens(state, edits):
             mutated.
         edits: ``token_counts`` int32 ``[num_slots or more, vocab]`` and ``num_counted`` int32 ``[num_slots or more]``,
             MUTATED for these slots; at most ``capacity`` tokens lie between ``num_counted`` and ``num_output``. Ids
-            beyond the vocabulary are not counted.
-        No slots: nothing is launched. Integers alone, one program a slot, which writes each count once: deterministic,
-        graph-safe.
-        Reads the ring's new tokens, and reads and writes a count for each of them.
+            outside the vocabulary are not counted.
+        No slots: nothing is launched. Integers only, one program per slot, which writes each count once: deterministic,
+        graph-safe. Reads the ring's new tokens, and reads and writes a count for each of them.
     """
     capacity = state.output.shape[1]
-    # One warp: every lane has read num_counted before any writes it.
+    # One warp, so every lane has read num_counted before any writes it.
     launch(
         _count_kernel, (state.num_slots,), state.output.device,
         state.output, state.num_output, edits.token_counts, edits.num_counted, capacity, edits.token_counts.shape[1],

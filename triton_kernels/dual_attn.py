@@ -1,7 +1,7 @@
 """Attention under the mixed mask over paged KV: the portable implementation.
 
-Online softmax in tiles (FlashAttention-2: Dao, arXiv 2307.08691). The sum is of weights before they are rounded for
-their product with the values.
+Online softmax in tiles (FlashAttention-2: Dao, arXiv 2307.08691). Weights are summed before they are rounded for their
+product with the values.
 """
 
 import math
@@ -9,17 +9,18 @@ import math
 import triton
 import triton.language as tl
 
-# Rows x query heads of one program. Constant, so that one row goes through the same dot as a thousand.
+# Rows x query heads of one program. Constant, so that one row runs through the same dot as a thousand.
 BLOCK_M = 64
 
 
 @triton.jit
 def _fold(q, k, v, visible, scale, top, total, acc):
-    """One tile of keys into the running softmax; a tile that a row does not see leaves that row's bits alone."""
+    """Fold one tile of keys into the running softmax; a tile that a row does not see leaves the row's bits unchanged.
+    """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf: the row has seen nothing yet
     weight = tl.exp2(scores - base[:, None])
     decay = tl.exp2(top - base)
     total = total * decay + tl.sum(weight, 1)
@@ -58,14 +59,14 @@ def dual_attn_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
 
-    # One tile is one page, so tiles start at absolute positions whatever else is in the pass.
+    # One tile is one page, so tiles start at absolute positions whatever else the pass contains.
     longest = tl.max(prefix_len, 0)
     pages = page_table_ptr + tl.load(seq_ptr + first).to(tl.int64) * max_pages
     for tile in range(0, tl.cdiv(longest, PAGE_SIZE)):
         page = tl.load(pages + tile).to(tl.int64)
         kv = tile * PAGE_SIZE + key
         offset = ((page * num_heads_kv + head_kv) * PAGE_SIZE + key[:, None]) * HEAD_DIM + dim[None, :]
-        # What no row of the tile sees may hold anything, NaN included: 0 * NaN must not reach the sums.
+        # Entries that no row of the tile sees may hold anything, including NaN: 0 * NaN must not reach the sums.
         used = (kv < longest)[:, None]
         k = tl.load(k_ptr + offset, mask=used, other=0.0)
         v = tl.load(v_ptr + offset, mask=used, other=0.0)
@@ -116,10 +117,10 @@ def dual_attn(q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softm
     if not rows.num_rows:
         return
     if scratch_k is None:
-        scratch_k = scratch_v = k_pages  # a pointer that the kernel never follows without diffusion groups
+        scratch_k = scratch_v = k_pages  # a pointer that the kernel does not follow without diffusion groups
     # maxnreg: without it some versions of ptxas spill for an occupancy that shared memory rules out anyway. num_stages:
-    # with more, keys come by cp.async, and before 3.7.1 (triton, pull request 10537) Triton puts no fence between those
-    # and the wgmma that reads them.
+    # with more, keys are loaded by cp.async, and before 3.7.1 (triton, pull request 10537) Triton puts no fence between
+    # those loads and the wgmma that reads them.
     grid = (triton.cdiv(rows.max_group_rows, BLOCK_M // heads_per_kv), num_heads_kv, rows.num_groups)
     dual_attn_kernel[grid](
         q, k_pages, v_pages, page_table, scratch_k, scratch_v, out,

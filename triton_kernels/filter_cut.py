@@ -1,8 +1,8 @@
-"""Where a row's filters cut: top-k, top-p and min-p all keep the tokens at or above some value.
+"""Finds the cut of a row's filters: top-k, top-p and min-p all keep the tokens at or above some value.
 
-It is found without a sort: a census counts the tokens above a few rungs, those above the right rung, if few, are
-gathered, and bisection does the rest. Probability is summed as integers (trunc(exp(y - max) * 2**40)): exact in any
-order, so the cut cannot depend on how the row is split.
+It is found without a sort. A census counts the tokens above a few rungs, the tokens above the right rung are gathered
+if they are few, and bisection does the rest. Probability is summed as integers (trunc(exp(y - max) * 2**40)), which is
+exact in any order, so the cut cannot depend on how the row is split.
 """
 
 import torch
@@ -11,13 +11,13 @@ import triton.language as tl
 
 from .pdl import take_turn
 
-SWEEP = 1024  # values that the search over one row takes at a time
-MOST_FOUND = 16384  # values of a row that are gathered: where more reach its rung, the search sweeps the whole row
+SWEEP = 1024  # values that the search of one row takes at a time
+MOST_FOUND = 16384  # most values gathered per row: if more reach its rung, the search sweeps the whole row
 RUNGS = 8
 MASS_ONE = tl.constexpr(1 << 40)
-# Rung i lies RUNG * (i + 1)**2 below the row's maximum; exact in fp32, so every kernel means the same number.
+# Rung i lies RUNG * (i + 1)**2 below the row's maximum; exact in fp32, so every kernel uses the same number.
 RUNG = tl.constexpr(0.4375)
-# The last rung. exp(-REACH) * 2**40 < 1: tokens further below have no mass.
+# The last rung. exp(-REACH) * 2**40 < 1: tokens further below the maximum have no mass.
 REACH = tl.constexpr(28.0)
 
 
@@ -68,11 +68,11 @@ def _census_kernel(
         token = tile * BLOCK + tl.arange(0, BLOCK)
         inside = token < vocab
         y = tl.load(y_ptr + row * vocab + token, mask=inside, other=float("-inf"))
-        mass = _mass(y, top, inside)  # the same for every rung: no value is above the maximum
+        mass = _mass(y, top, inside)  # the same for every rung, as no value is above the maximum
         tile_top = tl.load(tile_top_ptr + row * num_tiles + tile)
         for rung in tl.static_range(RUNGS):
             at = (row * num_tiles + tile) * RUNGS + rung
-            if tile_top >= top - RUNG * ((rung + 1) * (rung + 1)):  # most tiles do not reach the first ones
+            if tile_top >= top - RUNG * ((rung + 1) * (rung + 1)):  # most tiles do not reach the first rungs
                 kept = y >= top - RUNG * ((rung + 1) * (rung + 1))
                 tl.store(count_ptr + at, tl.sum(kept.to(tl.int32), 0))
                 tl.store(mass_ptr + at, tl.sum(tl.where(kept, mass, 0), 0))
@@ -146,7 +146,7 @@ def _gather_kernel(
     found_ptr, vocab, num_tiles, MOST_FOUND: tl.constexpr, TILES: tl.constexpr, RUNGS: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The values that reach the row's rung, side by side, if they are few."""
+    """Gather the values that reach the row's rung, if they are few."""
     take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
@@ -171,7 +171,7 @@ def _bisect(y_ptr, length, top, low, high, count_low, count_high, target, BY_MAS
     """A cut for which {y >= cut} is the smallest such set whose count (or mass) is at least ``target``.
 
     ``low`` reaches the target with count_low values, ``high`` misses it with count_high. Halving the ordered bits of
-    fp32 ends within 32 steps for any values, as soon as one value or one value's ties are left between the two.
+    fp32 ends within 32 steps for any values, as soon as only one value or its ties are left between the two.
     """
     below = _order(low.to(tl.int32, bitcast=True)).to(tl.int64)
     above = _order(high.to(tl.int32, bitcast=True)).to(tl.int64)
@@ -192,7 +192,7 @@ def _cut_kernel(
     MOST_FOUND: tl.constexpr, WITH_TOTAL: tl.constexpr, TILES: tl.constexpr, RUNGS: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The row's maximum, its cut (the maximum itself if greedy) and, if asked for, the mass that is kept."""
+    """The row's maximum, its cut (the maximum itself if greedy) and, if requested, the mass that is kept."""
     take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     slot, position = place_of(rows_ptr, seq_ptr, position_ptr, row)
@@ -235,11 +235,12 @@ def _cut_kernel(
 
 def find_cuts(launch, logits, tile_top, place, sampling, block, with_total):
     """``(cut, maximum, mass that is kept)`` of each row, fp32 ``[n or more]``; the last is written only ``with_total``.
-    Three launches; the rest of the contract is process_logits'.
+    Three launches; for the rest of the contract see process_logits.
 
     Args:
         launch: ``(kernel, grid, *args, **options)``.
-        logits: fp32 ``[n, vocab]``, edited and scaled. tile_top: fp32 ``[n, tiles of block tokens]``, their maxima.
+        logits: fp32 ``[n, vocab]``, edited and scaled. tile_top: fp32 ``[n, tiles of block tokens]``, the tiles'
+            maxima.
         place: of each row, as :func:`place_of` reads it.
         sampling: per slot.
     """
@@ -249,7 +250,7 @@ def find_cuts(launch, logits, tile_top, place, sampling, block, with_total):
     found = torch.empty(num_rows, MOST_FOUND, dtype=torch.float32, device=device)
     count = torch.empty(num_rows, num_tiles, RUNGS, dtype=torch.int32, device=device)
     mass = torch.empty(num_rows, num_tiles, RUNGS, dtype=torch.int64, device=device)
-    # Padded, so that all three are aligned for any number of rows: one specialisation of the kernels serves all.
+    # Padded, so that all three are aligned for any number of rows and one specialisation of the kernels serves all.
     cut, top, total = torch.empty(3, triton.cdiv(num_rows, 4) * 4, dtype=torch.float32, device=device)
     filters = (sampling.temperature, sampling.top_k, sampling.top_p)
     launch(
@@ -262,7 +263,7 @@ def find_cuts(launch, logits, tile_top, place, sampling, block, with_total):
         logits, tile_top, *place, *filters, count, mass, found, vocab, num_tiles,
         MOST_FOUND=MOST_FOUND, TILES=tiles, RUNGS=RUNGS, BLOCK=block,
     )  # fmt: skip
-    # maxnreg: without it some versions of ptxas spill for an occupancy that one block a row cannot use.
+    # maxnreg: without it some versions of ptxas spill for an occupancy that one block per row cannot use.
     launch(
         _cut_kernel, (num_rows,),
         logits, tile_top, *place, *filters, sampling.min_p, count, mass, found, cut, top, total, vocab, num_tiles,

@@ -1,4 +1,4 @@
-"""Programmatic dependent launch (sm_90+): a kernel may start while its predecessor on the stream still ends."""
+"""Programmatic dependent launch (sm_90+): a kernel may start while its predecessor on the stream is still finishing."""
 
 import ctypes
 import functools
@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def take_turn(PDL: tl.constexpr):
-    """Lets the successor start and waits for the predecessor: before it a kernel may touch constants alone."""
+    """Let the successor start and wait for the predecessor. Before this call a kernel may read constants only."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -24,7 +24,7 @@ def _capable(index: int) -> bool:
 
 
 def launch_options(device: torch.device) -> dict:
-    """Launch options of a kernel that calls :func:`take_turn`: PDL where the card can.
+    """Launch options of a kernel that calls :func:`take_turn`: PDL if the GPU supports it.
 
     ``ORTHRUS_CUDA_PDL=0`` turns it off, here and in the native module.
     """
@@ -34,7 +34,7 @@ def launch_options(device: torch.device) -> dict:
 
 
 def launch(kernel, grid, device: torch.device, *args, **options) -> None:
-    """A kernel that calls :func:`take_turn`, as all of them are launched: products and sums are rounded apart."""
+    """Launch a kernel that calls :func:`take_turn`; products and sums are rounded separately, as in all kernels."""
     share_multiprocessors(kernel[grid](*args, enable_fp_fusion=False, **options, **launch_options(device)))
 
 
@@ -42,10 +42,10 @@ PREFERRED_SHARED_MEMORY_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_...
 
 
 def share_multiprocessors(kernel) -> None:
-    """Give ``kernel``, what a launch returned, the shared-memory carve-out of the native kernels, the largest: a kernel
-    with another one cannot begin on a multiprocessor before theirs have left.
+    """Give ``kernel`` (which a launch returned) the largest shared-memory carve-out, that of the native kernels: with
+    another one it could not begin on a multiprocessor until they have left.
     """
-    if kernel is not None and getattr(kernel, "function", None):  # not so in the interpreter
+    if kernel is not None and getattr(kernel, "function", None):  # None in the interpreter
         _carve_out(kernel.function)
 
 

@@ -1,4 +1,4 @@
-"""From a row of logits to the scores of its tokens: penalties, bias, temperature, top-k, top-p, min-p, noise.
+"""Turns a row of logits into scores of its tokens: penalties, bias, temperature, top-k, top-p, min-p, noise.
 
 Every filter keeps "all tokens at or above a cut", so a row's filters are one number: filter_cut.py.
 """
@@ -21,7 +21,7 @@ def _scale_kernel(
     counts_ptr, bias_ids_ptr, bias_values_ptr, stop_ids_ptr, min_position_ptr, num_rows_ar, vocab, num_tiles, max_bias,
     max_stop, HAS_EDITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Edited and scaled logits in place, and each tile's maximum."""
+    """Edit and scale the logits in place, and write each tile's maximum."""
     take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
@@ -61,7 +61,9 @@ def _draw_kernel(
     y_ptr, cut_ptr, rows_ptr, seq_ptr, position_ptr, temperature_ptr, seed_ptr, value_ptr, id_ptr, purpose, vocab,
     num_scores, SCORE_TILE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Best score and its lowest token of every SCORE_TILE tokens: kept logits plus noise, or if greedy all logits."""
+    """Best score of every SCORE_TILE tokens and its lowest token: of kept logits plus noise, or if greedy of all
+    logits.
+    """
     SCORES: tl.constexpr = BLOCK // SCORE_TILE
     take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -73,14 +75,14 @@ def _draw_kernel(
     sampled = tl.load(temperature_ptr + slot) > 0
     if sampled:
         score = tl.where(score >= cut, score, float("-inf"))
-        if (tl.max(score, 0) > float("-inf")) & (position >= 0):  # noise is costly, and most tiles keep nothing
+        if (tl.max(score, 0) > float("-inf")) & (position >= 0):  # noise is expensive, and most tiles keep nothing
             quad = (tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
             zero = quad * 0
             chosen = zero + (position + 1).to(tl.uint32)
             w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr + slot), quad, chosen, zero + purpose, zero)
             word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
             u = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
-            # -ln(1 - u), of full relative precision near 0 too.
+            # -ln(1 - u), with full relative precision near 0 too.
             series = u * (1 + u * (0.5 + u * (0.3333333333333333 + u * 0.25)))
             score -= tl.log(tl.where(u < 0.0078125, series, -tl.log(1 - u)))
     score = tl.reshape(tl.where(position >= 0, score, 0.0), (SCORES, SCORE_TILE))
@@ -115,7 +117,7 @@ def _log_probs_kernel(
 
 
 def process_logits(logits, rows, logit_rows, sampling, cache_seqlens, purpose, partials, *, log_probs=None):
-    """Scores whose largest is a row's choice; :func:`orthrus_rt.ops.process_logits` defines them, step by step.
+    """Scores of which the largest is a row's choice; :func:`orthrus_rt.ops.process_logits` defines them step by step.
 
     Contract:
         logits: fp32 ``[n, vocab]``, contiguous, MUTATED whole: edited and scaled.
@@ -125,15 +127,14 @@ def process_logits(logits, rows, logit_rows, sampling, cache_seqlens, purpose, p
         partials: fp32 and int32 ``[n, ceil(vocab / 128)]``, contiguous, MUTATED whole.
         log_probs: fp32 ``[n, vocab]``, MUTATED whole; or None.
         No rows: no launch. All fp32, nothing is rounded; division is IEEE; exp and log may differ in the last bits from
-        other implementations, the uniforms do not. Probability is summed as integers, in any order the same, and a
-        program works on one row: deterministic, row-invariant. Five launches, graph-safe; the workspace, some 70 KB a
-        row, comes from torch's allocator.
-        Reads the logits twice and writes them once; with top-k or top-p 2 reads more, an exp a token, and reads of the
-        few candidates, or of all tokens where more than filter_cut.MOST_FOUND are candidates. Without edits some 5
-        FLOPs a token; two logs and Philox for each of the 4,096 beside one that is kept. (log_probs: one launch and two
-        reads more.)
-        Method: Philox (Salmon, Moraes, Dror, Shaw 2011) for noise that hangs on (seed, position, purpose, token) alone;
-        Gumbel-max for the draw.
+        other implementations, the uniforms do not. Probability is summed as integers, exact in any order, and a program
+        works on one row: deterministic, row-invariant. Five launches, graph-safe; the workspace, some 70 KB a row, is
+        from torch's allocator. Reads the logits twice and writes them once; with top-k or top-p 2 more reads, an exp a
+        token, and reads of the few candidates, or of all tokens if there are more than filter_cut.MOST_FOUND
+        candidates. Without edits some 5 FLOPs a token; two logs and Philox for all 4,096 tokens of a tile that has a
+        kept one. (log_probs: one launch and two reads more.)
+        Method: Philox (Salmon, Moraes, Dror, Shaw 2011) for noise that depends on (seed, position, purpose, token)
+        alone; Gumbel-max for the draw.
     """
     num_rows, vocab = logits.shape
     if not num_rows:

@@ -1,4 +1,4 @@
-"""RMS normalisation of picked rows."""
+"""RMS normalisation of selected rows."""
 
 import triton
 import triton.language as tl
@@ -14,7 +14,7 @@ def rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < hidden
-    # The weight is a constant of the model: it may be read before the predecessor has finished.
+    # The weight is a constant of the model, so it may be read before the predecessor has finished.
     weight = tl.load(weight_ptr + lane, mask=inside, other=0.0)
     take_turn(PDL)
     source = row
@@ -29,15 +29,13 @@ def rms_norm_kernel(
 def rms_norm(x, weight, eps, out, row_index=None):
     """``out[r] = round(x[i] * rsqrt(mean(x[i]^2) + eps) * weight)``, ``i = row_index[r]`` or ``r``.
 
-    Contract:
-        x: ``[num_rows_in, hidden]`` bf16 or fp32, contiguous. Not mutated.
-        weight: fp32 ``[hidden]``, contiguous; constant while the kernels ahead of it run.
-        row_index: int32 ``[num_rows]`` within x's rows, or None.
-        out: ``[num_rows, hidden]`` of x's dtype, contiguous, MUTATED whole; may be x itself where row_index is None.
-        No rows: no launch. fp32 inside, one rounding at the store. One program reduces one row in an order
-        that depends on ``hidden`` alone, where x and out begin at 16 bytes (elsewhere Triton's threads take other
-        elements each): deterministic, row-invariant, graph-safe.
-        Moves ``num_rows * hidden * 2`` elements and ``4 * hidden`` bytes of weight; 4 FLOPs an element.
+    Contract: x: ``[num_rows_in, hidden]`` bf16 or fp32, contiguous. Not mutated. weight: fp32 ``[hidden]``, contiguous;
+        constant while the preceding kernels run. row_index: int32 ``[num_rows]`` within x's rows, or None. out:
+        ``[num_rows, hidden]`` of x's dtype, contiguous, MUTATED whole; may be x itself where row_index is None. No
+        rows: no launch. fp32 inside, one rounding at the store. One program reduces one row in an order that depends on
+        ``hidden`` alone, provided x and out are aligned to 16 bytes (otherwise Triton assigns other elements to
+        threads): deterministic, row-invariant, graph-safe. Moves ``num_rows * hidden * 2`` elements and ``4 * hidden``
+        bytes of weight; 4 FLOPs an element.
     """
     num_rows, hidden = out.shape
     if not num_rows:

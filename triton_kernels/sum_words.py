@@ -1,9 +1,9 @@
-"""A plain read of memory: what a device's bandwidth is measured by (see orthrus_rt/timing.py)."""
+"""A plain read of memory, which measures a device's bandwidth (see orthrus_rt/timing.py)."""
 
 import triton
 import triton.language as tl
 
-BLOCK, STEPS = 4096, 16  # words that a program loads at once, and how often
+BLOCK, STEPS = 4096, 16  # words that a program loads at once, and how many times
 
 
 @triton.jit
@@ -17,16 +17,14 @@ def sum_words_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr, STEPS: tl.constexpr
 
 
 def sum_words(x, out):
-    """Sums of 65,536 words each, modulo 2**32, the last of what remains.
+    """Sums over 65,536 words each, modulo 2**32; the last one over the remainder.
 
-    Contract:
-        x: int32 ``[n]``, contiguous, n < 2**31.
-        out: int32 ``[num_sums(n)]``, MUTATED whole.
-        Moves ``n`` words; what is written is 1 in 65,536 of it.
+    Contract: x: int32 ``[n]``, contiguous, n < 2**31. out: int32 ``[num_sums(n)]``, MUTATED whole. Reads ``n`` words
+        and writes 1 per 65,536 of them.
     """
     sum_words_kernel[(out.numel(),)](x, out, x.numel(), BLOCK=BLOCK, STEPS=STEPS, num_warps=8, enable_fp_fusion=False)
 
 
 def num_sums(n: int) -> int:
-    """Of ``n`` words."""
+    """How many sums ``n`` words have."""
     return triton.cdiv(n, BLOCK * STEPS)
