@@ -1,8 +1,9 @@
-"""Simulated acceptance: a drawn trace decides how many drafts each cycle accepts, at next to no cost.
+"""Simulated acceptance: a random trace decides how many drafts each cycle accepts, at next to no cost.
 
-Random weights accept nothing, so their tokens per second would say nothing of a trained model. Consensus reads, beside
-the maxima that the passes really compute, ids of ours in place of theirs: equal for draft and verification as far as
-the trace says, different after. The cycle's work stays what it is; the ids are written between cycles.
+With random weights no draft is accepted, so their tokens per second would say nothing about a trained model. Consensus
+reads the maxima that the passes really compute, but our ids instead of theirs: equal for draft and verification up to
+the length that the trace gives, and different after it. The cycle's work is unchanged, as the ids are written between
+cycles.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ RIGHT, WRONG = 1, 2
 
 
 def per_position(mean: float, draft_len: int) -> float:
-    """The chance that a draft is accepted after all before it were, such that ``mean`` of ``draft_len`` are."""
+    """The chance that a draft is accepted if all before it were, such that ``mean`` of ``draft_len`` are accepted."""
     if not 0 <= mean <= draft_len:
         raise ValueError(f"accepted drafts per cycle must be within [0, {draft_len}] (draft_len), got {mean}")
     low, high = 0.0, 1.0
@@ -29,12 +30,12 @@ def per_position(mean: float, draft_len: int) -> float:
 
 
 def mean_accepted(p: float, draft_len: int) -> float:
-    """Accepted drafts per cycle where each is with the chance ``p``, after all before it were."""
+    """Accepted drafts per cycle if each is accepted with chance ``p`` after all before it were."""
     return sum(p**i for i in range(1, draft_len + 1))
 
 
 def trace(mean: float, draft_len: int, cycles: int, batch: int) -> torch.Tensor:
-    """Accepted drafts, int32 ``[cycles, batch]``: each sequence has the distribution's quantiles in its own order, so
+    """Accepted drafts, int32 ``[cycles, batch]``: each sequence takes the distribution's quantiles in its own order, so
     that whole traces accept ``mean`` up to rounding.
     """
     generator = torch.Generator().manual_seed(0)
@@ -45,8 +46,8 @@ def trace(mean: float, draft_len: int, cycles: int, batch: int) -> torch.Tensor:
 
 
 def one_pass_trace(mean: float, draft_len: int, hit_rate: float, cycles: int, batch: int) -> torch.Tensor:
-    """The same for one_pass: a cycle has drafts, and accepts ``mean`` of them, where a block of the one before came
-    true, in ``hit_rate`` of all; in the others it accepts none.
+    """The same for one_pass. In a share ``hit_rate`` of cycles a block of the cycle before came true, so the cycle has
+    drafts and accepts ``mean`` of them; the other cycles accept none.
     """
     hits = round(hit_rate * cycles)
     drawn, accepted = trace(mean, draft_len, hits, batch), torch.zeros(cycles, batch, dtype=torch.int32)
@@ -57,7 +58,7 @@ def one_pass_trace(mean: float, draft_len: int, hit_rate: float, cycles: int, ba
 
 
 class Simulated(Cycle):
-    """Accepts by the rows of ``accepted`` ``[cycles, batch]``, over and over, if it drafts."""
+    """Accepts according to the rows of ``accepted`` ``[cycles, batch]``, over and over, if it drafts."""
 
     accepted: torch.Tensor
 
@@ -76,10 +77,11 @@ class Simulated(Cycle):
         if self.plan.mode == "ar":
             return super().run()
         now = self.drawn % len(self.accepts)
-        # Of the draft pass, against a verification that is right; of one_pass's verification, against drafts that are.
+        # Ids of the draft pass, compared with a RIGHT verification; or of one_pass's verification, compared with RIGHT
+        # drafts.
         decide = self.ids[0].view(self.state.num_slots, -1, self.ids[0].shape[1])[:, : self.plan.block_len]
         decide.copy_(self.choices[now, :, : decide.shape[1], None].expand_as(decide))
-        if self.plan.mode == "one_pass":  # what is going to happen is the likeliest, so that there is a block for it
+        if self.plan.mode == "one_pass":  # make what will happen the likeliest, so that there is a block for it
             probs = self.state.draft_prob[:, 1 : self.plan.block_len]
             probs.zero_()
             probs[..., 0] = self.accepts[now, :, : probs.shape[1]]
@@ -89,6 +91,6 @@ class Simulated(Cycle):
 
 @contextlib.contextmanager
 def simulated(accepted: torch.Tensor):
-    """Cycles that engines build in here are :class:`Simulated`."""
+    """Cycles that engines build inside are :class:`Simulated`."""
     with mock.patch("orthrus_rt.runner.Cycle", type("Cycle", (Simulated,), {"accepted": accepted})):
         yield

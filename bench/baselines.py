@@ -1,13 +1,13 @@
-"""Two ways to decode a dual-view model with torch alone, to be compared with: written from the method's description.
+"""Two ways to decode a dual-view model with torch alone, as baselines, written from the method's description.
 
-* :class:`GrowingCache`: eager, one sequence, the cache concatenated at every layer of every pass and cut back after
-  every cycle, acceptance read back to the host: how transformers-style code does it.
+* :class:`GrowingCache`: eager, one sequence, as transformers-style code does it. The cache is concatenated at every
+  layer of every pass and cut back after every cycle, and acceptance is read back to the host.
 * :class:`StaticCache`: the best that a user would get from torch without ``torch.compile``: fused weights, a
   preallocated cache written in place, SDPA with a mask, and the whole cycle as one CUDA graph (eager on the CPU), any
-  number of sequences. On a GPU, SDPA's kernel for masks does not share out one sequence's keys among many SMs, as the
-  one without may: at long contexts the other way may be the faster one.
+  number of sequences. On a GPU, SDPA's kernel for masks does not spread one sequence's keys over many SMs, as the
+  kernel without masks may, so at long contexts the growing cache may be faster.
 
-Both are greedy and give the tokens of AR decoding, up to rounding.
+Both are greedy and give the tokens of AR decoding up to rounding.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Weights:
         return functional.rms_norm(x.float(), x.shape[-1:], eps=self.config.rms_norm_eps).to(x.dtype) * weight
 
     def linear(self, x, matrices):
-        """Products with one matrix, or with several whose outputs are then side by side."""
+        """Products with one matrix, or with several, whose outputs are concatenated."""
         parts = [functional.linear(x, m) for m in matrices]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -92,7 +92,7 @@ class Weights:
 
 
 def emitted(choices, accepted: int) -> list[int]:
-    """A cycle's tokens: accepted drafts are the AR view's own choices, and one choice more."""
+    """A cycle's tokens: the accepted drafts, which are the AR view's own choices, and one more choice."""
     return choices[: accepted + 1]
 
 
@@ -140,7 +140,9 @@ class GrowingCache:
         return w.forward(torch.tensor(tokens, device=w.device), positions, view, attend)
 
     def cycle(self, forced: list[int] | None = None) -> list[list[int]]:
-        """One cycle; its tokens. ``forced`` replaces the acceptance that was found, which is found all the same."""
+        """Run one cycle and return its tokens. ``forced`` replaces the acceptance found, which is computed
+        nevertheless.
+        """
         drafts = []
         if self.block_len > 1:
             block = [self.next_token] + [self.weights.config.mask_token_id] * (self.block_len - 1)
@@ -169,7 +171,7 @@ class StaticCache:
         self._run = None
 
     def place(self, context: int) -> None:
-        """As :meth:`GrowingCache.place`, for every sequence."""
+        """Like :meth:`GrowingCache.place`, for every sequence."""
         self.cache.normal_()
         self.n.fill_(context)
         self.next_token.fill_(1)
@@ -184,20 +186,20 @@ class StaticCache:
         return self.next_token.tolist()
 
     def _forward(self, tokens, positions, view: str, slots=slice(None)):
-        """Rows ``[batch, rows]``, written in place; a draft's keys and values are overwritten by its verification."""
+        """Rows ``[batch, rows]``, written in place; the verification overwrites the drafts' keys and values."""
         c = self.weights.config
         slot = torch.arange(self.batch, device=tokens.device)[slots, None]
-        last = positions[:, -1:, None] if view else positions[:, :, None]  # a block's rows all see its last one
+        last = positions[:, -1:, None] if view else positions[:, :, None]  # all rows of a block see its last row
         mask = torch.arange(self.max_len, device=tokens.device) <= last.expand(-1, positions.shape[1], -1)
         per_kv = c.num_heads_q // c.num_heads_kv
         mask = mask[:, None, :, None].expand(-1, -1, -1, per_kv, -1).flatten(2, 3)
-        # Of booleans SDPA would make this anew in every layer.
+        # From booleans SDPA would make this again in every layer.
         mask = torch.zeros_like(mask, dtype=self.weights.dtype).masked_fill_(~mask, -torch.inf)
 
         def attend(i, q, k, v):
             keys, values = self.cache[i]
             keys[slot, positions], values[slot, positions] = k, v
-            # The queries that share a key/value head become rows of it: SDPA's fused kernels take a mask, not groups.
+            # Queries that share a key/value head become rows of it, as SDPA's fused kernels take a mask but not groups.
             grouped = q.unflatten(2, (c.num_heads_kv, per_kv)).transpose(1, 2).flatten(2, 3)
             out = functional.scaled_dot_product_attention(
                 grouped, keys[slots].transpose(1, 2), values[slots].transpose(1, 2), attn_mask=mask
@@ -222,7 +224,7 @@ class StaticCache:
         self.n.add_(accepted + 1)
 
     def cycle(self, forced: list[int] | None = None) -> list[list[int]]:
-        """As :meth:`GrowingCache.cycle`, of every sequence; a replayed graph where there are any."""
+        """Like :meth:`GrowingCache.cycle`, for every sequence; a replayed graph if the device has graphs."""
         if self._run is None:
             kept = [t.clone() for t in (self.n, self.next_token)]
             self._run = graphed(self._cycle, self.weights.device)
@@ -236,7 +238,7 @@ class StaticCache:
 
 
 def generate(baseline, prompts: list[list[int]], max_new_tokens: int) -> tuple[list[list[int]], int]:
-    """``(tokens of each prompt, cycles)``, stop ids ignored. Every sequence runs until the last is through."""
+    """``(tokens of each prompt, cycles)``, stop ids ignored. Every sequence runs until the last has finished."""
     tokens, cycles = [[t] for t in baseline.prefill(prompts)], 0
     while any(len(t) < max_new_tokens for t in tokens):
         for mine, new in zip(tokens, baseline.cycle(), strict=True):

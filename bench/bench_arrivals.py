@@ -1,8 +1,8 @@
-"""What a prompt that arrives costs those who decode: in the last pass of their cycle, and in a pass of its own.
+"""What an arriving prompt costs the decoding sequences: in the last pass of their cycle, and in a pass of its own.
 
-``batch`` sequences of the embedded model decode; in every step one more prompt arrives and takes its first token, which
-is also its last. ``step_ms`` is the time of a step without arrivals, ``with_ms`` of one with a prompt in the cycle, as
-the engine does it, ``own_pass_ms`` of one where the prompt has a pass of its own. The three take turns.
+``batch`` sequences of the embedded model decode. In every step one more prompt arrives and generates a single token.
+``step_ms`` is the time of a step without arrivals, ``with_ms`` of one with a prompt in the cycle, as the engine does
+it, and ``own_pass_ms`` of one in which the prompt has a pass of its own. The three are interleaved.
 
     python -m bench.bench_arrivals --out DIR
 """
@@ -21,12 +21,12 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.rounds import Rounds
 from orthrus_rt.sampling import SamplingParams
 
-STEPS = 8  # of one kind in a row: a GPU is a step ahead, and all but the first follow their like
+STEPS = 8  # of one kind in a row: a GPU runs a step ahead, and all but the first step follow one of the same kind
 CONTEXT = 64
 
 
 def own_pass():
-    """Prompts wait until the cycle is launched."""
+    """Patch the engine so that prompts wait until the cycle is launched."""
     real = Rounds._launch
 
     def launch(rounds, running, before):
@@ -38,7 +38,7 @@ def own_pass():
 
 
 def step_ms(engine: Engine, prompts: list[list[int]]) -> float:
-    """Milliseconds of a step, the mean over one for each of ``prompts``; an empty one does not arrive."""
+    """Mean milliseconds of a step, over one step for each of ``prompts``; an empty prompt means no arrival."""
     start, names, ended = time.perf_counter(), set(), set()
     for prompt in prompts:
         if prompt:
@@ -71,7 +71,7 @@ def measure(mode: str, batch: int, length: int, args) -> dict:
         while any(r is None or not r.decoding for r in engine.scheduler.slots[:batch]):
             engine.step()
         times: dict[str, list[float]] = {"step_ms": [], "with_ms": [], "own_pass_ms": []}
-        for turn in range(args.rounds + 2):  # two to warm up: recorded when they come again
+        for turn in range(args.rounds + 2):  # two warm up: cycles are recorded when they run for the second time
             times["step_ms"].append(step_ms(engine, [[]] * STEPS))
             times["with_ms"].append(step_ms(engine, [some(length) for _ in range(STEPS)]))
             with own_pass():

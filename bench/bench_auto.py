@@ -1,18 +1,20 @@
-"""``mode="auto"`` beside every fixed plan, on the embedded model: tokens per second by batch size and kind of text.
+"""``mode="auto"`` compared with every fixed plan, on the embedded model: tokens per second by batch size and kind of
+text.
 
-Every plan decodes the same requests, prefill included, by the clock, until there are tokens for four requests per slot:
-slots are refilled as on a server, and the queue does not run dry. (A queue decoded to its end would measure how well
-each plan happens to fill the slots with the last requests.) Lengths are drawn: were there few of them, a plan that
-keeps its sequences in step would see many end at once, and read the weights once for all that follow. ``auto first`` is
-a fresh policy with measured costs, its learning included; ``auto`` is one that has decoded those texts before.
+Every plan decodes the same requests, prefill included, by wall time, until there are tokens for four requests per slot.
+Slots are refilled as on a server, and the queue does not run dry. (A queue decoded to its end would measure how well
+each plan happens to fill the slots with the last requests.) Lengths are random. If there were only a few lengths, a
+plan that keeps its sequences in step would see many end at once, and prefill their successors with one read of the
+weights. ``auto first`` is a fresh policy with measured costs, including its learning; ``auto`` is a policy that has
+decoded those texts before.
 
-A few rounds of all fixed plans tell which is the fastest. It, AR and ``auto`` then meet in more rounds of their own,
-which are what ``over_ar`` and ``over_best_fixed`` are of: chosen before, the plan owes no luck to what it is compared
-by. A round is a few runs in a row, so that little time lies between those compared, as a machine's memory and
-arithmetic may change their speeds within seconds; each of them is the first of a round in turn, forwards and backwards,
-and each round begins with another text, as a fresh policy depends on whether the first few drafts of all happen to be
-accepted. Of rates, and of their ratios within a round, the median counts; ``noise`` is the standard error of
-``over_ar``, as a share. ``adversarial`` decodes code with a drafter that is broken on purpose.
+A few rounds of all fixed plans show which is the fastest. This plan, AR and ``auto`` are then compared in further
+rounds, from which ``over_ar`` and ``over_best_fixed`` are computed. As the plan was chosen before them, it does not owe
+its place to luck in the rounds that count. A round is a few runs in a row, so that little time lies between compared
+runs, as the speeds of a machine's memory and arithmetic may change within seconds. Each of them in turn comes first in
+a round, in forward and backward order. Each round begins with another text, as a fresh policy depends on whether its
+very first drafts happen to be accepted. Rates, and their ratios within a round, are medians; ``noise`` is the standard
+error of ``over_ar``, as a share. ``adversarial`` decodes code with a drafter that is broken on purpose.
 
     python -m bench.bench_auto --out DIR
 """
@@ -44,22 +46,22 @@ from orthrus_rt.sampling import SamplingParams
 KINDS = ("code", "chat", "adversarial")
 WAVES = 4  # requests' worth of tokens per slot
 WAITING = 2  # requests per slot beyond these
-LENGTHS = 0.5, 1.5  # least and most of a request, of --tokens
+LENGTHS = 0.5, 1.5  # shortest and longest request, as shares of --tokens
 QUANTILE_80 = 0.8416  # of the normal distribution, in standard deviations
-FEW_RATIOS = 5  # fewer tell no noise
-ERROR_OF_MEDIAN = 1.2533  # over the mean's
-NEXT_ROUND = 5  # texts further on the next round begins; no divisor of their number, so that each has its turn
+FEW_RATIOS = 5  # fewer give no estimate of noise
+ERROR_OF_MEDIAN = 1.2533  # as a multiple of the mean's
+NEXT_ROUND = 5  # by how many texts each round starts later; no divisor of their number, so that each has its turn
 
 
 class Decoded(NamedTuple):
-    """What came of some requests."""
+    """Results of some requests."""
 
     seconds: float
     tokens: list[list[int]]
 
 
 class Broken(Mapping):
-    """A checkpoint's tensors with the diffusion view's output turned round."""
+    """A checkpoint's tensors with the sign of the diffusion view's output reversed."""
 
     def __init__(self, tensors: Mapping):
         self._tensors = tensors
@@ -90,7 +92,7 @@ def fixed_plans(batch: int, most_rows: int) -> list[CyclePlan]:
 
 
 def decode(engine: Engine, ids: list[list[int]], tokens: int, most: int, plan: CyclePlan | None) -> Decoded:
-    """Requests of ``tokens`` on average until ``most`` tokens are there, or all; ``plan`` None is auto."""
+    """Decode requests of ``tokens`` on average until there are ``most`` tokens, or all; ``plan`` None is auto."""
     options = {}
     if plan is not None:
         options = dict(mode=plan.mode, draft_len=max(1, plan.block_len - 1), fan_out=plan.fan_out or None)
@@ -110,7 +112,7 @@ def decode(engine: Engine, ids: list[list[int]], tokens: int, most: int, plan: C
 
 
 def decode_first(engine: Engine, *args) -> Decoded:
-    """The same by a policy that knows the costs and nothing else."""
+    """The same with a policy that knows the costs and nothing else."""
     fresh = copy.copy(engine._autos)
     fresh.clear()
     with mock.patch.object(engine, "_autos", fresh):
@@ -118,12 +120,12 @@ def decode_first(engine: Engine, *args) -> Decoded:
 
 
 def fastest(rates: dict[str, list[float]]) -> str:
-    """The plan whose median rate is best."""
+    """The plan with the best median rate."""
     return max(rates, key=lambda label: statistics.median(rates[label]))
 
 
 def orders(labels: list[str], rounds: int) -> Iterator[list[str]]:
-    """Those of the rounds: from every label on in turn, forwards and then backwards."""
+    """The order of each round: starting at every label in turn, forwards and then backwards."""
     for i in range(rounds):
         first = i // 2 % len(labels)
         turned = labels[first:] + labels[:first]
@@ -131,7 +133,7 @@ def orders(labels: list[str], rounds: int) -> Iterator[list[str]]:
 
 
 def noise(ratios: list[float]) -> float | None:
-    """Standard error of their median, as a share of it, from their spread; None of too few to have one."""
+    """Standard error of the ratios' median, as a share of it, from their spread; None if there are too few."""
     if len(ratios) < FEW_RATIOS:
         return None
     spread = common.percentiles(ratios)
@@ -140,7 +142,7 @@ def noise(ratios: list[float]) -> float | None:
 
 
 def row_of(label: str, rates: dict[str, list[float]], best: str) -> dict:
-    """Its rate, and what it is of AR's and of the plan ``best``'s in the same rounds."""
+    """A plan's rate, and its ratios to the rates of AR and of the plan ``best`` in the same rounds."""
     over = {other: [a / b for a, b in zip(rates[label], rates[other], strict=True)] for other in (AR.label, best)}
     rate = common.percentiles(rates[label])
     return {
@@ -156,7 +158,7 @@ def measure(kind: str, batch: int, args) -> list[dict]:
     number = (WAVES + WAITING) * batch
     most = WAVES * batch * args.tokens
     plans = fixed_plans(batch, args.most_rows)
-    engine.runner.make_room([(plan, batch) for plan in plans])  # at once: more rows drop what is recorded
+    engine.runner.make_room([(plan, batch) for plan in plans])  # at once: later growth drops recordings
     engine.warmup()
     for plan in plans:
         decode(engine, texts[:1] * batch, 4 * plan.block_len, most, plan)  # built, recorded and replayed
@@ -164,7 +166,7 @@ def measure(kind: str, batch: int, args) -> list[dict]:
     ways |= {"auto first": decode_first, "auto": partial(decode, plan=None)}
     longest = SamplingParams(max_new_tokens=round(LENGTHS[1] * args.tokens), ignore_eos=True)
     want = [output.token_ids for output in engine.generate(texts, longest)]
-    decode(engine, [texts[i % len(texts)] for i in range(number)], args.tokens, most, None)  # slots refilled too
+    decode(engine, [texts[i % len(texts)] for i in range(number)], args.tokens, most, None)  # refilled slots too
     cycles, drafts = ({label: Counter() for label in ways} for _ in range(2))
 
     def run(label: str, start: int) -> float:

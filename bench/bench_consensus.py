@@ -1,8 +1,8 @@
-"""consensus: one launch for all slots, against the same arithmetic as torch operations, on CUDA in a graph too.
+"""consensus, one launch for all slots, compared with the same arithmetic as torch operations (on CUDA also in a graph).
 
     python -m bench.bench_consensus --out DIR
 
-A call uses up its drafts, so they are restored before each; the time of restoring alone is subtracted.
+A call consumes its drafts, so they are restored before each call, and the time of restoring alone is subtracted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from orthrus_rt.rows import Layout, empty_rows
 
 MASK = 99
 VOCABULARY = 150000
-CALLS = 16  # in one timed run
+CALLS = 16  # per timed run
 
 
 class Case:
@@ -53,7 +53,7 @@ class Case:
         ops.consensus(self.state, partials, st.STEP_VERIFY, st.NEXT_DRAFT, self.rows, MASK, block_len)
 
     def eager(self):
-        """What the launch does, as torch operations on whole tensors."""
+        """The work of the launch, as torch operations on whole tensors."""
         s, k = self.state, self.state.max_block_len
         choices = self._choices().view(-1, k)
         drafts = s.block_tokens[:, 1:]
@@ -100,7 +100,9 @@ class Case:
         return {name: (us - restored) / CALLS for name, us in took.items()}
 
     def nbytes(self, impl: str) -> int:
-        """Of partial maxima that a call reads: on a CPU the values of rows up to the first that differs, else all."""
+        """Bytes of partial maxima that a call reads: on a CPU the values of rows up to the first that differs, else
+        all.
+        """
         rows = int((self.accepted + 1).sum())
         return rows * self.value.shape[1] * 4 if impl == "cpu" else self.value.numel() * 8
 

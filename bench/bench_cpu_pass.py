@@ -1,11 +1,12 @@
-"""Whole passes on the CPU, in the embedded model's shapes with random weights: is a pass bound by memory or arithmetic?
+"""Whole passes on the CPU, in the embedded model's shapes with random weights: is a pass bound by memory or by
+arithmetic?
 
     python -m bench.bench_cpu_pass --rows 1 4 6 8 16 32 --out DIR
 
-A pass is ``rows`` AR rows of one sequence behind ``context`` cached tokens, argmax of every row included; it is
+A pass has ``rows`` AR rows of one sequence after ``context`` cached tokens, argmax of every row included; it is
 recorded on a tape and replayed. Per-op columns time that op's calls within a pass. Where weights are coded (see
-csrc/cpu/coded_weight.h), ``over plain`` is the median of the ratios of a pass to one over plain weights run in turns
-with it.
+csrc/cpu/coded_weight.h), ``over plain`` is the median ratio of a pass to one over plain weights, with runs of both
+interleaved.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def make_pass(model: Model, kv: PagedKvCache, num_rows: int, context: int):
 
 
 def num_weights(model: Model) -> int:
-    """That a pass multiplies by."""
+    """Number of weights that a pass multiplies by."""
     packed = [w for layer in model.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
     return sum(w.in_features * w.out_features for w in (*packed, model.lm_head))
 

@@ -1,13 +1,13 @@
-"""Whole decode cycles through the engine and through two baselines: how long, how near the floor, how fast.
+"""Whole decode cycles of the engine and of two baselines: their time, how near it is to the floor, and their speed.
 
-Official shapes have random weights, so what a cycle accepts is simulated, and every such row says so: a two-pass cycle
-by ``--accepted``, by default what the published models reach, or would with fewer drafts if each were as likely as
-another; a one-pass cycle, where a block came true (``--hit-rate`` of all), two thirds of that, else nothing, as by
-default the embedded model does. That decodes the built-in prompts with its own acceptance. The floor is the bytes of
-what a cycle must read (each pass's weights as the engine holds them, in 16 bits or 12, those of a baseline in bf16;
-committed keys and values) over the bandwidth measured in this call. Baselines: ``eager`` (growing cache; one sequence)
-and ``graphed`` (static cache, torch.mm, SDPA), see bench/baselines.py. ``device_ms``: how long the device is busy in a
-cycle, where that is measured.
+Official shapes have random weights, so acceptance is simulated, and every such row says so. A two-pass cycle accepts
+``--accepted`` drafts: by default as many as the published models, or as they would with fewer drafts if all drafts were
+equally likely. A one-pass cycle accepts two thirds of that if a block came true (``--hit-rate`` of all cycles) and
+otherwise nothing, by default as measured with the embedded model. The embedded model itself decodes the built-in
+prompts with its real acceptance. The floor is the bytes that a cycle must read (each pass's weights as the engine
+stores them, in 16 bits or 12, those of a baseline in bf16; committed keys and values) divided by the bandwidth measured
+in this call. Baselines: ``eager`` (growing cache; one sequence) and ``graphed`` (static cache, torch.mm, SDPA), see
+bench/baselines.py. ``device_ms``: how long the device is busy in a cycle, where that is measured.
 
     python -m bench.bench_decode --model 8b --context 512 8192 32768 --batch 1 4 16 64 --out DIR
     python -m bench.bench_decode --model smollm2-135m --batch 1 8 --out DIR
@@ -41,9 +41,9 @@ from orthrus_rt.sampling import SamplingParams
 
 
 def place(engine: Engine, batch: int, context: int) -> None:
-    """``batch`` sequences in the middle of their decoding, ``context`` tokens of random keys and values each.
+    """Start ``batch`` sequences in the middle of decoding, each with ``context`` tokens of random keys and values.
 
-    They are requests like any other, resumed behind a prompt that is not pushed through the network.
+    They are ordinary requests, resumed after a prompt that is not run through the network.
     """
     engine.kv.pages.normal_()
     params = SamplingParams(max_new_tokens=engine.max_seq_len, ignore_eos=True)
@@ -58,7 +58,7 @@ def place(engine: Engine, batch: int, context: int) -> None:
 
 
 def simulated_row(bench: Bench, batch: int, context: int, mode: str) -> dict:
-    """The engine's steps, scheduler and results included, over cycles that accept by the trace."""
+    """The engine's steps, including scheduler and results, over cycles that accept according to the trace."""
     length = bench.room(context, mode, batch)
     with simulated(bench.trace(mode, batch)), contextlib.closing(bench.engine(mode, batch, length)) as engine:
         place(engine, batch, context)
@@ -79,14 +79,14 @@ def simulated_row(bench: Bench, batch: int, context: int, mode: str) -> dict:
 def real_row(bench: Bench, batch: int, kind: str, mode: str) -> dict:
     """The built-in prompts of one kind through the engine, ``batch`` at a time; time from the first decode cycle on."""
     ids, params = prompts_of(bench, kind), SamplingParams(max_new_tokens=bench.args.tokens, ignore_eos=True)
-    ids *= math.lcm(len(ids), batch) // len(ids)  # no slot stays empty
+    ids *= math.lcm(len(ids), batch) // len(ids)  # leaves no slot empty
     with contextlib.closing(bench.engine(mode, batch, bench.max_seq_len)) as engine:
-        engine.warmup()  # as prompts end, smaller batches run: their cycles are not built by the clock either
+        engine.warmup()  # as prompts end, smaller batches run, whose cycles must not be built in the timed part either
         engine.generate(ids[:batch], SamplingParams(max_new_tokens=8))
         before, start = dict(engine.metrics.times), time.perf_counter()
         outs = engine.generate(ids, params)
         bench.sync()
-        engine.step()  # takes the times that were still under way
+        engine.step()  # collects the times that were outstanding
         seconds = time.perf_counter() - start
         after, memory = engine.metrics.times, peak_gb(bench, engine)
 
@@ -104,11 +104,11 @@ def real_row(bench: Bench, batch: int, kind: str, mode: str) -> dict:
     per_sequence = tokens / sum(o.stats.cycles for o in outs)
     more = memory | {"device_ms": 1e3 * alone, "kind": kind}
     row = bench.row("orthrus_rt", mode, batch, mean, seconds / cycles, per_sequence, **more)
-    return row | {"tok_s": tokens / seconds}  # towards the end cycles run with slots empty
+    return row | {"tok_s": tokens / seconds}  # towards the end cycles run with empty slots
 
 
 def attempt(measure, *args):
-    """What it measures, or None where it does not fit into the device's memory."""
+    """The result of ``measure``, or None if it does not fit into the device's memory."""
     case = " ".join(str(a) for a in args[1:] if not isinstance(a, Weights))
     try:
         return measure(*args)
@@ -124,7 +124,7 @@ def attempt(measure, *args):
 
 
 def rows_of(bench: Bench, save) -> list[dict]:
-    """``save(rows)`` keeps those that there are so far."""
+    """``save(rows)`` stores the rows so far."""
     args, rows = bench.args, []
 
     def measured(*args):
@@ -133,7 +133,7 @@ def rows_of(bench: Bench, save) -> list[dict]:
         return row
 
     def add(measure, *rest, modes):
-        """A row of each mode, the median by time of ``--rounds`` that took turns."""
+        """Add a row for each mode: the median by time over ``--rounds`` interleaved rounds."""
         rounds = [[measured(measure, bench, *rest, mode) for mode in modes] for _ in range(args.rounds)]
         for tried in zip(*rounds, strict=True):
             if all(tried):
@@ -143,11 +143,11 @@ def rows_of(bench: Bench, save) -> list[dict]:
     for case in bench.cases:
         for batch in args.batch:
             add(real_row if bench.real else simulated_row, batch, case, modes=args.modes)
-    bench.model = None  # the baselines bring weights of their own
+    bench.model = None  # the baselines have weights of their own
     modes = [mode for mode in args.modes if mode != "one_pass"]
     measure = real_baseline_row if bench.real else baseline_row
     for_each_baseline(bench, lambda *given: add(measure, *given, modes=modes))
-    if bench.profiles:  # not sooner: once the profiler has run, every launch may take longer
+    if bench.profiles:  # only now, as every launch may take longer once the profiler has run
         by_case = {(row["runtime"], case_of(row), row["mode"]): row for row in rows}
 
         def add_device_ms(name, weights, batch, case):

@@ -1,9 +1,10 @@
-"""dual_attn against the bandwidth of its keys and values, SDPA, compiled FlexAttention and flash-attn.
+"""dual_attn compared with the bandwidth of its keys and values, SDPA, compiled FlexAttention and flash-attn.
 
     python -m bench.bench_dual_attn --heads 32,8,128 --out DIR
 
-Each call reads another copy of the keys and values, so that none come from L2, or a CPU's L3. Bytes are the visible
-keys and values, once per sequence; FLOPs count visible keys only. On a CPU, baselines take turns with the op.
+Each call reads another copy of the keys and values, so that none are in L2 (or a CPU's L3). Bytes are the visible keys
+and values, once per sequence; FLOPs count visible keys only. On a CPU, runs of the op and the baselines are
+interleaved.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from orthrus_rt import dispatch, huge_pages, native, ops
 from orthrus_rt.pages import PAGE_SIZE, num_pages
 from orthrus_rt.rows import Layout, empty_rows
 
-COLD_BYTES = 200 << 20  # of cache copies: several times any L2, or a CPU's L3
+COLD_BYTES = 200 << 20  # of cache copies: several times the size of any L2, or a CPU's L3
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Case:
         shape_kv = torch.Size((total, self.heads_kv, PAGE_SIZE, self.dim))
         self.k_pages, self.v_pages = (
             huge_pages.empty(shape_kv, torch.bfloat16, device).normal_() for _ in range(2)
-        )  # where the engine has them
+        )  # as in the engine
         order = torch.randperm(total - 1, device=device).int() + 1
         self.page_tables = order.view(self.copies, shape.batch, columns)
         pad = (0, self.max_seq_len // PAGE_SIZE - columns)
@@ -107,7 +108,7 @@ class Case:
         return 4 * keys * self.heads_q * self.dim
 
     def order(self):
-        """Row indices as [batch, rows of a sequence]: AR rows, then its blocks."""
+        """Row indices as [batch, rows of a sequence]: its AR rows, then its blocks."""
         seq = self.rows.seq.long()
         return torch.argsort(seq, stable=True).view(self.shape.batch, -1)
 
@@ -132,11 +133,11 @@ class Case:
         return q, copies, torch.cat([cached, own], 1), prefix, block
 
     def queries_as_rows(self, q):
-        """Those that share a key/value head become rows of it: SDPA's fused kernels take a mask, not groups."""
+        """Queries that share a key/value head become rows of it, as SDPA's fused kernels take a mask but not groups."""
         return q.unflatten(1, (self.heads_kv, -1)).flatten(2, 3)
 
     def max_error(self):
-        """Largest error against float64, of the first sequence and at most 64 of its rows."""
+        """Largest error compared with float64, over at most 64 rows of the first sequence."""
         q, copies, mask, *_ = self.dense()
         k, v = (x[:1].double() for x in copies[0])
         rows = slice(0, 64)
@@ -155,20 +156,20 @@ class Case:
 
 
 def over_copies(case: Case, runs):
-    """Microseconds of one call of each, every one on the next copy of the cache."""
+    """Microseconds of one call of each run, every call on the next copy of the cache."""
 
     def all_copies(run):
         for i in range(case.copies):
             run(i)
 
-    repeats = 20 if case.device.type == "cuda" else 7  # of as many calls as there are copies, which take minutes there
+    repeats = 20 if case.device.type == "cuda" else 7  # each of one call per copy, which takes minutes on a CPU
     turns = {name: partial(all_copies, run) for name, run in runs.items()}
     took = measure_in_turns(turns, case.device, repeats=repeats)
     return {name: {k: v / case.copies for k, v in us.items()} for name, us in took.items()}
 
 
 def baselines(case: Case):
-    """Each dense attention that can do this mask here, by name."""
+    """Each dense attention available here that supports this mask, by name."""
     q, copies, mask, *_ = case.dense()
 
     def sdpa(i):
@@ -203,7 +204,7 @@ def flex_us(case: Case) -> float:
         own = (block[row] >= 0) & (key >= cached) & ((key - cached) // block_len == block[row])
         return ((key < cached) & (key < prefix[row])) | own
 
-    torch.compiler.reset()  # else the limit on recompilations would leave later shapes uncompiled
+    torch.compiler.reset()  # otherwise the limit on recompilations would leave later shapes uncompiled
     compiled = torch.compile(flex_attention, dynamic=False)
     block_mask = create_block_mask(visible, None, None, q.shape[2], mask.shape[1], device=case.device)
     kwargs = dict(block_mask=block_mask, enable_gqa=True, scale=case.dim**-0.5)
@@ -228,7 +229,7 @@ def time_case(case: Case, baseline: bool, flex: bool):
     if baseline and flex and case.context and case.device.type == "cuda":
         try:
             found.append(("flex", flex_us(case)))
-        except Exception as error:  # a baseline that cannot do a shape must not end the measurement
+        except Exception as error:  # a baseline that does not support a shape must not end the measurement
             print(f"flex: {case.shape}, context {case.context}: {type(error).__name__}: {error}", file=sys.stderr)
     return took["own"], found
 

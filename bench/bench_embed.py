@@ -1,4 +1,4 @@
-"""embed, the table's rows of some tokens, against torch.index_select.
+"""embed, the embedding rows of some tokens, compared with torch.index_select.
 
     python -m bench.bench_embed --model 8b --rows 1 32 2048 --out DIR
 

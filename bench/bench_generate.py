@@ -1,8 +1,8 @@
-"""Whole generations of the embedded model, side by side with transformers' greedy ``generate`` in one run.
+"""Whole generations of the embedded model, compared with transformers' greedy ``generate`` in one run.
 
-Every row decodes the same prompts, prefill included; each prompt goes through all rows before the next one, so that
-what slows the machine for a while slows all of them. ``two_pass`` runs with the acceptance of the real model. A peak of
-resident memory and a prefill time are measured in a process of their own.
+Every row decodes the same prompts, prefill included. Each prompt runs through all rows before the next one, so that a
+temporary slowdown of the machine affects all rows. ``two_pass`` runs with the acceptance of the real model. Peak
+resident memory and prefill time are measured in a process of their own.
 
     python -m bench.bench_generate --out DIR
 """
@@ -26,10 +26,10 @@ from orthrus_rt.sampling import SamplingParams
 
 
 class Side:
-    """One row: a way of decoding, and what it took for the prompts so far."""
+    """One row: a way of decoding, and its totals over the prompts so far."""
 
     def __init__(self, row: dict, run):
-        self.row, self.run = row, run  # run(ids): new token ids, cycles (0: none are counted)
+        self.row, self.run = row, run  # run(ids): new token ids, cycles (0 if not counted)
         self.tokens, self.cycles, self.seconds = [], 0, 0.0
 
     def decode(self, ids: list[int]) -> None:
@@ -63,7 +63,7 @@ def theirs(model, max_new_tokens: int) -> Side:
 
 
 def decode_all(sides: list[Side], ids: list[list[int]]) -> None:
-    """Once over the first prompt untimed, then prompt by prompt, all sides in turn."""
+    """Run every side once over the first prompt, untimed, then prompt by prompt with all sides interleaved."""
     for side in sides:
         side.run(ids[0])
     for prompt in ids:
@@ -112,7 +112,7 @@ def main() -> None:
     if args.own_process:
         return own_process()
     device = torch.device("cpu")
-    checkpoint.load(common.EMBEDDED_NAME)  # on the first run it is assembled, which takes memory that decoding does not
+    checkpoint.load(common.EMBEDDED_NAME)  # on first use it is assembled, which takes memory that decoding does not
     command = [sys.executable, "-m", "bench.bench_generate", "--own-process"]
     alone = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     facts = json.loads(alone.stdout)

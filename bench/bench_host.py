@@ -1,8 +1,8 @@
-"""What the host does per cycle, on a device that takes no time: no cycle is shorter, however fast its kernels are.
+"""Host time per cycle, on a device that takes no time: no cycle is shorter than this, however fast its kernels are.
 
-Every cycle is replaced by one that emits the same number of tokens for every sequence and computes nothing; scheduling,
-the policy of ``auto``, reading results and making outputs are the engine's own, and so are on CUDA the events and the
-copy of results. There the host is a cycle ahead, so that cycles whose kernels take longer than this do not wait for it.
+Every cycle is replaced by one that emits the same number of tokens for every sequence and computes nothing. Scheduling,
+the policy of ``auto``, reading results and making outputs are the engine's own, as are on CUDA the events and the copy
+of results. On CUDA the host is a cycle ahead, so that cycles whose kernels take longer than this do not wait for it.
 
     python -m bench.bench_host --out DIR
 """
@@ -21,13 +21,13 @@ from orthrus_rt.cycle import Cycle
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 
-DRAFT_LEN, ACCEPTED = 15, 2  # drafts of a cycle that has any, and accepted ones
+DRAFT_LEN, ACCEPTED = 15, 2  # drafts per cycle, if it has any, and accepted drafts
 WARM_UP = 64  # cycles
 MODES = (*cycle_plan.MODES, "auto")
 
 
 class Instant(Cycle):
-    """Emits tokens, whichever, for every slot."""
+    """Emits arbitrary tokens for every slot."""
 
     steady = True
 
@@ -39,7 +39,7 @@ class Instant(Cycle):
 
 
 def microseconds(device: torch.device, mode: str, batch: int, cycles: int) -> list[float]:
-    """Of every step of ``batch`` sequences."""
+    """Time of every step of ``batch`` sequences."""
     most = 16 + (1 + ACCEPTED) * (WARM_UP + cycles + 2)
     with mock.patch("orthrus_rt.runner.Cycle", Instant):
         engine = Engine(

@@ -1,15 +1,16 @@
-"""Which blocks a one-pass cycle should draft: every rule replayed over the same recorded drafts of the embedded model.
+"""Which blocks a one-pass cycle should draft: every rule is replayed over the same recorded drafts of the embedded
+model.
 
 Rules, each with ``fan_out`` blocks (0: every hypothesis):
-- ``unseen only``: no block supposes a bonus token;
-- ``prototype``: one runner-up, scores H2 = reach x p2 and H1 = 0.7 x reach x (1 - c - p2), nothing kept on a miss;
+- ``unseen only``: no block supposes a particular bonus token;
+- ``prototype``: one runner-up, scores H2 = reach x p2 and H1 = 0.7 x reach x (1 - c - p2), no drafts kept on a miss;
 - the engine's own rule (csrc/include/orthrus/hypotheses.h), and that rule with one thing changed:
-- ``two known tokens``: behind a guessed bonus token stands, as known too, the draft for the position after it, where
-  its probability is at least as stated; ``besides``: in one more block, for the likeliest runner-up. The drafts behind
-  a wrong second token are taken from behind the true one; they are never accepted at once, but a miss may keep them,
-  so these are upper bounds, if hardly;
-- ``a half of the blocks K/2``, ``all blocks but one K/2`` ...: shorter blocks, last in the order of picking;
-- ``drafts stop below``: no draft where the product of the drafter's probabilities is less than this;
+- ``two known tokens``: a guessed bonus token is followed, as another known token, by the draft for the next position if
+  its probability is at least as stated; ``besides``: in an additional block, for the likeliest runner-up. The drafts
+  after a wrong second token are replaced by those after the true one. They are never accepted at once, but a miss may
+  keep them, so these results are (close) upper bounds;
+- ``a half of the blocks K/2``, ``all blocks but one K/2`` ...: shorter blocks, those picked last;
+- ``drafts stop below``: no drafts once the product of the drafter's probabilities is less than this;
 - ``beside a wrong bonus``: how many drafts are kept of a block whose row 0 missed the bonus token.
 
     python -m bench.bench_hypotheses --out DIR
@@ -28,17 +29,17 @@ from orthrus_rt import prompts
 from orthrus_rt.reference_consensus import DOUBT, SEEN_GAIN
 
 FAN_OUTS = (1, 2, 4, 6, 8, 12, 0)
-PAIR = 3  # the rank of a block that knows the likeliest runner-up and the draft behind it
+PAIR = 3  # the rank of a block that knows the likeliest runner-up and the draft after it
 
 
 @dataclass(frozen=True)
 class Rule:
-    """``runners_up`` per draft; ``prototype``: its scores; ``exact``: probabilities of the whole softmax.
+    """``runners_up`` per draft; ``prototype``: use its scores; ``exact``: use probabilities of the whole softmax.
 
-    ``skip_known``: no block for "none accepted" behind drafts that were made with the known token as their anchor: it
+    ``skip_known``: no block for "none accepted" if the drafts were made with the known token as their anchor, as it
     would repeat them. ``second``: least probability of a second known token; ``besides``: in a block of its own.
-    ``whole``: share of the blocks, one at least, that are whole; the others have 1/``shorter`` of the rows.
-    ``stop``: least product of probabilities of a draft. ``beside_wrong``: most drafts beside a wrong bonus token.
+    ``whole``: share of the blocks, at least one, that are whole; the others have 1/``shorter`` of the rows. ``stop``:
+    least product of probabilities of a draft. ``beside_wrong``: most drafts kept of a block with a wrong bonus token.
     """
 
     runners_up: int = 2
@@ -110,7 +111,7 @@ def pick(prob: np.ndarray, rule: Rule, fan_out: int, known_anchor: bool) -> list
     while gains and (not fan_out or len(picked) < fan_out):
         picked.append(max(gains, key=gains.get))
         del gains[picked[-1]]
-        gains |= {c: gain(*c) for c in gains if c[0] == picked[-1][0]}  # those beside it are worth less now
+        gains |= {c: gain(*c) for c in gains if c[0] == picked[-1][0]}  # the others for the same position lose value
     return picked
 
 
@@ -128,7 +129,7 @@ class Replay:
         return ids[at, first : first + count], probs[at, first : first + count].copy()
 
     def _behind(self, bonus: int, length: int, old, rejected: int, pair: bool):
-        """Drafts of a block that knows the bonus token, and where ``pair`` the old draft behind it."""
+        """Drafts of a block that knows the bonus token and, if ``pair``, the old draft after it."""
         if not pair:
             return self._rows(length, 1, bonus, 0, length - 1)
         ids, probs = self._rows(length, 2, bonus, 1, length - 2)
@@ -136,7 +137,7 @@ class Replay:
         return np.concatenate([old[0][behind], ids]), np.concatenate([old[1][behind], probs])
 
     def _unseen(self, at: int, bonus: int, length: int):
-        """Drafts of a block that starts at the last accepted token and does not know the bonus token behind it."""
+        """Drafts of a block that starts at the last accepted token and does not know the bonus token after it."""
         guess, _ = self._rows(length, 1, at, 0, 1)
         draft, prob = self._rows(length, 1, at, 1, length - 1)
         if guess[0, 0] != self.table.text[bonus]:
@@ -165,7 +166,8 @@ class Replay:
             ]  # fmt: skip
             old, known_anchor = (draft, prob), bool(hits)
             if hits:
-                # Of a guess with and without the draft behind it, the one that this draft's probability favours.
+                # If a guess has a block with and one without the draft after it, take the one that this draft's
+                # probability favours.
                 hit = max(hits, key=lambda c: (c[1] == PAIR) == (pairs and prob[accepted + 1, 0] >= 0.5))
                 pair = hit[1] == PAIR or (pairs and not rule.besides)
                 draft, prob = self._behind(bonus, length[hit], old, accepted, pair)

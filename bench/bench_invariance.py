@@ -1,8 +1,9 @@
-"""What row-invariance costs: each op of a pass against the fastest choice that does not have it.
+"""What row-invariance costs: each op of a pass compared with the fastest alternative that is not row-invariant.
 
-``row_linear`` (its epilogue included) against torch's products of the same bf16 matrices (epilogue left out), and
-``dual_attn`` over paged keys against SDPA over contiguous ones. ``cost`` is the share of time that ours takes more than
-the fastest of those; below 0 invariance is free. Weights, keys and values rotate over copies larger than any cache.
+``row_linear`` (including its epilogue) is compared with torch's products of the same bf16 matrices (without epilogue),
+and ``dual_attn`` over paged keys with SDPA over contiguous ones. ``cost`` is how much more time ours takes than the
+fastest alternative, as a share; below 0, invariance is free. Weights, keys and values rotate over copies larger than
+any cache.
 
     python -m bench.bench_invariance --out DIR                         # the embedded model's shapes
     python -m bench.bench_invariance --device cuda --model 8b --out DIR
@@ -21,12 +22,13 @@ from orthrus_rt import native, ops
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.weights import pack
 
-COLD_BYTES = 128 << 20  # between two uses of the same copy, at least
+COLD_BYTES = 128 << 20  # at least, between two uses of the same copy
 
 
 def least_times(candidates: dict, copies: int, device, rounds: int) -> dict[str, float]:
-    """Microseconds of one call of each, the least of ``rounds`` in which all take turns: what disturbs the machine hits
-    all alike, and the least is disturbed least. Each call takes the next copy. In the first round each warms up.
+    """Microseconds of one call of each candidate, the minimum over ``rounds`` in which all are interleaved:
+    disturbances of the machine affect all alike, and the minimum least. Each call takes the next copy. Each warms up in
+    the first round.
     """
 
     def over_copies(run):

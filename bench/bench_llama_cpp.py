@@ -1,9 +1,11 @@
-"""Decoding and prefill beside llama.cpp, on the same cores: its ``llama-bench``, which you build, and this engine.
+"""Decoding and prefill compared with llama.cpp on the same cores: its ``llama-bench``, which you build, and this
+engine.
 
-The embedded model, batch 1. Theirs: ``llama-bench -p 1000 -n 64`` over each file of ``--gguf``, whose weights may be
-of fewer bits: the model's own base, or what ``llama-quantize --allow-requantize BASE OUT BF16`` makes of it, the values
-that this engine computes with. Ours: 12 prompts of each kind, 64 tokens each, greedy. ``tok_s`` is of decoding alone,
-``prefill_s`` of 1,000 tokens; medians of rounds in which all take turns. As many threads as torch has.
+The embedded model, batch 1. Theirs: ``llama-bench -p 1000 -n 64`` over each file of ``--gguf``, whose weights may have
+fewer bits: the model's own base, or the output of ``llama-quantize --allow-requantize BASE OUT BF16``, which has the
+values that this engine computes with. Ours: 12 prompts of each kind, 64 tokens each, greedy. ``tok_s`` is for decoding
+alone, ``prefill_s`` for 1,000 tokens; medians over rounds in which all runs are interleaved. Both use as many threads
+as torch has.
 
     python -m bench.bench_llama_cpp --llama-bench build/bin/llama-bench --gguf bf16.gguf q4.gguf --out DIR
 """

@@ -1,9 +1,10 @@
-"""What a long prompt costs those who decode, and they it, by how much of it a step takes along.
+"""How a long prompt and decoding sequences delay each other, by how much of the prompt a step takes.
 
-``batch`` sequences of the embedded model decode when a prompt of ``--prompt`` tokens arrives. ``step_ms``: the median
-step before. Until the prompt's first token, ``longest_step_ms`` and ``others_tok_s``: how long the others waited at
-most, and how many tokens a second all of them had; ``ttft_s``: how long the prompt's took. ``chunk``: prompt tokens a
-step takes along, at most; ``own`` marks the engine's. Medians of rounds, in which the chunks take turns.
+``batch`` sequences of the embedded model decode when a prompt of ``--prompt`` tokens arrives. ``step_ms`` is the median
+step before it arrives. Until the prompt's first token: ``longest_step_ms`` is the longest wait of the others,
+``others_tok_s`` the tokens per second of all of them, and ``ttft_s`` the time to that token. ``chunk`` is the most
+prompt tokens per step; ``own`` marks the engine's default. Medians over rounds in which the chunk sizes are
+interleaved.
 
     python -m bench.bench_long_prompt --out DIR
 """
@@ -22,7 +23,7 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.sampling import SamplingParams
 
-CONTEXT, STEPS = 64, 15  # of those who decode; steps before the prompt arrives
+CONTEXT, STEPS = 64, 15  # tokens of a decoding sequence's prompt; steps before the long prompt arrives
 
 
 def step(engine: Engine) -> tuple[float, list[RequestOutput]]:
@@ -78,7 +79,7 @@ def main() -> None:
                     with mock.patch.dict(runner.CHUNK_BESIDE, {device: chunk}):
                         measured.append(measure(engine, prompt, others))
             accepted = common.accepted_share(common.drafts(engine))
-        for chunk, (_, *measured) in found.items():  # the first warmed up
+        for chunk, (_, *measured) in found.items():  # the first was a warm-up
             row = {"mode": mode, "batch": args.batch, "prompt": args.prompt, "chunk": chunk, "own": chunk == own}
             rows.append(
                 row | {name: median(one[name] for one in measured) for name in measured[0]} | {"accepted": accepted}

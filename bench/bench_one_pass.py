@@ -1,8 +1,8 @@
-"""Tokens per pass, milliseconds per pass and tokens per second of every mode, on the embedded model's own acceptance.
+"""Tokens per pass, milliseconds per pass and tokens per second of every mode, with the embedded model's own acceptance.
 
-Decoding alone, without prefill; each prompt goes through all modes before the next one, so that what slows the machine
-for a while slows all of them. Tokens per pass are tokens per read of the weights, which sets the speed where memory
-does; on a CPU rows cost compute too.
+Decoding alone, without prefill. Each prompt runs through all modes before the next one, so that a temporary slowdown of
+the machine affects all modes. Tokens per pass are tokens per read of the weights, which determines the speed where
+memory is the bound; on a CPU rows also cost compute.
 
     python -m bench.bench_one_pass --out DIR
 """
@@ -29,13 +29,13 @@ def plans(config, draft_lens: list[int], fan_outs: list[int]) -> list[CyclePlan]
 
 
 def run(engine: Engine, ids: list[list[int]], params: SamplingParams, chosen: list[CyclePlan]) -> list[list]:
-    """The outputs of each plan; each prompt goes through all plans before the next one does."""
+    """The outputs of each plan; each prompt runs through all plans before the next one."""
 
     def decode(plan, prompt, params):
         draft_len = plan.block_len - 1 if plan.mode != "ar" else None
         return engine.generate(prompt, params, mode=plan.mode, draft_len=draft_len, fan_out=plan.fan_out or None)
 
-    # The most rows first: more than any before would drop what is recorded.
+    # Most rows first, as a need for more rows later would drop what is recorded.
     for plan in sorted(chosen, key=lambda plan: -plan.max_rows):
         decode(plan, ids[0], SamplingParams(max_new_tokens=4 * plan.block_len, ignore_eos=True))
     return list(zip(*([decode(plan, prompt, params) for plan in chosen] for prompt in ids), strict=True))
@@ -45,7 +45,7 @@ def rates(plan: CyclePlan, outputs: list) -> dict:
     tokens, passes, cycles, seconds, misses = (
         sum(getattr(out.stats, name) for out in outputs) for name in ("tokens", "passes", "cycles", "seconds", "misses")
     )
-    tokens -= len(outputs)  # those of the prefills
+    tokens -= len(outputs)  # the first tokens come from prefills
     return {
         "mode": plan.mode, "block_len": plan.block_len, "fan_out": plan.fan_out, "rows": plan.max_rows,
         "tokens_per_pass": tokens / passes, "misses": misses / cycles, "ms_per_pass": seconds / passes * 1e3,

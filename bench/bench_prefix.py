@@ -1,8 +1,8 @@
-"""Time to the first token of requests that begin alike, with and without prefix caching, on the embedded model.
+"""Time to first token of requests with a common beginning, with and without prefix caching, on the embedded model.
 
-``one by one``: each arrives when the one before has ended. ``at once``: all arrive together, and the time is that until
-the last of them has its first token. Every round has a beginning of its own, which nobody has asked before. Tokens
-with and without caching are checked to be the same.
+``one by one``: each request arrives when the one before has ended. ``at once``: all arrive together, and the time is
+until the last of them has its first token. Every round has a new beginning, which no earlier request had. Tokens with
+and without caching are checked to be the same.
 
     python -m bench.bench_prefix --out DIR
 """
@@ -20,7 +20,7 @@ FIRST = SamplingParams(max_new_tokens=1)
 
 
 def requests(engine: Engine, shared: int, count: int, round_number: int) -> list[list[int]]:
-    """``count`` prompts whose first ``shared`` tokens are the same, and no other round's."""
+    """``count`` prompts with the same first ``shared`` tokens, which differ from those of other rounds."""
     beginning = engine.tokenizer(f"{round_number}. " + " ".join(p.text for p in prompts.load("long")) * 2).input_ids
     if shared > len(beginning):
         raise ValueError(f"--shared must be at most {len(beginning)}, got {shared}")

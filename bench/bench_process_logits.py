@@ -1,9 +1,9 @@
-"""process_logits against the same filters and draw as eager torch operations (sort, cumsum, multinomial).
+"""process_logits compared with the same filters and draw as eager torch operations (sort, cumsum, multinomial).
 
     python -m bench.bench_process_logits --out DIR
     OMP_NUM_THREADS=1 python -m bench.bench_process_logits --device cpu --rows 1 16 --vocab 49152 --out DIR
 
-Bytes are one read of the logits: the least that any choice costs.
+Bytes are one read of the logits, the least that any choice costs.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ EDITED = "top-p 0.95, penalties, 32 biases"  # of FILTERS["top-p 0.95"]
 
 
 class Case:
-    """``rows`` rows of logits as language models give them: few tokens far above a wide crowd."""
+    """``rows`` rows of logits like those of language models: few tokens far above many others."""
 
     def __init__(self, rows: int, vocab: int, filters, device, edited: bool = False):
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(rows, vocab, generator=generator) * 1.5
         crowd = noise - 8 + 14 * torch.rand(rows, vocab, generator=generator) ** 12
-        # The op scales its logits in place: scaled beforehand and run at temperature 1, every call sees the same.
+        # The op scales its logits in place. They are scaled beforehand and it runs at temperature 1, so every call sees
+        # the same.
         self.source = (crowd / (filters[0] or 1)).to(device)
         self.logits = self.source.clone()
         self.filters = (float(filters[0] > 0), *filters[1:])
@@ -46,7 +47,7 @@ class Case:
         if edited:
             stop_ids = torch.full((1, 8), 2, dtype=torch.int32, device=device)
             edits = self.sampling.edits = SlotEdits.allocate(1, vocab, 32, stop_ids)
-            # All the work and hardly an effect: the logits are edited in place, again at every call.
+            # All of the work with hardly any effect, as the logits are edited in place again in every call.
             edits.penalties.copy_(torch.tensor([[1.0, 0.0, 1e-30]]))
             edits.token_counts[0, ::50] = 1
             edits.bias_ids.copy_(torch.arange(32))
@@ -62,11 +63,11 @@ class Case:
         op(logits, self.rows, self.logit_rows, self.sampling, self.cache_seqlens, 0, partials)
 
     def eager(self):
-        """The same filters and one draw; of edits, none."""
+        """The same filters and one draw, without edits."""
         temperature, top_k, top_p, min_p = self.filters
         if temperature == 0:
             return self.source.argmax(-1)
-        y = self.source / temperature  # 1, but it has to be divided
+        y = self.source / temperature  # dividing by 1, but the division has to be timed
         if top_k:
             y = y.masked_fill(y < y.topk(top_k).values[:, -1:], -torch.inf)
         if top_p < 1:
@@ -80,7 +81,7 @@ class Case:
         return torch.multinomial(probs, 1)
 
     def rows_unlike_the_oracle(self) -> int:
-        """Rows whose choice differs; at most a near-tie in many rows, as exp and log differ in the last bits."""
+        """Rows whose choice differs; at most one near-tie in many rows, as exp and log differ in the last bits."""
         self.call()
         want = empty_partials(*self.partials[0].shape, self.source.device)
         self._run(reference.process_logits, self.source.clone(), want)

@@ -1,9 +1,10 @@
-"""qkv_commit, the norms, RoPE and cache write of both views' rows in one launch, against the same as torch operations.
+"""qkv_commit (norms, RoPE and cache write of both views' rows in one launch) compared with the same as torch
+operations.
 
     python -m bench.bench_qkv_commit --model 8b --rows 1 32 2048 --out DIR
 
-Of more than one row, half belong to a diffusion block. Bytes are the rows read and written, and the angles' table: see
-bench/small_ops.py.
+If there is more than one row, half of them belong to a diffusion block. Bytes are the rows read and written, and the
+table of angles; see bench/small_ops.py.
 """
 
 from __future__ import annotations

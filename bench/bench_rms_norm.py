@@ -1,4 +1,4 @@
-"""rms_norm of a model's hidden states against torch's own.
+"""rms_norm of a model's hidden states, compared with torch's own.
 
     python -m bench.bench_rms_norm --model 8b --rows 1 32 2048 --out DIR
 

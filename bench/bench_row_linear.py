@@ -1,10 +1,10 @@
-"""row_linear, op by op and chained over a model's layers under a CUDA graph, against torch.mm.
+"""row_linear, op by op and chained over a model's layers in a CUDA graph, compared with torch.mm.
 
     python -m bench.bench_row_linear --model 8b --rows 1 16 32 64 96 128 160 224 2000 --out DIR
 
-Every layer has its own weights, so nothing is read from a cache but what a launch has prefetched to L2 for the next
-one. Bytes are the packed weights alone, of ``ORTHRUS_CUDA_CODED=1`` those in 12 bits an element. On a CPU, torch.mm
-takes turns with the op.
+Every layer has its own weights, so nothing is read from a cache except what a launch has prefetched to L2 for the next
+one. Bytes are the packed weights alone, with ``ORTHRUS_CUDA_CODED=1`` in 12 bits an element. On a CPU, runs of torch.mm
+and the op are interleaved.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Chain:
         weights, views = nbytes(*OPS), nbytes("qkv", "o") * diff
         need = weights + views
         if room.are_coded(self.device, torch.bfloat16):
-            need = int(room.CODED * need) + weights * baseline  # torch.mm has plain ones besides
+            need = int(room.CODED * need) + weights * baseline  # torch.mm needs plain ones in addition
         what = f"{self.layers} layers of {model} (--layers for fewer)"
         room.check_left(what, need, self.device, torch.bfloat16)
 
@@ -85,8 +85,8 @@ class Chain:
         ops.row_linear(inputs, weight, out, next_weight=next_weight, **rest, **views)
 
     def run_mm(self, op: str, layer: int, following=None) -> None:
-        """The same product by torch, epilogue left out, over the packed bytes read as a plain matrix; or over another
-        one, where they are coded.
+        """The same product by torch, without epilogue, over the packed bytes read as a plain matrix, or over another
+        matrix if the bytes are coded.
         """
         k, n = self.shapes[op]
         packed = self.weights[op][layer]
@@ -102,7 +102,7 @@ class Chain:
             torch.mm(inputs, weight.T, out={"qkv": self.qkv, "gate_up": self.wide}.get(op, self.x))
 
     def order(self, op: str | None = None) -> list[tuple[str, int]]:
-        """Ops and layers of every launch, or of those of one op."""
+        """Ops and layers of every launch, or of the launches of one op."""
         whole = [(each, layer) for layer in range(self.layers) for each in OPS[:-1]] + [("lm_head", 0)]
         return [launch for launch in whole if op in (None, launch[0])]
 
@@ -111,7 +111,9 @@ class Chain:
         return self.weights[op][0].nbytes + extra
 
     def max_error(self, op: str) -> float:
-        """Largest error against float64, over the largest value; 0.004 is a bf16 rounding. At most 8192 outputs."""
+        """Largest error compared with float64, relative to the largest value; 0.004 is a bf16 rounding. At most 8192
+        outputs.
+        """
         k, n = self.shapes[op][0], min(self.shapes[op][1], 8192)
         plain, x = (torch.randn(rows, k, device=self.device).bfloat16() for rows in (n, min(self.num_rows, 64)))
         packed = pack(plain)

@@ -1,7 +1,7 @@
 """Tokens per cycle of the two acceptance rules at several temperatures, on the embedded model.
 
-Both rules sample the same distribution; what differs is how many drafts survive. Coupled acceptance also gives the text
-of plain AR decoding with that seed, which the published rejection rule does not. Temperature 0 is greedy decoding.
+Both rules sample the same distribution and differ in how many drafts survive. Coupled acceptance also gives the text of
+plain AR decoding with that seed, which the published rejection rule does not. Temperature 0 is greedy decoding.
 
     python -m bench.bench_sampling --out DIR
 """
@@ -17,7 +17,7 @@ from orthrus_rt.sampling import SamplingParams
 
 
 def cell(engine: Engine, kind: str, temperature: float, acceptance: str, args) -> dict:
-    """Token-weighted over all prompts of ``kind`` and all seeds; ``sd`` is that of single generations."""
+    """Token-weighted over all prompts of ``kind`` and all seeds; ``sd`` is the deviation over single generations."""
     outs = []
     for prompt in prompts.load(kind):
         ids = prompt.encode(engine.tokenizer)

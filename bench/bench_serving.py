@@ -1,12 +1,12 @@
-"""Requests that arrive at random times, as on a server: what gets through, and how long each one waits.
+"""Requests that arrive at random times, as on a server: throughput, and how long each request waits.
 
 The embedded model behind an AsyncEngine; ``rate`` requests a second arrive by a Poisson process, code and chat prompts
-in turn, of drawn lengths, the same for every mode. ``tok_s``: tokens of all requests, from the first arrival to the
-last token. ``ttft``: from a request's arrival to its first token, its time in the queue included. ``tpot``: from there
-to its last, per token. Of rounds, in which the modes take turns in another order each, the median counts, as it does of
-``over_first``, the throughput's ratio to that of the first mode within a round. ``recording_s``: seconds that went into
-recording cycles; on a GPU, where each of them takes as long as many cycles, all requests come once before they count.
-Every mode must give the same tokens, whatever company each request had.
+alternating, with random lengths, the same for every mode. ``tok_s``: tokens of all requests per second, from the first
+arrival to the last token. ``ttft``: from a request's arrival to its first token, including its time in the queue.
+``tpot``: from there to its last token, per token. All are medians over rounds, each of which runs the modes in another
+order, as is ``over_first``, the throughput's ratio to that of the first mode in the same round. ``recording_s``:
+seconds spent on recording cycles. On a GPU, where a recording takes as long as many cycles, all requests run once
+before they count. Every mode must give the same tokens, whichever requests ran together.
 
     python -m bench.bench_serving --out DIR
 """
@@ -26,12 +26,12 @@ from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.sampling import SamplingParams
 
-LENGTHS = 0.5, 1.5  # least and most tokens of a request, of --tokens
+LENGTHS = 0.5, 1.5  # shortest and longest request, as shares of --tokens
 
 
 @dataclass
 class Asked:
-    """A request and what came of it; times in seconds, from the start."""
+    """A request and its results; times in seconds from the start."""
 
     at: float
     prompt: list[int]
@@ -44,7 +44,7 @@ class Asked:
 class Served:
     asked: list[Asked]
     recording_s: float
-    accepted: float | None  # share of the drafts
+    accepted: float | None  # share of drafts
 
     @property
     def tok_s(self) -> float:
@@ -52,7 +52,7 @@ class Served:
 
 
 def arrivals(tokenizer, rate: float, args) -> list[Asked]:
-    """Drawn alike for every mode."""
+    """The requests, the same random ones for every mode."""
     drawn, at, asked = random.Random(0), 0.0, []
     pairs = zip(prompts.load("code"), prompts.load("chat"), strict=False)
     texts = [p.encode(tokenizer) for pair in pairs for p in pair]
@@ -79,7 +79,7 @@ async def serve(shared: AsyncEngine, asked: list[Asked]) -> None:
 
 
 def run(mode: str, rate: float, args) -> Served:
-    """One engine, which decodes some requests first and then those that count."""
+    """Run one engine, which decodes some requests first and then those that count."""
     options = {"draft_len": args.draft_len} if mode == "two_pass" else {}
     engine = common.embedded_engine(args.device, mode, max_seq_len=1024, max_batch_size=args.batch, **options)
     engine.warmup()
@@ -103,7 +103,7 @@ def run(mode: str, rate: float, args) -> Served:
 
 
 def row(mode: str, rate: float, runs: dict[str, list[Served]], batch: int) -> dict:
-    """Medians over rounds of what each had."""
+    """Medians over rounds."""
     rounds, first = runs[mode], next(iter(runs.values()))
     found = {"mode": mode, "rate": rate, "batch": batch, "requests": len(rounds[0].asked)}
     found["tok_s"] = statistics.median(served.tok_s for served in rounds)

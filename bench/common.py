@@ -1,4 +1,4 @@
-"""What every benchmark shares: options, timing (see orthrus_rt/timing.py), graphs, the header, the report."""
+"""Shared by all benchmarks: options, timing (see orthrus_rt/timing.py), graphs, the header, the report."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from orthrus_rt.timing import read_bandwidth as read_bandwidth
 from orthrus_rt.versions import installed
 from orthrus_rt.weights import codes_for_cuda
 
-MOST_TOKENS = 1500  # of a request, beside the longest built-in prompt in an engine of 2,048
+MOST_TOKENS = 1500  # of a request, which leaves room for the longest built-in prompt in an engine of 2,048
 
 
 class Parser(argparse.ArgumentParser):
-    """Whose numbers are finite and above 0, or within ``least`` and ``most`` where an option says so."""
+    """A parser whose numbers are finite and above 0, or within ``least`` and ``most`` if an option has these."""
 
     def add_argument(self, *names, least: float | None = None, most: float = math.inf, **how):
         if (kind := how.get("type")) in (int, float):
@@ -55,7 +55,7 @@ def _number(kind: type, least: float | None, most: float, text: str):
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """The script, which ends with a message where its options do not fit together, or into a GPU's memory."""
+    """Run a script, which ends with a message if its options do not fit together, or do not fit into a GPU's memory."""
     try:
         sys.exit(main())
     except (ValueError, torch.OutOfMemoryError) as error:
@@ -77,13 +77,13 @@ def _device(text: str) -> torch.device:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # events and synchronisation are the current one's
+        torch.cuda.set_device(device)  # events and synchronisation use the current device
     return device
 
 
 def embedded_engine(device: torch.device | str = "cpu", mode: str = "auto", **options) -> Engine:
-    """The embedded model; unless the options say otherwise for one request at a time, up to 2,048 tokens, each computed
-    anew.
+    """An engine for the embedded model, by default for one request at a time of up to 2,048 tokens, without prefix
+    caching.
     """
     defaults = dict(max_seq_len=2048, max_batch_size=1, prefix_caching=False)
     return Engine.from_pretrained(EMBEDDED_NAME, device=device, mode=mode, **defaults | options)
@@ -96,13 +96,13 @@ def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], obj
     run()
     torch.cuda.synchronize()
     graph, inference = torch.cuda.CUDAGraph(), torch.is_inference_mode_enabled()
-    # What torch makes once for all graphs of the process must be of use outside inference mode too.
+    # What torch creates once for all graphs of the process must be usable outside inference mode too.
     with torch.inference_mode(False), torch.cuda.graph(graph), torch.inference_mode(inference):
         run()
     return graph.replay
 
 
-SPINNING_S = 0.03  # longer than torch's threads spin on after an op (some 10 ms), on cores that others would have
+SPINNING_S = 0.03  # longer than torch's threads keep spinning after an op (some 10 ms) and occupy cores
 
 
 def measure_in_turns(
@@ -132,7 +132,7 @@ def loop(name: str, run: Callable[[], object], count: int) -> None:
 
 
 def _said(*command: str) -> str:
-    """What a command prints; nothing where it is missing or fails: no measurement is lost for that."""
+    """A command's output; empty if it is missing or fails, which must not cost a measurement."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -140,7 +140,7 @@ def _said(*command: str) -> str:
 
 
 def _revision() -> str:
-    """With ``-dirty`` if tracked files other than results have changed since."""
+    """The revision, with ``-dirty`` if tracked files other than results have changed since."""
     git = "git", "-C", str(Path(__file__).parent)
     head = _said(*git, "rev-parse", "--short", "HEAD")
     changed = _said(*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results")
@@ -148,9 +148,9 @@ def _revision() -> str:
 
 
 def header(device: torch.device) -> dict:
-    """The machine, its clocks or load, versions, the revision measured, and the variant of the CPU kernels (``isa``).
+    """The machine, its clocks or load, versions, the measured revision, and the variant of the CPU kernels (``isa``).
 
-    Where the load average is above the threads used, p20 says more than p50.
+    If the load average is above the number of threads used, p20 says more than p50.
     """
     cpu = device_facts(torch.device("cpu"))
     facts = {
@@ -181,12 +181,14 @@ def drafts(engine: Engine) -> Counter:
 
 
 def accepted_share(counted: Counter) -> float | None:
-    """Of :func:`drafts`; None where there were none."""
+    """Accepted share of :func:`drafts`; None if there were none."""
     return counted["accepted"] / counted["drafted"] if counted["drafted"] else None
 
 
 def out_folder(text: str) -> str:
-    """The type of ``--out``: a folder, made if need be, that takes files; known before anything is measured."""
+    """The type of ``--out``: a folder, created if necessary, that can be written to; checked before anything is
+    measured.
+    """
     try:
         if not text:
             raise argparse.ArgumentTypeError("must be a folder, got nothing")
@@ -204,7 +206,7 @@ def report(name: str, facts: dict, rows: list[dict], out: str | None) -> None:
 
 
 def save(name: str, facts: dict, rows: list[dict], out: str | None) -> str:
-    """What :func:`report` prints; its files are written."""
+    """Write the files of :func:`report` and return what it prints."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [f"# {name}", "", *(f"- {key}: {figures(value)}" for key, value in facts.items()), ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]

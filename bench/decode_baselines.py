@@ -11,7 +11,7 @@ from bench.decode_cases import MANY, WARM_UP, Bench, peak_gb, prompts_of
 
 
 def for_each_baseline(bench: Bench, do: Callable) -> None:
-    """``do(name, weights, batch, case)`` for all that are asked for, with weights of one kind at a time."""
+    """Call ``do(name, weights, batch, case)`` for all requested baselines, with weights of one kind at a time."""
     for name in bench.args.baselines:
         gc.collect()
         weights = Weights(bench.checkpoint, bench.device, bench.dtype, bench.positions(), fused=name == "graphed")
@@ -22,7 +22,7 @@ def for_each_baseline(bench: Bench, do: Callable) -> None:
 
 
 def baseline_of(bench: Bench, name: str, weights: Weights, batch: int, length: int, mode: str):
-    """An empty one."""
+    """A baseline without sequences."""
     if name == "eager":
         return GrowingCache(weights, mode, bench.draft_len)
     return StaticCache(weights, mode, bench.draft_len, batch, length)
@@ -38,7 +38,7 @@ def simulated_cycle(bench: Bench, name: str, weights: Weights, batch: int, conte
 
 
 def real_baseline(bench: Bench, name: str, weights: Weights, prompt: list[int], mode: str):
-    """A baseline behind this prompt."""
+    """A baseline that has prefilled this prompt."""
     block_len = bench.draft_len + 1
     length = len(prompt) + max(bench.args.tokens, block_len) + WARM_UP * block_len
     baseline = baseline_of(bench, name, weights, 1, length, mode)
@@ -47,7 +47,7 @@ def real_baseline(bench: Bench, name: str, weights: Weights, prompt: list[int], 
 
 
 def device_ms(bench: Bench, name: str, weights: Weights, batch: int, case, mode: str) -> float:
-    """The time that the kernels of a baseline's cycle take, however long the host leaves gaps between them."""
+    """The time that the kernels of a baseline's cycle take, without the gaps that the host leaves between them."""
     from torch.profiler import ProfilerActivity, profile
 
     if bench.real:
@@ -64,7 +64,7 @@ def device_ms(bench: Bench, name: str, weights: Weights, batch: int, case, mode:
 
 
 def baseline_row(bench: Bench, name: str, weights: Weights, batch: int, context: int, mode: str) -> dict:
-    """A baseline's cycles under the same trace, read by the host as they come."""
+    """A baseline's cycles under the same trace; the host reads each cycle's results at once."""
     cycle = simulated_cycle(bench, name, weights, batch, context, mode)
     for _ in range(WARM_UP):
         cycle()

@@ -1,4 +1,4 @@
-"""What the rows of bench_decode have in common: a model on a device, its engines, floor and columns."""
+"""Shared by the rows of bench_decode: a model on a device, its engines, floor and columns."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.model import Model
 from orthrus_rt.timing import SLEEP_CYCLES
 
-# Accepted of 31 drafts per cycle by the published models (twice their tokens per forward pass, less the bonus).
+# Drafts that the published models accept per cycle, of 31 (twice their tokens per forward pass, less the bonus token).
 PUBLISHED = {"1.7b": 7.5, "4b": 9.4, "8b": 9.7, "tiny": 3.0}
-# Of the embedded model over 50 prompts with 15 drafts (bench/results/cpu-zen4/hypotheses.md): by number of blocks, the
-# share of one_pass cycles in which one comes true, and how many of its drafts are accepted, as a share of two_pass's.
+# For the embedded model over 50 prompts with 15 drafts (bench/results/cpu-zen4/hypotheses.md): by number of blocks, the
+# share of one_pass cycles in which a block comes true, and how many of its drafts are accepted, as a share of
+# two_pass's.
 HIT_RATES, ONE_PASS_SHARE = {1: 0.60, 2: 0.76, 4: 0.86, 6: 0.90, 8: 0.93, 12: 0.96}, 2 / 3
 WARM_UP = 4  # cycles
-BUSY_S = 0.2  # idle clocks are several times slower, and take some tens of ms to rise
+BUSY_S = 0.2  # idle clocks are several times slower and take some tens of ms to rise
 MANY = 1 << 30
 
 
 class Bench:
-    """One model on one device, and what is common to its rows."""
+    """One model on one device, and what its rows have in common."""
 
     max_seq_len = 2048  # of the embedded model's engines
 
@@ -49,18 +50,18 @@ class Bench:
         if not self.real:
             per_position(self.accepted, self.draft_len)  # checks it
         self.bandwidth = common.read_bandwidth(self.device)
-        self.cycles = WARM_UP + args.cycles  # of a row, or of a baseline that is profiled
+        self.cycles = WARM_UP + args.cycles  # of a row, or of a profiled baseline
         self.model = None
         if self.positions() > (most := self.config.most_positions):
             raise ValueError(f"--context: {self.positions()} positions are needed, and the model has {most}")
 
     @property
     def profiles(self) -> bool:
-        """Whether there are kernels whose time the profiler can tell."""
+        """Whether there are kernels that the profiler can time."""
         return self.device.type == "cuda"
 
     def trace(self, mode: str, batch: int) -> torch.Tensor:
-        """Accepted drafts of every measured cycle and sequence, ``[cycles, batch]``; used over again around those."""
+        """Accepted drafts of every measured cycle and sequence, ``[cycles, batch]``; repeated for further cycles."""
         if mode == "ar":
             return torch.zeros(1, batch, dtype=torch.int32)
         if mode == "one_pass":
@@ -86,12 +87,12 @@ class Bench:
         return context + int(grown.sum(0).max()) + 4 * (self.draft_len + 1)
 
     def positions(self) -> int:
-        """As many as any row needs."""
+        """The most positions that any row needs."""
         cases = ((max(self.args.context), mode, max(self.args.batch)) for mode in self.args.modes)
         return self.max_seq_len if self.real else max(self.room(*case) for case in cases)
 
     def engine(self, mode: str, batch: int, max_seq_len: int) -> Engine:
-        """An engine over weights that all engines of this call share."""
+        """An engine whose weights are shared by all engines of this call."""
 
         def shared(checkpoint, **kwargs):
             if self.model is None:
@@ -106,7 +107,7 @@ class Bench:
             )  # fmt: skip
 
     def begin(self) -> None:
-        """What follows is timed: on a GPU through with what was before, its clocks those of a busy one."""
+        """Prepare for timing: on a GPU, complete all earlier work and raise the clocks to those of a busy device."""
         self.sync()
         if self.device.type == "cuda":
             end = time.perf_counter() + BUSY_S
@@ -170,7 +171,7 @@ class Bench:
 
 
 def peak_gb(bench: Bench, engine: Engine | None = None) -> dict:
-    """Peak device memory since the last call; on the CPU what the engine planned."""
+    """Peak device memory since the last call; on the CPU the memory that the engine planned."""
     if bench.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() * 1e-9
         torch.cuda.reset_peak_memory_stats()
@@ -184,5 +185,5 @@ def prompts_of(bench: Bench, kind: str) -> list[list[int]]:
 
 
 def case_of(row: dict):
-    """What was asked for: batch, and the embedded model's kind of prompts or the others' context."""
+    """The requested case: batch, and the kind of prompts (embedded model) or the context (other models)."""
     return row["batch"], row.get("kind", row["context"])

@@ -1,8 +1,8 @@
-"""What the diffusion view drafts from every position of a greedy text: all that a one-pass policy can ever see.
+"""The diffusion view's drafts from every position of a greedy text: all that a one-pass policy can ever see.
 
 A hypothesis block that turns out to be right has a true token as its anchor and true tokens before it, so its choices
-depend on its position, its length and the number of its known tokens alone. One table therefore replays any choice of
-hypotheses, without the model.
+depend only on its position, its length and the number of its known tokens. One table can therefore replay any choice of
+hypotheses without the model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOP = 3
 
 @dataclass
 class Drafts:
-    """Of blocks of one shape, ``[tokens, block_len, 3]``; row i of block p predicts ``text[p + i + 1]``.
+    """Drafts of blocks of one shape, ``[tokens, block_len, 3]``; row i of block p predicts ``text[p + i + 1]``.
 
     Attributes:
         ids: the likeliest tokens of each row. probs: their probabilities.
@@ -45,7 +45,7 @@ class DraftTable:
 
     Attributes:
         kind: of the prompt. text: int ``[tokens]``, the greedy continuation.
-        drafts: by ``(block_len, known)``: blocks whose first ``known`` rows hold the text, the others masks.
+        drafts: by ``(block_len, known)``: blocks whose first ``known`` rows hold the text and the others masks.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""The shapes of known models, with random weights that are made on the device tensor by tensor."""
+"""The shapes of known models, with random weights that are generated on the device tensor by tensor."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from orthrus_rt.config import ModelConfig
 
 # size -> hidden, MLP, layers, query heads, key/value heads, head_dim, vocabulary, tied head
 SHAPES = {
-    "135m": (576, 1536, 30, 9, 3, 64, 49152, True),  # the embedded one, a Llama; the others are Qwen3
+    "135m": (576, 1536, 30, 9, 3, 64, 49152, True),  # the embedded model, a Llama; the others are Qwen3
     "1.7b": (2048, 6144, 28, 16, 8, 128, 151936, True),
     "4b": (2560, 9728, 36, 32, 8, 128, 151936, True),
     "8b": (4096, 12288, 36, 32, 8, 128, 151936, False),
-    "tiny": (128, 256, 2, 4, 2, 64, 512, True),  # to try a benchmark out
+    "tiny": (128, 256, 2, 4, 2, 64, 512, True),  # for trying out a benchmark
 }
 
 
@@ -42,7 +42,7 @@ class RandomTensors(Mapping):
 
 
 def config_of(size: str, block_len: int = 32) -> ModelConfig:
-    """Of a model in :data:`SHAPES`."""
+    """The config of a model in :data:`SHAPES`."""
     hidden, mlp, layers, heads_q, heads_kv, head_dim, vocab, tied = SHAPES[size]
     family = "llama" if size == "135m" else "qwen3"
     return ModelConfig(

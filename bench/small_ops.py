@@ -1,9 +1,9 @@
-"""What the benchmarks of ops that take microseconds share: many calls in one run, replayed from a CUDA graph or, on the
-CPU, from a tape, as the engine does, so that launching costs the host nothing. There are no tapes of torch's calls: on
-a CPU what Python and torch take to dispatch them counts.
+"""Shared by the benchmarks of ops that take microseconds: many calls in one run, replayed from a CUDA graph or, on the
+CPU, from a tape, as in the engine, so that launching costs the host nothing. There are no tapes of torch's calls, so on
+a CPU their times include dispatch by Python and torch.
 
-What an op reads lies in a cache, as in a pass (but for embed), where the op before has just written it: shares of the
-bandwidth of memory may exceed 1, and few rows cost a launch, whatever their bytes.
+An op reads its inputs from a cache, as in a pass (except embed), where the preceding op has just written them. Shares
+of memory bandwidth may therefore exceed 1, and few rows cost a launch, whatever their bytes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from orthrus_rt import dispatch
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.recording import replay, taped
 
-CALLS = 64  # in one timed run
+CALLS = 64  # per timed run
 
 
 class Case:
-    """An op over tensors for ``num_rows`` rows of a model, which a subclass makes.
+    """An op over tensors for ``num_rows`` rows of a model, which a subclass creates.
 
     Attributes:
-        op, baseline: the names of both.
-        nbytes: that a call reads and writes.
+        op, baseline: their names.
+        nbytes: bytes that a call reads and writes.
     """
 
     op: str
@@ -45,11 +45,11 @@ class Case:
         raise NotImplementedError
 
     def call_baseline(self) -> torch.Tensor:
-        """The same by torch; what it computes."""
+        """The same by torch; returns the result."""
         raise NotImplementedError
 
     def max_error(self) -> float:
-        """Largest difference from the oracle, over the largest value; 0.004 is a bf16 rounding."""
+        """Largest difference from the oracle, relative to the largest value; 0.004 is a bf16 rounding."""
         raise NotImplementedError
 
 
@@ -67,7 +67,7 @@ def over_and_over(run: Callable[[], None]) -> Callable[[], None]:
 
 
 def times(case: Case, repeats: int = 50) -> tuple[dict[str, float], float]:
-    """Microseconds of one call: percentiles of the op's, and the baseline's p50."""
+    """Microseconds of one call: percentiles of the op, and the baseline's p50."""
     own, baseline = over_and_over(case.call), over_and_over(case.call_baseline)
     if case.device.type == "cpu" and dispatch.select(case.op, case.device, torch.bfloat16) == "cpu":
         tape = taped(own)

@@ -15,8 +15,7 @@ BLOCK_M = 64
 
 @triton.jit
 def _fold(q, k, v, visible, scale, top, total, acc):
-    """Fold one tile of keys into the running softmax; a tile that a row does not see leaves the row's bits unchanged.
-    """
+    """Fold one tile of keys into the running softmax. A tile that a row does not see leaves its bits unchanged."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
