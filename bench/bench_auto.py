@@ -1,5 +1,4 @@
-"""``mode="auto"`` compared with every fixed plan, on the embedded model: tokens per second by batch size and kind of
-text.
+"""``mode="auto"`` compared with every fixed plan, on the embedded model: tokens per second by batch size and text.
 
 Every plan decodes the same requests, prefill included, by wall time, until there are tokens for four requests per slot.
 Slots are refilled as on a server, and the queue does not run dry. (A queue decoded to its end would measure how well

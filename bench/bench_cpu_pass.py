@@ -1,5 +1,4 @@
-"""Whole passes on the CPU, in the embedded model's shapes with random weights: is a pass bound by memory or by
-arithmetic?
+"""Whole passes on the CPU, in the embedded model's shapes with random weights: are they bound by memory or arithmetic?
 
     python -m bench.bench_cpu_pass --rows 1 4 6 8 16 32 --out DIR
 

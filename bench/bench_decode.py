@@ -1,13 +1,13 @@
 """Whole decode cycles of the engine and of two baselines: their time, how near it is to the floor, and their speed.
 
 Official shapes have random weights, so acceptance is simulated, and every such row says so. A two-pass cycle accepts
-``--accepted`` drafts: by default as many as the published models, or as they would with fewer drafts if all drafts were
-equally likely. A one-pass cycle accepts two thirds of that if a block came true (``--hit-rate`` of all cycles) and
-otherwise nothing, by default as measured with the embedded model. The embedded model itself decodes the built-in
-prompts with its real acceptance. The floor is the bytes that a cycle must read (each pass's weights as the engine
-stores them, in 16 bits or 12, those of a baseline in bf16; committed keys and values) divided by the bandwidth measured
-in this call. Baselines: ``eager`` (growing cache; one sequence) and ``graphed`` (static cache, torch.mm, SDPA), see
-bench/baselines.py. ``device_ms``: how long the device is busy in a cycle, where that is measured.
+``--accepted`` drafts: by default as many as the published models, or as they would with fewer drafts if every draft
+were equally likely to be accepted. A one-pass cycle accepts two thirds of that if a block came true (``--hit-rate`` of
+all cycles) and otherwise nothing, by default as measured with the embedded model. The embedded model itself decodes the
+built-in prompts with its real acceptance. The floor is the bytes that a cycle must read (each pass's weights as the
+engine stores them, in 16 bits or 12, those of a baseline in bf16; committed keys and values) divided by the bandwidth
+measured in this call. Baselines: ``eager`` (growing cache; one sequence) and ``graphed`` (static cache, torch.mm,
+SDPA), see bench/baselines.py. ``device_ms``: how long the device is busy in a cycle, where that is measured.
 
     python -m bench.bench_decode --model 8b --context 512 8192 32768 --batch 1 4 16 64 --out DIR
     python -m bench.bench_decode --model smollm2-135m --batch 1 8 --out DIR

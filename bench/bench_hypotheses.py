@@ -1,5 +1,4 @@
-"""Which blocks a one-pass cycle should draft: every rule is replayed over the same recorded drafts of the embedded
-model.
+"""Which blocks a one-pass cycle should draft: rules replayed over the same recorded drafts of the embedded model.
 
 Rules, each with ``fan_out`` blocks (0: every hypothesis):
 - ``unseen only``: no block supposes a particular bonus token;

@@ -1,5 +1,4 @@
-"""Decoding and prefill compared with llama.cpp on the same cores: its ``llama-bench``, which you build, and this
-engine.
+"""Decoding and prefill compared with llama.cpp on the same cores, by its ``llama-bench``, which you build.
 
 The embedded model, batch 1. Theirs: ``llama-bench -p 1000 -n 64`` over each file of ``--gguf``, whose weights may have
 fewer bits: the model's own base, or the output of ``llama-quantize --allow-requantize BASE OUT BF16``, which has the

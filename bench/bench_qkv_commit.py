@@ -1,5 +1,4 @@
-"""qkv_commit (norms, RoPE and cache write of both views' rows in one launch) compared with the same as torch
-operations.
+"""qkv_commit (norms, RoPE and cache write of both views' rows in one launch) compared with torch operations.
 
     python -m bench.bench_qkv_commit --model 8b --rows 1 32 2048 --out DIR
 

@@ -108,8 +108,8 @@ SPINNING_S = 0.03  # longer than torch's threads keep spinning after an op (some
 def measure_in_turns(
     runs: dict[str, Callable[[], object]], device: torch.device, *, repeats: int = 20
 ) -> dict[str, dict[str, float]]:
-    """What :func:`measure` says of each, as one graph on a GPU. On a CPU they take turns, so that an hour in which the
-    machine is busy is as bad for all of them."""
+    """The results of :func:`measure` for each run, on a GPU as one graph. On a CPU the runs are interleaved, so that a
+    time in which the machine is busy affects all of them alike."""
     if device.type == "cuda":
         return {name: measure(graphed(run, device), device, repeats=repeats) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}

@@ -140,9 +140,7 @@ class Acceptance:
 
     @ignoring_underflow
     def accepted(self, optimism: float = 0.0, running: CyclePlan = AR) -> dict[int, list[float]]:
-        """By fan_out: the expected accepted drafts if 0 ... max_drafts are offered. For the arguments see
-        :meth:`tokens`.
-        """
+        """By fan_out: the expected accepted drafts if 0 ... max_drafts are offered. Arguments: see :meth:`tokens`."""
         (level, level_doubt), (shape, shape_doubt) = (
             tuple(x[..., self._group] for x in ratio.estimate()) for ratio in (self._level, self._shape)
         )

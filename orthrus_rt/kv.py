@@ -97,9 +97,8 @@ class PagedKvCache:
             self.pool.name(page, name, names[0])
 
     def withdraw(self, slot: int, names: list[bytes]) -> None:
-        """Remove the slot's pages, which have or would have these names, from the prefix cache. So are the pages of
-        other slots that follow pages shared with it (their holders keep them), and those that finished requests left
-        after such pages.
+        """Remove pages from the prefix cache: those of the slot, whose names would be these; those of other slots from
+        the first page shared with it on (their holders keep them); and free ones of sequences with the same first page.
         """
         doubtful = set(self._held[slot])
         for held in self._held:

@@ -44,7 +44,7 @@ class Recorded:
     workspace: Workspace
     graph_bytes = 0
     op_by_op = False
-    _replay: Callable[[], None] | None = None  # refers not to this object, which is freed with its last user
+    _replay: Callable[[], None] | None = None  # has no reference to this object, which is freed with its last user
     _loaded = False
     _warm = False
 

@@ -30,7 +30,7 @@ PREFILL_CHUNK = 512  # prompt tokens per pass, of one prompt or of several
 # time, so fewer rows delay those sequences less, while the prompt takes little longer (bench_long_prompt). On a GPU
 # rows are cheap.
 CHUNK_BESIDE = {"cpu": 128, "cuda": PREFILL_CHUNK}
-# Kept of cycles, and again of passes and cycles with prompts; on a GPU each is a graph. `auto` with 32 slots meets some
+# Kept of cycles, and again of passes and cycles with prompts; on a GPU each is a graph. `auto` with 32 slots uses some
 # 120 shapes with prompts, and recording stops the device.
 MAX_RECORDINGS = 256
 
@@ -213,7 +213,7 @@ class Runner:
         return partials
 
     def _take_prompts(self, prompts: Prompts, partials: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Let prompts decode whose last row has run; ``partials``: of the first choices of those that choose.
+        """Let requests decode whose last prompt row has run; ``partials``: first choices, of those that choose one.
 
         To consensus that row is a verification without drafts, whose choice is the first known token. A resumed request
         already knows that token.
