@@ -1,4 +1,4 @@
-// The best of pairs (value, id), as every choice among tokens takes it: the larger value, of equal ones the lower id.
+// The best of pairs (value, id), for every choice among tokens: the larger value, on ties the lower id.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -12,7 +12,7 @@ struct Best {
   int32_t id = INT32_MAX;
 };
 
-// NaN compares false and so never wins. Without branches.
+// NaN compares false and so never wins. Branch-free.
 __device__ __forceinline__ bool beats(const Best& a, const Best& b) {
   return (a.value > b.value) | ((a.value == b.value) & (a.id < b.id));
 }

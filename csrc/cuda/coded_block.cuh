@@ -1,18 +1,18 @@
-// A block of a bf16 weight in 12 bits an element, without loss: three quarters of the bytes that a pass reads.
+// A block of a bf16 weight in 12 bits per element, without loss: three quarters of the bytes that a pass reads.
 //
-// An element's upper byte is its sign and the upper seven bits of its exponent. Eight such sevens cover a range of
-// 2^16, and nearly all elements of a block lie within its own commonest eight: of the embedded model's, all but 4 in
-// 100,000. So an element is its lower byte, and a code of 4 bits, its sign and which of the eight; what has another
-// exponent is listed apart, an exception. 94 of 100 of that model's blocks have none.
+// An element's upper byte is its sign and the upper seven bits of its exponent. Eight values of these bits cover a
+// range of 2^16, and nearly all elements of a block have one of its eight commonest: in the embedded model, all but 4
+// in 100,000. So an element is stored as its lower byte and a 4-bit code: its sign, and which of the eight. Elements
+// with any other exponent are listed separately, as exceptions. 94 of 100 of that model's blocks have none.
 //
-// Elements lie as wgmma and mma.sync want them in registers: thread t of a group has, for a step over 16 inputs,
-// elements 0 ... 7, of features f and f + 8 in turns of two, f = 16*(t/32) + (t%32)/4, and of inputs 2*(t%4) + {0,1},
-// then those plus 8. A prmt looks four of them up at a time, by a selector of codes without signs; signs are put so
-// that one mask and at most one shift bring four of them to the top of their bytes: of elements 0 ... 3 they are the
-// top of nibbles 1, 3, 5 and 7, of elements 4 ... 7 of nibbles 0, 2, 4 and 6.
+// Elements are in the order in which wgmma and mma.sync want them in registers. For a step over 16 inputs, thread t of
+// a group has elements 0 ... 7: two of feature f and two of f + 8 for inputs 2*(t%4) + {0,1}, then the same for those
+// plus 8, with f = 16*(t/32) + (t%32)/4. One prmt looks up four of them, with their codes without signs as the
+// selector. Signs are placed so that one mask and at most one shift bring four of them to the top of their bytes: those
+// of elements 0 ... 3 are the top bits of nibbles 1, 3, 5 and 7, those of elements 4 ... 7 of nibbles 0, 2, 4 and 6.
 //
-// DFloat11 (Zhang et al., arXiv 2504.11651) codes exponents by Huffman in 11 bits an element; a fixed length decodes in
-// place, in a few instructions.
+// DFloat11 (Zhang et al., arXiv 2504.11651) codes exponents by Huffman in 11 bits per element; a fixed length is
+// unpacked in place, in a few instructions.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -22,15 +22,15 @@
 
 namespace orthrus::cuda {
 
-constexpr int kListed = 12;  // exceptions that have room in their block
+constexpr int kListed = 12;  // exceptions that fit in their block
 
 struct alignas(16) CodedBlock {
   uint32_t upper[2];      // a byte each: upper seven bits of eight exponents
   int32_t num_exceptions;
-  int32_t elsewhere;      // if there are more than kListed: where they lie, in 4 bytes from the weight's begin
+  int32_t elsewhere;      // with more than kListed exceptions: their offset from the weight's start, in 4 bytes
   uint32_t exceptions[kListed];   // bits 0-15: the element, 16-22: thread, 23-26: register, 27: upper half
-  uint4 codes[kGroupThreads];     // of thread t, a word for each step
-  uint4 lower[2][kGroupThreads];  // of thread t, eight bytes for each step: steps 0 and 1, then 2 and 3
+  uint4 codes[kGroupThreads];     // of thread t, one word per step
+  uint4 lower[2][kGroupThreads];  // of thread t, eight bytes per step: steps 0 and 1, then 2 and 3
 };
 static_assert(sizeof(CodedBlock) == kCodedBlockBytes);
 
@@ -50,7 +50,7 @@ __device__ __forceinline__ CodedPart load_part(const CodedBlock& block) {
           static_cast<int>(head.z)};
 }
 
-// Of step `k`.
+// Unpacks step `k`.
 __device__ __forceinline__ void decode_step(uint32_t (&a)[4], const CodedPart& part, int k) {
   const uint32_t codes = part.codes[k], selectors = codes & 0x77777777u;
   const uint32_t upper_0 = __byte_perm(part.upper[0], part.upper[1], selectors) | (codes & 0x80808080u);
@@ -79,7 +79,7 @@ __device__ __forceinline__ void put_exceptions(uint32_t (&a)[4][4], const CodedP
   }
 }
 
-// The registers of A for all steps. `weight`: where its blocks begin.
+// Unpacks the registers of A for all steps. `weight`: where its blocks begin.
 __device__ __forceinline__ void decode(uint32_t (&a)[4][4], const CodedPart& part, const CodedBlock& block,
                                        const void* weight) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// What the driver says, and streams of one's own; must work on a machine that has no driver.
+// Error strings of the driver, and streams of the module's own; must work on a machine that has no driver.
 #include <cuda_runtime.h>
 
 #include "orthrus/ops.h"

@@ -1,16 +1,16 @@
-// row_linear's host side: the plan of a weight's shape, the workspace, and the choice of kernel.
+// row_linear's host side: the plan for a weight's shape, the workspace, and the choice of kernel.
 //
-// Contract (shapes in params.h). x, weights and workspace 16-byte aligned, out and residual too where out_features is
-// a multiple of 4; in_features a multiple of 64. MUTATED: out or the partial maxima, all rows, and the workspace. No
-// rows: nothing is launched. fp32 accumulation; one rounding, in the epilogue (none for kLogits).
+// Contract (shapes in params.h). x, weights and workspace are 16-byte aligned, as are out and residual where
+// out_features is a multiple of 4; in_features is a multiple of 64. MUTATED: out or the partial maxima, all rows, and
+// the workspace. No rows: nothing is launched. fp32 accumulation; one rounding, in the epilogue (none for kLogits).
 // Deterministic, row-invariant, graph-safe: each launch leaves the workspace's counters at zero. One launch per call.
 // The weights must be complete before the preceding kernels of the stream start: they are prefetched while those run.
-// kArgmax: partial p covers the p-th of num_partials runs of whole tiles; ties go to the lowest id, NaN never wins, a
-// run of nothing but NaN gives -inf and its first id.
-// next_weight: for so few rows that the next launch has few too, sm_90a brings its beginning to L2 while this
-// one ends, in the order for an epilogue that may cut tiles; no result depends on it.
-// Coded weights (coded_block.cuh), both views' alike: the same bits as of plain ones.
-// Bytes: each view's packed weight once (kArgmax: once per tile of rows), plus x once per tile from L2, or, with many
+// kArgmax: partial p covers the p-th of num_partials runs of whole tiles. Ties go to the lowest id and NaN never wins;
+// a run of nothing but NaN gives -inf and its first id.
+// next_weight: if this call's rows are so few that the next launch has few too, sm_90a prefetches the beginning of
+// that weight into L2 while this launch ends, in the order for an epilogue that may cut tiles. No result depends on it.
+// Coded weights (coded_block.cuh; both views' or neither's) give the same bits as plain ones.
+// Bytes: each view's packed weight once (kArgmax: once per tile of rows), plus x once per tile from L2 or, with many
 // rows on sm_90a, once per two tiles.
 // FLOP: 2 * num_rows * in * out_features.
 #include <atomic>
@@ -24,14 +24,14 @@
 namespace orthrus::cuda {
 namespace {
 
-// Whether the module has the wgmma kernels; without them, Hopper too runs the portable ones.
+// Whether the module has the wgmma kernels; without them, Hopper also runs the portable ones.
 #if defined(ORTHRUS_CUDA_ARCHS)
 bool has_wgmma() { return std::strstr(ORTHRUS_CUDA_ARCHS, "90a"); }
 #else
 bool has_wgmma() { return true; }
 #endif
 
-std::atomic<bool> wants_sm80 = false;  // the portable variant, wherever it runs
+std::atomic<bool> wants_sm80 = false;  // the portable variant on any device
 
 bool runs_wgmma(const DeviceInfo& device) {
   return device.major == 9 && device.minor == 0 && has_wgmma() && !wants_sm80;
@@ -48,15 +48,15 @@ int rows_per_tile(int rows, const RowTiles& tiles) {
   return tiles.widest;
 }
 
-// Of kArgmax, each of whose tiles reads the weight anew: a wider one where they are fewer then. `rows`: of the larger
-// view, but no vocabulary has two.
+// For kArgmax, where each tile reads the weight again: the wider tile if there are fewer tiles then. `rows`: of the
+// larger view, but no vocabulary has two.
 int rows_per_tile_of_argmax(int rows, const RowTiles& tiles) {
   const auto count = [&](int tile_rows) { return (rows + tile_rows - 1) / tile_rows; };
   return count(tiles.widest_argmax) < count(tiles.widest) ? tiles.widest_argmax : rows_per_tile(rows, tiles);
 }
 
-// Of a call with many rows. A step of a CTA loads 64 inputs of two blocks of weights and of its share of tile_rows rows
-// of x, and multiplies them in as long as 5/4 tile_rows take to load, at 700 TFLOP/s and 6.8 TB/s from L2: estimated.
+// For a call with many rows. In one step, a CTA loads 64 inputs of two blocks of weights and of its share of tile_rows
+// rows of x. Multiplying them takes as long as loading 5/4 tile_rows, at 700 TFLOP/s and 6.8 TB/s from L2: estimated.
 int rows_per_tile_of_many(int rows_ar, int rows_diff, const RowTiles& tiles, int blocks, int num_sms) {
   int best = 0;
   int64_t least = INT64_MAX;
@@ -109,7 +109,7 @@ int row_linear(const RowLinearParams& params, void* stream) {
     return cudaErrorInvalidValue;
   if (!aligned(16, params.x, params.weight, params.weight_diff, params.workspace, params.next_weight))
     return cudaErrorMisalignedAddress;
-  const bool wide_rows = params.out_features % 4 == 0;  // which are read and written 16 bytes at a time
+  const bool wide_rows = params.out_features % 4 == 0;  // these are read and written 16 bytes at a time
   if (wide_rows && !aligned(16, params.residual, params.out)) return cudaErrorMisalignedAddress;
   const DeviceInfo device = device_info();
   if (device.error) return device.error;
@@ -129,7 +129,7 @@ int row_linear(const RowLinearParams& params, void* stream) {
   const bool wgmma = runs_wgmma(device);
   const RowTiles& tiles = !wgmma ? kRowTilesMma : coded ? kRowTilesSm90Coded : kRowTilesSm90;
   const bool many_rows = most_rows > tiles.widest && !argmax;
-  if (params.num_rows > tiles.widest) args.p.next_weight = nullptr;  // its rows may be of one view, and many
+  if (params.num_rows > tiles.widest) args.p.next_weight = nullptr;  // the next launch may have many rows of one view
   if (args.p.next_weight)
     args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms,
                           params.next_weight_coded);

@@ -1,11 +1,11 @@
 // row_linear in float32: plain fused multiply-adds. Models are run in it to compare results, not for speed.
 //
-// Contract (shapes in params.h). Weights stay [out_features, in_features], for kSiluMul all gates, then all ups. No
-// workspace, no alignment beyond a float's. MUTATED: out or the partial maxima, all rows. No rows: nothing is launched.
-// A sum is one chain of fused multiply-adds over k ascending, whatever shares the call: row-invariant, deterministic,
-// graph-safe; nothing is rounded. kArgmax: partial p covers ids [128 p, 128 p + 128); ties go to the lowest id, NaN
-// never wins, a tile of nothing but NaN gives -inf and its first id.
-// Bytes: each view's weight once per 16 rows, from L2 but for the first. FLOP: 2 * num_rows * in * out_features.
+// Contract (shapes in params.h). Weights stay [out_features, in_features]; for kSiluMul all gates come first, then all
+// ups. No workspace, no alignment beyond a float's. MUTATED: out or the partial maxima, all rows. No rows: nothing is
+// launched. A sum is one chain of fused multiply-adds over ascending k, whatever shares the call: row-invariant,
+// deterministic, graph-safe; nothing is rounded. kArgmax: partial p covers ids [128 p, 128 p + 128). Ties go to the
+// lowest id and NaN never wins; a tile of nothing but NaN gives -inf and its first id.
+// Bytes: each view's weight once per 16 rows, from L2 except the first time. FLOP: 2 * num_rows * in * out_features.
 #include <cmath>
 
 #include "best.cuh"
@@ -15,9 +15,9 @@
 namespace orthrus::cuda {
 namespace {
 
-constexpr int kOutputs = 128;  // of a tile: 4 a lane, 32 apart
-constexpr int kRows = 16;      // of a tile: 2 a warp
-constexpr int kInputs = 32;    // of a step
+constexpr int kOutputs = 128;  // per tile: 4 per lane, 32 apart
+constexpr int kRows = 16;      // per tile: 2 per warp
+constexpr int kInputs = 32;    // per step
 constexpr int kThreads = 256;
 constexpr int kLaneOutputs = kOutputs / 32, kWarpRows = kRows / (kThreads / 32);
 
@@ -30,7 +30,7 @@ struct Args {
 struct Tile {
   const float* weight;
   int row_begin, row_end;
-  int first;  // output, or for kSiluMul column
+  int first;  // first output, or for kSiluMul first column
 };
 
 __device__ Tile tile_of(const Args& args, int block) {
@@ -42,7 +42,7 @@ __device__ Tile tile_of(const Args& args, int block) {
           diff ? args.p.num_rows : args.p.num_rows_ar, tile * (silu ? kOutputs / 2 : kOutputs)};
 }
 
-// The weight's row of output `o` of the tile, or -1 beyond its edge. kSiluMul: 64 gates, then their ups.
+// The weight's row for output `o` of the tile, or -1 beyond its edge. kSiluMul: 64 gates, then their ups.
 __device__ int weight_row(const RowLinearParamsOf<float>& p, int first, int o) {
   if (p.epilogue != Epilogue::kSiluMul) return first + o < p.out_features ? first + o : -1;
   const int width = p.out_features / 2, column = first + o % (kOutputs / 2);

@@ -11,8 +11,8 @@
 
 namespace orthrus::cuda {
 
-// A barrier number that the compiler does not know reserves all 16 of a CTA, of the 64 in a Hopper SM: enough for two
-// CTAs and a norm's. Numbers that it knows reserve 4, but make it spill registers in two of the wgmma variants.
+// A barrier number that the compiler does not know reserves all 16 of a CTA, out of the 64 of a Hopper SM: enough for
+// two CTAs and a norm's. Known numbers reserve 4, but make the compiler spill registers in two of the wgmma variants.
 __device__ __forceinline__ void group_sync(int group) { named_barrier(group + 1, kGroupThreads); }
 
 // A CTA's partial sum of a cut tile: the one inside which its range starts, or the one inside which it `ends`.
@@ -23,8 +23,8 @@ __device__ float4* partial_sum(const RowLinearArgs& args, int view, int group, b
          threadIdx.x % kGroupThreads;
 }
 
-// Leaves this CTA's partial sum of a cut tile, of its first `rows` rows, and tells who else does. True in the group
-// that arrives last: it finishes the tile, and nobody waits for anybody.
+// Stores this CTA's partial sum of a cut tile, of its first `rows` rows, and returns which CTAs share the tile. True in
+// the group that arrives last: it finishes the tile, and no CTA waits for another.
 template <int kTileRows>
 __device__ bool leave_partial(const float (&acc)[kTileRows / 2], const RowLinearArgs& args, int view, int tile,
                               int kb_begin, int rows, int group, int32_t* flag,
@@ -36,24 +36,24 @@ __device__ bool leave_partial(const float (&acc)[kTileRows / 2], const RowLinear
     if (8 * j < rows)
       __stcg(mine + j * kGroupThreads, make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
 
-  sharers = plan.sharers(tile);  // not behind the counter, which all wait for
+  sharers = plan.sharers(tile);  // ahead of the counter, which all wait for
   group_sync(group);
   if (threadIdx.x % kGroupThreads == 0) {
     int32_t* counter = static_cast<int32_t*>(args.p.workspace) +
                        (view * plan.tiles + tile) * plan.blocks_per_tile + group;
     const bool is_last = add_acq_rel(counter, 1) == sharers.count - 1;
-    if (is_last) *counter = 0;  // the next launch finds it so
+    if (is_last) *counter = 0;  // as the next launch expects it
     *flag = is_last;
   }
   group_sync(group);
   return *flag;
 }
 
-// An epilogue gets a tile's sums from a class, WholeSums or FoldedSums: it loads the sums of a step of
-// kStepRows rows ahead, and later stages them, each thread its own.
+// An epilogue gets a tile's sums from a class, WholeSums or FoldedSums, which loads the sums of a step of kStepRows
+// rows ahead and later stages them, each thread its own.
 
-// `s`: of the thread's first row, and staged_at() its first feature, below 8 of a warp's 16: the other, 8 further,
-// lies 8 floats further too.
+// `s` points to the thread's first row and, by staged_at(), to its first feature, one of the lower 8 of a warp's 16.
+// The thread's other feature, 8 further, is also 8 floats further.
 __device__ __forceinline__ void stage_pairs(float* s, float a, float b, float c, float d) {
   s[0] = a;
   s[kStagingStride] = b;
@@ -61,7 +61,7 @@ __device__ __forceinline__ void stage_pairs(float* s, float a, float b, float c,
   s[kStagingStride + 8] = d;
 }
 
-// Of a tile that was not cut: a thread's own accumulators, kStepRows rows a step.
+// For a tile that was not cut: a thread's own accumulators, kStepRows rows a step.
 template <int kTileRows, int kStepRows_ = kStagingRows>
 struct WholeSums {
   static constexpr int kStepRows = kStepRows_;
@@ -69,7 +69,7 @@ struct WholeSums {
   const float (&acc)[kTileRows / 2];
 
   __device__ void load_ahead(int) {}
-  // Registers have constant names: a branch for each step, as else all steps' stores would be issued, predicated.
+  // Registers have constant names, so each step gets a branch: otherwise all steps' stores would be issued, predicated.
   template <int kStep = 0>
   __device__ void stage(int t0, float* s) const {
     if (t0 == kStep) {
@@ -84,13 +84,13 @@ struct WholeSums {
   }
 };
 
-// Of a cut tile: the partial sums, folded in k order. They come from L2 while the step before is finished, all of a
-// step at once: a branch around a load would make the next one wait for it.
+// For a cut tile: the partial sums, folded in k order. They are loaded from L2 while the previous step is finished, all
+// of a step at once: a branch around a load would make the next one wait for it.
 template <int kTileRows>
 struct FoldedSums {
   static constexpr int kStepRows = kStagingRows;
-  static constexpr int kAhead = 5;  // CTAs that share a tile, at most, in nearly all weights of nearly all models
-  const float4 *begin, *rest;       // of the first CTA, which ends inside the tile, and as if it began there
+  static constexpr int kAhead = 5;  // most CTAs that share a tile, in nearly all weights of nearly all models
+  const float4 *begin, *rest;       // begin: of the first CTA, which ends inside the tile; rest: as if it began there
   int count;
   float4 v[kAhead][2] = {};
 
@@ -151,8 +151,8 @@ __device__ __forceinline__ void add8(float (&v)[8], const uint4& packed) {
   for (int i = 0; i < 8; ++i) v[i] += __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
 }
 
-// Staged features from 32 on lie with neighbouring fours exchanged: the eight threads of a row, each of which reads
-// eight features, would meet in half the banks else.
+// Staged features from 32 on have neighbouring fours exchanged: otherwise the eight threads of a row, each of which
+// reads eight features, would hit only half the banks.
 __device__ __forceinline__ uint32_t staged_at(uint32_t feature) { return feature ^ feature / 32 * 4; }
 
 // Eight staged features of a row from `feature` on, a multiple of 8.
@@ -161,8 +161,8 @@ __device__ __forceinline__ void load8(float (&v)[8], const float* tile_row, uint
   *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(tile_row + staged_at(feature + 4));
 }
 
-// 8 consecutive outputs of a row that is aligned, or up to 8, which are added to `residual` if there is one. No model
-// has rows that are not aligned: they may be slow, but must not take registers.
+// Stores 8 consecutive outputs of an aligned row, or up to 8 of another, which are added to `residual` if there is one.
+// No model has rows that are not aligned: they may be slow, but must not take registers.
 __device__ __forceinline__ void store_bf16(bf16_t* out, const float (&v)[8], int count, bool aligned,
                                            const bf16_t* residual) {
   if (aligned) {
@@ -185,8 +185,8 @@ __device__ __forceinline__ void store_f32(float* out, const float (&v)[8], int c
     if (i < count) out[i] = v[i];
 }
 
-// silu(gate) * up; they alternate by 8 features. The division is good to 2 ulp; quotients below 1.1e-36 become 0. No
-// product and sum are left to be contracted: every instantiation rounds alike.
+// silu(gate) * up; they alternate every 8 features. The division is accurate to 2 ulp; quotients below 1.1e-36 become
+// 0. The compiler finds no product and sum to contract, so every instantiation rounds alike.
 __device__ __forceinline__ void silu_mul(float (&v)[8], const float* tile_row, uint32_t feature) {
   float up[8];
   load8(v, tile_row, feature);
@@ -205,15 +205,15 @@ __device__ __forceinline__ void keep_best(Best* best, const float (&v)[8], int c
   if (threadIdx.x % 8 == 0 && beats(top, *best)) *best = top;
 }
 
-// The epilogue of one block: sums cross shared memory in steps, once or twice kStagingRows rows, so that a thread ends
-// with 8 consecutive features of each of one or two rows. Called by all threads of a group.
+// The epilogue of one block. Sums pass through shared memory in steps of once or twice kStagingRows rows, after which a
+// thread has 8 consecutive features of each of one or two rows. Called by all threads of a group.
 template <int kTileRows, class Sums>
 __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, int row_begin, int row_end, int group,
                              float* staging, Best* best) {
   const RowLinearParams& p = args.p;
   const Epilogue epilogue = p.epilogue;
   constexpr int kStep = Sums::kStepRows, kParts = kStep / kStagingRows;
-  uint4 residual[kParts];  // where aligned: used only where it was loaded
+  uint4 residual[kParts];  // for aligned rows; used only where it was loaded
   auto residual_at = [&](int t0, int i) {
     const uint32_t thread = thread_here();
     const int row = row_begin + t0 + thread / 8, column = block * kBlock + thread % 8 * 8;
@@ -223,7 +223,7 @@ __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, in
   };
 #pragma unroll
   for (int i = 0; i < kParts; ++i) residual_at(i * kStagingRows, i);
-  // `quarter`: 16 of the block's features, 8 outputs.
+  // `quarter`: which 16 of the block's features, and so which 8 outputs.
   auto finish_silu_mul = [&](int t0, uint32_t step_row, uint32_t quarter) {
     const int columns = p.out_features / 2, column = block * (kBlock / 2) + 8 * quarter;
     const int row = row_begin + t0 + step_row;
@@ -243,7 +243,7 @@ __device__ void finish_block(Sums sums, const RowLinearArgs& args, int block, in
     sums.load_ahead(t0 + kStep);
     group_sync(group);
     if (epilogue == Epilogue::kSiluMul) {
-      if constexpr (kParts == 2)  // four threads a row; of eight, those of rows whose banks differ
+      if constexpr (kParts == 2)  // four threads per row; eight neighbours take two rows whose banks differ
         finish_silu_mul(t0, thread / 16 * 4 + thread / 4 % 2 * 2 + thread / 8 % 2, thread % 4);
       else if (eighth < 4)
         finish_silu_mul(t0, tile_row, eighth);

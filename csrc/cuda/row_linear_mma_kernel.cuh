@@ -1,7 +1,7 @@
-// row_linear on any device from sm_80 on: cp.async into a ring of shared-memory stages, ldmatrix,
-// mma.sync m16n8k16 (features are M, rows N). A group's four warps own 16 features each, which
-// gives every thread the same accumulators as the wgmma variant: fold and epilogues are shared. Coded weights are
-// decoded, where ldmatrix loads plain ones. No bit differs.
+// row_linear on any device from sm_80 on: cp.async into a ring of shared-memory stages, ldmatrix, mma.sync m16n8k16
+// (features are M, rows N). A group's four warps own 16 features each, which gives every thread the same accumulators
+// as the wgmma variant, so that fold and epilogues are shared. Coded weights are unpacked to the registers into which
+// ldmatrix loads plain ones, with the same bits.
 #pragma once
 #include "coded_block.cuh"
 #include "orthrus/launch.cuh"
@@ -12,10 +12,10 @@ namespace orthrus::cuda {
 constexpr int kSharedBudget = 99 * 1024;  // what every device from sm_80 on grants a CTA
 constexpr int kMaxStages = 6;
 
-// Where the 16-byte chunk (row, chunk) of a [rows, 64] bf16 matrix lies, for W as packed and for x.
+// Byte offset of the 16-byte chunk (row, chunk) in a [rows, 64] bf16 matrix, for W as packed and for x.
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-// Loads of one CTA: unit after unit of its range (few rows) or of whole tiles (many rows).
+// The loads of one CTA: unit after unit of its range (few rows) or of whole tiles (many rows).
 template <int kTileRows, bool kManyRows, int kBlocks, bool kCoded>
 struct Stream {
   static constexpr int kThreads = kBlocks * kGroupThreads;

@@ -1,16 +1,14 @@
 // How row_linear divides a weight among CTAs, and the arguments its kernels share.
 //
-// The packed weight is a grid of 64 x 64 blocks, 8 KiB each, k fastest: block (b, kb) holds output
-// features [64b, 64b+64) and inputs [64kb, 64kb+64), each feature's 128 bytes with its 16-byte
-// chunks permuted by chunk ^ (feature & 7), which is both the 128-byte wgmma swizzle and free of
-// bank conflicts for ldmatrix. A coded weight's blocks are smaller, see coded_block.cuh; behind them lie exceptions.
-// A block column of x times one block of W is a *unit* of work.
+// The packed weight is a grid of 64 x 64 blocks, 8 KiB each, k fastest. Block (b, kb) holds output features
+// [64b, 64b+64) and inputs [64kb, 64kb+64), each feature's 128 bytes with its 16-byte chunks permuted by
+// chunk ^ (feature & 7), which is both the 128-byte wgmma swizzle and free of bank conflicts for ldmatrix. The
+// blocks of a coded weight are smaller and followed by exceptions, see coded_block.cuh.
 //
-// A tile is one or two blocks tall. The units of all tiles, in order, are cut into `grid` equal
-// ranges; where a cut falls inside a tile its sum is cut there too. The cuts depend on the weight's
-// shape and the device alone, so a row's sum is folded in the same order whatever shares the call.
-// Method: Stream-K (Osama, Merrill, Cecka, Garland, Owens, arXiv 2301.03598), where of a tile's CTAs the last to arrive
-// folds, in k order.
+// A tile is one or two blocks tall; a *unit* of work is one k-block of a tile. The units of all tiles, in order, are
+// cut into `grid` equal ranges; where a cut falls inside a tile, its sum is cut there too. The cuts depend only on the
+// weight's shape and the device, so a row's sum is folded in the same order whatever shares the call. Method: Stream-K
+// (Osama, Merrill, Cecka, Garland, Owens, arXiv 2301.03598); the last of a tile's CTAs to arrive folds, in k order.
 #pragma once
 #include "orthrus/divisor.h"
 #include "orthrus/launch.cuh"
@@ -46,7 +44,7 @@ struct RowLinearPlan {
   }
   // The CTA whose range holds `unit` (split plans only).
   __host__ __device__ int owner(int unit) const { return ((unit + 1) * grid - 1) / units; }
-  // The CTAs that share a tile which is cut.
+  // The CTAs that share a cut tile.
   struct Sharers {
     int first, count;
   };
@@ -62,16 +60,16 @@ struct RowLinearPlan {
   }
 };
 
-// A cut costs a round trip through L2, so tiles are cut only where whole ones would leave more than
-// this share of the CTAs' time idle, and only where each CTA still gets a few units. (Estimated, as is the next.)
+// A cut costs a round trip through L2, so tiles are cut only where whole ones would leave more than this share of the
+// CTAs' time idle, and only where each CTA still gets a few units. (Both are estimates.)
 constexpr double kTolerableIdle = 0.04;
 constexpr int kMinUnits = 6;
-// Taller tiles read x half as often; narrow weights take short ones, cut in fewer pieces.
+// Taller tiles read x half as often; narrow weights use short tiles, which are cut in fewer pieces.
 constexpr int kMinTallTiles = 24;
 
 // Estimated: several microseconds pass between a kernel's last load and its successor's first free stage, more than the
-// stages hold at 24 KB per microsecond and SM. So L2 is kept filled this far ahead of them: the successor catches up
-// from L2 while memory goes on.
+// stages hold at 24 KB per microsecond and SM. So L2 is kept filled this far ahead of the stages: the successor catches
+// up from L2 while memory keeps streaming.
 constexpr int kPrefetchBytes = 96 * 1024;
 
 inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_tiles, int num_sms, bool coded = false) {
@@ -111,7 +109,7 @@ struct RowLinearArgs {
   __device__ int row_end(int row_tile) const { return is_diff(row_tile) ? p.num_rows : p.num_rows_ar; }
 };
 
-// A thread's number within its group, computed again at each use: in loops, registers are scarcer than time.
+// A thread's number within its group, recomputed at each use: in loops, registers are scarcer than time.
 __device__ __forceinline__ uint32_t thread_here() {
   uint32_t thread = threadIdx.x;
   asm volatile("" : "+r"(thread));
@@ -119,27 +117,27 @@ __device__ __forceinline__ uint32_t thread_here() {
 }
 
 // Partial sums follow the counters: [view][block of the tile][which][cta][tile_rows * 64] floats, in the order of the
-// owning threads' accumulators; a CTA cuts two tiles at most, the one that its range starts inside of (0), and the one
-// that it ends inside of (1).
+// owning threads' accumulators. A CTA cuts at most two tiles: the one inside which its range starts (0) and the one
+// inside which it ends (1).
 __host__ __device__ inline int64_t partial_offset(const RowLinearPlan& plan, int view, int group, int which, int cta,
                                                   int tile_rows) {
   const int64_t slot = ((static_cast<int64_t>(view) * plan.blocks_per_tile + group) * 2 + which) * plan.grid + cta;
   return kMaxCounters + slot * tile_rows * kBlock;
 }
 
-// Rows per tile: the narrowest variant that holds the larger view's rows. More rows than the widest
-// holds take a variant for many rows: whole sums per CTA, folded in registers at the same cuts. kArgmax, which has no
-// cuts, takes several tiles of few rows, or of wider ones, which need registers for no more than one set of sums.
+// Rows per tile: the narrowest variant that holds the larger view's rows. More rows than the widest variant holds use a
+// variant for many rows: whole sums per CTA, folded in registers at the same cuts. kArgmax has no cuts: it uses several
+// tiles of few rows, or wider ones, which need registers for only one set of sums.
 struct RowTiles {
   int32_t widest, widest_argmax;
-  int32_t many_rows[2];  // of which a call takes the one by which the busiest SM has less to do
-  int32_t cluster;       // CTAs that load the rows of x together, where they are many
+  int32_t many_rows[2];  // a call uses the one that leaves the busiest SM less work
+  int32_t cluster;       // CTAs that load the rows of x together, with many rows
 };
 constexpr RowTiles kRowTilesSm90{160, 256, {128, 192}, 2};
-constexpr RowTiles kRowTilesSm90Coded{160, 160, {128, 128}, 2};  // more rows' sums leave no registers for decoding
+constexpr RowTiles kRowTilesSm90Coded{160, 160, {128, 128}, 2};  // more rows' sums leave no registers for unpacking
 constexpr RowTiles kRowTilesMma{96, 96, {96, 96}, 1};
 
-// Of many rows, per row tile: two blocks for each CTA of a cluster, the last one's maybe none.
+// With many rows, items per row tile: two blocks for each CTA of a cluster, of which the last may have none.
 __host__ __device__ constexpr int items_of_many(int blocks, int cluster) {
   return (blocks + 2 * cluster - 1) / (2 * cluster);
 }

@@ -1,14 +1,14 @@
-// row_linear on Hopper: one warp streams weights through a ring of shared-memory stages with bulk
-// copies, one or two warpgroups multiply them with wgmma as they land (features are M, rows N). Plain weights are
-// read from shared memory by wgmma itself; of coded ones, decoded, it finds them in registers. No bit differs.
+// row_linear on Hopper: one warp streams weights through a ring of shared-memory stages with bulk copies, and one or
+// two warpgroups multiply them with wgmma as they arrive (features are M, rows N). wgmma reads plain weights from
+// shared memory itself; coded ones are first unpacked into registers. The bits are the same.
 //
-// With many rows the two CTAs of a cluster load x together, half of it each, for both: a stage is free when the
+// With many rows, the two CTAs of a cluster load x together: each loads half of it for both. A stage is free when the
 // consumers of both have released it.
 //
-// The ring is filled, and some more brought to L2, before waiting for the previous kernel (weights do not depend
-// on it), and the next kernel is let in with this one's last load, not sooner, lest its loads hold up ours: the
-// memory bus stays busy across kernel boundaries. Small kernels in between let their successor in at once. All that
-// needs two CTAs to fit an SM, and one of a small kernel, hence the budgets of shared memory and registers.
+// The ring is filled, and some more is prefetched into L2, before waiting for the previous kernel (weights do not
+// depend on it). The next kernel may start with this one's last load, not sooner, lest its loads hold up ours: the
+// memory bus stays busy across kernel boundaries. Small kernels in between let their successor start at once. All this
+// needs two CTAs, and one of a small kernel, to fit on an SM, hence the budgets of shared memory and registers.
 #pragma once
 #include "coded_block.cuh"
 #include "row_linear_sm90_producer.cuh"
@@ -17,20 +17,20 @@ namespace orthrus::cuda {
 
 constexpr int kSharedPerSm = 228 * 1024;
 constexpr int kSharedOfCta = 1024;    // reserved by the system
-constexpr int kSharedOfOthers = 2048;  // for a small kernel's CTA, its kSharedOfCta included
+constexpr int kSharedOfOthers = 2048;  // for a small kernel's CTA, including its kSharedOfCta
 
 struct Sm90Params {
-  sm90::TensorMap x_map[2];  // of each view; nothing behind its rows is read
+  sm90::TensorMap x_map[2];  // of each view; nothing beyond its rows is read
   RowLinearArgs args;
 };
 
 // Two of them overlap across kernel boundaries, with a norm's CTA in between. The sums of wider tiles leave no
-// registers for that, nor do those of 96 rows beside a coded block.
+// registers for that, nor do those of 96 rows together with a coded block.
 __host__ __device__ constexpr int ctas_per_sm(int tile_rows, bool many_rows, bool coded) {
   return many_rows || tile_rows > (coded ? 64 : 96) ? 1 : 2;
 }
 
-// One thread produces; only whole warpgroups can hand their registers over to the two sets of sums of many rows.
+// One thread produces. With many rows it has a warpgroup, as only those can hand registers to the two sets of sums.
 constexpr int producer_threads(bool many_rows) { return many_rows ? kGroupThreads : 32; }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -47,7 +47,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kTileRows / 2], const uint
   }
 }
 
-// A warp of consumers has read the stage, which all CTAs that load to it have to know.
+// Reports that a warp of consumers has read the stage, to all CTAs that load into it.
 template <bool kManyRows, int kTileRows, bool kCoded>
 __device__ __forceinline__ void release(const Ring<kTileRows, kCoded>& ring, int stage) {
   constexpr int kCtas = cluster_ctas(kManyRows);
@@ -60,8 +60,8 @@ __device__ __forceinline__ void release(const Ring<kTileRows, kCoded>& ring, int
 }
 
 // acc = the sum over the next `length` stages, from zero. With many rows, which is more arithmetic, the next stage's
-// begins before this one is released; with few, a stage is taken to be worth more as room for the next load (not
-// measured). With many rows acc must have been written, and meanwhile() is called beside the last products.
+// products begin before this one is released; with few, a stage is assumed to be worth more as room for the next load
+// (not measured). With many rows acc must have been initialised, and meanwhile() is called during the last products.
 template <int kTileRows, bool kManyRows, typename Meanwhile>
 __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const Ring<kTileRows, false>& ring,
                                             Cursor& cursor, int length, int group, const void*, bool,
@@ -94,9 +94,9 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const R
   pin(acc);
 }
 
-// The same over coded weights. The next stage's codes come to registers during this one's products, before this one is
-// released: in a CTA of one group nothing else would hide that, and it is worth a stage. `weight`: where its blocks
-// begin. `exists`: the group has a block; else its sums are anything.
+// The same over coded weights. The next stage's codes are loaded into registers during this one's products, before this
+// one is released: in a CTA of one group nothing else would hide that load, and this is worth a stage. `weight`: where
+// its blocks begin. `exists`: the group has a block; otherwise its sums are undefined.
 template <int kTileRows, bool kManyRows, typename Meanwhile>
 __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const Ring<kTileRows, true>& ring,
                                             Cursor& cursor, int length, int group, const void* weight,
@@ -162,7 +162,7 @@ __device__ void consume_few_rows(const RowLinearArgs& args, const Ring<kTileRows
                               shared.staging[group], ring.best() + group * kTileRows);
       };
       RowLinearPlan::Sharers sharers;
-      if (kTileRows > kRowTilesSm90.widest || length == plan.k_blocks)  // kArgmax alone has so wide ones, never cut
+      if (kTileRows > kRowTilesSm90.widest || length == plan.k_blocks)  // only kArgmax has tiles this wide, never cut
         finish(WholeSums<kTileRows>{acc});
       else if (leave_partial<kTileRows>(acc, args, view, tile, kb, rows, group, shared.flags + group, sharers))
         finish(FoldedSums<kTileRows>(args, view, sharers, group));
@@ -210,7 +210,7 @@ __device__ void consume_many_rows(const RowLinearArgs& args, const Ring<kTileRow
 }
 #endif
 
-// Few rows take fewer threads than the bound reserves registers for: where two CTAs share an SM, the norm has the rest.
+// Few rows use fewer threads than the bound reserves registers for: where two CTAs share an SM, the norm has the rest.
 template <int kTileRows, bool kManyRows, bool kCoded>
 __global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTileRows, kManyRows, kCoded))
     row_linear_sm90(const __grid_constant__ Sm90Params params) {
@@ -222,8 +222,8 @@ __global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTileRows, kMan
   const Ring<kTileRows, kCoded> ring{shared, args.num_stages, blocks};
 
   const int thread = threadIdx.x;
-  const int group = __shfl_sync(~0u, thread / kGroupThreads, 0);  // tells the compiler that a warp has one role
-  if (thread == 0) {  // lanes would take turns
+  const int group = __shfl_sync(~0u, thread / kGroupThreads, 0);  // shows the compiler that a warp has one role
+  if (thread == 0) {  // more lanes would be serialised
     for (int s = 0; s < ring.num_stages; ++s) {
       sm90::barrier_init(ring.full(s), 1);
       sm90::barrier_init(ring.empty(s), 4 * blocks * kCtas);  // one arrival per consumer warp
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTileRows, kMan
       sm90::prefetch_map(params.x_map + 1);
       produce<kTileRows, kManyRows>(args, params.x_map, ring);
     }
-    __syncwarp();  // else the idle lanes' wait may come first and hold up the lane that runs ahead of the kernel before
+    __syncwarp();  // else the idle lanes may wait first and hold up the lane that runs ahead of the previous kernel
     pdl_wait();
     return;
   }

@@ -1,5 +1,5 @@
 // The producer of row_linear on Hopper: which units of the weight a CTA works through, the ring of shared-memory stages
-// that it fills with them, and what it brings to L2 ahead of that.
+// that it fills with them, and what it prefetches into L2 ahead of that.
 #pragma once
 #include "orthrus/launch.cuh"
 #include "orthrus/sm90.cuh"
@@ -8,10 +8,10 @@
 namespace orthrus::cuda {
 
 constexpr int kMaxStages = 16;
-constexpr int kManyStagingRows = 2 * kStagingRows;  // of many rows
+constexpr int kManyStagingRows = 2 * kStagingRows;  // with many rows
 constexpr int kManyStagingBytes = kManyStagingRows * kStagingStride * 4;
 
-// CTAs, neighbours in the grid, that work through the same rows with weights of their own: each loads its part of x for
+// CTAs, neighbours in the grid, that work through the same rows with different weights: each loads its part of x for
 // all of them.
 __host__ __device__ constexpr int cluster_ctas(bool many_rows) { return many_rows ? kRowTilesSm90.cluster : 1; }
 static_assert(kRowTilesSm90.cluster == kRowTilesSm90Coded.cluster);
@@ -23,12 +23,12 @@ __host__ __device__ constexpr int stage_bytes(int blocks) {
   return blocks * packed_bytes(kCoded) + kXBytes<kTileRows>;
 }
 
-// The start of shared memory, at addresses that take no registers. Behind it x of all the ring's stages, which its
-// swizzle wants at multiples of 1024 bytes, then their weights, then for kArgmax the best logits, or with many rows
-// transposition buffers that are twice as large.
+// The start of shared memory, at addresses that take no registers. Behind it are x of all the ring's stages, at
+// multiples of 1024 bytes as the swizzle requires, then their weights, then for kArgmax the best logits, or with many
+// rows transposition buffers that are twice as large.
 struct alignas(1024) Shared {
   uint64_t full[kMaxStages], empty[kMaxStages];
-  int32_t flags[2];                              // of each group
+  int32_t flags[2];                              // one per group
   alignas(16) float staging[2][kStagingFloats];
 };
 
@@ -54,7 +54,7 @@ struct Ring {
   __device__ Best* best() const { return reinterpret_cast<Best*>(weight(num_stages, 0)); }
 };
 
-// The same as addresses, from one that stays in a register: the compiler would ask for the start at every step.
+// The same as addresses, from one that stays in a register: the compiler would recompute the start at every step.
 template <int kTileRows, bool kCoded>
 struct RingAddresses {
   SharedAddress start;
@@ -81,9 +81,9 @@ struct Cursor {
   }
 };
 
-// The items that a CTA works through: its range of units for one row tile after the other (few rows), or whole
-// tiles of two blocks (many rows), there with the row tile varying fastest so that a weight is read from memory once.
-// A cluster's CTAs take neighbouring tiles of the same rows, the last one maybe none that there is.
+// The items that a CTA works through: its range of units for one row tile after the other (few rows), or whole tiles of
+// two blocks (many rows), with the row tile varying fastest so that a weight is read from memory once. A cluster's CTAs
+// take neighbouring tiles of the same rows; the last one's may not exist.
 template <bool kManyRows>
 struct Walk {
   static constexpr int kCtas = cluster_ctas(kManyRows);
@@ -112,19 +112,19 @@ struct Walk {
   __device__ uint32_t of_all(int item) const { return blockIdx.x / kCtas + item * (gridDim.x / kCtas); }
 };
 
-// One unit of the walk as the producer needs it. A single thread loads everything, so that a step has to take it no
-// longer than memory takes for 6 KB: within a run, the units of one tile one after the other, it is a few additions.
+// One unit of the walk as the producer needs it. A single thread issues all loads, so a step must take it no longer
+// than memory takes for 6 KB: within a run (consecutive units of one tile) it is a few additions.
 template <int kTileRows, bool kManyRows, bool kCoded>
 struct Position {
   static constexpr int kBytes = packed_bytes(kCoded);
 
   const Walk<kManyRows>& walk;
   const sm90::TensorMap* x_map;  // of the item's view
-  int item = 0, row;             // the first that this CTA loads of its row tile
+  int item = 0, row;             // the first row that this CTA loads of its row tile
   const uint8_t* weight;
-  int block, behind;             // first block of the tile; units of the item behind the run
+  int block, behind;             // first block of the tile; units of the item after the run
   const uint8_t* source;         // the unit's first block
-  int column, left;              // its first input; units of the run from it on
+  int column, left;              // its first input; units left in the run, this one included
 
   __device__ Position(const Walk<kManyRows>& w, const sm90::TensorMap* x_maps) : walk(w) { enter(x_maps); }
   __device__ void enter(const sm90::TensorMap* x_maps) {
@@ -157,8 +157,8 @@ struct Position {
   }
 };
 
-// The first units that the next kernel's CTA of the same number will load, if that has few rows too: memory does not
-// wait for this kernel's end.
+// The first units that the next kernel's CTA of the same number will load, if that kernel has few rows too: memory need
+// not wait for this kernel's end.
 struct NextWeightPrefetch {
   const RowLinearPlan& plan;
   const uint8_t* source = nullptr;
@@ -211,7 +211,7 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps
     if (one) load_block(dst, at.source, full);
     if (both) load_block(dst + kBytes, at.source + row_of_blocks, full);
   };
-  // Of a cluster's CTAs each loads its part to all, whose barriers may not expect it yet.
+  // Each CTA of a cluster loads its part into all of them, whose barriers may not expect it yet.
   auto load_x = [&](const Position& at, int stage) {
     constexpr int kCtas = cluster_ctas(kManyRows);
     if constexpr (kCtas == 1) {
@@ -228,9 +228,9 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps
     if (ring.blocks == 2) bulk_prefetch(at.source + row_of_blocks, kBytes);
   };
 
-  // Steps brought to L2 before they are loaded; many rows, with one CTA an SM and reuse in L2, do without. Only the
-  // load marks a line as evict-first: between the two it has to stay. Behind the last step come the first ones of the
-  // next weight.
+  // Steps prefetched into L2 before they are loaded; many rows, with one CTA per SM and reuse in L2, do without. Only
+  // the load marks a line as evict-first: until then it has to stay. After the last step, the first ones of the next
+  // weight follow.
   const int lead = kManyRows ? 0 : args.plan.steps_ahead;
   const int ahead = min(total, ring.num_stages);
   Position first(walk, x_maps), next(walk, x_maps);
@@ -261,7 +261,7 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps
   }
 #pragma unroll 1
   while (!kManyRows && next_weight.left > 0) next_weight.prefetch();
-  // Shared memory has to stay while the cluster's consumers arrive here.
+  // Shared memory must stay valid until the cluster's consumers have arrived at its barriers.
   if constexpr (cluster_ctas(kManyRows) > 1) {
 #pragma unroll 1
     for (int step = 0; step < ahead; ++step, cursor.advance(ring.num_stages))

@@ -1,4 +1,4 @@
-// Functions for kernels and hosts alike.
+// Marks functions that both kernels and host code call.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,24 +1,24 @@
-// Which blocks a one-pass cycle drafts while it verifies: a wager on how its own verification will end.
+// Which blocks a one-pass cycle drafts while it verifies: a wager on the outcome of its own verification.
 //
-// A hypothesis (accepted, anchor) supposes that exactly `accepted` = j drafts are accepted. With anchor -1 its block
-// starts at the last accepted token, at position n + j: the bonus token behind it is unseen, the block's row 0 guesses
-// it and rows 1 ... give the next drafts. With a token as anchor, a runner-up for the rejected draft j + 1, the block
-// starts at that position, n + j + 1: if the bonus token is this one, rows 0 ... are the very drafts that a draft pass
-// of its own would have made. accepted -1: no hypothesis.
+// A hypothesis (accepted, anchor) supposes that exactly `accepted` = j drafts are accepted; accepted -1: no hypothesis.
+// With anchor -1 its block starts at the last accepted token, at position n + j. The bonus token after it is unseen:
+// row 0 of the block guesses it, and rows 1 ... give the next drafts. With a token as anchor, a runner-up for the
+// rejected draft j + 1, the block starts at that draft's position, n + j + 1. If the bonus token is the anchor,
+// rows 0 ... are exactly the drafts that a separate draft pass would have made.
 //
-// They are picked greedily by expected gain: P(outcome) times the tokens that drafts for it add to the next pass, a
-// block with the bonus unseen counting 1. P comes from the drafter's own probabilities p of its draft and runners-up:
-// drafts 1 ... j accepted, then j + 1 rejected. Only speed depends on any of this, never a token.
-// The constants are fitted: bench/bench_hypotheses.py.
+// They are picked greedily by expected gain: P(outcome) times the tokens that drafts for it add to the next pass, where
+// a block with the bonus token unseen counts 1. P is computed from the drafter's own probabilities p of its drafts and
+// runners-up: drafts 1 ... j accepted, then j + 1 rejected. All of this affects only speed, never a token. The
+// constants are fitted: bench/bench_hypotheses.py.
 #pragma once
 #include "orthrus/host_device.h"
 #include "orthrus/params.h"
 
 namespace orthrus {
 
-// Gain of drafting behind the true bonus token, over drafting with it unseen.
+// Gain of drafting behind the true bonus token, relative to drafting with it unseen.
 constexpr float kSeenGain = 1.6f;
-// Factor on the probability of drafts that follow a wrong guess of the bonus token, or are kept from a rejected block.
+// Factor on the probability of drafts that follow a wrong guess of the bonus token or are kept from a rejected block.
 constexpr float kDoubt = 0.5f;
 
 struct Hypothesis {
@@ -27,8 +27,8 @@ struct Hypothesis {
   int32_t rank;  // 0: bonus unseen; else the runner-up that is the anchor
 };
 
-// Gain of (accepted, rank) given those already picked for the same `accepted`, a bit for each rank; -1: impossible.
-// `reach` is the probability that `accepted` drafts are accepted at all, `prob` that of the next draft and runners-up.
+// Gain of (accepted, rank); -1: impossible. `picked` has a bit for each rank already picked for the same `accepted`.
+// `reach` is the probability that `accepted` drafts are accepted at all, `prob`: of the next draft and its runners-up.
 ORTHRUS_HD float gain(float reach, const float* prob, bool last, int32_t rank, uint32_t picked) {
   if ((picked >> rank & 1) || (last && rank > 0)) return -1.f;
   if (rank > 0) return reach * prob[rank] * ((picked & 1) ? kSeenGain - 1.f : kSeenGain);
@@ -39,10 +39,10 @@ ORTHRUS_HD float gain(float reach, const float* prob, bool last, int32_t rank, u
   return reach * (open > 0.f ? open : 0.f);
 }
 
-// Picks `fan_out` hypotheses of one slot into `hypotheses`. Called by every lane of a `Team` (a warp, or the one lane
-// of a CPU thread): team.lane, Team::kLanes and best(), of the lanes' offers that of the largest gain, of equal ones
-// that with fewest accepted, then of lowest rank. `prob`, `runner_up`: of the slot's block, as SlotState has them.
-// `reach` and `picked` are scratch of num_drafts + 1 elements, of which a lane touches only its own.
+// Picks `fan_out` hypotheses of one slot into `hypotheses`. Called by every lane of a `Team` (a warp, or a CPU thread
+// as the only lane) with team.lane, Team::kLanes and best(), which returns the lanes' offer with the largest gain; ties
+// go to the fewest accepted, then to the lowest rank. `prob` and `runner_up` are those of the slot's block, laid out as
+// in SlotState. `reach` and `picked` are scratch of num_drafts + 1 elements; a lane touches only its own.
 template <typename Team>
 ORTHRUS_HD void pick_hypotheses(const Team& team, const float* __restrict__ prob, const int32_t* runner_up,
                                 int32_t num_drafts, int32_t fan_out, float* __restrict__ reach,
@@ -73,7 +73,7 @@ ORTHRUS_HD void pick_hypotheses(const Team& team, const float* __restrict__ prob
   }
 }
 
-// The block whose hypothesis came true, -1 if none did, and the first of its rows that drafts.
+// The block whose hypothesis came true, or -1 if none did, and the first of its rows that drafts.
 struct Hit {
   int32_t block;
   int32_t first_row;

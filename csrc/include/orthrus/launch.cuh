@@ -1,5 +1,5 @@
-// Kernel launch with programmatic dependent launch: a kernel may start while its predecessor on the
-// stream still runs, and waits for it inside. The host shim of the CPU tests provides its own twin.
+// Kernel launch with programmatic dependent launch: a kernel may start while its predecessor on the stream still runs,
+// and waits for it inside. The host shim of the CPU tests provides its own version.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -9,21 +9,22 @@
 
 namespace orthrus::cuda {
 
-// Blocks until every earlier kernel of the stream has finished and its writes are visible. Every
-// kernel calls it before it touches any tensor but weights, also on its early exits: a later kernel
-// relies on it to see not only its predecessor's writes but all writes before that.
+// Blocks until every earlier kernel of the stream has finished and its writes are visible. Every kernel calls it before
+// it touches any tensor but weights, on early exits too: a later kernel relies on this to see all earlier writes, not
+// only those of its predecessor.
 __device__ __forceinline__ void pdl_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-#if ORTHRUS_PDL_DELAY_NS > 0  // a build that looks for kernels that do not wait as they should
+#if ORTHRUS_PDL_DELAY_NS > 0  // a build that finds kernels that do not wait as they should
   __nanosleep(ORTHRUS_PDL_DELAY_NS);
 #endif
 #endif
 }
 
-// Lets the next kernel of the stream start its prologue once every CTA of this one got here. Small kernels do so at
-// once, before they wait: a prologue touches nothing but weights, and a row_linear behind them can stream its own while
-// the one before them ends. A kernel's CTAs have all started by then, so its successors cannot keep it from running.
+// Lets the next kernel of the stream start its prologue once every CTA of this one has got here. Small kernels call it
+// at once, before they wait: a prologue touches nothing but weights, and a row_linear behind them can stream its
+// weights while the kernel before them ends. By then all CTAs of the small kernel have started, so its successors
+// cannot keep it from running.
 __device__ __forceinline__ void pdl_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -70,7 +71,7 @@ cudaError_t allow_smem(void (*kernel)(Params), int smem_bytes) {
   return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
 }
 
-// CTAs of `kernel` that one multiprocessor holds. Returns a cudaError_t as int.
+// CTAs of `kernel` that fit on one SM. Returns a cudaError_t as int.
 template <typename Params>
 int occupancy(void (*kernel)(Params), int threads, int smem_bytes, int* ctas) {
   const cudaError_t error = allow_smem(kernel, smem_bytes);
@@ -78,7 +79,7 @@ int occupancy(void (*kernel)(Params), int threads, int smem_bytes, int* ctas) {
   return static_cast<int>(cudaOccupancyMaxActiveBlocksPerMultiprocessor(ctas, kernel, threads, smem_bytes));
 }
 
-// Clusters of `cluster` CTAs, neighbours in x (Hopper, if more than one). Returns a cudaError_t as int.
+// Launches clusters of `cluster` CTAs, neighbours in x (Hopper, if more than one). Returns a cudaError_t as int.
 template <typename Params>
 int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int smem_bytes, void* stream,
            const DeviceInfo& device, int cluster = 1) {
@@ -89,8 +90,8 @@ int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads,
     attributes[config.numAttrs].id = id;
     return attributes[config.numAttrs++].val;
   };
-  // The same carve-out for every kernel: another one would keep neighbours from sharing an SM. Of the launch, not of
-  // the function: setting that may wait for copies under way.
+  // The same carve-out for every kernel: a different one would keep neighbouring kernels from sharing an SM. It is an
+  // attribute of the launch, not of the function: setting the latter may wait for copies under way.
   next_attribute(cudaLaunchAttributePreferredSharedMemoryCarveout).sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
   if (device.major >= 9 && !pdl_is_off())
     next_attribute(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;

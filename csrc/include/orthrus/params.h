@@ -1,10 +1,10 @@
 // Plain-old-data parameters of every native op, shared by the CPU and CUDA implementations.
 //
-// Pointers are device pointers for CUDA and host pointers for the CPU. Shapes are in the comments,
-// row-major and contiguous. The caller allocates everything.
+// Pointers are device pointers for CUDA and host pointers for the CPU. Shapes are in the comments, row-major and
+// contiguous. The caller allocates and owns everything.
 //
-// `T` is the element of weights, activations and cache: bf16_t, a raw 16-bit word so that this header
-// needs neither CUDA nor torch, or float. "round" means to T; nothing is rounded where T is float.
+// `T` is the element type of weights, activations and cache: bf16_t (a raw 16-bit word, so that this header needs
+// neither CUDA nor torch) or float. "round" means rounding to T; where T is float, nothing is rounded.
 #pragma once
 #include <cstdint>
 
@@ -27,16 +27,16 @@ struct Rows {
   int32_t num_groups;
   int32_t num_groups_ar;
   int32_t max_group_rows;      // no group has more rows than this
-  int32_t blocks_per_seq;      // so many consecutive diffusion groups, of max_group_rows rows each, share a sequence;
-                               // 1: nothing is known
+  int32_t blocks_per_seq;      // runs of this many consecutive diffusion groups, each of max_group_rows rows, share a
+                               // sequence; 1: nothing is known
 };
 
-// Positions of a page.
+// Positions per page.
 constexpr int kPageSize = 64;
 
 // One layer's paged KV: page p, head h, position t in it and dim d lie at
 // ((p*num_heads_kv + h)*kPageSize + t)*head_dim + d.
-// Nobody reads page 0, the sink: the torch reference writes invalid rows there, native code nowhere.
+// Page 0, the sink, is never read: the torch reference writes invalid rows there, native code does not write them.
 template <typename T>
 struct PagedKvOf {
   T* k_pages;                  // [num_pages, num_heads_kv, kPageSize, head_dim]
@@ -61,13 +61,13 @@ struct RowLinearParamsOf {
   const T* x;                  // [num_rows, in_features]
   const void* weight;          // packed by the implementation's own layout
   const void* weight_diff;     // packed likewise; null: all rows use `weight`
-  int32_t weight_coded;        // in 12 bits an element, see cpu/coded_weight.h and cuda/coded_block.cuh; bf16 only
+  int32_t weight_coded;        // in 12 bits per element, see cpu/coded_weight.h and cuda/coded_block.cuh; bf16 only
   int32_t weight_diff_coded;
   const T* residual;           // [num_rows, out_features] (kResidual), may alias out
   void* out;                   // see Epilogue
   float* partial_value;        // [num_rows, num_partials] (kArgmax)
   int32_t* partial_id;         // [num_rows, num_partials] (kArgmax)
-  void* workspace;             // implementation's own size, zero-initialised once by the caller
+  void* workspace;             // of the implementation's size, zero-initialised once by the caller
   int64_t workspace_bytes;
   int32_t num_rows;
   int32_t num_rows_ar;
@@ -75,19 +75,19 @@ struct RowLinearParamsOf {
   int32_t out_features;        // of the weight: 2 * intermediate size for kSiluMul
   int32_t num_partials;
   Epilogue epilogue;
-  const void* next_weight;     // packed likewise: what the next row_linear reads, or null; only a hint
+  const void* next_weight;     // weight of the next row_linear, packed likewise, or null; only a hint
   int32_t next_in_features;
   int32_t next_out_features;
   int32_t next_weight_coded;
 };
 using RowLinearParams = RowLinearParamsOf<bf16_t>;
 
-// QK RMSNorm (optional) + RoPE (half-split) + write. q goes to q_out; k and v of AR rows go to their
-// page at `position`, of diffusion rows to the scratch at row - num_rows_ar. fp32 inside, one rounding.
-// An element of a value that is not finite is written as 0, and NaN in the same place of the key. So it spoils the
-// rows that see the key, and no others: attention multiplies whole tiles, and 0 * NaN is NaN. CUDA reads pairs: all
-// pointers but those of rows and of the page table are aligned to two elements. The norms' weights must be complete
-// before the preceding kernels of the stream start: they are read while those run.
+// QK RMSNorm (optional) + RoPE (half-split) + write. q goes to q_out; k and v of an AR row go to the page of its
+// `position`, those of a diffusion row to the scratch at row - num_rows_ar. fp32 inside, one rounding. A non-finite
+// element of a value is written as 0, and the same element of its key as NaN. This spoils the rows that see the key and
+// no others: attention multiplies whole tiles, and 0 * NaN is NaN. CUDA reads pairs: all pointers except those of rows
+// and page table are aligned to two elements. The norm weights must be complete before the preceding kernels of the
+// stream start, because they are read while those kernels run.
 template <typename T>
 struct QkvCommitParamsOf {
   const T* qkv;                // [num_rows, (num_heads_q + 2*num_heads_kv) * head_dim]: q | k | v heads
@@ -106,16 +106,16 @@ struct QkvCommitParamsOf {
 };
 using QkvCommitParams = QkvCommitParamsOf<bf16_t>;
 
-// Softmax attention of each row over the keys that rows.h makes visible to it. A row that sees
-// nothing yields zeros. Rounding points: weights e^(score - maximum) before their product with the values (on the
-// CPU before their sum too), and the output; everything else fp32.
+// Softmax attention of each row over the keys that rows.h makes visible to it. A row that sees nothing yields zeros.
+// Rounding points: the weights e^(score - maximum) before they are multiplied by the values (on the CPU also before
+// they are summed), and the output; everything else is fp32.
 template <typename T>
 struct DualAttnParamsOf {
   const T* q;                  // [num_rows, num_heads_q, head_dim]
   const T* scratch_k;          // [num_rows - num_rows_ar, num_heads_kv, head_dim]
   const T* scratch_v;          // same shape
   T* out;                      // [num_rows, num_heads_q, head_dim]
-  void* workspace;             // implementation's own size, 16-byte aligned
+  void* workspace;             // of the implementation's size, 16-byte aligned
   int64_t workspace_bytes;
   Rows rows;
   PagedKvOf<T> kv;
@@ -146,7 +146,7 @@ struct EmbedParamsOf {
   int32_t vocab_size;
 };
 
-// kNoChoice: the row of the next token has no logit above -inf, as all are NaN or masked.
+// kNoChoice: the row that chooses the next token has no logit above -inf, as all are NaN or masked.
 enum class FinishReason : int32_t { kEmpty = -1, kRunning = 0, kStop = 1, kLength = 2, kNoChoice = 3 };
 
 // Which rows the choices of this call belong to.
@@ -154,8 +154,9 @@ enum class ConsensusStep : int32_t {
   kDraft = 0,   // choices of diffusion rows 0 ... block_len-2 of each slot become its drafts
   kVerify = 1,  // choices of AR rows 0 ... rows_per_slot-1 decide what is accepted
   kStage = 2,   // no choices (rows_per_slot 0): only stage the next pass from the state as it is
-  kVerifyAndDraft = 3,  // choices of the rows of kOnePass, slot by slot: block_len AR rows decide what is accepted,
-                        // then fan_out blocks of block_len diffusion rows, of which one may give the next drafts
+  kVerifyAndDraft = 3,  // choices of the rows of kOnePass, slot by slot: block_len AR rows, which decide what is
+                        // accepted, then fan_out blocks of block_len diffusion rows, one of which may give the next
+                        // drafts
 };
 
 // What to stage for the next pass.
@@ -169,24 +170,24 @@ enum class NextPass : int32_t {
 
 constexpr int32_t kMaxBlockLen = 256;
 
-// Choices kept of a draft's row: the draft itself, the second and the third likeliest token.
+// Choices kept for each draft's row: the draft itself and the second and third likeliest tokens.
 constexpr int32_t kCandidates = 3;
 
-// Per-slot decode state, MUTATED by consensus. Entry i of a block belongs to the token at cache_seqlens + i.
+// Per-slot decode state, MUTATED by consensus. Entry i of a block belongs to the token at position cache_seqlens + i.
 struct SlotState {
   int32_t* cache_seqlens;      // [num_slots] committed tokens, whose AR keys/values are in the cache
   int32_t* block_tokens;       // [num_slots, max_block_len] t0 (known, not yet cached), then the drafts
   int32_t* num_drafts;         // [num_slots] drafts to verify, < block_len
-  int32_t* num_verified;       // [num_slots] drafts that the last verification looked at
+  int32_t* num_verified;       // [num_slots] drafts that the last verification checked
   int32_t* num_accepted;       // [num_slots] accepted drafts of the last verification
   int32_t* limit;              // [num_slots] total tokens the sequence may have
   int32_t* stop_ids;           // [num_slots, max_stop_ids], padded with -1
   FinishReason* finish;        // [num_slots]
   int32_t* output;             // [num_slots, output_capacity] ring of emitted tokens
   int32_t* num_output;         // [num_slots] tokens emitted so far (ring index = num_output % capacity)
-  int32_t* runner_up;          // [num_slots, max_block_len, kCandidates - 1] other likely tokens in a draft's place
-  float* draft_prob;           // [num_slots, max_block_len, kCandidates] probabilities of the draft and of those
-  int32_t* hypotheses;         // [num_slots, max_fan_out, 2] what each block of this pass supposes: see hypotheses.h
+  int32_t* runner_up;          // [num_slots, max_block_len, kCandidates - 1] the next likeliest tokens for each draft
+  float* draft_prob;           // [num_slots, max_block_len, kCandidates] probabilities of the draft and its runners-up
+  int32_t* hypotheses;         // [num_slots, max_fan_out, 2] hypothesis of each block of this pass: see hypotheses.h
   int32_t num_slots;
   int32_t max_block_len;
   int32_t max_fan_out;
@@ -195,11 +196,11 @@ struct SlotState {
 };
 
 struct ConsensusParams {
-  const float* partial_value;  // [num_slots * rows_per_slot, num_partials]; NaN counts as -inf, and a row whose values
-                               // are all -inf has no choice
+  const float* partial_value;  // [num_slots * rows_per_slot, num_partials]; NaN counts as -inf, and a row with all
+                               // values at -inf has no choice
   const int32_t* partial_id;   // same shape
   SlotState state;
-  int32_t* next_token;         // rows of the next pass, as NextPass lists them, MUTATED whole
+  int32_t* next_token;         // rows of the next pass, in the order given at NextPass; MUTATED, all rows
   int32_t* next_position;
   int32_t* next_seq;
   int32_t* next_prefix_len;
@@ -213,20 +214,20 @@ struct ConsensusParams {
   NextPass next_pass;
 };
 
-// Edits of a slot's logits, made before any filter. All null where no slot has any. Ids outside the vocabulary have no
-// effect.
+// Edits of a slot's logits, applied before any filter. All pointers are null if no slot has edits. Ids outside the
+// vocabulary have no effect.
 struct SlotEdits {
   const float* penalties;      // [num_slots, 3] repetition, presence, frequency; 1, 0, 0 changes nothing
-  const int32_t* token_counts; // [num_slots, vocab_size] times generated; -1: in the prompt alone
+  const int32_t* token_counts; // [num_slots, vocab_size] times generated; -1: only in the prompt
   const int32_t* bias_ids;     // [num_slots, max_bias], padded with -1
   const float* bias_values;    // same shape
   const int32_t* stop_ids;     // [num_slots, max_stop_ids], padded with -1
-  const int32_t* min_position; // [num_slots] stop ids cannot be chosen for positions below
+  const int32_t* min_position; // [num_slots] stop ids cannot be chosen for positions below this
   int32_t max_bias;
   int32_t max_stop_ids;
 };
 
-// Counts the tokens that the output ring received since the last call: per slot and ring entry num_counted ...
+// Counts the tokens that the output ring has received since the last call. For each slot and ring entry num_counted ...
 // num_output-1, token_counts[slot][token] = max(itself, 0) + 1; then num_counted = num_output.
 struct CountTokensParams {
   int32_t* token_counts;       // [num_slots or more, vocab_size], MUTATED
@@ -238,8 +239,8 @@ struct CountTokensParams {
 // Ids per partial maximum of process_logits.
 constexpr int kScoreTile = 128;
 
-// Row i of the logits belongs to row r = logit_rows[i] of the pass, obeys the parameters of its slot and chooses the
-// token at position[r] + 1: its scores' largest. See orthrus_rt/ops.py for their definition.
+// Row i of the logits belongs to row r = logit_rows[i] of the pass. It uses the parameters of that row's slot and
+// chooses the token for position[r] + 1, the one with the largest score. orthrus_rt/ops.py defines the scores.
 struct ProcessLogitsParams {
   float* logits;                // [num_rows, vocab_size], MUTATED: scaled logits
   const int32_t* logit_rows;    // [num_rows]

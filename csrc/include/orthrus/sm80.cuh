@@ -1,5 +1,5 @@
-// The sm_80 instructions that kernels stream with: cp.async, ldmatrix, mma.sync, named barriers, loads from L2, an
-// atomic add in acquire-release order. Thin wrappers over PTX. The host shim of the CPU tests provides its own twin.
+// The sm_80 instructions that kernels stream with: cp.async, ldmatrix, mma.sync, named barriers, loads from L2 and an
+// atomic add in acquire-release order. Thin wrappers over PTX. The host shim of the CPU tests provides its own version.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -13,15 +13,15 @@ __device__ __forceinline__ SharedAddress shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Adds to a counter in global memory; returns what was there. Device-wide, what the block wrote before its last barrier
-// is ordered ahead of what the thread reads after.
+// Adds to a counter in global memory and returns its previous value. Device-wide, what the block wrote before its last
+// barrier is ordered before what the thread reads afterwards.
 __device__ __forceinline__ int add_acq_rel(int32_t* counter, int value) {
   int before;
   asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
   return before;
 }
 
-// 16 bytes from L2, where other blocks' writes are; if not `wanted`, nothing is read and v keeps what it holds.
+// 16 bytes from L2, where other blocks' writes are; if not `wanted`, nothing is read and v keeps its value.
 __device__ __forceinline__ void load_l2_if(float4& v, const float4* p, bool wanted) {
   asm volatile(
       "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n"
@@ -45,7 +45,7 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 __device__ __forceinline__ void copy16(SharedAddress dst, const void* src, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
 }
-// For data that is read once: its lines are the first to leave L2.
+// For data that is read once: its lines are the first to be evicted from L2.
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -62,7 +62,7 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8 x 8 matrices of bf16; lane 8m + i names row i of matrix m.
+// Four 8 x 8 matrices of bf16; lane 8m + i passes the address of row i of matrix m.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

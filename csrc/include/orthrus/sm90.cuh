@@ -1,5 +1,5 @@
-// The sm_90a instructions that kernels stream with: mbarriers, bulk and tensor copies, wgmma. Thin wrappers
-// over PTX, no policy. The host shim of the CPU tests provides its own twin.
+// The sm_90a instructions that kernels stream with: mbarriers, bulk and tensor copies, wgmma. Thin wrappers over PTX,
+// no policy. The host shim of the CPU tests provides its own version.
 #pragma once
 #include <cudaTypedefs.h>
 #include <cuda_runtime.h>
@@ -15,15 +15,15 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the copy engine; the threads of the CTA, or its cluster, still need a barrier.
+// Makes initialised barriers visible to the async proxy; the threads of the CTA or of its cluster still need a barrier.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Orders what the thread has seen in global memory before its copies that follow, which are of another proxy.
+// Orders what the thread has seen in global memory before its later copies, which belong to the async proxy.
 __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
-// Orders what the thread has read in shared memory before copies to there, whoever asks for them behind a barrier.
+// Orders what the thread has read in shared memory before copies into it that any thread issues after a barrier.
 __device__ __forceinline__ void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -32,9 +32,10 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// At the barrier that lies there in CTA `rank` of the cluster, as CUTLASS arrives: not .release.cluster, for which
-// ptxas fences all of memory. So what a peer CTA multicasts into may be released only if wgmma has read it, and once a
-// wait has said so. What threads have read may be released to copies of this CTA alone, behind fence_proxy_async_shared.
+// Arrives at the barrier at the same address in CTA `rank` of the cluster, as CUTLASS does: not with .release.cluster,
+// for which ptxas fences all of memory. So memory that a peer CTA multicasts into may be released only if wgmma alone has
+// read it, once a wait has confirmed that. What threads have read may be released to copies of their own CTA only, behind
+// fence_proxy_async_shared.
 __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int rank) {
   asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
@@ -46,8 +47,8 @@ __device__ __forceinline__ void barrier_arrive_expect(SharedAddress barrier, int
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Blocks until the barrier's phase of this parity has completed. Copies take microseconds: 2^34 clocks, some ten
-// seconds, after the first look an error is better than a hang.
+// Blocks until the barrier's phase of this parity has completed. Copies take microseconds, so it traps 2^34
+// clocks, some ten seconds, after the first look: an error is better than a hang.
 __device__ __forceinline__ void barrier_wait(SharedAddress barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\n.reg .s64 start, now;\n"
@@ -85,15 +86,15 @@ __device__ __forceinline__ void bulk_load(SharedAddress dst, const void* src, in
                : "memory");
 }
 
-// Brings global memory as far as L2.
+// Prefetches global memory into L2.
 __device__ __forceinline__ void bulk_prefetch(const void* src, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
 }
 
 using TensorMap = CUtensorMap;
 
-// Driver functions, unlike the runtime's, need a current context in the calling thread, and a thread that has asked for
-// no more than the device's number has none: torch, too, does not set a device that is current already.
+// Driver functions, unlike the runtime's, need a current context in the calling thread. A thread that has only asked
+// for the device's number has none, and torch does not set a device that is current already.
 inline cudaError_t bind_context() {
   static thread_local bool bound = false;
   if (bound) return cudaSuccess;
@@ -104,7 +105,7 @@ inline cudaError_t bind_context() {
   return error;
 }
 
-// A map over the rows of a bf16 matrix in boxes of `box_rows` x 64 elements, 128-byte swizzled in shared memory.
+// A tensor map over the rows of a bf16 matrix in boxes of `box_rows` x 64 elements, 128-byte swizzled in shared memory.
 inline cudaError_t make_row_map(TensorMap* map, const uint16_t* data, int rows, int columns, int box_rows) {
   static const auto encode = [] {
     void* function = nullptr;  // from the driver, which this module does not link
@@ -126,8 +127,8 @@ inline cudaError_t make_row_map(TensorMap* map, const uint16_t* data, int rows, 
   return static_cast<cudaError_t>(result);  // driver and runtime number errors alike
 }
 
-// True in one thread of the calling warp. Of such a thread ptxas knows that it is alone: behind any other condition it
-// issues every copy in a loop over the lanes that may be there, some 40 clocks each.
+// True in one thread of the calling warp. ptxas knows that this thread is alone; under any other condition it issues
+// every copy in a loop over the lanes that may be active, some 40 clocks each.
 __device__ __forceinline__ bool elect_one() {
   uint32_t elected;
   asm volatile("{\n.reg .b32 leader;\n.reg .pred p;\nelect.sync leader|p, %1;\nselp.u32 %0, 1, 0, p;\n}"
@@ -149,7 +150,7 @@ __device__ __forceinline__ void tensor_load(SharedAddress dst, const TensorMap* 
                : "memory");
 }
 
-// The same to this address in each CTA of the cluster whose bit `ctas` has; there it counts on that CTA's own barrier.
+// The same, to this address in each CTA of the cluster whose bit is set in `ctas`; it counts on that CTA's own barrier.
 __device__ __forceinline__ void tensor_load_multicast(SharedAddress dst, const TensorMap* map, int column, int row,
                                                       SharedAddress barrier, uint16_t ctas) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
@@ -158,7 +159,7 @@ __device__ __forceinline__ void tensor_load_multicast(SharedAddress dst, const T
                : "memory");
 }
 
-// Until every thread of the cluster is here. Orders nothing but barriers that were initialised ahead of a fence.
+// Waits for every thread of the cluster. Orders nothing but barriers that were initialised before a fence.
 __device__ __forceinline__ void cluster_sync_relaxed() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
@@ -175,7 +176,7 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Move registers between the warpgroups of a CTA; a warpgroup must execute its own as a whole.
+// Move registers between the warpgroups of a CTA; all warps of a warpgroup must execute the instruction.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -185,7 +186,7 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Keeps the compiler from moving accesses of accumulators across an asynchronous instruction.
+// Keeps the compiler from moving accesses to accumulators across an asynchronous instruction.
 template <int kCount>
 __device__ __forceinline__ void pin(float (&d)[kCount]) {
 #pragma unroll
@@ -196,8 +197,9 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
 template <int kN>
 __device__ void wgmma(float* d, uint64_t a, uint64_t b, int accumulate);
 
-// The same, with A in registers: of thread t of the warpgroup, two inputs each of features f, f + 8, f and f + 8, f =
-// 16*(t/32) + (t%32)/4, from input 2*(t%4) and, the last two, from that plus 8. They stay as they are until it is done.
+// The same, with A in registers. Thread t of the warpgroup holds two inputs each of features f, f + 8, f and f + 8, f =
+// 16*(t/32) + (t%32)/4: the first two from input 2*(t%4) on, the last two from that plus 8. It must not change them
+// until the instruction has completed.
 template <int kN>
 __device__ void wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate);
 

@@ -1,5 +1,5 @@
-// The 64-bit descriptor that tells wgmma where an operand lies in shared memory. Apart from the instructions, so that
-// host tests decode the bits that the kernels pass.
+// The 64-bit descriptor that gives wgmma the location of an operand in shared memory. Kept apart from the instructions,
+// so that host tests can decode the bits that the kernels pass.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -8,7 +8,7 @@
 namespace orthrus::cuda::sm90 {
 
 // K-major operand in rows of 64 bf16 under the 128-byte swizzle, 8 rows per 1024 bytes. `address` is a multiple of
-// 1024; a step along K, inside the 128 bytes, is added to the descriptor.
+// 1024; a step along K, within the 128 bytes, is added to the descriptor.
 __host__ __device__ constexpr uint64_t matrix_descriptor_at(uint32_t address) {
   constexpr uint64_t kSwizzle128 = 1ull << 62;
   constexpr uint64_t kStrideOf8Rows = static_cast<uint64_t>(1024 >> 4) << 32;
