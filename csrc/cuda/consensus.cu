@@ -1,10 +1,10 @@
 // Choice, acceptance, stop, commit and staging of one cycle; contract in orthrus/params.h.
 //
-// One launch, one CTA a slot, one warp a row where they suffice. Warps reduce the partial maxima; one of them walks the
-// block and picks hypotheses, in shared memory; all threads write the results. Integer arithmetic but for comparisons
-// and the wagers of hypotheses.h, all in a fixed order, so deterministic; graph-safe: limits, stop ids and lengths are
-// read on the device. MUTATED: the slots' state, their output, and all rows that are staged. No slots: nothing is
-// launched. Reads 8 bytes a partial (of a one-pass cycle's blocks, only of the one that hit); everything else is small.
+// One launch, one CTA per slot, one warp per row where they suffice. Warps reduce the partial maxima; one of them walks
+// the block and picks hypotheses, in shared memory; all threads write the results. Integer arithmetic except for
+// comparisons and the wagers of hypotheses.h, all in a fixed order, so deterministic. Graph-safe: limits, stop ids and
+// lengths are read on the device. MUTATED: the slots' state, their output, and all staged rows. No slots: nothing is
+// launched. Reads 8 bytes per partial (of a one-pass cycle's blocks, only the one that hit); everything else is small.
 #include "best.cuh"
 #include "orthrus/hypotheses.h"
 #include "orthrus/launch.cuh"
@@ -17,7 +17,7 @@ namespace {
 constexpr int kMaxThreads = 1024;
 constexpr int kAhead = 8;  // partials of a row in flight per lane
 
-// Calls take(partial) for this lane's partials of one row; the loads of 256 are in flight at once.
+// Calls take(partial) for this lane's partials of one row; the loads of 256 partials are in flight at once.
 template <typename Take>
 __device__ void for_each_partial(const float* values, const int32_t* ids, int num_partials, int lane, Take take) {
   for (int base = 0; base < num_partials; base += 32 * kAhead) {
@@ -27,13 +27,13 @@ __device__ void for_each_partial(const float* values, const int32_t* ids, int nu
     for (int j = 0; j < kAhead; ++j) {
       if (first + 32 * j < num_partials) ahead[j] = {values[first + 32 * j], ids[first + 32 * j]};
     }
-    __syncwarp();  // else the compiler takes the first before it loads the last
+    __syncwarp();  // else the compiler uses the first before it loads the last
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) take(ahead[j]);
   }
 }
 
-// The largest partial of one row; the first id at -inf where none is above that. Warp-collective.
+// The largest partial of one row, or the first id at -inf if none is above that. Warp-collective.
 __device__ Best choose(const float* values, const int32_t* ids, int num_partials, int lane) {
   Best best;
   for_each_partial(values, ids, num_partials, lane, [&](const Best& other) {
@@ -88,7 +88,7 @@ struct Slot {
   bool doubt;
 };
 
-// The first of `count` numbers for which is_it(), `count` if there is none. Warp-collective.
+// The first of `count` numbers for which is_it(), or `count` if there is none. Warp-collective.
 template <typename IsIt>
 __device__ int first_where(int count, int lane, IsIt is_it) {
   for (int base = 0; base < count; base += 32) {
@@ -98,7 +98,7 @@ __device__ int first_where(int count, int lane, IsIt is_it) {
   return count;
 }
 
-// The walk of a verification: accepted prefix, then cut at the limit, at the first stop id and before a row without a
+// The walk of a verification: the accepted prefix, cut at the limit, at the first stop id, and before a row without a
 // choice, whose id accepts no draft. Warp-collective.
 __device__ void accept(Slot& slot, const int32_t* choices, const int32_t* drafts, const bool* is_stop,
                        const bool* is_none, int num_choices, int lane) {
@@ -122,7 +122,7 @@ __device__ void accept(Slot& slot, const int32_t* choices, const int32_t* drafts
 struct Warp {
   static constexpr int32_t kLanes = 32;
   int32_t lane;
-  // Gains are not negative: their bits are in their order.
+  // Gains are not negative, so their bits have the same order.
   __device__ Hypothesis best(const Hypothesis& mine) const {
     const bool offers = mine.gain >= 0.f;
     const unsigned gain = offers ? __float_as_uint(mine.gain) : 0u, most = __reduce_max_sync(~0u, gain);
@@ -141,7 +141,7 @@ struct Shared {
   int32_t tokens[kMaxBlockLen];  // the slot's block: t0, then the drafts
   bool is_stop[kMaxBlockLen];
   bool is_none[kMaxBlockLen];  // the row has no choice
-  // Of one-pass cycles, the slot's as SlotState has them:
+  // For one-pass cycles, the slot's, laid out as in SlotState:
   int32_t runner_up[kMaxBlockLen * (kCandidates - 1)];
   float prob[kMaxBlockLen * kCandidates];
   int32_t hypotheses[2 * kMaxHypotheses];
@@ -150,7 +150,7 @@ struct Shared {
   Slot slot;
 };
 
-// By all threads, the first elements by those of warp `first_warp`, below 4: short copies by several are one trip.
+// Copies by all threads, starting with those of warp `first_warp`, below 4: several short copies then take one trip.
 template <typename T>
 __device__ void copy(T* to, const T* from, int count, int first_warp = 0) {
   const int threads = blockDim.x, thread = static_cast<int>(threadIdx.x) - 32 * first_warp;
@@ -167,13 +167,13 @@ __device__ Row choice_row(const ConsensusParams& p, int slot, int row) {
   return {p.partial_value + first, p.partial_id + first};
 }
 
-// The choices of the first `count` rows, whether a row has none, and whether they are stop ids.
+// Reads the choices of the first `count` rows, whether a row has none, and whether they are stop ids.
 __device__ void read_choices(const ConsensusParams& p, Shared& sh, int count) {
   const int s = blockIdx.x, lane = threadIdx.x % 32;
   for (int i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
     const Row row = choice_row(p, s, i);
     const int32_t* const stop_ids = p.state.stop_ids + static_cast<int64_t>(s) * p.state.max_stop_ids;
-    const int first_stop = lane < p.state.max_stop_ids ? stop_ids[lane] : -1;  // on its way beside the partials
+    const int first_stop = lane < p.state.max_stop_ids ? stop_ids[lane] : -1;  // in flight with the partials
     const Best choice = choose(row.values, row.ids, p.num_partials, lane);
     bool stop = first_stop >= 0 && first_stop == choice.id;
     for (int j = 32 + lane; j < p.state.max_stop_ids; j += 32) stop |= stop_ids[j] >= 0 && stop_ids[j] == choice.id;
@@ -186,8 +186,8 @@ __device__ void read_choices(const ConsensusParams& p, Shared& sh, int count) {
   }
 }
 
-// The drafts of the next pass, of the block whose hypothesis came true or those behind the rejected one, and what
-// stands beside them.
+// The drafts of the next pass, from the block whose hypothesis came true or from behind the rejected draft, with their
+// runners-up and probabilities.
 __device__ void renew_drafts(const ConsensusParams& p, Shared& sh) {
   const SlotState& state = p.state;
   const int s = blockIdx.x, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -196,7 +196,7 @@ __device__ void renew_drafts(const ConsensusParams& p, Shared& sh) {
   __syncthreads();
   const int block_row = p.block_len * (1 + slot.hit.block);
   const bool hit = slot.hit.block >= 0;
-  // Those behind the rejected one move up, all at once: read, then written.
+  // Those behind the rejected draft move up, all at once: read, then written.
   const int shift = slot.num_accepted + 1, room = slot.limit - 1 - slot.cached;
   const int num_drafts = hit ? min(room, p.block_len - 1) : max(slot.num_drafts - shift, 0);
   const int moved = 1 + thread, from = moved + shift;
@@ -214,7 +214,7 @@ __device__ void renew_drafts(const ConsensusParams& p, Shared& sh) {
     for (int j = 0; j < kCandidates; ++j) sh.prob[i * kCandidates + j] = likely[j];
   };
   if (!hit && moved <= num_drafts) keep(moved);
-  // The guess of the bonus token, if the block was drafted with that unseen, is a row like the drafts'.
+  // The guess of the bonus token, if the block was drafted with it unseen, is a row like the drafts'.
   for (int i = slot.hit.first_row == 1 ? warp : 1 + warp; hit && i <= num_drafts; i += blockDim.x / 32) {
     const Row row = choice_row(p, s, block_row + slot.hit.first_row + i - 1);
     if (i == 0) {
@@ -240,7 +240,7 @@ __device__ void renew_drafts(const ConsensusParams& p, Shared& sh) {
   copy(state.draft_prob + first * kCandidates, sh.prob + kCandidates, num_drafts * kCandidates);
 }
 
-// Accept, commit and emit; the slot's drafts are spent, or renewed by the pass that verified them.
+// Accepts, commits and emits; the slot's drafts are used up, or renewed by the pass that verified them.
 __device__ void verify(const ConsensusParams& p, Shared& sh) {
   const SlotState& state = p.state;
   const int s = blockIdx.x, thread = threadIdx.x;

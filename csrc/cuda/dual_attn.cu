@@ -1,20 +1,19 @@
 // Mixed-mask attention over the paged cache and the diffusion blocks; contract in orthrus/params.h.
 //
-// Reads every visible key and value once per unit of 16, 64 or 128 (row, head) pairs; multiplies them
-// on the tensor cores (mma.sync, fp32 accumulation) with online softmax inside a split, and folds a
-// row's splits in ascending order. Three ways to the same bits: a CTA folds all splits of its unit in
-// registers (many units: prefill); or every split is a work item of its own, for all blocks of a sequence
-// together, and a second kernel folds the partial results (few units: decoding); or a row has one split and
-// nothing is folded.
-// Rounding points: probabilities to bf16 before the product with the values (their sum is of the unrounded ones), the
+// Each unit of 16, 64 or 128 (row, head) pairs reads every visible key and value once and multiplies them on the tensor
+// cores (mma.sync, fp32 accumulation), with online softmax inside a split. A row's splits are folded in ascending
+// order. Three ways lead to the same bits:
+// - a CTA folds all splits of its unit in registers (many units: prefill),
+// - every split is a work item of its own, for all blocks of a sequence together, and a second kernel folds the partial
+//   results (few units: decoding),
+// - a row has one split and nothing is folded.
+// Rounding points: probabilities to bf16 before the product with the values (their sum is over the unrounded ones), the
 // output to bf16.
 // Method: online softmax (Milakov, Gimelshein, arXiv 1805.02867) in tiles as in FlashAttention-2 (Dao, arXiv
 // 2307.08691); splits along the keys as in Flash-Decoding (Dao, Haziza, Massa, Sizov 2023), here at fixed positions.
-// Contract: q, keys, values and workspace 16-byte aligned, out 4-byte aligned. MUTATED: out, all rows, and the
-// workspace. No rows: nothing is launched. Row-invariant, deterministic, graph-safe: the grid depends on host integers
-// alone.
-// Bytes: each unit's visible keys and values once, q and out once. FLOP: 4 * head_dim for each key that a row and head
-// sees.
+// Contract: q, keys, values and workspace 16-byte aligned, out 4-byte. MUTATED: out, all rows, and the workspace. No
+// rows: nothing is launched. Row-invariant, deterministic, graph-safe: the grid depends on host integers alone.
+// Bytes: each unit's visible keys and values once, q and out once. FLOP: 4 * head_dim per visible (row, head, key).
 #include "dual_attn_kernel.cuh"
 #include "orthrus/aligned.h"
 #include "orthrus/ops.h"
@@ -22,7 +21,7 @@
 namespace orthrus::cuda {
 namespace {
 
-// Of 467 rows of 32 heads at 40,960 tokens. Passes that need more fold in registers, whatever their lengths.
+// Enough for 467 rows of 32 heads at 40,960 tokens. Passes that need more fold in registers, whatever their lengths.
 constexpr int64_t kMaxWorkspaceBytes = 512 << 20;
 
 int64_t partial_heads(int num_rows, int num_heads_q, int max_seq_len) {
@@ -34,7 +33,7 @@ int64_t workspace_bytes(int num_rows, int num_heads_q, int head_dim, int max_seq
   return partial_heads(num_rows, num_heads_q, max_seq_len) * head_bytes;
 }
 
-// The Schedule itself has room for one unit: that of an item that is a block.
+// The Schedule itself has room for one unit: that of a work item that is a block.
 template <typename V>
 int split_smem_bytes(int num_units) {
   constexpr int kUnitBytes = sizeof(QueryUnit) + sizeof(int), kFixedBytes = V::kSmemBytes + sizeof(Schedule);
@@ -82,7 +81,7 @@ int launch_fold(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
                 stream, device);
 }
 
-// Whether SMs hold two CTAs of V, and there are more of them than SMs.
+// Whether an SM holds two CTAs of V, and there are more CTAs than SMs.
 template <typename V>
 int fits_twice(DualAttnLaunch a, const DeviceInfo& device, bool* two_per_sm) {
   int per_sm = 0;
@@ -102,18 +101,18 @@ int run(DualAttnLaunch a, void* stream) {
   const DeviceInfo device = device_info();
   const int tall = a.p.rows.max_group_rows * a.heads_per_kv, tile_m = tile_of(tall);
   cut_into_units(a, tile_m, 1);
-  // An upper bound of the units that hold rows: a padded prefill has many that do not.
+  // An upper bound of the units that hold rows: a padded prefill has many that hold none.
   const int busy = min(a.num_units, a.p.rows.num_rows * a.heads_per_kv / tile_m + a.p.rows.num_groups);
   const int64_t pairs = static_cast<int64_t>(busy) * a.p.kv.num_heads_kv;
-  // Groups of several units are prefills, with much to fold; a shorter prompt's last units are empty. Other groups
-  // may differ in length, so that only many of them balance without being split. (The thresholds are estimates.)
+  // Groups of several units are prefills, with much to fold; the last units of a shorter prompt are empty. Other groups
+  // may differ in length, so only many of them balance without being split. (The thresholds are estimates.)
   const bool enough = a.units_per_group > 1 ? 4 * pairs >= 3 * device.num_sms : pairs >= 4 * device.num_sms;
   const int64_t needed = workspace_bytes(a.p.rows.num_rows, a.p.num_heads_q, kHeadDim, a.p.max_seq_len);
   bool split = !enough && a.p.workspace && a.p.workspace_bytes >= needed;
   int split_tile = tile_m;
   if (split) {
-    // Blocks of a sequence share what they read of it: in low tiles where an SM has room for one tall one, as an A100
-    // has with head_dim 128, and nothing would be computed while that waits.
+    // Blocks of a sequence share what they read of it. They use low tiles where an SM has room for only one tall one,
+    // as an A100 with head_dim 128: nothing would be computed while that one waits.
     const int together = a.p.rows.num_groups > a.p.rows.num_groups_ar ? a.p.rows.blocks_per_seq : 1;
     split_tile = tile_of(tall * together);
     if (split_tile > 64 && tile_m <= 64) {
@@ -126,8 +125,8 @@ int run(DualAttnLaunch a, void* stream) {
     split = a.num_units <= kMaxUnits;
   }
   if (!split) {
-    // The warps of a CTA multiply, or compute probabilities, all at the same time: two CTAs on an SM do both. (By SASS
-    // and guessed latencies; not measured.)
+    // The warps of a CTA all multiply, or all compute probabilities, at the same time: two CTAs on an SM do both. (From
+    // SASS and assumed latencies; not measured.)
     using Half = Variant<kHeadDim, 4, kHeadDim == 64 ? 2 : 1, true>;
     using Whole = Variant<kHeadDim, 8, 1, true>;
     bool two_per_sm = false;

@@ -1,10 +1,10 @@
-// Mixed-mask attention in float32: a warp per (row, head). Models are run in it to compare results, not for speed.
+// Mixed-mask attention in float32: a warp per (row, head). Models run in it to compare results, not for speed.
 //
 // Contract (shapes in params.h). head_dim 64 or 128; keys 16-byte aligned; no workspace. MUTATED: out, all rows. Keys
-// come 32 at a time, a lane each, at absolute positions, the row's own block last; their scores are chains of fused
+// are taken 32 at a time, one per lane, at absolute positions, the row's own block last. Scores are chains of fused
 // multiply-adds over ascending dims, and the values are added in the order of the keys. A key that the row does not see
-// is never read. Nothing of a row depends on another: row-invariant, deterministic, graph-safe.
-// Bytes: the visible keys and values once per (row, head), mostly from L2. FLOP: 4 * head_dim a visible pair.
+// is never read. No row depends on another: row-invariant, deterministic, graph-safe. Bytes: the visible keys and
+// values once per (row, head), mostly from L2. FLOP: 4 * head_dim per visible pair.
 // Method: online softmax (Milakov & Gimelshein 2018).
 #include <cmath>
 
@@ -37,7 +37,7 @@ struct Softmax {
   float mixed[kHeadDim / 32] = {};
 };
 
-// Folds 32 keys, one a lane: the offset of its head in `keys` and `values`, or -1 where the row does not see it.
+// Folds 32 keys, one per lane: `offset` of its head in `keys` and `values`, or -1 if the row does not see it.
 template <int kHeadDim>
 __device__ void fold(Softmax<kHeadDim>& s, const float* q, const float* keys, const float* values, int64_t offset,
                      float scale, int lane) {
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 4) dual_attn_f32_kernel(const __grid
       fold(s, q, p.scratch_k, p.scratch_v, offset, p.softmax_scale, lane);
     }
   }
-  const float inverse = s.total > 0.f ? 1.f / s.total : s.total;  // a row that sees nothing yields zeros, NaN itself
+  const float inverse = s.total > 0.f ? 1.f / s.total : s.total;  // a row that sees nothing yields zeros; NaN stays
   for (int i = 0; i < kHeadDim / 32; ++i) p.out[index * kHeadDim + lane + 32 * i] = __fmul_rn(s.mixed[i], inverse);
 }
 

@@ -1,5 +1,5 @@
-// The kernels of dual_attn: attention with every split folded in registers, attention split by split, and
-// the fold of what the latter leaves.
+// The kernels of dual_attn: attention with every split folded in registers, attention split by split, and the fold of
+// the partial results that this leaves.
 #pragma once
 #include "dual_attn_unit.cuh"
 
@@ -8,7 +8,7 @@ namespace orthrus::cuda {
 // What a kernel keeps in shared memory behind the tiles.
 struct Schedule {
   Destination to;
-  QueryUnit units[1];  // as many as the launch has, and behind them the item's own, if it is of a block
+  QueryUnit units[1];  // as many as the launch has, then the item's own, if it is a block
 };
 
 template <typename V>
@@ -40,9 +40,9 @@ __global__ void __launch_bounds__(V::kThreads) dual_attn_fold_kernel(const __gri
                 [] {});
 }
 
-// A grid that fills the chip once: CTAs take work items, which lengths on the device define, in rounds, the heaviest
-// first. Which CTA takes which changes no bit. The next kernels are let in with the last items: sooner, what they bring
-// to L2 ahead of time would be evicted before they use it.
+// The grid fills the GPU once: CTAs loop over the work items, which lengths on the device define, the heaviest first.
+// Which CTA takes which item changes no bit. The next kernels may start with the last items, not sooner: what they
+// prefetch into L2 would be evicted before they use it.
 template <typename V>
 __global__ void __launch_bounds__(V::kThreads, V::kMinCtas)
     dual_attn_split_kernel(const __grid_constant__ DualAttnLaunch a) {
@@ -62,13 +62,13 @@ __global__ void __launch_bounds__(V::kThreads, V::kMinCtas)
       if (threadIdx.x % 32 == 0) note(u, unit);
     }
   } else {
-    // A unit's reads depend on each other, so that one unit after the other would cost microseconds (by estimate).
+    // The reads of a unit depend on each other, so one unit after the other would cost microseconds (an estimate).
     for (int u = threadIdx.x; u < a.num_units; u += V::kThreads) note(u, attention.template read_unit<1>(u, 0));
   }
   __syncthreads();
 
   for (int i = blockIdx.x;; i = work.to.next) {
-    const Layers all(layers, a.num_units);  // anew for every item: no register is left to keep them
+    const Layers all(layers, a.num_units);  // again for every item: no register is left to keep them
     const int prefix_items = all.num_items(), num_items = (prefix_items + a.num_block_tiles) * a.heads_kv;
     if (i >= num_items) break;
     const int rank = i / a.heads_kv, head = i % a.heads_kv;
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(V::kThreads, V::kMinCtas)
       const int tile = rank - prefix_items, block = tile / a.units_per_group;
       const QueryUnit of_block = attention.block_unit(block, work.units);
       offset = tile % a.units_per_group * V::kTileM;
-      block_rows = max(of_block.num_rows, 1);  // an empty one too has a tile, whose barrier work.to needs
-      __syncthreads();  // the previous item is through
+      block_rows = max(of_block.num_rows, 1);  // an empty block also has a tile, whose barrier work.to needs
+      __syncthreads();  // the previous item has finished
       if (threadIdx.x == 0) work.units[u] = of_block;
     }
     attention.run(offset, work.units[u], head, first, last, block_rows, work.to, [&] {
@@ -99,21 +99,20 @@ __global__ void __launch_bounds__(V::kThreads, V::kMinCtas)
 constexpr int kMergeThreads = 32;
 
 // Folds the partial results of a (row, q head) in ascending order, the own block last; one warp each, whose lanes hold
-// pairs of dims. All factors come of running maxima, which are exact in any order: each lane computes those of one
-// result, then all lanes fold one after the other. The results come through shared memory, so that many are in flight
-// at once: a trip to L2 takes as long as all their sums.
+// pairs of dims. All factors follow from running maxima, which are exact in any order: each lane computes those of one
+// result, then all lanes fold one result after the other. The results pass through shared memory, so that many are in
+// flight at once: a trip to L2 takes as long as all their sums.
 template <int kHeadDim>
 __global__ void __launch_bounds__(kMergeThreads) dual_attn_merge_kernel(const __grid_constant__ DualAttnLaunch a) {
-  // 40,960 tokens take 69 results at most: three trips. An SM has 8 of these CTAs, of 14 KB each, 1 KB of it the
-  // system's, where 32 rows have 32 heads: with larger ones a row_linear behind them, of 113 KB, would have to wait for
-  // some.
+  // 40,960 tokens have at most 69 results: three trips. With 32 rows of 32 heads an SM has 8 of these CTAs, of 14 KB
+  // each, 1 KB of it the system's. With larger ones, a row_linear behind them, of 113 KB, would have to wait for some.
   constexpr int kAtOnce = 24;
   constexpr int kChunks = kHeadDim / 4;  // of 16 bytes
-  constexpr int kPairs = kHeadDim / 64;  // of a lane
-  constexpr int kTogether = kMergeThreads / kChunks;  // results that are copied together
+  constexpr int kPairs = kHeadDim / 64;  // per lane
+  constexpr int kTogether = kMergeThreads / kChunks;  // results copied at a time
   struct alignas(16) Step {
     float keep, take, total;
-    uint16_t replace, skip;  // no bytes of it that nobody writes
+    uint16_t replace, skip;  // leaves no padding bytes unwritten
   };
   __shared__ __align__(16) float part[kAtOnce][kHeadDim];
   __shared__ Step steps[kAtOnce];

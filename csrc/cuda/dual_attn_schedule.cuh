@@ -8,8 +8,8 @@ namespace orthrus::cuda {
 
 constexpr int kTileKv = kPageSize;  // keys of one tile
 
-// Tiles per split: short splits early, so that a short context still spreads over the chip; long ones
-// later, so that partial results stay small beside the keys and values read.
+// Tiles per split: short splits early, so that a short context still spreads over the GPU; long ones later, so that
+// partial results stay small compared with the keys and values read.
 struct SplitRange {
   int first_tile, log_tiles_per_split, first_split;
 };
@@ -22,7 +22,7 @@ static_assert(next_split(kShort, kMedium) == kMedium.first_split);
 static_assert(next_split(kMedium, kLong) == kLong.first_split);
 static_assert(next_split(kLong, kLongest) == kLongest.first_split);
 
-// Range number 0 ... 3. Field by field, so that each is an immediate: among whole structs the compiler chooses
+// Range number 0 ... 3. Selected field by field, so that each is an immediate: among whole structs the compiler selects
 // by address and then loads from global memory.
 ORTHRUS_HD SplitRange split_range(int number) {
   const auto pick = [number](int a, int b, int c, int d) {
@@ -51,7 +51,7 @@ ORTHRUS_HD int num_tiles(int length) { return (length + kTileKv - 1) / kTileKv; 
 // Splits that hold the positions 0 ... length-1.
 ORTHRUS_HD int num_splits(int length) { return length <= 0 ? 0 : split_of_tile(num_tiles(length) - 1) + 1; }
 
-// A unit is one tile of query rows, of an AR group or of consecutive blocks of a sequence: rows x (q heads of a kv
+// A unit is one tile of query rows, from an AR group or from consecutive blocks of a sequence: rows x (q heads of a kv
 // head), up to kTileM of them.
 struct alignas(16) QueryUnit {
   int32_t longest;    // longest prefix_len of its rows
@@ -60,19 +60,19 @@ struct alignas(16) QueryUnit {
   int32_t num_rows;   // of its groups; 0: the unit is empty
 };
 
-// One work item is one split of one unit. (Or a tile of a block's rows over the block: these come last.)
+// One work item is one split of one unit, or a tile of a block's rows over that block (these come last).
 struct Item {
   int unit;
   int layer;
 };
 
-constexpr int kMaxUnits = 128;  // of a launch by items
+constexpr int kMaxUnits = 128;  // of a launch with work items
 
-// The item that a CTA of a grid of `ctas` takes after item i. Rounds run forth and back, so that the CTA with the
-// heaviest item of one round gets the lightest of the next.
+// The item that a CTA of a grid of `ctas` takes after item i. Rounds of items run forth and back, so that the CTA with
+// the heaviest item of one round gets the lightest of the next.
 ORTHRUS_HD int next_item(int i, int ctas) { return 2 * (i / ctas + 1) * ctas - 1 - i; }
 
-// How many layers, which are splits, the units have, each lane holding those of some; warp-collective.
+// The number of layers, that is splits, of each unit; each lane holds those of some units. Warp-collective.
 class Layers {
  public:
   __device__ Layers(const int* layers, int num_units) {
@@ -85,8 +85,8 @@ class Layers {
 
   __device__ int num_items() const { return from(0); }
 
-  // Item number `rank` in order of descending layer, then unit: long splits come first, and groups that
-  // share a sequence read the same pages at about the same time. It is below num_items.
+  // Item number `rank`, below num_items, by descending layer, then by unit: long splits come first, and groups that
+  // share a sequence read the same pages at about the same time.
   __device__ Item item(int rank) const {
     int most = 0;
 #pragma unroll

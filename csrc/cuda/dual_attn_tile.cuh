@@ -1,6 +1,6 @@
-// The arithmetic of dual_attn on one tile of 64 keys, for one warp with kFrags fragments of 16 query rows,
-// which share what it reads of the keys and values. Every variant of the kernel does the same to a row in
-// the same order, so a row's bits do not depend on the variant.
+// The arithmetic of dual_attn on one tile of 64 keys, for one warp with kFrags fragments of 16 query rows, which share
+// the keys and values that it reads. Every variant of the kernel does the same operations for a row in the same order,
+// so a row's bits do not depend on the variant.
 #pragma once
 #include <cstdint>
 
@@ -8,14 +8,14 @@
 
 namespace orthrus::cuda {
 
-// Shared memory holds tiles of rows x head_dim bf16, cut into halves of 64 columns (128 bytes a row), with
-// 16-byte chunks swizzled by the row, so that eight rows of one column chunk hit distinct banks. Tiles are
-// aligned to 128 bytes, hence other rows and chunks are an XOR and an immediate offset away from a first one.
+// Shared memory holds tiles of rows x head_dim bf16, cut into halves of 64 columns (128 bytes a row). 16-byte chunks
+// are swizzled by the row, so that eight rows of one column chunk hit distinct banks. Tiles are aligned to 128 bytes,
+// so other rows and chunks are an XOR and an immediate offset away from a first one.
 __device__ __forceinline__ SharedAddress chunk_address(SharedAddress tile, int row, int chunk) {
   return tile + row * 128 + ((chunk ^ row) & 7) * 16;
 }
 
-// From the address of (row, chunk), row below 16 and chunk below 2, to that of (row + 16 * rows, chunk + 2 * pairs).
+// From the address of (row, chunk), row below 16 and chunk below 2, gives that of (row + 16 * rows, chunk + 2 * pairs).
 template <int kRows>
 __device__ __forceinline__ SharedAddress fragment_address(SharedAddress first, int rows, int pairs) {
   return (first ^ (pairs % 4 * 32)) + pairs / 4 * (kRows * 128) + rows * (16 * 128);
@@ -32,7 +32,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 
 // Softmax state of the two rows that a thread holds of each 16-row fragment (lane/4 and lane/4 + 8).
-// `top` is the running maximum of the scaled scores in units of log2; -inf: no visible key yet, or NaN alone.
+// `top` is the running maximum of the scaled scores in units of log2; -inf: no visible key yet, or only NaN.
 struct RowState {
   float top[2];
   float total[2];  // this thread's columns only, until reduced over the four threads of a row
@@ -87,9 +87,9 @@ __device__ __forceinline__ void mask_tile(float (&scores)[8][4], const int (&vis
   }
 }
 
-// Online softmax: probabilities relative to the new running maximum, rounded to bf16 as the left operand of
-// the product with the values; `decay` is the factor for what was accumulated before. A row that sees
-// nothing of the tile keeps what it had.
+// Online softmax: probabilities relative to the new running maximum, rounded to bf16 as the left operand of the product
+// with the values. `decay` is the factor for what was accumulated before. A row that sees nothing of the tile keeps
+// what it had.
 __device__ __forceinline__ void softmax_tile(uint32_t (&probs)[4][4], float (&scores)[8][4], RowState& state,
                                              float (&decay)[2], float scale_log2) {
 #pragma unroll
@@ -132,7 +132,7 @@ __device__ __forceinline__ void decay_mixed(float (&mixed)[kColumns / 8][4], con
   }
 }
 
-// mixed += probabilities . v, of kColumns columns from first_column on: a multiple of them.
+// mixed += probabilities . v, for kColumns columns from first_column on, a multiple of kColumns.
 template <int kColumns, int kFrags>
 __device__ __forceinline__ void mix_tile(float (&mixed)[kFrags][kColumns / 8][4], const uint32_t (&probs)[kFrags][4][4],
                                          SharedAddress v, int first_column, int lane) {
@@ -153,7 +153,7 @@ __device__ __forceinline__ void mix_tile(float (&mixed)[kFrags][kColumns / 8][4]
   }
 }
 
-// Row totals over the four threads that share a row; every one of them gets the same bits.
+// Row totals over the four threads that share a row; all four get the same bits.
 __device__ __forceinline__ void reduce_totals(RowState& state) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -162,9 +162,9 @@ __device__ __forceinline__ void reduce_totals(RowState& state) {
   }
 }
 
-// One step of the ascending fold of splits: how the running result and the next split enter it.
-// A split that saw nothing leaves the running result as it is; the first that saw something is taken
-// over unchanged, so a row with one split has the same bits whether it was folded or not.
+// One step of the ascending fold of splits: how the running result and the next split enter it. A split that saw
+// nothing leaves the running result as it is; the first that saw something is copied unchanged, so a row with one split
+// has the same bits whether it was folded or not.
 struct Fold {
   float keep;   // factor of the running result
   float take;   // factor of the split
@@ -177,13 +177,13 @@ __device__ __forceinline__ float fold(const Fold& step, float running, float spl
   return step.replace ? split : step.skip ? running : both;
 }
 
-// `before` and `after`: the running maximum. `replace` is for a running total that is not NaN.
+// `before` and `after`: the running maximum. `replace` assumes a running total that is not NaN.
 __device__ __forceinline__ Fold fold_between(float before, float after, float split_top, float split_total) {
   const float keep = exp2_fast(__fsub_rn(before, after)), take = exp2_fast(__fsub_rn(split_top, after));
   return {keep, take, before == -INFINITY, take == 0.f && split_total == split_total};
 }
 
-// fmaxf drops NaN scores, totals keep them: a total that is NaN is neither replaced nor skipped, and survives the fold.
+// fmaxf drops NaN scores, totals keep them: a NaN total is neither replaced nor skipped, and survives the fold.
 __device__ __forceinline__ Fold fold_step(float& top, float& total, float split_top, float split_total) {
   const float new_top = fmaxf(top, split_top);
   Fold step = fold_between(top, new_top, split_top, split_total);

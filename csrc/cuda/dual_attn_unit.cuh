@@ -1,5 +1,5 @@
 // The work of one CTA of dual_attn: a unit (see dual_attn_schedule.cuh) of one kv head over a run of tiles that all
-// warps share. A warp has 16 or 32 query rows, or four have the same 16 and a quarter of their output each.
+// warps share. A warp has 16 or 32 query rows, or four warps have the same 16 and a quarter of their output each.
 #pragma once
 #include "dual_attn_schedule.cuh"
 #include "dual_attn_tile.cuh"
@@ -14,9 +14,9 @@ struct DualAttnLaunch {
   float2* partial_state;  // [num_splits + 1, num_rows, num_heads_q] (top, total) of RowState
   int num_splits;        // of max_seq_len
   Divisor heads_q, heads_kv, heads_per_kv;
-  // Units of AR groups, then those of diffusion rows: of so many blocks of a sequence together.
+  // Units of AR groups, then those of diffusion rows, each of blocks_together blocks of a sequence.
   int num_units_ar, num_units;
-  int num_block_tiles;   // of rows, over their own blocks
+  int num_block_tiles;   // row tiles, each over its own block
   Divisor units_per_group, units_of_blocks, blocks_together;
   float scale_log2;      // softmax_scale * log2(e)
 };
@@ -36,10 +36,10 @@ __device__ __forceinline__ float inverse_total(float total) { return total > 0.f
 template <int kHeadDim_, int kWarps_, int kFrags_, bool kFold_, int kShare_ = 1>
 struct Variant {
   static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kFrags = kFrags_;
-  static constexpr bool kFold = kFold_;  // a CTA folds all splits of its unit; else one split a work item
-  // Warps that share their rows: each computes all scores, and of the output the columns that are its own.
+  static constexpr bool kFold = kFold_;  // a CTA folds all splits of its unit; else each split is a work item
+  // Warps that share their rows: each computes all scores, and its own columns of the output.
   static constexpr int kShare = kShare_, kColumns = kHeadDim / kShare;
-  // CTAs that an SM's registers have to suffice for; its shared memory does for 3 or 2 of head_dim 128, 6 or 5 of 64.
+  // CTAs per SM that registers must suffice for; shared memory does for 3 or 2 with head_dim 128, for 6 or 5 with 64.
   static constexpr int kMinCtas = kFold || kFrags > 1 ? 1 : kHeadDim == 64 ? 4 : kShare > 1 ? 3 : 2;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTileM = 16 * kFrags * kWarps / kShare;
@@ -49,8 +49,8 @@ struct Variant {
   static constexpr int kSmemBytes = kQueryBytes + 2 * 2 * kTileBytes;
 };
 
-// Of a work item, in shared memory until its end: there is no register for it. head: kv head; offset: of its first
-// (row, q head) in the unit; slot: of the partial results; next: the item that the CTA takes next.
+// Of a work item, in shared memory until it ends: there is no register for it. head: kv head; offset: its first (row, q
+// head) in the unit; slot: of the partial results; next: the item that the CTA takes next.
 struct Destination {
   int head, offset, slot, next;
 };
@@ -60,8 +60,8 @@ class Attention {
  public:
   __device__ Attention(const DualAttnLaunch& a, const uint8_t* smem) : a_(a), p_(a.p), smem_(shared_address(smem)) {}
 
-  // The unit's rows are rows of its groups x q heads of a kv head, flattened. Read by kLanes threads together, a whole
-  // warp or one thread; each gets the longest prefix of its share.
+  // The unit's rows are the rows of its groups x q heads of a kv head, flattened. Read by kLanes threads together, a
+  // whole warp or one thread; each gets the longest prefix of its share.
   template <int kLanes>
   __device__ QueryUnit read_unit(int u, int lane) const {
     const Rows& rows = p_.rows;
@@ -72,7 +72,7 @@ class Attention {
     const int num_rows = rows.group_start[group + (of_blocks < 0 ? 1 : a_.blocks_together.d)] - first;
     if (offset >= num_rows * a_.heads_per_kv) return {0, 0, 0, 0};
     const int last = min(num_rows, (offset + V::kTileM - 1) / a_.heads_per_kv + 1);
-    const int seq = rows.seq[first];  // on its way beside what follows
+    const int seq = rows.seq[first];  // in flight during what follows
     int longest = 0;
     constexpr int kAtOnce = kLanes == 1 ? 16 : 1;
 #pragma unroll 1
@@ -88,16 +88,17 @@ class Attention {
     return (of_blocks < 0 ? u % a_.units_per_group : of_blocks % a_.units_of_blocks) * V::kTileM;
   }
 
-  // Block number `block`, which as a unit sees no prefix.
+  // Block number `block` as a unit, which sees no prefix.
   __device__ QueryUnit block_unit(int block, const QueryUnit* units) const {
     const QueryUnit& first = units[a_.num_units_ar + block / a_.blocks_together * a_.units_of_blocks];
     const int most = p_.rows.max_group_rows, before = block % a_.blocks_together * most;
     return {0, first.first_row + before, first.seq, min(first.num_rows - before, most)};
   }
 
-  // Attends from this (row, head) of the unit on over prefix tiles [first_tile, last_tile), and the rows' own block if
-  // it has rows. Without kFold these are the tiles of one split, or the own block alone. Calls while_loading() while
-  // the first copies are under way; `to` and the unit have to be valid from the barrier before them on.
+  // Attends from (row, head) pair `offset` of the unit on, over prefix tiles [first_tile, last_tile) and, if
+  // block_rows > 0, over the rows' own block. Without kFold these are the tiles of one split, or the own block alone.
+  // Calls while_loading() while the first copies are in flight; `to` and the unit have to be valid from the barrier
+  // before them on.
   template <typename WhileLoading>
   __device__ void run(int offset, const QueryUnit& unit, int head, int first_tile, int last_tile, int block_rows,
                       const Destination& to, const WhileLoading& while_loading) {
@@ -128,11 +129,11 @@ class Attention {
     }
 
     for (int t = 0; t < num_tiles_; ++t) {
-      if (t > 0 && t + 1 < num_tiles_) __syncthreads();  // nobody reads tile t-1 any more
+      if (t > 0 && t + 1 < num_tiles_) __syncthreads();  // all warps are done with tile t-1
       load_tile(t + 1);
       copy_commit();
-      if (t == 0) read_rows();  // while the first tile is on its way
-      copy_wait<1>();  // tile t is there
+      if (t == 0) read_rows();  // while the first tile is in flight
+      copy_wait<1>();  // tile t has arrived
       __syncthreads();
 
       const bool own = t >= num_prefix_;
@@ -233,7 +234,7 @@ class Attention {
     return p_.kv.page_table[static_cast<int64_t>(unit_->seq) * p_.kv.max_pages + first_tile_ + t];
   }
 
-  // A row of the unit: which row of the pass it is, -1 if there is none, and which q head.
+  // A row of the unit: the row of the pass, -1 if there is none, and the q head.
   struct Place {
     int row, head_q;
   };
@@ -262,7 +263,7 @@ class Attention {
     }
   }
 
-  // Of a row that does not exist: it sees nothing, but nobody reads its scores, so nothing has to be hidden from it.
+  // For a row that does not exist: it sees nothing, but its scores are never read, so nothing has to be hidden from it.
   static constexpr int kNoRow = -(1 << 30);
   __device__ static bool hides(int visible) { return visible < kTileKv && visible > kNoRow / 2; }
 
@@ -283,8 +284,8 @@ class Attention {
     }
   }
 
-  // Warp-collective: bit c says that key c of tile t exists. What lies behind the longest prefix is
-  // unused cache and may hold anything.
+  // Warp-collective: bit c is set if key c of tile t exists. Behind the longest prefix lies unused cache, which may
+  // hold anything.
   __device__ uint64_t keys_of(int t) const {
     if (t < num_prefix_) {
       const int n = unit_->longest - (first_tile_ + t) * kTileKv;
@@ -334,10 +335,10 @@ class Attention {
     const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
     const SharedAddress first = chunk_address(dst, row, chunk) + chunk / 8 * (kTileKv * 128);
     src += row * stride + chunk * 8;
-    // Folded, a prompt's other rows read the same keys in other CTAs. By splits all rows of a sequence read them at
-    // about the same time; in L2 it is partial results that should stay, and what qkv has fetched of `o`.
+    // With folding, a prompt's other rows read the same keys in other CTAs. With splits, all rows of a sequence read
+    // them at about the same time, and L2 should rather keep partial results and what qkv has prefetched of `o`.
     uint64_t once = 0;
-    if constexpr (!V::kFold) once = evict_first_policy();  // anew for every tile: there is no register to keep it in
+    if constexpr (!V::kFold) once = evict_first_policy();  // again for every tile: there is no register to keep it in
 #pragma unroll
     for (int i = 0; i < kTileKv; i += kRowsAtOnce) {
       const bool wanted = kAll || (keys >> (row + i) & 1);
@@ -376,8 +377,8 @@ class Attention {
 
   const QueryUnit* unit_;  // in shared memory
   int head_, offset_, first_tile_, num_prefix_, num_tiles_, next_page_;
-  // Of the two rows that this thread holds of each fragment: prefix keys from the first tile on, and what
-  // it sees of each tile of its own block.
+  // For the two rows that this thread holds of each fragment: prefix keys from the first tile on, and what the row sees
+  // of each tile of its own block.
   int prefix_keys_[V::kFrags][2], block_keys_[V::kFrags][2];
 };
 

@@ -1,11 +1,11 @@
 // QK RMSNorm, RoPE and the write of keys and values; contract in orthrus/params.h.
 //
-// One launch, head_dim / 4 threads a head: each thread holds two dims of the lower half and their
-// partners of the upper half, so that rotation stays in registers. fp32 inside, one rounding to T;
-// the norm's sum is four squares a thread, then a butterfly over the head's threads: the same order
-// for every row. Row-invariant, deterministic, graph-safe. MUTATED: q, and of the caches the rows' positions. No rows:
-// nothing is launched. Moves (q + 2 * kv) * head_dim elements a row in and the same out, with head_dim * 4 bytes of
-// cos_sin; a key's threads read its value too, from the caches.
+// One launch, head_dim / 4 threads per head: each thread holds two dims of the lower half and their partners of the
+// upper half, so that rotation stays in registers. fp32 inside, one rounding to T; the norm's sum is four squares per
+// thread, then a butterfly over the head's threads: the same order for every row. Row-invariant, deterministic,
+// graph-safe. MUTATED: q, and the rows' positions in cache and scratch. No rows: nothing is launched. Moves (q + 2 *
+// kv) * head_dim elements per row in and as many out, plus head_dim * 4 bytes of cos_sin; a key's threads read its
+// value too, from L1 or L2.
 #include <cuda_bf16.h>
 
 #include "orthrus/aligned.h"
@@ -57,7 +57,7 @@ __device__ void normalise(Dims& x, const Dims& weight, float eps) {
   }
 }
 
-// `table`: of the row of cos_sin for the position, cos of the half-dims, then sin.
+// `table`: from the cos_sin row of the position, cos of the half-dims, then sin.
 __device__ void rotate(Dims& x, const Dims& table) {
   for (int i = 0; i < 2; ++i) {
     const float cos = table.lo[i], sin = table.hi[i], lo = x.lo[i], hi = x.hi[i];
@@ -68,7 +68,7 @@ __device__ void rotate(Dims& x, const Dims& table) {
 
 __device__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
 
-// Zero in place of each element that is not finite.
+// Replaces each element that is not finite with zero.
 __device__ void keep_finite(Dims& value) {
   for (int i = 0; i < 2; ++i) {
     if (!is_finite(value.lo[i])) value.lo[i] = 0.f;
@@ -76,7 +76,7 @@ __device__ void keep_finite(Dims& value) {
   }
 }
 
-// NaN where the value is not finite.
+// Sets the key to NaN where the value is not finite.
 __device__ void spoil(Dims& key, const Dims& value) {
   for (int i = 0; i < 2; ++i) {
     if (!is_finite(value.lo[i])) key.lo[i] = NAN;
@@ -84,14 +84,14 @@ __device__ void spoil(Dims& key, const Dims& value) {
   }
 }
 
-// One row and some of its heads a CTA: q heads first, then keys, then values.
+// One row and some of its heads per CTA: q heads first, then keys, then values.
 template <int kHeadDim, typename T>
 __global__ void __launch_bounds__(kThreads) qkv_commit_kernel(const __grid_constant__ QkvCommitParamsOf<T> p) {
   constexpr int kHalf = kHeadDim / 2, kHeadThreads = kHeadDim / 4;
   pdl_launch_dependents();
   const int heads_kv = p.kv.num_heads_kv, last = p.num_heads_q + 2 * heads_kv - 1;
   const int row = blockIdx.x, index = blockIdx.y * (kThreads / kHeadThreads) + threadIdx.x / kHeadThreads;
-  // Surplus threads redo the last head without storing it: whole warps take part in the reductions.
+  // Surplus threads redo the last head without storing it, so that whole warps take part in the reductions.
   const int head = min(index, last), t = threadIdx.x % kHeadThreads;
   const bool diff = row >= p.rows.num_rows_ar;
   const bool is_q = head < p.num_heads_q, is_v = head >= p.num_heads_q + heads_kv;
@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(kThreads) qkv_commit_kernel(const __grid_const
   Dims weight{};
   if (norm) weight = load_dims(norm, t, kHalf);
   pdl_wait();
-  // Two trips to memory: no load but those of a place that another one tells waits for anything, and none is in a
-  // branch, which would wait for what decides it. Who needs no value or page reads what is of no use.
+  // Two trips to memory: a load waits only if its address comes from another load, and none is in a branch, which would
+  // wait for its condition. Threads that need no value or page read one that they do not use.
   const int position = p.rows.position[row], seq = p.rows.seq[row];
   const T* const own = p.qkv + (static_cast<int64_t>(row) * (last + 1) + head) * kHeadDim;
   const Dims x = load_dims(own, t, kHalf), value = load_dims(is_q || is_v ? own : own + heads_kv * kHeadDim, t, kHalf);

@@ -2,7 +2,8 @@
 //
 // Contract (shapes in params.h). x, weights and workspace are 16-byte aligned, as are out and residual where
 // out_features is a multiple of 4; in_features is a multiple of 64. MUTATED: out or the partial maxima, all rows, and
-// the workspace. No rows: nothing is launched. fp32 accumulation; one rounding, in the epilogue (none for kLogits).
+// the workspace. No rows: nothing is launched. fp32 accumulation; one rounding, in the epilogue (none for kLogits and
+// kArgmax).
 // Deterministic, row-invariant, graph-safe: each launch leaves the workspace's counters at zero. One launch per call.
 // The weights must be complete before the preceding kernels of the stream start: they are prefetched while those run.
 // kArgmax: partial p covers the p-th of num_partials runs of whole tiles. Ties go to the lowest id and NaN never wins;

@@ -33,9 +33,9 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
 }
 
 // Arrives at the barrier at the same address in CTA `rank` of the cluster, as CUTLASS does: not with .release.cluster,
-// for which ptxas fences all of memory. So memory that a peer CTA multicasts into may be released only if wgmma alone has
-// read it, once a wait has confirmed that. What threads have read may be released to copies of their own CTA only, behind
-// fence_proxy_async_shared.
+// for which ptxas fences all of memory. So memory that a peer CTA multicasts into may be released only if wgmma alone
+// has read it, once a wait has confirmed that. What threads have read may be released to copies of their own CTA only,
+// behind fence_proxy_async_shared.
 __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int rank) {
   asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
