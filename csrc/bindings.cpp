@@ -25,7 +25,7 @@ void bind_struct(py::module_& m, const std::string& name, std::vector<Field> fie
 
 #define FIELD(member) make_field<decltype(T::member)>(#member, offsetof(T, member))
 
-// Structs that point at elements of E, named with `suffix`.
+// Structs that point at elements of type E, named with `suffix`.
 template <typename E>
 void bind_element_params(py::module_& m, const std::string& suffix) {
   {
@@ -111,7 +111,7 @@ void bind_params(py::module_& m) {
 
 #undef FIELD
 
-// An op for the parameters of one class, as CUDA's are called; the CPU's take no stream and do not fail.
+// An op for the parameters of one class, called like CUDA's; the CPU's ignore the stream and do not fail.
 struct Launcher {
   const StructClass* params_class;
   int (*launch)(const void* params, void* stream);
@@ -125,7 +125,7 @@ Launcher on_cpu() {
           }};
 }
 
-// That of `op` for the class of `params`.
+// The launcher of `op` for the class of `params`.
 const Launcher& choose(const char* op, const std::vector<Launcher>& launchers, py::handle params) {
   for (const Launcher& launcher : launchers) {
     if (launcher.params_class->data_of(params.ptr())) return launcher;
@@ -164,7 +164,7 @@ void bind_cpu(py::module_ m) {
   bind_cpu_op(m, "process_logits", {on_cpu<ProcessLogitsParams, cpu::process_logits>()});
   bind_cpu_op(m, "count_tokens", {on_cpu<CountTokensParams, cpu::count_tokens>()});
   m.def("isa", &cpu::isa);
-  m.def("set_isa", [](const std::string& name) { cpu::set_isa(name.c_str()); });  // which None is not
+  m.def("set_isa", [](const std::string& name) { cpu::set_isa(name.c_str()); });  // a string, which None is not
   m.def("takes_coded_weights", &cpu::takes_coded_weights);
   py::class_<cpu::WeightEncoder>(m, "WeightEncoder")
       .def(py::init([](uintptr_t plain, int64_t num_strips, int64_t num_steps) {
@@ -206,8 +206,8 @@ void bind_cuda_op(py::module_& m, const char* op, std::vector<Launcher> launcher
   m.def(op, [op, launchers = std::move(launchers)](py::handle params, uintptr_t stream) {
     const Launcher& launcher = choose(op, launchers, params);
     const void* data = launcher.params_class->data_of(params.ptr());
-    cuda::read_environment();              // while no thread of Python's can change it
-    const py::gil_scoped_release release;  // a launch waits where the queue is full
+    cuda::read_environment();              // while no Python thread can change it
+    const py::gil_scoped_release release;  // a launch blocks while the queue is full
     check(op, launcher.launch(data, reinterpret_cast<void*>(stream)));
   });
 }

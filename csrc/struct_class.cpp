@@ -9,7 +9,7 @@ namespace {
 
 struct Object {
   PyObject_HEAD
-  void* data;       // right behind it, unless it is part of another object's:
+  void* data;       // right behind it, unless it is part of another object's data:
   PyObject* owner;  // that object
 };
 
@@ -26,7 +26,7 @@ int write(T value, void* at) {
   return 0;
 }
 
-// Takes the place of Python's error about a conversion, but of no other.
+// Replaces Python's error about a conversion, but no other.
 int refuse(const Field& field, const char* expected, PyObject* value) {
   if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_TypeError) && !PyErr_ExceptionMatches(PyExc_OverflowError)) {
     return -1;
@@ -111,7 +111,7 @@ int set(PyObject* self, PyObject* value, void* of) {
   return -1;
 }
 
-// What calls of the type do: zeros, then the keyword arguments, whose values follow each other in `values`.
+// What calling the type does: zeros, then the keyword arguments, whose values are consecutive in `values`.
 PyObject* construct(PyObject* type, PyObject* const* values, size_t num_others, PyObject* names) {
   PyTypeObject* of = reinterpret_cast<PyTypeObject*>(type);
   if (PyVectorcall_NARGS(num_others)) {
@@ -141,7 +141,7 @@ void deallocate(PyObject* self) {
 }  // namespace
 
 bool StructClass::define(PyObject* module, const std::string& name, size_t num_bytes, std::vector<Field> fields) {
-  if (type_) {  // a second module would pull its fields from under the first one's objects
+  if (type_) {  // a second module would replace the fields that the first one's objects use
     PyErr_Format(PyExc_ImportError, "%s is defined already, by another copy of this module", name.c_str());
     return false;
   }
@@ -160,7 +160,7 @@ bool StructClass::define(PyObject* module, const std::string& name, size_t num_b
                       Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
   type_ = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&spec));
   if (!type_) return false;
-  type_->tp_vectorcall = construct;  // the only way to an object
+  type_->tp_vectorcall = construct;  // the only way to create one from Python
   return PyModule_AddObjectRef(module, name.c_str(), reinterpret_cast<PyObject*>(type_)) == 0;
 }
 

@@ -1,6 +1,7 @@
-// C++ structs as Python classes: keyword constructors, and fields as attributes. Integers, enums and pointers travel as
-// int, floats as float; a struct within a struct is read as an object that looks into it, and set by a copy. All share
-// one implementation over tables of their fields: templates for each would take a compiler half a minute.
+// C++ structs as Python classes: keyword constructors, and fields as attributes. Integers, enums and pointers are
+// passed as int, floats as float; a struct within a struct is read as an object that refers into it, and set by
+// copying. All share one implementation over tables of their fields: templates for each would cost half a minute of
+// compiling.
 #pragma once
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -21,19 +22,19 @@ struct Field {
   const char* name;
   size_t offset;
   Kind kind;
-  const StructClass* type = nullptr;   // of a kStruct
-  const StructClass* owner = nullptr;  // whose field it is
+  const StructClass* type = nullptr;   // for kStruct: its class
+  const StructClass* owner = nullptr;  // the class that has the field
 };
 
 class StructClass {
  public:
-  // Makes it the class `name` of a module; false where Python has an error set.
+  // Defines it as the class `name` of a module; false if a Python error is set.
   bool define(PyObject* module, const std::string& name, size_t num_bytes, std::vector<Field> fields);
 
   const std::string& name() const { return name_; }
   PyTypeObject* type() const { return type_; }
   size_t num_bytes() const { return num_bytes_; }
-  // The struct that `object` is or looks into; null if it is not of this class.
+  // The struct that `object` is or refers into; null if it is not of this class.
   void* data_of(PyObject* object) const;
 
  private:
@@ -44,7 +45,7 @@ class StructClass {
   std::vector<PyGetSetDef> properties_;  // of the type, over fields_
 };
 
-// The class of the structs T, which need not be defined yet.
+// The class for structs of type T, which need not be defined yet.
 template <typename T>
 StructClass& class_of() {
   static StructClass of;

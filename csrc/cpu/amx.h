@@ -1,7 +1,7 @@
-// Tile registers of AMX: 16 rows of 64 bytes each. A product adds to a tile of fp32 sums [m][16] the dot products
-// of bf16 rows [m][32] and 16 columns, which are stored as pairs of elements, [16][16][2] (the words of simd.h).
+// AMX tile registers: 16 rows of 64 bytes each. A product adds to a tile of fp32 sums [m][16] the dot products of bf16
+// rows [m][32] and 16 columns, which are stored as pairs of elements, [16][16][2] (the words of simd.h).
 //
-// A step of a product adds, to every sum, two chains over 32 elements (the even ones, the odd ones), denormals counting
+// A step of a product adds, to every sum, two chains over 32 elements (the even and the odd ones), with denormals taken
 // as zero. An output is a chain of steps over its own row and column alone, so a row's bits depend neither on m nor on
 // its place in the tile.
 #pragma once

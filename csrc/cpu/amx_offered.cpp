@@ -9,7 +9,7 @@
 
 namespace orthrus::cpu::amx_bf16 {
 
-// Tiles need the system's permission, which this asks for: it covers all threads and children of the process, and
+// Tiles need the system's permission, which this requests: it covers all threads and children of the process, and
 // makes signal frames 8 KB larger (it is refused where a signal stack is too small for that).
 bool tiles_offered() {
 #if defined(__linux__)

@@ -1,4 +1,4 @@
-// The tile instructions of AMX, no policy. The tests have the same in software.
+// The tile instructions of AMX, no policy. The tests have a software version of them.
 #pragma once
 #include <cstdint>
 
@@ -27,7 +27,7 @@ class TileShapes {
   TileShapes& operator=(const TileShapes&) = delete;
 };
 
-// Assembly, because compilers take register numbers as literals only.
+// Assembly, because compilers accept register numbers only as literals.
 template <Tile kTile>
 ORTHRUS_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(kTile));

@@ -7,13 +7,13 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 
 constexpr int kStepBytes = kStepElements * sizeof(bf16_t);
 
-// Of two vectors, 32 outputs: one step over k.
+// One step over k: two vectors, 32 outputs.
 struct StepWords {
   WordVec lo, hi;
 };
 
 struct PlainWords {
-  static constexpr int kSteps = 1;  // that are read together
+  static constexpr int kSteps = 1;  // that are read at a time
   const char* strip;
 
   explicit PlainWords(const char* strip) : strip(strip) {}
@@ -28,7 +28,7 @@ struct PlainWords {
 #if defined(ORTHRUS_DECODES_WORDS)
 constexpr bool kDecodesWords = true;
 
-// Of a unit's step kStep, exceptions aside.
+// Step kStep of a unit, without exceptions.
 template <int kStep>
 ORTHRUS_INLINE StepWords decode_step(const char* unit, WordVec table) {
   const WordVec codes = load_words(unit), lower = load_words(unit + (1 + kStep) * kStepElements);
@@ -54,14 +54,14 @@ struct CodedUnits {
   }
 };
 
-// Decoded on the way, with steps in order.
+// Unpacked on the fly, with steps in order.
 struct CodedWords : CodedUnits {
   static constexpr int kSteps = kUnitSteps;
   int64_t next_step;
 
   explicit CodedWords(const char* at) : CodedUnits(at), next_step(next->step) {}
 
-  // kStep: of the unit's two.
+  // kStep: which of the unit's two steps.
   template <int kStep>
   ORTHRUS_INLINE StepWords words(int64_t k) {
     StepWords out = decode_step<kStep>(unit, table);
@@ -77,7 +77,7 @@ struct CodedWords : CodedUnits {
   }
 };
 
-// Decoded in runs of steps, of an even number each, in order.
+// Unpacked in runs of an even number of steps each, in order.
 struct CodedRuns : CodedUnits {
   int64_t done = 0;  // steps
 
@@ -88,9 +88,9 @@ struct CodedRuns : CodedUnits {
     unit += num_steps / kUnitSteps * kUnitBytes;
     done += num_steps;
   }
-  // As a plain strip holds them.
+  // Unpacks num_steps steps to `out`, in the layout of a plain strip.
   ORTHRUS_INLINE void decode(int64_t num_steps, char* out) {
-    const CodedRuns from = *this;  // no store to `out` can change it
+    const CodedRuns from = *this;  // a copy, which no store to `out` can change
     for (int64_t k = 0; k < num_steps; k += kUnitSteps) {
       const char* at = from.unit + k / kUnitSteps * kUnitBytes;
       const StepWords first = decode_step<0>(at, from.table), second = decode_step<1>(at, from.table);

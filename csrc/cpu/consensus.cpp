@@ -1,8 +1,8 @@
 // Coupled choice, accepted prefix, stop conditions, commit and staging, slot by slot.
 //
-// Contract (shapes in params.h): MUTATED: the slots' state, their output, and all rows that are staged. No slots:
-// nothing is done. Deterministic. Bytes: 4 a partial of the rows up to the first that differs from its draft; of a
-// one-pass cycle's blocks, only of the one that hit.
+// Contract (shapes in params.h): MUTATED: the slots' state, their output, and all staged rows. No slots: nothing is
+// done. Deterministic. Bytes: 4 per partial of the rows up to the first that differs from its draft; of a one-pass
+// cycle's blocks, only of the one that hit.
 #include "slot_ops.h"
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 namespace orthrus::cpu {
 namespace {
 
-// `none`: no partial maximum is above -inf, and the id is merely the first one's.
+// `none`: no partial maximum is above -inf, and the id is merely that of the first one.
 struct Choice {
   int32_t id;
   bool none;
@@ -36,7 +36,7 @@ Choice choose(const ConsensusParams& p, int64_t row) {
   return {id[at], !(best > -INFINITY)};
 }
 
-// The likeliest tokens of a draft row, one per vocabulary tile, and their share of all tiles' maxima.
+// The likeliest tokens of a draft row, one per vocabulary tile, and their softmax over all tiles' maxima.
 struct Candidates {
   std::array<int32_t, kCandidates> id;
   std::array<float, kCandidates> prob;
@@ -85,7 +85,7 @@ bool is_stop(const SlotState& s, int32_t slot, int32_t token) {
   return token >= 0 && std::find(ids, ids + s.max_stop_ids, token) != ids + s.max_stop_ids;
 }
 
-// The drafts behind the rejected one were made for these very positions: they stay, in doubt.
+// The drafts behind the rejected one were made for the same positions: they stay, with kDoubt on their probabilities.
 void keep_tail(const SlotState& s, int32_t slot, int32_t num_drafts, int32_t accepted) {
   int32_t* block = s.block_tokens + int64_t{slot} * s.max_block_len;
   int32_t* runner_up = s.runner_up + int64_t{slot} * s.max_block_len * (kCandidates - 1);

@@ -1,5 +1,5 @@
-// Emitted tokens into the counts that penalties read; contract in orthrus/params.h. One read and write of a count for
-// each new token.
+// Adds emitted tokens to the counts that penalties read; contract in orthrus/params.h. One read and write of a count
+// per new token.
 #include "slot_ops.h"
 
 #include <algorithm>

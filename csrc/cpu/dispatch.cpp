@@ -58,7 +58,7 @@ bool has_neon_bf16() {
 bool always() { return true; }
 
 #if defined(ORTHRUS_HAS_avx512_bf16)
-// A vdpbf16ps does the work of two fused multiply-adds, and takes as long as four of them on Intel's cores.
+// A vdpbf16ps does the work of two fused multiply-adds, but takes as long as four of them on Intel's cores.
 bool has_fast_vdpbf16ps() { return !__builtin_cpu_is("intel"); }
 #endif
 
@@ -76,7 +76,7 @@ bool is_zen5_or_newer() { return false; }
 struct Choice {
   const char* name;
   bool (*offered)();
-  bool (*preferred)();  // to those below, if offered and none is named
+  bool (*preferred)();  // over those below, if offered and none is named
   const Bf16Kernels* of_bf16;
   const FloatKernels* of_floats;
 };
@@ -148,7 +148,7 @@ void record_or(const Params& p, Run run) {
   }
 }
 
-// Groups can only be checked when the op runs: those that a tape reads may differ from replay to replay.
+// Groups can only be checked when the op runs: a tape may read different ones from replay to replay.
 void check_groups(const Rows& rows) {
   const auto check = [&](int32_t group, int32_t row) {
     if (rows.group_start[group] == row) return;
@@ -167,7 +167,7 @@ void check_groups(const Rows& rows) {
     }
   }
   if (rows.blocks_per_seq <= 1 || rows.num_rows == 0) return;
-  for (int32_t group = rows.num_groups_ar; group < rows.num_groups; ++group) {  // as tall each, says checks.py
+  for (int32_t group = rows.num_groups_ar; group < rows.num_groups; ++group) {  // equally tall, by checks.py
     const int32_t first = group - (group - rows.num_groups_ar) % rows.blocks_per_seq;
     const int32_t seq = rows.seq[rows.group_start[group]], wanted = rows.seq[rows.group_start[first]];
     if (seq == wanted) continue;
@@ -179,9 +179,9 @@ void check_groups(const Rows& rows) {
 
 }  // namespace
 
-// Beside what a core's own prefetcher asks for, what is prefetched holds one of L1's few miss buffers until it is here:
-// for one row a core of Zen 4 then reads 21 GB/s in place of 30. Zen 5's passes over 1, 2 and 3 rows take 0.94, 0.87
-// and 0.89 of their time with it. Others have not been asked.
+// In addition to what a core's own prefetcher requests, each prefetch holds one of L1's few miss buffers until its line
+// arrives: for one row, a core of Zen 4 then reads 21 GB/s instead of 30. On Zen 5, passes over 1, 2 and 3 rows take
+// 0.94, 0.87 and 0.89 times as long with prefetches. Other processors have not been measured.
 const int64_t most_rows_without_ahead = is_zen5_or_newer() ? 0 : 3;
 
 const char* isa() { return chosen().load()->name; }

@@ -1,24 +1,24 @@
 // Paged attention of AR and diffusion rows under the mask of rows.h: the walk over queries and keys.
 //
 // A prefix is cut into splits at fixed absolute positions. The keys of a split are taken 64 at a time, in an online
-// softmax that begins anew with every split, and a query's splits are folded in ascending order; a block's own keys
-// come last, within the last split of the query's prefix. A query is one row's head; a tile holds queries that share
-// a KV head, as many as suit its arithmetic. Neither a key that a query does not see nor a split of which it sees
-// nothing enters its sums, so tiles change no bit and unused cache may hold anything.
+// softmax that starts anew with every split, and a query's splits are folded in ascending order. A block's own keys
+// come last, within the last split of the query's prefix. A query is one head of one row; a tile holds queries that
+// share a KV head, as many as suit its arithmetic. Keys that a query does not see, and splits in which it sees nothing,
+// do not enter its sums, so tiles change no bit and unused cache may hold anything.
 //
-// Two ways to the same bits: a tile folds its splits one by one (many tiles: prefill), or every split is a work item of
-// its own, and its sums are kept until all are there to be folded (few tiles: decoding).
+// Two ways lead to the same bits: a tile folds its splits one by one (many tiles: prefill), or every split is a work
+// item of its own, and its sums are kept until all splits can be folded (few tiles: decoding).
 //
-// Rounding points: weights, before their sum and their product with the values, and the output.
+// Rounding points: the weights, before they are summed and multiplied by the values, and the output.
 //
 // Contract (shapes in params.h): MUTATED: out, all rows. No rows: nothing is done. Row-invariant, deterministic.
-// std::bad_alloc where there is no memory for the splits' sums.
-// Bytes: each tile's visible keys and values once, from the caches but for the first; q and out once. FLOP:
-// 4 * head_dim for each key that a row and head sees.
+// std::bad_alloc if there is no memory for the splits' sums.
+// Bytes: each tile's visible keys and values once, from the caches except the first time; q and out once. FLOP:
+// 4 * head_dim per visible (row, head, key).
 // Method: online softmax (Milakov, Gimelshein, arXiv 1805.02867) in tiles; splits along the keys as in Flash-Decoding
 // (Dao, Haziza, Massa, Sizov 2023), here at fixed positions.
 //
-// A tile is a QueryRows with begin(), and for every split begin_split(sums), attend(keys) for every 64 keys, and
+// A tile is a QueryRows with begin() and, for every split, begin_split(sums), attend(keys) for every 64 keys, and
 // end_split(): dual_attn_vectors.h, dual_attn_amx.h.
 #pragma once
 #include "dual_attn_sums.h"
@@ -37,15 +37,15 @@ static_assert(kSplitKeys % kKeys == 0);  // so that 64 keys of a prefix are one 
 // At least one: for the block, if there is no prefix.
 ORTHRUS_INLINE int64_t num_splits(int64_t prefix_len) { return max_of(1, div_up(prefix_len, kSplitKeys)); }
 
-// Where the next 64 keys and values lie: on a page of their own, which the hardware prefetcher cannot foresee.
+// Where the next 64 keys and values are: on a page of their own, which the hardware prefetcher cannot predict.
 class KeysAhead {
  public:
   KeysAhead() = default;
   ORTHRUS_INLINE KeysAhead(const void* k, const void* v, int64_t num_bytes)
       : at_(static_cast<const char*>(k)), end_(at_ + num_bytes), v_(static_cast<const char*>(v)), v_bytes_(num_bytes) {}
 
-  // Prefetches the next `count` lines, keys first, until none is left. A few at a time, all through the arithmetic: a
-  // processor with as many loads in flight as it can have stalls until some arrive.
+  // Prefetches the next `count` lines, keys first, until none is left. A few at a time, throughout the arithmetic: a
+  // processor with as many loads in flight as it supports stalls until some arrive.
   ORTHRUS_INLINE void prefetch_lines(int64_t count) {
     for (; count > 0; --count, at_ += kLineBytes) {
       if (at_ == end_) {
@@ -61,7 +61,7 @@ class KeysAhead {
  private:
   const char* at_ = nullptr;
   const char* end_ = nullptr;
-  const char* v_ = nullptr;  // until it is their turn
+  const char* v_ = nullptr;  // until it is the values' turn
   int64_t v_bytes_ = 0;
 };
 
@@ -72,7 +72,7 @@ struct KeyRows {
   const T* k_row[kKeys];
   const T* v_row[kKeys];
   int64_t num_keys;
-  int32_t visible[kMaxQueries];  // how many of them, the first ones, the query sees
+  int32_t visible[kMaxQueries];  // how many of them, from the first on, the query sees
 };
 
 template <typename T>
@@ -242,7 +242,7 @@ inline void fold_splits(const DualAttnParamsOf<T>& p, int64_t first, const Split
 
 template <typename Tile>
 inline void dual_attn(const DualAttnParamsOf<typename Tile::Element>& p) {
-  constexpr int64_t kItemsPerThread = 2;  // with fewer, threads wait for the last
+  constexpr int64_t kItemsPerThread = 2;  // with fewer, threads idle at the end
   constexpr int64_t kMaxFloats = 32 << 20;  // memory that the thread keeps
   const int64_t heads_per_kv = p.num_heads_q / p.kv.num_heads_kv;
   const int64_t tiles = div_up(p.rows.max_group_rows * heads_per_kv, Tile::kQueries);
@@ -257,13 +257,13 @@ inline void dual_attn(const DualAttnParamsOf<typename Tile::Element>& p) {
   const bool few = num_threads() > 1 && num_items < kItemsPerThread * num_threads();
   if (few && most > 1 && num_floats <= kMaxFloats) {
     splits.data = thread_scratch(num_floats);
-    // The last splits last: they may be short.
+    // The last splits come last, as they may be short.
     parallel_each(num_items * most, [&](int64_t i) {
       attend_tile_split<Tile>(p, item_at(i % num_items), i / num_items, splits);
     });
     parallel_each(splits.num_queries / kLanes, [&](int64_t i) { fold_splits(p, i * kLanes, splits); });
   } else {
-    // Backwards: in a causal chunk the last tiles are the longest.
+    // Backwards, as in a causal chunk the last tiles are the longest.
     parallel_each(num_items, [&](int64_t i) { attend_tile<Tile>(p, item_at(num_items - 1 - i)); });
   }
 }

@@ -3,7 +3,7 @@
 // Scores are computed transposed, keys x queries: keys are read as they lie in the cache, and in the softmax each lane
 // is a query. Weights e^(score - maximum) are rounded to bf16; their sum and their product with the values use the
 // rounded ones. A key that a query does not see has weight zero, which at most turns a sum of -0 into +0 (finish()
-// makes both +0); values that are not finite are kept out of the product and added for the queries that see them.
+// makes both +0). Values that are not finite are kept out of the product and added only for the queries that see them.
 #pragma once
 #include <immintrin.h>
 
@@ -25,7 +25,7 @@ struct AmxTile : QueryRows<bf16_t> {
   alignas(64) int32_t visible[kQueries];
 
   bool two() const { return num_queries > kTileHeight; }
-  // Lines to prefetch per two keys, in each of two loops over them.
+  // Lines to prefetch per two keys, in each of the two loops over the keys.
   int64_t lines_ahead() const { return div_up(kKeys * head_dim * sizeof(bf16_t), kPairs * kLineBytes); }
   int64_t depth() const { return div_up(head_dim, kTileDepth) * kTileDepth; }
 
@@ -117,7 +117,7 @@ struct AmxTile : QueryRows<bf16_t> {
     }
   }
 
-  // Turns the scores of 16 queries into weights: new maxima, e^(score - maximum), running sums; decays the old mixture.
+  // Turns the scores of 16 queries into weights: new maxima, e^(score - maximum), running sums; decays the old `mixed`.
   ORTHRUS_INLINE void make_weights(int t, KeyRows<bf16_t>& keys) {
     const Vec none = set1(-__builtin_inff());
     const __m512i seen = _mm512_load_si512(&visible[t * kTileHeight]);
@@ -196,7 +196,7 @@ struct AmxTile : QueryRows<bf16_t> {
     return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(kInfinity)) == 0;
   }
 
-  // mixed += weights x values, 32 keys a step.
+  // mixed += weights x values, 32 keys per step.
   template <bool kTwo>
   ORTHRUS_INLINE void mix_values(int64_t num_keys) {
     const int64_t row_bytes = head_dim * sizeof(float);

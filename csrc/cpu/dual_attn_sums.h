@@ -1,4 +1,4 @@
-// The running sums of attention over some of the keys, and how those of two splits are folded.
+// The running sums of attention over some of the keys, and how the sums of two splits are folded.
 #pragma once
 #include "simd.h"
 
@@ -11,7 +11,7 @@ struct Sums {
   float* mixed;  // [query][head_dim], sum of the weighted values
 };
 
-// Folds the next split into the sums of the queries with sees(query).
+// Folds the next split into the sums of those queries for which sees(query).
 template <typename Sees>
 ORTHRUS_INLINE void fold(const Sums& into, const Sums& next, int64_t num_queries, int64_t head_dim, const Sees& sees) {
   for (int64_t first = 0; first < num_queries; first += kLanes) {
@@ -42,7 +42,7 @@ ORTHRUS_INLINE void finish(T* out, const Sums& sums, int64_t query, int64_t head
   const float inverse = total == 0.f ? 0.f : 1.f / total;  // a row that sees nothing yields zeros
   const float* mixed = sums.mixed + query * head_dim;
   for (int64_t d = 0; d < head_dim; d += kLanes) {
-    store(out + d, mul(add(load(mixed + d), zero()), set1(inverse)));  // + 0: no -0, which AMX tiles lose
+    store(out + d, mul(add(load(mixed + d), zero()), set1(inverse)));  // + 0: no -0, which AMX tiles do not keep
   }
 }
 

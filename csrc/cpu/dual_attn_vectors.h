@@ -1,7 +1,7 @@
 // Query tiles of dual_attn on vectors. Scores: dot() over ascending words of dims. Weights e^(score - maximum) are
 // rounded to T; their sum and their product with the values, over ascending keys, use the rounded ones. Where no
 // instruction multiplies pairs of bf16, products are of floats: queries and weights are widened once, keys and values
-// whenever they are multiplied, or, where that has its price and many queries read them, once too.
+// each time they are multiplied or, where widening is costly and many queries read them, also once.
 #pragma once
 #include <type_traits>
 
@@ -19,8 +19,8 @@ struct VectorTile : QueryRows<T> {
   using QueryRows<T>::head_dim;
   using QueryRows<T>::sums;
 
-  alignas(64) uint32_t k_words[kMaxHeadDim / (kWidensOnce ? 1 : kPerWord<T>)][kKeys];  // the keys transposed
-  float decay[kLanes];                          // e^(old maximum - new maximum) of the queries at hand
+  alignas(64) uint32_t k_words[kMaxHeadDim / (kWidensOnce ? 1 : kPerWord<T>)][kKeys];  // the transposed keys
+  float decay[kLanes];                          // e^(old maximum - new maximum) of the current queries
   alignas(64) float score[kQueries][kKeys];
   alignas(64) Operand weight[kQueries][kKeys];  // e^(score - top)
   alignas(64) float total[kQueries][kLanes];    // sum of the weights, lane by lane
@@ -28,7 +28,7 @@ struct VectorTile : QueryRows<T> {
   alignas(64) float wide_q[kWidens ? kQueries * kMaxHeadDim : 0];
   alignas(64) float wide_v[kWidensOnce ? kKeys * kMaxHeadDim : 0];
 
-  // Whether keys and values are floats before they are multiplied.
+  // Whether keys and values are widened before they are multiplied.
   ORTHRUS_INLINE bool widens_once() const { return kWidensOnce && num_queries > kTileQueries; }
   ORTHRUS_INLINE const Operand* q_at(int64_t q) const {
     if constexpr (kWidens) {
@@ -95,14 +95,15 @@ ORTHRUS_INLINE void transpose_keys(VectorTile<T>& queries, KeyRows<T>& keys) {
   }
 }
 
-// Quarters of a line that a step of mixing prefetches for a tile's only queries, half as much a step over one word of
-// scoring: with what the transposition does, all that is ahead. Less than a line: every eighth step prefetches.
+// Quarters of a line that a step of mixing prefetches if the tile has one group of queries; a step of scoring, over one
+// word, prefetches half as many. With what the transposition prefetches, these are all lines ahead. If less than a
+// line, every eighth step prefetches.
 template <typename T, int kVecs>
 constexpr int64_t kQuartersPerStep = sizeof(T) * kPerWord<typename VectorTile<T>::Operand> * kVecs;
 template <typename T, int kVecs>
 constexpr int64_t kFetchingStep = kQuartersPerStep<T, kVecs> < 4 ? 8 : 1;
 
-// acc[q][b] += queries times keys, a word of each; kPairs: of a pair that is widened here.
+// acc[q][b] += queries times keys, one word of each; kPairs: one pair, which is widened here.
 template <bool kPairs, int kCount, int kVecs, typename T, typename Operand>
 ORTHRUS_INLINE void add_products(Vec (&acc)[kCount][kVecs], const VectorTile<T>& queries, int64_t d, int64_t key,
                                  const Operand* const (&q_row)[kCount]) {
@@ -131,7 +132,7 @@ ORTHRUS_INLINE void add_products(Vec (&acc)[kCount][kVecs], const VectorTile<T>&
   }
 }
 
-// Of the keys [key, key + 16 kVecs).
+// Scores against the keys [key, key + 16 kVecs).
 template <bool kPairs, int kCount, int kVecs, typename T>
 inline void score_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t first, int64_t key, int64_t lines) {
   using Operand = typename VectorTile<T>::Operand;
@@ -162,7 +163,7 @@ inline void score_queries(VectorTile<T>& queries, KeyRows<T>& keys, int64_t firs
   }
 }
 
-// The same of num_vecs vectors of keys, or kVecs if they are more.
+// The same for num_vecs vectors of keys, or kVecs if there are more.
 template <int kCount, int kVecs, typename T>
 ORTHRUS_INLINE void score_some(VectorTile<T>& queries, KeyRows<T>& keys, int64_t first, int64_t key, int64_t num_vecs,
                                int64_t lines) {
@@ -189,7 +190,7 @@ inline void weigh_queries(VectorTile<T>& queries, int64_t first, int64_t num_vec
     const float tile_top = reduce_max(top);
     if (tile_top > running_top[q]) running_top[q] = tile_top;
   }
-  const Vec least = set1(-__FLT_MAX__);  // where all that has been seen is -inf: e^(-inf + inf) would be NaN
+  const Vec least = set1(-__FLT_MAX__);  // where only -inf has been seen: e^(-inf + inf) would be NaN
   store(queries.decay, exp(sub(old_top, max(least, load(running_top + first)))));
   for (int64_t q = first; q < first + kCount; ++q) {
     const Vec top = max(least, set1(running_top[q]));
@@ -204,7 +205,7 @@ inline void weigh_queries(VectorTile<T>& queries, int64_t first, int64_t num_vec
   }
 }
 
-// mixed = mixed * decay + weights x values, for queries that see the same number of keys. `v_row`: the values, of T or
+// mixed = mixed * decay + weights x values, for queries that see the same number of keys. `v_row`: the values, as T or
 // widened.
 template <int kCount, int kVecs, typename T, typename Value>
 inline void mix_queries(VectorTile<T>& queries, KeyRows<T>& keys, const Value* const* v_row, int64_t first,

@@ -10,9 +10,9 @@
 namespace orthrus::cpu {
 namespace {
 
-constexpr int kOther = kUpperBytes;  // the code of a byte that has none
+constexpr int kOther = kUpperBytes;  // stands for a byte that has no code
 
-// So many of a step's elements stay side by side; the first of those stored as the run-th.
+// This many of a step's elements stay side by side; first_of_run: the first of those that are stored as run `run`.
 constexpr int kRun = 8;
 constexpr int first_of_run(int run) { return run / 2 * kRun + run % 2 * (kStepElements / 2); }
 
@@ -23,7 +23,7 @@ WeightEncoder::WeightEncoder(const bf16_t* plain, int64_t num_strips, int64_t nu
   const int64_t num_elements = num_steps * kStepElements;
   parallel_each(num_strips, [&](int64_t s) {
     const bf16_t* strip = plain + s * num_elements;
-    int64_t counts[4][256] = {};  // several, as a byte comes again before its last count is stored
+    int64_t counts[4][256] = {};  // several, as a byte may recur before its last count is stored
     for (int64_t i = 0; i < num_elements; ++i) ++counts[i % 4][strip[i] >> 8];
     for (int b = 0; b < 256; ++b) counts[0][b] += counts[1][b] + counts[2][b] + counts[3][b];
     std::array<uint8_t, 256> order;

@@ -8,13 +8,13 @@
 
 namespace orthrus::cpu {
 
-// Of `plain`: num_strips strips of num_steps steps each, an even number, as row_linear.h packs them. It has to stay.
+// Encodes `plain`, which must stay: num_strips strips of num_steps steps, an even number, packed as in row_linear.h.
 class WeightEncoder {
  public:
   WeightEncoder(const bf16_t* plain, int64_t num_strips, int64_t num_steps);
 
   int64_t nbytes() const;
-  // `out`: nbytes() from the beginning of a cache line.
+  // `out`: nbytes() bytes, aligned to a cache line.
   void write(char* out) const;
 
  private:

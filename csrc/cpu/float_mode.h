@@ -1,5 +1,5 @@
-// How the calling thread rounds: to nearest, subnormal numbers included. Some libraries make a thread flush those to
-// zero; results must not depend on which thread computes them.
+// How the calling thread rounds: to nearest, subnormal numbers included. Some libraries make a thread flush subnormals
+// to zero, but results must not depend on which thread computes them.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,7 @@
 
 namespace orthrus::cpu {
 
-// Sets the default while it lives, then restores what was before.
+// Sets the default mode while it lives, then restores the previous one.
 class FloatMode {
  public:
   FloatMode() : before_(get()) {

@@ -27,10 +27,10 @@
 namespace orthrus::cpu {
 namespace {
 
-// Ops of one pass follow each other within microseconds: workers spin for some tens of them, then sleep,
-// which leaves the cores to torch's own threads.
+// Ops of one pass follow each other within microseconds: workers spin for some tens of microseconds, then sleep, which
+// leaves the cores to torch's own threads.
 constexpr int kSpins = 4000;
-// More threads share some.
+// With more threads, some share a stretch.
 constexpr int kMostStretches = 256;
 
 inline void pause_cpu() {
@@ -41,14 +41,14 @@ inline void pause_cpu() {
 #endif
 }
 
-// Chunks of a region that nobody has claimed yet: contiguous ones.
+// The chunks of a region that no thread has claimed yet; they are contiguous.
 class alignas(64) Stretch {
  public:
   static constexpr int64_t kNone = -1;
 
   void set(int64_t first, int64_t last) { ends_.store(pack(first, last), std::memory_order_release); }
 
-  // A chunk from its front, or its back; kNone if there is none.
+  // Claims a chunk from the front or the back; kNone if there is none.
   int64_t claim(bool front) {
     uint64_t ends = ends_.load(std::memory_order_relaxed);
     while (true) {
@@ -78,10 +78,10 @@ struct Worker {
   explicit Worker(int at) : place(at) {}
 };
 
-// It lives as long as the process and only grows: callers that alternate between numbers of threads find theirs ready.
+// Lives as long as the process and only grows: callers that alternate between thread counts find their threads ready.
 class Pool {
  public:
-  // Throws where the system does not start that many; those that it did start stay, and the next call tries again.
+  // Throws if the system does not start that many; those that it did start stay, and the next call tries again.
   void grow(int num_threads) {
     while (this->num_threads() < num_threads) {
       Worker& worker = workers_.emplace_back(this->num_threads());
@@ -101,7 +101,7 @@ class Pool {
   }
 
   // Returns when every chunk is done; rethrows the first exception. A worker that the system has not woken yet, or has
-  // preempted, holds up no more than the chunk that it is in: the others take the rest.
+  // preempted, delays only the chunk that it is in: the others take the rest.
   void run(int num_threads, int64_t num_items, int64_t num_chunks, HandOut hand_out,
            void (*body)(void*, int64_t, int64_t), void* context) {
     num_items_ = num_items;
@@ -139,7 +139,7 @@ class Pool {
 
   int64_t begin_of(int64_t chunk) const { return num_items_ * chunk / num_chunks_; }
 
-  // Until there is none left that it could claim; or until the next region begins, where its own come first again.
+  // Until no chunk is left to claim, or until the next region begins, where the thread's own stretch comes first again.
   void run_chunks(int place, uint64_t region) {
     const int num_stretches = num_stretches_.load(std::memory_order_relaxed);
     for (int i = 0; i < num_stretches && regions_.load(std::memory_order_relaxed) == region; ++i) {
@@ -150,7 +150,7 @@ class Pool {
     }
   }
 
-  // One that was claimed, and is not counted as finished yet: until then the region's fields do not change.
+  // Runs a chunk that is claimed and not yet counted as finished: until then the region's fields do not change.
   void run_chunk(int64_t chunk) {
     try {
       body_(context_, begin_of(chunk), begin_of(chunk + 1));
@@ -161,10 +161,10 @@ class Pool {
   }
 
   void work(Worker& worker) {
-    FloatMode::set_default();  // or it would have that of the thread which started it
+    FloatMode::set_default();  // or it would inherit that of the thread that started it
     uint64_t seen = 0;
-    // Number and stretches may be another region's by now: then a thread too many takes chunks, or one too few, which
-    // does no harm.
+    // Thread count and stretches may be another region's by now: then a thread too many takes chunks, or one too few,
+    // which does no harm.
     const auto is_called = [&] {
       return regions_.load() != seen && worker.place < wanted_.load(std::memory_order_relaxed);
     };
@@ -184,13 +184,13 @@ class Pool {
     }
   }
 
-  std::deque<Worker> workers_;  // which stay in place as it grows
+  std::deque<Worker> workers_;  // its elements stay in place as it grows
   std::mutex mutex_;
   std::exception_ptr error_;
   std::atomic<int> wanted_{1};  // threads, the caller included
   std::atomic<int> num_stretches_{0};
   std::array<Stretch, kMostStretches> stretches_;
-  alignas(64) std::atomic<uint64_t> regions_{0};  // that were begun
+  alignas(64) std::atomic<uint64_t> regions_{0};  // begun so far
   alignas(64) std::atomic<int64_t> unfinished_{0};  // chunks
   int64_t num_items_ = 0;
   int64_t num_chunks_ = 0;
@@ -202,7 +202,7 @@ std::atomic<int> wanted_threads{1};
 std::mutex region;  // held while a parallel region runs
 Pool* pool = nullptr;
 
-// The threads do not survive a fork, and the lock may be held in the child for ever.
+// The threads do not survive a fork, and in the child the lock may stay held for ever.
 void forget_pool_in_child() {
   pool = nullptr;
   new (&region) std::mutex;
@@ -217,7 +217,7 @@ void parallel_chunks(int64_t num_items, int64_t num_chunks, HandOut hand_out, vo
   if (num_items <= 0) return;
   const int wanted = wanted_threads.load(std::memory_order_relaxed);
   std::unique_lock<std::mutex> lock(region, std::defer_lock);
-  // While another Python thread's op has the pool, this one works alone: same bits.
+  // While another Python thread's op has the pool, this one runs on the calling thread alone: same bits.
   if (wanted == 1 || num_chunks <= 1 || !lock.try_lock()) return body(context, 0, num_items);
   if (pool == nullptr) {
     static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_in_child);

@@ -1,4 +1,4 @@
-// A small thread pool for the CPU ops: one parallel region at a time, the caller takes part.
+// A small thread pool for the CPU ops: one parallel region at a time, in which the caller takes part.
 #pragma once
 #include <cstdint>
 
@@ -6,14 +6,14 @@ namespace orthrus::cpu {
 
 int32_t num_threads();
 
-// Memory of the calling thread's own, valid until its next call, from the beginning of a cache line; it only grows.
-// What a region's body reads of the caller's stays only if the body takes none itself.
+// The calling thread's own memory, aligned to a cache line and valid until the thread's next call; it only grows. A
+// region's body can read the caller's scratch only if the body itself takes none.
 float* thread_scratch(int64_t num_floats);
 
 // Which chunks of a region a thread takes.
 enum class HandOut {
-  kInOrder,      // each the next one that is left: of uneven ones the longest should come first
-  kByStretches,  // those of a stretch of its own, in order, then others' from the back: who streams memory runs on
+  kInOrder,      // the next one that is left; if they are uneven, the longest should come first
+  kByStretches,  // those of its own stretch in order, then others' from the back: a thread streams memory without jumps
 };
 
 // Splits [0, num_items) into num_chunks contiguous ranges of nearly equal size and calls body(context, begin, end) on
@@ -21,7 +21,7 @@ enum class HandOut {
 void parallel_chunks(int64_t num_items, int64_t num_chunks, HandOut hand_out, void (*body)(void*, int64_t, int64_t),
                      void* context);
 
-// To even out the threads' pace.
+// Chunks per thread, to even out the threads' pace.
 constexpr int64_t kChunksPerThread = 4;
 
 // body(begin, end) over ranges of at least `min_items`. No std::function, so that variant.cpp may use it.

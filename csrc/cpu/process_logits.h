@@ -1,13 +1,13 @@
 // Scores of every row's tokens: edits, temperature, top-k, top-p, min-p, Gumbel noise. A thread takes whole rows.
 //
-// Every filter keeps "all tokens at or above a cut", so a row's filters are one number, found without a sort: values
-// are gathered rung by rung below the maximum until they hold enough, and bisection over the last rung does the rest.
-// Probability is summed as integers, trunc(exp(y - top) * 2^40), exact in any order.
+// Every filter keeps "all tokens at or above a cut", so a row's filters amount to one number, which is found without a
+// sort: values are gathered rung by rung below the maximum until they hold enough, and bisection over the last rung
+// does the rest. Probability is summed as integers, trunc(exp(y - top) * 2^40), which is exact in any order.
 //
 // Contract (shapes in params.h): MUTATED: partial maxima, all rows; logits and log_probs, valid rows. No rows: nothing
-// is done. All fp32. Row-invariant, deterministic. Scratch of up to a row a thread; std::bad_alloc where there is no
-// memory for it. Bytes: the logits read and written once, then read again from the caches, once and for every rung
-// looked at.
+// is done. All fp32. Row-invariant, deterministic. Scratch of up to one row per thread; std::bad_alloc if there is no
+// memory for it. Bytes: the logits are read and written once, then read again from the caches, once and for every rung
+// that is searched.
 #pragma once
 #include "noise.h"
 #include "orthrus/rows.h"
@@ -18,7 +18,7 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 
 constexpr float kNever = -__builtin_inff();
 constexpr float kFloatMax = 3.40282347e+38f;
-// Rung i lies kRung * (i + 1)^2 below the row's maximum; exact in fp32. A last one takes in everything.
+// Rung i lies kRung * (i + 1)^2 below the row's maximum; exact in fp32. One more rung takes in all the rest.
 constexpr float kRung = 0.4375f;
 constexpr int kRungs = 8;
 // The last finite rung. exp(-kReach) * 2^40 < 1: tokens further below have no mass.
@@ -76,7 +76,7 @@ struct Mass {
   }
 };
 
-// Mass of those values that reach `cut`, relative to `top`; -inf pads them to whole vectors.
+// Mass of the values that reach `cut`, relative to `top`; y is padded with -inf to whole vectors.
 inline int64_t mass_at_least(const float* y, int64_t size, float top, float cut) {
   int64_t total = 0;
   for (int64_t begin = 0; begin < size; begin += kScoreTile) {
@@ -90,9 +90,9 @@ inline int64_t mass_at_least(const float* y, int64_t size, float top, float cut)
   return total;
 }
 
-// A cut for which {y >= cut} is the smallest such set that, with `base` more, has `target` values or as much mass.
-// `low` reaches the target, `high` does not, and all values lie between. Halving the ordered bits of fp32 ends within
-// 32 steps, each over the values still in question; y is overwritten.
+// A cut for which {y >= cut} is the smallest such set that, together with `base` more, has `target` values or as much
+// mass. `low` reaches the target, `high` does not, and all values lie between. Halving the ordered bits of fp32 ends
+// within 32 steps, each over the values still in question; y is overwritten.
 template <bool kByMass>
 inline float bisect(float* y, int64_t size, float top, float low, float high, int64_t base, int64_t target) {
   int64_t below = order_of(low), above = order_of(high);
@@ -117,7 +117,7 @@ inline float bisect(float* y, int64_t size, float top, float low, float high, in
   return ordered(below);
 }
 
-// First place of x among p[0 ... count), which holds it.
+// First place of x in p[0 ... count), which contains it.
 ORTHRUS_INLINE int64_t find(const float* p, int64_t count, float x) {
   int64_t i = 0;
   while (i + kLanes <= count && first_equal(load(p + i), x) == kLanes) i += kLanes;
@@ -125,7 +125,7 @@ ORTHRUS_INLINE int64_t find(const float* p, int64_t count, float x) {
   return i;
 }
 
-// One row on its way to its scores.
+// One row as it is turned from logits into scores.
 struct LogitRow {
   float* y;              // [vocab] logits, then scaled logits
   float* value;          // [tiles] the tiles' maxima, then their best scores
@@ -141,7 +141,7 @@ struct LogitRow {
     return static_cast<int32_t>(begin + find(y + begin, tile_end(tile) - begin, x));
   }
 
-  // y / temperature, NaN as -inf, +inf as the largest number; and the maxima.
+  // y / temperature, with NaN as -inf and +inf as the largest number; and the maxima.
   inline void scale(float temperature) {
     top = kNever;
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -174,7 +174,7 @@ struct LogitRow {
     return total;
   }
 
-  // The values in [low, high) side by side at out, -inf behind them; how many.
+  // Writes the values in [low, high) side by side to out, followed by -inf; returns how many.
   inline int64_t gather(float low, float high, float* out) const {
     int64_t count = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -187,11 +187,11 @@ struct LogitRow {
     return count;
   }
 
-  // A cut that keeps no more values than it takes to have `target` or as much mass; `found` has room for vocab + 16.
+  // A cut that keeps no more values than `target` values or as much mass need; `found` has room for vocab + 16.
   template <bool kByMass>
   inline float cut_at(int64_t target, float* found) const {
     int64_t reached = 0;
-    float high = ordered(order_of(top + 0.f) + 1);  // + 0: right above -0 lies 0, which equals it
+    float high = ordered(order_of(top + 0.f) + 1);  // + 0, because right above -0 lies 0, which equals it
     for (int rung = 0; rung <= kRungs; ++rung) {
       const float low = rung < kRungs ? top - kRung * static_cast<float>((rung + 1) * (rung + 1)) : -kFloatMax;
       const int64_t base = reached, size = gather(low, high, found);
@@ -212,7 +212,7 @@ struct LogitRow {
     return cut;
   }
 
-  // Per tile the best of y + noise over {y >= cut}; tokens that cannot win are left out.
+  // Per tile the best of y + noise over {y >= cut}; tokens that cannot win are skipped.
   inline void draw(float cut, int64_t seed, int32_t position, int32_t purpose) {
     float u[kScoreTile], score[kScoreTile];
     int64_t tile = 0;
@@ -257,7 +257,7 @@ ORTHRUS_INLINE float penalised(float y, int32_t count, const float* penalties) {
   return count > 0 ? less : seen;
 }
 
-// Penalties, bias and stop mask of pass row r. `kept` has room for as many values as there are drafts up to it.
+// Penalties, bias and stop mask of pass row r. `kept` has room for as many values as there are drafts up to row r.
 inline void edit(const ProcessLogitsParams& p, int64_t r, float* y, float* kept) {
   const SlotEdits& e = p.edits;
   const int64_t slot = p.rows.seq[r], vocab = p.vocab_size;

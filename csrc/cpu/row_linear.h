@@ -1,13 +1,13 @@
-// y = x W^T for any number of rows, streaming W once, or once per block of very many rows.
+// y = x W^T for any number of rows, streaming W once, or once per block of rows if there are very many.
 //
-// Packed weight: strips of 32 outputs, each [ceil(in/n)][32][n], n elements a word (see simd.h): the same
-// inputs of 32 outputs side by side, so that one step over k loads two WordVecs and feeds every row of
-// the tile. For kSiluMul a strip holds 16 gates, then their 16 ups. Outputs and inputs are padded with zeros.
-// A bf16 strip may be coded (see coded_weight.h): tiles decode it as they go, many read it decoded once.
+// Packed weight: strips of 32 outputs, each [ceil(in/n)][32][n] with n elements per word (see simd.h): the same inputs
+// of 32 outputs side by side, so that one step over k loads two WordVecs and feeds every row of the tile. For kSiluMul
+// a strip holds 16 gates, then their 16 ups. Outputs and inputs are padded with zeros. A bf16 strip may be coded (see
+// coded_weight.h): a few tiles unpack it as they go, more tiles read it unpacked once.
 //
-// Contract (shapes in params.h). Nothing need be aligned. MUTATED: out or the partial maxima, all rows. No rows:
+// Contract (shapes in params.h). No alignment is required. MUTATED: out or the partial maxima, all rows. No rows:
 // nothing is done. fp32 accumulation; one rounding, in the epilogue (none for kLogits and kArgmax). kArgmax: partial p
-// covers the p-th 512 outputs; ties go to the lowest id, NaN never wins. std::bad_alloc where there is no memory for a
+// covers the p-th 512 outputs; ties go to the lowest id, NaN never wins. std::bad_alloc if there is no memory for a
 // thread's scratch.
 // Row-invariant and deterministic: every output is one accumulator that runs over k in ascending order, whatever the
 // tile, the row count or the thread.
@@ -26,16 +26,16 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 constexpr int kStrip = 32;
 // Vocabulary ids per partial maximum.
 constexpr int kArgmaxTile = 512;
-// What a tile prefetches while it computes: `lines` cache lines per step over k, 0, 1 or 2 in multiply_tile; or of a
-// coded strip, per unit, as many as it reads or 0.
+// What a tile prefetches while it computes: `lines` cache lines per step over k, 0, 1 or 2 in multiply_tile; for a
+// coded strip per unit, either as many as it reads or 0.
 struct Ahead {
   const char* from;
   int64_t lines;
 };
-// How far ahead of what is multiplied it lies, where each weight is read once. On Zen 5 with AVX-512 BF16, half of that
-// or twice as much makes 4 rows take 3 to 5% longer; other processors have not been asked.
+// How far ahead of the products to prefetch, where each weight is read once. On Zen 5 with AVX-512 BF16, half or twice
+// as far makes 4 rows take 3 to 5% longer; other processors have not been measured.
 constexpr int kAheadBytes = 8192;
-// More tiles than these read a coded strip decoded once: what that writes costs more than to decode a few times.
+// With more tiles than this a coded strip is unpacked once: writing it out costs more than unpacking it a few times.
 constexpr int64_t kMostDecodingTiles = 6;
 
 // acc[r][0 ... 31] of kRows rows against one strip.
@@ -128,7 +128,7 @@ ORTHRUS_INLINE void update_argmax(const float* acc, int64_t first_id, int64_t co
   *best_id = static_cast<int32_t>(first_id + (in_lo < kLanes ? in_lo : kLanes + first_equal(hi, top)));
 }
 
-// The epilogue of num_rows rows of `strip`, 32 accumulators each.
+// The epilogue of num_rows rows against `strip`, 32 accumulators each.
 template <typename T>
 ORTHRUS_INLINE void finish_rows(const RowLinearParamsOf<T>& p, const float* acc, int64_t first_row, int64_t num_rows,
                                 int64_t strip) {
@@ -153,7 +153,7 @@ ORTHRUS_INLINE void finish_rows(const RowLinearParamsOf<T>& p, const float* acc,
       for (int64_t r = 0; r < num_rows; ++r) {
         const Vec gate = load(acc + r * kStrip);
         const Vec sigmoid_den = add(set1(1.f), exp(sub(zero(), gate)));
-        // Below -88.3 exp grows no further: -0 there, of -inf NaN.
+        // Below -88.3 exp grows no further: there the result is -0, for -inf NaN.
         const Vec silu = where_less(gate, -88.3f, mul(gate, zero()), div(gate, sigmoid_den));
         finish_lanes<T>(mul(silu, load(acc + r * kStrip + kLanes)), nullptr,
                         static_cast<T*>(p.out) + (first_row + r) * width + first, width - first);
@@ -185,7 +185,7 @@ struct Weight {
   bool coded;
 };
 
-// Of a strip of num_steps steps; exceptions of a coded one lie behind all strips.
+// Bytes of a strip of num_steps steps; the exceptions of coded strips lie behind all strips.
 ORTHRUS_INLINE int64_t strip_bytes_of(Weight weight, int64_t num_steps) {
   return weight.coded ? coded_strip_bytes(num_steps) : num_steps * kStepBytes;
 }
@@ -213,8 +213,8 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight,
 #if defined(ORTHRUS_DECODES_WORDS)
   if constexpr (kPerWord<T> == 2) {
     if (weight.coded && num_tiles <= kMostDecodingTiles) {
-      // Several fetch the next strip and the one after that by turns, though all lines have then been asked for before:
-      // to ask once is slower.
+      // Several tiles alternate between fetching the next strip and the one after it. All lines have then been
+      // requested before, but requesting them once is slower.
       return multiply(MultiplyTileOf<T, CodedWords>(), stored, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
         const int64_t distance = num_tiles == 1 ? kAheadBytes : (1 + tile % 2) * strip_bytes;
         return {stored + distance, few ? 0 : kUnitBytes / kLineBytes};
@@ -227,7 +227,7 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight,
     }
   }
 #endif
-  // Several tiles read the strip from cache: the first two fetch the next strip, one half each where it is plain.
+  // Several tiles read the strip from cache: the first two fetch the next strip, one half each if it is plain.
   multiply(MultiplyTileOf<T, PlainWords>(), plain, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
     if (num_tiles == 1) return {stored + kAheadBytes, few ? 0 : 2};
     return {stored + strip_bytes + tile * num_steps * kLineBytes, tile < 2};

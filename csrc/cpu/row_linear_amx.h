@@ -1,12 +1,12 @@
-// row_linear of bf16 on AMX tiles, over the same packed weights: each of their WordVecs is a row of a column tile.
+// row_linear of bf16 on AMX tiles, over the same packed weights: each of their WordVecs is one row of a column tile.
 //
 // A strip of 32 outputs is multiplied by 32 rows at a time, a pair of tiles, in 2 x 2 products. Rows are cut into tiles
-// of one height, so that one set of shapes serves them all; where they do not come out even, the last tile overlaps its
+// of equal height, so that one set of shapes serves them all. If they do not divide evenly, the last tile overlaps its
 // neighbour and computes the shared rows' bits again.
 //
 // A pair goes through a group of strips before the next pair does: its rows then stay in the L1 cache, the group in the
 // L2 cache. Products, memory and epilogues must overlap, but loads that miss hold up the tile loads behind them, and
-// the processor looks only some steps ahead. So every pair prefetches its share of the next group, a few lines at a
+// the processor looks only a few steps ahead. So every pair prefetches its share of the next group, a few lines at a
 // time between tile loads, and the sums of one strip are finished in the middle of the next.
 #pragma once
 #include "amx.h"
@@ -14,19 +14,19 @@
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-// Blocks of rows are larger than with vectors: products are so fast here that reading the strips again would show.
+// Blocks of rows are larger than with vectors: products are so fast here that rereading the strips would show.
 constexpr int64_t kMinTileRowBlock = 256;
-// Bytes of inputs in one, which should stay in the L2 cache.
+// Bytes of inputs per block, which should stay in the L2 cache.
 constexpr int64_t kRowBlockBytes = 1 << 20;
 // Bytes of a strip that one step over k reads.
 constexpr int64_t kTileStepBytes = kTileDepth / 2 * kStepBytes;
 
-// Strips of a group, in bytes.
+// Bytes of strips in a group.
 constexpr int64_t kGroupBytes = 144 << 10;
 // How far ahead a pair prefetches a strip that no pair before it has prefetched.
 constexpr int64_t kTileAheadBytes = 8192;
-// How many of a step's 32 lines of the next group all pairs together prefetch: the hardware prefetcher, which sees
-// them in order, fetches the rest. To prefetch all of them takes longer.
+// How many of a step's 32 lines of the next group all pairs together prefetch. The hardware prefetcher, which sees them
+// in order, fetches the rest; prefetching all of them takes longer.
 constexpr int64_t kPrefetchedLines = 24;
 // Places within a step of two tiles where lines are prefetched.
 constexpr int64_t kPrefetchPlaces = 4;
@@ -37,8 +37,8 @@ struct TileTail {
   alignas(64) char columns[kTileStepBytes];
 };
 
-// One or two tiles of `height` rows each: tile t begins at row[t], which lies at x[t]. Its first again[t] rows belong
-// to another tile too, and are finished there.
+// One or two tiles of `height` rows each: tile t begins at row[t], which is stored at x[t]. Its first again[t] rows
+// also belong to another tile and are finished there.
 struct TilePair {
   int num_tiles;
   int64_t height;
@@ -61,12 +61,12 @@ ORTHRUS_INLINE TilePair tile_pair(const RowLinearParamsOf<bf16_t>& p, int64_t be
   return rows;
 }
 
-// Adds steps [begin, end) over k of a pair against one strip; prefetches ahead.lines lines a step meanwhile, for two
-// tiles a multiple of kPrefetchPlaces.
+// Adds steps [begin, end) over k of a pair against one strip, prefetching ahead.lines lines per step, with two tiles a
+// multiple of kPrefetchPlaces.
 template <bool kTwo>
 inline __attribute__((noinline)) void multiply_steps(const TilePair& rows, int64_t in_features, const char* w,
                                                      int64_t begin, int64_t end, Ahead ahead) {
-  // Two tiles spread them evenly between their loads; a lone tile only loses time by that.
+  // With two tiles they are spread evenly between the loads; a lone tile only loses time by that.
   const int64_t lines = kTwo ? ahead.lines / kPrefetchPlaces : ahead.lines;
   const char* from = ahead.from + begin * ahead.lines * kLineBytes;
   const auto prefetch_lines = [&]() ORTHRUS_LAMBDA {
@@ -122,7 +122,7 @@ ORTHRUS_INLINE void finish_sums(const RowLinearParamsOf<bf16_t>& p, const StripS
   }
 }
 
-// Computes the sums of sums.rows against sums.strip, at w, and finishes `last` on the way, if there is one.
+// Computes the sums of sums.rows against sums.strip, at w; halfway through, finishes `last`, if there is one.
 template <bool kTwo>
 ORTHRUS_INLINE void multiply_strip_amx(const RowLinearParamsOf<bf16_t>& p, const char* w, Ahead ahead,
                                        const StripSums* last, StripSums& sums) {
@@ -163,7 +163,7 @@ ORTHRUS_INLINE void multiply_strips_amx(const RowLinearParamsOf<bf16_t>& p, cons
     const char* next = at(group_end);
     const char* next_end = at(min_of(group_end + group, last_strip));
     for (int64_t pair = 0; pair < num_pairs; ++pair) {
-      // Nobody has prefetched the first group: its first pair does so for itself.
+      // The first group has not been prefetched: its first pair prefetches for itself.
       const bool by_itself = pair == 0 && group_begin == first_strip;
       const int64_t helpers = num_pairs - (group_begin == first_strip);
       for (int64_t strip = group_begin; strip < group_end; ++strip) {
@@ -188,7 +188,7 @@ ORTHRUS_INLINE void multiply_strips_amx(const RowLinearParamsOf<bf16_t>& p, cons
 template <>
 inline void row_linear(const RowLinearParamsOf<bf16_t>& p) {
   const int64_t most = max_of(kMinTileRowBlock, kRowBlockBytes / (p.in_features * int64_t{sizeof(bf16_t)}));
-  // One run of strips per thread: each run begins with a cold cache.
+  // One run of strips per thread, as each run begins with a cold cache.
   parallel_strips(p, 1, [&](int64_t first_strip, int64_t last_strip) {
     for_row_blocks(p, most, [&](Weight weight, int64_t begin, int64_t end) {
       multiply_strips_amx(p, weight.data, first_strip, last_strip, begin, end);

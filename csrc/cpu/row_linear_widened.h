@@ -1,43 +1,43 @@
-// row_linear over bf16 where no instruction multiplies pairs of them: rows are widened to floats once for all strips,
-// weights whenever they are multiplied. A strip is taken in blocks over k: a block, and of a tile's rows what it meets,
-// stay in the L1 cache while all tiles pass over it. Between blocks the accumulators wait in memory.
+// row_linear over bf16 where no instruction multiplies pairs of bf16: rows are widened to floats once for all strips,
+// weights each time they are multiplied. A strip is taken in blocks over k: a block, and the part of a tile's rows that
+// it multiplies, stay in the L1 cache while all tiles pass over it. Between blocks the accumulators wait in memory.
 #pragma once
 #include "row_linear.h"
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-// Steps of a block at most: 16 KiB. A coded one lies in the cache twice; and as it is decoded at once, all of it should
-// have come by then, so that it has to be well below kAheadBytes.
+// Steps of a block at most: 16 KiB. A coded block is in the cache twice, and because it is unpacked in one go, all of
+// it should have arrived by then: it has to be well below kAheadBytes.
 constexpr int64_t kBlockSteps = 128, kCodedBlockSteps = 48;
-// Bytes of widened rows in a block of rows, which should stay in the L2 cache; and its rows: few would read all strips
-// too often, of many the accumulators would not lie on the stack.
+// Bytes of widened rows in a block of rows, which should stay in the L2 cache; and its number of rows: too few would
+// read all strips too often, and the accumulators of too many would not fit on the stack.
 constexpr int64_t kWidenedBytes = 1 << 18;
 constexpr int64_t kFewestRows = 48, kMostRows = 128;
-// Elements that are worth another thread's help when they are widened.
+// From this many elements on, another thread helps to widen rows.
 constexpr int64_t kWidenedAlone = 1 << 15;
 // Tiles that share what a block prefetches.
 constexpr int64_t kFetchingTiles = 2;
 
-// What a call prefetches: `bytes` for each step from `from` on.
+// What a call prefetches: `bytes` per step, starting at `from`.
 struct AheadBytes {
   const char* from;
   int64_t bytes;
 };
 
-// The steps of a block as a plain strip holds them.
+// The steps of a block in the layout of a plain strip.
 struct PlainSteps {
   static constexpr int kTogether = 1;
   static constexpr int kMostTileRows = kWidenedTileRows;
   const char* at;
 
-  // Outputs 16 kVec ... 16 kVec + 15 of a step, of those together the kStep-th.
+  // Outputs 16 kVec ... 16 kVec + 15 of the kStep-th of the steps taken together.
   template <int kStep, int kVec>
   ORTHRUS_INLINE WordVec words() const { return load_words(at + kVec * (kStepBytes / 2)); }
   ORTHRUS_INLINE void advance() { at += kStepBytes; }
 };
 
 #if defined(ORTHRUS_DECODES_WORDS)
-// Decoded in registers, which are too few for that beside more rows' sums.
+// Unpacked in registers: the sums of more rows leave too few for that.
 struct CodedSteps {
   static constexpr int kTogether = kUnitSteps;
   static constexpr int kMostTileRows = 1;
@@ -75,7 +75,7 @@ inline __attribute__((noinline)) void multiply_block(const float* x, int64_t x_s
   };
   const auto add_step = [&](auto step) ORTHRUS_LAMBDA {
     constexpr int kStep = decltype(step)::value, kLast = kFirst + kVecs - 1;
-    // First the products of all first elements: half as many registers hold weights.
+    // First the products of all first elements: then half as many registers hold weights.
     add_products(first_of(steps.template words<kStep, kFirst>()), first_of(steps.template words<kStep, kLast>()),
                  x + 2 * kStep);
     add_products(second_of(steps.template words<kStep, kFirst>()), second_of(steps.template words<kStep, kLast>()),
@@ -108,7 +108,7 @@ inline __attribute__((noinline)) void multiply_block(const float* x, int64_t x_s
   }
 }
 
-// The same of `rows` rows and all outputs; of more than kWholeTileRows rows in two halves, as registers are few.
+// The same for `rows` rows and all outputs; for more than kWholeTileRows rows in two halves, as registers are few.
 template <typename Steps, int kRows = Steps::kMostTileRows>
 ORTHRUS_INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_stride, Steps steps, int64_t num_steps,
                                   AheadBytes ahead, float* acc) {
@@ -125,9 +125,9 @@ ORTHRUS_INLINE void multiply_rows(int64_t rows, const float* x, int64_t x_stride
   }
 }
 
-// The blocks of a strip, in order: next(...) calls use(steps) with those of the one at next_block().
+// The blocks of a strip, in order: next(...) calls use(steps) with the steps of the block at next_block().
 struct PlainBlocks {
-  static constexpr int64_t kBytes = kStepBytes;  // that a step is stored in
+  static constexpr int64_t kBytes = kStepBytes;  // stored bytes per step
   static constexpr int64_t kMostSteps = kBlockSteps;
   const char* at;
 
@@ -142,7 +142,7 @@ struct PlainBlocks {
 };
 
 #if defined(ORTHRUS_DECODES_WORDS)
-// One row decodes them as it goes, more read them decoded, from the L1 cache.
+// One row unpacks them as it goes; more rows read them unpacked, from the L1 cache.
 struct CodedBlocks {
   static constexpr int64_t kBytes = kUnitBytes / kUnitSteps;
   static constexpr int64_t kMostSteps = kCodedBlockSteps;
@@ -189,7 +189,7 @@ ORTHRUS_INLINE void multiply_widened(const float* x, int64_t x_stride, int64_t n
   }
 }
 
-// Rows [begin, end) as floats, `stride` apart, a zero behind an odd number of elements.
+// Rows [begin, end) as floats, `stride` apart, with a zero behind an odd number of elements.
 ORTHRUS_INLINE void widen_rows(const RowLinearParamsOf<bf16_t>& p, int64_t begin, int64_t end, int64_t stride,
                                float* out) {
   parallel_for(end - begin, div_up(kWidenedAlone, stride), [&](int64_t first, int64_t last) {
@@ -207,7 +207,7 @@ ORTHRUS_INLINE void widen_rows(const RowLinearParamsOf<bf16_t>& p, int64_t begin
 template <>
 inline void row_linear(const RowLinearParamsOf<bf16_t>& p) {
   const int64_t num_steps = div_up(p.in_features, 2);
-  const int64_t stride = 2 * num_steps + kLanes;  // a power of two would crowd few sets of a cache
+  const int64_t stride = 2 * num_steps + kLanes;  // a power of two would map to few sets of a cache
   const int64_t fit = kWidenedBytes / (stride * int64_t{sizeof(float)});
   const int64_t num_blocks = div_up(p.num_rows, min_of(max_of(kFewestRows, fit), kMostRows));
   for_row_blocks(p, div_up(p.num_rows, max_of(1, num_blocks)), [&](Weight weight, int64_t begin, int64_t end) {

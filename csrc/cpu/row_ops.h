@@ -1,8 +1,8 @@
 // The small row-wise ops: embed, rms_norm, qkv_commit. Sums run over 16 lanes in a fixed order.
 //
-// Contract (shapes in params.h): MUTATED: out or q, all rows, of the caches the AR rows' positions, and the scratch.
-// No rows: nothing is done. fp32 inside, one rounding. Row-invariant, deterministic: a thread takes whole rows. Bytes:
-// each row read once and written once, with head_dim * 4 of cos_sin for qkv_commit. FLOP: 4 an element of rms_norm,
+// Contract (shapes in params.h): MUTATED: out or q, all rows; the AR rows' positions in the cache; the scratch. No
+// rows: nothing is done. fp32 inside, one rounding. Row-invariant, deterministic: a thread takes whole rows. Bytes:
+// each row read once and written once, with head_dim * 4 of cos_sin for qkv_commit. FLOP: 4 per element of rms_norm,
 // and up to 7 of qkv_commit.
 #pragma once
 #include "orthrus/rows.h"
@@ -11,7 +11,7 @@
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-// Rows below which a second thread costs more than it brings.
+// With fewer rows, a second thread costs more than it gains.
 constexpr int64_t kMinRowsPerThread = 16;
 
 template <typename T>
@@ -99,7 +99,7 @@ ORTHRUS_INLINE bool all_finite(const T* x, int64_t count) {
   return sum == 0.f;
 }
 
-// Zero in place of each element of the value that is not finite, NaN in the same place of the key.
+// Replaces each element of the value that is not finite with zero, and the same element of the key with NaN.
 template <typename T>
 inline void keep_finite(T* value, T* key, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {

@@ -1,11 +1,11 @@
-// Vec: 16 fp32 lanes, and WordVec: 16 lanes of one 32-bit word each, two bf16 elements or one float, on
-// the instruction set that this translation unit is compiled for. Lane count and words are the same
-// everywhere, so that kernels and packed layouts are written once, for both elements; the sets differ in
-// how a product of bf16 pairs is rounded, and in the register tiles that suit them:
+// Vec: 16 fp32 lanes, and WordVec: 16 lanes of one 32-bit word each, two bf16 elements or one float, on the instruction
+// set that this translation unit is compiled for. Lane count and words are the same everywhere, so kernels and packed
+// layouts are written once, for both element types. The sets differ in how a product of bf16 pairs is rounded, and in
+// the register tiles that suit them:
 // - kTileRows rows of row_linear times 32 outputs,
 // - kWidenedTileRows rows of row_linear_widened.h; if more than kWholeTileRows, then times 16 outputs,
-// - kTileQueries queries of dual_attn times kTileVecs vectors of keys, then of values; kWidensAtUse: where bf16 becomes
-//   floats on ports that products leave idle.
+// - kTileQueries queries of dual_attn times kTileVecs vectors of keys, then of values; kWidensAtUse: bf16 is widened on
+//   ports that products leave idle.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -77,7 +77,7 @@ constexpr bool kHasDot2 = true;
 constexpr bool kHasDot2 = false;
 #endif
 
-// acc + the products of a's and b's elements, in their order: of pairs only where an instruction has them.
+// acc + the products of a's and b's elements, in their order; as pairs only where an instruction multiplies pairs.
 template <typename T>
 ORTHRUS_INLINE Vec dot(Vec acc, WordVec a, WordVec b) {
 #if defined(ORTHRUS_HAS_DOT2)

@@ -1,10 +1,10 @@
-// Of the variant avx2: eight lanes of fp32, bf16 widened.
+// The variant avx2: registers of eight fp32 lanes, bf16 widened.
 #pragma once
 #include <immintrin.h>
 
 namespace orthrus::cpu::avx2 {
 
-// Sums take 12 of 16 registers at most; 3 rows times 32 outputs would leave too few for a step's weights.
+// Sums take at most 12 of 16 registers; 3 rows times 32 outputs would leave too few for a step's weights.
 constexpr int kTileRows = 3, kWidenedTileRows = 6, kWholeTileRows = 2;
 constexpr int kTileQueries = 6, kTileVecs = 1;
 constexpr bool kWidensAtUse = true;
@@ -37,7 +37,7 @@ ORTHRUS_INLINE void store(float* p, Vec v) {
 ORTHRUS_INLINE __m256 fma(__m256 a, __m256 b, __m256 c) {
 #if defined(__clang__)
   return _mm256_fmadd_ps(a, b, c);
-#else  // into c's registers: left to choose, g++ moves and spills sums where they take nearly all there are
+#else  // into c's registers: else g++ moves and spills sums where they take nearly all registers
   asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "xm"(b));
   return c;
 #endif
@@ -138,7 +138,7 @@ ORTHRUS_INLINE __m256 second_of(__m256i pairs) {
 ORTHRUS_INLINE Vec first_of(WordVec pairs) { return {first_of(pairs.lo), first_of(pairs.hi)}; }
 ORTHRUS_INLINE Vec second_of(WordVec pairs) { return {second_of(pairs.lo), second_of(pairs.hi)}; }
 
-// For coded weights (see coded_weight.h): bytes, each 16 by themselves.
+// For coded weights (see coded_weight.h): operations on bytes, within each 16.
 #define ORTHRUS_DECODES_WORDS
 ORTHRUS_INLINE void store_words(void* p, WordVec a) {
   __m256i* half = static_cast<__m256i*>(p);
@@ -156,7 +156,7 @@ ORTHRUS_INLINE WordVec high_nibbles(WordVec a) {
 ORTHRUS_INLINE WordVec look_up(WordVec table, WordVec index) {
   return {_mm256_shuffle_epi8(table.lo, index.lo), _mm256_shuffle_epi8(table.hi, index.hi)};
 }
-// The first, or last, 8 of a and b by turns.
+// The first, or last, 8 bytes of each 16 of a and b, interleaved.
 ORTHRUS_INLINE WordVec zip_first(WordVec a, WordVec b) {
   return {_mm256_unpacklo_epi8(a.lo, b.lo), _mm256_unpacklo_epi8(a.hi, b.hi)};
 }
@@ -207,7 +207,7 @@ ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
   return __builtin_ctz(static_cast<uint32_t>(lo | (hi << 8)) | 0x10000u);
 }
 
-// Into L2: what is needed soon, but not before what L1 holds now.
+// Into L2: for what is needed soon, but after what L1 holds now.
 ORTHRUS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // out[j][i] = in[i][j] of 8 x 8 words at in[i] + from.

@@ -1,4 +1,4 @@
-// Of the variants avx512, avx512_bf16 and amx_bf16; the last two have the instructions for bf16.
+// The variants avx512, avx512_bf16 and amx_bf16; the last two have the instructions for bf16.
 #pragma once
 #include <immintrin.h>
 
@@ -72,7 +72,7 @@ ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(halves));
 }
 #else
-// Denormals become zero, as dot2 takes them; where kernels write a row's tail element by element, they stay.
+// Denormals become zero, as in dot2; where kernels write a row's tail element by element, they stay.
 ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
 }
@@ -101,14 +101,14 @@ ORTHRUS_INLINE Vec dot2(Vec acc, WordVec a, WordVec b) {
 #endif
 
 #if defined(ORTHRUS_ISA_avx512_bf16)
-// For coded weights (see coded_weight.h): bytes, each 16 by themselves.
+// For coded weights (see coded_weight.h): operations on bytes, within each 16.
 #define ORTHRUS_DECODES_WORDS
 ORTHRUS_INLINE void store_words(void* p, WordVec a) { _mm512_storeu_si512(p, a); }
 ORTHRUS_INLINE WordVec low_nibbles(WordVec a) { return _mm512_and_si512(a, _mm512_set1_epi8(0xf)); }
 ORTHRUS_INLINE WordVec high_nibbles(WordVec a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
 // table[index], of indices below 16.
 ORTHRUS_INLINE WordVec look_up(WordVec table, WordVec index) { return _mm512_shuffle_epi8(table, index); }
-// The first, or last, 8 of a and b by turns.
+// The first, or last, 8 bytes of each 16 of a and b, interleaved.
 ORTHRUS_INLINE WordVec zip_first(WordVec a, WordVec b) { return _mm512_unpacklo_epi8(a, b); }
 ORTHRUS_INLINE WordVec zip_last(WordVec a, WordVec b) { return _mm512_unpackhi_epi8(a, b); }
 #endif
@@ -132,7 +132,7 @@ ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
   return __builtin_ctz(_mm512_cmp_ps_mask(v, set1(x), _CMP_EQ_OQ) | 0x10000u);
 }
 
-// Into L2: what is needed soon, but not before what L1 holds now.
+// Into L2: for what is needed soon, but after what L1 holds now.
 ORTHRUS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are `stride` words apart.

@@ -1,10 +1,10 @@
-// Of the variants neon, which every AArch64 processor runs, and neon_bf16, which has the product of bf16 pairs.
+// The variants neon, which every AArch64 processor runs, and neon_bf16, which has the product of bf16 pairs.
 #pragma once
 #include <arm_neon.h>
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-// Not measured: these do most products in a cycle by LLVM's models of Neoverse N1 and Apple M1.
+// Not measured: by LLVM's models of Neoverse N1 and Apple M1, these give the most products per cycle.
 constexpr int kTileRows = 3, kWidenedTileRows = kTileRows, kWholeTileRows = kTileRows;
 constexpr int kTileQueries = 5, kTileVecs = 1;
 constexpr bool kWidensAtUse = false;
@@ -90,7 +90,7 @@ ORTHRUS_INLINE Vec keep_first(Vec v, int64_t count, float x) {
 }
 // Lanes that are at least `bound`; a NaN is not.
 ORTHRUS_INLINE int32_t count_at_least(Vec x, float bound) {
-  const WordVec mask = is_at_least(x, set1(bound));  // -1 a lane
+  const WordVec mask = is_at_least(x, set1(bound));  // -1 per lane
   const uint32x4_t sum = vaddq_u32(vaddq_u32(mask.a, mask.b), vaddq_u32(mask.c, mask.d));
   return -static_cast<int32_t>(vaddvq_u32(sum));
 }
@@ -151,7 +151,7 @@ ORTHRUS_INLINE WordVec zip_pairs(const bf16_t* p, const bf16_t* q) {
   const uint16x8_t none = vdupq_n_u16(0);
   return zip(vld1q_u16(p), vld1q_u16(p + 8), q ? vld1q_u16(q) : none, q ? vld1q_u16(q + 8) : none);
 }
-// acc + a.first * b.first + a.second * b.second, in that instruction's rounding.
+// acc + a.first * b.first + a.second * b.second, rounded as that instruction does.
 ORTHRUS_INLINE float32x4_t dot2(float32x4_t acc, uint32x4_t a, uint32x4_t b) {
   return vbfdotq_f32(acc, vreinterpretq_bf16_u32(a), vreinterpretq_bf16_u32(b));
 }
@@ -204,12 +204,12 @@ ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
   const uint16x8_t low = vuzp1q_u16(vreinterpretq_u16_u32(mask.a), vreinterpretq_u16_u32(mask.b));
   const uint16x8_t high = vuzp1q_u16(vreinterpretq_u16_u32(mask.c), vreinterpretq_u16_u32(mask.d));
   const uint8x16_t bytes = vuzp1q_u8(vreinterpretq_u8_u16(low), vreinterpretq_u8_u16(high));
-  const uint8x8_t halves = vshrn_n_u16(vreinterpretq_u16_u8(bytes), 4);  // of a byte, one a lane
+  const uint8x8_t halves = vshrn_n_u16(vreinterpretq_u16_u8(bytes), 4);  // of bytes, one per lane
   const uint64_t lanes = vget_lane_u64(vreinterpret_u64_u8(halves), 0);
   return lanes ? __builtin_ctzll(lanes) / 4 : 16;
 }
 
-// Into L2: what is needed soon, but not before what L1 holds now.
+// Into L2: for what is needed soon, but after what L1 holds now.
 ORTHRUS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are `stride` words apart.

@@ -1,4 +1,4 @@
-// Of the variant portable: C++ alone, for any processor.
+// The variant portable: plain C++, for any processor.
 #pragma once
 
 namespace orthrus::cpu::portable {
@@ -7,7 +7,7 @@ constexpr int kTileRows = 4, kWidenedTileRows = kTileRows, kWholeTileRows = kTil
 constexpr int kTileQueries = 2, kTileVecs = 4;
 constexpr bool kWidensAtUse = false;
 
-// Four lanes: registers of most processors hold as many. On others compilers take them one by one.
+// Four lanes, as many as most processors' registers hold; elsewhere compilers take them one by one.
 using Floats = float __attribute__((vector_size(16)));
 using Integers = int32_t __attribute__((vector_size(16)));
 using Words = uint32_t __attribute__((vector_size(16)));
@@ -147,7 +147,7 @@ ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
   return i;
 }
 
-// Into L2: what is needed soon, but not before what L1 holds now.
+// Into L2: for what is needed soon, but after what L1 holds now.
 ORTHRUS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are `stride` words apart.

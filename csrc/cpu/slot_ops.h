@@ -1,4 +1,4 @@
-// Bookkeeping of a few integers per slot: one thread, no variants.
+// Bookkeeping of a few integers per slot: single-threaded, without variants.
 #pragma once
 #include "orthrus/params.h"
 

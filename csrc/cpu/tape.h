@@ -1,5 +1,5 @@
-// A recorded pass: the parameters of the CPU ops called while recording, replayed in one go. The
-// CPU's analogue of a CUDA graph: pointers and sizes are frozen, what they point at is read anew.
+// A recorded pass: the parameters of the CPU ops called while recording, replayed in one go. The CPU's analogue of a
+// CUDA graph: pointers and sizes are frozen, the data they point at is read anew.
 #pragma once
 #include <variant>
 #include <vector>
@@ -10,7 +10,7 @@ namespace orthrus::cpu {
 
 class Tape {
  public:
-  // From here to stop(), ops called on this thread are recorded instead of run, those of other tapes' replays too.
+  // From here to stop(), ops called on this thread are recorded instead of run, also by other tapes' replays.
   void start();
   void stop();
   void replay() const;
@@ -20,7 +20,7 @@ class Tape {
   void append(const Params& p) {
     ops_.emplace_back(p);
   }
-  // The tape that records on this thread, or null.
+  // The tape that is recording on this thread, or null.
   static Tape* recording();
 
  private:

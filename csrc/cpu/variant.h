@@ -1,12 +1,12 @@
-// The row kernels of one instruction set. variant.cpp is compiled once per set, each into its own
-// namespace; its headers must not instantiate inline functions of the standard library, which the
-// linker would merge across variants and so hand AVX-512 code to a machine without it.
+// The row kernels of one instruction set. variant.cpp is compiled once per set, each time into its own namespace. Its
+// headers must not instantiate inline functions of the standard library: the linker would merge them across variants
+// and so hand AVX-512 code to a machine without it.
 #pragma once
 #include "orthrus/params.h"
 
 namespace orthrus::cpu {
 
-// Those that work on weights, activations or cache, for elements of T.
+// The kernels that work on weights, activations or cache, for elements of type T.
 template <typename T>
 struct ElementKernels {
   void (*row_linear)(const RowLinearParamsOf<T>&);
@@ -24,7 +24,7 @@ struct FloatKernels : ElementKernels<float> {
   void (*process_logits)(const ProcessLogitsParams&);
 };
 
-// What amx_bf16, avx512_bf16 and neon_bf16 add to the sets that they extend works on bf16: they share those for floats.
+// amx_bf16, avx512_bf16 and neon_bf16 add only bf16 instructions to the sets that they extend and share for floats.
 namespace portable { extern const Bf16Kernels kOfBf16; extern const FloatKernels kOfFloats; }
 namespace avx2 { extern const Bf16Kernels kOfBf16; extern const FloatKernels kOfFloats; }
 namespace avx512 { extern const Bf16Kernels kOfBf16; extern const FloatKernels kOfFloats; }
@@ -33,10 +33,10 @@ namespace neon { extern const Bf16Kernels kOfBf16; extern const FloatKernels kOf
 namespace neon_bf16 { extern const Bf16Kernels kOfBf16; }
 namespace amx_bf16 {
 extern const Bf16Kernels kOfBf16;
-bool tiles_offered();  // asks the system; to be called where there is AVX-512
+bool tiles_offered();  // asks the system; call only where there is AVX-512
 }
 
-// Of row_linear.h: so few rows prefetch nothing, where each weight is read once, on this processor.
+// For row_linear.h: up to this many rows prefetch nothing where each weight is read once, on this processor.
 extern const int64_t most_rows_without_ahead;
 
 }  // namespace orthrus::cpu

@@ -91,7 +91,7 @@ int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads,
     return attributes[config.numAttrs++].val;
   };
   // The same carve-out for every kernel: a different one would keep neighbouring kernels from sharing an SM. It is an
-  // attribute of the launch, not of the function: setting the latter may wait for copies under way.
+  // attribute of the launch, not of the function: setting the function's may wait for copies.
   next_attribute(cudaLaunchAttributePreferredSharedMemoryCarveout).sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
   if (device.major >= 9 && !pdl_is_off())
     next_attribute(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;
