@@ -61,8 +61,8 @@ def main() -> None:
     for isa in args.isa or ():
         try:
             cpu.set_isa(isa)
-        except RuntimeError:
-            parser.error(f"--isa: this machine does not offer {isa}")
+        except RuntimeError as error:
+            parser.error(f"--isa: {error}")
     max_seq_len = args.context + max(args.rows)
     checkpoint, on_device = random_checkpoint("135m", device), dict(device=device, dtype=torch.bfloat16)
     num_pages = pages.num_pages(max_seq_len)

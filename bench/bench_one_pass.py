@@ -9,8 +9,6 @@ memory is the bound; on a CPU rows also cost compute.
 
 from __future__ import annotations
 
-import torch
-
 from bench import common
 from orthrus_rt import prompts
 from orthrus_rt.cycle_plan import CyclePlan, cycle_plan, most_hypotheses
@@ -72,8 +70,7 @@ def main() -> None:
         for plan, outs in zip(chosen, outputs, strict=True):
             rows.append({"prompts": kind, "n": len(ids)} | rates(plan, outs))
             print(rows[-1], flush=True)
-    with torch.inference_mode():
-        facts = common.header(engine.device) | {"identical_tokens_in_all_modes": same}
+    facts = common.header(engine.device) | {"identical_tokens_in_all_modes": same}
     common.report(f"one_pass-{engine.device.type}", facts, rows, args.out)
 
 

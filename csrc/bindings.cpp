@@ -144,10 +144,6 @@ void bind_cpu_op(py::module_& m, const char* op, std::vector<Launcher> launchers
   });
 }
 
-struct Recording {
-  py::object tape;
-};
-
 void bind_cpu(py::module_ m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   bind_cpu_op(m, "row_linear", {on_cpu<RowLinearParamsOf<bf16_t>, cpu::row_linear>(),
@@ -179,15 +175,13 @@ void bind_cpu(py::module_ m) {
     cpu::advise_huge_pages(reinterpret_cast<void*>(data), num_bytes);
   });
 
-  // `with tape.record(): ...` records the cpu ops called on this thread; replay() runs them.
+  // `with tape: ...` records the cpu ops called on this thread; replay() runs them.
   py::class_<cpu::Tape>(m, "Tape")
       .def(py::init())
-      .def("record", [](py::object tape) { return Recording{std::move(tape)}; })
+      .def("__enter__", &cpu::Tape::start)
+      .def("__exit__", [](cpu::Tape& tape, const py::args&) { tape.stop(); })
       .def("replay", &cpu::Tape::replay, release)
       .def("__len__", &cpu::Tape::size);
-  py::class_<Recording>(m, "Recording")
-      .def("__enter__", [](Recording& r) { r.tape.cast<cpu::Tape&>().start(); })
-      .def("__exit__", [](Recording& r, const py::args&) { r.tape.cast<cpu::Tape&>().stop(); });
 }
 
 #if defined(ORTHRUS_WITH_CUDA)

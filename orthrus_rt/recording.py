@@ -18,7 +18,7 @@ from orthrus_rt.out_of_memory import naming_the_knobs
 def taped(run: Callable[[], None]):
     """A tape of the native CPU ops that ``run`` calls, for replay."""
     tape = dispatch.extension().cpu.Tape()
-    with tape.record():
+    with tape:
         run()
     return tape
 

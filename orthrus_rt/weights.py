@@ -109,7 +109,9 @@ def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
         and in_features % 4 == 0
         and (cpu := dispatch.extension().cpu).takes_coded_weights()
     ):
-        strips = strips.contiguous()
+        plain = torch.empty(strips.shape, dtype=strips.dtype)
+        cpu.advise_huge_pages(plain.data_ptr(), plain.nbytes)
+        strips = plain.copy_(strips)
         cpu.set_num_threads(torch.get_num_threads())
         encoder = cpu.WeightEncoder(strips.data_ptr(), *strips.shape[:2])
         if encoder.nbytes <= MOST_CODED * strips.nbytes:

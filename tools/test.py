@@ -35,21 +35,18 @@ AMX_TESTS = cpu_tests(
     "coded_weight cpu_ops_linear cpu_ops_attn cpu_ops_attn_splits cpu_ops_tape cpu_ops_pool cpu_ops_runtime "
     "lossless_tiny one_pass"
 )
-SANITIZED_TESTS = cpu_tests(
-    "sanitized coded_weight cpu_ops_linear cpu_ops_attn cpu_ops_attn_splits cpu_ops_logits cpu_ops_rows "
-    "cpu_ops_tape cpu_ops_pool cpu_ops_runtime consensus cuda_on_host dual_attn_on_host f32_on_host "
-    "row_linear_on_host coded_blocks lossless_tiny one_pass batching prefix_caching memory nan"
+RACY_TESTS = cpu_tests(
+    "sanitized cuda_on_host dual_attn_on_host f32_on_host row_linear_on_host coded_blocks consensus coded_weight "
+    "cpu_ops_linear cpu_ops_attn cpu_ops_attn_splits cpu_ops_logits cpu_ops_rows cpu_ops_tape cpu_ops_pool "
+    "cpu_ops_runtime"
 )
+# And whole engines, which would take minutes each among the racy ones.
+SANITIZED_TESTS = RACY_TESTS + cpu_tests("lossless_tiny one_pass batching prefix_caching memory nan")
 # Where memory is short on purpose, a sanitizer has none either. Its locks may stay taken in a child that is forked
 # while a thread starts. A process that a test starts has the plain module, whose atomics the sanitizer does not see.
 # And weights and caches do not share blocks of huge pages. After a crash the sanitizer's report is better, so Python's
 # own is turned off.
 NOT_SANITIZED = "not without_memory and not forked_child and not subnormal_numbers and not huge_pages"
-RACY_TESTS = cpu_tests(  # without whole engines, which take minutes each
-    "sanitized cuda_on_host dual_attn_on_host f32_on_host row_linear_on_host coded_blocks consensus coded_weight "
-    "cpu_ops_linear cpu_ops_attn cpu_ops_attn_splits cpu_ops_logits cpu_ops_rows cpu_ops_tape cpu_ops_pool "
-    "cpu_ops_runtime"
-)
 TIMED = ("test_auto.py", "test_profile.py")  # of tests/gpu: they measure, so nothing else may run meanwhile
 LONGEST = ("test_sanitizer.py", "test_lossless.py", "test_lossless_embedded.py")  # of tests/gpu: started first
 FULL_TAKES = 4  # times the limits of a test and of a process

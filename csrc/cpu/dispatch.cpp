@@ -1,4 +1,4 @@
-// Picks the instruction-set variant once, and routes each op to it or to the recording tape.
+// Picks the instruction-set variant, and routes each op to it or to the recording tape.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -106,12 +106,12 @@ const Choice kChoices[] = {
 
 const Choice* find(const std::string& name) {
   for (const Choice& c : kChoices) {
-    if (c.name != name) continue;
-    if (!c.offered()) throw std::runtime_error("ORTHRUS_CPU_ISA: this machine does not offer " + name);
-    return &c;
+    if (c.name == name && c.offered()) return &c;
   }
   std::string names;
-  for (const Choice& c : kChoices) names += std::string(names.empty() ? "" : ", ") + c.name;
+  for (const Choice& c : kChoices) {
+    if (c.offered()) names += std::string(names.empty() ? "" : ", ") + c.name;
+  }
   throw std::runtime_error("ORTHRUS_CPU_ISA: must be one of " + names + ", got " + name);
 }
 
@@ -138,13 +138,13 @@ const ElementKernels<T>& kernels() {
   }
 }
 
-template <typename Params, typename Run>
-void record_or(const Params& p, Run run) {
+template <typename Op>
+void record_or_run(const Op& op) {
   if (Tape* tape = Tape::recording()) {
-    tape->append(p);
+    tape->append(op);
   } else {
     const FloatMode mode;
-    run(p);
+    op();
   }
 }
 
@@ -199,25 +199,27 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num
 
 template <typename T>
 void row_linear(const RowLinearParamsOf<T>& p) {
-  if ((p.weight_coded || p.weight_diff_coded) && !takes_coded_weights()) {
-    throw std::invalid_argument(std::string("row_linear: weights must be packed for ") + isa() +
-                                ", got 12-bit ones, which avx2 and avx512_bf16 take");
-  }
-  record_or(p, kernels<T>().row_linear);
+  record_or_run([p] {
+    if ((p.weight_coded || p.weight_diff_coded) && !takes_coded_weights()) {
+      throw std::invalid_argument(std::string("row_linear: weights must be packed for ") + isa() +
+                                  ", got 12-bit ones, which avx2 and avx512_bf16 take");
+    }
+    kernels<T>().row_linear(p);
+  });
 }
 template <typename T>
-void qkv_commit(const QkvCommitParamsOf<T>& p) { record_or(p, kernels<T>().qkv_commit); }
+void qkv_commit(const QkvCommitParamsOf<T>& p) { record_or_run([p] { kernels<T>().qkv_commit(p); }); }
 template <typename T>
 void dual_attn(const DualAttnParamsOf<T>& p) {
-  record_or(p, [](const DualAttnParamsOf<T>& p) {
+  record_or_run([p] {
     check_groups(p.rows);
     kernels<T>().dual_attn(p);
   });
 }
 template <typename T>
-void rms_norm(const RmsNormParamsOf<T>& p) { record_or(p, kernels<T>().rms_norm); }
+void rms_norm(const RmsNormParamsOf<T>& p) { record_or_run([p] { kernels<T>().rms_norm(p); }); }
 template <typename T>
-void embed(const EmbedParamsOf<T>& p) { record_or(p, kernels<T>().embed); }
+void embed(const EmbedParamsOf<T>& p) { record_or_run([p] { kernels<T>().embed(p); }); }
 
 #define ORTHRUS_INSTANTIATE(T)                           \
   template void row_linear(const RowLinearParamsOf<T>&); \
@@ -229,8 +231,8 @@ ORTHRUS_INSTANTIATE(bf16_t)
 ORTHRUS_INSTANTIATE(float)
 #undef ORTHRUS_INSTANTIATE
 
-void consensus(const ConsensusParams& p) { record_or(p, run_consensus); }
-void process_logits(const ProcessLogitsParams& p) { record_or(p, choice().of_floats->process_logits); }
-void count_tokens(const CountTokensParams& p) { record_or(p, run_count_tokens); }
+void consensus(const ConsensusParams& p) { record_or_run([p] { run_consensus(p); }); }
+void process_logits(const ProcessLogitsParams& p) { record_or_run([p] { choice().of_floats->process_logits(p); }); }
+void count_tokens(const CountTokensParams& p) { record_or_run([p] { run_count_tokens(p); }); }
 
 }  // namespace orthrus::cpu

@@ -27,7 +27,7 @@
 namespace orthrus::cpu {
 namespace {
 
-// Ops of one pass follow each other within microseconds: workers spin for some tens of microseconds, then sleep, which
+// Ops of one pass follow each other within microseconds: workers spin for about 100 microseconds, then sleep, which
 // leaves the cores to torch's own threads.
 constexpr int kSpins = 4000;
 // With more threads, some share a stretch.
@@ -232,7 +232,10 @@ float* thread_scratch(int64_t num_floats) {
   constexpr uintptr_t kLine = 64;
   thread_local std::vector<float> scratch;
   const int64_t size = num_floats + static_cast<int64_t>(kLine / sizeof(float));
-  if (static_cast<int64_t>(scratch.size()) < size) scratch.resize(size);
+  if (static_cast<int64_t>(scratch.size()) < size) {
+    scratch.clear();  // or it grows to twice its size, and copies what nobody reads
+    scratch.resize(size);
+  }
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data()) + kLine - 1) / kLine * kLine);
 }
 

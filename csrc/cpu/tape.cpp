@@ -2,26 +2,12 @@
 
 #include <stdexcept>
 
-#include "orthrus/ops.h"
+#include "float_mode.h"
 
 namespace orthrus::cpu {
 namespace {
 
 thread_local Tape* current = nullptr;
-
-template <typename T>
-void run(const RowLinearParamsOf<T>& p) { row_linear(p); }
-template <typename T>
-void run(const QkvCommitParamsOf<T>& p) { qkv_commit(p); }
-template <typename T>
-void run(const DualAttnParamsOf<T>& p) { dual_attn(p); }
-template <typename T>
-void run(const RmsNormParamsOf<T>& p) { rms_norm(p); }
-template <typename T>
-void run(const EmbedParamsOf<T>& p) { embed(p); }
-void run(const ConsensusParams& p) { consensus(p); }
-void run(const ProcessLogitsParams& p) { process_logits(p); }
-void run(const CountTokensParams& p) { count_tokens(p); }
 
 }  // namespace
 
@@ -41,7 +27,8 @@ void Tape::replay() const {
     current->ops_.insert(current->ops_.end(), ops_.begin(), ops_.end());
     return;
   }
-  for (const Op& op : ops_) std::visit([](const auto& p) { run(p); }, op);
+  const FloatMode mode;
+  for (const auto& op : ops_) op();
 }
 
 }  // namespace orthrus::cpu

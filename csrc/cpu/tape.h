@@ -1,10 +1,10 @@
-// A recorded pass: the parameters of the CPU ops called while recording, replayed in one go. The CPU's analogue of a
+// A recorded pass: the CPU ops called while recording, with their parameters, replayed in one go. The CPU's analogue of a
 // CUDA graph: pointers and sizes are frozen, the data they point at is read anew.
 #pragma once
-#include <variant>
+#include <cstdint>
+#include <functional>
+#include <utility>
 #include <vector>
-
-#include "orthrus/params.h"
 
 namespace orthrus::cpu {
 
@@ -16,19 +16,12 @@ class Tape {
   void replay() const;
   int64_t size() const { return static_cast<int64_t>(ops_.size()); }
 
-  template <typename Params>
-  void append(const Params& p) {
-    ops_.emplace_back(p);
-  }
+  void append(std::function<void()> op) { ops_.push_back(std::move(op)); }
   // The tape that is recording on this thread, or null.
   static Tape* recording();
 
  private:
-  using Op = std::variant<
-      RowLinearParamsOf<bf16_t>, QkvCommitParamsOf<bf16_t>, DualAttnParamsOf<bf16_t>, RmsNormParamsOf<bf16_t>,
-      EmbedParamsOf<bf16_t>, RowLinearParamsOf<float>, QkvCommitParamsOf<float>, DualAttnParamsOf<float>,
-      RmsNormParamsOf<float>, EmbedParamsOf<float>, ConsensusParams, ProcessLogitsParams, CountTokensParams>;
-  std::vector<Op> ops_;
+  std::vector<std::function<void()>> ops_;
 };
 
 }  // namespace orthrus::cpu

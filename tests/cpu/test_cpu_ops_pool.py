@@ -146,7 +146,7 @@ def test_other_threads_run_meanwhile():
     def op():
         ops.row_linear(x, weight, out)
 
-    with tape.record():
+    with tape:
         op()
 
     def turns_beside(call):

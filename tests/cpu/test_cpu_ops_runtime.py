@@ -81,7 +81,7 @@ def test_isa_override():
     with pytest.raises(TypeError, match="incompatible function arguments"):
         dispatch.extension().cpu.set_isa(None)
     tiles = isa_of(ORTHRUS_CPU_ISA="amx_bf16")
-    assert tiles.stdout == "amx_bf16\n" or re.search("this machine does not offer|got amx_bf16", tiles.stderr)
+    assert tiles.stdout == "amx_bf16\n" or "got amx_bf16" in tiles.stderr
 
 
 def test_torch_and_the_ops_take_turns(isa):

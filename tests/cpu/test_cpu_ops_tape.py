@@ -14,7 +14,7 @@ def test_tape_replays_what_eager_runs(isa, element):
     """Recording runs nothing; a replay reads what the pointers hold by then and gives eager's bits."""
     eager, taped = Layer(), Layer()
     tape = dispatch.extension().cpu.Tape()
-    with tape.record():
+    with tape:
         taped.run()
     assert len(tape) == 6
     assert bool(taped.logits.isnan().all())
@@ -40,9 +40,9 @@ def test_a_recording_runs_on_the_threads_that_torch_has_then(monkeypatch):
 def test_a_tape_takes_in_what_another_replays(isa):
     eager, taped = Layer(), Layer()
     inner, outer = dispatch.extension().cpu.Tape(), dispatch.extension().cpu.Tape()
-    with inner.record():
+    with inner:
         taped.run()
-    with outer.record():
+    with outer:
         inner.replay()
         taped.run()
     assert (len(inner), len(outer)) == (6, 12) and bool(taped.logits.isnan().all())
@@ -63,9 +63,9 @@ def test_a_tape_keeps_the_order_and_forgets_what_it_held():
     (first, _kept), (last, _too) = (filling(out, value) for value in (1, 2))
     inner, outer = dispatch.extension().cpu.Tape(), dispatch.extension().cpu.Tape()
     for begin, end, want in ((first, last, 2), (last, first, 1)):
-        with inner.record():
+        with inner:
             end()
-        with outer.record():
+        with outer:
             begin()
             inner.replay()
         assert (len(inner), len(outer)) == (1, 2)
@@ -76,7 +76,7 @@ def test_a_tape_keeps_the_order_and_forgets_what_it_held():
 def test_a_tape_records_its_own_thread_alone():
     out, tape = torch.zeros(1, 8), dispatch.extension().cpu.Tape()
     op, _kept = filling(out, 3)
-    with tape.record():
+    with tape:
         other = threading.Thread(target=op)
         other.start()
         other.join()
@@ -86,12 +86,12 @@ def test_a_tape_records_its_own_thread_alone():
 def test_tape_misuse():
     cpu = dispatch.extension().cpu
     tape = cpu.Tape()
-    with tape.record():
-        with pytest.raises(RuntimeError, match="another tape is recording"), cpu.Tape().record():
+    with tape:
+        with pytest.raises(RuntimeError, match="another tape is recording"), cpu.Tape():
             pass
         with pytest.raises(RuntimeError, match="this tape is recording"):
             tape.replay()
-    with pytest.raises(KeyError), tape.record():
+    with pytest.raises(KeyError), tape:
         raise KeyError
     tape.replay()
     assert len(tape) == 0

@@ -291,7 +291,7 @@ def test_groups_that_would_leave_rows_out(group_start, changes, message):
         attention(**(arguments | {"rows": bad, "scratch_k": scratch, "scratch_v": scratch}))
     assert str(error.value) == f"dual_attn: {message}"
     tape = dispatch.extension().cpu.Tape()
-    with tape.record():
+    with tape:
         attention(**arguments)
     tape.replay()
     rows.group_start[1] = 7
