@@ -88,19 +88,19 @@ PREPARATION = [
 ]
 REST = "not one_hot and not rewrite and not reuse and not (invariance and not sm80)"
 # Tests that depend on the GPU's instructions alone come first: mma.sync and wgmma separately, without and with
-# dependent launches. Then come those that do not need row_linear, and of row_linear that wgmma's widths agree to the
-# bit.
+# dependent launches, and that wgmma's widths agree to the bit, which PTX does not promise. Then come those that do not
+# need row_linear.
 GROUPS = {
     "ops": [
         tests("row_linear", 90, "one_hot and sm80", ORTHRUS_CUDA_PDL="0"),
         tests("row_linear", 90, "one_hot and not sm80", ORTHRUS_CUDA_PDL="0"),
         tests("row_linear", 90, "one_hot and sm80"),
         tests("row_linear", 90, "one_hot and not sm80"),
+        tests("row_linear", 120, "invariance and not sm80"),
         tests("qkv_commit", 90),
         tests("dual_attn", 150),
         tests("consensus", 90),
         tests("triton", 300, each_s=100),  # it compiles
-        tests("row_linear", 120, "invariance and not sm80"),
         tests("row_linear", 120, "rewrite or reuse"),
         tests("f32", 90),
         tests("row_linear", 180, REST),

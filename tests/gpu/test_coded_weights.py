@@ -18,6 +18,7 @@ from tests.gpu.test_row_linear import (  # noqa: F401, tests that run here over 
     test_oracle,
     test_row_invariance,
     test_silu_mul,
+    wide,
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -46,17 +47,21 @@ def most_exceptions(coded, plain):
     return int(heads[:, 2].max())
 
 
+@pytest.mark.parametrize("kind", ["normal", "wide"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_coded_weights_give_the_same_bits(shape, monkeypatch):
+def test_coded_weights_give_the_same_bits(shape, kind, monkeypatch):
     """Also where wgmma finds a weight in registers, not in shared memory."""
     k, n = shape
-    plain, x = with_exceptions(n, k), tensor(300, k, seed=2)
+    if kind == "wide":
+        plain, x = wide(n, k, seed=1), wide(300, k, factor=-1.01, seed=2)
+    else:
+        plain, x = with_exceptions(n, k), tensor(300, k, seed=2)
     coded = pack(plain)
     assert coded.coded and most_exceptions(coded.data, plain) > coded_blocks.LISTED
     monkeypatch.setenv("ORTHRUS_CUDA_CODED", "0")
     weight = pack(plain)
     for rows in ROWS:
-        assert torch.equal(run(x[:rows], coded), run(x[:rows], weight)), rows
+        assert torch.equal(run(x[:rows], coded, "logits"), run(x[:rows], weight, "logits")), rows
 
 
 def test_weights_are_coded_as_on_a_cpu():
