@@ -88,7 +88,7 @@ class AsyncEngine:
         self._worker.submit(engine.turn.claim, self).result()
         if engine.has_unfinished():
             engine.turn.release()
-            raise RuntimeError("the engine has requests, whose outputs nobody would hand out; step first")
+            raise RuntimeError("the engine has unfinished requests: step until has_unfinished() is False")
         # Waiting streams by the engine's id for each. The caller's id is another: it is free again as soon as its
         # stream has ended, but the engine keeps an aborted request until the next step.
         self._waiting: dict[str, Waiting] = {}
@@ -125,14 +125,14 @@ class AsyncEngine:
 
     def _check_open(self) -> None:
         if os.getpid() != self._process:
-            raise RuntimeError("this AsyncEngine is another process's: its thread is not here; make an engine here")
+            raise RuntimeError("this AsyncEngine belongs to another process: make an engine in this one")
         if self._closing is not None:
             raise RuntimeError("this engine is closed")
 
     def _check_taking(self) -> None:
         self._check_open()
         if self._draining:
-            raise RuntimeError("this engine is closing: it ends what runs and takes nothing new")
+            raise RuntimeError("this engine is closing: it accepts no new requests")
 
     def _call(self, function, *args) -> asyncio.Future:
         return self._enter().run_in_executor(self._worker, function, *args)

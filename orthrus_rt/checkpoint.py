@@ -73,7 +73,7 @@ class Checkpoint:
         except Exception as error:  # transformers' readers raise all kinds
             file = Path(self.tokenizer_dir) / "tokenizer.json"
             raise CheckpointError(
-                f"{file}: transformers cannot read it ({type(error).__name__}: {error}), or what lies beside it"
+                f"{file}: transformers cannot read it or a file next to it ({type(error).__name__}: {error})"
             ) from error
 
 

@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = build_parser().parse_args(argv)
     if sys.stdout is None:
-        return _fail(args, "standard output is closed, so nobody would see the answer")
+        return _fail(args, "standard output is closed")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
     try:

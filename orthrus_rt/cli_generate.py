@@ -37,7 +37,9 @@ def add_parser(commands) -> None:
     form.add_argument(
         "--chat", dest="chat", action="store_true", default=None, help="one user turn of the chat template"
     )
-    form.add_argument("--raw", dest="chat", action="store_false", help="text to continue (default: --chat if it can)")
+    form.add_argument(
+        "--raw", dest="chat", action="store_false", help="continue the text (default: --chat if there is a template)"
+    )
     add_model_options(parser, engine=True)
     parser.add_argument("--mode", choices=("auto", *MODES), default="auto", help="how to decode")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")

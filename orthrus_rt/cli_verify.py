@@ -44,7 +44,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="also decode N prompts together in each mode")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--seed", type=int, help="of sampling (default: 0)")
+    parser.add_argument("--seed", type=int, help="seed of sampling (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

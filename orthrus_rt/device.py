@@ -40,7 +40,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but no CUDA device is available")
+        raise ValueError(f"device {device!r} was requested, but no CUDA device is available")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device must be below cuda:{torch.cuda.device_count()}, got {device!r}")
     return with_index(chosen)

@@ -103,7 +103,7 @@ class OrthrusForCausalLM:
             ValueError: ``device`` is another device, or a dtype; a model stays as it was loaded.
         """
         if isinstance(device, torch.dtype):
-            raise ValueError(f"to: a dtype is from_pretrained's to choose, got {device}")
+            raise ValueError(f"to: dtype must be passed to from_pretrained, got {device}")
         if pick_device(str(device)) != self.device:
             raise ValueError(f"to: device must be {self.device}, where device_map has put it, got {device}")
         return self

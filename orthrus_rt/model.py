@@ -52,7 +52,7 @@ class Model:
             if torch.finfo(dtype).max < torch.finfo(stored.dtype).max:
                 low, high = weight.aminmax()
                 if not (low.isfinite() and high.isfinite()):
-                    raise CheckpointError(f"{config.name}: {name} holds numbers that {dtype} does not have")
+                    raise CheckpointError(f"{config.name}: {name} holds numbers that {dtype} cannot represent")
             return weight
 
         def norm(name):

@@ -149,7 +149,7 @@ def _open(path: Path):
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
-        raise CheckpointError(f"{os.fspath(path)!r}: is no UTF-8, which safetensors needs of a path") from None
+        raise CheckpointError(f"{os.fspath(path)!r}: must be UTF-8, as safetensors requires of a path") from None
     try:
         with open(path, "rb"):  # safetensors reports every file that it cannot open as missing
             return safe_open(path, framework="pt")

@@ -109,7 +109,7 @@ def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
         and in_features % 4 == 0
         and (cpu := dispatch.extension().cpu).takes_coded_weights()
     ):
-        plain = torch.empty(strips.shape, dtype=strips.dtype)
+        plain = torch.empty_like(strips, memory_format=torch.contiguous_format)
         cpu.advise_huge_pages(plain.data_ptr(), plain.nbytes)
         strips = plain.copy_(strips)
         cpu.set_num_threads(torch.get_num_threads())

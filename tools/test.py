@@ -278,7 +278,7 @@ def main() -> int:
     for name, result in done.items():
         if isinstance(result, str):
             total.failed += bool(args.tiers)
-            print(f"{name:10} {'failed: it was asked for, but' if args.tiers else 'skipped:'} {result}")
+            print(f"{name:10} {'failed: requested, but' if args.tiers else 'skipped:'} {result}")
             continue
         print(f"{name:10} {result.line()}")
         if args.tiers and not (result.passed or result.failed):

@@ -125,7 +125,7 @@ def test_an_aborted_name_is_free_at_once(folder, alone):
 
 def test_close_that_drains_lets_what_runs_come_to_its_end(folder, alone):
     async def use(shared):
-        message = "this engine is closing: it ends what runs and takes nothing new"
+        message = "this engine is closing: it accepts no new requests"
         with a_beginning_each(shared.engine):
             stream, unasked = shared.stream([1, 2], GREEDY), shared.stream([3], GREEDY)
             running = asyncio.create_task(collect(shared, [4], GREEDY))
@@ -195,7 +195,7 @@ def test_an_engine_with_requests_is_refused(folder, alone):
     """Nobody would hand their tokens out. They can be decoded as before, and after that it is taken."""
     engine = make(folder)
     request_id, tokens = engine.submit([1, 2], GREEDY), []
-    with pytest.raises(RuntimeError, match="requests, whose outputs nobody would hand out"):
+    with pytest.raises(RuntimeError, match="the engine has unfinished requests"):
         AsyncEngine(engine)
     while engine.has_unfinished():
         tokens += [t for out in engine.step() if out.request_id == request_id for t in out.new_token_ids]

@@ -229,7 +229,9 @@ def test_what_names_no_folder(name):
 @pytest.mark.parametrize(("stored", "dtype"), [(1e5, "float16"), (3.4e38, "bfloat16")])
 def test_what_a_dtype_does_not_have(folder, stored, dtype):
     edit(folder, lambda tensors: tensors.update({Q_DIFF: tensors[Q_DIFF].float() * 0 + stored}))
-    with pytest.raises(CheckpointError, match=f"^{folder}: {Q_DIFF} holds numbers that torch.{dtype} does not have$"):
+    with pytest.raises(
+        CheckpointError, match=f"^{folder}: {Q_DIFF} holds numbers that torch.{dtype} cannot represent$"
+    ):
         Engine.from_pretrained(str(folder), device="cpu", dtype=dtype, max_seq_len=64)
 
 
@@ -309,4 +311,4 @@ def test_a_folder_is_the_one_that_was_there_at_load(text_folder, tmp_path, monke
 def test_a_path_that_safetensors_cannot_take(folder, tmp_path):
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/m\xff")
     shutil.copytree(folder, odd)
-    assert message_of(odd).endswith("model.safetensors': is no UTF-8, which safetensors needs of a path")
+    assert message_of(odd).endswith("model.safetensors': must be UTF-8, as safetensors requires of a path")

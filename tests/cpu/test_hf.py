@@ -259,7 +259,7 @@ def test_a_model_stays_where_it_is(model, monkeypatch):
     monkeypatch.setattr(hf, "pick_device", torch.device)
     with pytest.raises(ValueError, match=r"to: device must be cpu, where device_map has put it, got cuda:1"):
         model.to("cuda:1")
-    with pytest.raises(ValueError, match=r"to: a dtype is from_pretrained's to choose, got torch\.float32"):
+    with pytest.raises(ValueError, match=r"to: dtype must be passed to from_pretrained, got torch\.float32"):
         model.to(torch.float32)
 
 

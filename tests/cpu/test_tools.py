@@ -94,7 +94,7 @@ def test_a_tier_that_was_asked_for_and_cannot_run_has_failed(runner, monkeypatch
     monkeypatch.setattr(runner, "TIERS", [runner.Tier("gpu", [], why_not=lambda: "no CUDA device")])
     monkeypatch.setattr(sys, "argv", ["test.py", "gpu"])
     assert runner.main() == 1
-    assert "gpu        failed: it was asked for, but no CUDA device\n0 passed, 1 failed" in capsys.readouterr().out
+    assert "gpu        failed: requested, but no CUDA device\n0 passed, 1 failed" in capsys.readouterr().out
 
 
 def test_the_longest_files_exist(runner):
