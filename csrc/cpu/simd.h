@@ -6,6 +6,29 @@
 // - kWidenedTileRows rows of row_linear_widened.h; if more than kWholeTileRows, then times 16 outputs,
 // - kTileQueries queries of dual_attn times kTileVecs vectors of keys, then of values; kWidensAtUse: bf16 is widened on
 //   ports that products leave idle.
+//
+// Each set provides, lane by lane where nothing else is said:
+// - zero, set1, add, sub, mul, div, fma; load and store of 16 floats or bf16, rounded to nearest even
+// - max(a, b), min(a, b): a NaN in b passes through
+// - round: to nearest even, |a| < 2^22; truncate: |a| < 2^31; scale_by_pow2(a, n): a * 2^n for whole n
+// - exponent(x): n of x = m * 2^n with m in [2/3, 4/3), for normal x > 0
+// - where_less(x, bound, a, b): a where x < bound, else b, also where x is NaN
+// - replace_nan(v, x); keep_first(v, count, x): lanes 0 ... count-1 of v, the others x
+// - count_at_least(x, bound): how many lanes are at least `bound`; a NaN is not
+// - compress_between(out, x, low, high): packs the lanes with low <= x < high at out, and returns how many; it may
+//   overwrite 16 places
+// - reduce_add, in a fixed order; reduce_max; first_equal(v, x): the first lane equal to x, or 16
+// - load_words, set1_word, as_floats, bit_xor; first_of, second_of: an element of each pair, widened; round_to_bf16: in
+//   the upper half of each word
+// - multiply_wide(a, m, high, low): both words of the product; words_to_float: of unsigned words, to nearest even
+// - prefetch: into L2, for what is needed soon, but after what L1 holds now
+// - transpose16(in, out, stride): out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are
+//   `stride` words apart
+// - with ORTHRUS_HAS_DOT2: dot2(acc, a, b), which adds the products of pairs; zip_pairs(p, q): lane i is p[i] and
+//   q[i], or p[i] and 0 without q
+// - with ORTHRUS_DECODES_WORDS, for coded weights (coded_weight.h): store_words, and on bytes, within each 16,
+//   low_nibbles, high_nibbles, look_up(table, index) of indices below 16, and zip_first and zip_last: the first, or
+//   last, 8 bytes of a and b, interleaved
 #pragma once
 #include <cstdint>
 #include <cstring>

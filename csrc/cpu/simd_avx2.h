@@ -22,7 +22,6 @@ ORTHRUS_EACH(add, _mm256_add_ps)
 ORTHRUS_EACH(sub, _mm256_sub_ps)
 ORTHRUS_EACH(mul, _mm256_mul_ps)
 ORTHRUS_EACH(div, _mm256_div_ps)
-// A NaN in b passes through max and min.
 ORTHRUS_EACH(max, _mm256_max_ps)
 ORTHRUS_EACH(min, _mm256_min_ps)
 #undef ORTHRUS_EACH
@@ -55,7 +54,6 @@ ORTHRUS_INLINE Vec truncate(Vec a) {
   constexpr int kMode = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(a.lo, kMode), _mm256_round_ps(a.hi, kMode)};
 }
-// Lanes of a where x < bound, else of b (also where x is NaN).
 ORTHRUS_INLINE Vec where_less(Vec x, float bound, Vec a, Vec b) {
   const __m256 v = _mm256_set1_ps(bound);
   return {_mm256_blendv_ps(b.lo, a.lo, _mm256_cmp_ps(x.lo, v, _CMP_LT_OQ)),
@@ -66,9 +64,7 @@ ORTHRUS_INLINE uint32_t lanes_at_least(Vec x, float bound) {
   const int lo = _mm256_movemask_ps(_mm256_cmp_ps(x.lo, v, _CMP_GE_OQ));
   return static_cast<uint32_t>(lo | _mm256_movemask_ps(_mm256_cmp_ps(x.hi, v, _CMP_GE_OQ)) << 8);
 }
-// Lanes that are at least `bound`; a NaN is not.
 ORTHRUS_INLINE int32_t count_at_least(Vec x, float bound) { return __builtin_popcount(lanes_at_least(x, bound)); }
-// Packs the lanes with low <= x < high at out; returns how many. May overwrite 16 places.
 ORTHRUS_INLINE int32_t compress_between(float* out, Vec x, float low, float high) {
   float lane[16];
   store(lane, x);
@@ -82,7 +78,6 @@ ORTHRUS_INLINE __m256 exponent(__m256 x) {
   const __m256i bits = _mm256_sub_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(0x3f2aaaab));
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(bits, 23));
 }
-// n of x = m * 2^n with m in [2/3, 4/3), for normal x > 0.
 ORTHRUS_INLINE Vec exponent(Vec x) { return {exponent(x.lo), exponent(x.hi)}; }
 ORTHRUS_INLINE Vec replace_nan(Vec v, float x) {
   const __m256 b = _mm256_set1_ps(x);
@@ -94,7 +89,6 @@ ORTHRUS_INLINE __m256 first_lanes(int64_t count) {
   const int32_t bound = static_cast<int32_t>(count < 0 ? 0 : count > 8 ? 8 : count);
   return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(bound), lane));
 }
-// Lanes 0 ... count-1 of v, the others x.
 ORTHRUS_INLINE Vec keep_first(Vec v, int64_t count, float x) {
   const __m256 b = _mm256_set1_ps(x);
   return {_mm256_blendv_ps(b, v.lo, first_lanes(count)), _mm256_blendv_ps(b, v.hi, first_lanes(count - 8))};
@@ -114,7 +108,6 @@ ORTHRUS_INLINE __m256i round_to_bf16(__m256 v) {
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }
-// In the upper half of each word.
 ORTHRUS_INLINE WordVec round_to_bf16(Vec v) { return {round_to_bf16(v.lo), round_to_bf16(v.hi)}; }
 ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
   const WordVec words = round_to_bf16(v);
@@ -138,7 +131,6 @@ ORTHRUS_INLINE __m256 second_of(__m256i pairs) {
 ORTHRUS_INLINE Vec first_of(WordVec pairs) { return {first_of(pairs.lo), first_of(pairs.hi)}; }
 ORTHRUS_INLINE Vec second_of(WordVec pairs) { return {second_of(pairs.lo), second_of(pairs.hi)}; }
 
-// For coded weights (see coded_weight.h): operations on bytes, within each 16.
 #define ORTHRUS_DECODES_WORDS
 ORTHRUS_INLINE void store_words(void* p, WordVec a) {
   __m256i* half = static_cast<__m256i*>(p);
@@ -152,11 +144,9 @@ ORTHRUS_INLINE WordVec low_nibbles(WordVec a) {
 ORTHRUS_INLINE WordVec high_nibbles(WordVec a) {
   return low_nibbles({_mm256_srli_epi16(a.lo, 4), _mm256_srli_epi16(a.hi, 4)});
 }
-// table[index], of indices below 16.
 ORTHRUS_INLINE WordVec look_up(WordVec table, WordVec index) {
   return {_mm256_shuffle_epi8(table.lo, index.lo), _mm256_shuffle_epi8(table.hi, index.hi)};
 }
-// The first, or last, 8 bytes of each 16 of a and b, interleaved.
 ORTHRUS_INLINE WordVec zip_first(WordVec a, WordVec b) {
   return {_mm256_unpacklo_epi8(a.lo, b.lo), _mm256_unpacklo_epi8(a.hi, b.hi)};
 }
@@ -164,7 +154,6 @@ ORTHRUS_INLINE WordVec zip_last(WordVec a, WordVec b) {
   return {_mm256_unpackhi_epi8(a.lo, b.lo), _mm256_unpackhi_epi8(a.hi, b.hi)};
 }
 
-// The same lanes as 32-bit words.
 ORTHRUS_INLINE WordVec bit_xor(WordVec a, WordVec b) {
   return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)};
 }
@@ -174,7 +163,6 @@ ORTHRUS_INLINE void multiply_wide(__m256i a, uint32_t m, __m256i* high, __m256i*
   *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
   *low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
 }
-// High and low word of a * m.
 ORTHRUS_INLINE void multiply_wide(WordVec a, uint32_t m, WordVec* high, WordVec* low) {
   multiply_wide(a.lo, m, &high->lo, &low->lo);
   multiply_wide(a.hi, m, &high->hi, &low->hi);
@@ -184,7 +172,6 @@ ORTHRUS_INLINE __m256 words_to_float(__m256i a) {  // both halves convert exactl
   const __m256 low = _mm256_cvtepi32_ps(_mm256_and_si256(a, _mm256_set1_epi32(0xffff)));
   return _mm256_add_ps(_mm256_mul_ps(high, _mm256_set1_ps(65536.f)), low);
 }
-// Unsigned words rounded to nearest even.
 ORTHRUS_INLINE Vec words_to_float(WordVec a) { return {words_to_float(a.lo), words_to_float(a.hi)}; }
 
 ORTHRUS_INLINE float reduce_add(Vec v) {
@@ -199,7 +186,6 @@ ORTHRUS_INLINE float reduce_max(Vec v) {
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
-// First lane equal to x.
 ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
   const __m256 b = _mm256_set1_ps(x);
   const int lo = _mm256_movemask_ps(_mm256_cmp_ps(v.lo, b, _CMP_EQ_OQ));
@@ -207,7 +193,6 @@ ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
   return __builtin_ctz(static_cast<uint32_t>(lo | (hi << 8)) | 0x10000u);
 }
 
-// Into L2: for what is needed soon, but after what L1 holds now.
 ORTHRUS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // out[j][i] = in[i][j] of 8 x 8 words at in[i] + from.
@@ -229,7 +214,6 @@ ORTHRUS_INLINE void transpose8(const uint32_t* const* in, int from, uint32_t* ou
     }
   }
 }
-// out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are `stride` words apart.
 ORTHRUS_INLINE void transpose16(const uint32_t* const* in, uint32_t* out, int64_t stride) {
   for (int i = 0; i < 16; i += 8) {
     for (int j = 0; j < 16; j += 8) transpose8(in + i, j, out + j * stride + i, stride);

@@ -20,27 +20,22 @@ ORTHRUS_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 ORTHRUS_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 ORTHRUS_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 ORTHRUS_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-// A NaN in b passes through max and min.
 ORTHRUS_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 ORTHRUS_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 ORTHRUS_INLINE Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 ORTHRUS_INLINE Vec scale_by_pow2(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 ORTHRUS_INLINE Vec truncate(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
-// Lanes of a where x < bound, else of b (also where x is NaN).
 ORTHRUS_INLINE Vec where_less(Vec x, float bound, Vec a, Vec b) {
   return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(x, set1(bound), _CMP_LT_OQ), a);
 }
-// Lanes that are at least `bound`; a NaN is not.
 ORTHRUS_INLINE int32_t count_at_least(Vec x, float bound) {
   return __builtin_popcount(_mm512_cmp_ps_mask(x, set1(bound), _CMP_GE_OQ));
 }
-// Packs the lanes with low <= x < high at out; returns how many. Overwrites all 16 places.
 ORTHRUS_INLINE int32_t compress_between(float* out, Vec x, float low, float high) {
   const __mmask16 mask = _mm512_cmp_ps_mask(x, set1(low), _CMP_GE_OQ) & _mm512_cmp_ps_mask(x, set1(high), _CMP_LT_OQ);
   store(out, _mm512_maskz_compress_ps(mask, x));
   return __builtin_popcount(mask);
 }
-// n of x = m * 2^n with m in [2/3, 4/3), for normal x > 0.
 ORTHRUS_INLINE Vec exponent(Vec x) {
   const __m512i bits = _mm512_sub_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x3f2aaaab));
   return _mm512_cvtepi32_ps(_mm512_srai_epi32(bits, 23));
@@ -48,7 +43,6 @@ ORTHRUS_INLINE Vec exponent(Vec x) {
 ORTHRUS_INLINE Vec replace_nan(Vec v, float x) {
   return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), set1(x));
 }
-// Lanes 0 ... count-1 of v, the others x.
 ORTHRUS_INLINE Vec keep_first(Vec v, int64_t count, float x) {
   const __mmask16 mask = count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
   return _mm512_mask_mov_ps(set1(x), mask, v);
@@ -58,7 +52,6 @@ ORTHRUS_INLINE Vec load(const bf16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
-// In the upper half of each word.
 ORTHRUS_INLINE WordVec round_to_bf16(Vec v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -87,7 +80,6 @@ ORTHRUS_INLINE Vec second_of(WordVec pairs) {
 }
 #if !defined(ORTHRUS_ISA_avx512)
 #define ORTHRUS_HAS_DOT2
-// Lane i: p[i] and q[i], or p[i] and 0 without q.
 ORTHRUS_INLINE WordVec zip_pairs(const bf16_t* p, const bf16_t* q) {
   const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   if (!q) return first;
@@ -101,41 +93,32 @@ ORTHRUS_INLINE Vec dot2(Vec acc, WordVec a, WordVec b) {
 #endif
 
 #if defined(ORTHRUS_ISA_avx512_bf16)
-// For coded weights (see coded_weight.h): operations on bytes, within each 16.
 #define ORTHRUS_DECODES_WORDS
 ORTHRUS_INLINE void store_words(void* p, WordVec a) { _mm512_storeu_si512(p, a); }
 ORTHRUS_INLINE WordVec low_nibbles(WordVec a) { return _mm512_and_si512(a, _mm512_set1_epi8(0xf)); }
 ORTHRUS_INLINE WordVec high_nibbles(WordVec a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
-// table[index], of indices below 16.
 ORTHRUS_INLINE WordVec look_up(WordVec table, WordVec index) { return _mm512_shuffle_epi8(table, index); }
-// The first, or last, 8 bytes of each 16 of a and b, interleaved.
 ORTHRUS_INLINE WordVec zip_first(WordVec a, WordVec b) { return _mm512_unpacklo_epi8(a, b); }
 ORTHRUS_INLINE WordVec zip_last(WordVec a, WordVec b) { return _mm512_unpackhi_epi8(a, b); }
 #endif
 
-// The same lanes as 32-bit words.
 ORTHRUS_INLINE WordVec bit_xor(WordVec a, WordVec b) { return _mm512_xor_si512(a, b); }
-// High and low word of a * m.
 ORTHRUS_INLINE void multiply_wide(WordVec a, uint32_t m, WordVec* high, WordVec* low) {
   const __m512i factor = _mm512_set1_epi64(m);
   const __m512i even = _mm512_mul_epu32(a, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), factor);
   *high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
   *low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
 }
-// Unsigned words rounded to nearest even.
 ORTHRUS_INLINE Vec words_to_float(WordVec a) { return _mm512_cvtepu32_ps(a); }
 
 ORTHRUS_INLINE float reduce_add(Vec v) { return _mm512_reduce_add_ps(v); }
 ORTHRUS_INLINE float reduce_max(Vec v) { return _mm512_reduce_max_ps(v); }
-// First lane equal to x.
 ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
   return __builtin_ctz(_mm512_cmp_ps_mask(v, set1(x), _CMP_EQ_OQ) | 0x10000u);
 }
 
-// Into L2: for what is needed soon, but after what L1 holds now.
 ORTHRUS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
-// out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are `stride` words apart.
 ORTHRUS_INLINE void transpose16(const uint32_t* const* in, uint32_t* out, int64_t stride) {
   __m512i a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(in[i]);

@@ -46,7 +46,6 @@ ORTHRUS_INLINE float32x4_t exponent4(float32x4_t x) {
   const int32x4_t bits = vsubq_s32(vreinterpretq_s32_f32(x), vdupq_n_s32(0x3f2aaaab));
   return vcvtq_f32_s32(vshrq_n_s32(bits, 23));
 }
-// n of x = m * 2^n with m in [2/3, 4/3), for normal x > 0.
 ORTHRUS_EACH(exponent, exponent4)
 #undef ORTHRUS_EACH
 
@@ -80,21 +79,17 @@ ORTHRUS_COMPARE(is_at_least, vcgeq_f32)
 ORTHRUS_COMPARE(is_equal, vceqq_f32)
 #undef ORTHRUS_COMPARE
 
-// Lanes of a where x < bound, else of b (also where x is NaN).
 ORTHRUS_INLINE Vec where_less(Vec x, float bound, Vec a, Vec b) { return select(is_less(x, set1(bound)), a, b); }
 ORTHRUS_INLINE Vec replace_nan(Vec v, float x) { return select(is_equal(v, v), v, set1(x)); }
-// Lanes 0 ... count-1 of v, the others x.
 ORTHRUS_INLINE Vec keep_first(Vec v, int64_t count, float x) {
   constexpr float kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return select(is_less(load(kLane), set1(static_cast<float>(count))), v, set1(x));
 }
-// Lanes that are at least `bound`; a NaN is not.
 ORTHRUS_INLINE int32_t count_at_least(Vec x, float bound) {
   const WordVec mask = is_at_least(x, set1(bound));  // -1 per lane
   const uint32x4_t sum = vaddq_u32(vaddq_u32(mask.a, mask.b), vaddq_u32(mask.c, mask.d));
   return -static_cast<int32_t>(vaddvq_u32(sum));
 }
-// Packs the lanes with low <= x < high at out; returns how many. May overwrite 16 places.
 ORTHRUS_INLINE int32_t compress_between(float* out, Vec x, float low, float high) {
   float lane[16];
   store(lane, x);
@@ -122,7 +117,6 @@ ORTHRUS_INLINE uint32x4_t round_to_bf16(float32x4_t v) {
   const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
   return vbslq_u32(vceqq_f32(v, v), rounded, quiet);
 }
-// In the upper half of each word.
 ORTHRUS_INLINE WordVec round_to_bf16(Vec v) {
   return {round_to_bf16(v.a), round_to_bf16(v.b), round_to_bf16(v.c), round_to_bf16(v.d)};
 }
@@ -146,7 +140,6 @@ ORTHRUS_INLINE WordVec set1_word(uint32_t word) {
 }
 #if defined(ORTHRUS_ISA_neon_bf16)
 #define ORTHRUS_HAS_DOT2
-// Lane i: p[i] and q[i], or p[i] and 0 without q.
 ORTHRUS_INLINE WordVec zip_pairs(const bf16_t* p, const bf16_t* q) {
   const uint16x8_t none = vdupq_n_u16(0);
   return zip(vld1q_u16(p), vld1q_u16(p + 8), q ? vld1q_u16(q) : none, q ? vld1q_u16(q + 8) : none);
@@ -166,7 +159,6 @@ ORTHRUS_INLINE float32x4_t second_of(uint32x4_t pairs) {
 ORTHRUS_INLINE Vec first_of(WordVec v) { return {first_of(v.a), first_of(v.b), first_of(v.c), first_of(v.d)}; }
 ORTHRUS_INLINE Vec second_of(WordVec v) { return {second_of(v.a), second_of(v.b), second_of(v.c), second_of(v.d)}; }
 
-// The same lanes as 32-bit words.
 ORTHRUS_INLINE WordVec bit_xor(WordVec x, WordVec y) {
   return {veorq_u32(x.a, y.a), veorq_u32(x.b, y.b), veorq_u32(x.c, y.c), veorq_u32(x.d, y.d)};
 }
@@ -176,14 +168,12 @@ ORTHRUS_INLINE void multiply_wide(uint32x4_t x, uint32_t m, uint32x4_t* high, ui
   *high = vuzp2q_u32(first, second);
   *low = vuzp1q_u32(first, second);
 }
-// High and low word of x * m.
 ORTHRUS_INLINE void multiply_wide(WordVec x, uint32_t m, WordVec* high, WordVec* low) {
   multiply_wide(x.a, m, &high->a, &low->a);
   multiply_wide(x.b, m, &high->b, &low->b);
   multiply_wide(x.c, m, &high->c, &low->c);
   multiply_wide(x.d, m, &high->d, &low->d);
 }
-// Unsigned words rounded to nearest even.
 ORTHRUS_INLINE Vec words_to_float(WordVec v) {
   return {vcvtq_f32_u32(v.a), vcvtq_f32_u32(v.b), vcvtq_f32_u32(v.c), vcvtq_f32_u32(v.d)};
 }
@@ -198,7 +188,6 @@ ORTHRUS_INLINE float reduce_max(Vec v) {
   const float32x4_t two = max4(four, vextq_f32(four, four, 2));
   return vgetq_lane_f32(max4(two, vextq_f32(two, two, 1)), 0);
 }
-// First lane equal to x.
 ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
   const WordVec mask = is_equal(v, set1(x));
   const uint16x8_t low = vuzp1q_u16(vreinterpretq_u16_u32(mask.a), vreinterpretq_u16_u32(mask.b));
@@ -209,10 +198,8 @@ ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
   return lanes ? __builtin_ctzll(lanes) / 4 : 16;
 }
 
-// Into L2: for what is needed soon, but after what L1 holds now.
 ORTHRUS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are `stride` words apart.
 ORTHRUS_INLINE void transpose16(const uint32_t* const* in, uint32_t* out, int64_t stride) {
   for (int i = 0; i < 16; i += 4) {
     for (int j = 0; j < 16; j += 4) {

@@ -40,7 +40,6 @@ ORTHRUS_EACH(Vec, mul(Vec a, Vec b), a.part[i] * b.part[i])
 ORTHRUS_EACH(Vec, div(Vec a, Vec b), a.part[i] / b.part[i])
 // Rounds twice: a fused product is a library call on machines without the instruction.
 ORTHRUS_EACH(Vec, fma(Vec a, Vec b, Vec c), a.part[i] * b.part[i] + c.part[i])
-// A NaN in b passes through max and min.
 ORTHRUS_EACH(Vec, max(Vec a, Vec b), a.part[i] > b.part[i] ? a.part[i] : b.part[i])
 ORTHRUS_EACH(Vec, min(Vec a, Vec b), a.part[i] < b.part[i] ? a.part[i] : b.part[i])
 // Nearest even for |a| < 2^22, by the rounding of the addition itself.
@@ -48,30 +47,23 @@ ORTHRUS_EACH(Vec, round(Vec a), (a.part[i] + 12582912.f) - 12582912.f)
 // The addition leaves n, a whole number, in the low bits; converting to an integer would be undefined for a NaN.
 ORTHRUS_EACH(Vec, scale_by_pow2(Vec a, Vec n),
              a.part[i] * Floats((Words(n.part[i] + 12582912.f) - 0x4b400000u + 127u) << 23))
-// |a| < 2^31.
 ORTHRUS_EACH(Vec, truncate(Vec a), __builtin_convertvector(__builtin_convertvector(a.part[i], Integers), Floats))
-// n of x = m * 2^n with m in [2/3, 4/3), for normal x > 0.
 ORTHRUS_EACH(Vec, exponent(Vec x), __builtin_convertvector(Integers(Words(x.part[i]) - 0x3f2aaaabu) >> 23, Floats))
-// Lanes of a where x < bound, else of b (also where x is NaN).
 ORTHRUS_EACH(Vec, where_less(Vec x, float bound, Vec a, Vec b), x.part[i] < bound ? a.part[i] : b.part[i])
 ORTHRUS_EACH(Vec, replace_nan(Vec v, float x), v.part[i] == v.part[i] ? v.part[i] : set1(x).part[i])
 
 ORTHRUS_EACH(Vec, as_floats(WordVec a), Floats(a.part[i]))
 ORTHRUS_EACH(Vec, first_of(WordVec pairs), Floats(pairs.part[i] << 16))
 ORTHRUS_EACH(Vec, second_of(WordVec pairs), Floats(pairs.part[i] & 0xffff0000u))
-// The same lanes as 32-bit words.
 ORTHRUS_EACH(WordVec, bit_xor(WordVec a, WordVec b), a.part[i] ^ b.part[i])
-// Unsigned words rounded to nearest even.
 ORTHRUS_EACH(Vec, words_to_float(WordVec a), __builtin_convertvector(a.part[i], Floats))
 ORTHRUS_INLINE Words round_to_bf16(Floats v) {
   const Words bits = Words(v);
   return v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;
 }
-// In the upper half of each word.
 ORTHRUS_EACH(WordVec, round_to_bf16(Vec v), round_to_bf16(v.part[i]))
 #undef ORTHRUS_EACH
 
-// Lanes 0 ... count-1 of v, the others x.
 ORTHRUS_INLINE Vec keep_first(Vec v, int64_t count, float x) {
   Integers lane = {0, 1, 2, 3};
   const int32_t bound = static_cast<int32_t>(count < 16 ? count : 16);
@@ -98,13 +90,11 @@ ORTHRUS_INLINE void store(bf16_t* p, Vec v) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<bf16_t>(lane[i] >> 16);
 }
 
-// Lanes that are at least `bound`; a NaN is not.
 ORTHRUS_INLINE int32_t count_at_least(Vec x, float bound) {
   Integers found = {};
   for (int i = 0; i < 4; ++i) found -= x.part[i] >= bound;
   return found[0] + found[1] + found[2] + found[3];
 }
-// Packs the lanes with low <= x < high at out; returns how many. May overwrite 16 places.
 ORTHRUS_INLINE int32_t compress_between(float* out, Vec x, float low, float high) {
   float lane[16];
   store(lane, x);
@@ -115,7 +105,6 @@ ORTHRUS_INLINE int32_t compress_between(float* out, Vec x, float low, float high
   }
   return count;
 }
-// High and low word of a * m.
 ORTHRUS_INLINE void multiply_wide(WordVec a, uint32_t m, WordVec* high, WordVec* low) {
   uint32_t lane[16], upper[16], lower[16];
   std::memcpy(lane, &a, sizeof lane);
@@ -138,7 +127,6 @@ ORTHRUS_INLINE float reduce_max(Vec v) {
   for (int i = 1; i < 16; ++i) lane[0] = lane[0] > lane[i] ? lane[0] : lane[i];
   return lane[0];
 }
-// First lane equal to x.
 ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
   float lane[16];
   store(lane, v);
@@ -147,10 +135,8 @@ ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
   return i;
 }
 
-// Into L2: for what is needed soon, but after what L1 holds now.
 ORTHRUS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are `stride` words apart.
 ORTHRUS_INLINE void transpose16(const uint32_t* const* in, uint32_t* out, int64_t stride) {
   for (int i = 0; i < 16; ++i) {
     for (int j = 0; j < 16; ++j) out[j * stride + i] = in[i][j];
