@@ -138,19 +138,23 @@ def test_abort_at_every_instruction(shallow, victim):
 
 def test_submit_at_every_instruction(shallow):
     engine, want, pace = shallow
+    (alone,) = engine.generate([[9]], SHORT)
     after, reached = 0, True
     while reached:
         after += 1
-        got = {}
+        got, cycles = {}, []
         ids = start(engine, got)
         reached = interrupted(lambda: engine.submit([9], SHORT, "new"), after, everywhere=True)
         if not engine.is_unfinished("new"):
             engine.submit([9], SHORT, "new")
-        drain(engine, got)
+        while engine.has_unfinished():
+            outputs = engine.step()
+            take(outputs, got)
+            cycles += [out.stats.cycles for out in outputs if out.request_id == "new" and out.finished]
         assert [got[i] for i in ids] == [(tokens, "length") for tokens in want]
-        assert len(got["new"][0]) == 5
+        assert got["new"] == (alone.token_ids, "length") and cycles == [alone.stats.cycles]
         all_pages_back(engine)
-    assert pace_of(engine) == pace
+    assert after > 100 and pace_of(engine) == pace
 
 
 @PACED

@@ -1,7 +1,5 @@
 """One pass per cycle: what consensus drafts next, and that the engine's tokens are those of every other mode."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,9 +11,9 @@ from orthrus_rt.reference_consensus import DOUBT, SEEN_GAIN, pick_hypotheses
 from orthrus_rt.request import Request
 from orthrus_rt.rows import Layout, empty_rows
 from orthrus_rt.sampling import SamplingParams
+from tests import checkpoints
 from tests.pins import UNLESS_SLOW, of_this_isa
 
-FOLDER = Path(__file__).parents[1] / "golden" / "qwen3-tied-k8"
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 MASK = 99
 K, F = 4, 3
@@ -115,23 +113,31 @@ def test_hypotheses_are_picked_by_gain():
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return Engine.from_pretrained(str(FOLDER), device="cpu", mode="two_pass", dtype="float32", max_seq_len=512)
+def tiny(tmp_path_factory):
+    """Many of its drafts are accepted, on any CPU variant the same ones. Without attention in the diffusion view, or
+    with another mask token, hardly any are.
+    """
+    kwargs = dict(seed=110, diff_noise=0.05, vocab_size=24, mask_token_id=23, head_dim=32)
+    folder = str(checkpoints.make(tmp_path_factory.mktemp("one_pass"), **kwargs))
+    return Engine.from_pretrained(folder, device="cpu", mode="two_pass", dtype="float32", max_seq_len=512)
 
 
 def greedy(engine, n=40, prompt=PROMPT, **kwargs):
     return engine.generate(prompt, SamplingParams(max_new_tokens=n, ignore_eos=True), **kwargs)
 
 
-@pytest.mark.parametrize("draft_len", [1, 2, 7])
-@pytest.mark.parametrize("fan_out", [1, 2, 4])
+# Cycles for 60 tokens, by draft_len and fan_out. If no draft is accepted, there are 59, as the prefill yields a token.
+CYCLES = {(1, 1): 45, (1, 2): 43, (1, 4): 43, (2, 1): 39, (2, 2): 39, (2, 4): 39, (7, 1): 34, (7, 2): 33, (7, 4): 33}
+
+
+@pytest.mark.parametrize(("draft_len", "fan_out"), CYCLES)
 def test_the_tokens_of_ar(tiny, draft_len, fan_out):
     want = greedy(tiny, 60, mode="ar").token_ids
     out = greedy(tiny, 60, mode="one_pass", draft_len=draft_len, fan_out=fan_out)
     s = out.stats
     assert out.token_ids == want
     assert (s.mode, s.block_len, s.fan_out, s.passes) == ("one_pass", draft_len + 1, fan_out, s.cycles)
-    assert sum(s.accepted) == s.cycles == 59  # random weights: only a block's first draft ever holds
+    assert sum(s.accepted) == s.cycles == CYCLES[draft_len, fan_out]
     cycle = tiny.runner.cycle(CyclePlan("one_pass", draft_len + 1, fan_out), 1)
     assert cycle.passes[-1].rows.blocks_per_seq == fan_out  # which a GPU may read the cache for at once
 
@@ -147,13 +153,18 @@ def test_any_plan_may_follow_any_other(tiny):
     ]  # fmt: skip
     tiny.runner.make_room([(plan, tiny.runner.num_slots) for plan in plans])
     names = [tiny.submit(p, q) for p, q in jobs]
-    got, step = {name: [] for name in names}, 0
+    got, paces, step = {name: [] for name in names}, {}, 0
     while tiny.has_unfinished():
         tiny._plan = plans[step * 5 % 7 % len(plans)]
         for out in tiny.step():
             got[out.request_id] += out.new_token_ids
+            if out.finished:
+                paces[out.request_id] = out.stats.accepted, out.stats.misses
         step += 1
     assert [got[name] for name in names] == want
+    assert [paces[name] for name in names] == [
+        ([8, 0, 5, 2, 0, 0, 0, 0], 6), ([16, 2, 3, 1, 0, 0, 0, 0], 9), ([24, 5, 0, 0, 0, 0, 0, 0], 12)
+    ]  # fmt: skip
 
 
 def test_options_are_checked(tiny):
