@@ -27,13 +27,11 @@ class Tape:
     def __init__(self):
         self.launches = []
 
-    @contextlib.contextmanager
-    def record(self):
+    def __enter__(self) -> None:
         Tape.recording = self
-        try:
-            yield
-        finally:
-            Tape.recording = None
+
+    def __exit__(self, *_) -> None:
+        Tape.recording = None
 
     def replay(self) -> None:
         if Tape.recording is not None:
