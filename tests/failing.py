@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 import threading
 import warnings
@@ -86,19 +87,21 @@ def check_recordings_without_memory(engine: Engine, jobs: list[Job]) -> None:
     want = tokens()
     assert cycles_of(engine) and not any(cycle.op_by_op for cycle in cycles_of(engine))
     engine.runner.drop_cycles()
-    said = rf"recording the {engine.mode} cycle of \d+ slots: lower max_batch_size, .*; .* op by op, slower$"
+    slower = r".* op by op, slower$"
+    said = rf"recording the {engine.mode} cycle of \d+ slots: lower max_batch_size, .*;{slower}"
     with no_memory_for_recordings(), pytest.warns(UserWarning, match=said) as warned:
         assert tokens() == tokens() == want
-    assert len(warned) == len(cycles_of(engine)) and all(cycle.graph_bytes == 0 for cycle in cycles_of(engine))
+    ours = [warning for warning in warned if re.match(slower, str(warning.message))]  # torch and Triton may warn too
+    assert len(ours) == len(cycles_of(engine)) and all(cycle.graph_bytes == 0 for cycle in cycles_of(engine))
     assert all(cycle.settled and cycle.op_by_op for cycle in cycles_of(engine))
     engine.runner.drop_cycles()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", slower)
         assert tokens() == want
     assert not any(cycle.op_by_op for cycle in cycles_of(engine))
     engine.runner.drop_cycles()
     with no_memory_for_recordings(), warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", slower)
         for _ in range(20):  # cycles and passes with prompts: each raises its warning once
             with contextlib.suppress(UserWarning):
                 assert tokens() == want

@@ -166,7 +166,8 @@ def block_with_edits(vocab, block_len=5) -> Case:
 
 
 def assert_agrees(case, implementation, purpose=2):
-    """The oracle's sets, choices and, to the last bits of exp and log, scores; those out of reach may be left out.
+    """The oracle's sets, choices and, to the last bits of exp and log, scores, those of greedy rows to the bit; those
+    out of reach may be left out.
 
     Where a cut falls within rounding of a token, that token may be kept or not: of all such, 1e-5 of the probability.
     """
@@ -186,8 +187,11 @@ def assert_agrees(case, implementation, purpose=2):
     assert torch.equal(index[both], want_index[both])
     best = want_value.amax(1, keepdim=True).expand_as(value)
     assert (torch.maximum(value, want_value) < best)[same & (value.isfinite() != want_value.isfinite())].all()
-    first = 128 * torch.arange(value.shape[1], dtype=torch.int32).expand_as(index)
+    first = 128 * torch.arange(value.shape[1], dtype=torch.int32, device=index.device).expand_as(index)
     assert torch.equal(index[value.isneginf()], first[value.isneginf()])
+    if case.sampling.edits is None:  # with them a product and a sum may be fused
+        greedy = both & (case.sampling.temperature[case.rows.seq[case.logit_rows.long()].long()] == 0)[:, None]
+        assert torch.equal(value[greedy], want_value[greedy])
     return got
 
 

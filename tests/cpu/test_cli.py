@@ -143,24 +143,6 @@ def test_a_character_that_remains_a_beginning_is_told(run):
     assert run("generate", "x", *options)[1] == "\ufffd\n"
 
 
-@pytest.fixture
-def break_token(monkeypatch):
-    """``break_token(i, mode)``: token i of that mode's outputs is wrong from now on."""
-
-    def install(index, mode):
-        honest = Engine.generate
-
-        def broken(self, *args, **kwargs):
-            out = honest(self, *args, **kwargs)
-            if kwargs.get("mode") == mode and not isinstance(out, list):
-                out.token_ids[index] ^= 1
-            return out
-
-        monkeypatch.setattr(Engine, "generate", broken)
-
-    return install
-
-
 def test_compare_ar_says_no(run, break_token):
     break_token(2, "ar")
     code, out, _ = run("generate", "hello", "--max-new-tokens", "8", "--ignore-eos", "--compare-ar")

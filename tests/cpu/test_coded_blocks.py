@@ -1,13 +1,12 @@
 """bf16 weights in 12 bits for the CUDA kernels: every bit comes back, in the format and in row_linear."""
 
 import ctypes
-import importlib.util
 
 import numpy as np
 import pytest
 import torch
 
-from orthrus_rt import coded_blocks, embedded, native, ops, room, weights
+from orthrus_rt import coded_blocks, native, ops, room, weights
 from orthrus_rt.checkpoint import load, load_config
 from orthrus_rt.weights import cuda_blocks, pack, pack_views
 from tests import checkpoints
@@ -54,7 +53,9 @@ def decoded(packed, num_blocks):
     for block, bits in zip(blocks, out, strict=True):
         head, codes, lower = block[:64].view(np.uint32), block[64:2112].view(np.uint32), block[2112:]
         listed, count, elsewhere = head[4:], head[2], head[3]
-        taken = list(listed[:count] if count <= LISTED else words[elsewhere : elsewhere + count])
+        taken = listed[:count] if count <= LISTED else words[elsewhere : elsewhere + count]
+        taken = {exception >> 16: exception & 0xFFFF for exception in taken.tolist()}
+        assert len(taken) == count
         for t in range(128):
             for step in range(4):
                 code = [int(codes[4 * t + step]) >> 4 * i & 15 for i in range(8)]
@@ -63,9 +64,7 @@ def decoded(packed, num_blocks):
                     low = lower[step // 2 * 2048 + 16 * t + step % 2 * 8 + e]
                     value = sign << 15 | int(block[code[e] & 7]) << 8 | int(low)
                     register = 4 * step + e // 2
-                    for exception in taken:
-                        if exception >> 16 == t | register << 7 | e % 2 << 11:
-                            value = exception & 0xFFFF
+                    value = taken.get(t | register << 7 | e % 2 << 11, value)
                     feature = t // 32 * 16 + t % 32 // 4 + e // 2 % 2 * 8
                     bits[feature, 16 * step + t % 4 * 2 + e % 2 + e // 4 * 8] = value
     return out
@@ -98,7 +97,7 @@ def test_size():
 
 
 @pytest.mark.full
-@pytest.mark.skipif(importlib.util.find_spec(embedded.GGUF_PACKAGE) is None, reason=f"needs {embedded.WHEEL}")
+@pytest.mark.usefixtures("wheel")
 def test_exceptions_of_the_embedded_model():
     """What csrc/cuda/coded_block.cuh says of them."""
     matrices = [tensor.bfloat16() for tensor in load("smollm2-135m").tensors.values() if tensor.dim() == 2]

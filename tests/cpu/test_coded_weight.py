@@ -151,6 +151,7 @@ def test_they_are_a_quarter_smaller(packed):
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("wheel")
 def test_the_embedded_model_has_few_exceptions(packed):
     """5 in 100,000."""
     exceptions, elements, tensors = 0, 0, checkpoint.load("smollm2-135m").tensors

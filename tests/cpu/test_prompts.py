@@ -16,23 +16,33 @@ def test_built_in_prompts():
     assert all(p.text and p.kind in prompts.KINDS for p in loaded)
 
 
-def test_chat_ids_are_the_templates():
-    """As transformers itself encodes the turn: no special token twice, none missing, as Llama's would be: its tokenizer
-    begins every text with the token that its template begins with too.
-    """
+def byte_tokenizer_with_bos():
+    """As Llama's: it begins every text with the token that its template begins with too."""
     begins = byte_tokenizer.build()
     begins.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|end|> $A", special_tokens=[("<|end|>", byte_tokenizer.END)]
     )
     begins.chat_template = "<|end|>" + begins.chat_template
     assert begins("a").input_ids[0] == byte_tokenizer.END
-    for tokenizer in (byte_tokenizer.build(), begins, checkpoint.load("smollm2-135m").load_tokenizer()):
-        for prompt in prompts.load("chat") + prompts.load("math"):
-            turns = [{"role": "user", "content": prompt.text}]
-            want = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
-            assert prompt.encode(tokenizer) == list(want)
-        raw = prompts.load("code")[0]
-        assert raw.encode(tokenizer) == tokenizer(raw.text).input_ids
+    return begins
+
+
+def embedded_tokenizer():
+    return checkpoint.load("smollm2-135m").load_tokenizer()
+
+
+@pytest.mark.parametrize("build", [byte_tokenizer.build, byte_tokenizer_with_bos, embedded_tokenizer])
+def test_chat_ids_are_the_templates(build, request):
+    """As transformers itself encodes the turn: no special token twice, none missing."""
+    if build is embedded_tokenizer:
+        request.getfixturevalue("wheel")
+    tokenizer = build()
+    for prompt in prompts.load("chat") + prompts.load("math"):
+        turns = [{"role": "user", "content": prompt.text}]
+        want = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert prompt.encode(tokenizer) == list(want)
+    raw = prompts.load("code")[0]
+    assert raw.encode(tokenizer) == tokenizer(raw.text).input_ids
 
 
 def test_a_tokenizer_without_a_template_continues_the_text():

@@ -39,7 +39,7 @@ def test_files_apart(runner, tmp_path, monkeypatch, capsys):
     (tmp_path / "test_bad.py").write_text("import os\ndef test_c(): pass\ndef test_d(): os._exit(9)\n")
     (tmp_path / "test_slow.py").write_text("import time\ndef test_e(): time.sleep(60)\n")
     monkeypatch.setattr(runner, "ROOT", tmp_path)
-    result = runner.run(runner.Tier("gpu", [], apart=".", timeout_s=6), full=False)
+    result = runner.run(runner.Tier("gpu", [], apart=".", timeout_s=3), full=False)
     assert (result.passed, result.failed) == (1, 3)
     assert {name: row[:2] for name, row in result.files.items()} == {
         "test_good": [1, 1], "test_bad": [0, 1], "test_slow": [0, 1],
@@ -57,11 +57,11 @@ def test_a_process_that_hangs_at_its_end(runner, tmp_path, monkeypatch, capsys):
     )
     for name, value in {"ROOT": tmp_path, "LONGEST": ("test_stuck.py",), "APART_AT_ONCE": 1}.items():
         monkeypatch.setattr(runner, name, value)
-    result = runner.run(runner.Tier("gpu", ["-s"], apart=".", process_timeout_s=12), full=False)
+    result = runner.run(runner.Tier("gpu", ["-s"], apart=".", process_timeout_s=5), full=False)
     assert (result.passed, result.failed) == (2, 1)
     assert {name: row[:2] for name, row in result.files.items()} == {"test_quick": [1, 0], "test_stuck": [1, 1]}
     out = capsys.readouterr().out
-    assert "ran to its end" in out and "not finished in 12 s" in out
+    assert "ran to its end" in out and "not finished in 5 s" in out
     assert out.index("-- test_stuck.py") < out.index("-- test_quick.py")
 
 

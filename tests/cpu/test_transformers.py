@@ -44,7 +44,7 @@ def loaded(name, max_seq_len):
 
 
 @pytest.fixture(scope="module")
-def embedded():
+def embedded(wheel):
     return loaded("smollm2-135m", 2048)
 
 

@@ -34,25 +34,6 @@ def run(text_folder, tmp_path, capsys):
 
 
 @pytest.fixture
-def break_token(monkeypatch):
-    """``break_token(i, mode)``: token i of that mode is wrong; with ``together``, only where prompts share a batch."""
-
-    def install(index, mode, together=False):
-        honest = Engine.generate
-
-        def broken(self, *args, **kwargs):
-            out = honest(self, *args, **kwargs)
-            batched = isinstance(out, list) and len(out) > 1
-            if kwargs.get("mode") == mode and (batched if together else not isinstance(out, list)):
-                (out[-1] if together else out).token_ids[index] ^= 1
-            return out
-
-        monkeypatch.setattr(Engine, "generate", broken)
-
-    return install
-
-
-@pytest.fixture
 def break_transformers(monkeypatch):
     """``break_transformers(choose)``: its token 4 becomes ``choose(that token)``."""
 
