@@ -24,9 +24,10 @@ from tests.cpu.test_cuda_on_host import INVALID, MISALIGNED, shifted
 
 pytestmark = pytest.mark.usefixtures("host")
 GUARD, COUNTERS = 8, 4 * 4096
+ISAS = "sm90", "sm80", "coded-sm90", "coded-sm80"
 
 
-@pytest.fixture(params=["sm90", "sm80", "coded-sm90", "coded-sm80"], autouse=True)
+@pytest.fixture(params=ISAS, autouse=True)
 def isa(request, monkeypatch):
     """Which instructions, and whether they multiply by weights in 12 bits."""
     coded, _, isa = request.param.rpartition("-")
@@ -111,7 +112,18 @@ def test_one_hot_rows_pick_columns_of_the_weight(rows):
     assert torch.equal(run(x, plain), plain.T[column])
 
 
-@pytest.mark.parametrize(("rows", "shape"), ORACLE)
+def across_isas(rows_and_shapes, coded):
+    """Every variant; over coded weights only the cases in ``coded``, all with ``--full``: test_coded_blocks.py compares
+    the bits with those of plain weights.
+    """
+    cases = [
+        pytest.param(isa, *case, marks=pytest.mark.full if isa.startswith("coded") and case not in coded else ())
+        for isa, case in itertools.product(ISAS, rows_and_shapes)
+    ]
+    return pytest.mark.parametrize(("isa", "rows", "shape"), cases, indirect=["isa"])
+
+
+@across_isas(ORACLE, coded=[(3, CUT_IN_3), (1, CUT_PAIRS), (300, CUT_PAIRS)])
 def test_oracle(rows, shape):
     k, n, sms = shape
     plain, x, residual = tensor(n, k, scale=k**-0.5, seed=1), tensor(rows, k, seed=2), tensor(rows, n, seed=3)
@@ -131,7 +143,7 @@ SILU = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("rows", "shape"), [*SILU, (3, CUT_IN_6)])
+@across_isas([*SILU, (3, CUT_IN_6)], coded=[(20, CUT_PAIRS), (300, CUT_PAIRS)])
 def test_silu_mul(rows, shape):
     k, n, sms = shape
     plain, x = tensor(n, k, scale=k**-0.5, seed=1), tensor(rows, k, seed=2)
@@ -196,15 +208,16 @@ ROWS_AND_SHAPES = [
 
 
 def both_views():
-    """Every epilogue with every shape and with all rows, by turns; with ``--full`` each with each."""
+    """Every epilogue with every shape and with all rows, alternating, over coded weights only the shape with tiles of
+    two blocks; with ``--full`` each with each.
+    """
     cases = enumerate(itertools.product(ROWS_AND_SHAPES, ("none", "residual")))
-    return [
-        pytest.param(*both, shape, epilogue, marks=pytest.mark.full if (i & 7).bit_count() % 2 else ())
-        for i, ((both, shape), epilogue) in cases
-    ]
+    for isa, (i, ((both, shape), epilogue)) in itertools.product(ISAS, cases):
+        quick = (i & 7).bit_count() % 2 == 0 and (shape == CUT_PAIRS or not isa.startswith("coded"))
+        yield pytest.param(isa, *both, shape, epilogue, marks=() if quick else pytest.mark.full)
 
 
-@pytest.mark.parametrize(("rows", "ar", "shape", "epilogue"), both_views())
+@pytest.mark.parametrize(("isa", "rows", "ar", "shape", "epilogue"), [*both_views()], indirect=["isa"])
 def test_both_views(rows, ar, shape, epilogue):
     k, n, sms = shape
     weight, diff, x = tensor(n, k, seed=1), tensor(n, k, seed=2), tensor(rows, k, seed=3)
@@ -223,8 +236,10 @@ def test_both_views(rows, ar, shape, epilogue):
 ARGMAX = [(64, 512, 3), (128, 37, 4), (64, 1001, 5), (64, 3136, 6), (64, 3180, 6), (192, 3180, 6), (64, 3328, 1)]
 
 
-@pytest.mark.parametrize("shape", ARGMAX)
-@pytest.mark.parametrize("rows", [1, 33, 200, 300, 330])
+@across_isas(
+    [*itertools.product([1, 33, 200, 300, 330], ARGMAX)],
+    coded=[(1, (64, 3180, 6)), (33, (192, 3180, 6)), (330, (64, 3328, 1))],
+)
 def test_argmax(shape, rows):
     k, n, sms = shape
     plain, x = tensor(n, k, seed=1), tensor(rows, k, seed=2)
@@ -377,6 +392,11 @@ def test_a_workspace_that_does_not_hold_every_sum_is_refused(rows, ar, monkeypat
     assert errors == [INVALID, 0]
 
 
+@functools.cache
+def following(k, n, coded):
+    return pack(tensor(n, k, seed=3))
+
+
 @pytest.mark.parametrize(
     ("rows", "ar", "shape"),
     [(1, 1, (256, 3200, 7)), (1, 1, (64, 64, 7)), *((n, n, (1024, 192, 5)) for n in (1, 120, 200)),
@@ -391,7 +411,7 @@ def test_the_next_weights_beginning_is_brought_to_l2(shape, rows, ar, isa):
     views = dict(diff=tensor(n, k, seed=4), num_rows_ar=ar) if ar < rows else {}
     want, before = run(x, plain, sms=sms, **views), library().row_linear_prefetches()
     for next_k, next_n in ((64, 64), (640, 320), (64, 3200), (256, 3200)):
-        next_weight = pack(tensor(next_n, next_k, seed=3))
+        next_weight = following(next_k, next_n, os.environ["ORTHRUS_CUDA_CODED"])
         assert torch.equal(run(x, plain, sms=sms, next_weight=next_weight, **views), want)
         begin = next_weight.data.data_ptr()
         ends = map(ctypes.c_void_p, (begin, begin + next_weight.nbytes))
