@@ -1,5 +1,6 @@
 """The bitwise promise as checks of one engine, for every device: whatever the mode, the block length, the company, the
 order of arrival, the pages and the way a cycle is run, AR decoding alone gives the same tokens, logits and cache.
+Tokens per cycle are those that each request has alone: a broken drafter gives the right text in more cycles.
 
 A mode to come joins by one more line in ``MODES``.
 """
@@ -7,7 +8,9 @@ A mode to come joins by one more line in ``MODES``.
 from __future__ import annotations
 
 import random
+import weakref
 
+from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from tests import traces
 from tests.traces import assert_same, decode
@@ -41,10 +44,42 @@ def rate(decoded) -> float:
     return sum(len(t.tokens) - 1 for t in decoded if t.tokens_per_cycle) / cycles
 
 
+_alone: weakref.WeakKeyDictionary[Engine, dict] = weakref.WeakKeyDictionary()  # tokens per cycle, by request and way
+
+
+def key_of(prompt, params, way) -> tuple:
+    return tuple(prompt), params, tuple(sorted(way.items()))
+
+
+def remember(engine, prompts, params, way, decoded) -> None:
+    """What each request alone has in tokens per cycle; every decoding of it alone must have the same."""
+    known = _alone.setdefault(engine, {})
+    for n, (ids, p, trace) in enumerate(zip(prompts, params, decoded, strict=True)):
+        rate = known.setdefault(key_of(ids, p, way), trace.tokens_per_cycle)
+        assert trace.tokens_per_cycle == rate, ("alone", way, n)
+
+
+def check_pace(engine, prompts, params, way, decoded, what: str) -> None:
+    """Each request takes as many cycles as alone, where it is decoded now unless that is known. Not those of one_pass
+    that lost their blocks by a preemption.
+    """
+    known, compared = _alone.setdefault(engine, {}), 0
+    for n, (ids, p, trace) in enumerate(zip(prompts, params, decoded, strict=True)):
+        if trace.preemptions and way["mode"] == "one_pass":
+            continue
+        key = key_of(ids, p, way)
+        if key not in known:
+            known[key] = engine.generate(ids, p, **way).stats.tokens_per_cycle
+        assert trace.tokens_per_cycle == known[key], (what, way, n)
+        compared += 1
+    assert compared, (what, way)
+
+
 def check_alone(engine, prompts, params, want, way, replayed=None) -> float:
     """Every prompt by itself; its tokens per cycle. For ``replayed`` see :func:`~tests.traces.decode`."""
     got = decode(engine, prompts, params, replayed=replayed, **way)
     assert_same(got, want, way)
+    remember(engine, prompts, params, way, got)
     return rate(got)
 
 
@@ -57,7 +92,10 @@ def check_together(engine, prompts, params, want, way, seed=0) -> None:
     rng.shuffle(jobs)
     ids, each, expected = (list(column) for column in zip(*jobs, strict=True))
     got = decode(engine, ids, each, together=True, **way)
-    assert_same([g for g, w in zip(got, expected, strict=True) if w], [w for w in expected if w], ("together", way))
+    ours = [(i, p, g, w) for i, p, g, w in zip(ids, each, got, expected, strict=True) if w]
+    ids, each, got, expected = (list(column) for column in zip(*ours, strict=True))
+    assert_same(got, expected, ("together", way))
+    check_pace(engine, ids, each, way, got, "together")
 
 
 def check_preempted(engine, prompts, params, want, way, num_pages) -> None:
@@ -66,6 +104,7 @@ def check_preempted(engine, prompts, params, want, way, num_pages) -> None:
         got = decode(engine, prompts, params, together=True, **way)
     assert_same(got, want, ("preempted", way))
     assert sum(t.preemptions for t in got) > 0
+    check_pace(engine, prompts, params, way, got, "preempted")
 
 
 def check_eager(engine, prompts, params, want, way, again=True) -> None:
@@ -74,7 +113,10 @@ def check_eager(engine, prompts, params, want, way, again=True) -> None:
         got = decode(engine, prompts, params, replayed=False, **way)
     assert_same(got, want, ("eager", way))
     if again:
-        assert_same(decode(engine, prompts, params, replayed=True, **way), want, ("replayed", way))
+        replays = decode(engine, prompts, params, replayed=True, **way)
+        assert_same(replays, want, ("replayed", way))
+        remember(engine, prompts, params, way, replays)
+    check_pace(engine, prompts, params, way, got, "eager")
 
 
 def check_prefill(engine, monkeypatch) -> None:

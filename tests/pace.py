@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.request import Request
 from orthrus_rt.rounds import Rounds
 from orthrus_rt.sampling import SamplingParams
 
@@ -26,29 +27,39 @@ class Ended(NamedTuple):
 
 @contextlib.contextmanager
 def noted(folder: str) -> Iterator[list[Ended]]:
-    """Requests that drafts were made for, of any engine for the checkpoint in ``folder``, that meanwhile come to
-    their end; in mode ``auto`` none, which decides by times, and of ``one_pass`` none of an engine that had to compute
-    anything anew, as blocks were lost with it.
+    """Requests with drafts, of any engine for the checkpoint in ``folder``, that finish inside this context.
+
+    Left out are those of mode ``auto``, which decides by times, and those of ``one_pass`` that began anew after some of
+    their tokens, because their blocks were lost (a preemption, a fault). It is an error if those are all there are.
     """
-    ended, finish = [], Rounds._finish
+    ended, left_out, finish, begin = [], [], Rounds._finish, Request.begin
+    interrupted = []
+
+    def noted_begin(request, *args):
+        if request.tokens:
+            interrupted.append(request)
+        return begin(request, *args)
 
     def noted_finish(engine, request, reason, *error):
         finish(engine, request, reason, *error)
-        stats, metrics = request.stats, engine.metrics
+        stats = request.stats
         plan = CyclePlan(stats.mode, stats.block_len, stats.fan_out)
-        anew = metrics.preemptions or metrics.recomputed_tokens
         if (
-            reason in ("stop", "length") and plan == engine._plan and list(stats.plans) == [plan.label] != ["ar"]
-            and engine.config.name == folder and not (anew and plan.fan_out)
+            reason not in ("stop", "length") or engine.config.name != folder
+            or plan != engine._plan or list(stats.plans) != [plan.label] or plan.label == "ar"
         ):  # fmt: skip
-            most, p = request.limit - len(request.prompt), request.params
-            least = min(p.min_tokens, most)
-            params = dataclasses.replace(
-                p, max_new_tokens=min(p.max_new_tokens, most), min_tokens=least, seed=stats.seed
-            )
-            dtype = str(engine.model.dtype).removeprefix("torch.")
-            ended.append(Ended(plan, tuple(request.prompt), params, dtype, stats.cycles))
+            return
+        if plan.fan_out and any(one is request for one in interrupted):
+            left_out.append(request)
+            return
+        most, p = request.limit - len(request.prompt), request.params
+        least = min(p.min_tokens, most)
+        params = dataclasses.replace(p, max_new_tokens=min(p.max_new_tokens, most), min_tokens=least, seed=stats.seed)
+        dtype = str(engine.model.dtype).removeprefix("torch.")
+        ended.append(Ended(plan, tuple(request.prompt), params, dtype, stats.cycles))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Rounds, "_finish", noted_finish)
+        patch.setattr(Request, "begin", noted_begin)
         yield ended
+    assert ended or not left_out, f"none of {len(left_out)} requests could be compared: all lost their blocks"

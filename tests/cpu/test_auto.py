@@ -55,6 +55,11 @@ def in_turn(monkeypatch, modes):
     monkeypatch.setattr(Policy, "choose", choose)
 
 
+def tokens_per_cycle(stats) -> float:
+    stats = list(stats)
+    return sum(one.tokens - 1 for one in stats) / sum(one.cycles for one in stats)
+
+
 def test_from_a_folder_that_is_not_installed(folder, monkeypatch):
     def missing(package):
         raise metadata.PackageNotFoundError(package)
@@ -74,8 +79,7 @@ def test_plans_that_change_every_cycle_change_no_token(folder, monkeypatch, temp
     for out in outs:
         assert len(out.stats.plans) >= 5
         assert sum(out.stats.plans.values()) == out.stats.cycles
-    per_cycle = sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs)
-    assert per_cycle == pytest.approx(pinned, abs=0.02)
+    assert tokens_per_cycle(out.stats for out in outs) == pytest.approx(pinned, abs=0.02)
     assert auto.metrics.as_dict()["plans"].keys() >= {"ar", "two_pass/3", "one_pass/7x4"}
 
 
@@ -83,10 +87,12 @@ def test_requests_come_and_go_while_plans_change(folder, monkeypatch):
     in_turn(monkeypatch, ("ar", "two_pass", "one_pass"))
     auto = engine(folder, max_batch_size=2, num_pages=6)
     names = [auto.submit(p, LONG) for p in PROMPTS]
-    got = {n: [] for n in names}
+    got, stats = {n: [] for n in names}, {}
     while auto.has_unfinished():
         for out in auto.step():
             got[out.request_id] += out.new_token_ids
+            stats[out.request_id] = out.stats
+    assert tokens_per_cycle(stats.values()) == pytest.approx(1.475, abs=0.05)  # a broken drafter: 1
     assert list(got.values()) == [o.token_ids for o in auto.generate(PROMPTS, LONG, mode="ar")]
 
 
@@ -162,6 +168,7 @@ def test_outcomes_tell_every_token_and_every_beginning(folder, monkeypatch, mode
 
 
 def test_a_fault_leaves_no_cycle_pending(folder, monkeypatch):
+    in_turn(monkeypatch, ("two_pass",))
     auto = engine(folder)
     request = auto.outbox.get(auto.submit(PROMPTS[0], LONG))
     auto.step()
@@ -171,6 +178,7 @@ def test_a_fault_leaves_no_cycle_pending(folder, monkeypatch):
             auto.step()
     while auto.has_unfinished():
         auto.step()
+    assert tokens_per_cycle([request.stats]) == pytest.approx(1.639, abs=0.1)  # a broken drafter: 1
     assert request.tokens == auto.generate(PROMPTS[0], LONG, mode="ar").token_ids
     assert all(not a.policy._pending for a in auto._autos.values())
 

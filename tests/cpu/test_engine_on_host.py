@@ -37,6 +37,8 @@ VARIANTS = {
 # Tokens per cycle of two_pass with all drafts of a block.
 PINNED = {"sm90": 1.25, "sm80": 1.45, "float32": 1.36, "sm90, cut": 1.88, "sm80, cut": 1.67}
 PINNED["sm90, cut, coded"] = PINNED["sm90, cut"]
+# With 3 drafts.
+PINNED_3 = {"sm90": 1.55, "sm80": 1.61, "float32": 1.45, "sm90, cut": 1.73, "sm80, cut": 1.73, "sm90, cut, coded": 1.73}
 REST = [pytest.param(name, marks=pytest.mark.full) for name in VARIANTS if name != "sm90"]
 SM90_UNLESS_FULL = pytest.mark.parametrize("case", ["sm90", *REST], indirect=True)
 CASES = [pytest.param(name, marks=pytest.mark.full if "cut" in name else ()) for name in VARIANTS]
@@ -83,9 +85,11 @@ def test_logits_are_the_cpus(case):
 
 @SM90_UNLESS_FULL
 def test_every_mode_alone(case, jobs):
-    _, engine, _ = case
+    name, engine, _ = case
     for way in lossless.ways((3,)):
-        lossless.check_alone(engine, *jobs, way)
+        rate = lossless.check_alone(engine, *jobs, way)
+        if way["mode"] == "two_pass":  # one_pass cannot guess what random weights will choose
+            assert rate == pytest.approx(PINNED_3[name], abs=0.1)
 
 
 def test_alone(case, jobs):

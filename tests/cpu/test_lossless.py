@@ -104,8 +104,11 @@ def test_small_grid_alone(engine, jobs, mode):
     assert got == pytest.approx(list(pinned.values()), abs=tolerance)
 
 
+@pytest.mark.parametrize("engine", ("bfloat16", pytest.param("float32", marks=pytest.mark.full)), indirect=True)
 def test_small_grid_together(engine, jobs):
-    """Where passes are slow, greedy ones in one mode and sampled ones in the other: test_lossless_tiny.py has both."""
+    """Where passes are slow, greedy ones in one mode and sampled ones in the other: test_lossless_tiny.py has both, and
+    runs the same Python in float32.
+    """
     ways = lossless.ways([5])
     for way in (ways[not jobs[1][0].greedy :][:1]) if SLOW else ways:
         lossless.check_together(engine, *jobs, way)

@@ -66,9 +66,21 @@ def misread_rope(monkeypatch):
     return install
 
 
+def check_paces(facts, batch: int, two_pass: float) -> None:
+    """Each prompt takes as many cycles in a batch as alone, and two_pass has about so many tokens per cycle."""
+    rates = {}
+    for way in (way for entry in facts["prompts"] for way in entry["ways"]):
+        rates.setdefault(way["way"], []).append(way["tokens_per_cycle"])
+    together = [rates[f"{mode} in batches of {batch}"] for mode in ("ar", "two_pass", "one_pass")]
+    assert together == [[1.0] * len(facts["prompts"]), rates["two_pass"], rates["one_pass"]]
+    assert sum(rates["two_pass"]) / len(rates["two_pass"]) == pytest.approx(two_pass, abs=0.1)
+
+
 def test_no_difference(run):
     code, out, err = run("--batch", "2")
-    assert code == 0 and err == "" and len(re.findall(r"\d\.\d\d tokens/cycle  identical\n", out)) == 3
+    assert code == 0 and err == ""
+    assert len(re.findall(r" 1\.00 / \d\.\d\d / \d\.\d\d tokens/cycle  identical\n", out)) == 3
+    check_paces(json.loads(run("--batch", "2", "--json")[1]), batch=2, two_pass=1.455)
     ways = ", ".join(["two_pass", "one_pass", *(f"{mode} in batches of 2" for mode in MODES)])
     assert f"ar against {ways} (bfloat16, greedy):\n" in out
     assert out.endswith("3 of 3 prompts identical, 180 tokens compared\n")
@@ -98,7 +110,7 @@ def test_sampled(run):
     code, out, _ = run("--temperature", "0.9", "--seed", "3", "--batch", "3", "--json")
     facts = json.loads(out)
     assert code == 0 and facts["different"] == 0 and facts["tokens_compared"] == 180
-    assert all(way["tokens_per_cycle"] >= 1 for entry in facts["prompts"] for way in entry["ways"])
+    check_paces(facts, batch=3, two_pass=1.502)
 
 
 def test_built_in_prompts_by_default(text_folder, capsys):

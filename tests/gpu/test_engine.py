@@ -15,7 +15,8 @@ from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.uploads import copy_up, reads_pageable_memory
-from tests import checkpoints
+from orthrus_rt.verify import near_tie_bound
+from tests import checkpoints, lossless
 from tests.traces import arriving, assert_same, decode
 
 pytestmark = pytest.mark.gpu
@@ -92,9 +93,12 @@ def test_a_common_beginning_is_computed_once(folder, mode):
         first = decode(engine, [[*beginning, i] for i in range(4)], params, together=True, mode=mode)
         more = [[*beginning, i, *trace.tokens, i + 1] for i, trace in enumerate(first)]
         got[caching] = first + decode(engine, more, params, together=True, mode=mode)
+        # On the CPU two_pass has 1.81 here, and 1.08 with o_proj of the diffusion view negated.
+        assert mode != "two_pass" or lossless.rate(got[caching]) > 1.2
         # Three of four find 192 tokens; then all do: of 230 known tokens 229 are in the cache, three pages of 64.
         assert engine.metrics.cached_tokens == (7 * 192 if caching else 0)
     assert_same(got[True], got[False])
+    assert [trace.tokens_per_cycle for trace in got[True]] == [trace.tokens_per_cycle for trace in got[False]]
 
 
 def test_replayed_prefills_equal_eager_bit_for_bit(folder):
@@ -130,14 +134,19 @@ def test_prompts_that_arrive_change_no_bit(folder, mode):
 def test_an_engine_keeps_to_its_stream(folder):
     """The one that was current when it was made, whatever is current where it is called, in another thread too."""
     params = SamplingParams(max_new_tokens=40, ignore_eos=True)
-    want = make(folder).generate([1, 2, 3], params).token_ids
+
+    def decoded(engine):
+        out = engine.generate([1, 2, 3], params)
+        return out.token_ids, out.stats.cycles
+
+    want = decoded(make(folder))
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         engine = make(folder)
     assert engine.cuda_stream == side
-    assert engine.generate([1, 2, 3], params).token_ids == want
+    assert decoded(engine) == want
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(engine.generate, [1, 2, 3], params).result().token_ids == want
+        assert pool.submit(decoded, engine).result() == want
 
 
 def test_after_a_warmup_with_sampling_a_sampled_request_records_nothing(folder):
@@ -173,12 +182,32 @@ def test_the_steady_state_neither_waits_nor_allocates(folder):
 
 
 def test_triton_attention_gives_the_tokens_too(folder, monkeypatch):
-    """A second implementation end to end: nearly all tokens equal (bf16 rounds differently at near-ties)."""
+    """A second implementation end to end. It rounds differently: where two logits nearly tie it may write another text
+    from there on, so the two are compared up to that token, and there the gap has to be within bf16's rounding. Tokens
+    per cycle are bounded, as another text has others: on the CPU 1.67, 1.06 with o_proj of the diffusion view negated.
+    """
+    prompts = [[1, 2, 3], [9, 8, 7, 6], *(prompt for prompt, _ in jobs_of(6, seed=5))]
     params = SamplingParams(max_new_tokens=20, ignore_eos=True)
-    want = make(folder).generate([[1, 2, 3], [9, 8, 7, 6]], params)
+    engine = make(folder)
+    want = engine.generate(prompts, params)
+    bounds = {}  # by prompt and length
+    for n, out in enumerate(want):
+        for count in range(len(out.token_ids)):
+            logits, hidden = engine.next_logits_and_hidden(prompts[n] + out.token_ids[:count])
+            first, second = logits.topk(2).indices.tolist()
+            gap = float(logits[first] - logits[second])
+            bounds[n, count] = second if gap < near_tie_bound(engine, hidden, first, second) else None
     monkeypatch.setenv("ORTHRUS_BACKEND", "dual_attn=triton")
-    got = make(folder).generate([[1, 2, 3], [9, 8, 7, 6]], params)
-    assert [o.token_ids[:3] for o in got] == [o.token_ids[:3] for o in want]
+    got = make(folder).generate(prompts, params)
+    compared = 0
+    for n, (ours, theirs) in enumerate(zip(want, got, strict=True)):
+        pairs = enumerate(zip(ours.token_ids, theirs.token_ids, strict=True))
+        differ = next((i for i, (a, b) in pairs if a != b), None)
+        assert differ is None or theirs.token_ids[differ] == bounds[n, differ], (n, differ)
+        compared += len(ours.token_ids) if differ is None else differ
+    assert compared > 80  # of 160
+    for outs in (want, got):
+        assert sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs) > 1.15
 
 
 def test_one_engine_per_device(folder):
@@ -255,8 +284,8 @@ def test_requests_come_and_go_without_waiting_for_the_device(folder):
     engine.warmup()
     params = SamplingParams(max_new_tokens=100, ignore_eos=True)
 
-    def tokens():
-        got = {}
+    def tokens_and_cycles():
+        got, cycles = {}, {}
         names = [engine.submit([1, 2, 3], params)]
         for _ in range(3):
             engine.step()
@@ -264,13 +293,16 @@ def test_requests_come_and_go_without_waiting_for_the_device(folder):
         while engine.has_unfinished():
             for out in engine.step():
                 got[out.request_id] = got.get(out.request_id, []) + out.new_token_ids
-        return [got[name] for name in names[1:]]
+                cycles[out.request_id] = out.stats.cycles
+        return [(got[name], cycles[name]) for name in names[1:]]
 
+    alone = engine.generate(list(range(50)), params)
     for _ in range(2):
-        want = tokens()  # kernels compiled, mailboxes allocated, passes with prompts recorded
+        want = tokens_and_cycles()  # kernels compiled, mailboxes allocated, passes with prompts recorded
+    assert want == [(alone.token_ids, alone.stats.cycles)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        assert tokens() == want
+        assert tokens_and_cycles() == want
     finally:
         torch.cuda.set_sync_debug_mode("default")

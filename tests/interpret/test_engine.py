@@ -39,6 +39,8 @@ def test_every_mode_gives_the_ar_bits(folder, monkeypatch):
         assert lossless.check_alone(engine, *JOBS, ar, two_pass) > 1.2
         sampled = *(column[1:2] for column in JOBS), ar[1:2]
         lossless.check_alone(engine, *sampled, dict(mode="one_pass", draft_len=2, fan_out=2))
-        traces.assert_same(traces.decode(engine, *JOBS, together=True, **two_pass), ar)
+        got = traces.decode(engine, *JOBS, together=True, **two_pass)
+        traces.assert_same(got, ar)
+        lossless.check_pace(engine, *JOBS, two_pass, got, "together")
         with traces.eager_cycles(engine):
             traces.assert_same(traces.decode(engine, *(column[:2] for column in JOBS), mode="ar"), ar[:2])
