@@ -1,5 +1,5 @@
-"""Python code in a process of its own that has torch and the package imported when it begins: forked from one that has
-done nothing else, it has no threads and nothing of other tests, and need not take two seconds to import them.
+"""Python code in a process of its own that has torch and the package imported when it begins. It is forked from a
+process that has done nothing else, so it has no threads, no state of other tests, and no two seconds of imports.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _main(code: str, environment: dict[str, str], folder: str, files: list[Path]
 
 
 class Popen:
-    """``code`` under way; what subprocess.Popen has of the same names, with texts for output and errors."""
+    """``code`` as it runs, with those attributes of subprocess.Popen that the tests use; output and errors are text."""
 
     def __init__(self, code: str):
         self._folder = tempfile.TemporaryDirectory()
@@ -61,8 +61,8 @@ def run(code: str, timeout: float = 120) -> str:
     """What ``code`` printed.
 
     Raises:
-        AssertionError: it failed; what it said.
-        subprocess.TimeoutExpired: it has not ended, and was killed.
+        AssertionError: it failed; the message is what it printed.
+        subprocess.TimeoutExpired: it did not end in time, and was killed.
     """
     process = Popen(code)
     output, errors = process.communicate(timeout)

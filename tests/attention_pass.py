@@ -1,6 +1,6 @@
 """Attention passes for the tests: rows, a poisoned paged cache and the float64 answer.
 
-Everything a row depends on is drawn from a seed of its own (sequence, view, position), so the same row in
+Everything that a row depends on is drawn from a seed of its own (sequence, view, position), so the same row in
 another pass has the same inputs and must get the same bits.
 """
 
@@ -66,7 +66,7 @@ class Pass:
         return torch.full((heads, self.heads.dim), torch.nan, dtype=self.dtype, device=self.device)
 
     def _fill_cache(self, first_page):
-        """Random keys and values where some row looks, NaN elsewhere; pages in random order."""
+        """Random keys and values where any row looks, NaN elsewhere; pages in random order."""
         heads, device = self.heads, self.device
         columns = -(-self.max_seq_len // ops.PAGE_SIZE)
         counts = {s: -(-n // ops.PAGE_SIZE) for s, n in self.lengths.items()}
@@ -150,8 +150,8 @@ class Pass:
         return out
 
     def bound(self) -> torch.Tensor:
-        """How far rounding may take each element of the output from what is expected: each weight by up to its own,
-        and so their sum; then the output's.
+        """How far rounding may take each element of the output from the expected one: each weight, and so their sum, by
+        up to its own rounding error, then the output by its own.
         """
         magnitudes = copy.copy(self)
         magnitudes.v_pages = self.v_pages.abs()
@@ -160,7 +160,7 @@ class Pass:
 
 
 def assert_close(got, want):
-    """Probabilities and output are rounded to bf16: each adds 2^-9 / sqrt(3) of noise at most."""
+    """Probabilities and output are rounded to bf16, which adds at most 2^-9 / sqrt(3) of noise each."""
     assert not got.isnan().any()
     error = (got.double() - want).norm() / want.norm().clamp(min=1e-9)
     assert error < 3e-3, float(error)
@@ -168,7 +168,7 @@ def assert_close(got, want):
 
 
 def set_entries(case, pages, positions, entry):
-    """Of sequence 0."""
+    """Set entries of sequence 0."""
     for at in positions:
         pages[int(case.page_table[0, at // ops.PAGE_SIZE]), :, at % ops.PAGE_SIZE] = entry
 
@@ -182,7 +182,7 @@ def set_values(case, positions, value):
 
 
 def spoil_keys(case, positions):
-    """As qkv_commit writes rows that turned NaN: the key NaN, the value 0."""
+    """As qkv_commit writes rows that turned NaN: the key is NaN, the value 0."""
     set_keys(case, positions, torch.nan)
     set_values(case, positions, 0)
 
@@ -193,14 +193,14 @@ def spoil_the_block(case, split):
 
 
 def spoil_a_key_beside_a_loud_one(case, split):
-    """Of the other scores e^(score - maximum) is 0, whatever the head."""
+    """For all other scores e^(score - maximum) is 0, whatever the head."""
     case.q[case.rows.position >= 0] = 8
     set_keys(case, [0], 8)
     spoil_keys(case, [split + 12])
 
 
 def spoil_queries(case, split):
-    """Of rows that see the first split alone, beside rows that see the second."""
+    """Queries of rows that see only the first split, in a pass with rows that see the second."""
     case.q[1:3] = torch.nan
 
 
@@ -215,7 +215,7 @@ SPOIL = {
 
 
 def check_nan_outlives_the_splits(make, spoil, split=128):
-    """Whoever sees NaN has it, with splits (of ``split`` keys) folded at once or not, and the others nothing of it."""
+    """Rows that see NaN yield NaN, with splits (of ``split`` keys) folded at once or not; others are unaffected."""
     across, long = ar(0, split - 3, 8), ar(0, 2 * split + 44, 2)
     case = make([across, long, diff(0, 2 * split + 14, 4), ar(1, split + 72, 2)])
     SPOIL[spoil](case, split)
@@ -228,9 +228,9 @@ def check_nan_outlives_the_splits(make, spoil, split=128):
 
 
 def check_maxima_that_rise_from_one_look_to_the_next(make):
-    """Of the warp that folds the splits, 24 at a look; random maxima hardly ever rise just there."""
-    case = make([ar(0, 40959, 1)])  # of one head
-    for first_page in (96, 320):  # of the 25th split, and of the 49th
+    """The warp that folds the splits looks at 24 at a time; random maxima hardly ever rise just between two looks."""
+    case = make([ar(0, 40959, 1)])  # one head
+    for first_page in (96, 320):  # pages of the 25th split, and of the 49th
         pages = case.page_table[0, first_page:].long()
         case.k_pages[pages] = (case.k_pages[pages] + 0.2 * case.q[0]).bfloat16()
     split = case.run()
@@ -251,11 +251,11 @@ def check_a_nan_key_spoils_those_who_see_it_alone(make):
     assert dirty[verify][10:].isnan().all() and dirty[behind].isnan().all() and dirty[own].isnan().all()
 
 
-# By dtype, a second key's score, beside a first one's 0, and in that dtype its weight and the first one's share, for
-# which the weights' sum is not rounded.
+# By dtype: the score of a second key (the first key's is 0), then its weight and the first key's share, both in that
+# dtype. In the sum of weights, for the share, weights are not rounded.
 SECOND_KEY = {
-    torch.bfloat16: (-2.546875 / 4, 0.52734375, 0.65234375),  # of rounded ones 0.65625
-    torch.float16: (-2.32421875 / 4, 0.55908203125, 0.64111328125),  # of rounded ones 0.6416015625
+    torch.bfloat16: (-2.546875 / 4, 0.52734375, 0.65234375),  # with rounded ones 0.65625
+    torch.float16: (-2.32421875 / 4, 0.55908203125, 0.64111328125),  # with rounded ones 0.6416015625
 }
 
 
@@ -272,13 +272,13 @@ def check_weights_are_rounded_for_their_products_alone(make):
         assert case.run(split)[0, 0, :2].tolist() == [0, share]
 
 
-# Sequences, blocks of each, rows of a block: few enough to be split on a card of 108 SMs.
+# Sequences, blocks per sequence, rows per block: few enough to be split on a GPU of 108 SMs.
 SHARED_BLOCKS = [(1, 8, 16), (3, 4, 5), (2, 3, 32), (1, 2, 70), (1, 5, 1), (5, 6, 2)]
 
 
 def check_blocks_read_their_sequence_together(make, slots, blocks, n):
-    """Blocks of ``n`` rows, the last of each sequence cut short, taken one by one or all of a sequence at once. They
-    begin on both sides of where a split does.
+    """Blocks of ``n`` rows, the last one of each sequence cut short, processed one by one or all blocks of a sequence
+    at once. They begin on both sides of a split's boundary.
     """
     groups, starts = [ar(s, 64 * s + 119, n) for s in range(slots)], range(120, 120 + 5 * blocks, 5)
     for s in range(slots):
@@ -289,7 +289,7 @@ def check_blocks_read_their_sequence_together(make, slots, blocks, n):
     out, workspace = torch.full_like(want, torch.nan), together.workspace()
     together.call(out, workspace)
     assert torch.equal(out, want)
-    assert workspace.any()  # by splits, as those that fold at once take blocks one by one
+    assert workspace.any()  # it splits, as a pass that folds at once takes blocks one by one
     assert torch.equal(together.run(split=False), want)
     for case in (together, apart):
         spoil_keys(case, [124])

@@ -48,8 +48,8 @@ def tiny_config(family: str = "qwen3", **changes) -> ModelConfig:
 def random_tensors(config: ModelConfig, *, dtype=torch.float32, seed: int = 0, diff_noise: float | None = None) -> dict:
     """Every tensor of the model, scaled so that activations stay near 1.
 
-    ``diff_noise`` makes the diffusion view a noisy copy of the AR view (0 copies it): drafts are then accepted
-    more often than by two unrelated views, which is what None gives.
+    ``diff_noise`` makes the diffusion view a noisy copy of the AR view (0 copies it), so that drafts are accepted more
+    often than with two unrelated views, which None gives.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}

@@ -1,4 +1,4 @@
-"""The checkpoint that most tests run, and less of the collector's work."""
+"""The checkpoint that most tests run, and less work for the garbage collector."""
 
 import gc
 
@@ -8,7 +8,7 @@ import torch
 from tests import checkpoints
 
 
-# What torch, transformers and the tests consist of stays; to look through it again and again takes seconds.
+# The objects of torch, transformers and the tests stay alive; scanning them again and again would take seconds.
 def pytest_collection():
     gc.disable()
 
@@ -21,7 +21,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A tiny bf16 model, some of whose drafts are accepted; it is only read. Where a file needs another one, its own
-    fixture takes the place of this one.
+    """A tiny bf16 model, some of whose drafts are accepted; tests only read it. A file that needs another model
+    overrides this fixture with its own.
     """
     return str(checkpoints.make(tmp_path_factory.mktemp("tiny"), dtype=torch.bfloat16, diff_noise=0.05))

@@ -16,10 +16,10 @@ MASK = 99
 
 
 def random_state(generator, slots, block_len, fan_out=0) -> st.SlotState:
-    """Slots of every FinishReason, drafts from a tiny vocabulary, limits near and far, rings about to wrap, stop ids in
-    any of as many places as the engine has.
+    """Slots of every FinishReason, drafts from a tiny vocabulary, limits near and far, rings about to wrap, and stop
+    ids in any of the places that the engine has for them.
 
-    The state's own blocks are longer than ``block_len`` and it has room for more than ``fan_out`` hypotheses.
+    The blocks of the state are longer than ``block_len``, and it has room for more than ``fan_out`` hypotheses.
     """
 
     def draw(low, high, *shape):
@@ -45,8 +45,8 @@ def random_state(generator, slots, block_len, fan_out=0) -> st.SlotState:
 
 
 def random_partials(generator, rows, num_partials, ties=True):
-    """Partial maxima of ``rows`` rows: ids ascending by partial, values with many ties or none, some -inf and some NaN;
-    a tenth of the rows holds nothing else.
+    """Partial maxima of ``rows`` rows: ids ascend from partial to partial, values have many ties or none, some are -inf
+    and some NaN. A tenth of the rows holds nothing but -inf or NaN.
     """
     value = torch.randint(0, 6, (rows, num_partials), generator=generator).float()
     if not ties:
@@ -60,7 +60,7 @@ def random_partials(generator, rows, num_partials, ties=True):
 
 
 def steps(block_len):
-    """(step, choice rows per slot, next pass): all that ``ar`` and ``two_pass`` use, and more."""
+    """(step, choice rows per slot, next pass): all combinations that ``ar`` and ``two_pass`` use, and more."""
     choices = [(st.STEP_STAGE, 0), (st.STEP_VERIFY, block_len), (st.STEP_VERIFY, 1)]
     choices += [(st.STEP_DRAFT, block_len - 1)] if block_len > 1 else []
     passes = (st.NEXT_NONE, st.NEXT_DRAFT, st.NEXT_VERIFY, st.NEXT_AR)
@@ -68,7 +68,7 @@ def steps(block_len):
 
 
 def one_pass_steps(block_len, fan_out):
-    """The same of ``one_pass``, and of a change to or from it."""
+    """The same for ``one_pass``, and for a change to or from it."""
     rows = block_len * (1 + fan_out)
     verify = [(st.STEP_VERIFY_AND_DRAFT, rows, n) for n in (st.NEXT_NONE, st.NEXT_ONE_PASS, st.NEXT_DRAFT)]
     return [*verify, *((st.STEP_STAGE, 0, n) for n in (st.NEXT_ONE_PASS, st.NEXT_AR))]
@@ -106,10 +106,10 @@ def assert_same(got, want):
             assert torch.equal(a.cpu(), b.cpu()), f.name
 
 
-@functools.lru_cache(maxsize=64)  # one grid point's cases, for all kernels that come to it
+@functools.lru_cache(maxsize=64)  # the cases of one grid point, for all kernels that are tested there
 def solved(seed, case, slots, block_len, num_partials, fan_out):
-    """``(before, partials, after)``, each of the former and the latter a state and rows, the latter by the oracle; they
-    are only read.
+    """``(before, partials, after)``, where ``before`` and ``after`` are pairs of a state and rows, and ``after`` is the
+    oracle's result. Callers only read them.
     """
     step, rows_per_slot, next_pass = case
     generator = torch.Generator().manual_seed(seed)
@@ -124,7 +124,7 @@ def solved(seed, case, slots, block_len, num_partials, fan_out):
 
 
 def check(consensus, seed, case, slots, block_len, num_partials, fan_out=0, device="cpu"):
-    """``consensus`` gives what the oracle gives, in a ``case`` of :func:`steps` or, with ``fan_out``, of
+    """Check that ``consensus`` gives what the oracle gives, in a ``case`` of :func:`steps` or, with ``fan_out``, of
     :func:`one_pass_steps`.
     """
     step, _, next_pass = case

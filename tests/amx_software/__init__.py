@@ -1,7 +1,7 @@
-"""The native module with AMX's tile instructions in software: what is built on them then runs where they are missing.
+"""The native module with AMX's tile instructions in software, so that code built on them runs where they are missing.
 
-A process has this module or the ordinary one: ``pytest --software-tiles`` runs any of the CPU tests with this one,
-on AMX unless a test asks for another.
+A process loads either this module or the ordinary one. ``pytest --software-tiles`` runs any of the CPU tests with this
+one, on AMX unless a test asks for another instruction set.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 
 
 def why_not() -> str | None:
-    """Why it cannot be built and run here, or has no use; None if it can."""
+    """Why the module cannot be built or run here, or has no use; None if it can."""
     if not (BUILD / "build.ninja").exists() or "amx_software" not in (BUILD / "build.ninja").read_text():
         return "the native module was not built here, or its assembler does not know AMX"
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
@@ -33,7 +33,7 @@ def build() -> None:
 
 
 def load(build: Path):
-    """That module of a CMake folder, as ``orthrus_rt._native``; before anything imports that."""
+    """Load the module of a CMake folder as ``orthrus_rt._native``, before anything imports that."""
     name = "orthrus_rt._native"
     assert name not in sys.modules
     path = build / "amx_software" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"

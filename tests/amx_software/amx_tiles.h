@@ -1,6 +1,6 @@
-// The tile instructions of AMX in software, for processors with AVX-512 alone: the sums that Intel's manual gives
-// for TDPBF16PS, to the bit. What the processor would refuse (no shapes, or others than the instruction's) ends the
-// process.
+// The tile instructions of AMX in software, for processors that have AVX-512 but no tiles: the sums that Intel's manual
+// gives for TDPBF16PS, to the bit. What the processor would refuse (no shapes, or shapes that do not fit the
+// instruction) ends the process.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -64,7 +64,7 @@ inline __attribute__((noinline)) void tile_dot() {
   const int height = tiles.rows[kSum];
   need(height && tiles.rows[kRows] == height && tiles.rows[kColumns] == kTileHeight);
   const unsigned control = _mm_getcsr();
-  _mm_setcsr(0x1f80 | _MM_FLUSH_ZERO_ON | 0x0040);  // to the nearest, denormals are zero on both sides
+  _mm_setcsr(0x1f80 | _MM_FLUSH_ZERO_ON | 0x0040);  // round to nearest; denormals are zero as inputs and as results
   for (int m = 0; m < height; ++m) {
     Vec even = zero(), odd = zero();
     for (int k = 0; k < kTileDepth / 2; ++k) {

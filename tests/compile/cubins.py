@@ -1,4 +1,4 @@
-"""Every CUDA source compiled for every architecture, two at a time, the reports kept under a hash of what went in."""
+"""Compiles every CUDA source for every architecture, two at a time; reports are kept under a hash of the inputs."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def _common_hash() -> bytes:
 
 
 def started(command: list[str]) -> subprocess.CompletedProcess:
-    """The compiler's run. A virtual machine's kernel has answered a start, one of thousands, with EFAULT, which says
-    nothing of a source: it is started once more then. A compiler that ran and failed is not."""
+    """Run the compiler. On a virtual machine one start in thousands failed with EFAULT, which says nothing about the
+    source, so the start is tried once more. A compiler that ran and failed is not run again."""
     try:
         return subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -72,7 +72,7 @@ def report(source: str, arch: str) -> str:
     if kept.exists():
         return kept.read_text()
     kept.parent.mkdir(parents=True, exist_ok=True)
-    # Two runs of this tier may share the build folder, so each writes elsewhere and renames at the end.
+    # Two runs of this tier may share the build folder, so each writes to another file and renames it at the end.
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
         command = [nvcc(), *FLAGS, f"-arch={arch}", "-o", f"{folder}/out.cubin", str(ROOT / source)]
         done = started(command)
@@ -89,14 +89,14 @@ def report(source: str, arch: str) -> str:
 
 @functools.cache
 def cuobjdump() -> str | None:
-    """That of the toolkit, or Triton's own."""
+    """The toolkit's cuobjdump, or Triton's own."""
     triton = find_spec("triton")
     beside = os.path.join(os.path.dirname(triton.origin), "backends/nvidia/bin") if triton else ""
     return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=beside)
 
 
 def lane_loops(tool: str, cubin: str) -> int:
-    """Loops in SASS over the lanes for which a warp's one copy unit has to do something, each 40 clocks."""
+    """Loops in SASS over the lanes for which the one copy unit of a warp has work to do, at 40 clocks each."""
     sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     if "UBLKCP" not in sass:
         raise RuntimeError(f"{tool} shows no bulk copy in {cubin}")
@@ -113,14 +113,14 @@ def reports() -> dict:
 
 
 def quarter_of_registers(warps: int, registers: int) -> int:
-    """Registers that a CTA takes of the fullest quarter of a multiprocessor, which has QUARTER of them."""
+    """Registers that a CTA takes of the fullest quarter of a multiprocessor; a quarter has QUARTER registers."""
     return -(-warps // 4) * 32 * -(-registers // 8) * 8
 
 
 SHARED = 228 << 10  # bytes of a multiprocessor; a CTA takes 1 KB more than it asks for
-ROW_LINEAR_SHARED = (SHARED - 2048) // 2  # at most, of a CTA that shares it with another one and a small kernel's
+ROW_LINEAR_SHARED = (SHARED - 2048) // 2  # the limit for a CTA that shares it with a second one and a small kernel's
 QUARTER = 16384
-# Two of row_linear's CTAs, of 9 warps each, put 5 warps into a quarter: if the second begins where the first ended.
+# Two of row_linear's CTAs, of 9 warps each, put 5 warps into a quarter if the second begins where the first ended.
 LEFT_BESIDE_ROW_LINEAR = QUARTER - quarter_of_registers(2 * 9, 80)
 
 

@@ -1,10 +1,10 @@
-// What our kernels and the host twins take for granted about instructions' layouts, beside what CuTe says of them.
+// Compares what our kernels and the host twins assume about instructions' layouts with what CuTe says about them.
 // Prints each difference.
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 
-// Descriptors hold shared-memory addresses, for which any number does here.
+// Descriptors hold shared-memory addresses, for which any number will do here.
 inline size_t __cvta_generic_to_shared(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 #define CUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED 1
 #include <cutlass/bfloat16.h>
@@ -60,7 +60,7 @@ void check_wgmma() {
       expect(row + 64 * column, typename Traits::CLayout{}(thread, i), "wgmma accumulator", thread, i);
     }
   }
-  // A in registers: of each warp's 16 rows, as mma has it.
+  // A in registers: for each warp's 16 rows, the layout of mma.
   using OfRegisters = MMA_Traits<decltype(SM90::GMMA::rs_op_selector<Bf16, Bf16, float, Shape<_64, Int<kN>, _64>>())>;
   for (int row = 0; row < 64; ++row) {
     for (int k = 0; k < 16; ++k) {

@@ -47,7 +47,7 @@ class Launch:
         return ASTSource(self.fn, signature, constants, attributes)
 
     def specialisation(self) -> list:
-        """What the JIT compiles a version of its own for: constants, dtypes, alignment, integers that it looks at."""
+        """What the JIT compiles a separate version for: constants, dtypes, alignment, integers that it looks at."""
         facts = []
         for param in self.fn.params:
             value = self.arguments.get(param.name)
@@ -60,14 +60,14 @@ class Launch:
         return facts
 
     def compile(self, arch: int):
-        """For compute capability ``arch`` (80, 90, 100 or 120)."""
+        """Compile it for compute capability ``arch`` (80, 90, 100 or 120)."""
         pdl = arch >= 90 and "PDL" in self.arguments
         options = dict(self.options, **({"launch_pdl": True} if pdl else {}))
         return triton.compile(self.source(pdl), target=GPUTarget("cuda", arch, 32), options=options)
 
     def resources(self, arch: int) -> dict[str, int]:
-        """What the kernel takes: registers a thread (REG), bytes of local memory (STACK, LOCAL: spills), of shared
-        memory a block (SHARED).
+        """What the kernel takes: registers per thread (REG), bytes of local memory (STACK, LOCAL: spills), and of
+        shared memory per block (SHARED).
         """
         compiled = self.compile(arch)
         used = resource_usage(compiled.asm["cubin"])
@@ -90,7 +90,7 @@ def record(monkeypatch, launcher, *args, **kwargs) -> list[Launch]:
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """The one kernel's line of ``cuobjdump --dump-resource-usage``: SHARED is the static part alone."""
+    """The line of ``cuobjdump --dump-resource-usage`` for the one kernel; SHARED is only the static part."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,4 +1,4 @@
-"""Both halves compile for AArch64, without a warning: GH200 and GB200 have such hosts."""
+"""Both halves compile without a warning for AArch64, the host processor of GH200 and GB200."""
 
 import re
 import subprocess
@@ -29,7 +29,7 @@ def run_all(commands: list[list[str]]) -> None:
 
 
 def toolkit(nvcc: str) -> str:
-    """``-I`` and the toolkit's own headers, which nvcc does not offer another host than its own."""
+    """``-I`` and the toolkit's own headers, which nvcc does not offer when it compiles for a foreign host."""
     plan = subprocess.run([nvcc, "-dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True)
     return re.search(r'INCLUDES="(-I[^"]+)"', plan.stderr)[1]
 
@@ -43,7 +43,7 @@ def test_the_cpu_half():
 
 
 def test_the_cuda_half(tmp_path):
-    """Launchers and bindings; of the kernels their PTX alone, which no host changes."""
+    """Launchers and bindings. Kernels are compiled only to PTX, which does not depend on the host."""
     if (nvcc := cubins.nvcc()) is None:
         pytest.skip("no nvcc")
     flags = ["-std=c++17", f"-I{variants.ROOT}/csrc/include", toolkit(nvcc), "-arch=compute_90a"]
@@ -52,7 +52,7 @@ def test_the_cuda_half(tmp_path):
     headers = Path(sysconfig.get_path("include"))
     python = [f"-I{pybind11.get_include()}", f"-I{headers}", f"-I{tmp_path}"]
     own = headers.parent / str(sysconfig.get_config_var("MULTIARCH")) / headers.name / "pyconfig.h"
-    if own.is_file():  # Debian's Python has one an architecture, and AArch64's is elsewhere: both have 64 bits
+    if own.is_file():  # Debian's Python has one per architecture, and AArch64's is elsewhere: both have 64 bits
         stands_in = tmp_path / "aarch64-linux-gnu" / headers.name / "pyconfig.h"
         stands_in.parent.mkdir(parents=True)
         stands_in.write_text(f'#include "{own}"\n')

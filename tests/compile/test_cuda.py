@@ -8,7 +8,7 @@ import pytest
 from tests import variants
 from tests.compile import cubins
 
-STATIC_SHARED_LIMIT = 48 << 10  # of any architecture; more has to be dynamic
+STATIC_SHARED_LIMIT = 48 << 10  # for any architecture; more has to be dynamic
 
 pytestmark = pytest.mark.skipif(cubins.nvcc() is None, reason="nvcc is not installed: CUDA sources are not compiled")
 
@@ -26,15 +26,15 @@ def test_compiles_without_warnings_or_spills(source, arch):
 
 @pytest.mark.parametrize("coded", [False, True])
 def test_hopper_instructions_are_kept(coded):
-    """ptxas mends or gives up in silence, an advisory aside: a missing wgmma.fence, accumulators touched while a wgmma
-    is under way, registers that cannot be moved between warpgroups. All of it costs time, and the first hides a bug."""
+    """ptxas repairs or gives up in silence, except for an advisory: a missing wgmma.fence, accumulators touched while a
+    wgmma is in flight, registers that cannot be moved between warpgroups. All cost time, and the first hides a bug."""
     report = cubins.reports()[f"csrc/cuda/row_linear_sm90{'_coded' * coded}.cu", "sm_90a"].result()
     assert re.findall(r".*(?:\(C\d+\)|warning|setmaxnreg).*", report) == []
     # With many rows registers are moved: each of its 12 warps has to start with the same share of the register file.
     registers = {re.search(r"sm90I(Li\d+ELb[01])", k.name)[1]: k.registers for k in cubins.parse(report)}
     many_rows = (128,) if coded else (128, 192)
     assert all(registers[f"Li{rows}ELb1"] == 168 for rows in many_rows), registers
-    # Two of these CTAs share an SM across kernel boundaries, with a norm's in between: see test_triton.py.
+    # Two of these CTAs share an SM across kernel boundaries, with a norm's CTA in between: see test_triton.py.
     narrow, wide = ((16, 32, 64), (96, 128, 160)) if coded else ((16, 32, 64, 96), (128, 160, 256))
     assert max(registers[f"Li{rows}ELb0"] for rows in narrow) <= 80, registers
     for rows in wide:
@@ -43,7 +43,7 @@ def test_hopper_instructions_are_kept(coded):
 
 @pytest.mark.parametrize("coded", [False, True])
 def test_copies_are_issued_once(coded):
-    """Not in a loop over the lanes that may be there: the one thread that loads has some 200 clocks for a step."""
+    """Not in a loop over the lanes that may be active: the one thread that loads has some 200 clocks for a step."""
     report = cubins.reports()[f"csrc/cuda/row_linear_sm90{'_coded' * coded}.cu", "sm_90a"].result()
     if cubins.cuobjdump() is None:
         pytest.skip("no cuobjdump, which Triton has too")
@@ -51,7 +51,7 @@ def test_copies_are_issued_once(coded):
 
 
 def test_a_row_linear_finds_room_beside_the_merge_of_attention():
-    """Of 32 rows with 32 heads an SM has 8 of the merge's CTAs at most."""
+    """With 32 rows of 32 heads an SM has at most 8 CTAs of the merge."""
     kernels = cubins.parse(cubins.reports()["csrc/cuda/dual_attn.cu", "sm_90a"].result())
     merges = [k.static_shared_bytes for k in kernels if "merge" in k.name]
     assert len(merges) == 2 and 8 * (max(merges) + 1024) + cubins.ROW_LINEAR_SHARED <= cubins.SHARED, merges
@@ -69,7 +69,7 @@ def test_kernels_sleep_where_a_build_asks_for_it(tmp_path, delay):
 
 @pytest.mark.parametrize("arch", cubins.ARCHS)
 def test_every_architecture_has_kernels(arch):
-    """A guard that compiles everything away would pass the test above."""
+    """If a guard compiled everything away, the test above would still pass."""
     names = [k.name for s in variants.listed("CUDA_SOURCES") for k in cubins.parse(cubins.reports()[s, arch].result())]
     for op in ("row_linear", "qkv_commit", "dual_attn", "consensus"):
         assert any(op in name for name in names), f"{arch}: no kernel of {op} among {names}"

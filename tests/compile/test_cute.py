@@ -1,7 +1,7 @@
-"""What our kernels and their host twins take for granted about Hopper's instructions, beside what CuTe says of them.
+"""Compares what our kernels and their host twins assume about Hopper's instructions with what CuTe says about them.
 
 Layouts: matrix descriptors bit by bit, where operands' elements lie, which lane holds which accumulator. Encodings: the
-PTX of our wrappers and of CuTe's. CuTe's headers are test material alone, from the wheel ``nvidia-cutlass``.
+PTX of our wrappers and of CuTe's. Only tests use CuTe's headers, which come from the wheel ``nvidia-cutlass``.
 """
 
 import re
@@ -24,8 +24,8 @@ pytestmark = [
 ]
 
 
-# Rows of a tile for which we have two instructions; 192 and 256 have one. CuTe's headers with the last one take five
-# times as long to compile.
+# Rows of a tile for which we have two instructions; for 192 and 256 we have one. CuTe's headers take five times as long
+# to compile with the last one.
 TILES = (16, 32, 64, 96, 128, 160)
 PARTS = pytest.mark.parametrize(
     "tiles", [pytest.param(TILES[:-1], id="to-128"), pytest.param(TILES, id="to-160", marks=pytest.mark.full)]
@@ -53,8 +53,8 @@ OPCODES = "wgmma|ldmatrix|mbarrier|mapa|cp|fence|prefetch|setmaxnreg|bar|barrier
 
 
 def instructions(function: str) -> list:
-    """The inline PTX of a function, names of registers replaced by their order of appearance in each instruction; and
-    for each float of the output which accumulator of the last wgmma is stored there."""
+    """The inline PTX of a function, with register names replaced by their order of appearance in each instruction, and
+    for each float of the output the accumulator of the last wgmma that is stored there."""
     found, accumulators = [], []
     for statement in re.split(r";|\w+:\s", re.sub(r"//.*", "", function)):
         if stored := re.search(r"st\.global\.f32\s+\[%rd\d+(?:\+(\d+))?\], (%f\d+)", statement):

@@ -17,7 +17,7 @@ from orthrus_rt.triton_kernels import count_tokens, dual_attn, embed, process_lo
 from tests.compile import cubins
 from tests.compile.recorder import record
 
-# Bytes of shared memory that one block may have.
+# Bytes of shared memory that one block may use.
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 REGISTERS = 65536
 
@@ -106,7 +106,7 @@ def call_cycle_embed(slots):
 
 @pytest.mark.parametrize("call", (call_cycle_logits, call_cycle_embed))
 def test_one_version_serves_any_number_of_rows(call, monkeypatch):
-    """Another would be compiled in the middle of decoding, at the first batch of that size."""
+    """Otherwise another version would be compiled in the middle of decoding, at the first batch of that size."""
     kinds = []
     for slots in (1, 2, 3, 8, 16, 17):
         launcher, args, kwargs = call(slots)
@@ -115,7 +115,7 @@ def test_one_version_serves_any_number_of_rows(call, monkeypatch):
     assert all(kind == kinds[0] for kind in kinds)
 
 
-# All of them for sm_90, and each kernel, in its largest form, for every architecture; all with all in --full.
+# By default all of them for sm_90, and each kernel in its largest form for every architecture; all of both in --full.
 LARGEST = ("count_tokens-32", "rms_norm-4096", "embed-4096", "dual_attn-32-8-128", "process_logits-49152", "sum_words")
 GRID = [
     pytest.param(name, arch, marks=() if arch == 90 or name in LARGEST else pytest.mark.full)
@@ -141,7 +141,7 @@ def test_compiles_within_the_chip(name, arch, monkeypatch):
 
 @pytest.mark.parametrize("arch", (90, 100))
 def test_what_copies_bring_is_no_operand_of_the_async_proxy(arch, monkeypatch):
-    """Before 3.7.1 Triton leaves out the fence between the two."""
+    """Triton before 3.7.1 leaves out the fence between the two."""
     launcher, args, kwargs = CALLS["dual_attn-32-8-128"]
     (launch,) = record(monkeypatch, launcher, *args, **kwargs)
     ptx = launch.compile(arch).asm["ptx"]
@@ -149,7 +149,7 @@ def test_what_copies_bring_is_no_operand_of_the_async_proxy(arch, monkeypatch):
 
 
 def test_count_tokens_is_one_warp(monkeypatch):
-    """Another might read num_counted when the first has written it."""
+    """With more warps, one might read num_counted after another has written it."""
     launcher, args, kwargs = CALLS["count_tokens-32"]
     (launch,) = record(monkeypatch, launcher, *args, **kwargs)
     assert launch.options["num_warps"] == 1
@@ -157,7 +157,7 @@ def test_count_tokens_is_one_warp(monkeypatch):
 
 @pytest.mark.parametrize("name", ["rms_norm-576", "rms_norm-2048-index", "rms_norm-4096", "embed-576", "embed-4096"])
 def test_fits_beside_two_row_linears(name, monkeypatch):
-    """Lest the second one, which brings its weights while the first one ends, has to wait for this kernel."""
+    """Otherwise the second one, which loads its weights while the first one ends, would wait for this kernel."""
     launcher, args, kwargs = CALLS[name]
     for launch in record(monkeypatch, launcher, *args, **kwargs):
         used = cubins.quarter_of_registers(launch.options["num_warps"], launch.resources(90)["REG"])

@@ -1,9 +1,9 @@
-"""A CUDA card that is not there: what host code does for a card, in tests/gpu and bench, runs without one.
+"""A simulated GPU: runs what host code does for a GPU, in tests/gpu and bench, on a machine without one.
 
-Tensors made for it lie in the host's memory, with a mark that their ``device`` tells and that results inherit; ops are
-the CPU's, graphs are tapes. It refuses what a card refuses: tensors of two devices in one operation, NumPy's view of
-one, a value read while something is captured or under sync-debug mode. It says nothing of kernels, of time or of what
-overlaps. A process has it for good:
+Tensors made for it lie in host memory, with a mark that their ``device`` reports and that results inherit. Ops are
+the CPU's, and graphs are tapes. It refuses what a GPU refuses: tensors of two devices in one operation, NumPy's view of
+a tensor, a value read during capture or under sync-debug mode. It shows nothing about kernels, time or overlap. Once
+installed, it stays for the life of the process:
 
     python -m pytest -p tests.cpu.pretended_card tests/gpu/test_auto.py
     python -m tests.cpu.pretended_card bench.bench_host --device cuda --cycles 10
@@ -28,7 +28,7 @@ from tests.cpu.cuda_host.device import Tape, launch
 CARD, HOST = torch.device("cuda", 0), torch.device("cpu")
 READS = {"item", "tolist", "cpu", "nonzero", "equal", "__bool__", "__int__", "__float__", "__index__"}
 COPIES = {"to", "cpu", "cuda"}
-CROSSES = COPIES | {"copy_", "__getitem__", "__setitem__"}  # may take tensors of both
+CROSSES = COPIES | {"copy_", "__getitem__", "__setitem__"}  # may take tensors of both devices
 
 
 def on_card(tensor: torch.Tensor) -> bool:
@@ -40,7 +40,7 @@ ANSWERS = {
     torch.Tensor.is_cuda.__get__: on_card,
     torch.Tensor.is_cpu.__get__: lambda t: not on_card(t),
 }
-# What most calls ask, of one tensor: a card refuses none of it, and no tensor comes of it.
+# What most calls ask about a single tensor: a GPU refuses none of it, and the result is not a tensor.
 PLAIN = {torch.Tensor.shape.__get__, torch.Tensor.dtype.__get__, torch.Tensor.data_ptr, torch.Tensor.is_contiguous}
 
 
@@ -55,7 +55,7 @@ def on_host(value):
 
 
 def tensors_in(value) -> list[torch.Tensor]:
-    """In whatever of Python's own containers."""
+    """The tensors in any of Python's own containers."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
@@ -70,7 +70,7 @@ def shares(tensor: torch.Tensor, others) -> bool:
 
 
 class Graph(Tape):
-    """Stands for torch.cuda.CUDAGraph."""
+    """Stands in for torch.cuda.CUDAGraph."""
 
     def capture_begin(self, *_, **__) -> None:
         Tape.recording = self
@@ -84,7 +84,7 @@ class Graph(Tape):
 
 
 class Card(TorchFunctionMode):
-    """Every operation of torch. ``allocations``: of tensors on the card."""
+    """Every operation of torch. ``allocations`` counts tensors made on the GPU."""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +121,7 @@ class Card(TorchFunctionMode):
         args, kwargs = [on_host(value) for value in args], {key: on_host(value) for key, value in kwargs.items()}
         if not (named or (marked and not leaves)):
             result = function(*args, **kwargs)
-            return result.clone() if marked and name in COPIES else result  # a copy, not the card's own memory
+            return result.clone() if marked and name in COPIES else result  # a copy, not the GPU's own memory
         result = self.run(name, function, args, kwargs, tensors)
         for made in tensors_in(result):
             if name in COPIES and not marked and shares(made, tensors):
@@ -131,7 +131,7 @@ class Card(TorchFunctionMode):
         return result
 
     def run(self, name: str, function, args, kwargs, tensors):
-        """What goes to the card: at once, or as a step of the graph that captures."""
+        """Run what goes to the GPU: at once, or as a step of the graph that is being captured."""
         run, out = functools.partial(function, *args, **kwargs), kwargs.get("out")
         if Tape.recording is None:
             return run()
@@ -182,7 +182,7 @@ class Generator:
 
 
 def torch_cuda(card: Card) -> dict:
-    """What torch.cuda is replaced by."""
+    """The replacements for the members of torch.cuda."""
     streams, nothing = [Stream()], lambda *_: None
     properties = SimpleNamespace(name="pretended", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
 
@@ -220,7 +220,7 @@ def torch_cuda(card: Card) -> dict:
 
 
 def install() -> None:
-    """From here on this process has the card."""
+    """Give this process the simulated GPU for good."""
     from orthrus_rt import capture, device, dispatch, native, timing, uploads
 
     card, ops, profile = Card(), dispatch.extension().cpu, torch.profiler.profile
@@ -234,7 +234,7 @@ def install() -> None:
     capture._recording_stream = Stream
     device.exchange_capture_mode = lambda mode: mode
     uploads.reads_pageable_memory = lambda device: False
-    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):  # of a torch with CUDA, which knows no such pool
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):  # those of a torch with CUDA do not know such a pool
         if hasattr(torch._C, name):
             delattr(torch._C, name)
     native._launch = lambda op, params, device: launch(getattr(ops, op), params)

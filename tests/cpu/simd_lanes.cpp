@@ -1,6 +1,6 @@
-// Prints what the functions of simd.h over vectors give on one instruction set: a line of bits for each call. NaN of
-// any kind prints as one; results at which a sign of zero is free are added to zero. What they read and write ends
-// where memory does.
+// Prints what the functions of simd.h over vectors give on one instruction set: a line of bits for each call. Every NaN
+// prints the same, and results whose sign of zero is arbitrary are added to zero. What they read and write ends right
+// before memory that must not be touched.
 #include "simd.h"
 
 #include <sys/mman.h>
@@ -54,7 +54,7 @@ float as_float(uint32_t bits) {
   return f;
 }
 
-// Any bits, and every few lanes what is special.
+// Any bits, and every few lanes a special value.
 float any() {
   constexpr uint32_t kSpecial[] = {0u,          0x80000000u, 1u,          0x807fffffu, 0x7f800000u, 0xff800000u,
                                    0x7fc00000u, 0xffc01234u, 0x7f800001u, 0x7f7fffffu, 0x3f808000u, 0x3f818000u};
@@ -67,7 +67,7 @@ float within(float bound) {
   return next_word() % 2 ? x : static_cast<float>(static_cast<int32_t>(2.f * x)) / 2.f;
 }
 float whole(int bound) { return static_cast<float>(static_cast<int32_t>(next_word() % (2 * bound + 1)) - bound); }
-// Of any exponent, some right at 4/3, where that of log changes.
+// Of any exponent, some right at 4/3, where the exponent that log uses changes.
 float positive_normal() {
   const uint32_t bits = 0x00800000u + next_word() % 0x7f000000u;
   return as_float(next_word() % 4 ? bits : (bits & 0x7f800000u) + 0x2aaaaau + next_word() % 2);

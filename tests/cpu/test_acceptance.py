@@ -1,4 +1,4 @@
-"""What outcomes teach of the plans that did not run: orthrus_rt/acceptance.py."""
+"""What outcomes teach about the plans that did not run: orthrus_rt/acceptance.py."""
 
 import itertools
 import random
@@ -48,7 +48,7 @@ print(taught.tokens(plans)[plans[-1]] > 1)
 
 
 def test_no_memory_for_a_blas():
-    """NumPy's matrix products map a buffer at the first of them, and end the process where they get none."""
+    """NumPy's first matrix product maps a buffer, and ends the process if it gets none."""
     done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, timeout=120)
     assert done.stdout == "True\n", done.stderr
 
@@ -65,7 +65,7 @@ def test_observing_one_mode_informs_the_other():
 
 @pytest.mark.parametrize("plan", [AR, CyclePlan("two_pass", 16), CyclePlan("one_pass", 16, 4)])
 def test_cycles_in_a_row_may_be_told_together(plan):
-    """But for what the later of 8 would have forgotten of the earlier ones, in 128."""
+    """The only difference is what the later ones of 8 cycles would have forgotten of the earlier ones, in 128."""
     rng = random.Random(11)
     one_by_one, together = Acceptance(15, FAN_OUTS), Acceptance(15, FAN_OUTS)
 
@@ -91,7 +91,7 @@ def test_cycles_in_a_row_may_be_told_together(plan):
 
 
 def test_a_large_batch_forgets_as_fast_as_a_small_one():
-    """By cycles, not by drafts."""
+    """It forgets by cycles, not by drafts."""
     for batch in (1, 16):
         seen = Acceptance(15, FAN_OUTS)
         for accepted, count in ((15, 512), (0, 64)):
@@ -109,7 +109,7 @@ def test_a_fan_out_hears_of_the_others():
 
 
 def test_fan_outs_are_told_apart():
-    """The same text under both, in turns: the wider one's drafts are accepted more often, whatever was supposed."""
+    """The same text under both, alternating: the wider one's drafts are accepted more often, whatever was assumed."""
     seen, narrow, wide = Acceptance(15, FAN_OUTS), CyclePlan("one_pass", 16, 2), CyclePlan("one_pass", 16, 8)
     rng = random.Random(5)
     chance = {narrow: 0.5, wide: 0.9}
@@ -130,14 +130,14 @@ def test_drafts_that_one_pass_lacks_count_as_rejected():
 
 
 def drawn(rng: random.Random, quality, count: int) -> list[Outcome]:
-    """Of 15 drafts with hazards of 0.8 times ``quality``: of the first, the second and later ones."""
+    """Outcomes of 15 drafts with hazards of 0.8 times ``quality``: of the first, the second and later drafts."""
     return [
         Outcome(15, next((i for i in range(15) if rng.random() > 0.8 * quality[min(i, 2)]), 15)) for _ in range(count)
     ]
 
 
 def test_one_pass_alone_tells_nothing_of_two_pass():
-    """Its fan_outs tell of each other only: their level stays in doubt, and so does what two_pass would yield."""
+    """Its fan_outs inform only each other: their level stays in doubt, and so does what two_pass would yield."""
     two, running = CyclePlan("two_pass", 16), CyclePlan("one_pass", 16, 8)
 
     def taught(cycles):
@@ -149,11 +149,11 @@ def test_one_pass_alone_tells_nothing_of_two_pass():
 
     (early, doubt), (late, later_doubt) = taught(300), taught(3000)
     assert [x.tolist() for x in late._level.estimate()] == [x.tolist() for x in early._level.estimate()]
-    assert doubt > later_doubt > 1.15  # shapes alone become more certain
+    assert doubt > later_doubt > 1.15  # only the shapes become more certain
 
 
 def test_what_two_pass_brings_is_believed_soon():
-    """one_pass alone for long, of a model whose one_pass is worse than most, then a few trials of two_pass."""
+    """A long run of one_pass alone, with a model whose one_pass is worse than most, then a few trials of two_pass."""
     seen, rng = Acceptance(15, FAN_OUTS), random.Random(3)
     two, one = CyclePlan("two_pass", 16), CyclePlan("one_pass", 16, 8)
 
@@ -181,7 +181,7 @@ def test_while_ar_runs_two_pass_may_be_better_than_one_pass_let_it_look():
 
 
 def test_ends_and_beginnings_are_no_rejections():
-    """Requests of 24 tokens: drafts are worth what they are in long ones."""
+    """With requests of 24 tokens, drafts are rated as they are in long ones."""
     short, long = (Acceptance(15, FAN_OUTS) for _ in range(2))
     for plan in (CyclePlan("two_pass", 16), CyclePlan("one_pass", 16, 8)):
         for seen, length in ((short, 24), (long, 0)):
@@ -197,7 +197,7 @@ def test_ends_and_beginnings_are_no_rejections():
 @pytest.mark.parametrize("mode", ["two_pass", "one_pass"])
 @pytest.mark.parametrize(("block_len", "hazard"), [(4, 0.3), (4, 0.97), (16, 0.8), (16, 0.97)])
 def test_the_last_cycle_of_a_sequence_yields_what_is_left(mode, block_len, hazard):
-    """Tokens per cycle of sequences of a length, against as many of them played through."""
+    """Tokens per cycle of sequences of a given length, compared with a simulation of many of them."""
     plan, rng = CyclePlan(mode, block_len, 2 * (mode == "one_pass")), random.Random(0)
     accepted = [sum(hazard ** (1 + i) for i in range(drafts)) for drafts in range(block_len)]
     for length in (1, 2, 5, 16, 24, 33, 100):
@@ -230,16 +230,16 @@ def test_optimism_is_about_what_sets_a_plan_apart_from_the_one_that_runs():
     rival = seen.tokens(PLANS, 1.0, running)
     assert rival[running] == mean[running]
     others = [p for p in PLANS if p not in (AR, running)]
-    shorter = CyclePlan("one_pass", 4, 4)  # nothing sets it apart but how many of the same drafts it takes
+    shorter = CyclePlan("one_pass", 4, 4)  # differs only in how many of the same drafts it takes
     assert rival[shorter] == mean[shorter]
     assert all(mean[p] < rival[p] <= hope[p] for p in others if p.mode == "one_pass" and p != shorter)
-    # Of two_pass, the ratio to one_pass is uncertain, however many drafts of this text were seen.
+    # For two_pass the ratio to one_pass is uncertain, however many drafts of this text were seen.
     assert all(mean[p] < rival[p] for p in others if p.mode == "two_pass")
 
 
 @pytest.mark.parametrize("optimism", [0.0, 1.0])
 def test_two_pass_alone(optimism):
-    """No fan_out to compare it with: its own outcomes are all there is."""
+    """There is no fan_out to compare it with: its own outcomes are all there is."""
     seen, plan = Acceptance(3, ()), CyclePlan("two_pass", 4)
     for _ in range(400):
         seen.observe(plan, [[Outcome(3, 2)]])
@@ -248,7 +248,7 @@ def test_two_pass_alone(optimism):
 
 @pytest.mark.parametrize("first", (CyclePlan("one_pass", 16, 8), CyclePlan("two_pass", 16)))
 def test_what_is_long_past_counts_down_to_nothing(first):
-    """In silence, also where the program asked NumPy to raise whatever happens."""
+    """Without an error or a warning, even where the program asked NumPy to raise every floating-point error."""
     seen = Acceptance(15, FAN_OUTS)
     seen.observe(first, [[Outcome(15, 9)]])
     for counts in (seen._hits, seen._trials):
@@ -261,7 +261,7 @@ def test_what_is_long_past_counts_down_to_nothing(first):
 
 
 def test_a_cycle_yields_a_token_at_least():
-    """Also one whose sequence ended without: time is weighed as if it had."""
+    """This includes a cycle whose sequence ended without one: time is weighed as if it had yielded a token."""
     outs = [Outcome(3, 0), Outcome(3, 2), Outcome(3, 2, cut=True), Outcome(3, 0, cut=True)]
     assert [out.num_tokens for out in outs] == [1, 3, 2, 1]
 
@@ -277,7 +277,7 @@ def test_hazards_that_nothing_is_drafted_for_fade():
 
 
 def test_quality_fades_slowly():
-    """By cycles, one by one or many at a time, to what was supposed."""
+    """It fades by cycles, one by one or many at a time, to what was assumed."""
     at_once, one_by_one = (Ratio(np.array([0.5, 0.7, 0.9]), 32.0) for _ in range(2))
     for ratio in (at_once, one_by_one):
         ratio.observe(np.full(3, 10.0), np.full(3, 100.0), 1)
@@ -292,7 +292,7 @@ def test_quality_fades_slowly():
 
 
 def test_one_pass_that_drafts_better_than_two_pass_is_no_better_by_its_quality():
-    """Nor is it hoped to be."""
+    """Nor do optimistic estimates make it better."""
     seen, two, one = Acceptance(15, FAN_OUTS), CyclePlan("two_pass", 16), CyclePlan("one_pass", 16, 8)
     for _ in range(2000):
         seen.observe(two, [[Outcome(15, 0), Outcome(15, 4)]])
@@ -312,7 +312,7 @@ def test_the_length_of_sequences_is_that_of_the_latest(length):
 
 
 def test_squares_are_those_of_the_tokens_of_a_cycle():
-    alive = [0.9**i / (1 + i) for i in range(16)]  # chance that so many drafts are accepted, or more
+    alive = [0.9**i / (1 + i) for i in range(16)]  # chance that this many drafts or more are accepted
     squares = acceptance._squares([sum(alive[1 : 1 + i]) for i in range(16)])
     for drafts, got in enumerate(squares):
         chance = [a - b for a, b in itertools.pairwise([*alive[: drafts + 1], 0.0])]
@@ -320,7 +320,7 @@ def test_squares_are_those_of_the_tokens_of_a_cycle():
 
 
 def test_what_a_drafts_prior_is_worth():
-    """Of the first 4 trials; of a later one 8, in which it is as good as the one before times ``step``."""
+    """4 trials for the first draft and 8 for a later one, which is as good as the one before times ``step``."""
     first, second = (4 * 0.7 + 3) / (4 + 4), (8 * (4 * 0.7 + 3) / (4 + 4) * 0.9 + 1) / (8 + 2)
     chain = Acceptance._chain([3.0, 1.0], [4.0, 2.0], 0.7, [0.9], 0.0, 0)
     assert chain == pytest.approx([0.0, first, first + first * second])

@@ -1,4 +1,4 @@
-"""Of AMX what tiles in software stand in for: the instructions, their shapes, and whether a process may use them.
+"""The parts of AMX that tiles in software replace: instructions, their shapes, and whether a process may use them.
 
 Nothing here needs a processor with tiles.
 """
@@ -103,7 +103,7 @@ def printed(source: str, program, *args: str) -> str:
 
 
 def test_instructions():
-    """Those that read or write memory do so between the writes around them."""
+    """Instructions that read or write memory do so between the writes around them."""
     assembly = compiled(INSTRUCTIONS, "-S", "-fno-toplevel-reorder", "-o", "-")
     found = re.findall(r"\bt(?:ile|dp).*|ldtilecfg|\$10[1-4]\b", assembly)
     assert found == ASSEMBLED
@@ -111,8 +111,8 @@ def test_instructions():
 
 @pytest.mark.parametrize("height", (1, 5, 16))
 def test_shapes(tmp_path, height):
-    """As LDTILECFG reads them: palette 1, from row 0; of tile i its bytes a row at 16 + 2 i, its rows at 48 + i. Sums
-    and rows are of that height, columns always of 16.
+    """As LDTILECFG reads them: palette 1, from row 0; for tile i, bytes per row at 16 + 2 i and rows at 48 + i. Sums
+    and rows have that height, columns always 16.
     """
     shown = printed(SHAPES, tmp_path / "shapes", *["row"] * (height - 1)).split()
     loaded, ended = [int(byte) for byte in shown[:64]], shown[64:]

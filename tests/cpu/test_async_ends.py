@@ -1,4 +1,4 @@
-"""How requests of an AsyncEngine end: all tokens at once, aborted by name, or let run out before it closes."""
+"""How requests of an AsyncEngine end: all tokens at once, aborted by name, or run to their end before it closes."""
 
 import asyncio
 import contextlib
@@ -77,7 +77,7 @@ def test_a_request_is_aborted_by_its_name(folder, alone):
         tokens += [t for out in rest for t in out.new_token_ids]
         assert tokens == alone([1, 2], LONG)[: len(tokens)] and len(tokens) < 100
         assert (await whole).finish_reason == "abort"
-        await shared.abort("mine")  # late
+        await shared.abort("mine")  # too late
         assert (await collect(shared, [3], GREEDY))[1] == "length"
         assert others + await collect_rest(other) == alone([1, 2], LONG)
         assert shared.engine.metrics.finished["abort"] == 2
@@ -104,7 +104,7 @@ def test_an_abort_that_is_cancelled_aborts(folder):
             stream = shared.stream([1, 2], LONG, request_id="mine")
             await anext(stream)
             abort = asyncio.create_task(shared.abort("mine"))
-            await asyncio.sleep(0)  # it waits for the step that is under way
+            await asyncio.sleep(0)  # it waits for the step that is running
             abort.cancel()
             assert [out.finish_reason async for out in stream][-1] == "abort"
 
@@ -139,7 +139,7 @@ def test_close_that_drains_lets_what_runs_come_to_its_end(folder, alone):
             gone.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await gone
-            await asyncio.wrap_future(shared._worker.submit(int))  # behind its abort
+            await asyncio.wrap_future(shared._worker.submit(int))  # queued after its abort
         await closing
         assert shared.engine.closed and shared.engine.metrics.finished["length"] == 2
         assert await running == (alone([4], GREEDY), "length")
@@ -166,7 +166,7 @@ def test_draining_may_end_early(folder):
 
 
 def test_draining_does_not_wait_for_streams_that_have_failed(folder):
-    """Nobody may come to read why."""
+    """There may be no reader who asks why they failed."""
 
     async def use(shared):
         with a_beginning_each(shared.engine):
@@ -192,7 +192,7 @@ def test_what_ends_a_thread_ends_the_streams(folder, monkeypatch):
 
 
 def test_an_engine_with_requests_is_refused(folder, alone):
-    """Nobody would hand their tokens out. They can be decoded as before, and after that it is taken."""
+    """No stream would receive their tokens. They can be decoded as before, and then the engine is accepted."""
     engine = make(folder)
     request_id, tokens = engine.submit([1, 2], GREEDY), []
     with pytest.raises(RuntimeError, match="the engine has unfinished requests"):
@@ -203,15 +203,15 @@ def test_an_engine_with_requests_is_refused(folder, alone):
     abandoned = engine.stream([1, 2], GREEDY)
     reader = threading.Thread(target=next, args=(abandoned,))
     reader.start(), reader.join()
-    abandoned.close()  # in another thread than read it: aborted with the engine's next call, which is this one
+    abandoned.close()  # by another thread than read it: aborted with the engine's next call, which is this one
     asyncio.run(AsyncEngine(engine).close())
     assert engine.closed
 
 
 def test_every_stream_has_an_error_of_its_own(folder, monkeypatch):
-    """With the cause and notes of the first, and a traceback that grows by no other stream's frames."""
+    """With the cause and notes of the first, and a traceback to which no other stream adds frames."""
 
-    class Unusual(RuntimeError):  # it cannot be copied
+    class Unusual(RuntimeError):  # an exception that cannot be copied
         def __init__(self, what, where):
             super().__init__(what)
 
@@ -227,7 +227,7 @@ def test_every_stream_has_an_error_of_its_own(folder, monkeypatch):
 
         def fails():
             if len(shared.engine.scheduler.waiting) < 3:
-                return []  # so that all three hear of the same failure
+                return []  # so that all three get the same failure
             raise error
 
         monkeypatch.setattr(shared.engine, "step", fails)
@@ -247,7 +247,7 @@ def test_whoever_is_refused_as_the_engine_has_requests_can_step_at_once(folder, 
     engine.submit([1, 2], GREEDY)
     try:
         AsyncEngine(engine)
-    except RuntimeError:  # which still holds what was refused
+    except RuntimeError:  # whose traceback still holds the refused AsyncEngine
         while engine.has_unfinished():
             told += engine.step()
     assert [t for out in told for t in out.new_token_ids] == alone([1, 2], GREEDY)
@@ -256,13 +256,13 @@ def test_whoever_is_refused_as_the_engine_has_requests_can_step_at_once(folder, 
 def test_an_engine_is_its_makers_again_once_it_is_closed(folder):
     async def use(shared):
         await shared.close()
-        shared.engine.close()  # twice is harmless, whoever does it
+        shared.engine.close()  # closing twice is harmless, whoever does it
 
     run(folder, use)
 
 
 def test_failures_with_an_end_between_them_end_no_stream(folder, monkeypatch):
-    """Also of requests without a cycle of their own: their one token is the prefill's."""
+    """This includes requests without a cycle of their own, whose one token is the prefill's."""
 
     async def use(shared):
         step, due = shared.engine.step, []
@@ -303,7 +303,7 @@ def test_who_had_no_part_in_steps_that_fail_is_served(folder, alone, monkeypatch
 
 
 def test_what_was_decoded_before_steps_fail_is_told(folder, alone, monkeypatch):
-    """Of one that has ended, then nothing else; of the other, and then why it cannot go on. No step succeeds again."""
+    """The ended one yields its tokens and no more; the other also why it cannot go on. No step succeeds again."""
 
     async def use(shared):
         collect_but, told = shared.engine._collect_but, []
@@ -327,7 +327,7 @@ def test_what_was_decoded_before_steps_fail_is_told(folder, alone, monkeypatch):
 
 
 def fail_with(engine, prompt, monkeypatch):
-    """Every cycle of whoever has this prompt, once it has a second token."""
+    """Fail every cycle of the request with this prompt, once it has a second token."""
 
     def failing(run, requests, *args):
         if any(request.prompt == prompt and len(request.tokens) > 1 for request in requests):
@@ -339,7 +339,7 @@ def fail_with(engine, prompt, monkeypatch):
 
 
 def test_a_request_whose_steps_fail_ends_before_its_reader_hears_of_it(folder, alone, monkeypatch):
-    """Who comes meanwhile is served."""
+    """A request that arrives meanwhile is served."""
 
     async def use(shared):
         metrics = shared.engine.metrics
@@ -370,7 +370,7 @@ def test_who_waits_for_a_slot_has_no_part_in_steps_that_fail(folder, alone, monk
 def test_a_device_that_is_lost_ends_those_who_wait_for_a_slot_too(folder, monkeypatch):
     async def use(shared):
         fail_with(shared.engine, [66], monkeypatch)
-        monkeypatch.setattr(shared.engine.runner, "reset", lambda: 1 / 0)  # nor can anything be recovered
+        monkeypatch.setattr(shared.engine.runner, "reset", lambda: 1 / 0)  # and recovery fails as well
         streams = [collect(shared, prompt, LONG) for prompt in ([66], [1], [2])]
         outs = await asyncio.wait_for(asyncio.gather(*streams, return_exceptions=True), 60)
         assert all(isinstance(out, ValueError | ZeroDivisionError) for out in outs)
@@ -379,7 +379,7 @@ def test_a_device_that_is_lost_ends_those_who_wait_for_a_slot_too(folder, monkey
 
 
 def test_an_engine_that_fails_for_good_is_left_alone(folder, monkeypatch, caplog):
-    """Once everybody has heard of it, though nothing can be aborted either."""
+    """Once every stream has received the error, though nothing can be aborted either."""
 
     async def use(shared):
         calls = []
@@ -388,7 +388,7 @@ def test_an_engine_that_fails_for_good_is_left_alone(folder, monkeypatch, caplog
         for _ in range(2):
             with pytest.raises(ZeroDivisionError):
                 await collect(shared, [1], GREEDY)
-        for _ in range(1 + MOST_FAILURES):  # behind the aborts, and the steps after them
+        for _ in range(1 + MOST_FAILURES):  # queued after the aborts, and after the steps that follow them
             await asyncio.wrap_future(shared._worker.submit(int))
         count = len(calls)
         await asyncio.sleep(0.2)
@@ -398,7 +398,7 @@ def test_an_engine_that_fails_for_good_is_left_alone(folder, monkeypatch, caplog
 
 
 def test_an_engine_is_free_as_soon_as_nobody_holds_who_had_it(folder, alone):
-    """Not only when garbage is collected."""
+    """Not only when the garbage collector runs."""
     engine = make(folder)
     shared = AsyncEngine(engine)
     asyncio.run(collect(shared, [1, 2], GREEDY))
@@ -407,7 +407,7 @@ def test_an_engine_is_free_as_soon_as_nobody_holds_who_had_it(folder, alone):
     try:
         del shared
         end = time.monotonic() + 60
-        while gone() is not None and time.monotonic() < end:  # its thread may be on the way out of the last step
+        while gone() is not None and time.monotonic() < end:  # its thread may still be leaving the last step
             time.sleep(0.001)
         assert gone() is None and engine.generate([1, 2], GREEDY).token_ids == alone([1, 2], GREEDY)
     finally:

@@ -1,5 +1,5 @@
-"""An AsyncEngine and several event loops: at a time, one after the other, and those that are left or closed; whose
-thread and stream a prompt is read on.
+"""An AsyncEngine and several event loops: one at a time, one after the other, and loops that are left or closed; and
+the thread and stream on which a prompt is read.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ def test_one_event_loop_at_a_time(folder, alone):
 
 
 def test_a_loop_that_is_left_without_being_closed(folder, alone):
-    """With a step under way, as run_until_complete leaves it."""
+    """With a step still running, as run_until_complete leaves it."""
     shared, loops = AsyncEngine(make(folder)), [asyncio.new_event_loop() for _ in range(2)]
     for loop in (*loops, *loops):
         got = loop.run_until_complete(asyncio.wait_for(collect(shared, [1, 2], GREEDY), 20))
@@ -57,7 +57,7 @@ def test_a_loop_that_is_left_without_being_closed(folder, alone):
 
 
 def test_streams_of_a_loop_that_another_one_takes_over_from_end_with_an_error(folder, alone, monkeypatch):
-    """Not with tokens missing; and what was left waiting, or goes on later, in the first loop disturbs nobody."""
+    """No tokens are lost silently, and what waits or goes on in the first loop disturbs no other stream."""
     shared, (first, second, third) = AsyncEngine(make(folder)), [asyncio.new_event_loop() for _ in range(3)]
     slowly(shared, monkeypatch)
     long = SamplingParams(max_new_tokens=100, ignore_eos=True)
@@ -68,7 +68,7 @@ def test_streams_of_a_loop_that_another_one_takes_over_from_end_with_an_error(fo
         first.run_until_complete(asyncio.sleep(0))
         other = shared.stream([1, 2], long)
         also = second.run_until_complete(anext(other)).new_token_ids
-    first.run_until_complete(asyncio.sleep(0.05))  # what was on its way there is for nobody
+    first.run_until_complete(asyncio.sleep(0.05))  # what was on its way to this loop reaches no reader
     also += second.run_until_complete(collect_rest(other))
     assert got == want[: len(got)] and also == want
     for task in (collect_rest(stream), waits):
@@ -112,7 +112,7 @@ def test_a_close_whose_loop_ends_before_it_is_through(folder, caplog, wait):
     for thread in worker._threads:
         thread.join(20)
         assert not thread.is_alive()
-    # Tasks that other tests left in loops that are closed are complained of whenever they are collected.
+    # Tasks that other tests left in closed loops cause complaints whenever they are collected.
     said = [record.getMessage() for record in caplog.records]
     assert shared.engine.closed and all(what.startswith("Task was destroyed") for what in said)
 
@@ -153,7 +153,7 @@ def test_what_is_left_to_a_loop_that_is_closed_is_aborted(folder):
 
 @pytest.mark.parametrize("what", ("steps", "thread"))
 def test_failures_that_a_loop_was_to_hear_of_reach_no_stream_of_the_next(folder, alone, monkeypatch, what):
-    """Neither of steps, which those in them hear of, nor of the thread's own, which all who wait do."""
+    """This covers failures of steps, which go to the streams in them, and of the thread, which go to all that wait."""
     shared, (first, second) = AsyncEngine(make(folder)), [asyncio.new_event_loop() for _ in range(2)]
     left = first.create_task(anext(shared.stream([3], GREEDY)))
     with monkeypatch.context() as patch:
@@ -163,14 +163,14 @@ def test_failures_that_a_loop_was_to_hear_of_reach_no_stream_of_the_next(folder,
         first.run_until_complete(asyncio.sleep(0))
         while len(failed) < enough:
             time.sleep(0.001)
-        shared._worker.submit(lambda: None).result(20)  # the last has been told of
+        shared._worker.submit(lambda: None).result(20)  # the last failure has been reported
     stream = shared.stream([1, 2], GREEDY)
     waits = second.create_task(anext(stream))
     second.run_until_complete(asyncio.sleep(0))
     first.run_until_complete(asyncio.sleep(0.01))
     tokens = second.run_until_complete(asyncio.wait_for(waits, 20)).new_token_ids
     assert tokens + second.run_until_complete(collect_rest(stream)) == alone([1, 2], GREEDY)
-    with pytest.raises((RuntimeError, ZeroDivisionError)):  # whichever came first
+    with pytest.raises((RuntimeError, ZeroDivisionError)):  # whichever was first
         first.run_until_complete(left)
     second.run_until_complete(shared.close())
     for loop in (first, second):
@@ -178,7 +178,7 @@ def test_failures_that_a_loop_was_to_hear_of_reach_no_stream_of_the_next(folder,
 
 
 def test_a_tensors_ids_are_read_by_the_caller(folder, alone):
-    """On whose stream they were computed: in its thread, and before the engine makes its own stream the current one."""
+    """In the caller's thread, on whose stream they were computed, before the engine makes its own stream current."""
     reads = []
 
     class Ids(torch.Tensor):
@@ -203,7 +203,7 @@ def test_a_tensors_ids_are_read_by_the_caller(folder, alone):
 
 
 def test_loops_of_two_threads_take_over_one_after_the_other(folder, alone, monkeypatch):
-    """Else both would have it, and one change what the other is about to clear."""
+    """Otherwise both would own it, and one would change what the other is about to clear."""
     shared, taking, most, together = AsyncEngine(make(folder)), [], [], threading.Barrier(2)
     asyncio.run(collect(shared, [1, 2], GREEDY))
     fail = shared._fail

@@ -1,4 +1,4 @@
-"""Clients of one AsyncEngine that come and go as they please: whoever stays gets the tokens that it gets alone."""
+"""Clients of one AsyncEngine that come and go at random: a client that stays gets the tokens that it gets alone."""
 
 import asyncio
 import logging
@@ -101,7 +101,7 @@ def test_clients_come_and_go(folder, alone, cycles_alone, monkeypatch, seed):
         async with AsyncEngine(engine) as shared:
             if seed % 4 == 0:
                 fail_at_times(engine, rng, monkeypatch)
-            # Where pages run out, some begin anew, without drafts; and auto decides by times.
+            # Where pages run out, some requests start over without drafts; and auto decides by measured times.
             enough = pages is None or pages >= most * 128 // PAGE_SIZE
             cycles = cycles_alone if enough and mode != "auto" else None
             clients = [Client(shared, alone, cycles, 100 * seed + i, ends).run() for i in range(rng.choice((4, 8)))]
@@ -113,6 +113,6 @@ def test_clients_come_and_go(folder, alone, cycles_alone, monkeypatch, seed):
             assert engine.kv.num_free_pages == engine.kv.num_pages
 
     with monkeypatch.context() as patch:
-        patch.setattr(logging.getLogger("orthrus_rt"), "disabled", True)  # of steps that fail
+        patch.setattr(logging.getLogger("orthrus_rt"), "disabled", True)  # it logs the steps that fail
         asyncio.run(asyncio.wait_for(main(), 90))
     assert ends["read"] > 2

@@ -1,5 +1,5 @@
-"""Many requests at once: whoever joins, leaves, is aborted, preempted or hit by a fault, every other request gets
-exactly the tokens that it gets alone, and all pages come back. On a tiny bf16 model with the native CPU kernels.
+"""Many requests at once: whichever join, leave, are aborted, preempted or hit by a fault, every other request gets
+exactly the tokens that it gets alone, and all pages are freed. On a tiny bf16 model with the native CPU kernels.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ BEGINNINGS = [[(7 * i + j * j) % VOCAB for j in range(n)] for i, n in enumerate(
 
 
 def request(rng, longest=60):
-    """A random prompt, of the long ones many with a common beginning; some with stop ids that many outputs contain; at
-    times sampled, or with edited logits.
+    """A random prompt; many of the long ones share a common beginning. Some requests have stop ids that many outputs
+    contain, and some are sampled or have edited logits.
     """
     prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))]
     if longest > 150 and rng.random() < 0.5:
@@ -47,7 +47,7 @@ def request(rng, longest=60):
 
 
 def submit_many(engine, rng, count):
-    """Random requests by their ids."""
+    """Submit random requests; returns them by their ids."""
     jobs = [request(rng) for _ in range(count)]
     return {engine.submit(*job): job for job in jobs}
 
@@ -65,14 +65,14 @@ def test_a_batch_gives_what_each_gives_alone(folder, alone, mode):
     outs = engine.generate([p for p, _ in jobs], [q for _, q in jobs])
     assert [o.token_ids for o in outs] == [alone(*job) for job in jobs]
     all_pages_back(engine)
-    if mode == "two_pass":  # the drafter too: the same drafts are accepted, cycle for cycle, and it does draft
+    if mode == "two_pass":  # the drafter too: it does draft, and the same drafts are accepted, cycle for cycle
         lonely = make(folder, max_batch_size=1, mode=mode)
         assert [o.stats.accepted for o in outs] == [lonely.generate(*job).stats.accepted for job in jobs]
         assert sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs) > 1.5
 
 
 def test_the_cache_holds_the_same_bits_alone_or_batched(folder):
-    """Prefill chunking and company change no bit of the keys and values."""
+    """Prefill chunking and the other rows of a pass change no bit of the keys and values."""
     rng = random.Random(5)
     prompt = [rng.randrange(VOCAB) for _ in range(150)]
     held = []
@@ -91,8 +91,8 @@ def test_the_cache_holds_the_same_bits_alone_or_batched(folder):
 
 
 def test_prompts_share_prefill_passes(folder, alone):
-    """As many as fit in the order of their arrival, greedy beside sampled; a long one does not hold back what follows
-    for longer than its own chunks take.
+    """As many as fit, in the order of their arrival, greedy and sampled together. A long prompt delays those that
+    follow only for as long as its own chunks take.
     """
     engine = make(folder)
     rng = random.Random(2)
@@ -147,7 +147,7 @@ def test_random_arrivals_aborts_and_few_pages(folder, alone, seed):
     assert min(engine.metrics.preemptions, engine.metrics.recomputed_tokens, engine.metrics.cached_tokens) > 0
     least, most = (sum(len(jobs[i][0]) for i in ids) for ids in (jobs.keys() - aborted, jobs))
     assert least <= engine.metrics.prompt_tokens <= most
-    assert any(left) == (engine.mode == "one_pass")  # drafts of who was preempted or aborted: begin drops them
+    assert any(left) == (engine.mode == "one_pass")  # drafts of preempted or aborted requests; begin drops them
     all_pages_back(engine)
 
 
@@ -163,7 +163,7 @@ def test_a_thousand_requests(folder, alone):
 
 @pytest.mark.parametrize("fault", (RuntimeError, KeyboardInterrupt))
 def test_faults_lose_nothing(folder, alone, fault, monkeypatch):
-    """Raised before or after any part of a step: the next steps go on with the same tokens."""
+    """Raised before or after any part of a step: the next steps continue with the same tokens."""
     rng = random.Random(3)
     engine = make(folder)
     jobs = submit_many(engine, rng, 12)
@@ -198,7 +198,7 @@ def test_faults_lose_nothing(folder, alone, fault, monkeypatch):
 
 @pytest.mark.parametrize("num_pages", (None, 4))
 def test_first_come_first_served(folder, num_pages):
-    """Whoever needs most pages, too, while others keep coming who would need one; preempted or not."""
+    """This includes the request that needs most pages, while others that need one keep arriving, preempted or not."""
     engine = make(folder, max_batch_size=2, num_pages=num_pages)
     short = SamplingParams(max_new_tokens=12, ignore_eos=True)
     large = SamplingParams(max_new_tokens=240, ignore_eos=True)
@@ -218,7 +218,7 @@ def test_first_come_first_served(folder, num_pages):
 
 
 def test_whoever_ends_makes_room_for_the_next_pass(folder):
-    """No cycle runs with a slot empty that somebody waits for."""
+    """No cycle runs with an empty slot while a request waits for one."""
     engine = make(folder, max_batch_size=3)
     params = SamplingParams(max_new_tokens=9, ignore_eos=True)
     ids = [engine.submit([i], SamplingParams(60, ignore_eos=True) if i < 2 else params) for i in range(4)]
@@ -237,13 +237,13 @@ def test_whoever_ends_makes_room_for_a_pass_by_itself(folder):
     while first not in told or not told[first].finished:
         assert second not in told
         told = {out.request_id: out for out in engine.step()}
-    assert second not in told and [len(out.new_token_ids) for out in engine.step()] == [1]  # of its prefill
+    assert second not in told and [len(out.new_token_ids) for out in engine.step()] == [1]  # the token of its prefill
 
 
 @pytest.mark.parametrize("slots", (1, 2))
 def test_where_a_requests_time_went(folder, slots):
-    """In the queue, the prefill and the decoding one after the other; with 2 slots and few pages, preemption is none of
-    the queue's.
+    """In the queue, the prefill and decoding, one after the other. With 2 slots and few pages, preemption does not
+    count as queue time.
     """
     engine, clock = make(folder, max_batch_size=slots, num_pages=4), time.perf_counter
     start = clock()
@@ -263,7 +263,7 @@ def test_where_a_requests_time_went(folder, slots):
 
 
 def test_greedy_beside_sampled(folder, alone):
-    """Per-request parameters in one batch; coupled requests give what AR gives them alone, rejection repeats itself."""
+    """Per-request parameters in one batch: coupled requests give what AR gives them alone, rejection is repeatable."""
     engine = make(folder, mode="two_pass")
     greedy = SamplingParams(max_new_tokens=20, ignore_eos=True)
     coupled = SamplingParams(max_new_tokens=20, temperature=0.9, top_k=20, seed=5, ignore_eos=True)
@@ -287,7 +287,7 @@ def test_a_callers_exception_inside_a_stream(folder, alone):
 
 
 def test_interleaved_streams_lose_nothing(folder, alone):
-    """Streams, a generate and steps move each other along; each still gets all its tokens and its finish reason."""
+    """Streams, a generate and steps advance each other; each still gets all its tokens and its finish reason."""
     engine = make(folder)
     short, long = (SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (10, 40))
     a, b = engine.stream([1, 2, 3], short), engine.stream([4, 5], long)
@@ -304,7 +304,7 @@ def test_interleaved_streams_lose_nothing(folder, alone):
 
 
 def test_a_mode_belongs_to_those_who_run(folder, alone):
-    """Whoever finds the engine idle sets the mode; it stays until all of them are through."""
+    """A caller that finds the engine idle sets the mode; it stays until all running requests have finished."""
     engine = make(folder, mode="two_pass")
     short, long = (SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (5, 30))
     a, b = engine.stream([1, 2, 3], short, mode="ar"), engine.stream([4, 5], long, mode="ar")
@@ -339,7 +339,7 @@ def test_calls_from_two_threads_are_refused(folder):
             call()
         except RuntimeError as error:
             errors.append(str(error))
-    assert not engine.dropped  # of what was never queued, were it asked a thousand times
+    assert not engine.dropped  # no record of what was never queued, even after a thousand calls
     leave.set()
     worker.join()
     assert errors == ["this engine is in use by another thread; share it through orthrus_rt.AsyncEngine"] * 4
@@ -354,7 +354,7 @@ def test_submit_validates_now(folder):
         engine.submit([1], request_id="a")
     for _ in range(2):
         engine.abort("a")
-        engine.abort("b")  # was never there
+        engine.abort("b")  # it was never there
     (out,) = engine.step()
     assert out.finished and out.finish_reason == "abort" and not engine.has_unfinished()
     engine.abort("a")
@@ -386,7 +386,7 @@ def test_warmup_changes_nothing(folder, alone):
 
 
 def test_who_moves_to_a_lower_slot_takes_its_drafts_along(folder):
-    """A batch that shrinks from below accepts what each of its sequences accepts alone."""
+    """A batch whose lower slots become free accepts for each of its sequences what that accepts alone."""
     engine = make(folder, mode="one_pass", max_batch_size=8)
     prompts = [[i, i + 1, i + 2] for i in range(8)]
     params = [SamplingParams(3 + 5 * i, ignore_eos=True) for i in range(8)]
@@ -397,7 +397,7 @@ def test_who_moves_to_a_lower_slot_takes_its_drafts_along(folder):
 
 
 def test_those_who_go_on_hold_the_lowest_slots(folder):
-    """A cycle is as large as its highest slot; no more of them move than have to."""
+    """A cycle is as large as its highest slot, and no more sequences move than have to."""
     engine = make(folder)
     ids = [engine.submit([i], SamplingParams(max_new_tokens=50, ignore_eos=True)) for i in range(4)]
     engine.step()
@@ -425,7 +425,7 @@ def test_cycles_are_no_larger_than_who_runs_asks_for(folder):
 
 
 def test_cycles_that_callers_vary_are_not_all_kept(folder, monkeypatch):
-    """Those used last are, and what is recorded anew yields the same tokens in as many cycles."""
+    """The last used ones are kept, and what is recorded anew yields the same tokens in as many cycles."""
     monkeypatch.setattr("orthrus_rt.runner.MAX_RECORDINGS", 3)
     engine = make(folder, mode="two_pass")
     params = SamplingParams(9, ignore_eos=True)

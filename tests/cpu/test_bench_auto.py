@@ -27,7 +27,7 @@ def test_ratios_are_of_one_round():
     row = row_of("auto", rates, "two_pass/3")
     assert row["plan"] == "auto" and row["rounds"] == 3 and row["tok_s"] == 88.0
     assert row["over_ar"] == pytest.approx(1.1) and row["over_best_fixed"] == pytest.approx(110 / 120)
-    assert row["noise"] is None  # of three
+    assert row["noise"] is None  # three rounds are too few
 
 
 def test_the_noise_is_the_standard_error_of_a_median():

@@ -1,4 +1,4 @@
-"""The benchmark of consensus times what it says: verifications that find their drafts pending."""
+"""The benchmark of consensus times what it claims to: verifications that find their drafts pending."""
 
 import pytest
 import torch

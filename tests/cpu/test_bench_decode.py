@@ -1,4 +1,4 @@
-"""The decode benchmark's own logic: baselines give the engine's tokens, simulated acceptance is what is stated."""
+"""The decode benchmark's own logic: baselines give the engine's tokens, simulated acceptance is as stated."""
 
 import contextlib
 import json
@@ -94,7 +94,7 @@ def test_simulated_cycles_accept_by_the_trace_and_do_the_same_work(tmp_path, mod
         ids = [engine.submit(p, params) for p in PROMPTS[:2]]
         engine.step()
         for _ in range(3 if mode == "one_pass" else 0):
-            engine.step()  # whose drafts are those that the first one drafted: none
+            engine.step()  # its drafts are those that the first one made: none
         for _ in range(6):
             out = {o.request_id: len(o.new_token_ids) for o in engine.step()}
             lengths.append([out[i] for i in ids])
@@ -102,7 +102,7 @@ def test_simulated_cycles_accept_by_the_trace_and_do_the_same_work(tmp_path, mod
 
 
 def test_fewer_drafts_accept_fewer(monkeypatch):
-    """By default the published models' 31, cut to as many as there are."""
+    """The default is the published models' 31 drafts, cut to as many as there are."""
     assert mean_accepted(per_position(1 - 2.0**-31, 31), 3) == pytest.approx(1 / 2 + 1 / 4 + 1 / 8)
     monkeypatch.setattr("bench.common.read_bandwidth", lambda _: 1.0)
     shared = {"model": "8b", "device": torch.device("cpu"), "block_len": 32, "cycles": 8}
@@ -148,7 +148,7 @@ def test_rows_of_an_official_shape(tmp_path, capsys):
 
 @needs_native
 def test_a_row_is_the_median_of_its_rounds(tmp_path, monkeypatch):
-    """Of modes in turn, by the time of a cycle."""
+    """Modes alternate, and the median is by the time of a cycle."""
     times, modes = iter([5.0, 9.0, 1.0, 7.0, 3.0, 8.0]), []
 
     def simulated_row(bench, batch, context, mode):
@@ -164,7 +164,7 @@ def test_a_row_is_the_median_of_its_rounds(tmp_path, monkeypatch):
 
 @needs_native
 def test_kernels_are_timed_when_all_rows_are(tmp_path, monkeypatch):
-    """Of every baseline's row, as the profiler slows whatever runs after it."""
+    """This holds for every baseline's row, as the profiler slows down whatever runs after it."""
     order = []
 
     def measured(*args):

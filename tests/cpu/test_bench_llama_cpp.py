@@ -1,4 +1,4 @@
-"""What ``bench_llama_cpp`` takes from llama-bench."""
+"""What ``bench_llama_cpp`` reads from llama-bench."""
 
 import json
 

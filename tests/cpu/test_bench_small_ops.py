@@ -1,4 +1,4 @@
-"""The benchmarks of ops that take microseconds: both sides compute the same, and every call of a run is one."""
+"""The benchmarks of ops that take microseconds: both sides compute the same, and a timed run is many real calls."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Breaks of a busy event loop, by a clock and a loop of the test's own."""
+"""Breaks of a busy event loop, measured with a simulated clock and loop."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from orthrus_rt.breaks import BETWEEN_BREAKS, BETWEEN_LOOKS, BREAK, BUSY, Breaks
 
 
 class Loop:
-    """Of which time passes only in :meth:`turn`, and when it sleeps."""
+    """An event loop whose time passes only in :meth:`turn`, and when it sleeps."""
 
     def __init__(self, monkeypatch):
         self.now = self.computed = 0.0
@@ -25,7 +25,7 @@ class Loop:
         self.timers.append((seconds, function))
 
     def turn(self, computes: float) -> float:
-        """Let the one timer pass, computing that share of the time; the seconds until the next, 0 if there is none."""
+        """Let the one timer expire, computing for that share of its time; returns seconds to the next, 0 if none."""
         ((seconds, function),) = self.timers
         self.timers.clear()
         self.now += seconds
@@ -44,12 +44,12 @@ def test_a_loop_makes_breaks_while_it_is_busy_alone(loop):
     shares = [0.1, 0.95, 1.0, 0.5, 0.99, BUSY - 0.01]
     nexts = [loop.turn(share) for share in shares]
     assert nexts == [BETWEEN_BREAKS if share > BUSY else BETWEEN_LOOKS for share in shares]
-    assert loop.slept == [BREAK] * 3 and BETWEEN_BREAKS >= 1e-3  # some loops know whole milliseconds alone
+    assert loop.slept == [BREAK] * 3 and BETWEEN_BREAKS >= 1e-3  # some loops have a resolution of whole milliseconds
 
 
 def test_it_looks_as_long_as_somebody_waits(loop):
     waiting = []
-    taken = Breaks(loop, waiting.append)  # nobody: None
+    taken = Breaks(loop, waiting.append)  # append returns None: no caller waits
     taken.begin(), taken.begin()
     assert len(loop.timers) == 1 and loop.timers[0][0] == BETWEEN_LOOKS
     assert loop.turn(1.0) == 0 and waiting == [taken] and not loop.slept

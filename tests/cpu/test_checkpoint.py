@@ -1,4 +1,4 @@
-"""Checkpoint folders: what loads, and the one error for each way in which they can be wrong."""
+"""Checkpoint folders: what loads, and one error for each way in which they can be wrong."""
 
 import dataclasses
 import json
@@ -184,7 +184,7 @@ def test_files_that_are_not_there(tmp_path, folder):
 
 
 def test_a_file_that_cannot_be_opened_is_not_called_missing(folder):
-    """safetensors itself says so, whatever the reason."""
+    """safetensors itself reports it as missing, whatever the reason."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
@@ -210,7 +210,7 @@ def test_broken_config(folder, content, message):
 
 
 def test_more_layers_than_there_are_tensors(folder):
-    """So many that their names alone would not fit into memory."""
+    """There are so many that their names alone would not fit into memory."""
     with pytest.raises(torch.OutOfMemoryError, match="take at least"):
         many = dataclasses.replace(checkpoint.load_config(str(folder)), num_layers=10**15)
         room.check_weights(many, torch.device("cpu"), torch.float32)
@@ -296,7 +296,7 @@ class TestShards:
 
 
 def test_a_folder_is_the_one_that_was_there_at_load(text_folder, tmp_path, monkeypatch):
-    """A relative path, through a link too, in a program that goes elsewhere."""
+    """A relative path, also one through a link, in a program that changes its folder later."""
     folder = Path(text_folder)
     (tmp_path / "link").symlink_to(folder.parent)
     for start, given in ((folder.parent, folder.name), (tmp_path, f"link/../{folder.parent.name}/{folder.name}")):

@@ -1,4 +1,4 @@
-"""A plain base and a diffusion view in a folder of its own: what fits together, and what must not."""
+"""A plain base and a diffusion view in a folder of its own: what fits together, and what is refused."""
 
 import json
 
@@ -80,7 +80,7 @@ def test_int8_view_is_within_half_a_step(folders):
 
 
 def test_int8_view_in_shards(folders):
-    """Its index lists the scales too, each beside its tensor."""
+    """Its index lists the scales too, each next to its tensor."""
     base, adapter = folders
     quantize_view(adapter / VIEW, adapter / "int8.safetensors")
     (adapter / "int8.safetensors").replace(adapter / VIEW)
@@ -111,7 +111,7 @@ def test_base_alone(folders):
 
 
 def test_base_of_another_family(folders):
-    """It is not sent to look for an adapter."""
+    """The error does not suggest an adapter."""
     base, _ = folders
     edit_config(base, model_type="gemma3")
     assert message_of(base).startswith(f"{base / 'config.json'}: model_type must be one of qwen3, orthrus, llama, got")
@@ -127,7 +127,7 @@ def test_base_that_has_a_view_already(tmp_path, folders):
 
 
 def test_a_quantised_view_is_not_quantised_again(tmp_path, folders):
-    """Its scales would be lost, and what is left looks whole."""
+    """Its scales would be lost, and the rest would look complete."""
     _, adapter = folders
     quantize_view(adapter / VIEW, adapter / "int8.safetensors")
     with pytest.raises(ValueError, match=r"holds model.layers.0.*\(torch\.\w+\): it is quantised already"):
@@ -158,7 +158,7 @@ def test_adapter_that_states_another_base(folders, fact):
 
 @pytest.mark.parametrize(("fact", "value"), [("head_dim", 128), ("num_key_value_heads", 4)])
 def test_a_base_that_leaves_a_fact_to_its_default(tmp_path, fact, value):
-    """``null``, as transformers may write it, or not at all; an adapter may do likewise."""
+    """``null``, as transformers may write it, or no entry at all; an adapter may do the same."""
     base, adapter = checkpoints.make_base_and_adapter(tmp_path, "qwen3", **{fact: value})
     for theirs in (None, ...):
         edit_config(base, **{fact: theirs})

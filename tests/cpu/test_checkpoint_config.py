@@ -1,4 +1,4 @@
-"""config.json and generation_config.json: what is read, and the one error for each thing that is not supported."""
+"""config.json and generation_config.json: what is read, and one error for each thing that is not supported."""
 
 import math
 import sys
@@ -146,7 +146,7 @@ def test_one_clear_error_each(changes, message):
 
 
 def test_an_end_that_never_comes_is_left_out(caplog):
-    """With a word on it, in the name of the file that says so."""
+    """With a warning that names the file that says so."""
     raw, generation = raw_config(eos_token_id=-1), {"eos_token_id": [2, 96, 95, 10**20]}
     config = parse(raw, generation, name="tiny", where_generation="f/generation_config.json")
     assert config.eos_token_ids == (2, 95)
@@ -166,7 +166,7 @@ def test_a_number_that_yarn_may_have(key, value):
 
 
 def test_a_zero_stands_for_what_yarn_does_without_it():
-    """As in transformers, but for the factor of attention, which 0 would put an end to."""
+    """As in transformers, except for the attention factor: 0 would remove attention altogether."""
     plain = cos_sin_table(tiny_config(rope_parameters=YARN), 64)
     for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
         assert torch.equal(cos_sin_table(tiny_config(rope_parameters=YARN | {key: 0}), 64), plain)
@@ -239,7 +239,7 @@ def test_old_and_new_rope_keys_say_the_same(old, new):
     ],
 )
 def test_rope_scaling_replaces_rope_parameters(both):
-    """The recipe for long contexts of Qwen3 adds it to config.json."""
+    """Qwen3's recipe for long contexts adds it to config.json."""
     assert tiny_config(**both).rope == YARN | {"rope_theta": 1e6}
 
 
@@ -255,7 +255,7 @@ def test_rope_scaling_replaces_rope_parameters(both):
     ],
 )
 def test_an_integer_of_any_size_is_a_number(rope, key):
-    """Also one that torch takes for none, being beyond 64 bits."""
+    """This includes integers beyond 64 bits, which torch does not take for numbers."""
     tables = [cos_sin_table(tiny_config(rope_parameters=rope | {key: value}), 64) for value in (10**20, 1e20)]
     assert torch.equal(*tables)
 
@@ -291,7 +291,7 @@ def test_neither_is_a_window_of_llama_that_layer_types_overrides(unused):
 
 @pytest.mark.parametrize(("most", "positions"), [(160, 512), (512, 512), (1000, 1000)])
 def test_yarn_reaches_as_far_as_it_stretches(most, positions):
-    """The recipe for long contexts of Qwen3 leaves max_position_embeddings as it was."""
+    """Qwen3's recipe for long contexts leaves max_position_embeddings unchanged."""
     assert tiny_config(rope_scaling=YARN, max_position_embeddings=most).max_position_embeddings == positions
     far = tiny_config(rope_scaling=YARN | {"factor": 1e308}, max_position_embeddings=most)
     assert far.max_position_embeddings == sys.maxsize

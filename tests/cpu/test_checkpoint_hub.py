@@ -1,4 +1,4 @@
-"""Hub ids: what is fetched of them, when nothing is, and what is taken offline."""
+"""Hub ids: which files are fetched, when nothing is fetched, and what is used offline."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def folder(tmp_path):
     "elsewhere", ["original/params.json", "5/model.safetensors", "training.json", "consolidated.safetensors"]
 )
 def test_what_a_checkpoint_does_not_need_may_be_missing(monkeypatch, folder, tmp_path, elsewhere):
-    """Offline, by the hub's own client, which knows all of the repository's files."""
+    """Offline, by the hub's own client, which knows all files of the repository."""
     tree_cache = pytest.importorskip("huggingface_hub._tree_cache", reason="an older client lists no files")
     revision = "0123456789abcdef0123456789abcdef01234567"
     repo = tmp_path / "models--owner--model"
@@ -71,7 +71,7 @@ def test_id_is_fetched(monkeypatch, folder, name, revision):
 @pytest.mark.parametrize("adapter", [None, "owner/view"])
 @pytest.mark.parametrize("is_here", ["no", "whole", "config.json"])
 def test_info_fetches_no_weights(monkeypatch, folder, tmp_path, is_here, adapter):
-    """Nor anything, where a snapshot is here: its name would move to what has no weights here."""
+    """Nothing at all is fetched if a snapshot is here, as its name would move to one without weights."""
     asked = []
 
     def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns, local_files_only=False):
@@ -122,7 +122,7 @@ def test_no_weights_are_fetched_for_what_cannot_run(monkeypatch, folder, tmp_pat
 
 
 def test_info_of_a_base(monkeypatch, folder):
-    """A view would not help another family: nothing is said of one then."""
+    """For a model of another family a view would not help, so the message does not mention one."""
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
     config = json.loads((folder / "config.json").read_text())
     del config["block_size"]

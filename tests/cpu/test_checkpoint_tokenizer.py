@@ -41,7 +41,7 @@ def test_chat_template_comes_along(folder):
 @pytest.mark.parametrize("kind", ["LlamaTokenizer", "LlamaTokenizerFast"])
 @pytest.mark.parametrize("processor", [None, processors.ByteLevel(trim_offsets=False)])
 def test_bos_that_transformers_4_put_before_text(folder, kind, processor):
-    """And not before a chat, whose template writes it."""
+    """It is not added to a chat, whose template writes it."""
     settings = {"tokenizer_class": kind, "add_bos_token": True, "bos_token": "<bos>", "chat_template": CHAT}
     tokenizer = saved(folder, processor, settings)
     assert tokenizer("hello").input_ids == [1, 0] and tokenizer.decode([1, 0], skip_special_tokens=True) == "hello"

@@ -1,4 +1,4 @@
-"""Requests beside others: whose ids and modes are whose."""
+"""Requests that run together: which ids and modes belong to which request."""
 
 from functools import partial
 

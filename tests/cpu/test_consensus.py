@@ -19,7 +19,7 @@ def make_state(slots, block_len):
 
 def spec_emitted(drafts, choices, n, limit, stops):
     """What a verification must emit, from the rule in words: AR decoding's own tokens, as far as drafts agreed; and
-    whether it came to a row without a choice (None).
+    whether it reached a row without a choice (None).
     """
     emitted = []
     for i, token in enumerate(choices):
@@ -126,7 +126,7 @@ KERNELS = ("cpu", "cuda", "cuda-descending")
 
 @pytest.fixture(params=("reference", *KERNELS))
 def consensus(request):
-    """Every implementation; CUDA's on the host, in both thread orders."""
+    """Every implementation; CUDA's runs on the host, in both thread orders."""
     if request.param == "reference":
         return reference.consensus
     if request.param == "cpu" and dispatch.extension() is None:
@@ -161,7 +161,7 @@ def test_kernels_equal_the_oracle_on_the_longest_block(consensus):
 @pytest.mark.parametrize("nothing", [-torch.inf, torch.nan])
 @pytest.mark.parametrize(("step", "fan_out"), [(st.STEP_VERIFY, 0), (st.STEP_VERIFY_AND_DRAFT, 1)])
 def test_a_row_without_a_choice(consensus, nothing, step, fan_out):
-    """Slots that come to such a row end there, with the tokens before it; those that do not, go on."""
+    """Slots that reach such a row end there, with the tokens before it; those that do not reach one go on."""
     drafts, k = [11, 12, 13], 4
     cases = {  # where the choices differ from the drafts, rows without one, limit, stop id -> emitted, finish
         "first": (9, [0], 90, -1, [], st.NO_CHOICE),
@@ -178,7 +178,7 @@ def test_a_row_without_a_choice(consensus, nothing, step, fan_out):
     state = st.SlotState.allocate(slots, k, 8, 1, "cpu", max_fan_out=1)
     ids = torch.zeros(slots, per_slot, 3, dtype=torch.int32)
     value = torch.full((slots, per_slot, 3), nothing)
-    value[:, k:] = torch.tensor([1.0, nothing, 2.0])  # of the block that supposes all drafts to be accepted
+    value[:, k:] = torch.tensor([1.0, nothing, 2.0])  # of the block that assumes all drafts to be accepted
     for s, (differs, none, limit, stop, _, _) in enumerate(cases.values()):
         state.cache_seqlens[s], state.limit[s], state.stop_ids[s], state.finish[s] = 50, limit, stop, st.RUNNING
         state.block_tokens[s] = torch.tensor([10, *drafts])
@@ -205,7 +205,7 @@ def test_a_row_without_a_choice(consensus, nothing, step, fan_out):
 
 @pytest.mark.parametrize("nothing", [-torch.inf, torch.nan])
 def test_draft_rows_without_a_choice_are_drafts_all_the_same(consensus, nothing):
-    """A draft pass whose logits are NaN, and a block of a one-pass cycle: the first id, believed in by nobody."""
+    """A draft pass whose logits are NaN, and a block of a one-pass cycle: the first id, with a probability of 0."""
     k, ids = 4, torch.arange(5, 8, dtype=torch.int32)
     state = st.SlotState.allocate(1, k, 8, 1, "cpu", max_fan_out=1)
     state.cache_seqlens[0], state.limit[0], state.finish[0] = 10, 40, st.RUNNING
@@ -224,7 +224,7 @@ def test_draft_rows_without_a_choice_are_drafts_all_the_same(consensus, nothing)
 
 
 def test_candidates_that_tie_or_overflow(consensus):
-    """The lower id comes first; where the largest is infinite nobody is believed."""
+    """The lower id comes first; where the largest is infinite, all have probability 0."""
     k, inf = 4, torch.inf
     state = st.SlotState.allocate(1, k, 8, 1, "cpu", max_fan_out=1)
     state.cache_seqlens[0], state.limit[0], state.finish[0] = 10, 40, st.RUNNING

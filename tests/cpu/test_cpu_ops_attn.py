@@ -1,4 +1,4 @@
-"""dual_attn on the CPU: the mask of rows.h and nothing else, in the same bits whatever shares the pass."""
+"""dual_attn on the CPU: the mask of rows.h and nothing else, with the same bits whatever rows share the pass."""
 
 import pytest
 import torch
@@ -32,14 +32,14 @@ def test_the_mask_and_nothing_else(isa, element, heads):
 
 @pytest.mark.parametrize("n", (15, 16, 17, 31, 32, 33))
 def test_about_as_many_queries_and_keys_as_a_tile_has(isa, element, n):
-    """Of a block's keys the first ones then lie as they came, the last ones are copied."""
+    """Of a block's keys the first ones are then used in place, and the last ones are copied."""
     case = make([ar(0, 50, n), diff(0, 50, n)], element, Heads(2, 2, 32))
     assert ((case.run().double() - case.expected()).abs() <= case.bound()).all()
 
 
 @pytest.mark.parametrize("invalid", (1, 5, 15, 16, 31))
 def test_an_invalid_row_within_a_block(isa, element, invalid):
-    """The keys of the others are not evenly spaced."""
+    """The keys of the other rows are not evenly spaced."""
     case = make([diff(0, 70, 36)], element)
     case.rows.position[invalid], case.rows.prefix_len[invalid] = -1, 0
     for rows in (case.q, case.scratch_k, case.scratch_v):
@@ -88,7 +88,7 @@ def test_nan_of_one_row_stays_with_those_who_see_it(isa, element, wild):
     clean, dirty = make([ar(0, 0, 80)], element).run(), run(ar(0, 0, 80))
     assert torch.equal(dirty[:70], clean[:70])
     assert not dirty[70:].isfinite().any()
-    odd = run(ar(0, 64, 7))  # it is the last key
+    odd = run(ar(0, 64, 7))  # the last key
     assert torch.equal(odd[:6], clean[64:70]) and not odd[6].isfinite().any()
     for first in (64, 71):  # some of them alone: their sums are made of other tiles
         assert torch.equal(run(ar(0, first, 9)).nan_to_num(7.0), dirty[first : first + 9].nan_to_num(7.0))
@@ -109,8 +109,8 @@ def test_nan_outlives_what_else_a_row_sees(isa, element, spoil):
 
 @pytest.mark.parametrize("blind", (range(1), range(64), range(70), range(512), range(600), range(3, 70)), ids=str)
 def test_scores_of_minus_infinity(isa, element, blind):
-    """Keys that overflowed, against which a query's product is -inf: they weigh nothing, wherever they stand, and a row
-    that sees nothing else yields zeros. The others give the bits that they give without them.
+    """Keys that overflowed, whose product with a query is -inf: they weigh nothing, wherever they stand, and a row that
+    sees nothing else yields zeros. The other rows yield what they yield without these keys.
     """
     lengths = (1, 64, 65, 70, 513, 600)
     case = make([ar(i, length - 1, 1) for i, length in enumerate(lengths)], element, Heads(2, 1, 32))
@@ -130,7 +130,7 @@ def test_scores_of_minus_infinity(isa, element, blind):
 
 
 def test_no_zero_is_negative(isa, element):
-    """Nor what is left of a negative value that weighs nothing: tiles of AMX would lose the sign."""
+    """This includes what is left of a negative value that weighs nothing: tiles of AMX would lose the sign."""
     case = make([ar(0, 70, 1)], element, Heads(1, 1, 16))
     first, second = case.page_table[0, :2]
     case.q.zero_()[..., 0] = 1
@@ -156,7 +156,7 @@ def test_scores_far_below_zero(isa, element):
 
 @pytest.mark.parametrize("position", (0, 1, 2, 3, 13, 44, 62))
 def test_the_largest_score_may_be_anyones(isa, element, position):
-    """Another, 32 keys later, is too large for e^score as well."""
+    """Another score, 32 keys later, is too large for e^score as well."""
     case = make([ar(0, 99, 1)], element, Heads(1, 1, 64))
     case.q[:] = 8
     set_keys(case, [position], 8)
@@ -167,7 +167,7 @@ def test_the_largest_score_may_be_anyones(isa, element, position):
 @pytest.mark.parametrize("first", (0, 1))
 @pytest.mark.parametrize("heads", (1, 8))
 def test_weights_are_rounded_before_they_weigh_and_are_summed(isa, heads, first):
-    """Two keys, the other with e^-1.453125 = 0.23384 of the first's weight, which bf16 rounds to 0.2333984375."""
+    """Two keys, the second with e^-1.453125 = 0.23384 of the first's weight, which bf16 rounds to 0.2333984375."""
     case = make([ar(0, 1, 1)], torch.bfloat16, Heads(heads, 1, 16))
     case.q.zero_()[..., 0] = 1
     keys, values = (pages[case.page_table[0, 0], 0, :2] for pages in (case.k_pages, case.v_pages))
@@ -180,7 +180,7 @@ def test_weights_are_rounded_before_they_weigh_and_are_summed(isa, heads, first)
 
 
 def test_64_bit_offsets(isa):
-    """Pages beyond 2^31 elements; what is not touched takes no memory."""
+    """Pages beyond 2^31 elements; untouched ones take no memory."""
     groups, heads = [ar(0, 70, 2), diff(0, 70, 2)], Heads(1, 1, 64)
     far = Pass(heads, groups, "cpu", first_page=(1 << 31) // (64 * 64) + 1)
     assert far.k_pages.numel() > 2**31

@@ -23,7 +23,7 @@ def run(case, num_threads):
 
 
 def assert_near(case, got):
-    """Each weight and the output are rounded; the slack is of sums in fp32."""
+    """Each weight and the output are rounded; the slack is for sums in fp32."""
     want = case.expected()
     error = (got.double() - want).norm() / want.norm()
     assert error < torch.finfo(case.dtype).eps / 3 + 2e-6, float(error)
@@ -44,7 +44,7 @@ def test_threads_and_company_change_no_bit(isa, element, view, n, start):
 
 @pytest.mark.parametrize("start", [0, SPLIT - 8, 1500])
 def test_chunks_of_a_long_prompt_change_no_bit(isa, element, start):
-    """600 causal rows at once, 100 of them, 16, and the last alone."""
+    """600 causal rows at once, 100 of them, 16, and the last one alone."""
     case = make([ar(0, start, 600)], element)
     whole = run(case, 1)
     assert_near(case, whole)
@@ -63,7 +63,7 @@ def test_who_is_done_first_changes_no_bit(isa, element):
 
 
 def test_longer_prefixes_within_a_block_change_no_bit(isa, element):
-    """A row sees its block behind its own last split, whatever the others of the block see before it."""
+    """A row sees its block after its own last split, whatever the other rows of the block see before it."""
     case = make([diff(0, 2 * SPLIT + 5, 4)], element)
     longest = int(case.rows.prefix_len[0])
     case.rows.prefix_len[:] = SPLIT - 1
@@ -83,7 +83,7 @@ def test_the_last_row_sees_most(isa, element):
 
 
 class EitherWay(Pass):
-    """Splits as items of their own, or one after another on one thread."""
+    """Splits as separate items, or one after another on one thread."""
 
     def run(self, split=True):
         with threads(16 if split else 1):
@@ -110,7 +110,7 @@ def test_an_infinite_value_reaches_those_who_see_it(isa, element, position):
 
 @pytest.mark.parametrize("dim", [16, 64, 128, 256])
 def test_nan_that_another_pass_left_on_the_stack_reaches_nobody(isa, element, dim):
-    """Where the keys fill no tile: what stands in for the missing ones weighs nothing, but 0 times NaN is NaN."""
+    """Where the keys fill no tile, what stands in for the missing ones weighs nothing, but 0 times NaN is NaN."""
     case = Pass(Heads(32, 1, dim), [ar(0, 4, 1), ar(1, 36, 1), ar(2, SPLIT + 4, 1)], device="cpu", dtype=element)
     want, bound = case.expected(), case.bound()
     for dtype in (torch.bfloat16, torch.float32):

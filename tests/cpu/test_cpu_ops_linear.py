@@ -11,7 +11,7 @@ ROWS = (1, 2, 3, 11, 12, 13, 25, 33, 34, 49, 128)
 
 
 def product(x, w):
-    """float64 logits and the rounding error that fp32 accumulation in any order may leave."""
+    """float64 logits, and the rounding error that fp32 accumulation in any order may leave."""
     exact = x.double() @ w.double().T
     return exact, (x.double().abs() @ w.double().abs().T) * (x.shape[1] + 4) * 2.0**-24
 
@@ -64,7 +64,7 @@ def test_where_a_weight_lies_changes_nothing(element, shape, gate_up):
 
 
 def test_silu_mul_extremes(isa, element):
-    """Gates far out on both sides: x or 0, no overflow on the way; a NaN stays one."""
+    """Gates far out on both sides: x or 0, without an overflow on the way; a NaN stays NaN."""
     w = torch.zeros(2, 2, dtype=element)
     w[0, 0] = w[1, 1] = 1.0
     packed = weights.pack(w, gate_up=True, impl="cpu")
@@ -77,7 +77,7 @@ def test_silu_mul_extremes(isa, element):
 
 @pytest.mark.parametrize("up", [1.0, 1e6])
 def test_silu_mul_of_gates_whose_exp_overflows(isa, element, up):
-    """Quotients below 1.1e-36 may become 0, as in CUDA; their sign stays."""
+    """Quotients below 1.1e-36 may become 0, as in CUDA; their sign is kept."""
     packed = weights.pack(torch.eye(2).to(element), gate_up=True, impl="cpu")
     gates = torch.tensor([-88.0, -88.5, -100.0, -1e30, -3e38])
     x = torch.stack([gates, torch.full_like(gates, up)], 1).to(element)
@@ -108,7 +108,7 @@ def test_argmax_is_the_argmax_of_the_logits(isa, element, vocab):
 
 
 def test_argmax_of_nan(isa, element):
-    """NaN never wins; a tile of nothing else yields -inf and a valid id."""
+    """NaN never wins; a tile of nothing but NaN yields -inf and a valid id."""
     w = torch.zeros(600, 2, dtype=element)
     w[:, 0] = 1
     w[5, 1], w[512:, 1] = torch.nan, torch.nan
@@ -120,7 +120,7 @@ def test_argmax_of_nan(isa, element):
 
 @pytest.mark.parametrize(("best", "wild"), [(5, 21), (21, 5), (0, 16), (31, 15), (15, 14), (16, 17)])
 def test_argmax_beside_nan(isa, element, best, wild):
-    """Whichever lanes of a strip they are in."""
+    """The result does not depend on the lanes of a strip that hold them."""
     w = torch.ones(32, 2, dtype=element)
     w[best, 0], w[wild, 1] = 2, torch.nan
     value, index = torch.zeros(1, 1), torch.zeros(1, 1).int()
@@ -130,7 +130,7 @@ def test_argmax_beside_nan(isa, element, best, wild):
 
 
 def test_argmax_on_many_threads(isa, element):
-    """A partial maximum is one thread's."""
+    """Each partial maximum is computed by one thread."""
     packed, x = weights.pack(randn(5000, 32, seed=5), impl="cpu"), randn(3, 32, seed=6)
     full = torch.nn.functional.pad(logits(x, packed), (0, 120), value=-torch.inf).view(3, 10, 512)
     for _ in range(20):
@@ -149,7 +149,7 @@ def test_two_views_in_one_launch(isa, element):
         got = logits(x, packed, weight_diff=packed_diff, num_rows_ar=split)
         assert torch.equal(got[:split], logits(x[:split], packed))
         assert torch.equal(got[split:], logits(x[split:], packed_diff))
-        assert torch.equal(logits(x, packed, num_rows_ar=split), logits(x, packed))  # of no second view
+        assert torch.equal(logits(x, packed, num_rows_ar=split), logits(x, packed))  # without a second view
 
 
 @pytest.mark.parametrize("in_features", [31, 32, 33, 63])
@@ -165,7 +165,7 @@ def test_nan_of_a_weight_stays_with_its_outputs(isa, element, in_features):
 
 @pytest.mark.parametrize("shape", [(96, 64), (576, 1536), (513, 31), (2500, 97), (70, 2500)], ids=str)
 def test_row_invariance(isa, element, shape, request):
-    """A row's bits: alone, among 16 and many rows (one of them NaN), in any order, on any thread count."""
+    """A row's bits: alone, among 16 and among many rows (one of them NaN), in any order, on any number of threads."""
     num_rows = 1000 if request.config.getoption("--full") else 300
     packed = weights.pack(randn(*shape, seed=9, scale=0.1), impl="cpu")
     x = randn(num_rows, shape[1], seed=10)
@@ -182,7 +182,7 @@ def test_row_invariance(isa, element, shape, request):
 
 @pytest.mark.parametrize("width", [2050, 2051])
 def test_many_rows_in_every_epilogue(isa, element, width):
-    """More rows than stay in a cache, with NaN rows between them, in place and of two views: what 10 of them give."""
+    """More rows than fit in a cache, with NaN rows between them, in place and with two views: what 10 of them give."""
     w, n, split, few = randn(70, width, seed=11, scale=0.1), 700, 330, slice(325, 335)
     packed, gates = weights.pack(w, impl="cpu"), weights.pack(w, gate_up=True, impl="cpu")
     diff = weights.pack(randn(70, width, seed=12, scale=0.1), impl="cpu")
@@ -205,8 +205,8 @@ def test_many_rows_in_every_epilogue(isa, element, width):
 
 @pytest.mark.parametrize("in_features", [255, 258, 600, 2051])
 def test_bf16_gives_what_the_same_numbers_give_in_float32(isa, in_features):
-    """Where pairs have no instruction of their own: products of bf16 are exact, and sums are those of the inputs in
-    order, however a strip is cut.
+    """On instruction sets without an instruction for pairs: products of bf16 are exact, and inputs are summed in order,
+    however a strip is cut.
     """
     if isa.endswith("bf16"):
         pytest.skip(f"{isa} rounds pairs of products in its own way")

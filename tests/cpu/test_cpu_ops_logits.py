@@ -1,4 +1,4 @@
-"""Native process_logits on the CPU: against the oracle, and to the bit whatever the company and the threads."""
+"""Native process_logits on the CPU: against the oracle, and to the bit whatever the other rows and the threads."""
 
 import pytest
 import torch
@@ -36,13 +36,13 @@ def test_penalties_bias_and_stop_ids(isa, kind):
 
 @pytest.mark.parametrize("vocab", [4, 1000])
 def test_blocks_with_edits(isa, vocab):
-    """Drafts count in AR rows alone; invalid rows yield zeros."""
+    """Drafts count only in AR rows; invalid rows yield zeros."""
     assert_agrees(block_with_edits(vocab), native.process_logits)
 
 
 @pytest.mark.parametrize("before", (0, 1))
 def test_a_draft_in_the_first_row_of_a_pass(isa, before):
-    """It counts whatever stands before it in the pass."""
+    """It counts, whatever stands before it in the pass."""
     groups = [ar(1, 3, 1)] * before + [ar(0, 11, 1)]
     case, rows = with_filters(logits(2, 130, "normal"), [FILTERS[0]], edits=True), make_rows(groups)
     rows.token.fill_(5)
@@ -77,7 +77,7 @@ def test_the_unlikely(isa):
 
 @pytest.mark.parametrize("kind", ["peaked", "tied"])
 def test_filters_at_every_size_of_set(isa, kind):
-    """From one token to all of them: every rung, and more than the last."""
+    """From one token to all of them: every rung, and more than the last one."""
     filters = [(1.0, k, p, 0.0) for k in (0, 1, 2, 15, 16, 17, 100, 1500, 2999) for p in (1.0, 0.9999, 0.6)]
     filters += [(t, 0, p, m) for t in (0.05, 30.0) for p in (0.999999, 0.5) for m in (0.0, 1e-6, 0.3)]
     assert_agrees(with_filters(logits(len(filters), 3000, kind), filters), native.process_logits)

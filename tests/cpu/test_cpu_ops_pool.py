@@ -1,4 +1,4 @@
-"""The threads of the native CPU ops: who shares them, forks, and lack of memory for them."""
+"""The threads of the native CPU ops: sharing between callers, forks, and lack of memory for them."""
 
 import os
 import threading
@@ -26,7 +26,7 @@ def test_threads_of_python_share_the_pool():
     def work(layer, out):
         for _ in range(50):
             layer.run()
-            ops.row_linear(x, weight, out.fill_(torch.nan))  # long enough for two to meet
+            ops.row_linear(x, weight, out.fill_(torch.nan))  # long enough for two to overlap
             assert torch.equal(out, product)
 
     with threads(2), ThreadPoolExecutor(4) as pool:
@@ -101,13 +101,13 @@ accounts = pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason
 
 @accounts
 def test_who_takes_part():
-    """As many threads as torch has, though they fell asleep before."""
+    """As many threads as torch has, even if they were asleep before."""
     apart.run(WHO_TAKES_PART)
 
 
 @accounts
 def test_who_takes_part_in_a_forked_child():
-    """Threads of its own, also if an op of another thread was under way."""
+    """Threads of the child's own, even if an op of another thread was running."""
     code = """
 begun, ended = threading.Event(), threading.Event()
 
@@ -137,7 +137,7 @@ assert status == 0
 
 
 def test_other_threads_run_meanwhile():
-    """While an op, a replay, or a weight on its way into 12 bits takes its time."""
+    """While an op, a replay, or the conversion of a weight to 12 bits takes its time."""
     cpu = dispatch.extension().cpu
     weight, x = weights.pack(randn(2048, 2048, seed=1).float(), impl="cpu"), randn(300, 2048, seed=2).float()
     plain, coded = randn(4 * 64 * 2048, 64, seed=3), torch.empty(4 * 64 * 2048 * 64).bfloat16()
@@ -175,7 +175,7 @@ def test_other_threads_run_meanwhile():
 
 
 def test_a_worker_without_memory():
-    """No room for a row's scratch: the op raises once all threads are out of it, and the next one is whole."""
+    """No room for a row's scratch: the op raises once all threads have left it, and the next op is complete."""
     code = """
 import pytest, torch
 from orthrus_rt import native, ops, weights
@@ -204,7 +204,7 @@ with threads(2):
 
 
 def test_a_caller_without_memory():
-    """No room for the rows that it widens: the op raises before any other thread begins."""
+    """No room for the rows that the caller widens: the op raises before any other thread begins."""
     code = """
 import pytest, torch
 from orthrus_rt import dispatch, ops, weights
@@ -221,7 +221,7 @@ with threads(2):
 
 
 def test_threads_started_without_memory():
-    """The op raises and says so; those that were started stay, and with memory again it runs on all of them."""
+    """The op raises and says so; those that were started stay, and with memory again it runs on all threads."""
     code = """
 import os, pytest, torch
 from orthrus_rt import ops, weights

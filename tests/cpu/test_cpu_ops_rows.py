@@ -16,7 +16,7 @@ def test_embed(isa, element):
     ops.embed(token, table, out)
     assert torch.equal(out, table[token.long()])
     ops.embed(token[:0], table, out[:0])
-    ops.embed(torch.tensor([-1, 50, 7], dtype=torch.int32), table, out[:3])  # ids outside of the table
+    ops.embed(torch.tensor([-1, 50, 7], dtype=torch.int32), table, out[:3])  # ids outside the table
     assert not out[:2].any() and torch.equal(out[2], table[7])
 
 
@@ -46,7 +46,7 @@ def test_rms_norm(isa, element, hidden):
 
 
 def test_nan_of_any_payload_stays_one(isa, element):
-    """To round its bits as a number's would make it one: of an odd width, in whole vectors and behind them."""
+    """Rounding its bits like a number's would make it a number: for an odd width, in whole vectors and after them."""
     weight = torch.full((19,), 2**31 - 1, dtype=torch.int32).view(torch.float32)
     out = torch.zeros(1, 19, dtype=element)
     ops.rms_norm(randn(1, 19), weight, 1e-5, out)
@@ -105,7 +105,7 @@ def test_qkv_commit(isa, element, qk_norm, heads_q, heads_kv, head_dim):
 
 @pytest.mark.parametrize(("heads_q", "heads_kv", "head_dim"), [(9, 3, 64), (2, 1, 16), (1, 1, 6)])
 def test_qkv_commit_writes_finite_values(isa, element, heads_q, heads_kv, head_dim):
-    """NaN stands in the key instead, so that it can be hidden from those who must not see it."""
+    """Instead the key holds NaN, so that it can be hidden from rows that must not see it."""
     rows = make_rows(GROUPS)
     qkv = randn(rows.num_rows, (heads_q + 2 * heads_kv) * head_dim)
     cos_sin = torch.rand(128, head_dim)

@@ -1,4 +1,4 @@
-"""The native CPU ops under other numbers of threads and other instruction sets."""
+"""The native CPU ops with other numbers of threads and other instruction sets."""
 
 import os
 import re
@@ -16,8 +16,8 @@ from tests.rows import ar, make_rows
 
 
 def test_flushing_of_subnormal_numbers_changes_no_bit():
-    """Neither the caller's nor that of the thread which started a worker, be it for an op or to pack a weight; and the
-    caller's own mode stays.
+    """Neither in the caller's mode nor in that of the thread which started a worker, be it for an op or to pack a
+    weight; and the caller's own mode stays.
     """
     code = """
 import torch
@@ -56,7 +56,7 @@ check(torch.bfloat16)  # some instructions take such numbers for zeros, always
 
 
 def test_numbers_of_threads_by_turns(isa):
-    """More than there are cores, fewer and one: the pool keeps the others for later."""
+    """More threads than there are cores, fewer and one: the pool keeps the others for later."""
     want = Layer()
     want.run()
     layer = Layer()
@@ -85,7 +85,7 @@ def test_isa_override():
 
 
 def test_torch_and_the_ops_take_turns(isa):
-    """torch's own bf16 products shape the same tile registers on the same threads."""
+    """torch's own bf16 products configure the same tile registers on the same threads."""
     want = Layer()
     want.run()
     a, b = randn(64, 96, seed=7), randn(96, 80, seed=8)
@@ -97,7 +97,7 @@ def test_torch_and_the_ops_take_turns(isa):
 
 
 def test_avx512_rounds_as_avx2_does(element):
-    """To the bit: what tests pin for one of them holds for both."""
+    """They agree to the bit: what tests pin for one of them holds for both."""
     cpu = dispatch.extension().cpu
     before, got = cpu.isa(), {}
     for isa in ("avx2", "avx512"):

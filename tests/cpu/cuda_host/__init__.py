@@ -21,9 +21,9 @@ KERNELS = ("qkv_commit", "consensus", "dual_attn", "dual_attn_f32", "row_linear_
 ROW_LINEAR = ("row_linear", *(f"row_linear_{isa}{coded}" for isa in ("mma", "sm90") for coded in ("", "_coded")))
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
-FLAGS.append("-Wno-maybe-uninitialized")  # what is loaded under one condition and used under the same
-FLAGS.append("-U_FORTIFY_SOURCE")  # which takes a fiber's stack for a longjmp gone wrong
-LIBRARIES: list[ctypes.CDLL] = []  # that were built
+FLAGS.append("-Wno-maybe-uninitialized")  # for values that are loaded under a condition and used under the same one
+FLAGS.append("-U_FORTIFY_SOURCE")  # which takes a switch of fiber stacks for a longjmp gone wrong
+LIBRARIES: list[ctypes.CDLL] = []  # those built so far
 A_WEEK = 7 * 24 * 3600
 SCALARS = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
 
@@ -48,15 +48,15 @@ def structs() -> dict[str, type[ctypes.Structure]]:
 
 
 def build(interface: str, kernels: tuple[str, ...]) -> ctypes.CDLL:
-    """The kernels behind the C functions of ``interface``, a file of this folder: from the build folder if nothing has
-    changed since.
+    """The kernels behind the C functions of ``interface``, a file of this folder: taken from the build folder if
+    nothing has changed since.
     """
     sources = [HERE / interface, *(CSRC / "cuda" / f"{name}.cu" for name in kernels)]
     include = [f"-I{HERE}", f"-I{CSRC / 'include'}"]
     path = ROOT / "build" / "cuda_host" / f"{Path(interface).stem}-{_hash_for([interface, *kernels, *FLAGS])}.so"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of a run want it too
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of a test run want it too
         if not path.exists():
             unfinished = path.with_suffix(".unfinished")
             command = [compiler(), *FLAGS, *include, "-shared", "-x", "c++", *map(str, sources), "-o", str(unfinished)]
@@ -73,7 +73,7 @@ def build(interface: str, kernels: tuple[str, ...]) -> ctypes.CDLL:
 
 
 def _hash_for(command: list[str]) -> str:
-    """Of the command, all that it may compile, and what the compiler says of itself and this processor."""
+    """A hash of the command, of all that it may compile, and of what the compiler says of itself and the processor."""
     digest = hashlib.sha256(subprocess.check_output([compiler(), *FLAGS, "-dM", "-E", "-x", "c++", "/dev/null"]))
     digest.update(repr(command).encode())
     for folder in (HERE, CSRC / "cuda", CSRC / "include"):
@@ -84,8 +84,8 @@ def _hash_for(command: list[str]) -> str:
 
 @contextlib.contextmanager
 def host_unseen():
-    """ThreadSanitizer, where it runs, shall not take what the host does for a race: whether it waits for a device
-    before it gives memory back is the caller's affair, and memory that it takes anew is nobody's.
+    """Keep ThreadSanitizer, where it runs, from taking the host's work for a race. Whether the host waits for a device
+    before it gives memory back is the caller's concern, and memory that it newly allocates belongs to no thread.
     """
     if "-fsanitize=thread" not in FLAGS:
         yield
@@ -105,13 +105,13 @@ def host_unseen():
 
 
 def let_kernels_follow() -> None:
-    """What the host has done until now comes before what kernels will do."""
+    """Everything the host has done so far happens before what kernels will do."""
     begin, *_ = _meetings()
     ctypes.CDLL(None).__tsan_release(begin)
 
 
 def _meetings() -> list[ctypes.c_void_p]:
-    """Of launch.cuh; the libraries share them."""
+    """Those of launch.cuh; the libraries share them."""
     words = (ctypes.c_uint64 * 3).in_dll(LIBRARIES[0], "cuda_host_meetings")
     return [ctypes.c_void_p(ctypes.addressof(words) + 8 * i) for i in range(3)]
 
@@ -129,7 +129,7 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def row_linear_library() -> ctypes.CDLL:
-    """``row_linear`` in bfloat16, which variant ``ORTHRUS_CUDA_ISA`` says."""
+    """``row_linear`` in bfloat16, in the variant that ``ORTHRUS_CUDA_ISA`` selects."""
     loaded = build("row_linear.cpp", ROW_LINEAR)
     for name in ("workspace", "prefetched", "prefetches", "next_prefetch"):
         getattr(loaded, f"row_linear_{name}").restype = ctypes.c_int64

@@ -1,7 +1,7 @@
-// The part of CUDA that plain kernels use, as host C++: one fiber per thread of a block; blocks, or clusters of them,
-// one after the other. Barriers and warp exchanges hand control to the next fiber, in ascending or descending thread
-// order; a result that depends on the order is a race, and ThreadSanitizer, if it is there, finds those on which no
-// result depends (see races.h).
+// The part of CUDA that plain kernels use, as host C++: one fiber per thread of a block. Blocks, or clusters of them,
+// run one after the other. Barriers and warp exchanges pass control to the next fiber, in ascending or descending
+// thread order. A result that depends on the order is a race, and ThreadSanitizer, if available, finds those races on
+// which no result depends (see races.h).
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -76,17 +76,17 @@ namespace cuda_host {
 
 inline bool descending = false;
 constexpr int kMaxCluster = 2;
-inline int self = 0;  // the thread that runs, of all of its cluster's
-inline int rank() { return self / static_cast<int>(blockDim.x); }  // of its block in the cluster
-inline void* const kStream = reinterpret_cast<void*>(0x57ea);  // what launchers are given, and have to launch on
+inline int self = 0;  // the running thread, among all of its cluster's
+inline int rank() { return self / static_cast<int>(blockDim.x); }  // of the thread's block in the cluster
+inline void* const kStream = reinterpret_cast<void*>(0x57ea);  // passed to launchers, which have to launch on it
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "cuda_host: block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
   std::abort();
 }
 
-// A thread of a cluster, of every cluster in turn. Its context is entered once; from then on control passes by setjmp
-// and longjmp, which, unlike swapcontext, ask nothing of the system.
+// A thread of a cluster, reused for every cluster. Its context is entered once; from then on control passes by setjmp
+// and longjmp, which, unlike swapcontext, need no system calls.
 struct Fiber {
   enum State : uint8_t { kReady, kWarp, kBlock, kCluster, kDone };
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -98,22 +98,23 @@ struct Fiber {
   jmp_buf resume;
   bool entered = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  int exchanges = 0, met[2] = {};  // so often with its warp, with its block
+  int exchanges = 0, met[2] = {};  // how often with its warp, with its block
   races::Thread seen_as{};
 };
 
-// Where host and launches meet, see host_unseen() in __init__.py: what the host has done before kernels run at all;
-// what the threads of a launch have done, by turns with those of the next. Not zero, lest they lie in shared memory.
+// Points at which the host and launches synchronise, see host_unseen() in __init__.py. The first: what the host has
+// done before kernels run. The others: what the threads of a launch have done, alternating from launch to launch.
+// Initialised to 1, as zeros would lie where static shared memory does.
 extern "C" {
 inline uint64_t cuda_host_meetings[3] = {1, 1, 1};
 }
 
-// Where threads meet, by turns in two places: nobody leaves the next meeting before all have left this one.
+// Where threads synchronise, alternating between two places: none leaves the next meeting before all left this one.
 struct Meeting {
   uint64_t places[2];
 };
 
-// The blocks of a cluster, which is mostly one.
+// The blocks of a cluster, which is usually a single block.
 class Block {
   static constexpr int kMaxWarps = 32, kValueBytes = 32;
  public:
@@ -122,10 +123,10 @@ class Block {
     return *block;
   }
 
-  // Clusters take turns with sets of fibers, lest one's threads seem to go on as another's; so do launches.
+  // Clusters rotate among sets of fibers, lest one's threads look like another's continued; launches alternate too.
   static constexpr int kSets = races::kSought ? 3 : 1;
 
-  // `first_block`: the cluster's first, of `blocks`, neighbours in x, of blockDim.x threads.
+  // `first_block`: the first of the cluster's `blocks` blocks, neighbours in x, of blockDim.x threads each.
   void run(int launch, int cluster, dim3 first_block, int blocks, const std::function<void()>& kernel) {
     const int threads = blocks * blockDim.x;
     if (threads > kMaxWarps * 32 || (blocks > 1 && blockDim.x % 32)) fail("a cluster that is not modelled");
@@ -150,7 +151,7 @@ class Block {
     _longjmp(scheduler_, 1);
   }
 
-  // Until the whole warp or block is here. What they did before is done for those who leave.
+  // Waits for the whole warp or block. What its threads did before happens before what they do after.
   void meet(Fiber::State state) {
     const races::Unseen unseen;
     const bool all = state == Fiber::kBlock;
@@ -164,7 +165,7 @@ class Block {
   // Which of the sets of fibers runs.
   int set() const { return set_; }
 
-  // Where those meet who fence what they have initialised and those who wait for their cluster.
+  // Where threads that fence what they have initialised synchronise with threads that wait for their cluster.
   void* fenced() { return meetings_[kMaxWarps + kMaxCluster].places; }
 
   int blocks() const { return threads_ / static_cast<int>(blockDim.x); }
@@ -175,8 +176,8 @@ class Block {
     return std::count(begin, begin + blockDim.x, Fiber::kDone) == static_cast<int>(blockDim.x);
   }
 
-  // What the warp's lanes have passed to the same exchange; until the caller's next one. ``first()``: is the caller the
-  // first of them to ask?
+  // What the warp's lanes have passed to the same exchange; valid until the caller's next one. ``first()``: is the
+  // caller the first lane to ask?
   template <typename T>
   struct Lanes {
     const char (*values)[kValueBytes];
@@ -185,7 +186,7 @@ class Block {
     bool first() const { return !std::exchange(*asked, true); }
   };
 
-  // Orders nothing else.
+  // It orders no other accesses.
   template <typename T>
   Lanes<T> exchange(T value) {
     static_assert(sizeof(T) <= kValueBytes);
@@ -234,7 +235,7 @@ class Block {
     setcontext(&fiber.context);
   }
 
-  // Runs every ready fiber once, then opens the warp exchanges or the barrier that all live ones reached.
+  // Runs every ready fiber once, then opens the warp exchanges or the barrier that all live fibers have reached.
   bool step() {
     bool ran = false;
     for (int i = 0; i < threads_; ++i) {
@@ -263,12 +264,12 @@ class Block {
     return waiting > 0;
   }
 
-  std::deque<Fiber> sets_[2 * kSets];  // of fibers, which stay where they are
+  std::deque<Fiber> sets_[2 * kSets];  // deques, in which fibers never move
   Fiber::State states_[kMaxWarps * 32];
   int set_ = 0;
   races::Thread scheduler_seen_as_{};
-  Meeting meetings_[kMaxWarps + kMaxCluster + 1];  // of the warps, of the blocks, and of the cluster
-  // Of this and the previous exchange of each warp: a lane runs at most one ahead of its warp.
+  Meeting meetings_[kMaxWarps + kMaxCluster + 1];  // for the warps, for the blocks, and for the cluster
+  // Of this and the previous exchange of each warp: a lane is at most one exchange ahead of its warp.
   alignas(64) char values_[kMaxWarps][2][32][kValueBytes] = {};
   bool asked_[kMaxWarps][2] = {};
   jmp_buf scheduler_;

@@ -1,7 +1,7 @@
-"""A CUDA device that is not there: engines on CPU tensors whose ops are the CUDA kernels, compiled for the host.
+"""A simulated CUDA device: engines on CPU tensors whose ops are the CUDA kernels, compiled for the host.
 
-Packed weights, workspaces, parameter structs and what a recording freezes are those of a GPU; what is not: time, and
-ops that overlap.
+Packed weights, workspaces, parameter structs and what a recording freezes are those of a GPU. Timing, and ops that
+overlap, are not simulated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NATIVE = ("row_linear", "qkv_commit", "dual_attn", "consensus")  # the other ops
 
 
 class Tape:
-    """Stands for a CUDA graph: launches of fixed parameters, which run only when they are replayed."""
+    """Stands in for a CUDA graph: launches with fixed parameters, which run only when they are replayed."""
 
     recording: Tape | None = None
 
@@ -42,7 +42,7 @@ class Tape:
 
 
 def launch(function, *args) -> None:
-    """Run ``function`` now, or, while a tape records, whenever that is replayed."""
+    """Run ``function`` at once, or, while a tape records, whenever the tape is replayed."""
     if Tape.recording is None:
         function(*args)
     else:
@@ -60,9 +60,9 @@ def as_ctypes(params) -> ctypes.Structure:
 
 
 class Device:
-    """Takes the place of the native module's ``cpu`` and ``cuda``, for a GPU of ``num_sms`` SMs.
+    """Replaces the native module's ``cpu`` and ``cuda``, for a GPU of ``num_sms`` SMs.
 
-    Threads of a block run in descending order or not; by turns where ``descending`` is None.
+    Threads of a block run in descending order or not; the order alternates where ``descending`` is None.
     """
 
     Tape = Tape
@@ -103,7 +103,7 @@ class Device:
 
 
 class Module:
-    """The native module, whose ops run on ``device``."""
+    """The native module, with ops that run on ``device``."""
 
     def __init__(self, device: Device):
         self.cpu = self.cuda = device
@@ -114,14 +114,14 @@ class Module:
 
 @contextlib.contextmanager
 def installed(*, others: str, num_sms: int = 5):
-    """CPU tensors run the CUDA kernels, on the :class:`Device` that this yields, and the ops that a GPU runs in Triton
-    as ``others``: "triton" or "cpu".
+    """CPU tensors run the CUDA kernels, on the :class:`Device` that this yields. The ops that a GPU runs in Triton run
+    as ``others`` says: "triton" or "cpu".
     """
     device, run_triton = Device(num_sms), ops._launch_on
     module = Module(device)
     with pytest.MonkeyPatch.context() as patch, cuda_host.host_unseen():
         patch.setattr(dispatch, "extension", lambda: module)
-        patch.setattr(huge_pages.arena, "block", torch.empty(0, dtype=torch.uint8))  # it begins with memory of its own
+        patch.setattr(huge_pages.arena, "block", torch.empty(0, dtype=torch.uint8))  # it starts with memory of its own
         patch.setattr(dispatch, "select", lambda op, *_: "cuda" if op in NATIVE else others)
         patch.setattr(ops, "_launch_on", lambda *args, **kwargs: launch(functools.partial(run_triton, **kwargs), *args))
         yield device

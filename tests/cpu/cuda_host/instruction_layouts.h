@@ -1,5 +1,5 @@
-// Where instructions find matrix elements, and where they leave them: what the twins of csrc/include/orthrus compute
-// with. tests/compile/test_cute.py holds every line against CuTe.
+// Where instructions find matrix elements, and where they leave them: the layouts used by the twins of
+// csrc/include/orthrus. tests/compile/test_cute.py checks every line against CuTe.
 #pragma once
 #include <cstdint>
 

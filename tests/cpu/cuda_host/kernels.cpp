@@ -1,4 +1,4 @@
-// C interface to the CUDA kernels that are compiled for the host beside this file.
+// C interface to the CUDA kernels that are compiled for the host together with this file.
 #include "orthrus/launch.cuh"
 #include "orthrus/ops.h"
 

@@ -1,7 +1,7 @@
-// What ThreadSanitizer is told of kernels on the host, so that it finds the races that a device could have: to it every
-// thread of a cluster is a thread, as are those that copy and multiply in its stead, and nothing orders their accesses
-// but what does on a device. Not modelled are fences between memory's proxies; clusters of a launch that are kSets
-// apart are one to it; and of many accesses to a word it remembers a few. Without it, nothing happens here.
+// Describes kernels on the host to ThreadSanitizer so that it finds the races that a device could have. To it every
+// thread of a cluster is a thread, as are the units that copy and multiply on its behalf, and only what orders accesses
+// on a device orders them here. Fences between memory's proxies are not modelled, clusters of a launch that are kSets
+// apart look like one, and of many accesses to a word it remembers a few. Without it, nothing happens here.
 #pragma once
 #include <cstddef>
 
@@ -29,21 +29,21 @@ inline Thread make_thread(const char* name) {
 }
 inline void become(Thread thread) { __tsan_switch_to_fiber(thread, __tsan_switch_to_fiber_no_sync); }
 
-// What a thread did before it releases `at` comes before what others do after they acquire it.
+// What a thread did before it releases `at` happens before what others do after they acquire it.
 inline void release(void* at) { __tsan_release(at); }
 inline void acquire(void* at) { __tsan_acquire(at); }
 
 // This thread reads here, now.
 inline void reads(const void* begin, size_t bytes) { __tsan_read_range(const_cast<void*>(begin), bytes); }
 
-// The accesses of this thread are the shim's own.
+// Accesses of this thread belong to the shim, not to a kernel.
 struct Unseen {
   Unseen() { __tsan_ignore_thread_begin(); }
   ~Unseen() { __tsan_ignore_thread_end(); }
   Unseen(const Unseen&) = delete;
 };
 
-// Nobody has accessed this memory yet.
+// Treats this memory as accessed by no thread yet.
 inline void forget(void* begin, size_t bytes) {
   if (bytes == 0) return;
   const auto address = reinterpret_cast<unsigned long>(begin);
@@ -68,7 +68,7 @@ inline void acquire(void*) {}
 inline void reads(const void*, size_t) {}
 struct Unseen {
   Unseen() {}
-  ~Unseen() {}  // not trivial: a name that is not used is none to warn of
+  ~Unseen() {}  // not trivial, so that compilers do not warn of an unused name
 };
 inline void forget(void*, size_t) {}
 

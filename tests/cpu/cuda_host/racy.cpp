@@ -1,4 +1,4 @@
-// Kernels that would race without the one thing that orders them; whoever looks for races has to see it missing.
+// Kernels that race unless the one thing that orders them is present; a search for races has to see it missing.
 #include "orthrus/launch.cuh"
 #include "orthrus/sm90.cuh"
 
@@ -7,8 +7,8 @@ namespace {
 
 struct Params {
   bool ordered;
-  int32_t* memory;  // 4096, of zeros
-  sm90::TensorMap map;  // of its beginning, 8 rows in boxes of 4
+  int32_t* memory;  // 4096 zeros
+  sm90::TensorMap map;  // of the beginning of `memory`, 8 rows in boxes of 4
 };
 
 constexpr int kStageBytes = 1024;
@@ -31,7 +31,7 @@ void block_barrier(Params p) {
 void warp_barrier(Params p) {
   pdl_wait();
   shared().of_thread[threadIdx.x] = 1;
-  p.ordered ? __syncwarp() : static_cast<void>(__shfl_sync(~0u, 1, 0));  // which moves a register, and no more
+  p.ordered ? __syncwarp() : static_cast<void>(__shfl_sync(~0u, 1, 0));  // the shuffle only moves a register
   p.memory[threadIdx.x] = shared().of_thread[threadIdx.x ^ 1];
 }
 
@@ -70,7 +70,7 @@ void reads_the_launch_before(Params p) {
   p.memory[threadIdx.x ^ 32] = early + late + 1;
 }
 
-// One thread copies, the others read: full when it has landed, empty when they have read.
+// One thread copies, the others read: full once the copy has landed, empty once they have read it.
 void ring(bool waits, bool releases_late, const uint8_t* from, int32_t* to) {
   Shared& s = shared();
   if (threadIdx.x == 0) {
@@ -100,7 +100,7 @@ void releases_what_it_has_read(Params p) {
   ring(true, p.ordered, reinterpret_cast<uint8_t*>(p.memory), p.memory + 1024);
 }
 
-// The two blocks of a cluster bring a half each to both, which read all of it before it is brought again.
+// Each of a cluster's two blocks loads one half into both blocks, which read all of it before it is loaded again.
 void share_a_ring(const Params& p, bool fences, bool releases_late) {
   Shared& s = shared();
   const int rank = blockIdx.x % 2;

@@ -1,4 +1,4 @@
-// C interface to row_linear, compiled for the host beside this file, on a Hopper device of any number of SMs.
+// C interface to row_linear, compiled for the host together with this file, on a Hopper GPU with any number of SMs.
 #include "../../../csrc/cuda/row_linear_plan.h"
 #include <set>
 
@@ -30,7 +30,7 @@ const char* row_linear_plan_error(int in_features, int out_features, bool whole_
   }
   return nullptr;
 }
-// The first number beside a multiple of d that the reciprocal divides wrongly, or -1.
+// The first number at or next to a multiple of d that the reciprocal divides wrongly, or -1.
 int64_t wrongly_divided(int32_t d) {
   const orthrus::Divisor by(d);
   const int64_t multiples = (int64_t{INT32_MAX} + 1) / d, step = multiples / 1000 + 1;
@@ -48,7 +48,7 @@ int row_linear(const orthrus::RowLinearParams* p, int descending, int num_sms) {
   orthrus::cuda::read_environment();
   return orthrus::cuda::row_linear(*p, cuda_host::kStream);
 }
-// Blocks that the last launch has prefetched of [begin, end), or -1 if one of them twice or a part of one.
+// How many blocks of [begin, end) the last launch prefetched, or -1 if it fetched one of them twice or only in part.
 int64_t row_linear_prefetched(const uint8_t* begin, const uint8_t* end, bool coded) {
   std::set<const uint8_t*> blocks;
   for (const auto& [from, bytes] : cuda_host::prefetched) {
@@ -58,7 +58,7 @@ int64_t row_linear_prefetched(const uint8_t* begin, const uint8_t* end, bool cod
   return static_cast<int64_t>(blocks.size());
 }
 int64_t row_linear_prefetches() { return static_cast<int64_t>(cuda_host::prefetched.size()); }
-// Blocks of the next weight that `ctas` CTAs bring to L2, of units that fill 96 KiB each.
+// Blocks of the next weight that `ctas` CTAs bring to L2, in units that fill 96 KiB each.
 int64_t row_linear_next_prefetch(int ctas, int in_features, int out_features, int num_sms, bool coded) {
   const auto plan = orthrus::cuda::make_plan(in_features, out_features, false, num_sms);
   int64_t sum = 0;
@@ -67,7 +67,7 @@ int64_t row_linear_next_prefetch(int ctas, int in_features, int out_features, in
                (plan.range_begin(cta + 1) - plan.range_begin(cta)) * plan.blocks_per_tile);
   return sum;
 }
-// The most CTAs that share a tile: 1 where none is cut.
+// The most CTAs that share a tile: 1 if no tile is cut.
 int row_linear_most_sharers(int in_features, int out_features, int num_sms) {
   const auto plan = orthrus::cuda::make_plan(in_features, out_features, false, num_sms);
   int most = 1;

@@ -1,12 +1,12 @@
 // Twin of csrc/include/orthrus/launch.cuh for host-compiled kernels. A kernel that touches the stream's results without
-// pdl_wait would be wrong on the device, so every thread has to call it. Blocks, or clusters of them, run in either
-// order too.
+// pdl_wait would be wrong on the device, so every thread has to call it. Blocks, or clusters of them, also run in
+// either order.
 #pragma once
 #include <cstring>
 
 #include "orthrus/sm80.cuh"
 
-// Of this library, by the linker: where kernels' static shared memory is.
+// Symbols that the linker defines for this library: the section that holds kernels' static shared memory.
 extern "C" __attribute__((visibility("hidden"))) char __bss_start[], _end[];
 
 namespace cuda_host {
@@ -26,13 +26,13 @@ inline void pdl_wait() {
 }
 inline void pdl_launch_dependents() {}
 
-// A Hopper with as many SMs as the test says.
+// A Hopper GPU with as many SMs as the test says.
 struct DeviceInfo {
   int num_sms, major, minor, error;
 };
 inline DeviceInfo device_info() { return {cuda_host::num_sms, 9, 0, cudaSuccess}; }
 
-// By turns, as the order of threads: kernels that depend on it are all to be run.
+// Alternates with the order of threads, so that every kernel that is chosen by it runs.
 template <typename Params>
 int occupancy(void (*)(Params), int, int, int* ctas) {
   *ctas = cuda_host::descending ? 2 : 1;

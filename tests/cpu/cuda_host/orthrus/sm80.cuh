@@ -15,7 +15,7 @@
 #define __host__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-// Aligned as on a device, lest the compiler read and write them where that would fault.
+// Aligned as on a device, so that the compiler never accesses them in a way that would fault there.
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -54,7 +54,7 @@ struct Copy {
 
 inline std::map<int, NamedBarrier> named_barriers;
 
-// What each thread has asked for and not waited for, group by group; the last one is open.
+// What each thread has asked for and not yet waited for, group by group; the last group is open.
 template <typename T>
 using Groups = std::array<std::deque<std::vector<T>>, kMaxThreads>;
 inline Groups<Copy> copy_groups;
@@ -71,7 +71,7 @@ void close_group(Groups<T>& groups) {
   const races::Unseen unseen;
   groups[self].emplace_back();
 }
-// What was asked for happens now, but for the last `most` groups that are closed.
+// Runs what was asked for, except for the last `most` closed groups.
 template <typename T, typename Run>
 void run_groups(Groups<T>& groups, int most, const Run& run) {
   auto next = [&](std::vector<T>& group) {
@@ -97,9 +97,9 @@ inline float widen(const uint8_t* bf16) {
   return value;
 }
 
-// To the four accumulators of mma, or four of wgmma, where two rows and two columns meet.
+// Adds to the four accumulators of mma, or to four of wgmma, at which two rows and two columns meet.
 inline void add_products(float* d, const float* row0, const float* row1, const float* column0, const float* column1) {
-  float sums[4] = {d[0], d[1], d[2], d[3]};  // no operand can be one of these
+  float sums[4] = {d[0], d[1], d[2], d[3]};  // a copy, which no operand can alias
   for (int k = 0; k < 16; ++k) {
     sums[0] += row0[k] * column0[k];
     sums[1] += row0[k] * column1[k];
@@ -109,13 +109,13 @@ inline void add_products(float* d, const float* row0, const float* row1, const f
   std::copy_n(sums, 4, d);
 }
 
-constexpr int kMaxSharedBytes = 227 * 1024;  // that a block may ask for
-alignas(1024) inline uint8_t dynamic_shared[kMaxCluster][kMaxSharedBytes + 1024];  // of each block of a cluster
-inline int shared_bytes = 0;            // that the launch asked for
+constexpr int kMaxSharedBytes = 227 * 1024;  // the most that a block may ask for
+alignas(1024) inline uint8_t dynamic_shared[kMaxCluster][kMaxSharedBytes + 1024];  // one for each block of a cluster
+inline int shared_bytes = 0;            // as the launch asked for
 inline bool waited[kMaxThreads];        // threads that have called pdl_wait
-inline bool proxy_fenced[kMaxThreads];  // since then, for copies of what they waited for
+inline bool proxy_fenced[kMaxThreads];  // and have fenced since then, for copies of what they waited for
 
-// Before that, another kernel may still be writing what this thread is about to touch.
+// Before pdl_wait, another kernel may still be writing what this thread is about to touch.
 inline void need_wait() {
   if (!waited[self]) fail("results of the stream are touched before pdl_wait");
 }
@@ -205,13 +205,13 @@ inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress row) {
 }
 
 inline void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const cuda_host::races::Unseen unseen;  // no memory of the device is touched
+  const cuda_host::races::Unseen unseen;  // no device memory is touched
   using Words = std::array<uint32_t, 6>;
   const auto lanes = cuda_host::Block::current().exchange(Words{a[0], a[1], a[2], a[3], b0, b1});
   auto element = [&](cuda_host::Place from, int first_word) {
     return cuda_host::widen(reinterpret_cast<const uint8_t*>(&lanes[from.lane][first_word]) + from.index * 2);
   };
-  // Widened by the first lane for all: none comes to the next mma before all have read them.
+  // Widened by the first lane for all lanes: none reaches the next mma before all have read them.
   static struct { float a[16][16], b[8][16]; } operands[cuda_host::kMaxThreads / 32];
   auto& [rows, columns] = operands[cuda_host::self / 32];
   if (lanes.first()) {

@@ -24,7 +24,7 @@ struct Transaction {
   }
 };
 
-// A copy that somebody other than the thread that asks for it makes, and what it counts on.
+// A copy made asynchronously for the thread that asks for it, and the barrier that counts its bytes.
 struct BulkCopy {
   uint64_t* barrier;
   int bytes;
@@ -33,12 +33,12 @@ struct BulkCopy {
 };
 
 inline std::map<uint64_t*, Transaction> transactions;
-inline auto& copies_in_flight = *new std::deque<BulkCopy>;  // never freed, by whichever thread ends the process
+inline auto& copies_in_flight = *new std::deque<BulkCopy>;  // never freed, as any thread may end the process
 inline std::map<std::pair<int, uint64_t*>, races::Thread> copiers;  // by the block's set of fibers and the barrier
-inline std::vector<std::pair<const uint8_t*, int>> prefetched;  // by the launch: where from, bytes
+inline std::vector<std::pair<const uint8_t*, int>> prefetched;  // by the launch: source, bytes
 inline Groups<std::function<void()>> wgmma_groups;
 
-// Whoever reads the operands of a warp's products in its stead.
+// Stands for the hardware that reads the operands of a warp's products.
 struct Multiplier {
   races::Thread thread;
   uint64_t asked = 0, read = 0;
@@ -52,9 +52,9 @@ inline Multiplier& multiplier() {
   return at->second;
 }
 
-inline bool fenced[kMaxThreads];  // since the thread's accumulators were last its own
+inline bool fenced[kMaxThreads];  // since the thread last owned its accumulators
 
-// Addresses as the device counts them, where the driver keeps the first KiB.
+// Addresses as the device counts them; the driver keeps the first KiB.
 constexpr uint32_t kSharedBegin = 1024;
 inline uint32_t address(const void* p, uint32_t alignment) {
   const ptrdiff_t offset = static_cast<const uint8_t*>(p) - dynamic_shared[rank()];
@@ -66,14 +66,14 @@ inline uint8_t* pointer(uint32_t address, int rank = cuda_host::rank()) {
     fail("an operand lies outside of shared memory");
   return dynamic_shared[rank] + (address - kSharedBegin);
 }
-// The same place of another block of the cluster.
+// The same place in another block of the cluster.
 inline uint8_t* place_in(int rank, const void* p) {
   if (rank >= Block::current().blocks()) fail("a block that the cluster has not");
   if (Block::current().has_ended(rank)) fail("shared memory of a block that has ended");
   return pointer(address(p, 1), rank);
 }
 
-// Where those meet who complete a barrier's phase and those who wait for it.
+// Where threads that complete a barrier's phase synchronise with threads that wait for it.
 inline void* phase(uint64_t* barrier, int parity) { return reinterpret_cast<char*>(barrier) + parity; }
 inline void* current_phase(uint64_t* barrier) { return phase(barrier, transactions[barrier].parity); }
 
@@ -177,7 +177,7 @@ inline void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier, 
   std::memset(dst, 0xff, bytes);
   cuda_host::ask_for({barrier, bytes, dst, [=] { std::memcpy(dst, src, bytes); }});
 }
-// The same by addresses.
+// The same, with addresses.
 inline void barrier_arrive_expect(SharedAddress barrier, int bytes) {
   barrier_arrive_expect(reinterpret_cast<uint64_t*>(barrier), bytes);
 }
@@ -192,11 +192,11 @@ inline void bulk_prefetch(const void* src, int bytes) {
   const cuda_host::races::Unseen unseen;
   if (reinterpret_cast<uintptr_t>(src) % 16 || bytes % 16) cuda_host::fail("a prefetch of odd bytes");
   cuda_host::prefetched.push_back({static_cast<const uint8_t*>(src), bytes});
-  volatile uint8_t last = static_cast<const uint8_t*>(src)[bytes - 1];  // a sanitizer sees a wild address
+  volatile uint8_t last = static_cast<const uint8_t*>(src)[bytes - 1];  // a sanitizer notices a wild address
   (void)last;
 }
 
-// To block `rank` of the cluster.
+// A load to block `rank` of the cluster.
 inline void tensor_load_to(int rank, void* dst, const TensorMap* map, int column, int row, uint64_t* barrier) {
   cuda_host::need_wait();
   if (!cuda_host::proxy_fenced[cuda_host::self]) cuda_host::fail("a copy of what threads have stored, without a fence");
@@ -204,7 +204,7 @@ inline void tensor_load_to(int rank, void* dst, const TensorMap* map, int column
   const uint32_t begin = cuda_host::address(dst, 128);
   dst = cuda_host::place_in(rank, dst);
   barrier = reinterpret_cast<uint64_t*>(cuda_host::place_in(rank, barrier));
-  __atomic_load_n(barrier, __ATOMIC_RELAXED);  // which is there
+  __atomic_load_n(barrier, __ATOMIC_RELAXED);  // it must exist
   std::memset(dst, 0xff, m.box_rows * 128);
   cuda_host::ask_for({barrier, m.box_rows * 128, dst, [=] {
     for (int r = 0; r < m.box_rows; ++r) {
@@ -245,14 +245,14 @@ inline void widen_row(uint64_t matrix, int row, Row& to) {
   }
 }
 
-// d (+)= A B^T when it is waited for. `a_rows(rows)`: rows of A of the thread's accumulators; read_a(row): the thread
-// reads a row of A, of its warp's 16.
+// d (+)= A B^T, computed when it is waited for. `a_rows(rows)` gives the rows of A that belong to the thread's
+// accumulators; `read_a(row)` reads, as this thread, one of the 16 rows of A of its warp.
 template <int kN, class Rows, class Read>
 void product(float* d, uint64_t b, int accumulate, const Rows& a_rows, const Read& read_a) {
   if (!cuda_host::fenced[cuda_host::self]) cuda_host::fail("wgmma without a fence");
   if (!cuda_host::is_swizzled_128(b)) cuda_host::fail("a bad matrix descriptor");
   using namespace cuda_host;
-  // Rows of both operands, shared out among the warp's lanes: read at once, or at any time until they are waited for.
+  // Rows of both operands, divided among the warp's lanes: read at once, or at any time until they are waited for.
   auto read = [=, lane = threadIdx.x % 32] {
     for (int row = lane; row < kN + 16; row += 32) {
       if (row >= kN) read_a(row - kN);
@@ -299,7 +299,7 @@ void wgmma(float* d, uint64_t a, uint64_t b, int accumulate) {
       });
 }
 
-// Registers are taken as they are now: nobody sees here whether they stay so.
+// Registers are read at once: this does not check that they stay unchanged.
 template <int kN>
 void wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate) {
   struct Registers {
@@ -328,7 +328,7 @@ void wgmma_wait() {
   cuda_host::run_groups(cuda_host::wgmma_groups, kPending, [](const auto& run) { run(); });
   const cuda_host::races::Unseen unseen;
   cuda_host::fenced[cuda_host::self] = false;
-  cuda_host::Block::current().exchange(0);  // .sync.aligned: the warp's lanes pass together, all of it read
+  cuda_host::Block::current().exchange(0);  // .sync.aligned: the warp's lanes pass together, when all operands are read
   cuda_host::races::acquire(&cuda_host::multiplier().read);
 }
 template <int>
