@@ -11,7 +11,7 @@ from tests.native_layer import Layer
 
 
 def test_tape_replays_what_eager_runs(isa, element):
-    """Recording runs nothing; a replay reads what the pointers hold by then and gives eager's bits."""
+    """Recording runs nothing. A replay reads what the buffers hold at that time, and gives the bits of an eager run."""
     eager, taped = Layer(), Layer()
     tape = dispatch.extension().cpu.Tape()
     with tape:
@@ -28,7 +28,7 @@ def test_tape_replays_what_eager_runs(isa, element):
 
 
 def test_a_recording_runs_on_the_threads_that_torch_has_then(monkeypatch):
-    seen, layer = [], Layer()  # which the tape points into
+    seen, layer = [], Layer()  # the tape points into the layer
     tape = recording.taped(layer.run)
     monkeypatch.setattr(dispatch.extension().cpu, "set_num_threads", seen.append)
     for count in (3, 1):

@@ -1,4 +1,4 @@
-"""What is asked of torch.cuda, by a torch.cuda that is not there: devices by index, and how a cycle is recorded."""
+"""How torch.cuda is called, with a stand-in for it: devices by index, and how a cycle is recorded."""
 
 import contextlib
 import gc
@@ -27,7 +27,7 @@ def two_devices(monkeypatch):
     ("name", "want"), [("cuda", "cuda:1"), ("auto", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")]
 )
 def test_a_device_has_an_index(two_devices, name, want):
-    """Without one it would be another device in the threads of an AsyncEngine."""
+    """Without an index it would be a different device in the threads of an AsyncEngine."""
     assert pick_device(name) == torch.device(want)
     assert name == "auto" or with_index(torch.device(name)) == torch.device(want)
 
@@ -38,7 +38,7 @@ def test_a_device_that_is_not_there(two_devices):
 
 
 def test_a_packed_weight_is_waited_for(monkeypatch):
-    """A kernel that follows at once reads it while what packs it may still run."""
+    """A kernel launched right after it would read the weight while the packing may still run."""
     done = []
     stream = SimpleNamespace(synchronize=lambda: done.append("waited"))
     monkeypatch.setattr(weights, "stream_of", lambda device: stream)
@@ -49,7 +49,7 @@ def test_a_packed_weight_is_waited_for(monkeypatch):
 
 @pytest.mark.parametrize("impl", ["cuda", "triton"])
 def test_a_kernel_is_launched_on_its_tensors_device(two_devices, monkeypatch, impl):
-    """Whichever is current in the caller's thread: what is launched on another device reads addresses of this one."""
+    """Whatever device is current in the calling thread: on another the kernel would read this device's addresses."""
     current, launched = [1], []
 
     @contextlib.contextmanager
@@ -74,14 +74,14 @@ def test_a_kernel_is_launched_on_its_tensors_device(two_devices, monkeypatch, im
 
 
 class Recordings:
-    """torch.cuda's part in recordings. ``seen``: the keyword arguments of every torch.cuda.graph."""
+    """The part of torch.cuda that recordings use. ``seen``: the keyword arguments of every torch.cuda.graph."""
 
     def __init__(self):
         self.seen, self.current, self.capturing, self.reserved, self.num_pools = [], ["caller's"], False, 900, 0
         self.streams, self.replays, self.eager, self.inference, self.collecting = 0, 0, 0, [], []
         self.fail_at: dict[str, BaseException] = {}  # "refused", "begin", "run", "end", "replay": what each raises
         self.pools_underway, self.pool_users = [], 0  # of torch's allocator
-        self.state, self.marked = "the program's", []  # of the default generator; states that captures marked
+        self.state, self.marked = "the program's", []  # of the default generator; the states that captures marked
 
     def graphsafe_get_state(self):
         return self.state
@@ -94,7 +94,7 @@ class Recordings:
             raise self.fail_at[point]
 
     def empty_cache(self) -> None:
-        self.collecting.append(gc.isenabled())  # here too: it is no time for another thread to record
+        self.collecting.append(gc.isenabled())  # disabled here too: no other thread may record at this time
         self.reserved = 500
 
     def new_stream(self) -> int:
@@ -129,7 +129,7 @@ class Recordings:
 
     def capture_end(self) -> None:
         self.capturing = False
-        self.reach("end")  # torch looks whether the driver's part failed before it tells its allocator
+        self.reach("end")  # torch checks whether the driver's part failed before it notifies its allocator
         self.end_allocate_to_pool(0, self.seen[-1]["pool"])
 
     def end_allocate_to_pool(self, device: int, pool) -> None:
@@ -207,11 +207,11 @@ def test_a_cycle_is_recorded_on_its_own_device(recordings):
         recorded(device)
     seen = recordings.seen
     assert [r["stream"].device for r in seen] == [torch.device(f"cuda:{i}") for i in (0, 1, 0)]
-    assert seen[0]["stream"] is seen[2]["stream"]  # torch shares memory between graphs of one stream alone
-    assert [r["stream"].pointer for r in seen] == [1, 2, 1]  # nobody else's
+    assert seen[0]["stream"] is seen[2]["stream"]  # torch shares memory only between graphs of one stream
+    assert [r["stream"].pointer for r in seen] == [1, 2, 1]  # used by nothing else
     assert all(r["pool"] == "pool" and r["capture_error_mode"] == "thread_local" for r in seen)
-    assert recordings.inference == [False, True] * 3  # of what torch makes for a graph, and of what is recorded
-    assert recordings.marked == [f"ours on cuda:{i}" for i in (0, 1, 0)]  # not the program's random numbers
+    assert recordings.inference == [False, True] * 3  # for what torch makes for a graph, then for what is recorded
+    assert recordings.marked == [f"ours on cuda:{i}" for i in (0, 1, 0)]  # not the program's generator
 
 
 def test_a_torch_that_marks_no_generator_is_left_alone(recordings, monkeypatch):
@@ -223,8 +223,8 @@ def test_a_torch_that_marks_no_generator_is_left_alone(recordings, monkeypatch):
 @pytest.mark.parametrize("where", ("refused", "begin", "run", "end"))
 @pytest.mark.parametrize("error", (RuntimeError, KeyboardInterrupt))
 def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):
-    """Not the capture, which would fail every later wait, nor its pool, which would every later recording; the caller's
-    stream is current, the pool is another, and its random numbers are its own.
+    """Neither the capture, which would make every later wait fail, nor its pool, which would make every later recording
+    fail. The caller's stream is current again, the pool is a new one, and the program's generator is back in place.
     """
     recordings.fail_at = {where: error("there")}
     cycle = None
@@ -233,7 +233,7 @@ def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):
     assert cycle is None and not recordings.capturing and recordings.current == ["caller's"]
     assert recordings.num_pools == 1, raised
     assert recordings.state == "the program's" and recordings.state not in recordings.marked
-    # Of a capture that did end, the graph itself releases the pool when it goes; of another one it stays.
+    # If the capture did end, the graph itself releases the pool when it is freed. Otherwise the graph is kept.
     did_end = where in ("begin", "run")
     assert not recordings.pools_underway and recordings.pool_users == did_end
     assert capture._spoilt == [recordings] * (not did_end)
@@ -242,7 +242,7 @@ def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):
 @pytest.mark.parametrize("enabled", (True, False))
 @pytest.mark.parametrize("error", ({}, {"run": RuntimeError("there")}))
 def test_no_garbage_is_collected_in_a_capture(recordings, enabled, error):
-    """A finalizer would give device memory back in the middle of it; afterwards all is as the program had it."""
+    """A finalizer would free device memory in the middle of it. Afterwards collection is as the program had set it."""
     recordings.fail_at = error
     try:
         gc.enable() if enabled else gc.disable()
@@ -255,7 +255,7 @@ def test_no_garbage_is_collected_in_a_capture(recordings, enabled, error):
 
 @pytest.mark.parametrize("where", ("run", "end", "replay"))
 def test_a_driver_without_memory_for_a_graph(recordings, where):
-    """It says so by an error of its own, when the graph is made or when it runs for the first time."""
+    """It reports that by an error of its own, when the graph is made or when it first runs."""
     recordings.fail_at = {where: RuntimeError("CUDA error: out of memory\nFor debugging ...")}
     said = (
         r"out of memory while .* the ar cycle of 1 slots: lower .*\(CUDA error: out of memory\); .* op by op, slower$"
@@ -268,7 +268,7 @@ def test_a_driver_without_memory_for_a_graph(recordings, where):
 
 
 def test_a_recording_goes_with_its_last_user(recordings):
-    """It holds weights and cache: not when garbage is collected, which may be after the next engine needs the room."""
+    """It holds weights and cache. The garbage collector may run only after the next engine has needed the room."""
     gc.disable()
     try:
         cycle = recorded("cuda:0")
@@ -287,7 +287,7 @@ def test_a_graph_is_replayed(recordings):
 
 
 def test_an_engine_keeps_its_stream(two_devices, monkeypatch):
-    """Whichever is current where its methods are called, in an AsyncEngine's thread say."""
+    """Whatever stream is current where its methods are called, for example in an AsyncEngine's thread."""
     current, inside = ["later"], []
 
     @contextlib.contextmanager
@@ -309,7 +309,7 @@ def test_an_engine_keeps_its_stream(two_devices, monkeypatch):
 
 @pytest.mark.parametrize("error", (None, KeyboardInterrupt()), ids=type)
 def test_what_an_engine_asks_does_not_spoil_what_others_capture(two_devices, monkeypatch, error):
-    """Torch's default capture forbids it to all threads that do not say so. A thread that had a mode has it again."""
+    """Torch's default capture mode forbids it to all threads that have not opted out. A thread's mode is restored."""
     mode, inside = [2], []
 
     class Driver:
@@ -332,12 +332,12 @@ def test_what_an_engine_asks_does_not_spoil_what_others_capture(two_devices, mon
 
 
 def test_what_a_graph_holds(recordings):
-    """Not less for what torch gives back before it records."""
+    """What torch gives back before it records is not subtracted."""
     assert recorded("cuda:0").graph_bytes == 64
 
 
 def test_a_profile_hides_launches_however_slow_the_host(monkeypatch):
-    """The device sleeps longer until the host has launched a chunk of calls before it wakes up."""
+    """The device sleeps longer and longer, until the host has launched a chunk of calls before it wakes up."""
     slept = []
 
     class Event:
@@ -348,7 +348,7 @@ def test_a_profile_hides_launches_however_slow_the_host(monkeypatch):
             pass
 
         def query(self):
-            return slept[-1] < 4 * timing.SLEEP_CYCLES  # the device sleeps no more
+            return slept[-1] < 4 * timing.SLEEP_CYCLES  # true once the device has woken up
 
         def elapsed_time(self, end):
             return 1e-9 * slept[-1]
@@ -375,7 +375,7 @@ def test_a_benchmark_survives_without_git_and_nvidia_smi(two_devices, monkeypatc
 
 
 def test_triton_kernels_divide_the_shared_memory_as_the_native_ones(monkeypatch):
-    """Once a kernel; nothing in the interpreter, whose launches return none."""
+    """Once per kernel, and never in the interpreter, whose launches return None."""
     pdl = pytest.importorskip("orthrus_rt.triton_kernels.pdl")
     set_attributes = []
 
@@ -392,7 +392,7 @@ def test_triton_kernels_divide_the_shared_memory_as_the_native_ones(monkeypatch)
 
 
 def test_triton_kernels_start_early_where_the_card_can(monkeypatch):
-    """Each on its own card; the kernel has to know, too, or it would not wait."""
+    """Each GPU is judged by itself. The kernel has to know as well, or it would not wait."""
     pdl = pytest.importorskip("orthrus_rt.triton_kernels.pdl")
     capabilities = [(8, 9), (9, 0), (12, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)

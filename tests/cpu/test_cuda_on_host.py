@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("both_orders")
 
 
 @pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize("heads", [(3, 1, 64), (4, 2, 128), (27, 2, 64), (7, 1, 128)])  # the last two: of two CTAs
+@pytest.mark.parametrize("heads", [(3, 1, 64), (4, 2, 128), (27, 2, 64), (7, 1, 128)])  # the last two take two CTAs
 def test_qkv_commit(heads, norms):
     check_qkv_commit(heads, norms, torch.bfloat16)
 
@@ -30,7 +30,7 @@ def check_qkv_commit(heads, norms, dtype):
     num_pages, scratch_shape = 6, (4, heads_kv, dim)
     page_table = torch.tensor([[3, -9, 1 << 29], [2, 4, -9], [-9, -9, 5]], dtype=torch.int32)
     qkv = torch.randn(8, (heads_q + 2 * heads_kv) * dim).to(dtype)
-    qkv[1], qkv[6, -3], qkv[4, -dim] = torch.nan, torch.inf, -torch.inf  # all of a row; values alone
+    qkv[1], qkv[6, -3], qkv[4, -dim] = torch.nan, torch.inf, -torch.inf  # a whole row; single values
     angle = torch.rand(200, dim // 2) * 6
     cos_sin = torch.cat([angle.cos(), angle.sin()], 1)
     weights = tuple(torch.rand(dim) + 0.5 for _ in range(4)) if norms else None
@@ -46,11 +46,11 @@ def check_qkv_commit(heads, norms, dtype):
     page_table.clamp_(0, num_pages - 1)  # the oracle gathers before it discards
     reference.qkv_commit(qkv, rows, cos_sin, weights, 1e-6, *want[:2], page_table, *want[2:])
     for pages in want[:2]:
-        pages[0] = torch.nan  # where it puts what has no place
+        pages[0] = torch.nan  # where the oracle puts entries that have no place
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=torch.finfo(dtype).eps + 1e-6, atol=1e-6, equal_nan=True)
     k_pages, v_pages, scratch_k, scratch_v, _ = got
-    page = v_pages[4, :, 0]  # of row 1, the first behind a page's end
+    page = v_pages[4, :, 0]  # of row 1, the first one past the end of a page
     assert not page.any() and bool(k_pages[4, :, 0].isnan().all()) and bool(scratch_v[:3].isfinite().all())
     assert bool(scratch_k[2, -1, -3].isnan()) and int(scratch_k[2].isnan().sum()) == 1
 
@@ -63,7 +63,7 @@ INVALID, MISALIGNED = 1, 716  # cudaErrorInvalidValue, cudaErrorMisalignedAddres
 
 
 def shifted(tensor, by=1):
-    """The same values, ``by`` elements behind a multiple of 16 bytes."""
+    """The same values, starting ``by`` elements after a multiple of 16 bytes."""
     buffer = torch.empty(tensor.numel() + 16 + by, dtype=tensor.dtype)
     first = -buffer.data_ptr() // tensor.element_size() % 16 + by
     return buffer[first:][: tensor.numel()].view(tensor.shape).copy_(tensor)
@@ -71,7 +71,7 @@ def shifted(tensor, by=1):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 def test_what_is_not_aligned_is_refused(dtype):
-    """On a device such an access would end the context."""
+    """On a device such an access would make the context unusable."""
     case = Pass(Heads(3, 1, 64), [ar(0, 70, 2), diff(0, 72, 3)], "cpu", dtype=dtype)
     out, qkv = torch.empty_like(case.q), torch.zeros(5, 5 * 64, dtype=dtype)
     case.call(out, None)
@@ -98,7 +98,7 @@ def test_what_is_not_aligned_is_refused(dtype):
 
 
 def test_what_the_kernel_does_not_take_is_refused(monkeypatch):
-    """Each is an error of its own, ahead of any launch: other head_dims, more heads than a grid has blocks for."""
+    """Each is reported as an error before any launch: other head_dims, more heads than a grid has blocks for."""
     case, errors = Pass(Heads(3, 1, 64), [ar(0, 70, 2)], "cpu"), []
 
     def launch(op, params, device):

@@ -1,8 +1,8 @@
-"""Both acceptance rules give the AR distribution, whatever the drafter does: pairs of tokens against exact enumeration.
-Every check here can fail, and is shown to on bugs that others have published.
+"""Both acceptance rules give the AR distribution, whatever the drafter does: pairs of tokens are compared with exact
+enumeration. Every check can fail, and is shown to fail on bugs that others have published.
 
-Seeds are fixed. A right rule fails a check with probability 1e-4 (over the choice of seed, once); a published bug must
-miss it by far: p < 1e-9.
+Seeds are fixed. A correct rule fails a check with probability 1e-4 (over the choice of seed, once). A published bug
+must fail it by far: p < 1e-9.
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ TWO_PASS, ONE_PASS = CyclePlan("two_pass", 3), CyclePlan("one_pass", 3, 4)
 
 
 def p_value(pairs, setting) -> float:
-    """Chi-square of observed pairs against enumeration; 0 if a pair came that cannot."""
+    """Chi-square p-value of the observed pairs against enumeration; 0 if an impossible pair occurred."""
     want, got = two_tokens(FIRST, setting).ravel(), np.bincount(pairs @ [VOCAB, 1], minlength=VOCAB**2)
     if got[want == 0].any():
         return 0.0
     expected = want * len(pairs)
-    often = expected >= 5  # the rest in one cell, as chi-square wants it
+    often = expected >= 5  # the rest in one cell, as chi-square requires
     cells = [np.append(x[often], x[(want > 0) & ~often].sum()) for x in (got, expected)]
     cells = [x[cells[1] > 0] for x in cells]
     return chdtrc(len(cells[0]) - 1, ((cells[0] - cells[1]) ** 2 / cells[1]).sum()) if len(cells[0]) > 1 else 1.0
 
 
-# --- coupled: the engine's own cycle, over a table instead of a network, one slot a trial ------------
+# --- coupled: the engine's own cycle, over a table instead of a network, one slot per trial ----------
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_coupled(coupled, drafter, setting):
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_coupled_in_one_pass(coupled, drafter):
-    """Drafts for supposed outcomes: which block survives must not depend on what it drafted."""
+    """Drafts for assumed outcomes: which block survives must not depend on what it drafted."""
     for setting in (SETTINGS[0], SETTINGS[-1]):
         pairs, _ = coupled(drafter, setting, ONE_PASS)
         assert p_value(pairs, setting) > SIGNIFICANCE
@@ -115,7 +115,7 @@ def without_position(honest):
 
 
 def bonus_row_alone(honest):
-    """Filters applied to the last row of a verified block only."""
+    """Filters are applied only to the last row of a verified block."""
 
     def bug(logits, rows, logit_rows, params, seqlens, purpose, partials):
         none = st.SlotSampling.allocate(len(params.seed), "cpu")
@@ -145,7 +145,7 @@ def test_taking_the_drafts_as_they_are_is_caught(coupled, monkeypatch):
     assert p_value(pairs, {"temperature": 1.0}) < CAUGHT
 
 
-# --- rejection: the sampler itself, one position pair a trial ----------------------------------------
+# --- rejection: the sampler itself, one pair of positions per trial ----------------------------------
 
 
 def by_rejection(sampler_type, drafter, setting):
@@ -191,7 +191,7 @@ class SharedStream(RejectionSampler):
 
 
 class NoDraftProbs(RejectionSampler):
-    """Published bug: without draft probabilities every draft counts as certain to be right."""
+    """Published bug: without draft probabilities, every draft is taken to be certainly right."""
 
     def verify(self, logits, drafts, position):
         bonus = rejection.pick(self._probs(logits)[-1], rejection.uniform(self.seed, position + len(drafts), 2))

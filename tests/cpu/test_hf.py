@@ -1,4 +1,4 @@
-"""The call that users of the published code know."""
+"""The interface that users of the published code know."""
 
 import inspect
 
@@ -88,13 +88,13 @@ def test_eos_token_id_replaces_the_checkpoints_own(model, input_ids):
 
 @pytest.mark.parametrize(("eos", "stop"), [(0, (0,)), ([], ()), ([3, 0], (3, 0)), (None, ())])
 def test_whatever_end_of_sequence_ids_are_given_replace_the_checkpoints_own(model, eos, stop):
-    """0 as well, and none at all."""
+    """Including 0, and no ids at all."""
     params = model._params(5, 8, None, 0.0, None, None, eos)
     assert (params.stop_token_ids, params.ignore_eos) == (stop, eos is not None)
 
 
 def test_an_end_of_sequence_id_beyond_the_vocabulary_never_comes(model, input_ids):
-    for never in (model.config.vocab_size, -1, torch.tensor([-1, 2**40])):  # as transformers takes them
+    for never in (model.config.vocab_size, -1, torch.tensor([-1, 2**40])):  # as transformers accepts them
         out = model.generate(input_ids, max_length=128, eos_token_id=never)
         assert out.shape == (1, 128)  # all that there is room for
 
@@ -148,7 +148,7 @@ def test_errors(model, input_ids, arguments, error, message):
 
 
 def test_whatever_a_tokenizer_returns(model):
-    """As it is, or as lists or arrays."""
+    """Its output itself, or lists or arrays of it."""
     batch = model.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], return_tensors="pt")
     want = model.generate(input_ids=batch.input_ids, max_new_tokens=6)
     for prompt in (batch, dict(batch), batch.input_ids.tolist(), batch.input_ids.numpy()):

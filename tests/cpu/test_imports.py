@@ -56,7 +56,7 @@ assert not {"torch", "numpy", "transformers"} & set(sys.modules)
 
 
 def test_a_type_checker_sees_what_python_finds():
-    """The same names from the same places, and what every public method returns."""
+    """The same names from the same places, and the return type of every public method."""
     lines = ast.walk(ast.parse(Path(orthrus_rt.__file__).read_text()))
     imports = {n.names[0].asname: n.module for n in lines if isinstance(n, ast.ImportFrom) and n.names[0].asname}
     assert imports == {name: f"orthrus_rt.{home}" for name, home in orthrus_rt._HOME.items()}

@@ -1,4 +1,4 @@
-"""Ctrl-C at any instruction of an engine's call: nothing is lost, nobody is locked out, the next call goes on."""
+"""Ctrl-C at any instruction of an engine's call: nothing is lost, no thread is locked out, the next call goes on."""
 
 import dis
 import functools
@@ -17,7 +17,7 @@ from tests import checkpoints, engines, failing, poison
 from tests.engines import drain, take
 
 pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
-PACED = pytest.mark.usefixtures("paced")  # not where records of cycles are interrupted: those show it afterwards
+PACED = pytest.mark.usefixtures("paced")  # not where records of cycles are interrupted: pace_of checks it afterwards
 
 PARAMS, SHORT = (SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (9, 5))
 PROMPTS = [[1, 2, 3], [7], [5, 6]]
@@ -35,7 +35,7 @@ def want(engine):
 
 @pytest.fixture(scope="module")
 def pace(cycles_alone):
-    """Cycles that each prompt takes in an engine that nobody interrupts."""
+    """Cycles that each prompt takes in an engine that is not interrupted."""
     return [cycles_alone("two_pass", tuple(p), PARAMS) for p in PROMPTS]
 
 
@@ -45,7 +45,7 @@ def pace_of(engine, prompts=PROMPTS):
 
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory):
-    """``(engine, want, pace)`` of one layer and of SHORT, for interrupts of what runs no model: there are many."""
+    """``(engine, want, pace)`` of one layer and SHORT, for interrupts of calls that run no model: there are many."""
     kwargs = dict(dtype=torch.bfloat16, diff_noise=0.05, num_hidden_layers=1)
     folder = str(checkpoints.make(tmp_path_factory.mktemp("shallow"), **kwargs))
     engine = engines.make(folder, max_seq_len=64, max_batch_size=2, num_pages=2)
@@ -54,8 +54,8 @@ def shallow(tmp_path_factory):
 
 @functools.cache
 def _looks(code) -> frozenset[int]:
-    """The instructions just before which the interpreter looks for signals: they start a function, go back in a loop,
-    or come after a call.
+    """The instructions just before which the interpreter checks for signals: those that start a function, jump back in
+    a loop, or follow a call.
     """
     found, earlier = set(), ""
     for instruction in dis.get_instructions(code):
@@ -67,11 +67,11 @@ def _looks(code) -> frozenset[int]:
 
 
 def interrupted(function, after: int, everywhere: bool = False):
-    """Call with KeyboardInterrupt in place of the ``after``-th instruction of this package and of contextlib before
-    which the interpreter looks for signals; or of any instruction.
+    """Call, with KeyboardInterrupt raised instead of the ``after``-th instruction of this package and of contextlib
+    before which the interpreter checks for signals, or of any instruction if ``everywhere``.
 
     Returns:
-        Whether it got that far.
+        Whether that instruction was reached.
     """
     left = after
 
@@ -89,12 +89,12 @@ def interrupted(function, after: int, everywhere: bool = False):
                     raise KeyboardInterrupt
             return trace_inside
 
-        frame.f_trace = trace_inside  # before the next, which Python 3.13 forgets otherwise
+        frame.f_trace = trace_inside  # ahead of the next line, which Python 3.13 forgets otherwise
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return trace_inside
 
     before = sys.gettrace()
-    sys._getframe().f_trace_opcodes = True  # of any frame: Python 3.12 looks for it when tracing begins
+    sys._getframe().f_trace_opcodes = True  # on any frame: Python 3.12 checks for it when tracing begins
     sys.settrace(trace)
     try:
         function()
@@ -117,7 +117,7 @@ def start(engine, got):
     return ids
 
 
-@pytest.mark.parametrize("victim", (0, 2))  # one that decodes, one that waits
+@pytest.mark.parametrize("victim", (0, 2))  # a decoding request, a waiting one
 def test_abort_at_every_instruction(shallow, victim):
     engine, want, pace = shallow
     after, reached = 0, True
@@ -126,7 +126,7 @@ def test_abort_at_every_instruction(shallow, victim):
         got = {}
         ids = start(engine, got)
         reached = interrupted(lambda i=ids[victim]: engine.abort(i), after, everywhere=True)
-        if engine.is_unfinished(ids[victim]):  # struck before it began, or not: once more does no harm
+        if engine.is_unfinished(ids[victim]):  # interrupted before it began, or later: aborting again does no harm
             engine.abort(ids[victim])
         drain(engine, got)
         for i, request_id in enumerate(ids):
@@ -161,7 +161,7 @@ def test_submit_at_every_instruction(shallow):
 def test_an_id_is_in_use_until_its_last_output_is_returned(engine):
     engine.submit([9], PARAMS, "mine")
     while not (engine.outbox.outputs and engine.outbox.outputs[-1].finished):
-        engine._advance_and_collect()  # all of a step but its last instruction
+        engine._advance_and_collect()  # all of a step except its last instruction
     with pytest.raises(ValueError, match="must be unused, got 'mine' twice"):
         engine.submit([9], PARAMS, "mine")
     assert engine.is_unfinished("mine") and engine.step()[-1].finished
@@ -170,7 +170,7 @@ def test_an_id_is_in_use_until_its_last_output_is_returned(engine):
 
 
 def test_steps_at_random_instructions(engine, want, pace, request):
-    """Outputs too: what an interrupted step did not return, the next one does. Later drafts are as good as ever."""
+    """Outputs too: the next step returns what an interrupted one did not. Later drafts are as good as ever."""
     rng, strikes, got, rounds = random.Random(0), 0, {}, 60 if request.config.getoption("--full") else 30
     for _ in range(rounds):
         got.clear()
@@ -186,7 +186,7 @@ def test_steps_at_random_instructions(engine, want, pace, request):
 
 
 def test_steps_that_share_pages_at_random_instructions(folder, cycles_alone):
-    """No page has a name that was not written, none is held by anybody in the end."""
+    """No page that was not written has a name, and in the end no page is held."""
     shared = engines.make(folder, max_seq_len=256, max_batch_size=2, num_pages=9)
     rng, strikes = random.Random(2), 0
     beginning = [rng.randrange(90) for _ in range(130)]
@@ -223,7 +223,7 @@ def test_generate_at_random_instructions(engine, want, pace, request):
 
 
 def test_closing_a_stream_at_every_instruction(engine, want, pace):
-    """It is aborted then, or by the next call, whatever that is."""
+    """Its request is aborted by this call or by the next one, whatever that is."""
     after, reached, aborted = 0, True, engine.metrics.finished["abort"]
     while reached:
         after += 1
@@ -266,7 +266,7 @@ def test_a_lock_left_behind_is_taken_over_by_its_thread():
 
 
 def test_a_lock_that_is_claimed_while_another_thread_is_about_to_take_it(monkeypatch):
-    """It stays its owner's, and free."""
+    """The lock remains its owner's, and is free."""
 
     class Owner:
         pass
@@ -312,7 +312,7 @@ def test_a_signal_handler_cannot_reenter(engine):
 
 @PACED
 class TestAStreamThatIsCollected:
-    """Wherever the garbage collector strikes, its request ends and the call under way is not disturbed."""
+    """Wherever the garbage collector strikes, the stream's request ends and the call under way is not disturbed."""
 
     LONG = SamplingParams(max_new_tokens=50, ignore_eos=True)
 
@@ -349,7 +349,7 @@ class TestAStreamThatIsCollected:
         self.check(engine, want[0])
 
     def test_in_another_thread_while_nothing_runs(self, engine, want):
-        """A call that begins meanwhile must not be refused: its end is left to the next one."""
+        """A call that begins meanwhile must not be refused: the next call ends the request."""
         held = self.hold(engine)
         thread = threading.Thread(target=held.clear)
         thread.start()
@@ -358,7 +358,7 @@ class TestAStreamThatIsCollected:
         self.check(engine, want[0])
 
     def test_the_next_call_finds_the_engine_idle(self, engine, want, monkeypatch):
-        """Whatever it is: here one that needs that."""
+        """Whatever call it is: here it is one that needs an idle engine."""
         real, held = engine.runner.decode, self.hold(engine)
         monkeypatch.setattr(engine.runner, "decode", lambda *args: (real(*args), held.clear())[0])
         engine.step()
@@ -384,7 +384,7 @@ def test_an_interrupt_as_the_last_output_is_made_does_not_lose_it(folder, alone)
     engine.outbox._requests = Struck(engine.outbox._requests)
     with pytest.raises(KeyboardInterrupt):
         drain(engine, told)
-    engine.outbox._requests = {}  # what it holds now, without the interrupt
+    engine.outbox._requests = {}  # its present contents, without the interrupt
     assert engine.has_unfinished() and engine.is_unfinished("mine")
     with pytest.raises(ValueError, match="must be unused"):
         engine.submit([1], SHORT, "mine")

@@ -1,4 +1,4 @@
-"""Offsets of 64 bits into logits, counts of tokens and weights, which would be many GB if they took memory."""
+"""64-bit offsets into logits, token counts and weights, which would take many GB if they were real memory."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ def test_row_linear():
 
 
 def test_row_linear_over_a_weight_of_more_than_4_GB():
-    """Its last outputs are as if they were alone."""
+    """Its last outputs are those of its last strip alone."""
     in_features = 1 << 14
     x, last = (torch.randn(n, in_features, generator=torch.Generator().manual_seed(n)) for n in (2, CPU_STRIP))
     alone = pack(last, impl="cpu")

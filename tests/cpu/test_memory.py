@@ -1,4 +1,4 @@
-"""What memory goes where, and what is said when there is not enough of it."""
+"""What memory is used for, and what is reported when there is not enough of it."""
 
 import sys
 from functools import partial
@@ -50,7 +50,7 @@ def test_sizes_by_default(most, want):
 
 @pytest.mark.parametrize("factor", (0.5, 1.0, 4, 1e308))
 def test_linear_scaling_reaches_further_for_whoever_asks(factor):
-    """Vicuna 16k states the 4096 that it starts from, others what they stretch to."""
+    """Vicuna 16k states the 4096 positions that it starts from, other models state those that they stretch to."""
     config = checkpoints.tiny_config(rope_scaling={"type": "linear", "factor": factor}, max_position_embeddings=128)
     most = int(min(128 * max(1, factor), sys.maxsize))
     assert config.most_positions == most
@@ -62,7 +62,7 @@ def test_linear_scaling_reaches_further_for_whoever_asks(factor):
 
 
 def test_what_the_diffusion_view_adds(folder):
-    """Beside AR decoding: its weights, one layer's buffers of the block rows, the verified rows' choices."""
+    """In addition to AR decoding: its weights, one layer's buffers of the block rows, the verified rows' choices."""
     ar, two_pass = (warm_report(folder, mode=mode) for mode in ("ar", "two_pass"))
     assert {name for name in ar if ar[name] != two_pass[name]} == {"scratch", "activations", "cycles", "total"}
     assert ar["scratch"] == 0
@@ -79,10 +79,10 @@ def test_what_the_diffusion_view_adds(folder):
     qkv_q_and_attn = (3 * config.num_heads_q + 2 * config.num_heads_kv) * config.head_dim
     per_row = (hidden_and_normed + qkv_q_and_attn + mlp) * 2
     partials = 1  # per row: 96 ids lie in one tile
-    more = slots * (config.block_len - 1)  # rows, beside those of ar and of prompts
+    more = slots * (config.block_len - 1)  # rows in addition to those of ar and of prompts
     assert two_pass["activations"] - ar["activations"] == more * (per_row + partials * 8)  # value, id
-    built = slots + 4 + 2 + 1  # slots of the cycles of every batch bucket
-    picked = built * (2 * config.block_len - 1) * 4  # the numbers of the rows that choose
+    built = slots + 4 + 2 + 1  # slots of the cycles of all batch buckets
+    picked = built * (2 * config.block_len - 1) * 4  # the indices of the rows that choose
     staged = 2 * (built * config.block_len * 16 + (built + 4) * 4)  # two passes' rows and where their groups start
     assert two_pass["cycles"] == picked + staged
 
@@ -126,7 +126,7 @@ def test_who_finds_no_memory_at_the_start_costs_the_others_nothing(folder, alone
 
 
 def test_large_weights_have_huge_pages_of_their_own():
-    """Blocks which are freed with them; small ones share one."""
+    """Their blocks are freed with them; small weights share one."""
     large = huge_pages.empty([huge_pages.arena.BLOCK], torch.uint8)
     small = [huge_pages.empty([100], torch.bfloat16) for _ in range(2)]
     blocks = [t.untyped_storage().data_ptr() for t in (large, *small, huge_pages.arena.block)]
@@ -163,7 +163,7 @@ def test_one_engine_per_cuda_device_and_any_number_on_the_cpu():
         claim(device, second)
     first.closed = True
     claim(device, second)
-    second.itself = second  # as an engine's metrics know their engine: only the collector frees it
+    second.itself = second  # a reference cycle, as between an engine and its metrics: only the collector frees it
     del second
     claim(device, first)
     claim(torch.device("cpu"), first)

@@ -84,7 +84,7 @@ def test_latencies_are_those_of_the_requests(folder):
     facts, text = engine.metrics.as_dict(), engine.metrics.as_prometheus()
     waited = [o.stats.queue_seconds + o.stats.prefill_seconds for o in outs]
     assert facts["first_token"]["count"] == 3 and facts["first_token"]["seconds"] == pytest.approx(sum(waited))
-    each = [o.stats.seconds / 9 for o in outs[:2]]  # the last has no further token
+    each = [o.stats.seconds / 9 for o in outs[:2]]  # the last request has no token after its first
     assert facts["per_token"]["count"] == 2 and facts["per_token"]["seconds"] == pytest.approx(sum(each))
     for name, seen in (("first_token", waited), ("per_token", each)):
         for bound, count in facts[name]["at_most"].items():

@@ -1,4 +1,4 @@
-"""Prompts that go through the last pass of a cycle, beside the rows of those who decode: one read of the weights."""
+"""Prompts that share the last pass of a cycle with the rows of decoding sequences: one read of the weights."""
 
 from functools import partial
 
@@ -46,7 +46,7 @@ def count(engine, kind):
 @pytest.mark.parametrize("records", (False, True), ids=("taped at once", "kept"))
 @pytest.mark.parametrize("mode", MODES)
 def test_whoever_arrives_changes_no_bit(make, mode, records):
-    """Greedy, sampled and edited beside each other: tokens, logits and cache of each as alone, and the same drafts."""
+    """Greedy, sampled and edited together: tokens, logits and cache of each as alone, and the same drafts."""
     prompts, params = (list(column) for column in zip(*JOBS, strict=True))
     lonely = make(mode=mode, **MODES[mode])
     alone = decode(lonely, prompts, params)
@@ -59,7 +59,7 @@ def test_whoever_arrives_changes_no_bit(make, mode, records):
             assert count(engine, "mixed_cycle") > before
             assert [t.tokens_per_cycle for t in got] == [t.tokens_per_cycle for t in alone]
             assert lossless.rate(got) == pytest.approx(PINNED[mode], abs=0.01)
-    assert count(engine, "mixed_cycle") > 0  # of auto: at all, as which cycles take prompts depends on the clock
+    assert count(engine, "mixed_cycle") > 0  # for auto, any at all: which cycles take prompts depends on the clock
     kept = [known for known in engine.runner._with_prompts.values() if isinstance(known, Cycle)]
     assert any(known.settled for known in kept) == records
 
@@ -75,7 +75,7 @@ def test_one_cycle_does_both(make):
 
 
 def test_decoding_does_not_stop_for_a_long_prompt(make, monkeypatch):
-    """As much of it goes along as a pass takes; its first token comes with the last of it."""
+    """Each pass takes as much of the prompt as it can. The prompt's first token arrives with its last chunk."""
     monkeypatch.setitem(CHUNK_BESIDE, "cpu", 32)
     engine = make(mode="ar")
     want = make().generate([5] * 100, GREEDY).token_ids
@@ -89,7 +89,7 @@ def test_decoding_does_not_stop_for_a_long_prompt(make, monkeypatch):
             tokens.setdefault(out.request_id, []).extend(out.new_token_ids)
         if second not in tokens:
             assert len(tokens[first]) == len(rows)  # a token for every chunk
-    assert rows == [33, 33, 33, 5] and tokens[second] == want  # one more of the cycle itself
+    assert rows == [33, 33, 33, 5] and tokens[second] == want  # one row is the cycle's own
 
 
 @pytest.mark.parametrize("runs", (True, False), ids=("runs", "arrives"))
@@ -107,7 +107,7 @@ def test_passes_of_their_own_beside_choices_that_the_host_makes(make, runs):
 
 
 def test_beside_rejection_whoever_ends_makes_room_in_the_same_step(make):
-    """No cycle runs with a slot empty that somebody waits for: prompts do not go along with the next."""
+    """No cycle runs with an empty slot that a request waits for: prompts do not go along with the next cycle."""
     rejection = SamplingParams(100, temperature=0.8, seed=1, ignore_eos=True, acceptance="rejection")
     engine = make(max_batch_size=2)
     _, second, third = engine.submit([1], rejection), engine.submit([2], GREEDY), engine.submit([3], GREEDY)
@@ -119,7 +119,7 @@ def test_beside_rejection_whoever_ends_makes_room_in_the_same_step(make):
 
 
 def test_auto_times_cycles_by_themselves(make, tmp_path, monkeypatch):
-    """A plan whose cost is a guess, though prompts arrive all the time."""
+    """A plan whose cost is a guess runs by itself to be timed, although prompts arrive all the time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     engine, (auto,) = (made := make(mode="auto")), made._autos.values()
     engine.submit([1, 2, 3], SamplingParams(200, ignore_eos=True))
@@ -134,7 +134,7 @@ def test_auto_times_cycles_by_themselves(make, tmp_path, monkeypatch):
 
 
 def test_edits_of_a_prompt_in_a_slot_beyond_the_cycles(make, monkeypatch):
-    """The reference looks lengths up by slot, and the oracle of a slot that the cycle does not have must be there."""
+    """The reference looks lengths up by slot, so those of slots that the cycle does not have must be there as well."""
     monkeypatch.setenv("ORTHRUS_BACKEND", "process_logits=reference")
     jobs = [([1, 2, 3], EDITED), ([5, 6], EDITED)]
     want = decode(make(mode="ar"), *(list(column) for column in zip(*jobs, strict=True)))
@@ -144,7 +144,7 @@ def test_edits_of_a_prompt_in_a_slot_beyond_the_cycles(make, monkeypatch):
 
 
 def test_the_third_of_a_kind_runs_no_python_per_op(make, monkeypatch):
-    """Where they are kept: once op by op, once while it is recorded, then replays."""
+    """Where they are kept: first it runs op by op, then while it is recorded, then as replays."""
     engine, calls, real = make(True, mode="ar"), [], ops.embed
     engine.submit([1, 2, 3], SamplingParams(100, ignore_eos=True))
     for _ in range(3):
@@ -156,7 +156,7 @@ def test_the_third_of_a_kind_runs_no_python_per_op(make, monkeypatch):
         engine.step()
         assert len(calls) == want
     kept = engine.runner._with_prompts.values()
-    assert (count(engine, "mixed_cycle"), len(kept)) == (5, 3)  # two shapes, and the first prompt's
+    assert (count(engine, "mixed_cycle"), len(kept)) == (5, 3)  # two shapes, and that of the first prompt
     assert engine.memory_report()["cycles"] >= sum(known.nbytes for known in kept) > 0
 
 
@@ -179,7 +179,7 @@ def test_without_memory_a_newcomer_ends_alone(make, monkeypatch):
 
 
 def test_rows_of_prompts_before_a_cycles_own():
-    """Groups and positions of all, and of both parts; a load leaves nothing of the one before."""
+    """Groups and positions of all rows, and of both parts; a load leaves nothing of the one before."""
     shape, own = PrefillShape(rows=8, groups=3, tallest=5, chosen=2, scored=False), Layout(2, 2, 2, 3, 2)
     this = PromptRows(shape, "cpu", own, [0, 1, 4])
     this.own.position.fill_(7)

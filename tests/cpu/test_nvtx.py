@@ -1,4 +1,4 @@
-"""NVTX ranges, with a recorder in the profiler's place."""
+"""NVTX ranges, with a recorder instead of the profiler."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_ranges_nest_cycle_pass_layer_op():
 
 
 def test_a_torch_that_has_none_says_so_once(monkeypatch):
-    """As one for the CPU alone."""
+    """For example a build for the CPU alone."""
 
     def lacking(_):
         raise RuntimeError("NVTX functions not installed.")

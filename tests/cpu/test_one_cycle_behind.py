@@ -1,6 +1,6 @@
-"""The engine as it runs on a device that is not waited for: results are read one cycle after their launch.
+"""The engine as it runs on a device that it does not wait for: results are read one cycle after their launch.
 
-On the CPU, with events and mailboxes that behave as CUDA's: a copy is unreadable before its event was waited for.
+On the CPU, with events and mailboxes that behave like CUDA's: a copy is unreadable until its event is waited for.
 """
 
 import itertools
@@ -29,7 +29,7 @@ make = partial(engines.make, max_seq_len=256, max_batch_size=8)
 
 
 class Stream:
-    """Events in the order of their recording; the device has passed those up to the last one waited for."""
+    """Events in the order of their recording; the device has passed all up to the last one waited for."""
 
     def __init__(self):
         self.clock, self.passed, self.box, self.boxes = itertools.count(1), 0, None, []
@@ -98,7 +98,7 @@ def late(folder, monkeypatch, tmp_path):
 
 def job(rng, longest):
     prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))]
-    if longest > 100 and rng.random() < 0.5:  # a beginning that others have too
+    if longest > 100 and rng.random() < 0.5:  # a beginning that others share
         prompt = (list(range(rng.choice((70, 100)))) + prompt)[:longest]
     prompt = [token % VOCAB for token in prompt]
     stops = tuple(rng.sample(range(VOCAB), rng.choice((0, 0, 8))))
@@ -110,7 +110,7 @@ def job(rng, longest):
 
 @pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass", "auto"))
 def test_arrivals_aborts_and_few_pages(late, alone, mode):
-    """What the host does between cycles (begin, move, clear, pages given back) acts behind the cycle under way."""
+    """What the host does between cycles (begin, move, clear, pages given back) takes effect after the current cycle."""
     rng = random.Random(mode)
     engine = late(mode=mode, num_pages=6)
     todo, jobs, got, aborted = 80, {}, {}, set()
@@ -132,12 +132,12 @@ def test_arrivals_aborts_and_few_pages(late, alone, mode):
             assert tokens == alone(*one) and reason in ("stop", "length")
     assert engine.metrics.preemptions > 0 and engine.metrics.cached_tokens > 0
     assert engine.kv.num_free_pages == engine.kv.num_pages
-    assert len(late.stream.boxes) <= 4  # of two rounds, each with a cycle and a prefill pass; they are used again
+    assert len(late.stream.boxes) <= 4  # for two rounds, each with a cycle and a prefill pass; they are reused
 
 
 @pytest.mark.parametrize(("mode", "shortest"), (("ar", 16), ("two_pass", 4)))
 def test_nobody_gives_pages_up_for_whom_an_end_in_flight_makes_room(late, alone, mode, shortest):
-    """The first needs the other's page while the other's last tokens are not read yet, or later, or earlier."""
+    """The first request needs the other's page while the other's last tokens are unread, or later, or earlier."""
     engine = late(mode=mode, max_seq_len=128, max_batch_size=2, num_pages=2, prefix_caching=False)
     prompts, taken = [[1] * 30, [2] * 20], []
     for length in range(shortest, shortest + 9):
@@ -151,7 +151,7 @@ def test_nobody_gives_pages_up_for_whom_an_end_in_flight_makes_room(late, alone,
 
 @pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
 def test_as_many_cycles_and_drafts_as_without_the_lag(late, folder, mode):
-    """Nothing of a cycle that finds its slot ended on the device is counted, and no block is lost to the delay."""
+    """Nothing is counted of a cycle that finds its slot ended on the device, and no block is lost to the delay."""
     rng = random.Random(1)
     prompts, params = zip(*(job(rng, 60) for _ in range(12)), strict=True)
     want, got = (e.generate(list(prompts), list(params)) for e in (make(folder, mode=mode), late(mode=mode)))
@@ -163,7 +163,7 @@ def test_as_many_cycles_and_drafts_as_without_the_lag(late, folder, mode):
 
 
 def test_all_ways_to_choose_share_a_prefill_pass(late, folder, alone):
-    """A rejection request's logits are read before the sampled one's are processed in place beside them."""
+    """A rejection request's logits are read before those of the sampled request in the pass are processed in place."""
     greedy, coupled = SamplingParams(12, ignore_eos=True), SamplingParams(12, temperature=0.8, seed=4, ignore_eos=True)
     rejection = SamplingParams(12, temperature=0.8, seed=4, ignore_eos=True, acceptance="rejection")
     by_itself = make(folder, max_batch_size=1)
@@ -200,7 +200,7 @@ def test_a_fault_in_flight_loses_nothing(late, alone, monkeypatch):
 
 
 def test_after_a_fault_no_slot_runs_on(late, monkeypatch):
-    """Until somebody is in it again, with the pages that it writes."""
+    """Until a request is in it again, with the pages that it writes."""
     engine = late(max_batch_size=2)
     ids = [engine.submit([i], SamplingParams(60, ignore_eos=True)) for i in (1, 2)]
     for _ in range(3):
@@ -219,7 +219,7 @@ def test_after_a_fault_no_slot_runs_on(late, monkeypatch):
 
 @pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
 def test_nan_ends_a_slot_before_the_host_knows(late, mode):
-    """The cycles launched meanwhile leave it alone."""
+    """The cycles launched meanwhile leave the slot alone."""
     kinds = [poison.GREEDY, poison.SAMPLED, poison.EDITED]
     poison.check_nan_ends_its_requests_alone(late(mode=mode, max_batch_size=4), poison.jobs_of(kinds))
 
@@ -230,7 +230,7 @@ def test_who_finds_no_memory_at_the_start_costs_the_others_nothing(late, alone, 
 
 
 def test_prompts_that_arrive_while_others_decode(late, alone):
-    """Prefills in chunks beside cycles, the first token of each read a round later."""
+    """Prefill in chunks during cycles; the first token of each prompt is read a round later."""
     rng = random.Random(4)
     engine = late(max_batch_size=4)
     params = SamplingParams(max_new_tokens=30, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""One pass per cycle: what consensus drafts next, and that the engine's tokens are those of every other mode."""
+"""One pass per cycle: what consensus drafts next, and that the engine's tokens equal those of every other mode."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ K, F = 4, 3
 
 
 def make_state(drafts, hypotheses, *, cached=10, limit=40):
-    """One running slot that verifies ``drafts`` behind token 5, with ``hypotheses`` drafted for."""
+    """One running slot that verifies ``drafts`` after token 5, with blocks drafted for ``hypotheses``."""
     state = st.SlotState.allocate(1, K, 16, 2, "cpu", max_fan_out=F)
     state.cache_seqlens[0], state.limit[0], state.finish[0] = cached, limit, st.RUNNING
     state.block_tokens[0, : 1 + len(drafts)] = torch.tensor([5, *drafts])
@@ -32,7 +32,7 @@ def make_state(drafts, hypotheses, *, cached=10, limit=40):
 
 
 def run(state, ar, *blocks, next_pass=st.NEXT_ONE_PASS):
-    """One consensus of the AR choices and the blocks' (second choice: the id + 100, at half the probability)."""
+    """One consensus of the AR and the blocks' choices (second choice: the id + 100, at half the probability)."""
     choices = torch.tensor([*ar, *(token for block in blocks for token in block)], dtype=torch.int32)
     ids = torch.stack([choices, choices + 100, choices + 200], 1).int()
     value = torch.tensor([1.0, 0.5, 0.25]).log().expand(len(choices), -1).contiguous()
@@ -105,7 +105,7 @@ def test_hypotheses_are_picked_by_gain():
     gains = {(2, -1): 0.36, (1, -1): 0.54, (1, 20): 0.315 * SEEN_GAIN}
     first = pick_hypotheses(drafts, runner_up, prob, 1)
     assert first == [max(gains, key=gains.get)] == [(1, -1)]
-    # Beside (1, -1) the runner-up adds only what seeing the bonus adds.
+    # With (1, -1) picked, the runner-up adds only what seeing the bonus adds.
     assert pick_hypotheses(drafts, runner_up, prob, 3) == [(1, -1), (2, -1), (1, 20)]
     everything = pick_hypotheses(drafts, runner_up, prob, 9)
     assert len(set(everything[:7])) == 7 and everything[7:] == [(-1, -1)] * 2
@@ -114,8 +114,8 @@ def test_hypotheses_are_picked_by_gain():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Many of its drafts are accepted, on any CPU variant the same ones. Without attention in the diffusion view, or
-    with another mask token, hardly any are.
+    """Many of its drafts are accepted, and the same ones on any CPU variant. Without attention in the diffusion view,
+    or with another mask token, hardly any are.
     """
     kwargs = dict(seed=110, diff_noise=0.05, vocab_size=24, mask_token_id=23, head_dim=32)
     folder = str(checkpoints.make(tmp_path_factory.mktemp("one_pass"), **kwargs))
@@ -139,7 +139,7 @@ def test_the_tokens_of_ar(tiny, draft_len, fan_out):
     assert (s.mode, s.block_len, s.fan_out, s.passes) == ("one_pass", draft_len + 1, fan_out, s.cycles)
     assert sum(s.accepted) == s.cycles == CYCLES[draft_len, fan_out]
     cycle = tiny.runner.cycle(CyclePlan("one_pass", draft_len + 1, fan_out), 1)
-    assert cycle.passes[-1].rows.blocks_per_seq == fan_out  # which a GPU may read the cache for at once
+    assert cycle.passes[-1].rows.blocks_per_seq == fan_out  # blocks for which a GPU may read the cache together
 
 
 def test_any_plan_may_follow_any_other(tiny):
@@ -200,7 +200,7 @@ PINNED = {
 }
 
 
-# The same per cycle with a CPU's own numbers of drafts and blocks, 4 prompts of code.
+# The same per cycle with a CPU's default numbers of drafts and blocks, 4 prompts of code.
 PINNED_DEFAULTS = {
     "avx512_bf16": {"two_pass": 2.786, "one_pass": 1.835},
     "amx_bf16": {"two_pass": 2.836, "one_pass": 1.926},
@@ -209,7 +209,7 @@ PINNED_DEFAULTS = {
 
 
 def tokens_per_cycle(kind, **how) -> float:
-    """Of the embedded model, whose tokens are those of AR decoding."""
+    """With the embedded model, whose tokens are checked against those of AR decoding."""
     engine = Engine.from_pretrained("smollm2-135m", device="cpu", mode="two_pass", max_seq_len=512, max_batch_size=4)
     ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)[:4]]
     params = SamplingParams(max_new_tokens=40)
@@ -237,7 +237,7 @@ def test_tokens_per_cycle_of_a_cpus_defaults_are_pinned(mode):
 
 
 def test_whoever_gets_a_slot_again_begins_without_drafts():
-    """As at first: that its next cycle has none to verify tells nothing of how well it drafts."""
+    """As at first: that its next cycle has none to verify says nothing about how well it drafts."""
     request = Request("name", [1, 2], SamplingParams(), [], 10)
     for _ in range(2):
         request.begin(0, 0)

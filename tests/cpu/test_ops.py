@@ -1,4 +1,4 @@
-"""The validated signatures: bad arguments are named with op, argument, expected and got; and who runs what."""
+"""The signatures' checks: errors name op, argument, expected and got; and which implementation runs what."""
 
 import contextlib
 import re
@@ -37,7 +37,7 @@ def meta(*shape):
 
 
 def attention(**changes):
-    """Arguments of a dual_attn call over three AR rows, some of them changed."""
+    """A dual_attn call over three AR rows, with some arguments changed."""
     arguments = dict(
         q=f32(ROWS, HEADS_Q, DIM),
         k_pages=f32(5, HEADS_KV, 64, DIM),
@@ -89,7 +89,7 @@ def consensus(**changes):
 
 
 def changed(**tensors):
-    """A state of two slots of which some tensors are others."""
+    """A state of two slots with some tensors replaced."""
     return replace(SlotState.allocate(2, 4, 16, 2, "cpu"), **tensors)
 
 
@@ -278,7 +278,7 @@ def test_nothing_to_do_is_done(monkeypatch):
     ],
 )
 def test_groups_that_would_leave_rows_out(group_start, changes, message):
-    """On the CPU: also in a replay, of what the rows hold by then."""
+    """On the CPU. A replay checks what the rows hold at that time."""
     rows = prefill_rows([([0] * 5, 0, 0), ([0], 0, 0)], "cpu")
     pages, table = f32(5, HEADS_KV, 64, DIM), i32(1, 12)
     arguments = dict(
@@ -301,7 +301,7 @@ def test_groups_that_would_leave_rows_out(group_start, changes, message):
 
 @pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 def test_blocks_that_do_not_share_a_sequence():
-    """On the CPU, which can look, so that a GPU's kernels may take their word for it."""
+    """Refused on the CPU, which can check it, so that a GPU's kernels may rely on it."""
     rows = empty_rows(Layout(1, 2, 4, 2, 2), "cpu")
     rows.seq[6:] = 1
     arguments = dict(q=f32(10, HEADS_Q, DIM), out=f32(10, HEADS_Q, DIM), rows=rows)
@@ -418,7 +418,7 @@ def test_what_is_asked_for_and_missing_raises(monkeypatch, value, error, message
 
 
 def test_head_dims_without_a_kernel_are_refused_at_load(tmp_path, monkeypatch):
-    """Before anything is packed, and for CUDA too (whose choice of kernels needs no device)."""
+    """Before anything is packed, and for CUDA too (choosing its kernels needs no device)."""
     folder = checkpoints.make(tmp_path, "llama", dtype=torch.bfloat16, head_dim=24)
     if dispatch.extension() is not None:
         monkeypatch.setattr("orthrus_rt.weights.pack", None)

@@ -1,4 +1,4 @@
-"""Tests that ask for ``paced`` notice a drafter that is broken: its text is right."""
+"""Tests that ask for ``paced`` notice a broken drafter, although its text is right."""
 
 import contextlib
 

@@ -7,7 +7,7 @@ from orthrus_rt.weights import cuda_blocks, swizzled
 
 
 def unpack(data: torch.Tensor, out_features: int, gate_up: bool) -> torch.Tensor:
-    """Element by element as csrc/cuda/row_linear_plan.h describes it: byte offsets, not the packer's views."""
+    """Element by element as csrc/cuda/row_linear_plan.h describes it, by byte offsets instead of the packer's views."""
     blocks, k_blocks = data.shape[:2]
     flat = data.flatten()
     row = torch.arange(blocks * 64)[:, None]

@@ -1,4 +1,4 @@
-"""What pip gets to build from, and where Python finds it."""
+"""What pip gets to build from, and where Python finds the package."""
 
 import os
 import subprocess

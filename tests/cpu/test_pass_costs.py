@@ -1,4 +1,4 @@
-"""What cycles cost: estimates between measurements, against stalls and drift, and kept on disk."""
+"""What cycles cost: estimates between measurements, resistance to stalls and drift, and storage on disk."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def test_unmeasured_costs_lie_between_measured_ones():
 
 
 def test_what_is_guessed_follows_what_cycles_are_found_to_cost():
-    """Whether or not it was asked for before."""
+    """Whether or not the guess was asked for before."""
     near, far = CyclePlan("two_pass", 4), CyclePlan("two_pass", 16)
     asked, first = PassCosts(), PassCosts()
     for costs in (asked, first):
@@ -44,7 +44,7 @@ def test_what_is_guessed_follows_what_cycles_are_found_to_cost():
 
 
 def known(count=30, *plans) -> PassCosts:
-    """1 second of each plan, of AR from ``count`` cycles."""
+    """1 second for each plan, and for AR from ``count`` cycles."""
     costs = PassCosts()
     for plan in (AR, *plans):
         costs.set(1, plan, 1.0)
@@ -77,7 +77,7 @@ def test_a_change_of_what_is_well_known_is_the_machines_and_changes_the_others_t
 
 @pytest.mark.parametrize("machine", [2.0, 0.5])
 def test_what_was_taken_for_a_plans_own_turns_out_to_be_the_machines(machine):
-    """The machine changes just when another plan is tried: the next times of the one in use tell which it was."""
+    """The machine changes just when another plan is tried: the next times of the plan in use show which changed."""
     tried = CyclePlan("two_pass", 4)
     costs = known(500, tried)
     for _ in range(8):
@@ -105,7 +105,7 @@ def test_what_was_taken_for_the_machines_turns_out_to_be_a_plans_own():
 
 
 def test_no_correlation_is_believed_that_cannot_be():
-    """The machine and single plans change at once and by more than the filter supposes."""
+    """The machine and single plans change at the same time, and by more than the filter assumes."""
     rng, plans, most = random.Random(0), [AR, CyclePlan("two_pass", 4), CyclePlan("one_pass", 16, 8)], 0.0
     costs, own, machine, plan = known(0, *plans[1:]), dict.fromkeys(plans, 1.0), 1.0, AR
     for _ in range(1500):
@@ -166,7 +166,7 @@ def test_two_cycles_that_agree_settle_it_whatever_the_first_one_said():
     for seconds, once in ((1000.0, True), (9.0, True), (10.0, False)):
         costs.observe(1, plan, seconds)
         assert costs.measured_once(1, plan) == once
-    assert costs.seconds(1, plan) < 9.9  # which is between the two
+    assert costs.seconds(1, plan) < 9.9  # between the two times
 
 
 def test_a_warm_up_settles_what_was_measured_once():
@@ -175,7 +175,7 @@ def test_a_warm_up_settles_what_was_measured_once():
     costs.set(1, plan, 2.0)
     assert not costs.measured_once(1, plan) and [row[1] for row in costs.table()] == ["ar", "two_pass"]
     costs.observe(1, plan, 1.0)
-    assert costs.seconds(1, plan) > 1.2  # no stall's, to be replaced
+    assert costs.seconds(1, plan) > 1.2  # it is not replaced as a stall would be
 
 
 @pytest.mark.parametrize("machine", [2.0, 0.5])
@@ -193,14 +193,14 @@ def test_drift_is_of_a_machine_that_slowed_down_or_became_faster(machine):
 def test_a_stall_is_not_believed_however_long_ago_the_plan_ran():
     plan = CyclePlan("two_pass", 4)
     costs = known(30, plan)
-    costs._clock += 10**7  # cycles of others
+    costs._clock += 10**7  # cycles of other plans
     costs.observe(1, plan, 50.0)
     assert costs.seconds(1, plan) < 1.7
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.1, 0.2, 0.4, "skew"])
 def test_noise_moves_no_plan_that_does_not_run(noise):
-    """20,000 cycles of AR on a machine that stays as it is."""
+    """20,000 cycles of AR on a machine that does not change."""
     rng, idle = random.Random(0), CyclePlan("two_pass", 8)
     costs = known(0, idle)
     for cycle in range(20_000):
@@ -247,7 +247,7 @@ def test_costs_are_kept_and_a_stale_or_broken_file_is_not_believed(tmp_path):
 
 
 def test_hope_is_for_what_was_measured_seldom_or_long_ago():
-    """A warm-up's time may be too high by some percent, and nobody would know: what runs often is known."""
+    """A warm-up's time may be some percent too high without anyone noticing. The cost of what runs often is known."""
     plan = CyclePlan("two_pass", 4)
     costs = known(0, plan)
 
@@ -268,13 +268,13 @@ def test_hope_is_for_what_was_measured_seldom_or_long_ago():
 def test_unmeasured_costs_are_in_proportion_to_those_of_like_cycles():
     basis, plan = known(0, CyclePlan("two_pass", 4)), CyclePlan("two_pass", 4)
     costs = basis.of_like_cycles()
-    assert not costs and costs.seconds(1, plan) > 2.0  # a pass is supposed to cost more than 1
+    assert not costs and costs.seconds(1, plan) > 2.0  # a pass is assumed to cost more than 1
     costs.observe(1, AR, 1.5)
     assert costs.seconds(1, plan) == pytest.approx(1.5)
-    assert costs.seconds(8, plan) > 2.0  # nothing to tell the proportion by
+    assert costs.seconds(8, plan) > 2.0  # nothing to derive the proportion from
     costs.set(2, AR, 1.0)
     costs.set(2, CyclePlan("two_pass", 16), 4.0)
-    assert costs.seconds(2, plan) == pytest.approx(2 * (1 + 6 / 30))  # of greedy ones of two, AR was not timed
+    assert costs.seconds(2, plan) == pytest.approx(2 * (1 + 6 / 30))  # greedy cycles of two sequences: AR was not timed
     costs.observe(1, plan, 2.0)
     assert costs.seconds(1, plan) == pytest.approx(2.0) and basis.seconds(1, plan) == pytest.approx(1.0)
 

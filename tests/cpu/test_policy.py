@@ -35,7 +35,7 @@ from tests.policy_simulator import (
 
 
 def best_fixed(device: str, bucket: int, hazard: float, decay: float) -> tuple[float, CyclePlan]:
-    """Seconds per token of the whole batch, and the plan that has them."""
+    """The fewest seconds per token of the whole batch, and the plan that achieves them."""
     return min((cycle_seconds(device, bucket, p) / expected_tokens(p, hazard, decay) / bucket, p) for p in PLANS)
 
 
@@ -46,7 +46,7 @@ GRID = [
     *[("steep", 1, h) for h in (0.0, 0.5, 0.6, 0.7, 0.9)],
     *[("steep", 4, h) for h in (0.7, 0.9)],
 ]
-CLOSE = [  # two_pass and one_pass differ little, and luck misleads: what these seeds did to an earlier policy
+CLOSE = [  # two_pass and one_pass differ little, and luck misleads: these seeds misled an earlier policy
     *[("flat", 1, 0.9, seed) for seed in (1, 2, 12)],
     *[("flat", 2, 0.9, seed) for seed in (2, 16)],
     *[("flat", 1, 0.97, 12), ("flat", 4, 0.8, 1)],
@@ -61,7 +61,7 @@ WHOLE_GRID = list(
 
 
 def over_best(device: str, batch: int, hazard: float, decay: float = 1.0, **how) -> float:
-    """Seconds per token over those of the best fixed plan."""
+    """Seconds per token relative to those of the best fixed plan."""
     got = run(device, lambda cycle, i: (hazard, decay), batch=batch, **how)
     assert got.most_behind <= GRANT * cycle_seconds(device, batch, AR) + 1e-9
     assert got.switches <= 2 * HORIZON / REST + 40
@@ -88,7 +88,7 @@ def test_later_drafts_worse_than_early_ones(device, batch):
     check_stationary(device, batch, 0.9, 0.9)
 
 
-OTHER_MODELS = {  # what KEPT and KNOWN are multiplied by, and what drafts behind an unseen bonus token are worth
+OTHER_MODELS = {  # factors for KEPT and KNOWN, and what drafts after an unseen bonus token are worth
     "foresees more": (0.5, 2.0, (0.7, 0.85)),
     "drafts badly behind an unseen token": (1.0, 1.0, (0.5, 0.7)),
 }
@@ -113,7 +113,7 @@ def test_a_model_unlike_the_one_that_the_priors_are_of(model, hazard, monkeypatc
 
 @pytest.mark.full
 def test_luck_misleads_seldom():
-    """Three plans within 13% of each other, of which one may look worse than it is for a thousand cycles."""
+    """Three plans within 13% of each other, one of which may look worse than it is for a thousand cycles."""
     cases = itertools.product((1, 2), (0.85, 0.9, 0.97), range(14))
     over = sorted(over_best("flat", batch, hazard, seed=seed) for batch, hazard, seed in cases)
     assert len(over) == 84 and statistics.mean(over) <= 1.016 and over[-1] <= 1.05
@@ -128,7 +128,7 @@ def test_stationary_text_on_the_whole_grid(device, batch):
 
 
 RIVAL = CyclePlan("one_pass", 4, 2)
-CHANGES = {  # what cycles cost, over what a warm-up measured
+CHANGES = {  # factors on the costs that a warm-up measured
     "the warm-up's machine was half as fast": lambda cycle, plan: 0.5,
     "the warm-up's machine was twice as fast": lambda cycle, plan: 2.0,
     "the machine halves its speed for a while": lambda cycle, plan: 2.0 if 300 <= cycle < 600 else 1.0,
@@ -141,7 +141,7 @@ CHANGES = {  # what cycles cost, over what a warm-up measured
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_costs_that_change_mislead_little(change, request):
-    """2,000 cycles, times with 5% of noise and one in 50 five times too long: beside what is best as costs stand."""
+    """2,000 cycles, times with 5% noise and one in 50 five times too long, against the best plan at current costs."""
     factor, over, seeds = CHANGES[change], [], range(2 if request.config.getoption("--full") else 1)
     for device, batch, hazard, seed in itertools.product(DEVICES, (1, 8), (0.6, 0.8), seeds):
         yields = {plan: expected_tokens(plan, hazard, 1.0) for plan in PLANS}
@@ -159,7 +159,7 @@ def test_costs_that_change_mislead_little(change, request):
 
 LEARNT = [
     *[(device, 1, hazard, 0) for device in DEVICES for hazard in (0.0, 0.5, 0.8)],
-    ("steep", 4, 0.9, 1),  # two_pass/4 looks best for long, unless credit that lies idle buys another look
+    ("steep", 4, 0.9, 1),  # two_pass/4 looks best for a long time, unless idle credit buys another look
 ]
 
 
@@ -177,7 +177,7 @@ def test_costs_learnt_from_the_cycles_themselves(where, lag):
 
 @pytest.mark.parametrize(("device", "at_least"), [("flat", 2.2), ("steep", 1.6)])
 def test_a_fresh_engine_drafts_from_its_first_tokens_on(device, at_least):
-    """AR first, to know what it costs; then luck with a few drafts does not decide what the next hundred tokens get."""
+    """AR first, to learn its cost. After that, luck with a few drafts does not decide the next hundred tokens."""
     runs = [run(device, lambda cycle, i: (0.8, 1.0), 64, seed=seed) for seed in range(20)]
     assert {next(i for i, plan in enumerate(got.plans) if plan != AR) for got in runs} == {REFRESH_CYCLES}
     speedups = [cycle_seconds(device, 1, AR) / got.seconds_per_token for got in runs]
@@ -185,7 +185,7 @@ def test_a_fresh_engine_drafts_from_its_first_tokens_on(device, at_least):
 
 
 def test_another_batch_size_begins_with_ar():
-    """What AR costs there is measured before anything is compared with it, however rich the account."""
+    """AR's cost there is measured before anything is compared with it, however rich the account."""
     chooser = policy("flat")
     run("flat", lambda cycle, i: (0.95, 1.0), 300, chooser=chooser)
     assert chooser.choose(1) != AR
@@ -198,7 +198,7 @@ def test_another_batch_size_begins_with_ar():
 
 
 def test_what_is_to_be_timed_is_to_run_by_itself():
-    """AR while it is timed anew, and whatever was never timed; a cycle that takes prompts along is not."""
+    """AR while it is timed anew, and every plan that was never timed. A cycle that takes prompts along is not timed."""
     chooser, wanted = policy("flat"), []
     for _ in range(10):
         plan = chooser.choose(3)
@@ -239,7 +239,7 @@ def test_short_requests_run_within_5_percent_of_the_best_fixed_plan(length):
 
 @pytest.mark.parametrize(("seconds", "balance", "runs"), [((1.5, 1.9, 3.0), 1.0, 4), ((4.5, 3.5, 6.0), 3.7, 8)])
 def test_short_of_credit_it_keeps_what_runs_where_that_beats_ar(seconds, balance, runs):
-    """The longest of three is wanted and not covered, the shortest runs, and the middle one is best of what is left."""
+    """The longest of three is wanted but not covered, the shortest is in use, the middle one is best of the rest."""
     plans = [CyclePlan("two_pass", k) for k in (4, 8, 16)]
     chooser = Policy([AR, *plans], 1)
     for plan, cost in zip([AR, *plans], (1.0, *seconds), strict=True):
@@ -256,7 +256,7 @@ def test_short_of_credit_it_keeps_what_runs_where_that_beats_ar(seconds, balance
 
 @pytest.mark.parametrize(("batch", "tried"), [(1, False), (8, True)])
 def test_a_large_batch_tells_of_a_plan_in_fewer_cycles(batch, tried):
-    """Credit for three cycles of a plan that may be better than AR: of eight sequences one cycle is a trial."""
+    """Credit for three cycles of a plan that may beat AR: with eight sequences, one cycle is a trial."""
     rival, price = CyclePlan("two_pass", 4), 0.02
     chooser = Policy([AR, rival], 8)
     chooser.costs.set(batch, AR, 1.0)
@@ -273,7 +273,7 @@ def test_a_large_batch_tells_of_a_plan_in_fewer_cycles(batch, tried):
 
 @pytest.mark.parametrize(("filling", "tried"), [(False, 0), (True, 2)])
 def test_credit_for_a_trial_of_one_pass_is_for_more_than_its_first_cycle(filling, tried):
-    """Which has no drafts to verify. Of eight sequences one more cycle is a trial."""
+    """Its first cycle has no drafts to verify. With eight sequences, one more cycle is a trial."""
     rival, price = CyclePlan("one_pass", 4, 2), 0.02
     chooser = Policy([AR, rival], 8)
     chooser.costs.set(8, AR, 1.0)
@@ -293,7 +293,7 @@ def test_credit_for_a_trial_of_one_pass_is_for_more_than_its_first_cycle(filling
 
 
 def test_a_plan_whose_only_cycle_may_have_stalled_gets_one_more_at_any_price():
-    """As soon as exploration has any credit."""
+    """That happens as soon as exploration has any credit."""
     plan = CyclePlan("two_pass", 4)
     chooser = Policy([AR, plan], 1)
     chooser.costs.set(1, AR, 1.0)
@@ -368,7 +368,7 @@ def test_sampling_cycles_are_judged_by_their_own_costs():
         plan = chooser.choose(1, greedy=False)
         chooser.record([Outcome(plan.block_len - 1, plan.block_len - 1)], 1e-3 if plan == AR else 1.0)
     chooser.settle()
-    # Each is tried once, and once more in case that was a stall. Greedy ones are 200 times cheaper.
+    # Each plan is tried once, and once more in case that was a stall. Greedy cycles are 200 times cheaper.
     assert chooser.plan_counts[AR] >= 200 - 2 * len(PLANS)
     while chooser.choose(1) == AR:
         chooser.record([Outcome(0, 0)])
@@ -389,7 +389,7 @@ def test_sampling_cycles_are_supposed_to_cost_in_proportion_to_greedy_ones():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_greedy_and_sampled_batches_in_turn_are_judged_by_their_own_acceptance(device, monkeypatch):
-    """Sampled drafts are accepted less often: 20 cycles of each in turn are no text in between."""
+    """Sampled drafts are accepted less often. Alternating 20 cycles of each must not pass for a text in between."""
     hazards, chooser, seconds, best = {True: 0.9, False: 0.3}, policy(device), 0.0, 0.0
     for turn in range(100):
         greedy = turn % 2 == 0
@@ -411,7 +411,7 @@ def test_one_pass_plans_stay_within_the_rows_of_a_pass():
 
 
 def test_a_close_rival_of_ar_hears_soon_that_ar_has_become_faster():
-    """A machine's memory and its arithmetic do not change speed together: two_pass's cost says nothing of ar's."""
+    """A machine's memory and its arithmetic do not change speed together: two_pass's cost says nothing about ar's."""
     plan = CyclePlan("two_pass", 4)
     subject, seconds = Policy([AR, plan], 1), {AR: 1.0, plan: 1.8}
     for p in seconds:

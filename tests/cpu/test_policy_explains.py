@@ -1,4 +1,4 @@
-"""What a policy says of itself, which ``Engine.explain`` hands out."""
+"""What a policy reports about itself, which ``Engine.explain`` returns."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_it_explains_what_it_wants_where_the_account_does_not_cover_that():
     chooser = policy("steep")
     run("steep", lambda cycle, i: (0.9, 1.0), 300, chooser=chooser)
     chooser.settle()
-    wanted, chooser.current = chooser.current, None  # no course goes on
+    wanted, chooser.current = chooser.current, None  # no course is under way
     chooser.safety.balance = 0.0
     assert chooser.choose(1) == AR != wanted
     facts = chooser.explain()

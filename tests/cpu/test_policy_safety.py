@@ -55,7 +55,7 @@ ADVERSARIES = {
 
 @pytest.mark.parametrize(("adversary", "device", "lag"), by_turns(ADVERSARIES, DEVICES, (0, 1)))
 def test_no_drafter_costs_more_than_the_safety_account(adversary, device, lag):
-    """With costs known, at every moment since the start, and over every stretch but for the capped credit."""
+    """With known costs, at every moment since the start, and over every stretch except for the capped credit."""
     seq_of, batch = ADVERSARIES[adversary]
     got = run(device, seq_of, 2000, batch=batch, lag=lag)
     assert got.most_behind <= GRANT * cycle_seconds(device, 16 if callable(batch) else batch, AR) + 1e-9
@@ -85,7 +85,7 @@ def test_a_drafter_that_fails_whenever_it_is_trusted(device):
 @settings(max_examples=25, deadline=None)
 @given(seed=hs.integers(0, 2**32), lag=hs.integers(0, 3), generous=hs.floats(0, 1))
 def test_the_account_is_never_overdrawn(seed, lag, generous):
-    """Any costs, any outcomes, any batch sizes, results as late as may be."""
+    """Any costs, outcomes and batch sizes, and results as late as they may be."""
     luck, costs, late = random.Random(seed), PassCosts(), []
     for bucket in (1, 2, 4, 8):
         ar = luck.uniform(1e-3, 1e-2)
@@ -98,7 +98,7 @@ def test_the_account_is_never_overdrawn(seed, lag, generous):
         late.append([Outcome(drafts, drafts if luck.random() < generous else 0) for _ in range(size)])
         if len(late) > lag:
             chooser.record(late.pop(0))
-        if luck.random() < 0.5:  # else when it thinks anew
+        if luck.random() < 0.5:  # otherwise when the policy thinks again
             chooser.settle()
         assert chooser.safety.balance >= -1e-12
     chooser.settle()
@@ -119,7 +119,7 @@ DRIFTS = {
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("drift", DRIFTS)
 def test_costs_that_drift_and_are_timed_with_outliers(drift, device, hazard):
-    """Measured times alone keep the promise over the run: 5% noise, and one time in 50 five times too long."""
+    """Measured times alone keep the promise over the run, with 5% noise and one time in 50 five times too long."""
     got = run(
         device,
         lambda cycle, i: (hazard, 1.0),
@@ -171,12 +171,12 @@ def test_lost_cycles_hold_no_credit():
     chooser.record([])
     chooser.settle()
     assert worst > 0.0
-    assert chooser.safety.balance == pytest.approx(free - worst)  # a cycle that served nobody was still paid for
+    assert chooser.safety.balance == pytest.approx(free - worst)  # a cycle that served no sequence was still paid for
 
 
 LOSSES = {
     "a fault": lambda chooser: chooser.forget_pending(),
-    "rejection sampling ran": lambda chooser: setattr(chooser, "current", None),  # as Auto.choose tells it
+    "rejection sampling ran": lambda chooser: setattr(chooser, "current", None),  # as Auto.choose does it
 }
 
 
@@ -197,7 +197,7 @@ def test_lost_drafts_end_the_course_and_the_pipeline_fills_anew(loss):
 
 
 def test_a_course_that_the_account_does_not_cover_any_more_ends():
-    """A drafter that fails from one cycle to the next, with credit for a part of the course."""
+    """A drafter that starts to fail from one cycle to the next, with credit for a part of the course."""
     chooser, ar = policy("steep"), cycle_seconds("steep", 1, AR)
     run("steep", lambda cycle, i: (0.9, 1.0), 1000, chooser=chooser)
     while chooser._course_left < COURSE - 1 or chooser.current == AR:
@@ -220,14 +220,14 @@ def test_a_course_that_the_account_does_not_cover_any_more_ends():
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_cycles_dearer_than_they_were_thought_are_paid_at_the_price_they_began_at(lag):
-    """No course is overdrawn by what its own times say: they make the next one dearer."""
+    """No course is overdrawn because of its own times: they make the next course dearer."""
     plan = CyclePlan("two_pass", 16)
     chooser = Policy([AR, plan], 1)
     for p, seconds in ((AR, 1.0), (plan, 2.0)):
         chooser.costs.set(1, p, seconds)
     late = []
     for cycle in range(400):
-        ran, good = chooser.choose(1), cycle < 150  # then no draft is accepted, and drafting takes twice as long
+        ran, good = chooser.choose(1), cycle < 150  # after that no draft is accepted, and drafting takes twice as long
         drafts = ran.block_len - 1
         late.append(([Outcome(drafts, drafts if good else 0)], 1.0 if ran == AR else 2.0 if good else 4.0))
         if len(late) > lag:

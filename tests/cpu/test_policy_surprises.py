@@ -1,5 +1,5 @@
-"""The policy where cycles take other times than was to be expected: noise, stalls, drafting alone that gets slower,
-requests that end within a cycle, batches that change with every cycle.
+"""The policy where cycles take unexpected times: noise, stalls, drafting that gets slower while AR does not, requests
+that end within a cycle, batches that change with every cycle.
 """
 
 import statistics
@@ -45,7 +45,7 @@ def test_noise_ends_no_drafting(device, noise):
 
 @pytest.mark.parametrize(("device", "hazard"), [("steep", 0.65), ("steep", 0.8), ("flat", 0.5)])
 def test_drafting_alone_gets_slower(device, hazard):
-    """For every other 150 cycles: at first that may be the machine, which would slow AR down as well."""
+    """In every second stretch of 150 cycles. At first that may be the machine, which would slow AR down as well."""
 
     def cost(cycle, batch, plan):
         return cycle_seconds(device, batch, plan) * (3 if plan != AR and (cycle // 150) % 2 else 1)
@@ -54,7 +54,7 @@ def test_drafting_alone_gets_slower(device, hazard):
         how = dict(cost=cost, chooser=policy(device), noise=0.02, seed=seed)
         return run(device, lambda cycle, i: (hazard, 1.0), 2500, **how).over_ar
 
-    assert statistics.mean(map(over_ar, range(4))) <= 1.03  # single ones of many seeds reach 1.10
+    assert statistics.mean(map(over_ar, range(4))) <= 1.03  # single seeds of many reach 1.10
 
 
 @pytest.mark.parametrize(("batch", "length", "hazard"), [(4, 4, 0.97), (1, 4, 0.9), (1, 8, 0.97), (4, 10, 0.97)])

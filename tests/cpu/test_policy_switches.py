@@ -16,7 +16,7 @@ def lane():
 
 
 def cycles_until(lane, wanted, rates, thinks_every=1):
-    """Of the plan in use, until it is another one."""
+    """Cycles that the plan in use runs until ``wanted`` replaces it."""
     ran = 0
     while lane.hold(rates) != wanted:
         for _ in range(thinks_every):

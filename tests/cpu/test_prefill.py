@@ -1,4 +1,4 @@
-"""Prefill passes that are recorded, as on CUDA: few shapes, padded with rows that touch nothing, replayed."""
+"""Recorded prefill passes, as on CUDA: few shapes, padded with rows that touch nothing, and replayed."""
 
 from functools import partial
 
@@ -46,21 +46,21 @@ def make(folder):
     ],
 )
 def test_few_shapes(rows, groups, tallest, chosen, want):
-    """No more rows than there are buffers for, unless they are asked for; no more that choose than there are slots."""
+    """No more rows than there are buffers for, unless they are asked for, and no more rows that choose than slots."""
     want_rows, want_groups, want_tallest, want_chosen = want
     got = PrefillShape(rows, groups, tallest, chosen, False).padded(400, num_slots=6)
     assert got == PrefillShape(want_rows, want_groups, want_tallest, want_chosen, False)
 
 
 def test_fewer_shapes_in_a_cycle():
-    """Whether any of the prompts ends or not, and however long each is."""
+    """Whether or not any of the prompts ends, and however long each is."""
     shapes = [PrefillShape(20, 2, tallest, chosen, False) for tallest, chosen in ((10, 0), (19, 1), (12, 2))]
     assert {shape.padded(400, 6, in_cycle=True) for shape in shapes} == {PrefillShape(32, 3, 32, 6, False)}
-    assert PrefillShape(9, 9, 1, 9, False).padded(9, 40, in_cycle=True).chosen == 9  # a row each
+    assert PrefillShape(9, 9, 1, 9, False).padded(9, 40, in_cycle=True).chosen == 9  # one row each
 
 
 def test_padding_and_replays_change_no_bit(make, monkeypatch):
-    """Greedy, sampled, edited and by rejection, alone and together, whatever the chunks: tokens, logits, cache."""
+    """Greedy, sampled, edited and by rejection, alone and together, in any chunks: the same tokens, logits, cache."""
     prompts, params = (list(column) for column in zip(*JOBS, strict=True))
     kinds = [i for i, p in enumerate(params) if p.acceptance == "coupled"]
     alone = decode(make(False), [prompts[i] for i in kinds], [params[i] for i in kinds])
@@ -80,7 +80,7 @@ def test_padding_and_replays_change_no_bit(make, monkeypatch):
 
 
 def test_as_many_choose_as_there_are_slots(make):
-    """No power of two of them, and no row of logits more."""
+    """Their number is not rounded up to a power of two, and no row of logits is added."""
     params = lossless.sampled(6, max_new_tokens=4, ignore_eos=True)
     prompts = [[i, i + 1] for i in range(6)]
     want = decode(make(False, mode="ar", max_batch_size=6), prompts, params, together=True)
@@ -91,7 +91,7 @@ def test_as_many_choose_as_there_are_slots(make):
 
 
 def test_prefix_caching(make):
-    """Pages that one prompt of a pass fills and another reads in it."""
+    """Pages that one prompt of a pass fills and another prompt reads in the same pass."""
     prompts = [[*range(90), *range(60), i] for i in range(4)]
     want = decode(make(False), prompts, GREEDY)
     engine = make(True, prefix_caching=True)
@@ -111,7 +111,7 @@ def test_padding_touches_nothing(make):
 
 
 def test_the_third_pass_of_a_shape_runs_no_python_per_op(make, monkeypatch):
-    """Once op by op, once while it is recorded, then replays; every shape by itself."""
+    """First it runs op by op, then while it is recorded, then as replays; every shape by itself."""
     engine, calls, real = make(True), [], ops.rms_norm
     monkeypatch.setattr(ops, "rms_norm", lambda *args: calls.append(args) or real(*args))
     per_pass = 2 * engine.config.num_layers + 1
@@ -158,7 +158,7 @@ def test_larger_cycles_drop_what_knew_the_old_buffers(make):
 
 
 def test_no_more_are_kept_than_some(make, monkeypatch):
-    """Those used last."""
+    """Those used last are kept."""
     monkeypatch.setattr("orthrus_rt.runner.MAX_RECORDINGS", 2)
     engine = make(True)
     for length in (3, 20, 3, 40):
@@ -167,7 +167,7 @@ def test_no_more_are_kept_than_some(make, monkeypatch):
 
 
 def test_a_warm_up_records_the_prompts_by_themselves(make, monkeypatch):
-    """On rows none of which is valid: nothing is written."""
+    """On rows none of which is valid, so that nothing is written."""
     engine = make(True)
     engine.kv.pages.fill_(torch.nan)
     engine.warmup()

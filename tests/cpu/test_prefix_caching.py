@@ -1,4 +1,4 @@
-"""Pages of a common beginning are shared and found again: the same bits, less prefill; and off means off.
+"""Pages of a common beginning are shared and found again: the same bits with less prefill, and off means off.
 
 On a tiny bf16 model; the oracle is an engine that finds nothing.
 """
@@ -31,7 +31,7 @@ make = partial(engines.make, max_seq_len=512, max_batch_size=4)
 
 @pytest.fixture(scope="module")
 def forgetful(folder):
-    """An engine that finds nothing."""
+    """An engine without prefix caching."""
     return make(folder, prefix_caching=False)
 
 
@@ -48,14 +48,14 @@ def text(length, seed=0):
 @pytest.mark.parametrize("params", (GREEDY, SAMPLED), ids=("greedy", "sampled"))
 @pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
 def test_a_conversation_goes_on_where_it_was(folder, forgetful, mode, params):
-    """Turn by turn, prompts and answers are found, whatever mode computed them; tokens, logits and cache to the bit."""
+    """Turn by turn, prompts and answers are found, whatever mode computed them: tokens, logits and cache to the bit."""
     engine, history = make(folder), []
     for turn, new in enumerate((108, 1, 200, 64)):  # the first answer ends at 128
         length, before = len(history), engine.metrics.cached_tokens
         history += text(new, seed=turn)
         (trace,) = decode(engine, [history], params, mode=mode)
         assert_same([trace], decode(forgetful, [history], params, mode="ar"), turn)
-        in_cache = max(0, length - 1)  # all but the last token of an answer, which nobody took in
+        in_cache = max(0, length - 1)  # all but the last token of an answer, which no pass took in
         assert engine.metrics.cached_tokens - before == in_cache // 64 * 64
         history += trace.tokens
         assert engine.kv.num_free_pages == engine.kv.num_pages
@@ -80,7 +80,7 @@ def test_the_last_token_of_a_prompt_is_always_computed(folder, forgetful):
 
 
 def test_one_pass_fills_pages_and_reads_them(folder, forgetful):
-    """Prompts that arrive together share what the first of them brings, in the pass that computes it."""
+    """Prompts that arrive together share what the first of them adds, in the pass that computes it."""
     engine = make(folder)
     prompts = [[*text(130), i] for i in range(4)]
     outs = engine.generate(prompts, GREEDY)
@@ -93,7 +93,7 @@ def test_one_pass_fills_pages_and_reads_them(folder, forgetful):
 
 
 def test_shared_pages_are_held_once(folder):
-    """Two sequences of eight pages, of which they share six, run at once on ten."""
+    """Two sequences of eight pages, six of them shared, run at once on ten pages."""
     engine = make(folder, num_pages=10)
     ids = [engine.submit(text(6 * 64) + [i] * 64, GREEDY) for i in range(2)]
     engine.step()
@@ -101,7 +101,7 @@ def test_shared_pages_are_held_once(folder):
     assert engine.kv.num_free_pages == 0
     table = engine.kv.page_table[:2, :8]
     assert torch.equal(table[0, :6], table[1, :6]) and len(set(table.flatten().tolist())) == 10
-    engine.abort(ids[0])  # the other one keeps what they share
+    engine.abort(ids[0])  # the other one keeps the shared pages
     assert engine.kv.num_free_pages == 2
     engine.abort(ids[1])
     assert engine.kv.num_free_pages == 10 and bool((engine.kv.page_table == 0).all())
@@ -134,7 +134,7 @@ def test_pages_named_before_a_failing_pass_are_forgotten(folder, forgetful, monk
 
 @pytest.mark.parametrize(("owner", "where"), ((Runner, "begin"), (PrefillPass, "run")))
 def test_a_request_without_memory_beside_some_that_share(folder, forgetful, monkeypatch, owner, where):
-    """It ends alone, and what it, or those before it, named and did not write is forgotten."""
+    """It ends alone, and what it or requests before it named but did not write is forgotten."""
     engine, calls = make(folder), []
     real = getattr(owner, where)
 
@@ -180,8 +180,8 @@ def test_off_means_off(forgetful):
 
 @pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
 def test_a_name_stands_for_one_content(folder, forgetful, mode):
-    """Whoever computed a page, alone or beside others, in prefill or decoding, before or after it was given away: under
-    the same name lie the same bits, at any time; nothing is written to pages that have one.
+    """Whatever request computed a page, alone or with others, in prefill or decoding, before or after the page was
+    given away: the same name always stands for the same bits, and nothing is written to a page that has a name.
     """
     engine = make(folder, num_pages=14, mode=mode)
     rng, todo, content, jobs, got = random.Random(mode), 60, {}, {}, {}
@@ -214,7 +214,7 @@ def test_the_pool_takes_what_nobody_needs_first():
     assert pool.num_free == 5 and [pool.find(n) for n in (b"a1", b"a2", b"b1", b"b2")] == [1, 2, 3, 4]
     assert pool.take(1) == [5]  # it held nothing
     pool.hold([1])  # found again
-    assert pool.take(2) == [2, 4]  # of the longest free; the end of a text before its beginning
+    assert pool.take(2) == [2, 4]  # the longest free ones; the end of a text before its beginning
     assert pool.num_free == 1 and [pool.find(n) for n in (b"a1", b"a2", b"b1", b"b2")] == [1, None, 3, None]
     pool.hold([1])
     pool.give_back([1])
@@ -256,7 +256,7 @@ def test_names_tell_all_tokens_so_far():
 
 
 def test_a_prompt_that_ended_half_way_leaves_what_was_computed(folder, forgetful, monkeypatch):
-    """And no more: what lies in the pages behind it may be anything."""
+    """And no more: the pages after that may contain anything."""
     monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 64)
     engine = make(folder)
     engine.kv.pages.fill_(torch.nan)
@@ -270,8 +270,8 @@ def test_a_prompt_that_ended_half_way_leaves_what_was_computed(folder, forgetful
 
 @pytest.mark.parametrize("ended", (False, True))
 def test_nothing_behind_doubtful_pages_is_found_under_a_name(folder, ended):
-    """Slot 1 computed the third page behind two of slot 0's in which a NaN turned up, and may have ``ended`` before
-    that. Those two are computed anew.
+    """Slot 1 computed the third page after two pages of slot 0 in which a NaN turned up, and may have ``ended`` before
+    that. Those two pages are computed anew.
     """
     kv, names = make(folder, max_seq_len=256, max_batch_size=3).kv, page_names(text(192), [])
     kv.open(0, [], 128)
@@ -332,7 +332,7 @@ def test_what_others_hold_that_begins_otherwise_stays(folder):
 
 
 def test_nothing_is_found_behind_a_page_that_is_gone(folder):
-    """Slot 1's second page is there; of its first, slot 0's had the name, and was taken for something else."""
+    """Slot 1's second page is there. The name of its first one belonged to slot 0's, which was reused."""
     kv, names = make(folder, max_seq_len=256, num_pages=4).kv, page_names(text(128), [])
     kv.open(0, [], 64), kv.publish(0, names[:1])
     kv.open(1, [], 128), kv.publish(1, names)

@@ -85,7 +85,7 @@ def test_hostile_rows_choose_a_token():
 
 
 def test_scores_are_partial_maxima():
-    """Per 128 tokens, the best of y + Gumbel noise over the kept tokens; a greedy row's are its logits, all of them."""
+    """Per 128 tokens, the best y + Gumbel noise among the kept tokens; for a greedy row, the best of all its logits."""
     rows = logits(4, 700, "normal")
     case = with_filters(rows, [(0.0, 3, 0.5, 0.5), (0.8, 0, 0.9, 0.0)])
     value, index, log_probs = case.run(reference.process_logits)
@@ -129,7 +129,7 @@ def edited(row, case, i):
 
 
 def test_penalties_bias_and_stop_ids_are_their_definition():
-    """In every row of blocks whose drafts count too, AR alone; slot 1 is greedy."""
+    """In every row of blocks. The drafts before a row count too, in AR rows alone. Slot 1 is greedy."""
     case = block_with_edits(200)
     value, index, log_probs = case.run(reference.process_logits)
     seen = set()

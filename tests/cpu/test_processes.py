@@ -1,4 +1,4 @@
-"""An engine in forked children and among threads: in processes of their own, which have a time limit."""
+"""An engine in forked children and among threads, each in a process of its own that has a time limit."""
 
 import subprocess
 import sys
@@ -60,7 +60,7 @@ if not child:
 asyncio.run(shared.close())
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-# What a thread holds at the fork nobody gives back in the child, where that thread is not.
+# What a thread holds at the fork is never released in the child, where that thread does not exist.
 HELD = """
 import os, signal, sys, threading, orthrus_rt
 from orthrus_rt import capture, engine as module, huge_pages
@@ -112,7 +112,7 @@ def test_in_a_process_of_its_own(text_folder, code):
 
 
 def test_closed_as_the_process_ends(text_folder):
-    """Whose handlers multiprocessing's children do not run."""
+    """In a subprocess, as children of multiprocessing do not run exit handlers."""
     code = ATEXIT.format(folder=text_folder)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "closed True\n", "")

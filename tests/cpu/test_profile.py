@@ -1,4 +1,4 @@
-"""The profile: it times the very cycle that runs, and the bytes it names are those of the contracts."""
+"""The profile: it times the very cycle that runs, and the bytes it reports are those of the contracts."""
 
 import importlib
 import sys
@@ -29,7 +29,7 @@ make = partial(engines.make, max_seq_len=128, max_batch_size=4)
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
 def test_the_calls_are_the_cycle(folder, dtype):
-    """Run one by one they leave the state and the cache that the cycle itself leaves."""
+    """Run one by one, they leave the same state and cache as the cycle itself."""
     left = []
     for by_calls in (False, True):
         engine = make(folder, dtype=dtype)
@@ -54,7 +54,7 @@ def test_the_calls_are_the_cycle(folder, dtype):
 
 
 def test_calls_of_other_threads_are_not_taken(folder):
-    """They run: an engine of another thread goes on decoding."""
+    """They run, so an engine of another thread goes on decoding."""
     other = make(folder)
     want = other.generate([1, 2, 3]).token_ids
     with ThreadPoolExecutor(1) as pool:
@@ -151,7 +151,7 @@ def test_an_interrupted_profile_leaves_a_whole_engine(folder, monkeypatch):
 
 @pytest.mark.parametrize("fan_out", (1, 6, 3 * (K - 1) + 1))
 def test_every_row_of_a_staged_one_pass_cycle_is_valid(folder, fan_out):
-    """Each time it runs, and up to the largest context: a cycle in the middle of decoding, not the first one."""
+    """Each time it runs, and up to the largest context: it is a cycle in the middle of decoding, not the first one."""
     engine = make(folder)
     plan = engine.make_plan("one_pass", fan_out=fan_out)
     with torch.inference_mode(), dry_cycles(engine, [plan], SLOTS, engine.max_seq_len - 2 * K) as start:
@@ -275,5 +275,5 @@ def test_a_script_whose_options_do_not_fit(capsys):
     with pytest.raises(SystemExit, match=r"^[\w.-]+: draft_len must be 3, got 4$"):
         common.run_script(main)
     with pytest.raises(SystemExit, match="2"):
-        common.parser_of("", device="cpu").parse_args(["--dev", "cpu"])  # no abbreviations: reports tell the command
+        common.parser_of("", device="cpu").parse_args(["--dev", "cpu"])  # no abbreviations: reports quote the command
     assert "unrecognized arguments: --dev cpu" in capsys.readouterr().err

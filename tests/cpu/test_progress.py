@@ -12,7 +12,7 @@ from tests.engines import make
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """A home of its own for what auto measures."""
+    """A cache of its own for what auto measures."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
@@ -23,7 +23,7 @@ def test_a_progress_bar_counts_every_prompt_once(folder, capsys):
 
 
 def test_a_progress_bar_of_a_warmup_counts_every_cycle(folder, capsys):
-    """Those of the bucket of 3, which is never full, too."""
+    """Including those of the bucket of 3, which is never full."""
     make(folder, mode="auto", max_batch_size=3, num_pages=2, max_seq_len=128).warmup(progress=True)
     done, total = re.search(r" (\d+)/(\d+) ", capsys.readouterr().err.rpartition("\r")[2]).groups()
     assert done == total
@@ -37,7 +37,7 @@ def test_a_warmup_with_sampling_leaves_nothing_to_record(folder, capsys, mode, p
     engine.warmup(progress=True, sampling=True)
     assert "warm-up, sampling: 100%" in capsys.readouterr().err
     logits = engine.memory_report()["activations"] - before
-    assert logits >= 4 * 16 * engine.config.vocab_size  # of two_pass with 7 drafts: 8 rows of either slot
+    assert logits >= 4 * 16 * engine.config.vocab_size  # two_pass with 7 drafts: 8 rows for each slot
     params = [SamplingParams(20, ignore_eos=True, temperature=0.8, seed=seed) for seed in (1, 2)]
     outs = engine.generate([[1], [2]], params)
     assert [len(out.token_ids) for out in outs] == [20, 20]
@@ -56,7 +56,7 @@ def test_a_progress_bar_that_nobody_could_see(folder, monkeypatch, closed):
 
 
 def test_a_progress_bar_on_what_can_be_written_to_alone(folder, monkeypatch):
-    """As a logger's in place of stderr."""
+    """Such as a logger in place of stderr."""
     said = []
     monkeypatch.setattr("sys.stderr", SimpleNamespace(write=said.append, flush=lambda: None))
     make(folder, mode="ar").generate([[1], [2]], SamplingParams(2), progress=True)
@@ -64,7 +64,7 @@ def test_a_progress_bar_on_what_can_be_written_to_alone(folder, monkeypatch):
 
 
 def test_what_nobody_asked_to_see_settles_nothing_for_the_program(folder, monkeypatch):
-    """Even a disabled bar starts a thread, and fixes how the program's multiprocessing starts processes."""
+    """Even a disabled bar starts a thread, and determines how the program's multiprocessing starts processes."""
     monkeypatch.setattr("tqdm.tqdm", lambda *_, **__: 1 / 0)
     engine = make(folder, mode="auto")
     engine.warmup()

@@ -1,6 +1,6 @@
-"""The plain torch oracle as a backend: all that float16 has, and ``ORTHRUS_BACKEND=reference`` in any dtype.
+"""The plain torch oracle as a backend: the only one for float16, and ``ORTHRUS_BACKEND=reference`` in any dtype.
 
-It reduces by shape, so no bits are promised: tokens are equal while no two logits nearly tie, and here none do.
+Its reductions depend on shapes, so no bits are promised: tokens are equal unless two logits nearly tie. Here none do.
 """
 
 import pytest
@@ -33,14 +33,14 @@ def test_every_mode_gives_the_ar_tokens(dtype, kind, tmp_path, monkeypatch):
     for way in lossless.ways((1, 3, 7)):
         outs = engine.generate(prompts, params, **way)
         assert [out.token_ids for out in outs] == want
-        # Random weights: of a block whose bonus token is unseen nearly nothing holds.
+        # Random weights: almost no draft after an unseen bonus token is accepted.
         rate = sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs)
         assert rate > {"two_pass": 1.3, "one_pass": 1.0}[way["mode"]]
 
 
 @pytest.mark.parametrize("op", ("process_logits", "count_tokens"))
 def test_one_op_of_the_reference_among_native_ones(op, folder, monkeypatch):
-    """No recording may hold what only Python runs: it would replay the first cycle's choices."""
+    """No recording may contain what only Python runs: it would replay the first cycle's choices."""
     prompts = lossless.random_prompts(96, 3, 80, seed=2)
     edits = {} if op == "process_logits" else dict(frequency_penalty=0.3)
     params = lossless.sampled(3, max_new_tokens=16, ignore_eos=True, **edits)

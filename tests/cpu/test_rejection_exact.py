@@ -1,5 +1,5 @@
-"""The published rejection rule, integrated exactly over its random numbers: what it emits is the AR distribution to
-1e-8, so that bugs far below what any number of samples would show are caught.
+"""The published rejection rule, integrated exactly over its random numbers: it emits the AR distribution to 1e-8. That
+catches bugs far smaller than any number of samples would show.
 
 Draft, acceptance and recovery are step functions of one uniform number each; bisection finds the steps.
 """
@@ -65,7 +65,7 @@ class Integral:
 
 
 def error(sampler_type, setting, drafter, monkeypatch) -> float:
-    """Largest difference of the rule's output from the distribution that its own AR probabilities are."""
+    """Largest difference between the rule's output and the distribution that its own AR probabilities give."""
     integral = Integral(sampler_type, setting, DRAFTERS[drafter][:1], monkeypatch)
     return float(np.abs(integral.output() - RejectionSampler._probs(integral.sampler, ROWS)[0].numpy()).max())
 
@@ -80,7 +80,7 @@ def test_the_rule_is_exact(setting, drafter, monkeypatch):
 
 
 class Mutant(RejectionSampler):
-    """The rule with one step to get wrong."""
+    """The rule, with steps for a subclass to get wrong."""
 
     def accepts(self, p, q, token, u) -> bool:
         return bool(p[token] > 0 and u * q[token] < p[token])
@@ -123,7 +123,7 @@ class FallsBackToP(Mutant):
 
 
 class SmallResidualFallsBackToP(Mutant):
-    """Published bug: it does where the residual sums to almost nothing."""
+    """Published bug: the recovery token comes from p where the residual sums to almost nothing."""
 
     def residual(self, p, q):
         residual = super().residual(p, q)
@@ -153,7 +153,7 @@ def test_published_bugs_are_caught(bug, drafter, monkeypatch):
 
 
 def forbidden_accepted(sampler_type, monkeypatch) -> list[int]:
-    """Drafts that p forbids (top_k 3) and that are emitted where every random number is 0."""
+    """Drafts that p forbids (top_k 3) and that are emitted when every random number is 0."""
     integral = Integral(sampler_type, {"temperature": 1.0, "top_k": 3}, DRAFTERS["uniform"][:1], monkeypatch)
     integral.drafted(0.0)
     p = integral.sampler._probs(ROWS)[0]

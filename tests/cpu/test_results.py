@@ -1,4 +1,4 @@
-"""What the host reads of the slots: one piece of memory, and the new tokens of a ring."""
+"""What the host reads of the slots: one piece of memory, and the new tokens out of a ring."""
 
 import torch
 
@@ -15,9 +15,9 @@ def test_new_tokens_of_a_ring_that_wrapped():
         views[name][1] = value
     for i in range(13, 21):
         views["output"][1, i % 8] = 100 + i
-    for num_seen in range(13, 22):  # from a whole ring of news, which wraps, to none
+    for num_seen in range(13, 22):  # from a whole ring of new tokens, which wraps, to none
         assert results.read([(1, num_seen)]) == [Result(st.RUNNING, 7, 3, [100 + i for i in range(num_seen, 21)])]
-    views["num_output"][1] = 24  # where a turn ends
+    views["num_output"][1] = 24  # where a turn of the ring ends
     assert [r.tokens for r in results.read([(1, 21), (1, 24)])] == [[113, 114, 115], []]
     views["num_output"][1] = 21
     assert results.read([]) == []

@@ -1,4 +1,4 @@
-"""What does not fit into memory is said before it is loaded."""
+"""What does not fit into memory is reported before it is loaded."""
 
 import logging
 
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 
 def host(root, **group):
-    """A machine, and maybe the container that this process is in."""
+    """A machine, and optionally the container that this process is in."""
     files = {"proc/meminfo": MEMINFO} | {f"sys/fs/cgroup/{name.replace('__', '.')}": group[name] for name in group}
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def host(root, **group):
     ],
 )
 def test_what_a_container_can_give(tmp_path, limit, swap, free):
-    """Beside what it uses, files in its memory that are on a disk, and as much swap as it may have and there is."""
+    """Its limit less what it uses, plus file pages that a disk backs, plus the swap that it may use and that exists."""
     group = dict(memory__max=f"{limit}\n", memory__current="3000000000\n", memory__swap__max=f"{swap}\n")
     group |= dict(memory__swap__current="100000000\n", memory__stat="file 500000000\nshmem 200000000\n")
     if swap == "0":
@@ -48,14 +48,14 @@ def test_what_a_container_can_give(tmp_path, limit, swap, free):
 
 
 def test_a_container_without_an_account_of_swap(tmp_path):
-    """Its limit holds all the same."""
+    """Its memory limit applies all the same."""
     group = dict(memory__max="4000000000", memory__current="3000000000", memory__stat="file 500000000\nshmem 200000000")
     assert room.free_bytes(CPU, host(tmp_path, **group)) == 13 * 10**8 + 1024 * 10**6
 
 
 @pytest.mark.parametrize("group", [{}, {"memory__max": "1000"}, {"memory__max": "1000", "memory__current": "?"}])
 def test_what_a_host_can_give(tmp_path, group):
-    """Where no container's limit is told, or not all of it."""
+    """Where a container's limit is not reported, or only in part."""
     assert room.free_bytes(CPU, host(tmp_path, **group)) == 9216 * 10**6
 
 
@@ -98,7 +98,7 @@ def test_weights_are_estimated_from_below(folder):
 
 @pytest.mark.parametrize("tied", (False, True))
 def test_in_float32_the_estimate_is_exact(tmp_path, tied):
-    """A table of embeddings counts where it is the head too."""
+    """An embedding table counts if it is also the head."""
     engine = engines.make(str(checkpoints.make(tmp_path, "qwen3", tie_word_embeddings=tied)), dtype="float32")
     packed = sum(engine.model.nbytes()[name] for name in ("ar", "diffusion"))
     assert room.least_weight_bytes(engine.config, CPU, torch.float32) == packed
@@ -135,7 +135,7 @@ def test_a_benchmarks_weights_that_do_not_fit_are_not_drawn(monkeypatch):
 
 
 def test_a_copy_for_transformers_that_does_not_fit(folder, monkeypatch):
-    """What is used as it lies in files needs no room; norms may be stored in another dtype than matrices."""
+    """What is used as stored in the files needs no room. Norms may be stored in another dtype than the matrices."""
     checkpoint = engines.make(folder).checkpoint
     checkpoint.tensors = {n: t.float() if "norm" in n else t for n, t in checkpoint.tensors.items()}
     monkeypatch.setattr(room, "free_bytes", lambda _: 1000)

@@ -43,7 +43,7 @@ def test_same_bits_as_transformers(rope_type, head_dim):
 
 
 def assert_same_as_transformers(table, config):
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # seconds: for this process alone
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # takes seconds: for this process alone
 
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(POSITIONS)[None])
     half = table.shape[1] // 2
@@ -71,7 +71,7 @@ PLAIN, YARN = {"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "yarn",
 )
 def test_config_is_read_as_by_transformers(said):
     raw = raw_config("llama", **said)
-    theirs = LlamaConfig.from_dict(copy.deepcopy(raw))  # it fills in what it gets
+    theirs = LlamaConfig.from_dict(copy.deepcopy(raw))  # transformers fills in its argument
     assert_same_as_transformers(cos_sin_table(parse(raw, name="tiny"), POSITIONS), theirs)
 
 
@@ -99,7 +99,7 @@ def test_parameters_that_make_no_table(rope):
 
 @pytest.mark.parametrize("rope_type", VARIANTS)
 def test_heads_need_not_share_the_hidden_size_out(rope_type):
-    """Qwen3's have a size of their own."""
+    """Qwen3's heads have a size of their own."""
     rope = {"rope_type": rope_type, "rope_theta": 10000.0, **VARIANTS[rope_type]}
     odd = tiny_config(hidden_size=72, num_attention_heads=5, num_key_value_heads=1, rope_parameters=rope)
     assert torch.equal(cos_sin_table(odd, 9), cos_sin_table(tiny_config(rope_parameters=rope), 9))

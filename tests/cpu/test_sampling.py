@@ -1,5 +1,5 @@
-"""Sampling parameters and the keyed noise of the rejection rule; its distribution is held by ``test_distribution.py``
-and ``test_rejection_exact.py``.
+"""Sampling parameters and the keyed noise of the rejection rule, whose distribution is tested by
+``test_distribution.py`` and ``test_rejection_exact.py``.
 """
 
 import numpy as np
