@@ -1,4 +1,4 @@
-"""Engines on the CPU as most tests make them, and what their steps have told of each request."""
+"""Engines on the CPU as most tests make them, and what their steps have reported for each request."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Told = dict[str, tuple[list[int], str | None]]  # tokens so far and finish reaso
 
 
 def make(folder: str, pads_prefill: bool = False, *, mode: str = "two_pass", draft_len=None, **how) -> Engine:
-    """On the CPU, and with ``pads_prefill`` its prefill passes padded, recorded and replayed as on CUDA. Drafts are the
-    checkpoint's whole block by default, and of one_pass 6 of them, as there.
+    """An engine on the CPU; with ``pads_prefill``, prefill passes are padded, recorded and replayed as on CUDA. By
+    default it drafts the checkpoint's whole block, and one_pass has up to 6 hypotheses, as on CUDA.
 
-    No sizes: ``make = partial(engines.make, max_seq_len=128)`` shows in each file those that its tests depend on.
+    No default sizes: ``make = partial(engines.make, max_seq_len=128)`` shows in each file which its tests depend on.
     """
     draft_len = load_config(folder).block_len - 1 if draft_len is None else draft_len
     if mode == "one_pass":
@@ -28,14 +28,14 @@ def make(folder: str, pads_prefill: bool = False, *, mode: str = "two_pass", dra
 
 
 def take(outputs: list[RequestOutput], told: Told) -> None:
-    """Add what one step told."""
+    """Add what one step reported."""
     for out in outputs:
         tokens, _ = told.get(out.request_id, ([], None))
         told[out.request_id] = tokens + out.new_token_ids, out.finish_reason
 
 
 def drain(engine: Engine, told: Told | None = None) -> Told:
-    """Step to the end; what that told, added to ``told`` if given."""
+    """Step to the end. Returns what the steps reported, added to ``told`` if given."""
     told = {} if told is None else told
     while engine.has_unfinished():
         take(engine.step(), told)
@@ -44,8 +44,8 @@ def drain(engine: Engine, told: Told | None = None) -> Told:
 
 @contextlib.contextmanager
 def a_beginning_each(engine: Engine, tokens: int = 8) -> Iterator[None]:
-    """Meanwhile requests have their first ``tokens`` and few more: an abort alone ends longer ones, however slowly
-    those who share the engine are served.
+    """Inside it, requests get their first ``tokens`` and few more, so only an abort ends longer ones, however slowly
+    other clients of the engine are served.
     """
     step = engine.step
 
@@ -53,7 +53,7 @@ def a_beginning_each(engine: Engine, tokens: int = 8) -> Iterator[None]:
         unfinished = engine.scheduler.unfinished
         if not unfinished or any(len(request.tokens) < tokens for request in unfinished):
             return step()
-        time.sleep(0.001)  # in which they are served
+        time.sleep(0.001)  # time in which the clients are served
         return []
 
     engine.step = step_unless_all_have_theirs

@@ -1,4 +1,4 @@
-"""One forward of an engine's model over given rows, all logits wanted; and the rows of one draft block."""
+"""One forward of an engine's model over given rows that returns all logits, and the rows of one draft block."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""A tiny Llama-family GGUF with a tokenizer, laid out as llama.cpp writes them."""
+"""A tiny Llama-family GGUF with a tokenizer, laid out as llama.cpp writes such files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tiny_llama() -> ModelConfig:
 
 
 def permuted(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Half-split rows, where lane i turns with lane i + half, in llama.cpp's order, where 2i turns with 2i + 1."""
+    """Puts rows whose RoPE pairs lane i with lane i + half into llama.cpp's order, which pairs 2i with 2i + 1."""
     head_dim = weight.shape[0] // num_heads
     out = torch.empty_like(weight)
     for head in range(num_heads):
@@ -39,7 +39,7 @@ def permuted(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def write(path: Path) -> dict[str, torch.Tensor]:
-    """Write the file; returns what it holds by canonical name, before quantisation and permutation."""
+    """Writes the file; returns its tensors by canonical name, before quantisation and permutation."""
     config = tiny_llama()
     originals = {name: t for name, t in random_tensors(config).items() if not is_diffusion(name)}
     writer = gguf.GGUFWriter(path, "llama")

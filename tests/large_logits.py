@@ -1,4 +1,4 @@
-"""Logits, and counts of tokens, beyond 2^31 elements: what stands last is as if it were alone. For CPU and GPU."""
+"""Logits and token counts beyond 2^31 elements: the last row gets the same result as alone. For CPU and GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_row_linear(row_linear, out: torch.Tensor, in_features: int, **kwargs) 
 
 
 def check_process_logits(process_logits, zeros, device="cpu") -> None:
-    """``zeros(shape, dtype=…)`` makes what is that large, on ``device``. All rows but the last are invalid."""
+    """``zeros(shape, dtype=…)`` allocates the large tensors on ``device``. All rows but the last are invalid."""
     one = with_filters(logits(1, VOCAB, "normal"), [(0.9, 40, 0.9, 0.0)], edits=True, device=device)
     one.sampling.edits.token_counts[0, 5] = 3
     many = dataclasses.replace(
@@ -59,7 +59,7 @@ def check_count_tokens(count_tokens, zeros, device="cpu") -> None:
 
 
 def repeated(tensor: torch.Tensor) -> torch.Tensor:
-    """Of one slot, for ROWS."""
+    """Repeats the values of one slot for ROWS slots."""
     return tensor.expand(ROWS, *tensor.shape[1:]).contiguous()
 
 

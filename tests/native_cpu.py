@@ -23,7 +23,7 @@ class threads:
 
 
 class AddressSpace:
-    """What the process has of it when this is made; ``with space.and_only(mebibytes):`` lets it have as much more."""
+    """The process's address space at construction; ``with space.and_only(mebibytes):`` limits it to that much more."""
 
     def __init__(self):
         with open("/proc/self/statm") as file:
@@ -49,7 +49,7 @@ def poison(*shape, dtype=None):
 
 
 def assert_rounded(got, want, slack=0.0):
-    """``got`` is float64 ``want`` evaluated in fp32 (1e-6, and ``slack``, absolute) and rounded once to its dtype."""
+    """``got`` is float64 ``want`` evaluated in fp32 (1e-6 relative, ``slack`` absolute), rounded once to its dtype."""
     bound = want.abs() * (torch.finfo(got.dtype).eps / 2 + 1e-6) + slack + 1e-38
     error = (got.double() - want).abs()
     assert bool((error <= bound).all()), f"worst {float((error / bound).max()):.3g} times the bound"

@@ -1,4 +1,4 @@
-"""One layer of a tiny model by the native CPU ops."""
+"""One layer of a tiny model, run with the native CPU ops."""
 
 import torch
 

@@ -1,8 +1,8 @@
-"""What tests owe to the instruction set that runs.
+"""How tests depend on the instruction set that runs.
 
-Pins: sets round differently, and where two logits nearly tie, another set writes another text. Time: without AVX-512 a
-pass of the embedded model takes so long that some of its tests are ``--full``'s there. Only modules of tests import
-this: it loads the native module, which ``--software-tiles`` and ``--sanitized`` replace first.
+Pinned values: instruction sets round differently, so texts differ where two logits nearly tie. Time: without AVX-512 a
+pass of the embedded model takes so long that some of its tests run only with ``--full``. Only test modules may import
+this: it loads the native module, which ``--software-tiles`` and ``--sanitized`` must replace first.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 
 def of_this_isa(pinned: dict[str, T], tight: float, loose: float) -> tuple[T, float]:
-    """What is pinned for the CPU variant that runs, and ``tight``; else what is for AVX-512 BF16, and ``loose``. AVX2
-    and NEON round as AVX-512 does.
+    """The value pinned for the CPU variant that runs, with ``tight``; if there is none, that of AVX-512 BF16, with
+    ``loose``. AVX2 and NEON round as AVX-512 does.
     """
     isa = dispatch.extension().cpu.isa()
     isa = "avx512" if isa in ("avx2", "neon") else isa

@@ -1,7 +1,7 @@
-"""Weights that turn NaN under a running engine, and what every request must then come to; for the CPU and GPU tiers.
+"""Weights that turn NaN under a running engine, and how every request must then end; for the CPU and GPU tiers.
 
-A token whose embedding is NaN is chosen as ever; the row that takes it in, and every row that sees that one, has NaN
-logits. So a request goes on up to and with the first such token, whatever its mode and company.
+A token whose embedding is NaN is chosen as usual. The row that has it as input, and every row that attends to that row,
+has NaN logits. So a request ends with the first such token, whatever its mode and whatever runs with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Outcome = tuple[list[int], str, str | None]  # tokens, finish reason, error
 
 
 def jobs_of(kinds: list[dict], count: int = 10, seed: int = 0) -> list[Job]:
-    """Random prompts of tests/checkpoints.py's vocabulary, without its mask token; ``kinds`` of parameters in turn."""
+    """Random prompts of tests/checkpoints.py's vocabulary without its mask token; parameters cycle over ``kinds``."""
     rng = random.Random(seed)
     return [
         (
@@ -37,7 +37,7 @@ def jobs_of(kinds: list[dict], count: int = 10, seed: int = 0) -> list[Job]:
 
 @contextlib.contextmanager
 def nan(weights: torch.Tensor):
-    """In place, so that what is recorded reads it too; what was there comes back."""
+    """Sets the weights in place, so that recordings read NaN too, and restores them afterwards."""
     before = weights.clone()
     weights.fill_(torch.nan)
     try:
@@ -61,17 +61,17 @@ def error_of(prompt: list[int], num_tokens: int, params: SamplingParams) -> str:
 
 
 def outcome_with(token: int, job: Job, healthy: Outcome) -> Outcome:
-    """What ``job`` must come to once the embedding of ``token`` is NaN."""
+    """How ``job`` must end once the embedding of ``token`` is NaN."""
     (prompt, params), (tokens, _, _) = job, healthy
     text = [*prompt, *tokens]
-    if token not in text[:-1]:  # the last one is taken in by nobody
+    if token not in text[:-1]:  # the last token is no row's input
         return healthy
     num_tokens = max(0, text.index(token) + 1 - len(prompt))
     return tokens[:num_tokens], "error", error_of(prompt, num_tokens, params)
 
 
 def fatal_token(jobs: list[Job], healthy: list[Outcome]) -> int:
-    """A token that ends some requests in the middle of their text and at least as many not at all."""
+    """A token that ends some requests in the middle of their text and leaves at least half of all unaffected."""
     found = []
     for token in range(1, max(t for tokens, _, _ in healthy for t in tokens) + 1):
         outcomes = [outcome_with(token, *pair) for pair in zip(jobs, healthy, strict=True)]
@@ -83,7 +83,7 @@ def fatal_token(jobs: list[Job], healthy: list[Outcome]) -> int:
 
 
 def run(engine: Engine, jobs: list[Job], **how) -> list[Outcome]:
-    """All of ``jobs`` together; afterwards no page is missing."""
+    """Runs all of ``jobs`` together, and checks that no page is missing afterwards."""
     outs = engine.generate([prompt for prompt, _ in jobs], [params for _, params in jobs], **how)
     assert engine.kv.num_free_pages == engine.kv.num_pages
     assert not any(engine.scheduler.slots) and not engine.scheduler.waiting
@@ -91,8 +91,8 @@ def run(engine: Engine, jobs: list[Job], **how) -> list[Outcome]:
 
 
 def check_nan_ends_its_requests_alone(engine: Engine, jobs: list[Job], **how) -> None:
-    """Whoever comes upon NaN ends there with an error, the others get their tokens; so do all once it is gone, on pages
-    that held NaN.
+    """Requests that reach NaN end there with an error, and the others get their tokens. Once the NaN is gone, all do,
+    on pages that held NaN.
     """
     healthy = run(engine, jobs, **how)
     assert {reason for _, reason, _ in healthy} <= {"stop", "length"}
@@ -105,14 +105,14 @@ def check_nan_ends_its_requests_alone(engine: Engine, jobs: list[Job], **how) ->
 
 
 def check_nan_drafts_cost_speed_alone(engine: Engine, jobs: list[Job], at_least: float) -> None:
-    """``at_least`` so many tokens per cycle before; hardly more than one with a drafter whose logits are NaN."""
+    """More than ``at_least`` tokens per cycle before, and hardly more than one with a drafter whose logits are NaN."""
     prompts, params = ([job[i] for job in jobs] for i in range(2))
     healthy = engine.generate(prompts, params)
     with nan_drafter(engine):
         slow = engine.generate(prompts, params)
     for a, b, p in zip(healthy, slow, params, strict=True):
         assert b.finish_reason == "length" and b.error is None and len(b.token_ids) == len(a.token_ids)
-        # By rejection the drafts take part in the draw: its distribution alone stays.
+        # With rejection the drafts take part in the draw, so only its distribution stays the same.
         assert b.token_ids == a.token_ids or p.acceptance == "rejection"
 
     def tokens_per_cycle(outs):

@@ -1,7 +1,7 @@
 """A decoder without a model: cost models and seeded acceptance processes for the policy's tests.
 
-Time is in seconds. Truth is drawn once per run from named random streams, so that a plan meets the same luck whoever
-chooses it.
+Time is in seconds. The truth is drawn once per run from named random streams, so that a plan has the same luck
+whatever chooses it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from orthrus_rt.pass_costs import PassCosts
 from orthrus_rt.policy import SAFETY, Policy, candidate_plans
 
 PLANS = candidate_plans(16)
-PROMISE = 1.03  # of plain AR's time, overall
+PROMISE = 1.03  # at most this many times plain AR's time, overall
 HORIZON = 4000  # cycles within which a stationary case comes within 5% of the best fixed plan
-DEVICES = ("flat", "steep")  # a GPU's costs, a CPU's
+DEVICES = ("flat", "steep")  # the costs of a GPU, of a CPU
 CPU_MS = {1: 10.3, 4: 11.0, 6: 11.6, 8: 11.7, 16: 14.4, 32: 26.1}  # measured: the embedded model, two cores
-# What one_pass drafts stand behind, and the hazards of the first and the second one over two_pass's: the true bonus
-# token, one unseen, or a rejected draft (those behind it are kept). Shares by fan_out. So fitted, they yield what the
-# embedded model does on code and chat.
+# What the one_pass drafts follow, and the hazards of the first and second draft relative to two_pass: the true bonus
+# token, an unseen one, or a rejected draft (the drafts after it are kept). The shares are by fan_out. With this fit
+# they yield what the embedded model does on code and chat.
 KINDS = {"known": (1.0, 1.0), "unseen": (0.7, 0.85), "kept": (0.2, 0.5)}
 KEPT, KNOWN = {1: 0.42, 2: 0.25, 4: 0.14, 8: 0.08}, {1: 0.03, 2: 0.08, 4: 0.15, 8: 0.28}
-ONE_PASS_BYTES = 1.2  # both views' attention weights, over one view's
+ONE_PASS_BYTES = 1.2  # both views' attention weights, relative to one view's
 
 
 def steep_pass(rows: int) -> float:
@@ -43,7 +43,7 @@ def steep_pass(rows: int) -> float:
 
 
 def flat_pass(rows: int) -> float:
-    """GPU-like: reads of the weights, 0.5% dearer per 8 rows, up to a ridge of 295 rows; arithmetic beyond it."""
+    """GPU-like: bound by weight reads, 0.5% dearer per 8 rows, up to a ridge of 295 rows; by arithmetic beyond it."""
     return 5e-3 * max(1 + 0.005 * rows / 8, rows / 295)
 
 
@@ -65,9 +65,9 @@ class Sequence:
     hazard: float
     decay: float = 1.0
     drafted_by: CyclePlan | None = None  # one_pass: the plan that left drafts waiting, if any
-    offered: int = 0  # those drafts
-    kind: str = "known"  # of KINDS
-    produced: int = 0  # tokens of the request that runs
+    offered: int = 0  # the number of those drafts
+    kind: str = "known"  # one of KINDS
+    produced: int = 0  # tokens of the current request so far
 
     def cycle(self, plan: CyclePlan) -> Outcome:
         drafts = plan.block_len - 1
@@ -83,7 +83,7 @@ class Sequence:
         return Outcome(verified, accepted)
 
     def within(self, length: int, out: Outcome) -> Outcome:
-        """The same of a request of so many tokens, which ends there; another one begins then."""
+        """The same outcome for a request of ``length`` tokens, which ends there; the next request begins after it."""
         fresh, room = self.produced == 0, length - self.produced
         out = Outcome(out.num_verified, min(out.num_accepted, room), out.num_accepted >= room, fresh)
         self.produced += out.num_tokens
@@ -93,11 +93,11 @@ class Sequence:
         return out
 
     def forget(self) -> None:
-        """No drafts wait."""
+        """Drops the drafts that wait."""
         self.drafted_by, self.offered = None, 0
 
     def prospect(self, plan: CyclePlan) -> float:
-        """Tokens that a cycle is expected to yield: luck, the draws to come and those past, left out."""
+        """Tokens that a cycle is expected to yield, without luck: past and future draws are left out."""
         drafting = plan if plan.mode != "one_pass" else self.drafted_by or AR
         if drafting.block_len > plan.block_len:
             drafting = drafting._replace(block_len=plan.block_len)
@@ -112,7 +112,7 @@ class Sequence:
 
 
 def hazard_at(i: int, kind: str, hazard: float, decay: float) -> float:
-    """Chance that the draft at 0-based position ``i`` is accepted once those before it were."""
+    """Chance that the draft at 0-based position ``i`` is accepted, given that all before it were."""
     return hazard * decay**i * (KINDS[kind][i] if i < 2 else 1.0)
 
 
@@ -121,7 +121,7 @@ def expected_tokens(plan: CyclePlan, hazard: float, decay: float) -> float:
     """Tokens per cycle of a :class:`Sequence` in the long run."""
 
     def accepted(drafts: int, kind: str) -> list[float]:
-        """Probability of every number accepted."""
+        """The probability of each number of accepted drafts."""
         alive = [1.0]
         for i in range(drafts):
             alive.append(alive[-1] * hazard_at(i, kind, hazard, decay))
@@ -133,7 +133,7 @@ def expected_tokens(plan: CyclePlan, hazard: float, decay: float) -> float:
     kept, known = KEPT[plan.fan_out], KNOWN[plan.fan_out]
     fresh = {("known", drafts): known, ("unseen", drafts): 1 - kept - known}
     share = fresh | {("kept", 0): kept}
-    for _ in range(64):  # the shares of what is offered settle, as kept drafts become fewer every time
+    for _ in range(64):  # the shares converge, as kept drafts become fewer every time
         left = fresh.copy()
         for (kind, offered), weight in share.items():
             for count, chance in enumerate(accepted(offered, kind)):
@@ -144,7 +144,7 @@ def expected_tokens(plan: CyclePlan, hazard: float, decay: float) -> float:
 
 
 def mean(chances: list[float]) -> float:
-    """Of a count with these chances of being 0, 1, ..."""
+    """The mean of a count with these chances of being 0, 1, ..."""
     return sum(count * chance for count, chance in enumerate(chances))
 
 
@@ -155,11 +155,11 @@ class Run:
     seconds: float = 0.0
     ar_seconds: float = 0.0
     tokens: int = 0
-    prospects: float = 0.0  # tokens less luck
+    prospects: float = 0.0  # tokens without luck
     switches: int = 0
     plans: list[CyclePlan] = field(default_factory=list)
-    worst_stretch: float = 0.0  # most that a stretch of cycles, wherever it began, lost beyond 3% over AR; in AR cycles
-    most_behind: float = -math.inf  # most seconds beyond 1 + SAFETY of AR's at any moment
+    worst_stretch: float = 0.0  # the most that any stretch of cycles lost beyond 3% over AR, in AR cycles
+    most_behind: float = -math.inf  # the most seconds beyond 1 + SAFETY times AR's at any moment
 
     @property
     def over_ar(self) -> float:
@@ -167,7 +167,7 @@ class Run:
 
     @property
     def seconds_per_token(self) -> float:
-        """Less luck: what the choice of plans answers for."""
+        """Without luck: what the choice of plans is responsible for."""
         return self.seconds / self.prospects
 
 
@@ -181,9 +181,9 @@ def simulate(
         seq_of: ``f(cycle, i) -> (hazard, decay)`` of the i-th running sequence.
         cost: ``f(cycle, bucket, plan) -> seconds``, the truth.
         batch: sequences running, or ``f(cycle)``.
-        lag: cycles by which results reach the policy late.
-        length: tokens of a request, after which another one takes its place; 0 for no end.
-        noise: relative standard deviation of a measured time; one in 50 takes five times as long.
+        lag: number of cycles by which results reach the policy late.
+        length: tokens of a request, after which another replaces it; 0 for no end.
+        noise: relative standard deviation of measured times; one in 50 takes five times as long.
     """
     fixed = policy_or_plan if isinstance(policy_or_plan, CyclePlan) else None
     policy: Policy | None = None if fixed else policy_or_plan
@@ -223,7 +223,7 @@ def simulate(
 
 
 def cost_table(device: str, plans: list[CyclePlan], max_batch_size: int) -> PassCosts:
-    """Every candidate of every bucket, measured without error."""
+    """The costs of every candidate in every bucket, measured without error."""
     costs = PassCosts()
     for bucket in batch_buckets(max_batch_size):
         for plan in plans:

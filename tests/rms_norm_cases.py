@@ -11,7 +11,7 @@ EPS = 1e-6
 
 
 def check_rms_norm(rms_norm, hidden: int, dtype: torch.dtype, device="cpu") -> None:
-    """Rounded once, from sums in fp32: of squares beyond fp16, of ones so small that eps counts, and of zeros."""
+    """Rounded once, from fp32 sums of squares: beyond fp16, so small that eps counts, and zero."""
     generator = torch.Generator().manual_seed(hidden)
     scales = torch.tensor([3.0, 1.0, 300.0, 1e-2, 1e-3, 1e-3, 0.0])
     x = (torch.randn(7, hidden, generator=generator) * scales[:, None]).to(dtype).to(device)

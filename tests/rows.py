@@ -1,4 +1,4 @@
-"""Rows of a pass, from the groups that it consists of."""
+"""Builds the rows of a pass from its groups."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def diff(seq, start, n, invalid=0) -> Group:
 
 
 def make_rows(groups: list[Group], device="cpu", blocks_per_seq=1) -> Rows:
-    """AR groups first, as rows require; every token is 0."""
+    """AR groups must come first, as ``Rows`` requires; every token is 0."""
     columns = torch.tensor([row for g in groups for row in g.columns()], dtype=torch.int32).view(-1, 3)
     position, seq, prefix_len = (column.contiguous().to(device) for column in columns.T)
     num_groups_ar = sum(g.view == "ar" for g in groups)

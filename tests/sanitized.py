@@ -1,11 +1,11 @@
-"""The native module, and the CUDA kernels on the host, under the sanitizers of g++.
+"""The native module, and CUDA kernels compiled for the host, under the sanitizers of g++.
 
-``pytest --sanitized address`` runs any of the CPU tests with AddressSanitizer and UndefinedBehaviorSanitizer: an access
-out of bounds, a vector that is not aligned as its type says, a signed number that overflows or a float that its integer
-cannot hold ends the process with a report. So does, with ``--sanitized thread``, ThreadSanitizer's, a pair of accesses
-to one place, at least one of them a write, that nothing orders: of threads in native code; in CUDA kernels of those of
-a device, and of the copies that they ask for, across blocks and launches (see tests/cpu/cuda_host/races.h). The process
-needs :meth:`Sanitizer.environment`. The module has all variants, AMX's over tiles in software (see tests/amx_software).
+``pytest --sanitized address`` runs any of the CPU tests with AddressSanitizer and UndefinedBehaviorSanitizer. An access
+out of bounds, a vector with less alignment than its type requires, a signed overflow, or a float that does not fit its
+integer ends the process with a report. With ``--sanitized thread``, ThreadSanitizer does the same for two unordered
+accesses to one place, at least one of them a write. In native code these are accesses of threads; in CUDA kernels, of
+device threads and the copies that they issue, across blocks and launches (see tests/cpu/cuda_host/races.h). The process
+needs :meth:`Sanitizer.environment`. The module has all variants; AMX runs on software tiles (see tests/amx_software).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Sanitizer:
-    """``flags`` of g++; the ``library`` that the process must load first, and ``options`` for it."""
+    """``flags`` for g++, the ``library`` that the process must load first, and ``options`` for it."""
 
     name: str
     flags: tuple[str, ...]
@@ -48,14 +48,14 @@ class Sanitizer:
         return None
 
     def environment(self) -> dict[str, str]:
-        """What a process needs from its start: the sanitizer before all other libraries, and that of exceptions, which
-        it takes over, behind it.
+        """What a process needs from its start: the sanitizer ahead of all other libraries, then libstdc++, whose
+        exceptions it intercepts.
         """
         libraries = " ".join(path for name in (self.library, "libstdc++.so.6") if (path := _library(name)))
         return {"LD_PRELOAD": libraries, f"{self.library[3:7].upper()}_OPTIONS": self.options}
 
     def build(self) -> None:
-        """In a minute or two of one core, if anything has changed."""
+        """Takes a minute or two of one core if anything has changed."""
         import pybind11
 
         configure = [
@@ -68,7 +68,7 @@ class Sanitizer:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=plain)
 
     def use(self) -> None:
-        """Be ``orthrus_rt._native``, on the best variant beside AMX's, and compile kernels for the host likewise."""
+        """Load it as ``orthrus_rt._native``, on the best variant except AMX, and compile kernels for the host alike."""
         from tests.cpu import cuda_host
 
         cpu = amx_software.load(self.folder).cpu
@@ -84,27 +84,26 @@ class Sanitizer:
 
         from orthrus_rt.huge_pages import Arena
 
-        # Each weight and cache by itself: what lies beside one in a block is not looked at.
+        # Allocate each weight and cache by itself: accesses to neighbours in a block would go unnoticed.
         Arena.empty = lambda _, shape, dtype: torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _library(name: str) -> str | None:
-    """The path of a library of g++; None where there is none."""
+    """The path of a library of g++; None if there is none."""
     if not (compiler := shutil.which("g++")):
         return None
     path = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
     return path.strip() if os.path.isabs(path) else None
 
 
-# Not looked for: leaks, as Python keeps what it holds to its end; and the use of a frame whose function has returned,
-# for which compilers put frames where vectors of 64 bytes are not aligned (GCC bug 110027), and which fibers never give
-# back.
+# Not checked: leaks, as Python keeps objects until it exits; and use after return, for which compilers put stack frames
+# where vectors of 64 bytes are not aligned (GCC bug 110027), and where fibers never release them.
 ADDRESS = Sanitizer(
     "address",
     ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-g1"),
     "libasan.so",
     "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1:redzone=1024",
 )
-# A memset of few bytes would become a store that nobody looks at.
+# A memset of few bytes would become a store that is not instrumented.
 THREAD = Sanitizer("thread", ("-fsanitize=thread", "-fno-builtin-memset", "-g1"), "libtsan.so", "halt_on_error=1")
 KINDS = {kind.name: kind for kind in (ADDRESS, THREAD)}

@@ -1,5 +1,5 @@
-"""Tensors larger than memory, of which only what is written takes any or all but the end is forgotten, and ops on what
-lies behind 2^31 elements.
+"""Tensors larger than memory, which either take memory only for what is written or keep only the end, and ops on
+elements beyond 2^31.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from tests.rows import ar, make_rows
 
 MAP_FIXED = 0x10
-NORESERVE = 0x4000  # MAP_NORESERVE, which mmap does not name in every Python: no account is kept of what it might take
+NORESERVE = 0x4000  # MAP_NORESERVE, which not every Python's mmap names: no memory is reserved for it
 
 
 def empty(shape, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros on the CPU. Where this process may not have so many addresses, the test is skipped."""
+    """Zeros on the CPU. Skips the test if this process may not have so much address space."""
     nbytes = math.prod(shape) * dtype.itemsize
     try:
         space = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
@@ -29,7 +29,7 @@ def empty(shape, dtype: torch.dtype) -> torch.Tensor:
 
 
 def drained(shape, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor whose last 32 MB or more keep what is written to them, while all others are the same 32 MB."""
+    """A tensor whose last 32 MB or more keep what is written, while all earlier parts map to the same 32 MB."""
     tensor, part = empty(shape, dtype), 32 << 20
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype, size = ctypes.c_void_p, ctypes.c_size_t

@@ -14,10 +14,10 @@ TABLE = torch.tensor([
     [0.7, -0.3, 0.2, 1.1, 0.5],
     [2.5, 0.6, 0.0, -0.4, -3.0],
 ])  # fmt: skip
-# What a drafter says at every position of a block after token t.
+# The logits of a drafter at every position of a block after token t.
 DRAFTERS = {
     "uniform": torch.zeros(VOCAB, VOCAB),
-    "adversarial": -3 * TABLE,  # its mass lies on what the AR view likes least
+    "adversarial": -3 * TABLE,  # its mass lies on the tokens least likely in the AR view
     "equal": TABLE,
     "nearly_equal": TABLE + torch.linspace(0, 1e-3, VOCAB),
     "certain": torch.tensor([[0.0, 30.0, 0.0, 0.0, 0.0]]).repeat(VOCAB, 1),
@@ -59,7 +59,7 @@ def two_tokens(first: int, setting: dict) -> np.ndarray:
 
 
 def remember_probs(sampler) -> None:
-    """Of a rejection sampler that sees the same few rows every time."""
+    """Caches the probabilities of a rejection sampler that sees the same few rows every time."""
     compute, known = sampler._probs, {}
 
     def remembered(logits):

@@ -1,4 +1,4 @@
-"""An independent oracle: transformers' own Llama and Qwen3 blocks, holding one view's attention weights at a time."""
+"""An independent oracle: transformers' own Llama and Qwen3 blocks with one view's attention weights at a time."""
 
 import inspect
 

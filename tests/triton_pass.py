@@ -1,4 +1,4 @@
-"""An attention pass that the portable dual_attn runs."""
+"""An attention pass that runs the portable dual_attn."""
 
 from __future__ import annotations
 

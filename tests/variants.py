@@ -1,4 +1,4 @@
-"""The variants of the CPU kernels: of this processor's kind, and how to compile for one."""
+"""The variants of the CPU kernels: those of this processor's architecture, and how to compile for one."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def compiler(for_aarch64: bool) -> str | None:
 
 
 def flags(isa: str) -> list[str]:
-    """What CMake compiles a source of this variant with, but for optimisation."""
+    """The flags that CMake uses for a source of this variant, without optimisation."""
     defined = [f"-DORTHRUS_ISA={isa}", f"-DORTHRUS_ISA_{isa}", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cpu"]
     return ["-std=c++17", "-ffp-contract=off", *defined, *listed(f"CPU_FLAGS_{isa}")]
 
 
 def sources() -> list[str]:
-    """That all variants share."""
+    """The sources that all variants share."""
     return listed("CPU_SOURCES")
 
 
 def listed(name: str) -> list[str]:
-    """What CMakeLists.txt sets ``name`` to."""
+    """The words that CMakeLists.txt sets ``name`` to."""
     found = re.search(rf"set\({name}\s+([^)]*)\)", CMAKE)
     words = re.sub(r"#.*", "", found[1]).split() if found else []
     return [w for word in words for w in (listed(word[2:-1]) if word.startswith("${") else [word])]

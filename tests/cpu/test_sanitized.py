@@ -1,4 +1,4 @@
-"""The sanitizers see what native code and the CUDA kernels on the host do: or else they would be silent in vain."""
+"""The sanitizers find faults in native code and in CUDA kernels on the host: otherwise their silence means nothing."""
 
 import re
 import subprocess
@@ -38,12 +38,12 @@ def test_a_write_behind_the_last_page_is_found(request, where, page):
     if page == 2:
         assert done.returncode == 0, done.stderr
     else:
-        # an overflow; or a use after free, where the allocation behind was given back
+        # an overflow, or a use after free if the allocation behind it was freed
         assert "ERROR: AddressSanitizer: heap-" in done.stderr and "WRITE of size" in done.stderr
-        assert f"csrc/{'cpu' if where == 'cpu' else 'cuda'}/" in done.stderr  # the line that did it
+        assert f"csrc/{'cpu' if where == 'cpu' else 'cuda'}/" in done.stderr  # the line at fault
 
 
-# Without what each is named after, a device would race.
+# Each kernel is named after the ordering without which a device would race.
 RACY = re.findall(r"^RACY\((\w+)", (cuda_host.HERE / "racy.cpp").read_text(), re.M)
 RUN = """
 import ctypes, sys

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.usefixtures("paced"),
 ]
 HOW = dict(device="cpu", mode="two_pass", max_seq_len=256)
-ENDLESS = dict(max_tokens=200, temperature=0, logit_bias={"256": -100})  # the tokenizer's end of a text
+ENDLESS = dict(max_tokens=200, temperature=0, logit_bias={"256": -100})  # the tokenizer's end-of-text token
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +54,11 @@ def engine(server, text_folder, monkeypatch):
 
 
 def serve(server, client, number, model="model"):
-    """Run it beside ``client(port, end)``, whose ``end()`` sends the server that signal."""
+    """Run it together with ``client(port, end)``, where ``end()`` sends signal ``number`` to the server."""
     listener, sent = server.bind(0), []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    listener.listen()  # so that nobody is refused before the server is up
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)  # of its connections: little, as over a network
+    listener.listen()  # so that no client is refused before the server is up
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)  # for its connections: small, as over a network
     port = listener.getsockname()[1]
 
     def end():
@@ -91,7 +91,7 @@ def failure(response):
 
 
 def exchange(port, sent):
-    """All that the server answers to these bytes, while the connection stays open."""
+    """The server's whole answer to these bytes, while the connection stays open."""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
         client.sendall(sent)
         return client.makefile("rb").read().decode()
@@ -147,11 +147,11 @@ def test_a_server(server, engine):
     assert told["length"] == (400, "SamplingParams: max_new_tokens must be >= 1, got 0")
     assert told["nested"] == (400, "the request is nested too deeply")
     assert told["last"][-1] == "[DONE]" and json.loads(told["last"][-2])["choices"][0]["finish_reason"] == "length"
-    assert engine.closed and engine.metrics.finished["abort"] == 2  # the stopped one and the gone one
+    assert engine.closed and engine.metrics.finished["abort"] == 2  # one was stopped, one client went away
 
 
 def stop_amid_an_output(engine, **how):
-    """``(prompt, stop, tokens up to it)``, behind which more tokens come along in one output."""
+    """``(prompt, stop, tokens up to it)`` such that more tokens follow the stop in the same output."""
     for prompt in map(str, range(1000)):
         seen = []
         with contextlib.closing(engine.stream(engine.tokenizer(prompt).input_ids, SamplingParams(**how))) as pieces:
@@ -216,7 +216,7 @@ def test_what_fails_is_no_success(server, engine, monkeypatch):
 
 
 def test_what_a_request_may_ask_for(server, engine):
-    """Sampling as the engine has it, null as what is left out; the rest is refused, not ignored."""
+    """Sampling options work as in the engine, and null means the default. Anything else is refused, not ignored."""
     asked = dict(prompt="hello", max_tokens=8, temperature=0)
     options = dict(presence_penalty=1.5, frequency_penalty=0.5, logit_bias={72: 3.0, 101: -100.0})
     refused = {
@@ -257,7 +257,7 @@ def test_pages_for_those_who_watch_it(server, engine):
     def client(port, end):
         post(port, prompt="hello", max_tokens=8).read()
         get(port, "/health"), get(port, "/metrics")
-        engine.torn, engine._recover = True, lambda: 1 / 0  # a step has failed, on a device that is lost
+        engine.torn, engine._recover = True, lambda: 1 / 0  # a step has failed and the device is lost
         get(port, "/health")
         del engine._recover
 
@@ -297,7 +297,7 @@ def test_heads_that_are_refused(server, engine):
 
 
 def test_more_than_a_request(server, engine, monkeypatch):
-    """A refusal arrives however much comes behind it, and nobody gathers what comes behind a request."""
+    """A refusal arrives however much data follows the request, and that data is not collected."""
     read, asked, told, much = asyncio.StreamReader.read, [], [], b"x" * (5 << 20)
     body = b'{"prompt": "hello", "max_tokens": 8}'
 

@@ -1,4 +1,4 @@
-"""The server of docs/: more clients than it takes, those that are slow, and those that neither ask nor read."""
+"""The server of docs/: more clients than it accepts, slow ones, and ones that never send a request or never read."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ from tests.engines import a_beginning_each
 
 pytestmark = example.pytestmark
 folder, server, engine = example.folder, example.server, example.engine
-BULKY = 200_000 * "m"  # a model's name, which every event tells: more than all buffers hold
+BULKY = 200_000 * "m"  # a model's name, which every event contains: more than all buffers hold
 
 
 def test_more_connections_than_there_may_be_are_closed(server, engine, monkeypatch):
@@ -26,7 +26,7 @@ def test_more_connections_than_there_may_be_are_closed(server, engine, monkeypat
         with socket.create_connection(("127.0.0.1", port)), socket.create_connection(("127.0.0.1", port)):
             told.append(exchange(port, b""))
         answer = ""
-        while not answer:  # until it has seen them go
+        while not answer:  # until the server has seen them leave
             with contextlib.suppress(ConnectionResetError):
                 answer = exchange(port, b"GET / HTTP/1.1\r\n\r\n")
         told.append(answer.split()[1])
@@ -54,7 +54,7 @@ def test_who_watches_a_server_is_answered_beside_all_that_it_answers(server, eng
 
 @contextlib.contextmanager
 def unread(port):
-    """A client that asks and does not read."""
+    """A client that sends a request and does not read."""
     body = json.dumps(dict(prompt="hello", stream=True, **ENDLESS))
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 11)
@@ -80,7 +80,7 @@ def test_a_client_that_does_not_read_ends_its_request(server, engine, monkeypatc
 
 
 def test_what_is_read_slowly_is_told_to_the_end(server, engine):
-    """Of a server that ends."""
+    """Even from a server that is shutting down."""
     params = SamplingParams(200, logit_bias={256: -100})
     out = engine.generate(engine.tokenizer("hello").input_ids, params)
     text, told = engine.tokenizer.decode(out.token_ids, skip_special_tokens=True), bytearray()
@@ -91,10 +91,10 @@ def test_what_is_read_slowly_is_told_to_the_end(server, engine):
             end()
             wait_until(lambda: engine.closed)
             at_the_next = {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-            time.sleep(0.6)  # longer than it waits for those who have read all
+            time.sleep(0.6)  # longer than it waits for clients that have read everything
             while piece := slow.recv(1 << 16):
                 told.extend(piece)
-        assert at_the_next == {signal.SIG_DFL}  # which end it at once
+        assert at_the_next == {signal.SIG_DFL}  # the default handlers, which end it at once
 
     serve(server, client, signal.SIGTERM, BULKY)
     *pieces, end = told.partition(b"\r\n\r\n")[2].decode().removesuffix("\n\n").split("\n\n")
@@ -114,7 +114,7 @@ def test_what_is_dropped_behind_an_answer_is_bounded(server):
 
 
 def test_clients_that_do_not_ask(server, engine, monkeypatch, caplog):
-    """One that takes too long is left; those that are idle at the end leave no trace."""
+    """A client that takes too long is dropped; clients that are idle at the end leave no trace."""
     told, head = {}, b"POST /v1/completions HTTP/1.1\r\n"
 
     def client(port, end):

@@ -1,6 +1,6 @@
-"""What simd.h computes on every instruction set, lane by lane: all kernels are written over it once.
+"""What simd.h computes on every instruction set, lane by lane: all kernels are written once, on top of it.
 
-On other processors AArch64's sets are cross-compiled and emulated.
+On other processors, the AArch64 instruction sets are cross-compiled and emulated.
 """
 
 import functools
@@ -13,13 +13,13 @@ import pytest
 from orthrus_rt import dispatch
 from tests import variants
 
-FUSED = ("fma", "exp", "log")  # portable code rounds their products twice
+FUSED = ("fma", "exp", "log")  # portable code rounds both product and sum
 pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 
 @pytest.fixture(scope="module")
 def lines_of(tmp_path_factory):
-    """By variant: the lines that simd_lanes.cpp prints; None where it cannot be compiled or run."""
+    """By variant: the lines that simd_lanes.cpp prints; None if it cannot be compiled or run."""
     folder = tmp_path_factory.mktemp("simd")
 
     @functools.cache
@@ -56,8 +56,8 @@ def floats(line: str) -> list[float]:
 
 @pytest.mark.parametrize("isa", ("avx2", "avx512", "avx512_bf16", *variants.NEON))
 def test_every_set_computes_the_same_lanes(lines_of, isa):
-    """To the bit: as portable code does, or as C and AVX2 do where products are fused. Only sums of products of bf16
-    pairs have roundings of their own, and AVX-512 BF16 stores no denormals.
+    """Equal to the bit to portable code, or to C and AVX2 where products are fused. Only sums of products of bf16 pairs
+    round differently, and AVX-512 BF16 stores no denormals.
     """
     if (got := lines_of(isa)) is None or (portable := lines_of("portable")) is None:
         pytest.skip(f"{isa} does not run here" + (f": {variants.EMULATED}" if isa in variants.NEON else ""))

@@ -1,4 +1,4 @@
-"""A decode step that is warmed up: nothing allocated, nothing read back but the results, no Python per layer."""
+"""A warm decode step allocates nothing, reads back only the results, and runs no Python per layer."""
 
 import collections
 import itertools
@@ -23,7 +23,7 @@ EDITED = SamplingParams(max_new_tokens=60, ignore_eos=True, frequency_penalty=0.
 
 
 class Counted(TorchDispatchMode):
-    """Every torch operator called, ``.item()`` (``aten._local_scalar_dense``) and allocations among them."""
+    """Counts every torch operator call, including ``.item()`` (``aten._local_scalar_dense``) and allocations."""
 
     def __init__(self):
         super().__init__()
@@ -36,12 +36,12 @@ class Counted(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """A home of its own for what auto measures."""
+    """A separate cache directory for what auto measures."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def decoding(tmp_path, mode, layers, params):
-    """A warm engine with two sequences in the middle of their decoding, no page boundary ahead."""
+    """A warm engine with two sequences in the middle of decoding, with no page boundary ahead."""
     folder = checkpoints.make(tmp_path / f"{layers}", dtype=torch.bfloat16, num_hidden_layers=layers)
     engine = Engine.from_pretrained(str(folder), device="cpu", max_seq_len=128, max_batch_size=2, mode=mode)
     engine.warmup()
@@ -53,7 +53,7 @@ def decoding(tmp_path, mode, layers, params):
 
 
 def counted(engine, patched):
-    """``STEPS`` steps: torch operators, calls of our ops, results read, tokens emitted."""
+    """Runs ``STEPS`` steps; returns torch operators, calls of our ops, results read and tokens emitted."""
     op_calls, read = [], []
     real = SlotResults.read
 
@@ -72,7 +72,7 @@ def counted(engine, patched):
 
 @pytest.mark.parametrize(
     ("mode", "params"),
-    # A warm-up leaves cycles that sample to those that run, which auto then times one by one.
+    # A warm-up does not time cycles that sample. auto times them one by one as they run.
     [*itertools.product(MODES, (GREEDY, SAMPLED, EDITED)), ("auto", GREEDY)],
     ids=(*(f"{mode}-{kind}" for mode in MODES for kind in ("greedy", "sampled", "edited")), "auto-greedy"),
 )

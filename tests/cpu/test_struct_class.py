@@ -1,4 +1,4 @@
-"""Parameter structs as Python sees them: what their fields take, what refuses, and how long they live."""
+"""Parameter structs as Python sees them: what their fields accept and refuse, and how long they live."""
 
 import gc
 import re
@@ -84,7 +84,7 @@ def test_a_struct_within_another_is_set_by_a_copy_and_read_in_place():
     params.rows = within
     del params
     gc.collect()
-    assert within.num_rows == 7  # it keeps what it is part of
+    assert within.num_rows == 7  # it keeps the enclosing struct alive
 
 
 def test_references_are_given_back():
@@ -110,7 +110,7 @@ def test_an_op_takes_its_own_parameters():
 
 
 def test_a_second_copy_of_the_module_leaves_the_first_one_whole():
-    """Classes are the process's: whoever loads the file under another name gets an error, and nothing else changes."""
+    """Classes belong to the process: loading the file under another name raises an error and changes nothing else."""
     out = apart.run("""
 import importlib.util
 from orthrus_rt import _native

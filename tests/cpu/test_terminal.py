@@ -1,4 +1,4 @@
-"""Text that streams, the status line and tables."""
+"""Streamed text, the status line and tables."""
 
 import io
 import os
@@ -18,7 +18,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def streams(monkeypatch):
-    """Replaces stdout and stderr by terminals of 20 columns and 10 rows."""
+    """Replaces stdout and stderr with terminals of 20 columns and 10 rows."""
     for name, value in {"TERM": "xterm", "COLUMNS": "20", "LINES": "10"}.items():
         monkeypatch.setenv(name, value)
     pair = SimpleNamespace(stdout=Terminal(), stderr=Terminal())
@@ -39,7 +39,7 @@ def test_status_line_gives_its_row_back(streams):
 
 @pytest.fixture
 def leaving(streams, monkeypatch):
-    """What a process is sent by itself; and the pipe that stderr is for what is written past Python's buffers. Nothing
+    """The signals that the process sends to itself, and a pipe as stderr for what bypasses Python's buffers. No signal
     is ignored, as SIGHUP is under nohup.
     """
     sent, (reads, writes) = [], os.pipe()
@@ -54,7 +54,7 @@ def leaving(streams, monkeypatch):
 
 
 def test_a_process_that_is_ended_or_stopped_gives_the_row_back(streams, leaving):
-    """And takes it again when it goes on; the handlers from before come back."""
+    """And takes it again when it continues; the previous handlers are restored."""
     with Screen() as screen:
         for number in terminal.LEAVING:
             screen.status("status")

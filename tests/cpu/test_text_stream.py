@@ -1,4 +1,4 @@
-"""Text that streams: whole characters, and nothing of a stop string."""
+"""Streamed text: whole characters, and no part of a stop string."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def test_an_unfinished_character_is_held_back(tokenizer):
 
 
 def test_of_a_long_piece_the_last_character_alone_waits_for_its_end(tokenizer):
-    """So a stop string before it is found at once."""
+    """So a stop string that precedes it is found at once."""
     text = "a END" + 29 * "€"
     ids = tokenizer(text).input_ids
     for cut in (len(ids) - 2, len(ids) - 1):
@@ -81,7 +81,7 @@ def test_of_a_long_piece_the_last_character_alone_waits_for_its_end(tokenizer):
 
 
 def test_what_was_shown_stays_where_bytes_turn_out_to_be_no_text():
-    """Of a tokenizer that decodes a run of byte tokens as a whole, and all of it as U+FFFD if any part is no text."""
+    """With a tokenizer that decodes a run of byte tokens as a whole, all to U+FFFD if any part is not valid text."""
     tokens = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁a"]
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -95,7 +95,7 @@ def test_what_was_shown_stays_where_bytes_turn_out_to_be_no_text():
 
 
 def test_the_space_before_a_word_behind_a_piece_without_text():
-    """Of a tokenizer that decodes the first word without the space before it, as SentencePiece's."""
+    """With a tokenizer that decodes the first word without the space before it, as SentencePiece does."""
     backend = Tokenizer(models.BPE(vocab={"▁a": 0, "▁b": 1, "</s>": 2}, merges=[]))
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     stream = TextStream(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
@@ -103,7 +103,7 @@ def test_the_space_before_a_word_behind_a_piece_without_text():
 
 
 def test_ids_that_say_nothing_cost_nothing(tokenizer, monkeypatch):
-    """As those behind an end that is ignored: not to be decoded again and again."""
+    """Such as ids after an ignored end of text, which must not be decoded again and again."""
     stream, seen = TextStream(tokenizer), []
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **how: seen.append(len(ids)) or decode(ids, **how))
@@ -125,7 +125,7 @@ def test_bytes_that_are_no_text_cost_little_however_many_they_are(tokenizer, mon
 
 
 def test_ids_without_text_cost_little_however_many_they_are(tokenizer, monkeypatch):
-    """As ids of a padded vocabulary, which the tokenizer does not have."""
+    """Such as ids of a padded vocabulary, which the tokenizer does not have."""
     stream, seen, n = TextStream(tokenizer), [], 4000
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **how: seen.append(len(ids)) or decode(ids, **how))
@@ -136,7 +136,7 @@ def test_ids_without_text_cost_little_however_many_they_are(tokenizer, monkeypat
 
 
 def test_a_loop_of_tokens_that_end_inside_a_character_costs_little():
-    """As some byte-level vocabularies have: none of them is ever text at its end."""
+    """Some byte-level vocabularies have such tokens: the text never ends with a whole character."""
     tokens = {" \ufffd": 0, "a": 1}
 
     class Tokenizer:

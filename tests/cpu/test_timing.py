@@ -1,4 +1,4 @@
-"""What measure() gives on a device that runs behind its host: the time of the work alone, at full clocks."""
+"""measure() on a device that runs behind its host: it returns only the time of the work, at full clocks."""
 
 import functools
 import itertools
@@ -9,12 +9,12 @@ import torch
 from bench import bench_invariance, common
 from orthrus_rt import timing
 
-LAUNCH = 8.0  # µs that the host takes for one
+LAUNCH = 8.0  # µs that the host takes for a launch
 DEVICE = torch.device("cuda")
 
 
 class Gpu:
-    """A device and its host by simulated clocks, in µs. Whatever ran before the device had 30 ms of work is slow."""
+    """A device and its host with simulated clocks, in µs. Until the device has done 30 ms of work, it is slow."""
 
     def __init__(self, monkeypatch):
         self.host = self.device = self.worked = 0.0
@@ -86,7 +86,7 @@ def test_rounds_in_turn_are_warm_and_alone_too(gpu, monkeypatch):
 
 
 def test_on_a_cpu_ways_take_turns(monkeypatch):
-    """Each turn has all of them, and the first three are no samples."""
+    """Each turn runs all of them, and the first three turns are not samples."""
     ran, clock = [], itertools.count()
     monkeypatch.setattr(common, "SPINNING_S", 0.0)
     monkeypatch.setattr(common, "time_each", lambda runs, device, repeats: [[runs[0]() or float(next(clock))]])

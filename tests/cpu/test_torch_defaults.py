@@ -1,4 +1,4 @@
-"""A program's own default dtype and device of torch are no business of an engine: tokens stay the same bits."""
+"""A program's default torch dtype and device do not affect an engine: its results stay the same to the bit."""
 
 import contextlib
 
@@ -39,13 +39,13 @@ def decoded(folder, how, mode):
         engine.warmup()
     outs = engine.generate(PROMPTS, PARAMS)
     outs += [engine.generate([1, 2], REJECTION)] if mode == "two_pass" else []
-    cycles = [out.stats.cycles for out in outs if mode != "auto"]  # which decides by times
+    cycles = [out.stats.cycles for out in outs if mode != "auto"]  # auto decides by measured times
     return [out.token_ids for out in outs], cycles, engine.next_logits([1, 2, 3]).tolist()
 
 
 @pytest.fixture(params=("native", "reference"))
 def how(request):
-    """Native kernels, or in float16 the plain torch reference."""
+    """Native kernels, or the plain torch reference in float16."""
     if request.param == "native" and dispatch.extension() is None:
         pytest.skip("the native module is not built")
     return {"dtype": "bfloat16" if request.param == "native" else "float16"}
@@ -86,4 +86,4 @@ def test_nor_does_autocast_reach_it(folder, how, cast_to):
     want = decoded(folder, how, "two_pass")
     with torch.autocast("cpu", dtype=cast_to):
         assert decoded(folder, how, "two_pass") == want
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == cast_to  # the program's own is as it was
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == cast_to  # autocast still applies to the program itself

@@ -1,4 +1,4 @@
-"""What goes up to a device from the host's pageable memory: nothing waits for the device that need not."""
+"""Uploads to a device from pageable host memory: nothing waits for the device unnecessarily."""
 
 from types import SimpleNamespace
 
@@ -13,8 +13,8 @@ from tests import checkpoints
 
 
 class Checked(TorchFunctionMode):
-    """Refuses what waits for the device: ``torch.tensor(..., device=)``, ``.to()`` and ``.copy_()`` from the host
-    without non_blocking or of more than CUDA stages, and a number written to one element, which is such a copy.
+    """Refuses calls that wait for the device: ``torch.tensor(..., device=)``; ``.to()`` and ``.copy_()`` from the host
+    without non_blocking or with more bytes than CUDA stages; a number written to one element, which is such a copy.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch):
@@ -23,7 +23,7 @@ class Checked(TorchFunctionMode):
         patch.setattr(torch, "from_numpy", lambda array: self.from_host(from_numpy(array)))
 
     def from_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.hosts[tensor.untyped_storage().data_ptr()] = tensor  # which so stays, and its address with it
+        self.hosts[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that its address stays in use
         return tensor
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -56,7 +56,7 @@ def test_admission_does_not_block(tmp_path, monkeypatch):
 
 
 def test_uploads_in_parts(monkeypatch):
-    """Every value gets there, whatever the number of parts."""
+    """Every value arrives, whatever the number of parts."""
     for count in (0, 1, 16_384, 16_385, 50_000):
         with Checked(monkeypatch) as checked:
             assert uploads.upload(range(count), torch.int32, torch.device("cpu")).tolist() == list(range(count))
@@ -65,7 +65,7 @@ def test_uploads_in_parts(monkeypatch):
 
 @pytest.mark.parametrize("reads", (False, True))
 def test_an_upload_that_is_not_staged_is_waited_for(monkeypatch, reads):
-    """Where the device reads the host's pageable memory itself: what is written there next may come along else."""
+    """If the device reads pageable host memory itself, it might otherwise read what the host writes there next."""
     calls, host = [], torch.arange(4, dtype=torch.int32)
 
     class Driver:

@@ -1,4 +1,4 @@
-"""What tests on a card share."""
+"""Fixtures shared by the GPU tests."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def large_card():
-    """One that has room for tests of some 17 GB in two processes at once; what a test took is given back."""
+    """A GPU with room for tests of about 17 GB in two processes at once; frees a test's memory afterwards."""
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
         pytest.skip("needs a card with 40 GB")
     yield

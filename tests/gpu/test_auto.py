@@ -1,4 +1,4 @@
-"""``mode="auto"`` on CUDA: cycles timed by events, their results a cycle late, and still no token changed."""
+"""``mode="auto"`` on CUDA: events time the cycles, results are a cycle late, and no token changes."""
 
 import contextlib
 
@@ -19,7 +19,7 @@ SAMPLED = SamplingParams(max_new_tokens=60, temperature=0.8, seed=5, ignore_eos=
 
 @pytest.fixture
 def auto(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # of the measured costs
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # for the measured costs
     kwargs = dict(dtype=torch.bfloat16, diff_noise=0.02, vocab_size=700, mask_token_id=699)
     folder = checkpoints.make(tmp_path / "tiny", **kwargs)
     with contextlib.closing(
@@ -30,7 +30,7 @@ def auto(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("warm", (True, False))
 def test_tokens_costs_and_acceptance(auto, warm):
-    """Tokens as in ar; the policy hears of every cycle, with times that are the device's."""
+    """Tokens equal those of ar, and the policy receives every cycle with its time on the device."""
     if warm:
         auto.warmup()
     for params in (GREEDY, SAMPLED):
@@ -38,18 +38,18 @@ def test_tokens_costs_and_acceptance(auto, warm):
         for _ in range(3):
             assert [o.token_ids for o in auto.generate(PROMPTS, params)] == want
     torch.cuda.synchronize()
-    auto.generate(PROMPTS[0], SamplingParams(max_new_tokens=4, ignore_eos=True))  # takes what was still under way
+    auto.generate(PROMPTS[0], SamplingParams(max_new_tokens=4, ignore_eos=True))  # takes results still in flight
     policy = auto._autos[auto._plan].policy
     policy.settle()
     facts = auto.explain(3)
     assert facts["candidates"]["ar"]["cost_measured"] and facts["spent_seconds"] > 0
     assert sum(policy.plan_counts.values()) > 100 and len(policy._pending) <= 1
-    # A cycle of two layers takes the device some tens of microseconds; waiting for the host would show.
+    # A cycle of two layers takes the device tens of microseconds; waits for the host would show.
     assert 1e-6 < facts["candidates"]["ar"]["seconds_per_cycle"] < 5e-3
 
 
 def test_costs_are_kept(auto, monkeypatch):
-    """A second engine of this model and device reads what the first one measured, and looks once whether it holds."""
+    """A second engine of this model and device reads what the first one measured, and checks once whether it holds."""
     auto.warmup()
     table = auto._autos[auto._plan].policy.costs.table()
     assert {(1, "ar"), (4, "ar"), (1, "two_pass")} <= {(row[0], row[1]) for row in table}
@@ -64,13 +64,13 @@ def test_costs_are_kept(auto, monkeypatch):
         again.warmup()
         costs = again._autos[again._plan].policy.costs
         now, before = ({tuple(row[:-1]): row[-1] for row in t} for t in (costs.table(), table))
-        assert 0 < len(looks) <= len(now) and now.keys() >= before.keys()  # others may look as if they paid by now
+        assert 0 < len(looks) <= len(now) and now.keys() >= before.keys()  # other plans may seem worthwhile by then
         assert all(0.1 < now[plan] / before[plan] < 10 for plan in before)
         again.generate(PROMPTS, GREEDY)
 
 
 def test_steps_never_wait(auto):
-    """Whole steps under sync-debug mode, whatever plan each of them runs."""
+    """Runs whole steps under sync-debug mode, whatever plan each of them uses."""
     auto.warmup()
     for _ in range(2):  # acceptance learnt, mailboxes allocated
         auto.generate(PROMPTS, GREEDY)

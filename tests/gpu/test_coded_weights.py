@@ -1,11 +1,11 @@
-"""CUDA row_linear over weights in 12 bits: what it does over plain ones, to the bit."""
+"""CUDA row_linear with weights in 12 bits: equal to the bit to the results with plain ones."""
 
 import pytest
 import torch
 
 from orthrus_rt import coded_blocks
 from orthrus_rt.weights import pack
-from tests.gpu.test_row_linear import (  # noqa: F401, tests that run here over coded weights
+from tests.gpu.test_row_linear import (  # noqa: F401, tests that run here with coded weights
     ROWS,
     SHAPES,
     run,
@@ -28,12 +28,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def isa(request, monkeypatch):
     monkeypatch.setenv("ORTHRUS_CUDA_ISA", request.param)
     monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
-    monkeypatch.setattr(coded_blocks, "MOST_EXCEPTIONS", 4096)  # however many: none stays plain
+    monkeypatch.setattr(coded_blocks, "MOST_EXCEPTIONS", 4096)  # any number, so that no weight stays plain
     return request.param
 
 
 def with_exceptions(n, k):
-    """Some in the first block, and more than it has room for in the next: no exponent of theirs comes often."""
+    """Has exceptions in the first block, and too many for its list in the next, all with rare exponents."""
     plain = tensor(n, k, seed=1)
     plain[1, :10:2] *= 2.0 ** -torch.arange(24, 74, 10, device="cuda")
     plain[2, -60:] *= 2.0 ** -torch.arange(20, 80, device="cuda")
@@ -41,7 +41,7 @@ def with_exceptions(n, k):
 
 
 def most_exceptions(coded, plain):
-    """Of a block."""
+    """The largest number of exceptions in a block."""
     num_blocks = -(-plain.shape[0] // 64) * (plain.shape[1] // 64)
     heads = coded.view(torch.int32)[: num_blocks * coded_blocks.BLOCK_BYTES // 4].view(num_blocks, -1)
     return int(heads[:, 2].max())
@@ -50,7 +50,7 @@ def most_exceptions(coded, plain):
 @pytest.mark.parametrize("kind", ["normal", "wide"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_coded_weights_give_the_same_bits(shape, kind, monkeypatch):
-    """Also where wgmma finds a weight in registers, not in shared memory."""
+    """Also where wgmma takes the weight from registers, not from shared memory."""
     k, n = shape
     if kind == "wide":
         plain, x = wide(n, k, seed=1), wide(300, k, factor=-1.01, seed=2)

@@ -36,7 +36,7 @@ def test_no_slots():
 
 
 def test_a_launch_does_not_wait_for_a_copy_under_way():
-    """As that of a cycle's results, behind which the consensus of a prompt is launched: some calls of a driver do."""
+    """A cycle's results are such a copy, and a prompt's consensus is launched after it. Some driver calls do wait."""
     state = cs.clone(cs.random_state(torch.Generator(), 1, 4), "cuda")
     partials = torch.zeros(4, 1, device="cuda"), torch.zeros(4, 1, dtype=torch.int32, device="cuda")
     results, there = torch.empty(64, dtype=torch.int32, pin_memory=True), torch.zeros(64, dtype=torch.int32).cuda()
@@ -44,7 +44,7 @@ def test_a_launch_does_not_wait_for_a_copy_under_way():
     def launch():
         ops.consensus(state, partials, st.STEP_VERIFY, st.NEXT_NONE, None, cs.MASK, 4)
 
-    launch()  # the first time loads it
+    launch()  # the first launch loads the kernel
     torch.cuda.synchronize()
     torch.cuda._sleep(1_000_000_000)  # half a second
     results.copy_(there, non_blocking=True)

@@ -1,4 +1,4 @@
-"""CUDA dual_attn against float64, and its promise: a row's bits depend on that row's inputs alone."""
+"""CUDA dual_attn against float64, and its promise: a row's bits depend only on that row's inputs."""
 
 import functools
 
@@ -32,7 +32,7 @@ PASSES = {
     "one_pass": [ar(0, 1500, 32), diff(0, 1510, 32), diff(0, 1532, 32), ar(1, 40, 32), diff(1, 41, 32, invalid=30)],
     "long_block": [diff(0, 70, 100), diff(1, 10, 3)],
     "prefill": [ar(0, 0, 500), ar(1, 129, 77)],
-    "long_prefill": [ar(0, 0, 1500), ar(1, 129, 77)],  # more CTAs than SMs, with either head_dim: two an SM
+    "long_prefill": [ar(0, 0, 1500), ar(1, 129, 77)],  # more CTAs than SMs for either head_dim: two per SM
     "padding": [ar(0, 10, 4, invalid=4), ar(1, 200, 4), diff(2, 10, 4, invalid=4)],
 }
 
@@ -52,7 +52,7 @@ def test_against_float64(name, heads):
 
 @pytest.mark.parametrize("heads", [QWEN, SMOL], ids=str)
 def test_rows_do_not_depend_on_company(heads):
-    """A group alone, inside other passes, in any order of groups: the same bits."""
+    """A group has the same bits alone, in other passes, and in any order of groups."""
     groups = [ar(0, 2000, 1), diff(0, 2001, 16), ar(1, 700, 32), diff(1, 705, 32), ar(2, 9000, 1), ar(3, 5, 16)]
     together = Pass(heads, groups)
     want = together.by_group(together.run())
@@ -81,7 +81,7 @@ def test_nan_outlives_the_splits(heads, spoil):
 
 @pytest.mark.parametrize("heads", [QWEN, SMOL], ids=str)
 def test_verify_rows_equal_decode_rows(heads):
-    """Row i of a verification has the bits of AR decoding at that position: 1 row against 16 and 128."""
+    """Row i of a verification has the same bits as AR decoding at that position: 1 row against 16 and 128."""
     for n in (16, 128):
         start = 1020
         block = Pass(heads, [ar(0, start, n)])
@@ -129,7 +129,7 @@ def test_nothing_to_do():
 
 
 def test_64_bit_offsets():
-    """A cache beyond 2^31 elements and 4 GiB, the sequence in its last pages."""
+    """A cache beyond 2^31 elements and 4 GiB, with the sequence in its last pages."""
     case = Pass(QWEN, [ar(0, 200, 1), diff(0, 200, 16)], first_page=33000)
     assert case.k_pages.numel() > 2**31
     assert_close(case.run(), case.expected())
@@ -138,7 +138,7 @@ def test_64_bit_offsets():
 
 @pytest.mark.parametrize("split", [True, False])
 def test_graph_replay_reads_lengths_on_the_device(split):
-    """One graph serves every length: captured short, replayed long, it equals an eager call."""
+    """One graph serves every length: captured with short contexts, replayed with long ones, it equals eager calls."""
     groups = [ar(0, 3000, 4), diff(0, 3000, 4), ar(1, 900, 4)]
     case = Pass(QWEN, groups, max_seq_len=4096)
     want = case.run()
@@ -150,7 +150,7 @@ def test_graph_replay_reads_lengths_on_the_device(split):
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(3):  # back to back, as layers are
+        for _ in range(3):  # back to back, like layers
             case.call(out, workspace)
     for lengths in (prefix, prefix.clamp(max=64), prefix):
         case.rows.prefix_len.copy_(lengths)

@@ -1,4 +1,4 @@
-"""The float32 CUDA kernels: against float64, to the bit whatever the company, and a whole model against the CPU's."""
+"""The float32 CUDA kernels: against float64, bitwise whatever shares the pass, and a whole model against the CPU."""
 
 import pytest
 import torch

@@ -24,12 +24,12 @@ def engine(request):
 
 
 def check(engine, params, each, max_new_tokens):
-    """Prompts of every kind alone with three block lengths, then together."""
+    """Prompts of every kind, alone with three block lengths, then together."""
     ids = [p.encode(engine.tokenizer) for kind in prompts.KINDS for p in prompts.load(kind)[:each]]
     params = getattr(lossless, params)(len(ids), max_new_tokens=max_new_tokens)
     want = decode(engine, ids, params, mode="ar")
     for way in lossless.ways((1, 5, 15)):
-        # The CPU gives from 1.66 and 1.35 on, over three sets of prompts; a broken drafter about 1.
+        # Over three sets of prompts the CPU gives at least 1.66 and 1.35; a broken drafter about 1.
         least = 1.4 if way["mode"] == "two_pass" else 1.15
         assert lossless.check_alone(engine, ids, params, want, way) > least, way
         lossless.check_together(engine, ids, params, want, way)

@@ -1,4 +1,4 @@
-"""The profile and the decode benchmark on CUDA: events, graphs and kernel times in place of the host's clock."""
+"""The profile and the decode benchmark on CUDA: events, graphs and kernel times instead of the host's clock."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def test_decode_benchmark_runs(tmp_path):
     bench_decode.main([*arguments.split(), "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "decode-tiny.json").read_text())["rows"]
     assert len(rows) == 12
-    tokens = {"ar": 1, "two_pass": 6, "one_pass": 1 + 14 / 16 * 10 / 3}  # of 6 blocks one comes true in 14 cycles of 16
+    tokens = {"ar": 1, "two_pass": 6, "one_pass": 1 + 14 / 16 * 10 / 3}  # one of 6 blocks comes true in 14 of 16 cycles
     for row in rows:
         assert row["tokens_per_cycle"] == pytest.approx(tokens[row["mode"]], abs=0.1)
         assert row["peak_gb"] > 0 and (row["runtime"] == "orthrus_rt" or row["device_ms"] > 0)

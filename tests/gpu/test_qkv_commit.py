@@ -72,7 +72,7 @@ class Case:
 
 
 def assert_rounded(got, want):
-    """One rounding to got's dtype of an fp32 result: half a unit in the last place, and a little for fp32."""
+    """An fp32 result rounded once to got's dtype: half a unit in the last place, and a little for fp32."""
     assert not got.isnan().any()
     assert ((got.double() - want).abs() <= want.abs() * (torch.finfo(got.dtype).eps / 2 + 2**-18) + 1e-5).all()
 
@@ -106,7 +106,7 @@ def test_against_float64(heads, norms, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=("bf16", "fp32"))
 @pytest.mark.parametrize("heads", HEADS)
 def test_values_are_finite(heads, dtype):
-    """Whatever the row holds: NaN stands in the key instead."""
+    """Whatever values the row has; the key receives NaN instead."""
     case = Case(heads, GROUPS, dtype=dtype)
     n_ar, (row, page, slot) = case.rows.num_rows_ar, case.where[1]
     case.qkv[row], case.qkv[n_ar, -2], case.qkv[n_ar, -5] = torch.nan, torch.inf, -torch.inf

@@ -1,4 +1,4 @@
-"""CUDA row_linear: against float64, and bit against bit where the contract says that bits do not change."""
+"""CUDA row_linear: against float64, and bit for bit where the contract says that bits do not change."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,7 +28,7 @@ ROWS = [1, 2, 15, 16, 17, 33, 64, 80, 100, 160, 161, 300]
 
 @pytest.fixture(params=["", "sm80"], autouse=True)
 def isa(request, monkeypatch):
-    """Both instruction variants, over the same packed weights."""
+    """Both instruction variants, with the same packed weights."""
     monkeypatch.setenv("ORTHRUS_CUDA_ISA", request.param)
     return request.param
 
@@ -39,8 +39,8 @@ def tensor(*shape, scale=1.0, seed=0):
 
 
 def wide(rows, k, factor=1.0, seed=0):
-    """Exponents 41 wide, and neighbours that differ by ``factor``: where those of x and of the weight nearly cancel, it
-    shows how a tensor core aligns the terms of a sum and cuts them off.
+    """Exponents span 41 values, and neighbours differ by ``factor``. Where products of x and the weight nearly cancel,
+    this shows how a tensor core aligns and truncates the terms of a sum.
     """
     generator = torch.Generator("cuda").manual_seed(seed)
     exponents = torch.randint(-20, 21, (rows, k), generator=generator, device="cuda")
@@ -55,7 +55,7 @@ def workspace(max_rows, in_features, out_features):
 
 
 def run(x, weight, epilogue="none", *, residual=None, space=None, **views):
-    """The op into a NaN-filled output that lies between guards, which must stay."""
+    """Runs the op into a NaN-filled output between guards, which must not change."""
     if space is None:
         space = workspace(x.shape[0], weight.in_features, weight.out_features)
     width = weight.out_features // 2 if epilogue == "silu_mul" else weight.out_features
@@ -74,7 +74,7 @@ def run(x, weight, epilogue="none", *, residual=None, space=None, **views):
 
 
 def close(got, exact, magnitude):
-    """Products whose absolute values sum to ``magnitude``, added in fp32, then one rounding to got's dtype.
+    """Products whose absolute values sum to ``magnitude``, added in fp32, then rounded once to got's dtype.
 
     Tensor cores cut the sum's low bits off at every step of 16 products, 2^-23 of it each time.
     """
@@ -86,7 +86,7 @@ def close(got, exact, magnitude):
 
 @pytest.mark.parametrize("rows", [1, 17, 33, 65, 97, 129, 161])
 def test_one_hot_rows_pick_columns_of_the_weight(rows):
-    """Exact in any order of sums: where this fails, the elements that differ name what a layout mixes up."""
+    """Exact in any order of summation: if this fails, the elements that differ show what a layout mixes up."""
     k, n = 192, 320
     plain = tensor(n, k, seed=1)
     column = torch.arange(rows, device="cuda") * 37 % k
@@ -142,7 +142,7 @@ def test_both_views(shape, rows, ar):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("epilogue", "kind"), [("none", "normal"), ("logits", "normal"), ("logits", "wide")])
 def test_row_invariance(shape, epilogue, kind):
-    """Over every width of tile: PTX does not say in what order wgmma and mma add up."""
+    """For every tile width, as PTX does not specify in what order wgmma and mma add up."""
     k, n = shape
     weight = pack(wide(n, k, seed=1) if kind == "wide" else tensor(n, k, seed=1))
     x = wide(1000, k, factor=-1.01, seed=5) if kind == "wide" else tensor(1000, k, seed=5)
@@ -164,7 +164,7 @@ def test_64_bit_offsets(large_card):
 
 
 def test_a_weight_beyond_2_31_elements(large_card):
-    """Nothing but its last rows and those around 2^31 bytes and elements is not zero."""
+    """All rows are zero except the last ones and those around 2^31 bytes and elements."""
     k, ends = 8192, [2**31 // (2 * 8192), 2**31 // 8192, 2**31 // 8192 + 200]
     plain, x = torch.zeros(ends[-1], k, dtype=torch.bfloat16, device="cuda"), tensor(5, k, seed=2)
     some = torch.cat([torch.arange(end - 9, min(end + 9, ends[-1]), device="cuda") for end in ends])
@@ -177,7 +177,7 @@ def test_a_weight_beyond_2_31_elements(large_card):
 
 
 def best(partials):
-    """The choice that partial maxima amount to: highest value, then lowest id."""
+    """The token that the partial maxima select: highest value, then lowest id."""
     value, index = partials
     top = value.amax(1, keepdim=True)
     return top[:, 0], torch.where(value == top, index, 2**31 - 1).amin(1)
@@ -192,7 +192,7 @@ def test_argmax(shape):
     weight = pack(plain)
     for rows in (1, 5, 32, 100, 160, 200, 300, 330):
         x = tensor(rows, k, seed=rows)
-        x[0] = plain[n // 3]  # its likeliest token is one of the equal ones
+        x[0] = plain[n // 3]  # its likeliest token is one of the tied ones
         partials = run(x, weight, "argmax")
         value, index = best(partials)
         logits = run(x, weight, "logits")
@@ -208,8 +208,8 @@ def test_argmax(shape):
 
 @pytest.mark.parametrize("rows", [1, 16, 96, 144])
 def test_layers_that_rewrite_their_input_early(rows):
-    """A chain so short that its kernels may start ahead of each other, the last rewriting in place what the first has
-    read: the same bits as with a wait after every op."""
+    """In a chain this short kernels may start early, and the last one rewrites in place what the first one has read.
+    The bits are the same as with a wait after every op."""
     gate_up = pack(tensor(2 * 1536, 576, scale=0.04, seed=1), gate_up=True)
     down = pack(tensor(576, 1536, scale=0.02, seed=2))
     norm = torch.rand(576, device="cuda") + 0.5
@@ -243,7 +243,7 @@ def test_layers_that_rewrite_their_input_early(rows):
 
 @pytest.mark.parametrize("rows", [1, 32, 160, 300])
 def test_graph_and_reuse(rows):
-    """One workspace through many launches of several shapes, eager and replayed, always the same bits."""
+    """With one workspace for many launches of several shapes, eager and replayed, the bits are always the same."""
     shapes = [(4096, 6144), (2048, 2048), (2048, 12288), (6144, 2048), (576, 960)]
     weights = [pack(tensor(n, k, seed=n)) for k, n in shapes]
     xs = [tensor(rows, k, seed=k) for k, _ in shapes]
@@ -274,7 +274,7 @@ def test_graph_and_reuse(rows):
 
 
 def test_first_call_of_a_thread():
-    """Where nothing has made the device's context current yet, which the driver wants for x's map."""
+    """No call has made the device's context current in the thread yet, and the driver needs it for x's tensor map."""
     weight, x = pack(tensor(960, 576, seed=1)), tensor(17, 576)
     want, space = run(x, weight), workspace(17, 576, 960)
     got = torch.full_like(want, torch.nan)

@@ -14,9 +14,9 @@ pytestmark = pytest.mark.gpu
 
 ROOT = Path(__file__).parents[2]
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-LIMIT_S = 240  # below the tier's own, which would leave the process running
-# The tool gives up on a process whose first CUDA call takes longer than 10 seconds, imports and all, and lets it run
-# unwatched.
+LIMIT_S = 240  # below the tier's own limit, which would leave the process running
+# The tool gives up on a process whose first CUDA call comes more than 10 seconds after the start, imports included, and
+# lets it run unchecked.
 ATTACHED = {"memcheck": "ERROR SUMMARY", "racecheck": "RACECHECK SUMMARY"}
 # Only kernels with this in their mangled names are checked: csrc's, which are in namespace orthrus::cuda. Torch's and
 # cuBLAS's take most of the time; Triton's are named after their Python functions, and none is in CASES. CUDA 12.3 or
@@ -26,7 +26,7 @@ CASES = (
     "test_dual_attn.py::test_against_float64[one_pass-Heads(q=9, kv=3, dim=64)]",
     "test_dual_attn.py::test_against_float64[verify-Heads(q=8, kv=8, dim=128)]",
     "test_qkv_commit.py::test_against_float64[heads2-True-bf16]",
-    # Decode: tiles cut along k, of 1 row and of 31. Prefill: the last tile of rows is cut, and that of features.
+    # Decode: tiles cut along k, with 1 row and with 31. Prefill: the last tiles of rows and of features are partial.
     "test_row_linear.py::test_both_views[-32-1-shape1]",
     "test_row_linear.py::test_both_views[sm80-32-1-shape1]",
     "test_coded_weights.py::test_both_views[-32-1-shape1]",
@@ -51,8 +51,8 @@ needs_sanitizer = pytest.mark.skipif(SANITIZER is None, reason="compute-sanitize
 
 
 def sanitized(tool: str, *arguments: str) -> tuple[str, list[str]]:
-    """What Python with these arguments prints under the tool, and those of its lines that are findings."""
-    # Each tensor gets an allocation of its own, so that its end is known to the tool.
+    """What Python prints with these arguments under the tool, and the lines that are findings."""
+    # Each tensor gets its own allocation, so that the tool knows where it ends.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with subprocess.Popen(
         [SANITIZER, "--tool", tool, "--launch-timeout", str(LIMIT_S), *OURS, sys.executable, *arguments],
@@ -61,7 +61,7 @@ def sanitized(tool: str, *arguments: str) -> tuple[str, list[str]]:
         try:
             printed, _ = process.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # Python under the tool would outlive it
+            os.killpg(process.pid, signal.SIGKILL)  # Python would outlive the tool
             printed, _ = process.communicate()
             pytest.fail(f"{tool}: not finished in {LIMIT_S} s; until then:\n{printed}", pytrace=False)
     assert ATTACHED[tool] in printed, printed
@@ -80,6 +80,6 @@ def test_no_finding(tool):
 @needs_sanitizer
 @pytest.mark.full
 def test_a_write_behind_the_last_page_is_found():
-    """Or else the filter matches no kernel, and nothing could be found above."""
+    """Otherwise the filter would match no kernel, and the tests above could find nothing."""
     printed, findings = sanitized("memcheck", "-c", WILD_WRITE)
     assert findings, printed

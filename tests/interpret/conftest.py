@@ -1,4 +1,4 @@
-"""This tier runs Triton's interpreter, in a process of its own: TRITON_INTERPRET=1 pytest tests/interpret."""
+"""This tier runs Triton's interpreter in a process of its own: TRITON_INTERPRET=1 pytest tests/interpret."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""The portable dual_attn under the interpreter, against float64; caches are NaN wherever no row looks."""
+"""The portable dual_attn under the interpreter, against float64; caches are NaN wherever no row reads."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_groups_larger_than_a_tile():
 
 @pytest.fixture
 def products_in_order(monkeypatch):
-    """The interpreter multiplies matrices by numpy, whose BLAS may round a row by its place among others."""
+    """The interpreter multiplies matrices with numpy, whose BLAS may round a row by its position among others."""
 
     def matmul(a, b, dtype=None):
         return (a[..., None] * b[..., None, :, :]).sum(-2, dtype=dtype)
@@ -67,7 +67,7 @@ def test_rows_do_not_depend_on_company(products_in_order):
     for g in GROUPS:
         assert torch.equal(got[g], want[g])
         assert torch.equal(on_cpu([g]).run(), want[g])
-    for i in range(3):  # a row of a verification is the row of AR decoding
+    for i in range(3):  # a row of a verification equals the row of AR decoding
         alone = on_cpu([Group("ar", 0, 130 + i, 1)]).run()
         assert torch.equal(alone[0], want[GROUPS[0]][i])
 
@@ -76,7 +76,7 @@ def test_a_nan_key_spoils_those_who_see_it_alone(products_in_order):
     check_a_nan_key_spoils_those_who_see_it_alone(on_cpu)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice")  # of numpy, at a tile of which a row sees nothing but NaN
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # from numpy, for a tile in which a row sees only NaN
 @pytest.mark.parametrize("spoil", SPOIL)
 def test_nan_outlives_what_else_a_row_sees(spoil):
     check_nan_outlives_the_splits(on_cpu, spoil)
@@ -87,7 +87,7 @@ def test_weights_are_rounded_for_their_products_alone():
 
 
 def test_64_bit_offsets():
-    """Pages beyond 2^31 elements; what is not touched takes no memory."""
+    """Pages beyond 2^31 elements; untouched ones take no memory."""
     groups, heads = [Group("ar", 0, 70, 2), Group("diff", 0, 70, 2)], Heads(1, 1, 16)
     far = on_cpu(groups, heads, torch.float16, first_page=(1 << 31) // (64 * 16) + 1)
     assert far.k_pages.numel() > 2**31

@@ -26,7 +26,7 @@ def assert_same(case, purpose=2):
     return assert_agrees(case, kernel.process_logits, purpose)
 
 
-# One tile, one that is full, three of which the last is not: each with what it is about, and all with all in --full.
+# A partial tile, a full one, and three with a partial last one: each with relevant kinds, and in --full with all kinds.
 QUICK = {1: ("hostile",), 300: ("normal", "peaked", "tied", "hostile"), 4096: ("peaked",), 9001: ("tied",)}
 GRID = [
     pytest.param(vocab, kind, marks=() if kind in QUICK[vocab] else pytest.mark.full)
@@ -73,7 +73,7 @@ def test_the_unlikely():
 
 def test_rows_with_too_many_values_to_gather(monkeypatch):
     case = with_filters(logits(len(FILTERS), 5000, "peaked")).only(slice(2, 5))
-    case.logits -= 20  # less than what is loaded in the place of tokens outside of the vocabulary
+    case.logits -= 20  # less than what is loaded for tokens outside the vocabulary
     gathered = case.run(kernel.process_logits)
     for most in (2, 70, 71):  # 71 values reach the rung of the row whose top-k is 20
         monkeypatch.setattr(filter_cut, "MOST_FOUND", most)
@@ -92,7 +92,7 @@ def test_noise_depends_on_seed_position_and_purpose_alone():
     case = with_filters(logits(1, 300, "normal").expand(4, 300), [(3.0, 0, 1.0, 0.0)])
     case.sampling.seed.copy_(torch.tensor([2**40 + 1, 1, 2**40 + 1, 2**40 + 1]))
     case.rows.position[:4] = torch.tensor([5, 5, 5, 6], dtype=torch.int32)
-    choice = assert_same(case, purpose=1).tolist()  # rows 0 ... 3 are of slots 3 ... 0
+    choice = assert_same(case, purpose=1).tolist()  # rows 0 ... 3 belong to slots 3 ... 0
     assert choice[0] == choice[1]
     assert len({*choice, int(case.choose(kernel.process_logits, purpose=0)[0])}) == 4
 

@@ -62,7 +62,7 @@ def test_nothing_to_do():
 
 @pytest.mark.parametrize("n", [1, 65_536, 200_000])
 def test_sum_words(n):
-    """Sums that wrap around too; the interpreters before Triton 3.9 refuse those."""
+    """Includes sums that wrap around, which interpreters before Triton 3.9 refuse."""
     wraps = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
     most = 2**31 if wraps else 2**14
     x = torch.randint(-most, most, (n,), dtype=torch.int32)

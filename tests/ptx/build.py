@@ -1,4 +1,4 @@
-"""Builds the emulator, and what nvcc makes of csrc/cuda: from the build folder if nothing has changed since."""
+"""Builds the emulator and the PTX of csrc/cuda, or takes them from the build folder if nothing has changed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 EMULATOR, CUDA_HOST = HERE / "emulator", ROOT / "tests" / "cpu" / "cuda_host"
 BUILT = ROOT / "build" / "ptx"
-BOUNDS = "allocations.cpp"  # a library of its own: see environment
+BOUNDS = "allocations.cpp"  # a library of its own: see pytest_process
 INTERFACES = ("kernels.cpp", "row_linear.cpp")
 INCLUDE = f"-I{ROOT / 'csrc/include'}"
 HOST = "-Xcompiler=-O2,-march=native,-fno-strict-aliasing,-fwrapv,-ffp-contract=off,-Wall,-Wextra,-fPIC"
@@ -34,14 +34,14 @@ JOBS = 2
 
 
 def why_not() -> str | None:
-    """Why no kernel can be run here; None if any can."""
+    """Why kernels cannot run here; None if they can."""
     if not shutil.which("g++"):
         return "g++ is not installed"
     return None if nvcc() else "nvcc is not installed"
 
 
 def emulator() -> Path:
-    """The folder of the emulator's object files and of bounds.so."""
+    """The folder with the emulator's object files and bounds.so."""
     sources = sorted(EMULATOR.iterdir())
 
     def make(folder: Path) -> None:
@@ -62,7 +62,7 @@ def emulator() -> Path:
 
 
 def kernels(arch: str) -> Path:
-    """The folder of kernels.so, in which the launchers of csrc/cuda call the emulator, and of the PTX for ``arch``."""
+    """The folder with the PTX for ``arch`` and kernels.so, in which the launchers of csrc/cuda call the emulator."""
     built = emulator()
     sources = [ROOT / s for s in variants.listed("CUDA_SOURCES") if not s.endswith("device.cu")]
     interfaces = [CUDA_HOST / name for name in INTERFACES]
@@ -75,7 +75,7 @@ def kernels(arch: str) -> Path:
         def compile_one(source: Path) -> None:
             with tempfile.TemporaryDirectory(dir=folder) as kept:
                 more = ["-keep", f"--keep-dir={kept}"]
-                if source in interfaces:  # beside it lies the shim that it shall not include
+                if source in interfaces:  # copied, as the folder has the shim, which it must not include
                     text = source.read_text().replace('"../../../csrc/', f'"{ROOT}/csrc/')
                     source = Path(kept) / f"interface_{source.stem}.cu"
                     source.write_text(text)
@@ -86,7 +86,7 @@ def kernels(arch: str) -> Path:
 
         _all(compile_one, [*sorted(sources, key=lambda s: -s.stat().st_size), *interfaces])
         link = [*map(str, objects.glob("*.o")), *map(str, built.glob("*.o")), str(built / "bounds.so")]
-        # Its calls of the CUDA runtime are to reach the emulator's, not one that torch has loaded.
+        # Its calls of the CUDA runtime must reach the emulator, not a runtime that torch has loaded.
         _run("g++", "-shared", "-Wl,-Bsymbolic,-z,defs", *link, "-o", str(folder / "kernels.so"))
         shutil.rmtree(objects)
 
@@ -100,8 +100,8 @@ def pytest_process(
 ) -> subprocess.CompletedProcess:  # fmt: skip
     """pytest with the CUDA kernels for ``arch``, and Triton's, in the emulator.
 
-    ``seed``: of a random order of everything. ``mapped``: kernels also use memory that is no tensor's of its own.
-    ``traffic``: at the end, what the kernels asked of memory. ``counts``: where test_shapes.py puts such counts.
+    ``seed``: for a random order of everything. ``mapped``: kernels also use memory that no tensor has allocated.
+    ``traffic``: print the kernels' memory traffic at the end. ``counts``: where test_shapes.py writes such counts.
     """
     kernels(arch)
     env = os.environ | {"PTX_ARCH": arch, "PTX_MAPPED": str(int(mapped)), "LD_PRELOAD": str(emulator() / "bounds.so")}
@@ -138,7 +138,7 @@ def _compilers() -> bytes:
 
 
 def _kept(name: str, files: list[Path], facts: list[bytes], make) -> Path:
-    """The folder that ``make`` has filled under a hash of what it depends on."""
+    """The folder that ``make`` fills, named by a hash of what it depends on."""
     digest = hashlib.sha256(_compilers())
     for path in sorted(files):
         digest.update(repr((str(path.relative_to(ROOT)), path.read_bytes())).encode())

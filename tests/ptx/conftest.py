@@ -1,4 +1,4 @@
-"""Fixtures of tests/cpu for what runs in the emulator; without it, all but test_kernels.py is skipped."""
+"""Fixtures of tests/cpu for tests that run in the emulator. Without it, all but test_kernels.py are skipped."""
 
 import sys
 

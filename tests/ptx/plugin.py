@@ -1,6 +1,6 @@
-"""pytest plugin: what tests/cpu compiles of the CUDA kernels for the host runs as PTX in the emulator.
+"""pytest plugin: CUDA kernels that tests/cpu would compile for the host run as PTX in the emulator instead.
 
-Its process needs build.environment(); test_kernels.py starts such.
+Its process needs the environment that build.pytest_process sets up; test_kernels.py starts such processes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from tests.ptx import build
 
 ARCH = os.environ["PTX_ARCH"]
 SEED = os.environ.get("PTX_SEED")
-AT_ONCE = 3  # CTAs, in a random order
+AT_ONCE = 3  # CTAs that are interleaved in a random order
 FOLDER = build.kernels(ARCH)
 
 
 class Library(ctypes.CDLL):
-    """The launchers, and the emulator that they call."""
+    """The launchers and the emulator that they call."""
 
     def __init__(self):
         super().__init__(str(FOLDER / "kernels.so"))
@@ -51,18 +51,18 @@ class Library(ctypes.CDLL):
         return self["qkv_commit_f32"](params)
 
     def read_before_wait(self, tensors: list) -> None:
-        """Kernels may read these ahead of griddepcontrol.wait."""
+        """Let kernels read these ahead of griddepcontrol.wait."""
         self.ptx_before_wait((ctypes.c_uint64 * len(tensors))(*[t.data_ptr() for t in tensors]), len(tensors))
 
     def traffic(self) -> dict[str, dict]:
-        """What each kernel has asked of memory since ptx_traffic(1), which begins from zero."""
+        """Each kernel's memory traffic since ptx_traffic(1), which resets the counters."""
         return json.loads(self.ptx_traffic_json())
 
     def launch(
         self, path, name: str, grid: tuple[int, ...], threads: int, dynamic_shared: int, values: list, pdl=False
     ) -> None:
-        """A kernel of a PTX file; ``values``: tensors, ints and floats; ``pdl``: it may begin before the grid ahead of
-        it has ended.
+        """Run a kernel of a PTX file. ``values``: tensors, ints and floats. ``pdl``: it may begin before the
+        preceding grid has ended.
         """
         words = [_word(value) for value in values]
         error = self.ptx_launch(

@@ -1,4 +1,4 @@
-"""That the emulator can fail: kernels with a wait, a barrier, a fence or a product missing or wrong are noticed."""
+"""The emulator notices faults: kernels in which a wait, a barrier, a fence or a product is missing or wrong."""
 
 import functools
 import itertools
@@ -12,7 +12,7 @@ from tests.cpu import test_row_linear_on_host as rl
 from tests.rows import ar, diff
 
 pytestmark = pytest.mark.usefixtures("host")
-MOST_INSTRUCTIONS = 8_000_000  # of warps in a launch: many times what any takes
+MOST_INSTRUCTIONS = 8_000_000  # warp instructions in a launch: many times what any kernel takes
 SEEDS = (1, 2)
 
 
@@ -45,7 +45,7 @@ def coded(host):
         return row_linear(host)
 
 
-KERNELS = {  # name: part of the mangled one, and who calls it
+KERNELS = {  # name: part of the mangled name, and the function that calls it
     "sm80-row_linear": ("row_linear_mmaILi16ELb0ELi1ELb0E", row_linear),
     "sm90-row_linear": ("row_linear_sm90ILi16ELb0ELb0E", row_linear),
     "sm90-prefill": ("row_linear_sm90ILi128ELb1ELb0E", prefill),
@@ -55,7 +55,7 @@ KERNELS = {  # name: part of the mangled one, and who calls it
 GONE, SWAPPED = "", r"\1{\3, \2,"  # the first two registers of an operand
 MMA = r"(mma\.sync\S+\s+\{[^}]*\},\s*)\{(%\w+),\s*(%\w+),"
 LAST_WAIT = r"mbarrier\.try_wait[^;]*;(?!([\s\S]*mbarrier\.try_wait){2})"  # it looks twice
-FAULTS = {  # kernel, what is wrong with it: which lines, and what takes their place
+FAULTS = {  # kernel, fault: a pattern for the lines, and their replacement
     ("sm80-row_linear", "no wait for copies"): (r"cp\.async\.wait_group[^;]*;", GONE),
     ("sm80-row_linear", "a wait for fewer copies"): (r"(cp\.async\.wait_group\s+)(\d)", r"\g<1>1\2"),
     ("sm80-row_linear", "no barriers"): (r"bar\.sync\s[^;]*;", GONE),
@@ -100,7 +100,7 @@ def library(host):
     from tests.ptx.plugin import AT_ONCE, LIBRARY
 
     def outcome(call, path=None):
-        """The results in several orders; None where the emulator has found something wrong."""
+        """The results in several orders; None if the emulator has found something wrong."""
         outs = []
         try:
             assert LIBRARY.ptx_override(None if path is None else str(path).encode()) == 0, "it does not parse"
@@ -123,7 +123,7 @@ def library(host):
 
 @functools.cache
 def kernel_text(part):
-    """A module of the one kernel in whose name is ``part``."""
+    """A module with only the kernel whose name contains ``part``."""
     from tests.ptx.plugin import FOLDER
 
     for path in FOLDER.glob("*.ptx"):

@@ -1,4 +1,4 @@
-"""The tests of tests/cpu, tests/interpret and this folder over compiled kernels, each in a process of its own."""
+"""Tests of tests/cpu, tests/interpret and this folder on compiled kernels, each part in a process of its own."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ TIMEOUT_S = 1500
 
 @dataclass(frozen=True)
 class Part:
-    """Files for an architecture; a random order if there is a ``seed``; ``kernels`` are among those that must run."""
+    """Test files for an architecture, in random order if ``seed`` is given; ``kernels`` must be among those run."""
 
     arch: str
     files: str
@@ -65,12 +65,12 @@ PARTS = [
 
 @pytest.fixture(scope="module")
 def begun(request):
-    """The processes of all parts that were asked for, a few at a time; waits for no more than begins."""
+    """The processes of all selected parts, a few at a time. At the end, parts that have not begun are cancelled."""
     if why := build.why_not():
         pytest.skip(why)
     has_triton = importlib.util.find_spec("triton") is not None
     chosen = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    parts = [params["part"] for params in chosen if "part" in params]  # other files may run along
+    parts = [params["part"] for params in chosen if "part" in params]  # other files may run in the same session
     pool = ThreadPoolExecutor(AT_ONCE)
     yield {part: pool.submit(part.run) for part in parts if isinstance(part, Part) and (has_triton or not part.triton)}
     pool.shutdown(cancel_futures=True)

@@ -1,6 +1,6 @@
-"""Every kernel at the shapes of Qwen3-8B, for what it asks of memory: ``python -m tests.ptx.traffic``.
+"""Memory traffic of every kernel at the shapes of Qwen3-8B: ``python -m tests.ptx.traffic``.
 
-The widths are real, but for row_linear's, where fewer CTAs have as many units of work each as an H100's 132.
+The widths are real except in row_linear, where fewer CTAs have as many units of work each as an H100's 132.
 """
 
 import json
@@ -28,8 +28,8 @@ ARCH = os.environ.get("PTX_ARCH", "")
 HIDDEN, VOCABULARY, SMS = 4096, 151936, 132
 HEADS = Heads(32, 8, 128)
 ROWS = (1, 4, 16, 64, 128)
-# Sectors beyond those that would do, as a share of these: half-filled ones of outputs, weights of 4 bytes beside rows
-# of 2, loads under a mask of any length, columns of small tables.
+# Allowed sectors beyond the minimum, as a share of it: half-filled sectors of outputs, weights of 4 bytes with
+# rows of 2, loads under a mask of any length, columns of small tables.
 EXCESS = {"dual_attn_fold": 0.21, "rms_norm": 0.51, "_cut_kernel": 3.0, "consensus": 0.17}
 NEWER = tuple(map(int, version("triton").split(".")[:2])) >= (3, 8)  # older ones convert layouts with bank conflicts
 PDL = {"PDL": True, "launch_pdl": True} if ARCH == "90a" else {"PDL": False}
@@ -37,7 +37,7 @@ PDL = {"PDL": True, "launch_pdl": True} if ARCH == "90a" else {"PDL": False}
 
 @pytest.fixture(autouse=True)
 def shapes(host, request, monkeypatch):
-    """Counts each test's kernels apart: few sectors too many, and no bank conflicts."""
+    """Counts the kernels of each test separately, and checks for few excess sectors and no bank conflicts."""
     from tests.ptx import traffic
     from tests.ptx.plugin import LIBRARY
 
@@ -49,7 +49,7 @@ def shapes(host, request, monkeypatch):
     for name, counts in LIBRARY.traffic().items():
         allowed = next((share for part, share in EXCESS.items() if part in name), 0.1)
         assert traffic.figures_of(counts)["excess sectors %"] <= 100 * allowed, name
-        if name.startswith("_Z") or NEWER:  # C++, or such a Triton
+        if name.startswith("_Z") or NEWER:  # C++, or a newer Triton
             assert traffic.figures_of(counts)["bank conflicts"] == "none", name
     if path := os.environ.get("PTX_COUNTS"):
         with open(path, "a") as file:
@@ -57,11 +57,11 @@ def shapes(host, request, monkeypatch):
     LIBRARY.ptx_traffic(0)
 
 
-# in_features, out_features, SMs: 24 units a CTA in cut tiles of two blocks, as in qkv (23), o (16) and down (47).
+# in_features, out_features, SMs: 24 units per CTA in cut tiles of two blocks, as in qkv (23), o (16) and down (47).
 CUT = (1024, 3072, 16)
 TILE_OF_MANY = {190: 192, 200: 128}  # one tile of 192 rows, or two of 128, for 24 pairs of blocks
 QKV = (4096, 6144, 132)
-# Whole tiles of two blocks, as the vocabulary's, of 32 units in place of 64.
+# Whole tiles of two blocks, as for the vocabulary, with 32 units instead of 64.
 WHOLE = (2048, 3200, 25)
 
 
@@ -118,7 +118,7 @@ PASSES = {
 @pytest.mark.parametrize("name", PASSES)
 def test_dual_attn(name, host):
     if name.startswith("prompt"):
-        host.num_sms = 8  # as a long prompt: more units than SMs
+        host.num_sms = 8  # more units than SMs, as with a long prompt
     Pass(HEADS, PASSES[name], "cpu", blocks_per_seq=4 if name == "one-pass" else 1).run()
     if name == "one-pass" and ARCH == "90a":
         from tests.ptx import traffic

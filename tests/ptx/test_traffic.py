@@ -1,4 +1,4 @@
-"""The emulator's counters, on kernels of a few lines that ask for a known number of sectors and wavefronts."""
+"""The emulator's counters, on kernels of a few lines with a known number of sectors and wavefronts."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ ret;
 FILL = "shl.b32 %r3, %r1, 4;\nadd.s32 %r3, %r3, %r2;\n" + "\n".join(
     f"st.shared.v4.b32 [%r3+{at}], {{%r1, %r1, %r1, %r1}};" for at in range(0, 16384, 512)
 )
-# The address of lane l in global or shared memory: base + l * so many bytes.
+# The address of lane l in global or shared memory: base + l * the given number of bytes.
 GLOBAL = "mul.wide.u32 %rd2, %r1, {};\nadd.s64 %rd2, %rd2, %rd1;\n"
 SHARED = "mul.lo.s32 %r4, %r1, {};\nadd.s32 %r4, %r4, %r2;\n"
 V4 = "{%r5, %r6, %r7, %r8}"
@@ -35,8 +35,8 @@ V4 = "{%r5, %r6, %r7, %r8}"
 
 @pytest.fixture
 def counted(tmp_path):
-    """Counts of a kernel's body, run by one warp; all of its shared memory has been written, all its global is one
-    tensor, which begins a line.
+    """Counts of a kernel's body, run by one warp. All shared memory has been written, and global memory is one tensor
+    that begins at a line.
     """
     from tests.ptx.plugin import LIBRARY
 

@@ -1,4 +1,4 @@
-"""Triton's kernels in bf16 and fp32, as compiled: rms_norm, embed, dual_attn; and sum_words."""
+"""Compiled Triton kernels: rms_norm, embed and dual_attn in bf16 and fp32, and sum_words."""
 
 import os
 
@@ -27,7 +27,7 @@ PASSES = {
     "one_pass": [ar(0, 150, 32), diff(0, 151, 32), diff(0, 182, 32), ar(1, 40, 32), diff(1, 41, 32, invalid=30)],
     "long_block": [diff(0, 70, 100), diff(1, 10, 3), diff(2, 0, 16)],
     "prefill": [ar(0, 0, 150), ar(1, 129, 77)],
-    "full_table": [ar(0, 127, 1)],  # there is no entry behind its last page's
+    "full_table": [ar(0, 127, 1)],  # there is no entry after that of its last page
     "padding": [ar(0, 10, 4, invalid=4), ar(1, 200, 4), diff(2, 10, 4, invalid=4)],
 }
 

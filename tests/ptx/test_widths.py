@@ -1,4 +1,4 @@
-"""Every variant of row_linear with every epilogue, whole and cut; dual_attn with 128 dims, long and odd contexts."""
+"""Every variant of row_linear with every epilogue, whole and cut; dual_attn with 128 dims and long or odd contexts."""
 
 import functools
 
@@ -26,7 +26,7 @@ def tensors(shape):
 @pytest.mark.parametrize("epilogue", ["none", "residual", "silu_mul", "logits", "argmax"])
 @pytest.mark.parametrize("isa", ["sm80", "sm90"])
 def test_every_width(shape, epilogue, isa, monkeypatch):
-    """Decode's cut sums and prefill's whole ones have the same bits; those of both views too."""
+    """The cut sums of decode have the same bits as the whole sums of prefill, also for both views together."""
     monkeypatch.setenv("ORTHRUS_CUDA_ISA", isa)
     _, n, sms = shape
     weight, other, x, residual = tensors(shape)

@@ -1,10 +1,10 @@
-"""What kernels ask of memory and of the issue slots, as the emulator counts it: figures of a kernel, and a report of
-all kernels at the shapes of Qwen3-8B (test_shapes.py).
+"""Memory traffic and issue slots of kernels, as counted by the emulator: figures per kernel, and a report of all
+kernels at the shapes of Qwen3-8B (test_shapes.py).
 
     python -m tests.ptx.traffic --out DIR
 
-Counts of PTX in an emulator, not times; a sector has 32 bytes, a wavefront is a cycle of shared memory. Shapes are
-scaled: as many units of work a CTA, on fewer CTAs.
+These are counts of PTX in an emulator, not times. A sector has 32 bytes, and a wavefront is a cycle of shared memory.
+Shapes are scaled: each CTA has as many units of work, on fewer CTAs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WAVEFRONTS = {"load": "shared_loads", "store": "shared_stores", "matrix": "matri
 
 
 def name_of(mangled: str) -> str:
-    """Without namespaces and parameters; a template's arguments stay."""
+    """The demangled name without namespaces and parameters; template arguments stay."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True).stdout.strip() or mangled
     name = re.sub(r"\(anonymous namespace\)::|orthrus::cuda::|orthrus::|^void |\((int|bool)\)", "", name)
     return re.sub(r"\(.*\)$", "", name).replace("__nv_bfloat16", "bf16")
@@ -51,7 +51,7 @@ def _percent(more: int, least: int) -> float:
 
 
 def figures_of(counts: dict) -> dict:
-    """Of one kernel, all its launches together; sizes are of one launch. Moves and parameters count as nothing."""
+    """Figures of one kernel over all its launches; sizes are per launch. Moves and parameters are not counted."""
     launches = counts["launches"]
     issued = {name: sum(counts[unit] for unit in units) for name, units in UNITS.items()}
     total, asked = sum(issued.values()), sum(counts[kind]["sectors"] for kind in ("loads", "copies", "bulk"))
@@ -77,7 +77,7 @@ def figures_of(counts: dict) -> dict:
 
 
 def table(kernels: dict[str, dict]) -> str:
-    """Of all kernels that have run, one a line, for a terminal."""
+    """The figures of all kernels that have run, one per line, for a terminal."""
     rows = [{"kernel": name_of(name), **figures_of(counts)} for name, counts in kernels.items()]
     if not rows:
         return "no kernel has run"

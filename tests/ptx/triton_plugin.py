@@ -1,4 +1,4 @@
-"""pytest plugin beside plugin.py: Triton's kernels, compiled ahead of time, run in the emulator on CPU tensors."""
+"""pytest plugin, used with plugin.py: Triton's kernels, compiled ahead of time, run in the emulator on CPU tensors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.ptx import build
 from tests.ptx.plugin import ARCH, LIBRARY
 
 CAPABILITY = int(ARCH.rstrip("a"))
-CONSTANT = {"weight_ptr", "table_ptr"}  # of the model: they may be read ahead of griddepcontrol.wait
+CONSTANT = {"weight_ptr", "table_ptr"}  # weights, which may be read ahead of griddepcontrol.wait
 compiled = {}
 num_launches = 0
 
 
 def compile_launch(launch: recorder.Launch):
-    """Whether it may begin early, the specialisation's source, the path of its PTX, and Triton's metadata."""
+    """Whether the kernel may begin early, the specialisation's source, the path of its PTX, and Triton's metadata."""
     uses_pdl = CAPABILITY >= 90 and "PDL" in launch.arguments
     source = launch.source(uses_pdl)
     for index, param in enumerate(launch.fn.params):
@@ -42,7 +42,7 @@ def compile_launch(launch: recorder.Launch):
 
 
 def run(self, *args, grid, warmup, **kwargs):
-    """In the place of JITFunction.run."""
+    """Replaces JITFunction.run."""
     global num_launches
     names = [p.name for p in self.params]
     arguments = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
@@ -53,7 +53,7 @@ def run(self, *args, grid, warmup, **kwargs):
     num_launches += 1
     LIBRARY.configure(num_launches % 2, 1)
     LIBRARY.read_before_wait([arguments[name] for name in passed if name in CONSTANT])
-    values = [arguments[name] for name in passed] + [0, 0]  # scratch memory of Triton's own, which no kernel here has
+    values = [arguments[name] for name in passed] + [0, 0]  # Triton's scratch memory, which no kernel here uses
     LIBRARY.launch(path, metadata.name, grid, 32 * metadata.num_warps, metadata.shared, values, uses_pdl)
 
 

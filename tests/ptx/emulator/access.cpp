@@ -1,4 +1,4 @@
-// Checks of every access: bounds, alignment, races, bytes that nobody has written or that a copy or a product holds.
+// Checks of every access: bounds, alignment, races, unwritten bytes, and bytes that a copy or product in flight uses.
 #include <algorithm>
 
 #include "machine.h"
@@ -74,7 +74,7 @@ uint8_t* shared_at(Cta& cta, Warp& w, const Instruction& i, int lane, uint32_t a
   return s.bytes.data() + at;
 }
 
-// Reports a load of what another CTA of the launch has stored, if no release and acquire of the device order the two.
+// Reports a load of what another CTA of the launch has stored, if no device-scope release and acquire order the two.
 void check_order(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes, bool writes) {
   Cta& cta = *w.cta;
   for (uint64_t word = address / 4; word <= (address + bytes - 1) / 4; ++word) {

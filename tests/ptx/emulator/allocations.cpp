@@ -1,5 +1,5 @@
-// The bounds of torch's CPU tensors, those of tests/sparse.py too: this library is loaded before all others and sees
-// the calls that allocate them.
+// The bounds of torch's CPU tensors, including those of tests/sparse.py: this library is loaded before all others and
+// sees the calls that allocate them.
 #include <dlfcn.h>
 #include <sys/mman.h>
 
@@ -36,7 +36,7 @@ void change(Body body) {
 void add(const void* p, size_t bytes) {
   change([&](auto& all) {
     const auto begin = reinterpret_cast<uintptr_t>(p);
-    all.erase(all.lower_bound(begin), all.lower_bound(begin + bytes));  // freed in ways that are not seen here
+    all.erase(all.lower_bound(begin), all.lower_bound(begin + bytes));  // freed by calls that are not seen here
     all[begin] = begin + bytes;
   });
 }

@@ -120,7 +120,7 @@ void select(Warp& w, const Instruction& i, Mask m) {
   for_lanes(m, [&](int l) { d.set(l, c[l] ? a[l] : b[l]); });
 }
 
-// mov between a register and a vector of narrower ones. list: the vector; offset: bits of an element.
+// mov between a register and a vector of narrower ones. list: the vector; offset: bits per element.
 void unpack(Warp& w, const Instruction& i, Mask m) {
   const bool wide = i.offset == 32;
   for_lanes(m, [&](int l) {

@@ -1,4 +1,4 @@
-// Barriers and what lanes of a warp do together: shuffles, votes, reductions.
+// Barriers and collective operations of a warp's lanes: shuffles, votes, reductions.
 #include <algorithm>
 
 #include "lanes.h"
@@ -9,7 +9,7 @@ namespace {
 
 enum class Shuffle { kUp, kDown, kBfly, kIdx };
 
-// Relaxed: it orders mbarriers that a fence has gone before, and nothing else.
+// Relaxed: it orders only mbarriers that have been fenced before it.
 void arrive_at_cluster(Warp& w, const Instruction&, Mask) {
   ++w.cluster_arrivals;
   w.cta->cluster->settle();
@@ -86,7 +86,7 @@ bool decode_collective(Parsed& p) {
   if (op == "elect") {
     o.kind = Kind::kMembers;
     o.mask = p.at(last, 4);
-    o.d = p.place(split(p.operands[0], '|', false)[1], 4);  // the other, the leader's number, nobody asks for
+    o.d = p.place(split(p.operands[0], '|', false)[1], 4);  // the first one, the leader's number, is not used
     o.run = elect;
     return true;
   }

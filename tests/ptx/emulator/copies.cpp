@@ -8,7 +8,7 @@
 namespace ptx {
 namespace {
 
-// cp.async: operands [d + offset], [a + offset2], list: bytes to read, if given. c: bytes to write.
+// cp.async. Operands: [d + offset], [a + offset2]; c: bytes to write; list: bytes to read, if given.
 void copy_async(Warp& w, const Instruction& i, Mask m) {
   for_lanes(m, [&](int l) {
     const auto dst = static_cast<uint32_t>(w.reg<uint32_t>(i.d)[l] + i.offset);
@@ -32,7 +32,7 @@ void wait_copies(Warp& w, const Instruction& i, Mask m) {
 
 void check_reads_are_fenced(Cta& cta, Warp& w, const Instruction& i, int lane, const BulkCopy& copy) {
   const uint32_t first = (copy.dst - kSharedBegin) / 16;
-  release_fences(w);  // its own precede its own copies
+  release_fences(w);  // a warp's own fences precede its own copies
   for (uint32_t k = first; !cta.shared.read.empty() && k < first + copy.bytes / 16; ++k)
     for (size_t r = 0; r < cta.cluster->fenced.size(); ++r)
       if (cta.shared.read[k][r] > cta.cluster->fenced[r])
@@ -67,7 +67,7 @@ void bulk_prefetch(Warp& w, const Instruction& i, Mask m) {
     cuda_host::prefetched.push_back({reinterpret_cast<const uint8_t*>(src), static_cast<int>(bytes)});
   });
 }
-// d: destination, a: map, list: coordinates, c: mbarrier; b: bits of the CTAs that it goes to, if not this one alone.
+// d: destination, a: map, list: coordinates, c: mbarrier, b: bit mask of destination CTAs unless it is this one alone.
 void tensor_copy(Warp& w, const Instruction& i, Mask m) {
   for_lanes(m, [&](int l) {
     const uint32_t dst = w.reg<uint32_t>(i.d)[l], bar = w.reg<uint32_t>(i.c)[l];
@@ -136,7 +136,7 @@ void land(Cta& cta, const BulkCopy& c) {
   }
   std::fill_n(s.state.data() + (c.dst - kSharedBegin), c.bytes, kWritten);
   const uint32_t granule = cta.launch->kernel->granule;
-  std::fill_n(s.words.begin() + (c.dst - kSharedBegin) / granule, c.bytes / granule, Word{});  // who waits sees it
+  std::fill_n(s.words.begin() + (c.dst - kSharedBegin) / granule, c.bytes / granule, Word{});  // waiters see it
   if (!s.read.empty()) std::fill_n(s.read.begin() + (c.dst - kSharedBegin) / 16, c.bytes / 16, Clocks{});
   Mbarrier& barrier = cta.mbarriers.at(c.mbarrier);
   barrier.bytes -= c.bytes;
@@ -145,7 +145,7 @@ void land(Cta& cta, const BulkCopy& c) {
 
 bool decode_copies(Parsed& p) {
   Instruction& o = p.out;
-  bool plain = true;  // addresses without offsets: bulk copies have room for none
+  bool plain = true;  // addresses without offsets, for which bulk copies have no field
   auto address = [&](size_t operand, int bytes) {
     const Place place = p.address(operand, bytes);
     plain &= o.offset == 0;

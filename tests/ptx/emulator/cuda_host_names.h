@@ -1,4 +1,4 @@
-// What the C interfaces in tests/cpu/cuda_host take from their shim, for them to be compiled over the real headers.
+// What the C interfaces in tests/cpu/cuda_host take from their shim, so that they compile with the real headers.
 #pragma once
 #include <cstdint>
 #include <utility>
@@ -7,8 +7,8 @@
 namespace cuda_host {
 
 extern int num_sms;
-inline void* const kStream = reinterpret_cast<void*>(0x57ea);  // what launchers are given, and have to launch on
+inline void* const kStream = reinterpret_cast<void*>(0x57ea);  // passed to launchers, which must launch on it
 extern bool descending;  // CTAs and warps run backwards
-extern std::vector<std::pair<const uint8_t*, int>> prefetched;  // by the launch: where from, bytes
+extern std::vector<std::pair<const uint8_t*, int>> prefetched;  // by the launch: source and bytes
 
 }  // namespace cuda_host

@@ -1,4 +1,4 @@
-// As much of the CUDA runtime as the host code in csrc/cuda calls: launches go to the emulator.
+// The part of the CUDA runtime that the host code in csrc/cuda calls: launches go to the emulator.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -129,7 +129,7 @@ cudaError_t cudaFuncSetAttribute(const void* f, cudaFuncAttribute attribute, int
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* ctas, const void*, int threads, size_t shared) {
-  const int of_sm = (ptx::architecture == 90 ? 228 : 100) * 1024;  // as above, of the smallest
+  const int of_sm = (ptx::architecture == 90 ? 228 : 100) * 1024;  // likewise, on the smallest device
   *ctas = std::max(1, std::min<int>(2048 / threads, of_sm / static_cast<int>(shared + 1024)));
   return cudaSuccess;
 }

@@ -1,4 +1,4 @@
-// What Python calls, by ctypes.
+// The functions that Python calls through ctypes.
 #include <cstdio>
 
 #include "orthrus/params.h"
@@ -19,7 +19,7 @@ int guarded(Body body) {
   }
 }
 
-// Kernels may read these tensors ahead of griddepcontrol.wait, and bring them to L2.
+// Lets kernels read these tensors ahead of griddepcontrol.wait, or prefetch them to L2.
 void allow_before_wait(const std::vector<const void*>& tensors) {
   ptx::before_wait.clear();
   for (const void* tensor : tensors)
@@ -30,13 +30,13 @@ void allow_before_wait(const std::vector<const void*>& tensors) {
 
 extern "C" {
 
-// Modules in which launches look for their kernels, for one architecture.
+// Loads a module in which launches look for their kernels, for one architecture.
 int ptx_load(const char* path) {
   return guarded([&] { ptx::modules.push_back(&ptx::load(path)); });
 }
 void ptx_architecture(int arch) { ptx::architecture = arch; }
 
-// The order of everything is drawn at random, with so many CTAs at once, where `concurrent` is not 0.
+// Unless `concurrent` is 0, the order of everything is drawn at random, with that many CTAs at once.
 void ptx_random(int concurrent, unsigned seed) {
   ptx::modes.random = concurrent > 0;
   ptx::modes.concurrent = concurrent > 0 ? concurrent : 1;
@@ -51,11 +51,11 @@ void ptx_before_wait(const void** tensors, int count) {
 void ptx_before_row_linear(const orthrus::RowLinearParams* p) {
   allow_before_wait({p->weight, p->weight_diff, p->next_weight});
 }
-void ptx_before_qkv_commit(const orthrus::QkvCommitParams* p) {  // with pointers at the same places in float32
+void ptx_before_qkv_commit(const orthrus::QkvCommitParams* p) {  // float32 has the same layout
   allow_before_wait({p->q_norm, p->k_norm, p->q_norm_diff, p->k_norm_diff});
 }
 
-// A kernel of a file, with one 8-byte word for each parameter; pdl: it may begin before the grid ahead of it has ended.
+// Runs a kernel of a file, with an 8-byte word per parameter. pdl: it may begin before the preceding grid has ended.
 int ptx_launch(const char* path, const char* kernel, const uint32_t* grid, uint32_t threads, uint32_t dynamic_shared,
                const uint64_t* values, uint32_t count, int pdl) {
   return guarded([&] {
@@ -73,7 +73,7 @@ int ptx_launch(const char* path, const char* kernel, const uint32_t* grid, uint3
   });
 }
 
-// A module whose kernels take the place of others of their names, until it is null.
+// Loads a module whose kernels replace others of the same names, until this is called with null.
 int ptx_override(const char* path) {
   static std::unique_ptr<ptx::Module> replacing;
   if (replacing) ptx::modules.erase(ptx::modules.begin());
@@ -85,7 +85,7 @@ int ptx_override(const char* path) {
   });
 }
 
-// Counts from zero what kernels ask of memory and of the issue slots, or no longer.
+// Starts counting memory traffic and issue slots from zero, or stops.
 void ptx_traffic(int on) {
   ptx::counts_traffic = on;
   ptx::traffic.clear();
@@ -98,7 +98,7 @@ const char* ptx_traffic_json() {
 
 int ptx_reports() { return ptx::num_reports; }
 uint64_t ptx_instructions() { return ptx::num_instructions; }
-// Names of all kernels that have run, one a line.
+// Names of all kernels that have run, one per line.
 const char* ptx_launched() {
   static std::string names;
   names.clear();

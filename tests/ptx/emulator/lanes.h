@@ -13,7 +13,7 @@ struct Bf16 {
   uint16_t bits;
 };
 
-// Registers of 16 bits and predicates take 32: the upper half is nobody's.
+// Registers of 16 bits and predicates take 32 bits, of which the upper ones are unused.
 template <class T>
 struct Lanes {
   using Stored = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;

@@ -1,4 +1,4 @@
-// The state of a launch: clusters, CTAs, warps, shared memory with what is known of each byte, copies in flight.
+// The state of a launch: clusters, CTAs, warps, shared memory with a status for each byte, copies in flight.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -17,8 +17,8 @@ struct Modes {
   bool random = false;
   int concurrent = 1;     // CTAs that run interleaved
   uint32_t seed = 0;
-  uint64_t limit = 1ull << 40;  // instructions of warps in a launch
-  bool mapped = false;          // kernels also use memory that was mapped, as a checkpoint is
+  uint64_t limit = 1ull << 40;  // warp instructions in a launch
+  bool mapped = false;          // kernels also use mapped memory, such as a checkpoint
 };
 
 struct Failure : std::runtime_error {
@@ -27,26 +27,26 @@ struct Failure : std::runtime_error {
 
 enum class LaneState : uint8_t { kReady, kAtCollective, kAtBarrier, kAtMbarrier, kAtCluster, kDone };
 
-// Bits of a byte of shared memory.
+// State bits of each byte of shared memory.
 constexpr uint8_t kWritten = 1, kInFlight = 2, kUnfenced = 4, kMbarrier = 8;
 
-// What each warp of a cluster knows of the others' clocks; a warp's own goes on with every release.
+// What each warp of a cluster knows of the others' clocks. A warp's own clock advances with every release.
 using Clocks = std::array<uint32_t, 32>;
 inline void join(Clocks& a, const Clocks& b) {
   for (size_t k = 0; k < a.size(); ++k) a[k] = std::max(a[k], b[k]);
 }
 
-// Who was last at the kernel's smallest access of shared memory, by the clock of the warp.
+// The last accesses to a granule (the kernel's smallest access of shared memory), by the clocks of the warps.
 struct Word {
   uint32_t written = 0, writer = 0;
-  Mask agreeing = 0;  // warps that have written the same at once, as layouts of Triton's with copies do
-  std::array<uint32_t, 24> read = {};  // by the first warps of the cluster
+  Mask agreeing = 0;  // warps that have concurrently written the same, as replicated layouts of Triton do
+  std::array<uint32_t, 24> read = {};  // by the first 24 warps of the cluster
 };
 
 struct Shared {
   std::vector<Word> words;
   std::vector<uint8_t> bytes, state, readers;  // readers: products in flight, per 16 bytes
-  std::vector<Clocks> read;                    // by each warp's threads, per 16 bytes; where a kernel has wgmma
+  std::vector<Clocks> read;                    // by each warp's threads, per 16 bytes; only if a kernel has wgmma
 };
 
 struct Mbarrier {
@@ -54,7 +54,7 @@ struct Mbarrier {
   int64_t bytes = 0;
   uint32_t phase = 0;
   bool fenced = false;        // for copies
-  uint32_t fenced_in = ~0u;   // for other CTAs, by a warp that had arrived so often at the cluster's barrier
+  uint32_t fenced_in = ~0u;   // for other CTAs, by a warp that had arrived this often at the cluster's barrier
   Clocks released = {};
 };
 
@@ -79,34 +79,34 @@ struct Product {  // a warp's share of a wgmma
   uint64_t a, b;
   bool accumulate;
   uint32_t group;
-  uint32_t a_regs[4][32];        // where a does not lie in shared memory
-  std::vector<uint32_t> chunks;  // of 16 bytes that it reads
+  uint32_t a_regs[4][32];        // if a is not in shared memory
+  std::vector<uint32_t> chunks;  // of 16 bytes, which it reads
 };
 
 struct Cta;
 struct Warp {
   Cta* cta = nullptr;
-  int registers = 0;  // of a thread, where setmaxnreg has set them
+  int registers = 0;  // per thread, if setmaxnreg has set them
   uint8_t* file = nullptr;
   int index = 0;
-  size_t clock = 0;   // which of Clocks is its own
-  uint32_t cluster_arrivals = 0, cluster_waits = 0;  // at its barrier
+  size_t clock = 0;   // index of its own clock in Clocks
+  uint32_t cluster_arrivals = 0, cluster_waits = 0;  // at the cluster's barrier
   Mask live = 0;
   uint32_t pc[32] = {};
   LaneState state[32] = {};
   Mask waited_pdl = 0, fenced_global = 0;
-  Mask fenced_shared = ~0u;  // lanes that have read nothing there since they fenced it
-  uint32_t fenced = 0;       // its clock when all had, for copies to what they have read
+  Mask fenced_shared = ~0u;  // lanes that have read no shared memory since their fence
+  uint32_t fenced = 0;       // its clock when all lanes had fenced, for copies over what they have read
   std::deque<CopyAsync> copies[32];
   uint32_t copy_group[32] = {};
   std::vector<std::pair<uint32_t, uint32_t>> unfenced[32];
   std::deque<Product> products;
   uint32_t product_group = 0, num_products = 0;
-  std::map<Place, std::vector<float>> sums;  // of products in flight, by the first accumulator
+  std::map<Place, std::vector<float>> sums;  // of products in flight, by their first accumulator
   bool wgmma_fenced = false;
   int at_barrier = -1;
   Clocks seen = {};
-  uintptr_t known_begin = 1, known_end = 0;  // the allocation seen last
+  uintptr_t known_begin = 1, known_end = 0;  // the last allocation seen
 
   template <class T>
   T* reg(Place place) {
@@ -123,11 +123,11 @@ struct NamedBarrier {
   int arrived = 0, expected = 0;
 };
 
-struct alignas(64) Line {  // parameters lie at such an address: tensor maps need it
+struct alignas(64) Line {  // alignment of the parameters: tensor maps need it
   uint8_t bytes[64];
 };
 
-// A CTA's clock goes on with every release to the device; what it knows of the others' comes with an acquire.
+// A CTA's clock advances with every release to the device. An acquire updates what it knows of the others' clocks.
 using CtaClocks = std::map<uint32_t, uint32_t>;
 inline void join(CtaClocks& a, const CtaClocks& b) {
   for (const auto& [cta, clock] : b) a[cta] = std::max(a[cta], clock);
@@ -141,16 +141,16 @@ struct Launch {
   const Kernel* kernel;
   Modes modes;
   Order order;
-  uint32_t grid[3], cluster, threads;  // cluster: CTAs, along x
+  uint32_t grid[3], cluster, threads;  // cluster: CTAs along x
   uint32_t dynamic_shared;
-  bool pdl;                // it may begin before the grid ahead of it has ended
+  bool pdl;                // it may begin before the preceding grid has ended
   std::vector<Line> params;
   std::mt19937 random;
   uint64_t clock = 0;
   std::vector<std::pair<uintptr_t, uintptr_t>> before_wait;  // what may be read ahead of griddepcontrol.wait
-  struct Traffic* traffic = nullptr;                         // counters, if asked for
-  std::unordered_map<uint64_t, GlobalWrite> writes = {};     // the last one, per 4 bytes; where a kernel has atomics
-  std::map<uint64_t, CtaClocks> released = {};               // by atomics, to an address
+  struct Traffic* traffic = nullptr;                         // counters, if requested
+  std::unordered_map<uint64_t, GlobalWrite> writes = {};     // the last one per 4 bytes; only if a kernel has atomics
+  std::map<uint64_t, CtaClocks> released = {};               // by atomics, per address
 };
 
 struct Cta {
@@ -158,15 +158,15 @@ struct Cta {
   struct Cluster* cluster;
   uint32_t rank;        // in the cluster
   std::array<uint32_t, 3> id;
-  uint32_t number = 0;  // among the launch's
-  CtaClocks known;      // its own too
+  uint32_t number = 0;  // in the launch
+  CtaClocks known;      // including its own
   std::vector<Warp> warps;
   std::vector<uint8_t> files;
   Shared shared;
   NamedBarrier barriers[16];
   std::map<uint32_t, Mbarrier> mbarriers;
   std::deque<BulkCopy> bulk;
-  std::vector<std::pair<uint32_t, uint32_t>> published;  // written ahead of a barrier, by threads without a fence
+  std::vector<std::pair<uint32_t, uint32_t>> published;  // written ahead of a barrier by threads, without a fence
 
   Cta(Cluster& of, uint32_t rank, const std::array<uint32_t, 3>& index);
   bool has_ended() const;
@@ -174,42 +174,42 @@ struct Cta {
   void settle(Mbarrier& barrier);
 };
 
-// CTAs that run together, one if the launch says nothing else.
+// CTAs that run together; a single one unless the launch sets another size.
 struct Cluster {
   Launch* launch;
   std::vector<std::unique_ptr<Cta>> ctas;
   uint32_t phase = 0;  // of its barrier
-  Clocks fenced = {};  // of each warp, as its releases have told
+  Clocks fenced = {};  // of each warp, as its releases have published
 
   Cluster(Launch& l, const std::array<uint32_t, 3>& first);
-  bool run(bool to_the_end);   // until all threads have exited, or for a while; whether they have
-  bool land_one();             // a bulk copy; whether there was one
-  void settle();               // the barrier, where threads have arrived or exited
+  bool run(bool to_the_end);   // until all threads have exited, or for a while; returns whether they have
+  bool land_one();             // lands a bulk copy; returns whether there was one
+  void settle();               // updates the barrier after threads have arrived or exited
 };
 
-// Shared memory of a cluster's CTAs: mapa's addresses name their CTA above these bits, all others are the CTA's own.
+// Shared memory of a cluster's CTAs: addresses from mapa name their CTA above these bits, all others are the own CTA's.
 constexpr int kRankShift = 24;
 struct SharedPlace {
   Cta& cta;
-  uint32_t address;  // as that CTA calls it
+  uint32_t address;  // in that CTA
 };
 SharedPlace in_cluster(Warp& w, const Instruction& i, int lane, uint32_t address);
 
 [[noreturn]] void fail(Warp& w, const Instruction& i, int lane, const std::string& what);
 void report(Warp& w, const Instruction& i, int lane, const std::string& what);
 
-// [begin, end) of the tensor's memory that an address lies in; an empty range that does not hold it if there is none.
+// [begin, end) of the tensor memory that contains an address; if there is none, an empty range without the address.
 std::pair<uintptr_t, uintptr_t> allocation(uintptr_t address);
-// The same; where mapped memory counts, whatever lies around the address.
+// The same, but if mapped memory counts, any address is within bounds (of the 64 bytes around it).
 std::pair<uintptr_t, uintptr_t> bounds(uintptr_t address, const Modes& modes);
 
-// Reports an access that nothing orders after another warp's. value: what it writes, where that is known.
+// Reports an access that is not ordered after another warp's. value: what it writes, if known.
 void check_races(Cta& cta, Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
                  const uint8_t* value = nullptr);
 
 void check_order(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t bytes, bool writes);
 
-// Checked access. Null after a report.
+// Checked access.
 uint8_t* shared_at(Cta& cta, Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
                    uint32_t alignment = 0, const uint8_t* value = nullptr);
 inline uint8_t* shared_at(Warp& w, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool writes,
@@ -227,7 +227,7 @@ void land_copies(Warp& w, int lane, uint32_t pending_groups);
 void complete_products(Warp& w, uint32_t pending_groups);
 uint32_t swizzled(uint32_t address, int bytes);
 
-// What cuTensorMapEncodeTiled of the emulated driver leaves in a CUtensorMap.
+// What the emulated cuTensorMapEncodeTiled stores in a CUtensorMap.
 struct TensorMap {
   uint64_t magic;
   uint64_t base;
@@ -236,7 +236,7 @@ struct TensorMap {
 };
 constexpr uint64_t kTensorMapMagic = 0x70616d726f736e74;
 
-// Handlers by family; null if it is not theirs. They fill in the instruction's places.
+// Decoders by family: they set the instruction's handler and places, and return false if it is not theirs.
 struct Parsed;
 bool decode_arithmetic(Parsed& p);
 bool decode_bits(Parsed& p);
@@ -245,6 +245,6 @@ bool decode_copies(Parsed& p);
 bool decode_ordering(Parsed& p);
 bool decode_collective(Parsed& p);
 bool decode_matrices(Parsed& p);
-void classify(const Parsed& p);  // of a decoded one: unit and memory
+void classify(const Parsed& p);  // sets unit and memory of a decoded instruction
 
 }  // namespace ptx

@@ -7,7 +7,7 @@
 namespace ptx {
 namespace {
 
-// ldmatrix and stmatrix. list: registers, one of each matrix; offset2: transposed.
+// ldmatrix and stmatrix. list: registers, one per matrix; offset2: transposed.
 template <bool kLoads>
 void move_matrices(Warp& w, const Instruction& i, Mask) {
   for (size_t n = 0; n < i.list.size(); ++n) {
@@ -29,7 +29,7 @@ void move_matrices(Warp& w, const Instruction& i, Mask) {
         std::memcpy(matrix[row], at, 16);
       } else {
         std::memcpy(at, matrix[row], 16);
-        for (int l = 0; l < 32; ++l) mark_written(w, l, address, 16);  // whichever lane fences
+        for (int l = 0; l < 32; ++l) mark_written(w, l, address, 16);  // any lane may do the fence
       }
     }
     if (kLoads)
@@ -58,7 +58,7 @@ void mma(Warp& w, const Instruction& i, Mask) {
   for (int r = 0; r < 4; ++r) std::copy_n(d[r], 32, w.reg<float>(i.list[r]));
 }
 
-// Where a matrix descriptor puts the 16 bytes that begin at (row, k): K-major, along k; transposed, along the rows.
+// Where a matrix descriptor puts the 16 bytes that begin at (row, k): along k if K-major, along the rows if transposed.
 uint32_t chunk_address(uint64_t descriptor, bool transposed, int row, int k) {
   const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4;
   const uint32_t stride = (descriptor >> 32 & 0x3fff) << 4;
@@ -71,7 +71,7 @@ uint32_t chunk_address(uint64_t descriptor, bool transposed, int row, int k) {
   return swizzled(start + offset, bytes);
 }
 
-// wgmma: list: d; list2: a, where it is in registers; offset: transposed a, offset2: transposed b.
+// wgmma. list: d; list2: a, if it is in registers; offset: a is transposed; offset2: b is transposed.
 template <class Body>
 void for_chunks(const Product& p, int warp, Body body) {
   const Instruction& i = *p.instruction;
@@ -84,7 +84,7 @@ void for_chunks(const Product& p, int warp, Body body) {
   operand(p.b, i.offset2, 0, static_cast<int>(i.list.size()) * 2, true);
 }
 
-// What nobody has written is NaN: it may be multiplied as long as nobody wants the result.
+// Unwritten memory is NaN: it may be multiplied as long as the result is not used.
 const uint8_t* operand_at(Warp& w, const Instruction& i, uint32_t address) {
   const Shared& s = w.cta->shared;
   const uint32_t at = address - kSharedBegin;
@@ -144,7 +144,7 @@ void issue_product(Warp& w, const Instruction& i, Mask) {
     for (Place place : i.list) {
       float* reg = w.reg<float>(place);
       found->second.insert(found->second.end(), reg, reg + 32);
-      std::fill_n(w.reg<uint32_t>(place), 32, 0x7fffdeadu);  // nobody's until they are waited for
+      std::fill_n(w.reg<uint32_t>(place), 32, 0x7fffdeadu);  // undefined until the product has been waited for
     }
   for_chunks(p, w.index, [&](uint32_t address, int, int, bool, bool) {
     operand_at(w, i, address);

@@ -22,7 +22,7 @@ uint8_t* at(Warp& w, const Instruction& i, int lane, uint64_t address, uint32_t 
   return param_at(w, i, lane, address, bytes);
 }
 
-// list: registers; list2: whether each takes 8 bytes. T: of an element.
+// list: registers; list2: whether each takes 8 bytes. T: type of an element.
 template <Space kSpace, class T>
 void load(Warp& w, const Instruction& i, Mask m) {
   const auto count = static_cast<uint32_t>(i.list.size());

@@ -43,7 +43,7 @@ void mbarrier_arrive(Warp& w, const Instruction& i, Mask m) {
   });
 }
 
-// d: as all of the cluster call it, a: address in CTA b.
+// d: the address for the whole cluster, a: the address in CTA b.
 void map_to_cta(Warp& w, const Instruction& i, Mask m) {
   for_lanes(m, [&](int l) {
     const uint32_t address = w.reg<uint32_t>(i.a)[l], rank = w.reg<uint32_t>(i.b)[l];
@@ -52,9 +52,9 @@ void map_to_cta(Warp& w, const Instruction& i, Mask m) {
   });
 }
 
-constexpr int64_t kGlobal = 1, kShared = 2;  // of which a fence between proxies is: its offset
+constexpr int64_t kGlobal = 1, kShared = 2;  // the memory that a fence between proxies covers: its offset
 
-// Of the thread's own accesses, and of others' writes that a barrier has shown it.
+// Covers the thread's own accesses, and writes of others that a barrier has made visible to it.
 void fence(Warp& w, const Instruction& i, Mask m) {
   if (i.offset & kGlobal) w.fenced_global |= m;
   for (auto& [address, barrier] : w.cta->mbarriers) {

@@ -1,4 +1,4 @@
-// PTX text to kernels: directives, scopes of registers and labels; instructions go to the decoders of their families.
+// Parses PTX text to kernels: directives, scopes of registers and labels. Decoders by family handle the instructions.
 #include <algorithm>
 #include <cctype>
 #include <utility>
@@ -217,7 +217,7 @@ class Parser {
 
   Place constant(Preset kind, int64_t value, int bytes) {
     auto [found, is_new] = constants_.try_emplace({static_cast<int>(kind), value, bytes}, kernel_->constants.size());
-    // Constants lie behind all registers, whose number is not known yet: places are shifted in finish().
+    // Constants lie behind all registers, whose number is not known yet, so finish() shifts their places.
     if (is_new) {
       const Place place = kConstants + constant_bytes_;
       constant_bytes_ += 32 * bytes;
@@ -289,7 +289,7 @@ class Parser {
     kernel_->code.push_back(std::move(out));
   }
 
-  // At the end of a scope: its labels are seen from inside alone.
+  // At the end of a scope: its labels are visible only inside it.
   void resolve_labels() {
     const size_t depth = scopes_.size();
     auto rest = std::partition(pending_.begin(), pending_.end(), [&](const Jump& jump) {

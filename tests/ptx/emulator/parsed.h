@@ -1,4 +1,4 @@
-// An instruction while it is decoded: its name in parts, its operands as written, and the registers in scope.
+// An instruction that is being decoded: the parts of its name, its operands as written, and the registers in scope.
 #pragma once
 #include <functional>
 
@@ -11,7 +11,7 @@ struct Parsed {
   std::vector<std::string> operands;  // "%r1", "{%r1, %r2}", "[%rd1+8]", "p|q"
   Instruction& out;
   Kernel& kernel;
-  std::function<Place(const std::string&, int)> place;        // of a register or an immediate of so many bytes
+  std::function<Place(const std::string&, int)> place;        // of a register or an immediate, of that many bytes
   std::function<int(const std::string&)> width;               // of a register: 4 or 8; 0: not a register
 
   bool has(std::string_view part) const {
@@ -23,7 +23,7 @@ struct Parsed {
   Place at(size_t operand, int bytes) const { return place(operands.at(operand), bytes); }
   std::vector<std::string> elements(size_t operand) const;    // of a vector, or the operand itself
   Place address(size_t operand, int bytes);                   // of [base+offset]; sets out.offset
-  // Of d, a, b, c in registers of so many bytes; 0: there is none. Whether a handler was found before.
+  // Sets the places of d, a, b, c, registers of that many bytes (0: none). Returns whether a handler has been found.
   bool places(int d, int a, int b = 0, int c = 0) {
     out.d = at(0, d);
     out.a = at(1, a);

@@ -1,4 +1,4 @@
-// Grids from beginning to end, and reports.
+// Runs grids from beginning to end, and prints reports.
 #include <algorithm>
 #include <array>
 #include <cstdio>
@@ -62,7 +62,7 @@ void launch(const Module& module, const std::string& name, const uint32_t (&grid
   if (cluster < 1 || cluster > 8 || grid[0] % cluster) throw Failure("a grid that clusters do not cover");
   Launch l{&module, &kernel, modes, Order::kForward, {grid[0], grid[1], grid[2]}, cluster, threads,
            dynamic_shared, pdl || kernel.has_pdl, {}, {}, 0, before_wait};
-  if (counts_traffic) l.traffic = &traffic[name];  // forwards, which is where lanes that part meet again soonest
+  if (counts_traffic) l.traffic = &traffic[name];  // forwards, the order in which diverged lanes reconverge soonest
   else if (modes.random || cuda_host::descending) l.order = modes.random ? Order::kRandom : Order::kBackward;
   l.random.seed(modes.seed + num_launches);
   l.params.resize(params.size() / sizeof(Line) + 1);

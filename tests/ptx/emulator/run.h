@@ -1,4 +1,4 @@
-// Modules, launches and what they found wrong: between the C interface, the CUDA runtime and the machine.
+// Modules, launches and their reports, between the C interface, the CUDA runtime and the machine.
 #pragma once
 #include <set>
 

@@ -1,4 +1,4 @@
-// Who runs when: lanes of a warp, warps of a cluster's CTAs, and what waits for whom.
+// The order of execution: lanes of a warp, warps of a cluster's CTAs, and their waits for each other.
 #include <algorithm>
 #include <bit>
 
@@ -61,7 +61,7 @@ Cta::Cta(Cluster& of, uint32_t at, const std::array<uint32_t, 3>& index)
   shared.words.assign(bytes / k.granule + 1, {});
   const uint32_t num_warps = (l.threads + 31) / 32;
   files.resize(static_cast<size_t>(num_warps) * k.file_bytes);
-  std::fill_n(reinterpret_cast<uint32_t*>(files.data()), files.size() / 4, 0x7fc5a5a5u);  // nobody has written
+  std::fill_n(reinterpret_cast<uint32_t*>(files.data()), files.size() / 4, 0x7fc5a5a5u);  // NaN: not written yet
   warps.resize(num_warps);
   for (uint32_t n = 0; n < num_warps; ++n) {
     Warp& w = warps[n];
@@ -95,7 +95,7 @@ class Runner {
   Runner(Cta& cta, Warp& w)
       : cta_(cta), w_(w), launch_(*cta.launch), traffic_(launch_.traffic), code_(launch_.kernel->code) {}
 
-  // Until no lane is ready, or the budget is spent. Whether anything ran.
+  // Runs until no lane is ready or the budget is spent. Returns whether anything ran.
   bool run(int64_t budget) {
     bool ran = false;
     while (budget > 0) {
@@ -108,7 +108,7 @@ class Runner {
   }
 
  private:
-  // Lanes at one place: at the first, the last, or a random one of those that there are.
+  // The lanes at one program counter: the first, the last, or a random one, depending on the order.
   Mask choose(Mask ready) {
     uint32_t at = 0;
     if (launch_.order == Order::kRandom) {
@@ -130,7 +130,7 @@ class Runner {
       group |= static_cast<Mask>(w_.pc[lane] == at) << lane;
     }
     if (launch_.order != Order::kRandom || launch_.random() % 8) return group;
-    // Nothing but a collective keeps lanes together.
+    // Only a collective keeps lanes together.
     const Mask some = group & static_cast<Mask>(launch_.random());
     return some ? some : group;
   }
@@ -187,7 +187,7 @@ class Runner {
         continue;
       }
       move(m, pc);
-      if (runs != m) {  // those whose predicate is false pass by
+      if (runs != m) {  // lanes whose predicate is false skip it
         move(m & ~runs, pc + 1);
         if (!runs) return done;
       }
@@ -248,7 +248,7 @@ class Runner {
       if (w_.pc[lane] != pc) here &= ~(1u << lane);
     }
     if (i.kind == Kind::kMembers && (m & ~needed)) fail(w_, i, std::countr_zero(m), "a lane outside of its membermask");
-    if (needed & ~here) return;  // the last to come runs it
+    if (needed & ~here) return;  // the last lane to arrive runs it
     if (i.kind == Kind::kBarrier) {
       arrive(i, needed, pc);
       return;
@@ -302,7 +302,7 @@ class Runner {
         }
     }
   }
-  void leave() {  // who has exited is not waited for
+  void leave() {  // barriers do not wait for warps that have exited
     for (uint32_t id = 0; id < 16; ++id)
       if (cta_.barriers[id].expected == 0) release(id);
     cta_.cluster->settle();
@@ -348,7 +348,7 @@ bool Cluster::run(bool to_the_end) {
 }
 
 void Cta::check_end() const {
-  // Registers are moved among warps, none are made: who takes more than others give would wait for ever.
+  // Registers only move among warps: a warp that takes more than others release would wait for ever.
   const int at_first = 65536 / launch->kernel->max_threads / 8 * 8;
   int missing = 0;
   for (const Warp& w : warps) missing += w.registers ? w.registers - at_first : 0;

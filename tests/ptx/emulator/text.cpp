@@ -6,7 +6,7 @@
 
 namespace ptx {
 
-// At top level of brackets, if `nested`; without blanks around.
+// Splits at the top level of brackets if `nested`, and strips blanks.
 std::vector<std::string> split(std::string_view text, char at, bool nested) {
   std::vector<std::string> parts(1);
   int depth = 0;

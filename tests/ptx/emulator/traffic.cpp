@@ -1,5 +1,5 @@
-// Counters of instructions, sectors and wavefronts. An access of 8 bytes a lane is served by half-warps, one of 16 by
-// quarter-warps; in each, lanes at one word of a bank share it, and the bank's other words take a wavefront each.
+// Counters of instructions, sectors and wavefronts. Accesses of 8 bytes a lane are served by half-warps, those of 16 by
+// quarter-warps. In each, lanes at one word of a bank share it, and the bank's other words take a wavefront each.
 #include "traffic.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 constexpr int kSector = 32, kLine = 128, kBanks = 32;
 using Ranges = std::vector<std::pair<uint64_t, uint64_t>>;  // [begin, end)
 
-// Units of so many bytes that sorted ranges touch, each once; calls take(number).
+// Calls take(number) once for each unit of that many bytes that the sorted ranges touch.
 template <class Take>
 void for_units(const Ranges& sorted, uint64_t bytes, Take take) {
   uint64_t next = 0;
@@ -180,7 +180,7 @@ std::string as_json(const std::map<std::string, Traffic>& kernels) {
   return s.str();
 }
 
-// Which unit an instruction goes to, and what it does to memory.
+// Which unit an instruction runs on, and what it does to memory.
 void classify(const Parsed& p) {
   const std::string &op = p.parts[0], &t = p.type();
   Instruction& o = p.out;
