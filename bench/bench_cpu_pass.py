@@ -62,7 +62,7 @@ def main() -> None:
         try:
             cpu.set_isa(isa)
         except RuntimeError as error:
-            parser.error(f"--isa: {error}")
+            parser.error(str(error).replace("ORTHRUS_CPU_ISA", "--isa"))
     max_seq_len = args.context + max(args.rows)
     checkpoint, on_device = random_checkpoint("135m", device), dict(device=device, dtype=torch.bfloat16)
     num_pages = pages.num_pages(max_seq_len)

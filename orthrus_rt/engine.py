@@ -163,7 +163,7 @@ class Engine(Generation):
                 many as fit into 160 rows together with the AR rows (4 with 31 drafts); on a CPU it is 2, and mode auto
                 tries 2, 4 and 8.
             adapter: folder or hub id of a diffusion view, for a base that has none.
-            base_gguf: path of the embedded model's base as a GGUF file, if its wheel is not installed.
+            base_gguf: path of the embedded model's base as a GGUF file, used instead of the installed wheel's.
             max_batch_size: the most sequences decoded at once; further requests wait.
             num_pages: pages of 64 positions in the cache; None is enough for ``max_batch_size`` sequences of
                 ``max_seq_len``. With fewer, sequences wait for pages or are preempted for a while (same tokens).
@@ -317,8 +317,8 @@ class Engine(Generation):
         self.close()
 
     def close(self) -> None:
-        """Abort all requests and release weights, cache and graphs. From then on the engine refuses all calls but
-        :meth:`abort`, and the device can take another engine. Closing twice is harmless.
+        """Abort all requests and release weights, cache and graphs. The device can then take another engine. This one
+        refuses further calls; :meth:`abort` does nothing, and nothing is unfinished. Closing twice is harmless.
 
         Outputs that :meth:`step` has not returned by then, last ones included, are lost. To let requests finish first,
         as a server does at SIGTERM, submit no more and step while :meth:`has_unfinished`. To cut them short, abort them

@@ -19,8 +19,8 @@ class Stats:
         tokens: generated tokens, the stop token included.
         cycles: decode cycles.
         passes: forward passes of these cycles, of either view.
-        misses: ``one_pass`` cycles without drafts to verify: the first, for which nothing was drafted, and any after a
-            cycle in which no block matched the outcome.
+        misses: ``one_pass`` cycles without drafts to verify: the first, for which nothing was drafted, and those after
+            a cycle in which no block matched the outcome and no drafts were left behind the rejected one.
         plans: cycles by plan: ``ar``, ``two_pass/7`` (drafts), ``one_pass/15x4`` (drafts, fan_out).
         drafted: drafts that were verified.
         accepted: histogram: ``accepted[j]`` cycles accepted j drafts; ``ar`` cycles and misses count as j = 0.

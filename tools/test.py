@@ -1,7 +1,8 @@
 """Run every test tier that this machine can run, cheap ones first, and list what was skipped and why, one line each.
 
-Usage: python tools/test.py [--full] [TIER ...] A tier named on the command line must run; if it cannot, that is an
-error.
+Usage: python tools/test.py [--full] [TIER ...]
+
+A tier named on the command line must run; if it cannot, that is an error.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ thread_local Tape* current = nullptr;
 Tape* Tape::recording() { return current; }
 
 void Tape::start() {
-  if (current) throw std::runtime_error("Tape.record: another tape is recording on this thread");
+  if (current) throw std::runtime_error("Tape: another tape is recording on this thread");
   ops_.clear();
   current = this;
 }

@@ -1,5 +1,5 @@
-// A recorded pass: the CPU ops called while recording, with their parameters, replayed in one go. The CPU's analogue of a
-// CUDA graph: pointers and sizes are frozen, the data they point at is read anew.
+// A recorded pass: the CPU ops called while recording, with their parameters, replayed in one go. The CPU's analogue
+// of a CUDA graph: pointers and sizes are frozen, the data they point at is read anew.
 #pragma once
 #include <cstdint>
 #include <functional>

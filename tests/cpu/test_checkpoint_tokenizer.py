@@ -81,4 +81,4 @@ def test_broken(folder, content):
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(CheckpointError) as error:
         checkpoint.load(folder).load_tokenizer()
-    assert str(error.value).startswith(f"{folder / 'tokenizer.json'}: transformers cannot read it (")
+    assert str(error.value).startswith(f"{folder / 'tokenizer.json'}: transformers cannot read it or a file ")
