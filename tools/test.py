@@ -94,8 +94,8 @@ class Tier:
     ``spread``: files are spread over processes of one thread each, one per processor, as most tests have no work for a
     second thread. ``apart``: the folder whose files run in processes of their own. A kernel that faults destroys the
     CUDA context of its whole process, and one that hangs can only be ended together with the process. ``in_full``: the
-    tier runs only with ``--full`` or by its name, on its small grids. ``timeout_s``: of a test. ``process_timeout_s``:
-    of a process, which may hang after its last test.
+    tier runs only with ``--full`` or by its name, on the grids that ``args`` say. ``timeout_s``: of a test.
+    ``process_timeout_s``: of a process, which may hang after its last test.
     """
 
     name: str
