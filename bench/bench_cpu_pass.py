@@ -4,8 +4,8 @@
 
 A pass has ``rows`` AR rows of one sequence after ``context`` cached tokens, argmax of every row included; it is
 recorded on a tape and replayed. Per-op columns time that op's calls within a pass. Where weights are coded (see
-csrc/cpu/coded_weight.h), ``over plain`` is the median ratio of a pass to one over plain weights, with runs of both
-interleaved.
+csrc/cpu/coded_weight.h), ``over plain`` is the median ratio of a pass to one over plain weights, and ``draft over
+exact`` of a draft pass, whose rows are one block, to a pass of as many AR rows; runs of all of them are interleaved.
 """
 
 from __future__ import annotations
@@ -22,23 +22,40 @@ from orthrus_rt.model import Activations, Model, Workspace, forward
 from orthrus_rt.prefill import prefill_rows
 from orthrus_rt.profile import calls_of, time_calls
 from orthrus_rt.recording import taped
+from orthrus_rt.rows import Layout, Rows, empty_rows
 from orthrus_rt.timing import time_each
 
 OPS = ("row_linear", "dual_attn", "qkv_commit", "rms_norm", "embed")
 
 
-def make_pass(model: Model, kv: PagedKvCache, num_rows: int, context: int):
+def block_rows(num_rows: int, context: int) -> Rows:
+    """A block of diffusion rows of slot 0."""
+    rows = empty_rows(Layout(groups_diff=1, rows_diff=num_rows), "cpu")
+    rows.token.copy_(torch.arange(num_rows))
+    rows.position.copy_(context + torch.arange(num_rows))
+    rows.prefix_len.fill_(context)
+    return rows
+
+
+def make_pass(model: Model, kv: PagedKvCache, num_rows: int, context: int, drafts: bool = False):
     """A function that runs one pass over buffers of its own."""
-    rows = prefill_rows([(list(range(num_rows)), context, 0)], "cpu")
-    activations = Activations(model, num_rows, 0)
+    rows = block_rows(num_rows, context) if drafts else prefill_rows([(list(range(num_rows)), context, 0)], "cpu")
+    activations = Activations(model, num_rows, rows.num_rows_diff)
     logit_rows = torch.arange(num_rows, dtype=torch.int32)
     partials = model.lm_head.num_partials
     out = (torch.empty(num_rows, partials), torch.empty(num_rows, partials, dtype=torch.int32))
 
     def run():
-        forward(model, kv, rows, activations, Workspace(None, None), logit_rows=logit_rows, epilogue="argmax", out=out)
+        forward(
+            model, kv, rows, activations, Workspace(None, None), logit_rows=logit_rows, epilogue="argmax", out=out,
+            exact=not drafts,
+        )  # fmt: skip
 
     return run
+
+
+def median_ratio(times: list[float], others: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def num_weights(model: Model) -> int:
@@ -83,11 +100,14 @@ def main() -> None:
             cpu.set_isa(isa)
         for n in args.rows:
             passes = [make_pass(model, kv, n, args.context) for model in models]
+            if drafted := coded and n <= checkpoint.config.block_len:
+                passes.append(make_pass(models[0], kv, n, args.context, drafts=True))
             times = time_each([taped(run).replay for run in passes], device, repeats=args.repeats)
             us, bandwidth = percentiles(times[0]), read_bandwidth(device)
             rate = weight_bytes / us["p50"] * 1e-3
             row = {"isa": isa, "rows": n} | {f"ms {name}": value * 1e-3 for name, value in us.items()}
-            row["over plain"] = statistics.median(a / b for a, b in zip(*times, strict=True)) if coded else None
+            row["over plain"] = median_ratio(times[0], times[1]) if coded else None
+            row["draft over exact"] = median_ratio(times[2], times[0]) if drafted else None
             row |= {"weight MB": weight_bytes * 1e-6, "GB/s": rate, "read GB/s": bandwidth, "of read": rate / bandwidth}
             row |= {"GFLOP/s": 2 * n * num_weights(models[0]) / us["p50"] * 1e-3}
             if args.ops:

@@ -150,7 +150,7 @@ class Cycle(Recorded):
         epilogue, out = ("argmax", p.out) if p.logits is None else ("logits", p.logits)
         forward(
             self.model, self.kv, p.rows, self.activations, self.workspace,
-            logit_rows=p.logit_rows, epilogue=epilogue, out=out,
+            logit_rows=p.logit_rows, epilogue=epilogue, out=out, exact=p.step != st.STEP_DRAFT,
         )  # fmt: skip
 
     @functools.cached_property

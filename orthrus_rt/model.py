@@ -183,6 +183,7 @@ def forward(
     logit_rows: torch.Tensor | None,
     epilogue: str,
     out,
+    exact: bool = True,
 ) -> None:
     """Run the rows through every layer; keys and values of AR rows are written to the cache.
 
@@ -190,20 +191,23 @@ def forward(
         logit_rows: int32 ``[n]``, the rows whose logits are wanted; None for no logits at all.
         epilogue: ``"argmax"`` or ``"logits"``, as in :func:`orthrus_rt.ops.row_linear`.
         out: that epilogue's output for n rows, MUTATED.
+        exact: as in :func:`orthrus_rt.ops.row_linear`; False only if nothing but drafts depends on the pass, which then
+            has no AR rows.
     """
     n = rows.num_rows
+    assert exact or not rows.num_rows_ar
     hidden, normed = act.hidden[:n], act.normed[:n]
     ops.embed(rows.token, model.embedding, hidden)
     for i in range(len(model.layers)):
-        _layer(model, kv, rows, act, workspace, i)
+        _layer(model, kv, rows, act, workspace, i, exact)
     if logit_rows is not None:
         chosen = normed[: logit_rows.shape[0]]
         ops.rms_norm(hidden, model.final_norm, model.config.rms_norm_eps, chosen, logit_rows)
-        ops.row_linear(chosen, model.lm_head, out, epilogue=epilogue, workspace=workspace.linear)
+        ops.row_linear(chosen, model.lm_head, out, epilogue=epilogue, workspace=workspace.linear, exact=exact)
 
 
-@nvtx.ranged(lambda model, kv, rows, act, workspace, i: f"layer {i}")
-def _layer(model: Model, kv: PagedKvCache, rows: Rows, act: Activations, workspace: Workspace, i: int):
+@nvtx.ranged(lambda model, kv, rows, act, workspace, i, exact: f"layer {i}")
+def _layer(model: Model, kv: PagedKvCache, rows: Rows, act: Activations, workspace: Workspace, i: int, exact: bool):
     """Layer ``i``: ``act.hidden`` in, ``act.hidden`` out."""
     n, nd, eps, layer = rows.num_rows, rows.num_rows_diff, model.config.rms_norm_eps, model.layers[i]
     hidden, normed, qkv, q, attn, mlp = (
@@ -211,7 +215,8 @@ def _layer(model: Model, kv: PagedKvCache, rows: Rows, act: Activations, workspa
     )  # fmt: skip
     scratch = (act.scratch_k[:nd], act.scratch_v[:nd])
     cache = (kv.k_pages[i], kv.v_pages[i], kv.page_table)
-    views = dict(num_rows_ar=rows.num_rows_ar, workspace=workspace.linear)
+    linear = dict(workspace=workspace.linear, exact=exact)
+    views = dict(num_rows_ar=rows.num_rows_ar, **linear)
     ops.rms_norm(hidden, layer.input_norm, eps, normed)
     o = layer.o if rows.num_rows_ar else layer.o_diff
     ops.row_linear(normed, layer.qkv, qkv, weight_diff=layer.qkv_diff, next_weight=o, **views)
@@ -230,9 +235,9 @@ def _layer(model: Model, kv: PagedKvCache, rows: Rows, act: Activations, workspa
         next_weight=layer.gate_up, **views,
     )  # fmt: skip
     ops.rms_norm(hidden, layer.post_attn_norm, eps, normed)
-    ops.row_linear(normed, layer.gate_up, mlp, epilogue="silu_mul", next_weight=layer.down, workspace=workspace.linear)
+    ops.row_linear(normed, layer.gate_up, mlp, epilogue="silu_mul", next_weight=layer.down, **linear)
     above = model.layers[i + 1] if i + 1 < len(model.layers) else None
     ops.row_linear(
-        mlp, layer.down, hidden, residual=hidden, epilogue="residual", workspace=workspace.linear,
+        mlp, layer.down, hidden, residual=hidden, epilogue="residual", **linear,
         next_weight=above and (above.qkv if rows.num_rows_ar else above.qkv_diff),
     )  # fmt: skip

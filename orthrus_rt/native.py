@@ -128,6 +128,7 @@ def row_linear(
     epilogue="none",
     workspace=None,
     next_weight=None,
+    exact=True,
 ):
     value, index = out if epilogue == "argmax" else (None, None)
     if weight.impl == "cuda" and x.dtype is torch.bfloat16:
@@ -142,6 +143,7 @@ def row_linear(
         weight_diff=ptr(weight_diff.data) if weight_diff is not None else 0,
         weight_coded=weight.coded,
         weight_diff_coded=weight_diff is not None and weight_diff.coded,
+        leading_only=not exact,
         residual=ptr(residual),
         out=0 if epilogue == "argmax" else ptr(out),
         partial_value=ptr(value),

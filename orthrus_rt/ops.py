@@ -103,6 +103,7 @@ def row_linear(
     epilogue: str = "none",
     workspace: torch.Tensor | None = None,
     next_weight: PackedWeight | None = None,
+    exact: bool = True,
 ) -> None:
     """``y[r] = x[r] @ W(r)^T`` with fp32 accumulation, then one epilogue; both views' rows in one launch.
 
@@ -121,6 +122,8 @@ def row_linear(
         next_weight: the weight of the next ``row_linear``, unless its epilogue is logits or argmax: a prefetch hint. On
             Hopper, if the rows fit one tile, its beginning is fetched into L2 while this call ends. No result depends
             on it.
+        exact: False lets an implementation use 12 leading bits of each weight instead of all 16, if it then reads less:
+            for drafts, which need no exact weights. The CPU does so where weights are coded (csrc/cpu/coded_weight.h).
     """
     op, dtype, device = "row_linear", x.dtype, x.device
     n = x.shape[0]
@@ -163,7 +166,7 @@ def row_linear(
         reference.row_linear(x, weight.data, out, weight_diff=weight_diff and weight_diff.data, **kwargs)
     else:
         native.row_linear(
-            x, weight, out, weight_diff=weight_diff, workspace=workspace, next_weight=next_weight, **kwargs
+            x, weight, out, weight_diff=weight_diff, workspace=workspace, next_weight=next_weight, exact=exact, **kwargs
         )
 
 

@@ -42,11 +42,11 @@ def _size(*tensors) -> int:
     return sum(t.nbytes for t in tensors if t is not None)
 
 
-def _row_linear_bytes(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=None, **_) -> int:
+def _row_linear_bytes(x, weight, out, *, weight_diff=None, num_rows_ar=None, residual=None, exact=True, **_) -> int:
     """The weight of each view that has rows, once; activations in and out."""
     n = x.shape[0]
     ar = n if weight_diff is None else num_rows_ar
-    weights = (weight.nbytes if ar else 0) + (weight_diff.nbytes if ar < n else 0)
+    weights = (weight.read_bytes(exact) if ar else 0) + (weight_diff.read_bytes(exact) if ar < n else 0)
     return weights + _size(x, residual, *(out if isinstance(out, tuple) else (out,)))
 
 

@@ -49,6 +49,12 @@ class PackedWeight:
     def nbytes(self) -> int:
         return self.data.nbytes
 
+    def read_bytes(self, exact: bool = True) -> int:
+        """Bytes that ``row_linear`` reads of it; unless ``exact``, the CPU's leaves out four bits per coded element."""
+        if exact or not self.coded or self.impl != "cpu":
+            return self.nbytes
+        return self.nbytes - -(-self.out_features // CPU_STRIP) * CPU_STRIP * self.in_features // 2
+
 
 def pack_views(weight: torch.Tensor, weight_diff: torch.Tensor) -> tuple[PackedWeight, PackedWeight]:
     """Pack both views' weights ``[out_features, in_features]`` of the same calls, as :func:`pack` does (it raises the

@@ -15,8 +15,15 @@ struct StepWords {
 struct PlainWords {
   static constexpr int kSteps = 1;  // that are read at a time
   const char* strip;
+  const char* ahead;
 
-  explicit PlainWords(const char* strip) : strip(strip) {}
+  PlainWords(const char* strip, const char* ahead) : strip(strip), ahead(ahead) {}
+
+  // The next kLines lines from `ahead` on.
+  template <int kLines>
+  ORTHRUS_INLINE void prefetch_lines() {
+    for (int i = 0; i < kLines; ++i, ahead += kLineBytes) prefetch(ahead);
+  }
 
   template <int kStep>
   ORTHRUS_INLINE StepWords words(int64_t k) {
@@ -28,12 +35,37 @@ struct PlainWords {
 #if defined(ORTHRUS_DECODES_WORDS)
 constexpr bool kDecodesWords = true;
 
-// Step kStep of a unit, without exceptions.
-template <int kStep>
-ORTHRUS_INLINE StepWords decode_step(const char* unit, WordVec table) {
-  const WordVec codes = load_words(unit), lower = load_words(unit + (1 + kStep) * kStepElements);
-  const WordVec upper = look_up(table, kStep ? high_nibbles(codes) : low_nibbles(codes));
-  return {zip_first(lower, upper), zip_last(lower, upper)};
+// Both parts of a strip, from some unit of two steps on.
+struct CodedUnits {
+  const char *leading, *trailing;
+  WordVec table;
+
+  explicit CodedUnits(const CodedStrip* strip)
+      : leading(strip->leading()), trailing(strip->trailing()), table(load_words(strip->upper)) {}
+
+  ORTHRUS_INLINE void advance(int64_t units) {
+    leading += units * kLeadingBytes;
+    trailing += units * kTrailingBytes;
+  }
+  // Step kStep of the first unit, without exceptions; unless kExact, from its leading bits.
+  template <int kStep, bool kExact>
+  ORTHRUS_INLINE StepWords step() const {
+    const WordVec bytes = load_words(leading + kStep * kStepElements), code = low_nibbles(bytes);
+    WordVec last;  // xor the code
+    if constexpr (kExact) {
+      last = load_words(trailing);
+      last = kStep ? high_nibbles(last) : low_nibbles(last);
+    } else {
+      last = bit_xor(code, set1_word(0x08080808));
+    }
+    const WordVec lower = bit_xor(bytes, last), upper = look_up(table, code);
+    return {zip_first(lower, upper), zip_last(lower, upper)};
+  }
+};
+
+template <bool kExact>
+ORTHRUS_INLINE bf16_t value_of(const CodedException& exception) {
+  return kExact ? exception.value : leading_bits(exception.value);
 }
 
 ORTHRUS_INLINE void store_step(char* out, StepWords words) {
@@ -41,65 +73,74 @@ ORTHRUS_INLINE void store_step(char* out, StepWords words) {
   store_words(out + kStepBytes / 2, words.hi);
 }
 
-struct CodedUnits {
-  const char* unit;
-  WordVec table;
-  const CodedException* next;
-
-  explicit CodedUnits(const char* at) {
-    const auto* strip = reinterpret_cast<const CodedStrip*>(at);
-    unit = strip->units();
-    table = load_words(strip->upper);
-    next = strip->exceptions();
-  }
-};
-
 // Unpacked on the fly, with steps in order.
-struct CodedWords : CodedUnits {
+template <bool kExact>
+struct CodedWords {
   static constexpr int kSteps = kUnitSteps;
+  CodedUnits units;
+  int64_t ahead_leading, ahead_trailing;  // bytes from a unit to the one to prefetch
+  const CodedException* next;
   int64_t next_step;
 
-  explicit CodedWords(const char* at) : CodedUnits(at), next_step(next->step) {}
+  CodedWords(const char* strip, const char* ahead)
+      : CodedWords(reinterpret_cast<const CodedStrip*>(strip), ahead - strip) {}
+  CodedWords(const CodedStrip* strip, int64_t ahead)
+      : units(strip),
+        ahead_leading(ahead),
+        ahead_trailing(ahead / kLeadingBytes * kTrailingBytes),
+        next(strip->exceptions()),
+        next_step(next->step) {}
 
+  // Those of a unit, however many kLines, unless that is 0. On Zen 5 it pays to have them in L1.
+  template <int kLines>
+  ORTHRUS_INLINE void prefetch_lines() const {
+    if (kLines == 0) return;
+    for (int64_t i = 0; i < kLeadingBytes; i += kLineBytes) prefetch_to_l1(units.leading + ahead_leading + i);
+    if (kExact) prefetch_to_l1(units.trailing + ahead_trailing);
+  }
   // kStep: which of the unit's two steps.
   template <int kStep>
   ORTHRUS_INLINE StepWords words(int64_t k) {
-    StepWords out = decode_step<kStep>(unit, table);
+    StepWords out = units.step<kStep, kExact>();
     if (__builtin_expect(next_step == k, 0)) {
       alignas(64) bf16_t element[kStepElements];
       store_step(reinterpret_cast<char*>(element), out);
-      for (; next->step == k; ++next) element[next->element] = next->value;
+      for (; next->step == k; ++next) element[next->element] = value_of<kExact>(*next);
       next_step = next->step;
       out = {load_words(element), load_words(element + kStepElements / 2)};
     }
-    if (kStep + 1 == kSteps) unit += kUnitBytes;
+    if (kStep + 1 == kSteps) units.advance(1);
     return out;
   }
 };
 
 // Unpacked in runs of an even number of steps each, in order.
-struct CodedRuns : CodedUnits {
+template <bool kExact>
+struct CodedRuns {
+  CodedUnits units;
+  const CodedException* next;
   int64_t done = 0;  // steps
 
-  using CodedUnits::CodedUnits;
+  explicit CodedRuns(const char* strip) : CodedRuns(reinterpret_cast<const CodedStrip*>(strip)) {}
+  explicit CodedRuns(const CodedStrip* strip) : units(strip), next(strip->exceptions()) {}
 
   ORTHRUS_INLINE bool has_exception(int64_t num_steps) const { return next->step < done + num_steps; }
   ORTHRUS_INLINE void skip(int64_t num_steps) {
-    unit += num_steps / kUnitSteps * kUnitBytes;
+    units.advance(num_steps / kUnitSteps);
     done += num_steps;
   }
   // Unpacks num_steps steps to `out`, in the layout of a plain strip.
   ORTHRUS_INLINE void decode(int64_t num_steps, char* out) {
-    const CodedRuns from = *this;  // a copy, which no store to `out` can change
-    for (int64_t k = 0; k < num_steps; k += kUnitSteps) {
-      const char* at = from.unit + k / kUnitSteps * kUnitBytes;
-      const StepWords first = decode_step<0>(at, from.table), second = decode_step<1>(at, from.table);
+    CodedUnits from = units;  // a copy, which no store to `out` can change
+    for (int64_t k = 0; k < num_steps; k += kUnitSteps, from.advance(1)) {
+      const StepWords first = from.step<0, kExact>(), second = from.step<1, kExact>();
       store_step(out + k * kStepBytes, first);
       store_step(out + (k + 1) * kStepBytes, second);
     }
     for (; has_exception(num_steps); ++next) {
       char* step = out + (next->step - done) * kStepBytes;
-      std::memcpy(step + next->element * sizeof(bf16_t), &next->value, sizeof(bf16_t));
+      const bf16_t value = value_of<kExact>(*next);
+      std::memcpy(step + next->element * sizeof(bf16_t), &value, sizeof(bf16_t));
     }
     skip(num_steps);
   }

@@ -10,10 +10,19 @@
 // of Zen 3 from some 6 rows on, by up to 7%, of Zen 4 from 64 on, by up to 3%, of Zen 5 from 16 on, by up to 8%
 // (bench_cpu_pass). With AVX2 and more memory bandwidth per core than on Zen 3, so do 2 and 4 rows, by up to 13%.
 //
-// A weight: all strips, each a CodedStrip and then one unit for every two steps over k; then all exceptions. A unit: 64
-// bytes of codes, then the first step's lower bytes, then the second's. Byte i of the codes holds the code of the first
-// step's element at i in its lower nibble, that of the second step's in its upper nibble. Elements are in the order of
-// the zip: each 16 bytes hold 8 elements of the step's first WordVec, then 8 of its second.
+// A pass that only drafts needs no exact weights, as whatever it proposes is verified. The last four bits of the
+// elements lie apart, so that it can do without them: it takes an element's leading 12 bits and then 1000 (see
+// leading_bits), at most a sixteenth off, and so reads 8 bits instead of 12. The embedded model's drafts are then
+// accepted as often or up to 3% less often.
+//
+// A weight: the leading parts of all strips, then their trailing parts, then all exceptions.
+// - A leading part: a CodedStrip, then 64 bytes for each step over k. Byte i holds the code of the step's element at i
+//   in its lower nibble, and in its upper nibble the upper half of that element's lower byte.
+// - A trailing part: 64 bytes for each unit of two steps. Byte i holds the last four bits of the first step's element
+//   at i in its lower nibble, of the second step's in its upper nibble, both xor the element's code: xor with the
+//   leading byte, they give the lower byte.
+// Both are contiguous, since hardware prefetchers would fetch what lies between two pieces of a few KB. Elements are in
+// the order of the zip: each 16 bytes hold 8 elements of the step's first WordVec, then 8 of its second.
 #pragma once
 #include <cstdint>
 
@@ -24,7 +33,7 @@ namespace orthrus::cpu {
 constexpr int kUpperBytes = 16;    // those that have a code
 constexpr int kStepElements = 64;  // of two WordVecs
 constexpr int64_t kUnitSteps = 2;
-constexpr int64_t kUnitBytes = kStepElements + kUnitSteps * kStepElements;
+constexpr int64_t kLeadingBytes = kUnitSteps * kStepElements, kTrailingBytes = kStepElements;  // per unit of two steps
 
 // Element `element` of step `step`, in ascending order. Behind a strip's last exception is one with step kNoStep.
 struct CodedException {
@@ -35,17 +44,29 @@ struct CodedException {
 constexpr int32_t kNoStep = INT32_MAX;
 
 struct alignas(64) CodedStrip {
-  uint8_t upper[4][kUpperBytes];  // the same table four times, for lookups by 16 bytes
-  int64_t to_exceptions;          // bytes from the start of this struct
+  uint8_t upper[4][kUpperBytes];       // the same table four times, for lookups by 16 bytes
+  int64_t to_trailing, to_exceptions;  // bytes from the start of this struct
 
-  __attribute__((always_inline)) const char* units() const { return reinterpret_cast<const char*>(this + 1); }
+  __attribute__((always_inline)) const char* leading() const { return reinterpret_cast<const char*>(this + 1); }
+  __attribute__((always_inline)) const char* trailing() const {
+    return reinterpret_cast<const char*>(this) + to_trailing;
+  }
   __attribute__((always_inline)) const CodedException* exceptions() const {
     return reinterpret_cast<const CodedException*>(reinterpret_cast<const char*>(this) + to_exceptions);
   }
 };
 
+// Bytes of a strip's leading part, and of both its parts.
+inline __attribute__((always_inline)) int64_t leading_strip_bytes(int64_t num_steps) {
+  return static_cast<int64_t>(sizeof(CodedStrip)) + num_steps / kUnitSteps * kLeadingBytes;
+}
 inline __attribute__((always_inline)) int64_t coded_strip_bytes(int64_t num_steps) {
-  return static_cast<int64_t>(sizeof(CodedStrip)) + num_steps / kUnitSteps * kUnitBytes;
+  return leading_strip_bytes(num_steps) + num_steps / kUnitSteps * kTrailingBytes;
+}
+
+// What stands for `value` where only its leading 12 bits are read.
+inline __attribute__((always_inline)) bf16_t leading_bits(bf16_t value) {
+  return static_cast<bf16_t>((value & 0xfff0) | 0x8);
 }
 
 }  // namespace orthrus::cpu

@@ -45,18 +45,24 @@ int64_t WeightEncoder::nbytes() const {
 }
 
 void WeightEncoder::write(char* out) const {
-  const int64_t num_strips = static_cast<int64_t>(strips_.size()), strip_bytes = coded_strip_bytes(num_steps_);
+  const int64_t num_strips = static_cast<int64_t>(strips_.size());
+  const int64_t leading_bytes = leading_strip_bytes(num_steps_);
+  const int64_t trailing_bytes = coded_strip_bytes(num_steps_) - leading_bytes;
   std::vector<char*> exceptions(num_strips);
-  char* next = out + num_strips * strip_bytes;
+  char* trailing = out + num_strips * leading_bytes;
+  char* next = trailing + num_strips * trailing_bytes;
   for (int64_t s = 0; s < num_strips; ++s) {
     exceptions[s] = next;
     next += (strips_[s].num_exceptions + 1) * static_cast<int64_t>(sizeof(CodedException));
   }
-  parallel_each(num_strips, [&](int64_t s) { write_strip(s, out + s * strip_bytes, exceptions[s]); });
+  parallel_each(num_strips, [&](int64_t s) {
+    write_strip(s, out + s * leading_bytes, trailing + s * trailing_bytes, exceptions[s]);
+  });
 }
 
-void WeightEncoder::write_strip(int64_t s, char* out, char* exceptions) const {
+void WeightEncoder::write_strip(int64_t s, char* out, char* trailing, char* exceptions) const {
   CodedStrip strip{};
+  strip.to_trailing = trailing - out;
   strip.to_exceptions = exceptions - out;
   std::array<uint8_t, 256> code_of;
   code_of.fill(kOther);
@@ -71,8 +77,8 @@ void WeightEncoder::write_strip(int64_t s, char* out, char* exceptions) const {
     exceptions += sizeof exception;
   };
   const bf16_t* first = plain_ + s * num_steps_ * kStepElements;
-  char* unit = out + sizeof strip;
-  for (int64_t step = 0; step < num_steps_; step += kUnitSteps, unit += kUnitBytes) {
+  char* leading = out + sizeof strip;
+  for (int64_t step = 0; step < num_steps_; step += kUnitSteps, leading += kLeadingBytes, trailing += kTrailingBytes) {
     const bf16_t* second = first + kStepElements;
     int all_codes = 0;
     for (int run = 0; run < kStepElements / kRun; ++run) {
@@ -80,9 +86,10 @@ void WeightEncoder::write_strip(int64_t s, char* out, char* exceptions) const {
         const int place = run * kRun + i, element = first_of_run(run) + i;
         const int code_a = code_of[first[element] >> 8], code_b = code_of[second[element] >> 8];
         all_codes |= code_a | code_b;
-        unit[place] = static_cast<char>(code_a % kOther | code_b % kOther << 4);
-        unit[kStepElements + place] = static_cast<char>(first[element] & 0xff);
-        unit[2 * kStepElements + place] = static_cast<char>(second[element] & 0xff);
+        const int a = (first[element] & 0xf0) | code_a % kOther, b = (second[element] & 0xf0) | code_b % kOther;
+        leading[place] = static_cast<char>(a);
+        leading[kStepElements + place] = static_cast<char>(b);
+        trailing[place] = static_cast<char>(((a ^ first[element]) & 0xf) | ((b ^ second[element]) & 0xf) << 4);
       }
     }
     if (all_codes >= kOther) {

@@ -27,7 +27,7 @@ class WeightEncoder {
   int64_t num_steps_;
   std::vector<Strip> strips_;
 
-  void write_strip(int64_t strip, char* out, char* exceptions) const;
+  void write_strip(int64_t strip, char* out, char* trailing, char* exceptions) const;
 };
 
 }  // namespace orthrus::cpu

@@ -26,8 +26,8 @@ namespace orthrus::cpu::ORTHRUS_ISA {
 constexpr int kStrip = 32;
 // Vocabulary ids per partial maximum.
 constexpr int kArgmaxTile = 512;
-// What a tile prefetches while it computes: `lines` cache lines per step over k, 0, 1 or 2 in multiply_tile; for a
-// coded strip per unit, either as many as it reads or 0.
+// What a tile prefetches while it computes, from `from` on: `lines` cache lines per step over k, 0, 1 or 2 in
+// multiply_tile; for a coded strip per unit, either as many as it reads, also of its trailing part, or 0.
 struct Ahead {
   const char* from;
   int64_t lines;
@@ -35,6 +35,8 @@ struct Ahead {
 // How far ahead of the products to prefetch, where each weight is read once. On Zen 5 with AVX-512 BF16, half or twice
 // as far makes 4 rows take 3 to 5% longer; other processors have not been measured.
 constexpr int kAheadBytes = 8192;
+// The same for coded strips. On Zen 5, 28 units make an exact pass of 12 rows take 5% longer, 64 one of 4 rows 3%.
+constexpr int64_t kAheadUnits = 42;
 // With more tiles than this a coded strip is unpacked once: writing it out costs more than unpacking it a few times.
 constexpr int64_t kMostDecodingTiles = 6;
 
@@ -53,15 +55,14 @@ inline __attribute__((noinline)) void multiply_tile(const T* x, int64_t x_stride
       hi[r] = dot<T>(hi[r], weights.hi, word);
     }
   };
-  Strip strip(w);
+  Strip strip(w, ahead.from);
   const auto step_at = [&](const T* from, StepWords weights) ORTHRUS_LAMBDA {
     step(weights, [&](int r) ORTHRUS_LAMBDA { return load_word(from + r * x_stride); });
   };
   const int64_t num_words = in_features / kPerWord<T>;
   const auto stream = [&](auto lines) ORTHRUS_LAMBDA {
-    const char* line = ahead.from;
     for (int64_t k = 0; k < num_words; k += Strip::kSteps) {
-      for (int i = 0; i < decltype(lines)::value; ++i, line += kLineBytes) prefetch(line);
+      strip.template prefetch_lines<decltype(lines)::value>();
       const T* from = x + k * kPerWord<T>;
       step_at(from, strip.template words<0>(k));
       if constexpr (Strip::kSteps == 2) step_at(from + 2, strip.template words<1>(k + 1));
@@ -69,12 +70,10 @@ inline __attribute__((noinline)) void multiply_tile(const T* x, int64_t x_stride
   };
   if (ahead.lines == 0) {
     stream(std::integral_constant<int, 0>());
-  } else if constexpr (Strip::kSteps == 2) {
-    stream(std::integral_constant<int, kUnitBytes / kLineBytes>());
-  } else if (ahead.lines == 2) {
-    stream(std::integral_constant<int, 2>());
-  } else {
+  } else if (Strip::kSteps == 2 || ahead.lines == 1) {
     stream(std::integral_constant<int, 1>());
+  } else {
+    stream(std::integral_constant<int, 2>());
   }
   if constexpr (kPerWord<T> == 2 && Strip::kSteps == 1) {
     if (in_features % 2) {
@@ -185,9 +184,9 @@ struct Weight {
   bool coded;
 };
 
-// Bytes of a strip of num_steps steps; the exceptions of coded strips lie behind all strips.
+// Bytes from a strip of num_steps steps to the next one; of coded strips, from leading part to leading part.
 ORTHRUS_INLINE int64_t strip_bytes_of(Weight weight, int64_t num_steps) {
-  return weight.coded ? coded_strip_bytes(num_steps) : num_steps * kStepBytes;
+  return weight.coded ? leading_strip_bytes(num_steps) : num_steps * kStepBytes;
 }
 
 // Rows [begin, end) against one strip of `weight`, in row tiles of nearly equal height.
@@ -198,6 +197,8 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight,
   const int64_t strip_bytes = strip_bytes_of(weight, num_steps);
   const char* stored = weight.data + strip * strip_bytes;
   const char* plain = stored;
+  // Halves of the next strip, or its leading and its trailing part.
+  const char* next[] = {stored + strip_bytes, stored + strip_bytes + num_steps * kLineBytes};
   const int64_t num_tiles = div_up(end - begin, kTileRows);
   const bool few = end - begin <= most_rows_without_ahead;
   alignas(64) float acc[kTileRows * kStrip];
@@ -212,25 +213,30 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight,
   };
 #if defined(ORTHRUS_DECODES_WORDS)
   if constexpr (kPerWord<T> == 2) {
-    if (weight.coded && num_tiles <= kMostDecodingTiles) {
+    const auto multiply_coded = [&](auto exact) ORTHRUS_LAMBDA {
       // Several tiles alternate between fetching the next strip and the one after it. All lines have then been
       // requested before, but requesting them once is slower.
-      return multiply(MultiplyTileOf<T, CodedWords>(), stored, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
-        const int64_t distance = num_tiles == 1 ? kAheadBytes : (1 + tile % 2) * strip_bytes;
-        return {stored + distance, few ? 0 : kUnitBytes / kLineBytes};
+      multiply(MultiplyTileOf<T, CodedWords<exact()>>(), stored, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
+        const int64_t distance = num_tiles == 1 ? kAheadUnits * kLeadingBytes : (1 + tile % 2) * strip_bytes;
+        return {stored + distance, few ? 0 : 1};
       });
+    };
+    if (weight.coded && num_tiles <= kMostDecodingTiles) {
+      return p.leading_only ? multiply_coded(std::false_type()) : multiply_coded(std::true_type());
     }
     if (weight.coded) {
       char* decoded = reinterpret_cast<char*>(thread_scratch(num_steps * kStrip));
-      CodedRuns(stored).decode(num_steps, decoded);
+      p.leading_only ? CodedRuns<false>(stored).decode(num_steps, decoded)
+                     : CodedRuns<true>(stored).decode(num_steps, decoded);
       plain = decoded;
+      next[1] = reinterpret_cast<const CodedStrip*>(stored)->trailing() + num_steps / kUnitSteps * kTrailingBytes;
     }
   }
 #endif
-  // Several tiles read the strip from cache: the first two fetch the next strip, one half each if it is plain.
+  // Several tiles read the strip from cache: the first two fetch the next strip.
   multiply(MultiplyTileOf<T, PlainWords>(), plain, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
     if (num_tiles == 1) return {stored + kAheadBytes, few ? 0 : 2};
-    return {stored + strip_bytes + tile * num_steps * kLineBytes, tile < 2};
+    return {next[tile % 2], tile < 2};
   });
 }
 

@@ -38,18 +38,18 @@ struct PlainSteps {
 
 #if defined(ORTHRUS_DECODES_WORDS)
 // Unpacked in registers: the sums of more rows leave too few for that.
+template <bool kExact>
 struct CodedSteps {
   static constexpr int kTogether = kUnitSteps;
   static constexpr int kMostTileRows = 1;
-  const char* unit;
-  WordVec table;
+  CodedUnits units;
 
   template <int kStep, int kVec>
   ORTHRUS_INLINE WordVec words() const {
-    const StepWords both = decode_step<kStep>(unit, table);
+    const StepWords both = units.step<kStep, kExact>();
     return kVec ? both.hi : both.lo;
   }
-  ORTHRUS_INLINE void advance() { unit += kUnitBytes; }
+  ORTHRUS_INLINE void advance() { units.advance(1); }
 };
 #endif
 
@@ -143,32 +143,41 @@ struct PlainBlocks {
 
 #if defined(ORTHRUS_DECODES_WORDS)
 // One row unpacks them as it goes; more rows read them unpacked, from the L1 cache.
+template <bool kExact>
 struct CodedBlocks {
-  static constexpr int64_t kBytes = kUnitBytes / kUnitSteps;
+  static constexpr int64_t kBytes = kLeadingBytes / kUnitSteps;
   static constexpr int64_t kMostSteps = kCodedBlockSteps;
-  CodedRuns runs;
+  CodedRuns<kExact> runs;
   alignas(64) char decoded[kCodedBlockSteps * kStepBytes];
 
   explicit CodedBlocks(const char* strip) : runs(strip) {}
 
-  ORTHRUS_INLINE const char* next_block() const { return runs.unit; }
+  ORTHRUS_INLINE const char* next_block() const { return runs.units.leading; }
   template <typename Use>
   ORTHRUS_INLINE void next(int64_t num_steps, int64_t num_rows, Use use) {
-    if (num_rows <= CodedSteps::kMostTileRows && !runs.has_exception(num_steps)) {
-      use(CodedSteps{runs.unit, runs.table});
+    if constexpr (kExact) prefetch_trailing(num_steps);
+    if (num_rows <= CodedSteps<kExact>::kMostTileRows && !runs.has_exception(num_steps)) {
+      use(CodedSteps<kExact>{runs.units});
       runs.skip(num_steps);
     } else {
       runs.decode(num_steps, decoded);
       use(PlainSteps{decoded});
     }
   }
+
+ private:
+  // As many bytes as a block has, the same number of steps ahead as the leading part.
+  ORTHRUS_INLINE void prefetch_trailing(int64_t num_steps) const {
+    const char* from = runs.units.trailing + kAheadBytes / kLeadingBytes * kTrailingBytes;
+    for (int64_t k = 0; k < num_steps; k += kUnitSteps, from += kTrailingBytes) prefetch(from);
+  }
 };
 #endif
 
 // acc[r][0 ... 31] = num_rows rows times a strip, in row tiles of nearly equal height.
 template <typename Blocks>
-ORTHRUS_INLINE void multiply_widened(const float* x, int64_t x_stride, int64_t num_rows, const char* strip,
-                                     int64_t num_steps, float* acc) {
+inline void multiply_widened(const float* x, int64_t x_stride, int64_t num_rows, const char* strip, int64_t num_steps,
+                             float* acc) {
   std::memset(acc, 0, num_rows * kStrip * sizeof(float));
   const int64_t num_tiles = div_up(num_rows, kWidenedTileRows);
   const int64_t fetching = min_of(num_tiles, kFetchingTiles), bytes = Blocks::kBytes / fetching;
@@ -214,16 +223,16 @@ inline void row_linear(const RowLinearParamsOf<bf16_t>& p) {
     const int64_t num_rows = end - begin;
     float* x = thread_scratch(num_rows * stride);
     widen_rows(p, begin, end, stride, x);
+    auto multiply = multiply_widened<PlainBlocks>;
+#if defined(ORTHRUS_DECODES_WORDS)
+    if (weight.coded) multiply = multiply_widened<CodedBlocks<true>>;
+    if (weight.coded && p.leading_only) multiply = multiply_widened<CodedBlocks<false>>;
+#endif
     parallel_strips(p, kChunksPerThread, [&](int64_t first_strip, int64_t last_strip) {
       alignas(64) float acc[kMostRows * kStrip];
       for (int64_t strip = first_strip; strip < last_strip; ++strip) {
         const char* at = weight.data + strip * strip_bytes_of(weight, num_steps);
-#if defined(ORTHRUS_DECODES_WORDS)
-        if (weight.coded) {
-          multiply_widened<CodedBlocks>(x, stride, num_rows, at, num_steps, acc);
-        } else
-#endif
-          multiply_widened<PlainBlocks>(x, stride, num_rows, at, num_steps, acc);
+        multiply(x, stride, num_rows, at, num_steps, acc);
         finish_rows(p, acc, begin, num_rows, strip);
       }
     });

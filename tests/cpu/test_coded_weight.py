@@ -44,16 +44,17 @@ def decoded(packed):
     """Bits ``[strips, steps, 32 outputs, 2 inputs]`` of a coded weight, as csrc/cpu/coded_weight.h describes it."""
     num_strips, num_steps = -(-packed.out_features // 32), packed.in_features // 2
     buffer = packed.data.view(torch.uint8).numpy()
-    strips = buffer[: num_strips * (128 + 96 * num_steps)].reshape(num_strips, -1)
-    tables, units = strips[:, :64].reshape(num_strips, 4, 16), strips[:, 128:].reshape(num_strips, -1, 3, 64)
+    strips = buffer[: num_strips * (128 + 64 * num_steps)].reshape(num_strips, -1)
+    trailing = buffer[strips.size :][: num_strips * 32 * num_steps].reshape(num_strips, -1, 1, 64)
+    tables, leading = strips[:, :64].reshape(num_strips, 4, 16), strips[:, 128:].reshape(num_strips, -1, 2, 64)
     assert (tables == tables[:, :1]).all()
-    codes = np.stack((units[:, :, 0] & 15, units[:, :, 0] >> 4), axis=2)
-    upper = tables[np.arange(num_strips)[:, None, None, None], 0, codes].astype(np.uint16)
-    bits = upper << 8 | units[:, :, 1:]
+    assert (strips[:, 64:72].view(np.int64)[:, 0] == strips.size - np.arange(num_strips) * 32 * (num_steps + 4)).all()
+    upper = tables[np.arange(num_strips)[:, None, None, None], 0, leading & 15].astype(np.uint16)
+    bits = upper << 8 | leading ^ np.concatenate((trailing & 15, trailing >> 4), axis=2)
     # 4 x 8 elements of the first 16 outputs and of the last by turns.
     bits = bits.reshape(num_strips, num_steps, 4, 2, 8).swapaxes(2, 3).reshape(num_strips, num_steps, 64)
     for s, strip in enumerate(strips):
-        at = s * len(strip) + int(strip[64:72].view(np.int64)[0])
+        at = s * len(strip) + int(strip[72:80].view(np.int64)[0])
         while (step := int(buffer[at : at + 4].view(np.int32)[0])) != 2**31 - 1:
             element, value = buffer[at + 4 : at + 8].view(np.uint16)
             bits[s, step, element] = value
@@ -101,15 +102,15 @@ WEIGHTS = {
 }
 
 
-def everything(x, weight, gates):
+def everything(x, weight, gates, exact=True):
     """Outputs of every kind of epilogue, as bits: NaN equals itself."""
     n, (out_features, _) = x.shape[0], SHAPE
     logits = poison(n, out_features, dtype=torch.float32)
-    ops.row_linear(x, weight, logits, epilogue="logits")
+    ops.row_linear(x, weight, logits, epilogue="logits", exact=exact)
     best = torch.empty(n, 1), torch.empty(n, 1, dtype=torch.int32)
-    ops.row_linear(x, weight, best, epilogue="argmax")
+    ops.row_linear(x, weight, best, epilogue="argmax", exact=exact)
     gated = poison(n, out_features // 2)
-    ops.row_linear(x, gates, gated, epilogue="silu_mul")
+    ops.row_linear(x, gates, gated, epilogue="silu_mul", exact=exact)
     return logits.view(torch.int32), best[0].view(torch.int32), best[1], gated.view(torch.int16)
 
 
@@ -128,6 +129,30 @@ def test_products_are_those_of_plain_weights(decoding, packed, kind):
         x = randn(n, SHAPE[1], seed=n)
         plain, coded = (everything(x, *weights) for weights in how)
         assert all(torch.equal(a, b) for a, b in zip(plain, coded, strict=True)), n
+
+
+def leading_bits(weight):
+    """What stands for each element where only its leading 12 bits are read."""
+    return (weight.view(torch.int16) & -16 | 8).view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_drafts_multiply_the_leading_bits(decoding, packed, kind):
+    weight = WEIGHTS[kind]()
+    coded = packed("coded", weight), packed("coded", weight, gate_up=True)
+    plain = packed("plain", leading_bits(weight)), packed("plain", leading_bits(weight), gate_up=True)
+    for n in ROWS:
+        x = randn(n, SHAPE[1], seed=n)
+        expected, drafted = everything(x, *plain), everything(x, *coded, exact=False)
+        assert all(torch.equal(a, b) for a, b in zip(expected, drafted, strict=True)), n
+
+
+def test_leading_bits_of_plain_weights_are_all(decoding, packed):
+    weight, x = packed("plain", randn(*SHAPE, seed=1)), randn(3, SHAPE[1])
+    exact, drafted = (poison(3, SHAPE[0]) for _ in range(2))
+    ops.row_linear(x, weight, exact)
+    ops.row_linear(x, weight, drafted, exact=False)
+    assert torch.equal(exact, drafted)
 
 
 @pytest.mark.parametrize(("n", "rows_ar", "count"), [(190, 80, 1), (190, 80, 3), (70, 30, 3), (20, 12, 2), (2, 1, 1)])

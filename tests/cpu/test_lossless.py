@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native
 # kind, by the CPU variant: they round differently, and where two logits nearly tie they write another text, whose rate
 # differs. A broken drafter gives about 1.
 PINNED = {
-    "avx512_bf16": {"code": 3.663, "chat": 3.217, "long": 5.03},
+    "avx512_bf16": {"code": 3.555, "chat": 3.176, "long": 4.932},
     "amx_bf16": {"code": 3.609, "chat": 3.552, "long": 5.347},
     "avx512": {"code": 3.481, "chat": 3.352, "long": 4.704},
 }
@@ -34,7 +34,7 @@ LENGTHS = {
 PINNED_SMALL = {
     "avx512_bf16": {
         torch.bfloat16: {
-            "two_pass": {"greedy": {1: 1.843, 5: 2.792, 15: 2.82}, "sampled": {5: 2.432}},
+            "two_pass": {"greedy": {1: 1.831, 5: 2.907, 15: 2.792}, "sampled": {5: 2.143}},
             "one_pass": {"greedy": {1: 1.575, 5: 1.868}, "sampled": {5: 1.552}},
         },
         torch.float32: {
@@ -66,6 +66,12 @@ PINNED_SLOW = {
             "two_pass": {"greedy": {5: 2.3, 15: 2.379}, "sampled": {5: 2.5}},
             "one_pass": {"greedy": {5: 1.725}, "sampled": {5: 1.667}},
         },
+    },
+}
+PINNED_SLOW["avx2"] = PINNED_SLOW["avx512"] | {
+    torch.bfloat16: {
+        "two_pass": {"greedy": {5: 2.464, 15: 2.556}, "sampled": {5: 2.0}},
+        "one_pass": {"greedy": {5: 1.725}, "sampled": {5: 1.5}},
     },
 }
 PINNED_SLOW["avx512_bf16"] = PINNED_SLOW["avx512"]  # near enough for the portable set
@@ -187,7 +193,7 @@ def test_tokens_per_cycle_is_pinned(engine, kind):
 @pytest.mark.skipif(not SLOW, reason="test_tokens_per_cycle_is_pinned has all prompts")
 @pytest.mark.parametrize("engine", ("bfloat16",), indirect=True)
 def test_tokens_per_cycle_of_two_prompts(engine):
-    pinned, tolerance = of_this_isa({"avx512": 3.229, "avx512_bf16": 3.229}, TIGHT, LOOSE)
+    pinned, tolerance = of_this_isa({"avx512": 3.229, "avx2": 3.424, "avx512_bf16": 3.229}, TIGHT, LOOSE)
     assert tokens_per_cycle(engine, prompts.load("code")[:2], 64) == pytest.approx(pinned, abs=tolerance)
 
 

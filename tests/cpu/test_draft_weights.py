@@ -1,0 +1,60 @@
+"""Which passes may read the leading bits of weights only: those that nothing but drafts depends on."""
+
+import pytest
+import torch
+
+from orthrus_rt import dispatch, model, ops, weights
+from orthrus_rt.sampling import SamplingParams
+from tests import engines
+from tests.native_cpu import randn
+
+PROMPT = [5, 6, 7, 8]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Of every pass: its AR rows, its diffusion rows, and what its calls of row_linear say of ``exact``."""
+    seen, forward, row_linear = [], model.forward, ops.row_linear
+
+    def noting_forward(weights, kv, rows, *args, **kwargs):
+        seen.append((rows.num_rows_ar, rows.num_rows_diff, []))
+        return forward(weights, kv, rows, *args, **kwargs)
+
+    def noting_linear(*args, exact, **kwargs):
+        seen[-1][2].append(exact)
+        return row_linear(*args, exact=exact, **kwargs)
+
+    monkeypatch.setattr(ops, "row_linear", noting_linear)
+    for module in ("cycle", "prefill", "runner"):
+        monkeypatch.setattr(f"orthrus_rt.{module}.forward", noting_forward)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("mode", "sampled"),
+    [
+        *((mode, {}) for mode in ("ar", "two_pass", "one_pass")),
+        *(("two_pass", {"temperature": 0.8, "acceptance": how}) for how in ("coupled", "rejection")),
+    ],
+)
+def test_a_pass_with_ar_rows_is_exact(folder, passes, mode, sampled):
+    engine = engines.make(folder, mode=mode, max_seq_len=64)
+    engine.generate(PROMPT, SamplingParams(max_new_tokens=6, seed=3, **sampled))
+    assert any(calls for _, _, calls in passes)
+    for rows_ar, _, calls in passes:
+        assert len(calls) in (8, 9) and set(calls) == {rows_ar > 0}  # two layers of four, and the head
+    assert ((0, 8) in {p[:2] for p in passes}) == (mode == "two_pass")
+
+
+@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+@pytest.mark.parametrize("may_code", (True, False), ids=("coded", "plain"))
+def test_bytes_that_are_read(monkeypatch, may_code):
+    """Of coded weights 8 bits per element, and each strip's head and exceptions."""
+    monkeypatch.setattr(dispatch.extension().cpu, "takes_coded_weights", lambda: may_code)
+    weight = weights.pack(randn(200, 576, seed=1), impl="cpu")
+    assert weight.coded == may_code and weight.read_bytes() == weight.nbytes
+    padded = 224 * 576
+    assert weight.nbytes - weight.read_bytes(exact=False) == (padded // 2 if may_code else 0)
+    if may_code:
+        assert 0 <= weight.read_bytes(exact=False) - padded < 0.02 * padded
+    assert weights.PackedWeight(torch.empty(64, 64), 64, 64, "cuda", coded=True).read_bytes(exact=False) == 64 * 64 * 4
