@@ -199,16 +199,20 @@ def main() -> None:
     parser.add_argument("--block-len", type=int, nargs="+", default=[8, 16], choices=range(8, 17), metavar="K")
     args = parser.parse_args()
     engine = common.embedded_engine(mode="two_pass")
+    alone = [(k, 1) for k in args.block_len]
     lengths = {k // rule.shorter for k in args.block_len for rule in RULES.values()}
     shapes = [(k, 1) for k in lengths] + [(k, 2) for k in args.block_len]
-    tables = [collect(engine, p, args.tokens, shapes) for kind in args.kinds for p in prompts.load(kind)]
+    asked = [p for kind in args.kinds for p in prompts.load(kind)]
+    tables = [collect(engine, p, args.tokens, shapes) for p in asked]
+    of_two_pass = [collect(engine, p, args.tokens, alone, exact=False) for p in asked]
     rows = []
     for block_len in args.block_len:
         runs = {"two_pass": lambda t, _, n=block_len: two_pass(t, n)}
         runs |= {name: lambda t, f, r=rule, n=block_len: Replay(t, r, n, f).run() for name, rule in RULES.items()}
         for name, run in runs.items():
             fan_outs = FAN_OUTS[:1] if name == "two_pass" else FAN_OUTS
-            totals = {f: [run(table, f) for table in tables] for f in fan_outs}
+            drafts = of_two_pass if name == "two_pass" else tables
+            totals = {f: [run(table, f) for table in drafts] for f in fan_outs}
             for kind in ["code"] * ("code" in args.kinds) + ["all"]:
                 chosen = [i for i, t in enumerate(tables) if kind in (t.kind, "all")]
                 row = {"block_len": block_len, "prompts": kind, "n": len(chosen), "rule": name}

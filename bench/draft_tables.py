@@ -79,8 +79,11 @@ def _summary(logits: torch.Tensor, num_tiles: int):
 
 
 @torch.inference_mode()
-def collect(engine: Engine, prompt: prompts.Prompt, tokens: int, shapes: list[tuple[int, int]]) -> DraftTable:
-    """Decode ``tokens`` greedy tokens and draft from each of them with blocks of every ``(block_len, known)``.
+def collect(
+    engine: Engine, prompt: prompts.Prompt, tokens: int, shapes: list[tuple[int, int]], exact: bool = True
+) -> DraftTable:
+    """Decode ``tokens`` greedy tokens and draft from each of them with blocks of every ``(block_len, known)``:
+    with ``exact`` as ``one_pass`` does, without it as ``two_pass``.
 
     The engine must be idle and on the CPU.
     """
@@ -91,8 +94,8 @@ def collect(engine: Engine, prompt: prompts.Prompt, tokens: int, shapes: list[tu
     act = Activations(model, max(PREFILL_CHUNK, most), most)
     work = Workspace.allocate(model, max_rows=max(PREFILL_CHUNK, most), max_seq_len=engine.max_seq_len)
     kv.reserve(0, len(text))
-    run = lambda rows, picked, out: forward(  # noqa: E731
-        model, kv, rows, act, work, logit_rows=picked, epilogue="logits", out=out
+    run = lambda rows, picked, out, exact=True: forward(  # noqa: E731
+        model, kv, rows, act, work, logit_rows=picked, epilogue="logits", out=out, exact=exact
     )
     for at in range(0, len(text), PREFILL_CHUNK):
         run(prefill_rows([(text[at : at + PREFILL_CHUNK], at, 0)], "cpu"), None, None)
@@ -102,7 +105,7 @@ def collect(engine: Engine, prompt: prompts.Prompt, tokens: int, shapes: list[tu
         for at in range(len(ids), len(text), BLOCKS_PER_PASS):
             rows = _blocks(engine, text, at, min(BLOCKS_PER_PASS, len(text) - at), length, known)
             logits = torch.empty(rows.num_rows, model.config.vocab_size)
-            run(rows, torch.arange(rows.num_rows, dtype=torch.int32), logits)
+            run(rows, torch.arange(rows.num_rows, dtype=torch.int32), logits, exact)
             parts.append(_summary(logits, model.lm_head.num_partials))
         joined = (np.concatenate(x).reshape(len(out.token_ids), length, TOP) for x in zip(*parts, strict=True))
         drafts[length, known] = Drafts(*joined)

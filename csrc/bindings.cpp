@@ -37,9 +37,10 @@ void bind_element_params(py::module_& m, const std::string& suffix) {
     using T = RowLinearParamsOf<E>;
     bind_struct<T>(m, "RowLinearParams" + suffix, {
       FIELD(x), FIELD(weight), FIELD(weight_diff), FIELD(weight_coded), FIELD(weight_diff_coded), FIELD(leading_only),
-      FIELD(residual), FIELD(out), FIELD(partial_value), FIELD(partial_id), FIELD(workspace), FIELD(workspace_bytes), FIELD(num_rows),
-      FIELD(num_rows_ar), FIELD(in_features), FIELD(out_features), FIELD(num_partials), FIELD(epilogue),
-      FIELD(next_weight), FIELD(next_in_features), FIELD(next_out_features), FIELD(next_weight_coded)});
+      FIELD(residual), FIELD(out), FIELD(partial_value), FIELD(partial_id), FIELD(workspace), FIELD(workspace_bytes),
+      FIELD(num_rows), FIELD(num_rows_ar), FIELD(in_features), FIELD(out_features), FIELD(num_partials),
+      FIELD(epilogue), FIELD(next_weight), FIELD(next_in_features), FIELD(next_out_features),
+      FIELD(next_weight_coded)});
   }
   {
     using T = QkvCommitParamsOf<E>;

@@ -122,8 +122,9 @@ def row_linear(
         next_weight: the weight of the next ``row_linear``, unless its epilogue is logits or argmax: a prefetch hint. On
             Hopper, if the rows fit one tile, its beginning is fetched into L2 while this call ends. No result depends
             on it.
-        exact: False lets an implementation use 12 leading bits of each weight instead of all 16, if it then reads less:
-            for drafts, which need no exact weights. The CPU does so where weights are coded (csrc/cpu/coded_weight.h).
+        exact: False lets an implementation do without the last four mantissa bits of bfloat16 weights, if it then reads
+            less: for drafts, which need no exact weights. The CPU does so where weights are coded, see
+            csrc/cpu/coded_weight.h for what stands for these bits.
     """
     op, dtype, device = "row_linear", x.dtype, x.device
     n = x.shape[0]

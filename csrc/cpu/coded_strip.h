@@ -35,37 +35,41 @@ struct PlainWords {
 #if defined(ORTHRUS_DECODES_WORDS)
 constexpr bool kDecodesWords = true;
 
-// Both parts of a strip, from some unit of two steps on.
+// Both parts of a strip, from some unit of two steps on. Unless kExact, of a pass that only drafts.
+template <bool kExact>
 struct CodedUnits {
   const char *leading, *trailing;
-  WordVec table;
+  WordVec upper_of, last_of;
 
   explicit CodedUnits(const CodedStrip* strip)
-      : leading(strip->leading()), trailing(strip->trailing()), table(load_words(strip->upper)) {}
+      : leading(strip->leading()),
+        trailing(strip->trailing()),
+        upper_of(load_words(strip->upper)),
+        last_of(load_words(strip->last)) {}
 
   ORTHRUS_INLINE void advance(int64_t units) {
     leading += units * kLeadingBytes;
     trailing += units * kTrailingBytes;
   }
-  // Step kStep of the first unit, without exceptions; unless kExact, from its leading bits.
-  template <int kStep, bool kExact>
+  // Step kStep of the first unit, without exceptions.
+  template <int kStep>
   ORTHRUS_INLINE StepWords step() const {
     const WordVec bytes = load_words(leading + kStep * kStepElements), code = low_nibbles(bytes);
-    WordVec last;  // xor the code
+    WordVec last;  // four bits, xor the code
     if constexpr (kExact) {
       last = load_words(trailing);
       last = kStep ? high_nibbles(last) : low_nibbles(last);
     } else {
-      last = bit_xor(code, set1_word(0x08080808));
+      last = look_up(last_of, code);
     }
-    const WordVec lower = bit_xor(bytes, last), upper = look_up(table, code);
+    const WordVec lower = bit_xor(bytes, last), upper = look_up(upper_of, code);
     return {zip_first(lower, upper), zip_last(lower, upper)};
   }
 };
 
 template <bool kExact>
 ORTHRUS_INLINE bf16_t value_of(const CodedException& exception) {
-  return kExact ? exception.value : leading_bits(exception.value);
+  return kExact ? exception.value : draft_value(exception.value);
 }
 
 ORTHRUS_INLINE void store_step(char* out, StepWords words) {
@@ -77,8 +81,8 @@ ORTHRUS_INLINE void store_step(char* out, StepWords words) {
 template <bool kExact>
 struct CodedWords {
   static constexpr int kSteps = kUnitSteps;
-  CodedUnits units;
-  int64_t ahead_leading, ahead_trailing;  // bytes from a unit to the one to prefetch
+  CodedUnits<kExact> units;
+  int64_t ahead_leading, ahead_trailing;  // bytes from a unit to the one to prefetch, in another strip nearly
   const CodedException* next;
   int64_t next_step;
 
@@ -91,17 +95,18 @@ struct CodedWords {
         next(strip->exceptions()),
         next_step(next->step) {}
 
-  // Those of a unit, however many kLines, unless that is 0. On Zen 5 it pays to have them in L1.
+  // If kLines is not 0, a unit's: with 1 into L2, with 2 into L1, which pays on Zen 5.
   template <int kLines>
   ORTHRUS_INLINE void prefetch_lines() const {
     if (kLines == 0) return;
-    for (int64_t i = 0; i < kLeadingBytes; i += kLineBytes) prefetch_to_l1(units.leading + ahead_leading + i);
-    if (kExact) prefetch_to_l1(units.trailing + ahead_trailing);
+    const auto fetch = [](const char* at) ORTHRUS_LAMBDA { kLines == 1 ? prefetch(at) : prefetch_to_l1(at); };
+    for (int64_t i = 0; i < kLeadingBytes; i += kLineBytes) fetch(units.leading + ahead_leading + i);
+    if (kExact) fetch(units.trailing + ahead_trailing);
   }
   // kStep: which of the unit's two steps.
   template <int kStep>
   ORTHRUS_INLINE StepWords words(int64_t k) {
-    StepWords out = units.step<kStep, kExact>();
+    StepWords out = units.template step<kStep>();
     if (__builtin_expect(next_step == k, 0)) {
       alignas(64) bf16_t element[kStepElements];
       store_step(reinterpret_cast<char*>(element), out);
@@ -117,7 +122,7 @@ struct CodedWords {
 // Unpacked in runs of an even number of steps each, in order.
 template <bool kExact>
 struct CodedRuns {
-  CodedUnits units;
+  CodedUnits<kExact> units;
   const CodedException* next;
   int64_t done = 0;  // steps
 
@@ -131,9 +136,9 @@ struct CodedRuns {
   }
   // Unpacks num_steps steps to `out`, in the layout of a plain strip.
   ORTHRUS_INLINE void decode(int64_t num_steps, char* out) {
-    CodedUnits from = units;  // a copy, which no store to `out` can change
+    CodedUnits<kExact> from = units;  // a copy, which no store to `out` can change
     for (int64_t k = 0; k < num_steps; k += kUnitSteps, from.advance(1)) {
-      const StepWords first = from.step<0, kExact>(), second = from.step<1, kExact>();
+      const StepWords first = from.template step<0>(), second = from.template step<1>();
       store_step(out + k * kStepBytes, first);
       store_step(out + (k + 1) * kStepBytes, second);
     }

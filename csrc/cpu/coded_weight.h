@@ -3,17 +3,17 @@
 // An element's upper byte is its sign and all but the last bit of its exponent. Nearly all upper bytes of a strip (see
 // row_linear.h) are among its 16 commonest: in the embedded model, all but 5 in 100,000. So an element is stored as its
 // lower byte and a 4-bit code, which selects one of 16 upper bytes; elements with another upper byte are listed
-// separately. Unpacking, a lookup and a zip, restores every bit. (The length is fixed, unlike in DFloat11, whose 11
-// bits are Huffman codes: Zhang et al., arXiv 2504.11651.)
+// separately. Unpacking, mostly a lookup and a zip, restores every bit. (The length is fixed, unlike in DFloat11, whose
+// 11 bits are Huffman codes: Zhang et al., arXiv 2504.11651.)
 //
 // A pass over one row then takes 0.8 times as long. Where products take most of the time it takes longer: on two cores
-// of Zen 3 from some 6 rows on, by up to 7%, of Zen 4 from 64 on, by up to 3%, of Zen 5 from 16 on, by up to 8%
-// (bench_cpu_pass). With AVX2 and more memory bandwidth per core than on Zen 3, so do 2 and 4 rows, by up to 13%.
+// of Zen 5 from 24 rows on, by up to 5%, and with AVX2 and much memory bandwidth per core from 2 rows on, by up to 14%
+// (bench_cpu_pass; of Zen 3 and 4 it measured an earlier layout).
 //
-// A pass that only drafts needs no exact weights, as whatever it proposes is verified. The last four bits of the
-// elements lie apart, so that it can do without them: it takes an element's leading 12 bits and then 1000 (see
-// leading_bits), at most a sixteenth off, and so reads 8 bits instead of 12. The embedded model's drafts are then
-// accepted as often or up to 3% less often.
+// A pass that only drafts needs no exact weights, as whatever it proposes is verified. So it does without the last four
+// of an element's seven mantissa bits, which lie apart, and reads 8 bits instead of 12. In their place it puts their
+// middle, 1000, so that a normal element is at most a sixteenth off (see draft_value). The embedded model then gives 2%
+// fewer tokens per cycle on average (of whole blocks, by kind of prompt, 6% fewer to 2% more: test_lossless.py).
 //
 // A weight: the leading parts of all strips, then their trailing parts, then all exceptions.
 // - A leading part: a CodedStrip, then 64 bytes for each step over k. Byte i holds the code of the step's element at i
@@ -44,7 +44,9 @@ struct CodedException {
 constexpr int32_t kNoStep = INT32_MAX;
 
 struct alignas(64) CodedStrip {
-  uint8_t upper[4][kUpperBytes];       // the same table four times, for lookups by 16 bytes
+  // By code, each table four times, for lookups by 16 bytes: the upper byte, and in a pass that only drafts, the last
+  // four bits xor the code.
+  uint8_t upper[4][kUpperBytes], last[4][kUpperBytes];
   int64_t to_trailing, to_exceptions;  // bytes from the start of this struct
 
   __attribute__((always_inline)) const char* leading() const { return reinterpret_cast<const char*>(this + 1); }
@@ -64,9 +66,14 @@ inline __attribute__((always_inline)) int64_t coded_strip_bytes(int64_t num_step
   return leading_strip_bytes(num_steps) + num_steps / kUnitSteps * kTrailingBytes;
 }
 
-// What stands for `value` where only its leading 12 bits are read.
-inline __attribute__((always_inline)) bf16_t leading_bits(bf16_t value) {
-  return static_cast<bf16_t>((value & 0xfff0) | 0x8);
+// What stands for the last four bits of elements with this upper byte in a pass that only drafts. Zero stays zero (and
+// no subnormal number, with which some processors multiply very slowly), and infinity stays infinity.
+inline __attribute__((always_inline)) int draft_last_bits(int upper) {
+  const int exponent = upper & 0x7f;
+  return exponent == 0 || exponent == 0x7f ? 0 : 0x8;
+}
+inline __attribute__((always_inline)) bf16_t draft_value(bf16_t value) {
+  return static_cast<bf16_t>((value & 0xfff0) | draft_last_bits(value >> 8));
 }
 
 }  // namespace orthrus::cpu

@@ -69,6 +69,7 @@ void WeightEncoder::write_strip(int64_t s, char* out, char* trailing, char* exce
   for (int i = 0; i < kUpperBytes; ++i) {
     code_of[strips_[s].upper[i]] = static_cast<uint8_t>(i);
     for (auto& table : strip.upper) table[i] = strips_[s].upper[i];
+    for (auto& table : strip.last) table[i] = static_cast<uint8_t>(i ^ draft_last_bits(strips_[s].upper[i]));
   }
   std::memcpy(out, &strip, sizeof strip);
 

@@ -3,7 +3,8 @@
 // Packed weight: strips of 32 outputs, each [ceil(in/n)][32][n] with n elements per word (see simd.h): the same inputs
 // of 32 outputs side by side, so that one step over k loads two WordVecs and feeds every row of the tile. For kSiluMul
 // a strip holds 16 gates, then their 16 ups. Outputs and inputs are padded with zeros. A bf16 strip may be coded (see
-// coded_weight.h): a few tiles unpack it as they go, more tiles read it unpacked once.
+// coded_weight.h): a few tiles unpack it as they go, more tiles read it unpacked once. With leading_only, coded weights
+// stand for what csrc/cpu/coded_weight.h says of passes that only draft.
 //
 // Contract (shapes in params.h). No alignment is required. MUTATED: out or the partial maxima, all rows. No rows:
 // nothing is done. fp32 accumulation; one rounding, in the epilogue (none for kLogits and kArgmax). kArgmax: partial p
@@ -11,7 +12,8 @@
 // thread's scratch.
 // Row-invariant and deterministic: every output is one accumulator that runs over k in ascending order, whatever the
 // tile, the row count or the thread.
-// Bytes: each view's packed weight once, or once per block of very many rows, and x once per strip from the caches.
+// Bytes: each view's packed weight (with leading_only, its leading parts) once, or once per block of very many rows,
+// and x once per strip from the caches.
 // FLOP: 2 * num_rows * in * out_features.
 #pragma once
 #include <type_traits>
@@ -27,13 +29,13 @@ constexpr int kStrip = 32;
 // Vocabulary ids per partial maximum.
 constexpr int kArgmaxTile = 512;
 // What a tile prefetches while it computes, from `from` on: `lines` cache lines per step over k, 0, 1 or 2 in
-// multiply_tile; for a coded strip per unit, either as many as it reads, also of its trailing part, or 0.
+// multiply_tile; for a coded strip see CodedWords.
 struct Ahead {
   const char* from;
   int64_t lines;
 };
-// How far ahead of the products to prefetch, where each weight is read once. On Zen 5 with AVX-512 BF16, half or twice
-// as far makes 4 rows take 3 to 5% longer; other processors have not been measured.
+// How far ahead of the products to prefetch, where each weight is read once. On Zen 5, over coded weights that were not
+// yet in two parts, half or twice as far made 4 rows take 3 to 5% longer; other processors have not been measured.
 constexpr int kAheadBytes = 8192;
 // The same for coded strips. On Zen 5, 28 units make an exact pass of 12 rows take 5% longer, 64 one of 4 rows 3%.
 constexpr int64_t kAheadUnits = 42;
@@ -197,8 +199,9 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight,
   const int64_t strip_bytes = strip_bytes_of(weight, num_steps);
   const char* stored = weight.data + strip * strip_bytes;
   const char* plain = stored;
-  // Halves of the next strip, or its leading and its trailing part.
-  const char* next[] = {stored + strip_bytes, stored + strip_bytes + num_steps * kLineBytes};
+  // What the first two of many tiles fetch, a line per step: the halves of the next strip, or of coded ones its leading
+  // part and, in every second strip, the trailing parts of the next two.
+  Ahead next[] = {{stored + strip_bytes, 1}, {stored + strip_bytes + num_steps * kLineBytes, 1}};
   const int64_t num_tiles = div_up(end - begin, kTileRows);
   const bool few = end - begin <= most_rows_without_ahead;
   alignas(64) float acc[kTileRows * kStrip];
@@ -216,9 +219,9 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight,
     const auto multiply_coded = [&](auto exact) ORTHRUS_LAMBDA {
       // Several tiles alternate between fetching the next strip and the one after it. All lines have then been
       // requested before, but requesting them once is slower.
-      multiply(MultiplyTileOf<T, CodedWords<exact()>>(), stored, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
-        const int64_t distance = num_tiles == 1 ? kAheadUnits * kLeadingBytes : (1 + tile % 2) * strip_bytes;
-        return {stored + distance, few ? 0 : 1};
+      multiply(MultiplyTileOf<T, CodedWords<decltype(exact)::value>>(), stored, [&](int64_t tile) ORTHRUS_LAMBDA {
+        if (num_tiles == 1) return Ahead{stored + kAheadUnits * kLeadingBytes, few ? 0 : 2};
+        return Ahead{stored + (1 + tile % 2) * strip_bytes, few ? 0 : 1};
       });
     };
     if (weight.coded && num_tiles <= kMostDecodingTiles) {
@@ -229,14 +232,15 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight,
       p.leading_only ? CodedRuns<false>(stored).decode(num_steps, decoded)
                      : CodedRuns<true>(stored).decode(num_steps, decoded);
       plain = decoded;
-      next[1] = reinterpret_cast<const CodedStrip*>(stored)->trailing() + num_steps / kUnitSteps * kTrailingBytes;
+      const char* trailing = reinterpret_cast<const CodedStrip*>(stored)->trailing();
+      next[1] = {trailing + num_steps / kUnitSteps * kTrailingBytes, !p.leading_only && strip % 2 == 0};
     }
   }
 #endif
-  // Several tiles read the strip from cache: the first two fetch the next strip.
-  multiply(MultiplyTileOf<T, PlainWords>(), plain, [&](int64_t tile) ORTHRUS_LAMBDA -> Ahead {
-    if (num_tiles == 1) return {stored + kAheadBytes, few ? 0 : 2};
-    return {next[tile % 2], tile < 2};
+  // Several tiles read the strip from cache.
+  multiply(MultiplyTileOf<T, PlainWords>(), plain, [&](int64_t tile) ORTHRUS_LAMBDA {
+    if (num_tiles == 1) return Ahead{stored + kAheadBytes, few ? 0 : 2};
+    return tile < 2 ? next[tile] : Ahead{stored, 0};
   });
 }
 

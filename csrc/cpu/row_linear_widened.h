@@ -42,11 +42,11 @@ template <bool kExact>
 struct CodedSteps {
   static constexpr int kTogether = kUnitSteps;
   static constexpr int kMostTileRows = 1;
-  CodedUnits units;
+  CodedUnits<kExact> units;
 
   template <int kStep, int kVec>
   ORTHRUS_INLINE WordVec words() const {
-    const StepWords both = units.step<kStep, kExact>();
+    const StepWords both = units.template step<kStep>();
     return kVec ? both.hi : both.lo;
   }
   ORTHRUS_INLINE void advance() { units.advance(1); }

@@ -69,7 +69,7 @@ def test_from_a_folder_that_is_not_installed(folder, monkeypatch):
 
 
 # Tokens per cycle over the plans in turn, ar among them; a broken drafter gives 1. Sampled, it is 1.157, and 1.180
-# where two_pass drafts with the leading bits of weights.
+# where two_pass drafts with coded weights.
 @pytest.mark.parametrize(("temperature", "pinned"), [(0.0, 1.463), (0.8, 1.168)])
 def test_plans_that_change_every_cycle_change_no_token(folder, monkeypatch, temperature, pinned):
     params = SamplingParams(max_new_tokens=60, temperature=temperature, seed=5, ignore_eos=True)

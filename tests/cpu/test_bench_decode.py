@@ -10,6 +10,7 @@ import torch
 from bench import bench_decode, decode_cases
 from bench.acceptance import mean_accepted, one_pass_trace, per_position, simulated, trace
 from bench.baselines import GrowingCache, StaticCache, Weights, generate
+from bench.models import config_of
 from orthrus_rt import checkpoint, dispatch
 from orthrus_rt.dry_run import dry_cycles
 from orthrus_rt.profile import calls_of
@@ -144,6 +145,16 @@ def test_rows_of_an_official_shape(tmp_path, capsys):
         assert row["of_floor"] == pytest.approx(row["floor_ms"] / row["ms_per_cycle"]) and row["floor_ms"] > 0
     own = {r["batch"]: r["tok_s"] for r in rows[:4] if r["mode"] == "ar"}
     assert all(r["over_ar"] == pytest.approx(r["tok_s"] / own[r["batch"]]) for r in rows)
+
+
+@pytest.mark.parametrize(("device", "coded", "two_pass"), [("cpu", False, 8), ("cpu", True, 5), ("cuda", True, 6)])
+def test_floors_without_a_cache(device, coded, two_pass):
+    """On a CPU a pass that only drafts reads 8 bits of each coded weight, of 12."""
+    bench = SimpleNamespace(
+        config=config_of("tiny"), device=torch.device(device), bandwidth=1e-6, weight_bytes=lambda views: 4.0
+    )
+    floors = [decode_cases.Bench.floor_ms(bench, mode, 0, 0, coded) for mode in ("ar", "two_pass", "one_pass")]
+    assert floors == pytest.approx([3, two_pass, 3] if coded else [4, two_pass, 4])
 
 
 @needs_native

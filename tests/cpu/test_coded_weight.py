@@ -13,6 +13,7 @@ if (native := dispatch.extension()) is None:
 SHAPE = 200, 260  # strips, the last of them padded, of 65 units: blocks of 44 steps for one tile, of 66 for more
 ROWS = (*range(1, 14), 25, 60, 120)
 CODING = "avx2", "avx512_bf16"
+HEAD = 192  # bytes before each strip's leading part
 
 
 @pytest.fixture
@@ -44,17 +45,18 @@ def decoded(packed):
     """Bits ``[strips, steps, 32 outputs, 2 inputs]`` of a coded weight, as csrc/cpu/coded_weight.h describes it."""
     num_strips, num_steps = -(-packed.out_features // 32), packed.in_features // 2
     buffer = packed.data.view(torch.uint8).numpy()
-    strips = buffer[: num_strips * (128 + 64 * num_steps)].reshape(num_strips, -1)
+    strips = buffer[: num_strips * (HEAD + 64 * num_steps)].reshape(num_strips, -1)
     trailing = buffer[strips.size :][: num_strips * 32 * num_steps].reshape(num_strips, -1, 1, 64)
-    tables, leading = strips[:, :64].reshape(num_strips, 4, 16), strips[:, 128:].reshape(num_strips, -1, 2, 64)
+    tables, leading = strips[:, :64].reshape(num_strips, 4, 16), strips[:, HEAD:].reshape(num_strips, -1, 2, 64)
     assert (tables == tables[:, :1]).all()
-    assert (strips[:, 64:72].view(np.int64)[:, 0] == strips.size - np.arange(num_strips) * 32 * (num_steps + 4)).all()
+    to_trailing = strips[:, 128:136].copy().view(np.int64)[:, 0]
+    assert (to_trailing == strips.size - np.arange(num_strips) * (HEAD + 32 * num_steps)).all()
     upper = tables[np.arange(num_strips)[:, None, None, None], 0, leading & 15].astype(np.uint16)
     bits = upper << 8 | leading ^ np.concatenate((trailing & 15, trailing >> 4), axis=2)
     # 4 x 8 elements of the first 16 outputs and of the last by turns.
     bits = bits.reshape(num_strips, num_steps, 4, 2, 8).swapaxes(2, 3).reshape(num_strips, num_steps, 64)
     for s, strip in enumerate(strips):
-        at = s * len(strip) + int(strip[72:80].view(np.int64)[0])
+        at = s * len(strip) + int(strip[136:144].view(np.int64)[0])
         while (step := int(buffer[at : at + 4].view(np.int32)[0])) != 2**31 - 1:
             element, value = buffer[at + 4 : at + 8].view(np.uint16)
             bits[s, step, element] = value
@@ -131,28 +133,58 @@ def test_products_are_those_of_plain_weights(decoding, packed, kind):
         assert all(torch.equal(a, b) for a, b in zip(plain, coded, strict=True)), n
 
 
-def leading_bits(weight):
-    """What stands for each element where only its leading 12 bits are read."""
-    return (weight.view(torch.int16) & -16 | 8).view(torch.bfloat16)
+def drafted(weight):
+    """What stands for each element in a pass that only drafts."""
+    bits = weight.view(torch.int16)
+    kept = bits & 0x7F00
+    return (bits & -16 | 8 * ((kept != 0) & (kept != 0x7F00)).to(bits.dtype)).view(torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_drafts_multiply_the_leading_bits(decoding, packed, kind):
+def test_drafts_do_without_four_bits(decoding, packed, kind):
     weight = WEIGHTS[kind]()
     coded = packed("coded", weight), packed("coded", weight, gate_up=True)
-    plain = packed("plain", leading_bits(weight)), packed("plain", leading_bits(weight), gate_up=True)
+    plain = packed("plain", drafted(weight)), packed("plain", drafted(weight), gate_up=True)
     for n in ROWS:
         x = randn(n, SHAPE[1], seed=n)
-        expected, drafted = everything(x, *plain), everything(x, *coded, exact=False)
-        assert all(torch.equal(a, b) for a, b in zip(expected, drafted, strict=True)), n
+        expected, got = everything(x, *plain), everything(x, *coded, exact=False)
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)), n
 
 
-def test_leading_bits_of_plain_weights_are_all(decoding, packed):
+@pytest.mark.parametrize("residual", (None, randn(9, SHAPE[0], seed=5)), ids=("none", "residual"))
+def test_drafts_of_the_diffusion_view(decoding, packed, residual):
+    """As a draft pass multiplies: no row is of the AR view. The bits that it does without are not read."""
+    weight, x, out, expected = randn(*SHAPE, seed=1), randn(9, SHAPE[1], seed=3), *(poison(9, SHAPE[0]) for _ in "ab")
+    diff, ar = packed("coded", weight), packed("coded", randn(*SHAPE, seed=2))
+    num_strips, num_steps = -(-SHAPE[0] // 32), SHAPE[1] // 2
+    first = num_strips * (HEAD + 64 * num_steps)
+    diff.data.view(torch.uint8)[first : first + num_strips * 32 * num_steps] ^= 0x5A
+    rest = dict(residual=residual, epilogue="none" if residual is None else "residual")
+    ops.row_linear(x, ar, out, weight_diff=diff, num_rows_ar=0, exact=False, **rest)
+    ops.row_linear(x, packed("plain", drafted(weight)), expected, **rest)
+    assert torch.equal(out, expected)
+    ops.row_linear(x, ar, out, weight_diff=diff, num_rows_ar=0, **rest)
+    assert not torch.equal(out, expected)
+
+
+def test_drafts_keep_zero_and_infinity(decoding, packed):
+    """A zero that became a tiny number would multiply slowly on some processors."""
+    weight = randn(32, 576, seed=1)
+    weight[:, ::2] = 0.0
+    weight[3, 4], weight[5, 6] = torch.inf, -torch.inf
+    x, out = torch.zeros(2, 576, dtype=torch.bfloat16), poison(2, 32, dtype=torch.float32)
+    x[:, ::2] = 2.0**126
+    ops.row_linear(x, packed("coded", weight), out, epilogue="logits", exact=False)
+    assert out[0, 3] == torch.inf and out[0, 5] == -torch.inf
+    assert (out[0, :3] == 0).all() and torch.equal(out[0], out[1])
+
+
+def test_plain_weights_have_all_bits(decoding, packed):
     weight, x = packed("plain", randn(*SHAPE, seed=1)), randn(3, SHAPE[1])
-    exact, drafted = (poison(3, SHAPE[0]) for _ in range(2))
+    exact, got = (poison(3, SHAPE[0]) for _ in range(2))
     ops.row_linear(x, weight, exact)
-    ops.row_linear(x, weight, drafted, exact=False)
-    assert torch.equal(exact, drafted)
+    ops.row_linear(x, weight, got, exact=False)
+    assert torch.equal(exact, got)
 
 
 @pytest.mark.parametrize(("n", "rows_ar", "count"), [(190, 80, 1), (190, 80, 3), (70, 30, 3), (20, 12, 2), (2, 1, 1)])
@@ -171,8 +203,8 @@ def test_they_are_a_quarter_smaller(packed):
     weight = randn(640, 576, seed=1, scale=0.02)
     plain, coded = (packed(how, weight) for how in ("plain", "coded"))
     assert plain.nbytes == weight.nbytes
-    # 20 strips with a head of two lines and a last exception each.
-    assert 0 <= coded.nbytes - (0.75 * weight.nbytes + 20 * (128 + 8)) < 0.001 * weight.nbytes
+    # 20 strips with a head and a last exception each.
+    assert 0 <= coded.nbytes - (0.75 * weight.nbytes + 20 * (HEAD + 8)) < 0.001 * weight.nbytes
 
 
 @pytest.mark.full
@@ -185,7 +217,7 @@ def test_the_embedded_model_has_few_exceptions(packed):
             plain = packed("plain", weight.bfloat16()).data
             num_strips, num_steps = plain.shape[:2]
             encoder = native.cpu.WeightEncoder(plain.data_ptr(), num_strips, num_steps)
-            exceptions += (encoder.nbytes - num_strips * (128 + 96 * num_steps)) // 8 - num_strips
+            exceptions += (encoder.nbytes - num_strips * (HEAD + 96 * num_steps)) // 8 - num_strips
             elements += weight.numel()
     assert 5e-5 < exceptions / elements < 6e-5
 

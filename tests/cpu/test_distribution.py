@@ -57,7 +57,7 @@ def coupled(engine, monkeypatch):
     def pairs(drafter, setting, plan=TWO_PASS):
         tables = {"ar": TABLE, "diffusion": DRAFTERS[drafter]}
 
-        def forward(model, kv, rows, act, workspace, *, logit_rows, epilogue, out):
+        def forward(model, kv, rows, act, workspace, *, logit_rows, epilogue, out, exact):
             assert epilogue == "logits"
             blocks = rows.group_start[rows.num_groups_ar :].long()
             anchor = rows.token[blocks[:-1]].repeat_interleave(blocks.diff())  # a block drafts from its first token

@@ -1,9 +1,10 @@
-"""Which passes may read the leading bits of weights only: those that nothing but drafts depends on."""
+"""Which passes may do without bits of coded weights: those that nothing but drafts depends on."""
 
 import pytest
 import torch
 
 from orthrus_rt import dispatch, model, ops, weights
+from orthrus_rt.prefill import prefill_rows
 from orthrus_rt.sampling import SamplingParams
 from tests import engines
 from tests.native_cpu import randn
@@ -44,6 +45,15 @@ def test_a_pass_with_ar_rows_is_exact(folder, passes, mode, sampled):
     for rows_ar, _, calls in passes:
         assert len(calls) in (8, 9) and set(calls) == {rows_ar > 0}  # two layers of four, and the head
     assert ((0, 8) in {p[:2] for p in passes}) == (mode == "two_pass")
+
+
+def test_a_pass_with_ar_rows_cannot_be_inexact(folder):
+    engine = engines.make(folder, max_seq_len=64)
+    runner = engine.runner
+    rows = prefill_rows([(PROMPT, 0, 0)], "cpu")
+    rest = dict(logit_rows=None, epilogue="argmax", out=None)
+    with pytest.raises(AssertionError):
+        model.forward(engine.model, engine.kv, rows, runner.activations, runner.workspace, exact=False, **rest)
 
 
 @pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")

@@ -50,7 +50,7 @@ PINNED = {
     },
 }
 PINNED["amx_bf16"] = PINNED["avx512"]
-# These draft with the leading bits of weights. Without edits: 1.608 and 1.642.
+# These draft with coded weights. Without edits: 1.608 and 1.642.
 PINNED["avx512_bf16"] = PINNED["avx2"] = PINNED["avx512"] | {
     ("presence", "two_pass"): (1.5, 1.529),
     ("frequency", "two_pass"): (1.486, 1.529),

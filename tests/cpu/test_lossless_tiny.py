@@ -41,7 +41,7 @@ PINNED["amx_bf16"] = PINNED["avx512"] | {
     "qwen3": {"two_pass": (1.378, 1.431), "one_pass": (1.0, 1.0)},
     "qwen3-untied-k16": {"two_pass": (1.232, 1.319), "one_pass": (1.005, 1.039)},
 }
-# These draft with the leading bits of weights.
+# These draft with coded weights.
 PINNED["avx512_bf16"] = PINNED["avx512"] | {
     "qwen3": {"two_pass": (1.368, 1.431), "one_pass": (1.0, 1.0)},
     "qwen3-untied-k16": {"two_pass": (1.232, 1.31), "one_pass": (1.005, 1.045)},
