@@ -82,7 +82,7 @@ template <bool kExact>
 struct CodedWords {
   static constexpr int kSteps = kUnitSteps;
   CodedUnits<kExact> units;
-  int64_t ahead_leading, ahead_trailing;  // bytes from a unit to the one to prefetch, in another strip nearly
+  int64_t ahead_leading, ahead_trailing;  // bytes from a unit to the one to prefetch; across strips nearly
   const CodedException* next;
   int64_t next_step;
 
@@ -95,13 +95,12 @@ struct CodedWords {
         next(strip->exceptions()),
         next_step(next->step) {}
 
-  // If kLines is not 0, a unit's: with 1 into L2, with 2 into L1, which pays on Zen 5.
+  // A unit's lines, unless kLines is 0.
   template <int kLines>
   ORTHRUS_INLINE void prefetch_lines() const {
     if (kLines == 0) return;
-    const auto fetch = [](const char* at) ORTHRUS_LAMBDA { kLines == 1 ? prefetch(at) : prefetch_to_l1(at); };
-    for (int64_t i = 0; i < kLeadingBytes; i += kLineBytes) fetch(units.leading + ahead_leading + i);
-    if (kExact) fetch(units.trailing + ahead_trailing);
+    for (int64_t i = 0; i < kLeadingBytes; i += kLineBytes) prefetch(units.leading + ahead_leading + i);
+    if (kExact) prefetch(units.trailing + ahead_trailing);
   }
   // kStep: which of the unit's two steps.
   template <int kStep>

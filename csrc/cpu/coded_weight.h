@@ -6,14 +6,15 @@
 // separately. Unpacking, mostly a lookup and a zip, restores every bit. (The length is fixed, unlike in DFloat11, whose
 // 11 bits are Huffman codes: Zhang et al., arXiv 2504.11651.)
 //
-// A pass over one row then takes 0.8 times as long. Where products take most of the time it takes longer: on two cores
-// of Zen 5 from 24 rows on, by up to 5%, and with AVX2 and much memory bandwidth per core from 2 rows on, by up to 14%
-// (bench_cpu_pass; of Zen 3 and 4 it measured an earlier layout).
+// With AVX-512 BF16 a pass over one row then takes 0.8 times as long. Where products take most of the time it takes
+// longer: on two cores of Zen 5 from 24 rows on, by up to 5%, and with AVX2 and much memory bandwidth per core from 2
+// rows on, by up to 14% (bench_cpu_pass; of Zen 3 and 4 it measured an earlier layout).
 //
 // A pass that only drafts needs no exact weights, as whatever it proposes is verified. So it does without the last four
 // of an element's seven mantissa bits, which lie apart, and reads 8 bits instead of 12. In their place it puts their
-// middle, 1000, so that a normal element is at most a sixteenth off (see draft_value). The embedded model then gives 2%
-// fewer tokens per cycle on average (of whole blocks, by kind of prompt, 6% fewer to 2% more: test_lossless.py).
+// middle, 1000 (see draft_value), so that elements which are neither tiny nor huge are at most a sixteenth off. The
+// embedded model then gives 2% fewer tokens per cycle on average (of whole blocks, by kind of prompt and instruction
+// set, 6% fewer to 2% more: the pins of test_lossless.py).
 //
 // A weight: the leading parts of all strips, then their trailing parts, then all exceptions.
 // - A leading part: a CodedStrip, then 64 bytes for each step over k. Byte i holds the code of the step's element at i
@@ -66,8 +67,9 @@ inline __attribute__((always_inline)) int64_t coded_strip_bytes(int64_t num_step
   return leading_strip_bytes(num_steps) + num_steps / kUnitSteps * kTrailingBytes;
 }
 
-// What stands for the last four bits of elements with this upper byte in a pass that only drafts. Zero stays zero (and
-// no subnormal number, with which some processors multiply very slowly), and infinity stays infinity.
+// What stands for the last four bits of elements with this upper byte in a pass that only drafts. Zero stays zero, and
+// does not become a subnormal number, with which some processors multiply very slowly. Infinity stays infinity, though
+// a NaN may become it.
 inline __attribute__((always_inline)) int draft_last_bits(int upper) {
   const int exponent = upper & 0x7f;
   return exponent == 0 || exponent == 0x7f ? 0 : 0x8;

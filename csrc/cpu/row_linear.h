@@ -37,7 +37,7 @@ struct Ahead {
 // How far ahead of the products to prefetch, where each weight is read once. On Zen 5, over coded weights that were not
 // yet in two parts, half or twice as far made 4 rows take 3 to 5% longer; other processors have not been measured.
 constexpr int kAheadBytes = 8192;
-// The same for coded strips. On Zen 5, 28 units make an exact pass of 12 rows take 5% longer, 64 one of 4 rows 3%.
+// The same for coded strips. On Zen 5, 64 units make an exact pass of 4 rows take 2% longer.
 constexpr int64_t kAheadUnits = 42;
 // With more tiles than this a coded strip is unpacked once: writing it out costs more than unpacking it a few times.
 constexpr int64_t kMostDecodingTiles = 6;
@@ -72,7 +72,7 @@ inline __attribute__((noinline)) void multiply_tile(const T* x, int64_t x_stride
   };
   if (ahead.lines == 0) {
     stream(std::integral_constant<int, 0>());
-  } else if (Strip::kSteps == 2 || ahead.lines == 1) {
+  } else if (ahead.lines == 1) {
     stream(std::integral_constant<int, 1>());
   } else {
     stream(std::integral_constant<int, 2>());
@@ -199,8 +199,8 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight,
   const int64_t strip_bytes = strip_bytes_of(weight, num_steps);
   const char* stored = weight.data + strip * strip_bytes;
   const char* plain = stored;
-  // What the first two of many tiles fetch, a line per step: the halves of the next strip, or of coded ones its leading
-  // part and, in every second strip, the trailing parts of the next two.
+  // What the first two of many tiles fetch, a line per step: the halves of the next strip, or of coded ones nearly all
+  // of its leading part and, in every second strip, the trailing parts of the next two.
   Ahead next[] = {{stored + strip_bytes, 1}, {stored + strip_bytes + num_steps * kLineBytes, 1}};
   const int64_t num_tiles = div_up(end - begin, kTileRows);
   const bool few = end - begin <= most_rows_without_ahead;
@@ -220,7 +220,7 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight,
       // Several tiles alternate between fetching the next strip and the one after it. All lines have then been
       // requested before, but requesting them once is slower.
       multiply(MultiplyTileOf<T, CodedWords<decltype(exact)::value>>(), stored, [&](int64_t tile) ORTHRUS_LAMBDA {
-        if (num_tiles == 1) return Ahead{stored + kAheadUnits * kLeadingBytes, few ? 0 : 2};
+        if (num_tiles == 1) return Ahead{stored + kAheadUnits * kLeadingBytes, few ? 0 : 1};
         return Ahead{stored + (1 + tile % 2) * strip_bytes, few ? 0 : 1};
       });
     };
