@@ -95,12 +95,14 @@ struct CodedWords {
         next(strip->exceptions()),
         next_step(next->step) {}
 
-  // A unit's lines, unless kLines is 0.
+  // All lines of a unit, unless kLines is 0: with 1 into L2, with 2 into L1. On Zen 5, where a strip is read once, 1 to 4
+  // rows take 3% less time with L1.
   template <int kLines>
   ORTHRUS_INLINE void prefetch_lines() const {
     if (kLines == 0) return;
-    for (int64_t i = 0; i < kLeadingBytes; i += kLineBytes) prefetch(units.leading + ahead_leading + i);
-    if (kExact) prefetch(units.trailing + ahead_trailing);
+    const auto fetch = [](const char* at) ORTHRUS_LAMBDA { kLines == 1 ? prefetch(at) : prefetch_to_l1(at); };
+    for (int64_t i = 0; i < kLeadingBytes; i += kLineBytes) fetch(units.leading + ahead_leading + i);
+    if (kExact) fetch(units.trailing + ahead_trailing);
   }
   // kStep: which of the unit's two steps.
   template <int kStep>

@@ -220,7 +220,7 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight,
       // Several tiles alternate between fetching the next strip and the one after it. All lines have then been
       // requested before, but requesting them once is slower.
       multiply(MultiplyTileOf<T, CodedWords<decltype(exact)::value>>(), stored, [&](int64_t tile) ORTHRUS_LAMBDA {
-        if (num_tiles == 1) return Ahead{stored + kAheadUnits * kLeadingBytes, few ? 0 : 1};
+        if (num_tiles == 1) return Ahead{stored + kAheadUnits * kLeadingBytes, few ? 0 : 2};
         return Ahead{stored + (1 + tile % 2) * strip_bytes, few ? 0 : 1};
       });
     };

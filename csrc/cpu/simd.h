@@ -26,9 +26,9 @@
 //   `stride` words apart
 // - with ORTHRUS_HAS_DOT2: dot2(acc, a, b), which adds the products of pairs; zip_pairs(p, q): lane i is p[i] and
 //   q[i], or p[i] and 0 without q
-// - with ORTHRUS_DECODES_WORDS, for coded weights (coded_weight.h): store_words, and on bytes, within each 16,
-//   low_nibbles, high_nibbles, look_up(table, index) of indices below 16, and zip_first and zip_last: the first, or
-//   last, 8 bytes of a and b, interleaved
+// - with ORTHRUS_DECODES_WORDS, for coded weights (coded_weight.h): prefetch_to_l1; store_words; and on bytes,
+//   within each 16, low_nibbles, high_nibbles, look_up(table, index) of indices below 16, and zip_first and zip_last:
+//   the first, or last, 8 bytes of a and b, interleaved
 #pragma once
 #include <cstdint>
 #include <cstring>
