@@ -3,8 +3,8 @@
     python -m bench.bench_row_linear --model 8b --rows 1 16 32 64 96 128 160 224 2000 --out DIR
 
 Every layer has its own weights, so nothing is read from a cache except what a launch has prefetched to L2 for the next
-one. Bytes are the packed weights alone, with ``ORTHRUS_CUDA_CODED=1`` in 12 bits an element. On a CPU, runs of torch.mm
-and the op are interleaved.
+one. Bytes are the packed weights alone, with ``ORTHRUS_CUDA_CODED=1`` in 12 bits an element, of which ``--draft`` reads
+8. On a CPU, runs of torch.mm and the op are interleaved.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ EPILOGUES = {"qkv": "none", "o": "residual", "gate_up": "silu_mul", "down": "res
 class Chain:
     """A model's linears with random weights, and the activations they pass on for a number of rows."""
 
-    def __init__(self, model: str, device: torch.device, layers: int | None, diff: bool, baseline: bool):
-        config, self.device = config_of(model), device
+    def __init__(
+        self, model: str, device: torch.device, layers: int | None, diff: bool, baseline: bool, exact: bool = True
+    ):
+        config, self.device, self.exact = config_of(model), device, exact
         self.shapes = shapes = linear_shapes(config)
         self.hidden, self.mlp = config.hidden_size, config.intermediate_size
         self.layers = layers or config.num_layers
@@ -81,7 +83,7 @@ class Chain:
         out = {"qkv": self.qkv, "gate_up": self.act, "lm_head": self.best}.get(op, self.x)
         views = dict(weight_diff=self.diff[op][layer], num_rows_ar=self.num_rows // 2) if op in self.diff else {}
         residual = self.x if EPILOGUES[op] == "residual" else None
-        rest = dict(residual=residual, epilogue=EPILOGUES[op], workspace=self.workspace)
+        rest = dict(residual=residual, epilogue=EPILOGUES[op], workspace=self.workspace, exact=self.exact)
         ops.row_linear(inputs, weight, out, next_weight=next_weight, **rest, **views)
 
     def run_mm(self, op: str, layer: int, following=None) -> None:
@@ -107,8 +109,8 @@ class Chain:
         return [launch for launch in whole if op in (None, launch[0])]
 
     def nbytes(self, op: str) -> int:
-        extra = self.diff[op][0].nbytes if op in self.diff and self.num_rows > 1 else 0
-        return self.weights[op][0].nbytes + extra
+        read = [self.weights[op][0]] + ([self.diff[op][0]] if op in self.diff and self.num_rows > 1 else [])
+        return sum(weight.read_bytes(self.exact) for weight in read)
 
     def max_error(self, op: str) -> float:
         """Largest error compared with float64, relative to the largest value; 0.004 is a bf16 rounding. At most 8192
@@ -118,7 +120,7 @@ class Chain:
         plain, x = (torch.randn(rows, k, device=self.device).bfloat16() for rows in (n, min(self.num_rows, 64)))
         packed = pack(plain)
         out = torch.empty(x.shape[0], n, dtype=torch.bfloat16, device=self.device)
-        ops.row_linear(x, packed, out, workspace=self._workspace(x.shape[0], [(k, n)]))
+        ops.row_linear(x, packed, out, workspace=self._workspace(x.shape[0], [(k, n)]), exact=self.exact)
         want = x.double() @ plain.double().T
         return float((out.double() - want).abs().max() / want.abs().max())
 
@@ -133,13 +135,16 @@ def main() -> int:
     parser.add_argument("--model", default="8b", choices=SHAPES)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 32, 64, 96, 128, 160, 224, 2000])
     parser.add_argument("--layers", type=int, help="fewer than the model has")
-    parser.add_argument("--diff", action="store_true", help="half of the rows use the diffusion view's qkv and o")
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument("--diff", action="store_true", help="half of the rows use the diffusion view's qkv and o")
+    rows.add_argument("--draft", action="store_true", help="as in a pass that only drafts, with inexact coded weights")
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--loop", choices=OPS, help="run this op in a loop, for a profiler")
     args = parser.parse_args()
     device = args.device
-    chain = Chain(args.model, device, args.layers, args.diff, baseline=not (args.no_baseline or args.loop))
+    baseline = not (args.no_baseline or args.loop)
+    chain = Chain(args.model, device, args.layers, args.diff, baseline, exact=not args.draft)
     if args.loop:
         chain.rows(args.rows[0])
         order = chain.order(args.loop)
@@ -177,7 +182,8 @@ def main() -> int:
         both = (partial(in_turn, run, chain.order()) for run in (chain.run, chain.run_mm))
         add("chain", *both, total, flops, 1, None)
     facts = header(device) | {"measured read GB/s": bandwidth, "model": args.model, "layers": chain.layers}
-    report(f"row_linear_{args.model}{'_diff' if args.diff else ''}_{device.type}", facts, results, args.out)
+    suffix = "_diff" if args.diff else "_draft" if args.draft else ""
+    report(f"row_linear_{args.model}{suffix}_{device.type}", facts, results, args.out)
     return 0
 
 

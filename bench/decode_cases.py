@@ -26,7 +26,7 @@ HIT_RATES, ONE_PASS_SHARE = {1: 0.60, 2: 0.76, 4: 0.86, 6: 0.90, 8: 0.93, 12: 0.
 WARM_UP = 4  # cycles
 BUSY_S = 0.2  # idle clocks are several times slower and take some tens of ms to rise
 MANY = 1 << 30
-LEADING = 2 / 3  # of a coded weight's bytes, read on a CPU by passes that only draft: csrc/cpu/coded_weight.h
+LEADING = 2 / 3  # of a coded weight's bytes, read by passes that only draft: csrc/cpu/coded_weight.h
 
 
 class Bench:
@@ -121,14 +121,14 @@ class Bench:
             torch.cuda.synchronize()
 
     def floor_ms(self, mode: str, batch: int, context: float, coded: bool) -> float:
-        """Time to read each pass's weights, in bf16 or ``coded`` in 12 bits, of which a CPU reads 8 in a pass that only
-        drafts, and every sequence's cache once.
+        """Time to read each pass's weights, in bf16 or ``coded`` in 12 bits, of which a pass that only drafts reads 8,
+        and every sequence's cache once.
         """
         c = self.config
         cache = 2 * batch * context * c.num_layers * c.num_heads_kv * c.head_dim * 2
         passes = {"ar": [("",)], "two_pass": [("_diff",), ("",)], "one_pass": [("", "_diff")]}[mode]
         share = room.CODED if coded else 1
-        of_drafts = LEADING * share if coded and self.device.type == "cpu" else share
+        of_drafts = LEADING * share if coded else share
         weights = sum((share if "" in views else of_drafts) * self.weight_bytes(views) for views in passes)
         return (weights + len(passes) * cache) / self.bandwidth * 1e-6
 

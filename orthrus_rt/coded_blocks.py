@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-HEAD_BYTES, CODE_BYTES, LOWER_BYTES = 64, 2048, 4096
-BLOCK_BYTES = HEAD_BYTES + CODE_BYTES + LOWER_BYTES
+HEAD_BYTES, HALF_BYTES = 64, 2048  # 4 bits of each element: codes, then leading and trailing halves of lower bytes
+BLOCK_BYTES = HEAD_BYTES + 3 * HALF_BYTES
 NUM_UPPER = 8  # values of an exponent's upper seven bits that have a code in a block
 LISTED = 12  # exceptions that fit into their block
 # Per block, on average, in a coded weight. By estimate each exception costs some 50 to 100 clocks of an H100, and the
@@ -66,14 +66,18 @@ class _Part:
         ``end`` words after the weight's start.
         """
         n, bits, num = len(out), self.bits, self.num_exceptions
-        # Codes in nibbles: nibbles 0-3 and 4-7 are selectors; signs are the top bits of nibbles 1, 3, 5, 7 and 0, 2, 4,
-        # 6.
+        # Of a step's eight elements, nibbles 0-3 and 4-7 are selectors; signs are the top bits of nibbles 1, 3, 5, 7
+        # and 0, 2, 4, 6.
         nibble = (self.code % NUM_UPPER).view(n, THREADS, STEPS, STEP_ELEMENTS)
         sign = (bits >> 15 << 3).view_as(nibble)
         nibble[..., 1::2] |= sign[..., :4]
         nibble[..., 0::2] |= sign[..., 4:]
-        codes = nibble[..., 0::2] | nibble[..., 1::2] << 4
-        lower = (bits & 0xFF).view(n, THREADS, 2, 16).transpose(1, 2)
+        lower = (bits & 0xFF).view_as(nibble)
+        halves = (
+            nibble[..., 0::2] | nibble[..., 1::2] << 4,
+            lower[..., 4:] >> 4 | lower[..., :4] & 0xF0,
+            lower[..., :4] & 0xF | (lower[..., 4:] << 4 & 0xF0).roll(-1, dims=-1),
+        )
 
         # Exceptions, block by block: the element, its thread, its register and the half of the register.
         block, index = (self.code == NUM_UPPER).nonzero(as_tuple=True)
@@ -88,8 +92,7 @@ class _Part:
         head[:, 3] = end + elsewhere.cumsum(0) - elsewhere
         head[block[inside], 4 + rank[inside]] = listed[inside].int()
         out[:, :HEAD_BYTES] = head.view(torch.uint8)
-        out[:, HEAD_BYTES:-LOWER_BYTES] = codes.reshape(n, -1)
-        out[:, -LOWER_BYTES:] = lower.reshape(n, -1)
+        out[:, HEAD_BYTES:] = torch.stack(halves, 1).reshape(n, -1)
         return listed[~inside].int()
 
 

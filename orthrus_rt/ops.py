@@ -123,8 +123,8 @@ def row_linear(
             Hopper, if the rows fit one tile, its beginning is fetched into L2 while this call ends. No result depends
             on it.
         exact: False lets an implementation do without the last four mantissa bits of bfloat16 weights, if it then reads
-            less: for drafts, which need no exact weights. The CPU does so where weights are coded, see
-            csrc/cpu/coded_weight.h for what stands for these bits.
+            less: for drafts, which need no exact weights. So do the CPU's and CUDA's where weights are coded; what
+            stands for these bits: csrc/cpu/coded_weight.h, csrc/cuda/coded_block.cuh.
     """
     op, dtype, device = "row_linear", x.dtype, x.device
     n = x.shape[0]

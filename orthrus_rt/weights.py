@@ -50,10 +50,11 @@ class PackedWeight:
         return self.data.nbytes
 
     def read_bytes(self, exact: bool = True) -> int:
-        """Bytes that ``row_linear`` reads of it; unless ``exact``, the CPU's leaves out four bits per coded element."""
-        if exact or not self.coded or self.impl != "cpu":
+        """Bytes that ``row_linear`` reads of it: unless ``exact``, four bits less per coded element."""
+        if exact or not self.coded:
             return self.nbytes
-        return self.nbytes - -(-self.out_features // CPU_STRIP) * CPU_STRIP * self.in_features // 2
+        height = CPU_STRIP if self.impl == "cpu" else CUDA_BLOCK
+        return self.nbytes - -(-self.out_features // height) * height * self.in_features // 2
 
 
 def pack_views(weight: torch.Tensor, weight_diff: torch.Tensor) -> tuple[PackedWeight, PackedWeight]:

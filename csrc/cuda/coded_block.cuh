@@ -5,17 +5,25 @@
 // in 100,000. So an element is stored as its lower byte and a 4-bit code: its sign, and which of the eight. Elements
 // with any other exponent are listed separately, as exceptions. 94 of 100 of that model's blocks have none.
 //
+// A pass that only drafts reads the part of each block that leads. This lacks the last four of an element's seven
+// mantissa bits, in whose place the pass puts their middle, 1000; see cpu/coded_weight.h for what this costs and brings.
+// Zero becomes 7e-40. Exceptions stay exact.
+//
 // Elements are in the order in which wgmma and mma.sync want them in registers. For a step over 16 inputs, thread t of
 // a group has elements 0 ... 7: two of feature f and two of f + 8 for inputs 2*(t%4) + {0,1}, then the same for those
 // plus 8, with f = 16*(t/32) + (t%32)/4. One prmt looks up four of them, with their codes without signs as the
 // selector. Signs are placed so that one mask and at most one shift bring four of them to the top of their bytes: those
-// of elements 0 ... 3 are the top bits of nibbles 1, 3, 5 and 7, those of elements 4 ... 7 of nibbles 0, 2, 4 and 6.
+// of elements 0 ... 3 are the top bits of nibbles 1, 3, 5 and 7, those of elements 4 ... 7 of nibbles 0, 2, 4 and 6. So
+// are the upper halves of lower bytes. Of their lower halves, elements 0 ... 3 have nibbles 0, 2, 4 and 6, and elements
+// 5, 6, 7 and 4 nibbles 1, 3, 5 and 7: one select between the two words, and for elements 4 ... 7 one rotation by four
+// bits, put the halves of four bytes together.
 //
 // DFloat11 (Zhang et al., arXiv 2504.11651) codes exponents by Huffman in 11 bits per element; a fixed length is
 // unpacked in place, in a few instructions.
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "row_linear_plan.h"
@@ -23,6 +31,7 @@
 namespace orthrus::cuda {
 
 constexpr int kListed = 12;  // exceptions that fit in their block
+constexpr uint32_t kMiddle = 0x88888888;  // what stands for the last bits of eight elements in a pass that only drafts
 
 struct alignas(16) CodedBlock {
   uint32_t upper[2];      // a byte each: upper seven bits of eight exponents
@@ -30,23 +39,28 @@ struct alignas(16) CodedBlock {
   int32_t elsewhere;      // with more than kListed exceptions: their offset from the weight's start, in 4 bytes
   uint32_t exceptions[kListed];   // bits 0-15: the element, 16-22: thread, 23-26: register, 27: upper half
   uint4 codes[kGroupThreads];     // of thread t, one word per step
-  uint4 lower[2][kGroupThreads];  // of thread t, eight bytes per step: steps 0 and 1, then 2 and 3
+  uint4 leading[kGroupThreads];   // the same: upper halves of the elements' lower bytes
+  uint4 trailing[kGroupThreads];  // the same: their lower halves
 };
 static_assert(sizeof(CodedBlock) == kCodedBlockBytes);
+static_assert(offsetof(CodedBlock, trailing) == kLeadingBytes);
 
 // A thread's part of a block, and what it shares with the others.
 struct CodedPart {
-  uint32_t upper[2], codes[4], lower[8];
+  uint32_t upper[2], codes[4], leading[4], trailing[4];
   int num_exceptions;
 };
 
-__device__ __forceinline__ CodedPart load_part(const CodedBlock& block) {
+__device__ __forceinline__ CodedPart load_part(const CodedBlock& block, bool leading_only) {
   const uint32_t thread = thread_here();
   const uint4 head = *reinterpret_cast<const uint4*>(&block), codes = block.codes[thread];
-  const uint4 low = block.lower[0][thread], high = block.lower[1][thread];
+  const uint4 leading = block.leading[thread];
+  uint4 trailing{kMiddle, kMiddle, kMiddle, kMiddle};
+  if (!leading_only) trailing = block.trailing[thread];
   return {{head.x, head.y},
           {codes.x, codes.y, codes.z, codes.w},
-          {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w},
+          {leading.x, leading.y, leading.z, leading.w},
+          {trailing.x, trailing.y, trailing.z, trailing.w},
           static_cast<int>(head.z)};
 }
 
@@ -55,10 +69,14 @@ __device__ __forceinline__ void decode_step(uint32_t (&a)[4], const CodedPart& p
   const uint32_t codes = part.codes[k], selectors = codes & 0x77777777u;
   const uint32_t upper_0 = __byte_perm(part.upper[0], part.upper[1], selectors) | (codes & 0x80808080u);
   const uint32_t upper_4 = __byte_perm(part.upper[0], part.upper[1], selectors >> 16) | (codes << 4 & 0x80808080u);
-  a[0] = __byte_perm(part.lower[2 * k], upper_0, 0x5140);
-  a[1] = __byte_perm(part.lower[2 * k], upper_0, 0x7362);
-  a[2] = __byte_perm(part.lower[2 * k + 1], upper_4, 0x5140);
-  a[3] = __byte_perm(part.lower[2 * k + 1], upper_4, 0x7362);
+  const uint32_t leading = part.leading[k], trailing = part.trailing[k];
+  const uint32_t lower_0 = (leading & 0xf0f0f0f0u) | (trailing & 0x0f0f0f0fu);
+  const uint32_t mixed = (leading & 0x0f0f0f0fu) | (trailing & 0xf0f0f0f0u);
+  const uint32_t lower_4 = mixed << 4 | mixed >> 28;
+  a[0] = __byte_perm(lower_0, upper_0, 0x5140);
+  a[1] = __byte_perm(lower_0, upper_0, 0x7362);
+  a[2] = __byte_perm(lower_4, upper_4, 0x5140);
+  a[3] = __byte_perm(lower_4, upper_4, 0x7362);
 }
 
 __device__ __forceinline__ void put_exceptions(uint32_t (&a)[4][4], const CodedPart& part, const CodedBlock& block,

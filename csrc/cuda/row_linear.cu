@@ -10,7 +10,8 @@
 // a run of nothing but NaN gives -inf and its first id.
 // next_weight: if this call's rows are so few that the next launch has few too, sm_90a prefetches the beginning of
 // that weight into L2 while this launch ends, in the order for an epilogue that may cut tiles. No result depends on it.
-// Coded weights (coded_block.cuh; both views' or neither's) give the same bits as plain ones.
+// Coded weights (coded_block.cuh; both views' or neither's) give the same bits as plain ones, unless leading_only, which
+// plain ones ignore.
 // Bytes: each view's packed weight once (kArgmax: once per tile of rows), plus x once per tile from L2 or, with many
 // rows on sm_90a, once per two tiles.
 // FLOP: 2 * num_rows * in * out_features.
@@ -120,8 +121,8 @@ int row_linear(const RowLinearParams& params, void* stream) {
   if (!params.weight_diff) args.p.num_rows_ar = params.num_rows;
   const bool coded = params.weight_coded;
   if (params.weight_diff && coded != static_cast<bool>(params.weight_diff_coded)) return cudaErrorInvalidValue;
-  args.plan =
-      make_plan(params.in_features, params.out_features, needs_whole_tiles(params.epilogue), device.num_sms, coded);
+  args.plan = make_plan(params.in_features, params.out_features, needs_whole_tiles(params.epilogue), device.num_sms,
+                        coded, params.leading_only);
   const bool argmax = params.epilogue == Epilogue::kArgmax;
   if (argmax && params.num_partials != args.plan.grid) return cudaErrorInvalidValue;
 
@@ -133,7 +134,7 @@ int row_linear(const RowLinearParams& params, void* stream) {
   if (params.num_rows > tiles.widest) args.p.next_weight = nullptr;  // the next launch may have many rows of one view
   if (args.p.next_weight)
     args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms,
-                          params.next_weight_coded);
+                          params.next_weight_coded, params.leading_only);
   const int tile_rows = argmax ? rows_per_tile_of_argmax(most_rows, tiles)
                         : many_rows
                             ? rows_per_tile_of_many(rows_ar, rows_diff, tiles, args.plan.blocks, device.num_sms)

@@ -41,9 +41,10 @@ struct Stream {
     for (int i = 0; i < (chunks + kThreads - 1) / kThreads; ++i) {
       const int chunk = threadIdx.x + i * kThreads;
       if ((i + 1) * kThreads > chunks && chunk >= chunks) break;
-      const int block = first_block + chunk / (kWeightBytes / 16);
+      const int block = first_block + chunk / (kWeightBytes / 16), from = chunk % (kWeightBytes / 16) * 16;
+      if (kCoded && from >= args.plan.read_bytes) continue;
       const int64_t unit = static_cast<int64_t>(block) * args.plan.k_blocks + kb;
-      copy16(base + chunk * 16, weight + unit * kWeightBytes + chunk % (kWeightBytes / 16) * 16, true);
+      copy16(base + chunk * 16, weight + unit * kWeightBytes + from, true);
     }
     const SharedAddress x_base = base + kBlocks * kWeightBytes;
 #pragma unroll
@@ -66,7 +67,8 @@ struct Stream {
     const int tile_row = lane % 8 + lane / 16 * 8;
     const CodedBlock& block = *reinterpret_cast<const CodedBlock*>(weight);
     uint32_t a[kBlock / 16][4];
-    if constexpr (kCoded) decode(a, load_part(block), block, diff ? args.p.weight_diff : args.p.weight);
+    if constexpr (kCoded)
+      decode(a, load_part(block, args.p.leading_only), block, diff ? args.p.weight_diff : args.p.weight);
 #pragma unroll
     for (int k = 0; k < kBlock / 16; ++k) {
       if constexpr (!kCoded) load_matrices(a[k], shared_address(weight) + swizzled(feature, 2 * k + lane / 16));

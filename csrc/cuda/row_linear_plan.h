@@ -20,6 +20,7 @@ namespace orthrus::cuda {
 constexpr int kBlock = 64;
 constexpr int kBlockBytes = kBlock * kBlock * 2;
 constexpr int kCodedBlockBytes = kBlock * kBlock * 3 / 2 + 64;
+constexpr int kLeadingBytes = kBlock * kBlock + 64;  // of a coded block, what a pass that only drafts reads
 __host__ __device__ constexpr int packed_bytes(bool coded) { return coded ? kCodedBlockBytes : kBlockBytes; }
 constexpr int kGroupThreads = 128;     // the threads that own one 64-feature block of a tile
 constexpr int kMaxCounters = 4096;     // arrival counters at the start of the workspace
@@ -35,6 +36,7 @@ struct RowLinearPlan {
   Divisor grid;             // CTAs, and for kArgmax partial maxima per row
   int32_t split;            // cuts may fall inside a tile
   int32_t block_bytes;      // of the packed weight
+  int32_t read_bytes;       // of a block, those that the pass reads
   Divisor units;            // tiles * k_blocks (split plans only)
   int32_t steps_ahead;      // units that fill kPrefetchBytes
 
@@ -72,9 +74,11 @@ constexpr int kMinTallTiles = 24;
 // up from L2 while memory keeps streaming.
 constexpr int kPrefetchBytes = 96 * 1024;
 
-inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_tiles, int num_sms, bool coded = false) {
+inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_tiles, int num_sms, bool coded = false,
+                               bool leading_only = false) {
   RowLinearPlan plan{};
   plan.block_bytes = packed_bytes(coded);
+  plan.read_bytes = coded && leading_only ? kLeadingBytes : plan.block_bytes;
   plan.k_blocks = Divisor(in_features / kBlock);
   plan.blocks = (out_features + kBlock - 1) / kBlock;
   plan.blocks_per_tile = plan.blocks % 2 == 0 && plan.blocks / 2 >= kMinTallTiles ? 2 : 1;
@@ -90,7 +94,7 @@ inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_til
   }
   plan.grid = Divisor(plan.split || plan.tiles > num_sms ? num_sms : plan.tiles);
   plan.units = Divisor(plan.split ? units : 1);
-  plan.steps_ahead = kPrefetchBytes / (plan.blocks_per_tile * plan.block_bytes);
+  plan.steps_ahead = kPrefetchBytes / (plan.blocks_per_tile * plan.read_bytes);
   return plan;
 }
 

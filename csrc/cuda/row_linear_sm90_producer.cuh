@@ -174,8 +174,8 @@ struct NextWeightPrefetch {
   }
   __device__ void prefetch() {
     const int64_t row_of_blocks = static_cast<int64_t>(plan.k_blocks) * plan.block_bytes;
-    sm90::bulk_prefetch(source, plan.block_bytes);
-    if (plan.blocks_per_tile == 2) sm90::bulk_prefetch(source + row_of_blocks, plan.block_bytes);
+    sm90::bulk_prefetch(source, plan.read_bytes);
+    if (plan.blocks_per_tile == 2) sm90::bulk_prefetch(source + row_of_blocks, plan.read_bytes);
     source += plan.block_bytes;
     if (++kb == plan.k_blocks) {
       kb = 0;
@@ -194,20 +194,21 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps
   const RingAddresses<kTileRows, kCoded> ring(pointers);
   const Walk<kManyRows> walk(args);
   const int total = walk.items() * walk.length;
+  const int read_bytes = kCoded ? args.plan.read_bytes : kBytes;  // of a block
   const int64_t row_of_blocks = static_cast<int64_t>(args.plan.k_blocks) * kBytes;
   const uint64_t policy = evict_first_policy();
 
   auto load_block = [&](SharedAddress dst, const uint8_t* source, SharedAddress full) {
     if (kManyRows)
-      bulk_load(dst, source, kBytes, full);
+      bulk_load(dst, source, read_bytes, full);
     else
-      bulk_load(dst, source, kBytes, full, policy);
+      bulk_load(dst, source, read_bytes, full, policy);
   };
   auto load_weight = [&](const Position& at, int stage) {
     const bool one = !kManyRows || at.block < args.plan.blocks;
     const bool both = ring.blocks == 2 && (!kManyRows || at.block + 1 < args.plan.blocks);
     const SharedAddress full = ring.full(stage), dst = ring.weight(stage);
-    barrier_arrive_expect(full, (one + both) * kBytes + kXBytes<kTileRows>);
+    barrier_arrive_expect(full, (one + both) * read_bytes + kXBytes<kTileRows>);
     if (one) load_block(dst, at.source, full);
     if (both) load_block(dst + kBytes, at.source + row_of_blocks, full);
   };
@@ -224,8 +225,8 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps
     }
   };
   auto prefetch = [&](const Position& at) {
-    bulk_prefetch(at.source, kBytes);
-    if (ring.blocks == 2) bulk_prefetch(at.source + row_of_blocks, kBytes);
+    bulk_prefetch(at.source, read_bytes);
+    if (ring.blocks == 2) bulk_prefetch(at.source + row_of_blocks, read_bytes);
   };
 
   // Steps prefetched into L2 before they are loaded; many rows, with one CTA per SM and reuse in L2, do without. Only

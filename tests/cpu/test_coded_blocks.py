@@ -15,7 +15,7 @@ from tests.cpu import test_row_linear_on_host as rl
 from tests.cpu.test_coded_weight import with_exponents
 from tests.cpu.test_cuda_on_host import INVALID
 
-BYTES, LISTED = 6208, 12
+BYTES, LEADING, LISTED = 6208, 4160, 12  # of a block: bytes, those that drafts read, and its list of exceptions
 CPU = torch.device("cpu")
 
 
@@ -43,30 +43,43 @@ ROWS = 1, 24, 64, 90, 128, 150
 CUT = {"cut": (192, 1024, 5), "cut pairs": (3200, 128, 7)}
 
 
+def some_weight(name):
+    """The weight and the number of SMs."""
+    if name not in CUT:
+        return WEIGHTS[name](), 5
+    n, k, sms = CUT[name]
+    weight = rl.tensor(n, k, seed=1)
+    some = weight[::5, ::7]
+    some.copy_(with_exponents(some.shape, range(60, 100)))
+    return weight, sms
+
+
 @pytest.fixture
 def however_many(monkeypatch):
     """Exceptions are coded."""
     monkeypatch.setattr(coded_blocks, "MOST_EXCEPTIONS", 4096)
 
 
-def decoded(packed, num_blocks):
+def decoded(packed, num_blocks, leading_only=False):
     """Bits ``[blocks, 64 features, 64 inputs]`` of coded blocks, as csrc/cuda/coded_block.cuh describes them."""
     everything = packed.view(torch.uint8).numpy()
     words, blocks = everything.view(np.uint32), everything[: num_blocks * BYTES].reshape(num_blocks, BYTES)
     out = np.zeros((num_blocks, 64, 64), dtype=np.uint16)
     for block, bits in zip(blocks, out, strict=True):
-        head, codes, lower = block[:64].view(np.uint32), block[64:2112].view(np.uint32), block[2112:]
+        head, (codes, leading, trailing) = block[:64].view(np.uint32), block[64:].view(np.uint32).reshape(3, 128, 4)
         listed, count, elsewhere = head[4:], head[2], head[3]
         taken = listed[:count] if count <= LISTED else words[elsewhere : elsewhere + count]
         taken = {exception >> 16: exception & 0xFFFF for exception in taken.tolist()}
         assert len(taken) == count
         for t in range(128):
             for step in range(4):
-                code = [int(codes[4 * t + step]) >> 4 * i & 15 for i in range(8)]
+                code, high, low = (
+                    [int(words[t, step]) >> 4 * i & 15 for i in range(8)] for words in (codes, leading, trailing)
+                )
                 for e in range(8):
-                    sign = code[2 * e + 1 if e < 4 else 2 * (e - 4)] >> 3
-                    low = lower[step // 2 * 2048 + 16 * t + step % 2 * 8 + e]
-                    value = sign << 15 | int(block[code[e] & 7]) << 8 | int(low)
+                    at = 2 * e + 1 if e < 4 else 2 * (e - 4)
+                    last = 8 if leading_only else low[2 * e if e < 4 else 2 * ((e - 5) % 4) + 1]
+                    value = code[at] >> 3 << 15 | int(block[code[e] & 7]) << 8 | high[at] << 4 | last
                     register = 4 * step + e // 2
                     value = taken.get(t | register << 7 | e % 2 << 11, value)
                     feature = t // 32 * 16 + t % 32 // 4 + e // 2 % 2 * 8
@@ -98,6 +111,14 @@ def test_size():
     weight = torch.randn(640, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
     coded = coded_blocks.encode(weight.view(16, 10, 64, 64))
     assert 0 <= coded.numel() - 160 * BYTES <= 16 and coded.numel() < 0.76 * weight.nbytes
+
+
+def test_bytes_that_are_read(host, monkeypatch):
+    """Of rows that fill up the last block too."""
+    monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
+    packed = pack(rl.tensor(200, 192, seed=1))
+    assert packed.coded and packed.read_bytes() == packed.nbytes == 12 * BYTES
+    assert packed.read_bytes(exact=False) == 12 * LEADING
 
 
 @pytest.mark.full
@@ -141,13 +162,7 @@ class TestRowLinear:
     )
     def test_no_bit_differs_from_plain_weights(self, name, rows, monkeypatch):
         """The tests of row_linear itself run few of their cases over coded weights for this reason."""
-        if name in CUT:
-            n, k, sms = CUT[name]
-            weight = rl.tensor(n, k, seed=1)
-            some = weight[::5, ::7]
-            some.copy_(with_exponents(some.shape, range(60, 100)))
-        else:
-            weight, sms = WEIGHTS[name](), 5
+        weight, sms = some_weight(name)
         n, k = weight.shape
         x, diff = rl.tensor(rows, k, seed=2), weight.flip(0)
         residual = rl.tensor(rows, n, seed=3)
@@ -162,6 +177,33 @@ class TestRowLinear:
 
         assert all(torch.equal(a, b) for a, b in zip(everything("0"), everything("1"), strict=True))
 
+    @pytest.mark.usefixtures("however_many")
+    @pytest.mark.parametrize("rows", [1, 40, 90, 200])
+    @pytest.mark.parametrize("name", [*WEIGHTS, "cut", "cut pairs"])
+    def test_drafts_take_the_middle_for_what_trails(self, name, rows, monkeypatch):
+        """Each of their weights is at most a sixteenth off, if it is not tiny, and what trails is not looked at."""
+        weight, sms = some_weight(name)
+        n, k = weight.shape
+        monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
+        views = [pack(w) for w in (weight, weight.flip(0))]
+        num_blocks = n // 64 * (k // 64)
+        plain = [
+            torch.from_numpy(decoded(view.data, num_blocks, leading_only=True).view(np.int16)).view(torch.bfloat16)
+            .view(n // 64, k // 64, 64, 64).transpose(1, 2).reshape(n, k)
+            for view in views
+        ]  # fmt: skip
+        usual = weight.float().abs().nan_to_num(posinf=0) > 2.0**-120
+        assert ((plain[0].float() / weight.float() - 1).abs()[usual] <= 1 / 16).all()
+        for view in views:
+            view.data.view(torch.uint8)[: num_blocks * BYTES].view(-1, BYTES)[:, LEADING:] = 0xFF
+        x, residual = rl.tensor(rows, k, seed=2), rl.tensor(rows, n, seed=3)
+        how = dict(residual=residual, num_rows_ar=rows // 3, sms=sms)
+        got = rl.run(x, views[0], "residual", diff=views[1], exact=False, **how)
+        monkeypatch.setenv("ORTHRUS_CUDA_CODED", "0")
+        for exact in (True, False):  # of plain weights every bit is read
+            want = rl.run(x, plain[0], "residual", diff=plain[1], exact=exact, **how)
+            assert torch.equal(*map(torch.stack, zip(*zip(bits(got), bits(want), strict=True), strict=True)))
+
     def test_what_follows_may_be_plain(self, isa, monkeypatch):
         weight, x = rl.tensor(3200, 256, seed=1), rl.tensor(4, 256, seed=2)
         want = rl.run(x, weight)
@@ -172,7 +214,7 @@ class TestRowLinear:
             assert torch.equal(rl.run(x, weight, next_weight=following), want)
             begin = following.data.data_ptr()
             ends = map(ctypes.c_void_p, (begin, begin + following.nbytes))
-            assert (rl.library().row_linear_prefetched(*ends, following.coded) > 0) == (isa == "sm90")
+            assert (rl.library().row_linear_prefetched(*ends, following.coded, False) > 0) == (isa == "sm90")
 
     def test_views_are_packed_alike(self, monkeypatch):
         weight, x, out = rl.tensor(128, 64), rl.tensor(2, 64), torch.empty(2, 128, dtype=torch.bfloat16)

@@ -1,7 +1,6 @@
 """Which passes may do without bits of coded weights: those that nothing but drafts depends on."""
 
 import pytest
-import torch
 
 from orthrus_rt import dispatch, model, ops, weights
 from orthrus_rt.prefill import prefill_rows
@@ -67,4 +66,3 @@ def test_bytes_that_are_read(monkeypatch, may_code):
     assert weight.nbytes - weight.read_bytes(exact=False) == (padded // 2 if may_code else 0)
     if may_code:
         assert 0 <= weight.read_bytes(exact=False) - padded < 0.02 * padded
-    assert weights.PackedWeight(torch.empty(64, 64), 64, 64, "cuda", coded=True).read_bytes(exact=False) == 64 * 64 * 4

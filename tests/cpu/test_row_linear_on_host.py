@@ -54,18 +54,19 @@ def packed(plain, gate_up, coded):
 
 def run(
     x, plain, epilogue="none", *, residual=None, diff=None, num_rows_ar=None, sms=5, descending=False, space=None,
-    next_weight=None,
+    next_weight=None, exact=True,
 ):  # fmt: skip
-    """The op on a device of ``sms`` SMs, into a NaN-filled output between guards, with weights packed here;
-    ``next_weight`` is packed.
+    """The op on a device of ``sms`` SMs, into a NaN-filled output between guards, with weights packed here unless they
+    are; ``next_weight`` is packed.
     """
     host = dispatch.extension().cuda
     host.num_sms, host.descending = sms, descending
     rows, gate_up = x.shape[0], epilogue == "silu_mul"
     weight, weight_diff = (
-        None if w is None else packed(w, gate_up, os.environ.get("ORTHRUS_CUDA_CODED")) for w in (plain, diff)
+        packed(w, gate_up, os.environ.get("ORTHRUS_CUDA_CODED")) if isinstance(w, torch.Tensor) else w
+        for w in (plain, diff)
     )
-    n, k = plain.shape
+    n, k = weight.out_features, weight.in_features
     width = {"silu_mul": n // 2, "argmax": weight.num_partials}.get(epilogue, n)
     dtype = torch.float32 if epilogue in ("logits", "argmax") else torch.bfloat16
     guarded = torch.full((rows + 2 * GUARD, width), torch.nan, dtype=dtype)
@@ -74,7 +75,7 @@ def run(
         out = out, torch.full((rows, width), -7, dtype=torch.int32)
     if space is None:
         space = workspace(rows, k, n, sms)
-    kwargs = dict(residual=residual, epilogue=epilogue, workspace=space, next_weight=next_weight)
+    kwargs = dict(residual=residual, epilogue=epilogue, workspace=space, next_weight=next_weight, exact=exact)
     native.row_linear(x, weight, out, weight_diff=weight_diff, num_rows_ar=num_rows_ar, **kwargs)
     assert guarded[:GUARD].isnan().all()
     assert guarded[-GUARD:].isnan().all()
@@ -402,35 +403,37 @@ def following(k, n, coded):
     [(1, 1, (256, 3200, 7)), (1, 1, (64, 64, 7)), *((n, n, (1024, 192, 5)) for n in (1, 120, 200)),
      (160, 100, (1024, 192, 5)), (200, 100, (1024, 192, 5))],
 )  # fmt: skip
-def test_the_next_weights_beginning_is_brought_to_l2(shape, rows, ar, isa):
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_next_weights_beginning_is_brought_to_l2(shape, rows, ar, exact, isa):
     """A hint: no bit changes, and the rest is prefetched as ever. Nothing is where rows are many: they may all be of
-    one view in the next launch, which reads in another order then.
+    one view in the next launch, which reads in another order then. Drafts read less of coded blocks.
     """
     k, n, sms = shape
     plain, x = tensor(n, k, seed=1), tensor(rows, k, seed=2)
-    views = dict(diff=tensor(n, k, seed=4), num_rows_ar=ar) if ar < rows else {}
-    want, before = run(x, plain, sms=sms, **views), library().row_linear_prefetches()
+    how = dict(sms=sms, exact=exact) | (dict(diff=tensor(n, k, seed=4), num_rows_ar=ar) if ar < rows else {})
+    want, before = run(x, plain, **how), library().row_linear_prefetches()
     for next_k, next_n in ((64, 64), (640, 320), (64, 3200), (256, 3200)):
         next_weight = following(next_k, next_n, os.environ["ORTHRUS_CUDA_CODED"])
-        assert torch.equal(run(x, plain, sms=sms, next_weight=next_weight, **views), want)
+        assert torch.equal(run(x, plain, next_weight=next_weight, **how), want)
         begin = next_weight.data.data_ptr()
         ends = map(ctypes.c_void_p, (begin, begin + next_weight.nbytes))
-        brought = library().row_linear_prefetched(*ends, next_weight.coded)
+        brought = library().row_linear_prefetched(*ends, next_weight.coded, not exact)
         assert library().row_linear_prefetches() == before + brought
         ctas = 0 if isa.endswith("sm80") or rows > 160 else library().row_linear_grid(k, n, sms)
-        assert brought == library().row_linear_next_prefetch(ctas, next_k, next_n, sms, next_weight.coded)
+        assert brought == library().row_linear_next_prefetch(ctas, next_k, next_n, sms, next_weight.coded, not exact)
 
 
+@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("shape", [(4096, 192, 5), (1024, 3200, 7)])
-def test_a_weight_is_brought_to_l2_ahead_of_its_loads(shape, isa):
+def test_a_weight_is_brought_to_l2_ahead_of_its_loads(shape, exact, isa):
     """Each block once, but for those that fill a CTA's stages at once, its first."""
     k, n, sms = shape
     plain = tensor(n, k, seed=1)
-    run(tensor(1, k, seed=2), plain, sms=sms)
+    run(tensor(1, k, seed=2), plain, sms=sms, exact=exact)
     weight = packed(plain, False, os.environ["ORTHRUS_CUDA_CODED"])  # as run had it
     begin, height = weight.data.data_ptr(), 1 if n < 3072 else 2
     first, brought = (
-        library().row_linear_prefetched(ctypes.c_void_p(begin), ctypes.c_void_p(begin + size), weight.coded)
+        library().row_linear_prefetched(ctypes.c_void_p(begin), ctypes.c_void_p(begin + size), weight.coded, not exact)
         for size in (1, weight.nbytes)
     )
     assert first == 0 and brought == library().row_linear_prefetches()

@@ -1,4 +1,6 @@
-"""CUDA row_linear with weights in 12 bits: equal to the bit to the results with plain ones."""
+"""CUDA row_linear with weights in 12 bits: equal to the bit to the results with plain ones, whose last bits drafts
+replace.
+"""
 
 import pytest
 import torch
@@ -62,6 +64,34 @@ def test_coded_weights_give_the_same_bits(shape, kind, monkeypatch):
     weight = pack(plain)
     for rows in ROWS:
         assert torch.equal(run(x[:rows], coded, "logits"), run(x[:rows], weight, "logits")), rows
+
+
+def draft_weight(plain):
+    """``plain`` as a pass that only drafts sees it once it is coded."""
+    n, k = plain.shape
+    blocks = plain.view(n // 64, 64, k // 64, 64).transpose(1, 2)
+    order = coded_blocks._order(plain.device)
+    code = torch.empty(blocks.shape[0] * blocks.shape[1], 4096, dtype=torch.int32, device="cuda")
+    code[:, order] = coded_blocks._Part(blocks, order).code
+    bits = blocks.reshape(-1, 4096).view(torch.int16)
+    bits = torch.where(code == coded_blocks.NUM_UPPER, bits, bits & ~15 | 8)
+    return bits.view(torch.bfloat16).view(blocks.shape).transpose(1, 2).reshape(n, k)
+
+
+@pytest.mark.parametrize("shape", [(576, 960), (1536, 576), (4096, 6144)])
+def test_drafts_do_without_what_trails(shape, monkeypatch):
+    k, n = shape
+    plain, x = with_exceptions(n, k), tensor(300, k, seed=2)
+    coded, num_blocks = pack(plain), k * n // 4096
+    blocks = coded.data.view(torch.uint8)[: num_blocks * coded_blocks.BLOCK_BYTES].view(num_blocks, -1)
+    blocks[:, -coded_blocks.HALF_BYTES :] = 0xFF
+    assert coded.read_bytes(exact=False) == coded.nbytes - num_blocks * coded_blocks.HALF_BYTES
+    monkeypatch.setenv("ORTHRUS_CUDA_CODED", "0")
+    weight = pack(draft_weight(plain))
+    for rows in ROWS:
+        want = run(x[:rows], weight, "logits")
+        assert torch.equal(run(x[:rows], coded, "logits", exact=False), want), rows
+        assert torch.equal(run(x[:rows], weight, "logits", exact=False), want), rows
 
 
 def test_weights_are_coded_as_on_a_cpu():

@@ -86,6 +86,20 @@ def test_row_linear_coded(rows, monkeypatch):
     rl.run(rl.tensor(rows, k), rl.tensor(n, k), sms=sms)
 
 
+@pytest.mark.parametrize("rows", [1, 16])
+def test_row_linear_draft(rows, monkeypatch):
+    """What trails in coded blocks, a third of the bytes, is not read; x and partial sums are."""
+    from tests.ptx import traffic
+    from tests.ptx.plugin import LIBRARY
+
+    k, n, sms = CUT
+    monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
+    weight = rl.pack(rl.tensor(n, k))
+    rl.run(rl.tensor(rows, k), weight, sms=sms, exact=False)
+    (counts,) = LIBRARY.traffic().values()
+    assert 0.67 * weight.nbytes < counts["distinct_read"] * traffic.SECTOR < 0.71 * weight.nbytes
+
+
 def test_row_linear_qkv():
     k, n, sms = QKV
     rl.run(rl.tensor(16, k), rl.tensor(n, k), sms=sms)

@@ -48,22 +48,26 @@ int row_linear(const orthrus::RowLinearParams* p, int descending, int num_sms) {
   orthrus::cuda::read_environment();
   return orthrus::cuda::row_linear(*p, cuda_host::kStream);
 }
-// How many blocks of [begin, end) the last launch prefetched, or -1 if it fetched one of them twice or only in part.
-int64_t row_linear_prefetched(const uint8_t* begin, const uint8_t* end, bool coded) {
+// How many blocks of [begin, end) the last launch prefetched, or -1 if it fetched one of them twice or other bytes of
+// one than the call reads.
+int64_t row_linear_prefetched(const uint8_t* begin, const uint8_t* end, bool coded, bool leading_only) {
+  const int block_bytes = orthrus::cuda::packed_bytes(coded);
+  const int read_bytes = coded && leading_only ? orthrus::cuda::kLeadingBytes : block_bytes;
   std::set<const uint8_t*> blocks;
   for (const auto& [from, bytes] : cuda_host::prefetched) {
     if (from < begin || end <= from) continue;
-    if (bytes != orthrus::cuda::packed_bytes(coded) || (from - begin) % bytes || !blocks.insert(from).second) return -1;
+    if (bytes != read_bytes || (from - begin) % block_bytes || !blocks.insert(from).second) return -1;
   }
   return static_cast<int64_t>(blocks.size());
 }
 int64_t row_linear_prefetches() { return static_cast<int64_t>(cuda_host::prefetched.size()); }
 // Blocks of the next weight that `ctas` CTAs bring to L2, in units that fill 96 KiB each.
-int64_t row_linear_next_prefetch(int ctas, int in_features, int out_features, int num_sms, bool coded) {
+int64_t row_linear_next_prefetch(int ctas, int in_features, int out_features, int num_sms, bool coded,
+                                 bool leading_only) {
   const auto plan = orthrus::cuda::make_plan(in_features, out_features, false, num_sms);
   int64_t sum = 0;
   for (int cta = 0; cta < min(ctas, plan.grid.d); ++cta)
-    sum += min(coded ? plan.blocks_per_tile == 1 ? 15 : 14 : 12,
+    sum += min(!coded ? 12 : plan.blocks_per_tile == 1 ? (leading_only ? 23 : 15) : (leading_only ? 22 : 14),
                (plan.range_begin(cta + 1) - plan.range_begin(cta)) * plan.blocks_per_tile);
   return sum;
 }

@@ -222,6 +222,12 @@ bool decode_bits(Parsed& p) {
     o.run = map3<permute, uint32_t, uint32_t, uint32_t, uint32_t>;
     return p.parts.size() == 2 && p.places(4, 4, 4, 4);
   }
+  if (op == "shf") {
+    o.run = map3<[](uint32_t low, uint32_t high, uint32_t by) -> uint32_t {
+      return ((uint64_t(high) << 32 | low) << (by & 31) >> 32);
+    }, uint32_t, uint32_t, uint32_t, uint32_t>;
+    return p.has("l") && p.has("wrap") && p.places(4, 4, 4, 4);
+  }
   if (op == "popc") {
     o.run = map1<[](uint32_t x) -> uint32_t { return std::popcount(x); }, uint32_t, uint32_t>;
     return t == "b32" && p.places(4, 4);
