@@ -1,8 +1,8 @@
-"""Devices that have no memory, or none for a recording, recordings that are spoilt, devices that fail for good; for the
-CPU and GPU tiers.
+"""Devices without memory for a request or for a recording, recordings that are spoilt, and devices that fail for good;
+for the CPU and GPU tiers.
 
-``python -m tests.failing FOLDER`` lets the CUDA device of its own process fail under an engine for the checkpoint in
-FOLDER: nothing else can use that device in that process any more. It prints what came of it as JSON.
+``python -m tests.failing FOLDER`` makes the CUDA device of its own process fail under an engine for the checkpoint in
+FOLDER: nothing else in that process can use the device any more. It prints the outcome as JSON.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def amid_recordings(act: Callable[[Cycle], object]):
 
 
 def no_memory_for_recordings():
-    """A recording gets on until, in its middle, the allocator is asked for more than there is."""
+    """In the middle of every recording, the allocator is asked for more memory than there is."""
 
     def ask(cycle: Cycle) -> None:
         torch.empty(MORE_THAN_THERE_IS, dtype=torch.uint8, device=cycle.model.device)
@@ -76,8 +76,8 @@ def cycles_of(engine: Engine) -> list[Cycle]:
 
 
 def check_recordings_without_memory(engine: Engine, jobs: list[Job]) -> None:
-    """The same tokens in as many cycles, each of them op by op, with a warning for each that could not be recorded; and
-    recorded ones again, once there is memory and they are built anew.
+    """The same tokens in as many cycles, all of them op by op, with a warning for each that could not be recorded. Once
+    there is memory and the cycles are built anew, they are recorded again.
     """
     prompts, params = ([job[i] for job in jobs] for i in range(2))
 
@@ -111,13 +111,13 @@ def check_recordings_without_memory(engine: Engine, jobs: list[Job]) -> None:
     engine.runner.drop_cycles()
 
 
-# What a request may find no memory for before anything is launched for it.
+# Allocations for a request that may find no memory before anything is launched for it.
 AT_THE_START = (Activations, "logits"), (SlotEdits, "allocate")
 
 
 def check_refused_at_the_start(make, alone, lacking) -> None:
-    """Beside requests that find no memory for what they are the first to need, the others have the same tokens, steps
-    and passes, and what is in the prefix cache stays there, also what the refused shared.
+    """Some requests find no memory for what they are the first to need. The others still have the same tokens, cycles
+    and passes, and what is in the prefix cache stays there, including what the refused requests shared.
     """
     beginning = [i % 90 for i in range(140)]
     prompts = [[*beginning, 91], [7] * 70, [*beginning, 92], [8]]
@@ -149,7 +149,7 @@ def _interrupt() -> None:
 
 
 def _wait_elsewhere() -> None:
-    """Another thread waits for the whole device, which may be an error there."""
+    """Another thread waits for the whole device, which may raise an error in that thread."""
 
     def wait():
         with contextlib.suppress(Exception):
@@ -160,7 +160,7 @@ def _wait_elsewhere() -> None:
     thread.join(30)
 
 
-# By what a recording may be spoilt in its middle. Of the first two an error reaches whoever steps the engine.
+# What may spoil a recording in its middle. With the first two, an error reaches the caller of ``step``.
 SPOILERS = {
     "interrupt": _interrupt,
     "wait": lambda: torch.cuda.synchronize(),
@@ -170,8 +170,8 @@ SURE = "interrupt", "wait"
 
 
 def check_a_spoilt_recording(engine: Engine, jobs: list[Job], spoiler: str) -> None:
-    """Nothing is lost: the same tokens after it, and everything is recorded and replayed as ever; and the program can
-    draw random numbers on the device.
+    """Nothing is lost: the tokens are the same, every cycle is recorded and replayed as usual, and the program can
+    still draw random numbers on the device.
     """
 
     def decoded(failures: list) -> list[list[int]]:
@@ -191,7 +191,7 @@ def check_a_spoilt_recording(engine: Engine, jobs: list[Job], spoiler: str) -> N
 
     def spoil(cycle: Cycle) -> None:
         struck.append(engine.metrics.as_dict()["tokens"])
-        if len(struck) == 2:  # the first is of a cycle before which there were no tokens to lose
+        if len(struck) == 2:  # before the first recording there were no tokens to lose
             SPOILERS[spoiler]()
 
     want = decoded(failures)
@@ -210,11 +210,11 @@ def check_a_spoilt_recording(engine: Engine, jobs: list[Job], spoiler: str) -> N
 
 
 def after_a_failure(make, fail) -> dict:
-    """An engine whose device fails in the middle of decoding, and an AsyncEngine on such a device.
+    """What the calls of an engine raise and leave behind when its device fails in the middle of decoding.
 
     Args:
         make: makes an engine.
-        fail: ``fail(engine)`` lets its device fail.
+        fail: ``fail(engine)`` makes its device fail.
     """
     facts = {}
     engine = make()
@@ -235,7 +235,7 @@ def after_a_failure(make, fail) -> dict:
 
 
 def streams_after_a_failure(engine: Engine, fail) -> dict:
-    """What an open stream, a new one and ``close`` of an :class:`AsyncEngine` say once the device has failed."""
+    """What an open stream, a new one and ``close`` of an :class:`AsyncEngine` raise once the device has failed."""
 
     async def main():
         facts, shared = {}, AsyncEngine(engine)
@@ -253,10 +253,10 @@ def streams_after_a_failure(engine: Engine, fail) -> dict:
 
 
 def check_failure(facts: dict, message: str) -> None:
-    """Every call says what is wrong, until the engine is closed; closing cannot fail to close."""
+    """Every call reports what is wrong, until the engine is closed. Closing may raise an error, but it does close."""
     assert facts["tokens_before"] > 0
     assert all(message in (said or "") for said in (*facts["steps"][1:], facts["generate"])), facts
-    assert facts["steps"][0] is None or message in facts["steps"][0], facts  # its results were perhaps there already
+    assert facts["steps"][0] is None or message in facts["steps"][0], facts  # its results may have been there already
     assert facts["unfinished"] and facts["closed"] and facts["aborted"] == 1, facts
     assert facts["close_again"] is None and "this engine is closed" in facts["step_when_closed"], facts
 
@@ -289,7 +289,7 @@ async def _exhaust(stream) -> None:
 
 
 def _fail_cuda(engine: Engine) -> None:
-    """An index that is not there: the kernel that reads it asserts, and every later call on the device fails."""
+    """An index out of range: the kernel that reads it asserts, and every later call on the device fails."""
     torch.zeros(4, device=engine.device)[torch.tensor([1 << 20], device=engine.device)]
 
 
@@ -302,7 +302,7 @@ def main(folder: str) -> None:
     else:
         facts = after_a_failure(make, _fail_cuda)
     print(json.dumps(facts), flush=True)
-    os._exit(0)  # what tears down CUDA at exit may abort on such a device
+    os._exit(0)  # a normal exit tears down CUDA, which may abort on such a device
 
 
 if __name__ == "__main__":

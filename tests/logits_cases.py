@@ -34,7 +34,7 @@ FILTERS = [
 
 @dataclass
 class Case:
-    """Arguments of process_logits before ``purpose``."""
+    """The arguments of process_logits that come before ``purpose``."""
 
     logits: torch.Tensor
     rows: Rows
@@ -46,7 +46,7 @@ class Case:
         return len(self.logit_rows)
 
     def run(self, implementation, purpose=2):
-        """``(value, id, log_probs)`` of ``implementation``; the logits stay as they are."""
+        """``(value, id, log_probs)`` of ``implementation``; the logits stay unchanged."""
         n, vocab = self.logits.shape
         value, index = empty_partials(n, num_score_tiles(vocab), self.logits.device)
         log_probs = torch.full_like(self.logits, 7.0)
@@ -56,12 +56,12 @@ class Case:
         return value, index, log_probs
 
     def choose(self, implementation, purpose=2):
-        """Choices, as consensus takes them."""
+        """Choices, as consensus makes them."""
         value, index, _ = self.run(implementation, purpose)
         return choices(value, index)
 
     def only(self, which) -> Case:
-        """Some of the logits' rows, of the same pass."""
+        """The same pass with only some rows of logits."""
         return dataclasses.replace(self, logits=self.logits[which], logit_rows=self.logit_rows[which].contiguous())
 
 
@@ -70,9 +70,9 @@ def choices(value, index):
 
 
 def with_filters(logits, filters=None, edits=False, device="cpu") -> Case:
-    """Row i gets filter i, in turn, in a slot of its own; a last, invalid row belongs to no logits.
+    """Row i has a slot of its own, with filter i (they repeat). The pass has one more row, invalid and without logits.
 
-    Slots and pass rows run in opposite orders, so that neither passes for the other.
+    Slots and pass rows are in opposite orders, so that a mix-up of the two is found.
     """
     n, vocab = logits.shape
     chosen = [(filters or FILTERS)[i % len(filters or FILTERS)] for i in range(n)]
@@ -101,7 +101,7 @@ def moved(value, device):
 
 
 def logits(n, vocab, kind, seed=0):
-    """fp32 ``[n, vocab]`` of a kind: "normal", "peaked" as language models are, "tied" (few values), "hostile"."""
+    """fp32 ``[n, vocab]``: "normal", "peaked" as in language models, "tied" (few values) or "hostile" (NaN, inf)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, vocab, generator=generator)
     if kind == "peaked":
@@ -122,7 +122,7 @@ def logits(n, vocab, kind, seed=0):
 
 
 def extras(n, vocab, position) -> SlotEdits:
-    """Penalties, bias and stop ids: half the slots choose before their min_position, half beyond."""
+    """Penalties, bias and stop ids: half the slots choose before their min_position, half at it."""
     generator = torch.Generator().manual_seed(0)
 
     def integers(low, high, *shape):
@@ -141,12 +141,12 @@ def extras(n, vocab, position) -> SlotEdits:
 
 
 def block_with_edits(vocab, block_len=5) -> Case:
-    """A pass of 2 AR blocks and a diffusion block over 3 slots, with penalties; the drafts repeat tokens, of which some
-    were in the prompt. A tile's first token has a bias. Slots 0 and 2 sample from the whole vocabulary, which shows any
-    edit.
+    """A pass of 2 AR blocks and a diffusion block over 3 slots, with penalties. The drafts repeat tokens, some of which
+    were in the prompt. A tile's first token has a bias. Slots 0 and 2 sample from the whole vocabulary, so that any
+    edit shows.
 
-    Slot 1's last two rows are invalid; logits are there for all rows but the first, in another order than the rows.
-    The diffusion block supposes that two drafts are accepted.
+    Slot 1's last two rows are invalid. All rows but the first have logits, in another order than the rows. The
+    diffusion block assumes that two drafts are accepted.
     """
     generator = torch.Generator().manual_seed(0)
     groups = [ar(0, 20, block_len), ar(1, 7, block_len, invalid=2), diff(2, 31 + 2, block_len)]
@@ -166,10 +166,11 @@ def block_with_edits(vocab, block_len=5) -> Case:
 
 
 def assert_agrees(case, implementation, purpose=2):
-    """The oracle's sets, choices and, to the last bits of exp and log, scores, those of greedy rows to the bit; those
-    out of reach may be left out.
+    """Kept tokens, choices and scores are the oracle's: scores up to the last bits of exp and log, but to the bit in
+    greedy rows without edits. Scores that are too low to win may be left out.
 
-    Where a cut falls within rounding of a token, that token may be kept or not: of all such, 1e-5 of the probability.
+    Where a cut falls within rounding of a token, that token may be kept or not. All such tokens of a row have less than
+    1e-5 of the probability.
     """
     value, index, log_probs = case.run(implementation, purpose)
     want_value, want_index, want_log = case.run(reference.process_logits, purpose)
@@ -189,19 +190,19 @@ def assert_agrees(case, implementation, purpose=2):
     assert (torch.maximum(value, want_value) < best)[same & (value.isfinite() != want_value.isfinite())].all()
     first = 128 * torch.arange(value.shape[1], dtype=torch.int32, device=index.device).expand_as(index)
     assert torch.equal(index[value.isneginf()], first[value.isneginf()])
-    if case.sampling.edits is None:  # with them a product and a sum may be fused
+    if case.sampling.edits is None:  # with edits, a product and a sum may be fused
         greedy = both & (case.sampling.temperature[case.rows.seq[case.logit_rows.long()].long()] == 0)[:, None]
         assert torch.equal(value[greedy], want_value[greedy])
     return got
 
 
 def check_ids_outside(implementation):
-    """Ids outside the vocabulary, of a bias, of stops and of drafts, change nothing in any row."""
+    """Ids outside the vocabulary change nothing in any row, whether of a bias, of stops or of drafts."""
     vocab = 200
     case = block_with_edits(vocab)
     case = case.only(case.rows.position[case.logit_rows.long()] >= 0)
     rows, edits = case.rows, case.sampling.edits
-    case.rows = dataclasses.replace(rows, num_rows_ar=0)  # no drafts count
+    case.rows = dataclasses.replace(rows, num_rows_ar=0)  # no drafts are counted
     want = case.run(implementation)
     outside = torch.tensor([vocab, 2 * vocab - 1, 2_000_000_000, -5], dtype=torch.int32)
     case.rows = dataclasses.replace(rows, token=outside.repeat(4)[: len(rows.token)])
@@ -211,7 +212,7 @@ def check_ids_outside(implementation):
 
 
 def check_neighbouring_values(implementation):
-    """A cut falls between the two largest values, though no number lies between them."""
+    """A cut separates the two largest values, though no fp32 number lies between them."""
     row = torch.full((1, 300), -5.0)
     row[0, 7] = 5
     row[0, 200] = row[0, 7].nextafter(torch.tensor(0.0))
@@ -221,7 +222,7 @@ def check_neighbouring_values(implementation):
 
 
 def check_what_top_k_keeps(implementation):
-    """A value right at a rung and alone in its tile; all but one; and what is too unlikely to have any mass."""
+    """A value exactly at a rung of the search and alone in its tile; all but one; tokens too unlikely to have mass."""
     at_a_rung, unlikely = torch.full((1, 9001), -90.0), torch.full((1, 9001), -300.0)
     at_a_rung[0, 7], at_a_rung[0, 4500], at_a_rung[0, 9000] = 5, 5 - 0.4375, 4.6
     unlikely[0, 3], unlikely[0, 5000], unlikely[0, 9000] = 0, -50, -40
@@ -233,7 +234,7 @@ def check_what_top_k_keeps(implementation):
 
 
 def check_the_outermost_uniforms(implementation):
-    """Who is left alone is chosen, whatever the noise: the words are 0xffffff88, which as fp32 is 2**32, and 0."""
+    """The only kept token is chosen, whatever the noise: the words are 0xffffff88, which in fp32 is 2**32, and 0."""
     for position, token, word in ((242043, 32, 0xFFFFFF88), (5680720, 45, 0)):
         assert int(reference.philox(0, position, 2, token)) == word
         row = torch.full((1, 300), -5.0)
@@ -248,9 +249,9 @@ def check_the_outermost_uniforms(implementation):
 
 
 def check_the_unlikely(implementation):
-    """Mass counts in whole units of 2**-40: 5,500 tokens of 15.5 ... 15.7 have 15 each, of which top-p drops 2**-24 of
-    the row's, whether or not top-k leaves them alone. All logits are negative. And two tokens whose mass is top-p's
-    share to the unit.
+    """Mass counts in whole units of 2**-40: 5,500 tokens of 15.5 ... 15.7 units have 15 each. Of these, top-p drops
+    2**-24 of the row's mass, whether or not top-k has removed all other tokens. All logits are negative. A second row
+    has two tokens whose mass is exactly top-p's share.
     """
     row = torch.full((1, 9001), -100.0)
     row[0, 9000] = -3
@@ -266,8 +267,8 @@ def check_the_unlikely(implementation):
 
 
 def check_count_tokens(op, device="cpu"):
-    """Only what is new, each token as often as it occurs, from a ring that wraps or is new as a whole; a prompt's token
-    becomes counted, unless it is none of the new, and one outside the vocabulary does not.
+    """Only new tokens are counted, each as often as it occurs, from a ring that wraps or is entirely new. So is a token
+    of the prompt, if it is among the new ones; a token outside the vocabulary is not.
     """
     state = SlotState.allocate(3, 4, 9, 1, "cpu")
     state.output.copy_(torch.tensor([[5, 6, 5, 5, 7, 0, 0, 0, 0], [2, 3, 4, 9, 9, 9, 9, 3, 1], [8, 8, 7] + [8] * 6]))
@@ -281,14 +282,14 @@ def check_count_tokens(op, device="cpu"):
     want[1, 1:5] = torch.tensor([1, 1, 2, 1], dtype=torch.int32)
     want[2, 7], want[2, 8] = 1, 5
     state, edits = moved(state, device), moved(edits, device)
-    for _ in range(2):  # once more: nothing is new
+    for _ in range(2):  # the second time, nothing is new
         op(state, edits)
         assert torch.equal(edits.token_counts.cpu(), want)
         assert edits.num_counted.tolist() == [5, 12, 12, 0]
 
 
 def check_draws(implementation, device="cpu"):
-    """Chi-square of 20,000 draws at as many positions."""
+    """Chi-square test of 20,000 draws, each at another position."""
     n, vocab, filters = 20000, 50, (1.2, 30, 0.95, 0.01)
     row = logits(1, vocab, "normal")
     case = with_filters(row.expand(n, vocab), [filters], device=device)

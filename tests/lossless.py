@@ -1,8 +1,8 @@
-"""The bitwise promise as checks of one engine, for every device: whatever the mode, the block length, the company, the
-order of arrival, the pages and the way a cycle is run, AR decoding alone gives the same tokens, logits and cache.
-Tokens per cycle are those that each request has alone: a broken drafter gives the right text in more cycles.
+"""The bitwise guarantee as checks of one engine, for every device: tokens, logits and cache are those of AR decoding
+alone, whatever the mode, the block length, the other requests, the order of arrival, the pages and the way a cycle is
+run. Tokens per cycle are those that each request has alone: a broken drafter gives the right text in more cycles.
 
-A mode to come joins by one more line in ``MODES``.
+A new mode is checked once it is added to ``MODES``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from orthrus_rt.sampling import SamplingParams
 from tests import traces
 from tests.traces import assert_same, decode
 
-MODES = {"two_pass": {}, "one_pass": {"fan_out": 3}}  # AR apart, and what else ``generate`` is told
+MODES = {"two_pass": {}, "one_pass": {"fan_out": 3}}  # all modes but AR, and further arguments of ``generate``
 
 
 def ways(draft_lens, modes=tuple(MODES)) -> list[dict]:
@@ -39,7 +39,7 @@ def random_prompts(vocab_size: int, count: int, longest: int, seed: int) -> list
 
 
 def rate(decoded) -> float:
-    """Tokens per cycle over all of them."""
+    """Tokens per cycle over all traces."""
     cycles = sum((len(t.tokens) - 1) / t.tokens_per_cycle for t in decoded if t.tokens_per_cycle)
     return sum(len(t.tokens) - 1 for t in decoded if t.tokens_per_cycle) / cycles
 
@@ -52,7 +52,7 @@ def key_of(prompt, params, way) -> tuple:
 
 
 def remember(engine, prompts, params, way, decoded) -> None:
-    """What each request alone has in tokens per cycle; every decoding of it alone must have the same."""
+    """Store the tokens per cycle of each request decoded alone; every such decoding must have the same number."""
     known = _alone.setdefault(engine, {})
     for n, (ids, p, trace) in enumerate(zip(prompts, params, decoded, strict=True)):
         rate = known.setdefault(key_of(ids, p, way), trace.tokens_per_cycle)
@@ -60,8 +60,8 @@ def remember(engine, prompts, params, way, decoded) -> None:
 
 
 def check_pace(engine, prompts, params, way, decoded, what: str) -> None:
-    """Each request takes as many cycles as alone, where it is decoded now unless that is known. Not those of one_pass
-    that lost their blocks by a preemption.
+    """Each request takes as many cycles as alone; if that number is not known yet, it is decoded alone now. Requests of
+    one_pass that lost their blocks by a preemption are left out.
     """
     known, compared = _alone.setdefault(engine, {}), 0
     for n, (ids, p, trace) in enumerate(zip(prompts, params, decoded, strict=True)):
@@ -76,7 +76,7 @@ def check_pace(engine, prompts, params, way, decoded, what: str) -> None:
 
 
 def check_alone(engine, prompts, params, want, way, replayed=None) -> float:
-    """Every prompt by itself; its tokens per cycle. For ``replayed`` see :func:`~tests.traces.decode`."""
+    """Decode each prompt by itself; returns the tokens per cycle. For ``replayed`` see :func:`~tests.traces.decode`."""
     got = decode(engine, prompts, params, replayed=replayed, **way)
     assert_same(got, want, way)
     remember(engine, prompts, params, way, got)
@@ -84,7 +84,7 @@ def check_alone(engine, prompts, params, want, way, replayed=None) -> float:
 
 
 def check_together(engine, prompts, params, want, way, seed=0) -> None:
-    """All at once, in another order of arrival, between random others."""
+    """Decode all at once, in another order of arrival, among other random requests."""
     rng = random.Random(seed)
     others = random_prompts(engine.config.vocab_size, len(prompts) // 2, 90, seed)
     jobs = list(zip(prompts, params, want, strict=True))
@@ -99,7 +99,7 @@ def check_together(engine, prompts, params, want, way, seed=0) -> None:
 
 
 def check_preempted(engine, prompts, params, want, way, num_pages) -> None:
-    """Together on so few pages that some are thrown out and begin again."""
+    """Decode all together on so few pages that some are preempted and start again."""
     with traces.few_pages(engine, num_pages):
         got = decode(engine, prompts, params, together=True, **way)
     assert_same(got, want, ("preempted", way))
@@ -108,7 +108,7 @@ def check_preempted(engine, prompts, params, want, way, num_pages) -> None:
 
 
 def check_eager(engine, prompts, params, want, way, again=True) -> None:
-    """Op by op, no cycle recorded; and ``again``, as ever, nearly every cycle a replay where this device can record."""
+    """Decode op by op, with no cycle recorded. ``again``: then as usual, when nearly every cycle must be a replay."""
     with traces.eager_cycles(engine):
         got = decode(engine, prompts, params, replayed=False, **way)
     assert_same(got, want, ("eager", way))
@@ -120,11 +120,11 @@ def check_eager(engine, prompts, params, want, way, again=True) -> None:
 
 
 def check_prefill(engine, monkeypatch) -> None:
-    """The chunk size, and prompts that share the passes' budget, change no bit of the pages or of what follows."""
+    """Neither the chunk size nor prompts that share a pass's budget change any bit of the pages or of what follows."""
     prompts = random_prompts(engine.config.vocab_size, 6, 200, seed=2)
     params = greedy(6, max_new_tokens=3, ignore_eos=True)
     want = decode(engine, prompts, params)
     for chunk in (1, 7, 64, 100):
         monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", chunk)
-        for together in (False, True) if chunk > 1 else (True,):  # one token a pass is the same pass for one prompt
+        for together in (False, True) if chunk > 1 else (True,):  # a pass of one token has one prompt either way
             assert_same(decode(engine, prompts, params, together=together), want, ("prefill chunk", chunk))

@@ -1,4 +1,4 @@
-"""Cycles that requests have taken: a broken drafter changes no text, it only takes more of them."""
+"""The cycles that requests took: a broken drafter does not change the text, it only takes more cycles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orthrus_rt.sampling import SamplingParams
 
 
 class Ended(NamedTuple):
-    """``params`` with the seed that was drawn, and no more tokens than there was room for."""
+    """A finished request; ``params`` have the seed that was drawn, and no more tokens than there was room for."""
 
     plan: CyclePlan
     prompt: tuple[int, ...]
@@ -27,10 +27,11 @@ class Ended(NamedTuple):
 
 @contextlib.contextmanager
 def noted(folder: str) -> Iterator[list[Ended]]:
-    """Requests with drafts, of any engine for the checkpoint in ``folder``, that finish inside this context.
+    """The requests with drafts, of any engine for the checkpoint in ``folder``, that finish inside this context.
 
-    Left out are those of mode ``auto``, which decides by times, and those of ``one_pass`` that began anew after some of
-    their tokens, because their blocks were lost (a preemption, a fault). It is an error if those are all there are.
+    Left out are those of mode ``auto``, which decides by times, and those of ``one_pass`` that started again when they
+    had tokens already (after a preemption or a fault), as their blocks were lost. It is an error if there are only such
+    requests of ``one_pass``.
     """
     ended, left_out, finish, begin = [], [], Rounds._finish, Request.begin
     interrupted = []

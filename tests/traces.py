@@ -1,8 +1,8 @@
-"""What a decoding did, to the bit: its tokens, the logits behind each of them, and the cache that it left.
+"""What a decoding did, to the bit: its tokens, the logits that each was chosen from, and the cache that it left.
 
-The engine runs as ever, recorded replays included. After each cycle the tap reads what the cycle left in its static
-buffers: the last pass's normed hidden rows, from which one more ``row_linear`` gives the logits that the choices were
-made from (and they are checked to be: the cycle's own partial maxima must be entries of them).
+The engine runs as usual, with replays of recordings. After each cycle the tap reads what the cycle left in its static
+buffers: the last pass's normed hidden rows. From these, one more ``row_linear`` computes the logits that the choices
+were made from. In greedy cycles this is checked: the cycle's own partial maxima must be entries of these logits.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Trace:
     """One request's decoding.
 
     Attributes:
-        logits: by index of the generated token, the AR logits row that chose it, as ``keep`` left it.
-        best: by the same index, that row's largest logit (lowest id).
+        logits: by index of the generated token, what ``keep`` made of the AR logits row that chose it.
+        best: by the same index, the id of that row's largest logit (the lowest such id).
         cache: digest of every layer's keys and values at the committed positions.
     """
 
@@ -49,9 +49,9 @@ class Tap:
 
     def __init__(self, engine: Engine, keep):
         self.engine, self.keep = engine, keep
-        self.traces: dict[int, tuple[object, Trace]] = {}  # by the request's Stats, which its output carries
+        self.traces: dict[int, tuple[object, Trace]] = {}  # by id() of the request's Stats, which its output has too
         self.replays = self.eager_cycles = 0
-        self._before_prompts = 0  # logits of the last pass that are slots', before those of prompts' ends
+        self._before_prompts = 0  # how many logits rows of slots precede those of prompts in the last pass
 
     @contextlib.contextmanager
     def open(self):
@@ -91,7 +91,7 @@ class Tap:
         return self.traces.setdefault(id(owner.stats), (owner.stats, Trace()))[1]
 
     def _logits(self, num_rows: int) -> torch.Tensor:
-        """Of the last pass's chosen rows, as many as the pass itself had."""
+        """Logits of the first ``num_rows`` rows of the last pass that choose a token."""
         runner, model = self.engine.runner, self.engine.model
         out = torch.empty(num_rows, model.config.vocab_size, dtype=torch.float32, device=model.device)
         normed = runner.activations.normed[:num_rows]
@@ -121,7 +121,7 @@ class Tap:
 
     def _keep(self, request, index: int, row: torch.Tensor) -> None:
         trace, kept, best = self._trace(request), self.keep(row), int((row == row.max()).int().argmax())
-        if index in trace.logits and self.keep is digest:  # decoded again, after pages were lost
+        if index in trace.logits and self.keep is digest:  # decoded again, after its pages were lost
             assert trace.logits[index] == kept
         trace.logits[index], trace.best[index] = kept, best
 
@@ -133,7 +133,7 @@ class Tap:
 
 
 def check_partials(partials, logits: torch.Tensor) -> None:
-    """The partial maxima are entries of ``logits`` to the bit, and the largest of them is its first largest."""
+    """The partial maxima are entries of ``logits`` to the bit, and the largest of them is the row's first maximum."""
     value, index = partials
     assert torch.equal(value.view(torch.int32), logits.gather(1, index.long()).view(torch.int32))
     best = value == value.amax(1, keepdim=True)
@@ -163,9 +163,10 @@ def few_pages(engine: Engine, count: int):
 
 
 def decode(engine: Engine, prompts, params, *, together=False, keep=digest, replayed=None, **way) -> list[Trace]:
-    """Decode every prompt alone, or all of them ``together``; ``way`` are generate()'s mode, draft_len, ...
+    """Decode every prompt alone, or all of them ``together``; ``way``: mode, draft_len, ... of generate().
 
-    ``replayed`` demands that all cycles were replays (but the first of each kind, which cannot be), or that none was.
+    ``replayed``: True checks that all cycles were replays (except the first of each kind, which cannot be one), False
+    that none was.
     """
     each = list(params) if isinstance(params, list) else [params] * len(prompts)
     with Tap(engine, keep).open() as tap:
@@ -183,7 +184,7 @@ def decode(engine: Engine, prompts, params, *, together=False, keep=digest, repl
 
 
 def arriving(engine: Engine, jobs, every: int) -> list[Trace]:
-    """Traces of submitted requests, ``(prompt, params)``, of which one arrives every so many steps."""
+    """Submit one of ``jobs``, each ``(prompt, params)``, ``every`` so many steps; returns their traces."""
     traces, waiting, steps = {}, list(jobs), 0
     with Tap(engine, digest).open() as tap:
         while waiting or engine.has_unfinished():
@@ -198,7 +199,7 @@ def arriving(engine: Engine, jobs, every: int) -> list[Trace]:
 
 
 def assert_same(got: list[Trace], want: list[Trace], what="") -> None:
-    """Equal tokens, equal logits behind each and equal caches, to the bit."""
+    """Equal tokens, equal logits for each token and equal caches, to the bit."""
     for n, (a, b) in enumerate(zip(got, want, strict=True)):
         assert a.tokens == b.tokens, (what, n)
         differ = [i for i in b.logits if a.logits[i] != b.logits[i]]

@@ -1,5 +1,5 @@
 """The variants of the native CPU ops (instruction sets; elements of weights, activations and cache), the CUDA
-kernels on the host, a checkpoint with a tokenizer, and what a request gets alone.
+kernels on the host, a checkpoint with a tokenizer, and the tokens and cycles of a request that runs alone.
 """
 
 import functools
@@ -13,8 +13,8 @@ from tests import byte_tokenizer, engines, native_cpu, pace, variants
 from tests.cpu import cuda_host
 from tests.cpu.cuda_host import device
 
-# They begin, so that no process ends long after the other ones. What xdist begins with of itself are the files of most
-# tests, not of the longest.
+# These run first, so that no process ends long after the others. By itself, xdist would begin with the files that have
+# the most tests, not with those that take longest.
 LONGEST = [
     "lossless", "row_linear_on_host", "policy", "lossless_tiny", "engine_on_host", "consensus", "pretended_card",
     "interrupts", "transformers", "policy_safety", "policy_surprises", "nan", "batching", "tools", "bench_hypotheses",
@@ -47,7 +47,7 @@ def isa(request):
 
 @pytest.fixture(params=dispatch.ELEMENTS, ids=("bfloat16", "float32"))
 def element(request, monkeypatch):
-    """The dtype that ``randn`` and ``poison`` of tests/native_cpu.py make."""
+    """The dtype of the tensors that ``randn`` and ``poison`` of tests/native_cpu.py make."""
     monkeypatch.setattr(native_cpu, "ELEMENT", request.param)
     return request.param
 
@@ -63,7 +63,7 @@ def host():
 
 @pytest.fixture(params=(False, True), ids=("ascending", "descending"))
 def both_orders(request, host):
-    """Of the threads of a block."""
+    """Runs the test with the threads of a block in both orders."""
     host.descending = request.param
 
 
@@ -82,7 +82,7 @@ def wheel():
 
 @pytest.fixture
 def break_token(monkeypatch):
-    """``break_token(i, mode)``: token i of that mode is wrong; with ``together``, only where prompts share a batch."""
+    """``break_token(i, mode)`` breaks token i of single prompts in a mode; ``together``: of a batch's last prompt."""
 
     def install(index, mode, together=False):
         honest = Engine.generate
@@ -101,7 +101,7 @@ def break_token(monkeypatch):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    """Tokens of a request decoded by AR and read at once, with nothing beside it; remembered."""
+    """Tokens of a request decoded by AR alone, its prompt prefilled in one pass; results are kept."""
     engine = engines.make(folder, mode="ar", max_seq_len=256, max_batch_size=1, prefix_caching=False)
     known = {}
 
@@ -116,7 +116,7 @@ def alone(folder):
 
 @pytest.fixture(scope="module")
 def cycles_alone(folder):
-    """Cycles that a request takes alone in a mode, at whose usual drafts unless told otherwise; remembered."""
+    """Cycles that a request takes alone in a mode, with its usual drafts unless told otherwise; results are kept."""
     sizes = dict(max_seq_len=512, max_batch_size=1)
     engine_of = functools.cache(lambda mode, dtype: engines.make(folder, mode=mode, dtype=dtype, **sizes))
 
@@ -129,8 +129,8 @@ def cycles_alone(folder):
 
 @pytest.fixture
 def paced(folder, cycles_alone):
-    """Whoever comes to an end in this test, of those that :func:`tests.pace.noted` notes, has taken the cycles that it
-    takes alone: a broken drafter gives the right text.
+    """Each request that finishes in this test, among those that :func:`tests.pace.noted` notes, has taken as many
+    cycles as it takes alone: a broken drafter would give the right text, in more cycles.
     """
     with pace.noted(folder) as ended:
         yield
@@ -141,6 +141,6 @@ def paced(folder, cycles_alone):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Ops of tiny models only wait for each other on more."""
+    """Runs tests on one thread: on more, the threads of tiny models' ops only wait for each other."""
     with native_cpu.threads(1):
         yield

@@ -1,8 +1,8 @@
-"""A simulated GPU: runs what host code does for a GPU, in tests/gpu and bench, on a machine without one.
+"""A simulated GPU: runs the host code for GPUs, in tests/gpu and bench, on a machine without one.
 
-Tensors made for it lie in host memory, with a mark that their ``device`` reports and that results inherit. Ops are
-the CPU's, and graphs are tapes. It refuses what a GPU refuses: tensors of two devices in one operation, NumPy's view of
-a tensor, a value read during capture or under sync-debug mode. It shows nothing about kernels, time or overlap. Once
+Its tensors lie in host memory, with a mark that results inherit and that makes ``device`` report the GPU. Ops are the
+CPU's, and graphs are tapes. It refuses what a GPU refuses: tensors of two devices in one operation, NumPy's view of a
+tensor, a value read during capture or under sync-debug mode. It shows nothing about kernels, time or overlap. Once
 installed, it stays for the life of the process:
 
     python -m pytest -p tests.cpu.pretended_card tests/gpu/test_auto.py
@@ -40,7 +40,7 @@ ANSWERS = {
     torch.Tensor.is_cuda.__get__: on_card,
     torch.Tensor.is_cpu.__get__: lambda t: not on_card(t),
 }
-# What most calls ask about a single tensor: a GPU refuses none of it, and the result is not a tensor.
+# The most frequent queries, each about a single tensor: a GPU never refuses them, and the result is not a tensor.
 PLAIN = {torch.Tensor.shape.__get__, torch.Tensor.dtype.__get__, torch.Tensor.data_ptr, torch.Tensor.is_contiguous}
 
 
@@ -84,7 +84,7 @@ class Graph(Tape):
 
 
 class Card(TorchFunctionMode):
-    """Every operation of torch. ``allocations`` counts tensors made on the GPU."""
+    """Intercepts every operation of torch. ``allocations`` counts tensors made on the GPU."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ class Card(TorchFunctionMode):
         if Tape.recording is None:
             return run()
         if out is not None or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-            launch(run)  # a capture changes nothing
+            launch(run)  # nothing is changed during capture
             return args[0] if out is None else out
         result = run()
         made = [tensor for tensor in tensors_in(result) if not shares(tensor, tensors)]
@@ -234,7 +234,7 @@ def install() -> None:
     capture._recording_stream = Stream
     device.exchange_capture_mode = lambda mode: mode
     uploads.reads_pageable_memory = lambda device: False
-    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):  # those of a torch with CUDA do not know such a pool
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):  # in a CUDA build, they reject the simulated pool
         if hasattr(torch._C, name):
             delattr(torch._C, name)
     native._launch = lambda op, params, device: launch(getattr(ops, op), params)

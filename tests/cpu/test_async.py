@@ -34,19 +34,19 @@ make = partial(engines.make, max_seq_len=128, max_batch_size=4)
 
 
 def run(folder, use, **kwargs):
-    """``use(shared)`` with an AsyncEngine."""
+    """Run ``use(shared)`` with an AsyncEngine."""
 
     async def main():
         async with AsyncEngine(make(folder, **kwargs)) as shared:
             await use(shared)
         assert shared.engine.closed
-        await shared.close()  # harmless
+        await shared.close()  # closing again is harmless
 
     asyncio.run(main())
 
 
 def slowly(shared, monkeypatch) -> None:
-    """Steps take a while: what has just begun is not over yet."""
+    """Make every step take a while, so that what has just begun is not over yet."""
     step = shared.engine.step
     monkeypatch.setattr(shared.engine, "step", lambda: (time.sleep(0.02), step())[1])
 
@@ -61,7 +61,7 @@ async def collect_rest(stream):
 
 
 def test_bad_requests_end_alone(folder, alone, monkeypatch, caplog):
-    """However many there are."""
+    """They disturb no other request, however many there are."""
 
     async def use(shared):
         monkeypatch.setattr(Activations, "logits", exhausted)
@@ -77,12 +77,12 @@ def test_bad_requests_end_alone(folder, alone, monkeypatch, caplog):
 @pytest.mark.parametrize("what", ("prefill", "decode", "begin"))
 def test_what_fails_again_and_again_reaches_every_stream(folder, monkeypatch, what):
     async def use(shared):
-        await collect(shared, [9], GREEDY)  # cycles of before are none between the failures
+        await collect(shared, [9], GREEDY)  # these cycles come before the failures, not between them
         monkeypatch.setattr(shared.engine.runner, what, lambda *_: 1 / 0)
         streams = (collect(shared, [i], GREEDY) for i in range(3))
         got = await asyncio.wait_for(asyncio.gather(*streams, return_exceptions=True), 20)
         assert [type(error) for error in got] == [ZeroDivisionError] * 3
-        with pytest.raises(ZeroDivisionError):  # and the stream after these
+        with pytest.raises(ZeroDivisionError):  # the next stream fails too
             await asyncio.wait_for(collect(shared, [1], GREEDY), 20)
         monkeypatch.undo()
         assert (await collect(shared, [1], GREEDY))[1] == "length"
@@ -99,7 +99,7 @@ def test_a_slow_reader_of_the_last_piece_costs_nothing(folder):
             if out.finished:
                 before = len(steps)
                 await asyncio.sleep(0.1)
-                assert len(steps) <= before + 1  # the one that was under way
+                assert len(steps) <= before + 1  # only the step that was running
 
     run(folder, use)
 
@@ -143,7 +143,7 @@ def test_arguments_are_checked_at_the_call(folder):
 
 @pytest.mark.parametrize("kind", (list, np.array, torch.tensor, iter))
 def test_a_prompt_may_change_behind_the_call(folder, alone, monkeypatch, kind):
-    """As a buffer that is used again: the worker submits it later, behind the step that runs."""
+    """For example a buffer that is reused: the worker submits the request later, after the step that is running."""
 
     async def use(shared):
         slowly(shared, monkeypatch)
@@ -160,7 +160,7 @@ def test_a_prompt_may_change_behind_the_call(folder, alone, monkeypatch, kind):
 
 
 def test_a_name_is_free_when_its_stream_has_ended(folder, alone):
-    """Read to its end or not yet, or cancelled a moment ago."""
+    """Whether the stream has been read to its end or not, or was cancelled a moment ago."""
 
     async def rest(stream):
         return [t async for out in stream for t in out.new_token_ids]
@@ -168,7 +168,7 @@ def test_a_name_is_free_when_its_stream_has_ended(folder, alone):
     async def use(shared):
         slow = shared.stream([1, 2], GREEDY, request_id="mine")
         tokens = (await anext(slow)).new_token_ids
-        while shared._waiting:  # the engine is through with it, its reader is not
+        while shared._waiting:  # the engine has finished it, its reader has not
             await asyncio.sleep(0.01)
         again = shared.stream([3, 4], GREEDY, request_id="mine")
         first = (await anext(again)).new_token_ids
@@ -183,7 +183,7 @@ def test_a_name_is_free_when_its_stream_has_ended(folder, alone):
 
 
 def test_a_name_is_found_without_a_look_at_the_others(folder):
-    """With thousands of clients, a stream's begin and an abort cost no more than with a few."""
+    """With thousands of clients, starting or aborting a stream costs no more than with a few."""
     compared = []
 
     class Name(str):
@@ -262,7 +262,7 @@ def test_an_abort_that_fails_is_tried_again(folder, alone, monkeypatch, failures
 
 
 def test_what_a_reader_has_not_come_to_is_one_output(folder, alone):
-    """However long it takes: nothing piles up."""
+    """However long the reader takes, outputs do not pile up."""
 
     async def use(shared):
         stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
@@ -277,7 +277,7 @@ def test_what_a_reader_has_not_come_to_is_one_output(folder, alone):
 
 
 def test_nobody_else_calls_an_engine_that_is_shared(folder, alone):
-    """Direct calls would take other streams' tokens out of its hands."""
+    """Direct calls would take tokens that belong to its streams."""
 
     async def use(shared):
         engine = shared.engine
@@ -291,7 +291,7 @@ def test_nobody_else_calls_an_engine_that_is_shared(folder, alone):
         engine.check([1]), engine.has_unfinished()
         assert engine.metrics.as_dict()["tokens"]
         assert tokens + await collect_rest(stream) == alone([1, 2], GREEDY)
-        assert engine.metrics.finished["abort"] == 0  # what was refused was never there
+        assert engine.metrics.finished["abort"] == 0  # the refused calls submitted nothing
 
     run(folder, use)
 
@@ -311,7 +311,7 @@ def test_what_a_stream_does_not_tell_is_asked_for_between_two_steps(folder, alon
 
 
 def test_a_request_arrives_when_it_is_asked_for(folder):
-    """Not when the engine is through with what it is at."""
+    """Its times count from the call, not from when the engine has finished what it is doing."""
 
     async def use(shared):
         asked = threading.Event()
@@ -357,7 +357,7 @@ def test_a_call_that_submits_all_the_same_is_served_and_one_that_closes_ends_the
     async def main():
         shared = AsyncEngine(make(folder))
         await shared.call(lambda engine: engine.submit([1, 2], GREEDY))
-        while not await shared.call(lambda engine: engine.metrics.finished["length"]):  # though nobody streams
+        while not await shared.call(lambda engine: engine.metrics.finished["length"]):  # although no stream is open
             pass
         waiting = asyncio.create_task(collect(shared, [3], SamplingParams(max_new_tokens=100, ignore_eos=True)))
         await asyncio.sleep(0)
@@ -376,7 +376,7 @@ def test_an_engine_outlives_a_shared_one_that_nobody_closed(folder, alone):
     gone = weakref.ref(shared)
     del shared
     end = time.monotonic() + 60
-    while gone() is not None and time.monotonic() < end:  # its thread may be on the way out of the last step
+    while gone() is not None and time.monotonic() < end:  # its thread may still be leaving the last step
         gc.collect()
     assert engine.generate([1, 2], GREEDY).token_ids == alone([1, 2], GREEDY)
     engine.close()
@@ -403,7 +403,7 @@ def test_outputs_that_cannot_be_handed_out_end_the_streams(folder, alone, monkey
             patch.setattr(Stats, "copy", lambda _: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 await asyncio.wait_for(collect(shared, [1, 2], GREEDY), 20)
-            while await shared.call(Engine.has_unfinished):  # the stream's abort has an output as well
+            while await shared.call(Engine.has_unfinished):  # the abort of the stream makes an output too
                 await asyncio.sleep(0.01)
         assert (await collect(shared, [1, 2], GREEDY))[0] == alone([1, 2], GREEDY)
 
@@ -414,7 +414,7 @@ def test_a_busy_event_loop_does_not_stall_decoding(folder, alone):
     async def use(shared):
         stream = shared.stream([1, 2], GREEDY)
         tokens, end = (await anext(stream)).new_token_ids, time.monotonic() + 60
-        while shared.engine.has_unfinished():  # nothing else runs in the loop, nor does it let go of the interpreter
+        while shared.engine.has_unfinished():  # the loop runs nothing else and never gives up the GIL by itself
             assert time.monotonic() < end
         assert tokens + await collect_rest(stream) == alone([1, 2], GREEDY)
 
@@ -422,10 +422,10 @@ def test_a_busy_event_loop_does_not_stall_decoding(folder, alone):
 
 
 def test_a_loop_that_is_never_idle_does_not_starve_decoding(folder, alone, monkeypatch):
-    """It lets go of the interpreter all the time, but never for long enough."""
+    """It releases the GIL all the time, but never for long enough."""
 
     async def use(shared):
-        slowly(shared, monkeypatch)  # where a step lets go of the interpreter
+        slowly(shared, monkeypatch)  # in every step, its sleep releases the GIL
         stream, turns = asyncio.create_task(collect(shared, [1, 2], SHORT)), 0
         while not stream.done():
             for _ in range(2000):
@@ -439,7 +439,7 @@ def test_a_loop_that_is_never_idle_does_not_starve_decoding(folder, alone, monke
 
 
 def test_statistics_of_a_piece_stay_as_they_were(folder):
-    """While the engine goes on, in another thread."""
+    """Even though the engine continues, in another thread."""
 
     async def use(shared):
         with a_beginning_each(shared.engine):

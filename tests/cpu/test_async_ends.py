@@ -77,7 +77,7 @@ def test_a_request_is_aborted_by_its_name(folder, alone):
         tokens += [t for out in rest for t in out.new_token_ids]
         assert tokens == alone([1, 2], LONG)[: len(tokens)] and len(tokens) < 100
         assert (await whole).finish_reason == "abort"
-        await shared.abort("mine")  # too late
+        await shared.abort("mine")  # ignored: it has ended already
         assert (await collect(shared, [3], GREEDY))[1] == "length"
         assert others + await collect_rest(other) == alone([1, 2], LONG)
         assert shared.engine.metrics.finished["abort"] == 2
@@ -104,7 +104,7 @@ def test_an_abort_that_is_cancelled_aborts(folder):
             stream = shared.stream([1, 2], LONG, request_id="mine")
             await anext(stream)
             abort = asyncio.create_task(shared.abort("mine"))
-            await asyncio.sleep(0)  # it waits for the step that is running
+            await asyncio.sleep(0)  # the abort waits for the step that is running
             abort.cancel()
             assert [out.finish_reason async for out in stream][-1] == "abort"
 
@@ -139,7 +139,7 @@ def test_close_that_drains_lets_what_runs_come_to_its_end(folder, alone):
             gone.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await gone
-            await asyncio.wrap_future(shared._worker.submit(int))  # queued after its abort
+            await asyncio.wrap_future(shared._worker.submit(int))  # queued after the abort of the cancelled one
         await closing
         assert shared.engine.closed and shared.engine.metrics.finished["length"] == 2
         assert await running == (alone([4], GREEDY), "length")
@@ -166,7 +166,7 @@ def test_draining_may_end_early(folder):
 
 
 def test_draining_does_not_wait_for_streams_that_have_failed(folder):
-    """There may be no reader who asks why they failed."""
+    """There may be no reader left to receive the error."""
 
     async def use(shared):
         with a_beginning_each(shared.engine):
@@ -181,7 +181,7 @@ def test_draining_does_not_wait_for_streams_that_have_failed(folder):
 
 
 def test_what_ends_a_thread_ends_the_streams(folder, monkeypatch):
-    """Nothing steps the engine again, so they would wait for ever."""
+    """Nothing steps the engine again, so the streams would wait forever."""
 
     async def use(shared):
         monkeypatch.setattr(shared.engine, "step", sys.exit)
@@ -203,7 +203,7 @@ def test_an_engine_with_requests_is_refused(folder, alone):
     abandoned = engine.stream([1, 2], GREEDY)
     reader = threading.Thread(target=next, args=(abandoned,))
     reader.start(), reader.join()
-    abandoned.close()  # by another thread than read it: aborted with the engine's next call, which is this one
+    abandoned.close()  # not in the thread that read it: the engine's next call, on the next line, aborts it
     asyncio.run(AsyncEngine(engine).close())
     assert engine.closed
 
@@ -262,7 +262,7 @@ def test_an_engine_is_its_makers_again_once_it_is_closed(folder):
 
 
 def test_failures_with_an_end_between_them_end_no_stream(folder, monkeypatch):
-    """This includes requests without a cycle of their own, whose one token is the prefill's."""
+    """This includes requests without a cycle of their own, whose only token comes from the prefill."""
 
     async def use(shared):
         step, due = shared.engine.step, []
@@ -275,7 +275,7 @@ def test_failures_with_an_end_between_them_end_no_stream(folder, monkeypatch):
 
 
 def test_who_had_no_part_in_steps_that_fail_is_served(folder, alone, monkeypatch):
-    """Its stream has begun, but the engine does not have it yet."""
+    """Its stream has begun, but the engine does not have the request yet."""
 
     async def use(shared):
         step, calls, begun = shared.engine.step, [], threading.Event()
@@ -303,7 +303,7 @@ def test_who_had_no_part_in_steps_that_fail_is_served(folder, alone, monkeypatch
 
 
 def test_what_was_decoded_before_steps_fail_is_told(folder, alone, monkeypatch):
-    """The ended one yields its tokens and no more; the other also why it cannot go on. No step succeeds again."""
+    """The stream that has ended yields only its tokens; the other one also the error. No step succeeds again."""
 
     async def use(shared):
         collect_but, told = shared.engine._collect_but, []
@@ -379,7 +379,7 @@ def test_a_device_that_is_lost_ends_those_who_wait_for_a_slot_too(folder, monkey
 
 
 def test_an_engine_that_fails_for_good_is_left_alone(folder, monkeypatch, caplog):
-    """Once every stream has received the error, though nothing can be aborted either."""
+    """It is stepped no more once every stream has received the error, although requests cannot be aborted either."""
 
     async def use(shared):
         calls = []

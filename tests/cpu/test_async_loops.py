@@ -45,7 +45,7 @@ def test_one_event_loop_at_a_time(folder, alone):
 
 
 def test_a_loop_that_is_left_without_being_closed(folder, alone):
-    """With a step still running, as run_until_complete leaves it."""
+    """A step may still be running when run_until_complete returns."""
     shared, loops = AsyncEngine(make(folder)), [asyncio.new_event_loop() for _ in range(2)]
     for loop in (*loops, *loops):
         got = loop.run_until_complete(asyncio.wait_for(collect(shared, [1, 2], GREEDY), 20))
@@ -57,7 +57,7 @@ def test_a_loop_that_is_left_without_being_closed(folder, alone):
 
 
 def test_streams_of_a_loop_that_another_one_takes_over_from_end_with_an_error(folder, alone, monkeypatch):
-    """No tokens are lost silently, and what waits or goes on in the first loop disturbs no other stream."""
+    """No tokens are lost silently, and what still waits or runs in the first loop disturbs no other stream."""
     shared, (first, second, third) = AsyncEngine(make(folder)), [asyncio.new_event_loop() for _ in range(3)]
     slowly(shared, monkeypatch)
     long = SamplingParams(max_new_tokens=100, ignore_eos=True)
@@ -91,7 +91,7 @@ def test_streams_of_a_loop_that_another_one_takes_over_from_end_with_an_error(fo
 
 @pytest.mark.parametrize("wait", (0, 0.5), ids=("at once", "later"))
 def test_a_close_whose_loop_ends_before_it_is_through(folder, caplog, wait):
-    """The thread ends all the same, and closing once more, in another loop, is harmless."""
+    """The worker thread still ends, and closing once more, in another loop, is harmless."""
     shared = AsyncEngine(make(folder))
     step, worker, begun, free = shared.engine.step, shared._worker, threading.Event(), threading.Event()
     shared.engine.step = lambda: (begun.set(), free.wait(60), step())[2]
@@ -170,7 +170,7 @@ def test_failures_that_a_loop_was_to_hear_of_reach_no_stream_of_the_next(folder,
     first.run_until_complete(asyncio.sleep(0.01))
     tokens = second.run_until_complete(asyncio.wait_for(waits, 20)).new_token_ids
     assert tokens + second.run_until_complete(collect_rest(stream)) == alone([1, 2], GREEDY)
-    with pytest.raises((RuntimeError, ZeroDivisionError)):  # whichever was first
+    with pytest.raises((RuntimeError, ZeroDivisionError)):  # whichever came first
         first.run_until_complete(left)
     second.run_until_complete(shared.close())
     for loop in (first, second):
@@ -203,7 +203,7 @@ def test_a_tensors_ids_are_read_by_the_caller(folder, alone):
 
 
 def test_loops_of_two_threads_take_over_one_after_the_other(folder, alone, monkeypatch):
-    """Otherwise both would own it, and one would change what the other is about to clear."""
+    """Otherwise both would own the AsyncEngine, and one would change what the other is about to clear."""
     shared, taking, most, together = AsyncEngine(make(folder)), [], [], threading.Barrier(2)
     asyncio.run(collect(shared, [1, 2], GREEDY))
     fail = shared._fail

@@ -101,7 +101,8 @@ def test_clients_come_and_go(folder, alone, cycles_alone, monkeypatch, seed):
         async with AsyncEngine(engine) as shared:
             if seed % 4 == 0:
                 fail_at_times(engine, rng, monkeypatch)
-            # Where pages run out, some requests start over without drafts; and auto decides by measured times.
+            # Not compared if pages run out, as some requests then start over without drafts, nor for auto, which
+            # decides by measured times.
             enough = pages is None or pages >= most * 128 // PAGE_SIZE
             cycles = cycles_alone if enough and mode != "auto" else None
             clients = [Client(shared, alone, cycles, 100 * seed + i, ends).run() for i in range(rng.choice((4, 8)))]

@@ -1,4 +1,4 @@
-"""mode="auto" in the engine: the same tokens whatever the plans, and what it tells about them."""
+"""mode="auto" in the engine: the same tokens whatever the plans, and what it reports about them."""
 
 import itertools
 import json
@@ -68,7 +68,7 @@ def test_from_a_folder_that_is_not_installed(folder, monkeypatch):
     assert len(engine(folder).generate(PROMPTS[0], SamplingParams(4, ignore_eos=True)).token_ids) == 4
 
 
-# Tokens per cycle over the plans in turn, ar among them; a broken drafter gives 1. Sampled, it is 1.157, and 1.180
+# Tokens per cycle over all plans in turn, ar included; a broken drafter gives 1. Sampled, the value is 1.157, or 1.180
 # where two_pass drafts with coded weights.
 @pytest.mark.parametrize(("temperature", "pinned"), [(0.0, 1.463), (0.8, 1.168)])
 def test_plans_that_change_every_cycle_change_no_token(folder, monkeypatch, temperature, pinned):
@@ -93,7 +93,7 @@ def test_requests_come_and_go_while_plans_change(folder, monkeypatch):
         for out in auto.step():
             got[out.request_id] += out.new_token_ids
             stats[out.request_id] = out.stats
-    assert tokens_per_cycle(stats.values()) == pytest.approx(1.475, abs=0.05)  # a broken drafter: 1
+    assert tokens_per_cycle(stats.values()) == pytest.approx(1.475, abs=0.05)  # a broken drafter gives 1
     assert list(got.values()) == [o.token_ids for o in auto.generate(PROMPTS, LONG, mode="ar")]
 
 
@@ -113,11 +113,11 @@ def test_the_policy_hears_of_every_cycle(folder):
     assert f'orthrus_plan_cycles_total{{plan="ar"}} {counts["ar"]}' in auto.metrics.as_prometheus()
     assert not auto._autos[auto._plan].policy._pending
     auto.generate(PROMPTS[0], LONG, mode="two_pass")
-    assert auto.explain() is None  # pinned
+    assert auto.explain() is None  # the mode is fixed
 
 
 def test_prefill_alone_is_told_to_the_policy_as_such(folder, monkeypatch):
-    """What cycles take is weighed with what they brought."""
+    """Only prefill time is passed there: the time of a cycle is weighed with the tokens that the cycle yielded."""
     told = []
     monkeypatch.setattr(Policy, "prefilled", lambda policy, seconds: told.append(seconds))
     auto = engine(folder)
@@ -128,7 +128,7 @@ def test_prefill_alone_is_told_to_the_policy_as_such(folder, monkeypatch):
 
 
 def test_the_time_of_a_kinds_first_cycle_is_not_weighed(folder, monkeypatch):
-    """It holds the building of the cycle and first uses, which no later one does."""
+    """It includes building the cycle and first-use costs, which no later cycle has."""
     heard, record = [], Policy.record
 
     def hear(policy, outcomes, seconds=None):
@@ -151,8 +151,8 @@ def test_rejection_sampling_runs_two_pass_whatever_the_policy_thinks(folder):
     auto.generate(PROMPTS[0], LONG)
     policy = auto._autos[auto._plan].policy
     assert policy.current is not None
-    assert set(auto.generate(PROMPTS[0], params).stats.plans) == {"two_pass/3"}  # on a CPU
-    assert policy.current is None  # whatever drafts one_pass had waiting are gone
+    assert set(auto.generate(PROMPTS[0], params).stats.plans) == {"two_pass/3"}  # the default on a CPU
+    assert policy.current is None  # one_pass's waiting drafts, if any, are gone
 
 
 @pytest.mark.parametrize("mode", ["ar", "two_pass", "one_pass"])
@@ -179,7 +179,7 @@ def test_a_fault_leaves_no_cycle_pending(folder, monkeypatch):
             auto.step()
     while auto.has_unfinished():
         auto.step()
-    assert tokens_per_cycle([request.stats]) == pytest.approx(1.639, abs=0.1)  # a broken drafter: 1
+    assert tokens_per_cycle([request.stats]) == pytest.approx(1.639, abs=0.1)  # a broken drafter gives 1
     assert request.tokens == auto.generate(PROMPTS[0], LONG, mode="ar").token_ids
     assert all(not a.policy._pending for a in auto._autos.values())
 
@@ -201,7 +201,7 @@ def test_warmup_measures_once_per_device_and_model_and_looks_again(folder, cache
     assert len(table) == len(set(timed)) < len(timed) / 5
     written = file.read_text()
     now, timed = warmup(engine(folder), 2.0)  # the machine is slower today
-    assert len(timed) == len(set(timed)) == len(table) - 1  # one costs more than drafting anew
+    assert len(timed) == len(set(timed)) == len(table) - 1  # one plan costs more than drafting anew
     assert [row[:-1] for row in now] == [row[:-1] for row in table]
     assert [row[-1] for row in now] == pytest.approx([2 * row[-1] for row in table], rel=0.2)
     assert json.loads(file.read_text())["seconds"] == now
@@ -212,7 +212,7 @@ def test_warmup_measures_once_per_device_and_model_and_looks_again(folder, cache
 
 
 def test_a_warmup_on_other_threads_is_kept_as_theirs(folder, cache, monkeypatch):
-    """And measures in full, whatever was kept of the former number."""
+    """It also measures in full, although costs for the former number of threads are kept."""
 
     def warmup(engine):
         timed = []
@@ -242,8 +242,8 @@ DEARER_THAN_AR = ("two_pass", 6, 0), ("two_pass", 8, 0), ("one_pass", 8, 2)
 
 @pytest.mark.parametrize(("per_row", "out"), [(0.0, ()), (0.4e-3, DEAR), (2.5e-3, (*DEAR, *DEARER_THAN_AR))])
 def test_warmup_leaves_out_what_could_not_pay(folder, cache, monkeypatch, per_row, out):
-    """Of one_pass what costs more than drafting anew: where rows are free nothing does. Of all what costs more than AR
-    for as many tokens as it could yield.
+    """It leaves out one_pass plans that cost more than drafting anew (none, if rows are free), and all plans that cost
+    more than AR for as many tokens as they could yield.
     """
 
     def seconds(self, cycle):
@@ -259,7 +259,7 @@ def test_warmup_leaves_out_what_could_not_pay(folder, cache, monkeypatch, per_ro
 
 
 def test_few_pages_have_costs_of_their_own(folder):
-    """They leave the largest batches less context to be timed at."""
+    """With few pages, or a small max_seq_len, the largest batches are timed at less context."""
     assert (
         engine(folder)._autos.identity()
         == engine(folder, num_pages=64)._autos.identity()
@@ -276,7 +276,7 @@ def test_another_version_times_anew(folder, monkeypatch):
 
 
 def snapshot(engine):
-    """All that tells in the next request's tokens: state, pages, random numbers, metrics, what the policy has seen."""
+    """All that later requests depend on or report: state, pages, random numbers, metrics, what the policy has seen."""
     runner, auto = engine.runner, engine._autos[engine._plan]
     tensors = [t.clone() for t in (*vars(runner.state).values(), *runner.sampling.tensors(), engine.kv.page_table)]
     pages = engine.kv.num_free_pages, engine.kv._held
@@ -285,7 +285,7 @@ def snapshot(engine):
 
 
 def test_warmup_takes_no_room_of_its_own(folder):
-    """Its cycles fit what the engine planned: the largest one_pass plans are no candidates of the largest batches."""
+    """Its cycles fit the memory that the engine planned: the largest batches do not use the largest one_pass plans."""
     auto = engine(folder, max_batch_size=16)
     before = auto.memory_report()
     auto.warmup()
@@ -300,7 +300,7 @@ def test_costs_belong_to_the_implementation_that_was_timed(folder, monkeypatch):
     assert engine(folder)._autos.identity() != native
 
 
-CONTEXTS = [  # by slots, where two blocks of 8 positions and the pages leave less than 256
+CONTEXTS = [  # by number of slots: less than 256 where two blocks of 8 positions, or the pages, leave less
     ({}, {1: 240, 2: 240, 4: 240}),
     ({"num_pages": 4, "max_batch_size": 5}, {1: 240, 2: 120, 4: 56}),
     ({"max_seq_len": 60}, {1: 44, 2: 44, 4: 44}),
@@ -312,7 +312,7 @@ CONTEXTS = [  # by slots, where two blocks of 8 positions and the pages leave le
 @pytest.mark.parametrize(("how", "contexts"), CONTEXTS)
 def test_warmup_times_sequences_in_the_middle_and_leaves_no_trace(folder, cache, monkeypatch, how, contexts):
     auto = engine(folder, **how)
-    auto.generate(PROMPTS, LONG)  # pages handed out and taken back, costs and acceptance learnt
+    auto.generate(PROMPTS, LONG)  # so that pages were used and freed, and costs and acceptance learnt
     tensors, seen = snapshot(auto)
     timed = []
 
@@ -354,13 +354,13 @@ def test_one_pass_candidates_stay_within_the_rows_of_a_pass(folder):
 
 
 def test_the_policy_is_asked_for_the_slots_that_run_and_by_whether_any_request_samples(monkeypatch):
-    """Rejection sampling next to others leaves it nothing to choose."""
+    """If any request uses rejection sampling, the policy is not asked, as there is no choice."""
     asked = []
     monkeypatch.setattr(Policy, "choose", lambda self, *args: asked.append(args) or AR)
     auto = Auto(CyclePlan("auto", 8), 4, torch.device("cpu"), lambda: "a model")
 
     def choose(**requests):
-        """Of requests by slot."""
+        """The choice for these requests; each argument is a slot with a way of sampling."""
         ways = {"greedy": (False, False), "sampled": (False, True), "rejection": (True, True)}
         running = []
         for slot, way in requests.items():
@@ -375,7 +375,7 @@ def test_the_policy_is_asked_for_the_slots_that_run_and_by_whether_any_request_s
 
 
 def test_kept_costs_are_of_one_number_of_slots_and_one_set_of_candidates(folder, monkeypatch):
-    """Costs of fewer buckets, or of fewer plans, are no warm-up's of more."""
+    """Costs that were kept for other buckets, or for other plans, are not used."""
     monkeypatch.setattr(Auto, "_seconds", lambda self, cycle: 1e-3)
     engine(folder, max_batch_size=1).warmup()
     known = [engine(folder, **how)._autos.popitem()[1].known for how in (
@@ -385,7 +385,7 @@ def test_kept_costs_are_of_one_number_of_slots_and_one_set_of_candidates(folder,
 
 
 def test_bursts_of_other_work_change_no_time_of_a_warmup(folder, cache, monkeypatch):
-    """Of one cycle here and there, and of as many in a row as each plan is timed."""
+    """Neither bursts that slow down single cycles, nor one over as many cycles in a row as each plan is timed."""
 
     def warmup(stalled):
         count = itertools.count()
@@ -409,7 +409,7 @@ def test_bursts_of_other_work_change_no_time_of_a_warmup(folder, cache, monkeypa
 
 
 def test_a_warmup_times_what_is_steady(folder, monkeypatch):
-    """On a GPU from the second replay on."""
+    """On a GPU, a cycle is steady from its second replay on."""
     runs, run = Counter(), Cycle.run
     monkeypatch.setattr(Cycle, "run", lambda cycle: runs.update([cycle]) or run(cycle))
     monkeypatch.setattr(Cycle, "steady", property(lambda cycle: runs[cycle] >= 2))
@@ -420,14 +420,14 @@ def test_a_warmup_times_what_is_steady(folder, monkeypatch):
         return 1e-3
 
     monkeypatch.setattr(Auto, "_seconds", seconds)
-    for _ in range(2):  # and where costs are kept
+    for _ in range(2):  # the second time, costs are kept
         timed = set()
         engine(folder, max_batch_size=1).warmup()
         assert len(timed) > 5
 
 
 def test_what_was_never_timed_is_guessed_by_the_kind_of_device(monkeypatch):
-    """More rows cost a GPU little: its passes wait for the weights. A CPU that multiplies tiles is in between."""
+    """More rows cost a GPU little, as its passes wait for the weights. A CPU that multiplies tiles is in between."""
     dearer = []
     for device, isa in (("cpu", "avx2"), ("cpu", "amx_bf16"), ("cuda", None)):
         monkeypatch.setattr("orthrus_rt.auto.device_facts", lambda _, isa=isa: {"isa": isa})

@@ -1,4 +1,4 @@
-"""The replay of one-pass rules: it runs the engine's own rule as the engine does."""
+"""The replay of one-pass rules: with the engine's own rule, it does what the engine does."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from orthrus_rt.sampling import SamplingParams
 
 @pytest.fixture(scope="module")
 def collected(wheel):
-    """The engine, a prompt, and the drafts behind each of its first tokens."""
+    """The engine, a prompt, and the drafts that follow each of the first tokens generated for it."""
     if dispatch.extension() is None:
         pytest.skip("the native module is not built")
     engine = Engine.from_pretrained("smollm2-135m", device="cpu", max_seq_len=512, max_batch_size=1, mode="one_pass")
@@ -33,7 +33,7 @@ def test_the_replay_of_our_rule_is_what_the_engine_does(collected, fan_out):
 
 
 def perfect_table():
-    """A drafter that is always right with probability 0.9; a token's runners-up are its negatives."""
+    """A drafter that is always right, with probability 0.9 each time; the runners-up are negative ids."""
     text = np.arange(1, 41)
     at = text[:, None] + np.arange(1, 9)
     ids = np.stack([at, -at, -at - 100], -1)
@@ -49,7 +49,7 @@ def test_rows_of_shorter_blocks_and_of_drafts_that_stop():
     halves = Replay(perfect_table(), replace(OURS, whole=0.5, shorter=2), 8, 4).run()
     assert halves[4] == 8 + 24 * (halves[1] - 1)
     stopped = Replay(perfect_table(), replace(OURS, stop=0.8), 8, 4).run()
-    assert stopped[3] == 1 + 3 * (stopped[1] - 1) and stopped[1] > passes  # 0.9 and 0.81
+    assert stopped[3] == 1 + 3 * (stopped[1] - 1) and stopped[1] > passes  # two drafts, with products of 0.9 and 0.81
 
 
 def test_drafts_beside_a_wrong_bonus():

@@ -66,7 +66,7 @@ def test_a_prompt_that_is_no_text(run, tmp_path, monkeypatch, source, data, mess
         (tmp_path / "prompt.txt").write_bytes(data)
         args = ["--file", name]
     else:
-        errors = "surrogateescape" if "surrogates" in source else "strict"  # as with LANG=C, as with UTF-8
+        errors = "surrogateescape" if "surrogates" in source else "strict"  # with LANG=C and with UTF-8, respectively
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors=errors))
     code, out, err = run("generate", *args)
     assert (code, out, err) == (2, "", f"orthrus-rt generate: {message.format(name)}\n")
@@ -81,7 +81,7 @@ def test_chat_is_the_default_where_there_is_a_template(run):
 
 
 def test_text_and_table_agree_with_json(run):
-    options = ("--compare-ar", "--mode", "two_pass")  # auto goes by the clock
+    options = ("--compare-ar", "--mode", "two_pass")  # auto decides by measured times
     want = generate(run, "hello", *options)
     code, out, err = run("generate", "hello", "--max-new-tokens", "24", "--ignore-eos", "--stats", *options)
     assert code == 0 and err == ""
@@ -160,7 +160,7 @@ def test_info_names_every_op_and_the_model(run, text_folder):
 
 
 def test_processors_of_one_name_are_told_apart():
-    """What cycles cost is kept by it."""
+    """The costs of cycles are kept under the name that is made here."""
     processor = "processor\t: {}\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nflags\t\t: a: b\n\n"
     assert info.cpu_name(processor.format(0) + processor.format(1)) == "AMD EPYC (family 26, model 2)"
     arm = "processor\t: 0\nBogoMIPS\t: 2000.00\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n"
@@ -283,7 +283,7 @@ def test_parameters_are_called_by_their_options(message, says):
     ("how", "tokens", "reason"), [("--chat", 1, "stop"), ("--raw", 8, "length"), ("--chat --ignore-eos", 8, "length")]
 )
 def test_an_answer_ends_with_the_tokenizers_end_of_a_turn(text_folder, tmp_path, capsys, how, tokens, reason):
-    """Of which config.json may know nothing; text that is continued is not divided into turns."""
+    """Even if config.json does not name that token. Raw text that is continued is not divided into turns."""
     folder = shutil.copytree(text_folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 3}))
@@ -294,7 +294,7 @@ def test_an_answer_ends_with_the_tokenizers_end_of_a_turn(text_folder, tmp_path,
 
 
 def test_an_answer_that_is_cut_says_so(run):
-    """Text that is continued has no end that could be missing, nor has an answer that is to have none."""
+    """Raw text that is continued has no end that could be missing, nor has an answer with ``--ignore-eos``."""
     for options, said in (
         (["--chat"], "orthrus-rt generate: cut at --max-new-tokens 3\n"),
         (["--raw"], ""),
@@ -321,7 +321,7 @@ def test_ctrl_c_ends_without_a_traceback(text_folder):
     code = f"import sys, time; from orthrus_rt import Engine, cli; {slow}; sys.exit(cli.main())"
     command = [sys.executable, "-c", code, "generate", "--model", text_folder, "--dtype", "float32", "--raw", "hello"]
     command += ["--mode", "ar", "--ignore-eos", "--max-new-tokens", "500", "--max-seq-len", "512"]
-    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs are born deaf to it
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs start with it ignored
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen) as process:
         assert os.read(process.stdout.fileno(), 1)
         process.send_signal(signal.SIGINT)
@@ -330,7 +330,7 @@ def test_ctrl_c_ends_without_a_traceback(text_folder):
 
 
 def test_a_bug_is_no_difference(run, monkeypatch):
-    """Of the exit codes 1 says that tokens differ."""
+    """Exit code 1 says that tokens differ, so a bug must exit with another."""
     monkeypatch.setattr(Engine, "generate", lambda *_, **__: {}["a bug"])
     code, _, err = run("verify", "-n", "1", "--max-new-tokens", "4")
     assert code == 2 and "Traceback" in err and err.endswith("KeyError: 'a bug'\n")
@@ -344,14 +344,14 @@ def test_a_bug_is_no_difference(run, monkeypatch):
     ],
 )
 def test_closed_streams(run, monkeypatch, closed, message):
-    """Python has None in their place."""
+    """Python puts None in their place."""
     monkeypatch.setattr(sys, closed, None)
     assert run("generate", *(["x"] if closed == "stdout" else [])) == (2, "", message)
 
 
 @pytest.mark.parametrize("unbuffered", ("", "1"))
 def test_what_cannot_be_written(unbuffered):
-    """A reader that leaves is no traceback, and a full disk is an error; also where Python writes at exit only."""
+    """A reader that has gone causes no traceback, and a full disk is an error, also if Python writes only at exit."""
     light = "cli.run_info = lambda args: print('facts') or 0; sys.exit(cli.main(['info']))"
     command = [sys.executable, "-c", f"import sys; from orthrus_rt import cli; {light}"]
     how = dict(stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
@@ -365,7 +365,7 @@ def test_what_cannot_be_written(unbuffered):
     assert (done.stderr, done.returncode) == (b"orthrus-rt info: [Errno 28] No space left on device\n", 2)
 
 
-@pytest.mark.parametrize("error", ("ValueError", "KeyError"))  # of the user's making, and a bug
+@pytest.mark.parametrize("error", ("ValueError", "KeyError"))  # a user's error, and a bug
 @pytest.mark.parametrize("stderr", ("full", "closed"))
 def test_a_complaint_that_nobody_takes_changes_no_exit_code(stderr, error):
     fails = f"def run(args): raise {error}('x')"
@@ -383,7 +383,7 @@ def test_standard_input_is_utf8_whatever_the_locale_says(run, monkeypatch):
 
 @pytest.mark.parametrize("given", (None, "ACTIVE"))
 def test_torchs_threads_do_not_spin_beside_busy_programs(given):
-    """Of the command, whose process is its own; who calls its function has set what it likes."""
+    """For the command, which has a process of its own. A program that calls main() with arguments keeps its setting."""
     code = "import os; print(os.environ.get('OMP_WAIT_POLICY'))"
     begin = "import sys; sys.argv = ['orthrus-rt', 'info']; from orthrus_rt import cli"
     for passed, want in (("", given or "PASSIVE"), ("['info']", str(given))):

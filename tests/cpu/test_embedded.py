@@ -144,10 +144,10 @@ def loaded(wheel):
 
 
 def tensor_bytes(path, wanted, nbytes):
-    """By the format's description: gguf's reader takes seconds for the vocabulary."""
+    """A tensor's bytes, read by the format's description: gguf's own reader takes seconds for the vocabulary."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         (count,) = struct.unpack_from("<Q", data, 8)
-        at, offsets = data.find(b"token_embd.weight") - 8, {}  # the first of the descriptions, behind all metadata
+        at, offsets = data.find(b"token_embd.weight") - 8, {}  # the first tensor description, after all metadata
         for _ in range(count):
             (length,) = struct.unpack_from("<Q", data, at)
             name = data[at + 8 : at + 8 + length].decode()

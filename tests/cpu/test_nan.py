@@ -1,4 +1,4 @@
-"""Logits that turn NaN end their request there and then, with the tokens before them, and cost nobody else anything."""
+"""Logits that turn NaN end their request at once, with the tokens before them, and affect no other request."""
 
 import asyncio
 from functools import partial
@@ -13,7 +13,7 @@ from tests import checkpoints, engines, pace, poison
 from tests.poison import EDITED, GREEDY, REJECTION, SAMPLED, jobs_of
 
 pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
-PACED = pytest.mark.usefixtures("paced")  # whoever drafts without NaN
+PACED = pytest.mark.usefixtures("paced")  # checks the cycles of requests that end without NaN
 
 MODES = ("ar", "two_pass", "one_pass")
 make = partial(engines.make, max_seq_len=128, max_batch_size=4)
@@ -29,17 +29,17 @@ def test_whoever_comes_upon_nan_ends_alone(folder, mode, kinds):
 
 @PACED
 def test_beside_and_by_rejection(folder):
-    """Those who choose by rejection share their cycle with those who do not; each ends for its own rows alone."""
+    """Requests with rejection sampling share cycles with others; each request ends only if its own rows are NaN."""
     engine = make(folder)
     kinds = [GREEDY, REJECTION, SAMPLED]
     poison.check_nan_ends_its_requests_alone(engine, jobs_of(kinds))
     poison.check_nan_ends_its_requests_alone(engine, jobs_of([REJECTION], seed=1))
 
 
-# Requests that drafts are made for, and their cycles; with o_proj of the diffusion view negated they take 234 and 264.
+# How many requests draft and end without NaN, and their cycles: 234 and 264 if the diffusion view's o_proj is negated.
 @pytest.mark.parametrize(("mode", "count", "cycles"), [("ar", 0, 0), ("two_pass", 15, 185), ("one_pass", 15, 229)])
 def test_in_torch_alone(folder, mode, count, cycles, monkeypatch):
-    """The reference, whose cycles run op by op."""
+    """With the reference backend, whose cycles run op by op."""
     monkeypatch.setenv("ORTHRUS_BACKEND", "reference")
     engine = make(folder, mode=mode, dtype="float32", max_batch_size=8)
     with pace.noted(folder) as ended:
@@ -48,7 +48,7 @@ def test_in_torch_alone(folder, mode, count, cycles, monkeypatch):
 
 
 def test_few_pages_and_auto(folder):
-    """A request that lost its pages in the meantime comes upon the same NaN."""
+    """A request that was preempted in between reaches the same NaN."""
     engine = make(folder, mode="auto", num_pages=3)
     long = [((prompt * 45)[:45], params) for prompt, params in jobs_of([GREEDY, SAMPLED])]
     poison.check_nan_ends_its_requests_alone(engine, long)
@@ -58,7 +58,7 @@ def test_few_pages_and_auto(folder):
 @PACED
 @pytest.mark.parametrize("params", (GREEDY, SAMPLED, EDITED, REJECTION), ids=str)
 def test_a_prompt_whose_logits_are_nan_yields_nothing(folder, params):
-    """Wherever in it the NaN lies; the others that share its prefill pass get their tokens."""
+    """Wherever in the prompt the NaN lies. The other requests in its prefill pass get their tokens."""
     engine, params = make(folder), SamplingParams(10, ignore_eos=True, **params)
     batch = [([5, 6, 7], params), ([9, 6, 7, 8], params), ([8, 7, 9], params), ([7], params)]
     healthy = poison.run(engine, batch)
@@ -91,7 +91,7 @@ def test_nan_in_the_diffusion_view_costs_speed_alone(folder, mode, at_least):
 
 @PACED
 def test_nobody_finds_what_a_request_left_that_came_upon_nan(folder):
-    """Its keys and values may be what was wrong, and the fault over; whoever shares them meanwhile meets it too."""
+    """Its keys and values may be the cause, and outlast the fault. A request that shares them meanwhile fails too."""
     engine, params = make(folder), SamplingParams(10, ignore_eos=True)
     prompt = [5, 6, 7, 8] * 17
     healthy = engine.generate(prompt, params).token_ids
@@ -99,17 +99,17 @@ def test_nobody_finds_what_a_request_left_that_came_upon_nan(folder):
         assert engine.generate([[9, *prompt]] * 2, params)[1].finish_reason == "error"
     again = engine.generate([9, *prompt], params)
     assert (again.finish_reason, again.stats.cached_tokens) == ("length", 0)
-    assert engine.generate(prompt, params).stats.cached_tokens == 64  # what others left is there
+    assert engine.generate(prompt, params).stats.cached_tokens == 64  # pages that other requests left are found
     assert engine.generate(prompt, params).token_ids == healthy
 
 
 @pytest.mark.parametrize("chunk", (64, 128, 512))
 @pytest.mark.parametrize("aborted", (False, True))
 def test_nor_what_others_left_that_share_it(folder, monkeypatch, chunk, aborted):
-    """Whose prompts are still on their way then, or who end before they come upon it."""
+    """Nor pages of requests whose prompts are still in prefill then, or that are aborted before they reach the NaN."""
     monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", chunk)
     engine, params = make(folder, max_seq_len=512), SamplingParams(10, ignore_eos=True)
-    head = [9, *[5, 6, 7, 8] * 33]  # two pages and some
+    head = [9, *[5, 6, 7, 8] * 33]  # two pages and a few tokens
     with poison.nan_embedding(engine, 9):
         first = engine.submit([*head, 1], params)
         others = [engine.submit([*head, *range(10, 10 + n)], params) for n in (20, 70, 85)]
@@ -123,12 +123,12 @@ def test_nor_what_others_left_that_share_it(folder, monkeypatch, chunk, aborted)
     with pace.noted(folder) as ended:
         got = engines.drain(engine)
     assert [got[name][1] for name in later] == ["length"] * 4
-    assert sum(one.cycles for one in ended) == pytest.approx(20, abs=4)  # 36 without drafts that are accepted
+    assert sum(one.cycles for one in ended) == pytest.approx(20, abs=4)  # 36 if no draft is accepted
 
 
 @pytest.fixture
 def ill(folder):
-    """``(engine, (bad, outcome), (good, outcome))``: two greedy jobs, of which one comes upon NaN after some tokens."""
+    """``(engine, (bad, outcome), (good, outcome))``: two greedy jobs; the bad one reaches NaN after some tokens."""
     engine, batch = make(folder), jobs_of([GREEDY], count=4)
     healthy = poison.run(engine, batch)
     token = poison.fatal_token(batch, healthy)
@@ -176,7 +176,7 @@ def test_streams_of_a_server(ill):
 
 
 def test_parameters_that_rule_out_every_id_end_the_request_and_say_so(tmp_path):
-    """One id that is left is enough."""
+    """A single id that is left is enough to go on."""
     folder = checkpoints.make(tmp_path / "tiny", dtype=torch.bfloat16, vocab_size=40, mask_token_id=39)
     engine = make(str(folder))
     for more in (GREEDY, {"temperature": 0.8, "seed": 1, "top_k": 2, "top_p": 0.5, "min_p": 0.1}):
@@ -192,5 +192,5 @@ def test_parameters_that_rule_out_every_id_end_the_request_and_say_so(tmp_path):
         assert outs[1].error == poison.error_of([1, 2, 3], 0, none_left)
         assert "penalties, logit_bias and min_tokens rule out all" in outs[1].error
         assert len(outs[2].token_ids) == 9 and outs[2].finish_reason == "length"
-        # Divided by the temperature, these logits lie beyond fp32.
+        # Divided by the temperature, these logits are beyond the range of fp32.
         assert outs[3].finish_reason == ("length" if more is GREEDY else "error")

@@ -1,4 +1,4 @@
-"""The host code of the GPU tests and of the benchmarks, on a card that is not there: see pretended_card.py."""
+"""The host code of the GPU tests and of the benchmarks, on a simulated GPU: see pretended_card.py."""
 
 import importlib.util
 import re

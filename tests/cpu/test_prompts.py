@@ -17,7 +17,7 @@ def test_built_in_prompts():
 
 
 def byte_tokenizer_with_bos():
-    """As Llama's: it begins every text with the token that its template begins with too."""
+    """Like Llama's: it begins every text with a token with which its chat template begins too."""
     begins = byte_tokenizer.build()
     begins.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|end|> $A", special_tokens=[("<|end|>", byte_tokenizer.END)]

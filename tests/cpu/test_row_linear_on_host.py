@@ -1,8 +1,8 @@
-"""Both CUDA variants of row_linear run on the host over a shim: indexing, cuts, folds, stages and epilogues.
+"""Both CUDA variants of row_linear run on the host with a shim: indexing, cuts, folds, stages and epilogues.
 
 The shim's copies and multiplications happen as late as the kernel's waits allow, from descriptors and layouts that
-tests/compile/test_cute.py holds against CuTe; blocks, or clusters of them, run one after the other. So this shows what
-the code computes, not how fast, nor how CTAs and kernels overlap: tests/gpu does that.
+tests/compile/test_cute.py compares with CuTe. Blocks, or clusters of them, run one after the other. So this shows what
+the code computes, but not how fast, nor how CTAs and kernels overlap: tests/gpu does that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ISAS = "sm90", "sm80", "coded-sm90", "coded-sm80"
 
 @pytest.fixture(params=ISAS, autouse=True)
 def isa(request, monkeypatch):
-    """Which instructions, and whether they multiply by weights in 12 bits."""
+    """The instruction variant, and whether it multiplies by weights in 12 bits."""
     coded, _, isa = request.param.rpartition("-")
     monkeypatch.setenv("ORTHRUS_CUDA_ISA", isa)
     monkeypatch.setenv("ORTHRUS_CUDA_CODED", str(int(bool(coded))))
@@ -41,13 +41,13 @@ def tensor(*shape, scale=1.0, seed=0):
 
 
 def workspace(rows, k, n, sms):
-    """Counters at zero, and NaN where nobody has left a partial sum."""
+    """A workspace with counters at zero, and NaN where no partial sum has been written."""
     space = torch.full([max(COUNTERS, library().row_linear_workspace(rows, k, n, sms))], 0xFF, dtype=torch.uint8)
     space[:COUNTERS] = 0
     return space
 
 
-@functools.lru_cache(maxsize=4)  # a test's own; nobody writes to them any more
+@functools.lru_cache(maxsize=4)  # the weights of one test, which nothing changes after packing
 def packed(plain, gate_up, coded):
     return pack(plain, gate_up=gate_up)
 
@@ -56,8 +56,8 @@ def run(
     x, plain, epilogue="none", *, residual=None, diff=None, num_rows_ar=None, sms=5, descending=False, space=None,
     next_weight=None, exact=True,
 ):  # fmt: skip
-    """The op on a device of ``sms`` SMs, into a NaN-filled output between guards, with weights packed here unless they
-    are; ``next_weight`` is packed.
+    """Runs the op on a device of ``sms`` SMs, into a NaN-filled output between guards. Weights that are not packed yet
+    are packed here, but ``next_weight`` must be packed.
     """
     host = dispatch.extension().cuda
     host.num_sms, host.descending = sms, descending
@@ -94,9 +94,9 @@ SHAPES = [
     (64, 64, 3), (192, 37, 2), (128, 1001, 4), (1024, 192, 5), (640, 320, 7), (256, 3200, 7), (1024, 128, 5),
     (3072, 64, 8),
 ]  # fmt: skip
-# The same cut and of two blocks, as in most layers of a model: tiles shared by 2, 3 and 6 CTAs.
+# Cut tiles of two blocks, as in most layers of a model, shared by 2, 3 and 6 CTAs.
 CUT_PAIRS, CUT_IN_3, CUT_IN_6 = (128, 3200, 7), (640, 3072, 40), (2112, 3072, 132)
-CUT_IN_11 = (4224, 64, 11)  # by as many CTAs as a fold takes three looks for
+CUT_IN_11 = (4224, 64, 11)  # by so many CTAs that a fold loads their sums in three rounds
 ORACLE = [
     *((17, shape) for shape in SHAPES), (70, (256, 3200, 7)), (3, CUT_IN_3), (3, CUT_IN_6), (3, CUT_IN_11),
     *((rows, CUT_PAIRS) for rows in (1, 40, 100, 130, 200, 300)),
@@ -105,7 +105,7 @@ ORACLE = [
 
 @pytest.mark.parametrize("rows", [1, 17, 33, 65, 97, 129, 161])
 def test_one_hot_rows_pick_columns_of_the_weight(rows):
-    """Exact in any order of sums: where this fails, the elements that differ name what a layout mixes up."""
+    """Exact in any order of summation: if this fails, the elements that differ show what a layout mixes up."""
     k, n = 192, 320
     plain = tensor(n, k, seed=1)
     column = torch.arange(rows) * 37 % k
@@ -114,8 +114,8 @@ def test_one_hot_rows_pick_columns_of_the_weight(rows):
 
 
 def across_isas(rows_and_shapes, coded):
-    """Every variant; over coded weights only the cases in ``coded``, all with ``--full``: test_coded_blocks.py compares
-    the bits with those of plain weights.
+    """Every variant. With coded weights only the cases in ``coded``, or all with ``--full``: test_coded_blocks.py
+    compares their bits with those of plain weights.
     """
     cases = [
         pytest.param(isa, *case, marks=pytest.mark.full if isa.startswith("coded") and case not in coded else ())
@@ -159,7 +159,7 @@ MORE = [pytest.param(shape, marks=pytest.mark.full) for shape in [(128, 320, 7),
 
 @pytest.mark.parametrize("shape", [(512, 192, 4), (3072, 64, 8), (512, 320, 3), *MORE])
 def test_row_invariance(shape):
-    """Whole sums of prefill (170 rows, in tiles of 128 or one of 192) against cut sums of every narrower variant."""
+    """Whole sums of a prefill (170 rows, in tiles of 96 or 128 or one of 192) equal cut sums of narrower variants."""
     k, n, sms = shape
     plain, x = tensor(n, k, seed=1), tensor(170, k, seed=2)
     want = run(x, plain, sms=sms)
@@ -171,7 +171,7 @@ def test_row_invariance(shape):
 
 @pytest.mark.parametrize("epilogue", ["residual", "silu_mul", "logits", "argmax"])
 def test_epilogues_at_every_width(epilogue):
-    """As above, behind each epilogue; two equal columns tie."""
+    """The same with each epilogue; two columns of the output are equal, so they tie."""
     k, n, sms = 512, 192, 4
     plain, x, residual = tensor(n, k, seed=1), tensor(170, k, seed=2), tensor(170, n, seed=3)
     plain[n // 2] = plain[n // 3]
@@ -189,7 +189,7 @@ def test_epilogues_at_every_width(epilogue):
 @pytest.mark.parametrize("epilogue", ["none", "residual", "logits"])
 @pytest.mark.parametrize("n", [33, 34, 36])
 def test_rows_that_are_not_aligned(n, epilogue):
-    """Neither to 16 bytes nor, of fewer outputs, to 8: they have the same bits as of a weight of whole rows."""
+    """Rows of 36 bf16 are not aligned to 16 bytes, shorter ones not even to 8: the bits are those of 64 outputs."""
     plain, x, residual = tensor(64, 64, seed=1), tensor(20, 64, seed=2), tensor(20, 64, seed=3)
 
     def some(outputs):
@@ -209,8 +209,8 @@ ROWS_AND_SHAPES = [
 
 
 def both_views():
-    """Every epilogue with every shape and with all rows, alternating, over coded weights only the shape with tiles of
-    two blocks; with ``--full`` each with each.
+    """All combinations with ``--full``. Otherwise every second one, so that every epilogue meets every shape, and coded
+    weights only with the shape that has tiles of two blocks.
     """
     cases = enumerate(itertools.product(ROWS_AND_SHAPES, ("none", "residual")))
     for isa, (i, ((both, shape), epilogue)) in itertools.product(ISAS, cases):
@@ -233,7 +233,7 @@ def test_both_views(rows, ar, shape, epilogue):
     assert torch.equal(got[ar:], some(slice(ar, None), diff) if rows - ar else got[:0])
 
 
-# The last three have tiles of two blocks; of the last, the second block holds the lower one of the equal ids.
+# The last three have tiles of two blocks; in the last one, the lowest of the tied ids is in a second block.
 ARGMAX = [(64, 512, 3), (128, 37, 4), (64, 1001, 5), (64, 3136, 6), (64, 3180, 6), (192, 3180, 6), (64, 3328, 1)]
 
 
@@ -244,7 +244,7 @@ ARGMAX = [(64, 512, 3), (128, 37, 4), (64, 1001, 5), (64, 3136, 6), (64, 3180, 6
 def test_argmax(shape, rows):
     k, n, sms = shape
     plain, x = tensor(n, k, seed=1), tensor(rows, k, seed=2)
-    plain[n // 2 :: 7] = plain[n // 3 + 1] = plain[n // 3]  # the first two are of one thread
+    plain[n // 2 :: 7] = plain[n // 3 + 1] = plain[n // 3]  # the first two belong to one thread
     plain[n // 5] = torch.nan
     x[1:][-1:] = torch.nan
     x[0] = plain[n // 3]
@@ -258,20 +258,20 @@ def test_argmax(shape, rows):
     assert torch.equal(best.long(), (logits == top).int().argmax(1))
     assert best[0] == n // 3
     if rows > 1:
-        first = index[-1]  # where each run begins: no other row finds its best ahead of it, or in the next run
+        first = index[-1]  # where each run begins: no other row has its best before that, or in the next run
         assert bool((value[-1] == -torch.inf).all() and first[0] == 0)
         assert bool((index >= first).all() and (index[:, :-1] < first[1:]).all() and (first[1:] < n).all())
 
 
 @pytest.mark.parametrize("shape", [(64, 37, 3), (128, 1001, 4), (64, 3180, 6)])
 def test_argmax_of_negative_logits(shape):
-    """What fills up the last block, whose products are 0, is no token."""
+    """The padding of the last block, whose products are 0, is never chosen as a token."""
     k, n, sms = shape
     value, index = run(tensor(3, k, seed=2).abs(), -tensor(n, k, seed=1).abs(), "argmax", sms=sms)
     assert (index < n).all() and (value < 0).all()
 
 
-# Hidden, MLP and vocabulary sizes of real checkpoints among others; the SMs of real devices and a few.
+# Among others, hidden, MLP and vocabulary sizes of real checkpoints; SMs of real devices, and a few small numbers.
 INS = [64, 192, 576, 1024, 1536, 2048, 2560, 4096, 6144, 9728, 12288, 14336, 28672]
 OUTS = [8, 37, 64, 576, 960, 1001, 2048, 4096, 6144, 19456, 24576, 28672, 49152, 57344, 128256, 151936]
 SMS = [1, 2, 5, 7, 60, 78, 108, 114, 132, 142, 148, 188]
@@ -284,16 +284,16 @@ def test_every_unit_has_one_owner_and_every_partial_sum_a_place():
 
 
 def test_shapes_are_cut_as_they_say():
-    """Else no test folds, and no SM beyond the tiles' number has anything to do."""
+    """Otherwise no test would fold, and with more SMs than tiles some would have nothing to do."""
     shared = {WHOLE: 1, CUT: 3, CUT_PAIRS: 2, CUT_IN_3: 3, CUT_IN_6: 6, CUT_IN_11: 11}
     shared |= {(3072, 64, 8): 8, (1024, 192, 5): 3, (512, 192, 4): 2}
-    # As little idle time and as few units as leave tiles whole, and a little more.
+    # Just within the idle time and the number of units that leave tiles whole, and just beyond them.
     shared |= {(512, 6144, 5): 1, (512, 6016, 5): 2, (704, 64, 2): 1, (768, 64, 2): 2}
     assert {shape: library().row_linear_most_sharers(*shape) for shape in shared} == shared
 
 
 def test_reciprocals_divide_exactly():
-    """On all ranges' cuts a sum's order depends, hence its bits."""
+    """They compute where ranges are cut, on which the order of a sum depends, and so its bits."""
     near_powers = {2**k + by for k in range(2, 31) for by in (-1, 0, 1)}
     for d in sorted({*range(1, 200), *near_powers, 9728 * 132, 46341, 2**31 - 1}):
         assert library().wrongly_divided(d) == -1, d
@@ -328,7 +328,7 @@ def test_no_rows_and_no_outputs(monkeypatch):
 
 @pytest.mark.parametrize("n", [128, 132])
 def test_what_is_not_aligned_is_refused(n, host):
-    """On a device such an access would end the context."""
+    """On a device such an access would make the context unusable."""
     host.num_sms = 5
     weight, residual = pack(tensor(n, 1024, seed=1)), tensor(3, n)
     tensors = dict(x=tensor(3, 1024), out=torch.empty_like(residual), workspace=workspace(3, 1024, n, 5))
@@ -359,7 +359,7 @@ REFUSED = dict(in_features=(0, 96), num_rows_ar=(-1, 4), workspace_bytes=(COUNTE
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_kernels_do_not_take_is_refused(name, monkeypatch):
-    """Each is an error of its own, ahead of any launch."""
+    """Each is reported as an error before any launch."""
     errors = []
 
     def launch(op, params, device):
@@ -375,8 +375,8 @@ def test_what_the_kernels_do_not_take_is_refused(name, monkeypatch):
 
 @pytest.mark.parametrize(("rows", "ar"), [(3, 3), (24, 24), (24, 0), (34, 17)])
 def test_a_workspace_that_does_not_hold_every_sum_is_refused(rows, ar, monkeypatch):
-    """A byte less than the sums of AR rows, and of diffusion rows if there are any, in tiles of 16 rows or of 32: what
-    lies behind is somebody else's.
+    """It is a byte smaller than the sums of AR rows, and of diffusion rows if there are any, in tiles of 16 or of 32
+    rows. The memory after it belongs to something else.
     """
     k, n, sms = CUT
     views = 2 if ar < rows else 1
@@ -405,8 +405,8 @@ def following(k, n, coded):
 )  # fmt: skip
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_next_weights_beginning_is_brought_to_l2(shape, rows, ar, exact, isa):
-    """A hint: no bit changes, and the rest is prefetched as ever. Nothing is where rows are many: they may all be of
-    one view in the next launch, which reads in another order then. Drafts read less of coded blocks.
+    """A hint: no bit changes, and other prefetches stay the same. With many rows nothing of the next weight is brought:
+    they may all be of one view in the next launch, which then reads in another order. Drafts read less of coded blocks.
     """
     k, n, sms = shape
     plain, x = tensor(n, k, seed=1), tensor(rows, k, seed=2)
@@ -426,11 +426,11 @@ def test_the_next_weights_beginning_is_brought_to_l2(shape, rows, ar, exact, isa
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("shape", [(4096, 192, 5), (1024, 3200, 7)])
 def test_a_weight_is_brought_to_l2_ahead_of_its_loads(shape, exact, isa):
-    """Each block once, but for those that fill a CTA's stages at once, its first."""
+    """Each block once, except the first ones of each CTA, which fill its stages at once."""
     k, n, sms = shape
     plain = tensor(n, k, seed=1)
     run(tensor(1, k, seed=2), plain, sms=sms, exact=exact)
-    weight = packed(plain, False, os.environ["ORTHRUS_CUDA_CODED"])  # as run had it
+    weight = packed(plain, False, os.environ["ORTHRUS_CUDA_CODED"])  # the packed weight that run used
     begin, height = weight.data.data_ptr(), 1 if n < 3072 else 2
     first, brought = (
         library().row_linear_prefetched(ctypes.c_void_p(begin), ctypes.c_void_p(begin + size), weight.coded, not exact)

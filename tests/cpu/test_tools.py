@@ -1,5 +1,5 @@
-"""tools/test.py: a process that dies takes the other files of its tier with it neither here nor in the summary.
-tools/first_on_a_card.py: a step that fails or hangs keeps no other from running.
+"""tools/test.py: when a process dies, its tier's other files still run, and their results are in the summary.
+tools/first_on_a_card.py: a step that fails or hangs does not keep others from running.
 """
 
 import importlib.util
@@ -17,14 +17,14 @@ ROOT = Path(__file__).parents[2]
 def load(name, monkeypatch):
     spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look for the module here
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture
 def light(monkeypatch):
-    """A pytest that is started here loads the plugin that it needs, not hypothesis, which takes a second."""
+    """pytest processes started here load only the plugin they need, and not hypothesis, which takes a second."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTEST_PLUGINS", "pytest_timeout")
 
@@ -50,7 +50,7 @@ def test_files_apart(runner, tmp_path, monkeypatch, capsys):
 
 
 def test_a_process_that_hangs_at_its_end(runner, tmp_path, monkeypatch, capsys):
-    """It is ended, what it reported counts, and that it hung is a failure; the longest file starts first."""
+    """It is ended, the results that it reported count, and the hang is a failure. The longest file starts first."""
     (tmp_path / "test_quick.py").write_text("def test_a(): pass\n")
     (tmp_path / "test_stuck.py").write_text(
         "import atexit, time\natexit.register(time.sleep, 600)\ndef test_b(): print('ran to its end')\n"
@@ -103,7 +103,7 @@ def test_the_longest_files_exist(runner):
 
 @pytest.fixture
 def card(tmp_path, monkeypatch):
-    """The script in a project of its own, whose module "is built" by a step that writes two files."""
+    """The script in a project of its own, where the module is "built" by a step that writes two files."""
     module = load("first_on_a_card", monkeypatch)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "BROUGHT", tmp_path / "build" / "card")
@@ -146,13 +146,13 @@ def test_the_first_time_on_a_card(card, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("last", "state"), [("3 passed, 1 skipped in 2 s", "ok"), ("23 skipped in 1 s", "SKIPPED")])
 def test_a_step_whose_tests_are_all_skipped_is_not_ok(card, tmp_path, last, state):
-    """As where the card does not answer any more."""
+    """This is what happens if the GPU has stopped answering."""
     step = card.Step("tests", 9, ["bash", "-c", f"echo '=== {last} ==='; echo a warning at exit", "pytest"])
     assert card.Calls(tmp_path / "out", 9).run(step)["state"] == state
 
 
 def test_a_module_that_is_brought_is_not_built_again(card, tmp_path, capsys):
-    """And goes back out; Triton's kernels are found beside it."""
+    """It is copied to the output again, and Triton's kernels are found beside it."""
     card.BROUGHT.mkdir(parents=True)
     for name, text in {"native-key": "key", "_native.so": "brought"}.items():
         (card.BROUGHT / name).write_text(text)
@@ -166,7 +166,7 @@ def test_a_module_that_is_brought_is_not_built_again(card, tmp_path, capsys):
 
 
 def test_what_is_to_run_on_a_card_exists(monkeypatch, light):
-    """Every file of tests/gpu has its turn, every name that chooses among tests is in one, and in the sanitizer's."""
+    """Steps cover every file of tests/gpu; each word that selects tests matches one; the sanitizer's cases exist."""
     from tests.gpu.test_sanitizer import CASES
 
     collected = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/gpu"]
@@ -185,7 +185,7 @@ def test_what_is_to_run_on_a_card_exists(monkeypatch, light):
 
 
 def test_a_tier_that_was_asked_for_and_ran_nothing_has_failed(runner, tmp_path, monkeypatch, capsys):
-    """All of its tests skipped, or its process gone without a report."""
+    """All of its tests were skipped, or its process ended without a report."""
     for name, code in {"skips": "import pytest\n@pytest.mark.skip\n", "leaves": "import os\nos._exit(0)\n"}.items():
         file = tmp_path / f"test_{name}.py"
         file.write_text(f"{code}def test_a(): pass\n")

@@ -73,7 +73,7 @@ def test_logits_of_both_views_tiny(variant, tmp_path):
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_the_rotary_embedding_is_as_transformers_reads_it(tmp_path, adapter):
-    """From config.json, of the base if there is an adapter: a misreading here shows in every comparison."""
+    """It is read from config.json (the base's if there is an adapter), so comparisons show a misreading of ours."""
     yarn = VARIANTS["qwen3-rope-yarn"]["rope_parameters"]
     folder, view = checkpoints.make(tmp_path / "whole", rope_scaling=yarn), None
     if adapter:
@@ -83,11 +83,11 @@ def test_the_rotary_embedding_is_as_transformers_reads_it(tmp_path, adapter):
     assert want == Qwen3Config.from_pretrained(folder).rope_parameters == yarn
     misread = dataclasses.replace(checkpoint.config, rope={"rope_type": "default", "rope_theta": 1e4})
     assert build(dataclasses.replace(checkpoint, config=misread)).config.rope_parameters == yarn
-    assert checkpoint.raw["rope_scaling"] == yarn  # as it was
+    assert checkpoint.raw["rope_scaling"] == yarn  # unchanged
 
 
 def test_yarn_that_leaves_the_original_length_to_its_default(tmp_path):
-    """Which is max_position_embeddings as it is, not as far as it is stretched."""
+    """The default is max_position_embeddings as given, not as extended by the factor."""
     folder = checkpoints.make(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4.0}, max_position_embeddings=160)
     checkpoint = ckpt.load(folder)
     config = build(checkpoint).config
@@ -97,7 +97,7 @@ def test_yarn_that_leaves_the_original_length_to_its_default(tmp_path):
 
 
 def test_what_we_do_not_read_is_read_too(tmp_path):
-    """All of config.json but shapes: what we overlook shows in every comparison."""
+    """The transformers model gets all of config.json but shapes, so every comparison shows what we overlook."""
     checkpoint = ckpt.load(checkpoints.make(tmp_path))
     other = checkpoint.raw | {"is_causal": False, "hidden_act": "gelu"}
     other |= {"return_dict": False, "output_attentions": True, "is_encoder_decoder": True, "torch_dtype": "float16"}
@@ -111,7 +111,7 @@ def test_logits_of_both_views_embedded(embedded):
 
 
 def same_as_generate(embedded, chosen, max_new_tokens, *, together, draft_len=None):
-    """And the cycles of two_pass, prompt by prompt."""
+    """Check our tokens against those of transformers' ``generate``. Returns the cycles of two_pass for each prompt."""
     _, ar, engine = embedded
     ids, params = [prompt.encode(engine.tokenizer) for prompt in chosen], SamplingParams(max_new_tokens)
     want = [greedy(ar, each, max_new_tokens) for each in ids]
@@ -133,4 +133,4 @@ def test_tokens_of_generate_small_grid(embedded):
 def test_tokens_of_generate_whole_grid(embedded):
     assert len(prompts.load()) >= 50
     cycles = same_as_generate(embedded, prompts.load(), 128, together=False)
-    assert sum(cycles) == pytest.approx(1677, rel=0.01)  # of 6,175 tokens
+    assert sum(cycles) == pytest.approx(1677, rel=0.01)  # for 6,175 tokens

@@ -1,5 +1,5 @@
-"""The engine on CUDA, with tiny random checkpoints: graph replay equals eager, who shares pages or a pass gets the same
-tokens, nothing waits for the device.
+"""The engine on CUDA, with tiny random checkpoints: graph replay equals eager, requests that share pages or a pass get
+the same tokens, and nothing waits for the device.
 """
 
 import random
@@ -36,7 +36,7 @@ def close():
 
 
 def make(folder, **kwargs):
-    """An engine, in place of the one made before: a device has one at a time."""
+    """An engine that replaces the one made before, as a device has only one at a time."""
     close()
     _made.append(
         Engine.from_pretrained(
@@ -65,7 +65,7 @@ def test_few_pages_for_a_queue_give_the_same_tokens(folder):
 
 
 def test_replay_equals_eager_bit_for_bit(folder):
-    """Tokens, and every key and value in the cache, of cycles run both ways."""
+    """Tokens, and all keys and values in the cache, are the same whether cycles are replayed or eager."""
     held = []
     for eager in (True, False):
         engine = make(folder, max_batch_size=2, mode="two_pass")
@@ -83,8 +83,8 @@ def test_replay_equals_eager_bit_for_bit(folder):
 
 @pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
 def test_a_common_beginning_is_computed_once(folder, mode):
-    """Prompts that arrive together share the pages that the first of them fills in the same pass, and later turns find
-    what decoding wrote under graphs; tokens, logits and cache are those of an engine that finds nothing.
+    """Prompts that arrive together share the pages that the first of them fills in the same pass, and later ones find
+    what decoding wrote under graphs. Tokens, logits and cache are those of an engine without prefix caching.
     """
     rng, got, params = random.Random(4), {}, SamplingParams(max_new_tokens=30, ignore_eos=True)
     beginning = [rng.randrange(96) for _ in range(200)]
@@ -93,17 +93,17 @@ def test_a_common_beginning_is_computed_once(folder, mode):
         first = decode(engine, [[*beginning, i] for i in range(4)], params, together=True, mode=mode)
         more = [[*beginning, i, *trace.tokens, i + 1] for i, trace in enumerate(first)]
         got[caching] = first + decode(engine, more, params, together=True, mode=mode)
-        # On the CPU two_pass has 1.81 here, and 1.08 with o_proj of the diffusion view negated.
+        # On the CPU two_pass gives 1.81 tokens per cycle here, and 1.08 with o_proj of the diffusion view negated.
         assert mode != "two_pass" or lossless.rate(got[caching]) > 1.2
-        # Three of four find 192 tokens; then all do: of 230 known tokens 229 are in the cache, three pages of 64.
+        # Three of four find 192 tokens, then all do: of 231 known tokens 230 are in the cache, three whole pages of 64.
         assert engine.metrics.cached_tokens == (7 * 192 if caching else 0)
     assert_same(got[True], got[False])
     assert [trace.tokens_per_cycle for trace in got[True]] == [trace.tokens_per_cycle for trace in got[False]]
 
 
 def test_replayed_prefills_equal_eager_bit_for_bit(folder):
-    """Of one prompt and of several: tokens, logits and cache as without padding, the first time, while recording and
-    replayed.
+    """For one prompt and for several, tokens, logits and cache are those without padding: the first time, while
+    recording and when replayed.
     """
     engine = make(folder, mode="two_pass", prefix_caching=False)
     params = SamplingParams(max_new_tokens=20, ignore_eos=True)
@@ -119,7 +119,7 @@ def test_replayed_prefills_equal_eager_bit_for_bit(folder):
 
 @pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
 def test_prompts_that_arrive_change_no_bit(folder, mode):
-    """They go through cycles of those who decode: op by op the first time, then recorded, then replayed."""
+    """They are prefilled in cycles of decoding requests: op by op the first time, then recorded, then replayed."""
     engine = make(folder, mode=mode, prefix_caching=False, max_batch_size=4)
     jobs = list(jobs_of(8, seed=3))
     want = decode(engine, *(list(column) for column in zip(*jobs, strict=True)))
@@ -132,7 +132,7 @@ def test_prompts_that_arrive_change_no_bit(folder, mode):
 
 
 def test_an_engine_keeps_to_its_stream(folder):
-    """The one that was current when it was made, whatever is current where it is called, in another thread too."""
+    """The stream that was current when it was made, whichever is current where it is called, also in another thread."""
     params = SamplingParams(max_new_tokens=40, ignore_eos=True)
 
     def decoded(engine):
@@ -159,7 +159,7 @@ def test_after_a_warmup_with_sampling_a_sampled_request_records_nothing(folder):
 
 
 def test_the_steady_state_neither_waits_nor_allocates(folder):
-    """A replayed cycle under CUDA's sync-debug mode; device memory stays where it was."""
+    """Replayed cycles under CUDA's sync-debug mode; no device memory is allocated."""
     engine = make(folder, max_batch_size=1, mode="two_pass")
     engine.warmup()
     runner = engine.runner
@@ -182,9 +182,10 @@ def test_the_steady_state_neither_waits_nor_allocates(folder):
 
 
 def test_triton_attention_gives_the_tokens_too(folder, monkeypatch):
-    """A second implementation end to end. It rounds differently: where two logits nearly tie it may write another text
-    from there on, so the two are compared up to that token, and there the gap has to be within bf16's rounding. Tokens
-    per cycle are bounded, as another text has others: on the CPU 1.67, 1.06 with o_proj of the diffusion view negated.
+    """A second implementation end to end. It rounds differently, so where two logits nearly tie it may write another
+    text from there on. The texts are compared up to that token, where the gap must be within bf16's rounding. Tokens
+    per cycle depend on the text, so they only have a lower bound: the CPU gives 1.67, and 1.06 with o_proj of the
+    diffusion view negated.
     """
     prompts = [[1, 2, 3], [9, 8, 7, 6], *(prompt for prompt, _ in jobs_of(6, seed=5))]
     params = SamplingParams(max_new_tokens=20, ignore_eos=True)
@@ -222,9 +223,9 @@ def test_times_come_from_the_device(folder):
     engine = make(folder, mode="two_pass")
     engine.generate([1, 2, 3], SamplingParams(max_new_tokens=40, ignore_eos=True))
     torch.cuda.synchronize()
-    engine.generate([4], SamplingParams(max_new_tokens=1, ignore_eos=True))  # takes what was still under way
+    engine.generate([4], SamplingParams(max_new_tokens=1, ignore_eos=True))  # takes results still in flight
     facts = engine.metrics.as_dict()
-    # The cycle, its first replay, and the prefill pass that came again.
+    # The first cycle, its first replay, and the prefill pass at its second use.
     assert facts["times"]["recording"]["count"] == 3
     assert facts["times"]["two_pass_cycle"]["count"] >= facts["cycles"] - 2
     assert facts["times"]["two_pass_cycle"]["seconds"] > 0
@@ -232,7 +233,7 @@ def test_times_come_from_the_device(folder):
 
 @pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
 def test_a_step_launches_one_graph_and_never_waits_for_the_device(tmp_path, mode):
-    """Whole steps under sync-debug mode; launches and allocations counted by the profiler, whatever the depth."""
+    """Whole steps under sync-debug mode; the profiler counts as many launches and torch ops with 6 layers as with 2."""
     seen = []
     for layers in (2, 6):
         path = checkpoints.make(tmp_path / f"{layers}", dtype=torch.bfloat16, num_hidden_layers=layers)
@@ -253,20 +254,20 @@ def test_a_step_launches_one_graph_and_never_waits_for_the_device(tmp_path, mode
         assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
         calls = {event.key: event.count for event in profiled.key_averages()}
         assert sum(count for name, count in calls.items() if name.startswith("cudaGraphLaunch")) == 4
-        assert calls["cudaMemcpyAsync"] == 4  # every slot's results at once
+        assert calls["cudaMemcpyAsync"] == 4  # one per step, for all slots' results
         assert not any(name in calls for name in ("aten::item", "aten::_local_scalar_dense", "aten::empty"))
         seen.append({name: count for name, count in calls.items() if name.startswith(("aten::", "cudaLaunch"))})
     assert seen[0] == seen[1]
 
 
 def test_uploads_do_not_wait_for_the_device():
-    """Of what lies in pageable memory, which a driver may or may not stage at once: sync-debug mode cannot tell. And
-    what is written there afterwards does not get there. Where the device reads that memory itself, it is waited for.
+    """Uploads from pageable memory, which a driver may or may not stage at once: sync-debug mode cannot tell. What is
+    written to it afterwards does not arrive. If the device reads that memory itself, waiting is necessary.
     """
     waits = reads_pageable_memory(torch.device("cuda", 0))
     for count in (64, 16_000, 80_000):
         there, host = torch.empty(count, dtype=torch.int32, device="cuda"), torch.arange(count, dtype=torch.int32)
-        copy_up(there, host)  # the first time takes memory
+        copy_up(there, host)  # the first time allocates memory
         torch.cuda.synchronize()
         torch.cuda._sleep(1_000_000_000)  # half a second
         slept = torch.cuda.Event()
@@ -279,7 +280,7 @@ def test_uploads_do_not_wait_for_the_device():
 
 
 def test_requests_come_and_go_without_waiting_for_the_device(folder):
-    """Steps that admit, prefill, grow over a page and finish, under sync-debug mode, beside one that decodes."""
+    """Under sync-debug mode, steps admit, prefill, grow past a page and finish a request, while another one decodes."""
     engine = make(folder, max_batch_size=2)
     engine.warmup()
     params = SamplingParams(max_new_tokens=100, ignore_eos=True)
@@ -298,7 +299,7 @@ def test_requests_come_and_go_without_waiting_for_the_device(folder):
 
     alone = engine.generate(list(range(50)), params)
     for _ in range(2):
-        want = tokens_and_cycles()  # kernels compiled, mailboxes allocated, passes with prompts recorded
+        want = tokens_and_cycles()  # compiles kernels, allocates mailboxes, records passes with prompts
     assert want == [(alone.token_ids, alone.stats.cycles)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

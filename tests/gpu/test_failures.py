@@ -1,5 +1,5 @@
-"""What goes wrong on a CUDA device: recordings without memory or spoilt, NaN under replayed graphs, a device that fails
-for good; and close() gives back what an engine took.
+"""Failures on a CUDA device: recordings without memory or spoilt, NaN under replayed graphs, a device that fails for
+good. Also, close() frees the memory that an engine took.
 """
 
 import gc
@@ -26,7 +26,7 @@ MODES = ("ar", "two_pass", "one_pass")
 
 @pytest.fixture
 def make(folder):
-    """Makes engines, one at a time, that are closed in the end."""
+    """Makes engines, one at a time; each is closed before the next one and at the end."""
     made = []
 
     def engine(**kwargs):
@@ -53,7 +53,7 @@ def test_a_spoilt_recording(make, spoiler):
 
 
 def test_other_threads_draw_random_numbers_amid_recordings(make):
-    """The program's, and the numbers that it would have drawn without us."""
+    """Threads of the program, which draw the same numbers as they would without an engine."""
     engine, drawn = make(), []
 
     def draw(cycle) -> None:
@@ -68,7 +68,7 @@ def test_other_threads_draw_random_numbers_amid_recordings(make):
 
 
 def test_the_program_captures_while_an_engine_steps(make):
-    """In torch's default way, which forbids others to ask for memory or for an event; nothing is recorded meanwhile."""
+    """In torch's default mode, in which other threads must not allocate or query events. The engine only replays."""
     engine, captures, is_over = make(), Event(), Event()
 
     def decoded() -> tuple[list[int], int]:
@@ -111,13 +111,13 @@ def test_nan_by_and_beside_rejection(make):
 
 @pytest.mark.parametrize("mode", ("two_pass", "one_pass"))
 def test_nan_in_the_diffusion_view_costs_speed_alone(make, mode):
-    # Over 14 sets of prompts the healthy ones give from 1.22 and from 1.02 on: see least_rate in test_lossless.py.
+    # Over 14 sets of prompts healthy drafters give at least 1.22 and 1.02: see least_rate in test_lossless.py.
     at_least = {"two_pass": 1.15, "one_pass": 1.0}[mode]
     poison.check_nan_drafts_cost_speed_alone(make(mode=mode), poison.jobs_of([GREEDY, SAMPLED, EDITED]), at_least)
 
 
 def memory() -> tuple[int, int]:
-    """Bytes in tensors, and bytes that torch holds for them."""
+    """Bytes in tensors, and bytes that torch has reserved for them."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -126,7 +126,7 @@ def memory() -> tuple[int, int]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_close_gives_the_memory_back(make, mode):
-    """In the middle of decoding, with graphs; the first engine may leave the little that a process has once."""
+    """In the middle of decoding, with graphs. The first engine may leave a little that a process allocates once."""
     at_first, held = memory(), []
     for _ in range(3):
         engine = make(mode=mode)
@@ -145,7 +145,7 @@ def test_close_gives_the_memory_back(make, mode):
 
 @pytest.mark.parametrize("what", ("engine", "streams"))
 def test_a_device_that_fails(folder, what):
-    """In a process of its own, which has no device any more thereafter."""
+    """In a process of its own, which cannot use the device any more afterwards."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.failing", folder], cwd=ROOT, env={**os.environ, "FAILING": what},
         capture_output=True, text=True, timeout=200,

@@ -1,4 +1,4 @@
-"""The bitwise promise on CUDA, with tiny random checkpoints; on the embedded model: test_lossless_embedded.py."""
+"""The bitwise guarantee on CUDA, with tiny random checkpoints; on the embedded model: test_lossless_embedded.py."""
 
 import pytest
 import torch
@@ -36,19 +36,19 @@ def engine(request, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=("greedy", "sampled"))
 def jobs(request, engine):
-    """``(prompts, params, AR alone)``"""
+    """``(prompts, params, traces of AR decoding each alone)``."""
     ids = lossless.random_prompts(engine.config.vocab_size, 8, 120, seed=1)
-    # Two blocks ahead are reserved as results are a cycle late: only who goes on beyond them can run out of pages.
+    # Results are a cycle late, so two blocks ahead are reserved: only requests that outgrow these can run out of pages.
     most = max(48, 4 * engine.config.block_len)
     params = getattr(lossless, request.param)(8, max_new_tokens=most, ignore_eos=True)
     return ids, params, decode(engine, ids, params, mode="ar")
 
 
 def least_rate(way) -> float:
-    """Of tokens per cycle. On the CPU, over 12 sets of prompts, greedy and sampled, these checkpoints give from 1.37 on
-    with at most 7 drafts and from 1.11 on with 31, beside which the context counts for less; two views that have
-    nothing in common give up to 1.11 and 1.08. A card that decides near-ties otherwise writes other texts: to the
-    rate, a set of prompts like any of those.
+    """The least tokens per cycle. On the CPU, over 12 sets of prompts, greedy and sampled, these checkpoints give at
+    least 1.37 with at most 7 drafts (1.32 with the inexact ones of coded weights), and at least 1.11 with 31, next to
+    which the context counts for less. Two views that have nothing in common give up to 1.11 and 1.08. A GPU that
+    decides near-ties differently writes other texts; for the rate, that is just another set of prompts.
     """
     if way["mode"] == "one_pass":
         return 0.0  # it cannot guess what random weights will choose

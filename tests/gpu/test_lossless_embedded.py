@@ -1,4 +1,4 @@
-"""The bitwise promise on CUDA, with the embedded model; ``ORTHRUS_SMOLLM2_GGUF`` names its base."""
+"""The bitwise guarantee on CUDA, with the embedded model; ``ORTHRUS_SMOLLM2_GGUF`` names its base."""
 
 import os
 
@@ -47,7 +47,7 @@ def test_every_prompt(engine, params):
 
 
 def test_tokens_per_cycle(engine):
-    """Of all code prompts; the CPU gives 3.43 in bfloat16 and 3.34 in float32."""
+    """Over all code prompts; the CPU gives 3.43 in bfloat16 and 3.34 in float32."""
     ids = [p.encode(engine.tokenizer) for p in prompts.load("code")]
     params = lossless.greedy(len(ids), max_new_tokens=64)
     want = decode(engine, ids, params, mode="ar")

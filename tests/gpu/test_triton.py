@@ -1,4 +1,4 @@
-"""Triton kernels on the device: against the oracle, to the bit whatever the company, and under a graph."""
+"""Triton kernels on the GPU: against the oracle, the same bits whatever shares the pass, and under a graph."""
 
 import functools
 
@@ -30,7 +30,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def on_graph(run):
-    """``run`` captured once (after a warm-up, which compiles) and its replay."""
+    """Captures ``run`` once, after a warm-up that compiles; returns the replay."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -57,7 +57,7 @@ def test_rms_norm(hidden, dtype):
 
 
 def test_chain_of_dependent_launches_under_a_graph():
-    """Kernels that may start early (programmatic dependent launch) still see all that came before them."""
+    """Kernels that may start early (programmatic dependent launch) still see all that earlier kernels wrote."""
     table = torch.randn(1000, 4096, device="cuda", dtype=torch.bfloat16)
     weight = torch.rand(4096, device="cuda") + 0.5
     token = torch.zeros(40, device="cuda", dtype=torch.int32)

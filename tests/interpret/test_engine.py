@@ -1,4 +1,4 @@
-"""Whole generations over all that a GPU runs: the CUDA kernels as host C++, Triton's in its interpreter."""
+"""Whole generations with all kernels that a GPU runs: those in CUDA as host C++, those in Triton in its interpreter."""
 
 import pytest
 
@@ -26,7 +26,7 @@ JOBS = (
 
 
 def test_every_mode_gives_the_ar_bits(folder, monkeypatch):
-    """Alone and together, nearly all of it replayed, and op by op; logits are the CPU's but for rounding."""
+    """Alone and together with recorded cycles, and op by op. Logits equal the CPU's except for rounding."""
     how = dict(device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=4, prefix_caching=False)
     want = Engine.from_pretrained(folder, **how).next_logits(JOBS[0][0])
     monkeypatch.setenv("ORTHRUS_CUDA_ISA", "sm90")
