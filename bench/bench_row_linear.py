@@ -113,8 +113,8 @@ class Chain:
         return sum(weight.read_bytes(self.exact) for weight in read)
 
     def max_error(self, op: str) -> float:
-        """Largest error compared with float64, relative to the largest value; 0.004 is a bf16 rounding. At most 8192
-        outputs.
+        """Largest error compared with float64, relative to the largest value; 0.004 is a bf16 rounding. A draft's
+        coded weights are up to a sixteenth off. At most 8192 outputs.
         """
         k, n = self.shapes[op][0], min(self.shapes[op][1], 8192)
         plain, x = (torch.randn(rows, k, device=self.device).bfloat16() for rows in (n, min(self.num_rows, 64)))
@@ -135,9 +135,9 @@ def main() -> int:
     parser.add_argument("--model", default="8b", choices=SHAPES)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 32, 64, 96, 128, 160, 224, 2000])
     parser.add_argument("--layers", type=int, help="fewer than the model has")
-    rows = parser.add_mutually_exclusive_group()
-    rows.add_argument("--diff", action="store_true", help="half of the rows use the diffusion view's qkv and o")
-    rows.add_argument("--draft", action="store_true", help="as in a pass that only drafts, with inexact coded weights")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--diff", action="store_true", help="half of the rows use the diffusion view's qkv and o")
+    kind.add_argument("--draft", action="store_true", help="as in a pass that only drafts, with inexact coded weights")
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--loop", choices=OPS, help="run this op in a loop, for a profiler")

@@ -123,8 +123,8 @@ def row_linear(
             Hopper, if the rows fit one tile, its beginning is fetched into L2 while this call ends. No result depends
             on it.
         exact: False lets an implementation do without the last four mantissa bits of bfloat16 weights, if it then reads
-            less: for drafts, which need no exact weights. So do the CPU's and CUDA's where weights are coded; what
-            stands for these bits: csrc/cpu/coded_weight.h, csrc/cuda/coded_block.cuh.
+            less: for drafts, which need no exact weights. The CPU's and CUDA's do so where weights are coded;
+            csrc/cpu/coded_weight.h and csrc/cuda/coded_block.cuh say what stands for these bits.
     """
     op, dtype, device = "row_linear", x.dtype, x.device
     n = x.shape[0]

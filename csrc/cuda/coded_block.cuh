@@ -7,16 +7,16 @@
 //
 // A pass that only drafts reads the part of each block that leads. This lacks the last four of an element's seven
 // mantissa bits, and the pass puts their middle, 1000, in their place; cpu/coded_weight.h has what this costs and
-// brings. Zero becomes 7e-40. Exceptions stay exact.
+// brings. Zero becomes 7e-40, with which tensor cores multiply as fast. Exceptions stay exact.
 //
 // Elements are in the order in which wgmma and mma.sync want them in registers. For a step over 16 inputs, thread t of
 // a group has elements 0 ... 7: two of feature f and two of f + 8 for inputs 2*(t%4) + {0,1}, then the same for those
 // plus 8, with f = 16*(t/32) + (t%32)/4. One prmt looks up four of them, with their codes without signs as the
 // selector. Signs are placed so that one mask and at most one shift bring four of them to the top of their bytes: those
-// of elements 0 ... 3 are the top bits of nibbles 1, 3, 5 and 7, those of elements 4 ... 7 of nibbles 0, 2, 4 and 6. So
-// are the upper halves of lower bytes. Of their lower halves, elements 0 ... 3 have nibbles 0, 2, 4 and 6, and elements
-// 5, 6, 7 and 4 nibbles 1, 3, 5 and 7: one select between the two words, and for elements 4 ... 7 one rotation by four
-// bits, put the halves of four bytes together.
+// of elements 0 ... 3 are the top bits of nibbles 1, 3, 5 and 7, those of elements 4 ... 7 of nibbles 0, 2, 4 and 6.
+// The upper halves of lower bytes have the same nibbles as the signs. Of the lower halves, elements 0 ... 3 have
+// nibbles 0, 2, 4 and 6, and elements 5, 6, 7 and 4 nibbles 1, 3, 5 and 7: one select between the two words puts the
+// halves of four bytes together, and for elements 4 ... 7 one rotation by four bits.
 //
 // DFloat11 (Zhang et al., arXiv 2504.11651) codes exponents by Huffman in 11 bits per element; a fixed length is
 // unpacked in place, in a few instructions.
@@ -31,7 +31,7 @@
 namespace orthrus::cuda {
 
 constexpr int kListed = 12;  // exceptions that fit in their block
-constexpr uint32_t kMiddle = 0x88888888;  // what stands for the last bits of eight elements in a pass that only drafts
+constexpr uint32_t kMiddleOfTrailing = 0x88888888;  // what a pass that only drafts has instead of a word of `trailing`
 
 struct alignas(16) CodedBlock {
   uint32_t upper[2];      // a byte each: upper seven bits of eight exponents
@@ -55,7 +55,7 @@ __device__ __forceinline__ CodedPart load_part(const CodedBlock& block, bool lea
   const uint32_t thread = thread_here();
   const uint4 head = *reinterpret_cast<const uint4*>(&block), codes = block.codes[thread];
   const uint4 leading = block.leading[thread];
-  uint4 trailing{kMiddle, kMiddle, kMiddle, kMiddle};
+  uint4 trailing{kMiddleOfTrailing, kMiddleOfTrailing, kMiddleOfTrailing, kMiddleOfTrailing};
   if (!leading_only) trailing = block.trailing[thread];
   return {{head.x, head.y},
           {codes.x, codes.y, codes.z, codes.w},

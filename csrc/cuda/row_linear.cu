@@ -9,11 +9,12 @@
 // kArgmax: partial p covers the p-th of num_partials runs of whole tiles. Ties go to the lowest id and NaN never wins;
 // a run of nothing but NaN gives -inf and its first id.
 // next_weight: if this call's rows are so few that the next launch has few too, sm_90a prefetches the beginning of
-// that weight into L2 while this launch ends, in the order for an epilogue that may cut tiles. No result depends on it.
+// that weight into L2 while this launch ends, in the order for an epilogue that may cut tiles and for a launch with the
+// same leading_only. No result depends on it.
 // Coded weights (coded_block.cuh; both views' or neither's) give the same bits as plain ones unless leading_only is
 // set, which plain ones ignore.
-// Bytes: each view's packed weight once (kArgmax: once per tile of rows), plus x once per tile from L2 or, with many
-// rows on sm_90a, once per two tiles.
+// Bytes: each view's packed weight once, with leading_only the leading parts of its coded blocks (kArgmax: once per
+// tile of rows), plus x once per tile from L2 or, with many rows on sm_90a, once per two tiles.
 // FLOP: 2 * num_rows * in * out_features.
 #include <atomic>
 #include <cstdlib>

@@ -113,7 +113,7 @@ struct Walk {
 };
 
 // One unit of the walk as the producer needs it. A single thread issues all loads, so a step must take it no longer
-// than memory takes for 6 KB: within a run (consecutive units of one tile) it is a few additions.
+// than memory takes for 4 KB: within a run (consecutive units of one tile) it is a few additions.
 template <int kTileRows, bool kManyRows, bool kCoded>
 struct Position {
   static constexpr int kBytes = packed_bytes(kCoded);

@@ -1,6 +1,7 @@
-"""bf16 weights in 12 bits for the CUDA kernels: every bit comes back, in the format and in row_linear."""
+"""bf16 weights in 12 bits for the CUDA kernels: the format and row_linear give every bit back, except to drafts."""
 
 import ctypes
+import functools
 import itertools
 
 import numpy as np
@@ -15,12 +16,12 @@ from tests.cpu import test_row_linear_on_host as rl
 from tests.cpu.test_coded_weight import with_exponents
 from tests.cpu.test_cuda_on_host import INVALID
 
-BYTES, LEADING, LISTED = 6208, 4160, 12  # of a block: bytes, those that drafts read, and its list of exceptions
+BYTES, LEADING, LISTED = 6208, 4160, 12  # of a block: bytes, those that drafts read, and room for exceptions
 CPU = torch.device("cpu")
 
 
 def spread(count, features=64, inputs=64):
-    """``count`` exceptions in the only block, all over it."""
+    """A weight with ``count`` exceptions spread over it; by default it is a single block."""
     block = with_exponents((features, inputs), range(112, 128), seed=1)
     where = torch.randperm(features * inputs, generator=torch.Generator().manual_seed(2))[:count]
     block.view(-1)[where] = with_exponents((count,), range(40, 72, 2), seed=3)
@@ -39,7 +40,7 @@ WEIGHTS = {
     "all zero": lambda: torch.zeros(64, 64, dtype=torch.bfloat16),
 }
 ROWS = 1, 24, 64, 90, 128, 150
-# Features, inputs, SMs: tiles of one block and of two, shared by CTAs.
+# Features, inputs, SMs: cut tiles of one block and of two, which CTAs share.
 CUT = {"cut": (192, 1024, 5), "cut pairs": (3200, 128, 7)}
 
 
@@ -56,12 +57,12 @@ def some_weight(name):
 
 @pytest.fixture
 def however_many(monkeypatch):
-    """Exceptions are coded."""
+    """Weights are coded however many exceptions they have."""
     monkeypatch.setattr(coded_blocks, "MOST_EXCEPTIONS", 4096)
 
 
 def decoded(packed, num_blocks, leading_only=False):
-    """Bits ``[blocks, 64 features, 64 inputs]`` of coded blocks, as csrc/cuda/coded_block.cuh describes them."""
+    """Bits ``[blocks, 64 features, 64 inputs]`` of coded blocks, decoded as csrc/cuda/coded_block.cuh describes."""
     everything = packed.view(torch.uint8).numpy()
     words, blocks = everything.view(np.uint32), everything[: num_blocks * BYTES].reshape(num_blocks, BYTES)
     out = np.zeros((num_blocks, 64, 64), dtype=np.uint16)
@@ -85,6 +86,19 @@ def decoded(packed, num_blocks, leading_only=False):
                     feature = t // 32 * 16 + t % 32 // 4 + e // 2 % 2 * 8
                     bits[feature, 16 * step + t % 4 * 2 + e % 2 + e // 4 * 8] = value
     return out
+
+
+@functools.cache
+def draft_weights(name):
+    """Of both views, what drafts see of :func:`some_weight` and of its mirror image."""
+    weight, _ = some_weight(name)
+    n, k = weight.shape
+    views = []
+    for view in (weight, weight.flip(0)):
+        blocks = view.view(n // 64, 64, k // 64, 64).transpose(1, 2)
+        bits = decoded(coded_blocks.encode(blocks), n * k // 4096, leading_only=True).view(np.int16)
+        views.append(torch.from_numpy(bits).view(torch.bfloat16).view(blocks.shape).transpose(1, 2).reshape(n, k))
+    return views
 
 
 @pytest.mark.usefixtures("however_many")
@@ -114,7 +128,7 @@ def test_size():
 
 
 def test_bytes_that_are_read(host, monkeypatch):
-    """Of rows that fill up the last block too."""
+    """Rows that pad the last block are included."""
     monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
     packed = pack(rl.tensor(200, 192, seed=1))
     assert packed.coded and packed.read_bytes() == packed.nbytes == 12 * BYTES
@@ -124,7 +138,7 @@ def test_bytes_that_are_read(host, monkeypatch):
 @pytest.mark.full
 @pytest.mark.usefixtures("wheel")
 def test_exceptions_of_the_embedded_model():
-    """What csrc/cuda/coded_block.cuh says of them."""
+    """They are as rare as csrc/cuda/coded_block.cuh says."""
     matrices = [tensor.bfloat16() for tensor in load("smollm2-135m").tensors.values() if tensor.dim() == 2]
     coded = [coded_blocks.encode(cuda_blocks(matrix, gate_up=False)) for matrix in matrices]
     blocks = [data[: data.numel() // BYTES * BYTES].view(-1, BYTES) for data in coded]
@@ -143,7 +157,7 @@ def test_weights_with_too_many_exceptions_stay_plain(host, monkeypatch):
 
 
 def bits(out):
-    """NaN equals itself."""
+    """The output as integers, so that NaN equals itself."""
     outs = out if isinstance(out, tuple) else (out,)
     return [t.view(torch.int16 if t.dtype is torch.bfloat16 else torch.int32) for t in outs]
 
@@ -161,7 +175,7 @@ class TestRowLinear:
         [*itertools.product([*WEIGHTS, "cut"], [*ROWS, 170]), *itertools.product(["cut pairs"], [*ROWS, 300])],
     )
     def test_no_bit_differs_from_plain_weights(self, name, rows, monkeypatch):
-        """The tests of row_linear itself run few of their cases over coded weights for this reason."""
+        """This is why the tests of row_linear itself run few of their cases with coded weights."""
         weight, sms = some_weight(name)
         n, k = weight.shape
         x, diff = rl.tensor(rows, k, seed=2), weight.flip(0)
@@ -178,31 +192,25 @@ class TestRowLinear:
         assert all(torch.equal(a, b) for a, b in zip(everything("0"), everything("1"), strict=True))
 
     @pytest.mark.usefixtures("however_many")
-    @pytest.mark.parametrize("rows", [1, 40, 90, 200])
+    @pytest.mark.parametrize("rows", [1, 40, 90, 300])
     @pytest.mark.parametrize("name", [*WEIGHTS, "cut", "cut pairs"])
     def test_drafts_take_the_middle_for_what_trails(self, name, rows, monkeypatch):
-        """Each of their weights is at most a sixteenth off, if it is not tiny, and what trails is not looked at."""
-        weight, sms = some_weight(name)
+        """Weights that drafts use are at most a sixteenth off, unless tiny, and the trailing bits are not used."""
+        (weight, sms), plain = some_weight(name), draft_weights(name)
         n, k = weight.shape
-        monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
-        views = [pack(w) for w in (weight, weight.flip(0))]
-        num_blocks = n // 64 * (k // 64)
-        plain = [
-            torch.from_numpy(decoded(view.data, num_blocks, leading_only=True).view(np.int16)).view(torch.bfloat16)
-            .view(n // 64, k // 64, 64, 64).transpose(1, 2).reshape(n, k)
-            for view in views
-        ]  # fmt: skip
         usual = weight.float().abs().nan_to_num(posinf=0) > 2.0**-120
         assert ((plain[0].float() / weight.float() - 1).abs()[usual] <= 1 / 16).all()
+        monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
+        views = [pack(w) for w in (weight, weight.flip(0))]
         for view in views:
-            view.data.view(torch.uint8)[: num_blocks * BYTES].view(-1, BYTES)[:, LEADING:] = 0xFF
+            view.data.view(torch.uint8)[: n * k // 4096 * BYTES].view(-1, BYTES)[:, LEADING:] = 0xFF
         x, residual = rl.tensor(rows, k, seed=2), rl.tensor(rows, n, seed=3)
         how = dict(residual=residual, num_rows_ar=rows // 3, sms=sms)
         got = rl.run(x, views[0], "residual", diff=views[1], exact=False, **how)
         monkeypatch.setenv("ORTHRUS_CUDA_CODED", "0")
-        for exact in (True, False):  # of plain weights every bit is read
+        for exact in (True, False):  # of plain weights, drafts read every bit too
             want = rl.run(x, plain[0], "residual", diff=plain[1], exact=exact, **how)
-            assert torch.equal(*map(torch.stack, zip(*zip(bits(got), bits(want), strict=True), strict=True)))
+            assert torch.equal(*bits(got), *bits(want))
 
     def test_what_follows_may_be_plain(self, isa, monkeypatch):
         weight, x = rl.tensor(3200, 256, seed=1), rl.tensor(4, 256, seed=2)
@@ -229,7 +237,7 @@ class TestRowLinear:
                 native.row_linear(x, a, out, weight_diff=b, **space)
 
     def test_room(self, monkeypatch, tmp_path):
-        """What is asked for ahead of loading, which no rows of 64 fill up."""
+        """The bytes that are required before loading do not count rows that pad the last block."""
         config = load_config(str(checkpoints.make(tmp_path, "qwen3", dtype=torch.bfloat16)))
         plain = room.least_weight_bytes(config, CPU, torch.bfloat16)
         monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")

@@ -58,6 +58,7 @@ PARTS = [
     Part("90a", f"{OTHERS} {DUAL_ATTN}", "qkv_commit consensus dual_attn", seed=SEED),
     Part("90a", OTHERS, "qkv_commit consensus"),
     Part("90a", "tests/ptx/test_traffic.py tests/ptx/test_shapes.py", "row_linear_sm90 _draw_kernel", triton=True),
+    Part("80", "tests/ptx/test_shapes.py", "row_linear_mma", "row_linear_draft", triton=True),
     Part("80", FAULTS, "row_linear_mma dual_attn", "sm80"),
     Part("90a", FAULTS, "row_linear_sm90", "sm90"),
 ]

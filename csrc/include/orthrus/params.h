@@ -63,7 +63,7 @@ struct RowLinearParamsOf {
   const void* weight_diff;     // packed likewise; null: all rows use `weight`
   int32_t weight_coded;        // in 12 bits per element, see cpu/coded_weight.h and cuda/coded_block.cuh; bf16 only
   int32_t weight_diff_coded;
-  int32_t leading_only;        // coded weights may be inexact, since the pass only drafts: of these it reads less
+  int32_t leading_only;        // coded weights may be inexact, as the pass only drafts: their leading parts suffice
   const T* residual;           // [num_rows, out_features] (kResidual), may alias out
   void* out;                   // see Epilogue
   float* partial_value;        // [num_rows, num_partials] (kArgmax)
