@@ -165,8 +165,8 @@ def few_pages(engine: Engine, count: int):
 def decode(engine: Engine, prompts, params, *, together=False, keep=digest, replayed=None, **way) -> list[Trace]:
     """Decode every prompt alone, or all of them ``together``; ``way``: mode, draft_len, ... of generate().
 
-    ``replayed``: True checks that all cycles were replays (except the first of each kind, which cannot be one), False
-    that none was.
+    ``replayed``: True checks that over ten times as many cycles were replays as were not (the first of each kind cannot
+    be one), False that none was.
     """
     each = list(params) if isinstance(params, list) else [params] * len(prompts)
     with Tap(engine, keep).open() as tap:

@@ -1,5 +1,5 @@
-"""CUDA row_linear with weights in 12 bits: equal to the bit to the results with plain ones, whose last bits drafts
-replace.
+"""CUDA row_linear with weights in 12 bits: the bits of plain ones, and in drafts those of plain ones whose last four
+bits are 1000.
 """
 
 import pytest
