@@ -7,7 +7,7 @@
 //
 // A pass that only drafts reads the part of each block that leads. This lacks the last four of an element's seven
 // mantissa bits, and the pass puts their middle, 1000, in their place; cpu/coded_weight.h has what this costs and
-// brings. Zero becomes 7e-40, with which tensor cores multiply as fast, and infinity NaN. Exceptions stay exact.
+// brings. Zero becomes 7e-40, and infinity NaN. Exceptions stay exact.
 //
 // Elements are in the order in which wgmma and mma.sync want them in registers. For a step over 16 inputs, thread t of
 // a group has elements 0 ... 7: two of feature f and two of f + 8 for inputs 2*(t%4) + {0,1}, then the same for those
