@@ -4,7 +4,7 @@
 
 Every layer has its own weights, so nothing is read from a cache except what a launch has prefetched to L2 for the next
 one. Bytes are the packed weights alone, with ``ORTHRUS_CUDA_CODED=1`` in 12 bits an element, of which ``--draft`` reads
-8. On a CPU, runs of torch.mm and the op are interleaved.
+8, as many as the diffusion view's own weights have. On a CPU, runs of torch.mm and the op are interleaved.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report, run_script
 from bench.models import SHAPES, config_of, linear_shapes
 from orthrus_rt import huge_pages, native, ops, room
-from orthrus_rt.weights import PackedWeight, pack
+from orthrus_rt.weights import CODED_BITS, DRAFT_BITS, PackedWeight, pack
 
 OPS = ("qkv", "o", "gate_up", "down", "lm_head")
 EPILOGUES = {"qkv": "none", "o": "residual", "gate_up": "silu_mul", "down": "residual", "lm_head": "argmax"}
@@ -36,7 +36,9 @@ class Chain:
         self._check_room(model, diff, baseline)
         self.weights = {op: [self._random(op, shapes[op]) for _ in range(self.layers)] for op in OPS[:-1]}
         self.weights["lm_head"] = [self._random("lm_head", shapes["lm_head"])]
-        self.diff = {op: [self._random(op, shapes[op]) for _ in range(self.layers)] for op in ("qkv", "o") if diff}
+        self.diff = {
+            op: [self._random(op, shapes[op], DRAFT_BITS) for _ in range(self.layers)] for op in ("qkv", "o") if diff
+        }
         self.plain: dict[tuple[str, int], torch.Tensor] = {}
 
     def _check_room(self, model: str, diff: bool, baseline: bool) -> None:
@@ -45,14 +47,14 @@ class Chain:
 
         weights, views = nbytes(*OPS), nbytes("qkv", "o") * diff
         need = weights + views
-        if room.are_coded(self.device, torch.bfloat16):
-            need = int(room.CODED * need) + weights * baseline  # torch.mm needs plain ones in addition
+        if room.are_coded(self.device, torch.bfloat16):  # torch.mm needs plain ones in addition
+            need = (CODED_BITS * weights + DRAFT_BITS * views) // 16 + weights * baseline
         what = f"{self.layers} layers of {model} (--layers for fewer)"
         room.check_left(what, need, self.device, torch.bfloat16)
 
-    def _random(self, op: str, shape) -> PackedWeight:
+    def _random(self, op: str, shape, bits: int = CODED_BITS) -> PackedWeight:
         weight = torch.empty(*reversed(shape), dtype=torch.bfloat16, device=self.device).normal_(0, shape[0] ** -0.5)
-        return pack(weight, gate_up=op == "gate_up")
+        return pack(weight, gate_up=op == "gate_up", bits=bits)
 
     def rows(self, num_rows: int) -> None:
         def empty(*shape, dtype=torch.bfloat16):

@@ -16,6 +16,7 @@ from orthrus_rt.cycle_plan import CyclePlan, cycle_plan
 from orthrus_rt.engine import Engine
 from orthrus_rt.model import Model
 from orthrus_rt.timing import SLEEP_CYCLES
+from orthrus_rt.weights import CODED_BITS, DRAFT_BITS
 
 # Drafts that the published models accept per cycle, of 31 (twice their tokens per forward pass, less the bonus token).
 PUBLISHED = {"1.7b": 7.5, "4b": 9.4, "8b": 9.7, "tiny": 3.0}
@@ -26,7 +27,6 @@ HIT_RATES, ONE_PASS_SHARE = {1: 0.60, 2: 0.76, 4: 0.86, 6: 0.90, 8: 0.93, 12: 0.
 WARM_UP = 4  # cycles
 BUSY_S = 0.2  # idle clocks are several times slower and take some tens of ms to rise
 MANY = 1 << 30
-LEADING = 2 / 3  # of a coded weight's bytes, read by passes that only draft: csrc/cpu/coded_weight.h
 
 
 class Bench:
@@ -121,16 +121,19 @@ class Bench:
             torch.cuda.synchronize()
 
     def floor_ms(self, mode: str, batch: int, context: float, coded: bool) -> float:
-        """Time to read each pass's weights, in bf16 or ``coded`` in 12 bits, of which a pass that only drafts reads 8,
-        and every sequence's cache once.
+        """Time to read each pass's weights and every sequence's cache once. In bf16 or, if ``coded``, in 12 bits, and
+        in 8 what serves only drafts: all that a pass without AR rows reads, and the diffusion view's own weights.
         """
         c = self.config
         cache = 2 * batch * context * c.num_layers * c.num_heads_kv * c.head_dim * 2
-        passes = {"ar": [("",)], "two_pass": [("_diff",), ("",)], "one_pass": [("", "_diff")]}[mode]
-        share = room.CODED if coded else 1
-        of_drafts = LEADING * share if coded else share
-        weights = sum((share if "" in views else of_drafts) * self.weight_bytes(views) for views in passes)
-        return (weights + len(passes) * cache) / self.bandwidth * 1e-6
+        exact, draft = (CODED_BITS / 16, DRAFT_BITS / 16) if coded else (1, 1)
+        ar = exact * self.weight_bytes(("",))
+        drafting = {
+            "ar": 0,
+            "two_pass": draft * self.weight_bytes(("_diff",)) + cache,
+            "one_pass": draft * (self.weight_bytes(("", "_diff")) - self.weight_bytes(("",))),
+        }
+        return (ar + cache + drafting[mode]) / self.bandwidth * 1e-6
 
     def weight_bytes(self, views: tuple[str, ...]) -> int:
         """bf16 bytes of the matrices that a pass with rows of these views reads, the head included."""

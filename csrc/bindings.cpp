@@ -36,11 +36,11 @@ void bind_element_params(py::module_& m, const std::string& suffix) {
   {
     using T = RowLinearParamsOf<E>;
     bind_struct<T>(m, "RowLinearParams" + suffix, {
-      FIELD(x), FIELD(weight), FIELD(weight_diff), FIELD(weight_coded), FIELD(weight_diff_coded), FIELD(leading_only),
+      FIELD(x), FIELD(weight), FIELD(weight_diff), FIELD(weight_bits), FIELD(weight_diff_bits), FIELD(leading_only),
       FIELD(residual), FIELD(out), FIELD(partial_value), FIELD(partial_id), FIELD(workspace), FIELD(workspace_bytes),
       FIELD(num_rows), FIELD(num_rows_ar), FIELD(in_features), FIELD(out_features), FIELD(num_partials),
       FIELD(epilogue), FIELD(next_weight), FIELD(next_in_features), FIELD(next_out_features),
-      FIELD(next_weight_coded)});
+      FIELD(next_weight_bits)});
   }
   {
     using T = QkvCommitParamsOf<E>;
@@ -164,8 +164,8 @@ void bind_cpu(py::module_ m) {
   m.def("set_isa", [](const std::string& name) { cpu::set_isa(name.c_str()); });  // a string, which None is not
   m.def("takes_coded_weights", &cpu::takes_coded_weights);
   py::class_<cpu::WeightEncoder>(m, "WeightEncoder")
-      .def(py::init([](uintptr_t plain, int64_t num_strips, int64_t num_steps) {
-             return cpu::WeightEncoder(reinterpret_cast<const bf16_t*>(plain), num_strips, num_steps);
+      .def(py::init([](uintptr_t plain, int64_t num_strips, int64_t num_steps, int bits) {
+             return cpu::WeightEncoder(reinterpret_cast<const bf16_t*>(plain), num_strips, num_steps, bits);
            }), release)
       .def_property_readonly("nbytes", &cpu::WeightEncoder::nbytes)
       .def("write", [](const cpu::WeightEncoder& encoder, uintptr_t out) {

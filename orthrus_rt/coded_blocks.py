@@ -1,4 +1,4 @@
-"""bf16 weights in 12 bits an element, without loss, as the CUDA kernels read them.
+"""bf16 weights in 12 bits an element, without loss, or for drafts in 8, as the CUDA kernels read them.
 
 The format, and why: csrc/cuda/coded_block.cuh.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 HEAD_BYTES, HALF_BYTES = 64, 2048  # 4 bits of each element: codes, then leading and trailing halves of lower bytes
-BLOCK_BYTES = HEAD_BYTES + 3 * HALF_BYTES
+BLOCK_BYTES = {12: HEAD_BYTES + 3 * HALF_BYTES, 8: HEAD_BYTES + 2 * HALF_BYTES}  # without trailing halves
 NUM_UPPER = 8  # values of an exponent's upper seven bits that have a code in a block
 LISTED = 12  # exceptions that fit into their block
 # Per block, on average, in a coded weight. By estimate each exception costs some 50 to 100 clocks of an H100, and the
@@ -18,10 +18,11 @@ THREADS, STEPS, STEP_ELEMENTS = 128, 4, 8
 AT_ONCE = 1024  # blocks, of 4 million elements: temporary tensors take some 100 MB
 
 
-def encode(blocks: torch.Tensor) -> torch.Tensor | None:
+def encode(blocks: torch.Tensor, bits: int = 12) -> torch.Tensor | None:
     """``blocks`` ``[rows, columns, 64 features, 64 inputs]`` in bfloat16, coded: bytes, a multiple of 16 of them.
 
-    None if there are more than MOST_EXCEPTIONS exceptions per block, as coding does not pay then.
+    ``bits``: per element, 12 or, for drafts, 8. None if there are more than MOST_EXCEPTIONS exceptions per block, as
+    coding does not pay then.
 
     Raises:
         ValueError: the weight is so large that the places of exceptions do not fit in 31 bits.
@@ -33,14 +34,15 @@ def encode(blocks: torch.Tensor) -> torch.Tensor | None:
     if int(sum(each.sum() for each in exceptions)) > MOST_EXCEPTIONS * num_blocks:
         return None
     elsewhere = int(sum(each[each > LISTED].sum() for each in exceptions))
-    out = torch.zeros(num_blocks * BLOCK_BYTES + -(-elsewhere // 4) * 16, dtype=torch.uint8, device=blocks.device)
+    size = BLOCK_BYTES[bits]
+    out = torch.zeros(num_blocks * size + -(-elsewhere // 4) * 16, dtype=torch.uint8, device=blocks.device)
     if out.numel() >= 1 << 33:
         raise ValueError(f"row_linear: a coded weight must have less than 2^33 bytes, got {out.numel()}")
-    words, block, word = out.view(torch.int32), 0, num_blocks * BLOCK_BYTES // 4
+    words, block, word = out.view(torch.int32), 0, num_blocks * size // 4
     for part in parts:
         coded = _Part(part, order)
         end = block + len(coded.bits)
-        more = coded.write(out[block * BLOCK_BYTES : end * BLOCK_BYTES].view(-1, BLOCK_BYTES), word)
+        more = coded.write(out[block * size : end * size].view(-1, size), word)
         words[word : word + len(more)] = more
         block, word = end, word + len(more)
     return out
@@ -62,7 +64,7 @@ class _Part:
         self.num_exceptions = (self.code == NUM_UPPER).sum(1)
 
     def write(self, out: torch.Tensor, end: int) -> torch.Tensor:
-        """Write to ``out`` ``[blocks, BLOCK_BYTES]``. Returns the exceptions that do not fit there, to be placed
+        """Write to ``out`` ``[blocks, BLOCK_BYTES[bits]]``. Returns the exceptions that do not fit there, to be placed
         ``end`` words after the weight's start.
         """
         n, bits, num = len(out), self.bits, self.num_exceptions
@@ -92,7 +94,7 @@ class _Part:
         head[:, 3] = end + elsewhere.cumsum(0) - elsewhere
         head[block[inside], 4 + rank[inside]] = listed[inside].int()
         out[:, :HEAD_BYTES] = head.view(torch.uint8)
-        out[:, HEAD_BYTES:] = torch.stack(halves, 1).reshape(n, -1)
+        out[:, HEAD_BYTES:] = torch.stack(halves, 1).reshape(n, -1)[:, : out.shape[1] - HEAD_BYTES]
         return listed[~inside].int()
 
 

@@ -141,8 +141,8 @@ def row_linear(
         x=ptr(x),
         weight=ptr(weight.data),
         weight_diff=ptr(weight_diff.data) if weight_diff is not None else 0,
-        weight_coded=weight.coded,
-        weight_diff_coded=weight_diff is not None and weight_diff.coded,
+        weight_bits=weight.bits,
+        weight_diff_bits=weight_diff.bits if weight_diff else 0,
         leading_only=not exact,
         residual=ptr(residual),
         out=0 if epilogue == "argmax" else ptr(out),
@@ -159,7 +159,7 @@ def row_linear(
         next_weight=ptr(next_weight and next_weight.data),
         next_in_features=next_weight.in_features if next_weight else 0,
         next_out_features=next_weight.out_features if next_weight else 0,
-        next_weight_coded=next_weight is not None and next_weight.coded,
+        next_weight_bits=next_weight.bits if next_weight else 0,
     )
     _launch("row_linear", params, x.device)
 

@@ -110,7 +110,8 @@ def row_linear(
     Args:
         x: ``[num_rows, in_features]``.
         weight: W of rows ``[0, num_rows_ar)``; of all rows if ``weight_diff`` is None.
-        weight_diff: W of the other rows, which are the diffusion view's; packed like ``weight``.
+        weight_diff: W of the other rows, which are the diffusion view's; of the same layout as ``weight``, on CUDA
+            coded if that is. See :func:`orthrus_rt.weights.pack_views`.
         num_rows_ar: the number of AR rows, which come first; required with ``weight_diff``.
         epilogue: ``none``, ``residual``, ``silu_mul``, ``logits`` or ``argmax``.
         out: MUTATED. ``none`` and ``residual``: ``[num_rows, out_features]``. ``silu_mul``:
@@ -123,8 +124,9 @@ def row_linear(
             Hopper, if the rows fit one tile, its beginning is fetched into L2 while this call ends. No result depends
             on it.
         exact: False lets an implementation do without the last four mantissa bits of bfloat16 weights, if it then reads
-            less: for drafts, which need no exact weights. The CPU's and CUDA's do so where weights are coded;
-            csrc/cpu/coded_weight.h and csrc/cuda/coded_block.cuh say what stands for these bits.
+            less: for drafts, which need no exact weights. The CPU's and CUDA's do so where weights are coded in 12
+            bits; csrc/cpu/coded_weight.h and csrc/cuda/coded_block.cuh say what stands for these bits. Weights coded in
+            8 bits never have them.
     """
     op, dtype, device = "row_linear", x.dtype, x.device
     n = x.shape[0]

@@ -20,10 +20,10 @@ from orthrus_rt.config import ModelConfig
 from orthrus_rt.device import dtype_name
 from orthrus_rt.out_of_memory import KNOBS, OutOfMemoryError
 from orthrus_rt.sizes import Sizes
-from orthrus_rt.weights import codes_for_cuda
+from orthrus_rt.storage import is_diffusion
+from orthrus_rt.weights import CODED_BITS, DRAFT_BITS, codes_for_cuda
 
 log = logging.getLogger("orthrus_rt")
-CODED = 0.75  # share of a bf16 weight's bytes, see csrc/cpu/coded_weight.h and csrc/cuda/coded_block.cuh
 
 
 def check_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -72,22 +72,26 @@ def check_threads(device: torch.device, root: Path = Path("/")) -> None:
 
 def least_weight_bytes(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
     """Least bytes of the matrices that passes multiply by, in both views; the embedding table may stay in its file."""
-    one, two = (_matrix_elements(replace(config, num_layers=n)) for n in (1, 2))  # a config may state any num_layers
-    plain = dtype.itemsize * (one + (config.num_layers - 1) * (two - one))
     if device.type == "cpu" and dispatch.select("row_linear", device, dtype) == "reference":
         return 0  # it may multiply by the weights in their file
-    return int(CODED * plain) if are_coded(device, dtype) else plain
+    bits = (CODED_BITS, DRAFT_BITS) if are_coded(device, dtype) else (8 * dtype.itemsize,) * 2
+    one, two = (_matrix_elements(replace(config, num_layers=n)) for n in (1, 2))  # a config may state any num_layers
+    counts = (a + (config.num_layers - 1) * (b - a) for a, b in zip(one, two, strict=True))
+    return sum(each * count // 8 for each, count in zip(bits, counts, strict=True))
 
 
-def _matrix_elements(config: ModelConfig) -> int:
+def _matrix_elements(config: ModelConfig) -> tuple[int, int]:
+    """Of the matrices that AR decoding needs, and of those that the diffusion view adds."""
     shapes = expected_tensors(config)
     if not config.tie_word_embeddings:
         del shapes["model.embed_tokens.weight"]
-    return sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
+    counts = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) == 2}
+    diffusion = sum(count for name, count in counts.items() if is_diffusion(name))
+    return sum(counts.values()) - diffusion, diffusion
 
 
 def are_coded(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether weights that are packed now will be coded in 12 bits, if that makes them shorter."""
+    """Whether weights that are packed now will be coded, if that makes them shorter."""
     impl = dispatch.select("row_linear", device, dtype)
     if dtype is not torch.bfloat16 or impl == "reference":
         return False

@@ -16,7 +16,8 @@ from orthrus_rt.device import device_scope, stream_of
 # csrc/cpu/row_linear.h.
 CPU_STRIP = 32
 CPU_ARGMAX_TILE = 512
-MOST_CODED = 0.8  # of a weight's bytes: a coded weight above this has so many exceptions that they dominate the time
+CODED_BITS, DRAFT_BITS = 12, 8  # per element of a coded weight, and of one that serves nothing but drafts
+MOST_EXCEPTIONS = 0.05  # with the strips' heads, of a plain weight's bytes: more of them would dominate the time
 REFERENCE_ARGMAX_TILE = 128  # at most; a runner-up is seen only if it is the best of another tile
 # CUDA: blocks of 64 outputs x 64 inputs, inputs fastest; see csrc/cuda/row_linear_plan.h. In float32 the plain matrix,
 # and one partial maximum per 128 ids; see csrc/cuda/row_linear_f32.cu.
@@ -32,9 +33,9 @@ class PackedWeight:
         data: the packed storage; for ``reference``, and on CUDA in float32, the plain matrix.
         impl: the implementation of ``row_linear`` that reads it.
         gate_up: rows are gates and ups, for the ``silu_mul`` epilogue alone.
-        coded: compressed without loss to 12 bits an element, which ``data`` then holds as raw bytes; see
-            csrc/cpu/coded_weight.h and csrc/cuda/coded_block.cuh.
         num_partials: partial maxima per row that the ``argmax`` epilogue writes.
+        bits: per element. 12: coded, without loss. 8: of such a coded weight what drafts need. ``data`` then holds raw
+            bytes; see csrc/cpu/coded_weight.h and csrc/cuda/coded_block.cuh.
     """
 
     data: torch.Tensor
@@ -43,15 +44,19 @@ class PackedWeight:
     impl: str
     gate_up: bool = False
     num_partials: int = 1
-    coded: bool = False
+    bits: int = 16
+
+    @property
+    def coded(self) -> bool:
+        return self.bits in (CODED_BITS, DRAFT_BITS)
 
     @property
     def nbytes(self) -> int:
         return self.data.nbytes
 
     def read_bytes(self, exact: bool = True) -> int:
-        """Bytes that ``row_linear`` reads of it: unless ``exact``, four bits less per coded element."""
-        if exact or not self.coded:
+        """Bytes that ``row_linear`` reads of it: unless ``exact``, 8 of the 12 bits of each coded element."""
+        if exact or self.bits != CODED_BITS:
             return self.nbytes
         height = CPU_STRIP if self.impl == "cpu" else CUDA_BLOCK
         return self.nbytes - -(-self.out_features // height) * height * self.in_features // 2
@@ -59,22 +64,26 @@ class PackedWeight:
 
 def pack_views(weight: torch.Tensor, weight_diff: torch.Tensor) -> tuple[PackedWeight, PackedWeight]:
     """Pack both views' weights ``[out_features, in_features]`` of the same calls, as :func:`pack` does (it raises the
-    same). The CUDA kernels need both of them coded, or neither.
+    same), the diffusion view's for drafts. The CUDA kernels need both of them coded, or neither.
     """
-    views = pack(weight), pack(weight_diff)
+    views = pack(weight), pack(weight_diff, bits=DRAFT_BITS)
     if views[0].impl == "cuda" and views[0].coded != views[1].coded:
-        return pack(weight, may_code=False), pack(weight_diff, may_code=False)
+        return pack(weight, bits=16), pack(weight_diff, bits=16)
     return views
 
 
 def pack(
-    weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None, may_code: bool = True
+    weight: torch.Tensor, *, gate_up: bool = False, impl: str | None = None, bits: int = CODED_BITS
 ) -> PackedWeight:
     """Pack ``weight`` ``[out_features, in_features]`` for the implementation chosen for its device and dtype.
 
-    ``gate_up`` says that the first half of the rows are gates and the second half ups. On CUDA this waits for a
-    bfloat16 weight to be complete, as kernels prefetch it ahead of stream order; without ``may_code`` it is not coded
-    in 12 bits an element.
+    On CUDA this waits for a bfloat16 weight to be complete, as kernels prefetch it ahead of stream order.
+
+    Args:
+        gate_up: the first half of the rows are gates and the second half ups.
+        impl: another implementation than the one chosen.
+        bits: of a bfloat16 element, where coding is chosen and pays: 12; 8 if only drafts depend on the products, which
+            are then inexact; 16 to do without coding.
 
     Raises:
         ValueError: ``impl`` does not take the weight's dtype, or gates and ups differ in number.
@@ -87,20 +96,21 @@ def pack(
         raise ValueError(f"row_linear: out_features of gate and up must be even, got {out_features}")
     coded = False
     if impl == "cpu":
-        data, coded = _pack_cpu(weight, gate_up)
+        data, coded = _pack_cpu(weight, gate_up, bits)
         partials = -(-out_features // CPU_ARGMAX_TILE)
     elif impl == "cuda" and weight.dtype is torch.float32:
         data, partials = weight.contiguous(), -(-out_features // CUDA_F32_ARGMAX_TILE)
     elif impl == "cuda":
-        data, partials, coded = _pack_cuda(weight, gate_up, may_code)
+        data, partials, coded = _pack_cuda(weight, gate_up, bits)
         if (stream := stream_of(weight.device)) is not None:
             stream.synchronize()
     else:
         data, partials = weight, -(-out_features // max(1, min(REFERENCE_ARGMAX_TILE, out_features // 32)))
-    return PackedWeight(data, out_features, in_features, impl, gate_up, partials, coded)
+    bits = bits if coded else 8 * weight.element_size()
+    return PackedWeight(data, out_features, in_features, impl, gate_up, partials, bits)
 
 
-def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
+def _pack_cpu(weight, gate_up, bits) -> tuple[torch.Tensor, bool]:
     """The packed weight, and whether it is coded."""
     in_features, per_word = weight.shape[1], 4 // weight.element_size()
     rows = weight.reshape(2 if gate_up else 1, -1, in_features)
@@ -112,7 +122,8 @@ def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
     strips = words.permute(1, 3, 0, 2)
     # Steps, each over two inputs, are coded in pairs.
     if (
-        weight.dtype is torch.bfloat16
+        bits < 16
+        and weight.dtype is torch.bfloat16
         and in_features % 4 == 0
         and (cpu := dispatch.extension().cpu).takes_coded_weights()
     ):
@@ -120,8 +131,8 @@ def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
         cpu.advise_huge_pages(plain.data_ptr(), plain.nbytes)
         strips = plain.copy_(strips)
         cpu.set_num_threads(torch.get_num_threads())
-        encoder = cpu.WeightEncoder(strips.data_ptr(), *strips.shape[:2])
-        if encoder.nbytes <= MOST_CODED * strips.nbytes:
+        encoder = cpu.WeightEncoder(strips.data_ptr(), *strips.shape[:2], bits)
+        if encoder.nbytes <= (bits / 16 + MOST_EXCEPTIONS) * strips.nbytes:
             coded = huge_pages.empty([encoder.nbytes // 2], weight.dtype)
             encoder.write(coded.data_ptr())
             return coded, True
@@ -130,17 +141,17 @@ def _pack_cpu(weight, gate_up) -> tuple[torch.Tensor, bool]:
 
 
 def codes_for_cuda() -> bool:
-    """Whether bfloat16 weights are packed in 12 bits for GPUs, as ``ORTHRUS_CUDA_CODED=1`` requests."""
+    """Whether bfloat16 weights are coded for GPUs, as ``ORTHRUS_CUDA_CODED=1`` requests."""
     return os.environ.get("ORTHRUS_CUDA_CODED", "0") not in ("", "0")
 
 
-def _pack_cuda(weight, gate_up, may_code) -> tuple[torch.Tensor, int, bool]:
+def _pack_cuda(weight, gate_up, bits) -> tuple[torch.Tensor, int, bool]:
     """The packed weight, its number of partial maxima, and whether it is coded."""
     out_features, in_features = weight.shape
     with device_scope(weight.device):
         partials = dispatch.extension().cuda.row_linear_num_partials(in_features, out_features)
     blocks = cuda_blocks(weight, gate_up)
-    if may_code and codes_for_cuda() and (coded := coded_blocks.encode(blocks)) is not None:
+    if bits < 16 and codes_for_cuda() and (coded := coded_blocks.encode(blocks, bits)) is not None:
         return coded.view(weight.dtype), partials, True
     return swizzled(blocks), partials, False
 

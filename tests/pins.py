@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 def of_this_isa(pinned: dict[str, T], tight: float, loose: float) -> tuple[T, float]:
     """The value pinned for the CPU variant that runs, with ``tight``; if there is none, that of AVX-512 BF16, with
-    ``loose``. AVX2 and NEON round as AVX-512 does, but AVX2 drafts with coded weights in ``two_pass``.
+    ``loose``. AVX2 and NEON round as AVX-512 does, but AVX2 drafts with coded weights.
     """
     isa = dispatch.extension().cpu.isa()
     isa = "avx512" if isa == "neon" or (isa == "avx2" and isa not in pinned) else isa

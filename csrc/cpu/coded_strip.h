@@ -35,7 +35,7 @@ struct PlainWords {
 #if defined(ORTHRUS_DECODES_WORDS)
 constexpr bool kDecodesWords = true;
 
-// Both parts of a strip, from some unit of two steps on. Unless kExact, of a pass that only drafts.
+// A strip, from some unit of two steps on. Unless kExact, as drafts see it, by its leading part.
 template <bool kExact>
 struct CodedUnits {
   const char *leading, *trailing;

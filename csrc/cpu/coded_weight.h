@@ -10,13 +10,14 @@
 // longer: on two cores of Zen 5 from 24 rows on, by up to 5%, and with AVX2 and much memory bandwidth per core from 2
 // rows on, by up to 14% (bench_cpu_pass; of Zen 3 and 4 it measured an earlier layout).
 //
-// A pass that only drafts needs no exact weights, as whatever it proposes is verified. So it does without the last four
-// of an element's seven mantissa bits, which lie apart, and reads 8 bits instead of 12. In their place it puts their
-// middle, 1000 (see draft_value), so that elements which are neither tiny nor huge are at most a sixteenth off. The
-// embedded model then gives 2% fewer tokens per cycle on average (of whole blocks, by kind of prompt and instruction
-// set, 6% fewer to 2% more: the pins of test_lossless.py).
+// Drafts need no exact weights, as whatever they propose is verified. So they do without the last four of an element's
+// seven mantissa bits, which lie apart: a pass that only drafts reads 8 bits of 12, and the diffusion view's own
+// weights are stored in 8. In place of the four bits drafts have their middle, 1000 (see draft_value), so that elements
+// which are neither tiny nor huge are at most a sixteenth off. In `two_pass` the embedded model then gives 2% fewer
+// tokens per cycle on average (of whole blocks, by kind of prompt and instruction set, 6% fewer to 2% more: the pins of
+// test_lossless.py).
 //
-// A weight: the leading parts of all strips, then their trailing parts, then all exceptions.
+// A weight: the leading parts of all strips, then, in 12 bits, their trailing parts, then all exceptions.
 // - A leading part: a CodedStrip, then 64 bytes for each step over k. Byte i holds the code of the step's element at i
 //   in its lower nibble, and in its upper nibble the upper half of that element's lower byte.
 // - A trailing part: 64 bytes for each unit of two steps. Byte i holds the last four bits of the first step's element
@@ -30,6 +31,9 @@
 #include "orthrus/params.h"  // nothing here may be merged across variants: see variant.h
 
 namespace orthrus::cpu {
+
+constexpr int kCodedBits = 12, kLeadingBits = 8;  // per element, of both parts or of the leading ones alone
+inline __attribute__((always_inline)) bool is_coded(int bits) { return bits == kCodedBits || bits == kLeadingBits; }
 
 constexpr int kUpperBytes = 16;    // those that have a code
 constexpr int kStepElements = 64;  // of two WordVecs
@@ -45,10 +49,10 @@ struct CodedException {
 constexpr int32_t kNoStep = INT32_MAX;
 
 struct alignas(64) CodedStrip {
-  // By code, each table four times, for lookups by 16 bytes: the upper byte, and in a pass that only drafts, the last
-  // four bits xor the code.
+  // By code, each table four times, for lookups by 16 bytes: the upper byte, and in drafts, the last four bits xor the
+  // code.
   uint8_t upper[4][kUpperBytes], last[4][kUpperBytes];
-  int64_t to_trailing, to_exceptions;  // bytes from the start of this struct
+  int64_t to_trailing, to_exceptions;  // bytes from the start of this struct; 0 if there is no trailing part
 
   __attribute__((always_inline)) const char* leading() const { return reinterpret_cast<const char*>(this + 1); }
   __attribute__((always_inline)) const char* trailing() const {
@@ -59,17 +63,17 @@ struct alignas(64) CodedStrip {
   }
 };
 
-// Bytes of a strip's leading part, and of both its parts.
+// Bytes of a strip's two parts.
 inline __attribute__((always_inline)) int64_t leading_strip_bytes(int64_t num_steps) {
   return static_cast<int64_t>(sizeof(CodedStrip)) + num_steps / kUnitSteps * kLeadingBytes;
 }
-inline __attribute__((always_inline)) int64_t coded_strip_bytes(int64_t num_steps) {
-  return leading_strip_bytes(num_steps) + num_steps / kUnitSteps * kTrailingBytes;
+inline __attribute__((always_inline)) int64_t trailing_strip_bytes(int64_t num_steps) {
+  return num_steps / kUnitSteps * kTrailingBytes;
 }
 
-// What stands for the last four bits of elements with this upper byte in a pass that only drafts. Zero stays zero, and
-// does not become a subnormal number, with which some processors multiply very slowly. Infinity stays infinity, though
-// a NaN may become it.
+// What stands for the last four bits of elements with this upper byte in drafts. Zero stays zero, and does not become a
+// subnormal number, with which some processors multiply very slowly. Infinity stays infinity, though a NaN may become
+// it.
 inline __attribute__((always_inline)) int draft_last_bits(int upper) {
   const int exponent = upper & 0x7f;
   return exponent == 0 || exponent == 0x7f ? 0 : 0x8;

@@ -7,8 +7,9 @@
 #include <string>
 #include <type_traits>
 
-#include "slot_ops.h"
+#include "coded_weight.h"
 #include "float_mode.h"
+#include "slot_ops.h"
 #include "orthrus/ops.h"
 #include "tape.h"
 #include "variant.h"
@@ -200,9 +201,9 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num
 template <typename T>
 void row_linear(const RowLinearParamsOf<T>& p) {
   record_or_run([p] {
-    if ((p.weight_coded || p.weight_diff_coded) && !takes_coded_weights()) {
+    if ((is_coded(p.weight_bits) || is_coded(p.weight_diff_bits)) && !takes_coded_weights()) {
       throw std::invalid_argument(std::string("row_linear: weights must be packed for ") + isa() +
-                                  ", got 12-bit ones, which avx2 and avx512_bf16 take");
+                                  ", got coded ones, which avx2 and avx512_bf16 take");
     }
     kernels<T>().row_linear(p);
   });

@@ -18,8 +18,12 @@ constexpr int first_of_run(int run) { return run / 2 * kRun + run % 2 * (kStepEl
 
 }  // namespace
 
-WeightEncoder::WeightEncoder(const bf16_t* plain, int64_t num_strips, int64_t num_steps)
-    : plain_(plain), num_steps_(num_steps), strips_(num_strips) {
+WeightEncoder::WeightEncoder(const bf16_t* plain, int64_t num_strips, int64_t num_steps, int bits)
+    : plain_(plain),
+      num_steps_(num_steps),
+      leading_bytes_(leading_strip_bytes(num_steps)),
+      trailing_bytes_(bits == kLeadingBits ? 0 : trailing_strip_bytes(num_steps)),
+      strips_(num_strips) {
   const int64_t num_elements = num_steps * kStepElements;
   parallel_each(num_strips, [&](int64_t s) {
     const bf16_t* strip = plain + s * num_elements;
@@ -40,29 +44,27 @@ WeightEncoder::WeightEncoder(const bf16_t* plain, int64_t num_strips, int64_t nu
 int64_t WeightEncoder::nbytes() const {
   int64_t num_exceptions = 0;
   for (const Strip& strip : strips_) num_exceptions += strip.num_exceptions + 1;
-  return static_cast<int64_t>(strips_.size()) * coded_strip_bytes(num_steps_) +
+  return static_cast<int64_t>(strips_.size()) * (leading_bytes_ + trailing_bytes_) +
          num_exceptions * static_cast<int64_t>(sizeof(CodedException));
 }
 
 void WeightEncoder::write(char* out) const {
   const int64_t num_strips = static_cast<int64_t>(strips_.size());
-  const int64_t leading_bytes = leading_strip_bytes(num_steps_);
-  const int64_t trailing_bytes = coded_strip_bytes(num_steps_) - leading_bytes;
   std::vector<char*> exceptions(num_strips);
-  char* trailing = out + num_strips * leading_bytes;
-  char* next = trailing + num_strips * trailing_bytes;
+  char* trailing = out + num_strips * leading_bytes_;
+  char* next = trailing + num_strips * trailing_bytes_;
   for (int64_t s = 0; s < num_strips; ++s) {
     exceptions[s] = next;
     next += (strips_[s].num_exceptions + 1) * static_cast<int64_t>(sizeof(CodedException));
   }
   parallel_each(num_strips, [&](int64_t s) {
-    write_strip(s, out + s * leading_bytes, trailing + s * trailing_bytes, exceptions[s]);
+    write_strip(s, out + s * leading_bytes_, trailing + s * trailing_bytes_, exceptions[s]);
   });
 }
 
 void WeightEncoder::write_strip(int64_t s, char* out, char* trailing, char* exceptions) const {
   CodedStrip strip{};
-  strip.to_trailing = trailing - out;
+  strip.to_trailing = trailing_bytes_ ? trailing - out : 0;
   strip.to_exceptions = exceptions - out;
   std::array<uint8_t, 256> code_of;
   code_of.fill(kOther);
@@ -79,7 +81,7 @@ void WeightEncoder::write_strip(int64_t s, char* out, char* trailing, char* exce
   };
   const bf16_t* first = plain_ + s * num_steps_ * kStepElements;
   char* leading = out + sizeof strip;
-  for (int64_t step = 0; step < num_steps_; step += kUnitSteps, leading += kLeadingBytes, trailing += kTrailingBytes) {
+  for (int64_t step = 0; step < num_steps_; step += kUnitSteps, leading += kLeadingBytes) {
     const bf16_t* second = first + kStepElements;
     int all_codes = 0;
     for (int run = 0; run < kStepElements / kRun; ++run) {
@@ -90,7 +92,8 @@ void WeightEncoder::write_strip(int64_t s, char* out, char* trailing, char* exce
         const int a = (first[element] & 0xf0) | code_a % kOther, b = (second[element] & 0xf0) | code_b % kOther;
         leading[place] = static_cast<char>(a);
         leading[kStepElements + place] = static_cast<char>(b);
-        trailing[place] = static_cast<char>(((a ^ first[element]) & 0xf) | ((b ^ second[element]) & 0xf) << 4);
+        const int last = ((a ^ first[element]) & 0xf) | ((b ^ second[element]) & 0xf) << 4;
+        if (trailing_bytes_) *trailing++ = static_cast<char>(last);
       }
     }
     if (all_codes >= kOther) {

@@ -3,8 +3,8 @@
 // Packed weight: strips of 32 outputs, each [ceil(in/n)][32][n] with n elements per word (see simd.h): the same inputs
 // of 32 outputs side by side, so that one step over k loads two WordVecs and feeds every row of the tile. For kSiluMul
 // a strip holds 16 gates, then their 16 ups. Outputs and inputs are padded with zeros. A bf16 strip may be coded (see
-// coded_weight.h): a few tiles unpack it as they go, more tiles read it unpacked once. With leading_only, coded weights
-// stand for what csrc/cpu/coded_weight.h says of passes that only draft.
+// coded_weight.h): a few tiles unpack it as they go, more tiles read it unpacked once. A weight in 8 bits, and with
+// leading_only one in 12, stands for what csrc/cpu/coded_weight.h says of drafts.
 //
 // Contract (shapes in params.h). No alignment is required. MUTATED: out or the partial maxima, all rows. No rows:
 // nothing is done. fp32 accumulation; one rounding, in the epilogue (none for kLogits and kArgmax). kArgmax: partial p
@@ -12,8 +12,8 @@
 // thread's scratch.
 // Row-invariant and deterministic: every output is one accumulator that runs over k in ascending order, whatever the
 // tile, the row count or the thread.
-// Bytes: each view's packed weight (with leading_only, its leading parts) once, or once per block of very many rows,
-// and x once per strip from the caches.
+// Bytes: each view's packed weight (with leading_only, of one in 12 bits the leading parts) once, or once per block of
+// very many rows, and x once per strip from the caches.
 // FLOP: 2 * num_rows * in * out_features.
 #pragma once
 #include <type_traits>
@@ -180,10 +180,10 @@ ORTHRUS_INLINE void finish_rows(const RowLinearParamsOf<T>& p, const float* acc,
   }
 }
 
-// One view's weight.
+// One view's weight. leading_only: the leading parts suffice, or there are no others.
 struct Weight {
   const char* data;
-  bool coded;
+  bool coded, leading_only;
 };
 
 // Bytes from a strip of num_steps steps to the next one; of coded strips, from leading part to leading part.
@@ -225,15 +225,15 @@ ORTHRUS_INLINE void multiply_strip(const RowLinearParamsOf<T>& p, Weight weight,
       });
     };
     if (weight.coded && num_tiles <= kMostDecodingTiles) {
-      return p.leading_only ? multiply_coded(std::false_type()) : multiply_coded(std::true_type());
+      return weight.leading_only ? multiply_coded(std::false_type()) : multiply_coded(std::true_type());
     }
     if (weight.coded) {
       char* decoded = reinterpret_cast<char*>(thread_scratch(num_steps * kStrip));
-      p.leading_only ? CodedRuns<false>(stored).decode(num_steps, decoded)
-                     : CodedRuns<true>(stored).decode(num_steps, decoded);
+      weight.leading_only ? CodedRuns<false>(stored).decode(num_steps, decoded)
+                          : CodedRuns<true>(stored).decode(num_steps, decoded);
       plain = decoded;
       const char* trailing = reinterpret_cast<const CodedStrip*>(stored)->trailing();
-      next[1] = {trailing + num_steps / kUnitSteps * kTrailingBytes, !p.leading_only && strip % 2 == 0};
+      next[1] = {trailing + num_steps / kUnitSteps * kTrailingBytes, !weight.leading_only && strip % 2 == 0};
     }
   }
 #endif
@@ -261,8 +261,9 @@ ORTHRUS_INLINE void for_row_blocks(const RowLinearParamsOf<T>& p, int64_t most, 
   for (int64_t begin = 0, end; begin < p.num_rows; begin = end) {
     end = min_of(begin + most, begin < rows_ar ? rows_ar : p.num_rows);
     const bool is_ar = begin < rows_ar;
-    body(Weight{static_cast<const char*>(is_ar ? p.weight : p.weight_diff),
-                (is_ar ? p.weight_coded : p.weight_diff_coded) != 0},
+    const int bits = is_ar ? p.weight_bits : p.weight_diff_bits;
+    body(Weight{static_cast<const char*>(is_ar ? p.weight : p.weight_diff), is_coded(bits),
+                bits == kLeadingBits || p.leading_only},
          begin, end);
   }
 }

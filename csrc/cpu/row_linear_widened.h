@@ -226,7 +226,7 @@ inline void row_linear(const RowLinearParamsOf<bf16_t>& p) {
     auto multiply = multiply_widened<PlainBlocks>;
 #if defined(ORTHRUS_DECODES_WORDS)
     if (weight.coded) multiply = multiply_widened<CodedBlocks<true>>;
-    if (weight.coded && p.leading_only) multiply = multiply_widened<CodedBlocks<false>>;
+    if (weight.coded && weight.leading_only) multiply = multiply_widened<CodedBlocks<false>>;
 #endif
     parallel_strips(p, kChunksPerThread, [&](int64_t first_strip, int64_t last_strip) {
       alignas(64) float acc[kMostRows * kStrip];

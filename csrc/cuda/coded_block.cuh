@@ -5,9 +5,10 @@
 // in 100,000. So an element is stored as its lower byte and a 4-bit code: its sign, and which of the eight. Elements
 // with any other exponent are listed separately, as exceptions. 94 of 100 of that model's blocks have none.
 //
-// A pass that only drafts reads the part of each block that leads. This lacks the last four of an element's seven
-// mantissa bits, and the pass puts their middle, 1000, in their place; cpu/coded_weight.h has what this costs and
-// brings. Zero becomes 7e-40, and infinity NaN. Exceptions stay exact.
+// Drafts need only the part of each block that leads: a pass that only drafts reads no more, and the diffusion view's
+// own weights, in 8 bits per element, consist of nothing else. This part lacks the last four of an element's seven
+// mantissa bits, and drafts have their middle, 1000, in their place; cpu/coded_weight.h has what this costs and brings.
+// Zero becomes 7e-40, and infinity NaN. Exceptions stay exact.
 //
 // Elements are in the order in which wgmma and mma.sync want them in registers. For a step over 16 inputs, thread t of
 // a group has elements 0 ... 7: two of feature f and two of f + 8 for inputs 2*(t%4) + {0,1}, then the same for those
@@ -31,7 +32,7 @@
 namespace orthrus::cuda {
 
 constexpr int kListed = 12;  // exceptions that fit in their block
-constexpr uint32_t kMiddleOfTrailing = 0x88888888;  // what a pass that only drafts has instead of a word of `trailing`
+constexpr uint32_t kMiddleOfTrailing = 0x88888888;  // what drafts have instead of a word of `trailing`
 
 struct alignas(16) CodedBlock {
   uint32_t upper[2];      // a byte each: upper seven bits of eight exponents
@@ -40,7 +41,7 @@ struct alignas(16) CodedBlock {
   uint32_t exceptions[kListed];   // bits 0-15: the element, 16-22: thread, 23-26: register, 27: upper half
   uint4 codes[kGroupThreads];     // of thread t, one word per step
   uint4 leading[kGroupThreads];   // the same: upper halves of the elements' lower bytes
-  uint4 trailing[kGroupThreads];  // the same: their lower halves
+  uint4 trailing[kGroupThreads];  // the same: their lower halves; no block of a weight in 8 bits has them
 };
 static_assert(sizeof(CodedBlock) == kCodedBlockBytes);
 static_assert(offsetof(CodedBlock, trailing) == kLeadingBytes);
@@ -51,12 +52,12 @@ struct CodedPart {
   int num_exceptions;
 };
 
-__device__ __forceinline__ CodedPart load_part(const CodedBlock& block, bool leading_only) {
+__device__ __forceinline__ CodedPart load_part(const CodedBlock& block, BlockBytes bytes) {
   const uint32_t thread = thread_here();
   const uint4 head = *reinterpret_cast<const uint4*>(&block), codes = block.codes[thread];
   const uint4 leading = block.leading[thread];
   uint4 trailing{kMiddleOfTrailing, kMiddleOfTrailing, kMiddleOfTrailing, kMiddleOfTrailing};
-  if (!leading_only) trailing = block.trailing[thread];
+  if (bytes.read > kLeadingBytes) trailing = block.trailing[thread];
   return {{head.x, head.y},
           {codes.x, codes.y, codes.z, codes.w},
           {leading.x, leading.y, leading.z, leading.w},

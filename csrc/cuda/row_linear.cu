@@ -11,10 +11,10 @@
 // next_weight: if this call's rows are so few that the next launch has few too, sm_90a prefetches the beginning of
 // that weight into L2 while this launch ends, in the order for an epilogue that may cut tiles and for a launch with the
 // same leading_only. No result depends on it.
-// Coded weights (coded_block.cuh; both views' or neither's) give the same bits as plain ones unless leading_only is
-// set, which plain ones ignore.
-// Bytes: each view's packed weight once, with leading_only the leading parts of its coded blocks (kArgmax: once per
-// tile of rows), plus x once per tile from L2 or, with many rows on sm_90a, once per two tiles.
+// Coded weights (coded_block.cuh; both views' or neither's) in 12 bits give the same bits as plain ones unless
+// leading_only is set, which plain ones ignore.
+// Bytes: each view's packed weight once, with leading_only of one in 12 bits the leading parts (kArgmax: once per tile
+// of rows), plus x once per tile from L2 or, with many rows on sm_90a, once per two tiles.
 // FLOP: 2 * num_rows * in * out_features.
 #include <atomic>
 #include <cstdlib>
@@ -120,10 +120,11 @@ int row_linear(const RowLinearParams& params, void* stream) {
   RowLinearArgs args{};
   args.p = params;
   if (!params.weight_diff) args.p.num_rows_ar = params.num_rows;
-  const bool coded = params.weight_coded;
-  if (params.weight_diff && coded != static_cast<bool>(params.weight_diff_coded)) return cudaErrorInvalidValue;
-  args.plan = make_plan(params.in_features, params.out_features, needs_whole_tiles(params.epilogue), device.num_sms,
-                        coded, params.leading_only);
+  const bool coded = is_coded(params.weight_bits);
+  if (params.weight_diff && coded != is_coded(params.weight_diff_bits)) return cudaErrorInvalidValue;
+  args.plan = make_plan(params.in_features, params.out_features, needs_whole_tiles(params.epilogue), device.num_sms);
+  args.block_bytes = block_bytes(args.plan, params.weight_bits, params.leading_only);
+  args.block_bytes_diff = block_bytes(args.plan, params.weight_diff_bits, params.leading_only);
   const bool argmax = params.epilogue == Epilogue::kArgmax;
   if (argmax && params.num_partials != args.plan.grid) return cudaErrorInvalidValue;
 
@@ -133,9 +134,10 @@ int row_linear(const RowLinearParams& params, void* stream) {
   const RowTiles& tiles = !wgmma ? kRowTilesMma : coded ? kRowTilesSm90Coded : kRowTilesSm90;
   const bool many_rows = most_rows > tiles.widest && !argmax;
   if (params.num_rows > tiles.widest) args.p.next_weight = nullptr;  // the next launch may have many rows of one view
-  if (args.p.next_weight)
-    args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms,
-                          params.next_weight_coded, params.leading_only);
+  if (args.p.next_weight) {
+    args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms);
+    args.next_block_bytes = block_bytes(args.next, params.next_weight_bits, params.leading_only);
+  }
   const int tile_rows = argmax ? rows_per_tile_of_argmax(most_rows, tiles)
                         : many_rows
                             ? rows_per_tile_of_many(rows_ar, rows_diff, tiles, args.plan.blocks, device.num_sms)

@@ -35,16 +35,17 @@ struct Stream {
   __device__ void load(int kb) {
     const RowLinearParams& p = args.p;
     const SharedAddress base = shared_address(stages + load_stage * kStageBytes);
-    const uint8_t* weight = static_cast<const uint8_t*>(diff ? p.weight_diff : p.weight);
+    const uint8_t* weight = static_cast<const uint8_t*>(args.weight_of(diff));
+    const BlockBytes bytes = kCoded ? args.block_bytes_of(diff) : BlockBytes{kBlockBytes, kBlockBytes, 0};
     constexpr int chunks = kBlocks * kWeightBytes / 16;
 #pragma unroll
     for (int i = 0; i < (chunks + kThreads - 1) / kThreads; ++i) {
       const int chunk = threadIdx.x + i * kThreads;
       if ((i + 1) * kThreads > chunks && chunk >= chunks) break;
       const int block = first_block + chunk / (kWeightBytes / 16), from = chunk % (kWeightBytes / 16) * 16;
-      if (kCoded && from >= args.plan.read_bytes) continue;
+      if (kCoded && from >= bytes.read) continue;
       const int64_t unit = static_cast<int64_t>(block) * args.plan.k_blocks + kb;
-      copy16(base + chunk * 16, weight + unit * kWeightBytes + from, true);
+      copy16(base + chunk * 16, weight + unit * bytes.stored + from, true);
     }
     const SharedAddress x_base = base + kBlocks * kWeightBytes;
 #pragma unroll
@@ -68,7 +69,7 @@ struct Stream {
     const CodedBlock& block = *reinterpret_cast<const CodedBlock*>(weight);
     uint32_t a[kBlock / 16][4];
     if constexpr (kCoded)
-      decode(a, load_part(block, args.p.leading_only), block, diff ? args.p.weight_diff : args.p.weight);
+      decode(a, load_part(block, args.block_bytes_of(diff)), block, args.weight_of(diff));
 #pragma unroll
     for (int k = 0; k < kBlock / 16; ++k) {
       if constexpr (!kCoded) load_matrices(a[k], shared_address(weight) + swizzled(feature, 2 * k + lane / 16));

@@ -3,7 +3,8 @@
 // The packed weight is a grid of 64 x 64 blocks, 8 KiB each, k fastest. Block (b, kb) holds output features
 // [64b, 64b+64) and inputs [64kb, 64kb+64), each feature's 128 bytes with its 16-byte chunks permuted by
 // chunk ^ (feature & 7), which is both the 128-byte wgmma swizzle and free of bank conflicts for ldmatrix. The
-// blocks of a coded weight are smaller and followed by exceptions, see coded_block.cuh.
+// blocks of a coded weight are smaller and followed by exceptions, see coded_block.cuh. Those of the two views may
+// differ in size, but not in whether they are coded.
 //
 // A tile is one or two blocks tall; a *unit* of work is one k-block of a tile. The units of all tiles, in order, are
 // cut into `grid` equal ranges; where a cut falls inside a tile, its sum is cut there too. The cuts depend only on the
@@ -19,8 +20,11 @@ namespace orthrus::cuda {
 
 constexpr int kBlock = 64;
 constexpr int kBlockBytes = kBlock * kBlock * 2;
+constexpr int kCodedBits = 12, kLeadingBits = 8;  // per element, of whole coded blocks or of their leading parts
+constexpr bool is_coded(int bits) { return bits == kCodedBits || bits == kLeadingBits; }
 constexpr int kCodedBlockBytes = kBlock * kBlock * 3 / 2 + 64;
-constexpr int kLeadingBytes = kBlock * kBlock + 64;  // of a coded block, what a pass that only drafts reads
+constexpr int kLeadingBytes = kBlock * kBlock + 64;  // of a coded block, what drafts read
+// Of a block in shared memory.
 __host__ __device__ constexpr int packed_bytes(bool coded) { return coded ? kCodedBlockBytes : kBlockBytes; }
 constexpr int kGroupThreads = 128;     // the threads that own one 64-feature block of a tile
 constexpr int kMaxCounters = 4096;     // arrival counters at the start of the workspace
@@ -35,10 +39,7 @@ struct RowLinearPlan {
   int32_t tiles;
   Divisor grid;             // CTAs, and for kArgmax partial maxima per row
   int32_t split;            // cuts may fall inside a tile
-  int32_t block_bytes;      // of the packed weight
-  int32_t read_bytes;       // of a block, those that the pass reads
   Divisor units;            // tiles * k_blocks (split plans only)
-  int32_t steps_ahead;      // units that fill kPrefetchBytes
 
   // make_plan keeps these products within 31 bits.
   __host__ __device__ int range_begin(int cta) const {
@@ -74,11 +75,8 @@ constexpr int kMinTallTiles = 24;
 // up from L2 while memory keeps streaming.
 constexpr int kPrefetchBytes = 96 * 1024;
 
-inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_tiles, int num_sms, bool coded = false,
-                               bool leading_only = false) {
+inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_tiles, int num_sms) {
   RowLinearPlan plan{};
-  plan.block_bytes = packed_bytes(coded);
-  plan.read_bytes = coded && leading_only ? kLeadingBytes : plan.block_bytes;
   plan.k_blocks = Divisor(in_features / kBlock);
   plan.blocks = (out_features + kBlock - 1) / kBlock;
   plan.blocks_per_tile = plan.blocks % 2 == 0 && plan.blocks / 2 >= kMinTallTiles ? 2 : 1;
@@ -94,19 +92,32 @@ inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_til
   }
   plan.grid = Divisor(plan.split || plan.tiles > num_sms ? num_sms : plan.tiles);
   plan.units = Divisor(plan.split ? units : 1);
-  plan.steps_ahead = kPrefetchBytes / (plan.blocks_per_tile * plan.read_bytes);
   return plan;
+}
+
+// Bytes of a weight's blocks.
+struct BlockBytes {
+  int32_t stored;       // from one block to the next
+  int32_t read;         // those of a block that the pass reads; of coded ones all, or the leading part
+  int32_t steps_ahead;  // units that fill kPrefetchBytes
+};
+inline BlockBytes block_bytes(const RowLinearPlan& plan, int bits, bool leading_only) {
+  const int stored = bits == kLeadingBits ? kLeadingBytes : packed_bytes(is_coded(bits));
+  const int read = is_coded(bits) && leading_only ? kLeadingBytes : stored;
+  return {stored, read, kPrefetchBytes / (plan.blocks_per_tile * read)};
 }
 
 struct RowLinearArgs {
   RowLinearParams p;
   RowLinearPlan plan, next;  // next: of p.next_weight
+  BlockBytes block_bytes, block_bytes_diff, next_block_bytes;
   int32_t row_tiles_ar;  // row tiles of `tile_rows` rows, the AR view's first; no tile holds both views
   int32_t row_tiles;
   int32_t num_stages;    // of the shared-memory ring
 
   __device__ bool is_diff(int row_tile) const { return row_tile >= row_tiles_ar; }
-  __device__ const void* weight_of(int row_tile) const { return is_diff(row_tile) ? p.weight_diff : p.weight; }
+  __device__ const void* weight_of(bool diff) const { return diff ? p.weight_diff : p.weight; }
+  __device__ BlockBytes block_bytes_of(bool diff) const { return diff ? block_bytes_diff : block_bytes; }
   __device__ int row_begin(int row_tile, int tile_rows) const {
     return is_diff(row_tile) ? p.num_rows_ar + (row_tile - row_tiles_ar) * tile_rows : row_tile * tile_rows;
   }

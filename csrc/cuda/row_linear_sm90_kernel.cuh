@@ -64,7 +64,7 @@ __device__ __forceinline__ void release(const Ring<kTileRows, kCoded>& ring, int
 // (not measured). With many rows acc must have been initialised, and meanwhile() is called during the last products.
 template <int kTileRows, bool kManyRows, typename Meanwhile>
 __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const Ring<kTileRows, false>& ring,
-                                            Cursor& cursor, int length, int group, const RowLinearArgs&, int, bool,
+                                            Cursor& cursor, int length, int group, const RowLinearArgs&, bool, bool,
                                             const Meanwhile& meanwhile) {
   using namespace sm90;
   int previous = 0;
@@ -100,13 +100,13 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const R
 template <int kTileRows, bool kManyRows, typename Meanwhile>
 __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const Ring<kTileRows, true>& ring,
                                             Cursor& cursor, int length, int group, const RowLinearArgs& args,
-                                            int row_tile, bool exists, const Meanwhile& meanwhile) {
+                                            bool diff, bool exists, const Meanwhile& meanwhile) {
   using namespace sm90;
   const auto block = [&] { return reinterpret_cast<const CodedBlock*>(ring.weight(cursor.stage, group)); };
   CodedPart part{};
   const auto load = [&] {
     barrier_wait(ring.full(cursor.stage), cursor.parity);
-    if (exists) part = load_part(*block(), args.p.leading_only);
+    if (exists) part = load_part(*block(), args.block_bytes_of(diff));
   };
   if constexpr (!kManyRows) {
 #pragma unroll
@@ -118,7 +118,7 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const R
   for (int i = 0; i < length; ++i) {
     const uint64_t b = matrix_descriptor(ring.x(cursor.stage));
     uint32_t a[kBlock / 16][4];
-    decode(a, part, *block(), args.weight_of(row_tile));
+    decode(a, part, *block(), args.weight_of(diff));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kBlock / 16; ++k)
@@ -155,8 +155,9 @@ __device__ void consume_few_rows(const RowLinearArgs& args, const Ring<kTileRows
       const int tile = (walk.begin + offset) / plan.k_blocks;
       const int kb = (walk.begin + offset) % plan.k_blocks;
       const int length = min(plan.k_blocks - kb, walk.length - offset);
-      sum_segment<kTileRows, false>(acc, ring, cursor, length, group, args, row_tile, true, [] {});
-      const int view = args.is_diff(row_tile), rows = row_end - row_begin;
+      const bool diff = args.is_diff(row_tile);
+      sum_segment<kTileRows, false>(acc, ring, cursor, length, group, args, diff, true, [] {});
+      const int rows = row_end - row_begin;
       auto finish = [&](auto sums) {
         finish_block<kTileRows>(sums, args, tile * plan.blocks_per_tile + group, row_begin, row_end, group,
                               shared.staging[group], ring.best() + group * kTileRows);
@@ -164,8 +165,8 @@ __device__ void consume_few_rows(const RowLinearArgs& args, const Ring<kTileRows
       RowLinearPlan::Sharers sharers;
       if (kTileRows > kRowTilesSm90.widest || length == plan.k_blocks)  // only kArgmax has tiles this wide, never cut
         finish(WholeSums<kTileRows>{acc});
-      else if (leave_partial<kTileRows>(acc, args, view, tile, kb, rows, group, shared.flags + group, sharers))
-        finish(FoldedSums<kTileRows>(args, view, sharers, group));
+      else if (leave_partial<kTileRows>(acc, args, diff, tile, kb, rows, group, shared.flags + group, sharers))
+        finish(FoldedSums<kTileRows>(args, diff, sharers, group));
       offset += length;
     }
     if (argmax) {
@@ -194,7 +195,7 @@ __device__ void consume_many_rows(const RowLinearArgs& args, const Ring<kTileRow
     }
     for (int kb = 0, end = plan.segment_end(tile, 0); kb < plan.k_blocks;) {
       int next = end;
-      sum_segment<kTileRows, true>(acc, ring, cursor, end - kb, group, args, row_tile, exists, [&] {
+      sum_segment<kTileRows, true>(acc, ring, cursor, end - kb, group, args, args.is_diff(row_tile), exists, [&] {
         if (end < plan.k_blocks) next = plan.segment_end(tile, end);
       });
 #pragma unroll

@@ -116,12 +116,11 @@ struct Walk {
 // than memory takes for 4 KB: within a run (consecutive units of one tile) it is a few additions.
 template <int kTileRows, bool kManyRows, bool kCoded>
 struct Position {
-  static constexpr int kBytes = packed_bytes(kCoded);
-
   const Walk<kManyRows>& walk;
   const sm90::TensorMap* x_map;  // of the item's view
   int item = 0, row;             // the first row that this CTA loads of its row tile
   const uint8_t* weight;
+  BlockBytes bytes{kBlockBytes, kBlockBytes, 0};
   int block, behind;             // first block of the tile; units of the item after the run
   const uint8_t* source;         // the unit's first block
   int column, left;              // its first input; units left in the run, this one included
@@ -130,8 +129,10 @@ struct Position {
   __device__ void enter(const sm90::TensorMap* x_maps) {
     const RowLinearArgs& args = walk.args;
     const int row_tile = walk.row_tile(item);
-    x_map = x_maps + args.is_diff(row_tile);
-    weight = static_cast<const uint8_t*>(args.weight_of(row_tile));
+    const bool diff = args.is_diff(row_tile);
+    x_map = x_maps + diff;
+    weight = static_cast<const uint8_t*>(args.weight_of(diff));
+    if (kCoded) bytes = args.block_bytes_of(diff);
     row = args.row_begin(row_tile, kTileRows) + walk.rank() * (kTileRows / walk.kCtas);
     block = walk.first_block(item);
     behind = walk.length;
@@ -140,11 +141,15 @@ struct Position {
   __device__ void begin_run(int kb) {
     left = min(walk.args.plan.k_blocks - kb, behind);
     behind -= left;
-    source = weight + (static_cast<int64_t>(block) * walk.args.plan.k_blocks + kb) * kBytes;
+    source = weight + (static_cast<int64_t>(block) * walk.args.plan.k_blocks + kb) * bytes.stored;
     column = kb * kBlock;
   }
+  // The block of the same inputs in the tile's second row of blocks.
+  __device__ const uint8_t* second() const {
+    return source + static_cast<int64_t>(walk.args.plan.k_blocks) * bytes.stored;
+  }
   __device__ void advance(const sm90::TensorMap* x_maps) {
-    source += kBytes;
+    source += bytes.stored;
     column += kBlock;
     if (--left > 0) return;
     if (behind > 0) {
@@ -161,22 +166,23 @@ struct Position {
 // not wait for this kernel's end.
 struct NextWeightPrefetch {
   const RowLinearPlan& plan;
+  const BlockBytes& bytes;
   const uint8_t* source = nullptr;
   int kb = 0, left = 0;
 
-  __device__ explicit NextWeightPrefetch(const RowLinearArgs& args) : plan(args.next) {
+  __device__ explicit NextWeightPrefetch(const RowLinearArgs& args) : plan(args.next), bytes(args.next_block_bytes) {
     if (!args.p.next_weight || static_cast<int>(blockIdx.x) >= plan.grid) return;
     const int begin = plan.range_begin(blockIdx.x);
-    left = min(plan.steps_ahead, plan.range_begin(blockIdx.x + 1) - begin);
+    left = min(bytes.steps_ahead, plan.range_begin(blockIdx.x + 1) - begin);
     kb = begin % plan.k_blocks;
     const int64_t unit = static_cast<int64_t>(begin / plan.k_blocks) * plan.blocks_per_tile * plan.k_blocks + kb;
-    source = static_cast<const uint8_t*>(args.p.next_weight) + unit * plan.block_bytes;
+    source = static_cast<const uint8_t*>(args.p.next_weight) + unit * bytes.stored;
   }
   __device__ void prefetch() {
-    const int64_t row_of_blocks = static_cast<int64_t>(plan.k_blocks) * plan.block_bytes;
-    sm90::bulk_prefetch(source, plan.read_bytes);
-    if (plan.blocks_per_tile == 2) sm90::bulk_prefetch(source + row_of_blocks, plan.read_bytes);
-    source += plan.block_bytes;
+    const int64_t row_of_blocks = static_cast<int64_t>(plan.k_blocks) * bytes.stored;
+    sm90::bulk_prefetch(source, bytes.read);
+    if (plan.blocks_per_tile == 2) sm90::bulk_prefetch(source + row_of_blocks, bytes.read);
+    source += bytes.stored;
     if (++kb == plan.k_blocks) {
       kb = 0;
       source += row_of_blocks * (plan.blocks_per_tile - 1);
@@ -190,27 +196,25 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps
                         const Ring<kTileRows, kCoded>& pointers) {
   using namespace sm90;
   using Position = Position<kTileRows, kManyRows, kCoded>;
-  constexpr int kBytes = Position::kBytes;
   const RingAddresses<kTileRows, kCoded> ring(pointers);
   const Walk<kManyRows> walk(args);
   const int total = walk.items() * walk.length;
-  const int read_bytes = kCoded ? args.plan.read_bytes : kBytes;  // of a block
-  const int64_t row_of_blocks = static_cast<int64_t>(args.plan.k_blocks) * kBytes;
   const uint64_t policy = evict_first_policy();
 
-  auto load_block = [&](SharedAddress dst, const uint8_t* source, SharedAddress full) {
+  auto load_block = [&](SharedAddress dst, const uint8_t* source, int bytes, SharedAddress full) {
     if (kManyRows)
-      bulk_load(dst, source, read_bytes, full);
+      bulk_load(dst, source, bytes, full);
     else
-      bulk_load(dst, source, read_bytes, full, policy);
+      bulk_load(dst, source, bytes, full, policy);
   };
   auto load_weight = [&](const Position& at, int stage) {
     const bool one = !kManyRows || at.block < args.plan.blocks;
     const bool both = ring.blocks == 2 && (!kManyRows || at.block + 1 < args.plan.blocks);
     const SharedAddress full = ring.full(stage), dst = ring.weight(stage);
-    barrier_arrive_expect(full, (one + both) * read_bytes + kXBytes<kTileRows>);
-    if (one) load_block(dst, at.source, full);
-    if (both) load_block(dst + kBytes, at.source + row_of_blocks, full);
+    const int bytes = at.bytes.read;
+    barrier_arrive_expect(full, (one + both) * bytes + kXBytes<kTileRows>);
+    if (one) load_block(dst, at.source, bytes, full);
+    if (both) load_block(dst + packed_bytes(kCoded), at.second(), bytes, full);
   };
   // Each CTA of a cluster loads its part into all of them, whose barriers may not expect it yet.
   auto load_x = [&](const Position& at, int stage) {
@@ -225,14 +229,14 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps
     }
   };
   auto prefetch = [&](const Position& at) {
-    bulk_prefetch(at.source, read_bytes);
-    if (ring.blocks == 2) bulk_prefetch(at.source + row_of_blocks, read_bytes);
+    bulk_prefetch(at.source, at.bytes.read);
+    if (ring.blocks == 2) bulk_prefetch(at.second(), at.bytes.read);
   };
 
   // Steps prefetched into L2 before they are loaded; many rows, with one CTA per SM and reuse in L2, do without. Only
   // the load marks a line as evict-first: until then it has to stay. After the last step, the first ones of the next
   // weight follow.
-  const int lead = kManyRows ? 0 : args.plan.steps_ahead;
+  const int lead = kManyRows ? 0 : args.block_bytes.steps_ahead;
   const int ahead = min(total, ring.num_stages);
   Position first(walk, x_maps), next(walk, x_maps);
 #pragma unroll 1

@@ -147,9 +147,9 @@ def test_rows_of_an_official_shape(tmp_path, capsys):
     assert all(r["over_ar"] == pytest.approx(r["tok_s"] / own[r["batch"]]) for r in rows)
 
 
-@pytest.mark.parametrize(("coded", "expected"), [(False, (4, 10, 10)), (True, (3, 6, 7.5))])
+@pytest.mark.parametrize(("coded", "expected"), [(False, (4, 10, 10)), (True, (3, 6, 6))])
 def test_floors_without_a_cache(coded, expected):
-    """A pass that only drafts reads 8 bits of each coded weight, of 12."""
+    """A pass that only drafts reads 8 bits of each coded weight, of 12, and the diffusion view's weights have 8."""
     bench = SimpleNamespace(
         config=config_of("tiny"), bandwidth=1e-6,
         weight_bytes=lambda views: sum({"": 4.0, "_diff": 6.0}[view] for view in views),

@@ -1,4 +1,6 @@
-"""bf16 weights in 12 bits for the CUDA kernels: the format and row_linear give every bit back, except to drafts."""
+"""bf16 weights in 12 bits for the CUDA kernels: the format and row_linear give every bit back, except to drafts, for
+which there are also weights in 8 bits.
+"""
 
 import ctypes
 import functools
@@ -113,18 +115,36 @@ def test_every_bit_comes_back(name):
 
 
 @pytest.mark.usefixtures("however_many")
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_8_bits_are_the_leading_parts(name):
+    weight = WEIGHTS[name]()
+    n, k = weight.shape
+    whole, short = (
+        coded_blocks.encode(weight.view(n // 64, 64, k // 64, 64).transpose(1, 2), bits) for bits in (12, 8)
+    )
+    count = n * k // 4096
+    want, got = whole[: count * BYTES].view(count, BYTES)[:, :LEADING], short[: count * LEADING].view(count, LEADING)
+    elsewhere = slice(12, 16)
+    moved = (each[:, elsewhere].contiguous().view(torch.int32) for each in (want, got))
+    assert (next(moved) - next(moved) == count * (BYTES - LEADING) // 4).all()
+    want[:, elsewhere] = got[:, elsewhere]
+    assert torch.equal(want, got) and torch.equal(whole[count * BYTES :], short[count * LEADING :])
+
+
+@pytest.mark.usefixtures("however_many")
 def test_blocks_are_coded_in_any_number_at_a_time(monkeypatch):
     blocks = torch.stack([spread(n) for n in (0, 40, 12, 13, 100, 7, 64, 5)]).view(4, 2, 64, 64)
-    want = coded_blocks.encode(blocks)
+    want = [coded_blocks.encode(blocks, bits) for bits in (12, 8)]
     for at_once in (1, 5, 6):
         monkeypatch.setattr(coded_blocks, "AT_ONCE", at_once)
-        assert torch.equal(coded_blocks.encode(blocks), want)
+        assert all(torch.equal(coded_blocks.encode(blocks, bits), w) for bits, w in zip((12, 8), want, strict=True))
 
 
-def test_size():
+@pytest.mark.parametrize(("bits", "block", "share"), [(12, BYTES, 0.76), (8, LEADING, 0.51)])
+def test_size(bits, block, share):
     weight = torch.randn(640, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
-    coded = coded_blocks.encode(weight.view(16, 10, 64, 64))
-    assert 0 <= coded.numel() - 160 * BYTES <= 16 and coded.numel() < 0.76 * weight.nbytes
+    coded = coded_blocks.encode(weight.view(16, 10, 64, 64), bits)
+    assert 0 <= coded.numel() - 160 * block <= 16 and coded.numel() < share * weight.nbytes
 
 
 def test_bytes_that_are_read(host, monkeypatch):
@@ -133,6 +153,8 @@ def test_bytes_that_are_read(host, monkeypatch):
     packed = pack(rl.tensor(200, 192, seed=1))
     assert packed.coded and packed.read_bytes() == packed.nbytes == 12 * BYTES
     assert packed.read_bytes(exact=False) == 12 * LEADING
+    short = pack(rl.tensor(200, 192, seed=1), bits=8)
+    assert short.bits == 8 and short.nbytes == short.read_bytes() == short.read_bytes(exact=False) == 12 * LEADING
 
 
 @pytest.mark.full
@@ -151,9 +173,9 @@ def test_weights_with_too_many_exceptions_stay_plain(host, monkeypatch):
     monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
     few, many = torch.cat([spread(4), spread(0)], 1), torch.cat([spread(4), spread(1)], 1)
     assert pack(few).coded and not pack(many).coded
-    assert [w.coded for w in pack_views(few, few)] == [True, True]
+    assert [w.bits for w in pack_views(few, few)] == [12, 8]
     for views in ((few, many), (many, few), (many, many)):
-        assert [w.coded for w in pack_views(*views)] == [False, False]
+        assert [w.bits for w in pack_views(*views)] == [16, 16]
 
 
 def bits(out):
@@ -212,6 +234,24 @@ class TestRowLinear:
             want = rl.run(x, plain[0], "residual", diff=plain[1], exact=exact, **how)
             assert torch.equal(*bits(got), *bits(want))
 
+    @pytest.mark.usefixtures("however_many")
+    @pytest.mark.parametrize("rows", [4, 40, 90, 300, 500])
+    @pytest.mark.parametrize("name", [*WEIGHTS, "cut", "cut pairs"])
+    def test_the_diffusion_view_in_8_bits_beside_exact_rows(self, name, rows, monkeypatch):
+        """As in a pass that verifies and drafts at once. Without AR rows only the short weight is read."""
+        weight, sms = some_weight(name)
+        n, k = weight.shape
+        x, residual = rl.tensor(rows, k, seed=2), rl.tensor(rows, n, seed=3)
+        for rows_ar in (rows // 3, 0):
+            how = dict(residual=residual, num_rows_ar=rows_ar, sms=sms)
+            monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
+            views = pack(weight), pack(weight.flip(0), bits=8)
+            assert [view.bits for view in views] == [12, 8]
+            got = [rl.run(x, views[0], "residual", diff=views[1], exact=e, **how) for e in {True, rows_ar > 0}]
+            monkeypatch.setenv("ORTHRUS_CUDA_CODED", "0")
+            want = rl.run(x, weight, "residual", diff=draft_weights(name)[1], **how)
+            assert all(torch.equal(*bits(each), *bits(want)) for each in got)
+
     def test_what_follows_may_be_plain(self, isa, monkeypatch):
         weight, x = rl.tensor(3200, 256, seed=1), rl.tensor(4, 256, seed=2)
         want = rl.run(x, weight)
@@ -222,7 +262,7 @@ class TestRowLinear:
             assert torch.equal(rl.run(x, weight, next_weight=following), want)
             begin = following.data.data_ptr()
             ends = map(ctypes.c_void_p, (begin, begin + following.nbytes))
-            assert (rl.library().row_linear_prefetched(*ends, following.coded, False) > 0) == (isa == "sm90")
+            assert (rl.library().row_linear_prefetched(*ends, following.bits, False) > 0) == (isa == "sm90")
 
     def test_views_are_packed_alike(self, monkeypatch):
         weight, x, out = rl.tensor(128, 64), rl.tensor(2, 64), torch.empty(2, 128, dtype=torch.bfloat16)
@@ -241,7 +281,9 @@ class TestRowLinear:
         config = load_config(str(checkpoints.make(tmp_path, "qwen3", dtype=torch.bfloat16)))
         plain = room.least_weight_bytes(config, CPU, torch.bfloat16)
         monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
-        assert room.least_weight_bytes(config, CPU, torch.bfloat16) == int(0.75 * plain)
+        width = 2 * (config.num_heads_q + config.num_heads_kv) * config.head_dim  # of q, k, v and o
+        own = 2 * config.num_layers * config.hidden_size * width
+        assert room.least_weight_bytes(config, CPU, torch.bfloat16) == 0.75 * (plain - own) + 0.5 * own
         assert room.least_weight_bytes(config, CPU, torch.float32) == 2 * plain
 
 

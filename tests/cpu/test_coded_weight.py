@@ -1,4 +1,6 @@
-"""Weights in 12 bits give the bits of plain ones, with any exponents and wherever the exceptions are."""
+"""Weights in 12 bits give the bits of plain ones, with any exponents and wherever the exceptions are; those in 8 bits,
+like drafts over those in 12, the bits of plain ones whose last four bits are fixed.
+"""
 
 import numpy as np
 import pytest
@@ -18,12 +20,12 @@ HEAD = 192  # bytes before each strip's leading part
 
 @pytest.fixture
 def packed(monkeypatch):
-    """``packed(how, weight)`` packs a weight, coded or plain, whatever the processor is."""
+    """``packed(bits, weight)`` packs a weight, coded in 12 or 8 bits or plain, whatever the processor is."""
 
-    def pack(how, weight, **kwargs):
-        monkeypatch.setattr(native.cpu, "takes_coded_weights", lambda: how == "coded")
-        out = weights.pack(weight, impl="cpu", **kwargs)
-        assert out.coded == (how == "coded")
+    def pack(bits, weight, **kwargs):
+        monkeypatch.setattr(native.cpu, "takes_coded_weights", lambda: bits < 16)
+        out = weights.pack(weight, impl="cpu", bits=bits, **kwargs)
+        assert out.bits == bits and out.coded == (bits < 16)
         return out
 
     return pack
@@ -119,14 +121,14 @@ def everything(x, weight, gates, exact=True):
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_every_bit_comes_back(packed, kind):
     weight = WEIGHTS[kind]()
-    plain, coded = (packed(how, weight) for how in ("plain", "coded"))
+    plain, coded = (packed(bits, weight) for bits in (16, 12))
     assert np.array_equal(decoded(coded), plain.data.view(torch.uint16).numpy())
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_products_are_those_of_plain_weights(decoding, packed, kind):
     weight = WEIGHTS[kind]()
-    how = [(packed(h, weight), packed(h, weight, gate_up=True)) for h in ("plain", "coded")]
+    how = [(packed(bits, weight), packed(bits, weight, gate_up=True)) for bits in (16, 12)]
     for n in ROWS:
         x = randn(n, SHAPE[1], seed=n)
         plain, coded = (everything(x, *weights) for weights in how)
@@ -143,25 +145,27 @@ def drafted(weight):
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_drafts_do_without_four_bits(decoding, packed, kind):
     weight = WEIGHTS[kind]()
-    coded = packed("coded", weight), packed("coded", weight, gate_up=True)
-    plain = packed("plain", drafted(weight)), packed("plain", drafted(weight), gate_up=True)
+    coded, short = ((packed(bits, weight), packed(bits, weight, gate_up=True)) for bits in (12, 8))
+    plain = packed(16, drafted(weight)), packed(16, drafted(weight), gate_up=True)
     for n in ROWS:
         x = randn(n, SHAPE[1], seed=n)
-        expected, got = everything(x, *plain), everything(x, *coded, exact=False)
-        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)), n
+        expected = everything(x, *plain)
+        for which, exact in ((coded, False), (short, False), (short, True)):
+            got = everything(x, *which, exact=exact)
+            assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)), (n, exact)
 
 
 @pytest.mark.parametrize("residual", (None, randn(9, SHAPE[0], seed=5)), ids=("none", "residual"))
 def test_drafts_of_the_diffusion_view(decoding, packed, residual):
     """As in a draft pass, no row is of the AR view. Trailing bits are changed, and only an exact pass reads them."""
     weight, x, out, expected = randn(*SHAPE, seed=1), randn(9, SHAPE[1], seed=3), *(poison(9, SHAPE[0]) for _ in "ab")
-    diff, ar = packed("coded", weight), packed("coded", randn(*SHAPE, seed=2))
+    diff, ar = packed(12, weight), packed(12, randn(*SHAPE, seed=2))
     num_strips, num_steps = -(-SHAPE[0] // 32), SHAPE[1] // 2
     first = num_strips * (HEAD + 64 * num_steps)
     diff.data.view(torch.uint8)[first : first + num_strips * 32 * num_steps] ^= 0x5A
     rest = dict(residual=residual, epilogue="none" if residual is None else "residual")
     ops.row_linear(x, ar, out, weight_diff=diff, num_rows_ar=0, exact=False, **rest)
-    ops.row_linear(x, packed("plain", drafted(weight)), expected, **rest)
+    ops.row_linear(x, packed(16, drafted(weight)), expected, **rest)
     assert torch.equal(out, expected)
     ops.row_linear(x, ar, out, weight_diff=diff, num_rows_ar=0, **rest)
     assert not torch.equal(out, expected)
@@ -174,13 +178,13 @@ def test_drafts_keep_zero_and_infinity(decoding, packed):
     weight[3, 4], weight[5, 6] = torch.inf, -torch.inf
     x, out = torch.zeros(2, 576, dtype=torch.bfloat16), poison(2, 32, dtype=torch.float32)
     x[:, ::2] = 2.0**126
-    ops.row_linear(x, packed("coded", weight), out, epilogue="logits", exact=False)
+    ops.row_linear(x, packed(12, weight), out, epilogue="logits", exact=False)
     assert out[0, 3] == torch.inf and out[0, 5] == -torch.inf
     assert (out[0, :3] == 0).all() and torch.equal(out[0], out[1])
 
 
 def test_plain_weights_have_all_bits(decoding, packed):
-    weight, x = packed("plain", randn(*SHAPE, seed=1)), randn(3, SHAPE[1])
+    weight, x = packed(16, randn(*SHAPE, seed=1)), randn(3, SHAPE[1])
     exact, got = (poison(3, SHAPE[0]) for _ in range(2))
     ops.row_linear(x, weight, exact)
     ops.row_linear(x, weight, got, exact=False)
@@ -191,20 +195,36 @@ def test_plain_weights_have_all_bits(decoding, packed):
 def test_both_views_rows(decoding, packed, n, rows_ar, count):
     """Also with one view coded and one plain; with few tiles, which each decode, and many, which share one decoding."""
     weight, x, outs = (randn(*SHAPE, seed=1), some_exceptions()), randn(n, SHAPE[1], seed=3), []
-    for hows in (("plain", "plain"), ("coded", "coded"), ("coded", "plain"), ("plain", "coded")):
-        ar, diff = (packed(how, w) for how, w in zip(hows, weight, strict=True))
+    for bits in ((16, 16), (12, 12), (12, 16), (16, 12)):
+        ar, diff = (packed(b, w) for b, w in zip(bits, weight, strict=True))
         outs.append(poison(n, SHAPE[0]))
         with threads(count):
             ops.row_linear(x, ar, outs[-1], weight_diff=diff, num_rows_ar=rows_ar)
     assert all(torch.equal(out.view(torch.int16), outs[0].view(torch.int16)) for out in outs)
 
 
-def test_they_are_a_quarter_smaller(packed):
+@pytest.mark.parametrize(("n", "rows_ar", "count"), [(190, 80, 1), (190, 80, 3), (20, 12, 2), (4, 1, 1)])
+def test_the_diffusion_view_in_8_bits_beside_exact_rows(decoding, packed, n, rows_ar, count):
+    """As in a pass that verifies and drafts at once: only rows of the diffusion view are inexact."""
+    weight, x, outs = (randn(*SHAPE, seed=1), some_exceptions()), randn(n, SHAPE[1], seed=3), []
+    for ar, diff in (
+        (packed(16, weight[0]), packed(16, drafted(weight[1]))),
+        (packed(12, weight[0]), packed(8, weight[1])),
+        (packed(16, weight[0]), packed(8, weight[1])),
+    ):
+        outs.append(poison(n, SHAPE[0]))
+        with threads(count):
+            ops.row_linear(x, ar, outs[-1], weight_diff=diff, num_rows_ar=rows_ar)
+    assert all(torch.equal(out.view(torch.int16), outs[0].view(torch.int16)) for out in outs)
+
+
+@pytest.mark.parametrize(("bits", "share"), [(12, 0.75), (8, 0.5)])
+def test_how_much_smaller_they_are(packed, bits, share):
     weight = randn(640, 576, seed=1, scale=0.02)
-    plain, coded = (packed(how, weight) for how in ("plain", "coded"))
+    plain, coded = packed(16, weight), packed(bits, weight)
     assert plain.nbytes == weight.nbytes
     # 20 strips, each with a head and the entry that ends its exceptions.
-    assert 0 <= coded.nbytes - (0.75 * weight.nbytes + 20 * (HEAD + 8)) < 0.001 * weight.nbytes
+    assert 0 <= coded.nbytes - (share * weight.nbytes + 20 * (HEAD + 8)) < 0.001 * weight.nbytes
 
 
 @pytest.mark.full
@@ -214,9 +234,9 @@ def test_the_embedded_model_has_few_exceptions(packed):
     exceptions, elements, tensors = 0, 0, checkpoint.load("smollm2-135m").tensors
     for name in tensors:
         if (weight := tensors[name]).dim() == 2:
-            plain = packed("plain", weight.bfloat16()).data
+            plain = packed(16, weight.bfloat16()).data
             num_strips, num_steps = plain.shape[:2]
-            encoder = native.cpu.WeightEncoder(plain.data_ptr(), num_strips, num_steps)
+            encoder = native.cpu.WeightEncoder(plain.data_ptr(), num_strips, num_steps, 12)
             exceptions += (encoder.nbytes - num_strips * (HEAD + 96 * num_steps)) // 8 - num_strips
             elements += weight.numel()
     assert 5e-5 < exceptions / elements < 6e-5
@@ -235,7 +255,9 @@ def test_the_embedded_model_has_few_exceptions(packed):
 )
 def test_what_stays_plain(monkeypatch, weight):
     monkeypatch.setattr(native.cpu, "takes_coded_weights", lambda: True)
-    assert not weights.pack(weight, impl="cpu").coded
+    for bits in (12, 8):
+        packed = weights.pack(weight, impl="cpu", bits=bits)
+        assert not packed.coded and packed.bits == 8 * weight.element_size()
 
 
 def test_for_whom_they_are_coded(isa):
@@ -243,7 +265,7 @@ def test_for_whom_they_are_coded(isa):
 
 
 def test_other_variants_refuse_them(isa, packed):
-    coded, x = packed("coded", randn(64, 64)), randn(2, 64)
+    coded, x = packed(12, randn(64, 64)), randn(2, 64)
     if isa in CODING:
         return ops.row_linear(x, coded, poison(2, 64))
     with pytest.raises(ValueError, match=f"row_linear: weights must be packed for {isa}"):

@@ -141,7 +141,7 @@ def test_other_threads_run_meanwhile():
     cpu = dispatch.extension().cpu
     weight, x = weights.pack(randn(2048, 2048, seed=1).float(), impl="cpu"), randn(300, 2048, seed=2).float()
     plain, coded = randn(4 * 64 * 2048, 64, seed=3), torch.empty(4 * 64 * 2048 * 64).bfloat16()
-    out, encoder, tape = torch.empty(300, 2048), cpu.WeightEncoder(plain.data_ptr(), 4 * 2048, 64), cpu.Tape()
+    out, encoder, tape = torch.empty(300, 2048), cpu.WeightEncoder(plain.data_ptr(), 4 * 2048, 64, 12), cpu.Tape()
 
     def op():
         ops.row_linear(x, weight, out)
@@ -167,7 +167,7 @@ def test_other_threads_run_meanwhile():
         return turns
 
     calls = {"op": op, "replay": tape.replay, "write": lambda: encoder.write(coded.data_ptr())}
-    calls["encode"] = lambda: cpu.WeightEncoder(plain.data_ptr(), 4 * 2048, 64)
+    calls["encode"] = lambda: cpu.WeightEncoder(plain.data_ptr(), 4 * 2048, 64, 12)
     with threads(1):
         for name, call in calls.items():
             turns = [turns_beside(call) for _ in range(9)]

@@ -47,7 +47,7 @@ if not torch.set_flush_denormal(True):  # not on this machine
     raise SystemExit
 plain = torch.ones(256, 64, dtype=torch.bfloat16)
 dispatch.extension().cpu.set_num_threads(2)
-dispatch.extension().cpu.WeightEncoder(plain.data_ptr(), 8, 32)
+dispatch.extension().cpu.WeightEncoder(plain.data_ptr(), 8, 32, 12)
 torch.set_flush_denormal(False)
 assert check(torch.float32)
 check(torch.bfloat16)  # some instructions take such numbers for zeros, always

@@ -1,4 +1,4 @@
-"""Which passes may do without bits of coded weights: those that nothing but drafts depends on."""
+"""Which passes, and which weights, may do without bits: those that nothing but drafts depends on."""
 
 import pytest
 
@@ -9,6 +9,7 @@ from tests import engines
 from tests.native_cpu import randn
 
 PROMPT = [5, 6, 7, 8]
+needs_native = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 
 @pytest.fixture
@@ -55,14 +56,27 @@ def test_a_pass_with_ar_rows_cannot_be_inexact(folder):
         model.forward(engine.model, engine.kv, rows, runner.activations, runner.workspace, exact=False, **rest)
 
 
-@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
-@pytest.mark.parametrize("may_code", (True, False), ids=("coded", "plain"))
-def test_bytes_that_are_read(monkeypatch, may_code):
+@needs_native
+@pytest.mark.parametrize("takes", (True, False), ids=("coded", "plain"))
+def test_only_the_diffusion_views_own_weights_are_short(folder, monkeypatch, takes):
+    monkeypatch.setattr(dispatch.extension().cpu, "takes_coded_weights", lambda: takes)
+    network = engines.make(folder, max_seq_len=64).model
+    every = [network.lm_head, *(w for layer in network.layers for w in vars(layer).values())]
+    short = [w for layer in network.layers for w in (layer.qkv_diff, layer.o_diff)]
+    for weight in every:
+        if isinstance(weight, weights.PackedWeight):
+            assert weight.bits == ((8 if any(weight is w for w in short) else 12) if takes else 16)
+
+
+@needs_native
+@pytest.mark.parametrize("takes", (True, False), ids=("coded", "plain"))
+def test_bytes_that_are_read(monkeypatch, takes):
     """Of coded weights 8 bits per element, and each strip's head and exceptions."""
-    monkeypatch.setattr(dispatch.extension().cpu, "takes_coded_weights", lambda: may_code)
-    weight = weights.pack(randn(200, 576, seed=1), impl="cpu")
-    assert weight.coded == may_code and weight.read_bytes() == weight.nbytes
+    monkeypatch.setattr(dispatch.extension().cpu, "takes_coded_weights", lambda: takes)
+    weight, short = (weights.pack(randn(200, 576, seed=1), impl="cpu", bits=bits) for bits in (12, 8))
+    assert weight.coded == takes and weight.read_bytes() == weight.nbytes
     padded = 224 * 576
-    assert weight.nbytes - weight.read_bytes(exact=False) == (padded // 2 if may_code else 0)
-    if may_code:
-        assert 0 <= weight.read_bytes(exact=False) - padded < 0.02 * padded
+    assert weight.nbytes - weight.read_bytes(exact=False) == (padded // 2 if takes else 0)
+    assert short.nbytes == short.read_bytes() == short.read_bytes(exact=False) == weight.read_bytes(exact=False)
+    if takes:
+        assert 0 <= short.nbytes - padded < 0.02 * padded

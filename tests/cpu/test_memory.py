@@ -73,7 +73,7 @@ def test_what_the_diffusion_view_adds(folder):
     assert two_pass["weights_diffusion"] == sum(
         w.nbytes for layer in make(folder).model.layers for w in (layer.qkv_diff, layer.o_diff)
     )
-    assert 0.75 * plain < two_pass["weights_diffusion"] < 0.8 * plain or two_pass["weights_diffusion"] == plain
+    assert 0.5 * plain < two_pass["weights_diffusion"] < 0.55 * plain or two_pass["weights_diffusion"] == plain
     assert two_pass["scratch"] == 2 * rows * config.num_heads_kv * config.head_dim * 2
     hidden_and_normed, mlp = 2 * config.hidden_size, config.intermediate_size
     qkv_q_and_attn = (3 * config.num_heads_q + 2 * config.num_heads_kv) * config.head_dim

@@ -393,9 +393,17 @@ def test_a_workspace_that_does_not_hold_every_sum_is_refused(rows, ar, monkeypat
     assert errors == [INVALID, 0]
 
 
+READ = pytest.mark.parametrize(("exact", "bits"), [(True, 12), (False, 12), (True, 8)])
+
+
+def check_read(bits, isa):
+    if bits == 8 and not isa.startswith("coded"):
+        pytest.skip("weights are not coded")
+
+
 @functools.cache
-def following(k, n, coded):
-    return pack(tensor(n, k, seed=3))
+def following(k, n, coded, bits):
+    return pack(tensor(n, k, seed=3), bits=bits)
 
 
 @pytest.mark.parametrize(
@@ -403,37 +411,39 @@ def following(k, n, coded):
     [(1, 1, (256, 3200, 7)), (1, 1, (64, 64, 7)), *((n, n, (1024, 192, 5)) for n in (1, 120, 200)),
      (160, 100, (1024, 192, 5)), (200, 100, (1024, 192, 5))],
 )  # fmt: skip
-@pytest.mark.parametrize("exact", [True, False])
-def test_the_next_weights_beginning_is_brought_to_l2(shape, rows, ar, exact, isa):
+@READ
+def test_the_next_weights_beginning_is_brought_to_l2(shape, rows, ar, exact, bits, isa):
     """A hint: no bit changes, and other prefetches stay the same. With many rows nothing of the next weight is brought:
-    they may all be of one view in the next launch, which then reads in another order. Drafts read less of coded blocks.
+    they may all be of one view in the next launch, which then reads in another order. Drafts read less of coded blocks,
+    and some have no more.
     """
+    check_read(bits, isa)
     k, n, sms = shape
     plain, x = tensor(n, k, seed=1), tensor(rows, k, seed=2)
     how = dict(sms=sms, exact=exact) | (dict(diff=tensor(n, k, seed=4), num_rows_ar=ar) if ar < rows else {})
     want, before = run(x, plain, **how), library().row_linear_prefetches()
     for next_k, next_n in ((64, 64), (640, 320), (64, 3200), (256, 3200)):
-        next_weight = following(next_k, next_n, os.environ["ORTHRUS_CUDA_CODED"])
+        next_weight = following(next_k, next_n, os.environ["ORTHRUS_CUDA_CODED"], bits)
         assert torch.equal(run(x, plain, next_weight=next_weight, **how), want)
         begin = next_weight.data.data_ptr()
         ends = map(ctypes.c_void_p, (begin, begin + next_weight.nbytes))
-        brought = library().row_linear_prefetched(*ends, next_weight.coded, not exact)
+        brought = library().row_linear_prefetched(*ends, next_weight.bits, not exact)
         assert library().row_linear_prefetches() == before + brought
         ctas = 0 if isa.endswith("sm80") or rows > 160 else library().row_linear_grid(k, n, sms)
-        assert brought == library().row_linear_next_prefetch(ctas, next_k, next_n, sms, next_weight.coded, not exact)
+        assert brought == library().row_linear_next_prefetch(ctas, next_k, next_n, sms, next_weight.bits, not exact)
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@READ
 @pytest.mark.parametrize("shape", [(4096, 192, 5), (1024, 3200, 7)])
-def test_a_weight_is_brought_to_l2_ahead_of_its_loads(shape, exact, isa):
+def test_a_weight_is_brought_to_l2_ahead_of_its_loads(shape, exact, bits, isa):
     """Each block once, except the first ones of each CTA, which fill its stages at once."""
+    check_read(bits, isa)
     k, n, sms = shape
-    plain = tensor(n, k, seed=1)
-    run(tensor(1, k, seed=2), plain, sms=sms, exact=exact)
-    weight = packed(plain, False, os.environ["ORTHRUS_CUDA_CODED"])  # the packed weight that run used
+    weight = pack(tensor(n, k, seed=1), bits=bits)
+    run(tensor(1, k, seed=2), weight, sms=sms, exact=exact)
     begin, height = weight.data.data_ptr(), 1 if n < 3072 else 2
     first, brought = (
-        library().row_linear_prefetched(ctypes.c_void_p(begin), ctypes.c_void_p(begin + size), weight.coded, not exact)
+        library().row_linear_prefetched(ctypes.c_void_p(begin), ctypes.c_void_p(begin + size), weight.bits, not exact)
         for size in (1, weight.nbytes)
     )
     assert first == 0 and brought == library().row_linear_prefetches()

@@ -22,8 +22,8 @@ class Whole:
 
 
 def test_fields_are_zero_or_what_the_constructor_is_given():
-    params = native.RowLinearParams(x=ADDRESS - 1, weight_coded=True, workspace_bytes=-(2**63), num_rows=Whole())
-    assert (params.x, params.weight_coded, params.workspace_bytes, params.num_rows) == (ADDRESS - 1, 1, -(2**63), 4)
+    params = native.RowLinearParams(x=ADDRESS - 1, leading_only=True, workspace_bytes=-(2**63), num_rows=Whole())
+    assert (params.x, params.leading_only, params.workspace_bytes, params.num_rows) == (ADDRESS - 1, 1, -(2**63), 4)
     assert params.out == params.num_rows_ar == params.epilogue == 0
     assert native.RmsNormParams(eps=2).eps == 2.0
     assert native.RmsNormParams(eps=0.1).eps == struct.unpack("f", struct.pack("f", 0.1))[0]

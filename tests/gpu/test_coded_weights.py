@@ -1,5 +1,5 @@
-"""CUDA row_linear with weights in 12 bits: the bits of plain ones, and in drafts those of plain ones whose last four
-bits are 1000.
+"""CUDA row_linear with weights in 12 bits: the bits of plain ones, and in drafts, or with weights in 8 bits, those of
+plain ones whose last four bits are 1000.
 """
 
 import pytest
@@ -45,7 +45,7 @@ def with_exceptions(n, k):
 def most_exceptions(coded, plain):
     """The largest number of exceptions in a block."""
     num_blocks = -(-plain.shape[0] // 64) * (plain.shape[1] // 64)
-    heads = coded.view(torch.int32)[: num_blocks * coded_blocks.BLOCK_BYTES // 4].view(num_blocks, -1)
+    heads = coded.view(torch.int32)[: num_blocks * coded_blocks.BLOCK_BYTES[12] // 4].view(num_blocks, -1)
     return int(heads[:, 2].max())
 
 
@@ -83,7 +83,7 @@ def test_drafts_do_without_what_trails(shape, monkeypatch):
     k, n = shape
     plain, x = with_exceptions(n, k), tensor(300, k, seed=2)
     coded, num_blocks = pack(plain), k * n // 4096
-    blocks = coded.data.view(torch.uint8)[: num_blocks * coded_blocks.BLOCK_BYTES].view(num_blocks, -1)
+    blocks = coded.data.view(torch.uint8)[: num_blocks * coded_blocks.BLOCK_BYTES[12]].view(num_blocks, -1)
     blocks[:, -coded_blocks.HALF_BYTES :] = 0xFF
     assert coded.read_bytes(exact=False) == coded.nbytes - num_blocks * coded_blocks.HALF_BYTES
     monkeypatch.setenv("ORTHRUS_CUDA_CODED", "0")
@@ -94,9 +94,25 @@ def test_drafts_do_without_what_trails(shape, monkeypatch):
         assert torch.equal(run(x[:rows], weight, "logits", exact=False), want), rows
 
 
+@pytest.mark.parametrize("shape", [(576, 960), (1536, 576), (4096, 6144)])
+def test_the_diffusion_view_in_8_bits_beside_exact_rows(shape, monkeypatch):
+    """As in a pass that verifies and drafts at once; then without AR rows."""
+    k, n = shape
+    plain, x = with_exceptions(n, k), tensor(300, k, seed=2)
+    other = plain.flip(0)
+    coded, short = pack(plain), pack(other, bits=8)
+    assert (coded.bits, short.bits) == (12, 8)
+    monkeypatch.setenv("ORTHRUS_CUDA_CODED", "0")
+    weight, drafted = pack(plain), pack(draft_weight(other))
+    for rows in ROWS:
+        for rows_ar in (rows // 3, 0):
+            want = run(x[:rows], weight, weight_diff=drafted, num_rows_ar=rows_ar)
+            assert torch.equal(run(x[:rows], coded, weight_diff=short, num_rows_ar=rows_ar), want), (rows, rows_ar)
+
+
 def test_weights_are_coded_as_on_a_cpu():
     plain = with_exceptions(640, 1024)
     blocks = plain.view(10, 64, 16, 64).transpose(1, 2)
-    coded = coded_blocks.encode(blocks)
-    assert most_exceptions(coded, plain) > coded_blocks.LISTED
-    assert torch.equal(coded.cpu(), coded_blocks.encode(blocks.cpu()))
+    assert most_exceptions(coded_blocks.encode(blocks), plain) > coded_blocks.LISTED
+    for bits in (12, 8):
+        assert torch.equal(coded_blocks.encode(blocks, bits).cpu(), coded_blocks.encode(blocks.cpu(), bits))

@@ -100,6 +100,22 @@ def test_row_linear_draft(rows, monkeypatch):
     assert 0.67 * weight.nbytes < counts["distinct_read"] * traffic.SECTOR < 0.71 * weight.nbytes
 
 
+@pytest.mark.parametrize("rows", [2, 16])
+def test_row_linear_drafts_beside_exact_rows(rows, monkeypatch):
+    """All of the weight of the exact rows, and of the diffusion view's as many bytes as drafts need."""
+    from tests.ptx import traffic
+    from tests.ptx.plugin import LIBRARY
+
+    k, n, sms = CUT
+    monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
+    weight, short = rl.pack(rl.tensor(n, k, seed=1)), rl.pack(rl.tensor(n, k, seed=2), bits=8)
+    assert 0.66 * weight.nbytes < short.nbytes < 0.68 * weight.nbytes
+    rl.run(rl.tensor(rows, k), weight, diff=short, num_rows_ar=rows // 2, sms=sms)
+    (counts,) = LIBRARY.traffic().values()
+    both = weight.nbytes + short.nbytes
+    assert both < counts["distinct_read"] * traffic.SECTOR < 1.05 * both
+
+
 def test_row_linear_qkv():
     k, n, sms = QKV
     rl.run(rl.tensor(16, k), rl.tensor(n, k), sms=sms)

@@ -61,9 +61,9 @@ struct RowLinearParamsOf {
   const T* x;                  // [num_rows, in_features]
   const void* weight;          // packed by the implementation's own layout
   const void* weight_diff;     // packed likewise; null: all rows use `weight`
-  int32_t weight_coded;        // in 12 bits per element, see cpu/coded_weight.h and cuda/coded_block.cuh; bf16 only
-  int32_t weight_diff_coded;
-  int32_t leading_only;        // coded weights may be inexact, as the pass only drafts: their leading parts suffice
+  int32_t weight_bits;         // per element: of coded bf16 12 or 8 (cpu/coded_weight.h, cuda/coded_block.cuh)
+  int32_t weight_diff_bits;
+  int32_t leading_only;        // of weights in 12 bits, 8 suffice, their leading parts: the pass only drafts
   const T* residual;           // [num_rows, out_features] (kResidual), may alias out
   void* out;                   // see Epilogue
   float* partial_value;        // [num_rows, num_partials] (kArgmax)
@@ -79,7 +79,7 @@ struct RowLinearParamsOf {
   const void* next_weight;     // weight of the next row_linear, packed likewise, or null; only a hint
   int32_t next_in_features;
   int32_t next_out_features;
-  int32_t next_weight_coded;
+  int32_t next_weight_bits;
 };
 using RowLinearParams = RowLinearParamsOf<bf16_t>;
 

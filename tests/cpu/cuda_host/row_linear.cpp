@@ -50,9 +50,9 @@ int row_linear(const orthrus::RowLinearParams* p, int descending, int num_sms) {
 }
 // How many blocks of [begin, end) the last launch prefetched, or -1 if it fetched one of them twice or other bytes of
 // one than the call reads.
-int64_t row_linear_prefetched(const uint8_t* begin, const uint8_t* end, bool coded, bool leading_only) {
-  const int block_bytes = orthrus::cuda::packed_bytes(coded);
-  const int read_bytes = coded && leading_only ? orthrus::cuda::kLeadingBytes : block_bytes;
+int64_t row_linear_prefetched(const uint8_t* begin, const uint8_t* end, int bits, bool leading_only) {
+  const int block_bytes = bits == 16 ? 8192 : bits == 12 ? 6208 : 4160;
+  const int read_bytes = bits < 16 && leading_only ? 4160 : block_bytes;
   std::set<const uint8_t*> blocks;
   for (const auto& [from, bytes] : cuda_host::prefetched) {
     if (from < begin || end <= from) continue;
@@ -62,13 +62,14 @@ int64_t row_linear_prefetched(const uint8_t* begin, const uint8_t* end, bool cod
 }
 int64_t row_linear_prefetches() { return static_cast<int64_t>(cuda_host::prefetched.size()); }
 // Blocks of the next weight that `ctas` CTAs bring to L2, in units that fill 96 KiB each.
-int64_t row_linear_next_prefetch(int ctas, int in_features, int out_features, int num_sms, bool coded,
+int64_t row_linear_next_prefetch(int ctas, int in_features, int out_features, int num_sms, int bits,
                                  bool leading_only) {
   const auto plan = orthrus::cuda::make_plan(in_features, out_features, false, num_sms);
+  const bool draft = bits == 8 || (bits == 12 && leading_only), tall = plan.blocks_per_tile == 2;
+  const int blocks = draft ? 23 - tall : bits == 12 ? 15 - tall : 12;
   int64_t sum = 0;
   for (int cta = 0; cta < min(ctas, plan.grid.d); ++cta)
-    sum += min(!coded ? 12 : plan.blocks_per_tile == 1 ? (leading_only ? 23 : 15) : (leading_only ? 22 : 14),
-               (plan.range_begin(cta + 1) - plan.range_begin(cta)) * plan.blocks_per_tile);
+    sum += min(blocks, (plan.range_begin(cta + 1) - plan.range_begin(cta)) * plan.blocks_per_tile);
   return sum;
 }
 // The most CTAs that share a tile: 1 if no tile is cut.
