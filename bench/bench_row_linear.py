@@ -17,7 +17,8 @@ import torch
 from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report, run_script
 from bench.models import SHAPES, config_of, linear_shapes
 from orthrus_rt import huge_pages, native, ops, room
-from orthrus_rt.weights import CODED_BITS, DRAFT_BITS, PackedWeight, pack
+from orthrus_rt.coded_blocks import CODED_BITS, DRAFT_BITS
+from orthrus_rt.weights import PackedWeight, pack
 
 OPS = ("qkv", "o", "gate_up", "down", "lm_head")
 EPILOGUES = {"qkv": "none", "o": "residual", "gate_up": "silu_mul", "down": "residual", "lm_head": "argmax"}
@@ -111,8 +112,9 @@ class Chain:
         return [launch for launch in whole if op in (None, launch[0])]
 
     def nbytes(self, op: str) -> int:
-        read = [self.weights[op][0]] + ([self.diff[op][0]] if op in self.diff and self.num_rows > 1 else [])
-        return sum(weight.read_bytes(self.exact) for weight in read)
+        of_views = [self.weights[op][0]] if op not in self.diff or self.num_rows > 1 else []
+        of_views += [self.diff[op][0]] if op in self.diff else []
+        return sum(weight.read_bytes(self.exact) for weight in of_views)
 
     def max_error(self, op: str) -> float:
         """Largest error compared with float64, relative to the largest value; 0.004 is a bf16 rounding. A draft's

@@ -12,11 +12,11 @@ from bench.acceptance import mean_accepted, one_pass_trace, per_position, trace
 from bench.models import random_checkpoint
 from orthrus_rt import checkpoint as ckpt
 from orthrus_rt import prompts, room
+from orthrus_rt.coded_blocks import CODED_BITS, DRAFT_BITS
 from orthrus_rt.cycle_plan import CyclePlan, cycle_plan
 from orthrus_rt.engine import Engine
 from orthrus_rt.model import Model
 from orthrus_rt.timing import SLEEP_CYCLES
-from orthrus_rt.weights import CODED_BITS, DRAFT_BITS
 
 # Drafts that the published models accept per cycle, of 31 (twice their tokens per forward pass, less the bonus token).
 PUBLISHED = {"1.7b": 7.5, "4b": 9.4, "8b": 9.7, "tiny": 3.0}

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
+CODED_BITS, DRAFT_BITS = 12, 8  # per element: without loss, and where only drafts depend on a weight
 HEAD_BYTES, HALF_BYTES = 64, 2048  # 4 bits of each element: codes, then leading and trailing halves of lower bytes
-BLOCK_BYTES = {12: HEAD_BYTES + 3 * HALF_BYTES, 8: HEAD_BYTES + 2 * HALF_BYTES}  # without trailing halves
+BLOCK_BYTES = {CODED_BITS: HEAD_BYTES + 3 * HALF_BYTES, DRAFT_BITS: HEAD_BYTES + 2 * HALF_BYTES}
 NUM_UPPER = 8  # values of an exponent's upper seven bits that have a code in a block
 LISTED = 12  # exceptions that fit into their block
 # Per block, on average, in a coded weight. By estimate each exception costs some 50 to 100 clocks of an H100, and the
@@ -18,11 +19,11 @@ THREADS, STEPS, STEP_ELEMENTS = 128, 4, 8
 AT_ONCE = 1024  # blocks, of 4 million elements: temporary tensors take some 100 MB
 
 
-def encode(blocks: torch.Tensor, bits: int = 12) -> torch.Tensor | None:
+def encode(blocks: torch.Tensor, bits: int = CODED_BITS) -> torch.Tensor | None:
     """``blocks`` ``[rows, columns, 64 features, 64 inputs]`` in bfloat16, coded: bytes, a multiple of 16 of them.
 
-    ``bits``: per element, 12 or, for drafts, 8. None if there are more than MOST_EXCEPTIONS exceptions per block, as
-    coding does not pay then.
+    ``bits``: per element, 12 or, without trailing halves, 8. None if there are more than MOST_EXCEPTIONS exceptions per
+    block, as coding does not pay then.
 
     Raises:
         ValueError: the weight is so large that the places of exceptions do not fit in 31 bits.

@@ -29,6 +29,7 @@ from orthrus_rt.checks import (
     check_tensor,
     require,
 )
+from orthrus_rt.coded_blocks import DRAFT_BITS
 from orthrus_rt.cycle_plan import MAX_BLOCK_LEN
 from orthrus_rt.device import device_scope
 from orthrus_rt.pages import PAGE_SIZE, num_pages
@@ -125,8 +126,8 @@ def row_linear(
             on it.
         exact: False lets an implementation do without the last four mantissa bits of bfloat16 weights, if it then reads
             less: for drafts, which need no exact weights. The CPU's and CUDA's do so where weights are coded in 12
-            bits; csrc/cpu/coded_weight.h and csrc/cuda/coded_block.cuh say what stands for these bits. Weights coded in
-            8 bits never have them.
+            bits; csrc/cpu/coded_weight.h and csrc/cuda/coded_block.cuh say what stands for these bits. True refuses a
+            ``weight`` in 8 bits, which lacks them, though not such a ``weight_diff``.
     """
     op, dtype, device = "row_linear", x.dtype, x.device
     n = x.shape[0]
@@ -141,6 +142,8 @@ def row_linear(
     if weight.impl not in ("reference", device.type):
         require(op, "weight.impl", dispatch.select(op, device, dtype), weight.impl)
     require(op, "weight.gate_up", epilogue == "silu_mul", weight.gate_up)
+    if exact and weight.bits == DRAFT_BITS:
+        raise ValueError(f"{op}: weight must have all its bits unless exact is False, got {DRAFT_BITS}, for drafts")
     if weight_diff is not None:
         facts = ("out_features", "in_features", "impl", "gate_up", *(["coded"] if weight.impl == "cuda" else []))
         require(op, "weight_diff", *({f: getattr(w, f) for f in facts} for w in (weight, weight_diff)))

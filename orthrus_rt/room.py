@@ -16,12 +16,13 @@ import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt.checkpoint import expected_tensors
+from orthrus_rt.coded_blocks import CODED_BITS, DRAFT_BITS
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.device import dtype_name
 from orthrus_rt.out_of_memory import KNOBS, OutOfMemoryError
 from orthrus_rt.sizes import Sizes
 from orthrus_rt.storage import is_diffusion
-from orthrus_rt.weights import CODED_BITS, DRAFT_BITS, codes_for_cuda
+from orthrus_rt.weights import codes_for_cuda
 
 log = logging.getLogger("orthrus_rt")
 

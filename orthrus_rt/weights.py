@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from orthrus_rt import coded_blocks, dispatch, huge_pages
+from orthrus_rt.coded_blocks import CODED_BITS, DRAFT_BITS
 from orthrus_rt.device import device_scope, stream_of
 
 # CPU: strips of 32 outputs (16 gates and their 16 ups for silu_mul) x one word of inputs (two bfloat16, one float32),
@@ -16,8 +17,7 @@ from orthrus_rt.device import device_scope, stream_of
 # csrc/cpu/row_linear.h.
 CPU_STRIP = 32
 CPU_ARGMAX_TILE = 512
-CODED_BITS, DRAFT_BITS = 12, 8  # per element of a coded weight, and of one that serves nothing but drafts
-MOST_EXCEPTIONS = 0.05  # with the strips' heads, of a plain weight's bytes: more of them would dominate the time
+CPU_MOST_EXTRA = 0.05  # share of a plain weight's bytes: more exceptions (and strips' heads) would dominate the time
 REFERENCE_ARGMAX_TILE = 128  # at most; a runner-up is seen only if it is the best of another tile
 # CUDA: blocks of 64 outputs x 64 inputs, inputs fastest; see csrc/cuda/row_linear_plan.h. In float32 the plain matrix,
 # and one partial maximum per 128 ids; see csrc/cuda/row_linear_f32.cu.
@@ -48,7 +48,7 @@ class PackedWeight:
 
     @property
     def coded(self) -> bool:
-        return self.bits in (CODED_BITS, DRAFT_BITS)
+        return self.bits < 16
 
     @property
     def nbytes(self) -> int:
@@ -86,12 +86,15 @@ def pack(
             are then inexact; 16 to do without coding.
 
     Raises:
-        ValueError: ``impl`` does not take the weight's dtype, or gates and ups differ in number.
+        ValueError: ``impl`` does not take the weight's dtype, gates and ups differ in number, or ``bits`` is none of
+            these.
     """
     out_features, in_features = weight.shape
     impl = impl or dispatch.select("row_linear", weight.device, weight.dtype)
     if impl != "reference" and weight.dtype not in dispatch.ELEMENTS:
         raise ValueError(f"row_linear: weight.dtype must be one of {dispatch.ELEMENTS} for {impl}, got {weight.dtype}")
+    if bits not in (CODED_BITS, DRAFT_BITS, 16):
+        raise ValueError(f"row_linear: bits must be {CODED_BITS}, {DRAFT_BITS} or 16, got {bits}")
     if gate_up and out_features % 2:
         raise ValueError(f"row_linear: out_features of gate and up must be even, got {out_features}")
     coded = False
@@ -132,7 +135,7 @@ def _pack_cpu(weight, gate_up, bits) -> tuple[torch.Tensor, bool]:
         strips = plain.copy_(strips)
         cpu.set_num_threads(torch.get_num_threads())
         encoder = cpu.WeightEncoder(strips.data_ptr(), *strips.shape[:2], bits)
-        if encoder.nbytes <= (bits / 16 + MOST_EXCEPTIONS) * strips.nbytes:
+        if encoder.nbytes <= (bits / 16 + CPU_MOST_EXTRA) * strips.nbytes:
             coded = huge_pages.empty([encoder.nbytes // 2], weight.dtype)
             encoder.write(coded.data_ptr())
             return coded, True

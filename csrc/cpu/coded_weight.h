@@ -15,7 +15,8 @@
 // weights are stored in 8. In place of the four bits drafts have their middle, 1000 (see draft_value), so that elements
 // which are neither tiny nor huge are at most a sixteenth off. In `two_pass` the embedded model then gives 2% fewer
 // tokens per cycle on average (of whole blocks, by kind of prompt and instruction set, 6% fewer to 2% more: the pins of
-// test_lossless.py).
+// test_lossless.py). In `one_pass`, where only the diffusion view's own weights are inexact, it gives 0.4% fewer (five
+// plans, 2% fewer to 1% more).
 //
 // A weight: the leading parts of all strips, then, in 12 bits, their trailing parts, then all exceptions.
 // - A leading part: a CodedStrip, then 64 bytes for each step over k. Byte i holds the code of the step's element at i
@@ -31,9 +32,6 @@
 #include "orthrus/params.h"  // nothing here may be merged across variants: see variant.h
 
 namespace orthrus::cpu {
-
-constexpr int kCodedBits = 12, kLeadingBits = 8;  // per element, of both parts or of the leading ones alone
-inline __attribute__((always_inline)) bool is_coded(int bits) { return bits == kCodedBits || bits == kLeadingBits; }
 
 constexpr int kUpperBytes = 16;    // those that have a code
 constexpr int kStepElements = 64;  // of two WordVecs
@@ -52,7 +50,8 @@ struct alignas(64) CodedStrip {
   // By code, each table four times, for lookups by 16 bytes: the upper byte, and in drafts, the last four bits xor the
   // code.
   uint8_t upper[4][kUpperBytes], last[4][kUpperBytes];
-  int64_t to_trailing, to_exceptions;  // bytes from the start of this struct; 0 if there is no trailing part
+  // Bytes from the start of this struct. In 8 bits there is no trailing part, and to_trailing is 0.
+  int64_t to_trailing, to_exceptions;
 
   __attribute__((always_inline)) const char* leading() const { return reinterpret_cast<const char*>(this + 1); }
   __attribute__((always_inline)) const char* trailing() const {

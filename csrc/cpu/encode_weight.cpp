@@ -22,7 +22,7 @@ WeightEncoder::WeightEncoder(const bf16_t* plain, int64_t num_strips, int64_t nu
     : plain_(plain),
       num_steps_(num_steps),
       leading_bytes_(leading_strip_bytes(num_steps)),
-      trailing_bytes_(bits == kLeadingBits ? 0 : trailing_strip_bytes(num_steps)),
+      trailing_bytes_(bits == kDraftBits ? 0 : trailing_strip_bytes(num_steps)),
       strips_(num_strips) {
   const int64_t num_elements = num_steps * kStepElements;
   parallel_each(num_strips, [&](int64_t s) {
@@ -79,6 +79,7 @@ void WeightEncoder::write_strip(int64_t s, char* out, char* trailing, char* exce
     std::memcpy(exceptions, &exception, sizeof exception);
     exceptions += sizeof exception;
   };
+  const bool has_trailing = trailing_bytes_ > 0;
   const bf16_t* first = plain_ + s * num_steps_ * kStepElements;
   char* leading = out + sizeof strip;
   for (int64_t step = 0; step < num_steps_; step += kUnitSteps, leading += kLeadingBytes) {
@@ -93,9 +94,10 @@ void WeightEncoder::write_strip(int64_t s, char* out, char* trailing, char* exce
         leading[place] = static_cast<char>(a);
         leading[kStepElements + place] = static_cast<char>(b);
         const int last = ((a ^ first[element]) & 0xf) | ((b ^ second[element]) & 0xf) << 4;
-        if (trailing_bytes_) *trailing++ = static_cast<char>(last);
+        if (has_trailing) trailing[place] = static_cast<char>(last);
       }
     }
+    if (has_trailing) trailing += kTrailingBytes;
     if (all_codes >= kOther) {
       for (int i = 0; i < kUnitSteps * kStepElements; ++i) {
         if (code_of[first[i] >> 8] != kOther) continue;

@@ -263,7 +263,7 @@ ORTHRUS_INLINE void for_row_blocks(const RowLinearParamsOf<T>& p, int64_t most, 
     const bool is_ar = begin < rows_ar;
     const int bits = is_ar ? p.weight_bits : p.weight_diff_bits;
     body(Weight{static_cast<const char*>(is_ar ? p.weight : p.weight_diff), is_coded(bits),
-                bits == kLeadingBits || p.leading_only},
+                bits == kDraftBits || p.leading_only},
          begin, end);
   }
 }

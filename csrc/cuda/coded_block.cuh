@@ -1,4 +1,5 @@
-// A block of a bf16 weight in 12 bits per element, without loss: three quarters of the bytes that a pass reads.
+// A block of a bf16 weight in 12 bits per element, without loss: three quarters of the bytes that a pass reads. Or in 8
+// for drafts.
 //
 // An element's upper byte is its sign and the upper seven bits of its exponent. Eight values of these bits cover a
 // range of 2^16, and nearly all elements of a block have one of its eight commonest: in the embedded model, all but 4
@@ -52,12 +53,12 @@ struct CodedPart {
   int num_exceptions;
 };
 
-__device__ __forceinline__ CodedPart load_part(const CodedBlock& block, BlockBytes bytes) {
+__device__ __forceinline__ CodedPart load_part(const CodedBlock& block, bool leading_only) {
   const uint32_t thread = thread_here();
   const uint4 head = *reinterpret_cast<const uint4*>(&block), codes = block.codes[thread];
   const uint4 leading = block.leading[thread];
   uint4 trailing{kMiddleOfTrailing, kMiddleOfTrailing, kMiddleOfTrailing, kMiddleOfTrailing};
-  if (bytes.read > kLeadingBytes) trailing = block.trailing[thread];
+  if (!leading_only) trailing = block.trailing[thread];
   return {{head.x, head.y},
           {codes.x, codes.y, codes.z, codes.w},
           {leading.x, leading.y, leading.z, leading.w},

@@ -12,7 +12,7 @@
 // that weight into L2 while this launch ends, in the order for an epilogue that may cut tiles and for a launch with the
 // same leading_only. No result depends on it.
 // Coded weights (coded_block.cuh; both views' or neither's) in 12 bits give the same bits as plain ones unless
-// leading_only is set, which plain ones ignore.
+// leading_only is set, which plain ones ignore; in 8 bits they always give those of drafts.
 // Bytes: each view's packed weight once, with leading_only of one in 12 bits the leading parts (kArgmax: once per tile
 // of rows), plus x once per tile from L2 or, with many rows on sm_90a, once per two tiles.
 // FLOP: 2 * num_rows * in * out_features.
@@ -74,6 +74,10 @@ int rows_per_tile_of_many(int rows_ar, int rows_diff, const RowTiles& tiles, int
   return best;
 }
 
+int steps_ahead(const RowLinearPlan& plan, BlockBytes bytes) {
+  return kPrefetchBytes / (plan.blocks_per_tile * bytes.read);
+}
+
 int64_t workspace_bytes(const RowLinearPlan& plan, int views, int tile_rows) {
   return plan.split ? partial_offset(plan, views, 0, 0, 0, tile_rows) * 4 : 0;
 }
@@ -123,8 +127,9 @@ int row_linear(const RowLinearParams& params, void* stream) {
   const bool coded = is_coded(params.weight_bits);
   if (params.weight_diff && coded != is_coded(params.weight_diff_bits)) return cudaErrorInvalidValue;
   args.plan = make_plan(params.in_features, params.out_features, needs_whole_tiles(params.epilogue), device.num_sms);
-  args.block_bytes = block_bytes(args.plan, params.weight_bits, params.leading_only);
-  args.block_bytes_diff = block_bytes(args.plan, params.weight_diff_bits, params.leading_only);
+  args.block_bytes = block_bytes(params.weight_bits, params.leading_only);
+  args.block_bytes_diff = block_bytes(params.weight_diff_bits, params.leading_only);
+  args.steps_ahead = steps_ahead(args.plan, args.block_bytes);
   const bool argmax = params.epilogue == Epilogue::kArgmax;
   if (argmax && params.num_partials != args.plan.grid) return cudaErrorInvalidValue;
 
@@ -136,7 +141,8 @@ int row_linear(const RowLinearParams& params, void* stream) {
   if (params.num_rows > tiles.widest) args.p.next_weight = nullptr;  // the next launch may have many rows of one view
   if (args.p.next_weight) {
     args.next = make_plan(params.next_in_features, params.next_out_features, false, device.num_sms);
-    args.next_block_bytes = block_bytes(args.next, params.next_weight_bits, params.leading_only);
+    args.next_block_bytes = block_bytes(params.next_weight_bits, params.leading_only);
+    args.next_steps_ahead = steps_ahead(args.next, args.next_block_bytes);
   }
   const int tile_rows = argmax ? rows_per_tile_of_argmax(most_rows, tiles)
                         : many_rows

@@ -36,7 +36,7 @@ struct Stream {
     const RowLinearParams& p = args.p;
     const SharedAddress base = shared_address(stages + load_stage * kStageBytes);
     const uint8_t* weight = static_cast<const uint8_t*>(args.weight_of(diff));
-    const BlockBytes bytes = kCoded ? args.block_bytes_of(diff) : BlockBytes{kBlockBytes, kBlockBytes, 0};
+    const BlockBytes bytes = kCoded ? args.block_bytes_of(diff) : kPlainBlocks;
     constexpr int chunks = kBlocks * kWeightBytes / 16;
 #pragma unroll
     for (int i = 0; i < (chunks + kThreads - 1) / kThreads; ++i) {
@@ -69,7 +69,7 @@ struct Stream {
     const CodedBlock& block = *reinterpret_cast<const CodedBlock*>(weight);
     uint32_t a[kBlock / 16][4];
     if constexpr (kCoded)
-      decode(a, load_part(block, args.block_bytes_of(diff)), block, args.weight_of(diff));
+      decode(a, load_part(block, args.leading_only(diff)), block, args.weight_of(diff));
 #pragma unroll
     for (int k = 0; k < kBlock / 16; ++k) {
       if constexpr (!kCoded) load_matrices(a[k], shared_address(weight) + swizzled(feature, 2 * k + lane / 16));

@@ -20,8 +20,6 @@ namespace orthrus::cuda {
 
 constexpr int kBlock = 64;
 constexpr int kBlockBytes = kBlock * kBlock * 2;
-constexpr int kCodedBits = 12, kLeadingBits = 8;  // per element, of whole coded blocks or of their leading parts
-constexpr bool is_coded(int bits) { return bits == kCodedBits || bits == kLeadingBits; }
 constexpr int kCodedBlockBytes = kBlock * kBlock * 3 / 2 + 64;
 constexpr int kLeadingBytes = kBlock * kBlock + 64;  // of a coded block, what drafts read
 // Of a block in shared memory.
@@ -97,20 +95,21 @@ inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_til
 
 // Bytes of a weight's blocks.
 struct BlockBytes {
-  int32_t stored;       // from one block to the next
-  int32_t read;         // those of a block that the pass reads; of coded ones all, or the leading part
-  int32_t steps_ahead;  // units that fill kPrefetchBytes
+  int32_t stored;  // from one block to the next
+  int32_t read;    // those of a block that the pass reads; of coded ones all, or the leading part
 };
-inline BlockBytes block_bytes(const RowLinearPlan& plan, int bits, bool leading_only) {
-  const int stored = bits == kLeadingBits ? kLeadingBytes : packed_bytes(is_coded(bits));
-  const int read = is_coded(bits) && leading_only ? kLeadingBytes : stored;
-  return {stored, read, kPrefetchBytes / (plan.blocks_per_tile * read)};
+constexpr BlockBytes kPlainBlocks{kBlockBytes, kBlockBytes};
+inline BlockBytes block_bytes(int bits, bool leading_only) {
+  if (!is_coded(bits)) return kPlainBlocks;
+  const int stored = bits == kDraftBits ? kLeadingBytes : kCodedBlockBytes;
+  return {stored, leading_only ? kLeadingBytes : stored};
 }
 
 struct RowLinearArgs {
   RowLinearParams p;
   RowLinearPlan plan, next;  // next: of p.next_weight
   BlockBytes block_bytes, block_bytes_diff, next_block_bytes;
+  int32_t steps_ahead, next_steps_ahead;  // units of the AR view's weight, and of the next, that fill kPrefetchBytes
   int32_t row_tiles_ar;  // row tiles of `tile_rows` rows, the AR view's first; no tile holds both views
   int32_t row_tiles;
   int32_t num_stages;    // of the shared-memory ring
@@ -118,6 +117,7 @@ struct RowLinearArgs {
   __device__ bool is_diff(int row_tile) const { return row_tile >= row_tiles_ar; }
   __device__ const void* weight_of(bool diff) const { return diff ? p.weight_diff : p.weight; }
   __device__ BlockBytes block_bytes_of(bool diff) const { return diff ? block_bytes_diff : block_bytes; }
+  __device__ bool leading_only(bool diff) const { return block_bytes_of(diff).read == kLeadingBytes; }
   __device__ int row_begin(int row_tile, int tile_rows) const {
     return is_diff(row_tile) ? p.num_rows_ar + (row_tile - row_tiles_ar) * tile_rows : row_tile * tile_rows;
   }

@@ -106,7 +106,7 @@ __device__ __forceinline__ void sum_segment(float (&acc)[kTileRows / 2], const R
   CodedPart part{};
   const auto load = [&] {
     barrier_wait(ring.full(cursor.stage), cursor.parity);
-    if (exists) part = load_part(*block(), args.block_bytes_of(diff));
+    if (exists) part = load_part(*block(), args.leading_only(diff));
   };
   if constexpr (!kManyRows) {
 #pragma unroll

@@ -120,7 +120,8 @@ struct Position {
   const sm90::TensorMap* x_map;  // of the item's view
   int item = 0, row;             // the first row that this CTA loads of its row tile
   const uint8_t* weight;
-  BlockBytes bytes{kBlockBytes, kBlockBytes, 0};
+  BlockBytes bytes = kPlainBlocks;
+  int row_of_blocks;             // bytes to the tile's second row of blocks
   int block, behind;             // first block of the tile; units of the item after the run
   const uint8_t* source;         // the unit's first block
   int column, left;              // its first input; units left in the run, this one included
@@ -133,6 +134,7 @@ struct Position {
     x_map = x_maps + diff;
     weight = static_cast<const uint8_t*>(args.weight_of(diff));
     if (kCoded) bytes = args.block_bytes_of(diff);
+    row_of_blocks = args.plan.k_blocks * bytes.stored;
     row = args.row_begin(row_tile, kTileRows) + walk.rank() * (kTileRows / walk.kCtas);
     block = walk.first_block(item);
     behind = walk.length;
@@ -143,10 +145,6 @@ struct Position {
     behind -= left;
     source = weight + (static_cast<int64_t>(block) * walk.args.plan.k_blocks + kb) * bytes.stored;
     column = kb * kBlock;
-  }
-  // The block of the same inputs in the tile's second row of blocks.
-  __device__ const uint8_t* second() const {
-    return source + static_cast<int64_t>(walk.args.plan.k_blocks) * bytes.stored;
   }
   __device__ void advance(const sm90::TensorMap* x_maps) {
     source += bytes.stored;
@@ -173,7 +171,7 @@ struct NextWeightPrefetch {
   __device__ explicit NextWeightPrefetch(const RowLinearArgs& args) : plan(args.next), bytes(args.next_block_bytes) {
     if (!args.p.next_weight || static_cast<int>(blockIdx.x) >= plan.grid) return;
     const int begin = plan.range_begin(blockIdx.x);
-    left = min(bytes.steps_ahead, plan.range_begin(blockIdx.x + 1) - begin);
+    left = min(args.next_steps_ahead, plan.range_begin(blockIdx.x + 1) - begin);
     kb = begin % plan.k_blocks;
     const int64_t unit = static_cast<int64_t>(begin / plan.k_blocks) * plan.blocks_per_tile * plan.k_blocks + kb;
     source = static_cast<const uint8_t*>(args.p.next_weight) + unit * bytes.stored;
@@ -214,7 +212,7 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps
     const int bytes = at.bytes.read;
     barrier_arrive_expect(full, (one + both) * bytes + kXBytes<kTileRows>);
     if (one) load_block(dst, at.source, bytes, full);
-    if (both) load_block(dst + packed_bytes(kCoded), at.second(), bytes, full);
+    if (both) load_block(dst + packed_bytes(kCoded), at.source + at.row_of_blocks, bytes, full);
   };
   // Each CTA of a cluster loads its part into all of them, whose barriers may not expect it yet.
   auto load_x = [&](const Position& at, int stage) {
@@ -230,13 +228,13 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps
   };
   auto prefetch = [&](const Position& at) {
     bulk_prefetch(at.source, at.bytes.read);
-    if (ring.blocks == 2) bulk_prefetch(at.second(), at.bytes.read);
+    if (ring.blocks == 2) bulk_prefetch(at.source + at.row_of_blocks, at.bytes.read);
   };
 
   // Steps prefetched into L2 before they are loaded; many rows, with one CTA per SM and reuse in L2, do without. Only
   // the load marks a line as evict-first: until then it has to stay. After the last step, the first ones of the next
   // weight follow.
-  const int lead = kManyRows ? 0 : args.block_bytes.steps_ahead;
+  const int lead = kManyRows ? 0 : args.steps_ahead;
   const int ahead = min(total, ring.num_stages);
   Position first(walk, x_maps), next(walk, x_maps);
 #pragma unroll 1

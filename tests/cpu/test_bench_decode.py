@@ -147,15 +147,19 @@ def test_rows_of_an_official_shape(tmp_path, capsys):
     assert all(r["over_ar"] == pytest.approx(r["tok_s"] / own[r["batch"]]) for r in rows)
 
 
-@pytest.mark.parametrize(("coded", "expected"), [(False, (4, 10, 10)), (True, (3, 6, 6))])
-def test_floors_without_a_cache(coded, expected):
-    """A pass that only drafts reads 8 bits of each coded weight, of 12, and the diffusion view's weights have 8."""
-    bench = SimpleNamespace(
-        config=config_of("tiny"), bandwidth=1e-6,
-        weight_bytes=lambda views: sum({"": 4.0, "_diff": 6.0}[view] for view in views),
-    )  # fmt: skip
-    floors = [decode_cases.Bench.floor_ms(bench, mode, 0, 0, coded) for mode in ("ar", "two_pass", "one_pass")]
-    assert floors == pytest.approx(expected)
+@pytest.mark.parametrize(("coded", "expected"), [(False, (4, 10, 9)), (True, (3, 6, 5.5))])
+def test_floors(coded, expected):
+    """A pass that only drafts reads 8 bits of each coded weight, of 12, and the diffusion view's weights have 8. Every
+    pass reads the cache.
+    """
+    config = config_of("tiny")
+    weight_bytes = {("",): 4.0, ("_diff",): 6.0, ("", "_diff"): 9.0}.get
+    bench = SimpleNamespace(config=config, bandwidth=1e-6, weight_bytes=weight_bytes)
+    for batch, context in ((0, 0), (3, 100)):
+        cache = batch * context * config.num_layers * 2 * config.num_heads_kv * config.head_dim * 2
+        for mode, weights, passes in zip(("ar", "two_pass", "one_pass"), expected, (1, 2, 1), strict=True):
+            got = decode_cases.Bench.floor_ms(bench, mode, batch, context, coded)
+            assert got == pytest.approx(weights + passes * cache)
 
 
 @needs_native

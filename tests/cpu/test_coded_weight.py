@@ -126,6 +126,18 @@ def test_every_bit_comes_back(packed, kind):
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
+def test_8_bits_are_the_leading_parts(packed, kind):
+    weight, num_strips = WEIGHTS[kind](), -(-SHAPE[0] // 32)
+    whole, short = (packed(bits, weight).data.view(torch.uint8).numpy() for bits in (12, 8))
+    size = num_strips * (HEAD + 32 * SHAPE[1])
+    want, got = (part[:size].reshape(num_strips, -1).copy() for part in (whole, short))
+    (to_trailing, to_exceptions), offsets = (p[:, 128:144].copy().view(np.int64).T for p in (got, want))
+    assert (to_trailing == 0).all() and (offsets[1] - to_exceptions == num_strips * 16 * SHAPE[1]).all()
+    want[:, 128:144] = got[:, 128:144]
+    assert np.array_equal(want, got) and np.array_equal(whole[size + num_strips * 16 * SHAPE[1] :], short[size:])
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
 def test_products_are_those_of_plain_weights(decoding, packed, kind):
     weight = WEIGHTS[kind]()
     how = [(packed(bits, weight), packed(bits, weight, gate_up=True)) for bits in (16, 12)]
@@ -150,23 +162,24 @@ def test_drafts_do_without_four_bits(decoding, packed, kind):
     for n in ROWS:
         x = randn(n, SHAPE[1], seed=n)
         expected = everything(x, *plain)
-        for which, exact in ((coded, False), (short, False), (short, True)):
-            got = everything(x, *which, exact=exact)
-            assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)), (n, exact)
+        for which in (coded, short):
+            got = everything(x, *which, exact=False)
+            assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)), (n, which[0].bits)
 
 
 @pytest.mark.parametrize("residual", (None, randn(9, SHAPE[0], seed=5)), ids=("none", "residual"))
 def test_drafts_of_the_diffusion_view(decoding, packed, residual):
     """As in a draft pass, no row is of the AR view. Trailing bits are changed, and only an exact pass reads them."""
     weight, x, out, expected = randn(*SHAPE, seed=1), randn(9, SHAPE[1], seed=3), *(poison(9, SHAPE[0]) for _ in "ab")
-    diff, ar = packed(12, weight), packed(12, randn(*SHAPE, seed=2))
+    diff, short, ar = packed(12, weight), packed(8, weight), packed(12, randn(*SHAPE, seed=2))
     num_strips, num_steps = -(-SHAPE[0] // 32), SHAPE[1] // 2
     first = num_strips * (HEAD + 64 * num_steps)
     diff.data.view(torch.uint8)[first : first + num_strips * 32 * num_steps] ^= 0x5A
     rest = dict(residual=residual, epilogue="none" if residual is None else "residual")
-    ops.row_linear(x, ar, out, weight_diff=diff, num_rows_ar=0, exact=False, **rest)
     ops.row_linear(x, packed(16, drafted(weight)), expected, **rest)
-    assert torch.equal(out, expected)
+    for view in (diff, short):
+        ops.row_linear(x, ar, out, weight_diff=view, num_rows_ar=0, exact=False, **rest)
+        assert torch.equal(out, expected)
     ops.row_linear(x, ar, out, weight_diff=diff, num_rows_ar=0, **rest)
     assert not torch.equal(out, expected)
 
@@ -181,6 +194,14 @@ def test_drafts_keep_zero_and_infinity(decoding, packed):
     ops.row_linear(x, packed(12, weight), out, epilogue="logits", exact=False)
     assert out[0, 3] == torch.inf and out[0, 5] == -torch.inf
     assert (out[0, :3] == 0).all() and torch.equal(out[0], out[1])
+
+
+def test_weights_in_8_bits_are_for_drafts(packed):
+    weight, x = packed(8, randn(*SHAPE, seed=1)), randn(3, SHAPE[1])
+    with pytest.raises(ValueError, match="row_linear: weight must have all its bits unless exact is False, got 8"):
+        ops.row_linear(x, weight, poison(3, SHAPE[0]))
+    with pytest.raises(ValueError, match="row_linear: bits must be 12, 8 or 16, got 13"):
+        weights.pack(randn(64, 64), impl="cpu", bits=13)
 
 
 def test_plain_weights_have_all_bits(decoding, packed):
@@ -203,7 +224,9 @@ def test_both_views_rows(decoding, packed, n, rows_ar, count):
     assert all(torch.equal(out.view(torch.int16), outs[0].view(torch.int16)) for out in outs)
 
 
-@pytest.mark.parametrize(("n", "rows_ar", "count"), [(190, 80, 1), (190, 80, 3), (20, 12, 2), (4, 1, 1)])
+@pytest.mark.parametrize(
+    ("n", "rows_ar", "count"), [(190, 80, 1), (190, 80, 3), (190, 0, 2), (20, 12, 2), (9, 0, 1), (9, 9, 1), (4, 1, 1)]
+)
 def test_the_diffusion_view_in_8_bits_beside_exact_rows(decoding, packed, n, rows_ar, count):
     """As in a pass that verifies and drafts at once: only rows of the diffusion view are inexact."""
     weight, x, outs = (randn(*SHAPE, seed=1), some_exceptions()), randn(n, SHAPE[1], seed=3), []

@@ -393,7 +393,7 @@ def test_a_workspace_that_does_not_hold_every_sum_is_refused(rows, ar, monkeypat
     assert errors == [INVALID, 0]
 
 
-READ = pytest.mark.parametrize(("exact", "bits"), [(True, 12), (False, 12), (True, 8)])
+READ = pytest.mark.parametrize(("exact", "bits"), [(True, 12), (False, 12), (True, 8), (False, 8)])
 
 
 def check_read(bits, isa):
@@ -431,6 +431,23 @@ def test_the_next_weights_beginning_is_brought_to_l2(shape, rows, ar, exact, bit
         assert library().row_linear_prefetches() == before + brought
         ctas = 0 if isa.endswith("sm80") or rows > 160 else library().row_linear_grid(k, n, sms)
         assert brought == library().row_linear_next_prefetch(ctas, next_k, next_n, sms, next_weight.bits, not exact)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("shape", [(4096, 192, 5), (1024, 3200, 7)])
+def test_both_views_weights_are_brought_to_l2(shape, exact, isa):
+    """Of the second one all blocks, as the stages hold the first one's."""
+    k, n, sms = shape
+    views = pack(tensor(n, k, seed=1)), pack(tensor(n, k, seed=3), bits=8)
+    run(tensor(2, k, seed=2), views[0], diff=views[1], num_rows_ar=1, sms=sms, exact=exact)
+    brought = [
+        library().row_linear_prefetched(
+            ctypes.c_void_p(w.data.data_ptr()), ctypes.c_void_p(w.data.data_ptr() + w.nbytes), w.bits, not exact
+        )
+        for w in views
+    ]
+    assert sum(brought) == library().row_linear_prefetches()
+    assert brought == [0, 0] if isa.endswith("sm80") else 0 < brought[0] < brought[1] == k * n // 64**2
 
 
 @READ

@@ -105,9 +105,10 @@ def test_the_diffusion_view_in_8_bits_beside_exact_rows(shape, monkeypatch):
     monkeypatch.setenv("ORTHRUS_CUDA_CODED", "0")
     weight, drafted = pack(plain), pack(draft_weight(other))
     for rows in ROWS:
-        for rows_ar in (rows // 3, 0):
+        for rows_ar, exact in ((rows // 3, True), (rows, True), (0, True), (0, False)):
             want = run(x[:rows], weight, weight_diff=drafted, num_rows_ar=rows_ar)
-            assert torch.equal(run(x[:rows], coded, weight_diff=short, num_rows_ar=rows_ar), want), (rows, rows_ar)
+            got = run(x[:rows], coded, weight_diff=short, num_rows_ar=rows_ar, exact=exact)
+            assert torch.equal(got, want), (rows, rows_ar, exact)
 
 
 def test_weights_are_coded_as_on_a_cpu():

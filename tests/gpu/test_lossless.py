@@ -29,7 +29,8 @@ def engine(request, tmp_path_factory):
             str(folder), device="cuda", mode="two_pass", max_seq_len=256, max_batch_size=6, num_pages=24,
             dtype=kwargs["dtype"], prefix_caching=False,
         )  # fmt: skip
-    assert engine.model.layers[0].o.coded == coded
+    layer = engine.model.layers[0]
+    assert [w.bits for w in (layer.o, layer.o_diff)] == ([12, 8] if coded else [8 * kwargs["dtype"].itemsize] * 2)
     yield engine
     engine.close()
 

@@ -9,7 +9,7 @@ namespace orthrus::cpu {
 const char* isa();
 // Changes it for tests and measurements. Throws std::runtime_error where the machine does not offer the variant.
 void set_isa(const char* name);
-// Whether bf16 weights should be packed in 12 bits for this variant: see cpu/coded_weight.h.
+// Whether bf16 weights should be coded for this variant: see cpu/coded_weight.h.
 bool takes_coded_weights();
 // Threads of the pool that runs every CPU op. Takes effect with the next op, which throws std::runtime_error if the
 // system does not start that many.

@@ -55,15 +55,19 @@ enum class Epilogue : int32_t {
   kArgmax = 4,    // partial_value/partial_id: per row and vocabulary tile, ties to the lowest id
 };
 
+// Bits per element of coded bf16 weights (cpu/coded_weight.h, cuda/coded_block.cuh): without loss, and for drafts.
+constexpr int kCodedBits = 12, kDraftBits = 8;
+static constexpr bool is_coded(int bits) { return bits == kCodedBits || bits == kDraftBits; }
+
 // y[r, n] = sum_k x[r, k] * W(r)[n, k], W(r) = weight for r < num_rows_ar, else weight_diff.
 template <typename T>
 struct RowLinearParamsOf {
   const T* x;                  // [num_rows, in_features]
   const void* weight;          // packed by the implementation's own layout
   const void* weight_diff;     // packed likewise; null: all rows use `weight`
-  int32_t weight_bits;         // per element: of coded bf16 12 or 8 (cpu/coded_weight.h, cuda/coded_block.cuh)
+  int32_t weight_bits;         // per element: kCodedBits, kDraftBits, or those of T
   int32_t weight_diff_bits;
-  int32_t leading_only;        // of weights in 12 bits, 8 suffice, their leading parts: the pass only drafts
+  int32_t leading_only;        // of kCodedBits the leading parts, kDraftBits, suffice: the pass only drafts
   const T* residual;           // [num_rows, out_features] (kResidual), may alias out
   void* out;                   // see Epilogue
   float* partial_value;        // [num_rows, num_partials] (kArgmax)
