@@ -258,12 +258,14 @@ def check_failure(facts: dict, message: str) -> None:
     assert all(message in (said or "") for said in (*facts["steps"][1:], facts["generate"])), facts
     assert facts["steps"][0] is None or message in facts["steps"][0], facts  # its results may have been there already
     assert facts["unfinished"] and facts["closed"] and facts["aborted"] == 1, facts
+    assert facts["close"] is None or message in facts["close"], facts
     assert facts["close_again"] is None and "this engine is closed" in facts["step_when_closed"], facts
 
 
 def check_streams(facts: dict, message: str) -> None:
     assert message in (facts["open_stream"] or ""), facts
     assert message in (facts["new_stream"] or ""), facts
+    assert facts["close"] is None or message in facts["close"], facts
     assert facts["closed"], facts
 
 
