@@ -37,7 +37,9 @@ class Part:
 
 
 pytestmark = pytest.mark.full
-ROW_LINEAR = "tests/cpu/test_row_linear_on_host.py tests/cpu/test_coded_blocks.py"
+ROW_LINEAR = " ".join(
+    f"tests/cpu/test_{name}.py" for name in ("row_linear_on_host", "row_linear_prefetches", "coded_blocks")
+)
 DUAL_ATTN = "tests/cpu/test_dual_attn_on_host.py"
 OTHERS = "tests/cpu/test_cuda_on_host.py tests/cpu/test_consensus.py"
 WIDTHS, FAULTS = "tests/ptx/test_widths.py", "tests/ptx/test_faults.py"
