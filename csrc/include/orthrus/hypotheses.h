@@ -4,7 +4,7 @@
 // With anchor -1 its block starts at the last accepted token, at position n + j. The bonus token after it is unseen:
 // row 0 of the block guesses it, and rows 1 ... give the next drafts. With a token as anchor, a runner-up for the
 // rejected draft j + 1, the block starts at that draft's position, n + j + 1. If the bonus token is the anchor,
-// rows 0 ... are the drafts that a separate draft pass would have made (which may read less of each weight).
+// rows 0 ... are the drafts that a separate draft pass would have made, if it read as much of each weight.
 //
 // They are picked greedily by expected gain: P(outcome) times the tokens that drafts for it add to the next pass, where
 // a block with the bonus token unseen counts 1. P is computed from the drafter's own probabilities p of its drafts and
