@@ -15,8 +15,8 @@
 // weights are stored in 8. In place of the four bits drafts have their middle, 1000 (see draft_value), so that elements
 // which are neither tiny nor huge are at most a sixteenth off. In `two_pass` the embedded model then gives 2% fewer
 // tokens per cycle on average (of whole blocks, by kind of prompt and instruction set, 6% fewer to 2% more: the pins of
-// test_lossless.py). In `one_pass`, where only the diffusion view's own weights are inexact, it gives 0.1% fewer (by plan
-// and kind of prompt, 2.4% fewer to 1.5% more: bench_one_pass).
+// test_lossless.py). In `one_pass`, where only the diffusion view's own weights are inexact, it gives 0.1% fewer (by
+// plan and kind of prompt, 2.4% fewer to 1.5% more: bench_one_pass).
 //
 // A weight: the leading parts of all strips, then, in 12 bits, their trailing parts, then all exceptions.
 // - A leading part: a CodedStrip, then 64 bytes for each step over k. Byte i holds the code of the step's element at i

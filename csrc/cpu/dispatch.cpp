@@ -7,9 +7,8 @@
 #include <string>
 #include <type_traits>
 
-#include "coded_weight.h"
-#include "float_mode.h"
 #include "slot_ops.h"
+#include "float_mode.h"
 #include "orthrus/ops.h"
 #include "tape.h"
 #include "variant.h"

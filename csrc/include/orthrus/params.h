@@ -57,6 +57,7 @@ enum class Epilogue : int32_t {
 
 // Bits per element of coded bf16 weights (cpu/coded_weight.h, cuda/coded_block.cuh): without loss, and for drafts.
 constexpr int kCodedBits = 12, kDraftBits = 8;
+// Static: nothing here may be merged across variants of the CPU (cpu/variant.h).
 static constexpr bool is_coded(int bits) { return bits == kCodedBits || bits == kDraftBits; }
 
 // y[r, n] = sum_k x[r, k] * W(r)[n, k], W(r) = weight for r < num_rows_ar, else weight_diff.
