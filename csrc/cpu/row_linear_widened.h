@@ -87,7 +87,7 @@ inline __attribute__((noinline)) void multiply_block(const float* x, int64_t x_s
     const char* line = ahead.from;
     const int64_t stride = kLines ? ahead_bytes / kLines : 0;
     for (int64_t k = 0; k < num_steps; k += Steps::kTogether, steps.advance(), x += 2 * Steps::kTogether) {
-      for (int i = 0; i < kLines; ++i, line += stride) prefetch(line);
+      for (int i = 0; i < kLines; ++i, line += stride) prefetch_once(line);
       add_step(std::integral_constant<int, 0>());
       if constexpr (Steps::kTogether == 2) add_step(std::integral_constant<int, 1>());
     }
@@ -169,7 +169,7 @@ struct CodedBlocks {
   // As many bytes as a block has, the same number of steps ahead as the leading part.
   ORTHRUS_INLINE void prefetch_trailing(int64_t num_steps) const {
     const char* from = runs.units.trailing + kAheadBytes / kLeadingBytes * kTrailingBytes;
-    for (int64_t k = 0; k < num_steps; k += kUnitSteps, from += kTrailingBytes) prefetch(from);
+    for (int64_t k = 0; k < num_steps; k += kUnitSteps, from += kTrailingBytes) prefetch_once(from);
   }
 };
 #endif

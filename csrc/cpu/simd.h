@@ -21,13 +21,14 @@
 // - load_words, set1_word, as_floats, bit_xor; first_of, second_of: an element of each pair, widened; round_to_bf16: in
 //   the upper half of each word
 // - multiply_wide(a, m, high, low): both words of the product; words_to_float: of unsigned words, to nearest even
-// - prefetch: into L2, for what is needed soon, but after what L1 holds now
+// - prefetch: into L2, for what is needed soon, but after what L1 holds now. prefetch_once: into L1, for what is used
+//   once and very soon; the other caches keep what they hold
 // - transpose16(in, out, stride): out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are
 //   `stride` words apart
 // - with ORTHRUS_HAS_DOT2: dot2(acc, a, b), which adds the products of pairs; zip_pairs(p, q): lane i is p[i] and
 //   q[i], or p[i] and 0 without q
-// - with ORTHRUS_DECODES_WORDS, for coded weights (coded_weight.h): prefetch_to_l1; store_words; and on bytes,
-//   within each 16, low_nibbles, high_nibbles, look_up(table, index) of indices below 16, and zip_first and zip_last:
+// - with ORTHRUS_DECODES_WORDS, for coded weights (coded_weight.h): store_words; and on bytes, within each 16,
+//   low_nibbles, high_nibbles, look_up(table, index) of indices below 16, and zip_first and zip_last:
 //   the first, or last, 8 bytes of a and b, interleaved
 #pragma once
 #include <cstdint>

@@ -194,7 +194,7 @@ ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
 }
 
 ORTHRUS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-ORTHRUS_INLINE void prefetch_to_l1(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+ORTHRUS_INLINE void prefetch_once(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
 
 // out[j][i] = in[i][j] of 8 x 8 words at in[i] + from.
 ORTHRUS_INLINE void transpose8(const uint32_t* const* in, int from, uint32_t* out, int64_t stride) {
