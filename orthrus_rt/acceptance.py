@@ -105,20 +105,23 @@ class Acceptance:
         """Learn from consecutive cycles of ``plan``; ``cycles`` has the outcomes of each cycle's sequences, at least
         one.
         """
-        verified, accepted, cut, fresh = np.array([out for outs in cycles for out in outs], dtype=int).T
-        self._begun += int(fresh.sum())
-        self._tokens += int(np.maximum(1, 1 + accepted - cut).sum())
+        outcomes = [out for outs in cycles for out in outs]
         idle = (1 - 1 / IDLE_MEMORY) ** len(cycles)
-        self._begun, self._tokens = self._begun * idle, self._tokens * idle
-        drafts = verified if plan.mode != "one_pass" else np.where(fresh, 0, plan.block_len - 1)
+        self._begun = idle * (self._begun + sum(out.fresh for out in outcomes))
+        self._tokens = idle * (self._tokens + sum(out.num_tokens for out in outcomes))
+        if plan == AR:
+            self._hits *= idle
+            self._trials *= idle
+            return
+        verified, accepted, cut, fresh = np.array(outcomes, dtype=int).T
+        drafts = verified if plan.mode == "two_pass" else np.where(fresh, 0, plan.block_len - 1)
         hits, trials = (self._by_position(np.minimum(n, drafts)) for n in (accepted, accepted + 1 - cut))
         renewed = trials / (MEMORY * len(accepted) / len(cycles))  # rarely reached positions remember longer
         row = self.fan_outs.index(plan.fan_out)
         for counts, new in ((self._hits, hits), (self._trials, trials)):
             counts *= idle * (1 - renewed)
             counts[row] += new
-        if plan.mode != "ar":
-            self._compare(renewed, len(cycles))
+        self._compare(renewed, len(cycles))
 
     def _by_position(self, drafts: np.ndarray) -> np.ndarray:
         """For every position i, how many of ``drafts`` are greater than i."""

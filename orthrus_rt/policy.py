@@ -27,17 +27,16 @@ Hysteresis: another plan replaces the one in use once its predicted savings have
 CUSUM). A large gain thus leads to a switch soon, a small one only if it lasts.
 
 Choosing takes the host longer than anything else about a cycle, most of all where a pass through the weights has swept
-its caches. So a chosen plan is kept for a *course* of up to COURSE cycles, as long as the account covers their worst
-outcome, and their results are weighed together at its end. AR cycles give no information on drafts, so their courses
-are longer.
+its caches, and neither account counts it. So a chosen plan is kept for a *course* of up to COURSE cycles, as long as
+the account covers their worst outcome, and their results are weighed together at its end. AR cycles give no information
+on drafts, so their courses are longer: until the account covers the wanted plan, or until the next trial may begin.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter, deque
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from orthrus_rt.acceptance import Acceptance, Outcome
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket, most_hypotheses
@@ -54,7 +53,8 @@ OPTIMISM = 0.7  # standard errors by which a plan may be better than it looks; m
 TRIAL_LENGTH = 8  # sequence-cycles, at least
 TRIAL_PRICE = 0.5  # share of the exploration credit that a longer trial may cost
 REST = 64  # cycles between trials, and the longest trial
-COURSE, AR_COURSE, COURSE_SHARE = 8, 32, 8  # longest course, and AR's, in cycles; at most 1/8 of all cycles before it
+COURSE, COURSE_SHARE = 8, 8  # cycles of the longest course, at most 1/8 of all cycles before it
+AR_COURSE = 64  # cycles of AR's longest, at any time
 PIPELINE_FILL = 1  # passes of one_pass before it has drafts
 REFRESH_REST, REFRESH_CYCLES = 64, 3  # cycles without AR before AR is timed again, and for how many cycles
 DRIFT_REST = 8  # the same if the machine's speed seems to have changed: it may be the plan in use alone
@@ -134,14 +134,19 @@ class Lane:
         return self.in_use
 
 
-class Launched(NamedTuple):
-    """A cycle whose results have not arrived; all cycles of a course are alike."""
+@dataclass(eq=False, slots=True)
+class Course:
+    """Cycles of one plan, which are chosen together, and those of their results that have not been weighed."""
 
     lane: Lane
     plan: CyclePlan
-    reserved: float  # seconds that it may cost the safety account
+    left: int  # cycles to go
+    reserved: float  # seconds that each cycle may cost the safety account
     against: float | None  # of a trial: seconds per token of the plan in use
-    fills: bool  # the pipeline of one_pass was still empty of drafts
+    fills: bool  # the next result to weigh is of a one_pass without drafts in its pipeline
+    alone: bool  # cycles should run by themselves to be timed
+    outcomes: list[list[Outcome]] = field(default_factory=list)  # of each cycle
+    seconds: list[float] = field(default_factory=list)  # of the timed cycles
 
 
 class Policy:
@@ -173,10 +178,10 @@ class Policy:
         self.plan_counts: Counter[CyclePlan] = Counter()
         self.current: CyclePlan | None = None
         self._lanes: dict[tuple[int, bool], Lane] = {}
-        self._pending: deque[Launched] = deque()
-        self._unread: deque[tuple[Launched, list[Outcome], float | None]] = deque()  # recorded, not yet weighed
-        self._course: Launched | None = None  # what each of its cycles is
-        self._course_left = 0  # cycles to go
+        self._course: Course | None = None
+        self._pending: deque[Course] = deque()  # of every cycle whose results have not arrived
+        self._unread: list[Course] = []  # with results to weigh
+        self._reserved = 0.0  # seconds that all these cycles may cost the safety account
         self._since_trial = self._cycles = 0
 
     def plans_of(self, bucket: int) -> list[CyclePlan]:
@@ -192,26 +197,24 @@ class Policy:
     def choose(self, batch_size: int, greedy: bool = True) -> CyclePlan:
         """The plan of the next cycle of ``batch_size`` (>= 1) sequences; ``greedy`` if none of them samples."""
         lane, course = self._lane(batch_size, greedy), self._course
-        keeps = self._course_left and course.lane is lane and course.plan == self.current
-        if not (keeps and self._covers(course.reserved)):
+        goes_on = course and course.left and course.lane is lane and course.plan is self.current
+        if not (goes_on and self._covers(course.reserved)):
             self._course = course = self._think(lane, batch_size)
-        elif course.fills:
-            self._course = course = course._replace(fills=False)
-        self._course_left -= 1
+        course.left -= 1
         lane.trial_left -= course.against is not None
         self._since_trial = 0 if course.against is not None else self._since_trial + 1
         lane.ran(course.plan)
         self._pending.append(course)
+        self._reserved += course.reserved
         self.current = course.plan
         return course.plan
 
     @property
     def wants_time(self) -> bool:
         """Whether the cycle chosen last should run by itself to be timed, as its cost is a guess or out of date."""
-        lane, plan, _, against, _ = self._course
-        return lane.guesses(plan) or (plan == AR and against is not None)
+        return self._course.alone
 
-    def _think(self, lane: Lane, batch_size: int) -> Launched:
+    def _think(self, lane: Lane, batch_size: int) -> Course:
         """Choose the next course."""
         self.settle()
         tokens = lane.acceptance.tokens(lane.plans)
@@ -221,13 +224,29 @@ class Policy:
         plan = in_use if trial is None else trial
         if not self._affordable(lane, plan):
             plan, trial, lane.trial = self._fallback(lane, rates), None, None
-        longest = min(COURSE, lane.trial_left) if trial is not None else AR_COURSE if plan == AR else COURSE
-        self._course_left = min(longest, 1 + self._cycles // COURSE_SHARE)
-        if lane.guesses(plan):
-            self._course_left = 1
-        fills = plan.mode == "one_pass" and self.current != plan
-        against = None if trial is None else rates[in_use]
-        return Launched(lane, plan, max(0.0, lane.worst_loss(plan)), against, fills)
+        if guesses := lane.guesses(plan):
+            length = 1
+        elif trial is None and plan == AR:
+            length = self._ar_course(lane, in_use)
+        else:
+            longest = COURSE if trial is None else min(COURSE, lane.trial_left)
+            length = min(longest, 1 + self._cycles // COURSE_SHARE)
+        return Course(
+            lane, plan, length,
+            reserved=max(0.0, lane.worst_loss(plan)),
+            against=None if trial is None else rates[in_use],
+            fills=plan.mode == "one_pass" and self.current != plan,
+            alone=guesses or (trial is not None and plan == AR),
+        )  # fmt: skip
+
+    def _ar_course(self, lane: Lane, in_use: CyclePlan) -> int:
+        """For how many AR cycles nothing could change the choice of AR, up to AR_COURSE."""
+        if in_use == AR:
+            wait = REST - self._since_trial
+        else:
+            missing = self._price(lane, in_use) + self._reserved - self.safety.balance
+            wait = math.ceil(missing / (SAFETY * lane.seconds(AR)))
+        return min(AR_COURSE, wait) if wait > 0 else AR_COURSE
 
     def _fallback(self, lane: Lane, rates: dict[CyclePlan, float]) -> CyclePlan:
         """What to run while the account does not cover the wanted plan: the current one if covered and better than AR,
@@ -269,16 +288,18 @@ class Policy:
         return None, 0
 
     def _affordable(self, lane: Lane, plan: CyclePlan) -> bool:
-        """Whether the safety account covers the worst outcome; of a one_pass that starts, over enough passes to see its
-        drafts.
+        """Whether the safety account covers the worst outcome."""
+        return self._covers(self._price(lane, plan))
+
+    def _price(self, lane: Lane, plan: CyclePlan) -> float:
+        """Seconds that the safety account must cover: a cycle's worst loss; of a one_pass that starts, that of enough
+        passes to see its drafts.
         """
-        cycles = 1 + PIPELINE_FILL if plan.mode == "one_pass" and self.current != plan else 1
-        return self._covers(cycles * lane.worst_loss(plan))
+        return lane.worst_loss(plan) * (1 + PIPELINE_FILL if plan.mode == "one_pass" and self.current != plan else 1)
 
     def _covers(self, seconds: float) -> bool:
         """Whether the safety account covers this even if everything not yet weighed turns out at its worst."""
-        launched = (*self._pending, *(cycle for cycle, _, _ in self._unread))
-        return seconds <= self.safety.balance - sum(cycle.reserved for cycle in launched)
+        return seconds <= self.safety.balance - self._reserved
 
     def record(self, outcomes: list[Outcome], seconds: float | None = None) -> None:
         """Record the results of the oldest cycle in flight.
@@ -287,43 +308,48 @@ class Policy:
             outcomes: of each sequence that ran, without those that had already ended when the cycle ran.
             seconds: how long the cycle took, if it was timed by itself and was not the first of its kind.
         """
-        self._unread.append((self._pending.popleft(), outcomes, seconds))
+        course = self._pending.popleft()
+        if not course.outcomes:
+            self._unread.append(course)
+        course.outcomes.append(outcomes)
+        if seconds is not None:
+            course.seconds.append(seconds)
 
     def settle(self) -> None:
         """Weigh the recorded cycles at the costs known before them; then correct these costs by their times."""
-        of_a_kind = itertools.groupby(self._unread, key=lambda cycle: (cycle[0].plan, cycle[0].lane.acceptance))
-        for (plan, acceptance), cycles in of_a_kind:
-            observed = [outcomes for cycle, outcomes, _ in cycles if outcomes and not cycle.fills]
-            if observed:
-                acceptance.observe(plan, observed)
         timed = []
-        while self._unread:
-            cycle, outcomes, seconds = self._unread.popleft()
-            lane, plan = cycle.lane, cycle.plan
-            if seconds is not None and lane.costs:
-                timed.append((lane, plan, seconds))
-            elif seconds is not None:  # the first cost known: it becomes the unit of the accounts
-                lane.costs.observe(lane.bucket, plan, seconds)
-            self.plan_counts[plan] += 1
-            self._cycles += 1
+        for course in self._unread:
+            lane, plan, outcomes, seconds = course.lane, course.plan, course.outcomes, course.seconds
+            course.outcomes, course.seconds = [], []
+            if observed := [of_cycle for of_cycle in outcomes[course.fills :] if of_cycle]:
+                lane.acceptance.observe(plan, observed)
+            course.fills = False
+            if seconds and not lane.costs:  # the first cost known becomes the unit of the accounts
+                lane.costs.observe(lane.bucket, plan, seconds.pop(0))
+            timed.append((lane, plan, seconds))
+            self.plan_counts[plan] += len(outcomes)
+            self._cycles += len(outcomes)
             if lane.costs:
-                self._pay(cycle, outcomes)
+                self._pay(course, outcomes)
+        self._unread.clear()
+        self._reserved = sum(course.reserved for course in self._pending)
         for lane, plan, seconds in timed:
-            lane.costs.observe(lane.bucket, plan, seconds)
+            for each in seconds:
+                lane.costs.observe(lane.bucket, plan, each)
 
-    def _pay(self, cycle: Launched, outcomes: list[Outcome]) -> None:
-        """Enter a cycle into the accounts."""
-        lane, plan, _, against, _ = cycle
-        cost, ar = lane.seconds(plan), lane.seconds(AR)
+    def _pay(self, course: Course, outcomes: list[list[Outcome]]) -> None:
+        """Enter cycles of the course into the accounts."""
+        cost, ar = course.lane.seconds(course.plan), course.lane.seconds(AR)
         if not self._granted:
             self._granted = True
             self.safety.add(GRANT * ar, SAFETY_CAP * ar)
-        tokens = sum(out.num_tokens for out in outcomes) / len(outcomes) if outcomes else 1.0
-        self.safety.add((1 + SAFETY) * tokens * ar - cost, SAFETY_CAP * ar)
-        lost = 0.0 if against is None else cost - tokens * against
-        self.exploration.add(EXPLORATION * cost - lost, EXPLORATION_CAP * ar)
-        self.spent += cost
-        self.ar_equivalent += tokens * ar
+        for of_cycle in outcomes:
+            tokens = sum(out.num_tokens for out in of_cycle) / len(of_cycle) if of_cycle else 1.0
+            self.safety.add((1 + SAFETY) * tokens * ar - cost, SAFETY_CAP * ar)
+            lost = 0.0 if course.against is None else cost - tokens * course.against
+            self.exploration.add(EXPLORATION * cost - lost, EXPLORATION_CAP * ar)
+            self.spent += cost
+            self.ar_equivalent += tokens * ar
 
     def prefilled(self, seconds: float) -> None:
         """Count a prefill of ``seconds``: AR needs it too, so the share of AR's time that may be lost includes it."""

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -49,7 +50,7 @@ def in_turn(monkeypatch, modes):
         real(policy, batch_size, greedy)
         plans = [p for p in policy.plans_of(batch_bucket(batch_size, policy.max_batch_size)) if p.mode in modes]
         plan = plans[next(order) % len(plans)]
-        policy._pending[-1] = policy._pending[-1]._replace(plan=plan)
+        policy._pending[-1] = replace(policy._pending[-1], plan=plan, outcomes=[], seconds=[])
         return plan
 
     monkeypatch.setattr(Policy, "choose", choose)

@@ -262,7 +262,7 @@ def test_a_large_batch_tells_of_a_plan_in_fewer_cycles(batch, tried):
     chooser.costs.set(batch, AR, 1.0)
     chooser.costs.set(batch, rival, chooser.acceptance.tokens([rival])[rival] + price)
     ran = 0
-    while ran < REST + REFRESH_CYCLES or chooser._course_left:
+    while ran < REST + REFRESH_CYCLES or chooser._course.left:
         assert chooser.choose(batch) == AR
         chooser.exploration.balance, ran = 0.0, ran + 1
         chooser.record([Outcome(0, 0)] * batch)
@@ -279,7 +279,7 @@ def test_credit_for_a_trial_of_one_pass_is_for_more_than_its_first_cycle(filling
     chooser.costs.set(8, AR, 1.0)
     chooser.costs.set(8, rival, chooser.acceptance.tokens([rival])[rival] + price)
     ran = 0
-    while ran < REST + REFRESH_CYCLES or chooser._course_left:
+    while ran < REST + REFRESH_CYCLES or chooser._course.left:
         assert chooser.choose(8) == AR
         chooser.exploration.balance, ran = 0.0, ran + 1
         chooser.record([Outcome(0, 0)] * 8)
@@ -298,7 +298,7 @@ def test_a_plan_whose_only_cycle_may_have_stalled_gets_one_more_at_any_price():
     chooser = Policy([AR, plan], 1)
     chooser.costs.set(1, AR, 1.0)
     chooser.costs.observe(1, plan, 5.0)
-    while chooser._since_trial < 2 * REST or chooser._course_left:
+    while chooser._since_trial < 2 * REST or chooser._course.left:
         chooser.exploration.balance = -100.0
         assert chooser.choose(1) == AR
         chooser.record([Outcome(0, 0)])
@@ -341,13 +341,30 @@ def test_it_thinks_once_in_a_course_and_whenever_the_batch_changes(monkeypatch):
     assert cycles(COURSE_SHARE) == COURSE_SHARE
     cycles(COURSE * COURSE_SHARE)
     assert 20 <= cycles(20 * COURSE) <= 30  # trials end courses, too
-    while not chooser._course_left:
+    while not chooser._course.left:
         cycles(1)
     assert cycles(1, batch=8) == 1 and cycles(1) == 1
     chooser = Policy([AR], 1)
     chooser.costs.set(1, AR, 1.0)
-    cycles(AR_COURSE * COURSE_SHARE)
+    cycles(REFRESH_CYCLES)
     assert cycles(10 * AR_COURSE) == 10
+
+
+def test_ar_runs_in_one_course_until_the_account_covers_the_wanted_plan(monkeypatch):
+    plan, thoughts, think = CyclePlan("two_pass", 4), [], Policy._think
+    chooser = Policy([AR, plan], 1)
+    for p, seconds in ((AR, 1.0), (plan, 1.295)):
+        chooser.costs.set(1, p, seconds)
+    while chooser.current != plan or chooser._course.left:
+        drafts = chooser.choose(1).block_len - 1
+        chooser.record([Outcome(drafts, drafts)])
+    chooser.settle()
+    chooser.safety.balance = 0.0
+    monkeypatch.setattr(Policy, "_think", lambda *args: thoughts.append(args) or think(*args))
+    for _ in range(29):  # 1% each, for 1.295 - 1.01
+        assert chooser.choose(1) == AR
+        chooser.record([Outcome(0, 0)])
+    assert chooser.choose(1) == plan and len(thoughts) == 2
 
 
 def test_candidates():

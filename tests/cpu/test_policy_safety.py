@@ -181,26 +181,38 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_lost_drafts_end_the_course_and_the_pipeline_fills_anew(loss):
-    plan = CyclePlan("one_pass", 16, 4)
+def test_lost_drafts_end_the_course_and_the_pipeline_fills_anew(loss, monkeypatch):
+    """The cycle that fills it tells nothing of drafts."""
+    plan, good, bad = CyclePlan("one_pass", 16, 4), Outcome(15, 12), Outcome(0, 0)
     chooser = Policy([AR, plan], 1)
     for p, seconds in ((AR, 1.0), (plan, 1.4)):
         chooser.costs.set(1, p, seconds)
-    chooser.choose(1)
-    while not (chooser.current == plan and chooser._course_left == COURSE - 3):
-        chooser.record([Outcome(0, 0)] if chooser._pending[-1].fills or chooser.current == AR else [Outcome(15, 12)])
+    before, _ = None, chooser.choose(1)
+    while not (chooser.current == plan and chooser._course.left == COURSE - 3):
+        chooser.record([good if chooser.current == before == plan else bad])
+        before = chooser.current
         chooser.choose(1)
-    assert not chooser._pending[-1].fills
+    chooser.record([good])
     LOSSES[loss](chooser)
-    assert chooser.choose(1) == plan and chooser._pending[-1].fills
-    assert chooser.choose(1) == plan and not chooser._pending[-1].fills
+    assert chooser.choose(1) == plan
+    seen = []
+    monkeypatch.setattr(chooser.acceptance, "observe", lambda *args: seen.append(args))
+    chooser.record([bad])
+    assert chooser.choose(1) == plan
+    chooser.record([good])
+    chooser.settle()
+    assert seen == [(plan, [[good]])]
+    assert chooser.choose(1) == plan
+    chooser.record([good])
+    chooser.settle()
+    assert seen[1:] == [(plan, [[good]])]
 
 
 def test_a_course_that_the_account_does_not_cover_any_more_ends():
     """A drafter that starts to fail from one cycle to the next, with credit for a part of the course."""
     chooser, ar = policy("steep"), cycle_seconds("steep", 1, AR)
     run("steep", lambda cycle, i: (0.9, 1.0), 1000, chooser=chooser)
-    while chooser._course_left < COURSE - 1 or chooser.current == AR:
+    while chooser._course.left < COURSE - 1 or chooser.current == AR:
         plan = chooser.choose(1)
         chooser.record([Outcome(plan.block_len - 1, plan.block_len - 1)])
     chooser.settle()
@@ -241,11 +253,11 @@ def test_a_course_is_paid_at_the_price_that_it_began_at():
     chooser, price = Policy([AR, plan], 1), {AR: 1.0, plan: 2.0}
     for p, seconds in price.items():
         chooser.costs.set(1, p, seconds)
-    while chooser._course_left < COURSE - 1 or chooser.current == AR:
+    while chooser.current in (None, AR) or chooser._course.left < COURSE - 1:
         drafts = chooser.choose(1).block_len - 1
         chooser.record([Outcome(drafts, drafts)], price[chooser.current])
     chooser.settle()
-    before, worst, cycles = chooser.safety.balance, chooser._course.reserved, chooser._course_left
+    before, worst, cycles = chooser.safety.balance, chooser._course.reserved, chooser._course.left
     assert worst == pytest.approx(2.0 - (1 + SAFETY), rel=1e-3)
     for _ in range(cycles):
         assert chooser.choose(1) == plan
