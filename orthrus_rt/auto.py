@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import statistics
+import time
 import warnings
 from collections.abc import Callable
 
@@ -90,7 +91,11 @@ class Auto:
             drafts = default_draft_len("two_pass", self.plan.block_len - 1, self._device.type == "cpu")
             return CyclePlan("two_pass", drafts + 1), None
         greedy = not any(r.params.scored for r in requests)
-        return self.policy.choose(1 + max(r.slot for r in requests), greedy), self.policy
+        batch_size, start = 1 + max(r.slot for r in requests), time.perf_counter()
+        plan = self.policy.choose(batch_size, greedy)
+        if self._device.type == "cpu":  # a GPU runs the previous cycle meanwhile
+            self.policy.deliberated(time.perf_counter() - start)
+        return plan, self.policy
 
     def warmup(self, engine, progress: bool = False) -> list[tuple[CyclePlan, int]]:
         """Record and time the greedy cycles of every bucket, without those that could not pay at any acceptance.

@@ -27,9 +27,10 @@ Hysteresis: another plan replaces the one in use once its predicted savings have
 CUSUM). A large gain thus leads to a switch soon, a small one only if it lasts.
 
 Choosing takes the host longer than anything else about a cycle, most of all where a pass through the weights has swept
-its caches, and neither account counts it. So a chosen plan is kept for a *course* of up to COURSE cycles, as long as
-the account covers their worst outcome, and their results are weighed together at its end. AR cycles give no information
-on drafts, so their courses are longer: until the account covers the wanted plan, or until the next trial may begin.
+its caches. On a CPU nothing else runs meanwhile, and the safety account pays for it. So a chosen plan is kept for a
+*course* of up to COURSE cycles, as long as the account covers their worst outcome, and their results are weighed
+together at its end. AR cycles give no information on drafts, so their courses are longer: until the account covers the
+wanted plan, or until the next trial may begin.
 """
 
 from __future__ import annotations
@@ -357,6 +358,16 @@ class Policy:
         self.spent += seconds
         self.ar_equivalent += seconds
 
+    def deliberated(self, seconds: float) -> None:
+        """Count the time that :meth:`choose` took while the device had nothing to do. AR would not have needed it, so
+        it comes out of what may be lost against AR, as far as that goes, and at most an AR cycle's time: a choice that
+        took longer was stalled.
+        """
+        lane = self._course.lane
+        if lane.costs:
+            self.safety.balance -= max(0.0, min(seconds, lane.seconds(AR), self.safety.balance))
+            self.spent += seconds
+
     def forget_pending(self) -> None:
         """Forget the cycles in flight: they were lost, and no results will arrive."""
         self._pending.clear()
@@ -371,8 +382,8 @@ class Policy:
             ``candidates``: plan -> ``seconds_per_cycle``, ``tokens_per_cycle`` (of a sequence), ``seconds_per_token``,
             ``cost_measured`` (false: inferred from other plans), ``cycles`` (of all batches). ``accepted``: way of
             drafting -> expected accepted drafts if 0, 1, ... are offered. ``safety_balance_seconds``,
-            ``exploration_balance_seconds``: what drafting, and trials, may still cost. ``spent_seconds``: of all cycles
-            and prompts. ``ar_equivalent_seconds``: what AR would have taken for them.
+            ``exploration_balance_seconds``: what drafting, and trials, may still cost. ``spent_seconds``: of all
+            cycles and prompts, and on a CPU of choosing plans. ``ar_equivalent_seconds``: what AR would have taken.
 
         Raises:
             ValueError: ``batch_size`` is out of its range.
