@@ -72,17 +72,19 @@ def stream_scope(stream: torch.cuda.Stream | None):
     return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
-@contextlib.contextmanager
 def scope(device: torch.device, stream: torch.cuda.Stream | None):
     """The context that an engine runs in: on its stream, with the dtypes that it asks for whatever the program's
     ``autocast`` says, and on CUDA compatible with captures in other threads.
     """
-    cast = torch.is_autocast_enabled(device.type)
-    with (
-        stream_scope(stream),
-        torch.autocast(device.type, enabled=False) if cast else contextlib.nullcontext(),
-        _beside_captures() if device.type == "cuda" else contextlib.nullcontext(),
-    ):
+    uncast = contextlib.nullcontext()
+    if torch.is_autocast_enabled(device.type):
+        uncast = torch.autocast(device.type, enabled=False)
+    return _on_stream(stream, uncast) if device.type == "cuda" else uncast
+
+
+@contextlib.contextmanager
+def _on_stream(stream: torch.cuda.Stream | None, uncast):
+    with stream_scope(stream), uncast, _beside_captures():
         yield
 
 

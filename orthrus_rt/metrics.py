@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import itertools
-import time
 import weakref
 
 GAUGES = ("waiting", "running", "pages_free", "pages")
@@ -97,14 +95,6 @@ class Metrics:
         """
         count, total = self.times.get(kind, (0, 0.0))
         self.times[kind] = (count + 1, total + seconds)
-
-    @contextlib.contextmanager
-    def busy(self):
-        since = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.busy_seconds += time.perf_counter() - since
 
     def as_dict(self) -> dict:
         """All counters and gauges; safe to call from any thread.

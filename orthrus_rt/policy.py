@@ -37,19 +37,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from dataclasses import dataclass, field
 
 from orthrus_rt.acceptance import Acceptance, Outcome
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket, most_hypotheses
+from orthrus_rt.lane import DEADBAND, REFRESH_CYCLES, SAFETY, Account, Course, Lane
 from orthrus_rt.pass_costs import PassCosts
 
-SAFETY = 0.01  # of AR's time that may be lost against AR
 GRANT = 8  # AR cycles that may be lost beyond that, once
 SAFETY_CAP = 64  # AR cycles of credit kept
 EXPLORATION = 0.01  # of all time that may be lost on trying plans
 EXPLORATION_CAP = 64  # AR cycles of credit kept
-SWITCH = 1.0  # cycles of savings before the plan in use changes
-DEADBAND = 0.01  # relative savings below this do not count
 OPTIMISM = 0.7  # standard errors by which a plan may be better than it looks; more while exploration credit is unused
 TRIAL_LENGTH = 8  # sequence-cycles, at least
 TRIAL_PRICE = 0.5  # share of the exploration credit that a longer trial may cost
@@ -57,12 +54,6 @@ REST = 64  # cycles between trials, and the longest trial
 COURSE, COURSE_SHARE = 8, 8  # cycles of the longest course, at most 1/8 of all cycles before it
 AR_COURSE = 64  # cycles of AR's longest, at any time
 PIPELINE_FILL = 1  # passes of one_pass before it has drafts
-REFRESH_REST, REFRESH_CYCLES = 64, 3  # cycles without AR before AR is timed again, and for how many cycles
-DRIFT_REST = 8  # the same if the machine's speed seems to have changed: it may be the plan in use alone
-# Share of all time that may be lost on timing AR: where AR is close that is cheap, and AR may win. In any case AR is
-# timed within the time of 1,200 AR cycles.
-REFRESH_PRICE = 0.0025
-REFRESH_DRIFT = 0.25  # drift (see PassCosts) beyond which AR is timed at any price
 
 
 def candidate_plans(block_len: int, fan_out: int = 0) -> list[CyclePlan]:
@@ -73,81 +64,6 @@ def candidate_plans(block_len: int, fan_out: int = 0) -> list[CyclePlan]:
     if fan_out:
         return [AR, *two_pass, *(CyclePlan("one_pass", k, fan_out) for k in lens if fan_out <= most_hypotheses(k - 1))]
     return [AR, *two_pass, *(CyclePlan("one_pass", k, f) for k in lens for f in (2, 4, 8) if f <= k)]
-
-
-class Account:
-    """Seconds of credit up to a cap; negative if overdrawn."""
-
-    def __init__(self):
-        self.balance = 0.0
-
-    def add(self, seconds: float, cap: float) -> None:
-        self.balance = min(cap, self.balance + seconds)
-
-
-class Lane:
-    """Cycles of one batch bucket, greedy or sampling: the plans, their costs and yields, and the one in use."""
-
-    def __init__(self, bucket: int, plans: list[CyclePlan], costs: PassCosts, acceptance: Acceptance):
-        self.bucket, self.plans, self.costs, self.acceptance = bucket, plans, costs, acceptance
-        self.in_use: CyclePlan | None = None
-        self.since_ar = math.inf  # cycles; inf: AR's true cost here is not known
-        self._savings = 0.0  # cycles
-        self._since_look = 0  # cycles
-        self.trial: CyclePlan | None = None  # in progress, also while other lanes run
-        self.trial_left = 0  # cycles to go
-
-    def seconds(self, plan: CyclePlan, hopeful: bool = False) -> float:
-        """Expected seconds per cycle."""
-        return self.costs.seconds(self.bucket, plan, hopeful)
-
-    def guesses(self, plan: CyclePlan) -> bool:
-        """Whether its cost is not measured, or not confirmed by a second cycle yet."""
-        return (self.bucket, plan) not in self.costs or self.costs.measured_once(self.bucket, plan)
-
-    def worst_loss(self, plan: CyclePlan) -> float:
-        """Seconds that a cycle costs the safety account if no draft is accepted."""
-        return self.seconds(plan) - (1 + SAFETY) * self.seconds(AR)
-
-    def wants_ar_timed(self, rate: float) -> bool:
-        """``rate``: seconds per token of the plan in use."""
-        drifted = self.costs.drift(self.bucket, AR) > REFRESH_DRIFT
-        if self.since_ar < (DRIFT_REST if drifted else REFRESH_REST):
-            return False
-        lost = REFRESH_CYCLES * (self.seconds(AR) - rate)
-        cheap = lost <= REFRESH_PRICE * self.since_ar * self.seconds(self.in_use)
-        return drifted or cheap
-
-    def ran(self, plan: CyclePlan) -> None:
-        """Count a launched cycle of ``plan``."""
-        self.since_ar = 0 if plan == AR else self.since_ar + 1
-        self._since_look += 1
-
-    def hold(self, rates: dict[CyclePlan, float]) -> CyclePlan:
-        """The plan in use, replaced first if another has promised enough savings for long enough."""
-        best = min(self.plans, key=rates.get)
-        self.in_use = self.in_use or best
-        saving = 1 - rates[best] / rates[self.in_use] - DEADBAND
-        self._savings = max(0.0, self._savings + self._since_look * saving)
-        self._since_look = 0
-        if self._savings >= SWITCH:
-            self.in_use, self._savings = best, 0.0
-        return self.in_use
-
-
-@dataclass(eq=False, slots=True)
-class Course:
-    """Cycles of one plan, which are chosen together, and those of their results that have not been weighed."""
-
-    lane: Lane
-    plan: CyclePlan
-    left: int  # cycles to go
-    reserved: float  # seconds that each cycle may cost the safety account
-    against: float | None  # of a trial: seconds per token of the plan in use
-    fills: bool  # the next result to weigh is of a one_pass without drafts in its pipeline
-    alone: bool  # cycles should run by themselves to be timed
-    outcomes: list[list[Outcome]] = field(default_factory=list)  # of each cycle
-    seconds: list[float] = field(default_factory=list)  # of the timed cycles
 
 
 class Policy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +13,6 @@ from orthrus_rt import state as st
 from orthrus_rt.auto import Autos
 from orthrus_rt.config import ModelConfig
 from orthrus_rt.cycle_plan import AR, CyclePlan
-from orthrus_rt.exclusive import torn_if_cut
 from orthrus_rt.flights import Flight
 from orthrus_rt.kv import OutOfPages
 from orthrus_rt.metrics import Metrics
@@ -85,7 +85,8 @@ class Rounds:
         """One round: run a cycle of the decoding requests and prefill prompts, in its last pass where possible; then
         read the results that have arrived.
         """
-        with self._naming_who_runs(), contextlib.suppress(RequestFailed), torn_if_cut(self), self.metrics.busy():
+        since, self.torn = time.perf_counter(), True  # until this ends without an exception
+        try:
             before = self.runner.flights.num_posted
             self._launch(self._ready(), before)
             self._collect_but(before)
@@ -94,15 +95,14 @@ class Rounds:
                 self.metrics.took(kind, seconds)
                 if kind == "prefill" and auto:
                     auto.policy.prefilled(seconds)
-
-    @contextlib.contextmanager
-    def _naming_who_runs(self) -> Iterator[None]:
-        """Add the ids of the running requests to any exception raised inside."""
-        try:
-            yield
+            self.torn = False
+        except RequestFailed:
+            pass
         except Exception as error:
             error.add_note(f"orthrus_rt: {[r.request_id for r in self.scheduler.active]} were running")
             raise
+        finally:
+            self.metrics.busy_seconds += time.perf_counter() - since
 
     def _ready(self) -> list[Request]:
         """The decoding requests, each with pages for a cycle. Active requests are moved to the lowest slots."""

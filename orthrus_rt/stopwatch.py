@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -11,50 +10,59 @@ import torch
 
 
 class Stretch:
-    """Work of one kind; ``seconds`` is None until the device is known to have completed it."""
+    """Work of one kind, which a ``with`` block runs or launches; ``seconds`` is None until they are known."""
 
-    def __init__(self, kind: str):
-        self.kind, self.seconds = kind, None
+    def __init__(self, kind: str, stopwatch: Stopwatch):
+        self.kind, self.seconds, self._stopwatch = kind, None, stopwatch
+
+    def __enter__(self) -> Stretch:
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, failed, *_) -> None:
+        if failed is None:
+            self.seconds = time.perf_counter() - self._start
+            self._stopwatch.known.append(self)
+
+
+class StretchOnDevice(Stretch):
+    """The same for a CUDA stream: the seconds are known once the device has completed the work."""
+
+    def __enter__(self) -> Stretch:
+        spare = self._stopwatch.spare
+        self.start, self.end = (spare.pop() if spare else torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.start.record()
+        return self
+
+    def __exit__(self, failed, *_) -> None:
+        if failed is None:
+            self.end.record()
+            self._stopwatch.running.append(self)
 
 
 class Stopwatch:
-    """Times stretches of work by kind: with the host's clock on the CPU, with events on CUDA.
-
-    On CUDA the time of a stretch is known only once the device has completed it. Events are reused.
-    """
+    """Times stretches of work by kind: with the host's clock on the CPU, with events on CUDA. Events are reused."""
 
     def __init__(self, device: torch.device):
-        self._on_device = device.type == "cuda"
-        self._running: deque[tuple[Stretch, torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._known: list[Stretch] = []
-        self._spare: list[torch.cuda.Event] = []
+        self._stretch = StretchOnDevice if device.type == "cuda" else Stretch
+        self.running: deque[StretchOnDevice] = deque()
+        self.known: list[Stretch] = []
+        self.spare: list[torch.cuda.Event] = []
 
-    @contextlib.contextmanager
-    def time(self, kind: str):
-        """Time what is run or launched inside as one stretch of this kind."""
-        stretch = Stretch(kind)
-        if not self._on_device:
-            start = time.perf_counter()
-            yield stretch
-            stretch.seconds = time.perf_counter() - start
-            self._known.append(stretch)
-            return
-        start, end = (self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        yield stretch
-        end.record()
-        self._running.append((stretch, start, end))
+    def time(self, kind: str) -> Stretch:
+        """Time what is run or launched inside, as in ``with stopwatch.time("prefill"):``, as one stretch."""
+        return self._stretch(kind, self)
 
     def take(self) -> Iterator[tuple[str, float]]:
         """``(kind, seconds)`` of every completed stretch that was not taken before."""
         self.settle()
-        known, self._known = self._known, []
+        known, self.known = self.known, []
         yield from ((stretch.kind, stretch.seconds) for stretch in known)
 
     def settle(self) -> None:
         """Read the times of the stretches that the device has completed."""
-        while self._running and self._running[0][2].query():
-            stretch, start, end = self._running.popleft()
-            stretch.seconds = start.elapsed_time(end) * 1e-3
-            self._known.append(stretch)
-            self._spare += [start, end]
+        while self.running and self.running[0].end.query():
+            stretch = self.running.popleft()
+            stretch.seconds = stretch.start.elapsed_time(stretch.end) * 1e-3
+            self.known.append(stretch)
+            self.spare += [stretch.start, stretch.end]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 from importlib import metadata
@@ -354,11 +355,15 @@ def test_one_pass_candidates_stay_within_the_rows_of_a_pass(folder):
     assert 0 < max(plan.max_rows * slots for plan, slots in shapes if plan.mode == "one_pass") <= MAX_ROWS
 
 
-def test_the_policy_is_asked_for_the_slots_that_run_and_by_whether_any_request_samples(monkeypatch):
-    """If any request uses rejection sampling, the policy is not asked, as there is no choice."""
-    asked = []
-    monkeypatch.setattr(Policy, "choose", lambda self, *args: asked.append(args) or AR)
-    auto = Auto(CyclePlan("auto", 8), 4, torch.device("cpu"), lambda: "a model")
+@pytest.mark.parametrize(("device", "drafts"), [("cpu", 3), ("cuda", 7)])
+def test_the_policy_is_asked_for_the_slots_that_run_and_by_whether_any_request_samples(monkeypatch, device, drafts):
+    """If any request uses rejection sampling, the policy is not asked, as there is no choice. On a CPU its time counts;
+    a GPU is busy meanwhile.
+    """
+    asked, counted = [], []
+    monkeypatch.setattr(Policy, "choose", lambda self, *args: time.sleep(0.01) or asked.append(args) or AR)
+    monkeypatch.setattr(Policy, "deliberated", lambda self, seconds: counted.append(seconds))
+    auto = Auto(CyclePlan("auto", 8), 4, torch.device(device), lambda: "a model")
 
     def choose(**requests):
         """The choice for these requests; each argument is a slot with a way of sampling."""
@@ -372,7 +377,8 @@ def test_the_policy_is_asked_for_the_slots_that_run_and_by_whether_any_request_s
 
     assert choose(_0="greedy") == choose(_2="greedy") == choose(_0="sampled", _1="greedy") == (AR, auto.policy)
     assert asked == [(1, True), (3, True), (2, False)]
-    assert choose(_0="greedy", _1="rejection") == (CyclePlan("two_pass", 4), None) and len(asked) == 3
+    assert choose(_0="greedy", _1="rejection") == (CyclePlan("two_pass", drafts + 1), None) and len(asked) == 3
+    assert len(counted) == 3 * (device == "cpu") and all(0.01 <= seconds < 1 for seconds in counted)
 
 
 def test_kept_costs_are_of_one_number_of_slots_and_one_set_of_candidates(folder, monkeypatch):

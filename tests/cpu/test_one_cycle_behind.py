@@ -16,6 +16,7 @@ from orthrus_rt import state as st
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.flights import Flights
 from orthrus_rt.sampling import SamplingParams
+from orthrus_rt.stopwatch import StretchOnDevice
 from tests import engines, failing, poison
 
 pytestmark = [
@@ -89,7 +90,7 @@ def late(folder, monkeypatch, tmp_path):
 
     def make_late(**kwargs):
         engine = make(folder, pads_prefill=True, **kwargs)
-        engine.runner.flights.lag, engine.runner.stopwatch._on_device = 1, True
+        engine.runner.flights.lag, engine.runner.stopwatch._stretch = 1, StretchOnDevice
         return engine
 
     make_late.stream = stream

@@ -174,6 +174,27 @@ def test_lost_cycles_hold_no_credit():
     assert chooser.safety.balance == pytest.approx(free - worst)  # a cycle that served no sequence was still paid for
 
 
+def test_choosing_is_paid_from_the_account_and_overdraws_it_never():
+    """A choice that took longer than an AR cycle was stalled, and counts as one."""
+    chooser = Policy([AR], 1)
+    chooser.costs.set(1, AR, 1.0)
+    chooser.choose(1)
+    chooser.deliberated(0.25)
+    assert (chooser.safety.balance, chooser.spent) == (0.0, 0.25)
+    chooser.record([Outcome(0, 0)])
+    chooser.settle()
+    left = chooser.safety.balance
+    assert left == pytest.approx(GRANT + SAFETY)
+    chooser.deliberated(0.25)
+    assert chooser.safety.balance == pytest.approx(left - 0.25)
+    chooser.deliberated(7.0)
+    assert chooser.safety.balance == pytest.approx(left - 1.25)
+    for _ in range(GRANT):
+        chooser.deliberated(0.99)
+    assert chooser.safety.balance == 0.0
+    assert chooser.spent == pytest.approx(1.0 + 0.5 + 7.0 + GRANT * 0.99)
+
+
 LOSSES = {
     "a fault": lambda chooser: chooser.forget_pending(),
     "rejection sampling ran": lambda chooser: setattr(chooser, "current", None),  # as Auto.choose does it

@@ -4,8 +4,8 @@ import pytest
 
 from orthrus_rt.acceptance import Acceptance
 from orthrus_rt.cycle_plan import AR, CyclePlan
+from orthrus_rt.lane import DEADBAND, SWITCH, Lane
 from orthrus_rt.pass_costs import PassCosts
-from orthrus_rt.policy import DEADBAND, SWITCH, Lane
 
 PLAN = CyclePlan("two_pass", 4)
 
