@@ -75,7 +75,8 @@ class Auto:
             self.known = costs.load(self._file, key)
         except NoCacheFolder as error:
             log.info("the times of a warm-up are not kept: %s", error)
-        self.policy = Policy(plans, self._num_slots, costs, max_rows=MAX_ROWS)
+        clock = time.perf_counter if self._device.type == "cpu" else None  # a GPU runs the previous cycle meanwhile
+        self.policy = Policy(plans, self._num_slots, costs, max_rows=MAX_ROWS, clock=clock)
 
     def shapes(self) -> list[tuple[CyclePlan, int]]:
         """``(plan, slots)`` of every cycle that may run."""
@@ -91,11 +92,7 @@ class Auto:
             drafts = default_draft_len("two_pass", self.plan.block_len - 1, self._device.type == "cpu")
             return CyclePlan("two_pass", drafts + 1), None
         greedy = not any(r.params.scored for r in requests)
-        batch_size, start = 1 + max(r.slot for r in requests), time.perf_counter()
-        plan = self.policy.choose(batch_size, greedy)
-        if self._device.type == "cpu":  # a GPU runs the previous cycle meanwhile
-            self.policy.deliberated(time.perf_counter() - start)
-        return plan, self.policy
+        return self.policy.choose(1 + max(r.slot for r in requests), greedy), self.policy
 
     def warmup(self, engine, progress: bool = False) -> list[tuple[CyclePlan, int]]:
         """Record and time the greedy cycles of every bucket, without those that could not pay at any acceptance.

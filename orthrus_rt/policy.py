@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
+from collections.abc import Callable
 
 from orthrus_rt.acceptance import Acceptance, Outcome
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket, most_hypotheses
@@ -53,6 +54,7 @@ TRIAL_PRICE = 0.5  # share of the exploration credit that a longer trial may cos
 REST = 64  # cycles between trials, and the longest trial
 COURSE, COURSE_SHARE = 8, 8  # cycles of the longest course, at most 1/8 of all cycles before it
 AR_COURSE = 64  # cycles of AR's longest, at any time
+RECENT = 16  # cycles of a course whose times correct the costs
 PIPELINE_FILL = 1  # passes of one_pass before it has drafts
 
 
@@ -77,14 +79,17 @@ class Policy:
         costs: of greedy cycles; shared with the caller, which measures them. Cycles that sample have costs and an
             acceptance of their own.
         max_rows: a one_pass plan with more rows in a pass than this is no candidate in that bucket.
+        clock: returns the time, in seconds, if the device has nothing to do while the policy chooses, so that choosing
+            is paid for; None if it does not count.
     """
 
     def __init__(
-        self, plans: list[CyclePlan], max_batch_size: int, costs: PassCosts | None = None, max_rows: float = math.inf
-    ):
+        self, plans: list[CyclePlan], max_batch_size: int, costs: PassCosts | None = None, *,
+        max_rows: float = math.inf, clock: Callable[[], float] | None = None,
+    ):  # fmt: skip
         if AR not in plans:
             raise ValueError(f"Policy: plans must hold {AR}, got {plans}")
-        self.max_batch_size, self._plans, self._max_rows = max_batch_size, list(plans), max_rows
+        self.max_batch_size, self._plans, self._max_rows, self._clock = max_batch_size, list(plans), max_rows, clock
         self.costs = PassCosts() if costs is None else costs
         most_drafts, fan_outs = max(1, max(p.block_len for p in plans) - 1), {p.fan_out for p in plans}
         self.acceptance, sampled = (Acceptance(most_drafts, fan_outs) for _ in range(2))
@@ -116,7 +121,10 @@ class Policy:
         lane, course = self._lane(batch_size, greedy), self._course
         goes_on = course and course.left and course.lane is lane and course.plan is self.current
         if not (goes_on and self._covers(course.reserved)):
+            since = self._clock and self._clock()
             self._course = course = self._think(lane, batch_size)
+            if self._clock and lane.costs:
+                self._pay_for_choosing(self._clock() - since, lane.seconds(AR))
         course.left -= 1
         lane.trial_left -= course.against is not None
         self._since_trial = 0 if course.against is not None else self._since_trial + 1
@@ -251,7 +259,7 @@ class Policy:
         self._unread.clear()
         self._reserved = sum(course.reserved for course in self._pending)
         for lane, plan, seconds in timed:
-            for each in seconds:
+            for each in seconds[-RECENT:]:
                 lane.costs.observe(lane.bucket, plan, each)
 
     def _pay(self, course: Course, outcomes: list[list[Outcome]]) -> None:
@@ -268,21 +276,18 @@ class Policy:
             self.spent += cost
             self.ar_equivalent += tokens * ar
 
+    def _pay_for_choosing(self, seconds: float, ar: float) -> None:
+        """AR would not have needed this time, so it comes out of what may be lost against AR, as far as that goes, and
+        at most an AR cycle's time: a choice that took longer was stalled.
+        """
+        self.safety.balance -= max(0.0, min(seconds, ar, self.safety.balance))
+        self.spent += seconds
+
     def prefilled(self, seconds: float) -> None:
         """Count a prefill of ``seconds``: AR needs it too, so the share of AR's time that may be lost includes it."""
         self.safety.add(SAFETY * seconds, math.inf)  # capped when the next cycle is weighed
         self.spent += seconds
         self.ar_equivalent += seconds
-
-    def deliberated(self, seconds: float) -> None:
-        """Count the time that :meth:`choose` took while the device had nothing to do. AR would not have needed it, so
-        it comes out of what may be lost against AR, as far as that goes, and at most an AR cycle's time: a choice that
-        took longer was stalled.
-        """
-        lane = self._course.lane
-        if lane.costs:
-            self.safety.balance -= max(0.0, min(seconds, lane.seconds(AR), self.safety.balance))
-            self.spent += seconds
 
     def forget_pending(self) -> None:
         """Forget the cycles in flight: they were lost, and no results will arrive."""

@@ -8,16 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as hs
 
 from orthrus_rt.acceptance import Outcome
-from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.cycle_plan import AR, CyclePlan
+from orthrus_rt.lane import REFRESH_CYCLES, SAFETY
 from orthrus_rt.pass_costs import PassCosts
-from orthrus_rt.policy import (
-    AR,
-    COURSE,
-    GRANT,
-    SAFETY,
-    SAFETY_CAP,
-    Policy,
-)
+from orthrus_rt.policy import AR_COURSE, COURSE, GRANT, SAFETY_CAP, Policy
 from tests.policy_simulator import (
     DEVICES,
     HORIZON,
@@ -175,24 +169,34 @@ def test_lost_cycles_hold_no_credit():
 
 
 def test_choosing_is_paid_from_the_account_and_overdraws_it_never():
-    """A choice that took longer than an AR cycle was stalled, and counts as one."""
-    chooser = Policy([AR], 1)
+    """A choice that took longer than an AR cycle was stalled, and counts as one. Within a course nothing is chosen."""
+    times = []
+    chooser = Policy([AR], 1, clock=lambda: times.pop())
     chooser.costs.set(1, AR, 1.0)
-    chooser.choose(1)
-    chooser.deliberated(0.25)
-    assert (chooser.safety.balance, chooser.spent) == (0.0, 0.25)
-    chooser.record([Outcome(0, 0)])
+
+    def cycle(choosing=None):
+        """One cycle, with a choice that takes this long, or none."""
+        times[:] = [] if choosing is None else [100.0 + choosing, 100.0]
+        chooser.settle()
+        before = chooser.safety.balance
+        chooser.choose(1)
+        assert not times
+        paid = before - chooser.safety.balance
+        chooser.record([Outcome(0, 0)])
+        return paid
+
+    assert cycle(0.25) == 0.0  # nothing granted yet
+    for _ in range(REFRESH_CYCLES - 1):
+        assert cycle(0.25) == pytest.approx(0.25)
+    assert cycle(0.5) == pytest.approx(0.5)
+    for _ in range(AR_COURSE - 1):
+        assert cycle() == 0.0
+    assert cycle(7.0) == pytest.approx(1.0)
     chooser.settle()
-    left = chooser.safety.balance
-    assert left == pytest.approx(GRANT + SAFETY)
-    chooser.deliberated(0.25)
-    assert chooser.safety.balance == pytest.approx(left - 0.25)
-    chooser.deliberated(7.0)
-    assert chooser.safety.balance == pytest.approx(left - 1.25)
-    for _ in range(GRANT):
-        chooser.deliberated(0.99)
-    assert chooser.safety.balance == 0.0
-    assert chooser.spent == pytest.approx(1.0 + 0.5 + 7.0 + GRANT * 0.99)
+    chooser.safety.balance, chooser.current = 0.3, None
+    assert cycle(0.9) == pytest.approx(0.3)
+    chooser.settle()
+    assert chooser.spent == pytest.approx(chooser.plan_counts[AR] + REFRESH_CYCLES * 0.25 + 0.5 + 7.0 + 0.9)
 
 
 LOSSES = {
