@@ -9,18 +9,19 @@ decoded those texts before.
 
 A few rounds of all fixed plans show which is the fastest. This plan, AR and ``auto`` are then compared in further
 rounds, from which ``over_ar`` and ``over_best_fixed`` are computed. As the plan was chosen before them, it does not owe
-its place to luck in the rounds that count. A round is a few runs in a row, so that little time lies between compared
-runs, as the speeds of a machine's memory and arithmetic may change within seconds. Each of them in turn comes first in
-a round, in forward and backward order. Each round begins with another text, as a fresh policy depends on whether its
-very first drafts happen to be accepted. Rates, and their ratios within a round, are medians; ``noise`` is the standard
-error of ``over_ar``, as a share. ``adversarial`` decodes code with a drafter that is broken on purpose.
+its place to luck in the rounds that count. The speeds of a machine's memory and arithmetic may change within seconds.
+So on a CPU the compared plans decode at the same time, each in an engine of its own: the one with the fewest tokens
+takes the next step, and every step is timed. A GPU has room for one engine, and there a round is a few runs in a row.
+Each plan in turn comes first in a round, in forward and backward order. Each round begins with another text, as a fresh
+policy depends on whether its very first drafts happen to be accepted. Rates, and their ratios within a round, are
+medians; ``noise`` is the standard error of ``over_ar``, as a share. ``adversarial`` decodes code with a drafter that is
+broken on purpose.
 
     python -m bench.bench_auto --out DIR
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import random
@@ -29,7 +30,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
@@ -90,32 +90,67 @@ def fixed_plans(batch: int, most_rows: int) -> list[CyclePlan]:
     return [plan for plan in candidate_plans(16) if plan == AR or batch * plan.max_rows <= most_rows]
 
 
-def decode(engine: Engine, ids: list[list[int]], tokens: int, most: int, plan: CyclePlan | None) -> Decoded:
-    """Decode requests of ``tokens`` on average until there are ``most`` tokens, or all; ``plan`` None is auto."""
-    options = {}
-    if plan is not None:
-        options = dict(mode=plan.mode, draft_len=max(1, plan.block_len - 1), fan_out=plan.fan_out or None)
-    asked, requests, drawn = engine.make_plan(**options), [], random.Random(0)
-    for prompt in ids:
-        length = round(drawn.uniform(*LENGTHS) * tokens)
-        requests.append(engine._make_request(prompt, SamplingParams(max_new_tokens=length, ignore_eos=True), asked))
-    start = time.perf_counter()
-    with contextlib.closing(engine._run(requests, asked)) as rounds:
-        for _ in rounds:
-            if sum(len(r.tokens) for r in requests) >= most:
-                break
-        seconds = time.perf_counter() - start
-    if failed := [r for r in requests if r.error]:
-        raise SystemExit(f"bench_auto: {failed[0].error}")
-    return Decoded(seconds, [r.tokens for r in requests])
+class Decoding:
+    """Requests of ``tokens`` on average, decoded a step at a time.
+
+    Args:
+        plan: None is auto.
+        fresh: auto with a policy that knows the costs and nothing else.
+
+    Attributes:
+        seconds: of all steps.
+    """
+
+    def __init__(self, engine: Engine, ids: list[list[int]], tokens: int, plan: CyclePlan | None, fresh: bool = False):
+        options = {}
+        if plan is not None:
+            options = dict(mode=plan.mode, draft_len=max(1, plan.block_len - 1), fan_out=plan.fan_out or None)
+        self._engine, self._autos, self.seconds = engine, engine._autos, 0.0
+        if fresh:
+            engine._autos = copy.copy(engine._autos)
+            engine._autos.clear()
+        asked, self._requests, drawn = engine.make_plan(**options), [], random.Random(0)
+        for prompt in ids:
+            params = SamplingParams(max_new_tokens=round(drawn.uniform(*LENGTHS) * tokens), ignore_eos=True)
+            self._requests.append(engine._make_request(prompt, params, asked))
+        self._steps = engine._run(self._requests, asked)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(r.tokens) for r in self._requests)
+
+    def step(self) -> bool:
+        """Whether there was something left to do."""
+        start = time.perf_counter()
+        try:
+            return next(self._steps, self) is None
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def end(self) -> Decoded:
+        self._steps.close()
+        self._engine._autos = self._autos
+        if failed := [r for r in self._requests if r.error]:
+            raise SystemExit(f"bench_auto: {failed[0].error}")
+        return Decoded(self.seconds, [r.tokens for r in self._requests])
 
 
-def decode_first(engine: Engine, *args) -> Decoded:
-    """The same with a policy that knows the costs and nothing else."""
-    fresh = copy.copy(engine._autos)
-    fresh.clear()
-    with mock.patch.object(engine, "_autos", fresh):
-        return decode(engine, *args, None)
+def decode_together(decodings: list[Decoding], most: int) -> list[Decoded]:
+    """Decode until each has ``most`` tokens, or has ended; always the one with the fewest tokens takes the next step.
+    Equals take turns in the order of the list.
+    """
+    running = list(decodings)
+    while running:
+        next_one = min(running, key=lambda decoding: decoding.num_tokens)
+        running.remove(next_one)
+        if next_one.step() and next_one.num_tokens < most:
+            running.append(next_one)
+    return [decoding.end() for decoding in decodings]
+
+
+def decode(engine: Engine, ids: list[list[int]], tokens: int, most: int, *how, **way) -> Decoded:
+    """The same of one :class:`Decoding`, to which ``how`` and ``way`` are passed on."""
+    return decode_together([Decoding(engine, ids, tokens, *how, **way)], most)[0]
 
 
 def fastest(rates: dict[str, list[float]]) -> str:
@@ -151,48 +186,66 @@ def row_of(label: str, rates: dict[str, list[float]], best: str) -> dict:
     }  # fmt: skip
 
 
+def prepare(engine: Engine, text: list[int], plans: list[CyclePlan], batch: int) -> None:
+    """Build and record all cycles, and time them for auto."""
+    engine.runner.make_room([(plan, batch) for plan in plans])  # at once: later growth drops recordings
+    engine.warmup()
+    for plan in plans:
+        decode(engine, [text] * batch, 4 * plan.block_len, 10**9, plan)
+
+
 def measure(kind: str, batch: int, args) -> list[dict]:
     engine = make_engine(kind, batch, args.device)
     texts = [p.encode(engine.tokenizer) for p in prompts.load("chat" if kind == "chat" else "code")]
     number = (WAVES + WAITING) * batch
     most = WAVES * batch * args.tokens
     plans = fixed_plans(batch, args.most_rows)
-    engine.runner.make_room([(plan, batch) for plan in plans])  # at once: later growth drops recordings
-    engine.warmup()
-    for plan in plans:
-        decode(engine, texts[:1] * batch, 4 * plan.block_len, most, plan)  # built, recorded and replayed
-    ways = {plan.label: partial(decode, plan=plan) for plan in plans}
-    ways |= {"auto first": decode_first, "auto": partial(decode, plan=None)}
+    prepare(engine, texts[0], plans, batch)
+    ways = {plan.label: dict(plan=plan) for plan in plans}
+    ways |= {"auto first": dict(plan=None, fresh=True), "auto": dict(plan=None)}
     longest = SamplingParams(max_new_tokens=round(LENGTHS[1] * args.tokens), ignore_eos=True)
     want = [output.token_ids for output in engine.generate(texts, longest)]
     decode(engine, [texts[i % len(texts)] for i in range(number)], args.tokens, most, None)  # refilled slots too
     cycles, drafts = ({label: Counter() for label in ways} for _ in range(2))
 
-    def run(label: str, start: int) -> float:
-        """Tokens per second from the text ``start`` on."""
-        queue, before = [i % len(texts) for i in range(start, start + number)], Counter(engine.metrics.plans)
-        drafted = common.drafts(engine)
-        got = ways[label](engine, [texts[i] for i in queue], args.tokens, most)
-        if any(want[i][: len(some)] != some for i, some in zip(queue, got.tokens, strict=True)):
-            raise SystemExit(f"bench_auto: {label} gave other tokens than auto before")
-        cycles[label] += Counter(engine.metrics.plans) - before
-        drafts[label] += common.drafts(engine) - drafted
-        return sum(map(len, got.tokens)) / got.seconds
-
-    def meet(labels: list[str], rounds: int) -> dict[str, list[float]]:
-        rates: dict[str, list[float]] = {label: [] for label in labels}
-        for i, order in enumerate(orders(labels, rounds)):
-            for label in order:
-                rates[label].append(run(label, NEXT_ROUND * i))
+    def run(engines: dict[str, Engine], start: int) -> dict[str, float]:
+        """Tokens per second of each, from the text ``start`` on; all together."""
+        queue = [i % len(texts) for i in range(start, start + number)]
+        before = {label: (Counter(e.metrics.plans), common.drafts(e)) for label, e in engines.items()}
+        ids = [texts[i] for i in queue]
+        decodings = [Decoding(e, ids, args.tokens, **ways[label]) for label, e in engines.items()]
+        rates = {}
+        for (label, e), got in zip(engines.items(), decode_together(decodings, most), strict=True):
+            if any(want[i][: len(some)] != some for i, some in zip(queue, got.tokens, strict=True)):
+                raise SystemExit(f"bench_auto: {label} gave other tokens than auto before")
+            cycles[label] += Counter(e.metrics.plans) - before[label][0]
+            drafts[label] += common.drafts(e) - before[label][1]
+            rates[label] = sum(map(len, got.tokens)) / got.seconds
         return rates
 
-    fixed = meet([plan.label for plan in plans], args.fixed_rounds)
+    def meet(engines: dict[str, Engine], rounds: int) -> dict[str, list[float]]:
+        rates: dict[str, list[float]] = {label: [] for label in engines}
+        apart = len({*engines.values()}) < len(engines)
+        for i, order in enumerate(orders(list(engines), rounds)):
+            for group in ([label] for label in order) if apart else [order]:
+                for label, rate in run({label: engines[label] for label in group}, NEXT_ROUND * i).items():
+                    rates[label].append(rate)
+        return rates
+
+    fixed = meet({plan.label: engine for plan in plans}, args.fixed_rounds)
     best = fastest(fixed)
     rows = {label: row_of(label, fixed, best) for label in fixed}
     for counted in (*cycles.values(), *drafts.values()):
         counted.clear()
-    rates = meet(list(dict.fromkeys([AR.label, best, "auto first", "auto"])), args.rounds)
-    engine.close()
+    engines = dict.fromkeys([AR.label, best, "auto first", "auto"], engine)
+    if args.device.type == "cpu":
+        with mock.patch("orthrus_rt.engine.Model", lambda *_, **__: engine.runner.model):  # all share the weights
+            engines |= {label: make_engine(kind, batch, args.device) for label in engines if label != "auto"}
+        for other in {*engines.values()} - {engine}:
+            prepare(other, texts[0], plans, batch)
+    rates = meet(engines, args.rounds)
+    for one in {*engines.values()}:
+        one.close()
     for label in rates:
         rows[label] = row_of(label, rates, best)
         rows[label]["accepted"] = common.accepted_share(drafts[label])
@@ -206,7 +259,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--tokens", type=int, least=2, most=600, default=128, help="of a request, on average")
     parser.add_argument("--fixed-rounds", type=int, default=3, help="of all fixed plans")
-    parser.add_argument("--rounds", type=int, default=16, help="of the fastest of them, AR and auto")
+    parser.add_argument("--rounds", type=int, default=10, help="of the fastest of them, AR and auto")
     parser.add_argument("--most-rows", type=int, default=32, help="leave out fixed plans with more rows in a pass")
     args = parser.parse_args()
     rows = []

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from bench.bench_auto import decode, decode_first, fastest, noise, orders, row_of
+from bench.bench_auto import Decoding, decode, decode_together, fastest, noise, orders, row_of
 from orthrus_rt import dispatch
 from orthrus_rt.cycle_plan import CyclePlan
 from tests.engines import make
@@ -45,6 +45,36 @@ def test_a_fresh_policy_leaves_the_engines_own_alone(folder):
     policy, prompts, how = auto.policy, [[1, 2, 3], [4]], (20, 1000)
     fixed, own = decode(engine, prompts, *how, CyclePlan("two_pass", 4)), decode(engine, prompts, *how, None)
     seen = str(policy.plan_counts)
-    first = decode_first(engine, prompts, *how)
+    first = decode(engine, prompts, *how, None, fresh=True)
     assert fixed.tokens == own.tokens == first.tokens and sum(map(len, own.tokens)) > 20
     assert list(engine._autos.values()) == [auto] and auto.policy is policy and str(policy.plan_counts) == seen
+
+
+class Counted(Decoding):
+    """Yields these numbers of tokens, a step each."""
+
+    def __init__(self, name, tokens, log):
+        self.name, self.left, self.log, self.num = name, list(tokens), log, 0
+
+    @property
+    def num_tokens(self):
+        return self.num
+
+    def step(self):
+        self.log.append(self.name)
+        if self.left:
+            self.num += self.left.pop(0)
+        return bool(self.left)
+
+    def end(self):
+        return self.name, self.num
+
+
+def test_whoever_has_the_fewest_tokens_takes_the_next_step():
+    """Until each has enough, or has ended."""
+    log = []
+    ended = decode_together(
+        [Counted("ar", [1] * 9, log), Counted("drafts", [3] * 9, log), Counted("short", [1], log)], 5
+    )
+    assert log == ["ar", "drafts", "short", *["ar"] * 2, "drafts", *["ar"] * 2]
+    assert ended == [("ar", 5), ("drafts", 6), ("short", 1)]
