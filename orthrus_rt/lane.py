@@ -1,4 +1,4 @@
-"""What ``mode="auto"`` keeps of each batch bucket, greedy or sampling; see policy.py for the rule."""
+"""What ``mode="auto"`` keeps of each batch bucket, greedy or sampling, and of each course; the rule is in policy.py."""
 
 from __future__ import annotations
 
@@ -72,12 +72,20 @@ class Lane:
         """The plan in use, replaced first if another has promised enough savings for long enough."""
         best = min(self.plans, key=rates.get)
         self.in_use = self.in_use or best
-        saving = 1 - rates[best] / rates[self.in_use] - DEADBAND
-        self._savings = max(0.0, self._savings + self._since_look * saving)
+        self._savings = max(0.0, self._savings + self._since_look * self._saving(rates))
         self._since_look = 0
         if self._savings >= SWITCH:
             self.in_use, self._savings = best, 0.0
         return self.in_use
+
+    def _saving(self, rates: dict[CyclePlan, float]) -> float:
+        """What the best plan would save in a cycle, in cycles of the one in use."""
+        return 1 - min(rates[plan] for plan in self.plans) / rates[self.in_use] - DEADBAND
+
+    def until_switch(self, rates: dict[CyclePlan, float]) -> float:
+        """Cycles until :meth:`hold` replaces the plan in use, as far as these rates say."""
+        saving = self._saving(rates)
+        return (SWITCH - self._savings) / saving if saving > 0 else math.inf
 
 
 @dataclass(eq=False, slots=True)

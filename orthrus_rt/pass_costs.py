@@ -1,4 +1,4 @@
-"""Seconds per decode cycle of each (batch bucket, plan): measured, refined by every timed cycle, and kept on disk."""
+"""Seconds per decode cycle of each (batch bucket, plan): measured, refined by the cycles that run, and kept on disk."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ Hysteresis: another plan replaces the one in use once its predicted savings have
 CUSUM). A large gain thus leads to a switch soon, a small one only if it lasts.
 
 Choosing takes the host longer than anything else about a cycle, most of all where a pass through the weights has swept
-its caches. On a CPU nothing else runs meanwhile, and the safety account pays for it. So a chosen plan is kept for a
-*course* of up to COURSE cycles, as long as the account covers their worst outcome, and their results are weighed
-together at its end. AR cycles give no information on drafts, so their courses are longer: until the account covers the
-wanted plan, or until the next trial may begin.
+its caches. On a CPU nothing else runs meanwhile, and the safety account pays for it, as far as it goes. So a chosen
+plan is kept for a *course* of up to COURSE cycles, as long as the account covers their worst outcome, and their results
+are weighed together at its end. AR cycles give no information on drafts, so their courses are longer: until the account
+covers the wanted plan, or until the next trial may begin.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class Policy:
         self._pending: deque[Course] = deque()  # of every cycle whose results have not arrived
         self._unread: list[Course] = []  # with results to weigh
         self._reserved = 0.0  # seconds that all these cycles may cost the safety account
+        self._choosing = 0.0  # seconds of the last choice, if they count
         self._since_trial = self._cycles = 0
 
     def plans_of(self, bucket: int) -> list[CyclePlan]:
@@ -120,11 +121,11 @@ class Policy:
         """The plan of the next cycle of ``batch_size`` (>= 1) sequences; ``greedy`` if none of them samples."""
         lane, course = self._lane(batch_size, greedy), self._course
         goes_on = course and course.left and course.lane is lane and course.plan is self.current
-        if not (goes_on and self._covers(course.reserved)):
+        if not (goes_on and (not course.reserved or self._covers(course.reserved))):
             since = self._clock and self._clock()
             self._course = course = self._think(lane, batch_size)
             if self._clock and lane.costs:
-                self._pay_for_choosing(self._clock() - since, lane.seconds(AR))
+                self._pay_for_choosing(course, self._clock() - since)
         course.left -= 1
         lane.trial_left -= course.against is not None
         self._since_trial = 0 if course.against is not None else self._since_trial + 1
@@ -152,7 +153,7 @@ class Policy:
         if guesses := lane.guesses(plan):
             length = 1
         elif trial is None and plan == AR:
-            length = self._ar_course(lane, in_use)
+            length = self._ar_course(lane, rates)
         else:
             longest = COURSE if trial is None else min(COURSE, lane.trial_left)
             length = min(longest, 1 + self._cycles // COURSE_SHARE)
@@ -164,14 +165,17 @@ class Policy:
             alone=guesses or (trial is not None and plan == AR),
         )  # fmt: skip
 
-    def _ar_course(self, lane: Lane, in_use: CyclePlan) -> int:
-        """For how many AR cycles nothing could change the choice of AR, up to AR_COURSE."""
-        if in_use == AR:
-            wait = REST - self._since_trial
+    def _ar_course(self, lane: Lane, rates: dict[CyclePlan, float]) -> int:
+        """How many AR cycles to run before choosing again: until another plan may come into use or be tried, or until
+        the account covers the one in use, and this choice.
+        """
+        waits = [AR_COURSE, lane.until_switch(rates)]
+        if lane.in_use == AR:
+            waits.append(REST - self._since_trial)
         else:
-            missing = self._price(lane, in_use) + self._reserved - self.safety.balance
-            wait = math.ceil(missing / (SAFETY * lane.seconds(AR)))
-        return min(AR_COURSE, wait) if wait > 0 else AR_COURSE
+            missing = self._price(lane, lane.in_use) + self._choosing + self._reserved - self.safety.balance
+            waits.append(missing / (SAFETY * lane.seconds(AR)))
+        return math.ceil(min(wait for wait in waits if wait > 0))
 
     def _fallback(self, lane: Lane, rates: dict[CyclePlan, float]) -> CyclePlan:
         """What to run while the account does not cover the wanted plan: the current one if covered and better than AR,
@@ -276,16 +280,19 @@ class Policy:
             self.spent += cost
             self.ar_equivalent += tokens * ar
 
-    def _pay_for_choosing(self, seconds: float, ar: float) -> None:
-        """AR would not have needed this time, so it comes out of what may be lost against AR, as far as that goes, and
-        at most an AR cycle's time: a choice that took longer was stalled.
+    def _pay_for_choosing(self, course: Course, seconds: float) -> None:
+        """AR would not have needed this time, so it comes out of what may be lost against AR, as far as the next cycle
+        leaves something of that. A choice that took longer than an AR cycle was stalled, and counts as one.
         """
-        self.safety.balance -= max(0.0, min(seconds, ar, self.safety.balance))
-        self.spent += seconds
+        self._choosing = min(seconds, course.lane.seconds(AR))
+        self.safety.balance -= max(0.0, min(self._choosing, self.safety.balance - self._reserved - course.reserved))
+        self.spent += self._choosing
 
     def prefilled(self, seconds: float) -> None:
         """Count a prefill of ``seconds``: AR needs it too, so the share of AR's time that may be lost includes it."""
         self.safety.add(SAFETY * seconds, math.inf)  # capped when the next cycle is weighed
+        if (course := self._course) and course.plan == AR != course.lane.in_use:
+            course.left = 0  # the account may now cover the plan in use
         self.spent += seconds
         self.ar_equivalent += seconds
 
@@ -295,7 +302,7 @@ class Policy:
         self.current = None  # this also ends the course
 
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict:
-        """Explain the choice of plan for ``batch_size`` sequences. The last few cycles may not be weighed yet.
+        """Explain the choice of plan for ``batch_size`` sequences. The last course may not be weighed yet.
 
         Returns:
             ``bucket``: the batch size that it is rounded up to. ``in_use``: the wanted plan. ``current``: the plan that

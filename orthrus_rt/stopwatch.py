@@ -20,9 +20,10 @@ class Stretch:
         return self
 
     def __exit__(self, failed, *_) -> None:
+        stopwatch, self._stopwatch = self._stopwatch, None  # the stopwatch refers to this
         if failed is None:
             self.seconds = time.perf_counter() - self._start
-            self._stopwatch.known.append(self)
+            stopwatch.known.append(self)
 
 
 class StretchOnDevice(Stretch):
@@ -35,9 +36,10 @@ class StretchOnDevice(Stretch):
         return self
 
     def __exit__(self, failed, *_) -> None:
+        stopwatch, self._stopwatch = self._stopwatch, None
         if failed is None:
             self.end.record()
-            self._stopwatch.running.append(self)
+            stopwatch.running.append(self)
 
 
 class Stopwatch:
@@ -66,3 +68,4 @@ class Stopwatch:
             stretch.seconds = stretch.start.elapsed_time(stretch.end) * 1e-3
             self.known.append(stretch)
             self.spare += [stretch.start, stretch.end]
+            del stretch.start, stretch.end

@@ -22,7 +22,7 @@
 //   the upper half of each word
 // - multiply_wide(a, m, high, low): both words of the product; words_to_float: of unsigned words, to nearest even
 // - prefetch: into L2, for what is needed soon, but after what L1 holds now. prefetch_once: into L1, for what is used
-//   once and very soon; the other caches keep what they hold
+//   once and very soon; on x86 the other caches keep what they hold
 // - transpose16(in, out, stride): out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are
 //   `stride` words apart
 // - with ORTHRUS_HAS_DOT2: dot2(acc, a, b), which adds the products of pairs; zip_pairs(p, q): lane i is p[i] and

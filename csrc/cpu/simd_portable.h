@@ -136,7 +136,7 @@ ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
 }
 
 ORTHRUS_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-ORTHRUS_INLINE void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
+ORTHRUS_INLINE void prefetch_once(const void* p) { prefetch(p); }
 
 ORTHRUS_INLINE void transpose16(const uint32_t* const* in, uint32_t* out, int64_t stride) {
   for (int i = 0; i < 16; ++i) {

@@ -8,6 +8,7 @@ import pytest
 
 from orthrus_rt.acceptance import Outcome
 from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.lane import REFRESH_CYCLES
 from orthrus_rt.pass_costs import PassCosts
 from orthrus_rt.policy import (
     AR,
@@ -15,7 +16,7 @@ from orthrus_rt.policy import (
     COURSE,
     COURSE_SHARE,
     GRANT,
-    REFRESH_CYCLES,
+    RECENT,
     REST,
     Policy,
     candidate_plans,
@@ -350,9 +351,11 @@ def test_it_thinks_once_in_a_course_and_whenever_the_batch_changes(monkeypatch):
     assert cycles(10 * AR_COURSE) == 10
 
 
-def test_ar_runs_in_one_course_until_the_account_covers_the_wanted_plan(monkeypatch):
-    plan, thoughts, think = CyclePlan("two_pass", 4), [], Policy._think
-    chooser = Policy([AR, plan], 1)
+@pytest.mark.parametrize(("choosing", "wait"), [(0.0, 29), (0.02, 31), (0.25, 54)])
+def test_ar_runs_in_one_course_until_the_account_covers_the_wanted_plan(monkeypatch, choosing, wait):
+    """And the choice itself, which at 1% of a cycle or more takes all that the cycles after it bring in."""
+    plan, thoughts, think, now = CyclePlan("two_pass", 4), [], Policy._think, itertools.count(step=choosing)
+    chooser = Policy([AR, plan], 1, clock=lambda: next(now))
     for p, seconds in ((AR, 1.0), (plan, 1.295)):
         chooser.costs.set(1, p, seconds)
     while chooser.current != plan or chooser._course.left:
@@ -361,7 +364,7 @@ def test_ar_runs_in_one_course_until_the_account_covers_the_wanted_plan(monkeypa
     chooser.settle()
     chooser.safety.balance = 0.0
     monkeypatch.setattr(Policy, "_think", lambda *args: thoughts.append(args) or think(*args))
-    for _ in range(29):  # 1% each, for 1.295 - 1.01
+    for _ in range(wait):  # 1% each, for 1.295 - 1.01 and the choice
         assert chooser.choose(1) == AR
         chooser.record([Outcome(0, 0)])
     assert chooser.choose(1) == plan and len(thoughts) == 2
@@ -445,3 +448,15 @@ def test_a_close_rival_of_ar_hears_soon_that_ar_has_become_faster():
     assert decode(700)[-1] == plan
     seconds[AR] = 0.7
     assert decode(250)[-20:] == [AR] * 20
+
+
+def test_a_courses_last_times_correct_the_costs(monkeypatch):
+    chooser, seen = Policy([AR], 1), []
+    chooser.costs.set(1, AR, 1.0)
+    for i in range(REFRESH_CYCLES + AR_COURSE):
+        if i == REFRESH_CYCLES + 1:
+            monkeypatch.setattr(chooser.costs, "observe", lambda *args: seen.append(args))
+        chooser.choose(1)
+        chooser.record([Outcome(0, 0)], 1.0 + i)
+    chooser.settle()
+    assert seen == [(1, AR, 1.0 + i - RECENT + j) for j in range(1, RECENT + 1)]

@@ -1,5 +1,7 @@
 """When another plan replaces the one in use: once it has promised to save SWITCH cycles."""
 
+import math
+
 import pytest
 
 from orthrus_rt.acceptance import Acceptance
@@ -54,3 +56,12 @@ def test_a_promise_that_does_not_last_is_forgotten(lane):
         for _ in range(round(SWITCH / DEADBAND)):
             lane.ran(AR)
             assert lane.hold({AR: 1.0, PLAN: 2.0}) == AR
+
+
+def test_how_long_until_the_plan_in_use_is_replaced(lane):
+    rates = {AR: 1.0, PLAN: 0.9}
+    assert lane.hold({AR: 1.0, PLAN: 2.0}) == AR
+    assert lane.until_switch({AR: 1.0, PLAN: 1.0}) == math.inf
+    wait = lane.until_switch(rates)
+    assert wait == pytest.approx(SWITCH / (0.1 - DEADBAND))
+    assert wait <= cycles_until(lane, PLAN, rates) <= wait + 1
