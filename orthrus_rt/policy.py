@@ -17,11 +17,12 @@ is lowest, subject to two accounts of time:
   what sets a plan apart from the one in use counts, not about what both depend on.) A close rival costs little, so its
   trial is long.
 
-Both bounds are in estimated seconds, and hold for real seconds as far as the estimates are right. At 400 tokens SAFETY
-and GRANT together allow 3%, which ``mode="auto"`` promises from there on. Later they allow less, which leaves room for
-errors in the costs. 2% and 4 cycles would allow as much and find text that turns easy sooner, but would leave less to a
-fresh engine, whose first drafts may be unlucky. AR cycles are timed when a batch bucket is first used, and again from
-time to time while other plans run.
+Both bounds are in estimated seconds, and hold for real seconds as far as the estimates are right. Choices that the
+account cannot pay, as with very short cycles, come on top. At 400 tokens SAFETY and GRANT together allow 3%, which
+``mode="auto"`` promises from there on. Later they allow less, which leaves room for errors in the costs. 2% and 4
+cycles would allow as much and find text that turns easy sooner, but would leave less to a fresh engine, whose first
+drafts may be unlucky. AR cycles are timed when a batch bucket is first used, and again from time to time while other
+plans run.
 
 Hysteresis: another plan replaces the one in use once its predicted savings have added up to SWITCH cycles (a one-sided
 CUSUM). A large gain thus leads to a switch soon, a small one only if it lasts.
@@ -30,7 +31,7 @@ Choosing takes the host longer than anything else about a cycle, most of all whe
 its caches. On a CPU nothing else runs meanwhile, and the safety account pays for it, as far as it goes. So a chosen
 plan is kept for a *course* of up to COURSE cycles, as long as the account covers their worst outcome, and their results
 are weighed together at its end. AR cycles give no information on drafts, so their courses are longer: until the account
-covers the wanted plan, or until the next trial may begin.
+covers the plan in use, or another may come into use or be tried.
 """
 
 from __future__ import annotations

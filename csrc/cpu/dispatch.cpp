@@ -7,9 +7,9 @@
 #include <string>
 #include <type_traits>
 
-#include "slot_ops.h"
 #include "float_mode.h"
 #include "orthrus/ops.h"
+#include "slot_ops.h"
 #include "tape.h"
 #include "variant.h"
 
