@@ -12,7 +12,7 @@ from orthrus_rt.pass_costs import PassCosts
 SAFETY = 0.01  # of AR's time that may be lost against AR
 SWITCH = 1.0  # cycles of savings before the plan in use changes
 DEADBAND = 0.01  # relative savings below this do not count
-REFRESH_REST, REFRESH_CYCLES = 64, 3  # cycles without AR before AR is timed again, and for how many cycles
+REFRESH_REST, REFRESH_CYCLES = 16, 3  # cycles without AR before AR is timed again, and for how many cycles
 DRIFT_REST = 8  # the same if the machine's speed seems to have changed: it may be the plan in use alone
 # Share of all time that may be lost on timing AR: where AR is close that is cheap, and AR may win. In any case AR is
 # timed within the time of 1,200 AR cycles.
