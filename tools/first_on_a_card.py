@@ -96,6 +96,7 @@ GROUPS = {
         tests("row_linear", 90, "one_hot and not sm80", ORTHRUS_CUDA_PDL="0"),
         tests("row_linear", 90, "one_hot and sm80"),
         tests("row_linear", 90, "one_hot and not sm80"),
+        tests("row_linear", 90, "both_views and (250-130 or 300-7)", ORTHRUS_CUDA_PDL="0"),  # copies beyond the rows
         tests("row_linear", 120, "invariance and not sm80"),
         tests("qkv_commit", 90),
         tests("dual_attn", 150),

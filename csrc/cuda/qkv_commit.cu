@@ -144,6 +144,8 @@ int run(const QkvCommitParamsOf<T>& p, void* stream) {
 template <typename T>
 int run(const QkvCommitParamsOf<T>& p, void* stream) {
   if (p.rows.num_rows == 0) return cudaSuccess;
+  // A warp may hold a query head and a key head, which are normalised together or not at all.
+  if (!p.q_norm != !p.k_norm || !p.q_norm_diff != !p.k_norm_diff) return cudaErrorInvalidValue;
   if (!aligned(2 * sizeof(T), p.qkv, p.q_out, p.kv.k_pages, p.kv.v_pages, p.scratch_k, p.scratch_v))
     return cudaErrorMisalignedAddress;
   if (!aligned(sizeof(float2), p.cos_sin, p.q_norm, p.k_norm, p.q_norm_diff, p.k_norm_diff))

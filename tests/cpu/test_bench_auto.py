@@ -1,12 +1,16 @@
 """What ``bench_auto`` compares, and with what."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from bench import bench_auto
 from bench.bench_auto import Decoding, decode, decode_together, fastest, noise, orders, row_of
 from orthrus_rt import dispatch
 from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.engine import Engine
 from tests.engines import make
 
 
@@ -78,3 +82,31 @@ def test_whoever_has_the_fewest_tokens_takes_the_next_step():
     )
     assert log == ["ar", "drafts", "short", *["ar"] * 2, "drafts", *["ar"] * 2]
     assert ended == [("ar", 5), ("drafts", 6), ("short", 1)]
+
+
+@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+def test_on_a_cpu_the_compared_plans_decode_at_the_same_time(folder, monkeypatch):
+    """In engines over the same weights; before that, every fixed plan by itself."""
+    engines, models, together = [], set(), []
+
+    def make_engine(kind, batch, device):
+        engines.append(make(folder, mode="auto", max_seq_len=128, max_batch_size=batch))
+        models.add(engines[-1].runner.model)
+        return engines[-1]
+
+    def watched(decodings, most):
+        together.append({decoding._engine for decoding in decodings})
+        return decode_together(decodings, most)
+
+    texts = [SimpleNamespace(encode=lambda tokenizer, first=first: [first, 5, 9]) for first in range(3, 6)]
+    monkeypatch.setattr(Engine, "tokenizer", None)
+    monkeypatch.setattr(bench_auto, "make_engine", make_engine)
+    monkeypatch.setattr(bench_auto, "decode_together", watched)
+    monkeypatch.setattr(bench_auto.prompts, "load", lambda kind: texts)
+    how = SimpleNamespace(device=torch.device("cpu"), tokens=8, most_rows=8, fixed_rounds=1, rounds=6)
+    rows = {row["plan"]: row for row in bench_auto.measure("code", 2, how)}
+    assert list(rows) == ["ar", "two_pass/3", "auto first", "auto"]
+    compared = [plan for plan, row in rows.items() if row["rounds"] == 6]
+    assert {"ar", "auto first", "auto"} <= set(compared) and all(rows[plan]["noise"] is not None for plan in compared)
+    assert len(engines) == len(compared) and len(models) == 1 and all(engine.closed for engine in engines)
+    assert together[-6:] == [set(engines)] * 6 and {len(group) for group in together[:-6]} == {1}

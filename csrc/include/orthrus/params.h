@@ -98,10 +98,10 @@ template <typename T>
 struct QkvCommitParamsOf {
   const T* qkv;                // [num_rows, (num_heads_q + 2*num_heads_kv) * head_dim]: q | k | v heads
   const float* cos_sin;        // [positions, head_dim]: cos of the half-dims, then sin
-  const float* q_norm;         // [head_dim] or null (Llama family has none)
-  const float* k_norm;         // [head_dim] or null
-  const float* q_norm_diff;    // [head_dim] or null
-  const float* k_norm_diff;    // [head_dim] or null
+  const float* q_norm;         // [head_dim], or null if k_norm is (Llama family has none)
+  const float* k_norm;         // [head_dim]
+  const float* q_norm_diff;    // [head_dim], or null if k_norm_diff is
+  const float* k_norm_diff;    // [head_dim]
   T* q_out;                    // [num_rows, num_heads_q, head_dim]
   T* scratch_k;                // [num_rows - num_rows_ar, num_heads_kv, head_dim]
   T* scratch_v;                // same shape
