@@ -395,7 +395,11 @@ class Engine(Generation):
     def next_logits_and_hidden(self, token_ids: TokenIds) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`next_logits`, and the final normalised row, ``[hidden_size]`` of the model's dtype, behind them."""
         self._check_open()
-        return self._next_logits(on_host(token_ids))
+        rows = self._next_logits(on_host(token_ids))
+        if self.cuda_stream is not None:
+            for row in rows:  # their memory is not reused before what the caller launches here has read it
+                row.record_stream(stream_of(self.device))
+        return rows
 
     @exclusive
     def _next_logits(self, token_ids: TokenIds) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from dataclasses import dataclass
 
@@ -12,8 +13,6 @@ from orthrus_rt.policy import Policy
 from orthrus_rt.request import Request
 from orthrus_rt.results import SlotResults
 from orthrus_rt.stopwatch import Stretch
-
-_leaked_mailboxes: list[SlotResults] = []  # of failed devices
 
 
 @dataclass
@@ -81,7 +80,8 @@ class Flights:
         return bool(self._mailboxes)
 
     def abandon(self) -> None:
-        """Keep the page-locked memory of a failed device: to free it, torch calls the device in a destructor, and the
-        process would abort there.
+        """Never free the page-locked memory of a failed device, not even when the interpreter exits: to free it, torch
+        calls the device in a destructor, and the process would abort there.
         """
-        _leaked_mailboxes.extend(self._mailboxes)
+        for box in self._mailboxes:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(box.memory))

@@ -9,7 +9,7 @@ import torch
 
 from orthrus_rt import dispatch
 from orthrus_rt.config import CheckpointError
-from orthrus_rt.device import DTYPES, pick_device
+from orthrus_rt.device import DTYPES, device_scope, pick_device
 from orthrus_rt.versions import installed
 
 PACKAGES = ("orthrus-rt", "torch", "triton", "transformers", "safetensors", "gguf", "numpy")
@@ -34,7 +34,8 @@ def cpu_name(cpuinfo: str) -> str:
 def device_facts(device: torch.device) -> dict:
     native = dispatch.extension()
     if device.type == "cuda":
-        isa = native.cuda.isa() if hasattr(native, "cuda") else None
+        with device_scope(device):
+            isa = native.cuda.isa() if hasattr(native, "cuda") else None
         p = torch.cuda.get_device_properties(device)
         return {
             "type": "cuda", "name": p.name, "capability": f"{p.major}.{p.minor}",

@@ -1,13 +1,15 @@
 """For the first run on a GPU: steps that have never run on one, each with its own time limit, since it may hang.
 
 Every call first builds the module, or uses the one that an earlier call left in DIR if that was copied to build/card.
-DIR (default: build/first_on_a_card) gets steps.log, steps.json, native.log and the module.
+Steps that passed then are not repeated if their steps.json was copied along, unless the machine, the module or a Python
+file has changed since. DIR (default: build/first_on_a_card) gets steps.log, steps.json, native.log and the module.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -21,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BROUGHT = ROOT / "build" / "card"
+PASSED = "ok", "ok before"
 KEY = "native-key"  # build/.native, which tells tools/with-env whether the module is current
 MACHINE = """
 nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader
@@ -127,16 +130,23 @@ class Calls:
         self.out, self.ends, self.env = out, time.monotonic() + within_s, {}
         self.env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.results: list[dict] = []
+        self.earlier: dict[str, dict] = {}  # results of steps not to be repeated, by name
+        self.tested = ""  # what the next results are of: see fingerprint
         out.mkdir(parents=True, exist_ok=True)
         (out / "steps.log").unlink(missing_ok=True)
 
     def run(self, step: Step) -> dict:
         left = self.ends - time.monotonic()
         result = {"step": step.name, "state": "not reached", "rc": None, "seconds": 0.0, "said": "", "printed": ""}
-        if left > 0:
+        result["tested"] = self.tested
+        if step.name in self.earlier:
+            result = self.earlier[step.name] | {"state": "ok before"}
+        elif left > 0:
             result |= self._run(step, min(step.limit_s, left))
         self.results.append(result)
-        (self.out / "steps.json").write_text(json.dumps(self.results, indent=1))
+        ran = {r["step"] for r in self.results}
+        known = self.results + [r for name, r in self.earlier.items() if name not in ran]
+        (self.out / "steps.json").write_text(json.dumps(known, indent=1))
         return result
 
     def _run(self, step: Step, limit_s: float) -> dict:
@@ -192,6 +202,25 @@ def leave_module(folder: Path) -> None:
         shutil.copyfile(module, folder / module.name)
 
 
+def fingerprint(machine: str) -> str:
+    """Tells apart what steps test: the machine, the module and all Python files."""
+    digest = hashlib.sha256(machine.encode() + (ROOT / "build" / ".native").read_bytes())
+    for path in sorted(
+        p for folder in ("orthrus_rt", "triton_kernels", "tests") for p in (ROOT / folder).rglob("*.py")
+    ):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def passed_before(folder: Path, tested: str) -> dict[str, dict]:
+    """Results of the steps that passed in earlier calls for what is to be tested now, by name."""
+    try:
+        results = json.loads((folder / "steps.json").read_text())
+    except (OSError, ValueError):  # no earlier call, or one that was cut short
+        return {}
+    return {r["step"]: r for r in results if r["state"] in PASSED and r["tested"] == tested}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "first_on_a_card", metavar="DIR")
@@ -216,13 +245,15 @@ def main(arguments: list[str] | None = None) -> int:
         shutil.copyfile(ROOT / "build" / "native.log", args.out / "native.log")
     if built["state"] == "ok":
         leave_module(args.out)
+        calls.tested = fingerprint(found)
+        calls.earlier = passed_before(BROUGHT, calls.tested)
         python = Path(re.search(r"^python: (.+)$", built["printed"], re.MULTILINE)[1])
         calls.env["PATH"] = f"{python.parent}:{os.environ['PATH']}"
         for step in [step for name in GROUPS if name in args.groups for step in GROUPS[name]]:
-            if (done := calls.run(step))["state"] not in ("ok", "not reached"):
+            if (done := calls.run(step))["state"] not in (*PASSED, "not reached"):
                 print(done["printed"][-1500:], flush=True)
     print(calls.summary())
-    return 0 if all(result["state"] == "ok" for result in calls.results) else 1
+    return 0 if all(result["state"] in PASSED for result in calls.results) else 1
 
 
 if __name__ == "__main__":

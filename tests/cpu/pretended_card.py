@@ -173,6 +173,9 @@ class Stream:
     def __init__(self, device=None):
         pass
 
+    def synchronize(self) -> None:
+        assert Tape.recording is None, "synchronize() while capturing"
+
 
 class Generator:
     graphsafe_get_state = graphsafe_set_state = staticmethod(lambda *_: None)
@@ -226,7 +229,7 @@ def install() -> None:
     card, ops, profile = Card(), dispatch.extension().cpu, torch.profiler.profile
     for name, value in torch_cuda(card).items():
         setattr(torch.cuda, name, value)
-    torch.Generator = Generator
+    torch.Generator, torch.Tensor.record_stream = Generator, lambda *_: None
     torch.profiler.profile = lambda activities: profile(activities=[torch.profiler.ProfilerActivity.CPU])
     timing.read_bandwidth = lambda device: 3000.0  # GB/s
     dispatch.select = lambda op, device, dtype: "cpu"

@@ -98,7 +98,9 @@ def test_what_is_not_aligned_is_refused(dtype):
 
 
 def test_what_the_kernel_does_not_take_is_refused(monkeypatch):
-    """Each is reported as an error before any launch: other head_dims, more heads than a grid has blocks for."""
+    """Each is reported as an error before any launch: other head_dims, more heads than a grid has blocks for, a norm of
+    the queries without one of the keys, or the other way round.
+    """
     case, errors = Pass(Heads(3, 1, 64), [ar(0, 70, 2)], "cpu"), []
 
     def launch(op, params, device):
@@ -106,12 +108,17 @@ def test_what_the_kernel_does_not_take_is_refused(monkeypatch):
         good = params.kv.head_dim, params.num_heads_q
         for params.kv.head_dim, params.num_heads_q in ((96, good[1]), (64, 2**30 - 65), (64, 2**31 - 3)):
             errors.append(cuda_host.library().qkv_commit(ctypes.byref(params)))
+        params.kv.head_dim, params.num_heads_q = good
+        for name in ("q_norm", "k_norm", "q_norm_diff", "k_norm_diff"):
+            setattr(params, name, cos_sin.data_ptr())
+            errors.append(cuda_host.library().qkv_commit(ctypes.byref(params)))
+            setattr(params, name, None)
 
     monkeypatch.setattr(native, "_launch", launch)
     qkv, cos_sin, out = torch.zeros(2, 5 * 64, dtype=torch.bfloat16), torch.zeros(80, 64), torch.empty_like(case.q)
     pages = case.k_pages, case.v_pages, case.page_table
     native.qkv_commit(qkv, case.rows, cos_sin, None, 1e-6, *pages, case.scratch_k, case.scratch_v, out)
-    assert errors == [INVALID] * 3
+    assert errors == [INVALID] * 7
 
 
 @pytest.mark.parametrize("name", ("dual_attn", "dual_attn_f32"))

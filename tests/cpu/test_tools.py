@@ -5,6 +5,7 @@ tools/first_on_a_card.py: a step that fails or hangs does not keep others from r
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,31 @@ def test_a_module_that_is_brought_is_not_built_again(card, tmp_path, capsys):
     assert "built" not in capsys.readouterr().out
     assert (tmp_path / "out" / "_native.so").read_text() == "brought"
     assert (tmp_path / "orthrus_rt" / "triton_kernels").samefile(tmp_path / "triton_kernels")
+
+
+def test_what_passed_in_an_earlier_call_is_not_repeated(card, tmp_path, monkeypatch):
+    """Until something changes; calls for other groups in between make no difference."""
+    good = card.Step("good", 9, ["bash", "-c", "echo >>ran"])
+    broken = card.Step("broken", 9, ["bash", "-c", "[ -e mended ]"])
+    other = card.Step("other", 9, ["bash", "-c", "echo >>ran"])
+    monkeypatch.setattr(card, "GROUPS", {"ops": [good, broken], "engine": [other]})
+    out, ran = tmp_path / "out", tmp_path / "ran"
+
+    def call(*groups):
+        code = card.main(["--out", str(out), *groups])
+        states = {r["step"]: r["state"] for r in json.loads((out / "steps.json").read_text())}
+        shutil.copytree(out, card.BROUGHT, dirs_exist_ok=True)
+        return code, [states.get(step.name) for step in (good, broken, other)], len(ran.read_text().splitlines())
+
+    assert call("ops") == (1, ["ok", "FAILED", None], 1)
+    (tmp_path / "mended").touch()
+    assert call("engine") == (0, ["ok", None, "ok"], 2)
+    assert call("ops") == (0, ["ok before", "ok", "ok"], 2)
+    assert call("ops", "engine") == (0, ["ok before"] * 3, 2)
+    (tmp_path / "orthrus_rt" / "changed.py").write_text("pass")
+    assert call("ops") == (0, ["ok", "ok", None], 3)
+    (card.BROUGHT / "steps.json").write_text("[")
+    assert call("ops") == (0, ["ok", "ok", None], 4)
 
 
 def test_what_is_to_run_on_a_card_exists(monkeypatch, light):

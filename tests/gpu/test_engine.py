@@ -149,6 +149,21 @@ def test_an_engine_keeps_to_its_stream(folder):
         assert pool.submit(decoded, engine).result() == want
 
 
+def test_logits_outlive_what_another_stream_does_with_them(folder):
+    """Their memory may not be reused before the caller's stream has read it."""
+    engine, side = make(folder), torch.cuda.Stream()
+    want = engine.next_logits([1, 2, 3]).tolist()
+    assert engine.next_logits([7]).tolist() != want
+    with torch.cuda.stream(side):
+        logits = engine.next_logits([1, 2, 3])
+        torch.cuda._sleep(1_000_000_000)  # half a second
+        read = logits.clone()
+        del logits
+        others = [engine.next_logits([7]) for _ in range(3)]
+        assert read.tolist() == want
+    assert all(row.tolist() != want for row in others)
+
+
 def test_after_a_warmup_with_sampling_a_sampled_request_records_nothing(folder):
     engine = make(folder, max_batch_size=2, mode="two_pass", prefix_caching=False)
     engine.warmup(sampling=True)

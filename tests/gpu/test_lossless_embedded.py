@@ -1,17 +1,19 @@
-"""The bitwise guarantee on CUDA, with the embedded model; ``ORTHRUS_SMOLLM2_GGUF`` names its base."""
+"""The bitwise guarantee on CUDA, with the embedded model."""
 
+import importlib.util
 import os
 
 import pytest
 
-from orthrus_rt import prompts
+from orthrus_rt import embedded, prompts
 from orthrus_rt.engine import Engine
 from tests import lossless
 from tests.traces import decode
 
+HAS_BASE = embedded.GGUF_VARIABLE in os.environ or importlib.util.find_spec(embedded.GGUF_PACKAGE) is not None
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif("ORTHRUS_SMOLLM2_GGUF" not in os.environ, reason="ORTHRUS_SMOLLM2_GGUF does not name the base"),
+    pytest.mark.skipif(not HAS_BASE, reason=f"needs {embedded.WHEEL}, or {embedded.GGUF_VARIABLE} that names its base"),
 ]
 
 
