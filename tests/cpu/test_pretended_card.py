@@ -30,7 +30,7 @@ def test_gpu_tests():
     but += " or device_that_fails or other_threads or program_captures or gives_the_memory"
     how = f"-p {PRETENDED} -p no:hypothesispytest -p no:cacheprovider -q".split()
     out = run("pytest", *how, *files, "-k", f"not ({but} or {OTHER_MODES})")
-    assert int(re.search(r"(\d+) passed", out)[1]) == 35
+    assert int(re.search(r"(\d+) passed", out)[1]) == 36
 
 
 @pytest.mark.parametrize(
