@@ -17,6 +17,7 @@ import pytest
 
 from orthrus_rt.acceptance import Outcome
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket, batch_buckets
+from orthrus_rt.lane import REFRESH_CYCLES
 from orthrus_rt.pass_costs import PassCosts
 from orthrus_rt.policy import SAFETY, Policy, candidate_plans
 
@@ -156,10 +157,16 @@ class Run:
     ar_seconds: float = 0.0
     tokens: int = 0
     prospects: float = 0.0  # tokens without luck
-    switches: int = 0
     plans: list[CyclePlan] = field(default_factory=list)
     worst_stretch: float = 0.0  # the most that any stretch of cycles lost beyond 3% over AR, in AR cycles
     most_behind: float = -math.inf  # the most seconds beyond 1 + SAFETY times AR's at any moment
+
+    @property
+    def switches(self) -> int:
+        """Changes of plan, without visits to AR to time it."""
+        stays = ((plan, len([*cycles])) for plan, cycles in itertools.groupby(self.plans))
+        kept = [plan for plan, length in stays if (plan, length) != (AR, REFRESH_CYCLES)]
+        return sum(a != b for a, b in itertools.pairwise(kept))
 
     @property
     def over_ar(self) -> float:
@@ -211,7 +218,6 @@ def simulate(
         late.append((outcomes, measured))
         if policy and len(late) > lag:
             policy.record(*late.pop(0))
-        run.switches += bool(run.plans) and run.plans[-1] != plan
         run.plans.append(plan)
         run.seconds += seconds
         run.ar_seconds += ar * tokens / size

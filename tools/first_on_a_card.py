@@ -1,8 +1,9 @@
 """For the first run on a GPU: steps that have never run on one, each with its own time limit, since it may hang.
 
 Every call first builds the module, or uses the one that an earlier call left in DIR if that was copied to build/card.
-Steps that passed then are not repeated if their steps.json was copied along, unless the machine, the module or a Python
-file has changed since. DIR (default: build/first_on_a_card) gets steps.log, steps.json, native.log and the module.
+Steps that passed then are not repeated if their steps.json was copied along, unless the machine, ORTHRUS_* variables,
+the module or a Python file have changed since. DIR (default: build/first_on_a_card) gets steps.log, steps.json,
+native.log and the module.
 """
 
 from __future__ import annotations
@@ -203,8 +204,9 @@ def leave_module(folder: Path) -> None:
 
 
 def fingerprint(machine: str) -> str:
-    """Tells apart what steps test: the machine, the module and all Python files."""
-    digest = hashlib.sha256(machine.encode() + (ROOT / "build" / ".native").read_bytes())
+    """Tells apart what steps test: the machine, the environment, the module and all Python files."""
+    settings = sorted(item for item in os.environ.items() if item[0].startswith("ORTHRUS_"))
+    digest = hashlib.sha256(f"{machine} {settings}".encode() + (ROOT / "build" / ".native").read_bytes())
     for path in sorted(
         p for folder in ("orthrus_rt", "triton_kernels", "tests") for p in (ROOT / folder).rglob("*.py")
     ):

@@ -61,17 +61,11 @@ WHOLE_GRID = list(
 )
 
 
-def switches(plans: list[CyclePlan]) -> int:
-    """Changes of plan, without visits to AR to time it."""
-    stays = ((plan, len([*cycles])) for plan, cycles in itertools.groupby(plans))
-    return sum(a != b for a, b in itertools.pairwise(plan for plan, n in stays if (plan, n) != (AR, REFRESH_CYCLES)))
-
-
 def over_best(device: str, batch: int, hazard: float, decay: float = 1.0, **how) -> float:
     """Seconds per token relative to those of the best fixed plan."""
     got = run(device, lambda cycle, i: (hazard, decay), batch=batch, **how)
     assert got.most_behind <= GRANT * cycle_seconds(device, batch, AR) + 1e-9
-    assert switches(got.plans) <= 2 * HORIZON / REST + 40
+    assert got.switches <= 2 * HORIZON / REST + 40
     best, _ = best_fixed(device, batch, hazard, decay)
     return got.seconds_per_token / best
 
