@@ -57,6 +57,14 @@ def with_index(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def never_free(pinned: torch.Tensor) -> torch.Tensor:
+    """Keep page-locked memory until the process ends, beyond the interpreter's exit. Of a device that has failed it
+    must not be freed: torch then calls the device in a destructor, and the process would abort there.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pinned))
+    return pinned
+
+
 def device_scope(device: torch.device):
     """A context in which ``device`` is the current CUDA device; for the CPU nothing changes."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

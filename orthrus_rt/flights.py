@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections import deque
 from dataclasses import dataclass
 
 import torch
 
 from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.device import never_free
 from orthrus_rt.policy import Policy
 from orthrus_rt.request import Request
 from orthrus_rt.results import SlotResults
 from orthrus_rt.stopwatch import Stretch
+
+
+@dataclass
+class Mailbox:
+    """A copy of the results in pinned memory, and the event that its arrival records."""
+
+    results: SlotResults
+    arrived: torch.cuda.Event
 
 
 @dataclass
@@ -22,14 +30,14 @@ class Flight:
     requests: list[tuple[int, Request]]  # (slot at launch, request)
     plan: CyclePlan | None  # of the cycle; None for a prefill
     results: SlotResults
-    done: torch.cuda.Event | None
+    arrived: torch.cuda.Event | None  # of the results; None where they are already
     timed: Stretch | None  # of a cycle in its steady form
     policy: Policy | None = None  # that chose the plan and expects its results
 
     def collect(self) -> SlotResults:
         """Wait for the results and return them."""
-        if self.done is not None:
-            self.done.synchronize()
+        if self.arrived is not None:
+            self.arrived.synchronize()
         return self.results
 
 
@@ -42,28 +50,29 @@ class Flights:
         self.lag = 1 if results.memory.device.type == "cuda" else 0
         self.num_posted = 0  # ever
         self._results, self._flights = results, deque()
-        self._mailboxes: list[SlotResults] = []
+        self._mailboxes: list[Mailbox] = []
 
     def __len__(self) -> int:
         return len(self._flights)
 
     def post(self, requests: list[Request], plan: CyclePlan | None, timed: Stretch | None = None, policy=None) -> None:
         """Add what was just launched for these requests, and start a copy of the results as it leaves them."""
-        results, done = self._results, None
+        results, arrived = self._results, None
         if self.lag:
-            results = self._mailbox()
+            box = self._free_mailbox()
+            results, arrived = box.results, box.arrived
             results.memory.copy_(self._results.memory, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record()
-        self._flights.append(Flight([(r.slot, r) for r in requests], plan, results, done, timed, policy))
+            arrived.record()
+        self._flights.append(Flight([(r.slot, r) for r in requests], plan, results, arrived, timed, policy))
         self.num_posted += 1
 
-    def _mailbox(self) -> SlotResults:
-        """A pinned buffer that no unread flight uses. There are as many as flights were ever unread at once."""
+    def _free_mailbox(self) -> Mailbox:
+        """One that no unread flight uses. There are as many as flights were ever unread at once."""
         for box in self._mailboxes:
-            if not any(box is flight.results for flight in self._flights):
+            if not any(box.results is flight.results for flight in self._flights):
                 return box
-        self._mailboxes.append(SlotResults(*self._results.views["output"].shape, "cpu", pinned=True))
+        pinned = SlotResults(*self._results.views["output"].shape, "cpu", pinned=True)
+        self._mailboxes.append(Mailbox(pinned, torch.cuda.Event()))
         return self._mailboxes[-1]
 
     def pop(self) -> Flight:
@@ -80,8 +89,6 @@ class Flights:
         return bool(self._mailboxes)
 
     def abandon(self) -> None:
-        """Never free the page-locked memory of a failed device, not even when the interpreter exits: to free it, torch
-        calls the device in a destructor, and the process would abort there.
-        """
+        """Never free the mailboxes, since the device has failed."""
         for box in self._mailboxes:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(box.memory))
+            never_free(box.results.memory)

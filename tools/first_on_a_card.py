@@ -50,11 +50,6 @@ for name in "setuptools torch triton transformers pybind11 cmake ninja pytest py
 import torch
 print("torch's CUDA", torch.version.cuda)
 print("capability", ".".join(map(str, torch.cuda.get_device_capability())))
-import ctypes
-answer = ctypes.c_int()
-for what, attribute in (("reads pageable memory", 88), ("by the host's page tables", 100)):  # uploads may be unstaged
-    ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(answer), attribute, 0)
-    print(what, answer.value)
 PY
 """
 BUILT = """

@@ -154,7 +154,7 @@ class Event:
     def __init__(self, enable_timing: bool = False):
         self.at = None
 
-    def record(self) -> None:
+    def record(self, stream=None) -> None:
         self.at = time.perf_counter()
 
     def query(self) -> bool:
@@ -224,7 +224,7 @@ def torch_cuda(card: Card) -> dict:
 
 def install() -> None:
     """Give this process the simulated GPU for good."""
-    from orthrus_rt import capture, device, dispatch, native, timing, uploads
+    from orthrus_rt import capture, device, dispatch, native, timing
 
     card, ops, profile = Card(), dispatch.extension().cpu, torch.profiler.profile
     for name, value in torch_cuda(card).items():
@@ -236,7 +236,6 @@ def install() -> None:
     ops.takes_coded_weights = lambda: False  # coding makes a tensor without a mark
     capture._recording_stream = Stream
     device.exchange_capture_mode = lambda mode: mode
-    uploads.reads_pageable_memory = lambda device: False
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):  # in a CUDA build, they reject the simulated pool
         if hasattr(torch._C, name):
             delattr(torch._C, name)

@@ -17,6 +17,7 @@ from orthrus_rt.config import CheckpointError
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.device import claim
 from orthrus_rt.engine import Engine
+from orthrus_rt.flights import Mailbox
 from orthrus_rt.model import Activations
 from orthrus_rt.pass_costs import PassCosts
 from orthrus_rt.prefill import PrefillPass
@@ -280,8 +281,8 @@ def test_a_device_that_fails(folder):
 @pytest.mark.parametrize("broken", (False, True))
 def test_page_locked_memory_is_not_freed_on_a_device_that_has_failed(folder, broken):
     engine = make(folder)
-    engine.runner.flights._mailboxes.append(SlotResults(2, 8, "cpu"))
-    memory = weakref.ref(engine.runner.flights._mailboxes[0].memory)
+    engine.runner.flights._mailboxes.append(Mailbox(SlotResults(2, 8, "cpu"), None))
+    memory = weakref.ref(engine.runner.flights._mailboxes[0].results.memory)
     if broken:
         broken_device(engine)
         with pytest.raises(RuntimeError, match="CUDA error"):

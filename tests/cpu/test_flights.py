@@ -7,7 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from orthrus_rt import dispatch
-from orthrus_rt.flights import Flights
+from orthrus_rt.flights import Flights, Mailbox
 from orthrus_rt.results import SlotResults
 from tests import engines
 
@@ -16,7 +16,7 @@ make = partial(engines.make, max_seq_len=128, max_batch_size=2)
 
 
 def test_results_come_by_page_locked_memory_and_nobody_waits_for_the_copy(monkeypatch):
-    empty, pinned, copies = torch.empty, [], []
+    empty, pinned, copies, events = torch.empty, [], [], []
 
     def tapped(*size, pin_memory=False, **how):
         pinned.append(pin_memory)
@@ -29,6 +29,9 @@ def test_results_come_by_page_locked_memory_and_nobody_waits_for_the_copy(monkey
             return function(*args, **(kwargs or {}))
 
     class Event:
+        def __init__(self):
+            events.append(self)
+
         def record(self): ...
 
     flights = Flights(SlotResults(2, 8, "cpu"))
@@ -42,14 +45,15 @@ def test_results_come_by_page_locked_memory_and_nobody_waits_for_the_copy(monkey
         flights.post([], None)  # while the first is unread
         first = flights.pop()
         flights.post([], None)
-    assert pinned == [True] * 2 and flights.num_posted == 3  # the third uses the first one's buffer again
+    assert pinned == [True] * 2 and flights.num_posted == 3  # the third uses the first one's buffer again,
+    assert len(events) == 2  # and its event
     assert flights.pop().results is not first.results is flights.pop().results
 
 
 def test_mailboxes_outlive_the_flights_that_are_given_up(folder):
     """Their copies may still be under way."""
     engine = make(folder)
-    engine.runner.flights._mailboxes.append(SlotResults(2, 8, "cpu"))
+    engine.runner.flights._mailboxes.append(Mailbox(SlotResults(2, 8, "cpu"), None))
     engine.torn = True
     engine.step()  # recovers
     assert len(engine.runner.flights._mailboxes) == 1 and engine.runner.flights.may_fly

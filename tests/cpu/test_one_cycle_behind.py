@@ -68,14 +68,15 @@ class Event:
 def late(folder, monkeypatch, tmp_path):
     """Makes engines that run one cycle ahead of the host; every cycle's rows are checked to lie in the slot's pages."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    stream, empty, mailbox = Stream(), torch.empty, Flights._mailbox
+    stream, empty, mailbox = Stream(), torch.empty, Flights._free_mailbox
     monkeypatch.setattr(torch.cuda, "Event", stream.event)
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kwargs: empty(*size, **kwargs))
 
     def tapped_mailbox(flights):
-        stream.box = mailbox(flights)
-        stream.boxes += [] if any(stream.box is box for box in stream.boxes) else [stream.box]
-        return stream.box
+        box = mailbox(flights)
+        stream.box = box.results
+        stream.boxes += [] if any(stream.box is known for known in stream.boxes) else [stream.box]
+        return box
 
     def checked_run(cycle, real=Cycle.run):
         real(cycle)
@@ -85,7 +86,7 @@ def late(folder, monkeypatch, tmp_path):
             pages = cycle.kv.page_table[p.rows.seq[: len(ar)][valid].long(), ar[valid].long() // ops.PAGE_SIZE]
             assert bool((pages != 0).all()), "a row beyond the slot's pages"
 
-    monkeypatch.setattr(Flights, "_mailbox", tapped_mailbox)
+    monkeypatch.setattr(Flights, "_free_mailbox", tapped_mailbox)
     monkeypatch.setattr(Cycle, "run", checked_run)
 
     def make_late(**kwargs):

@@ -1,30 +1,39 @@
-"""Uploads to a device from pageable host memory: nothing waits for the device unnecessarily."""
+"""Uploads to a device: nothing waits for it unnecessarily, and every value arrives."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from orthrus_rt import uploads
+from orthrus_rt import prefill, uploads
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
 
 
 class Checked(TorchFunctionMode):
-    """Refuses calls that wait for the device: ``torch.tensor(..., device=)``; ``.to()`` and ``.copy_()`` from the host
-    without non_blocking or with more bytes than CUDA stages; a number written to one element, which is such a copy.
+    """Refuses calls that wait for the device: ``torch.tensor(..., device=)``; ``.to()`` without non_blocking;
+    ``.copy_()`` from the host, unless in ``copy_up``; a number written to one element, which is such a copy.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch):
         super().__init__()
-        self.uploads, self.hosts, from_numpy = [], {}, torch.from_numpy
+        self.uploads, self.hosts, self.allowed, from_numpy = [], {}, False, torch.from_numpy
+        for module in (uploads, prefill):
+            patch.setattr(module, "copy_up", self.copy_up)
         patch.setattr(torch, "from_numpy", lambda array: self.from_host(from_numpy(array)))
 
     def from_host(self, tensor: torch.Tensor) -> torch.Tensor:
         self.hosts[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that its address stays in use
         return tensor
+
+    def copy_up(self, there: torch.Tensor, host: torch.Tensor, real=uploads.copy_up) -> None:
+        self.uploads.append(there.shape)
+        self.allowed = True
+        real(there, host)
+        self.allowed = False
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -34,8 +43,7 @@ class Checked(TorchFunctionMode):
         if function is torch.Tensor.to and any(isinstance(a, torch.device) for a in args):
             assert kwargs.get("non_blocking"), args
         elif function is torch.Tensor.copy_ and args[1].untyped_storage().data_ptr() in self.hosts:
-            assert kwargs.get("non_blocking") and args[1].nbytes <= 64 << 10
-            self.uploads.append(args[0].shape)
+            assert self.allowed, args
         elif function is torch.Tensor.__setitem__ and isinstance(args[2], int | float):
             assert args[0][args[1]].dim() > 0, "a number written to one element"
         return function(*args, **kwargs)
@@ -55,30 +63,72 @@ def test_admission_does_not_block(tmp_path, monkeypatch):
     assert len(checked.uploads) > 10
 
 
-def test_uploads_in_parts(monkeypatch):
-    """Every value arrives, whatever the number of parts."""
-    for count in (0, 1, 16_384, 16_385, 50_000):
-        with Checked(monkeypatch) as checked:
-            assert uploads.upload(range(count), torch.int32, torch.device("cpu")).tolist() == list(range(count))
-        assert len(checked.uploads) == max(1, -(-count // 16_384))
+class Late:
+    """A CUDA device that fetches a copy only when its arrival is waited for."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, monkeypatch):
+        self.values, self.launched, self.arrived, self.events, empty = [], [], 0, 0, torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **how: empty(*size, **how))
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda of: of)
+
+    def event(self):
+        self.events += 1
+        return SimpleNamespace(record=self.record, synchronize=self.fetch_one)
+
+    def record(self, stream):
+        assert stream == self.device
+
+    def copy_(self, staged, non_blocking):
+        assert non_blocking
+        self.launched.append(staged)
+
+    def fetch_one(self):
+        self.values += self.launched[self.arrived].tolist()
+        self.arrived += 1
 
 
-@pytest.mark.parametrize("reads", (False, True))
-def test_an_upload_that_is_not_staged_is_waited_for(monkeypatch, reads):
-    """If the device reads pageable host memory itself, it might otherwise read what the host writes there next."""
-    calls, host = [], torch.arange(4, dtype=torch.int32)
+def test_nothing_is_staged_over_what_the_device_has_not_fetched(monkeypatch):
+    late, sent, rng = Late(monkeypatch), [], random.Random(4)
+    staging = uploads.Staging()
+    for size in [1, 65_536, 3, *(rng.choice((1, 7, 100, 3_000, 60_000)) for _ in range(400))]:
+        host = torch.tensor([rng.randrange(1 << 31) for _ in range(size)], dtype=torch.int32)
+        sent += host.tolist()
+        staging.copy(late, host)
+        host.zero_()
+    assert 0 < late.arrived < len(late.launched)  # waits, but only for what is in the way
+    in_flight = sum(staged.nbytes for staged in late.launched[late.arrived :])
+    assert in_flight > uploads.STAGED_BYTES - 2 * uploads.PART_BYTES
+    while late.arrived < len(late.launched):
+        late.fetch_one()
+    assert late.values == sent and late.events < 100
 
-    class Driver:
-        def cuDeviceGetAttribute(self, answer, attribute, index):
-            answer._obj.value = reads
-            calls.append((attribute, index))
 
-    part = SimpleNamespace(copy_=lambda values, non_blocking: calls.append(("copy", values.tolist(), non_blocking)))
-    there = SimpleNamespace(device=torch.device("cuda", 1), split=lambda step: [part])
-    stream = SimpleNamespace(synchronize=lambda: calls.append("waits"))
-    monkeypatch.setattr(uploads.ctypes, "CDLL", lambda name: Driver())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda of: stream)
-    uploads.reads_pageable_memory.cache_clear()
-    uploads.copy_up(there, host)
-    uploads.reads_pageable_memory.cache_clear()
-    assert calls == [("copy", [0, 1, 2, 3], True), (100, 1), *(["waits"] if reads else [])]
+def test_an_interrupted_copy_counts_as_under_way(monkeypatch):
+    """The interrupt may come after its launch."""
+    Late(monkeypatch)
+    staging, recorded = uploads.Staging(), []
+
+    def interrupted(staged, non_blocking):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=recorded.append))
+    with pytest.raises(KeyboardInterrupt):
+        staging.copy(SimpleNamespace(device=Late.device, copy_=interrupted), torch.arange(4))
+    assert len(staging._parts) == 1 and recorded == [Late.device]
+
+
+def test_long_copies_go_in_parts(monkeypatch):
+    late, words = Late(monkeypatch), uploads.PART_BYTES // 4
+    staging = uploads.Staging()
+    monkeypatch.setattr(uploads, "staging", lambda device: staging)
+    for count in (0, 1, words, words + 1, 6 * words):
+        num_parts, before = max(1, -(-count // words)), len(late.launched)
+        there = SimpleNamespace(device=late.device, split=lambda step, n=num_parts: [late] * n)
+        uploads.copy_up(there, torch.arange(count, dtype=torch.int32))
+        assert len(late.launched) - before == num_parts
+    while late.arrived < len(late.launched):
+        late.fetch_one()
+    assert late.values == [value for count in (1, words, words + 1, 6 * words) for value in range(count)]

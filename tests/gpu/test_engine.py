@@ -14,7 +14,7 @@ from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
-from orthrus_rt.uploads import copy_up, reads_pageable_memory
+from orthrus_rt.uploads import copy_up
 from orthrus_rt.verify import near_tie_bound
 from tests import checkpoints, lossless
 from tests.traces import arriving, assert_same, decode
@@ -276,10 +276,7 @@ def test_a_step_launches_one_graph_and_never_waits_for_the_device(tmp_path, mode
 
 
 def test_uploads_do_not_wait_for_the_device():
-    """Uploads from pageable memory, which a driver may or may not stage at once: sync-debug mode cannot tell. What is
-    written to it afterwards does not arrive. If the device reads that memory itself, waiting is necessary.
-    """
-    waits = reads_pageable_memory(torch.device("cuda", 0))
+    """What is written to their source afterwards does not arrive. Sync-debug mode could not tell."""
     for count in (64, 16_000, 80_000):
         there, host = torch.empty(count, dtype=torch.int32, device="cuda"), torch.arange(count, dtype=torch.int32)
         copy_up(there, host)  # the first time allocates memory
@@ -290,8 +287,7 @@ def test_uploads_do_not_wait_for_the_device():
         copy_up(there, host)
         host.zero_()
         waited = slept.query()
-        assert there.tolist() == list(range(count))
-        assert waits or not waited
+        assert there.tolist() == list(range(count)) and not waited
 
 
 def test_requests_come_and_go_without_waiting_for_the_device(folder):
