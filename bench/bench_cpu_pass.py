@@ -60,7 +60,7 @@ def median_ratio(times: list[float], others: list[float]) -> float:
 
 def num_weights(model: Model) -> int:
     """Number of weights that a pass multiplies by."""
-    packed = [w for layer in model.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    packed = [w for layer in model.layers for w in layer.ar_weights]
     return sum(w.in_features * w.out_features for w in (*packed, model.lm_head))
 
 

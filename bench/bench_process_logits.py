@@ -42,7 +42,7 @@ class Case:
         self.rows = prefill_rows([([0] * rows, 100, 0)], device)
         self.logit_rows = torch.arange(rows, dtype=torch.int32, device=device)
         self.sampling = SlotSampling.allocate(1, device)
-        for tensor, value in zip(self.sampling.filters(), self.filters, strict=False):
+        for tensor, value in zip(self.sampling.filters(), self.filters, strict=True):
             tensor.fill_(value)
         if edited:
             stop_ids = torch.full((1, 8), 2, dtype=torch.int32, device=device)

@@ -38,7 +38,9 @@ class Waiting:
     """A stream that waits for outputs."""
 
     request_id: str
-    news: list[RequestOutput | BaseException] = field(default_factory=list)  # at most one output, then an error
+    news: list[RequestOutput | BaseException] = field(
+        default_factory=list
+    )  # at most one output, then an error; what follows is not read
     has_news: asyncio.Event = field(default_factory=asyncio.Event)
     failed: bool = False  # the last item of news is the error that ends the stream
 

@@ -17,6 +17,13 @@ def require(op: str, what: str, expected, got) -> None:
         raise ValueError(f"{op}: {what} must be {expected}, got {got}")
 
 
+def kind_of(op: str, name: str, t: torch.Tensor) -> tuple[torch.dtype, torch.device]:
+    """The dtype and device of the tensor that the others have to match."""
+    if not isinstance(t, torch.Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor, got {'None' if t is None else type(t).__name__}")
+    return t.dtype, t.device
+
+
 def check_tensor(op: str, name: str, t: torch.Tensor, shape: tuple, dtype, device) -> None:
     """Check one tensor; None in ``shape`` allows any size."""
     if t is None:

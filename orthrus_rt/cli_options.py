@@ -43,7 +43,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None:
 
 
 def load_engine(args, mode: str = "auto", max_batch_size: int = 1):
-    """The engine, without prefix caching: some commands compare runs, and the others run no prompt twice."""
+    """The engine, without prefix caching: runs are compared or timed, and prompts repeat."""
     from orthrus_rt.engine import Engine
 
     return Engine.from_pretrained(

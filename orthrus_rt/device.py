@@ -11,6 +11,8 @@ import weakref
 
 import torch
 
+from orthrus_rt.fork_lock import ForkLock
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -37,7 +39,7 @@ def pick_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
-    if chosen.type not in ("cpu", "cuda"):
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cpu" and chosen.index):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was requested, but no CUDA device is available")
@@ -136,6 +138,7 @@ def prepare_for_forks() -> None:
 
 
 _engines: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
+_claims = ForkLock()
 
 
 def claim(device: torch.device, engine) -> None:
@@ -152,7 +155,8 @@ def claim(device: torch.device, engine) -> None:
     name = str(device)
     if name in _engines:
         gc.collect()  # an engine without references
-    other = _engines.get(name)
-    if other is not None and not other.closed:
-        raise RuntimeError(f"Engine: {name} has a live engine in this process; close() it first, or share it")
-    _engines[name] = engine
+    with _claims.held():
+        other = _engines.get(name)
+        if other is not None and not other.closed:
+            raise RuntimeError(f"Engine: {name} has a live engine in this process; close() it first, or share it")
+        _engines[name] = engine

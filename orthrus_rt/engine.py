@@ -30,7 +30,7 @@ from orthrus_rt.device import (
     stream_of,
     with_index,
 )
-from orthrus_rt.exclusive import Turn, exclusive, torn_if_cut
+from orthrus_rt.exclusive import Turn, exclusive, in_turn, torn_if_cut
 from orthrus_rt.fork_lock import ForkLock
 from orthrus_rt.generation import Generation
 from orthrus_rt.memory import memory_report
@@ -264,17 +264,21 @@ class Engine(Generation):
         tokens and ends with finish_reason ``"error"``; the others continue.
 
         Raises:
+            RuntimeError: the engine is closed, or another call is using it.
             Exception: any other failure; a note names the requests that were running. Nothing is lost, and the next
                 step tries again. If it fails every time, abort one of these requests; if that fails too, as on a lost
                 device, close the engine.
         """
-        self._advance_and_collect()
+        self.turn.hold(sys._getframe())
         try:
-            return self.outbox.outputs
-        finally:  # emptied only on the return: outputs held back by an interrupt are returned by the next step
-            self.outbox.outputs = []
+            in_turn(self, Engine._advance_and_collect)
+            try:
+                return self.outbox.outputs
+            finally:  # emptied only on the return: outputs held back by an interrupt are returned by the next step
+                self.outbox.outputs = []
+        finally:
+            self.turn.holder = {}
 
-    @exclusive
     def _advance_and_collect(self) -> None:
         self._advance()
         self.outbox.collect()
@@ -284,6 +288,9 @@ class Engine(Generation):
 
         A request that has ended or never existed is ignored, and so is any once the engine is closed, as an abort may
         be a moment late. :meth:`is_unfinished` says whether a request is still there.
+
+        Raises:
+            RuntimeError: another call is using the engine.
         """
         try:
             if not self.closed:

@@ -26,10 +26,14 @@ class Turn:
     Ctrl-C can strike between any two steps of Python: also after the lock is taken but before its ``with`` is entered,
     or on the way out before it is released. Either way the exception unwinds the holding frame. The next call of the
     same thread sees that the holder no longer runs, and takes its place. Signals reach no other thread.
+
+    Attributes:
+        holder: thread and frame by process, as a forked child has none of its parent's threads. To store an empty one,
+            which no signal can interrupt, is to let go.
     """
 
     def __init__(self):
-        self._holder: dict[int, tuple] = {}  # by process: a forked child has none of its parent's threads
+        self.holder: dict[int, tuple] = {}
         self._owner: tuple[weakref.ref, int] | None = None
 
     def claim(self, owner) -> None:
@@ -41,19 +45,23 @@ class Turn:
         self._owner = None
 
     def __enter__(self) -> None:
-        process, mine = os.getpid(), (threading.get_ident(), sys._getframe(1))
+        self.hold(sys._getframe(1))
+
+    def hold(self, frame) -> None:
+        """Take the turn for as long as ``frame``, of this thread, runs, or until it lets go."""
+        process, mine = os.getpid(), (threading.get_ident(), frame)
         self._check_owner()
-        holder = self._holder.setdefault(process, mine)  # tests and sets in one step
+        holder = self.holder.setdefault(process, mine)  # tests and sets in one step
         if holder is not mine:
             if holder[0] != mine[0]:
                 raise Taken("this engine is in use by another thread; share it through orthrus_rt.AsyncEngine")
             if _runs(holder[1]):
                 raise Taken("this engine is in the middle of a call; a signal handler cannot make another one")
-            self._holder[process] = mine
+            self.holder[process] = mine
         try:
             self._check_owner()  # again: it may have been claimed before this thread had it
         except Taken:
-            self._holder.clear()
+            self.holder = {}
             raise
 
     def _check_owner(self) -> None:
@@ -62,7 +70,7 @@ class Turn:
             raise Taken(f"this engine belongs to an {type(owner).__name__} until that is closed; go through it")
 
     def __exit__(self, *_) -> None:
-        self._holder.clear()
+        self.holder = {}
 
 
 def _runs(frame) -> bool:
@@ -87,16 +95,21 @@ def exclusive(method: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(method)
     def call(engine, *args, **kwargs):
         with engine.turn:
-            if engine.closed:
-                raise RuntimeError("this engine is closed")
-            with torch.inference_mode(), scope(engine.device, engine.cuda_stream):
-                if engine.torn:
-                    engine._recover()
-                if engine.dropped:
-                    engine._abort_dropped()
-                return method(engine, *args, **kwargs)
+            return in_turn(engine, method, *args, **kwargs)
 
     return call
+
+
+def in_turn(engine, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run an engine's method as :func:`exclusive` does, for a caller that has the turn."""
+    if engine.closed:
+        raise RuntimeError("this engine is closed")
+    with torch.inference_mode(), scope(engine.device, engine.cuda_stream):
+        if engine.torn:
+            engine._recover()
+        if engine.dropped:
+            engine._abort_dropped()
+        return method(engine, *args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from numbers import Real
-from pathlib import Path
 
 import torch
 
-from orthrus_rt.checkpoint import EMBEDDED_NAME
+from orthrus_rt.checkpoint import is_hub_id
 from orthrus_rt.device import pick_device
 from orthrus_rt.engine import Engine
 from orthrus_rt.integers import integer
@@ -68,7 +67,7 @@ class OrthrusForCausalLM:
         if not isinstance(device_map, str | torch.device):
             raise ValueError(f"from_pretrained: device_map must name one device, got {device_map!r}")
         dtype = "bfloat16" if dtype == "auto" else dtype
-        if revision is not None and model != EMBEDDED_NAME and not Path(model).is_dir():
+        if revision is not None and is_hub_id(str(model)):
             model = f"{model}@{revision}"
         return cls(
             Engine.from_pretrained(

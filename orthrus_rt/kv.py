@@ -114,11 +114,11 @@ class PagedKvCache:
             raise OutOfPages(f"KV cache: slot {slot} needs {need} more pages for {length} tokens, {free} are free")
         return self.pool.take(need)
 
-    def _hand(self, slot: int, pages: list[int]) -> None:
+    def _hand(self, slot: int, taken: list[int]) -> None:
         held = self._held[slot]
         first = len(held)
-        held.extend(pages)
-        self.page_table[slot, first : len(held)] = upload(pages, torch.int32, self.page_table.device)
+        held.extend(taken)
+        self.page_table[slot, first : len(held)] = upload(taken, torch.int32, self.page_table.device)
 
     def move(self, source: int, target: int) -> None:
         """Hand every page of ``source`` to the empty slot ``target``; no key or value is copied."""

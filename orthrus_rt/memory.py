@@ -5,10 +5,11 @@ Logits, edits, and each cycle or shape of prefill with its graph are allocated a
 only a limited number is kept. After that, decoding allocates nothing more that lasts. The host's part of a cycle with
 ``acceptance="rejection"`` allocates and frees its memory each time.
 
-Not counted on the CPU, as threads keep it for themselves: attention's partial results, in the calling thread, fp32
-``[splits, rows, num_heads_q, head_dim + 2]`` if all threads share a few rows (a split is 512 positions; at most 128
-MB); and, if the processor has no bf16 dot products, a float copy of a block of a pass's rows in each thread (1 MB or 48
-rows, whichever is more).
+Not counted on the CPU, as each thread keeps one buffer, as large as the largest use of it. In the thread that calls:
+attention's partial results, fp32 ``[splits, rows, num_heads_q, head_dim + 2]``, if all threads share a few rows (a
+split is 512 positions; at most 128 MB), and, if the processor has no bf16 dot products, a float copy of a block of a
+pass's rows (256 KB or 48 rows, whichever is more). In every thread: fp32 values of a row of logits, if it is sampled
+from, and a strip of unpacked weights (64 bytes per input).
 """
 
 from __future__ import annotations

@@ -32,6 +32,11 @@ class Layer:
     gate_up: PackedWeight
     down: PackedWeight
 
+    @property
+    def ar_weights(self) -> tuple[PackedWeight, ...]:
+        """What an AR pass multiplies by."""
+        return self.qkv, self.o, self.gate_up, self.down
+
 
 class Model:
     """The weights, on one device in one dtype, packed for the chosen ``row_linear``."""
@@ -91,15 +96,11 @@ class Model:
 
     def linear_shapes(self) -> set[tuple[int, int]]:
         """Every weight's ``(in_features, out_features)``."""
-        layer = self.layers[0]
-        packed = (layer.qkv, layer.o, layer.gate_up, layer.down, self.lm_head)
-        return {(w.in_features, w.out_features) for w in packed}
+        return {(w.in_features, w.out_features) for w in (*self.layers[0].ar_weights, self.lm_head)}
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the packed weights: ``ar``, ``diffusion`` (its own projections) and the embedding table."""
-        ar = self.lm_head.nbytes + sum(
-            w.nbytes for layer in self.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)
-        )
+        ar = self.lm_head.nbytes + sum(w.nbytes for layer in self.layers for w in layer.ar_weights)
         diffusion = sum(w.nbytes for layer in self.layers for w in (layer.qkv_diff, layer.o_diff))
         return {"ar": ar, "diffusion": diffusion, "embedding": self.embedding.nbytes}
 

@@ -27,6 +27,7 @@ from orthrus_rt.checks import (
     check_scratch,
     check_state,
     check_tensor,
+    kind_of,
     require,
 )
 from orthrus_rt.coded_blocks import DRAFT_BITS
@@ -61,7 +62,7 @@ def embed(token: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
         table: ``[vocab_size, hidden]``.
         out: ``[num_rows, hidden]``, MUTATED.
     """
-    op, dtype, device = "embed", table.dtype, table.device
+    op, (dtype, device) = "embed", kind_of("embed", "table", table)
     check_tensor(op, "token", token, (None,), torch.int32, device)
     check_tensor(op, "table", table, (None, None), dtype, device)
     check_tensor(op, "out", out, (token.shape[0], table.shape[1]), dtype, device)
@@ -81,7 +82,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
         out: ``[num_rows, hidden]``, MUTATED.
         row_index: int32 ``[num_rows]``, the row of ``x`` for each output row; None for all rows in order.
     """
-    op, dtype, device = "rms_norm", x.dtype, x.device
+    op, (dtype, device) = "rms_norm", kind_of("rms_norm", "x", x)
     check_tensor(op, "x", x, (None, None), dtype, device)
     check_tensor(op, "weight", weight, (x.shape[1],), torch.float32, device)
     if row_index is not None:
@@ -120,7 +121,7 @@ def row_linear(
             ``argmax``: a pair ``(value fp32, id int32)``, each ``[num_rows, weight.num_partials]``, the maximum and its
             lowest id per vocabulary tile.
         residual: ``[num_rows, out_features]``, added before rounding; may be ``out``. (``out`` must not be ``x``.)
-        workspace: of :func:`orthrus_rt.native.row_linear_workspace_bytes`, zeroed once; CUDA only.
+        workspace: uint8, of :func:`orthrus_rt.native.row_linear_workspace_bytes`, zeroed once; CUDA only.
         next_weight: the weight of the next ``row_linear``, unless its epilogue is logits or argmax: a prefetch hint. On
             Hopper, if the rows fit one tile, its beginning is fetched into L2 while this call ends. No result depends
             on it.
@@ -129,12 +130,12 @@ def row_linear(
             bits; csrc/cpu/coded_weight.h and csrc/cuda/coded_block.cuh say what stands for these bits. True refuses a
             ``weight`` in 8 bits, which lacks them, though not such a ``weight_diff``.
     """
-    op, dtype, device = "row_linear", x.dtype, x.device
-    n = x.shape[0]
+    op, (dtype, device) = "row_linear", kind_of("row_linear", "x", x)
     if not isinstance(weight, PackedWeight):
         got = type(weight).__name__
         raise ValueError(f"{op}: weight must be a PackedWeight (orthrus_rt.weights.pack), got {got}")
     check_tensor(op, "x", x, (None, weight.in_features), dtype, device)
+    n = x.shape[0]
     if epilogue not in native.EPILOGUE:
         raise ValueError(f"{op}: epilogue must be one of {', '.join(native.EPILOGUE)}, got {epilogue!r}")
     require(op, "weight.data.dtype", dtype, weight.data.dtype)
@@ -165,6 +166,8 @@ def row_linear(
         require(op, "next_weight.impl", weight.impl, next_weight.impl)
         require(op, "next_weight.data.dtype", dtype, next_weight.data.dtype)
         require(op, "next_weight.data.device", device, next_weight.data.device)
+    if workspace is not None:
+        check_tensor(op, "workspace", workspace, (None,), torch.uint8, device)
     if not n:
         return
     kwargs = dict(num_rows_ar=num_rows_ar, residual=residual, epilogue=epilogue)
@@ -206,7 +209,7 @@ def qkv_commit(
         scratch_k, scratch_v: ``[num_rows_diff, num_heads_kv, head_dim]``, all MUTATED; None without diffusion rows.
         q_out: ``[num_rows, num_heads_q, head_dim]``, MUTATED.
     """
-    op, dtype, device = "qkv_commit", qkv.dtype, qkv.device
+    op, (dtype, device) = "qkv_commit", kind_of("qkv_commit", "qkv", qkv)
     check_rows(op, rows, device)
     check_tensor(op, "q_out", q_out, (rows.num_rows, None, None), dtype, device)
     n, num_heads_q, head_dim = q_out.shape
@@ -248,9 +251,9 @@ def dual_attn(
         softmax_scale: factor of the scores before the softmax, usually ``head_dim ** -0.5``.
         out: like ``q``, MUTATED.
         max_seq_len: the upper bound of ``prefix_len``.
-        workspace: of :func:`orthrus_rt.native.dual_attn_workspace_bytes`; CUDA only.
+        workspace: uint8, of :func:`orthrus_rt.native.dual_attn_workspace_bytes`; CUDA only.
     """
-    op, dtype, device = "dual_attn", q.dtype, q.device
+    op, (dtype, device) = "dual_attn", kind_of("dual_attn", "q", q)
     check_rows(op, rows, device)
     check_tensor(op, "q", q, (rows.num_rows, None, None), dtype, device)
     n, num_heads_q, head_dim = q.shape
@@ -265,6 +268,8 @@ def dual_attn(
         )
     check_scratch(op, scratch_k, scratch_v, rows, num_heads_kv, head_dim, dtype, device)
     check_tensor(op, "out", out, (n, num_heads_q, head_dim), dtype, device)
+    if workspace is not None:
+        check_tensor(op, "workspace", workspace, (None,), torch.uint8, device)
     if not n:
         return
     args = (q, k_pages, v_pages, page_table, scratch_k, scratch_v, rows, softmax_scale, out)
@@ -313,7 +318,7 @@ def consensus(
         block_len: K of this cycle, at most ``state.max_block_len``.
         fan_out: blocks per slot of NEXT_ONE_PASS and STEP_VERIFY_AND_DRAFT, at most ``state.max_fan_out``.
     """
-    op, device = "consensus", state.finish.device
+    op, (_, device) = "consensus", kind_of("consensus", "state.finish", state.finish)
     check_state(op, state, device)
     slots, most = state.num_slots, min(state.max_block_len, MAX_BLOCK_LEN)
     if not 1 <= block_len <= most:
@@ -366,14 +371,14 @@ def process_logits(
         rows: the rows of the pass. A row at position -1 yields scores 0.
         logit_rows: int32 ``[n]``, indices of rows of the pass.
         sampling: the parameters of every slot.
-        cache_seqlens: int32 ``[num_slots or fewer]``, read where there are penalties.
+        cache_seqlens: int32 ``[num_slots]``, read where there are penalties.
         purpose: int >= 0, part of the noise's key; choices that must not share noise have different ones.
         partials: ``(value fp32, id int32)``, each ``[n, ceil(vocab_size / 128)]``, MUTATED: per 128 tokens the largest
             score and its lowest id; -inf and the first id where none is kept. Scores that cannot be the row's largest,
             because the likeliest token's is more than 23 above the logit, may be left out.
         log_probs: None, or fp32 like ``logits``, MUTATED: log of the filtered distribution. Only tests ask for it.
     """
-    op, device = "process_logits", logits.device
+    op, (_, device) = "process_logits", kind_of("process_logits", "logits", logits)
     f32, i32 = torch.float32, torch.int32
     check_tensor(op, "logits", logits, (None, None), f32, device)
     n, vocab = logits.shape
@@ -385,7 +390,7 @@ def process_logits(
         check_tensor(op, f"sampling.{name}", getattr(sampling, name), (slots,), dtype, device)
     if sampling.edits is not None:
         check_edits(op, sampling.edits, slots, vocab, device)
-    check_tensor(op, "cache_seqlens", cache_seqlens, (None,), i32, device)
+    check_tensor(op, "cache_seqlens", cache_seqlens, (slots,), i32, device)
     if purpose < 0:
         raise ValueError(f"{op}: purpose must be >= 0, got {purpose}")
     tiles = st.num_score_tiles(vocab)
@@ -400,13 +405,14 @@ def process_logits(
 
 @nvtx.ranged("count_tokens")
 def count_tokens(state: st.SlotState, edits: st.SlotEdits) -> None:
-    """Count the tokens that each slot's output ring received since the last call, at most the ring's length.
+    """Count the tokens that each slot's output ring received since the last call; of more than the ring's length, the
+    last ones.
 
     Args:
         state: ``num_output`` and ``output`` are read.
         edits: of at least as many slots; ``token_counts`` and ``num_counted`` MUTATED.
     """
-    op, device = "count_tokens", state.finish.device
+    op, (_, device) = "count_tokens", kind_of("count_tokens", "state.finish", state.finish)
     check_state(op, state, device)
     check_edits(op, edits, edits.num_counted.shape[0], None, device)
     if edits.num_counted.shape[0] < state.num_slots:

@@ -1,19 +1,22 @@
-"""Where a cycle's time goes: each of its op calls, timed on the engine's own buffers, with the bytes it must move.
+"""Where a cycle's time goes: each of its op calls, timed on the engine's own buffers, with the bytes it must move, and
+by how much the replayed cycle is shorter without them.
 
 The list of calls is not a guess: the cycle runs once with every op recorded, so it holds what is really called.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from orthrus_rt import dispatch, ops
+from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.dry_run import dry_cycles
 from orthrus_rt.exclusive import exclusive
@@ -67,7 +70,8 @@ def _count_tokens_bytes(state, edits) -> int:
     return 3 * _size(state.num_output) + 3 * state.output.element_size() * int(new.sum())
 
 
-# Least bytes of one call, from its arguments: every input and output once. Shapes: csrc/include/orthrus/params.h.
+# Least bytes of one call, from its arguments: every large input and output once. Shapes:
+# csrc/include/orthrus/params.h.
 NBYTES = {
     "embed": lambda token, table, out: 2 * _size(out),
     "rms_norm": lambda x, weight, eps, out, row_index=None: 2 * _size(out),
@@ -85,32 +89,56 @@ def calls_of(run: Callable[[], object]) -> list[Call]:
     of other threads, run as usual.
     """
     calls: list[Call] = []
-    thread = threading.get_ident()
 
-    def recorder(op: str, real: Callable):
-        def record(*args, **kwargs):
+    def record(op: str, name: str, again: Callable, *args, **kwargs):
+        if dispatch.extension() is not None:
+            tape = taped(again)  # the call without the time that Python takes
+            again = partial(replay, tape) if len(tape) else again
+        else:
+            again()
+        calls.append(Call(op, name, again, partial(NBYTES[op], *args, **kwargs)))
+
+    with _instead(record):
+        run()
+    return calls
+
+
+@contextlib.contextmanager
+def _instead(act: Callable) -> Iterator[None]:
+    """Instead of every op that this thread calls, ``act(op, name, call, *args, **kwargs)`` with what it was given;
+    ``call()`` is the call itself.
+    """
+    thread, real = threading.get_ident(), {op: getattr(ops, op) for op in dispatch.OPS}
+
+    def acting(op: str):
+        def called(*args, **kwargs):
             if threading.get_ident() != thread:
-                return real(*args, **kwargs)
-            again = partial(real, *args, **kwargs)
-            if dispatch.extension() is not None:
-                tape = taped(again)  # the call without the time that Python takes
-                again = partial(replay, tape) if len(tape) else again
-            else:
-                again()
+                return real[op](*args, **kwargs)
             name = f"row_linear {args[1].in_features} x {args[1].out_features}" if op == "row_linear" else op
-            calls.append(Call(op, name, again, partial(NBYTES[op], *args, **kwargs)))
+            return act(op, name, partial(real[op], *args, **kwargs), *args, **kwargs)
 
-        return record
+        return called
 
-    real = {op: getattr(ops, op) for op in dispatch.OPS}
     try:
         for op in dispatch.OPS:
-            setattr(ops, op, recorder(op, real[op]))
-        run()
+            setattr(ops, op, acting(op))
+        yield
     finally:
         for op in dispatch.OPS:
             setattr(ops, op, real[op])
-    return calls
+
+
+def shorter_by(cycle: Cycle, name: str, repeats: int, reset: Callable) -> float | None:
+    """Microseconds by which a replay of the cycle is shorter without the calls of this name, whose results are then
+    what their buffers held before: the median of ``repeats`` pairs of runs. None if the cycle cannot be recorded.
+    """
+    with _instead(lambda op, called, call, *args, **kwargs: None if called == name else call()):
+        recording = cycle.make_recording()
+    if recording is None:
+        return None
+    runs = [cycle.run, reset, recording[0]]
+    whole, _, without = time_each(runs, cycle.model.device, repeats=repeats + 1, reset=reset)
+    return statistics.median(a - b for a, b in zip(whole[1:], without[1:], strict=True))
 
 
 def time_calls(calls: list[Call], device: torch.device, *, repeats: int, reset: Callable = lambda: None):
@@ -120,14 +148,16 @@ def time_calls(calls: list[Call], device: torch.device, *, repeats: int, reset: 
 
 
 @exclusive
-def profile(engine, *, mode: str, draft_len=None, fan_out=None, batch: int = 1, context: int = 256, repeats: int = 20):
+def profile(engine, *, mode: str, draft_len=None, fan_out=None, batch: int = 1, context: int = 256, repeats: int = 10):
     """The breakdown of one greedy cycle.
 
     Returns:
         ``(facts, rows)``. Facts: ``mode``, ``block_len``, ``fan_out``, ``batch``, ``context``, ``read_gb_s`` (read
         bandwidth, measured in this call), ``cycle_us`` (the whole cycle replayed), ``ops_us`` (sum of the single
-        ops). Rows, slowest first: ``op``, ``calls``, ``us``, ``share`` of all ops' time, ``mbytes``, ``gb_s``,
-        ``of_read`` (``gb_s / read_gb_s``). Times are medians of ``repeats``, in microseconds; MB and GB are decimal.
+        ops). Rows, slowest first: ``op``, ``calls``, ``us``, ``share`` of all ops' time, ``in_cycle_us`` (by how much
+        the replayed cycle is shorter without these calls, so that what overlaps with their neighbours does not count;
+        None if the cycle cannot be recorded), ``mbytes``, ``gb_s``, ``of_read`` (``gb_s / read_gb_s``). Times are
+        medians of ``repeats``, in microseconds; MB and GB are decimal.
 
     Raises:
         ValueError: the engine has too few slots, pages or positions, or an argument is out of range.
@@ -146,6 +176,7 @@ def profile(engine, *, mode: str, draft_len=None, fan_out=None, batch: int = 1, 
         calls = calls_of(cycle.run_eager)
         times = time_calls(calls, device, repeats=repeats, reset=reset)
         moved = [call.nbytes() for call in calls]
+        in_cycle = {name: shorter_by(cycle, name, repeats, reset) for name in {call.name: 0 for call in calls}}
     bandwidth = read_bandwidth(device)
     facts = {
         **cycle.plan._asdict(), "batch": batch, "context": context,
@@ -153,7 +184,8 @@ def profile(engine, *, mode: str, draft_len=None, fan_out=None, batch: int = 1, 
     }  # fmt: skip
     rows = {}
     for call, us, nbytes in zip(calls, times, moved, strict=True):
-        row = rows.setdefault(call.name, {"op": call.name, "calls": 0, "us": 0.0, "share": 0.0, "mbytes": 0.0})
+        new = {"op": call.name, "calls": 0, "us": 0.0, "share": 0.0, "in_cycle_us": in_cycle[call.name], "mbytes": 0.0}
+        row = rows.setdefault(call.name, new)
         row["calls"] += 1
         row["us"] += us
         row["mbytes"] += nbytes * 1e-6

@@ -101,7 +101,7 @@ class Recorded:
     def record(self) -> None:
         """Replay from here on. If there is no memory for a recording, warn and run op by op for good."""
         with self._or_op_by_op("recording"):
-            self._replay = self._record()
+            self._replay, self.graph_bytes = self.make_recording() or (None, 0)
             self.op_by_op = self._replay is None
 
     def run_settled(self) -> None:
@@ -126,11 +126,13 @@ class Recorded:
             self._replay, self.op_by_op = None, True  # before the warning, which a program may turn into an error
             warnings.warn(f"{error}; until it is built anew, this runs op by op, slower", stacklevel=5)
 
-    def _record(self) -> Callable[[], None] | None:
-        # Recording runs nothing, so the state stays as it is.
+    def make_recording(self) -> tuple[Callable[[], None], int] | None:
+        """A replay of what :meth:`run_eager` calls, and the device memory that it holds, in bytes; None if it cannot be
+        recorded. Nothing runs, so the state stays as it is.
+        """
         if not self.can_record:
             return None
         if self.model.device.type == "cpu":
-            return functools.partial(replay, taped(self.run_eager))
-        graph, self.graph_bytes = capture(self.run_eager, self.model.device, self.workspace)
-        return graph.replay
+            return functools.partial(replay, taped(self.run_eager)), 0
+        graph, held = capture(self.run_eager, self.model.device, self.workspace)
+        return graph.replay, held

@@ -193,7 +193,7 @@ def process_logits(
     y = torch.where(logits.isnan(), -torch.inf, logits)
     if sampling.edits is not None:
         y = _edit(y, rows, r, slot, position, sampling.edits, cache_seqlens)
-    temperature, top_k, top_p, min_p, seed = (t[slot] for t in sampling.filters())
+    temperature, top_k, top_p, min_p, seed = (t[slot] for t in (*sampling.filters(), sampling.seed))
     y, weight, keep = filtered(y, temperature, top_k, top_p, min_p)
     # Noise is expensive: draw it only for kept tokens that could still beat the likeliest one. It is at most 22.9.
     top, best = y.max(-1)
@@ -241,8 +241,8 @@ def _count(counts, token):
 def count_tokens(state: st.SlotState, edits: st.SlotEdits):
     """Count what the output ring received since the last call; see :func:`orthrus_rt.ops.count_tokens`."""
     for s in range(state.num_slots):
-        total = int(state.num_output[s])
-        for i in range(int(edits.num_counted[s]), total):
-            token = int(state.output[s, i % state.output.shape[1]])
+        total, ring = int(state.num_output[s]), state.output.shape[1]
+        for i in range(max(int(edits.num_counted[s]), total - ring), total):
+            token = int(state.output[s, i % ring])
             _count(edits.token_counts[s], token)
         edits.num_counted[s] = total

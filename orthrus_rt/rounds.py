@@ -44,9 +44,9 @@ class Rounds:
     _plan: CyclePlan  # of the running batch
     _autos: Autos
 
-    def _abort(self, request: Request, reason: str = "abort") -> None:
+    def _abort(self, request: Request) -> None:
         if request.finish_reason is None:
-            self._finish(request, reason)
+            self._finish(request, "abort")
 
     def _finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
         self.outbox.hear(request)
@@ -243,9 +243,9 @@ class Rounds:
                 self.scheduler.enqueue(request)
         for request in self.scheduler.reset():
             if request.tokens and request.tokens[-1] in request.stop_ids:
-                self._abort(request, "stop")
+                self._finish(request, "stop")
             elif request.length >= request.limit:
-                self._abort(request, "length")
+                self._finish(request, "length")
         self.torn = False
 
 

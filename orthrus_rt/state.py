@@ -116,12 +116,12 @@ class SlotSampling:
         return SlotSampling(*(torch.zeros(num_slots, dtype=dtype, device=device) for dtype in dtypes))
 
     def filters(self) -> tuple[torch.Tensor, ...]:
-        """Temperature, top-k, top-p, min-p and seed."""
-        return self.temperature, self.top_k, self.top_p, self.min_p, self.seed
+        """Temperature, top-k, top-p and min-p."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All tensors with a slot's parameters."""
-        return (*self.filters(), *(vars(self.edits).values() if self.edits is not None else ()))
+        return (*self.filters(), self.seed, *(vars(self.edits).values() if self.edits is not None else ()))
 
 
 @dataclass

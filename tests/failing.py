@@ -42,7 +42,7 @@ def exhausted(*_, **__):
 @contextlib.contextmanager
 def amid_recordings(act: Callable[[Cycle], object]):
     """``act(cycle)`` is called in the middle of every recording of a cycle."""
-    recording, record, stage_first = [], Cycle._record, Cycle.stage_first
+    recording, record, stage_first = [], Cycle.make_recording, Cycle.stage_first
 
     def noted_record(cycle):
         recording.append(cycle)
@@ -57,7 +57,7 @@ def amid_recordings(act: Callable[[Cycle], object]):
             act(cycle)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cycle, "_record", noted_record)
+        patch.setattr(Cycle, "make_recording", noted_record)
         patch.setattr(Cycle, "stage_first", stage_first_and_act)
         yield
 

@@ -35,7 +35,9 @@ def check_process_logits(process_logits, zeros, device="cpu") -> None:
         logits=zeros((ROWS, VOCAB), dtype=torch.float32),
         rows=moved(make_rows([ar(0, 0, ROWS - 1, invalid=ROWS - 1), ar(ROWS - 1, 99, 1)]), device),
         logit_rows=torch.arange(ROWS, dtype=torch.int32, device=device),
-        sampling=SlotSampling(*map(repeated, one.sampling.filters()), edits_of_the_last(one.sampling.edits, zeros)),
+        sampling=SlotSampling(
+            *map(repeated, (*one.sampling.filters(), one.sampling.seed)), edits_of_the_last(one.sampling.edits, zeros)
+        ),
         cache_seqlens=repeated(one.cache_seqlens),
     )
     many.logits[-1] = one.logits[0]

@@ -268,24 +268,26 @@ def check_the_unlikely(implementation):
 
 def check_count_tokens(op, device="cpu"):
     """Only new tokens are counted, each as often as it occurs, from a ring that wraps or is entirely new. So is a token
-    of the prompt, if it is among the new ones; a token outside the vocabulary is not.
+    of the prompt, if it is among the new ones; a token outside the vocabulary, or no longer in the ring, is not.
     """
-    state = SlotState.allocate(3, 4, 9, 1, "cpu")
-    state.output.copy_(torch.tensor([[5, 6, 5, 5, 7, 0, 0, 0, 0], [2, 3, 4, 9, 9, 9, 9, 3, 1], [8, 8, 7] + [8] * 6]))
+    state = SlotState.allocate(4, 4, 9, 1, "cpu")
+    rings = [[5, 6, 5, 5, 7, 0, 0, 0, 0], [2, 3, 4, 9, 9, 9, 9, 3, 1], [8, 8, 7] + [8] * 6, [6] * 8 + [4]]
+    state.output.copy_(torch.tensor(rings))
     state.output[2, 3:6] = torch.tensor([10, -3, 2_000_000_000])
-    state.num_output.copy_(torch.tensor([5, 12, 12]))
-    edits = SlotEdits.allocate(4, 10, 1, torch.zeros(4, 1, dtype=torch.int32))
-    edits.num_counted.copy_(torch.tensor([1, 7, 3, 0]))
+    state.num_output.copy_(torch.tensor([5, 12, 12, 250]))
+    edits = SlotEdits.allocate(5, 10, 1, torch.zeros(5, 1, dtype=torch.int32))
+    edits.num_counted.copy_(torch.tensor([1, 7, 3, 0, 0]))
     edits.token_counts[0, 5], edits.token_counts[0, 6], edits.token_counts[0, 0] = 2, -1, -1
     want = edits.token_counts.clone()
     want[0, 5], want[0, 6], want[0, 7] = 4, 1, 1
     want[1, 1:5] = torch.tensor([1, 1, 2, 1], dtype=torch.int32)
     want[2, 7], want[2, 8] = 1, 5
+    want[3, 6], want[3, 4] = 8, 1
     state, edits = moved(state, device), moved(edits, device)
     for _ in range(2):  # the second time, nothing is new
         op(state, edits)
         assert torch.equal(edits.token_counts.cpu(), want)
-        assert edits.num_counted.tolist() == [5, 12, 12, 0]
+        assert edits.num_counted.tolist() == [5, 12, 12, 250, 0]
 
 
 def check_draws(implementation, device="cpu"):

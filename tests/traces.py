@@ -145,7 +145,7 @@ def check_partials(partials, logits: torch.Tensor) -> None:
 def eager_cycles(engine: Engine):
     """Every cycle runs op by op; none is recorded."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cycle, "_record", lambda cycle: None)
+        patch.setattr(Cycle, "make_recording", lambda cycle: None)
         engine.runner.drop_cycles()
         yield
     engine.runner.drop_cycles()

@@ -12,8 +12,8 @@ def _count_kernel(
 ):
     take_turn(PDL)
     slot = tl.program_id(0).to(tl.int64)
-    first = tl.load(num_counted_ptr + slot)
     total = tl.load(num_output_ptr + slot)
+    first = tl.maximum(tl.load(num_counted_ptr + slot), total - capacity)
     index = first + tl.arange(0, RING)
     mine = index < total
     token = tl.load(output_ptr + slot * capacity + index % capacity, mask=mine, other=-1)
@@ -36,8 +36,8 @@ def count_tokens(state, edits):
         state: ``output`` int32 ``[num_slots, capacity]``, a ring, and ``num_output`` int32 ``[num_slots]``; not
             mutated.
         edits: ``token_counts`` int32 ``[num_slots or more, vocab]`` and ``num_counted`` int32 ``[num_slots or more]``,
-            MUTATED for these slots; at most ``capacity`` tokens lie between ``num_counted`` and ``num_output``. Ids
-            outside the vocabulary are not counted.
+            MUTATED for these slots. Of more than ``capacity`` new tokens the last are counted; ids outside the
+            vocabulary are not.
         No slots: nothing is launched. Integers only, one program per slot, which writes each count once: deterministic,
         graph-safe. Reads the ring's new tokens, and reads and writes a count for each of them.
     """

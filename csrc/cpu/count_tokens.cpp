@@ -10,7 +10,7 @@ void run_count_tokens(const CountTokensParams& p) {
   const SlotState& s = p.state;
   for (int64_t slot = 0; slot < s.num_slots; ++slot) {
     const int32_t* ring = s.output + slot * s.output_capacity;
-    for (int32_t i = p.num_counted[slot]; i < s.num_output[slot]; ++i) {
+    for (int32_t i = std::max(p.num_counted[slot], s.num_output[slot] - s.output_capacity); i < s.num_output[slot]; ++i) {
       const int32_t token = ring[i % s.output_capacity];
       if (token < 0 || token >= p.vocab_size) continue;
       int32_t& count = p.token_counts[slot * p.vocab_size + token];

@@ -36,8 +36,7 @@ struct Ahead {
   const char* from;
   int64_t lines;
 };
-// How far ahead of the products to prefetch, where each weight is read once. On Zen 5, over coded weights that were not
-// yet in two parts, half or twice as far made 4 rows take 3 to 5% longer; other processors have not been measured.
+// How far ahead of the products to prefetch, where each weight is read once.
 constexpr int kAheadBytes = 8192;
 // The same for coded strips. On Zen 5, 64 units make an exact pass of 4 rows take 2% longer, and where memory is
 // fast, 20 make 1 to 12 rows take 3 to 12% longer.

@@ -183,7 +183,7 @@ def test_a_tensors_ids_are_read_by_the_caller(folder, alone):
 
     class Ids(torch.Tensor):
         def cpu(self):
-            reads.append((threading.get_ident(), dict(engine.turn._holder)))
+            reads.append((threading.get_ident(), dict(engine.turn.holder)))
             return self.as_subclass(torch.Tensor)
 
         def tolist(self):

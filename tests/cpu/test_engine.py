@@ -319,6 +319,7 @@ def test_bad_arguments(engine, folder):
         ({"max_seq_len": 513}, r"max_seq_len must be within \[2, 512\] \(the positions of this model\), got 513"),
         ({"max_seq_len": 1}, r"max_seq_len must be within \[2, 512\] \(the positions of this model\), got 1"),
         ({"device": "abacus"}, "device must be auto, cpu, cuda or cuda:N, got 'abacus'"),
+        ({"device": "cpu:3"}, "device must be auto, cpu, cuda or cuda:N, got 'cpu:3'"),
         ({"device": None}, "device must be auto, cpu, cuda or cuda:N, got None"),
         ({"num_pages": 10**15}, r"num_pages must be < 2\*\*31, got 1000000000000000"),
         ({"max_batch_size": 10**30}, r"max_batch_size must be < 2\*\*31, got 1000000"),

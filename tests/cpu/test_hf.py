@@ -44,7 +44,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize(
-    ("model", "loads"), [("owner/name", "owner/name@v2"), (EMBEDDED_NAME, EMBEDDED_NAME), (".", ".")]
+    ("model", "loads"), [("owner/name", "owner/name@v2"), (EMBEDDED_NAME, EMBEDDED_NAME), (".", "."), ("./no", "./no")]
 )
 def test_a_revision_is_of_hub_ids(monkeypatch, model, loads):
     asked = []

@@ -6,12 +6,15 @@ import random
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from orthrus_rt import dispatch
-from orthrus_rt.exclusive import Turn
+from orthrus_rt.engine import Engine
+from orthrus_rt.exclusive import Turn, in_turn
+from orthrus_rt.outbox import Outbox
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints, engines, failing, poison
 from tests.engines import drain, take
@@ -161,7 +164,7 @@ def test_submit_at_every_instruction(shallow):
 def test_an_id_is_in_use_until_its_last_output_is_returned(engine):
     engine.submit([9], PARAMS, "mine")
     while not (engine.outbox.outputs and engine.outbox.outputs[-1].finished):
-        engine._advance_and_collect()  # all of a step except its last instruction
+        in_turn(engine, Engine._advance_and_collect)  # all of a step except its last instruction
     with pytest.raises(ValueError, match="must be unused, got 'mine' twice"):
         engine.submit([9], PARAMS, "mine")
     assert engine.is_unfinished("mine") and engine.step()[-1].finished
@@ -263,6 +266,32 @@ def test_a_lock_left_behind_is_taken_over_by_its_thread():
     assert refused == ["this engine is in use by another thread; share it through orthrus_rt.AsyncEngine"]
     with turn:
         pass
+
+
+def test_no_other_thread_steps_before_a_step_has_handed_its_outputs_over(engine, want):
+    """It would return them too, or lose its own."""
+    tried, ids = [], [engine.submit(p, PARAMS) for p in PROMPTS]
+
+    class Watched(Outbox):
+        @property
+        def outputs(self):
+            with pytest.raises(RuntimeError, match="in use by another thread"):
+                pool.submit(engine.step).result(20)
+            tried.append(True)
+            return self.held
+
+        @outputs.setter
+        def outputs(self, outputs):
+            self.held = outputs
+
+    engine.outbox.held, got = engine.outbox.__dict__.pop("outputs"), {}
+    engine.outbox.__class__ = Watched
+    with ThreadPoolExecutor(1) as pool:
+        while any(engine.scheduler.unfinished):
+            take(engine.step(), got)
+    engine.outbox.__class__ = Outbox
+    engine.outbox.outputs = engine.outbox.__dict__.pop("held")
+    assert [got[i][0] for i in ids] == want and len(tried) > 2
 
 
 def test_a_lock_that_is_claimed_while_another_thread_is_about_to_take_it(monkeypatch):

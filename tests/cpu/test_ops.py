@@ -205,6 +205,16 @@ CASES = [
     (logits, {"bias_values": f32(2, 3)}, "process_logits: edits.bias_values.shape must be [2, 4], got [2, 3]"),
     (logits, {"token_counts": i32(2, 299)},
      "process_logits: edits.token_counts.shape must be [2, 300], got [2, 299]"),
+    (logits, {"cache_seqlens": i32(1)}, "process_logits: cache_seqlens.shape must be [2], got [1]"),
+    (linear, {"workspace": f32(8)}, "row_linear: workspace.dtype must be torch.uint8, got torch.float32"),
+    (attention, {"workspace": torch.zeros(8, dtype=torch.uint8, device="meta")},
+     "dual_attn: workspace.device must be cpu, got meta"),
+    (linear, {"x": None}, "row_linear: x must be a tensor, got None"),
+    (attention, {"q": [1.0]}, "dual_attn: q must be a tensor, got list"),
+    (commit, {"qkv": None}, "qkv_commit: qkv must be a tensor, got None"),
+    (logits, {"logits": None}, "process_logits: logits must be a tensor, got None"),
+    (consensus, {"state": changed(finish=None)}, "consensus: state.finish must be a tensor, got None"),
+    (count, {"state": changed(finish=None)}, "count_tokens: state.finish must be a tensor, got None"),
 ]  # fmt: skip
 
 

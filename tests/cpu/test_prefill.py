@@ -126,7 +126,7 @@ def test_a_recording_that_finds_no_memory(make, monkeypatch):
     engine = make(True)
     want = make(False).generate([1, 2, 3], GREEDY).token_ids
 
-    monkeypatch.setattr(PrefillPass, "_record", exhausted)
+    monkeypatch.setattr(PrefillPass, "make_recording", exhausted)
     assert engine.generate([1, 2, 3], GREEDY).token_ids == want
     with pytest.warns(UserWarning, match="recording the prefill of 16 rows: lower max_batch_size.*op by op, slower"):
         assert engine.generate([1, 2, 3], GREEDY).token_ids == want

@@ -46,7 +46,7 @@ def naive_probs(row, temperature, top_k, top_p, min_p):
 
 def probs_of(case):
     """process_logits_probs of every row of a case."""
-    *filters, _ = (t[case.rows.seq[case.logit_rows].long()] for t in case.sampling.filters())
+    filters = (t[case.rows.seq[case.logit_rows].long()] for t in case.sampling.filters())
     return process_logits_probs(case.logits, *filters)
 
 

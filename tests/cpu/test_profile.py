@@ -1,7 +1,9 @@
 """The profile: it times the very cycle that runs, and the bytes it reports are those of the contracts."""
 
 import importlib
+import math
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from bench import common
 from orthrus_rt import dispatch, profile, prompts, rates
 from orthrus_rt import state as st
+from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.dry_run import dry_cycles
 from orthrus_rt.profile import calls_of
@@ -87,14 +90,40 @@ def test_calls_and_bytes(folder):
     for row in rows:
         assert row["gb_s"] == pytest.approx(row["mbytes"] / row["us"] * 1e3)
         assert row["of_read"] == pytest.approx(row["gb_s"] / facts["read_gb_s"])
+        assert math.isfinite(row["in_cycle_us"])
     assert sum(row["us"] for row in rows) == pytest.approx(facts["ops_us"])
+
+
+def test_the_cycle_is_timed_without_each_op(folder, monkeypatch):
+    """The replay lacks exactly the calls of that name; the cycle's own recording is as before."""
+    engine = make(folder)
+    plan = engine.make_plan("one_pass")
+    with torch.inference_mode(), dry_cycles(engine, [plan], SLOTS, CONTEXT) as start:
+        cycle, reset = start(plan), partial(start, plan)
+        cycle.run()
+        own = cycle._replay
+        counts = Counter(call.name for call in calls_of(cycle.run_eager))
+
+        def timed(runs, device, *, repeats, reset):
+            whole, again, without = runs
+            assert whole == cycle.run and again is reset and repeats == 4
+            left.append(len(own.args[0]) - len(without.args[0]))
+            return [[99, 10, 30, 20], [0] * 4, [0, 4, 9, 5]]
+
+        left = []
+        monkeypatch.setattr(profile, "time_each", timed)
+        for name in counts:
+            assert profile.shorter_by(cycle, name, 3, reset) == 15  # the median of 6, 21 and 15
+        assert left == list(counts.values()) and cycle._replay is own
+        monkeypatch.setattr(Cycle, "can_record", False)
+        assert profile.shorter_by(cycle, "embed", 3, reset) is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"batch": 5}, r"batch must be within \[1, 4\] \(max_batch_size\), got 5"),
-        ({"mode": "auto"}, "mode must be one of ar, two_pass, one_pass, repeats >= 1, got auto, 20"),
+        ({"mode": "auto"}, "mode must be one of ar, two_pass, one_pass, repeats >= 1, got auto, 10"),
         ({"repeats": 0}, "got two_pass, 0"),
         ({"context": 121}, r"context must be within \[1, 120\] \(max_seq_len less a block\), got 121"),
     ],

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ def test_profile_times_every_call(tmp_path):
         facts, rows = profile.profile(engine, mode="two_pass", batch=2, context=100, repeats=3)
         assert sum(row["calls"] for row in rows) == 2 * (2 * 8 + 3) + 3  # passes, layers, around them; consensus
         assert all(row["us"] > 0 and row["gb_s"] > 0 for row in rows) and facts["cycle_us"] > 0
+        assert all(math.isfinite(row["in_cycle_us"]) for row in rows)
         assert engine.kv.num_free_pages == engine.kv.num_pages
         engine.generate([1, 2, 3])
 

@@ -234,7 +234,8 @@ struct SlotEdits {
 };
 
 // Counts the tokens that the output ring has received since the last call. For each slot and ring entry num_counted ...
-// num_output-1, token_counts[slot][token] = max(itself, 0) + 1; then num_counted = num_output.
+// num_output-1, of which only the last output_capacity are there, token_counts[slot][token] = max(itself, 0) + 1; then
+// num_counted = num_output.
 struct CountTokensParams {
   int32_t* token_counts;       // [num_slots or more, vocab_size], MUTATED
   int32_t* num_counted;        // [num_slots or more], MUTATED
