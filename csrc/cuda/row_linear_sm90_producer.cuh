@@ -233,7 +233,7 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps
 
   // Steps prefetched into L2 before they are loaded; many rows, with one CTA per SM and reuse in L2, do without. Only
   // the load marks a line as evict-first: until then it has to stay. After the last step, the first ones of the next
-  // weight follow.
+  // weight follow, and where this weight's steps are few, before the wait.
   const int lead = kManyRows ? 0 : args.steps_ahead;
   const int ahead = min(total, ring.num_stages);
   Position first(walk, x_maps), next(walk, x_maps);
@@ -243,6 +243,9 @@ __device__ void produce(const RowLinearArgs& args, const sm90::TensorMap* x_maps
 #pragma unroll 1
   for (int step = ahead; step < min(total, ahead + lead); ++step, later.advance(x_maps)) prefetch(later);
   NextWeightPrefetch next_weight(args);
+#pragma unroll 1
+  for (int spare = ahead + lead - total; !kManyRows && spare > 0 && next_weight.left > 0; --spare)
+    next_weight.prefetch();
   pdl_wait();
   fence_proxy_async_global();  // x was stored by threads
   if (total == ahead) pdl_launch_dependents();  // after the wait: never more than two row_linears at once

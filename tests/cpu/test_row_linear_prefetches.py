@@ -63,6 +63,24 @@ def test_the_next_weights_beginning_is_brought_to_l2(shape, rows, ar, exact, bit
         assert brought == library().row_linear_next_prefetch(ctas, next_k, next_n, sms, next_weight.bits, not exact)
 
 
+@pytest.mark.parametrize("steps", [7, 16, 60])
+def test_the_next_weight_does_not_wait_where_this_ones_steps_are_few(steps, isa):
+    """What they leave of a CTA's 96 KiB goes to the next weight, as memory has nothing else to do until earlier kernels
+    have finished.
+    """
+    weight = pack(tensor(64, 64 * steps, seed=1))
+    next_weight = following(640, 320, os.environ["ORTHRUS_CUDA_CODED"], 16)
+    run(tensor(1, 64 * steps, seed=2), weight, sms=1, next_weight=next_weight)
+    begin = next_weight.data.data_ptr()
+    ends = map(ctypes.c_void_p, (begin, begin + next_weight.nbytes))
+    early = library().row_linear_early(*ends)
+    if isa.endswith("sm80") or steps == 60:
+        assert early == 0
+    else:
+        own = brought_of(weight, True)
+        assert early == min(12, (15 if weight.coded else 12) - own) > 0 and (own == 0) == (steps == 7)
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("shape", [(4096, 192, 5), (1024, 3200, 7)])
 def test_both_views_weights_are_brought_to_l2(shape, exact, isa):

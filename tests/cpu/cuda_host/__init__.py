@@ -131,7 +131,7 @@ def library() -> ctypes.CDLL:
 def row_linear_library() -> ctypes.CDLL:
     """``row_linear`` in bfloat16, in the variant that ``ORTHRUS_CUDA_ISA`` selects."""
     loaded = build("row_linear.cpp", ROW_LINEAR)
-    for name in ("workspace", "prefetched", "prefetches", "next_prefetch"):
+    for name in ("workspace", "prefetched", "prefetches", "early", "next_prefetch"):
         getattr(loaded, f"row_linear_{name}").restype = ctypes.c_int64
     loaded.row_linear_plan_error.restype = ctypes.c_char_p
     loaded.wrongly_divided.restype = ctypes.c_int64

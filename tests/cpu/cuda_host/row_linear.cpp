@@ -1,5 +1,6 @@
 // C interface to row_linear, compiled for the host together with this file, on a Hopper GPU with any number of SMs.
 #include "../../../csrc/cuda/row_linear_plan.h"
+#include <algorithm>
 #include <set>
 
 #include "orthrus/ops.h"
@@ -54,13 +55,19 @@ int64_t row_linear_prefetched(const uint8_t* begin, const uint8_t* end, int bits
   const int block_bytes = bits == 16 ? 8192 : bits == 12 ? 6208 : 4160;
   const int read_bytes = bits < 16 && leading_only ? 4160 : block_bytes;
   std::set<const uint8_t*> blocks;
-  for (const auto& [from, bytes] : cuda_host::prefetched) {
+  for (const auto& [from, bytes, _] : cuda_host::prefetched) {
     if (from < begin || end <= from) continue;
     if (bytes != read_bytes || (from - begin) % block_bytes || !blocks.insert(from).second) return -1;
   }
   return static_cast<int64_t>(blocks.size());
 }
 int64_t row_linear_prefetches() { return static_cast<int64_t>(cuda_host::prefetched.size()); }
+// How many of the prefetches from [begin, end) did not wait for earlier kernels.
+int64_t row_linear_early(const uint8_t* begin, const uint8_t* end) {
+  const auto& all = cuda_host::prefetched;
+  return std::count_if(all.begin(), all.end(),
+                       [&](const auto& one) { return one.early && begin <= one.source && one.source < end; });
+}
 // Blocks of the next weight that `ctas` CTAs bring to L2, in units that fill 96 KiB each.
 int64_t row_linear_next_prefetch(int ctas, int in_features, int out_features, int num_sms, int bits,
                                  bool leading_only) {

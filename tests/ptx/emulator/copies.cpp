@@ -64,7 +64,8 @@ void bulk_prefetch(Warp& w, const Instruction& i, Mask m) {
     if (bytes % 16 || src % 16 || !bytes) fail(w, i, l, "a prefetch is not of whole 16 bytes");
     global_at(w, i, l, src, 16, false);
     global_at(w, i, l, src + bytes - 16, 16, false);
-    cuda_host::prefetched.push_back({reinterpret_cast<const uint8_t*>(src), static_cast<int>(bytes)});
+    const bool early = !(w.waited_pdl >> l & 1);
+    cuda_host::prefetched.push_back({reinterpret_cast<const uint8_t*>(src), static_cast<int>(bytes), early});
   });
 }
 // d: destination, a: map, list: coordinates, c: mbarrier, b: bit mask of destination CTAs unless it is this one alone.

@@ -9,6 +9,11 @@ namespace cuda_host {
 extern int num_sms;
 inline void* const kStream = reinterpret_cast<void*>(0x57ea);  // passed to launchers, which must launch on it
 extern bool descending;  // CTAs and warps run backwards
-extern std::vector<std::pair<const uint8_t*, int>> prefetched;  // by the launch: source and bytes
+struct Prefetched {
+  const uint8_t* source;
+  int bytes;
+  bool early;  // before the thread waited for earlier kernels
+};
+extern std::vector<Prefetched> prefetched;  // by the launch
 
 }  // namespace cuda_host

@@ -10,7 +10,7 @@
 
 int cuda_host::num_sms = 5;
 bool cuda_host::descending = false;
-std::vector<std::pair<const uint8_t*, int>> cuda_host::prefetched;
+std::vector<cuda_host::Prefetched> cuda_host::prefetched;
 
 namespace ptx {
 namespace {

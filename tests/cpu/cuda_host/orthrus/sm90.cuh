@@ -35,7 +35,12 @@ struct BulkCopy {
 inline std::map<uint64_t*, Transaction> transactions;
 inline auto& copies_in_flight = *new std::deque<BulkCopy>;  // never freed, as any thread may end the process
 inline std::map<std::pair<int, uint64_t*>, races::Thread> copiers;  // by the block's set of fibers and the barrier
-inline std::vector<std::pair<const uint8_t*, int>> prefetched;  // by the launch: source, bytes
+struct Prefetched {
+  const uint8_t* source;
+  int bytes;
+  bool early;  // before the thread waited for earlier kernels
+};
+inline std::vector<Prefetched> prefetched;  // by the launch
 inline Groups<std::function<void()>> wgmma_groups;
 
 // Stands for the hardware that reads the operands of a warp's products.
@@ -191,7 +196,7 @@ inline void bulk_load(SharedAddress dst, const void* src, int bytes, SharedAddre
 inline void bulk_prefetch(const void* src, int bytes) {
   const cuda_host::races::Unseen unseen;
   if (reinterpret_cast<uintptr_t>(src) % 16 || bytes % 16) cuda_host::fail("a prefetch of odd bytes");
-  cuda_host::prefetched.push_back({static_cast<const uint8_t*>(src), bytes});
+  cuda_host::prefetched.push_back({static_cast<const uint8_t*>(src), bytes, !cuda_host::waited[cuda_host::self]});
   volatile uint8_t last = static_cast<const uint8_t*>(src)[bytes - 1];  // a sanitizer notices a wild address
   (void)last;
 }
