@@ -81,6 +81,12 @@ def tests(file: str, limit_s: int, only: str = "", *, each_s: int = 50, **env: s
     return Step(name, limit_s, command + (["-k", only] if only else []), env)
 
 
+def measured(script: str, arguments: str, limit_s: int, folder: str = "speed") -> Step:
+    """Run one benchmark; its report lies in ``folder`` of the output."""
+    run = f'python3 -m bench.bench_{script} {arguments} --out "$OUT/{folder}"'
+    return Step(f"bench_{script} {arguments}", limit_s, ["bash", "-c", run])
+
+
 PREPARATION = [
     Step("machine", 180, ["bash", "-c", MACHINE]),
     Step("build", 400, ["bash", "tools/with-env", "--here", "python3", "-c", BUILT]),
@@ -114,6 +120,21 @@ GROUPS = {
         tests("auto", 120, each_s=100),
         tests("profile", 120, each_s=100),
     ],
+    "speed": [  # a figure for each target, and what each op costs within a cycle, in a few minutes
+        measured("row_linear", "--model 8b --rows 1 32 112 --no-baseline", 90),
+        measured("dual_attn", "--no-flex --context 1024 40000 --prefill 2048", 90),
+        measured("decode", "--model 8b --modes ar two_pass --baselines", 120),
+        measured(
+            "decode", "--model 8b --modes ar one_pass --draft-len 15 --fan-out 6 --baselines", 120, "speed-one_pass"
+        ),
+        measured("profile", "--model 8b --modes ar two_pass", 120),
+        measured("row_linear", "--model 1.7b --rows 1 32 112 --no-baseline", 60),
+        measured("decode", "--model 1.7b --modes ar two_pass --baselines", 60),
+        measured("profile", "--model 1.7b --modes two_pass", 60),
+        measured("row_linear", "--model 4b --rows 1 32 112 --no-baseline", 60),
+        measured("decode", "--model 4b --modes ar two_pass --baselines", 90),
+        measured("consensus", "--slots 256", 60),
+    ],
     "embedded": [tests("lossless_embedded", 150)],
     "sanitizer": [tests("sanitizer", 300, each_s=280)],
 }
@@ -124,6 +145,7 @@ class Calls:
 
     def __init__(self, out: Path, within_s: float):
         self.out, self.ends, self.env = out, time.monotonic() + within_s, {}
+        self.env["OUT"] = str(out.resolve())
         self.env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.results: list[dict] = []
         self.earlier: dict[str, dict] = {}  # results of steps not to be repeated, by name
@@ -202,9 +224,8 @@ def fingerprint(machine: str) -> str:
     """Tells apart what steps test: the machine, the environment, the module and all Python files."""
     settings = sorted(item for item in os.environ.items() if item[0].startswith("ORTHRUS_"))
     digest = hashlib.sha256(f"{machine} {settings}".encode() + (ROOT / "build" / ".native").read_bytes())
-    for path in sorted(
-        p for folder in ("orthrus_rt", "triton_kernels", "tests") for p in (ROOT / folder).rglob("*.py")
-    ):
+    folders = "orthrus_rt", "triton_kernels", "tests", "bench"
+    for path in sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -5,12 +5,15 @@ tools/first_on_a_card.py: a step that fails or hangs does not keep others from r
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from bench import common
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,6 +144,8 @@ def test_the_first_time_on_a_card(card, tmp_path, monkeypatch, capsys):
     assert "== bad\nas it should" in log and "\n/there/bin:" in log
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"steps.json", "steps.log", "_native.so", "native-key"}
     assert card.Calls(tmp_path / "late", 0).run(steps[0])["state"] == "not reached"
+    there = card.Calls(tmp_path / "there", 9).run(card.Step("measures", 9, ["bash", "-c", 'echo "$OUT"']))
+    assert there["said"] == str(tmp_path / "there")
     last = card.Step("longer than the call", 9, ["sleep", "9"])
     assert card.Calls(tmp_path / "late", 2).run(last)["state"] == "cut short"
 
@@ -203,13 +208,33 @@ def test_what_is_to_run_on_a_card_exists(monkeypatch, light):
     assert set(CASES) <= ids, done.stderr
     chosen = {}
     groups = load("first_on_a_card", monkeypatch).GROUPS
-    for step in (step for steps in groups.values() for step in steps):
+    for step in (step for name, steps in groups.items() if name != "speed" for step in steps):
         path, *only = (a for a in step.command if a.startswith("tests/gpu/") or " " in a)
         chosen.setdefault(path.removeprefix("tests/gpu/"), set()).update(re.findall(r"\w+", " ".join(only)))
     assert set(chosen) == {i.split("::")[0] for i in ids}
     for file, words in chosen.items():
         for word in words - {"and", "or", "not"}:
             assert any(i.startswith(file) and word in i for i in ids), (file, word)
+
+
+def test_what_is_to_be_measured_on_a_card_exists(tmp_path, monkeypatch):
+    """Scripts and options, whose parser ends the process if it does not know one; no report replaces another."""
+    parse, reports = common.Parser.parse_args, []
+
+    def parse_and_stop(parser, arguments=None):
+        raise KeyError(parse(parser, arguments))
+
+    monkeypatch.setattr(common.Parser, "parse_args", parse_and_stop)
+    monkeypatch.chdir(tmp_path)
+    for step in load("first_on_a_card", monkeypatch).GROUPS["speed"]:
+        _, _, script, *arguments = shlex.split(step.command[-1])
+        monkeypatch.setattr(sys, "argv", [script, *arguments, "--device", "cpu"])
+        with pytest.raises(KeyError) as parsed:
+            importlib.import_module(script).main()
+        (options,) = parsed.value.args
+        reports.append((script, getattr(options, "model", None), options.out))
+    assert len(set(reports)) == len(reports) == 11
+    assert {out for *_, out in reports} == {"$OUT/speed", "$OUT/speed-one_pass"}
 
 
 def test_a_tier_that_was_asked_for_and_ran_nothing_has_failed(runner, tmp_path, monkeypatch, capsys):
