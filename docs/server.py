@@ -1,18 +1,20 @@
 """Example server: OpenAI-style completions over HTTP, with only the standard library and orthrus_rt.
 
     python docs/server.py smollm2-135m 8000  # MODEL PORT
-    curl -N localhost:8000/v1/completions -d '{"prompt": "def add(a, b):", "max_tokens": 32, "stream": true}'
+    curl -N localhost:8000/v1/completions -d '{"prompt": "def add(a, b):", "max_tokens": 32, "temperature": 0}'
 
 It listens on 127.0.0.1 without authentication; all requests share one engine. The prompt is one string, completed as
-is, without a chat template. Requests may have `max_tokens` (default 16), `stop`, `stream` and the fields in SAMPLING;
-other fields that would change an answer are refused. A request may have MAX_BYTES and take MAX_SECONDS to arrive; with
-MAX_REQUESTS under way, further ones get 503. A client that disconnects, closes its sending side or reads too slowly for
-MAX_SECONDS ends its request. GET /health answers between two steps of the engine (503 if its device has failed), GET
-/metrics in Prometheus format. SIGTERM or Ctrl-C gives requests 60 seconds to finish; a second one ends the process.
+is, without a chat template. Requests may have `max_tokens` (default 16), `stop`, `stream`, `stream_options` and the
+fields in SAMPLING (temperature is 1 by default, as at OpenAI's); other fields that would change an answer are refused.
+A request may have MAX_BYTES and take MAX_SECONDS to arrive; with MAX_REQUESTS under way, further ones get 503, and
+beyond MAX_WATCHING more, connections are closed. A client that disconnects, closes its sending side or reads too slowly
+for MAX_SECONDS ends its request. GET /health answers between two steps of the engine (503 if its device has failed),
+GET /metrics in Prometheus format. SIGTERM or Ctrl-C gives requests 60 seconds to finish; a second one ends the process.
 """
 
 import asyncio
 import contextlib
+import functools
 import json
 import math
 import os
@@ -26,8 +28,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import orthrus_rt
 
-SAMPLING = {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "logit_bias"}
-KNOWN = {"prompt", "max_tokens", "stop", "stream", "model", "user", *SAMPLING}
+SAMPLING = {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "logit_bias",
+            "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos"}  # fmt: skip
+KNOWN = {"prompt", "max_tokens", "stop", "stream", "stream_options", "model", "user", *SAMPLING}
+NAMES = {"SamplingParams: ": "", "max_new_tokens": "max_tokens", "prompt_ids": "prompt"}  # the engine's, the requests'
 HARMLESS = {"n": 1, "best_of": 1, "echo": False, "suffix": ""}  # accepted with these values, which ask for nothing
 MAX_BYTES, MAX_STOPS, MAX_SECONDS = 1 << 16, 4, 30  # of a request: its body, stop strings, time to arrive
 MAX_REQUESTS, MAX_WATCHING = 256, 16  # at once: completions, and further connections, such as for PAGES
@@ -87,13 +91,15 @@ def check(asked):
     """The fields of a request that this server supports, without the nulls."""
     if not isinstance(asked, dict) or not isinstance(asked.get("prompt"), str):
         raise ValueError("the request must be an object whose prompt is a string")
-    asked = {key: value for key, value in asked.items() if value is not None}
+    asked = {key: value for key, value in asked.items() if value is not None and (key, value) != ("stop", "")}
     if other := [key for key in asked if key not in KNOWN and not is_harmless(key, asked[key])]:
         raise ValueError(f"this server does not support {', '.join(other)}")
     if re.search(r"[\ud800-\udfff]", asked["prompt"]):
         raise ValueError("the prompt must be whole characters, not one half of a surrogate pair")
     if not isinstance(asked.get("stream", False), bool):
         raise ValueError(f"stream must be true or false, got {asked['stream']!r}")
+    if (options := asked.get("stream_options", {})) not in ({}, {"include_usage": True}, {"include_usage": False}):
+        raise ValueError(f"stream_options must be an object with include_usage, got {options!r}")
     if isinstance(stop := asked.get("stop"), list) and len(stop) > MAX_STOPS:
         raise ValueError(f"stop must be at most {MAX_STOPS} strings, got {len(stop)}")
     return asked
@@ -102,6 +108,7 @@ def check(asked):
 def sampling(asked):
     """The engine's parameters of a request; JSON's keys are strings, and temperature is 1 by default."""
     options = {"temperature": 1.0} | {key: asked[key] for key in SAMPLING & asked.keys()}
+    options |= {"top_k": 0} if options.get("top_k") == -1 else {}  # elsewhere -1 keeps all
     if isinstance(bias := options.get("logit_bias"), dict):  # a key that is no id stays as it is, to be refused
         ids = (int(token) if re.fullmatch("-?[0-9]{1,10}", token) else token for token in bias)
         options["logit_bias"] = tuple(zip(ids, bias.values(), strict=True))
@@ -113,7 +120,10 @@ def send(writer, status, kind, body=""):
 
 
 def failure(error):
-    return json.dumps({"error": {"message": str(error) or repr(error)}})
+    message = str(error) or repr(error)
+    for ours, theirs in NAMES.items():
+        message = message.replace(ours, theirs)
+    return json.dumps({"error": {"message": message}})
 
 
 async def drop(reader, most=math.inf):
@@ -148,9 +158,10 @@ async def answer(shared, model, reader, writer):
         ANSWERING.add(task := asyncio.current_task())
         task.add_done_callback(ANSWERING.discard)
         asked = check(asked)
-        stop = asked.get("stop", "") or ()
+        stop = asked.get("stop", ())
         text = orthrus_rt.TextStream(tokenizer, [stop] if isinstance(stop, str) else stop)
-        encoding = await asyncio.get_running_loop().run_in_executor(TOKENIZING, tokenizer, asked["prompt"])
+        tokenize = functools.partial(tokenizer, asked["prompt"], verbose=False)  # the engine checks the length
+        encoding = await asyncio.get_running_loop().run_in_executor(TOKENIZING, tokenize)
         prompt = encoding.input_ids
         outputs = shared.stream(prompt, sampling(asked), name)
     except Asked as page:
@@ -194,6 +205,8 @@ async def answer(shared, model, reader, writer):
         count = {"prompt_tokens": len(prompt), "completion_tokens": num_tokens}
         usage = count | {"total_tokens": sum(count.values())}
         status, body, end = "200 OK", json.dumps(about | {"choices": [choice], "usage": usage}), "[DONE]"
+        if streams and asked.get("stream_options", {}).get("include_usage"):
+            writer.write(f"data: {json.dumps(about | {'choices': [], 'usage': usage})}\n\n".encode())
     except Exception as error:  # of this request only, or of the engine
         status, body = "500 Internal Server Error", failure(error)
         end = body

@@ -161,7 +161,8 @@ def _open(
     if path_or_id == EMBEDDED_NAME:
         from orthrus_rt import embedded
 
-        folder, adapter = embedded.base_folder(base_gguf), adapter or embedded.ADAPTER
+        folder = embedded.base_folder(base_gguf)
+        adapter = embedded.ADAPTER if adapter is None else adapter
     elif base_gguf is not None:
         raise CheckpointError(f"base_gguf: applies to {EMBEDDED_NAME!r} only, got it with {path_or_id!r}")
     else:

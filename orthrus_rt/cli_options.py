@@ -32,7 +32,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None:
             "--draft-len",
             type=int,
             metavar="N",
-            help="drafts per cycle, in auto the maximum (default: the checkpoint's K-1; on a CPU 3, except in auto)",
+            help="drafts per cycle, in auto the maximum (default: the checkpoint's K-1; on a CPU 3, or in one_pass as "
+            "many as F needs, except in auto)",
         )
         parser.add_argument(
             "--fan-out",

@@ -172,5 +172,13 @@ def _select(op, device, dtype, overrides):
         log.info("%s on %s %s: %s", op, device, dtype, first)
         return first
     chosen = next(i for i in others if unavailable(i, op, device, dtype) is None)
-    log.warning("%s on %s %s: %s, since %s", op, device, dtype, chosen, why)
+    if why == why_no_native():
+        _warn_once("ops on %s run Triton or the reference: %s", device, why)
+    else:
+        log.warning("%s on %s %s: %s, since %s", op, device, dtype, chosen, why)
     return chosen
+
+
+@functools.cache
+def _warn_once(*what) -> None:
+    log.warning(*what)

@@ -59,12 +59,12 @@ def base_folder(gguf: str | None = None) -> Path:
     Raises:
         CheckpointError: there is no GGUF, it is not the expected file, or the cache cannot be written.
     """
-    named = gguf or os.environ.get(GGUF_VARIABLE)
-    if named:
-        _check_sha256(Path(named), "the base_gguf argument" if gguf else GGUF_VARIABLE)
+    named = os.environ.get(GGUF_VARIABLE) or None if gguf is None else gguf
+    if named is not None:
+        _check_sha256(Path(named), GGUF_VARIABLE if gguf is None else "the base_gguf argument")
     folder = cache_root() / f"{GGUF_PACKAGE}-{GGUF_SHA256[:12]}-v{CACHE_VERSION}"
     if not _is_whole(folder):
-        source = Path(named) if named else _wheel_gguf()
+        source = _wheel_gguf() if named is None else Path(named)
         try:
             with _lock(folder):
                 if not _is_whole(folder):  # another process may have been faster

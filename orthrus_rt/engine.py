@@ -40,11 +40,11 @@ from orthrus_rt.out_of_memory import naming_the_knobs
 from orthrus_rt.outbox import Outbox
 from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.progress import progress_bar
-from orthrus_rt.request import MAX_STOP_TOKEN_IDS, Request, TokenIds, check_prompt, on_host
+from orthrus_rt.request import Request, TokenIds, check_prompt, on_host
 from orthrus_rt.room import check_cache, check_threads, check_weights
 from orthrus_rt.rope import cos_sin_table
 from orthrus_rt.runner import Runner
-from orthrus_rt.sampling import SamplingParams
+from orthrus_rt.sampling import MAX_STOP_TOKEN_IDS, SamplingParams
 from orthrus_rt.scheduler import Scheduler
 from orthrus_rt.sizes import engine_sizes
 from orthrus_rt.state import SlotSampling
@@ -158,7 +158,8 @@ class Engine(Generation):
             max_seq_len: the most tokens a sequence may have, prompt included; sizes the cache. None is 4096, or the
                 checkpoint's own limit if that is less.
             draft_len: drafts per cycle, 1 ... K-1 (in mode auto the maximum; it tries 3, 5, 7, 15 and this). None is
-                the checkpoint's K-1, or on a CPU, where every row costs arithmetic, 3 unless the mode is auto.
+                the checkpoint's K-1, or on a CPU, where every row costs arithmetic, 3 unless the mode is auto, or
+                in one_pass as many as ``fan_out`` needs.
             fan_out: blocks that a one_pass cycle drafts, 1 ... 3 * draft_len + 1 (one per outcome). None is 6, or as
                 many as fit into 160 rows together with the AR rows (4 with 31 drafts); on a CPU it is 2, and mode auto
                 tries 2, 4 and 8.

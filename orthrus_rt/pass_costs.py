@@ -15,6 +15,7 @@ from orthrus_rt.cycle_plan import AR, MODES, CyclePlan
 STALLED = 1.3  # times the next measurement: a first one above this was of a stalled cycle
 UNLIKELY = 4.0  # times the expectation: a first measurement is cut to this, lest it stay the only one
 CLIP = 2.0  # the largest innovation, in standard deviations: a stalled cycle does not mean a slow plan
+LEAST_S, MOST_S = 1e-7, 1e3  # seconds of a cycle that are believed of a kept file
 HOPE = 0.3  # standard errors by which a cycle is hoped to be cheaper than it looks
 # Variances of logarithms, that is, of relative errors.
 MEASUREMENT_NOISE = 0.01
@@ -218,7 +219,7 @@ class PassCosts:
             rows = [(int(b), CyclePlan(str(m), int(k), int(f)), float(s)) for b, m, k, f, s in content["seconds"]]
         except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
             return False
-        if not rows or not all(b >= 1 and plan.mode in MODES and 0 < s < math.inf for b, plan, s in rows):
+        if not rows or not all(b >= 1 and plan.mode in MODES and LEAST_S < s < MOST_S for b, plan, s in rows):
             return False
         for bucket, plan, seconds in rows:
             self.set(bucket, plan, seconds)

@@ -42,6 +42,7 @@ from collections.abc import Callable
 
 from orthrus_rt.acceptance import Acceptance, Outcome
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket, most_hypotheses
+from orthrus_rt.integers import integer
 from orthrus_rt.lane import DEADBAND, REFRESH_CYCLES, SAFETY, Account, Course, Lane
 from orthrus_rt.pass_costs import PassCosts
 
@@ -317,6 +318,7 @@ class Policy:
         Raises:
             ValueError: ``batch_size`` is out of its range.
         """
+        batch_size = integer("batch_size", batch_size)
         if not 1 <= batch_size <= self.max_batch_size:
             raise ValueError(f"batch_size must be within [1, {self.max_batch_size}], got {batch_size}")
         lane = self._lane(batch_size, greedy)

@@ -20,7 +20,6 @@ from orthrus_rt.pages import PAGE_SIZE, page_names
 from orthrus_rt.rejection import RejectionSampler
 from orthrus_rt.sampling import SamplingParams
 
-MAX_STOP_TOKEN_IDS = 64
 TokenIds: TypeAlias = Sequence[int] | torch.Tensor | np.ndarray  # of one prompt
 
 
@@ -192,7 +191,7 @@ def make_request(
     """A request that this model can serve within ``max_seq_len``; error messages call its prompt ``name``.
 
     Raises:
-        ValueError: as in :func:`check_prompt`, or there are too many stop ids, or a stop id or a biased id is outside
+        ValueError: as in :func:`check_prompt`, or a stop id or a biased id is outside
             the vocabulary.
     """
     if not (request_id is None or (isinstance(request_id, str) and request_id)):
@@ -200,8 +199,6 @@ def make_request(
     if not isinstance(params, SamplingParams):
         raise ValueError(f"params must be SamplingParams, got {type(params).__name__}")
     ids = check_prompt(prompt_ids, config.vocab_size, max_seq_len, name)
-    if len(params.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        raise ValueError(f"stop_token_ids must be at most {MAX_STOP_TOKEN_IDS}, got {len(params.stop_token_ids)}")
     for what, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", dict(params.logit_bias))):
         for token in tokens:
             if token >= config.vocab_size:

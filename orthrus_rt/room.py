@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,17 +59,18 @@ def check_cache(sizes: Sizes, nbytes: int, device: torch.device) -> None:
 
 
 def check_threads(device: torch.device, root: Path = Path("/")) -> None:
-    """Log a warning if torch, and so CPU ops, use more threads than a container (cgroup v2) gives CPU time for: while
-    one thread is held up, the others wait for it.
+    """Log a warning if torch, and so CPU ops, use more threads than this process may use CPUs, or than a container
+    (cgroup v2) gives CPU time for: while one thread is held up, the others wait for it.
     """
+    cpus, threads = float(len(os.sched_getaffinity(0))), torch.get_num_threads()
     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no such group, or "max"
         quota, period = map(int, (root / "sys/fs/cgroup/cpu.max").read_text().split())
-        cpus, threads = max(1, quota // period), torch.get_num_threads()
-        if device.type == "cpu" and threads > math.ceil(quota / period):
-            log.warning(
-                "CPU ops use as many threads as torch, %d, but this container has the time of %.3g CPUs: call "
-                "torch.set_num_threads(%d)", threads, quota / period, cpus,
-            )  # fmt: skip
+        cpus = min(cpus, quota / period)
+    if device.type == "cpu" and threads > math.ceil(cpus):
+        log.warning(
+            "CPU ops use as many threads as torch, %d, but this process has the time of %.3g CPUs: call "
+            "torch.set_num_threads(%d)", threads, cpus, max(1, int(cpus)),
+        )  # fmt: skip
 
 
 def least_weight_bytes(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:

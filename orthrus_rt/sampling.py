@@ -10,7 +10,7 @@ from numbers import Real
 
 from orthrus_rt.integers import integer
 
-MAX_LOGIT_BIAS = 256
+MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS = 256, 64
 LEAST, MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of normal fp32 numbers, as the kernels compute in fp32
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
@@ -88,6 +88,8 @@ class SamplingParams:
             ("acceptance", "'coupled' with penalties, logit_bias or min_tokens",
              self.acceptance == "coupled" or not self.edits),
         )  # fmt: skip
+        if (count := len(self.stop_token_ids)) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(f"SamplingParams: stop_token_ids must be at most {MAX_STOP_TOKEN_IDS}, got {count}")
         for name, expected, good in checks:
             if not good:
                 raise ValueError(f"SamplingParams: {name} must be {expected}, got {getattr(self, name)!r}")

@@ -55,8 +55,11 @@ class TextStream:
 
         Raises:
             TypeError: an id is not an int.
+            ValueError: an id is negative, or 2**32 or more. Nothing has been taken then.
         """
-        tokens = [operator.index(token) for token in token_ids]  # all are checked before one is taken
+        tokens = [operator.index(token) for token in token_ids]
+        if wrong := [token for token in tokens if not 0 <= token < 2**32]:
+            raise ValueError(f"a token id must be within [0, 2**32), got {wrong[0]}")
         self._ids.extend(token for token in tokens if token not in self._skipped)  # skipped ones have no text
         return self._until_stop(self._advance(len(tokens)), final=False)
 

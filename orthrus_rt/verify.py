@@ -90,8 +90,10 @@ def check(num_prompts: int, params: SamplingParams, modes: list[str], batch: int
         raise ValueError(f"batch must be within [1, {num_prompts}] (the prompts there are), got {batch}")
     if len(set(modes)) < len(modes):
         raise ValueError(f"modes must differ from one another, got {' '.join(modes)}")
-    if not params.greedy and (params.seed is None or against):
-        raise ValueError("sampling needs a seed, and cannot be compared with another implementation")
+    if not params.greedy and against:
+        raise ValueError("another implementation draws other random numbers: only greedy decoding can be compared")
+    if not params.greedy and params.seed is None:
+        raise ValueError("sampling needs a seed to be compared")
 
 
 def verify(

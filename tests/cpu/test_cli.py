@@ -207,7 +207,10 @@ def test_bench_runs_auto(run, tmp_path, monkeypatch):
         (["--context", "10"], "--context has no use without --profile"),
         (["--profile", "-n", "2"], "--num-prompts has no use with --profile"),
         (["--profile", "--modes", "ar", "auto"], "--modes must be among ar, two_pass, one_pass, got auto"),
-        (["--modes", "one_pass", "--fan-out", "99"], r"--fan-out must be within \[1, 22\] for --draft-len 7, got 99"),
+        (
+            ["--modes", "one_pass", "--fan-out", "99"],
+            r"--fan-out must be within \[1, 22\] for at most 7 drafts per cycle, got 99",
+        ),
     ],
 )
 def test_what_bench_refuses(run, args, message):

@@ -229,7 +229,9 @@ def test_costs_are_kept_and_a_stale_or_broken_file_is_not_believed(tmp_path):
     assert cache_file(tmp_path, key) != cache_file(tmp_path, key + "1")
     text = file.read_text()
     broken = ["", text[: len(text) // 2], "[]", "{}", '{"key": 1}', json.dumps({"key": key, "seconds": []})]
-    broken += [json.dumps({"key": key, "seconds": [[1, "ar", 1, 0, bad]]}) for bad in (0, -1, float("nan"), "x", None)]
+    broken += [
+        json.dumps({"key": key, "seconds": [[1, "ar", 1, 0, bad]]}) for bad in (0, -1, 1e300, float("nan"), "x", None)
+    ]
     broken += [
         json.dumps({"key": key, "seconds": [[1, "ar", 1, 0, 1], bad]})
         for bad in ([1, "foo", 1, 0, 1], [0, "ar", 1, 0, 1], [float("inf"), "ar", 1, 0, 1])

@@ -39,6 +39,7 @@ def test_gpu_tests():
         "bench.bench_host --device cuda --batch 1 4 --cycles 10",
         "bench.bench_consensus --slots 4",
         "bench.bench_qkv_commit --model tiny --rows 4",
+        "bench.bench_profile --device cuda --model tiny --context 100 --repeats 2",
     ],
 )
 def test_benchmarks(what):

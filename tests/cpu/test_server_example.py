@@ -118,6 +118,7 @@ def test_a_server(server, engine):
         asked = dict(prompt="hello", max_tokens=8, temperature=0)
         told["whole"] = json.load(post(port, **asked))
         told["stream"] = events(post(port, stream=True, **asked))
+        told["usage"] = events(post(port, stream=True, stream_options={"include_usage": True}, **asked))
         with a_beginning_each(engine):
             told["stopped"] = json.load(post(port, stop=stop, **asked | {"max_tokens": 100}))
         told["list"] = post(port, "[1]").status
@@ -141,10 +142,12 @@ def test_a_server(server, engine):
     assert choice == {"index": 0, "text": text, "finish_reason": out.finish_reason}
     *pieces, end = told["stream"]
     assert end == "[DONE]" and "".join(json.loads(piece)["choices"][0]["text"] for piece in pieces) == text
+    *pieces, last, end = map(json.loads, [*told["usage"][:-1], "0"])
+    assert last["choices"] == [] and last["usage"] == usage and len(pieces) == len(told["stream"]) - 1
     assert told["stopped"]["choices"][0] == {"index": 0, "text": text.partition(stop)[0], "finish_reason": "stop"}
     assert told["list"] == 400
     assert told["no prompt"] == (400, "the request must be an object whose prompt is a string")
-    assert told["length"] == (400, "SamplingParams: max_new_tokens must be >= 1, got 0")
+    assert told["length"] == (400, "max_tokens must be >= 1, got 0")
     assert told["nested"] == (400, "the request is nested too deeply")
     assert told["last"][-1] == "[DONE]" and json.loads(told["last"][-2])["choices"][0]["finish_reason"] == "length"
     assert engine.closed and engine.metrics.finished["abort"] == 2  # one was stopped, one client went away
@@ -223,24 +226,31 @@ def test_what_a_request_may_ask_for(server, engine):
         "n": (dict(n=2), "this server does not support n"),
         "true": (dict(n=True), "this server does not support n"),
         "two": (dict(logprobs=1, echo=True), "this server does not support logprobs, echo"),
-        "bias": (dict(logit_bias=5), "SamplingParams: logit_bias must be {token id: value}, got 5"),
-        "pair": (dict(logit_bias=[[1.7, 2]]), "SamplingParams: logit_bias: every token id must be an integer, got 1.7"),
-        "id": (dict(logit_bias={"a": 2}), "SamplingParams: logit_bias: every token id must be an integer, got 'a'"),
+        "bias": (dict(logit_bias=5), "logit_bias must be {token id: value}, got 5"),
+        "pair": (dict(logit_bias=[[1.7, 2]]), "logit_bias: every token id must be an integer, got 1.7"),
+        "id": (dict(logit_bias={"a": 2}), "logit_bias: every token id must be an integer, got 'a'"),
         "surrogate": (dict(prompt="\ud800"), "the prompt must be whole characters, not one half of a surrogate pair"),
         "stream": (dict(stream="false"), "stream must be true or false, got 'false'"),
         "stops": (dict(stop=["x"] * 5), "stop must be at most 4 strings, got 5"),
+        "empty": (dict(prompt=""), "prompt must hold at least one token, got none"),
+        "false": (dict(stop=False), "stop must be a sequence of strings that are not empty, got False"),
+        "usage": (dict(stream_options=[1]), "stream_options must be an object with include_usage, got [1]"),
         "stop": (dict(stop={"a": 1}), "stop must be a sequence of strings that are not empty, got {'a': 1}"),
     }
     told, want = {}, {}
-    for name, params in (("edited", SamplingParams(8, **options)), ("null", SamplingParams(16))):
+    more = dict(repetition_penalty=1.5, min_tokens=3, stop_token_ids=[98], ignore_eos=True)
+    for name, params in (
+        ("edited", SamplingParams(8, **options)), ("null", SamplingParams(16)), ("more", SamplingParams(8, **more))
+    ):  # fmt: skip
         ids = engine.generate(engine.tokenizer("hello").input_ids, params).token_ids
         want[name] = engine.tokenizer.decode(ids, skip_special_tokens=True)
 
     def client(port, end):
-        for name, (more, _) in refused.items():
-            told[name] = failure(post(port, **asked | more))
+        for name, (wrong, _) in refused.items():
+            told[name] = failure(post(port, **asked | wrong))
         told["edited"] = json.load(post(port, **asked, **options, n=1, echo=False, model="any"))
         told["null"] = json.load(post(port, prompt="hello", max_tokens=None, temperature=0, stop=None, logprobs=None))
+        told["more"] = json.load(post(port, **asked, **more, top_k=-1, stop=""))
 
     serve(server, client, signal.SIGTERM)
     for name, (_, why) in refused.items():
@@ -332,7 +342,7 @@ def test_a_client_that_waits_to_be_told_to_go_on(server, engine):
 def test_nobody_waits_for_a_prompt_that_is_being_tokenized(server, engine):
     tokenizer, others, told = engine.tokenizer, threading.Event(), {}
     engine._tokenizer = mock.Mock(wraps=tokenizer, all_special_ids=tokenizer.all_special_ids)
-    engine._tokenizer.side_effect = lambda text: others.wait(30) and tokenizer(text)
+    engine._tokenizer.side_effect = lambda text, **how: others.wait(30) and tokenizer(text, **how)
 
     def client(port, end):
         with ThreadPoolExecutor(1) as pool:

@@ -198,8 +198,9 @@ def test_of_any_piece_only_an_unfinished_character_waits(tokenizer, last):
 
 def test_of_a_piece_with_something_else_in_it_nothing_is_taken(tokenizer):
     ids, stream = tokenizer("abc").input_ids, TextStream(tokenizer)
-    with pytest.raises(TypeError):
-        stream.push([ids[0], 1.5])
+    for wrong, error in ((1.5, TypeError), (-1, ValueError), (2**32, ValueError)):
+        with pytest.raises(error):
+            stream.push([ids[0], wrong])
     assert stream.push(ids) + stream.end() == "abc"
 
 

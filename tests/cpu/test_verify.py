@@ -170,7 +170,7 @@ def test_an_output_that_ends_early(text_folder):
     ("args", "message"),
     [
         (["--modes", "ar"], "two modes, a batch of at least 2 or another implementation are needed"),
-        (["--against", "transformers", "--temperature", "1"], "cannot be compared with another implementation"),
+        (["--against", "transformers", "--temperature", "1"], "only greedy decoding can be compared"),
         (["--batch", "9"], r"batch must be within \[1, \d\] \(the prompts there are\), got 9"),
         (["--batch", "0"], r"batch must be within \[1, \d\] \(the prompts there are\), got 0"),
         (["--seed", "0"], "--seed is for sampling: --temperature must be above 0, got 0"),
