@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from orthrus_rt.breaks import Breaks
@@ -22,6 +22,7 @@ from orthrus_rt.engine import Engine
 from orthrus_rt.outputs import RequestOutput
 from orthrus_rt.request import Request, TokenIds
 from orthrus_rt.sampling import SamplingParams
+from orthrus_rt.waiting import Waiting
 
 # Calls that would take the streams' outputs, or make outputs that no stream receives -> what to call here instead.
 INSTEAD = {
@@ -31,35 +32,6 @@ INSTEAD = {
 MOST_FAILURES = 3  # failed steps, with no cycle between them, after which the running requests' streams fail
 log = logging.getLogger("orthrus_rt")
 R = TypeVar("R")
-
-
-@dataclass
-class Waiting:
-    """A stream that waits for outputs."""
-
-    request_id: str
-    news: list[RequestOutput | BaseException] = field(
-        default_factory=list
-    )  # at most one output, then an error; what follows is not read
-    has_news: asyncio.Event = field(default_factory=asyncio.Event)
-    failed: bool = False  # the last item of news is the error that ends the stream
-
-    def tell(self, news: RequestOutput | BaseException) -> None:
-        """Pass ``news`` to the reader, merged with an output that it has not read yet."""
-        last = self.news[-1] if self.news else None
-        if isinstance(news, RequestOutput) and isinstance(last, RequestOutput):
-            last.new_token_ids += news.new_token_ids
-            last.finish_reason, last.stats, last.error = news.finish_reason, news.stats, news.error
-        else:
-            self.news.append(news)
-        self.has_news.set()
-
-    async def read(self) -> RequestOutput | BaseException:
-        await self.has_news.wait()
-        news = self.news.pop(0)
-        if not self.news:
-            self.has_news.clear()
-        return news
 
 
 class AsyncEngine:

@@ -162,9 +162,6 @@ def test_a_prompt_may_change_behind_the_call(folder, alone, monkeypatch, kind):
 def test_a_name_is_free_when_its_stream_has_ended(folder, alone):
     """Whether the stream has been read to its end or not, or was cancelled a moment ago."""
 
-    async def rest(stream):
-        return [t async for out in stream for t in out.new_token_ids]
-
     async def use(shared):
         slow = shared.stream([1, 2], GREEDY, request_id="mine")
         tokens = (await anext(slow)).new_token_ids
@@ -172,12 +169,12 @@ def test_a_name_is_free_when_its_stream_has_ended(folder, alone):
             await asyncio.sleep(0.01)
         again = shared.stream([3, 4], GREEDY, request_id="mine")
         first = (await anext(again)).new_token_ids
-        assert tokens + await rest(slow) == alone([1, 2], GREEDY)
-        assert first + await asyncio.wait_for(rest(again), 20) == alone([3, 4], GREEDY)
+        assert tokens + await collect_rest(slow) == alone([1, 2], GREEDY)
+        assert first + await asyncio.wait_for(collect_rest(again), 20) == alone([3, 4], GREEDY)
         cancelled = shared.stream([5], SamplingParams(max_new_tokens=100, ignore_eos=True), request_id="mine")
         await anext(cancelled)
         await cancelled.aclose()
-        assert await rest(shared.stream([6], GREEDY, request_id="mine")) == alone([6], GREEDY)
+        assert await collect_rest(shared.stream([6], GREEDY, request_id="mine")) == alone([6], GREEDY)
 
     run(folder, use)
 
