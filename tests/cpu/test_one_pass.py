@@ -187,7 +187,7 @@ def test_options_are_checked(tiny):
         assert tiny.make_plan("one_pass", None, fan_out).label == f"one_pass/{drafts}x{fan_out}"
         assert tiny.make_plan("two_pass", None, fan_out).label == "two_pass/3"
     for mode in MODES:
-        with pytest.raises(ValueError, match=r"fan_out must be within \[1, 22\] for draft_len 7, "):
+        with pytest.raises(ValueError, match=r"fan_out must be within \[1, 22\] for at most 7 drafts per cycle, "):
             tiny.make_plan(mode, None, 23)
     assert MODES == ("ar", "two_pass", "one_pass")
 
