@@ -61,7 +61,8 @@ class Engine(Generation):
 
     A process may have one open engine per CUDA device, and any number on the CPU. One thread at a time may call an
     engine; calls from others raise RuntimeError (:class:`orthrus_rt.AsyncEngine` shares an engine). Ctrl-C in a call,
-    at any instruction, loses no request, token or page: the next call continues.
+    at any instruction, loses no request, token or page: the next call, of any thread, continues. (Statistics may miss
+    what was cut.)
 
     Attributes:
         config: the model's shape and conventions, a :class:`orthrus_rt.ModelConfig`.

@@ -15,6 +15,9 @@ import torch
 
 from orthrus_rt.device import scope
 
+IN_ANOTHER_THREAD = "this engine is in use by another thread; share it through orthrus_rt.AsyncEngine"
+IN_THIS_THREAD = "this engine is in the middle of a call; a signal handler cannot make another one"
+
 
 class Taken(RuntimeError):
     """The turn is taken by another call or owner."""
@@ -24,16 +27,17 @@ class Turn:
     """A lock held by the frame that entered it, for as long as that frame runs.
 
     Ctrl-C can strike between any two steps of Python: also after the lock is taken but before its ``with`` is entered,
-    or on the way out before it is released. Either way the exception unwinds the holding frame. The next call of the
-    same thread sees that the holder no longer runs, and takes its place. Signals reach no other thread.
+    or on the way out before it is released. Either way the exception unwinds the holding frame. The next call, of any
+    thread, sees that the holder no longer runs, and succeeds it.
 
     Attributes:
-        holder: thread and frame by process, as a forked child has none of its parent's threads. To store an empty one,
-            which no signal can interrupt, is to let go.
+        holder: the thread and frame that have taken the turn, by process, as a forked child has none of its parent's
+            threads; then the successor of each holder that has not let go. To store an empty dict, which no signal can
+            interrupt, is to let go.
     """
 
     def __init__(self):
-        self.holder: dict[int, tuple] = {}
+        self.holder: dict[int | tuple, tuple] = {}
         self._owner: tuple[weakref.ref, int] | None = None
 
     def claim(self, owner) -> None:
@@ -49,15 +53,14 @@ class Turn:
 
     def hold(self, frame) -> None:
         """Take the turn for as long as ``frame``, of this thread, runs, or until it lets go."""
-        process, mine = os.getpid(), (threading.get_ident(), frame)
+        mine, taken = (threading.get_ident(), frame), None
         self._check_owner()
-        holder = self.holder.setdefault(process, mine)  # tests and sets in one step
-        if holder is not mine:
-            if holder[0] != mine[0]:
-                raise Taken("this engine is in use by another thread; share it through orthrus_rt.AsyncEngine")
-            if _runs(holder[1]):
-                raise Taken("this engine is in the middle of a call; a signal handler cannot make another one")
-            self.holder[process] = mine
+        while taken is not self.holder:  # else it was let go, and perhaps taken, in between
+            taken, place = self.holder, os.getpid()
+            while (other := taken.setdefault(place, mine)) is not mine:  # tests and sets in one step
+                if _runs(other[1]):
+                    raise Taken(IN_THIS_THREAD if other[0] == mine[0] else IN_ANOTHER_THREAD)
+                place = other
         try:
             self._check_owner()  # again: it may have been claimed before this thread had it
         except Taken:
@@ -74,11 +77,12 @@ class Turn:
 
 
 def _runs(frame) -> bool:
-    """Whether this thread is inside ``frame``."""
-    caller = sys._getframe()
-    while caller is not None and caller is not frame:
-        caller = caller.f_back
-    return caller is not None
+    """Whether a thread is inside ``frame``."""
+    try:
+        frame.clear()  # refuses if so; otherwise nobody needs its variables
+    except RuntimeError:
+        return True
+    return False
 
 
 P = ParamSpec("P")

@@ -2,10 +2,12 @@
 
 import dis
 import functools
+import itertools
 import random
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -238,6 +240,64 @@ def test_closing_a_stream_at_every_instruction(engine, want, pace):
         assert engine.metrics.finished["abort"] == aborted + after
         all_pages_back(engine)
     assert after > 20 and pace_of(engine) == pace
+
+
+def test_no_thread_is_locked_out_wherever_another_was_interrupted(engine):
+    for after in itertools.count(1):
+        reached = interrupted(engine.memory_report, after)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(engine.memory_report).result(20)["total"] > 0
+        if not reached:
+            break
+    assert after > 20
+
+
+def test_a_lock_left_behind_has_one_successor_at_a_time():
+    """However many threads find that its holder is gone, and whether they leave it behind too or let it go."""
+    turn, inside, most, taken = Turn(), [], [], [0] * 4
+    interval = sys.getswitchinterval()
+
+    def hold(i, leave):
+        turn.hold(sys._getframe())
+        inside.append(i)
+        time.sleep(0)
+        most.append(len(inside))
+        taken[i] += 1
+        inside.remove(i)
+        if not leave:
+            turn.holder = {}
+
+    def compete(i):
+        rng = random.Random(i)
+        while taken[i] < 1000:
+            try:
+                hold(i, rng.random() < 0.5)
+            except RuntimeError:
+                most.append(0)
+            time.sleep(0)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(compete, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert set(most) == {0, 1}
+
+
+def test_a_lock_that_is_let_go_and_taken_at_the_last_moment():
+    """Whoever had looked at it before is refused."""
+    turn, mine = Turn(), sys._getframe()
+
+    class Old(dict):
+        def setdefault(self, place, taker):
+            turn.holder = {}
+            turn.hold(mine)
+            return super().setdefault(place, taker)
+
+    turn.holder = Old()
+    with pytest.raises(RuntimeError, match="in the middle of a call"), turn:
+        pass
 
 
 def test_a_lock_left_behind_is_taken_over_by_its_thread():
