@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report, run_script
+from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report, run_script, save
 from orthrus_rt import dispatch, huge_pages, native, ops
 from orthrus_rt.pages import PAGE_SIZE, num_pages
 from orthrus_rt.rows import Layout, empty_rows
@@ -254,7 +254,8 @@ def main() -> int:
         copies = itertools.cycle(range(looped.copies))
         loop("dual_attn", lambda: looped.call(next(copies)), args.loop)
         return 0
-    bandwidth = read_bandwidth(device)
+    bandwidth, report_name = read_bandwidth(device), "dual_attn-" + args.heads.replace(",", "-")
+    facts = header(device) | {"read bandwidth GB/s": bandwidth}
     cases = [(shape, context) for context in args.context for shape in DECODE if shape.rows * context < 4 << 20]
     cases += [(Shape(1, n, 0, 0), 0) for n in args.prefill]
     results = []
@@ -273,9 +274,9 @@ def main() -> int:
             "others": "; ".join(f"{n} {us:.4g} us" for n, us in base), "max error": error,
         })  # fmt: skip
         print(*results[-1].values(), flush=True)
+        save(report_name, facts, results, args.out)
         del case
-    facts = header(device) | {"read bandwidth GB/s": bandwidth}
-    report("dual_attn-" + args.heads.replace(",", "-"), facts, results, args.out)
+    report(report_name, facts, results, args.out)
     return 0
 
 

@@ -1,7 +1,7 @@
 """Where a cycle's time goes, op by op, at the shapes of known models with random weights: see orthrus_rt/profile.py.
 
 ``in_cycle_us`` is the figure to go by on a GPU: by how much the replayed cycle is shorter without the op. ``us`` is of
-the op alone, between events, which neither a prefetch nor a dependent launch crosses.
+its calls one after another, between events, so that no launch overlaps with the next.
 
     python -m bench.bench_profile --model 8b --context 1024 --out DIR
 """
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
             about, calls = profile(engine, mode=mode, fan_out=fan_out, **how)
             facts[mode] = ", ".join(f"{name} {common.figures(value)}" for name, value in about.items())
             rows += [{"mode": mode} | row for row in calls]
+            common.save(f"profile-{args.model}", facts, rows, args.out)
     common.report(f"profile-{args.model}", facts, rows, args.out)
 
 

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report, run_script
+from bench.common import header, loop, measure_in_turns, parser_of, read_bandwidth, report, run_script, save
 from bench.models import SHAPES, config_of, linear_shapes
 from orthrus_rt import huge_pages, native, ops, room
 from orthrus_rt.coded_blocks import CODED_BITS, DRAFT_BITS
@@ -154,8 +154,9 @@ def main() -> int:
         order = chain.order(args.loop)
         loop(f"row_linear/{args.loop}", partial(in_turn, chain.run, order * max(1, 1000 // len(order))), 1)
         return 0
-    bandwidth = read_bandwidth(device)
-    results = []
+    bandwidth, results = read_bandwidth(device), []
+    facts = header(device) | {"measured read GB/s": bandwidth, "model": args.model, "layers": chain.layers}
+    name = f"row_linear_{args.model}{'_diff' if args.diff else '_draft' if args.draft else ''}_{device.type}"
     for num_rows in args.rows:
         chain.rows(num_rows)
 
@@ -185,9 +186,8 @@ def main() -> int:
         flops = sum(2 * num_rows * n * k * len(chain.weights[op]) for op, (k, n) in chain.shapes.items())
         both = (partial(in_turn, run, chain.order()) for run in (chain.run, chain.run_mm))
         add("chain", *both, total, flops, 1, None)
-    facts = header(device) | {"measured read GB/s": bandwidth, "model": args.model, "layers": chain.layers}
-    suffix = "_diff" if args.diff else "_draft" if args.draft else ""
-    report(f"row_linear_{args.model}{suffix}_{device.type}", facts, results, args.out)
+        save(name, facts, results, args.out)
+    report(name, facts, results, args.out)
     return 0
 
 

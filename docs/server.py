@@ -1,7 +1,7 @@
 """Example server: OpenAI-style completions over HTTP, with only the standard library and orthrus_rt.
 
     python docs/server.py smollm2-135m 8000  # MODEL PORT
-    curl -N localhost:8000/v1/completions -d '{"prompt": "def add(a, b):", "max_tokens": 32, "temperature": 0}'
+    curl localhost:8000/v1/completions -d '{"prompt": "def add(a, b):", "max_tokens": 32, "temperature": 0}'
 
 It listens on 127.0.0.1 without authentication; all requests share one engine. The prompt is one string, completed as
 is, without a chat template. Requests may have `max_tokens` (default 16), `stop`, `stream`, `stream_options` and the
@@ -120,10 +120,19 @@ def send(writer, status, kind, body=""):
 
 
 def failure(error):
-    message = str(error) or repr(error)
-    for ours, theirs in NAMES.items():
-        message = message.replace(ours, theirs)
-    return json.dumps({"error": {"message": message}})
+    return json.dumps({"error": {"message": str(error) or repr(error)}})
+
+
+@contextlib.contextmanager
+def by_its_names():
+    """Errors of the engine name a request's fields."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for ours, theirs in NAMES.items():
+            message = message.replace(ours, theirs)
+        raise ValueError(message) from None
 
 
 async def drop(reader, most=math.inf):
@@ -163,7 +172,8 @@ async def answer(shared, model, reader, writer):
         tokenize = functools.partial(tokenizer, asked["prompt"], verbose=False)  # the engine checks the length
         encoding = await asyncio.get_running_loop().run_in_executor(TOKENIZING, tokenize)
         prompt = encoding.input_ids
-        outputs = shared.stream(prompt, sampling(asked), name)
+        with by_its_names():
+            outputs = shared.stream(prompt, sampling(asked), name)
     except Asked as page:
         try:
             return send(writer, "200 OK", "text/plain", await shared.call(PAGES[str(page)]))

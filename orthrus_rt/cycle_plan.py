@@ -103,8 +103,8 @@ def cycle_plan(mode: str, draft_len: int | None, fan_out: int | None, config, *,
     bounding = draft_len if asked or mode == "one_pass" else most
     hypotheses = most_hypotheses(bounding)
     if fan_out is not None and not 1 <= fan_out <= hypotheses:
-        least = f"draft_len {bounding}" if asked else f"at most {bounding} drafts per cycle"
-        raise ValueError(f"fan_out must be within [1, {hypotheses}] for {least}, got {fan_out}")
+        bound = f"draft_len {bounding}" if asked else f"at most {bounding} drafts per cycle"
+        raise ValueError(f"fan_out must be within [1, {hypotheses}] for {bound}, got {fan_out}")
     if mode == "ar":
         return AR
     if mode == "two_pass":

@@ -28,7 +28,7 @@ class Turn:
 
     Ctrl-C can strike between any two steps of Python: also after the lock is taken but before its ``with`` is entered,
     or on the way out before it is released. Either way the exception unwinds the holding frame. The next call, of any
-    thread, sees that the holder no longer runs, and succeeds it.
+    thread, sees that the holder no longer runs, and takes its place.
 
     Attributes:
         holder: the thread and frame that have taken the turn, by process, as a forked child has none of its parent's

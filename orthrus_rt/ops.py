@@ -123,8 +123,8 @@ def row_linear(
         residual: ``[num_rows, out_features]``, added before rounding; may be ``out``. (``out`` must not be ``x``.)
         workspace: uint8, of :func:`orthrus_rt.native.row_linear_workspace_bytes`, zeroed once; CUDA only.
         next_weight: the weight of the next ``row_linear``, unless its epilogue is logits or argmax: a prefetch hint. On
-            Hopper, if the rows fit one tile, its beginning is fetched into L2 while this call ends. No result depends
-            on it.
+            Hopper, if the rows fit one tile, its beginning is fetched into L2 while this call ends, or before it
+            begins if its own steps are few. No result depends on it.
         exact: False lets an implementation do without the last four mantissa bits of bfloat16 weights, if it then reads
             less: for drafts, which need no exact weights. The CPU's and CUDA's do so where weights are coded in 12
             bits; csrc/cpu/coded_weight.h and csrc/cuda/coded_block.cuh say what stands for these bits. True refuses a

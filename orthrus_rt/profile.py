@@ -20,6 +20,7 @@ from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.dry_run import dry_cycles
 from orthrus_rt.exclusive import exclusive
+from orthrus_rt.out_of_memory import naming_the_knobs
 from orthrus_rt.recording import replay, taped
 from orthrus_rt.timing import measure, read_bandwidth, time_each
 
@@ -70,8 +71,7 @@ def _count_tokens_bytes(state, edits) -> int:
     return 3 * _size(state.num_output) + 3 * state.output.element_size() * int(new.sum())
 
 
-# Least bytes of one call, from its arguments: every large input and output once. Shapes:
-# csrc/include/orthrus/params.h.
+# Least bytes of one call, from its arguments: every large input and output once (csrc/include/orthrus/params.h).
 NBYTES = {
     "embed": lambda token, table, out: 2 * _size(out),
     "rms_norm": lambda x, weight, eps, out, row_index=None: 2 * _size(out),
@@ -130,15 +130,21 @@ def _instead(act: Callable) -> Iterator[None]:
 
 def shorter_by(cycle: Cycle, name: str, repeats: int, reset: Callable) -> float | None:
     """Microseconds by which a replay of the cycle is shorter without the calls of this name, whose results are then
-    what their buffers held before: the median of ``repeats`` pairs of runs. None if the cycle cannot be recorded.
+    what their buffers held before: the median of ``repeats`` pairs of runs. None if the cycle runs op by op, or if
+    there is no memory for another recording.
     """
-    with _instead(lambda op, called, call, *args, **kwargs: None if called == name else call()):
-        recording = cycle.make_recording()
-    if recording is None:
+    if cycle.op_by_op:
         return None
-    runs = [cycle.run, reset, recording[0]]
-    whole, _, without = time_each(runs, cycle.model.device, repeats=repeats + 1, reset=reset)
-    return statistics.median(a - b for a, b in zip(whole[1:], without[1:], strict=True))
+    try:
+        with naming_the_knobs("recording a cycle without an op"):
+            with _instead(lambda op, called, call, *args, **kwargs: None if called == name else call()):
+                run, _ = cycle.make_recording()
+            reset()
+            run()
+    except torch.OutOfMemoryError:
+        return None
+    whole, _, without = time_each([cycle.run, reset, run], cycle.model.device, repeats=repeats, reset=reset)
+    return statistics.median(a - b for a, b in zip(whole, without, strict=True))
 
 
 def time_calls(calls: list[Call], device: torch.device, *, repeats: int, reset: Callable = lambda: None):
@@ -156,8 +162,9 @@ def profile(engine, *, mode: str, draft_len=None, fan_out=None, batch: int = 1, 
         bandwidth, measured in this call), ``cycle_us`` (the whole cycle replayed), ``ops_us`` (sum of the single
         ops). Rows, slowest first: ``op``, ``calls``, ``us``, ``share`` of all ops' time, ``in_cycle_us`` (by how much
         the replayed cycle is shorter without these calls, so that what overlaps with their neighbours does not count;
-        None if the cycle cannot be recorded), ``mbytes``, ``gb_s``, ``of_read`` (``gb_s / read_gb_s``). Times are
-        medians of ``repeats``, in microseconds; MB and GB are decimal.
+        None if it runs op by op; their prefetches for other ops go with them, so these need not add up), ``mbytes``,
+        ``gb_s``, ``of_read`` (``gb_s / read_gb_s``). Times are medians of ``repeats``, in microseconds; MB and GB are
+        decimal.
 
     Raises:
         ValueError: the engine has too few slots, pages or positions, or an argument is out of range.

@@ -191,8 +191,7 @@ def make_request(
     """A request that this model can serve within ``max_seq_len``; error messages call its prompt ``name``.
 
     Raises:
-        ValueError: as in :func:`check_prompt`, or a stop id or a biased id is outside
-            the vocabulary.
+        ValueError: as in :func:`check_prompt`, or a stop id or a biased id is outside the vocabulary.
     """
     if not (request_id is None or (isinstance(request_id, str) and request_id)):
         raise ValueError(f"request_id must be a string that is not empty, or None, got {request_id!r}")

@@ -1,9 +1,8 @@
-"""Copies of numbers to a device, without waiting for the work in progress there."""
+"""Copies of numbers to a device, which do not wait for the work in progress there unless very many are under way."""
 
 from __future__ import annotations
 
 import functools
-import threading
 from collections import deque
 
 import torch
@@ -27,22 +26,20 @@ class Staging:
         self._end = 0  # of the last part, in bytes since the first round
         self._parts: deque[tuple[int, torch.cuda.Event]] = deque()  # (start, its arrival) that may be under way
         self._events: list[torch.cuda.Event] = []  # to use again
-        self._lock = threading.Lock()
 
     def copy(self, there: torch.Tensor, host: torch.Tensor) -> None:
         """``there.copy_(host)`` of one dimension and at most ``PART_BYTES``, on the current stream. It waits only for
-        copies a whole round ago.
+        copies a whole round ago. One call at a time: the caller has the turn of the device's engine.
         """
-        with self._lock:
-            start = self._reserve(host.nbytes)
-            event = self._events.pop() if self._events else torch.cuda.Event()
-            staged = self._memory[start % STAGED_BYTES :][: host.nbytes].view(host.dtype)
-            staged.copy_(host)
-            self._parts.append((start, event))
-            try:
-                there.copy_(staged, non_blocking=True)
-            finally:  # an interrupt may come after the copy was launched
-                event.record(torch.cuda.current_stream(there.device))
+        start, stream = self._reserve(host.nbytes), torch.cuda.current_stream(there.device)
+        event = self._events.pop() if self._events else torch.cuda.Event()
+        staged = self._memory[start % STAGED_BYTES :][: host.nbytes].view(host.dtype)
+        staged.copy_(host)
+        self._parts.append((start, event))
+        try:
+            there.copy_(staged, non_blocking=True)
+        finally:  # an interrupt may come after the copy was launched
+            event.record(stream)
 
     def _reserve(self, num_bytes: int) -> int:
         """Where a part may start: all that was there has been fetched."""
@@ -63,8 +60,8 @@ def staging(device: torch.device) -> Staging:
 
 
 def copy_up(there: torch.Tensor, host: torch.Tensor) -> None:
-    """``there.copy_(host)`` of one dimension, without waiting for the work in progress on the device. ``host`` may be
-    overwritten at once.
+    """``there.copy_(host)`` of one dimension, without waiting for the work in progress on the device unless almost
+    ``STAGED_BYTES`` are under way. ``host`` may be overwritten at once.
     """
     if there.device.type != "cuda":
         there.copy_(host)

@@ -3,7 +3,7 @@
 Every call first builds the module, or uses the one that an earlier call left in DIR if that was copied to build/card.
 Steps that passed then are not repeated if their steps.json was copied along, unless the machine, ORTHRUS_* variables,
 the module or a Python file have changed since. DIR (default: build/first_on_a_card) gets steps.log, steps.json,
-native.log and the module.
+native.log, the module and, in folders of their own, the reports of the benchmarks that this call has run.
 """
 
 from __future__ import annotations

@@ -282,7 +282,7 @@ def test_a_lock_left_behind_has_one_successor_at_a_time():
             list(pool.map(compete, range(4)))
     finally:
         sys.setswitchinterval(interval)
-    assert set(most) == {0, 1}
+    assert max(most) == 1
 
 
 def test_a_lock_that_is_let_go_and_taken_at_the_last_moment():

@@ -84,6 +84,8 @@ def test_more_threads_than_there_is_time_for(tmp_path, monkeypatch, caplog, quot
             assert f"threads as torch, {threads}, but" in caplog.text and f"set_num_threads({wants})" in caplog.text
         room.check_threads(torch.device("cuda", 0), root)
     assert len(caplog.messages) == (wants is not None)
+    room.check_threads(CPU, tmp_path / "nowhere")  # a host without such groups
+    assert len(caplog.messages) == (wants is not None) + (threads > 64)
 
 
 def test_a_host_that_tells_nothing(tmp_path, monkeypatch, folder):

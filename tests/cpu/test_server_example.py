@@ -225,6 +225,7 @@ def test_what_a_request_may_ask_for(server, engine):
     options = dict(presence_penalty=1.5, frequency_penalty=0.5, logit_bias={72: 3.0, 101: -100.0})
     refused = {
         "n": (dict(n=2), "this server does not support n"),
+        "other's": (dict(max_new_tokens=2), "this server does not support max_new_tokens"),
         "true": (dict(n=True), "this server does not support n"),
         "two": (dict(logprobs=1, echo=True), "this server does not support logprobs, echo"),
         "bias": (dict(logit_bias=5), "logit_bias must be {token id: value}, got 5"),
