@@ -94,7 +94,7 @@ PREPARATION = [
 REST = "not one_hot and not rewrite and not reuse and not (invariance and not sm80)"
 # Tests that depend on the GPU's instructions alone come first: mma.sync and wgmma separately, without and with
 # dependent launches, and that wgmma's widths agree to the bit, which PTX does not promise. Then come those that do not
-# need row_linear.
+# need row_linear, of which dual_attn multiplies in both ways too.
 GROUPS = {
     "ops": [
         tests("row_linear", 90, "one_hot and sm80", ORTHRUS_CUDA_PDL="0"),
@@ -104,7 +104,10 @@ GROUPS = {
         tests("row_linear", 90, "both_views and (250-130 or 300-7)", ORTHRUS_CUDA_PDL="0"),  # copies beyond the rows
         tests("row_linear", 120, "invariance and not sm80"),
         tests("qkv_commit", 90),
-        tests("dual_attn", 150),
+        tests("dual_attn", 90, "not sm80 and against_float64", ORTHRUS_CUDA_PDL="0"),
+        tests("dual_attn", 90, "sm80 and against_float64", ORTHRUS_CUDA_PDL="0"),
+        tests("dual_attn", 120, "not sm80"),
+        tests("dual_attn", 120, "sm80"),
         tests("consensus", 90),
         tests("triton", 300, each_s=100),  # it compiles
         tests("row_linear", 120, "rewrite or reuse"),

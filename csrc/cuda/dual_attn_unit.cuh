@@ -1,53 +1,11 @@
 // The work of one CTA of dual_attn: a unit (see dual_attn_schedule.cuh) of one kv head over a run of tiles that all
 // warps share. A warp has 16 or 32 query rows, or four warps have the same 16 and a quarter of their output each.
 #pragma once
-#include "dual_attn_schedule.cuh"
-#include "dual_attn_tile.cuh"
-#include "orthrus/divisor.h"
+#include "dual_attn_tile_sm90.cuh"
+#include "dual_attn_variant.cuh"
 #include "orthrus/launch.cuh"
 
 namespace orthrus::cuda {
-
-struct DualAttnLaunch {
-  DualAttnParams p;
-  float* partial;        // [num_splits + 1, num_rows, num_heads_q, head_dim] unnormalised; last: own block
-  float2* partial_state;  // [num_splits + 1, num_rows, num_heads_q] (top, total) of RowState
-  int num_splits;        // of max_seq_len
-  Divisor heads_q, heads_kv, heads_per_kv;
-  // Units of AR groups, then those of diffusion rows, each of blocks_together blocks of a sequence.
-  int num_units_ar, num_units;
-  int num_block_tiles;   // row tiles, each over its own block
-  Divisor units_per_group, units_of_blocks, blocks_together;
-  float scale_log2;      // softmax_scale * log2(e)
-};
-
-// How many results (prefix splits and own block) the row's output is folded from.
-struct Results {
-  int splits, own;
-  __device__ int count() const { return splits + own; }
-};
-__device__ __forceinline__ Results results_of(const Rows& rows, int row) {
-  const int prefix = rows.prefix_len[row], position = rows.position[row];
-  return {num_splits(prefix), row >= rows.num_rows_ar && row_is_valid(position)};
-}
-
-__device__ __forceinline__ float inverse_total(float total) { return total > 0.f ? __frcp_rn(total) : 0.f; }
-
-template <int kHeadDim_, int kWarps_, int kFrags_, bool kFold_, int kShare_ = 1>
-struct Variant {
-  static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kFrags = kFrags_;
-  static constexpr bool kFold = kFold_;  // a CTA folds all splits of its unit; else each split is a work item
-  // Warps that share their rows: each computes all scores, and its own columns of the output.
-  static constexpr int kShare = kShare_, kColumns = kHeadDim / kShare;
-  // CTAs per SM that registers must suffice for; shared memory does for 3 or 2 with head_dim 128, for 6 or 5 with 64.
-  static constexpr int kMinCtas = kFold || kFrags > 1 ? 1 : kHeadDim == 64 ? 4 : kShare > 1 ? 3 : 2;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kTileM = 16 * kFrags * kWarps / kShare;
-  static constexpr int kTileBytes = kTileKv * kHeadDim * 2;
-  static constexpr int kQueryBytes = kTileM * kHeadDim * 2;
-  // Two stages of keys and values: more would leave no room for other CTAs, which hide latency better.
-  static constexpr int kSmemBytes = kQueryBytes + 2 * 2 * kTileBytes;
-};
 
 // Of a work item, in shared memory until it ends: there is no register for it. head: kv head; offset: its first (row, q
 // head) in the unit; slot: of the partial results; next: the item that the CTA takes next.
@@ -111,9 +69,12 @@ class Attention {
     if (num_prefix_ > 0) next_page_ = page_of(0);
 
     __syncthreads();  // the previous item's last tile has been read
-    load_tile(0);
-    load_queries();
-    copy_commit();
+#pragma unroll 1
+    for (int t = 0; t < V::kStages; ++t) {
+      load_tile(t);
+      if (t == 0) load_queries();
+      copy_commit();
+    }
     while_loading();
 
     float mixed[V::kFrags][V::kColumns / 8][4], folded[V::kFold ? V::kFrags : 1][V::kFold ? V::kColumns / 8 : 1][4];
@@ -129,44 +90,28 @@ class Attention {
     }
 
     for (int t = 0; t < num_tiles_; ++t) {
-      if (t > 0 && t + 1 < num_tiles_) __syncthreads();  // all warps are done with tile t-1
-      load_tile(t + 1);
-      copy_commit();
-      if (t == 0) read_rows();  // while the first tile is in flight
-      copy_wait<1>();  // tile t has arrived
-      __syncthreads();
-
-      const bool own = t >= num_prefix_;
-      int visible[V::kFrags][2];
-      bool some = false;
-#pragma unroll
-      for (int f = 0; f < V::kFrags; ++f) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          visible[f][i] = keys_seen(f, i, t, own);
-          some |= visible[f][i] > 0;
-        }
+      if (t == 0) {
+        read_rows();  // while the first tiles are in flight
+        copy_wait<V::kStages - 1>();
+      } else {
+        copy_wait<V::kStages - 2>();
       }
-      const bool needed = __any_sync(~0u, some);
-      const SharedAddress k = stage(t), v = k + V::kTileBytes;
-      uint32_t probs[V::kFrags][4][4];
-      if (needed) {
-        float scores[V::kFrags][8][4];
-        score_tile<V::kTileM, V::kHeadDim>(scores, smem_, first_row_of_warp(), k, lane());
-        const uint64_t keys = keys_of(t);
-#pragma unroll
-        for (int f = 0; f < V::kFrags; ++f) {
-          if (~keys || hides(visible[f][0]) || hides(visible[f][1]))
-            mask_tile(scores[f], visible[f], keys, lane());
-          float decay[2];
-          softmax_tile(probs[f], scores[f], state[f], decay, a_.scale_log2);
-          decay_mixed<V::kColumns>(mixed[f], decay);
-        }
+      if constexpr (V::kWgmma) sm90::fence_proxy_async_shared();
+      __syncthreads();  // tile t has arrived, and all warps are done with tile t-1, whose stage is free
+      const auto load_next = [&] {
+        if (t == 0) return;
+        load_tile(t + V::kStages - 1);
+        copy_commit();
+      };
+      if constexpr (V::kWgmma) {
+        attend_wgmma(t, mixed, state, load_next);
+      } else {
+        load_next();
+        attend_mma(t, mixed, state);
       }
-      __syncwarp();  // else the compiler loads values while the scores still fill the registers
-      if (needed) mix_tile<V::kColumns>(mixed, probs, v, first_column(), lane());
 
       if constexpr (V::kFold) {
+        const bool own = t >= num_prefix_;
         if (t + 1 == num_tiles_ || t + 1 == num_prefix_ ||
             (!own && split_of_tile(first_tile_ + t + 1) != split_of_tile(first_tile_ + t))) {
 #pragma unroll
@@ -215,10 +160,87 @@ class Attention {
  private:
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int warp() { return threadIdx.x / 32; }
-  __device__ static int first_row_of_warp() { return warp() / V::kShare * (16 * V::kFrags); }
+  __device__ static int first_row_of_warp() {
+    if constexpr (V::kWgmma) return warp() / 4 * (64 * V::kFrags) + warp() % 4 * 16;
+    return warp() / V::kShare * (16 * V::kFrags);
+  }
+  // The same in all lanes, which the compiler does not know of warp().
+  __device__ static int warpgroup() { return V::kWarps == 4 ? 0 : __shfl_sync(~0u, warp() / 4, 0); }
   __device__ static int first_column() { return warp() % V::kShare * V::kColumns; }
   __device__ SharedAddress stage(int t) const {
-    return smem_ + V::kQueryBytes + t % 2 * (2 * V::kTileBytes);
+    return smem_ + V::kQueryBytes + t % V::kStages * (2 * V::kTileBytes);
+  }
+
+  using Mixed = float[V::kFrags][V::kColumns / 8][4];
+
+  // Each of the next two adds tile t, which is in shared memory, to what the warp's rows have seen of their split.
+  __device__ void attend_mma(int t, Mixed& mixed, RowState (&state)[V::kFrags]) const {
+    const SharedAddress k = stage(t), v = k + V::kTileBytes;
+    int visible[V::kFrags][2];
+    const bool needed = sees_some(t, visible);
+    uint32_t probs[V::kFrags][4][4];
+    if (needed) {
+      float scores[V::kFrags][8][4];
+      score_tile<V::kTileM, V::kHeadDim>(scores, smem_, first_row_of_warp(), k, lane());
+      const uint64_t keys = keys_of(t);
+#pragma unroll
+      for (int f = 0; f < V::kFrags; ++f) weigh(probs[f], scores[f], visible[f], keys, state[f], mixed[f]);
+    }
+    __syncwarp();  // else the compiler loads values while the scores still fill the registers
+    if (needed) mix_tile<V::kColumns>(mixed, probs, v, first_column(), lane());
+  }
+
+  // The warps of a warpgroup multiply together, also those without rows. Calls load_next() while they do. Of two
+  // fragments, the first's probabilities are computed while the second's scores are, and the second's while the first's
+  // sums are.
+  template <typename LoadNext>
+  __device__ void attend_wgmma(int t, Mixed& mixed, RowState (&state)[V::kFrags], const LoadNext& load_next) {
+    const SharedAddress k = stage(t), v = k + V::kTileBytes;
+    const SharedAddress q = smem_ + warpgroup() * (64 * V::kFrags * 128);
+    float scores[V::kFrags][8][4];
+#pragma unroll
+    for (int f = 0; f < V::kFrags; ++f) begin_scores<V::kTileM, V::kHeadDim>(scores[f], q + f * (64 * 128), k);
+    load_next();
+    int visible[V::kFrags][2];
+    const bool needed = sees_some(t, visible);
+    const uint64_t keys = keys_of(t);
+    uint32_t probs[V::kFrags][4][4] = {};
+#pragma unroll
+    for (int f = 0; f < V::kFrags; ++f) {
+      sm90::wgmma_wait<V::kFrags - 1>();
+      sm90::pin(scores[f]);
+      if (needed) weigh(probs[f], scores[f], visible[f], keys, state[f], mixed[f]);
+      begin_mix<V::kHeadDim>(mixed[f], probs[f], v);
+    }
+    sm90::wgmma_wait<0>();
+#pragma unroll
+    for (int f = 0; f < V::kFrags; ++f) {
+      sm90::pin(mixed[f]);
+      sm90::pin(probs[f]);
+    }
+  }
+
+  // How many keys of tile t each of this thread's rows may see, and whether any of the warp's rows sees one.
+  __device__ bool sees_some(int t, int (&visible)[V::kFrags][2]) const {
+    bool some = false;
+#pragma unroll
+    for (int f = 0; f < V::kFrags; ++f) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        visible[f][i] = keys_seen(f, i, t, t >= num_prefix_);
+        some |= visible[f][i] > 0;
+      }
+    }
+    return __any_sync(~0u, some);
+  }
+
+  // From a fragment's scores to its probabilities.
+  __device__ void weigh(uint32_t (&probs)[4][4], float (&scores)[8][4], const int (&visible)[2], uint64_t keys,
+                        RowState& state, float (&mixed)[V::kColumns / 8][4]) const {
+    if (~keys || hides(visible[0]) || hides(visible[1])) mask_tile(scores, visible, keys, lane());
+    float decay[2];
+    softmax_tile(probs, scores, state, decay, a_.scale_log2);
+    decay_mixed<V::kColumns>(mixed, decay);
   }
 
   template <int kN>
@@ -243,7 +265,9 @@ class Attention {
     return {r < unit_->num_rows ? unit_->first_row + r : -1, head_ * a_.heads_per_kv + h};
   }
   // The row that this thread holds as number i of fragment f.
-  __device__ Place place(int f, int i) const { return place(first_row_of_warp() + f * 16 + lane() / 4 + 8 * i); }
+  __device__ Place place(int f, int i) const {
+    return place(first_row_of_warp() + f * V::kRowsToNextFrag + lane() / 4 + 8 * i);
+  }
 
   __device__ void read_rows() {
 #pragma unroll

@@ -16,29 +16,13 @@
 // Bytes: each view's packed weight once, with leading_only of one in 12 bits the leading parts (kArgmax: once per tile
 // of rows), plus x once per tile from L2 or, with many rows on sm_90a, once per two tiles.
 // FLOP: 2 * num_rows * in * out_features.
-#include <atomic>
-#include <cstdlib>
-#include <cstring>
-
+#include "isa.h"
 #include "orthrus/aligned.h"
 #include "orthrus/ops.h"
 #include "row_linear_plan.h"
 
 namespace orthrus::cuda {
 namespace {
-
-// Whether the module has the wgmma kernels; without them, Hopper also runs the portable ones.
-#if defined(ORTHRUS_CUDA_ARCHS)
-bool has_wgmma() { return std::strstr(ORTHRUS_CUDA_ARCHS, "90a"); }
-#else
-bool has_wgmma() { return true; }
-#endif
-
-std::atomic<bool> wants_sm80 = false;  // the portable variant on any device
-
-bool runs_wgmma(const DeviceInfo& device) {
-  return device.major == 9 && device.minor == 0 && has_wgmma() && !wants_sm80;
-}
 
 bool needs_whole_tiles(Epilogue epilogue) {
   // Materialised logits and partial maxima must come from the same bits, and a CTA must see whole sums.
@@ -83,18 +67,6 @@ int64_t workspace_bytes(const RowLinearPlan& plan, int views, int tile_rows) {
 }
 
 }  // namespace
-
-void read_environment() {
-  const char* isa = std::getenv("ORTHRUS_CUDA_ISA");
-  wants_sm80 = isa && !std::strcmp(isa, "sm80");
-}
-
-const char* isa() {
-  read_environment();
-  const DeviceInfo device = device_info();
-  if (device.error) return "none";
-  return runs_wgmma(device) ? "sm90a" : "sm80";
-}
 
 int64_t row_linear_workspace(int32_t max_rows, int32_t in_features, int32_t out_features) {
   read_environment();

@@ -65,7 +65,7 @@ def report(source: str, arch: str) -> str:
     Raises:
         RuntimeError: it does not compile.
     """
-    tool = cuobjdump() if arch == "sm_90a" and "_sm90" in source else None
+    tool = cuobjdump() if arch == "sm_90a" and "row_linear_sm90" in source else None
     what = (ROOT / source).read_bytes() + f"{arch} {bool(tool)}".encode()
     key = hashlib.sha256(_common_hash() + what).hexdigest()[:24]
     kept = ROOT / "build" / "cubins" / f"{Path(source).stem}-{arch}-{key}.txt"

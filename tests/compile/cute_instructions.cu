@@ -41,19 +41,38 @@ __device__ void cute_wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int acc
   Op::fma(a[0], a[1], a[2], a[3], b, d[kI]..., static_cast<cute::SM90::GMMA::ScaleOut>(accumulate));
 }
 
+template <int kN, int... kI>
+__device__ void cute_wgmma_transposed(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate,
+                                      std::integer_sequence<int, kI...>) {
+  using cute::SM90::GMMA::Major;
+  using Op = decltype(cute::SM90::GMMA::rs_op_selector<cutlass::bfloat16_t, cutlass::bfloat16_t, float,
+                                                       cute::Shape<cute::_64, cute::Int<kN>, cute::_64>, Major::K,
+                                                       Major::MN>());
+  Op::fma(a[0], a[1], a[2], a[3], b, d[kI]..., static_cast<cute::SM90::GMMA::ScaleOut>(accumulate));
+}
+
 // `a`: a descriptor or registers.
-template <bool kOurs, int kN, typename A>
+template <bool kOurs, int kN, bool kTransposed = false, typename A>
 __device__ void multiply(const Operands& o, const A& a) {
   float d[kN / 2];
   for (int i = 0; i < kN / 2; ++i) d[i] = o.out[i];
   if constexpr (kOurs) {
     ours::sm90::wgmma_fence();
-    ours::sm90::wgmma<kN>(d, a, o.b, o.accumulate);
+    if constexpr (kTransposed) {
+      ours::sm90::wgmma_transposed<kN>(d, a, o.b, o.accumulate);
+    } else {
+      ours::sm90::wgmma<kN>(d, a, o.b, o.accumulate);
+    }
     ours::sm90::wgmma_commit();
     ours::sm90::wgmma_wait<1>();
   } else {
     cute::warpgroup_arrive();
-    cute_wgmma<kN>(d, a, o.b, o.accumulate, std::make_integer_sequence<int, kN / 2>());
+    const auto numbers = std::make_integer_sequence<int, kN / 2>();
+    if constexpr (kTransposed) {
+      cute_wgmma_transposed<kN>(d, a, o.b, o.accumulate, numbers);
+    } else {
+      cute_wgmma<kN>(d, a, o.b, o.accumulate, numbers);
+    }
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
   }
@@ -77,6 +96,8 @@ __global__ void __launch_bounds__(384) instructions(const __grid_constant__ Oper
   multiply<kOurs, 128>(o);
   multiply<kOurs, 192>(o, o.a);
   multiply<kOurs, 256>(o, o.a);
+  multiply<kOurs, 64, true>(o, o.a_registers);
+  multiply<kOurs, 128, true>(o, o.a_registers);
 #ifdef CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
   multiply<kOurs, 160>(o);
 #endif

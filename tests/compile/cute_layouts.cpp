@@ -49,6 +49,28 @@ void check_operand(uint32_t address) {
   }
 }
 
+// The values of 64 keys as the transposed B of dual_attn: halves of 64 columns, each of 64 rows.
+template <int kColumns>
+void check_transposed(uint32_t address) {
+  using Layout = decltype(tile_to_shape(SM90::GMMA::Layout_MN_SW128_Atom<Bf16>{}, Shape<Int<kColumns>, _64>{},
+                                        Step<_2, _1>{}));
+  const auto tile = make_tensor(make_smem_ptr(reinterpret_cast<Bf16*>(uintptr_t{address})), Layout{});
+  for (int step = 0; step < 4; ++step) {
+    const auto part = local_tile(tile, Shape<Int<kColumns>, _16>{}, make_coord(_0{}, step));
+    const uint64_t ours =
+        orthrus::cuda::sm90::transposed_descriptor_at(address, 64 * 128) + descriptor_offset(step * 16 * 128);
+    // With 64 columns there are no next ones, so the offset to them does not matter.
+    const uint64_t unused = kColumns == 64 ? 0x3fffull << 16 : 0;
+    expect(ours & ~unused, SM90::GMMA::make_gmma_desc<SM90::GMMA::Major::MN>(part).desc_ & ~unused,
+           "transposed descriptor", kColumns, step);
+    expect(cuda_host::is_transposed_128(ours), true, "transposed swizzle mode", kColumns, step);
+    for (int column = 0; column < kColumns; ++column)
+      for (int k = 0; k < 16; ++k)
+        expect(cuda_host::transposed_address(ours, column, k), reinterpret_cast<uintptr_t>(&part(column, k)),
+               "transposed operand", column, k);
+  }
+}
+
 template <int kN>
 void check_wgmma() {
   using Op = decltype(SM90::GMMA::ss_op_selector<Bf16, Bf16, float, Shape<_64, Int<kN>, _64>>());
@@ -114,6 +136,8 @@ int main() {
   check_operand<160, 0, 160>(64 * 1024);
   check_operand<192, 0, 192>(17 * 1024);
   check_operand<256, 0, 256>(64 * 1024);
+  check_transposed<64>(9 * 1024);
+  check_transposed<128>(80 * 1024);
   check_wgmma<16>();
   check_wgmma<32>();
   check_wgmma<64>();

@@ -24,12 +24,15 @@ def test_compiles_without_warnings_or_spills(source, arch):
         assert kernel.static_shared_bytes <= STATIC_SHARED_LIMIT, f"{source} {arch}: {kernel}"
 
 
+ADVICE = r".*(?:\(C\d+\)|warning|setmaxnreg).*"
+
+
 @pytest.mark.parametrize("coded", [False, True])
 def test_hopper_instructions_are_kept(coded):
     """ptxas repairs or gives up in silence, except for an advisory: a missing wgmma.fence, accumulators touched while a
     wgmma is in flight, registers that cannot be moved between warpgroups. All cost time, and the first hides a bug."""
     report = cubins.reports()[f"csrc/cuda/row_linear_sm90{'_coded' * coded}.cu", "sm_90a"].result()
-    assert re.findall(r".*(?:\(C\d+\)|warning|setmaxnreg).*", report) == []
+    assert re.findall(ADVICE, report) == []
     # With many rows registers are moved: each of its 12 warps has to start with the same share of the register file.
     registers = {re.search(r"sm90I(Li\d+ELb[01])", k.name)[1]: k.registers for k in cubins.parse(report)}
     many_rows = (128,) if coded else (128, 192)
@@ -39,6 +42,32 @@ def test_hopper_instructions_are_kept(coded):
     assert max(registers[f"Li{rows}ELb0"] for rows in narrow) <= 80, registers
     for rows in wide:
         assert cubins.quarter_of_registers(9, registers[f"Li{rows}ELb0"]) <= cubins.QUARTER, registers
+
+
+def test_hopper_instructions_are_kept_in_attention():
+    report = cubins.reports()["csrc/cuda/dual_attn_sm90.cu", "sm_90a"].result()
+    assert re.findall(ADVICE, report) == []
+
+
+@pytest.mark.parametrize("source", ["row_linear_sm90", "row_linear_sm90_coded", "dual_attn_sm90"])
+def test_nothing_writes_what_wgmma_owns(tmp_path, source):
+    """Between its fence and the end of its group. PTX forbids it, whether or not ptxas moves such a write away."""
+    command = [cubins.nvcc(), "-ptx", "-std=c++17", "-O3", "-arch=sm_90a", f"-I{cubins.ROOT / 'csrc/include'}"]
+    subprocess.run([*command, f"{cubins.ROOT}/csrc/cuda/{source}.cu", "-o", tmp_path / "out.ptx"], check=True)
+    groups = re.findall(r"wgmma\.fence[^;]*;(.*?)wgmma\.commit_group", (tmp_path / "out.ptx").read_text(), re.S)
+    assert len(groups) >= 7
+    for group in groups:
+        owned, written = set(), set()
+        for statement in re.sub(r"//[^\n]*", "", group).split(";"):
+            found = re.search(r"(?:@!?%p\d+\s+)?\b([a-z]\w*\.\S+)\s+(\{[^}]*\}|%\w+)(?:,\s*(\{[^}]*\}))?", statement)
+            if not found:
+                continue
+            registers = [set(re.findall(r"%[rf]\d+", text or "")) for text in found.group(2, 3)]
+            if found[1].startswith("wgmma"):
+                owned |= registers[0] | registers[1]  # the sums, and A if it is in registers
+            else:
+                written |= registers[0]
+        assert owned and not owned & written
 
 
 @pytest.mark.parametrize("coded", [False, True])
@@ -53,7 +82,7 @@ def test_copies_are_issued_once(coded):
 def test_a_row_linear_finds_room_beside_the_merge_of_attention():
     """With 32 rows of 32 heads an SM has at most 8 CTAs of the merge."""
     kernels = cubins.parse(cubins.reports()["csrc/cuda/dual_attn.cu", "sm_90a"].result())
-    merges = [k.static_shared_bytes for k in kernels if "merge" in k.name]
+    merges = [k.static_shared_bytes for k in kernels]
     assert len(merges) == 2 and 8 * (max(merges) + 1024) + cubins.ROW_LINEAR_SHARED <= cubins.SHARED, merges
 
 
@@ -73,6 +102,9 @@ def test_every_architecture_has_kernels(arch):
     names = [k.name for s in variants.listed("CUDA_SOURCES") for k in cubins.parse(cubins.reports()[s, arch].result())]
     for op in ("row_linear", "qkv_commit", "dual_attn", "consensus"):
         assert any(op in name for name in names), f"{arch}: no kernel of {op} among {names}"
+    for products in ("mma", *(["sm90"] if arch == "sm_90a" else [])):  # elsewhere the latter have no bodies
+        attention = cubins.parse(cubins.reports()[f"csrc/cuda/dual_attn_{products}.cu", arch].result())
+        assert len(attention) >= 8 and min(kernel.registers for kernel in attention) > 64, attention
 
 
 def test_reads_a_report():

@@ -76,6 +76,6 @@ def test_instructions(tmp_path, tiles):
     )
     ours, cutes = map(instructions, (tmp_path / "out.ptx").read_text().split(".entry")[1:])
     assert ours == cutes
-    assert len([entry for entry in ours if entry[0] == "stored"]) == sum(tiles) + (192 + 256) // 2
+    assert len([entry for entry in ours if entry[0] == "stored"]) == sum(tiles) + (192 + 256 + 64 + 128) // 2
     assert all(entry[1] == entry[2] for entry in ours if entry[0] == "stored")
-    assert len([entry for entry in ours if entry[0] != "stored"]) == 21 + 2 * 4 * len(tiles) + 2 * 4
+    assert len([entry for entry in ours if entry[0] != "stored"]) == 21 + 2 * 4 * len(tiles) + 4 * 4

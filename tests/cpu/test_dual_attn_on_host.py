@@ -22,6 +22,13 @@ from tests.rows import ar, diff
 HostPass = functools.partial(Pass, device="cpu")
 
 
+@pytest.fixture(params=("sm90", "sm80"), autouse=True)
+def isa(request, monkeypatch):
+    """The instruction variant."""
+    monkeypatch.setenv("ORTHRUS_CUDA_ISA", request.param)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def many_sms(host):
     """So many SMs that every unit is split."""
@@ -55,7 +62,7 @@ def test_against_float64(name, host):
     assert not split[case.rows.position < 0].any()
 
 
-@pytest.mark.usefixtures("both_orders")  # with them, both variants that fold in registers run
+@pytest.mark.usefixtures("both_orders")  # with them, all variants that fold in registers run
 @pytest.mark.parametrize("name", ["decode", "verify", "one_pass", "one_pass, 32 rows a block", "tall"])
 @pytest.mark.parametrize("heads", [Heads(8, 2, 128), Heads(4, 4, 64), Heads(8, 1, 64)], ids=str)
 def test_heads(heads, name, host):
@@ -105,7 +112,7 @@ def test_tiles_that_are_full_and_one_row_more(rows):
 
 
 def test_rows_do_not_depend_on_company(host):
-    """They have the same bits alone or together, in tiles of 16, 64 or 128 rows, in any order, on any number of SMs."""
+    """They have the same bits alone or together, in tiles of any height, in any order, on any number of SMs."""
     groups = [ar(0, 1100, 1), diff(0, 1101, 4), ar(1, 140, 9), ar(2, 5, 3)]
     together = HostPass(SMALL, groups)
     want = together.by_group(together.run())

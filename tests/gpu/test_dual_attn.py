@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from orthrus_rt import dispatch
 from tests.attention_pass import (
     SHARED_BLOCKS,
     SPOIL,
@@ -25,6 +26,17 @@ HEADS = [Heads(32, 8, 128), Heads(16, 8, 128), Heads(8, 8, 128), Heads(9, 3, 64)
 QWEN, SMOL = HEADS[0], HEADS[3]
 
 
+@pytest.fixture(params=["", "sm80"], autouse=True)
+def isa(request, monkeypatch):
+    """Both instruction variants."""
+    cuda = dispatch.extension().cuda
+    with monkeypatch.context() as patch:
+        patch.setenv("ORTHRUS_CUDA_ISA", request.param)
+        cuda.isa()  # reads it
+        yield request.param
+    cuda.isa()
+
+
 PASSES = {
     "decode": [ar(0, 1000, 1), ar(1, 63, 1), ar(2, 64, 1), ar(3, 0, 1), ar(4, 127, 1), ar(5, 5000, 1)],
     "verify": [ar(0, 300, 16), ar(1, 4090, 16, invalid=5)],
@@ -32,7 +44,7 @@ PASSES = {
     "one_pass": [ar(0, 1500, 32), diff(0, 1510, 32), diff(0, 1532, 32), ar(1, 40, 32), diff(1, 41, 32, invalid=30)],
     "long_block": [diff(0, 70, 100), diff(1, 10, 3)],
     "prefill": [ar(0, 0, 500), ar(1, 129, 77)],
-    "long_prefill": [ar(0, 0, 1500), ar(1, 129, 77)],  # more CTAs than SMs for either head_dim: two per SM
+    "long_prefill": [ar(0, 0, 1500), ar(1, 129, 77)],  # more CTAs than SMs for either head_dim
     "padding": [ar(0, 10, 4, invalid=4), ar(1, 200, 4), diff(2, 10, 4, invalid=4)],
 }
 

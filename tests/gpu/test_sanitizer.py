@@ -23,8 +23,9 @@ ATTACHED = {"memcheck": "ERROR SUMMARY", "racecheck": "RACECHECK SUMMARY"}
 # later: before that the option was --kernel-regex.
 OURS = ("--kernel-name", "kns=orthrus")
 CASES = (
-    "test_dual_attn.py::test_against_float64[one_pass-Heads(q=9, kv=3, dim=64)]",
-    "test_dual_attn.py::test_against_float64[verify-Heads(q=8, kv=8, dim=128)]",
+    "test_dual_attn.py::test_against_float64[-one_pass-Heads(q=9, kv=3, dim=64)]",
+    "test_dual_attn.py::test_against_float64[-verify-Heads(q=8, kv=8, dim=128)]",
+    "test_dual_attn.py::test_against_float64[sm80-verify-Heads(q=9, kv=3, dim=64)]",
     "test_qkv_commit.py::test_against_float64[heads2-True-bf16]",
     # Decode: tiles cut along k, with 1 row and with 31. Prefill: the last tiles of rows and of features are partial.
     "test_row_linear.py::test_both_views[-32-1-shape1]",

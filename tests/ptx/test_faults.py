@@ -34,6 +34,11 @@ def dual_attn(host):
     return outs
 
 
+def folded(host):
+    host.num_sms = 1000
+    return [Pass(Heads(2, 1, 128), [ar(0, 400, 70), diff(0, 470, 40)], "cpu").run(split=False)]
+
+
 def prefill(host):
     weight, x = rl.tensor(320, 512, seed=1), rl.tensor(193, 512, seed=2)
     return [rl.run(x, weight, sms=4, descending=host.descending)]
@@ -50,7 +55,9 @@ KERNELS = {  # name: part of the mangled name, and the function that calls it
     "sm90-row_linear": ("row_linear_sm90ILi16ELb0ELb0E", row_linear),
     "sm90-prefill": ("row_linear_sm90ILi128ELb1ELb0E", prefill),
     "sm90-coded": ("row_linear_sm90ILi16ELb0ELb1E", coded),
-    "sm80-dual_attn": ("dual_attn_split_kernelINS0_7VariantILi64ELi4ELi2ELb0E", dual_attn),
+    "sm80-dual_attn": ("dual_attn_split_kernelINS0_7VariantILb0ELi64ELi4ELi2ELb0ELi1E", dual_attn),
+    "sm90-folded": ("dual_attn_fold_kernelINS0_7VariantILb1ELi128ELi8ELi1ELb1E", folded),
+    "sm90-dual_attn": ("dual_attn_split_kernelINS0_7VariantILb1ELi64ELi4ELi2ELb0ELi1E", dual_attn),
 }
 GONE, SWAPPED = "", r"\1{\3, \2,"  # the first two registers of an operand
 MMA = r"(mma\.sync\S+\s+\{[^}]*\},\s*)\{(%\w+),\s*(%\w+),"
@@ -65,6 +72,21 @@ FAULTS = {  # kernel, fault: a pattern for the lines, and their replacement
     ("sm80-dual_attn", "no barriers"): (r"bar\.sync\s[^;]*;", GONE),
     ("sm80-dual_attn", "a swapped operand"): (MMA, SWAPPED),
     ("sm80-dual_attn", "no transposed operand"): (r"\.trans", GONE),
+    ("sm90-folded", "a wait for fewer copies"): (r"(cp\.async\.wait_group\s+)1", r"\g<1>2"),
+    ("sm90-folded", "no proxy fences"): (r"fence\.proxy\.async[^;]*;", GONE),
+    ("sm90-folded", "no barriers"): (r"bar\.sync\s[^;]*;", GONE),
+    ("sm90-folded", "no wait for products"): (r"wgmma\.wait_group[^;]*;", GONE),
+    ("sm90-folded", "columns that lie elsewhere"): (r"\b4611686293338849280\b", "4611686293322072064"),
+    ("sm90-dual_attn", "no wait for copies"): (r"cp\.async\.wait_(group|all)[^;]*;", GONE),
+    ("sm90-dual_attn", "no proxy fences"): (r"fence\.proxy\.async[^;]*;", GONE),
+    ("sm90-dual_attn", "no barriers"): (r"bar\.sync\s[^;]*;", GONE),
+    ("sm90-dual_attn", "no wait for products"): (r"wgmma\.wait_group[^;]*;", GONE),
+    ("sm90-dual_attn", "a wait for fewer scores"): (r"(wgmma\.wait_group\S*\s+)1", r"\g<1>2"),
+    ("sm90-dual_attn", "a wait for fewer sums"): (r"(wgmma\.wait_group\S*\s+)0", r"\g<1>1"),
+    ("sm90-dual_attn", "no fence of products"): (r"wgmma\.fence[^;]*;", GONE),
+    ("sm90-dual_attn", "swapped registers"): (r"(wgmma\.mma_async[^}]*\},\s*)\{(%r\d+), (%r\d+)", r"\1{\3, \2"),
+    ("sm90-dual_attn", "swapped operands"): (r"(wgmma\.mma_async[^}]*\},\s*)(%rd\d+), (%rd\d+)", r"\1\3, \2"),
+    ("sm90-dual_attn", "no transposed operand"): (r"(wgmma\.mma_async[^;]*\}, %rd\d+, p, 1, 1), 1;", r"\1, 0;"),
     ("sm90-row_linear", "no wait for copies"): (r"mbarrier\.try_wait[^;]*;", "setp.eq.u32 done, 0, 0;"),
     ("sm90-row_linear", "no wait for products"): (r"wgmma\.wait_group[^;]*;", GONE),
     ("sm90-row_linear", "a wait for fewer products"): (r"(wgmma\.wait_group\S*\s+)(\d)", r"\g<1>1\2"),

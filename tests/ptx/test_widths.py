@@ -63,7 +63,9 @@ LONG = [ar(0, 1900, 5), ar(1, 777, 1), ar(2, 64, 1), diff(0, 1905, 7), diff(3, 1
 
 @pytest.mark.parametrize("heads", [Heads(8, 2, 128), Heads(4, 4, 128), Heads(9, 3, 64), Heads(16, 1, 64)], ids=str)
 @pytest.mark.parametrize("groups", [LONG, [ar(0, 3000, 1)], [ar(0, 65, 1), ar(1, 1, 1)], [diff(0, 1000, 3)]])
-def test_dual_attn(heads, groups, host):
+@pytest.mark.parametrize("isa", ["sm80", "sm90"])
+def test_dual_attn(heads, groups, isa, host, monkeypatch):
+    monkeypatch.setenv("ORTHRUS_CUDA_ISA", isa)
     case = Pass(heads, groups, "cpu")
     fold, split, workspace = case.run(split=False), torch.empty_like(case.q), case.workspace()
     for host.num_sms in (1000, 9, 2):

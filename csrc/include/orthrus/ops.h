@@ -52,10 +52,10 @@ int64_t dual_attn_workspace(int32_t max_rows, int32_t num_heads_q, int32_t head_
 // Partial maxima per row that kArgmax writes for a vocabulary of out_features ids, in bf16 (float: one per 128 ids).
 int32_t row_linear_num_partials(int32_t in_features, int32_t out_features);
 
-// The instructions that row_linear multiplies with on the current device: "sm90a" (wgmma), "sm80" (mma.sync, also where
-// ORTHRUS_CUDA_ISA asks for it) or "none". The two round alike but sum in different orders.
+// The instructions that row_linear and dual_attn multiply with on the current device: "sm90a" (wgmma), "sm80"
+// (mma.sync, also where ORTHRUS_CUDA_ISA asks for it) or "none". The two round alike but sum in different orders.
 const char* isa();
-// Reads ORTHRUS_CUDA_ISA for row_linear; launches do not read it. Must not run while the environment may change.
+// Reads ORTHRUS_CUDA_ISA; launches do not read it. Must not run while the environment may change.
 void read_environment();
 const char* error_string(int error);
 int new_stream(void** stream);  // on the current device; never destroyed, waits for no other stream

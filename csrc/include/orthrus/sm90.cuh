@@ -23,7 +23,8 @@ __device__ __forceinline__ void fence_barrier_init() {
 // Orders what the thread has seen in global memory before its later copies, which belong to the async proxy.
 __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
-// Orders what the thread has read in shared memory before copies into it that any thread issues after a barrier.
+// Orders what the thread has read in shared memory before copies into it that any thread issues after a barrier, and
+// what it has written, or its cp.async, before wgmma reads it behind a barrier.
 __device__ __forceinline__ void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -165,8 +166,12 @@ __device__ __forceinline__ void cluster_sync_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+__device__ __forceinline__ uint64_t matrix_descriptor(SharedAddress matrix) { return matrix_descriptor_at(matrix); }
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* smem) {
   return matrix_descriptor_at(shared_address(smem));
+}
+__device__ __forceinline__ uint64_t transposed_descriptor(SharedAddress matrix, int bytes_to_next_columns) {
+  return transposed_descriptor_at(matrix, bytes_to_next_columns);
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -186,11 +191,14 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Keeps the compiler from moving accesses to accumulators across an asynchronous instruction.
-template <int kCount>
-__device__ __forceinline__ void pin(float (&d)[kCount]) {
+// Keeps the compiler from moving accesses to accumulators, or to operands in registers, across an asynchronous
+// instruction.
+__device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+__device__ __forceinline__ void pin(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
+template <typename T, int kCount>
+__device__ __forceinline__ void pin(T (&x)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < kCount; ++i) pin(x[i]);
 }
 
 // d (+)= A[64 x 16] B[N x 16]^T, both in shared memory.
@@ -202,6 +210,10 @@ __device__ void wgmma(float* d, uint64_t a, uint64_t b, int accumulate);
 // until the instruction has completed.
 template <int kN>
 __device__ void wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate);
+
+// d (+)= A[64 x 16] B[16 x N], with A in registers and a transposed descriptor of B.
+template <int kN>
+__device__ void wgmma_transposed(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate);
 
 // The N / 2 accumulators of a thread: the names of the asm's first operands, then these operands.
 #define ORTHRUS_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -251,21 +263,23 @@ ORTHRUS_WGMMA(256, 128, 129, 130)
 #undef ORTHRUS_WGMMA
 
 // `sums`: N / 2, which is also the number of the first operand behind them.
-#define ORTHRUS_WGMMA(n, sums, a1, a2, a3, b_number, accumulate_number)                                    \
+#define ORTHRUS_WGMMA(name, n, sums, a1, a2, a3, b_number, accumulate_number, transposed)                  \
   template <>                                                                                              \
-  __device__ __forceinline__ void wgmma<n>(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate) { \
+  __device__ __forceinline__ void name<n>(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate) {  \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate_number ", 0;\n"                          \
                  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" ORTHRUS_NAMES_##sums "}, "     \
-                 "{%" #sums ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_number ", p, 1, 1, 0;\n}\n"            \
+                 "{%" #sums ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_number ", p, 1, 1, " #transposed ";\n}\n" \
                  : ORTHRUS_SUMS_##sums                                                                     \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                   \
   }
-ORTHRUS_WGMMA(16, 8, 9, 10, 11, 12, 13)
-ORTHRUS_WGMMA(32, 16, 17, 18, 19, 20, 21)
-ORTHRUS_WGMMA(64, 32, 33, 34, 35, 36, 37)
-ORTHRUS_WGMMA(96, 48, 49, 50, 51, 52, 53)
-ORTHRUS_WGMMA(128, 64, 65, 66, 67, 68, 69)
-ORTHRUS_WGMMA(160, 80, 81, 82, 83, 84, 85)
+ORTHRUS_WGMMA(wgmma, 16, 8, 9, 10, 11, 12, 13, 0)
+ORTHRUS_WGMMA(wgmma, 32, 16, 17, 18, 19, 20, 21, 0)
+ORTHRUS_WGMMA(wgmma, 64, 32, 33, 34, 35, 36, 37, 0)
+ORTHRUS_WGMMA(wgmma, 96, 48, 49, 50, 51, 52, 53, 0)
+ORTHRUS_WGMMA(wgmma, 128, 64, 65, 66, 67, 68, 69, 0)
+ORTHRUS_WGMMA(wgmma, 160, 80, 81, 82, 83, 84, 85, 0)
+ORTHRUS_WGMMA(wgmma_transposed, 64, 32, 33, 34, 35, 36, 37, 1)
+ORTHRUS_WGMMA(wgmma_transposed, 128, 64, 65, 66, 67, 68, 69, 1)
 #undef ORTHRUS_WGMMA
 
 }  // namespace orthrus::cuda::sm90

@@ -17,8 +17,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 CSRC = ROOT / "csrc"
 PARAMS = ("RowLinearParams", "QkvCommitParams", "ConsensusParams", "DualAttnParams")
-KERNELS = ("qkv_commit", "consensus", "dual_attn", "dual_attn_f32", "row_linear_f32")
-ROW_LINEAR = ("row_linear", *(f"row_linear_{isa}{coded}" for isa in ("mma", "sm90") for coded in ("", "_coded")))
+DUAL_ATTN = ("dual_attn", "dual_attn_mma", "dual_attn_sm90", "dual_attn_f32")
+KERNELS = ("qkv_commit", "consensus", *DUAL_ATTN, "row_linear_f32", "isa")
+ROW_LINEAR = ("row_linear", "isa", *(f"row_linear_{isa}{coded}" for isa in ("mma", "sm90") for coded in ("", "_coded")))
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 FLAGS.append("-Wno-maybe-uninitialized")  # for values that are loaded under a condition and used under the same one

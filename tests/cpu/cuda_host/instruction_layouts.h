@@ -30,6 +30,16 @@ constexpr uint32_t operand_address(uint64_t descriptor, int row, int k) {
   return swizzle_128(start + row / 8 * stride + row % 8 * 128 + k * 2);
 }
 
+// The same for an operand whose rows lie along k: there the leading offset leads from 64 elements of a row to the next.
+constexpr bool is_transposed_128(uint64_t descriptor) {
+  return is_swizzled_128((descriptor & ~(0x3fffull << 16)) | 1ull << 16) && (descriptor & 0x3f) == 0;
+}
+constexpr uint32_t transposed_address(uint64_t descriptor, int row, int k) {
+  const uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4;
+  return swizzle_128(start + row / 64 * leading + row % 64 * 2 + k / 8 * stride + k % 8 * 128);
+}
+
 // Accumulator i of thread t of a warpgroup, wgmma m64nNk16.
 constexpr Element wgmma_accumulator(int t, int i) {
   return {t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, i / 4 * 8 + t % 4 * 2 + i % 2};

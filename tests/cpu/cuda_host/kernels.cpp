@@ -8,6 +8,7 @@ extern "C" {
 void configure(int descending, int num_sms) {
   cuda_host::descending = descending;
   cuda_host::num_sms = num_sms;
+  orthrus::cuda::read_environment();
 }
 int qkv_commit(const orthrus::QkvCommitParams* p) { return orthrus::cuda::qkv_commit(*p, kStream); }
 int consensus(const orthrus::ConsensusParams* p) { return orthrus::cuda::consensus(*p, kStream); }

@@ -236,6 +236,13 @@ inline void tensor_load_multicast(SharedAddress dst, const TensorMap* map, int c
 }
 
 inline uint64_t matrix_descriptor(const void* smem) { return matrix_descriptor_at(cuda_host::address(smem, 1024)); }
+inline uint64_t matrix_descriptor(SharedAddress matrix) {
+  return matrix_descriptor(reinterpret_cast<const void*>(matrix));
+}
+inline uint64_t transposed_descriptor(SharedAddress matrix, int bytes_to_next_columns) {
+  return transposed_descriptor_at(cuda_host::address(reinterpret_cast<const void*>(matrix), 1024),
+                                  bytes_to_next_columns);
+}
 
 inline void wgmma_fence() {
   const cuda_host::races::Unseen unseen;
@@ -250,18 +257,27 @@ inline void widen_row(uint64_t matrix, int row, Row& to) {
   }
 }
 
+// Row `row` of B where its rows lie along k.
+inline void widen_transposed(uint64_t matrix, int row, Row& to) {
+  using namespace cuda_host;
+  for (int k = 0; k < 16; ++k) to[k] = widen(pointer(transposed_address(matrix, row, k)));
+}
+
 // d (+)= A B^T, computed when it is waited for. `a_rows(rows)` gives the rows of A that belong to the thread's
 // accumulators; `read_a(row)` reads, as this thread, one of the 16 rows of A of its warp.
-template <int kN, class Rows, class Read>
+template <int kN, bool kTransposed = false, class Rows, class Read>
 void product(float* d, uint64_t b, int accumulate, const Rows& a_rows, const Read& read_a) {
-  if (!cuda_host::fenced[cuda_host::self]) cuda_host::fail("wgmma without a fence");
-  if (!cuda_host::is_swizzled_128(b)) cuda_host::fail("a bad matrix descriptor");
   using namespace cuda_host;
-  // Rows of both operands, divided among the warp's lanes: read at once, or at any time until they are waited for.
+  if (!fenced[self]) fail("wgmma without a fence");
+  if (!(kTransposed ? is_transposed_128(b) : is_swizzled_128(b))) fail("a bad matrix descriptor");
+  // Rows of A and 16 bytes of B at a time, divided among the warp's lanes: read at once, or at any time until they are
+  // waited for.
   auto read = [=, lane = threadIdx.x % 32] {
-    for (int row = lane; row < kN + 16; row += 32) {
-      if (row >= kN) read_a(row - kN);
-      for (int k = 0; row < kN && k < 16; k += 8) races::reads(pointer(operand_address(b, row, k)), 16);
+    if (lane < 16) read_a(lane);
+    for (int chunk = lane; chunk < 2 * kN; chunk += 32) {
+      const uint32_t at = kTransposed ? transposed_address(b, chunk / 16 * 8, chunk % 16)
+                                      : operand_address(b, chunk / 2, chunk % 2 * 8);
+      races::reads(pointer(at), 16);
     }
   };
   auto multiply = [=, thread = threadIdx.x % 128] {
@@ -269,7 +285,10 @@ void product(float* d, uint64_t b, int accumulate, const Rows& a_rows, const Rea
     Row rows[2], columns[2];
     a_rows(rows);
     for (int i = 0; i < kN / 2; i += 4) {
-      for (int j = 0; j < 2; ++j) widen_row(b, wgmma_accumulator(thread, i + j).column, columns[j]);
+      for (int j = 0; j < 2; ++j) {
+        const int column = wgmma_accumulator(thread, i + j).column;
+        kTransposed ? widen_transposed(b, column, columns[j]) : widen_row(b, column, columns[j]);
+      }
       if (!accumulate) std::fill_n(d + i, 4, 0.f);
       add_products(d + i, rows[0], rows[1], columns[0], columns[1]);
     }
@@ -305,8 +324,8 @@ void wgmma(float* d, uint64_t a, uint64_t b, int accumulate) {
 }
 
 // Registers are read at once: this does not check that they stay unchanged.
-template <int kN>
-void wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate) {
+template <int kN, bool kTransposed = false>
+void product_of_registers(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate) {
   struct Registers {
     uint32_t a[4];
   };
@@ -320,12 +339,20 @@ void wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate) {
       of_mine[j][k] = cuda_host::widen(reinterpret_cast<const uint8_t*>(lanes[at.lane].a) + at.index * 2);
     }
   }
-  product<kN>(
+  product<kN, kTransposed>(
       d, b, accumulate,
       [=](Row (&rows)[2]) {
         for (int j = 0; j < 2; ++j) std::copy_n(of_mine[j].data(), 16, rows[j]);
       },
       [](int) {});
+}
+template <int kN>
+void wgmma(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  product_of_registers<kN>(d, a, b, accumulate);
+}
+template <int kN>
+void wgmma_transposed(float* d, const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  product_of_registers<kN, true>(d, a, b, accumulate);
 }
 inline void wgmma_commit() { cuda_host::close_group(cuda_host::wgmma_groups); }
 template <int kPending>
@@ -340,7 +367,7 @@ template <int>
 void give_registers() {}
 template <int>
 void take_registers() {}
-template <int kCount>
-void pin(float (&)[kCount]) {}
+template <typename Sums>
+void pin(Sums&) {}
 
 }  // namespace orthrus::cuda::sm90
