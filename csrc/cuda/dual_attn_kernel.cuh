@@ -88,7 +88,7 @@ __device__ void attend_splits(const DualAttnLaunch& a) {
     }
     attention.run(offset, work.units[u], head, first, last, block_rows, work.to, [&] {
       if (threadIdx.x != 0) return;
-      work.to = {head, offset, slot, next_item(i, gridDim.x)};
+      work.to = {head, offset, slot, next_item(i, a.ctas)};
       if (work.to.next >= num_items) pdl_launch_dependents();
     });
   }

@@ -12,16 +12,20 @@ int split_smem_bytes(int num_units) {
   return kFixedBytes + num_units * kUnitBytes;
 }
 
-template <typename V>
-int launch_split(const DualAttnLaunch& a, void* stream, const DeviceInfo& device) {
-  const int smem = split_smem_bytes<V>(a.num_units);
+// The most work items that there can be.
+inline int64_t most_items(const DualAttnLaunch& a) {
   const int64_t tiles = static_cast<int64_t>(a.num_units) * max(a.num_splits, 1) + a.num_block_tiles;
-  const int64_t items = tiles * a.p.kv.num_heads_kv;
+  return tiles * a.p.kv.num_heads_kv;
+}
+
+template <typename V>
+int launch_split(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
+  const int smem = split_smem_bytes<V>(a.num_units);
   int per_sm = 0;
   const int error = occupancy(dual_attn_split_kernel<V>, V::kThreads, smem, &per_sm);
   if (error) return error;
-  const int64_t grid = min(items, static_cast<int64_t>(device.num_sms) * per_sm);
-  return launch(dual_attn_split_kernel<V>, a, dim3(static_cast<unsigned>(grid)), V::kThreads, smem, stream, device);
+  a.ctas = Divisor(static_cast<int>(min(most_items(a), static_cast<int64_t>(device.num_sms) * per_sm)));
+  return launch(dual_attn_split_kernel<V>, a, dim3(a.ctas.d), V::kThreads, smem, stream, device);
 }
 
 inline void cut_into_units(DualAttnLaunch& a, int tile_m, int blocks_together) {
@@ -109,6 +113,11 @@ int launch_attention(DualAttnLaunch a, bool* split, void* stream, const DeviceIn
       if (per_sm < 2) split_tile = 64;
     }
     cut_into_units(a, split_tile, together);
+    // Where there is an SM for each tall tile, two low ones on it are done sooner (an estimate).
+    if (split_tile > 64 && most_items(a) <= device.num_sms) {
+      split_tile = 64;
+      cut_into_units(a, split_tile, together);
+    }
     *split = a.num_units <= kMaxUnits;
   }
   if (!*split) return launch_folding<kWgmma, kHeadDim>(a, tall, stream, device);

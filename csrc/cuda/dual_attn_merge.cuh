@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kMergeThreads) dual_attn_merge_kernel(const __
   pdl_launch_dependents();
   pdl_wait();
   const Rows& rows = a.p.rows;
-  const int head = blockIdx.x, lane = threadIdx.x;
-  const Results results = results_of(rows, head / a.heads_q);
+  const int head = blockIdx.x, lane = threadIdx.x, row = head / a.heads_q;
+  const Results results = results_of(rows, row, rows.prefix_len[row], rows.position[row]);
   if (results.count() == 1) return;  // written by the attention kernel
 
   const int64_t stride = static_cast<int64_t>(rows.num_rows) * a.p.num_heads_q;  // from slot to slot

@@ -1,6 +1,7 @@
 // How dual_attn cuts its work: splits of the KV axis at fixed absolute positions (part of the
 // numerics: a row's result is the ascending fold of its splits), and the list of work items.
 #pragma once
+#include "orthrus/divisor.h"
 #include "orthrus/launch.cuh"
 #include "orthrus/rows.h"
 
@@ -70,7 +71,7 @@ constexpr int kMaxUnits = 128;  // of a launch with work items
 
 // The item that a CTA of a grid of `ctas` takes after item i. Rounds of items run forth and back, so that the CTA with
 // the heaviest item of one round gets the lightest of the next.
-ORTHRUS_HD int next_item(int i, int ctas) { return 2 * (i / ctas + 1) * ctas - 1 - i; }
+ORTHRUS_HD int next_item(int i, Divisor ctas) { return 2 * (i / ctas + 1) * ctas.d - 1 - i; }
 
 // The number of layers, that is splits, of each unit; each lane holds those of some units. Warp-collective.
 class Layers {

@@ -98,22 +98,22 @@ class Attention {
       }
       if constexpr (V::kWgmma) sm90::fence_proxy_async_shared();
       __syncthreads();  // tile t has arrived, and all warps are done with tile t-1, whose stage is free
-      const auto load_next = [&] {
+      bool ends_split = false;
+      const auto look_ahead = [&] {
+        if (V::kFold) ends_split = is_last_of_split(t);
         if (t == 0) return;
         load_tile(t + V::kStages - 1);
         copy_commit();
       };
       if constexpr (V::kWgmma) {
-        attend_wgmma(t, mixed, state, load_next);
+        attend_wgmma(t, mixed, state, look_ahead);
       } else {
-        load_next();
+        look_ahead();
         attend_mma(t, mixed, state);
       }
 
       if constexpr (V::kFold) {
-        const bool own = t >= num_prefix_;
-        if (t + 1 == num_tiles_ || t + 1 == num_prefix_ ||
-            (!own && split_of_tile(first_tile_ + t + 1) != split_of_tile(first_tile_ + t))) {
+        if (ends_split) {
 #pragma unroll
           for (int f = 0; f < V::kFrags; ++f) {
             reduce_totals(state[f]);
@@ -147,7 +147,7 @@ class Attention {
         if constexpr (V::kFold) {
           write_output(folded[f], folded_total[f][i], at, i);
         } else if (keys_seen(f, i, 0, num_prefix_ == 0) > 0) {
-          if (results_of(p_.rows, at.row).count() == 1) {
+          if (prefix_keys_[f][i] & 1) {
             write_output(mixed[f], state[f].total[i], at, i);
           } else {
             write_partial(mixed[f], state[f], at, i, to.slot);
@@ -177,7 +177,9 @@ class Attention {
   __device__ void attend_mma(int t, Mixed& mixed, RowState (&state)[V::kFrags]) const {
     const SharedAddress k = stage(t), v = k + V::kTileBytes;
     int visible[V::kFrags][2];
-    const bool needed = sees_some(t, visible);
+    bool some[V::kFrags];
+    see(t, visible, some);
+    const bool needed = some[0] || some[V::kFrags - 1];
     uint32_t probs[V::kFrags][4][4];
     if (needed) {
       float scores[V::kFrags][8][4];
@@ -190,26 +192,27 @@ class Attention {
     if (needed) mix_tile<V::kColumns>(mixed, probs, v, first_column(), lane());
   }
 
-  // The warps of a warpgroup multiply together, also those without rows. Calls load_next() while they do. Of two
+  // The warps of a warpgroup multiply together, also those without rows. Calls look_ahead() while they do. Of two
   // fragments, the first's probabilities are computed while the second's scores are, and the second's while the first's
   // sums are.
-  template <typename LoadNext>
-  __device__ void attend_wgmma(int t, Mixed& mixed, RowState (&state)[V::kFrags], const LoadNext& load_next) {
+  template <typename LookAhead>
+  __device__ void attend_wgmma(int t, Mixed& mixed, RowState (&state)[V::kFrags], const LookAhead& look_ahead) {
     const SharedAddress k = stage(t), v = k + V::kTileBytes;
     const SharedAddress q = smem_ + warpgroup() * (64 * V::kFrags * 128);
     float scores[V::kFrags][8][4];
 #pragma unroll
     for (int f = 0; f < V::kFrags; ++f) begin_scores<V::kTileM, V::kHeadDim>(scores[f], q + f * (64 * 128), k);
-    load_next();
+    look_ahead();
     int visible[V::kFrags][2];
-    const bool needed = sees_some(t, visible);
+    bool needed[V::kFrags];
+    see(t, visible, needed);
     const uint64_t keys = keys_of(t);
     uint32_t probs[V::kFrags][4][4] = {};
 #pragma unroll
     for (int f = 0; f < V::kFrags; ++f) {
       sm90::wgmma_wait<V::kFrags - 1>();
       sm90::pin(scores[f]);
-      if (needed) weigh(probs[f], scores[f], visible[f], keys, state[f], mixed[f]);
+      if (needed[f]) weigh(probs[f], scores[f], visible[f], keys, state[f], mixed[f]);
       begin_mix<V::kHeadDim>(mixed[f], probs[f], v);
     }
     sm90::wgmma_wait<0>();
@@ -220,18 +223,19 @@ class Attention {
     }
   }
 
-  // How many keys of tile t each of this thread's rows may see, and whether any of the warp's rows sees one.
-  __device__ bool sees_some(int t, int (&visible)[V::kFrags][2]) const {
-    bool some = false;
+  // How many keys of tile t each of this thread's rows may see, and whether any of a fragment's rows sees one.
+  __device__ void see(int t, int (&visible)[V::kFrags][2], bool (&some)[V::kFrags]) const {
 #pragma unroll
     for (int f = 0; f < V::kFrags; ++f) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        visible[f][i] = keys_seen(f, i, t, t >= num_prefix_);
-        some |= visible[f][i] > 0;
-      }
+      for (int i = 0; i < 2; ++i) visible[f][i] = keys_seen(f, i, t, t >= num_prefix_);
+      some[f] = __any_sync(~0u, visible[f][0] > 0 || visible[f][1] > 0);
     }
-    return __any_sync(~0u, some);
+  }
+
+  __device__ bool is_last_of_split(int t) const {
+    return t + 1 == num_tiles_ || t + 1 == num_prefix_ ||
+           (t < num_prefix_ && split_of_tile(first_tile_ + t + 1) != split_of_tile(first_tile_ + t));
   }
 
   // From a fragment's scores to its probabilities.
@@ -277,12 +281,15 @@ class Attention {
         const int row = place(f, i).row, at = max(row, 0);  // no branch around a load, which would wait for it
         const int prefix = p_.rows.prefix_len[at], position = p_.rows.position[at];
         const bool valid = row >= 0 && row_is_valid(position);
-        prefix_keys_[f][i] = row < 0 ? kNoRow : prefix - first_tile_ * kTileKv;
-        if (V::kFold) {
+        int keys = prefix - first_tile_ * kTileKv;
+        bool final = true;
+        if constexpr (V::kFold) {
           block_keys_[f][i] = valid ? kTileKv : 0;
-        } else if (num_prefix_ == 0) {
-          prefix_keys_[f][i] = valid ? INT32_MAX : row < 0 ? kNoRow : 0;
+        } else {
+          final = results_of(p_.rows, at, prefix, position).count() == 1;
+          if (num_prefix_ == 0) keys = valid ? -kNoRow - 1 : 0;
         }
+        prefix_keys_[f][i] = 2 * (row < 0 ? kNoRow : keys) + final;
       }
     }
   }
@@ -293,18 +300,21 @@ class Attention {
 
   // How many keys of tile t, counted from its first, this row may see.
   __device__ int keys_seen(int f, int i, int t, bool own) const {
-    return V::kFold && own ? block_keys_[f][i] : prefix_keys_[f][i] - t * kTileKv;
+    return V::kFold && own ? block_keys_[f][i] : (prefix_keys_[f][i] >> 1) - t * kTileKv;
   }
 
+  // Rows that do not exist become zeros, or with wgmma, which may multiply anything, keep what is there.
   __device__ void load_queries() const {
     constexpr int kChunks = V::kHeadDim / 8;
+    const int first_row = unit_->first_row, exist = unit_->num_rows * a_.heads_per_kv - offset_;
+    const int last = (V::kWgmma ? min(exist, V::kTileM) : V::kTileM) * kChunks, chunk = threadIdx.x % kChunks;
 #pragma unroll(V::kFrags == 1 ? 4 : 1)  // as registers allow
-    for (int c = threadIdx.x; c < V::kTileM * kChunks; c += V::kThreads) {
-      const int m = c / kChunks, chunk = c % kChunks;
-      const Place at = place(m);
-      const int64_t head = static_cast<int64_t>(max(at.row, 0)) * p_.num_heads_q + at.head_q;
+    for (int c = threadIdx.x; c < last; c += V::kThreads) {
+      const int m = c / kChunks, r = m < exist ? (offset_ + m) / a_.heads_per_kv : 0;
+      const int64_t head = static_cast<int64_t>(first_row + r) * p_.num_heads_q + head_ * a_.heads_per_kv +
+                           (offset_ + m - r * a_.heads_per_kv);
       const SharedAddress dst = chunk_address(smem_, m, chunk) + chunk / 8 * (V::kTileM * 128);
-      copy16(dst, p_.q + head * V::kHeadDim + chunk * 8, at.row >= 0);
+      copy16(dst, p_.q + (m < exist ? head * V::kHeadDim + chunk * 8 : 0), m < exist);
     }
   }
 
@@ -401,8 +411,8 @@ class Attention {
 
   const QueryUnit* unit_;  // in shared memory
   int head_, offset_, first_tile_, num_prefix_, num_tiles_, next_page_;
-  // For the two rows that this thread holds of each fragment: prefix keys from the first tile on, and what the row sees
-  // of each tile of its own block.
+  // For the two rows that this thread holds of each fragment: prefix keys from the first tile on, doubled, plus 1 if the
+  // row has no other result than this; and what the row sees of each tile of its own block.
   int prefix_keys_[V::kFrags][2], block_keys_[V::kFrags][2];
 };
 

@@ -18,6 +18,7 @@ struct DualAttnLaunch {
   int num_units_ar, num_units;
   int num_block_tiles;   // row tiles, each over its own block
   Divisor units_per_group, units_of_blocks, blocks_together;
+  Divisor ctas;          // of a grid that takes work items
   float scale_log2;      // softmax_scale * log2(e)
 };
 
@@ -26,9 +27,8 @@ struct Results {
   int splits, own;
   __device__ int count() const { return splits + own; }
 };
-__device__ __forceinline__ Results results_of(const Rows& rows, int row) {
-  const int prefix = rows.prefix_len[row], position = rows.position[row];
-  return {num_splits(prefix), row >= rows.num_rows_ar && row_is_valid(position)};
+__device__ __forceinline__ Results results_of(const Rows& rows, int row, int prefix_len, int position) {
+  return {num_splits(prefix_len), row >= rows.num_rows_ar && row_is_valid(position)};
 }
 
 __device__ __forceinline__ float inverse_total(float total) { return total > 0.f ? __frcp_rn(total) : 0.f; }
