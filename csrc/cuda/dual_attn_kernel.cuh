@@ -1,6 +1,7 @@
 // The attention kernels of dual_attn: with every split folded in registers, and split by split.
 #pragma once
 #include "dual_attn_unit.cuh"
+#include "dual_attn_units.cuh"
 
 namespace orthrus::cuda {
 
@@ -20,17 +21,18 @@ template <typename V>
 __device__ void fold_units(const DualAttnLaunch& a) {
   pdl_wait();
   pdl_launch_dependents();
+  const Units<V> units(a);
   Attention<V> attention(a, dynamic_shared());
   const int u = a.num_units - 1 - static_cast<int>(blockIdx.x) / a.heads_kv;
   const int head = static_cast<int>(blockIdx.x) % a.heads_kv;
   Schedule& work = schedule<V>();
   QueryUnit& unit = work.units[0];
   if (threadIdx.x < 32) {
-    QueryUnit read = attention.template read_unit<32>(u, threadIdx.x);
+    QueryUnit read = units.template read<32>(u, threadIdx.x);
     read.longest = __reduce_max_sync(~0u, read.longest);
     if (threadIdx.x == 0) {
       unit = read;
-      work.to = {head, attention.offset_of(u), 0, 0};
+      work.to = {head, units.offset_of(u), 0, 0};
     }
   }
   __syncthreads();
@@ -45,6 +47,7 @@ __device__ void fold_units(const DualAttnLaunch& a) {
 template <typename V>
 __device__ void attend_splits(const DualAttnLaunch& a) {
   pdl_wait();
+  const Units<V> units(a);
   Attention<V> attention(a, dynamic_shared());
   Schedule& work = schedule<V>();
   int* const layers = reinterpret_cast<int*>(work.units + a.num_units + 1);
@@ -55,13 +58,13 @@ __device__ void attend_splits(const DualAttnLaunch& a) {
   if (a.num_units <= V::kWarps) {
     const int u = threadIdx.x / 32;
     if (u < a.num_units) {
-      QueryUnit unit = attention.template read_unit<32>(u, threadIdx.x % 32);
+      QueryUnit unit = units.template read<32>(u, threadIdx.x % 32);
       unit.longest = __reduce_max_sync(~0u, unit.longest);
       if (threadIdx.x % 32 == 0) note(u, unit);
     }
   } else {
     // The reads of a unit depend on each other, so one unit after the other would cost microseconds (an estimate).
-    for (int u = threadIdx.x; u < a.num_units; u += V::kThreads) note(u, attention.template read_unit<1>(u, 0));
+    for (int u = threadIdx.x; u < a.num_units; u += V::kThreads) note(u, units.template read<1>(u, 0));
   }
   __syncthreads();
 
@@ -75,12 +78,12 @@ __device__ void attend_splits(const DualAttnLaunch& a) {
       const Item item = a.num_units == 1 ? Item{0, layers[0] - 1 - rank} : all.item(rank);
       u = item.unit;
       slot = item.layer;
-      offset = attention.offset_of(u);
+      offset = units.offset_of(u);
       first = first_tile_of_split(slot);
       last = min(first_tile_of_split(slot + 1), num_tiles(work.units[u].longest));
     } else {
       const int tile = rank - prefix_items, block = tile / a.units_per_group;
-      const QueryUnit of_block = attention.block_unit(block, work.units);
+      const QueryUnit of_block = units.of_block(block, work.units);
       offset = tile % a.units_per_group * V::kTileM;
       block_rows = max(of_block.num_rows, 1);  // an empty block also has a tile, whose barrier work.to needs
       __syncthreads();  // the previous item has finished

@@ -18,41 +18,6 @@ class Attention {
  public:
   __device__ Attention(const DualAttnLaunch& a, const uint8_t* smem) : a_(a), p_(a.p), smem_(shared_address(smem)) {}
 
-  // The unit's rows are the rows of its groups x q heads of a kv head, flattened. Read by kLanes threads together, a
-  // whole warp or one thread; each gets the longest prefix of its share.
-  template <int kLanes>
-  __device__ QueryUnit read_unit(int u, int lane) const {
-    const Rows& rows = p_.rows;
-    const int of_blocks = u - a_.num_units_ar, offset = offset_of(u);
-    const int group = of_blocks < 0 ? u / a_.units_per_group
-                                    : rows.num_groups_ar + of_blocks / a_.units_of_blocks * a_.blocks_together;
-    const int first = rows.group_start[group];
-    const int num_rows = rows.group_start[group + (of_blocks < 0 ? 1 : a_.blocks_together.d)] - first;
-    if (offset >= num_rows * a_.heads_per_kv) return {0, 0, 0, 0};
-    const int last = min(num_rows, (offset + V::kTileM - 1) / a_.heads_per_kv + 1);
-    const int seq = rows.seq[first];  // in flight during what follows
-    int longest = 0;
-    constexpr int kAtOnce = kLanes == 1 ? 16 : 1;
-#pragma unroll 1
-    for (int r = offset / a_.heads_per_kv + lane; r < last; r += kLanes * kAtOnce) {
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) longest = max(longest, rows.prefix_len[first + min(r + i, last - 1)]);
-    }
-    return {longest, first, seq, num_rows};
-  }
-
-  __device__ int offset_of(int u) const {
-    const int of_blocks = u - a_.num_units_ar;
-    return (of_blocks < 0 ? u % a_.units_per_group : of_blocks % a_.units_of_blocks) * V::kTileM;
-  }
-
-  // Block number `block` as a unit, which sees no prefix.
-  __device__ QueryUnit block_unit(int block, const QueryUnit* units) const {
-    const QueryUnit& first = units[a_.num_units_ar + block / a_.blocks_together * a_.units_of_blocks];
-    const int most = p_.rows.max_group_rows, before = block % a_.blocks_together * most;
-    return {0, first.first_row + before, first.seq, min(first.num_rows - before, most)};
-  }
-
   // Attends from (row, head) pair `offset` of the unit on, over prefix tiles [first_tile, last_tile) and, if
   // block_rows > 0, over the rows' own block. Without kFold these are the tiles of one split, or the own block alone.
   // Calls while_loading() while the first copies are in flight; `to` and the unit have to be valid from the barrier

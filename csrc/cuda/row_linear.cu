@@ -30,7 +30,7 @@ bool needs_whole_tiles(Epilogue epilogue) {
 }
 
 int rows_per_tile(int rows, const RowTiles& tiles) {
-  for (int tile_rows : {16, 32, 64, 96, 128})
+  for (int tile_rows : {16, 32, 64, 96, 112, 128})
     if (rows <= tile_rows && tile_rows < tiles.widest) return tile_rows;
   return tiles.widest;
 }

@@ -25,9 +25,17 @@ struct Sm90Params {
 };
 
 // Two of them overlap across kernel boundaries, with a norm's CTA in between. The sums of wider tiles leave no
-// registers for that, nor do those of 96 rows together with a coded block.
+// registers for that, nor do those of 96 rows together with a coded block. Two of 112 rows have room, for six blocks of
+// 16 beside the AR rows, but no norm's CTA beside them: there is none between gate_up and down, and qkv and `o` take
+// tiles of 96 rows then.
 __host__ __device__ constexpr int ctas_per_sm(int tile_rows, bool many_rows, bool coded) {
-  return many_rows || tile_rows > (coded ? 64 : 96) ? 1 : 2;
+  return many_rows || tile_rows > (coded ? 64 : 112) ? 1 : 2;
+}
+
+// The bound on threads by which a kernel's registers are limited. Few rows use up to 288 threads: where two CTAs share
+// an SM, the norm has the rest.
+__host__ __device__ constexpr int threads_bound(int tile_rows, bool many_rows, bool coded) {
+  return tile_rows == 112 && !many_rows && !coded ? 320 : 3 * kGroupThreads;
 }
 
 // One thread produces. With many rows it has a warpgroup, as only those can hand registers to the two sets of sums.
@@ -211,9 +219,9 @@ __device__ void consume_many_rows(const RowLinearArgs& args, const Ring<kTileRow
 }
 #endif
 
-// Few rows use fewer threads than the bound reserves registers for: where two CTAs share an SM, the norm has the rest.
 template <int kTileRows, bool kManyRows, bool kCoded>
-__global__ void __launch_bounds__(3 * kGroupThreads, ctas_per_sm(kTileRows, kManyRows, kCoded))
+__global__ void
+__launch_bounds__(threads_bound(kTileRows, kManyRows, kCoded), ctas_per_sm(kTileRows, kManyRows, kCoded))
     row_linear_sm90(const __grid_constant__ Sm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kCtas = cluster_ctas(kManyRows);
@@ -303,6 +311,7 @@ int launch_sm90(const RowLinearArgs& args, int tile_rows, bool many_rows, void* 
     case 32: return launch_variant<32, false, kCoded>(args, stream, device);
     case 64: return launch_variant<64, false, kCoded>(args, stream, device);
     case 96: return launch_variant<96, false, kCoded>(args, stream, device);
+    case 112: return launch_variant<112, false, kCoded>(args, stream, device);
     case 128: return launch_variant<128, false, kCoded>(args, stream, device);
     default: return launch_variant<kRowTilesSm90.widest, false, kCoded>(args, stream, device);
   }

@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(384) instructions(const __grid_constant__ Oper
   multiply<kOurs, 64, true>(o, o.a_registers);
   multiply<kOurs, 128, true>(o, o.a_registers);
 #ifdef CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
+  multiply<kOurs, 112>(o);
   multiply<kOurs, 160>(o);
 #endif
   uint32_t a[4];

@@ -133,6 +133,7 @@ int main() {
   check_operand<64, 0, 64>(226 * 1024);
   check_operand<128, 0, 128>(196 * 1024);
   check_operand<96, 0, 96>(40 * 1024);
+  check_operand<112, 0, 112>(48 * 1024);
   check_operand<160, 0, 160>(64 * 1024);
   check_operand<192, 0, 192>(17 * 1024);
   check_operand<256, 0, 256>(64 * 1024);
@@ -146,6 +147,7 @@ int main() {
   check_wgmma<192>();
   check_wgmma<256>();
 #ifdef CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
+  check_wgmma<112>();
   check_wgmma<160>();
 #endif
   check_mma();

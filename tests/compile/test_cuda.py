@@ -38,8 +38,10 @@ def test_hopper_instructions_are_kept(coded):
     many_rows = (128,) if coded else (128, 192)
     assert all(registers[f"Li{rows}ELb1"] == 168 for rows in many_rows), registers
     # Two of these CTAs share an SM across kernel boundaries, with a norm's CTA in between: see test_triton.py.
-    narrow, wide = ((16, 32, 64), (96, 128, 160)) if coded else ((16, 32, 64, 96), (128, 160, 256))
+    narrow, wide = ((16, 32, 64), (96, 112, 128, 160)) if coded else ((16, 32, 64, 96), (128, 160, 256))
     assert max(registers[f"Li{rows}ELb0"] for rows in narrow) <= 80, registers
+    if not coded:  # two CTAs, of 288 threads each, without a norm's
+        assert cubins.quarter_of_registers(2 * 9, registers["Li112ELb0"]) <= cubins.QUARTER, registers
     for rows in wide:
         assert cubins.quarter_of_registers(9, registers[f"Li{rows}ELb0"]) <= cubins.QUARTER, registers
 

@@ -150,7 +150,7 @@ def test_row_invariance(shape, epilogue, kind):
     assert want.isfinite().all()
     alone = torch.cat([run(x[i : i + 1], weight, epilogue) for i in range(0, 1000, 111)])
     assert torch.equal(alone, want[::111])
-    for rows in [*range(2, 40, 5), 63, 64, 65, 96, 97, 127, 128, 129, 159, 160, 161, 200, 300]:
+    for rows in [*range(2, 40, 5), 63, 64, 65, 96, 97, 112, 113, 127, 128, 129, 159, 160, 161, 200, 300]:
         assert torch.equal(run(x[:rows], weight, epilogue), want[:rows]), rows
     order = torch.randperm(1000, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     assert torch.equal(run(x[order], weight, epilogue), want[order])

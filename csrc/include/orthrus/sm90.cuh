@@ -222,8 +222,8 @@ __device__ void wgmma_transposed(float* d, const uint32_t (&a)[4], uint64_t b, i
   ORTHRUS_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define ORTHRUS_NAMES_48 \
   ORTHRUS_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define ORTHRUS_NAMES_64 \
-  ORTHRUS_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define ORTHRUS_NAMES_56 ORTHRUS_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define ORTHRUS_NAMES_64 ORTHRUS_NAMES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define ORTHRUS_NAMES_80 \
   ORTHRUS_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define ORTHRUS_NAMES_96 \
@@ -237,6 +237,7 @@ __device__ void wgmma_transposed(float* d, const uint32_t (&a)[4], uint64_t b, i
 #define ORTHRUS_SUMS_16 ORTHRUS_16(0)
 #define ORTHRUS_SUMS_32 ORTHRUS_SUMS_16, ORTHRUS_16(16)
 #define ORTHRUS_SUMS_48 ORTHRUS_SUMS_32, ORTHRUS_16(32)
+#define ORTHRUS_SUMS_56 ORTHRUS_SUMS_48, ORTHRUS_4(48), ORTHRUS_4(52)
 #define ORTHRUS_SUMS_64 ORTHRUS_SUMS_48, ORTHRUS_16(48)
 #define ORTHRUS_SUMS_80 ORTHRUS_SUMS_64, ORTHRUS_16(64)
 #define ORTHRUS_SUMS_96 ORTHRUS_SUMS_80, ORTHRUS_16(80)
@@ -256,6 +257,7 @@ ORTHRUS_WGMMA(16, 8, 9, 10)
 ORTHRUS_WGMMA(32, 16, 17, 18)
 ORTHRUS_WGMMA(64, 32, 33, 34)
 ORTHRUS_WGMMA(96, 48, 49, 50)
+ORTHRUS_WGMMA(112, 56, 57, 58)
 ORTHRUS_WGMMA(128, 64, 65, 66)
 ORTHRUS_WGMMA(160, 80, 81, 82)
 ORTHRUS_WGMMA(192, 96, 97, 98)
@@ -276,6 +278,7 @@ ORTHRUS_WGMMA(wgmma, 16, 8, 9, 10, 11, 12, 13, 0)
 ORTHRUS_WGMMA(wgmma, 32, 16, 17, 18, 19, 20, 21, 0)
 ORTHRUS_WGMMA(wgmma, 64, 32, 33, 34, 35, 36, 37, 0)
 ORTHRUS_WGMMA(wgmma, 96, 48, 49, 50, 51, 52, 53, 0)
+ORTHRUS_WGMMA(wgmma, 112, 56, 57, 58, 59, 60, 61, 0)
 ORTHRUS_WGMMA(wgmma, 128, 64, 65, 66, 67, 68, 69, 0)
 ORTHRUS_WGMMA(wgmma, 160, 80, 81, 82, 83, 84, 85, 0)
 ORTHRUS_WGMMA(wgmma_transposed, 64, 32, 33, 34, 35, 36, 37, 1)
