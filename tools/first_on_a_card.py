@@ -87,6 +87,16 @@ def measured(script: str, arguments: str, limit_s: int, folder: str = "speed") -
     return Step(f"bench_{script} {arguments}", limit_s, ["bash", "-c", run])
 
 
+def varied(script: str, arguments: str, *variants: str) -> list[Step]:
+    """Run one benchmark with each of these variants of the kernels, which are built first."""
+    steps = []
+    for name in variants:
+        step = measured(script, arguments, 120, f"variants-{name}")
+        run = f"python3 tools/variant.py {name} {step.command[-1]}"
+        steps.append(Step(f"{name}: {step.name}", step.limit_s, ["bash", "-c", run]))
+    return steps
+
+
 PREPARATION = [
     Step("machine", 180, ["bash", "-c", MACHINE]),
     Step("build", 400, ["bash", "tools/with-env", "--here", "python3", "-c", BUILT]),
@@ -137,6 +147,14 @@ GROUPS = {
         measured("row_linear", "--model 4b --rows 1 32 112 --no-baseline", 60),
         measured("decode", "--model 4b --modes ar two_pass --baselines", 90),
         measured("consensus", "--slots 256", 60),
+    ],
+    "variants": [
+        *varied("row_linear", "--model 1.7b --rows 1 32 --no-baseline", "none", "prefetch-160", "prefetch-0"),
+        *varied("row_linear", "--model 8b --rows 1 32 112 --no-baseline", "none", "prefetch-160", "one-cta-from-97"),
+        *varied("dual_attn", "--no-baseline --context 1024 40000 --prefill 4096", "none", "mma-attention"),
+        *varied(
+            "dual_attn", "--no-baseline --context 40000 --prefill 4096", "no-proxy-fence", "keep-in-l2", "merge-36"
+        ),
     ],
     "embedded": [tests("lossless_embedded", 150)],
     "sanitizer": [tests("sanitizer", 300, each_s=280)],

@@ -1,5 +1,6 @@
 """tools/test.py: when a process dies, its tier's other files still run, and their results are in the summary.
 tools/first_on_a_card.py: a step that fails or hangs does not keep others from running.
+tools/variant.py: its changes are still possible.
 """
 
 import importlib.util
@@ -208,7 +209,7 @@ def test_what_is_to_run_on_a_card_exists(monkeypatch, light):
     assert set(CASES) <= ids, done.stderr
     chosen = {}
     groups = load("first_on_a_card", monkeypatch).GROUPS
-    for step in (step for name, steps in groups.items() if name != "speed" for step in steps):
+    for step in (step for name, steps in groups.items() if name not in ("speed", "variants") for step in steps):
         path, *only = (a for a in step.command if a.startswith("tests/gpu/") or " " in a)
         chosen.setdefault(path.removeprefix("tests/gpu/"), set()).update(re.findall(r"\w+", " ".join(only)))
     assert set(chosen) == {i.split("::")[0] for i in ids}
@@ -226,15 +227,50 @@ def test_what_is_to_be_measured_on_a_card_exists(tmp_path, monkeypatch):
 
     monkeypatch.setattr(common.Parser, "parse_args", parse_and_stop)
     monkeypatch.chdir(tmp_path)
-    for step in load("first_on_a_card", monkeypatch).GROUPS["speed"]:
-        _, _, script, *arguments = shlex.split(step.command[-1])
+    groups = load("first_on_a_card", monkeypatch).GROUPS
+    for step in groups["speed"] + groups["variants"]:
+        command = shlex.split(step.command[-1])
+        if step in groups["variants"]:
+            assert command[1] == "tools/variant.py" and command[2] in load("variant", monkeypatch).VARIANTS
+            command = command[3:]
+        _, _, script, *arguments = command
         monkeypatch.setattr(sys, "argv", [script, *arguments, "--device", "cpu"])
         with pytest.raises(KeyError) as parsed:
             importlib.import_module(script).main()
         (options,) = parsed.value.args
         reports.append((script, getattr(options, "model", None), options.out))
-    assert len(set(reports)) == len(reports) == 11
-    assert {out for *_, out in reports} == {"$OUT/speed", "$OUT/speed-one_pass"}
+    assert len(set(reports)) == len(reports) == 11 + len(groups["variants"])
+    assert {out for *_, out in reports[:11]} == {"$OUT/speed", "$OUT/speed-one_pass"}
+
+
+def test_variants_change_what_they_name(tmp_path, monkeypatch, capsys):
+    """Each changes one place of one file and is named where it is explained. Only what differs between two variants is
+    written again.
+    """
+    variant = load("variant", monkeypatch)
+    explained = re.findall(r"\[([a-z0-9-]+)\](?!\()", (ROOT / "bench/GPU_EXPERIMENTS.md").read_text())
+    assert {"none", *explained} == set(variant.VARIANTS)
+    monkeypatch.setattr(variant, "COPY", tmp_path / "copy")
+    changes = {name: change for name, change in variant.VARIANTS.items() if change}
+    for name, (file, _, new) in changes.items():
+        text = variant.content(Path(file), name).decode()
+        assert text != (ROOT / file).read_text() and new in text
+    assert variant.main([]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(variant.VARIANTS)
+
+    def copied(name):
+        before = {path: path.stat().st_mtime_ns for path in variant.COPY.rglob("*") if path.is_file()}
+        variant.copy(name)
+        written = {path for path in variant.COPY.rglob("*.*") if before.get(path) != path.stat().st_mtime_ns}
+        return {path.relative_to(variant.COPY).as_posix() for path in written if path.is_file()}
+
+    assert {"setup.py", "csrc/cuda/dual_attn.cu", "bench/common.py"} < copied("none")
+    assert copied("none") == set()
+    assert copied("merge-36") == {"csrc/cuda/dual_attn_merge.cuh"}
+    assert copied("prefetch-0") == {"csrc/cuda/dual_attn_merge.cuh", "csrc/cuda/row_linear_plan.h"}
+    monkeypatch.setitem(variant.VARIANTS, "gone", (variant.PLAN, "no such text", ""))
+    with pytest.raises(SystemExit, match=r"row_linear_plan.h must have once, but has 0 times"):
+        variant.copy("gone")
 
 
 def test_a_tier_that_was_asked_for_and_ran_nothing_has_failed(runner, tmp_path, monkeypatch, capsys):
