@@ -114,10 +114,10 @@ GROUPS = {
         tests("row_linear", 90, "both_views and (250-130 or 300-7)", ORTHRUS_CUDA_PDL="0"),  # copies beyond the rows
         tests("row_linear", 120, "invariance and not sm80"),
         tests("qkv_commit", 90),
-        tests("dual_attn", 90, "not sm80 and against_float64", ORTHRUS_CUDA_PDL="0"),
         tests("dual_attn", 90, "sm80 and against_float64", ORTHRUS_CUDA_PDL="0"),
-        tests("dual_attn", 120, "not sm80"),
+        tests("dual_attn", 90, "not sm80 and against_float64", ORTHRUS_CUDA_PDL="0"),
         tests("dual_attn", 120, "sm80"),
+        tests("dual_attn", 120, "not sm80"),
         tests("consensus", 90),
         tests("triton", 300, each_s=100),  # it compiles
         tests("row_linear", 120, "rewrite or reuse"),

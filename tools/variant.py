@@ -20,7 +20,7 @@ COPY = ROOT / "build" / "variant"
 FILES = "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"
 FOLDERS = "csrc", "orthrus_rt", "triton_kernels", "bench", "tools"
 ROW_LINEAR, PLAN = "csrc/cuda/row_linear_sm90_kernel.cuh", "csrc/cuda/row_linear_plan.h"
-UNIT, LAUNCH = "csrc/cuda/dual_attn_unit.cuh", "csrc/cuda/dual_attn_launch.cuh"
+UNIT, LAUNCH = "csrc/cuda/dual_attn_attention.cuh", "csrc/cuda/dual_attn_launch.cuh"
 PREFETCH = "kPrefetchBytes = 96 * 1024"
 ONE_CTA = "tile_rows > (coded ? 64 : 112) ? 1 : 2"
 SCHEDULE, VARIANT = "csrc/cuda/dual_attn_schedule.cuh", "csrc/cuda/dual_attn_variant.cuh"
@@ -39,7 +39,11 @@ VARIANTS = {
     "mma-attention": ("csrc/cuda/dual_attn.cu", "runs_wgmma(device) ? launch_dual_attn_sm90 : launch", "launch"),
     "no-proxy-fence": (UNIT, "if constexpr (V::kWgmma) sm90::fence_proxy_async_shared();", ""),  # results may be wrong
     "keep-in-l2": (UNIT, FOLDS, FOLDS.replace("V::kFold", "true")),
-    "always-tall": (LAUNCH, "split_tile > 64 && most_items(a) <= device.num_sms", "false"),
+    "always-tall": (
+        LAUNCH,
+        "split_tile > 64 && most_items(a) <= device.num_sms && 2 * a.num_units <= kMaxUnits",
+        "false",
+    ),
     "blocks-apart": (LAUNCH, "rows.num_groups_ar ? a.p.rows.blocks_per_seq : 1", "rows.num_groups_ar ? 1 : 1"),
     "one-per-sm": (LAUNCH, "if (two_per_sm) return", "if (false) return"),
     "two-stages": (VARIANT, "kWarps == 8 ? 3 : 2", "kWarps == 8 ? 2 : 2"),

@@ -12,7 +12,8 @@
 // Method: online softmax (Milakov, Gimelshein, arXiv 1805.02867) in tiles as in FlashAttention-2 (Dao, arXiv
 // 2307.08691); splits along the keys as in Flash-Decoding (Dao, Haziza, Massa, Sizov 2023), here at fixed positions.
 // Contract: q, keys, values and workspace 16-byte aligned, out 4-byte. MUTATED: out, all rows, and the workspace. No
-// rows: nothing is launched. Row-invariant, deterministic, graph-safe: the grid depends on host integers alone.
+// rows: nothing is launched. Row-invariant (but for the sign of a zero, if what a row does not see is added as 0 times
+// a value), deterministic, graph-safe: the grid depends on host integers alone.
 // Bytes: each unit's visible keys and values once, q and out once. FLOP: 4 * head_dim per visible (row, head, key).
 #include "dual_attn_merge.cuh"
 #include "isa.h"

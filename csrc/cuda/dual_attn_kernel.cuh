@@ -1,6 +1,6 @@
 // The attention kernels of dual_attn: with every split folded in registers, and split by split.
 #pragma once
-#include "dual_attn_unit.cuh"
+#include "dual_attn_attention.cuh"
 #include "dual_attn_units.cuh"
 
 namespace orthrus::cuda {

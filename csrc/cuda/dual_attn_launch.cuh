@@ -8,7 +8,7 @@ namespace orthrus::cuda {
 template <typename V>
 int split_smem_bytes(int num_units) {
   constexpr int kUnitBytes = sizeof(QueryUnit) + sizeof(int), kFixedBytes = V::kSmemBytes + sizeof(Schedule);
-  static_assert(kFixedBytes + kMaxUnits * kUnitBytes <= (V::kWgmma ? 113 : 99) * 1024);
+  static_assert(kFixedBytes + kMaxUnits * kUnitBytes <= 99 * 1024);
   return kFixedBytes + num_units * kUnitBytes;
 }
 
@@ -24,6 +24,7 @@ int launch_split(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
   int per_sm = 0;
   const int error = occupancy(dual_attn_split_kernel<V>, V::kThreads, smem, &per_sm);
   if (error) return error;
+  if (per_sm == 0) return cudaErrorInvalidValue;
   a.ctas = Divisor(static_cast<int>(min(most_items(a), static_cast<int64_t>(device.num_sms) * per_sm)));
   return launch(dual_attn_split_kernel<V>, a, dim3(a.ctas.d), V::kThreads, smem, stream, device);
 }
@@ -114,7 +115,7 @@ int launch_attention(DualAttnLaunch a, bool* split, void* stream, const DeviceIn
     }
     cut_into_units(a, split_tile, together);
     // Where there is an SM for each tall tile, two low ones on it are done sooner (an estimate).
-    if (split_tile > 64 && most_items(a) <= device.num_sms) {
+    if (split_tile > 64 && most_items(a) <= device.num_sms && 2 * a.num_units <= kMaxUnits) {
       split_tile = 64;
       cut_into_units(a, split_tile, together);
     }

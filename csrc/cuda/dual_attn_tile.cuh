@@ -9,8 +9,8 @@
 namespace orthrus::cuda {
 
 // Shared memory holds tiles of rows x head_dim bf16, cut into halves of 64 columns (128 bytes a row). 16-byte chunks
-// are swizzled by the row, so that eight rows of one column chunk hit distinct banks. Tiles are aligned to 1024 bytes, as
-// wgmma needs, so other rows and chunks are an XOR and an immediate offset away from a first one.
+// are swizzled by the row, so that eight rows of one column chunk hit distinct banks. Tiles are aligned to 1024 bytes,
+// as wgmma needs, so other rows and chunks are an XOR and an immediate offset away from a first one.
 __device__ __forceinline__ SharedAddress chunk_address(SharedAddress tile, int row, int chunk) {
   return tile + row * 128 + ((chunk ^ row) & 7) * 16;
 }

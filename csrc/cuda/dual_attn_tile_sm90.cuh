@@ -1,8 +1,7 @@
 // The two products of dual_attn on one tile of 64 keys by wgmma, for the 64 query rows of a warpgroup, 16 per warp. It
 // reads queries, keys and values from shared memory itself, in the layout of dual_attn_tile.cuh, and leaves scores and
-// sums in the registers where mma.sync would. Every row, whatever its variant, is multiplied by the same instructions, in
-// company also for tiles of which it sees nothing: these add 0 times a finite value, which changes no bit but the sign
-// of a zero.
+// sums in the registers where mma.sync would. Every row, whatever its variant, is multiplied by the same instructions;
+// in company also for tiles of which it sees nothing, which add 0 times a finite value.
 #pragma once
 #include "dual_attn_tile.cuh"
 #include "orthrus/sm90.cuh"

@@ -25,15 +25,16 @@ struct Sm90Params {
 };
 
 // Two of them overlap across kernel boundaries, with a norm's CTA in between. The sums of wider tiles leave no
-// registers for that, nor do those of 96 rows together with a coded block. Two of 112 rows have room, for six blocks of
-// 16 beside the AR rows, but no norm's CTA beside them: there is none between gate_up and down, and qkv and `o` take
-// tiles of 96 rows then.
+// registers for that, nor do those of 96 rows together with a coded block. Tiles of 112 rows, for six blocks of 16
+// beside the AR rows, are a compromise: two fit if the warps of the second begin at the next quarter of the SM's
+// registers (gate_up, down); one of them and one of 96 rows (`o`, qkv) leave room for a norm of 2,048 features, but not
+// of 4,096.
 __host__ __device__ constexpr int ctas_per_sm(int tile_rows, bool many_rows, bool coded) {
   return many_rows || tile_rows > (coded ? 64 : 112) ? 1 : 2;
 }
 
 // The bound on threads by which a kernel's registers are limited. Few rows use up to 288 threads: where two CTAs share
-// an SM, the norm has the rest.
+// an SM, the norm has the rest. 320 make it 96 registers, at which five warps fit a quarter of the SM's.
 __host__ __device__ constexpr int threads_bound(int tile_rows, bool many_rows, bool coded) {
   return tile_rows == 112 && !many_rows && !coded ? 320 : 3 * kGroupThreads;
 }

@@ -41,7 +41,7 @@ WEIGHTS = {
     "every exponent": lambda: with_exponents((128, 192), range(256)),
     "all zero": lambda: torch.zeros(64, 64, dtype=torch.bfloat16),
 }
-ROWS = 1, 24, 64, 90, 128, 150
+ROWS = 1, 24, 64, 90, 112, 128, 150
 # Features, inputs, SMs: cut tiles of one block and of two, which CTAs share.
 CUT = {"cut": (192, 1024, 5), "cut pairs": (3200, 128, 7)}
 

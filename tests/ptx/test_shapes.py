@@ -65,7 +65,7 @@ QKV = (4096, 6144, 132)
 WHOLE = (2048, 3200, 25)
 
 
-@pytest.mark.parametrize("rows", [*ROWS, *TILE_OF_MANY])
+@pytest.mark.parametrize("rows", [*ROWS, 112, *TILE_OF_MANY])
 @pytest.mark.parametrize("epilogue", ["none", "residual", "silu_mul"])
 def test_row_linear_cut(epilogue, rows):
     if epilogue != "none" and rows not in (1, 16, 128):

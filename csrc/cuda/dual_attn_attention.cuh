@@ -246,15 +246,14 @@ class Attention {
         const int row = place(f, i).row, at = max(row, 0);  // no branch around a load, which would wait for it
         const int prefix = p_.rows.prefix_len[at], position = p_.rows.position[at];
         const bool valid = row >= 0 && row_is_valid(position);
-        int keys = prefix - first_tile_ * kTileKv;
-        bool final = true;
+        const int keys = prefix - first_tile_ * kTileKv;
         if constexpr (V::kFold) {
+          prefix_keys_[f][i] = row < 0 ? kNoRow : keys;
           block_keys_[f][i] = valid ? kTileKv : 0;
         } else {
-          final = results_of(p_.rows, at, prefix, position).count() == 1;
-          if (num_prefix_ == 0) keys = valid ? -kNoRow - 1 : 0;
+          const int seen = row < 0 ? kNoRow : num_prefix_ > 0 ? keys : valid ? -kNoRow - 1 : 0;
+          prefix_keys_[f][i] = 2 * seen + (results_of(p_.rows, at, prefix, position).count() == 1);
         }
-        prefix_keys_[f][i] = 2 * (row < 0 ? kNoRow : keys) + final;
       }
     }
   }
@@ -265,7 +264,8 @@ class Attention {
 
   // How many keys of tile t, counted from its first, this row may see.
   __device__ int keys_seen(int f, int i, int t, bool own) const {
-    return V::kFold && own ? block_keys_[f][i] : (prefix_keys_[f][i] >> 1) - t * kTileKv;
+    if constexpr (V::kFold) return own ? block_keys_[f][i] : prefix_keys_[f][i] - t * kTileKv;
+    return (prefix_keys_[f][i] >> 1) - t * kTileKv;
   }
 
   // Rows that do not exist become zeros, or with wgmma, which may multiply anything, keep what is there.
@@ -376,8 +376,8 @@ class Attention {
 
   const QueryUnit* unit_;  // in shared memory
   int head_, offset_, first_tile_, num_prefix_, num_tiles_, next_page_;
-  // For the two rows that this thread holds of each fragment: prefix keys from the first tile on, doubled, plus 1 if the
-  // row has no other result than this; and what the row sees of each tile of its own block.
+  // For the two rows that this thread holds of each fragment: prefix keys from the first tile on, and with kFold what
+  // the row sees of each tile of its own block; without it, twice the keys, plus 1 if the row has no other result.
   int prefix_keys_[V::kFrags][2], block_keys_[V::kFrags][2];
 };
 
