@@ -167,12 +167,13 @@ def header(device: torch.device) -> dict:
         cards = _said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").split("\n")
         values = [v.strip() for v in cards[min(torch.cuda.current_device(), len(cards) - 1)].split(",")]
         facts |= {"name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-        facts |= {"products": device_facts(device)["isa"], "ORTHRUS_CUDA_CODED": codes_for_cuda()}
+        facts["ORTHRUS_CUDA_CODED"] = codes_for_cuda()
         facts |= dict(zip(query.split(","), values, strict=True)) if any(values) else {}
     else:
         facts["load average"] = os.getloadavg()[0]
-    if variant := os.environ.get("ORTHRUS_VARIANT"):  # of tools/variant.py
-        facts["variant"] = variant
+    for name in ("ORTHRUS_CUDA_ISA", "ORTHRUS_VARIANT"):  # the latter of tools/variant.py
+        if value := os.environ.get(name):
+            facts[name] = value
     return facts
 
 
