@@ -1,10 +1,11 @@
 """Experiments of bench/GPU_EXPERIMENTS.md: runs a command on a copy of the project with one change of its kernels.
 
     python3 tools/variant.py                                          lists the changes
-    python3 tools/variant.py prefetch-160 python3 -m bench.bench_row_linear --model 8b --rows 1 32 --out DIR
+    python3 tools/variant.py prefetch-160 python3 -m bench.bench_row_linear --model 8b --rows 1 32 --out $PWD/DIR
 
-The copy is build/variant. It is built with this Python; only what a change affects is built again. Reports name the
-variant, ``none`` for the project as it is.
+The copy is build/variant. It is built with this Python; only what a change affects is built again. The command runs in
+it, as Python imports from there first, so paths have to be absolute. Reports name the variant, ``none`` for the project
+as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ COPY = ROOT / "build" / "variant"
 FILES = "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"
 FOLDERS = "csrc", "orthrus_rt", "triton_kernels", "bench", "tools"
 ROW_LINEAR, PLAN = "csrc/cuda/row_linear_sm90_kernel.cuh", "csrc/cuda/row_linear_plan.h"
-UNIT, LAUNCH = "csrc/cuda/dual_attn_attention.cuh", "csrc/cuda/dual_attn_launch.cuh"
+ATTENTION, LAUNCH = "csrc/cuda/dual_attn_attention.cuh", "csrc/cuda/dual_attn_launch.cuh"
 PREFETCH = "kPrefetchBytes = 96 * 1024"
 ONE_CTA = "tile_rows > (coded ? 64 : 112) ? 1 : 2"
 SCHEDULE, VARIANT = "csrc/cuda/dual_attn_schedule.cuh", "csrc/cuda/dual_attn_variant.cuh"
@@ -37,8 +38,8 @@ VARIANTS = {
     "no-112": ("csrc/cuda/row_linear.cu", "{16, 32, 64, 96, 112, 128}", "{16, 32, 64, 96, 128}"),
     # dual_attn
     "mma-attention": ("csrc/cuda/dual_attn.cu", "runs_wgmma(device) ? launch_dual_attn_sm90 : launch", "launch"),
-    "no-proxy-fence": (UNIT, "if constexpr (V::kWgmma) sm90::fence_proxy_async_shared();", ""),  # results may be wrong
-    "keep-in-l2": (UNIT, FOLDS, FOLDS.replace("V::kFold", "true")),
+    "no-proxy-fence": (ATTENTION, "if constexpr (V::kWgmma) sm90::fence_proxy_async_shared();", ""),
+    "keep-in-l2": (ATTENTION, FOLDS, FOLDS.replace("V::kFold", "true")),
     "always-tall": (
         LAUNCH,
         "split_tile > 64 && most_items(a) <= device.num_sms && 2 * a.num_units <= kMaxUnits",
