@@ -28,10 +28,15 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     import torch
 
+    from orthrus_rt import dispatch
+
     skip_full = pytest.mark.skip(reason="the whole grid: make test-full")
     skip_gpu = pytest.mark.skip(reason="no CUDA device")
+    skip_native = pytest.mark.skip(reason="the native module is not built")
     for item in items:
         if "full" in item.keywords and not config.getoption("--full"):
             item.add_marker(skip_full)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip_gpu)
+        if "native" in item.keywords and dispatch.extension() is None:
+            item.add_marker(skip_native)

@@ -103,7 +103,7 @@ def make(
     return write(folder, raw, tensors, shards=shards, generation=generation)
 
 
-def make_base_and_adapter(folder: Path, family: str = "llama", *, dtype=torch.float32, seed: int = 0, **changes):
+def make_base_and_adapter(folder: Path, family: str, *, dtype=torch.float32, seed: int = 0, **changes):
     """The same model as a plain base folder (as transformers writes it) and an adapter folder."""
     raw = raw_config(family, **changes)
     tensors = random_tensors(parse(raw, name=str(folder)), dtype=dtype, seed=seed)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from orthrus_rt import reference
-from orthrus_rt.filters import process_logits_probs
+from orthrus_rt.filters import filtered_probabilities
 from orthrus_rt.rows import Rows
 from orthrus_rt.state import SlotEdits, SlotSampling, SlotState, empty_partials, num_score_tiles
 from tests.rows import ar, diff, make_rows
@@ -297,7 +297,7 @@ def check_draws(implementation, device="cpu"):
     case = with_filters(row.expand(n, vocab), [filters], device=device)
     case.sampling.seed.fill_(99)
     counts = torch.bincount(case.choose(implementation).cpu(), minlength=vocab)
-    expected = process_logits_probs(row, *filters)[0] * n
+    expected = filtered_probabilities(row, *filters)[0] * n
     kept = expected > 0
     assert not counts[~kept].any()
     degrees = int(kept.sum()) - 1

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from orthrus_rt import dispatch
 from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.engine import Engine
 from orthrus_rt.model import Activations
@@ -22,10 +21,7 @@ from tests import engines
 from tests.engines import a_beginning_each
 from tests.failing import exhausted
 
-pytestmark = [
-    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
-    pytest.mark.usefixtures("paced"),
-]
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
 GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
 SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)

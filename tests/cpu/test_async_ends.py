@@ -12,16 +12,12 @@ import weakref
 
 import pytest
 
-from orthrus_rt import dispatch
 from orthrus_rt.aio import MOST_FAILURES, AsyncEngine
 from orthrus_rt.sampling import SamplingParams
 from tests.cpu.test_async import GREEDY, collect, collect_rest, make, run
 from tests.engines import a_beginning_each
 
-pytestmark = [
-    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
-    pytest.mark.usefixtures("paced"),
-]
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
 LONG = SamplingParams(max_new_tokens=100, ignore_eos=True)
 

@@ -9,16 +9,12 @@ import time
 import pytest
 import torch
 
-from orthrus_rt import dispatch
 from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.sampling import SamplingParams
 from tests.cpu.test_async import GREEDY, collect, collect_rest, make, slowly
 from tests.engines import a_beginning_each
 
-pytestmark = [
-    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
-    pytest.mark.usefixtures("paced"),
-]
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
 
 def test_one_event_loop_at_a_time(folder, alone):

@@ -8,13 +8,12 @@ from collections import Counter
 
 import pytest
 
-from orthrus_rt import dispatch
 from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.pages import PAGE_SIZE
 from orthrus_rt.sampling import SamplingParams
 from tests import engines
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = pytest.mark.native
 
 MODES = ("ar", "two_pass", "one_pass", "auto")
 

@@ -12,16 +12,12 @@ from functools import partial
 import pytest
 import torch
 
-from orthrus_rt import dispatch
 from orthrus_rt.cycle_plan import CyclePlan, batch_bucket, batch_buckets
 from orthrus_rt.sampling import SamplingParams
 from tests import engines
 from tests.engines import drain, take
 
-pytestmark = [
-    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
-    pytest.mark.usefixtures("paced"),
-]
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
 VOCAB = 96
 make = partial(engines.make, max_seq_len=256, max_batch_size=8)

@@ -8,7 +8,6 @@ import torch
 
 from bench import bench_auto
 from bench.bench_auto import Decoding, decode, decode_together, fastest, noise, orders, row_of
-from orthrus_rt import dispatch
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.engine import Engine
 from tests.engines import make
@@ -42,7 +41,7 @@ def test_the_noise_is_the_standard_error_of_a_median():
     assert sum(map(noise, samples)) / len(samples) == pytest.approx(error, rel=0.15)
 
 
-@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+@pytest.mark.native
 def test_a_fresh_policy_leaves_the_engines_own_alone(folder):
     engine = make(folder, mode="auto", max_seq_len=128)
     (auto,) = engine._autos.values()
@@ -84,7 +83,7 @@ def test_whoever_has_the_fewest_tokens_takes_the_next_step():
     assert ended == [("ar", 5), ("drafts", 6), ("short", 1)]
 
 
-@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+@pytest.mark.native
 def test_on_a_cpu_the_compared_plans_decode_at_the_same_time(folder, monkeypatch):
     """In engines over the same weights; before that, every fixed plan by itself."""
     engines, models, together = [], set(), []

@@ -17,7 +17,6 @@ from orthrus_rt.profile import calls_of
 from orthrus_rt.sampling import SamplingParams
 from tests import byte_tokenizer, checkpoints, engines
 
-needs_native = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [53, 58, 9], [7]]
 TOKENS = 30
 CYCLES = {"qwen3": 56, "llama": 64}  # of the 87 tokens after the first ones
@@ -77,7 +76,7 @@ def test_a_trace_of_one_pass_accepts_where_blocks_came_true():
     assert torch.equal(one_pass_trace(4.0, 7, 1.0, 64, 1).sort(0)[0], trace(4.0, 7, 64, 1).sort(0)[0])
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("mode", ("two_pass", "one_pass"))
 def test_simulated_cycles_accept_by_the_trace_and_do_the_same_work(tmp_path, mode):
     folder = str(checkpoints.make(tmp_path, dtype=torch.bfloat16))
@@ -117,7 +116,7 @@ def test_fewer_drafts_accept_fewer(monkeypatch):
         bench_decode.Bench(SimpleNamespace(**shared | {"context": [40_900], "draft_len": None, "accepted": None}))
 
 
-@needs_native
+@pytest.mark.native
 def test_rows_of_an_official_shape(tmp_path, capsys):
     arguments = "--model tiny --device cpu --context 300 --batch 1 2 --cycles 16 --accepted 5 --block-len 8"
     bench_decode.main([*arguments.split(), "--out", str(tmp_path)])
@@ -162,7 +161,7 @@ def test_floors(coded, expected):
             assert got == pytest.approx(weights + passes * cache)
 
 
-@needs_native
+@pytest.mark.native
 def test_a_row_is_the_median_of_its_rounds(tmp_path, monkeypatch):
     """Modes alternate, and the median is by the time of a cycle."""
     times, modes = iter([5.0, 9.0, 1.0, 7.0, 3.0, 8.0]), []
@@ -178,7 +177,7 @@ def test_a_row_is_the_median_of_its_rounds(tmp_path, monkeypatch):
     assert modes == ["ar", "two_pass"] * 3 and [r["ms_per_cycle"] for r in rows] == [3.0, 8.0]
 
 
-@needs_native
+@pytest.mark.native
 def test_kernels_are_timed_when_all_rows_are(tmp_path, monkeypatch):
     """This holds for every baseline's row, as the profiler slows down whatever runs after it."""
     order = []
@@ -206,7 +205,7 @@ def test_kernels_are_timed_when_all_rows_are(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
-@needs_native
+@pytest.mark.native
 def test_a_row_that_fails_loses_none_of_those_before_it(tmp_path, monkeypatch):
     def simulated_row(bench, batch, context, mode):
         if context == 128:
@@ -221,7 +220,7 @@ def test_a_row_that_fails_loses_none_of_those_before_it(tmp_path, monkeypatch):
     assert [row["context"] for row in rows] == [64]
 
 
-@needs_native
+@pytest.mark.native
 def test_rows_of_a_model_that_accepts_by_itself(tmp_path, monkeypatch):
     folder = str(byte_tokenizer.make_checkpoint(tmp_path / "model"))
     monkeypatch.setattr(decode_cases.common, "EMBEDDED_NAME", folder)

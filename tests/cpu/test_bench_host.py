@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from bench.bench_host import microseconds
-from orthrus_rt import dispatch, ops
+from orthrus_rt import ops
 
 
-@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+@pytest.mark.native
 @pytest.mark.parametrize("mode", ["ar", "two_pass", "one_pass", "auto"])
 def test_every_cycle_emits_and_none_computes(mode, monkeypatch):
     passes, row_linear = [], ops.row_linear

@@ -8,7 +8,6 @@ import torch
 
 from bench import bench_embed, bench_qkv_commit, bench_rms_norm, small_ops
 from bench.models import config_of
-from orthrus_rt import dispatch
 
 SCRIPTS = (bench_embed, bench_qkv_commit, bench_rms_norm)
 
@@ -33,7 +32,7 @@ def test_half_of_the_rows_are_a_diffusion_blocks():
     assert rows.position.tolist() == [1000, 1001, 1002, 1000, 1001] and not rows.seq.any()
 
 
-@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+@pytest.mark.native
 def test_a_run_is_many_calls(monkeypatch):
     monkeypatch.setattr("bench.common.SPINNING_S", 0.0)
     case, calls = bench_rms_norm.Case(config_of("tiny"), 3, torch.device("cpu")), []

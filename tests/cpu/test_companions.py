@@ -4,12 +4,11 @@ from functools import partial
 
 import pytest
 
-from orthrus_rt import dispatch
 from orthrus_rt.sampling import SamplingParams
 from tests import engines
 from tests.engines import drain
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = pytest.mark.native
 make = partial(engines.make, max_seq_len=256, max_batch_size=4)
 GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
 

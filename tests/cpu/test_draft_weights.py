@@ -9,7 +9,6 @@ from tests import engines
 from tests.native_cpu import randn
 
 PROMPT = [5, 6, 7, 8]
-needs_native = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def test_a_pass_with_ar_rows_cannot_be_inexact(folder):
         model.forward(engine.model, engine.kv, rows, runner.activations, runner.workspace, exact=False, **rest)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("takes", (True, False), ids=("coded", "plain"))
 def test_only_the_diffusion_views_own_weights_are_short(folder, monkeypatch, takes):
     monkeypatch.setattr(dispatch.extension().cpu, "takes_coded_weights", lambda: takes)
@@ -68,7 +67,7 @@ def test_only_the_diffusion_views_own_weights_are_short(folder, monkeypatch, tak
             assert weight.bits == ((8 if any(weight is w for w in short) else 12) if takes else 16)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("takes", (True, False), ids=("coded", "plain"))
 def test_bytes_that_are_read(monkeypatch, takes):
     """Of coded weights 8 bits per element, and each strip's head and exceptions."""

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from orthrus_rt import dispatch, native, reference
+from orthrus_rt import native, reference
 from orthrus_rt.cycle_plan import MODES
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints, engines, lossless
@@ -15,10 +15,7 @@ from tests.logits_cases import check_count_tokens
 from tests.pins import of_this_isa
 from tests.traces import few_pages
 
-pytestmark = [
-    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
-    pytest.mark.usefixtures("paced"),
-]
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
 VOCAB = 96
 EDITS = {

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from orthrus_rt import dispatch
 from orthrus_rt import state as st
 from orthrus_rt.checkpoint import head_name
 from orthrus_rt.cycle_plan import MAX_BLOCK_LEN, MODES, cycle_plan
@@ -134,7 +133,7 @@ def test_stream_is_generate_in_pieces(engine):
     assert all(p.finish_reason is None for p in pieces[:-1])
 
 
-@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+@pytest.mark.native
 def test_an_engine_made_in_inference_mode_does_not_break_the_next(folder):
     """Packed weights share blocks of memory, whichever engine asks for them."""
     for mode in (True, False):
@@ -163,7 +162,7 @@ def test_batch_gives_the_tokens_of_each_alone(engine):
         engine.generate(prompts, [params, params])
 
 
-@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+@pytest.mark.native
 def test_a_block_size_beyond_the_kernels(tmp_path):
     """Such a checkpoint drafts as many tokens as they take, and asking for more is an error before anything runs."""
     folder = checkpoints.make(tmp_path, **CHECKPOINT, block_size=512)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from orthrus_rt import dispatch
 from orthrus_rt.cache_folder import cache_root
 from orthrus_rt.config import CheckpointError
 from orthrus_rt.cycle import Cycle
@@ -28,10 +27,7 @@ from orthrus_rt.sampling import SamplingParams
 from tests import engines, failing
 from tests.failing import exhausted
 
-pytestmark = [
-    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
-    pytest.mark.usefixtures("paced"),
-]
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
 GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
 SAMPLED = SamplingParams(max_new_tokens=20, temperature=0.8, seed=3, ignore_eos=True)

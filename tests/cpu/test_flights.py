@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from orthrus_rt import dispatch
 from orthrus_rt.flights import Flights, Mailbox
 from orthrus_rt.results import SlotResults
 from tests import engines
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = pytest.mark.native
 make = partial(engines.make, max_seq_len=128, max_batch_size=2)
 
 

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from orthrus_rt import dispatch
 from orthrus_rt.engine import Engine
 from orthrus_rt.exclusive import Turn, in_turn
 from orthrus_rt.outbox import Outbox
@@ -21,7 +20,7 @@ from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints, engines, failing, poison
 from tests.engines import drain, take
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = pytest.mark.native
 PACED = pytest.mark.usefixtures("paced")  # not where records of cycles are interrupted: pace_of checks it afterwards
 
 PARAMS, SHORT = (SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (9, 5))

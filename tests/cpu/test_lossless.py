@@ -6,14 +6,14 @@ smaller one, in bfloat16), the whole grid in ``make test-full``.
 import pytest
 import torch
 
-from orthrus_rt import dispatch, prompts
+from orthrus_rt import prompts
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from tests import lossless
 from tests.pins import SLOW, UNLESS_SLOW, of_this_isa
 from tests.traces import assert_same, decode
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = pytest.mark.native
 
 # Tokens per two-pass cycle, greedy, bf16, K = 16, at most 128 tokens per prompt, token-weighted over all prompts of the
 # kind, for each CPU variant. Variants round differently, so where two logits nearly tie, the text differs, and with it

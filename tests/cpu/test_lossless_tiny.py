@@ -5,16 +5,12 @@ batched, preempted, eager and replayed, and with several prefill chunk sizes.
 import pytest
 import torch
 
-from orthrus_rt import dispatch
 from orthrus_rt.engine import Engine
 from tests import checkpoints, lossless
 from tests.pins import of_this_isa
 from tests.traces import assert_same, decode
 
-pytestmark = [
-    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
-    pytest.mark.usefixtures("one_thread", "paced"),
-]
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("one_thread", "paced")]
 
 VARIANTS = {
     "qwen3": dict(family="qwen3"),

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from orthrus_rt import dispatch, huge_pages
+from orthrus_rt import huge_pages
 from orthrus_rt.device import claim
 from orthrus_rt.kv import PagedKvCache
 from orthrus_rt.runner import Runner
@@ -14,10 +14,7 @@ from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.sizes import engine_sizes
 from tests import checkpoints, engines, failing, poison
 
-pytestmark = [
-    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
-    pytest.mark.usefixtures("paced"),
-]
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
 GROWS_WITH_CONTEXT = {"kv_pages", "tables", "total"}
 make = partial(engines.make, max_seq_len=512)

@@ -8,14 +8,13 @@ from functools import partial
 import pytest
 import torch
 
-from orthrus_rt import dispatch
 from orthrus_rt.metrics import Latencies
 from orthrus_rt.outputs import Stats
 from orthrus_rt.sampling import SamplingParams
 from tests import engines
 from tests.failing import exhausted
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = pytest.mark.native
 make = partial(engines.make, max_seq_len=256, max_batch_size=8)
 
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from orthrus_rt import dispatch, ops
+from orthrus_rt import ops
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.prefill import PrefillShape, PromptRows
 from orthrus_rt.rows import Layout
@@ -14,10 +14,7 @@ from orthrus_rt.sampling import SamplingParams
 from tests import engines, lossless
 from tests.traces import arriving, assert_same, decode
 
-pytestmark = [
-    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
-    pytest.mark.usefixtures("paced"),
-]
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
 GREEDY = SamplingParams(20, ignore_eos=True)
 SAMPLED = SamplingParams(20, temperature=0.8, seed=1, ignore_eos=True)

@@ -6,13 +6,12 @@ from functools import partial
 import pytest
 import torch
 
-from orthrus_rt import dispatch
 from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints, engines, pace, poison
 from tests.poison import EDITED, GREEDY, REJECTION, SAMPLED, jobs_of
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = pytest.mark.native
 PACED = pytest.mark.usefixtures("paced")  # checks the cycles of requests that end without NaN
 
 MODES = ("ar", "two_pass", "one_pass")

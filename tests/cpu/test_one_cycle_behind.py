@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from orthrus_rt import dispatch, ops
+from orthrus_rt import ops
 from orthrus_rt import state as st
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.flights import Flights
@@ -19,10 +19,7 @@ from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.stopwatch import StretchOnDevice
 from tests import engines, failing, poison
 
-pytestmark = [
-    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
-    pytest.mark.usefixtures("paced"),
-]
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
 VOCAB = 96
 POISON = -77

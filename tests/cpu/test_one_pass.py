@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orthrus_rt import dispatch, prompts, reference
+from orthrus_rt import prompts, reference
 from orthrus_rt import state as st
 from orthrus_rt.cycle_plan import MODES, CyclePlan, cycle_plan
 from orthrus_rt.engine import Engine
@@ -221,7 +221,7 @@ def tokens_per_cycle(kind, **how) -> float:
     return sum(o.stats.tokens - 1 for o in outs) / sum(o.stats.cycles for o in outs)
 
 
-@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+@pytest.mark.native
 @pytest.mark.parametrize(
     ("kind", "draft_len", "fan_out"), [pytest.param(*case, marks=UNLESS_SLOW) for case in PINNED["avx512_bf16"]]
 )
@@ -231,7 +231,7 @@ def test_tokens_per_pass_are_pinned(kind, draft_len, fan_out):
     assert rate == pytest.approx(pinned[kind, draft_len, fan_out], abs=tolerance)
 
 
-@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+@pytest.mark.native
 @pytest.mark.parametrize("mode", [pytest.param(mode, marks=UNLESS_SLOW) for mode in PINNED_DEFAULTS["avx512"]])
 def test_tokens_per_cycle_of_a_cpus_defaults_are_pinned(mode):
     pinned, tolerance = of_this_isa(PINNED_DEFAULTS, 0.03, 0.3)

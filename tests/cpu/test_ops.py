@@ -275,7 +275,7 @@ def test_nothing_to_do_is_done(monkeypatch):
     count(state=none)
 
 
-@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+@pytest.mark.native
 @pytest.mark.parametrize(
     ("group_start", "changes", "message"),
     [
@@ -309,7 +309,7 @@ def test_groups_that_would_leave_rows_out(group_start, changes, message):
         tape.replay()
 
 
-@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+@pytest.mark.native
 def test_blocks_that_do_not_share_a_sequence():
     """Refused on the CPU, which can check it, so that a GPU's kernels may rely on it."""
     rows = empty_rows(Layout(1, 2, 4, 2, 2), "cpu")
@@ -400,7 +400,7 @@ def test_float16_runs_the_reference():
     assert why == "the cpu dual_attn takes bfloat16 or float32, not float16"
 
 
-@pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", dispatch.ELEMENTS, ids=str)
 def test_native_kernels_run_unless_told_otherwise(monkeypatch, dtype):
     cpu = torch.device("cpu")

@@ -4,10 +4,9 @@ import contextlib
 
 import pytest
 
-from orthrus_rt import dispatch
 from tests import engines, pace, poison
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = pytest.mark.native
 
 
 @pytest.mark.parametrize("mode", ("two_pass", "one_pass"))

@@ -5,17 +5,14 @@ from functools import partial
 import pytest
 import torch
 
-from orthrus_rt import dispatch, ops
+from orthrus_rt import ops
 from orthrus_rt.prefill import PrefillPass, PrefillShape
 from orthrus_rt.sampling import SamplingParams
 from tests import engines, lossless
 from tests.failing import exhausted
 from tests.traces import assert_same, decode
 
-pytestmark = [
-    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
-    pytest.mark.usefixtures("paced"),
-]
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
 GREEDY = SamplingParams(6, ignore_eos=True)
 JOBS = [

@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 import torch
 
-from orthrus_rt import dispatch
 from orthrus_rt.kv import OutOfPages
 from orthrus_rt.pages import PagePool, page_names
 from orthrus_rt.prefill import PrefillPass
@@ -18,10 +17,7 @@ from orthrus_rt.sampling import SamplingParams
 from tests import engines
 from tests.traces import assert_same, decode, digest, few_pages
 
-pytestmark = [
-    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
-    pytest.mark.usefixtures("paced"),
-]
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
 VOCAB = 96
 GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from orthrus_rt import dispatch, embedded
+from orthrus_rt import embedded
 
 ROOT = Path(__file__).parents[2]
 PRETENDED = "tests.cpu.pretended_card"
 OTHER_MODES = "((common or arrive) and not one_pass)"
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = pytest.mark.native
 
 
 def run(*command: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orthrus_rt import reference
-from orthrus_rt.filters import process_logits_probs
+from orthrus_rt.filters import filtered_probabilities
 from tests.logits_cases import (
     FILTERS,
     block_with_edits,
@@ -45,9 +45,9 @@ def naive_probs(row, temperature, top_k, top_p, min_p):
 
 
 def probs_of(case):
-    """process_logits_probs of every row of a case."""
+    """filtered_probabilities of every row of a case."""
     filters = (t[case.rows.seq[case.logit_rows].long()] for t in case.sampling.filters())
-    return process_logits_probs(case.logits, *filters)
+    return filtered_probabilities(case.logits, *filters)
 
 
 @pytest.mark.parametrize("kind", ["normal", "peaked", "tied"])
@@ -62,10 +62,10 @@ def test_probs_are_the_definition(vocab, kind):
 
 def test_numbers_stand_for_columns():
     rows = logits(3, 500, "normal")
-    got = process_logits_probs(rows, 0.7, 40, 0.9, 0.01)
+    got = filtered_probabilities(rows, 0.7, 40, 0.9, 0.01)
     columns = torch.tensor([0.7]), torch.tensor([40]), torch.tensor([0.9]), torch.tensor([0.01])
-    assert torch.equal(got, process_logits_probs(rows, *columns))
-    assert torch.equal(got, process_logits_probs(rows, *(c.expand(3) for c in columns)))
+    assert torch.equal(got, filtered_probabilities(rows, *columns))
+    assert torch.equal(got, filtered_probabilities(rows, *(c.expand(3) for c in columns)))
 
 
 def test_a_row_does_not_depend_on_company():

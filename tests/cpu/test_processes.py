@@ -5,10 +5,9 @@ import sys
 
 import pytest
 
-from orthrus_rt import dispatch
 from tests import apart
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = pytest.mark.native
 
 FORK = """
 import os, sys, time, torch, orthrus_rt

@@ -21,10 +21,7 @@ from orthrus_rt.profile import calls_of
 from orthrus_rt.sampling import SamplingParams
 from tests import byte_tokenizer, engines, failing
 
-pytestmark = [
-    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
-    pytest.mark.usefixtures("paced"),
-]
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
 SLOTS, CONTEXT, LAYERS, K = 2, 70, 2, 8
 make = partial(engines.make, max_seq_len=128, max_batch_size=4)

@@ -15,7 +15,7 @@ from orthrus_rt import dispatch, ops
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints, engines
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = pytest.mark.native
 
 PROMPT, TEMPERATURE, REQUESTS, SIGNIFICANCE = [1, 2, 3], 1.7, 2400, 1e-4
 

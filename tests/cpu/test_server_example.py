@@ -20,15 +20,12 @@ from unittest import mock
 
 import pytest
 
-from orthrus_rt import AsyncEngine, dispatch
+from orthrus_rt import AsyncEngine
 from orthrus_rt.engine import Engine
 from orthrus_rt.sampling import SamplingParams
 from tests.engines import a_beginning_each
 
-pytestmark = [
-    pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built"),
-    pytest.mark.usefixtures("paced"),
-]
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 HOW = dict(device="cpu", mode="two_pass", max_seq_len=256)
 ENDLESS = dict(max_tokens=200, temperature=0, logit_bias={"256": -100})  # the tokenizer's end-of-text token
 

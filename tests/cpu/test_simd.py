@@ -14,7 +14,7 @@ from orthrus_rt import dispatch
 from tests import variants
 
 FUSED = ("fma", "exp", "log")  # portable code rounds both product and sum
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = pytest.mark.native
 
 
 @pytest.fixture(scope="module")

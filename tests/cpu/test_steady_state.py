@@ -14,7 +14,7 @@ from orthrus_rt.results import SlotResults
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints
 
-pytestmark = pytest.mark.skipif(dispatch.extension() is None, reason="the native module is not built")
+pytestmark = pytest.mark.native
 
 STEPS = 4
 GREEDY = SamplingParams(max_new_tokens=60, ignore_eos=True)

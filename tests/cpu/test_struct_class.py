@@ -11,7 +11,7 @@ from orthrus_rt import dispatch
 from tests import apart
 
 native = dispatch.extension()
-pytestmark = pytest.mark.skipif(native is None, reason="the native module is not built")
+pytestmark = pytest.mark.native
 
 ADDRESS = 2 ** (8 * struct.calcsize("P"))
 

@@ -161,7 +161,9 @@ def test_an_output_that_ends_early(text_folder):
     engine = Engine.from_pretrained(text_folder, device="cpu", mode="two_pass", max_seq_len=128, max_batch_size=1)
     ids, params = [1, 2, 3], SamplingParams(max_new_tokens=6, ignore_eos=True)
     short = engine.generate(ids, params).token_ids[:4]
-    ((_, _, (comparison,)),) = verify.verify(engine, [ids], params, ["ar"], against=verify.Other(lambda _: short, None))
+    ((_, _, (comparison,)),) = verify.verify(
+        engine, [ids], params, ["ar"], against=verify.Other("other", lambda _: short, None)
+    )
     assert comparison.difference.tokens[1] is None and comparison.difference.index == comparison.tokens == 4
     assert comparison.difference.gap is None and not comparison.difference.near_tie
 
@@ -256,7 +258,7 @@ def compare_scripted(engine, monkeypatch, shares):
     monkeypatch.setattr(engine, "next_logits_and_hidden", close)
     start = min(shares)
     theirs = [*want[:start], pairs[start][1], *[0] * (len(want) - start - 1)]  # what follows is not compared
-    other = verify.Other(lambda _: theirs, lambda ids, count: rows[-count:])
+    other = verify.Other("other", lambda _: theirs, lambda ids, count: rows[-count:])
     ((_, _, (comparison,)),) = verify.verify(engine, [ids], params, ["ar"], against=other)
     return comparison, pairs
 
@@ -427,7 +429,7 @@ def test_the_bound_is_what_bf16_does():
             bound = verify.near_tie_bound(engine, hidden, a, b)
             shares.append(float((ours[a] - ours[b]) - (theirs[n, a] - theirs[n, b])) / bound)
         greedy, logits = (partial(f, model) for f in (transformers_model.greedy, transformers_model.logits))
-        other = verify.Other(partial(greedy, max_new_tokens=24), logits)
+        other = verify.Other("transformers", partial(greedy, max_new_tokens=24), logits)
         difference = verify._compare_against(engine, other, ids, tokens).difference
         assert difference is None or difference.near_tie
     assert max(map(abs, shares)) < 1 < 15 * (sum(s * s for s in shares) / len(shares)) ** 0.5

@@ -23,7 +23,7 @@ from tests.gpu.test_row_linear import (  # noqa: F401, tests that run here with 
     wide,
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(params=["", "sm80"], autouse=True)

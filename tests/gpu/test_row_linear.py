@@ -9,7 +9,7 @@ from orthrus_rt import dispatch, ops
 from orthrus_rt.weights import pack
 from tests import large_logits
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 
 # in_features, out_features: whole tiles, cut tiles of one and of two blocks, outputs that fill no block.
 SHAPES = [
