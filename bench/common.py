@@ -106,7 +106,7 @@ SPINNING_S = 0.03  # longer than torch's threads keep spinning after an op (some
 
 
 def measure_in_turns(
-    runs: dict[str, Callable[[], object]], device: torch.device, *, repeats: int = 20
+    runs: dict[str, Callable[[], object]], device: torch.device, *, repeats: int
 ) -> dict[str, dict[str, float]]:
     """The results of :func:`measure` for each run, on a GPU as one graph. On a CPU the runs are interleaved, so that a
     time in which the machine is busy affects all of them alike."""

@@ -40,7 +40,6 @@ int64_t workspace_bytes(int num_rows, int num_heads_q, int head_dim, int max_seq
 // Enough for every pass of up to max_rows rows that gains by splitting, up to a limit; a pass that would
 // need more folds in registers instead, with the same bits.
 int64_t dual_attn_workspace(int32_t max_rows, int32_t num_heads_q, int32_t head_dim, int32_t max_seq_len) {
-  read_environment();
   return min(kMaxWorkspaceBytes, workspace_bytes(max_rows, num_heads_q, head_dim, max_seq_len));
 }
 

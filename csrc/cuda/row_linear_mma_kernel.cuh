@@ -10,7 +10,7 @@
 namespace orthrus::cuda {
 
 constexpr int kSharedBudget = 99 * 1024;  // what every device from sm_80 on grants a CTA
-constexpr int kMaxStages = 6;
+constexpr int kMaxMmaStages = 6;
 
 // Byte offset of the 16-byte chunk (row, chunk) in a [rows, 64] bf16 matrix, for W as packed and for x.
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
@@ -24,7 +24,7 @@ struct Stream {
   static constexpr int kFixedBytes =
       kBlocks * (kStagingFloats * 4 + 4) + (kManyRows ? 0 : kBlocks * kTileRows * static_cast<int>(sizeof(Best)));
   static constexpr int kFit = (kSharedBudget - kFixedBytes) / kStageBytes;
-  static constexpr int kStages = kFit < kMaxStages ? kFit : kMaxStages;
+  static constexpr int kStages = kFit < kMaxMmaStages ? kFit : kMaxMmaStages;
 
   const RowLinearArgs& args;
   uint8_t* stages;

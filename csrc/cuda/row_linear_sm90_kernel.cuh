@@ -284,7 +284,7 @@ int launch_variant(const RowLinearArgs& plain, void* stream, const DeviceInfo& d
   static_assert((room - (kManyRows ? 2 * kManyStagingBytes : 0)) / stage_bytes<kTileRows, kCoded>(2) >= 3);
   const bool argmax = args.p.epilogue == Epilogue::kArgmax;
   const int behind = kManyRows ? 2 * kManyStagingBytes : argmax ? blocks * kTileRows * int{sizeof(Best)} : 0;
-  args.num_stages = min((room - behind) / stage_bytes<kTileRows, kCoded>(blocks), kMaxStages);
+  args.num_stages = min((room - behind) / stage_bytes<kTileRows, kCoded>(blocks), kMaxSm90Stages);
   const int shared = sizeof(Shared) + args.num_stages * stage_bytes<kTileRows, kCoded>(blocks) + behind;
 
   const auto kernel = row_linear_sm90<kTileRows, kManyRows, kCoded>;

@@ -7,7 +7,7 @@
 
 namespace orthrus::cuda {
 
-constexpr int kMaxStages = 16;
+constexpr int kMaxSm90Stages = 16;
 constexpr int kManyStagingRows = 2 * kStagingRows;  // with many rows
 constexpr int kManyStagingBytes = kManyStagingRows * kStagingStride * 4;
 
@@ -27,7 +27,7 @@ __host__ __device__ constexpr int stage_bytes(int blocks) {
 // multiples of 1024 bytes as the swizzle requires, then their weights, then for kArgmax the best logits, or with many
 // rows transposition buffers that are twice as large.
 struct alignas(1024) Shared {
-  uint64_t full[kMaxStages], empty[kMaxStages];
+  uint64_t full[kMaxSm90Stages], empty[kMaxSm90Stages];
   int32_t flags[2];                              // one per group
   alignas(16) float staging[2][kStagingFloats];
 };
@@ -65,7 +65,7 @@ struct RingAddresses {
     asm volatile("" : "+r"(start), "+r"(num_stages), "+r"(blocks));
   }
   __device__ SharedAddress full(int stage) const { return start + stage * sizeof(uint64_t); }
-  __device__ SharedAddress empty(int stage) const { return full(kMaxStages + stage); }
+  __device__ SharedAddress empty(int stage) const { return full(kMaxSm90Stages + stage); }
   __device__ SharedAddress x(int stage) const { return start + sizeof(Shared) + stage * kXBytes<kTileRows>; }
   __device__ SharedAddress weight(int stage) const { return x(num_stages) + stage * blocks * packed_bytes(kCoded); }
 };
