@@ -185,6 +185,8 @@ class AsyncEngine:
             ValueError: it is a method of Engine that submits, runs or ends requests, or closes it; this class has its
                 own.
             TypeError: it is bound to the engine (``engine.explain``), which it would then receive twice.
+            RuntimeError: this is closed, or another event loop uses it.
+            Exception: whatever ``function`` raises.
         """
         given = function.func if isinstance(function, functools.partial) else function
         asked = getattr(given, "__func__", given)

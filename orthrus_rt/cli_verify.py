@@ -109,7 +109,7 @@ def _transformers(engine, max_new_tokens: int):
     def greedy(ids: list[int]) -> list[int]:
         return transformers_model.greedy(model, ids, min(max_new_tokens, engine.max_seq_len - len(ids)))
 
-    return verify.Other(greedy, functools.partial(transformers_model.logits, model))
+    return verify.Other("transformers", greedy, functools.partial(transformers_model.logits, model))
 
 
 def _facts(name, mode, want, rate, comparisons) -> dict:

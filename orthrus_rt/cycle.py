@@ -112,13 +112,13 @@ class Cycle(Recorded):
         sampling: None if all slots are greedy: choices come from partial maxima and no logits are materialised.
             Otherwise the slots' sampling parameters.
         activations, workspace: shared with every other cycle; large enough for the plan's rows.
-        shape: of the prompts whose rows its last pass includes; ``prompt_rows`` must then be loaded before every run.
-        plain: the same cycle without prompts; all its passes but the last are shared.
+        shape: of the prompts whose rows its last pass includes, if any; then load ``prompt_rows`` before every run.
+        plain: with prompts, the same cycle without them; all its passes but the last are shared.
     """
 
     def __init__(
         self, model: Model, kv: PagedKvCache, state: SlotState, num_slots: int, plan: CyclePlan, *, sampling,
-        activations, workspace, shape: PrefillShape | None = None, plain: Cycle | None = None,
+        activations, workspace, shape: PrefillShape | None, plain: Cycle | None,
     ):  # fmt: skip
         self.model, self.kv, self.plan = model, kv, plan
         self.state, self._cache_seqlens = state.view(slice(0, num_slots)), state.cache_seqlens

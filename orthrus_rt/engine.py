@@ -211,6 +211,10 @@ class Engine(Generation):
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict | None:
         """The estimates behind ``mode="auto"`` for a batch of ``batch_size`` sequences, ``greedy`` if none of them
         samples: see :meth:`Policy.explain`. None while the mode is a fixed one.
+
+        Raises:
+            ValueError: ``batch_size`` is out of its range.
+            RuntimeError: the engine is closed, or another thread is using it.
         """
         auto = self._autos.get(self._plan)
         return auto.policy.explain(batch_size, greedy) if auto else None
@@ -365,6 +369,7 @@ class Engine(Generation):
 
         Raises:
             RuntimeError: a request is running, the engine is closed, or another thread is using it.
+            torch.OutOfMemoryError: there is no room for the cycles or the logits; the message says what to lower.
         """
         if any(self.scheduler.slots):
             raise RuntimeError("warmup: no request may be running")
@@ -388,7 +393,11 @@ class Engine(Generation):
 
     @exclusive
     def memory_report(self) -> dict[str, int]:
-        """Bytes by use: see :func:`orthrus_rt.memory.memory_report`."""
+        """Bytes by use: see :func:`orthrus_rt.memory.memory_report`.
+
+        Raises:
+            RuntimeError: the engine is closed, or another thread is using it.
+        """
         return memory_report(self)
 
     def next_logits(self, token_ids: TokenIds) -> torch.Tensor:

@@ -19,7 +19,9 @@ def _per_row(value, logits, dtype):
 
 
 def filtered(logits, temperature, top_k, top_p, min_p):
-    """(y, weight, keep): scaled logits, exp(y - max) and the kept tokens of each row (one token if greedy)."""
+    """The steps of :func:`filtered_probabilities`, which takes the same arguments: ``(y, weight, keep)``, scaled logits
+    and exp(y - max), fp32, and the kept tokens (of a greedy row one), bool, each ``[num_rows, vocab_size]``.
+    """
     vocab = logits.shape[1]
     temperature = _per_row(temperature, logits, torch.float32)
     top_k = _per_row(top_k, logits, torch.int64)
@@ -56,13 +58,14 @@ def _nucleus(y, weight, cut, top_p):
     return y.gather(1, index.gather(1, reached.int().argmax(-1, keepdim=True)))
 
 
-def process_logits_probs(logits, temperature, top_k, top_p, min_p):
+def filtered_probabilities(logits, temperature, top_k, top_p, min_p):
     """Probabilities fp32 ``[num_rows, vocab_size]`` of the tokens that each row may choose.
 
     Temperature first; then ``top_k`` (0: off), ``top_p`` (1: off; the shortest prefix of the sorted distribution whose
     mass is at least ``top_p``), ``min_p`` relative to the largest probability. Tokens equal to the last kept one are
     kept. ``temperature`` 0 puts everything on the largest logit (lowest id). NaN counts as -inf; a row of nothing but
-    these chooses id 0. Parameters are numbers or ``[num_rows]`` tensors. Row-invariant.
+    these chooses id 0. ``logits`` are ``[num_rows, vocab_size]``, parameters numbers or ``[num_rows]`` tensors.
+    Row-invariant.
     """
     _, weight, keep = filtered(logits, temperature, top_k, top_p, min_p)
     alone = keep.sum(-1, keepdim=True) == 1
@@ -71,4 +74,5 @@ def process_logits_probs(logits, temperature, top_k, top_p, min_p):
 
 
 def total_mass(kept):
+    """The sum of each row of ``kept``, weights of :func:`filtered` or 0: fp32 ``[num_rows, 1]``, exact in any order."""
     return (_mass(kept).sum(-1, keepdim=True).double() / MASS_ONE).float()

@@ -80,6 +80,7 @@ class GenerationOutput:
         token_ids: the generated tokens, without the prompt.
         finish_reason: ``"stop"`` (a stop id), ``"length"`` (``max_new_tokens``, or as many as ``max_seq_len`` allows),
             ``"abort"`` (by the caller) or ``"error"`` (it could not continue).
+        stats: how it was decoded.
         error: why it could not continue, else None.
     """
 

@@ -21,6 +21,9 @@ def decode_rates(
         A row per kind and mode: ``kind``, ``mode``, ``block_len`` (for ``auto`` the longest), ``prompts``, ``batch``
         (prompts at a time), ``tokens``, ``tokens_per_cycle`` (of a sequence), ``ms_per_cycle`` (of the batch, on the
         device) and ``tok_s`` (by the clock, prefill included).
+
+    Raises:
+        RuntimeError: a prompt could not be continued.
     """
     rows = []
     for kind in kinds:

@@ -1,7 +1,8 @@
 """The oracle: every op in plain torch, obvious and slow. Runs on any device and float dtype.
 
-Each op has the signature of its counterpart in :mod:`orthrus_rt.ops` and the same rounding points: arithmetic in fp32,
-one rounding to the output's dtype. It is also a backend (``ORTHRUS_BACKEND=reference``), the only one for float16
+Each op takes what its counterpart in :mod:`orthrus_rt.ops` takes, but for what only says how to run (workspaces, hints,
+``max_seq_len``), and ``row_linear`` takes plain matrices. The rounding points are the same: arithmetic in fp32, one
+rounding to the output's dtype. It is also a backend (``ORTHRUS_BACKEND=reference``), the only one for float16
 models. It is *not* row-invariant: torch's own reductions may change with the shape.
 """
 
@@ -183,7 +184,7 @@ def exponential(seed, position, purpose, token):
 def process_logits(
     logits, rows: Rows, logit_rows, sampling: st.SlotSampling, cache_seqlens, purpose, partials, *, log_probs=None
 ):
-    """Apply edits, then compute the scores of a Gumbel draw from :func:`orthrus_rt.filters.process_logits_probs`; in
+    """Apply edits, then compute the scores of a Gumbel draw from :func:`orthrus_rt.filters.filtered_probabilities`; in
     greedy rows every logit is a score.
 
     See :func:`orthrus_rt.ops.process_logits` for the contract.

@@ -20,7 +20,7 @@ import torch
 
 from orthrus_rt import nvtx
 from orthrus_rt import state as st
-from orthrus_rt.filters import process_logits_probs
+from orthrus_rt.filters import filtered_probabilities
 from orthrus_rt.out_of_memory import naming_the_knobs
 from orthrus_rt.reference_consensus import first_argmax
 from orthrus_rt.sampling import SamplingParams
@@ -58,7 +58,7 @@ class RejectionSampler:
     def _probs(self, logits: torch.Tensor) -> torch.Tensor:
         """fp64 ``[rows, vocab_size]``, computed in fp32."""
         p = self.params
-        probs = process_logits_probs(logits, p.temperature, p.top_k, p.top_p, p.min_p).double()
+        probs = filtered_probabilities(logits, p.temperature, p.top_k, p.top_p, p.min_p).double()
         return probs / probs.sum(-1, keepdim=True)
 
     def draft(self, logits: torch.Tensor, position: int) -> torch.Tensor:

@@ -139,7 +139,7 @@ def on_host(prompt_ids: TokenIds) -> TokenIds:
     return prompt_ids.cpu() if is_somewhere else prompt_ids
 
 
-def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str = "prompt_ids") -> list[int]:
+def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str) -> list[int]:
     """The prompt as a list of ints; error messages call it ``name``.
 
     Raises:

@@ -95,7 +95,8 @@ class SlotEdits:
 
 @dataclass
 class SlotSampling:
-    """Sampling parameters, each ``[num_slots]``, as ``process_logits`` takes them; temperature 0 is greedy.
+    """Sampling parameters, each ``[num_slots]``, as ``process_logits`` takes them; temperature 0 is greedy. The dtypes
+    are int32 (``top_k``), int64 (``seed``) and fp32.
 
     A choice's noise is keyed by (seed, position, token id) alone and shared by both views, so a seed gives the same
     text in every mode: a draft is accepted where the diffusion view, under the same noise, chose as the AR view does.

@@ -58,6 +58,7 @@ class Other:
     logits of the token after each of the last n ids.
     """
 
+    name: str
     greedy: Callable[[list[int]], list[int]]
     logits: Callable[[list[int], int], torch.Tensor]
 
@@ -77,7 +78,7 @@ def first_difference(a: list[int], b: list[int]) -> Difference | None:
     return None
 
 
-def check(num_prompts: int, params: SamplingParams, modes: list[str], batch: int = 1, against=None) -> None:
+def check(num_prompts: int, params: SamplingParams, modes: list[str], batch: int, against) -> None:
     """Refuse what :func:`verify` cannot compare.
 
     Raises:
@@ -157,7 +158,7 @@ def _gap(engine: Engine, ids, want, difference: Difference) -> tuple[float, torc
 
 
 def _compare_against(engine: Engine, against: Other, ids, want) -> Comparison:
-    way, got, near_ties = "transformers", against.greedy(ids), []
+    way, got, near_ties = against.name, against.greedy(ids), []
     first = first_difference(want, got)
     if first is None or None in first.tokens or engine.model.dtype is torch.float32:
         return _compare(engine, way, ids, want, got)
