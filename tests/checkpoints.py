@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from orthrus_rt.checkpoint import expected_tensors
+from orthrus_rt.checkpoint import CheckpointError, expected_tensors, load
 from orthrus_rt.config import ModelConfig, parse
 from orthrus_rt.storage import is_diffusion
 
@@ -117,3 +118,19 @@ def make_base_and_adapter(folder: Path, family: str, *, dtype=torch.float32, see
     (adapter / "config.json").write_text(json.dumps({key: raw[key] for key in (*own, *facts)}))
     save_file({n: t for n, t in tensors.items() if is_diffusion(n)}, adapter / "diffusion_view.safetensors")
     return base, adapter
+
+
+def edit(folder: Path, change, file: str = "model.safetensors") -> None:
+    """Apply ``change`` to the dictionary of tensors in ``file``."""
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+
+
+def message_of(folder, adapter=None) -> str:
+    """What is said where this checkpoint cannot be loaded, or one of its tensors cannot be read."""
+    with pytest.raises(CheckpointError) as error:
+        loaded = load(folder, adapter=adapter)
+        for name in loaded.tensors:
+            loaded.tensors[name]
+    return str(error.value)

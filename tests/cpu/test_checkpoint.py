@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from orthrus_rt import checkpoint, room, storage
 from orthrus_rt.checkpoint import CheckpointError
 from orthrus_rt.engine import Engine
 from tests import checkpoints
+from tests.checkpoints import edit, message_of
 
 WEIGHTS = "model.safetensors"
 Q_DIFF = "model.layers.1.self_attn.q_proj_diff.weight"
@@ -25,21 +26,6 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 @pytest.fixture
 def folder(tmp_path):
     return checkpoints.make(tmp_path / "model")
-
-
-def edit(folder, change, file=WEIGHTS):
-    """Apply ``change`` to the dictionary of tensors in ``file``."""
-    tensors = load_file(folder / file)
-    change(tensors)
-    save_file(tensors, folder / file, metadata={"format": "pt"})
-
-
-def message_of(*args, **kwargs):
-    with pytest.raises(CheckpointError) as error:
-        loaded = checkpoint.load(*args, **kwargs)
-        for name in loaded.tensors:
-            loaded.tensors[name]
-    return str(error.value)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])

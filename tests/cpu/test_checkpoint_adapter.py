@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from orthrus_rt import checkpoint
 from orthrus_rt.checkpoint import CheckpointError
 from tests import checkpoints
+from tests.checkpoints import edit, message_of
 from tools.quantize_view import quantize_view
 
 VIEW = "diffusion_view.safetensors"
@@ -20,23 +21,9 @@ def folders(tmp_path):
     return checkpoints.make_base_and_adapter(tmp_path, "qwen3")
 
 
-def edit(adapter, change):
-    tensors = load_file(adapter / VIEW)
-    change(tensors)
-    save_file(tensors, adapter / VIEW)
-
-
 def edit_config(folder, **changes):
     raw = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
-
-
-def message_of(base, adapter=None):
-    with pytest.raises(CheckpointError) as error:
-        loaded = checkpoint.load(base, adapter=adapter)
-        for name in loaded.tensors:
-            loaded.tensors[name]
-    return str(error.value)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
@@ -273,14 +260,14 @@ def test_bad_adapter_value_names_both_files(folders):
 
 def test_missing_tensor(folders):
     base, adapter = folders
-    edit(adapter, lambda tensors: tensors.pop(Q_DIFF))
+    edit(adapter, lambda tensors: tensors.pop(Q_DIFF), VIEW)
     assert message_of(base, adapter) == f"{adapter}: {Q_DIFF} is missing, expected shape [256, 64]"
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "lm_head.weight", "model.norm.weight"])
 def test_base_tensor_in_an_adapter(folders, name):
     base, adapter = folders
-    edit(adapter, lambda tensors: tensors.update({name: torch.ones(96, 64)}))
+    edit(adapter, lambda tensors: tensors.update({name: torch.ones(96, 64)}), VIEW)
     assert message_of(base, adapter) == f"{adapter / VIEW}: {name} is not part of this model"
 
 
@@ -303,7 +290,7 @@ def test_adapter_without_weights(folders):
 
 def test_int8_without_scale(folders):
     base, adapter = folders
-    edit(adapter, lambda tensors: tensors.update({Q_DIFF: tensors[Q_DIFF].to(torch.int8)}))
+    edit(adapter, lambda tensors: tensors.update({Q_DIFF: tensors[Q_DIFF].to(torch.int8)}), VIEW)
     assert message_of(base, adapter) == (
         f"{adapter / VIEW}: {Q_DIFF} is int8, so {Q_DIFF}_scale must be there too, but it is missing"
     )
@@ -314,20 +301,28 @@ def test_int8_without_scale(folders):
 )
 def test_int8_with_a_wrong_scale(folders, scale, got):
     base, adapter = folders
-    edit(adapter, lambda tensors: tensors.update({Q_DIFF: tensors[Q_DIFF].to(torch.int8), f"{Q_DIFF}_scale": scale}))
+    edit(
+        adapter,
+        lambda tensors: tensors.update({Q_DIFF: tensors[Q_DIFF].to(torch.int8), f"{Q_DIFF}_scale": scale}),
+        VIEW,
+    )
     assert message_of(base, adapter) == f"{adapter / VIEW}: {Q_DIFF}_scale must be F32 of shape [256], got {got}"
 
 
 def test_scale_without_int8(folders):
     base, adapter = folders
-    edit(adapter, lambda tensors: tensors.update({f"{Q_DIFF}_scale": torch.ones(256)}))
+    edit(adapter, lambda tensors: tensors.update({f"{Q_DIFF}_scale": torch.ones(256)}), VIEW)
     assert message_of(base, adapter) == f"{adapter / VIEW}: {Q_DIFF}_scale is not part of this model"
 
 
 def test_nan_scale(folders):
     base, adapter = folders
     scale = torch.full((256,), torch.nan)
-    edit(adapter, lambda tensors: tensors.update({Q_DIFF: tensors[Q_DIFF].to(torch.int8), f"{Q_DIFF}_scale": scale}))
+    edit(
+        adapter,
+        lambda tensors: tensors.update({Q_DIFF: tensors[Q_DIFF].to(torch.int8), f"{Q_DIFF}_scale": scale}),
+        VIEW,
+    )
     assert message_of(base, adapter) == f"{adapter / VIEW}: {Q_DIFF} holds NaN or inf"
 
 

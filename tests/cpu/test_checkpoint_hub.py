@@ -10,7 +10,7 @@ import pytest
 from orthrus_rt import checkpoint, info
 from orthrus_rt.engine import Engine
 from tests import checkpoints
-from tests.cpu.test_checkpoint import message_of
+from tests.checkpoints import message_of
 
 
 @pytest.fixture

@@ -7,14 +7,13 @@ import random
 import signal
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from orthrus_rt.engine import Engine
-from orthrus_rt.exclusive import Turn, in_turn
+from orthrus_rt.exclusive import in_turn
 from orthrus_rt.outbox import Outbox
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints, engines, failing, poison
@@ -251,82 +250,6 @@ def test_no_thread_is_locked_out_wherever_another_was_interrupted(engine):
     assert after > 20
 
 
-def test_a_lock_left_behind_has_one_successor_at_a_time():
-    """However many threads find that its holder is gone, and whether they leave it behind too or let it go."""
-    turn, inside, most, taken = Turn(), [], [], [0] * 4
-    interval = sys.getswitchinterval()
-
-    def hold(i, leave):
-        turn.hold(sys._getframe())
-        inside.append(i)
-        time.sleep(0)
-        most.append(len(inside))
-        taken[i] += 1
-        inside.remove(i)
-        if not leave:
-            turn.holder = {}
-
-    def compete(i):
-        rng = random.Random(i)
-        while taken[i] < 1000:
-            try:
-                hold(i, rng.random() < 0.5)
-            except RuntimeError:
-                most.append(0)
-            time.sleep(0)
-
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(compete, range(4)))
-    finally:
-        sys.setswitchinterval(interval)
-    assert max(most) == 1
-
-
-def test_a_lock_that_is_let_go_and_taken_at_the_last_moment():
-    """Whoever had looked at it before is refused."""
-    turn, mine = Turn(), sys._getframe()
-
-    class Old(dict):
-        def setdefault(self, place, taker):
-            turn.holder = {}
-            turn.hold(mine)
-            return super().setdefault(place, taker)
-
-    turn.holder = Old()
-    with pytest.raises(RuntimeError, match="in the middle of a call"), turn:
-        pass
-
-
-def test_a_lock_left_behind_is_taken_over_by_its_thread():
-    turn = Turn()
-
-    def leave_behind():
-        turn.__enter__()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        leave_behind()
-    with turn, pytest.raises(RuntimeError, match="in the middle of a call"), turn:
-        pass
-    refused = []
-
-    def elsewhere():
-        try:
-            turn.__enter__()
-        except RuntimeError as error:
-            refused.append(str(error))
-
-    with turn:
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        thread.join()
-    assert refused == ["this engine is in use by another thread; share it through orthrus_rt.AsyncEngine"]
-    with turn:
-        pass
-
-
 def test_no_other_thread_steps_before_a_step_has_handed_its_outputs_over(engine, want):
     """It would return them too, or lose its own."""
     tried, ids = [], [engine.submit(p, PARAMS) for p in PROMPTS]
@@ -351,31 +274,6 @@ def test_no_other_thread_steps_before_a_step_has_handed_its_outputs_over(engine,
     engine.outbox.__class__ = Outbox
     engine.outbox.outputs = engine.outbox.__dict__.pop("held")
     assert [got[i][0] for i in ids] == want and len(tried) > 2
-
-
-def test_a_lock_that_is_claimed_while_another_thread_is_about_to_take_it(monkeypatch):
-    """The lock remains its owner's, and is free."""
-
-    class Owner:
-        pass
-
-    turn, owner, looks = Turn(), Owner(), []
-    look = turn._check_owner
-
-    def look_and_be_overtaken():
-        look()
-        looks.append(None)
-        if len(looks) == 1:
-            claiming = threading.Thread(target=turn.claim, args=(owner,))
-            claiming.start()
-            claiming.join()
-
-    monkeypatch.setattr(turn, "_check_owner", look_and_be_overtaken)
-    with pytest.raises(RuntimeError, match="belongs to an Owner"), turn:
-        pass
-    turn.release()
-    with turn:
-        pass
 
 
 def test_a_signal_handler_cannot_reenter(engine):
