@@ -46,7 +46,7 @@ class Refused(Exception):
 
 
 class Asked(Exception):
-    """A GET request for one of PAGES, its argument."""
+    """A request for one of PAGES: which one, and whether its body is wanted."""
 
 
 async def read_request(reader, writer):
@@ -57,8 +57,8 @@ async def read_request(reader, writer):
     start, *lines = head.decode("latin1").lower().split("\r\n")
     if len(words := start.split(" ")) != 3:
         raise ValueError("a request must begin with METHOD PATH HTTP/1.1")
-    if words[0] == "get" and words[1] in PAGES:
-        raise Asked(words[1])
+    if words[0] in ("get", "head") and words[1] in PAGES:
+        raise Asked(words[1], words[0] == "get")
     if words[:2] != ["post", "/v1/completions"]:
         not_post = "405 Method Not Allowed\r\nAllow: POST"  # a 405 must name the allowed methods
         status = not_post if words[1] == "/v1/completions" else "404 Not Found"
@@ -174,9 +174,11 @@ async def answer(shared, model, reader, writer):
         prompt = encoding.input_ids
         with by_its_names():
             outputs = shared.stream(prompt, sampling(asked), name)
-    except Asked as page:
+    except Asked as asked:
+        page, whole = asked.args
         try:
-            return send(writer, "200 OK", "text/plain", await shared.call(PAGES[str(page)]))
+            body = await shared.call(PAGES[page])
+            return send(writer, "200 OK", "text/plain", body if whole else "")
         except Exception as error:  # raised by the engine
             return send(writer, "503 Service Unavailable", "application/json", failure(error))
     except Refused as refused:

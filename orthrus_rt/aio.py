@@ -36,7 +36,8 @@ R = TypeVar("R")
 
 class AsyncEngine:
     """Streams over one :class:`Engine`, which it owns until it is closed. Meanwhile the engine refuses calls that run,
-    change, close or query it (metrics excepted) unless :meth:`call` makes them. ``async with`` closes it at the end.
+    change or close it or read its state, unless :meth:`call` makes them; its ``is_unfinished`` does not know the ids of
+    streams. ``async with`` closes it at the end.
 
     Cancelling or closing a stream aborts its request. This does not disturb the other streams, nor does a request that
     cannot continue (see :meth:`Engine.step`) or a step that fails. A thread steps the engine, so decoding continues
@@ -168,7 +169,8 @@ class AsyncEngine:
     async def abort(self, request_id: str) -> None:
         """End the stream or the :meth:`generate` with this ``request_id``, even if this call is cancelled; its last
         output has finish_reason ``"abort"``. As in :meth:`Engine.abort`, an id that is unknown or has ended is ignored,
-        and so is any id once this is closed.
+        and so is any id once this is closed. A stream's id is known from its first read on, so before that end the task
+        that is to read it.
         """
         if self._closing is not None:
             return

@@ -12,6 +12,7 @@ import traceback
 from orthrus_rt import cli_generate, cli_verify, versions
 from orthrus_rt.cli_options import (
     add_model_options,
+    check_length,
     check_num_prompts,
     check_used,
     flush_or_drop,
@@ -25,6 +26,7 @@ from orthrus_rt.terminal import figures, table
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 128 + signal.SIGINT
 BENCH_TOKENS, PROFILE_CONTEXT = 64, 256
+BENCH_KINDS = "code", "chat"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,7 +101,7 @@ def _print_info(facts: dict) -> None:
 
 
 def run_bench(args) -> int:
-    from orthrus_rt import info, profile, rates
+    from orthrus_rt import info, profile, prompts, rates
 
     check_num_prompts(args)
     if args.profile and "auto" in args.modes:
@@ -119,8 +121,11 @@ def run_bench(args) -> int:
         tables = [profile.profile(engine, mode=mode, **cycle) for mode in args.modes]
     else:
         most = BENCH_TOKENS if args.max_new_tokens is None else args.max_new_tokens
+        for prompt in [p for kind in BENCH_KINDS for p in prompts.load(kind)[: args.num_prompts]]:
+            what = f"built-in prompt, {prompt.name}"
+            check_length(prompt.encode(engine.tokenizer), engine, what, "; a lower --num-prompts may leave it out")
         rows = rates.decode_rates(
-            engine, ("code", "chat"), args.modes, draft_len=args.draft_len, fan_out=args.fan_out,
+            engine, BENCH_KINDS, args.modes, draft_len=args.draft_len, fan_out=args.fan_out,
             num_prompts=args.num_prompts, max_new_tokens=most,
         )  # fmt: skip
         tables = [({"max_new_tokens": most}, rows)]
@@ -143,6 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
     try:
+        if argv is None:
+            _import_torch()
         code = args.run(args)
         sys.stdout.flush()
         return code
@@ -157,6 +164,18 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_ERROR
     finally:
         flush_or_drop(sys.stdout)
+
+
+def _import_torch() -> None:
+    """Import it, while Ctrl-C ends the process at once: as an exception it would be lost there, or leave torch half
+    imported.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in a background job
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import torch  # noqa: F401
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fail(args, error) -> int:

@@ -84,9 +84,10 @@ def require_sampling(option: str, params) -> None:
         raise ValueError(f"{option} is for sampling: --temperature must be above 0, got 0")
 
 
-def check_length(ids: list[int], engine, what: str) -> None:
+def check_length(ids: list[int], engine, what: str, instead: str = "") -> None:
+    """Refuse a prompt that is too long; ``instead`` says what to do if the model itself cannot take it."""
     if len(ids) >= (most := engine.config.most_positions):
-        raise ValueError(f"{what} has {len(ids)} tokens: this model takes fewer than {most}")
+        raise ValueError(f"{what} has {len(ids)} tokens: this model takes fewer than {most}{instead}")
     if len(ids) >= engine.max_seq_len:
         raise ValueError(f"{what} has {len(ids)} tokens: --max-seq-len must be above that, got {engine.max_seq_len}")
 

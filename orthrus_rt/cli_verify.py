@@ -60,7 +60,8 @@ def run(args) -> int:
     engine = load_engine(args, max_batch_size=args.batch)
     ids = [prompt.encode(engine.tokenizer) for prompt in todo]
     for prompt, tokens in zip(todo, ids, strict=True):  # all of them, before the first is decoded
-        check_length(tokens, engine, f"{args.prompts or 'built-in prompt'}, {prompt.name}")
+        where, instead = (args.prompts, "") if args.prompts else ("built-in prompt", "; --prompts names others")
+        check_length(tokens, engine, f"{where}, {prompt.name}", instead)
     against = _transformers(engine, args.max_new_tokens) if args.against else None
     if not args.json:
         print(

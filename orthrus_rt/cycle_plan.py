@@ -92,7 +92,7 @@ def cycle_plan(mode: str, draft_len: int | None, fan_out: int | None, config, *,
         ValueError: no such mode, or a value is out of its range for this checkpoint.
     """
     if mode not in (*MODES, "auto"):
-        raise ValueError(f"mode must be auto, {', '.join(MODES)}, got {mode!r}")
+        raise ValueError(f"mode must be one of auto, {', '.join(MODES)}, got {mode!r}")
     most = config.block_len - 1
     fan_out = None if fan_out is None else integer("fan_out", fan_out)
     asked = draft_len is not None

@@ -8,6 +8,7 @@ why preemption, faults and interrupts lose nothing.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from collections import deque
@@ -130,7 +131,7 @@ class Engine(Generation):
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        model: str | os.PathLike[str],
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "bfloat16",
@@ -138,8 +139,8 @@ class Engine(Generation):
         max_seq_len: int | None = None,
         draft_len: int | None = None,
         fan_out: int | None = None,
-        adapter: str | None = None,
-        base_gguf: str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
+        base_gguf: str | os.PathLike[str] | None = None,
         max_batch_size: int = 8,
         num_pages: int | None = None,
         prefix_caching: bool = True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import overload
 
 import torch
@@ -213,7 +213,7 @@ class Generation(Rounds):
 
 def _is_batch(prompt_ids) -> bool:
     """Whether this is a list of prompts and not the ids of one; an empty list is a batch without prompts."""
-    if isinstance(prompt_ids, str | bytes) or not isinstance(prompt_ids, Sequence):
+    if isinstance(prompt_ids, str | bytes | bytearray) or not isinstance(prompt_ids, Sequence):
         return False
     first = prompt_ids[0] if prompt_ids else ()
-    return isinstance(first, Sequence) or getattr(first, "ndim", 0) > 0
+    return isinstance(first, Sequence | Mapping) or getattr(first, "ndim", 0) > 0

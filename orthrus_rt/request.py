@@ -152,7 +152,7 @@ def check_prompt(prompt_ids, vocab_size: int, max_seq_len: int, name: str) -> li
         got = f"{getattr(prompt_ids, 'dtype', type(prompt_ids).__name__)} {list(getattr(prompt_ids, 'shape', []))}"
         hint = "; of a batch, pass list(ids)" if prompt_ids.ndim == 2 else ""
         raise ValueError(f"{name}: a tensor or array must be 1-D and integer, got {got}{hint}")
-    if isinstance(prompt_ids, str | bytes):
+    if isinstance(prompt_ids, str | bytes | bytearray):
         raise ValueError(f"{name} must be token ids, got text; encode it with engine.tokenizer")
     if isinstance(prompt_ids, Set):
         raise ValueError(f"{name} must be token ids in their order, got {type(prompt_ids).__name__}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
@@ -17,7 +17,8 @@ PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue one prompt.
+    """How to continue one prompt. Penalties and ``logit_bias`` change the logits first, then ``temperature``; then
+    ``top_k``, ``top_p`` of what is left, and ``min_p`` drop tokens. Those as likely as the last one kept are kept too.
 
     Args:
         max_new_tokens: generate at most this many tokens, >= 1.
@@ -28,9 +29,9 @@ class SamplingParams:
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the output, > 0.
         presence_penalty: subtracted from the logits of tokens in the output, in [-2, 2].
         frequency_penalty: subtracted once for each occurrence of a token in the output, in [-2, 2].
-        logit_bias: ``{token id: value}``, added to the logits; at most 256 ids. Sums beyond 1e6 times the temperature,
-            like logits of 25 at temperatures below 1e-4, leave the sampling noise, added in fp32, too few digits to
-            separate likely tokens fairly: lower ids are then favoured among equals.
+        logit_bias: ``{token id: value}``, added to the logits; at most 256 ids, finite (-1e4 bans a token). Sums beyond
+            1e6 times the temperature, like logits of 25 at temperatures below 1e-4, leave the sampling noise, added in
+            fp32, too few digits to separate likely tokens fairly: lower ids are then favoured among equals.
         min_tokens: stop ids, the model's own included, cannot be chosen before this many tokens, 0 ... max_new_tokens.
         seed: non-negative int below 2**63; None draws one, reported in ``stats.seed``. Requests with the same seed get
             the same noise at the same positions: give each its own seed, or none, if answers are to be independent.
@@ -55,7 +56,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
     seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     acceptance: str = "coupled"
 
@@ -69,7 +70,7 @@ class SamplingParams:
         checks = (
             ("max_new_tokens", ">= 1", self.max_new_tokens >= 1),
             ("temperature", "0, or finite and >= 1e-6", self.greedy or 1e-6 <= self.temperature <= MOST),
-            ("top_k", "in [0, 2**31)", 0 <= self.top_k < 2**31),
+            ("top_k", "in [0, 2**31), where 0 keeps all", 0 <= self.top_k < 2**31),
             ("top_p", "in (0, 1]", LEAST <= self.top_p <= 1),
             ("min_p", "in [0, 1)", 0 <= self.min_p < 1),
             ("repetition_penalty", "finite and > 0", LEAST <= self.repetition_penalty <= MOST),

@@ -35,8 +35,9 @@ def engine_sizes(config: ModelConfig, max_seq_len: int | None, max_batch_size: i
     if max_batch_size < 1:
         raise ValueError(f"max_batch_size must be >= 1, got {max_batch_size}")
     per_sequence = pages.num_pages(max_seq_len)
+    pages_named = "num_pages" if num_pages is not None else f"max_batch_size * {per_sequence} pages"
     num_pages = max_batch_size * per_sequence if num_pages is None else integer("num_pages", num_pages)
-    for name, value in (("max_batch_size", max_batch_size), ("num_pages", num_pages)):
+    for name, value in (("max_batch_size", max_batch_size), (pages_named, num_pages)):
         if value >= MOST:
             raise ValueError(f"{name} must be < 2**31, got {value}")
     if num_pages < per_sequence:

@@ -98,7 +98,7 @@ def test_info_fetches_no_weights(monkeypatch, folder, tmp_path, is_here, adapter
     [
         ({"block_size": None}, {}, "it is a plain base model: pass adapter=FOLDER"),
         ({"model_type": "gpt2"}, {}, "gpt2"),
-        ({}, {"mode": "two-pass"}, "mode must be auto, ar, two_pass, one_pass, got 'two-pass'"),
+        ({}, {"mode": "two-pass"}, "mode must be one of auto, ar, two_pass, one_pass, got 'two-pass'"),
         ({}, {"draft_len": 99}, "draft_len must be within"),
         ({}, {"max_seq_len": 10**9}, "max_seq_len"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 1e-300}}, {}, "rope parameters must give"),

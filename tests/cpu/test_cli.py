@@ -198,7 +198,7 @@ def test_bench_runs_auto(run, tmp_path, monkeypatch):
     [
         (["-n", "0"], "--num-prompts must be >= 1, got 0"),
         (["--batch", "0"], "--batch must be >= 1, got 0"),
-        (["--max-seq-len", "20"], r"prompt\[0\] must be shorter than --max-seq-len \(20 tokens\), got \d+"),
+        (["--max-seq-len", "20"], r"built-in prompt, [\w-]+ has \d+ tokens: --max-seq-len must be above that, got 20"),
         (
             ["--modes", "ar", "--draft-len", "3"],
             "--draft-len belongs to auto, .*: --modes must name one of them, got ar",
@@ -217,6 +217,12 @@ def test_what_bench_refuses(run, args, message):
     code, out, err = run("bench", *args)
     assert code == 2 and out == ""
     assert re.fullmatch(f"orthrus-rt bench: (?!bench).*{message}\n", err)
+
+
+def test_built_in_prompts_that_are_too_long_for_the_model(run):
+    code, out, err = run("verify", "-n", "3")
+    want = "built-in prompt, lighthouse has 1548 tokens: this model takes fewer than 512; --prompts names others"
+    assert (code, out, err) == (2, "", f"orthrus-rt verify: {want}\n")
 
 
 def test_info_reports_a_model_that_cannot_be_opened(run):
@@ -330,6 +336,26 @@ def test_ctrl_c_ends_without_a_traceback(text_folder):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and b"Traceback" not in err
+
+
+def test_ctrl_c_in_torchs_import_ends_the_process():
+    """As an exception it would be lost in its C++, or leave a module half imported."""
+    code = """
+import signal, sys
+from orthrus_rt import cli
+
+def find_spec(name, path=None, target=None):
+    if name == "torch":
+        print(signal.getsignal(signal.SIGINT) is signal.SIG_DFL)
+
+sys.meta_path.insert(0, type("Watch", (), {"find_spec": find_spec}))
+code = cli.main()
+print(signal.getsignal(signal.SIGINT) is signal.default_int_handler, code)
+"""
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs start with it ignored
+    command = [sys.executable, "-c", code, "generate", "--model", "/nowhere", "hello"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=listen)
+    assert done.stdout == "True\nTrue 2\n", done.stderr
 
 
 def test_a_bug_is_no_difference(run, monkeypatch):

@@ -292,6 +292,8 @@ def test_top_k_one_is_greedy(engine):
         ([-1], r"prompt_ids\[0\] must be within the vocabulary \[0, 24\), got -1"),
         ("12", "prompt_ids must be token ids, got text"),
         ({1, 2}, "prompt_ids must be token ids in their order, got set"),
+        (b"12", "prompt_ids must be token ids, got text"),
+        (bytearray(b"12"), "prompt_ids must be token ids, got text"),
         (UserDict(input_ids=[1]), "prompt_ids must be token ids, got UserDict; pass its input_ids"),
         ([1.5], "prompt_ids must be a list of ints or a 1-D integer tensor"),
         ([1, True], "prompt_ids must be a list of ints or a 1-D integer tensor, got a bool"),
@@ -313,7 +315,7 @@ def test_bad_arguments(engine, folder):
     for kwargs, message in [
         ({"draft_len": 8}, r"draft_len must be within \[1, 7\]"),
         ({"draft_len": 0}, r"draft_len must be within \[1, 7\]"),
-        ({"mode": "three_pass"}, "mode must be auto, ar, two_pass, one_pass, got 'three_pass'"),
+        ({"mode": "three_pass"}, "mode must be one of auto, ar, two_pass, one_pass, got 'three_pass'"),
         ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got 'int8'"),
         ({"max_seq_len": 513}, r"max_seq_len must be within \[2, 512\] \(the positions of this model\), got 513"),
         ({"max_seq_len": 1}, r"max_seq_len must be within \[2, 512\] \(the positions of this model\), got 1"),
@@ -322,13 +324,15 @@ def test_bad_arguments(engine, folder):
         ({"device": None}, "device must be auto, cpu, cuda or cuda:N, got None"),
         ({"num_pages": 10**15}, r"num_pages must be < 2\*\*31, got 1000000000000000"),
         ({"max_batch_size": 10**30}, r"max_batch_size must be < 2\*\*31, got 1000000"),
-        ({"max_batch_size": 2**31 - 1}, r"num_pages must be < 2\*\*31, got 17179869176"),
+        ({"max_batch_size": 2**31 - 1}, r"max_batch_size \* 8 pages must be < 2\*\*31, got 17179869176"),
     ]:
         with pytest.raises(ValueError, match=message):
             Engine.from_pretrained(folder, **({"mode": "two_pass", "device": "cpu"} | kwargs))
     with Engine.from_pretrained(folder, device="cpu", mode="two_pass", dtype=torch.float32) as default:
         assert default.max_seq_len == 512  # the checkpoint's own limit is below 4096
     assert default.closed
+    with pytest.raises(ValueError, match=r"prompt_ids\[0\] must be token ids, got UserDict; pass its input_ids"):
+        engine.generate([UserDict(input_ids=[1])])
     with pytest.raises(ValueError, match="params must be one SamplingParams for one prompt, got a list of 1"):
         engine.generate(PROMPT, [SamplingParams()])
     for params in ({"stop_token_ids": (3, 24)}, {"logit_bias": {3: 1, 24: 1}}):

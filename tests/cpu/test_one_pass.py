@@ -171,7 +171,7 @@ def test_options_are_checked(tiny):
     for options, message in (
         (dict(mode="one_pass", draft_len=7, fan_out=0), "fan_out must be within [1, 22] for draft_len 7, got 0"),
         (dict(mode="one_pass", draft_len=1, fan_out=5), "fan_out must be within [1, 4] for draft_len 1, got 5"),
-        (dict(mode="both"), "mode must be auto, ar, two_pass, one_pass, got 'both'"),
+        (dict(mode="both"), "mode must be one of auto, ar, two_pass, one_pass, got 'both'"),
     ):
         with pytest.raises(ValueError) as error:
             greedy(tiny, **options)

@@ -47,7 +47,7 @@ def test_no_rounding_picks_what_has_no_weight():
         ({"temperature": -1.0}, "temperature must be 0, or finite and >= 1e-6, got -1.0"),
         ({"temperature": 1e-7}, "temperature must be 0, or finite and >= 1e-6, got 1e-07"),
         ({"temperature": float("nan")}, "temperature must be 0, or finite and >= 1e-6, got nan"),
-        ({"top_k": -1}, r"top_k must be in \[0, 2\*\*31\), got -1"),
+        ({"top_k": -1}, r"top_k must be in \[0, 2\*\*31\), where 0 keeps all, got -1"),
         ({"top_k": 2**40}, r"top_k must be in \[0, 2\*\*31\)"),
         ({"max_new_tokens": 5.5}, "max_new_tokens must be an integer, got 5.5"),
         ({"max_new_tokens": True}, "max_new_tokens must be an integer, got True"),

@@ -266,13 +266,14 @@ def test_pages_for_those_who_watch_it(server, engine):
     def client(port, end):
         post(port, prompt="hello", max_tokens=8).read()
         get(port, "/health"), get(port, "/metrics")
+        told.append(exchange(port, b"HEAD /health HTTP/1.1\r\n\r\n").partition("\r\n\r\n")[::2])
         engine.torn, engine._recover = True, lambda: 1 / 0  # a step has failed and the device is lost
         get(port, "/health")
         del engine._recover
 
     serve(server, client, signal.SIGTERM)
-    (healthy, ok), (_, metrics), (lost, why) = told
-    assert healthy.startswith("HTTP/1.1 200") and ok == "ok\n"
+    (healthy, ok), (_, metrics), head, (lost, why) = told
+    assert healthy.startswith("HTTP/1.1 200") and ok == "ok\n" and head == (healthy, "")
     assert 'orthrus_finished_total{reason="length"} 1' in metrics
     assert lost.startswith("HTTP/1.1 503") and json.loads(why)["error"]["message"] == "division by zero"
 
