@@ -34,9 +34,9 @@ def pytest_collection_modifyitems(config, items):
     skip_gpu = pytest.mark.skip(reason="no CUDA device")
     skip_native = pytest.mark.skip(reason="the native module is not built")
     for item in items:
-        if "full" in item.keywords and not config.getoption("--full"):
+        if item.get_closest_marker("full") and not config.getoption("--full"):
             item.add_marker(skip_full)
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip_gpu)
-        if "native" in item.keywords and dispatch.extension() is None:
+        if item.get_closest_marker("native") and dispatch.extension() is None:
             item.add_marker(skip_native)

@@ -8,8 +8,9 @@ is, without a chat template. Requests may have `max_tokens` (default 16), `stop`
 fields in SAMPLING (temperature is 1 by default, as at OpenAI's); other fields that would change an answer are refused.
 A request may have MAX_BYTES and take MAX_SECONDS to arrive; with MAX_REQUESTS under way, further ones get 503, and
 beyond MAX_WATCHING more, connections are closed. A client that disconnects, closes its sending side or reads too slowly
-for MAX_SECONDS ends its request. GET /health answers between two steps of the engine (503 if its device has failed),
-GET /metrics in Prometheus format. SIGTERM or Ctrl-C gives requests 60 seconds to finish; a second one ends the process.
+for MAX_SECONDS ends its request. GET (or HEAD) /health answers between two steps of the engine, 503 if its device has
+failed; GET /metrics in Prometheus format. SIGTERM or Ctrl-C gives requests 60 seconds to finish; a second one ends the
+process.
 """
 
 import asyncio
@@ -180,7 +181,7 @@ async def answer(shared, model, reader, writer):
             body = await shared.call(PAGES[page])
             return send(writer, "200 OK", "text/plain", body if whole else "")
         except Exception as error:  # raised by the engine
-            return send(writer, "503 Service Unavailable", "application/json", failure(error))
+            return send(writer, "503 Service Unavailable", "application/json", failure(error) if whole else "")
     except Refused as refused:
         status, body = refused.args
         return send(writer, status, "application/json", body)

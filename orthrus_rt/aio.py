@@ -36,8 +36,8 @@ R = TypeVar("R")
 
 class AsyncEngine:
     """Streams over one :class:`Engine`, which it owns until it is closed. Meanwhile the engine refuses calls that run,
-    change or close it or read its state, unless :meth:`call` makes them; its ``is_unfinished`` does not know the ids of
-    streams. ``async with`` closes it at the end.
+    change, close or query it, unless :meth:`call` makes them. (``metrics``, ``check``, ``has_unfinished`` and
+    ``is_unfinished`` do answer, though the last does not know the ids of streams.) ``async with`` closes it at the end.
 
     Cancelling or closing a stream aborts its request. This does not disturb the other streams, nor does a request that
     cannot continue (see :meth:`Engine.step`) or a step that fails. A thread steps the engine, so decoding continues

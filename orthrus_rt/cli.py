@@ -16,6 +16,7 @@ from orthrus_rt.cli_options import (
     check_num_prompts,
     check_used,
     flush_or_drop,
+    import_torch,
     in_options,
     load_engine,
     say,
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_info(args) -> int:
+    import_torch()
     from orthrus_rt import info
 
     facts = info.collect(
@@ -101,6 +103,7 @@ def _print_info(facts: dict) -> None:
 
 
 def run_bench(args) -> int:
+    import_torch()
     from orthrus_rt import info, profile, prompts, rates
 
     check_num_prompts(args)
@@ -148,8 +151,6 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
     try:
-        if argv is None:
-            _import_torch()
         code = args.run(args)
         sys.stdout.flush()
         return code
@@ -164,18 +165,6 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_ERROR
     finally:
         flush_or_drop(sys.stdout)
-
-
-def _import_torch() -> None:
-    """Import it, while Ctrl-C ends the process at once: as an exception it would be lost there, or leave torch half
-    imported.
-    """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in a background job
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    import torch  # noqa: F401
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fail(args, error) -> int:

@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable
 
 EXIT_DIFFERENT = 1  # the exit code of a command that finds different tokens
@@ -43,8 +45,22 @@ def add_model_options(parser: argparse.ArgumentParser, *, engine: bool) -> None:
         )
 
 
+def import_torch() -> None:
+    """Import torch, while Ctrl-C ends the process at once: as an exception it would be lost there, or leave a module
+    half imported.
+    """
+    by_exception = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else the caller handles it
+    if "torch" in sys.modules or not by_exception or threading.current_thread() is not threading.main_thread():
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import torch  # noqa: F401
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def load_engine(args, mode: str = "auto", max_batch_size: int = 1):
     """The engine, without prefix caching: runs are compared or timed, and prompts repeat."""
+    import_torch()
     from orthrus_rt.engine import Engine
 
     return Engine.from_pretrained(

@@ -14,6 +14,7 @@ from orthrus_rt.cli_options import (
     check_length,
     check_num_prompts,
     check_used,
+    import_torch,
     load_engine,
     read_utf8,
     require_sampling,
@@ -49,6 +50,7 @@ def add_parser(commands) -> None:
 
 
 def run(args) -> int:
+    import_torch()
     from orthrus_rt import verify
 
     check_used(args, "--modes", args.modes)

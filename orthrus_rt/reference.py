@@ -1,9 +1,9 @@
 """The oracle: every op in plain torch, obvious and slow. Runs on any device and float dtype.
 
 Each op takes what its counterpart in :mod:`orthrus_rt.ops` takes, but for what only says how to run (workspaces, hints,
-``max_seq_len``), and ``row_linear`` takes plain matrices. The rounding points are the same: arithmetic in fp32, one
-rounding to the output's dtype. It is also a backend (``ORTHRUS_BACKEND=reference``), the only one for float16
-models. It is *not* row-invariant: torch's own reductions may change with the shape.
+``max_seq_len``) and for ``exact``, and ``row_linear`` takes plain matrices. The rounding points are the same:
+arithmetic in fp32, one rounding to the output's dtype. It is also a backend (``ORTHRUS_BACKEND=reference``), the only
+one for float16 models. It is *not* row-invariant: torch's own reductions may change with the shape.
 """
 
 from __future__ import annotations

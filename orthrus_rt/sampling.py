@@ -17,8 +17,9 @@ PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue one prompt. Penalties and ``logit_bias`` change the logits first, then ``temperature``; then
-    ``top_k``, ``top_p`` of what is left, and ``min_p`` drop tokens. Those as likely as the last one kept are kept too.
+    """How to continue one prompt. Penalties, ``logit_bias`` and ``min_tokens`` change the logits first, ``temperature``
+    next. Then ``top_k``, ``top_p`` of what is left, and ``min_p`` drop tokens; those as likely as the last one kept are
+    kept too.
 
     Args:
         max_new_tokens: generate at most this many tokens, >= 1.

@@ -269,12 +269,14 @@ def test_pages_for_those_who_watch_it(server, engine):
         told.append(exchange(port, b"HEAD /health HTTP/1.1\r\n\r\n").partition("\r\n\r\n")[::2])
         engine.torn, engine._recover = True, lambda: 1 / 0  # a step has failed and the device is lost
         get(port, "/health")
+        told.append(exchange(port, b"HEAD /health HTTP/1.1\r\n\r\n").partition("\r\n\r\n")[::2])
         del engine._recover
 
     serve(server, client, signal.SIGTERM)
-    (healthy, ok), (_, metrics), head, (lost, why) = told
+    (healthy, ok), (_, metrics), head, (lost, why), head_lost = told
     assert healthy.startswith("HTTP/1.1 200") and ok == "ok\n" and head == (healthy, "")
     assert 'orthrus_finished_total{reason="length"} 1' in metrics
+    assert head_lost == (lost, "")
     assert lost.startswith("HTTP/1.1 503") and json.loads(why)["error"]["message"] == "division by zero"
 
 
