@@ -229,14 +229,16 @@ void parallel_chunks(int64_t num_items, int64_t num_chunks, HandOut hand_out, vo
 }
 
 float* thread_scratch(int64_t num_floats) {
-  constexpr uintptr_t kLine = 64;
-  thread_local std::vector<float> scratch;
-  const int64_t size = num_floats + static_cast<int64_t>(kLine / sizeof(float));
-  if (static_cast<int64_t>(scratch.size()) < size) {
+  struct alignas(64) Line {
+    float values[16];
+  };
+  thread_local std::vector<Line> scratch;
+  const size_t lines = (num_floats + 15) / 16;
+  if (scratch.size() < lines) {
     scratch.clear();  // or it grows to twice its size, and copies what nobody reads
-    scratch.resize(size);
+    scratch.resize(lines);
   }
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data()) + kLine - 1) / kLine * kLine);
+  return reinterpret_cast<float*>(scratch.data());
 }
 
 int32_t num_threads() { return wanted_threads.load(std::memory_order_relaxed); }

@@ -23,6 +23,7 @@ constexpr float kRung = 0.4375f;
 constexpr int kRungs = 8;
 // The last finite rung. exp(-kReach) * 2^40 < 1: tokens further below have no mass.
 constexpr float kReach = 28.f;
+static_assert(kReach > 40 * 0.69314718f);
 // Noise lies in (-2.9, 22.9): a token this far below the likeliest one's score cannot win.
 constexpr float kNoiseReach = 23.f;
 

@@ -1,5 +1,7 @@
 """Native process_logits on the CPU: against the oracle, and to the bit whatever the other rows and the threads."""
 
+import math
+
 import pytest
 import torch
 
@@ -61,6 +63,18 @@ def test_ids_outside_the_vocabulary(isa):
 
 def test_neighbouring_values(isa):
     check_neighbouring_values(native.process_logits)
+
+
+def test_more_drafts_than_tokens(isa):
+    assert_agrees(block_with_edits(4, 250), native.process_logits)
+
+
+def test_mass_of_one_unit(isa):
+    """70,000 tokens of 1.1 ... 1.2 units each have mass enough to reach top-p's share; without it one token would."""
+    row = torch.full((1, 70001), -3.0)
+    row[0, 1:] += math.log(1.2) - 40 * math.log(2) - 1e-6 * torch.arange(70000)
+    log_probs = with_filters(row, [(1.0, 0, 1 - 2.0**-24, 0.0)]).run(native.process_logits)[2]
+    assert 4000 < int(log_probs.isfinite().sum()) < 5000
 
 
 def test_what_top_k_keeps(isa):

@@ -34,6 +34,38 @@ def test_threads_of_python_share_the_pool():
     assert all(torch.equal(layer.logits, want.logits) for layer in layers)
 
 
+def test_a_short_op_does_not_wait_for_a_long_one():
+    """While another Python thread's op has the pool, it runs on the calling thread alone."""
+    weight, x = weights.pack(randn(4096, 2048, seed=1).float(), impl="cpu"), randn(2000, 2048, seed=2).float()
+    small, y, out = weights.pack(randn(640, 64, seed=3), impl="cpu"), randn(9, 64, seed=4), poison(9, 640)
+    product = poison(2000, 4096, dtype=torch.float32)
+    long = threading.Thread(target=ops.row_linear, args=(x, weight, product))
+    with threads(2):
+        long.start()
+        time.sleep(0.02)
+        ops.row_linear(y, small, out)
+        assert bool(product.isnan().any())
+        long.join()
+    assert not bool(product.isnan().any())
+
+
+def test_more_threads_than_stretches():
+    """With more than 256 threads, some share a stretch."""
+    code = """
+import torch
+from orthrus_rt import ops, weights
+from tests.native_cpu import poison, randn
+packed, x = weights.pack(randn(40000, 8, seed=1), impl="cpu"), randn(1, 8, seed=2)
+got, want = poison(1, 40000), poison(1, 40000)
+ops.row_linear(x, packed, want)
+torch.get_num_threads = lambda: 300  # to set it would start threads of torch's
+for _ in range(20):
+    ops.row_linear(x, packed, got.fill_(torch.nan))
+    assert torch.equal(got, want)
+"""
+    apart.run(code)
+
+
 def test_ops_run_in_a_forked_child():
     """The pool's threads do not survive a fork: the child starts its own."""
     code = """

@@ -52,6 +52,21 @@ def test_a_tape_takes_in_what_another_replays(isa):
     assert torch.equal(taped.logits, eager.logits) and torch.equal(taped.pages, eager.pages)
 
 
+def test_a_replay_flushes_no_subnormal_number():
+    """Whatever the mode of the thread that replays."""
+    x, norm, out = torch.full((1, 19), 8e-39), torch.ones(19), torch.zeros(1, 19)
+    tape = dispatch.extension().cpu.Tape()
+    with tape:
+        ops.rms_norm(x, norm, 1e-5, out)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("not on this machine")
+    try:
+        tape.replay()
+    finally:
+        torch.set_flush_denormal(False)
+    assert bool(out.all())
+
+
 def filling(out, value):
     """An op that fills ``out`` with ``value``."""
     table, token = torch.full((1, out.shape[1]), float(value)), torch.zeros(len(out), dtype=torch.int32)
