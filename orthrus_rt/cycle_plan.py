@@ -100,7 +100,7 @@ def cycle_plan(mode: str, draft_len: int | None, fan_out: int | None, config, *,
     if not 1 <= draft_len <= most:
         why = f"the checkpoint's block_size - 1, at most {MAX_BLOCK_LEN - 1}"
         raise ValueError(f"draft_len must be within [1, {most}] ({why}), got {draft_len}")
-    bounding = draft_len if asked or mode == "one_pass" else most
+    bounding = draft_len if asked else most
     hypotheses = most_hypotheses(bounding)
     if fan_out is not None and not 1 <= fan_out <= hypotheses:
         bound = f"draft_len {bounding}" if asked else f"at most {bounding} drafts per cycle"

@@ -47,8 +47,7 @@ class PrefillShape:
         many cycles may take prompts and each reads the head's weights anyway.
         """
         rows = max(self.rows, min(round_up(self.rows), max_rows))
-        even = in_cycle or self.groups == 1
-        tallest = rows if even else min(rows, round_up(max(self.tallest, rows - self.rows)))
+        tallest = rows if in_cycle else min(rows, round_up(max(self.tallest, rows - self.rows)))
         chosen = min(round_up(self.chosen), num_slots, rows) if self.chosen or in_cycle else 0
         return PrefillShape(rows, 1 + (1 << (self.groups - 1).bit_length()), tallest, chosen, self.scored)
 

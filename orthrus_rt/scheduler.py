@@ -92,7 +92,7 @@ class Scheduler:
         self.slots = [None] * self.num_slots
         for request in self._live.values():
             request.slot = None
-        self._live = {a: r for a, r in sorted(self._live.items()) if r.finish_reason is None}
+        self._live = {a: r for a, r in self._live.items() if r.finish_reason is None}
         self.waiting = OrderedDict(self._live)
         self.kv.reset()
         return list(self.waiting.values())

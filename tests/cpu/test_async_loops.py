@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from orthrus_rt.aio import AsyncEngine
+from orthrus_rt.breaks import Breaks
 from orthrus_rt.sampling import SamplingParams
 from tests.cpu.test_async import GREEDY, collect, collect_rest, make, slowly
 from tests.engines import a_beginning_each
@@ -237,3 +238,29 @@ def test_a_call_that_raises_what_no_future_takes(folder):
                 await asyncio.wait_for(shared.call(lambda engine: next(iter([]))), 20)
 
     asyncio.run(main())
+
+
+def test_a_drain_from_another_loop_is_refused_and_begins_nothing(folder):
+    shared = AsyncEngine(make(folder))
+
+    async def main():
+        await anext(shared.stream([1, 2], GREEDY))
+        with pytest.raises(RuntimeError, match="in use by another event loop"):
+            await asyncio.to_thread(lambda: asyncio.run(shared.close(drain=True)))
+        assert (await shared.generate([3], GREEDY)).finish_reason == "length"
+        await shared.close()
+
+    asyncio.run(main())
+
+
+def test_every_loop_takes_breaks_of_its_own(folder, monkeypatch):
+    shared, begun, begin = AsyncEngine(make(folder)), [], Breaks.begin
+    monkeypatch.setattr(Breaks, "begin", lambda breaks: (begun.append(breaks._loop), begin(breaks)))
+
+    async def use():
+        await shared.generate([1, 2], GREEDY)
+        assert begun.pop() is asyncio.get_running_loop()
+
+    for _ in range(2):
+        asyncio.run(use())
+    asyncio.run(shared.close())

@@ -437,3 +437,31 @@ def test_cycles_that_draft_nothing_ahead_miss_nothing(folder):
     engine = make(folder)
     for mode in ("ar", "two_pass"):
         assert engine.generate([1, 2], SamplingParams(9, ignore_eos=True), mode=mode).stats.misses == 0
+
+
+def next_elsewhere(stream):
+    reader = threading.Thread(target=next, args=(stream,))
+    reader.start(), reader.join()
+
+
+def test_streams_end_at_once_where_they_were_read_last_else_with_the_next_call(folder):
+    engine, params = make(folder), SamplingParams(max_new_tokens=100, ignore_eos=True)
+    here, *elsewhere = (engine.stream([i], params) for i in range(3))
+    for stream in (here, *elsewhere):
+        next_elsewhere(stream)
+    next(here)
+    here.close()
+    assert engine.metrics.finished["abort"] == 1
+    for stream in elsewhere:
+        stream.close()
+    assert len(engine.dropped) == 2
+    engine.step()
+    assert engine.metrics.finished["abort"] == 3 and not engine.has_unfinished()
+
+
+def test_a_stream_may_be_closed_after_its_engine(folder):
+    engine = make(folder)
+    stream = engine.stream([1, 2])
+    next(stream)
+    engine.close()
+    stream.close()

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models, processors
 
 from orthrus_rt import checkpoint, prompts
 from orthrus_rt.checkpoint import CheckpointError
+from orthrus_rt.engine import Engine
 from tests import checkpoints
 
 CHAT = "{{ bos_token }}{{ messages[0]['content'] }}"
@@ -82,3 +83,8 @@ def test_broken(folder, content):
     with pytest.raises(CheckpointError) as error:
         checkpoint.load(folder).load_tokenizer()
     assert str(error.value).startswith(f"{folder / 'tokenizer.json'}: transformers cannot read it or a file ")
+
+
+def test_an_engine_loads_its_tokenizer_once(text_folder):
+    engine = Engine.from_pretrained(text_folder, device="cpu", max_seq_len=64)
+    assert engine.tokenizer is engine.tokenizer

@@ -288,6 +288,7 @@ def test_top_k_one_is_greedy(engine):
     [
         ([], "prompt_ids must hold at least one token, got none"),
         ([1] * 512, r"prompt_ids must be shorter than max_seq_len \(512 tokens\), got 512"),
+        (iter([1] * 512), r"prompt_ids must be shorter than max_seq_len \(512 tokens\), got 512"),
         ([1, 24], r"prompt_ids\[1\] must be within the vocabulary \[0, 24\), got 24"),
         ([-1], r"prompt_ids\[0\] must be within the vocabulary \[0, 24\), got -1"),
         ("12", "prompt_ids must be token ids, got text"),
@@ -450,3 +451,44 @@ def test_a_stream_that_is_over_refuses_nothing(engine):
     assert engine.dropped
     params = SamplingParams(4, temperature=0.8, seed=7, ignore_eos=True, acceptance="rejection")
     assert len(engine.generate(PROMPT, params).token_ids) == 4 and not engine.dropped
+
+
+def test_params_that_are_false_are_no_params(engine):
+    for params in ({}, 0, ""):
+        with pytest.raises(ValueError, match="params must be SamplingParams, got"):
+            engine.submit(PROMPT, params)
+
+
+def test_acceptance_is_checked_at_the_call_and_when_it_is_queued(folder):
+    rejection = SamplingParams(4, temperature=0.8, seed=7, acceptance="rejection")
+    engine = engines.make(folder, mode="two_pass", max_seq_len=64)
+    early = engine._make_request(PROMPT, rejection, None)
+    stream = engine.stream(PROMPT, mode="ar")
+    next(stream)
+    calls = [(engine.check, PROMPT, rejection), (engine.stream, PROMPT, rejection), (engine._queue, early)]
+    for call, *what in calls:
+        with pytest.raises(ValueError, match="belongs to mode two_pass alone, got mode 'ar'"):
+            call(*what)
+
+
+def test_an_abort_may_be_overtaken_by_a_close(engine, monkeypatch):
+    def overtaken(_):
+        monkeypatch.setattr(engine, "closed", True)
+        raise RuntimeError("this engine is closed")
+
+    monkeypatch.setattr(engine, "_abort_named", overtaken)
+    engine.abort("any")
+
+
+def test_an_error_does_not_end_what_was_aborted(engine):
+    failed, name = engine.metrics.finished["error"], engine.submit(PROMPT)
+    engine.abort(name)
+    engine._abort_named(name, ValueError("late"))
+    assert [out.finish_reason for out in engine.step()] == ["abort"]
+    assert engine.metrics.finished["error"] == failed
+
+
+def test_a_refused_fan_out_names_the_bound_that_holds(engine):
+    assert cycle_plan("one_pass", None, 22, engine.config, on_cpu=True).fan_out == 22
+    with pytest.raises(ValueError, match=r"within \[1, 22\] for at most 7 drafts per cycle, got 0"):
+        cycle_plan("one_pass", None, 0, engine.config, on_cpu=True)

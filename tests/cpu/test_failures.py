@@ -22,6 +22,7 @@ from orthrus_rt.pass_costs import PassCosts
 from orthrus_rt.prefill import PrefillPass
 from orthrus_rt.rejection import RejectionSampler
 from orthrus_rt.results import SlotResults
+from orthrus_rt.rounds import _without_frames
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
 from tests import engines, failing
@@ -422,3 +423,15 @@ def test_whoever_is_back_in_the_queue_after_a_fault_holds_no_slot(folder, monkey
             engine.step()
     engine.abort("nobody")  # every call recovers first
     assert [r.slot for r in engine.scheduler.waiting.values()] == [None, None]
+
+
+def test_causes_in_a_circle_lose_their_frames():
+    def raised(error):
+        with pytest.raises(ValueError) as caught:
+            raise error
+        return caught.value
+
+    a, b, c = (raised(ValueError(name)) for name in "abc")
+    a.__cause__, a.__context__, b.__cause__ = b, c, a
+    _without_frames(a)
+    assert [error.__traceback__ for error in (a, b, c)] == [None] * 3

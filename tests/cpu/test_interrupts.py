@@ -165,6 +165,7 @@ def test_an_id_is_in_use_until_its_last_output_is_returned(engine):
     engine.submit([9], PARAMS, "mine")
     while not (engine.outbox.outputs and engine.outbox.outputs[-1].finished):
         in_turn(engine, Engine._advance_and_collect)  # all of a step except its last instruction
+    assert engine.has_unfinished()
     with pytest.raises(ValueError, match="must be unused, got 'mine' twice"):
         engine.submit([9], PARAMS, "mine")
     assert engine.is_unfinished("mine") and engine.step()[-1].finished
@@ -375,3 +376,33 @@ def test_an_interrupt_as_the_last_output_is_made_does_not_lose_it(folder, alone)
     with pytest.raises(ValueError, match="must be unused"):
         engine.submit([1], SHORT, "mine")
     assert drain(engine, told)["mine"] == (alone([1, 2, 3], PARAMS), "length")
+
+
+def test_next_logits_at_every_instruction(shallow):
+    engine, _, pace = shallow
+    for after in itertools.count(1):
+        reached = interrupted(lambda: engine.next_logits([1, 2, 3]), after)
+        engine.memory_report()  # any call recovers first
+        all_pages_back(engine)
+        if not reached:
+            break
+    assert after > 50 and pace_of(engine) == pace
+
+
+def test_an_abort_cut_short_is_counted_once_by_a_close(folder, monkeypatch):
+    engine = engines.make(folder, max_seq_len=64)
+    name = engine.submit([1], PARAMS)
+    monkeypatch.setattr(engine.scheduler, "forget", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        engine.abort(name)
+    engine.close()
+    assert engine.metrics.finished["abort"] == 1
+
+
+def test_a_stream_closed_inside_a_call_is_refused_silently(engine, monkeypatch):
+    stream, real = engine.stream([9], PARAMS), engine.runner.decode
+    next(stream)
+    monkeypatch.setattr(engine.runner, "decode", lambda *args: (stream.close(), real(*args))[1])
+    engine.submit([1], PARAMS)
+    drain(engine)
+    all_pages_back(engine)

@@ -184,3 +184,10 @@ def test_a_step_that_fails_was_busy_too(folder, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         engine.step()
     assert engine.metrics.busy_seconds >= 0.05
+
+
+def test_a_copy_of_the_statistics_stays_as_it_is():
+    stats = Stats("two_pass", 8, 0, plans={"ar": 1}, accepted=[1])
+    now = stats.copy()
+    stats.accepted[0] = stats.plans["ar"] = 2
+    assert now.accepted == [1] and now.plans == {"ar": 1}

@@ -193,3 +193,20 @@ def test_parameters_that_rule_out_every_id_end_the_request_and_say_so(tmp_path):
         assert len(outs[2].token_ids) == 9 and outs[2].finish_reason == "length"
         # Divided by the temperature, these logits are beyond the range of fp32.
         assert outs[3].finish_reason == ("length" if more is GREEDY else "error")
+
+
+@PACED
+def test_nor_what_free_pages_hold_behind_its_own(folder, monkeypatch):
+    """They were left by a request that was aborted before it came upon the NaN."""
+    monkeypatch.setattr("orthrus_rt.runner.PREFILL_CHUNK", 64)
+    engine, params = make(folder, max_seq_len=512), SamplingParams(10, ignore_eos=True)
+    long = [9, *[5, 6, 7, 8] * 50]
+    with poison.nan_embedding(engine, 9):
+        aborted = engine.submit(long, params)
+        for _ in range(3):
+            engine.step()
+        engine.abort(aborted)
+        assert engine.generate([long[:70]] * 2, params)[0].finish_reason == "error"
+    assert engine.generate(long[:70], params).stats.cached_tokens == 0
+    out = engine.generate(long, params)
+    assert (out.finish_reason, out.stats.cached_tokens) == ("length", 64)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from orthrus_rt import ops
-from orthrus_rt.prefill import PrefillPass, PrefillShape
+from orthrus_rt.prefill import PrefillPass, PrefillShape, prefill_rows
+from orthrus_rt.rows import Layout, empty_rows
 from orthrus_rt.sampling import SamplingParams
 from tests import engines, lossless
 from tests.failing import exhausted
@@ -178,3 +179,10 @@ def test_a_warm_up_records_the_prompts_by_themselves(make, monkeypatch):
 
 def test_the_whole_promise(make, monkeypatch):
     lossless.check_prefill(make(True, num_pages=24, max_batch_size=6), monkeypatch)
+
+
+def test_every_array_of_rows_begins_at_a_multiple_of_16_bytes():
+    """Triton compiles a kernel again for pointers that do not."""
+    for rows in (prefill_rows([([1, 2, 3], 0, 0)], "cpu"), empty_rows(Layout(1, 3, 2, 3), "cpu")):
+        arrays = (rows.token, rows.position, rows.seq, rows.prefix_len, rows.group_start)
+        assert [array.data_ptr() % 16 for array in arrays] == [0] * 5

@@ -71,3 +71,12 @@ def test_what_nobody_asked_to_see_settles_nothing_for_the_program(folder, monkey
     assert len(engine.generate([[1], [2]], SamplingParams(2))) == 2
     engine = make(folder, mode="ar")
     engine.warmup()
+
+
+@pytest.mark.parametrize("how", ({}, {"temperature": 0.8, "seed": 1}), ids=("greedy", "sampled"))
+def test_a_warmup_leaves_no_single_prompt_to_record(folder, how):
+    engine = make(folder, True, mode="two_pass", max_batch_size=2, max_seq_len=128, prefix_caching=False)
+    engine.warmup(sampling=bool(how))
+    for _ in range(2):  # a pass with prompts is recorded at its second use
+        engine.generate([1], SamplingParams(20, ignore_eos=True, **how))
+    assert "recording" not in engine.metrics.as_dict()["times"]

@@ -132,3 +132,10 @@ def test_long_copies_go_in_parts(monkeypatch):
     while late.arrived < len(late.launched):
         late.fetch_one()
     assert late.values == [value for count in (1, words, words + 1, 6 * words) for value in range(count)]
+
+
+def test_parts_of_any_dtype_follow_each_other(monkeypatch):
+    late, staging = Late(monkeypatch), uploads.Staging()
+    for host in (torch.tensor([True]), torch.tensor([1 << 40])):
+        staging.copy(late, host)
+    assert [staged.tolist() for staged in late.launched] == [[True], [1 << 40]]
