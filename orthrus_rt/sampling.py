@@ -30,9 +30,10 @@ class SamplingParams:
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the output, > 0.
         presence_penalty: subtracted from the logits of tokens in the output, in [-2, 2].
         frequency_penalty: subtracted once for each occurrence of a token in the output, in [-2, 2].
-        logit_bias: ``{token id: value}``, added to the logits; at most 256 ids, finite (-1e4 bans a token). Sums beyond
-            1e6 times the temperature, like logits of 25 at temperatures below 1e-4, leave the sampling noise, added in
-            fp32, too few digits to separate likely tokens fairly: lower ids are then favoured among equals.
+        logit_bias: ``{token id: value}``, added to the logits; at most 256 ids, finite; -1e4 bans a token at usual
+            temperatures. Sums beyond 1e6 times the temperature, like logits of 25 at temperatures below 1e-4, leave the
+            sampling noise, added in fp32, too few digits to separate likely tokens fairly: lower ids are then favoured
+            among equals.
         min_tokens: stop ids, the model's own included, cannot be chosen before this many tokens, 0 ... max_new_tokens.
         seed: non-negative int below 2**63; None draws one, reported in ``stats.seed``. Requests with the same seed get
             the same noise at the same positions: give each its own seed, or none, if answers are to be independent.
