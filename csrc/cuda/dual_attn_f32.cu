@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 4) dual_attn_f32_kernel(const __grid
 
 template <int kHeadDim>
 int run(const DualAttnParamsOf<float>& p, void* stream) {
-  const int64_t blocks = (static_cast<int64_t>(p.rows.num_rows) * p.num_heads_q + kWarps - 1) / kWarps;
+  const int64_t blocks = div_up(static_cast<int64_t>(p.rows.num_rows) * p.num_heads_q, kWarps);
   return launch(dual_attn_f32_kernel<kHeadDim>, p, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream,
                 device_info());
 }

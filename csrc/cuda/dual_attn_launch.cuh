@@ -32,7 +32,7 @@ int launch_split(DualAttnLaunch a, void* stream, const DeviceInfo& device) {
 inline void cut_into_units(DualAttnLaunch& a, int tile_m, int blocks_together) {
   const Rows& rows = a.p.rows;
   const auto units_of = [&](int groups) {
-    return Divisor((rows.max_group_rows * groups * a.heads_per_kv + tile_m - 1) / tile_m);
+    return Divisor(div_up(rows.max_group_rows * groups * a.heads_per_kv, tile_m));
   };
   a.units_per_group = units_of(1);
   a.units_of_blocks = units_of(blocks_together);

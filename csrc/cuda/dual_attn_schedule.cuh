@@ -47,7 +47,7 @@ ORTHRUS_HD int first_tile_of_split(int split) {
   return r.first_tile + ((split - r.first_split) << r.log_tiles_per_split);
 }
 
-ORTHRUS_HD int num_tiles(int length) { return (length + kTileKv - 1) / kTileKv; }
+ORTHRUS_HD int num_tiles(int length) { return div_up(length, kTileKv); }
 
 // Splits that hold the positions 0 ... length-1.
 ORTHRUS_HD int num_splits(int length) { return length <= 0 ? 0 : split_of_tile(num_tiles(length) - 1) + 1; }

@@ -137,7 +137,7 @@ int run(const QkvCommitParamsOf<T>& p, void* stream) {
   constexpr int kHeads = kThreads / (kHeadDim / 4), kMostGridY = 65535;
   const int64_t heads = int64_t{p.num_heads_q} + 2 * p.kv.num_heads_kv;
   if (heads > kHeads * kMostGridY) return cudaErrorInvalidValue;
-  const dim3 grid(p.rows.num_rows, static_cast<unsigned>((heads + kHeads - 1) / kHeads));
+  const dim3 grid(p.rows.num_rows, static_cast<unsigned>(div_up(heads, kHeads)));
   return launch(qkv_commit_kernel<kHeadDim, T>, p, grid, kThreads, 0, stream, device_info());
 }
 

@@ -38,7 +38,7 @@ int rows_per_tile(int rows, const RowTiles& tiles) {
 // For kArgmax, where each tile reads the weight again: the wider tile if there are fewer tiles then. `rows`: of the
 // larger view, but no vocabulary has two.
 int rows_per_tile_of_argmax(int rows, const RowTiles& tiles) {
-  const auto count = [&](int tile_rows) { return (rows + tile_rows - 1) / tile_rows; };
+  const auto count = [&](int tile_rows) { return div_up(rows, tile_rows); };
   return count(tiles.widest_argmax) < count(tiles.widest) ? tiles.widest_argmax : rows_per_tile(rows, tiles);
 }
 
@@ -48,11 +48,11 @@ int rows_per_tile_of_many(int rows_ar, int rows_diff, const RowTiles& tiles, int
   int best = 0;
   int64_t least = INT64_MAX;
   for (const int tile_rows : tiles.many_rows) {
-    const int row_tiles = (rows_ar + tile_rows - 1) / tile_rows + (rows_diff + tile_rows - 1) / tile_rows;
+    const int row_tiles = div_up(rows_ar, tile_rows) + div_up(rows_diff, tile_rows);
     const int64_t items = int64_t{items_of_many(blocks, tiles.cluster)} * row_tiles;
     const int clusters = clusters_of_many(num_sms, tiles.cluster);
     const int step = max(2 * kBlock + tile_rows / tiles.cluster, tile_rows * 5 / 4);
-    const int64_t time = (items + clusters - 1) / clusters * step;
+    const int64_t time = div_up(items, clusters) * step;
     if (time < least) least = time, best = tile_rows;
   }
   return best;
@@ -120,8 +120,8 @@ int row_linear(const RowLinearParams& params, void* stream) {
                         : many_rows
                             ? rows_per_tile_of_many(rows_ar, rows_diff, tiles, args.plan.blocks, device.num_sms)
                             : rows_per_tile(most_rows, tiles);
-  args.row_tiles_ar = (rows_ar + tile_rows - 1) / tile_rows;
-  args.row_tiles = args.row_tiles_ar + (rows_diff + tile_rows - 1) / tile_rows;
+  args.row_tiles_ar = div_up(rows_ar, tile_rows);
+  args.row_tiles = args.row_tiles_ar + div_up(rows_diff, tile_rows);
   if (!many_rows && params.workspace_bytes < workspace_bytes(args.plan, rows_diff ? 2 : 1, tile_rows))
     return cudaErrorInvalidValue;
   const auto launch = wgmma ? coded ? launch_row_linear_sm90_coded : launch_row_linear_sm90

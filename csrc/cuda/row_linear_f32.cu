@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "best.cuh"
+#include "orthrus/host_device.h"
 #include "orthrus/launch.cuh"
 #include "orthrus/ops.h"
 
@@ -135,15 +136,15 @@ int row_linear(const RowLinearParamsOf<float>& params, void* stream) {
   if (params.num_rows == 0 || params.out_features == 0) return cudaSuccess;
   const bool argmax = params.epilogue == Epilogue::kArgmax;
   if (params.num_rows_ar < 0 || params.num_rows_ar > params.num_rows ||
-      (argmax && params.num_partials != (params.out_features + kOutputs - 1) / kOutputs))
+      (argmax && params.num_partials != div_up(params.out_features, kOutputs)))
     return cudaErrorInvalidValue;
   Args args{params, 0, 0};
   if (!params.weight_diff) args.p.num_rows_ar = params.num_rows;
-  args.row_tiles_ar = (args.p.num_rows_ar + kRows - 1) / kRows;
-  args.row_tiles = args.row_tiles_ar + (params.num_rows - args.p.num_rows_ar + kRows - 1) / kRows;
+  args.row_tiles_ar = div_up(args.p.num_rows_ar, kRows);
+  args.row_tiles = args.row_tiles_ar + div_up(params.num_rows - args.p.num_rows_ar, kRows);
   const bool silu = params.epilogue == Epilogue::kSiluMul;
   const int width = silu ? params.out_features / 2 : params.out_features, per_tile = silu ? kOutputs / 2 : kOutputs;
-  const int64_t blocks = static_cast<int64_t>((width + per_tile - 1) / per_tile) * args.row_tiles;
+  const int64_t blocks = static_cast<int64_t>(div_up(width, per_tile)) * args.row_tiles;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   return launch(row_linear_f32_kernel, args, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream, device_info());
 }

@@ -39,7 +39,7 @@ struct Stream {
     const BlockBytes bytes = kCoded ? args.block_bytes_of(diff) : kPlainBlocks;
     constexpr int chunks = kBlocks * kWeightBytes / 16;
 #pragma unroll
-    for (int i = 0; i < (chunks + kThreads - 1) / kThreads; ++i) {
+    for (int i = 0; i < div_up(chunks, kThreads); ++i) {
       const int chunk = threadIdx.x + i * kThreads;
       if ((i + 1) * kThreads > chunks && chunk >= chunks) break;
       const int block = first_block + chunk / (kWeightBytes / 16), from = chunk % (kWeightBytes / 16) * 16;
@@ -49,7 +49,7 @@ struct Stream {
     }
     const SharedAddress x_base = base + kBlocks * kWeightBytes;
 #pragma unroll
-    for (int i = 0; i < (kTileRows * 8 + kThreads - 1) / kThreads; ++i) {
+    for (int i = 0; i < div_up(kTileRows * 8, kThreads); ++i) {
       const int chunk = threadIdx.x + i * kThreads;
       if ((i + 1) * kThreads > kTileRows * 8 && chunk >= kTileRows * 8) break;
       const int row = row_begin + chunk / 8;

@@ -76,10 +76,10 @@ constexpr int kPrefetchBytes = 96 * 1024;
 inline RowLinearPlan make_plan(int in_features, int out_features, bool whole_tiles, int num_sms) {
   RowLinearPlan plan{};
   plan.k_blocks = Divisor(in_features / kBlock);
-  plan.blocks = (out_features + kBlock - 1) / kBlock;
+  plan.blocks = div_up(out_features, kBlock);
   plan.blocks_per_tile = plan.blocks % 2 == 0 && plan.blocks / 2 >= kMinTallTiles ? 2 : 1;
   plan.tiles = plan.blocks / plan.blocks_per_tile;
-  const int rounds = (plan.tiles + num_sms - 1) / num_sms;
+  const int rounds = div_up(plan.tiles, num_sms);
   const bool idle = rounds * num_sms - plan.tiles > kTolerableIdle * rounds * num_sms;
   const int64_t units = static_cast<int64_t>(plan.tiles) * plan.k_blocks;
   plan.split = !whole_tiles && idle && units >= kMinUnits * num_sms && 2 * plan.blocks <= kMaxCounters &&

@@ -100,7 +100,7 @@ struct Walk {
     if (!kManyRows) return args.row_tiles;
     const int all = items_of_many(args.plan.blocks, kCtas) * args.row_tiles;
     const int cluster = blockIdx.x / kCtas, clusters = gridDim.x / kCtas;
-    return (all - cluster + clusters - 1) / clusters;
+    return div_up(all - cluster, clusters);
   }
   __device__ int row_tile(int item) const { return kManyRows ? of_all(item) % args.row_tiles : item; }
   __device__ int first_block(int item) const {

@@ -1,4 +1,4 @@
-// Marks functions that both kernels and host code call.
+// What kernels and host code share: ORTHRUS_HD marks functions that both call.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -6,3 +6,13 @@
 #else
 #define ORTHRUS_HD inline
 #endif
+
+namespace orthrus {
+
+// a / b, rounded up.
+template <class A, class B>
+ORTHRUS_HD constexpr auto div_up(A a, B b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace orthrus
