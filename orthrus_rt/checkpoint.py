@@ -17,6 +17,7 @@ import torch
 from orthrus_rt.config import CheckpointError, ModelConfig, family_of, parse
 from orthrus_rt.storage import LazyTensors, StoredTensor, is_diffusion, read_json, scan, shape_text
 
+StrPath = str | os.PathLike[str]
 EMBEDDED_NAME = "smollm2-135m"
 HUB_ID = r"[^./~@][^/@]*/[^/@]+(@.+)?"
 CONFIG_FILES = ["config.json", "generation_config.json"]
@@ -89,7 +90,7 @@ def _restore_bos(tokenizer, settings: Path) -> None:
         tokenizer.add_bos_token = True
 
 
-def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None = None) -> Checkpoint:
+def load(path_or_id: StrPath, *, adapter: StrPath | None = None, base_gguf: StrPath | None = None) -> Checkpoint:
     """Open a checkpoint and check everything that its headers show.
 
     Args:
@@ -135,18 +136,20 @@ def load(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None =
     return Checkpoint(config, tensors, str(folder) if has_tokenizer else None, raw)
 
 
-def load_config(path_or_id: str, *, adapter: str | None = None, base_gguf: str | None = None) -> ModelConfig:
+def load_config(
+    path_or_id: StrPath, *, adapter: StrPath | None = None, base_gguf: StrPath | None = None
+) -> ModelConfig:
     """The config of :func:`load`, from the JSON files alone. If a hub id is not on this machine, only these files are
     downloaded.
 
     Raises:
         CheckpointError: as in :func:`load`, except for faults of the weights.
     """
-    folder, raw, adapter = _open(path_or_id, adapter, base_gguf, config_only=True)
+    folder, raw, adapter = _open(str(path_or_id), adapter, base_gguf, config_only=True)
     if adapter is None and "block_size" not in raw:
         raise _plain_base(folder)
     view = None if adapter is None else _resolve(str(adapter), adapter=True, config_only=True)
-    return _read_config(folder, raw, view, path_or_id)[0]
+    return _read_config(folder, raw, view, str(path_or_id))[0]
 
 
 def is_hub_id(path_or_id: str) -> bool:
@@ -155,8 +158,8 @@ def is_hub_id(path_or_id: str) -> bool:
 
 
 def _open(
-    path_or_id: str, adapter: str | None, base_gguf: str | None, config_only=False
-) -> tuple[Path, dict, str | Path | None]:
+    path_or_id: str, adapter: StrPath | None, base_gguf: StrPath | None, config_only=False
+) -> tuple[Path, dict, StrPath | None]:
     """The base's folder, its config.json, and the adapter, which for the embedded model defaults to its own."""
     if path_or_id == EMBEDDED_NAME:
         from orthrus_rt import embedded

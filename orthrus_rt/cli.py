@@ -104,7 +104,7 @@ def _print_info(facts: dict) -> None:
 
 def run_bench(args) -> int:
     import_torch()
-    from orthrus_rt import info, profile, prompts, rates
+    from orthrus_rt import info, profile, rates
 
     check_num_prompts(args)
     if args.profile and "auto" in args.modes:
@@ -124,13 +124,9 @@ def run_bench(args) -> int:
         tables = [profile.profile(engine, mode=mode, **cycle) for mode in args.modes]
     else:
         most = BENCH_TOKENS if args.max_new_tokens is None else args.max_new_tokens
-        for prompt in [p for kind in BENCH_KINDS for p in prompts.load(kind)[: args.num_prompts]]:
-            what = f"built-in prompt, {prompt.name}"
-            check_length(prompt.encode(engine.tokenizer), engine, what, "; a lower --num-prompts may leave it out")
-        rows = rates.decode_rates(
-            engine, BENCH_KINDS, args.modes, draft_len=args.draft_len, fan_out=args.fan_out,
-            num_prompts=args.num_prompts, max_new_tokens=most,
-        )  # fmt: skip
+        ids = {kind: _bench_prompts(engine, kind, args.num_prompts) for kind in BENCH_KINDS}
+        options = {"draft_len": args.draft_len, "fan_out": args.fan_out, "max_new_tokens": most}
+        rows = rates.decode_rates(engine, ids, args.modes, **options)
         tables = [({"max_new_tokens": most}, rows)]
     if args.json:
         print(json.dumps(facts | {"tables": [about | {"rows": rows} for about, rows in tables]}))
@@ -140,6 +136,18 @@ def run_bench(args) -> int:
         print("\n" + ", ".join(f"{name} {figures(value)}" for name, value in about.items()))
         print(table([tuple(rows[0]), *(tuple(map(figures, row.values())) for row in rows)]))
     return 0
+
+
+def _bench_prompts(engine, kind: str, num_prompts: int | None) -> list[list[int]]:
+    """The built-in prompts of a kind; one that the engine has no room for is refused."""
+    from orthrus_rt import prompts
+
+    all_ids = []
+    for prompt in prompts.load(kind)[:num_prompts]:
+        all_ids.append(prompt.encode(engine.tokenizer))
+        what = f"built-in prompt, {prompt.name}"
+        check_length(all_ids[-1], engine, what, "; a lower --num-prompts may leave it out")
+    return all_ids
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,21 +1,23 @@
-"""Measures how fast an engine decodes the built-in prompts, by mode."""
+"""Measures how fast an engine decodes given prompts, by mode."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from orthrus_rt import prompts
 from orthrus_rt.cycle_plan import MODES, batch_buckets
 from orthrus_rt.outputs import complete
 from orthrus_rt.sampling import SamplingParams
 
 
 def decode_rates(
-    engine, kinds: Sequence[str], modes: Sequence[str], *, draft_len=None, fan_out=None, num_prompts: int | None,
+    engine, prompts: Mapping[str, list[list[int]]], modes: Sequence[str], *, draft_len=None, fan_out=None,
     max_new_tokens: int,
 ) -> list[dict]:  # fmt: skip
-    """Decode prompts of each kind in each mode, greedily, as many at a time as the engine has slots.
+    """Decode the prompts of each kind in each mode, greedily, as many at a time as the engine has slots.
+
+    Args:
+        prompts: the ids of the prompts of each kind.
 
     Returns:
         A row per kind and mode: ``kind``, ``mode``, ``block_len`` (for ``auto`` the longest), ``prompts``, ``batch``
@@ -26,8 +28,7 @@ def decode_rates(
         RuntimeError: a prompt could not be continued.
     """
     rows = []
-    for kind in kinds:
-        ids = [p.encode(engine.tokenizer) for p in prompts.load(kind)[:num_prompts]]
+    for kind, ids in prompts.items():
         for mode in modes:
             options = dict(mode=mode, draft_len=draft_len, fan_out=fan_out)
             rows.append({"kind": kind} | _rate(engine, ids, options, max_new_tokens))

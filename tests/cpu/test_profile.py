@@ -205,10 +205,14 @@ def test_bytes_of_counting_tokens():
     assert profile.NBYTES["count_tokens"](state, edits) == 3 * 3 * 4 + 3 * 4 * (3 + 64)
 
 
+def encoded(engine, count: int) -> list[list[int]]:
+    return [p.encode(engine.tokenizer) for p in prompts.load("data")[:count]]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_rates_build_no_cycle_by_the_clock(tmp_path, monkeypatch, mode):
     engine = make(str(byte_tokenizer.make_checkpoint(tmp_path)), max_seq_len=512)
-    ids = [p.encode(engine.tokenizer) for p in prompts.load("data")[:3]]
+    ids = encoded(engine, 3)
     rates._warm(engine, ids, {"mode": mode})
     assert {cycle.state.num_slots for cycle in engine.runner._cycles.values()} == {1, 2, 4}
     assert all(cycle.settled for cycle in engine.runner._cycles.values())
@@ -219,7 +223,7 @@ def test_rates_build_no_cycle_by_the_clock(tmp_path, monkeypatch, mode):
 
 def test_rates_are_those_of_the_generations(tmp_path):
     engine = make(str(byte_tokenizer.make_checkpoint(tmp_path)), max_seq_len=512, max_batch_size=2)
-    rows = rates.decode_rates(engine, ("data",), ("ar", "two_pass"), num_prompts=3, max_new_tokens=8)
+    rows = rates.decode_rates(engine, {"data": encoded(engine, 3)}, ("ar", "two_pass"), max_new_tokens=8)
     assert [(r["kind"], r["mode"], r["block_len"], r["prompts"], r["batch"]) for r in rows] == [
         ("data", "ar", 1, 3, 2), ("data", "two_pass", 8, 3, 2)
     ]  # fmt: skip
@@ -234,14 +238,14 @@ def test_rates_of_auto_count_the_cycles_of_every_mode(tmp_path, monkeypatch):
     engine = make(path, mode="auto", max_seq_len=512, max_batch_size=1)
     engine.metrics.times = {"ar_cycle": (3, 0.5), "one_pass_cycle": (2, 0.25), "prefill": (9, 9.0), "recording": (9, 9)}
     assert rates._cycles(engine) == (5, 0.75)
-    (row,) = rates.decode_rates(engine, ("data",), ("auto",), fan_out=2, num_prompts=1, max_new_tokens=8)
+    (row,) = rates.decode_rates(engine, {"data": encoded(engine, 1)}, ("auto",), fan_out=2, max_new_tokens=8)
     assert (row["mode"], row["block_len"], row["batch"], row["tokens"]) == ("auto", 8, 1, 8) and row["ms_per_cycle"] > 0
 
 
 def test_rates_leave_out_what_ran_before(tmp_path):
     engine = make(str(byte_tokenizer.make_checkpoint(tmp_path)), max_seq_len=512)
     engine.metrics.times = {"ar_cycle": (3, 1e6)}
-    (row,) = rates.decode_rates(engine, ("data",), ("ar",), num_prompts=1, max_new_tokens=8)
+    (row,) = rates.decode_rates(engine, {"data": encoded(engine, 1)}, ("ar",), max_new_tokens=8)
     assert 0 < row["ms_per_cycle"] < 1e3 * row["tokens"] / row["tok_s"]
 
 
