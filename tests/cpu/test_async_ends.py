@@ -15,8 +15,8 @@ import pytest
 
 from orthrus_rt.aio import MOST_FAILURES, AsyncEngine, _own
 from orthrus_rt.sampling import SamplingParams
-from tests.cpu.test_async import GREEDY, collect, collect_rest, make, run
 from tests.engines import a_beginning_each
+from tests.shared_engine import GREEDY, collect, collect_rest, make, run
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 

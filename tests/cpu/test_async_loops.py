@@ -12,8 +12,8 @@ import torch
 from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.breaks import Breaks
 from orthrus_rt.sampling import SamplingParams
-from tests.cpu.test_async import GREEDY, collect, collect_rest, make, slowly
 from tests.engines import a_beginning_each
+from tests.shared_engine import GREEDY, collect, collect_rest, make, slowly
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
