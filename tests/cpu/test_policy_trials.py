@@ -1,0 +1,88 @@
+"""When the policy of mode="auto" tries a plan that is not in use, for how long, and what that may cost."""
+
+import pytest
+
+from orthrus_rt.acceptance import Outcome
+from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket
+from orthrus_rt.lane import REFRESH_CYCLES
+from orthrus_rt.policy import EXPLORATION, REST, Policy
+
+TWO_PASS, ONE_PASS, PRICE = CyclePlan("two_pass", 4), CyclePlan("one_pass", 4, 2), 0.02
+
+
+def rested(rival, batch):
+    """A policy that has run AR for as long as it rests between trials. Trying ``rival`` would lose PRICE a cycle."""
+    chooser, bucket = Policy([AR, rival], 8), batch_bucket(batch, 8)
+    chooser.costs.set(bucket, AR, 1.0)
+    chooser.costs.set(bucket, rival, chooser.acceptance.tokens([rival])[rival] + PRICE)
+    ran = 0
+    while ran < REST + REFRESH_CYCLES or chooser._course.left:
+        assert chooser.choose(batch) == AR
+        chooser.exploration.balance, ran = 0.0, ran + 1
+        chooser.record([Outcome(0, 0)] * batch)
+    chooser.settle()
+    return chooser
+
+
+@pytest.mark.parametrize(("batch", "credit", "tried"), [(1, 3, False), (8, 3, True), (3, 3, True), (3, 2, False)])
+def test_a_large_batch_tells_of_a_plan_in_fewer_cycles(batch, credit, tried):
+    """Credit for some cycles of a plan that may beat AR: with eight sequences, one cycle is a trial."""
+    chooser = rested(TWO_PASS, batch)
+    chooser.exploration.balance = (credit + 0.5) * PRICE
+    assert (chooser.choose(batch) == TWO_PASS) == tried
+
+
+@pytest.mark.parametrize(("filling", "tried"), [(False, 0), (True, 2)])
+def test_credit_for_a_trial_of_one_pass_is_for_more_than_its_first_cycle(filling, tried):
+    """Its first cycle has no drafts to verify. With eight sequences, one more cycle is a trial."""
+    chooser = rested(ONE_PASS, 8)
+    chooser.exploration.balance = 1.5 * PRICE + filling * (chooser.costs.seconds(8, ONE_PASS) - 1.0)
+    plans = []
+    for _ in range(3):
+        plans.append(chooser.choose(8))
+        chooser.record([Outcome(0, 0)] * 8)
+    assert plans == [ONE_PASS] * tried + [AR] * (3 - tried)
+
+
+def test_a_plan_whose_only_cycle_may_have_stalled_gets_one_more_at_any_price():
+    """That happens as soon as exploration has any credit."""
+    plan = CyclePlan("two_pass", 4)
+    chooser = Policy([AR, plan], 1)
+    chooser.costs.set(1, AR, 1.0)
+    chooser.costs.observe(1, plan, 5.0)
+    while chooser._since_trial < 2 * REST or chooser._course.left:
+        chooser.exploration.balance = -100.0
+        assert chooser.choose(1) == AR
+        chooser.record([Outcome(0, 0)])
+    chooser.settle()
+    chooser.exploration.balance = 0.1
+    assert chooser.choose(1) == plan
+    chooser.record([Outcome(3, 0)], 5.0)
+    assert chooser.choose(1) == AR
+
+
+def test_a_trial_costs_what_it_loses_against_the_plan_in_use():
+    """AR here, which yields a token a second. What a trial gains is credited."""
+    chooser = rested(TWO_PASS, 8)
+    cost = chooser.costs.seconds(8, TWO_PASS)
+    for accepted in (0, 3):
+        chooser.exploration.balance, chooser._since_trial, chooser.current = 10.0, REST, None
+        assert chooser.choose(8) == TWO_PASS
+        chooser.record([Outcome(3, accepted)] * 8)
+        chooser.settle()
+        assert chooser.exploration.balance == pytest.approx(10.0 + EXPLORATION * cost - (cost - (1 + accepted)))
+
+
+def test_a_trial_begins_as_soon_as_the_last_one_is_long_past():
+    """Whatever ended the courses between them, such as another batch or rejection sampling."""
+    chooser = Policy([AR, TWO_PASS], 1)
+    chooser.costs.set(1, AR, 1.0)
+    chooser.costs.set(1, TWO_PASS, chooser.acceptance.tokens([TWO_PASS])[TWO_PASS] + PRICE)
+    plans = []
+    for cycle in range(REFRESH_CYCLES + REST + 1):
+        if cycle == REFRESH_CYCLES + 10:
+            chooser.current = None
+        chooser.exploration.balance = 1.0
+        plans.append(chooser.choose(1))
+        chooser.record([Outcome(0, 0)])
+    assert plans == [AR] * (REFRESH_CYCLES + REST) + [TWO_PASS]
