@@ -399,7 +399,7 @@ def test_a_close_rival_of_ar_hears_soon_that_ar_has_become_faster():
     assert decode(250)[-20:] == [AR] * 20
 
 
-def test_a_courses_last_times_correct_the_costs(monkeypatch):
+def test_a_courses_last_times_correct_the_costs_once(monkeypatch):
     chooser, seen = Policy([AR], 1), []
     chooser.costs.set(1, AR, 1.0)
     for i in range(REFRESH_CYCLES + AR_COURSE):
@@ -409,3 +409,8 @@ def test_a_courses_last_times_correct_the_costs(monkeypatch):
         chooser.record([Outcome(0, 0)], 1.0 + i)
     chooser.settle()
     assert seen == [(1, AR, 1.0 + i - RECENT + j) for j in range(1, RECENT + 1)]
+    assert [chooser.choose(1), chooser.choose(1)] == [AR, AR]
+    for seconds in (2.0, 3.0):  # weighed one by one
+        chooser.record([Outcome(0, 0)], seconds)
+        chooser.settle()
+    assert seen[RECENT:] == [(1, AR, 2.0), (1, AR, 3.0)]

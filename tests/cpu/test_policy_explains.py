@@ -56,3 +56,9 @@ def test_it_explains_what_it_wants_where_the_account_does_not_cover_that():
     assert chooser.choose(1) == AR != wanted
     facts = chooser.explain()
     assert (facts["in_use"], facts["current"]) == (wanted.label, "ar")
+
+
+def test_it_explains_itself_before_it_has_chosen():
+    facts = policy("steep", measured=False).explain()
+    assert facts["in_use"] is facts["current"] is None and facts["spent_seconds"] == 0.0
+    assert not any(row["cost_measured"] or row["cycles"] for row in facts["candidates"].values())

@@ -1,7 +1,9 @@
 """What mode="auto" may lose against plain AR, whatever the drafter and the clock do: see tests/policy_simulator.py."""
 
+import itertools
 import math
 import random
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -154,6 +156,7 @@ def test_nothing_timed_is_nothing_earned():
     chooser.record([Outcome(0, 0)], 5e-3)
     chooser.settle()
     assert chooser.safety.balance == pytest.approx((GRANT + SAFETY) * 5e-3)
+    assert chooser.costs.measured_once(1, AR)  # a time does not confirm itself
 
 
 def test_lost_cycles_hold_no_credit():
@@ -297,3 +300,50 @@ def test_a_course_is_paid_at_the_price_that_it_began_at():
     chooser.settle()
     assert chooser.safety.balance == pytest.approx(before - cycles * worst, rel=1e-3)
     assert chooser.costs.seconds(1, plan) > 2.5
+
+
+def drafting(seconds, clock=None):
+    """A policy whose course of this plan, of so many seconds where AR takes one, has just ended."""
+    plan = CyclePlan("two_pass", 16)
+    chooser = Policy([AR, plan], 1, clock=clock)
+    for p, cost in ((AR, 1.0), (plan, seconds)):
+        chooser.costs.set(1, p, cost)
+    while chooser.current != plan or chooser._course.left:
+        drafts = chooser.choose(1).block_len - 1
+        chooser.record([Outcome(drafts, drafts)])
+    chooser.settle()
+    return chooser, plan
+
+
+def test_credit_is_held_for_cycles_whose_results_have_not_arrived():
+    chooser, plan = drafting(2.0)
+    worst, ran = chooser._course.reserved, []
+    chooser.safety.balance = 2.5 * worst
+    for _ in range(4):
+        ran.append(chooser.choose(1))
+        chooser.settle()
+    assert ran == [plan, plan, AR, AR]
+
+
+def test_choosing_takes_no_credit_that_cycles_need():
+    """Neither the next one, nor those under way."""
+    chooser, plan = drafting(2.0, clock=partial(next, itertools.count(step=0.9)))
+    worst = chooser._course.reserved
+    for in_flight in (0, 1):
+        chooser.settle()
+        chooser.safety.balance, chooser.current = (1.5 + in_flight) * worst, None
+        assert chooser.choose(1) == plan
+        assert chooser.safety.balance == pytest.approx((1 + in_flight) * worst)
+    chooser.safety.balance, chooser.current = -1.0, None
+    assert chooser.choose(1) == AR
+    assert chooser.safety.balance == -1.0
+
+
+def test_a_prefill_may_end_the_wait_for_credit():
+    chooser, plan = drafting(2.0)
+    chooser.safety.balance = 0.0
+    for _ in range(2):
+        assert chooser.choose(1) == AR
+        chooser.record([Outcome(0, 0)])
+    chooser.prefilled(1e3)
+    assert chooser.choose(1) == plan

@@ -1,4 +1,4 @@
-"""When another plan replaces the one in use: once it has promised to save SWITCH cycles."""
+"""When another plan replaces the one in use: once it has promised to save SWITCH cycles. And when AR is timed again."""
 
 import math
 
@@ -6,7 +6,16 @@ import pytest
 
 from orthrus_rt.acceptance import Acceptance
 from orthrus_rt.cycle_plan import AR, CyclePlan
-from orthrus_rt.lane import DEADBAND, SWITCH, Lane
+from orthrus_rt.lane import (
+    DEADBAND,
+    DRIFT_REST,
+    REFRESH_CYCLES,
+    REFRESH_DRIFT,
+    REFRESH_PRICE,
+    REFRESH_REST,
+    SWITCH,
+    Lane,
+)
 from orthrus_rt.pass_costs import PassCosts
 
 PLAN = CyclePlan("two_pass", 4)
@@ -56,6 +65,10 @@ def test_a_promise_that_does_not_last_is_forgotten(lane):
         for _ in range(round(SWITCH / DEADBAND)):
             lane.ran(AR)
             assert lane.hold({AR: 1.0, PLAN: 2.0}) == AR
+    for _ in range(1000):
+        lane.ran(AR)
+        assert lane.hold({AR: 1.0, PLAN: 2.0}) == AR
+    assert cycles_until(lane, PLAN, rates) == due  # nor is it owed anything
 
 
 def test_how_long_until_the_plan_in_use_is_replaced(lane):
@@ -64,4 +77,29 @@ def test_how_long_until_the_plan_in_use_is_replaced(lane):
     assert lane.until_switch({AR: 1.0, PLAN: 1.0}) == math.inf
     wait = lane.until_switch(rates)
     assert wait == pytest.approx(SWITCH / (0.1 - DEADBAND))
-    assert wait <= cycles_until(lane, PLAN, rates) <= wait + 1
+    for _ in range(5):
+        lane.ran(AR)
+    assert lane.hold(rates) == AR and lane.until_switch(rates) == pytest.approx(wait - 5)
+    assert wait <= 5 + cycles_until(lane, PLAN, rates) <= wait + 1
+
+
+@pytest.mark.parametrize(
+    ("drift", "rate", "cycles"),
+    [
+        (0.0, 0.999, REFRESH_REST),
+        (0.0, 0.9, math.ceil(REFRESH_CYCLES * 0.1 / (REFRESH_PRICE * 1.8))),
+        (REFRESH_DRIFT - 0.01, 0.999, REFRESH_REST),
+        (REFRESH_DRIFT + 0.01, 0.1, DRIFT_REST),
+    ],
+)
+def test_when_ar_is_timed_again(lane, monkeypatch, drift, rate, cycles):
+    """As soon as it is cheap, or at any price if the machine's speed may have changed. ``rate`` is relative to AR's."""
+    monkeypatch.setattr(lane.costs, "drift", lambda *_: drift)
+    lane.costs.set(1, AR, 1.0)
+    lane.costs.set(1, PLAN, 1.8)
+    assert lane.hold({AR: 1.0, PLAN: rate}) == PLAN
+    for plan in [AR] + [PLAN] * (cycles - 1):
+        lane.ran(plan)
+        assert not lane.wants_ar_timed(rate)
+    lane.ran(PLAN)
+    assert lane.wants_ar_timed(rate)

@@ -4,8 +4,8 @@ import pytest
 
 from orthrus_rt.acceptance import Outcome
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket
-from orthrus_rt.lane import REFRESH_CYCLES
-from orthrus_rt.policy import EXPLORATION, REST, Policy
+from orthrus_rt.lane import DEADBAND, REFRESH_CYCLES
+from orthrus_rt.policy import EXPLORATION, EXPLORATION_CAP, OPTIMISM, REST, Policy
 
 TWO_PASS, ONE_PASS, PRICE = CyclePlan("two_pass", 4), CyclePlan("one_pass", 4, 2), 0.02
 
@@ -61,6 +61,17 @@ def test_a_plan_whose_only_cycle_may_have_stalled_gets_one_more_at_any_price():
     assert chooser.choose(1) == AR
 
 
+@pytest.mark.parametrize(("share", "tried"), [(0.5, False), (1.5, True)])
+def test_what_might_save_less_than_the_deadband_is_not_tried(share, tried):
+    chooser = rested(TWO_PASS, 8)
+    chooser.costs.set(8, TWO_PASS, 1.0)
+    hopeful = chooser.costs.seconds(8, TWO_PASS, hopeful=True)
+    tokens = chooser.acceptance.tokens([TWO_PASS], OPTIMISM)[TWO_PASS]
+    chooser.costs.set(8, TWO_PASS, (1 - share * DEADBAND) * tokens / hopeful)
+    chooser.exploration.balance = 10.0
+    assert (chooser.choose(8) == TWO_PASS) == tried
+
+
 def test_a_trial_costs_what_it_loses_against_the_plan_in_use():
     """AR here, which yields a token a second. What a trial gains is credited."""
     chooser = rested(TWO_PASS, 8)
@@ -71,6 +82,15 @@ def test_a_trial_costs_what_it_loses_against_the_plan_in_use():
         chooser.record([Outcome(3, accepted)] * 8)
         chooser.settle()
         assert chooser.exploration.balance == pytest.approx(10.0 + EXPLORATION * cost - (cost - (1 + accepted)))
+
+
+def test_credit_for_trials_is_capped():
+    chooser = rested(TWO_PASS, 1)
+    chooser.exploration.balance = 1e3
+    chooser.choose(1)
+    chooser.record([Outcome(0, 0)])
+    chooser.settle()
+    assert chooser.exploration.balance == EXPLORATION_CAP
 
 
 def test_a_trial_begins_as_soon_as_the_last_one_is_long_past():
