@@ -34,6 +34,10 @@ UNSUPPORTED = [
         "every layer must use full attention, but sliding_window is 128",
     ),
     (
+        {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": None},
+        "every layer must use full attention, but sliding_window is 128",
+    ),
+    (
         {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1},
         "every layer must use full attention, but sliding_window is 0",
     ),
@@ -81,6 +85,7 @@ UNSUPPORTED = [
     ({"block_size": 1}, "block_size must be >= 2, got 1"),
     ({"mask_token_id": ...}, "mask_token_id must be within the vocabulary [0, 96), got None"),
     ({"mask_token_id": 96}, "mask_token_id must be within the vocabulary [0, 96), got 96"),
+    ({"mask_token_id": -1}, "mask_token_id must be within the vocabulary [0, 96), got -1"),
     ({"model_type": ["qwen3"]}, "model_type must be one of qwen3, orthrus, llama, got ['qwen3']"),
     ({"architectures": 5}, "architectures must name one of OrthrusLM, OrthrusForCausalLM, Qwen3ForCausalLM, got 5"),
     ({"architectures": [["OrthrusLM"]]}, "architectures must name one of OrthrusLM"),
@@ -183,6 +188,7 @@ def test_facts_of_both_families():
     assert not llama.tie_word_embeddings
     assert tiny_config(head_dim=...).head_dim == 128
     assert [tiny_config(block_size=n).block_len for n in (2, 256, 257)] == [2, 256, 256]
+    assert tiny_config(mask_token_id=0).mask_token_id == 0
 
 
 @pytest.mark.parametrize(
@@ -218,6 +224,13 @@ def test_bad_eos_id_of_generation_config_is_named():
         (
             {"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
             {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 512},
+        ),
+        (
+            {
+                "rope_theta": 5e5,
+                "rope_scaling": {"type": "yarn", "rope_type": "linear", "rope_theta": None, "factor": 4},
+            },
+            {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
         ),
         ({}, {"rope_type": "default", "rope_theta": 10000.0}),
     ],
@@ -260,6 +273,12 @@ def test_an_integer_of_any_size_is_a_number(rope, key):
     assert torch.equal(*tables)
 
 
+@pytest.mark.parametrize("rope", [YARN, LLAMA3])
+def test_the_length_that_scaling_starts_from_stays_an_integer(rope):
+    """As transformers asks."""
+    assert isinstance(tiny_config(rope_parameters=rope).rope["original_max_position_embeddings"], int)
+
+
 @pytest.mark.parametrize(
     "unused",
     [
@@ -297,5 +316,21 @@ def test_yarn_reaches_as_far_as_it_stretches(most, positions):
     assert far.max_position_embeddings == sys.maxsize
 
 
-def test_silu_has_two_names():
-    assert tiny_config(hidden_act="swish") == tiny_config()
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"hidden_act": "swish"},  # another name of silu
+        {"rms_norm_eps": ...},
+        {"architectures": ["Qwen3ForCausalLM", "another"]},
+        {"transformers_weights": "model.safetensors"},
+        {"transformers_weights": "model.safetensors.index.json"},
+    ],
+)
+def test_other_ways_to_say_the_same(same):
+    assert tiny_config(**same) == tiny_config()
+
+
+@pytest.mark.parametrize(("rope", "most"), [(LLAMA3, 512), (YARN | {"factor": 8.0}, 1024)])
+def test_what_other_scaling_than_linear_stretches_is_all_there_is(rope, most):
+    config = tiny_config(rope_parameters=rope)
+    assert config.most_positions == config.max_position_embeddings == most
