@@ -116,14 +116,12 @@ def load(path_or_id: StrPath, *, adapter: StrPath | None = None, base_gguf: StrP
             f"got {config.num_layers}"
         )
     expected = expected_tensors(config)
-    tied_head = {"lm_head.weight": expected["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
+    head = {"lm_head.weight": expected["model.embed_tokens.weight"]}  # a tied one may be stored too
     if adapter is None:
-        _check_tensors(stored, expected, folder, tied_head)
+        _check_tensors(stored, expected, folder, head)
     else:
         view = scan(adapter, "diffusion_view.safetensors", "model.safetensors")
-        _check_tensors(
-            stored, {key: shape for key, shape in expected.items() if not is_diffusion(key)}, folder, tied_head
-        )
+        _check_tensors(stored, {key: shape for key, shape in expected.items() if not is_diffusion(key)}, folder, head)
         _check_tensors(view, {key: shape for key, shape in expected.items() if is_diffusion(key)}, adapter)
         stored |= view
     tensors = LazyTensors(stored)

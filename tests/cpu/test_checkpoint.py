@@ -207,7 +207,7 @@ def test_more_layers_than_there_are_tensors(folder):
     )
 
 
-@pytest.mark.parametrize("name", ("x" * 5000, "a\0b", ""))
+@pytest.mark.parametrize("name", ("x" * 5000, "a\0b", "", Path("/no/folder")))
 def test_what_names_no_folder(name):
     assert "is neither a folder here, nor a hub id" in message_of(name)
 

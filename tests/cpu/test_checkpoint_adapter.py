@@ -32,6 +32,7 @@ def test_base_and_adapter_are_the_whole_model(tmp_path, family):
     whole = checkpoint.load(checkpoints.make(tmp_path / "whole", family, seed=3))
     joined = checkpoint.load(base, adapter=adapter)
     assert vars(joined.config) == vars(whole.config) | {"name": str(base)}
+    assert checkpoint.load_config(str(base), adapter=str(adapter)) == joined.config
     assert set(joined.tensors) == set(whole.tensors)
     assert all(torch.equal(joined.tensors[name], whole.tensors[name]) for name in whole.tensors)
 
@@ -126,6 +127,7 @@ def test_a_quantised_view_is_not_quantised_again(tmp_path, folders):
     "fact",
     [
         "hidden_size",
+        "intermediate_size",
         "num_hidden_layers",
         "num_attention_heads",
         "num_key_value_heads",
@@ -137,10 +139,12 @@ def test_a_quantised_view_is_not_quantised_again(tmp_path, folders):
 )
 def test_adapter_that_states_another_base(folders, fact):
     base, adapter = folders
-    edit_config(adapter, **{fact: 7})
     config = json.loads((base / "config.json").read_text())
     found = (config | config["rope_parameters"])[fact]
-    assert message_of(base, adapter) == f"{adapter}: is for another base: {fact} must be 7, got {found} from {base}"
+    for stated in (7, 0):
+        edit_config(adapter, **{fact: stated})
+        want = f"{adapter}: is for another base: {fact} must be {stated}, got {found} from {base}"
+        assert message_of(base, adapter) == want
 
 
 @pytest.mark.parametrize(("fact", "value"), [("head_dim", 128), ("num_key_value_heads", 4)])
@@ -189,7 +193,8 @@ def test_fingerprint_tells_bases_of_one_shape_apart(tmp_path):
         ({"rope_scaling": {"factor": 8.0}}, "rope_scaling.factor must be 8.0, got None"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}}, None),
         ({"rope_parameters": None, "rope_scaling": {}}, None),
-        ({"rope_parameters": {"rope_type": "default", "truncate": True, "beta_fast": 32, "mscale": 0}}, None),
+        ({"rope_parameters": {"rope_type": "default", "truncate": True, "beta_fast": 32, "beta_slow": 1}}, None),
+        ({"rope_parameters": {"mscale": 0}}, None),
         ({"rope_parameters": {"truncate": False}}, "rope_parameters.truncate must be False, got True"),
     ],
 )
@@ -249,6 +254,13 @@ def test_adapter_must_state_its_block(folders, key):
     base, adapter = folders
     edit_config(adapter, **{key: ...})
     assert message_of(base, adapter) == f"{adapter / 'config.json'}: {key} is missing, an adapter must state it"
+
+
+def test_what_an_adapter_states_of_its_block_goes_before_the_base(folders):
+    base, adapter = folders
+    edit_config(base, block_size=5, mask_token_id=4)
+    config = checkpoint.load(base, adapter=adapter).config
+    assert (config.block_len, config.mask_token_id) == (8, 95)
 
 
 def test_bad_adapter_value_names_both_files(folders):

@@ -155,3 +155,10 @@ def test_any_failure_is_one_error(monkeypatch):
 def test_neither_folder_nor_id(name):
     expected = f"{name!r}: is neither a folder here, nor a hub id (owner/name), nor 'smollm2-135m'"
     assert message_of(name) == expected
+
+
+def test_a_folder_here_goes_before_an_id(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "owner" / "model")
+    monkeypatch.chdir(tmp_path)
+    assert [checkpoint.is_hub_id(name) for name in ("owner/model", "owner/other")] == [False, True]
+    assert info.model_facts("owner/model", None, None)["block_len"] == 8

@@ -55,12 +55,14 @@ def test_bos_that_transformers_4_put_before_text(folder, kind, processor):
     [
         {"add_bos_token": False},
         {"add_bos_token": None},
+        {"add_bos_token": ...},
         {"bos_token": None},
         {"tokenizer_class": "PreTrainedTokenizerFast"},
     ],
 )
 def test_no_bos_unless_it_is_asked_for(folder, other):
     settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<bos>"} | other
+    settings = {key: value for key, value in settings.items() if value is not ...}
     assert saved(folder, None, settings)("hello").input_ids == [0]
 
 
@@ -69,6 +71,12 @@ def test_what_tokenizer_json_adds_stays(folder):
     for single, want in (("<bos> $A", [1, 0]), ("$A <bos>", [0, 1])):
         processor = processors.TemplateProcessing(single=single, special_tokens=[("<bos>", 1)])
         assert saved(folder, processor, settings)("hello").input_ids == want
+
+
+def test_tokenizer_json_alone(folder):
+    saved(folder, None, {})
+    (folder / "tokenizer_config.json").unlink()
+    assert checkpoint.load(folder).load_tokenizer()("hello").input_ids == [0]
 
 
 def test_none(folder):
