@@ -121,9 +121,10 @@ def test_misshapen_tensor(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.int8])
-def test_unsupported_dtype(folder, dtype):
-    edit(folder, lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING].to(dtype)}))
-    assert f"{folder / WEIGHTS}: {EMBEDDING} must be one of F32, F16, BF16, got " in message_of(folder)
+@pytest.mark.parametrize("name", [EMBEDDING, "model.layers.0.self_attn.q_norm_diff.weight"])
+def test_unsupported_dtype(folder, name, dtype):
+    edit(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    assert f"{folder / WEIGHTS}: {name} must be one of F32, F16, BF16, got " in message_of(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -195,6 +196,12 @@ def test_broken_config(folder, content, message):
     assert message_of(folder).startswith(f"{folder / 'config.json'}: {message}")
 
 
+def test_a_config_that_cannot_be_read(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    assert message_of(folder) == f"{folder / 'config.json'}: cannot be read (Is a directory)"
+
+
 def test_more_layers_than_there_are_tensors(folder):
     """There are so many that their names alone would not fit into memory."""
     with pytest.raises(torch.OutOfMemoryError, match="take at least"):
@@ -237,6 +244,12 @@ class TestShards:
     def held_by_second(self, folder):
         return sorted(load_file(folder / self.SECOND))[0]
 
+    def test_a_single_file_goes_before_them(self, folder, tmp_path):
+        """As in transformers."""
+        shutil.copy(checkpoints.make(tmp_path / "single", seed=1) / WEIGHTS, folder)
+        single = load_file(folder / WEIGHTS)
+        assert torch.equal(checkpoint.load(folder).tensors[EMBEDDING], single[EMBEDDING])
+
     def test_missing(self, folder):
         (folder / self.SECOND).unlink()
         assert message_of(folder) == f"{folder / self.SECOND}: is missing"
@@ -270,15 +283,17 @@ class TestShards:
         first = self.SECOND.replace("2-of", "1-of")
         assert message_of(folder) == f"{folder / self.SECOND}: {EMBEDDING} is in {first} too"
 
-    @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", 3])
+    @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a\0b", 3])
     def test_index_stays_in_its_folder(self, folder, name):
         self.edit_index(folder, lambda index: index["weight_map"].update({EMBEDDING: name}))
         expected = f"{folder / self.INDEX}: weight_map must name files of its own folder, got {name!r}"
         assert message_of(folder) == expected
 
-    def test_index_without_map(self, folder):
-        self.edit_index(folder, lambda index: index.pop("weight_map"))
-        assert message_of(folder).startswith(f"{folder / self.INDEX}: must hold weight_map, an object of tensor name")
+    @pytest.mark.parametrize("given", [None, {}, ["model.norm.weight"]])
+    def test_index_without_map(self, folder, given):
+        self.edit_index(folder, lambda index: index.update(weight_map=given))
+        expected = f"{folder / self.INDEX}: must hold weight_map, an object of tensor name to file, got {given!r}"
+        assert message_of(folder) == expected
 
 
 def test_a_folder_is_the_one_that_was_there_at_load(text_folder, tmp_path, monkeypatch):

@@ -321,6 +321,16 @@ def test_int8_with_a_wrong_scale(folders, scale, got):
     assert message_of(base, adapter) == f"{adapter / VIEW}: {Q_DIFF}_scale must be F32 of shape [256], got {got}"
 
 
+def test_a_scale_that_changes_behind_its_header(folders):
+    base, adapter = folders
+    quantize_view(adapter / VIEW, adapter / "int8.safetensors")
+    (adapter / "int8.safetensors").replace(adapter / VIEW)
+    loaded = checkpoint.load(base, adapter=adapter)
+    edit(adapter, lambda tensors: tensors.update({f"{Q_DIFF}_scale": torch.ones(1)}), VIEW)
+    with pytest.raises(CheckpointError, match=rf"has changed since it was opened: {Q_DIFF}_scale was of shape \[256\]"):
+        loaded.tensors[Q_DIFF]
+
+
 def test_scale_without_int8(folders):
     base, adapter = folders
     edit(adapter, lambda tensors: tensors.update({f"{Q_DIFF}_scale": torch.ones(256)}), VIEW)

@@ -69,7 +69,7 @@ def test_id_is_fetched(monkeypatch, folder, name, revision):
 
 
 @pytest.mark.parametrize("adapter", [None, "owner/view"])
-@pytest.mark.parametrize("is_here", ["no", "whole", "config.json"])
+@pytest.mark.parametrize("is_here", ["no", "whole", "config.json", "model.safetensors"])
 def test_info_fetches_no_weights(monkeypatch, folder, tmp_path, is_here, adapter):
     """Nothing at all is fetched if a snapshot is here, as its name would move to one without weights."""
     asked = []
@@ -80,8 +80,9 @@ def test_info_fetches_no_weights(monkeypatch, folder, tmp_path, is_here, adapter
         asked.append((repo_id, allow_patterns, local_files_only))
         files = tmp_path / repo_id.replace("/", "-")
         files.mkdir(exist_ok=True)
-        (files / "config.json").write_bytes((folder / "config.json").read_bytes())
-        if is_here == "whole":
+        if not local_files_only or is_here != "model.safetensors":
+            (files / "config.json").write_bytes((folder / "config.json").read_bytes())
+        if is_here in ("whole", "model.safetensors"):
             (files / "model.safetensors").touch()
         return str(files)
 
@@ -162,3 +163,11 @@ def test_a_folder_here_goes_before_an_id(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [checkpoint.is_hub_id(name) for name in ("owner/model", "owner/other")] == [False, True]
     assert info.model_facts("owner/model", None, None)["block_len"] == 8
+
+
+def test_a_snapshot_in_a_cache_by_a_relative_path(folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: folder.name)
+    monkeypatch.chdir(folder.parent)
+    loaded = checkpoint.load("owner/model")
+    monkeypatch.chdir("/")
+    assert loaded.tensors["model.norm.weight"].shape == (64,)

@@ -124,8 +124,10 @@ class TestNoHome:
 
 def test_full_cache_needs_no_gguf(cache, monkeypatch):
     folder = embedded.base_folder()
-    monkeypatch.delenv(embedded.GGUF_VARIABLE)
     monkeypatch.setattr(embedded, "_wheel_gguf", None)
+    monkeypatch.setenv(embedded.GGUF_VARIABLE, "")  # counts as not set
+    assert embedded.base_folder() == folder
+    monkeypatch.delenv(embedded.GGUF_VARIABLE)
     assert embedded.base_folder() == folder
 
 
