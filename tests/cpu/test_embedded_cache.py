@@ -172,12 +172,12 @@ def test_named_file_that_is_not_there(cache):
     )
 
 
-@pytest.mark.parametrize("spec", ["no package", "package without the file"])
+@pytest.mark.parametrize("spec", ["no package", "no folder", "package without the file"])
 def test_missing_wheel(cache, monkeypatch, tmp_path, spec):
     found = None
     if spec != "no package":
-        found = importlib.machinery.ModuleSpec(embedded.GGUF_PACKAGE, None, is_package=True)
-        found.submodule_search_locations = [str(tmp_path)]
+        found = importlib.machinery.ModuleSpec(embedded.GGUF_PACKAGE, None)
+        found.submodule_search_locations = None if spec == "no folder" else [str(tmp_path)]
     monkeypatch.delenv(embedded.GGUF_VARIABLE)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     assert message_of() == (
@@ -226,6 +226,17 @@ def test_write_that_fails_half_way(cache, source):
     assert not left_in(cache)
 
 
+def test_interrupted_conversion_leaves_no_trace(cache, monkeypatch):
+    def interrupted(source, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded, "convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        embedded.base_folder()
+    assert not left_in(cache)
+
+
 def test_cache_that_is_no_folder(monkeypatch, cache, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -238,9 +249,11 @@ def test_cache_in_a_folder_that_is_not_utf_8(monkeypatch, cache, tmp_path):
     assert "the converted base model cannot be written ('utf-8' codec can't encode" in message_of()
 
 
-def test_an_empty_manifest_is_not_a_whole_cache(cache):
+@pytest.mark.parametrize("content", ["{}", "[1]"])
+def test_an_empty_manifest_is_not_a_whole_cache(cache, content):
+    """Nor one of another kind."""
     folder = embedded.base_folder()
-    (folder / "manifest.json").write_text("{}")
+    (folder / "manifest.json").write_text(content)
     (folder / "model.safetensors").unlink()
     assert (embedded.base_folder() / "model.safetensors").exists()
 
