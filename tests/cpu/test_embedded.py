@@ -98,6 +98,8 @@ def test_tokenizer_of_a_gguf(converted):
     assert tokenizer.decode(ids) == "hello 42<|im_end|>"
     assert tokenizer.decode(ids, skip_special_tokens=True) == "hello 42"
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    assert tokenizer.model_max_length == gguf_files.tiny_llama().max_position_embeddings
+    assert not tokenizer.clean_up_tokenization_spaces
     chat = [{"role": "user", "content": "he"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|im_start|>he<|im_end|>"
 

@@ -60,6 +60,13 @@ def test_what_a_host_can_give(tmp_path, group):
     assert room.free_bytes(CPU, host(tmp_path, **group)) == 9216 * 10**6
 
 
+def test_what_a_gpu_can_give(monkeypatch):
+    """What is free, and what torch keeps without using it."""
+    for name, told in {"mem_get_info": (100, 999), "memory_reserved": 50, "memory_allocated": 20}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, told=told: told)
+    assert room.free_bytes(torch.device("cuda", 0)) == 130
+
+
 @pytest.mark.parametrize(
     ("quota", "threads", "wants"),
     [
@@ -71,6 +78,7 @@ def test_what_a_host_can_give(tmp_path, group):
         ("20000 100000", 2, 1),
         ("9900000 100000", 80, 64),
         ("no numbers", 9, None),
+        ("400000 0", 9, None),
     ],
 )
 def test_more_threads_than_there_is_time_for(tmp_path, monkeypatch, caplog, quota, threads, wants):
@@ -116,8 +124,13 @@ def test_what_fits_exactly_is_loaded(monkeypatch):
         room.check_left("they", 1001, CPU, torch.float32)
 
 
-def test_the_reference_may_multiply_by_what_lies_in_the_file(folder):
-    assert room.least_weight_bytes(engines.make(folder).config, CPU, torch.float16) == 0
+def test_the_reference_may_multiply_by_what_lies_in_the_file(folder, monkeypatch):
+    """On a GPU it cannot."""
+    config = engines.make(folder).config
+    assert room.least_weight_bytes(config, CPU, torch.float16) == 0
+    monkeypatch.setattr(room.dispatch, "select", lambda *_: "reference")
+    on_gpu = (room.least_weight_bytes(config, torch.device("cuda"), dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert next(on_gpu) == 2 * next(on_gpu) > 0
 
 
 def test_weights_that_do_not_fit_are_not_loaded(folder, monkeypatch):
