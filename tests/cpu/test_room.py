@@ -12,7 +12,7 @@ from tests import checkpoints, engines
 
 CPU = torch.device("cpu")
 GB = 10**9
-MEMINFO = "MemTotal:  24000000 kB\nMemFree: 1 kB\nMemAvailable:  8000000 kB\nSwapFree:  1000000 kB\nHugePages_Free: 0\n"
+MEMINFO = "MemTotal:  24000000 kB\nMemFree: 1\nMemAvailable:  8000000 kB\nSwapFree:  1000000 kB\nOdd: x\n"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,15 @@ def test_a_container_without_an_account_of_swap(tmp_path):
     assert room.free_bytes(CPU, host(tmp_path, **group)) == 13 * 10**8 + 1024 * 10**6
 
 
-@pytest.mark.parametrize("group", [{}, {"memory__max": "1000"}, {"memory__max": "1000", "memory__current": "?"}])
+@pytest.mark.parametrize(
+    "group",
+    [
+        {},
+        {"memory__max": "1000"},
+        {"memory__max": "1000", "memory__current": "?"},
+        {"memory__max": "1000", "memory__current": "10", "memory__stat": "anon 5"},
+    ],
+)
 def test_what_a_host_can_give(tmp_path, group):
     """Where a container's limit is not reported, or only in part."""
     assert room.free_bytes(CPU, host(tmp_path, **group)) == 9216 * 10**6
@@ -97,6 +105,9 @@ def test_more_threads_than_there_is_time_for(tmp_path, monkeypatch, caplog, quot
 
 
 def test_a_host_that_tells_nothing(tmp_path, monkeypatch, folder):
+    assert room.free_bytes(CPU, tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 24000000 kB\n")
     assert room.free_bytes(CPU, tmp_path) is None
     monkeypatch.setattr(room, "free_bytes", lambda _: None)
     engines.make(folder)
