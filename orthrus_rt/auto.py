@@ -135,7 +135,7 @@ class Auto:
         with dry_cycles(engine, plans, slots, context) as start:
             for plan in plans:
                 # A cycle with more rows costs no less than the most expensive one measured with fewer.
-                at_least = costs.seconds(slots, plan, hopeful=True) if plan != AR else 0.0
+                at_least = costs.seconds(slots, plan, hopeful=True)
                 most = plan.block_len * costs.seconds(slots, AR)
                 if plan.mode == "one_pass" and (fresh := CyclePlan("two_pass", plan.block_len)) in worth:
                     most = min(most, costs.seconds(slots, fresh))  # its drafts are accepted more often

@@ -16,12 +16,10 @@ def inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    # The scaled variants are those of transformers. Any config class works, as they read only these fields. The hidden
-    # size is not one of them, but LlamaConfig requires a multiple of the number of heads.
+    # The scaled variants are those of transformers. Any config class works, and one head is enough.
     carrier = LlamaConfig(
-        hidden_size=config.num_heads_q * config.head_dim,
-        num_attention_heads=config.num_heads_q,
-        head_dim=config.head_dim,
+        hidden_size=config.head_dim,
+        num_attention_heads=1,
         max_position_embeddings=config.max_position_embeddings,
         rope_parameters=dict(config.rope),
     )

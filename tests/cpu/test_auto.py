@@ -374,6 +374,8 @@ def test_the_policy_is_asked_for_the_slots_that_run_and_by_whether_any_request_s
     assert choose(_0="greedy") == choose(_2="greedy") == choose(_0="sampled", _1="greedy") == (AR, auto.policy)
     assert asked == [(1, True), (3, True), (2, False)]
     assert choose(_0="greedy", _1="rejection") == (CyclePlan("two_pass", 4), None) and len(asked) == 3
+    auto = Auto(CyclePlan("auto", 3), 4, torch.device("cpu"), lambda: "a model")
+    assert choose(_0="rejection") == (CyclePlan("two_pass", 3), None)  # no more drafts than auto may have
 
 
 @pytest.mark.parametrize(("device", "counts"), [("cpu", True), ("cuda", False)])

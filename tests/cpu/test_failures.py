@@ -345,6 +345,7 @@ def test_where_costs_cannot_be_kept_auto_runs_all_the_same(folder, tmp_path, mon
     with pytest.raises(CheckpointError, match="as there is no home folder for a cache; let XDG_CACHE_HOME name one"):
         cache_root()
     engine = make(folder, mode="auto", max_batch_size=1)
+    assert not engine._autos[engine._plan].known
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         engine.warmup()
