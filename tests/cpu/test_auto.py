@@ -253,9 +253,10 @@ def test_warmup_leaves_out_what_could_not_pay(folder, cache, monkeypatch, per_ro
 
     monkeypatch.setattr(Auto, "_seconds", seconds)
     auto = engine(folder, max_batch_size=1)
-    auto.warmup()
+    recorded = auto._autos[auto._plan].warmup(auto)
     policy = auto._autos[auto._plan].policy
     timed = {row[1:4] for row in map(tuple, policy.costs.table())}
+    assert set(recorded) == {(CyclePlan(*plan), 1) for plan in timed}
     plans = {(p.mode, p.block_len, p.fan_out) for p in policy.plans_of(1)}
     assert plans - timed == set(out)
 
@@ -332,6 +333,7 @@ def test_warmup_times_sequences_in_the_middle_and_leaves_no_trace(folder, cache,
     assert still_seen == seen and all(torch.equal(a, b) for a, b in zip(tensors, after, strict=True))
     assert dict(timed) == contexts
     untimed = {(p, n) for p, n in auto._autos[auto._plan].shapes() if n not in contexts}
+    assert untimed <= set(auto._autos[auto._plan].warmup(auto))
     assert untimed <= {(cycle.plan, cycle.state.num_slots) for cycle in auto.runner._cycles.values() if cycle.settled}
     assert auto._autos[auto._plan].known == bool(contexts) == bool(list(cache.glob("*")))
     assert [o.token_ids for o in auto.generate(PROMPTS, LONG)] == [

@@ -1,14 +1,18 @@
 """What cycles cost: estimates between measurements, resistance to stalls and drift, and storage on disk."""
 
+import dataclasses
 import json
 import math
 import random
 
 import pytest
+import torch
 
+from orthrus_rt.auto import cost_identity
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.pass_costs import PassCosts, cache_file
 from orthrus_rt.policy import AR, REFRESH_CYCLES, candidate_plans
+from tests.checkpoints import tiny_config
 from tests.policy_simulator import cost_table
 
 PLANS = candidate_plans(16)
@@ -289,3 +293,20 @@ def test_costs_that_could_not_be_kept_leave_nothing_behind(tmp_path, monkeypatch
     with pytest.raises(OSError, match="no space left"):
         cost_table("steep", PLANS, 4).save(tmp_path / "costs.json", "key")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_costs_are_kept_for(monkeypatch):
+    """Whatever changes them: the model's name and sizes, how it is stored, device, implementations, context."""
+
+    def identity(dtype=torch.float32, nbytes=100, context=256, **sizes):
+        config = dataclasses.replace(tiny_config(), **sizes)
+        return cost_identity(config, torch.device("cpu"), dtype, {"ar": nbytes}, context)
+
+    sizes = {"name": "other", "num_layers": 3, "hidden_size": 80, "intermediate_size": 144, "vocab_size": 97}
+    others = sizes | {"dtype": torch.bfloat16, "nbytes": 99, "context": 255}
+    seen = [identity(), *(identity(**{name: other}) for name, other in others.items())]
+    for name, other in {"device_facts": {"isa": "another"}, "dispatch.select": "another"}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(f"orthrus_rt.auto.{name}", lambda *_, other=other: other)
+            seen.append(identity())
+    assert len(set(seen)) == len(seen)
