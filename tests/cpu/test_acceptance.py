@@ -1,6 +1,7 @@
 """What outcomes teach about the plans that did not run: orthrus_rt/acceptance.py."""
 
 import itertools
+import math
 import random
 import subprocess
 import sys
@@ -230,6 +231,8 @@ def test_optimism_is_about_what_sets_a_plan_apart_from_the_one_that_runs():
     rival = seen.tokens(PLANS, 1.0, running)
     assert rival[running] == mean[running]
     others = [p for p in PLANS if p not in (AR, running)]
+    long, hopeful = seen.accepted()[4], seen.accepted(1.0, running)[4]
+    assert hopeful[:8] == long[:8] and hopeful[8] > long[8]  # as far as the running plan's drafts reach
     shorter = CyclePlan("one_pass", 4, 4)  # differs only in how many of the same drafts it takes
     assert rival[shorter] == mean[shorter]
     assert all(mean[p] < rival[p] <= hope[p] for p in others if p.mode == "one_pass" and p != shorter)
@@ -274,6 +277,25 @@ def test_hazards_that_nothing_is_drafted_for_fade():
     seen.observe(AR, [[Outcome(0, 0)]] * (8 * IDLE_MEMORY))
     for fan_out in (0, 2, 8):
         assert seen.accepted()[fan_out] == pytest.approx(fresh.accepted()[fan_out], rel=0.05)
+
+
+def test_drafts_of_one_plan_renew_the_hazards_of_all():
+    """As far as they reach. What lies beyond them fades as if nothing was drafted."""
+    seen, row = Acceptance(15, FAN_OUTS), FAN_OUTS.index(4)
+    for _ in range(100):
+        seen.observe(CyclePlan("one_pass", 16, 4), [[Outcome(15, 12)]])
+    before = seen._trials[row].copy()
+    for _ in range(IDLE_MEMORY):
+        seen.observe(CyclePlan("two_pass", 4), [[Outcome(3, 0)]])
+    assert seen._trials[row, 0] < 1e-3 * before[0]
+    assert seen._trials[row, 10] == pytest.approx(before[10] / np.e, rel=1e-2)
+
+
+@pytest.mark.parametrize("plan", [CyclePlan("two_pass", 4), CyclePlan("one_pass", 4, 2)])
+def test_drafts_that_were_all_accepted_tell_nothing_of_the_next(plan):
+    seen = Acceptance(15, FAN_OUTS)
+    seen.observe(plan, [[Outcome(3, 3)] * 4])
+    assert seen._trials[FAN_OUTS.index(plan.fan_out)].tolist() == [4.0] * 3 + [0.0] * 12
 
 
 def test_quality_fades_slowly():
@@ -324,3 +346,15 @@ def test_what_a_drafts_prior_is_worth():
     first, second = (4 * 0.7 + 3) / (4 + 4), (8 * (4 * 0.7 + 3) / (4 + 4) * 0.9 + 1) / (8 + 2)
     chain = Acceptance._chain([3.0, 1.0], [4.0, 2.0], 0.7, [0.9], 0.0, 0)
     assert chain == pytest.approx([0.0, first, first + first * second])
+
+
+def test_optimism_is_about_drafts_beyond_those_that_run():
+    """By standard errors, not above certainty, and not passed on to later drafts."""
+    first, rates = (4 * 0.7 + 3) / 8, []
+    second = (8 * first * 0.9 + 1) / 10
+    for rate, trials in ((second, 10), (second * 0.8, 8)):
+        rates.append(rate + math.sqrt(rate * (1 - rate) / trials))
+    expected = list(itertools.accumulate([0.0, first, first * rates[0], first * rates[0] * rates[1]]))
+    told = [3.0, 1.0, 0.0], [4.0, 2.0, 0.0], 0.7, [0.9, 0.8]
+    assert Acceptance._chain(*told, 1.0, 1) == pytest.approx(expected)
+    assert Acceptance._chain(*told, 99.0, 1) == pytest.approx([0.0, first, 2 * first, 3 * first])
