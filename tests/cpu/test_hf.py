@@ -62,7 +62,8 @@ def test_returns_prompt_and_new_tokens(model, input_ids):
     for diffusion in (True, False):
         out = model.generate(input_ids=input_ids, max_new_tokens=20, use_diffusion_mode=diffusion)
         assert out.dtype == torch.int64 and out.tolist() == [input_ids[0].tolist() + want]
-    assert model.generate(input_ids, max_length=12).shape == (1, 12)
+    for fewer in (None, 1):  # max_length goes before it
+        assert model.generate(input_ids, max_new_tokens=fewer, max_length=12).shape == (1, 12)
 
 
 def test_streamer_gets_prompt_tokens_and_end(model, input_ids):
