@@ -128,7 +128,7 @@ def verify(
     for first in range(0, len(prompts), batch):
         group, together = prompts[first : first + batch], []
         if batch > 1:
-            company = prompts[max(0, len(group) + first - batch) : first + len(group)]
+            company = prompts[first + len(group) - batch : first + len(group)]
             outs = [complete(engine.generate(company, params, mode=mode)) for mode in modes]
             together = [(mode, some[-len(group) :]) for mode, some in zip(modes, outs, strict=True)]
         for i, ids in enumerate(group):

@@ -1,6 +1,7 @@
 """The interface that users of the published code know."""
 
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer, TextStreamer
 
 from orthrus_rt import SamplingParams, hf
 from orthrus_rt.checkpoint import EMBEDDED_NAME
-from orthrus_rt.hf import OrthrusForCausalLM
+from orthrus_rt.hf import LEAST_TEMPERATURE, OrthrusForCausalLM
 from orthrus_rt.outputs import RequestOutput, Stats
 
 pytestmark = pytest.mark.usefixtures("paced")
@@ -157,8 +158,10 @@ def test_whatever_a_tokenizer_returns(model):
         assert torch.equal(out, want) and out.dtype == torch.int64
     mask = batch.attention_mask.tolist()
     assert torch.equal(model.generate(batch.input_ids.int(), max_new_tokens=6, attention_mask=mask), want)
+    masked = {"input_ids": batch.input_ids, "attention_mask": 0 * batch.attention_mask}
+    assert torch.equal(model.generate(masked, max_new_tokens=6, attention_mask=mask), want)
     with pytest.raises(ValueError, match="attention_mask must be all ones"):
-        model.generate({"input_ids": batch.input_ids, "attention_mask": 0 * batch.attention_mask}, max_new_tokens=6)
+        model.generate(masked, max_new_tokens=6)
     for nothing in ("text", None, [[1], [2, 3]], {"ids": [[1]]}):
         with pytest.raises(ValueError, match=r"generate: input_ids must be integers of shape \[1, n\], got "):
             model.generate(nothing, max_new_tokens=6)
@@ -188,7 +191,9 @@ def test_what_the_published_code_takes_as_off(model, input_ids):
 def test_what_says_the_same_is_accepted(model, input_ids):
     want = model.generate(input_ids, max_new_tokens=20)
     assert torch.equal(model.generate(input_ids, max_new_tokens=20, do_sample=False), want)
-    assert model.generate(input_ids, max_new_tokens=4, do_sample=True, temperature=1.0).shape == (1, 9)
+    assert torch.equal(model.generate(input_ids, max_new_tokens=20, do_sample=0), want)
+    for temperature in (1.0, LEAST_TEMPERATURE):
+        assert model.generate(input_ids, max_new_tokens=4, do_sample=True, temperature=temperature).shape == (1, 9)
     eos, kinds = int(want[0, 8]), (int, np.int64, np.array, torch.tensor)
     ends = [model.generate(input_ids, max_new_tokens=20, eos_token_id=kind(eos)) for kind in kinds]
     assert all(torch.equal(out, ends[0]) for out in ends) and ends[0].shape[1] <= 9
@@ -204,6 +209,19 @@ def test_a_failure_before_the_first_token_sends_the_streamer_nothing(model, inpu
     with pytest.raises(FloatingPointError):
         model.generate(input_ids, max_new_tokens=4, streamer=recorder)
     assert len(recorder.calls) == 1  # the prompt
+
+
+def test_a_streamer_that_fails_ends_the_request(model, input_ids):
+    takes_the_prompt_alone = SimpleNamespace(put=lambda ids: 1 / (ids.dim() - 1))
+    with pytest.raises(ZeroDivisionError) as error:
+        model.generate(input_ids, max_new_tokens=20, streamer=takes_the_prompt_alone)
+    assert error.traceback and not model.engine.has_unfinished()
+
+
+def test_greedy_decoding_draws_no_seed(model, input_ids):
+    before = torch.get_rng_state()
+    model.generate(input_ids, max_new_tokens=4)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_one_prompt_at_a_time(model):
@@ -237,7 +255,7 @@ def test_from_pretrained_refuses_what_it_cannot_honour():
         OrthrusForCausalLM.from_pretrained("x", quantization_config={})
     with pytest.raises(TypeError, match="torch_dtype is not supported; its name is dtype"):
         OrthrusForCausalLM.from_pretrained("x", torch_dtype=torch.bfloat16)
-    for device_map in ({"model": 0, "lm_head": 1}, {}, None):
+    for device_map in ({"model": 0, "lm_head": 1}, {"": "cpu", "lm_head": "cpu"}, {}, None, True):
         with pytest.raises(ValueError, match="device_map must name one device"):
             OrthrusForCausalLM.from_pretrained("x", device_map=device_map)
     with pytest.raises(ValueError, match="dtype must be one of"):
@@ -253,6 +271,13 @@ def test_a_device_map_of_one_device(monkeypatch, device_map, device):
     monkeypatch.setattr(hf.Engine, "from_pretrained", lambda _, *, device, **__: asked.append(device))
     OrthrusForCausalLM.from_pretrained("x", device_map=device_map)
     assert asked == [device]
+
+
+def test_dtype_auto_is_bfloat16(monkeypatch):
+    asked = []
+    monkeypatch.setattr(hf.Engine, "from_pretrained", lambda _, *, dtype, **__: asked.append(dtype))
+    OrthrusForCausalLM.from_pretrained("x", dtype="auto")
+    assert asked == ["bfloat16"]
 
 
 def test_a_model_stays_where_it_is(model, monkeypatch):

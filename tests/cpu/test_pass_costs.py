@@ -173,6 +173,33 @@ def test_two_cycles_that_agree_settle_it_whatever_the_first_one_said():
     assert costs.seconds(1, plan) < 9.9  # between the two times
 
 
+def test_a_second_time_that_is_a_little_shorter_settles_it_too():
+    costs, plan = known(0), CyclePlan("two_pass", 4)
+    for seconds in (2.2, 2.0):
+        costs.observe(1, plan, seconds)
+    assert not costs.measured_once(1, plan) and 2.0 < costs.seconds(1, plan) < 2.2
+
+
+def test_a_warm_up_is_taken_at_its_word_on_a_machine_that_has_slowed_down():
+    costs, plan = known(30), CyclePlan("two_pass", 4)
+    for _ in range(30):
+        costs.observe(1, AR, 2.0)
+    costs.set(1, plan, 3.0)
+    assert costs.seconds(1, plan) == pytest.approx(3.0)
+
+
+def test_no_more_is_hoped_for_than_what_was_measured_allows():
+    """Twice it was dear, or once cheaper than its like."""
+    costs, plan, other = PassCosts(), CyclePlan("one_pass", 8, 8), CyclePlan("one_pass", 8, 4)
+    costs.set(1, other, 1.0)
+    costs.set(1, plan, 5.0)
+    assert costs.seconds(1, plan, hopeful=True) > 4.9
+    costs = PassCosts()
+    costs.set(1, other, 1.0)
+    costs.observe(1, plan, 0.5)
+    assert costs.seconds(1, plan, hopeful=True) <= 0.5
+
+
 def test_a_warm_up_settles_what_was_measured_once():
     costs, plan = known(0), CyclePlan("two_pass", 4)
     costs.observe(1, plan, 5.0)
@@ -234,7 +261,7 @@ def test_costs_are_kept_and_a_stale_or_broken_file_is_not_believed(tmp_path):
     text = file.read_text()
     broken = ["", text[: len(text) // 2], "[]", "{}", '{"key": 1}', json.dumps({"key": key, "seconds": []})]
     broken += [
-        json.dumps({"key": key, "seconds": [[1, "ar", 1, 0, bad]]}) for bad in (0, -1, 1e300, float("nan"), "x", None)
+        json.dumps({"key": key, "seconds": [[1, "ar", 1, 0, bad]]}) for bad in (0, -1, 1e-9, 1e300, math.nan, "x", None)
     ]
     broken += [
         json.dumps({"key": key, "seconds": [[1, "ar", 1, 0, 1], bad]})

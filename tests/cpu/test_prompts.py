@@ -14,6 +14,8 @@ def test_built_in_prompts():
         loaded, key=lambda p: prompts.KINDS.index(p.kind)
     )
     assert all(p.text and p.kind in prompts.KINDS for p in loaded)
+    with pytest.raises(ValueError, match=r"kind must be one of chat, .*, got 'poem'"):
+        prompts.load("poem")
 
 
 def byte_tokenizer_with_bos():

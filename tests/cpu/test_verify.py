@@ -189,6 +189,18 @@ def test_errors(run, args, message):
     assert re.match("orthrus-rt verify: (?!verify)", err)
 
 
+@pytest.mark.parametrize(
+    ("params", "modes", "message"),
+    [
+        (SamplingParams(4, temperature=1.0), ["ar", "two_pass"], "sampling needs a seed"),
+        (SamplingParams(4), ["ar"], "two modes"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(params, modes, message):
+    with pytest.raises(ValueError, match=message):
+        next(verify.verify(None, [[1]], params, modes))
+
+
 def test_a_mode_that_is_none(run, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("--modes", "ar", "foo")
@@ -265,7 +277,10 @@ def compare_scripted(engine, monkeypatch, shares):
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "near_tie"),
-    [(0.9, 0.05, True), (1.1, 0.05, False), (0, 0.9, True), (0, 1.1, False), (0.5, 0.4, True), (0.5, 0.6, False)],
+    [
+        *[(0.9, 0.05, True), (1.1, 0.05, False), (0, 0.9, True), (0, 1.1, False), (0.5, 0.4, True), (0.5, 0.6, False)],
+        *[(-1.1, 0.5, False), (-0.5, 1.1, False)],  # tokens that were not our first choice
+    ],
 )
 @pytest.mark.parametrize("before", [{}, {2: (0.3, 0.3)}], ids=["first", "second"])
 def test_near_ties_are_those_within_the_bound(text_folder, monkeypatch, ours, theirs, near_tie, before):
