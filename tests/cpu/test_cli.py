@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,8 @@ from orthrus_rt.cli import build_parser, main
 from orthrus_rt.cli_options import in_options
 from orthrus_rt.engine import Engine
 from tests import byte_tokenizer
+
+NEEDED = "orthrus-rt generate: a prompt is needed: as an argument, from --file, or on standard input\n"
 
 
 @pytest.fixture
@@ -153,6 +156,7 @@ def test_info_names_every_op_and_the_model(run, text_folder):
     code, out, _ = run("info", "--json")
     facts = json.loads(out)
     assert code == 0 and facts["ops"]["row_linear"] == "cpu"
+    assert all(facts["ops"][op] in available for op, available in facts["ops_available"].items())
     assert facts["model"]["name"] == text_folder and facts["model"]["block_len"] == 8
     assert facts["device"]["type"] == "cpu" and facts["versions"]["torch"]
     code, out, _ = run("info")
@@ -162,7 +166,8 @@ def test_info_names_every_op_and_the_model(run, text_folder):
 def test_processors_of_one_name_are_told_apart():
     """The costs of cycles are kept under the name that is made here."""
     processor = "processor\t: {}\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nflags\t\t: a: b\n\n"
-    assert info.cpu_name(processor.format(0) + processor.format(1)) == "AMD EPYC (family 26, model 2)"
+    two = processor.format(0) + processor.format(1).replace("EPYC", "another")
+    assert info.cpu_name(two) == "AMD EPYC (family 26, model 2)"
     arm = "processor\t: 0\nBogoMIPS\t: 2000.00\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n"
     assert info.cpu_name(arm) == f"{platform.machine()} (implementer 0x41, part 0xd4f)"
     assert info.cpu_name("processor\t: 0\nBogoMIPS\t: 243.75\n") == info.cpu_name("") == platform.machine()
@@ -204,6 +209,8 @@ def test_bench_runs_auto(run, tmp_path, monkeypatch):
             "--draft-len belongs to auto, .*: --modes must name one of them, got ar",
         ),
         (["--profile", "--context", "-1", "--model", "/nowhere"], "--context must be >= 1, got -1"),
+        (["--profile", "--context", "0", "--model", "/nowhere"], "--context must be >= 1, got 0"),
+        (["--profile", "--max-new-tokens", "2"], "--max-new-tokens has no use with --profile"),
         (["--context", "10"], "--context has no use without --profile"),
         (["--profile", "-n", "2"], "--num-prompts has no use with --profile"),
         (["--profile", "--modes", "ar", "auto"], "--modes must be among ar, two_pass, one_pass, got auto"),
@@ -368,7 +375,7 @@ def test_a_bug_is_no_difference(run, monkeypatch):
 @pytest.mark.parametrize(
     ("closed", "message"),
     [
-        ("stdin", "orthrus-rt generate: a prompt is needed: as an argument, from --file, or on standard input\n"),
+        ("stdin", NEEDED),
         ("stdout", "orthrus-rt generate: standard output is closed\n"),
     ],
 )
@@ -376,6 +383,11 @@ def test_closed_streams(run, monkeypatch, closed, message):
     """Python puts None in their place."""
     monkeypatch.setattr(sys, closed, None)
     assert run("generate", *(["x"] if closed == "stdout" else [])) == (2, "", message)
+
+
+def test_a_terminal_is_not_waited_for(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    assert run("generate") == (2, "", NEEDED)
 
 
 @pytest.mark.parametrize("unbuffered", ("", "1"))
