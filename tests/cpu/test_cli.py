@@ -250,6 +250,7 @@ def test_info_reports_a_model_that_cannot_be_opened(run):
         (["--temperature", "-1", "x"], ": --temperature must be 0, or finite and >= 1e-6, got -1.0"),
         (["--min-tokens", "300", "x"], r": --min-tokens must be in \[0, 128\] \(--max-new-tokens\), got 300"),
         (["--top-p", "0.5", "x"], ": --top-p is for sampling: --temperature must be above 0, got 0"),
+        (["--min-p", "0.5", "x"], ": --min-p is for sampling: --temperature must be above 0, got 0"),
         (["--seed", "0", "x"], ": --seed is for sampling: --temperature must be above 0, got 0"),
         (["--file", "/nowhere/prompt.txt"], "generate: /nowhere/prompt.txt: No such file or directory"),
         (["--base-gguf", "/nope", "x"], "--base-gguf: applies to 'smollm2-135m' only"),
