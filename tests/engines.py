@@ -42,6 +42,12 @@ def drain(engine: Engine, told: Told | None = None) -> Told:
     return told
 
 
+def all_pages_back(engine: Engine) -> None:
+    assert engine.kv.num_free_pages == engine.kv.num_pages
+    assert bool((engine.kv.page_table == 0).all())
+    assert not any(engine.scheduler.slots) and not engine.scheduler._live
+
+
 @contextlib.contextmanager
 def a_beginning_each(engine: Engine, tokens: int = 8) -> Iterator[None]:
     """Inside it, requests get their first ``tokens`` and few more, so only an abort ends longer ones, however slowly

@@ -17,7 +17,7 @@ from orthrus_rt.exclusive import in_turn
 from orthrus_rt.outbox import Outbox
 from orthrus_rt.sampling import SamplingParams
 from tests import checkpoints, engines, failing, poison
-from tests.engines import drain, take
+from tests.engines import all_pages_back, drain, take
 
 pytestmark = pytest.mark.native
 PACED = pytest.mark.usefixtures("paced")  # not where records of cycles are interrupted: pace_of checks it afterwards
@@ -106,11 +106,6 @@ def interrupted(function, after: int, everywhere: bool = False):
     finally:
         sys.settrace(before)
     return False
-
-
-def all_pages_back(engine):
-    assert engine.kv.num_free_pages == engine.kv.num_pages and not any(engine.scheduler.slots)
-    assert not engine.scheduler._live
 
 
 def start(engine, got):
