@@ -7,13 +7,15 @@ import signal
 import socket
 import time
 
-from orthrus_rt.sampling import SamplingParams
-from tests.cpu import test_server_example as example
-from tests.cpu.test_server_example import ENDLESS, events, exchange, failure, post, serve, wait_until
-from tests.engines import a_beginning_each
+import pytest
 
-pytestmark = example.pytestmark
-folder, server, engine = example.folder, example.server, example.engine
+from orthrus_rt.sampling import SamplingParams
+from tests import example_server
+from tests.engines import a_beginning_each
+from tests.example_server import ENDLESS, events, exchange, failure, post, serve, wait_until
+
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
+folder, server, engine = example_server.folder, example_server.server, example_server.engine
 BULKY = 200_000 * "m"  # a model's name, which every event contains: more than all buffers hold
 
 
