@@ -268,13 +268,15 @@ def check_the_unlikely(implementation):
 
 def check_count_tokens(op, device="cpu"):
     """Only new tokens are counted, each as often as it occurs, from a ring that wraps or is entirely new. So is a token
-    of the prompt, if it is among the new ones; a token outside the vocabulary, or no longer in the ring, is not.
+    of the prompt, if it is among the new ones; a token outside the vocabulary, or no longer in the ring, is not. There
+    are counts of a slot that is not the state's.
     """
-    state = SlotState.allocate(4, 4, 9, 1, "cpu")
+    state = SlotState.allocate(5, 4, 9, 1, "cpu")
+    state.num_output[4] = 3
     rings = [[5, 6, 5, 5, 7, 0, 0, 0, 0], [2, 3, 4, 9, 9, 9, 9, 3, 1], [8, 8, 7] + [8] * 6, [6] * 8 + [4]]
-    state.output.copy_(torch.tensor(rings))
+    state.output[:4] = torch.tensor(rings)
     state.output[2, 3:6] = torch.tensor([10, -3, 2_000_000_000])
-    state.num_output.copy_(torch.tensor([5, 12, 12, 250]))
+    state.num_output[:4] = torch.tensor([5, 12, 12, 250])
     edits = SlotEdits.allocate(5, 10, 1, torch.zeros(5, 1, dtype=torch.int32))
     edits.num_counted.copy_(torch.tensor([1, 7, 3, 0, 0]))
     edits.token_counts[0, 5], edits.token_counts[0, 6], edits.token_counts[0, 0] = 2, -1, -1
@@ -283,7 +285,7 @@ def check_count_tokens(op, device="cpu"):
     want[1, 1:5] = torch.tensor([1, 1, 2, 1], dtype=torch.int32)
     want[2, 7], want[2, 8] = 1, 5
     want[3, 6], want[3, 4] = 8, 1
-    state, edits = moved(state, device), moved(edits, device)
+    state, edits = moved(state, device).view(slice(4)), moved(edits, device)
     for _ in range(2):  # the second time, nothing is new
         op(state, edits)
         assert torch.equal(edits.token_counts.cpu(), want)

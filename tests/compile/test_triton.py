@@ -104,7 +104,13 @@ def call_cycle_embed(slots):
     return embed.embed, (rows.token, bf16(100, 64), bf16(rows.num_rows, 64)), {}
 
 
-@pytest.mark.parametrize("call", (call_cycle_logits, call_cycle_embed))
+def call_cycle_attention(slots):
+    rows = empty_rows(Layout(slots, 3, slots * 2, 3), "cpu")
+    q, pages, scratch = bf16(rows.num_rows, 4, 64), bf16(8, 2, 64, 64), bf16(rows.num_rows_diff, 2, 64)
+    return dual_attn.dual_attn, (q, pages, pages, int32(64, 4), scratch, scratch, rows, 0.125, q), {}
+
+
+@pytest.mark.parametrize("call", (call_cycle_logits, call_cycle_embed, call_cycle_attention))
 def test_one_version_serves_any_number_of_rows(call, monkeypatch):
     """Otherwise another version would be compiled in the middle of decoding, at the first batch of that size."""
     kinds = []
@@ -113,6 +119,13 @@ def test_one_version_serves_any_number_of_rows(call, monkeypatch):
         with monkeypatch.context() as patch:
             kinds.append([launch.specialisation() for launch in record(patch, launcher, *args, **kwargs)])
     assert all(kind == kinds[0] for kind in kinds)
+
+
+def test_counts_are_read_before_any_warp_writes_them(monkeypatch):
+    """Nothing else orders what warps of one program do to num_counted, so there is only one."""
+    launcher, args, kwargs = CALLS["count_tokens-32"]
+    (launch,) = record(monkeypatch, launcher, *args, **kwargs)
+    assert launch.options["num_warps"] == 1
 
 
 # By default all of them for sm_90, and each kernel in its largest form for every architecture; all of both in --full.

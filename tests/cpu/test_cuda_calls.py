@@ -286,8 +286,10 @@ def test_a_graph_is_replayed(recordings):
     assert recordings.replays == 3 and recordings.eager == 0
 
 
-def test_an_engine_keeps_its_stream(two_devices, monkeypatch):
-    """Whatever stream is current where its methods are called, for example in an AsyncEngine's thread."""
+def test_an_engine_keeps_its_stream_and_dtypes(two_devices, monkeypatch):
+    """Whatever stream is current where its methods are called, for example in an AsyncEngine's thread, and whatever the
+    program casts.
+    """
     current, inside = ["later"], []
 
     @contextlib.contextmanager
@@ -298,13 +300,14 @@ def test_an_engine_keeps_its_stream(two_devices, monkeypatch):
 
     @exclusive
     def method(engine):
-        inside.append(current[-1])
+        inside.append((current[-1], torch.is_autocast_enabled("cuda")))
 
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(devices, "exchange_capture_mode", lambda mode: mode)
     where = dict(device=torch.device("cuda:0"), cuda_stream="own")
-    method(SimpleNamespace(turn=Turn(), closed=False, torn=False, dropped=(), **where))
-    assert inside == ["own"] and current == ["later"]
+    with torch.autocast("cuda", torch.float16):
+        method(SimpleNamespace(turn=Turn(), closed=False, torn=False, dropped=(), **where))
+        assert inside == [("own", False)] and current == ["later"] and torch.is_autocast_enabled("cuda")
 
 
 @pytest.mark.parametrize("error", (None, KeyboardInterrupt()), ids=type)

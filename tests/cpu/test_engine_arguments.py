@@ -93,6 +93,7 @@ def test_bad_arguments(engine, folder):
         ({"max_seq_len": 513}, r"max_seq_len must be within \[2, 512\] \(the positions of this model\), got 513"),
         ({"max_seq_len": 1}, r"max_seq_len must be within \[2, 512\] \(the positions of this model\), got 1"),
         ({"device": "abacus"}, "device must be auto, cpu, cuda or cuda:N, got 'abacus'"),
+        ({"device": "meta"}, "device must be auto, cpu, cuda or cuda:N, got 'meta'"),
         ({"device": "cpu:3"}, "device must be auto, cpu, cuda or cuda:N, got 'cpu:3'"),
         ({"device": None}, "device must be auto, cpu, cuda or cuda:N, got None"),
         ({"num_pages": 10**15}, r"num_pages must be < 2\*\*31, got 1000000000000000"),

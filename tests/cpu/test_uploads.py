@@ -1,6 +1,7 @@
 """Uploads to a device: nothing waits for it unnecessarily, and every value arrives."""
 
 import random
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -104,6 +105,13 @@ def test_nothing_is_staged_over_what_the_device_has_not_fetched(monkeypatch):
     while late.arrived < len(late.launched):
         late.fetch_one()
     assert late.values == sent and late.events < 100
+
+
+def test_the_staging_memory_is_never_freed(monkeypatch):
+    """After the device has failed, torch could not."""
+    Late(monkeypatch)
+    memory = weakref.ref(uploads.Staging()._memory)
+    assert memory() is not None
 
 
 def test_an_interrupted_copy_counts_as_under_way(monkeypatch):

@@ -35,7 +35,7 @@ def on_cpu(groups, heads=HEADS, dtype=torch.float32, **how):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("heads", [HEADS, Heads(2, 2, 32), Heads(8, 1, 16)], ids=str)
+@pytest.mark.parametrize("heads", [HEADS, Heads(2, 2, 32), Heads(8, 1, 16), Heads(64, 1, 16)], ids=str)
 def test_against_float64(heads, dtype):
     case = on_cpu(GROUPS, heads, dtype)
     got = case.run()

@@ -46,9 +46,10 @@ def test_rms_norm_in_place():
 def test_embed(hidden, dtype):
     table = torch.randn(11, hidden).to(dtype)
     token = torch.tensor([10, 0, 3, 3], dtype=torch.int32)
-    out = torch.empty(4, hidden, dtype=dtype)
-    embed.embed(token, table, out)
-    assert torch.equal(out, table[token.long()])
+    out = torch.full((5, hidden), torch.nan, dtype=dtype)
+    embed.embed(token, table, out[:4])
+    assert torch.equal(out[:4], table[token.long()])
+    assert out[4].isnan().all()
 
 
 def test_embed_64_bit_offsets():
@@ -62,10 +63,10 @@ def test_nothing_to_do():
 
 @pytest.mark.parametrize("n", [1, 65_536, 200_000])
 def test_sum_words(n):
-    """Includes sums that wrap around, which interpreters before Triton 3.9 refuse."""
+    """Includes sums that wrap around, which interpreters before Triton 3.9 refuse. The words end in mid-tensor."""
     wraps = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
     most = 2**31 if wraps else 2**14
-    x = torch.randint(-most, most, (n,), dtype=torch.int32)
+    x = torch.randint(-most, most, (n + 1,), dtype=torch.int32)[:n]
     out = torch.empty(sum_words.num_sums(n), dtype=torch.int32)
     sum_words.sum_words(x, out)
     assert out.tolist() == [int(part.sum(dtype=torch.int32)) for part in x.split(65_536)]
