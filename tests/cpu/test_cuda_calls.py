@@ -340,7 +340,7 @@ def test_what_a_graph_holds(recordings):
 
 
 def test_a_profile_hides_launches_however_slow_the_host(monkeypatch):
-    """The device sleeps longer and longer, until the host has launched a chunk of calls before it wakes up."""
+    """The device sleeps longer and longer, until the host has launched each chunk of calls before it wakes up."""
     slept = []
 
     class Event:
@@ -351,7 +351,7 @@ def test_a_profile_hides_launches_however_slow_the_host(monkeypatch):
             pass
 
         def query(self):
-            return slept[-1] < 4 * timing.SLEEP_CYCLES  # true once the device has woken up
+            return slept[-1] < 4 * timing.SLEEP_CYCLES and len(slept) % 2  # true once it has woken up: in first chunks
 
         def elapsed_time(self, end):
             return 1e-9 * slept[-1]
@@ -359,9 +359,10 @@ def test_a_profile_hides_launches_however_slow_the_host(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "CHUNK", 2)
     calls = [profile.Call("embed", "embed", lambda: None, lambda: 0)] * 3
     got = profile.time_calls(calls, torch.device("cuda:0"), repeats=2)
-    assert slept == [timing.SLEEP_CYCLES * n for n in (1, 2, 4, 4, 4)]
+    assert slept == [timing.SLEEP_CYCLES * n for n in (1, 1, 2, 2, 4, 4, 4, 4, 4, 4)]
     assert got == [pytest.approx(1e-6 * slept[-1])] * 3
 
 

@@ -1,13 +1,19 @@
-"""measure() on a device that runs behind its host: it returns only the time of the work, at full clocks."""
+"""Time on a device that runs behind its host: measure() returns only that of the work, at full clocks, and a stopwatch
+never waits.
+"""
 
+import contextlib
 import functools
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
 
 from bench import bench_invariance, common
 from orthrus_rt import timing
+from orthrus_rt.stopwatch import Stopwatch
 
 LAUNCH = 8.0  # µs that the host takes for a launch
 DEVICE = torch.device("cuda")
@@ -45,6 +51,7 @@ class Event:
         return self.at <= self.gpu.host
 
     def elapsed_time(self, end):
+        assert self.at <= end.at <= self.gpu.host, "CUDA refuses events that the device has not passed"
         return (end.at - self.at) * 1e-3
 
 
@@ -78,11 +85,70 @@ def test_what_is_reset_is_not_measured(gpu):
     assert ran == ["reset", "run"] * (len(ran) // 2)
 
 
+def test_no_warm_up_means_none(gpu):
+    ran = []
+    timing.measure(lambda: ran.append("run") or gpu.launch(3.0), DEVICE, repeats=2, warmup=0)
+    assert len(ran) == 2
+
+
+def test_the_bandwidth_is_that_of_a_read(gpu, monkeypatch):
+    kernel, gb_s = pytest.importorskip("orthrus_rt.triton_kernels.sum_words"), 3000
+    memory = torch.empty(1 << 40, dtype=torch.int32, device="meta")
+    for name in ("ones", "empty"):
+        monkeypatch.setattr(torch, name, lambda n, **how: memory[:n])
+
+    def read(words, out):
+        assert len(out) * 65_536 == len(words)
+        gpu.launch(words.nbytes / gb_s * 1e-3)
+
+    monkeypatch.setattr(kernel, "sum_words", read)
+    assert timing.read_bandwidth(DEVICE) == pytest.approx(gb_s)
+
+
+def timed(watch: Stopwatch, gpu: Gpu, *works: float) -> None:
+    """Time works of so many µs, of which the last one fails."""
+    with contextlib.suppress(ZeroDivisionError):
+        for us in works:
+            with watch.time("cycle"):
+                gpu.launch(us)
+                1 / (us is not works[-1])
+
+
+def test_a_stopwatch_tells_what_the_device_has_done(gpu, monkeypatch):
+    events, gpu.worked = [], 1e6
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: events.append(enable_timing) or Event(gpu))
+    watch = Stopwatch(DEVICE)
+    timed(watch, gpu, 1e3, 2e3, 3e3, 4e3)
+    assert list(watch.take()) == []
+    gpu.host = 3.5e3
+    assert list(watch.take()) == [("cycle", pytest.approx(1e-3, 0.01)), ("cycle", pytest.approx(2e-3))]
+    gpu.synchronize()
+    assert list(watch.take()) == [("cycle", pytest.approx(3e-3))]
+    timed(watch, gpu, 1e3, 2e3, 3e3)
+    assert events == [True] * 8  # used again
+    gone = weakref.ref(watch)
+    gc.disable()
+    del watch
+    gc.enable()
+    assert gone() is None
+
+
+def test_a_stopwatch_on_a_cpu(gpu):
+    watch = Stopwatch(torch.device("cpu"))
+    timed(watch, gpu, 1e3, 2e3)
+    assert list(watch.take()) == [("cycle", pytest.approx(LAUNCH * 1e-6))] and list(watch.take()) == []
+
+
 def test_rounds_in_turn_are_warm_and_alone_too(gpu, monkeypatch):
     monkeypatch.setattr(bench_invariance, "graphed", lambda run, device: run)
     candidates = {"long": lambda i: gpu.launch(5.0), "short": lambda i: gpu.launch(2.0)}
     took = bench_invariance.least_times(candidates, copies=4, device=DEVICE, rounds=1)
     assert took == {"long": pytest.approx(5.0), "short": pytest.approx(2.0)}
+
+
+def test_on_a_cpu_the_clock_counts(monkeypatch):
+    monkeypatch.setattr(timing.time, "perf_counter", itertools.count().__next__)
+    assert timing.time_each([int, int], torch.device("cpu"), repeats=3) == [[1e6] * 3] * 2
 
 
 def test_on_a_cpu_ways_take_turns(monkeypatch):
