@@ -28,7 +28,8 @@ def test_a_second_choice_is_a_warning(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
-    ("version", "why"), [("3.5.1", "triton must be 3.6 or later, got 3.5.1"), ("3.10.0+git", None)]
+    ("version", "why"),
+    [("3.5.1", "triton must be 3.6 or later, got 3.5.1"), ("3.6.0", None), ("3.10.0+git", None)],
 )
 def test_a_triton_that_is_too_old_is_not_used(monkeypatch, version, why):
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: name)
@@ -69,6 +70,12 @@ def test_a_driver_older_than_the_modules_cuda_is_told_at_once(monkeypatch, isa):
     why = dispatch.unavailable("cuda", "dual_attn", torch.device("cuda", 7), torch.bfloat16)
     want = "the native module, built with CUDA 13.0, cannot use the device: is its driver older?"
     assert why == (want if isa == "none" else None)
+
+
+def test_the_portable_attention_takes_bfloat16_alone():
+    """In float32 it spills."""
+    why = dispatch.unavailable("triton", "dual_attn", torch.device("cuda", 7), torch.float32)
+    assert why == "the triton dual_attn takes bfloat16, not float32"
 
 
 def test_float16_runs_the_reference():

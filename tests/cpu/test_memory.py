@@ -84,16 +84,25 @@ def test_what_the_diffusion_view_adds(folder):
     assert two_pass["cycles"] == picked + staged
 
 
-@pytest.mark.parametrize("where", ("model", "runner", "cpu", "kernel"))
+def test_the_workspace_of_a_card(folder):
+    engine = make(folder)
+    engine.runner.workspace.linear = torch.empty(1000, dtype=torch.uint8)
+    engine.runner.workspace.attn = torch.empty(30, dtype=torch.uint8)
+    assert engine.memory_report()["workspace"] == 1030
+
+
+@pytest.mark.parametrize("where", ("model", "runner", "cpu", "cublas", "kernel"))
 def test_out_of_memory_names_the_knobs(folder, monkeypatch, where):
     def exhausted(*_, **__):
         if where == "cpu":
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        if where == "cublas":
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         if where == "kernel":
             raise MemoryError("std::bad_alloc")
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
 
-    knobs = r"lower max_batch_size, num_pages or max_seq_len \(.*(2.00 GiB|can't allocate memory|bad_alloc).*\)$"
+    knobs = r"lower max_batch_size, num_pages or max_seq_len \(.*(2.00 GiB|allocate memory|ALLOC_FAILED|bad_alloc).*\)$"
     monkeypatch.setattr(*((Runner, "__init__") if where == "runner" else ("orthrus_rt.weights.pack",)), exhausted)
     sizes = "making an engine of max_batch_size 8, num_pages 64, max_seq_len 512: "
     with pytest.raises(torch.OutOfMemoryError, match=sizes + knobs):
