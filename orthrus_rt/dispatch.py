@@ -112,8 +112,8 @@ def unavailable(impl: str, op: str, device: torch.device, dtype: torch.dtype) ->
 def runs_on(archs: str, capability: tuple[int, int]) -> bool:
     """Whether machine code for one of ``archs`` ("80-real 90a-real") runs on a GPU of this compute capability.
 
-    >>> [runs_on("80-real 90a-real", c) for c in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0))]
-    [False, True, True, True, False]
+    >>> [runs_on("80-real 90a-real 100a-real", c) for c in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 3), (12, 0))]
+    [False, True, True, True, False, False]
     """
     for arch in archs.split():
         name = arch.removesuffix("-real")

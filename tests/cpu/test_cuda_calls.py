@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import common
-from orthrus_rt import capture, dispatch, native, ops, profile, timing, weights
+from orthrus_rt import capture, dispatch, native, ops, weights
 from orthrus_rt import device as devices
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.device import pick_device, with_index
@@ -47,10 +47,10 @@ def test_a_packed_weight_is_waited_for(monkeypatch):
     assert done == ["packed", "waited"]
 
 
-@pytest.mark.parametrize("impl", ["cuda", "triton"])
-def test_a_kernel_is_launched_on_its_tensors_device(two_devices, monkeypatch, impl):
-    """Whatever device is current in the calling thread: on another the kernel would read this device's addresses."""
-    current, launched = [1], []
+@pytest.fixture
+def current_device(two_devices, monkeypatch):
+    """The indices of the devices that are current, the innermost last."""
+    current = [1]
 
     @contextlib.contextmanager
     def switched(device):
@@ -58,11 +58,19 @@ def test_a_kernel_is_launched_on_its_tensors_device(two_devices, monkeypatch, im
         yield
         current.pop()
 
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    return current
+
+
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_a_kernel_is_launched_on_its_tensors_device(current_device, monkeypatch, impl):
+    """Whatever device is current in the calling thread: on another the kernel would read this device's addresses."""
+    current, launched = current_device, []
+
     def kernel(*args):
         launched.append(current[-1])
 
-    monkeypatch.setattr(torch.cuda, "device", switched)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(dispatch, "extension", lambda: SimpleNamespace(cuda=SimpleNamespace(embed=kernel)))
     monkeypatch.setattr(dispatch, "triton_module", lambda op: SimpleNamespace(embed=kernel))
     monkeypatch.setattr(dispatch, "select", lambda *_: impl)
@@ -71,6 +79,29 @@ def test_a_kernel_is_launched_on_its_tensors_device(two_devices, monkeypatch, im
     else:
         ops._choose("embed", torch.device("cuda:0"), torch.bfloat16)(None, None, None)
     assert launched == [0] and current == [1]
+
+
+def test_workspaces_are_those_of_the_device(current_device, monkeypatch):
+    """Each is enough for any weight; float32 needs none."""
+    device, asked, launched = torch.device("cuda:0"), [], []
+    cuda = SimpleNamespace(
+        row_linear_workspace=lambda rows, k, n: asked.append(current_device[-1]) or n,
+        dual_attn_workspace=lambda *_: asked.append(current_device[-1]) or 7,
+        row_linear=lambda params, _: launched.append(params["workspace_bytes"]),
+    )
+    module = SimpleNamespace(cuda=cuda, RowLinearParams=dict, RowLinearParamsF32=dict)
+    monkeypatch.setattr(dispatch, "extension", lambda: module)
+    monkeypatch.setattr(dispatch, "select", lambda *_: "cuda")
+    for dtype, linear, attn in ((torch.bfloat16, 3, 7), (torch.float32, 0, 0)):
+        assert native.row_linear_workspace_bytes(device, dtype, 4, [(64, 1), (64, 3), (64, 2)]) == linear
+        assert native.dual_attn_workspace_bytes(device, dtype, 4, 2, 64, 100) == attn
+        x = SimpleNamespace(device=device, dtype=dtype, shape=(4, 64), data_ptr=int)
+        facts = dict(impl="cuda", data=x, bits=16, in_features=64, out_features=3, num_partials=1)
+        for num_bytes in (3, 2):
+            refused = pytest.raises(ValueError, match="workspace must be at least 3 bytes for 4 rows, got 2")
+            with refused if num_bytes < linear else contextlib.nullcontext():
+                native.row_linear(x, SimpleNamespace(**facts), x, workspace=torch.empty(num_bytes, dtype=torch.uint8))
+    assert set(asked) == {0} and launched == [3, 3, 2]
 
 
 class Recordings:
@@ -337,33 +368,6 @@ def test_what_an_engine_asks_does_not_spoil_what_others_capture(two_devices, mon
 def test_what_a_graph_holds(recordings):
     """What torch gives back before it records is not subtracted."""
     assert recorded("cuda:0").graph_bytes == 64
-
-
-def test_a_profile_hides_launches_however_slow_the_host(monkeypatch):
-    """The device sleeps longer and longer, until the host has launched each chunk of calls before it wakes up."""
-    slept = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            pass
-
-        def query(self):
-            return slept[-1] < 4 * timing.SLEEP_CYCLES and len(slept) % 2  # true once it has woken up: in first chunks
-
-        def elapsed_time(self, end):
-            return 1e-9 * slept[-1]
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(timing, "CHUNK", 2)
-    calls = [profile.Call("embed", "embed", lambda: None, lambda: 0)] * 3
-    got = profile.time_calls(calls, torch.device("cuda:0"), repeats=2)
-    assert slept == [timing.SLEEP_CYCLES * n for n in (1, 1, 2, 2, 4, 4, 4, 4, 4, 4)]
-    assert got == [pytest.approx(1e-6 * slept[-1])] * 3
 
 
 @pytest.mark.parametrize(

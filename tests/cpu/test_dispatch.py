@@ -66,10 +66,11 @@ def test_a_driver_older_than_the_modules_cuda_is_told_at_once(monkeypatch, isa):
     module = SimpleNamespace(cuda=SimpleNamespace(isa=lambda: isa), build_info=lambda: built)
     monkeypatch.setattr(dispatch, "extension", lambda: module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    why = dispatch.unavailable("cuda", "dual_attn", torch.device("cuda", 7), torch.bfloat16)
+    asked, cuda = [], torch.device("cuda", 7)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(asked.append(device)))
+    why = dispatch.unavailable("cuda", "dual_attn", cuda, torch.bfloat16)
     want = "the native module, built with CUDA 13.0, cannot use the device: is its driver older?"
-    assert why == (want if isa == "none" else None)
+    assert why == (want if isa == "none" else None) and asked == [cuda]
 
 
 def test_the_portable_attention_takes_bfloat16_alone():

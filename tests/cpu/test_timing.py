@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import bench_invariance, common
-from orthrus_rt import timing
+from orthrus_rt import profile, timing
 from orthrus_rt.stopwatch import Stopwatch
 
 LAUNCH = 8.0  # µs that the host takes for a launch
@@ -103,6 +103,33 @@ def test_the_bandwidth_is_that_of_a_read(gpu, monkeypatch):
 
     monkeypatch.setattr(kernel, "sum_words", read)
     assert timing.read_bandwidth(DEVICE) == pytest.approx(gb_s)
+
+
+def test_a_profile_hides_launches_however_slow_the_host(monkeypatch):
+    """The device sleeps longer and longer, until the host has launched each chunk of calls before it wakes up."""
+    slept = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def query(self):
+            return slept[-1] < 4 * timing.SLEEP_CYCLES and len(slept) % 2  # true once it has woken up: in first chunks
+
+        def elapsed_time(self, end):
+            return 1e-9 * slept[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "CHUNK", 2)
+    calls = [profile.Call("embed", "embed", lambda: None, lambda: 0)] * 3
+    got = profile.time_calls(calls, torch.device("cuda:0"), repeats=2)
+    assert slept == [timing.SLEEP_CYCLES * n for n in (1, 1, 2, 2, 4, 4, 4, 4, 4, 4)]
+    assert got == [pytest.approx(1e-6 * slept[-1])] * 3
 
 
 def timed(watch: Stopwatch, gpu: Gpu, *works: float) -> None:
