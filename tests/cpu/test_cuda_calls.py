@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -113,6 +114,11 @@ class Recordings:
         self.fail_at: dict[str, BaseException] = {}  # "refused", "begin", "run", "end", "replay": what each raises
         self.pools_underway, self.pool_users = [], 0  # of torch's allocator
         self.state, self.marked = "the program's", []  # of the default generator; the states that captures marked
+        self.streams_of, self.generators_of = [], []  # which devices
+
+    def __getitem__(self, index: int):  # as default_generators
+        self.generators_of.append(index)
+        return self
 
     def graphsafe_get_state(self):
         return self.state
@@ -129,6 +135,7 @@ class Recordings:
         self.reserved = 500
 
     def new_stream(self) -> int:
+        self.streams_of.append(self.current[-1])
         self.streams += 1
         return self.streams
 
@@ -204,10 +211,10 @@ def recordings(monkeypatch):
     monkeypatch.setattr(dispatch, "extension", lambda: SimpleNamespace(cuda=fake))
     for name, value in {
         "CUDAGraph": lambda: fake,
-        "default_generators": (fake, fake),
+        "default_generators": fake,
         "ExternalStream": lambda pointer, device: SimpleNamespace(device=device, pointer=pointer),
         "current_stream": lambda device: fake.current[-1],
-        "device": lambda device: contextlib.nullcontext(),
+        "device": fake.stream,
         "stream": fake.stream,
         "graph": fake.graph,
         "graph_pool_handle": fake.new_pool,
@@ -240,9 +247,11 @@ def test_a_cycle_is_recorded_on_its_own_device(recordings):
     assert [r["stream"].device for r in seen] == [torch.device(f"cuda:{i}") for i in (0, 1, 0)]
     assert seen[0]["stream"] is seen[2]["stream"]  # torch shares memory only between graphs of one stream
     assert [r["stream"].pointer for r in seen] == [1, 2, 1]  # used by nothing else
+    assert recordings.streams_of == [torch.device(f"cuda:{i}") for i in (0, 1)]
     assert all(r["pool"] == "pool" and r["capture_error_mode"] == "thread_local" for r in seen)
     assert recordings.inference == [False, True] * 3  # for what torch makes for a graph, then for what is recorded
     assert recordings.marked == [f"ours on cuda:{i}" for i in (0, 1, 0)]  # not the program's generator
+    assert recordings.generators_of == [0, 1, 0]
 
 
 def test_a_torch_that_marks_no_generator_is_left_alone(recordings, monkeypatch):
@@ -270,6 +279,14 @@ def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):
     assert capture._spoilt == [recordings] * (not did_end)
 
 
+@pytest.mark.parametrize(("where", "num_new"), (("run", 0), ("end", 1)))
+def test_a_lack_of_memory_costs_no_pool_unless_it_kept_the_capture_from_ending(recordings, where, num_new):
+    recordings.fail_at = {where: torch.OutOfMemoryError("there")}
+    with pytest.warns(UserWarning, match="op by op"):
+        recorded("cuda:0")
+    assert recordings.num_pools == num_new
+
+
 @pytest.mark.parametrize("enabled", (True, False))
 @pytest.mark.parametrize("error", ({}, {"run": RuntimeError("there")}))
 def test_no_garbage_is_collected_in_a_capture(recordings, enabled, error):
@@ -282,6 +299,21 @@ def test_no_garbage_is_collected_in_a_capture(recordings, enabled, error):
         assert recordings.collecting == [False] * 4 and gc.isenabled() == enabled
     finally:
         gc.enable()
+
+
+def test_threads_record_in_turn():
+    entered = threading.Event()
+
+    def record():
+        with capture._nothing_collected():
+            entered.set()
+
+    with capture._nothing_collected():
+        other = threading.Thread(target=record)
+        other.start()
+        assert not entered.wait(0.1)
+    other.join(60)
+    assert entered.is_set()
 
 
 @pytest.mark.parametrize("where", ("run", "end", "replay"))
@@ -380,37 +412,3 @@ def test_a_benchmark_survives_without_git_and_nvidia_smi(two_devices, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "the card")
     facts = common.header(torch.device("cuda:1"))
     assert facts["revision"] == "unknown" and facts["name"] == want
-
-
-def test_triton_kernels_divide_the_shared_memory_as_the_native_ones(monkeypatch):
-    """Once per kernel, and never in the interpreter, whose launches return None."""
-    pdl = pytest.importorskip("orthrus_rt.triton_kernels.pdl")
-    set_attributes = []
-
-    class Driver:
-        def cuFuncSetAttribute(self, *args):
-            set_attributes.append([arg.value for arg in args])
-
-    monkeypatch.setattr(pdl.ctypes, "CDLL", lambda name: Driver())
-    pdl._carve_out.cache_clear()
-    for kernel in (SimpleNamespace(function=1 << 46), None, SimpleNamespace(function=1 << 46)):
-        pdl.share_multiprocessors(kernel)
-    pdl._carve_out.cache_clear()
-    assert set_attributes == [[1 << 46, pdl.PREFERRED_SHARED_MEMORY_CARVEOUT, 100]]
-
-
-def test_triton_kernels_start_early_where_the_card_can(monkeypatch):
-    """Each GPU is judged by itself. The kernel has to know as well, or it would not wait."""
-    pdl = pytest.importorskip("orthrus_rt.triton_kernels.pdl")
-    capabilities = [(8, 9), (9, 0), (12, 0)]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
-    pdl._capable.cache_clear()
-    early, not_early = {"PDL": True, "launch_pdl": True}, {"PDL": False}
-    monkeypatch.delenv("ORTHRUS_CUDA_PDL", raising=False)
-    devices = [torch.device(name) for name in ("cpu", "cuda:0", "cuda:1", "cuda:2")]
-    try:
-        assert [pdl.launch_options(device) for device in devices] == [not_early] * 2 + [early] * 2
-        monkeypatch.setenv("ORTHRUS_CUDA_PDL", "0")
-        assert [pdl.launch_options(device) for device in devices] == [not_early] * 4
-    finally:
-        pdl._capable.cache_clear()
