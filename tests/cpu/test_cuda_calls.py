@@ -114,7 +114,7 @@ class Recordings:
         self.fail_at: dict[str, BaseException] = {}  # "refused", "begin", "run", "end", "replay": what each raises
         self.pools_underway, self.pool_users = [], 0  # of torch's allocator
         self.state, self.marked = "the program's", []  # of the default generator; the states that captures marked
-        self.streams_of, self.generators_of = [], []  # which devices
+        self.streams_of, self.generators_of, self.pools_of = [], [], []  # which devices
 
     def __getitem__(self, index: int):  # as default_generators
         self.generators_of.append(index)
@@ -168,14 +168,16 @@ class Recordings:
     def capture_end(self) -> None:
         self.capturing = False
         self.reach("end")  # torch checks whether the driver's part failed before it notifies its allocator
-        self.end_allocate_to_pool(0, self.seen[-1]["pool"])
+        self.end_allocate_to_pool(self.seen[-1]["stream"].device.index, self.seen[-1]["pool"])
 
     def end_allocate_to_pool(self, device: int, pool) -> None:
+        self.pools_of.append(device)
         if pool not in self.pools_underway:
             raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
         self.pools_underway.remove(pool)
 
     def release_pool(self, device: int, pool) -> None:
+        self.pools_of.append(device)
         self.pool_users -= 1
 
     def replay(self) -> None:
@@ -269,12 +271,13 @@ def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):
     recordings.fail_at = {where: error("there")}
     cycle = None
     with pytest.raises(error, match="there") as raised:
-        cycle = recorded("cuda:0")
+        cycle = recorded("cuda:1")
     assert cycle is None and not recordings.capturing and recordings.current == ["caller's"]
     assert recordings.num_pools == 1, raised
     assert recordings.state == "the program's" and recordings.state not in recordings.marked
     # If the capture did end, the graph itself releases the pool when it is freed. Otherwise the graph is kept.
     did_end = where in ("begin", "run")
+    assert set(recordings.pools_of) == {1}
     assert not recordings.pools_underway and recordings.pool_users == did_end
     assert capture._spoilt == [recordings] * (not did_end)
 
