@@ -123,7 +123,8 @@ class Recorded:
             with naming_the_knobs(f"{doing} the {self.what}"):
                 yield
         except torch.OutOfMemoryError as error:
-            self._replay, self.op_by_op = None, True  # before the warning, which a program may turn into an error
+            # Before the warning, which a program may turn into an error.
+            self._replay, self.graph_bytes, self.op_by_op = None, 0, True
             warnings.warn(f"{error}; until it is built anew, this runs op by op, slower", stacklevel=5)
 
     def make_recording(self) -> tuple[Callable[[], None], int] | None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from orthrus_rt import state as st
 from orthrus_rt.flights import Flights, Mailbox
 from orthrus_rt.results import SlotResults
 from tests import engines
@@ -47,6 +48,12 @@ def test_results_come_by_page_locked_memory_and_nobody_waits_for_the_copy(monkey
     assert pinned == [True] * 2 and flights.num_posted == 3  # the third uses the first one's buffer again,
     assert len(events) == 2  # and its event
     assert flights.pop().results is not first.results is flights.pop().results
+
+
+def test_no_slot_runs_before_its_first_request(folder):
+    """What the device writes for the host is part of the slots' state."""
+    state = make(folder).runner.state
+    assert state.finish.tolist() == [st.EMPTY] * 2 and not state.num_output.any()
 
 
 def test_mailboxes_outlive_the_flights_that_are_given_up(folder):
