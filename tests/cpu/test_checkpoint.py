@@ -219,9 +219,13 @@ def test_what_names_no_folder(name):
     assert "is neither a folder here, nor a hub id" in message_of(name)
 
 
-@pytest.mark.parametrize(("stored", "dtype"), [(1e5, "float16"), (3.4e38, "bfloat16")])
+@pytest.mark.parametrize(("stored", "dtype"), [(1e5, "float16"), (-1e5, "float16"), (3.4e38, "bfloat16")])
 def test_what_a_dtype_does_not_have(folder, stored, dtype):
-    edit(folder, lambda tensors: tensors.update({Q_DIFF: tensors[Q_DIFF].float() * 0 + stored}))
+    def change(tensors):
+        tensors[Q_DIFF] = tensors[Q_DIFF].float() * 0
+        tensors[Q_DIFF][0, 0] = stored
+
+    edit(folder, change)
     with pytest.raises(
         CheckpointError, match=f"^{folder}: {Q_DIFF} holds numbers that torch.{dtype} cannot represent$"
     ):

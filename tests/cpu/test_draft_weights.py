@@ -1,4 +1,8 @@
-"""Which passes, and which weights, may do without bits: those that nothing but drafts depends on."""
+"""Which weights a pass multiplies by, and which passes and weights may do without bits: those that nothing but drafts
+depends on.
+"""
+
+import itertools
 
 import pytest
 
@@ -53,6 +57,25 @@ def test_a_pass_with_ar_rows_cannot_be_inexact(folder):
     rest = dict(logit_rows=None, epilogue="argmax", out=None)
     with pytest.raises(AssertionError):
         model.forward(engine.model, engine.kv, rows, runner.activations, runner.workspace, exact=False, **rest)
+
+
+@pytest.mark.parametrize("mode", ("ar", "two_pass", "one_pass"))
+def test_each_product_names_the_weight_of_the_next(folder, monkeypatch, mode):
+    """For its prefetch: the AR view's if the pass has AR rows. The last one before the head or of a pass names none."""
+    calls, row_linear = [], ops.row_linear
+
+    def noting(x, weight, out, **how):
+        calls.append((weight if how.get("num_rows_ar", 1) else how["weight_diff"], how.get("next_weight")))
+        row_linear(x, weight, out, **how)
+
+    monkeypatch.setattr(ops, "row_linear", noting)
+    engine = engines.make(folder, mode=mode, max_seq_len=64)
+    engine.generate(PROMPT, SamplingParams(max_new_tokens=6, ignore_eos=True))
+    first, head = engine.model.layers[0], engine.model.lm_head
+    unnamed = [id(weight) for weight in (head, first.qkv, first.qkv_diff)]
+    for (_, named), (weight, _) in itertools.pairwise(calls):
+        assert named is (None if id(weight) in unnamed else weight)
+    assert calls[-1] == (head, None)
 
 
 @pytest.mark.native

@@ -9,6 +9,7 @@ import torch
 from orthrus_rt import huge_pages
 from orthrus_rt.device import claim
 from orthrus_rt.kv import PagedKvCache
+from orthrus_rt.model import Workspace
 from orthrus_rt.runner import Runner
 from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.sizes import engine_sizes
@@ -82,6 +83,21 @@ def test_what_the_diffusion_view_adds(folder):
     picked = built * (2 * config.block_len - 1) * 4  # the indices of the rows that choose
     staged = 2 * (built * config.block_len * 16 + (built + 4) * 4)  # two passes' rows and where their groups start
     assert two_pass["cycles"] == picked + staged
+
+
+def test_a_workspace_begins_as_zeros(folder, monkeypatch):
+    """Of row_linear, whose counters every launch leaves at zero. On a card it has the pool of all recordings."""
+    model = make(folder).model
+    sizes = dict(max_rows=4, max_seq_len=64)
+    monkeypatch.setattr("orthrus_rt.native.row_linear_workspace_bytes", lambda *_: 4096)
+    monkeypatch.setattr(torch, "empty", lambda n, **how: torch.full((n,), 7, **how))
+    workspace = Workspace.allocate(model, **sizes)
+    assert workspace.linear.nbytes == 4096 and not workspace.linear.any() and workspace.graph_pool is None
+    monkeypatch.setattr("orthrus_rt.native.row_linear_workspace_bytes", lambda *_: 0)
+    monkeypatch.setattr("orthrus_rt.native.dual_attn_workspace_bytes", lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    model.device = torch.device("cuda:0")
+    assert Workspace.allocate(model, **sizes) == Workspace(None, None, "pool")
 
 
 def test_the_workspace_of_a_card(folder):
