@@ -85,11 +85,19 @@ def test_what_the_diffusion_view_adds(folder):
     assert two_pass["cycles"] == picked + staged
 
 
+def test_all_cycles_share_the_memory_of_their_choices(folder):
+    activations = make(folder).runner.activations
+    for of in ("logits", "scores"):
+        first, second = (activations.partials(n, of) for n in (1, 2))
+        assert [t.data_ptr() for t in first] == [t.data_ptr() for t in second]
+
+
 def test_a_workspace_begins_as_zeros(folder, monkeypatch):
     """Of row_linear, whose counters every launch leaves at zero. On a card it has the pool of all recordings."""
     model = make(folder).model
     sizes = dict(max_rows=4, max_seq_len=64)
-    monkeypatch.setattr("orthrus_rt.native.row_linear_workspace_bytes", lambda *_: 4096)
+    head = (model.lm_head.in_features, model.lm_head.out_features)
+    monkeypatch.setattr("orthrus_rt.native.row_linear_workspace_bytes", lambda *args: 4096 * (head in args[-1]))
     monkeypatch.setattr(torch, "empty", lambda n, **how: torch.full((n,), 7, **how))
     workspace = Workspace.allocate(model, **sizes)
     assert workspace.linear.nbytes == 4096 and not workspace.linear.any() and workspace.graph_pool is None
