@@ -27,9 +27,9 @@ SLOTS, CONTEXT, LAYERS, K = 2, 70, 2, 8
 make = partial(engines.make, max_seq_len=128, max_batch_size=4)
 
 
-@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32", "float16"))
 def test_the_calls_are_the_cycle(folder, dtype):
-    """Run one by one, they leave the same state and cache as the cycle itself."""
+    """Run one by one, they leave the same state and cache as the cycle itself, whether or not a tape takes them."""
     left = []
     for by_calls in (False, True):
         engine = make(folder, dtype=dtype)
