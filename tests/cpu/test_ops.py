@@ -170,6 +170,8 @@ CASES = [
     (consensus, {"partials": (f32(10, 1), i32(10, 1))},
      "consensus: rows per slot must be within [1, 4] for block_len 4, got 5"),
     (consensus, {"block_len": 5}, "consensus: block_len must be within [1, 4], got 5"),
+    (consensus, {"state": SlotState.allocate(2, 257, 1028, 2, "cpu"), "block_len": 257},
+     "consensus: block_len must be within [1, 256], got 257"),
     (consensus, {"fan_out": 1}, "consensus: fan_out must be within [0, 0] (the state's), got 1"),
     (consensus, {"step": st.STEP_VERIFY_AND_DRAFT, "partials": (None, i32(8, 1))},
      "consensus: partials[0] must be a tensor, got None"),
