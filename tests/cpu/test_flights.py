@@ -1,6 +1,7 @@
 """What was launched and not yet read: where its results lie, and that nothing waits for their copy."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from orthrus_rt import state as st
 from orthrus_rt.flights import Flights, Mailbox
 from orthrus_rt.results import SlotResults
+from orthrus_rt.runner import Runner
 from tests import engines
 
 pytestmark = pytest.mark.native
@@ -54,6 +56,18 @@ def test_no_slot_runs_before_its_first_request(folder):
     """What the device writes for the host is part of the slots' state."""
     state = make(folder).runner.state
     assert state.finish.tolist() == [st.EMPTY] * 2 and not state.num_output.any()
+
+
+def test_what_may_be_running_is_waited_for_before_it_is_dropped(monkeypatch):
+    """Cycles, and whatever was launched ahead of its results; otherwise nothing is."""
+    waited, runner = [], object.__new__(Runner)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    runner.model, runner._with_prompts = SimpleNamespace(device=torch.device("cuda:1")), {}
+    for cycles, may_fly in (({}, False), ({}, True), ({"a": "cycle"}, False)):
+        runner._cycles, runner.flights = cycles, SimpleNamespace(may_fly=may_fly)
+        runner.drop_cycles()
+        assert not runner._cycles
+    assert waited == [runner.model.device] * 2
 
 
 def test_mailboxes_outlive_the_flights_that_are_given_up(folder):
