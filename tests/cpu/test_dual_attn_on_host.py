@@ -79,10 +79,10 @@ def test_heads(heads, name, host):
     [
         [ar(i, 37 * i % 300, 1) for i in range(40)],
         [*(ar(i, 40 * i, 2) for i in range(8)), *(diff(i % 8, 40 * (i % 8), 2) for i in range(48))],
-        [*(ar(i, i, 1) for i in range(90)), *(diff(i, i, 1) for i in range(37))],  # nearly the most that may split
-        [ar(i, i, 1) for i in range(130)],
+        [*(ar(i, i, 1) for i in range(90)), *(diff(i, i, 1) for i in range(38))],  # the most that may split
+        [ar(i, i, 1) for i in range(129)],
     ],
-    ids=["40 sequences", "8 with 6 blocks each", "90 with 37 blocks", "130 sequences"],
+    ids=["40 sequences", "8 with 6 blocks each", "90 with 38 blocks", "129 sequences"],
 )
 def test_many_units(groups, num_sms, host):
     host.num_sms = num_sms
