@@ -31,6 +31,7 @@ def check_qkv_commit(heads, norms, dtype):
     page_table = torch.tensor([[3, -9, 1 << 29], [2, 4, -9], [-9, -9, 5]], dtype=torch.int32)
     qkv = torch.randn(8, (heads_q + 2 * heads_kv) * dim).to(dtype)
     qkv[1], qkv[6, -3], qkv[4, -dim] = torch.nan, torch.inf, -torch.inf  # a whole row; single values
+    qkv[0] *= 2.0**-10  # so small that eps counts
     angle = torch.rand(200, dim // 2) * 6
     cos_sin = torch.cat([angle.cos(), angle.sin()], 1)
     weights = tuple(torch.rand(dim) + 0.5 for _ in range(4)) if norms else None
@@ -80,6 +81,9 @@ def test_what_is_not_aligned_is_refused(dtype):
         setattr(moved, name, shifted(getattr(case, name)))
         with pytest.raises(AssertionError, match=f"dual_attn.* returned {MISALIGNED}"):
             moved.call(out, None)
+    if dtype is torch.bfloat16:
+        with pytest.raises(AssertionError, match=f"dual_attn returned {MISALIGNED}"):
+            case.call(shifted(out), None)
     args = [qkv, case.k_pages, case.v_pages, case.scratch_k, case.scratch_v, out]
     cos_sin, norm = torch.zeros(80, 64), torch.ones(64)
 
@@ -127,7 +131,8 @@ def test_what_attention_does_not_take_is_refused(name, monkeypatch):
     if name == "dual_attn":
         dtype = torch.bfloat16
         changes += [("kv", "num_heads_kv", 0), ("kv", "num_heads_kv", 4), ("rows", "max_group_rows", 0)]
-    case, errors = Pass(Heads(3, 1, 64), [ar(0, 70, 2)], "cpu", dtype=dtype), []
+        changes += [("rows", "blocks_per_seq", 0), ("rows", "blocks_per_seq", 2)]  # of one block
+    case, errors = Pass(Heads(3, 1, 64), [ar(0, 70, 2), diff(0, 72, 3)], "cpu", dtype=dtype), []
 
     def launch(op, params, device):
         for part, field, value in changes:
@@ -140,8 +145,10 @@ def test_what_attention_does_not_take_is_refused(name, monkeypatch):
     assert errors == [INVALID] * len(changes)
 
 
-@pytest.mark.parametrize(("name", "value"), [("block_len", 257), ("fan_out", 767)])
-def test_blocks_that_a_consensus_has_no_room_for_are_refused(name, value, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "value", "error"), [("block_len", 257, INVALID), ("fan_out", 767, INVALID), ("fan_out", 766, 0)]
+)
+def test_blocks_that_a_consensus_has_no_room_for_are_refused(name, value, error, monkeypatch):
     errors = []
 
     def launch(op, params, device):
@@ -152,4 +159,4 @@ def test_blocks_that_a_consensus_has_no_room_for_are_refused(name, value, monkey
     monkeypatch.setattr(native, "_launch", launch)
     state = consensus_states.random_state(torch.Generator().manual_seed(0), 2, 4)
     native.consensus(state, (None, None), st.STEP_STAGE, st.NEXT_NONE, None, 0, 4, 0)
-    assert errors == [INVALID]
+    assert errors == [error]

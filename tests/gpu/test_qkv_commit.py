@@ -21,6 +21,7 @@ class Case:
         self.cos_sin = torch.cat([angle.cos(), angle.sin()], 1)
         self.norms = tuple(torch.rand(self.dim, device="cuda") + 0.5 for _ in range(4)) if norms else None
         self.qkv = torch.randn(self.rows.num_rows, (self.heads_q + 2 * self.heads_kv) * self.dim).to(dtype).cuda()
+        self.qkv[:1] *= 2.0**-10  # so small that eps counts
         self.num_pages = num_pages
         slots = int(self.rows.seq.max()) + 1 if self.rows.num_rows else 1
         columns = max_positions // 64
