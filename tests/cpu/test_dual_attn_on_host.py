@@ -13,7 +13,7 @@ from tests.attention_pass import (
     assert_close,
     check_a_nan_key_spoils_those_who_see_it_alone,
     check_blocks_read_their_sequence_together,
-    check_maxima_that_rise_from_one_look_to_the_next,
+    check_maxima_that_rise_or_fall_from_one_look_to_the_next,
     check_nan_outlives_the_splits,
     check_weights_are_rounded_for_their_products_alone,
 )
@@ -167,8 +167,8 @@ def test_long_context_reaches_every_length_of_split():
         assert torch.equal(split, case.run(split=False))
 
 
-def test_maxima_that_rise_from_one_look_to_the_next():
-    check_maxima_that_rise_from_one_look_to_the_next(lambda groups: HostPass(Heads(1, 1, 64), groups))
+def test_maxima_that_rise_or_fall_from_one_look_to_the_next():
+    check_maxima_that_rise_or_fall_from_one_look_to_the_next(lambda groups: HostPass(Heads(1, 1, 64), groups))
 
 
 def test_weights_are_rounded_for_their_products_alone():
