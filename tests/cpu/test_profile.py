@@ -252,11 +252,11 @@ def test_rates_leave_out_what_ran_before(tmp_path):
 def test_rates_where_prompts_need_no_cycle_and_where_they_do(tmp_path, monkeypatch):
     engine, warmed = make(str(byte_tokenizer.make_checkpoint(tmp_path)), max_seq_len=512, max_batch_size=2), []
     monkeypatch.setattr(rates, "_warm", lambda engine, ids, options: warmed.append(options["mode"]))
-    (row,) = rates.decode_rates(engine, ("data",), ("ar",), num_prompts=1, max_new_tokens=1)
+    (row,) = rates.decode_rates(engine, {"data": encoded(engine, 1)}, ("ar",), max_new_tokens=1)
     assert (row["batch"], row["tokens"], row["tokens_per_cycle"], row["ms_per_cycle"]) == (1, 1, 0, 0)
     counts = iter([(1, 0.5), (5, 2.5)])
     monkeypatch.setattr(rates, "_cycles", lambda engine: next(counts))
-    (row,) = rates.decode_rates(engine, ("data",), ("two_pass",), num_prompts=1, max_new_tokens=4)
+    (row,) = rates.decode_rates(engine, {"data": encoded(engine, 1)}, ("two_pass",), max_new_tokens=4)
     assert row["ms_per_cycle"] == 500 and warmed == ["ar", "two_pass"]
 
 
