@@ -325,7 +325,7 @@ def _check_tensors(stored: dict[str, StoredTensor], expected: dict, folder: Path
     extra = [name for name in stored if name not in expected and name not in optional]
     if extra:
         raise CheckpointError(f"{stored[extra[0]].file}: {_some(extra)} not part of this model")
-    for name, shape in (optional | expected).items():
+    for name, shape in (expected | optional).items():
         if name in stored and stored[name].shape != shape:
             got = shape_text(stored[name].shape)
             raise CheckpointError(f"{stored[name].file}: {name} must have shape {shape_text(shape)}, got {got}")

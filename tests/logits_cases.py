@@ -268,8 +268,8 @@ def check_the_unlikely(implementation):
 
 def check_count_tokens(op, device="cpu"):
     """Only new tokens are counted, each as often as it occurs, from a ring that wraps or is entirely new. So is a token
-    of the prompt, if it is among the new ones; a token outside the vocabulary, or no longer in the ring, is not. There
-    are counts of a slot that is not the state's.
+    of the prompt, if it is among the new ones; a token outside the vocabulary, or no longer in the ring, is not. The
+    edits have a slot more than the state: its counts stay as they are.
     """
     state = SlotState.allocate(5, 4, 9, 1, "cpu")
     state.num_output[4] = 3

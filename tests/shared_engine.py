@@ -9,6 +9,7 @@ from orthrus_rt.sampling import SamplingParams
 from tests import engines
 
 GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
+LONG = SamplingParams(max_new_tokens=100, ignore_eos=True)
 make = partial(engines.make, max_seq_len=128, max_batch_size=4)
 
 

@@ -42,7 +42,7 @@ RACY_TESTS = cpu_tests(
     "cpu_ops_runtime"
 )
 # And whole engines, which would take minutes each among the racy ones.
-SANITIZED_TESTS = RACY_TESTS + cpu_tests("lossless_tiny one_pass batching prefix_caching memory nan")
+SANITIZED_TESTS = RACY_TESTS + cpu_tests("lossless_tiny one_pass batching streams prefix_caching memory nan")
 # Where memory is short on purpose, a sanitizer has none either. Its locks may stay taken in a child that is forked
 # while a thread starts. A process that a test starts has the plain module, whose atomics the sanitizer does not see.
 # And weights and caches do not share blocks of huge pages. After a crash the sanitizer's report is better, so Python's

@@ -154,7 +154,7 @@ constexpr RowTiles kRowTilesMma{96, 96, {96, 96}, 1};
 
 // With many rows, items per row tile: two blocks for each CTA of a cluster, of which the last may have none.
 __host__ __device__ constexpr int items_of_many(int blocks, int cluster) {
-  return (blocks + 2 * cluster - 1) / (2 * cluster);
+  return div_up(blocks, 2 * cluster);
 }
 constexpr int clusters_of_many(int num_sms, int cluster) { return num_sms < cluster ? 1 : num_sms / cluster; }
 

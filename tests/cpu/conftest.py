@@ -16,9 +16,9 @@ from tests.cpu.cuda_host import device
 # These run first, so that no process ends long after the others. By itself, xdist would begin with the files that have
 # the most tests, not with those that take longest.
 LONGEST = [
-    "lossless", "row_linear_on_host", "policy", "lossless_tiny", "engine_on_host", "consensus", "pretended_card",
-    "interrupts", "transformers", "policy_safety", "policy_surprises", "nan", "batching", "tools", "bench_hypotheses",
-    "rejection_engine",
+    "lossless", "row_linear_on_host", "dual_attn_on_host", "policy", "lossless_tiny", "engine_on_host", "consensus",
+    "pretended_card", "interrupts", "transformers", "policy_safety", "policy_surprises", "nan", "batching", "tools",
+    "bench_hypotheses", "rejection_engine",
 ]  # fmt: skip
 
 

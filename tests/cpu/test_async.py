@@ -19,7 +19,7 @@ from orthrus_rt.outputs import Stats
 from orthrus_rt.sampling import SamplingParams
 from tests.engines import a_beginning_each
 from tests.failing import exhausted
-from tests.shared_engine import GREEDY, collect, collect_rest, make, run, slowly
+from tests.shared_engine import GREEDY, LONG, collect, collect_rest, make, run, slowly
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
@@ -74,7 +74,7 @@ def test_a_slow_reader_of_the_last_piece_costs_nothing(folder):
 def test_cancelled_streams_leave_nothing_to_do(folder):
     async def use(shared):
         waiting = [asyncio.create_task(collect(shared, [i], GREEDY)) for i in range(6)]
-        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+        stream = shared.stream([1, 2], LONG)
         await anext(stream)
         for task in waiting:
             task.cancel()
@@ -138,7 +138,7 @@ def test_a_name_is_free_when_its_stream_has_ended(folder, alone):
         first = (await anext(again)).new_token_ids
         assert tokens + await collect_rest(slow) == alone([1, 2], GREEDY)
         assert first + await asyncio.wait_for(collect_rest(again), 20) == alone([3, 4], GREEDY)
-        cancelled = shared.stream([5], SamplingParams(max_new_tokens=100, ignore_eos=True), request_id="mine")
+        cancelled = shared.stream([5], LONG, request_id="mine")
         await anext(cancelled)
         await cancelled.aclose()
         assert await collect_rest(shared.stream([6], GREEDY, request_id="mine")) == alone([6], GREEDY)
@@ -171,7 +171,7 @@ def test_a_name_is_found_without_a_look_at_the_others(folder):
 def test_streams_of_a_closed_engine_end_with_an_error(folder):
     async def use(shared):
         with a_beginning_each(shared.engine):
-            stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+            stream = shared.stream([1, 2], LONG)
             await anext(stream)
             await shared.close()
         with pytest.raises(RuntimeError, match="this engine is closed"):
@@ -188,7 +188,7 @@ def test_close_ends_everything_even_if_it(folder, monkeypatch, how):
     async def main():
         shared, begun, free = AsyncEngine(make(folder)), threading.Event(), threading.Event()
         with a_beginning_each(shared.engine):
-            stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+            stream = shared.stream([1, 2], LONG)
             await anext(stream)
             if how == "fails":
                 monkeypatch.setattr(shared.engine.runner, "drop_cycles", lambda: 1 / 0)
@@ -216,7 +216,7 @@ def test_an_abort_that_fails_is_tried_again(folder, alone, monkeypatch, failures
         failing, real = iter([True] * failures), shared.engine._abort_named
         monkeypatch.setattr(shared.engine, "_abort_named", lambda i: 1 / 0 if next(failing, False) else real(i))
         with a_beginning_each(shared.engine):
-            stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+            stream = shared.stream([1, 2], LONG)
             await anext(stream)
             await stream.aclose()
         assert await collect(shared, [3], GREEDY) == (alone([3], GREEDY), "length")
@@ -229,13 +229,13 @@ def test_what_a_reader_has_not_come_to_is_one_output(folder, alone):
     """However long the reader takes, outputs do not pile up."""
 
     async def use(shared):
-        stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+        stream = shared.stream([1, 2], LONG)
         tokens = (await anext(stream)).new_token_ids
         while shared._waiting:
             await asyncio.sleep(0.001)
         (rest,) = [out async for out in stream]
         assert rest.finish_reason == "length" and rest.stats.tokens == 100
-        assert tokens + rest.new_token_ids == alone([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+        assert tokens + rest.new_token_ids == alone([1, 2], LONG)
 
     run(folder, use)
 
@@ -323,7 +323,7 @@ def test_a_call_that_submits_all_the_same_is_served_and_one_that_closes_ends_the
         await shared.call(lambda engine: engine.submit([1, 2], GREEDY))
         while not await shared.call(lambda engine: engine.metrics.finished["length"]):  # although no stream is open
             pass
-        waiting = asyncio.create_task(collect(shared, [3], SamplingParams(max_new_tokens=100, ignore_eos=True)))
+        waiting = asyncio.create_task(collect(shared, [3], LONG))
         await asyncio.sleep(0)
         await shared.call(lambda engine: engine.close())
         with pytest.raises(RuntimeError, match="this engine is closed"):

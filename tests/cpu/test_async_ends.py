@@ -10,13 +10,10 @@ import weakref
 import pytest
 
 from orthrus_rt.aio import AsyncEngine
-from orthrus_rt.sampling import SamplingParams
 from tests.engines import a_beginning_each
-from tests.shared_engine import GREEDY, collect, collect_rest, make, run
+from tests.shared_engine import GREEDY, LONG, collect, collect_rest, make, run
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
-
-LONG = SamplingParams(max_new_tokens=100, ignore_eos=True)
 
 
 def test_what_is_no_engine():

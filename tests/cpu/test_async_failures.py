@@ -12,11 +12,9 @@ import pytest
 from orthrus_rt.aio import MOST_FAILURES, _own
 from orthrus_rt.sampling import SamplingParams
 from tests.engines import a_beginning_each
-from tests.shared_engine import GREEDY, collect, collect_rest, run
+from tests.shared_engine import GREEDY, LONG, collect, collect_rest, run
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
-
-LONG = SamplingParams(max_new_tokens=100, ignore_eos=True)
 
 
 def test_draining_does_not_wait_for_streams_that_have_failed(folder):

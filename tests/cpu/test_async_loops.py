@@ -11,9 +11,8 @@ import torch
 
 from orthrus_rt.aio import AsyncEngine
 from orthrus_rt.breaks import Breaks
-from orthrus_rt.sampling import SamplingParams
 from tests.engines import a_beginning_each
-from tests.shared_engine import GREEDY, collect, collect_rest, make, slowly
+from tests.shared_engine import GREEDY, LONG, collect, collect_rest, make, slowly
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
@@ -57,7 +56,7 @@ def test_streams_of_a_loop_that_another_one_takes_over_from_end_with_an_error(fo
     """No tokens are lost silently, and what still waits or runs in the first loop disturbs no other stream."""
     shared, (first, second, third) = AsyncEngine(make(folder)), [asyncio.new_event_loop() for _ in range(3)]
     slowly(shared, monkeypatch)
-    long = SamplingParams(max_new_tokens=100, ignore_eos=True)
+    long = LONG
     stream, left, want = shared.stream([1, 2], long), shared.stream([3], long), alone([1, 2], long)
     with a_beginning_each(shared.engine):
         got = first.run_until_complete(anext(stream)).new_token_ids
@@ -116,7 +115,7 @@ def test_a_close_whose_loop_ends_before_it_is_through(folder, caplog, wait):
 
 def test_streams_of_a_loop_that_stands_still_hear_of_a_close_that_ends_meanwhile(folder):
     shared, loop = AsyncEngine(make(folder)), asyncio.new_event_loop()
-    waits = loop.create_task(collect(shared, [1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True)))
+    waits = loop.create_task(collect(shared, [1, 2], LONG))
     step, free = shared.engine.step, threading.Event()
     shared.engine.step = lambda: (free.wait(60), step())[1]
     loop.run_until_complete(asyncio.sleep(0.01))
@@ -131,7 +130,7 @@ def test_streams_of_a_loop_that_stands_still_hear_of_a_close_that_ends_meanwhile
 
 def test_what_is_left_to_a_loop_that_is_closed_is_aborted(folder):
     shared, loop = AsyncEngine(make(folder)), asyncio.new_event_loop()
-    stream = shared.stream([1, 2], SamplingParams(max_new_tokens=100, ignore_eos=True))
+    stream = shared.stream([1, 2], LONG)
     step, free = shared.engine.step, threading.Event()
     begun = threading.Event()
     shared.engine.step = lambda: (step(), begun.set(), free.wait(60))[0]

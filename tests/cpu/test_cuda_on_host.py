@@ -148,7 +148,7 @@ def test_what_attention_does_not_take_is_refused(name, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value", "error"), [("block_len", 257, INVALID), ("fan_out", 767, INVALID), ("fan_out", 766, 0)]
 )
-def test_blocks_that_a_consensus_has_no_room_for_are_refused(name, value, error, monkeypatch):
+def test_blocks_that_a_consensus_has_no_room_for_are_refused_and_no_others(name, value, error, monkeypatch):
     errors = []
 
     def launch(op, params, device):

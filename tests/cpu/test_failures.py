@@ -1,4 +1,4 @@
-"""A request that cannot go on ends alone, whatever fails; an engine that fails or is closed releases everything."""
+"""A request that cannot go on ends alone, whatever fails."""
 
 import gc
 import os

@@ -53,7 +53,7 @@ def test_results_come_by_page_locked_memory_and_nobody_waits_for_the_copy(monkey
 
 
 def test_no_slot_runs_before_its_first_request(folder):
-    """What the device writes for the host is part of the slots' state."""
+    """All slots begin as EMPTY, without output."""
     state = make(folder).runner.state
     assert state.finish.tolist() == [st.EMPTY] * 2 and not state.num_output.any()
 
@@ -62,12 +62,17 @@ def test_what_may_be_running_is_waited_for_before_it_is_dropped(monkeypatch):
     """Cycles, and whatever was launched ahead of its results; otherwise nothing is."""
     waited, runner = [], object.__new__(Runner)
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    runner.model, runner._with_prompts = SimpleNamespace(device=torch.device("cuda:1")), {}
-    for cycles, may_fly in (({}, False), ({}, True), ({"a": "cycle"}, False)):
-        runner._cycles, runner.flights = cycles, SimpleNamespace(may_fly=may_fly)
+    runner.model = SimpleNamespace(device=torch.device("cuda:1"))
+    for cycles, with_prompts, may_fly in (
+        ({}, {}, False),
+        ({}, {}, True),
+        ({1: "a cycle"}, {}, False),
+        ({}, {1: 2}, False),
+    ):
+        runner._cycles, runner._with_prompts, runner.flights = cycles, with_prompts, SimpleNamespace(may_fly=may_fly)
         runner.drop_cycles()
-        assert not runner._cycles
-    assert waited == [runner.model.device] * 2
+        assert not runner._cycles and not runner._with_prompts
+    assert waited == [runner.model.device] * 3
 
 
 def test_mailboxes_outlive_the_flights_that_are_given_up(folder):

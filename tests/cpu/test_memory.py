@@ -93,19 +93,23 @@ def test_all_cycles_share_the_memory_of_their_choices(folder):
 
 
 def test_a_workspace_begins_as_zeros(folder, monkeypatch):
-    """Of row_linear, whose counters every launch leaves at zero. On a card it has the pool of all recordings."""
+    """That of row_linear, whose counters every launch leaves at zero."""
     model = make(folder).model
-    sizes = dict(max_rows=4, max_seq_len=64)
     head = (model.lm_head.in_features, model.lm_head.out_features)
     monkeypatch.setattr("orthrus_rt.native.row_linear_workspace_bytes", lambda *args: 4096 * (head in args[-1]))
     monkeypatch.setattr(torch, "empty", lambda n, **how: torch.full((n,), 7, **how))
-    workspace = Workspace.allocate(model, **sizes)
+    workspace = Workspace.allocate(model, max_rows=4, max_seq_len=64)
     assert workspace.linear.nbytes == 4096 and not workspace.linear.any() and workspace.graph_pool is None
+
+
+def test_a_workspace_that_nothing_needs(folder, monkeypatch):
+    """On a card it still has the pool of all recordings."""
+    model = make(folder).model
     monkeypatch.setattr("orthrus_rt.native.row_linear_workspace_bytes", lambda *_: 0)
     monkeypatch.setattr("orthrus_rt.native.dual_attn_workspace_bytes", lambda *_: 0)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     model.device = torch.device("cuda:0")
-    assert Workspace.allocate(model, **sizes) == Workspace(None, None, "pool")
+    assert Workspace.allocate(model, max_rows=4, max_seq_len=64) == Workspace(None, None, "pool")
 
 
 def test_the_workspace_of_a_card(folder):

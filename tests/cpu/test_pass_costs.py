@@ -189,7 +189,7 @@ def test_a_warm_up_is_taken_at_its_word_on_a_machine_that_has_slowed_down():
 
 
 def test_no_more_is_hoped_for_than_what_was_measured_allows():
-    """Twice it was dear, or once cheaper than its like."""
+    """A warm-up found it dear, or one cycle was cheaper than its like."""
     costs, plan, other = PassCosts(), CyclePlan("one_pass", 8, 8), CyclePlan("one_pass", 8, 4)
     costs.set(1, other, 1.0)
     costs.set(1, plan, 5.0)

@@ -153,11 +153,19 @@ def test_a_stopwatch_tells_what_the_device_has_done(gpu, monkeypatch):
     assert list(watch.take()) == [("cycle", pytest.approx(3e-3))]
     timed(watch, gpu, 1e3, 2e3, 3e3)
     assert events == [True] * 8  # used again
+
+
+def test_a_stopwatch_goes_with_its_last_user(gpu):
+    """Not only when garbage is collected, as events belong to the device."""
+    watch = Stopwatch(DEVICE)
+    timed(watch, gpu, 1e3)
     gone = weakref.ref(watch)
     gc.disable()
-    del watch
-    gc.enable()
-    assert gone() is None
+    try:
+        del watch
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_stopwatch_on_a_cpu(gpu):
