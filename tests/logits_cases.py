@@ -71,6 +71,7 @@ def choices(value, index):
 
 def with_filters(logits, filters=None, edits=False, device="cpu") -> Case:
     """Row i has a slot of its own, with filter i (they repeat). The pass has one more row, invalid and without logits.
+    Row 2, which FILTERS give a top-k and a top-p, is at position 0.
 
     Slots and pass rows are in opposite orders, so that a mix-up of the two is found.
     """
@@ -81,13 +82,14 @@ def with_filters(logits, filters=None, edits=False, device="cpu") -> Case:
     def column(values, dtype):
         return torch.tensor(values, dtype=dtype).flip(0)
 
-    at = torch.arange(100, 100 + n, dtype=torch.int32).flip(0)
+    position = [0 if i == 2 else 99 + i for i in range(n)]
+    at = column(position, torch.int32) + 1
     sampling = SlotSampling(
         column(temperature, torch.float32), column(top_k, torch.int32), column(top_p, torch.float32),
         column(min_p, torch.float32), (torch.arange(n) * 10**12 + 12345).flip(0),
         extras(n, vocab, at) if edits else None,
     )  # fmt: skip
-    rows = make_rows([*(ar(n - 1 - i, 99 + i, 1) for i in range(n)), ar(0, 0, 1, invalid=1)])
+    rows = make_rows([*(ar(n - 1 - i, start, 1) for i, start in enumerate(position)), ar(0, 0, 1, invalid=1)])
     return moved(Case(logits, rows, torch.arange(n, dtype=torch.int32), sampling, at - 1), device)
 
 
@@ -142,8 +144,8 @@ def extras(n, vocab, position) -> SlotEdits:
 
 def block_with_edits(vocab, block_len=5) -> Case:
     """A pass of 2 AR blocks and a diffusion block over 3 slots, with penalties. The drafts repeat tokens, some of which
-    were in the prompt. A tile's first token has a bias. Slots 0 and 2 sample from the whole vocabulary, so that any
-    edit shows.
+    were in the prompt. A tile's last token and the next one's first have a bias. Slots 0 and 2 sample from the whole
+    vocabulary, so that any edit shows.
 
     Slot 1's last two rows are invalid. All rows but the first have logits, in another order than the rows. The
     diffusion block assumes that two drafts are accepted.
@@ -159,8 +161,8 @@ def block_with_edits(vocab, block_len=5) -> Case:
     sampling.edits.stop_ids.copy_(torch.tensor([5, -1, 9, 7, 3]))
     sampling.edits.token_counts[:, :4] = torch.tensor([-1, 0, 2, -1], dtype=torch.int32)[:vocab]
     if vocab > 4096:
-        sampling.edits.bias_ids[:, 0] = 4096
-        sampling.edits.bias_values[:, 0] = 20.0
+        sampling.edits.bias_ids[:, :2] = torch.tensor([4095, 4096])
+        sampling.edits.bias_values[:, :2] = 10.0
     cache_seqlens = starts - torch.tensor([0, 0, 2], dtype=torch.int32)
     return Case(logits(len(order), vocab, "normal"), rows, order, sampling, cache_seqlens)
 
