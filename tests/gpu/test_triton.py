@@ -17,6 +17,11 @@ from tests.logits_cases import (
     block_with_edits,
     check_count_tokens,
     check_draws,
+    check_ids_outside,
+    check_neighbouring_values,
+    check_the_outermost_uniforms,
+    check_the_unlikely,
+    check_what_top_k_keeps,
     logits,
     moved,
     with_filters,
@@ -180,9 +185,26 @@ def test_process_logits_penalties_bias_and_stop_ids(kind):
 
 @pytest.mark.parametrize("vocab", (12, 49152))
 def test_process_logits_blocks_with_edits(vocab):
-    case = block_with_edits(vocab, 16)
-    valid = case.rows.position[case.logit_rows.long()] >= 0
-    assert_agrees(moved(case.only(valid), "cuda"), process_logits.process_logits)
+    assert_agrees(moved(block_with_edits(vocab, 16), "cuda"), process_logits.process_logits)
+
+
+def process_logits_from_the_cpu(logits, rows, logit_rows, sampling, cache_seqlens, purpose, partials, *, log_probs):
+    args = (moved(x, "cuda") for x in (logits, rows, logit_rows, sampling, cache_seqlens))
+    value, index, log_prob = there = [x.to("cuda") for x in (*partials, log_probs)]
+    process_logits.process_logits(*args, purpose, (value, index), log_probs=log_prob)
+    for x, result in zip((*partials, log_probs), there, strict=True):
+        x.copy_(result)
+
+
+CHECKS = (
+    check_ids_outside, check_neighbouring_values, check_what_top_k_keeps, check_the_outermost_uniforms,
+    check_the_unlikely,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_process_logits_at_the_edges(check):
+    check(process_logits_from_the_cpu)
 
 
 @pytest.mark.parametrize("kind", ["peaked", "tied"])
