@@ -18,6 +18,7 @@ import torch
 
 from orthrus_rt import dispatch, native
 from orthrus_rt.weights import pack
+from tests import sparse
 from tests.cpu.cuda_host import row_linear_library as library
 from tests.cpu.cuda_host.device import as_ctypes
 from tests.cpu.test_cuda_on_host import INVALID, MISALIGNED, shifted
@@ -297,6 +298,14 @@ def test_reciprocals_divide_exactly():
     near_powers = {2**k + by for k in range(2, 31) for by in (-1, 0, 1)}
     for d in sorted({*range(1, 200), *near_powers, 9728 * 132, 46341, 2**31 - 1}):
         assert library().wrongly_divided(d) == -1, d
+
+
+@pytest.mark.parametrize(("rows", "epilogue"), [(1, "none"), (2100, "residual"), (2100, "silu_mul")])
+def test_64_bit_offsets(rows, epilogue, host, monkeypatch):
+    """So many SMs that each has a single tile."""
+    host.num_sms = 800_000
+    monkeypatch.setattr(ctypes.c_bool.in_dll(library(), "cuda_host_last_cluster_only"), "value", True)
+    sparse.check_row_linear(native.row_linear, pack, rows, epilogue, workspace=torch.zeros(COUNTERS // 4))
 
 
 def test_a_reused_workspace():

@@ -75,6 +75,9 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 namespace cuda_host {
 
 inline bool descending = false;
+extern "C" {
+inline bool cuda_host_last_cluster_only = false;  // launches leave out all others
+}
 constexpr int kMaxCluster = 2;
 inline int self = 0;  // the running thread, among all of its cluster's
 inline int rank() { return self / static_cast<int>(blockDim.x); }  // of the thread's block in the cluster
