@@ -227,6 +227,20 @@ def check_nan_outlives_the_splits(make, spoil, split=128):
     assert_close(apart.nan_to_num(), want.nan_to_num())
 
 
+def check_scores_of_minus_infinity_have_no_weight(make, split=128):
+    """Scores that overflow: of a split of ``split`` keys, of the first of another, and of the last keys. Rows that see
+    nothing else yield zeros.
+    """
+    case = make([ar(0, 2 * split + 44, 2), diff(0, split + 14, 4)])
+    case.q.fill_(1)
+    set_keys(case, [*range(split + 10), *range(2 * split, 2 * split + 44)], -1e38)
+    for at_once in (True, False):
+        assert_close(case.run(split=not at_once), case.expected())
+    set_keys(case, range(2 * split + 46), -1e38)
+    for at_once in (True, False):
+        assert case.run(split=not at_once).flatten(1).any(1).tolist() == 2 * [False] + 4 * [True]
+
+
 def check_maxima_that_rise_or_fall_from_one_look_to_the_next(make):
     """The warp that folds the splits looks at 24 at a time; random maxima hardly ever change much between two looks."""
     case = make([ar(0, 40959, 1)])  # one head

@@ -50,23 +50,23 @@ def check_embed(embed, dtype: torch.dtype) -> None:
     assert (out == 3).all()
 
 
-def check_row_linear(row_linear, pack, rows: int, epilogue: str, **kwargs) -> None:
+def check_row_linear(row_linear, pack, rows: int, epilogue: str, dtype=torch.bfloat16, **kwargs) -> None:
     """A weight beyond 2^31 elements: the last row's last outputs are those of its last blocks alone. The CTA that
     computes them suffices.
     """
     k, part = 1024, 256
     parts = (1 << 31) // (k * part) + 1
-    x, weight = (torch.randn(n, k, generator=torch.Generator().manual_seed(n)) for n in (rows, part))
-    x, last = x.bfloat16(), pack(weight.bfloat16(), gate_up=epilogue == "silu_mul")
+    x, weight = (torch.randn(n, k, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (rows, part))
+    last = pack(weight, gate_up=epilogue == "silu_mul")
     data = empty((parts, last.data.numel()), last.data.dtype)
     data[-1] = last.data.flatten()
     whole = dataclasses.replace(last, data=data, out_features=parts * part)
     written = []
     for weight in (last, whole):
         n, residual = weight.out_features, None
-        out = empty((rows, n // 2 if epilogue == "silu_mul" else n), torch.bfloat16)
+        out = empty((rows, n // 2 if epilogue == "silu_mul" else n), dtype)
         if epilogue == "residual":
-            residual = empty((rows, n), torch.bfloat16)
+            residual = empty((rows, n), dtype)
             residual[-1, -32:] = torch.arange(32)
         row_linear(x, weight, out, epilogue=epilogue, residual=residual, **kwargs)
         written.append(out[-1, -32:])

@@ -15,6 +15,7 @@ from tests.attention_pass import (
     check_blocks_read_their_sequence_together,
     check_maxima_that_rise_or_fall_from_one_look_to_the_next,
     check_nan_outlives_the_splits,
+    check_scores_of_minus_infinity_have_no_weight,
     check_weights_are_rounded_for_their_products_alone,
 )
 from tests.rows import ar, diff
@@ -156,6 +157,10 @@ def test_a_nan_key_spoils_those_who_see_it_alone():
 @pytest.mark.parametrize("spoil", SPOIL)
 def test_nan_outlives_the_splits(spoil):
     check_nan_outlives_the_splits(lambda groups: HostPass(SMALL, groups), spoil)
+
+
+def test_scores_of_minus_infinity_have_no_weight():
+    check_scores_of_minus_infinity_have_no_weight(lambda groups: HostPass(SMALL, groups))
 
 
 def test_long_context_reaches_every_length_of_split():

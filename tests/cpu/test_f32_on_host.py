@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from orthrus_rt import native, weights
+from tests import sparse
 from tests.attention_pass import (
     SPOIL,
     Heads,
     Pass,
     check_a_nan_key_spoils_those_who_see_it_alone,
     check_nan_outlives_the_splits,
+    check_scores_of_minus_infinity_have_no_weight,
 )
 from tests.cpu.cuda_host import library
 from tests.cpu.cuda_host.device import as_ctypes
@@ -125,6 +127,12 @@ def test_row_linear_rows_do_not_depend_on_company():
         assert torch.equal(added, got + residual)
 
 
+@pytest.mark.parametrize(("rows", "epilogue"), [(1, "none"), (2100, "residual")])
+def test_row_linear_64_bit_offsets(rows, epilogue, monkeypatch):
+    monkeypatch.setattr(ctypes.c_bool.in_dll(library(), "cuda_host_last_cluster_only"), "value", True)
+    sparse.check_row_linear(native.row_linear, weights.pack, rows, epilogue, torch.float32)
+
+
 @pytest.mark.usefixtures("both_orders")
 @pytest.mark.parametrize("heads", [Heads(3, 1, 64), Heads(4, 2, 128)], ids=str)
 @pytest.mark.parametrize("name", PASSES)
@@ -142,6 +150,10 @@ def test_dual_attn_a_nan_key_spoils_those_who_see_it_alone():
 @pytest.mark.parametrize("spoil", SPOIL)
 def test_dual_attn_nan_outlives_what_else_a_row_sees(spoil):
     check_nan_outlives_the_splits(lambda groups: F32Pass(Heads(3, 1, 64), groups), spoil)
+
+
+def test_dual_attn_scores_of_minus_infinity_have_no_weight():
+    check_scores_of_minus_infinity_have_no_weight(lambda groups: F32Pass(Heads(3, 1, 64), groups))
 
 
 def test_dual_attn_rows_do_not_depend_on_company():

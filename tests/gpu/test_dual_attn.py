@@ -16,6 +16,7 @@ from tests.attention_pass import (
     check_blocks_read_their_sequence_together,
     check_maxima_that_rise_or_fall_from_one_look_to_the_next,
     check_nan_outlives_the_splits,
+    check_scores_of_minus_infinity_have_no_weight,
     check_weights_are_rounded_for_their_products_alone,
 )
 from tests.rows import ar, diff
@@ -89,6 +90,11 @@ def test_a_nan_key_spoils_those_who_see_it_alone(heads):
 @pytest.mark.parametrize("heads", [QWEN, SMOL], ids=str)
 def test_nan_outlives_the_splits(heads, spoil):
     check_nan_outlives_the_splits(lambda groups: Pass(heads, groups), spoil)
+
+
+@pytest.mark.parametrize("heads", [QWEN, SMOL], ids=str)
+def test_scores_of_minus_infinity_have_no_weight(heads):
+    check_scores_of_minus_infinity_have_no_weight(lambda groups: Pass(heads, groups))
 
 
 @pytest.mark.parametrize("heads", [QWEN, SMOL], ids=str)

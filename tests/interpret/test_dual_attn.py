@@ -13,6 +13,7 @@ from tests.attention_pass import (
     Heads,
     check_a_nan_key_spoils_those_who_see_it_alone,
     check_nan_outlives_the_splits,
+    check_scores_of_minus_infinity_have_no_weight,
     check_weights_are_rounded_for_their_products_alone,
 )
 from tests.triton_pass import TritonPass
@@ -80,6 +81,10 @@ def test_a_nan_key_spoils_those_who_see_it_alone(products_in_order):
 @pytest.mark.parametrize("spoil", SPOIL)
 def test_nan_outlives_what_else_a_row_sees(spoil):
     check_nan_outlives_the_splits(on_cpu, spoil)
+
+
+def test_scores_of_minus_infinity_have_no_weight():
+    check_scores_of_minus_infinity_have_no_weight(on_cpu)
 
 
 def test_weights_are_rounded_for_their_products_alone():
