@@ -160,3 +160,21 @@ def test_blocks_that_a_consensus_has_no_room_for_are_refused_and_no_others(name,
     state = consensus_states.random_state(torch.Generator().manual_seed(0), 2, 4)
     native.consensus(state, (None, None), st.STEP_STAGE, st.NEXT_NONE, None, 0, 4, 0)
     assert errors == [error]
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+def test_without_rows_nothing_is_launched(dtype, monkeypatch):
+    """A grid without blocks would be an error."""
+    case, errors = Pass(Heads(3, 1, 64), [ar(0, 70, 2)], "cpu", dtype=dtype), []
+
+    def launch(op, params, device):
+        params = as_ctypes(params)
+        params.rows.num_rows = params.rows.num_rows_ar = 0
+        name = op if dtype is torch.bfloat16 else op + "_f32"
+        errors.append(cuda_host.library()[name](ctypes.byref(params)))
+
+    monkeypatch.setattr(native, "_launch", launch)
+    out, qkv, pages = torch.empty_like(case.q), torch.zeros(2, 5 * 64, dtype=dtype), (case.k_pages, case.v_pages)
+    case.call(out, None)
+    native.qkv_commit(qkv, case.rows, torch.zeros(80, 64), None, 1e-6, *pages, case.page_table, None, None, out)
+    assert errors == [0, 0]
