@@ -180,6 +180,11 @@ def test_weights_are_rounded_for_their_products_alone():
     check_weights_are_rounded_for_their_products_alone(lambda groups: HostPass(Heads(1, 1, 64), groups))
 
 
+def test_no_workspace_takes_more_than_512_mib(host):
+    least = [host.dual_attn_workspace(rows, 32, 128, 40960) for rows in (467, 468)]
+    assert least[0] < least[1] == host.dual_attn_workspace(1 << 20, 32, 128, 40960) == 512 << 20
+
+
 def test_64_bit_offsets():
     """Pages beyond 2^31 elements; untouched ones take no memory."""
     groups = [ar(0, 70, 2), diff(0, 70, 2)]
