@@ -129,7 +129,7 @@ def test_row_linear_rows_do_not_depend_on_company():
 
 @pytest.mark.parametrize(("rows", "epilogue"), [(1, "none"), (2100, "residual")])
 def test_row_linear_64_bit_offsets(rows, epilogue, monkeypatch):
-    monkeypatch.setattr(ctypes.c_bool.in_dll(library(), "cuda_host_last_cluster_only"), "value", True)
+    monkeypatch.setattr(ctypes.c_bool.in_dll(library(), "last_cluster_only"), "value", True)
     sparse.check_row_linear(native.row_linear, weights.pack, rows, epilogue, torch.float32)
 
 

@@ -304,7 +304,7 @@ def test_reciprocals_divide_exactly():
 def test_64_bit_offsets(rows, epilogue, host, monkeypatch):
     """So many SMs that each has a single tile."""
     host.num_sms = 800_000
-    monkeypatch.setattr(ctypes.c_bool.in_dll(library(), "cuda_host_last_cluster_only"), "value", True)
+    monkeypatch.setattr(ctypes.c_bool.in_dll(library(), "last_cluster_only"), "value", True)
     sparse.check_row_linear(native.row_linear, pack, rows, epilogue, workspace=torch.zeros(COUNTERS // 4))
 
 

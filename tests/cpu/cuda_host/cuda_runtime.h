@@ -76,7 +76,7 @@ namespace cuda_host {
 
 inline bool descending = false;
 extern "C" {
-inline bool cuda_host_last_cluster_only = false;  // launches leave out all others
+inline bool last_cluster_only = false;  // launches leave out all others
 }
 constexpr int kMaxCluster = 2;
 inline int self = 0;  // the running thread, among all of its cluster's

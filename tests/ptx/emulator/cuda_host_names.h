@@ -9,7 +9,7 @@ namespace cuda_host {
 extern int num_sms;
 inline void* const kStream = reinterpret_cast<void*>(0x57ea);  // passed to launchers, which must launch on it
 extern bool descending;  // CTAs and warps run backwards
-extern "C" bool cuda_host_last_cluster_only;  // launches leave out all others
+extern "C" bool last_cluster_only;  // launches leave out all others
 struct Prefetched {
   const uint8_t* source;
   int bytes;

@@ -10,7 +10,7 @@
 
 int cuda_host::num_sms = 5;
 bool cuda_host::descending = false;
-bool cuda_host::cuda_host_last_cluster_only = false;
+bool cuda_host::last_cluster_only = false;
 std::vector<cuda_host::Prefetched> cuda_host::prefetched;
 
 namespace ptx {

@@ -71,7 +71,7 @@ void launch(const Module& module, const std::string& name, const uint32_t (&grid
   for (uint32_t z = 0; z < grid[2]; ++z)
     for (uint32_t y = 0; y < grid[1]; ++y)
       for (uint32_t x = 0; x < grid[0]; x += cluster) ids.push_back({x, y, z});
-  if (cuda_host::cuda_host_last_cluster_only) ids = {ids.back()};
+  if (cuda_host::last_cluster_only) ids = {ids.back()};
   if (l.order == Order::kBackward) std::reverse(ids.begin(), ids.end());
   if (l.order == Order::kRandom) std::shuffle(ids.begin(), ids.end(), l.random);
   std::vector<std::unique_ptr<Cluster>> running;

@@ -55,7 +55,7 @@ int launch(void (*kernel)(Params), const Params& params, dim3 grid, int threads,
   gridDim = grid;
   blockDim = dim3(threads);
   const unsigned clusters = grid.x / cluster * grid.y;
-  const unsigned first = cuda_host::cuda_host_last_cluster_only ? clusters - 1 : 0;
+  const unsigned first = cuda_host::last_cluster_only ? clusters - 1 : 0;
   for (unsigned i = first; i < clusters; ++i) {
     const unsigned at = cuda_host::descending ? first + clusters - 1 - i : i;
     const dim3 first_block(at * cluster % grid.x, at * cluster / grid.x);
