@@ -17,8 +17,8 @@ from tests.cpu.cuda_host import device
 # the most tests, not with those that take longest.
 LONGEST = [
     "lossless", "row_linear_on_host", "dual_attn_on_host", "policy", "lossless_tiny", "engine_on_host", "consensus",
-    "pretended_card", "interrupts", "transformers", "policy_safety", "policy_surprises", "nan", "batching", "tools",
-    "bench_hypotheses", "rejection_engine",
+    "pretended_card", "pretended_kernels", "interrupts", "transformers", "policy_safety", "policy_surprises", "nan",
+    "batching", "tools", "bench_hypotheses", "rejection_engine",
 ]  # fmt: skip
 
 

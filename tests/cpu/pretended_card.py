@@ -186,7 +186,7 @@ class Generator:
 
 def torch_cuda(card: Card) -> dict:
     """The replacements for the members of torch.cuda."""
-    streams, nothing = [Stream()], lambda *_: None
+    streams = [Stream()]
     properties = SimpleNamespace(name="pretended", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
 
     @contextlib.contextmanager
@@ -208,16 +208,19 @@ def torch_cuda(card: Card) -> dict:
     def synchronize(*_):
         assert Tape.recording is None, "synchronize() while capturing"
 
-    bytes_of = ("memory_allocated", "memory_reserved", "max_memory_allocated")
-    return dict.fromkeys(bytes_of, lambda *_: 0) | dict(
+    def returning(value, *names: str) -> dict:  # a function for each, as torch.compile wants no two names for one
+        return {name: lambda *_: value for name in names}
+
+    no_bytes = returning(0, "memory_allocated", "memory_reserved", "max_memory_allocated")
+    nothing = returning(None, "set_device", "graph_pool_handle", "empty_cache", "reset_peak_memory_stats", "_sleep")
+    return no_bytes | nothing | dict(
         Event=Event, Stream=Stream, CUDAGraph=Graph, is_available=lambda: True, device_count=lambda: 1,
         current_device=lambda: 0, get_device_name=lambda *_: "pretended", get_device_capability=lambda *_: (9, 0),
         get_device_properties=lambda *_: properties, stream=stream, graph=graph, default_generators=[Generator],
         is_current_stream_capturing=lambda: Tape.recording is not None,
         memory_stats=lambda *_: defaultdict(int, {"allocation.all.allocated": card.allocations}),
-        mem_get_info=lambda *_: (80 << 30, 80 << 30), set_device=nothing,
+        mem_get_info=lambda *_: (80 << 30, 80 << 30),
         current_stream=lambda *_: streams[-1], device=lambda _: contextlib.nullcontext(), synchronize=synchronize,
-        graph_pool_handle=nothing, empty_cache=nothing, reset_peak_memory_stats=nothing, _sleep=nothing,
         set_sync_debug_mode=functools.partial(setattr, card, "sync_debug"),
     )  # fmt: skip
 
@@ -243,11 +246,16 @@ def install() -> None:
     card.__enter__()
 
 
+def run_module() -> None:
+    """Run the module that the command line names, with the arguments behind its name."""
+    sys.argv.pop(0)
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
 def pytest_configure(config) -> None:
     install()
 
 
 if __name__ == "__main__":
     install()
-    sys.argv.pop(0)
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    run_module()

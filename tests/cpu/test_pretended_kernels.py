@@ -1,0 +1,41 @@
+"""The GPU tests of single kernels, and their benchmarks, on a simulated GPU that runs the CUDA kernels: see
+pretended_kernels.py. Their own code runs here, so that it does not fail where they are meant to check kernels.
+"""
+
+import re
+
+import pytest
+
+from orthrus_rt import dispatch
+from tests.cpu import cuda_host
+from tests.cpu.test_pretended_card import run
+
+PRETENDED = "tests.cpu.pretended_kernels"
+HOW = f"-p {PRETENDED} -p no:hypothesispytest -p no:cacheprovider -q".split()
+
+pytestmark = pytest.mark.skipif(
+    dispatch.extension() is None or cuda_host.compiler() is None, reason="needs the native module and a C++ compiler"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "only", "passed"),
+    [
+        ("consensus", "1-2 or graph or no_slots", 4),
+        ("qkv_commit", "not 64_bit and not many_rows", 21),
+        ("dual_attn", "9 and (padding or nan or infinity) or head_dim or nothing or maxima or rounded", 26),
+        ("f32", "130 or agrees or (padding and 9)", 4),
+        ("row_linear", "(17 and one_hot) or (argmax and shape0) or in_place or first_call or no_rows or errors", 12),
+        ("coded_weights", "coded_as_on or (drafts and shape0)", 4),
+    ],
+)
+def test_gpu_tests(name, only, passed):
+    """One small case of each kind."""
+    out = run("pytest", *HOW, f"tests/gpu/test_{name}.py", "-k", only)
+    assert re.search(r"(\d+ .*?)(, \d+ deselected)? in ", out.splitlines()[-1])[1] == f"{passed} passed"
+
+
+def test_row_linear_benchmark(monkeypatch):
+    monkeypatch.setenv("ORTHRUS_CUDA_CODED", "1")
+    what = "bench.bench_row_linear --model tiny --rows 2 --diff"
+    assert "| chain | cuda | 2 |" in run(PRETENDED, *what.split())
