@@ -93,7 +93,6 @@ def test_many_units(groups, num_sms, host):
     assert torch.equal(split, case.run(split=False))
 
 
-@pytest.mark.usefixtures("both_orders")
 @pytest.mark.parametrize("heads", [Heads(3, 1, 64), Heads(8, 2, 128)], ids=str)
 @pytest.mark.parametrize("slots, blocks, n", SHARED_BLOCKS)
 def test_blocks_read_their_sequence_together(heads, slots, blocks, n, host):

@@ -40,7 +40,9 @@ def test_gpu_tests():
         "bench.bench_consensus --slots 4",
         "bench.bench_qkv_commit --model tiny --rows 4",
         "bench.bench_profile --device cuda --model tiny --context 100 --repeats 2",
-        "bench.bench_decode --model tiny --context 100 --batch 4 --cycles 8 --block-len 4",
+        pytest.param(
+            "bench.bench_decode --model tiny --context 100 --batch 4 --cycles 8 --block-len 4", marks=pytest.mark.full
+        ),
     ],
 )
 def test_benchmarks(what):
