@@ -23,7 +23,7 @@ def install() -> None:
     module = device.Module(kernels)
     dispatch.extension = lambda: module
     dispatch.select = lambda op, *_: "cuda" if op in device.NATIVE else "cpu"
-    native._launch = lambda op, params, device: getattr(kernels, op)(params)
+    native._launch = lambda op, params, _: getattr(kernels, op)(params)
 
 
 def pytest_configure(config) -> None:

@@ -23,14 +23,18 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+def passed(plugin: str, *arguments: str) -> int:
+    """How many GPU tests pass in a process with this simulated GPU, in which none may fail."""
+    how = f"-p {plugin} -p no:hypothesispytest -p no:cacheprovider -q".split()
+    return int(re.search(r"(\d+) passed", run("pytest", *how, *arguments))[1])
+
+
 def test_gpu_tests():
     """Except those that need Triton, CUDA's profiler, a second thread, a device's memory or a quiet machine."""
     files = [f"tests/gpu/test_{name}.py" for name in ("auto", "engine", "profile", "failures")]
     but = "costs_and_acceptance or triton or launches_one_graph or keeps_to_its_stream or uploads or decode_benchmark"
     but += " or device_that_fails or other_threads or program_captures or gives_the_memory"
-    how = f"-p {PRETENDED} -p no:hypothesispytest -p no:cacheprovider -q".split()
-    out = run("pytest", *how, *files, "-k", f"not ({but} or {OTHER_MODES})")
-    assert int(re.search(r"(\d+) passed", out)[1]) == 36
+    assert passed(PRETENDED, *files, "-k", f"not ({but} or {OTHER_MODES})") == 36
 
 
 @pytest.mark.parametrize(
