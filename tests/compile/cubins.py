@@ -60,7 +60,8 @@ def started(command: list[str]) -> subprocess.CompletedProcess:
 
 
 def report(source: str, arch: str) -> str:
-    """What ptxas says about ``source`` for ``arch``, and its SASS: from the build folder if nothing has changed since.
+    """What ptxas says about ``source`` for ``arch``, and what its PTX and SASS show: from the build folder if nothing
+    has changed since.
 
     Raises:
         RuntimeError: it does not compile.
@@ -74,7 +75,8 @@ def report(source: str, arch: str) -> str:
     kept.parent.mkdir(parents=True, exist_ok=True)
     # Two runs of this tier may share the build folder, so each writes to another file and renames it at the end.
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-        command = [nvcc(), *FLAGS, f"-arch={arch}", "-o", f"{folder}/out.cubin", str(ROOT / source)]
+        keep = ["--keep", f"--keep-dir={folder}"]
+        command = [nvcc(), *FLAGS, f"-arch={arch}", *keep, "-o", f"{folder}/out.cubin", str(ROOT / source)]
         done = started(command)
         if done.returncode:
             raise RuntimeError(f"{source} does not compile for {arch}:\n{done.stderr}")
@@ -82,6 +84,9 @@ def report(source: str, arch: str) -> str:
             old.unlink(missing_ok=True)
         finished = Path(folder) / "report.txt"
         said = done.stderr + (f"\nlane loops: {lane_loops(tool, command[-2])}\n" if tool else "")
+        if arch == "sm_90a":
+            groups, spoilt = wgmma_groups((Path(folder) / f"{Path(source).stem}.ptx").read_text())
+            said += f"\nwgmma groups: {groups}, spoilt: {spoilt}\n"
         finished.write_text(said)
         finished.rename(kept)
     return said
@@ -93,6 +98,27 @@ def cuobjdump() -> str | None:
     triton = find_spec("triton")
     beside = os.path.join(os.path.dirname(triton.origin), "backends/nvidia/bin") if triton else ""
     return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=beside)
+
+
+def wgmma_groups(ptx: str) -> tuple[int, int]:
+    """Groups of products, from their fence to their commit, and in how many of them something else writes to their
+    sums or to operands in registers.
+    """
+    groups = re.findall(r"wgmma\.fence[^;]*;(.*?)wgmma\.commit_group", ptx, re.S)
+    spoilt = 0
+    for group in groups:
+        owned, written = set(), set()
+        for statement in re.sub(r"//[^\n]*", "", group).split(";"):
+            found = re.search(r"(?:@!?%p\d+\s+)?\b([a-z]\w*\.\S+)\s+(\{[^}]*\}|%\w+)(?:,\s*(\{[^}]*\}))?", statement)
+            if not found:
+                continue
+            registers = [set(re.findall(r"%[rf]\d+", text or "")) for text in found.group(2, 3)]
+            if found[1].startswith("wgmma"):
+                owned |= registers[0] | registers[1]  # the sums, and A if it is in registers
+            else:
+                written |= registers[0]
+        spoilt += not owned or bool(owned & written)
+    return len(groups), spoilt
 
 
 def lane_loops(tool: str, cubin: str) -> int:
