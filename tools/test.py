@@ -116,7 +116,7 @@ TIERS = [
     Tier("cpu", ["tests/cpu"], spread=True),
     Tier(
         "amx",
-        ["--software-tiles", "-k", "not portable and not avx and not chat", *AMX_TESTS],
+        ["--software-tiles", "-k", "not portable and not avx and not per_pass", *AMX_TESTS],
         lambda: of_tests("amx_software").why_not(),
         spread=True,
     ),

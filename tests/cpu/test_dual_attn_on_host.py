@@ -93,8 +93,15 @@ def test_many_units(groups, num_sms, host):
     assert torch.equal(split, case.run(split=False))
 
 
-@pytest.mark.parametrize("heads", [Heads(3, 1, 64), Heads(8, 2, 128)], ids=str)
-@pytest.mark.parametrize("slots, blocks, n", SHARED_BLOCKS)
+@pytest.mark.parametrize(
+    ("heads", "slots", "blocks", "n"),
+    [
+        *((SMALL, *shared) for shared in SHARED_BLOCKS),
+        *((Heads(8, 2, 128), *SHARED_BLOCKS[i]) for i in (1, 3)),
+        *(pytest.param(Heads(8, 2, 128), *SHARED_BLOCKS[i], marks=pytest.mark.full) for i in (0, 2, 4, 5)),
+    ],
+    ids=str,
+)
 def test_blocks_read_their_sequence_together(heads, slots, blocks, n, host):
     tall = n * heads.q // heads.kv
     pairs = slots * (1 + blocks) * -(-tall // 128) * heads.kv

@@ -97,7 +97,7 @@ inline float widen(const uint8_t* bf16) {
   return value;
 }
 
-// Adds to the four accumulators of mma, or to four of wgmma, at which two rows and two columns meet.
+// Adds to four accumulators of wgmma, at which two rows and two columns meet.
 inline void add_products(float* d, const float* row0, const float* row1, const float* column0, const float* column1) {
   float sums[4] = {d[0], d[1], d[2], d[3]};  // a copy, which no operand can alias
   for (int k = 0; k < 16; ++k) {
@@ -204,24 +204,51 @@ inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress row) {
   load_elements<cuda_host::load_matrix_transposed>(r, row);
 }
 
+struct MmaOperands {
+  uint32_t words[6];  // of A and B
+  float sums[4];
+};
+static_assert(sizeof(MmaOperands) == cuda_host::Block::kValueBytes, "the lanes' operands lie side by side");
+
+// Where the lanes' operands begin, element by element of the matrix, in bytes.
+template <int kRows, auto kLayout>
+constexpr auto offsets_of_lanes(int first_word) {
+  std::array<uint16_t, kRows * 16> offsets{};
+  for (int i = 0; i < kRows * 16; ++i) {
+    const cuda_host::Place at = kLayout(i / 16, i % 16);
+    offsets[i] = at.lane * sizeof(MmaOperands) + first_word * 4 + at.index * 2;
+  }
+  return offsets;
+}
+
 inline void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const cuda_host::races::Unseen unseen;  // no device memory is touched
-  using Words = std::array<uint32_t, 6>;
-  const auto lanes = cuda_host::Block::current().exchange(Words{a[0], a[1], a[2], a[3], b0, b1});
-  auto element = [&](cuda_host::Place from, int first_word) {
-    return cuda_host::widen(reinterpret_cast<const uint8_t*>(&lanes[from.lane][first_word]) + from.index * 2);
-  };
-  // Widened by the first lane for all lanes: none reaches the next mma before all have read them.
-  static struct { float a[16][16], b[8][16]; } operands[cuda_host::kMaxThreads / 32];
-  auto& [rows, columns] = operands[cuda_host::self / 32];
+  const MmaOperands mine{{a[0], a[1], a[2], a[3], b0, b1}, {d[0], d[1], d[2], d[3]}};
+  const auto lanes = cuda_host::Block::current().exchange(mine);
+  // The first lane multiplies for all of them: none reaches the next mma before all have read their sums.
+  using Row = float __attribute__((vector_size(32)));
+  static Row sums_of_warps[cuda_host::kMaxThreads / 32][16];
+  Row* const sums = sums_of_warps[cuda_host::self / 32];
   if (lanes.first()) {
-    for (int k = 0; k < 16; ++k) {
-      for (int row = 0; row < 16; ++row) rows[row][k] = element(cuda_host::mma_a(row, k), 0);
-      for (int row = 0; row < 8; ++row) columns[row][k] = element(cuda_host::mma_b(row, k), 4);
+    constexpr auto kA = offsets_of_lanes<16, cuda_host::mma_a>(0);
+    constexpr auto kB = offsets_of_lanes<8, cuda_host::mma_b>(4);
+    const auto* operands = reinterpret_cast<const uint8_t*>(lanes.values);
+    Row columns[16];
+    for (int i = 0; i < 8 * 16; ++i) columns[i % 16][i / 16] = cuda_host::widen(operands + kB[i]);
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const auto [row, column] = cuda_host::mma_accumulator(lane, i);
+        sums[row][column] = lanes[lane].sums[i];
+      }
+    }
+    for (int row = 0; row < 16; ++row) {
+      for (int k = 0; k < 16; ++k) sums[row] += cuda_host::widen(operands + kA[row * 16 + k]) * columns[k];
     }
   }
-  const auto [row, column] = cuda_host::mma_accumulator(threadIdx.x % 32, 0);
-  cuda_host::add_products(d, rows[row], rows[row + 8], columns[column], columns[column + 1]);
+  for (int i = 0; i < 4; ++i) {
+    const auto [row, column] = cuda_host::mma_accumulator(threadIdx.x % 32, i);
+    d[i] = sums[row][column];
+  }
 }
 
 inline uint32_t pack_bf16(float lo, float hi) {
