@@ -95,7 +95,7 @@ struct Fiber {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   static constexpr int kStackBytes = 1 << 18;
 #else
-  static constexpr int kStackBytes = (1 << 15) + 17 * 64;
+  static constexpr int kStackBytes = 1 << 15;
 #endif
   ucontext_t context;
   jmp_buf resume;
@@ -151,7 +151,9 @@ class Block {
     const races::Unseen unseen;
     Fiber& fiber = fibers()[active_];
     states_[active_] = state;
-    if (!_setjmp(fiber.resume)) resume_next();
+    if (_setjmp(fiber.resume)) return;
+    races::become(scheduler_seen_as_);
+    _longjmp(scheduler_, 1);
   }
 
   // Waits for the whole warp or block. What its threads did before happens before what they do after.
@@ -230,36 +232,27 @@ class Block {
     fiber.exchanges = fiber.met[0] = fiber.met[1] = 0;
   }
 
-  // Leaves for the next fiber of this round that is ready, or, after the last one, for step().
-  [[noreturn]] void resume_next() {
-    while (++turn_ < threads_) {
-      const int t = descending ? threads_ - 1 - turn_ : turn_;
-      if (states_[t] == Fiber::kReady) resume(t);
-    }
-    races::become(scheduler_seen_as_);
-    _longjmp(scheduler_, 1);
-  }
-
-  [[noreturn]] void resume(int t) {
-    ran_ = true;
-    active_ = self = t;
-    threadIdx.x = t - rank() * blockDim.x;
-    blockIdx = first_block_;
-    blockIdx.x += rank();
-    Fiber& fiber = fibers()[t];
+  void resume(Fiber& fiber) {
+    if (_setjmp(scheduler_)) return;
     races::become(fiber.seen_as);
     if (fiber.entered) _longjmp(fiber.resume, 1);
     fiber.entered = true;
     setcontext(&fiber.context);
-    fail("a fiber cannot be entered");
   }
 
   // Runs every ready fiber once, then opens the warp exchanges or the barrier that all live fibers have reached.
   bool step() {
-    turn_ = -1;
-    ran_ = false;
-    if (!_setjmp(scheduler_)) resume_next();
-    bool ran = ran_;
+    bool ran = false;
+    for (int i = 0; i < threads_; ++i) {
+      const int t = descending ? threads_ - 1 - i : i;
+      if (states_[t] != Fiber::kReady) continue;
+      ran = true;
+      active_ = self = t;
+      threadIdx.x = t - rank() * blockDim.x;
+      blockIdx = first_block_;
+      blockIdx.x += rank();
+      resume(fibers()[t]);
+    }
     for (int first = 0; first < threads_; first += 32) ran |= open(Fiber::kWarp, first, std::min(first + 32, threads_));
     const int of_block = blockDim.x;
     if (!ran)
@@ -288,8 +281,6 @@ class Block {
   const std::function<void()>* kernel_ = nullptr;
   int threads_ = 0;
   int active_ = 0;
-  int turn_ = 0;  // how many threads have been looked at in this round
-  bool ran_ = false;
   dim3 first_block_;
 };
 
