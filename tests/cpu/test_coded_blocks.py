@@ -44,7 +44,7 @@ WEIGHTS = {
 ROWS = 1, 24, 64, 90, 112, 128, 150
 # Features, inputs, SMs: cut tiles of one block and of two, which CTAs share.
 CUT = {"cut": (192, 1024, 5), "cut pairs": (3200, 128, 7)}
-MANY_CUT_PAIRS = pytest.param("cut pairs", 300, marks=pytest.mark.full)
+MANY_CUT_PAIRS = [pytest.param("cut pairs", rows, marks=pytest.mark.full) for rows in (300, 500)]
 
 
 def some_weight(name):
@@ -195,7 +195,7 @@ class TestRowLinear:
     @pytest.mark.usefixtures("however_many")
     @pytest.mark.parametrize(
         ("name", "rows"),
-        [*itertools.product([*WEIGHTS, "cut"], [*ROWS, 170]), *itertools.product(["cut pairs"], ROWS), MANY_CUT_PAIRS],
+        [*itertools.product([*WEIGHTS, "cut"], [*ROWS, 170]), *itertools.product(["cut pairs"], ROWS), *MANY_CUT_PAIRS],
     )
     def test_no_bit_differs_from_plain_weights(self, name, rows, monkeypatch):
         """This is why the tests of row_linear itself run few of their cases with coded weights."""
@@ -239,7 +239,7 @@ class TestRowLinear:
     @pytest.mark.parametrize(
         ("name", "rows"),
         [*itertools.product([*WEIGHTS, "cut"], [4, 40, 90, 300, 500]), *itertools.product(["cut pairs"], [4, 40, 90]),
-         MANY_CUT_PAIRS],
+         *MANY_CUT_PAIRS],
     )  # fmt: skip
     def test_the_diffusion_view_in_8_bits_beside_exact_rows(self, name, rows, monkeypatch):
         """As in a pass that verifies and drafts at once; then all rows are of one view."""

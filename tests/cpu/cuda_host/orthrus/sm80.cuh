@@ -210,7 +210,7 @@ struct MmaOperands {
 };
 static_assert(sizeof(MmaOperands) == cuda_host::Block::kValueBytes, "the lanes' operands lie side by side");
 
-// Where the lanes' operands begin, element by element of the matrix, in bytes.
+// Where each element of a matrix lies among the lanes' operands, in bytes.
 template <int kRows, auto kLayout>
 constexpr auto offsets_of_lanes(int first_word) {
   std::array<uint16_t, kRows * 16> offsets{};
