@@ -116,6 +116,7 @@ TIERS = [
     Tier("cpu", ["tests/cpu"], spread=True),
     Tier(
         "amx",
+        # per_pass: the embedded model takes longer there, and other tests of the same file decode with it.
         ["--software-tiles", "-k", "not portable and not avx and not per_pass", *AMX_TESTS],
         lambda: of_tests("amx_software").why_not(),
         spread=True,

@@ -44,7 +44,7 @@ class Kernel:
 def _common_hash() -> bytes:
     digest = hashlib.sha256()
     digest.update(subprocess.check_output([nvcc(), "--version"]))
-    digest.update(repr([f.replace(str(ROOT), "") for f in FLAGS]).encode())
+    digest.update(repr([f.replace(str(ROOT), "") for f in FLAGS]).encode() + Path(__file__).read_bytes())
     for folder in ("include", "cuda"):
         for path in sorted((ROOT / "csrc" / folder).rglob("*.*h")):
             digest.update(path.read_bytes())
@@ -62,36 +62,40 @@ def started(command: list[str]) -> subprocess.CompletedProcess:
         return subprocess.run(command, capture_output=True, text=True)
 
 
+@functools.cache
+def kept(source: str, arch: str) -> Path:
+    """Where the report on ``source`` for ``arch`` is, once there is one; for sm_90a a cubin lies beside it."""
+    key = hashlib.sha256(_common_hash() + (ROOT / source).read_bytes() + arch.encode()).hexdigest()[:24]
+    return ROOT / "build" / "cubins" / f"{Path(source).stem}-{arch}-{key}.txt"
+
+
 def report(source: str, arch: str) -> str:
-    """What ptxas says about ``source`` for ``arch``, and what its PTX and SASS show: from the build folder if nothing
-    has changed since.
+    """What ptxas says about ``source`` for ``arch``, and what sm_90a's PTX shows of wgmma: from the build folder if
+    nothing has changed since.
 
     Raises:
         RuntimeError: it does not compile.
     """
-    tool = cuobjdump() if arch == "sm_90a" and "row_linear_sm90" in source else None
-    what = (ROOT / source).read_bytes() + f"{arch} {bool(tool)}".encode()
-    key = hashlib.sha256(_common_hash() + what).hexdigest()[:24]
-    kept = ROOT / "build" / "cubins" / f"{Path(source).stem}-{arch}-{key}.txt"
-    if kept.exists():
-        return kept.read_text()
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    # Two runs of this tier may share the build folder, so each writes to another file and renames it at the end.
-    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-        keep = ["--keep", f"--keep-dir={folder}"]
-        command = [nvcc(), *FLAGS, f"-arch={arch}", *keep, "-o", f"{folder}/out.cubin", str(ROOT / source)]
-        done = started(command)
+    path = kept(source, arch)
+    if path.exists():
+        return path.read_text()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Two runs of this tier may share the build folder, so each writes to another folder and renames files at the end.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        out, keep = Path(folder, "out.cubin"), ["--keep", f"--keep-dir={folder}"]
+        done = started([nvcc(), *FLAGS, f"-arch={arch}", *keep, "-o", str(out), str(ROOT / source)])
         if done.returncode:
             raise RuntimeError(f"{source} does not compile for {arch}:\n{done.stderr}")
-        for old in kept.parent.glob(f"{Path(source).stem}-{arch}-*.txt"):
+        for old in path.parent.glob(f"{Path(source).stem}-{arch}-*"):
             old.unlink(missing_ok=True)
-        finished = Path(folder) / "report.txt"
-        said = done.stderr + (f"\nlane loops: {lane_loops(tool, command[-2])}\n" if tool else "")
+        said = done.stderr
         if arch == "sm_90a":
-            groups, spoilt = wgmma_groups((Path(folder) / f"{Path(source).stem}.ptx").read_text())
+            groups, spoilt = wgmma_groups(Path(folder, f"{Path(source).stem}.ptx").read_text())
             said += f"\nwgmma groups: {groups}, spoilt: {spoilt}\n"
+            out.rename(path.with_suffix(".cubin"))
+        finished = Path(folder, "report.txt")
         finished.write_text(said)
-        finished.rename(kept)
+        finished.rename(path)
     return said
 
 
@@ -103,12 +107,11 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=beside)
 
 
-def wgmma_groups(ptx: str) -> tuple[int, int]:
-    """Groups of products, from their fence to their commit, and in how many of them something else writes to their
-    sums or to operands in registers.
+def wgmma_groups(ptx: str) -> tuple[int, str]:
+    """The number of groups of products, from their fence to their commit, and which registers something else writes in
+    one of them: sums, or operands in registers.
     """
-    groups = re.findall(r"wgmma\.fence[^;]*;(.*?)wgmma\.commit_group", ptx, re.S)
-    spoilt = 0
+    groups, spoilt = re.findall(r"wgmma\.fence[^;]*;(.*?)wgmma\.commit_group", ptx, re.S), set()
     for group in groups:
         owned, written = set(), set()
         for statement in re.sub(r"//[^\n]*", "", group).split(";"):
@@ -120,15 +123,18 @@ def wgmma_groups(ptx: str) -> tuple[int, int]:
                 owned |= registers[0] | registers[1]  # the sums, and A if it is in registers
             else:
                 written |= registers[0]
-        spoilt += not owned or bool(owned & written)
-    return len(groups), spoilt
+        spoilt |= owned & written if owned else {"(a group without products)"}
+    return len(groups), " ".join(sorted(spoilt)) or "none"
 
 
-def lane_loops(tool: str, cubin: str) -> int:
-    """Loops in SASS over the lanes for which the one copy unit of a warp has work to do, at 40 clocks each."""
-    sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+def lane_loops(source: str) -> int:
+    """Loops in the SASS for sm_90a over the lanes for which the one copy unit of a warp has work to do, at 40 clocks
+    each.
+    """
+    cubin = kept(source, "sm_90a").with_suffix(".cubin")
+    sass = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
     if "UBLKCP" not in sass:
-        raise RuntimeError(f"{tool} shows no bulk copy in {cubin}")
+        raise RuntimeError(f"{cuobjdump()} shows no bulk copy in {cubin}")
     return sass.count("BRA.U.ANY")
 
 
@@ -136,9 +142,9 @@ def lane_loops(tool: str, cubin: str) -> int:
 def reports() -> dict:
     """Futures of all reports by (source, arch)."""
     pool = ThreadPoolExecutor(2)
-    # The largest sources first, so that none is left running alone at the end.
-    by_size = sorted(variants.listed("CUDA_SOURCES"), key=lambda s: -(ROOT / s).stat().st_size)
-    return {(source, arch): pool.submit(report, source, arch) for source in by_size for arch in ARCHS}
+    # Those with products of matrices take longest: they come first, so that none is left running alone at the end.
+    sources = sorted(variants.listed("CUDA_SOURCES"), key=lambda s: not re.search("mma|sm90", s))
+    return {(source, arch): pool.submit(report, source, arch) for source in sources for arch in ARCHS}
 
 
 def quarter_of_registers(warps: int, registers: int) -> int:

@@ -93,12 +93,14 @@ def test_many_units(groups, num_sms, host):
     assert torch.equal(split, case.run(split=False))
 
 
+LONGEST = [(Heads(8, 2, 128), 2, 3, 32), (Heads(8, 2, 128), 5, 6, 2)]
+
+
 @pytest.mark.parametrize(
     ("heads", "slots", "blocks", "n"),
     [
-        *((SMALL, *shared) for shared in SHARED_BLOCKS),
-        *((Heads(8, 2, 128), *SHARED_BLOCKS[i]) for i in (0, 1, 3, 4)),
-        *(pytest.param(Heads(8, 2, 128), *SHARED_BLOCKS[i], marks=pytest.mark.full) for i in (2, 5)),
+        pytest.param(*case, marks=pytest.mark.full if case in LONGEST else ())
+        for case in ((heads, *shared) for heads in (SMALL, Heads(8, 2, 128)) for shared in SHARED_BLOCKS)
     ],
     ids=str,
 )

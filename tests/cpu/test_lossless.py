@@ -66,7 +66,7 @@ PINNED_SLOW = {
         },
         torch.float32: {
             "two_pass": {"greedy": {5: 2.3}, "sampled": {5: 2.5}},
-            "one_pass": {"greedy": {5: 1.725}, "sampled": {5: 1.667}},
+            "one_pass": {"greedy": {5: 1.704}, "sampled": {5: 1.667}},
         },
     },
 }
@@ -95,8 +95,8 @@ def engine(request):
 
 @pytest.fixture(scope="module", params=("greedy", "sampled"))
 def jobs(request, engine):
-    """The small grid: ``(prompts, params, AR alone)``. Where passes are slow, the long prompt, most of whose time is
-    its prefill, is decoded only greedily.
+    """The small grid: ``(prompts, params, AR alone)``, in float32 of two prompts. Where passes are slow, the long
+    prompt, most of whose time is its prefill, is decoded only greedily.
     """
     few = engine.model.dtype is torch.float32 or (SLOW and request.param == "sampled")
     ids = [p.encode(engine.tokenizer) for p in (SMALL[:2] if few else SMALL)]
@@ -144,7 +144,7 @@ WHOLE = {
     (torch.bfloat16, "alone"): {"two_pass": EVERY, "one_pass": SOME},
     (torch.bfloat16, "together"): {"two_pass": SOME, "one_pass": SOME},
     (torch.float32, "alone"): {"two_pass": (7,), "one_pass": (7,)},
-    (torch.float32, "together"): {"two_pass": EVERY, "one_pass": (7,)},
+    (torch.float32, "together"): {"two_pass": EVERY, "one_pass": (1, 7)},
 }
 
 

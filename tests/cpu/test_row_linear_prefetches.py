@@ -50,8 +50,8 @@ def test_the_next_weights_beginning_is_brought_to_l2(shape, rows, ar, exact, bit
     """A hint: no bit changes, and other prefetches stay the same. With many rows nothing of the next weight is brought:
     they may all be of one view in the next launch, which then reads in another order.
     """
-    if isa.endswith("sm80") and rows > 1:
-        pytest.skip("sm_80 prefetches nothing")
+    if isa.endswith("sm80") and (exact, bits) != (True, 12):
+        pytest.skip("sm_80 prefetches nothing, whatever it reads")
     k, n, sms = shape
     plain, x = tensor(n, k, seed=1), tensor(rows, k, seed=2)
     how = dict(sms=sms, exact=exact) | (dict(diff=tensor(n, k, seed=4), num_rows_ar=ar) if ar < rows else {})

@@ -80,6 +80,7 @@ inline bool last_cluster_only = false;  // launches leave out all others
 }
 constexpr int kMaxCluster = 2;
 inline int self = 0;  // the running thread, among all of its cluster's
+static_assert(kMaxCluster == 2);
 inline int rank() { return self >= static_cast<int>(blockDim.x); }  // of the thread's block in the cluster
 inline void* const kStream = reinterpret_cast<void*>(0x57ea);  // passed to launchers, which have to launch on it
 

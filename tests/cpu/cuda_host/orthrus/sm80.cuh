@@ -97,16 +97,20 @@ inline float widen(const uint8_t* bf16) {
   return value;
 }
 
-// Adds to four accumulators of wgmma, at which two rows and two columns meet.
-inline void add_products(float* d, const float* row0, const float* row1, const float* column0, const float* column1) {
-  float sums[4] = {d[0], d[1], d[2], d[3]};  // a copy, which no operand can alias
-  for (int k = 0; k < 16; ++k) {
-    sums[0] += row0[k] * column0[k];
-    sums[1] += row0[k] * column1[k];
-    sums[2] += row1[k] * column0[k];
-    sums[3] += row1[k] * column1[k];
+struct MmaOperands {
+  uint32_t words[6];  // of A and B
+  float sums[4];
+};
+
+// Where each element of a matrix lies among what the lanes of a warp exchange, in bytes.
+template <int kRows, auto kLayout>
+constexpr auto offsets_in_lanes(int first_word) {
+  std::array<uint16_t, kRows * 16> offsets{};
+  for (int i = 0; i < kRows * 16; ++i) {
+    const Place at = kLayout(i / 16, i % 16);
+    offsets[i] = at.lane * Block::kValueBytes + first_word * 4 + at.index * 2;
   }
-  std::copy_n(sums, 4, d);
+  return offsets;
 }
 
 constexpr int kMaxSharedBytes = 227 * 1024;  // the most that a block may ask for
@@ -204,34 +208,17 @@ inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress row) {
   load_elements<cuda_host::load_matrix_transposed>(r, row);
 }
 
-struct MmaOperands {
-  uint32_t words[6];  // of A and B
-  float sums[4];
-};
-static_assert(sizeof(MmaOperands) == cuda_host::Block::kValueBytes, "the lanes' operands lie side by side");
-
-// Where each element of a matrix lies among the lanes' operands, in bytes.
-template <int kRows, auto kLayout>
-constexpr auto offsets_of_lanes(int first_word) {
-  std::array<uint16_t, kRows * 16> offsets{};
-  for (int i = 0; i < kRows * 16; ++i) {
-    const cuda_host::Place at = kLayout(i / 16, i % 16);
-    offsets[i] = at.lane * sizeof(MmaOperands) + first_word * 4 + at.index * 2;
-  }
-  return offsets;
-}
-
 inline void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const cuda_host::races::Unseen unseen;  // no device memory is touched
-  const MmaOperands mine{{a[0], a[1], a[2], a[3], b0, b1}, {d[0], d[1], d[2], d[3]}};
+  const cuda_host::MmaOperands mine{{a[0], a[1], a[2], a[3], b0, b1}, {d[0], d[1], d[2], d[3]}};
   const auto lanes = cuda_host::Block::current().exchange(mine);
   // The first lane multiplies for all of them: none reaches the next mma before all have read their sums.
   using Row = float __attribute__((vector_size(32)));
   static Row sums_of_warps[cuda_host::kMaxThreads / 32][16];
   Row* const sums = sums_of_warps[cuda_host::self / 32];
   if (lanes.first()) {
-    constexpr auto kA = offsets_of_lanes<16, cuda_host::mma_a>(0);
-    constexpr auto kB = offsets_of_lanes<8, cuda_host::mma_b>(4);
+    constexpr auto kA = cuda_host::offsets_in_lanes<16, cuda_host::mma_a>(0);
+    constexpr auto kB = cuda_host::offsets_in_lanes<8, cuda_host::mma_b>(4);
     const auto* operands = reinterpret_cast<const uint8_t*>(lanes.values);
     Row columns[16];
     for (int i = 0; i < 8 * 16; ++i) columns[i % 16][i / 16] = cuda_host::widen(operands + kB[i]);

@@ -263,6 +263,18 @@ inline void widen_transposed(uint64_t matrix, int row, Row& to) {
   for (int k = 0; k < 16; ++k) to[k] = widen(pointer(transposed_address(matrix, row, k)));
 }
 
+// Adds to four accumulators at which two rows and two columns meet.
+inline void add_products(float* d, const float* row0, const float* row1, const float* column0, const float* column1) {
+  float sums[4] = {d[0], d[1], d[2], d[3]};  // a copy, which no operand can alias
+  for (int k = 0; k < 16; ++k) {
+    sums[0] += row0[k] * column0[k];
+    sums[1] += row0[k] * column1[k];
+    sums[2] += row1[k] * column0[k];
+    sums[3] += row1[k] * column1[k];
+  }
+  std::copy_n(sums, 4, d);
+}
+
 // d (+)= A B^T, computed when it is waited for. `a_rows(rows)` gives the rows of A that belong to the thread's
 // accumulators; `read_a(row)` reads, as this thread, one of the 16 rows of A of its warp.
 template <int kN, bool kTransposed = false, class Rows, class Read>
