@@ -29,7 +29,7 @@ INSTEAD = {
     Engine.submit: "stream()", Engine.stream: "stream()", Engine.step: "stream()", Engine.generate: "generate()",
     Engine.abort: "abort()", Engine.close: "close()", Engine.__exit__: "close()",
 }  # fmt: skip
-MOST_FAILURES = 3  # failed steps, with no cycle between them, after which the running requests' streams fail
+MOST_FAILURES = 3  # failed steps that may be due to a request, with no token of it between them; its stream then fails
 log = logging.getLogger("orthrus_rt")
 R = TypeVar("R")
 
@@ -73,8 +73,7 @@ class AsyncEngine:
         self._taking_over = threading.Lock()
         self._closing: Future | None = None
         self._draining, self._process = False, os.getpid()
-        self._steps = False  # a step is in the queue; only the worker uses this and the next two
-        self._failures = self._cycles = 0  # steps that have failed since the engine had run that many cycles
+        self._steps = False  # a step is in the queue; only the worker uses this
 
     def _enter(self) -> asyncio.AbstractEventLoop:
         """The running loop, which uses the engine from now on. Streams of an earlier loop cannot be served any more: it
@@ -123,7 +122,8 @@ class AsyncEngine:
         Raises:
             ValueError: the request cannot be served, as for :meth:`Engine.submit`.
             RuntimeError: the engine is closed or closing.
-            Exception: what three failing steps with no cycle between them raised.
+            Exception: what the third step raised that failed in work for this request, and perhaps for others, with
+                no token of it between them.
         """
         self._check_taking()
         # With copies of the arguments: the caller may change them before the request is submitted.
@@ -313,13 +313,11 @@ class AsyncEngine:
             outputs = self.engine.step()
         except Exception as error:
             log.exception("a step failed")
-            self._failures += 1
-            if self._failures == MOST_FAILURES:
-                self._failures = 0
-                return self._give_up(error)  # if False, the next step waits for aborts or a new request
+            unfinished = self.engine.outbox.unfinished
+            stuck = {request.request_id for request in unfinished if request.failures >= MOST_FAILURES}
+            if stuck or not unfinished:
+                return self._give_up(error, stuck)  # if False, the next step waits for aborts or a new request
             return True
-        if self.engine.metrics.cycles > self._cycles or not self.engine.has_unfinished():
-            self._failures, self._cycles = 0, self.engine.metrics.cycles
         self._tell_outputs(outputs)
         return True
 
@@ -327,23 +325,20 @@ class AsyncEngine:
         # Copies, as running requests change their statistics while the loop may read them.
         self._tell(self._hand_out, [replace(out, stats=out.stats.copy()) for out in outputs])
 
-    def _give_up(self, error: Exception) -> bool:
-        """Steps keep failing: end the requests that hold a slot (or all, if none does) at once, whenever their readers
-        learn of it. Their streams end behind the outputs that they already have. Requests that wait for a slot or
-        arrive later are spared, unless one cannot be ended: then all streams fail. Whether the others continue.
+    def _give_up(self, error: Exception, stuck: set[str]) -> bool:
+        """Steps keep failing: end the requests that are ``stuck`` without waiting for their readers. Their streams end
+        behind the outputs that they already have. The others are spared, unless one cannot be ended: then all streams
+        fail. Whether the others continue.
         """
         outbox = self.engine.outbox
         outbox.collect()
         outputs, outbox.outputs = outbox.outputs, []
         self._tell_outputs(outputs)
-        active = {request.request_id for request in self.engine.scheduler.active}
-        failed = {request.request_id for request in outbox.unfinished}
-        failed = failed & active or failed
-        self._tell(self._fail, error, failed)
-        ended = all([self._end(known_as, error) for known_as in failed])
+        self._tell(self._fail, error, stuck)
+        ended = all([self._end(known_as, error) for known_as in stuck])
         if not ended:
             self._tell(self._fail, error)
-        return bool(failed) and ended
+        return bool(stuck) and ended
 
     def _tell(self, function, *args) -> None:
         """Call ``function`` in the loop, unless another loop has taken over by then."""

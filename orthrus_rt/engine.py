@@ -94,7 +94,7 @@ class Engine(Generation):
         sizes = engine_sizes(config, max_seq_len, max_batch_size, num_pages)
         if not isinstance(prefix_caching, bool):
             raise ValueError(f"prefix_caching must be True or False, got {prefix_caching!r}")
-        self.turn, self.closed, self.torn, self.dropped = Turn(), False, False, deque()
+        self.turn, self.closed, self.torn, self.dropped, self._suspects = Turn(), False, False, deque(), []
         self.config, self.max_seq_len = config, sizes.max_seq_len
         self.checkpoint, self._tokenizer = checkpoint, None
         self.device = with_index(device)
@@ -273,8 +273,8 @@ class Engine(Generation):
         Raises:
             RuntimeError: the engine is closed, or another call is using it.
             Exception: any other failure; a note names the requests that were running. Nothing is lost, and the next
-                step tries again. If it fails every time, abort one of these requests; if that fails too, as on a lost
-                device, close the engine.
+                step tries again, with each of their prompts in a pass of its own, so that the note soon names the
+                request to abort. If steps fail even so, as on a lost device, close the engine.
         """
         self.turn.hold(sys._getframe())
         try:
@@ -283,6 +283,10 @@ class Engine(Generation):
                 return self.outbox.outputs
             finally:  # emptied only on the return: outputs held back by an interrupt are returned by the next step
                 self.outbox.outputs = []
+        except Exception as error:
+            if not self.closed:
+                self._charge(error)
+            raise
         finally:
             self.turn.holder = {}
 

@@ -44,6 +44,7 @@ class Request:
         self.to_prefill: list[int] = []
         self.prefilled = 0
         self.fresh = True  # no decode cycle since it got its slot
+        self.failures = 0  # failed steps that may be due to it, since its last token
         self._page_names: list[bytes] = []
         self._prompt_seen = 0  # the most prompt tokens that were ever in the cache
         self.arrived = self.started = self.first_token = 0.0
@@ -119,6 +120,7 @@ class Request:
             stats.prefill_seconds = now - self.started
         self.tokens += new
         stats.tokens = len(self.tokens)
+        self.failures = 0 if new else self.failures
         if plan is not None:
             stats.mode, stats.block_len, stats.fan_out = plan
             stats.cycles += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -43,6 +43,7 @@ class Rounds:
     torn: bool  # a call was cut short: _recover() must run before the next
     _plan: CyclePlan  # of the running batch
     _autos: Autos
+    _suspects: list[Request]  # a step that fails now is due to one of them; if empty, to one of the active requests
 
     def _abort(self, request: Request) -> None:
         if request.finish_reason is None:
@@ -65,12 +66,19 @@ class Rounds:
         self._finish(request, "error", _without_frames(error))
 
     @contextlib.contextmanager
-    def _or_end(self, requests: list[Request]) -> Iterator[None]:
+    def _suspecting(self, requests: list[Request]) -> Iterator[None]:
+        """A step that fails in here counts against these requests only."""
+        self._suspects = requests
+        yield
+        self._suspects = []
+
+    @contextlib.contextmanager
+    def _or_end(self, requests: list[Request], beside: Sequence[Request] = ()) -> Iterator[None]:
         """Out of memory ends one request: ``error.request`` if set, else the latest that needs logits, else the latest.
-        It would fail again in the next step; the others can go on.
+        It would fail again in the next step; the others can go on, as can those ``beside`` them in the same launch.
         """
         try:
-            with naming_the_knobs("running a step"):
+            with naming_the_knobs("running a step"), self._suspecting([*beside, *requests]):
                 yield
         except torch.OutOfMemoryError as error:
             scored = [r for r in requests if r.params.scored]
@@ -85,7 +93,7 @@ class Rounds:
         """One round: run a cycle of the decoding requests and prefill prompts, in its last pass where possible; then
         read the results that have arrived.
         """
-        since, self.torn = time.perf_counter(), True  # as torn_if_cut does, in less time
+        since, self.torn, self._suspects = time.perf_counter(), True, []  # as torn_if_cut does, in less time
         try:
             before = self.runner.flights.num_posted
             self._launch(self._ready(), before)
@@ -98,15 +106,22 @@ class Rounds:
             self.torn = False
         except RequestFailed:
             pass
-        except Exception as error:
-            error.add_note(f"orthrus_rt: {[r.request_id for r in self.scheduler.active]} were running")
-            raise
         finally:
             self.metrics.busy_seconds += time.perf_counter() - since
 
+    def _charge(self, error: Exception) -> None:
+        """Count a failed step against the requests that it may be due to, and note in ``error`` which these are."""
+        suspects = self._suspects or self.scheduler.active or self.outbox.unfinished
+        for request in suspects:
+            request.failures += 1
+        error.add_note(f"orthrus_rt: {[r.request_id for r in suspects]} were running")
+
     def _ready(self) -> list[Request]:
         """The decoding requests, each with pages for a cycle. Active requests are moved to the lowest slots."""
-        for request in self.scheduler.active:
+        active = self.scheduler.active
+        if any(request.failures for request in active):
+            self._collect(0)  # a launch that fails again must not cost the others their tokens
+        for request in active:
             if request.decoding:
                 self._grow(request)
         running = [r for r in self.scheduler.active if r.decoding]
@@ -117,7 +132,7 @@ class Rounds:
 
     def _launch(self, running: list[Request], before: int) -> None:
         """Launch a cycle of the decoding requests. Prompts run in its last pass, or in a pass of their own after it if
-        the cycle is to be timed by itself or if tokens are chosen on the host.
+        the cycle is to be timed by itself, if tokens are chosen on the host or if a prompt may be what failed before.
         """
         if not running:
             return self._prefill(self._chunks(self.runner.most_prompt_rows))
@@ -126,8 +141,8 @@ class Rounds:
         apart = any(r.rejection for r in running) or (policy is not None and policy.wants_time)
         chunks = [] if apart else self._chunks(room)
         prompts = [request for _, _, request in chunks]
-        if chunks and not any(r.rejection for r in prompts):
-            with self._or_end(prompts):  # the running requests go on without them
+        if chunks and not any(r.rejection or r.failures for r in prompts):
+            with self._or_end(prompts, beside=running):
                 self.runner.decode_and_prefill(running, plan, policy, chunks)
             return self._count(chunks)
         with self._or_end(running):
@@ -165,7 +180,7 @@ class Rounds:
         while request := self.scheduler.admit(self._margin):
             self.metrics.found(request.prefilled, request.count_prompt())
             try:
-                with naming_the_knobs("beginning a request"):
+                with naming_the_knobs("beginning a request"), self._suspecting([request]):
                     self.runner.begin(request)
             except torch.OutOfMemoryError as error:
                 self._fail(request, error)  # nothing was launched for it, so the others are not affected
@@ -175,17 +190,20 @@ class Rounds:
     def _chunks(self, room: int) -> PromptChunks:
         """The prompt tokens of the next pass: at most ``room``, in the order of the requests. A request is admitted
         only if there is room left. It may share pages that earlier requests fill in this same pass, as keys are written
-        before anything attends to them.
+        before anything attends to them. One that may be what failed before has a pass of its own: if it is, no other
+        request has a part in the next failure.
         """
         chunks = []
         for request in self._prompts():
+            if chunks and request.failures:
+                break
             start = request.prefilled
             tokens = request.to_prefill[start : start + room]
             chunks.append((tokens, start, request))
             request.prefilled += len(tokens)
             self.scheduler.publish(request.slot, request, request.prefilled)
             room -= len(tokens)
-            if not room:
+            if not room or request.failures:
                 break
         return chunks
 
@@ -217,7 +235,9 @@ class Rounds:
                 outcomes = [result.outcome(r.fresh) for (_, r), result in zip(running, results, strict=True)]
                 flight.policy.record(outcomes, flight.timed and flight.timed.seconds)
             for (_, request), result in zip(running, results, strict=True):
+                self._suspects = [request]
                 self._take_result(flight, request, result)
+            self._suspects = []
             self.metrics.landed(flight)
 
     def _take_result(self, flight: Flight, request: Request, result: Result) -> None:
@@ -237,6 +257,7 @@ class Rounds:
     def _recover(self) -> None:
         """After a fault at any point: start again from nothing but the tokens that the host knows."""
         self._autos.forget_pending()
+        self._suspects = []
         self.runner.reset()
         for request in self.outbox.unfinished:
             if not self.scheduler.holds(request):  # an interrupt came between the two calls

@@ -17,7 +17,7 @@ from orthrus_rt.cycle import Cycle
 from orthrus_rt.flights import Flights
 from orthrus_rt.sampling import SamplingParams
 from orthrus_rt.stopwatch import StretchOnDevice
-from tests import engines, failing, poison
+from tests import culprits, engines, failing, poison
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
 
@@ -196,6 +196,14 @@ def test_a_fault_in_flight_loses_nothing(late, alone, monkeypatch):
             faults += 1
     assert faults > 3
     assert got == {i: alone(*one) for i, one in jobs.items()}
+
+
+@pytest.mark.parametrize("where", culprits.WHERE)
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("chunk", (16, 512))
+def test_only_the_request_that_makes_steps_fail_ends(late, alone, monkeypatch, where, place, chunk):
+    """Although what the others have gained may be unread when it fails."""
+    culprits.check_that_only_the_culprit_ends(late(mode="ar"), where, place, alone, monkeypatch, chunk)
 
 
 def test_after_a_fault_no_slot_runs_on(late, monkeypatch):
