@@ -94,7 +94,7 @@ class Engine(Generation):
         sizes = engine_sizes(config, max_seq_len, max_batch_size, num_pages)
         if not isinstance(prefix_caching, bool):
             raise ValueError(f"prefix_caching must be True or False, got {prefix_caching!r}")
-        self.turn, self.closed, self.torn, self.dropped, self._suspects = Turn(), False, False, deque(), []
+        self.turn, self.closed, self.torn, self.dropped = Turn(), False, False, deque()
         self.config, self.max_seq_len = config, sizes.max_seq_len
         self.checkpoint, self._tokenizer = checkpoint, None
         self.device = with_index(device)
@@ -273,10 +273,11 @@ class Engine(Generation):
         Raises:
             RuntimeError: the engine is closed, or another call is using it.
             Exception: any other failure; a note names the requests that were running. Nothing is lost, and the next
-                step tries again, with each of their prompts in a pass of its own, so that the note soon names the
-                request to abort. If steps fail even so, as on a lost device, close the engine.
+                step tries again. After a second failure these prompts have a pass each, so that the third note tells
+                which request to abort. If steps fail even so, as on a lost device, close the engine.
         """
         self.turn.hold(sys._getframe())
+        self._suspects = []
         try:
             in_turn(self, Engine._advance_and_collect)
             try:

@@ -60,6 +60,11 @@ class Request:
         return self.slot is not None and self.prefilled == len(self.to_prefill)
 
     @property
+    def suspected(self) -> bool:
+        """Whether it may be what makes steps fail. One failure may be chance, as when other code spoils a recording."""
+        return self.failures > 1
+
+    @property
     def known(self) -> list[int]:
         """The tokens that come before the rows of the next cycle, which begin with the last generated token. If there
         is none yet, that is the whole prompt: the row of its last token gives the first generated one.
@@ -120,7 +125,7 @@ class Request:
             stats.prefill_seconds = now - self.started
         self.tokens += new
         stats.tokens = len(self.tokens)
-        self.failures = 0 if new else self.failures
+        self.failures = 0
         if plan is not None:
             stats.mode, stats.block_len, stats.fan_out = plan
             stats.cycles += 1

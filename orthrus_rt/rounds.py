@@ -93,7 +93,7 @@ class Rounds:
         """One round: run a cycle of the decoding requests and prefill prompts, in its last pass where possible; then
         read the results that have arrived.
         """
-        since, self.torn, self._suspects = time.perf_counter(), True, []  # as torn_if_cut does, in less time
+        since, self.torn = time.perf_counter(), True  # as torn_if_cut does, in less time
         try:
             before = self.runner.flights.num_posted
             self._launch(self._ready(), before)
@@ -119,7 +119,7 @@ class Rounds:
     def _ready(self) -> list[Request]:
         """The decoding requests, each with pages for a cycle. Active requests are moved to the lowest slots."""
         active = self.scheduler.active
-        if any(request.failures for request in active):
+        if any(request.suspected for request in active):
             self._collect(0)  # a launch that fails again must not cost the others their tokens
         for request in active:
             if request.decoding:
@@ -132,7 +132,7 @@ class Rounds:
 
     def _launch(self, running: list[Request], before: int) -> None:
         """Launch a cycle of the decoding requests. Prompts run in its last pass, or in a pass of their own after it if
-        the cycle is to be timed by itself, if tokens are chosen on the host or if a prompt may be what failed before.
+        the cycle is to be timed by itself, if tokens are chosen on the host or if a prompt is suspected.
         """
         if not running:
             return self._prefill(self._chunks(self.runner.most_prompt_rows))
@@ -141,7 +141,7 @@ class Rounds:
         apart = any(r.rejection for r in running) or (policy is not None and policy.wants_time)
         chunks = [] if apart else self._chunks(room)
         prompts = [request for _, _, request in chunks]
-        if chunks and not any(r.rejection or r.failures for r in prompts):
+        if chunks and not any(r.rejection or r.suspected for r in prompts):
             with self._or_end(prompts, beside=running):
                 self.runner.decode_and_prefill(running, plan, policy, chunks)
             return self._count(chunks)
@@ -190,12 +190,12 @@ class Rounds:
     def _chunks(self, room: int) -> PromptChunks:
         """The prompt tokens of the next pass: at most ``room``, in the order of the requests. A request is admitted
         only if there is room left. It may share pages that earlier requests fill in this same pass, as keys are written
-        before anything attends to them. One that may be what failed before has a pass of its own: if it is, no other
-        request has a part in the next failure.
+        before anything attends to them. A suspected one has a pass of its own, so that no other has a part in its next
+        failure.
         """
         chunks = []
         for request in self._prompts():
-            if chunks and request.failures:
+            if chunks and request.suspected:
                 break
             start = request.prefilled
             tokens = request.to_prefill[start : start + room]
@@ -203,7 +203,7 @@ class Rounds:
             request.prefilled += len(tokens)
             self.scheduler.publish(request.slot, request, request.prefilled)
             room -= len(tokens)
-            if not room or request.failures:
+            if not room or request.suspected:
                 break
         return chunks
 
@@ -257,7 +257,6 @@ class Rounds:
     def _recover(self) -> None:
         """After a fault at any point: start again from nothing but the tokens that the host knows."""
         self._autos.forget_pending()
-        self._suspects = []
         self.runner.reset()
         for request in self.outbox.unfinished:
             if not self.scheduler.holds(request):  # an interrupt came between the two calls

@@ -1,12 +1,9 @@
 """Steps of an AsyncEngine that fail because of one request: it ends soon, and it alone."""
 
-import asyncio
-
 import pytest
 
 from orthrus_rt.aio import MOST_FAILURES
-from orthrus_rt.sampling import SamplingParams
-from tests.culprits import CULPRIT, WHERE, check_that_only_the_culprit_ends, fail
+from tests.culprits import WHERE, check_that_only_the_culprit_ends
 from tests.shared_engine import GREEDY, collect, make, run
 
 pytestmark = pytest.mark.native
@@ -35,19 +32,5 @@ def test_a_request_that_gains_tokens_between_its_failures_goes_on(folder, alone,
         monkeypatch.setattr(shared.engine.runner, "decode", failing)
         assert await collect(shared, [1, 2], GREEDY) == (alone([1, 2], GREEDY), "length")
         assert len(calls) > 3 * MOST_FAILURES
-
-    run(folder, use)
-
-
-def test_a_prompt_that_fails_is_soon_in_a_pass_of_its_own(folder, alone, monkeypatch):
-    """Those that shared its first pass have no part in its second failure."""
-    params = SamplingParams(3, ignore_eos=True)
-
-    async def use(shared):
-        notes, given = fail(shared.engine, "prefill", monkeypatch), [[1, 2], CULPRIT, [3]]
-        streams = asyncio.gather(*(collect(shared, p, params) for p in given), return_exceptions=True)
-        first, lost, last = await asyncio.wait_for(streams, 60)
-        assert (first[0], last[0]) == (alone([1, 2], params), alone([3], params)) and str(lost) == "lost"
-        assert [note.count("#") for note in notes][1:] == [1] * (MOST_FAILURES - 1)
 
     run(folder, use)

@@ -1,5 +1,6 @@
 """A request that cannot go on ends alone, whatever fails."""
 
+import contextlib
 import gc
 import os
 import tempfile
@@ -20,7 +21,7 @@ from orthrus_rt.prefill import PrefillPass
 from orthrus_rt.rejection import RejectionSampler
 from orthrus_rt.rounds import _without_frames
 from orthrus_rt.sampling import SamplingParams
-from tests import engines
+from tests import culprits, engines
 from tests.failing import exhausted
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("paced")]
@@ -194,6 +195,50 @@ def test_what_fails_says_who_was_running(folder, monkeypatch):
     with pytest.raises(ZeroDivisionError) as raised:
         engine.step()
     assert raised.value.__notes__ == ["orthrus_rt: ['first', 'second'] were running"]
+
+
+def test_a_prompt_that_fails_twice_has_a_pass_of_its_own(folder, alone, monkeypatch):
+    """So that the notes on later failures name no other request, whether that comes earlier or later."""
+    engine, got = make(folder), {}
+    notes, prompts = culprits.fail(engine, "prefill", monkeypatch), {"a": [1, 2], "b": culprits.CULPRIT}
+    for name, prompt in prompts.items():
+        engine.submit(prompt, GREEDY, name)
+    while len(notes) < 5:
+        with contextlib.suppress(ValueError):
+            engines.take(engine.step(), got)
+        if len(notes) == 3 and "c" not in prompts:
+            prompts["c"] = [3]
+            engine.submit([3], GREEDY, "c")
+    assert notes == 2 * ["orthrus_rt: ['a', 'b'] were running"] + 3 * ["orthrus_rt: ['b'] were running"]
+    engine.abort("b")
+    engines.drain(engine, got)
+    assert got == {"b": ([], "abort")} | {n: (alone(prompts[n], GREEDY), "length") for n in "ac"}
+
+
+@pytest.mark.parametrize("what", ("landed", "stopwatch", "recovery"))
+def test_what_fails_outside_the_work_for_a_request_may_be_due_to_any(folder, alone, monkeypatch, what):
+    """Although the step has done work for one of them before, or the last step has failed in it."""
+    engine, got = make(folder), {}
+    engine.submit([1, 2], REJECTION, "a")  # so that b's prompt has a pass of its own
+    engine.step()
+    engine.submit([3], GREEDY, "b")
+    with monkeypatch.context() as patch:
+        if what == "recovery":
+            patch.setattr(engine.runner, "prefill", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError) as raised:
+                engine.step()
+            assert raised.value.__notes__ == ["orthrus_rt: ['b'] were running"]
+        place, name = {
+            "landed": (engine.metrics, "landed"), "stopwatch": (engine.runner.stopwatch, "take"),
+            "recovery": (engine.runner, "reset"),
+        }[what]  # fmt: skip
+        if what == "landed":
+            engines.take(engine.step(), got)  # so that both have results
+        patch.setattr(place, name, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as raised:
+            engine.step()
+    assert raised.value.__notes__ == ["orthrus_rt: ['a', 'b'] were running"]
+    assert engines.drain(engine, got)["b"] == (alone([3], GREEDY), "length")
 
 
 def test_rejection_keeps_no_draft_distributions(folder):
