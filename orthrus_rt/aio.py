@@ -29,7 +29,9 @@ INSTEAD = {
     Engine.submit: "stream()", Engine.stream: "stream()", Engine.step: "stream()", Engine.generate: "generate()",
     Engine.abort: "abort()", Engine.close: "close()", Engine.__exit__: "close()",
 }  # fmt: skip
-MOST_FAILURES = 3  # failed steps that may be due to a request, with no token of it between them; its stream then fails
+# A stream fails after so many failed steps that may be due to its request, with no token of it between them: one more
+# than make it suspected, so those that only shared its passes have one less.
+MOST_FAILURES = 3
 log = logging.getLogger("orthrus_rt")
 R = TypeVar("R")
 
@@ -122,8 +124,8 @@ class AsyncEngine:
         Raises:
             ValueError: the request cannot be served, as for :meth:`Engine.submit`.
             RuntimeError: the engine is closed or closing.
-            Exception: what the third step raised that failed in work for this request, and perhaps for others, with
-                no token of it between them.
+            Exception: what the third step raised that failed in work for this request (and perhaps for others), or
+                outside the work for any, with no token of it between them.
         """
         self._check_taking()
         # With copies of the arguments: the caller may change them before the request is submitted.
@@ -313,11 +315,12 @@ class AsyncEngine:
             outputs = self.engine.step()
         except Exception as error:
             log.exception("a step failed")
-            unfinished = self.engine.outbox.unfinished
-            stuck = {request.request_id for request in unfinished if request.failures >= MOST_FAILURES}
-            if stuck or not unfinished:
-                return self._give_up(error, stuck)  # if False, the next step waits for aborts or a new request
-            return True
+            outbox = self.engine.outbox
+            outbox.collect()
+            outputs, outbox.outputs = outbox.outputs, []
+            self._tell_outputs(outputs)
+            stuck = {request.request_id for request in outbox.unfinished if request.failures >= MOST_FAILURES}
+            return self._give_up(error, stuck) if stuck else bool(outbox.unfinished)
         self._tell_outputs(outputs)
         return True
 
@@ -328,17 +331,13 @@ class AsyncEngine:
     def _give_up(self, error: Exception, stuck: set[str]) -> bool:
         """Steps keep failing: end the requests that are ``stuck`` without waiting for their readers. Their streams end
         behind the outputs that they already have. The others are spared, unless one cannot be ended: then all streams
-        fail. Whether the others continue.
+        fail, and the next step waits for aborts or a new request. Whether the others continue.
         """
-        outbox = self.engine.outbox
-        outbox.collect()
-        outputs, outbox.outputs = outbox.outputs, []
-        self._tell_outputs(outputs)
         self._tell(self._fail, error, stuck)
         ended = all([self._end(known_as, error) for known_as in stuck])
         if not ended:
             self._tell(self._fail, error)
-        return bool(stuck) and ended
+        return ended
 
     def _tell(self, function, *args) -> None:
         """Call ``function`` in the loop, unless another loop has taken over by then."""

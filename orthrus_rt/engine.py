@@ -272,22 +272,18 @@ class Engine(Generation):
 
         Raises:
             RuntimeError: the engine is closed, or another call is using it.
-            Exception: any other failure; a note names the requests that were running. Nothing is lost, and the next
-                step tries again. After a second failure these prompts have a pass each, so that the third note tells
-                which request to abort. If steps fail even so, as on a lost device, close the engine.
+            Exception: any other failure; a note names the requests that it may be due to. Nothing is lost, and the next
+                step tries again. After a second failure these requests' prompts have a pass each, so that the note on
+                the third usually names one: abort it. If steps fail even so, as on a lost device, close the engine.
         """
         self.turn.hold(sys._getframe())
-        self._suspects = []
         try:
-            in_turn(self, Engine._advance_and_collect)
+            with self._charging():
+                in_turn(self, Engine._advance_and_collect)
             try:
                 return self.outbox.outputs
             finally:  # emptied only on the return: outputs held back by an interrupt are returned by the next step
                 self.outbox.outputs = []
-        except Exception as error:
-            if not self.closed:
-                self._charge(error)
-            raise
         finally:
             self.turn.holder = {}
 

@@ -195,7 +195,8 @@ class Generation(Rounds):
 
     @exclusive
     def _round(self) -> None:
-        self._advance()
+        with self._charging():
+            self._advance()
 
     @exclusive
     def _take_turn(self) -> None:

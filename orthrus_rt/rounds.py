@@ -40,10 +40,11 @@ class Rounds:
     scheduler: Scheduler
     metrics: Metrics
     outbox: Outbox
+    closed: bool
     torn: bool  # a call was cut short: _recover() must run before the next
     _plan: CyclePlan  # of the running batch
     _autos: Autos
-    _suspects: list[Request]  # a step that fails now is due to one of them; if empty, to one of the active requests
+    _suspects: list[Request]  # whose work is being done; empty for what is done for all
 
     def _abort(self, request: Request) -> None:
         if request.finish_reason is None:
@@ -109,12 +110,23 @@ class Rounds:
         finally:
             self.metrics.busy_seconds += time.perf_counter() - since
 
-    def _charge(self, error: Exception) -> None:
-        """Count a failed step against the requests that it may be due to, and note in ``error`` which these are."""
-        suspects = self._suspects or self.scheduler.active or self.outbox.unfinished
-        for request in suspects:
-            request.failures += 1
-        error.add_note(f"orthrus_rt: {[r.request_id for r in suspects]} were running")
+    @contextlib.contextmanager
+    def _charging(self) -> Iterator[None]:
+        """Count a failure in here against the requests that it may be due to, and note in the exception which of them
+        have failed most often.
+        """
+        self._suspects = []
+        try:
+            yield
+        except Exception as error:
+            if not self.closed:
+                suspects = self._suspects or self.scheduler.active or self.outbox.unfinished
+                for request in suspects:
+                    request.failures += 1
+                most = max((r.failures for r in suspects), default=0)
+                names = [r.request_id for r in suspects if r.failures == most]
+                error.add_note(f"orthrus_rt: this may be due to {names}")
+            raise
 
     def _ready(self) -> list[Request]:
         """The decoding requests, each with pages for a cycle. Active requests are moved to the lowest slots."""
@@ -132,13 +144,13 @@ class Rounds:
 
     def _launch(self, running: list[Request], before: int) -> None:
         """Launch a cycle of the decoding requests. Prompts run in its last pass, or in a pass of their own after it if
-        the cycle is to be timed by itself, if tokens are chosen on the host or if a prompt is suspected.
+        the cycle is to be timed by itself, if tokens are chosen on the host or if a request is suspected.
         """
         if not running:
             return self._prefill(self._chunks(self.runner.most_prompt_rows))
         auto, room = self._autos.get(self._plan), self.runner.most_prompt_rows_beside
         plan, policy = auto.choose(running) if auto else (self._plan, None)
-        apart = any(r.rejection for r in running) or (policy is not None and policy.wants_time)
+        apart = any(r.rejection or r.suspected for r in running) or (policy is not None and policy.wants_time)
         chunks = [] if apart else self._chunks(room)
         prompts = [request for _, _, request in chunks]
         if chunks and not any(r.rejection or r.suspected for r in prompts):
@@ -183,6 +195,7 @@ class Rounds:
                 with naming_the_knobs("beginning a request"), self._suspecting([request]):
                     self.runner.begin(request)
             except torch.OutOfMemoryError as error:
+                self._suspects = []
                 self._fail(request, error)  # nothing was launched for it, so the others are not affected
             else:
                 yield request

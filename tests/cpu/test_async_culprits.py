@@ -1,10 +1,13 @@
 """Steps of an AsyncEngine that fail because of one request: it ends soon, and it alone."""
 
+import asyncio
+
 import pytest
 
+from orthrus_rt import runner
 from orthrus_rt.aio import MOST_FAILURES
-from tests.culprits import WHERE, check_that_only_the_culprit_ends
-from tests.shared_engine import GREEDY, collect, make, run
+from tests.culprits import CULPRIT, WHERE, check_that_only_the_culprit_ends, fail
+from tests.shared_engine import GREEDY, LONG, collect, make, run
 
 pytestmark = pytest.mark.native
 
@@ -15,6 +18,25 @@ pytestmark = pytest.mark.native
 def test_only_the_request_that_makes_steps_fail_ends(folder, alone, monkeypatch, where, place, mode, chunk):
     """Whether it comes first or last, and although the others decode between its failures."""
     check_that_only_the_culprit_ends(make(folder, mode=mode), where, place, alone, monkeypatch, chunk)
+
+
+@pytest.mark.parametrize("chunk", (40, 512))
+def test_one_culprit_after_another_ends_nobody_else(folder, alone, monkeypatch, chunk):
+    """A client tries again at once, or several wait; a pass of ``chunk`` prompt tokens holds one of them or all."""
+    monkeypatch.setattr(runner, "PREFILL_CHUNK", chunk)
+
+    async def use(shared):
+        notes = fail(shared.engine, "prefill", monkeypatch)
+
+        async def again():
+            for _ in range(3):
+                with pytest.raises(ValueError, match="lost"):
+                    await collect(shared, CULPRIT, LONG)
+
+        first, *_ = await asyncio.gather(collect(shared, [1, 2], LONG), again(), again())
+        assert first == (alone([1, 2], LONG), "length") and len(notes) <= 6 * MOST_FAILURES
+
+    run(folder, use)
 
 
 def test_a_request_that_gains_tokens_between_its_failures_goes_on(folder, alone, monkeypatch):

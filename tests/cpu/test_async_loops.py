@@ -154,12 +154,13 @@ def test_failures_that_a_loop_was_to_hear_of_reach_no_stream_of_the_next(folder,
     left = first.create_task(anext(shared.stream([3], GREEDY)))
     with monkeypatch.context() as patch:
         failed, enough = [], 3 if what == "steps" else 1
-        where = (shared.engine, "step") if what == "steps" else (shared, "_step_once")
+        where = (shared.engine, "_advance") if what == "steps" else (shared, "_step_once")
         patch.setattr(*where, lambda: failed.append(1) or 1 / 0)
         first.run_until_complete(asyncio.sleep(0))
         while len(failed) < enough:
             time.sleep(0.001)
         shared._worker.submit(lambda: None).result(20)  # the last failure has been reported
+        assert shared.engine.metrics.finished["error"] == (what == "steps")
     stream = shared.stream([1, 2], GREEDY)
     waits = second.create_task(anext(stream))
     second.run_until_complete(asyncio.sleep(0))

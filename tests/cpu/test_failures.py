@@ -186,7 +186,7 @@ def test_who_was_to_end_with_an_error_and_did_not_has_none(folder, alone, monkey
     assert [out.error for out in outs] == [None] * len(outs)
 
 
-def test_what_fails_says_who_was_running(folder, monkeypatch):
+def test_what_fails_says_whom_it_may_be_due_to(folder, monkeypatch):
     engine = make(folder)
     for name in ("first", "second"):
         engine.submit([1, 2], GREEDY, name)
@@ -194,7 +194,7 @@ def test_what_fails_says_who_was_running(folder, monkeypatch):
     monkeypatch.setattr(engine.runner, "decode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as raised:
         engine.step()
-    assert raised.value.__notes__ == ["orthrus_rt: ['first', 'second'] were running"]
+    assert raised.value.__notes__ == ["orthrus_rt: this may be due to ['first', 'second']"]
 
 
 def test_a_prompt_that_fails_twice_has_a_pass_of_its_own(folder, alone, monkeypatch):
@@ -209,10 +209,22 @@ def test_a_prompt_that_fails_twice_has_a_pass_of_its_own(folder, alone, monkeypa
         if len(notes) == 3 and "c" not in prompts:
             prompts["c"] = [3]
             engine.submit([3], GREEDY, "c")
-    assert notes == 2 * ["orthrus_rt: ['a', 'b'] were running"] + 3 * ["orthrus_rt: ['b'] were running"]
+    assert notes == [f"orthrus_rt: this may be due to {names}" for names in 2 * [["a", "b"]] + 3 * [["b"]]]
+    assert engine.outbox.get("a").failures == 0  # it has decoded beside
     engine.abort("b")
     engines.drain(engine, got)
     assert got == {"b": ([], "abort")} | {n: (alone(prompts[n], GREEDY), "length") for n in "ac"}
+
+
+def test_generate_counts_failures_of_submitted_requests_too(folder, alone, monkeypatch):
+    engine = make(folder)
+    notes, name = culprits.fail(engine, "prefill", monkeypatch), engine.submit(culprits.CULPRIT, GREEDY)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="lost"):
+            engine.generate([1, 2], GREEDY)
+    assert len(notes) == 3 and notes[-1] == f"orthrus_rt: this may be due to {[name]}"
+    engine.abort(name)
+    assert engine.generate([1, 2], GREEDY).token_ids == alone([1, 2], GREEDY)
 
 
 @pytest.mark.parametrize("what", ("landed", "stopwatch", "recovery"))
@@ -227,7 +239,7 @@ def test_what_fails_outside_the_work_for_a_request_may_be_due_to_any(folder, alo
             patch.setattr(engine.runner, "prefill", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError) as raised:
                 engine.step()
-            assert raised.value.__notes__ == ["orthrus_rt: ['b'] were running"]
+            assert raised.value.__notes__ == ["orthrus_rt: this may be due to ['b']"]
         place, name = {
             "landed": (engine.metrics, "landed"), "stopwatch": (engine.runner.stopwatch, "take"),
             "recovery": (engine.runner, "reset"),
@@ -235,9 +247,9 @@ def test_what_fails_outside_the_work_for_a_request_may_be_due_to_any(folder, alo
         if what == "landed":
             engines.take(engine.step(), got)  # so that both have results
         patch.setattr(place, name, lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError) as raised:
+        with pytest.raises(ZeroDivisionError):
             engine.step()
-    assert raised.value.__notes__ == ["orthrus_rt: ['a', 'b'] were running"]
+    assert [request.failures for request in engine.outbox.unfinished] == [1, 1 + (what == "recovery")]
     assert engines.drain(engine, got)["b"] == (alone([3], GREEDY), "length")
 
 
