@@ -206,11 +206,11 @@ def test_a_prompt_that_fails_twice_has_a_pass_of_its_own(folder, alone, monkeypa
     while len(notes) < 5:
         with contextlib.suppress(ValueError):
             engines.take(engine.step(), got)
+        assert len(notes) < 3 or engine.outbox.get("a").failures == 0  # it decodes before each failure
         if len(notes) == 3 and "c" not in prompts:
             prompts["c"] = [3]
             engine.submit([3], GREEDY, "c")
     assert notes == [f"orthrus_rt: this may be due to {names}" for names in 2 * [["a", "b"]] + 3 * [["b"]]]
-    assert engine.outbox.get("a").failures == 0  # it has decoded beside
     engine.abort("b")
     engines.drain(engine, got)
     assert got == {"b": ([], "abort")} | {n: (alone(prompts[n], GREEDY), "length") for n in "ac"}
