@@ -68,9 +68,13 @@ class Rounds:
 
     @contextlib.contextmanager
     def _suspecting(self, requests: list[Request]) -> Iterator[None]:
-        """A step that fails in here counts against these requests only."""
+        """A step that fails in here counts against these requests only. (Out of memory ends one of them instead.)"""
         self._suspects = requests
-        yield
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self._suspects = []
+            raise
         self._suspects = []
 
     @contextlib.contextmanager
@@ -79,7 +83,7 @@ class Rounds:
         It would fail again in the next step; the others can go on, as can those ``beside`` them in the same launch.
         """
         try:
-            with naming_the_knobs("running a step"), self._suspecting([*beside, *requests]):
+            with self._suspecting([*beside, *requests]), naming_the_knobs("running a step"):
                 yield
         except torch.OutOfMemoryError as error:
             scored = [r for r in requests if r.params.scored]
@@ -192,10 +196,9 @@ class Rounds:
         while request := self.scheduler.admit(self._margin):
             self.metrics.found(request.prefilled, request.count_prompt())
             try:
-                with naming_the_knobs("beginning a request"), self._suspecting([request]):
+                with self._suspecting([request]), naming_the_knobs("beginning a request"):
                     self.runner.begin(request)
             except torch.OutOfMemoryError as error:
-                self._suspects = []
                 self._fail(request, error)  # nothing was launched for it, so the others are not affected
             else:
                 yield request

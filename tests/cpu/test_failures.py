@@ -227,7 +227,7 @@ def test_generate_counts_failures_of_submitted_requests_too(folder, alone, monke
     assert engine.generate([1, 2], GREEDY).token_ids == alone([1, 2], GREEDY)
 
 
-@pytest.mark.parametrize("what", ("landed", "stopwatch", "recovery"))
+@pytest.mark.parametrize("what", ("landed", "stopwatch", "recovery", "memory"))
 def test_what_fails_outside_the_work_for_a_request_may_be_due_to_any(folder, alone, monkeypatch, what):
     """Although the step has done work for one of them before, or the last step has failed in it."""
     engine, got = make(folder), {}
@@ -242,15 +242,18 @@ def test_what_fails_outside_the_work_for_a_request_may_be_due_to_any(folder, alo
             assert raised.value.__notes__ == ["orthrus_rt: this may be due to ['b']"]
         place, name = {
             "landed": (engine.metrics, "landed"), "stopwatch": (engine.runner.stopwatch, "take"),
-            "recovery": (engine.runner, "reset"),
+            "recovery": (engine.runner, "reset"), "memory": (engine.runner.stopwatch, "take"),
         }[what]  # fmt: skip
         if what == "landed":
             engines.take(engine.step(), got)  # so that both have results
+        if what == "memory":
+            patch.setattr(engine.runner, "begin", exhausted)
         patch.setattr(place, name, lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
-    assert [request.failures for request in engine.outbox.unfinished] == [1, 1 + (what == "recovery")]
-    assert engines.drain(engine, got)["b"] == (alone([3], GREEDY), "length")
+    failures = {"recovery": [1, 2], "memory": [1]}.get(what, [1, 1])
+    assert [request.failures for request in engine.outbox.unfinished] == failures
+    assert engines.drain(engine, got)["b"] == (([], "error") if what == "memory" else (alone([3], GREEDY), "length"))
 
 
 def test_rejection_keeps_no_draft_distributions(folder):
