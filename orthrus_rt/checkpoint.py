@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from orthrus_rt.config import CheckpointError, ModelConfig, family_of, parse
-from orthrus_rt.storage import LazyTensors, StoredTensor, is_diffusion, read_json, scan, shape_text
+from orthrus_rt.storage import LazyTensors, StoredTensor, exists, is_diffusion, read_json, scan, shape_text
 
 StrPath = str | os.PathLike[str]
 EMBEDDED_NAME = "smollm2-135m"
 HUB_ID = r"[^./~@][^/@]*/[^/@]+(@.+)?"
-CONFIG_FILES = ["config.json", "generation_config.json"]
+PEFT_FILE = "adapter_config.json"
+CONFIG_FILES = ["config.json", "generation_config.json", PEFT_FILE]
 # Everything a checkpoint needs, and nothing else: offline, the hub's client refuses a snapshot that lacks any of it.
 HUB_PATTERNS = [
     *CONFIG_FILES, "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
@@ -84,7 +85,7 @@ def _restore_bos(tokenizer, settings: Path) -> None:
     Up to version 4, transformers did so for these classes, as the files of DeepSeek-R1-Distill expect
     (swift-transformers, issue 161). Later versions leave it to tokenizer.json.
     """
-    raw = read_json(settings) if settings.exists() else {}
+    raw = read_json(settings) if exists(settings) else {}
     asked = raw.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast") and raw.get("add_bos_token") is True
     if asked and tokenizer.bos_token is not None and not tokenizer.num_special_tokens_to_add():
         tokenizer.add_bos_token = True
@@ -130,7 +131,7 @@ def load(path_or_id: StrPath, *, adapter: StrPath | None = None, base_gguf: StrP
         del stored["lm_head.weight"]
     if adapter_raw.get("base_fingerprint") is not None:
         _check_fact("base_fingerprint", adapter_raw["base_fingerprint"], fingerprint(tensors, config), adapter, folder)
-    has_tokenizer = (folder / "tokenizer.json").exists()
+    has_tokenizer = exists(folder / "tokenizer.json")
     return Checkpoint(config, tensors, str(folder) if has_tokenizer else None, raw)
 
 
@@ -170,6 +171,8 @@ def _open(
         folder = _resolve(path_or_id, config_only=config_only)
     raw = read_json(folder / "config.json")
     family_of(raw, str(folder / "config.json"))  # first: no adapter helps an unsupported family
+    if exists(folder / PEFT_FILE):  # transformers applies it
+        raise CheckpointError(f"{folder / PEFT_FILE}: merge this PEFT adapter into the weights and remove it")
     return folder, raw, adapter
 
 
@@ -181,7 +184,7 @@ def _read_config(folder: Path, raw: dict, adapter: Path | None, name: str) -> tu
         raw = raw | {key: adapter_raw[key] for key in ADAPTER_KEYS}
         where += f" with {adapter / 'config.json'}"
     generation_file = folder / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.exists() else None
+    generation = read_json(generation_file) if exists(generation_file) else None
     config = parse(raw, generation, name=name, where=where, where_generation=str(generation_file))
     for key, of_base in BASE_FACTS.items():
         if adapter_raw.get(key) is not None:
@@ -229,13 +232,14 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> str
 
 
 def _resolve(path_or_id: str, *, adapter: bool = False, config_only: bool = False) -> Path:
-    """An existing folder, else a hub id's snapshot; absolute, as a program may change its folder before all is read.
+    """An existing folder, else a hub id's snapshot; resolved, as the current folder, or where a link leads to, may
+    change before all is read.
 
     ``config_only``: use a snapshot on this machine if it has weights, otherwise download no weights. To download the
     config of a later one would make the id refer to that one when offline, and its weights are not here.
     """
     if os.path.isdir(path_or_id):
-        return Path(path_or_id).absolute()
+        return Path(path_or_id).resolve()
     what, known = f"{path_or_id!r}:", f"a folder here, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
     if adapter:
         what, known = f"adapter: {path_or_id!r}", "a folder with a diffusion view, nor a hub id (owner/name)"
@@ -278,7 +282,7 @@ def _plain_base(folder: Path, evidence: str = "") -> CheckpointError:
 
 def _adapter_config(adapter: Path) -> dict:
     file = adapter / "config.json"
-    if not file.exists():
+    if not exists(file):
         raise CheckpointError(f"adapter: {str(adapter)!r} is no folder with a diffusion view: it holds no config.json")
     raw = read_json(file)
     for key in ADAPTER_KEYS:

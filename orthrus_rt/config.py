@@ -23,6 +23,12 @@ ROPE_TYPES = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+ROPE_COMMON = (
+    "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "truncate",
+    "attn_factor", "extrapolation_factor",
+)  # fmt: skip
+# Keys that change nothing in a Llama or Qwen3 model.
+ROPE_IDLE = ("finetuned", "mrope_section", "mrope_interleaved")
 YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # optional, numbers
 
 
@@ -210,6 +216,7 @@ def _rope(raw, where):
     rope_type = rope.setdefault("rope_type", rope_type or "default")
     if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
         raise CheckpointError(f"{where}: rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}")
+    _check_rope_keys(rope, f"{where}: {key}")
     if rope.get("rope_theta") is None:
         rope["rope_theta"] = raw.get("rope_theta", 10000.0)
         # Refused instead of used: transformers takes the one above, so its text and ours would differ.
@@ -242,6 +249,20 @@ def _rope(raw, where):
         if name in raw and raw[name] != original:  # readers differ in which of the two they take
             raise CheckpointError(f"{where}: {name} must be {original!r} as in {key}, got {beside!r} beside it")
     return rope
+
+
+def _check_rope_keys(rope, where):
+    """Refuse keys that may mean something to other readers. Whether transformers knows them too does not matter."""
+    for name in ("attn_factor", "extrapolation_factor"):  # of YaRN, as DeepSeek-R1-0528-Qwen3-8B has the first
+        if rope.get(name) not in (None, 1):
+            raise CheckpointError(
+                f"{where}.{name} must be 1, got {rope[name]!r}: some readers use it and others do not; "
+                "state attention_factor instead"
+            )
+    known = {key for keys in ROPE_TYPES.values() for key in keys} | {*YARN_OPTIONS, *ROPE_IDLE, *ROPE_COMMON}
+    for name, value in rope.items():
+        if name not in known and value is not None:
+            raise CheckpointError(f"{where}.{name} is not supported, got {value!r}: other readers may use it")
 
 
 def _most_positions(raw, rope, where):

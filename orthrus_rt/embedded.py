@@ -193,6 +193,7 @@ def convert(source: Path, folder: Path) -> None:
         tensors[_tensor_name(stored.name)] = (weight if weight.dim() == 1 else weight.bfloat16()).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1))
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it private to its owner
     _write_tokenizer(fact, folder, config["max_position_embeddings"])
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from orthrus_rt import checkpoint as ckpt
-from orthrus_rt import dispatch
+from orthrus_rt import dispatch, ops
 from orthrus_rt.auto import Autos
 from orthrus_rt.cycle_plan import batch_buckets, cycle_plan
 from orthrus_rt.device import (
@@ -150,6 +150,7 @@ class Engine(Generation):
         Args:
             model: ``"smollm2-135m"`` (the embedded model), a checkpoint folder, or a hub id, whose files are downloaded
                 if they are not on this machine; ``owner/name@revision`` pins a branch, a tag or a commit.
+                Files of a loaded model may be replaced but not written into: on a CPU its embedding stays there.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or a :class:`torch.device`; ``"auto"`` is CUDA if available,
                 else the CPU.
             dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``, or the torch dtype. float16 runs the plain torch
@@ -192,6 +193,7 @@ class Engine(Generation):
             engine_sizes(config, max_seq_len, max_batch_size, num_pages)
             cycle_plan(mode, draft_len, fan_out, config, on_cpu=device.type == "cpu")
             cos_sin_table(config, 1)
+            ops.check_head_dim(config.head_dim, device, DTYPES[dtype])
             if device.type == "cpu":
                 check_weights(config, device, DTYPES[dtype])
         loaded = ckpt.load(model, adapter=adapter, base_gguf=base_gguf)

@@ -61,7 +61,8 @@ class Model:
             return weight
 
         def norm(name):
-            return tensors[name].to(device=self.device, dtype=torch.float32).contiguous()
+            # A copy also if it is fp32: each view of the file would keep a mapping of all of it.
+            return tensors[name].to(device=self.device, dtype=torch.float32, copy=True).contiguous()
 
         def joined(*names):
             return torch.cat([get(n) for n in names]) if len(names) > 1 else get(names[0])

@@ -19,9 +19,14 @@ SCALE_SUFFIX = "_scale"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is stored; ``scale`` names the fp32 scales, one per row, of an int8 tensor in the same file."""
+    """Where a tensor is stored; ``scale`` names the fp32 scales, one per row, of an int8 tensor in the same file.
+
+    ``version`` is the file's size and time of modification. (Its inode would tell more, but network filesystems invent
+    new ones.)
+    """
 
     file: Path
+    version: tuple[int, int]
     key: str
     shape: tuple[int, ...]
     scale: str | None = None
@@ -38,18 +43,13 @@ class LazyTensors(Mapping):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         entry = self._stored[name]
-        with _open(entry.file) as file:
-            try:
-                tensor = file.get_tensor(entry.key)
-                scale = None if entry.scale is None else file.get_tensor(entry.scale)
-            except SafetensorError as error:
-                raise CheckpointError(f"{entry.file}: has changed since it was opened ({error})") from error
-        for key, found, shape in ((name, tensor, entry.shape), (entry.scale, scale, entry.shape[:1])):
-            if found is not None and found.shape != shape:
-                shapes = f"of shape {shape_text(shape)}, got {shape_text(found.shape)}"
-                raise CheckpointError(f"{entry.file}: has changed since it was opened: {key} was {shapes}")
-        if scale is not None:
-            tensor = tensor.float() * scale[:, None]
+        file, version = _open(entry.file)
+        if version != entry.version:  # its tensors and those read before would be a mixture
+            raise CheckpointError(f"{entry.file}: has changed since it was opened")
+        with file:
+            tensor = file.get_tensor(entry.key)
+            if entry.scale is not None:
+                tensor = tensor.float() * file.get_tensor(entry.scale)[:, None]
         # NaN propagates through aminmax, so checking two numbers checks all, without a mask in memory.
         low, high = tensor.aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -78,13 +78,28 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def exists(path: Path) -> bool:
+    """Whether there is such a file.
+
+    Raises:
+        CheckpointError: its folder may not be searched.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    return True
+
+
 def scan(folder: Path, *names: str) -> dict[str, StoredTensor]:
     """Headers of the first of ``names`` that exists in ``folder``, as a single file or sharded."""
     for name in names:
-        if (folder / name).exists():
+        if exists(folder / name):
             return _scan_files(folder, [name])
         index = folder / f"{name}.index.json"
-        if index.exists():
+        if exists(index):
             return _scan_shards(folder, index)
     expected = " or ".join(f"{name} or {name}.index.json" for name in names)
     raise CheckpointError(f"{folder}: must hold {expected}, found neither (only safetensors weights are read)")
@@ -109,9 +124,10 @@ def _scan_files(folder: Path, names: list[str]) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for name in names:
         path = folder / name
-        with _open(path) as file:
+        opened, version = _open(path)
+        with opened as file:
             header = {key: file.get_slice(key) for key in file.keys() if not _ignored(key)}  # noqa: SIM118
-            entries = [_entry(path, header, key) for key in sorted(header)]
+            entries = [_entry(path, version, header, key) for key in sorted(header)]
         scales = {entry.scale for entry in entries}
         for entry in entries:
             if entry.key in scales:
@@ -122,7 +138,7 @@ def _scan_files(folder: Path, names: list[str]) -> dict[str, StoredTensor]:
     return stored
 
 
-def _entry(path: Path, header: dict, key: str) -> StoredTensor:
+def _entry(path: Path, version: tuple[int, int], header: dict, key: str) -> StoredTensor:
     shape, dtype = tuple(header[key].get_shape()), header[key].get_dtype()
     if dtype == "I8" and is_diffusion(key) and len(shape) == 2:
         scale = key + SCALE_SUFFIX
@@ -134,10 +150,10 @@ def _entry(path: Path, header: dict, key: str) -> StoredTensor:
                 f"{path}: {scale} must be F32 of shape {shape_text(shape[:1])}, got {found[0]} of shape "
                 f"{shape_text(found[1])}"
             )
-        return StoredTensor(path, key, shape, scale)
+        return StoredTensor(path, version, key, shape, scale)
     if dtype not in WEIGHT_DTYPES:
         raise CheckpointError(f"{path}: {key} must be one of {', '.join(WEIGHT_DTYPES)}, got {dtype}")
-    return StoredTensor(path, key, shape)
+    return StoredTensor(path, version, key, shape)
 
 
 def _ignored(key: str) -> bool:
@@ -146,13 +162,15 @@ def _ignored(key: str) -> bool:
 
 
 def _open(path: Path):
+    """The open file, and its version as in :class:`StoredTensor`."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
         raise CheckpointError(f"{os.fspath(path)!r}: must be UTF-8, as safetensors requires of a path") from None
     try:
-        with open(path, "rb"):  # safetensors reports every file that it cannot open as missing
-            return safe_open(path, framework="pt")
+        with open(path, "rb") as file:  # safetensors reports every file that it cannot open as missing
+            before = os.fstat(file.fileno())
+        opened, after = safe_open(path, framework="pt"), os.stat(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing") from None
     except OSError as error:
@@ -161,6 +179,11 @@ def _open(path: Path):
         raise CheckpointError(
             f"{path}: is not a whole safetensors file, truncated or corrupt ({error}); fetch it again"
         ) from error
+    except RuntimeError as error:  # torch's, of which the first line is for users
+        raise CheckpointError(f"{path}: cannot be mapped into memory ({str(error).splitlines()[0]})") from error
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise CheckpointError(f"{path}: has changed while it was opened")
+    return opened, (after.st_size, after.st_mtime_ns)
 
 
 def is_diffusion(name: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from orthrus_rt.storage import SCALE_SUFFIX
 
@@ -26,11 +26,13 @@ def quantize_view(source: Path, target: Path) -> None:
     for name, weight in load_file(source).items():
         if not weight.is_floating_point() or name.endswith(SCALE_SUFFIX):
             raise ValueError(f"{source} holds {name} ({weight.dtype}): it is quantised already")
+        if not weight.isfinite().all():
+            raise ValueError(f"{source}: {name} holds NaN or inf")
         if weight.dim() == 2:
             tensors[name], tensors[name + SCALE_SUFFIX] = quantize_rows(weight)
         else:
             tensors[name] = weight
-    save_file(tensors, target, metadata={"format": "pt"})
+    target.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file makes it private to its owner
 
 
 if __name__ == "__main__":

@@ -90,6 +90,12 @@ UNSUPPORTED = [
     ({"architectures": 5}, "architectures must name one of OrthrusLM, OrthrusForCausalLM, Qwen3ForCausalLM, got 5"),
     ({"architectures": [["OrthrusLM"]]}, "architectures must name one of OrthrusLM"),
     ({"rope_parameters": 5}, "rope_parameters must be an object, got 5"),
+    (
+        {"rope_scaling": YARN | {"attn_factor": 0.878}},
+        "rope_scaling.attn_factor must be 1, got 0.878: some readers use it and others do not; state attention_factor",
+    ),
+    ({"rope_parameters": YARN | {"extrapolation_factor": 2}}, "rope_parameters.extrapolation_factor must be 1, got 2"),
+    ({"rope_scaling": YARN | {"attention_facto": 1.1}}, "rope_scaling.attention_facto is not supported, got 1.1"),
     ({"rope_parameters": [1]}, "rope_parameters must be an object, got [1]"),
     ({"rope_parameters": ..., "rope_scaling": "x"}, "rope_scaling must be an object, got 'x'"),
     ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type must be one of default, linear, yarn, llama3, got ['y"),
@@ -177,6 +183,14 @@ def test_a_zero_stands_for_what_yarn_does_without_it():
         assert torch.equal(cos_sin_table(tiny_config(rope_parameters=YARN | {key: 0}), 64), plain)
     with pytest.raises(CheckpointError, match="attention_factor must be a positive number, got 0"):
         tiny_config(rope_parameters=YARN | {"attention_factor": 0})
+
+
+def test_rope_keys_that_change_nothing():
+    idle = {"attn_factor": 1.0, "extrapolation_factor": 1, "finetuned": True, "mrope_section": [8, 12, 12], "new": None}
+    assert torch.equal(
+        cos_sin_table(tiny_config(rope_parameters=YARN | idle), 64),
+        cos_sin_table(tiny_config(rope_parameters=YARN), 64),
+    )
 
 
 def test_facts_of_both_families():

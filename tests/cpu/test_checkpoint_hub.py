@@ -90,7 +90,7 @@ def test_info_fetches_no_weights(monkeypatch, folder, tmp_path, is_here, adapter
     facts = info.collect(device="cpu", dtype="bfloat16", model="owner/base", adapter=adapter)["model"]
     assert facts == info.model_facts(str(folder), None, None) | {"name": "owner/base"}
     ways = [] if is_here == "no" else [(checkpoint.HUB_PATTERNS, True)]
-    ways += [] if is_here == "whole" else [(["config.json", "generation_config.json"], False)]
+    ways += [] if is_here == "whole" else [(checkpoint.CONFIG_FILES, False)]
     assert asked == [(name, *way) for name in ("owner/base", adapter) if name for way in ways]
 
 
@@ -103,6 +103,7 @@ def test_info_fetches_no_weights(monkeypatch, folder, tmp_path, is_here, adapter
         ({}, {"draft_len": 99}, "draft_len must be within"),
         ({}, {"max_seq_len": 10**9}, "max_seq_len"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 1e-300}}, {}, "rope parameters must give"),
+        ({"head_dim": 2}, {}, "head_dim must be a multiple of"),
     ],
 )
 def test_no_weights_are_fetched_for_what_cannot_run(monkeypatch, folder, tmp_path, change, options, said):
@@ -114,7 +115,7 @@ def test_no_weights_are_fetched_for_what_cannot_run(monkeypatch, folder, tmp_pat
     def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns, local_files_only=False):
         if local_files_only:
             raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
-        assert allow_patterns == ["config.json", "generation_config.json"]
+        assert allow_patterns == checkpoint.CONFIG_FILES
         return str(files)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

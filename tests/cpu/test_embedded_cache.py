@@ -63,6 +63,7 @@ def test_converted_once(cache, monkeypatch):
     folder = embedded.base_folder()
     os.umask(umask := os.umask(0))
     assert folder.parent == cache and folder.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
     assert {path.name for path in folder.iterdir()} == FILES
     monkeypatch.setattr(embedded, "convert", None)
     assert embedded.base_folder() == folder
