@@ -96,7 +96,8 @@ class Course:
     plan: CyclePlan
     left: int  # cycles to go
     reserved: float  # seconds that each cycle may cost the safety account
-    against: float | None  # of a trial: seconds per token of the plan in use
+    trial: bool
+    against: float | None  # of a trial: seconds per token of the plan in use, once any cost is known
     fills: bool  # the next result to weigh is of a one_pass without drafts in its pipeline
     alone: bool  # cycles should run by themselves to be timed
     outcomes: list[list[Outcome]] = field(default_factory=list)  # of each cycle

@@ -166,6 +166,8 @@ class PassCosts:
         return min(4 * MEASUREMENT_NOISE, self._variance[key] + ENTRY_PROCESS_NOISE * cycles)
 
     def _guess(self, bucket: int, plan: CyclePlan, hopeful: bool) -> float:
+        if self._basis and not self._log:
+            return self._basis.seconds(bucket, plan, hopeful)
         if self._basis and (bucket, AR) in self._log and (bucket, AR) in self._basis:
             dearer = self.seconds(bucket, AR) / self._basis.seconds(bucket, AR)
             return dearer * self._basis.seconds(bucket, plan, hopeful)

@@ -54,6 +54,7 @@ OPTIMISM = 0.7  # standard errors by which a plan may be better than it looks; m
 TRIAL_LENGTH = 8  # sequence-cycles, at least
 TRIAL_PRICE = 0.5  # share of the exploration credit that a longer trial may cost
 REST = 64  # cycles between trials, and the longest trial
+LONGEST_REST = 256  # cycles between trials of plans that draft, even if AR was tried in between
 COURSE, COURSE_SHARE = 8, 8  # cycles of the longest course, at most 1/8 of all cycles before it
 AR_COURSE = 64  # cycles of AR's longest, at any time
 RECENT = 16  # cycles of a course whose times correct the costs
@@ -98,7 +99,7 @@ class Policy:
         self._kinds = {True: (self.costs, self.acceptance), False: (self.costs.of_like_cycles(), sampled)}  # by greedy
         self.safety, self.exploration = Account(), Account()
         self.spent = self.ar_equivalent = 0.0
-        self._granted = False
+        self._granted: Lane | None = None  # the lane of the cycles that GRANT was first counted in
         self.plan_counts: Counter[CyclePlan] = Counter()
         self.current: CyclePlan | None = None
         self._lanes: dict[tuple[int, bool], Lane] = {}
@@ -107,7 +108,7 @@ class Policy:
         self._unread: list[Course] = []  # with results to weigh
         self._reserved = 0.0  # seconds that all these cycles may cost the safety account
         self._choosing = 0.0  # seconds of the last choice, if they count
-        self._since_trial = self._cycles = 0
+        self._since_trial = self._since_draft_trial = self._cycles = 0
 
     def plans_of(self, bucket: int) -> list[CyclePlan]:
         """The candidates in a bucket."""
@@ -129,8 +130,9 @@ class Policy:
             if self._clock and lane.costs:
                 self._pay_for_choosing(course, self._clock() - since)
         course.left -= 1
-        lane.trial_left -= course.against is not None
-        self._since_trial = 0 if course.against is not None else self._since_trial + 1
+        lane.trial_left -= course.trial
+        self._since_trial = 0 if course.trial else self._since_trial + 1
+        self._since_draft_trial = 0 if course.trial and course.plan != AR else self._since_draft_trial + 1
         lane.ran(course.plan)
         self._pending.append(course)
         self._reserved += course.reserved
@@ -162,7 +164,8 @@ class Policy:
         return Course(
             lane, plan, length,
             reserved=max(0.0, lane.worst_loss(plan)),
-            against=None if trial is None else rates[in_use],
+            trial=trial is not None,
+            against=None if trial is None or not lane.costs else rates[in_use],
             fills=plan.mode == "one_pass" and self.current != plan,
             alone=guesses or (trial is not None and plan == AR),
         )  # fmt: skip
@@ -196,7 +199,9 @@ class Policy:
         """``(plan, cycles)`` of the trial to begin, if any."""
         if lane.wants_ar_timed(rate):
             return AR, REFRESH_CYCLES
-        if self._since_trial < REST or self.exploration.balance <= 0:
+        # Timing AR is a trial too, and may be due before every REST has passed. Others must get their turn.
+        rested = self._since_trial >= REST or self._since_draft_trial >= LONGEST_REST
+        if not rested or self.exploration.balance <= 0:
             return None, 0
         idle = self.exploration.balance / (EXPLORATION_CAP * lane.seconds(AR))  # unused credit: estimates too certain?
         optimism = OPTIMISM * max(1.0, 2 * idle)
@@ -271,9 +276,11 @@ class Policy:
     def _pay(self, course: Course, outcomes: list[list[Outcome]]) -> None:
         """Enter cycles of the course into the accounts."""
         cost, ar = course.lane.seconds(course.plan), course.lane.seconds(AR)
-        if not self._granted:
-            self._granted = True
+        if self._granted is None:
+            self._granted = course.lane
             self.safety.add(GRANT * ar, SAFETY_CAP * ar)
+        if course.lane is self._granted and course.lane.guesses(AR):
+            self.safety.add(0.0, GRANT * ar)  # the cycle known so far may have been stalled
         for of_cycle in outcomes:
             tokens = sum(out.num_tokens for out in of_cycle) / len(of_cycle) if of_cycle else 1.0
             self.safety.add((1 + SAFETY) * tokens * ar - cost, SAFETY_CAP * ar)

@@ -132,6 +132,27 @@ def test_costs_that_drift_and_are_timed_with_outliers(drift, device, hazard):
     assert got.over_ar <= PROMISE
 
 
+class Stalls(Policy):
+    """The very first cycle takes ``stalled`` times as long."""
+
+    stalled = 1.0
+
+    def record(self, outcomes, seconds=None):
+        super().record(outcomes, self.stalled * seconds)
+        self.stalled = 1.0
+
+
+@pytest.mark.parametrize("stalled", [1, 3, 10])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_first_cycle_that_stalls_does_not_raise_the_grant(device, stalled):
+    """As a multiple of AR cycles, whose time is not known yet."""
+    chooser = Stalls(PLANS, 64, PassCosts({"flat": 256, "steep": 14}[device]))
+    chooser.stalled = stalled
+    got = run(device, lambda cycle, i: (0.0, 1.0), 420, chooser=chooser, noise=0.02)
+    lost = got.seconds - (1 + SAFETY) * got.ar_seconds
+    assert lost <= (GRANT + 0.5) * cycle_seconds(device, 1, AR)  # the noise
+
+
 def test_prefill_earns_a_share_too():
     chooser, ar = policy("flat"), cycle_seconds("flat", 1, AR)
     chooser.prefilled(1.0)

@@ -1,11 +1,15 @@
 """When the policy of mode="auto" tries a plan that is not in use, for how long, and what that may cost."""
 
+import itertools
+import random
+
 import pytest
 
 from orthrus_rt.acceptance import Outcome
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket
 from orthrus_rt.lane import DEADBAND, REFRESH_CYCLES
 from orthrus_rt.policy import EXPLORATION, EXPLORATION_CAP, OPTIMISM, REST, Policy
+from tests.policy_simulator import cycle_seconds, policy
 
 TWO_PASS, ONE_PASS, PRICE = CyclePlan("two_pass", 4), CyclePlan("one_pass", 4, 2), 0.02
 
@@ -106,3 +110,30 @@ def test_a_trial_begins_as_soon_as_the_last_one_is_long_past():
         plans.append(chooser.choose(1))
         chooser.record([Outcome(0, 0)])
     assert plans == [AR] * (REFRESH_CYCLES + REST) + [TWO_PASS]
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_the_first_times_known_are_no_gain(greedy):
+    """Before, all costs are bare numbers; those of sampling also if those of greedy cycles are known."""
+    chooser = policy("steep", measured=not greedy)
+    for _ in range(8):
+        plan = chooser.choose(1, greedy)
+        chooser.record([Outcome(plan.block_len - 1, 0)], cycle_seconds("steep", 1, plan))
+    chooser.settle()
+    assert chooser.spent > 0 and chooser.exploration.balance <= EXPLORATION * chooser.spent
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_timing_ar_leaves_trials_of_others_their_turn(seed):
+    """A plan 9% better than AR is in use, so timing AR is cheap and due often; another, which seems to be as good as
+    AR, is 15% better than the one in use.
+    """
+    cost, rng = {AR: 1.0, TWO_PASS: 1.7, ONE_PASS: 1.45}, random.Random(seed)
+    chooser, tried = Policy([*cost], 1), 0
+    for plan, seconds in cost.items():
+        chooser.costs.set(1, plan, seconds)
+    while (plan := chooser.choose(1)) != ONE_PASS:
+        tried += 1
+        accepted = next(i for i in itertools.count() if i == plan.block_len - 1 or rng.random() >= 0.5)
+        chooser.record([Outcome(plan.block_len - 1, accepted)], cost[plan] * rng.gauss(1, 0.02))
+        assert tried < 2500
