@@ -181,6 +181,7 @@ void bind_cpu(py::module_ m) {
       .def(py::init())
       .def("__enter__", &cpu::Tape::start)
       .def("__exit__", [](cpu::Tape& tape, const py::args&) { tape.stop(); })
+      .def("stop", &cpu::Tape::stop)
       .def("replay", &cpu::Tape::replay, release)
       .def("__len__", &cpu::Tape::size);
 }

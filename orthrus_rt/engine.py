@@ -213,13 +213,13 @@ class Engine(Generation):
     @exclusive
     def explain(self, batch_size: int = 1, greedy: bool = True) -> dict | None:
         """The estimates behind ``mode="auto"`` for a batch of ``batch_size`` sequences, ``greedy`` if none of them
-        samples: see :meth:`Policy.explain`. None while the mode is a fixed one.
+        samples: see :meth:`Policy.explain`. None if the mode (of what runs, or else the engine's) is a fixed one.
 
         Raises:
             ValueError: ``batch_size`` is out of its range.
             RuntimeError: the engine is closed, or another thread is using it.
         """
-        auto = self._autos.get(self._plan)
+        auto = self._autos.get(self._plan_to_join())
         return auto.policy.explain(batch_size, greedy) if auto else None
 
     def check(

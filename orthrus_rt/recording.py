@@ -18,8 +18,11 @@ from orthrus_rt.out_of_memory import naming_the_knobs
 def taped(run: Callable[[], None]):
     """A tape of the native CPU ops that ``run`` calls, for replay."""
     tape = dispatch.extension().cpu.Tape()
-    with tape:
-        run()
+    try:
+        with tape:
+            run()
+    finally:
+        tape.stop()  # Ctrl-C may come after `with` has started the recording and before it would stop it
     return tape
 
 

@@ -19,7 +19,9 @@ void Tape::start() {
   current = this;
 }
 
-void Tape::stop() { current = nullptr; }
+void Tape::stop() {
+  if (current == this) current = nullptr;
+}
 
 void Tape::replay() const {
   if (current == this) throw std::runtime_error("Tape.replay: this tape is recording");

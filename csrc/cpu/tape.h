@@ -10,9 +10,14 @@ namespace orthrus::cpu {
 
 class Tape {
  public:
+  Tape() = default;
+  Tape(const Tape&) = delete;
+  Tape& operator=(const Tape&) = delete;
+  ~Tape() { stop(); }
+
   // From here to stop(), ops called on this thread are recorded instead of run, also by other tapes' replays.
   void start();
-  void stop();
+  void stop();  // does nothing if this tape is not recording on this thread
   void replay() const;
   int64_t size() const { return static_cast<int64_t>(ops_.size()); }
 

@@ -1,5 +1,6 @@
 """mode="auto" in the engine: the same tokens whatever the plans, and what it reports about them."""
 
+import contextlib
 import itertools
 import json
 import time
@@ -93,8 +94,10 @@ def test_the_policy_hears_of_every_cycle(folder):
     assert facts["ar_equivalent_seconds"] > auto.metrics.as_dict()["times"]["prefill"]["seconds"] > 0
     assert f'orthrus_plan_cycles_total{{plan="ar"}} {counts["ar"]}' in auto.metrics.as_prometheus()
     assert not auto._autos[auto._plan].policy._pending
-    auto.generate(PROMPTS[0], LONG, mode="two_pass")
-    assert auto.explain() is None  # the mode is fixed
+    with contextlib.closing(auto.stream(PROMPTS[0], LONG, mode="two_pass")) as stream:
+        next(stream)
+        assert auto.explain() is None  # the mode that runs is fixed
+    assert auto.explain()["spent_seconds"] == facts["spent_seconds"]
 
 
 def test_prefill_alone_is_told_to_the_policy_as_such(folder, monkeypatch):

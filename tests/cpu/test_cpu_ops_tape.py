@@ -110,3 +110,22 @@ def test_tape_misuse():
         raise KeyError
     tape.replay()
     assert len(tape) == 0
+
+
+def test_no_recording_outlives_an_interrupt_or_its_tape(monkeypatch):
+    """Ctrl-C may come after the recording has begun and before ``with`` would end it."""
+    cpu = dispatch.extension().cpu
+
+    def interrupted(tape, enter=cpu.Tape.__enter__):
+        enter(tape)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cpu.Tape, "__enter__", interrupted)
+        with pytest.raises(KeyboardInterrupt) as error:  # which still holds the frame, and so the tape
+            recording.taped(None)
+    with cpu.Tape():
+        assert error.type is KeyboardInterrupt
+    cpu.Tape().__enter__()  # it ends with the tape, which nothing else holds
+    with cpu.Tape() as _, pytest.raises(RuntimeError, match="another tape is recording"), cpu.Tape():
+        pass
