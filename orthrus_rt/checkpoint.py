@@ -171,8 +171,10 @@ def _open(
         folder = _resolve(path_or_id, config_only=config_only)
     raw = read_json(folder / "config.json")
     family_of(raw, str(folder / "config.json"))  # first: no adapter helps an unsupported family
-    if exists(folder / PEFT_FILE):  # transformers applies it
-        raise CheckpointError(f"{folder / PEFT_FILE}: merge this PEFT adapter into the weights and remove it")
+    if exists(folder / PEFT_FILE):  # transformers with peft applies it
+        raise CheckpointError(
+            f"{folder / PEFT_FILE}: remove this PEFT adapter's file, once the adapter is merged into the weights"
+        )
     return folder, raw, adapter
 
 
@@ -232,14 +234,17 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> str
 
 
 def _resolve(path_or_id: str, *, adapter: bool = False, config_only: bool = False) -> Path:
-    """An existing folder, else a hub id's snapshot; resolved, as the current folder, or where a link leads to, may
-    change before all is read.
+    """An existing folder, else a hub id's snapshot; absolute, and a folder without links, as a program may change its
+    folder, and somebody a link, before all is read.
 
     ``config_only``: use a snapshot on this machine if it has weights, otherwise download no weights. To download the
     config of a later one would make the id refer to that one when offline, and its weights are not here.
     """
     if os.path.isdir(path_or_id):
-        return Path(path_or_id).resolve()
+        folder = Path(path_or_id).absolute()
+        target = folder.resolve()
+        # A link below /proc/PID/root leads into another container, unlike its text, and so does what leads there.
+        return target if os.path.isdir(target) and folder.samefile(target) else folder
     what, known = f"{path_or_id!r}:", f"a folder here, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
     if adapter:
         what, known = f"adapter: {path_or_id!r}", "a folder with a diffusion view, nor a hub id (owner/name)"
@@ -254,7 +259,7 @@ def _resolve(path_or_id: str, *, adapter: bool = False, config_only: bool = Fals
         if config_only:
             with contextlib.suppress(huggingface_hub.errors.LocalEntryNotFoundError):
                 here = Path(fetch(local_files_only=True, allow_patterns=HUB_PATTERNS))
-                if (here / "config.json").exists() and any(here.glob("*.safetensors")):
+                if exists(here / "config.json") and any(here.glob("*.safetensors")):
                     return here.absolute()
         return Path(fetch(allow_patterns=CONFIG_FILES if config_only else HUB_PATTERNS)).absolute()
     except Exception as error:  # whatever the client or its transport raises

@@ -23,10 +23,8 @@ ROPE_TYPES = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-ROPE_COMMON = (
-    "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "truncate",
-    "attn_factor", "extrapolation_factor",
-)  # fmt: skip
+ROPE_COMMON = ("rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "truncate")
+ROPE_AT_ONE = ("attn_factor", "extrapolation_factor")  # of YaRN: some readers use them, others do not
 # Keys that change nothing in a Llama or Qwen3 model.
 ROPE_IDLE = ("finetuned", "mrope_section", "mrope_interleaved")
 YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # optional, numbers
@@ -253,13 +251,14 @@ def _rope(raw, where):
 
 def _check_rope_keys(rope, where):
     """Refuse keys that may mean something to other readers. Whether transformers knows them too does not matter."""
-    for name in ("attn_factor", "extrapolation_factor"):  # of YaRN, as DeepSeek-R1-0528-Qwen3-8B has the first
+    for name in ROPE_AT_ONE:  # DeepSeek-R1-0528-Qwen3-8B has the first
         if rope.get(name) not in (None, 1):
             raise CheckpointError(
-                f"{where}.{name} must be 1, got {rope[name]!r}: some readers use it and others do not; "
-                "state attention_factor instead"
+                f"{where}.{name} must be 1, got {rope[name]!r}: some readers use it, others do not; "
+                "remove it and state attention_factor, the whole factor of queries' and keys' rotation"
             )
-    known = {key for keys in ROPE_TYPES.values() for key in keys} | {*YARN_OPTIONS, *ROPE_IDLE, *ROPE_COMMON}
+    known = {key for keys in ROPE_TYPES.values() for key in keys}
+    known.update(YARN_OPTIONS, ROPE_COMMON, ROPE_AT_ONE, ROPE_IDLE)
     for name, value in rope.items():
         if name not in known and value is not None:
             raise CheckpointError(f"{where}.{name} is not supported, got {value!r}: other readers may use it")

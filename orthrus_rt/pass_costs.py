@@ -56,7 +56,7 @@ class PassCosts:
         self._covariance: dict[tuple[int, CyclePlan], float] = {}  # with the machine's slowness, where not negligible
         self._seen: dict[tuple[int, CyclePlan], tuple[int, float]] = {}  # clock and slowness when last measured
         # Entries not confirmed by a second cycle, which may be of a stalled one; the value: whether it was cut to
-        # UNLIKELY.
+        # UNLIKELY, or a second one took longer.
         self._once: dict[tuple[int, CyclePlan], bool] = {}
         self._slowness, self._slowness_variance = 0.0, OTHER_DAY
         self._clock = 0
@@ -125,6 +125,9 @@ class PassCosts:
         if known > STALLED * seconds or (self._once[key] and seconds > known):
             self._once[key] = False
             return self._set(key, seconds, MEASUREMENT_NOISE)
+        if seconds > STALLED * known and not self._once[key]:
+            self._once[key] = True  # this one may have stalled: the next one decides
+            return None
         del self._once[key]
 
     def _correct(self, key: tuple[int, CyclePlan], seconds: float) -> None:

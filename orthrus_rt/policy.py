@@ -99,7 +99,8 @@ class Policy:
         self._kinds = {True: (self.costs, self.acceptance), False: (self.costs.of_like_cycles(), sampled)}  # by greedy
         self.safety, self.exploration = Account(), Account()
         self.spent = self.ar_equivalent = 0.0
-        self._granted: Lane | None = None  # the lane of the cycles that GRANT was first counted in
+        self._granted: Lane | None = None  # the lane of the cycles that GRANT is counted in
+        self._grant = 0.0  # seconds
         self.plan_counts: Counter[CyclePlan] = Counter()
         self.current: CyclePlan | None = None
         self._lanes: dict[tuple[int, bool], Lane] = {}
@@ -276,11 +277,10 @@ class Policy:
     def _pay(self, course: Course, outcomes: list[list[Outcome]]) -> None:
         """Enter cycles of the course into the accounts."""
         cost, ar = course.lane.seconds(course.plan), course.lane.seconds(AR)
-        if self._granted is None:
+        if self._granted is None or (course.lane is self._granted and course.lane.guesses(AR)):
             self._granted = course.lane
-            self.safety.add(GRANT * ar, SAFETY_CAP * ar)
-        if course.lane is self._granted and course.lane.guesses(AR):
-            self.safety.add(0.0, GRANT * ar)  # the cycle known so far may have been stalled
+            self.safety.add(GRANT * ar - self._grant, SAFETY_CAP * ar)  # the one cycle known before may have stalled
+            self._grant = GRANT * ar
         for of_cycle in outcomes:
             tokens = sum(out.num_tokens for out in of_cycle) / len(of_cycle) if of_cycle else 1.0
             self.safety.add((1 + SAFETY) * tokens * ar - cost, SAFETY_CAP * ar)

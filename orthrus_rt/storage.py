@@ -82,7 +82,7 @@ def exists(path: Path) -> bool:
     """Whether there is such a file.
 
     Raises:
-        CheckpointError: its folder may not be searched.
+        CheckpointError: that cannot be told, as where its folder may not be searched.
     """
     try:
         path.stat()

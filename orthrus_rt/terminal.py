@@ -25,23 +25,32 @@ class Screen:
         capable = os.environ.get("TERM", "dumb") != "dumb"
         self._has_status = capable and all(s is not None and s.isatty() for s in (sys.stdout, sys.stderr))
         self._rows = 0
-        self._column = 0
+        self._column: int | None = 0  # of a row without end; None: unknown, until the next line
         self._handled: list[int] = []
 
     def write(self, text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
+        columns = shutil.get_terminal_size().columns
         for char in text:
-            if char == "\t":  # no further than the last column
-                columns = shutil.get_terminal_size().columns
+            if char in "\n\r":
+                self._column = 0
+            elif self._column is None or joins(char):
+                self._column = None
+            elif char == "\t":  # no further than the last column
                 self._column += min(8 - self._column % columns % 8, columns - 1 - self._column % columns)
             else:
-                self._column = 0 if char == "\n" else self._column + char_width(char)
+                width = char_width(char)
+                if width > columns - self._column % columns:
+                    self._column += 1  # the last column stays blank
+                self._column += width
 
     def status(self, text: str) -> None:
         columns, rows = shutil.get_terminal_size()
+        if not self._has_status or rows < 3:  # two rows are the least that scroll
+            return
         # After a full row the cursor is between two rows, a state that is lost by saving and restoring it.
-        if not self._has_status or (self._column and self._column % columns == 0):
+        if self._column is None or (self._column and self._column % columns == 0):
             return
         if rows != self._rows:
             self._rows = rows  # before and after: a signal may arrive in between
@@ -90,9 +99,14 @@ def _control(sequence: str) -> None:
 
 def char_width(char: str) -> int:
     """Columns that a printed character takes: 0, 1 or 2."""
-    if unicodedata.combining(char):
+    if unicodedata.category(char) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def joins(char: str) -> bool:
+    """Whether terminals differ in what it and the character before it take together: joiners and modifiers of emoji."""
+    return char in "\u200d\ufe0f" or "\U0001f3fb" <= char <= "\U0001f3ff"
 
 
 def figures(value) -> str:

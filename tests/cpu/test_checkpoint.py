@@ -204,7 +204,7 @@ def test_a_file_that_cannot_be_mapped(folder, monkeypatch):
 def test_a_peft_adapter_is_not_ignored(folder):
     file = folder / "adapter_config.json"
     file.write_text("{}")
-    assert message_of(folder) == f"{file}: merge this PEFT adapter into the weights and remove it"
+    assert message_of(folder) == f"{file}: remove this PEFT adapter's file, once the adapter is merged into the weights"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -92,7 +92,7 @@ UNSUPPORTED = [
     ({"rope_parameters": 5}, "rope_parameters must be an object, got 5"),
     (
         {"rope_scaling": YARN | {"attn_factor": 0.878}},
-        "rope_scaling.attn_factor must be 1, got 0.878: some readers use it and others do not; state attention_factor",
+        "rope_scaling.attn_factor must be 1, got 0.878: some readers use it, others do not; remove it",
     ),
     ({"rope_parameters": YARN | {"extrapolation_factor": 2}}, "rope_parameters.extrapolation_factor must be 1, got 2"),
     ({"rope_scaling": YARN | {"attention_facto": 1.1}}, "rope_scaling.attention_facto is not supported, got 1.1"),

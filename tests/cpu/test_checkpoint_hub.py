@@ -115,7 +115,7 @@ def test_no_weights_are_fetched_for_what_cannot_run(monkeypatch, folder, tmp_pat
     def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns, local_files_only=False):
         if local_files_only:
             raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
-        assert allow_patterns == checkpoint.CONFIG_FILES
+        assert allow_patterns == ["config.json", "generation_config.json", "adapter_config.json"]
         return str(files)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

@@ -142,15 +142,28 @@ class Stalls(Policy):
         self.stalled = 1.0
 
 
+@pytest.mark.parametrize("seed", [0, 3, 36])  # in the latter two the third time is too long as well
 @pytest.mark.parametrize("stalled", [1, 3, 10])
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_first_cycle_that_stalls_does_not_raise_the_grant(device, stalled):
+def test_a_first_cycle_that_stalls_does_not_raise_the_grant(device, stalled, seed):
     """As a multiple of AR cycles, whose time is not known yet."""
     chooser = Stalls(PLANS, 64, PassCosts({"flat": 256, "steep": 14}[device]))
     chooser.stalled = stalled
-    got = run(device, lambda cycle, i: (0.0, 1.0), 420, chooser=chooser, noise=0.02)
+    got = run(device, lambda cycle, i: (0.0, 1.0), 420, chooser=chooser, noise=0.02, seed=seed)
     lost = got.seconds - (1 + SAFETY) * got.ar_seconds
     assert lost <= (GRANT + 0.5) * cycle_seconds(device, 1, AR)  # the noise
+
+
+@pytest.mark.parametrize("prefill", [0.0, 4.0])
+def test_the_grant_follows_what_an_ar_cycle_takes(prefill):
+    """And what a prompt has earned stays."""
+    chooser = Policy([AR], 1)
+    chooser.prefilled(prefill / SAFETY)
+    for seconds in (10.0, 1.0, 1.0, 1.0):
+        assert chooser.choose(1) == AR
+        chooser.record([Outcome(0, 0)], seconds)
+        chooser.settle()
+    assert chooser.safety.balance == pytest.approx(GRANT + prefill + SAFETY * (10 + 10 + 1 + 1))
 
 
 def test_prefill_earns_a_share_too():

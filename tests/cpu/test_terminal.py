@@ -139,3 +139,35 @@ def test_no_status_line_without_a_capable_terminal(streams, monkeypatch, stream)
 
 def test_table_aligns_its_columns():
     assert table([("mode", "tok/s"), ("two_pass", "9.5")]) == "mode      tok/s\ntwo_pass    9.5"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a" * 20, False),
+        ("นี" * 19, True),
+        ("ที่" * 20, False),
+        ("a\u200b\ufeff" * 20, False),
+        ("a" * 19 + "日", True),
+        ("a" * 19 + "日" + "b" * 18, False),  # as the last column of the first row stays blank
+        ("a" * 18 + "日", False),
+        ("a" * 20 + "\rb", True),
+        ("👩\u200d🚀 a", False),  # how wide such a sequence is depends on the terminal
+        ("👍🏽 a", False),
+        ("❤\ufe0f\tb\na", True),
+    ],
+)
+def test_a_status_only_where_it_is_known_that_no_row_is_full(streams, text, shown):
+    with Screen() as screen:
+        for char in text:
+            screen.write(char)
+        screen.status("status")
+        assert ("status" in streams.stderr.getvalue()) == shown
+
+
+@pytest.mark.parametrize(("rows", "shown"), [(1, False), (2, False), (3, True)])
+def test_a_terminal_too_low_for_a_status(streams, monkeypatch, rows, shown):
+    monkeypatch.setenv("LINES", str(rows))
+    with Screen() as screen:
+        screen.status("status")
+        assert ("status" in streams.stderr.getvalue()) == shown
