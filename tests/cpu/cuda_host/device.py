@@ -31,7 +31,11 @@ class Tape:
         Tape.recording = self
 
     def __exit__(self, *_) -> None:
-        Tape.recording = None
+        self.stop()
+
+    def stop(self) -> None:
+        if Tape.recording is self:
+            Tape.recording = None
 
     def replay(self) -> None:
         if Tape.recording is not None:
