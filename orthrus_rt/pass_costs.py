@@ -16,6 +16,7 @@ STALLED = 1.3  # times the next measurement: a first one above this was of a sta
 UNLIKELY = 4.0  # times the expectation: a first measurement is cut to this, lest it stay the only one
 CLIP = 2.0  # the largest innovation, in standard deviations: a stalled cycle does not mean a slow plan
 LEAST_S, MOST_S = 1e-7, 1e3  # seconds of a cycle that are believed of a kept file
+APART = 64  # cycles between measurements that one disturbance of the machine is unlikely to have reached both of
 HOPE = 0.3  # standard errors by which a cycle is hoped to be cheaper than it looks
 # Variances of logarithms, that is, of relative errors.
 MEASUREMENT_NOISE = 0.01
@@ -55,6 +56,7 @@ class PassCosts:
         self._variance: dict[tuple[int, CyclePlan], float] = {}  # without the process noise since the last measurement
         self._covariance: dict[tuple[int, CyclePlan], float] = {}  # with the machine's slowness, where not negligible
         self._seen: dict[tuple[int, CyclePlan], tuple[int, float]] = {}  # clock and slowness when last measured
+        self._first_seen: dict[tuple[int, CyclePlan], int] = {}  # clock, of entries that begin with a real cycle
         # Entries not confirmed by a second cycle, which may be of a stalled one; the value: whether it was cut to
         # UNLIKELY, or a second one took longer.
         self._once: dict[tuple[int, CyclePlan], bool] = {}
@@ -78,6 +80,13 @@ class PassCosts:
         """
         return (bucket, plan) in self._once
 
+    def measured_briefly(self, bucket: int, plan: CyclePlan) -> bool:
+        """Whether it was never measured, or so briefly that one disturbance of the machine may have been in all times.
+        A warm-up's and a kept time are believed.
+        """
+        key = bucket, plan
+        return key not in self._log or self._seen[key][0] - self._first_seen.get(key, -APART) < APART
+
     def seconds(self, bucket: int, plan: CyclePlan, hopeful: bool = False) -> float:
         """Expected seconds of one cycle of ``bucket`` slots under ``plan``.
 
@@ -96,6 +105,7 @@ class PassCosts:
     def set(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
         """Replace what was known by a measurement from a warm-up or from disk."""
         self._once.pop((bucket, plan), None)
+        self._first_seen.pop((bucket, plan), None)
         self._set((bucket, plan), seconds, WARMED)
 
     def _set(self, key: tuple[int, CyclePlan], seconds: float, variance: float) -> None:
@@ -110,16 +120,26 @@ class PassCosts:
             return  # not a valid time
         key = bucket, plan
         self._clock += 1
+        if self._contradicts(key, seconds):
+            self._first_seen[key] = self._clock
+            if seconds < self.seconds(*key):
+                return self._set(key, seconds, MEASUREMENT_NOISE)
         if key not in self._log or key in self._once:
             self._confirm(key, seconds)
         if key not in self._once:
             self._correct(key, seconds)
 
+    def _contradicts(self, key: tuple[int, CyclePlan], seconds: float) -> bool:
+        """Whether a measurement is long after the others, which were brief, and does not confirm them."""
+        apart = self._clock - self._first_seen.get(key, self._clock)
+        known = self.seconds(*key)
+        return apart >= APART and self.measured_briefly(*key) and not known / STALLED < seconds < known * STALLED
+
     def _confirm(self, key: tuple[int, CyclePlan], seconds: float) -> None:
         """Take a first measurement, or a later one that the first must agree with."""
         if key not in self._log:
             most = UNLIKELY * self.seconds(*key) if self._log else math.inf
-            self._once[key] = seconds > most
+            self._once[key], self._first_seen[key] = seconds > most, self._clock
             return self._set(key, min(seconds, most), MEASUREMENT_NOISE)
         known = self.seconds(*key)
         if known > STALLED * seconds or (self._once[key] and seconds > known):

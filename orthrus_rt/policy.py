@@ -15,7 +15,7 @@ is lowest, subject to two accounts of time:
 - *exploration*. Plans that might be better than they look are tried as long as trials have cost less than EXPLORATION
   of all time, measured against the plan in use. (This is optimism in the face of uncertainty. Only uncertainty about
   what sets a plan apart from the one in use counts, not about what both depend on.) A close rival costs little, so its
-  trial is long.
+  trial is long. Credit that no such plan wants pays for checks of costs that were measured briefly or never.
 
 Both bounds are in estimated seconds, and hold for real seconds as far as the estimates are right. Choices that the
 account cannot pay, as with very short cycles, come on top. At 400 tokens SAFETY and GRANT together allow 3%, which
@@ -52,7 +52,8 @@ EXPLORATION = 0.01  # of all time that may be lost on trying plans
 EXPLORATION_CAP = 64  # AR cycles of credit kept
 OPTIMISM = 0.7  # standard errors by which a plan may be better than it looks; more while exploration credit is unused
 TRIAL_LENGTH = 8  # sequence-cycles, at least
-TRIAL_PRICE = 0.5  # share of the exploration credit that a longer trial may cost
+TRIAL_PRICE = 0.5  # share of the exploration credit that a longer trial, or one for a plan's cost alone, may cost
+UNTIMED = 1  # cycles of a kind before those that are timed: they are recorded
 REST = 64  # cycles between trials, and the longest trial
 LONGEST_REST = 256  # cycles between trials of plans that draft, even if AR was tried in between
 COURSE, COURSE_SHARE = 8, 8  # cycles of the longest course, at most 1/8 of all cycles before it
@@ -222,6 +223,18 @@ class Policy:
             if least * price <= spare:
                 cycles = least if price <= 0 else min(REST, max(least, int(TRIAL_PRICE * spare / price)))
                 return plan, cycles + filling
+        return self._plan_to_time(lane, hopes, tokens, rate)
+
+    def _plan_to_time(self, lane: Lane, hopes: dict[CyclePlan, float], tokens, rate: float):
+        """``(plan, cycles)`` of a trial for its cost alone, if that rests on little: if the machine was disturbed then,
+        the plan looks bad, and so do others whose costs are guessed from it.
+        """
+        for plan in sorted(hopes, key=hopes.get):
+            if plan != lane.in_use and lane.costs.measured_briefly(lane.bucket, plan) and self._affordable(lane, plan):
+                cycles = 1 if (lane.bucket, plan) in lane.costs else UNTIMED + 2  # and a second to confirm the first
+                price = lane.seconds(plan) - tokens[plan] * rate
+                if cycles * price <= TRIAL_PRICE * self.exploration.balance:
+                    return plan, cycles
         return None, 0
 
     def _affordable(self, lane: Lane, plan: CyclePlan) -> bool:

@@ -34,6 +34,23 @@ def test_a_first_draft_that_stalls_ends_no_drafting(device, stalled):
     assert got.seconds_per_token <= 1.05 * best  # the account's grant covers a second look
 
 
+@pytest.mark.parametrize(
+    ("hazard", "slower", "begin", "length", "seed"),
+    [(0.95, 2, 15, 12, 0), (0.95, 2, 15, 12, 5), (0.9, 3, 8, 20, 2), (0.9, 3, 8, 20, 4), (0.6, 3, 71, 4, 3)],
+)
+def test_a_disturbance_while_plans_are_first_timed_is_forgotten(hazard, slower, begin, length, seed):
+    """Every cycle takes longer for a while, in which a plan is tried twice, or others' costs are guessed from it."""
+
+    def cost(cycle, bucket, plan):
+        return cycle_seconds("steep", bucket, plan) * (slower if begin <= cycle < begin + length else 1)
+
+    how = dict(cost=cost, chooser=Policy(PLANS, 64, PassCosts(14)), noise=0.02, seed=seed)
+    plans = run("steep", lambda cycle, i: (hazard, 1.0), 4000, **how).plans[1000:]
+    seconds = sum(cycle_seconds("steep", 1, plan) for plan in plans)
+    best = min(cycle_seconds("steep", 1, plan) / expected_tokens(plan, hazard, 1.0) for plan in PLANS)
+    assert seconds / sum(expected_tokens(plan, hazard, 1.0) for plan in plans) <= 1.03 * best
+
+
 @pytest.mark.parametrize("noise", [0.1, 0.2, 0.3])
 @pytest.mark.parametrize("device", DEVICES)
 def test_noise_ends_no_drafting(device, noise):

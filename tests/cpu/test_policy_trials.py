@@ -8,6 +8,7 @@ import pytest
 from orthrus_rt.acceptance import Outcome
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket
 from orthrus_rt.lane import DEADBAND, REFRESH_CYCLES
+from orthrus_rt.pass_costs import APART
 from orthrus_rt.policy import EXPLORATION, EXPLORATION_CAP, OPTIMISM, REST, Policy
 from tests.policy_simulator import cycle_seconds, policy
 
@@ -137,3 +138,48 @@ def test_timing_ar_leaves_trials_of_others_their_turn(seed):
         accepted = next(i for i in itertools.count() if i == plan.block_len - 1 or rng.random() >= 0.5)
         chooser.record([Outcome(plan.block_len - 1, accepted)], cost[plan] * rng.gauss(1, 0.02))
         assert tried < 2500
+
+
+def rested_beside(*seconds):
+    """A policy that has run AR for long, with credit for trials, and TWO_PASS's times measured before."""
+    chooser = Policy([AR, TWO_PASS], 1)
+    chooser.costs.set(1, AR, 1.0)
+    for each in seconds:
+        chooser.costs.observe(1, TWO_PASS, each)
+    while chooser.costs._clock < 2 * APART or chooser._course.left:
+        chooser.exploration.balance = -100.0
+        assert chooser.choose(1) == AR
+        chooser.record([Outcome(0, 0)], 1.0)
+    chooser.settle()
+    chooser.safety.balance = 50.0
+    return chooser
+
+
+@pytest.mark.parametrize(("share", "cost", "tried"), [(0.05, 5.0, False), (0.5, 5.0, True), (0.5, 20.0, False)])
+def test_spare_credit_checks_a_cost_that_was_measured_briefly(share, cost, tried):
+    chooser = rested_beside(cost, cost, cost)
+    assert not chooser.costs.measured_once(1, TWO_PASS) and chooser.costs.measured_briefly(1, TWO_PASS)
+    chooser.exploration.balance = share * EXPLORATION_CAP
+    assert (chooser.choose(1) == TWO_PASS) == tried
+    if tried:
+        chooser.record([Outcome(3, 0)], 1.5)
+        assert chooser.choose(1) == AR and chooser._since_trial == 1  # one cycle
+        assert chooser.costs.seconds(1, TWO_PASS) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("late", [1.5, 25.0])  # the others, or this one, came while the machine was disturbed
+def test_a_late_measurement_that_does_not_fit_confirms_nothing(late):
+    costs = rested_beside(5.0, 5.0, 5.0).costs
+    costs.observe(1, TWO_PASS, late)
+    assert costs.measured_briefly(1, TWO_PASS)
+    assert costs.seconds(1, TWO_PASS) < 8.0
+
+
+def test_what_was_confirmed_much_later_is_known():
+    chooser = rested_beside(5.0, 5.0, 5.0)
+    chooser.costs.observe(1, TWO_PASS, 5.0)
+    assert not chooser.costs.measured_briefly(1, TWO_PASS)
+    chooser.exploration.balance = 0.9 * EXPLORATION_CAP
+    assert chooser.choose(1) == AR
+    chooser.costs.observe(1, TWO_PASS, 1.5)
+    assert chooser.costs.seconds(1, TWO_PASS) > 4.0  # one time among several is no proof
