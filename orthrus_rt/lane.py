@@ -54,14 +54,16 @@ class Lane:
         """Seconds that a cycle costs the safety account if no draft is accepted."""
         return self.seconds(plan) - (1 + SAFETY) * self.seconds(AR)
 
-    def wants_ar_timed(self, rate: float) -> bool:
-        """``rate``: seconds per token of the plan in use."""
+    def cycles_to_time_ar(self, rate: float) -> int:
+        """How many AR cycles to time now; ``rate``: seconds per token of the plan in use."""
         drifted = self.costs.drift(self.bucket, AR) > REFRESH_DRIFT
         if self.since_ar < (DRIFT_REST if drifted else REFRESH_REST):
-            return False
+            return 0
+        if (self.bucket, AR) in self.costs and self.costs.measured_briefly(self.bucket, AR):
+            return 1  # all other costs are guessed from it at first
         lost = REFRESH_CYCLES * (self.seconds(AR) - rate)
         cheap = lost <= REFRESH_PRICE * self.since_ar * self.seconds(self.in_use)
-        return drifted or cheap
+        return REFRESH_CYCLES if drifted or cheap else 0
 
     def ran(self, plan: CyclePlan) -> None:
         """Count a launched cycle of ``plan``."""

@@ -16,7 +16,7 @@ STALLED = 1.3  # times the next measurement: a first one above this was of a sta
 UNLIKELY = 4.0  # times the expectation: a first measurement is cut to this, lest it stay the only one
 CLIP = 2.0  # the largest innovation, in standard deviations: a stalled cycle does not mean a slow plan
 LEAST_S, MOST_S = 1e-7, 1e3  # seconds of a cycle that are believed of a kept file
-APART = 64  # cycles between measurements that one disturbance of the machine is unlikely to have reached both of
+APART = 16  # cycles between measurements that one disturbance of the machine is unlikely to have reached both of
 HOPE = 0.3  # standard errors by which a cycle is hoped to be cheaper than it looks
 # Variances of logarithms, that is, of relative errors.
 MEASUREMENT_NOISE = 0.01

@@ -21,8 +21,8 @@ Both bounds are in estimated seconds, and hold for real seconds as far as the es
 account cannot pay, as with very short cycles, come on top. At 400 tokens SAFETY and GRANT together allow 3%, which
 ``mode="auto"`` promises from there on. Later they allow less, which leaves room for errors in the costs. 2% and 4
 cycles would allow as much and find text that turns easy sooner, but would leave less to a fresh engine, whose first
-drafts may be unlucky. AR cycles are timed when a batch bucket is first used, and again from time to time while other
-plans run.
+drafts may be unlucky. AR cycles are timed when a batch bucket is first used, once more soon after, and again from time
+to time while other plans run.
 
 Hysteresis: another plan replaces the one in use once its predicted savings have added up to SWITCH cycles (a one-sided
 CUSUM). A large gain thus leads to a switch soon, a small one only if it lasts.
@@ -43,7 +43,7 @@ from collections.abc import Callable
 from orthrus_rt.acceptance import Acceptance, Outcome
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket, most_hypotheses
 from orthrus_rt.integers import integer
-from orthrus_rt.lane import DEADBAND, REFRESH_CYCLES, SAFETY, Account, Course, Lane
+from orthrus_rt.lane import DEADBAND, SAFETY, Account, Course, Lane
 from orthrus_rt.pass_costs import PassCosts
 
 GRANT = 8  # AR cycles that may be lost beyond that, once
@@ -199,8 +199,8 @@ class Policy:
 
     def _next_trial(self, lane: Lane, batch_size: int, tokens, rate: float) -> tuple[CyclePlan | None, int]:
         """``(plan, cycles)`` of the trial to begin, if any."""
-        if lane.wants_ar_timed(rate):
-            return AR, REFRESH_CYCLES
+        if cycles := lane.cycles_to_time_ar(rate):
+            return AR, cycles
         # Timing AR is a trial too, and may be due before every REST has passed. Others must get their turn.
         rested = self._since_trial >= REST or self._since_draft_trial >= LONGEST_REST
         if not rested or self.exploration.balance <= 0:

@@ -10,8 +10,9 @@ import torch
 
 from orthrus_rt.auto import cost_identity
 from orthrus_rt.cycle_plan import CyclePlan
+from orthrus_rt.lane import REFRESH_CYCLES
 from orthrus_rt.pass_costs import PassCosts, cache_file
-from orthrus_rt.policy import AR, REFRESH_CYCLES, candidate_plans
+from orthrus_rt.policy import AR, candidate_plans
 from tests.checkpoints import tiny_config
 from tests.policy_simulator import cost_table
 

@@ -358,11 +358,13 @@ def test_sampling_cycles_are_supposed_to_cost_in_proportion_to_greedy_ones():
 @pytest.mark.parametrize("device", DEVICES)
 def test_greedy_and_sampled_batches_in_turn_are_judged_by_their_own_acceptance(device, monkeypatch):
     """Sampled drafts are accepted less often. Alternating 20 cycles of each must not pass for a text in between."""
-    hazards, chooser, seconds, best = {True: 0.9, False: 0.3}, policy(device), 0.0, 0.0
-    for turn in range(100):
-        greedy = turn % 2 == 0
+    hazards, seconds, best = {True: 0.9, False: 0.3}, 0.0, 0.0
+    choosers = [policy(device) for _ in range(3)]  # with luck of its own each
+    for i, turn in itertools.product(range(3), range(100)):
+        chooser, greedy = choosers[i], turn % 2 == 0
         monkeypatch.setattr(chooser, "choose", partial(Policy.choose, chooser, greedy=greedy))
-        got = run(device, lambda cycle, i: (hazards[greedy], 1.0), 20, chooser=chooser, seed=turn)  # noqa: B023
+        how = dict(chooser=chooser, seed=100 * i + turn)
+        got = run(device, lambda cycle, i: (hazards[greedy], 1.0), 20, **how)  # noqa: B023
         seconds += got.seconds
         best += got.prospects * best_fixed(device, 1, hazards[greedy], 1.0)[0]
     assert seconds <= 1.05 * best

@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 
+from orthrus_rt.lane import REFRESH_CYCLES
 from orthrus_rt.pass_costs import PassCosts
 from orthrus_rt.policy import AR, Policy
 from tests.policy_simulator import DEVICES, PLANS, cycle_seconds, expected_tokens, policy, run
@@ -27,11 +28,34 @@ class Stalls(Policy):
 @pytest.mark.parametrize("stalled", [3, 10, 1000])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_first_draft_that_stalls_ends_no_drafting(device, stalled):
-    chooser = Stalls(PLANS, 64, PassCosts(RIDGE[device]))
-    chooser.stalled = stalled
-    got = run(device, lambda cycle, i: (0.95, 1.0), 3000, chooser=chooser, noise=0.02)
+    def seconds_per_token(seed):
+        chooser = Stalls(PLANS, 64, PassCosts(RIDGE[device]))
+        chooser.stalled = stalled
+        how = dict(chooser=chooser, noise=0.02, seed=seed)
+        return run(device, lambda cycle, i: (0.95, 1.0), 3000, **how).seconds_per_token
+
     best = min(cycle_seconds(device, 1, plan) / expected_tokens(plan, 0.95, 1.0) for plan in PLANS)
-    assert got.seconds_per_token <= 1.05 * best  # the account's grant covers a second look
+    mean = statistics.mean(map(seconds_per_token, range(4)))  # the acceptance of single seeds adds up to 4%
+    assert mean <= 1.05 * best  # the account's grant covers a second look
+
+
+@pytest.mark.parametrize("slower", [1.5, 2, 3])
+@pytest.mark.parametrize("device", DEVICES)
+def test_first_times_of_ar_that_were_too_long_are_forgotten(device, slower):
+    """As on a machine that was not quite ready: AR looks dear then, and drafts that all fail, worthwhile."""
+
+    class Unready(Policy):
+        recorded = 0
+
+        def record(self, outcomes, seconds=None):
+            self.recorded += 1
+            super().record(outcomes, seconds * (slower if self.recorded <= REFRESH_CYCLES else 1))
+
+    def over_ar(seed):
+        chooser = Unready(PLANS, 64, PassCosts(RIDGE[device]))
+        return run(device, lambda cycle, i: (0.0, 1.0), 420, chooser=chooser, noise=0.02, seed=seed).over_ar
+
+    assert statistics.mean(map(over_ar, range(3))) <= 1.035  # 1.07 to 1.29 if AR is timed again only where it is cheap
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,21 @@ def test_when_ar_is_timed_again(lane, monkeypatch, drift, rate, cycles):
     assert lane.hold({AR: 1.0, PLAN: rate}) == PLAN
     for plan in [AR] + [PLAN] * (cycles - 1):
         lane.ran(plan)
-        assert not lane.wants_ar_timed(rate)
+        assert not lane.cycles_to_time_ar(rate)
     lane.ran(PLAN)
-    assert lane.wants_ar_timed(rate)
+    assert lane.cycles_to_time_ar(rate) == REFRESH_CYCLES
+
+
+def test_a_cost_of_ar_that_was_measured_briefly_is_checked_at_any_price(lane):
+    for _ in range(3):
+        lane.costs.observe(1, AR, 2.0)
+        lane.ran(AR)
+    lane.hold({AR: 2.0, PLAN: 0.2})
+    for _ in range(REFRESH_REST):
+        assert not lane.cycles_to_time_ar(0.2)
+        lane.costs.observe(1, PLAN, 1.8)
+        lane.ran(PLAN)
+    assert lane.cycles_to_time_ar(0.2) == 1
+    lane.costs.observe(1, AR, 1.0)
+    lane.ran(AR)
+    assert lane.seconds(AR) == pytest.approx(1.0)

@@ -8,7 +8,6 @@ import pytest
 from orthrus_rt.acceptance import Outcome
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket
 from orthrus_rt.lane import DEADBAND, REFRESH_CYCLES
-from orthrus_rt.pass_costs import APART
 from orthrus_rt.policy import EXPLORATION, EXPLORATION_CAP, OPTIMISM, REST, Policy
 from tests.policy_simulator import cycle_seconds, policy
 
@@ -146,7 +145,7 @@ def rested_beside(*seconds):
     chooser.costs.set(1, AR, 1.0)
     for each in seconds:
         chooser.costs.observe(1, TWO_PASS, each)
-    while chooser.costs._clock < 2 * APART or chooser._course.left:
+    while chooser.costs._clock < 2 * REST or chooser._course.left:
         chooser.exploration.balance = -100.0
         assert chooser.choose(1) == AR
         chooser.record([Outcome(0, 0)], 1.0)
