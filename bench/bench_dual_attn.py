@@ -49,7 +49,8 @@ class Shape:
 
 DECODE = [
     Shape(1, 1, 0, 0), Shape(1, 16, 0, 0), Shape(1, 32, 0, 0), Shape(1, 0, 1, 32), Shape(1, 16, 1, 16),
-    Shape(1, 4, 4, 4), Shape(1, 16, 6, 16), Shape(1, 32, 2, 32), Shape(16, 1, 0, 0), Shape(16, 16, 0, 0),
+    Shape(1, 4, 4, 4), Shape(1, 4, 4, 16), Shape(1, 16, 4, 16), Shape(1, 16, 6, 16), Shape(1, 32, 2, 32),
+    Shape(16, 1, 0, 0), Shape(16, 16, 0, 0),
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+SERVING = "--device", "cuda", "--rate", "10", "40", "160"
 SMALL_OPS = ("qkv_commit", "rms_norm", "embed")
 # device, script, arguments
 RUNS = [
@@ -46,7 +47,7 @@ RUNS = [
     ("cuda", "bench_prefix", ["--device", "cuda"]),
     ("cuda", "bench_arrivals", ["--device", "cuda", "--batch", "1", "16", "64"]),
     ("cuda", "bench_long_prompt", ["--device", "cuda", "--prompt", "4000"]),
-    ("cuda", "bench_serving", ["--device", "cuda", "--rate", "10", "40", "160", "--requests", "200", "--batch", "64"]),
+    ("cuda", "bench_serving", [*SERVING, "--requests", "200", "--batch", "64", "--rounds", "1"]),
     ("cuda", "bench_one_pass", ["--device", "cuda", "--draft-len", "7", "15"]),
     ("cuda", "bench_auto", ["--device", "cuda", "--batch", "1", "4", "16", "64", "--most-rows", "1024"]),
 ]

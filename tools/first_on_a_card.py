@@ -1,9 +1,10 @@
 """For the first run on a GPU: steps that have never run on one, each with its own time limit, since it may hang.
 
 Every call first builds the module, or uses the one that an earlier call left in DIR if that was copied to build/card.
-Steps that passed then are not repeated if their steps.json was copied along, unless the machine, ORTHRUS_* variables,
-the module or a Python file have changed since. DIR (default: build/first_on_a_card) gets steps.log, steps.json,
-native.log, the module and, in folders of their own, the reports of the benchmarks that this call has run.
+Steps that passed then, or in a call with the same DIR, are not repeated if their steps.json is there, unless the
+machine, ORTHRUS_* variables, the module or a Python file have changed since. DIR (default: build/first_on_a_card) gets
+six files, as few can be brought back from some machines: steps.log, steps.json, native.log, the module with its key and
+reports.tar.gz, with the reports of all benchmarks that have been run on this machine (in build/reports).
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import re
 import shutil
 import signal
 import subprocess
+import tarfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BROUGHT = ROOT / "build" / "card"
+REPORTS = ROOT / "build" / "reports"
 PASSED = "ok", "ok before"
 KEY = "native-key"  # build/.native, which tells tools/with-env whether the module is current
 MACHINE = """
@@ -82,8 +85,8 @@ def tests(file: str, limit_s: int, only: str = "", *, each_s: int = 50, **env: s
 
 
 def measured(script: str, arguments: str, limit_s: int, folder: str = "speed") -> Step:
-    """Run one benchmark; its report lies in ``folder`` of the output."""
-    run = f'python3 -m bench.bench_{script} {arguments} --out "$OUT/{folder}"'
+    """Run one benchmark; its report lies in ``folder`` of the reports."""
+    run = f'python3 -m bench.bench_{script} {arguments} --out "$REPORTS/{folder}"'
     return Step(f"bench_{script} {arguments}", limit_s, ["bash", "-c", run])
 
 
@@ -166,13 +169,12 @@ class Calls:
 
     def __init__(self, out: Path, within_s: float):
         self.out, self.ends, self.env = out, time.monotonic() + within_s, {}
-        self.env["OUT"] = str(out.resolve())
+        self.env["REPORTS"] = str(REPORTS)
         self.env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.results: list[dict] = []
         self.earlier: dict[str, dict] = {}  # results of steps not to be repeated, by name
         self.tested = ""  # what the next results are of: see fingerprint
         out.mkdir(parents=True, exist_ok=True)
-        (out / "steps.log").unlink(missing_ok=True)
 
     def run(self, step: Step) -> dict:
         left = self.ends - time.monotonic()
@@ -186,7 +188,15 @@ class Calls:
         ran = {r["step"] for r in self.results}
         known = self.results + [r for name, r in self.earlier.items() if name not in ran]
         (self.out / "steps.json").write_text(json.dumps(known, indent=1))
+        self._pack_reports()
         return result
+
+    def _pack_reports(self) -> None:
+        if REPORTS.exists():
+            part = self.out / "reports.part"
+            with tarfile.open(part, "w:gz") as archive:
+                archive.add(REPORTS, "reports")
+            part.replace(self.out / "reports.tar.gz")
 
     def _run(self, step: Step, limit_s: float) -> dict:
         print(f"== {step.name}", flush=True)
@@ -243,21 +253,23 @@ def leave_module(folder: Path) -> None:
 
 def fingerprint(machine: str) -> str:
     """Tells apart what steps test: the machine, the environment, the module and all Python files."""
-    settings = sorted(item for item in os.environ.items() if item[0].startswith("ORTHRUS_"))
+    archs = "ORTHRUS_CUDA_ARCHS"  # is in the module's key, and may be set here
+    settings = sorted(item for item in os.environ.items() if item[0].startswith("ORTHRUS_") and item[0] != archs)
     digest = hashlib.sha256(f"{machine} {settings}".encode() + (ROOT / "build" / ".native").read_bytes())
     folders = "orthrus_rt", "triton_kernels", "tests", "bench"
-    for path in sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py")):
+    files = [p for folder in folders for p in (ROOT / folder).rglob("*.py")]
+    for path in sorted([*files, *(ROOT / "tools").glob("variant.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def passed_before(folder: Path, tested: str) -> dict[str, dict]:
-    """Results of the steps that passed in earlier calls for what is to be tested now, by name."""
+def passed_before(folder: Path) -> list[dict]:
+    """Results of the steps that passed in earlier calls."""
     try:
         results = json.loads((folder / "steps.json").read_text())
     except (OSError, ValueError):  # no earlier call, or one that was cut short
-        return {}
-    return {r["step"]: r for r in results if r["state"] in PASSED and r["tested"] == tested}
+        return []
+    return [result for result in results if result["state"] in PASSED]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -271,6 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(args.groups) - set(GROUPS):
         parser.error(f"unknown group {', '.join(sorted(unknown))}: expected {', '.join(GROUPS)}")
 
+    before = passed_before(args.out), passed_before(BROUGHT)
     calls = Calls(args.out, args.within)
     machine, build = PREPARATION
     found = calls.run(machine)["printed"]
@@ -285,12 +298,16 @@ def main(arguments: list[str] | None = None) -> int:
     if built["state"] == "ok":
         leave_module(args.out)
         calls.tested = fingerprint(found)
-        calls.earlier = passed_before(BROUGHT, calls.tested)
+        passed = (result for results in before for result in results if result["tested"] == calls.tested)
+        calls.earlier = {result["step"]: result for result in passed}
         python = Path(re.search(r"^python: (.+)$", built["printed"], re.MULTILINE)[1])
         calls.env["PATH"] = f"{python.parent}:{os.environ['PATH']}"
         for step in [step for name in GROUPS if name in args.groups for step in GROUPS[name]]:
-            if (done := calls.run(step))["state"] not in (*PASSED, "not reached"):
+            done = calls.run(step)
+            if done["state"] not in (*PASSED, "not reached"):
                 print(done["printed"][-1500:], flush=True)
+            elif done["state"] == "ok" and "$REPORTS" in step.command[-1]:
+                print(done["printed"][-800:], flush=True)  # of the table
     print(calls.summary())
     return 0 if all(result["state"] in PASSED for result in calls.results) else 1
 

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,7 @@ def card(tmp_path, monkeypatch):
     module = load("first_on_a_card", monkeypatch)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "BROUGHT", tmp_path / "build" / "card")
+    monkeypatch.setattr(module, "REPORTS", tmp_path / "build" / "reports")
     (tmp_path / "orthrus_rt").mkdir()
     build = """
         mkdir -p build
@@ -145,10 +147,23 @@ def test_the_first_time_on_a_card(card, tmp_path, monkeypatch, capsys):
     assert "== bad\nas it should" in log and "\n/there/bin:" in log
     assert {f.name for f in (tmp_path / "out").iterdir()} == {"steps.json", "steps.log", "_native.so", "native-key"}
     assert card.Calls(tmp_path / "late", 0).run(steps[0])["state"] == "not reached"
-    there = card.Calls(tmp_path / "there", 9).run(card.Step("measures", 9, ["bash", "-c", 'echo "$OUT"']))
-    assert there["said"] == str(tmp_path / "there")
     last = card.Step("longer than the call", 9, ["sleep", "9"])
     assert card.Calls(tmp_path / "late", 2).run(last)["state"] == "cut short"
+
+
+def test_reports_are_brought_back_in_one_file(card, tmp_path, monkeypatch, capsys):
+    """Those of every call on the machine, also if a later step is ended."""
+    write = 'mkdir -p "$REPORTS/{0}"; echo "{0} of table"; echo figures > "$REPORTS/{0}/report.md"'
+    steps = [card.Step(name, 9, ["bash", "-c", write.format(name)]) for name in ("speed", "variant")]
+    monkeypatch.setattr(card, "GROUPS", {"speed": steps[:1], "variants": [steps[1], card.Step("bad", 9, ["false"])]})
+    for group, said in {"speed": "speed of table", "variants": "variant of table"}.items():
+        card.main(["--out", str(tmp_path / group), group])
+        assert said in capsys.readouterr().out.split("== summary")[0]
+    names = {"reports.tar.gz", "steps.json", "steps.log", "_native.so", "native-key"}
+    assert {f.name for f in (tmp_path / "variants").iterdir()} == names
+    with tarfile.open(tmp_path / "variants" / "reports.tar.gz") as archive:
+        files = [name for name in archive.getnames() if name.endswith(".md")]
+    assert sorted(files) == ["reports/speed/report.md", "reports/variant/report.md"]
 
 
 @pytest.mark.parametrize(("last", "state"), [("3 passed, 1 skipped in 2 s", "ok"), ("23 skipped in 1 s", "SKIPPED")])
@@ -193,10 +208,24 @@ def test_what_passed_in_an_earlier_call_is_not_repeated(card, tmp_path, monkeypa
     assert call("ops", "engine") == (0, ["ok before"] * 3, 2)
     (tmp_path / "orthrus_rt" / "changed.py").write_text("pass")
     assert call("ops") == (0, ["ok", "ok", None], 3)
+    monkeypatch.setenv("ORTHRUS_CUDA_ARCHS", "90a-real")
+    assert call("ops") == (0, ["ok before", "ok before", None], 3)
     monkeypatch.setenv("ORTHRUS_CUDA_PDL", "0")
     assert call("ops") == (0, ["ok", "ok", None], 4)
-    (card.BROUGHT / "steps.json").write_text("[")
+    for folder in (out, card.BROUGHT):
+        (folder / "steps.json").write_text("[")
     assert call("ops") == (0, ["ok", "ok", None], 5)
+
+
+def test_calls_with_one_folder_keep_each_others_results(card, tmp_path, monkeypatch):
+    names = "ops", "engine"
+    monkeypatch.setattr(card, "GROUPS", {name: [card.Step(name, 9, ["echo", f"by {name}"])] for name in names})
+    out = tmp_path / "out"
+    for name in names:
+        assert card.main(["--out", str(out), name]) == 0
+    states = {r["step"]: r["state"] for r in json.loads((out / "steps.json").read_text())}
+    assert states == dict.fromkeys(("machine", "build", *names), "ok")
+    assert all(f"by {name}" in (out / "steps.log").read_text() for name in names)
 
 
 def test_what_is_to_run_on_a_card_exists(monkeypatch, light):
@@ -240,7 +269,7 @@ def test_what_is_to_be_measured_on_a_card_exists(tmp_path, monkeypatch):
         (options,) = parsed.value.args
         reports.append((script, getattr(options, "model", None), options.out))
     assert len(set(reports)) == len(reports) == 11 + len(groups["variants"])
-    assert {out for *_, out in reports[:11]} == {"$OUT/speed", "$OUT/speed-one_pass"}
+    assert {out for *_, out in reports[:11]} == {"$REPORTS/speed", "$REPORTS/speed-one_pass"}
 
 
 def test_variants_change_what_they_name(tmp_path, monkeypatch, capsys):
