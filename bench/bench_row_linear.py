@@ -63,7 +63,7 @@ class Chain:
 
         head = self.weights["lm_head"][0]
         self.num_rows = num_rows
-        self.x = empty(num_rows, self.hidden).normal_()
+        self.x, self.residual = (empty(num_rows, self.hidden).normal_() for _ in range(2))
         self.qkv, self.act = empty(num_rows, self.shapes["qkv"][1]), empty(num_rows, self.mlp)
         self.attn = empty(num_rows, self.shapes["o"][0]).normal_()
         self.best = tuple(empty(num_rows, head.num_partials, dtype=t) for t in (torch.float32, torch.int32))
@@ -85,7 +85,8 @@ class Chain:
         inputs = {"o": self.attn, "down": self.act}.get(op, self.x)
         out = {"qkv": self.qkv, "gate_up": self.act, "lm_head": self.best}.get(op, self.x)
         views = dict(weight_diff=self.diff[op][layer], num_rows_ar=self.num_rows // 2) if op in self.diff else {}
-        residual = self.x if EPILOGUES[op] == "residual" else None
+        # Not self.x, which would grow from layer to layer and end as NaN: products of those may be faster.
+        residual = self.residual if EPILOGUES[op] == "residual" else None
         rest = dict(residual=residual, epilogue=EPILOGUES[op], workspace=self.workspace, exact=self.exact)
         ops.row_linear(inputs, weight, out, next_weight=next_weight, **rest, **views)
 
@@ -96,7 +97,7 @@ class Chain:
         k, n = self.shapes[op]
         packed = self.weights[op][layer]
         if packed.coded and (op, layer) not in self.plain:
-            self.plain[op, layer] = huge_pages.empty([n, k], torch.bfloat16, self.device).normal_()
+            self.plain[op, layer] = huge_pages.empty([n, k], torch.bfloat16, self.device).normal_(0, k**-0.5)
         weight = self.plain[op, layer] if packed.coded else packed.data.view(-1, k)[:n]
         inputs = {"o": self.attn, "down": self.act}.get(op, self.x)
         if op == "lm_head":
