@@ -14,6 +14,7 @@ from orthrus_rt import dispatch
 from orthrus_rt.device import device_scope, stream_of, stream_scope
 from orthrus_rt.fork_lock import ForkLock
 from orthrus_rt.model import Workspace
+from orthrus_rt.out_of_memory import lacks_memory
 
 
 def capture(run: Callable[[], None], device: torch.device, workspace: Workspace) -> tuple[torch.cuda.CUDAGraph, int]:
@@ -123,5 +124,5 @@ def _end_spoilt(graph: torch.cuda.CUDAGraph, device: torch.device, workspace: Wo
         ended = False
         _spoilt.append(graph)
         torch._C._cuda_releasePool(device.index, workspace.graph_pool)
-    if not ended or not isinstance(error, torch.OutOfMemoryError):
+    if not ended or not lacks_memory(error):
         workspace.graph_pool = torch.cuda.graph_pool_handle()

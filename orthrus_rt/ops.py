@@ -372,7 +372,7 @@ def process_logits(
         logit_rows: int32 ``[n]``, indices of rows of the pass.
         sampling: the parameters of every slot.
         cache_seqlens: int32 ``[num_slots]``, read where there are penalties.
-        purpose: int >= 0, part of the noise's key; choices that must not share noise have different ones.
+        purpose: int within [0, 2**31), part of the noise's key; choices that must not share noise have different ones.
         partials: ``(value fp32, id int32)``, each ``[n, ceil(vocab_size / 128)]``, MUTATED: per 128 tokens the largest
             score and its lowest id; -inf and the first id where none is kept. Scores that cannot be the row's largest,
             because the likeliest token's is more than 23 above the logit, may be left out.
@@ -391,8 +391,8 @@ def process_logits(
     if sampling.edits is not None:
         check_edits(op, sampling.edits, slots, vocab, device)
     check_tensor(op, "cache_seqlens", cache_seqlens, (slots,), i32, device)
-    if purpose < 0:
-        raise ValueError(f"{op}: purpose must be >= 0, got {purpose}")
+    if not 0 <= purpose < 1 << 31:
+        raise ValueError(f"{op}: purpose must be within [0, 2**31), got {purpose}")
     tiles = st.num_score_tiles(vocab)
     check_tensor(op, "partials[0]", partials[0], (n, tiles), f32, device)
     check_tensor(op, "partials[1]", partials[1], (n, tiles), i32, device)

@@ -12,7 +12,7 @@ import torch
 from orthrus_rt import dispatch
 from orthrus_rt.capture import capture
 from orthrus_rt.model import Model, Workspace
-from orthrus_rt.out_of_memory import naming_the_knobs
+from orthrus_rt.out_of_memory import lacks_memory, naming_the_knobs
 
 
 def taped(run: Callable[[], None]):
@@ -32,6 +32,10 @@ def replay(tape) -> None:
     tape.replay()
 
 
+class _FailedAgain(RuntimeError):
+    pass
+
+
 class Recorded:
     """A fixed sequence of launches over static buffers, run op by op or replayed.
 
@@ -47,6 +51,7 @@ class Recorded:
     workspace: Workspace
     graph_bytes = 0
     op_by_op = False
+    _failed_before = False  # to record, not for lack of memory
     _replay: Callable[[], None] | None = None  # has no reference to this object, which is freed with its last user
     _loaded = False
     _warm = False
@@ -102,9 +107,17 @@ class Recorded:
         self._warm = True
 
     def record(self) -> None:
-        """Replay from here on. If there is no memory for a recording, warn and run op by op for good."""
+        """Replay from here on. If there is no memory for a recording, warn and run op by op for good. So too after a
+        second failure for another reason; the first is raised, as it may be chance.
+        """
         with self._or_op_by_op("recording"):
-            self._replay, self.graph_bytes = self.make_recording() or (None, 0)
+            try:
+                self._replay, self.graph_bytes = self.make_recording() or (None, 0)
+            except Exception as error:
+                if lacks_memory(error) or not self._failed_before:
+                    self._failed_before = True
+                    raise
+                raise _FailedAgain(f"recording the {self.what} failed twice ({error})") from error
             self.op_by_op = self._replay is None
 
     def run_settled(self) -> None:
@@ -125,7 +138,7 @@ class Recorded:
         try:
             with naming_the_knobs(f"{doing} the {self.what}"):
                 yield
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, _FailedAgain) as error:
             # Before the warning, which a program may turn into an error.
             self._replay, self.graph_bytes, self.op_by_op = None, 0, True
             warnings.warn(f"{error}; until it is built anew, this runs op by op, slower", stacklevel=5)

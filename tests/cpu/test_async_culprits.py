@@ -6,6 +6,7 @@ import pytest
 
 from orthrus_rt import runner
 from orthrus_rt.aio import MOST_FAILURES
+from tests import failing
 from tests.culprits import CULPRIT, WHERE, check_that_only_the_culprit_ends, fail
 from tests.shared_engine import GREEDY, LONG, collect, make, run
 
@@ -56,3 +57,27 @@ def test_a_request_that_gains_tokens_between_its_failures_goes_on(folder, alone,
         assert len(calls) > 3 * MOST_FAILURES
 
     run(folder, use)
+
+
+def test_recordings_that_always_fail_end_no_request(folder, alone):
+    """As if a driver could not capture some launch: what fails twice runs op by op."""
+    spoilt, jobs = [], [([1, 2], LONG), ([3], LONG)]
+
+    def spoil(cycle):
+        spoilt.append(cycle)
+        raise ValueError("lost")
+
+    async def use(shared):
+        async def stream():
+            assert await asyncio.gather(*(collect(shared, *job) for job in jobs)) == want
+            return failing.cycles_of(shared.engine)
+
+        want = [(alone(*job), "length") for job in jobs]
+        said = r"^recording the two_pass cycle of \d slots failed twice \(lost\); until .* op by op, slower$"
+        with failing.amid_recordings(spoil), pytest.warns(UserWarning, match=said):
+            cycles = await stream()
+        assert cycles and all(cycle.op_by_op == (spoilt.count(cycle) == 2) for cycle in cycles)
+        shared.engine.runner.drop_cycles()
+        assert not any(cycle.op_by_op for cycle in await stream())
+
+    run(folder, use, mode="two_pass")
