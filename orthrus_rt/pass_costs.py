@@ -56,7 +56,9 @@ class PassCosts:
         self._variance: dict[tuple[int, CyclePlan], float] = {}  # without the process noise since the last measurement
         self._covariance: dict[tuple[int, CyclePlan], float] = {}  # with the machine's slowness, where not negligible
         self._seen: dict[tuple[int, CyclePlan], tuple[int, float]] = {}  # clock and slowness when last measured
-        self._first_seen: dict[tuple[int, CyclePlan], int] = {}  # clock, of entries that begin with a real cycle
+        self._cycles = 0  # of all kinds, timed or not
+        # The first and the last cycle that were timed, of entries that do not begin with a warm-up or a kept time.
+        self._stretch: dict[tuple[int, CyclePlan], tuple[int, int]] = {}
         # Entries not confirmed by a second cycle, which may be of a stalled one; the value: whether it was cut to
         # UNLIKELY, or a second one took longer.
         self._once: dict[tuple[int, CyclePlan], bool] = {}
@@ -84,8 +86,8 @@ class PassCosts:
         """Whether it was never measured, or so briefly that one disturbance of the machine may have been in all times.
         A warm-up's and a kept time are believed.
         """
-        key = bucket, plan
-        return key not in self._log or self._seen[key][0] - self._first_seen.get(key, -APART) < APART
+        first, last = self._stretch.get((bucket, plan), (0, APART))
+        return (bucket, plan) not in self._log or last - first < APART
 
     def seconds(self, bucket: int, plan: CyclePlan, hopeful: bool = False) -> float:
         """Expected seconds of one cycle of ``bucket`` slots under ``plan``.
@@ -105,7 +107,7 @@ class PassCosts:
     def set(self, bucket: int, plan: CyclePlan, seconds: float) -> None:
         """Replace what was known by a measurement from a warm-up or from disk."""
         self._once.pop((bucket, plan), None)
-        self._first_seen.pop((bucket, plan), None)
+        self._stretch.pop((bucket, plan), None)
         self._set((bucket, plan), seconds, WARMED)
 
     def _set(self, key: tuple[int, CyclePlan], seconds: float, variance: float) -> None:
@@ -120,18 +122,26 @@ class PassCosts:
             return  # not a valid time
         key = bucket, plan
         self._clock += 1
+        self._cycles += 1
         if self._contradicts(key, seconds):
-            self._first_seen[key] = self._clock
+            self._stretch[key] = self._cycles, self._cycles
             if seconds < self.seconds(*key):
+                self._once.pop(key, None)
                 return self._set(key, seconds, MEASUREMENT_NOISE)
+        if key in self._stretch:
+            self._stretch[key] = self._stretch[key][0], self._cycles
         if key not in self._log or key in self._once:
             self._confirm(key, seconds)
         if key not in self._once:
             self._correct(key, seconds)
 
+    def pass_by(self, cycles: int) -> None:
+        """Count cycles that were not timed."""
+        self._cycles += cycles
+
     def _contradicts(self, key: tuple[int, CyclePlan], seconds: float) -> bool:
         """Whether a measurement is long after the others, which were brief, and does not confirm them."""
-        apart = self._clock - self._first_seen.get(key, self._clock)
+        apart = self._cycles - self._stretch.get(key, (self._cycles,))[0]
         known = self.seconds(*key)
         return apart >= APART and self.measured_briefly(*key) and not known / STALLED < seconds < known * STALLED
 
@@ -139,7 +149,7 @@ class PassCosts:
         """Take a first measurement, or a later one that the first must agree with."""
         if key not in self._log:
             most = UNLIKELY * self.seconds(*key) if self._log else math.inf
-            self._once[key], self._first_seen[key] = seconds > most, self._clock
+            self._once[key], self._stretch[key] = seconds > most, (self._cycles, self._cycles)
             return self._set(key, min(seconds, most), MEASUREMENT_NOISE)
         known = self.seconds(*key)
         if known > STALLED * seconds or (self._once[key] and seconds > known):

@@ -15,7 +15,7 @@ is lowest, subject to two accounts of time:
 - *exploration*. Plans that might be better than they look are tried as long as trials have cost less than EXPLORATION
   of all time, measured against the plan in use. (This is optimism in the face of uncertainty. Only uncertainty about
   what sets a plan apart from the one in use counts, not about what both depend on.) A close rival costs little, so its
-  trial is long. Credit that no such plan wants pays for checks of costs that were measured briefly or never.
+  trial is long. Credit that no such plan can use yet pays for checks of costs that were measured briefly or never.
 
 Both bounds are in estimated seconds, and hold for real seconds as far as the estimates are right. Choices that the
 account cannot pay, as with very short cycles, come on top. At 400 tokens SAFETY and GRANT together allow 3%, which
@@ -53,7 +53,7 @@ EXPLORATION_CAP = 64  # AR cycles of credit kept
 OPTIMISM = 0.7  # standard errors by which a plan may be better than it looks; more while exploration credit is unused
 TRIAL_LENGTH = 8  # sequence-cycles, at least
 TRIAL_PRICE = 0.5  # share of the exploration credit that a longer trial, or one for a plan's cost alone, may cost
-UNTIMED = 1  # cycles of a kind before those that are timed: they are recorded
+UNTIMED = 1  # cycles of a kind before those that are timed: it is recorded (CUDA leaves out one more)
 REST = 64  # cycles between trials, and the longest trial
 LONGEST_REST = 256  # cycles between trials of plans that draft, even if AR was tried in between
 COURSE, COURSE_SHARE = 8, 8  # cycles of the longest course, at most 1/8 of all cycles before it
@@ -169,7 +169,7 @@ class Policy:
             trial=trial is not None,
             against=None if trial is None or not lane.costs else rates[in_use],
             fills=plan.mode == "one_pass" and self.current != plan,
-            alone=guesses or (trial is not None and plan == AR),
+            alone=guesses or (trial is not None and (plan == AR or lane.costs.measured_briefly(lane.bucket, plan))),
         )  # fmt: skip
 
     def _ar_course(self, lane: Lane, rates: dict[CyclePlan, float]) -> int:
@@ -232,6 +232,7 @@ class Policy:
         for plan in sorted(hopes, key=hopes.get):
             if plan != lane.in_use and lane.costs.measured_briefly(lane.bucket, plan) and self._affordable(lane, plan):
                 cycles = 1 if (lane.bucket, plan) in lane.costs else UNTIMED + 2  # and a second to confirm the first
+                # Filling the pipeline is paid, but not asked for here: such checks often find that a one_pass is best.
                 price = lane.seconds(plan) - tokens[plan] * rate
                 if cycles * price <= TRIAL_PRICE * self.exploration.balance:
                     return plan, cycles
@@ -276,14 +277,15 @@ class Policy:
             course.fills = False
             if seconds and not lane.costs:  # the first cost known becomes the unit of the accounts
                 lane.costs.observe(lane.bucket, plan, seconds.pop(0))
-            timed.append((lane, plan, seconds))
+            timed.append((lane, plan, seconds, len(outcomes)))
             self.plan_counts[plan] += len(outcomes)
             self._cycles += len(outcomes)
             if lane.costs:
                 self._pay(course, outcomes)
         self._unread.clear()
         self._reserved = sum(course.reserved for course in self._pending)
-        for lane, plan, seconds in timed:
+        for lane, plan, seconds, cycles in timed:
+            lane.costs.pass_by(cycles - len(seconds[-RECENT:]))
             for each in seconds[-RECENT:]:
                 lane.costs.observe(lane.bucket, plan, each)
 

@@ -172,7 +172,8 @@ class Calls:
         self.env["REPORTS"] = str(REPORTS)
         self.env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.results: list[dict] = []
-        self.earlier: dict[str, dict] = {}  # results of steps not to be repeated, by name
+        # Results of earlier calls by step; those that passed are not repeated, once it is known that they still count.
+        self.earlier = {result["step"]: result for folder in (BROUGHT, out) for result in results_in(folder)}
         self.tested = ""  # what the next results are of: see fingerprint
         out.mkdir(parents=True, exist_ok=True)
 
@@ -180,16 +181,25 @@ class Calls:
         left = self.ends - time.monotonic()
         result = {"step": step.name, "state": "not reached", "rc": None, "seconds": 0.0, "said": "", "printed": ""}
         result["tested"] = self.tested
-        if step.name in self.earlier:
-            result = self.earlier[step.name] | {"state": "ok before"}
+        before = self.earlier.get(step.name)
+        if before and self.tested and before["state"] in PASSED:
+            result = before | {"state": "ok before"}
         elif left > 0:
             result |= self._run(step, min(step.limit_s, left))
         self.results.append(result)
         ran = {r["step"] for r in self.results}
         known = self.results + [r for name, r in self.earlier.items() if name not in ran]
-        (self.out / "steps.json").write_text(json.dumps(known, indent=1))
-        self._pack_reports()
+        part = self.out / "steps.part"
+        part.write_text(json.dumps(known, indent=1))
+        part.replace(self.out / "steps.json")
+        with contextlib.suppress(OSError):  # a step that was killed may still write
+            self._pack_reports()
         return result
+
+    def forget_others(self, tested: str) -> None:
+        """What is tested from here on; only earlier results of the same still count."""
+        self.tested = tested
+        self.earlier = {name: result for name, result in self.earlier.items() if result["tested"] == tested}
 
     def _pack_reports(self) -> None:
         if REPORTS.exists():
@@ -263,13 +273,12 @@ def fingerprint(machine: str) -> str:
     return digest.hexdigest()
 
 
-def passed_before(folder: Path) -> list[dict]:
-    """Results of the steps that passed in earlier calls."""
+def results_in(folder: Path) -> list[dict]:
+    """Results of earlier calls."""
     try:
-        results = json.loads((folder / "steps.json").read_text())
-    except (OSError, ValueError):  # no earlier call, or one that was cut short
+        return json.loads((folder / "steps.json").read_text())
+    except (OSError, ValueError):  # no earlier call, or not what it wrote
         return []
-    return [result for result in results if result["state"] in PASSED]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -283,7 +292,6 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(args.groups) - set(GROUPS):
         parser.error(f"unknown group {', '.join(sorted(unknown))}: expected {', '.join(GROUPS)}")
 
-    before = passed_before(args.out), passed_before(BROUGHT)
     calls = Calls(args.out, args.within)
     machine, build = PREPARATION
     found = calls.run(machine)["printed"]
@@ -297,9 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
         shutil.copyfile(ROOT / "build" / "native.log", args.out / "native.log")
     if built["state"] == "ok":
         leave_module(args.out)
-        calls.tested = fingerprint(found)
-        passed = (result for results in before for result in results if result["tested"] == calls.tested)
-        calls.earlier = {result["step"]: result for result in passed}
+        calls.forget_others(fingerprint(found))
         python = Path(re.search(r"^python: (.+)$", built["printed"], re.MULTILINE)[1])
         calls.env["PATH"] = f"{python.parent}:{os.environ['PATH']}"
         for step in [step for name in GROUPS if name in args.groups for step in GROUPS[name]]:

@@ -203,7 +203,7 @@ def test_what_passed_in_an_earlier_call_is_not_repeated(card, tmp_path, monkeypa
 
     assert call("ops") == (1, ["ok", "FAILED", None], 1)
     (tmp_path / "mended").touch()
-    assert call("engine") == (0, ["ok", None, "ok"], 2)
+    assert call("engine") == (0, ["ok", "FAILED", "ok"], 2)
     assert call("ops") == (0, ["ok before", "ok", "ok"], 2)
     assert call("ops", "engine") == (0, ["ok before"] * 3, 2)
     (tmp_path / "orthrus_rt" / "changed.py").write_text("pass")
@@ -223,8 +223,12 @@ def test_calls_with_one_folder_keep_each_others_results(card, tmp_path, monkeypa
     out = tmp_path / "out"
     for name in names:
         assert card.main(["--out", str(out), name]) == 0
-    states = {r["step"]: r["state"] for r in json.loads((out / "steps.json").read_text())}
-    assert states == dict.fromkeys(("machine", "build", *names), "ok")
+    working = card.PREPARATION[1]
+    for state, build in {"FAILED": card.Step("build", 9, ["false"]), "ok": working}.items():
+        monkeypatch.setattr(card, "PREPARATION", [card.PREPARATION[0], build])
+        assert card.main(["--out", str(out)]) == (state == "FAILED")
+        states = {r["step"]: r["state"] for r in json.loads((out / "steps.json").read_text())}
+        assert states == {"machine": "ok", "build": state, "ops": "ok", "engine": "ok"}
     assert all(f"by {name}" in (out / "steps.log").read_text() for name in names)
 
 
