@@ -32,7 +32,7 @@ def replay(tape) -> None:
     tape.replay()
 
 
-class _FailedAgain(RuntimeError):
+class _NotRecordedError(RuntimeError):
     pass
 
 
@@ -43,7 +43,7 @@ class Recorded:
         what: a description of what is recorded, for messages.
         model, workspace: what the launches use.
         graph_bytes: device memory that the recording holds, except what the driver keeps for its launches.
-        op_by_op: recording was not possible and will not be tried again.
+        op_by_op: it could not be recorded, and that will not be tried again.
     """
 
     what: str
@@ -51,7 +51,7 @@ class Recorded:
     workspace: Workspace
     graph_bytes = 0
     op_by_op = False
-    _failed_before = False  # to record, not for lack of memory
+    _failed = False  # to record
     _replay: Callable[[], None] | None = None  # has no reference to this object, which is freed with its last user
     _loaded = False
     _warm = False
@@ -107,17 +107,17 @@ class Recorded:
         self._warm = True
 
     def record(self) -> None:
-        """Replay from here on. If there is no memory for a recording, warn and run op by op for good. So too after a
-        second failure for another reason; the first is raised, as it may be chance.
+        """Replay from here on. If that fails, warn and run op by op: for good if there is no memory for a recording or
+        this is the second failure, else until the next run tries again, as the first may be chance.
         """
         with self._or_op_by_op("recording"):
             try:
                 self._replay, self.graph_bytes = self.make_recording() or (None, 0)
             except Exception as error:
-                if lacks_memory(error) or not self._failed_before:
-                    self._failed_before = True
+                if lacks_memory(error):
                     raise
-                raise _FailedAgain(f"recording the {self.what} failed twice ({error})") from error
+                said = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+                raise _NotRecordedError(f"recording the {self.what} failed ({said})") from error
             self.op_by_op = self._replay is None
 
     def run_settled(self) -> None:
@@ -138,10 +138,13 @@ class Recorded:
         try:
             with naming_the_knobs(f"{doing} the {self.what}"):
                 yield
-        except (torch.OutOfMemoryError, _FailedAgain) as error:
+        except (torch.OutOfMemoryError, _NotRecordedError) as error:
             # Before the warning, which a program may turn into an error.
-            self._replay, self.graph_bytes, self.op_by_op = None, 0, True
-            warnings.warn(f"{error}; until it is built anew, this runs op by op, slower", stacklevel=5)
+            self._replay, self.graph_bytes = None, 0
+            self.op_by_op = self._failed or isinstance(error, torch.OutOfMemoryError)
+            self._failed = True
+            form = "until it is built anew, this runs" if self.op_by_op else "the next run tries again, this one runs"
+            warnings.warn(f"{error}; {form} op by op, slower", stacklevel=5)
 
     def make_recording(self) -> tuple[Callable[[], None], int] | None:
         """A replay of what :meth:`run_eager` calls, and the device memory that it holds, in bytes; None if it cannot be

@@ -269,11 +269,10 @@ def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):
     fail. The caller's stream is current again, the pool is a new one, and the program's generator is back in place.
     """
     recordings.fail_at = {where: error("there")}
-    cycle = None
-    with pytest.raises(error, match="there") as raised:
-        cycle = recorded("cuda:1")
-    assert cycle is None and not recordings.capturing and recordings.current == ["caller's"]
-    assert recordings.num_pools == 1, raised
+    with pytest.warns(UserWarning, match="there") if error is RuntimeError else pytest.raises(error, match="there"):
+        recorded("cuda:1")
+    assert not recordings.capturing and recordings.current == ["caller's"]
+    assert recordings.num_pools == 1
     assert recordings.state == "the program's" and recordings.state not in recordings.marked
     # If the capture did end, the graph itself releases the pool when it is freed. Otherwise the graph is kept.
     did_end = where in ("begin", "run")
@@ -297,7 +296,7 @@ def test_no_garbage_is_collected_in_a_capture(recordings, enabled, error):
     recordings.fail_at = error
     try:
         gc.enable() if enabled else gc.disable()
-        with pytest.raises(RuntimeError, match="there") if error else contextlib.nullcontext():
+        with pytest.warns(UserWarning, match="there") if error else contextlib.nullcontext():
             recorded("cuda:0")
         assert recordings.collecting == [False] * 4 and gc.isenabled() == enabled
     finally:
