@@ -229,8 +229,9 @@ def test_what_a_reader_has_not_come_to_is_one_output(folder, alone):
     """However long the reader takes, outputs do not pile up."""
 
     async def use(shared):
-        stream = shared.stream([1, 2], LONG)
-        tokens = (await anext(stream)).new_token_ids
+        with a_beginning_each(shared.engine):
+            stream = shared.stream([1, 2], LONG)
+            tokens = (await anext(stream)).new_token_ids
         while shared._waiting:
             await asyncio.sleep(0.001)
         (rest,) = [out async for out in stream]
