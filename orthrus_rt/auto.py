@@ -29,6 +29,7 @@ from orthrus_rt.pages import PAGE_SIZE
 from orthrus_rt.pass_costs import PassCosts, cache_file
 from orthrus_rt.policy import Policy, candidate_plans
 from orthrus_rt.progress import progress_bar
+from orthrus_rt.recording import MOST_WARM_UPS
 from orthrus_rt.sizes import Sizes
 from orthrus_rt.stopwatch import Stopwatch
 from orthrus_rt.timing import SLEEP_CYCLES
@@ -107,10 +108,13 @@ class Auto:
         self._begin()  # torch's number of threads may have changed
         with progress_bar(progress, total=len(self.shapes()), desc="warm-up", unit="cycle") as bar:
             warmed = [self._warm(engine, slots, bar) for slots in self._buckets]
+        recorded = [(plan, slots) for slots, (_, plans) in zip(self._buckets, warmed, strict=True) for plan in plans]
         if any(timed for timed, _ in warmed):
             self.known = True
-            self._keep()
-        return [(plan, slots) for slots, (_, plans) in zip(self._buckets, warmed, strict=True) for plan in plans]
+            cycles = [engine.runner.cycle(*each) for each in recorded]
+            if not any(cycle.op_by_op and cycle.can_record for cycle in cycles):  # the next engine may record them all
+                self._keep()
+        return recorded
 
     def _keep(self) -> None:
         if self._file is None:
@@ -140,7 +144,7 @@ class Auto:
                 if plan.mode == "one_pass" and (fresh := CyclePlan("two_pass", plan.block_len)) in worth:
                     most = min(most, costs.seconds(slots, fresh))  # its drafts are accepted more often
                 if at_least <= most:
-                    for _ in range(2):  # record it, and on CUDA load it onto the device
+                    for _ in range(MOST_WARM_UPS):  # record it, and on CUDA load it onto the device
                         if not (cycle := start(plan)).steady:
                             cycle.run()
                     worth.append(plan)

@@ -126,7 +126,7 @@ class PassCosts:
         if self._contradicts(key, seconds):
             self._stretch[key] = self._cycles, self._cycles
             if seconds < self.seconds(*key):
-                self._once.pop(key, None)
+                self._once[key] = False
                 return self._set(key, seconds, MEASUREMENT_NOISE)
         if key in self._stretch:
             self._stretch[key] = self._stretch[key][0], self._cycles
@@ -141,7 +141,7 @@ class PassCosts:
 
     def _contradicts(self, key: tuple[int, CyclePlan], seconds: float) -> bool:
         """Whether a measurement is long after the others, which were brief, and does not confirm them."""
-        apart = self._cycles - self._stretch.get(key, (self._cycles,))[0]
+        apart = self._cycles - self._stretch.get(key, (0, self._cycles))[1]
         known = self.seconds(*key)
         return apart >= APART and self.measured_briefly(*key) and not known / STALLED < seconds < known * STALLED
 

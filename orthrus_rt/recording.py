@@ -14,6 +14,8 @@ from orthrus_rt.capture import capture
 from orthrus_rt.model import Model, Workspace
 from orthrus_rt.out_of_memory import lacks_memory, naming_the_knobs
 
+MOST_WARM_UPS = 4  # runs of which the last is steady, even if recording fails at first
+
 
 def taped(run: Callable[[], None]):
     """A tape of the native CPU ops that ``run`` calls, for replay."""
@@ -86,8 +88,8 @@ class Recorded:
         return self.op_by_op or self._loaded or (self.settled and self.model.device.type == "cpu")
 
     def warm_up(self) -> None:
-        """Run, with nothing to do, until steady: op by op, then the first replay."""
-        for _ in range(2):
+        """Run, with nothing to do, until steady: op by op, and on CUDA the first replay."""
+        for _ in range(MOST_WARM_UPS):
             if not self.steady:
                 self.run()
 

@@ -172,8 +172,8 @@ class Calls:
         self.env["REPORTS"] = str(REPORTS)
         self.env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.results: list[dict] = []
-        # Results of earlier calls by step; those that passed are not repeated, once it is known that they still count.
-        self.earlier = {result["step"]: result for folder in (BROUGHT, out) for result in results_in(folder)}
+        # Results of earlier calls; those that passed are not repeated, once it is known that they still count.
+        self.earlier = [*results_in(BROUGHT), *results_in(out)]
         self.tested = ""  # what the next results are of: see fingerprint
         out.mkdir(parents=True, exist_ok=True)
 
@@ -181,16 +181,18 @@ class Calls:
         left = self.ends - time.monotonic()
         result = {"step": step.name, "state": "not reached", "rc": None, "seconds": 0.0, "said": "", "printed": ""}
         result["tested"] = self.tested
-        before = self.earlier.get(step.name)
+        before = {result["step"]: result for result in self.earlier}.get(step.name)
         if before and self.tested and before["state"] in PASSED:
             result = before | {"state": "ok before"}
         elif left > 0:
             result |= self._run(step, min(step.limit_s, left))
         self.results.append(result)
-        ran = {r["step"] for r in self.results}
-        known = self.results + [r for name, r in self.earlier.items() if name not in ran]
+        known = {r["step"]: r for r in self.earlier}
+        for r in self.results:
+            if r["step"] not in known or r["state"] != "not reached":
+                known[r["step"]] = r
         part = self.out / "steps.part"
-        part.write_text(json.dumps(known, indent=1))
+        part.write_text(json.dumps([*known.values()], indent=1))
         part.replace(self.out / "steps.json")
         with contextlib.suppress(OSError):  # a step that was killed may still write
             self._pack_reports()
@@ -199,7 +201,7 @@ class Calls:
     def forget_others(self, tested: str) -> None:
         """What is tested from here on; only earlier results of the same still count."""
         self.tested = tested
-        self.earlier = {name: result for name, result in self.earlier.items() if result["tested"] == tested}
+        self.earlier = [result for result in self.earlier if result["tested"] == tested]
 
     def _pack_reports(self) -> None:
         if REPORTS.exists():

@@ -11,7 +11,7 @@ from orthrus_rt import state as st
 from orthrus_rt.auto import REPEATS, Auto
 from orthrus_rt.cycle import Cycle
 from orthrus_rt.cycle_plan import AR, CyclePlan
-from tests import auto_engine
+from tests import auto_engine, failing
 from tests.auto_engine import LONG, PROMPTS, engine
 from tests.native_cpu import threads
 
@@ -54,6 +54,18 @@ def test_warmup_measures_once_per_device_and_model_and_looks_again(folder, cache
     third = engine(folder)
     assert not third._autos[third._plan].known
     assert warmup(third, 1.0)[0] == table == json.loads(file.read_text())["seconds"]
+
+
+def test_times_of_what_could_not_be_recorded_are_not_kept(folder, cache):
+    """The next engine may be able to record it, and would start with times that are too long."""
+
+    def spoil(cycle):
+        if cycle.plan == AR:
+            raise ValueError("lost")
+
+    with failing.amid_recordings(spoil), pytest.warns(UserWarning, match="lost"):
+        engine(folder).warmup()
+    assert not list(cache.glob("pass-costs-*.json"))
 
 
 def test_a_warmup_on_other_threads_is_kept_as_theirs(folder, cache, monkeypatch):

@@ -13,6 +13,7 @@ from bench import common
 from orthrus_rt import capture, dispatch, native, ops, weights
 from orthrus_rt import device as devices
 from orthrus_rt.cycle import Cycle
+from orthrus_rt.cycle_plan import AR
 from orthrus_rt.device import pick_device, with_index
 from orthrus_rt.exclusive import Turn, exclusive
 
@@ -232,12 +233,18 @@ def recordings(monkeypatch):
     capture._recording_stream.cache_clear()
 
 
-@torch.inference_mode()
-def recorded(device: str) -> Cycle:
+def unrecorded(device: str) -> Cycle:
     cycle = object.__new__(Cycle)
     cycle.what, cycle.prompt_rows = "ar cycle of 1 slots", None
+    cycle.plan = AR
     cycle.sampling, cycle.workspace = None, SimpleNamespace(graph_pool="pool")
     cycle.model = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
+    return cycle
+
+
+@torch.inference_mode()
+def recorded(device: str) -> Cycle:
+    cycle = unrecorded(device)
     cycle.record()
     return cycle
 
@@ -279,6 +286,26 @@ def test_a_recording_that_fails_leaves_nothing_open(recordings, where, error):
     assert set(recordings.pools_of) == {1}
     assert not recordings.pools_underway and recordings.pool_users == did_end
     assert capture._spoilt == [recordings] * (not did_end)
+
+
+@pytest.mark.parametrize("prompt_rows", (None, "rows"))
+@pytest.mark.parametrize("failures", (0, 1, 2))
+def test_a_warm_up_ends_when_all_further_runs_are_alike(recordings, monkeypatch, prompt_rows, failures):
+    """Whether recording works at once, on the second try or not at all; with prompts, the second run records."""
+    remaining, reach = iter(range(failures)), recordings.reach
+
+    def fail(point):
+        reach(point)
+        if point == "run" and next(remaining, None) is not None:
+            raise RuntimeError("there")
+
+    cycle = unrecorded("cuda:0")
+    cycle.prompt_rows = prompt_rows
+    monkeypatch.setattr(recordings, "reach", fail)
+    with pytest.warns(UserWarning, match="there") if failures else contextlib.nullcontext():
+        cycle.warm_up()
+    assert cycle.steady and cycle.op_by_op == (failures == 2)
+    assert recordings.replays == (failures < 2)
 
 
 @pytest.mark.parametrize(("where", "num_new"), (("run", 0), ("end", 1)))

@@ -11,12 +11,13 @@ import torch
 from orthrus_rt.auto import cost_identity
 from orthrus_rt.cycle_plan import CyclePlan
 from orthrus_rt.lane import REFRESH_CYCLES
-from orthrus_rt.pass_costs import PassCosts, cache_file
+from orthrus_rt.pass_costs import APART, PassCosts, cache_file
 from orthrus_rt.policy import AR, candidate_plans
 from tests.checkpoints import tiny_config
 from tests.policy_simulator import cost_table
 
 PLANS = candidate_plans(16)
+TRIED = CyclePlan("two_pass", 4)
 
 
 def test_unmeasured_costs_lie_between_measured_ones():
@@ -68,6 +69,39 @@ def test_costs_follow_a_lasting_change_and_shrug_an_outlier_off():
     for _ in range(20):
         costs.observe(1, AR, 2.0)
     assert costs.seconds(1, AR) == pytest.approx(2.0, rel=0.02)
+
+
+def test_cycles_that_are_not_timed_pass_too():
+    """Those with prompts."""
+    costs = known(1)
+    for _ in range(2):
+        costs.observe(1, TRIED, 2.0)
+        assert costs.measured_briefly(1, TRIED)
+    costs.pass_by(APART)
+    costs.observe(1, TRIED, 2.0)
+    assert not costs.measured_briefly(1, TRIED)
+
+
+@pytest.mark.parametrize(("late", "then", "found"), [(0.8, (8.0, 0.8), 0.8), (0.3, (2.0, 2.0, 2.0), 2.0)])
+def test_a_late_time_that_contradicts_brief_ones_is_confirmed_in_turn(late, then, found):
+    """The next one may be of a stalled cycle; or the late one was wrong."""
+    costs = known(1)
+    for _ in range(2):
+        costs.observe(1, TRIED, 2.0)
+    costs.pass_by(APART)
+    costs.observe(1, TRIED, late)
+    assert costs.seconds(1, TRIED) == pytest.approx(late) and costs.measured_once(1, TRIED)
+    for seconds in then:
+        costs.observe(1, TRIED, seconds)
+    assert costs.seconds(1, TRIED) == pytest.approx(found) and not costs.measured_once(1, TRIED)
+
+
+def test_times_without_a_gap_contradict_nothing():
+    """Although the first was long before."""
+    costs = known(1)
+    for seconds in [2.0] * APART + [1.4]:
+        costs.observe(1, TRIED, seconds)
+        assert costs.seconds(1, TRIED) > 1.7
 
 
 def test_a_change_of_what_is_well_known_is_the_machines_and_changes_the_others_too():

@@ -8,6 +8,7 @@ import pytest
 from orthrus_rt.acceptance import Outcome
 from orthrus_rt.cycle_plan import AR, CyclePlan, batch_bucket
 from orthrus_rt.lane import DEADBAND, REFRESH_CYCLES
+from orthrus_rt.pass_costs import APART
 from orthrus_rt.policy import EXPLORATION, EXPLORATION_CAP, OPTIMISM, REST, Policy
 from tests.policy_simulator import cycle_seconds, policy
 
@@ -182,3 +183,24 @@ def test_what_was_confirmed_much_later_is_known():
     assert chooser.choose(1) == AR
     chooser.costs.observe(1, TWO_PASS, 1.5)
     assert chooser.costs.seconds(1, TWO_PASS) > 4.0  # one time among several is no proof
+
+
+@pytest.mark.parametrize("timed", (True, False))
+def test_cycles_of_prompts_are_time_that_passes(timed):
+    chooser = Policy([AR, TWO_PASS], 1)
+    for seconds in (1.0, *[1.0 if timed else None] * 2 * APART, 1.0):
+        assert chooser.choose(1) == AR
+        chooser.record([Outcome(0, 0)], seconds)
+        chooser.settle()
+        chooser.safety.balance = 0.0
+    assert not chooser.costs.measured_briefly(1, AR)
+
+
+def test_what_was_measured_briefly_is_tried_by_itself():
+    chooser, seconds, seen = Policy([AR, TWO_PASS], 1), {AR: 1.0, TWO_PASS: 1.5}, set()
+    for _ in range(20 * REST):
+        plan = chooser.choose(1)
+        if plan == TWO_PASS and chooser._course.trial:
+            seen.add((chooser.costs.measured_briefly(1, plan), chooser.wants_time))
+        chooser.record([Outcome(plan.block_len - 1, 0)], seconds[plan])
+    assert seen == {(True, True), (False, False)}

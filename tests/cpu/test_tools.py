@@ -212,6 +212,9 @@ def test_what_passed_in_an_earlier_call_is_not_repeated(card, tmp_path, monkeypa
     assert call("ops") == (0, ["ok before", "ok before", None], 3)
     monkeypatch.setenv("ORTHRUS_CUDA_PDL", "0")
     assert call("ops") == (0, ["ok", "ok", None], 4)
+    stale = [result | {"tested": "something else"} for result in json.loads((out / "steps.json").read_text())]
+    (out / "steps.json").write_text(json.dumps(stale))
+    assert call("ops") == (0, ["ok before", "ok before", None], 4)  # by what was brought
     for folder in (out, card.BROUGHT):
         (folder / "steps.json").write_text("[")
     assert call("ops") == (0, ["ok", "ok", None], 5)
@@ -229,6 +232,8 @@ def test_calls_with_one_folder_keep_each_others_results(card, tmp_path, monkeypa
         assert card.main(["--out", str(out)]) == (state == "FAILED")
         states = {r["step"]: r["state"] for r in json.loads((out / "steps.json").read_text())}
         assert states == {"machine": "ok", "build": state, "ops": "ok", "engine": "ok"}
+    assert card.main(["--out", str(out), "--within", "0", *names]) == 1
+    assert states == {r["step"]: r["state"] for r in json.loads((out / "steps.json").read_text())}
     assert all(f"by {name}" in (out / "steps.log").read_text() for name in names)
 
 
