@@ -21,8 +21,8 @@ T = TypeVar("T")
 
 def of_this_isa(pinned: dict[str, T], tight: float, loose: float) -> tuple[T, float]:
     """The value pinned for the CPU variant that runs, with ``tight``; if there is none, that of AVX-512 BF16, with
-    ``loose``. AVX2 and NEON round as AVX-512 does, but AVX2 drafts with coded weights.
+    ``loose``. AVX2 has the bits of AVX-512; NEON, which drafts with plain weights, rounds as they do.
     """
     isa = dispatch.extension().cpu.isa()
-    isa = "avx512" if isa == "neon" or (isa == "avx2" and isa not in pinned) else isa
+    isa = "avx512" if isa == "avx2" else isa
     return (pinned[isa], tight) if isa in pinned else (pinned["avx512_bf16"], loose)

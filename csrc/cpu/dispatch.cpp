@@ -202,7 +202,7 @@ void row_linear(const RowLinearParamsOf<T>& p) {
   record_or_run([p] {
     if ((is_coded(p.weight_bits) || is_coded(p.weight_diff_bits)) && !takes_coded_weights()) {
       throw std::invalid_argument(std::string("row_linear: weights must be packed for ") + isa() +
-                                  ", got coded ones, which avx2 and avx512_bf16 take");
+                                  ", got coded ones, which avx2, avx512 and avx512_bf16 take");
     }
     kernels<T>().row_linear(p);
   });

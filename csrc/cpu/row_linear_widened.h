@@ -37,11 +37,11 @@ struct PlainSteps {
 };
 
 #if defined(ORTHRUS_DECODES_WORDS)
-// Unpacked in registers: the sums of more rows leave too few for that.
+// Unpacked in registers, as far as the sums of the rows leave some for that.
 template <bool kExact>
 struct CodedSteps {
   static constexpr int kTogether = kUnitSteps;
-  static constexpr int kMostTileRows = 1;
+  static constexpr int kMostTileRows = kDecodingTileRows;
   CodedUnits<kExact> units;
 
   template <int kStep, int kVec>
@@ -142,7 +142,7 @@ struct PlainBlocks {
 };
 
 #if defined(ORTHRUS_DECODES_WORDS)
-// One row unpacks them as it goes; more rows read them unpacked, from the L1 cache.
+// Few rows unpack them as they go; more rows read them unpacked, from the L1 cache.
 template <bool kExact>
 struct CodedBlocks {
   static constexpr int64_t kBytes = kLeadingBytes / kUnitSteps;

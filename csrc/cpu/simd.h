@@ -3,7 +3,8 @@
 // layouts are written once, for both element types. The sets differ in how a product of bf16 pairs is rounded, and in
 // the register tiles that suit them:
 // - kTileRows rows of row_linear times 32 outputs,
-// - kWidenedTileRows rows of row_linear_widened.h; if more than kWholeTileRows, then times 16 outputs,
+// - kWidenedTileRows rows of row_linear_widened.h; if more than kWholeTileRows, then times 16 outputs; if at most
+//   kDecodingTileRows, coded weights are unpacked in registers,
 // - kTileQueries queries of dual_attn times kTileVecs vectors of keys, then of values; kWidensAtUse: bf16 is widened on
 //   ports that products leave idle.
 //
@@ -21,8 +22,10 @@
 // - load_words, set1_word, as_floats, bit_xor; first_of, second_of: an element of each pair, widened; round_to_bf16: in
 //   the upper half of each word
 // - multiply_wide(a, m, high, low): both words of the product; words_to_float: of unsigned words, to nearest even
-// - prefetch: into L2, for what is needed soon, but after what L1 holds now. prefetch_once: into L1, for what is used
-//   once and very soon; on x86 the other caches keep what they hold
+// - prefetch: into L2, for what is needed soon, but after what L1 holds now. prefetch_once: the same, for what is used
+//   once and very soon; in avx512_bf16, which AMD's processors run, into L1 alone. On a Xeon (family 6, model 207), whose
+//   cores can wait for 16 lines in L1 and for 48 in L2, that made passes over 1, 4 and 16 rows take 2.3, 1.5 and 1.5
+//   times as long.
 // - transpose16(in, out, stride): out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are
 //   `stride` words apart
 // - with ORTHRUS_HAS_DOT2: dot2(acc, a, b), which adds the products of pairs; zip_pairs(p, q): lane i is p[i] and

@@ -5,7 +5,7 @@
 namespace orthrus::cpu::avx2 {
 
 // Sums take at most 12 of 16 registers; 3 rows times 32 outputs would leave too few for a step's weights.
-constexpr int kTileRows = 3, kWidenedTileRows = 6, kWholeTileRows = 2;
+constexpr int kTileRows = 3, kWidenedTileRows = 6, kWholeTileRows = 2, kDecodingTileRows = 1;
 constexpr int kTileQueries = 6, kTileVecs = 1;
 constexpr bool kWidensAtUse = true;
 
@@ -194,7 +194,7 @@ ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
 }
 
 ORTHRUS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-ORTHRUS_INLINE void prefetch_once(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
+ORTHRUS_INLINE void prefetch_once(const void* p) { prefetch(p); }
 
 // out[j][i] = in[i][j] of 8 x 8 words at in[i] + from.
 ORTHRUS_INLINE void transpose8(const uint32_t* const* in, int from, uint32_t* out, int64_t stride) {

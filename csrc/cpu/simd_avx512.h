@@ -5,6 +5,7 @@
 namespace orthrus::cpu::ORTHRUS_ISA {
 
 constexpr int kTileRows = 12, kWidenedTileRows = kTileRows, kWholeTileRows = kTileRows;
+constexpr int kDecodingTileRows = 8;
 constexpr int kTileQueries = 6, kTileVecs = 4;
 constexpr bool kWidensAtUse = false;
 
@@ -92,7 +93,7 @@ ORTHRUS_INLINE Vec dot2(Vec acc, WordVec a, WordVec b) {
 }
 #endif
 
-#if defined(ORTHRUS_ISA_avx512_bf16)
+#if !defined(ORTHRUS_ISA_amx_bf16)
 #define ORTHRUS_DECODES_WORDS
 ORTHRUS_INLINE void store_words(void* p, WordVec a) { _mm512_storeu_si512(p, a); }
 ORTHRUS_INLINE WordVec low_nibbles(WordVec a) { return _mm512_and_si512(a, _mm512_set1_epi8(0xf)); }
@@ -118,7 +119,11 @@ ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
 }
 
 ORTHRUS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+#if defined(ORTHRUS_ISA_avx512_bf16)  // which AMD's processors run
 ORTHRUS_INLINE void prefetch_once(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
+#else
+ORTHRUS_INLINE void prefetch_once(const void* p) { prefetch(p); }
+#endif
 
 ORTHRUS_INLINE void transpose16(const uint32_t* const* in, uint32_t* out, int64_t stride) {
   __m512i a[16], b[16];

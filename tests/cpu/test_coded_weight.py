@@ -14,7 +14,7 @@ if (native := dispatch.extension()) is None:
 
 SHAPE = 200, 260  # strips, the last one padded, of 65 units: in AVX2 coded blocks of 44 steps, plain ones of 66
 ROWS = (*range(1, 14), 25, 60, 120)
-CODING = "avx2", "avx512_bf16"
+CODING = "avx2", "avx512", "avx512_bf16"
 HEAD = 192  # bytes before each strip's leading part
 
 

@@ -196,8 +196,8 @@ def test_options_are_checked(tiny):
 PINNED = {
     "avx512_bf16": {("code", 7, 2): 2.026, ("chat", 15, 6): 2.08},
     "amx_bf16": {("code", 7, 2): 2.167, ("chat", 15, 6): 2.08},
-    "avx512": {("code", 7, 2): 2.053, ("chat", 15, 6): 2.053},
-    "avx2": {("code", 7, 2): 2.108, ("chat", 15, 6): 2.08},
+    "neon": {("code", 7, 2): 2.053, ("chat", 15, 6): 2.053},
+    "avx512": {("code", 7, 2): 2.108, ("chat", 15, 6): 2.08},
 }
 
 
@@ -205,8 +205,8 @@ PINNED = {
 PINNED_DEFAULTS = {
     "avx512_bf16": {"two_pass": 2.69, "one_pass": 1.857},
     "amx_bf16": {"two_pass": 2.836, "one_pass": 1.926},
+    "neon": {"two_pass": 2.836, "one_pass": 1.88},
     "avx512": {"two_pass": 2.836, "one_pass": 1.88},
-    "avx2": {"two_pass": 2.836, "one_pass": 1.88},
 }
 
 
