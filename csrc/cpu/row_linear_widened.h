@@ -6,9 +6,9 @@
 
 namespace orthrus::cpu::ORTHRUS_ISA {
 
-// Steps of a block at most: 16 KiB. A coded block is in the cache twice, and because it is unpacked in one go, all of
-// it should have arrived by then: it has to be well below kAheadBytes.
-constexpr int64_t kBlockSteps = 128, kCodedBlockSteps = 48;
+// Steps of a block at most: 16 KiB. A coded block (kCodedBlockSteps) is in the cache twice, and because it is unpacked
+// in one go, all of it should have arrived by then: it has to be well below kAheadBytes.
+constexpr int64_t kBlockSteps = 128;
 // Bytes of widened rows in a block of rows, which should stay in the L2 cache; and its number of rows: too few would
 // read all strips too often, and the accumulators of too many would not fit on the stack.
 constexpr int64_t kWidenedBytes = 1 << 18;

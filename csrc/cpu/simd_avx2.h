@@ -5,7 +5,8 @@
 namespace orthrus::cpu::avx2 {
 
 // Sums take at most 12 of 16 registers; 3 rows times 32 outputs would leave too few for a step's weights.
-constexpr int kTileRows = 3, kWidenedTileRows = 6, kWholeTileRows = 2, kDecodingTileRows = 1;
+constexpr int kTileRows = 3, kWidenedTileRows = 6, kWholeTileRows = 2;
+constexpr int kDecodingTileRows = 1, kCodedBlockSteps = 48;
 constexpr int kTileQueries = 6, kTileVecs = 1;
 constexpr bool kWidensAtUse = true;
 

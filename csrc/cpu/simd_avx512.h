@@ -5,7 +5,7 @@
 namespace orthrus::cpu::ORTHRUS_ISA {
 
 constexpr int kTileRows = 12, kWidenedTileRows = kTileRows, kWholeTileRows = kTileRows;
-constexpr int kDecodingTileRows = 8;
+constexpr int kDecodingTileRows = 8, kCodedBlockSteps = 24;
 constexpr int kTileQueries = 6, kTileVecs = 4;
 constexpr bool kWidensAtUse = false;
 
