@@ -8,7 +8,7 @@
 //
 // With AVX-512 BF16 a pass over one row then takes 0.8 times as long. Where products take most of the time it takes
 // longer: on two cores of Zen 5 from 24 rows on, by up to 5%; with AVX2 and much memory bandwidth per core from 2 rows
-// on, by up to 14%; on two cores of a Xeon with plain AVX-512 from 12 rows on, by up to 11% (bench_cpu_pass; of Zen 3
+// on, by up to 14%; on two cores of a Xeon with plain AVX-512 from 12 rows on, by up to 12% (bench_cpu_pass; of Zen 3
 // and 4 it measured an earlier layout).
 //
 // Drafts need no exact weights, as whatever they propose is verified. So they do without the last four of an element's

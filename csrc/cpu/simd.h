@@ -24,9 +24,9 @@
 //   the upper half of each word
 // - multiply_wide(a, m, high, low): both words of the product; words_to_float: of unsigned words, to nearest even
 // - prefetch: into L2, for what is needed soon, but after what L1 holds now. prefetch_once: the same, for what is used
-//   once and very soon; in avx512_bf16, which AMD's processors run, into L1 alone. On a Xeon (family 6, model 207), whose
-//   cores can wait for 16 lines in L1 and for 48 in L2, that made passes over 1, 4 and 16 rows take 2.3, 1.5 and 1.5
-//   times as long.
+//   once and very soon; in avx512_bf16, which AMD's processors run, into L1 alone. On a Xeon (family 6, model 207),
+//   whose cores can wait for 16 lines in L1 and for 48 in L2, that made passes over 1, 4 and 16 rows take 2.2, 1.4 and
+//   1.4 times as long.
 // - transpose16(in, out, stride): out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are
 //   `stride` words apart
 // - with ORTHRUS_HAS_DOT2: dot2(acc, a, b), which adds the products of pairs; zip_pairs(p, q): lane i is p[i] and

@@ -12,7 +12,8 @@ from tests.native_cpu import poison, randn, threads
 if (native := dispatch.extension()) is None:
     pytest.skip("the native module is not built", allow_module_level=True)
 
-SHAPE = 200, 260  # strips, the last one padded, of 65 units: coded blocks of 44 steps in AVX2 and 22 in AVX-512, plain ones of 66
+# Strips, the last one padded, of 65 units: coded blocks of 44 steps in AVX2 and 22 in AVX-512, plain ones of 66.
+SHAPE = 200, 260
 ROWS = (*range(1, 14), 25, 60, 120)
 CODING = "avx2", "avx512", "avx512_bf16"
 HEAD = 192  # bytes before each strip's leading part
