@@ -29,7 +29,7 @@ constexpr int kStrip = 32;
 // Vocabulary ids per partial maximum.
 constexpr int kArgmaxTile = 512;
 // What a tile prefetches while it computes, from `from` on: `lines` cache lines per step over k, 0, 1 or 2 in
-// multiply_tile; for a coded strip see CodedWords. A strip's only tile prefetches 2, there into L1 alone: a pass that
+// multiply_tile; for a coded strip see CodedWords. A strip's only tile prefetches 2, with prefetch_once: a pass that
 // leaves the other caches to activations, keys and the host's code takes 1 to 3% less time on Zen 5, and the host's
 // work after it up to a quarter less.
 struct Ahead {

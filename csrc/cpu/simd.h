@@ -4,8 +4,8 @@
 // the register tiles that suit them:
 // - kTileRows rows of row_linear times 32 outputs,
 // - kWidenedTileRows rows of row_linear_widened.h; if more than kWholeTileRows, then times 16 outputs; if at most
-//   kDecodingTileRows, coded weights are unpacked in registers, else kCodedBlockSteps steps at a time (on a Xeon with
-//   avx512, passes of 1 to 8 rows take 5% longer with 48 steps, and up to 10% longer with 8),
+//   kDecodingTileRows, coded weights are unpacked in registers. A coded block has up to kCodedBlockSteps steps (on a
+//   Xeon with avx512, 1 to 8 rows take 5% longer with 48 steps, and up to 20% longer with 8),
 // - kTileQueries queries of dual_attn times kTileVecs vectors of keys, then of values; kWidensAtUse: bf16 is widened on
 //   ports that products leave idle.
 //
@@ -24,7 +24,7 @@
 //   the upper half of each word
 // - multiply_wide(a, m, high, low): both words of the product; words_to_float: of unsigned words, to nearest even
 // - prefetch: into L2, for what is needed soon, but after what L1 holds now. prefetch_once: the same, for what is used
-//   once and very soon; in avx512_bf16, which AMD's processors run, into L1 alone. On a Xeon (family 6, model 207),
+//   once and very soon; in avx512_bf16, which Zen 4 and later run, into L1 alone. On a Xeon (family 6, model 207),
 //   whose cores can wait for 16 lines in L1 and for 48 in L2, that made passes over 1, 4 and 16 rows take 2.2, 1.4 and
 //   1.4 times as long.
 // - transpose16(in, out, stride): out[j][i] = in[i][j] of 16 x 16 words; row i of in starts at in[i], rows of out are

@@ -119,7 +119,7 @@ ORTHRUS_INLINE int32_t first_equal(Vec v, float x) {
 }
 
 ORTHRUS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-#if defined(ORTHRUS_ISA_avx512_bf16)  // which AMD's processors run
+#if defined(ORTHRUS_ISA_avx512_bf16)  // which Zen 4 and later run
 ORTHRUS_INLINE void prefetch_once(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
 #else
 ORTHRUS_INLINE void prefetch_once(const void* p) { prefetch(p); }
