@@ -92,7 +92,7 @@ __device__ __forceinline__ void put_exceptions(uint32_t (&a)[4][4], const CodedP
     if ((exception >> 16 & 127) != thread) continue;
     const uint32_t bytes = exception >> 27 & 1 ? 0x5410 : 0x3254;
 #pragma unroll
-    for (int r = 0; r < 16; ++r) {  // registers have constant names
+    for (uint32_t r = 0; r < 16; ++r) {  // registers have constant names
       uint32_t& word = a[r / 4][r % 4];
       if ((exception >> 23 & 15) == r) word = __byte_perm(word, exception, bytes);
     }

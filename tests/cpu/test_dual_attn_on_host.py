@@ -93,7 +93,7 @@ def test_many_units(groups, num_sms, host):
     assert torch.equal(split, case.run(split=False))
 
 
-LONGEST = [(Heads(8, 2, 128), 2, 3, 32), (Heads(8, 2, 128), 5, 6, 2)]
+LONGEST = [(Heads(8, 2, 128), *shared) for shared in ((2, 3, 32), (5, 6, 2), (1, 2, 70), (3, 4, 5))]
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,8 @@ def test_small_grid_preempted(engine, jobs):
         lossless.check_preempted(engine, *jobs, way, num_pages=9 if SLOW else 12)
 
 
-@pytest.mark.parametrize("engine", (pytest.param("bfloat16", marks=UNLESS_SLOW),), indirect=True)
+@pytest.mark.full  # test_lossless_tiny.py always does the same
+@pytest.mark.parametrize("engine", ("bfloat16",), indirect=True)
 @pytest.mark.parametrize("jobs", ("greedy",), indirect=True)
 def test_small_grid_eager_and_replayed(engine, jobs):
     for way in lossless.ways([7]):
@@ -186,8 +187,9 @@ def tokens_per_cycle(engine, chosen, most=128) -> float:
     return tokens / cycles
 
 
+# The small grid pins a prompt of chat too.
 @pytest.mark.parametrize("engine", (pytest.param("bfloat16", marks=UNLESS_SLOW),), indirect=True)
-@pytest.mark.parametrize("kind", PINNED["avx512_bf16"])
+@pytest.mark.parametrize("kind", ("code", pytest.param("chat", marks=pytest.mark.full), "long"))
 def test_tokens_per_cycle_is_pinned(engine, kind):
     pinned, tolerance = of_this_isa(PINNED, TIGHT, LOOSE)
     assert tokens_per_cycle(engine, prompts.load(kind)) == pytest.approx(pinned[kind], abs=tolerance)
