@@ -216,7 +216,7 @@ class Engine(Generation):
         samples: see :meth:`Policy.explain`. None if the mode (of what runs, or else the engine's) is a fixed one.
 
         Raises:
-            ValueError: ``batch_size`` is out of its range.
+            ValueError: ``batch_size`` is out of its range, or ``greedy`` is no bool.
             RuntimeError: the engine is closed, or another thread is using it.
         """
         auto = self._autos.get(self._plan_to_join())

@@ -338,9 +338,11 @@ class Policy:
             cycles and prompts, and on a CPU of choosing plans. ``ar_equivalent_seconds``: what AR would have taken.
 
         Raises:
-            ValueError: ``batch_size`` is out of its range.
+            ValueError: ``batch_size`` is out of its range, or ``greedy`` is no bool.
         """
         batch_size = integer("batch_size", batch_size)
+        if not isinstance(greedy, bool):
+            raise ValueError(f"greedy must be True or False, got {greedy!r}")
         if not 1 <= batch_size <= self.max_batch_size:
             raise ValueError(f"batch_size must be within [1, {self.max_batch_size}], got {batch_size}")
         lane = self._lane(batch_size, greedy)

@@ -88,6 +88,8 @@ def test_the_policy_hears_of_every_cycle(folder):
     for size in (0, -1, 5):
         with pytest.raises(ValueError, match=rf"batch_size must be within \[1, 4\], got {size}"):
             auto.explain(size)
+    with pytest.raises(ValueError, match="greedy must be True or False, got None"):
+        auto.explain(1, None)
     counts = {label: c["cycles"] for label, c in facts["candidates"].items() if c["cycles"]}
     assert counts == auto.metrics.as_dict()["plans"]
     assert facts["candidates"]["ar"]["cost_measured"]
