@@ -22,10 +22,8 @@ KERNELS = ("qkv_commit", "consensus", *DUAL_ATTN, "row_linear_f32", "isa")
 ROW_LINEAR = ("row_linear", "isa", *(f"row_linear_{isa}{coded}" for isa in ("mma", "sm90") for coded in ("", "_coded")))
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
-FLAGS += [
-    "-Wno-uninitialized",
-    "-Wno-maybe-uninitialized",
-]  # for values that are loaded under a condition and used under the same one
+# For values that are loaded under a condition and used under the same one.
+FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 FLAGS.append("-U_FORTIFY_SOURCE")  # which takes a switch of fiber stacks for a longjmp gone wrong
 LIBRARIES: list[ctypes.CDLL] = []  # those built so far
 A_WEEK = 7 * 24 * 3600
