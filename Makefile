@@ -6,7 +6,7 @@ export PROMPT
 .PHONY: help demo test test-full bench gpu-check
 help:
 	@echo 'make demo [PROMPT="..."]  stream an answer from the embedded model, then decode it again in ar mode'
-	@echo 'make test                 every test tier that this machine can run (8 to 14 minutes at first)'
+	@echo 'make test                 every test tier that this machine can run (8 to 15 minutes at first)'
 	@echo 'make test-full            the same with the whole grids'
 	@echo 'make bench                every benchmark that this machine can run, into build/bench'
 	@echo 'make gpu-check            build and run the GPU tier with the Python that is here; needs no network'
