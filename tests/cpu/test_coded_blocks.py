@@ -44,7 +44,16 @@ WEIGHTS = {
 ROWS = 1, 24, 64, 90, 112, 128, 150
 # Features, inputs, SMs: cut tiles of one block and of two, which CTAs share.
 CUT = {"cut": (192, 1024, 5), "cut pairs": (3200, 128, 7)}
-MANY_CUT_PAIRS = [pytest.param("cut pairs", rows, marks=pytest.mark.full) for rows in (300, 500)]
+LONGEST = [("cut pairs", 300), ("cut pairs", 500)]
+
+
+def chequered(rows, never=()):
+    """Every weight with every second number of rows, in turn, so that each of these meets half of the weights; the rest
+    and ``never``, which take long, in the whole grid.
+    """
+    for (i, name), (j, count) in itertools.product(enumerate([*WEIGHTS, *CUT]), enumerate(rows)):
+        quick = (i + j) % 2 == 0 and (name, count) not in never
+        yield pytest.param(name, count, marks=() if quick else pytest.mark.full)
 
 
 def some_weight(name):
@@ -193,10 +202,7 @@ class TestRowLinear:
         return request.param
 
     @pytest.mark.usefixtures("however_many")
-    @pytest.mark.parametrize(
-        ("name", "rows"),
-        [*itertools.product([*WEIGHTS, "cut"], [*ROWS, 170]), *itertools.product(["cut pairs"], ROWS), *MANY_CUT_PAIRS],
-    )
+    @pytest.mark.parametrize(("name", "rows"), chequered([*ROWS, 170, 300, 500], LONGEST))
     def test_no_bit_differs_from_plain_weights(self, name, rows, monkeypatch):
         """This is why the tests of row_linear itself run few of their cases with coded weights."""
         weight, sms = some_weight(name)
@@ -215,8 +221,7 @@ class TestRowLinear:
         assert all(torch.equal(a, b) for a, b in zip(everything("0"), everything("1"), strict=True))
 
     @pytest.mark.usefixtures("however_many")
-    @pytest.mark.parametrize("rows", [1, 40, 90, 300])
-    @pytest.mark.parametrize("name", [*WEIGHTS, "cut", "cut pairs"])
+    @pytest.mark.parametrize(("name", "rows"), chequered([1, 40, 90, 300]))
     def test_drafts_take_the_middle_for_what_trails(self, name, rows, monkeypatch):
         """Weights that drafts use are at most a sixteenth off, unless tiny, and the trailing bits are not used."""
         (weight, sms), plain = some_weight(name), draft_weights(name)
@@ -236,11 +241,7 @@ class TestRowLinear:
             assert torch.equal(*bits(got), *bits(want))
 
     @pytest.mark.usefixtures("however_many")
-    @pytest.mark.parametrize(
-        ("name", "rows"),
-        [*itertools.product([*WEIGHTS, "cut"], [4, 40, 90, 300, 500]), *itertools.product(["cut pairs"], [4, 40, 90]),
-         *MANY_CUT_PAIRS],
-    )  # fmt: skip
+    @pytest.mark.parametrize(("name", "rows"), chequered([4, 40, 90, 300, 500], LONGEST))
     def test_the_diffusion_view_in_8_bits_beside_exact_rows(self, name, rows, monkeypatch):
         """As in a pass that verifies and drafts at once; then all rows are of one view."""
         weight, sms = some_weight(name)

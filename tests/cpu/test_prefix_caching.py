@@ -180,7 +180,7 @@ def test_a_name_stands_for_one_content(folder, forgetful, mode):
     given away: the same name always stands for the same bits, and nothing is written to a page that has a name.
     """
     engine = make(folder, num_pages=14, mode=mode)
-    rng, todo, content, jobs, got = random.Random(mode), 60, {}, {}, {}
+    rng, todo, content, jobs, got = random.Random(mode), 40, {}, {}, {}
     trunks = [text(n, seed=n) for n in (64, 130, 200)]
     while todo or engine.has_unfinished():
         if todo and rng.random() < 0.3:
